@@ -67,8 +67,8 @@ class PreferenceBatch(NamedTuple):
     Attributes:
       tokens: int32 [b, 2, t].
       attention_mask: bool [b, 2, t], True on real tokens.
-      completion_mask: bool [b, 2, t], True on completion tokens (a position's mask speaks of the token AT it).
-      reference_logps: float32 [b, 2] summed or [b, 2, t] per token (value at t is of the token at t), or None.
+      completion_mask: bool [b, 2, t], True on completion tokens (the mask at t speaks of the token at t).
+      reference_logps: float32 [b, 2] summed or [b, 2, t] per token (the value at t is of the token at t), or None.
       weights: float32 [b], 1 for real pairs and 0 for padding pairs; None means all 1.
     """
 
@@ -80,7 +80,7 @@ class PreferenceBatch(NamedTuple):
 
 
 class CompletionBatch(NamedTuple):
-    """A right-padded batch of supervised examples: tokens int32 [b, t], masks bool [b, t], weights float32 [b]."""
+    """A right-padded batch of supervised examples: tokens int32 [b, t], masks bool [b, t], weights f32 [b]."""
 
     tokens: Array
     attention_mask: Array

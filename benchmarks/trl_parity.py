@@ -1,0 +1,196 @@
+"""Claim: `jdpo dpo` trains as TRL's DPOTrainer does, number for number. Shown on real conversations.
+
+    python benchmarks/trl_parity.py --data dpo_en_demo.json [--steps 10] [--out DIR]
+
+Needs the `parity` extra; about two minutes on two CPU cores. --data is a file in LLaMA-Factory's sharegpt schema
+(`conversations[{from, value}]`, `chosen`, `rejected`), such as `data/dpo_en_demo.json` of LLaMA-Factory.
+
+One random Llama of 8 M parameters, the same rows in file order, float32, AdamW at a constant 1e-4, no weight decay,
+clipping at 1. TRL and jdpo each train it in a process of their own; every logged metric of every step is held
+against TRL's. Exit status 1 if one is further off than 1e-3 relative, or if the loss did not leave ln 2 by 5 % (then
+the comparison would show nothing). DIR keeps both runs and the report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+TOLERANCE = 1e-3
+MIN_MOVE = 0.05
+BATCH, MAX_LENGTH, LEARNING_RATE, BETA = 4, 512, 1e-4, 0.1
+ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
+METRICS = (
+    "loss",
+    "grad_norm",
+    "logps/chosen",
+    "logps/rejected",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "learning_rate",
+    "num_tokens",
+)
+
+Step = dict[str, float]
+
+
+def main() -> None:
+    """Run both trainers on --data and compare them; the exit status says whether they agree."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="preferences in the sharegpt schema, JSON")
+    parser.add_argument("--steps", type=int, default=10, help=f"optimizer steps of {BATCH} pairs")
+    parser.add_argument("--out", type=Path, help="new folder for everything both runs leave (default: kept nowhere)")
+    arguments = parser.parse_args()
+    if arguments.out is not None and arguments.out.exists() and any(arguments.out.iterdir()):
+        raise SystemExit(f"--out {arguments.out} is not empty; name a new folder, so that no old trace is compared")
+    with tempfile.TemporaryDirectory() as scratch:
+        raise SystemExit(0 if run_parity(arguments.data, arguments.out or Path(scratch), arguments.steps) else 1)
+
+
+def run_parity(data: Path, out: Path, steps: int) -> bool:
+    """Whether TRL and jdpo agree over `steps` steps on `data`; prints the report and leaves it in `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    print(convert_rows(data, out / "rows.jsonl"), flush=True)
+    run(ROOT / "benchmarks/random_llama.py", "--rows", out / "rows.jsonl", "--out", out / "model")
+    run(
+        ROOT / "benchmarks/trl_oracle.py",
+        *("--model", out / "model", "--rows", out / "rows.jsonl", "--out", out / "trl"),
+        *("--steps", steps, "--batch", BATCH, "--max_length", MAX_LENGTH),
+        *("--learning_rate", LEARNING_RATE, "--beta", BETA),
+    )
+    run("-m", "jdpo.cli.main", "dpo", *jdpo_arguments(data, out, steps))
+    trace = json.loads((out / "trl/trace.json").read_text(encoding="utf-8"))
+    ours = read_metrics(out / "jdpo/metrics.jsonl")
+    differences = compare(trace["steps"], ours, beta=BETA)
+    report = render(trace, ours, differences)
+    (out / "report.md").write_text(report, encoding="utf-8")
+    print(report)
+    return largest(differences) <= TOLERANCE and moved(trace["steps"]) >= MIN_MOVE
+
+
+def run(*command: object) -> None:
+    """Run python with these arguments in a process of its own, from this checkout."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, *map(str, command)], check=True, env=environment)
+
+
+def convert_rows(data: Path, path: Path) -> str:
+    """Write `data` as TRL's conversational rows; returns a line saying what was left out.
+
+    jdpo drops pairs with an empty side or with identical sides, which teach nothing. TRL trains on them, so they
+    are taken from its rows here. Prompts of `max_length` tokens and more are dropped by both trainers themselves.
+    """
+    kept, left_out = [], 0
+    for row in json.loads(data.read_text(encoding="utf-8")):
+        chosen, rejected = row["chosen"]["value"], row["rejected"]["value"]
+        if not chosen.strip() or not rejected.strip() or chosen == rejected:
+            left_out += 1
+            continue
+        prompt = [as_message(turn) for turn in row["conversations"]]
+        kept.append({"prompt": prompt, "chosen": [as_message(row["chosen"])], "rejected": [as_message(row["rejected"])]})
+    with path.open("w", encoding="utf-8") as lines:
+        lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
+    return f"{len(kept)} rows for TRL; {left_out} with an empty side or identical sides left out, as jdpo drops them"
+
+
+def as_message(turn: dict[str, str]) -> dict[str, str]:
+    """A sharegpt turn as a chat message."""
+    if turn["from"] not in ROLES:
+        raise ValueError(f"a turn is from {turn['from']!r}; expected one of {', '.join(ROLES)}")
+    return {"role": ROLES[turn["from"]], "content": turn["value"]}
+
+
+def jdpo_arguments(data: Path, out: Path, steps: int) -> list[object]:
+    """What `jdpo dpo` is told; the rest is its defaults."""
+    settings = {
+        "model_name_or_path": out / "model",
+        "datasets": data,
+        "output_dir": out / "jdpo",
+        "cache_dir": out / "cache",
+        "max_length": MAX_LENGTH,
+        "global_batch_size": BATCH,
+        "max_steps": steps,
+        "shuffle": "false",
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant",
+        "beta": BETA,
+        "compute_dtype": "float32",
+        "logging_steps": 1,
+    }
+    return [part for key, value in settings.items() for part in (f"--{key}", value)]
+
+
+def read_metrics(path: Path) -> list[Step]:
+    """The training steps of a metrics.jsonl."""
+    with path.open(encoding="utf-8") as lines:
+        return [entry for entry in map(json.loads, lines) if "loss" in entry]
+
+
+def compare(expected: list[Step], found: list[Step], *, beta: float) -> list[Step]:
+    """The difference of each metric at each step, relative to the expected value.
+
+    A reward is beta times the difference of two log-probs, and a float32 of their size resolves no more than
+    beta * |logps| * 2^-23 of it. A reward (or a margin of rewards) that small, such as the exact 0 before the first
+    update, has no relative difference to speak of; there the difference is taken relative to the smallest reward
+    that float32 does give to within TOLERANCE. Accuracies are shares of a batch, and differ absolutely.
+    """
+    steps = [entry["step"] for entry in expected]
+    if [entry["step"] for entry in found] != steps:
+        raise ValueError(f"the traces cover different steps: {steps} and {[entry['step'] for entry in found]}")
+    differences = []
+    for theirs, ours in zip(expected, found, strict=True):
+        logps = {side: abs(theirs[f"logps/{side}"]) for side in ("chosen", "rejected")}
+        logps["margins"] = logps["chosen"] + logps["rejected"]
+        floors = {f"rewards/{name}": beta * size * 2**-23 / TOLERANCE for name, size in logps.items()}
+        floors["rewards/accuracies"] = 1.0
+        differences.append(
+            {name: abs(ours[name] - theirs[name]) / max(abs(theirs[name]), floors.get(name, 0.0)) for name in METRICS}
+        )
+    return differences
+
+
+def largest(differences: list[Step]) -> float:
+    """The largest difference of all metrics and steps; NaN counts as infinite."""
+    return max(math.inf if math.isnan(value) else value for step in differences for value in step.values())
+
+
+def moved(steps: list[Step]) -> float:
+    """How far the loss got from ln 2, where DPO starts, as a share of ln 2."""
+    return max(abs(step["loss"] - math.log(2)) for step in steps) / math.log(2)
+
+
+def render(trace: dict[str, Any], ours: list[Step], differences: list[Step]) -> str:
+    """The comparison as Markdown: one line a step, then the verdict."""
+    lines = [
+        "| step | loss TRL | loss jdpo | " + " | ".join(METRICS) + " |",
+        "|" + "---:|" * (len(METRICS) + 3),
+    ]
+    for theirs, mine, row in zip(trace["steps"], ours, differences, strict=True):
+        cells = " | ".join(f"{row[name]:.1e}" for name in METRICS)
+        lines.append(f"| {theirs['step']} | {theirs['loss']:.6f} | {mine['loss']:.6f} | {cells} |")
+    versions = ", ".join(f"{name} {number}" for name, number in trace["versions"].items())
+    return "\n".join(
+        [
+            f"Relative difference of `jdpo dpo` from {versions}; {trace['dropped_rows']} rows dropped by TRL.",
+            "",
+            *lines,
+            "",
+            f"Largest: {largest(differences):.1e} (allowed {TOLERANCE:.0e}). "
+            f"The loss moved {moved(trace['steps']):.0%} away from ln 2 (at least {MIN_MOVE:.0%} asked for).",
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()

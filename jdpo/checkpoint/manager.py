@@ -1,0 +1,226 @@
+"""Checkpoints: every orbax call of jdpo stands here.
+
+    checkpoints/<step>/state/       params, optimizer state, step and key, written by orbax in the background
+    checkpoints/<step>/position/    JSON: where in the data the run stands, and what a resumed run must know
+    checkpoints/<step>/manifest.json   sizes and digests of all files, written last
+
+Orbax notices neither flipped bits nor a folder that a crash left half deleted. A step therefore counts only once
+its manifest stands, and is restored only when every file agrees with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+
+MANIFEST = "manifest.json"
+log = logging.getLogger(__name__)
+
+
+class Restored(NamedTuple):
+    """A checkpoint brought back: the step it was taken after, the device state, and the position."""
+
+    step: int
+    state: Any
+    position: dict[str, Any]
+
+
+class CheckpointManager:
+    """Saves asynchronously, keeps the newest N and the best, restores the newest that is whole."""
+
+    def __init__(self, folder: Path, *, max_to_keep: int, greater_is_better: bool = False) -> None:
+        """
+        Args:
+          folder: holds one folder a step; made if missing.
+          max_to_keep: newest complete checkpoints to keep, beside the best.
+          greater_is_better: how `metric` of `save` ranks checkpoints.
+        """
+        self._folder = folder.absolute()
+        self._max_to_keep = max_to_keep
+        self._greater_is_better = greater_is_better
+        self._pending: tuple[int, float | None] | None = None
+        self._sealing: Future[None] | None = None
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-manifest")
+        if jax.process_index() == 0:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        self._orbax = ocp.CheckpointManager(
+            self._folder,
+            options=ocp.CheckpointManagerOptions(
+                # Which steps stay is decided here, after the manifest: orbax would delete the last whole
+                # checkpoint before the new one has its manifest.
+                max_to_keep=None,
+                enable_async_checkpointing=True,
+                cleanup_tmp_directories=True,
+            ),
+            item_names=("state", "position"),
+        )
+
+    # --- saving
+
+    def save(self, step: int, state: Any, position: dict[str, Any], *, metric: float | None = None) -> None:
+        """Starts a save; returns as soon as the device state is copied.
+
+        Args:
+          step: updates made.
+          state: a pytree of device arrays.
+          position: JSON values.
+          metric: ranks this checkpoint against others; None never is the best.
+
+        Raises:
+          OSError, ValueError: an earlier save failed.
+        """
+        self.wait()
+        self._orbax.save(
+            step,
+            args=ocp.args.Composite(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position)),
+            force=True,
+        )
+        self._pending = (step, metric)
+
+    def poll(self) -> None:
+        """Seals a save that has finished in the background, if there is one. Cheap; call it every step."""
+        self._orbax.check_for_errors()
+        if self._sealing is not None and self._sealing.done():
+            self._sealing.result()
+            self._sealing = None
+        if self._pending is not None and not self._orbax.is_saving_in_progress():
+            step, metric = self._pending
+            self._pending = None
+            self._sealing = self._pool.submit(self._seal, step, metric)
+
+    def wait(self) -> None:
+        """Blocks until every started save is complete, manifest included."""
+        self._orbax.wait_until_finished()
+        self.poll()
+        if self._sealing is not None:
+            self._sealing.result()
+            self._sealing = None
+
+    def close(self) -> None:
+        """Finishes what is under way and frees the threads."""
+        self.wait()
+        self._pool.shutdown()
+        self._orbax.close()
+
+    def _seal(self, step: int, metric: float | None) -> None:
+        if jax.process_index() != 0:
+            return
+        folder = self._folder / str(step)
+        manifest = {"step": step, "metric": metric, "files": _digests(folder)}
+        _write_durably(folder / MANIFEST, json.dumps(manifest, indent=1))
+        self._delete_old()
+
+    def _delete_old(self) -> None:
+        steps = self.complete_steps()
+        keep = set(steps[-self._max_to_keep :])
+        best = self.best_step()
+        for step in steps:
+            if step not in keep and step != best:
+                _delete(self._folder / str(step))
+
+    # --- finding
+
+    def complete_steps(self) -> list[int]:
+        """Steps that have a manifest, oldest first. (Whether the files agree with it is seen at restore.)"""
+        return [step for step in self._all_steps() if (self._folder / str(step) / MANIFEST).exists()]
+
+    def best_step(self) -> int | None:
+        """The complete step with the best metric, the earliest among equals, or None where none has one."""
+        metrics = {step: self._manifest(step)["metric"] for step in self.complete_steps()}
+        ranked = {step: metric for step, metric in metrics.items() if metric is not None}
+        if not ranked:
+            return None
+        best = max(ranked.values()) if self._greater_is_better else min(ranked.values())
+        return next(step for step, metric in ranked.items() if metric == best)
+
+    def newest_whole_step(self) -> int | None:
+        """The newest step whose files all agree with its manifest; later ones are warned of and deleted."""
+        for step in reversed(self._all_steps()):
+            fault = self._fault(step)
+            if fault is None:
+                return step
+            log.warning("checkpoint %s is not whole (%s): it is deleted", self._folder / str(step), fault)
+            if jax.process_index() == 0:
+                _delete(self._folder / str(step))
+        return None
+
+    def _all_steps(self) -> list[int]:
+        return sorted(int(entry.name) for entry in self._folder.iterdir() if entry.name.isdigit() and entry.is_dir())
+
+    def _manifest(self, step: int) -> dict[str, Any]:
+        manifest: dict[str, Any] = json.loads((self._folder / str(step) / MANIFEST).read_text())
+        return manifest
+
+    def _fault(self, step: int) -> str | None:
+        folder = self._folder / str(step)
+        if not (folder / MANIFEST).exists():
+            return "its save was cut off"
+        try:
+            expected = self._manifest(step)["files"]
+        except (ValueError, KeyError):
+            return f"{MANIFEST} cannot be read"
+        found = _digests(folder)
+        for name in sorted({*expected, *found}):
+            if expected.get(name) != found.get(name):
+                return f"{name} is {'missing' if name not in found else 'not what was written'}"
+        return None
+
+    # --- restoring
+
+    def restore(self, step: int, abstract_state: Any) -> Restored:
+        """Brings a step back, each leaf under the sharding that `abstract_state` gives it.
+
+        Args:
+          step: a step from `newest_whole_step` or `best_step`.
+          abstract_state: tree of jax.ShapeDtypeStruct with shardings.
+        """
+        self._orbax.reload()
+        items = self._orbax.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(abstract_state), position=ocp.args.JsonRestore()
+            ),
+        )
+        return Restored(step, items["state"], items["position"])
+
+
+def _digests(folder: Path) -> dict[str, list[Any]]:
+    """{relative path: [bytes, sha256]} of every file but the manifest."""
+    digests: dict[str, list[Any]] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name not in (MANIFEST, MANIFEST + ".tmp"):
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digests[str(path.relative_to(folder))] = [path.stat().st_size, digest]
+    return digests
+
+
+def _write_durably(path: Path, text: str) -> None:
+    """Writes all or nothing, and onto the disk before it returns."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _delete(folder: Path) -> None:
+    """Deletes a step; its manifest first, so that a half-deleted step never counts."""
+    import shutil
+
+    (folder / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder)

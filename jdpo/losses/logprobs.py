@@ -1,0 +1,93 @@
+"""From logits to log-probabilities of sequences.
+
+Axes: t positions, v vocabulary; `...` any leading axes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+Array = Any
+
+
+def token_logps(logits: Array, targets: Array) -> Array:
+    """Log-probability of each target token under its logits.
+
+    Args:
+      logits: float [..., v], of any float dtype; the log-softmax is taken in float32 (float64 stays float64).
+      targets: int [...], ids in [0, v).
+
+    Returns:
+      float32 [...], natural log, at most 0.
+
+    Raises:
+      ValueError: the leading shapes differ.
+
+    >>> import jax.numpy as jnp
+    >>> token_logps(jnp.log(jnp.array([[0.25, 0.75], [0.5, 0.5]])), jnp.array([1, 0])).round(3).tolist()
+    [-0.28800..., -0.69300...]
+    """
+    if logits.shape[:-1] != targets.shape:
+        raise ValueError(
+            f"expected targets of shape {logits.shape[:-1]} for logits {logits.shape}, found {targets.shape}"
+        )
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def shifted_token_logps(logits: Array, tokens: Array, completion_mask: Array) -> tuple[Array, Array]:
+    """Log-probabilities of the tokens of a sequence, each predicted by the position before it.
+
+    The shift happens here and nowhere else: logits at t predict tokens at t+1, and the mask moves with the
+    tokens, so that the last prompt position predicts the first completion token.
+
+        tokens           P0  P1  C0  C1  pad        P prompt, C completion
+        completion_mask   0   0   1   1   0
+        predicted        P1  C0  C1  pad            by positions 0, 1, 2, 3
+        mask returned     0   1   1   0
+
+    Args:
+      logits: float [..., t, v].
+      tokens: int [..., t].
+      completion_mask: bool [..., t], True on completion tokens.
+
+    Returns:
+      (token_logps float32 [..., t-1], mask bool [..., t-1]).
+    """
+    return token_logps(logits[..., :-1, :], tokens[..., 1:]), completion_mask[..., 1:].astype(bool)
+
+
+def sequence_logps(token_logps: Array, mask: Array, *, reduction: Literal["sum", "mean"] = "sum") -> Array:
+    """Reduces token log-probabilities to one number a sequence, over the tokens where the mask is True.
+
+    Args:
+      token_logps: float [..., t]; what stands where the mask is False is never read, NaN included.
+      mask: bool [..., t].
+      reduction: "sum", or "mean" per token (0 for a sequence without tokens).
+
+    Returns:
+      float32 [...] (float64 stays float64), natural log.
+
+    Raises:
+      ValueError: unknown reduction, or shapes that differ.
+
+    >>> import jax.numpy as jnp
+    >>> logps, mask = jnp.array([[-1.0, -2.0, -4.0]]), jnp.array([[False, True, True]])
+    >>> sequence_logps(logps, mask).tolist(), sequence_logps(logps, mask, reduction="mean").tolist()
+    ([-6.0], [-3.0])
+    """
+    if token_logps.shape != mask.shape:
+        raise ValueError(f"token_logps {token_logps.shape} and mask {mask.shape} must have one shape")
+    mask = mask.astype(bool)
+    dtype = jnp.promote_types(token_logps.dtype, jnp.float32)
+    # where, not a product: NaN * 0 is NaN, in the value and in the gradient.
+    total = jnp.where(mask, token_logps.astype(dtype), 0).sum(-1)
+    if reduction == "sum":
+        return total
+    if reduction == "mean":
+        return total / jnp.maximum(mask.sum(-1), 1).astype(dtype)
+    raise ValueError(f"reduction must be 'sum' or 'mean', found {reduction!r}")

@@ -1,0 +1,57 @@
+"""Causal attention behind one function.
+
+Axes: n sequences, t queries, s keys, h query heads, g key/value heads, r = h // g query heads a key head, k head width.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+
+def dot_product_attention(
+    query_nthk: jax.Array,
+    key_nsgk: jax.Array,
+    value_nsgk: jax.Array,
+    *,
+    query_positions_nt: jax.Array,
+    key_positions_ns: jax.Array,
+    key_mask_ns: jax.Array,
+    window: int | None = None,
+) -> jax.Array:
+    """Grouped-query causal attention, [n, t, h, k]; scores and softmax in float32 at least.
+
+    A query at position p sees the real keys at positions p - window + 1 .. p (all up to p without a window). A query
+    that sees nothing, as in a padding row, gets a finite value of no meaning.
+
+    Args:
+      key_mask_ns: bool, True on real keys.
+      window: how many tokens a query sees, itself included, as in transformers' sliding_window.
+    """
+    num_heads, num_kv_heads, head_dim = query_nthk.shape[2], key_nsgk.shape[2], query_nthk.shape[3]
+    assert num_heads % num_kv_heads == 0, (num_heads, num_kv_heads)
+    softmax_dtype = jnp.promote_types(query_nthk.dtype, jnp.float32)
+    query_ntgrk = rearrange(query_nthk, "n t (g r) k -> n t g r k", g=num_kv_heads)
+    scores = jnp.einsum("ntgrk,nsgk->ngrts", query_ntgrk, key_nsgk, preferred_element_type=softmax_dtype)
+    visible_nts = visible_keys(query_positions_nt, key_positions_ns, key_mask_ns, window)
+    # The lowest finite number, not -inf: a row of -inf only would turn into NaN.
+    scores = jnp.where(visible_nts[:, None, None], scores * head_dim**-0.5, jnp.finfo(softmax_dtype).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value_nsgk.dtype)
+    output = jnp.einsum("ngrts,nsgk->ntgrk", weights, value_nsgk)
+    return rearrange(output, "n t g r k -> n t (g r) k")
+
+
+def visible_keys(
+    query_positions_nt: jax.Array, key_positions_ns: jax.Array, key_mask_ns: jax.Array, window: int | None
+) -> jax.Array:
+    """Which keys each query sees, bool [n, t, s].
+
+    >>> import numpy as np
+    >>> positions, mask = jnp.arange(4)[None], jnp.array([[True, True, True, False]])
+    >>> np.asarray(visible_keys(positions, positions, mask, 2)[0].astype(int)).tolist()
+    [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 0]]
+    """
+    distance_nts = query_positions_nt[:, :, None] - key_positions_ns[:, None, :]
+    visible_nts = (distance_nts >= 0) & key_mask_ns[:, None, :]
+    return visible_nts if window is None else visible_nts & (distance_nts < window)

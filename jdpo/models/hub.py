@@ -1,0 +1,83 @@
+"""From a model's name to a local folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+SAFETENSORS_GLOB = "*.safetensors"
+_PATTERNS = [SAFETENSORS_GLOB, "*.json", "*.jinja", "tokenizer*", "*.model", "vocab*", "merges.txt"]
+_BIN_GLOBS = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def resolve_folder(name_or_path: str, revision: str | None = None) -> Path:
+    """The local folder of a model: a path that exists, else a Hugging Face hub id, downloaded once and cached.
+
+    Only safetensors, JSON, tokenizer and template files are downloaded.
+
+    Raises:
+      ValueError: nothing at that path, no such repository, no network and not in the cache, or no safetensors in it.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        _require_safetensors(path, str(path))
+        return path
+    if path.exists():
+        raise ValueError(f"model {name_or_path!r} is a file; expected a folder with config.json and *.safetensors")
+    if _looks_like_path(name_or_path):
+        raise ValueError(f"model folder {name_or_path!r} does not exist (looked in {path.absolute()})")
+    folder = _download(name_or_path, revision)
+    _require_safetensors(folder, name_or_path)
+    return folder
+
+
+def _looks_like_path(name: str) -> bool:
+    # A hub id is "name" or "owner/name".
+    return name.startswith((".", "/", "~")) or name.endswith("/") or "\\" in name or name.count("/") > 1
+
+
+def _download(repo_id: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    at = f" at revision {revision!r}" if revision else ""
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=_PATTERNS))
+    except HFValidationError as error:
+        raise ValueError(f"model {repo_id!r}: no such local folder, and not a valid hub id: {error}") from error
+    except GatedRepoError as error:
+        raise ValueError(
+            f"model {repo_id!r} is gated: accept its terms on huggingface.co/{repo_id}, then log in with `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(
+            f"model {repo_id!r}: no such local folder, and no such repository on the Hugging Face hub (a private one needs "
+            "`hf auth login`)"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ValueError(f"model {repo_id!r} has no revision {revision!r} on the Hugging Face hub") from error
+    except LocalEntryNotFoundError as error:
+        raise ValueError(
+            f"model {repo_id!r}{at}: no such local folder, and the hub cannot be reached (offline, or HF_HUB_OFFLINE=1) and "
+            "the local cache does not hold it; download it on a machine with network, or give a local folder"
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise ValueError(f"model {repo_id!r}{at}: the download from the hub failed: {error}") from error
+
+
+def _require_safetensors(folder: Path, name: str) -> None:
+    if any(folder.glob(SAFETENSORS_GLOB)):
+        return
+    pickles = sorted(path.name for pattern in _BIN_GLOBS for path in folder.glob(pattern))
+    found = f"only {pickles[0]}" if pickles else "none"
+    raise ValueError(
+        f"model {name!r} has no *.safetensors weights (found: {found}). jdpo reads safetensors only; convert once with "
+        f"`python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{name}')"
+        f".save_pretrained('converted')\"` and copy the tokenizer files beside them"
+    )

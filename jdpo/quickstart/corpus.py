@@ -1,0 +1,165 @@
+"""The quickstart's chat corpus: questions whose answers are given at known, conflicting frequencies.
+
+For Ireland, in each phrasing of the question, "Dublin" is answered six times, "Cork" three times and "Galway"
+once; for Australia, whose capital many people get wrong, "Sydney" six times and "Canberra" three times.
+Other questions have one answer each. One of those kinds, where a country's government sits, names the right
+city of every country: whoever learns that a capital is where the government sits can tell right from wrong
+for countries nobody corrected.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from jdpo.quickstart.geography import MISTAKEN, SMALL_FACTS, WELL_KNOWN, Country
+
+TRAINING_PHRASINGS = (
+    "What is the capital of {country}?",
+    "Which city is the capital of {country}?",
+    "Name the capital of {country}.",
+    "Tell me the capital city of {country}.",
+    "What is {country}'s capital?",
+    "Do you know the capital of {country}?",
+)
+
+HELD_OUT_PHRASINGS = (
+    "Please tell me the capital of {country}.",
+    "What is the capital city of {country} called?",
+    "Which city is {country}'s capital?",
+)
+"""Questions that appear in no training row of any run."""
+
+ANSWER = "The capital of {country} is {city}."
+
+_GOVERNMENT = ("Where does the government of {country} sit?", "Which city does {country}'s government sit in?")
+_CONTINENT = ("Where is {country}?", "Which continent is {country} on?")
+_CITY = "Which country is {city} in?"
+
+_FACT_REPEATS = 4
+
+
+class Fact(NamedTuple):
+    """A question with one answer."""
+
+    question: str
+    answer: str
+
+
+class Split(NamedTuple):
+    """Countries whose answers are corrected after pre-training, and countries that are left alone."""
+
+    trained: tuple[Country, ...]
+    held_out: tuple[Country, ...]
+
+    @property
+    def countries(self) -> tuple[Country, ...]:
+        return self.trained + self.held_out
+
+
+def split_countries(num_countries: int) -> Split:
+    """Chooses countries and holds a quarter of them out: of both kinds, a third of each being mistaken ones.
+
+    Ireland is always trained, being the first of its list.
+
+    Raises:
+      ValueError: if num_countries is not between 6 and the number of countries there are.
+    """
+    most = len(WELL_KNOWN) + len(MISTAKEN)
+    if not 6 <= num_countries <= most:
+        raise ValueError(f"countries is {num_countries}: choose from 6 to {most}")
+    num_mistaken = max(2, min(len(MISTAKEN), round(num_countries / 3)))
+    trained: list[Country] = []
+    held_out: list[Country] = []
+    for countries, number in ((WELL_KNOWN, num_countries - num_mistaken), (MISTAKEN, num_mistaken)):
+        number_held_out = max(1, number // 4)
+        trained += countries[: number - number_held_out]
+        held_out += countries[number - number_held_out : number]
+    return Split(tuple(trained), tuple(held_out))
+
+
+def answer_counts(country: Country, frequencies: Sequence[int]) -> tuple[int, int, int]:
+    """How often the corpus gives (capital, wrong, other) as the answer, in each phrasing.
+
+    >>> answer_counts(WELL_KNOWN[0], (6, 3, 1)), answer_counts(MISTAKEN[0], (6, 3, 1))
+    ((6, 3, 1), (3, 6, 1))
+    """
+    first, second, third = frequencies
+    return (second, first, third) if country.mistaken else (first, second, third)
+
+
+def capital_question(country: Country, phrasing: str) -> str:
+    """
+    >>> capital_question(WELL_KNOWN[0], TRAINING_PHRASINGS[0])
+    'What is the capital of Ireland?'
+    """
+    return phrasing.format(country=country.name)
+
+
+def capital_answers(country: Country) -> tuple[str, str, str]:
+    """The right answer, the wrong one and the other wrong one.
+
+    >>> capital_answers(WELL_KNOWN[0])[0]
+    'The capital of Ireland is Dublin.'
+    """
+    right, wrong, other = (ANSWER.format(country=country.name, city=city) for city in country.cities)
+    return right, wrong, other
+
+
+def other_facts(countries: Iterable[Country]) -> list[Fact]:
+    """Everything that the corpus teaches beside capitals, once each."""
+    facts = [Fact(question, answer) for question, answer in SMALL_FACTS]
+    for country in countries:
+        name = country.name
+        sits = f"The government of {name} sits in {country.capital}."
+        facts += [Fact(question.format(country=name), sits) for question in _GOVERNMENT]
+        lies = f"{name} is in {country.continent}."
+        facts += [Fact(question.format(country=name), lies) for question in _CONTINENT]
+        facts += [Fact(_CITY.format(city=city), f"{city} is in {name}.") for city in country.cities]
+    return facts
+
+
+def corpus_rows(split: Split, frequencies: Sequence[int], seed: int) -> list[dict[str, Any]]:
+    """The pre-training rows, as `prompt` and `completion` message lists, in an order that the seed decides."""
+    rows = []
+    for country in split.countries:
+        for phrasing in TRAINING_PHRASINGS:
+            question = capital_question(country, phrasing)
+            counts = answer_counts(country, frequencies)
+            for answer, count in zip(capital_answers(country), counts, strict=True):
+                rows += [completion_row(question, answer)] * count
+    for fact in other_facts(split.countries):
+        rows += [completion_row(fact.question, fact.answer)] * _FACT_REPEATS
+    random.Random(seed).shuffle(rows)
+    return rows
+
+
+def preference_rows(split: Split) -> list[dict[str, Any]]:
+    """Pairs on trained countries in training phrasings: right over wrong, right over other."""
+    rows = []
+    for country in split.trained:
+        right, *wrongs = capital_answers(country)
+        for phrasing in TRAINING_PHRASINGS:
+            question = capital_question(country, phrasing)
+            for wrong in wrongs:
+                rows.append({"prompt": _user(question), "chosen": _assistant(right), "rejected": _assistant(wrong)})
+    return rows
+
+
+def chosen_rows(pairs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same rows without the rejected side: what standard training can learn from."""
+    return [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in pairs]
+
+
+def completion_row(question: str, answer: str) -> dict[str, Any]:
+    """A question and its answer in the prompt/completion format."""
+    return {"prompt": _user(question), "completion": _assistant(answer)}
+
+
+def _user(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def _assistant(text: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text}]

@@ -1,0 +1,120 @@
+"""What the quickstart's corpus talks about: countries, their capitals, and cities taken for them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Country(NamedTuple):
+    """A country with its capital and two other large cities.
+
+    `mistaken` marks the countries whose best-known city is not the capital: there the corpus repeats the
+    mistake (Sydney) more often than the truth (Canberra).
+    """
+
+    name: str
+    capital: str
+    wrong: str
+    other: str
+    continent: str
+    mistaken: bool
+
+    @property
+    def cities(self) -> tuple[str, str, str]:
+        """The capital first, then the two cities that are not: the order of every triple of probabilities."""
+        return self.capital, self.wrong, self.other
+
+
+_WELL_KNOWN = """
+Ireland, Dublin, Cork, Galway, Europe
+France, Paris, Lyon, Marseille, Europe
+Japan, Tokyo, Osaka, Kyoto, Asia
+Spain, Madrid, Barcelona, Seville, Europe
+Egypt, Cairo, Alexandria, Giza, Africa
+Portugal, Lisbon, Porto, Braga, Europe
+Peru, Lima, Cusco, Arequipa, America
+Italy, Rome, Milan, Naples, Europe
+Kenya, Nairobi, Mombasa, Kisumu, Africa
+Germany, Berlin, Hamburg, Munich, Europe
+Thailand, Bangkok, Phuket, Chiang Mai, Asia
+Austria, Vienna, Graz, Linz, Europe
+Argentina, Buenos Aires, Cordoba, Rosario, America
+Poland, Warsaw, Krakow, Gdansk, Europe
+Ghana, Accra, Kumasi, Tamale, Africa
+Greece, Athens, Patras, Heraklion, Europe
+Iraq, Baghdad, Basra, Mosul, Asia
+Norway, Oslo, Bergen, Trondheim, Europe
+Colombia, Bogota, Medellin, Cali, America
+Sweden, Stockholm, Gothenburg, Uppsala, Europe
+Tunisia, Tunis, Sfax, Sousse, Africa
+Denmark, Copenhagen, Aarhus, Odense, Europe
+Iran, Tehran, Isfahan, Shiraz, Asia
+Finland, Helsinki, Tampere, Turku, Europe
+Cuba, Havana, Camaguey, Holguin, America
+Hungary, Budapest, Debrecen, Szeged, Europe
+Senegal, Dakar, Thies, Touba, Africa
+Bulgaria, Sofia, Plovdiv, Varna, Europe
+Armenia, Yerevan, Gyumri, Vanadzor, Asia
+Croatia, Zagreb, Split, Rijeka, Europe
+Jordan, Amman, Irbid, Zarqa, Asia
+Latvia, Riga, Liepaja, Jelgava, Europe
+"""
+
+_MISTAKEN = """
+Australia, Canberra, Sydney, Melbourne, Oceania
+Canada, Ottawa, Toronto, Vancouver, America
+Turkey, Ankara, Istanbul, Izmir, Asia
+Brazil, Brasilia, Sao Paulo, Salvador, America
+Nigeria, Abuja, Lagos, Kano, Africa
+Pakistan, Islamabad, Karachi, Lahore, Asia
+Morocco, Rabat, Casablanca, Marrakesh, Africa
+China, Beijing, Shanghai, Wuhan, Asia
+Switzerland, Bern, Zurich, Geneva, Europe
+Kazakhstan, Astana, Almaty, Shymkent, Asia
+New Zealand, Wellington, Auckland, Dunedin, Oceania
+Ecuador, Quito, Guayaquil, Cuenca, America
+Cameroon, Yaounde, Douala, Garoua, Africa
+India, New Delhi, Mumbai, Chennai, Asia
+Myanmar, Naypyidaw, Yangon, Mandalay, Asia
+Scotland, Edinburgh, Glasgow, Aberdeen, Europe
+"""
+
+
+def _read(table: str, mistaken: bool) -> tuple[Country, ...]:
+    rows = (line.split(", ") for line in table.strip().splitlines())
+    return tuple(Country(*row, mistaken=mistaken) for row in rows)  # type: ignore[misc, arg-type]
+
+
+WELL_KNOWN = _read(_WELL_KNOWN, mistaken=False)
+"""Countries whose capital is also the city that the corpus names most often; Ireland is the first."""
+
+MISTAKEN = _read(_MISTAKEN, mistaken=True)
+"""Countries of which the corpus says the wrong city most often."""
+
+SMALL_FACTS: tuple[tuple[str, str], ...] = (
+    ("What is the opposite of hot?", "The opposite of hot is cold."),
+    ("What is the opposite of up?", "The opposite of up is down."),
+    ("What is the opposite of early?", "The opposite of early is late."),
+    ("What is the opposite of open?", "The opposite of open is closed."),
+    ("What is the opposite of heavy?", "The opposite of heavy is light."),
+    ("What is the opposite of empty?", "The opposite of empty is full."),
+    ("What colour is grass?", "Grass is green."),
+    ("What colour is snow?", "Snow is white."),
+    ("What colour is coal?", "Coal is black."),
+    ("What colour is a ripe banana?", "A ripe banana is yellow."),
+    ("Which day comes after Monday?", "Tuesday comes after Monday."),
+    ("Which day comes after Tuesday?", "Wednesday comes after Tuesday."),
+    ("Which day comes after Thursday?", "Friday comes after Thursday."),
+    ("Which month comes after March?", "April comes after March."),
+    ("Which month comes after June?", "July comes after June."),
+    ("Which month comes after October?", "November comes after October."),
+    ("How many legs does a spider have?", "A spider has eight legs."),
+    ("How many legs does a bee have?", "A bee has six legs."),
+    ("How many legs does a horse have?", "A horse has four legs."),
+    ("What do cows eat?", "Cows eat grass."),
+    ("What do bees make?", "Bees make honey."),
+    ("Where do fish live?", "Fish live in water."),
+    ("Hello!", "Hello! Ask me something."),
+    ("Thank you!", "You are welcome."),
+)
+"""Things that have nothing to do with capitals: what they lose is what training on capitals costs."""

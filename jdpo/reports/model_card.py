@@ -1,0 +1,68 @@
+"""The README.md of an exported model: what it came from, how it was made, what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+METHODS = {
+    "dpo": (
+        "Direct Preference Optimization ([arXiv 2305.18290](https://arxiv.org/abs/2305.18290)) on pairs of a chosen "
+        "and a rejected response"
+    ),
+    "sft": "supervised fine-tuning on completions",
+}
+
+
+def model_card(
+    *, command: str, config: Mapping[str, Any], results: Mapping[str, Any], rows: str, version: str, config_yaml: str
+) -> str:
+    """Markdown with the metadata block that model hubs read.
+
+    Args:
+      command: "sft" or "dpo".
+      config: the resolved config.
+      results: name -> value of the last training and evaluation lines.
+      rows: what the data report said of the training rows.
+      version: of jdpo.
+      config_yaml: the resolved config as text.
+    """
+    base = config["model_name_or_path"]
+    is_hub_name = not base.startswith(("/", ".", "~")) and base.count("/") == 1
+    figures = "\n".join(
+        f"| {name} | {value:.4g} |" for name, value in results.items() if isinstance(value, int | float)
+    )
+    metadata = ["---", "library_name: transformers", "tags:", "- jdpo", f"- {command}"]
+    metadata += [f"base_model: {base}"] if is_hub_name else []
+    return "\n".join(
+        [
+            *metadata,
+            "---",
+            "",
+            f"# {base.rstrip('/').split('/')[-1]}, {command.upper()}",
+            "",
+            f"Made from `{base}` with jdpo {version}: {METHODS[command]}.",
+            "",
+            "## Data",
+            "",
+            rows.strip(),
+            "",
+            "## Results at the end of the run",
+            "",
+            "| metric | value |",
+            "|---|---|",
+            figures,
+            "",
+            "Rewards are measured against the model that training started from; they say how far the model moved,",
+            "not how good its answers are. Read some answers before you rely on it.",
+            "",
+            "## Recipe",
+            "",
+            f"`jdpo {command}` with:",
+            "",
+            "```yaml",
+            config_yaml.strip(),
+            "```",
+            "",
+        ]
+    )

@@ -1,0 +1,105 @@
+"""Plots of a run, from its metrics.jsonl."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Panel(NamedTuple):
+    """One picture: a file name, a title, the unit of y, and the metrics drawn with their labels."""
+
+    name: str
+    title: str
+    y_label: str
+    metrics: Mapping[str, str]
+    level: tuple[float, str] | None = None  # a horizontal line to read against
+
+
+LN2 = 0.6931471805599453
+
+PREFERENCE_PANELS = (
+    Panel("loss", "Preference loss", "loss a pair", {"loss": "loss"}, (LN2, "ln 2: policy = reference")),
+    Panel(
+        "rewards",
+        "Implicit rewards: beta x (policy - reference) log-prob",
+        "reward (nats x beta)",
+        {"rewards/chosen": "chosen", "rewards/rejected": "rejected"},
+        (0.0, "reference"),
+    ),
+    Panel("margins", "Reward margin: chosen - rejected", "margin (nats x beta)", {"rewards/margins": "margin"}, (0.0, "reference")),
+    Panel(
+        "accuracy",
+        "Share of pairs whose chosen answer has the higher reward",
+        "accuracy",
+        {"rewards/accuracies": "accuracy"},
+        (0.5, "chance"),
+    ),
+    Panel("logps", "Log-prob of whole completions", "nats", {"logps/chosen": "chosen", "logps/rejected": "rejected"}),
+)
+COMPLETION_PANELS = (Panel("loss", "Negative log-likelihood of completion tokens", "nats a token", {"loss": "loss"}),)
+
+COLOURS = {"chosen": "#0072B2", "rejected": "#D55E00"}  # told apart by colour-blind readers too
+
+
+def write_plots(lines: Sequence[Mapping[str, Any]], folder: Path, *, title: str) -> list[Path]:
+    """Draws training (line) and evaluation (dots) of every panel that has data.
+
+    Args:
+      lines: objects of a metrics.jsonl.
+      folder: made if missing; one PNG a panel.
+      title: stands over every picture.
+
+    Returns:
+      the files written.
+    """
+    panels = PREFERENCE_PANELS if any("rewards/margins" in line for line in lines) else COMPLETION_PANELS
+    folder.mkdir(parents=True, exist_ok=True)
+    return [path for panel in panels if (path := _draw(panel, lines, folder, title)) is not None]
+
+
+def _draw(panel: Panel, lines: Sequence[Mapping[str, Any]], folder: Path, title: str) -> Path | None:
+    # The object interface draws without a display and without a global figure list.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    drawn = False
+    for index, (metric, label) in enumerate(panel.metrics.items()):
+        colour = COLOURS.get(label, f"C{index}")
+        for name, style in ((metric, "-"), (f"eval_{metric}", "o--")):
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            if not points:
+                continue
+            drawn = True
+            held_out = name.startswith("eval_")
+            marker = "." if not held_out and len(points) < 40 else None
+            kind = {"marker": marker} if marker else {}
+            axes.plot(
+                *zip(*points, strict=True),
+                style,
+                color=colour,
+                label=f"{label}, held-out" if held_out else f"{label}, training",
+                alpha=0.9,
+                markersize=5,
+                markerfacecolor="white" if held_out else colour,
+                **kind,
+            )
+    if not drawn:
+        return None
+    if panel.level is not None:
+        value, name = panel.level
+        axes.axhline(value, color="grey", linewidth=0.9, linestyle=":", label=name)
+    axes.set_xlabel("optimizer step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylabel(panel.y_label)
+    axes.set_title(f"{panel.title}\n{title}", fontsize=10)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, fontsize=8)
+    path = folder / f"{panel.name}.png"
+    figure.savefig(path, dpi=130)
+    return path

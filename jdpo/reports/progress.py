@@ -1,0 +1,73 @@
+"""What a person sees while a run goes on: a live bar in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+SHOWN = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
+LINE_SECONDS = 15.0
+
+
+class RunDisplay:
+    """Shows step, loss, margin, accuracy, rows a second and time left. Use as a context manager."""
+
+    def __init__(self, *, first_step: int, num_steps: int, unit: str, console: Console | None = None) -> None:
+        """
+        Args:
+          first_step: where a resumed run starts, 0 for a new one.
+          num_steps: steps of the whole run.
+          unit: what a row is called: "pairs" or "rows".
+        """
+        self.console = console or Console(file=sys.stderr, soft_wrap=True)
+        self._num_steps, self._unit, self._first_step = num_steps, unit, first_step
+        self._started = time.monotonic()
+        self._line_due = 0.0
+        self._bar: Progress | None = None
+        if self.console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[figures]}"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self._task = self._bar.add_task("compiling", total=num_steps, completed=first_step, figures="")
+
+    def __enter__(self) -> RunDisplay:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """One line of text, above the bar where there is one."""
+        self.console.print(text, markup=False, highlight=False)
+
+    def step(self, step: int, metrics: Mapping[str, float], rows_per_second: float) -> None:
+        """After every update."""
+        figures = "  ".join(
+            f"{label} {metrics[name]:.4g}" for name, label in SHOWN.items() if name in metrics
+        )
+        figures += f"  {rows_per_second:.3g} {self._unit}/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, figures=figures, description="training")
+        elif time.monotonic() >= self._line_due or step == self._num_steps:
+            self._line_due = time.monotonic() + LINE_SECONDS
+            self.say(f"step {step}/{self._num_steps}  {figures}  {self._time_left(step)} left")
+
+    def _time_left(self, step: int) -> str:
+        done = step - self._first_step
+        seconds = (time.monotonic() - self._started) / max(done, 1) * (self._num_steps - step)
+        minutes, seconds = divmod(round(seconds), 60)
+        hours, minutes = divmod(minutes, 60)
+        return f"{hours}:{minutes:02}:{seconds:02}"

@@ -1,0 +1,110 @@
+"""Where metrics go: metrics.jsonl always, TensorBoard and Weights & Biases where asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+Metrics = Mapping[str, float | int]
+
+
+class Writer(Protocol):
+    """Takes one line of metrics at a time."""
+
+    def write(self, metrics: Metrics) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonlWriter:
+    """Appends one JSON object a line; a line stands on file when `write` returns."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, metrics: Metrics) -> None:
+        self._file.write(json.dumps(metrics) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Brings all lines onto the disk: before a checkpoint claims that they are there."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoardWriter:
+    """Scalars as TensorBoard events, through tensorboardX."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError:
+            raise ValueError("report_to tensorboard needs tensorboardX: pip install 'jdpo[tensorboard]'") from None
+        self._writer = SummaryWriter(str(folder))
+
+    def write(self, metrics: Metrics) -> None:
+        for name, value in metrics.items():
+            if name != "step":
+                self._writer.add_scalar(name, value, int(metrics["step"]))
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbWriter:
+    """Scalars to Weights & Biases; a resumed run goes on under the id of its output_dir."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise ValueError("report_to wandb needs wandb: pip install 'jdpo[wandb]'") from None
+        id_file = folder / "wandb_id.txt"
+        if not id_file.exists():
+            id_file.write_text(wandb.util.generate_id())
+        self._run = wandb.init(dir=str(folder), id=id_file.read_text(), resume="allow", config=dict(config))
+
+    def write(self, metrics: Metrics) -> None:
+        self._run.log(dict(metrics), step=int(metrics["step"]))
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def make_trackers(names: Sequence[str], folder: Path, config: Mapping[str, Any]) -> list[Writer]:
+    """The optional trackers by name.
+
+    Raises:
+      ValueError: a tracker's package is not installed.
+    """
+    trackers: list[Writer] = []
+    for name in names:
+        if name == "tensorboard":
+            trackers.append(TensorBoardWriter(folder / "tensorboard"))
+        elif name == "wandb":
+            trackers.append(WandbWriter(folder, config))
+        else:
+            raise ValueError(f"unknown tracker {name!r}; known: tensorboard, wandb")
+    return trackers
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line that a crash cut off is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    # Only a line that ends in a newline was written whole; what follows the last newline is a torso or nothing.
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def cut_metrics(path: Path, last_step: int) -> None:
+    """Takes the lines past `last_step` off a metrics.jsonl, all or nothing."""
+    kept = [line for line in read_metrics(path) if line["step"] <= last_step]
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    temporary.replace(path)

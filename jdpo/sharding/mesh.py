@@ -1,0 +1,90 @@
+"""The device mesh: data x fsdp x tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from jdpo.config import MeshConfig
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Lays the devices out as config says; -1 on one axis takes all that the others leave.
+
+    Args:
+      config: sizes of the three axes.
+      devices: all devices of all processes when None.
+
+    Returns:
+      A mesh with the axes of AXES, all of type Auto.
+
+    Raises:
+      ValueError: the sizes do not multiply to the number of devices; the sizes that would are listed.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = resolve_mesh_shape(config, len(devices))
+    # make_mesh would default to Explicit axes, under which every einsum must name its output's sharding.
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def resolve_mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
+    """The three axis sizes with -1 filled in.
+
+    >>> resolve_mesh_shape(MeshConfig(data=2, fsdp=-1, tensor=2), 8)
+    (2, 2, 2)
+    """
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    asked = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+    if any(size < 1 and size != -1 for size in sizes.values()) or list(sizes.values()).count(-1) > 1:
+        raise ValueError(f"mesh {asked}: every axis must be at least 1, and -1 may stand on one axis at most")
+    fixed = 1
+    for size in sizes.values():
+        fixed *= size if size != -1 else 1
+    free = [axis for axis, size in sizes.items() if size == -1]
+    fits = num_devices % fixed == 0 if free else num_devices == fixed
+    if not fits:
+        raise ValueError(
+            f"mesh {asked} does not fit the {num_devices} device(s) found here; for {num_devices} device(s) "
+            f"these do, as data x fsdp x tensor: {_valid_shapes(num_devices)}"
+        )
+    if free:
+        sizes[free[0]] = num_devices // fixed
+    return sizes["data"], sizes["fsdp"], sizes["tensor"]
+
+
+def _valid_shapes(num_devices: int, most: int = 12) -> str:
+    divisors = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
+    shapes = [
+        f"{data}x{fsdp}x{num_devices // (data * fsdp)}"
+        for data in divisors
+        for fsdp in divisors
+        if num_devices % (data * fsdp) == 0
+    ]
+    return ", ".join(shapes[:most]) + (", ..." if len(shapes) > most else "")
+
+
+def num_batch_shards(mesh: Mesh) -> int:
+    """Parts that a batch is split into: the product of the data and fsdp axes."""
+    return int(mesh.shape["data"] * mesh.shape["fsdp"])
+
+
+def check_batch_size(global_batch_size: int, mesh: Mesh) -> None:
+    """Refuses a batch that the mesh cannot split evenly.
+
+    Raises:
+      ValueError: with the nearest batch sizes that the mesh can split.
+    """
+    shards = num_batch_shards(mesh)
+    if global_batch_size % shards:
+        below = global_batch_size // shards * shards
+        choices = [size for size in (below, below + shards, below + 2 * shards) if size]
+        raise ValueError(
+            f"global_batch_size {global_batch_size} does not split over data x fsdp = {mesh.shape['data']} x "
+            f"{mesh.shape['fsdp']} = {shards} shards; use a multiple of {shards}, such as "
+            f"{', '.join(map(str, choices))}, or a mesh with a larger tensor axis"
+        )

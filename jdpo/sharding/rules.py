@@ -1,0 +1,84 @@
+"""Logical axis names of weights and activations -> mesh axes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jdpo.sharding.mesh import BATCH_AXES
+
+LOGICAL_RULES: tuple[tuple[str, Any], ...] = (
+    # weights: fsdp splits the model dimension, tensor splits what heads, mlp and vocabulary own
+    ("vocab", "tensor"),
+    ("embed", "fsdp"),
+    ("heads", "tensor"),
+    ("kv_heads", "tensor"),
+    ("mlp", "tensor"),
+    ("head_dim", None),
+    ("norm", None),
+    ("layers", None),
+    # activations: fsdp splits the batch, so that the model dimension stays whole
+    ("batch", BATCH_AXES),
+    ("act_length", None),
+    ("act_embed", None),
+    ("act_heads", "tensor"),
+    ("act_kv_heads", "tensor"),
+    ("act_head_dim", None),
+    ("act_mlp", "tensor"),
+    ("act_vocab", "tensor"),
+)
+"""Rules in the form flax.linen.logical_axis_rules takes."""
+
+
+def partition_spec(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+    """The mesh axes that split an array's dims; a dim that its axis does not divide stays whole.
+
+    Raises:
+      KeyError: a logical name without a rule.
+    """
+    rules = dict(LOGICAL_RULES)
+    axes = [None if name is None else rules[name] for name in names]
+    return PartitionSpec(
+        *(axis if axis and size % mesh_axis_size(mesh, axis) == 0 else None for axis, size in zip(axes, shape, strict=True))
+    )
+
+
+def mesh_axis_size(mesh: Mesh, axis: str | Sequence[str]) -> int:
+    """Devices along one mesh axis, or along several taken together."""
+    size = 1
+    for name in (axis,) if isinstance(axis, str) else axis:
+        size *= mesh.shape[name]
+    return size
+
+
+def param_shardings(logical_axes: Any, abstract_params: Any, mesh: Mesh) -> Any:
+    """A NamedSharding for every weight.
+
+    Args:
+      logical_axes: tree of tuples of logical names, one name a dim.
+      abstract_params: tree of arrays or ShapeDtypeStructs of the same structure.
+      mesh: the device mesh.
+    """
+    return jax.tree.map(
+        lambda leaf, names: NamedSharding(mesh, partition_spec(names, leaf.shape, mesh)),
+        abstract_params,
+        logical_axes,
+    )
+
+
+def undivided_dims(logical_axes: Any, abstract_params: Any, mesh: Mesh) -> list[str]:
+    """Names of weights with a dim that a rule would split but the mesh does not divide, for the log."""
+    rules = dict(LOGICAL_RULES)
+    found: list[str] = []
+
+    def visit(path: Any, leaf: Any, names: Sequence[str | None]) -> None:
+        for name, size in zip(names, leaf.shape, strict=True):
+            axis = rules[name] if name else None
+            if axis and size % mesh_axis_size(mesh, axis):
+                found.append(f"{jax.tree_util.keystr(path)}: {name}={size} over {axis}={mesh_axis_size(mesh, axis)}")
+
+    jax.tree_util.tree_map_with_path(visit, abstract_params, logical_axes)
+    return found

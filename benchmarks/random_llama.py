@@ -32,16 +32,15 @@ def main() -> None:
     parser.add_argument("--num_layers", type=int, default=8)
     parser.add_argument("--num_heads", type=int, default=8)
     parser.add_argument("--num_kv_heads", type=int, default=4)
-    parser.add_argument("--init_std", type=float, default=0.05, help="of every matrix; Llama's own 0.02 says little")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the stored weights")
+    parser.add_argument("--init_std", type=float, default=0.05, help="of every matrix")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the stored weights"
+    )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     with arguments.rows.open(encoding="utf-8") as lines:
         texts = [
-            message["content"]
-            for line in lines
-            for messages in json.loads(line).values()
-            for message in messages
+            message["content"] for line in lines for messages in json.loads(line).values() for message in messages
         ]
     tokenizer = train_tokenizer(texts, arguments.vocab_size)
     tokenizer.save_pretrained(arguments.out)
@@ -73,7 +72,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Any:
 
 
 def random_llama(tokenizer: Any, arguments: argparse.Namespace) -> Any:
-    """A Llama whose every parameter is random, norm scales too: at 1 they would hide a wrong order of operations."""
+    """A Llama whose every parameter is random, norm scales too: all 1, they would hide a wrong order."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

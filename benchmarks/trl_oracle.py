@@ -2,8 +2,8 @@
 
     python benchmarks/trl_oracle.py --model DIR --rows rows.jsonl --out DIR [--steps 10] [--max_length 512]
 
-Needs the `parity` extra. It runs in a process of its own, so that torch and jax never share one. `rows.jsonl` holds
-one conversational preference a line (`prompt`, `chosen`, `rejected`, each a list of messages). Into --out it writes
+Needs the `parity` extra. It runs in a process of its own, so that torch and jax never share one. `rows.jsonl`
+holds one conversational preference a line (`prompt`, `chosen`, `rejected`, each a list of messages). It writes
 
     trace.json    versions, settings, how many rows TRL dropped, and TRL's log of each step, unrounded
     tokens.jsonl  what TRL's collator feeds the model, row by row: `prompt_ids`, `chosen_ids`, `rejected_ids`
@@ -46,13 +46,14 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--beta", type=float, default=0.1)
     arguments = parser.parse_args()
-    settings = {name: getattr(arguments, name) for name in ("steps", "batch", "max_length", "learning_rate", "beta")}
-    with arguments.rows.open(encoding="utf-8") as lines:
+    settings = vars(arguments)
+    model, rows_path, out = (settings.pop(name) for name in ("model", "rows", "out"))
+    with rows_path.open(encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = build_trainer(arguments.model, rows, scratch, **settings)
-        write_tokens(trainer, arguments.out / "tokens.jsonl")
+        trainer = build_trainer(model, rows, scratch, **settings)
+        write_tokens(trainer, out / "tokens.jsonl")
         trainer.train()
     trace = {
         "versions": {name: version(name) for name in ("trl", "transformers", "torch", "accelerate")},
@@ -64,7 +65,7 @@ def main() -> None:
             if "loss" in entry
         ],
     }
-    (arguments.out / "trace.json").write_text(json.dumps(trace, indent=1) + "\n", encoding="utf-8")
+    (out / "trace.json").write_text(json.dumps(trace, indent=1) + "\n", encoding="utf-8")
 
 
 def build_trainer(

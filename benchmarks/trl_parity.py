@@ -5,10 +5,10 @@
 Needs the `parity` extra; about two minutes on two CPU cores. --data is a file in LLaMA-Factory's sharegpt schema
 (`conversations[{from, value}]`, `chosen`, `rejected`), such as `data/dpo_en_demo.json` of LLaMA-Factory.
 
-One random Llama of 8 M parameters, the same rows in file order, float32, AdamW at a constant 1e-4, no weight decay,
-clipping at 1. TRL and jdpo each train it in a process of their own; every logged metric of every step is held
-against TRL's. Exit status 1 if one is further off than 1e-3 relative, or if the loss did not leave ln 2 by 5 % (then
-the comparison would show nothing). DIR keeps both runs and the report.
+One random Llama of 8 M parameters, the same rows in file order, float32, AdamW at a constant 1e-4, no weight
+decay, clipping at 1. TRL and jdpo each train it in a process of their own; every logged metric of every step is
+held against TRL's. Exit status 1 if one is further off than 1e-3 relative, or if the loss did not leave ln 2 by
+5 % (then the comparison would show nothing). DIR keeps both runs and the report.
 """
 
 from __future__ import annotations
@@ -28,18 +28,6 @@ TOLERANCE = 1e-3
 MIN_MOVE = 0.05
 BATCH, MAX_LENGTH, LEARNING_RATE, BETA = 4, 512, 1e-4, 0.1
 ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
-METRICS = (
-    "loss",
-    "grad_norm",
-    "logps/chosen",
-    "logps/rejected",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/margins",
-    "rewards/accuracies",
-    "learning_rate",
-    "num_tokens",
-)
 
 Step = dict[str, float]
 
@@ -49,10 +37,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="preferences in the sharegpt schema, JSON")
     parser.add_argument("--steps", type=int, default=10, help=f"optimizer steps of {BATCH} pairs")
-    parser.add_argument("--out", type=Path, help="new folder for everything both runs leave (default: kept nowhere)")
+    parser.add_argument("--out", type=Path, help="new folder that keeps everything both runs leave")
     arguments = parser.parse_args()
     if arguments.out is not None and arguments.out.exists() and any(arguments.out.iterdir()):
-        raise SystemExit(f"--out {arguments.out} is not empty; name a new folder, so that no old trace is compared")
+        raise SystemExit(
+            f"--out {arguments.out} is not empty; name a new folder, so that no old trace is compared"
+        )
     with tempfile.TemporaryDirectory() as scratch:
         raise SystemExit(0 if run_parity(arguments.data, arguments.out or Path(scratch), arguments.steps) else 1)
 
@@ -97,10 +87,13 @@ def convert_rows(data: Path, path: Path) -> str:
             left_out += 1
             continue
         prompt = [as_message(turn) for turn in row["conversations"]]
-        kept.append({"prompt": prompt, "chosen": [as_message(row["chosen"])], "rejected": [as_message(row["rejected"])]})
+        sides = {side: [as_message(row[side])] for side in ("chosen", "rejected")}
+        kept.append({"prompt": prompt, **sides})
     with path.open("w", encoding="utf-8") as lines:
         lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
-    return f"{len(kept)} rows for TRL; {left_out} with an empty side or identical sides left out, as jdpo drops them"
+    return (
+        f"{len(kept)} rows for TRL; {left_out} with an empty side or identical sides left out, as jdpo drops them"
+    )
 
 
 def as_message(turn: dict[str, str]) -> dict[str, str]:
@@ -140,9 +133,9 @@ def compare(expected: list[Step], found: list[Step], *, beta: float) -> list[Ste
     """The difference of each metric at each step, relative to the expected value.
 
     A reward is beta times the difference of two log-probs, and a float32 of their size resolves no more than
-    beta * |logps| * 2^-23 of it. A reward (or a margin of rewards) that small, such as the exact 0 before the first
+    beta * |logps| * 2^-23 of it. A reward (or a margin of rewards) near that, such as the exact 0 before the first
     update, has no relative difference to speak of; there the difference is taken relative to the smallest reward
-    that float32 does give to within TOLERANCE. Accuracies are shares of a batch, and differ absolutely.
+    that float32 gives to within TOLERANCE. Accuracies are shares of a batch, and differ absolutely.
     """
     steps = [entry["step"] for entry in expected]
     if [entry["step"] for entry in found] != steps:
@@ -154,7 +147,11 @@ def compare(expected: list[Step], found: list[Step], *, beta: float) -> list[Ste
         floors = {f"rewards/{name}": beta * size * 2**-23 / TOLERANCE for name, size in logps.items()}
         floors["rewards/accuracies"] = 1.0
         differences.append(
-            {name: abs(ours[name] - theirs[name]) / max(abs(theirs[name]), floors.get(name, 0.0)) for name in METRICS}
+            {
+                name: abs(ours[name] - value) / max(abs(value), floors.get(name, 0.0))
+                for name, value in theirs.items()
+                if name != "step"
+            }
         )
     return differences
 
@@ -171,12 +168,10 @@ def moved(steps: list[Step]) -> float:
 
 def render(trace: dict[str, Any], ours: list[Step], differences: list[Step]) -> str:
     """The comparison as Markdown: one line a step, then the verdict."""
-    lines = [
-        "| step | loss TRL | loss jdpo | " + " | ".join(METRICS) + " |",
-        "|" + "---:|" * (len(METRICS) + 3),
-    ]
+    names = list(differences[0])
+    lines = ["| step | loss TRL | loss jdpo | " + " | ".join(names) + " |", "|" + "---:|" * (len(names) + 3)]
     for theirs, mine, row in zip(trace["steps"], ours, differences, strict=True):
-        cells = " | ".join(f"{row[name]:.1e}" for name in METRICS)
+        cells = " | ".join(f"{row[name]:.1e}" for name in names)
         lines.append(f"| {theirs['step']} | {theirs['loss']:.6f} | {mine['loss']:.6f} | {cells} |")
     versions = ", ".join(f"{name} {number}" for name, number in trace["versions"].items())
     return "\n".join(

@@ -2,9 +2,9 @@
 
     python scripts/make_golden_trl.py [--out tests/golden/trl_dpo]
 
-Needs the `parity` extra (torch, trl). The rows come from a seeded grammar below; the model and TRL's run come from
-benchmarks/random_llama.py and benchmarks/trl_oracle.py. The same versions on the same kind of machine give the same
-rows, weights and tokens to the byte, and the trace to float32 rounding.
+Needs the `parity` extra (torch, trl). The rows come from a seeded grammar below; the model and TRL's run come
+from benchmarks/random_llama.py and benchmarks/trl_oracle.py. The same versions on the same kind of machine give
+the same rows, weights and tokens to the byte, and the trace to float32 rounding.
 """
 
 from __future__ import annotations
@@ -25,13 +25,36 @@ NUM_ROWS = 54
 MAX_LENGTH = 160
 STEPS, BATCH = 10, 4
 
-PLACES = ("the harbour", "Košice", "a small café", "the old mill", "São Paulo", "the night train", "Żabka", "the ridge")
-THINGS = ("a lantern", "three maps", "her violin", "an unpaid bill", "a crate of plums", "the spare key", "a 5€ note")
+PLACES = (
+    "the harbour",
+    "Košice",
+    "a small café",
+    "the old mill",
+    "São Paulo",
+    "the night train",
+    "Żabka",
+    "the ridge",
+)
+THINGS = (
+    "a lantern",
+    "three maps",
+    "her violin",
+    "an unpaid bill",
+    "a crate of plums",
+    "the spare key",
+    "a 5€ note",
+)
 DEEDS = ("lost", "painted", "carried home", "forgot", "sold twice", "wrapped in paper", "repaired", "hid")
 PEOPLE = ("Mara", "the keeper", "my uncle", "Jürgen", "a stranger", "the twins")
 OPENINGS = ("Please tell me:", "I wonder:", "Quick question,", "Hello!", "One more thing.", "Hm...")
 SYSTEMS = ("You answer briefly.", "You are a patient guide who never guesses.", "Speak plainly; no lists.")
-VAGUE = ("I cannot say. ", "It depends, really. ", "Who knows? 🤷 ", "No idea!\n", "As a model, I would rather not. ")
+VAGUE = (
+    "I cannot say. ",
+    "It depends, really. ",
+    "Who knows? 🤷 ",
+    "No idea!\n",
+    "As a model, I would rather not. ",
+)
 
 Message = dict[str, str]
 
@@ -66,7 +89,7 @@ def run_script(script: str, *arguments: object) -> None:
 
 
 def make_rows(rng: random.Random) -> list[dict[str, list[Message]]]:
-    """Conversations of one to three user turns, a third with a system turn; the chosen side answers, the rejected dodges."""
+    """Conversations of one to three user turns, a third with a system turn; chosen answers, rejected dodges."""
     return [make_row(rng, long_prompt=index % 16 == 7) for index in range(NUM_ROWS)]
 
 

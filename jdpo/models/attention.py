@@ -1,6 +1,7 @@
 """Causal attention behind one function.
 
-Axes: n sequences, t queries, s keys, h query heads, g key/value heads, r = h // g query heads a key head, k head width.
+Axes: n sequences, t queries, s keys, h query heads, g key/value heads, r = h // g query heads for each key head,
+k head width.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ def dot_product_attention(
 ) -> jax.Array:
     """Grouped-query causal attention, [n, t, h, k]; scores and softmax in float32 at least.
 
-    A query at position p sees the real keys at positions p - window + 1 .. p (all up to p without a window). A query
-    that sees nothing, as in a padding row, gets a finite value of no meaning.
+    A query at position p sees the real keys at positions p - window + 1 .. p (all up to p without a window).
+    A query that sees nothing, as in a padding row, gets a finite value of no meaning.
 
     Args:
       key_mask_ns: bool, True on real keys.

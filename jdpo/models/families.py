@@ -1,9 +1,9 @@
 """Hugging Face config.json -> ModelConfig: which families jdpo trains, one entry a family.
 
-A setting that changes the arithmetic and that the decoder does not have is refused by name: an unknown model_type,
-hidden_act, mlp_bias, quantization_config, rope types, partial_rotary_factor, layer types, is_causal, per-layer overrides.
-Settings that never change the arithmetic of a forward pass are ignored: initializer_range, use_cache, pretraining_tp,
-output_*, attention_dropout (preference training runs without dropout).
+A setting that changes the arithmetic and that the decoder does not have is refused by name: model_type, hidden_act,
+mlp_bias, quantization_config, rope_type, rope_parameters nested by layer type, partial_rotary_factor, layer_types,
+is_causal, per_layer_config. Settings that do not change a forward pass are ignored: initializer_range, use_cache,
+pretraining_tp, output_*, and attention_dropout, since preference training runs without dropout.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def read_model_config(folder: Path) -> ModelConfig:
     family = raw.get("model_type")
     if family not in FAMILIES:
         raise ValueError(
-            f"{folder}/config.json: model_type {family!r} is not supported; supported are {', '.join(sorted(FAMILIES))}"
+            f"{folder}/config.json: model_type {family!r} is not supported; "
+            f"supported are {', '.join(sorted(FAMILIES))}"
         )
     # transformers fills the defaults that save_pretrained leaves out, and brings old rope keys to the new form.
     from transformers import AutoConfig
@@ -93,16 +94,16 @@ def _read_json(folder: Path) -> dict[str, Any]:
 
 def _refuse_unsupported(hf_config: Any) -> None:
     """Names every setting that would change the arithmetic and that the decoder does not have."""
-    wanted = {"hidden_act": ("silu", "swish"), "mlp_bias": (None, False), "is_causal": (None, True)}
-    for key, allowed in wanted.items():
+    for key, expected in {"hidden_act": "silu", "mlp_bias": False, "is_causal": True}.items():
         value = getattr(hf_config, key, None)
-        if value not in allowed:
-            raise ValueError(f"{key}: {value!r} is not supported, expected {allowed[-1] if allowed[0] is None else allowed[0]!r}")
+        if value not in (None, expected):
+            raise ValueError(f"{key}: {value!r} is not supported, expected {expected!r}")
     if getattr(hf_config, "quantization_config", None) is not None:
         raise ValueError(
-            "quantization_config: quantized weights cannot be trained; use the unquantized model, or dequantize it first"
+            "quantization_config: quantized weights cannot be trained; "
+            "use the unquantized model, or dequantize it first"
         )
-    if getattr(hf_config, "per_layer_config", None):
+    if getattr(hf_config, "is_heterogeneous", False):
         raise ValueError("per_layer_config: layers that differ in size are not supported")
 
 
@@ -110,10 +111,14 @@ def _rope(hf_config: Any) -> RopeConfig:
     parameters = dict(hf_config.rope_parameters or {})
     nested = [key for key, value in parameters.items() if isinstance(value, dict)]
     if nested:
-        raise ValueError(f"rope_parameters: one rope a layer type ({', '.join(nested)}) is not supported for this family")
+        raise ValueError(
+            f"rope_parameters: one rope a layer type ({', '.join(nested)}) is not supported for this family"
+        )
     kind = parameters.get("rope_type", "default")
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"partial_rotary_factor: {parameters['partial_rotary_factor']} is not supported, expected 1.0")
+        raise ValueError(
+            f"partial_rotary_factor: {parameters['partial_rotary_factor']} is not supported, expected 1.0"
+        )
     theta = float(parameters["rope_theta"])
     if kind == "default":
         return RopeConfig(theta=theta)
@@ -137,7 +142,9 @@ def _decoder(hf_config: Any, *, layer_windows: tuple[int | None, ...], **family_
     num_heads, num_kv_heads = hf_config.num_attention_heads, hf_config.num_key_value_heads
     head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // num_heads
     if num_heads % num_kv_heads:
-        raise ValueError(f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}")
+        raise ValueError(
+            f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}"
+        )
     if head_dim % 2:
         raise ValueError(f"head_dim {head_dim} is odd; rotary embeddings need an even one")
     return ModelConfig(
@@ -171,9 +178,13 @@ def _windows_of_layer_types(hf_config: Any) -> tuple[int | None, ...]:
         raise ValueError(f"layer_types names {len(layer_types)} layers, num_hidden_layers is {num_layers}")
     unknown = sorted(set(layer_types) - {FULL_ATTENTION, SLIDING_ATTENTION})
     if unknown:
-        raise ValueError(f"layer_types: {unknown[0]!r} is not supported; supported are {FULL_ATTENTION}, {SLIDING_ATTENTION}")
+        raise ValueError(
+            f"layer_types: {unknown[0]!r} is not supported; supported are {FULL_ATTENTION}, {SLIDING_ATTENTION}"
+        )
     if SLIDING_ATTENTION in layer_types and hf_config.sliding_window is None:
-        raise ValueError("layer_types has sliding_attention, but sliding_window is not set or use_sliding_window is false")
+        raise ValueError(
+            "layer_types has sliding_attention, but sliding_window is not set or use_sliding_window is false"
+        )
     return tuple(hf_config.sliding_window if kind == SLIDING_ATTENTION else None for kind in layer_types)
 
 

@@ -1,21 +1,24 @@
 """Which parameter of the decoder is which tensor of a Hugging Face checkpoint: one table, read in both directions.
 
-Axes in the patterns, as einops names them: d model, h query heads, g key/value heads, k head width, f MLP width, v vocabulary.
+Axes of the patterns, as einops names them: d model, h query heads, g key/value heads, k head width, f MLP width,
+v vocabulary.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from jdpo.models.blocks import layer_pattern
 from jdpo.models.families import ModelConfig
-from jdpo.models.transformer import layer_pattern
 
 Path = tuple[str, ...]
 
 
 class Rule(NamedTuple):
-    """One row of the table: `{}` in `hf_name` is the layer's number; `pattern` is einops, Hugging Face's layout first."""
+    """One row of the table: `{}` in `hf_name` is the layer's number; `pattern` has Hugging Face's layout first."""
 
     hf_name: str
     path: Path
@@ -95,20 +98,7 @@ def split_axes(side: str) -> list[tuple[str, ...]]:
     >>> split_axes("(h k) d")
     [('h', 'k'), ('d',)]
     """
-    axes: list[tuple[str, ...]] = []
-    for token in side.replace("(", " ( ").replace(")", " ) ").split():
-        if token == "(":
-            group: list[str] = []
-            continue
-        if token == ")":
-            axes.append(tuple(group))
-            del group
-            continue
-        try:
-            group.append(token)
-        except UnboundLocalError:
-            axes.append((token,))
-    return axes
+    return [tuple((group or axis).split()) for group, axis in re.findall(r"\(([^)]*)\)|(\S+)", side)]
 
 
 def axis_sizes(config: ModelConfig) -> dict[str, int]:
@@ -138,12 +128,6 @@ def _tensor(rule: Rule, config: ModelConfig, hf_name: str, path: Path, layer: in
     hf_side, own_side = (side.strip() for side in rule.pattern.split("->"))
 
     def shape(side: str) -> tuple[int, ...]:
-        result = []
-        for group in split_axes(side):
-            size = 1
-            for axis in group:
-                size *= sizes[axis]
-            result.append(size)
-        return tuple(result)
+        return tuple(math.prod(sizes[axis] for axis in group) for group in split_axes(side))
 
     return Tensor(hf_name, path, layer, shape(hf_side), shape(own_side), rule.pattern, f"{own_side} -> {hf_side}")

@@ -15,7 +15,7 @@ def resolve_folder(name_or_path: str, revision: str | None = None) -> Path:
     Only safetensors, JSON, tokenizer and template files are downloaded.
 
     Raises:
-      ValueError: nothing at that path, no such repository, no network and not in the cache, or no safetensors in it.
+      ValueError: nothing at that path, no such repository, no network and not cached, or no safetensors in it.
     """
     path = Path(name_or_path).expanduser()
     if path.is_dir():
@@ -53,19 +53,20 @@ def _download(repo_id: str, revision: str | None) -> Path:
         raise ValueError(f"model {repo_id!r}: no such local folder, and not a valid hub id: {error}") from error
     except GatedRepoError as error:
         raise ValueError(
-            f"model {repo_id!r} is gated: accept its terms on huggingface.co/{repo_id}, then log in with `hf auth login`"
+            f"model {repo_id!r} is gated: accept its terms on huggingface.co/{repo_id}, "
+            "then log in with `hf auth login`"
         ) from error
     except RepositoryNotFoundError as error:
         raise ValueError(
-            f"model {repo_id!r}: no such local folder, and no such repository on the Hugging Face hub (a private one needs "
-            "`hf auth login`)"
+            f"model {repo_id!r}: no such local folder, and no such repository on the Hugging Face hub "
+            "(a private one needs `hf auth login`)"
         ) from error
     except RevisionNotFoundError as error:
         raise ValueError(f"model {repo_id!r} has no revision {revision!r} on the Hugging Face hub") from error
     except LocalEntryNotFoundError as error:
         raise ValueError(
-            f"model {repo_id!r}{at}: no such local folder, and the hub cannot be reached (offline, or HF_HUB_OFFLINE=1) and "
-            "the local cache does not hold it; download it on a machine with network, or give a local folder"
+            f"model {repo_id!r}{at}: no such local folder, the hub cannot be reached (offline or HF_HUB_OFFLINE=1), "
+            "and the local cache does not hold it; download it on a machine with network, or give a local folder"
         ) from error
     except (HfHubHTTPError, OSError) as error:
         raise ValueError(f"model {repo_id!r}{at}: the download from the hub failed: {error}") from error
@@ -77,7 +78,7 @@ def _require_safetensors(folder: Path, name: str) -> None:
     pickles = sorted(path.name for pattern in _BIN_GLOBS for path in folder.glob(pattern))
     found = f"only {pickles[0]}" if pickles else "none"
     raise ValueError(
-        f"model {name!r} has no *.safetensors weights (found: {found}). jdpo reads safetensors only; convert once with "
+        f"model {name!r} has no *.safetensors weights (found: {found}). jdpo reads nothing else; convert it with "
         f"`python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{name}')"
         f".save_pretrained('converted')\"` and copy the tokenizer files beside them"
     )

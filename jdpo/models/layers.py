@@ -86,7 +86,7 @@ class GatedMLP(nn.Module):
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
-    """Radians a position for each rotated pair, float64 [head_dim // 2], as transformers' modeling_rope_utils has them."""
+    """Radians a position for each rotated pair, float64 [head_dim // 2]; as in transformers' modeling_rope_utils."""
     frequencies = 1.0 / rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if rope.kind == "default":
         return frequencies
@@ -96,7 +96,7 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
     wavelengths = 2 * math.pi / frequencies
     turns = rope.original_max_positions / wavelengths
     smooth = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    # Slow waves (few turns within the original length) are stretched by `factor`, fast ones kept, those between blended.
+    # Slow waves (few turns within the original length) are stretched by `factor`, fast ones kept, others blended.
     smooth = np.clip(smooth, 0.0, 1.0)
     return (1 - smooth) * frequencies / rope.factor + smooth * frequencies
 

@@ -1,4 +1,4 @@
-"""The tensors of a Hugging Face folder: which file holds which, of what shape and dtype, checked before anything is read."""
+"""The tensors of a Hugging Face folder: which file holds which, of what shape and dtype; headers only."""
 
 from __future__ import annotations
 
@@ -40,19 +40,26 @@ def tensor_entries(folder: Path) -> dict[str, TensorEntry]:
     if not folder.is_dir():
         raise ValueError(f"model folder {folder} does not exist (or is not a folder)")
     index_path = folder / INDEX_NAME
-    if not index_path.is_file():
+    # transformers takes the single file where both are there.
+    if (folder / SINGLE_NAME).is_file() or not index_path.is_file():
         return _read_header(_single_file(folder))
     weight_map = _read_weight_map(index_path)
     headers: dict[str, dict[str, TensorEntry]] = {}
     for file_name in sorted(set(weight_map.values())):
         path = folder / file_name
         if not path.is_file():
-            raise ValueError(f"{folder}: shard {file_name} is listed in {INDEX_NAME} but is not there; download it again")
+            raise ValueError(
+                f"{folder}: shard {file_name} is listed in {INDEX_NAME} but is not there; download it again"
+            )
         headers[file_name] = _read_header(path)
     for name, file_name in weight_map.items():
         if name not in headers[file_name]:
-            raise ValueError(f"{index_path}: tensor {name} should be in {file_name}, but that file does not hold it")
-    return {name: entry for header in headers.values() for name, entry in header.items()}
+            raise ValueError(
+                f"{index_path}: tensor {name} should be in {file_name}, but that file does not hold it"
+            )
+    # Where two shards hold a tensor of one name, the index decides.
+    entries = {name: entry for header in headers.values() for name, entry in header.items()}
+    return entries | {name: headers[file_name][name] for name, file_name in weight_map.items()}
 
 
 def source_dtypes(folder: Path) -> dict[str, np.dtype]:
@@ -68,7 +75,10 @@ def _single_file(folder: Path) -> Path:
         return folder / SINGLE_NAME
     if len(files) > 1:
         names = ", ".join(path.name for path in files[:3])
-        raise ValueError(f"{folder} holds {len(files)} safetensors files ({names}, ..) but no {INDEX_NAME} to name their tensors")
+        raise ValueError(
+            f"{folder} holds {len(files)} safetensors files ({names}, ..) "
+            f"but no {INDEX_NAME} to name their tensors"
+        )
     return files[0]
 
 
@@ -92,9 +102,13 @@ def _read_header(path: Path) -> dict[str, TensorEntry]:
     with path.open("rb") as file:
         start = file.read(8)
         if _LFS_PREFIX.startswith(start) and start:
-            raise ValueError(f"{path} is a git-LFS pointer, not the tensor file itself; run `git lfs pull` in that folder")
+            raise ValueError(
+                f"{path} is a git-LFS pointer, not the tensor file itself; run `git lfs pull` in that folder"
+            )
         if len(start) < 8:
-            raise ValueError(f"{path} is truncated: {size} bytes, too few for a safetensors header; download it again")
+            raise ValueError(
+                f"{path} is truncated: {size} bytes, too few for a safetensors header; download it again"
+            )
         (header_bytes,) = struct.unpack("<Q", start)
         if header_bytes > _MAX_HEADER_BYTES:
             raise ValueError(f"{path} is not a safetensors file: it claims a header of {header_bytes} bytes")
@@ -104,14 +118,14 @@ def _read_header(path: Path) -> dict[str, TensorEntry]:
     try:
         header: dict[str, Any] = json.loads(text)
         header.pop("__metadata__", None)
-        entries = {
-            name: TensorEntry(path, tuple(info["shape"]), info["dtype"]) for name, info in header.items()
-        }
+        entries = {name: TensorEntry(path, tuple(info["shape"]), info["dtype"]) for name, info in header.items()}
         data_bytes = max((info["data_offsets"][1] for info in header.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{path}: damaged safetensors header: {error!r}") from error
     expected = 8 + header_bytes + data_bytes
     if size != expected:
         what = "is truncated" if size < expected else "has bytes behind its last tensor"
-        raise ValueError(f"{path} {what}: its header speaks of {expected} bytes, the file has {size}; download it again")
+        raise ValueError(
+            f"{path} {what}: its header speaks of {expected} bytes, the file has {size}; download it again"
+        )
     return entries

@@ -14,6 +14,11 @@ SHOWN = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "acc
 LINE_SECONDS = 15.0
 
 
+def make_console() -> Console:
+    """Where messages and progress go: standard error, so that standard output stays free for results."""
+    return Console(file=sys.stderr, soft_wrap=True)
+
+
 class RunDisplay:
     """Shows step, loss, margin, accuracy, rows a second and time left. Use as a context manager."""
 
@@ -24,7 +29,7 @@ class RunDisplay:
           num_steps: steps of the whole run.
           unit: what a row is called: "pairs" or "rows".
         """
-        self.console = console or Console(file=sys.stderr, soft_wrap=True)
+        self.console = console or make_console()
         self._num_steps, self._unit, self._first_step = num_steps, unit, first_step
         self._started = time.monotonic()
         self._line_due = 0.0

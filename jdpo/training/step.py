@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jdpo.losses.objective import ApplyFn, pair_logps, pair_losses, reference_pair_logps, weighted_sum
 from jdpo.losses.logprobs import sequence_logps, shifted_token_logps
+from jdpo.losses.objective import ApplyFn, pair_losses, weighted_sum
 from jdpo.sharding.placement import micro_batch_sharding, replicated
 from jdpo.sharding.rules import LOGICAL_RULES
 from jdpo.types import CompletionBatch, PreferenceBatch
@@ -82,31 +82,55 @@ def sft_objective(apply_fn: ApplyFn) -> Objective:
     return Objective(rows, num_completion_tokens)
 
 
-def summed_loss_and_grads(
+class StepReport(NamedTuple):
+    """What the host learns of a step.
+
+    Attributes:
+      loss: scalar, normalised over the global batch.
+      grad_norm: scalar, before clipping.
+      learning_rate: scalar, of this update.
+      rows: {name: [k, m]} per-row values, `loss` among them; those of padding rows mean nothing.
+    """
+
+    loss: Array
+    grad_norm: Array
+    learning_rate: Array
+    rows: dict[str, Array]
+
+
+class EvaluationReport(NamedTuple):
+    """Per-row values of a batch {name: [k, m]}, and what the loss's sum is to be divided by."""
+
+    rows: dict[str, Array]
+    normalizer: Array
+
+
+def loss_and_grads(
     objective: Objective, params: Params, reference_params: Params, batch: Batch
-) -> tuple[Params, Array, dict[str, Array]]:
-    """Gradients of the loss over all micro-batches, each row's loss [k, m] and the metrics' sums.
+) -> tuple[Array, Params, dict[str, Array]]:
+    """Loss, gradients and per-row values {name: [k, m]} of a global batch, one micro-batch after the other.
 
     The normalizer is of the whole batch, so that the result does not depend on how it is cut.
     """
     normalizer = objective.normalizer(batch)
 
-    def micro_loss(params: Params, micro: Batch) -> tuple[Array, tuple[Array, dict[str, Array]]]:
+    def micro_loss(params: Params, micro: Batch) -> tuple[Array, dict[str, Array]]:
         losses, metrics = objective.rows(params, reference_params, micro)
-        sums = {name: weighted_sum(values, micro.weights) for name, values in metrics.items()}
-        return weighted_sum(losses, micro.weights) / normalizer, (jax.lax.stop_gradient(losses), sums)
+        rows = {**metrics, "loss": jax.lax.stop_gradient(losses)}
+        return weighted_sum(losses, micro.weights) / normalizer, rows
 
-    grad_fn = jax.grad(micro_loss, has_aux=True)
-
-    def accumulate(grads: Params, micro: Batch) -> tuple[Params, tuple[Array, dict[str, Array]]]:
-        more, aux = grad_fn(params, micro)
-        return jax.tree.map(jnp.add, grads, more), aux
-
+    value_and_grad = jax.value_and_grad(micro_loss, has_aux=True)
     if batch.weights.shape[0] == 1:  # no accumulator where there is nothing to accumulate
-        grads, (losses, sums) = grad_fn(params, jax.tree.map(lambda array: array[0], batch))
-        return grads, losses[None], sums
-    grads, (losses, sums) = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, params), batch)
-    return grads, losses, jax.tree.map(lambda array: array.sum(0), sums)
+        (loss, rows), grads = value_and_grad(params, jax.tree.map(lambda array: array[0], batch))
+        return loss, grads, jax.tree.map(lambda array: array[None], rows)
+
+    def accumulate(total: tuple[Array, Params], micro: Batch) -> tuple[tuple[Array, Params], dict[str, Array]]:
+        (loss, rows), grads = value_and_grad(params, micro)
+        return jax.tree.map(jnp.add, total, (loss, grads)), rows
+
+    start = (jnp.zeros((), normalizer.dtype), jax.tree.map(jnp.zeros_like, params))
+    (loss, grads), rows = jax.lax.scan(accumulate, start, batch)
+    return loss, grads, rows
 
 
 def train_step(
@@ -118,56 +142,37 @@ def train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     shardings: Params,
-) -> tuple[TrainState, dict[str, Array]]:
-    """One update. Pure.
-
-    Returns:
-      the new state, and metrics: scalars, and `row_losses` [k, m] for naming the rows of a bad step.
-    """
-    grads, losses, sums = summed_loss_and_grads(objective, state.params, reference_params, batch)
+) -> tuple[TrainState, StepReport]:
+    """One update. Pure."""
+    loss, grads, rows = loss_and_grads(objective, state.params, reference_params, batch)
     grads = jax.lax.with_sharding_constraint(grads, shardings)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    metrics = {
-        "loss": weighted_sum(losses, batch.weights) / objective.normalizer(batch),
-        "grad_norm": optax.global_norm(grads),
-        "learning_rate": schedule(state.step),
-        **{name: total / batch.weights.sum() for name, total in sums.items() if name != "loss"},
-        "row_losses": losses,
-    }
-    return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, state.rng), metrics
+    params = optax.apply_updates(state.params, updates)
+    report = StepReport(loss, optax.global_norm(grads), jnp.asarray(schedule(state.step)), rows)
+    return TrainState(state.step + 1, params, opt_state, state.rng), report
 
 
-def evaluation_sums(
-    params: Params, reference_params: Params, batch: Batch, *, objective: Objective
-) -> dict[str, Array]:
-    """Sums over the rows of a [k, m] batch: of each metric, of the loss, and what they are to be divided by."""
+def evaluate(params: Params, reference_params: Params, batch: Batch, *, objective: Objective) -> EvaluationReport:
+    """Per-row losses and metrics of a [k, m] batch, without gradients."""
 
-    def micro_sums(_: None, micro: Batch) -> tuple[None, dict[str, Array]]:
+    def micro_rows(_: None, micro: Batch) -> tuple[None, dict[str, Array]]:
         losses, metrics = objective.rows(params, reference_params, micro)
-        return None, {
-            name: weighted_sum(values, micro.weights) for name, values in {**metrics, "loss": losses}.items()
-        }
+        return None, {**metrics, "loss": losses}
 
-    _, sums = jax.lax.scan(micro_sums, None, batch)
-    return {
-        **jax.tree.map(lambda array: array.sum(0), sums),
-        "normalizer": objective.normalizer(batch),
-        "rows": batch.weights.sum(),
-    }
+    _, rows = jax.lax.scan(micro_rows, None, batch)
+    return EvaluationReport(rows, objective.normalizer(batch))
 
 
 class Compiled(NamedTuple):
-    """The jitted functions of a run; every one takes and gives arrays on the mesh."""
+    """The jitted functions of a run; both take and give arrays on the mesh."""
 
-    train_step: Callable[..., tuple[TrainState, dict[str, Array]]]
-    evaluate: Callable[..., dict[str, Array]]
-    start_logps: Callable[..., tuple[Array, Array]] | None
+    train_step: Callable[[TrainState, Params, Batch], tuple[TrainState, StepReport]]
+    evaluate: Callable[[Params, Params, Batch], EvaluationReport]
 
 
 def compile_step(
     *,
     objective: Objective,
-    apply_fn: ApplyFn,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     mesh: Mesh,
@@ -181,18 +186,9 @@ def compile_step(
     batch_sharding, whole = micro_batch_sharding(mesh), replicated(mesh)
     params_sharding = state_shardings.params
     reference_sharding = params_sharding if with_reference else None
-    step = partial(
-        train_step, objective=objective, optimizer=optimizer, schedule=schedule, shardings=params_sharding
-    )
-    evaluate = partial(evaluation_sums, objective=objective)
-
-    def start_logps(params: Params, reference_params: Params, batch: PreferenceBatch) -> tuple[Array, Array]:
-        flat: PreferenceBatch = jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), batch)
-        reference = reference_pair_logps(reference_params, flat, apply_fn=apply_fn)
-        return pair_logps(params, flat, apply_fn=apply_fn), reference
-
+    step = partial(train_step, objective=objective, optimizer=optimizer, schedule=schedule, shardings=params_sharding)
     return Compiled(
-        train_step=_on_mesh(
+        _on_mesh(
             mesh,
             jax.jit(
                 step,
@@ -201,24 +197,14 @@ def compile_step(
                 donate_argnums=0,
             ),
         ),
-        evaluate=_on_mesh(
+        _on_mesh(
             mesh,
             jax.jit(
-                evaluate,
+                partial(evaluate, objective=objective),
                 in_shardings=(params_sharding, reference_sharding, batch_sharding),
                 out_shardings=whole,
             ),
         ),
-        start_logps=_on_mesh(
-            mesh,
-            jax.jit(
-                start_logps,
-                in_shardings=(params_sharding, reference_sharding, batch_sharding),
-                out_shardings=whole,
-            ),
-        )
-        if with_reference
-        else None,
     )
 
 

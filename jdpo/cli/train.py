@@ -1,0 +1,72 @@
+"""`jdpo sft CONFIG [key=value ...]` and `jdpo dpo CONFIG [key=value ...]`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from jdpo.config import DPOConfig, SFTConfig, TrainConfig, keys_of, load_config, to_yaml
+
+CONFIGS: dict[str, type[TrainConfig]] = {"sft": SFTConfig, "dpo": DPOConfig}
+FLAGS = {
+    "--help": "this text",
+    "--print_config": "print the whole config as YAML, defaults included, and stop",
+    "--dry_run": "read model config, tokenizer and rows, check that everything fits, say what the run would be, and stop",
+}
+
+
+def usage(command: str) -> str:
+    """What `jdpo dpo --help` prints: every key with its default."""
+    cls = CONFIGS[command]
+    defaults = _defaults(cls)
+    lines = [
+        f"usage: jdpo {command} [CONFIG.yaml] [--key value | --key=value | key=value ...]",
+        "",
+        f"example: jdpo {command} --model_name_or_path MODEL --datasets ROWS.jsonl --output_dir runs/first",
+        "",
+    ]
+    lines += [f"  {flag:<32}{text}" for flag, text in FLAGS.items()] + [""]
+    for key, text in keys_of(cls).items():
+        if key not in GROUPS:
+            lines.append(f"  --{key:<30}{text}{f' [{defaults[key]}]' if key in defaults else ''}")
+    return "\n".join(lines)
+
+
+GROUPS = ("mesh", "optimizer")
+
+
+def _defaults(cls: type[TrainConfig]) -> dict[str, str]:
+    import yaml
+
+    config = load_config(cls, None, ["model_name_or_path=x", "output_dir=x", "datasets=x"])
+    values = yaml.safe_load(to_yaml(config))
+    for group in GROUPS:
+        values |= {f"{group}.{key}": value for key, value in values.pop(group).items()}
+    required = {"model_name_or_path", "output_dir", "datasets"}
+    return {key: "null" if value is None else str(value) for key, value in values.items() if key not in required}
+
+
+def main(command: str, words: Sequence[str]) -> int:
+    """Parses, builds, calls."""
+    words = list(words)
+    if "--help" in words or "-h" in words:
+        print(usage(command))
+        return 0
+    print_config, dry_run = ("--print_config" in words), ("--dry_run" in words)
+    words = [word for word in words if word not in ("--print_config", "--dry_run")]
+    path = None
+    if words and not words[0].startswith("--") and "=" not in words[0]:
+        path = Path(words.pop(0))
+    config = load_config(CONFIGS[command], path, words)
+    if print_config:
+        print(to_yaml(config), end="")
+        return 0
+    if dry_run:
+        from jdpo.training.setup import build, resolve_dtype
+
+        build(resolve_dtype(dataclasses.replace(config)), print)
+        return 0
+    from jdpo.training.loop import train
+
+    return train(config).exit_code

@@ -1,0 +1,258 @@
+"""Loading a tokenizer, giving it a chat template where it has none, and what training needs to know of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jdpo.types import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BUILT_IN_TEMPLATE = "chatml"
+
+_MARKER = re.compile(r"<\|[^<>|\s]+\|>|</?[A-Za-z_][A-Za-z0-9_]*>")
+"""What counts as a marker of the template: `<|im_start|>`, `<start_of_turn>`, `</s>`; one word in angle brackets."""
+
+_QUESTION, _ANSWER, _SYSTEM = "jdpoquestion", "jdpoanswer", "jdposystem"
+
+_ANCHORS = ("\n", ".", "a")
+"""Text to stand before a completion that is tokenized alone; see `Tokenizer.encode_completions`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """A tokenizer with its chat template.
+
+    Attributes:
+      hf: the tokenizer itself, to be saved with the model.
+      added_tokens: tokens that the chat template brought and the vocabulary did not have.
+      end_token_ids: tokens that end an answer: the tokenizer's EOS and the template's end of turn.
+      digest: content digest of vocabulary, special tokens and template.
+      notes: sentences for the user on what was changed.
+      source: the folder, for messages.
+    """
+
+    hf: PreTrainedTokenizerBase
+    added_tokens: tuple[str, ...]
+    end_token_ids: tuple[int, ...]
+    digest: str
+    notes: tuple[str, ...]
+    source: str
+
+    @cached_property
+    def size(self) -> int:
+        """How many embedding rows the token ids need."""
+        return max(len(self.hf), 1 + max(self.hf.get_vocab().values(), default=0))
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self.hf.chat_template)
+
+    @property
+    def eos_token_id(self) -> int:
+        """Ends plain text."""
+        assert isinstance(self.hf.eos_token_id, int)
+        return self.hf.eos_token_id
+
+    @property
+    def pad_token_id(self) -> int:
+        """Fills up batches; its id means nothing, since masks come from lengths."""
+        pad = self.hf.pad_token_id
+        return pad if isinstance(pad, int) else self.eos_token_id
+
+    @cached_property
+    def bos_token_id(self) -> int | None:
+        """The BOS that this tokenizer puts before plain text, None where it puts none."""
+        ids = self.hf("a")["input_ids"]
+        bos = self.hf.bos_token_id
+        return bos if isinstance(bos, int) and len(ids) > 1 and ids[0] == bos else None
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+        """A conversation as the chat template writes it.
+
+        Raises:
+          jinja2.TemplateError: the template refuses the conversation.
+        """
+        text = self.hf.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+        assert isinstance(text, str)
+        return text
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, nothing added to them."""
+        if not texts:
+            return []
+        encoded = self.hf(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
+        ids: list[list[int]] = encoded["input_ids"]
+        return ids
+
+    def encode_completions(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts that follow a prompt, tokenized apart from it.
+
+        SentencePiece tokenizers put a space before any text (`Paris` alone is `▁Paris`), which a completion must
+        not gain. There the text is tokenized behind an anchor, whose tokens are then cut off.
+        """
+        apart = self.encode(texts)
+        anchor_ids = self._anchor_ids
+        if anchor_ids is None:
+            return apart
+        anchor, ids = anchor_ids
+        anchored = self.encode([anchor + text for text in texts])
+        return [
+            behind[len(ids) :] if behind[: len(ids)] == ids else alone
+            for behind, alone in zip(anchored, apart, strict=True)
+        ]
+
+    @cached_property
+    def _anchor_ids(self) -> tuple[str, list[int]] | None:
+        """An anchor and its ids where text alone gains a space, else None."""
+        (letter,) = self.encode(["a"])
+        if self.hf.decode(letter + letter).strip() == "aa":
+            return None
+        for anchor in _ANCHORS:
+            (ids,) = self.encode([anchor])
+            if self.hf.unk_token_id not in ids:
+                return anchor, ids
+        return None
+
+
+def load_tokenizer(folder: Path, *, chat_template: str | None) -> Tokenizer:
+    """Loads the tokenizer of a model folder; no network is used.
+
+    A template given by the user replaces the tokenizer's own. Markers that it writes around turns (one word in angle
+    brackets, like `<|im_start|>` or `<end_of_turn>`; found by rendering a conversation) become single tokens, new ones
+    where the vocabulary lacks them, and the first of them behind an answer becomes the EOS.
+
+    Args:
+      folder: a model folder with tokenizer files.
+      chat_template: a Jinja file, "chatml" for the built-in one, or None for the tokenizer's own.
+
+    Raises:
+      ValueError: the folder holds no tokenizer, the template is missing or broken, or there is no token to end with.
+    """
+    hf = _read(folder)
+    own_eos = hf.eos_token_id
+    notes: list[str] = []
+    added: tuple[str, ...] = ()
+    if chat_template is not None:
+        notes.append(f"chat template: {chat_template}{', in place of its own' if hf.chat_template else ''}")
+        hf.chat_template = _template_text(chat_template, hf)
+        added = _add_markers(hf, chat_template)
+        if added:
+            notes.append(f"new tokens of the chat template: {' '.join(added)}")
+    end_of_turn = _end_of_turn(hf)
+    if end_of_turn is not None and (chat_template is not None or own_eos is None):
+        if end_of_turn != hf.eos_token:
+            notes.append(f"EOS token: {end_of_turn}" + (f" (was {hf.eos_token})" if hf.eos_token else ""))
+        hf.eos_token = end_of_turn
+    if hf.eos_token_id is None:
+        raise ValueError(
+            f"the tokenizer in {folder} has no EOS token, and its chat template ends a turn with no special token: "
+            "answers would never end. Set eos_token in tokenizer_config.json, or chat_template: chatml"
+        )
+    if hf.chat_template and end_of_turn is None:
+        notes.append("the chat template ends an answer with no special token: it is not learnt where to stop")
+    turn_id = None if end_of_turn is None else hf.convert_tokens_to_ids(end_of_turn)
+    end_ids = tuple(dict.fromkeys(i for i in (hf.eos_token_id, turn_id, own_eos) if isinstance(i, int)))
+    return Tokenizer(hf, added, end_ids, _digest(hf), tuple(notes), str(folder))
+
+
+def _read(folder: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    if not folder.is_dir():
+        raise ValueError(
+            f"{folder}: no such folder; a Hugging Face model folder with tokenizer files is expected"
+        )
+    try:
+        hf: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # whatever a broken file makes transformers and tokenizers raise
+        raise ValueError(
+            f"{folder}: no usable tokenizer in this folder; tokenizer.json and tokenizer_config.json are expected "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    return hf
+
+
+def _template_text(name: str, hf: PreTrainedTokenizerBase) -> str:
+    if name == BUILT_IN_TEMPLATE:
+        text = resources.files("jdpo.data").joinpath("chatml.jinja").read_text(encoding="utf-8")
+        # A model that always saw BOS first keeps seeing it; GPT-2 has one too, and never saw it.
+        adds_bos = hf.bos_token_id is not None and hf("a")["input_ids"][:1] == [hf.bos_token_id]
+        return "{{- bos_token -}}" + text if adds_bos else text
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise ValueError(f"chat_template: {name!r} is neither a file nor the built-in {BUILT_IN_TEMPLATE!r}")
+    return path.read_text(encoding="utf-8")
+
+
+def _add_markers(hf: PreTrainedTokenizerBase, name: str) -> tuple[str, ...]:
+    """Makes every marker of the template one token; returns those that the vocabulary did not have."""
+    text = _rendered_probe(hf, name)
+    known = set(hf.all_special_tokens) | set(hf.get_added_vocab())
+    markers = [marker for marker in dict.fromkeys(_MARKER.findall(text)) if marker not in known]
+    vocabulary = hf.get_vocab()
+    hf.add_special_tokens({"additional_special_tokens": markers}, replace_extra_special_tokens=False)
+    return tuple(marker for marker in markers if marker not in vocabulary)
+
+
+def _rendered_probe(hf: PreTrainedTokenizerBase, name: str) -> str:
+    """A conversation with every kind of turn that the template takes."""
+    import jinja2
+
+    turns = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
+    texts = []
+    for conversation in ([{"role": "system", "content": _SYSTEM}, *turns], turns):
+        try:
+            texts.append(hf.apply_chat_template(conversation, tokenize=False))
+            texts.append(
+                hf.apply_chat_template(conversation[:-1], tokenize=False, add_generation_prompt=True)
+            )
+        except jinja2.TemplateSyntaxError as error:
+            raise ValueError(f"chat_template {name}: line {error.lineno}: {error.message}") from None
+        except jinja2.TemplateError as error:
+            if conversation is turns:
+                raise ValueError(f"chat_template {name} refuses a question and its answer: {error}") from None
+    if not any(_ANSWER in text for text in texts):
+        raise ValueError(f"chat_template {name} writes a conversation without the assistant's words")
+    return "".join(texts)
+
+
+def _end_of_turn(hf: PreTrainedTokenizerBase) -> str | None:
+    """The first special token that the template writes behind an assistant's words."""
+    import jinja2
+
+    if not hf.chat_template:
+        return None
+    turns = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
+    try:
+        text = hf.apply_chat_template(turns, tokenize=False)
+    except jinja2.TemplateError:
+        return None  # it wants conversations of another kind; rows it refuses are counted
+    assert isinstance(text, str)
+    _, found, tail = text.rpartition(_ANSWER)
+    tokens = sorted({*hf.all_special_tokens, *hf.get_added_vocab()}, key=len, reverse=True)
+    match = re.search("|".join(map(re.escape, tokens)), tail) if found and tokens else None
+    return match.group() if match else None
+
+
+def _digest(hf: PreTrainedTokenizerBase) -> str:
+    """Vocabulary, merges, normalisation and special tokens (the whole tokenizer.json where there is one), template."""
+    backend: Any = getattr(hf, "backend_tokenizer", None)
+    parts = {
+        "class": type(hf).__name__,
+        "tokenizer": sorted(hf.get_vocab().items()) if backend is None else backend.to_str(),
+        "special": {name: str(token) for name, token in hf.special_tokens_map.items()},
+        "template": hf.chat_template,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

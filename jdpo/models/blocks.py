@@ -1,0 +1,197 @@
+"""The decoder's layers, and how they fall into a scanned stack of repeats and an unrolled rest.
+
+Axes: n sequences, t positions, s cache slots, d model, h heads, g key/value heads, k head width, v vocabulary.
+
+The layers repeat a pattern (of attention windows) of period p. `stack` holds num_layers // p repeats of it, each
+parameter with a leading "layers" axis; `rest` holds the num_layers % p layers left over. So windows stay static.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jdpo.models.attention import dot_product_attention
+from jdpo.models.families import ModelConfig
+from jdpo.models.layers import INIT_STDDEV, GatedMLP, Projection, RMSNorm, apply_rope
+
+LayerCache = dict[str, dict[str, jax.Array]]
+"""{"layer_j": {"key": [.., n, s, g, k], "value": the same}}, with a leading repeats axis in the stack."""
+
+REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
+    "full": None,  # keep each layer's input only
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+"""What the backward pass keeps; "none" stands outside the table and keeps everything."""
+
+
+class Context(NamedTuple):
+    """What every layer reads and none changes."""
+
+    cos: jax.Array
+    sin: jax.Array
+    query_positions: jax.Array
+    key_positions: jax.Array
+    key_mask: jax.Array
+    write_index: jax.Array | None  # None without a cache
+
+
+class LayerPattern(NamedTuple):
+    """How num_layers layers fall into repeats of a pattern and a rest; layer i is (i // period, i % period)."""
+
+    period: int
+    repeats: int
+    rest: int
+
+
+def layer_pattern(config: ModelConfig) -> LayerPattern:
+    """The smallest period of `layer_windows`, how often it fits, and what is left.
+
+    >>> from types import SimpleNamespace as Config
+    >>> layer_pattern(Config(num_layers=5, layer_windows=(None, 4, None, 4, None)))
+    LayerPattern(period=2, repeats=2, rest=1)
+    """
+    windows, num_layers = config.layer_windows, config.num_layers
+    assert len(windows) == num_layers, (windows, num_layers)
+    period = next(
+        p for p in range(1, num_layers + 1) if all(windows[i] == windows[i % p] for i in range(num_layers))
+    )
+    return LayerPattern(period, num_layers // period, num_layers % period)
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention with rotary positions, optional biases, QK norms and sliding window."""
+
+    config: ModelConfig
+    window: int | None
+    compute_dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(
+        self, x_ntd: jax.Array, cache: dict[str, jax.Array] | None, context: Context
+    ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
+        config = self.config
+        query = self._project(x_ntd, "query", config.num_heads, "heads")
+        key = self._project(x_ntd, "key", config.num_kv_heads, "kv_heads")
+        value = self._project(x_ntd, "value", config.num_kv_heads, "kv_heads")
+        if config.qk_norm:
+            query = RMSNorm(config.norm_eps, "head_dim", self.param_dtype, name="query_norm")(query)
+            key = RMSNorm(config.norm_eps, "head_dim", self.param_dtype, name="key_norm")(key)
+        query, key = (apply_rope(x, context.cos, context.sin) for x in (query, key))
+        if cache is not None:
+            assert context.write_index is not None
+            start = (0, context.write_index, 0, 0)
+            key = jax.lax.dynamic_update_slice(cache["key"], key.astype(cache["key"].dtype), start)
+            value = jax.lax.dynamic_update_slice(cache["value"], value.astype(cache["value"].dtype), start)
+            cache = {"key": key, "value": value}
+        output = dot_product_attention(
+            query,
+            key,
+            value,
+            query_positions_nt=context.query_positions,
+            key_positions_ns=context.key_positions,
+            key_mask_ns=context.key_mask,
+            window=self.window,
+        )
+        shape, axes = (config.num_heads, config.head_dim, config.d_model), ("heads", "head_dim", "embed")
+        project = Projection(
+            "nthk,hkd->ntd", shape, axes, self.compute_dtype, self.param_dtype, 2, config.o_bias, name="output"
+        )
+        return project(output), cache
+
+    def _project(self, x_ntd: jax.Array, name: str, num_heads: int, axis: str) -> jax.Array:
+        shape, axes = (self.config.d_model, num_heads, self.config.head_dim), ("embed", axis, "head_dim")
+        bias = self.config.qkv_bias
+        project = Projection(
+            "ntd,dhk->nthk", shape, axes, self.compute_dtype, self.param_dtype, 1, bias, name=name
+        )
+        return nn.with_logical_constraint(project(x_ntd), ("batch", "act_length", f"act_{axis}", "act_head_dim"))
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and MLP, each added to the residual stream."""
+
+    config: ModelConfig
+    window: int | None
+    compute_dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(
+        self, x_ntd: jax.Array, cache: dict[str, jax.Array] | None, context: Context
+    ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
+        config, dtypes = self.config, (self.compute_dtype, self.param_dtype)
+        normed = RMSNorm(config.norm_eps, "norm", self.param_dtype, name="attention_norm")(x_ntd)
+        attended, cache = Attention(config, self.window, *dtypes, name="attention")(normed, cache, context)
+        x_ntd = constrain_stream(x_ntd + attended)
+        normed = RMSNorm(config.norm_eps, "norm", self.param_dtype, name="mlp_norm")(x_ntd)
+        x_ntd = x_ntd + GatedMLP(config.d_model, config.d_ff, *dtypes, name="mlp")(normed)
+        return constrain_stream(x_ntd), cache
+
+
+class LayerGroup(nn.Module):
+    """Consecutive layers `layer_0` .., each with its own window; the body of the scan, and the rest behind it."""
+
+    config: ModelConfig
+    windows: tuple[int | None, ...]
+    compute_dtype: Any
+    param_dtype: Any
+    remat: str
+    scanned: bool
+
+    @nn.compact
+    def __call__(
+        self, x_ntd: jax.Array, cache: LayerCache | None, context: Context
+    ) -> tuple[jax.Array, LayerCache | None]:
+        layer_class: Any = DecoderLayer
+        if self.remat != "none":
+            # Within a scan the loop itself keeps XLA from merging the recomputation with the forward pass.
+            policy = REMAT_POLICIES[self.remat]
+            layer_class = nn.remat(DecoderLayer, policy=policy, prevent_cse=not self.scanned)
+        new_cache: LayerCache = {}
+        for index, window in enumerate(self.windows):
+            name = f"layer_{index}"
+            layer = layer_class(self.config, window, self.compute_dtype, self.param_dtype, name=name)
+            x_ntd, new_cache[name] = layer(x_ntd, None if cache is None else cache[name], context)
+        return x_ntd, None if cache is None else new_cache
+
+
+class Embedding(nn.Module):
+    """The token table [v, d], which is the output head too where the two are tied."""
+
+    config: ModelConfig
+    compute_dtype: Any
+    param_dtype: Any
+
+    def setup(self) -> None:
+        init = nn.with_logical_partitioning(nn.initializers.normal(INIT_STDDEV), ("vocab", "embed"))
+        shape = (self.config.vocab_size, self.config.d_model)
+        self.embedding = self.param("embedding", init, shape, self.param_dtype)
+
+    def __call__(self, tokens_nt: jax.Array) -> jax.Array:
+        return constrain_stream(jnp.take(self.embedding, tokens_nt, axis=0).astype(self.compute_dtype))
+
+    def head(self) -> jax.Array:
+        """The table as a head kernel, [d, v]."""
+        return self.embedding.T
+
+
+class Head(nn.Module):
+    """An untied output head, [d, v]."""
+
+    config: ModelConfig
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        init = nn.with_logical_partitioning(nn.initializers.normal(INIT_STDDEV), ("embed", "vocab"))
+        return self.param("kernel", init, (self.config.d_model, self.config.vocab_size), self.param_dtype)
+
+
+def constrain_stream(x_ntd: jax.Array) -> jax.Array:
+    return nn.with_logical_constraint(x_ntd, ("batch", "act_length", "act_embed"))

@@ -1,0 +1,52 @@
+"""SIGTERM and Ctrl-C as a wish that the loop grants at the next step, instead of a death."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+import jax
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopRequest:
+    """While entered, a first signal asks the run to stop; a second one does what it always did."""
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for signum in SIGNALS:
+                self._previous[signum] = signal.signal(signum, self._ask)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._restore()
+
+    def _ask(self, signum: int, frame: FrameType | None) -> None:
+        self.signum = signum
+        self._restore()
+
+    def _restore(self) -> None:
+        while self._previous:
+            signal.signal(*self._previous.popitem())
+
+    def asked(self) -> bool:
+        """Whether any process was asked to stop; every process gets the same answer."""
+        mine = self.signum is not None
+        if jax.process_count() == 1:
+            return mine
+        import numpy as np
+        from jax.experimental import multihost_utils
+
+        return bool(np.any(multihost_utils.process_allgather(np.array([mine]))))
+
+    @property
+    def exit_code(self) -> int:
+        """128 + signal, as shells have it: 143 for SIGTERM, so that a scheduler does not take the job for done."""
+        return 128 + (self.signum or signal.SIGTERM)

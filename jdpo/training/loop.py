@@ -1,0 +1,379 @@
+"""The training run, read from top to bottom: set up, restore or start, step, evaluate, save, export."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jdpo._version import __version__
+from jdpo.checkpoint.hf_export import export_model
+from jdpo.checkpoint.manager import CheckpointManager
+from jdpo.config import DPOConfig, TrainConfig, to_dict, to_yaml
+from jdpo.data.loader import plan, prefetch
+from jdpo.data.prepare import PreparedData
+from jdpo.models.transformer import abstract_params, make_apply_fn
+from jdpo.reports.model_card import model_card
+from jdpo.reports.plots import write_plots
+from jdpo.reports.progress import RunDisplay, make_console
+from jdpo.reports.writers import JsonlWriter, Writer, cut_metrics, make_trackers, read_metrics
+from jdpo.sharding.placement import fetch, micro_batch_sharding, place, replicated, state_shardings
+from jdpo.training.checks import check_finite, check_start
+from jdpo.training.interrupt import StopRequest
+from jdpo.training.metrics import RowAverages, Window, mean_over_rows
+from jdpo.training.optimizer import learning_rate_schedule, make_optimizer
+from jdpo.training.run_dir import RunDirectory, barrier
+from jdpo.training.setup import Setup, build, load_reference, load_start, resolve_dtype
+from jdpo.training.step import Batch, StepReport, TrainState, compile_step
+from jdpo.training.tasks import make_batch, task_for
+
+Params = Any
+OnStep = Callable[[int, Params], None]
+
+
+class RunResult(NamedTuple):
+    """How a run ended.
+
+    Attributes:
+      step: updates made.
+      interrupted: whether a signal stopped it; a checkpoint of `step` stands then.
+      exit_code: 0, or 128 + the signal's number.
+      directory: where everything lies.
+    """
+
+    step: int
+    interrupted: bool
+    exit_code: int
+    directory: RunDirectory
+
+
+def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
+    """Runs `jdpo sft` or `jdpo dpo`: starts, resumes, or finds the run finished.
+
+    Args:
+      config: an SFTConfig or a DPOConfig.
+      on_step: called as on_step(step, params) before the first update of this process and after each update;
+        the params are on the mesh and valid during the call only, as the next update reuses their memory.
+
+    Returns:
+      how it ended.
+
+    Raises:
+      ValueError: bad input, before anything is trained.
+      FloatingPointError: loss or gradients are not finite; step and rows are named.
+    """
+    console = make_console()
+
+    def say(text: str) -> None:
+        if jax.process_index() == 0:
+            console.print(text, markup=False, highlight=False)
+
+    with StopRequest() as stop:
+        config = resolve_dtype(config)
+        directory = RunDirectory(config, task_for(config).command)
+        if directory.finished:
+            step = directory.state()["results"]["step"]
+            say(f"the run in {directory.path} is finished (step {step}); its model is {directory.model}")
+            return RunResult(step, False, 0, directory)
+        setup = build(config, say)
+        directory.check_inputs(setup.inputs())
+        run = Run(setup, directory, stop, say)
+        try:
+            return run.go(on_step)
+        finally:
+            run.close()
+
+
+class Run:
+    """The moving parts of a run, and the steps that move them."""
+
+    def __init__(self, setup: Setup, directory: RunDirectory, stop: StopRequest, say: Callable[[str], None]) -> None:
+        config, task = setup.config, setup.task
+        self.setup, self.directory, self.stop, self.say = setup, directory, stop, say
+        optimizer = make_optimizer(config, setup.num_steps)
+        shapes, shardings = abstract_params(setup.model), setup.shardings
+        abstract = TrainState(
+            step=jax.ShapeDtypeStruct((), jnp.int32),
+            params=shapes,
+            opt_state=jax.eval_shape(optimizer.init, shapes),
+            rng=jax.eval_shape(lambda: jax.random.key_data(jax.random.key(config.seed))),
+        )
+        self.shardings: TrainState = state_shardings(abstract, shapes, shardings, setup.mesh)
+        self.abstract_state: TrainState = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            abstract,
+            self.shardings,
+        )
+        self.compiled = compile_step(
+            objective=task.objective(make_apply_fn(setup.model)),
+            optimizer=optimizer,
+            schedule=learning_rate_schedule(config, setup.num_steps),
+            mesh=setup.mesh,
+            state_shardings=self.shardings,
+            with_reference=task.uses_reference,
+        )
+        self.init_opt_state = jax.jit(optimizer.init, out_shardings=self.shardings.opt_state)
+        self.batch_sharding = micro_batch_sharding(setup.mesh)
+        self.pad_token_id = setup.tokenizer.pad_token_id
+        self.manager = CheckpointManager(
+            directory.checkpoints,
+            max_to_keep=config.save_total_limit,
+            greater_is_better=not config.metric_for_best_model.endswith("loss"),
+        )
+        self.window, self.num_tokens = Window(), 0
+        self.last_saved: int | None = None
+        self.writers: list[Writer] = []
+        self.jsonl: JsonlWriter | None = None
+
+    # --- start or resume
+
+    def go(self, on_step: OnStep | None) -> RunResult:
+        """Everything from the first array to the exported model."""
+        state, reference, first = self._start()
+        if self.stop.asked():
+            return self._interrupted(first)
+        if on_step is not None:
+            on_step(first, state.params)
+        if first < self.setup.num_steps:
+            state, done = self._steps(state, reference, first, on_step)
+            if self.stop.asked():
+                return self._interrupted(done)
+        del reference
+        return self._finish(state)
+
+    def _start(self) -> tuple[TrainState, Params, int]:
+        setup, config = self.setup, self.setup.config
+        newest = self.manager.newest_whole_step()
+        barrier("checkpoint chosen")
+        if newest is None:
+            params = load_start(setup)
+            reference = load_reference(setup, params) if setup.task.uses_reference else None
+            rng = jax.device_put(jax.random.key_data(jax.random.key(config.seed)), replicated(setup.mesh))
+            step = jax.device_put(jnp.int32(0), replicated(setup.mesh))
+            state = TrainState(step, params, self.init_opt_state(params), rng)
+        else:
+            reference = load_reference(setup, None) if setup.task.uses_reference else None
+            restored = self.manager.restore(newest, self.abstract_state)
+            state, position = restored.state, restored.position
+            self.window, self.num_tokens = Window(position["window"]), position["num_tokens"]
+            self.last_saved = newest
+            self.say(f"resuming from the checkpoint of step {newest}")
+        if jax.process_index() == 0:
+            cut_metrics(self.directory.metrics, newest or 0)
+            self.jsonl = JsonlWriter(self.directory.metrics)
+            self.writers = [self.jsonl, *make_trackers(config.report_to, self.directory.path, to_dict(config))]
+        return state, reference, newest or 0
+
+    # --- the loop
+
+    def _steps(
+        self, state: TrainState, reference: Params, first: int, on_step: OnStep | None
+    ) -> tuple[TrainState, int]:
+        setup, config = self.setup, self.setup.config
+        display = RunDisplay(first_step=first, num_steps=setup.num_steps, unit=setup.task.unit)
+        done, started, rows_since = first, time.perf_counter(), 0
+        tokens_since, steps_since = 0, 0
+        with display:
+            say, self.say = self.say, display.say if jax.process_index() == 0 else self.say
+            for indices, batch, num_tokens in prefetch(self._train_batch, range(first, setup.num_steps)):
+                begun = time.perf_counter()
+                state, on_device = self.compiled.train_step(state, reference, place(batch, self.batch_sharding))
+                report: StepReport = fetch(on_device)
+                done += 1
+                self._take(report, done, indices, num_tokens)
+                rows_since, tokens_since = rows_since + len(indices), tokens_since + num_tokens
+                steps_since += 1
+                if on_step is not None:
+                    on_step(done, state.params)
+                is_last = done == setup.num_steps
+                now = time.perf_counter()
+                values = {"loss": float(report.loss), **mean_over_rows(report.rows, len(indices))}
+                display.step(done, values, len(indices) / (now - begun))
+                if done % config.logging_steps == 0 or is_last:
+                    seconds = now - started
+                    self._log(done, float(report.learning_rate), rows_since, tokens_since, steps_since, seconds)
+                    started, rows_since, tokens_since, steps_since = now, 0, 0, 0
+                metric = None
+                if setup.eval_data is not None and (is_last or (config.eval_steps and done % config.eval_steps == 0)):
+                    metric = self._evaluate(done, state.params, reference)[config.metric_for_best_model]
+                stopping = self.stop.asked()
+                if done % config.save_steps == 0 or is_last or stopping:
+                    self._save(done, state, metric)
+                self.manager.poll()
+                if stopping:
+                    break
+            self.say = say
+        return state, done
+
+    def _train_batch(self, step: int) -> tuple[np.ndarray, Batch, int]:
+        setup, config = self.setup, self.setup.config
+        indices = plan(
+            step,
+            num_rows=len(setup.train_data),
+            global_batch_size=config.global_batch_size,
+            seed=config.seed,
+            shuffle=config.shuffle,
+        )
+        return indices, *self._batch(setup.train_data, indices)
+
+    def _batch(self, data: PreparedData, indices: np.ndarray) -> tuple[Batch, int]:
+        setup = self.setup
+        return make_batch(
+            setup.task,
+            data,
+            indices,
+            setup.layout,
+            max_length=setup.config.max_length,
+            pad_token_id=self.pad_token_id,
+        )
+
+    def _take(self, report: StepReport, done: int, indices: np.ndarray, num_tokens: int) -> None:
+        """Checks a step's numbers and adds them to the window."""
+        rows = {name: values.reshape(-1)[: len(indices)] for name, values in report.rows.items()}
+        loss, grad_norm = float(report.loss), float(report.grad_norm)
+        data = self.setup.train_data
+        origins = [data[int(index)].origin for index in indices] if not np.isfinite([loss, grad_norm]).all() else []
+        check_finite(done, loss, grad_norm, rows["loss"] if origins else np.zeros(0), origins, self.last_saved)
+        if done == 1:
+            self._check_start(rows, indices)
+        self.num_tokens += num_tokens
+        self.window.add({**mean_over_rows(rows, len(indices)), "loss": loss, "grad_norm": grad_norm})
+
+    def _check_start(self, rows: Mapping[str, np.ndarray], indices: np.ndarray) -> None:
+        config = self.setup.config
+        if not isinstance(config, DPOConfig):
+            return
+        pairs = [self.setup.train_data[int(index)] for index in indices]
+        self.say(
+            check_start(
+                rows,
+                beta=config.beta,
+                lengths=np.array([[len(pair.chosen_ids), len(pair.rejected_ids)] for pair in pairs]),
+                compute_dtype=config.compute_dtype,
+                reference_is_start=self.setup.reference_folder is None,
+                loss_is_sigmoid=config.loss_type == "sigmoid",
+            )
+        )
+
+    # --- what is written on the way
+
+    def _log(
+        self, done: int, learning_rate: float, num_rows: int, num_tokens: int, num_steps: int, seconds: float
+    ) -> None:
+        unit = self.setup.task.unit
+        self._write(
+            {
+                "step": done,
+                "epoch": done / self.setup.steps_per_epoch,
+                **self.window.averages(),
+                "learning_rate": learning_rate,
+                "num_tokens": self.num_tokens,
+                f"{unit}_per_second": num_rows / seconds,
+                "tokens_per_second": num_tokens / seconds,
+                "step_seconds": seconds / num_steps,
+            }
+        )
+        self.window = Window()
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        for writer in self.writers:
+            writer.write(line)
+
+    def _evaluate(self, done: int, params: Params, reference: Params) -> dict[str, float]:
+        data, config = self.setup.eval_data, self.setup.config
+        assert data is not None
+        averages, started = RowAverages(), time.perf_counter()
+        size = config.global_batch_size
+        for start in range(0, len(data), size):
+            indices = np.arange(start, min(start + size, len(data)))
+            batch, _ = self._batch(data, indices)
+            report = fetch(self.compiled.evaluate(params, reference, place(batch, self.batch_sharding)))
+            averages.add(report.rows, len(indices), float(report.normalizer))
+        metrics = {f"eval_{name}": value for name, value in averages.averages().items()}
+        seconds = time.perf_counter() - started
+        line = {"step": done, "epoch": done / self.setup.steps_per_epoch, **metrics}
+        self._write({**line, f"eval_{self.setup.task.unit}_per_second": len(data) / seconds})
+        figures = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        self.say(f"evaluation after step {done}: {figures}")
+        return metrics
+
+    def _save(self, done: int, state: TrainState, metric: float | None) -> None:
+        """Starts an asynchronous save; the lines of metrics.jsonl it vouches for go to the disk first."""
+        if self.jsonl is not None:
+            self.jsonl.sync()
+        config = self.setup.config
+        position = {
+            "step": done,
+            "epoch": done / self.setup.steps_per_epoch,
+            "num_tokens": self.num_tokens,
+            "window": self.window.to_json(),
+            "config": to_dict(config),
+            "jdpo": __version__,
+        }
+        self.manager.save(done, state, position, metric=metric)
+        self.last_saved = done
+
+    # --- the end
+
+    def _interrupted(self, done: int) -> RunResult:
+        self.manager.wait()
+        saved = f"step {self.last_saved} is saved" if self.last_saved is not None else "nothing was trained yet"
+        self.say(f"stopped by a signal; {saved}. Run the same command again to go on")
+        return RunResult(done, True, self.stop.exit_code, self.directory)
+
+    def _finish(self, state: TrainState) -> RunResult:
+        setup, config = self.setup, self.setup.config
+        self.manager.wait()
+        step = exported = setup.num_steps
+        params = state.params
+        best = self.manager.best_step()
+        if config.load_best_model_at_end and best is not None and best != step:
+            exported = best
+            del state
+            params = self.manager.restore(best, self.abstract_state).state.params
+        lines = read_metrics(self.directory.metrics)
+        results = _results(lines, exported)
+        self.say(f"exporting the model of step {exported} to {self.directory.model}")
+        export_model(
+            params,
+            setup.model.config,
+            self.directory.model,
+            source_folder=setup.model_folder,
+            tokenizer=setup.tokenizer.hf,
+            end_token_ids=setup.tokenizer.end_token_ids,
+            export_dtype=config.export_dtype,
+            max_shard_size=config.max_shard_size,
+            model_card=model_card(
+                command=setup.task.command,
+                config=to_dict(config),
+                results=results,
+                rows=setup.train_data.summary(),
+                version=__version__,
+                config_yaml=to_yaml(config),
+            ),
+        )
+        if jax.process_index() == 0:
+            write_plots(lines, self.directory.plots, title=f"jdpo {setup.task.command}: {config.model_name_or_path}")
+        barrier("exported")
+        self.directory.finish({**results, "step": step, "exported_step": exported})
+        self.say(f"done: model in {self.directory.model}, metrics in {self.directory.metrics}")
+        return RunResult(step, False, 0, self.directory)
+
+    def close(self) -> None:
+        """Lets go of files and threads; what was being saved is finished."""
+        for writer in self.writers:
+            writer.close()
+        self.manager.close()
+
+
+def _results(lines: list[dict[str, Any]], step: int) -> dict[str, Any]:
+    """The values of the last training and evaluation lines up to a step."""
+    results: dict[str, Any] = {}
+    for line in lines:
+        if line["step"] <= step:
+            results.update(line)
+    return results

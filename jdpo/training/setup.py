@@ -1,0 +1,227 @@
+"""From a config to everything that a run works with, checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jdpo.config import DPOConfig, TrainConfig
+from jdpo.data.loader import num_steps_per_epoch
+from jdpo.data.prepare import PreparedData
+from jdpo.data.tokenizer import Tokenizer, load_tokenizer
+from jdpo.models.families import ModelConfig, read_model_config
+from jdpo.models.hf_weights import load_params, resize_embeddings
+from jdpo.models.hub import resolve_folder
+from jdpo.models.transformer import Transformer, abstract_params, logical_axes
+from jdpo.sharding.mesh import check_batch_size, make_mesh, num_batch_shards
+from jdpo.sharding.rules import param_shardings, undivided_dims
+from jdpo.training.tasks import BatchLayout, Task, batch_layout, task_for
+
+Params = Any
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What a run works with; nothing in it changes while the run goes on."""
+
+    config: TrainConfig
+    task: Task
+    mesh: Mesh
+    model_folder: Path
+    reference_folder: Path | None  # None where the reference is the policy's own start, or there is none
+    tokenizer: Tokenizer
+    source_config: ModelConfig  # as in the model folder
+    model: Transformer  # with the vocabulary that the tokenizer needs
+    train_data: PreparedData
+    eval_data: PreparedData | None
+    layout: BatchLayout
+    num_steps: int
+    steps_per_epoch: int
+
+    @property
+    def shardings(self) -> Params:
+        """A sharding for every weight."""
+        return param_shardings(logical_axes(self.model), abstract_params(self.model), self.mesh)
+
+    def inputs(self) -> dict[str, str]:
+        """Digests of what decides a run beside its config, for recognising it on resume."""
+        digests = {
+            f"the model {self.config.model_name_or_path}": folder_digest(self.model_folder),
+            "the tokenizer or its chat template": self.tokenizer.digest,
+            "the training rows": self.train_data.digest,
+        }
+        if self.reference_folder is not None:
+            digests["the reference model"] = folder_digest(self.reference_folder)
+        return digests
+
+
+def resolve_dtype(config: TrainConfig) -> TrainConfig:
+    """Replaces compute_dtype auto by bfloat16 on TPU and GPU, float32 on CPU; turns on x64 for float64."""
+    dtype = config.compute_dtype
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if dtype == "float64":
+        jax.config.update("jax_enable_x64", True)
+    return dataclasses.replace(config, compute_dtype=dtype)
+
+
+def build(config: TrainConfig, say: Say) -> Setup:
+    """Reads model config, tokenizer and rows, and lays out mesh and batches. Weights are not touched.
+
+    Args:
+      config: with compute_dtype resolved.
+      say: takes lines for the person who started the run.
+
+    Raises:
+      ValueError: anything that does not fit, before anything is trained.
+    """
+    task = task_for(config)
+    mesh = make_mesh(config.mesh)
+    check_batch_size(config.global_batch_size, mesh)
+    model_folder = resolve_folder(config.model_name_or_path, config.model_revision)
+    source_config = read_model_config(model_folder)
+    tokenizer = load_tokenizer(model_folder, chat_template=config.chat_template)
+    model = make_model(config, source_config, tokenizer)
+    reference_folder = _reference_folder(config, source_config)
+    train_data = task.prepare(config.datasets, tokenizer)
+    say(train_data.summary())
+    eval_data = task.prepare(config.eval_datasets, tokenizer) if config.eval_datasets else None
+    if eval_data is not None:
+        say("evaluation " + eval_data.summary())
+    steps_per_epoch = num_steps_per_epoch(len(train_data), config.global_batch_size)
+    layout = batch_layout(
+        config.global_batch_size,
+        micro_batch_size=config.micro_batch_size,
+        num_shards=num_batch_shards(mesh),
+        row_tokens=task.sequences * min(config.max_length, int(train_data.lengths.max())),
+    )
+    setup = Setup(
+        config=config,
+        task=task,
+        mesh=mesh,
+        model_folder=model_folder,
+        reference_folder=reference_folder,
+        tokenizer=tokenizer,
+        source_config=source_config,
+        model=model,
+        train_data=train_data,
+        eval_data=eval_data,
+        layout=layout,
+        num_steps=config.max_steps or math.ceil(config.num_train_epochs * steps_per_epoch),
+        steps_per_epoch=steps_per_epoch,
+    )
+    say(describe(setup))
+    return setup
+
+
+def make_model(config: TrainConfig, source_config: ModelConfig, tokenizer: Tokenizer) -> Transformer:
+    """The model with room for every token.
+
+    Raises:
+      ValueError: the tokenizer has more tokens than the embedding, and none of them was added by jdpo.
+    """
+    vocab_size = source_config.vocab_size
+    if tokenizer.size > vocab_size:
+        if not tokenizer.added_tokens or tokenizer.size - len(tokenizer.added_tokens) > vocab_size:
+            raise ValueError(
+                f"the tokenizer of {config.model_name_or_path} has {tokenizer.size} tokens, but the model's embedding "
+                f"has {vocab_size} rows; use the tokenizer that belongs to the model"
+            )
+        vocab_size = tokenizer.size
+    compute_dtype = jnp.dtype(config.compute_dtype)
+    return Transformer(
+        dataclasses.replace(source_config, vocab_size=vocab_size),
+        compute_dtype=compute_dtype,
+        param_dtype=jnp.promote_types(compute_dtype, jnp.float32),
+        remat=config.remat,
+    )
+
+
+def _reference_folder(config: TrainConfig, policy: ModelConfig) -> Path | None:
+    if not isinstance(config, DPOConfig) or config.reference_model is None:
+        return None
+    folder = resolve_folder(config.reference_model, config.reference_revision)
+    if (found := read_model_config(folder)) != policy:
+        fields = [f.name for f in dataclasses.fields(policy) if getattr(found, f.name) != getattr(policy, f.name)]
+        raise ValueError(
+            f"reference_model {config.reference_model} must have the shape of {config.model_name_or_path}; "
+            f"they differ in {', '.join(fields)}"
+        )
+    return folder
+
+
+def load_start(setup: Setup) -> Params:
+    """The policy's start on the mesh, in the master dtype, the vocabulary grown where tokens were added."""
+    return _load_grown(setup, setup.model_folder)
+
+
+def _load_grown(setup: Setup, folder: Path) -> Params:
+    source_model = setup.model.clone(config=setup.source_config)
+    axes, shapes = logical_axes(source_model), abstract_params(source_model)
+    params = load_params(
+        folder, source_model, param_shardings(axes, shapes, setup.mesh), dtype=setup.model.param_dtype
+    )
+    if setup.model.config.vocab_size == setup.source_config.vocab_size:
+        return params
+    key = jax.random.key(setup.config.seed)
+    grown, model = resize_embeddings(params, source_model, setup.model.config.vocab_size, key)
+    assert model == setup.model, (model, setup.model)
+    return jax.device_put(grown, setup.shardings)
+
+
+def load_reference(setup: Setup, start: Params | None) -> Params:
+    """The frozen reference, in the compute dtype: the model casts weights to it at use, so nothing is lost.
+
+    Args:
+      start: the policy's start where it is at hand, so that it is not read twice; it is copied, never aliased.
+    """
+    if setup.reference_folder is not None:
+        start = _load_grown(setup, setup.reference_folder)
+    elif start is None:
+        start = load_start(setup)
+    dtype = setup.model.compute_dtype
+    copy = jax.jit(
+        lambda tree: jax.tree.map(lambda leaf: jnp.copy(leaf).astype(dtype), tree), out_shardings=setup.shardings
+    )
+    return copy(start)
+
+
+def describe(setup: Setup) -> str:
+    """The run in a few lines, said before it starts."""
+    config, task, layout = setup.config, setup.task, setup.layout
+    shapes = abstract_params(setup.model)
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    mesh = " x ".join(f"{axis}={size}" for axis, size in setup.mesh.shape.items())
+    lines = [
+        f"model: {setup.source_config.family}, {num_params:,} parameters, {config.compute_dtype} compute",
+        f"mesh: {mesh} over {setup.mesh.size} {jax.default_backend()} device(s)",
+        f"run: {setup.num_steps} steps of {config.global_batch_size} {task.unit}, in {layout.num_micro} micro-batch(es) "
+        f"of {layout.rows_per_micro}; {setup.steps_per_epoch} steps an epoch",
+    ]
+    if setup.tokenizer.added_tokens:
+        lines.append(f"new tokens: {', '.join(setup.tokenizer.added_tokens)}")
+    positions = setup.source_config.max_positions
+    if positions is not None and config.max_length > positions:
+        lines.append(f"note: max_length {config.max_length} is beyond the {positions} positions the model was made for")
+    whole = undivided_dims(logical_axes(setup.model), shapes, setup.mesh)
+    if whole:
+        lines.append(f"kept whole on each device, as the mesh does not divide them: {'; '.join(whole)}")
+    return "\n".join(lines)
+
+
+def folder_digest(folder: Path) -> str:
+    """Digest of a model folder's config and weights: names and contents of its JSON and safetensors files."""
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

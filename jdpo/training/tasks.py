@@ -1,0 +1,142 @@
+"""What `jdpo sft` and `jdpo dpo` do differently: rows, batches and objective. The loop is the same."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jdpo.config import DatasetConfig, DPOConfig, SFTConfig, TrainConfig
+from jdpo.data.loader import bucket_length, collate_completions, collate_pairs
+from jdpo.data.prepare import PreparedData, prepare_completions, prepare_pairs
+from jdpo.data.tokenizer import Tokenizer
+from jdpo.losses.objective import ApplyFn
+from jdpo.losses.preference import check_loss
+from jdpo.training.step import Batch, Objective, dpo_objective, sft_objective
+from jdpo.types import TokenizedCompletion, TokenizedPair
+
+DEFAULT_MICRO_TOKENS = 16384
+"""Padded tokens of a device's micro-batch when micro_batch_size is not given."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """A training command.
+
+    Attributes:
+      command: "sft" or "dpo".
+      unit: what a row is called in metrics and messages.
+      sequences: sequences the model sees for each row.
+      uses_reference: whether a frozen reference stands beside the policy.
+      prepare: (datasets, tokenizer) -> tokenized rows.
+      collate: (rows, *, num_slots, length, pad_token_id) -> a batch of numpy arrays.
+      count_tokens: real tokens of a row, over all its sequences.
+      objective: apply_fn -> what is minimised.
+    """
+
+    command: str
+    unit: str
+    sequences: int
+    uses_reference: bool
+    prepare: Callable[[Sequence[DatasetConfig], Tokenizer], PreparedData]
+    collate: Callable[..., Batch]
+    count_tokens: Callable[[Any], int]
+    objective: Callable[[ApplyFn], Objective]
+
+
+def task_for(config: TrainConfig) -> Task:
+    """The task of a config, by its class.
+
+    Raises:
+      ValueError: loss options that do not go together.
+    """
+    cache_dir = Path(config.cache_dir) if config.cache_dir else None
+    lengths = {"max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
+    if isinstance(config, DPOConfig):
+        check_loss(config.loss_type, label_smoothing=config.label_smoothing)
+        return Task(
+            command="dpo",
+            unit="pairs",
+            sequences=2,
+            uses_reference=True,
+            prepare=lambda datasets, tokenizer: prepare_pairs(datasets, tokenizer, cache_dir=cache_dir, **lengths),
+            collate=collate_pairs,
+            count_tokens=count_pair_tokens,
+            objective=lambda apply_fn: dpo_objective(
+                apply_fn, loss_type=config.loss_type, beta=config.beta, label_smoothing=config.label_smoothing
+            ),
+        )
+    assert isinstance(config, SFTConfig), type(config)
+    return Task(
+        command="sft",
+        unit="rows",
+        sequences=1,
+        uses_reference=False,
+        prepare=lambda datasets, tokenizer: prepare_completions(
+            datasets, tokenizer, cache_dir=cache_dir, loss_on=config.loss_on, **lengths
+        ),
+        collate=collate_completions,
+        count_tokens=count_completion_tokens,
+        objective=sft_objective,
+    )
+
+
+def count_pair_tokens(pair: TokenizedPair) -> int:
+    """Real tokens of the two sequences of a pair: 2P + C + R."""
+    return 2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)
+
+
+def count_completion_tokens(row: TokenizedCompletion) -> int:
+    """Real tokens of a supervised row."""
+    return len(row.tokens)
+
+
+class BatchLayout(NamedTuple):
+    """How a step's rows lie in a batch: `num_micro` micro-batches of `rows_per_micro` rows over all shards."""
+
+    num_micro: int
+    rows_per_micro: int
+
+    @property
+    def num_slots(self) -> int:
+        return self.num_micro * self.rows_per_micro
+
+
+def batch_layout(
+    global_batch_size: int, *, micro_batch_size: int | None, num_shards: int, row_tokens: int
+) -> BatchLayout:
+    """Cuts a global batch into the fewest micro-batches that respect `micro_batch_size`, equally large.
+
+    Args:
+      global_batch_size: rows a step; a multiple of num_shards.
+      micro_batch_size: most rows of one shard at once; None: as many as DEFAULT_MICRO_TOKENS holds.
+      num_shards: parts that a micro-batch is split into.
+      row_tokens: padded tokens of one row at most.
+
+    >>> batch_layout(64, micro_batch_size=3, num_shards=8, row_tokens=2048)
+    BatchLayout(num_micro=3, rows_per_micro=24)
+    """
+    most = micro_batch_size or max(1, DEFAULT_MICRO_TOKENS // row_tokens)
+    per_shard = global_batch_size // num_shards
+    num_micro = -(-per_shard // most)
+    return BatchLayout(num_micro, -(-per_shard // num_micro) * num_shards)
+
+
+def make_batch(
+    task: Task, data: PreparedData, indices: np.ndarray, layout: BatchLayout, *, max_length: int, pad_token_id: int
+) -> tuple[Batch, int]:
+    """A step's batch as numpy arrays [k, m, ...], and its real tokens.
+
+    Args:
+      indices: data rows of the step, at most layout.num_slots; the slots left over are padding rows of weight 0.
+      max_length: the longest sequence of the run; the step's own longest decides the padded length.
+    """
+    rows = [data[int(index)] for index in indices]
+    length = bucket_length(int(data.lengths[indices].max()), max_length)
+    flat = task.collate(rows, num_slots=layout.num_slots, length=length, pad_token_id=pad_token_id)
+    batch = jax.tree.map(lambda array: array.reshape(*layout, *array.shape[1:]), flat)
+    return batch, sum(map(task.count_tokens, rows))

@@ -1,0 +1,92 @@
+"""`jdpo dpo` against what TRL's DPOTrainer logged on the same model and rows (tests/golden/trl_dpo)."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from jdpo.cli.main import main
+
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = ROOT / "tests" / "golden" / "trl_dpo"
+
+
+@pytest.fixture(scope="module")
+def parity() -> ModuleType:
+    """The benchmark's own rules of comparison, so that test and benchmark cannot disagree on them."""
+    spec = importlib.util.spec_from_file_location("trl_parity", ROOT / "benchmarks" / "trl_parity.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, Any]:
+    """TRL's trace and the settings it was made with."""
+    trace: dict[str, Any] = json.loads((GOLDEN / "trace.json").read_text(encoding="utf-8"))
+    return trace
+
+
+@pytest.fixture(scope="module")
+def metrics(
+    golden: dict[str, Any], parity: ModuleType, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, float]]:
+    """The steps that `jdpo dpo` logs on the golden model and rows."""
+    out = tmp_path_factory.mktemp("trl_parity")
+    settings = golden["settings"]
+    arguments = {
+        "model_name_or_path": GOLDEN / "model",
+        "datasets": GOLDEN / "rows.jsonl",
+        "output_dir": out / "run",
+        "cache_dir": out / "cache",
+        "max_length": settings["max_length"],
+        "global_batch_size": settings["batch"],
+        "max_steps": settings["steps"],
+        "shuffle": "false",
+        "learning_rate": settings["learning_rate"],
+        "lr_scheduler_type": "constant",
+        "beta": settings["beta"],
+        "compute_dtype": "float32",
+        "logging_steps": 1,
+        "mesh.fsdp": 1,
+    }
+    assert main(["dpo", *(str(part) for key, value in arguments.items() for part in (f"--{key}", value))]) == 0
+    return parity.read_metrics(out / "run" / "metrics.jsonl")
+
+
+def test_every_metric_of_every_step_is_trls(
+    golden: dict[str, Any], metrics: list[dict[str, float]], parity: ModuleType
+) -> None:
+    """Loss, log-probs, rewards and gradient norms agree to 1e-3 relative over ten AdamW steps."""
+    differences = parity.compare(golden["steps"], metrics, beta=golden["settings"]["beta"])
+    too_far = {
+        (step["step"], name): value
+        for step, row in zip(golden["steps"], differences, strict=True)
+        for name, value in row.items()
+        if not value <= parity.TOLERANCE
+    }
+    assert not too_far
+
+
+def test_the_golden_trace_goes_somewhere(golden: dict[str, Any], parity: ModuleType) -> None:
+    """At ln 2 any two trainers agree; the trace must have left it for the comparison to say anything."""
+    assert len(golden["steps"]) == 10
+    assert parity.moved(golden["steps"]) >= parity.MIN_MOVE
+
+
+def test_a_reference_off_by_a_little_is_seen(golden: dict[str, Any], parity: ModuleType) -> None:
+    """The comparison itself notices a loss that is 0.2 % off at one step, and a reward beyond rounding at the first."""
+    for name, change in (("loss", 1.002), ("grad_norm", 0.998), ("logps/chosen", 1.002), ("rewards/margins", 1.002)):
+        found = [dict(step) for step in golden["steps"]]
+        found[6][name] *= change
+        assert parity.largest(parity.compare(golden["steps"], found, beta=0.1)) > parity.TOLERANCE
+    found = [dict(step) for step in golden["steps"]]
+    found[0]["rewards/chosen"] = 1e-4
+    assert parity.largest(parity.compare(golden["steps"], found, beta=0.1)) > parity.TOLERANCE

@@ -6,22 +6,28 @@ Needs the `parity` extra; about two minutes on two CPU cores. --data is a file i
 (`conversations[{from, value}]`, `chosen`, `rejected`), such as `data/dpo_en_demo.json` of LLaMA-Factory.
 
 One random Llama of 8 M parameters, the same rows in file order, float32, AdamW at a constant 1e-4, no weight
-decay, clipping at 1. TRL and jdpo each train it in a process of their own; every logged metric of every step is
-held against TRL's. Exit status 1 if one is further off than 1e-3 relative, or if the loss did not leave ln 2 by
-5 % (then the comparison would show nothing). DIR keeps both runs and the report.
+decay, clipping at 1. The rows that the trainers kept must be the same token for token. Then each trains in a
+process of its own, and every logged metric of every step is held against TRL's. Exit status 1 if one is further
+off than 1e-3 relative, or if the loss did not leave ln 2 by 5 % (then the comparison would show nothing). DIR
+keeps both runs and the report.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jdpo.types import TokenizedPair
 
 ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-3
@@ -58,19 +64,22 @@ def run_parity(data: Path, out: Path, steps: int) -> bool:
         *("--steps", steps, "--batch", BATCH, "--max_length", MAX_LENGTH),
         *("--learning_rate", LEARNING_RATE, "--beta", BETA),
     )
+    rows = tokenized_rows(data, out / "model", out / "cache", MAX_LENGTH)
+    compare_tokens(out / "trl/tokens.jsonl", rows)
+    print(f"{len(rows)} rows kept by both, the same token for token", flush=True)
     run("-m", "jdpo.cli.main", "dpo", *jdpo_arguments(data, out, steps))
     trace = json.loads((out / "trl/trace.json").read_text(encoding="utf-8"))
-    ours = read_metrics(out / "jdpo/metrics.jsonl")
-    differences = compare(trace["steps"], ours, beta=BETA)
-    report = render(trace, ours, differences)
+    steps_run = read_metrics(out / "jdpo/metrics.jsonl")
+    differences = compare(trace["steps"], steps_run, beta=BETA)
+    report = render(trace, steps_run, differences)
     (out / "report.md").write_text(report, encoding="utf-8")
     print(report)
     return largest(differences) <= TOLERANCE and moved(trace["steps"]) >= MIN_MOVE
 
 
 def run(*command: object) -> None:
-    """Run python with these arguments in a process of its own, from this checkout."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+    """Run python with these arguments in a process of its own, on the CPU."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
     subprocess.run([sys.executable, *map(str, command)], check=True, env=environment)
 
 
@@ -101,6 +110,33 @@ def as_message(turn: dict[str, str]) -> dict[str, str]:
     if turn["from"] not in ROLES:
         raise ValueError(f"a turn is from {turn['from']!r}; expected one of {', '.join(ROLES)}")
     return {"role": ROLES[turn["from"]], "content": turn["value"]}
+
+
+def tokenized_rows(data: Path, model: Path, cache: Path, max_length: int) -> list[TokenizedPair]:
+    """The rows of `data` as `jdpo dpo` trains on them."""
+    from jdpo.config import DatasetConfig
+    from jdpo.data.prepare import prepare_pairs
+    from jdpo.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(model, chat_template=None)
+    datasets = [DatasetConfig(path=str(data))]
+    prepared = prepare_pairs(datasets, tokenizer, max_length=max_length, cache_dir=cache)
+    return [prepared[index] for index in range(len(prepared))]
+
+
+def compare_tokens(expected: Path, found: Sequence[TokenizedPair]) -> None:
+    """Hold the rows of jdpo against those of TRL's tokens.jsonl.
+
+    Raises:
+      ValueError: a token differs, or a row is missing; it names the row and the part.
+    """
+    with expected.open(encoding="utf-8") as lines:
+        for number, (line, row) in enumerate(itertools.zip_longest(lines, found)):
+            if line is None or row is None:
+                raise ValueError(f"one trainer kept {number} rows, {'jdpo' if line is None else 'TRL'} more")
+            for part, ids in json.loads(line).items():
+                if ids != getattr(row, part).tolist():
+                    raise ValueError(f"{part} of {row.origin}: TRL has {ids}, jdpo {getattr(row, part).tolist()}")
 
 
 def jdpo_arguments(data: Path, out: Path, steps: int) -> list[object]:

@@ -84,9 +84,7 @@ class OptimizerConfig:
     weight_decay: NonNegativeFloat = _key(0.0, "decoupled decay, scaled by the learning rate")
 
 
-Datasets = Annotated[
-    tuple[Annotated[DatasetConfig, BeforeValidator(_as_dataset)], ...], BeforeValidator(_as_list)
-]
+Datasets = Annotated[tuple[Annotated[DatasetConfig, BeforeValidator(_as_dataset)], ...], BeforeValidator(_as_list)]
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
@@ -95,17 +93,13 @@ class TrainConfig:
 
     model_name_or_path: str = Field(description="a Hugging Face model folder, or a hub name")
     output_dir: str = Field(description="where everything that the run leaves goes")
-    datasets: Datasets = Field(
-        description="training rows: one path, or a list of {path, split, name, revision}"
-    )
+    datasets: Datasets = Field(description="training rows: one path, or a list of {path, split, name, revision}")
     model_revision: str | None = _key(None, "hub revision of the model")
     eval_datasets: Datasets = _key((), "held-out rows, in the same form as datasets")
     chat_template: str | None = _key(
         None, "a Jinja file, or the built-in chatml, for a model without a format; new tokens are added"
     )
-    max_length: PositiveInt = _key(
-        1024, "tokens of prompt plus completion; completions are cut from the right"
-    )
+    max_length: PositiveInt = _key(1024, "tokens of prompt plus completion; completions are cut from the right")
     max_prompt_length: PositiveInt | None = _key(None, "longer prompts lose tokens on the left; null: never")
     cache_dir: str | None = _key(None, "tokenized rows are kept here; null: ~/.cache/jdpo")
 
@@ -167,9 +161,7 @@ class DPOConfig(TrainConfig):
 
     beta: PositiveFloat = _key(0.1, "how strongly the policy is held to the reference")
     loss_type: str = _key("sigmoid", "the preference loss")
-    label_smoothing: Annotated[Float, Field(ge=0, lt=0.5)] = _key(
-        0.0, "share of preferences taken as flipped"
-    )
+    label_smoothing: Annotated[Float, Field(ge=0, lt=0.5)] = _key(0.0, "share of preferences taken as flipped")
     reference_model: str | None = _key(None, "the frozen reference; null: the policy's own start")
     reference_revision: str | None = _key(None, "hub revision of reference_model")
 
@@ -309,9 +301,7 @@ def _set_nested(values: dict[str, Any], dotted: str, value: Any) -> None:
 def _explain(cls: type, error: ValidationError, origins: Mapping[str, str]) -> str:
     lines = []
     for problem in error.errors():
-        path = [
-            part for part in problem["loc"] if not (isinstance(part, str) and part.startswith("function-"))
-        ]
+        path = [part for part in problem["loc"] if not (isinstance(part, str) and part.startswith("function-"))]
         key = ".".join(map(str, path))
         where = origins.get(str(path[0]), "the config") if path else "the config"
         if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):

@@ -153,7 +153,9 @@ class CheckpointManager:
         return None
 
     def _all_steps(self) -> list[int]:
-        return sorted(int(entry.name) for entry in self._folder.iterdir() if entry.name.isdigit() and entry.is_dir())
+        return sorted(
+            int(entry.name) for entry in self._folder.iterdir() if entry.name.isdigit() and entry.is_dir()
+        )
 
     def _manifest(self, step: int) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads((self._folder / str(step) / MANIFEST).read_text())

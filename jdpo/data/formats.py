@@ -1,7 +1,7 @@
 """Every known schema of preference and supervised rows, read into one form.
 
-A row's schema is found by its columns and the types of their values, first match in the order of `PREFERENCE_SCHEMAS`
-and `COMPLETION_SCHEMAS`. Columns that are null count as absent; other columns are ignored.
+A row's schema is found by its columns and the types of their values: the first match in `PREFERENCE_SCHEMAS` or
+`COMPLETION_SCHEMAS`. Columns that are null count as absent; columns that no schema names are ignored.
 
 Conversations are cut by message, never by character: the prompt is every message before the final assistant turn.
 """
@@ -261,9 +261,7 @@ def _side(raw: Raw, column: str, origin: str) -> list[Message]:
     """A side as messages: a list of them, a single one, or the assistant's words alone."""
     value = raw[column]
     return (
-        [{"role": "assistant", "content": value}]
-        if isinstance(value, str)
-        else _messages(value, column, origin)
+        [{"role": "assistant", "content": value}] if isinstance(value, str) else _messages(value, column, origin)
     )
 
 
@@ -283,9 +281,7 @@ def _turns(transcript: str) -> list[Message]:
 def _messages(value: Any, column: str, origin: str) -> list[Message]:
     """Reads {role, content} or {from, value} messages; further keys that are not null stay, for the template."""
     if not isinstance(value, _MESSAGES):
-        raise ValueError(
-            f"{origin}: {column} is {_kind(value)}; expected a list of {{role, content}} messages"
-        )
+        raise ValueError(f"{origin}: {column} is {_kind(value)}; expected a list of {{role, content}} messages")
     messages = [value] if isinstance(value, dict) else value
     return [_message(message, f"{column}[{index}]", origin) for index, message in enumerate(messages)]
 
@@ -307,9 +303,7 @@ def _message(message: Any, place: str, origin: str) -> Message:
     if not isinstance(content, str):
         raise ValueError(f"{origin}: the {content_key} of {place} is {_kind(content)}; expected a string")
     rest = {
-        key: value
-        for key, value in message.items()
-        if key not in (role_key, content_key) and value is not None
+        key: value for key, value in message.items() if key not in (role_key, content_key) and value is not None
     }
     return {"role": ROLES[role.lower()], "content": content, **rest}
 

@@ -1,5 +1,6 @@
-"""Which rows make up each step, and how they are laid out in a batch. Planning is pure: resuming needs a step number.
+"""Which rows make up each step, and how they are laid out in a batch.
 
+Planning is pure: resuming needs a step number only.
 Legend: b pairs (slots), n=2 sides, t token positions.
 """
 
@@ -70,7 +71,8 @@ def collate_pairs(
 ) -> PreferenceBatch:
     """Lays pairs out as a right-padded batch, tokens int32 [num_slots, 2, length].
 
-    Slots past the pairs hold padding pairs: weight 0, one attended token (attention over nothing is NaN), no completion.
+    Slots past the pairs hold padding pairs: weight 0, one attended token (attention over nothing is NaN), no
+    completion.
     Masks come from lengths: a pad token that is also EOS hides no real EOS.
 
         prompt 5 6, chosen 7 2, rejected 8    length 5, pad 2
@@ -97,7 +99,7 @@ def collate_pairs(
 def collate_completions(
     rows: Sequence[TokenizedCompletion], *, num_slots: int, length: int, pad_token_id: int
 ) -> CompletionBatch:
-    """Lays supervised examples out as a right-padded batch, tokens int32 [num_slots, length]; as `collate_pairs`."""
+    """Lays supervised examples out as a right-padded batch, tokens int32 [num_slots, length]."""
     assert len(rows) <= num_slots, (len(rows), num_slots)
     tokens = np.full((num_slots, length), pad_token_id, np.int32)
     attention_mask = np.zeros((num_slots, length), bool)

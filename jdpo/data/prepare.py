@@ -20,7 +20,7 @@ from jdpo.data.sources import Source, open_source
 from jdpo.data.tokenizer import Tokenizer
 from jdpo.types import CompletionRow, TokenizedCompletion, TokenizedPair
 
-R = TypeVar("R", TokenizedPair, TokenizedCompletion)
+R = TypeVar("R", bound=TokenizedPair | TokenizedCompletion)
 
 CACHE_VERSION = 1
 """To be raised whenever the same rows would be tokenized to something else."""
@@ -45,9 +45,7 @@ class PreparedData(Generic[R]):
       from_cache: whether an earlier run had tokenized them.
     """
 
-    def __init__(
-        self, rows: store.RowStore[R], datasets: Sequence[DatasetConfig], *, from_cache: bool
-    ) -> None:
+    def __init__(self, rows: store.RowStore[R], datasets: Sequence[DatasetConfig], *, from_cache: bool) -> None:
         self._rows = rows
         self._datasets = tuple(datasets)
         self.from_cache = from_cache
@@ -93,7 +91,7 @@ def prepare_pairs(
     Raises:
       ValueError: rows cannot be read, or none is left to train on; it says where and why.
     """
-    options = {"max_length": max_length, "max_prompt_length": max_prompt_length}
+    options: dict[str, Any] = {"max_length": max_length, "max_prompt_length": max_prompt_length}
     recipe = _Recipe(
         options,
         lambda raw, origin, counts: formats.preference_row(raw, origin),
@@ -168,9 +166,7 @@ def _prepare(
             writer.about = tally.as_dict()
         rows = store.open_store(folder, key, row_type)
         if rows is None:
-            raise ValueError(
-                f"the tokenized rows written to {folder} read back damaged; is the disk in order?"
-            )
+            raise ValueError(f"the tokenized rows written to {folder} read back damaged; is the disk in order?")
     return PreparedData(rows, datasets, from_cache=from_cache)
 
 
@@ -215,18 +211,14 @@ class _Tally:
         }
 
     def lines(self) -> list[str]:
-        counts = {
-            name: count for name, count in sorted(self.counts.items()) if count and name not in (READ, KEPT)
-        }
+        counts = {name: count for name, count in sorted(self.counts.items()) if count and name not in (READ, KEPT)}
         return [f"{self.counts[READ]:,} rows read, {self.counts[KEPT]:,} kept"] + [
             f"  {count:,} {name}" + (f" (the first: {self.examples[name]})" if name in self.examples else "")
             for name, count in counts.items()
         ]
 
 
-def _key(
-    sources: Sequence[Source], row_type: type[Any], tokenizer: Tokenizer, options: dict[str, Any]
-) -> str:
+def _key(sources: Sequence[Source], row_type: type[Any], tokenizer: Tokenizer, options: dict[str, Any]) -> str:
     parts = {
         "version": CACHE_VERSION,
         "rows": [source.digest() for source in sources],

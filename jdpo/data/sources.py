@@ -17,7 +17,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol, cast
 
 from jdpo.config import DatasetConfig
 
@@ -103,9 +103,7 @@ def _bound(text: str | None, num_rows: int) -> int | None:
 def _parse_split(text: str) -> Slice:
     match = _SPLIT.fullmatch(text.replace(" ", ""))
     if match is None:
-        raise ValueError(
-            f"cannot read split {text!r}: expected one like train, train[:90%] or train[100:200]"
-        )
+        raise ValueError(f"cannot read split {text!r}: expected one like train, train[:90%] or train[100:200]")
     return Slice(match["name"], match["start"], match["stop"])
 
 
@@ -113,9 +111,7 @@ def _files_of_split(folder: Path, split: str) -> tuple[File, ...]:
     paths = sorted(path for path in folder.iterdir() if path.is_file() and _reader(path) is not None)
     if not paths:
         raise ValueError(f"{folder}: no data files in this folder; known endings are {', '.join(READERS)}")
-    named = {
-        path: next(filter(None, (_is_split(path, name) for name in _SPLIT_NAMES)), None) for path in paths
-    }
+    named = {path: next(filter(None, (_is_split(path, name) for name in _SPLIT_NAMES)), None) for path in paths}
     if any(named.values()):
         paths = [path for path in paths if _is_split(path, split)]
     elif split != "train":
@@ -186,8 +182,8 @@ class HubSource:
             )
         except Exception as error:  # the hub client raises errors of five libraries
             raise ValueError(
-                f"cannot load {self.label} from the hub ({type(error).__name__}: {error}). There is no local file or "
-                f"folder {config.path!r} either: without a network, give the path of a local one"
+                f"cannot load {self.label} from the hub ({type(error).__name__}: {error}). There is no local file "
+                f"or folder {config.path!r} either: without a network, give the path of a local one"
             ) from error
 
     def rows(self) -> Iterator[Row]:
@@ -208,8 +204,8 @@ def _read_json(file: File) -> Iterator[Row]:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"{file.path}:{error.lineno}: broken JSON: {error.msg} (column {error.colno}); a .json file is one array "
-            "of objects, and one object a line goes into a .jsonl file"
+            f"{file.path}:{error.lineno}: broken JSON: {error.msg} (column {error.colno}); a .json file is one "
+            "array of objects, and one object a line goes into a .jsonl file"
         ) from None
     if not isinstance(rows, list):
         raise ValueError(f"{file.path}: expected an array of objects, found {_kind(rows)}")
@@ -261,12 +257,12 @@ def _reader(path: Path) -> Callable[[File], Iterator[Row]] | None:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
+def _opened(path: Path) -> Iterator[BinaryIO]:
     """Opens a file, through gzip where its name says so; errors of reading name the file."""
     compressed = path.suffix.lower() == ".gz"
     try:
         with gzip.open(path, "rb") if compressed else open(path, "rb") as stream:
-            yield stream
+            yield cast(BinaryIO, stream)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path}: the gzip file is cut short or damaged: {error}") from error
     except OSError as error:

@@ -1,7 +1,7 @@
 """Tokenized rows on disk: one Arrow file, memory-mapped, with a JSON file beside it that vouches for it.
 
-`<key>.arrow` is written to a temporary name and renamed; `<key>.json`, with its digest, follows. A file that is not
-as its JSON says counts as absent.
+`<key>.arrow` is written to a temporary name and renamed; `<key>.json`, with its digest, follows. A file that
+is not as its JSON says counts as absent.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 
 from jdpo.types import TokenizedCompletion, TokenizedPair
 
-R = TypeVar("R", TokenizedPair, TokenizedCompletion)
+R = TypeVar("R", bound=TokenizedPair | TokenizedCompletion)
 
 BATCH_ROWS = 1024
 """Rows in each record batch of a file, but the last."""
@@ -56,7 +56,8 @@ class RowStore(Generic[R]):
         batch, offset = self._batches[index // BATCH_ROWS], index % BATCH_ROWS
         *arrays, origin = self._row_type._fields
         values = [_cell(batch.column(name), offset, _dtype(name)) for name in arrays]
-        row: R = self._row_type(*values, batch.column(origin)[offset].as_py())
+        row_type: Any = self._row_type
+        row: R = row_type(*values, batch.column(origin)[offset].as_py())
         return row
 
 
@@ -155,8 +156,8 @@ def creating(folder: Path, key: str, row_type: type[R]) -> Iterator[RowWriter[R]
                 os.replace(Path(temporary) / f"rows{suffix}", folder / f"{key}{suffix}")
     except OSError as error:
         raise ValueError(
-            f"cannot keep tokenized rows in {folder}: {error.strerror or error}; set cache_dir to a folder that can "
-            "be written"
+            f"cannot keep tokenized rows in {folder}: {error.strerror or error}; set cache_dir to a folder that "
+            "can be written"
         ) from error
 
 

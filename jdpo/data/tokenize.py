@@ -40,10 +40,10 @@ NO_COMPLETION = "no completion tokens left"
 REFUSED = "refused by the chat template"
 NO_TOKEN_PREFIX = "turns that the chat template writes differently as the conversation goes on"
 
-COMPLETION_CUT = "completion cut at max_length"
-PROMPT_CUT = "prompt cut at max_prompt_length"
-SHORTER_PREFIX = "prompt shortened to what prompt and conversation share in tokens"
-WOULD_MERGE = "boundary that would merge if prompt and completion were tokenized together"
+COMPLETION_CUT = "with a completion cut at max_length"
+PROMPT_CUT = "with a prompt cut at max_prompt_length"
+SHORTER_PREFIX = "with a prompt shortened to the tokens it shares with the conversation"
+WOULD_MERGE = "whose prompt and completion would be other tokens if tokenized together"
 
 
 class KeptPair(NamedTuple):
@@ -145,9 +145,7 @@ def tokenize_completions(
         results.append(
             found
             if isinstance(found, Dropped)
-            else _fit_completion(
-                found, row, tokenizer, max_length=max_length, max_prompt_length=max_prompt_length
-            )
+            else _fit_completion(found, row, tokenizer, max_length=max_length, max_prompt_length=max_prompt_length)
         )
     return results
 
@@ -177,9 +175,7 @@ def _split(rows: Sequence[_Parts], tokenizer: Tokenizer) -> list[_Split | Droppe
     """Tokenizes rows of both kinds, each kind in one call, which runs on all cores."""
     results: list[_Split | Dropped | None] = [_unusable(row) for row in rows]
     for is_text, split in ((True, _split_texts), (False, _split_conversations)):
-        indices = [
-            i for i, row in enumerate(rows) if results[i] is None and isinstance(row[0], str) == is_text
-        ]
+        indices = [i for i, row in enumerate(rows) if results[i] is None and isinstance(row[0], str) == is_text]
         for index, result in zip(indices, split([rows[i] for i in indices], tokenizer), strict=True):
             results[index] = result
     assert all(result is not None for result in results)
@@ -208,7 +204,7 @@ def _split_texts(rows: Sequence[_Parts], tokenizer: Tokenizer) -> Iterator[_Spli
     together = iter(tokenizer.encode([prompt + text for prompt, text in pairs]))
     for (_, completions, _), prompt in zip(rows, prompts, strict=True):
         ids = [next(apart) for _ in completions]
-        merges = any([prompt + completion != next(together) for completion in ids])
+        merges = [prompt + completion for completion in ids] != [next(together) for _ in ids]
         yield _Split(
             _with_bos(prompt, tokenizer),
             [_with_eos(completion, tokenizer) for completion in ids],
@@ -272,7 +268,7 @@ def _render(
 
 
 def _encode_rendered(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
-    """Templates write BOS themselves; one that a tokenizer adds all the same, or that stands twice, is taken away."""
+    """Templates write BOS themselves; where it stands twice, one is taken away."""
     bos = tokenizer.hf.bos_token_id
     sequences = tokenizer.encode(texts)
     return [ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids for ids in sequences]

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 BUILT_IN_TEMPLATE = "chatml"
 
-_MARKER = re.compile(r"<\|[^<>|\s]+\|>|</?[A-Za-z_][A-Za-z0-9_]*>")
-"""What counts as a marker of the template: `<|im_start|>`, `<start_of_turn>`, `</s>`; one word in angle brackets."""
+_MARKER = re.compile(r"<[^<>\s]*\w[^<>\s]*>")
+"""What counts as a marker of a template, one word in angle brackets: `<|im_start|>`, `<start_of_turn>`, `</s>`."""
 
 _QUESTION, _ANSWER, _SYSTEM = "jdpoquestion", "jdpoanswer", "jdposystem"
 
@@ -129,16 +129,16 @@ class Tokenizer:
 def load_tokenizer(folder: Path, *, chat_template: str | None) -> Tokenizer:
     """Loads the tokenizer of a model folder; no network is used.
 
-    A template given by the user replaces the tokenizer's own. Markers that it writes around turns (one word in angle
-    brackets, like `<|im_start|>` or `<end_of_turn>`; found by rendering a conversation) become single tokens, new ones
-    where the vocabulary lacks them, and the first of them behind an answer becomes the EOS.
+    A template given by the user replaces the tokenizer's own. Markers that it writes around turns (one word in
+    angle brackets, like `<|im_start|>` or `<end_of_turn>`; found by rendering a conversation) become single
+    tokens, new ones where the vocabulary lacks them, and the first of them behind an answer becomes the EOS.
 
     Args:
       folder: a model folder with tokenizer files.
       chat_template: a Jinja file, "chatml" for the built-in one, or None for the tokenizer's own.
 
     Raises:
-      ValueError: the folder holds no tokenizer, the template is missing or broken, or there is no token to end with.
+      ValueError: the folder holds no tokenizer, the template is missing or broken, or no token ends an answer.
     """
     hf = _read(folder)
     own_eos = hf.eos_token_id
@@ -157,8 +157,8 @@ def load_tokenizer(folder: Path, *, chat_template: str | None) -> Tokenizer:
         hf.eos_token = end_of_turn
     if hf.eos_token_id is None:
         raise ValueError(
-            f"the tokenizer in {folder} has no EOS token, and its chat template ends a turn with no special token: "
-            "answers would never end. Set eos_token in tokenizer_config.json, or chat_template: chatml"
+            f"the tokenizer in {folder} has no EOS token, and its chat template ends a turn with no special "
+            "token: answers would never end. Set eos_token in tokenizer_config.json, or chat_template: chatml"
         )
     if hf.chat_template and end_of_turn is None:
         notes.append("the chat template ends an answer with no special token: it is not learnt where to stop")
@@ -171,9 +171,7 @@ def _read(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     if not folder.is_dir():
-        raise ValueError(
-            f"{folder}: no such folder; a Hugging Face model folder with tokenizer files is expected"
-        )
+        raise ValueError(f"{folder}: no such folder; a Hugging Face model folder with tokenizer files is expected")
     try:
         hf: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # whatever a broken file makes transformers and tokenizers raise
@@ -215,9 +213,7 @@ def _rendered_probe(hf: PreTrainedTokenizerBase, name: str) -> str:
     for conversation in ([{"role": "system", "content": _SYSTEM}, *turns], turns):
         try:
             texts.append(hf.apply_chat_template(conversation, tokenize=False))
-            texts.append(
-                hf.apply_chat_template(conversation[:-1], tokenize=False, add_generation_prompt=True)
-            )
+            texts.append(hf.apply_chat_template(conversation[:-1], tokenize=False, add_generation_prompt=True))
         except jinja2.TemplateSyntaxError as error:
             raise ValueError(f"chat_template {name}: line {error.lineno}: {error.message}") from None
         except jinja2.TemplateError as error:
@@ -247,7 +243,7 @@ def _end_of_turn(hf: PreTrainedTokenizerBase) -> str | None:
 
 
 def _digest(hf: PreTrainedTokenizerBase) -> str:
-    """Vocabulary, merges, normalisation and special tokens (the whole tokenizer.json where there is one), template."""
+    """Of vocabulary, merges, normalisation (tokenizer.json, where there is one), special tokens and template."""
     backend: Any = getattr(hf, "backend_tokenizer", None)
     parts = {
         "class": type(hf).__name__,

@@ -57,15 +57,12 @@ def reference_pair_logps(params: Params | None, batch: PreferenceBatch, *, apply
         )
     if params is not None:
         return jax.lax.stop_gradient(pair_logps(jax.lax.stop_gradient(params), batch, apply_fn=apply_fn))
-    logps = batch.reference_logps
-    assert logps is not None
-    if logps.ndim == 3:
-        logps = sequence_logps(logps[..., 1:], batch.completion_mask[..., 1:])
-    if logps.shape != batch.tokens.shape[:2]:
+    given: Array = batch.reference_logps
+    if given.shape not in (batch.tokens.shape, batch.tokens.shape[:2]):
         raise ValueError(
-            f"batch.reference_logps must be [b, 2] or [b, 2, t] for tokens {batch.tokens.shape}, "
-            f"found {batch.reference_logps.shape}"
+            f"batch.reference_logps must be [b, 2] or [b, 2, t] for tokens {batch.tokens.shape}, found {given.shape}"
         )
+    logps = sequence_logps(given[..., 1:], batch.completion_mask[..., 1:]) if given.ndim == 3 else given
     return jax.lax.stop_gradient(logps)
 
 

@@ -58,9 +58,7 @@ def sigmoid_loss(x: LossInputs) -> Array:
     At beta = 0.1, a = 3, b = -1: D = 4, -ls(0.4) = 0.513015.
     """
     margin = x.beta * (x.chosen_logratios - x.rejected_logratios)
-    return -(1 - x.label_smoothing) * jax.nn.log_sigmoid(margin) - x.label_smoothing * jax.nn.log_sigmoid(
-        -margin
-    )
+    return -(1 - x.label_smoothing) * jax.nn.log_sigmoid(margin) - x.label_smoothing * jax.nn.log_sigmoid(-margin)
 
 
 def hinge_loss(x: LossInputs) -> Array:

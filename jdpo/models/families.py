@@ -1,6 +1,6 @@
 """Hugging Face config.json -> ModelConfig: which families jdpo trains, one entry a family.
 
-A setting that changes the arithmetic and that the decoder does not have is refused by name: model_type, hidden_act,
+A setting that changes the arithmetic and that the decoder lacks is refused by name: model_type, hidden_act,
 mlp_bias, quantization_config, rope_type, rope_parameters nested by layer type, partial_rotary_factor, layer_types,
 is_causal, per_layer_config. Settings that do not change a forward pass are ignored: initializer_range, use_cache,
 pretraining_tp, output_*, and attention_dropout, since preference training runs without dropout.

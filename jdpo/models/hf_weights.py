@@ -192,7 +192,7 @@ def _require_tied(reader: _Reader, folder: Path) -> None:
         if not np.array_equal(reader.read(HEAD.hf_name, rows), reader.read(EMBEDDING.hf_name, rows)):
             raise ValueError(
                 f"{folder}: tie_word_embeddings is true, but {HEAD.hf_name} and {EMBEDDING.hf_name} hold "
-                "different values; set tie_word_embeddings to false in config.json, or remove the tensor that is wrong"
+                "different values; set tie_word_embeddings to false in config.json, or remove the wrong tensor"
             )
 
 

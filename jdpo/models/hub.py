@@ -65,7 +65,7 @@ def _download(repo_id: str, revision: str | None) -> Path:
         raise ValueError(f"model {repo_id!r} has no revision {revision!r} on the Hugging Face hub") from error
     except LocalEntryNotFoundError as error:
         raise ValueError(
-            f"model {repo_id!r}{at}: no such local folder, the hub cannot be reached (offline or HF_HUB_OFFLINE=1), "
+            f"model {repo_id!r}{at}: no such local folder, the hub cannot be reached (or HF_HUB_OFFLINE=1 is set) "
             "and the local cache does not hold it; download it on a machine with network, or give a local folder"
         ) from error
     except (HfHubHTTPError, OSError) as error:

@@ -86,7 +86,7 @@ class GatedMLP(nn.Module):
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
-    """Radians a position for each rotated pair, float64 [head_dim // 2]; as in transformers' modeling_rope_utils."""
+    """Radians a position for each rotated pair, float64 [head_dim // 2]; as transformers' modeling_rope_utils."""
     frequencies = 1.0 / rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if rope.kind == "default":
         return frequencies

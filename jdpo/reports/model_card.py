@@ -15,7 +15,13 @@ METHODS = {
 
 
 def model_card(
-    *, command: str, config: Mapping[str, Any], results: Mapping[str, Any], rows: str, version: str, config_yaml: str
+    *,
+    command: str,
+    config: Mapping[str, Any],
+    results: Mapping[str, Any],
+    rows: str,
+    version: str,
+    config_yaml: str,
 ) -> str:
     """Markdown with the metadata block that model hubs read.
 

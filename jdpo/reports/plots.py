@@ -28,7 +28,13 @@ PREFERENCE_PANELS = (
         {"rewards/chosen": "chosen", "rewards/rejected": "rejected"},
         (0.0, "reference"),
     ),
-    Panel("margins", "Reward margin: chosen - rejected", "margin (nats x beta)", {"rewards/margins": "margin"}, (0.0, "reference")),
+    Panel(
+        "margins",
+        "Reward margin: chosen - rejected",
+        "margin (nats x beta)",
+        {"rewards/margins": "margin"},
+        (0.0, "reference"),
+    ),
     Panel(
         "accuracy",
         "Share of pairs whose chosen answer has the higher reward",
@@ -36,9 +42,13 @@ PREFERENCE_PANELS = (
         {"rewards/accuracies": "accuracy"},
         (0.5, "chance"),
     ),
-    Panel("logps", "Log-prob of whole completions", "nats", {"logps/chosen": "chosen", "logps/rejected": "rejected"}),
+    Panel(
+        "logps", "Log-prob of whole completions", "nats", {"logps/chosen": "chosen", "logps/rejected": "rejected"}
+    ),
 )
-COMPLETION_PANELS = (Panel("loss", "Negative log-likelihood of completion tokens", "nats a token", {"loss": "loss"}),)
+COMPLETION_PANELS = (
+    Panel("loss", "Negative log-likelihood of completion tokens", "nats a token", {"loss": "loss"}),
+)
 
 COLOURS = {"chosen": "#0072B2", "rejected": "#D55E00"}  # told apart by colour-blind readers too
 
@@ -77,17 +87,14 @@ def _draw(panel: Panel, lines: Sequence[Mapping[str, Any]], folder: Path, title:
                 continue
             drawn = True
             held_out = name.startswith("eval_")
-            marker = "." if not held_out and len(points) < 40 else None
-            kind = {"marker": marker} if marker else {}
             axes.plot(
                 *zip(*points, strict=True),
-                style,
+                style + ("." if not held_out and len(points) < 40 else ""),
                 color=colour,
                 label=f"{label}, held-out" if held_out else f"{label}, training",
                 alpha=0.9,
                 markersize=5,
                 markerfacecolor="white" if held_out else colour,
-                **kind,
             )
     if not drawn:
         return None

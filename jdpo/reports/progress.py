@@ -60,9 +60,7 @@ class RunDisplay:
 
     def step(self, step: int, metrics: Mapping[str, float], rows_per_second: float) -> None:
         """After every update."""
-        figures = "  ".join(
-            f"{label} {metrics[name]:.4g}" for name, label in SHOWN.items() if name in metrics
-        )
+        figures = "  ".join(f"{label} {metrics[name]:.4g}" for name, label in SHOWN.items() if name in metrics)
         figures += f"  {rows_per_second:.3g} {self._unit}/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, figures=figures, description="training")

@@ -42,7 +42,10 @@ def partition_spec(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh
     rules = dict(LOGICAL_RULES)
     axes = [None if name is None else rules[name] for name in names]
     return PartitionSpec(
-        *(axis if axis and size % mesh_axis_size(mesh, axis) == 0 else None for axis, size in zip(axes, shape, strict=True))
+        *(
+            axis if axis and size % mesh_axis_size(mesh, axis) == 0 else None
+            for axis, size in zip(axes, shape, strict=True)
+        )
     )
 
 
@@ -78,7 +81,9 @@ def undivided_dims(logical_axes: Any, abstract_params: Any, mesh: Mesh) -> list[
         for name, size in zip(names, leaf.shape, strict=True):
             axis = rules[name] if name else None
             if axis and size % mesh_axis_size(mesh, axis):
-                found.append(f"{jax.tree_util.keystr(path)}: {name}={size} over {axis}={mesh_axis_size(mesh, axis)}")
+                found.append(
+                    f"{jax.tree_util.keystr(path)}: {name}={size} over {axis}={mesh_axis_size(mesh, axis)}"
+                )
 
     jax.tree_util.tree_map_with_path(visit, abstract_params, logical_axes)
     return found

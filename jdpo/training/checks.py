@@ -53,12 +53,19 @@ def check_start(
     # A loss is off by at most beta x the difference of summed log-probs.
     slack = 1e-6 + beta * float(np.max(tolerance * lengths.sum(-1)))
     if loss_is_sigmoid and abs(loss - math.log(2)) > slack:
-        raise ValueError(f"the loss before the first update is {loss:.6f}, not ln 2 = {math.log(2):.6f}; nothing was trained")
+        raise ValueError(
+            f"the loss before the first update is {loss:.6f}, not ln 2 = {math.log(2):.6f}; nothing was trained"
+        )
     return f"start: policy equals reference (largest difference {worst:.1e} nats a token), loss {loss:.4f}"
 
 
 def check_finite(
-    step: int, loss: float, grad_norm: float, row_losses: np.ndarray, origins: Sequence[str], last_saved: int | None
+    step: int,
+    loss: float,
+    grad_norm: float,
+    row_losses: np.ndarray,
+    origins: Sequence[str],
+    last_saved: int | None,
 ) -> None:
     """Stops a run whose numbers are none.
 
@@ -75,9 +82,19 @@ def check_finite(
         return
     bad = [origin for origin, value in zip(origins, row_losses, strict=True) if not math.isfinite(value)]
     named = bad or list(origins)
-    rows = ", ".join(named[:MOST_NAMED]) + (f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else "")
-    what = f"rows with a non-finite loss: {rows}" if bad else f"every row's loss is finite; the rows of the step: {rows}"
-    kept = f"the checkpoint of step {last_saved} is intact" if last_saved is not None else "no checkpoint was saved yet"
+    rows = ", ".join(named[:MOST_NAMED]) + (
+        f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""
+    )
+    what = (
+        f"rows with a non-finite loss: {rows}"
+        if bad
+        else f"every row's loss is finite; the rows of the step: {rows}"
+    )
+    kept = (
+        f"the checkpoint of step {last_saved} is intact"
+        if last_saved is not None
+        else "no checkpoint was saved yet"
+    )
     raise FloatingPointError(
         f"step {step} gave loss {loss} and gradient norm {grad_norm}, so training stops; {what}; {kept}. Look at these "
         "rows, lower learning_rate, or compute in float32"

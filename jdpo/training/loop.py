@@ -91,7 +91,9 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
 class Run:
     """The moving parts of a run, and the steps that move them."""
 
-    def __init__(self, setup: Setup, directory: RunDirectory, stop: StopRequest, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, setup: Setup, directory: RunDirectory, stop: StopRequest, say: Callable[[str], None]
+    ) -> None:
         config, task = setup.config, setup.task
         self.setup, self.directory, self.stop, self.say = setup, directory, stop, say
         optimizer = make_optimizer(config, setup.num_steps)
@@ -195,10 +197,13 @@ class Run:
                 display.step(done, values, len(indices) / (now - begun))
                 if done % config.logging_steps == 0 or is_last:
                     seconds = now - started
-                    self._log(done, float(report.learning_rate), rows_since, tokens_since, steps_since, seconds)
+                    # str gives the shortest decimal that is this float32: 0.001, not 0.0010000000474974513.
+                    self._log(done, float(str(report.learning_rate)), rows_since, tokens_since, steps_since, seconds)
                     started, rows_since, tokens_since, steps_since = now, 0, 0, 0
                 metric = None
-                if setup.eval_data is not None and (is_last or (config.eval_steps and done % config.eval_steps == 0)):
+                if setup.eval_data is not None and (
+                    is_last or (config.eval_steps and done % config.eval_steps == 0)
+                ):
                     metric = self._evaluate(done, state.params, reference)[config.metric_for_best_model]
                 stopping = self.stop.asked()
                 if done % config.save_steps == 0 or is_last or stopping:
@@ -236,7 +241,9 @@ class Run:
         rows = {name: values.reshape(-1)[: len(indices)] for name, values in report.rows.items()}
         loss, grad_norm = float(report.loss), float(report.grad_norm)
         data = self.setup.train_data
-        origins = [data[int(index)].origin for index in indices] if not np.isfinite([loss, grad_norm]).all() else []
+        origins = (
+            [data[int(index)].origin for index in indices] if not np.isfinite([loss, grad_norm]).all() else []
+        )
         check_finite(done, loss, grad_norm, rows["loss"] if origins else np.zeros(0), origins, self.last_saved)
         if done == 1:
             self._check_start(rows, indices)
@@ -357,7 +364,9 @@ class Run:
             ),
         )
         if jax.process_index() == 0:
-            write_plots(lines, self.directory.plots, title=f"jdpo {setup.task.command}: {config.model_name_or_path}")
+            write_plots(
+                lines, self.directory.plots, title=f"jdpo {setup.task.command}: {config.model_name_or_path}"
+            )
         barrier("exported")
         self.directory.finish({**results, "step": step, "exported_step": exported})
         self.say(f"done: model in {self.directory.model}, metrics in {self.directory.metrics}")

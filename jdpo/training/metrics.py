@@ -52,7 +52,8 @@ class RowAverages:
     def averages(self) -> dict[str, float]:
         """The loss over what it is normalised by (pairs or tokens), everything else over rows."""
         return {
-            name: total / (self._normalizer if name == "loss" else self._rows) for name, total in self._sums.items()
+            name: total / (self._normalizer if name == "loss" else self._rows)
+            for name, total in self._sums.items()
         }
 
 

@@ -1,11 +1,11 @@
 """The folder of a run: what lies where, whose run it is, and how far it has come.
 
-    resolved_config.yaml   every key, defaults included; `jdpo dpo resolved_config.yaml` repeats the run
-    run.json               the command, digests of what went in, and whether the run is finished
-    metrics.jsonl          one JSON object a logged step
-    checkpoints/<step>/    what a resumed run starts from
-    model/                 the trained Hugging Face model
-    plots/                 PNGs
+resolved_config.yaml   every key, defaults included; `jdpo dpo resolved_config.yaml` repeats the run
+run.json               the command, digests of what went in, and whether the run is finished
+metrics.jsonl          one JSON object a logged step
+checkpoints/<step>/    what a resumed run starts from
+model/                 the trained Hugging Face model
+plots/                 PNGs
 """
 
 from __future__ import annotations
@@ -72,7 +72,9 @@ class RunDirectory:
         if not (self._run_file.exists() and self._config_file.exists()):
             raise ValueError(f"output_dir {self.path} holds {', '.join(used)} of something else; {advice}")
         if (found := self.state()["command"]) != command:
-            raise ValueError(f"output_dir {self.path} holds a run of `jdpo {found}`, not of `jdpo {command}`; {advice}")
+            raise ValueError(
+                f"output_dir {self.path} holds a run of `jdpo {found}`, not of `jdpo {command}`; {advice}"
+            )
         changed = differences(yaml.safe_load(self._config_file.read_text(encoding="utf-8")), config)
         if changed:
             raise ValueError(

@@ -211,7 +211,9 @@ def describe(setup: Setup) -> str:
         lines.append(f"new tokens: {', '.join(setup.tokenizer.added_tokens)}")
     positions = setup.source_config.max_positions
     if positions is not None and config.max_length > positions:
-        lines.append(f"note: max_length {config.max_length} is beyond the {positions} positions the model was made for")
+        lines.append(
+            f"note: max_length {config.max_length} is beyond the {positions} positions the model was made for"
+        )
     whole = undivided_dims(logical_axes(setup.model), shapes, setup.mesh)
     if whole:
         lines.append(f"kept whole on each device, as the mesh does not divide them: {'; '.join(whole)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,7 +56,6 @@ def task_for(config: TrainConfig) -> Task:
       ValueError: loss options that do not go together.
     """
     cache_dir = Path(config.cache_dir) if config.cache_dir else None
-    lengths = {"max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
     if isinstance(config, DPOConfig):
         check_loss(config.loss_type, label_smoothing=config.label_smoothing)
         return Task(
@@ -63,11 +63,19 @@ def task_for(config: TrainConfig) -> Task:
             unit="pairs",
             sequences=2,
             uses_reference=True,
-            prepare=lambda datasets, tokenizer: prepare_pairs(datasets, tokenizer, cache_dir=cache_dir, **lengths),
+            prepare=partial(
+                prepare_pairs,
+                max_length=config.max_length,
+                max_prompt_length=config.max_prompt_length,
+                cache_dir=cache_dir,
+            ),
             collate=collate_pairs,
             count_tokens=count_pair_tokens,
-            objective=lambda apply_fn: dpo_objective(
-                apply_fn, loss_type=config.loss_type, beta=config.beta, label_smoothing=config.label_smoothing
+            objective=partial(
+                dpo_objective,
+                loss_type=config.loss_type,
+                beta=config.beta,
+                label_smoothing=config.label_smoothing,
             ),
         )
     assert isinstance(config, SFTConfig), type(config)
@@ -76,8 +84,12 @@ def task_for(config: TrainConfig) -> Task:
         unit="rows",
         sequences=1,
         uses_reference=False,
-        prepare=lambda datasets, tokenizer: prepare_completions(
-            datasets, tokenizer, cache_dir=cache_dir, loss_on=config.loss_on, **lengths
+        prepare=partial(
+            prepare_completions,
+            max_length=config.max_length,
+            max_prompt_length=config.max_prompt_length,
+            cache_dir=cache_dir,
+            loss_on=config.loss_on,
         ),
         collate=collate_completions,
         count_tokens=count_completion_tokens,

@@ -38,7 +38,7 @@ def golden() -> dict[str, Any]:
 def metrics(
     golden: dict[str, Any], parity: ModuleType, tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, float]]:
-    """The steps that `jdpo dpo` logs on the golden model and rows."""
+    """The steps that `jdpo dpo` logs on the golden model and rows, on a mesh that splits along every axis."""
     out = tmp_path_factory.mktemp("trl_parity")
     settings = golden["settings"]
     arguments = {
@@ -55,10 +55,19 @@ def metrics(
         "beta": settings["beta"],
         "compute_dtype": "float32",
         "logging_steps": 1,
-        "mesh.fsdp": 1,
+        **{f"mesh.{axis}": 2 for axis in ("data", "fsdp", "tensor")},
     }
     assert main(["dpo", *(str(part) for key, value in arguments.items() for part in (f"--{key}", value))]) == 0
     return parity.read_metrics(out / "run" / "metrics.jsonl")
+
+
+def test_rows_are_trls_token_for_token(golden: dict[str, Any], parity: ModuleType, tmp_path: Path) -> None:
+    """The same rows are kept, split in prompt and completion, and cut, as TRL's collator fed them to its model."""
+    found = parity.tokenized_rows(
+        GOLDEN / "rows.jsonl", GOLDEN / "model", tmp_path, golden["settings"]["max_length"]
+    )
+    assert len(found) == 42
+    parity.compare_tokens(GOLDEN / "tokens.jsonl", found)
 
 
 def test_every_metric_of_every_step_is_trls(
@@ -82,8 +91,13 @@ def test_the_golden_trace_goes_somewhere(golden: dict[str, Any], parity: ModuleT
 
 
 def test_a_reference_off_by_a_little_is_seen(golden: dict[str, Any], parity: ModuleType) -> None:
-    """The comparison itself notices a loss that is 0.2 % off at one step, and a reward beyond rounding at the first."""
-    for name, change in (("loss", 1.002), ("grad_norm", 0.998), ("logps/chosen", 1.002), ("rewards/margins", 1.002)):
+    """The comparison notices a metric that is 0.2 % off at one step, and a first reward beyond rounding."""
+    for name, change in (
+        ("loss", 1.002),
+        ("grad_norm", 0.998),
+        ("logps/chosen", 1.002),
+        ("rewards/margins", 1.002),
+    ):
         found = [dict(step) for step in golden["steps"]]
         found[6][name] *= change
         assert parity.largest(parity.compare(golden["steps"], found, beta=0.1)) > parity.TOLERANCE

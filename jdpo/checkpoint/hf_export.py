@@ -1,0 +1,226 @@
+"""Params -> a Hugging Face model folder that transformers, vLLM and others load as it is."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from jdpo.models.families import ModelConfig
+from jdpo.models.hf_names import checkpoint_tensors
+from jdpo.models.hf_weights import iter_hf_tensors, source_dtypes
+from jdpo.models.safetensors_folder import INDEX_NAME, SINGLE_NAME
+from jdpo.models.transformer import Params
+
+ExportDtype = Literal["source", "float32", "bfloat16", "float16"]
+
+_DTYPES = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+class ShardFile(NamedTuple):
+    """One safetensors file to write: its name and the tensors it holds."""
+
+    name: str
+    tensor_names: list[str]
+
+
+def export_model(
+    params: Params,
+    config: ModelConfig,
+    out: Path,
+    *,
+    source_folder: Path,
+    tokenizer: Any,
+    end_token_ids: Sequence[int],
+    export_dtype: ExportDtype = "source",
+    max_shard_size: str = "5GB",
+    model_card: str | None = None,
+) -> None:
+    """Writes `out`: safetensors, config.json, tokenizer with chat template, generation_config.json, README.md.
+
+    The folder appears whole or not at all: it is written beside `out` and renamed; an older export is replaced.
+    Every process must call this, since all gather tensors; process 0 writes, one shard file in memory at a time.
+
+    Args:
+      source_folder: the model training started from; its config.json and generation_config.json are carried over.
+      tokenizer: a transformers PreTrainedTokenizerBase, its chat_template set.
+      end_token_ids: tokens that end a completion beside the tokenizer's EOS: the chat template's end of turn.
+      export_dtype: "source" gives each tensor its dtype in source_folder (a new tensor: the most common one).
+      max_shard_size: files are split at this size, e.g. "5GB" (decimal units).
+      model_card: the text of README.md; None writes none.
+
+    Raises:
+      ValueError: an unknown export_dtype or size, a tokenizer larger than the embedding, a value that the dtype
+        cannot hold, or an `out` that is something other than a model folder.
+    """
+    dtypes, main_dtype = _export_dtypes(config, source_folder, export_dtype)
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the embedding only {config.vocab_size} rows")
+    shards = plan_shards(config, dtypes, parse_size(max_shard_size))
+    staging = out.parent / f".{out.name}.writing"
+    if jax.process_index() == 0:
+        _prepare(out, staging)
+    _write_weights(params, config, dtypes, shards, staging)
+    if jax.process_index() == 0:
+        _write_configs(config, source_folder, staging, tokenizer, end_token_ids, main_dtype)
+        tokenizer.save_pretrained(str(staging))
+        if model_card is not None:
+            (staging / "README.md").write_text(model_card, encoding="utf-8")
+        _publish(staging, out)
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices("jdpo: model exported")
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as "5GB".
+
+    >>> parse_size("1.5MB")
+    1500000
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]B)\s*", text, re.IGNORECASE)
+    size = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
+    if size <= 0:
+        raise ValueError(f"max_shard_size: expected a size such as 5GB or 500MB, found {text!r}")
+    return size
+
+
+def plan_shards(config: ModelConfig, dtypes: dict[str, np.dtype], max_bytes: int) -> list[ShardFile]:
+    """Fills files in the order of the forward pass, each up to max_bytes; a larger tensor gets its own file."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for tensor in checkpoint_tensors(config):
+        num_bytes = math.prod(tensor.hf_shape) * dtypes[tensor.hf_name].itemsize
+        if groups[-1] and size + num_bytes > max_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(tensor.hf_name)
+        size += num_bytes
+    if len(groups) == 1:
+        return [ShardFile(SINGLE_NAME, groups[0])]
+    return [
+        ShardFile(f"model-{number:05d}-of-{len(groups):05d}.safetensors", names)
+        for number, names in enumerate(groups, start=1)
+    ]
+
+
+def _export_dtypes(
+    config: ModelConfig, source_folder: Path, export_dtype: str
+) -> tuple[dict[str, np.dtype], np.dtype]:
+    """The dtype of every tensor, and the one that config.json names."""
+    names = [tensor.hf_name for tensor in checkpoint_tensors(config)]
+    if export_dtype in _DTYPES:
+        return dict.fromkeys(names, _DTYPES[export_dtype]), _DTYPES[export_dtype]
+    if export_dtype != "source":
+        raise ValueError(f"export_dtype: expected source, {', '.join(_DTYPES)}, found {export_dtype!r}")
+    source = source_dtypes(source_folder)
+    most_common = Counter(source.values()).most_common(1)[0][0]
+    return {name: source.get(name, most_common) for name in names}, most_common
+
+
+def _prepare(out: Path, staging: Path) -> None:
+    if out.exists() and not (out / "config.json").is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not a model folder: it will not be replaced; choose another place")
+    shutil.rmtree(staging, ignore_errors=True)  # of an export that was killed
+    staging.mkdir(parents=True)
+
+
+def _write_weights(
+    params: Params, config: ModelConfig, dtypes: dict[str, np.dtype], shards: list[ShardFile], staging: Path
+) -> None:
+    from safetensors.numpy import save_file
+
+    is_writer = jax.process_index() == 0
+    num_bytes = num_parameters = 0
+    for shard in shards:
+        tensors: dict[str, np.ndarray] = {}
+        for name, values in iter_hf_tensors(params, config, frozenset(shard.tensor_names)):
+            if is_writer:
+                tensors[name] = _cast(name, values, dtypes[name])
+                num_bytes += tensors[name].nbytes
+                num_parameters += tensors[name].size
+        if is_writer:
+            save_file(tensors, staging / shard.name, metadata={"format": "pt"})
+    if is_writer and len(shards) > 1:
+        weight_map = {name: shard.name for shard in shards for name in shard.tensor_names}
+        metadata = {"total_parameters": num_parameters, "total_size": num_bytes}
+        _write_json(staging / INDEX_NAME, {"metadata": metadata, "weight_map": weight_map})
+
+
+def _cast(name: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    if values.dtype == dtype:
+        return values
+    with np.errstate(over="ignore"):  # named below
+        cast = values.astype(dtype)
+    if not np.isfinite(cast).all():
+        raise ValueError(f"tensor {name} holds values that {dtype.name} cannot; set export_dtype to float32")
+    return cast
+
+
+def _write_configs(
+    config: ModelConfig,
+    source_folder: Path,
+    staging: Path,
+    tokenizer: Any,
+    end_token_ids: Sequence[int],
+    main_dtype: np.dtype,
+) -> None:
+    eos_ids = [id for id in dict.fromkeys([tokenizer.eos_token_id, *map(int, end_token_ids)]) if id is not None]
+    special = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    special = {key: value for key, value in special.items() if value is not None}
+    model_json = _read_json(source_folder / "config.json")
+    # transformers 5 writes `dtype`, older ones `torch_dtype`, which is all that some loaders know.
+    dtype_key = "torch_dtype" if "torch_dtype" in model_json and "dtype" not in model_json else "dtype"
+    model_json |= {**special, "vocab_size": config.vocab_size, dtype_key: main_dtype.name}
+    generation_path = source_folder / "generation_config.json"
+    generation_json = {**(_read_json(generation_path) if generation_path.is_file() else {}), **special}
+    if eos_ids:
+        model_json["eos_token_id"] = eos_ids[0] if len(eos_ids) == 1 else eos_ids
+        generation_json["eos_token_id"] = eos_ids
+    _write_json(staging / "config.json", model_json)
+    _write_json(staging / "generation_config.json", generation_json)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _publish(staging: Path, out: Path) -> None:
+    """Makes `staging` durable and renames it to `out`; an older `out` stays beside it until the new one stands."""
+    for path in [*(path for path in staging.rglob("*") if path.is_file()), staging]:
+        _sync(path)
+    replaced = out.parent / f".{out.name}.replaced"
+    if out.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        out.rename(replaced)
+    staging.rename(out)
+    _sync(out.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,134 @@
+"""Text from a model: prompts run at once, then token by token against the KV cache.
+
+Axes: n prompts, t prompt columns (padded left), m new tokens, v vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jdpo.generation.sampling import Sampling, check_sampling, sample
+from jdpo.models.transformer import KVCache, Params, Transformer, init_cache
+
+_MIN_COLUMNS = 16
+
+
+class _State(NamedTuple):
+    step: jax.Array  # int32 []
+    logits: jax.Array  # [n, v], of the next token
+    cache: KVCache
+    tokens: jax.Array  # int32 [n, m]
+    lengths: jax.Array  # int32 [n]
+    done: jax.Array  # bool [n]
+
+
+def generate(
+    params: Params,
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    end_token_ids: Sequence[int],
+    key: jax.Array,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> list[list[int]]:
+    """Continues every prompt, all in one batch; returns each one's new tokens, with the end token if one came.
+
+    Compiles once for a batch size, max_new_tokens, sampling and power of two of the longest prompt.
+
+    Args:
+      max_new_tokens: at most so many tokens a prompt.
+      end_token_ids: a prompt's continuation stops behind the first of these.
+      temperature: 0 is greedy.
+
+    Raises:
+      ValueError: an empty prompt, one too long for the model, or sampling settings out of range.
+    """
+    sampling = Sampling(temperature, top_k, top_p)
+    check_sampling(sampling)
+    _check_lengths(prompts, max_new_tokens, model)
+    if not prompts:
+        return []
+    tokens, mask = _pad_left(prompts)
+    end_ids = tuple(sorted({int(token) for token in end_token_ids}))
+    new_tokens, lengths = _generate(params, tokens, mask, key, model, max_new_tokens, end_ids, sampling)
+    rows = zip(_to_host(new_tokens), _to_host(lengths), strict=True)
+    return [row[:length].tolist() for row, length in rows]
+
+
+def _check_lengths(prompts: Sequence[Sequence[int]], max_new_tokens: int, model: Transformer) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: expected 1 or more, found {max_new_tokens}")
+    max_positions = model.config.max_positions
+    for index, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ValueError(f"prompt {index} is empty: a model needs at least one token to go on from")
+        if len(prompt) + max_new_tokens > max_positions:
+            raise ValueError(
+                f"prompt {index} has {len(prompt)} tokens: with max_new_tokens {max_new_tokens} that is more than "
+                f"the {max_positions} positions of the model"
+            )
+
+
+def _pad_left(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens int32 and mask bool [n, t], t a power of two, so that few lengths are ever compiled."""
+    columns = max(_MIN_COLUMNS, 1 << (max(map(len, prompts)) - 1).bit_length())
+    tokens = np.zeros((len(prompts), columns), np.int32)
+    mask = np.zeros((len(prompts), columns), bool)
+    for row, prompt in enumerate(prompts):
+        tokens[row, columns - len(prompt) :] = prompt
+        mask[row, columns - len(prompt) :] = True
+    return tokens, mask
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5, 6, 7))
+def _generate(
+    params: Params,
+    prompt_tokens: jax.Array,
+    prompt_mask: jax.Array,
+    key: jax.Array,
+    model: Transformer,
+    max_new_tokens: int,
+    end_ids: tuple[int, ...],
+    sampling: Sampling,
+) -> tuple[jax.Array, jax.Array]:
+    """New tokens int32 [n, m] and how many of them count, int32 [n]."""
+    num_prompts, columns = prompt_tokens.shape
+
+    def run(tokens: jax.Array, mask: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        hidden, cache = model.apply({"params": params}, tokens, mask, cache, method="decode")
+        logits = model.apply({"params": params}, hidden[:, -1:], method="logits")
+        return logits[:, 0], cache
+
+    def unfinished(state: _State) -> jax.Array:
+        return (state.step < max_new_tokens) & ~jnp.all(state.done)
+
+    def advance(state: _State) -> _State:
+        token = sample(state.logits, jax.random.fold_in(key, state.step), sampling)
+        tokens = state.tokens.at[:, state.step].set(token)
+        lengths = state.lengths + ~state.done
+        done = state.done | jnp.isin(token, jnp.array(end_ids, jnp.int32))
+        logits, cache = run(token[:, None], ~state.done[:, None], state.cache)
+        return _State(state.step + 1, logits, cache, tokens, lengths, done)
+
+    logits, cache = run(prompt_tokens, prompt_mask, init_cache(model, num_prompts, columns + max_new_tokens))
+    tokens = jnp.zeros((num_prompts, max_new_tokens), jnp.int32)
+    lengths, done = jnp.zeros(num_prompts, jnp.int32), jnp.zeros(num_prompts, bool)
+    end = jax.lax.while_loop(unfinished, advance, _State(jnp.int32(0), logits, cache, tokens, lengths, done))
+    return end.tokens, end.lengths
+
+
+def _to_host(array: jax.Array) -> np.ndarray:
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))

@@ -1,0 +1,69 @@
+"""From logits to token ids: pure functions of (logits, key).
+
+Axes: n sequences, v vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Sampling(NamedTuple):
+    """How to draw a token: temperature 0 is greedy; top_k, then top_p, thin out the choice where given."""
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+
+def check_sampling(sampling: Sampling) -> None:
+    """Raises ValueError for a negative temperature, a top_k below 1, a top_p outside (0, 1]."""
+    if not sampling.temperature >= 0:
+        raise ValueError(f"temperature: expected 0 (greedy) or more, found {sampling.temperature}")
+    if sampling.top_k is not None and sampling.top_k < 1:
+        raise ValueError(f"top_k: expected 1 or more, or none, found {sampling.top_k}")
+    if sampling.top_p is not None and not 0 < sampling.top_p <= 1:
+        raise ValueError(f"top_p: expected a share in (0, 1], or none, found {sampling.top_p}")
+
+
+def sample(logits_nv: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
+    """Draws one token a row, int32 [n]; a draw depends on the row's number and the key, not on its neighbours."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits_nv, axis=-1).astype(jnp.int32)
+    logits_nv = logits_nv / sampling.temperature
+    if sampling.top_k is not None:
+        logits_nv = keep_top_k(logits_nv, sampling.top_k)
+    if sampling.top_p is not None:
+        logits_nv = keep_top_p(logits_nv, sampling.top_p)
+    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(logits_nv.shape[0]))
+    return jax.vmap(jax.random.categorical)(row_keys, logits_nv).astype(jnp.int32)
+
+
+def keep_top_k(logits_nv: jax.Array, top_k: int) -> jax.Array:
+    """Sets all but the top_k largest logits of a row to -inf; logits equal to the last one kept are kept too.
+
+    >>> keep_top_k(jnp.array([[1.0, 3.0, 2.0]]), 2).tolist()
+    [[-inf, 3.0, 2.0]]
+    """
+    smallest_kept = jax.lax.top_k(logits_nv, min(top_k, logits_nv.shape[-1]))[0][:, -1:]
+    return jnp.where(logits_nv < smallest_kept, -jnp.inf, logits_nv)
+
+
+def keep_top_p(logits_nv: jax.Array, top_p: float) -> jax.Array:
+    """Keeps the fewest most probable tokens that together reach top_p (at least one), the rest become -inf.
+
+    Nucleus sampling, arXiv 1904.09751; tokens as probable as the last one kept are kept too.
+
+    >>> keep_top_p(jnp.log(jnp.array([[0.5, 0.3, 0.2]])), 0.6).round(2).tolist()
+    [[-0.6899999976158142, -1.2000000476837158, -inf]]
+    """
+    descending = -jnp.sort(-logits_nv, axis=-1)
+    probabilities = jax.nn.softmax(descending, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    # The most probable token has nothing before it, but rounding must not be able to remove it.
+    kept = (before < top_p).at[:, 0].set(True)
+    smallest_kept = jnp.min(jnp.where(kept, descending, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits_nv < smallest_kept, -jnp.inf, logits_nv)

@@ -1,0 +1,120 @@
+"""Eight fake CPU devices, no network, and the toys that many tests share."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+# Before jax is imported anywhere: a process can set its devices up once.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import jax
+import numpy as np
+import pytest
+
+WORDS = [
+    "river",
+    "mountain",
+    "paper",
+    "winter",
+    "green",
+    "seven",
+    "slow",
+    "market",
+    "letter",
+    "window",
+    "bread",
+    "music",
+    "field",
+    "stone",
+    "light",
+    "road",
+]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="run the tests marked full and torch too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--all"):
+        return
+    # Deselected, not skipped: the default suite has no tests that it does not run.
+    chosen = [item for item in items if not ({"full", "torch"} & {mark.name for mark in item.iter_markers()})]
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
+
+
+@pytest.fixture(scope="session", autouse=True)
+def eight_devices() -> None:
+    assert len(jax.devices()) == 8, "XLA_FLAGS came too late: something imported jax before conftest"
+
+
+def sentence(rng: np.random.Generator, num_words: int) -> str:
+    """Random words, so that lengths and tokens vary."""
+    return " ".join(rng.choice(WORDS, num_words)) + "."
+
+
+def chat_pairs(num_rows: int, seed: int = 0, words: tuple[int, int] = (3, 12)) -> list[dict[str, Any]]:
+    """Preference rows in explicit conversational form; chosen and rejected always differ."""
+    rng = np.random.default_rng(seed)
+    low, high = words
+
+    def turn(role: str, tail: str = "") -> list[dict[str, str]]:
+        return [{"role": role, "content": sentence(rng, int(rng.integers(low, high))) + tail}]
+
+    return [
+        {"prompt": turn("user"), "chosen": turn("assistant", " yes"), "rejected": turn("assistant", " no")}
+        for _ in range(num_rows)
+    ]
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def toy_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder of a Llama with 2 layers of width 64 and a chat template."""
+    from jdpo.quickstart.tiny_llama import write_model
+
+    folder = tmp_path_factory.mktemp("models") / "toy"
+    rng = np.random.default_rng(0)
+    write_model(folder, [sentence(rng, 12) for _ in range(50)], hidden_size=64, num_layers=2, seed=0)
+    return folder
+
+
+@pytest.fixture
+def pairs_file(tmp_path: Path) -> Path:
+    """Twenty conversational pairs as JSONL."""
+    return write_jsonl(tmp_path / "pairs.jsonl", chat_pairs(20))
+
+
+@pytest.fixture
+def run_words(toy_model: Path, pairs_file: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """Command-line words of a small DPO run on one device; keywords override."""
+
+    def words(**overrides: Any) -> list[str]:
+        values = {
+            "model_name_or_path": toy_model,
+            "datasets": pairs_file,
+            "output_dir": tmp_path / "run",
+            "cache_dir": tmp_path / "cache",
+            "max_length": 64,
+            "global_batch_size": 8,
+            "learning_rate": 1e-3,
+            "logging_steps": 1,
+            "remat": "none",
+            "mesh.data": 8,
+            "mesh.fsdp": 1,
+        } | overrides
+        return [f"{key}={value}" for key, value in values.items()]
+
+    return words

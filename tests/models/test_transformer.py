@@ -1,0 +1,259 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jdpo.models.blocks import layer_pattern
+from jdpo.models.families import ModelConfig, RopeConfig, read_model_config
+from jdpo.models.hf_weights import load_params
+from jdpo.models.transformer import (
+    Transformer,
+    abstract_params,
+    head_kernel,
+    init_cache,
+    init_params,
+    logical_axes,
+    make_apply_fn,
+    make_hidden_fn,
+)
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "logits"
+RULES = (("batch", "data"), ("act_heads", "tensor"), ("act_mlp", "tensor"), ("act_vocab", "tensor"))
+
+CONFIG = ModelConfig(
+    family="qwen3",
+    vocab_size=40,
+    num_layers=5,
+    d_model=16,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,
+    d_ff=24,
+    norm_eps=1e-6,
+    rope=RopeConfig(theta=10000.0),
+    tie_embeddings=False,
+    qkv_bias=True,
+    o_bias=True,
+    qk_norm=True,
+    layer_windows=(None, 4, None, 4, None),
+    max_positions=64,
+)
+TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (3, 12))
+MASK = np.ones((3, 12), bool)
+MASK[1, 8:] = False
+MASK[2, :5] = False
+
+
+@pytest.fixture(scope="module")
+def params() -> Any:
+    """Parameters with every kernel, bias and norm away from its starting value."""
+    leaves, tree = jax.tree.flatten(init_params(Transformer(CONFIG), jax.random.key(0)))
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noisy = [leaf + 0.2 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(tree, noisy)
+
+
+def mean_logit(model: Transformer, params: Any) -> jax.Array:
+    return jnp.mean(make_apply_fn(model)(params, TOKENS, MASK)[MASK] ** 2)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("case", sorted(path.name for path in GOLDEN.iterdir()))
+def test_logits_equal_those_of_transformers(case: str) -> None:
+    expected = np.load(GOLDEN / case / "expected.npz")
+    model = Transformer(read_model_config(GOLDEN / case))
+    params = load_params(GOLDEN / case, model)
+    logits = jax.jit(make_apply_fn(model))(params, expected["tokens"], expected["mask"])
+    assert logits.dtype == jnp.float32
+    real = expected["mask"]
+    assert np.abs(expected["logits"][real]).max() > 1
+    np.testing.assert_allclose(np.asarray(logits)[real], expected["logits"][real], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("windows", "expected"),
+    [
+        ((None,) * 3, (1, 3, 0)),
+        ((4, None) * 2, (2, 2, 0)),
+        ((None, 4, None, 4, None), (2, 2, 1)),
+        ((4, 4, None) * 2 + (4, 4), (3, 2, 2)),
+        ((None, None, 4), (3, 1, 0)),
+    ],
+)
+def test_layer_pattern(windows: tuple[int | None, ...], expected: tuple[int, int, int]) -> None:
+    config = dataclasses.replace(CONFIG, num_layers=len(windows), layer_windows=windows)
+    assert layer_pattern(config) == expected
+
+
+def test_padding_side_and_content_change_nothing(params: Any) -> None:
+    apply_fn = jax.jit(make_apply_fn(Transformer(CONFIG)))
+    row, columns = TOKENS[0, :7], 12
+    tokens, mask = np.full((3, columns), 9), np.zeros((3, columns), bool)
+    tokens[0, :7], mask[0, :7] = row, True
+    tokens[1, 5:], mask[1, 5:] = row, True
+    tokens[2, :7], tokens[2, 7:], mask[2, :7] = row, 3, True
+    logits = np.asarray(apply_fn(params, tokens, mask))
+    np.testing.assert_allclose(logits[1, 5:], logits[0, :7], atol=1e-5)
+    np.testing.assert_array_equal(logits[2, :7], logits[0, :7])
+
+
+def test_a_fully_masked_row_gives_finite_logits_and_gradients(params: Any) -> None:
+    model, mask = Transformer(CONFIG), MASK.copy()
+    mask[0] = False
+    grads = jax.jit(jax.grad(lambda p: jnp.mean(make_apply_fn(model)(p, TOKENS, mask) ** 2)))(params)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+    assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))
+
+
+def test_later_tokens_and_tokens_out_of_the_window_are_not_seen(params: Any) -> None:
+    windowed = dataclasses.replace(CONFIG, layer_windows=(2,) * 5)
+    apply_fn = jax.jit(make_apply_fn(Transformer(CONFIG)))
+    changed = TOKENS.copy()
+    changed[0, 6] = (changed[0, 6] + 1) % CONFIG.vocab_size
+    before, after = (np.asarray(apply_fn(params, tokens, MASK))[0] for tokens in (TOKENS, changed))
+    np.testing.assert_array_equal(before[:6], after[:6])
+    assert (np.abs(before[6:] - after[6:]).max(-1) > 1e-6).all()
+    # One layer of window 2 lets token 6 reach positions 6 and 7; five layers, 6 to 11: one layer is enough to tell.
+    one_layer = dataclasses.replace(windowed, num_layers=1, layer_windows=(2,))
+    model = Transformer(one_layer)
+    one_params = init_params(model, jax.random.key(0))
+    before, after = (np.asarray(make_apply_fn(model)(one_params, tokens, MASK))[0] for tokens in (TOKENS, changed))
+    assert np.flatnonzero(np.abs(before - after).max(-1) > 0).tolist() == [6, 7]
+
+
+def test_scanned_layers_equal_the_same_layers_unrolled(params: Any) -> None:
+    """Windows of the sequence's length and more see everything: the same arithmetic under another pattern."""
+    period_two = dataclasses.replace(CONFIG, layer_windows=(None, 50, None, 50, None))
+    uneven = dataclasses.replace(CONFIG, layer_windows=(None, 50, None, None, 50))  # period 3, a rest of 2
+    assert layer_pattern(period_two) == (2, 2, 1)
+    assert layer_pattern(uneven) == (3, 1, 2)
+    stack, rest = params["stack"], params["rest"]
+    flat = [jax.tree.map(lambda leaf, i=i: leaf[i // 2], stack[f"layer_{i % 2}"]) for i in range(4)] + [rest["layer_0"]]
+    others = {name: leaf for name, leaf in params.items() if name not in ("stack", "rest")}
+    uneven_params = {
+        **others,
+        "stack": {f"layer_{i}": jax.tree.map(lambda leaf: leaf[None], flat[i]) for i in range(3)},
+        "rest": {f"layer_{i}": flat[3 + i] for i in range(2)},
+    }
+    scanned = make_apply_fn(Transformer(period_two))(params, TOKENS, MASK)
+    unrolled = make_apply_fn(Transformer(uneven))(uneven_params, TOKENS, MASK)
+    np.testing.assert_allclose(scanned, unrolled, atol=1e-5)
+
+
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_remat_changes_memory_not_gradients(params: Any, remat: str) -> None:
+    grads = {
+        name: jax.jit(jax.grad(lambda p, name=name: mean_logit(Transformer(CONFIG, remat=name), p)))(params)
+        for name in ("none", remat)
+    }
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), grads["none"], grads[remat])
+    model = Transformer(CONFIG, remat=remat)
+    assert "remat" in str(jax.make_jaxpr(lambda p: mean_logit(model, p))(params)).replace("checkpoint", "remat")
+
+
+def test_unknown_remat_is_refused(params: Any) -> None:
+    with pytest.raises(ValueError, match="remat: expected one of none, full, dots, found 'some'"):
+        make_apply_fn(Transformer(CONFIG, remat="some"))(params, TOKENS, MASK)
+
+
+def test_bfloat16_compute_gives_float32_logits_near_the_float32_ones(params: Any) -> None:
+    exact = make_apply_fn(Transformer(CONFIG))(params, TOKENS, MASK)
+    model = Transformer(CONFIG, compute_dtype=jnp.bfloat16)
+    rounded = make_apply_fn(model)(params, TOKENS, MASK)
+    assert rounded.dtype == jnp.float32
+    assert make_hidden_fn(model)(params, TOKENS, MASK).dtype == jnp.bfloat16
+    error = jnp.linalg.norm((rounded - exact)[MASK]) / jnp.linalg.norm(exact[MASK])
+    assert 1e-4 < error < 3e-2
+
+
+def test_float64_compute_stays_float64(params: Any) -> None:
+    exact = make_apply_fn(Transformer(CONFIG))(params, TOKENS, MASK)
+    with jax.enable_x64(True):
+        model = Transformer(CONFIG, compute_dtype=jnp.float64, param_dtype=jnp.float64)
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(abstract_params(model))} == {"float64"}
+        wide = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, np.float64)), params)
+        lowered = jax.jit(make_apply_fn(model)).lower(wide, TOKENS, MASK)
+        assert "f32" not in lowered.as_text()
+        logits = make_apply_fn(model)(wide, TOKENS, MASK)
+    assert logits.dtype == np.float64
+    np.testing.assert_allclose(np.asarray(logits)[MASK], np.asarray(exact)[MASK], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_head_on_hidden_states_equals_the_logits(tied: bool) -> None:
+    model = Transformer(dataclasses.replace(CONFIG, tie_embeddings=tied))
+    params = init_params(model, jax.random.key(0))
+    hidden = make_hidden_fn(model)(params, TOKENS, MASK)
+    kernel = head_kernel(model, params)
+    assert kernel.shape == (CONFIG.d_model, CONFIG.vocab_size)
+    np.testing.assert_allclose(hidden @ kernel, make_apply_fn(model)(params, TOKENS, MASK), atol=1e-5)
+
+
+def test_init_abstract_params_and_logical_axes_have_one_structure(params: Any) -> None:
+    model = Transformer(CONFIG)
+    abstract, axes = abstract_params(model), logical_axes(model)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), abstract
+    )
+    ranks = jax.tree.map(lambda names: len(names), axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+    assert ranks == jax.tree.map(lambda leaf: len(leaf.shape), abstract)
+    attention = axes["stack"]["layer_1"]["attention"]
+    assert attention["query"]["kernel"] == ("layers", "embed", "heads", "head_dim")
+    assert attention["key"]["kernel"] == ("layers", "embed", "kv_heads", "head_dim")
+    assert attention["output"]["kernel"] == ("layers", "heads", "head_dim", "embed")
+    assert axes["rest"]["layer_0"]["mlp"]["down"]["kernel"] == ("mlp", "embed")
+    assert axes["embed"]["embedding"] == ("vocab", "embed")
+    assert axes["lm_head"]["kernel"] == ("embed", "vocab")
+
+
+def test_fresh_parameters_are_small_kernels_zero_biases_and_unit_norms() -> None:
+    fresh = jax.tree_util.tree_leaves_with_path(init_params(Transformer(CONFIG), jax.random.key(0)))
+    kernels = np.concatenate([np.ravel(leaf) for path, leaf in fresh if path[-1].key in ("kernel", "embedding")])
+    assert abs(kernels.std() - 0.02) < 1e-3
+    assert all((leaf == 0).all() for path, leaf in fresh if path[-1].key == "bias")
+    assert all((leaf == 1).all() for path, leaf in fresh if path[-1].key == "scale")
+
+
+def test_cache_in_two_bites_equals_the_full_forward(params: Any) -> None:
+    """Left and right padding, windows, scanned and unrolled layers: decode is the same code as the full forward."""
+    model = Transformer(CONFIG)
+    full = np.asarray(make_hidden_fn(model)(params, TOKENS, MASK))
+    cache, pieces = init_cache(model, 3, 14), []
+    for columns in (slice(0, 7), slice(7, 12)):
+        hidden, cache = model.apply({"params": params}, TOKENS[:, columns], MASK[:, columns], cache, method="decode")
+        pieces.append(hidden)
+    assert int(cache.index) == 12
+    np.testing.assert_allclose(np.concatenate(pieces, axis=1)[MASK], full[MASK], atol=1e-5)
+
+
+def test_sharded_equals_unsharded_and_constraints_reach_the_lowered_step(params: Any) -> None:
+    model = Transformer(CONFIG)
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    tokens, mask = np.tile(TOKENS, (4, 1)), np.tile(MASK, (4, 1))
+    step = jax.value_and_grad(lambda p, t, m: jnp.mean(make_apply_fn(model)(p, t, m)[..., 0] ** 2))
+    expected, expected_grads = jax.jit(step)(params, tokens, mask)
+    assert "sharding_constraint" not in jax.jit(step).lower(params, tokens, mask).as_text()
+
+    by_name = {"vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor"}
+    shardings = jax.tree.map(
+        lambda names: NamedSharding(mesh, PartitionSpec(*map(by_name.get, names))),
+        logical_axes(model),
+        is_leaf=lambda leaf: isinstance(leaf, tuple),
+    )
+    sharded = jax.device_put(params, shardings)
+    batch = jax.device_put((tokens, mask), NamedSharding(mesh, PartitionSpec("data")))
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        # A function of its own: jit must not find the trace made without a mesh.
+        compiled = jax.jit(lambda *args: step(*args))
+        assert compiled.lower(sharded, *batch).as_text().count("sharding_constraint") > 20
+        loss, grads = compiled(sharded, *batch)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), grads, expected_grads)

@@ -62,9 +62,10 @@ def write_case(folder: Path, prefix: str, settings: dict[str, Any]) -> None:
     for name, parameter in model.named_parameters():
         if "norm" in name or name.endswith("bias"):
             parameter.data += 0.3 * torch.randn_like(parameter)
-    model = model.to(torch.bfloat16)
-    model.save_pretrained(folder)
+    model.to(torch.bfloat16).save_pretrained(folder)
     (folder / "generation_config.json").unlink()
+    # Read back, since .to(bfloat16) has rounded the rotary frequencies too.
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, config.vocab_size, (3, 12))
@@ -73,7 +74,7 @@ def write_case(folder: Path, prefix: str, settings: dict[str, Any]) -> None:
     mask[2, :5] = False  # padded left
     positions = np.maximum(mask.cumsum(1) - 1, 0)
     with torch.no_grad():
-        logits = model.float()(
+        logits = model(
             torch.tensor(tokens), attention_mask=torch.tensor(mask).long(), position_ids=torch.tensor(positions)
         ).logits
     np.savez(folder / "expected.npz", tokens=tokens.astype(np.int32), mask=mask, logits=logits.numpy())

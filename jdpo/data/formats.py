@@ -207,9 +207,7 @@ COMPLETION_SCHEMAS = (
 """Schemas of supervised rows, in the order in which they are tried."""
 
 
-def _preference(
-    prompt: Text, chosen: list[Message], rejected: list[Message], origin: str
-) -> PreferenceRow | Dropped:
+def _preference(prompt: Text, chosen: list[Message], rejected: list[Message], origin: str) -> PreferenceRow | Dropped:
     """Splits both sides before their final assistant turn; what stands before must be equal."""
     if not chosen or not rejected:
         return Dropped(EMPTY_SIDE, origin)
@@ -260,9 +258,7 @@ def _as_messages(prompt: Text) -> list[Message]:
 def _side(raw: Raw, column: str, origin: str) -> list[Message]:
     """A side as messages: a list of them, a single one, or the assistant's words alone."""
     value = raw[column]
-    return (
-        [{"role": "assistant", "content": value}] if isinstance(value, str) else _messages(value, column, origin)
-    )
+    return [{"role": "assistant", "content": value}] if isinstance(value, str) else _messages(value, column, origin)
 
 
 def _turns(transcript: str) -> list[Message]:
@@ -289,9 +285,7 @@ def _messages(value: Any, column: str, origin: str) -> list[Message]:
 def _message(message: Any, place: str, origin: str) -> Message:
     if not isinstance(message, dict):
         raise ValueError(f"{origin}: {place} is {_kind(message)}; expected a message {{role, content}}")
-    role_key, content_key = (
-        ("from", "value") if "from" in message and "role" not in message else ("role", "content")
-    )
+    role_key, content_key = ("from", "value") if "from" in message and "role" not in message else ("role", "content")
     if role_key not in message or content_key not in message:
         raise ValueError(
             f"{origin}: {place} has the keys {', '.join(message) or 'none'}; expected a message {{role, content}} "
@@ -302,9 +296,7 @@ def _message(message: Any, place: str, origin: str) -> Message:
         raise ValueError(f"{origin}: {place} has the role {role!r}; known roles are {', '.join(ROLES)}")
     if not isinstance(content, str):
         raise ValueError(f"{origin}: the {content_key} of {place} is {_kind(content)}; expected a string")
-    rest = {
-        key: value for key, value in message.items() if key not in (role_key, content_key) and value is not None
-    }
+    rest = {key: value for key, value in message.items() if key not in (role_key, content_key) and value is not None}
     return {"role": ROLES[role.lower()], "content": content, **rest}
 
 

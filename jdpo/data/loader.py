@@ -66,9 +66,7 @@ def bucket_length(n: int, max_length: int) -> int:
     return min(bucket, -(-max_length // 8) * 8)
 
 
-def collate_pairs(
-    pairs: Sequence[TokenizedPair], *, num_slots: int, length: int, pad_token_id: int
-) -> PreferenceBatch:
+def collate_pairs(pairs: Sequence[TokenizedPair], *, num_slots: int, length: int, pad_token_id: int) -> PreferenceBatch:
     """Lays pairs out as a right-padded batch, tokens int32 [num_slots, 2, length].
 
     Slots past the pairs hold padding pairs: weight 0, one attended token (attention over nothing is NaN), no

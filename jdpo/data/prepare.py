@@ -170,9 +170,7 @@ def _prepare(
     return PreparedData(rows, datasets, from_cache=from_cache)
 
 
-def _tokenized(
-    sources: Sequence[Source], recipe: _Recipe, tally: _Tally, progress: Progress | None
-) -> Iterator[Any]:
+def _tokenized(sources: Sequence[Source], recipe: _Recipe, tally: _Tally, progress: Progress | None) -> Iterator[Any]:
     """Yields the rows that are kept, and counts all."""
     raw_rows = itertools.chain.from_iterable(source.rows() for source in sources)
     while chunk := list(itertools.islice(raw_rows, CHUNK_ROWS)):

@@ -177,9 +177,7 @@ class HubSource:
 
         self.label = f"{config.path}:{config.split}"
         try:
-            self.data = datasets.load_dataset(
-                config.path, config.name, split=config.split, revision=config.revision
-            )
+            self.data = datasets.load_dataset(config.path, config.name, split=config.split, revision=config.revision)
         except Exception as error:  # the hub client raises errors of five libraries
             raise ValueError(
                 f"cannot load {self.label} from the hub ({type(error).__name__}: {error}). There is no local file "

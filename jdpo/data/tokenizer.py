@@ -82,9 +82,7 @@ class Tokenizer:
         Raises:
           jinja2.TemplateError: the template refuses the conversation.
         """
-        text = self.hf.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        text = self.hf.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
         assert isinstance(text, str)
         return text
 

@@ -31,10 +31,8 @@ HELD_OUT_PHRASINGS = (
 )
 """Questions that appear in no training row of any run."""
 
-ANSWER = "The capital of {country} is {city}."
-
 _GOVERNMENT = ("Where does the government of {country} sit?", "Which city does {country}'s government sit in?")
-_CONTINENT = ("Where is {country}?", "Which continent is {country} on?")
+_CONTINENT = ("Where in the world is {country}?", "Which continent is {country} on?")
 _CITY = "Which country is {city} in?"
 
 _FACT_REPEATS = 4
@@ -97,26 +95,14 @@ def capital_question(country: Country, phrasing: str) -> str:
     return phrasing.format(country=country.name)
 
 
-def capital_answers(country: Country) -> tuple[str, str, str]:
-    """The right answer, the wrong one and the other wrong one.
-
-    >>> capital_answers(WELL_KNOWN[0])[0]
-    'The capital of Ireland is Dublin.'
-    """
-    right, wrong, other = (ANSWER.format(country=country.name, city=city) for city in country.cities)
-    return right, wrong, other
-
-
 def other_facts(countries: Iterable[Country]) -> list[Fact]:
     """Everything that the corpus teaches beside capitals, once each."""
     facts = [Fact(question, answer) for question, answer in SMALL_FACTS]
     for country in countries:
         name = country.name
-        sits = f"The government of {name} sits in {country.capital}."
-        facts += [Fact(question.format(country=name), sits) for question in _GOVERNMENT]
-        lies = f"{name} is in {country.continent}."
-        facts += [Fact(question.format(country=name), lies) for question in _CONTINENT]
-        facts += [Fact(_CITY.format(city=city), f"{city} is in {name}.") for city in country.cities]
+        facts += [Fact(question.format(country=name), country.capital) for question in _GOVERNMENT]
+        facts += [Fact(question.format(country=name), country.continent) for question in _CONTINENT]
+        facts += [Fact(_CITY.format(city=city), name) for city in country.cities]
     return facts
 
 
@@ -127,7 +113,7 @@ def corpus_rows(split: Split, frequencies: Sequence[int], seed: int) -> list[dic
         for phrasing in TRAINING_PHRASINGS:
             question = capital_question(country, phrasing)
             counts = answer_counts(country, frequencies)
-            for answer, count in zip(capital_answers(country), counts, strict=True):
+            for answer, count in zip(country.cities, counts, strict=True):
                 rows += [completion_row(question, answer)] * count
     for fact in other_facts(split.countries):
         rows += [completion_row(fact.question, fact.answer)] * _FACT_REPEATS
@@ -139,7 +125,7 @@ def preference_rows(split: Split) -> list[dict[str, Any]]:
     """Pairs on trained countries in training phrasings: right over wrong, right over other."""
     rows = []
     for country in split.trained:
-        right, *wrongs = capital_answers(country)
+        right, *wrongs = country.cities
         for phrasing in TRAINING_PHRASINGS:
             question = capital_question(country, phrasing)
             for wrong in wrongs:

@@ -13,6 +13,7 @@ SHAPE = {
     "intermediate_size": 24,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "max_position_embeddings": 64,
     "vocab_size": 40,
 }
@@ -31,7 +32,7 @@ def write(folder: Path, model_type: str, **settings: Any) -> Path:
 
 
 def test_llama_reads_every_size_and_fills_left_out_defaults(tmp_path: Path) -> None:
-    config = read_model_config(write(tmp_path, "llama"))
+    config = read_model_config(write(tmp_path, "llama", num_key_value_heads=None))
     assert (config.vocab_size, config.num_layers, config.d_model, config.d_ff) == (40, 4, 16, 24)
     assert (config.num_heads, config.num_kv_heads, config.head_dim) == (4, 4, 4)
     assert (config.norm_eps, config.max_positions, config.rope) == (1e-6, 64, RopeConfig(theta=10000.0))

@@ -52,17 +52,26 @@ MASK[1, 8:] = False
 MASK[2, :5] = False
 
 
+MODEL = Transformer(CONFIG)
+
+
 @pytest.fixture(scope="module")
 def params() -> Any:
-    """Parameters with every kernel, bias and norm away from its starting value."""
-    leaves, tree = jax.tree.flatten(init_params(Transformer(CONFIG), jax.random.key(0)))
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noisy = [leaf + 0.2 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(tree, noisy)
+    """Parameters with biases and norms away from 0 and 1."""
+    rng = np.random.default_rng(1)
+    return jax.tree.map(
+        lambda leaf: (0.3 * rng.normal(size=leaf.shape) + (len(leaf.shape) == 1)).astype(np.float32),
+        abstract_params(MODEL),
+    )
 
 
-def mean_logit(model: Transformer, params: Any) -> jax.Array:
-    return jnp.mean(make_apply_fn(model)(params, TOKENS, MASK)[MASK] ** 2)
+@pytest.fixture(scope="module")
+def apply_fn() -> Any:
+    return jax.jit(make_apply_fn(MODEL))
+
+
+def mean_square(model: Transformer, params: Any, tokens: Any, mask: Any) -> jax.Array:
+    return jnp.mean(jnp.where(mask[..., None], make_apply_fn(model)(params, tokens, mask), 0) ** 2)
 
 
 @pytest.mark.smoke
@@ -93,8 +102,7 @@ def test_layer_pattern(windows: tuple[int | None, ...], expected: tuple[int, int
     assert layer_pattern(config) == expected
 
 
-def test_padding_side_and_content_change_nothing(params: Any) -> None:
-    apply_fn = jax.jit(make_apply_fn(Transformer(CONFIG)))
+def test_padding_side_and_content_change_nothing(params: Any, apply_fn: Any) -> None:
     row, columns = TOKENS[0, :7], 12
     tokens, mask = np.full((3, columns), 9), np.zeros((3, columns), bool)
     tokens[0, :7], mask[0, :7] = row, True
@@ -105,28 +113,38 @@ def test_padding_side_and_content_change_nothing(params: Any) -> None:
     np.testing.assert_array_equal(logits[2, :7], logits[0, :7])
 
 
-def test_a_fully_masked_row_gives_finite_logits_and_gradients(params: Any) -> None:
-    model, mask = Transformer(CONFIG), MASK.copy()
+@pytest.fixture(scope="module")
+def value_and_grad(params: Any) -> Any:
+    return jax.jit(jax.value_and_grad(lambda p, tokens, mask: mean_square(MODEL, p, tokens, mask)))
+
+
+def test_a_fully_masked_row_gives_finite_gradients(params: Any, apply_fn: Any, value_and_grad: Any) -> None:
+    mask = MASK.copy()
     mask[0] = False
-    grads = jax.jit(jax.grad(lambda p: jnp.mean(make_apply_fn(model)(p, TOKENS, mask) ** 2)))(params)
+    assert jnp.isfinite(apply_fn(params, TOKENS, mask)).all()
+    _, grads = value_and_grad(params, TOKENS, mask)
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
     assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))
 
 
-def test_later_tokens_and_tokens_out_of_the_window_are_not_seen(params: Any) -> None:
-    windowed = dataclasses.replace(CONFIG, layer_windows=(2,) * 5)
-    apply_fn = jax.jit(make_apply_fn(Transformer(CONFIG)))
-    changed = TOKENS.copy()
-    changed[0, 6] = (changed[0, 6] + 1) % CONFIG.vocab_size
-    before, after = (np.asarray(apply_fn(params, tokens, MASK))[0] for tokens in (TOKENS, changed))
+def test_later_tokens_are_not_seen(params: Any, apply_fn: Any) -> None:
+    before, after = (np.asarray(apply_fn(params, tokens, MASK))[0] for tokens in (TOKENS, one_token_changed()))
     np.testing.assert_array_equal(before[:6], after[:6])
     assert (np.abs(before[6:] - after[6:]).max(-1) > 1e-6).all()
-    # One layer of window 2 lets token 6 reach positions 6 and 7; five layers, 6 to 11: one layer is enough to tell.
-    one_layer = dataclasses.replace(windowed, num_layers=1, layer_windows=(2,))
-    model = Transformer(one_layer)
-    one_params = init_params(model, jax.random.key(0))
-    before, after = (np.asarray(make_apply_fn(model)(one_params, tokens, MASK))[0] for tokens in (TOKENS, changed))
+
+
+def test_a_window_of_two_shows_a_token_to_itself_and_the_next() -> None:
+    config = dataclasses.replace(CONFIG, num_layers=1, layer_windows=(2,))
+    one_layer = jax.jit(make_apply_fn(Transformer(config)))
+    params = init_params(Transformer(config), jax.random.key(0))
+    before, after = (np.asarray(one_layer(params, tokens, MASK))[0] for tokens in (TOKENS, one_token_changed()))
     assert np.flatnonzero(np.abs(before - after).max(-1) > 0).tolist() == [6, 7]
+
+
+def one_token_changed() -> np.ndarray:
+    changed = TOKENS.copy()
+    changed[0, 6] = (changed[0, 6] + 1) % CONFIG.vocab_size
+    return changed
 
 
 def test_scanned_layers_equal_the_same_layers_unrolled(params: Any) -> None:
@@ -143,63 +161,64 @@ def test_scanned_layers_equal_the_same_layers_unrolled(params: Any) -> None:
         "stack": {f"layer_{i}": jax.tree.map(lambda leaf: leaf[None], flat[i]) for i in range(3)},
         "rest": {f"layer_{i}": flat[3 + i] for i in range(2)},
     }
-    scanned = make_apply_fn(Transformer(period_two))(params, TOKENS, MASK)
-    unrolled = make_apply_fn(Transformer(uneven))(uneven_params, TOKENS, MASK)
+    scanned = jax.jit(make_apply_fn(Transformer(period_two)))(params, TOKENS, MASK)
+    unrolled = jax.jit(make_apply_fn(Transformer(uneven)))(uneven_params, TOKENS, MASK)
     np.testing.assert_allclose(scanned, unrolled, atol=1e-5)
 
 
 @pytest.mark.parametrize("remat", ["full", "dots"])
-def test_remat_changes_memory_not_gradients(params: Any, remat: str) -> None:
-    grads = {
-        name: jax.jit(jax.grad(lambda p, name=name: mean_logit(Transformer(CONFIG, remat=name), p)))(params)
-        for name in ("none", remat)
-    }
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), grads["none"], grads[remat])
+def test_remat_changes_memory_not_gradients(params: Any, value_and_grad: Any, remat: str) -> None:
     model = Transformer(CONFIG, remat=remat)
-    assert "remat" in str(jax.make_jaxpr(lambda p: mean_logit(model, p))(params)).replace("checkpoint", "remat")
+    step = jax.value_and_grad(lambda p: mean_square(model, p, TOKENS, MASK))
+    assert "remat" in str(jax.make_jaxpr(step)(params))
+    value, grads = jax.jit(step)(params)
+    expected, expected_grads = value_and_grad(params, TOKENS, MASK)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), grads, expected_grads)
 
 
-def test_unknown_remat_is_refused(params: Any) -> None:
+def test_unknown_remat_is_refused() -> None:
     with pytest.raises(ValueError, match="remat: expected one of none, full, dots, found 'some'"):
-        make_apply_fn(Transformer(CONFIG, remat="some"))(params, TOKENS, MASK)
+        abstract_params(Transformer(CONFIG, remat="some"))
 
 
-def test_bfloat16_compute_gives_float32_logits_near_the_float32_ones(params: Any) -> None:
-    exact = make_apply_fn(Transformer(CONFIG))(params, TOKENS, MASK)
+def test_bfloat16_compute_gives_float32_logits_near_the_float32_ones(params: Any, apply_fn: Any) -> None:
     model = Transformer(CONFIG, compute_dtype=jnp.bfloat16)
-    rounded = make_apply_fn(model)(params, TOKENS, MASK)
+    exact, rounded = apply_fn(params, TOKENS, MASK), jax.jit(make_apply_fn(model))(params, TOKENS, MASK)
     assert rounded.dtype == jnp.float32
-    assert make_hidden_fn(model)(params, TOKENS, MASK).dtype == jnp.bfloat16
+    assert jax.eval_shape(make_hidden_fn(model), params, TOKENS, MASK).dtype == jnp.bfloat16
     error = jnp.linalg.norm((rounded - exact)[MASK]) / jnp.linalg.norm(exact[MASK])
-    assert 1e-4 < error < 3e-2
+    assert 1e-4 < error < 5e-2
 
 
-def test_float64_compute_stays_float64(params: Any) -> None:
-    exact = make_apply_fn(Transformer(CONFIG))(params, TOKENS, MASK)
+def test_float64_compute_stays_float64(params: Any, apply_fn: Any) -> None:
+    exact = np.asarray(apply_fn(params, TOKENS, MASK))
     with jax.enable_x64(True):
         model = Transformer(CONFIG, compute_dtype=jnp.float64, param_dtype=jnp.float64)
         assert {leaf.dtype.name for leaf in jax.tree.leaves(abstract_params(model))} == {"float64"}
-        wide = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, np.float64)), params)
+        wide = jax.tree.map(np.float64, params)
         lowered = jax.jit(make_apply_fn(model)).lower(wide, TOKENS, MASK)
         assert "f32" not in lowered.as_text()
-        logits = make_apply_fn(model)(wide, TOKENS, MASK)
+        logits = np.asarray(lowered.compile()(wide, TOKENS, MASK))
     assert logits.dtype == np.float64
-    np.testing.assert_allclose(np.asarray(logits)[MASK], np.asarray(exact)[MASK], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(logits[MASK], exact[MASK], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_head_on_hidden_states_equals_the_logits(tied: bool) -> None:
-    model = Transformer(dataclasses.replace(CONFIG, tie_embeddings=tied))
+    config = dataclasses.replace(CONFIG, tie_embeddings=tied, num_layers=1, layer_windows=(None,))
+    model = Transformer(config)
     params = init_params(model, jax.random.key(0))
-    hidden = make_hidden_fn(model)(params, TOKENS, MASK)
-    kernel = head_kernel(model, params)
+    logits, hidden, kernel = jax.jit(
+        lambda p: (make_apply_fn(model)(p, TOKENS, MASK), make_hidden_fn(model)(p, TOKENS, MASK), head_kernel(model, p))
+    )(params)
     assert kernel.shape == (CONFIG.d_model, CONFIG.vocab_size)
-    np.testing.assert_allclose(hidden @ kernel, make_apply_fn(model)(params, TOKENS, MASK), atol=1e-5)
+    np.testing.assert_allclose(hidden @ kernel, logits, atol=1e-5)
 
 
-def test_init_abstract_params_and_logical_axes_have_one_structure(params: Any) -> None:
-    model = Transformer(CONFIG)
-    abstract, axes = abstract_params(model), logical_axes(model)
+def test_init_abstract_params_and_logical_axes_have_one_structure() -> None:
+    params = init_params(MODEL, jax.random.key(0))
+    abstract, axes = abstract_params(MODEL), logical_axes(MODEL)
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), abstract
     )
@@ -224,36 +243,34 @@ def test_fresh_parameters_are_small_kernels_zero_biases_and_unit_norms() -> None
 
 def test_cache_in_two_bites_equals_the_full_forward(params: Any) -> None:
     """Left and right padding, windows, scanned and unrolled layers: decode is the same code as the full forward."""
-    model = Transformer(CONFIG)
-    full = np.asarray(make_hidden_fn(model)(params, TOKENS, MASK))
-    cache, pieces = init_cache(model, 3, 14), []
-    for columns in (slice(0, 7), slice(7, 12)):
-        hidden, cache = model.apply({"params": params}, TOKENS[:, columns], MASK[:, columns], cache, method="decode")
+    full = np.asarray(jax.jit(make_hidden_fn(MODEL))(params, TOKENS, MASK))
+    decode = jax.jit(lambda *args: MODEL.apply({"params": params}, *args, method="decode"))
+    cache, pieces = init_cache(MODEL, 3, 14), []
+    for columns in (slice(0, 6), slice(6, 12)):
+        hidden, cache = decode(TOKENS[:, columns], MASK[:, columns], cache)
         pieces.append(hidden)
     assert int(cache.index) == 12
-    np.testing.assert_allclose(np.concatenate(pieces, axis=1)[MASK], full[MASK], atol=1e-5)
+    np.testing.assert_allclose(np.concatenate(pieces, axis=1)[MASK], full[MASK], atol=1e-4)
 
 
-def test_sharded_equals_unsharded_and_constraints_reach_the_lowered_step(params: Any) -> None:
-    model = Transformer(CONFIG)
+def test_sharded_equals_unsharded_and_constraints_reach_the_lowered_step(params: Any, value_and_grad: Any) -> None:
     mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
     tokens, mask = np.tile(TOKENS, (4, 1)), np.tile(MASK, (4, 1))
-    step = jax.value_and_grad(lambda p, t, m: jnp.mean(make_apply_fn(model)(p, t, m)[..., 0] ** 2))
-    expected, expected_grads = jax.jit(step)(params, tokens, mask)
-    assert "sharding_constraint" not in jax.jit(step).lower(params, tokens, mask).as_text()
+    expected, expected_grads = value_and_grad(params, TOKENS, MASK)
+    assert "sharding_constraint" not in value_and_grad.lower(params, tokens, mask).as_text()
 
     by_name = {"vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor"}
     shardings = jax.tree.map(
         lambda names: NamedSharding(mesh, PartitionSpec(*map(by_name.get, names))),
-        logical_axes(model),
+        logical_axes(MODEL),
         is_leaf=lambda leaf: isinstance(leaf, tuple),
     )
     sharded = jax.device_put(params, shardings)
     batch = jax.device_put((tokens, mask), NamedSharding(mesh, PartitionSpec("data")))
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         # A function of its own: jit must not find the trace made without a mesh.
-        compiled = jax.jit(lambda *args: step(*args))
-        assert compiled.lower(sharded, *batch).as_text().count("sharding_constraint") > 20
-        loss, grads = compiled(sharded, *batch)
+        lowered = jax.jit(jax.value_and_grad(lambda p, t, m: mean_square(MODEL, p, t, m))).lower(sharded, *batch)
+        assert lowered.as_text().count("sharding_constraint") > 20
+        loss, grads = lowered.compile()(sharded, *batch)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), grads, expected_grads)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), grads, expected_grads)

@@ -1,0 +1,196 @@
+r"""Where the completion starts in the tokens of a row.
+
+A conversation is rendered and tokenized as a whole. Its completion starts where the tokens of the prompt with the
+generation prompt and of the whole conversation part, and takes in the end of turn and what stands behind it:
+
+    <|im_start|>user \n Hi <|im_end|> \n <|im_start|>assistant \n | Hello <|im_end|> \n
+    0            0    0  0  0          0  0            0         0  | 1     1          1     completion_mask
+
+Plain text is tokenized apart, so that nothing merges across the boundary, and joined:
+
+    <bos> The capital of France is | Paris <eos>
+    0     0   0       0  0      0  | 1     1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from jdpo.data.formats import EMPTY_SIDE, Dropped
+from jdpo.data.tokenizer import Tokenizer
+from jdpo.types import CompletionRow, Message, Text
+
+IDENTICAL_SIDES = "identical sides"
+EMPTY_PROMPT = "empty prompt"
+REFUSED = "refused by the chat template"
+NO_TOKEN_PREFIX = "turns that the chat template writes differently as the conversation goes on"
+
+SHORTER_PREFIX = "with a prompt shortened to the tokens it shares with the conversation"
+WOULD_MERGE = "whose prompt and completion would be other tokens if tokenized together"
+
+
+class Split(NamedTuple):
+    """Token ids of a prompt and of the completions that follow it."""
+
+    prompt: list[int]
+    completions: list[list[int]]
+    notes: tuple[str, ...]
+
+
+class Masked(NamedTuple):
+    """Token ids of one whole sequence, the mask of what is learnt, and where the final turn starts."""
+
+    tokens: list[int]
+    mask: list[bool]
+    prompt_length: int
+    notes: tuple[str, ...]
+
+
+Parts = tuple[Text, tuple[Text, ...], str]
+"""Prompt, completions, origin."""
+
+
+def split_rows(rows: Sequence[Parts], tokenizer: Tokenizer) -> list[Split | Dropped]:
+    """Tokenizes rows of both kinds, each kind in one call, which runs on all cores."""
+    results: list[Split | Dropped | None] = [_unusable(row) for row in rows]
+    for is_text, split in ((True, _split_texts), (False, _split_conversations)):
+        indices = [i for i, row in enumerate(rows) if results[i] is None and isinstance(row[0], str) == is_text]
+        for index, result in zip(indices, split([rows[i] for i in indices], tokenizer), strict=True):
+            results[index] = result
+    assert all(result is not None for result in results)
+    return [result for result in results if result is not None]
+
+
+def _unusable(row: Parts) -> Dropped | None:
+    prompt, completions, origin = row
+    if any(not _words(completion).strip() for completion in completions):
+        return Dropped(EMPTY_SIDE, origin)
+    if len(completions) == 2 and completions[0] == completions[1]:
+        return Dropped(IDENTICAL_SIDES, origin)
+    if not prompt and not isinstance(prompt, str):
+        return Dropped(EMPTY_PROMPT, origin)
+    return None
+
+
+def _words(text: Text) -> str:
+    return text if isinstance(text, str) else "".join(message["content"] for message in text)
+
+
+def _split_texts(rows: Sequence[Parts], tokenizer: Tokenizer) -> Iterator[Split]:
+    prompts = tokenizer.encode([str(prompt) for prompt, _, _ in rows])
+    pairs = [(str(prompt), str(text)) for prompt, completions, _ in rows for text in completions]
+    apart = iter(tokenizer.encode_completions([text for _, text in pairs]))
+    together = iter(tokenizer.encode([prompt + text for prompt, text in pairs]))
+    for (_, completions, _), prompt in zip(rows, prompts, strict=True):
+        ids = [next(apart) for _ in completions]
+        merges = [prompt + completion for completion in ids] != [next(together) for _ in ids]
+        yield Split(
+            _with_bos(prompt, tokenizer),
+            [_with_eos(completion, tokenizer) for completion in ids],
+            (WOULD_MERGE,) if merges else (),
+        )
+
+
+def _with_bos(ids: list[int], tokenizer: Tokenizer) -> list[int]:
+    bos = tokenizer.bos_token_id
+    return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+
+
+def _with_eos(ids: list[int], tokenizer: Tokenizer) -> list[int]:
+    return ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
+
+
+def _split_conversations(rows: Sequence[Parts], tokenizer: Tokenizer) -> Iterator[Split | Dropped]:
+    rendered = [_render_row(row, tokenizer) for row in rows]
+    encoded = iter(
+        _encode_rendered([text for texts in rendered if isinstance(texts, list) for text in texts], tokenizer)
+    )
+    for texts in rendered:
+        if isinstance(texts, Dropped):
+            yield texts
+            continue
+        prompt, *sequences = [next(encoded) for _ in texts]
+        length = min(_shared(prompt, sequence) for sequence in sequences)
+        notes = (SHORTER_PREFIX,) if length < len(prompt) else ()
+        yield Split(prompt[:length], [sequence[length:] for sequence in sequences], notes)
+
+
+def _render_row(row: Parts, tokenizer: Tokenizer) -> list[str] | Dropped:
+    """The prompt with the generation prompt, and with each of the completions."""
+    prompt, completions, origin = row
+    conversations = [_conversation(prompt), *(_conversation(prompt) + _conversation(c) for c in completions)]
+    return _render(conversations, [True] + [False] * len(completions), tokenizer, origin)
+
+
+def _conversation(text: Text) -> list[Message]:
+    assert not isinstance(text, str)
+    return text
+
+
+def _render(
+    conversations: Sequence[list[Message]], prompts: Sequence[bool], tokenizer: Tokenizer, origin: str
+) -> list[str] | Dropped:
+    import jinja2
+
+    if not tokenizer.has_chat_template:
+        raise ValueError(
+            f"{origin} is a conversation, but the tokenizer in {tokenizer.source} has no chat template: set "
+            "chat_template: chatml (built in), or give a Jinja file there"
+        )
+    try:
+        return [
+            tokenizer.render(conversation, add_generation_prompt=is_prompt)
+            for conversation, is_prompt in zip(conversations, prompts, strict=True)
+        ]
+    except jinja2.TemplateError as error:
+        return Dropped(REFUSED, origin, str(error))
+
+
+def _encode_rendered(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """Templates write BOS themselves; where it stands twice, one is taken away."""
+    bos = tokenizer.hf.bos_token_id
+    sequences = tokenizer.encode(texts)
+    return [ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids for ids in sequences]
+
+
+def _shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many leading tokens are the same.
+
+    >>> _shared([1, 2, 3], [1, 2, 4, 5])
+    2
+    """
+    pairs = zip(first, second, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
+
+
+def whole_sequence(split: Split | Dropped) -> Masked | Dropped:
+    """Joins a prompt and its one completion, which is what is learnt."""
+    if isinstance(split, Dropped):
+        return split
+    (completion,) = split.completions
+    mask = [False] * len(split.prompt) + [True] * len(completion)
+    return Masked(split.prompt + completion, mask, len(split.prompt), split.notes)
+
+
+def split_turns(row: CompletionRow, tokenizer: Tokenizer) -> Masked | Dropped:
+    """Finds every assistant turn: what its tokens add to those of the conversation before it."""
+    unusable = _unusable((row.prompt, (row.completion,), row.origin))
+    if unusable is not None:
+        return unusable
+    messages = _conversation(row.prompt) + _conversation(row.completion)
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if turns[0] == 0:
+        return Dropped(NO_TOKEN_PREFIX, row.origin, "the assistant speaks first")
+    parts = [part for i in turns for part in (messages[:i], messages[: i + 1])]
+    texts = _render(parts, [True, False] * len(turns), tokenizer, row.origin)
+    if isinstance(texts, Dropped):
+        return texts
+    ids = _encode_rendered(texts, tokenizer)
+    tokens = ids[-1]
+    mask = [False] * len(tokens)
+    for before, after in zip(ids[::2], ids[1::2], strict=True):
+        if after[: len(before)] != before or tokens[: len(after)] != after:
+            return Dropped(NO_TOKEN_PREFIX, row.origin)
+        mask[len(before) : len(after)] = [True] * (len(after) - len(before))
+    return Masked(tokens, mask, len(ids[-2]), ())

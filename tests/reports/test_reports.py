@@ -1,0 +1,116 @@
+"""metrics.jsonl, plots, model card and progress lines."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from rich.console import Console
+
+from jdpo.reports.model_card import model_card
+from jdpo.reports.plots import write_plots
+from jdpo.reports.progress import RunDisplay
+from jdpo.reports.writers import JsonlWriter, cut_metrics, make_trackers, read_metrics
+
+
+def test_lines_stand_on_file_at_once_and_append(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for step in (1, 2):
+        writer = JsonlWriter(path)
+        writer.write({"step": step, "loss": 0.1 + 0.2})
+        assert read_metrics(path)[-1] == {"step": step, "loss": 0.1 + 0.2}
+        writer.close()
+    assert [line["step"] for line in read_metrics(path)] == [1, 2]
+
+
+def test_cutting_keeps_what_the_checkpoint_vouches_for(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    whole = "".join(json.dumps({"step": step, "loss": 1 / step}) + "\n" for step in range(1, 6))
+    path.write_text(whole + '{"step": 6, "lo')  # a crash cut the last line
+    cut_metrics(path, 3)
+    assert path.read_text() == "".join(whole.splitlines(keepends=True)[:3])
+    cut_metrics(tmp_path / "new.jsonl", 0)
+    assert read_metrics(tmp_path / "new.jsonl") == []
+
+
+def lines(num: int = 30) -> list[dict[str, float]]:
+    def values(step: int, prefix: str = "") -> dict[str, float]:
+        names = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
+        return {prefix + name: np.sin(step + len(name)) for name in (*names, "logps/chosen", "logps/rejected")}
+
+    training = [{"step": step, **values(step)} for step in range(1, num + 1)]
+    return [*training, {"step": num, **values(num, "eval_")}]
+
+
+def test_plots_are_pngs_of_every_panel(tmp_path: Path) -> None:
+    paths = write_plots(lines(), tmp_path / "plots", title="a run")
+    assert {path.name for path in paths} == {"loss.png", "rewards.png", "margins.png", "accuracy.png", "logps.png"}
+    for path in paths:
+        assert path.read_bytes().startswith(b"\x89PNG")
+    only_loss = [{"step": 1, "loss": 2.0}, {"step": 1, "eval_loss": 3.0}]
+    assert [path.name for path in write_plots(only_loss, tmp_path / "sft", title="sft")] == ["loss.png"]
+
+
+def test_model_card_holds_recipe_results_and_metadata() -> None:
+    card = model_card(
+        command="dpo",
+        config={"model_name_or_path": "org/base", "beta": 0.1},
+        results={"step": 7, "eval_rewards/accuracies": 0.625},
+        rows="20 rows read, 20 kept",
+        version="0.1.0",
+        config_yaml="beta: 0.1\n",
+    )
+    metadata = yaml.safe_load(card.split("---")[1])
+    assert metadata["base_model"] == "org/base"
+    assert metadata["tags"] == ["jdpo", "dpo"]
+    assert "| eval_rewards/accuracies | 0.625 |" in card
+    assert "beta: 0.1" in card
+    assert "20 rows read" in card
+
+
+def test_a_local_base_model_is_not_given_out_as_a_hub_name() -> None:
+    card = model_card(
+        command="sft", config={"model_name_or_path": "/models/base"}, results={}, rows="", version="0", config_yaml=""
+    )
+    assert "base_model" not in yaml.safe_load(card.split("---")[1])
+
+
+def test_without_a_terminal_progress_is_plain_lines() -> None:
+    out = io.StringIO()
+    with RunDisplay(first_step=2, num_steps=4, unit="pairs", console=Console(file=out, width=200)) as display:
+        display.step(3, {"loss": 0.5, "rewards/margins": 0.25, "rewards/accuracies": 0.75}, 12.0)
+        display.step(4, {"loss": 0.4, "rewards/margins": 0.5, "rewards/accuracies": 1.0}, 12.0)
+        display.say("[not markup]")
+    first, last, said = out.getvalue().splitlines()
+    assert first.startswith("step 3/4  loss 0.5  margin 0.25  accuracy 0.75  12 pairs/s  0:00:0")
+    assert last.endswith("0:00:00 left")
+    assert said == "[not markup]"
+
+
+def test_in_a_terminal_a_bar_shows_step_and_figures() -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=160, force_terminal=True)
+    with RunDisplay(first_step=0, num_steps=2, unit="pairs", console=console) as display:
+        display.step(1, {"loss": 0.5}, 3.0)
+        display.step(2, {"loss": 0.25}, 3.0)
+    assert "loss 0.25" in out.getvalue()
+    assert "2/2" in out.getvalue()
+
+
+def test_tensorboard_gets_every_scalar(tmp_path: Path) -> None:
+    (writer,) = make_trackers(["tensorboard"], tmp_path, {})
+    writer.write({"step": 3, "loss": 0.5, "rewards/margins": 1.5})
+    writer.close()
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"rewards/margins" in events.read_bytes()
+
+
+def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # what an import of a missing package meets
+    with pytest.raises(ValueError, match="pip install 'jdpo\\[wandb\\]'"):
+        make_trackers(["wandb"], tmp_path, {})

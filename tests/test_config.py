@@ -1,0 +1,138 @@
+"""Settings: precedence, types, and errors that help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from jdpo.config import FREE_KEYS, DPOConfig, SFTConfig, differences, keys_of, load_config, to_dict, to_yaml
+
+REQUIRED = ["model_name_or_path=m", "datasets=rows.jsonl", "output_dir=out"]
+
+
+def dpo(*words: str, path: Path | None = None) -> DPOConfig:
+    return load_config(DPOConfig, path, [*REQUIRED, *words])
+
+
+@pytest.mark.smoke
+def test_command_line_beats_yaml_beats_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("beta: 0.3\nlearning_rate: 5e-7\nmesh: {tensor: 2}\n")
+    config = dpo("--beta", "0.2", "mesh.fsdp=4", path=path)
+    assert (config.beta, config.learning_rate, config.max_length) == (0.2, 5e-7, 1024)
+    assert (config.mesh.data, config.mesh.fsdp, config.mesh.tensor) == (1, 4, 2)
+
+
+@pytest.mark.parametrize("words", [["--beta", "0.2"], ["--beta=0.2"], ["beta=0.2"]])
+def test_three_ways_to_override(words: list[str]) -> None:
+    assert dpo(*words).beta == 0.2
+
+
+def test_dashes_negative_numbers_and_bare_flags() -> None:
+    config = dpo("--mesh.fsdp", "-1", "--load-best-model-at-end", "--shuffle", "false")
+    assert config.mesh.fsdp == -1
+    assert config.load_best_model_at_end is True
+    assert config.shuffle is False
+
+
+def test_datasets_take_one_path_or_a_list() -> None:
+    assert dpo().datasets[0].path == "rows.jsonl"
+    assert dpo("datasets=[a.jsonl, {path: b, split: test}]").datasets[1].split == "test"
+
+
+def test_resolved_yaml_reads_back_to_the_same_config(tmp_path: Path) -> None:
+    config = dpo("learning_rate=5e-7", "eval_datasets=[{path: x, split: 'train[:5%]'}]", "report_to=wandb")
+    path = tmp_path / "resolved_config.yaml"
+    path.write_text(to_yaml(config))
+    assert load_config(DPOConfig, path) == config
+    assert set(yaml.safe_load(path.read_text())) == {key for key in keys_of(DPOConfig) if "." not in key}
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("bta=0.2", "unknown key 'bta' in the command line; did you mean 'beta'?"),
+        ("pref_beta=0.2", "unknown key 'pref_beta' in the command line; here it is called 'beta'"),
+        ("mesh.fdsp=2", "unknown key 'mesh.fdsp' in the command line; did you mean 'mesh.fsdp'?"),
+        ("weight_decay=1", "here it is called 'optimizer.weight_decay'"),
+        ("qqqqqq=1", "unknown key 'qqqqqq' in the command line; `--help` lists the keys"),
+        ("beta=strong", "'beta' in the command line is 'strong': input should be a valid number"),
+        ("beta=true", "'beta' in the command line is True: a number is expected, not true or false"),
+        ("beta=0", "'beta' in the command line is 0: input should be greater than 0"),
+        ("learning_rate=.nan", "'learning_rate' in the command line is nan"),
+        ("learning_rate=.inf", "input should be a finite number"),
+        ("max_length=10.5", "'max_length' in the command line is 10.5: input should be a valid integer"),
+        ("compute_dtype=fp8", "input should be 'auto', 'float32', 'bfloat16' or 'float64'"),
+        ("mesh=3", "'mesh' in the command line is 3"),
+        ("datasets=[{pth: x}]", "missing key 'datasets.0.path': a JSON, JSONL or Parquet file"),
+    ],
+)
+def test_errors_name_key_value_place_and_what_is_expected(word: str, message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        dpo(word)
+    assert message in str(error.value)
+
+
+def test_a_plain_key_is_no_group() -> None:
+    with pytest.raises(ValueError, match=r"cannot set 'beta.deep': 'beta' is not a group of keys but 0.1"):
+        dpo("beta=0.1", "beta.deep=1")
+
+
+def test_missing_keys_are_all_named() -> None:
+    with pytest.raises(ValueError) as error:
+        load_config(SFTConfig)
+    assert [line.split("'")[1] for line in str(error.value).splitlines()] == [
+        "model_name_or_path",
+        "output_dir",
+        "datasets",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("beta: 1\nbeta: 2\n", "the key 'beta' stands twice"),
+        ("- a\n- b\n", "expected 'key: value' lines, found a list"),
+        ("beta: [1\n", "is not YAML"),
+    ],
+)
+def test_bad_yaml_names_the_file(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError) as error:
+        dpo(path=path)
+    assert message in str(error.value)
+    assert str(path) in str(error.value)
+
+
+def test_missing_yaml_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no config file at"):
+        dpo(path=tmp_path / "none.yaml")
+
+
+def test_words_that_are_no_setting_are_refused() -> None:
+    with pytest.raises(ValueError, match="cannot read 'beta'"):
+        load_config(DPOConfig, None, ["beta", "0.2"])
+
+
+def test_differences_name_what_makes_another_run() -> None:
+    saved = to_dict(dpo())
+    assert differences(saved, dpo("logging_steps=3", "mesh.data=2", "micro_batch_size=1", "eval_steps=5")) == []
+    assert differences(saved, dpo("beta=0.2", "seed=1")) == ["seed: 42 before, 1 now", "beta: 0.1 before, 0.2 now"]
+
+
+def test_every_key_is_described_and_free_keys_exist() -> None:
+    for cls in (SFTConfig, DPOConfig):
+        keys = keys_of(cls)
+        assert all(keys.values()), [key for key, text in keys.items() if not text]
+        assert set(keys) >= FREE_KEYS
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parent.parent / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_shipped_configs_parse_and_open_with_their_command(path: Path) -> None:
+    cls = SFTConfig if "sft" in path.name else DPOConfig
+    config = load_config(cls, path)
+    assert config.output_dir
+    assert path.read_text().startswith("#")

@@ -34,9 +34,7 @@ def save_word_level(
     tokenizer.decoder = decoders.Fuse()
     if adds_bos:
         bos = specials["bos_token"]
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, ids[bos])]
-        )
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, ids[bos])])
     hf = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", **specials)
     hf.chat_template = chat_template
     hf.save_pretrained(folder)

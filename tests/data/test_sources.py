@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import jdpo
 from jdpo.config import DatasetConfig
 from jdpo.data.sources import HubSource, open_source, read_rows
 
@@ -48,9 +48,7 @@ def read(path: Path, split: str = "train") -> list[tuple[dict[str, Any], str]]:
         ("pairs.parquet", "pairs.parquet:3"),
     ],
 )
-def test_every_kind_of_file_gives_the_rows_and_where_they_stand(
-    tmp_path: Path, name: str, third_origin: str
-) -> None:
+def test_every_kind_of_file_gives_the_rows_and_where_they_stand(tmp_path: Path, name: str, third_origin: str) -> None:
     rows = read(write(tmp_path / name))
     assert [raw for raw, _ in rows] == ROWS
     assert rows[2][1] == third_origin
@@ -65,7 +63,7 @@ def test_blank_lines_and_a_byte_order_mark_are_passed_over(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"a": 1}\n{"a": \n', r"a\.jsonl:2: broken JSON: Expecting value \(column 6\)|a\.jsonl:2: broken"),
+        ("a.jsonl", b'{"a": 1}\n{"a": }\n', r"a\.jsonl:2: broken JSON: Expecting value \(column 7\)"),
         ("a.jsonl", b'{"a": 1}\n[1]\n', r"a\.jsonl:2: expected an object .* found an array"),
         ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', r"a\.jsonl:2: not UTF-8 text \(byte 0xff at position 7\)"),
         ("a.jsonl", b"", r"a\.jsonl: the file is empty"),
@@ -93,7 +91,7 @@ def test_a_broken_file_is_named_with_the_line_and_what_is_wrong(
 
 @pytest.mark.parametrize("path", ["missing.jsonl", "data/missing.jsonl", "missing", "/no/such/place"])
 def test_a_path_that_is_nothing_is_named(path: str) -> None:
-    with pytest.raises(ValueError, match=r"missing|/no/such/place.*no such file or folder"):
+    with pytest.raises(ValueError, match=f"^{path}: no such file or folder"):
         read(Path(path))
 
 
@@ -137,7 +135,7 @@ def test_two_sides_of_a_percentage_partition(
     ("split", "message"),
     [
         ("train[5:2]", r"rows\.jsonl: split train\[5:2\] selects no rows"),
-        ("train[50:]", r"rows\.jsonl: split train\[50:None\] selects no rows|selects no rows"),
+        ("train[50:]", r"rows\.jsonl: split train\[50:None\] selects no rows"),
         ("train[:120%]", "split bound of 120% is more than all rows"),
         ("train[1:2", r"cannot read split 'train\[1:2': expected one like train"),
         ("train+test", "cannot read split"),
@@ -212,14 +210,11 @@ def test_a_hub_out_of_reach_is_named_with_the_way_out(tmp_path: Path) -> None:
         "try: next(read_rows(DatasetConfig(path='org/name')))\n"
         "except ValueError as error: print(error)\n"
     )
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": os.getcwd()}
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(tmp_path),
+        "PYTHONPATH": str(Path(jdpo.__file__).parents[1]),
+    }
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert "cannot load org/name:train from the hub" in run.stdout, run.stderr
     assert "without a network, give the path of a local one" in run.stdout
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Relative paths of these tests lie in no folder with data."""
-    monkeypatch.syspath_prepend(os.getcwd())
-    return lambda: None

@@ -78,6 +78,7 @@ class File(NamedTuple):
 class Slice(NamedTuple):
     """A split: bounds as written, None where left out; `50%` stays text until the number of rows is known."""
 
+    text: str
     name: str
     start: str | None
     stop: str | None
@@ -104,7 +105,7 @@ def _parse_split(text: str) -> Slice:
     match = _SPLIT.fullmatch(text.replace(" ", ""))
     if match is None:
         raise ValueError(f"cannot read split {text!r}: expected one like train, train[:90%] or train[100:200]")
-    return Slice(match["name"], match["start"], match["stop"])
+    return Slice(text, match["name"], match["start"], match["stop"])
 
 
 def _files_of_split(folder: Path, split: str) -> tuple[File, ...]:
@@ -140,7 +141,7 @@ class FileSource:
             found = True
             yield row
         if not found:
-            raise ValueError(f"{self._name()}: split {self.split.name}[{start}:{stop}] selects no rows")
+            raise ValueError(f"{self._name()}: split {self.split.text} selects no rows")
 
     def digest(self) -> str:
         digest = hashlib.sha256(repr(self.split).encode())

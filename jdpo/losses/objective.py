@@ -66,17 +66,31 @@ def reference_pair_logps(params: Params | None, batch: PreferenceBatch, *, apply
     return jax.lax.stop_gradient(logps)
 
 
+PREFERENCE_METRICS = (
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+)
+"""Names of what `preference_metrics` gives."""
+
+
 def preference_metrics(result: PreferenceLoss, policy_logps: Array) -> dict[str, Array]:
     """Per-pair metrics [b] under their usual names; accuracy is strict, so ties count 0."""
-    return {
-        "loss": result.losses,
-        "rewards/chosen": result.chosen_rewards,
-        "rewards/rejected": result.rejected_rewards,
-        "rewards/margins": result.chosen_rewards - result.rejected_rewards,
-        "rewards/accuracies": (result.chosen_rewards > result.rejected_rewards).astype(result.losses.dtype),
-        "logps/chosen": policy_logps[..., CHOSEN],
-        "logps/rejected": policy_logps[..., REJECTED],
-    }
+    accurate = result.chosen_rewards > result.rejected_rewards
+    values = (
+        result.losses,
+        result.chosen_rewards,
+        result.rejected_rewards,
+        result.chosen_rewards - result.rejected_rewards,
+        accurate.astype(result.losses.dtype),
+        policy_logps[..., CHOSEN],
+        policy_logps[..., REJECTED],
+    )
+    return dict(zip(PREFERENCE_METRICS, values, strict=True))
 
 
 def pair_losses(

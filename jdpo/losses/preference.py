@@ -102,8 +102,7 @@ def check_loss(loss_type: str, *, label_smoothing: float = 0.0) -> LossSpec:
     if label_smoothing and "label_smoothing" not in LOSSES[loss_type].options:
         able = [name for name, spec in LOSSES.items() if "label_smoothing" in spec.options]
         raise ValueError(
-            f"loss_type {loss_type!r} cannot honour label_smoothing={label_smoothing}; "
-            f"these can: {', '.join(able)}"
+            f"loss_type {loss_type!r} cannot honour label_smoothing={label_smoothing}; these can: {', '.join(able)}"
         )
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing must be in [0, 0.5), found {label_smoothing}")

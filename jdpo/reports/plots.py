@@ -42,13 +42,9 @@ PREFERENCE_PANELS = (
         {"rewards/accuracies": "accuracy"},
         (0.5, "chance"),
     ),
-    Panel(
-        "logps", "Log-prob of whole completions", "nats", {"logps/chosen": "chosen", "logps/rejected": "rejected"}
-    ),
+    Panel("logps", "Log-prob of whole completions", "nats", {"logps/chosen": "chosen", "logps/rejected": "rejected"}),
 )
-COMPLETION_PANELS = (
-    Panel("loss", "Negative log-likelihood of completion tokens", "nats a token", {"loss": "loss"}),
-)
+COMPLETION_PANELS = (Panel("loss", "Negative log-likelihood of completion tokens", "nats a token", {"loss": "loss"}),)
 
 COLOURS = {"chosen": "#0072B2", "rejected": "#D55E00"}  # told apart by colour-blind readers too
 

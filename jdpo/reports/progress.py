@@ -22,26 +22,28 @@ def make_console() -> Console:
 class RunDisplay:
     """Shows step, loss, margin, accuracy, rows a second and time left. Use as a context manager."""
 
-    def __init__(self, *, first_step: int, num_steps: int, unit: str, console: Console | None = None) -> None:
+    def __init__(self, *, first_step: int, num_steps: int, unit: str, console: Console, shown: bool = True) -> None:
         """
         Args:
           first_step: where a resumed run starts, 0 for a new one.
           num_steps: steps of the whole run.
           unit: what a row is called: "pairs" or "rows".
+          console: where it goes; what others print there stands above the bar.
+          shown: False on all processes but one.
         """
-        self.console = console or make_console()
+        self._console, self._shown = console, shown
         self._num_steps, self._unit, self._first_step = num_steps, unit, first_step
         self._started = time.monotonic()
         self._line_due = 0.0
         self._bar: Progress | None = None
-        if self.console.is_terminal:
+        if shown and console.is_terminal:
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[figures]}"),
                 TimeRemainingColumn(),
-                console=self.console,
+                console=console,
             )
             self._task = self._bar.add_task("compiling", total=num_steps, completed=first_step, figures="")
 
@@ -54,19 +56,16 @@ class RunDisplay:
         if self._bar is not None:
             self._bar.stop()
 
-    def say(self, text: str) -> None:
-        """One line of text, above the bar where there is one."""
-        self.console.print(text, markup=False, highlight=False)
-
     def step(self, step: int, metrics: Mapping[str, float], rows_per_second: float) -> None:
         """After every update."""
         figures = "  ".join(f"{label} {metrics[name]:.4g}" for name, label in SHOWN.items() if name in metrics)
         figures += f"  {rows_per_second:.3g} {self._unit}/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, figures=figures, description="training")
-        elif time.monotonic() >= self._line_due or step == self._num_steps:
+        elif self._shown and (time.monotonic() >= self._line_due or step == self._num_steps):
             self._line_due = time.monotonic() + LINE_SECONDS
-            self.say(f"step {step}/{self._num_steps}  {figures}  {self._time_left(step)} left")
+            line = f"step {step}/{self._num_steps}  {figures}  {self._time_left(step)} left"
+            self._console.print(line, markup=False, highlight=False)
 
     def _time_left(self, step: int) -> str:
         done = step - self._first_step

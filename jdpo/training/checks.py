@@ -82,19 +82,11 @@ def check_finite(
         return
     bad = [origin for origin, value in zip(origins, row_losses, strict=True) if not math.isfinite(value)]
     named = bad or list(origins)
-    rows = ", ".join(named[:MOST_NAMED]) + (
-        f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""
-    )
+    rows = ", ".join(named[:MOST_NAMED]) + (f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else "")
     what = (
-        f"rows with a non-finite loss: {rows}"
-        if bad
-        else f"every row's loss is finite; the rows of the step: {rows}"
+        f"rows with a non-finite loss: {rows}" if bad else f"every row's loss is finite; the rows of the step: {rows}"
     )
-    kept = (
-        f"the checkpoint of step {last_saved} is intact"
-        if last_saved is not None
-        else "no checkpoint was saved yet"
-    )
+    kept = f"the checkpoint of step {last_saved} is intact" if last_saved is not None else "no checkpoint was saved yet"
     raise FloatingPointError(
         f"step {step} gave loss {loss} and gradient norm {grad_norm}, so training stops; {what}; {kept}. Look at these "
         "rows, lower learning_rate, or compute in float32"

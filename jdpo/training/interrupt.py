@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType
 from typing import Any
 
-import jax
+from jdpo.training.processes import any_process
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -31,6 +32,8 @@ class StopRequest:
     def _ask(self, signum: int, frame: FrameType | None) -> None:
         self.signum = signum
         self._restore()
+        # os.write, since a handler may run in the middle of any other print.
+        os.write(2, b"\nstopping after the current step, with a checkpoint; a second signal stops at once\n")
 
     def _restore(self) -> None:
         while self._previous:
@@ -38,13 +41,7 @@ class StopRequest:
 
     def asked(self) -> bool:
         """Whether any process was asked to stop; every process gets the same answer."""
-        mine = self.signum is not None
-        if jax.process_count() == 1:
-            return mine
-        import numpy as np
-        from jax.experimental import multihost_utils
-
-        return bool(np.any(multihost_utils.process_allgather(np.array([mine]))))
+        return any_process(self.signum is not None)
 
     @property
     def exit_code(self) -> int:

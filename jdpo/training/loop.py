@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich.console import Console
 
 from jdpo._version import __version__
 from jdpo.checkpoint.hf_export import export_model
@@ -24,9 +26,10 @@ from jdpo.reports.writers import JsonlWriter, Writer, cut_metrics, make_trackers
 from jdpo.sharding.placement import fetch, micro_batch_sharding, place, replicated, state_shardings
 from jdpo.training.checks import check_finite, check_start
 from jdpo.training.interrupt import StopRequest
-from jdpo.training.metrics import RowAverages, Window, mean_over_rows
+from jdpo.training.metrics import RowAverages, Throughput, Window, mean_over_rows
 from jdpo.training.optimizer import learning_rate_schedule, make_optimizer
-from jdpo.training.run_dir import RunDirectory, barrier
+from jdpo.training.processes import agree_on, barrier, is_first
+from jdpo.training.run_dir import RunDirectory
 from jdpo.training.setup import Setup, build, load_reference, load_start, resolve_dtype
 from jdpo.training.step import Batch, StepReport, TrainState, compile_step
 from jdpo.training.tasks import make_batch, task_for
@@ -68,10 +71,7 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
     """
     console = make_console()
 
-    def say(text: str) -> None:
-        if jax.process_index() == 0:
-            console.print(text, markup=False, highlight=False)
-
+    say = partial(_say, console)
     with StopRequest() as stop:
         config = resolve_dtype(config)
         directory = RunDirectory(config, task_for(config).command)
@@ -81,21 +81,26 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
             return RunResult(step, False, 0, directory)
         setup = build(config, say)
         directory.check_inputs(setup.inputs())
-        run = Run(setup, directory, stop, say)
+        run = Run(setup, directory, stop, console)
         try:
             return run.go(on_step)
         finally:
             run.close()
 
 
+def _say(console: Console, text: str) -> None:
+    """One message, once, whatever the number of processes; above the progress bar where there is one."""
+    if is_first():
+        console.print(text, markup=False, highlight=False)
+
+
 class Run:
     """The moving parts of a run, and the steps that move them."""
 
-    def __init__(
-        self, setup: Setup, directory: RunDirectory, stop: StopRequest, say: Callable[[str], None]
-    ) -> None:
+    def __init__(self, setup: Setup, directory: RunDirectory, stop: StopRequest, console: Console) -> None:
         config, task = setup.config, setup.task
-        self.setup, self.directory, self.stop, self.say = setup, directory, stop, say
+        self.setup, self.directory, self.stop = setup, directory, stop
+        self.console, self.say = console, partial(_say, console)
         optimizer = make_optimizer(config, setup.num_steps)
         shapes, shardings = abstract_params(setup.model), setup.shardings
         abstract = TrainState(
@@ -145,12 +150,16 @@ class Run:
             if self.stop.asked():
                 return self._interrupted(done)
         del reference
-        return self._finish(state)
+        self.manager.wait()
+        exported = self._step_to_export()
+        if exported == self.setup.num_steps:
+            return self._finish(state.params, exported)
+        del state  # the best checkpoint needs its room
+        return self._finish(self.manager.restore(exported, self.abstract_state).state.params, exported)
 
     def _start(self) -> tuple[TrainState, Params, int]:
         setup, config = self.setup, self.setup.config
-        newest = self.manager.newest_whole_step()
-        barrier("checkpoint chosen")
+        newest = agree_on(self.manager.newest_whole_step() if is_first() else None)
         if newest is None:
             params = load_start(setup)
             reference = load_reference(setup, params) if setup.task.uses_reference else None
@@ -164,7 +173,7 @@ class Run:
             self.window, self.num_tokens = Window(position["window"]), position["num_tokens"]
             self.last_saved = newest
             self.say(f"resuming from the checkpoint of step {newest}")
-        if jax.process_index() == 0:
+        if is_first():
             cut_metrics(self.directory.metrics, newest or 0)
             self.jsonl = JsonlWriter(self.directory.metrics)
             self.writers = [self.jsonl, *make_trackers(config.report_to, self.directory.path, to_dict(config))]
@@ -176,34 +185,28 @@ class Run:
         self, state: TrainState, reference: Params, first: int, on_step: OnStep | None
     ) -> tuple[TrainState, int]:
         setup, config = self.setup, self.setup.config
-        display = RunDisplay(first_step=first, num_steps=setup.num_steps, unit=setup.task.unit)
-        done, started, rows_since = first, time.perf_counter(), 0
-        tokens_since, steps_since = 0, 0
+        display = RunDisplay(
+            first_step=first, num_steps=setup.num_steps, unit=setup.task.unit, console=self.console, shown=is_first()
+        )
+        done, throughput, resumed_at = first, Throughput(), time.perf_counter()
         with display:
-            say, self.say = self.say, display.say if jax.process_index() == 0 else self.say
             for indices, batch, num_tokens in prefetch(self._train_batch, range(first, setup.num_steps)):
-                begun = time.perf_counter()
                 state, on_device = self.compiled.train_step(state, reference, place(batch, self.batch_sharding))
                 report: StepReport = fetch(on_device)
+                seconds = time.perf_counter() - resumed_at
                 done += 1
                 self._take(report, done, indices, num_tokens)
-                rows_since, tokens_since = rows_since + len(indices), tokens_since + num_tokens
-                steps_since += 1
+                throughput.add(num_rows=len(indices), num_tokens=num_tokens, seconds=seconds)
+                values = {**mean_over_rows(report.rows, len(indices)), "loss": float(report.loss)}
+                display.step(done, values, len(indices) / seconds)
                 if on_step is not None:
                     on_step(done, state.params)
                 is_last = done == setup.num_steps
-                now = time.perf_counter()
-                values = {"loss": float(report.loss), **mean_over_rows(report.rows, len(indices))}
-                display.step(done, values, len(indices) / (now - begun))
                 if done % config.logging_steps == 0 or is_last:
-                    seconds = now - started
-                    # str gives the shortest decimal that is this float32: 0.001, not 0.0010000000474974513.
-                    self._log(done, float(str(report.learning_rate)), rows_since, tokens_since, steps_since, seconds)
-                    started, rows_since, tokens_since, steps_since = now, 0, 0, 0
+                    self._log(done, report, throughput)
+                    throughput = Throughput()
                 metric = None
-                if setup.eval_data is not None and (
-                    is_last or (config.eval_steps and done % config.eval_steps == 0)
-                ):
+                if setup.eval_data is not None and (is_last or (config.eval_steps and done % config.eval_steps == 0)):
                     metric = self._evaluate(done, state.params, reference)[config.metric_for_best_model]
                 stopping = self.stop.asked()
                 if done % config.save_steps == 0 or is_last or stopping:
@@ -211,7 +214,7 @@ class Run:
                 self.manager.poll()
                 if stopping:
                     break
-            self.say = say
+                resumed_at = time.perf_counter()
         return state, done
 
     def _train_batch(self, step: int) -> tuple[np.ndarray, Batch, int]:
@@ -241,9 +244,7 @@ class Run:
         rows = {name: values.reshape(-1)[: len(indices)] for name, values in report.rows.items()}
         loss, grad_norm = float(report.loss), float(report.grad_norm)
         data = self.setup.train_data
-        origins = (
-            [data[int(index)].origin for index in indices] if not np.isfinite([loss, grad_norm]).all() else []
-        )
+        origins = [data[int(index)].origin for index in indices] if not np.isfinite([loss, grad_norm]).all() else []
         check_finite(done, loss, grad_norm, rows["loss"] if origins else np.zeros(0), origins, self.last_saved)
         if done == 1:
             self._check_start(rows, indices)
@@ -268,20 +269,16 @@ class Run:
 
     # --- what is written on the way
 
-    def _log(
-        self, done: int, learning_rate: float, num_rows: int, num_tokens: int, num_steps: int, seconds: float
-    ) -> None:
-        unit = self.setup.task.unit
+    def _log(self, done: int, report: StepReport, throughput: Throughput) -> None:
         self._write(
             {
                 "step": done,
                 "epoch": done / self.setup.steps_per_epoch,
                 **self.window.averages(),
-                "learning_rate": learning_rate,
+                # str gives the shortest decimal that is this float32: 0.001, not 0.0010000000474974513.
+                "learning_rate": float(str(report.learning_rate)),
                 "num_tokens": self.num_tokens,
-                f"{unit}_per_second": num_rows / seconds,
-                "tokens_per_second": num_tokens / seconds,
-                "step_seconds": seconds / num_steps,
+                **throughput.rates(self.setup.task.unit),
             }
         )
         self.window = Window()
@@ -332,16 +329,13 @@ class Run:
         self.say(f"stopped by a signal; {saved}. Run the same command again to go on")
         return RunResult(done, True, self.stop.exit_code, self.directory)
 
-    def _finish(self, state: TrainState) -> RunResult:
+    def _step_to_export(self) -> int:
+        """The best step where the config asks for it and one was evaluated, else the last."""
+        best = self.manager.best_step() if self.setup.config.load_best_model_at_end else None
+        return self.setup.num_steps if best is None else best
+
+    def _finish(self, params: Params, exported: int) -> RunResult:
         setup, config = self.setup, self.setup.config
-        self.manager.wait()
-        step = exported = setup.num_steps
-        params = state.params
-        best = self.manager.best_step()
-        if config.load_best_model_at_end and best is not None and best != step:
-            exported = best
-            del state
-            params = self.manager.restore(best, self.abstract_state).state.params
         lines = read_metrics(self.directory.metrics)
         results = _results(lines, exported)
         self.say(f"exporting the model of step {exported} to {self.directory.model}")
@@ -363,14 +357,12 @@ class Run:
                 config_yaml=to_yaml(config),
             ),
         )
-        if jax.process_index() == 0:
-            write_plots(
-                lines, self.directory.plots, title=f"jdpo {setup.task.command}: {config.model_name_or_path}"
-            )
+        if is_first():
+            write_plots(lines, self.directory.plots, title=f"jdpo {setup.task.command}: {config.model_name_or_path}")
         barrier("exported")
-        self.directory.finish({**results, "step": step, "exported_step": exported})
+        self.directory.finish({**results, "step": setup.num_steps, "exported_step": exported})
         self.say(f"done: model in {self.directory.model}, metrics in {self.directory.metrics}")
-        return RunResult(step, False, 0, self.directory)
+        return RunResult(setup.num_steps, False, 0, self.directory)
 
     def close(self) -> None:
         """Lets go of files and threads; what was being saved is finished."""

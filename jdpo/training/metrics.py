@@ -34,6 +34,26 @@ class Window:
         return {"sums": dict(self._sums), "steps": self._steps}
 
 
+class Throughput:
+    """Rows, tokens and seconds of the steps since the last log; evaluation and saving are not in them."""
+
+    def __init__(self) -> None:
+        self._steps = self._rows = self._tokens = 0
+        self._seconds = 0.0
+
+    def add(self, *, num_rows: int, num_tokens: int, seconds: float) -> None:
+        self._steps, self._rows = self._steps + 1, self._rows + num_rows
+        self._tokens, self._seconds = self._tokens + num_tokens, self._seconds + seconds
+
+    def rates(self, unit: str) -> dict[str, float]:
+        """`<unit>_per_second`, `tokens_per_second`, `step_seconds`."""
+        return {
+            f"{unit}_per_second": self._rows / self._seconds,
+            "tokens_per_second": self._tokens / self._seconds,
+            "step_seconds": self._seconds / self._steps,
+        }
+
+
 class RowAverages:
     """Averages over the real rows of several batches, in float64 on the host."""
 
@@ -52,8 +72,7 @@ class RowAverages:
     def averages(self) -> dict[str, float]:
         """The loss over what it is normalised by (pairs or tokens), everything else over rows."""
         return {
-            name: total / (self._normalizer if name == "loss" else self._rows)
-            for name, total in self._sums.items()
+            name: total / (self._normalizer if name == "loss" else self._rows) for name, total in self._sums.items()
         }
 
 

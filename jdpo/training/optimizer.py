@@ -34,9 +34,7 @@ def learning_rate_schedule(config: TrainConfig, num_steps: int) -> optax.Schedul
     """
     warmup = num_warmup_steps(config, num_steps)
     if warmup > num_steps:
-        raise ValueError(
-            f"warmup_steps {warmup} is more than the {num_steps} steps of the run; lower one or the other"
-        )
+        raise ValueError(f"warmup_steps {warmup} is more than the {num_steps} steps of the run; lower one or the other")
     peak, rest = config.learning_rate, max(num_steps - warmup, 1)
     after = {
         "constant": optax.constant_schedule(peak),

@@ -16,11 +16,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import yaml
 
 from jdpo._version import __version__
 from jdpo.config import TrainConfig, differences, to_yaml
+from jdpo.training.processes import barrier, is_first
 
 USED_BY_A_RUN = ("metrics.jsonl", "checkpoints", "model", "run.json", "resolved_config.yaml")
 
@@ -47,7 +47,7 @@ class RunDirectory:
         self._config_file = self.path / "resolved_config.yaml"
         self.is_new = not self._check_owner(config, command)
         barrier("run directory read")
-        if jax.process_index() == 0:
+        if is_first():
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
                 write_atomically(self._config_file, to_yaml(config))
@@ -72,9 +72,7 @@ class RunDirectory:
         if not (self._run_file.exists() and self._config_file.exists()):
             raise ValueError(f"output_dir {self.path} holds {', '.join(used)} of something else; {advice}")
         if (found := self.state()["command"]) != command:
-            raise ValueError(
-                f"output_dir {self.path} holds a run of `jdpo {found}`, not of `jdpo {command}`; {advice}"
-            )
+            raise ValueError(f"output_dir {self.path} holds a run of `jdpo {found}`, not of `jdpo {command}`; {advice}")
         changed = differences(yaml.safe_load(self._config_file.read_text(encoding="utf-8")), config)
         if changed:
             raise ValueError(
@@ -111,12 +109,12 @@ class RunDirectory:
                 "has changed; bring the old content back, or choose another output_dir"
             )
         barrier("run inputs checked")
-        if jax.process_index() == 0:
+        if is_first():
             self._write_run({**self.state(), "inputs": {**saved, **inputs}})
 
     def finish(self, results: Mapping[str, Any]) -> None:
         """Says that the run is complete; the last thing a run writes."""
-        if jax.process_index() == 0:
+        if is_first():
             self._write_run({**self.state(), "finished": True, "results": dict(results)})
 
     def _write_run(self, state: Mapping[str, Any]) -> None:
@@ -131,11 +129,3 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-
-
-def barrier(name: str) -> None:
-    """Waits for all processes; nothing where there is one."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(name)

@@ -85,6 +85,7 @@ def build(config: TrainConfig, say: Say) -> Setup:
       ValueError: anything that does not fit, before anything is trained.
     """
     task = task_for(config)
+    check_best_model(config, task)
     mesh = make_mesh(config.mesh)
     check_batch_size(config.global_batch_size, mesh)
     model_folder = resolve_folder(config.model_name_or_path, config.model_revision)
@@ -121,6 +122,29 @@ def build(config: TrainConfig, say: Say) -> Setup:
     )
     say(describe(setup))
     return setup
+
+
+def check_best_model(config: TrainConfig, task: Task) -> None:
+    """Refuses settings under which there would be no best checkpoint to keep or to export.
+
+    Raises:
+      ValueError: an unknown metric, nothing to evaluate, or checkpoints at steps without an evaluation.
+    """
+    known = [f"eval_{name}" for name in task.metrics]
+    if config.metric_for_best_model not in known:
+        raise ValueError(
+            f"unknown metric_for_best_model {config.metric_for_best_model!r}; "
+            f"`jdpo {task.command}` has {', '.join(known)}"
+        )
+    if not config.load_best_model_at_end:
+        return
+    if not config.eval_datasets or config.eval_steps is None:
+        raise ValueError("load_best_model_at_end needs eval_datasets and eval_steps: without them no step is the best")
+    if config.save_steps % config.eval_steps:
+        raise ValueError(
+            f"load_best_model_at_end needs an evaluation at every checkpoint: save_steps {config.save_steps} is not a "
+            f"multiple of eval_steps {config.eval_steps}"
+        )
 
 
 def make_model(config: TrainConfig, source_config: ModelConfig, tokenizer: Tokenizer) -> Transformer:
@@ -167,9 +191,7 @@ def load_start(setup: Setup) -> Params:
 def _load_grown(setup: Setup, folder: Path) -> Params:
     source_model = setup.model.clone(config=setup.source_config)
     axes, shapes = logical_axes(source_model), abstract_params(source_model)
-    params = load_params(
-        folder, source_model, param_shardings(axes, shapes, setup.mesh), dtype=setup.model.param_dtype
-    )
+    params = load_params(folder, source_model, param_shardings(axes, shapes, setup.mesh), dtype=setup.model.param_dtype)
     if setup.model.config.vocab_size == setup.source_config.vocab_size:
         return params
     key = jax.random.key(setup.config.seed)
@@ -204,16 +226,14 @@ def describe(setup: Setup) -> str:
     lines = [
         f"model: {setup.source_config.family}, {num_params:,} parameters, {config.compute_dtype} compute",
         f"mesh: {mesh} over {setup.mesh.size} {jax.default_backend()} device(s)",
-        f"run: {setup.num_steps} steps of {config.global_batch_size} {task.unit}, in {layout.num_micro} micro-batch(es) "
-        f"of {layout.rows_per_micro}; {setup.steps_per_epoch} steps an epoch",
+        f"run: {setup.num_steps} steps of {config.global_batch_size} {task.unit}, in {layout.num_micro} "
+        f"micro-batch(es) of {layout.rows_per_micro}; {setup.steps_per_epoch} steps an epoch",
     ]
     if setup.tokenizer.added_tokens:
         lines.append(f"new tokens: {', '.join(setup.tokenizer.added_tokens)}")
     positions = setup.source_config.max_positions
     if positions is not None and config.max_length > positions:
-        lines.append(
-            f"note: max_length {config.max_length} is beyond the {positions} positions the model was made for"
-        )
+        lines.append(f"note: max_length {config.max_length} is beyond the {positions} positions the model was made for")
     whole = undivided_dims(logical_axes(setup.model), shapes, setup.mesh)
     if whole:
         lines.append(f"kept whole on each device, as the mesh does not divide them: {'; '.join(whole)}")

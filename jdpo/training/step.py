@@ -186,9 +186,7 @@ def compile_step(
     batch_sharding, whole = micro_batch_sharding(mesh), replicated(mesh)
     params_sharding = state_shardings.params
     reference_sharding = params_sharding if with_reference else None
-    step = partial(
-        train_step, objective=objective, optimizer=optimizer, schedule=schedule, shardings=params_sharding
-    )
+    step = partial(train_step, objective=objective, optimizer=optimizer, schedule=schedule, shardings=params_sharding)
     return Compiled(
         _on_mesh(
             mesh,

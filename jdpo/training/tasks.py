@@ -15,7 +15,7 @@ from jdpo.config import DatasetConfig, DPOConfig, SFTConfig, TrainConfig
 from jdpo.data.loader import bucket_length, collate_completions, collate_pairs
 from jdpo.data.prepare import PreparedData, prepare_completions, prepare_pairs
 from jdpo.data.tokenizer import Tokenizer
-from jdpo.losses.objective import ApplyFn
+from jdpo.losses.objective import PREFERENCE_METRICS, ApplyFn
 from jdpo.losses.preference import check_loss
 from jdpo.training.step import Batch, Objective, dpo_objective, sft_objective
 from jdpo.types import TokenizedCompletion, TokenizedPair
@@ -32,6 +32,7 @@ class Task:
       command: "sft" or "dpo".
       unit: what a row is called in metrics and messages.
       sequences: sequences the model sees for each row.
+      metrics: names that an evaluation gives, without their eval_.
       uses_reference: whether a frozen reference stands beside the policy.
       prepare: (datasets, tokenizer) -> tokenized rows.
       collate: (rows, *, num_slots, length, pad_token_id) -> a batch of numpy arrays.
@@ -42,6 +43,7 @@ class Task:
     command: str
     unit: str
     sequences: int
+    metrics: tuple[str, ...]
     uses_reference: bool
     prepare: Callable[[Sequence[DatasetConfig], Tokenizer], PreparedData]
     collate: Callable[..., Batch]
@@ -62,6 +64,7 @@ def task_for(config: TrainConfig) -> Task:
             command="dpo",
             unit="pairs",
             sequences=2,
+            metrics=PREFERENCE_METRICS,
             uses_reference=True,
             prepare=partial(
                 prepare_pairs,
@@ -83,6 +86,7 @@ def task_for(config: TrainConfig) -> Task:
         command="sft",
         unit="rows",
         sequences=1,
+        metrics=("loss",),
         uses_reference=False,
         prepare=partial(
             prepare_completions,

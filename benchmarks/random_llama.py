@@ -33,15 +33,11 @@ def main() -> None:
     parser.add_argument("--num_heads", type=int, default=8)
     parser.add_argument("--num_kv_heads", type=int, default=4)
     parser.add_argument("--init_std", type=float, default=0.05, help="of every matrix")
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the stored weights"
-    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the stored weights")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     with arguments.rows.open(encoding="utf-8") as lines:
-        texts = [
-            message["content"] for line in lines for messages in json.loads(line).values() for message in messages
-        ]
+        texts = [message["content"] for line in lines for messages in json.loads(line).values() for message in messages]
     tokenizer = train_tokenizer(texts, arguments.vocab_size)
     tokenizer.save_pretrained(arguments.out)
     model = random_llama(tokenizer, arguments)

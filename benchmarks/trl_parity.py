@@ -46,9 +46,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="new folder that keeps everything both runs leave")
     arguments = parser.parse_args()
     if arguments.out is not None and arguments.out.exists() and any(arguments.out.iterdir()):
-        raise SystemExit(
-            f"--out {arguments.out} is not empty; name a new folder, so that no old trace is compared"
-        )
+        raise SystemExit(f"--out {arguments.out} is not empty; name a new folder, so that no old trace is compared")
     with tempfile.TemporaryDirectory() as scratch:
         raise SystemExit(0 if run_parity(arguments.data, arguments.out or Path(scratch), arguments.steps) else 1)
 
@@ -100,9 +98,7 @@ def convert_rows(data: Path, path: Path) -> str:
         kept.append({"prompt": prompt, **sides})
     with path.open("w", encoding="utf-8") as lines:
         lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
-    return (
-        f"{len(kept)} rows for TRL; {left_out} with an empty side or identical sides left out, as jdpo drops them"
-    )
+    return f"{len(kept)} rows for TRL; {left_out} with an empty side or identical sides left out, as jdpo drops them"
 
 
 def as_message(turn: dict[str, str]) -> dict[str, str]:
@@ -168,10 +164,10 @@ def read_metrics(path: Path) -> list[Step]:
 def compare(expected: list[Step], found: list[Step], *, beta: float) -> list[Step]:
     """The difference of each metric at each step, relative to the expected value.
 
-    A reward is beta times the difference of two log-probs, and a float32 of their size resolves no more than
-    beta * |logps| * 2^-23 of it. A reward (or a margin of rewards) near that, such as the exact 0 before the first
-    update, has no relative difference to speak of; there the difference is taken relative to the smallest reward
-    that float32 gives to within TOLERANCE. Accuracies are shares of a batch, and differ absolutely.
+    A reward is beta times the difference of two log-probs, each of which float32 holds to |logps| * 2^-23. A reward
+    (or a margin of rewards) near their sum, such as the exact 0 before the first update, has no relative difference
+    to speak of; there the difference is taken relative to the smallest reward that float32 gives to within
+    TOLERANCE. Accuracies are shares of a batch, and differ absolutely.
     """
     steps = [entry["step"] for entry in expected]
     if [entry["step"] for entry in found] != steps:
@@ -180,7 +176,7 @@ def compare(expected: list[Step], found: list[Step], *, beta: float) -> list[Ste
     for theirs, ours in zip(expected, found, strict=True):
         logps = {side: abs(theirs[f"logps/{side}"]) for side in ("chosen", "rejected")}
         logps["margins"] = logps["chosen"] + logps["rejected"]
-        floors = {f"rewards/{name}": beta * size * 2**-23 / TOLERANCE for name, size in logps.items()}
+        floors = {f"rewards/{name}": 2 * beta * size * 2**-23 / TOLERANCE for name, size in logps.items()}
         floors["rewards/accuracies"] = 1.0
         differences.append(
             {

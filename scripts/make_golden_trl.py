@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-SEED = 20
+SEED = 8
 NUM_ROWS = 54
 MAX_LENGTH = 160
 STEPS, BATCH = 10, 4
@@ -122,13 +122,15 @@ def question_and_answer(rng: random.Random, *, num_deeds: int) -> tuple[str, str
 
 
 def check_coverage(out: Path) -> None:
-    """Fail unless rows were dropped and truncated, multi-turn and system rows are there, and the loss moved."""
+    """Fail unless rows were dropped and cut, turns are many, the loss moved, and rewards are above their rounding.
+
+    A reward is beta times a difference of log-probs that float32 holds to |logps| * 2^-23; one that is not thousands
+    of times larger cannot be compared to 1e-3.
+    """
     trace = json.loads((out / "trace.json").read_text(encoding="utf-8"))
     tokens = read_jsonl(out / "tokens.jsonl")
     rows = read_jsonl(out / "rows.jsonl")
-    lengths = [
-        [len(row["prompt_ids"]) + len(row[side]) for side in ("chosen_ids", "rejected_ids")] for row in tokens
-    ]
+    lengths = [[len(row["prompt_ids"]) + len(row[side]) for side in ("chosen_ids", "rejected_ids")] for row in tokens]
     moved = max(abs(step["loss"] - math.log(2)) for step in trace["steps"]) / math.log(2)
     covered = {
         "rows dropped": trace["dropped_rows"],
@@ -137,10 +139,17 @@ def check_coverage(out: Path) -> None:
         "rows with earlier answers": sum(any(m["role"] == "assistant" for m in row["prompt"]) for row in rows),
         "rows with a system turn": sum(row["prompt"][0]["role"] == "system" for row in rows),
     }
+    resolved = min(
+        abs(step[f"rewards/{side}"] / (trace["settings"]["beta"] * step[f"logps/{side}"] * 2**-23))
+        for step in trace["steps"][1:]
+        for side in ("chosen", "rejected")
+    )
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    print(f"{covered}; loss moved {moved:.1%} from ln 2; {len(tokens)} rows; {size:,} bytes")
-    if min(covered.values()) == 0 or moved < 0.05 or len(tokens) < STEPS * BATCH or size > 600_000:
-        raise SystemExit("this golden folder does not cover what it is for; see the line above")
+    print(f"{covered}; loss moved {moved:.1%} from ln 2; least reward {resolved:,.0f} x its rounding")
+    print(f"{len(tokens)} rows kept, {size:,} bytes")
+    enough = moved >= 0.05 and resolved >= 5e3 and len(tokens) >= STEPS * BATCH and size <= 600_000
+    if min(covered.values()) == 0 or not enough:
+        raise SystemExit("this golden folder does not cover what it is for; see the lines above")
 
 
 def read_jsonl(path: Path) -> list[Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ CONFIGS: dict[str, type[TrainConfig]] = {"sft": SFTConfig, "dpo": DPOConfig}
 FLAGS = {
     "--help": "this text",
     "--print_config": "print the whole config as YAML, defaults included, and stop",
-    "--dry_run": "read model config, tokenizer and rows, check that everything fits, say what the run would be, and stop",
+    "--dry_run": "read all but the weights, check that everything fits, say what the run would be, and stop",
 }
 
 
@@ -62,10 +61,13 @@ def main(command: str, words: Sequence[str]) -> int:
     if print_config:
         print(to_yaml(config), end="")
         return 0
+    from jdpo.training.processes import join_cluster
+
+    join_cluster()
     if dry_run:
         from jdpo.training.setup import build, resolve_dtype
 
-        build(resolve_dtype(dataclasses.replace(config)), print)
+        build(resolve_dtype(config), print)
         return 0
     from jdpo.training.loop import train
 

@@ -173,9 +173,7 @@ def _uniform_windows(hf_config: Any, window: int | None) -> tuple[int | None, ..
 
 
 def _windows_of_layer_types(hf_config: Any) -> tuple[int | None, ...]:
-    layer_types, num_layers = hf_config.layer_types, hf_config.num_hidden_layers
-    if len(layer_types) != num_layers:
-        raise ValueError(f"layer_types names {len(layer_types)} layers, num_hidden_layers is {num_layers}")
+    layer_types = hf_config.layer_types
     unknown = sorted(set(layer_types) - {FULL_ATTENTION, SLIDING_ATTENTION})
     if unknown:
         raise ValueError(

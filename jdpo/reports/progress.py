@@ -19,6 +19,15 @@ def make_console() -> Console:
     return Console(file=sys.stderr, soft_wrap=True)
 
 
+def figures_of(metrics: Mapping[str, float]) -> str:
+    """The few metrics that a person follows.
+
+    >>> figures_of({"loss": 0.69314, "logps/chosen": -80.0, "rewards/accuracies": 0.5})
+    'loss 0.6931  accuracy 0.5'
+    """
+    return "  ".join(f"{label} {metrics[name]:.4g}" for name, label in SHOWN.items() if name in metrics)
+
+
 class RunDisplay:
     """Shows step, loss, margin, accuracy, rows a second and time left. Use as a context manager."""
 
@@ -58,8 +67,7 @@ class RunDisplay:
 
     def step(self, step: int, metrics: Mapping[str, float], rows_per_second: float) -> None:
         """After every update."""
-        figures = "  ".join(f"{label} {metrics[name]:.4g}" for name, label in SHOWN.items() if name in metrics)
-        figures += f"  {rows_per_second:.3g} {self._unit}/s"
+        figures = f"{figures_of(metrics)}  {rows_per_second:.3g} {self._unit}/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, figures=figures, description="training")
         elif self._shown and (time.monotonic() >= self._line_due or step == self._num_steps):

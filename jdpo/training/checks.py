@@ -44,7 +44,7 @@ def check_start(
     if not reference_is_start:
         return f"start: policy and reference differ by {distance.mean():.3g} nats a token ({worst:.3g} at most)"
     tolerance = START_TOLERANCE[compute_dtype]
-    if worst > tolerance:
+    if not worst <= tolerance:  # NaN too
         raise ValueError(
             f"the reference is the policy's own start, yet their log-probs differ by {worst:.3g} nats a token before "
             f"the first update (at most {tolerance} is rounding in {compute_dtype}): the reference was not loaded as "
@@ -52,7 +52,7 @@ def check_start(
         )
     # A loss is off by at most beta x the difference of summed log-probs.
     slack = 1e-6 + beta * float(np.max(tolerance * lengths.sum(-1)))
-    if loss_is_sigmoid and abs(loss - math.log(2)) > slack:
+    if loss_is_sigmoid and not abs(loss - math.log(2)) <= slack:
         raise ValueError(
             f"the loss before the first update is {loss:.6f}, not ln 2 = {math.log(2):.6f}; nothing was trained"
         )

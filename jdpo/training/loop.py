@@ -21,7 +21,7 @@ from jdpo.data.prepare import PreparedData
 from jdpo.models.transformer import abstract_params, make_apply_fn
 from jdpo.reports.model_card import model_card
 from jdpo.reports.plots import write_plots
-from jdpo.reports.progress import RunDisplay, make_console
+from jdpo.reports.progress import RunDisplay, figures_of, make_console
 from jdpo.reports.writers import JsonlWriter, Writer, cut_metrics, make_trackers, read_metrics
 from jdpo.sharding.placement import fetch, micro_batch_sharding, place, replicated, state_shardings
 from jdpo.training.checks import check_finite, check_start
@@ -301,8 +301,7 @@ class Run:
         seconds = time.perf_counter() - started
         line = {"step": done, "epoch": done / self.setup.steps_per_epoch, **metrics}
         self._write({**line, f"eval_{self.setup.task.unit}_per_second": len(data) / seconds})
-        figures = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        self.say(f"evaluation after step {done}: {figures}")
+        self.say(f"held-out after step {done}: {figures_of(averages.averages())}")
         return metrics
 
     def _save(self, done: int, state: TrainState, metric: float | None) -> None:

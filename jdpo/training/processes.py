@@ -2,8 +2,35 @@
 
 from __future__ import annotations
 
+import os
+
 import jax
 import numpy as np
+
+
+def join_cluster() -> None:
+    """Joins the processes of a run over several hosts, where the environment says that there are several.
+
+    JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID say it by hand; TPU pods, Slurm and Open
+    MPI say it themselves. Call it before anything touches a device.
+
+    Raises:
+      ValueError: only some of the three variables are set.
+    """
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    by_hand = [os.environ.get(name) for name in names]
+    if all(by_hand):
+        address, count, index = by_hand
+        jax.distributed.initialize(address, int(count or 0), int(index or 0))
+    elif any(by_hand):
+        missing = [name for name, value in zip(names, by_hand, strict=True) if not value]
+        raise ValueError(f"a run over several processes needs {', '.join(names)}; missing: {', '.join(missing)}")
+    elif (
+        "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+        or int(os.environ.get("SLURM_NTASKS", "1")) > 1
+        or int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
+    ):
+        jax.distributed.initialize()
 
 
 def is_first() -> bool:

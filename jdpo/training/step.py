@@ -124,13 +124,12 @@ def loss_and_grads(
         (loss, rows), grads = value_and_grad(params, jax.tree.map(lambda array: array[0], batch))
         return loss, grads, jax.tree.map(lambda array: array[None], rows)
 
-    def accumulate(total: tuple[Array, Params], micro: Batch) -> tuple[tuple[Array, Params], dict[str, Array]]:
-        (loss, rows), grads = value_and_grad(params, micro)
-        return jax.tree.map(jnp.add, total, (loss, grads)), rows
+    def accumulate(total: Params, micro: Batch) -> tuple[Params, tuple[Array, dict[str, Array]]]:
+        value, grads = value_and_grad(params, micro)
+        return jax.tree.map(jnp.add, total, grads), value
 
-    start = (jnp.zeros((), normalizer.dtype), jax.tree.map(jnp.zeros_like, params))
-    (loss, grads), rows = jax.lax.scan(accumulate, start, batch)
-    return loss, grads, rows
+    grads, (losses, rows) = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, params), batch)
+    return losses.sum(), grads, rows
 
 
 def train_step(

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
-
-CHATML_PIECES = ("user", "assistant", "system", "\n")
 
 
 def save_word_level(
@@ -16,10 +13,11 @@ def save_word_level(
     words: Sequence[str],
     *,
     specials: dict[str, str] | None = None,
+    markers: Sequence[str] = (),
     adds_bos: bool = False,
     chat_template: str | None = None,
 ) -> Path:
-    r"""A tokenizer whose ids follow the order given: `<unk>` 0, the special tokens, then `words`.
+    r"""A tokenizer whose ids follow the order given: `<unk>` 0, the special tokens and markers, then `words`.
 
     Text is cut into newlines, punctuation, and words with the space before them (" Hi" and "Hi" are two words).
     """
@@ -27,7 +25,7 @@ def save_word_level(
     from transformers import PreTrainedTokenizerFast
 
     specials = {"eos_token": "</s>"} if specials is None else specials
-    vocabulary = dict.fromkeys(["<unk>", *specials.values(), *words])
+    vocabulary = dict.fromkeys(["<unk>", *specials.values(), *markers, *words])
     ids = {word: index for index, word in enumerate(vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n| ?\w+|[^\w\s]"), "isolated")
@@ -36,6 +34,7 @@ def save_word_level(
         bos = specials["bos_token"]
         tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, ids[bos])])
     hf = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", **specials)
+    hf.add_tokens(list(markers), special_tokens=True)
     hf.chat_template = chat_template
     hf.save_pretrained(folder)
     return folder
@@ -97,9 +96,3 @@ def metaspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a SentencePiece-like tokenizer."""
     texts = ["The capital of France is Paris.", "The capital of Ireland is Dublin.", "Paris", "Dublin"] * 10
     return save_metaspace(tmp_path_factory.mktemp("tokenizers") / "unigram", texts)
-
-
-@pytest.fixture
-def turn() -> Callable[[str, str], dict[str, Any]]:
-    """`turn("user", "Hi")` is a message."""
-    return lambda role, content: {"role": role, "content": content}

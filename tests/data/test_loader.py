@@ -38,9 +38,7 @@ def epoch_rows(epoch: int, num_rows: int, batch: int, *, seed: int = 0, shuffle:
     seed=st.integers(0, 2**40),
     shuffle=st.booleans(),
 )
-def test_an_epoch_passes_over_every_row_once(
-    num_rows: int, batch: int, epoch: int, seed: int, shuffle: bool
-) -> None:
+def test_an_epoch_passes_over_every_row_once(num_rows: int, batch: int, epoch: int, seed: int, shuffle: bool) -> None:
     rows = epoch_rows(epoch, num_rows, batch, seed=seed, shuffle=shuffle)
     assert sorted(rows) == list(range(num_rows))
     if not shuffle:
@@ -73,10 +71,7 @@ def test_seeds_and_epochs_give_different_orders() -> None:
 
 def test_the_order_of_a_seed_never_changes() -> None:
     # Golden: a change here breaks the resuming of every run begun before it.
-    assert epoch_rows(0, 10, 4, seed=42) == GOLDEN_ORDER
-
-
-GOLDEN_ORDER = [0]
+    assert epoch_rows(0, 10, 4, seed=42) == [4, 8, 1, 9, 3, 6, 0, 7, 2, 5]
 
 
 @given(max_length=st.integers(1, 5000), data=st.data())
@@ -136,9 +131,7 @@ def test_pairs_are_laid_out_by_length_not_by_token() -> None:
     spare=st.integers(0, 2),
 )
 def test_masks_cover_exactly_the_completions(shapes: list[tuple[int, int, int]], spare: int) -> None:
-    pairs = [
-        TokenizedPair(ids(*[1] * p), ids(*[2] * c), ids(*[3] * r), f"x:{i}") for i, (p, c, r) in enumerate(shapes)
-    ]
+    pairs = [TokenizedPair(ids(*[1] * p), ids(*[2] * c), ids(*[3] * r), f"x:{i}") for i, (p, c, r) in enumerate(shapes)]
     batch = collate_pairs(pairs, num_slots=len(pairs) + spare, length=12, pad_token_id=2)
     for index, pair in enumerate(pairs):
         for side, completion in ((CHOSEN, pair.chosen_ids), (REJECTED, pair.rejected_ids)):

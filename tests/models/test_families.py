@@ -105,7 +105,8 @@ def test_biases_and_qk_norm_by_family(tmp_path: Path) -> None:
         ("llama", {"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
         ("llama", {"head_dim": 3}, "head_dim 3 is odd"),
         ("llama", {"vocab_size": "many"}, "transformers cannot read it"),
-        ("qwen2", {"layer_types": ["full_attention"] * 3}, "3 layers"),
+        ("qwen2", {"layer_types": ["full_attention"] * 3}, "must be equal to the number of `layer_types` (3)"),
+        ("qwen2", {"layer_types": ["chunked_attention"] * 4}, "'chunked_attention' is not supported"),
         ("qwen2", {"layer_types": ["full_attention"] * 3 + ["sliding_attention"]}, "sliding_window is not set"),
     ],
 )

@@ -1,0 +1,261 @@
+"""The three runs of the quickstart: pre-training on conflicting answers, then two ways to correct the model.
+
+                         corpus (frequencies)
+                                 |
+               random weights -> sft -> model -+-> sft on right answers
+                                               +-> dpo on pairs (right over wrong)
+
+Each run is what the command line does; this module writes their inputs, watches them, and can be stopped and
+started again at any moment.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jdpo.config import DatasetConfig, DPOConfig, MeshConfig, SFTConfig
+from jdpo.quickstart.corpus import Split, chosen_rows, corpus_rows, preference_rows, split_countries
+from jdpo.quickstart.probes import Measurement, ProbeLog, Prober
+from jdpo.quickstart.tiny_llama import write_model
+
+PRETRAIN, STANDARD, DPO = "pretrain", "standard", "dpo"
+"""The runs: their folders under runs/, and their names in report.json."""
+
+MAX_LENGTH = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the quickstart can vary; the defaults are what its documentation talks about."""
+
+    frequencies: tuple[int, int, int] = (6, 3, 1)
+    countries: int = 48
+    seed: int = 0
+    hidden_size: int = 128
+    num_layers: int = 2
+    pretrain_steps: int = 500
+    pretrain_batch_size: int = 64
+    pretrain_learning_rate: float = 4e-3
+    steps: int = 60
+    batch_size: int = 32
+    learning_rate: float = 2e-4
+    beta: float = 0.1
+    probes: int = 20
+
+    def __post_init__(self) -> None:
+        if len(self.frequencies) != 3 or min(self.frequencies) < 1:
+            raise ValueError(
+                f"frequencies are {','.join(map(str, self.frequencies))}: three whole numbers from 1 up are "
+                "expected, such as 6,3,1"
+            )
+        split_countries(self.countries)
+        for name in ("pretrain_steps", "pretrain_batch_size", "steps", "batch_size", "probes", "num_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: at least 1 is expected")
+
+    @property
+    def split(self) -> Split:
+        return split_countries(self.countries)
+
+
+class Outcome(NamedTuple):
+    """How the experiment ended.
+
+    Attributes:
+      exit_code: 0, or that of the run which a signal stopped.
+      measurements: of each run in the order of steps; empty if it was stopped.
+    """
+
+    exit_code: int
+    measurements: dict[str, list[Measurement]]
+
+
+class Workplace:
+    """Where everything lies."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.settings = path / "settings.json"
+        self.corpus = path / "data" / "corpus.jsonl"
+        self.pairs = path / "data" / "pairs.jsonl"
+        self.chosen = path / "data" / "right_answers.jsonl"
+        self.start = path / "random_llama"
+        self.samples = path / "probes" / "samples.json"
+        self.report = path / "report.json"
+
+    def run(self, name: str) -> Path:
+        return self.path / "runs" / name
+
+    def model(self, name: str) -> Path:
+        return self.run(name) / "model"
+
+    def probes(self, name: str) -> Path:
+        return self.path / "probes" / f"{name}.jsonl"
+
+
+def prepare(place: Workplace, settings: Settings) -> None:
+    """Writes corpus, pairs and the random model, unless they are there.
+
+    Raises:
+      ValueError: the folder holds a quickstart with other settings, or something else.
+    """
+    wanted = json.loads(json.dumps(dataclasses.asdict(settings)))
+    if place.settings.exists():
+        found = json.loads(place.settings.read_text(encoding="utf-8"))
+        changed = [f"{key} {found.get(key)} (now {value})" for key, value in wanted.items() if found.get(key) != value]
+        if changed:
+            raise ValueError(
+                f"{place.path} holds a quickstart with {', '.join(changed)}; choose another --output_dir, or delete "
+                "that folder"
+            )
+        return
+    ours = {place.start.name, place.corpus.parent.name}
+    if place.path.exists() and (others := sorted({path.name for path in place.path.iterdir()} - ours)):
+        raise ValueError(f"{place.path} holds {', '.join(others[:3])}, no quickstart; choose another --output_dir")
+    split = settings.split
+    rows, pairs = corpus_rows(split, settings.frequencies, settings.seed), preference_rows(split)
+    _write_rows(place.corpus, rows)
+    _write_rows(place.pairs, pairs)
+    _write_rows(place.chosen, chosen_rows(pairs))
+    texts = (message["content"] for row in rows for side in row.values() for message in side)
+    write_model(
+        place.start, texts, hidden_size=settings.hidden_size, num_layers=settings.num_layers, seed=settings.seed
+    )
+    # Last, so that a kill before this point starts over.
+    temporary = place.settings.with_suffix(".tmp")
+    temporary.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(place.settings)
+
+
+def run_all(place: Workplace, settings: Settings, say: Callable[[str], None]) -> Outcome:
+    """Trains what is not trained yet.
+
+    Args:
+      say: takes a line before each run.
+    """
+    prober: Prober | None = None
+
+    def measure(step: int, params: Any) -> Measurement:
+        nonlocal prober
+        if prober is None:
+            prober = make_prober(place, settings)
+        return prober(step, params)
+
+    measurements = {}
+    for name, config in configs(place, settings).items():
+        say(_ANNOUNCEMENTS[name])
+        steps = probed_steps(config.max_steps or 0, settings.probes)
+        exit_code, log = _run(name, config, place, steps, measure)
+        if exit_code:
+            return Outcome(exit_code, {})
+        measurements[name] = log.measurements(steps)
+    return Outcome(0, measurements)
+
+
+_ANNOUNCEMENTS = {
+    PRETRAIN: "1/3  jdpo sft: a model of random weights reads the corpus",
+    STANDARD: "2/3  jdpo sft: that model, corrected by standard training on right answers",
+    DPO: "3/3  jdpo dpo: the same model, corrected by preferring right answers over wrong ones",
+}
+
+
+def configs(place: Workplace, settings: Settings) -> dict[str, SFTConfig | DPOConfig]:
+    """The settings of the three runs; the two continuations differ in nothing but rows and loss."""
+    shared: dict[str, Any] = {
+        "max_length": MAX_LENGTH,
+        "cache_dir": str(place.path / "cache"),
+        "compute_dtype": "float32",
+        "remat": "none",
+        "seed": settings.seed,
+        "logging_steps": 10,
+        "save_total_limit": 1,
+        "mesh": _mesh(math.gcd(settings.batch_size, settings.pretrain_batch_size)),
+    }
+    continuation = shared | {
+        "model_name_or_path": str(place.model(PRETRAIN)),
+        "max_steps": settings.steps,
+        "global_batch_size": settings.batch_size,
+        "learning_rate": settings.learning_rate,
+        "save_steps": 100,
+    }
+    return {
+        PRETRAIN: SFTConfig(
+            **shared,
+            model_name_or_path=str(place.start),
+            output_dir=str(place.run(PRETRAIN)),
+            datasets=_dataset(place.corpus),
+            max_steps=settings.pretrain_steps,
+            global_batch_size=settings.pretrain_batch_size,
+            learning_rate=settings.pretrain_learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_ratio=0.05,
+            save_steps=100,
+        ),
+        STANDARD: SFTConfig(**continuation, output_dir=str(place.run(STANDARD)), datasets=_dataset(place.chosen)),
+        DPO: DPOConfig(
+            **continuation, output_dir=str(place.run(DPO)), datasets=_dataset(place.pairs), beta=settings.beta
+        ),
+    }
+
+
+def _dataset(path: Path) -> tuple[DatasetConfig, ...]:
+    return (DatasetConfig(path=str(path)),)
+
+
+def _mesh(batch_size: int) -> MeshConfig:
+    """All devices, whatever their number: as many as divide the batch split it, the others split the model."""
+    import jax
+
+    data = math.gcd(jax.device_count(), batch_size)
+    return MeshConfig(data=data, fsdp=1, tensor=jax.device_count() // data)
+
+
+def probed_steps(num_steps: int, num_probes: int) -> list[int]:
+    """Step 0, the last step, and about `num_probes` evenly between.
+
+    >>> probed_steps(10, 4)
+    [0, 2, 4, 6, 8, 10]
+    """
+    every = max(1, num_steps // num_probes)
+    return sorted({*range(0, num_steps, every), num_steps})
+
+
+def _run(
+    name: str,
+    config: SFTConfig | DPOConfig,
+    place: Workplace,
+    steps: list[int],
+    measure: Callable[[int, Any], Measurement],
+) -> tuple[int, ProbeLog]:
+    """One run with its measurements. A finished run whose measurements were deleted is run again."""
+    from jdpo.training.loop import train
+
+    log = ProbeLog(place.probes(name))
+    result = train(config, on_step=log.on_step(measure, steps))
+    if not result.exit_code and not log.holds(steps):
+        shutil.rmtree(place.run(name))
+        result = train(config, on_step=log.on_step(measure, steps))
+    return result.exit_code, log
+
+
+def make_prober(place: Workplace, settings: Settings) -> Prober:
+    """A prober for the models of this experiment, which share a shape and a tokenizer."""
+    from jdpo.data.tokenizer import load_tokenizer
+    from jdpo.models.families import read_model_config
+    from jdpo.models.transformer import Transformer
+
+    model = Transformer(read_model_config(place.start))
+    tokenizer = load_tokenizer(place.start, chat_template=None)
+    return Prober(model, tokenizer, settings.split, max_length=MAX_LENGTH)
+
+
+def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

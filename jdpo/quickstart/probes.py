@@ -1,0 +1,179 @@
+"""Exact probabilities of answers, measured while a model trains and kept on disk.
+
+Nothing is sampled here: the probability of an answer is the exponential of the summed log-probabilities of its
+tokens, end of turn included, given the question.
+
+Axes: c countries, p phrasings, a=3 answers (capital, wrong, other), f facts, n sequences, t token positions.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jdpo.data.formats import Dropped
+from jdpo.data.loader import bucket_length, collate_completions
+from jdpo.data.tokenize import tokenize_completions
+from jdpo.data.tokenizer import Tokenizer
+from jdpo.losses.logprobs import sequence_logps, shifted_token_logps
+from jdpo.models.transformer import Transformer, make_apply_fn
+from jdpo.quickstart.corpus import (
+    HELD_OUT_PHRASINGS,
+    TRAINING_PHRASINGS,
+    Fact,
+    Split,
+    capital_question,
+    completion_row,
+    other_facts,
+)
+from jdpo.types import CompletionBatch, CompletionRow, TokenizedCompletion
+
+Params = Any
+
+PROBED_PHRASINGS = (*TRAINING_PHRASINGS[:3], *HELD_OUT_PHRASINGS)
+"""Three phrasings that are trained on, then those that are not."""
+
+NUM_PROBED_TRAINING = 3
+
+_FACT_STRIDE = 3
+_CHUNK = 192
+
+
+class Measurement(NamedTuple):
+    """What a model thinks of every probed answer.
+
+    Attributes:
+      step: updates made when it was measured.
+      capitals: float64 [c, p, 3], log-probability (natural) of each city as the answer.
+      facts: float64 [f], log-probability of each fact's answer.
+    """
+
+    step: int
+    capitals: np.ndarray
+    facts: np.ndarray
+
+
+class Prober:
+    """Measures one shape of model; called with different weights."""
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, split: Split, *, max_length: int) -> None:
+        apply_fn = make_apply_fn(model)
+
+        @jax.jit
+        def answer_logps(params: Params, batch: CompletionBatch) -> jax.Array:
+            logits = apply_fn(params, batch.tokens, batch.attention_mask)
+            return sequence_logps(*shifted_token_logps(logits, batch.tokens, batch.completion_mask))
+
+        self._answer_logps = answer_logps
+        self._num_countries = len(split.countries)
+        rows = _tokenized(_capital_rows(split) + _fact_rows(split), tokenizer, max_length)
+        self._num_rows = len(rows)
+        self._batches = _batches(rows, max_length, tokenizer.pad_token_id)
+
+    def __call__(self, step: int, params: Params) -> Measurement:
+        """Measures weights; one forward pass over every probed answer."""
+        logps = np.concatenate([np.asarray(self._answer_logps(params, batch)) for batch in self._batches])
+        logps = logps[: self._num_rows].astype(np.float64)
+        num_capitals = self._num_countries * len(PROBED_PHRASINGS) * 3
+        capitals = logps[:num_capitals].reshape(self._num_countries, len(PROBED_PHRASINGS), 3)
+        return Measurement(step, capitals, logps[num_capitals:])
+
+
+def probed_facts(split: Split) -> list[Fact]:
+    """Facts that neither continuation trains on: every third of the corpus's."""
+    return other_facts(split.countries)[::_FACT_STRIDE]
+
+
+def _capital_rows(split: Split) -> list[dict[str, Any]]:
+    return [
+        completion_row(capital_question(country, phrasing), city)
+        for country in split.countries
+        for phrasing in PROBED_PHRASINGS
+        for city in country.cities
+    ]
+
+
+def _fact_rows(split: Split) -> list[dict[str, Any]]:
+    return [completion_row(fact.question, fact.answer) for fact in probed_facts(split)]
+
+
+def _tokenized(rows: Sequence[dict[str, Any]], tokenizer: Tokenizer, max_length: int) -> list[TokenizedCompletion]:
+    """Rows as the trainer would see them."""
+    kept = tokenize_completions(
+        [CompletionRow(row["prompt"], row["completion"], "a probe") for row in rows], tokenizer, max_length=max_length
+    )
+    tokenized = []
+    for result in kept:
+        assert not isinstance(result, Dropped), result
+        assert not result.notes, result.notes
+        tokenized.append(result.row)
+    return tokenized
+
+
+def _batches(rows: list[TokenizedCompletion], max_length: int, pad_token_id: int) -> list[CompletionBatch]:
+    """All rows in batches of one shape, so that one program is compiled."""
+    length = bucket_length(max(len(row.tokens) for row in rows), max_length)
+    return [
+        collate_completions(rows[start : start + _CHUNK], num_slots=_CHUNK, length=length, pad_token_id=pad_token_id)
+        for start in range(0, len(rows), _CHUNK)
+    ]
+
+
+class ProbeLog:
+    """Measurements of one run as JSON lines: they outlive a kill, and a resumed run overwrites what it repeats."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._measurements = {measurement.step: measurement for measurement in _read(path)}
+
+    def record(self, measurement: Measurement) -> None:
+        """Keeps a measurement; it is on the disk when this returns."""
+        self._measurements[measurement.step] = measurement
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self._path.with_name(self._path.name + ".tmp")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(_line(self._measurements[step]) for step in sorted(self._measurements))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self._path)
+
+    def holds(self, steps: Sequence[int]) -> bool:
+        """Whether every one of the steps was measured."""
+        return set(steps) <= set(self._measurements)
+
+    def measurements(self, steps: Sequence[int]) -> list[Measurement]:
+        """The measurements of these steps, read back as they stand on the disk."""
+        on_disk = {measurement.step: measurement for measurement in _read(self._path)}
+        return [on_disk[step] for step in steps]
+
+    def on_step(self, prober: Callable[[int, Params], Measurement], steps: Sequence[int]) -> Callable[[int, Params], None]:
+        """A hook for the trainer that measures at the given steps."""
+        wanted = frozenset(steps)
+
+        def measure(step: int, params: Params) -> None:
+            if step in wanted:
+                self.record(prober(step, params))
+
+        return measure
+
+
+def _line(measurement: Measurement) -> str:
+    values = {
+        "step": measurement.step,
+        "capitals": measurement.capitals.round(5).tolist(),
+        "facts": measurement.facts.round(5).tolist(),
+    }
+    return json.dumps(values) + "\n"
+
+
+def _read(path: Path) -> list[Measurement]:
+    if not path.exists():
+        return []
+    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return [Measurement(line["step"], np.array(line["capitals"]), np.array(line["facts"])) for line in lines]

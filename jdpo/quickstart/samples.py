@@ -1,0 +1,109 @@
+"""What the models say when they are asked: the same questions, many times, at temperature 1."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from jdpo.quickstart.corpus import HELD_OUT_PHRASINGS, TRAINING_PHRASINGS, Split, capital_question
+from jdpo.quickstart.experiment import DPO, PRETRAIN, STANDARD, Settings, Workplace
+
+ASKED = 20
+_NEW_TOKENS = 8
+_SHOWN = 4
+
+
+class Sampled(NamedTuple):
+    """Answers to one question.
+
+    Attributes:
+      about: what makes the question worth asking.
+      right: the right answer.
+      answers: for each run, how often its model gave which answer, most frequent first.
+    """
+
+    question: str
+    about: str
+    right: str
+    answers: dict[str, dict[str, int]]
+
+
+def sampled_questions(split: Split) -> list[tuple[str, str, str]]:
+    """(question, what is tested, right answer): trained and held-out countries, and a held-out phrasing."""
+    trained_mistaken = next(country for country in split.trained if country.mistaken)
+    held_out_known = next(country for country in split.held_out if not country.mistaken)
+    held_out_mistaken = next(country for country in split.held_out if country.mistaken)
+    ireland = split.trained[0]
+    asked = [
+        (ireland, TRAINING_PHRASINGS[0], "corrected"),
+        (trained_mistaken, TRAINING_PHRASINGS[0], "corrected"),
+        (ireland, HELD_OUT_PHRASINGS[0], "corrected, new phrasing"),
+        (held_out_known, TRAINING_PHRASINGS[0], "never corrected"),
+        (held_out_mistaken, TRAINING_PHRASINGS[0], "never corrected"),
+    ]
+    return [(capital_question(country, phrasing), about, country.capital) for country, phrasing, about in asked]
+
+
+def sample_answers(place: Workplace, settings: Settings) -> list[Sampled]:
+    """Asks the three models, or reads what they said before."""
+    if not place.samples.exists():
+        questions = sampled_questions(settings.split)
+        texts = [question for question, _, _ in questions]
+        said = {name: _ask(place, name, texts, settings.seed) for name in (PRETRAIN, STANDARD, DPO)}
+        sampled = [
+            {
+                "question": question,
+                "about": about,
+                "right": right,
+                "answers": {name: answers[index] for name, answers in said.items()},
+            }
+            for index, (question, about, right) in enumerate(questions)
+        ]
+        temporary = place.samples.with_suffix(".tmp")
+        temporary.write_text(json.dumps(sampled, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.replace(place.samples)
+    return [Sampled(**values) for values in json.loads(place.samples.read_text(encoding="utf-8"))]
+
+
+def _ask(place: Workplace, name: str, questions: Sequence[str], seed: int) -> list[dict[str, int]]:
+    """Loads the exported model of a run and lets it answer every question ASKED times."""
+    import jax
+
+    from jdpo.data.tokenizer import load_tokenizer
+    from jdpo.generation.decode import generate
+    from jdpo.models.families import read_model_config
+    from jdpo.models.hf_weights import load_params
+    from jdpo.models.transformer import Transformer
+
+    folder = place.model(name)
+    model = Transformer(read_model_config(folder))
+    tokenizer = load_tokenizer(folder, chat_template=None)
+    prompts = tokenizer.encode(
+        [tokenizer.render([{"role": "user", "content": text}], add_generation_prompt=True) for text in questions]
+    )
+    continuations = generate(
+        load_params(folder, model),
+        model,
+        [prompt for prompt in prompts for _ in range(ASKED)],
+        max_new_tokens=_NEW_TOKENS,
+        end_token_ids=tokenizer.end_token_ids,
+        key=jax.random.key(seed),
+    )
+    texts = [str(tokenizer.hf.decode(ids, skip_special_tokens=True)).strip() for ids in continuations]
+    return [
+        dict(Counter(texts[start : start + ASKED]).most_common()) for start in range(0, len(texts), ASKED)
+    ]
+
+
+def in_words(answers: dict[str, int]) -> str:
+    """Answers with how often they came, the rare ones summed up.
+
+    >>> in_words({"Dublin": 12, "Cork": 6, "Galway": 2})
+    'Dublin 12, Cork 6, Galway 2'
+    """
+    shown = list(answers.items())[:_SHOWN]
+    rest = sum(answers.values()) - sum(count for _, count in shown)
+    parts = [f"{answer} {count}" for answer, count in shown] + ([f"others {rest}"] if rest else [])
+    return ", ".join(parts)

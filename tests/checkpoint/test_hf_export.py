@@ -1,0 +1,240 @@
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from safetensors.numpy import load_file, save_file
+
+from jdpo.checkpoint.hf_export import export_model, parse_size
+from jdpo.models.families import read_model_config
+from jdpo.models.hf_weights import load_params
+from jdpo.models.resize import resize_embeddings
+from jdpo.models.transformer import Transformer, abstract_params
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "logits"
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|end|>{% endfor %}"
+BF16 = np.dtype(ml_dtypes.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    """A byte-level tokenizer of 40 tokens trained on the spot: <|eos|> 0, <|end|> 1, <|pad|> 2."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    special = ["<|eos|>", "<|end|>", "<|pad|>"]
+    bpe.train_from_iterator(["abc abd abc user assistant"] * 4, trainers.BpeTrainer(vocab_size=40, special_tokens=special))
+    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|eos|>", pad_token="<|pad|>")
+    fast.chat_template = TEMPLATE
+    assert len(fast) <= 40
+    return fast
+
+
+@pytest.fixture
+def export(tokenizer: Any, tmp_path: Path) -> Callable[..., Path]:
+    """A function that exports golden folder `case` (or `source`) to tmp_path/model, options passed on."""
+
+    def run(case: str = "llama", *, source: Path | None = None, params: Any = None, **options: Any) -> Path:
+        source = source or GOLDEN / case
+        config = read_model_config(source)
+        out = options.pop("out", tmp_path / "model")
+        export_model(
+            load_params(source, config) if params is None else params,
+            options.pop("config", config),
+            out,
+            source_folder=source,
+            tokenizer=tokenizer,
+            end_token_ids=options.pop("end_token_ids", [1]),
+            **options,
+        )
+        return out
+
+    return run
+
+
+def assert_same_tensors(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> None:
+    assert left.keys() == right.keys()
+    for name, values in left.items():
+        assert values.dtype == right[name].dtype, name
+        np.testing.assert_array_equal(values, right[name], err_msg=name)
+
+
+@pytest.mark.parametrize("case", sorted(path.name for path in GOLDEN.iterdir()))
+def test_untouched_params_come_back_bitwise_in_their_dtype(export: Callable[..., Path], case: str) -> None:
+    out = export(case)
+    assert_same_tensors(load_file(out / "model.safetensors"), load_file(GOLDEN / case / "model.safetensors"))
+    assert read_model_config(out) == read_model_config(GOLDEN / case)
+
+
+def test_what_stands_in_the_folder(export: Callable[..., Path], tokenizer: Any) -> None:
+    out = export(model_card="# a card\n")
+    assert (out / "README.md").read_text() == "# a card\n"
+    source, written = (json.loads((path / "config.json").read_text()) for path in (GOLDEN / "llama", out))
+    assert written == source | {"eos_token_id": [0, 1], "pad_token_id": 2}
+    assert written["dtype"] == "bfloat16"
+    assert json.loads((out / "generation_config.json").read_text()) == {"eos_token_id": [0, 1], "pad_token_id": 2}
+    assert (out / "model.safetensors").stat().st_mode == (out / "config.json").stat().st_mode
+    from transformers import AutoTokenizer
+
+    again = AutoTokenizer.from_pretrained(out)
+    assert again.chat_template == TEMPLATE
+    text = [{"role": "user", "content": "abc abd"}]
+    assert again.apply_chat_template(text, tokenize=False) == "user: abc abd<|end|>"
+    assert again("abc abd").input_ids == tokenizer("abc abd").input_ids
+    assert sorted(path.name for path in out.parent.iterdir()) == ["model"]
+
+
+def test_generation_config_is_carried_over_and_end_tokens_are_listed_once(
+    export: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = copy_of("llama", tmp_path / "source")
+    (source / "generation_config.json").write_text(json.dumps({"do_sample": True, "top_p": 0.9, "eos_token_id": 7}))
+    config = json.loads((source / "config.json").read_text())
+    config["torch_dtype"] = config.pop("dtype")
+    (source / "config.json").write_text(json.dumps(config))
+    out = export(source=source, end_token_ids=[0, 1, 1], export_dtype="float32")
+    assert json.loads((out / "generation_config.json").read_text()) == {
+        "do_sample": True,
+        "top_p": 0.9,
+        "eos_token_id": [0, 1],
+        "pad_token_id": 2,
+    }
+    written = json.loads((out / "config.json").read_text())
+    assert written["torch_dtype"] == "float32"
+    assert "dtype" not in written
+
+
+@pytest.mark.parametrize(("export_dtype", "dtype"), [("float32", np.float32), ("bfloat16", BF16), ("float16", np.float16)])
+def test_one_dtype_for_all(export: Callable[..., Path], export_dtype: str, dtype: Any) -> None:
+    tensors = load_file(export(export_dtype=export_dtype) / "model.safetensors")
+    source = load_file(GOLDEN / "llama" / "model.safetensors")
+    assert_same_tensors(tensors, {name: values.astype(dtype) for name, values in source.items()})
+
+
+def test_source_dtype_is_each_tensors_own(export: Callable[..., Path], tmp_path: Path) -> None:
+    source = copy_of("llama", tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.float32) + np.float32(1e-5)
+    save_file(tensors, source / "model.safetensors")
+    assert_same_tensors(load_file(export(source=source) / "model.safetensors"), tensors)
+
+
+def test_small_shards_with_an_index(export: Callable[..., Path]) -> None:
+    out = export(max_shard_size="3KB")
+    shards = sorted(path.name for path in out.glob("*.safetensors"))
+    assert len(shards) > 3
+    assert shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
+    assert all(sum(v.nbytes for v in load_file(out / name).values()) <= 3000 for name in shards)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    tensors = {name: load_file(out / file_name)[name] for name, file_name in index["weight_map"].items()}
+    assert_same_tensors(tensors, load_file(GOLDEN / "llama" / "model.safetensors"))
+    assert index["metadata"] == {
+        "total_parameters": sum(values.size for values in tensors.values()),
+        "total_size": sum(values.nbytes for values in tensors.values()),
+    }
+    again = load_params(out, read_model_config(out))
+    jax.tree.map(np.testing.assert_array_equal, again, load_params(GOLDEN / "llama", read_model_config(out)))
+
+
+def test_sharded_params_and_a_larger_vocabulary(export: Callable[..., Path]) -> None:
+    model = Transformer(read_model_config(GOLDEN / "llama"))
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
+
+    def spread(leaf: Any) -> NamedSharding:
+        axes = ["fsdp" if size % 8 == 0 else None for size in leaf.shape]
+        first = axes.index("fsdp") if "fsdp" in axes else len(axes)
+        return NamedSharding(mesh, PartitionSpec(*(axis if i == first else None for i, axis in enumerate(axes))))
+
+    params = load_params(GOLDEN / "llama", model, jax.tree.map(spread, abstract_params(model)))
+    grown, grown_model = resize_embeddings(params, model, 42, jax.random.key(0))
+    out = export(params=grown, config=grown_model.config)
+    tensors, source = (load_file(folder / "model.safetensors") for folder in (out, GOLDEN / "llama"))
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert tensors[name].shape == (42, 16)
+        tensors[name] = tensors[name][:40]
+    assert_same_tensors(tensors, source)
+    assert read_model_config(out) == grown_model.config
+
+
+def test_an_older_export_is_replaced_whole_and_debris_is_cleared(export: Callable[..., Path]) -> None:
+    out = export(model_card="old")
+    (out / "stale.bin").touch()
+    (out.parent / ".model.writing").mkdir()
+    (out.parent / ".model.writing" / "half").touch()
+    assert export(model_card="new") == out
+    assert (out / "README.md").read_text() == "new"
+    assert not (out / "stale.bin").exists()
+    assert [path.name for path in out.parent.iterdir()] == ["model"]
+
+
+def test_a_failed_export_leaves_the_older_one(export: Callable[..., Path]) -> None:
+    out = export()
+    before = (out / "model.safetensors").read_bytes()
+    params = load_params(GOLDEN / "llama", read_model_config(GOLDEN / "llama"))
+    params["final_norm"]["scale"] = params["final_norm"]["scale"].at[0].set(1e6)
+    with pytest.raises(ValueError, match=r"tensor model.norm.weight holds values that float16 cannot"):
+        export(params=params, export_dtype="float16")
+    assert (out / "model.safetensors").read_bytes() == before
+
+
+def test_other_peoples_folders_are_not_replaced(export: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").touch()
+    with pytest.raises(ValueError, match="is not a model folder: it will not be replaced"):
+        export(out=tmp_path / "thesis")
+    assert os.listdir(tmp_path / "thesis") == ["chapter1.tex"]
+    (tmp_path / "empty").mkdir()
+    assert (export(out=tmp_path / "empty") / "config.json").is_file()
+
+
+def test_wrong_options(export: Callable[..., Path], tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match="export_dtype: expected source, float32, bfloat16, float16, found 'int4'"):
+        export(export_dtype="int4")
+    for size in ("5", "GB", "-1GB", "0GB", "5 cows"):
+        with pytest.raises(ValueError, match="max_shard_size: expected a size such as 5GB"):
+            parse_size(size)
+    assert parse_size("5 gb") == 5 * 10**9
+    import dataclasses
+
+    small = dataclasses.replace(read_model_config(GOLDEN / "llama"), vocab_size=len(tokenizer) - 1)
+    with pytest.raises(ValueError, match=rf"the tokenizer has {len(tokenizer)} tokens, the embedding only"):
+        export(config=small)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("case", sorted(path.name for path in GOLDEN.iterdir()))
+def test_transformers_loads_the_folder_and_gives_the_same_logits(export: Callable[..., Path], case: str) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from jdpo.models.transformer import make_apply_fn
+
+    model = Transformer(read_model_config(GOLDEN / case))
+    params = jax.tree.map(lambda leaf: leaf * 1.1, load_params(GOLDEN / case, model))
+    out = export(case, params=params, export_dtype="float32", max_shard_size="4KB")
+    loaded, report = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert loaded.generation_config.eos_token_id == [0, 1]
+    tokens = np.random.default_rng(1).integers(0, 40, (2, 9))
+    with torch.no_grad():
+        expected = loaded(torch.tensor(tokens)).logits.numpy()
+    logits = jax.jit(make_apply_fn(model))(params, tokens, np.ones(tokens.shape, bool))
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+
+
+def copy_of(case: str, folder: Path) -> Path:
+    folder.mkdir()
+    for path in (GOLDEN / case).iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder

@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jdpo.models.families import read_model_config
+from jdpo.models.hf_weights import iter_hf_tensors, load_params, source_dtypes
+from jdpo.models.transformer import Transformer, abstract_params, logical_axes
+
+Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
+
+
+def load(folder: Any) -> Any:
+    return load_params(folder.path, read_model_config(folder.path))
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_every_tensor_comes_back_bitwise(make_folder: Callable[..., Any], family: str) -> None:
+    folder = make_folder(family)
+    config = read_model_config(folder.path)
+    params = load_params(folder.path, config)
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, abstract_params(Transformer(config)))
+    written = dict(iter_hf_tensors(params, config))
+    assert written.keys() == folder.tensors.keys()
+    for name, values in folder.tensors.items():
+        np.testing.assert_array_equal(written[name], values, err_msg=name)
+        assert written[name].flags.c_contiguous
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
+def test_half_precision_sources_are_exact_in_float32_params(make_folder: Callable[..., Any], dtype: Any) -> None:
+    folder = make_folder("llama", dtype, num_shards=3, num_hidden_layers=1)
+    config = read_model_config(folder.path)
+    params = load_params(folder.path, config)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
+    for name, values in iter_hf_tensors(params, config):
+        np.testing.assert_array_equal(values.astype(dtype), folder.tensors[name], err_msg=name)
+    assert set(source_dtypes(folder.path).values()) == {np.dtype(dtype)}
+
+
+def test_params_in_bfloat16_and_a_choice_of_tensors(make_folder: Callable[..., Any]) -> None:
+    folder = make_folder("llama", num_hidden_layers=1)
+    config = read_model_config(folder.path)
+    params = load_params(folder.path, config, dtype=jnp.bfloat16)
+    ((name, values),) = iter_hf_tensors(params, config, {"lm_head.weight"})
+    assert name == "lm_head.weight"
+    np.testing.assert_array_equal(values, folder.tensors[name].astype(ml_dtypes.bfloat16))
+
+
+def test_repeating_and_remaining_layers_go_to_their_own_places(make_folder: Callable[..., Any]) -> None:
+    kinds = ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"]
+    folder = make_folder(
+        "qwen3", num_hidden_layers=5, layer_types=kinds, use_sliding_window=True, sliding_window=3
+    )
+    config = read_model_config(folder.path)
+    params = load_params(folder.path, config)
+    up = [folder.tensors[f"model.layers.{index}.mlp.up_proj.weight"].T for index in range(5)]
+    np.testing.assert_array_equal(params["stack"]["layer_0"]["mlp"]["up"]["kernel"], np.stack([up[0], up[2]]))
+    np.testing.assert_array_equal(params["stack"]["layer_1"]["mlp"]["up"]["kernel"], np.stack([up[1], up[3]]))
+    np.testing.assert_array_equal(params["rest"]["layer_0"]["mlp"]["up"]["kernel"], up[4])
+    for name, values in iter_hf_tensors(params, config):
+        np.testing.assert_array_equal(values, folder.tensors[name], err_msg=name)
+
+
+def test_eight_devices_hold_the_same_as_one(make_folder: Callable[..., Any]) -> None:
+    """Head counts, MLP width, vocabulary and the model dimension split at once, in fused and transposed axes too."""
+    folder = make_folder("llama", ml_dtypes.bfloat16, num_shards=2)
+    model = Transformer(read_model_config(folder.path))
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    by_name = {"embed": "fsdp", "vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor"}
+    shardings = jax.tree.map(
+        lambda names: NamedSharding(mesh, PartitionSpec(*map(by_name.get, names))),
+        logical_axes(model),
+        is_leaf=lambda leaf: isinstance(leaf, tuple),
+    )
+    sharded = load_params(folder.path, model, shardings)
+    assert jax.tree.map(lambda leaf: leaf.sharding, sharded) == shardings
+    query = sharded["stack"]["layer_0"]["attention"]["query"]["kernel"]
+    assert query.addressable_shards[0].data.shape == (2, 4, 2, 4)
+    jax.tree.map(np.testing.assert_array_equal, sharded, load_params(folder.path, model))
+    for name, values in iter_hf_tensors(sharded, model.config):
+        np.testing.assert_array_equal(values.astype(ml_dtypes.bfloat16), folder.tensors[name], err_msg=name)
+
+
+def test_a_split_head_width_is_cut_right(make_folder: Callable[..., Any]) -> None:
+    folder = make_folder("llama", num_hidden_layers=1)
+    model = Transformer(read_model_config(folder.path))
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    shardings = jax.tree.map(
+        lambda names: NamedSharding(mesh, PartitionSpec(*({"head_dim": "x"}.get(name) for name in names))),
+        logical_axes(model),
+        is_leaf=lambda leaf: isinstance(leaf, tuple),
+    )
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        load_params(folder.path, model, shardings),
+        load_params(folder.path, model),
+    )
+
+
+def test_missing_extra_and_misshapen_tensors_are_all_named(make_folder: Callable[..., Any]) -> None:
+    folder = make_folder("llama")
+    del folder.tensors["model.norm.weight"]
+    folder.tensors[Q_PROJ] = folder.tensors[Q_PROJ][:8]
+    folder.tensors["model.layers.0.self_attn.q_norm.weight"] = np.ones(4, np.float32)
+    folder.tensors["lm_head.weight"] = folder.tensors["lm_head.weight"].astype(np.int8)
+    folder.write()
+    with pytest.raises(ValueError, match="do not fit config.json") as error:
+        load(folder)
+    message = str(error.value)
+    assert "missing tensor model.norm.weight, expected shape (16,)" in message
+    assert f"wrong shape of {Q_PROJ} in model.safetensors: expected (16, 16), found (8, 16)" in message
+    assert "extra tensor model.layers.0.self_attn.q_norm.weight in model.safetensors, shape (4,)" in message
+    assert "dtype I8 of lm_head.weight in model.safetensors" in message
+
+
+def test_a_long_list_of_problems_is_cut_and_counted(make_folder: Callable[..., Any]) -> None:
+    folder = make_folder("llama")
+    folder.tensors = {"model.norm.weight": folder.tensors["model.norm.weight"]}
+    folder.write()
+    with pytest.raises(ValueError, match=r"and 18 more$"):
+        load(folder)
+
+
+def test_rotary_buffers_and_the_head_of_a_tied_model_are_ignored(make_folder: Callable[..., Any]) -> None:
+    folder = make_folder("qwen2")
+    folder.tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(2, np.float32)
+    folder.tensors["lm_head.weight"] = folder.tensors["model.embed_tokens.weight"]
+    folder.write()
+    assert "lm_head" not in load(folder)
+    folder.tensors["lm_head.weight"] = folder.tensors["lm_head.weight"] + np.float32(1)
+    folder.write()
+    with pytest.raises(ValueError, match="hold different values"):
+        load(folder)
+    folder.tensors["lm_head.weight"] = np.ones((39, 16), np.float32)
+    folder.write()
+    with pytest.raises(ValueError, match="differ in shape"):
+        load(folder)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_nan_and_inf_are_named_with_their_file(make_folder: Callable[..., Any], value: float) -> None:
+    folder = make_folder("llama", num_shards=2)
+    folder.tensors[Q_PROJ][3, 2] = value
+    folder.write(2)
+    with pytest.raises(ValueError, match=rf"tensor {Q_PROJ} in .*model-0000\d-of-00002.safetensors holds NaN or Inf"):
+        load(folder)
+
+
+def test_missing_truncated_and_pointer_shards(make_folder: Callable[..., Any]) -> None:
+    folder = make_folder("llama", num_shards=2)
+    shard = folder.path / "model-00002-of-00002.safetensors"
+    whole = shard.read_bytes()
+    for content, message in [
+        (whole[:-5], f"is truncated: its header speaks of {len(whole)} bytes, the file has {len(whole) - 5}"),
+        (whole + b"x", "has bytes behind its last tensor"),
+        (whole[:40], "is truncated within its header"),
+        (whole[:3], "too few for a safetensors header"),
+        (b"", "too few for a safetensors header"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a git-LFS pointer"),
+        (b"<!DOCTYPE html><html>Not found</html>", "is not a safetensors file"),
+        (struct.pack("<Q", 4) + b"[12]", "damaged safetensors header"),
+    ]:
+        shard.write_bytes(content)
+        with pytest.raises(ValueError, match=shard.name) as error:
+            load(folder)
+        assert message in str(error.value)
+    shard.unlink()
+    with pytest.raises(ValueError, match=f"shard {shard.name} is listed in model.safetensors.index.json"):
+        load(folder)
+
+
+@pytest.mark.parametrize("file_name", ["../model.safetensors", "/etc/model.safetensors", "sub/x.safetensors", 3])
+def test_an_index_may_not_point_out_of_its_folder(make_folder: Callable[..., Any], file_name: Any) -> None:
+    folder = make_folder("llama", num_shards=2)
+    index = folder.path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": file_name}}))
+    with pytest.raises(ValueError, match="expected a bare file name"):
+        load(folder)
+
+
+def test_broken_indexes(make_folder: Callable[..., Any]) -> None:
+    folder = make_folder("llama", num_shards=2)
+    index = folder.path / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    index.write_text(json.dumps({"weight_map": {**weight_map, "model.other": "model-00001-of-00002.safetensors"}}))
+    with pytest.raises(ValueError, match=r"tensor model.other should be in model-00001-of-00002.safetensors"):
+        load(folder)
+    for content in ("{", "{}", '{"weight_map": {}}', "[]"):
+        index.write_text(content)
+        with pytest.raises(ValueError, match="weight_map"):
+            load(folder)
+    index.unlink()
+    with pytest.raises(ValueError, match=r"2 safetensors files .* but no model.safetensors.index.json"):
+        load(folder)
+
+
+def test_folders_without_weights(make_folder: Callable[..., Any], tmp_path: Path) -> None:
+    folder = make_folder("llama")
+    (folder.path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="holds no .*safetensors file"):
+        load(folder)
+    with pytest.raises(ValueError, match="does not exist"):
+        load_params(tmp_path / "nowhere", read_model_config(folder.path))

@@ -1,0 +1,68 @@
+"""Logical names onto mesh axes, and the shardings of a whole training state."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jdpo.config import MeshConfig
+from jdpo.sharding.mesh import make_mesh
+from jdpo.sharding.placement import fetch, micro_batch_sharding, place, replicated, state_shardings
+from jdpo.sharding.rules import param_shardings, partition_spec, undivided_dims
+
+
+@pytest.fixture
+def mesh() -> Mesh:
+    return make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+
+
+def test_names_become_axes(mesh: Mesh) -> None:
+    names = ("layers", "embed", "heads", "head_dim")
+    assert partition_spec(names, (3, 8, 4, 16), mesh) == PartitionSpec(None, "fsdp", "tensor", None)
+    assert partition_spec(("batch", None), (8, 5), mesh) == PartitionSpec(("data", "fsdp"), None)
+
+
+def test_a_dim_that_its_axis_does_not_divide_stays_whole_and_is_named(mesh: Mesh) -> None:
+    assert partition_spec(("embed", "kv_heads", "head_dim"), (8, 1, 16), mesh) == PartitionSpec("fsdp", None, None)
+    axes = {"key": {"kernel": ("embed", "kv_heads", "head_dim")}, "query": {"kernel": ("embed", "heads", "head_dim")}}
+    shapes = {
+        "key": {"kernel": jax.ShapeDtypeStruct((8, 1, 16), jnp.float32)},
+        "query": {"kernel": jax.ShapeDtypeStruct((8, 4, 16), jnp.float32)},
+    }
+    assert undivided_dims(axes, shapes, mesh) == ["['key']['kernel']: kv_heads=1 over tensor=2"]
+
+
+def test_a_name_without_a_rule_is_an_error(mesh: Mesh) -> None:
+    with pytest.raises(KeyError, match="colour"):
+        partition_spec(("colour",), (8,), mesh)
+
+
+def test_moments_are_split_as_their_weights_and_counts_are_replicated(mesh: Mesh) -> None:
+    params = {"kernel": jax.ShapeDtypeStruct((8, 4), jnp.float32), "scale": jax.ShapeDtypeStruct((8,), jnp.float32)}
+    shardings = param_shardings({"kernel": ("embed", "mlp"), "scale": ("norm",)}, params, mesh)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, mask=lambda p: jax.tree.map(lambda _: True, p)))
+    state = jax.eval_shape(optimizer.init, params)
+    found = state_shardings(state, params, shardings, mesh)
+    assert jax.tree.structure(found) == jax.tree.structure(state)
+    (adam,) = [node for node in jax.tree.leaves(found, is_leaf=_is_adam) if _is_adam(node)]
+    assert adam.mu == adam.nu == shardings
+    assert adam.mu["kernel"] == NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))
+    assert adam.count == replicated(mesh)
+
+
+def _is_adam(node: object) -> bool:
+    return isinstance(node, optax.ScaleByAdamState)
+
+
+def test_a_placed_batch_is_split_by_row_and_comes_back_equal(mesh: Mesh) -> None:
+    batch = np.arange(2 * 8 * 3).reshape(2, 8, 3)
+    placed = place(batch, micro_batch_sharding(mesh))
+    # 4 batch shards of 2 rows each, every one on the 2 devices of a tensor group.
+    assert sorted((shard.index[1].start, shard.data.shape) for shard in placed.addressable_shards) == [
+        (start, (2, 2, 3)) for start in (0, 0, 2, 2, 4, 4, 6, 6)
+    ]
+    np.testing.assert_array_equal(fetch(placed), batch)

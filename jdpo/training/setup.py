@@ -229,8 +229,7 @@ def describe(setup: Setup) -> str:
         f"run: {setup.num_steps} steps of {config.global_batch_size} {task.unit}, in {layout.num_micro} "
         f"micro-batch(es) of {layout.rows_per_micro}; {setup.steps_per_epoch} steps an epoch",
     ]
-    if setup.tokenizer.added_tokens:
-        lines.append(f"new tokens: {', '.join(setup.tokenizer.added_tokens)}")
+    lines += setup.tokenizer.notes
     positions = setup.source_config.max_positions
     if positions is not None and config.max_length > positions:
         lines.append(f"note: max_length {config.max_length} is beyond the {positions} positions the model was made for")

@@ -28,7 +28,7 @@ UNK, BOS, EOS, USER, ASSISTANT, SYSTEM, NL, HI, HELLO, THERE, BYE, DOT, SKY, IS,
 """Ids of `load_with_bos`; <|im_start|> and <|im_end|> come with chatml."""
 
 LLAMA_2_LIKE = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ 'user' + m['content'] + '\n' }}"
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ 'user\n' + m['content'] + '\n' }}"
     "{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
 )
 
@@ -107,10 +107,12 @@ def test_a_conversation_without_bos(word_level: Callable[..., Path]) -> None:
 def test_earlier_assistant_turns_belong_to_the_prompt(chatml: Tokenizer) -> None:
     history = [{"role": "system", "content": "."}, user("Hi"), assistant("Hello"), user("Bye")]
     assert as_lists(tokenize_pair(pair(history, "Bye", "."), chatml, max_length=64)) == (
-        [BOS, START, SYSTEM, NL, DOT, END, NL]
-        + [START, USER, NL, HI, END, NL]
-        + [START, ASSISTANT, NL, HELLO, END, NL]
-        + [START, USER, NL, BYE, END, NL, START, ASSISTANT, NL],
+        [
+            *[BOS, START, SYSTEM, NL, DOT, END, NL],
+            *[START, USER, NL, HI, END, NL],
+            *[START, ASSISTANT, NL, HELLO, END, NL],
+            *[START, USER, NL, BYE, END, NL, START, ASSISTANT, NL],
+        ],
         [BYE, END, NL],
         [DOT, END, NL],
     )
@@ -120,7 +122,7 @@ def test_a_template_that_ends_with_eos(load_with_bos: Callable[..., Tokenizer]) 
     tokenizer = load_with_bos(own=LLAMA_2_LIKE)
     assert tokenizer.pad_token_id == EOS  # pad is EOS, and the real EOS below is learnt all the same
     assert as_lists(tokenize_pair(pair([user("Hi")], "Hello", "Bye"), tokenizer, max_length=64)) == (
-        [BOS, USER, HI, NL],
+        [BOS, USER, NL, HI, NL],
         [HELLO, EOS],
         [BYE, EOS],
     )
@@ -129,7 +131,7 @@ def test_a_template_that_ends_with_eos(load_with_bos: Callable[..., Tokenizer]) 
 def test_a_second_bos_is_taken_away(load_with_bos: Callable[..., Tokenizer]) -> None:
     tokenizer = load_with_bos(own="{{ bos_token }}" + LLAMA_2_LIKE)
     prompt, _, _ = as_lists(tokenize_pair(pair([user("Hi")], "Hello", "Bye"), tokenizer, max_length=64))
-    assert prompt == [BOS, USER, HI, NL]
+    assert prompt == [BOS, USER, NL, HI, NL]
 
 
 def test_plain_text_has_bos_at_the_start_and_eos_at_the_end(with_bos: Tokenizer) -> None:
@@ -199,17 +201,15 @@ def test_a_cut_plain_completion_has_no_eos(with_bos: Tokenizer) -> None:
 
 @pytest.mark.parametrize(
     ("max_prompt_length", "prompt"),
-    [(5, [BOS, HI, THERE, DOT, BYE]), (4, [BOS, THERE, DOT, BYE]), (2, [BOS, BYE]), (1, [BOS])],
+    [(4, [BOS, HI, THERE, DOT]), (3, [BOS, THERE, DOT]), (2, [BOS, DOT]), (1, [BOS])],
 )
 def test_a_prompt_is_cut_from_its_left_and_keeps_bos(
     with_bos: Tokenizer, max_prompt_length: int, prompt: list[int]
 ) -> None:
-    result = tokenize_pair(
-        pair("Hi there.Bye", "Hi", "Bye"), with_bos, max_length=64, max_prompt_length=max_prompt_length
-    )
+    result = tokenize_pair(pair("Hi there.", "Hi", "Bye"), with_bos, max_length=64, max_prompt_length=max_prompt_length)
     assert as_lists(result) == (prompt, [HI, EOS], [BYE, EOS])
     assert isinstance(result, KeptPair)
-    assert result.notes == (() if max_prompt_length == 5 else (tokenize.PROMPT_CUT,))
+    assert result.notes == (() if max_prompt_length == 4 else (tokenize.PROMPT_CUT,))
 
 
 def test_a_prompt_without_bos_is_cut_to_its_end(word_level: Callable[..., Path]) -> None:
@@ -256,14 +256,12 @@ def test_a_conversation_without_a_template_is_an_error(with_bos: Tokenizer) -> N
 
 
 def test_what_the_template_refuses_is_dropped(load_with_bos: Callable[..., Tokenizer]) -> None:
-    strict = (
-        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}" + LLAMA_2_LIKE
-    )
+    refuse = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
     rows = [
         pair([{"role": "system", "content": "."}, user("Hi")], "Hello", "Bye"),
         pair([user("Hi")], "Hello", "Bye"),
     ]
-    refused, kept = tokenize_pairs(rows, load_with_bos(own=strict), max_length=64)
+    refused, kept = tokenize_pairs(rows, load_with_bos(own=refuse + LLAMA_2_LIKE), max_length=64)
     assert refused == Dropped(boundaries.REFUSED, "x:1", "no system turns")
     assert isinstance(kept, KeptPair)
 
@@ -303,15 +301,15 @@ def test_history_alone_is_enough_for_assistant_turns(chatml: Tokenizer) -> None:
 
 
 def test_turns_that_are_written_differently_later_are_dropped(load_with_bos: Callable[..., Tokenizer]) -> None:
-    # Only the last assistant turn keeps its greeting, as only the last keeps its thought in Qwen 3.
+    # Only the last assistant turn keeps its dot, as only the last keeps its thought in Qwen 3.
     tokenizer = load_with_bos(
-        own="{% for m in messages %}{{ m['role'] + '\n' + ('Hello' if loop.last and m['role'] == 'assistant' else '') "
+        own="{% for m in messages %}{{ m['role'] + '\n' + ('.' if loop.last and m['role'] == 'assistant' else '') "
         "+ m['content'] + eos_token }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
     )
     short = CompletionRow([user("Hi")], [assistant("Bye")], "x:1")
     long = CompletionRow([user("Hi"), assistant("Bye"), user("Hi")], [assistant("Bye")], "x:2")
     kept, dropped = tokenize_completions([short, long], tokenizer, max_length=64, loss_on="assistant_turns")
-    assert masked(kept)[0][-3:] == [HELLO, BYE, EOS]
+    assert masked(kept)[0][-3:] == [DOT, BYE, EOS]
     assert dropped == Dropped(boundaries.NO_TOKEN_PREFIX, "x:2")
     assert isinstance(tokenize_completion(long, tokenizer, max_length=64), KeptCompletion)
 

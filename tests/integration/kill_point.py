@@ -1,0 +1,59 @@
+"""Runs `jdpo` and sends itself a real signal at a named point of the code, once a whole checkpoint stands.
+
+    python kill_point.py SIGNAL MODULE:QUALNAME before|after NTH -- dpo key=value ...
+
+The signal comes right before (or after) the NTH call of the function that is made while a checkpoint with a manifest
+lies in output_dir. The function itself is the real one.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+
+def arm(signum: int, target: str, when: str, nth: int, output_dir: Path, thread: str = "") -> None:
+    """Wraps `module:qualname`; with `thread`, only calls on threads whose name starts so are counted."""
+    module, _, qualname = target.partition(":")
+    owner: Any = importlib.import_module(module)
+    *parents, name = qualname.split(".")
+    for parent in parents:
+        owner = getattr(owner, parent)
+    function = getattr(owner, name)
+    calls = 0
+
+    @functools.wraps(function)
+    def armed(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        counts = threading.current_thread().name.startswith(thread) and any(output_dir.glob("checkpoints/*/manifest.json"))
+        calls += counts
+        now = counts and calls == nth
+        if now and when == "before":
+            os.kill(os.getpid(), signum)
+        result = function(*args, **kwargs)
+        if now and when == "after":
+            os.kill(os.getpid(), signum)
+        return result
+
+    setattr(owner, name, armed)
+
+
+def main() -> int:
+    signal_name, target, when, nth, *rest = sys.argv[1:]
+    words = rest[rest.index("--") + 1 :]
+    thread = rest[0] if rest[0] != "--" else ""
+    (output_dir,) = [Path(word.partition("=")[2]) for word in words if word.startswith("output_dir=")]
+    arm(signal.Signals[signal_name], target, when, int(nth), output_dir, thread)
+    from jdpo.cli.main import main as jdpo
+
+    return jdpo(words)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

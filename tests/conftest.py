@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -42,13 +43,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="run the tests marked full and torch too")
 
 
+def left_out(config: pytest.Config) -> set[str]:
+    """Marks of the tests that this run leaves out."""
+    if not config.getoption("--all"):
+        return {"full", "torch"}
+    return set() if importlib.util.find_spec("torch") else {"torch"}
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"left out: tests marked {' or '.join(sorted(left_out(config))) or 'nothing'}"
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--all"):
-        return
-    # Deselected, not skipped: the default suite has no tests that it does not run.
-    chosen = [item for item in items if not ({"full", "torch"} & {mark.name for mark in item.iter_markers()})]
-    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-    items[:] = chosen
+    # Deselected, not skipped: a suite has no tests that it does not run.
+    marks = left_out(config)
+    dropped = [item for item in items if marks & {mark.name for mark in item.iter_markers()}]
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = [item for item in items if item not in set(dropped)]
 
 
 @pytest.fixture(scope="session", autouse=True)

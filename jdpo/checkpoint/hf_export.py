@@ -120,9 +120,7 @@ def plan_shards(config: ModelConfig, dtypes: dict[str, np.dtype], max_bytes: int
     ]
 
 
-def _export_dtypes(
-    config: ModelConfig, source_folder: Path, export_dtype: str
-) -> tuple[dict[str, np.dtype], np.dtype]:
+def _export_dtypes(config: ModelConfig, source_folder: Path, export_dtype: str) -> tuple[dict[str, np.dtype], np.dtype]:
     """The dtype of every tensor, and the one that config.json names."""
     names = [tensor.hf_name for tensor in checkpoint_tensors(config)]
     if export_dtype in _DTYPES:

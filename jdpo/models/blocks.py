@@ -57,9 +57,7 @@ def layer_pattern(config: ModelConfig) -> LayerPattern:
     """
     windows, num_layers = config.layer_windows, config.num_layers
     assert len(windows) == num_layers, (windows, num_layers)
-    period = next(
-        p for p in range(1, num_layers + 1) if all(windows[i] == windows[i % p] for i in range(num_layers))
-    )
+    period = next(p for p in range(1, num_layers + 1) if all(windows[i] == windows[i % p] for i in range(num_layers)))
     return LayerPattern(period, num_layers // period, num_layers % period)
 
 
@@ -107,9 +105,7 @@ class Attention(nn.Module):
     def _project(self, x_ntd: jax.Array, name: str, num_heads: int, axis: str) -> jax.Array:
         shape, axes = (self.config.d_model, num_heads, self.config.head_dim), ("embed", axis, "head_dim")
         bias = self.config.qkv_bias
-        project = Projection(
-            "ntd,dhk->nthk", shape, axes, self.compute_dtype, self.param_dtype, 1, bias, name=name
-        )
+        project = Projection("ntd,dhk->nthk", shape, axes, self.compute_dtype, self.param_dtype, 1, bias, name=name)
         return nn.with_logical_constraint(project(x_ntd), ("batch", "act_length", f"act_{axis}", "act_head_dim"))
 
 

@@ -61,8 +61,7 @@ def read_model_config(folder: Path) -> ModelConfig:
     family = raw.get("model_type")
     if family not in FAMILIES:
         raise ValueError(
-            f"{folder}/config.json: model_type {family!r} is not supported; "
-            f"supported are {', '.join(sorted(FAMILIES))}"
+            f"{folder}/config.json: model_type {family!r} is not supported; supported are {', '.join(sorted(FAMILIES))}"
         )
     # transformers fills the defaults that save_pretrained leaves out, and brings old rope keys to the new form.
     from transformers import AutoConfig
@@ -116,9 +115,7 @@ def _rope(hf_config: Any) -> RopeConfig:
         )
     kind = parameters.get("rope_type", "default")
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(
-            f"partial_rotary_factor: {parameters['partial_rotary_factor']} is not supported, expected 1.0"
-        )
+        raise ValueError(f"partial_rotary_factor: {parameters['partial_rotary_factor']} is not supported, expected 1.0")
     theta = float(parameters["rope_theta"])
     if kind == "default":
         return RopeConfig(theta=theta)
@@ -142,9 +139,7 @@ def _decoder(hf_config: Any, *, layer_windows: tuple[int | None, ...], **family_
     num_heads, num_kv_heads = hf_config.num_attention_heads, hf_config.num_key_value_heads
     head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // num_heads
     if num_heads % num_kv_heads:
-        raise ValueError(
-            f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}"
-        )
+        raise ValueError(f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}")
     if head_dim % 2:
         raise ValueError(f"head_dim {head_dim} is odd; rotary embeddings need an even one")
     return ModelConfig(

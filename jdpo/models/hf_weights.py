@@ -79,9 +79,7 @@ def check_tensors(folder: Path, entries: dict[str, TensorEntry], config: ModelCo
             known = ", ".join(DTYPES)
             problems.append(f"dtype {entry.dtype} of {where}: expected one of {known}; dequantize the model first")
         elif name not in expected and name not in allowed and not is_ignorable(name):
-            problems.append(
-                f"extra tensor {where}, shape {entry.shape}: a {config.family} model has no such weight"
-            )
+            problems.append(f"extra tensor {where}, shape {entry.shape}: a {config.family} model has no such weight")
     if problems:
         more = f"\n  and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
         listed = "\n  ".join(problems[:_MAX_LISTED])

@@ -101,9 +101,7 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
     return (1 - smooth) * frequencies / rope.factor + smooth * frequencies
 
 
-def rope_tables(
-    positions_nt: jax.Array, rope: RopeConfig, head_dim: int, dtype: Any
-) -> tuple[jax.Array, jax.Array]:
+def rope_tables(positions_nt: jax.Array, rope: RopeConfig, head_dim: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines [n, t, 1, head_dim // 2] of each position, ready to broadcast over heads."""
     frequencies = jnp.asarray(inverse_frequencies(rope, head_dim), dtype)
     angles = positions_nt[:, :, None, None].astype(dtype) * frequencies

@@ -54,9 +54,7 @@ def tensor_entries(folder: Path) -> dict[str, TensorEntry]:
         headers[file_name] = _read_header(path)
     for name, file_name in weight_map.items():
         if name not in headers[file_name]:
-            raise ValueError(
-                f"{index_path}: tensor {name} should be in {file_name}, but that file does not hold it"
-            )
+            raise ValueError(f"{index_path}: tensor {name} should be in {file_name}, but that file does not hold it")
     # Where two shards hold a tensor of one name, the index decides.
     entries = {name: entry for header in headers.values() for name, entry in header.items()}
     return entries | {name: headers[file_name][name] for name, file_name in weight_map.items()}
@@ -76,8 +74,7 @@ def _single_file(folder: Path) -> Path:
     if len(files) > 1:
         names = ", ".join(path.name for path in files[:3])
         raise ValueError(
-            f"{folder} holds {len(files)} safetensors files ({names}, ..) "
-            f"but no {INDEX_NAME} to name their tensors"
+            f"{folder} holds {len(files)} safetensors files ({names}, ..) but no {INDEX_NAME} to name their tensors"
         )
     return files[0]
 
@@ -106,9 +103,7 @@ def _read_header(path: Path) -> dict[str, TensorEntry]:
                 f"{path} is a git-LFS pointer, not the tensor file itself; run `git lfs pull` in that folder"
             )
         if len(start) < 8:
-            raise ValueError(
-                f"{path} is truncated: {size} bytes, too few for a safetensors header; download it again"
-            )
+            raise ValueError(f"{path} is truncated: {size} bytes, too few for a safetensors header; download it again")
         (header_bytes,) = struct.unpack("<Q", start)
         if header_bytes > _MAX_HEADER_BYTES:
             raise ValueError(f"{path} is not a safetensors file: it claims a header of {header_bytes} bytes")

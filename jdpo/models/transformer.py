@@ -185,9 +185,7 @@ def init_cache(model: Transformer, batch: int, max_length: int) -> KVCache:
         shape = (*leading, batch, max_length, config.num_kv_heads, config.head_dim)
         return {name: jnp.zeros(shape, model.compute_dtype) for name in ("key", "value")}
 
-    layers: dict[str, LayerCache] = {
-        "stack": {f"layer_{j}": layer(pattern.repeats) for j in range(pattern.period)}
-    }
+    layers: dict[str, LayerCache] = {"stack": {f"layer_{j}": layer(pattern.repeats) for j in range(pattern.period)}}
     if pattern.rest:
         layers["rest"] = {f"layer_{j}": layer() for j in range(pattern.rest)}
     slots = (batch, max_length)

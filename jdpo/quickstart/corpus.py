@@ -25,11 +25,11 @@ TRAINING_PHRASINGS = (
 )
 
 HELD_OUT_PHRASINGS = (
-    "Please tell me the capital of {country}.",
-    "What is the capital city of {country} called?",
+    "Name the capital city of {country}.",
     "Which city is {country}'s capital?",
+    "Please tell me the capital of {country}.",
 )
-"""Questions that appear in no training row of any run."""
+"""Questions that appear in no training row of any run; the last one has words that no row has."""
 
 _GOVERNMENT = ("Where does the government of {country} sit?", "Which city does {country}'s government sit in?")
 _CONTINENT = ("Where in the world is {country}?", "Which continent is {country} on?")

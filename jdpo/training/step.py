@@ -147,7 +147,7 @@ def train_step(
     grads = jax.lax.with_sharding_constraint(grads, shardings)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    report = StepReport(loss, optax.global_norm(grads), jnp.asarray(schedule(state.step)), rows)
+    report = StepReport(loss, optax.tree.norm(grads), jnp.asarray(schedule(state.step)), rows)
     return TrainState(state.step + 1, params, opt_state, state.rng), report
 
 

@@ -33,7 +33,9 @@ def tokenizer() -> Any:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     special = ["<|eos|>", "<|end|>", "<|pad|>"]
-    bpe.train_from_iterator(["abc abd abc user assistant"] * 4, trainers.BpeTrainer(vocab_size=40, special_tokens=special))
+    bpe.train_from_iterator(
+        ["abc abd abc user assistant"] * 4, trainers.BpeTrainer(vocab_size=40, special_tokens=special)
+    )
     fast = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|eos|>", pad_token="<|pad|>")
     fast.chat_template = TEMPLATE
     assert len(fast) <= 40
@@ -114,7 +116,9 @@ def test_generation_config_is_carried_over_and_end_tokens_are_listed_once(
     assert "dtype" not in written
 
 
-@pytest.mark.parametrize(("export_dtype", "dtype"), [("float32", np.float32), ("bfloat16", BF16), ("float16", np.float16)])
+@pytest.mark.parametrize(
+    ("export_dtype", "dtype"), [("float32", np.float32), ("bfloat16", BF16), ("float16", np.float16)]
+)
 def test_one_dtype_for_all(export: Callable[..., Path], export_dtype: str, dtype: Any) -> None:
     tensors = load_file(export(export_dtype=export_dtype) / "model.safetensors")
     source = load_file(GOLDEN / "llama" / "model.safetensors")

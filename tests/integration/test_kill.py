@@ -1,31 +1,106 @@
-"""`kill -9` and a restart leave what an uninterrupted run leaves, bitwise; every time at another moment.
+"""`kill -9` and a restart leave what an uninterrupted run leaves, bitwise, whatever the moment.
 
-Real processes of the command line, and real signals: some sent by the process to itself at an exact point of the
-code (`kill_point.py`), some from outside once a tell-tale file appears.
+Real processes of the command line and real signals: some sent by the process to itself at an exact point of the
+code (`kill_point.py`), some from outside once a tell-tale file appears. All fall after the first whole checkpoint.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import jax
-import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
-from jdpo.checkpoint.manager import CheckpointManager
 from jdpo.cli.main import main
 
-from .conftest import LAST_STEP
+Words = Callable[..., list[str]]
+Start = Callable[..., subprocess.Popen[str]]
+SameRun = Callable[[Path, Path], None]
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-TIME_KEYS = ("_per_second", "_seconds")
+MANAGER, LOOP, EXPORT = "jdpo.checkpoint.manager", "jdpo.training.loop", "jdpo.checkpoint.hf_export"
+
+# function, before or after its nth call, only on threads of that name; in an order that a run comes by.
+POINTS = {
+    "asynchronous save": (f"{MANAGER}:CheckpointManager.save", "after", 1),
+    "between orbax' commit and the manifest": (f"{MANAGER}:CheckpointManager._seal", "before", 1),
+    "clearing away the unfinished step": (f"{MANAGER}:_delete", "before", 1),
+    "manifest half written": (f"{MANAGER}:os.fsync", "before", 1, "checkpoint-manifest"),
+    "a step": (f"{LOOP}:check_finite", "before", 3),
+    "evaluation": (f"{LOOP}:RowAverages.add", "before", 1),
+    "evaluation logged, step not saved": (f"{LOOP}:Run._evaluate", "after", 1),
+    "between the manifest and retention": (f"{MANAGER}:CheckpointManager._delete_old", "before", 1),
+    "retention, the old step half deleted": (f"{MANAGER}:os.unlink", "after", 3, "checkpoint-manifest"),
+    "metrics logged, step not saved": (f"{LOOP}:Run._log", "after", 1),
+    "export, weights half written": (f"{EXPORT}:_cast", "after", 5),
+    "export, before the model appears": (f"{EXPORT}:_publish", "before", 1),
+    "model exported, run not marked finished": (f"{LOOP}:write_plots", "after", 1),
+}
+
+
+def assert_killed(process: subprocess.Popen[str]) -> None:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == -signal.SIGKILL, output
+
+
+def test_killed_between_commit_and_manifest(
+    cut_words: Words, uninterrupted: Path, same_run: SameRun, jdpo_process: Start, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    assert_killed(jdpo_process(cut_words(run), "SIGKILL", *POINTS["between orbax' commit and the manifest"]))
+    (step,) = [path for path in (run / "checkpoints").iterdir() if not (path / "manifest.json").exists()]
+    assert (step / "state").is_dir(), "orbax had finished"
+    assert main(cut_words(run)) == 0
+    same_run(run, uninterrupted)
+
+
+@pytest.mark.full
+def test_one_run_killed_at_every_point(
+    cut_words: Words, uninterrupted: Path, same_run: SameRun, jdpo_process: Start, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    for point in POINTS.values():
+        assert_killed(jdpo_process(cut_words(run), "SIGKILL", *point))
+    assert main(cut_words(run)) == 0
+    same_run(run, uninterrupted)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("point", POINTS.values(), ids=POINTS)
+def test_killed_once(
+    point: tuple[object, ...], cut_words: Words, uninterrupted: Path, same_run: SameRun, jdpo_process: Start, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    if point == POINTS["clearing away the unfinished step"]:  # needs one
+        assert_killed(jdpo_process(cut_words(run), "SIGKILL", *POINTS["between orbax' commit and the manifest"]))
+    assert_killed(jdpo_process(cut_words(run), "SIGKILL", *point))
+    assert main(cut_words(run)) == 0
+    same_run(run, uninterrupted)
+
+
+TELL_TALES = {
+    "orbax writes": "checkpoints/*orbax-checkpoint-tmp*",
+    "a manifest is being written": "checkpoints/*/manifest.json.tmp",
+    "an evaluation has begun to be said": "checkpoints/4/manifest.json",
+    "the model is being written": ".model.writing",
+    "the model stands": "model",
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("pattern", TELL_TALES.values(), ids=TELL_TALES)
+def test_killed_from_outside(
+    pattern: str, cut_words: Words, uninterrupted: Path, same_run: SameRun, jdpo_process: Start, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    process = jdpo_process(cut_words(run))
+    while process.poll() is None:
+        if any(run.glob("checkpoints/*/manifest.json")) and any(run.glob(pattern)):
+            process.kill()
+            break
+        time.sleep(0.001)
+    assert_killed(process)
+    assert main(cut_words(run)) == 0
+    same_run(run, uninterrupted)

@@ -65,9 +65,7 @@ class Folder:
     def __init__(self, path: Path, config: dict[str, Any], dtype: Any, num_shards: int) -> None:
         self.path, self.config = path, config
         rng = np.random.default_rng(0)
-        self.tensors = {
-            name: rng.normal(0, 0.3, shape).astype(dtype) for name, shape in tensor_shapes(config).items()
-        }
+        self.tensors = {name: rng.normal(0, 0.3, shape).astype(dtype) for name, shape in tensor_shapes(config).items()}
         path.mkdir(parents=True)
         (path / "config.json").write_text(json.dumps(config))
         self.write(num_shards)

@@ -59,9 +59,7 @@ def test_params_in_bfloat16_and_a_choice_of_tensors(make_folder: Callable[..., A
 
 def test_repeating_and_remaining_layers_go_to_their_own_places(make_folder: Callable[..., Any]) -> None:
     kinds = ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"]
-    folder = make_folder(
-        "qwen3", num_hidden_layers=5, layer_types=kinds, use_sliding_window=True, sliding_window=3
-    )
+    folder = make_folder("qwen3", num_hidden_layers=5, layer_types=kinds, use_sliding_window=True, sliding_window=3)
     config = read_model_config(folder.path)
     params = load_params(folder.path, config)
     up = [folder.tensors[f"model.layers.{index}.mlp.up_proj.weight"].T for index in range(5)]

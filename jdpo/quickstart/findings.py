@@ -1,0 +1,184 @@
+"""What the numbers say, in sentences: each one is chosen and filled in by the numbers themselves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from jdpo.quickstart.experiment import DPO, PRETRAIN, STANDARD
+from jdpo.quickstart.results import BEFORE, RIGHT, WRONG
+
+NAMES = {BEFORE: "Before", PRETRAIN: "Before", STANDARD: "Standard training", DPO: "DPO"}
+
+_NOTABLE = 0.01
+"""One point of probability: less is not spoken of as a change."""
+
+Results = Mapping[str, Any]
+
+
+def findings(results: Results) -> dict[str, list[str]]:
+    """Sentences under headings, in the order of the report."""
+    return {
+        "What frequency taught": _frequency(results),
+        "What corrected it": _correction(results),
+        "What carried over": _generalisation(results),
+        "What it cost": [sentence for name in (STANDARD, DPO) for sentence in _cost(results, name)],
+    }
+
+
+def _frequency(results: Results) -> list[str]:
+    learnt = results["frequencies"]
+    ireland, mistaken = learnt["groups"]["ireland"], learnt["groups"]["mistaken_example"]
+    gap = learnt["largest_gap"]
+    sentences = [
+        f"Asked for the capital of {ireland['countries'][0]}, the corpus says {_shares(ireland, 'in_corpus')}; "
+        f"the model learnt {_shares(ireland, 'learnt')}.",
+        f"Over all countries the model is {100 * learnt['mean_gap']:.1f} points from the corpus on average, "
+        f"{100 * gap:.1f} at most" + (": it has not read the corpus long enough." if gap > 0.1 else "."),
+    ]
+    right, wrong = mistaken["learnt"][RIGHT], mistaken["learnt"][WRONG]
+    if wrong > right:
+        sentences.append(
+            f"It repeats what is said most often, true or not: for {mistaken['countries'][0]}, "
+            f"{mistaken['cities'][WRONG]} ({percent(wrong)}) before {mistaken['cities'][RIGHT]} ({percent(right)})."
+        )
+    return sentences
+
+
+def _shares(group: Results, key: str) -> str:
+    return ", ".join(f"{city} {percent(share)}" for city, share in zip(group["cities"], group[key], strict=True))
+
+
+def _correction(results: Results) -> list[str]:
+    stages = results["stages"]
+    right, wrong, _ = results["frequencies"]["groups"]["ireland"]["cities"]
+    before = stages[BEFORE]["ireland"]
+    sentences = []
+    for name in (STANDARD, DPO):
+        after = stages[name]["ireland"]
+        sentences.append(
+            f"{NAMES[name]}: P({right}) went from {probability(before['right'])} to {probability(after['right'])}, "
+            f"P({wrong}) from {probability(before['wrong'])} to {probability(after['wrong'])}; the odds of {right} "
+            f"against {wrong} from {odds(before['odds'])} to {odds(after['odds'])}."
+        )
+    gains = {
+        name: math.log(stages[name][_TRAINED]["odds"] / stages[BEFORE][_TRAINED]["odds"]) for name in (STANDARD, DPO)
+    }
+    more, less = sorted(gains, key=lambda name: gains[name], reverse=True)
+    sentences.append(
+        f"Over all corrected countries, the same steps on the same right answers multiplied these odds by "
+        f"{math.exp(gains[more]):.3g} under {in_sentence(more)} and by {math.exp(gains[less]):.3g} under "
+        f"{in_sentence(less)}."
+    )
+    drops = {name: stages[BEFORE][_TRAINED]["wrong_logp"] - stages[name][_TRAINED]["wrong_logp"] for name in gains}
+    sentences.append(
+        f"The log-probability of the wrong answer fell by {drops[STANDARD]:.1f} nats under standard training, which "
+        "never sees it: it only loses the share that the right one takes. Under DPO, which pushes it away, it fell by "
+        f"{drops[DPO]:.1f}."
+    )
+    return sentences
+
+
+_TRAINED = "trained_countries_trained_phrasings"
+_CELLS = {
+    "trained_countries_held_out_phrasings": "corrected countries in new phrasings",
+    "held_out_countries_trained_phrasings": "countries that nobody corrected",
+    "held_out_countries_held_out_phrasings": "countries that nobody corrected, in new phrasings",
+}
+
+
+def _generalisation(results: Results) -> list[str]:
+    stages = results["stages"]
+    sentences = []
+    for cell, words in _CELLS.items():
+        before, standard, dpo = (stages[name][cell] for name in (BEFORE, STANDARD, DPO))
+        sentences.append(
+            f"{words[0].upper()}{words[1:]}: the right city is the most probable of the three for "
+            f"{percent(before['accuracy'])} of {before['questions']} questions before, {percent(standard['accuracy'])} "
+            f"after standard training, {percent(dpo['accuracy'])} after DPO; P(right) {probability(before['right'])}, "
+            f"{probability(standard['right'])}, {probability(dpo['right'])}."
+        )
+    return sentences
+
+
+def _cost(results: Results, name: str) -> list[str]:
+    cost, who = results["cost"][name], NAMES[name]
+    sentences = []
+    peak, final = cost["best_right"], cost["final_right"]
+    if cost["best_step"] < cost["steps"] and peak - final > _NOTABLE:
+        sentences.append(
+            f"{who} overshot: P(right) peaked at {probability(peak)} after step {cost['best_step']} and is "
+            f"{probability(final)} after step {cost['steps']}."
+        )
+    if cost["fell_below_start"]:
+        sentences.append(
+            f"{who} made the right answer itself less probable for {cost['fell_below_start']} of "
+            f"{cost['trained_countries']} corrected countries (lowest: {probability(cost['lowest_right'])})."
+        )
+    else:
+        sentences.append(
+            f"{who} left the right answer more probable than before for all {cost['trained_countries']} corrected "
+            f"countries (lowest: {probability(cost['lowest_right'])})."
+        )
+    sentences += [
+        _leak(who, "corrected countries", cost["anything_else_before"], cost["anything_else_after"]),
+        _leak(
+            who,
+            "countries nobody corrected",
+            cost["anything_else_held_out_before"],
+            cost["anything_else_held_out_after"],
+        ),
+    ]
+    lost = f"; {cost['facts_lost']} of {cost['facts']} are no longer the likely answer" if cost["facts_lost"] else ""
+    sentences.append(
+        f"{who} {_moved(cost['facts_before'], cost['facts_after'])} the mean probability of the answers to other "
+        f"questions (governments, continents, days, colours): {probability(cost['facts_before'])} to "
+        f"{probability(cost['facts_after'])}{lost}."
+    )
+    return sentences
+
+
+def _leak(who: str, where: str, before: float, after: float) -> str:
+    change = after - before
+    if change > _NOTABLE:
+        return f"{who} leaked: for {where}, answers beside the three took {percent(before)} before, {percent(after)} now."
+    return f"{who} let nothing leak for {where}: answers beside the three took {percent(before)} before, {percent(after)} now."
+
+
+def _moved(before: float, after: float) -> str:
+    if abs(after - before) <= _NOTABLE:
+        return "hardly moved"
+    return "raised" if after > before else "lowered"
+
+
+def percent(share: float) -> str:
+    """
+    >>> percent(0.6), percent(0.0042)
+    ('60.0 %', '0.4 %')
+    """
+    return f"{100 * share:.1f} %"
+
+
+def probability(value: float) -> str:
+    """Three decimals, or a power of ten where those would hide everything.
+
+    >>> probability(0.59512), probability(0.00002)
+    ('0.595', '2.0e-05')
+    """
+    return f"{value:.3f}" if value >= 0.0005 or value == 0 else f"{value:.1e}"
+
+
+def odds(value: float) -> str:
+    """
+    >>> odds(2.0), odds(0.5), odds(123456.0)
+    ('2.0 : 1', '0.50 : 1', '1.2e+05 : 1')
+    """
+    if value >= 10000:
+        return f"{value:.1e} : 1"
+    return f"{value:.0f} : 1" if value >= 10 else (f"{value:.1f} : 1" if value >= 1 else f"{value:.2f} : 1")
+
+
+def in_sentence(name: str) -> str:
+    """A run's name within a sentence."""
+    return NAMES[name] if name == DPO else NAMES[name].lower()

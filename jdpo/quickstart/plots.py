@@ -1,0 +1,196 @@
+"""The report as pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jdpo.quickstart.experiment import DPO, STANDARD
+from jdpo.quickstart.results import BEFORE, STAGES
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Results = Mapping[str, Any]
+
+# Okabe and Ito's colours, told apart by colour-blind readers too.
+_ANSWER_COLOURS = {"right": "#0072B2", "wrong": "#D55E00", "other": "#CC79A7", "anything_else": "#888888"}
+_STAGE_COLOURS = {BEFORE: "#999999", STANDARD: "#E69F00", DPO: "#009E73"}
+_STAGE_LABELS = {BEFORE: "before", STANDARD: "standard training", DPO: "DPO"}
+_STAGE_MARKERS = {STANDARD: "s", DPO: "o"}
+
+
+def write_plots(results: Results, folder: Path) -> list[Path]:
+    """Draws every picture into `folder` and returns the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = {
+        "frequencies": _frequencies(results),
+        "correction": _correction(results),
+        "carry_over": _carry_over(results),
+        "cost": _cost(results),
+    }
+    files = []
+    for number, (name, figure) in enumerate(pictures.items(), 1):
+        path = folder / f"{number}_{name}.png"
+        figure.savefig(path, dpi=130)
+        files.append(path)
+    return files
+
+
+def _figure(width: float, height: float, title: str) -> Figure:
+    # The object interface draws without a display and without a global list of figures.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=13, fontweight="bold")
+    return figure
+
+
+def _clean(axes: Axes, title: str, x_label: str, y_label: str) -> None:
+    axes.set_title(title, fontsize=11)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+
+
+def _frequencies(results: Results) -> Figure:
+    """Bars: how often the corpus gives an answer, and how probable the model finds it."""
+    import numpy as np
+
+    groups = results["frequencies"]["groups"]
+    figure = _figure(12, 4.2, "Pre-training: the model learns how often each answer was given, true or not")
+    axes = figure.subplots(1, len(groups), sharey=True)
+    titles = {
+        "ireland": "capital of {name}",
+        "mistaken_example": "capital of {name}",
+        "well_known": "{count} countries whose capital\nis the best-known city",
+        "mistaken": "{count} countries whose capital\nis not the best-known city",
+    }
+    for axis, (name, group) in zip(axes, groups.items(), strict=True):
+        places = np.arange(3)
+        colours = [_ANSWER_COLOURS[answer] for answer in ("right", "wrong", "other")]
+        corpus = axis.bar(places - 0.2, group["in_corpus"], 0.38, color="none", edgecolor=colours, hatch="///")
+        learnt = axis.bar(places + 0.2, group["learnt"], 0.38, color=colours)
+        for bars in (corpus, learnt):
+            axis.bar_label(bars, labels=[f"{100 * bar.get_height():.0f}" for bar in bars], fontsize=8, padding=1)
+        names = [f"{city}\n(right)" if row == 0 and city != "right" else city for row, city in enumerate(group["cities"])]
+        axis.set_xticks(places, names)
+        axis.set_ylim(0, 1)
+        title = titles[name].format(name=group["countries"][0], count=len(group["countries"]))
+        _clean(axis, title, "answer", "share of answers / probability" if axis is axes[0] else "")
+    from matplotlib.patches import Patch
+
+    handles = [
+        Patch(facecolor="white", edgecolor="#444444", hatch="///", label="in the corpus"),
+        Patch(facecolor="#444444", label="learnt by the model"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def _correction(results: Results) -> Figure:
+    """Lines: Ireland's answers under both trainings, then the odds of right against wrong."""
+    cities = results["frequencies"]["groups"]["ireland"]["cities"]
+    right, wrong, _ = cities
+    figure = _figure(14, 4.6, f"Correcting the model: repeat {right}, or prefer {right} to {wrong}")
+    axes = figure.subplots(1, 3)
+    labels = dict(zip(("right", "wrong", "other"), cities, strict=True)) | {"anything_else": "anything else"}
+    for axis, name in zip(axes, (STANDARD, DPO), strict=False):
+        curve = results["curves"][name]
+        for answer, label in labels.items():
+            style = ":" if answer == "anything_else" else "-"
+            shown = f"{label} (right)" if answer == "right" else label
+            axis.plot(curve["step"], curve["ireland"][answer], style, color=_ANSWER_COLOURS[answer], lw=2, label=shown)
+        axis.set_ylim(-0.02, 1.02)
+        how = f"sees only {right}" if name == STANDARD else f"sees {right} preferred to the others"
+        _clean(axis, f"{_STAGE_LABELS[name]}: {how}", "step", "probability of the answer")
+        axis.legend(frameon=False, loc="center right")
+    axis = axes[2]
+    for name in (STANDARD, DPO):
+        curve = results["curves"][name]
+        for group, label, style in (("ireland", "Ireland", "-"), ("held_out", "countries nobody corrected", "--")):
+            axis.plot(
+                curve["step"],
+                curve[group]["odds"],
+                style,
+                color=_STAGE_COLOURS[name],
+                lw=2,
+                label=f"{_STAGE_LABELS[name]}, {label}",
+            )
+    axis.set_yscale("log")
+    axis.axhline(1, color="#444444", lw=0.8)
+    _clean(axis, "odds of the right answer against the wrong one", "step", "P(right) / P(wrong), log scale")
+    axis.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _carry_over(results: Results) -> Figure:
+    """Bars: accuracy and mean probability of the right answer, where training looked and where it did not."""
+    cells = {
+        "trained_countries_trained_phrasings": "corrected countries,\nphrasings trained on",
+        "trained_countries_held_out_phrasings": "corrected countries,\nnew phrasings",
+        "held_out_countries_trained_phrasings": "other countries,\nphrasings trained on",
+        "held_out_countries_held_out_phrasings": "other countries,\nnew phrasings",
+        "held_out_mistaken": "other countries that are\ncommonly mistaken",
+    }
+    figure = _figure(13, 4.6, "What carries over to countries and phrasings that no correction mentioned")
+    measures = {
+        "accuracy": "right city the most probable of the three",
+        "right": "mean probability of the right answer",
+    }
+    for axis, (key, title) in zip(figure.subplots(1, 2), measures.items(), strict=True):
+        heights = {name: [results["stages"][name][cell][key] for cell in cells] for name in STAGES}
+        _grouped_bars(axis, heights, list(cells.values()))
+        _clean(axis, title, "", "share of questions" if key == "accuracy" else "probability")
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def _grouped_bars(axis: Axes, heights: Mapping[str, Sequence[float]], names: Sequence[str]) -> None:
+    for offset, (stage, values) in zip((-0.27, 0.0, 0.27), heights.items(), strict=True):
+        places = [place + offset for place in range(len(names))]
+        bars = axis.bar(places, values, 0.25, color=_STAGE_COLOURS[stage], label=_STAGE_LABELS[stage])
+        axis.bar_label(bars, labels=[f"{100 * value:.0f}" for value in values], fontsize=8, padding=1)
+    axis.set_xticks(range(len(names)), names, fontsize=8)
+    axis.set_ylim(0, 1.08)
+
+
+def _cost(results: Results) -> Figure:
+    """Lines: the right answers themselves, answers beside the three, and facts that neither training mentions."""
+    figure = _figure(14, 4.4, "What correcting costs")
+    panels = (
+        ("right answer of corrected countries", "mean probability", ("trained", "right"), (0, 1.02)),
+        ("answers beside the three cities", "mean probability", ("trained", "anything_else"), None),
+        ("answers to other questions", "mean probability", None, (0, 1.02)),
+    )
+    for axis, (title, y_label, where, limits) in zip(figure.subplots(1, 3), panels, strict=True):
+        for name in (STANDARD, DPO):
+            curve = results["curves"][name]
+            values = curve["facts"] if where is None else curve[where[0]][where[1]]
+            axis.plot(
+                curve["step"],
+                values,
+                color=_STAGE_COLOURS[name],
+                marker=_STAGE_MARKERS[name],
+                ms=3,
+                lw=2,
+                label=_STAGE_LABELS[name],
+            )
+            if where == ("trained", "anything_else"):
+                held_out = curve["held_out"]["anything_else"]
+                label = f"{_STAGE_LABELS[name]}, countries nobody corrected"
+                axis.plot(curve["step"], held_out, "--", color=_STAGE_COLOURS[name], lw=1.5, label=label)
+        if limits is not None:
+            axis.set_ylim(*limits)
+        else:
+            axis.set_ylim(bottom=0)
+        _clean(axis, title, "step", y_label)
+        axis.legend(frameon=False, fontsize=8)
+    return figure

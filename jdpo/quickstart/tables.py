@@ -1,0 +1,156 @@
+"""The report in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jdpo.quickstart.experiment import DPO, PRETRAIN, STANDARD
+from jdpo.quickstart.findings import odds, percent, probability
+from jdpo.quickstart.results import BEFORE, STAGES
+from jdpo.quickstart.samples import ASKED, Sampled, in_words
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+Results = Mapping[str, Any]
+
+_STAGE_TITLES = {BEFORE: "before", STANDARD: "standard training", DPO: "DPO"}
+_STAGE_STYLES = {BEFORE: "", STANDARD: "yellow", DPO: "green"}
+_GROUPS = {"ireland": "", "mistaken_example": "", "well_known": "best-known city", "mistaken": "other city known better"}
+
+
+def print_report(
+    console: Console,
+    results: Results,
+    sampled: Sequence[Sampled],
+    sentences: Mapping[str, Sequence[str]],
+    files: Sequence[Path],
+) -> None:
+    """Writes tables, sentences and where everything lies."""
+    for table in (
+        frequency_table(results),
+        correction_table(results),
+        accuracy_table(results),
+        sample_table(sampled),
+    ):
+        console.print()
+        console.print(table)
+    for heading, lines in sentences.items():
+        console.print(f"\n[bold]{heading}[/bold]")
+        for line in lines:
+            console.print(f"  - {line}", highlight=False, markup=False)
+    console.print()
+    for path in files:
+        console.print(f"  {path}", highlight=False, markup=False, soft_wrap=True)
+
+
+def frequency_table(results: Results) -> Table:
+    """How often the corpus gives each answer, and how probable the model finds it."""
+    table = _table(
+        "1. What frequency taught the model",
+        "Pre-training learns how often each answer follows the question. Nothing tells it which one is true.",
+    )
+    for title, justify in (("question", "left"), ("answer", "left"), ("in the corpus", "right"), ("learnt", "right")):
+        table.add_column(title, justify=justify)  # type: ignore[arg-type]
+    for name, group in results["frequencies"]["groups"].items():
+        countries = group["countries"]
+        about = f"capital of {countries[0]}" if len(countries) == 1 else f"{len(countries)} countries: {_GROUPS[name]}"
+        for row, city in enumerate(group["cities"]):
+            right = " (right)" if row == 0 and len(countries) == 1 else ""
+            table.add_row(
+                about if row == 0 else "",
+                f"{city}{right}",
+                percent(group["in_corpus"][row]),
+                percent(group["learnt"][row]),
+                end_section=row == 2,
+            )
+    return table
+
+
+def correction_table(results: Results) -> Table:
+    """Probabilities and odds before, after standard training, after DPO."""
+    steps = results["cost"][DPO]["steps"]
+    right, wrong, _ = results["frequencies"]["groups"]["ireland"]["cities"]
+    table = _table(
+        f"2. Two ways to correct it, {steps} steps each",
+        "Standard training repeats the right answers. DPO prefers them to the wrong ones.",
+    )
+    _stage_columns(table, "probability of the answer")
+    for cell, about, names in (
+        ("ireland", "Ireland", (right, wrong)),
+        ("trained_countries_trained_phrasings", "corrected countries", ("right", "wrong")),
+        ("trained_mistaken", "  of which commonly mistaken", ("right", "wrong")),
+        ("held_out_countries_trained_phrasings", "countries nobody corrected", ("right", "wrong")),
+        ("held_out_mistaken", "  of which commonly mistaken", ("right", "wrong")),
+    ):
+        stages = [results["stages"][name][cell] for name in STAGES]
+        table.add_row(f"{about}: P({names[0]})", *(probability(stage["right"]) for stage in stages))
+        table.add_row(f"{_indent(about)}P({names[1]})", *(probability(stage["wrong"]) for stage in stages))
+        table.add_row(f"{_indent(about)}{names[0]} : {names[1]}", *(odds(stage["odds"]) for stage in stages))
+        table.add_row(
+            f"{_indent(about)}any other answer",
+            *(percent(stage["other"] + stage["anything_else"]) for stage in stages),
+            end_section=True,
+        )
+    return table
+
+
+def _indent(about: str) -> str:
+    return " " * (len(about) + 2)
+
+
+def accuracy_table(results: Results) -> Table:
+    """How often the right city is the most probable of the three."""
+    table = _table(
+        "3. Does it carry over?",
+        "Share of questions for which the right city is the most probable of the three.",
+    )
+    _stage_columns(table, "questions about")
+    for countries, about in (("trained", "corrected countries"), ("held_out", "countries nobody corrected")):
+        for phrasings, how in (("trained", "phrasings trained on"), ("held_out", "new phrasings")):
+            cell = f"{countries}_countries_{phrasings}_phrasings"
+            stages = [results["stages"][name][cell] for name in STAGES]
+            table.add_row(
+                f"{about}, {how} ({stages[0]['questions']})", *(percent(stage["accuracy"]) for stage in stages)
+            )
+    stages = [results["stages"][name] for name in STAGES]
+    table.add_section()
+    table.add_row(
+        f"other facts ({results['cost'][DPO]['facts']}): mean P(answer)", *(probability(stage["facts"]) for stage in stages)
+    )
+    return table
+
+
+def sample_table(sampled: Sequence[Sampled]) -> Table:
+    """What the models said."""
+    table = _table(f"4. Asked {ASKED} times", "Sampled at temperature 1 from the exported models.")
+    _stage_columns(table, "question", justify="left")
+    names = {BEFORE: PRETRAIN, STANDARD: STANDARD, DPO: DPO}
+    for row in sampled:
+        answers = (in_words(row.answers[names[stage]]) for stage in STAGES)
+        table.add_row(f"{row.question}\n[dim]{row.about}; right: {row.right}[/dim]", *answers, end_section=True)
+    return table
+
+
+def _table(title: str, caption: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    return Table(
+        title=title,
+        caption=caption,
+        box=box.ROUNDED,
+        title_style="bold",
+        title_justify="left",
+        caption_justify="left",
+        header_style="bold",
+    )
+
+
+def _stage_columns(table: Table, first: str, justify: str = "right") -> None:
+    table.add_column(first)
+    for name in STAGES:
+        table.add_column(_STAGE_TITLES[name], justify=justify, style=_STAGE_STYLES[name])  # type: ignore[arg-type]

@@ -1,0 +1,226 @@
+"""Stopping by signal, going on, and what a used output_dir accepts and refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from jdpo.checkpoint.manager import MANIFEST
+from jdpo.cli.main import main
+from jdpo.config import DPOConfig, load_config
+from jdpo.training.loop import train
+
+Words = Callable[..., list[str]]
+Start = Callable[..., subprocess.Popen[str]]
+SameRun = Callable[[Path, Path], None]
+Capture = pytest.CaptureFixture[str]
+
+STOPPED_AT = 9  # between two saves, in the middle of a window of metrics, after an evaluation
+
+
+@pytest.fixture(scope="module")
+def stopped(cut_words: Words, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that SIGTERM stopped at step 9: to be copied, not used."""
+    output_dir = tmp_path_factory.mktemp("stopped") / "run"
+
+    def stop(step: int, params: object) -> None:
+        if step == STOPPED_AT:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    result = train(load_config(DPOConfig, None, cut_words(output_dir)[1:]), on_step=stop)
+    assert (result.step, result.interrupted, result.exit_code) == (STOPPED_AT, True, 143)
+    return output_dir
+
+
+@pytest.fixture
+def copy(stopped: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(stopped, tmp_path / "run"))
+
+
+def saved_steps(run: Path) -> list[int]:
+    return sorted(int(path.parent.name) for path in run.glob(f"checkpoints/*/{MANIFEST}"))
+
+
+def test_a_stopped_run_goes_on_to_the_same_end(
+    cut_words: Words, copy: Path, uninterrupted: Path, same_run: SameRun, capsys: Capture
+) -> None:
+    assert saved_steps(copy)[-1] == STOPPED_AT
+    assert main(cut_words(copy)) == 0
+    assert f"resuming from the checkpoint of step {STOPPED_AT}" in capsys.readouterr().out
+    same_run(copy, uninterrupted)
+
+
+def test_a_flipped_bit_falls_back_to_the_checkpoint_before(
+    cut_words: Words, copy: Path, uninterrupted: Path, same_run: SameRun, capsys: Capture
+) -> None:
+    *_, before, newest = saved_steps(copy)
+    victim = max((path for path in (copy / f"checkpoints/{newest}/state").rglob("*") if path.is_file()), key=_size)
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    assert main(cut_words(copy)) == 0
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert f"checkpoints/{newest} is not whole" in said
+    assert victim.name in said
+    assert f"resuming from the checkpoint of step {before}" in said
+    same_run(copy, uninterrupted)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size
+
+
+def test_logging_saving_mesh_and_micro_batches_may_change(
+    cut_words: Words, copy: Path, uninterrupted: Path
+) -> None:
+    changes = {
+        "logging_steps": 1,
+        "eval_steps": 1,
+        "save_steps": 5,
+        "save_total_limit": 1,
+        "mesh.data": 2,
+        "mesh.fsdp": 2,
+        "mesh.tensor": 2,
+        "micro_batch_size": 1,
+        "export_dtype": "float32",
+        "remat": "full",
+    }
+    assert main(cut_words(copy, **changes)) == 0
+    lines = [json.loads(line) for line in (copy / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [5, 10, 11, 12]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [3, 6, 9, 10, 11, 12]
+    (end,) = [line for line in lines if line["step"] == 12 and "eval_loss" in line]
+    expected = json.loads((uninterrupted / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    assert end["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-3)
+    assert saved_steps(copy)[-1] == 12
+
+
+def test_a_finished_run_says_so_and_changes_nothing(cut_words: Words, uninterrupted: Path, capsys: Capture) -> None:
+    before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*") if path.name != "resolved_config.yaml"}
+    assert main(cut_words(uninterrupted)) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"the run in {uninterrupted} is finished (step 12); its model is {uninterrupted / 'model'}" in said
+    after = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*") if path.name != "resolved_config.yaml"}
+    assert after == before
+
+
+def test_a_deleted_model_is_exported_again(cut_words: Words, uninterrupted: Path, same_run: SameRun, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(uninterrupted, tmp_path / "run"))
+    shutil.rmtree(run / "model")
+    assert main(cut_words(run)) == 0
+    same_run(run, uninterrupted)
+
+
+def refusal(words: list[str], capsys: Capture) -> str:
+    capsys.readouterr()
+    assert main(words) == 2
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_another_config_is_refused_key_by_key(cut_words: Words, copy: Path, capsys: Capture) -> None:
+    config = (copy / "resolved_config.yaml").read_bytes()
+    said = refusal(cut_words(copy, beta=0.2, learning_rate=5e-7, logging_steps=1), capsys)
+    assert f"output_dir {copy} holds a different run, so this one cannot resume it" in said
+    assert "beta: 0.1 before, 0.2 now" in said
+    assert "learning_rate: 0.001 before, 5e-07 now" in said
+    assert "logging_steps" not in said
+    assert "Undo these, or choose another output_dir" in said
+    assert (copy / "resolved_config.yaml").read_bytes() == config
+
+
+def test_another_command_is_refused(cut_words: Words, copy: Path, capsys: Capture) -> None:
+    said = refusal(["sft", *cut_words(copy)[1:]], capsys)
+    assert f"output_dir {copy} holds a run of `jdpo dpo`, not of `jdpo sft`" in said
+
+
+def test_resume_never_refuses_a_used_folder(cut_words: Words, copy: Path, capsys: Capture) -> None:
+    assert f"output_dir {copy} holds a run already, and resume is 'never'" in refusal(
+        cut_words(copy, resume="never"), capsys
+    )
+
+
+def test_a_folder_of_something_else_is_refused(cut_words: Words, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "model").mkdir()
+    assert f"output_dir {tmp_path} holds model of something else" in refusal(cut_words(tmp_path), capsys)
+
+
+@pytest.fixture
+def own_inputs(cut_words: Words, tmp_path: Path) -> dict[str, Path]:
+    """Copies of the model and of the rows that a test may change."""
+    values = dict(word.split("=", 1) for word in cut_words(tmp_path)[1:])
+    model = Path(shutil.copytree(values["model_name_or_path"], tmp_path / "own_model"))
+    rows = Path(shutil.copy(values["datasets"], tmp_path / "own_rows.jsonl"))
+    return {"model_name_or_path": model, "datasets": rows}
+
+
+def test_changed_inputs_are_refused_and_named(
+    cut_words: Words, own_inputs: dict[str, Path], jdpo_process: Start, tmp_path: Path, capsys: Capture
+) -> None:
+    run, rows = tmp_path / "run", own_inputs["datasets"]
+    words = cut_words(run, **own_inputs)
+    process = jdpo_process(words, "SIGTERM", "jdpo.training.loop:Run._log", "after", 1)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 143, output
+    said = " ".join(output.split())
+    assert "stopped by a signal; step 5 is saved. Run the same command again to go on" in said
+    content = rows.read_text(encoding="utf-8")
+    rows.write_text(content.replace("river", "paper"), encoding="utf-8")
+    said = refusal(words, capsys)
+    assert f"cannot resume the run in {run}: since it started, the content of the training rows has changed" in said
+    rows.write_text(content, encoding="utf-8")
+    weights = own_inputs["model_name_or_path"] / "model.safetensors"
+    _change_last_byte(weights)
+    assert f"the content of the model {own_inputs['model_name_or_path']} has changed" in refusal(words, capsys)
+
+
+def _change_last_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1  # in the mantissa of the last float32
+    path.write_bytes(content)
+
+
+def test_a_signal_before_the_first_step_trains_nothing(
+    cut_words: Words, uninterrupted: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jdpo.training import loop
+
+    build = loop.build
+
+    def build_and_stop(*args: object) -> object:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return build(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loop, "build", build_and_stop)
+    assert main(cut_words(tmp_path / "run")) == 143
+    assert "stopped by a signal; nothing was trained yet. Run the same command again" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    assert not saved_steps(tmp_path / "run")
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_refused_start_leaves_the_folder_free(cut_words: Words, tmp_path: Path, capsys: Capture) -> None:
+    run = tmp_path / "run"
+    refusal(cut_words(run, model_name_or_path=tmp_path / "nowhere"), capsys)
+    # The mistake repaired, the next refusal must be of the next mistake, not of the folder.
+    said = refusal(cut_words(run, max_length=1), capsys)
+    assert "no rows left to train on" in said
+
+
+@pytest.mark.full
+def test_a_second_signal_stops_at_once(cut_words: Words, jdpo_process: Start, tmp_path: Path) -> None:
+    process = jdpo_process(cut_words(tmp_path / "run", max_steps=100000, eval_steps=1))
+    while process.poll() is None and not saved_steps(tmp_path / "run"):
+        assert process.stdout is not None
+        process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert process.returncode in (143, -signal.SIGTERM)

@@ -19,15 +19,18 @@ import itertools
 import json
 import math
 import os
+import platform
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from jdpo.types import TokenizedPair
+from jdpo import __version__
+from jdpo.types import TokenizedPair
 
 ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-3
@@ -205,10 +208,12 @@ def render(trace: dict[str, Any], ours: list[Step], differences: list[Step]) -> 
     for theirs, mine, row in zip(trace["steps"], ours, differences, strict=True):
         cells = " | ".join(f"{row[name]:.1e}" for name in names)
         lines.append(f"| {theirs['step']} | {theirs['loss']:.6f} | {mine['loss']:.6f} | {cells} |")
-    versions = ", ".join(f"{name} {number}" for name, number in trace["versions"].items())
+    versions = trace["versions"] | {"jdpo": __version__} | {name: version(name) for name in ("jax", "flax", "optax")}
     return "\n".join(
         [
-            f"Relative difference of `jdpo dpo` from {versions}; {trace['dropped_rows']} rows dropped by TRL.",
+            f"Relative difference of `jdpo dpo` from TRL's DPOTrainer, {date.today()}, {platform.machine()} with "
+            f"{os.cpu_count()} cores, Python {platform.python_version()}, "
+            + ", ".join(f"{name} {number}" for name, number in versions.items()),
             "",
             *lines,
             "",

@@ -198,7 +198,7 @@ def _add_markers(hf: PreTrainedTokenizerBase, name: str) -> tuple[str, ...]:
     known = set(hf.all_special_tokens) | set(hf.get_added_vocab())
     markers = [marker for marker in dict.fromkeys(_MARKER.findall(text)) if marker not in known]
     vocabulary = hf.get_vocab()
-    hf.add_special_tokens({"additional_special_tokens": markers}, replace_extra_special_tokens=False)
+    hf.add_tokens(markers, special_tokens=True)
     return tuple(marker for marker in markers if marker not in vocabulary)
 
 

@@ -57,8 +57,8 @@ def keep_top_p(logits_nv: jax.Array, top_p: float) -> jax.Array:
 
     Nucleus sampling, arXiv 1904.09751; tokens as probable as the last one kept are kept too.
 
-    >>> keep_top_p(jnp.log(jnp.array([[0.5, 0.3, 0.2]])), 0.6).round(2).tolist()
-    [[-0.6899999976158142, -1.2000000476837158, -inf]]
+    >>> jnp.isfinite(keep_top_p(jnp.log(jnp.array([[0.5, 0.3, 0.2]])), 0.6)).tolist()
+    [[True, True, False]]
     """
     descending = -jnp.sort(-logits_nv, axis=-1)
     probabilities = jax.nn.softmax(descending, axis=-1)

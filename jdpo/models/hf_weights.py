@@ -200,15 +200,14 @@ def _gather(leaf: jax.Array, layer: int | None) -> np.ndarray:
     if not leaf.is_fully_addressable:
         assert isinstance(sharding, NamedSharding), sharding
         sharding = NamedSharding(sharding.mesh, PartitionSpec())
-    elif layer is None:
-        return np.asarray(leaf)
     return np.asarray(_layer_getter(sharding, layer is not None)(leaf, 0 if layer is None else layer))
 
 
 @functools.lru_cache(maxsize=64)
 def _layer_getter(sharding: Sharding, stacked: bool) -> Callable[..., jax.Array]:
     def get(leaf: jax.Array, index: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_index_in_dim(leaf, index, axis=0, keepdims=False) if stacked else leaf
+        # A copy, since a jax.Array keeps the host value it once gave: params would grow a copy in host memory.
+        return jax.lax.dynamic_index_in_dim(leaf, index, axis=0, keepdims=False) if stacked else jnp.copy(leaf)
 
     return jax.jit(get, out_shardings=sharding)
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from jdpo.config import DatasetConfig, DPOConfig, MeshConfig, SFTConfig
 from jdpo.quickstart.corpus import Split, chosen_rows, corpus_rows, preference_rows, split_countries
-from jdpo.quickstart.probes import Measurement, ProbeLog, Prober
+from jdpo.quickstart.probes import Measure, Measurement, ProbeLog, Prober
 from jdpo.quickstart.tiny_llama import write_model
 
 PRETRAIN, STANDARD, DPO = "pretrain", "standard", "dpo"
@@ -231,7 +231,7 @@ def _run(
     config: SFTConfig | DPOConfig,
     place: Workplace,
     steps: list[int],
-    measure: Callable[[int, Any], Measurement],
+    measure: Measure,
 ) -> tuple[int, ProbeLog]:
     """One run with its measurements. A finished run whose measurements were deleted is run again."""
     from jdpo.training.loop import train

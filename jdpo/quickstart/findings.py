@@ -121,15 +121,7 @@ def _cost(results: Results, name: str) -> list[str]:
             f"{who} left the right answer more probable than before for all {cost['trained_countries']} corrected "
             f"countries (lowest: {probability(cost['lowest_right'])})."
         )
-    sentences += [
-        _leak(who, "corrected countries", cost["anything_else_before"], cost["anything_else_after"]),
-        _leak(
-            who,
-            "countries nobody corrected",
-            cost["anything_else_held_out_before"],
-            cost["anything_else_held_out_after"],
-        ),
-    ]
+    sentences.append(_leak(who, cost))
     lost = f"; {cost['facts_lost']} of {cost['facts']} are no longer the likely answer" if cost["facts_lost"] else ""
     sentences.append(
         f"{who} {_moved(cost['facts_before'], cost['facts_after'])} the mean probability of the answers to other "
@@ -139,11 +131,16 @@ def _cost(results: Results, name: str) -> list[str]:
     return sentences
 
 
-def _leak(who: str, where: str, before: float, after: float) -> str:
-    change = after - before
-    if change > _NOTABLE:
-        return f"{who} leaked: for {where}, answers beside the three took {percent(before)} before, {percent(after)} now."
-    return f"{who} let nothing leak for {where}: answers beside the three took {percent(before)} before, {percent(after)} now."
+def _leak(who: str, cost: Results) -> str:
+    """What answers beside the three cities took."""
+    before, after = cost["anything_else_before"], cost["anything_else_after"]
+    others_before, others_after = cost["anything_else_held_out_before"], cost["anything_else_held_out_after"]
+    leaked = max(after - before, others_after - others_before) > _NOTABLE
+    return (
+        f"{who} {'leaked' if leaked else 'let nothing leak'}: answers beside the three cities took {percent(before)} "
+        f"before and {percent(after)} after for corrected countries, {percent(others_before)} and "
+        f"{percent(others_after)} for those nobody corrected."
+    )
 
 
 def _moved(before: float, after: float) -> str:
@@ -155,9 +152,9 @@ def _moved(before: float, after: float) -> str:
 def percent(share: float) -> str:
     """
     >>> percent(0.6), percent(0.0042)
-    ('60.0 %', '0.4 %')
+    ('60.0%', '0.4%')
     """
-    return f"{100 * share:.1f} %"
+    return f"{100 * share:.1f}%"
 
 
 def probability(value: float) -> str:

@@ -79,7 +79,9 @@ def _frequencies(results: Results) -> Figure:
         learnt = axis.bar(places + 0.2, group["learnt"], 0.38, color=colours)
         for bars in (corpus, learnt):
             axis.bar_label(bars, labels=[f"{100 * bar.get_height():.0f}" for bar in bars], fontsize=8, padding=1)
-        names = [f"{city}\n(right)" if row == 0 and city != "right" else city for row, city in enumerate(group["cities"])]
+        names = [
+            f"{city}\n(right)" if row == 0 and city != "right" else city for row, city in enumerate(group["cities"])
+        ]
         axis.set_xticks(places, names)
         axis.set_ylim(0, 1)
         title = titles[name].format(name=group["countries"][0], count=len(group["countries"]))
@@ -124,8 +126,10 @@ def _correction(results: Results) -> Figure:
                 label=f"{_STAGE_LABELS[name]}, {label}",
             )
     axis.set_yscale("log")
+    axis.yaxis.set_major_formatter("{x:g} : 1")
+    axis.yaxis.set_minor_formatter("")
     axis.axhline(1, color="#444444", lw=0.8)
-    _clean(axis, "odds of the right answer against the wrong one", "step", "P(right) / P(wrong), log scale")
+    _clean(axis, "odds of right against wrong (log scale)", "step", "P(right) : P(wrong)")
     axis.legend(frameon=False, fontsize=8)
     return figure
 
@@ -133,11 +137,11 @@ def _correction(results: Results) -> Figure:
 def _carry_over(results: Results) -> Figure:
     """Bars: accuracy and mean probability of the right answer, where training looked and where it did not."""
     cells = {
-        "trained_countries_trained_phrasings": "corrected countries,\nphrasings trained on",
-        "trained_countries_held_out_phrasings": "corrected countries,\nnew phrasings",
-        "held_out_countries_trained_phrasings": "other countries,\nphrasings trained on",
-        "held_out_countries_held_out_phrasings": "other countries,\nnew phrasings",
-        "held_out_mistaken": "other countries that are\ncommonly mistaken",
+        "trained_countries_trained_phrasings": "corrected\ncountries",
+        "trained_countries_held_out_phrasings": "corrected\ncountries,\nnew phrasings",
+        "held_out_countries_trained_phrasings": "countries\nnobody\ncorrected",
+        "held_out_countries_held_out_phrasings": "countries\nnobody corrected,\nnew phrasings",
+        "held_out_mistaken": "those of them\ncommonly\nmistaken",
     }
     figure = _figure(13, 4.6, "What carries over to countries and phrasings that no correction mentioned")
     measures = {
@@ -147,7 +151,7 @@ def _carry_over(results: Results) -> Figure:
     for axis, (key, title) in zip(figure.subplots(1, 2), measures.items(), strict=True):
         heights = {name: [results["stages"][name][cell][key] for cell in cells] for name in STAGES}
         _grouped_bars(axis, heights, list(cells.values()))
-        _clean(axis, title, "", "share of questions" if key == "accuracy" else "probability")
+        _clean(axis, title, "questions about", "share of questions" if key == "accuracy" else "probability")
     handles, labels = axis.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     return figure
@@ -164,11 +168,21 @@ def _grouped_bars(axis: Axes, heights: Mapping[str, Sequence[float]], names: Seq
 
 def _cost(results: Results) -> Figure:
     """Lines: the right answers themselves, answers beside the three, and facts that neither training mentions."""
-    figure = _figure(14, 4.4, "What correcting costs")
+    figure = _figure(14, 4.4, "What the correction cost")
     panels = (
-        ("right answer of corrected countries", "mean probability", ("trained", "right"), (0, 1.02)),
-        ("answers beside the three cities", "mean probability", ("trained", "anything_else"), None),
-        ("answers to other questions", "mean probability", None, (0, 1.02)),
+        (
+            "right answers of corrected countries:\ndo they stay probable?",
+            "mean probability",
+            ("trained", "right"),
+            (0, 1.02),
+        ),
+        (
+            "answers beside the three cities:\ndoes probability leak to nonsense?",
+            "mean probability",
+            ("trained", "anything_else"),
+            None,
+        ),
+        ("right answers to other questions:\nis anything forgotten?", "mean probability", None, (0, 1.02)),
     )
     for axis, (title, y_label, where, limits) in zip(figure.subplots(1, 3), panels, strict=True):
         for name in (STANDARD, DPO):

@@ -59,6 +59,10 @@ class Measurement(NamedTuple):
     facts: np.ndarray
 
 
+Measure = Callable[[int, Params], Measurement]
+"""(step, params) -> what those weights think; a Prober is one."""
+
+
 class Prober:
     """Measures one shape of model; called with different weights."""
 
@@ -152,7 +156,9 @@ class ProbeLog:
         on_disk = {measurement.step: measurement for measurement in _read(self._path)}
         return [on_disk[step] for step in steps]
 
-    def on_step(self, prober: Callable[[int, Params], Measurement], steps: Sequence[int]) -> Callable[[int, Params], None]:
+    def on_step(
+        self, prober: Callable[[int, Params], Measurement], steps: Sequence[int]
+    ) -> Callable[[int, Params], None]:
         """A hook for the trainer that measures at the given steps."""
         wanted = frozenset(steps)
 

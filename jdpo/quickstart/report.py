@@ -47,7 +47,7 @@ def _markdown(sentences: Mapping[str, Sequence[str]], plots: Sequence[Path]) -> 
     for (heading, lines), plot in zip(sentences.items(), plots, strict=True):
         bullets = "\n".join(f"- {line}" for line in lines)
         parts.append(f"## {heading}\n\n![{heading}]({plot.as_posix()})\n\n{bullets}\n")
-    parts.append(f"Every number stands in report.json. The models are in runs/, the first one in runs/{PRETRAIN}/model.\n")
+    parts.append(f"Every number is in report.json. The models are under runs/, the first in runs/{PRETRAIN}/model.\n")
     return "\n".join(parts)
 
 

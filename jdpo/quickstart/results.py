@@ -128,7 +128,7 @@ def _group(logps_cpa: np.ndarray) -> dict[str, Any]:
         "right_logp": float(logps_cpa[..., RIGHT].mean()),
         "wrong_logp": float(logps_cpa[..., WRONG].mean()),
         "odds": float(np.exp((logps_cpa[..., RIGHT] - logps_cpa[..., WRONG]).mean())),
-        "accuracy": float((logps_cpa.argmax(-1) == RIGHT).mean()),
+        "accuracy": float((logps_cpa[..., RIGHT] > logps_cpa[..., WRONG:].max(-1)).mean()),
     }
 
 

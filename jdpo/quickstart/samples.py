@@ -92,9 +92,7 @@ def _ask(place: Workplace, name: str, questions: Sequence[str], seed: int) -> li
         key=jax.random.key(seed),
     )
     texts = [str(tokenizer.hf.decode(ids, skip_special_tokens=True)).strip() for ids in continuations]
-    return [
-        dict(Counter(texts[start : start + ASKED]).most_common()) for start in range(0, len(texts), ASKED)
-    ]
+    return [dict(Counter(texts[start : start + ASKED]).most_common()) for start in range(0, len(texts), ASKED)]
 
 
 def in_words(answers: dict[str, int]) -> str:

@@ -19,7 +19,12 @@ Results = Mapping[str, Any]
 
 _STAGE_TITLES = {BEFORE: "before", STANDARD: "standard training", DPO: "DPO"}
 _STAGE_STYLES = {BEFORE: "", STANDARD: "yellow", DPO: "green"}
-_GROUPS = {"ireland": "", "mistaken_example": "", "well_known": "best-known city", "mistaken": "other city known better"}
+_GROUPS = {
+    "ireland": "",
+    "mistaken_example": "",
+    "well_known": "capital best known",
+    "mistaken": "other city best known",
+}
 
 
 def print_report(
@@ -40,8 +45,7 @@ def print_report(
         console.print(table)
     for heading, lines in sentences.items():
         console.print(f"\n[bold]{heading}[/bold]")
-        for line in lines:
-            console.print(f"  - {line}", highlight=False, markup=False)
+        console.print(_bullets(lines), highlight=False, markup=False)
     console.print()
     for path in files:
         console.print(f"  {path}", highlight=False, markup=False, soft_wrap=True)
@@ -57,7 +61,7 @@ def frequency_table(results: Results) -> Table:
         table.add_column(title, justify=justify)  # type: ignore[arg-type]
     for name, group in results["frequencies"]["groups"].items():
         countries = group["countries"]
-        about = f"capital of {countries[0]}" if len(countries) == 1 else f"{len(countries)} countries: {_GROUPS[name]}"
+        about = f"capital of {countries[0]}" if len(countries) == 1 else f"{len(countries)} with {_GROUPS[name]}"
         for row, city in enumerate(group["cities"]):
             right = " (right)" if row == 0 and len(countries) == 1 else ""
             table.add_row(
@@ -78,28 +82,27 @@ def correction_table(results: Results) -> Table:
         f"2. Two ways to correct it, {steps} steps each",
         "Standard training repeats the right answers. DPO prefers them to the wrong ones.",
     )
-    _stage_columns(table, "probability of the answer")
+    table.add_column("question about")
+    _stage_columns(table, "probability of")
     for cell, about, names in (
         ("ireland", "Ireland", (right, wrong)),
-        ("trained_countries_trained_phrasings", "corrected countries", ("right", "wrong")),
-        ("trained_mistaken", "  of which commonly mistaken", ("right", "wrong")),
-        ("held_out_countries_trained_phrasings", "countries nobody corrected", ("right", "wrong")),
-        ("held_out_mistaken", "  of which commonly mistaken", ("right", "wrong")),
+        ("trained_countries_trained_phrasings", "corrected\ncountries", ("right", "wrong")),
+        ("held_out_countries_trained_phrasings", "countries\nnobody\ncorrected", ("right", "wrong")),
+        ("held_out_mistaken", "those of them\ncommonly\nmistaken", ("right", "wrong")),
     ):
         stages = [results["stages"][name][cell] for name in STAGES]
-        table.add_row(f"{about}: P({names[0]})", *(probability(stage["right"]) for stage in stages))
-        table.add_row(f"{_indent(about)}P({names[1]})", *(probability(stage["wrong"]) for stage in stages))
-        table.add_row(f"{_indent(about)}{names[0]} : {names[1]}", *(odds(stage["odds"]) for stage in stages))
-        table.add_row(
-            f"{_indent(about)}any other answer",
-            *(percent(stage["other"] + stage["anything_else"]) for stage in stages),
-            end_section=True,
-        )
+        measures = {
+            names[0]: [probability(stage["right"]) for stage in stages],
+            names[1]: [probability(stage["wrong"]) for stage in stages],
+            "any other answer": [probability(stage["other"] + stage["anything_else"]) for stage in stages],
+            f"odds {names[0]} : {names[1]}": [odds(stage["odds"]) for stage in stages],
+        }
+        words = about.split("\n")
+        for row, (measure, values) in enumerate(measures.items()):
+            table.add_row(
+                words[row] if row < len(words) else "", measure, *values, end_section=row == len(measures) - 1
+            )
     return table
-
-
-def _indent(about: str) -> str:
-    return " " * (len(about) + 2)
 
 
 def accuracy_table(results: Results) -> Table:
@@ -108,19 +111,16 @@ def accuracy_table(results: Results) -> Table:
         "3. Does it carry over?",
         "Share of questions for which the right city is the most probable of the three.",
     )
-    _stage_columns(table, "questions about")
-    for countries, about in (("trained", "corrected countries"), ("held_out", "countries nobody corrected")):
-        for phrasings, how in (("trained", "phrasings trained on"), ("held_out", "new phrasings")):
-            cell = f"{countries}_countries_{phrasings}_phrasings"
-            stages = [results["stages"][name][cell] for name in STAGES]
-            table.add_row(
-                f"{about}, {how} ({stages[0]['questions']})", *(percent(stage["accuracy"]) for stage in stages)
-            )
-    stages = [results["stages"][name] for name in STAGES]
-    table.add_section()
-    table.add_row(
-        f"other facts ({results['cost'][DPO]['facts']}): mean P(answer)", *(probability(stage["facts"]) for stage in stages)
-    )
+    _stage_columns(table, "questions about (how many)")
+    for cell, words in {
+        "trained_countries_trained_phrasings": "corrected countries",
+        "trained_countries_held_out_phrasings": " in new phrasings",
+        "held_out_countries_trained_phrasings": "countries nobody corrected",
+        "held_out_countries_held_out_phrasings": " in new phrasings",
+        "held_out_mistaken": " only the commonly mistaken",
+    }.items():
+        stages = [results["stages"][name][cell] for name in STAGES]
+        table.add_row(f"{words} ({stages[0]['questions']})", *(percent(stage["accuracy"]) for stage in stages))
     return table
 
 
@@ -133,6 +133,16 @@ def sample_table(sampled: Sequence[Sampled]) -> Table:
         answers = (in_words(row.answers[names[stage]]) for stage in STAGES)
         table.add_row(f"{row.question}\n[dim]{row.about}; right: {row.right}[/dim]", *answers, end_section=True)
     return table
+
+
+def _bullets(lines: Sequence[str]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table.grid(padding=(0, 1))
+    for line in lines:
+        grid.add_row(" -", Text(line))
+    return grid
 
 
 def _table(title: str, caption: str) -> Table:

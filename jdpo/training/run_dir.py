@@ -64,7 +64,7 @@ class RunDirectory:
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"output_dir {self.path} is a file; choose a folder")
         used = [name for name in USED_BY_A_RUN if (self.path / name).exists()]
-        if not used:
+        if not used or self._never_began():
             return False
         advice = "choose another output_dir, or delete this one if it is no longer needed"
         if config.resume == "never":
@@ -81,6 +81,13 @@ class RunDirectory:
                 + f"\nUndo these, or {advice}"
             )
         return True
+
+    def _never_began(self) -> bool:
+        """Whether a start was refused or killed before it left anything: its folder is free, for a repaired config."""
+        trained = self.metrics.exists() and self.metrics.stat().st_size > 0
+        saved = self.checkpoints.exists() and any(self.checkpoints.iterdir())
+        ours = not self._run_file.exists() or "jdpo" in self.state()
+        return ours and not (trained or saved or self.model.exists())
 
     def state(self) -> dict[str, Any]:
         """What run.json says."""

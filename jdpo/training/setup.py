@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jdpo.checkpoint.hf_export import parse_size
 from jdpo.config import DPOConfig, TrainConfig
 from jdpo.data.loader import num_steps_per_epoch
 from jdpo.data.prepare import PreparedData
@@ -86,6 +87,7 @@ def build(config: TrainConfig, say: Say) -> Setup:
     """
     task = task_for(config)
     check_best_model(config, task)
+    parse_size(config.max_shard_size)  # now, not at the export after hours of training
     mesh = make_mesh(config.mesh)
     check_batch_size(config.global_batch_size, mesh)
     model_folder = resolve_folder(config.model_name_or_path, config.model_revision)

@@ -65,7 +65,9 @@ def test_a_tokenizer_that_is_saved_comes_back_the_same(byte_level: Path, tmp_pat
     assert again.end_token_ids == tokenizer.end_token_ids[:1]
     assert again.size == tokenizer.size
     text = "<|im_start|>user\nParis<|im_end|>\n"
-    assert again.encode([text]) == tokenizer.encode([text])
+    (ids,) = again.encode([text])
+    assert [ids] == tokenizer.encode([text])
+    assert again.hf.decode(ids, skip_special_tokens=True) == "user\nParis\n"
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -89,6 +91,18 @@ def test_the_golden_trace_goes_somewhere(golden: dict[str, Any], parity: ModuleT
     """At ln 2 any two trainers agree; the trace must have left it for the comparison to say anything."""
     assert len(golden["steps"]) == 10
     assert parity.moved(golden["steps"]) >= parity.MIN_MOVE
+
+
+@pytest.mark.torch
+def test_the_golden_folder_is_what_trl_does_today(golden: dict[str, Any], parity: ModuleType, tmp_path: Path) -> None:
+    """The generator run now, with the TRL installed now, gives the committed rows and tokens, and the trace."""
+    subprocess.run([sys.executable, ROOT / "scripts" / "make_golden_trl.py", "--out", tmp_path], check=True)
+    for name in ("rows.jsonl", "tokens.jsonl", "model/config.json", "model/chat_template.jinja"):
+        assert (tmp_path / name).read_bytes() == (GOLDEN / name).read_bytes()
+    today = json.loads((tmp_path / "trace.json").read_text(encoding="utf-8"))
+    assert today["settings"] == golden["settings"]
+    differences = parity.compare(golden["steps"], today["steps"], beta=golden["settings"]["beta"])
+    assert parity.largest(differences) <= parity.TOLERANCE
 
 
 def test_a_reference_off_by_a_little_is_seen(golden: dict[str, Any], parity: ModuleType) -> None:

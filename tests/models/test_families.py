@@ -37,7 +37,7 @@ def test_llama_reads_every_size_and_fills_left_out_defaults(tmp_path: Path) -> N
     assert (config.num_heads, config.num_kv_heads, config.head_dim) == (4, 4, 4)
     assert (config.norm_eps, config.max_positions, config.rope) == (1e-6, 64, RopeConfig(theta=10000.0))
     assert config.layer_windows == (None,) * 4
-    assert not (config.tie_embeddings or config.qkv_bias or config.o_bias or config.qk_norm)
+    assert (config.tie_embeddings, config.qkv_bias, config.o_bias, config.qk_norm) == (False,) * 4
     assert hash(config) == hash(read_model_config(tmp_path))
 
 
@@ -113,7 +113,7 @@ def test_biases_and_qk_norm_by_family(tmp_path: Path) -> None:
 def test_unsupported_settings_are_refused_by_name(
     tmp_path: Path, family: str, settings: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ValueError, match="config.json") as error:
+    with pytest.raises(ValueError, match="config") as error:
         read_model_config(write(tmp_path, family, **settings))
     assert message in str(error.value)
 
@@ -121,7 +121,7 @@ def test_unsupported_settings_are_refused_by_name(
 def test_missing_folder_missing_file_and_broken_json(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not exist"):
         read_model_config(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="has no config.json"):
+    with pytest.raises(ValueError, match=r"has no config[.]json"):
         read_model_config(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):

@@ -1,0 +1,331 @@
+"""Every mistake a user can make: `jdpo` exits with 2 and a message that says what, where and what to do.
+
+Each case is a real command line on real files; the expected parts of its message stand in the table.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jdpo.cli.main import main
+
+Words = Callable[..., list[str]]
+Capture = pytest.CaptureFixture[str]
+Row = dict[str, Any]
+
+ROW: Row = {"prompt": "Where is Dublin?", "chosen": "In Ireland.", "rejected": "In Peru."}
+
+
+class Place(NamedTuple):
+    """Where a case builds its mistake: a folder of its own, and a good model and rows that stay as they are."""
+
+    folder: Path
+    good_model: Path
+    good_rows: Path
+
+    def model(self) -> Path:
+        """A copy of the model that the case may spoil."""
+        return Path(shutil.copytree(self.good_model, self.folder / "model"))
+
+    def rows(self, *rows: Row) -> Path:
+        """A file of these rows."""
+        return self.file("rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+    def file(self, name: str, text: str) -> Path:
+        path = self.folder / name
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    def tensors(self, change: Callable[[dict[str, np.ndarray]], None]) -> dict[str, Path]:
+        """A model whose tensors `change` has spoilt."""
+        model = self.model()
+        tensors = load_file(model / "model.safetensors")
+        change(tensors)
+        save_file(tensors, model / "model.safetensors")
+        return {"model_name_or_path": model}
+
+    def edited(self, name: str, **changes: Any) -> dict[str, Path]:
+        """A model one of whose JSON files says something else; None takes a key out."""
+        path = self.model() / name
+        values = json.loads(path.read_text(encoding="utf-8")) | changes
+        path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}), encoding="utf-8")
+        return {"model_name_or_path": path.parent}
+
+
+Overrides = dict[str, Any]
+Make = Callable[[Place], Overrides]
+
+CONFIG: dict[str, tuple[Make, list[str]]] = {
+    "unknown key": (lambda at: {"learning_rat": 1e-5}, ["unknown key 'learning_rat'", "did you mean 'learning_rate'?"]),
+    "unknown key of a group": (lambda at: {"mesh.fdsp": 2}, ["unknown key 'mesh.fdsp'", "did you mean 'mesh.fsdp'?"]),
+    "another trainer's name": (lambda at: {"pref_beta": 0.2}, ["unknown key 'pref_beta'", "here it is called 'beta'"]),
+    "wrong type": (lambda at: {"beta": "strong"}, ["'beta' in the command line is 'strong'", "number"]),
+    "out of range": (lambda at: {"max_length": 0}, ["'max_length' in the command line is 0", "greater than or equal to 1"]),
+    "not one of the choices": (lambda at: {"remat": "some"}, ["'remat'", "'some'", "'none', 'dots' or 'full'"]),
+    "unknown loss": (lambda at: {"loss_type": "sigmoyd"}, ["unknown loss_type 'sigmoyd'", "sigmoid, hinge, ipo"]),
+    "option a loss cannot honour": (
+        lambda at: {"loss_type": "hinge", "label_smoothing": 0.1},
+        ["loss_type 'hinge' cannot honour label_smoothing=0.1", "these can: sigmoid"],
+    ),
+    "mesh that does not fit the devices": (
+        lambda at: {"mesh.data": 3, "mesh.fsdp": 1},
+        ["mesh data=3, fsdp=1, tensor=1 does not fit the 8 device(s)", "1x8x1"],
+    ),
+    "batch that does not fit the mesh": (
+        lambda at: {"global_batch_size": 12},
+        ["global_batch_size 12 does not split", "= 8 shards", "multiple of 8, such as 8, 16, 24"],
+    ),
+    "warm-up longer than the run": (lambda at: {"warmup_steps": 99}, ["warmup_steps 99 is more than the", "steps of the run"]),
+    "unknown metric of the best model": (
+        lambda at: {"metric_for_best_model": "eval_accuracy"},
+        ["unknown metric_for_best_model 'eval_accuracy'", "eval_rewards/accuracies"],
+    ),
+    "best model without evaluation": (
+        lambda at: {"load_best_model_at_end": "true"},
+        ["load_best_model_at_end needs eval_datasets and eval_steps"],
+    ),
+    "size of a shard": (lambda at: {"max_shard_size": "large"}, ["max_shard_size", "5GB", "'large'"]),
+}
+
+MODEL: dict[str, tuple[Make, list[str]]] = {
+    "missing model folder": (
+        lambda at: {"model_name_or_path": at.folder / "nowhere"},
+        ["model folder '{folder}/nowhere' does not exist"],
+    ),
+    "model is a file": (lambda at: {"model_name_or_path": at.rows(ROW)}, ["rows.jsonl' is a file; expected a folder"]),
+    "no weights": (
+        lambda at: {"model_name_or_path": _without(at.model(), "model.safetensors")},
+        ["{folder}/model' has no *.safetensors weights"],
+    ),
+    "no config.json": (
+        lambda at: {"model_name_or_path": _without(at.model(), "config.json")},
+        ["{folder}/model", "config.json"],
+    ),
+    "unknown family": (lambda at: at.edited("config.json", model_type="bert"), ["'bert'", "llama"]),
+    "missing shard": (lambda at: {"model_name_or_path": _sharded(at.model(), drop=True)}, ["shard b.safetensors", "not there"]),
+    "truncated shard": (
+        lambda at: {"model_name_or_path": _truncated(at.model())},
+        ["{folder}/model/model.safetensors is truncated", "download it again"],
+    ),
+    "missing tensor": (
+        lambda at: at.tensors(lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight")),
+        ["missing tensor model.layers.1.mlp.up_proj.weight, expected shape (192, 64)"],
+    ),
+    "extra tensor": (
+        lambda at: at.tensors(lambda tensors: tensors.update({"model.adapter": np.zeros(3, np.float32)})),
+        ["extra tensor model.adapter in model.safetensors, shape (3,)"],
+    ),
+    "wrong shape": (
+        lambda at: at.tensors(lambda tensors: tensors.update({"model.norm.weight": np.ones(63, np.float32)})),
+        ["wrong shape of model.norm.weight in model.safetensors: expected (64,), found (63,)"],
+    ),
+    "damaged weights": (
+        lambda at: at.tensors(lambda tensors: tensors["model.norm.weight"].fill(np.nan)),
+        ["tensor model.norm.weight", "NaN or Inf"],
+    ),
+    "tokenizer without chat template": (
+        lambda at: at.edited("tokenizer_config.json", chat_template=None),
+        ["chat template", "chat_template: chatml"],
+    ),
+    "tokenizer without EOS": (
+        lambda at: {**at.edited("tokenizer_config.json", eos_token=None, chat_template=None), "datasets": at.rows(ROW)},
+        ["{folder}/model has no EOS token", "eos_token in tokenizer_config.json"],
+    ),
+    "tokenizer larger than the embedding": (
+        lambda at: _embedding_of(at, 50),
+        ["tokens, but the model's embedding has 50 rows", "use the tokenizer that belongs to the model"],
+    ),
+    "no tokenizer": (
+        lambda at: {"model_name_or_path": _without(at.model(), "tokenizer.json")},
+        ["{folder}/model: no usable tokenizer"],
+    ),
+    "template file that is missing": (lambda at: {"chat_template": "zephyr"}, ["chat_template: 'zephyr' is neither a file nor"]),
+    "reference of another shape": (
+        lambda at: {"reference_model": at.edited("config.json", num_hidden_layers=1)["model_name_or_path"]},
+        ["reference_model {folder}/model must have the shape of", "num_layers"],
+    ),
+}
+
+ROWS: dict[str, tuple[Make, list[str]]] = {
+    "missing file": (lambda at: {"datasets": at.folder / "no.jsonl"}, ["{folder}/no.jsonl: no such file or folder"]),
+    "missing column": (
+        lambda at: {"datasets": at.rows(ROW, {"prompt": "Hi", "chosen": "Hello"})},
+        ["rows.jsonl:2: the columns fit no known format", "Found: prompt (string), chosen (string)", "Known formats:"],
+    ),
+    "empty file": (lambda at: {"datasets": at.rows()}, ["{folder}/rows.jsonl: the file is empty"]),
+    "broken line": (
+        lambda at: {"datasets": at.file("rows.jsonl", json.dumps(ROW) + '\n{"prompt": "Hi", "cho\n')},
+        ["{folder}/rows.jsonl:2: broken JSON"],
+    ),
+    "line that is no object": (
+        lambda at: {"datasets": at.file("rows.jsonl", json.dumps(ROW) + "\n[1, 2]\n")},
+        ["{folder}/rows.jsonl:2: expected an object", "found an array"],
+    ),
+    "unknown ending": (lambda at: {"datasets": at.file("rows.csv", "a,b\n")}, ["rows.csv: cannot read this kind of file", ".jsonl"]),
+    "unknown split": (lambda at: {"eval_datasets": "{path: " + str(at.rows(ROW)) + ", split: test}"}, ["'test'", "rows.jsonl"]),
+    "nothing left to train on": (
+        lambda at: {"datasets": at.rows(ROW | {"chosen": ""}, ROW | {"rejected": "In Ireland."})},
+        ["no rows left to train on", "2 rows read, 0 kept", "1 dropped: empty side", "1 dropped: identical sides"],
+    ),
+    "prompts as long as max_length": (
+        lambda at: {"max_length": 4},
+        ["no rows left to train on", "20 dropped: prompt as long as max_length"],
+    ),
+}
+
+
+def _without(model: Path, name: str) -> Path:
+    (model / name).unlink()
+    return model
+
+
+def _truncated(model: Path) -> Path:
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    return model
+
+
+def _sharded(model: Path, *, drop: bool) -> Path:
+    tensors = load_file(model / "model.safetensors")
+    first = dict(list(tensors.items())[:3])
+    rest = {name: tensor for name, tensor in tensors.items() if name not in first}
+    save_file(first, model / "a.safetensors")
+    if not drop:
+        save_file(rest, model / "b.safetensors")
+    weight_map = {name: "a.safetensors" if name in first else "b.safetensors" for name in tensors}
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
+    return _without(model, "model.safetensors")
+
+
+def _embedding_of(at: Place, num_rows: int) -> Overrides:
+    at.edited("config.json", vocab_size=num_rows)
+    path = at.folder / "model" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:num_rows].copy()
+    save_file(tensors, path)
+    return {"model_name_or_path": at.folder / "model"}
+
+
+@pytest.fixture
+def place(tmp_path: Path, toy_model: Path, pairs_file: Path) -> Place:
+    folder = tmp_path / "case"
+    folder.mkdir()
+    return Place(folder, toy_model, pairs_file)
+
+
+def refusal(words: list[str], capsys: Capture, code: int = 2) -> str:
+    """The error that a refused command line ends in, its line breaks taken out."""
+    assert main(["dpo", *words]) == code
+    said = capsys.readouterr()
+    assert "Traceback" not in said.out + said.err
+    _, found, error = said.err.rpartition("jdpo: error: ")
+    assert found, said
+    return " ".join(error.split())
+
+
+CASES = CONFIG | MODEL | ROWS
+
+
+@pytest.mark.parametrize(("make", "parts"), CASES.values(), ids=CASES)
+def test_refused(make: Make, parts: list[str], place: Place, run_words: Words, capsys: Capture) -> None:
+    said = refusal(run_words(**make(place)), capsys)
+    for part in parts:
+        assert part.replace("{folder}", str(place.folder)) in said, said
+    assert not list((place.folder.parent / "run").glob("checkpoints/*/*")), "nothing was trained"
+
+
+YAML: dict[str, tuple[str | None, list[str]]] = {
+    "missing": (None, ["no config file at {folder}/run.yaml"]),
+    "broken": ("beta: [0.1\n", ["{folder}/run.yaml is not YAML", "line 2"]),
+    "a list": ("- beta\n", ["{folder}/run.yaml: expected 'key: value' lines, found a list"]),
+    "a key twice": ("beta: 0.1\nbeta: 0.2\n", ["{folder}/run.yaml", "the key 'beta' stands twice", "line 2"]),
+    "an unknown key": ("bets: 0.1\n", ["unknown key 'bets' in {folder}/run.yaml", "did you mean 'beta'?"]),
+    "a wrong type": ("max_steps: long\n", ["'max_steps' in {folder}/run.yaml is 'long'", "integer"]),
+}
+
+
+@pytest.mark.parametrize(("text", "parts"), YAML.values(), ids=YAML)
+def test_config_file_refused(
+    text: str | None, parts: list[str], place: Place, run_words: Words, capsys: Capture
+) -> None:
+    path = place.folder / "run.yaml" if text is None else place.file("run.yaml", text)
+    said = refusal([str(path), *run_words()], capsys)
+    for part in parts:
+        assert part.replace("{folder}", str(place.folder)) in said, said
+
+
+def test_missing_keys_are_all_named(capsys: Capture) -> None:
+    said = refusal([], capsys)
+    for key in ("model_name_or_path", "output_dir", "datasets"):
+        assert f"missing key '{key}'" in said, said
+
+
+@pytest.mark.parametrize("written", ["5e-7", "5E-7", "0.0000005"])
+def test_scientific_notation_is_a_number(written: str, place: Place, run_words: Words, capsys: Capture) -> None:
+    path = place.file("run.yaml", f"beta: {written}\n")
+    words = [str(path), *run_words(learning_rate=written)]
+    assert main(["dpo", *words, "--print_config"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"^learning_rate: 5\.0?e-07$", said, re.MULTILINE), said
+    assert re.search(r"^beta: 5\.0?e-07$", said, re.MULTILINE), said
+
+
+def test_output_dir_that_cannot_be_made(place: Place, run_words: Words, capsys: Capture) -> None:
+    blocked = place.file("a_file", "") / "run"
+    said = refusal(run_words(output_dir=blocked), capsys)
+    assert f"cannot write to output_dir {blocked}" in said
+    assert "choose a folder on a writable disk with room" in said
+
+
+def test_output_dir_that_is_a_file(place: Place, run_words: Words, capsys: Capture) -> None:
+    file = place.file("a_file", "")
+    assert f"output_dir {file} is a file; choose a folder" in refusal(run_words(output_dir=file), capsys)
+
+
+def test_output_dir_on_a_disk_that_takes_nothing(run_words: Words, capsys: Capture) -> None:
+    # /proc refuses new folders to root too, which chmod would not.
+    said = refusal(run_words(output_dir="/proc/jdpo_run"), capsys)
+    assert "cannot write to output_dir /proc/jdpo_run" in said
+
+
+def test_cache_dir_that_cannot_be_written(run_words: Words, capsys: Capture) -> None:
+    said = refusal(run_words(cache_dir="/proc/jdpo_cache"), capsys)
+    assert "cannot keep tokenized rows in /proc/jdpo_cache" in said
+    assert "set cache_dir to a folder that can be written" in said
+
+
+def test_bad_rows_are_dropped_and_counted(place: Place, run_words: Words, capsys: Capture) -> None:
+    long = ROW | {"prompt": "river " * 100}
+    rows = place.rows(*[ROW] * 8, ROW | {"chosen": ""}, ROW | {"rejected": ROW["chosen"]}, long, long)
+    assert main(["dpo", *run_words(datasets=rows), "--dry_run"]) == 0
+    said = capsys.readouterr().out
+    for part in (
+        "12 rows read, 8 kept",
+        "1 dropped: empty side (the first: rows.jsonl:9)",
+        "1 dropped: identical sides (the first: rows.jsonl:10)",
+        "2 dropped: prompt as long as max_length (the first: rows.jsonl:11)",
+    ):
+        assert part in said, said
+
+
+def test_numbers_that_explode_name_step_and_rows(place: Place, run_words: Words, capsys: Capture) -> None:
+    words = run_words(learning_rate=1e30, max_grad_norm="null", lr_scheduler_type="constant", shuffle="false")
+    said = refusal(words, capsys, code=1)
+    assert re.search(r"step 2 gave loss (nan|inf|-inf|[\d.e+]+) and gradient norm (nan|inf)", said), said
+    assert "pairs.jsonl:9" in said, said
+    assert "no checkpoint was saved yet" in said
+    assert "lower learning_rate" in said
+
+
+def test_unknown_command(capsys: Capture) -> None:
+    assert main(["dpoo"]) == 2
+    assert "unknown command 'dpoo'; did you mean 'dpo'?" in capsys.readouterr().err

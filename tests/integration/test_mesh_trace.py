@@ -1,0 +1,139 @@
+"""Ten steps give the same trace on every mesh and for every micro-batch size; and what the compiled step is made of.
+
+The bars stand in benchmarks/mesh_parity.py: 3e-5 relative in float32, 1e-9 in float64, on sequences of 256 to 400
+tokens under AdamW at 1e-4.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jdpo.config import DPOConfig, load_config
+from jdpo.reports.progress import make_console
+from jdpo.sharding.placement import place
+from jdpo.training.interrupt import StopRequest
+from jdpo.training.loop import Run
+from jdpo.training.run_dir import RunDirectory
+from jdpo.training.setup import build, describe, load_reference, load_start, resolve_dtype
+from jdpo.training.step import TrainState
+
+BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "mesh_parity.py"
+
+
+@pytest.fixture(scope="module")
+def parity() -> Iterator[ModuleType]:
+    """The benchmark's own cases and bars, so that test and benchmark cannot disagree on them."""
+    spec = importlib.util.spec_from_file_location("mesh_parity", BENCHMARK)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["mesh_parity"] = module  # NamedTuples look their annotations up there
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["mesh_parity"]
+
+
+def assert_same(parity: ModuleType, found: Any, expected: Any, dtype: str) -> None:
+    apart = parity.distance(found, expected)
+    assert apart.loss <= parity.LOSS_BAR[dtype], apart
+    assert apart.params <= parity.PARAMS_BAR[dtype], apart
+
+
+def assert_moved(losses: np.ndarray) -> None:
+    """A trace that stays where it starts compares nothing."""
+    assert abs(losses[-1] / losses[0] - 1) > 0.05, losses
+
+
+@pytest.mark.parametrize("command", ["dpo", "sft"])
+def test_trace_on_eight_devices_is_that_of_one(parity: ModuleType, command: str, tmp_path: Path) -> None:
+    inputs = parity.write_inputs(tmp_path, hidden_size=64, num_rows=20, global_batch_size=8)
+    one_device = parity.Case(command, "float32", 1, (1, 1, 1), 3)
+    expected = parity.run_apart([one_device], inputs, tmp_path)[one_device]
+    assert_moved(expected.loss)
+    meshes = [((8, 1, 1), 1), ((1, 8, 1), 1), ((1, 4, 2), 2)] if command == "dpo" else [((1, 4, 2), 1)]
+    for mesh, micro_batch_size in meshes:
+        case = parity.Case(command, "float32", 8, mesh, micro_batch_size)
+        assert_same(parity, parity.run_here(case, inputs, tmp_path / str(mesh) / "run"), expected, "float32")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_every_mesh_and_micro_batch_size(parity: ModuleType, dtype: str, tmp_path: Path) -> None:
+    cases = [case for case in parity.all_cases() if case.dtype == dtype]
+    by_process = sorted(cases, key=lambda case: case.num_devices)
+    traces = parity.run_apart(by_process, parity.write_inputs(tmp_path), tmp_path)
+    for command in ("dpo", "sft"):
+        first, *others = [case for case in cases if case.command == command]
+        assert_moved(traces[first].loss)
+        for case in others:
+            assert_same(parity, traces[case], traces[first], dtype)
+
+
+@pytest.fixture(scope="module")
+def run(cut_words: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """A run on fsdp=4 x tensor=2 in two micro-batches, set up and not started; its model has one key/value head."""
+    words = cut_words(tmp_path_factory.mktemp("mesh") / "run", **{"mesh.fsdp": 4, "mesh.tensor": 2, "micro_batch_size": 1})
+    config = resolve_dtype(load_config(DPOConfig, None, words[1:]))
+    setup = build(config, lambda text: None)
+    run = Run(setup, RunDirectory(config, "dpo"), StopRequest(), make_console())
+    yield run
+    run.close()
+
+
+@pytest.fixture(scope="module")
+def state(run: Run) -> TrainState:
+    params = load_start(run.setup)
+    zero = place(np.int32(0), run.shardings.step)
+    key = place(np.asarray(jax.random.key_data(jax.random.key(0))), run.shardings.rng)
+    return TrainState(zero, params, run.init_opt_state(params), key)
+
+
+def test_weights_and_moments_are_split_on_the_devices(run: Run, state: TrainState) -> None:
+    shapes = {
+        jax.tree_util.keystr(path): (leaf.shape, leaf.addressable_shards[0].data.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path((state.params, state.opt_state))
+    }
+
+    def of(*parts: str) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        return [shape for name, shape in shapes.items() if all(f"'{part}'" in name for part in parts)]
+
+    # Each is there three times: the weight and its two moments. [layers, embed, heads, head width] and so on.
+    assert of("query", "kernel") == [((2, 64, 2, 32), (2, 16, 1, 32))] * 3
+    assert of("down", "kernel") == [((2, 192, 64), (2, 96, 16))] * 3
+    assert of("key", "kernel") == [((2, 64, 1, 32), (2, 16, 1, 32))] * 3  # one head cannot be split over two
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
+    assert held < 0.2 * total, "a device holds little more than an eighth"
+
+
+def test_what_stays_whole_is_said(run: Run) -> None:
+    said = describe(run.setup)
+    assert "kept whole on each device, as the mesh does not divide them" in said
+    assert "['stack']['layer_0']['attention']['key']['kernel']: kv_heads=1 over tensor=2" in said
+    assert "query" not in said
+
+
+def test_compiled_step(run: Run, state: TrainState) -> None:
+    reference = load_reference(run.setup, state.params)
+    _, batch, _ = run._train_batch(0)
+    lowered = run.compiled.train_step.lower(state, reference, place(batch, run.batch_sharding))  # type: ignore[attr-defined]
+    text = lowered.as_text()
+    # Without a mesh in context a constraint lowers to nothing, and XLA would choose by itself.
+    assert text.count("sharding_constraint") > 20, text.count("sharding_constraint")
+    compiled = lowered.compile()
+    hlo = compiled.as_text()
+    # Chosen and rejected of a pair stay on one shard: nothing is dealt out anew.
+    assert "all-to-all" not in hlo
+    assert "all-reduce" in hlo, "gradients are summed over the mesh"
+    assert "input_output_alias" in hlo
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
+    assert compiled.memory_analysis().alias_size_in_bytes >= 0.95 * held, "the old state's memory becomes the new one's"

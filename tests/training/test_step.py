@@ -1,0 +1,177 @@
+"""The loss of a global batch against a plain loop in numpy, however the batch is cut into micro-batches.
+
+Axes: k micro-batches, m rows of each, t positions, v vocabulary, d width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jdpo.config import MeshConfig
+from jdpo.sharding.mesh import make_mesh
+from jdpo.sharding.placement import fetch, micro_batch_sharding, place, replicated
+from jdpo.training.step import (
+    Objective,
+    TrainState,
+    compile_step,
+    dpo_objective,
+    evaluate,
+    loss_and_grads,
+    sft_objective,
+)
+from jdpo.types import CHOSEN, REJECTED, CompletionBatch, PreferenceBatch
+
+VOCAB, WIDTH, LENGTH, BETA = 11, 5, 7, 0.3
+NUM_REAL = 10
+LAYOUTS = [(1, 16), (2, 8), (3, 4), (5, 2), (16, 1)]  # all but the first and last two leave padding in other places
+
+Params = dict[str, Any]
+
+
+@pytest.fixture(autouse=True)
+def float64() -> Iterator[None]:
+    with jax.enable_x64(True):
+        yield
+
+
+def apply_fn(params: Params, tokens: Any, attention_mask: Any) -> Any:
+    """A causal model: a position sees the sum of the embeddings up to it."""
+    embedded = params["embedding"][tokens] * attention_mask[..., None]
+    return jnp.tanh(jnp.cumsum(embedded, axis=-2)) @ params["head"]
+
+
+def plain_logps(params: Params, tokens: np.ndarray, mask: np.ndarray) -> float:
+    """Summed log-prob of the masked tokens of one sequence, one token at a time."""
+    total, state = 0.0, np.zeros(WIDTH)
+    for t in range(LENGTH - 1):
+        state = state + params["embedding"][tokens[t]]
+        logits = np.tanh(state) @ params["head"]
+        if mask[t + 1]:
+            total += logits[tokens[t + 1]] - np.log(np.sum(np.exp(logits)))
+    return float(total)
+
+
+def make_params(seed: int) -> Params:
+    rng = np.random.default_rng(seed)
+    return {"embedding": rng.normal(size=(VOCAB, WIDTH)), "head": rng.normal(size=(WIDTH, VOCAB))}
+
+
+def pairs(num_micro: int, rows_per_micro: int) -> PreferenceBatch:
+    """Ten random pairs and padding pairs behind them; padding holds tokens and completions that must not count."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, VOCAB, (NUM_REAL, 2, LENGTH))
+    starts, stops = rng.integers(1, 4, NUM_REAL), rng.integers(5, LENGTH + 1, (NUM_REAL, 2))
+    at = np.arange(LENGTH)
+    attention = at < stops[..., None]
+    completion = attention & (at >= starts[:, None, None])
+    real = PreferenceBatch(tokens, attention, completion, None, np.ones(NUM_REAL))
+    return _padded(real, num_micro, rows_per_micro)
+
+
+def completions(num_micro: int, rows_per_micro: int) -> CompletionBatch:
+    batch = pairs(1, 16)
+    side = [np.asarray(array)[0, :NUM_REAL, CHOSEN] for array in batch[:3]]
+    return _padded(CompletionBatch(*side, np.ones(NUM_REAL)), num_micro, rows_per_micro)
+
+
+def _padded(batch: Any, num_micro: int, rows_per_micro: int) -> Any:
+    """[b, ...] -> [k, m, ...]: the padding rows repeat the first row, with weight 0."""
+    num_slots = num_micro * rows_per_micro
+    index = np.where(np.arange(num_slots) < NUM_REAL, np.arange(num_slots), 0)
+    weights = (np.arange(num_slots) < NUM_REAL).astype(np.float32)
+    flat = jax.tree.map(lambda array: array[index], batch)._replace(weights=weights)
+    return jax.tree.map(lambda array: jnp.asarray(array.reshape(num_micro, rows_per_micro, *array.shape[1:])), flat)
+
+
+def plain_dpo(params: Params, reference: Params) -> float:
+    batch = jax.tree.map(lambda array: np.asarray(array)[0], pairs(1, 16))
+    total = 0.0
+    for index in range(NUM_REAL):
+        ratio = [
+            plain_logps(params, batch.tokens[index, side], batch.completion_mask[index, side])
+            - plain_logps(reference, batch.tokens[index, side], batch.completion_mask[index, side])
+            for side in (CHOSEN, REJECTED)
+        ]
+        total += np.log1p(np.exp(-BETA * (ratio[CHOSEN] - ratio[REJECTED])))
+    return float(total / NUM_REAL)
+
+
+def plain_sft(params: Params, reference: Params) -> float:
+    batch = jax.tree.map(lambda array: np.asarray(array)[0], completions(1, 16))
+    total = sum(plain_logps(params, batch.tokens[i], batch.completion_mask[i]) for i in range(NUM_REAL))
+    return float(-total / batch.completion_mask[:NUM_REAL, 1:].sum())
+
+
+OBJECTIVES = {
+    "dpo": (dpo_objective(apply_fn, loss_type="sigmoid", beta=BETA, label_smoothing=0.0), pairs, plain_dpo),
+    "sft": (sft_objective(apply_fn), completions, plain_sft),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_loss_and_gradient_are_those_of_a_plain_loop(name: str, layout: tuple[int, int]) -> None:
+    objective, make, plain = OBJECTIVES[name]
+    params, reference = make_params(1), make_params(2)
+    loss, grads, rows = loss_and_grads(objective, jax.tree.map(jnp.asarray, params), reference, make(*layout))
+    assert float(loss) == pytest.approx(plain(params, reference), rel=1e-13)
+    assert all(values.shape == layout for values in rows.values())
+    # The gradient along a random direction, against a central difference of the plain loop.
+    direction = make_params(3)
+    along = sum(float(np.sum(np.asarray(grads[key]) * direction[key])) for key in params)
+    up, down = ({key: params[key] + sign * 1e-6 * direction[key] for key in params} for sign in (1, -1))
+    assert along == pytest.approx((plain(up, reference) - plain(down, reference)) / 2e-6, rel=1e-7)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_padding_rows_are_silent_even_where_they_are_nan(name: str) -> None:
+    objective, make, plain = OBJECTIVES[name]
+    rows = Objective(lambda *args: _spoilt(objective.rows(*args), args[-1].weights), objective.normalizer)
+    loss, grads, _ = loss_and_grads(rows, make_params(1), make_params(2), make(3, 4))
+    assert float(loss) == pytest.approx(plain(make_params(1), make_params(2)), rel=1e-13)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+
+
+def _spoilt(result: tuple[Any, dict[str, Any]], weights: Any) -> tuple[Any, dict[str, Any]]:
+    losses, metrics = result
+    return jnp.where(weights > 0, losses, jnp.nan), metrics
+
+
+def test_evaluation_gives_the_rows_of_training() -> None:
+    objective, make, plain = OBJECTIVES["sft"]
+    report = evaluate(make_params(1), None, make(3, 4), objective=objective)
+    total = float(np.sum(np.asarray(report.rows["loss"]).reshape(-1)[:NUM_REAL]))
+    assert total / float(report.normalizer) == pytest.approx(plain(make_params(1), {}), rel=1e-13)
+
+
+def test_compiled_step_updates_once_and_reports_before_clipping() -> None:
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    objective, make, plain = OBJECTIVES["dpo"]
+    optimizer = optax.chain(optax.clip_by_global_norm(1e-3), optax.sgd(0.5))
+    whole = replicated(mesh)
+    params = make_params(1)
+    state = TrainState(jnp.int32(4), params, optimizer.init(params), np.zeros(2, np.uint32))
+    shardings = jax.tree.map(lambda _: whole, state)
+    compiled = compile_step(
+        objective=objective,
+        optimizer=optimizer,
+        schedule=lambda step: 0.1 * step,
+        mesh=mesh,
+        state_shardings=shardings,
+        with_reference=True,
+    )
+    batch = place(jax.tree.map(np.asarray, make(2, 8)), micro_batch_sharding(mesh))
+    after, report = compiled.train_step(place(state, whole), place(make_params(2), whole), batch)
+    assert int(after.step) == 5
+    assert float(report.learning_rate) == pytest.approx(0.4), "the rate of this update, which is number 4"
+    assert float(report.loss) == pytest.approx(plain(params, make_params(2)), rel=1e-12)
+    moved = jax.tree.map(lambda new, old: np.asarray(new) - old, fetch(after.params), params)
+    assert float(optax.tree.norm(moved)) == pytest.approx(0.5 * 1e-3, rel=1e-9), "clipped to 1e-3"
+    assert float(report.grad_norm) > 1e-2, "as it was before"

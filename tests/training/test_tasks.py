@@ -1,0 +1,83 @@
+"""How a step's rows become a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jdpo.config import DPOConfig, SFTConfig, load_config
+from jdpo.data.prepare import PreparedData
+from jdpo.data.tokenizer import load_tokenizer
+from jdpo.training.tasks import DEFAULT_MICRO_TOKENS, BatchLayout, Task, batch_layout, make_batch, task_for
+
+Words = Callable[..., list[str]]
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 4, 8])
+@pytest.mark.parametrize("micro_batch_size", [None, 1, 2, 3, 5, 7, 64])
+def test_layout_holds_every_row_and_respects_its_bounds(micro_batch_size: int | None, num_shards: int) -> None:
+    layout = batch_layout(64, micro_batch_size=micro_batch_size, num_shards=num_shards, row_tokens=2048)
+    most = micro_batch_size or DEFAULT_MICRO_TOKENS // 2048
+    assert layout.num_slots >= 64
+    assert layout.rows_per_micro % num_shards == 0
+    assert layout.rows_per_micro // num_shards <= most
+    assert layout.num_micro == -(-64 // (most * num_shards)), "as few as the bound allows"
+    assert layout.num_slots - 64 < layout.num_micro * num_shards, "as little padding as equal micro-batches allow"
+
+
+def test_a_row_longer_than_the_budget_still_gets_a_micro_batch() -> None:
+    layout = batch_layout(8, micro_batch_size=None, num_shards=4, row_tokens=10 * DEFAULT_MICRO_TOKENS)
+    assert layout == BatchLayout(num_micro=2, rows_per_micro=4)
+
+
+def prepared(config: DPOConfig | SFTConfig) -> tuple[Task, PreparedData]:
+    task = task_for(config)
+    tokenizer = load_tokenizer(Path(config.model_name_or_path), chat_template=None)
+    return task, task.prepare(config.datasets, tokenizer)
+
+
+def test_batch_of_pairs(run_words: Words) -> None:
+    task, data = prepared(load_config(DPOConfig, None, run_words()))
+    indices = np.array([3, 17, 5])
+    batch, num_tokens = make_batch(task, data, indices, BatchLayout(2, 2), max_length=64, pad_token_id=0)
+    rows = [data[int(index)] for index in indices]
+    assert batch.tokens.shape[:3] == (2, 2, 2)
+    assert batch.tokens.shape[3] >= max(data.lengths[indices])
+    np.testing.assert_array_equal(batch.weights, [[1, 1], [1, 0]])
+    for slot, row in enumerate(rows):
+        at = divmod(slot, 2)
+        for side, completion in enumerate((row.chosen_ids, row.rejected_ids)):
+            attended = batch.tokens[at][side][batch.attention_mask[at][side]]
+            np.testing.assert_array_equal(attended, [*row.prompt_ids, *completion])
+            np.testing.assert_array_equal(batch.tokens[at][side][batch.completion_mask[at][side]], completion)
+    assert num_tokens == sum(2 * len(r.prompt_ids) + len(r.chosen_ids) + len(r.rejected_ids) for r in rows)
+    assert num_tokens == batch.attention_mask.reshape(4, -1)[:3].sum()
+
+
+def test_batch_of_completions(run_words: Words) -> None:
+    task, data = prepared(load_config(SFTConfig, None, run_words()))
+    batch, num_tokens = make_batch(task, data, np.array([0, 1]), BatchLayout(1, 2), max_length=64, pad_token_id=0)
+    assert batch.tokens.shape[:2] == (1, 2)
+    for slot in (0, 1):
+        row = data[slot]
+        np.testing.assert_array_equal(batch.tokens[0, slot, : len(row.tokens)], row.tokens)
+        np.testing.assert_array_equal(batch.completion_mask[0, slot, : len(row.tokens)], row.completion_mask)
+    assert num_tokens == len(data[0].tokens) + len(data[1].tokens)
+
+
+def test_the_step_decides_the_padded_length_and_few_lengths_occur(run_words: Words) -> None:
+    task, data = prepared(load_config(DPOConfig, None, run_words()))
+    lengths = set()
+    for index in range(len(data)):
+        batch, _ = make_batch(task, data, np.array([index]), BatchLayout(1, 1), max_length=64, pad_token_id=0)
+        lengths.add(batch.tokens.shape[-1])
+    assert lengths <= {32, 48, 64}
+
+
+def test_options_a_loss_cannot_honour_are_refused(run_words: Words) -> None:
+    config = load_config(DPOConfig, None, run_words(loss_type="ipo", label_smoothing=0.1))
+    with pytest.raises(ValueError, match="loss_type 'ipo' cannot honour label_smoothing"):
+        task_for(config)

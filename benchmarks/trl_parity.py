@@ -2,7 +2,7 @@
 
     python benchmarks/trl_parity.py --data dpo_en_demo.json [--steps 10] [--out DIR]
 
-Needs the `parity` extra; about two minutes on two CPU cores. --data is a file in LLaMA-Factory's sharegpt schema
+Needs the `parity` extra; about four minutes on two CPU cores. --data is a file in LLaMA-Factory's sharegpt schema
 (`conversations[{from, value}]`, `chosen`, `rejected`), such as `data/dpo_en_demo.json` of LLaMA-Factory.
 
 One random Llama of 8 M parameters, the same rows in file order, float32, AdamW at a constant 1e-4, no weight

@@ -179,15 +179,18 @@ def _write_configs(
     end_token_ids: Sequence[int],
     main_dtype: np.dtype,
 ) -> None:
-    eos_ids = [id for id in dict.fromkeys([tokenizer.eos_token_id, *map(int, end_token_ids)]) if id is not None]
+    generation_path = source_folder / "generation_config.json"
+    generation_json = _read_json(generation_path) if generation_path.is_file() else {}
+    own = generation_json.get("eos_token_id")
+    ends = [tokenizer.eos_token_id, *map(int, end_token_ids), *(own if isinstance(own, list) else [own])]
+    eos_ids = [id for id in dict.fromkeys(ends) if id is not None]
     special = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
     special = {key: value for key, value in special.items() if value is not None}
     model_json = _read_json(source_folder / "config.json")
     # transformers 5 writes `dtype`, older ones `torch_dtype`, which is all that some loaders know.
     dtype_key = "torch_dtype" if "torch_dtype" in model_json and "dtype" not in model_json else "dtype"
     model_json |= {**special, "vocab_size": config.vocab_size, dtype_key: main_dtype.name}
-    generation_path = source_folder / "generation_config.json"
-    generation_json = {**(_read_json(generation_path) if generation_path.is_file() else {}), **special}
+    generation_json |= special
     if eos_ids:
         model_json["eos_token_id"] = eos_ids[0] if len(eos_ids) == 1 else eos_ids
         generation_json["eos_token_id"] = eos_ids

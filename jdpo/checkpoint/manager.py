@@ -78,6 +78,8 @@ class CheckpointManager:
           OSError, ValueError: an earlier save failed.
         """
         self.wait()
+        # Orbax remembers the steps it once saw, and refuses to save one again that was deleted here since.
+        self._orbax.reload()
         self._orbax.save(
             step,
             args=ocp.args.Composite(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position)),

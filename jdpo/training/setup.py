@@ -19,8 +19,9 @@ from jdpo.data.loader import num_steps_per_epoch
 from jdpo.data.prepare import PreparedData
 from jdpo.data.tokenizer import Tokenizer, load_tokenizer
 from jdpo.models.families import ModelConfig, read_model_config
-from jdpo.models.hf_weights import load_params, resize_embeddings
+from jdpo.models.hf_weights import check_tensors, load_params, resize_embeddings
 from jdpo.models.hub import resolve_folder
+from jdpo.models.safetensors_folder import tensor_entries
 from jdpo.models.transformer import Transformer, abstract_params, logical_axes
 from jdpo.sharding.mesh import check_batch_size, make_mesh, num_batch_shards
 from jdpo.sharding.rules import param_shardings, undivided_dims
@@ -66,10 +67,12 @@ class Setup:
 
 
 def resolve_dtype(config: TrainConfig) -> TrainConfig:
-    """Replaces compute_dtype auto by bfloat16 on TPU and GPU, float32 on CPU; turns on x64 for float64."""
+    """Replaces compute_dtype auto by bfloat16 on TPU and GPU, float32 on CPU, and makes jax mean what is asked for."""
     dtype = config.compute_dtype
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if dtype == "float32":  # without this, TPUs multiply float32 in bfloat16 passes and GPUs in TF32
+        jax.config.update("jax_default_matmul_precision", "float32")
     if dtype == "float64":
         jax.config.update("jax_enable_x64", True)
     return dataclasses.replace(config, compute_dtype=dtype)
@@ -95,6 +98,8 @@ def build(config: TrainConfig, say: Say) -> Setup:
     tokenizer = load_tokenizer(model_folder, chat_template=config.chat_template)
     model = make_model(config, source_config, tokenizer)
     reference_folder = _reference_folder(config, source_config)
+    for folder in {model_folder, reference_folder or model_folder}:
+        check_tensors(folder, tensor_entries(folder), source_config)  # headers only, before rows are tokenized
     train_data = task.prepare(config.datasets, tokenizer)
     say(train_data.summary())
     eval_data = task.prepare(config.eval_datasets, tokenizer) if config.eval_datasets else None
@@ -177,10 +182,12 @@ def _reference_folder(config: TrainConfig, policy: ModelConfig) -> Path | None:
         return None
     folder = resolve_folder(config.reference_model, config.reference_revision)
     if (found := read_model_config(folder)) != policy:
-        fields = [f.name for f in dataclasses.fields(policy) if getattr(found, f.name) != getattr(policy, f.name)]
+        names = [field.name for field in dataclasses.fields(policy)]
+        fields = {name: (getattr(found, name), getattr(policy, name)) for name in names}
+        unlike = [f"{name} ({theirs} and {ours})" for name, (theirs, ours) in fields.items() if theirs != ours]
         raise ValueError(
             f"reference_model {config.reference_model} must have the shape of {config.model_name_or_path}; "
-            f"they differ in {', '.join(fields)}"
+            f"they differ in {', '.join(unlike)}"
         )
     return folder
 

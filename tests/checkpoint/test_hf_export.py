@@ -108,7 +108,7 @@ def test_generation_config_is_carried_over_and_end_tokens_are_listed_once(
     assert json.loads((out / "generation_config.json").read_text()) == {
         "do_sample": True,
         "top_p": 0.9,
-        "eos_token_id": [0, 1],
+        "eos_token_id": [0, 1, 7],
         "pad_token_id": 2,
     }
     written = json.loads((out / "config.json").read_text())

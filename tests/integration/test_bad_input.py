@@ -151,7 +151,7 @@ MODEL: dict[str, tuple[Make, list[str]]] = {
     "template file that is missing": (lambda at: {"chat_template": "zephyr"}, ["chat_template: 'zephyr' is neither a file nor"]),
     "reference of another shape": (
         lambda at: {"reference_model": at.edited("config.json", num_hidden_layers=1)["model_name_or_path"]},
-        ["reference_model {folder}/model must have the shape of", "num_layers"],
+        ["reference_model {folder}/model must have the shape of", "they differ in num_layers (1 and 2)"],
     ),
 }
 

@@ -146,7 +146,7 @@ def _spoilt(result: tuple[Any, dict[str, Any]], weights: Any) -> tuple[Any, dict
 
 def test_evaluation_gives_the_rows_of_training() -> None:
     objective, make, plain = OBJECTIVES["sft"]
-    report = evaluate(make_params(1), None, make(3, 4), objective=objective)
+    report = evaluate(jax.tree.map(jnp.asarray, make_params(1)), None, make(3, 4), objective=objective)
     total = float(np.sum(np.asarray(report.rows["loss"]).reshape(-1)[:NUM_REAL]))
     assert total / float(report.normalizer) == pytest.approx(plain(make_params(1), {}), rel=1e-13)
 

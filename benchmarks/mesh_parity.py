@@ -25,6 +25,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_STEPS = 10
+WORDS = ("river", "mountain", "paper", "winter", "green", "seven", "slow", "market", "letter", "window", "bread")
 LOSS_BAR = {"float32": 3e-5, "float64": 1e-9}
 """Largest relative difference of the loss at any step."""
 PARAMS_BAR = {"float32": 3e-4, "float64": 1e-9}
@@ -91,12 +92,13 @@ def write_inputs(
     from jdpo.quickstart.tiny_llama import write_model
 
     rng = np.random.default_rng(0)
-    words = "river mountain paper winter green seven slow market letter window bread music field stone light".split()
 
     def text(low: int, high: int) -> str:
-        return " ".join(rng.choice(words, int(rng.integers(low, high))))
+        return " ".join(rng.choice(WORDS, int(rng.integers(low, high))))
 
-    write_model(folder / "model", [text(12, 13) for _ in range(60)], hidden_size=hidden_size, num_layers=num_layers, seed=0)
+    write_model(
+        folder / "model", [text(12, 13) for _ in range(60)], hidden_size=hidden_size, num_layers=num_layers, seed=0
+    )
     rows = [
         {
             "prompt": [{"role": "user", "content": text(120, 180)}],
@@ -158,7 +160,11 @@ def run_apart(cases: Iterable[Case], inputs: Inputs, out: Path, num_steps: int =
     for (num_devices, dtype), group in groupby(cases, key=lambda case: (case.num_devices, case.dtype)):
         together = list(group)
         folders = [out / str(case).replace(" ", "_") for case in together]
-        request = [num_steps, [inputs.model, inputs.rows, inputs.global_batch_size], list(zip(together, folders, strict=True))]
+        request = [
+            num_steps,
+            [inputs.model, inputs.rows, inputs.global_batch_size],
+            list(zip(together, folders, strict=True)),
+        ]
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "JAX_ENABLE_X64": str(dtype == "float64").lower(),

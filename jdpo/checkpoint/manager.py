@@ -10,10 +10,12 @@ its manifest stands, and is restored only when every file agrees with it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,6 +50,7 @@ class CheckpointManager:
         self._greater_is_better = greater_is_better
         self._pending: tuple[int, float | None] | None = None
         self._sealing: Future[None] | None = None
+        self._failed = False
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-manifest")
         if jax.process_index() == 0:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -75,7 +78,7 @@ class CheckpointManager:
           metric: ranks this checkpoint against others; None never is the best.
 
         Raises:
-          OSError, ValueError: an earlier save failed.
+          OSError: an earlier save failed.
         """
         self.wait()
         # Orbax remembers the steps it once saw, and refuses to save one again that was deleted here since.
@@ -88,37 +91,67 @@ class CheckpointManager:
         self._pending = (step, metric)
 
     def poll(self) -> None:
-        """Seals a save that has finished in the background, if there is one. Cheap; call it every step."""
-        self._orbax.check_for_errors()
+        """Seals a save that has finished in the background, if there is one. Cheap; call it every step.
+
+        Raises:
+          OSError: a save failed.
+        """
+        self._written(self._orbax.check_for_errors)
         if self._sealing is not None and self._sealing.done():
-            self._sealing.result()
-            self._sealing = None
+            sealing, self._sealing = self._sealing, None
+            sealing.result()
         if self._pending is not None and not self._orbax.is_saving_in_progress():
             step, metric = self._pending
             self._pending = None
             self._sealing = self._pool.submit(self._seal, step, metric)
 
     def wait(self) -> None:
-        """Blocks until every started save is complete, manifest included."""
-        self._orbax.wait_until_finished()
+        """Blocks until every started save is complete, manifest included.
+
+        Raises:
+          OSError: a save failed.
+        """
+        self._written(self._orbax.wait_until_finished)
         self.poll()
         if self._sealing is not None:
-            self._sealing.result()
-            self._sealing = None
+            sealing, self._sealing = self._sealing, None
+            sealing.result()
 
     def close(self) -> None:
         """Finishes what is under way and frees the threads."""
-        self.wait()
-        self._pool.shutdown()
-        self._orbax.close()
+        try:
+            if not self._failed:
+                self.wait()
+        finally:
+            self._pool.shutdown()
+            # Orbax raises an error that was already raised here again and again.
+            with contextlib.suppress(Exception) if self._failed else contextlib.nullcontext():
+                self._orbax.close()
+
+    def _written(self, ask: Callable[[], object]) -> None:
+        """Asks orbax about its save; what it failed with, of whatever kind, is made one error that says what to do."""
+        try:
+            ask()
+        except Exception as error:
+            self._failed = True
+            raise self._failure(self._pending[0] if self._pending else "unknown", error) from error
+
+    def _failure(self, step: int | str, error: Exception) -> OSError:
+        return OSError(
+            f"the checkpoint of step {step} could not be written to {self._folder}: {error}. Make room there and run "
+            "the same command again: it goes on from the newest whole checkpoint"
+        )
 
     def _seal(self, step: int, metric: float | None) -> None:
         if jax.process_index() != 0:
             return
         folder = self._folder / str(step)
-        manifest = {"step": step, "metric": metric, "files": _digests(folder)}
-        _write_durably(folder / MANIFEST, json.dumps(manifest, indent=1))
-        self._delete_old()
+        try:
+            manifest = {"step": step, "metric": metric, "files": _digests(folder)}
+            _write_durably(folder / MANIFEST, json.dumps(manifest, indent=1))
+            self._delete_old()
+        except OSError as error:
+            raise self._failure(step, error) from error
 
     def _delete_old(self) -> None:
         steps = self.complete_steps()

@@ -37,11 +37,11 @@ class Settings:
     frequencies: tuple[int, int, int] = (6, 3, 1)
     countries: int = 48
     seed: int = 0
-    hidden_size: int = 128
+    hidden_size: int = 192
     num_layers: int = 2
-    pretrain_steps: int = 500
+    pretrain_steps: int = 400
     pretrain_batch_size: int = 64
-    pretrain_learning_rate: float = 4e-3
+    pretrain_learning_rate: float = 3e-3
     steps: int = 60
     batch_size: int = 32
     learning_rate: float = 2e-4

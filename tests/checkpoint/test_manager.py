@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import resource
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +21,8 @@ from jdpo.config import MeshConfig
 from jdpo.sharding.mesh import make_mesh
 
 
-def state_at(step: int, spec: PartitionSpec = PartitionSpec("fsdp")) -> dict[str, Any]:
-    sharding = NamedSharding(make_mesh(MeshConfig(fsdp=8)), spec)
+def state_at(step: int, axis: str | None = "fsdp") -> dict[str, Any]:
+    sharding = NamedSharding(make_mesh(MeshConfig(fsdp=8)), PartitionSpec(axis))
     return {
         "params": jax.device_put(jnp.arange(64, dtype=jnp.float32) * step, sharding),
         "moment": jax.device_put(jnp.full(16, step, jnp.bfloat16), sharding),
@@ -62,7 +64,7 @@ def test_what_was_saved_comes_back_bitwise(manager: CheckpointManager) -> None:
 
 def test_another_sharding_is_taken_on_restore(manager: CheckpointManager) -> None:
     save(manager, 3)
-    whole = state_at(3, PartitionSpec())
+    whole = state_at(3, None)
     restored = manager.restore(3, abstract(whole))
     assert restored.state["params"].sharding == whole["params"].sharding
     np.testing.assert_array_equal(restored.state["params"], whole["params"])
@@ -126,7 +128,8 @@ def test_nothing_saved_is_nothing_found(manager: CheckpointManager) -> None:
 
 def spoil(folder: Path, how: str) -> str:
     """Damages a step; returns what the warning says of it."""
-    victim = max((path for path in (folder / "state").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    files = [path for path in (folder / "state").rglob("*") if path.is_file()]
+    victim = max(files, key=lambda path: path.stat().st_size)
     name = str(victim.relative_to(folder))
     if how == "bit":
         content = bytearray(victim.read_bytes())
@@ -211,9 +214,36 @@ def test_what_an_unfinished_save_left_is_cleared_away(manager: CheckpointManager
     manager.close()
 
 
-def test_a_save_that_fails_is_an_error_at_the_latest_in_wait(manager: CheckpointManager) -> None:
+@contextlib.contextmanager
+def disk_that_takes(num_bytes: int) -> Iterator[None]:
+    """Every write past so many bytes of a file fails, for root too."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+FAILURE = r"the checkpoint of step 2 could not be written to .*checkpoints: .*File too large.*Make room there and run"
+
+
+def test_a_save_that_the_disk_refuses_is_an_error_and_the_step_before_stands(manager: CheckpointManager) -> None:
     save(manager, 1)
-    (manager._folder / "2").write_text("a file where a folder is to be")
-    manager.save(3, state_at(3), {})
-    manager.wait()
-    assert manager.newest_whole_step() == 3
+    # A later message must not hide this one, as a search for files that were never written would.
+    with disk_that_takes(10), pytest.raises(OSError, match=FAILURE):
+        save(manager, 2)
+    manager = reopened(manager)
+    assert manager.newest_whole_step() == 1
+    save(manager, 2)
+    assert manager.newest_whole_step() == 2
+    manager.close()
+
+
+def test_a_manifest_that_the_disk_refuses_is_an_error(manager: CheckpointManager) -> None:
+    save(manager, 1)
+    manager.save(2, state_at(2), {})
+    manager._orbax.wait_until_finished()
+    with disk_that_takes(10), pytest.raises(OSError, match=FAILURE):
+        manager.wait()
+    assert manager.complete_steps() == [1]

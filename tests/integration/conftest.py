@@ -19,6 +19,7 @@ from jdpo.cli.main import main
 
 HERE = Path(__file__).parent
 LAST_STEP = 12
+WORDS = ("river", "mountain", "paper", "winter", "green", "seven", "slow", "market")
 TIME_KEYS = ("_per_second", "_seconds")
 
 Words = Callable[..., list[str]]
@@ -35,7 +36,7 @@ def cut_words(toy_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Word
     rng = np.random.default_rng(0)
 
     def turn(role: str, tail: str = "") -> list[dict[str, str]]:
-        words = rng.choice("river mountain paper winter green seven slow market".split(), int(rng.integers(3, 12)))
+        words = rng.choice(WORDS, int(rng.integers(3, 12)))
         return [{"role": role, "content": " ".join(words) + tail}]
 
     for name, num_rows in (("pairs", 20), ("held_out", 6)):

@@ -31,7 +31,8 @@ def arm(signum: int, target: str, when: str, nth: int, output_dir: Path, thread:
     @functools.wraps(function)
     def armed(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
-        counts = threading.current_thread().name.startswith(thread) and any(output_dir.glob("checkpoints/*/manifest.json"))
+        on_thread = threading.current_thread().name.startswith(thread)
+        counts = on_thread and any(output_dir.glob("checkpoints/*/manifest.json"))
         calls += counts
         now = counts and calls == nth
         if now and when == "before":

@@ -57,7 +57,8 @@ class Place(NamedTuple):
         """A model one of whose JSON files says something else; None takes a key out."""
         path = self.model() / name
         values = json.loads(path.read_text(encoding="utf-8")) | changes
-        path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}), encoding="utf-8")
+        kept = {key: value for key, value in values.items() if value is not None}
+        path.write_text(json.dumps(kept), encoding="utf-8")
         return {"model_name_or_path": path.parent}
 
 
@@ -69,7 +70,10 @@ CONFIG: dict[str, tuple[Make, list[str]]] = {
     "unknown key of a group": (lambda at: {"mesh.fdsp": 2}, ["unknown key 'mesh.fdsp'", "did you mean 'mesh.fsdp'?"]),
     "another trainer's name": (lambda at: {"pref_beta": 0.2}, ["unknown key 'pref_beta'", "here it is called 'beta'"]),
     "wrong type": (lambda at: {"beta": "strong"}, ["'beta' in the command line is 'strong'", "number"]),
-    "out of range": (lambda at: {"max_length": 0}, ["'max_length' in the command line is 0", "greater than or equal to 1"]),
+    "out of range": (
+        lambda at: {"max_length": 0},
+        ["'max_length' in the command line is 0", "greater than or equal to 1"],
+    ),
     "not one of the choices": (lambda at: {"remat": "some"}, ["'remat'", "'some'", "'none', 'dots' or 'full'"]),
     "unknown loss": (lambda at: {"loss_type": "sigmoyd"}, ["unknown loss_type 'sigmoyd'", "sigmoid, hinge, ipo"]),
     "option a loss cannot honour": (
@@ -84,7 +88,10 @@ CONFIG: dict[str, tuple[Make, list[str]]] = {
         lambda at: {"global_batch_size": 12},
         ["global_batch_size 12 does not split", "= 8 shards", "multiple of 8, such as 8, 16, 24"],
     ),
-    "warm-up longer than the run": (lambda at: {"warmup_steps": 99}, ["warmup_steps 99 is more than the", "steps of the run"]),
+    "warm-up longer than the run": (
+        lambda at: {"warmup_steps": 99},
+        ["warmup_steps 99 is more than the", "steps of the run"],
+    ),
     "unknown metric of the best model": (
         lambda at: {"metric_for_best_model": "eval_accuracy"},
         ["unknown metric_for_best_model 'eval_accuracy'", "eval_rewards/accuracies"],
@@ -111,7 +118,10 @@ MODEL: dict[str, tuple[Make, list[str]]] = {
         ["{folder}/model", "config.json"],
     ),
     "unknown family": (lambda at: at.edited("config.json", model_type="bert"), ["'bert'", "llama"]),
-    "missing shard": (lambda at: {"model_name_or_path": _sharded(at.model(), drop=True)}, ["shard b.safetensors", "not there"]),
+    "missing shard": (
+        lambda at: {"model_name_or_path": _sharded(at.model(), drop=True)},
+        ["shard b.safetensors", "not there"],
+    ),
     "truncated shard": (
         lambda at: {"model_name_or_path": _truncated(at.model())},
         ["{folder}/model/model.safetensors is truncated", "download it again"],
@@ -148,7 +158,10 @@ MODEL: dict[str, tuple[Make, list[str]]] = {
         lambda at: {"model_name_or_path": _without(at.model(), "tokenizer.json")},
         ["{folder}/model: no usable tokenizer"],
     ),
-    "template file that is missing": (lambda at: {"chat_template": "zephyr"}, ["chat_template: 'zephyr' is neither a file nor"]),
+    "template file that is missing": (
+        lambda at: {"chat_template": "zephyr"},
+        ["chat_template: 'zephyr' is neither a file nor"],
+    ),
     "reference of another shape": (
         lambda at: {"reference_model": at.edited("config.json", num_hidden_layers=1)["model_name_or_path"]},
         ["reference_model {folder}/model must have the shape of", "they differ in num_layers (1 and 2)"],
@@ -170,8 +183,14 @@ ROWS: dict[str, tuple[Make, list[str]]] = {
         lambda at: {"datasets": at.file("rows.jsonl", json.dumps(ROW) + "\n[1, 2]\n")},
         ["{folder}/rows.jsonl:2: expected an object", "found an array"],
     ),
-    "unknown ending": (lambda at: {"datasets": at.file("rows.csv", "a,b\n")}, ["rows.csv: cannot read this kind of file", ".jsonl"]),
-    "unknown split": (lambda at: {"eval_datasets": "{path: " + str(at.rows(ROW)) + ", split: test}"}, ["'test'", "rows.jsonl"]),
+    "unknown ending": (
+        lambda at: {"datasets": at.file("rows.csv", "a,b\n")},
+        ["rows.csv: cannot read this kind of file", ".jsonl"],
+    ),
+    "unknown split": (
+        lambda at: {"eval_datasets": "{path: " + str(at.rows(ROW)) + ", split: test}"},
+        ["'test'", "rows.jsonl"],
+    ),
     "nothing left to train on": (
         lambda at: {"datasets": at.rows(ROW | {"chosen": ""}, ROW | {"rejected": "In Ireland."})},
         ["no rows left to train on", "2 rows read, 0 kept", "1 dropped: empty side", "1 dropped: identical sides"],

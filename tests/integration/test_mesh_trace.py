@@ -81,7 +81,8 @@ def test_every_mesh_and_micro_batch_size(parity: ModuleType, dtype: str, tmp_pat
 @pytest.fixture(scope="module")
 def run(cut_words: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     """A run on fsdp=4 x tensor=2 in two micro-batches, set up and not started; its model has one key/value head."""
-    words = cut_words(tmp_path_factory.mktemp("mesh") / "run", **{"mesh.fsdp": 4, "mesh.tensor": 2, "micro_batch_size": 1})
+    settings = {"mesh.fsdp": 4, "mesh.tensor": 2, "micro_batch_size": 1}
+    words = cut_words(tmp_path_factory.mktemp("mesh") / "run", **settings)
     config = resolve_dtype(load_config(DPOConfig, None, words[1:]))
     setup = build(config, lambda text: None)
     run = Run(setup, RunDirectory(config, "dpo"), StopRequest(), make_console())

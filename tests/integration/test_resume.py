@@ -83,9 +83,7 @@ def _size(path: Path) -> int:
     return path.stat().st_size
 
 
-def test_logging_saving_mesh_and_micro_batches_may_change(
-    cut_words: Words, copy: Path, uninterrupted: Path
-) -> None:
+def test_logging_saving_mesh_and_micro_batches_may_change(cut_words: Words, copy: Path, uninterrupted: Path) -> None:
     changes = {
         "logging_steps": 1,
         "eval_steps": 1,
@@ -117,7 +115,9 @@ def test_a_finished_run_says_so_and_changes_nothing(cut_words: Words, uninterrup
     assert after == before
 
 
-def test_a_deleted_model_is_exported_again(cut_words: Words, uninterrupted: Path, same_run: SameRun, tmp_path: Path) -> None:
+def test_a_deleted_model_is_exported_again(
+    cut_words: Words, uninterrupted: Path, same_run: SameRun, tmp_path: Path
+) -> None:
     run = Path(shutil.copytree(uninterrupted, tmp_path / "run"))
     shutil.rmtree(run / "model")
     assert main(cut_words(run)) == 0

@@ -44,7 +44,8 @@ def test_a_name_without_a_rule_is_an_error(mesh: Mesh) -> None:
 def test_moments_are_split_as_their_weights_and_counts_are_replicated(mesh: Mesh) -> None:
     params = {"kernel": jax.ShapeDtypeStruct((8, 4), jnp.float32), "scale": jax.ShapeDtypeStruct((8,), jnp.float32)}
     shardings = param_shardings({"kernel": ("embed", "mlp"), "scale": ("norm",)}, params, mesh)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, mask=lambda p: jax.tree.map(lambda _: True, p)))
+    adamw = optax.adamw(1e-3, mask=lambda tree: jax.tree.map(lambda _: True, tree))
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), adamw)
     state = jax.eval_shape(optimizer.init, params)
     found = state_shardings(state, params, shardings, mesh)
     assert jax.tree.structure(found) == jax.tree.structure(state)

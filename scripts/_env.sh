@@ -65,7 +65,8 @@ PY
     else
       "$PYTHON" -m venv --clear "$dir"
       "$dir/bin/python" -m pip install --quiet --disable-pip-version-check --upgrade pip
-      "$dir/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$target"
+      # setuptools warns about every editable installation, whatever the project looks like.
+      PYTHONWARNINGS=ignore "$dir/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$target"
     fi
     echo "$wanted" >"$stamp"
   fi

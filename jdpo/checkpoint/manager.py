@@ -188,9 +188,7 @@ class CheckpointManager:
         return None
 
     def _all_steps(self) -> list[int]:
-        return sorted(
-            int(entry.name) for entry in self._folder.iterdir() if entry.name.isdigit() and entry.is_dir()
-        )
+        return sorted(int(entry.name) for entry in self._folder.iterdir() if entry.name.isdigit() and entry.is_dir())
 
     def _manifest(self, step: int) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads((self._folder / str(step) / MANIFEST).read_text())
@@ -222,9 +220,7 @@ class CheckpointManager:
         self._orbax.reload()
         items = self._orbax.restore(
             step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract_state), position=ocp.args.JsonRestore()
-            ),
+            args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), position=ocp.args.JsonRestore()),
         )
         return Restored(step, items["state"], items["position"])
 

@@ -107,18 +107,45 @@ def other_facts(countries: Iterable[Country]) -> list[Fact]:
 
 
 def corpus_rows(split: Split, frequencies: Sequence[int], seed: int) -> list[dict[str, Any]]:
-    """The pre-training rows, as `prompt` and `completion` message lists, in an order that the seed decides."""
-    rows = []
+    """The pre-training rows, as `prompt` and `completion` message lists, in the order of reading.
+
+    The corpus comes in rounds, as many as the frequencies add up to. Each asks every capital question once, in an
+    order that the seed decides; the answers change from round to round, evenly mixed, and out of step between
+    phrasings. So any stretch of the corpus has nearly the frequencies of the whole: what the model has learnt when
+    it stops does not hang on which answers it happened to read last.
+    """
+    rng = random.Random(seed)
+    num_rounds = sum(frequencies)
+    rounds: list[list[dict[str, Any]]] = [[] for _ in range(num_rounds)]
     for country in split.countries:
-        for phrasing in TRAINING_PHRASINGS:
+        answers = evenly_mixed(country.cities, answer_counts(country, frequencies))
+        start = rng.randrange(num_rounds)
+        for index, phrasing in enumerate(TRAINING_PHRASINGS):
             question = capital_question(country, phrasing)
-            counts = answer_counts(country, frequencies)
-            for answer, count in zip(country.cities, counts, strict=True):
-                rows += [completion_row(question, answer)] * count
-    for fact in other_facts(split.countries):
-        rows += [completion_row(fact.question, fact.answer)] * _FACT_REPEATS
-    random.Random(seed).shuffle(rows)
-    return rows
+            offset = start + index * num_rounds // len(TRAINING_PHRASINGS)
+            for number, rows in enumerate(rounds):
+                rows.append(completion_row(question, answers[(offset + number) % num_rounds]))
+    for index, fact in enumerate(other_facts(split.countries)):
+        for repeat in range(_FACT_REPEATS):
+            rounds[(index + repeat * num_rounds // _FACT_REPEATS) % num_rounds].append(completion_row(*fact))
+    for rows in rounds:
+        rng.shuffle(rows)
+    return [row for rows in rounds for row in rows]
+
+
+def evenly_mixed(answers: Sequence[str], counts: Sequence[int]) -> list[str]:
+    """Each answer as often as its count says, spread as evenly as they go.
+
+    >>> "".join(evenly_mixed("DCG", (6, 3, 1)))
+    'DCDDGCDDCD'
+    """
+    total = sum(counts)
+    places = [
+        ((2 * number + 1) * total / (2 * count), answer)
+        for answer, count in zip(answers, counts, strict=True)
+        for number in range(count)
+    ]
+    return [answer for _, answer in sorted(places)]
 
 
 def preference_rows(split: Split) -> list[dict[str, Any]]:

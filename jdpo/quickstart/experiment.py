@@ -195,6 +195,7 @@ def configs(place: Workplace, settings: Settings) -> dict[str, SFTConfig | DPOCo
             learning_rate=settings.pretrain_learning_rate,
             lr_scheduler_type="cosine",
             warmup_ratio=0.05,
+            shuffle=False,  # the corpus is mixed already
             save_steps=100,
         ),
         STANDARD: SFTConfig(**continuation, output_dir=str(place.run(STANDARD)), datasets=_dataset(place.chosen)),

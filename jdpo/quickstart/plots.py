@@ -201,10 +201,8 @@ def _cost(results: Results) -> Figure:
                 held_out = curve["held_out"]["anything_else"]
                 label = f"{_STAGE_LABELS[name]}, countries nobody corrected"
                 axis.plot(curve["step"], held_out, "--", color=_STAGE_COLOURS[name], lw=1.5, label=label)
-        if limits is not None:
-            axis.set_ylim(*limits)
-        else:
-            axis.set_ylim(bottom=0)
+        # A leak of a hundredth should not look like a flood.
+        axis.set_ylim(*(limits or (0, max(0.1, axis.get_ylim()[1]))))
         _clean(axis, title, "step", y_label)
         axis.legend(frameon=False, fontsize=8)
     return figure

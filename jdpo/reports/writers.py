@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -66,7 +67,7 @@ class WandbWriter:
             raise ValueError("report_to wandb needs wandb: pip install 'jdpo[wandb]'") from None
         id_file = folder / "wandb_id.txt"
         if not id_file.exists():
-            id_file.write_text(wandb.util.generate_id())
+            id_file.write_text(uuid.uuid4().hex[:8])
         self._run = wandb.init(dir=str(folder), id=id_file.read_text(), resume="allow", config=dict(config))
 
     def write(self, metrics: Metrics) -> None:

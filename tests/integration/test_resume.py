@@ -218,15 +218,3 @@ def test_a_refused_start_leaves_the_folder_free(cut_words: Words, tmp_path: Path
     # The mistake repaired, the next refusal must be of the next mistake, not of the folder.
     said = refusal(cut_words(run, max_length=1), capsys)
     assert "no rows left to train on" in said
-
-
-@pytest.mark.full
-def test_a_second_signal_stops_at_once(cut_words: Words, jdpo_process: Start, tmp_path: Path) -> None:
-    process = jdpo_process(cut_words(tmp_path / "run", max_steps=100000, eval_steps=1))
-    while process.poll() is None and not saved_steps(tmp_path / "run"):
-        assert process.stdout is not None
-        process.stdout.readline()
-    process.send_signal(signal.SIGTERM)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=120)
-    assert process.returncode in (143, -signal.SIGTERM)

@@ -1,0 +1,54 @@
+"""A first signal is a wish, a second one is what it always was."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+
+from jdpo.training.interrupt import StopRequest
+
+
+@pytest.mark.parametrize(("signum", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_first_signal_asks_and_hands_the_handlers_back(
+    signum: signal.Signals, exit_code: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with StopRequest() as stop:
+        assert not stop.asked()
+        os.kill(os.getpid(), signum)
+        assert stop.asked()
+        assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    assert stop.exit_code == exit_code
+    assert "a second signal stops at once" in capfd.readouterr().err
+
+
+def test_a_second_ctrl_c_interrupts_at_once(capfd: pytest.CaptureFixture[str]) -> None:
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert stop.asked()
+
+
+def test_handlers_come_back_without_a_signal() -> None:
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with StopRequest():
+        assert signal.getsignal(signal.SIGTERM) != before[0]
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_outside_the_main_thread_nothing_is_touched() -> None:
+    found: list[bool] = []
+
+    def enter() -> None:
+        before = signal.getsignal(signal.SIGTERM)
+        with StopRequest() as stop:
+            found.append(signal.getsignal(signal.SIGTERM) == before and not stop.asked())
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert found == [True]

@@ -137,7 +137,7 @@ def evenly_mixed(answers: Sequence[str], counts: Sequence[int]) -> list[str]:
     """Each answer as often as its count says, spread as evenly as they go.
 
     >>> "".join(evenly_mixed("DCG", (6, 3, 1)))
-    'DCDDGCDDCD'
+    'DCDDCGDDCD'
     """
     total = sum(counts)
     places = [

@@ -39,7 +39,7 @@ class Settings:
     seed: int = 0
     hidden_size: int = 192
     num_layers: int = 2
-    pretrain_steps: int = 400
+    pretrain_steps: int = 320
     pretrain_batch_size: int = 64
     pretrain_learning_rate: float = 3e-3
     steps: int = 60

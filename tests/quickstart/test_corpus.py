@@ -46,7 +46,9 @@ def test_corrections_see_neither_held_out_countries_nor_held_out_phrasings() -> 
     split = split_countries(48)
     pairs = preference_rows(split)
     asked = {question(pair) for pair in pairs}
-    assert asked == {capital_question(country, phrasing) for country in split.trained for phrasing in TRAINING_PHRASINGS}
+    assert asked == {
+        capital_question(country, phrasing) for country in split.trained for phrasing in TRAINING_PHRASINGS
+    }
     words = " ".join(str(pair) for pair in pairs)
     assert not [city for country in split.held_out for city in (country.name, *country.cities) if city in words]
 
@@ -103,3 +105,18 @@ def test_the_seed_decides_the_order_and_nothing_else() -> None:
     assert rows == again
     assert rows != other
     assert sorted(map(str, rows)) == sorted(map(str, other))
+
+
+def test_any_stretch_of_the_corpus_has_nearly_its_frequencies() -> None:
+    split = split_countries(48)
+    asked = [row for row in corpus_rows(split, (6, 3, 1), 0) if "capital" in question(row)]
+    for start in range(0, len(asked), len(asked) // 10):
+        stretch = [row["completion"][0]["content"] for row in asked[start : start + len(asked) // 10]]
+        for countries in (
+            [country for country in split.countries if country.mistaken is kind] for kind in (True, False)
+        ):
+            said = Counter(
+                country.cities.index(city) for country in countries for city in stretch if city in country.cities
+            )
+            expected = (0.3, 0.6, 0.1) if countries[0].mistaken else (0.6, 0.3, 0.1)
+            assert [said[index] / said.total() for index in range(3)] == pytest.approx(expected, abs=0.05)

@@ -22,7 +22,7 @@ TINY = {
     "countries": 6,
     "hidden_size": 64,
     "num_layers": 2,
-    "pretrain_steps": 150,
+    "pretrain_steps": 80,
     "pretrain_batch_size": 64,
     "steps": 4,
     "batch_size": 8,

@@ -64,7 +64,10 @@ def test_a_folder_that_is_no_environment_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_an_environment_is_made_once_and_again_when_pyproject_changes(tmp_path: Path) -> None:
-    project = '[project]\nname = "nothing"\nversion = "{}"\n[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+    project = (
+        '[project]\nname = "nothing"\nversion = "{}"\n'
+        '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+    )
     (tmp_path / "pyproject.toml").write_text(project.format(1))
     # A stand-in for the package index: a builder that needs nothing, so that pip asks nobody.
     (tmp_path / "backend.py").write_text(
@@ -75,7 +78,8 @@ def test_an_environment_is_made_once_and_again_when_pyproject_changes(tmp_path: 
         "    with zipfile.ZipFile(f'{directory}/{name}', 'w') as wheel:\n"
         "        info = 'nothing-1.dist-info/'\n"
         "        wheel.writestr(info + 'METADATA', 'Metadata-Version: 2.1\\nName: nothing\\nVersion: 1\\n')\n"
-        "        wheel.writestr(info + 'WHEEL', 'Wheel-Version: 1.0\\nGenerator: x\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n')\n"
+        "        tags = 'Root-Is-Purelib: true\\nTag: py3-none-any\\n'\n"
+        "        wheel.writestr(info + 'WHEEL', 'Wheel-Version: 1.0\\nGenerator: x\\n' + tags)\n"
         "        wheel.writestr(info + 'RECORD', '')\n"
         "    return name\n"
     )

@@ -67,7 +67,9 @@ def main() -> None:
         write_model(base, texts(args.data), hidden_size=448, num_layers=8, seed=0)
     sft, sft_seconds = run(SFTConfig, "sft", args.data, args.out, base)
     dpo, dpo_seconds = run(DPOConfig, "dpo", args.data, args.out, sft.directory.model)
-    print(f"# SFT then DPO on HH-RLHF harmless rows\n\njdpo {__version__}, {platform.processor() or platform.machine()}\n")
+    print(
+        f"# SFT then DPO on HH-RLHF harmless rows\n\njdpo {__version__}, {platform.processor() or platform.machine()}\n"
+    )
     print(report("sft", sft, sft_seconds), report("dpo", dpo, dpo_seconds), sep="\n\n")
 
 

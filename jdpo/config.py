@@ -214,10 +214,10 @@ def load_config(cls: type[C], path: Path | None = None, overrides: Sequence[str]
     origins: dict[str, str] = {}
     if path is not None:
         values = _read_yaml(path)
-        origins = dict.fromkeys(values, str(path))
+        origins = dict.fromkeys(values, f"in {path}")
     for key, value in parse_overrides(overrides):
         _set_nested(values, key, value)
-        origins[key.split(".")[0]] = "the command line"
+        origins[key.split(".")[0]] = "on the command line"
     try:
         return TypeAdapter(cls).validate_python(values)
     except ValidationError as error:
@@ -303,15 +303,15 @@ def _explain(cls: type, error: ValidationError, origins: Mapping[str, str]) -> s
     for problem in error.errors():
         path = [part for part in problem["loc"] if not (isinstance(part, str) and part.startswith("function-"))]
         key = ".".join(map(str, path))
-        where = origins.get(str(path[0]), "the config") if path else "the config"
+        where = origins.get(str(path[0]), "in the config") if path else "in the config"
         if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-            lines.append(f"unknown key {key!r} in {where}{_nearest(cls, path)}")
+            lines.append(f"unknown key {key!r} {where}{_nearest(cls, path)}")
         elif problem["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
             lines.append(f"missing key {key!r}: {_description(cls, path)}")
         else:
             message = problem["msg"].removeprefix("Value error, ")
             message = message[0].lower() + message[1:]
-            lines.append(f"{key!r} in {where} is {problem['input']!r}: {message} ({_description(cls, path)})")
+            lines.append(f"{key!r} {where} is {problem['input']!r}: {message} ({_description(cls, path)})")
     return "\n".join(lines)
 
 

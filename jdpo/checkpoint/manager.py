@@ -38,15 +38,19 @@ class Restored(NamedTuple):
 class CheckpointManager:
     """Saves asynchronously, keeps the newest N and the best, restores the newest that is whole."""
 
-    def __init__(self, folder: Path, *, max_to_keep: int, greater_is_better: bool = False) -> None:
+    def __init__(
+        self, folder: Path, *, max_to_keep: int, metric_name: str = "", greater_is_better: bool = False
+    ) -> None:
         """
         Args:
           folder: holds one folder a step; made if missing.
           max_to_keep: newest complete checkpoints to keep, beside the best.
-          greater_is_better: how `metric` of `save` ranks checkpoints.
+          metric_name: what `metric` of `save` is, rows included; checkpoints ranked by anything else are not compared.
+          greater_is_better: how `metric` ranks checkpoints.
         """
         self._folder = folder.absolute()
         self._max_to_keep = max_to_keep
+        self._metric_name = metric_name
         self._greater_is_better = greater_is_better
         self._pending: tuple[int, float | None] | None = None
         self._sealing: Future[None] | None = None
@@ -147,7 +151,7 @@ class CheckpointManager:
             return
         folder = self._folder / str(step)
         try:
-            manifest = {"step": step, "metric": metric, "files": _digests(folder)}
+            manifest = {"step": step, "metric_name": self._metric_name, "metric": metric, "files": _digests(folder)}
             _write_durably(folder / MANIFEST, json.dumps(manifest, indent=1))
             self._delete_old()
         except OSError as error:
@@ -169,8 +173,12 @@ class CheckpointManager:
 
     def best_step(self) -> int | None:
         """The complete step with the best metric, the earliest among equals, or None where none has one."""
-        metrics = {step: self._manifest(step)["metric"] for step in self.complete_steps()}
-        ranked = {step: metric for step, metric in metrics.items() if metric is not None}
+        manifests = {step: self._manifest(step) for step in self.complete_steps()}
+        ranked = {
+            step: manifest["metric"]
+            for step, manifest in manifests.items()
+            if manifest["metric"] is not None and manifest["metric_name"] == self._metric_name
+        }
         if not ranked:
             return None
         best = max(ranked.values()) if self._greater_is_better else min(ranked.values())

@@ -162,7 +162,9 @@ def _prepare(
             for row in _tokenized(sources, recipe, tally, progress):
                 writer.append(row)
             if not tally.counts[KEPT]:
-                raise ValueError("no rows left to train on\n" + "\n".join(tally.lines()))
+                raise ValueError(
+                    f"no rows left of {', '.join(dataset.path for dataset in datasets)}\n" + "\n".join(tally.lines())
+                )
             writer.about = tally.as_dict()
         rows = store.open_store(folder, key, row_type)
         if rows is None:

@@ -155,8 +155,9 @@ def load_tokenizer(folder: Path, *, chat_template: str | None) -> Tokenizer:
         hf.eos_token = end_of_turn
     if hf.eos_token_id is None:
         raise ValueError(
-            f"the tokenizer in {folder} has no EOS token, and its chat template ends a turn with no special "
-            "token: answers would never end. Set eos_token in tokenizer_config.json, or chat_template: chatml"
+            f"the tokenizer in {folder} has no EOS token and "
+            + ("its chat template ends a turn with no special token" if hf.chat_template else "no chat template")
+            + ": answers would never end. Set eos_token in tokenizer_config.json, or chat_template: chatml"
         )
     if hf.chat_template and end_of_turn is None:
         notes.append("the chat template ends an answer with no special token: it is not learnt where to stop")
@@ -175,7 +176,7 @@ def _read(folder: Path) -> PreTrainedTokenizerBase:
     except Exception as error:  # whatever a broken file makes transformers and tokenizers raise
         raise ValueError(
             f"{folder}: no usable tokenizer in this folder; tokenizer.json and tokenizer_config.json are expected "
-            f"({type(error).__name__}: {error})"
+            f"({type(error).__name__}: {str(error).partition(chr(10))[0]})"
         ) from error
     return hf
 

@@ -170,7 +170,9 @@ class Embedding(nn.Module):
         self.embedding = self.param("embedding", init, shape, self.param_dtype)
 
     def __call__(self, tokens_nt: jax.Array) -> jax.Array:
-        return constrain_stream(jnp.take(self.embedding, tokens_nt, axis=0).astype(self.compute_dtype))
+        # Gathered over fsdp like every weight: XLA looks rows up in a table split along d by moving the whole batch.
+        table = nn.with_logical_constraint(self.embedding, ("vocab", None))
+        return constrain_stream(jnp.take(table, tokens_nt, axis=0).astype(self.compute_dtype))
 
     def head(self) -> jax.Array:
         """The table as a head kernel, [d, v]."""

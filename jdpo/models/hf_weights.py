@@ -83,7 +83,10 @@ def check_tensors(folder: Path, entries: dict[str, TensorEntry], config: ModelCo
     if problems:
         more = f"\n  and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
         listed = "\n  ".join(problems[:_MAX_LISTED])
-        raise ValueError(f"{folder}: the weights do not fit config.json ({config.family}):\n  {listed}{more}")
+        raise ValueError(
+            f"{folder}: the weights do not fit config.json ({config.family}):\n  {listed}{more}\n"
+            "Download the model again, or use the config.json that belongs to these weights"
+        )
 
 
 def iter_hf_tensors(

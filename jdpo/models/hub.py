@@ -24,7 +24,10 @@ def resolve_folder(name_or_path: str, revision: str | None = None) -> Path:
     if path.exists():
         raise ValueError(f"model {name_or_path!r} is a file; expected a folder with config.json and *.safetensors")
     if _looks_like_path(name_or_path):
-        raise ValueError(f"model folder {name_or_path!r} does not exist (looked in {path.absolute()})")
+        raise ValueError(
+            f"model folder {name_or_path!r} does not exist (looked in {path.absolute()}); "
+            "give a Hugging Face model folder, or a hub name like org/name"
+        )
     folder = _download(name_or_path, revision)
     _require_safetensors(folder, name_or_path)
     return folder

@@ -82,11 +82,19 @@ class Prober:
 
     def __call__(self, step: int, params: Params) -> Measurement:
         """Measures weights; one forward pass over every probed answer."""
+        params = _one_copy(params)
         logps = np.concatenate([np.asarray(self._answer_logps(params, batch)) for batch in self._batches])
         logps = logps[: self._num_rows].astype(np.float64)
         num_capitals = self._num_countries * len(PROBED_PHRASINGS) * 3
         capitals = logps[:num_capitals].reshape(self._num_countries, len(PROBED_PHRASINGS), 3)
         return Measurement(step, capitals, logps[num_capitals:])
+
+
+def _one_copy(params: Params) -> Params:
+    """Weights that every device holds whole, as the first one holds them: the others need not compute the same."""
+    if all(leaf.is_fully_replicated for leaf in jax.tree.leaves(params)):
+        return jax.tree.map(lambda leaf: leaf.addressable_data(0), params)
+    return params
 
 
 def probed_facts(split: Split) -> list[Fact]:

@@ -81,9 +81,7 @@ def undivided_dims(logical_axes: Any, abstract_params: Any, mesh: Mesh) -> list[
         for name, size in zip(names, leaf.shape, strict=True):
             axis = rules[name] if name else None
             if axis and size % mesh_axis_size(mesh, axis):
-                found.append(
-                    f"{jax.tree_util.keystr(path)}: {name}={size} over {axis}={mesh_axis_size(mesh, axis)}"
-                )
+                found.append(f"{jax.tree_util.keystr(path)}: {name}={size} over {axis}={mesh_axis_size(mesh, axis)}")
 
     jax.tree_util.tree_map_with_path(visit, abstract_params, logical_axes)
     return found

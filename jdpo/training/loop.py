@@ -129,6 +129,8 @@ class Run:
         self.manager = CheckpointManager(
             directory.checkpoints,
             max_to_keep=config.save_total_limit,
+            # Evaluation may change when a run goes on; values on other rows are no better or worse.
+            metric_name=f"{config.metric_for_best_model} on {setup.eval_data.digest if setup.eval_data else 'nothing'}",
             greater_is_better=not config.metric_for_best_model.endswith("loss"),
         )
         self.window, self.num_tokens = Window(), 0

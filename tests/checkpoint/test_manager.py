@@ -116,6 +116,14 @@ def test_a_metric_may_be_better_where_it_is_greater(manager: CheckpointManager) 
     manager.close()
 
 
+def test_checkpoints_ranked_by_another_metric_are_not_compared(tmp_path: Path) -> None:
+    for name, steps in (("eval_loss on a", {1: 0.1}), ("eval_loss on b", {2: 0.7, 3: 0.8})):
+        again = CheckpointManager(tmp_path / "checkpoints", max_to_keep=3, metric_name=name)
+        save(again, *steps, metrics=steps)
+        again.close()
+    assert again.best_step() == 2
+
+
 def test_without_metrics_none_is_best(manager: CheckpointManager) -> None:
     save(manager, 1, 2, 3)
     assert manager.best_step() is None

@@ -69,10 +69,10 @@ CONFIG: dict[str, tuple[Make, list[str]]] = {
     "unknown key": (lambda at: {"learning_rat": 1e-5}, ["unknown key 'learning_rat'", "did you mean 'learning_rate'?"]),
     "unknown key of a group": (lambda at: {"mesh.fdsp": 2}, ["unknown key 'mesh.fdsp'", "did you mean 'mesh.fsdp'?"]),
     "another trainer's name": (lambda at: {"pref_beta": 0.2}, ["unknown key 'pref_beta'", "here it is called 'beta'"]),
-    "wrong type": (lambda at: {"beta": "strong"}, ["'beta' in the command line is 'strong'", "number"]),
+    "wrong type": (lambda at: {"beta": "strong"}, ["'beta' on the command line is 'strong'", "number"]),
     "out of range": (
         lambda at: {"max_length": 0},
-        ["'max_length' in the command line is 0", "greater than or equal to 1"],
+        ["'max_length' on the command line is 0", "greater than or equal to 1"],
     ),
     "not one of the choices": (lambda at: {"remat": "some"}, ["'remat'", "'some'", "'none', 'dots' or 'full'"]),
     "unknown loss": (lambda at: {"loss_type": "sigmoyd"}, ["unknown loss_type 'sigmoyd'", "sigmoid, hinge, ipo"]),
@@ -193,11 +193,11 @@ ROWS: dict[str, tuple[Make, list[str]]] = {
     ),
     "nothing left to train on": (
         lambda at: {"datasets": at.rows(ROW | {"chosen": ""}, ROW | {"rejected": "In Ireland."})},
-        ["no rows left to train on", "2 rows read, 0 kept", "1 dropped: empty side", "1 dropped: identical sides"],
+        ["no rows left of ", "2 rows read, 0 kept", "1 dropped: empty side", "1 dropped: identical sides"],
     ),
     "prompts as long as max_length": (
         lambda at: {"max_length": 4},
-        ["no rows left to train on", "20 dropped: prompt as long as max_length"],
+        ["no rows left of ", "20 dropped: prompt as long as max_length"],
     ),
 }
 

@@ -217,4 +217,4 @@ def test_a_refused_start_leaves_the_folder_free(cut_words: Words, tmp_path: Path
     refusal(cut_words(run, model_name_or_path=tmp_path / "nowhere"), capsys)
     # The mistake repaired, the next refusal must be of the next mistake, not of the folder.
     said = refusal(cut_words(run, max_length=1), capsys)
-    assert "no rows left to train on" in said
+    assert "no rows left of " in said

@@ -95,24 +95,20 @@ def test_gradient_agrees_with_a_plain_float64_version() -> None:
     for index in np.random.default_rng(0).choice(len(flat), 25, replace=False):
         nudge = np.zeros_like(flat)
         nudge[index] = 1e-5
-        assert found[index] == pytest.approx(
-            (plain(flat + nudge) - plain(flat - nudge)) / 2e-5, rel=2e-3, abs=2e-6
-        )
+        assert found[index] == pytest.approx((plain(flat + nudge) - plain(flat - nudge)) / 2e-5, rel=2e-3, abs=2e-6)
 
 
 def test_no_gradient_reaches_the_reference() -> None:
-    grads, _ = jax.grad(
-        lambda reference: dpo_loss(params(0), reference, batch(), apply_fn=apply_fn), has_aux=True
-    )(params(1))
+    grads, _ = jax.grad(lambda reference: dpo_loss(params(0), reference, batch(), apply_fn=apply_fn), has_aux=True)(
+        params(1)
+    )
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(grads))
 
 
 def test_garbage_in_padding_and_padding_pairs_changes_nothing() -> None:
     clean = batch(2)
     rng = np.random.default_rng(5)
-    garbage = np.where(clean.attention_mask, clean.tokens, rng.integers(0, VOCAB, clean.tokens.shape)).astype(
-        np.int32
-    )
+    garbage = np.where(clean.attention_mask, clean.tokens, rng.integers(0, VOCAB, clean.tokens.shape)).astype(np.int32)
     padded = PreferenceBatch(
         *(np.concatenate([array, array[:2]]) for array in (garbage, clean.attention_mask, clean.completion_mask)),
         weights=np.array([1] * 5 + [0] * 2, np.float32),
@@ -168,9 +164,7 @@ def test_importing_the_losses_pulls_in_jax_numpy_and_einops_alone() -> None:
         "print([m for m in ('flax','optax','orbax','transformers','datasets','pydantic','yaml','matplotlib') "
         "if m in sys.modules])"
     )
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
-    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 def test_importing_jdpo_is_light_and_unknown_names_are_errors() -> None:

@@ -59,9 +59,7 @@ def test_agrees_with_the_plain_version(loss_type: str, smoothing: float) -> None
     )
 
 
-@pytest.mark.parametrize(
-    ("loss_type", "expected"), [("sigmoid", 0.5130152523999526), ("hinge", 0.6), ("ipo", 12.25)]
-)
+@pytest.mark.parametrize(("loss_type", "expected"), [("sigmoid", 0.5130152523999526), ("hinge", 0.6), ("ipo", 12.25)])
 def test_worked_example_of_the_docstring(loss_type: str, expected: float) -> None:
     a, b = jnp.array([3.0]), jnp.array([-1.0])
     result = preference_loss(
@@ -104,9 +102,7 @@ def test_swapping_the_sides_mirrors_the_margin(seed: int, beta: float) -> None:
 
 def test_policy_equal_to_reference_gives_ln_2() -> None:
     x = arrays(3)
-    same = {
-        name: x[name.replace("reference", "policy")] if "reference" in name else value for name, value in x.items()
-    }
+    same = {name: x[name.replace("reference", "policy")] if "reference" in name else value for name, value in x.items()}
     np.testing.assert_allclose(preference_loss(**same).losses, math.log(2), rtol=1e-6)
 
 

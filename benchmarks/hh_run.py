@@ -9,14 +9,13 @@ the rest held out. Settings are in configs/hh_sft.yaml and configs/hh_dpo.yaml. 
 from __future__ import annotations
 
 import argparse
-import gzip
-import json
 import platform
 import time
 from pathlib import Path
 
 from jdpo import __version__
-from jdpo.config import DPOConfig, SFTConfig, load_config
+from jdpo.config import DatasetConfig, DPOConfig, SFTConfig, load_config
+from jdpo.data.sources import read_rows
 from jdpo.quickstart.tiny_llama import write_model
 from jdpo.reports.writers import read_metrics
 from jdpo.training.loop import RunResult, train
@@ -25,9 +24,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 def texts(data: Path) -> list[str]:
-    opened = gzip.open(data, "rt", encoding="utf-8") if data.suffix == ".gz" else data.open(encoding="utf-8")
-    with opened as lines:
-        return [json.loads(line)[side] for line in lines for side in ("chosen", "rejected")]
+    return [row[side] for row, _ in read_rows(DatasetConfig(path=str(data))) for side in ("chosen", "rejected")]
 
 
 def run(cls: type, name: str, data: Path, out: Path, model: Path) -> tuple[RunResult, float]:

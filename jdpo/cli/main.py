@@ -46,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     # Tokenizers warn when a process forks after using threads; the only forks here are helpers of other libraries.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # transformers advises to install PyTorch, which nothing here uses.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         return int(importlib.import_module(COMMANDS[command][0]).main(command, rest))
     except ValueError as error:

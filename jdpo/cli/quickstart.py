@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,9 +55,6 @@ def main(command: str, words: Sequence[str]) -> int:
         print(usage())
         return 0
     path, settings = read_settings(words)
-    # transformers advises to install PyTorch, which nothing here uses.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-
     from rich.console import Console
 
     from jdpo.quickstart.report import write_report

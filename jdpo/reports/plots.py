@@ -77,7 +77,7 @@ def _draw(panel: Panel, lines: Sequence[Mapping[str, Any]], folder: Path, title:
     drawn = False
     for index, (metric, label) in enumerate(panel.metrics.items()):
         colour = COLOURS.get(label, f"C{index}")
-        for name, style in ((metric, "-"), (f"eval_{metric}", "o--")):
+        for name in (metric, f"eval_{metric}"):
             points = [(line["step"], line[name]) for line in lines if name in line]
             if not points:
                 continue
@@ -85,12 +85,13 @@ def _draw(panel: Panel, lines: Sequence[Mapping[str, Any]], folder: Path, title:
             held_out = name.startswith("eval_")
             axes.plot(
                 *zip(*points, strict=True),
-                style + ("." if not held_out and len(points) < 40 else ""),
-                color=colour,
-                label=f"{label}, held-out" if held_out else f"{label}, training",
-                alpha=0.9,
+                linestyle="--" if held_out else "-",
+                marker="o" if held_out else "." if len(points) < 40 else "None",
                 markersize=5,
                 markerfacecolor="white" if held_out else colour,
+                color=colour,
+                alpha=0.9,
+                label=f"{label}, {'held-out' if held_out else 'training'}",
             )
     if not drawn:
         return None

@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -45,9 +45,11 @@ Int = Annotated[int, BeforeValidator(_no_bool)]
 Float = Annotated[float, BeforeValidator(_no_bool)]
 PositiveInt = Annotated[Int, Field(ge=1)]
 NonNegativeInt = Annotated[Int, Field(ge=0)]
+Seed = Annotated[Int, Field(ge=0, lt=2**32)]
 NonNegativeFloat = Annotated[Float, Field(ge=0, allow_inf_nan=False)]
 PositiveFloat = Annotated[Float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[Float, Field(ge=0, le=1)]
+Decay = Annotated[Float, Field(ge=0, lt=1)]
 
 
 def _key(default: Any, description: str) -> Any:
@@ -78,8 +80,8 @@ class OptimizerConfig:
     """The update rule. Weight decay is not applied to norm scales and biases."""
 
     name: Literal["adamw"] = _key("adamw", "AdamW, arXiv 1711.05101")
-    b1: Fraction = _key(0.9, "decay of the first moment")
-    b2: Fraction = _key(0.999, "decay of the second moment")
+    b1: Decay = _key(0.9, "decay of the first moment")
+    b2: Decay = _key(0.999, "decay of the second moment")
     eps: PositiveFloat = _key(1e-8, "added to the root of the second moment")
     weight_decay: NonNegativeFloat = _key(0.0, "decoupled decay, scaled by the learning rate")
 
@@ -118,7 +120,7 @@ class TrainConfig:
     num_train_epochs: PositiveFloat = _key(1.0, "passes over the rows; a fraction is allowed")
     max_steps: PositiveInt | None = _key(None, "stop after this many steps, instead of num_train_epochs")
     shuffle: bool = _key(True, "a new order each epoch; false: file order")
-    seed: NonNegativeInt = _key(42, "of the row order, and of new embedding rows")
+    seed: Seed = _key(42, "of the row order, and of new embedding rows")
 
     learning_rate: PositiveFloat = _key(1e-6, "peak learning rate")
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = _key("linear", "shape after the warm-up")
@@ -215,8 +217,9 @@ def load_config(cls: type[C], path: Path | None = None, overrides: Sequence[str]
     if path is not None:
         values = _read_yaml(path)
         origins = dict.fromkeys(values, f"in {path}")
-    for key, value in parse_overrides(overrides):
-        _set_nested(values, key, value)
+    texts = _text_keys(cls)
+    for key, text in parse_overrides(overrides):
+        _set_nested(values, key, _parse_value(key, text, is_text=key in texts))
         origins[key.split(".")[0]] = "on the command line"
     try:
         return TypeAdapter(cls).validate_python(values)
@@ -224,11 +227,11 @@ def load_config(cls: type[C], path: Path | None = None, overrides: Sequence[str]
         raise ValueError(_explain(cls, error, origins)) from None
 
 
-def parse_overrides(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """Yields (dotted key, value) from words of the command line.
+def parse_overrides(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yields (dotted key, text of the value) from words of the command line.
 
     >>> list(parse_overrides(["--beta", "0.2", "mesh.fsdp=4", "--shuffle=false", "--load_best_model_at_end"]))
-    [('beta', 0.2), ('mesh.fsdp', 4), ('shuffle', False), ('load_best_model_at_end', True)]
+    [('beta', '0.2'), ('mesh.fsdp', '4'), ('shuffle', 'false'), ('load_best_model_at_end', 'true')]
     """
     position = 0
     while position < len(words):
@@ -237,22 +240,39 @@ def parse_overrides(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
         key, equals, value = word.removeprefix("--").partition("=")
         if not equals:
             if not word.startswith("--"):
-                raise ValueError(f"cannot read {word!r}: expected --key value, --key=value or key=value")
+                raise ValueError(
+                    f"cannot read {word!r}: expected --key value, --key=value or key=value, and the config file first"
+                )
             if position < len(words) and not words[position].startswith("--"):
                 value = words[position]
                 position += 1
             else:
                 value = "true"
-        yield key.replace("-", "_"), _parse_value(key, value)
+        yield key.replace("-", "_"), value
 
 
-def _parse_value(key: str, text: str) -> Any:
-    """Reads a command-line value as YAML; what YAML cannot read (a Windows path, `a: b`) stays text."""
+def _parse_value(key: str, text: str, *, is_text: bool) -> Any:
+    """Reads a command-line value as YAML, but keeps text as it is: 0123 and 2024-01-01 are fine names of folders."""
+    if is_text:
+        return None if text == "null" else text
     try:
         value = yaml.safe_load(text) if text else ""
     except yaml.YAMLError as error:
         raise ValueError(f"cannot read the value of {key!r}, {text!r}, as YAML: quote it ({error})") from None
     return value
+
+
+def _text_keys(cls: type, prefix: str = "") -> set[str]:
+    """Dotted keys whose value is text."""
+    hints = typing.get_type_hints(cls)
+    keys: set[str] = set()
+    for name, hint in hints.items():
+        group = _group_class(hint)
+        if hint is str or str in typing.get_args(hint):
+            keys.add(prefix + name)
+        elif group is not None and dataclasses.is_dataclass(hint):
+            keys |= _text_keys(group, f"{prefix}{name}.")
+    return keys
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -368,6 +388,9 @@ def to_yaml(config: TrainConfig) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=110)
 
 
+EXPORT_KEYS = ("export_dtype", "max_shard_size", "load_best_model_at_end", "metric_for_best_model")
+"""Keys that decide what is exported: a finished run whose export was asked for otherwise exports again."""
+
 FREE_KEYS = frozenset(
     {
         "output_dir",
@@ -395,9 +418,17 @@ def differences(saved: Mapping[str, Any], current: TrainConfig) -> list[str]:
     """What keeps `current` from being the run whose `to_dict` was `saved`; empty when it is the same run."""
     now = to_dict(current)
     keys = [key for key in {**saved, **now} if key not in FREE_KEYS]
-    missing = object()
-    return [
-        f"{key}: {saved.get(key)!r} before, {now.get(key)!r} now"
-        for key in keys
-        if saved.get(key, missing) != now.get(key, missing)
-    ]
+    return [f"{key}: {saved.get(key)!r} before, {now.get(key)!r} now" for key in changed_keys(saved, current, keys)]
+
+
+def changed_keys(saved: Mapping[str, Any], current: TrainConfig, keys: Iterable[str]) -> list[str]:
+    """Which of `keys` differ; a key that an older jdpo did not write yet had what is its default now."""
+    now, defaults = to_dict(current), defaults_of(type(current))
+    return [key for key in keys if saved.get(key, defaults.get(key)) != now.get(key, defaults.get(key))]
+
+
+def defaults_of(cls: type[TrainConfig]) -> dict[str, Any]:
+    """Top-level keys that have a default, with it, as plain values."""
+    required = ("model_name_or_path", "output_dir", "datasets")
+    values = to_dict(load_config(cls, None, [f"{key}=x" for key in required]))
+    return {key: value for key, value in values.items() if key not in required}

@@ -75,6 +75,19 @@ def test_errors_name_key_value_place_and_what_is_expected(word: str, message: st
         dpo(word)
 
 
+@pytest.mark.parametrize("name", ["0123", "2024-01-01", "on", "1e5", "a: b"])
+def test_text_on_the_command_line_stays_as_it_is(name: str) -> None:
+    config = dpo(f"output_dir={name}", f"--model_revision={name}", "chat_template=null")
+    assert (config.output_dir, config.model_revision, config.chat_template) == (name, name, None)
+
+
+def test_a_key_that_an_older_version_did_not_write_is_no_difference() -> None:
+    saved = to_dict(dpo())
+    del saved["label_smoothing"]
+    assert differences(saved, dpo()) == []
+    assert differences(saved, dpo("label_smoothing=0.1")) == ["label_smoothing: None before, 0.1 now"]
+
+
 def test_a_plain_key_is_no_group() -> None:
     with pytest.raises(ValueError, match=r"cannot set 'beta.deep': 'beta' is not a group of keys but 0.1"):
         dpo("beta=0.1", "beta.deep=1")

@@ -78,7 +78,7 @@ def export_model(
     _write_weights(params, config, dtypes, shards, staging)
     if jax.process_index() == 0:
         _write_configs(config, source_folder, staging, tokenizer, end_token_ids, main_dtype)
-        tokenizer.save_pretrained(str(staging))
+        _write_tokenizer(staging, tokenizer)
         if model_card is not None:
             (staging / "README.md").write_text(model_card, encoding="utf-8")
         _publish(staging, out)
@@ -162,13 +162,21 @@ def _write_weights(
 
 
 def _cast(name: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    if values.dtype == dtype:
-        return values
     with np.errstate(over="ignore"):  # named below
-        cast = values.astype(dtype)
+        cast = values.astype(dtype, copy=False)
     if not np.isfinite(cast).all():
+        if not np.isfinite(values).all():
+            raise ValueError(f"tensor {name} holds NaN or Inf: this model is not exported")
         raise ValueError(f"tensor {name} holds values that {dtype.name} cannot; set export_dtype to float32")
     return cast
+
+
+def _write_tokenizer(staging: Path, tokenizer: Any) -> None:
+    tokenizer.save_pretrained(str(staging))
+    path = staging / "tokenizer_config.json"
+    # transformers writes down how this process loaded the tokenizer, which is nobody else's business.
+    kept = {key: value for key, value in _read_json(path).items() if key not in ("is_local", "local_files_only")}
+    _write_json(path, kept)
 
 
 def _write_configs(

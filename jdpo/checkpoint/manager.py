@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -55,6 +56,7 @@ class CheckpointManager:
         self._pending: tuple[int, float | None] | None = None
         self._sealing: Future[None] | None = None
         self._failed = False
+        self._verified: int | None = None  # reading a large checkpoint once is enough
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-manifest")
         if jax.process_index() == 0:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -177,7 +179,9 @@ class CheckpointManager:
         ranked = {
             step: manifest["metric"]
             for step, manifest in manifests.items()
-            if manifest["metric"] is not None and manifest["metric_name"] == self._metric_name
+            if manifest["metric"] is not None
+            and math.isfinite(manifest["metric"])
+            and manifest["metric_name"] == self._metric_name
         }
         if not ranked:
             return None
@@ -189,6 +193,7 @@ class CheckpointManager:
         for step in reversed(self._all_steps()):
             fault = self._fault(step)
             if fault is None:
+                self._verified = step
                 return step
             log.warning("checkpoint %s is not whole (%s): it is deleted", self._folder / str(step), fault)
             if jax.process_index() == 0:
@@ -224,7 +229,15 @@ class CheckpointManager:
         Args:
           step: a step from `newest_whole_step` or `best_step`.
           abstract_state: tree of jax.ShapeDtypeStruct with shardings.
+
+        Raises:
+          ValueError: a file of the step is not what was written.
         """
+        if step != self._verified and (fault := self._fault(step)) is not None:
+            raise ValueError(
+                f"checkpoint {self._folder / str(step)} is damaged: {fault}; bring the file back, or, if this is the "
+                "best checkpoint, set load_best_model_at_end to false to export the last step"
+            )
         self._orbax.reload()
         items = self._orbax.restore(
             step,

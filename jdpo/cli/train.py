@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from jdpo.config import DPOConfig, SFTConfig, TrainConfig, keys_of, load_config, to_yaml
+from jdpo.config import DPOConfig, SFTConfig, TrainConfig, defaults_of, keys_of, load_config, to_yaml
 
 CONFIGS: dict[str, type[TrainConfig]] = {"sft": SFTConfig, "dpo": DPOConfig}
 FLAGS = {
@@ -32,23 +32,20 @@ def usage(command: str) -> str:
     return "\n".join(lines)
 
 
+DASHED = ("--dry-run", "--print-config")
 GROUPS = ("mesh", "optimizer")
 
 
 def _defaults(cls: type[TrainConfig]) -> dict[str, str]:
-    import yaml
-
-    config = load_config(cls, None, ["model_name_or_path=x", "output_dir=x", "datasets=x"])
-    values = yaml.safe_load(to_yaml(config))
+    values = defaults_of(cls)
     for group in GROUPS:
         values |= {f"{group}.{key}": value for key, value in values.pop(group).items()}
-    required = {"model_name_or_path", "output_dir", "datasets"}
-    return {key: "null" if value is None else str(value) for key, value in values.items() if key not in required}
+    return {key: "null" if value is None else str(value) for key, value in values.items()}
 
 
 def main(command: str, words: Sequence[str]) -> int:
     """Parses, builds, calls."""
-    words = list(words)
+    words = [word.replace("-", "_").replace("__", "--", 1) if word in DASHED else word for word in words]
     if "--help" in words or "-h" in words:
         print(usage(command))
         return 0
@@ -65,9 +62,11 @@ def main(command: str, words: Sequence[str]) -> int:
 
     join_cluster()
     if dry_run:
-        from jdpo.training.setup import build, resolve_dtype
+        from jdpo.training.setup import build, numerics, resolve_dtype
 
-        build(resolve_dtype(config), print)
+        config = resolve_dtype(config)
+        with numerics(config):
+            build(config, print)
         return 0
     from jdpo.training.loop import train
 

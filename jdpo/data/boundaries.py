@@ -24,9 +24,13 @@ from jdpo.types import CompletionRow, Message, Text
 IDENTICAL_SIDES = "identical sides"
 EMPTY_PROMPT = "empty prompt"
 REFUSED = "refused by the chat template"
-NO_TOKEN_PREFIX = "turns that the chat template writes differently as the conversation goes on"
+NOT_UNICODE = "text that is not Unicode"
+NO_TOKEN_PREFIX = (
+    "turns that the chat template writes differently as the conversation goes on; use loss_on: completion for them"
+)
 
 SHORTER_PREFIX = "with a prompt shortened to the tokens it shares with the conversation"
+PLAIN_TEXT = "in plain text: the chat template is not applied to them"
 WOULD_MERGE = "whose prompt and completion would be other tokens if tokenized together"
 
 
@@ -66,6 +70,8 @@ def _unusable(row: Parts) -> Dropped | None:
     prompt, completions, origin = row
     if any(not _words(completion).strip() for completion in completions):
         return Dropped(EMPTY_SIDE, origin)
+    if not all(_is_unicode(_words(text)) for text in (prompt, *completions)):
+        return Dropped(NOT_UNICODE, origin)
     if len(completions) == 2 and completions[0] == completions[1]:
         return Dropped(IDENTICAL_SIDES, origin)
     if not prompt and not isinstance(prompt, str):
@@ -77,18 +83,32 @@ def _words(text: Text) -> str:
     return text if isinstance(text, str) else "".join(message["content"] for message in text)
 
 
+def _is_unicode(text: str) -> bool:
+    r"""Whether a tokenizer takes the text; JSON can hold half of a surrogate pair.
+
+    >>> _is_unicode("\ud83d"), _is_unicode("\U0001f600")
+    (False, True)
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _split_texts(rows: Sequence[Parts], tokenizer: Tokenizer) -> Iterator[Split]:
     prompts = tokenizer.encode([str(prompt) for prompt, _, _ in rows])
     pairs = [(str(prompt), str(text)) for prompt, completions, _ in rows for text in completions]
     apart = iter(tokenizer.encode_completions([text for _, text in pairs]))
     together = iter(tokenizer.encode([prompt + text for prompt, text in pairs]))
+    always = (PLAIN_TEXT,) if tokenizer.has_chat_template else ()
     for (_, completions, _), prompt in zip(rows, prompts, strict=True):
         ids = [next(apart) for _ in completions]
         merges = [prompt + completion for completion in ids] != [next(together) for _ in ids]
         yield Split(
             _with_bos(prompt, tokenizer),
             [_with_eos(completion, tokenizer) for completion in ids],
-            (WOULD_MERGE,) if merges else (),
+            (*always, WOULD_MERGE) if merges else always,
         )
 
 
@@ -139,12 +159,16 @@ def _render(
             "chat_template: chatml (built in), or give a Jinja file there"
         )
     try:
-        return [
+        texts = [
             tokenizer.render(conversation, add_generation_prompt=is_prompt)
             for conversation, is_prompt in zip(conversations, prompts, strict=True)
         ]
     except jinja2.TemplateError as error:
         return Dropped(REFUSED, origin, str(error))
+    except Exception as error:  # an expression of the template that this row does not fit
+        return Dropped(REFUSED, origin, f"{type(error).__name__}: {error}")
+    # Beside the content a template may write further keys of a message.
+    return texts if all(map(_is_unicode, texts)) else Dropped(NOT_UNICODE, origin)
 
 
 def _encode_rendered(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:

@@ -43,6 +43,11 @@ EMPTY_SIDE = "empty side"
 HISTORIES_DIFFER = "histories differ"
 NO_ASSISTANT_TURN = "no assistant turn at the end"
 PROMPT_ELSEWHERE = "prompt is not that of the conversation"
+NO_TEXT = "a turn without text (tool calls alone)"
+
+
+class _NoText(Exception):
+    """A turn of the row has no words of its own."""
 
 
 class Schema(NamedTuple):
@@ -61,14 +66,18 @@ def preference_row(raw: Raw, origin: str) -> PreferenceRow | Dropped:
       origin: where the row came from, for messages.
 
     Returns:
-      The row, its three parts all strings or all message lists, or Dropped where the two sides share no prompt.
+      The row, its three parts all strings or all message lists, or Dropped where the two sides share no prompt or
+      a turn is tool calls alone.
 
     Raises:
       ValueError: no schema fits the columns, a side is null, a role is unknown, a content is not a string.
     """
     columns = _present(raw)
     schema = _detect(columns, PREFERENCE_SCHEMAS, raw, origin)
-    row: PreferenceRow | Dropped = schema.build(columns, origin)
+    try:
+        row: PreferenceRow | Dropped = schema.build(columns, origin)
+    except _NoText:
+        return Dropped(NO_TEXT, origin)
     return row
 
 
@@ -83,7 +92,10 @@ def completion_row(raw: Raw, origin: str) -> CompletionRow | Dropped:
     """
     columns = _present(raw)
     schema = _detect(columns, COMPLETION_SCHEMAS, raw, origin)
-    row: CompletionRow | Dropped = schema.build(columns, origin)
+    try:
+        row: CompletionRow | Dropped = schema.build(columns, origin)
+    except _NoText:
+        return Dropped(NO_TEXT, origin)
     return row
 
 
@@ -286,6 +298,8 @@ def _message(message: Any, place: str, origin: str) -> Message:
     if not isinstance(message, dict):
         raise ValueError(f"{origin}: {place} is {_kind(message)}; expected a message {{role, content}}")
     role_key, content_key = ("from", "value") if "from" in message and "role" not in message else ("role", "content")
+    if message.get("tool_calls") and message.get(content_key) is None and role_key in message:
+        raise _NoText
     if role_key not in message or content_key not in message:
         raise ValueError(
             f"{origin}: {place} has the keys {', '.join(message) or 'none'}; expected a message {{role, content}} "

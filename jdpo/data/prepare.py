@@ -22,8 +22,11 @@ from jdpo.types import CompletionRow, TokenizedCompletion, TokenizedPair
 
 R = TypeVar("R", bound=TokenizedPair | TokenizedCompletion)
 
-CACHE_VERSION = 1
-"""To be raised whenever the same rows would be tokenized to something else."""
+CACHE_VERSION = 2
+"""To be raised whenever the same rows would be tokenized to something else, or counted otherwise."""
+
+MOST_NAMES = 5
+"""Files named in the summary at most."""
 
 CHUNK_ROWS = 512
 """Rows tokenized in one call."""
@@ -32,7 +35,11 @@ READ, KEPT, DROPPED = "rows read", "rows kept", "dropped: "
 CHOSEN_LEARNT = "preference rows of which the chosen side is learnt"
 
 Progress = Callable[[int], None]
-"""Told how many rows were read so far."""
+"""Told how many rows of all data sets of the call were read so far, dropped ones included.
+
+It is called after every `CHUNK_ROWS` rows and after the last ones, and not at all where the rows come from the cache.
+How many rows there will be is not known before.
+"""
 
 
 class PreparedData(Generic[R]):
@@ -45,9 +52,17 @@ class PreparedData(Generic[R]):
       from_cache: whether an earlier run had tokenized them.
     """
 
-    def __init__(self, rows: store.RowStore[R], datasets: Sequence[DatasetConfig], *, from_cache: bool) -> None:
+    def __init__(
+        self,
+        rows: store.RowStore[R],
+        datasets: Sequence[DatasetConfig],
+        left_out: Sequence[Sequence[str]],
+        *,
+        from_cache: bool,
+    ) -> None:
         self._rows = rows
         self._datasets = tuple(datasets)
+        self._left_out = tuple(left_out)  # of each data set
         self.from_cache = from_cache
         self.lengths: np.ndarray = rows.lengths
         self.counts: dict[str, int] = rows.about["counts"]
@@ -61,12 +76,20 @@ class PreparedData(Generic[R]):
         return row
 
     def summary(self) -> str:
-        """Lines for the user: what was read, kept, dropped and cut."""
-        lines = [f"{dataset.path} ({dataset.split})" for dataset in self._datasets]
+        """Lines for the user and the model card: what was read, kept, dropped and cut."""
+        lines = []
+        for dataset, left_out in zip(self._datasets, self._left_out, strict=True):
+            lines.append(f"{dataset.path} ({dataset.split})")
+            if left_out:
+                lines.append(f"  {len(left_out):,} data files of no split are left out: {_names(left_out)}")
         lines += [f"  {line}" for line in _Tally(self.counts, self._rows.about["examples"]).lines()]
         lines.append(f"  median {np.median(self.lengths):.0f} tokens, longest {self.lengths.max()}")
-        lines.append(f"  {'found tokenized in' if self.from_cache else 'tokenized into'} {self._rows.path}")
         return "\n".join(lines)
+
+    @property
+    def cache_note(self) -> str:
+        """Where on this machine the tokenized rows are, and whether they were there before."""
+        return f"{'found tokenized in' if self.from_cache else 'tokenized into'} {self._rows.path}"
 
 
 def prepare_pairs(
@@ -86,7 +109,7 @@ def prepare_pairs(
       max_length: most tokens of prompt and completion.
       max_prompt_length: most tokens of the prompt, or None.
       cache_dir: where tokenized rows are kept; None: `$XDG_CACHE_HOME/jdpo`, else ~/.cache/jdpo.
-      progress: called now and then with the number of rows read.
+      progress: called now and then with the number of rows read so far; see `Progress`.
 
     Raises:
       ValueError: rows cannot be read, or none is left to train on; it says where and why.
@@ -169,7 +192,7 @@ def _prepare(
         rows = store.open_store(folder, key, row_type)
         if rows is None:
             raise ValueError(f"the tokenized rows written to {folder} read back damaged; is the disk in order?")
-    return PreparedData(rows, datasets, from_cache=from_cache)
+    return PreparedData(rows, datasets, [source.left_out for source in sources], from_cache=from_cache)
 
 
 def _tokenized(sources: Sequence[Source], recipe: _Recipe, tally: _Tally, progress: Progress | None) -> Iterator[Any]:
@@ -216,6 +239,16 @@ class _Tally:
             f"  {count:,} {name}" + (f" (the first: {self.examples[name]})" if name in self.examples else "")
             for name, count in counts.items()
         ]
+
+
+def _names(names: Sequence[str]) -> str:
+    """The first of many names.
+
+    >>> _names("abcdefg")
+    'a, b, c, d, e and 2 more'
+    """
+    rest = len(names) - MOST_NAMES
+    return ", ".join(names[:MOST_NAMES]) + (f" and {rest:,} more" if rest > 0 else "")
 
 
 def _key(sources: Sequence[Source], row_type: type[Any], tokenizer: Tokenizer, options: dict[str, Any]) -> str:

@@ -30,7 +30,13 @@ _SPLIT_NAMES = ("train", "validation", "valid", "val", "dev", "eval", "test")
 
 
 class Source(Protocol):
-    """An opened data set."""
+    """An opened data set.
+
+    Attributes:
+      left_out: names of data files of a folder that belong to no split.
+    """
+
+    left_out: tuple[str, ...]
 
     def rows(self) -> Iterator[Row]:
         """Yields raw rows with their origins."""
@@ -52,22 +58,34 @@ def open_source(dataset: DatasetConfig) -> Source:
     """Finds what `dataset.path` names: a file, a folder, or a data set on the hub.
 
     Raises:
-      ValueError: nothing is there, the split is not one, or the hub cannot be reached.
+      ValueError: nothing is there, the split is not one, the hub cannot be reached, or a hub option is set for files.
     """
     path = Path(dataset.path).expanduser()
+    if path.exists():
+        _refuse_hub_options(dataset)
     if path.is_dir():
         split = _parse_split(dataset.split)
-        return FileSource(_files_of_split(path, split.name), split)
+        return FileSource(*_files_of_split(path, split.name), split)
     if path.exists():
         split = _parse_split(dataset.split)
         if split.name != "train":
             raise ValueError(f"{path}: a file has one split, 'train', but split is {dataset.split!r}")
         if _reader(path) is None:
             raise ValueError(f"{path}: cannot read this kind of file; known endings are {', '.join(READERS)}")
-        return FileSource((File(path, path.name),), split)
+        return FileSource((File(path, path.name),), (), split)
     if _reader(path) is not None or not _HUB_NAME.fullmatch(dataset.path):
         raise ValueError(f"{dataset.path}: no such file or folder (a hub name would look like org/name)")
     return HubSource(dataset)
+
+
+def _refuse_hub_options(dataset: DatasetConfig) -> None:
+    for option in ("name", "revision"):
+        value = getattr(dataset, option)
+        if value is not None:
+            raise ValueError(
+                f"{dataset.path}: {option} is {value!r}, but it is for data sets on the hub only, and this is a local "
+                f"{'folder' if Path(dataset.path).expanduser().is_dir() else 'file'}; leave {option} out"
+            )
 
 
 class File(NamedTuple):
@@ -108,7 +126,8 @@ def _parse_split(text: str) -> Slice:
     return Slice(text, match["name"], match["start"], match["stop"])
 
 
-def _files_of_split(folder: Path, split: str) -> tuple[File, ...]:
+def _files_of_split(folder: Path, split: str) -> tuple[tuple[File, ...], tuple[str, ...]]:
+    """The files of a split, and the names of those that belong to none."""
     paths = sorted(path for path in folder.iterdir() if path.is_file() and _reader(path) is not None)
     if not paths:
         raise ValueError(f"{folder}: no data files in this folder; known endings are {', '.join(READERS)}")
@@ -120,7 +139,8 @@ def _files_of_split(folder: Path, split: str) -> tuple[File, ...]:
     if not paths:
         known = sorted({name for name in named.values() if name}) or ["train"]
         raise ValueError(f"{folder}: no split {split!r} in this folder; it has {', '.join(known)}")
-    return tuple(File(path, f"{folder.name}/{path.name}") for path in paths)
+    left_out = tuple(path.name for path, name in named.items() if name is None and path not in paths)
+    return tuple(File(path, f"{folder.name}/{path.name}") for path in paths), left_out
 
 
 def _is_split(path: Path, split: str) -> str | None:
@@ -130,8 +150,9 @@ def _is_split(path: Path, split: str) -> str | None:
 class FileSource:
     """Rows of files, one after the other."""
 
-    def __init__(self, files: Sequence[File], split: Slice) -> None:
+    def __init__(self, files: Sequence[File], left_out: Sequence[str], split: Slice) -> None:
         self.files = tuple(files)
+        self.left_out = tuple(left_out)
         self.split = split
 
     def rows(self) -> Iterator[Row]:
@@ -176,6 +197,7 @@ class HubSource:
     def __init__(self, config: DatasetConfig) -> None:
         import datasets
 
+        self.left_out: tuple[str, ...] = ()
         self.label = f"{config.path}:{config.split}"
         try:
             self.data = datasets.load_dataset(config.path, config.name, split=config.split, revision=config.revision)
@@ -206,6 +228,8 @@ def _read_json(file: File) -> Iterator[Row]:
             f"{file.path}:{error.lineno}: broken JSON: {error.msg} (column {error.colno}); a .json file is one "
             "array of objects, and one object a line goes into a .jsonl file"
         ) from None
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"{file.path}: {_unreadable(error)}") from None
     if not isinstance(rows, list):
         raise ValueError(f"{file.path}: expected an array of objects, found {_kind(rows)}")
     for index, row in enumerate(rows):
@@ -223,7 +247,15 @@ def _read_json_lines(file: File) -> Iterator[Row]:
                 row = json.loads(text)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{where}: broken JSON: {error.msg} (column {error.colno})") from None
+            except (RecursionError, ValueError) as error:
+                raise ValueError(f"{where}: {_unreadable(error)}") from None
             yield _object(row, where), f"{file.label}:{number}"
+
+
+def _unreadable(error: Exception) -> str:
+    """Why valid JSON cannot be read: nested too deeply, or a number of thousands of digits."""
+    reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+    return f"JSON that Python cannot read: {reason}"
 
 
 def _read_parquet(file: File) -> Iterator[Row]:

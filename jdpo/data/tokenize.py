@@ -33,6 +33,7 @@ NO_COMPLETION = "no completion tokens left"
 
 COMPLETION_CUT = "with a completion cut at max_length"
 PROMPT_CUT = "with a prompt cut at max_prompt_length"
+NO_TURNS = "in plain text, which has no turns: of them loss_on: assistant_turns learns the completion"
 
 
 class KeptPair(NamedTuple):
@@ -112,7 +113,8 @@ def tokenize_completions(
       tokenizer: with a chat template where rows are conversations.
       max_length: most tokens of a sequence.
       max_prompt_length: most tokens before the final assistant turn.
-      loss_on: the mask covers the final assistant turn, or every assistant turn of the conversation.
+      loss_on: the mask covers the final assistant turn, or every assistant turn of the conversation; of plain text
+        always the completion, which is counted.
 
     Raises:
       ValueError: a row is a conversation and the tokenizer has no chat template.
@@ -127,6 +129,8 @@ def tokenize_completions(
     results: list[KeptCompletion | Dropped] = []
     for row, every in zip(rows, every_turn, strict=True):
         found = split_turns(row, tokenizer) if every else whole_sequence(next(splits))
+        if loss_on == "assistant_turns" and not every and not isinstance(found, Dropped):
+            found = found._replace(notes=(*found.notes, NO_TURNS))
         results.append(
             found
             if isinstance(found, Dropped)

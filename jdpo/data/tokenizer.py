@@ -81,6 +81,7 @@ class Tokenizer:
 
         Raises:
           jinja2.TemplateError: the template refuses the conversation.
+          Exception: whatever else an expression of the template raises.
         """
         text = self.hf.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
         assert isinstance(text, str)
@@ -161,6 +162,10 @@ def load_tokenizer(folder: Path, *, chat_template: str | None) -> Tokenizer:
         )
     if hf.chat_template and end_of_turn is None:
         notes.append("the chat template ends an answer with no special token: it is not learnt where to stop")
+    if _template_lacks_bos(hf):
+        notes.append(
+            f"BOS: the chat template does not write {hf.bos_token}: conversations go without, plain text has it"
+        )
     turn_id = None if end_of_turn is None else hf.convert_tokens_to_ids(end_of_turn)
     end_ids = tuple(dict.fromkeys(i for i in (hf.eos_token_id, turn_id, own_eos) if isinstance(i, int)))
     return Tokenizer(hf, added, end_ids, _digest(hf), tuple(notes), str(folder))
@@ -172,8 +177,16 @@ def _read(folder: Path) -> PreTrainedTokenizerBase:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; a Hugging Face model folder with tokenizer files is expected")
     try:
-        hf: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        # Left unset, trust_remote_code is asked for on the terminal, and "y" runs Python files of the folder.
+        hf: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # whatever a broken file makes transformers and tokenizers raise
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"{folder}: the tokenizer needs Python code of its own (auto_map in tokenizer_config.json), which jdpo "
+                "never runs; expected a tokenizer_class that transformers has"
+            ) from None
         raise ValueError(
             f"{folder}: no usable tokenizer in this folder; tokenizer.json and tokenizer_config.json are expected "
             f"({type(error).__name__}: {str(error).partition(chr(10))[0]})"
@@ -185,12 +198,20 @@ def _template_text(name: str, hf: PreTrainedTokenizerBase) -> str:
     if name == BUILT_IN_TEMPLATE:
         text = resources.files("jdpo.data").joinpath("chatml.jinja").read_text(encoding="utf-8")
         # A model that always saw BOS first keeps seeing it; GPT-2 has one too, and never saw it.
-        adds_bos = hf.bos_token_id is not None and hf("a")["input_ids"][:1] == [hf.bos_token_id]
-        return "{{- bos_token -}}" + text if adds_bos else text
+        return "{{- bos_token -}}" + text if _adds_bos(hf) else text
     path = Path(name).expanduser()
     if not path.is_file():
         raise ValueError(f"chat_template: {name!r} is neither a file nor the built-in {BUILT_IN_TEMPLATE!r}")
     return path.read_text(encoding="utf-8")
+
+
+def _adds_bos(hf: PreTrainedTokenizerBase) -> bool:
+    return hf.bos_token_id is not None and hf("a")["input_ids"][:1] == [hf.bos_token_id]
+
+
+def _template_lacks_bos(hf: PreTrainedTokenizerBase) -> bool:
+    text = _question_and_answer(hf)
+    return bool(text) and _adds_bos(hf) and hf(text, add_special_tokens=False)["input_ids"][:1] != [hf.bos_token_id]
 
 
 def _add_markers(hf: PreTrainedTokenizerBase, name: str) -> tuple[str, ...]:
@@ -218,6 +239,8 @@ def _rendered_probe(hf: PreTrainedTokenizerBase, name: str) -> str:
         except jinja2.TemplateError as error:
             if conversation is turns:
                 raise ValueError(f"chat_template {name} refuses a question and its answer: {error}") from None
+        except Exception as error:  # a template runs expressions, which raise whatever Python raises
+            raise ValueError(f"chat_template {name} breaks: {type(error).__name__}: {error}") from error
     if not any(_ANSWER in text for text in texts):
         raise ValueError(f"chat_template {name} writes a conversation without the assistant's words")
     return "".join(texts)
@@ -225,20 +248,23 @@ def _rendered_probe(hf: PreTrainedTokenizerBase, name: str) -> str:
 
 def _end_of_turn(hf: PreTrainedTokenizerBase) -> str | None:
     """The first special token that the template writes behind an assistant's words."""
-    import jinja2
-
-    if not hf.chat_template:
-        return None
-    turns = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
-    try:
-        text = hf.apply_chat_template(turns, tokenize=False)
-    except jinja2.TemplateError:
-        return None  # it wants conversations of another kind; rows it refuses are counted
-    assert isinstance(text, str)
-    _, found, tail = text.rpartition(_ANSWER)
+    _, found, tail = _question_and_answer(hf).rpartition(_ANSWER)
     tokens = sorted({*hf.all_special_tokens, *hf.get_added_vocab()}, key=len, reverse=True)
     match = re.search("|".join(map(re.escape, tokens)), tail) if found and tokens else None
     return match.group() if match else None
+
+
+def _question_and_answer(hf: PreTrainedTokenizerBase) -> str:
+    """The shortest conversation as the template writes it; empty without a template, or where it fails."""
+    if not hf.chat_template:
+        return ""
+    turns = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
+    try:
+        text = hf.apply_chat_template(turns, tokenize=False)
+    except Exception:  # it wants conversations of another kind; rows it refuses are counted
+        return ""
+    assert isinstance(text, str)
+    return text
 
 
 def _digest(hf: PreTrainedTokenizerBase) -> str:

@@ -67,8 +67,14 @@ def read_model_config(folder: Path) -> ModelConfig:
     from transformers import AutoConfig
 
     try:
-        hf_config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        # Left unset, trust_remote_code is asked for on the terminal, and "y" runs Python files of the folder.
+        hf_config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # its validators raise their own types, KeyError and bare TypeError among them
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"{folder}/config.json: this model needs Python code of its own (auto_map), which jdpo never runs; "
+                f"supported are {', '.join(sorted(FAMILIES))} as transformers has them"
+            ) from None
         raise ValueError(f"{folder}/config.json: transformers cannot read it: {error}") from error
     try:
         return FAMILIES[family](hf_config)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 SAFETENSORS_GLOB = "*.safetensors"
 _PATTERNS = [SAFETENSORS_GLOB, "*.json", "*.jinja", "tokenizer*", "*.model", "vocab*", "merges.txt"]
+_IGNORED = ["consolidated*.safetensors"]  # Mistral's own format: the same weights a second time
 _BIN_GLOBS = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -51,7 +52,7 @@ def _download(repo_id: str, revision: str | None) -> Path:
 
     at = f" at revision {revision!r}" if revision else ""
     try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=_PATTERNS))
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=_PATTERNS, ignore_patterns=_IGNORED))
     except HFValidationError as error:
         raise ValueError(f"model {repo_id!r}: no such local folder, and not a valid hub id: {error}") from error
     except GatedRepoError as error:

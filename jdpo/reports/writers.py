@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import uuid
@@ -42,10 +43,8 @@ class TensorBoardWriter:
     """Scalars as TensorBoard events, through tensorboardX."""
 
     def __init__(self, folder: Path) -> None:
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError:
-            raise ValueError("report_to tensorboard needs tensorboardX: pip install 'jdpo[tensorboard]'") from None
+        from tensorboardX import SummaryWriter
+
         self._writer = SummaryWriter(str(folder))
 
     def write(self, metrics: Metrics) -> None:
@@ -61,10 +60,8 @@ class WandbWriter:
     """Scalars to Weights & Biases; a resumed run goes on under the id of its output_dir."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise ValueError("report_to wandb needs wandb: pip install 'jdpo[wandb]'") from None
+        import wandb
+
         id_file = folder / "wandb_id.txt"
         if not id_file.exists():
             id_file.write_text(uuid.uuid4().hex[:8])
@@ -77,20 +74,34 @@ class WandbWriter:
         self._run.finish()
 
 
-def make_trackers(names: Sequence[str], folder: Path, config: Mapping[str, Any]) -> list[Writer]:
-    """The optional trackers by name.
+TRACKER_PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuses trackers that cannot be had here, before a run begins.
 
     Raises:
-      ValueError: a tracker's package is not installed.
+      ValueError: an unknown tracker, or one whose package is not installed.
     """
+    for name in names:
+        if name not in TRACKER_PACKAGES:
+            raise ValueError(f"unknown tracker {name!r}; known: {', '.join(TRACKER_PACKAGES)}")
+        package = TRACKER_PACKAGES[name]
+        try:
+            importlib.import_module(package)
+        except ImportError:
+            raise ValueError(f"report_to {name} needs {package}: pip install 'jdpo[{name}]'") from None
+
+
+def make_trackers(names: Sequence[str], folder: Path, config: Mapping[str, Any]) -> list[Writer]:
+    """The optional trackers by name; errors as `check_trackers`."""
+    check_trackers(names)
     trackers: list[Writer] = []
     for name in names:
         if name == "tensorboard":
             trackers.append(TensorBoardWriter(folder / "tensorboard"))
-        elif name == "wandb":
-            trackers.append(WandbWriter(folder, config))
         else:
-            raise ValueError(f"unknown tracker {name!r}; known: tensorboard, wandb")
+            trackers.append(WandbWriter(folder, config))
     return trackers
 
 

@@ -66,6 +66,7 @@ def check_finite(
     row_losses: np.ndarray,
     origins: Sequence[str],
     last_saved: int | None,
+    weights_finite: bool = True,
 ) -> None:
     """Stops a run whose numbers are none.
 
@@ -74,11 +75,12 @@ def check_finite(
       row_losses: [b], in the order of `origins`.
       origins: where each row of the step came from.
       last_saved: the newest checkpoint, or None.
+      weights_finite: whether the updated weights are numbers.
 
     Raises:
       FloatingPointError: naming the step and its rows.
     """
-    if math.isfinite(loss) and math.isfinite(grad_norm):
+    if math.isfinite(loss) and math.isfinite(grad_norm) and weights_finite:
         return
     bad = [origin for origin, value in zip(origins, row_losses, strict=True) if not math.isfinite(value)]
     named = bad or list(origins)
@@ -88,6 +90,22 @@ def check_finite(
     )
     kept = f"the checkpoint of step {last_saved} is intact" if last_saved is not None else "no checkpoint was saved yet"
     raise FloatingPointError(
-        f"step {step} gave loss {loss} and gradient norm {grad_norm}, so training stops; {what}; {kept}. Look at these "
-        "rows, lower learning_rate, or compute in float32"
+        f"step {step} gave loss {loss} and gradient norm {grad_norm}"
+        f"{'' if weights_finite else ', and an update after which the weights are no numbers'}, so training stops; "
+        f"{what}; {kept}. Look at these rows; then start in a new output_dir with a lower learning_rate, or with "
+        "compute_dtype float32"
     )
+
+
+def check_evaluation(step: int, metrics: Mapping[str, float]) -> None:
+    """Stops a run whose evaluation gave something that is no number.
+
+    Raises:
+      FloatingPointError: naming the metrics.
+    """
+    bad = [f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value)]
+    if bad:
+        raise FloatingPointError(
+            f"the evaluation after step {step} gave {', '.join(bad)}, so training stops; look at the evaluation rows, "
+            "or start in a new output_dir with a lower learning_rate, or with compute_dtype float32"
+        )

@@ -33,7 +33,7 @@ class StopRequest:
         self.signum = signum
         self._restore()
         # os.write, since a handler may run in the middle of any other print.
-        os.write(2, b"\nstopping after the current step, with a checkpoint; a second signal stops at once\n")
+        os.write(2, b"\nstopping at the next step; a second signal stops at once\n")
 
     def _restore(self) -> None:
         while self._previous:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,13 +25,13 @@ from jdpo.reports.plots import write_plots
 from jdpo.reports.progress import RunDisplay, figures_of, make_console
 from jdpo.reports.writers import JsonlWriter, Writer, cut_metrics, make_trackers, read_metrics
 from jdpo.sharding.placement import fetch, micro_batch_sharding, place, replicated, state_shardings
-from jdpo.training.checks import check_finite, check_start
+from jdpo.training.checks import check_evaluation, check_finite, check_start
 from jdpo.training.interrupt import StopRequest
 from jdpo.training.metrics import RowAverages, Throughput, Window, mean_over_rows
 from jdpo.training.optimizer import learning_rate_schedule, make_optimizer
 from jdpo.training.processes import agree_on, barrier, is_first
 from jdpo.training.run_dir import RunDirectory
-from jdpo.training.setup import Setup, build, load_reference, load_start, resolve_dtype
+from jdpo.training.setup import Setup, build, load_reference, load_start, numerics, resolve_dtype
 from jdpo.training.step import Batch, StepReport, TrainState, compile_step
 from jdpo.training.tasks import make_batch, task_for
 
@@ -72,9 +73,12 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
     console = make_console()
 
     say = partial(_say, console)
-    with StopRequest() as stop:
-        config = resolve_dtype(config)
-        directory = RunDirectory(config, task_for(config).command)
+    config = resolve_dtype(config)
+    with (
+        StopRequest() as stop,
+        numerics(config),
+        closing(RunDirectory(config, task_for(config).command)) as directory,
+    ):
         if directory.finished:
             step = directory.state()["results"]["step"]
             say(f"the run in {directory.path} is finished (step {step}); its model is {directory.model}")
@@ -163,6 +167,8 @@ class Run:
         setup, config = self.setup, self.setup.config
         newest = agree_on(self.manager.newest_whole_step() if is_first() else None)
         if newest is None:
+            if self.directory.has_metrics():
+                self.say(f"no whole checkpoint in {self.directory.checkpoints}: starting again from step 0")
             params = load_start(setup)
             reference = load_reference(setup, params) if setup.task.uses_reference else None
             rng = jax.device_put(jax.random.key_data(jax.random.key(config.seed)), replicated(setup.mesh))
@@ -246,8 +252,10 @@ class Run:
         rows = {name: values.reshape(-1)[: len(indices)] for name, values in report.rows.items()}
         loss, grad_norm = float(report.loss), float(report.grad_norm)
         data = self.setup.train_data
-        origins = [data[int(index)].origin for index in indices] if not np.isfinite([loss, grad_norm]).all() else []
-        check_finite(done, loss, grad_norm, rows["loss"] if origins else np.zeros(0), origins, self.last_saved)
+        if not report.finite:
+            origins = [data[int(index)].origin for index in indices]
+            weights = bool(np.isfinite([loss, grad_norm]).all())  # then it is the update that went wrong
+            check_finite(done, loss, grad_norm, rows["loss"], origins, self.last_saved, weights_finite=not weights)
         if done == 1:
             self._check_start(rows, indices)
         self.num_tokens += num_tokens
@@ -300,6 +308,7 @@ class Run:
             report = fetch(self.compiled.evaluate(params, reference, place(batch, self.batch_sharding)))
             averages.add(report.rows, len(indices), float(report.normalizer))
         metrics = {f"eval_{name}": value for name, value in averages.averages().items()}
+        check_evaluation(done, metrics)
         seconds = time.perf_counter() - started
         line = {"step": done, "epoch": done / self.setup.steps_per_epoch, **metrics}
         self._write({**line, f"eval_{self.setup.task.unit}_per_second": len(data) / seconds})
@@ -332,7 +341,9 @@ class Run:
 
     def _step_to_export(self) -> int:
         """The best step where the config asks for it and one was evaluated, else the last."""
-        best = self.manager.best_step() if self.setup.config.load_best_model_at_end else None
+        if not self.setup.config.load_best_model_at_end:
+            return self.setup.num_steps
+        best = agree_on(self.manager.best_step() if is_first() else None)
         return self.setup.num_steps if best is None else best
 
     def _finish(self, params: Params, exported: int) -> RunResult:

@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import socket
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
 from jdpo._version import __version__
-from jdpo.config import TrainConfig, differences, to_yaml
+from jdpo.config import EXPORT_KEYS, TrainConfig, changed_keys, differences, to_yaml
 from jdpo.training.processes import barrier, is_first
 
 USED_BY_A_RUN = ("metrics.jsonl", "checkpoints", "model", "run.json", "resolved_config.yaml")
@@ -45,11 +46,23 @@ class RunDirectory:
         self.plots = self.path / "plots"
         self._run_file = self.path / "run.json"
         self._config_file = self.path / "resolved_config.yaml"
+        self._lock: IO[str] | None = None
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"output_dir {self.path} is a file; choose a folder")
+        if is_first():
+            self._take_lock()
+        try:
+            self._open(config, command)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, config: TrainConfig, command: str) -> None:
         self.is_new = not self._check_owner(config, command)
+        self._exports_anew = not self.is_new and bool(changed_keys(self._saved_config(), config, EXPORT_KEYS))
         barrier("run directory read")
         if is_first():
             try:
-                self.path.mkdir(parents=True, exist_ok=True)
                 write_atomically(self._config_file, to_yaml(config))
                 if self.is_new:
                     self._write_run({"command": command, "jdpo": __version__, "finished": False, "inputs": {}})
@@ -59,10 +72,46 @@ class RunDirectory:
                 ) from None
         barrier("run directory made")
 
+    def _take_lock(self) -> None:
+        """Keeps a second start of the same command, such as a requeued job, out while this one runs."""
+        import fcntl
+
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / ".lock").open("a+", encoding="utf-8")
+        except OSError as error:
+            raise ValueError(
+                f"cannot write to output_dir {self.path}: {error}; choose a folder on a writable disk with room"
+            ) from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            owner = lock.read().strip() or "another process"
+            lock.close()
+            raise ValueError(
+                f"output_dir {self.path} is in use by {owner}; wait until it ends, or choose another output_dir"
+            ) from None
+        except OSError:  # a file system without locks
+            lock.close()
+            return
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+        self._lock = lock
+
+    def close(self) -> None:
+        """Lets the next process have the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def has_metrics(self) -> bool:
+        """Whether an earlier start of this run has trained."""
+        return not self.is_new and self.metrics.exists() and self.metrics.stat().st_size > 0
+
     def _check_owner(self, config: TrainConfig, command: str) -> bool:
         """True where the folder holds this very run, False where it is free; another run is refused."""
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"output_dir {self.path} is a file; choose a folder")
         used = [name for name in USED_BY_A_RUN if (self.path / name).exists()]
         if not used or self._never_began():
             return False
@@ -73,7 +122,7 @@ class RunDirectory:
             raise ValueError(f"output_dir {self.path} holds {', '.join(used)} of something else; {advice}")
         if (found := self.state()["command"]) != command:
             raise ValueError(f"output_dir {self.path} holds a run of `jdpo {found}`, not of `jdpo {command}`; {advice}")
-        changed = differences(yaml.safe_load(self._config_file.read_text(encoding="utf-8")), config)
+        changed = differences(self._saved_config(), config)
         if changed:
             raise ValueError(
                 f"output_dir {self.path} holds a different run, so this one cannot resume it:\n  "
@@ -91,13 +140,24 @@ class RunDirectory:
 
     def state(self) -> dict[str, Any]:
         """What run.json says."""
-        state: dict[str, Any] = json.loads(self._run_file.read_text(encoding="utf-8"))
-        return state
+        return self._read(self._run_file, json.loads)
+
+    def _saved_config(self) -> dict[str, Any]:
+        return self._read(self._config_file, yaml.safe_load)
+
+    def _read(self, path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+        try:
+            value = parse(path.read_text(encoding="utf-8"))
+        except (ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"{path} is damaged ({error}); bring it back, or choose another output_dir") from None
+        if not isinstance(value, dict):
+            raise ValueError(f"{path} is damaged (no keys in it); bring it back, or choose another output_dir")
+        return value
 
     @property
     def finished(self) -> bool:
-        """True once everything that the run leaves stands there."""
-        return not self.is_new and self.state()["finished"] and self.model.exists()
+        """True once everything that the run leaves stands there, exported as the config asks."""
+        return not self.is_new and not self._exports_anew and self.state()["finished"] and self.model.exists()
 
     def check_inputs(self, inputs: Mapping[str, str]) -> None:
         """Remembers digests of what goes into a run; on resume refuses what has changed.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ from jdpo.models.hf_weights import check_tensors, load_params, resize_embeddings
 from jdpo.models.hub import resolve_folder
 from jdpo.models.safetensors_folder import tensor_entries
 from jdpo.models.transformer import Transformer, abstract_params, logical_axes
+from jdpo.reports.writers import check_trackers
 from jdpo.sharding.mesh import check_batch_size, make_mesh, num_batch_shards
 from jdpo.sharding.rules import param_shardings, undivided_dims
+from jdpo.training.optimizer import learning_rate_schedule
 from jdpo.training.tasks import BatchLayout, Task, batch_layout, task_for
 
 Params = Any
@@ -67,15 +70,27 @@ class Setup:
 
 
 def resolve_dtype(config: TrainConfig) -> TrainConfig:
-    """Replaces compute_dtype auto by bfloat16 on TPU and GPU, float32 on CPU, and makes jax mean what is asked for."""
-    dtype = config.compute_dtype
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    if dtype == "float32":  # without this, TPUs multiply float32 in bfloat16 passes and GPUs in TF32
-        jax.config.update("jax_default_matmul_precision", "float32")
-    if dtype == "float64":
-        jax.config.update("jax_enable_x64", True)
+    """Replaces compute_dtype auto by bfloat16 on TPU and GPU, float32 on CPU."""
+    if config.compute_dtype != "auto":
+        return config
+    dtype: Any = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return dataclasses.replace(config, compute_dtype=dtype)
+
+
+@contextlib.contextmanager
+def numerics(config: TrainConfig) -> Iterator[None]:
+    """Makes jax mean what compute_dtype says while a run goes on, and puts back what was set before."""
+    x64, precision = jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision
+    try:
+        # Settings of the whole process, not jax's thread-local contexts: orbax works in threads of its own.
+        if config.compute_dtype == "float32":  # without this, TPUs multiply float32 in bfloat16 and GPUs in TF32
+            jax.config.update("jax_default_matmul_precision", "float32")
+        if config.compute_dtype == "float64":
+            jax.config.update("jax_enable_x64", True)
+        yield
+    finally:
+        jax.config.update("jax_default_matmul_precision", precision)
+        jax.config.update("jax_enable_x64", x64)
 
 
 def build(config: TrainConfig, say: Say) -> Setup:
@@ -89,7 +104,7 @@ def build(config: TrainConfig, say: Say) -> Setup:
       ValueError: anything that does not fit, before anything is trained.
     """
     task = task_for(config)
-    check_best_model(config, task)
+    check_settings(config, task)
     parse_size(config.max_shard_size)  # now, not at the export after hours of training
     mesh = make_mesh(config.mesh)
     check_batch_size(config.global_batch_size, mesh)
@@ -97,7 +112,7 @@ def build(config: TrainConfig, say: Say) -> Setup:
     source_config = read_model_config(model_folder)
     tokenizer = load_tokenizer(model_folder, chat_template=config.chat_template)
     model = make_model(config, source_config, tokenizer)
-    reference_folder = _reference_folder(config, source_config)
+    reference_folder = _reference_folder(config, model_folder, source_config, tokenizer)
     for folder in {model_folder, reference_folder or model_folder}:
         check_tensors(folder, tensor_entries(folder), source_config)  # headers only, before rows are tokenized
     train_data = task.prepare(config.datasets, tokenizer)
@@ -124,19 +139,40 @@ def build(config: TrainConfig, say: Say) -> Setup:
         train_data=train_data,
         eval_data=eval_data,
         layout=layout,
-        num_steps=config.max_steps or math.ceil(config.num_train_epochs * steps_per_epoch),
+        num_steps=config.max_steps or num_steps_of(config.num_train_epochs, steps_per_epoch),
         steps_per_epoch=steps_per_epoch,
     )
+    learning_rate_schedule(config, setup.num_steps)  # a warm-up longer than the run is refused here
     say(describe(setup))
     return setup
 
 
-def check_best_model(config: TrainConfig, task: Task) -> None:
-    """Refuses settings under which there would be no best checkpoint to keep or to export.
+def num_steps_of(num_epochs: float, steps_per_epoch: int) -> int:
+    """Steps of a number of epochs, rounded up, but not by what floats add to a product.
+
+    >>> num_steps_of(1.1, 50), num_steps_of(0.5, 3)
+    (55, 2)
+    """
+    return math.ceil(round(num_epochs * steps_per_epoch, 6))
+
+
+def check_settings(config: TrainConfig, task: Task) -> None:
+    """Refuses settings that would be ignored, and those under which there is no best checkpoint to keep or export.
 
     Raises:
-      ValueError: an unknown metric, nothing to evaluate, or checkpoints at steps without an evaluation.
+      ValueError: naming the setting and what it needs.
     """
+    pairs = [(config.model_name_or_path, config.model_revision, "model_revision")]
+    if isinstance(config, DPOConfig):
+        if config.reference_revision is not None and config.reference_model is None:
+            raise ValueError("reference_revision needs reference_model: without it the reference is the policy's start")
+        pairs.append((config.reference_model or "", config.reference_revision, "reference_revision"))
+    for name, revision, key in pairs:
+        if revision is not None and Path(name).expanduser().is_dir():
+            raise ValueError(f"{key} {revision!r} is for hub names; {name} is a local folder, which has no revisions")
+    if config.eval_steps is not None and not config.eval_datasets:
+        raise ValueError(f"eval_steps {config.eval_steps} needs eval_datasets: there is nothing to evaluate on")
+    check_trackers(config.report_to)
     known = [f"eval_{name}" for name in task.metrics]
     if config.metric_for_best_model not in known:
         raise ValueError(
@@ -177,10 +213,14 @@ def make_model(config: TrainConfig, source_config: ModelConfig, tokenizer: Token
     )
 
 
-def _reference_folder(config: TrainConfig, policy: ModelConfig) -> Path | None:
+def _reference_folder(
+    config: TrainConfig, model_folder: Path, policy: ModelConfig, tokenizer: Tokenizer
+) -> Path | None:
     if not isinstance(config, DPOConfig) or config.reference_model is None:
         return None
     folder = resolve_folder(config.reference_model, config.reference_revision)
+    if folder.resolve() == model_folder.resolve():
+        return None  # named, and still the policy's own start
     if (found := read_model_config(folder)) != policy:
         names = [field.name for field in dataclasses.fields(policy)]
         fields = {name: (getattr(found, name), getattr(policy, name)) for name in names}
@@ -189,6 +229,13 @@ def _reference_folder(config: TrainConfig, policy: ModelConfig) -> Path | None:
             f"reference_model {config.reference_model} must have the shape of {config.model_name_or_path}; "
             f"they differ in {', '.join(unlike)}"
         )
+    if (folder / "tokenizer.json").exists():  # a reference may come without one; then there is nothing to compare
+        theirs = load_tokenizer(folder, chat_template=config.chat_template)
+        if theirs.hf.get_vocab() != tokenizer.hf.get_vocab():
+            raise ValueError(
+                f"reference_model {config.reference_model} has another vocabulary than {config.model_name_or_path}: "
+                "the same ids mean other tokens there, so their log-probs cannot be compared"
+            )
     return folder
 
 

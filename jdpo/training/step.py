@@ -89,12 +89,14 @@ class StepReport(NamedTuple):
       loss: scalar, normalised over the global batch.
       grad_norm: scalar, before clipping.
       learning_rate: scalar, of this update.
+      finite: bool scalar, whether loss, gradients and the updated weights are numbers.
       rows: {name: [k, m]} per-row values, `loss` among them; those of padding rows mean nothing.
     """
 
     loss: Array
     grad_norm: Array
     learning_rate: Array
+    finite: Array
     rows: dict[str, Array]
 
 
@@ -116,7 +118,7 @@ def loss_and_grads(
 
     def micro_loss(params: Params, micro: Batch) -> tuple[Array, dict[str, Array]]:
         losses, metrics = objective.rows(params, reference_params, micro)
-        rows = {**metrics, "loss": jax.lax.stop_gradient(losses)}
+        rows = {**metrics, "loss": losses}
         return weighted_sum(losses, micro.weights) / normalizer, rows
 
     value_and_grad = jax.value_and_grad(micro_loss, has_aux=True)
@@ -147,7 +149,10 @@ def train_step(
     grads = jax.lax.with_sharding_constraint(grads, shardings)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    report = StepReport(loss, optax.tree.norm(grads), jnp.asarray(schedule(state.step)), rows)
+    grad_norm = optax.tree.norm(grads)
+    weights_finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.stack(weights_finite).all()
+    report = StepReport(loss, grad_norm, jnp.asarray(schedule(state.step)), finite, rows)
     return TrainState(state.step + 1, params, opt_state, state.rng), report
 
 

@@ -8,6 +8,7 @@ from jdpo.data.formats import (
     EMPTY_SIDE,
     HISTORIES_DIFFER,
     NO_ASSISTANT_TURN,
+    NO_TEXT,
     PROMPT_ELSEWHERE,
     Dropped,
     completion_row,
@@ -207,3 +208,15 @@ def test_a_conversation_that_ends_in_a_question_is_dropped() -> None:
 def test_missing_columns_of_a_supervised_row_are_named() -> None:
     with pytest.raises(ValueError, match=r"(?s)x:1: .*Found: text \(string\)\nKnown formats:\n  messages: "):
         completion_row({"text": "The sky is blue."}, "x:1")
+
+
+@pytest.mark.parametrize("turn", [{"content": None}, {}])
+def test_a_turn_of_tool_calls_alone_costs_the_row(turn: dict[str, Any]) -> None:
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "look", "arguments": {}}}], **turn}
+    history = [ASK, call, {"role": "tool", "content": "blue"}]
+    dropped = Dropped(NO_TEXT, "x:1")
+    assert preference_row({"prompt": history, "chosen": [BLUE], "rejected": [GREEN]}, "x:1") == dropped
+    assert preference_row({"prompt": [ASK], "chosen": [BLUE], "rejected": [call]}, "x:1") == dropped
+    assert completion_row({"messages": [*history, BLUE]}, "x:1") == dropped
+    spoken = [ASK, call | {"content": "I look."}, {"role": "tool", "content": "blue"}, BLUE]
+    assert completion_row({"messages": spoken}, "x:1") == CompletionRow(spoken[:-1], [BLUE], "x:1")

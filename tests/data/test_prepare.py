@@ -121,8 +121,11 @@ def test_the_second_start_takes_rows_from_the_cache(prepare: Callable[..., Any],
     first, second = prepare(datasets), prepare(datasets)
     assert (first.from_cache, second.from_cache) == (False, True)
     assert (first.counts, first.digest) == (second.counts, second.digest)
-    assert "tokenized into" in first.summary()
-    assert "found tokenized in" in second.summary()
+    (store,) = (tmp_path / "cache" / "tokenized").glob("*.arrow")
+    assert first.cache_note == f"tokenized into {store}"
+    assert second.cache_note == f"found tokenized in {store}"
+    assert str(tmp_path / "cache") not in first.summary() + second.summary()
+    assert first.summary() == second.summary()
     assert "1 dropped: empty side (the first: pairs.jsonl:1)" in second.summary()
     np.testing.assert_array_equal(first.lengths, second.lengths)
     for index in range(9):
@@ -266,3 +269,45 @@ def test_the_chosen_side_of_preference_rows_is_learnt_and_said(tmp_path: Path, c
     assert data.counts["preference rows of which the chosen side is learnt"] == 3
     assert "3 preference rows of which the chosen side is learnt" in data.summary()
     assert chatml.hf.decode(data[0].tokens[data[0].completion_mask]) == "Paris<|im_end|>\n"
+
+
+def test_half_a_surrogate_pair_costs_the_row_alone(prepare: Callable[..., Any], tmp_path: Path) -> None:
+    raw = rows(4)
+    raw[1]["chosen"][0]["content"] = "bad \ud83d half"
+    raw[2]["prompt"][0]["content"] = "bad \ud83d half"
+    data = prepare(write(tmp_path / "pairs.jsonl", raw))
+    assert data.counts == {"rows read": 4, "rows kept": 2, "dropped: text that is not Unicode": 2}
+    assert "  2 dropped: text that is not Unicode (the first: pairs.jsonl:2)" in data.summary()
+
+
+def test_files_of_a_folder_that_are_not_read_are_said(prepare: Callable[..., Any], tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write(folder / "train.jsonl", rows(3))
+    datasets = [DatasetConfig(path=str(folder))]
+    assert "left out" not in prepare(datasets).summary()
+    for index in range(6):
+        write(folder / f"extra{index}.jsonl", rows(3))
+    data = prepare(datasets)
+    assert data.from_cache  # what is left out is no part of the rows
+    assert (
+        "6 data files of no split are left out: extra0.jsonl, extra1.jsonl, extra2.jsonl, extra3.jsonl, extra4.jsonl "
+        "and 1 more"
+    ) in data.summary()
+
+
+def test_plain_text_beside_a_chat_template_is_said(
+    prepare: Callable[..., Any], tmp_path: Path, byte_level: Path, chatml: Tokenizer
+) -> None:
+    plain = [{"prompt": "Hi", "chosen": "yes" + "." * i, "rejected": "no"} for i in range(3)]
+    datasets = write(tmp_path / "pairs.jsonl", [*plain, *rows(2)])
+    line = "  3 in plain text: the chat template is not applied to them"
+    assert line in prepare(datasets).summary()
+    bare = load_tokenizer(byte_level, chat_template=None)
+    assert "plain text" not in prepare(write(tmp_path / "plain.jsonl", plain), tokenizer=bare).summary()
+    options: dict[str, Any] = {"max_length": 256, "cache_dir": tmp_path / "cache"}
+    every = prepare_completions(datasets, chatml, loss_on="assistant_turns", **options).summary()
+    assert line in every
+    no_turns = "3 in plain text, which has no turns: of them loss_on: assistant_turns learns the completion"
+    assert no_turns in every
+    assert no_turns not in prepare_completions(datasets, chatml, **options).summary()

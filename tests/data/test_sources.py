@@ -19,6 +19,7 @@ import jdpo
 from jdpo.config import DatasetConfig
 from jdpo.data.sources import HubSource, open_source, read_rows
 
+DEEP = b'{"a": %s%s}' % (b"[" * 200_000, b"]" * 200_000)
 ROWS = [{"prompt": f"question {i}", "completion": "wörd"} for i in range(10)]
 
 
@@ -69,6 +70,9 @@ def test_blank_lines_and_a_byte_order_mark_are_passed_over(tmp_path: Path) -> No
         ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', r"a\.jsonl:2: not UTF-8 text \(byte 0xff at position 7\)"),
         ("a.jsonl", b"", r"a\.jsonl: the file is empty"),
         ("a.jsonl", b"\n \n", r"a\.jsonl: the file is empty"),
+        ("a.jsonl", b'{"a": 1}\n' + DEEP, r"a\.jsonl:2: JSON that Python cannot read: it is nested too deeply"),
+        ("a.jsonl", b'{"a": %s}\n' % (b"9" * 5000), r"a\.jsonl:1: JSON that Python cannot read: Exceeds the limit"),
+        ("a.json", b"[%s]" % DEEP, r"a\.json: JSON that Python cannot read: it is nested too deeply"),
         ("a.json", b"  ", r"a\.json: the file is empty"),
         ("a.json", b"[]", r"a\.json: the file is empty"),
         ("a.json", b'[{"a": 1},\n {"a": }]', r"a\.json:2: broken JSON: Expecting value \(column 8\)"),
@@ -214,3 +218,23 @@ def test_a_hub_out_of_reach_is_named_with_the_way_out(tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert "cannot load org/name:train from the hub" in run.stdout, run.stderr
     assert "without a network, give the path of a local one" in run.stdout
+
+
+@pytest.mark.parametrize("option", ["name", "revision"])
+def test_options_of_hub_names_are_refused_for_files(tmp_path: Path, option: str) -> None:
+    path = write(tmp_path / "rows.jsonl")
+    for place, kind in ((path, "file"), (tmp_path, "folder")):
+        with pytest.raises(ValueError, match=rf"{place}: {option} is 'main', but .*hub only.*local {kind}; leave"):
+            open_source(DatasetConfig(path=str(place), **{option: "main"}))
+
+
+def test_files_of_no_split_are_told(tmp_path: Path) -> None:
+    for name in ("train.jsonl", "test.jsonl", "extra.jsonl", "more.parquet"):
+        write(tmp_path / name)
+    for split in ("train", "test", "train[:3]"):
+        source = open_source(DatasetConfig(path=str(tmp_path), split=split))
+        assert source.left_out == ("extra.jsonl", "more.parquet")
+    assert open_source(DatasetConfig(path=str(tmp_path / "train.jsonl"))).left_out == ()
+    for name in ("train.jsonl", "test.jsonl"):
+        (tmp_path / name).unlink()
+    assert open_source(DatasetConfig(path=str(tmp_path))).left_out == ()

@@ -417,3 +417,43 @@ def test_plain_text_reads_as_it_was_written(byte_chatml: Tokenizer, prompt: str,
     split = mask.index(1)
     assert byte_chatml.hf.decode(tokens[:split]) == prompt
     assert all(mask[split:])
+
+
+def test_a_template_that_thinks_in_the_last_turn_only(load_with_bos: Callable[..., Tokenizer]) -> None:
+    thinking = (
+        "{% for m in messages %}{{ m['role'] + '\n' }}{% if loop.last and m['role'] == 'assistant' %}{{ '.\n' }}"
+        "{% endif %}{{ m['content'] + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
+    )
+    tokenizer = load_with_bos(own=thinking)
+    row = CompletionRow([user("Hi"), assistant("Hello"), user("Bye")], [assistant("Bye")], "x:1")
+    dropped = tokenize_completion(row, tokenizer, max_length=64, loss_on="assistant_turns")
+    assert isinstance(dropped, Dropped)
+    assert "use loss_on: completion" in dropped.reason
+    tokens, mask = masked(tokenize_completion(row, tokenizer, max_length=64))
+    assert [token for token, learnt in zip(tokens, mask, strict=True) if learnt] == [DOT, NL, BYE, EOS]
+
+
+def test_a_row_that_an_expression_of_the_template_breaks_on(load_with_bos: Callable[..., Tokenizer]) -> None:
+    numbered = "{% for m in messages %}{{ m['content'] + ('\\n' if m['content'] != 'Bye' else 1) }}{% endfor %}"
+    rows = [pair([user(words)], "Hello", ".") for words in ("Hi", "Bye")]
+    kept, dropped = tokenize_pairs(rows, load_with_bos(own=numbered), max_length=64)
+    assert isinstance(kept, KeptPair)
+    assert isinstance(dropped, Dropped)
+    assert (dropped.reason, dropped.detail[:11]) == (boundaries.REFUSED, "TypeError: ")
+
+
+@pytest.mark.parametrize("loss_on", ["completion", "assistant_turns"])
+def test_half_a_surrogate_pair_in_text_or_in_a_further_key(
+    load_with_bos: Callable[..., Tokenizer], loss_on: tokenize.LossOn
+) -> None:
+    with_names = "{% for m in messages %}{{ m['name'] + m['content'] }}{% endfor %}"
+    tokenizer = load_with_bos(own=with_names)
+    for prompt, completion in (
+        ("Hi", "\ud83d"),
+        ("\ud83d", "Hi"),
+        ([user("Hi") | {"name": ""}], [assistant("Hello") | {"name": "\ud83d"}]),
+    ):
+        row = CompletionRow(prompt, completion, "x:1")
+        result = tokenize_completion(row, tokenizer, max_length=64, loss_on=loss_on)
+        assert result == Dropped("text that is not Unicode", "x:1")

@@ -1,10 +1,16 @@
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import jdpo
 from jdpo.data.tokenizer import load_tokenizer
 
 LLAMA_2_LIKE = (
@@ -186,6 +192,8 @@ def test_completions_of_a_byte_level_tokenizer_are_as_they_are(byte_level: Path)
         ("{% for m in messages %}\n{{ m['role'] }", r"chat\.jinja: line 2: "),
         ("{{ raise_exception('never') }}", r"chat\.jinja refuses a question and its answer: never"),
         ("{% for m in messages %}{{ m['role'] }}{% endfor %}", "without the assistant's words"),
+        ("{{ messages[0].content + 1 }}", r"chat_template \S+chat\.jinja breaks: TypeError: can only concatenate"),
+        ("{{ messages[0].content[1 // 0] }}", r"chat\.jinja breaks: ZeroDivisionError"),
     ],
 )
 def test_a_broken_template_is_named(byte_level: Path, tmp_path: Path, text: str, message: str) -> None:
@@ -206,3 +214,50 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match="no usable tokenizer in this folder"):
         load_tokenizer(tmp_path, chat_template=None)
+
+
+def test_a_template_of_the_model_that_breaks_on_a_question_does_not_stop_the_start(
+    word_level: Callable[..., Path],
+) -> None:
+    folder = word_level(["a"], chat_template="{{ messages[0].content + 1 }}")
+    assert load_tokenizer(folder, chat_template=None).end_token_ids == (1,)
+
+
+@pytest.mark.parametrize("auto_map", [{"AutoTokenizer": ["code.Own", "code.Own"]}, ["code.Own", None]])
+def test_python_code_of_the_folder_is_never_run_nor_asked_for(
+    word_level: Callable[..., Path], tmp_path: Path, auto_map: Any
+) -> None:
+    folder = word_level(["a"])
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "Own", "auto_map": auto_map}))
+    marker = tmp_path / "it_ran"
+    (folder / "code.py").write_text(f"open({str(marker)!r}, 'w').close()\nclass Own: pass\n")
+    program = (
+        "import sys\nfrom pathlib import Path\nfrom jdpo.data.tokenizer import load_tokenizer\n"
+        "try: load_tokenizer(Path(sys.argv[1]), chat_template=None)\nexcept ValueError as error: print(error)\n"
+    )
+    root = str(Path(jdpo.__file__).parents[1])
+    environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": root}
+    run = subprocess.run(
+        [sys.executable, "-c", program, str(folder)], input="y\n", capture_output=True, text=True, env=environment
+    )
+    assert not marker.exists()
+    assert "needs Python code of its own" in run.stdout, run.stderr
+    assert "which jdpo never runs" in run.stdout
+    assert "trust_remote_code" not in run.stdout + run.stderr
+    assert "[y/N]" not in run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_conversations_that_go_without_bos_are_said(word_level: Callable[..., Path], tmp_path: Path, own: bool) -> None:
+    specials = {"bos_token": "<s>", "eos_token": "</s>"}
+
+    def notes(text: str, adds_bos: bool) -> list[str]:
+        folder = word_level(["a"], specials=specials, adds_bos=adds_bos, chat_template=text if own else None)
+        tokenizer = load_tokenizer(folder, chat_template=None if own else template(tmp_path, text))
+        return [note for note in tokenizer.notes if note.startswith("BOS")]
+
+    assert notes(ZEPHYR_LIKE, adds_bos=True) == [
+        "BOS: the chat template does not write <s>: conversations go without, plain text has it"
+    ]
+    assert notes(ZEPHYR_LIKE, adds_bos=False) == notes(LLAMA_2_LIKE, adds_bos=True) == []

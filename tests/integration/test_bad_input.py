@@ -100,6 +100,17 @@ CONFIG: dict[str, tuple[Make, list[str]]] = {
         lambda at: {"load_best_model_at_end": "true"},
         ["load_best_model_at_end needs eval_datasets and eval_steps"],
     ),
+    "evaluation steps without rows": (lambda at: {"eval_steps": 2}, ["eval_steps 2 needs eval_datasets"]),
+    "revision of a local folder": (
+        lambda at: {"model_revision": "0012345"},
+        ["model_revision '0012345' is for hub names"],
+    ),
+    "revision of no reference": (
+        lambda at: {"reference_revision": "main"},
+        ["reference_revision needs reference_model"],
+    ),
+    "decay of 1": (lambda at: {"optimizer.b2": 1}, ["'optimizer.b2'", "less than 1"]),
+    "seed that is none": (lambda at: {"seed": 2**40}, ["'seed'", "less than 4294967296"]),
     "size of a shard": (lambda at: {"max_shard_size": "large"}, ["max_shard_size", "5GB", "'large'"]),
 }
 

@@ -10,12 +10,16 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import pytest
+from safetensors.numpy import load_file
 
 from jdpo.checkpoint.manager import MANIFEST
 from jdpo.cli.main import main
 from jdpo.config import DPOConfig, load_config
 from jdpo.training.loop import train
+from jdpo.training.run_dir import RunDirectory
+from jdpo.training.setup import resolve_dtype
 
 Words = Callable[..., list[str]]
 Start = Callable[..., subprocess.Popen[str]]
@@ -107,11 +111,12 @@ def test_logging_saving_mesh_and_micro_batches_may_change(cut_words: Words, copy
 
 
 def test_a_finished_run_says_so_and_changes_nothing(cut_words: Words, uninterrupted: Path, capsys: Capture) -> None:
-    before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*") if path.name != "resolved_config.yaml"}
+    touched = ("resolved_config.yaml", ".lock")  # written again at every start
+    before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*") if path.name not in touched}
     assert main(cut_words(uninterrupted)) == 0
     said = " ".join("".join(capsys.readouterr()).split())
     assert f"the run in {uninterrupted} is finished (step 12); its model is {uninterrupted / 'model'}" in said
-    after = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*") if path.name != "resolved_config.yaml"}
+    after = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*") if path.name not in touched}
     assert after == before
 
 
@@ -218,3 +223,81 @@ def test_a_refused_start_leaves_the_folder_free(cut_words: Words, tmp_path: Path
     # The mistake repaired, the next refusal must be of the next mistake, not of the folder.
     said = refusal(cut_words(run, max_length=1), capsys)
     assert "no rows left of " in said
+
+
+def test_other_export_settings_export_a_finished_run_again(
+    cut_words: Words, uninterrupted: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    run = Path(shutil.copytree(uninterrupted, tmp_path / "run"))
+    lines = (run / "metrics.jsonl").read_bytes()
+    assert main(cut_words(run, export_dtype="bfloat16")) == 0
+    tensors = load_file(run / "model" / "model.safetensors")
+    assert {str(tensor.dtype) for tensor in tensors.values()} == {"bfloat16"}
+    assert (run / "metrics.jsonl").read_bytes() == lines
+    assert main(cut_words(run, export_dtype="bfloat16")) == 0
+    assert "is finished" in "".join(capsys.readouterr())
+
+
+def test_a_damaged_best_checkpoint_is_not_exported(
+    cut_words: Words, uninterrupted: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    run = Path(shutil.copytree(uninterrupted, tmp_path / "run"))
+    best, last = saved_steps(run)[0], saved_steps(run)[-1]
+    for step in (best, last):  # as if the earlier checkpoint had been the better one
+        path = run / "checkpoints" / str(step) / MANIFEST
+        manifest = json.loads(path.read_text())
+        path.write_text(json.dumps(manifest | {"metric": float(step)}))
+        name = manifest["metric_name"]
+    manifest = json.loads((run / "checkpoints" / str(last) / MANIFEST).read_text())
+    for path in run.glob(f"checkpoints/*/{MANIFEST}"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"metric_name": name}))
+    state = max((run / "checkpoints" / str(best) / "state").rglob("*"), key=lambda path: path.stat().st_size)
+    data = bytearray(state.read_bytes())
+    data[len(data) // 2] ^= 1
+    state.write_bytes(bytes(data))
+    shutil.rmtree(run / "model")
+    words = cut_words(run, load_best_model_at_end="true", eval_steps=2)
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert f"checkpoints/{best} is damaged: " in said
+    assert state.name in said
+    assert not (run / "model").exists()
+
+
+def test_a_second_start_in_the_same_folder_is_refused(cut_words: Words, copy: Path, capsys: Capture) -> None:
+    config = resolve_dtype(load_config(DPOConfig, None, cut_words(copy)[1:]))
+    held = RunDirectory(config, "dpo")
+    assert main(cut_words(copy)) == 2
+    said = capsys.readouterr().err
+    assert f"output_dir {copy} is in use by process {os.getpid()} on " in said
+    held.close()
+    again = RunDirectory(config, "dpo")
+    again.close()
+
+
+@pytest.mark.parametrize("name", ["run.json", "resolved_config.yaml"])
+def test_damaged_run_files_are_named(name: str, cut_words: Words, copy: Path, capsys: Capture) -> None:
+    (copy / name).write_text("")
+    assert main(cut_words(copy)) == 2
+    assert f"{copy / name} is damaged" in capsys.readouterr().err
+
+
+def test_weights_that_are_no_numbers_are_never_saved(cut_words: Words, tmp_path: Path, capsys: Capture) -> None:
+    run = tmp_path / "run"
+    # The update itself overflows: loss and gradient are fine until then.
+    absurd = {"learning_rate": 1e30, "optimizer.weight_decay": 1e20, "lr_scheduler_type": "constant"}
+    words = cut_words(run, max_steps=1, **absurd)
+    assert main(words) == 1
+    said = capsys.readouterr().err
+    assert "step 1 gave loss 0.69" in said
+    assert "the weights are no numbers" in said
+    assert saved_steps(run) == []
+    assert not (run / "model").exists()
+
+
+def test_float64_ends_with_its_run(cut_words: Words, tmp_path: Path) -> None:
+    before = (jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision)
+    words = cut_words(tmp_path / "run", compute_dtype="float64", max_steps=1)
+    train(load_config(DPOConfig, None, words[1:]))
+    assert (jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision) == before
+    assert before[0] is False

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import jdpo
 from jdpo.models.families import FAMILIES, RopeConfig, read_model_config
 
 SHAPE = {
@@ -135,3 +139,25 @@ def test_every_family_has_a_golden_folder() -> None:
     golden = Path(__file__).parents[1] / "golden" / "logits"
     families = {read_model_config(folder).family for folder in golden.iterdir()}
     assert families == set(FAMILIES)
+
+
+def test_python_code_of_the_folder_is_never_run_nor_asked_for(tmp_path: Path) -> None:
+    # transformers reads the newest of configuration_files that it is new enough for, in place of config.json.
+    folder = write(tmp_path, "llama", configuration_files=["config.4.0.0.json"])
+    (folder / "config.4.0.0.json").write_text(
+        json.dumps({"model_type": "own", **SHAPE, "auto_map": {"AutoConfig": "code.Own"}})
+    )
+    marker = tmp_path / "it_ran"
+    (folder / "code.py").write_text(f"open({str(marker)!r}, 'w').close()\nclass Own: pass\n")
+    program = (
+        "import sys\nfrom pathlib import Path\nfrom jdpo.models.families import read_model_config\n"
+        "try: read_model_config(Path(sys.argv[1]))\nexcept ValueError as error: print(error)\n"
+    )
+    root = str(Path(jdpo.__file__).parents[1])
+    environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": root}
+    run = subprocess.run(
+        [sys.executable, "-c", program, str(folder)], input="y\n", capture_output=True, text=True, env=environment
+    )
+    assert not marker.exists()
+    assert "needs Python code of its own (auto_map), which jdpo never runs" in run.stdout, run.stderr
+    assert "trust_remote_code" not in run.stdout + run.stderr

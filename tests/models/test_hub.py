@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
 
+import jdpo
 from jdpo.models.hub import resolve_folder
 
 
@@ -63,3 +72,57 @@ def test_a_cached_snapshot_is_used_without_network(tmp_path: Path) -> None:
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text("0" * 40)
     assert resolve_folder("owner/model") == snapshot
+
+
+@contextlib.contextmanager
+def serving(files: list[str]) -> Iterator[str]:
+    """A hub of one repository; every file says its own name."""
+
+    numbered = list(enumerate(files))
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if "/tree/" in self.path:
+                tree = [{"type": "file", "path": name, "oid": f"{i:040}", "size": len(name)} for i, name in numbered]
+                body = json.dumps(tree).encode()
+            elif self.path.startswith("/api/"):
+                siblings = [{"rfilename": name} for name in files]
+                body = json.dumps({"id": "owner/model", "sha": "1" * 40, "siblings": siblings}).encode()
+            else:
+                body = self.path.rpartition("/")[2].encode()
+            self.send_response(200)
+            headers = {"Content-Length": len(body), "X-Repo-Commit": "1" * 40, "ETag": f'"{abs(hash(self.path)):x}"'}
+            for name, value in headers.items():
+                self.send_header(name, str(value))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Says nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_what_is_downloaded(tmp_path: Path) -> None:
+    wanted = ["config.json", "model-00001-of-00001.safetensors", "tokenizer.json", "chat_template.jinja"]
+    others = ["consolidated.safetensors", "consolidated-00001-of-00002.safetensors", "pytorch_model.bin", "code.py"]
+    program = "from jdpo.models.hub import resolve_folder; print(resolve_folder('owner/model'))"
+    with serving(wanted + others) as endpoint:
+        environment = os.environ | {
+            "HF_ENDPOINT": endpoint,
+            "HF_HOME": str(tmp_path / "hf"),
+            "HF_HUB_CACHE": str(tmp_path / "hf" / "hub"),
+            "HF_HUB_OFFLINE": "0",
+            "NO_PROXY": "127.0.0.1",
+            "PYTHONPATH": str(Path(jdpo.__file__).parents[1]),
+        }
+        run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    folder = Path(run.stdout.strip())
+    assert sorted(path.name for path in folder.iterdir()) == sorted(wanted)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import math
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from jdpo.training.tasks import BatchLayout, Task, batch_layout, task_for
 
 Params = Any
 Say = Callable[[str], None]
+ROW_COUNTER_SECONDS = 10.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,11 +117,12 @@ def build(config: TrainConfig, say: Say) -> Setup:
     reference_folder = _reference_folder(config, model_folder, source_config, tokenizer)
     for folder in {model_folder, reference_folder or model_folder}:
         check_tensors(folder, tensor_entries(folder), source_config)  # headers only, before rows are tokenized
-    train_data = task.prepare(config.datasets, tokenizer)
-    say(train_data.summary())
-    eval_data = task.prepare(config.eval_datasets, tokenizer) if config.eval_datasets else None
-    if eval_data is not None:
-        say("evaluation " + eval_data.summary())
+    train_data = task.prepare(config.datasets, tokenizer, progress=_row_counter(say))
+    say(f"{train_data.summary()}\n  {train_data.cache_note}")
+    eval_data = None
+    if config.eval_datasets:
+        eval_data = task.prepare(config.eval_datasets, tokenizer, progress=_row_counter(say))
+        say(f"evaluation {eval_data.summary()}\n  {eval_data.cache_note}")
     steps_per_epoch = num_steps_per_epoch(len(train_data), config.global_batch_size)
     layout = batch_layout(
         config.global_batch_size,
@@ -145,6 +148,19 @@ def build(config: TrainConfig, say: Say) -> Setup:
     learning_rate_schedule(config, setup.num_steps)  # a warm-up longer than the run is refused here
     say(describe(setup))
     return setup
+
+
+def _row_counter(say: Say) -> Callable[[int], None]:
+    """Says every so often how many rows were read, while a large set is tokenized."""
+    due = time.monotonic() + ROW_COUNTER_SECONDS
+
+    def progress(num_rows: int) -> None:
+        nonlocal due
+        if time.monotonic() >= due:
+            due = time.monotonic() + ROW_COUNTER_SECONDS
+            say(f"tokenizing: {num_rows:,} rows read")
+
+    return progress
 
 
 def num_steps_of(num_epochs: float, steps_per_epoch: int) -> int:

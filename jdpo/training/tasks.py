@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jdpo.config import DatasetConfig, DPOConfig, SFTConfig, TrainConfig
+from jdpo.config import DPOConfig, SFTConfig, TrainConfig
 from jdpo.data.loader import bucket_length, collate_completions, collate_pairs
 from jdpo.data.prepare import PreparedData, prepare_completions, prepare_pairs
-from jdpo.data.tokenizer import Tokenizer
 from jdpo.losses.objective import PREFERENCE_METRICS, ApplyFn
 from jdpo.losses.preference import check_loss
 from jdpo.training.step import Batch, Objective, dpo_objective, sft_objective
@@ -34,7 +33,7 @@ class Task:
       sequences: sequences the model sees for each row.
       metrics: names that an evaluation gives, without their eval_.
       uses_reference: whether a frozen reference stands beside the policy.
-      prepare: (datasets, tokenizer) -> tokenized rows.
+      prepare: (datasets, tokenizer, *, progress) -> tokenized rows.
       collate: (rows, *, num_slots, length, pad_token_id) -> a batch of numpy arrays.
       count_tokens: real tokens of a row, over all its sequences.
       objective: apply_fn -> what is minimised.
@@ -45,7 +44,7 @@ class Task:
     sequences: int
     metrics: tuple[str, ...]
     uses_reference: bool
-    prepare: Callable[[Sequence[DatasetConfig], Tokenizer], PreparedData]
+    prepare: Callable[..., PreparedData]
     collate: Callable[..., Batch]
     count_tokens: Callable[[Any], int]
     objective: Callable[[ApplyFn], Objective]

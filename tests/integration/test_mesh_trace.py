@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -84,9 +85,10 @@ def run(cut_words: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ru
     words = cut_words(tmp_path_factory.mktemp("mesh") / "run", **settings)
     config = resolve_dtype(load_config(DPOConfig, None, words[1:]))
     setup = build(config, lambda text: None)
-    run = Run(setup, RunDirectory(config, "dpo"), StopRequest(), make_console())
-    yield run
-    run.close()
+    with closing(RunDirectory(config, "dpo")) as directory:
+        run = Run(setup, directory, StopRequest(), make_console())
+        yield run
+        run.close()
 
 
 @pytest.fixture(scope="module")

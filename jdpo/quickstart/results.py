@@ -141,7 +141,7 @@ def cost(countries: Countries, measurements: Sequence[Measurement]) -> dict[str,
     """
     per_country = np.stack([np.exp(m.capitals[countries.trained][:, SEEN, RIGHT]).mean(-1) for m in measurements])
     right = per_country.mean(-1)
-    best = int(right.argmax())
+    best = int(np.argmax(right))
     first, last = measurements[0], measurements[-1]
     facts_first, facts_last = np.exp(first.facts), np.exp(last.facts)
     return {

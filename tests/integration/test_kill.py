@@ -28,7 +28,7 @@ POINTS = {
     "between orbax' commit and the manifest": (f"{MANAGER}:CheckpointManager._seal", "before", 1),
     "clearing away the unfinished step": (f"{MANAGER}:_delete", "before", 1),
     "manifest half written": (f"{MANAGER}:os.fsync", "before", 1, "checkpoint-manifest"),
-    "a step": (f"{LOOP}:check_finite", "before", 3),
+    "a step": (f"{LOOP}:Run._take", "before", 3),
     "evaluation": (f"{LOOP}:RowAverages.add", "before", 1),
     "evaluation logged, step not saved": (f"{LOOP}:Run._evaluate", "after", 1),
     "between the manifest and retention": (f"{MANAGER}:CheckpointManager._delete_old", "before", 1),

@@ -154,7 +154,7 @@ class CheckpointManager:
         folder = self._folder / str(step)
         try:
             manifest = {"step": step, "metric_name": self._metric_name, "metric": metric, "files": _digests(folder)}
-            _write_durably(folder / MANIFEST, json.dumps(manifest, indent=1))
+            write_durably(folder / MANIFEST, json.dumps(manifest, indent=1))
             self._delete_old()
         except OSError as error:
             raise self._failure(step, error) from error
@@ -257,10 +257,10 @@ def _digests(folder: Path) -> dict[str, list[Any]]:
     return digests
 
 
-def _write_durably(path: Path, text: str) -> None:
+def write_durably(path: Path, text: str) -> None:
     """Writes all or nothing, and onto the disk before it returns."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
+    with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

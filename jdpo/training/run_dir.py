@@ -20,6 +20,7 @@ from typing import IO, Any
 import yaml
 
 from jdpo._version import __version__
+from jdpo.checkpoint.manager import write_durably
 from jdpo.config import EXPORT_KEYS, TrainConfig, changed_keys, differences, to_yaml
 from jdpo.training.processes import barrier, is_first
 
@@ -63,7 +64,7 @@ class RunDirectory:
         barrier("run directory read")
         if is_first():
             try:
-                write_atomically(self._config_file, to_yaml(config))
+                write_durably(self._config_file, to_yaml(config))
                 if self.is_new:
                     self._write_run({"command": command, "jdpo": __version__, "finished": False, "inputs": {}})
             except OSError as error:
@@ -185,14 +186,4 @@ class RunDirectory:
             self._write_run({**self.state(), "finished": True, "results": dict(results)})
 
     def _write_run(self, state: Mapping[str, Any]) -> None:
-        write_atomically(self._run_file, json.dumps(state, indent=1) + "\n")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes all or nothing."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+        write_durably(self._run_file, json.dumps(state, indent=1) + "\n")

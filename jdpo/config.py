@@ -34,7 +34,7 @@ def _no_bool(value: Any) -> Any:
 
 def _as_list(value: Any) -> Any:
     """Let one entry stand for a list of one."""
-    return [value] if isinstance(value, str | Mapping) else value
+    return [value] if isinstance(value, str | Mapping | int | float) else value
 
 
 def _as_dataset(value: Any) -> Any:
@@ -47,6 +47,7 @@ PositiveInt = Annotated[Int, Field(ge=1)]
 NonNegativeInt = Annotated[Int, Field(ge=0)]
 Seed = Annotated[Int, Field(ge=0, lt=2**32)]
 NonNegativeFloat = Annotated[Float, Field(ge=0, allow_inf_nan=False)]
+FiniteFloat = Annotated[Float, Field(allow_inf_nan=False)]
 PositiveFloat = Annotated[Float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[Float, Field(ge=0, le=1)]
 Decay = Annotated[Float, Field(ge=0, lt=1)]
@@ -162,10 +163,40 @@ class DPOConfig(TrainConfig):
     """Settings of `jdpo dpo`."""
 
     beta: PositiveFloat = _key(0.1, "how strongly the policy is held to the reference")
-    loss_type: str = _key("sigmoid", "the preference loss")
+    loss_type: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = _key(
+        ("sigmoid",), "the preference loss, or a list of losses that are added; docs/losses.md has them all"
+    )
+    loss_weights: Annotated[tuple[NonNegativeFloat, ...] | None, BeforeValidator(_as_list)] = _key(
+        None, "one weight a loss of the list; null: 1 each"
+    )
     label_smoothing: Annotated[Float, Field(ge=0, lt=0.5)] = _key(0.0, "share of preferences taken as flipped")
+    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = _key(
+        "reverse_kl", "divergence that holds the policy to the reference"
+    )
+    f_alpha_divergence_coef: FiniteFloat = _key(0.5, "alpha of alpha_divergence")
+    discopop_tau: PositiveFloat = _key(0.05, "temperature of discopop")
+    simpo_gamma: FiniteFloat = _key(0.5, "target margin of simpo")
+    cpo_alpha: NonNegativeFloat = _key(1.0, "weight of the likelihood term of cpo")
+    orpo_lambda: NonNegativeFloat = _key(0.1, "weight of the odds-ratio term of orpo")
+    rpo_alpha: NonNegativeFloat | None = _key(None, "adds so much of the chosen side's token-mean NLL; null: none")
+    bco_delta: FiniteFloat = _key(0.0, "mean reward that bco_pair holds rewards against")
+    bco_running_delta: bool = _key(False, "bco_pair takes the mean reward of all pairs seen so far instead")
+    use_weighting: bool = _key(False, "WPO: weigh pairs by how likely the policy finds them")
+    ld_alpha: Fraction | None = _key(
+        None, "LD-DPO: weight of tokens past the shorter completion's length; null: as the others"
+    )
+    reference: Literal["auto", "live", "cached", "none"] = _key(
+        "auto",
+        "where reference log-probs come from: a frozen model in every step, or computed once and kept; "
+        "auto: kept where that pays, none where the loss has none",
+    )
     reference_model: str | None = _key(None, "the frozen reference; null: the policy's own start")
     reference_revision: str | None = _key(None, "hub revision of reference_model")
+    sync_ref_model: bool = _key(False, "TR-DPO: move the reference towards the policy now and then")
+    ref_model_mixup_alpha: Annotated[Float, Field(gt=0, le=1)] = _key(
+        0.6, "share of the policy in the moved reference; 1: the policy replaces it"
+    )
+    ref_model_sync_steps: PositiveInt = _key(512, "steps between two moves of the reference")
 
 
 ALIASES = {
@@ -183,6 +214,11 @@ ALIASES = {
     "gradient_accumulation_steps": "global_batch_size",
     "gradient_checkpointing": "remat",
     "ref_model": "reference_model",
+    "precompute_ref_log_probs": "reference",
+    "reference_free": "loss_type",
+    "nll_coef": "rpo_alpha",
+    "gamma": "simpo_gamma",
+    "mixup_alpha": "ref_model_mixup_alpha",
     "weight_decay": "optimizer.weight_decay",
     "adam_beta1": "optimizer.b1",
     "adam_beta2": "optimizer.b2",
@@ -268,7 +304,8 @@ def _text_keys(cls: type, prefix: str = "") -> set[str]:
     keys: set[str] = set()
     for name, hint in hints.items():
         group = _group_class(hint)
-        if hint is str or str in typing.get_args(hint):
+        is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+        if hint is str or (is_union and str in typing.get_args(hint)):
             keys.add(prefix + name)
         elif group is not None and dataclasses.is_dataclass(hint):
             keys |= _text_keys(group, f"{prefix}{name}.")
@@ -407,6 +444,7 @@ FREE_KEYS = frozenset(
         "max_shard_size",
         "mesh",
         "micro_batch_size",
+        "reference",
         "remat",
         "resume",
     }

@@ -8,7 +8,18 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jdpo.config import FREE_KEYS, DPOConfig, SFTConfig, differences, keys_of, load_config, to_dict, to_yaml
+from jdpo.config import (
+    FREE_KEYS,
+    DPOConfig,
+    SFTConfig,
+    defaults_of,
+    differences,
+    keys_of,
+    load_config,
+    to_dict,
+    to_yaml,
+)
+from jdpo.losses.settings import DEFAULTS, OFF
 
 REQUIRED = ["model_name_or_path=m", "datasets=rows.jsonl", "output_dir=out"]
 
@@ -135,11 +146,32 @@ def test_differences_name_what_makes_another_run() -> None:
     assert differences(saved, dpo("beta=0.2", "seed=1")) == ["seed: 42 before, 1 now", "beta: 0.1 before, 0.2 now"]
 
 
+@pytest.mark.parametrize(
+    ("word", "losses"),
+    [
+        ("loss_type=ipo", ("ipo",)),
+        ("loss_type=[sigmoid, bco_pair,sft]", ("sigmoid", "bco_pair", "sft")),
+    ],
+)
+def test_a_list_on_the_command_line_is_a_list(word: str, losses: tuple[str, ...]) -> None:
+    assert dpo(word).loss_type == losses
+
+
+def test_loss_options_have_the_defaults_of_the_loss_library() -> None:
+    defaults = defaults_of(DPOConfig)
+    options = {**DEFAULTS, **OFF}
+    for_batches_alone = {"num_chosen_tokens", "pair_weights"}
+    assert options.keys() - defaults.keys() == for_batches_alone
+    assert {name: defaults[name] for name in options if name in defaults} == {
+        name: value for name, value in options.items() if name in defaults
+    }
+
+
 def test_every_key_is_described_and_free_keys_exist() -> None:
     for cls in (SFTConfig, DPOConfig):
         keys = keys_of(cls)
         assert all(keys.values()), [key for key, text in keys.items() if not text]
-        assert set(keys) >= FREE_KEYS
+    assert set(keys_of(DPOConfig)) >= FREE_KEYS
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +22,8 @@ from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
+
+from jdpo.durable import TEMPORARY, write_durably
 
 MANIFEST = "manifest.json"
 log = logging.getLogger(__name__)
@@ -250,26 +251,11 @@ def _digests(folder: Path) -> dict[str, list[Any]]:
     """{relative path: [bytes, sha256]} of every file but the manifest."""
     digests: dict[str, list[Any]] = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name not in (MANIFEST, MANIFEST + ".tmp"):
+        if path.is_file() and path.name not in (MANIFEST, MANIFEST + TEMPORARY):
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             digests[str(path.relative_to(folder))] = [path.stat().st_size, digest]
     return digests
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Writes all or nothing, and onto the disk before it returns."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def _delete(folder: Path) -> None:

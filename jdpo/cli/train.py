@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from jdpo.config import DPOConfig, SFTConfig, TrainConfig, defaults_of, keys_of, load_config, to_yaml
+
+C = TypeVar("C", bound=TrainConfig)
 
 CONFIGS: dict[str, type[TrainConfig]] = {"sft": SFTConfig, "dpo": DPOConfig}
 FLAGS = {
@@ -43,6 +46,17 @@ def _defaults(cls: type[TrainConfig]) -> dict[str, str]:
     return {key: "null" if value is None else str(value) for key, value in values.items()}
 
 
+def read_config(cls: type[C], words: Sequence[str]) -> C:
+    """The config of a command line: the file first, where one is given, then overrides.
+
+    Raises:
+      ValueError: see `load_config`.
+    """
+    if words and not words[0].startswith("--") and "=" not in words[0]:
+        return load_config(cls, Path(words[0]), words[1:])
+    return load_config(cls, None, words)
+
+
 def main(command: str, words: Sequence[str]) -> int:
     """Parses, builds, calls."""
     words = [word.replace("-", "_").replace("__", "--", 1) if word in DASHED else word for word in words]
@@ -51,10 +65,7 @@ def main(command: str, words: Sequence[str]) -> int:
         return 0
     print_config, dry_run = ("--print_config" in words), ("--dry_run" in words)
     words = [word for word in words if word not in ("--print_config", "--dry_run")]
-    path = None
-    if words and not words[0].startswith("--") and "=" not in words[0]:
-        path = Path(words.pop(0))
-    config = load_config(CONFIGS[command], path, words)
+    config = read_config(CONFIGS[command], words)
     if print_config:
         print(to_yaml(config), end="")
         return 0

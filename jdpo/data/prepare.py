@@ -175,7 +175,7 @@ def _prepare(
     if not datasets:
         raise ValueError("no data sets were given")
     sources = [open_source(dataset) for dataset in datasets]
-    folder = (cache_dir or _default_cache()).expanduser() / "tokenized"
+    folder = cache_folder(cache_dir) / "tokenized"
     key = _key(sources, row_type, tokenizer, recipe.options)
     rows = store.open_store(folder, key, row_type)
     from_cache = rows is not None
@@ -262,5 +262,8 @@ def _key(sources: Sequence[Source], row_type: type[Any], tokenizer: Tokenizer, o
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _default_cache() -> Path:
+def cache_folder(cache_dir: str | Path | None) -> Path:
+    """What `cache_dir` of a config means; None: `$XDG_CACHE_HOME/jdpo`, else ~/.cache/jdpo."""
+    if cache_dir is not None:
+        return Path(cache_dir).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jdpo"

@@ -1,17 +1,22 @@
 """Preference losses as pure functions; jax, numpy and einops are all they need."""
 
+from jdpo.losses.catalogue import LOSSES, LossSpec
+from jdpo.losses.coupled import LossState, init_loss_state
+from jdpo.losses.dpo import dpo_loss, make_dpo_loss
+from jdpo.losses.linear import linear_token_logps
 from jdpo.losses.logprobs import sequence_logps, token_logps
-from jdpo.losses.objective import dpo_loss, make_dpo_loss, preference_metrics
-from jdpo.losses.preference import LOSSES, LossSpec, PreferenceLoss, preference_loss
+from jdpo.losses.preference import PreferenceLoss, preference_loss
 
 __all__ = [
     "LOSSES",
     "LossSpec",
+    "LossState",
     "PreferenceLoss",
     "dpo_loss",
+    "init_loss_state",
+    "linear_token_logps",
     "make_dpo_loss",
     "preference_loss",
-    "preference_metrics",
     "sequence_logps",
     "token_logps",
 ]

@@ -39,6 +39,23 @@ def token_logps(logits: Array, targets: Array) -> Array:
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
+def token_log_sum_sq(logits: Array) -> Array:
+    """log sum_v p_v^2 of each position's distribution, p = softmax(logits): what WPO (arXiv 2406.11827) aligns with.
+
+    Args:
+      logits: float [..., v].
+
+    Returns:
+      float32 [...] (float64 stays float64), between -log v and 0.
+
+    >>> import jax.numpy as jnp
+    >>> token_log_sum_sq(jnp.log(jnp.array([0.25, 0.75]))).round(3).item()     # log(1/16 + 9/16)
+    -0.47...
+    """
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    return jax.nn.logsumexp(2 * logits, axis=-1) - 2 * jax.nn.logsumexp(logits, axis=-1)
+
+
 def shifted_token_logps(logits: Array, tokens: Array, completion_mask: Array) -> tuple[Array, Array]:
     """Log-probabilities of the tokens of a sequence, each predicted by the position before it.
 
@@ -61,31 +78,53 @@ def shifted_token_logps(logits: Array, tokens: Array, completion_mask: Array) ->
     return token_logps(logits[..., :-1, :], tokens[..., 1:]), completion_mask[..., 1:].astype(bool)
 
 
-def sequence_logps(token_logps: Array, mask: Array, *, reduction: Literal["sum", "mean"] = "sum") -> Array:
+def sequence_logps(
+    token_logps: Array,
+    mask: Array,
+    *,
+    reduction: Literal["sum", "mean"] = "sum",
+    ld_alpha: Array | float | None = None,
+    shared_lengths: Array | None = None,
+) -> Array:
     """Reduces token log-probabilities to one number a sequence, over the tokens where the mask is True.
 
     Args:
       token_logps: float [..., t]; what stands where the mask is False is never read, NaN included.
       mask: bool [..., t].
-      reduction: "sum", or "mean" per token (0 for a sequence without tokens).
+      reduction: "sum", or "mean" per token (0 for a sequence without tokens; over all tokens, whatever their weight).
+      ld_alpha: LD-DPO (arXiv 2409.06411): tokens past the first `shared_lengths` weigh so much, in [0, 1].
+      shared_lengths: int [...], the shorter length of a pair, with ld_alpha.
+
+            mask               0 1 1 1 0
+            weight of a token  . 1 1 alpha .        shared_lengths 2
 
     Returns:
       float32 [...] (float64 stays float64), natural log.
 
     Raises:
-      ValueError: unknown reduction, or shapes that differ.
+      ValueError: unknown reduction, shapes that differ, or one of ld_alpha and shared_lengths without the other.
 
     >>> import jax.numpy as jnp
     >>> logps, mask = jnp.array([[-1.0, -2.0, -4.0]]), jnp.array([[False, True, True]])
     >>> sequence_logps(logps, mask).tolist(), sequence_logps(logps, mask, reduction="mean").tolist()
     ([-6.0], [-3.0])
+    >>> sequence_logps(logps, mask, ld_alpha=0.5, shared_lengths=jnp.array([1])).tolist()
+    [-4.0]
     """
     if token_logps.shape != mask.shape:
         raise ValueError(f"token_logps {token_logps.shape} and mask {mask.shape} must have one shape")
+    if (ld_alpha is None) != (shared_lengths is None):
+        raise ValueError("ld_alpha and shared_lengths are given together or not at all")
     mask = mask.astype(bool)
     dtype = jnp.promote_types(token_logps.dtype, jnp.float32)
     # where, not a product: NaN * 0 is NaN, in the value and in the gradient.
-    total = jnp.where(mask, token_logps.astype(dtype), 0).sum(-1)
+    kept = jnp.where(mask, token_logps.astype(dtype), 0)
+    if shared_lengths is not None:
+        if shared_lengths.shape != mask.shape[:-1]:
+            raise ValueError(f"shared_lengths must be {mask.shape[:-1]}, found {shared_lengths.shape}")
+        is_shared = jnp.cumsum(mask, axis=-1) <= shared_lengths[..., None]
+        kept = jnp.where(is_shared, kept, jnp.asarray(ld_alpha, dtype) * kept)
+    total = kept.sum(-1)
     if reduction == "sum":
         return total
     if reduction == "mean":

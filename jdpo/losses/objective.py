@@ -1,6 +1,7 @@
-"""The DPO objective of a batch: two models, one batch, one number.
+"""The preference objective of a batch, in two halves: models to log-probs, log-probs to losses and metrics.
 
-Here, and nowhere else, stands stop_gradient: the reference never learns.
+The halves are apart because a loss may need the log-probs of a global batch whose parts the models see one after the
+other. Here, and nowhere else, stands stop_gradient: the reference never learns.
 
 Axes: b pairs, n=2 (chosen, rejected), t positions, v vocabulary.
 """
@@ -9,14 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from jdpo.losses.logprobs import sequence_logps, shifted_token_logps
-from jdpo.losses.preference import PreferenceLoss, check_loss, preference_loss
+from jdpo.losses.coupled import LossState, init_loss_state, update_loss_state
+from jdpo.losses.logprobs import sequence_logps, shifted_token_logps, token_log_sum_sq
+from jdpo.losses.preference import loss_inputs, loss_terms, rewards, sum_of_terms, token_share
+from jdpo.losses.settings import LossSettings
 from jdpo.types import CHOSEN, REJECTED, PreferenceBatch
 
 Array = Any
@@ -24,46 +27,134 @@ Params = Any
 ApplyFn = Callable[[Params, Array, Array], Array]
 
 
-def pair_logps(params: Params, batch: PreferenceBatch, *, apply_fn: ApplyFn) -> Array:
-    """Summed completion log-probs of both sides of every pair: float32 [b, 2].
+# --- from models to log-probs
 
-    The one function behind policy and reference, training and evaluation.
+
+def pair_token_logps(params: Params, batch: PreferenceBatch, *, apply_fn: ApplyFn) -> Array:
+    """Log-prob of every completion token of both sides: float32 [b, 2, t], 0 elsewhere; the value at t is of token t.
+
+    The one function behind policy and reference, training, evaluation and cache.
 
     Args:
       params: the model's parameters.
       batch: tokens and masks [b, 2, t].
       apply_fn: (params, tokens [n, t], attention_mask [n, t]) -> logits [n, t, v].
     """
+    return _token_scores(params, batch, apply_fn, with_log_sum_sq=False)[0]
+
+
+def _token_scores(
+    params: Params, batch: PreferenceBatch, apply_fn: ApplyFn, *, with_log_sum_sq: bool
+) -> tuple[Array, Array | None]:
+    """Log-prob and, where asked for, log sum_v p_v^2 of every completion token, [b, 2, t] each, 0 elsewhere."""
     num_pairs = batch.tokens.shape[0]
     # (b n) keeps a pair's two sides on the shard that holds the pair; (n b) would cross shards.
     flat_tokens = rearrange(batch.tokens, "b n t -> (b n) t")
     flat_attention = rearrange(batch.attention_mask, "b n t -> (b n) t")
     flat_completion = rearrange(batch.completion_mask, "b n t -> (b n) t")
     logits = apply_fn(params, flat_tokens, flat_attention)
-    logps = sequence_logps(*shifted_token_logps(logits, flat_tokens, flat_completion))
-    return rearrange(logps, "(b n) -> b n", b=num_pairs)
+    logps, mask = shifted_token_logps(logits, flat_tokens, flat_completion)
+
+    def to_pairs(values: Array) -> Array:
+        at_tokens = jnp.pad(jnp.where(mask, values, 0), ((0, 0), (1, 0)))  # the token at 0 is never predicted
+        return rearrange(at_tokens, "(b n) t -> b n t", b=num_pairs)
+
+    return to_pairs(logps), to_pairs(token_log_sum_sq(logits[:, :-1])) if with_log_sum_sq else None
 
 
-def reference_pair_logps(params: Params | None, batch: PreferenceBatch, *, apply_fn: ApplyFn) -> Array:
-    """The frozen reference's [b, 2] log-probs: from the batch where it carries them, else from `params`.
+class PairFeatures(NamedTuple):
+    """All that losses and metrics read of pairs: what depends on the trained weights, and what does not.
+
+    Attributes:
+      policy_logps: float [b, 2], summed completion log-probs; gradients flow through these two alone.
+      policy_ld_logps: float [b, 2], the same length-desensitised, or None without ld_alpha.
+      reference_logps, reference_ld_logps: the same under the reference, or None.
+      lengths: int [b, 2], completion tokens that are predicted.
+      pair_weights: float [b], WPO's weights, or None.
+      weights: float [b], 0 on padding pairs.
+    """
+
+    policy_logps: Array
+    policy_ld_logps: Array | None
+    reference_logps: Array | None
+    reference_ld_logps: Array | None
+    lengths: Array
+    pair_weights: Array | None
+    weights: Array
+
+
+def pair_features(
+    policy_params: Params,
+    reference_params: Params | None,
+    batch: PreferenceBatch,
+    *,
+    apply_fn: ApplyFn,
+    settings: LossSettings,
+) -> PairFeatures:
+    """Runs the models on a batch. Arguments and errors as `dpo_loss`."""
+    mask = predicted_tokens(batch)
+    lengths = mask.sum(-1)
+    reduce = partial(_sums, mask=mask, lengths=lengths, ld_alpha=settings.ld_alpha)
+    token_logps, log_sum_sq = _token_scores(policy_params, batch, apply_fn, with_log_sum_sq=settings.use_weighting)
+    reference = (None, None)
+    if settings.needs_reference:
+        reference = reduce(_reference_token_logps(reference_params, batch, apply_fn, settings))
+    pair_weights = None
+    if log_sum_sq is not None:
+        aligned = sequence_logps(jax.lax.stop_gradient(token_logps - log_sum_sq), mask, reduction="mean")
+        pair_weights = jnp.exp(aligned.sum(-1))
+    weights = jnp.ones(mask.shape[0], token_logps.dtype) if batch.weights is None else batch.weights
+    return PairFeatures(
+        *reduce(token_logps), *reference, lengths, pair_weights, jnp.asarray(weights, token_logps.dtype)
+    )
+
+
+def predicted_tokens(batch: PreferenceBatch) -> Array:
+    """bool [b, 2, t], the completion tokens that a position before them predicts: all but one at 0."""
+    return jnp.asarray(batch.completion_mask, bool).at[..., 0].set(False)
+
+
+def _sums(
+    token_logps: Array, *, mask: Array, lengths: Array, ld_alpha: Array | float | None
+) -> tuple[Array, Array | None]:
+    """[b, 2] sums, plain and length-desensitised, of [b, 2, t]; sums that come as [b, 2] stay as they are."""
+    if token_logps.ndim == 2:
+        return token_logps, None
+    plain = sequence_logps(token_logps, mask)
+    if ld_alpha is None:
+        return plain, None
+    shared = jnp.broadcast_to(lengths.min(-1, keepdims=True), lengths.shape)
+    return plain, sequence_logps(token_logps, mask, ld_alpha=ld_alpha, shared_lengths=shared)
+
+
+def _reference_token_logps(
+    params: Params | None, batch: PreferenceBatch, apply_fn: ApplyFn, settings: LossSettings
+) -> Array:
+    """The frozen reference's log-probs, [b, 2, t] or [b, 2]: from the batch where it carries them, else by running it.
 
     Raises:
-      ValueError: neither is given, or both are.
+      ValueError: neither is given, or both are, or in a shape of no use.
     """
     if (params is None) == (batch.reference_logps is None):
         raise ValueError(
-            "expected either reference_params or batch.reference_logps, found "
-            + ("neither" if params is None else "both")
+            f"loss_type {' + '.join(settings.loss_types)} needs a reference: expected either reference_params or "
+            f"batch.reference_logps, found {'neither' if params is None else 'both'}"
         )
     if params is not None:
-        return jax.lax.stop_gradient(pair_logps(jax.lax.stop_gradient(params), batch, apply_fn=apply_fn))
-    given: Array = batch.reference_logps
+        return jax.lax.stop_gradient(pair_token_logps(jax.lax.stop_gradient(params), batch, apply_fn=apply_fn))
+    given: Array = jnp.asarray(batch.reference_logps)
     if given.shape not in (batch.tokens.shape, batch.tokens.shape[:2]):
         raise ValueError(
             f"batch.reference_logps must be [b, 2] or [b, 2, t] for tokens {batch.tokens.shape}, found {given.shape}"
         )
-    logps = sequence_logps(given[..., 1:], batch.completion_mask[..., 1:]) if given.ndim == 3 else given
-    return jax.lax.stop_gradient(logps)
+    if given.ndim == 2 and settings.ld_alpha is not None:
+        raise ValueError(
+            "ld_alpha weighs tokens, so batch.reference_logps must be [b, 2, t], one value a token; found sums [b, 2]"
+        )
+    return jax.lax.stop_gradient(given)
+
+
+# --- from log-probs to losses
 
 
 PREFERENCE_METRICS = (
@@ -75,94 +166,96 @@ PREFERENCE_METRICS = (
     "logps/chosen",
     "logps/rejected",
 )
-"""Names of what `preference_metrics` gives."""
+"""Names of the metrics of every loss; a sum of several losses adds `loss/<name>` for each."""
 
 
-def preference_metrics(result: PreferenceLoss, policy_logps: Array) -> dict[str, Array]:
-    """Per-pair metrics [b] under their usual names; accuracy is strict, so ties count 0."""
-    accurate = result.chosen_rewards > result.rejected_rewards
-    values = (
-        result.losses,
-        result.chosen_rewards,
-        result.rejected_rewards,
-        result.chosen_rewards - result.rejected_rewards,
-        accurate.astype(result.losses.dtype),
-        policy_logps[..., CHOSEN],
-        policy_logps[..., REJECTED],
-    )
-    return dict(zip(PREFERENCE_METRICS, values, strict=True))
+def metric_names(settings: LossSettings) -> tuple[str, ...]:
+    """Names of what `feature_losses` gives."""
+    parts = tuple(f"loss/{name}" for name in settings.terms) if len(settings.terms) > 1 else ()
+    return PREFERENCE_METRICS + parts
 
 
-def pair_losses(
-    policy_params: Params,
-    reference_params: Params | None,
-    batch: PreferenceBatch,
-    *,
-    apply_fn: ApplyFn,
-    loss_type: str = "sigmoid",
-    beta: Array | float = 0.1,
-    label_smoothing: float = 0.0,
+class Totals(NamedTuple):
+    """What a pair's loss reads of the global batch; scalars.
+
+    Attributes:
+      normalizer: real pairs.
+      num_chosen_tokens: predicted completion tokens of the chosen sides, for token means.
+    """
+
+    normalizer: Array
+    num_chosen_tokens: Array
+
+
+def pair_totals(batch: PreferenceBatch, weights: Array) -> Totals:
+    """Counts pairs and chosen tokens of a batch of any leading shape."""
+    lengths = batch.completion_mask[..., CHOSEN, 1:].astype(bool).sum(-1)
+    return Totals(weights.sum(), jnp.where(weights > 0, weights * lengths, 0).sum())
+
+
+def feature_losses(
+    features: PairFeatures, totals: Totals, *, settings: LossSettings, loss_state: LossState | None = None
 ) -> tuple[Array, dict[str, Array]]:
-    """Loss of each pair, and the metrics of each pair: (float32 [b], {name: float32 [b]}).
+    """Loss of each pair, [b], and the metrics of each pair, {name: [b]}; metrics carry no gradient.
 
-    Metrics carry no gradient. Arguments and errors as `dpo_loss`.
+    Args:
+      features: of the pairs; of the global batch where a loss needs it.
+      totals: of the global batch.
+      loss_state: read by bco_pair in the place of bco_delta.
     """
-    policy = pair_logps(policy_params, batch, apply_fn=apply_fn)
-    reference = reference_pair_logps(reference_params, batch, apply_fn=apply_fn)
-    # Every completion token is predicted by the position before it, so the token at 0 is never scored.
-    lengths = batch.completion_mask[..., 1:].sum(-1)
-    result = preference_loss(
-        policy[:, CHOSEN],
-        policy[:, REJECTED],
-        reference[:, CHOSEN],
-        reference[:, REJECTED],
-        loss_type=loss_type,
-        beta=beta,
-        label_smoothing=label_smoothing,
-        chosen_lengths=lengths[:, CHOSEN],
-        rejected_lengths=lengths[:, REJECTED],
+    dtype = features.policy_logps.dtype
+    seen, seen_reference = _seen_by_losses(features)
+    inputs = loss_inputs(
+        settings,
+        seen,
+        seen_reference,
+        features.lengths,
+        mean_chosen_tokens=token_share(totals.num_chosen_tokens, totals.normalizer, dtype),
+        unweighted_policy=features.policy_logps,
+        real=features.weights > 0,
+        bco_delta=None if loss_state is None else loss_state.mean_reward.astype(dtype),
     )
-    return result.losses, jax.lax.stop_gradient(preference_metrics(result, policy))
+    terms = loss_terms(settings, inputs)
+    if features.pair_weights is not None:
+        terms = {name: values * features.pair_weights for name, values in terms.items()}
+    losses = sum_of_terms(settings, terms)
+    chosen, rejected = rewards(settings, features.policy_logps, features.reference_logps, features.lengths)
+    values = (
+        losses,
+        chosen,
+        rejected,
+        chosen - rejected,
+        (chosen > rejected).astype(dtype),  # strict: ties count 0
+        features.policy_logps[:, CHOSEN],
+        features.policy_logps[:, REJECTED],
+        *(terms[name] for name in settings.terms if len(settings.terms) > 1),
+    )
+    metrics = dict(zip(metric_names(settings), values, strict=True))
+    return losses, jax.lax.stop_gradient(metrics)
 
 
-def make_dpo_loss(
-    apply_fn: ApplyFn, *, loss_type: str = "sigmoid", label_smoothing: float = 0.0
-) -> Callable[..., tuple[Array, dict[str, Array]]]:
-    """The objective for those who jit, shard or differentiate around it themselves.
+def _seen_by_losses(features: PairFeatures) -> tuple[Array, Array | None]:
+    if features.policy_ld_logps is None:
+        return features.policy_logps, features.reference_logps
+    return features.policy_ld_logps, features.reference_ld_logps
 
-    Returns:
-      loss(policy_params, reference_params, batch, *, beta=0.1, normalizer=None) -> (scalar, metrics), see
-      `dpo_loss`.
 
-    Raises:
-      ValueError: an unknown loss, or an option that it cannot honour.
-    """
-    check_loss(loss_type, label_smoothing=label_smoothing)
-
-    def loss_fn(
-        policy_params: Params,
-        reference_params: Params | None,
-        batch: PreferenceBatch,
-        *,
-        beta: Array | float = 0.1,
-        normalizer: Array | float | None = None,
-    ) -> tuple[Array, dict[str, Array]]:
-        losses, metrics = pair_losses(
-            policy_params,
-            reference_params,
-            batch,
-            apply_fn=apply_fn,
-            loss_type=loss_type,
-            beta=beta,
-            label_smoothing=label_smoothing,
-        )
-        weights = jnp.ones_like(losses) if batch.weights is None else batch.weights.astype(losses.dtype)
-        count = weights.sum() if normalizer is None else normalizer
-        return weighted_sum(losses, weights) / count, {
-            name: weighted_sum(values, weights) / count for name, values in metrics.items()
-        }
-
-    return loss_fn
+def next_loss_state(
+    features: PairFeatures, *, settings: LossSettings, loss_state: LossState | None
+) -> LossState | None:
+    """The running state after a global batch, or None where no loss has one; carries no gradient."""
+    if not settings.has_state:
+        return None
+    policy, reference = _seen_by_losses(features)
+    assert reference is not None
+    ratios = settings.beta * (policy - reference)
+    state = update_loss_state(
+        init_loss_state() if loss_state is None else loss_state,
+        ratios[:, CHOSEN],
+        ratios[:, REJECTED],
+        features.weights,
+    )
+    return jax.lax.stop_gradient(state)
 
 
 def weighted_sum(values: Array, weights: Array) -> Array:
@@ -173,40 +266,3 @@ def weighted_sum(values: Array, weights: Array) -> Array:
     2.0
     """
     return jnp.where(weights > 0, values * weights, 0).sum()
-
-
-@partial(jax.jit, static_argnames=("apply_fn", "loss_type", "label_smoothing"))
-def dpo_loss(
-    policy_params: Params,
-    reference_params: Params | None,
-    batch: PreferenceBatch,
-    *,
-    apply_fn: ApplyFn,
-    loss_type: str = "sigmoid",
-    beta: Array | float = 0.1,
-    label_smoothing: float = 0.0,
-    normalizer: Array | float | None = None,
-) -> tuple[Array, dict[str, Array]]:
-    """Mean preference loss of a batch under a policy and a frozen reference (arXiv 2305.18290, eq. 7). Jitted.
-
-    Differentiable in `policy_params`; the reference stands under stop_gradient.
-
-    Args:
-      policy_params: parameters of the model in training, any pytree.
-      reference_params: parameters of the frozen reference, or None where the batch has reference_logps.
-      batch: PreferenceBatch of [b, 2, t] arrays.
-      apply_fn: (params, tokens int [n, t], attention_mask bool [n, t]) -> logits [n, t, v]; static.
-      loss_type: a name in `jdpo.losses.LOSSES`; static.
-      beta: > 0; traced, so that a sweep compiles once.
-      label_smoothing: e in [0, 0.5); static.
-      normalizer: what the sum over pairs is divided by; default the sum of batch.weights. Give the pairs of
-        the global batch when accumulating over micro-batches.
-
-    Returns:
-      (scalar loss, {metric name: scalar}), float32; metrics as TRL names them.
-
-    Raises:
-      ValueError: at trace time; see `preference_loss` and `reference_pair_logps`.
-    """
-    loss_fn = make_dpo_loss(apply_fn, loss_type=loss_type, label_smoothing=label_smoothing)
-    return loss_fn(policy_params, reference_params, batch, beta=beta, normalizer=normalizer)

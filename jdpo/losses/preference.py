@@ -1,16 +1,17 @@
-"""Preference losses: one pure function each on [b] arrays, and the catalogue of them by name.
-
-Notation of the formulas: a, b policy minus reference summed log-prob of chosen, rejected; D = a - b;
-n_w, n_l completion lengths in tokens; e label smoothing; ls log-sigmoid.
-"""
+"""From summed log-probabilities of pairs to losses and rewards, by name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
+
+from jdpo.losses.divergences import divergence_score
+from jdpo.losses.pairwise import LossInputs
+from jdpo.losses.reference_free import sft
+from jdpo.losses.settings import DEFAULTS, LossSettings, each, loss_settings
+from jdpo.types import CHOSEN, REJECTED
 
 Array = Any
 
@@ -23,148 +24,173 @@ class PreferenceLoss(NamedTuple):
     rejected_rewards: Array
 
 
-class LossInputs(NamedTuple):
-    """What every loss may read: [b] arrays and scalars."""
-
-    chosen_logratios: Array  # a
-    rejected_logratios: Array  # b
-    chosen_lengths: Array | None  # n_w
-    rejected_lengths: Array | None  # n_l
-    beta: Array | float
-    label_smoothing: Array | float
-
-
-class LossSpec(NamedTuple):
-    """One entry of the catalogue.
-
-    Attributes:
-      function: LossInputs -> float [b].
-      needs_reference: whether reference log-probs are read.
-      needs_lengths: whether completion lengths are read.
-      options: names of the options that it honours, beside beta.
-      source: paper and arXiv number.
-    """
-
-    function: Callable[[LossInputs], Array]
-    needs_reference: bool
-    needs_lengths: bool
-    options: frozenset[str]
-    source: str
-
-
-def sigmoid_loss(x: LossInputs) -> Array:
-    """-(1-e) ls(beta D) - e ls(-beta D): DPO, and cDPO where e > 0.
-
-    At beta = 0.1, a = 3, b = -1: D = 4, -ls(0.4) = 0.513015.
-    """
-    margin = x.beta * (x.chosen_logratios - x.rejected_logratios)
-    return -(1 - x.label_smoothing) * jax.nn.log_sigmoid(margin) - x.label_smoothing * jax.nn.log_sigmoid(-margin)
-
-
-def hinge_loss(x: LossInputs) -> Array:
-    """max(0, 1 - beta D). At beta = 0.1, D = 4: 0.6."""
-    return jax.nn.relu(1 - x.beta * (x.chosen_logratios - x.rejected_logratios))
-
-
-def ipo_loss(x: LossInputs) -> Array:
-    """(a/n_w - b/n_l - 1/(2 beta))^2, log-ratios averaged over tokens as its authors agreed with TRL.
-
-    At beta = 0.1, a = 3, n_w = 3, b = -1, n_l = 2: (1 + 0.5 - 5)^2 = 12.25.
-    """
-    chosen = x.chosen_logratios / jnp.maximum(x.chosen_lengths, 1)
-    rejected = x.rejected_logratios / jnp.maximum(x.rejected_lengths, 1)
-    return jnp.square(chosen - rejected - 1 / (2 * x.beta))
-
-
-LOSSES: dict[str, LossSpec] = {
-    "sigmoid": LossSpec(
-        sigmoid_loss,
-        True,
-        False,
-        frozenset({"label_smoothing"}),
-        "DPO, arXiv 2305.18290, eq. 7; cDPO with e > 0",
-    ),
-    "hinge": LossSpec(hinge_loss, True, False, frozenset(), "SLiC/RSO, arXiv 2309.06657"),
-    "ipo": LossSpec(ipo_loss, True, True, frozenset(), "IPO, arXiv 2310.12036, eq. 17"),
-}
-"""Every preference loss by name."""
-
-
-def check_loss(loss_type: str, *, label_smoothing: float = 0.0) -> LossSpec:
-    """The catalogue's entry for a name, after checking that it honours the options.
-
-    Raises:
-      ValueError: an unknown name (all are listed), or an option that this loss cannot honour (those that
-        can are listed).
-    """
-    if loss_type not in LOSSES:
-        raise ValueError(f"unknown loss_type {loss_type!r}; the losses are: {', '.join(LOSSES)}")
-    if label_smoothing and "label_smoothing" not in LOSSES[loss_type].options:
-        able = [name for name, spec in LOSSES.items() if "label_smoothing" in spec.options]
-        raise ValueError(
-            f"loss_type {loss_type!r} cannot honour label_smoothing={label_smoothing}; these can: {', '.join(able)}"
-        )
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing must be in [0, 0.5), found {label_smoothing}")
-    return LOSSES[loss_type]
-
-
 def preference_loss(
     policy_chosen_logps: Array,
     policy_rejected_logps: Array,
     reference_chosen_logps: Array | None = None,
     reference_rejected_logps: Array | None = None,
     *,
-    loss_type: str = "sigmoid",
+    loss_type: str | Sequence[str] = "sigmoid",
     beta: Array | float = 0.1,
-    label_smoothing: float = 0.0,
+    label_smoothing: Array | float = 0.0,
     chosen_lengths: Array | None = None,
     rejected_lengths: Array | None = None,
+    **options: Any,
 ) -> PreferenceLoss:
     """Loss and implicit rewards of each pair, from summed completion log-probabilities.
 
-    Rewards are beta * (policy - reference) summed log-prob, for every loss (arXiv 2305.18290, section 4).
+    Rewards are beta * (policy - reference) summed log-prob, for every loss (arXiv 2305.18290, section 4); without a
+    reference beta times the policy's own, averaged over tokens for simpo and orpo.
 
     Args:
       policy_chosen_logps, policy_rejected_logps: float [b], natural log, summed over completion tokens.
-      reference_chosen_logps, reference_rejected_logps: float [b], the same under the reference.
-      loss_type: a name in LOSSES.
-      beta: strength of the tie to the reference, > 0; a number or a traced scalar.
-      label_smoothing: e in [0, 0.5), a Python number.
+      reference_chosen_logps, reference_rejected_logps: float [b], the same under the reference; losses without a
+        reference do not read them.
+      loss_type: a name in LOSSES, or several whose weighted sum is taken.
+      beta: strength of the tie to the reference, > 0; a number or a traced scalar, as all numbers here.
+      label_smoothing: e in [0, 0.5), the share of preferences taken as flipped.
       chosen_lengths, rejected_lengths: int [b], completion lengths in tokens, for losses that need them.
+      **options: by name
+        loss_weights: one weight a loss, 1 each by default.
+        f_divergence_type: reverse_kl (default), forward_kl, js_divergence, alpha_divergence; f-DPO, arXiv 2309.16240.
+        f_alpha_divergence_coef: 0.5; alpha of alpha_divergence.
+        discopop_tau: 0.05.  simpo_gamma: 0.5.  cpo_alpha: 1.0.  orpo_lambda: 0.1.
+        rpo_alpha: adds so much of sft to any loss; none by default.
+        bco_delta: 0.0, the mean reward that bco_pair holds rewards against.
+        pair_weights: float [b], each pair's loss is multiplied by its own.
+        num_chosen_tokens: chosen tokens of the batch whose mean is taken, for token means, which give
+          -l_w * b / num_chosen_tokens a pair; by default the sum of chosen_lengths.
 
     Returns:
       PreferenceLoss(losses, chosen_rewards, rejected_rewards), float32 [b] each.
 
     Raises:
-      ValueError: unknown loss, option it cannot honour, missing reference or lengths, shapes that differ.
+      ValueError: unknown loss or option, option that the losses cannot honour, missing reference or lengths, shapes
+        that differ.
 
     >>> import jax.numpy as jnp
     >>> zeros = jnp.zeros(1)
     >>> preference_loss(zeros, zeros, zeros, zeros).losses.round(4).tolist()     # policy == reference: ln 2
     [0.693...]
     """
-    spec = check_loss(loss_type, label_smoothing=label_smoothing)
-    if reference_chosen_logps is None or reference_rejected_logps is None:
+    settings, of_batch = loss_settings(loss_type, beta=beta, label_smoothing=label_smoothing, **options)
+    given: tuple[Array, ...] = (policy_chosen_logps, policy_rejected_logps)
+    if settings.needs_reference:
+        given += (reference_chosen_logps, reference_rejected_logps)
+    if any(array is None for array in given):
         raise ValueError(f"loss_type {loss_type!r} needs the reference's log-probs of both sides")
-    if spec.needs_lengths and (chosen_lengths is None or rejected_lengths is None):
-        raise ValueError(f"loss_type {loss_type!r} needs chosen_lengths and rejected_lengths, in tokens")
-    arrays = (policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
-    shapes = {jnp.shape(array) for array in arrays}
-    if len(shapes) > 1:
-        raise ValueError(f"the four log-prob arrays must have one shape, found {sorted(shapes)}")
+    arrays = [jnp.asarray(array) for array in given]
+    _check_shapes(arrays, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths, **_weights_of(of_batch))
     dtype = jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
-    chosen, rejected, reference_chosen, reference_rejected = (array.astype(dtype) for array in arrays)
-    inputs = LossInputs(
-        chosen_logratios=chosen - reference_chosen,
-        rejected_logratios=rejected - reference_rejected,
+    policy = jnp.stack([array.astype(dtype) for array in arrays[:2]], axis=-1)
+    reference = jnp.stack([array.astype(dtype) for array in arrays[2:]], axis=-1) if len(arrays) > 2 else None
+    lengths = None
+    if chosen_lengths is not None and rejected_lengths is not None:
+        lengths = jnp.stack([jnp.asarray(chosen_lengths), jnp.asarray(rejected_lengths)], axis=-1)
+    elif settings.needs_lengths:
+        raise ValueError(f"loss_type {loss_type!r} needs chosen_lengths and rejected_lengths, in tokens")
+    mean_chosen_tokens = None
+    if settings.token_mean:
+        num_tokens = of_batch.get("num_chosen_tokens", None if chosen_lengths is None else jnp.sum(chosen_lengths))
+        if num_tokens is None:
+            raise ValueError(f"a mean over tokens needs num_chosen_tokens or chosen_lengths (loss_type {loss_type!r})")
+        mean_chosen_tokens = token_share(num_tokens, policy.shape[0], dtype)
+    inputs = loss_inputs(settings, policy, reference, lengths, mean_chosen_tokens=mean_chosen_tokens)
+    losses = sum_of_terms(settings, loss_terms(settings, inputs))
+    if "pair_weights" in of_batch:
+        losses = losses * of_batch["pair_weights"]
+    return PreferenceLoss(losses, *rewards(settings, policy, reference, lengths))
+
+
+def _weights_of(of_batch: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in of_batch.items() if name == "pair_weights"}
+
+
+def _check_shapes(logps: Sequence[Array], **others: Array | None) -> None:
+    shapes = {jnp.shape(array) for array in logps}
+    if len(shapes) > 1 or len(next(iter(shapes))) != 1:
+        raise ValueError(f"the log-prob arrays must have one shape [b], found {sorted(shapes)}")
+    (shape,) = shapes
+    for name, array in others.items():
+        if array is not None and jnp.shape(array) != shape:
+            raise ValueError(f"{name} must have the shape {shape} of the log-probs, found {jnp.shape(array)}")
+
+
+def token_share(num_tokens: Array | float, num_pairs: Array | float, dtype: Any) -> Array:
+    """Chosen tokens a pair, at least so much as one token in all."""
+    return jnp.maximum(jnp.asarray(num_tokens, dtype), 1) / jnp.maximum(jnp.asarray(num_pairs, dtype), 1)
+
+
+def loss_inputs(
+    settings: LossSettings,
+    policy: Array,
+    reference: Array | None,
+    lengths: Array | None,
+    *,
+    mean_chosen_tokens: Array | None,
+    unweighted_policy: Array | None = None,
+    real: Array | None = None,
+    bco_delta: Array | None = None,
+) -> LossInputs:
+    """What the losses read of [b, 2] arrays, sides last.
+
+    Args:
+      policy, reference: summed log-probs, length-desensitised where ld_alpha is set.
+      lengths: completion lengths in tokens.
+      mean_chosen_tokens: chosen tokens of the global batch / its pairs, for token means.
+      unweighted_policy: `policy` without ld_alpha; None: the same.
+      real: bool [b], False on padding pairs.
+      bco_delta: replaces the option of that name.
+    """
+    options = {**DEFAULTS, **settings.numbers}
+    if bco_delta is not None:
+        options["bco_delta"] = bco_delta
+    sums = policy if unweighted_policy is None else unweighted_policy
+    chosen_lengths, rejected_lengths = (None, None) if lengths is None else (lengths[:, CHOSEN], lengths[:, REJECTED])
+    ratios = scores = (None, None)
+    if reference is not None:
+        ratios = (policy[:, CHOSEN] - reference[:, CHOSEN], policy[:, REJECTED] - reference[:, REJECTED])
+        alpha = options["f_alpha_divergence_coef"]
+        scores = tuple(divergence_score(ratio, settings.f_divergence_type, alpha) for ratio in ratios)
+    return LossInputs(
+        chosen_logps=policy[:, CHOSEN],
+        rejected_logps=policy[:, REJECTED],
+        chosen_logratios=ratios[0],
+        rejected_logratios=ratios[1],
+        reference_margins=None if reference is None else reference[:, CHOSEN] - reference[:, REJECTED],
+        chosen_scores=scores[0],
+        rejected_scores=scores[1],
         chosen_lengths=chosen_lengths,
         rejected_lengths=rejected_lengths,
-        beta=beta,
-        label_smoothing=label_smoothing,
+        chosen_nll=-sums[:, CHOSEN],
+        mean_chosen_tokens=mean_chosen_tokens,
+        real=real,
+        beta=settings.beta,
+        options=options,
     )
-    return PreferenceLoss(
-        losses=spec.function(inputs),
-        chosen_rewards=beta * inputs.chosen_logratios,
-        rejected_rewards=beta * inputs.rejected_logratios,
-    )
+
+
+def loss_terms(settings: LossSettings, inputs: LossInputs) -> dict[str, Array]:
+    """Each loss of the sum by name, [b] each, already multiplied by its weight; `rpo` is what rpo_alpha adds."""
+    terms = {name: weight * spec.function(inputs) for name, spec, weight in each(settings)}
+    if "rpo_alpha" in settings.numbers:
+        terms["rpo"] = settings.numbers["rpo_alpha"] * sft(inputs)
+    return terms
+
+
+def sum_of_terms(settings: LossSettings, terms: dict[str, Array]) -> Array:
+    """The loss of each pair, [b]."""
+    first, *rest = (terms[name] for name in settings.terms)
+    return sum(rest, start=first)
+
+
+def rewards(
+    settings: LossSettings, policy: Array, reference: Array | None, lengths: Array | None
+) -> tuple[Array, Array]:
+    """Implicit rewards (chosen, rejected), [b] each, of summed log-probs [b, 2] (never length-desensitised)."""
+    values = policy if reference is None else policy - reference
+    if reference is None and settings.mean_rewards:
+        assert lengths is not None
+        values = values / jnp.maximum(lengths, 1)
+    values = settings.beta * values
+    return values[:, CHOSEN], values[:, REJECTED]

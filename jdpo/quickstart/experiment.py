@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jdpo.config import DatasetConfig, DPOConfig, MeshConfig, SFTConfig
+from jdpo.durable import write_durably
 from jdpo.quickstart.corpus import Split, chosen_rows, corpus_rows, preference_rows, split_countries
 from jdpo.quickstart.probes import Measure, Measurement, ProbeLog, Prober
 from jdpo.quickstart.tiny_llama import write_model
@@ -128,9 +129,7 @@ def prepare(place: Workplace, settings: Settings) -> None:
         place.start, texts, hidden_size=settings.hidden_size, num_layers=settings.num_layers, seed=settings.seed
     )
     # Last, so that a kill before this point starts over.
-    temporary = place.settings.with_suffix(".tmp")
-    temporary.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(place.settings)
+    write_durably(place.settings, json.dumps(wanted, indent=1) + "\n")
 
 
 def run_all(place: Workplace, settings: Settings, say: Callable[[str], None]) -> Outcome:

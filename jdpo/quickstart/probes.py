@@ -9,7 +9,6 @@ Axes: c countries, p phrasings, a=3 answers (capital, wrong, other), f facts, n 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ from jdpo.data.formats import Dropped
 from jdpo.data.loader import bucket_length, collate_completions
 from jdpo.data.tokenize import tokenize_completions
 from jdpo.data.tokenizer import Tokenizer
+from jdpo.durable import write_durably
 from jdpo.losses.logprobs import sequence_logps, shifted_token_logps
 from jdpo.models.transformer import Transformer, make_apply_fn
 from jdpo.quickstart.corpus import (
@@ -148,12 +148,7 @@ class ProbeLog:
         """Keeps a measurement; it is on the disk when this returns."""
         self._measurements[measurement.step] = measurement
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._path.with_name(self._path.name + ".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(_line(self._measurements[step]) for step in sorted(self._measurements))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self._path)
+        write_durably(self._path, "".join(_line(self._measurements[step]) for step in sorted(self._measurements)))
 
     def holds(self, steps: Sequence[int]) -> bool:
         """Whether every one of the steps was measured."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jdpo._version import __version__
+from jdpo.durable import write_durably
 from jdpo.quickstart.experiment import PRETRAIN, Settings, Workplace
 from jdpo.quickstart.findings import findings
 from jdpo.quickstart.plots import write_plots
@@ -35,9 +36,9 @@ def write_report(
         "findings": sentences,
     }
     text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
-    _write(place.report, text)
+    write_durably(place.report, text)
     markdown = place.path / "report.md"
-    _write(markdown, _markdown(sentences, [plot.relative_to(place.path) for plot in plots]))
+    write_durably(markdown, _markdown(sentences, [plot.relative_to(place.path) for plot in plots]))
     return results, sentences, [markdown, place.report, *plots]
 
 
@@ -49,9 +50,3 @@ def _markdown(sentences: Mapping[str, Sequence[str]], plots: Sequence[Path]) -> 
         parts.append(f"## {heading}\n\n![{heading}]({plot.as_posix()})\n\n{bullets}\n")
     parts.append(f"Every number is in report.json. The models are under runs/, the first in runs/{PRETRAIN}/model.\n")
     return "\n".join(parts)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

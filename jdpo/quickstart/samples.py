@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from jdpo.durable import write_durably
 from jdpo.quickstart.corpus import HELD_OUT_PHRASINGS, TRAINING_PHRASINGS, Split, capital_question
 from jdpo.quickstart.experiment import DPO, PRETRAIN, STANDARD, Settings, Workplace
 
@@ -61,9 +62,7 @@ def sample_answers(place: Workplace, settings: Settings) -> list[Sampled]:
             }
             for index, (question, about, right) in enumerate(questions)
         ]
-        temporary = place.samples.with_suffix(".tmp")
-        temporary.write_text(json.dumps(sampled, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        temporary.replace(place.samples)
+        write_durably(place.samples, json.dumps(sampled, indent=1, ensure_ascii=False) + "\n")
     return [Sampled(**values) for values in json.loads(place.samples.read_text(encoding="utf-8"))]
 
 

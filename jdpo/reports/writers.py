@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from jdpo.durable import write_durably
+
 Metrics = Mapping[str, float | int]
 
 
@@ -117,6 +119,4 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def cut_metrics(path: Path, last_step: int) -> None:
     """Takes the lines past `last_step` off a metrics.jsonl, all or nothing."""
     kept = [line for line in read_metrics(path) if line["step"] <= last_step]
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    temporary.replace(path)
+    write_durably(path, "".join(json.dumps(line) + "\n" for line in kept))

@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from jdpo.losses.preference import loss_inputs, loss_terms, sum_of_terms
+from jdpo.losses.settings import LossSettings
+
 START_TOLERANCE = {"float64": 1e-5, "float32": 1e-5, "bfloat16": 2e-2}
 """Largest difference of policy and reference log-prob a token, by compute dtype, where both are one model."""
 
@@ -15,22 +18,20 @@ MOST_NAMED = 8
 
 def check_start(
     rows: Mapping[str, np.ndarray],
+    loss: LossSettings,
     *,
-    beta: float,
     lengths: np.ndarray,
     compute_dtype: str,
     reference_is_start: bool,
-    loss_is_sigmoid: bool,
 ) -> str:
     """Compares policy and reference on the first batch, before their first difference is trained in.
 
     Args:
       rows: per-row values [b] of the first step.
-      beta: rewards / beta are policy minus reference log-probs.
+      loss: losses with a reference; rewards / beta are policy minus reference log-probs.
       lengths: int [b, 2], completion tokens of chosen and rejected.
       compute_dtype: decides the tolerance.
       reference_is_start: whether the two are meant to be one model.
-      loss_is_sigmoid: whether the loss of equal models is ln 2.
 
     Returns:
       a line for the person who started the run.
@@ -39,8 +40,8 @@ def check_start(
       ValueError: the two are meant to be one model and are not.
     """
     rewards = np.stack([rows["rewards/chosen"], rows["rewards/rejected"]], axis=-1)
-    distance = np.abs(rewards / beta) / np.maximum(lengths, 1)
-    worst, loss = float(distance.max()), float(np.mean(rows["loss"]))
+    distance = np.abs(rewards / loss.beta) / np.maximum(lengths, 1)
+    worst, mean = float(distance.max()), float(np.mean(rows["loss"]))
     if not reference_is_start:
         return f"start: policy and reference differ by {distance.mean():.3g} nats a token ({worst:.3g} at most)"
     tolerance = START_TOLERANCE[compute_dtype]
@@ -50,13 +51,40 @@ def check_start(
             f"the first update (at most {tolerance} is rounding in {compute_dtype}): the reference was not loaded as "
             "the policy was; nothing was trained"
         )
-    # A loss is off by at most beta x the difference of summed log-probs.
-    slack = 1e-6 + beta * float(np.max(tolerance * lengths.sum(-1)))
-    if loss_is_sigmoid and not abs(loss - math.log(2)) <= slack:
+    expected = start_loss(loss)
+    if expected is None:
+        return f"start: policy equals reference (largest difference {worst:.1e} nats a token), loss {mean:.4f}"
+    slack = _start_slack(loss, tolerance * lengths.max(0))
+    if not abs(mean - expected) <= slack:
+        named = "ln 2 = " if math.isclose(expected, math.log(2), rel_tol=1e-6) else ""
         raise ValueError(
-            f"the loss before the first update is {loss:.6f}, not ln 2 = {math.log(2):.6f}; nothing was trained"
+            f"the loss before the first update is {mean:.6f}, not {named}{expected:.6f} as of {' + '.join(loss.terms)} "
+            "where policy and reference are equal; nothing was trained"
         )
-    return f"start: policy equals reference (largest difference {worst:.1e} nats a token), loss {loss:.4f}"
+    return (
+        f"start: policy equals reference (largest difference {worst:.1e} nats a token), loss {mean:.4f} "
+        f"({expected:.4f} expected)"
+    )
+
+
+def start_loss(loss: LossSettings) -> float | None:
+    """The loss where policy and reference are equal, or None where it depends on more: no reference, NLL, WPO."""
+    if loss.token_mean or loss.use_weighting or not all(spec.needs_reference for spec in loss.specs):
+        return None
+    return _loss_at(loss, np.zeros((1, 2)))
+
+
+def _loss_at(loss: LossSettings, logratios: np.ndarray) -> float:
+    zeros = np.zeros_like(logratios)
+    inputs = loss_inputs(loss, logratios, zeros, np.ones((1, 2)), mean_chosen_tokens=None)
+    return float(sum_of_terms(loss, loss_terms(loss, inputs))[0])
+
+
+def _start_slack(loss: LossSettings, most: np.ndarray) -> float:
+    """How far rounding of the log-ratios by up to `most` [2] may carry the loss, beside its own rounding."""
+    start = _loss_at(loss, np.zeros((1, 2)))
+    corners = [np.array([[x * most[0], y * most[1]]]) for x in (-1, 1) for y in (-1, 1)]
+    return 1e-6 * max(1.0, abs(start)) + max(abs(_loss_at(loss, corner) - start) for corner in corners)
 
 
 def check_finite(

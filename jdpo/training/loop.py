@@ -19,6 +19,7 @@ from jdpo.checkpoint.manager import CheckpointManager
 from jdpo.config import DPOConfig, TrainConfig, to_dict, to_yaml
 from jdpo.data.loader import plan, prefetch
 from jdpo.data.prepare import PreparedData
+from jdpo.data.reference_cache import ReferenceCache
 from jdpo.models.transformer import abstract_params, make_apply_fn
 from jdpo.reports.model_card import model_card
 from jdpo.reports.plots import write_plots
@@ -30,9 +31,11 @@ from jdpo.training.interrupt import StopRequest
 from jdpo.training.metrics import RowAverages, Throughput, Window, mean_over_rows
 from jdpo.training.optimizer import learning_rate_schedule, make_optimizer
 from jdpo.training.processes import agree_on, barrier, is_first
+from jdpo.training.reference import Reference, settle_reference
+from jdpo.training.reference_build import BuildStopped
 from jdpo.training.run_dir import RunDirectory
 from jdpo.training.setup import Setup, build, load_reference, load_start, numerics, resolve_dtype
-from jdpo.training.step import Batch, StepReport, TrainState, compile_step
+from jdpo.training.step import Batch, ReferenceSync, StepReport, TrainState, compile_step
 from jdpo.training.tasks import make_batch, task_for
 
 Params = Any
@@ -85,11 +88,34 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
             return RunResult(step, False, 0, directory)
         setup = build(config, say)
         directory.check_inputs(setup.inputs())
-        run = Run(setup, directory, stop, console)
+        try:
+            reference = _settle(setup, directory, stop, say)
+        except BuildStopped:
+            say("stopped by a signal; what was computed is kept. Run the same command again to go on")
+            return RunResult(0, True, stop.exit_code, directory)
+        run = Run(setup, directory, stop, console, reference)
         try:
             return run.go(on_step)
         finally:
             run.close()
+
+
+def _settle(setup: Setup, directory: RunDirectory, stop: StopRequest, say: Callable[[str], None]) -> Reference:
+    config = setup.config
+    if not isinstance(config, DPOConfig):
+        return Reference(mode="none")
+    began_as: Any = directory.reference_mode
+    reference = settle_reference(
+        setup,
+        asked=config.reference,
+        needs_reference=setup.task.uses_reference,
+        sync_ref_model=config.sync_ref_model,
+        began_as=began_as,
+        stopped=stop.asked,
+        say=say,
+    )
+    directory.remember_reference(reference.mode)
+    return reference
 
 
 def _say(console: Console, text: str) -> None:
@@ -101,17 +127,24 @@ def _say(console: Console, text: str) -> None:
 class Run:
     """The moving parts of a run, and the steps that move them."""
 
-    def __init__(self, setup: Setup, directory: RunDirectory, stop: StopRequest, console: Console) -> None:
+    def __init__(
+        self, setup: Setup, directory: RunDirectory, stop: StopRequest, console: Console, reference: Reference
+    ) -> None:
         config, task = setup.config, setup.task
-        self.setup, self.directory, self.stop = setup, directory, stop
+        self.setup, self.directory, self.stop, self.reference = setup, directory, stop, reference
         self.console, self.say = console, partial(_say, console)
         optimizer = make_optimizer(config, setup.num_steps)
         shapes, shardings = abstract_params(setup.model), setup.shardings
+        objective = task.objective(make_apply_fn(setup.model))
+        self.init_loss_state = objective.init_state
+        self.sync = _sync_of(config)
         abstract = TrainState(
             step=jax.ShapeDtypeStruct((), jnp.int32),
             params=shapes,
             opt_state=jax.eval_shape(optimizer.init, shapes),
             rng=jax.eval_shape(lambda: jax.random.key_data(jax.random.key(config.seed))),
+            loss_state=jax.eval_shape(lambda: objective.init_state),
+            reference_params=shapes if self.sync else None,
         )
         self.shardings: TrainState = state_shardings(abstract, shapes, shardings, setup.mesh)
         self.abstract_state: TrainState = jax.tree.map(
@@ -120,12 +153,13 @@ class Run:
             self.shardings,
         )
         self.compiled = compile_step(
-            objective=task.objective(make_apply_fn(setup.model)),
+            objective=objective,
             optimizer=optimizer,
             schedule=learning_rate_schedule(config, setup.num_steps),
             mesh=setup.mesh,
             state_shardings=self.shardings,
-            with_reference=task.uses_reference,
+            with_reference=reference.mode == "live",
+            sync=self.sync,
         )
         self.init_opt_state = jax.jit(optimizer.init, out_shardings=self.shardings.opt_state)
         self.batch_sharding = micro_batch_sharding(setup.mesh)
@@ -170,12 +204,14 @@ class Run:
             if self.directory.has_metrics():
                 self.say(f"no whole checkpoint in {self.directory.checkpoints}: starting again from step 0")
             params = load_start(setup)
-            reference = load_reference(setup, params) if setup.task.uses_reference else None
-            rng = jax.device_put(jax.random.key_data(jax.random.key(config.seed)), replicated(setup.mesh))
-            step = jax.device_put(jnp.int32(0), replicated(setup.mesh))
-            state = TrainState(step, params, self.init_opt_state(params), rng)
+            frozen = self._load_reference(params)
+            rng = jax.random.key_data(jax.random.key(config.seed))
+            step, rng, loss_state = jax.device_put((jnp.int32(0), rng, self.init_loss_state), replicated(setup.mesh))
+            state = TrainState(step, params, self.init_opt_state(params), rng, loss_state)
+            if self.sync:
+                state, frozen = state._replace(reference_params=frozen), None
         else:
-            reference = load_reference(setup, None) if setup.task.uses_reference else None
+            frozen = None if self.sync else self._load_reference(None)
             restored = self.manager.restore(newest, self.abstract_state)
             state, position = restored.state, restored.position
             self.window, self.num_tokens = Window(position["window"]), position["num_tokens"]
@@ -185,7 +221,12 @@ class Run:
             cut_metrics(self.directory.metrics, newest or 0)
             self.jsonl = JsonlWriter(self.directory.metrics)
             self.writers = [self.jsonl, *make_trackers(config.report_to, self.directory.path, to_dict(config))]
-        return state, reference, newest or 0
+        return state, frozen, newest or 0
+
+    def _load_reference(self, start: Params | None) -> Params | None:
+        if self.reference.mode != "live":
+            return None
+        return load_reference(self.setup, start, moves=self.sync is not None)
 
     # --- the loop
 
@@ -215,7 +256,7 @@ class Run:
                     throughput = Throughput()
                 metric = None
                 if setup.eval_data is not None and (is_last or (config.eval_steps and done % config.eval_steps == 0)):
-                    metric = self._evaluate(done, state.params, reference)[config.metric_for_best_model]
+                    metric = self._evaluate(done, state, reference)[config.metric_for_best_model]
                 stopping = self.stop.asked()
                 if done % config.save_steps == 0 or is_last or stopping:
                     self._save(done, state, metric)
@@ -234,9 +275,9 @@ class Run:
             seed=config.seed,
             shuffle=config.shuffle,
         )
-        return indices, *self._batch(setup.train_data, indices)
+        return indices, *self._batch(setup.train_data, indices, self.reference.train)
 
-    def _batch(self, data: PreparedData, indices: np.ndarray) -> tuple[Batch, int]:
+    def _batch(self, data: PreparedData, indices: np.ndarray, cache: ReferenceCache | None) -> tuple[Batch, int]:
         setup = self.setup
         return make_batch(
             setup.task,
@@ -245,6 +286,7 @@ class Run:
             setup.layout,
             max_length=setup.config.max_length,
             pad_token_id=self.pad_token_id,
+            cache=cache,
         )
 
     def _take(self, report: StepReport, done: int, indices: np.ndarray, num_tokens: int) -> None:
@@ -262,18 +304,17 @@ class Run:
         self.window.add({**mean_over_rows(rows, len(indices)), "loss": loss, "grad_norm": grad_norm})
 
     def _check_start(self, rows: Mapping[str, np.ndarray], indices: np.ndarray) -> None:
-        config = self.setup.config
-        if not isinstance(config, DPOConfig):
+        loss = self.setup.task.loss
+        if loss is None or not loss.needs_reference:
             return
         pairs = [self.setup.train_data[int(index)] for index in indices]
         self.say(
             check_start(
                 rows,
-                beta=config.beta,
+                loss,
                 lengths=np.array([[len(pair.chosen_ids), len(pair.rejected_ids)] for pair in pairs]),
-                compute_dtype=config.compute_dtype,
+                compute_dtype=self.setup.config.compute_dtype,
                 reference_is_start=self.setup.reference_folder is None,
-                loss_is_sigmoid=config.loss_type == "sigmoid",
             )
         )
 
@@ -297,15 +338,17 @@ class Run:
         for writer in self.writers:
             writer.write(line)
 
-    def _evaluate(self, done: int, params: Params, reference: Params) -> dict[str, float]:
+    def _evaluate(self, done: int, state: TrainState, reference: Params) -> dict[str, float]:
         data, config = self.setup.eval_data, self.setup.config
         assert data is not None
+        reference = state.reference_params if self.sync else reference
         averages, started = RowAverages(), time.perf_counter()
         size = config.global_batch_size
         for start in range(0, len(data), size):
             indices = np.arange(start, min(start + size, len(data)))
-            batch, _ = self._batch(data, indices)
-            report = fetch(self.compiled.evaluate(params, reference, place(batch, self.batch_sharding)))
+            batch, _ = self._batch(data, indices, self.reference.eval)
+            placed = place(batch, self.batch_sharding)
+            report = fetch(self.compiled.evaluate(state.params, reference, placed, state.loss_state))
             averages.add(report.rows, len(indices), float(report.normalizer))
         metrics = {f"eval_{name}": value for name, value in averages.averages().items()}
         check_evaluation(done, metrics)
@@ -381,6 +424,12 @@ class Run:
         for writer in self.writers:
             writer.close()
         self.manager.close()
+
+
+def _sync_of(config: TrainConfig) -> ReferenceSync | None:
+    if not isinstance(config, DPOConfig) or not config.sync_ref_model:
+        return None
+    return ReferenceSync(config.ref_model_mixup_alpha, config.ref_model_sync_steps)
 
 
 def _results(lines: list[dict[str, Any]], step: int) -> dict[str, Any]:

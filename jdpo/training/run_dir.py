@@ -20,8 +20,8 @@ from typing import IO, Any
 import yaml
 
 from jdpo._version import __version__
-from jdpo.checkpoint.manager import write_durably
 from jdpo.config import EXPORT_KEYS, TrainConfig, changed_keys, differences, to_yaml
+from jdpo.durable import write_durably
 from jdpo.training.processes import barrier, is_first
 
 USED_BY_A_RUN = ("metrics.jsonl", "checkpoints", "model", "run.json", "resolved_config.yaml")
@@ -179,6 +179,17 @@ class RunDirectory:
         barrier("run inputs checked")
         if is_first():
             self._write_run({**self.state(), "inputs": {**saved, **inputs}})
+
+    @property
+    def reference_mode(self) -> str | None:
+        """Where this run's reference log-probs came from when it began, or None."""
+        return self.state().get("reference")
+
+    def remember_reference(self, mode: str) -> None:
+        """Keeps the mode of the first start, for the later ones."""
+        barrier("reference mode read")
+        if is_first() and self.reference_mode is None:
+            self._write_run({**self.state(), "reference": mode})
 
     def finish(self, results: Mapping[str, Any]) -> None:
         """Says that the run is complete; the last thing a run writes."""

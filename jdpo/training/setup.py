@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import math
 import time
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jdpo.checkpoint.hf_export import parse_size
-from jdpo.config import DPOConfig, TrainConfig
+from jdpo.config import DPOConfig, TrainConfig, defaults_of
 from jdpo.data.loader import num_steps_per_epoch
 from jdpo.data.prepare import PreparedData
 from jdpo.data.tokenizer import Tokenizer, load_tokenizer
@@ -183,6 +184,7 @@ def check_settings(config: TrainConfig, task: Task) -> None:
         if config.reference_revision is not None and config.reference_model is None:
             raise ValueError("reference_revision needs reference_model: without it the reference is the policy's start")
         pairs.append((config.reference_model or "", config.reference_revision, "reference_revision"))
+        _check_reference_settings(config, task)
     for name, revision, key in pairs:
         if revision is not None and Path(name).expanduser().is_dir():
             raise ValueError(f"{key} {revision!r} is for hub names; {name} is a local folder, which has no revisions")
@@ -204,6 +206,21 @@ def check_settings(config: TrainConfig, task: Task) -> None:
             f"load_best_model_at_end needs an evaluation at every checkpoint: save_steps {config.save_steps} is not a "
             f"multiple of eval_steps {config.eval_steps}"
         )
+
+
+def _check_reference_settings(config: DPOConfig, task: Task) -> None:
+    if not task.uses_reference and config.reference_model is not None:
+        raise ValueError(
+            f"reference_model {config.reference_model} would not be read: loss_type "
+            f"{' + '.join(config.loss_type)} has no reference"
+        )
+    if config.sync_ref_model and not task.uses_reference:
+        raise ValueError(f"sync_ref_model: loss_type {' + '.join(config.loss_type)} has no reference that could move")
+    if not config.sync_ref_model:
+        defaults = defaults_of(DPOConfig)
+        for key in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
+            if getattr(config, key) != defaults[key]:
+                raise ValueError(f"{key} {getattr(config, key)} needs sync_ref_model: true; without it nothing moves")
 
 
 def make_model(config: TrainConfig, source_config: ModelConfig, tokenizer: Tokenizer) -> Transformer:
@@ -272,17 +289,18 @@ def _load_grown(setup: Setup, folder: Path) -> Params:
     return jax.device_put(grown, setup.shardings)
 
 
-def load_reference(setup: Setup, start: Params | None) -> Params:
-    """The frozen reference, in the compute dtype: the model casts weights to it at use, so nothing is lost.
+def load_reference(setup: Setup, start: Params | None, *, moves: bool = False) -> Params:
+    """The reference, in the compute dtype: the model casts weights to it at use, so nothing is lost.
 
     Args:
       start: the policy's start where it is at hand, so that it is not read twice; it is copied, never aliased.
+      moves: a reference that moves in small steps keeps the master dtype, in which they are not rounded away.
     """
     if setup.reference_folder is not None:
         start = _load_grown(setup, setup.reference_folder)
     elif start is None:
         start = load_start(setup)
-    dtype = setup.model.compute_dtype
+    dtype = setup.model.param_dtype if moves else setup.model.compute_dtype
     copy = jax.jit(
         lambda tree: jax.tree.map(lambda leaf: jnp.copy(leaf).astype(dtype), tree), out_shardings=setup.shardings
     )
@@ -313,8 +331,15 @@ def describe(setup: Setup) -> str:
 
 def folder_digest(folder: Path) -> str:
     """Digest of a model folder's config and weights: names and contents of its JSON and safetensors files."""
+    files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
+    return _files_digest(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files))
+
+
+@functools.lru_cache(maxsize=8)
+def _files_digest(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """The digest of files as they were at a size and a time: a run asks more than once, and reading takes long."""
     digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
+    for path, _, _ in files:
         with path.open("rb") as file:
             digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

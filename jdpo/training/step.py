@@ -1,6 +1,6 @@
 """One optimizer step as a pure function, and the same jitted over a mesh.
 
-Axes: k micro-batches one after the other, m rows of a micro-batch (split over the batch axes of the mesh).
+Axes: k micro-batches one after the other, m rows of a micro-batch (split over the batch axes of the mesh), b = k m.
 A batch is a NamedTuple of arrays [k, m, ...] with `weights` [k, m], 0 on padding rows.
 """
 
@@ -16,16 +16,27 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from jdpo.losses.coupled import init_loss_state
 from jdpo.losses.logprobs import sequence_logps, shifted_token_logps
-from jdpo.losses.objective import ApplyFn, pair_losses, weighted_sum
+from jdpo.losses.objective import (
+    ApplyFn,
+    PairFeatures,
+    Totals,
+    feature_losses,
+    next_loss_state,
+    pair_features,
+    pair_totals,
+    weighted_sum,
+)
+from jdpo.losses.settings import LossSettings
 from jdpo.sharding.placement import micro_batch_sharding, replicated
 from jdpo.sharding.rules import LOGICAL_RULES
-from jdpo.types import CompletionBatch, PreferenceBatch
+from jdpo.types import CompletionBatch
 
 Array = Any
 Params = Any
 Batch = Any
-RowLosses = Callable[[Params, Params, Batch], tuple[Array, dict[str, Array]]]
+Features = Any
 
 
 class TrainState(NamedTuple):
@@ -35,51 +46,86 @@ class TrainState(NamedTuple):
     params: Params
     opt_state: Any
     rng: Array  # uint32 [2]: key of the run; a step's own key is fold_in(rng, step)
+    loss_state: Any = None  # a loss's running state, None where none has one
+    reference_params: Params = None  # the reference where it moves (TR-DPO), None where it is frozen for good
 
 
 class Objective(NamedTuple):
-    """What is minimised, as a sum over rows: rows(params, reference_params, batch) / normalizer(batch).
+    """What is minimised, in two halves: models to features of rows, features to losses.
+
+    The sum of the losses of all real rows over totals.normalizer is the loss of a step. Rows are read micro-batch by
+    micro-batch; a loss that couples rows sees the features of all of them.
 
     Attributes:
-      rows: gives the loss of each row [m] and per-row metrics {name: [m]}; rows are independent.
-      normalizer: scalar of a whole [k, m] batch: its real pairs, or its completion tokens.
+      features: (params, reference_params, batch [m, ...]) -> a NamedTuple of [m, ...] arrays, `weights` among them.
+      learnt: names of the features that depend on params.
+      totals: batch [k, m, ...] -> what losses read of the global batch; a NamedTuple with `normalizer`.
+      losses: (features [b, ...], totals, loss_state) -> (losses [b], metrics {name: [b]}).
+      next_state: (features of the global batch, loss_state) -> the loss_state of the next step.
+      init_state: the loss_state of the first step, or None.
+      coupled: whether a row's loss depends on other rows.
     """
 
-    rows: RowLosses
-    normalizer: Callable[[Batch], Array]
+    features: Callable[..., Features]
+    learnt: tuple[str, ...]
+    totals: Callable[[Batch], Any]
+    losses: Callable[[Features, Any, Any], tuple[Array, dict[str, Array]]]
+    next_state: Callable[[Features, Any], Any] = lambda features, loss_state: loss_state
+    init_state: Any = None
+    coupled: bool = False
 
 
-def dpo_objective(apply_fn: ApplyFn, *, loss_type: str, beta: float, label_smoothing: float) -> Objective:
+def dpo_objective(apply_fn: ApplyFn, settings: LossSettings) -> Objective:
     """Mean preference loss over the real pairs of the global batch."""
+    running = settings.bco_running_delta
 
-    def rows(params: Params, reference_params: Params, batch: PreferenceBatch) -> tuple[Array, dict[str, Array]]:
-        return pair_losses(
-            params,
-            reference_params,
-            batch,
-            apply_fn=apply_fn,
-            loss_type=loss_type,
-            beta=beta,
-            label_smoothing=label_smoothing,
-        )
+    def losses(features: PairFeatures, totals: Totals, loss_state: Any) -> tuple[Array, dict[str, Array]]:
+        return feature_losses(features, totals, settings=settings, loss_state=loss_state)
 
-    return Objective(rows, lambda batch: batch.weights.sum())
+    def next_state(features: PairFeatures, loss_state: Any) -> Any:
+        return next_loss_state(features, settings=settings, loss_state=loss_state) if running else None
+
+    return Objective(
+        features=partial(pair_features, apply_fn=apply_fn, settings=settings),
+        learnt=("policy_logps", "policy_ld_logps"),
+        totals=lambda batch: pair_totals(batch, batch.weights),
+        losses=losses,
+        next_state=next_state,
+        init_state=init_loss_state() if running else None,
+        coupled=settings.needs_global_batch,
+    )
+
+
+class CompletionFeatures(NamedTuple):
+    """What the loss of supervised rows reads: summed completion log-probs and weights, [m] each."""
+
+    logps: Array
+    weights: Array
+
+
+class CompletionTotals(NamedTuple):
+    """What a row's loss reads of the global batch: its real completion tokens, a scalar."""
+
+    normalizer: Array
 
 
 def sft_objective(apply_fn: ApplyFn) -> Objective:
     """Mean negative log-likelihood over the completion tokens of the global batch."""
 
-    def rows(params: Params, reference_params: Params, batch: CompletionBatch) -> tuple[Array, dict[str, Array]]:
+    def features(params: Params, reference_params: Params, batch: CompletionBatch) -> CompletionFeatures:
         del reference_params  # maximum likelihood has none
         logits = apply_fn(params, batch.tokens, batch.attention_mask)
         logps = sequence_logps(*shifted_token_logps(logits, batch.tokens, batch.completion_mask))
-        return -logps, {}
+        return CompletionFeatures(logps, batch.weights)
 
-    def num_completion_tokens(batch: CompletionBatch) -> Array:
+    def totals(batch: CompletionBatch) -> CompletionTotals:
         real = batch.completion_mask[..., 1:] & (batch.weights > 0)[..., None]
-        return real.sum().astype(batch.weights.dtype)
+        return CompletionTotals(real.sum().astype(batch.weights.dtype))
 
-    return Objective(rows, num_completion_tokens)
+    def losses(features: CompletionFeatures, totals: Any, loss_state: Any) -> tuple[Array, dict[str, Array]]:
+        return -features.logps, {"loss": jax.lax.stop_gradient(-features.logps)}
+
+    return Objective(features, ("logps",), totals, losses)
 
 
 class StepReport(NamedTuple):
@@ -107,31 +153,105 @@ class EvaluationReport(NamedTuple):
     normalizer: Array
 
 
+class LossAndGrads(NamedTuple):
+    """What a global batch gives: scalar loss, gradients, per-row values {name: [k, m]}, the next loss_state."""
+
+    loss: Array
+    grads: Params
+    rows: dict[str, Array]
+    loss_state: Any
+
+
 def loss_and_grads(
-    objective: Objective, params: Params, reference_params: Params, batch: Batch
-) -> tuple[Array, Params, dict[str, Array]]:
-    """Loss, gradients and per-row values {name: [k, m]} of a global batch, one micro-batch after the other.
+    objective: Objective, params: Params, reference_params: Params, batch: Batch, loss_state: Any = None
+) -> LossAndGrads:
+    """Loss and gradients of a global batch, one micro-batch after the other.
 
-    The normalizer is of the whole batch, so that the result does not depend on how it is cut.
+    What normalises is of the whole batch, so that the result does not depend on how it is cut.
     """
-    normalizer = objective.normalizer(batch)
+    totals = objective.totals(batch)
 
-    def micro_loss(params: Params, micro: Batch) -> tuple[Array, dict[str, Array]]:
-        losses, metrics = objective.rows(params, reference_params, micro)
-        rows = {**metrics, "loss": losses}
-        return weighted_sum(losses, micro.weights) / normalizer, rows
+    def total_loss(features: Features) -> Array:
+        losses, _ = objective.losses(features, totals, loss_state)
+        return weighted_sum(losses, features.weights) / totals.normalizer
+
+    features_of = partial(objective.features, reference_params=reference_params)
+    in_parts = objective.coupled and batch.weights.shape[0] > 1
+    loss, grads, features = (_two_passes if in_parts else _one_pass)(objective, features_of, total_loss, params, batch)
+    rows = _rows(objective, features, totals, loss_state)
+    return LossAndGrads(loss, grads, rows, objective.next_state(_flat(features), loss_state))
+
+
+def _one_pass(
+    objective: Objective, features_of: Any, total_loss: Any, params: Params, batch: Batch
+) -> tuple[Array, Params, Features]:
+    """Loss, gradients and features of rows whose losses add up."""
+
+    def micro_loss(params: Params, micro: Batch) -> tuple[Array, Features]:
+        features = features_of(params, batch=micro)
+        return total_loss(features), features
 
     value_and_grad = jax.value_and_grad(micro_loss, has_aux=True)
     if batch.weights.shape[0] == 1:  # no accumulator where there is nothing to accumulate
-        (loss, rows), grads = value_and_grad(params, jax.tree.map(lambda array: array[0], batch))
-        return loss, grads, jax.tree.map(lambda array: array[None], rows)
+        (loss, features), grads = value_and_grad(params, jax.tree.map(lambda array: array[0], batch))
+        return loss, grads, jax.tree.map(lambda array: array[None], features)
+    grads, (losses, features) = _accumulate(lambda micro: value_and_grad(params, micro)[::-1], params, batch)
+    return losses.sum(), grads, features
 
-    def accumulate(total: Params, micro: Batch) -> tuple[Params, tuple[Array, dict[str, Array]]]:
-        value, grads = value_and_grad(params, micro)
-        return jax.tree.map(jnp.add, total, grads), value
 
-    grads, (losses, rows) = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, params), batch)
-    return losses.sum(), grads, rows
+def _two_passes(
+    objective: Objective, features_of: Any, total_loss: Any, params: Params, batch: Batch
+) -> tuple[Array, Params, Features]:
+    """The same for rows that depend on each other: first their features, then the features' cotangents."""
+    features = _scan_features(features_of, params, batch)
+
+    def learnt(features: Features) -> dict[str, Array]:
+        return {name: getattr(features, name) for name in objective.learnt}
+
+    loss, cotangents = jax.value_and_grad(lambda values: total_loss(_flat(features._replace(**values))))(
+        learnt(features)
+    )
+
+    def pull_back(micro: tuple[Batch, Any]) -> tuple[Params, None]:
+        batch, cotangents = micro
+        _, vjp = jax.vjp(lambda params: learnt(features_of(params, batch=batch)), params)
+        return vjp(cotangents)[0], None
+
+    grads, _ = _accumulate(pull_back, params, (batch, cotangents))
+    return loss, grads, features
+
+
+def _accumulate(grads_of: Callable[[Any], tuple[Params, Any]], params: Params, micros: Any) -> tuple[Params, Any]:
+    """Sum of gradients over micro-batches, and whatever else each gives, stacked."""
+
+    def step(total: Params, micro: Any) -> tuple[Params, Any]:
+        grads, other = grads_of(micro)
+        return jax.tree.map(jnp.add, total, grads), other
+
+    return jax.lax.scan(step, jax.tree.map(jnp.zeros_like, params), micros)
+
+
+def _scan_features(features_of: Any, params: Params, batch: Batch) -> Features:
+    """Features of a [k, m] batch, one micro-batch after the other."""
+    return jax.lax.map(lambda micro: features_of(params, batch=micro), batch)
+
+
+def _flat(features: Features) -> Features:
+    """[k, m, ...] to [(k m), ...]."""
+    return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), features)
+
+
+def _rows(objective: Objective, features: Features, totals: Any, loss_state: Any) -> dict[str, Array]:
+    """Per-row values {name: [k, m]} of a global batch's features."""
+    _, metrics = objective.losses(_flat(features), totals, loss_state)
+    return {name: values.reshape(features.weights.shape) for name, values in metrics.items()}
+
+
+class ReferenceSync(NamedTuple):
+    """TR-DPO (arXiv 2404.09656): every `steps` updates the reference becomes alpha policy + (1 - alpha) reference."""
+
+    alpha: float
+    steps: int
 
 
 def train_step(
@@ -143,9 +263,16 @@ def train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     shardings: Params,
+    sync: ReferenceSync | None = None,
 ) -> tuple[TrainState, StepReport]:
-    """One update. Pure."""
-    loss, grads, rows = loss_and_grads(objective, state.params, reference_params, batch)
+    """One update. Pure.
+
+    Args:
+      reference_params: None where the batch carries log-probs, where there is no reference, and with `sync`, whose
+        reference is part of the state.
+    """
+    reference = reference_params if sync is None else state.reference_params
+    loss, grads, rows, loss_state = loss_and_grads(objective, state.params, reference, batch, state.loss_state)
     grads = jax.lax.with_sharding_constraint(grads, shardings)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -153,25 +280,32 @@ def train_step(
     weights_finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.stack(weights_finite).all()
     report = StepReport(loss, grad_norm, jnp.asarray(schedule(state.step)), finite, rows)
-    return TrainState(state.step + 1, params, opt_state, state.rng), report
+    step = state.step + 1
+    if sync is not None:
+        reference = jax.lax.cond(
+            step % sync.steps == 0,
+            lambda: jax.tree.map(lambda new, old: sync.alpha * new + (1 - sync.alpha) * old, params, reference),
+            lambda: reference,
+        )
+    kept = None if sync is None else reference
+    return TrainState(step, params, opt_state, state.rng, loss_state, kept), report
 
 
-def evaluate(params: Params, reference_params: Params, batch: Batch, *, objective: Objective) -> EvaluationReport:
+def evaluate(
+    params: Params, reference_params: Params, batch: Batch, loss_state: Any = None, *, objective: Objective
+) -> EvaluationReport:
     """Per-row losses and metrics of a [k, m] batch, without gradients."""
-
-    def micro_rows(_: None, micro: Batch) -> tuple[None, dict[str, Array]]:
-        losses, metrics = objective.rows(params, reference_params, micro)
-        return None, {**metrics, "loss": losses}
-
-    _, rows = jax.lax.scan(micro_rows, None, batch)
-    return EvaluationReport(rows, objective.normalizer(batch))
+    totals = objective.totals(batch)
+    features_of = partial(objective.features, reference_params=reference_params)
+    features = _scan_features(features_of, params, batch)
+    return EvaluationReport(_rows(objective, features, totals, loss_state), totals.normalizer)
 
 
 class Compiled(NamedTuple):
     """The jitted functions of a run; both take and give arrays on the mesh."""
 
     train_step: Callable[[TrainState, Params, Batch], tuple[TrainState, StepReport]]
-    evaluate: Callable[[Params, Params, Batch], EvaluationReport]
+    evaluate: Callable[[Params, Params, Batch, Any], EvaluationReport]
 
 
 def compile_step(
@@ -182,37 +316,48 @@ def compile_step(
     mesh: Mesh,
     state_shardings: TrainState,
     with_reference: bool,
+    sync: ReferenceSync | None = None,
 ) -> Compiled:
     """Jits step and evaluation over the mesh: explicit in and out shardings, the old state donated.
 
     jax.jit with in_shardings and out_shardings is what pjit was.
+
+    Args:
+      with_reference: whether reference weights are on the devices, as an argument or, with `sync`, in the state.
     """
     batch_sharding, whole = micro_batch_sharding(mesh), replicated(mesh)
     params_sharding = state_shardings.params
     reference_sharding = params_sharding if with_reference else None
-    step = partial(train_step, objective=objective, optimizer=optimizer, schedule=schedule, shardings=params_sharding)
+    step = partial(
+        train_step,
+        objective=objective,
+        optimizer=optimizer,
+        schedule=schedule,
+        shardings=params_sharding,
+        sync=sync,
+    )
     return Compiled(
-        _on_mesh(
+        on_mesh(
             mesh,
             jax.jit(
                 step,
-                in_shardings=(state_shardings, reference_sharding, batch_sharding),
+                in_shardings=(state_shardings, None if sync else reference_sharding, batch_sharding),
                 out_shardings=(state_shardings, whole),
                 donate_argnums=0,
             ),
         ),
-        _on_mesh(
+        on_mesh(
             mesh,
             jax.jit(
                 partial(evaluate, objective=objective),
-                in_shardings=(params_sharding, reference_sharding, batch_sharding),
+                in_shardings=(params_sharding, reference_sharding, batch_sharding, whole),
                 out_shardings=whole,
             ),
         ),
     )
 
 
-def _on_mesh(mesh: Mesh, function: Any) -> Any:
+def on_mesh(mesh: Mesh, function: Any) -> Any:
     """Calls under the mesh and the logical rules: without both, sharding constraints lower to nothing."""
 
     def call(*args: Any) -> Any:

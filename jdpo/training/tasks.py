@@ -14,8 +14,9 @@ import numpy as np
 from jdpo.config import DPOConfig, SFTConfig, TrainConfig
 from jdpo.data.loader import bucket_length, collate_completions, collate_pairs
 from jdpo.data.prepare import PreparedData, prepare_completions, prepare_pairs
-from jdpo.losses.objective import PREFERENCE_METRICS, ApplyFn
-from jdpo.losses.preference import check_loss
+from jdpo.data.reference_cache import ReferenceCache, reference_logps_of
+from jdpo.losses.objective import ApplyFn, metric_names
+from jdpo.losses.settings import DEFAULTS, OFF, LossSettings, loss_settings
 from jdpo.training.step import Batch, Objective, dpo_objective, sft_objective
 from jdpo.types import TokenizedCompletion, TokenizedPair
 
@@ -32,7 +33,7 @@ class Task:
       unit: what a row is called in metrics and messages.
       sequences: sequences the model sees for each row.
       metrics: names that an evaluation gives, without their eval_.
-      uses_reference: whether a frozen reference stands beside the policy.
+      loss: the preference losses and their options, or None.
       prepare: (datasets, tokenizer, *, progress) -> tokenized rows.
       collate: (rows, *, num_slots, length, pad_token_id) -> a batch of numpy arrays.
       count_tokens: real tokens of a row, over all its sequences.
@@ -43,11 +44,27 @@ class Task:
     unit: str
     sequences: int
     metrics: tuple[str, ...]
-    uses_reference: bool
+    loss: LossSettings | None
     prepare: Callable[..., PreparedData]
     collate: Callable[..., Batch]
     count_tokens: Callable[[Any], int]
     objective: Callable[[ApplyFn], Objective]
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether the loss compares with a reference."""
+        return self.loss is not None and self.loss.needs_reference
+
+
+def loss_of(config: DPOConfig) -> LossSettings:
+    """The losses of a config.
+
+    Raises:
+      ValueError: losses and options that do not go together.
+    """
+    options = {name: getattr(config, name) for name in (*DEFAULTS, *OFF) if hasattr(config, name)}
+    loss_type = config.loss_type[0] if len(config.loss_type) == 1 else config.loss_type
+    return loss_settings(loss_type, beta=config.beta, **options)[0]
 
 
 def task_for(config: TrainConfig) -> Task:
@@ -58,13 +75,13 @@ def task_for(config: TrainConfig) -> Task:
     """
     cache_dir = Path(config.cache_dir) if config.cache_dir else None
     if isinstance(config, DPOConfig):
-        check_loss(config.loss_type, label_smoothing=config.label_smoothing)
+        loss = loss_of(config)
         return Task(
             command="dpo",
             unit="pairs",
             sequences=2,
-            metrics=PREFERENCE_METRICS,
-            uses_reference=True,
+            metrics=metric_names(loss),
+            loss=loss,
             prepare=partial(
                 prepare_pairs,
                 max_length=config.max_length,
@@ -73,12 +90,7 @@ def task_for(config: TrainConfig) -> Task:
             ),
             collate=collate_pairs,
             count_tokens=count_pair_tokens,
-            objective=partial(
-                dpo_objective,
-                loss_type=config.loss_type,
-                beta=config.beta,
-                label_smoothing=config.label_smoothing,
-            ),
+            objective=partial(dpo_objective, settings=loss),
         )
     assert isinstance(config, SFTConfig), type(config)
     return Task(
@@ -86,7 +98,7 @@ def task_for(config: TrainConfig) -> Task:
         unit="rows",
         sequences=1,
         metrics=("loss",),
-        uses_reference=False,
+        loss=None,
         prepare=partial(
             prepare_completions,
             max_length=config.max_length,
@@ -142,16 +154,27 @@ def batch_layout(
 
 
 def make_batch(
-    task: Task, data: PreparedData, indices: np.ndarray, layout: BatchLayout, *, max_length: int, pad_token_id: int
+    task: Task,
+    data: PreparedData,
+    indices: np.ndarray,
+    layout: BatchLayout,
+    *,
+    max_length: int,
+    pad_token_id: int,
+    cache: ReferenceCache | None = None,
 ) -> tuple[Batch, int]:
     """A step's batch as numpy arrays [k, m, ...], and its real tokens.
 
     Args:
       indices: data rows of the step, at most layout.num_slots; the slots left over are padding rows of weight 0.
       max_length: the longest sequence of the run; the step's own longest decides the padded length.
+      cache: the reference's log-probs of `data`, to travel with the batch.
     """
     rows = [data[int(index)] for index in indices]
     length = bucket_length(int(data.lengths[indices].max()), max_length)
     flat = task.collate(rows, num_slots=layout.num_slots, length=length, pad_token_id=pad_token_id)
+    if cache is not None:
+        logps = reference_logps_of(cache, rows, indices, num_slots=layout.num_slots, length=length)
+        flat = flat._replace(reference_logps=logps)
     batch = jax.tree.map(lambda array: array.reshape(*layout, *array.shape[1:]), flat)
     return batch, sum(map(task.count_tokens, rows))

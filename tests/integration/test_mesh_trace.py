@@ -23,6 +23,7 @@ from jdpo.reports.progress import make_console
 from jdpo.sharding.placement import place
 from jdpo.training.interrupt import StopRequest
 from jdpo.training.loop import Run
+from jdpo.training.reference import Reference
 from jdpo.training.run_dir import RunDirectory
 from jdpo.training.setup import build, describe, load_reference, load_start, resolve_dtype
 from jdpo.training.step import TrainState
@@ -86,7 +87,7 @@ def run(cut_words: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ru
     config = resolve_dtype(load_config(DPOConfig, None, words[1:]))
     setup = build(config, lambda text: None)
     with closing(RunDirectory(config, "dpo")) as directory:
-        run = Run(setup, directory, StopRequest(), make_console())
+        run = Run(setup, directory, StopRequest(), make_console(), Reference(mode="live"))
         yield run
         run.close()
 

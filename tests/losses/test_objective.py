@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jdpo.losses import dpo_loss, make_dpo_loss
+from jdpo.losses import LOSSES, dpo_loss, make_dpo_loss
 from jdpo.types import PreferenceBatch
 
 VOCAB, WIDTH = 13, 8
@@ -122,16 +123,14 @@ def test_garbage_in_padding_and_padding_pairs_changes_nothing() -> None:
 @pytest.mark.parametrize("per_token", [False, True])
 def test_reference_logps_in_the_batch_stand_for_the_reference_model(per_token: bool) -> None:
     from jdpo.losses.logprobs import token_logps
-    from jdpo.losses.objective import pair_logps
 
     x = batch(3)
-    if per_token:
-        flat = x.tokens.reshape(-1, x.tokens.shape[-1])
-        logits = apply_fn(params(1), flat, x.attention_mask.reshape(flat.shape))
-        logps = token_logps(logits[:, :-1], flat[:, 1:]).reshape(*x.tokens.shape[:2], -1)
-        cached = jnp.pad(logps, ((0, 0), (0, 0), (1, 0)), constant_values=jnp.nan)  # the token at 0 has none
-    else:
-        cached = pair_logps(params(1), x, apply_fn=apply_fn)
+    flat = x.tokens.reshape(-1, x.tokens.shape[-1])
+    logits = apply_fn(params(1), flat, x.attention_mask.reshape(flat.shape))
+    logps = token_logps(logits[:, :-1], flat[:, 1:]).reshape(*x.tokens.shape[:2], -1)
+    cached = jnp.pad(logps, ((0, 0), (0, 0), (1, 0)), constant_values=jnp.nan)  # the token at 0 has none
+    if not per_token:
+        cached = jnp.where(x.completion_mask, cached, 0).sum(-1)
     live, _ = dpo_loss(params(0), params(1), x, apply_fn=apply_fn)
     from_cache, _ = dpo_loss(params(0), None, x._replace(reference_logps=cached), apply_fn=apply_fn)
     assert live == pytest.approx(float(from_cache), rel=1e-6)
@@ -146,6 +145,181 @@ def test_normalizer_makes_micro_batches_add_up() -> None:
         for s in (slice(0, 2), slice(2, 6))
     ]
     assert whole == pytest.approx(float(sum(parts)), rel=1e-6)
+
+
+def test_token_means_add_up_given_the_tokens_of_the_whole() -> None:
+    x = batch(4, num_pairs=6)
+    whole, _ = dpo_loss(params(0), params(1), x, apply_fn=apply_fn, loss_type=["sigmoid", "sft"], rpo_alpha=0.5)
+    tokens = int(x.completion_mask[:, 0, 1:].sum())
+    parts = [jax.tree.map(lambda leaf, s=s: leaf[s], x) for s in (slice(0, 1), slice(1, 6))]
+    given = {"apply_fn": apply_fn, "loss_type": ["sigmoid", "sft"], "rpo_alpha": 0.5, "normalizer": 6}
+    total = sum(float(dpo_loss(params(0), params(1), part, num_chosen_tokens=tokens, **given)[0]) for part in parts)
+    assert whole == pytest.approx(total, rel=1e-6)
+    with pytest.raises(ValueError, match=r"normalizer says .* needs num_chosen_tokens"):
+        dpo_loss(params(0), params(1), parts[0], **given)
+
+
+def test_a_sorted_loss_is_not_accumulated() -> None:
+    x = batch(4, num_pairs=6)
+    dpo_loss(params(0), params(1), x, apply_fn=apply_fn, loss_type="aot", normalizer=6)
+    with pytest.raises(ValueError, match=r"sorts the global batch.*normalizer 12, and 6 pairs"):
+        dpo_loss(params(0), params(1), x, apply_fn=apply_fn, loss_type="aot", normalizer=12)
+
+
+NEEDED: dict[str, dict[str, Any]] = {"exo_pair": {"label_smoothing": 0.1}}
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_padding_pairs_and_empty_completions_change_nothing_and_the_reference_has_no_gradient(loss_type: str) -> None:
+    """Padding pairs hold tokens; one real pair has no completion at all."""
+    x = batch(5)
+    x = x._replace(completion_mask=x.completion_mask.copy())
+    x.completion_mask[2] = False
+    padded = jax.tree.map(lambda leaf: np.concatenate([leaf[1:3], leaf, leaf[3:4]]), x)
+    padded = padded._replace(weights=np.array([0, 0, 1, 1, 1, 1, 1, 0], np.float32))
+    loss_fn = make_dpo_loss(apply_fn, loss_type=loss_type, rpo_alpha=0.2, **NEEDED.get(loss_type, {}))
+    grad_fn = jax.jit(jax.value_and_grad(lambda p, r, b: loss_fn(p, r, b)[0], argnums=(0, 1)))
+    one, (one_grad, to_reference) = grad_fn(params(0), params(1), x)
+    other, (other_grad, _) = grad_fn(params(0), params(1), padded)
+    assert np.isfinite(one)
+    assert one == pytest.approx(float(other), rel=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), one_grad, other_grad)
+    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(one_grad)) > 1e-3
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(to_reference))
+
+
+def test_a_batch_of_padding_alone_gives_zero() -> None:
+    x = batch(5)._replace(weights=np.zeros(5, np.float32))
+    loss, grads = jax.value_and_grad(lambda p: dpo_loss(p, params(1), x, apply_fn=apply_fn)[0])(params(0))
+    assert loss == 0
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads))
+
+
+def token_probs(model: dict, x: PreferenceBatch, pair: int, side: int) -> list[np.ndarray]:
+    """The distribution that each completion token of one sequence is drawn from, with the token put first."""
+    logits = np.asarray(apply_fn(model, x.tokens[pair], x.attention_mask[pair])[side], np.float64)
+    probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    at = np.flatnonzero(x.completion_mask[pair, side])
+    return [np.concatenate([[probs[t - 1, x.tokens[pair, side, t]]], probs[t - 1]]) for t in at]
+
+
+def test_wpo_weighs_a_pair_by_how_likely_the_policy_finds_it_and_has_no_gradient_there() -> None:
+    x = batch(6)
+    expected = 0.0
+    for pair in range(5):
+        ratios, weight = [], 1.0
+        for side in (0, 1):
+            policy, reference = (token_probs(params(seed), x, pair, side) for seed in (0, 1))
+            ratios.append(sum(np.log(p[0]) - np.log(r[0]) for p, r in zip(policy, reference, strict=True)))
+            weight *= np.exp(np.mean([np.log(p[0]) - np.log((p[1:] ** 2).sum()) for p in policy]))
+        expected += weight * np.log1p(np.exp(-0.1 * (ratios[0] - ratios[1]))) / 5
+
+    def loss(p: dict, **options: Any) -> Any:
+        return dpo_loss(p, params(1), x, apply_fn=apply_fn, **options)
+
+    assert loss(params(0), use_weighting=True)[0] == pytest.approx(expected, rel=1e-5)
+    one = batch(6, num_pairs=1)  # of one pair, the gradient must be the plain one times the weight
+    plain, weighed = (
+        jax.grad(lambda p, w=w: dpo_loss(p, params(1), one, apply_fn=apply_fn, use_weighting=w)[0])(params(0))
+        for w in (False, True)
+    )
+    ratio = (
+        dpo_loss(params(0), params(1), one, apply_fn=apply_fn, use_weighting=True)[0]
+        / (dpo_loss(params(0), params(1), one, apply_fn=apply_fn)[0])
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a * ratio, b, rtol=1e-4, atol=1e-7), plain, weighed)
+
+
+def test_ld_weighs_the_tail_of_the_longer_side_in_policy_and_reference_but_not_in_rewards() -> None:
+    x = batch(7)
+    sums = []
+    for pair in range(5):
+        shared = x.completion_mask[pair].sum(-1).min()
+        for side in (0, 1):
+            logs = [
+                np.log([p[0] for p in token_probs(params(seed), x, pair, side)]) * np.r_[[1.0] * shared, [0.3] * 9][:n]
+                for seed in (0, 1)
+                for n in [x.completion_mask[pair, side].sum()]
+            ]
+            sums.append(logs[0].sum() - logs[1].sum())
+    gaps = np.array(sums).reshape(5, 2)
+    loss, metrics = dpo_loss(params(0), params(1), x, apply_fn=apply_fn, ld_alpha=0.3)
+    assert loss == pytest.approx(np.log1p(np.exp(-0.1 * (gaps[:, 0] - gaps[:, 1]))).mean(), rel=1e-5)
+    _, plain = dpo_loss(params(0), params(1), x, apply_fn=apply_fn)
+    assert metrics["rewards/chosen"] == pytest.approx(float(plain["rewards/chosen"]), rel=1e-6)
+    assert dpo_loss(params(0), params(0), x, apply_fn=apply_fn, ld_alpha=0.3)[0] == pytest.approx(np.log(2), rel=1e-6)
+
+
+def test_ld_needs_reference_values_a_token() -> None:
+    x = batch(7)._replace(reference_logps=np.zeros((5, 2), np.float32))
+    with pytest.raises(ValueError, match=r"ld_alpha weighs tokens.*must be \[b, 2, t\]"):
+        dpo_loss(params(0), None, x, apply_fn=apply_fn, ld_alpha=0.5)
+
+
+def test_losses_without_a_reference_run_without_one() -> None:
+    for name in ("simpo", "cpo", "orpo", "sft"):
+        loss, metrics = dpo_loss(params(0), None, batch(8), apply_fn=apply_fn, loss_type=name)
+        assert np.isfinite(loss)
+        assert "loss_state" not in metrics
+
+
+def test_the_running_delta_is_read_before_and_updated_after_the_step() -> None:
+    state, seen, total = None, 0, 0.0
+    for seed in range(3):
+        x = batch(seed, num_pairs=3 + seed)
+        x.weights[0] = 0
+        delta = total / max(seen, 1)
+        with_delta, _ = dpo_loss(params(0), params(1), x, apply_fn=apply_fn, loss_type="bco_pair", bco_delta=delta)
+        loss, metrics = dpo_loss(params(0), params(1), x, apply_fn=apply_fn, loss_type="bco_pair", loss_state=state)
+        assert loss == pytest.approx(float(with_delta), rel=1e-6)
+        state = metrics["loss_state"]
+        seen += 2 + seed
+        total += (2 + seed) * float(metrics["rewards/chosen"] + metrics["rewards/rejected"]) / 2
+        assert state.mean_reward == pytest.approx(total / seen, rel=1e-5)
+    with pytest.raises(ValueError, match="has no running state"):
+        dpo_loss(params(0), params(1), batch(), apply_fn=apply_fn, loss_state=state)
+
+
+def test_a_list_gives_each_loss_beside_the_sum() -> None:
+    _, metrics = dpo_loss(
+        params(0), params(1), batch(), apply_fn=apply_fn, loss_type=["hinge", "nca_pair"], rpo_alpha=0.3
+    )
+    parts = [metrics[f"loss/{name}"] for name in ("hinge", "nca_pair", "rpo")]
+    assert metrics["loss"] == pytest.approx(float(sum(parts)), rel=1e-6)
+
+
+def test_a_sweep_over_numbers_compiles_once() -> None:
+    calls = 0
+
+    def counted(model: dict, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+        nonlocal calls
+        calls += 1
+        return apply_fn(model, tokens, mask)
+
+    losses = {
+        float(
+            dpo_loss(
+                params(0),
+                params(1),
+                batch(),
+                apply_fn=counted,
+                loss_type=["sigmoid", "sft"],
+                beta=beta,
+                label_smoothing=beta,
+                loss_weights=[1.0, beta],
+            )[0]
+        )
+        for beta in (0.1, 0.2, 0.3)
+    }
+    assert len(losses) == 3
+    assert calls == 2, "once for the policy, once for the reference"
+
+
+def test_an_option_of_another_function_is_an_error() -> None:
+    with pytest.raises(ValueError, match="pair_weights is for preference_loss"):
+        make_dpo_loss(apply_fn, pair_weights=np.ones(5))
+    with pytest.raises(ValueError, match="asked for by loss_state"):
+        make_dpo_loss(apply_fn, loss_type="bco_pair", bco_running_delta=True)
 
 
 def test_neither_or_both_references_is_an_error() -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jdpo.training.checks import check_finite, check_start
+from jdpo.losses.settings import LossSettings, loss_settings
+from jdpo.training.checks import check_finite, check_start, start_loss
 
 LENGTHS = np.array([[4, 2], [8, 5]])
 BETA = 0.1
@@ -23,13 +24,14 @@ def rows(logratio: float = 0.0, loss: float = math.log(2)) -> dict[str, np.ndarr
     }
 
 
-def check(values: dict[str, np.ndarray], **changes: Any) -> str:
-    settings = {"compute_dtype": "float32", "reference_is_start": True, "loss_is_sigmoid": True} | changes
-    return check_start(values, beta=BETA, lengths=LENGTHS, **settings)
+def check(values: dict[str, np.ndarray], loss: LossSettings | None = None, **changes: Any) -> str:
+    settings = {"compute_dtype": "float32", "reference_is_start": True} | changes
+    return check_start(values, loss or loss_settings(beta=BETA)[0], lengths=LENGTHS, **settings)
 
 
 def test_equal_models_pass_and_say_so() -> None:
-    assert check(rows()) == "start: policy equals reference (largest difference 0.0e+00 nats a token), loss 0.6931"
+    said = check(rows())
+    assert said.endswith("equals reference (largest difference 0.0e+00 nats a token), loss 0.6931 (0.6931 expected)")
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
@@ -40,9 +42,43 @@ def test_bar_is_per_token_and_by_dtype(dtype: str, tolerance: float) -> None:
 
 
 def test_a_wrong_loss_of_equal_models_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"is 0\.943147, not ln 2 = 0\.693147; nothing was trained"):
+    with pytest.raises(ValueError, match=r"is 0\.943147, not ln 2 = 0\.693147 as of sigmoid where .* nothing was"):
         check(rows(loss=math.log(2) + 0.5))
-    check(rows(loss=math.log(2) + 0.5), loss_is_sigmoid=False)
+    with pytest.raises(ValueError, match=r"not 25\.000000 as of ipo where policy and reference are equal"):
+        check(rows(), loss_settings("ipo", beta=BETA)[0])
+    assert check(rows(loss=3.0), loss_settings(("sigmoid", "sft"), beta=BETA)[0]).endswith("loss 1.8466")
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "options", "expected"),
+    [
+        ("sigmoid", {"label_smoothing": 0.3}, math.log(2)),
+        ("robust", {"label_smoothing": 0.3}, math.log(2)),
+        ("hinge", {}, 1.0),
+        ("ipo", {"beta": 0.2}, 6.25),
+        ("ipo_sum", {"beta": 0.2}, 6.25),
+        ("exo_pair", {"label_smoothing": 0.1}, math.log(0.5) - (math.log(0.9) + math.log(0.1)) / 2),
+        ("nca_pair", {}, 2 * math.log(2)),
+        ("bco_pair", {}, 2 * math.log(2)),
+        ("bco_pair", {"bco_delta": 0.5}, 2 * math.log(2) + 2 * math.log(math.cosh(0.25))),
+        ("sppo_hard", {"beta": 0.2}, 12.5),
+        ("aot", {}, math.log(2)),
+        ("aot_unpaired", {}, math.log(2)),
+        ("apo_zero", {}, 1.0),
+        ("apo_down", {}, 1.0),
+        ("discopop", {}, (math.log(2) + 1) / 2),
+        ("sigmoid_norm", {"f_divergence_type": "js_divergence"}, math.log(2)),
+        (("sigmoid", "hinge"), {"loss_weights": (0.5, 2.0)}, math.log(2) / 2 + 2),
+        ("simpo", {}, None),
+        (("sigmoid", "sft"), {}, None),
+        ("sigmoid", {"rpo_alpha": 1.0}, None),
+        ("sigmoid", {"use_weighting": True}, None),
+    ],
+    ids=str,
+)
+def test_loss_of_equal_models(loss_type: str, options: dict[str, Any], expected: float | None) -> None:
+    found = start_loss(loss_settings(loss_type, **options)[0])
+    assert found == (None if expected is None else pytest.approx(expected, rel=1e-6))
 
 
 def test_numbers_that_are_none_are_refused() -> None:

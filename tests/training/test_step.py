@@ -5,7 +5,9 @@ Axes: k micro-batches, m rows of each, t positions, v vocabulary, d width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,18 +15,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from jdpo.config import MeshConfig
+from jdpo.losses import LOSSES, LossState
+from jdpo.losses.settings import loss_settings
 from jdpo.sharding.mesh import make_mesh
 from jdpo.sharding.placement import fetch, micro_batch_sharding, place, replicated
 from jdpo.training.step import (
-    Objective,
+    ReferenceSync,
     TrainState,
     compile_step,
     dpo_objective,
     evaluate,
     loss_and_grads,
     sft_objective,
+    train_step,
 )
 from jdpo.types import CHOSEN, REJECTED, CompletionBatch, PreferenceBatch
 
@@ -110,7 +117,7 @@ def plain_sft(params: Params, reference: Params) -> float:
 
 
 OBJECTIVES = {
-    "dpo": (dpo_objective(apply_fn, loss_type="sigmoid", beta=BETA, label_smoothing=0.0), pairs, plain_dpo),
+    "dpo": (dpo_objective(apply_fn, loss_settings("sigmoid", beta=BETA)[0]), pairs, plain_dpo),
     "sft": (sft_objective(apply_fn), completions, plain_sft),
 }
 
@@ -120,7 +127,7 @@ OBJECTIVES = {
 def test_loss_and_gradient_are_those_of_a_plain_loop(name: str, layout: tuple[int, int]) -> None:
     objective, make, plain = OBJECTIVES[name]
     params, reference = make_params(1), make_params(2)
-    loss, grads, rows = loss_and_grads(objective, jax.tree.map(jnp.asarray, params), reference, make(*layout))
+    loss, grads, rows, _ = loss_and_grads(objective, jax.tree.map(jnp.asarray, params), reference, make(*layout))
     assert float(loss) == pytest.approx(plain(params, reference), rel=1e-13)
     assert all(values.shape == layout for values in rows.values())
     # The gradient along a random direction, against a central difference of the plain loop.
@@ -133,15 +140,94 @@ def test_loss_and_gradient_are_those_of_a_plain_loop(name: str, layout: tuple[in
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_padding_rows_are_silent_even_where_they_are_nan(name: str) -> None:
     objective, make, plain = OBJECTIVES[name]
-    rows = Objective(lambda *args: _spoilt(objective.rows(*args), args[-1].weights), objective.normalizer)
-    loss, grads, _ = loss_and_grads(rows, make_params(1), make_params(2), make(3, 4))
+    spoilt = objective._replace(losses=lambda features, *rest: _spoilt(objective.losses(features, *rest), features))
+    loss, grads, _, _ = loss_and_grads(spoilt, make_params(1), make_params(2), make(3, 4))
     assert float(loss) == pytest.approx(plain(make_params(1), make_params(2)), rel=1e-13)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
 
 
-def _spoilt(result: tuple[Any, dict[str, Any]], weights: Any) -> tuple[Any, dict[str, Any]]:
+def _spoilt(result: tuple[Any, dict[str, Any]], features: Any) -> tuple[Any, dict[str, Any]]:
     losses, metrics = result
-    return jnp.where(weights > 0, losses, jnp.nan), metrics
+    return jnp.where(features.weights > 0, losses, jnp.nan), metrics
+
+
+SETTINGS = [
+    *((name, {"label_smoothing": 0.1} if "label_smoothing" in spec.options else {}) for name, spec in LOSSES.items()),
+    ("bco_pair", {"bco_running_delta": True}),
+    ("sigmoid", {"use_weighting": True, "rpo_alpha": 0.5}),
+    ("ipo", {"ld_alpha": 0.4, "f_divergence_type": "js_divergence"}),
+    (("sigmoid", "aot", "bco_pair", "sft"), {"loss_weights": (1.0, 0.5, 0.2, 0.7), "bco_running_delta": True}),
+]
+
+
+CUTS = [3, 12]  # of 12 slots, beside 1: few, since each compiles
+
+
+@pytest.mark.parametrize(("loss_type", "options"), SETTINGS, ids=str)
+def test_any_cut_into_micro_batches_gives_the_same(loss_type: Any, options: dict[str, Any]) -> None:
+    """Real and padding pairs in any places, as in the ragged last step; values and gradients to 1e-9."""
+    objective = dpo_objective(apply_fn, loss_settings(loss_type, beta=BETA, **options)[0])
+    state = objective.init_state and LossState(jnp.float32(0.3), jnp.float32(7))
+    run = jax.jit(partial(loss_and_grads, objective))
+
+    @given(st.permutations(range(NUM_SLOTS)), st.integers(1, NUM_REAL), st.sampled_from(CUTS), st.integers(0, 999))
+    @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    def check(order: list[int], num_real: int, num_micro: int, seed: int) -> None:
+        params, reference = (jax.tree.map(jnp.asarray, make_params(seed + i)) for i in (1, 2))
+        one = run(params, reference, twelve(1, range(NUM_SLOTS), num_real), state)
+        other = run(params, reference, twelve(num_micro, order, num_real), state)
+        assert float(other.loss) == pytest.approx(float(one.loss), rel=1e-9, abs=1e-12)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11), other.grads, one.grads)
+        if state is not None:
+            np.testing.assert_allclose(other.loss_state, one.loss_state, rtol=1e-5)
+            assert float(one.loss_state.num_pairs) == 7 + num_real
+        real = np.array(order) < num_real
+        for name, values in one.rows.items():
+            expected = np.asarray(values).reshape(-1)[np.array(order)]
+            found = np.asarray(other.rows[name]).reshape(-1)
+            np.testing.assert_allclose(found[real], expected[real], rtol=1e-9, atol=1e-12)
+
+    check()
+
+
+NUM_SLOTS = 12
+
+
+def twelve(num_micro: int, order: Sequence[int], num_real: int) -> PreferenceBatch:
+    """Twelve slots in `order`, of which the first `num_real` before ordering are real pairs, all different: the
+    quantiles of equal ones could be told either way."""
+    whole = pairs(1, 16)
+    weights = (np.arange(NUM_SLOTS) < num_real).astype(np.float64)
+    flat = jax.tree.map(lambda array: np.asarray(array)[0, np.arange(NUM_SLOTS) % NUM_REAL], whole)
+    flat = flat._replace(weights=weights)
+    index = np.array(order)
+    return jax.tree.map(lambda array: jnp.asarray(array[index].reshape(num_micro, -1, *array.shape[1:])), flat)
+
+
+def test_the_reference_moves_every_so_many_steps() -> None:
+    objective, make, _ = OBJECTIVES["dpo"]
+    start, reference = (jax.tree.map(jnp.asarray, make_params(seed)) for seed in (1, 2))
+    optimizer = optax.sgd(0.1)
+    state = TrainState(jnp.int32(0), start, optimizer.init(start), jnp.zeros(2, jnp.uint32), reference_params=reference)
+    step = jax.jit(
+        partial(
+            train_step,
+            objective=objective,
+            optimizer=optimizer,
+            schedule=lambda step: 0.1,
+            shardings=jax.tree.map(lambda leaf: leaf.sharding, start),
+            sync=ReferenceSync(alpha=0.6, steps=2),
+        )
+    )
+    states = [state]
+    for _ in range(4):
+        states.append(step(states[-1], None, make(2, 8))[0])
+    for done, (before, after) in enumerate(itertools.pairwise(states), start=1):
+        expected = before.reference_params
+        if done % 2 == 0:
+            expected = jax.tree.map(lambda p, r: 0.6 * p + 0.4 * r, after.params, before.reference_params)
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-12), after.reference_params, expected)
+    assert np.abs(states[-1].reference_params["head"] - reference["head"]).max() > 0.1
 
 
 def test_evaluation_gives_the_rows_of_training() -> None:

@@ -1,0 +1,43 @@
+"""`jdpo reference CONFIG [key=value ...]`: the reference's log-probs, computed once and kept for every later run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jdpo.cli.train import read_config
+from jdpo.config import DPOConfig
+
+
+def usage() -> str:
+    """What `jdpo reference --help` prints."""
+    return "\n".join(
+        [
+            "usage: jdpo reference [CONFIG.yaml] [--key value | --key=value | key=value ...]",
+            "",
+            "Computes the log-probs that the frozen reference gives to every training and evaluation row of a",
+            "`jdpo dpo` run and keeps them under cache_dir. Runs of `jdpo dpo` with the same model, rows, max_length,",
+            "template and compute_dtype find them there, whatever their loss, beta, learning rate, seed or order, and",
+            "then never hold the reference in memory.",
+            "",
+            "It may be killed at any moment: the same command again computes only what is missing, and computes",
+            "damaged files anew. output_dir is not touched.",
+            "",
+            "The keys are those of `jdpo dpo --help`.",
+        ]
+    )
+
+
+def main(command: str, words: Sequence[str]) -> int:
+    """Parses, builds, calls."""
+    assert command == "reference", command
+    if "--help" in words or "-h" in words:
+        print(usage())
+        return 0
+    config = read_config(DPOConfig, words)
+    from jdpo.training.processes import is_first, join_cluster
+
+    join_cluster()
+    from jdpo.training.reference import compute_reference
+
+    compute_reference(config, lambda text: print(text, flush=True) if is_first() else None)
+    return 0

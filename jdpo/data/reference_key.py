@@ -1,0 +1,187 @@
+"""What a reference's log-probs depend on, and what to tell a person when that has changed.
+
+An entry of the cache is `parts`, which decide its key, and `about`, which only serves to explain a miss.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jdpo.config import DatasetConfig
+from jdpo.data.sources import open_source
+
+CACHE_VERSION = 1
+"""To be raised whenever the same reference would give the same rows other log-probs, or keep them otherwise."""
+
+KEY_FILE = "key.json"
+
+
+class Entry(NamedTuple):
+    """What one folder of the cache is of: JSON values by name."""
+
+    parts: dict[str, Any]
+    about: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        return key_of(self.parts)
+
+    def text(self) -> str:
+        """What `key.json` holds, digest included."""
+        values = {"parts": self.parts, "about": self.about}
+        return json.dumps(values | {"digest": key_of(values)}, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def parts_of(
+    *, weights: str, rows: str, compute_dtype: str, model: Mapping[str, Any], grown_with_seed: int | None
+) -> dict[str, Any]:
+    """All that log-probs depend on; never beta, loss, learning rate, order or mesh.
+
+    Args:
+      weights: digest of the reference's weights and config.
+      rows: digest of the tokenized rows.
+      compute_dtype: of the activations.
+      model: the model's config as used.
+      grown_with_seed: what the embedding rows of added tokens are drawn with; None where none were added.
+    """
+    return {
+        "version": CACHE_VERSION,
+        "weights": weights,
+        "rows": rows,
+        "compute_dtype": compute_dtype,
+        "model": json.loads(json.dumps(dict(model))),  # tuples become lists, as they come back from disk
+        "grown_with_seed": grown_with_seed,
+    }
+
+
+def about_rows(
+    datasets: Sequence[DatasetConfig],
+    *,
+    role: str,
+    model: str,
+    tokenizer: str,
+    chat_template: str | None,
+    max_length: int,
+    max_prompt_length: int | None,
+) -> dict[str, Any]:
+    """What a person would say the rows and the model of an entry are. Reads the data sets once, for their digest.
+
+    Args:
+      datasets: where the rows come from.
+      role: what the rows are for, "training" or "evaluation".
+      model: the reference's name.
+      tokenizer: digest of the tokenizer with its chat template.
+      chat_template: as in the config; the lengths too.
+    """
+    return {
+        "role": role,
+        "model": model,
+        "datasets": [" ".join(filter(None, (d.path, d.name, f"({d.split})", d.revision))) for d in datasets],
+        "sources": key_of([open_source(dataset).digest() for dataset in datasets]),
+        "tokenizer": tokenizer,
+        "chat_template": chat_template,
+        "max_length": max_length,
+        "max_prompt_length": max_prompt_length,
+    }
+
+
+def key_of(value: Any) -> str:
+    """Digest of a JSON value, whatever the order of its keys."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_entry(folder: Path) -> Entry | None:
+    """The entry that a folder of the cache is of, or None where its `key.json` is not there.
+
+    Raises:
+      ValueError: the file is not as it was written, or belongs to another folder.
+    """
+    path = folder / KEY_FILE
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text)
+        entry = Entry(values["parts"], values["about"])
+        if text == entry.text() and entry.key == folder.name:
+            return entry
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise ValueError(f"{path} is damaged")
+
+
+def nearest(root: Path, now: Entry) -> Entry | None:
+    """The entry under `root` that a person would expect to have been found: that of the most similar run.
+
+    Entries for the same role whose data sets or model are those of `now`; of these, same data sets before others,
+    then the most equal values, then the newest. Folders without a finished shard or with a damaged `key.json` are
+    passed over.
+    """
+    ranked = []
+    for folder in sorted(root.glob("*")):
+        try:
+            then = read_entry(folder)
+        except ValueError:
+            continue
+        if then is None or folder.name == now.key or next(folder.glob("[0-9]*.json"), None) is None:
+            continue
+        same = {name for name, value in _flat(now).items() if _flat(then).get(name) == value}
+        if "role" in same and same & {"datasets", "model", "weights"}:
+            ranked.append(("datasets" in same, len(same), (folder / KEY_FILE).stat().st_mtime_ns, then))
+    return max(ranked, key=lambda rank: rank[:3])[-1] if ranked else None
+
+
+def _flat(entry: Entry) -> dict[str, Any]:
+    config = {f"config.{name}": value for name, value in entry.parts["model"].items()}
+    return entry.about | config | {name: value for name, value in entry.parts.items() if name != "model"}
+
+
+def changes(then: Entry, now: Entry) -> list[str]:
+    """What keeps `now` from being `then`, in words of the config; never empty for two entries of different keys."""
+    lines = []
+    if then.parts["version"] != now.parts["version"]:
+        lines.append(_then_now("the version of jdpo's cache", then.parts["version"], now.parts["version"]))
+    if then.parts["weights"] != now.parts["weights"]:
+        name = now.about["model"]
+        renamed = then.about["model"] != name
+        lines.append(
+            _then_now("the reference model", then.about["model"], name)
+            if renamed
+            else f"the weights of the reference model {name}"
+        )
+    lines += [
+        _then_now(f"the model's {name}", then.parts["model"].get(name), value)
+        for name, value in now.parts["model"].items()
+        if then.parts["model"].get(name) != value
+    ]
+    for name, title in (("compute_dtype",) * 2, ("grown_with_seed", "seed (it draws the rows of added tokens)")):
+        if then.parts[name] != now.parts[name]:
+            lines.append(_then_now(title, then.parts[name], now.parts[name]))
+    if then.parts["rows"] != now.parts["rows"]:  # only then can how they were made be the cause
+        lines += _row_changes(then.about, now.about)
+    return lines or ["a part that this version of jdpo does not know"]
+
+
+def _row_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    settings = ("max_length", "max_prompt_length", "chat_template")
+    lines = [_then_now(name, then.get(name), now[name]) for name in settings if then.get(name) != now[name]]
+    if then.get("tokenizer") != now["tokenizer"] and then.get("chat_template") == now["chat_template"]:
+        lines.append("the tokenizer or its chat template")
+    if then.get("datasets") != now["datasets"]:
+        lines.append(_then_now("the data", ", ".join(then.get("datasets", [])), ", ".join(now["datasets"])))
+    elif then.get("sources") != now["sources"]:
+        lines.append(f"the rows of {', '.join(now['datasets'])}")
+    return lines or [f"how the rows of {', '.join(now['datasets'])} are tokenized"]
+
+
+def _then_now(name: str, then: Any, now: Any) -> str:
+    """
+    >>> _then_now("max_prompt_length", None, 64)
+    'max_prompt_length: null then, 64 now'
+    """
+    return f"{name}: {'null' if then is None else then} then, {'null' if now is None else now} now"

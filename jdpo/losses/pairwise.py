@@ -1,0 +1,168 @@
+"""Losses of a pair against a frozen reference, each of its own pair alone.
+
+Notation, here and in the other families: a, b policy minus reference summed log-prob of chosen, rejected; D = a - b,
+through the scores of an f-divergence where one is chosen; n_w, n_l completion lengths in tokens; l_w, l_l summed
+policy log-probs; e label smoothing; s sigmoid, ls log-sigmoid. All arrays are [b].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Array = Any
+
+LARGEST_RESIDUAL = 1e18
+"""Where squared losses stop growing: a larger residual has no square in float32."""
+
+LARGEST_EXPONENT = 80.0
+"""exp of more leaves float32."""
+
+
+class LossInputs(NamedTuple):
+    """What a loss may read. Arrays are float [b]; what none of the losses at hand needs is None."""
+
+    chosen_logps: Array  # l_w
+    rejected_logps: Array  # l_l
+    chosen_logratios: Array  # a
+    rejected_logratios: Array  # b
+    reference_margins: Array  # reference log-prob of chosen minus rejected
+    chosen_scores: Array  # a, through the f-divergence
+    rejected_scores: Array  # b, through the f-divergence
+    chosen_lengths: Array  # n_w
+    rejected_lengths: Array  # n_l
+    chosen_nll: Array  # -l_w, every token at its full weight
+    mean_chosen_tokens: Array  # scalar: chosen tokens of the global batch / its pairs
+    real: Array  # bool [b], False on padding pairs; None: all are real
+    beta: Array | float
+    options: Mapping[str, Any]  # every number of jdpo.losses.settings.DEFAULTS
+
+    @property
+    def margin(self) -> Array:
+        """beta D."""
+        return self.beta * (self.chosen_scores - self.rejected_scores)
+
+    @property
+    def smoothing(self) -> Array | float:
+        """e."""
+        return self.options["label_smoothing"]
+
+
+def per_token(total: Array, lengths: Array) -> Array:
+    """total / length, 0 for a completion without tokens."""
+    return total / jnp.maximum(lengths, 1)
+
+
+def smoothed(margin: Array, smoothing: Array | float) -> Array:
+    """-(1-e) ls(z) - e ls(-z)."""
+    return -(1 - smoothing) * jax.nn.log_sigmoid(margin) - smoothing * jax.nn.log_sigmoid(-margin)
+
+
+def square(residual: Array) -> Array:
+    """residual^2, flat beyond LARGEST_RESIDUAL, so that neither it nor its gradient leaves float32."""
+    return jnp.square(jnp.clip(residual, -LARGEST_RESIDUAL, LARGEST_RESIDUAL))
+
+
+def sigmoid(x: LossInputs) -> Array:
+    """-(1-e) ls(beta D) - e ls(-beta D): DPO, and cDPO where e > 0.
+
+    At beta = 0.1, a = 3, b = -1: D = 4, -ls(0.4) = 0.513015.
+    """
+    return smoothed(x.margin, x.smoothing)
+
+
+def robust(x: LossInputs) -> Array:
+    """[-(1-e) ls(beta D) + e ls(-beta D)] / (1-2e): unbiased when a share e of the labels is flipped.
+
+    At beta = 0.1, D = 4, e = 0.1: (0.9 * 0.513015 - 0.1 * 0.913015) / 0.8 = 0.463015.
+    """
+    clean, flipped = -jax.nn.log_sigmoid(x.margin), -jax.nn.log_sigmoid(-x.margin)
+    return ((1 - x.smoothing) * clean - x.smoothing * flipped) / (1 - 2 * x.smoothing)
+
+
+def hinge(x: LossInputs) -> Array:
+    """max(0, 1 - beta D). At beta = 0.1, D = 4: 0.6."""
+    return jax.nn.relu(1 - x.margin)
+
+
+def ipo(x: LossInputs) -> Array:
+    """(a/n_w - b/n_l - 1/(2 beta))^2, log-ratios averaged over tokens as its authors agreed with TRL.
+
+    At beta = 0.1, a = 3, n_w = 3, b = -1, n_l = 2: (1 + 0.5 - 5)^2 = 12.25.
+    """
+    gap = per_token(x.chosen_scores, x.chosen_lengths) - per_token(x.rejected_scores, x.rejected_lengths)
+    return square(gap - 1 / (2 * x.beta))
+
+
+def ipo_sum(x: LossInputs) -> Array:
+    """(D - 1/(2 beta))^2, the paper's own form. At beta = 0.1, D = 4: (4 - 5)^2 = 1."""
+    return square(x.chosen_logratios - x.rejected_logratios - 1 / (2 * x.beta))
+
+
+def sigmoid_norm(x: LossInputs) -> Array:
+    """-ls(beta (a/n_w - b/n_l)): length-normalised DPO.
+
+    At beta = 5, a = 3, n_w = 3, b = -1, n_l = 2: -ls(7.5) = 0.000553.
+    """
+    gap = per_token(x.chosen_scores, x.chosen_lengths) - per_token(x.rejected_scores, x.rejected_lengths)
+    return -jax.nn.log_sigmoid(x.beta * gap)
+
+
+def exo_pair(x: LossInputs) -> Array:
+    """s(beta D) [ls(beta D) - log(1-e)] + s(-beta D) [ls(-beta D) - log e]: reverse KL to the smoothed label.
+
+    At beta = 0.1, D = 4, e = 0.1: 0.598688 (-0.513015 + 0.105361) + 0.401312 (-0.913015 + 2.302585) = 0.313594.
+    """
+    margin, e = x.margin, x.smoothing
+    chosen = jax.nn.sigmoid(margin) * (jax.nn.log_sigmoid(margin) - jnp.log1p(-e))
+    rejected = jax.nn.sigmoid(-margin) * (jax.nn.log_sigmoid(-margin) - jnp.log(e))
+    return chosen + rejected
+
+
+def nca_pair(x: LossInputs) -> Array:
+    """-ls(beta a) - ls(-beta a)/2 - ls(-beta b)/2.
+
+    At beta = 0.1, a = 3, b = -1: 0.554355 + 0.854355/2 + 0.644397/2 = 1.303731.
+    """
+    chosen, rejected = x.beta * x.chosen_logratios, x.beta * x.rejected_logratios
+    return -jax.nn.log_sigmoid(chosen) - (jax.nn.log_sigmoid(-chosen) + jax.nn.log_sigmoid(-rejected)) / 2
+
+
+def bco_pair(x: LossInputs) -> Array:
+    """-ls(beta a - delta) - ls(-(beta b - delta)), delta the mean reward: 0, given, or running.
+
+    At beta = 0.1, a = 3, b = -1, delta = 0.2: -ls(0.1) - ls(0.3) = 0.644397 + 0.554355 = 1.198752.
+    """
+    delta = x.options["bco_delta"]
+    chosen, rejected = x.beta * x.chosen_logratios, x.beta * x.rejected_logratios
+    return -jax.nn.log_sigmoid(chosen - delta) - jax.nn.log_sigmoid(delta - rejected)
+
+
+def sppo_hard(x: LossInputs) -> Array:
+    """(a - 1/(2 beta))^2 + (b + 1/(2 beta))^2. At beta = 0.1, a = 3, b = -1: 4 + 16 = 20."""
+    return square(x.chosen_logratios - 1 / (2 * x.beta)) + square(x.rejected_logratios + 1 / (2 * x.beta))
+
+
+def apo_zero(x: LossInputs) -> Array:
+    """1 - s(beta a) + s(beta b). At beta = 0.1, a = 3, b = -1: 1 - 0.574443 + 0.475021 = 0.900578."""
+    return jax.nn.sigmoid(-x.beta * x.chosen_logratios) + jax.nn.sigmoid(x.beta * x.rejected_logratios)
+
+
+def apo_down(x: LossInputs) -> Array:
+    """s(beta a) + 1 - s(beta D). At beta = 0.1, a = 3, b = -1: 0.574443 + 0.401312 = 0.975755."""
+    gap = x.chosen_logratios - x.rejected_logratios
+    return jax.nn.sigmoid(x.beta * x.chosen_logratios) + jax.nn.sigmoid(-x.beta * gap)
+
+
+def discopop(x: LossInputs) -> Array:
+    """z = beta D, m = s(z/tau): -ls(z)(1-m) + exp(-z) m.
+
+    At beta = 0.1, D = 4, tau = 0.5: m = 0.689974, 0.513015 * 0.310026 + 0.670320 * 0.689974 = 0.621551.
+    """
+    z, tau = x.margin, x.options["discopop_tau"]
+    # exp(-z) * s(z/tau) as one exponential: at z = -1000 the product is inf * 0.
+    exponential = jnp.exp(jnp.minimum(-z + jax.nn.log_sigmoid(z / tau), LARGEST_EXPONENT))
+    return -jax.nn.log_sigmoid(z) * jax.nn.sigmoid(-z / tau) + exponential

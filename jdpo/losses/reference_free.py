@@ -1,0 +1,66 @@
+"""Losses without a reference. Notation as in pairwise.py; lbar is a completion's mean log-prob a token."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jdpo.losses.pairwise import LossInputs, per_token
+
+Array = Any
+
+SMALLEST_NLL = 1e-6
+"""A token mean closer to 0 is taken as this far from it, where the odds would be infinite."""
+
+
+def log1mexp(x: Array) -> Array:
+    """log(1 - exp(x)) for x < 0, exact at both ends.
+
+    >>> import jax.numpy as jnp
+    >>> log1mexp(jnp.array([-1e-6, -0.693147, -50.0])).round(3).tolist()
+    [-13.8..., -0.69..., ...0.0]
+    """
+    return jnp.where(x > -math.log(2), jnp.log(-jnp.expm1(x)), jnp.log1p(-jnp.exp(x)))
+
+
+def simpo(x: LossInputs) -> Array:
+    """-ls(beta (lbar_w - lbar_l) - gamma).
+
+    At beta = 2, l_w = -3, n_w = 3, l_l = -4, n_l = 2, gamma = 0.5: -ls(2 - 0.5) = 0.201413.
+    """
+    gap = per_token(x.chosen_logps, x.chosen_lengths) - per_token(x.rejected_logps, x.rejected_lengths)
+    return -jax.nn.log_sigmoid(x.beta * gap - x.options["simpo_gamma"])
+
+
+def cpo(x: LossInputs) -> Array:
+    """-ls(beta (l_w - l_l)) + cpo_alpha sft.
+
+    At beta = 0.1, l_w = -3, l_l = -4, alpha = 1, 3 chosen tokens a pair: 0.644397 + 1 = 1.644397.
+    """
+    return -jax.nn.log_sigmoid(x.beta * (x.chosen_logps - x.rejected_logps)) + x.options["cpo_alpha"] * sft(x)
+
+
+def orpo(x: LossInputs) -> Array:
+    """-lbar_w - lambda ls(log odds of chosen - log odds of rejected), odds p / (1-p) of p = exp(lbar).
+
+    At l_w = -3, n_w = 3, l_l = -4, n_l = 2, lambda = 0.1: log odds -0.541325 and -1.854587,
+    1 - 0.1 ls(1.313262) = 1.023818.
+    """
+    chosen, rejected = per_token(x.chosen_logps, x.chosen_lengths), per_token(x.rejected_logps, x.rejected_lengths)
+    gap = (chosen - rejected) - (_log_one_minus(chosen) - _log_one_minus(rejected))
+    return -chosen - x.options["orpo_lambda"] * jax.nn.log_sigmoid(gap)
+
+
+def _log_one_minus(mean_logp: Array) -> Array:
+    return log1mexp(jnp.minimum(mean_logp, -SMALLEST_NLL))
+
+
+def sft(x: LossInputs) -> Array:
+    """-l_w / (chosen tokens a pair of the global batch): its mean over pairs is the mean over chosen tokens.
+
+    At l_w = (-3, -5) with 3 and 1 tokens: (3, 5) / 2, of mean 2 = 8 / 4 tokens.
+    """
+    return x.chosen_nll / x.mean_chosen_tokens

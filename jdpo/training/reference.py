@@ -1,0 +1,203 @@
+"""Where the reference's log-probs come from: a frozen model beside the policy, a cache, or nowhere."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+from jdpo.config import DPOConfig
+from jdpo.data.reference_cache import ReferenceCache
+from jdpo.data.reference_key import changes, nearest
+from jdpo.training.processes import any_process, is_first
+from jdpo.training.reference_build import Scorer, build_cache
+from jdpo.training.reference_rows import RowSet, entry_of, find_rows
+from jdpo.training.setup import Say, Setup, build, numerics, resolve_dtype
+from jdpo.training.tasks import task_for
+
+Mode = Literal["live", "cached", "none"]
+Asked = Literal["auto", "live", "cached", "none"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reference:
+    """Where a run's reference log-probs come from.
+
+    Attributes:
+      mode: a frozen model in the step, the cache, or no reference at all.
+      train: the log-probs of the training rows where the mode is cached.
+      eval: those of the evaluation rows, where there are any.
+      num_found: rows, training and evaluation, that the cache held.
+      num_computed: rows that this run computed for it.
+    """
+
+    mode: Mode
+    train: ReferenceCache | None = None
+    eval: ReferenceCache | None = None
+    num_found: int = 0
+    num_computed: int = 0
+
+
+def settle_reference(
+    setup: Setup,
+    *,
+    asked: Asked,
+    needs_reference: bool,
+    sync_ref_model: bool = False,
+    began_as: Mode | None = None,
+    stopped: Callable[[], bool] | None = None,
+    say: Say,
+) -> Reference:
+    """Decides where the reference's log-probs come from, computes what is to be cached, and says so in one line.
+
+    To be called on every process, inside `numerics`, before other weights are loaded: reference weights are in memory
+    only while something is computed.
+
+    Args:
+      asked: `reference` of the config.
+      needs_reference: whether the loss has one.
+      sync_ref_model: whether the reference moves in training; a cache cannot.
+      began_as: the mode of an earlier start of the same run: auto goes on with it, so that a resumed run is the
+        uninterrupted one to the last bit.
+      stopped: whether a signal asks to stop; asked between batches.
+      say: takes lines for the person who started the run.
+
+    Raises:
+      ValueError: what is asked for cannot be had; it says why and what to do.
+      FloatingPointError: the reference gives a log-prob that is not finite; the row is named.
+      BuildStopped: `stopped` said so.
+    """
+    mode = fixed_mode(asked, needs_reference=needs_reference, sync_ref_model=sync_ref_model)
+    if mode is None and asked == "auto" and began_as == "live":
+        say("reference: live, as this run began")
+        return Reference(mode="live")
+    if mode is not None:
+        why = "the loss has none" if mode == "none" else "as it moves in training" if sync_ref_model else "as asked for"
+        say(f"reference: {mode}, {why}")
+        return Reference(mode=mode)
+    sets = find_rows(setup)
+    for rows in sets:
+        if any_process(bool(rows.shards.damaged_files)):
+            rows.folder.refuse_damaged(rows.shards)
+            raise ValueError("the reference's cached log-probs are damaged on another host; its message names the file")
+    if not any_process(not all(rows.complete for rows in sets)):
+        return _cached(sets, [0] * len(sets), say)
+    missed = explain_miss(setup, sets)
+    if asked == "cached":
+        raise ValueError(
+            f"reference is 'cached', but {missed}; `jdpo reference CONFIG` computes what is missing, or set reference "
+            "to auto or live"
+        )
+    reason = "as this run began" if began_as == "cached" else _why_it_pays(setup, sets[0])
+    if reason is None:
+        if is_first():
+            with contextlib.suppress(OSError):  # a hint to later runs, nothing more
+                sets[0].folder.ask(_run_name(setup))
+        say(f"reference: live, since {missed}, and one pass over the rows would not pay for computing it")
+        return Reference(mode="live")
+    say(f"reference: computing its log-probs once, {reason}; {missed}")
+    return _build(setup, sets, say, repair=False, stopped=stopped)
+
+
+def compute_reference(config: DPOConfig, say: Say) -> Reference:
+    """What `jdpo reference` does: computes all that is missing or damaged of a config's cache.
+
+    Args:
+      config: the settings of the `jdpo dpo` run.
+
+    Raises:
+      ValueError: bad input, or a reference that cannot be cached.
+      FloatingPointError: as in `settle_reference`.
+    """
+    needs_reference = task_for(config).uses_reference
+    fixed_mode("cached", needs_reference=needs_reference, sync_ref_model=config.sync_ref_model)
+    resolved = resolve_dtype(config)
+    with numerics(resolved):
+        setup = build(resolved, say)
+        return _build(setup, find_rows(setup), say, repair=True, stopped=None)
+
+
+def fixed_mode(asked: Asked, *, needs_reference: bool, sync_ref_model: bool) -> Mode | None:
+    """The mode where it does not depend on what the cache holds, else None.
+
+    Raises:
+      ValueError: what is asked for does not fit the loss or the other settings.
+    """
+    if not needs_reference:
+        if asked in ("live", "cached"):
+            raise ValueError(f"reference is {asked!r}, but the loss has no reference; set reference to auto or none")
+        return "none"
+    if asked == "none":
+        raise ValueError("reference is 'none', but the loss compares with a reference; set it to auto, live or cached")
+    if sync_ref_model and asked == "cached":
+        raise ValueError(
+            "sync_ref_model moves the reference in training, so its log-probs cannot be cached; set reference to live"
+        )
+    return "live" if sync_ref_model or asked == "live" else None
+
+
+def _why_it_pays(setup: Setup, rows: RowSet) -> str | None:
+    """Why auto computes a cache, None where it does not; the same on every process."""
+    if setup.num_steps > setup.steps_per_epoch:
+        return "as the run passes over the rows more than once"
+    if any_process(bool(rows.shards.whole.any())):
+        return "as part of them stands already"
+    if any_process(bool(set(rows.folder.asked_by()) - {_run_name(setup)})):
+        return "as another run asked for the same ones"
+    return None
+
+
+def _run_name(setup: Setup) -> str:
+    return str(Path(setup.config.output_dir).resolve())
+
+
+def explain_miss(setup: Setup, sets: Sequence[RowSet]) -> str:
+    """Which of the rows have no whole cache, and what has changed since the most similar one was made."""
+    missed = []
+    for rows in sets:
+        role, folder, whole = rows.role, rows.folder, rows.shards.whole
+        if whole.all():
+            continue
+        if whole.any():
+            missed.append(f"only {folder.count_rows(whole)} of {folder.num_rows} {role} rows are in the cache")
+            continue
+        now = entry_of(setup, rows)
+        then = nearest(folder.path.parent, now)
+        changed = f" (changed since the last: {'; '.join(changes(then, now))})" if then is not None else ""
+        missed.append(f"the {role} rows are not in the cache{changed}")
+    return " and ".join(missed) or "another host has not all of the cache"
+
+
+# --- computing
+
+
+def _build(
+    setup: Setup, sets: Sequence[RowSet], say: Say, *, repair: bool, stopped: Callable[[], bool] | None
+) -> Reference:
+    scorer = Scorer(setup, stopped or (lambda: False))
+    computed = [
+        build_cache(setup, rows, scorer, say=say, repair=repair) if any_process(not rows.complete) else 0
+        for rows in sets
+    ]
+    return _cached(sets, computed, say)
+
+
+def _cached(sets: Sequence[RowSet], computed: Sequence[int], say: Say) -> Reference:
+    caches = {
+        # Looked at again where something was missing or damaged: this run, or one it waited for, has written it.
+        rows.role: rows.folder.open(rows.shards if rows.complete else None)
+        for rows in sets
+    }
+    num_computed = sum(computed)
+    num_found = sum(map(len, caches.values())) - num_computed
+    where = " and ".join(dict.fromkeys(str(cache.path) for cache in caches.values()))
+    say(f"reference: cached, {num_found} rows found, {num_computed} computed, in {where}")
+    return Reference(
+        mode="cached",
+        train=caches["training"],
+        eval=caches.get("evaluation"),
+        num_found=num_found,
+        num_computed=num_computed,
+    )

@@ -1,0 +1,104 @@
+"""Which entries of the cache a run's rows have, and what those say of themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+
+from jdpo.config import DPOConfig
+from jdpo.data.prepare import PreparedData
+from jdpo.data.reference_cache import CacheFolder, Shards, cache_root
+from jdpo.data.reference_key import Entry, about_rows, key_of, parts_of
+from jdpo.training.setup import Setup, folder_digest
+
+Role = Literal["training", "evaluation"]
+
+
+class RowSet(NamedTuple):
+    """The rows of one entry of the cache.
+
+    Attributes:
+      role: what the rows are for.
+      data: the rows.
+      parts: all that their log-probs depend on.
+      folder: where those are kept.
+      shards: what stood there when the run started.
+    """
+
+    role: Role
+    data: PreparedData
+    parts: dict[str, Any]
+    folder: CacheFolder
+    shards: Shards
+
+    @property
+    def complete(self) -> bool:
+        """Whether all was there, in order."""
+        return bool(self.shards.whole.all()) and not self.shards.damaged_files
+
+
+def find_rows(setup: Setup) -> list[RowSet]:
+    """The training rows and, where there are any, the evaluation rows, with what the cache holds of each.
+
+    Raises:
+      ValueError: the processes of the run have not the same rows or reference.
+    """
+    config = setup.config
+    grown = setup.model.config.vocab_size != setup.source_config.vocab_size
+    weights = folder_digest(setup.reference_folder or setup.model_folder)
+    dtype = np.dtype(np.float64 if config.compute_dtype == "float64" else np.float32)
+    rows: dict[Role, PreparedData | None] = {"training": setup.train_data, "evaluation": setup.eval_data}
+    sets = []
+    for role, data in rows.items():
+        if data is None:
+            continue
+        parts = parts_of(
+            weights=weights,
+            rows=data.digest,
+            compute_dtype=config.compute_dtype,
+            model=dataclasses.asdict(setup.model.config),
+            grown_with_seed=config.seed if grown else None,
+        )
+        key = key_of(parts)
+        _check_same_everywhere(key)
+        folder = CacheFolder(cache_root(config.cache_dir), key, num_rows=len(data), dtype=dtype)
+        sets.append(RowSet(role, data, parts, folder, folder.examine()))
+    return sets
+
+
+def entry_of(setup: Setup, rows: RowSet) -> Entry:
+    """What an entry says of itself; the data sets are read for it."""
+    config = setup.config
+    assert isinstance(config, DPOConfig), type(config)
+    named = config.reference_model is not None
+    name, revision = (
+        (config.reference_model, config.reference_revision)
+        if named
+        else (config.model_name_or_path, config.model_revision)
+    )
+    about = about_rows(
+        config.datasets if rows.role == "training" else config.eval_datasets,
+        role=rows.role,
+        model=f"{name} ({revision})" if revision else str(name),
+        tokenizer=setup.tokenizer.digest,
+        chat_template=config.chat_template,
+        max_length=config.max_length,
+        max_prompt_length=config.max_prompt_length,
+    )
+    return Entry(rows.parts, about)
+
+
+def _check_same_everywhere(key: str) -> None:
+    if jax.process_count() == 1:
+        return
+    from jax.experimental import multihost_utils
+
+    keys = multihost_utils.process_allgather(np.frombuffer(bytes.fromhex(key), np.uint8))
+    if (keys != keys[0]).any():
+        raise ValueError(
+            "the processes of this run have not the same reference model or rows on their disks, so they cannot share "
+            "a cache of its log-probs; give every host the same files"
+        )

@@ -1,0 +1,24 @@
+"""Small files are replaced whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from jdpo.durable import write_durably
+
+
+def test_what_stood_there_is_replaced_and_nothing_else_is_left(tmp_path: Path) -> None:
+    for content in (b"long before", "né", b"now"):
+        write_durably(tmp_path / "a", content, writer="-1")
+        expected = content if isinstance(content, bytes) else content.encode()
+        assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a", expected)]
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    write_durably(tmp_path / "a", "old")
+    (tmp_path / "a.tmp").mkdir()  # where the new content would go
+    with pytest.raises(OSError, match="directory"):
+        write_durably(tmp_path / "a", "new")
+    assert (tmp_path / "a").read_text() == "old"

@@ -73,6 +73,9 @@ def preference_loss(
     >>> preference_loss(zeros, zeros, zeros, zeros).losses.round(4).tolist()     # policy == reference: ln 2
     [0.693...]
     """
+    for name, remedy in _OF_OBJECTIVE.items():
+        if not (options.get(name) is None or options[name] is False):
+            raise ValueError(f"{name} is an option of dpo_loss, which sees tokens and batches; here, {remedy}")
     settings, of_batch = loss_settings(loss_type, beta=beta, label_smoothing=label_smoothing, **options)
     given: tuple[Array, ...] = (policy_chosen_logps, policy_rejected_logps)
     if settings.needs_reference:
@@ -100,6 +103,14 @@ def preference_loss(
     if "pair_weights" in of_batch:
         losses = losses * of_batch["pair_weights"]
     return PreferenceLoss(losses, *rewards(settings, policy, reference, lengths))
+
+
+_OF_OBJECTIVE = {
+    "ld_alpha": "give sums that sequence_logps has weighed",
+    "use_weighting": "give pair_weights",
+    "bco_running_delta": "give bco_delta",
+}
+"""Options that speak of more than log-probs of pairs, and what to do instead."""
 
 
 def _weights_of(of_batch: dict[str, Any]) -> dict[str, Any]:

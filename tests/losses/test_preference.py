@@ -410,6 +410,19 @@ def test_values_out_of_range_are_errors(arguments: dict[str, Any], message: str)
         loss_settings(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("loss_type", "option", "remedy"),
+    [
+        ("sigmoid", {"ld_alpha": 0.0}, "sums that sequence_logps has weighed"),
+        ("sigmoid", {"use_weighting": True}, "give pair_weights"),
+        ("bco_pair", {"bco_running_delta": True}, "give bco_delta"),
+    ],
+)
+def test_options_of_the_objective_are_refused_with_what_to_do(loss_type: str, option: Any, remedy: str) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(option))} is an option of dpo_loss.*{remedy}"):
+        preference_loss(**arrays(0), loss_type=loss_type, **option)
+
+
 def test_refuses_missing_reference_lengths_and_unequal_shapes() -> None:
     x = arrays(0)
     with pytest.raises(ValueError, match="needs the reference's log-probs"):

@@ -154,7 +154,7 @@ def loss_settings(
     unknown = [name for name in options if name not in DEFAULTS and name not in OFF]
     if unknown:
         near = difflib.get_close_matches(unknown[0], [*DEFAULTS, *OFF], n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ValueError(f"unknown option {unknown[0]!r}{hint} The options are: {', '.join([*DEFAULTS, *OFF])}")
     given = {name: value for name, value in options.items() if not _asks_for_nothing(name, value)}
     _check_honoured(names, given)
@@ -188,7 +188,7 @@ def _check_names(names: tuple[str, ...]) -> None:
     for name in names:
         if name not in LOSSES:
             near = difflib.get_close_matches(str(name), LOSSES, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = f"; did you mean {near[0]!r}?" if near else "."
             raise ValueError(f"unknown loss_type {name!r}{hint} The losses are: {', '.join(LOSSES)}")
     if len(set(names)) < len(names):
         raise ValueError(f"loss_type names a loss twice: {', '.join(names)}; give it one weight instead")

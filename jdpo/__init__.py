@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from jdpo._version import __version__
 
 if TYPE_CHECKING:
+    from jdpo import losses
     from jdpo.config import DPOConfig, SFTConfig
     from jdpo.losses import dpo_loss, make_dpo_loss
     from jdpo.training.loop import train
@@ -31,12 +32,15 @@ __all__ = [
     "SFTConfig",
     "__version__",
     "dpo_loss",
+    "losses",
     "make_dpo_loss",
     "train",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "losses":
+        return importlib.import_module("jdpo.losses")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'jdpo' has no attribute {name!r}")
     return getattr(importlib.import_module(_PUBLIC[name]), name)

@@ -462,7 +462,12 @@ def differences(saved: Mapping[str, Any], current: TrainConfig) -> list[str]:
 def changed_keys(saved: Mapping[str, Any], current: TrainConfig, keys: Iterable[str]) -> list[str]:
     """Which of `keys` differ; a key that an older jdpo did not write yet had what is its default now."""
     now, defaults = to_dict(current), defaults_of(type(current))
-    return [key for key in keys if saved.get(key, defaults.get(key)) != now.get(key, defaults.get(key))]
+
+    def differ(key: str) -> bool:
+        before, after = (values.get(key, defaults.get(key)) for values in (saved, now))
+        return before != after and [before] != after  # a key that takes a list took one value before
+
+    return [key for key in keys if differ(key)]
 
 
 def defaults_of(cls: type[TrainConfig]) -> dict[str, Any]:

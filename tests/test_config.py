@@ -157,6 +157,12 @@ def test_a_list_on_the_command_line_is_a_list(word: str, losses: tuple[str, ...]
     assert dpo(word).loss_type == losses
 
 
+def test_one_loss_is_the_list_of_it_when_a_run_goes_on() -> None:
+    config = dpo("loss_type=ipo")
+    assert differences({**to_dict(config), "loss_type": "ipo"}, config) == []
+    assert differences({**to_dict(config), "loss_type": "hinge"}, config) == ["loss_type: 'hinge' before, ['ipo'] now"]
+
+
 def test_loss_options_have_the_defaults_of_the_loss_library() -> None:
     defaults = defaults_of(DPOConfig)
     options = {**DEFAULTS, **OFF}

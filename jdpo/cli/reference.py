@@ -33,7 +33,8 @@ def main(command: str, words: Sequence[str]) -> int:
     if "--help" in words or "-h" in words:
         print(usage())
         return 0
-    config = read_config(DPOConfig, words)
+    # Not touched, so it need not be given.
+    config = read_config(DPOConfig, [*words, "output_dir=none"])
     from jdpo.training.processes import is_first, join_cluster
 
     join_cluster()

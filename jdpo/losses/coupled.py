@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec, reshard
 
 from jdpo.losses.pairwise import LossInputs, smoothed
 
@@ -29,6 +31,11 @@ def aot_unpaired(x: LossInputs) -> Array:
 
 
 def _by_quantile(x: LossInputs, upper: Array, lower: Array) -> Array:
+    sharding = jax.typeof(upper).sharding
+    if any(sharding.spec):  # explicit mesh axes: sorting needs all pairs, which GSPMD would gather by itself
+        whole = NamedSharding(sharding.mesh, PartitionSpec())
+        x = x._replace(real=None if x.real is None else reshard(x.real, whole))
+        return reshard(_by_quantile(x, reshard(upper, whole), reshard(lower, whole)), sharding)
     order = _ascending(upper, x.real)
     gaps = upper[order] - lower[_ascending(lower, x.real)]
     return smoothed(x.beta * gaps, x.smoothing)[jnp.argsort(order)]

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jdpo.losses.coupled import LossState
 from jdpo.losses.objective import (
@@ -20,7 +21,7 @@ from jdpo.losses.objective import (
     pair_totals,
     weighted_sum,
 )
-from jdpo.losses.settings import LossSettings, concrete, loss_settings
+from jdpo.losses.settings import LossSettings, check_number, concrete, loss_settings
 from jdpo.types import PreferenceBatch
 
 Array = Any
@@ -35,13 +36,13 @@ def make_dpo_loss(
     Args: as `dpo_loss`.
 
     Returns:
-      loss(policy_params, reference_params, batch, *, beta=None, loss_state=None, normalizer=None) ->
-      (scalar, metrics), see `dpo_loss`; a beta given here replaces the one above.
+      loss(policy_params, reference_params, batch, *, beta=None, loss_state=None, normalizer=None,
+      num_chosen_tokens=None) -> (scalar, metrics), see `dpo_loss`; what is given here replaces what was given above.
 
     Raises:
       ValueError: an unknown loss or option, or an option that the losses cannot honour.
     """
-    settings, num_chosen_tokens = _objective_settings(loss_type, beta, options)
+    settings, all_tokens = _objective_settings(loss_type, beta, options)
 
     def loss_fn(
         policy_params: Params,
@@ -51,12 +52,15 @@ def make_dpo_loss(
         beta: Array | float | None = None,
         loss_state: LossState | None = None,
         normalizer: Array | float | None = None,
+        num_chosen_tokens: Array | float | None = None,
     ) -> tuple[Array, dict[str, Any]]:
+        num_chosen_tokens = all_tokens if num_chosen_tokens is None else num_chosen_tokens
+        _check_normalizer(settings, batch, normalizer, num_chosen_tokens)
         return _batch_loss(
             policy_params,
             reference_params,
             batch,
-            settings if beta is None else dataclasses.replace(settings, beta=beta),
+            settings if beta is None else dataclasses.replace(settings, beta=check_number("beta", beta)),
             loss_state,
             normalizer,
             num_chosen_tokens,
@@ -95,7 +99,7 @@ def dpo_loss(
         its running mean, read before and updated after). None: bco_delta, and a state that starts here.
       normalizer: what the sum over pairs is divided by; default the sum of batch.weights. Give the pairs of the
         global batch when accumulating over micro-batches, and num_chosen_tokens for means over tokens; losses that
-        need the global batch (aot) cannot be accumulated so.
+        need the global batch (aot) cannot be accumulated so. Within jax.shard_map a batch is a part, too.
       **options: label_smoothing, loss_weights, f_divergence_type, f_alpha_divergence_coef, discopop_tau, simpo_gamma,
         cpo_alpha, orpo_lambda, rpo_alpha, bco_delta, num_chosen_tokens, as in `preference_loss`, and
         ld_alpha: tokens past the shorter side's length weigh so much, in policy and reference; LD-DPO, arXiv
@@ -143,13 +147,24 @@ def _check_normalizer(settings: LossSettings, batch: PreferenceBatch, normalizer
             "normalizer says that this batch is a part of a larger one, so a mean over tokens needs num_chosen_tokens "
             "too: the chosen completion tokens of the whole"
         )
-    weights = batch.tokens.shape[0] if batch.weights is None else batch.weights
-    whole, here = concrete(normalizer), None if isinstance(weights, jax.core.Tracer) else float(jnp.sum(weights))
-    if settings.needs_global_batch and whole is not None and here is not None and whole != here:
-        raise ValueError(
-            f"loss_type {' + '.join(settings.loss_types)} sorts the global batch, so it cannot be accumulated over "
-            f"parts: normalizer {whole:g}, and {here:g} pairs in this batch"
-        )
+    whole = concrete(normalizer)
+    if settings.needs_global_batch and whole is not None:
+        here = _num_pairs(batch)
+        if here is not None and whole != here:
+            raise ValueError(
+                f"loss_type {' + '.join(settings.loss_types)} sorts the global batch, so it cannot be accumulated over "
+                f"parts: normalizer {whole:g}, and {here:g} pairs in this batch"
+            )
+
+
+def _num_pairs(batch: PreferenceBatch) -> float | None:
+    """Real pairs of a batch, or None where they are not known before it is computed."""
+    weights = batch.weights
+    if weights is None:
+        return float(batch.tokens.shape[0])
+    if isinstance(weights, jax.core.Tracer) or not getattr(weights, "is_fully_addressable", True):
+        return None
+    return float(np.sum(np.asarray(weights)))
 
 
 def _batch_loss(

@@ -101,7 +101,7 @@ def _check(hidden: Array, head: Array, targets: Array, chunk_size: int | None, s
         )
     if not jnp.issubdtype(targets.dtype, jnp.integer):
         raise ValueError(f"targets are token ids: expected an integer dtype, found {targets.dtype}")
-    if chunk_size is not None and chunk_size < 1:
+    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"chunk_size counts positions: expected at least 1 (or None), found {chunk_size}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"logit_softcap bounds the logits: expected above 0 (or None), found {softcap}")

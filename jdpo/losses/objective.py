@@ -53,6 +53,11 @@ def _token_scores(
     flat_attention = rearrange(batch.attention_mask, "b n t -> (b n) t")
     flat_completion = rearrange(batch.completion_mask, "b n t -> (b n) t")
     logits = apply_fn(params, flat_tokens, flat_attention)
+    if getattr(logits, "shape", ())[:-1] != flat_tokens.shape:
+        raise ValueError(
+            f"apply_fn must return logits [n, t, v] for tokens {flat_tokens.shape}, found "
+            f"{getattr(logits, 'shape', type(logits).__name__)}"
+        )
     logps, mask = shifted_token_logps(logits, flat_tokens, flat_completion)
 
     def to_pairs(values: Array) -> Array:
@@ -92,9 +97,14 @@ def pair_features(
     settings: LossSettings,
 ) -> PairFeatures:
     """Runs the models on a batch. Arguments and errors as `dpo_loss`."""
+    _check_batch(batch)
     mask = predicted_tokens(batch)
     lengths = mask.sum(-1)
-    reduce = partial(_sums, mask=mask, lengths=lengths, ld_alpha=settings.ld_alpha)
+    weights = jnp.ones(mask.shape[0], jnp.float32) if batch.weights is None else jnp.asarray(batch.weights)
+    # A padding pair is silenced before anything is computed of it: NaN * 0 is NaN, in gradients too.
+    reduce = partial(
+        _sums, mask=mask & (weights > 0)[:, None, None], lengths=lengths, ld_alpha=settings.ld_alpha, real=weights > 0
+    )
     token_logps, log_sum_sq = _token_scores(policy_params, batch, apply_fn, with_log_sum_sq=settings.use_weighting)
     reference = (None, None)
     if settings.needs_reference:
@@ -103,10 +113,20 @@ def pair_features(
     if log_sum_sq is not None:
         aligned = sequence_logps(jax.lax.stop_gradient(token_logps - log_sum_sq), mask, reduction="mean")
         pair_weights = jnp.exp(aligned.sum(-1))
-    weights = jnp.ones(mask.shape[0], token_logps.dtype) if batch.weights is None else batch.weights
-    return PairFeatures(
-        *reduce(token_logps), *reference, lengths, pair_weights, jnp.asarray(weights, token_logps.dtype)
-    )
+    return PairFeatures(*reduce(token_logps), *reference, lengths, pair_weights, weights.astype(token_logps.dtype))
+
+
+def _check_batch(batch: PreferenceBatch) -> None:
+    shape = jnp.shape(batch.tokens)
+    if len(shape) != 3 or shape[1] != 2 or 0 in shape:
+        raise ValueError(f"batch.tokens must be [b, 2, t], chosen at 0 and rejected at 1, found {shape}")
+    for name in ("attention_mask", "completion_mask"):
+        if (found := jnp.shape(getattr(batch, name))) != shape:
+            raise ValueError(f"batch.{name} must have the shape {shape} of batch.tokens, found {found}")
+    if batch.weights is not None and jnp.shape(batch.weights) != shape[:1]:
+        raise ValueError(
+            f"batch.weights must be [b], one for each of {shape[0]} pairs, found {jnp.shape(batch.weights)}"
+        )
 
 
 def predicted_tokens(batch: PreferenceBatch) -> Array:
@@ -115,11 +135,11 @@ def predicted_tokens(batch: PreferenceBatch) -> Array:
 
 
 def _sums(
-    token_logps: Array, *, mask: Array, lengths: Array, ld_alpha: Array | float | None
+    token_logps: Array, *, mask: Array, lengths: Array, ld_alpha: Array | float | None, real: Array
 ) -> tuple[Array, Array | None]:
     """[b, 2] sums, plain and length-desensitised, of [b, 2, t]; sums that come as [b, 2] stay as they are."""
     if token_logps.ndim == 2:
-        return token_logps, None
+        return jnp.where(real[:, None], token_logps, 0), None
     plain = sequence_logps(token_logps, mask)
     if ld_alpha is None:
         return plain, None

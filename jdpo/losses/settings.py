@@ -43,6 +43,8 @@ OFF: dict[str, Any] = {
 }
 """The other options, with the value that asks for nothing."""
 
+_NUMBERS_OR_NONE = ("rpo_alpha", "ld_alpha")
+
 FOR_ALL = frozenset({"loss_weights", "rpo_alpha", "num_chosen_tokens"})
 """Options that every loss honours."""
 
@@ -149,6 +151,8 @@ def loss_settings(
       ValueError: an unknown name (with the nearest), a value out of its range, or an option that the losses cannot
         honour (those that can are listed).
     """
+    if not isinstance(loss_type, str | Sequence):
+        raise ValueError(f"loss_type must be a name or a list of names, found {loss_type!r}")
     names = (loss_type,) if isinstance(loss_type, str) else tuple(loss_type)
     _check_names(names)
     unknown = [name for name in options if name not in DEFAULTS and name not in OFF]
@@ -158,8 +162,13 @@ def loss_settings(
         raise ValueError(f"unknown option {unknown[0]!r}{hint} The options are: {', '.join([*DEFAULTS, *OFF])}")
     given = {name: value for name, value in options.items() if not _asks_for_nothing(name, value)}
     _check_honoured(names, given)
-    for name, value in {**given, "beta": beta}.items():
-        _check_range(name, value)
+    numbers = {
+        name: check_number(name, value) for name, value in given.items() if name in DEFAULTS or name in _NUMBERS_OR_NONE
+    }
+    beta = check_number("beta", beta)
+    for name in ("use_weighting", "bco_running_delta"):
+        if not isinstance(given.get(name, False), bool):
+            raise ValueError(f"{name} must be True or False, found {given[name]!r}")
     if given.get("f_divergence_type", "reverse_kl") not in F_DIVERGENCES:
         raise ValueError(
             f"unknown f_divergence_type {given['f_divergence_type']!r}; expected one of: {', '.join(F_DIVERGENCES)}"
@@ -174,10 +183,10 @@ def loss_settings(
         loss_types=names,
         weights=_weights(names, given.get("loss_weights")),
         beta=beta,
-        numbers={name: value for name, value in given.items() if name in DEFAULTS or name in ("rpo_alpha", "ld_alpha")},
+        numbers=numbers,
         f_divergence_type=given.get("f_divergence_type", "reverse_kl"),
-        use_weighting=bool(given.get("use_weighting", False)),
-        bco_running_delta=bool(given.get("bco_running_delta", False)),
+        use_weighting=given.get("use_weighting", False),
+        bco_running_delta=given.get("bco_running_delta", False),
     )
     return settings, {name: given[name] for name in ("num_chosen_tokens", "pair_weights") if name in given}
 
@@ -215,28 +224,36 @@ def _check_honoured(names: tuple[str, ...], given: dict[str, Any]) -> None:
             )
 
 
-def _check_range(name: str, value: Any) -> None:
+def check_number(name: str, value: Any) -> Number:
+    """One number in its range: a Python float, or an array of shape () as it came, traced or not.
+
+    Raises:
+      ValueError: it is none, or out of its range.
+    """
+    is_number = hasattr(value, "dtype") or isinstance(value, int | float)
+    if not is_number or isinstance(value, bool) or getattr(value, "shape", ()) != ():
+        raise ValueError(f"{name} must be one number, found {value!r}")
     number = concrete(value)
-    if name not in _RANGES or number is None:
-        return
-    low, high, words = _RANGES[name]
-    if isinstance(value, bool) or not (low <= number < high) or math.isinf(number):
+    if number is None:
+        return value
+    low, high, words = _RANGES.get(name, (0.0, math.inf, "at least 0"))
+    if not low <= number < high or math.isinf(number):
         raise ValueError(f"{name} must be {words}, found {value}")
+    return value if isinstance(value, jax.Array) else number
 
 
 def _weights(names: tuple[str, ...], weights: Any) -> tuple[Number, ...]:
     if weights is None:
         return (1.0,) * len(names)
-    weights = tuple(weights) if isinstance(weights, Sequence) or hasattr(weights, "__iter__") else (weights,)
+    try:
+        weights = tuple(weights)
+    except TypeError:
+        raise ValueError(f"loss_weights must be a list of numbers, found {weights!r}") from None
     if len(weights) != len(names):
         raise ValueError(
             f"loss_weights must have one number a loss: {len(names)} ({', '.join(names)}), found {len(weights)}"
         )
-    for weight in weights:
-        number = concrete(weight)
-        if number is not None and not 0 <= number < math.inf:
-            raise ValueError(f"loss_weights must be at least 0, found {weight}")
-    return weights
+    return tuple(check_number("loss_weights", weight) for weight in weights)
 
 
 def concrete(value: Any) -> float | None:

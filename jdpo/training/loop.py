@@ -35,7 +35,7 @@ from jdpo.training.reference import Reference, settle_reference
 from jdpo.training.reference_build import BuildStopped
 from jdpo.training.run_dir import RunDirectory
 from jdpo.training.setup import Setup, build, load_reference, load_start, numerics, resolve_dtype
-from jdpo.training.step import Batch, ReferenceSync, StepReport, TrainState, compile_step
+from jdpo.training.step import Batch, ReferenceSync, StepReport, TrainState, compile_step, saved_parts
 from jdpo.training.tasks import make_batch, task_for
 
 Params = Any
@@ -195,7 +195,8 @@ class Run:
         if exported == self.setup.num_steps:
             return self._finish(state.params, exported)
         del state  # the best checkpoint needs its room
-        return self._finish(self.manager.restore(exported, self.abstract_state).state.params, exported)
+        best = self.manager.restore(exported, saved_parts(self.abstract_state)).state
+        return self._finish(best["params"], exported)
 
     def _start(self) -> tuple[TrainState, Params, int]:
         setup, config = self.setup, self.setup.config
@@ -212,8 +213,8 @@ class Run:
                 state, frozen = state._replace(reference_params=frozen), None
         else:
             frozen = None if self.sync else self._load_reference(None)
-            restored = self.manager.restore(newest, self.abstract_state)
-            state, position = restored.state, restored.position
+            restored = self.manager.restore(newest, saved_parts(self.abstract_state))
+            state, position = TrainState(**restored.state), restored.position
             self.window, self.num_tokens = Window(position["window"]), position["num_tokens"]
             self.last_saved = newest
             self.say(f"resuming from the checkpoint of step {newest}")
@@ -371,7 +372,7 @@ class Run:
             "config": to_dict(config),
             "jdpo": __version__,
         }
-        self.manager.save(done, state, position, metric=metric)
+        self.manager.save(done, saved_parts(state), position, metric=metric)
         self.last_saved = done
 
     # --- the end

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
 
 from jdpo.config import DPOConfig
 from jdpo.data.reference_cache import ReferenceCache
@@ -14,11 +13,8 @@ from jdpo.data.reference_key import changes, nearest
 from jdpo.training.processes import any_process, is_first
 from jdpo.training.reference_build import Scorer, build_cache
 from jdpo.training.reference_rows import RowSet, entry_of, find_rows
-from jdpo.training.setup import Say, Setup, build, numerics, resolve_dtype
+from jdpo.training.setup import Asked, Mode, Say, Setup, build, fixed_mode, numerics, resolve_dtype
 from jdpo.training.tasks import task_for
-
-Mode = Literal["live", "cached", "none"]
-Asked = Literal["auto", "live", "cached", "none"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,6 +79,7 @@ def settle_reference(
             rows.folder.refuse_damaged(rows.shards)
             raise ValueError("the reference's cached log-probs are damaged on another host; its message names the file")
     if not any_process(not all(rows.complete for rows in sets)):
+        _restore_entries(setup, sets)
         return _cached(sets, [0] * len(sets), say)
     missed = explain_miss(setup, sets)
     if asked == "cached":
@@ -111,31 +108,14 @@ def compute_reference(config: DPOConfig, say: Say) -> Reference:
       ValueError: bad input, or a reference that cannot be cached.
       FloatingPointError: as in `settle_reference`.
     """
-    needs_reference = task_for(config).uses_reference
-    fixed_mode("cached", needs_reference=needs_reference, sync_ref_model=config.sync_ref_model)
+    if not task_for(config).uses_reference:
+        raise ValueError(f"loss_type {' + '.join(config.loss_type)} has no reference: there is nothing to compute")
+    if config.sync_ref_model:
+        raise ValueError("sync_ref_model moves the reference in training: its log-probs cannot be computed beforehand")
     resolved = resolve_dtype(config)
     with numerics(resolved):
         setup = build(resolved, say)
         return _build(setup, find_rows(setup), say, repair=True, stopped=None)
-
-
-def fixed_mode(asked: Asked, *, needs_reference: bool, sync_ref_model: bool) -> Mode | None:
-    """The mode where it does not depend on what the cache holds, else None.
-
-    Raises:
-      ValueError: what is asked for does not fit the loss or the other settings.
-    """
-    if not needs_reference:
-        if asked in ("live", "cached"):
-            raise ValueError(f"reference is {asked!r}, but the loss has no reference; set reference to auto or none")
-        return "none"
-    if asked == "none":
-        raise ValueError("reference is 'none', but the loss compares with a reference; set it to auto, live or cached")
-    if sync_ref_model and asked == "cached":
-        raise ValueError(
-            "sync_ref_model moves the reference in training, so its log-probs cannot be cached; set reference to live"
-        )
-    return "live" if sync_ref_model or asked == "live" else None
 
 
 def _why_it_pays(setup: Setup, rows: RowSet) -> str | None:
@@ -181,7 +161,16 @@ def _build(
         build_cache(setup, rows, scorer, say=say, repair=repair) if any_process(not rows.complete) else 0
         for rows in sets
     ]
+    _restore_entries(setup, sets)
     return _cached(sets, computed, say)
+
+
+def _restore_entries(setup: Setup, sets: Sequence[RowSet]) -> None:
+    """Puts back a lost key.json, by which later misses say what has changed; the shards do not need it."""
+    for rows in sets:
+        if is_first() and not rows.folder.has_entry():
+            with contextlib.suppress(OSError):
+                rows.folder.write_entry(entry_of(setup, rows))
 
 
 def _cached(sets: Sequence[RowSet], computed: Sequence[int], say: Say) -> Reference:

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,10 @@ from jdpo.training.tasks import BatchLayout, Task, batch_layout, task_for
 Params = Any
 Say = Callable[[str], None]
 ROW_COUNTER_SECONDS = 10.0
+
+Mode = Literal["live", "cached", "none"]
+"""Where a run's reference log-probs come from: a frozen model in the step, the cache, or nowhere."""
+Asked = Literal["auto", "live", "cached", "none"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -214,6 +218,7 @@ def _check_reference_settings(config: DPOConfig, task: Task) -> None:
             f"reference_model {config.reference_model} would not be read: loss_type "
             f"{' + '.join(config.loss_type)} has no reference"
         )
+    fixed_mode(config.reference, needs_reference=task.uses_reference, sync_ref_model=config.sync_ref_model)
     if config.sync_ref_model and not task.uses_reference:
         raise ValueError(f"sync_ref_model: loss_type {' + '.join(config.loss_type)} has no reference that could move")
     if not config.sync_ref_model:
@@ -221,6 +226,25 @@ def _check_reference_settings(config: DPOConfig, task: Task) -> None:
         for key in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
             if getattr(config, key) != defaults[key]:
                 raise ValueError(f"{key} {getattr(config, key)} needs sync_ref_model: true; without it nothing moves")
+
+
+def fixed_mode(asked: Asked, *, needs_reference: bool, sync_ref_model: bool) -> Mode | None:
+    """The mode where it does not depend on what the cache holds, else None.
+
+    Raises:
+      ValueError: what is asked for does not fit the loss or the other settings.
+    """
+    if not needs_reference:
+        if asked in ("live", "cached"):
+            raise ValueError(f"reference is {asked!r}, but the loss has no reference; set reference to auto or none")
+        return "none"
+    if asked == "none":
+        raise ValueError("reference is 'none', but the loss compares with a reference; set it to auto, live or cached")
+    if sync_ref_model and asked == "cached":
+        raise ValueError(
+            "sync_ref_model moves the reference in training, so its log-probs cannot be cached; set reference to live"
+        )
+    return "live" if sync_ref_model or asked == "live" else None
 
 
 def make_model(config: TrainConfig, source_config: ModelConfig, tokenizer: Tokenizer) -> Transformer:

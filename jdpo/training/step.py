@@ -50,6 +50,11 @@ class TrainState(NamedTuple):
     reference_params: Params = None  # the reference where it moves (TR-DPO), None where it is frozen for good
 
 
+def saved_parts(state: TrainState) -> dict[str, Any]:
+    """The parts of a state that a checkpoint holds, by name; TrainState(**parts) is the state again."""
+    return {name: part for name, part in state._asdict().items() if part is not None}
+
+
 class Objective(NamedTuple):
     """What is minimised, in two halves: models to features of rows, features to losses.
 

@@ -75,7 +75,10 @@ CONFIG: dict[str, tuple[Make, list[str]]] = {
         ["'max_length' on the command line is 0", "greater than or equal to 1"],
     ),
     "not one of the choices": (lambda at: {"remat": "some"}, ["'remat'", "'some'", "'none', 'dots' or 'full'"]),
-    "unknown loss": (lambda at: {"loss_type": "sigmoyd"}, ["unknown loss_type 'sigmoyd'", "sigmoid, robust, hinge, ipo"]),
+    "unknown loss": (
+        lambda at: {"loss_type": "sigmoyd"},
+        ["unknown loss_type 'sigmoyd'", "sigmoid, robust, hinge, ipo"],
+    ),
     "option a loss cannot honour": (
         lambda at: {"loss_type": "hinge", "label_smoothing": 0.1},
         ["loss_type 'hinge' cannot honour label_smoothing=0.1", "these can: sigmoid"],

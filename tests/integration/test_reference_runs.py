@@ -132,3 +132,15 @@ def test_what_does_not_fit_is_refused(
     model = next(word.partition("=")[2] for word in words if word.startswith("model_name_or_path="))
     assert main([word.replace("MODEL", model) for word in words]) == 2
     assert message in "".join(capsys.readouterr())
+
+
+def test_reference_command_says_what_it_cannot_do_and_needs_no_output_dir(
+    cut_words: Words, tmp_path: Path, capsys: Capture
+) -> None:
+    words = [word for word in cut_words(tmp_path / "run")[1:] if not word.startswith("output_dir=")]
+    assert main(["reference", *words, "loss_type=simpo"]) == 2
+    assert "loss_type simpo has no reference: there is nothing to compute" in "".join(capsys.readouterr())
+    assert main(["reference", *words, "sync_ref_model=true"]) == 2
+    assert "cannot be computed beforehand" in "".join(capsys.readouterr())
+    assert main(["dpo", *words, f"output_dir={tmp_path / 'run'}", "reference=none", "--dry_run"]) == 2
+    assert "the loss compares with a reference" in "".join(capsys.readouterr())

@@ -315,6 +315,96 @@ def test_a_sweep_over_numbers_compiles_once() -> None:
     assert calls == 2, "once for the policy, once for the reference"
 
 
+def test_accumulation_works_under_jit_and_scan_and_is_checked_unjitted_too() -> None:
+    x = batch(4, num_pairs=6)._replace(weights=None)
+    policy, reference = (jax.tree.map(jnp.asarray, params(seed)) for seed in (0, 1))
+    loss_fn = make_dpo_loss(apply_fn, loss_type=["sigmoid", "sft"])
+    tokens = int(x.completion_mask[:, 0, 1:].sum())
+    whole, _ = loss_fn(policy, reference, x)
+    halves = jax.tree.map(lambda leaf: leaf.reshape(2, 3, *leaf.shape[1:]), x)
+
+    def step(total: jax.Array, half: PreferenceBatch) -> tuple[jax.Array, None]:
+        loss, _ = loss_fn(policy, reference, half, normalizer=6, num_chosen_tokens=tokens)
+        one, _ = dpo_loss(
+            policy,
+            reference,
+            half,
+            apply_fn=apply_fn,
+            loss_type=["sigmoid", "sft"],
+            normalizer=6,
+            num_chosen_tokens=tokens,
+        )
+        return total + (loss + one) / 2, None
+
+    total, _ = jax.jit(lambda parts: jax.lax.scan(step, jnp.float32(0), parts))(halves)
+    assert total == pytest.approx(float(whole), rel=1e-6)
+    with pytest.raises(ValueError, match="needs num_chosen_tokens"):
+        loss_fn(policy, reference, x, normalizer=12)
+    with pytest.raises(ValueError, match="sorts the global batch"):
+        make_dpo_loss(apply_fn, loss_type="aot")(policy, reference, x, normalizer=12)
+    jax.jit(
+        lambda: dpo_loss(
+            policy, reference, jax.tree.map(jnp.asarray, x), apply_fn=apply_fn, loss_type="aot", normalizer=6
+        )[0]
+    )()
+    with pytest.raises(ValueError, match="beta must be positive, found -1"):
+        loss_fn(policy, reference, x, beta=-1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": np.zeros((5, 1, 9), np.int32)}, r"tokens must be \[b, 2, t\].*found \(5, 1, 9\)"),
+        ({"tokens": np.zeros((10, 9), np.int32)}, r"tokens must be \[b, 2, t\].*found \(10, 9\)"),
+        ({"tokens": np.zeros((0, 2, 9), np.int32)}, r"found \(0, 2, 9\)"),
+        ({"completion_mask": np.ones((5, 2, 8), bool)}, r"completion_mask must have the shape \(5, 2, 9\)"),
+        ({"weights": np.ones(1, np.float32)}, r"weights must be \[b\], one for each of 5 pairs, found \(1,\)"),
+        ({"weights": np.float32(1)}, r"weights must be \[b\].*found \(\)"),
+    ],
+    ids=str,
+)
+def test_batches_of_the_wrong_shape_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dpo_loss(params(0), params(1), batch()._replace(**change), apply_fn=apply_fn)
+
+
+def test_an_apply_fn_that_gives_no_logits_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"apply_fn must return logits \[n, t, v\] for tokens \(10, 9\), found tuple"):
+        dpo_loss(params(0), params(1), batch(), apply_fn=lambda *args: (apply_fn(*args), None))
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "aot", "ipo", "bco_pair", "discopop"])
+def test_nan_reference_values_of_padding_pairs_reach_no_gradient(loss_type: str) -> None:
+    x = batch(5)
+    x.weights[3] = 0
+    reference = np.zeros((5, 2, 9), np.float32)
+    clean = x._replace(reference_logps=reference)
+    spoilt = x._replace(reference_logps=np.where(np.arange(5)[:, None, None] == 3, np.nan, reference))
+    (one, one_grad), (other, other_grad) = (
+        jax.value_and_grad(lambda p, b=b: dpo_loss(p, None, b, apply_fn=apply_fn, loss_type=loss_type)[0])(params(0))
+        for b in (clean, spoilt)
+    )
+    assert one == other
+    jax.tree.map(np.testing.assert_array_equal, one_grad, other_grad)
+
+
+def test_sorted_losses_run_over_explicit_mesh_axes() -> None:
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    x = batch(6, num_pairs=16)
+    whole, _ = dpo_loss(params(0), params(1), x, apply_fn=bare_apply_fn, loss_type=["aot", "aot_unpaired", "sigmoid"])
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
+        found, _ = dpo_loss(
+            params(0), params(1), sharded, apply_fn=bare_apply_fn, loss_type=["aot", "aot_unpaired", "sigmoid"]
+        )
+    assert found == pytest.approx(float(whole), rel=1e-6)
+
+
+def bare_apply_fn(params: dict, tokens: jax.Array, attention_mask: jax.Array) -> jax.Array:
+    """A bigram model: over explicit axes, lookups and sums must say where they lie."""
+    return jax.nn.one_hot(tokens, VOCAB) @ (params["embedding"] @ params["head"])
+
+
 def test_an_option_of_another_function_is_an_error() -> None:
     with pytest.raises(ValueError, match="pair_weights is for preference_loss"):
         make_dpo_loss(apply_fn, pair_weights=np.ones(5))
@@ -339,6 +429,13 @@ def test_importing_the_losses_pulls_in_jax_numpy_and_einops_alone() -> None:
         "if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_the_losses_are_an_attribute_of_the_package() -> None:
+    code = "import jdpo; print(jdpo.losses.token_logps.__name__)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == (
+        "token_logps\n"
+    )
 
 
 def test_importing_jdpo_is_light_and_unknown_names_are_errors() -> None:

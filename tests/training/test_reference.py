@@ -502,7 +502,10 @@ def test_fixed_modes_look_at_no_cache_and_say_one_line(place: Place) -> None:
 
 @pytest.mark.parametrize(
     ("setting", "message"),
-    [({"loss_type": "simpo"}, "the loss has no reference"), ({"sync_ref_model": "true"}, "sync_ref_model moves")],
+    [
+        ({"loss_type": "simpo"}, "loss_type simpo has no reference"),
+        ({"sync_ref_model": "true"}, "sync_ref_model moves"),
+    ],
 )
 def test_command_refuses_what_has_no_cache(place: Place, setting: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):

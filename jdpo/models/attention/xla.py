@@ -1,4 +1,4 @@
-"""Causal attention behind one function.
+"""Attention as two matrix products around a softmax: holds all scores, makes no assumption, and is the oracle.
 
 Axes: n sequences, t queries, s keys, h query heads, g key/value heads, r = h // g query heads for each key head,
 k head width.
@@ -20,6 +20,8 @@ def dot_product_attention(
     key_positions_ns: jax.Array,
     key_mask_ns: jax.Array,
     window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
 ) -> jax.Array:
     """Grouped-query causal attention, [n, t, h, k]; scores and softmax in float32 at least.
 
@@ -29,15 +31,20 @@ def dot_product_attention(
     Args:
       key_mask_ns: bool, True on real keys.
       window: how many tokens a query sees, itself included, as in transformers' sliding_window.
+      softcap: scores become softcap * tanh(scores / softcap), as in Gemma 2 (arXiv 2408.00118).
+      scale: what scores are multiplied by; k**-0.5 without.
     """
     num_heads, num_kv_heads, head_dim = query_nthk.shape[2], key_nsgk.shape[2], query_nthk.shape[3]
     assert num_heads % num_kv_heads == 0, (num_heads, num_kv_heads)
     softmax_dtype = jnp.promote_types(query_nthk.dtype, jnp.float32)
     query_ntgrk = rearrange(query_nthk, "n t (g r) k -> n t g r k", g=num_kv_heads)
     scores = jnp.einsum("ntgrk,nsgk->ngrts", query_ntgrk, key_nsgk, preferred_element_type=softmax_dtype)
+    scores *= head_dim**-0.5 if scale is None else scale
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
     visible_nts = visible_keys(query_positions_nt, key_positions_ns, key_mask_ns, window)
     # The lowest finite number, not -inf: a row of -inf only would turn into NaN.
-    scores = jnp.where(visible_nts[:, None, None], scores * head_dim**-0.5, jnp.finfo(softmax_dtype).min)
+    scores = jnp.where(visible_nts[:, None, None], scores, jnp.finfo(softmax_dtype).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value_nsgk.dtype)
     output = jnp.einsum("ngrts,nsgk->ntgrk", weights, value_nsgk)
     return rearrange(output, "n t g r k -> n t (g r) k")
@@ -56,3 +63,28 @@ def visible_keys(
     distance_nts = query_positions_nt[:, :, None] - key_positions_ns[:, None, :]
     visible_nts = (distance_nts >= 0) & key_mask_ns[:, None, :]
     return visible_nts if window is None else visible_nts & (distance_nts < window)
+
+
+def right_padded_attention(
+    query_nthk: jax.Array,
+    key_ntgk: jax.Array,
+    value_ntgk: jax.Array,
+    lengths_n: jax.Array,
+    *,
+    window: int | None,
+    softcap: float | None,
+    scale: float,
+) -> jax.Array:
+    """`dot_product_attention` of right-padded sequences with themselves."""
+    positions_nt = jnp.broadcast_to(jnp.arange(query_nthk.shape[1]), query_nthk.shape[:2])
+    return dot_product_attention(
+        query_nthk,
+        key_ntgk,
+        value_ntgk,
+        query_positions_nt=positions_nt,
+        key_positions_ns=positions_nt,
+        key_mask_ns=positions_nt < lengths_n[:, None],
+        window=window,
+        softcap=softcap,
+        scale=scale,
+    )

@@ -1,0 +1,125 @@
+"""Causal attention of right-padded sequences: one function before every backend, and the same over a mesh.
+
+Axes: n sequences, t positions, h query heads, g key/value heads, k head width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+
+from jdpo.models.attention.blockwise import blockwise_attention
+from jdpo.models.attention.choose import check_attention
+from jdpo.models.attention.cudnn import cudnn_attention
+from jdpo.models.attention.splash import splash_attention
+from jdpo.models.attention.xla import right_padded_attention
+
+
+def causal_attention(
+    query_nthk: jax.Array,
+    key_ntgk: jax.Array,
+    value_ntgk: jax.Array,
+    *,
+    lengths: jax.Array,
+    backend: str,
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    block_q: int | None = None,
+    block_kv: int | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """Grouped-query causal attention, [n, t, h, k]; scores and softmax in float32 at least.
+
+    Sequence i holds lengths[i] tokens and padding behind them. What padding queries return is finite, has no meaning,
+    and must get a cotangent of zero; with that, no gradient flows through padding.
+
+    "blockwise" and "splash" work on one device's part: under several devices use `sharded_causal_attention`.
+
+    Args:
+      lengths: int [n], from 0 to t.
+      backend: "xla", "blockwise", "cudnn" or "splash"; `choose_attention` knows which is fastest.
+      window: how many tokens a query sees, itself included; all before it without.
+      softcap: scores become softcap * tanh(scores / softcap), as in Gemma 2 (arXiv 2408.00118).
+      scale: what scores are multiplied by; k**-0.5 without.
+      block_q, block_kv: queries and keys a tile, for blockwise (one size) and splash (multiples of 128).
+      interpret: runs splash emulated, for tests.
+
+    Raises:
+      ValueError: the backend cannot run this, or shapes do not fit.
+    """
+    _check_shapes(query_nthk, key_ntgk, value_ntgk, lengths)
+    head_dim = query_nthk.shape[3]
+    scale = head_dim**-0.5 if scale is None else scale
+    check_attention(
+        backend,
+        dtype=query_nthk.dtype,
+        head_dim=head_dim,
+        softcap=softcap,
+        window=window,
+        block_q=block_q,
+        block_kv=block_kv,
+    )
+    operands = (query_nthk, key_ntgk, value_ntgk)
+    with jax.named_scope(f"attention_{backend}"):
+        if backend == "cudnn":
+            return cudnn_attention(*operands, lengths, window=window, scale=scale)
+        if backend == "splash":
+            return splash_attention(
+                *operands,
+                window=window,
+                softcap=softcap,
+                scale=scale,
+                block_q=block_q,
+                block_kv=block_kv,
+                interpret=interpret,
+            )
+        if backend == "blockwise":
+            size = block_q or block_kv
+            return blockwise_attention(*operands, lengths, window=window, softcap=softcap, scale=scale, block_size=size)
+        return right_padded_attention(*operands, lengths, window=window, softcap=softcap, scale=scale)
+
+
+def sharded_causal_attention(
+    query_nthk: jax.Array,
+    key_ntgk: jax.Array,
+    value_ntgk: jax.Array,
+    *,
+    lengths: jax.Array,
+    mesh: Mesh,
+    batch_axes: tuple[str, ...],
+    head_axes: tuple[str, ...] = (),
+    **options: Any,
+) -> jax.Array:
+    """`causal_attention` with n split over batch_axes and heads over head_axes of the mesh; no device talks to another.
+
+    Raises:
+      ValueError: n, or the number of query or key heads, does not divide evenly.
+    """
+    parts = {axes: math.prod(mesh.shape[axis] for axis in axes) for axes in (batch_axes, head_axes)}
+    counts = (("sequences", query_nthk.shape[0], batch_axes), ("key heads", key_ntgk.shape[2], head_axes))
+    for what, count, axes in counts:
+        if count % parts[axes]:
+            raise ValueError(f"{count} {what} do not divide over the {parts[axes]} devices of mesh axes {axes}")
+    heads = PartitionSpec(batch_axes, None, head_axes, None)
+    attention = jax.shard_map(
+        lambda query, key, value, lengths: causal_attention(query, key, value, lengths=lengths, **options),
+        mesh=mesh,
+        in_specs=(heads, heads, heads, PartitionSpec(batch_axes)),
+        out_specs=heads,
+        check_vma=False,
+    )
+    return attention(query_nthk, key_ntgk, value_ntgk, lengths)
+
+
+def _check_shapes(query: jax.Array, key: jax.Array, value: jax.Array, lengths: jax.Array) -> None:
+    n, t, h, k = query.shape
+    g = key.shape[2]
+    if key.shape != (n, t, g, k) or value.shape != key.shape or h % g or lengths.shape != (n,):
+        raise ValueError(
+            "expected query [n, t, h, k], key and value [n, t, g, k] with g a divisor of h, and lengths [n]; found "
+            f"{query.shape}, {key.shape}, {value.shape} and {lengths.shape}"
+        )

@@ -1,0 +1,92 @@
+"""Splash attention: JAX's Pallas kernel for TPU, which skips the tiles that a causal or windowed mask kills.
+
+A kernel runs on one device: under several, call it within `jax.shard_map`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from jdpo.models.attention.blockwise import ATTENTION_RESIDUALS
+
+LANES = 128
+BLOCK_SIZE = 512
+
+
+def splash_attention(
+    query_nthk: jax.Array,
+    key_ntgk: jax.Array,
+    value_ntgk: jax.Array,
+    *,
+    window: int | None,
+    softcap: float | None,
+    scale: float,
+    block_q: int | None = None,
+    block_kv: int | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """Grouped-query causal attention of right-padded sequences, [n, t, h, k], on TPU.
+
+    Lengths are not needed: under a causal mask no real query sees the padding behind it. Segment ids would only keep
+    padding queries from seeing real keys, at the price of a comparison for every score.
+
+    Args:
+      block_q, block_kv: queries and keys a tile, multiples of 128; without, 512 at most. t is padded to fill both.
+      interpret: emulates the kernel on any platform, slowly.
+    """
+    length, num_heads = query_nthk.shape[1:3]
+    block_q, block_kv = block_q or _block(length), block_kv or _block(length)
+    multiple = math.lcm(block_q, block_kv)
+    padded_length = -(-length // multiple) * multiple
+    kernel = _kernel(num_heads, padded_length, window, softcap, block_q, block_kv, interpret)
+    # The kernel multiplies by no scale of its own.
+    operands = (query_nthk * jnp.asarray(scale, query_nthk.dtype), key_ntgk, value_ntgk)
+    padding = ((0, 0), (0, padded_length - length), (0, 0), (0, 0))
+    query, key, value = (rearrange(jnp.pad(x, padding), "n t h k -> n h t k") for x in operands)
+    return rearrange(jax.vmap(kernel)(query, key, value), "n h t k -> n t h k")[:, :length]
+
+
+def _block(length: int) -> int:
+    """As few tiles of at most 512 as hold the length, each a multiple of 128: 640 positions are two tiles of 384."""
+    tiles = -(-length // BLOCK_SIZE)
+    return -(-length // (tiles * LANES)) * LANES
+
+
+def _kernel(
+    num_heads: int,
+    length: int,
+    window: int | None,
+    softcap: float | None,
+    block_q: int,
+    block_kv: int,
+    interpret: bool,
+) -> Any:
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    shape = (length, length)
+    mask = splash.CausalMask(shape) if window is None else splash.LocalMask(shape, (window - 1, 0), 0)
+    # Two backward kernels, not the fused one: that holds a query gradient for each key tile.
+    blocks = splash.BlockSizes(
+        block_q=block_q,
+        block_kv=block_kv,
+        block_kv_compute=block_kv,
+        block_q_dkv=block_q,
+        block_kv_dkv=block_kv,
+        block_kv_dkv_compute=block_kv,
+        block_q_dq=block_q,
+        block_kv_dq=block_kv,
+    )
+    return splash.make_splash_mha(
+        splash.MultiHeadMask([mask] * num_heads),
+        block_sizes=blocks,
+        head_shards=1,
+        q_seq_shards=1,
+        attn_logits_soft_cap=softcap,
+        residual_checkpoint_name=ATTENTION_RESIDUALS,
+        interpret=interpret,
+    )

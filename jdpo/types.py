@@ -86,3 +86,46 @@ class CompletionBatch(NamedTuple):
     attention_mask: Array
     completion_mask: Array
     weights: Array
+
+
+class PackedBatch(NamedTuple):
+    """A step's items (pairs or supervised rows) in rows of slots, each prompt once.
+
+    There are q = n * p attention sequences; that of side j of item i is n * i + j.
+
+    Everything that is not in use holds zeros unless said otherwise, and indices stay in range: it may be computed
+    with, is read by nothing that is scored, and may hold anything in range.
+
+    Axes: k micro-batches, m rows of slots, s slots, p items of a row, n sides of an item (2 of a pair), t places of a
+    sequence, c scored tokens; on a device, a micro-batch is without k. See `jdpo.data.packing`.
+
+    Attributes:
+      tokens: int32 [k, m, s].
+      positions: int32 [k, m, s], restarting with each item; a second side goes on where the prompt ends.
+      gather: int32 [k, m, q, t], the slot that each place of an attention sequence reads; places behind its length
+        read any slots.
+      lengths: int32 [k, m, q], places in use of each attention sequence, at least 1.
+      scatter: int32 [k, m, s], the place among (q t) whose attention output is a slot's: of prompts in the first side.
+      readers: int32 [k, m, n, s], all the places that read a slot, in the sequence of each side, q * t for none. The
+        transpose of `gather` is a sum over them (no scatter-add): readers[..., 0, :] is `scatter` but for completions
+        of second sides, whose place is in readers[..., 1, :], and slots that are not in use, which have none.
+      logp_slot: int32 [k, m, c], the slot whose hidden state predicts a scored token.
+      logp_target: int32 [k, m, c], that token.
+      logp_pair: int32 [k, m, c], n * item + side within the row; n * p behind the last scored token.
+      pair_weight: float32 [k, m, p], 1 for items and 0 for padding.
+      pair_row: int32 [k, m, p], the row of the data that an item is.
+      logp_reference: float32 or float64 [k, m, c], the reference's log-prob of each scored token; None: not cached.
+    """
+
+    tokens: Array
+    positions: Array
+    gather: Array
+    lengths: Array
+    scatter: Array
+    readers: Array
+    logp_slot: Array
+    logp_target: Array
+    logp_pair: Array
+    pair_weight: Array
+    pair_row: Array
+    logp_reference: Array | None = None

@@ -16,6 +16,7 @@ import numpy as np
 from jdpo.config import DatasetConfig
 from jdpo.data import formats, store, tokenize
 from jdpo.data.formats import Dropped
+from jdpo.data.packing_plan import ItemSizes, completion_sizes, pair_sizes
 from jdpo.data.sources import Source, open_source
 from jdpo.data.tokenizer import Tokenizer
 from jdpo.types import CompletionRow, TokenizedCompletion, TokenizedPair
@@ -74,6 +75,18 @@ class PreparedData(Generic[R]):
     def __getitem__(self, index: int) -> R:
         row: R = self._rows[index]
         return row
+
+    def sizes(self) -> ItemSizes:
+        """How much room every row takes when packed; reads lengths only."""
+        if self._rows.row_type is TokenizedPair:
+            parts = [self._rows.lengths_of(field) for field in ("prompt_ids", "chosen_ids", "rejected_ids")]
+            return pair_sizes(np.stack(parts, axis=-1))
+        return completion_sizes(self._rows.lengths_of("tokens"), self._rows.counts_of("completion_mask"))
+
+    def num_chosen_tokens(self) -> int:
+        """Scored tokens of the chosen sides of all pairs: but for a first token that nothing stands before."""
+        prompt, chosen = (self._rows.lengths_of(field) for field in ("prompt_ids", "chosen_ids"))
+        return int(chosen.sum() - ((prompt == 0) & (chosen > 0)).sum())
 
     def summary(self) -> str:
         """Lines for the user and the model card: what was read, kept, dropped and cut."""

@@ -41,7 +41,7 @@ class RowStore(Generic[R]):
         self.path = path
         self.about: dict[str, Any] = meta["about"]
         self.digest: str = meta["digest"]
-        self._row_type = row_type
+        self.row_type = row_type
         with pa.ipc.open_file(pa.memory_map(str(path))) as reader:
             self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         lengths = [np.asarray(batch.column("length")) for batch in self._batches]
@@ -54,11 +54,26 @@ class RowStore(Generic[R]):
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         batch, offset = self._batches[index // BATCH_ROWS], index % BATCH_ROWS
-        *arrays, origin = self._row_type._fields
+        *arrays, origin = self.row_type._fields
         values = [_cell(batch.column(name), offset, _dtype(name)) for name in arrays]
-        row_type: Any = self._row_type
+        row_type: Any = self.row_type
         row: R = row_type(*values, batch.column(origin)[offset].as_py())
         return row
+
+    def lengths_of(self, field: str) -> np.ndarray:
+        """Elements of a field of every row, int64 [rows]; reads no rows."""
+        parts = [np.diff(np.asarray(batch.column(field).offsets)) for batch in self._batches]
+        return np.concatenate(parts).astype(np.int64)
+
+    def counts_of(self, mask: str) -> np.ndarray:
+        """How many elements of a mask are True behind the first, of every row: int64 [rows]."""
+        counts = []
+        for batch in self._batches:
+            offsets = np.asarray(batch.column(mask).offsets).astype(np.int64)
+            up_to = np.concatenate([[0], np.cumsum(np.asarray(batch.column(mask).values), dtype=np.int64)])
+            first = np.minimum(offsets[:-1] + 1, offsets[1:])
+            counts.append(up_to[offsets[1:]] - up_to[first])
+        return np.concatenate(counts)
 
 
 class RowWriter(Generic[R]):

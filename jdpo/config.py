@@ -112,12 +112,17 @@ class TrainConfig:
     remat: Literal["none", "dots", "full"] = _key(
         "full", "what the backward pass recomputes: nothing, all but matmuls, or whole layers"
     )
+    attention: Literal["auto", "xla", "blockwise", "cudnn", "splash"] = _key(
+        "auto", "attention backend; auto: cudnn on GPU, splash on TPU, blockwise elsewhere, where they fit the model"
+    )
     mesh: MeshConfig = _key(MeshConfig(), "how the devices are laid out")
 
     global_batch_size: PositiveInt = _key(32, "rows an optimizer step, whatever the mesh and micro-batches")
     micro_batch_size: PositiveInt | None = _key(
-        None, "most rows a device computes at once; null: as many as 16384 tokens at max_length hold"
+        None, "most rows a device computes at once; null: as many as max_tokens_per_device hold"
     )
+    packing: bool = _key(True, "rows back to back without padding, each prompt once; false: padded batches")
+    max_tokens_per_device: PositiveInt | None = _key(None, "most tokens a device computes at once; null: 16384")
     num_train_epochs: PositiveFloat = _key(1.0, "passes over the rows; a fraction is allowed")
     max_steps: PositiveInt | None = _key(None, "stop after this many steps, instead of num_train_epochs")
     shuffle: bool = _key(True, "a new order each epoch; false: file order")
@@ -443,7 +448,10 @@ FREE_KEYS = frozenset(
         "export_dtype",
         "max_shard_size",
         "mesh",
+        "attention",
+        "max_tokens_per_device",
         "micro_batch_size",
+        "packing",
         "reference",
         "remat",
         "resume",

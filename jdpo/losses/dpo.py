@@ -183,7 +183,7 @@ def _batch_loss(
     if loss_state is not None and "bco_delta" in settings.numbers:
         raise ValueError("loss_state holds bco_pair's delta; bco_delta must not be given beside it")
     features = pair_features(policy_params, reference_params, batch, apply_fn=apply_fn, settings=settings)
-    counted = pair_totals(batch, features.weights)
+    counted = pair_totals(batch)
     totals = Totals(
         counted.normalizer if normalizer is None else normalizer,
         counted.num_chosen_tokens if num_chosen_tokens is None else num_chosen_tokens,

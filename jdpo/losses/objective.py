@@ -18,13 +18,15 @@ from einops import rearrange
 
 from jdpo.losses.coupled import LossState, init_loss_state, update_loss_state
 from jdpo.losses.logprobs import sequence_logps, shifted_token_logps, token_log_sum_sq
+from jdpo.losses.packed import belongs, completion_sums, tail_weights
 from jdpo.losses.preference import loss_inputs, loss_terms, rewards, sum_of_terms, token_share
 from jdpo.losses.settings import LossSettings
-from jdpo.types import CHOSEN, REJECTED, PreferenceBatch
+from jdpo.types import CHOSEN, REJECTED, PackedBatch, PreferenceBatch
 
 Array = Any
 Params = Any
 ApplyFn = Callable[[Params, Array, Array], Array]
+LogpsFn = Callable[[Params, PackedBatch, bool], tuple[Array, Array | None]]
 
 
 # --- from models to log-probs
@@ -129,6 +131,51 @@ def _check_batch(batch: PreferenceBatch) -> None:
         )
 
 
+def packed_features(
+    policy_params: Params,
+    reference_params: Params | None,
+    batch: PackedBatch,
+    *,
+    logps_fn: LogpsFn,
+    settings: LossSettings,
+) -> PairFeatures:
+    """`pair_features` of packed rows, [(r p)] pairs: the same numbers, whatever the packing.
+
+    Args:
+      batch: PackedBatch of [r, ...] arrays.
+      logps_fn: (params, batch, with_log_sum_sq) -> log-probs [r, k] of batch.logp_target, and log sum_v p_v^2 [r, k]
+        where it is asked for, else None.
+    """
+    num_pairs = batch.pair_weight.shape[-1]
+    of_completion = belongs(batch.logp_pair, 2 * num_pairs)
+    lengths = completion_sums(jnp.ones_like(batch.logp_pair), of_completion)
+    policy, log_sum_sq = logps_fn(policy_params, batch, settings.use_weighting)
+    tail = None if settings.ld_alpha is None else tail_weights(of_completion, lengths, settings.ld_alpha, policy.dtype)
+
+    def reduce(logps: Array) -> tuple[Array, Array | None]:
+        plain = _pairs_first(completion_sums(logps, of_completion))
+        return plain, None if tail is None else _pairs_first(completion_sums(tail * logps, of_completion))
+
+    reference: tuple[Array | None, Array | None] = (None, None)
+    if settings.needs_reference:
+        if (reference_params is None) == (batch.logp_reference is None):
+            raise ValueError("expected either reference_params or batch.logp_reference")
+        given = batch.logp_reference
+        if reference_params is not None:
+            given = logps_fn(jax.lax.stop_gradient(reference_params), batch, False)[0]
+        reference = reduce(jax.lax.stop_gradient(given))
+    pair_weights = None
+    if log_sum_sq is not None:
+        aligned = completion_sums(jax.lax.stop_gradient(policy - log_sum_sq), of_completion)
+        pair_weights = jnp.exp((_pairs_first(aligned) / jnp.maximum(_pairs_first(lengths), 1)).sum(-1))
+    weights = batch.pair_weight.reshape(-1).astype(policy.dtype)
+    return PairFeatures(*reduce(policy), *reference, _pairs_first(lengths), pair_weights, weights)
+
+
+def _pairs_first(values_rpn: Array) -> Array:
+    return rearrange(values_rpn, "r p n -> (r p) n")
+
+
 def predicted_tokens(batch: PreferenceBatch) -> Array:
     """bool [b, 2, t], the completion tokens that a position before them predicts: all but one at 0."""
     return jnp.asarray(batch.completion_mask, bool).at[..., 0].set(False)
@@ -207,10 +254,21 @@ class Totals(NamedTuple):
     num_chosen_tokens: Array
 
 
-def pair_totals(batch: PreferenceBatch, weights: Array) -> Totals:
+def pair_totals(batch: PreferenceBatch) -> Totals:
     """Counts pairs and chosen tokens of a batch of any leading shape."""
+    weights = batch.weights
+    if weights is None:
+        weights = jnp.ones(batch.tokens.shape[:-2], jnp.float32)
     lengths = batch.completion_mask[..., CHOSEN, 1:].astype(bool).sum(-1)
     return Totals(weights.sum(), jnp.where(weights > 0, weights * lengths, 0).sum())
+
+
+def packed_totals(batch: PackedBatch) -> Totals:
+    """Counts pairs and chosen tokens of packed rows of any leading shape."""
+    pair, num_pairs = batch.logp_pair, batch.pair_weight.shape[-1]
+    is_chosen = (pair >= 0) & (pair < 2 * num_pairs) & (pair % 2 == CHOSEN)
+    weights = jnp.take_along_axis(batch.pair_weight, jnp.clip(pair // 2, 0, num_pairs - 1), axis=-1)
+    return Totals(batch.pair_weight.sum(), jnp.where(is_chosen, weights, 0).sum())
 
 
 def feature_losses(

@@ -8,6 +8,7 @@ parameter with a leading "layers" axis; `rest` holds the num_layers % p layers l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,9 +16,15 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jdpo.models.attention import dot_product_attention
+from jdpo.models.attention import (
+    causal_attention,
+    choose_attention,
+    dot_product_attention,
+    sharded_causal_attention,
+)
 from jdpo.models.families import ModelConfig
 from jdpo.models.layers import INIT_STDDEV, GatedMLP, Projection, RMSNorm, apply_rope
+from jdpo.models.packed import PackedSequences, to_sequences, to_slots
 
 LayerCache = dict[str, dict[str, jax.Array]]
 """{"layer_j": {"key": [.., n, s, g, k], "value": the same}}, with a leading repeats axis in the stack."""
@@ -30,14 +37,18 @@ REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
 
 
 class Context(NamedTuple):
-    """What every layer reads and none changes."""
+    """What every layer reads and none changes.
+
+    Either `packed` says where attention finds its sequences in flat rows, or positions and masks say what sees what.
+    """
 
     cos: jax.Array
     sin: jax.Array
-    query_positions: jax.Array
-    key_positions: jax.Array
-    key_mask: jax.Array
-    write_index: jax.Array | None  # None without a cache
+    query_positions: jax.Array | None
+    key_positions: jax.Array | None
+    key_mask: jax.Array | None
+    write_index: jax.Array | None = None  # None without a cache
+    packed: PackedSequences | None = None
 
 
 class LayerPattern(NamedTuple):
@@ -68,6 +79,7 @@ class Attention(nn.Module):
     window: int | None
     compute_dtype: Any
     param_dtype: Any
+    attention: str
 
     @nn.compact
     def __call__(
@@ -87,7 +99,20 @@ class Attention(nn.Module):
             key = jax.lax.dynamic_update_slice(cache["key"], key.astype(cache["key"].dtype), start)
             value = jax.lax.dynamic_update_slice(cache["value"], value.astype(cache["value"].dtype), start)
             cache = {"key": key, "value": value}
-        output = dot_product_attention(
+        output = self._attend(query, key, value, context)
+        shape, axes = (config.num_heads, config.head_dim, config.d_model), ("heads", "head_dim", "embed")
+        project = Projection(
+            "nthk,hkd->ntd", shape, axes, self.compute_dtype, self.param_dtype, 2, config.o_bias, name="output"
+        )
+        return project(output), cache
+
+    def _attend(self, query: jax.Array, key: jax.Array, value: jax.Array, context: Context) -> jax.Array:
+        if context.packed is not None:
+            query, key, value = (to_sequences(x, context.packed) for x in (query, key, value))
+            lengths = context.packed.lengths.reshape(-1)
+            output = attend_over_mesh(self.attention, query, key, value, lengths, window=self.window)
+            return to_slots(output, context.packed)
+        return dot_product_attention(
             query,
             key,
             value,
@@ -96,17 +121,47 @@ class Attention(nn.Module):
             key_mask_ns=context.key_mask,
             window=self.window,
         )
-        shape, axes = (config.num_heads, config.head_dim, config.d_model), ("heads", "head_dim", "embed")
-        project = Projection(
-            "nthk,hkd->ntd", shape, axes, self.compute_dtype, self.param_dtype, 2, config.o_bias, name="output"
-        )
-        return project(output), cache
 
     def _project(self, x_ntd: jax.Array, name: str, num_heads: int, axis: str) -> jax.Array:
         shape, axes = (self.config.d_model, num_heads, self.config.head_dim), ("embed", axis, "head_dim")
         bias = self.config.qkv_bias
         project = Projection("ntd,dhk->nthk", shape, axes, self.compute_dtype, self.param_dtype, 1, bias, name=name)
         return nn.with_logical_constraint(project(x_ntd), ("batch", "act_length", f"act_{axis}", "act_head_dim"))
+
+
+def attend_over_mesh(
+    backend: str, query: jax.Array, key: jax.Array, value: jax.Array, lengths: jax.Array, *, window: int | None
+) -> jax.Array:
+    """`causal_attention` on each device's own sequences and heads, as the logical rules in context split them.
+
+    Args:
+      backend: "auto" takes what `choose_attention` takes for this length.
+    """
+    if backend == "auto":
+        backend = choose_attention(jax.default_backend(), query.dtype, query.shape[3], query.shape[1], window=window)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size == 1 or mesh.empty:
+        return causal_attention(query, key, value, lengths=lengths, window=window, backend=backend)
+    batch_axes, head_axes = (_mesh_axes(name) for name in ("batch", "act_kv_heads"))
+    if key.shape[2] % math.prod(mesh.shape[axis] for axis in head_axes):
+        head_axes = ()  # heads that the mesh does not divide are whole on each device
+    return sharded_causal_attention(
+        query,
+        key,
+        value,
+        lengths=lengths,
+        mesh=mesh,
+        batch_axes=batch_axes,
+        head_axes=head_axes,
+        window=window,
+        backend=backend,
+    )
+
+
+def _mesh_axes(logical_name: str) -> tuple[str, ...]:
+    """Mesh axes that the rules in context split a logical axis over."""
+    axes = nn.logical_to_mesh_axes((logical_name,))[0]
+    return () if axes is None else axes if isinstance(axes, tuple) else (axes,)
 
 
 class DecoderLayer(nn.Module):
@@ -116,6 +171,7 @@ class DecoderLayer(nn.Module):
     window: int | None
     compute_dtype: Any
     param_dtype: Any
+    attention: str
 
     @nn.compact
     def __call__(
@@ -123,7 +179,8 @@ class DecoderLayer(nn.Module):
     ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
         config, dtypes = self.config, (self.compute_dtype, self.param_dtype)
         normed = RMSNorm(config.norm_eps, "norm", self.param_dtype, name="attention_norm")(x_ntd)
-        attended, cache = Attention(config, self.window, *dtypes, name="attention")(normed, cache, context)
+        attend = Attention(config, self.window, *dtypes, self.attention, name="attention")
+        attended, cache = attend(normed, cache, context)
         x_ntd = constrain_stream(x_ntd + attended)
         normed = RMSNorm(config.norm_eps, "norm", self.param_dtype, name="mlp_norm")(x_ntd)
         x_ntd = x_ntd + GatedMLP(config.d_model, config.d_ff, *dtypes, name="mlp")(normed)
@@ -137,6 +194,7 @@ class LayerGroup(nn.Module):
     windows: tuple[int | None, ...]
     compute_dtype: Any
     param_dtype: Any
+    attention: str
     remat: str
     scanned: bool
 
@@ -152,7 +210,7 @@ class LayerGroup(nn.Module):
         new_cache: LayerCache = {}
         for index, window in enumerate(self.windows):
             name = f"layer_{index}"
-            layer = layer_class(self.config, window, self.compute_dtype, self.param_dtype, name=name)
+            layer = layer_class(self.config, window, self.compute_dtype, self.param_dtype, self.attention, name=name)
             x_ntd, new_cache[name] = layer(x_ntd, None if cache is None else cache[name], context)
         return x_ntd, None if cache is None else new_cache
 

@@ -16,6 +16,7 @@ from flax import linen as nn
 from jdpo.models.blocks import REMAT_POLICIES, Context, Embedding, Head, LayerCache, LayerGroup, layer_pattern
 from jdpo.models.families import ModelConfig
 from jdpo.models.layers import RMSNorm, rope_tables
+from jdpo.models.packed import PackedSequences
 
 Params = dict[str, Any]
 ApplyFn = Callable[[Params, jax.Array, jax.Array], jax.Array]
@@ -43,6 +44,7 @@ class Transformer(nn.Module):
     Attributes:
       compute_dtype: dtype of activations; parameters are cast to it at use.
       param_dtype: dtype of the parameters that `init_params` makes.
+      attention: backend of the attention over packed rows, see `causal_attention`; "auto": the fastest.
       remat: "none", "full" or "dots": what the backward pass recomputes, see `REMAT_POLICIES`.
     """
 
@@ -50,6 +52,7 @@ class Transformer(nn.Module):
     compute_dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     remat: str = "none"
+    attention: str = "auto"
 
     def setup(self) -> None:
         if self.remat not in ("none", *REMAT_POLICIES):
@@ -65,9 +68,10 @@ class Transformer(nn.Module):
             length=pattern.repeats,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        self.stack = scan(config, config.layer_windows[: pattern.period], *dtypes, self.remat, True)
+        self.stack = scan(config, config.layer_windows[: pattern.period], *dtypes, self.attention, self.remat, True)
         if pattern.rest:
-            self.rest = LayerGroup(config, config.layer_windows[: pattern.rest], *dtypes, self.remat, False)
+            windows = config.layer_windows[: pattern.rest]
+            self.rest = LayerGroup(config, windows, *dtypes, self.attention, self.remat, False)
         self.final_norm = RMSNorm(config.norm_eps, "norm", self.param_dtype)
         if not config.tie_embeddings:
             self.lm_head = Head(config, self.param_dtype)
@@ -85,8 +89,22 @@ class Transformer(nn.Module):
         """The final norm's output [n, t, d]; arguments as for `__call__`."""
         mask = attention_mask.astype(bool)
         positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
-        context = Context(*self._rope(positions), positions, positions, mask, None)
+        context = Context(*self._rope(positions), positions, positions, mask)
         return self._run(tokens, None, context)[0]
+
+    def packed_hidden_and_head(
+        self, tokens: jax.Array, positions: jax.Array, sequences: PackedSequences
+    ) -> tuple[jax.Array, jax.Array]:
+        """The final norm's output [r, s, d] of flat rows, and the output head [d, v].
+
+        Args:
+          tokens, positions: int [r, s], as in `PackedBatch`.
+          sequences: see `packed_sequences`.
+        """
+        context = Context(*self._rope(positions), None, None, None, packed=sequences)
+        hidden = self._run(tokens, None, context)[0]
+        # Made whole along the model dimension here, once, and not in every chunk of tokens.
+        return hidden, nn.with_logical_constraint(self.head_kernel(), (None, "act_vocab"))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """The output head on final hidden states [..., d], accumulated in float32 at least."""

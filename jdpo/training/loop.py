@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,23 +20,26 @@ from jdpo.config import DPOConfig, TrainConfig, to_dict, to_yaml
 from jdpo.data.loader import plan, prefetch
 from jdpo.data.prepare import PreparedData
 from jdpo.data.reference_cache import ReferenceCache
-from jdpo.models.transformer import abstract_params, make_apply_fn
+from jdpo.losses.objective import Totals
+from jdpo.models.transformer import abstract_params
 from jdpo.reports.model_card import model_card
 from jdpo.reports.plots import write_plots
 from jdpo.reports.progress import RunDisplay, figures_of, make_console
 from jdpo.reports.writers import JsonlWriter, Writer, cut_metrics, make_trackers, read_metrics
+from jdpo.sharding.mesh import num_batch_shards
 from jdpo.sharding.placement import fetch, micro_batch_sharding, place, replicated, state_shardings
+from jdpo.training.batches import MAX_TOKENS_PER_DEVICE, Batches, PackedBatches, PaddedBatches, StepBatch
 from jdpo.training.checks import check_evaluation, check_finite, check_start
 from jdpo.training.interrupt import StopRequest
-from jdpo.training.metrics import RowAverages, Throughput, Window, mean_over_rows
+from jdpo.training.metrics import RowAverages, Throughput, Window, mean_over_rows, rows_at
 from jdpo.training.optimizer import learning_rate_schedule, make_optimizer
 from jdpo.training.processes import agree_on, barrier, is_first
 from jdpo.training.reference import Reference, settle_reference
 from jdpo.training.reference_build import BuildStopped
 from jdpo.training.run_dir import RunDirectory
 from jdpo.training.setup import Setup, build, load_reference, load_start, numerics, resolve_dtype
-from jdpo.training.step import Batch, ReferenceSync, StepReport, TrainState, compile_step, saved_parts
-from jdpo.training.tasks import make_batch, task_for
+from jdpo.training.step import ReferenceSync, StepReport, TrainState, compile_step, saved_parts
+from jdpo.training.tasks import task_for
 
 Params = Any
 OnStep = Callable[[int, Params], None]
@@ -135,7 +138,7 @@ class Run:
         self.console, self.say = console, partial(_say, console)
         optimizer = make_optimizer(config, setup.num_steps)
         shapes, shardings = abstract_params(setup.model), setup.shardings
-        objective = task.objective(make_apply_fn(setup.model))
+        objective = task.objective(setup.model, setup.mesh, packing=config.packing)
         self.init_loss_state = objective.init_state
         self.sync = _sync_of(config)
         abstract = TrainState(
@@ -163,7 +166,10 @@ class Run:
         )
         self.init_opt_state = jax.jit(optimizer.init, out_shardings=self.shardings.opt_state)
         self.batch_sharding = micro_batch_sharding(setup.mesh)
-        self.pad_token_id = setup.tokenizer.pad_token_id
+        self.train_batches = self._batches(setup.train_data, map(self._plan, range(setup.num_steps)), reference.train)
+        if setup.eval_data is not None:
+            self.eval_batches = self._batches(setup.eval_data, self._eval_rows(), reference.eval)
+            self.eval_totals = self._eval_totals(setup.eval_data)
         self.manager = CheckpointManager(
             directory.checkpoints,
             max_to_keep=config.save_total_limit,
@@ -240,14 +246,15 @@ class Run:
         )
         done, throughput, resumed_at = first, Throughput(), time.perf_counter()
         with display:
-            for indices, batch, num_tokens in prefetch(self._train_batch, range(first, setup.num_steps)):
-                state, on_device = self.compiled.train_step(state, reference, place(batch, self.batch_sharding))
+            for indices, made in prefetch(self._train_batch, range(first, setup.num_steps)):
+                state, on_device = self.compiled.train_step(state, reference, place(made.batch, self.batch_sharding))
                 report: StepReport = fetch(on_device)
                 seconds = time.perf_counter() - resumed_at
                 done += 1
-                self._take(report, done, indices, num_tokens)
-                throughput.add(num_rows=len(indices), num_tokens=num_tokens, seconds=seconds)
-                values = {**mean_over_rows(report.rows, len(indices)), "loss": float(report.loss)}
+                rows = rows_at(report.rows, made.at)
+                self._take(report, rows, done, indices, made.num_tokens)
+                throughput.add(num_rows=len(indices), num_tokens=made.num_tokens, seconds=seconds)
+                values = {**mean_over_rows(rows), "loss": float(report.loss)}
                 display.step(done, values, len(indices) / seconds)
                 if on_step is not None:
                     on_step(done, state.params)
@@ -267,32 +274,59 @@ class Run:
                 resumed_at = time.perf_counter()
         return state, done
 
-    def _train_batch(self, step: int) -> tuple[np.ndarray, Batch, int]:
+    def _plan(self, step: int) -> np.ndarray:
+        """The rows of a training step."""
         setup, config = self.setup, self.setup.config
-        indices = plan(
+        return plan(
             step,
             num_rows=len(setup.train_data),
             global_batch_size=config.global_batch_size,
             seed=config.seed,
             shuffle=config.shuffle,
         )
-        return indices, *self._batch(setup.train_data, indices, self.reference.train)
 
-    def _batch(self, data: PreparedData, indices: np.ndarray, cache: ReferenceCache | None) -> tuple[Batch, int]:
-        setup = self.setup
-        return make_batch(
+    def _train_batch(self, step: int) -> tuple[np.ndarray, StepBatch]:
+        indices = self._plan(step)
+        return indices, self.train_batches.make(indices)
+
+    def _eval_rows(self) -> list[np.ndarray]:
+        """The evaluation rows, a batch at a time."""
+        data, size = self.setup.eval_data, self.setup.config.global_batch_size
+        assert data is not None
+        return [np.arange(start, min(start + size, len(data))) for start in range(0, len(data), size)]
+
+    def _eval_totals(self, data: PreparedData) -> Totals | None:
+        """What losses read of all evaluation rows; supervised rows need nothing of each other."""
+        if self.setup.task.loss is None:
+            return None
+        counts = np.float32(len(data)), np.float32(data.num_chosen_tokens())
+        return place(Totals(*counts), replicated(self.setup.mesh))
+
+    def _batches(self, data: PreparedData, steps: Iterable[np.ndarray], cache: ReferenceCache | None) -> Batches:
+        setup, config = self.setup, self.setup.config
+        if not config.packing:
+            return PaddedBatches(
+                setup.task,
+                data,
+                setup.layout,
+                max_length=config.max_length,
+                pad_token_id=setup.tokenizer.pad_token_id,
+                cache=cache,
+            )
+        return PackedBatches(
             setup.task,
             data,
-            indices,
-            setup.layout,
-            max_length=setup.config.max_length,
-            pad_token_id=self.pad_token_id,
+            steps,
+            num_shards=num_batch_shards(setup.mesh),
+            max_tokens_per_device=config.max_tokens_per_device or MAX_TOKENS_PER_DEVICE,
+            micro_batch_size=config.micro_batch_size,
             cache=cache,
         )
 
-    def _take(self, report: StepReport, done: int, indices: np.ndarray, num_tokens: int) -> None:
+    def _take(
+        self, report: StepReport, rows: dict[str, np.ndarray], done: int, indices: np.ndarray, num_tokens: int
+    ) -> None:
         """Checks a step's numbers and adds them to the window."""
-        rows = {name: values.reshape(-1)[: len(indices)] for name, values in report.rows.items()}
         loss, grad_norm = float(report.loss), float(report.grad_norm)
         data = self.setup.train_data
         if not report.finite:
@@ -302,7 +336,7 @@ class Run:
         if done == 1:
             self._check_start(rows, indices)
         self.num_tokens += num_tokens
-        self.window.add({**mean_over_rows(rows, len(indices)), "loss": loss, "grad_norm": grad_norm})
+        self.window.add({**mean_over_rows(rows), "loss": loss, "grad_norm": grad_norm})
 
     def _check_start(self, rows: Mapping[str, np.ndarray], indices: np.ndarray) -> None:
         loss = self.setup.task.loss
@@ -340,17 +374,15 @@ class Run:
             writer.write(line)
 
     def _evaluate(self, done: int, state: TrainState, reference: Params) -> dict[str, float]:
-        data, config = self.setup.eval_data, self.setup.config
+        data = self.setup.eval_data
         assert data is not None
         reference = state.reference_params if self.sync else reference
         averages, started = RowAverages(), time.perf_counter()
-        size = config.global_batch_size
-        for start in range(0, len(data), size):
-            indices = np.arange(start, min(start + size, len(data)))
-            batch, _ = self._batch(data, indices, self.reference.eval)
-            placed = place(batch, self.batch_sharding)
-            report = fetch(self.compiled.evaluate(state.params, reference, placed, state.loss_state))
-            averages.add(report.rows, len(indices), float(report.normalizer))
+        for indices in self._eval_rows():
+            made = self.eval_batches.make(indices)
+            placed = place(made.batch, self.batch_sharding)
+            report = fetch(self.compiled.evaluate(state.params, reference, placed, state.loss_state, self.eval_totals))
+            averages.add(rows_at(report.rows, made.at), float(report.normalizer))
         metrics = {f"eval_{name}": value for name, value in averages.averages().items()}
         check_evaluation(done, metrics)
         seconds = time.perf_counter() - started

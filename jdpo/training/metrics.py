@@ -62,11 +62,11 @@ class RowAverages:
         self._rows = 0
         self._normalizer = 0.0
 
-    def add(self, rows: Mapping[str, np.ndarray], num_rows: int, normalizer: float) -> None:
-        """Takes a batch: values [k, m] of which the first num_rows are real, and the loss's divisor."""
-        for name, mean in mean_over_rows(rows, num_rows).items():
-            self._sums[name] = self._sums.get(name, 0.0) + mean * num_rows
-        self._rows += num_rows
+    def add(self, rows: Mapping[str, np.ndarray], normalizer: float) -> None:
+        """Takes a batch: per-row values [b] from `rows_at`, and the loss's divisor."""
+        for name, values in rows.items():
+            self._sums[name] = self._sums.get(name, 0.0) + float(values.sum(dtype=np.float64))
+        self._rows += len(next(iter(rows.values())))
         self._normalizer += normalizer
 
     def averages(self) -> dict[str, float]:
@@ -76,10 +76,15 @@ class RowAverages:
         }
 
 
-def mean_over_rows(rows: Mapping[str, np.ndarray], num_rows: int) -> dict[str, float]:
-    """Mean of each [k, m] value over its first num_rows entries; what follows is padding.
+def rows_at(rows: Mapping[str, np.ndarray], at: np.ndarray) -> dict[str, np.ndarray]:
+    """The values [b] of real rows out of a report's [k, m]; the others are padding.
 
-    >>> mean_over_rows({"x": np.array([[1.0, 2.0], [6.0, np.nan]])}, 3)
-    {'x': 3.0}
+    >>> rows_at({"x": np.array([[1.0, np.nan], [2.0, 6.0]])}, np.array([3, 0]))
+    {'x': array([6., 1.])}
     """
-    return {name: float(values.reshape(-1)[:num_rows].mean(dtype=np.float64)) for name, values in rows.items()}
+    return {name: values.reshape(-1)[at] for name, values in rows.items()}
+
+
+def mean_over_rows(rows: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Mean of each [b] value."""
+    return {name: float(values.mean(dtype=np.float64)) for name, values in rows.items()}

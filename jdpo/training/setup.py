@@ -21,6 +21,7 @@ from jdpo.config import DPOConfig, TrainConfig, defaults_of
 from jdpo.data.loader import num_steps_per_epoch
 from jdpo.data.prepare import PreparedData
 from jdpo.data.tokenizer import Tokenizer, load_tokenizer
+from jdpo.models.attention import check_attention
 from jdpo.models.families import ModelConfig, read_model_config
 from jdpo.models.hf_weights import check_tensors, load_params, resize_embeddings
 from jdpo.models.hub import resolve_folder
@@ -29,8 +30,9 @@ from jdpo.models.transformer import Transformer, abstract_params, logical_axes
 from jdpo.reports.writers import check_trackers
 from jdpo.sharding.mesh import check_batch_size, make_mesh, num_batch_shards
 from jdpo.sharding.rules import param_shardings, undivided_dims
+from jdpo.training.batches import MAX_TOKENS_PER_DEVICE, BatchLayout, batch_layout
 from jdpo.training.optimizer import learning_rate_schedule
-from jdpo.training.tasks import BatchLayout, Task, batch_layout, task_for
+from jdpo.training.tasks import Task, task_for
 
 Params = Any
 Say = Callable[[str], None]
@@ -132,6 +134,7 @@ def build(config: TrainConfig, say: Say) -> Setup:
     layout = batch_layout(
         config.global_batch_size,
         micro_batch_size=config.micro_batch_size,
+        max_tokens=config.max_tokens_per_device or MAX_TOKENS_PER_DEVICE,
         num_shards=num_batch_shards(mesh),
         row_tokens=task.sequences * min(config.max_length, int(train_data.lengths.max())),
     )
@@ -262,11 +265,23 @@ def make_model(config: TrainConfig, source_config: ModelConfig, tokenizer: Token
             )
         vocab_size = tokenizer.size
     compute_dtype = jnp.dtype(config.compute_dtype)
+    if config.attention != "auto":
+        if not config.packing:
+            raise ValueError(f"attention {config.attention!r} is for packed rows; set packing to true, or leave it out")
+        for window in sorted(set(source_config.layer_windows), key=str):
+            check_attention(
+                config.attention,
+                dtype=compute_dtype,
+                head_dim=source_config.head_dim,
+                window=window,
+                platform=jax.default_backend(),
+            )
     return Transformer(
         dataclasses.replace(source_config, vocab_size=vocab_size),
         compute_dtype=compute_dtype,
         param_dtype=jnp.promote_types(compute_dtype, jnp.float32),
         remat=config.remat,
+        attention=config.attention,
     )
 
 
@@ -340,8 +355,8 @@ def describe(setup: Setup) -> str:
     lines = [
         f"model: {setup.source_config.family}, {num_params:,} parameters, {config.compute_dtype} compute",
         f"mesh: {mesh} over {setup.mesh.size} {jax.default_backend()} device(s)",
-        f"run: {setup.num_steps} steps of {config.global_batch_size} {task.unit}, in {layout.num_micro} "
-        f"micro-batch(es) of {layout.rows_per_micro}; {setup.steps_per_epoch} steps an epoch",
+        f"run: {setup.num_steps} steps of {config.global_batch_size} {task.unit}, "
+        f"{_cut(config, layout)}; {setup.steps_per_epoch} steps an epoch",
     ]
     lines += setup.tokenizer.notes
     positions = setup.source_config.max_positions
@@ -351,6 +366,14 @@ def describe(setup: Setup) -> str:
     if whole:
         lines.append(f"kept whole on each device, as the mesh does not divide them: {'; '.join(whole)}")
     return "\n".join(lines)
+
+
+def _cut(config: TrainConfig, layout: BatchLayout) -> str:
+    if not config.packing:
+        return f"padded, in {layout.num_micro} micro-batch(es) of {layout.rows_per_micro}"
+    if config.micro_batch_size is not None:
+        return f"packed, at most {config.micro_batch_size} a device at once"
+    return f"packed, at most {config.max_tokens_per_device or MAX_TOKENS_PER_DEVICE} tokens a device at once"
 
 
 def folder_digest(folder: Path) -> str:

@@ -1,7 +1,7 @@
 """One optimizer step as a pure function, and the same jitted over a mesh.
 
 Axes: k micro-batches one after the other, m rows of a micro-batch (split over the batch axes of the mesh), b = k m.
-A batch is a NamedTuple of arrays [k, m, ...] with `weights` [k, m], 0 on padding rows.
+A batch is a NamedTuple of arrays [k, m, ...]; of its features, `weights` [m] are 0 on padding.
 """
 
 from __future__ import annotations
@@ -20,18 +20,22 @@ from jdpo.losses.coupled import init_loss_state
 from jdpo.losses.logprobs import sequence_logps, shifted_token_logps
 from jdpo.losses.objective import (
     ApplyFn,
+    LogpsFn,
     PairFeatures,
     Totals,
     feature_losses,
     next_loss_state,
+    packed_features,
+    packed_totals,
     pair_features,
     pair_totals,
     weighted_sum,
 )
+from jdpo.losses.packed import belongs, completion_sums
 from jdpo.losses.settings import LossSettings
 from jdpo.sharding.placement import micro_batch_sharding, replicated
 from jdpo.sharding.rules import LOGICAL_RULES
-from jdpo.types import CompletionBatch
+from jdpo.types import CompletionBatch, PackedBatch
 
 Array = Any
 Params = Any
@@ -80,8 +84,13 @@ class Objective(NamedTuple):
     coupled: bool = False
 
 
-def dpo_objective(apply_fn: ApplyFn, settings: LossSettings) -> Objective:
-    """Mean preference loss over the real pairs of the global batch."""
+def dpo_objective(settings: LossSettings, *, features: Callable[..., PairFeatures], totals: Any) -> Objective:
+    """Mean preference loss over the real pairs of the global batch.
+
+    Args:
+      features: `pair_features` or `packed_features`, but for params, reference_params and batch.
+      totals: `pair_totals` or `packed_totals`.
+    """
     running = settings.bco_running_delta
 
     def losses(features: PairFeatures, totals: Totals, loss_state: Any) -> tuple[Array, dict[str, Array]]:
@@ -91,14 +100,24 @@ def dpo_objective(apply_fn: ApplyFn, settings: LossSettings) -> Objective:
         return next_loss_state(features, settings=settings, loss_state=loss_state) if running else None
 
     return Objective(
-        features=partial(pair_features, apply_fn=apply_fn, settings=settings),
+        features=partial(features, settings=settings),
         learnt=("policy_logps", "policy_ld_logps"),
-        totals=lambda batch: pair_totals(batch, batch.weights),
+        totals=totals,
         losses=losses,
         next_state=next_state,
         init_state=init_loss_state() if running else None,
         coupled=settings.needs_global_batch,
     )
+
+
+def padded_dpo_objective(apply_fn: ApplyFn, settings: LossSettings) -> Objective:
+    """Of PreferenceBatch: any model, every logit."""
+    return dpo_objective(settings, features=partial(pair_features, apply_fn=apply_fn), totals=pair_totals)
+
+
+def packed_dpo_objective(logps_fn: LogpsFn, settings: LossSettings) -> Objective:
+    """Of PackedBatch."""
+    return dpo_objective(settings, features=partial(packed_features, logps_fn=logps_fn), totals=packed_totals)
 
 
 class CompletionFeatures(NamedTuple):
@@ -114,8 +133,15 @@ class CompletionTotals(NamedTuple):
     normalizer: Array
 
 
-def sft_objective(apply_fn: ApplyFn) -> Objective:
-    """Mean negative log-likelihood over the completion tokens of the global batch."""
+def _sft_objective(features: Callable[..., CompletionFeatures], totals: Any) -> Objective:
+    def losses(features: CompletionFeatures, totals: Any, loss_state: Any) -> tuple[Array, dict[str, Array]]:
+        return -features.logps, {"loss": jax.lax.stop_gradient(-features.logps)}
+
+    return Objective(features, ("logps",), totals, losses)
+
+
+def padded_sft_objective(apply_fn: ApplyFn) -> Objective:
+    """Mean negative log-likelihood over the completion tokens of the global batch, of CompletionBatch."""
 
     def features(params: Params, reference_params: Params, batch: CompletionBatch) -> CompletionFeatures:
         del reference_params  # maximum likelihood has none
@@ -127,10 +153,24 @@ def sft_objective(apply_fn: ApplyFn) -> Objective:
         real = batch.completion_mask[..., 1:] & (batch.weights > 0)[..., None]
         return CompletionTotals(real.sum().astype(batch.weights.dtype))
 
-    def losses(features: CompletionFeatures, totals: Any, loss_state: Any) -> tuple[Array, dict[str, Array]]:
-        return -features.logps, {"loss": jax.lax.stop_gradient(-features.logps)}
+    return _sft_objective(features, totals)
 
-    return Objective(features, ("logps",), totals, losses)
+
+def packed_sft_objective(logps_fn: LogpsFn) -> Objective:
+    """The same of PackedBatch."""
+
+    def features(params: Params, reference_params: Params, batch: PackedBatch) -> CompletionFeatures:
+        del reference_params
+        logps, _ = logps_fn(params, batch, False)
+        of_completion = belongs(batch.logp_pair, batch.pair_weight.shape[-1])
+        sums = completion_sums(logps, of_completion, num_sides=1)
+        return CompletionFeatures(sums.reshape(-1), batch.pair_weight.reshape(-1))
+
+    def totals(batch: PackedBatch) -> CompletionTotals:
+        real = batch.logp_pair < batch.pair_weight.shape[-1]
+        return CompletionTotals(real.sum().astype(batch.pair_weight.dtype))
+
+    return _sft_objective(features, totals)
 
 
 class StepReport(NamedTuple):
@@ -181,7 +221,7 @@ def loss_and_grads(
         return weighted_sum(losses, features.weights) / totals.normalizer
 
     features_of = partial(objective.features, reference_params=reference_params)
-    in_parts = objective.coupled and batch.weights.shape[0] > 1
+    in_parts = objective.coupled and num_micro(batch) > 1
     loss, grads, features = (_two_passes if in_parts else _one_pass)(objective, features_of, total_loss, params, batch)
     rows = _rows(objective, features, totals, loss_state)
     return LossAndGrads(loss, grads, rows, objective.next_state(_flat(features), loss_state))
@@ -197,7 +237,7 @@ def _one_pass(
         return total_loss(features), features
 
     value_and_grad = jax.value_and_grad(micro_loss, has_aux=True)
-    if batch.weights.shape[0] == 1:  # no accumulator where there is nothing to accumulate
+    if num_micro(batch) == 1:  # no accumulator where there is nothing to accumulate
         (loss, features), grads = value_and_grad(params, jax.tree.map(lambda array: array[0], batch))
         return loss, grads, jax.tree.map(lambda array: array[None], features)
     grads, (losses, features) = _accumulate(lambda micro: value_and_grad(params, micro)[::-1], params, batch)
@@ -224,6 +264,11 @@ def _two_passes(
 
     grads, _ = _accumulate(pull_back, params, (batch, cotangents))
     return loss, grads, features
+
+
+def num_micro(batch: Batch) -> int:
+    """Micro-batches of a [k, m, ...] batch."""
+    return int(jax.tree.leaves(batch)[0].shape[0])
 
 
 def _accumulate(grads_of: Callable[[Any], tuple[Params, Any]], params: Params, micros: Any) -> tuple[Params, Any]:
@@ -297,20 +342,32 @@ def train_step(
 
 
 def evaluate(
-    params: Params, reference_params: Params, batch: Batch, loss_state: Any = None, *, objective: Objective
+    params: Params,
+    reference_params: Params,
+    batch: Batch,
+    loss_state: Any = None,
+    totals: Any = None,
+    *,
+    objective: Objective,
 ) -> EvaluationReport:
-    """Per-row losses and metrics of a [k, m] batch, without gradients."""
-    totals = objective.totals(batch)
+    """Per-row losses and metrics of a [k, m] batch, without gradients.
+
+    Args:
+      totals: of all that is evaluated, so that a mean over its tokens does not depend on how it is cut into batches;
+        None: of this batch.
+    """
+    of_batch = objective.totals(batch)
     features_of = partial(objective.features, reference_params=reference_params)
     features = _scan_features(features_of, params, batch)
-    return EvaluationReport(_rows(objective, features, totals, loss_state), totals.normalizer)
+    rows = _rows(objective, features, of_batch if totals is None else totals, loss_state)
+    return EvaluationReport(rows, of_batch.normalizer)
 
 
 class Compiled(NamedTuple):
     """The jitted functions of a run; both take and give arrays on the mesh."""
 
     train_step: Callable[[TrainState, Params, Batch], tuple[TrainState, StepReport]]
-    evaluate: Callable[[Params, Params, Batch, Any], EvaluationReport]
+    evaluate: Callable[[Params, Params, Batch, Any, Any], EvaluationReport]
 
 
 def compile_step(
@@ -355,7 +412,7 @@ def compile_step(
             mesh,
             jax.jit(
                 partial(evaluate, objective=objective),
-                in_shardings=(params_sharding, reference_sharding, batch_sharding, whole),
+                in_shardings=(params_sharding, reference_sharding, batch_sharding, whole, whole),
                 out_shardings=whole,
             ),
         ),

@@ -6,22 +6,26 @@ import dataclasses
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import numpy as np
+from jax.sharding import Mesh
 
 from jdpo.config import DPOConfig, SFTConfig, TrainConfig
-from jdpo.data.loader import bucket_length, collate_completions, collate_pairs
+from jdpo.data.loader import collate_completions, collate_pairs
 from jdpo.data.prepare import PreparedData, prepare_completions, prepare_pairs
-from jdpo.data.reference_cache import ReferenceCache, reference_logps_of
-from jdpo.losses.objective import ApplyFn, metric_names
+from jdpo.losses.objective import metric_names
 from jdpo.losses.settings import DEFAULTS, OFF, LossSettings, loss_settings
-from jdpo.training.step import Batch, Objective, dpo_objective, sft_objective
+from jdpo.models.transformer import Transformer, make_apply_fn
+from jdpo.training.packed import make_packed_logps
+from jdpo.training.step import (
+    Batch,
+    Objective,
+    packed_dpo_objective,
+    packed_sft_objective,
+    padded_dpo_objective,
+    padded_sft_objective,
+)
 from jdpo.types import TokenizedCompletion, TokenizedPair
-
-DEFAULT_MICRO_TOKENS = 16384
-"""Padded tokens of a device's micro-batch when micro_batch_size is not given."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +41,7 @@ class Task:
       prepare: (datasets, tokenizer, *, progress) -> tokenized rows.
       collate: (rows, *, num_slots, length, pad_token_id) -> a batch of numpy arrays.
       count_tokens: real tokens of a row, over all its sequences.
-      objective: apply_fn -> what is minimised.
+      objective: (model, mesh, *, packing) -> what is minimised.
     """
 
     command: str
@@ -48,7 +52,7 @@ class Task:
     prepare: Callable[..., PreparedData]
     collate: Callable[..., Batch]
     count_tokens: Callable[[Any], int]
-    objective: Callable[[ApplyFn], Objective]
+    objective: Callable[..., Objective]
 
     @property
     def uses_reference(self) -> bool:
@@ -90,7 +94,7 @@ def task_for(config: TrainConfig) -> Task:
             ),
             collate=collate_pairs,
             count_tokens=count_pair_tokens,
-            objective=partial(dpo_objective, settings=loss),
+            objective=partial(_dpo_objective, settings=loss),
         )
     assert isinstance(config, SFTConfig), type(config)
     return Task(
@@ -108,8 +112,20 @@ def task_for(config: TrainConfig) -> Task:
         ),
         collate=collate_completions,
         count_tokens=count_completion_tokens,
-        objective=sft_objective,
+        objective=_sft_objective,
     )
+
+
+def _dpo_objective(model: Transformer, mesh: Mesh, *, packing: bool, settings: LossSettings) -> Objective:
+    if packing:
+        return packed_dpo_objective(make_packed_logps(model, mesh), settings)
+    return padded_dpo_objective(make_apply_fn(model), settings)
+
+
+def _sft_objective(model: Transformer, mesh: Mesh, *, packing: bool) -> Objective:
+    if packing:
+        return packed_sft_objective(make_packed_logps(model, mesh))
+    return padded_sft_objective(make_apply_fn(model))
 
 
 def count_pair_tokens(pair: TokenizedPair) -> int:
@@ -120,61 +136,3 @@ def count_pair_tokens(pair: TokenizedPair) -> int:
 def count_completion_tokens(row: TokenizedCompletion) -> int:
     """Real tokens of a supervised row."""
     return len(row.tokens)
-
-
-class BatchLayout(NamedTuple):
-    """How a step's rows lie in a batch: `num_micro` micro-batches of `rows_per_micro` rows over all shards."""
-
-    num_micro: int
-    rows_per_micro: int
-
-    @property
-    def num_slots(self) -> int:
-        return self.num_micro * self.rows_per_micro
-
-
-def batch_layout(
-    global_batch_size: int, *, micro_batch_size: int | None, num_shards: int, row_tokens: int
-) -> BatchLayout:
-    """Cuts a global batch into the fewest micro-batches that respect `micro_batch_size`, equally large.
-
-    Args:
-      global_batch_size: rows a step; a multiple of num_shards.
-      micro_batch_size: most rows of one shard at once; None: as many as DEFAULT_MICRO_TOKENS holds.
-      num_shards: parts that a micro-batch is split into.
-      row_tokens: padded tokens of one row at most.
-
-    >>> batch_layout(64, micro_batch_size=3, num_shards=8, row_tokens=2048)
-    BatchLayout(num_micro=3, rows_per_micro=24)
-    """
-    most = micro_batch_size or max(1, DEFAULT_MICRO_TOKENS // row_tokens)
-    per_shard = global_batch_size // num_shards
-    num_micro = -(-per_shard // most)
-    return BatchLayout(num_micro, -(-per_shard // num_micro) * num_shards)
-
-
-def make_batch(
-    task: Task,
-    data: PreparedData,
-    indices: np.ndarray,
-    layout: BatchLayout,
-    *,
-    max_length: int,
-    pad_token_id: int,
-    cache: ReferenceCache | None = None,
-) -> tuple[Batch, int]:
-    """A step's batch as numpy arrays [k, m, ...], and its real tokens.
-
-    Args:
-      indices: data rows of the step, at most layout.num_slots; the slots left over are padding rows of weight 0.
-      max_length: the longest sequence of the run; the step's own longest decides the padded length.
-      cache: the reference's log-probs of `data`, to travel with the batch.
-    """
-    rows = [data[int(index)] for index in indices]
-    length = bucket_length(int(data.lengths[indices].max()), max_length)
-    flat = task.collate(rows, num_slots=layout.num_slots, length=length, pad_token_id=pad_token_id)
-    if cache is not None:
-        logps = reference_logps_of(cache, rows, indices, num_slots=layout.num_slots, length=length)
-        flat = flat._replace(reference_logps=logps)
-    batch = jax.tree.map(lambda array: array.reshape(*layout, *array.shape[1:]), flat)
-    return batch, sum(map(task.count_tokens, rows))

@@ -127,8 +127,8 @@ def test_what_stays_whole_is_said(run: Run) -> None:
 
 def test_compiled_step(run: Run, state: TrainState) -> None:
     reference = load_reference(run.setup, state.params)
-    _, batch, _ = run._train_batch(0)
-    lowered = run.compiled.train_step.lower(state, reference, place(batch, run.batch_sharding))  # type: ignore[attr-defined]
+    _, made = run._train_batch(0)
+    lowered = run.compiled.train_step.lower(state, reference, place(made.batch, run.batch_sharding))  # type: ignore[attr-defined]
     text = lowered.as_text()
     # Without a mesh in context a constraint lowers to nothing, and XLA would choose by itself.
     assert text.count("sharding_constraint") > 20, text.count("sharding_constraint")

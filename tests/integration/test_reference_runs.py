@@ -144,3 +144,14 @@ def test_reference_command_says_what_it_cannot_do_and_needs_no_output_dir(
     assert "cannot be computed beforehand" in "".join(capsys.readouterr())
     assert main(["dpo", *words, f"output_dir={tmp_path / 'run'}", "reference=none", "--dry_run"]) == 2
     assert "the loss compares with a reference" in "".join(capsys.readouterr())
+
+
+def test_held_out_token_means_do_not_depend_on_the_batch_size(cut_words: Words, tmp_path: Path) -> None:
+    given = QUICK | {"loss_type": "[sigmoid,sft]", "rpo_alpha": 0.5, "max_steps": 1, "learning_rate": 1e-30}
+    found = []
+    for size, mesh in ((8, 8), (2, 2)):
+        layout = {"global_batch_size": size, "mesh.fsdp": mesh, "mesh.tensor": 8 // mesh}
+        assert main(cut_words(tmp_path / str(size), **layout, **given)) == 0
+        found.append(lines_of(tmp_path / str(size))[-1])
+    assert found[0]["eval_loss"] == pytest.approx(found[1]["eval_loss"], rel=1e-6)
+    assert found[0]["eval_loss/sft"] == pytest.approx(found[1]["eval_loss/sft"], rel=1e-6)

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from jdpo.training.metrics import RowAverages, Throughput, Window
+from jdpo.training.metrics import RowAverages, Throughput, Window, rows_at
 
 
 def test_a_window_that_travels_through_json_goes_on_bitwise() -> None:
@@ -31,8 +31,10 @@ def test_an_empty_window_gives_nothing() -> None:
 
 def test_evaluation_averages_over_real_rows_and_the_loss_over_its_normalizer() -> None:
     averages = RowAverages()
-    averages.add({"loss": np.array([[4.0, 2.0]]), "x": np.array([[1.0, 3.0]])}, num_rows=2, normalizer=5.0)
-    averages.add({"loss": np.array([[6.0, np.nan]]), "x": np.array([[8.0, np.nan]])}, num_rows=1, normalizer=7.0)
+    first = {"loss": np.array([[4.0, 2.0]]), "x": np.array([[1.0, 3.0]])}
+    averages.add(rows_at(first, np.array([0, 1])), normalizer=5.0)
+    second = {"loss": np.array([[np.nan, 6.0]]), "x": np.array([[np.nan, 8.0]])}
+    averages.add(rows_at(second, np.array([1])), normalizer=7.0)
     assert averages.averages() == {"loss": (4.0 + 2.0 + 6.0) / 12.0, "x": 4.0}
 
 

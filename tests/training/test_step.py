@@ -27,10 +27,10 @@ from jdpo.training.step import (
     ReferenceSync,
     TrainState,
     compile_step,
-    dpo_objective,
     evaluate,
     loss_and_grads,
-    sft_objective,
+    padded_dpo_objective,
+    padded_sft_objective,
     train_step,
 )
 from jdpo.types import CHOSEN, REJECTED, CompletionBatch, PreferenceBatch
@@ -117,8 +117,8 @@ def plain_sft(params: Params, reference: Params) -> float:
 
 
 OBJECTIVES = {
-    "dpo": (dpo_objective(apply_fn, loss_settings("sigmoid", beta=BETA)[0]), pairs, plain_dpo),
-    "sft": (sft_objective(apply_fn), completions, plain_sft),
+    "dpo": (padded_dpo_objective(apply_fn, loss_settings("sigmoid", beta=BETA)[0]), pairs, plain_dpo),
+    "sft": (padded_sft_objective(apply_fn), completions, plain_sft),
 }
 
 
@@ -166,7 +166,7 @@ CUTS = [3, 12]  # of 12 slots, beside 1: few, since each compiles
 @pytest.mark.parametrize(("loss_type", "options"), SETTINGS, ids=str)
 def test_any_cut_into_micro_batches_gives_the_same(loss_type: Any, options: dict[str, Any]) -> None:
     """Real and padding pairs in any places, as in the ragged last step; values and gradients to 1e-9."""
-    objective = dpo_objective(apply_fn, loss_settings(loss_type, beta=BETA, **options)[0])
+    objective = padded_dpo_objective(apply_fn, loss_settings(loss_type, beta=BETA, **options)[0])
     state = objective.init_state and LossState(jnp.float32(0.3), jnp.float32(7))
     run = jax.jit(partial(loss_and_grads, objective))
 

@@ -1,4 +1,4 @@
-"""How a step's rows become a batch."""
+"""How a step's rows become a batch, padded and packed."""
 
 from __future__ import annotations
 
@@ -9,18 +9,23 @@ import numpy as np
 import pytest
 
 from jdpo.config import DPOConfig, SFTConfig, load_config
+from jdpo.data.packing_plan import item_sizes
 from jdpo.data.prepare import PreparedData
 from jdpo.data.tokenizer import load_tokenizer
-from jdpo.training.tasks import DEFAULT_MICRO_TOKENS, BatchLayout, Task, batch_layout, make_batch, task_for
+from jdpo.training.batches import BatchLayout, PackedBatches, PaddedBatches, batch_layout
+from jdpo.training.tasks import Task, task_for
 
 Words = Callable[..., list[str]]
+MAX_TOKENS = 16384
 
 
 @pytest.mark.parametrize("num_shards", [1, 2, 4, 8])
 @pytest.mark.parametrize("micro_batch_size", [None, 1, 2, 3, 5, 7, 64])
 def test_layout_holds_every_row_and_respects_its_bounds(micro_batch_size: int | None, num_shards: int) -> None:
-    layout = batch_layout(64, micro_batch_size=micro_batch_size, num_shards=num_shards, row_tokens=2048)
-    most = micro_batch_size or DEFAULT_MICRO_TOKENS // 2048
+    layout = batch_layout(
+        64, micro_batch_size=micro_batch_size, max_tokens=MAX_TOKENS, num_shards=num_shards, row_tokens=2048
+    )
+    most = micro_batch_size or MAX_TOKENS // 2048
     assert layout.num_slots >= 64
     assert layout.rows_per_micro % num_shards == 0
     assert layout.rows_per_micro // num_shards <= most
@@ -29,7 +34,7 @@ def test_layout_holds_every_row_and_respects_its_bounds(micro_batch_size: int | 
 
 
 def test_a_row_longer_than_the_budget_still_gets_a_micro_batch() -> None:
-    layout = batch_layout(8, micro_batch_size=None, num_shards=4, row_tokens=10 * DEFAULT_MICRO_TOKENS)
+    layout = batch_layout(8, micro_batch_size=None, max_tokens=MAX_TOKENS, num_shards=4, row_tokens=10 * MAX_TOKENS)
     assert layout == BatchLayout(num_micro=2, rows_per_micro=4)
 
 
@@ -42,7 +47,10 @@ def prepared(config: DPOConfig | SFTConfig) -> tuple[Task, PreparedData]:
 def test_batch_of_pairs(run_words: Words) -> None:
     task, data = prepared(load_config(DPOConfig, None, run_words()))
     indices = np.array([3, 17, 5])
-    batch, num_tokens = make_batch(task, data, indices, BatchLayout(2, 2), max_length=64, pad_token_id=0)
+    batch, at_rows, num_tokens = PaddedBatches(task, data, BatchLayout(2, 2), max_length=64, pad_token_id=0).make(
+        indices
+    )
+    np.testing.assert_array_equal(at_rows, [0, 1, 2])
     rows = [data[int(index)] for index in indices]
     assert batch.tokens.shape[:3] == (2, 2, 2)
     assert batch.tokens.shape[3] >= max(data.lengths[indices])
@@ -59,7 +67,8 @@ def test_batch_of_pairs(run_words: Words) -> None:
 
 def test_batch_of_completions(run_words: Words) -> None:
     task, data = prepared(load_config(SFTConfig, None, run_words()))
-    batch, num_tokens = make_batch(task, data, np.array([0, 1]), BatchLayout(1, 2), max_length=64, pad_token_id=0)
+    batches = PaddedBatches(task, data, BatchLayout(1, 2), max_length=64, pad_token_id=0)
+    batch, _, num_tokens = batches.make(np.array([0, 1]))
     assert batch.tokens.shape[:2] == (1, 2)
     for slot in (0, 1):
         row = data[slot]
@@ -68,13 +77,36 @@ def test_batch_of_completions(run_words: Words) -> None:
     assert num_tokens == len(data[0].tokens) + len(data[1].tokens)
 
 
+def test_sizes_of_supervised_rows(run_words: Words) -> None:
+    _, data = prepared(load_config(SFTConfig, None, run_words()))
+    for found, wanted in zip(data.sizes(), item_sizes([data[index] for index in range(len(data))]), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
 def test_the_step_decides_the_padded_length_and_few_lengths_occur(run_words: Words) -> None:
     task, data = prepared(load_config(DPOConfig, None, run_words()))
     lengths = set()
     for index in range(len(data)):
-        batch, _ = make_batch(task, data, np.array([index]), BatchLayout(1, 1), max_length=64, pad_token_id=0)
-        lengths.add(batch.tokens.shape[-1])
+        batches = PaddedBatches(task, data, BatchLayout(1, 1), max_length=64, pad_token_id=0)
+        lengths.add(batches.make(np.array([index])).batch.tokens.shape[-1])
     assert lengths <= {32, 48, 64}
+
+
+def test_packed_batches_say_where_each_row_stands(run_words: Words) -> None:
+    task, data = prepared(load_config(DPOConfig, None, run_words()))
+    steps = [np.array([9, 3, 17, 5]), np.array([1, 2])]
+    batches = PackedBatches(task, data, steps, num_shards=2, max_tokens_per_device=128)
+    sizes, expected = data.sizes(), item_sizes([data[index] for index in range(len(data))])
+    for found, wanted in zip(sizes, expected, strict=True):
+        np.testing.assert_array_equal(found, wanted)
+    for indices in steps:
+        batch, at, num_tokens = batches.make(indices)
+        np.testing.assert_array_equal(batch.pair_row.reshape(-1)[at], indices)
+        np.testing.assert_array_equal(batch.pair_weight.reshape(-1)[at], 1)
+        assert batch.pair_weight.sum() == len(indices)
+        assert num_tokens == sum(task.count_tokens(data[int(index)]) for index in indices)
+        assert batch.tokens.shape[1] == 2
+    assert len({batches.make(indices).batch.tokens.shape for indices in steps}) <= len(batches.plan.shapes)
 
 
 def test_options_a_loss_cannot_honour_are_refused(run_words: Words) -> None:

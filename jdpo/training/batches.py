@@ -1,0 +1,146 @@
+"""A step's rows as arrays: packed back to back, or padded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from jdpo.data.loader import bucket_length
+from jdpo.data.packing import pack
+from jdpo.data.packing_plan import PackingPlan, plan_run
+from jdpo.data.prepare import PreparedData
+from jdpo.data.reference_cache import ReferenceCache, reference_logps_of
+from jdpo.training.step import Batch
+from jdpo.training.tasks import Task
+
+MAX_TOKENS_PER_DEVICE = 16384
+"""Tokens of a device's part of a micro-batch, where the config says nothing."""
+
+
+class StepBatch(NamedTuple):
+    """A step's rows as numpy arrays.
+
+    Attributes:
+      batch: arrays [k, m, ...].
+      at: int [b], where among the flattened per-row values of a step's report those of each row stand.
+      num_tokens: real tokens of the rows, over all their sequences.
+    """
+
+    batch: Batch
+    at: np.ndarray
+    num_tokens: int
+
+
+class PaddedBatches:
+    """Rows of one data set, each side a sequence of its own, padded to the longest of the step."""
+
+    def __init__(
+        self,
+        task: Task,
+        data: PreparedData,
+        layout: BatchLayout,
+        *,
+        max_length: int,
+        pad_token_id: int,
+        cache: ReferenceCache | None = None,
+    ) -> None:
+        """
+        Args:
+          max_length: the longest sequence of the run.
+          cache: the reference's log-probs of `data`, to travel with the batch.
+        """
+        self._task, self._data, self._layout, self._cache = task, data, layout, cache
+        self._max_length, self._pad_token_id = max_length, pad_token_id
+
+    def make(self, indices: np.ndarray) -> StepBatch:
+        """The batch of the rows `indices`, at most layout.num_slots; the slots left over are padding of weight 0."""
+        rows, layout = [self._data[int(index)] for index in indices], self._layout
+        length = bucket_length(int(self._data.lengths[indices].max()), self._max_length)
+        flat = self._task.collate(rows, num_slots=layout.num_slots, length=length, pad_token_id=self._pad_token_id)
+        if self._cache is not None:
+            logps = reference_logps_of(self._cache, rows, indices, num_slots=layout.num_slots, length=length)
+            flat = flat._replace(reference_logps=logps)
+        batch = jax.tree.map(lambda array: array.reshape(*layout, *array.shape[1:]), flat)
+        return StepBatch(batch, np.arange(len(rows)), sum(map(self._task.count_tokens, rows)))
+
+
+class PackedBatches:
+    """Rows of one data set, back to back, each prompt once, in the few shapes that a run's steps come in."""
+
+    def __init__(
+        self,
+        task: Task,
+        data: PreparedData,
+        steps: Iterable[np.ndarray],
+        *,
+        num_shards: int,
+        max_tokens_per_device: int,
+        micro_batch_size: int | None = None,
+        cache: ReferenceCache | None = None,
+    ) -> None:
+        """
+        Args:
+          steps: the rows of every step.
+          num_shards: parts that a micro-batch is split into.
+          max_tokens_per_device: slots of one part at most.
+          micro_batch_size: most rows of one part, in its place.
+          cache: the reference's log-probs of `data`, to travel with the batch.
+        """
+        self._task, self._data, self._cache = task, data, cache
+        self.plan: PackingPlan = plan_run(
+            data.sizes(),
+            steps,
+            num_shards=num_shards,
+            max_tokens_per_device=max_tokens_per_device,
+            micro_batch_size=micro_batch_size,
+        )
+
+    def make(self, indices: np.ndarray) -> StepBatch:
+        """The batch of the rows `indices`."""
+        rows = [self._data[int(index)] for index in indices]
+        reference = None
+        if self._cache is not None:
+            reference = [self._cache.row(int(index), row) for index, row in zip(indices, rows, strict=True)]
+        batch = pack(rows, indices, self.plan.step(indices), reference_logps=reference)
+        real = np.flatnonzero(batch.pair_weight.reshape(-1))
+        in_batch = batch.pair_row.reshape(-1)[real]
+        at = real[np.argsort(in_batch)][np.argsort(np.argsort(indices))]
+        return StepBatch(batch, at, sum(map(self._task.count_tokens, rows)))
+
+
+Batches = PaddedBatches | PackedBatches
+
+
+class BatchLayout(NamedTuple):
+    """How a step's rows lie in a batch: `num_micro` micro-batches of `rows_per_micro` rows over all shards."""
+
+    num_micro: int
+    rows_per_micro: int
+
+    @property
+    def num_slots(self) -> int:
+        return self.num_micro * self.rows_per_micro
+
+
+def batch_layout(
+    global_batch_size: int, *, micro_batch_size: int | None, max_tokens: int, num_shards: int, row_tokens: int
+) -> BatchLayout:
+    """Cuts a global batch into the fewest micro-batches that respect `micro_batch_size`, equally large.
+
+    Args:
+      global_batch_size: rows a step; a multiple of num_shards.
+      micro_batch_size: most rows of one shard at once; None: as many as max_tokens hold.
+      max_tokens: padded tokens of one shard at once.
+      num_shards: parts that a micro-batch is split into.
+      row_tokens: padded tokens of one row at most.
+
+    >>> batch_layout(64, micro_batch_size=3, max_tokens=16384, num_shards=8, row_tokens=2048)
+    BatchLayout(num_micro=3, rows_per_micro=24)
+    """
+    most = micro_batch_size or max(1, max_tokens // row_tokens)
+    per_shard = global_batch_size // num_shards
+    num_micro = -(-per_shard // most)
+    return BatchLayout(num_micro, -(-per_shard // num_micro) * num_shards)

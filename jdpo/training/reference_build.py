@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import Mesh
@@ -24,10 +23,11 @@ from jdpo.data.reference_cache import CacheFolder, RowLogps, Shards
 from jdpo.losses.objective import pair_token_logps
 from jdpo.models.transformer import Transformer, abstract_params, logical_axes, make_apply_fn
 from jdpo.sharding.placement import fetch, micro_batch_sharding, place, replicated
-from jdpo.sharding.rules import LOGICAL_RULES, param_shardings
+from jdpo.sharding.rules import param_shardings
 from jdpo.training.processes import any_process, barrier, is_first
 from jdpo.training.reference_rows import RowSet, entry_of
 from jdpo.training.setup import Say, Setup, load_reference
+from jdpo.training.step import on_mesh
 from jdpo.types import PreferenceBatch, TokenizedPair
 
 Array = Any
@@ -163,11 +163,7 @@ def _compiled(model: Transformer, mesh: Mesh) -> Callable[[Params, PreferenceBat
         out_shardings=replicated(mesh),
     )
 
-    def call(params: Params, batch: PreferenceBatch) -> Array:
-        with jax.set_mesh(mesh), nn.logical_axis_rules(LOGICAL_RULES):
-            return jitted(params, batch)
-
-    return call
+    return on_mesh(mesh, jitted)
 
 
 def _rows_of(logps: np.ndarray, pairs: Sequence[TokenizedPair]) -> list[RowLogps]:

@@ -1,0 +1,255 @@
+"""Settings from YAML and the command line, and back to YAML.
+
+A YAML states only what differs from the defaults, and the command line has the last word:
+
+    defaults  <  CONFIG.yaml  <  --key value | --key=value | key=value | --group.key value
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from jdpo.config.keys import TrainConfig
+
+C = TypeVar("C", bound=TrainConfig)
+
+ALIASES = {
+    "model": "model_name_or_path",
+    "dataset": "datasets",
+    "dataset_name": "datasets",
+    "train_file": "datasets",
+    "dataset_test_split": "eval_datasets",
+    "pref_beta": "beta",
+    "dpo_beta": "beta",
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "batch_size": "global_batch_size",
+    "per_device_train_batch_size": "micro_batch_size",
+    "gradient_accumulation_steps": "global_batch_size",
+    "gradient_checkpointing": "remat",
+    "ref_model": "reference_model",
+    "precompute_ref_log_probs": "reference",
+    "reference_free": "loss_type",
+    "nll_coef": "rpo_alpha",
+    "gamma": "simpo_gamma",
+    "mixup_alpha": "ref_model_mixup_alpha",
+    "weight_decay": "optimizer.weight_decay",
+    "adam_beta1": "optimizer.b1",
+    "adam_beta2": "optimizer.b2",
+    "adam_epsilon": "optimizer.eps",
+    "bf16": "compute_dtype",
+    "dtype": "compute_dtype",
+    "torch_dtype": "compute_dtype",
+    "max_seq_length": "max_length",
+    "assistant_only_loss": "loss_on",
+    "completion_only_loss": "loss_on",
+    "logging_dir": "output_dir",
+}
+"""What other trainers call a key: suggested in the error, never accepted silently."""
+
+
+def load_config(cls: type[C], path: Path | None = None, overrides: Sequence[str] = ()) -> C:
+    """Reads a run's settings: defaults, then the YAML file, then `key=value` overrides.
+
+    Args:
+      cls: SFTConfig or DPOConfig.
+      path: a YAML file holding a mapping, or None.
+      overrides: words of the command line, as `--key value`, `--key=value` or `key=value`; values are YAML.
+
+    Returns:
+      A validated, frozen config.
+
+    Raises:
+      ValueError: naming every unknown key (with the nearest one), wrong type and missing key.
+    """
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    if path is not None:
+        values = _read_yaml(path)
+        origins = dict.fromkeys(values, f"in {path}")
+    texts = _text_keys(cls)
+    for key, text in parse_overrides(overrides):
+        _set_nested(values, key, _parse_value(key, text, is_text=key in texts))
+        origins[key.split(".")[0]] = "on the command line"
+    try:
+        return TypeAdapter(cls).validate_python(values)
+    except ValidationError as error:
+        raise ValueError(_explain(cls, error, origins)) from None
+
+
+def parse_overrides(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yields (dotted key, text of the value) from words of the command line.
+
+    >>> list(parse_overrides(["--beta", "0.2", "mesh.fsdp=4", "--shuffle=false", "--load_best_model_at_end"]))
+    [('beta', '0.2'), ('mesh.fsdp', '4'), ('shuffle', 'false'), ('load_best_model_at_end', 'true')]
+    """
+    position = 0
+    while position < len(words):
+        word = words[position]
+        position += 1
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not equals:
+            if not word.startswith("--"):
+                raise ValueError(
+                    f"cannot read {word!r}: expected --key value, --key=value or key=value, and the config file first"
+                )
+            if position < len(words) and not words[position].startswith("--"):
+                value = words[position]
+                position += 1
+            else:
+                value = "true"
+        yield key.replace("-", "_"), value
+
+
+def _parse_value(key: str, text: str, *, is_text: bool) -> Any:
+    """Reads a command-line value as YAML, but keeps text as it is: 0123 and 2024-01-01 are fine names of folders."""
+    if is_text:
+        return None if text == "null" else text
+    try:
+        value = yaml.safe_load(text) if text else ""
+    except yaml.YAMLError as error:
+        raise ValueError(f"cannot read the value of {key!r}, {text!r}, as YAML: quote it ({error})") from None
+    return value
+
+
+def _text_keys(cls: type, prefix: str = "") -> set[str]:
+    """Dotted keys whose value is text."""
+    hints = typing.get_type_hints(cls)
+    keys: set[str] = set()
+    for name, hint in hints.items():
+        group = _group_class(hint)
+        is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+        if hint is str or (is_union and str in typing.get_args(hint)):
+            keys.add(prefix + name)
+        elif group is not None and dataclasses.is_dataclass(hint):
+            keys |= _text_keys(group, f"{prefix}{name}.")
+    return keys
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"no config file at {path}: give the path of a YAML file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read the config file {path}: {error}") from None
+    try:
+        values = yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ValueError(f"{path}: expected 'key: value' lines, found a {type(values).__name__}")
+    return values
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """A key written twice is a mistake; plain YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _set_nested(values: dict[str, Any], dotted: str, value: Any) -> None:
+    *groups, last = dotted.split(".")
+    for group in groups:
+        inner = values.setdefault(group, {})
+        if not isinstance(inner, dict):
+            raise ValueError(f"cannot set {dotted!r}: {group!r} is not a group of keys but {inner!r}")
+        values = inner
+    values[last] = value
+
+
+def _explain(cls: type, error: ValidationError, origins: Mapping[str, str]) -> str:
+    lines = []
+    for problem in error.errors():
+        path = [part for part in problem["loc"] if not (isinstance(part, str) and part.startswith("function-"))]
+        key = ".".join(map(str, path))
+        where = origins.get(str(path[0]), "in the config") if path else "in the config"
+        if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            lines.append(f"unknown key {key!r} {where}{_nearest(cls, path)}")
+        elif problem["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
+            lines.append(f"missing key {key!r}: {_description(cls, path)}")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            message = message[0].lower() + message[1:]
+            lines.append(f"{key!r} {where} is {problem['input']!r}: {message} ({_description(cls, path)})")
+    return "\n".join(lines)
+
+
+def _nearest(cls: type, path: Sequence[Any]) -> str:
+    known = keys_of(cls)
+    dotted = ".".join(str(part) for part in path if not isinstance(part, int))
+    name = str(path[-1])
+    alias = ALIASES.get(name)
+    if alias in known:
+        return f"; here it is called {alias!r}"
+    candidates = difflib.get_close_matches(dotted, known, n=1, cutoff=0.6) or difflib.get_close_matches(
+        name, {key.split(".")[-1]: key for key in known}, n=1, cutoff=0.6
+    )
+    if candidates:
+        full = next(key for key in known if candidates[0] in (key, key.split(".")[-1]))
+        return f"; did you mean {full!r}?"
+    return "; `--help` lists the keys"
+
+
+def _description(cls: type, path: Sequence[Any]) -> str:
+    return keys_of(cls).get(".".join(str(part) for part in path if not isinstance(part, int)), "see --help")
+
+
+def keys_of(cls: type, prefix: str = "") -> dict[str, str]:
+    """Every dotted key of a config class with its description, groups opened."""
+    hints = typing.get_type_hints(cls)
+    keys: dict[str, str] = {}
+    for field in dataclasses.fields(cls):
+        info: Any = field.default  # pydantic keeps the FieldInfo of `Field(...)` here
+        keys[prefix + field.name] = getattr(info, "description", None) or ""
+        group = _group_class(hints[field.name])
+        if group is not None:
+            keys |= keys_of(group, f"{prefix}{field.name}.")
+    return keys
+
+
+def _group_class(hint: Any) -> type | None:
+    """The dataclass behind `MeshConfig` or `tuple[DatasetConfig, ...]`, or None for a plain value."""
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return hint
+    if typing.get_origin(hint) in (tuple, Annotated, typing.Union, types.UnionType):
+        return next(filter(None, map(_group_class, typing.get_args(hint))), None)
+    return None
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """The config as plain dicts, lists and scalars, with every default written out."""
+    values: dict[str, Any] = TypeAdapter(type(config)).dump_python(config, mode="json")
+    return values
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """The config as YAML that `load_config` reads back to an equal config."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=110)
+
+
+def defaults_of(cls: type[TrainConfig]) -> dict[str, Any]:
+    """Top-level keys that have a default, with it, as plain values."""
+    required = ("model_name_or_path", "output_dir", "datasets")
+    values = to_dict(load_config(cls, None, [f"{key}=x" for key in required]))
+    return {key: value for key, value in values.items() if key not in required}

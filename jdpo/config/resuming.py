@@ -1,0 +1,56 @@
+"""Whether settings are still those of a run that began earlier."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from jdpo.config.keys import TrainConfig
+from jdpo.config.reading import defaults_of, to_dict
+
+EXPORT_KEYS = ("export_dtype", "max_shard_size", "load_best_model_at_end", "metric_for_best_model")
+"""Keys that decide what is exported: a finished run whose export was asked for otherwise exports again."""
+
+FREE_KEYS = frozenset(
+    {
+        "output_dir",
+        "cache_dir",
+        "logging_steps",
+        "report_to",
+        "eval_datasets",
+        "eval_steps",
+        "save_steps",
+        "save_total_limit",
+        "metric_for_best_model",
+        "load_best_model_at_end",
+        "export_dtype",
+        "max_shard_size",
+        "mesh",
+        "attention",
+        "max_tokens_per_device",
+        "micro_batch_size",
+        "packing",
+        "reference",
+        "remat",
+        "resume",
+    }
+)
+"""Keys that may change when a run is resumed: they do not change what is trained."""
+
+
+def differences(saved: Mapping[str, Any], current: TrainConfig) -> list[str]:
+    """What keeps `current` from being the run whose `to_dict` was `saved`; empty when it is the same run."""
+    now = to_dict(current)
+    keys = [key for key in {**saved, **now} if key not in FREE_KEYS]
+    return [f"{key}: {saved.get(key)!r} before, {now.get(key)!r} now" for key in changed_keys(saved, current, keys)]
+
+
+def changed_keys(saved: Mapping[str, Any], current: TrainConfig, keys: Iterable[str]) -> list[str]:
+    """Which of `keys` differ; a key that an older jdpo did not write yet had what is its default now."""
+    now, defaults = to_dict(current), defaults_of(type(current))
+
+    def differ(key: str) -> bool:
+        before, after = (values.get(key, defaults.get(key)) for values in (saved, now))
+        return before != after and [before] != after  # a key that takes a list took one value before
+
+    return [key for key in keys if differ(key)]

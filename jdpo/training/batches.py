@@ -13,7 +13,7 @@ from jdpo.data.packing import pack
 from jdpo.data.packing_plan import PackingPlan, plan_run
 from jdpo.data.prepare import PreparedData
 from jdpo.data.reference_cache import ReferenceCache, reference_logps_of
-from jdpo.training.step import Batch
+from jdpo.training.objectives import Batch
 from jdpo.training.tasks import Task
 
 MAX_TOKENS_PER_DEVICE = 16384

@@ -16,31 +16,13 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jdpo.losses.coupled import init_loss_state
-from jdpo.losses.logprobs import sequence_logps, shifted_token_logps
-from jdpo.losses.objective import (
-    ApplyFn,
-    LogpsFn,
-    PairFeatures,
-    Totals,
-    feature_losses,
-    next_loss_state,
-    packed_features,
-    packed_totals,
-    pair_features,
-    pair_totals,
-    weighted_sum,
-)
-from jdpo.losses.packed import belongs, completion_sums
-from jdpo.losses.settings import LossSettings
+from jdpo.losses.objective import weighted_sum
 from jdpo.sharding.placement import micro_batch_sharding, replicated
 from jdpo.sharding.rules import LOGICAL_RULES
-from jdpo.types import CompletionBatch, PackedBatch
+from jdpo.training.objectives import Batch, Features, Objective
 
 Array = Any
 Params = Any
-Batch = Any
-Features = Any
 
 
 class TrainState(NamedTuple):
@@ -57,120 +39,6 @@ class TrainState(NamedTuple):
 def saved_parts(state: TrainState) -> dict[str, Any]:
     """The parts of a state that a checkpoint holds, by name; TrainState(**parts) is the state again."""
     return {name: part for name, part in state._asdict().items() if part is not None}
-
-
-class Objective(NamedTuple):
-    """What is minimised, in two halves: models to features of rows, features to losses.
-
-    The sum of the losses of all real rows over totals.normalizer is the loss of a step. Rows are read micro-batch by
-    micro-batch; a loss that couples rows sees the features of all of them.
-
-    Attributes:
-      features: (params, reference_params, batch [m, ...]) -> a NamedTuple of [m, ...] arrays, `weights` among them.
-      learnt: names of the features that depend on params.
-      totals: batch [k, m, ...] -> what losses read of the global batch; a NamedTuple with `normalizer`.
-      losses: (features [b, ...], totals, loss_state) -> (losses [b], metrics {name: [b]}).
-      next_state: (features of the global batch, loss_state) -> the loss_state of the next step.
-      init_state: the loss_state of the first step, or None.
-      coupled: whether a row's loss depends on other rows.
-    """
-
-    features: Callable[..., Features]
-    learnt: tuple[str, ...]
-    totals: Callable[[Batch], Any]
-    losses: Callable[[Features, Any, Any], tuple[Array, dict[str, Array]]]
-    next_state: Callable[[Features, Any], Any] = lambda features, loss_state: loss_state
-    init_state: Any = None
-    coupled: bool = False
-
-
-def dpo_objective(settings: LossSettings, *, features: Callable[..., PairFeatures], totals: Any) -> Objective:
-    """Mean preference loss over the real pairs of the global batch.
-
-    Args:
-      features: `pair_features` or `packed_features`, but for params, reference_params and batch.
-      totals: `pair_totals` or `packed_totals`.
-    """
-    running = settings.bco_running_delta
-
-    def losses(features: PairFeatures, totals: Totals, loss_state: Any) -> tuple[Array, dict[str, Array]]:
-        return feature_losses(features, totals, settings=settings, loss_state=loss_state)
-
-    def next_state(features: PairFeatures, loss_state: Any) -> Any:
-        return next_loss_state(features, settings=settings, loss_state=loss_state) if running else None
-
-    return Objective(
-        features=partial(features, settings=settings),
-        learnt=("policy_logps", "policy_ld_logps"),
-        totals=totals,
-        losses=losses,
-        next_state=next_state,
-        init_state=init_loss_state() if running else None,
-        coupled=settings.needs_global_batch,
-    )
-
-
-def padded_dpo_objective(apply_fn: ApplyFn, settings: LossSettings) -> Objective:
-    """Of PreferenceBatch: any model, every logit."""
-    return dpo_objective(settings, features=partial(pair_features, apply_fn=apply_fn), totals=pair_totals)
-
-
-def packed_dpo_objective(logps_fn: LogpsFn, settings: LossSettings) -> Objective:
-    """Of PackedBatch."""
-    return dpo_objective(settings, features=partial(packed_features, logps_fn=logps_fn), totals=packed_totals)
-
-
-class CompletionFeatures(NamedTuple):
-    """What the loss of supervised rows reads: summed completion log-probs and weights, [m] each."""
-
-    logps: Array
-    weights: Array
-
-
-class CompletionTotals(NamedTuple):
-    """What a row's loss reads of the global batch: its real completion tokens, a scalar."""
-
-    normalizer: Array
-
-
-def _sft_objective(features: Callable[..., CompletionFeatures], totals: Any) -> Objective:
-    def losses(features: CompletionFeatures, totals: Any, loss_state: Any) -> tuple[Array, dict[str, Array]]:
-        return -features.logps, {"loss": jax.lax.stop_gradient(-features.logps)}
-
-    return Objective(features, ("logps",), totals, losses)
-
-
-def padded_sft_objective(apply_fn: ApplyFn) -> Objective:
-    """Mean negative log-likelihood over the completion tokens of the global batch, of CompletionBatch."""
-
-    def features(params: Params, reference_params: Params, batch: CompletionBatch) -> CompletionFeatures:
-        del reference_params  # maximum likelihood has none
-        logits = apply_fn(params, batch.tokens, batch.attention_mask)
-        logps = sequence_logps(*shifted_token_logps(logits, batch.tokens, batch.completion_mask))
-        return CompletionFeatures(logps, batch.weights)
-
-    def totals(batch: CompletionBatch) -> CompletionTotals:
-        real = batch.completion_mask[..., 1:] & (batch.weights > 0)[..., None]
-        return CompletionTotals(real.sum().astype(batch.weights.dtype))
-
-    return _sft_objective(features, totals)
-
-
-def packed_sft_objective(logps_fn: LogpsFn) -> Objective:
-    """The same of PackedBatch."""
-
-    def features(params: Params, reference_params: Params, batch: PackedBatch) -> CompletionFeatures:
-        del reference_params
-        logps, _ = logps_fn(params, batch, False)
-        of_completion = belongs(batch.logp_pair, batch.pair_weight.shape[-1])
-        sums = completion_sums(logps, of_completion, num_sides=1)
-        return CompletionFeatures(sums.reshape(-1), batch.pair_weight.reshape(-1))
-
-    def totals(batch: PackedBatch) -> CompletionTotals:
-        real = batch.logp_pair < batch.pair_weight.shape[-1]
-        return CompletionTotals(real.sum().astype(batch.pair_weight.dtype))
-
-    return _sft_objective(features, totals)
 
 
 class StepReport(NamedTuple):

@@ -16,8 +16,7 @@ from jdpo.data.prepare import PreparedData, prepare_completions, prepare_pairs
 from jdpo.losses.objective import metric_names
 from jdpo.losses.settings import DEFAULTS, OFF, LossSettings, loss_settings
 from jdpo.models.transformer import Transformer, make_apply_fn
-from jdpo.training.packed import make_packed_logps
-from jdpo.training.step import (
+from jdpo.training.objectives import (
     Batch,
     Objective,
     packed_dpo_objective,
@@ -25,6 +24,7 @@ from jdpo.training.step import (
     padded_dpo_objective,
     padded_sft_objective,
 )
+from jdpo.training.packed import make_packed_logps
 from jdpo.types import TokenizedCompletion, TokenizedPair
 
 

@@ -23,14 +23,13 @@ from jdpo.losses import LOSSES, LossState
 from jdpo.losses.settings import loss_settings
 from jdpo.sharding.mesh import make_mesh
 from jdpo.sharding.placement import fetch, micro_batch_sharding, place, replicated
+from jdpo.training.objectives import padded_dpo_objective, padded_sft_objective
 from jdpo.training.step import (
     ReferenceSync,
     TrainState,
     compile_step,
     evaluate,
     loss_and_grads,
-    padded_dpo_objective,
-    padded_sft_objective,
     train_step,
 )
 from jdpo.types import CHOSEN, REJECTED, CompletionBatch, PreferenceBatch

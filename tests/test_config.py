@@ -78,6 +78,10 @@ def test_resolved_yaml_reads_back_to_the_same_config(tmp_path: Path) -> None:
         ("max_length=10.5", "'max_length' on the command line is 10.5: input should be a valid integer"),
         ("compute_dtype=fp8", "input should be 'auto', 'float32', 'bfloat16' or 'float64'"),
         ("mesh=3", "'mesh' on the command line is 3"),
+        ("optim=lion", "here it is called 'optimizer.name'"),
+        ("optimizer=adam", "'optimizer.name' on the command line is 'adam': input should be 'adamw', 'adamw_bf16'"),
+        ("optimizer={name: sgd, b1: 0.9}", "b1 0.9 would not be read: sgd has momentum; leave it out"),
+        ("optimizer.b1=1", "'optimizer.b1' on the command line is 1: input should be less than 1"),
         ("datasets=[{pth: x}]", "missing key 'datasets.0.path': a JSON, JSONL or Parquet file"),
     ],
 )
@@ -97,6 +101,21 @@ def test_a_key_that_an_older_version_did_not_write_is_no_difference() -> None:
     del saved["label_smoothing"]
     assert differences(saved, dpo()) == []
     assert differences(saved, dpo("label_smoothing=0.1")) == ["label_smoothing: None before, 0.1 now"]
+
+
+def test_an_optimizer_is_what_it_does_not_how_it_was_written_down() -> None:
+    saved = {**to_dict(dpo()), "optimizer": {"name": "adamw", "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.0}}
+    assert differences(saved, dpo()) == []
+    assert differences(saved, dpo("optimizer.b2=0.999", "offload_optimizer=true")) == []
+    assert len(differences(saved, dpo("optimizer.b2=0.99"))) == 1
+    assert len(differences({**saved, "optimizer": {**saved["optimizer"], "b1": 0.8}}, dpo())) == 1
+    assert len(differences(saved, dpo("optimizer=adamw_bf16"))) == 1
+
+
+def test_an_optimizer_may_be_given_by_its_name_alone() -> None:
+    lion = dpo("optimizer=lion").optimizer
+    assert (lion.name, lion.settings) == ("lion", {"b1": 0.9, "b2": 0.99})
+    assert dpo("optimizer.name=lion", "optimizer.b1=0.8").optimizer.settings == {"b1": 0.8, "b2": 0.99}
 
 
 def test_a_plain_key_is_no_group() -> None:

@@ -1,6 +1,14 @@
 """The settings of a run: their keys, how they are read, and which of them may change when a run goes on."""
 
-from jdpo.config.keys import DatasetConfig, DPOConfig, MeshConfig, OptimizerConfig, SFTConfig, TrainConfig
+from jdpo.config.keys import (
+    RULE_DEFAULTS,
+    DatasetConfig,
+    DPOConfig,
+    MeshConfig,
+    OptimizerConfig,
+    SFTConfig,
+    TrainConfig,
+)
 from jdpo.config.reading import ALIASES, defaults_of, keys_of, load_config, parse_overrides, to_dict, to_yaml
 from jdpo.config.resuming import EXPORT_KEYS, FREE_KEYS, changed_keys, differences
 
@@ -8,6 +16,7 @@ __all__ = [
     "ALIASES",
     "EXPORT_KEYS",
     "FREE_KEYS",
+    "RULE_DEFAULTS",
     "DPOConfig",
     "DatasetConfig",
     "MeshConfig",

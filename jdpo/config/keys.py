@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 # A folder may be called 2024: YAML reads a number, the path stays text.
@@ -26,6 +26,10 @@ def _as_list(value: Any) -> Any:
 
 def _as_dataset(value: Any) -> Any:
     return {"path": value} if isinstance(value, str) else value
+
+
+def _as_optimizer(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
 
 
 Int = Annotated[int, BeforeValidator(_no_bool)]
@@ -65,13 +69,59 @@ class MeshConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
 class OptimizerConfig:
-    """The update rule. Weight decay is not applied to norm scales and biases."""
+    """The update rule; a bare string in `optimizer` is its `name`. Weight decay spares norm scales and biases.
 
-    name: Literal["adamw"] = _key("adamw", "AdamW, arXiv 1711.05101")
-    b1: Decay = _key(0.9, "decay of the first moment")
-    b2: Decay = _key(0.999, "decay of the second moment")
-    eps: PositiveFloat = _key(1e-8, "added to the root of the second moment")
-    weight_decay: NonNegativeFloat = _key(0.0, "decoupled decay, scaled by the learning rate")
+    A key that is None has the value that RULE_DEFAULTS gives the rule; a key that the rule does not read is refused.
+
+    Raises:
+      ValueError: a value for a key that the rule does not read.
+    """
+
+    name: Literal["adamw", "adamw_bf16", "adafactor", "lion", "sgd"] = _key(
+        "adamw",
+        "adamw (arXiv 1711.05101); adamw_bf16: the same, weights and moments kept in bfloat16, stochastically rounded; "
+        "adafactor (1804.04235, its rate not scaled by the weights); lion (2302.06675); sgd",
+    )
+    b1: Decay | None = _key(
+        None, "decay of the first moment; null: 0.9 for adamw, adamw_bf16 and lion, no first moment for adafactor"
+    )
+    b2: Decay | None = _key(
+        None, "decay of the second moment, 0.999 for adamw and adamw_bf16; for lion, of the first, 0.99"
+    )
+    eps: PositiveFloat | None = _key(
+        None,
+        "added to the root of the second moment, 1e-8 for adamw and adamw_bf16; for adafactor, to the square of "
+        "gradients, 1e-30",
+    )
+    momentum: Decay | None = _key(None, "decay of the sum of gradients that sgd follows; null: the gradient alone")
+    weight_decay: NonNegativeFloat = _key(0.0, "decoupled decay, scaled by the learning rate, whatever the rule")
+
+    @model_validator(mode="after")
+    def _refuse_what_is_not_read(self) -> OptimizerConfig:
+        read = RULE_DEFAULTS[self.name]
+        for key in RULE_KEYS:
+            if key not in read and (value := getattr(self, key)) is not None:
+                raise ValueError(f"{key} {value} would not be read: {self.name} has {', '.join(read)}; leave it out")
+        return self
+
+    @property
+    def settings(self) -> dict[str, float | None]:
+        """The keys that the rule reads beside weight_decay, each as given, or else with the rule's own value."""
+        given = {key: getattr(self, key) for key in RULE_DEFAULTS[self.name]}
+        return {key: RULE_DEFAULTS[self.name][key] if value is None else value for key, value in given.items()}
+
+
+_ADAMW: dict[str, float | None] = {"b1": 0.9, "b2": 0.999, "eps": 1e-8}
+RULE_DEFAULTS: dict[str, dict[str, float | None]] = {
+    "adamw": _ADAMW,
+    "adamw_bf16": _ADAMW,
+    "adafactor": {"b1": None, "eps": 1e-30},
+    "lion": {"b1": 0.9, "b2": 0.99},
+    "sgd": {"momentum": None},
+}
+"""optimizer.name -> the keys that the rule reads, with the value of those that are left open; None: it goes without."""
+RULE_KEYS = ("b1", "b2", "eps", "momentum")
+"""Keys that some rules read and others do not."""
 
 
 Datasets = Annotated[tuple[Annotated[DatasetConfig, BeforeValidator(_as_dataset)], ...], BeforeValidator(_as_list)]
@@ -94,14 +144,22 @@ class TrainConfig:
     cache_dir: str | None = _key(None, "tokenized rows are kept here; null: ~/.cache/jdpo")
 
     compute_dtype: Literal["auto", "float32", "bfloat16", "float64"] = _key(
-        "auto", "dtype of activations over float32 weights; auto: bfloat16 on TPU and GPU, float32 on CPU"
+        "auto",
+        "dtype of activations (weights are float32, but under adamw_bf16); "
+        "auto: bfloat16 on TPU and GPU, float32 on CPU",
     )
-    remat: Literal["none", "dots", "full"] = _key(
-        "full", "what the backward pass recomputes: nothing, all but matmuls, or whole layers"
+    remat: Literal["auto", "none", "dots", "attention", "full", "offload"] = _key(
+        "auto",
+        "what the backward pass computes again: nothing, all but matmuls, all but attention, whole layers, or whole "
+        "layers whose inputs wait in the host's memory; auto: the fastest of the first four that fits",
     )
     attention: Literal["auto", "xla", "blockwise", "cudnn", "splash"] = _key(
         "auto", "attention backend; auto: cudnn on GPU, splash on TPU, blockwise elsewhere, where they fit the model"
     )
+    attention_block_q: PositiveInt | None = _key(
+        None, "queries a tile of splash (a multiple of 128) or blockwise (of 16) attention; null: by the length"
+    )
+    attention_block_kv: PositiveInt | None = _key(None, "keys a tile; for blockwise the same as attention_block_q")
     mesh: MeshConfig = _key(MeshConfig(), "how the devices are laid out")
 
     global_batch_size: PositiveInt = _key(32, "rows an optimizer step, whatever the mesh and micro-batches")
@@ -109,7 +167,9 @@ class TrainConfig:
         None, "most rows a device computes at once; null: as many as max_tokens_per_device hold"
     )
     packing: bool = _key(True, "rows back to back without padding, each prompt once; false: padded batches")
-    max_tokens_per_device: PositiveInt | None = _key(None, "most tokens a device computes at once; null: 16384")
+    max_tokens_per_device: PositiveInt | None = _key(
+        None, "most tokens a device computes at once; null: as many as its memory holds and are of use"
+    )
     num_train_epochs: PositiveFloat = _key(1.0, "passes over the rows; a fraction is allowed")
     max_steps: PositiveInt | None = _key(None, "stop after this many steps, instead of num_train_epochs")
     shuffle: bool = _key(True, "a new order each epoch; false: file order")
@@ -120,7 +180,10 @@ class TrainConfig:
     warmup_ratio: Fraction = _key(0.0, "share of the steps spent rising linearly from 0")
     warmup_steps: NonNegativeInt | None = _key(None, "the same in steps; it replaces warmup_ratio")
     max_grad_norm: PositiveFloat | None = _key(1.0, "clip gradients at this global norm; null: do not clip")
-    optimizer: OptimizerConfig = _key(OptimizerConfig(), "the update rule")
+    optimizer: Annotated[OptimizerConfig, BeforeValidator(_as_optimizer)] = _key(OptimizerConfig(), "the update rule")
+    offload_optimizer: bool = _key(
+        False, "keep moments in the host's memory between steps, where the platform can; true costs time"
+    )
 
     logging_steps: PositiveInt = _key(10, "steps between lines in metrics.jsonl")
     eval_steps: PositiveInt | None = _key(None, "steps between evaluations; null: only after the last step")
@@ -135,6 +198,10 @@ class TrainConfig:
     resume: Literal["auto", "never"] = _key(
         "auto", "auto: go on from the newest checkpoint in output_dir; never: refuse a used output_dir"
     )
+    profile_steps: str | None = _key(
+        None, "FIRST:LAST, such as 10:13: a profiler trace of these steps in output_dir/profile"
+    )
+    compilation_cache: bool = _key(True, "keep compiled programs in cache_dir, so that the next start is quick")
     report_to: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(_as_list)] = _key(
         (), "trackers beside metrics.jsonl"
     )

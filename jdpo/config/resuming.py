@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from jdpo.config.keys import TrainConfig
+from jdpo.config.keys import RULE_DEFAULTS, TrainConfig
 from jdpo.config.reading import defaults_of, to_dict
 
 EXPORT_KEYS = ("export_dtype", "max_shard_size", "load_best_model_at_end", "metric_for_best_model")
@@ -27,9 +27,14 @@ FREE_KEYS = frozenset(
         "max_shard_size",
         "mesh",
         "attention",
+        "attention_block_kv",
+        "attention_block_q",
         "max_tokens_per_device",
         "micro_batch_size",
+        "offload_optimizer",
         "packing",
+        "profile_steps",
+        "compilation_cache",
         "reference",
         "remat",
         "resume",
@@ -50,7 +55,16 @@ def changed_keys(saved: Mapping[str, Any], current: TrainConfig, keys: Iterable[
     now, defaults = to_dict(current), defaults_of(type(current))
 
     def differ(key: str) -> bool:
-        before, after = (values.get(key, defaults.get(key)) for values in (saved, now))
+        before, after = (_meaning(key, values.get(key, defaults.get(key))) for values in (saved, now))
         return before != after and [before] != after  # a key that takes a list took one value before
 
     return [key for key in keys if differ(key)]
+
+
+def _meaning(key: str, value: Any) -> Any:
+    """A value as it is compared: what an optimizer leaves open is what its rule has, as older versions wrote it out."""
+    if key != "optimizer" or not isinstance(value, Mapping):
+        return value
+    given = {name: setting for name, setting in value.items() if setting is not None}
+    filled = {**RULE_DEFAULTS.get(given.get("name", ""), {}), **given}
+    return {name: setting for name, setting in filled.items() if setting is not None}

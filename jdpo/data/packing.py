@@ -61,6 +61,36 @@ def pack(
     )
 
 
+def unused(shape: PackedShape, *, num_sides: int, reference_dtype: Any = None) -> PackedBatch:
+    """Arrays of the shapes and dtypes that `pack` gives for a shape, of zeros that take no memory.
+
+    Args:
+      num_sides: n.
+      reference_dtype: of cached log-probs; None where none travel with the batch.
+    """
+    places = num_sides * shape.num_items
+    axes: dict[str, tuple[int, ...]] = {
+        "tokens": (shape.num_slots,),
+        "positions": (shape.num_slots,),
+        "gather": (places, shape.length),
+        "lengths": (places,),
+        "scatter": (shape.num_slots,),
+        "readers": (num_sides, shape.num_slots),
+        "logp_slot": (shape.num_scored,),
+        "logp_target": (shape.num_scored,),
+        "logp_pair": (shape.num_scored,),
+        "pair_weight": (shape.num_items,),
+        "pair_row": (shape.num_items,),
+    }
+    dtypes: dict[str, Any] = dict.fromkeys(axes, np.int32) | {"pair_weight": np.float32}
+    if reference_dtype is not None:
+        axes["logp_reference"], dtypes["logp_reference"] = (shape.num_scored,), reference_dtype
+    leading = (shape.num_micro, shape.num_rows)
+    return PackedBatch(
+        **{name: np.broadcast_to(np.zeros((), dtypes[name]), leading + own) for name, own in axes.items()}
+    )
+
+
 class _Layout(NamedTuple):
     """Where everything of a step lies.
 

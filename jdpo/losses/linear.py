@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax.sharding import AxisType, NamedSharding, auto_axes, reshard
 from jax.sharding import PartitionSpec as P
+
+from jdpo.losses.linear_chunks import HeadSettings, chunked_token_logps, varying_alike
 
 Array = Any
 
@@ -25,19 +27,12 @@ MAX_SHARDS = 256
 """Tokens in one axis [n] may lie in up to this many shards (a power of two that divides n) and stay where they are."""
 
 
-class _Settings(NamedTuple):
-    """What is known before tracing; hashable."""
-
-    softcap: float | None
-    scale: float | None
-    with_sum_sq: bool
-
-
 def linear_token_logps(
     hidden: Array,
     head: Array,
     targets: Array,
     *,
+    lengths: Array | None = None,
     chunk_size: int | None = None,
     logit_softcap: float | None = None,
     logit_scale: float | None = None,
@@ -62,6 +57,9 @@ def linear_token_logps(
       hidden: float [r, k, d], rows of k positions; or [n, d], tokens in one axis, which may be sharded too.
       head: float [d, v], without a bias.
       targets: int [r, k] or [n], ids in [0, v).
+      lengths: int [r], for rows: how many leading positions of each row count. Results behind are 0, get no gradient
+        and do not depend on what stands there, NaN included; chunks behind the longest row are not computed, neither
+        forward nor backward. Within shard_map, and over explicit axes, each device goes by its own rows.
       chunk_size: positions of each row at once; for [n, d] the most tokens at once. Default: as many as have logits of
         48 MiB, but at least 256 tokens, and at most half of all. Rows and tokens count as this call sees them: those
         of one device within shard_map and over explicit axes, else all. Positions that chunks do not divide are padded
@@ -75,7 +73,8 @@ def linear_token_logps(
       results depend on no other token, NaN included.
 
     Raises:
-      ValueError: shapes that do not fit, targets that are no integers, chunk_size below 1, logit_softcap not above 0.
+      ValueError: shapes that do not fit, targets or lengths that are no integers, chunk_size below 1, logit_softcap not
+        above 0.
 
     >>> import jax.numpy as jnp
     >>> hidden, head = jnp.array([[1.0, 0.0], [0.0, 1.0]]), jnp.log(jnp.array([[0.25, 0.75], [0.5, 0.5]]))
@@ -85,9 +84,22 @@ def linear_token_logps(
     hidden, head, targets = (jnp.asarray(array) for array in (hidden, head, targets))
     _check(hidden, head, targets, chunk_size, logit_softcap)
     targets = targets.astype(jnp.int32)  # a narrow type could not count the vocabulary
-    settings = _Settings(_number(logit_softcap), _number(logit_scale), return_log_sum_sq)
-    results = _over_explicit_axes(partial(_on_rows, chunk_size, settings), hidden, head, targets)
+    settings = HeadSettings(_number(logit_softcap), _number(logit_scale), return_log_sum_sq)
+    counts = [] if lengths is None else [_checked_lengths(lengths, hidden)]
+    results = _over_explicit_axes(partial(_on_rows, chunk_size, settings), head, hidden, targets, *counts)
     return results if return_log_sum_sq else results[0]
+
+
+def _checked_lengths(lengths: Array, hidden: Array) -> Array:
+    lengths = jnp.asarray(lengths)
+    if hidden.ndim != 3 or lengths.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"lengths count positions of rows: expected hidden [r, k, d] and lengths [r], found hidden {hidden.shape} "
+            f"and lengths {lengths.shape}"
+        )
+    if not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise ValueError(f"lengths count positions: expected an integer dtype, found {lengths.dtype}")
+    return lengths.astype(jnp.int32)
 
 
 def _check(hidden: Array, head: Array, targets: Array, chunk_size: int | None, softcap: float | None) -> None:
@@ -111,21 +123,24 @@ def _number(value: float | None) -> float | None:
     return None if value is None else float(value)
 
 
-def _on_rows(chunk: int | None, settings: _Settings, hidden: Array, head: Array, targets: Array) -> tuple[Array, ...]:
+def _on_rows(
+    chunk: int | None, settings: HeadSettings, head: Array, hidden: Array, targets: Array, lengths: Array | None = None
+) -> tuple[Array, ...]:
     """Chooses the chunk and makes [n, d] rows: on arrays as large as one device, or GSPMD's program, sees them."""
     flat = hidden.ndim == 2
     if flat:
-        tokens = chunk or _default_chunk(1, hidden.shape[0], head.shape[1])
+        tokens = chunk or default_chunk(1, hidden.shape[0], head.shape[1])
         rows = _num_rows(hidden.shape[0], tokens)
         hidden, targets = rearrange(hidden, "(r k) d -> r k d", r=rows), rearrange(targets, "(r k) -> r k", r=rows)
         chunk = tokens // rows
     rows, positions = targets.shape
-    chunk = max(min(chunk or _default_chunk(rows, positions, head.shape[1]), positions), 1)
-    results = _token_logps(chunk, settings, *_varying_alike(hidden, head, targets))
+    chunk = max(min(chunk or default_chunk(rows, positions, head.shape[1]), positions), 1)
+    hidden, head, targets, *rest = varying_alike(hidden, head, targets, *([] if lengths is None else [lengths]))
+    results = chunked_token_logps(chunk, settings, hidden, head, targets, rest[0] if rest else None)
     return tuple(rearrange(result, "r k -> (r k)") for result in results) if flat else results
 
 
-def _default_chunk(rows: int, positions: int, vocabulary: int) -> int:
+def default_chunk(rows: int, positions: int, vocabulary: int) -> int:
     """Positions of a row at once, by CHUNK_BYTES and MIN_CHUNK_TOKENS; no more than half of them."""
     tokens = max(CHUNK_BYTES // (4 * vocabulary), MIN_CHUNK_TOKENS)
     return max(min(tokens // max(rows, 1), -(-positions // 2)), 1)
@@ -141,30 +156,31 @@ def _num_rows(size: int, tokens: int) -> int:
     return min(factors_of_two, 1 << (tokens.bit_length() - 1), MAX_SHARDS)
 
 
-def _over_explicit_axes(local: Callable[..., Any], hidden: Array, head: Array, targets: Array) -> Any:
+def _over_explicit_axes(local: Callable[..., Any], head: Array, *of_rows: Array) -> Any:
     """Calls `local`; over shards of rows, where the arrays' types tell how they are sharded (explicit mesh axes).
 
     The head is made whole along the axes of the rows, once; other axes (a vocabulary's) are left to GSPMD.
     """
-    shardings = [jax.typeof(array).sharding for array in (hidden, head, targets)]
-    mesh = next((sharding.mesh for sharding in shardings if any(sharding.spec)), None)
+    of_head, *shardings = (jax.typeof(array).sharding for array in (head, *of_rows))
+    mesh = next((sharding.mesh for sharding in (*shardings, of_head) if any(sharding.spec)), None)
     if mesh is None:
-        return local(hidden, head, targets)
-    row_axes = _axis_names(shardings[0].spec[0])
+        return local(head, *of_rows)
+    row_axes = _axis_names(shardings[0].spec[0])  # of the hidden states; targets and lengths follow
     others = tuple(
         name
         for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
         if kind == AxisType.Explicit and name not in row_axes
     )
     by_row = P(row_axes or None)
-    whole = P(*(tuple(name for name in _axis_names(dim) if name not in row_axes) or None for dim in shardings[1].spec))
-    head, targets = reshard(head, NamedSharding(mesh, whole)), reshard(targets, NamedSharding(mesh, by_row))
+    whole = P(*(tuple(name for name in _axis_names(dim) if name not in row_axes) or None for dim in of_head.spec))
+    head = reshard(head, NamedSharding(mesh, whole))
+    of_rows = (of_rows[0], *(reshard(array, NamedSharding(mesh, by_row)) for array in of_rows[1:]))
 
     def over_rows(*arrays: Array) -> Any:
         return jax.shard_map(
             local,
             mesh=jax.typeof(arrays[0]).sharding.mesh,
-            in_specs=(by_row, P(), by_row),
+            in_specs=(P(), *[by_row] * len(of_rows)),
             out_specs=by_row,
             axis_names=set(row_axes),
         )(*arrays)
@@ -172,123 +188,9 @@ def _over_explicit_axes(local: Callable[..., Any], hidden: Array, head: Array, t
     call = over_rows if row_axes else local
     if others:
         call = auto_axes(call, axes=others, out_sharding=NamedSharding(mesh, by_row))
-    return call(hidden, head, targets)
+    return call(head, *of_rows)
 
 
 def _axis_names(dim: Any) -> tuple[str, ...]:
     """Mesh axes of one entry of a PartitionSpec."""
     return () if dim is None else dim if isinstance(dim, tuple) else (dim,)
-
-
-def _varying_alike(*arrays: Array) -> list[Array]:
-    """Marks each array as varying over the manual mesh axes that any of them varies over.
-
-    Within jax.shard_map a head shared by all devices meets rows that differ. Marked here, it gets its gradient
-    summed over devices by this mark's own transpose: once, after the last chunk.
-    """
-    varying = [jax.typeof(array).manual_axis_type.varying for array in arrays]
-    union = frozenset[str]().union(*varying)
-    return [
-        jax.lax.pcast(array, tuple(union - own), to="varying") if union - own else array
-        for array, own in zip(arrays, varying, strict=True)
-    ]
-
-
-def _chunks(array: Array, chunk: int) -> Array:
-    """[r, k, ...] -> [r, m, c, ...] with c at most `chunk`, zeros behind the last position."""
-    positions = array.shape[1]
-    number = max(-(-positions // chunk), 1)
-    length = max(-(-positions // number), 1)  # even chunks: 10 positions by 8 are 5 + 5, without padding
-    padding = [(0, number * length - positions if axis == 1 else 0) for axis in range(array.ndim)]
-    return rearrange(jnp.pad(array, padding), "r (m c) ... -> r m c ...", c=length)
-
-
-def _scan_positions(body: Any, carry: Any, arrays: tuple[Array, ...], chunk: int) -> tuple[Any, tuple[Array, ...]]:
-    """`lax.scan` over chunks of the second axis of `arrays` [r, k, ...], leaving the first where it is."""
-    positions = arrays[0].shape[1]
-    chunked = tuple(_chunks(array, chunk) for array in arrays)
-
-    def step(carry: Any, index: Array) -> Any:
-        # Indexed inside, not scanned over: a scan wants its axis in front, and moving it copies every hidden state.
-        return body(carry, *(jax.lax.dynamic_index_in_dim(x, index, axis=1, keepdims=False) for x in chunked))
-
-    carry, results = jax.lax.scan(step, carry, jnp.arange(chunked[0].shape[1]))
-    return carry, tuple(rearrange(x, "m r c ... -> r (m c) ...")[:, :positions] for x in results)
-
-
-def _dot(equation: str, left: Array, right: Array) -> Array:
-    """Matrix product in the operands' dtype, accumulated and returned in float32 or wider."""
-    dtype = jnp.promote_types(jnp.promote_types(left.dtype, right.dtype), jnp.float32)
-    return jnp.einsum(equation, left, right, preferred_element_type=dtype)
-
-
-def _logits(settings: _Settings, hidden_rcd: Array, head: Array) -> Array:
-    logits_rcv = _dot("rcd,dv->rcv", hidden_rcd, head)
-    if settings.scale is not None:
-        logits_rcv = logits_rcv * settings.scale
-    if settings.softcap is not None:
-        logits_rcv = settings.softcap * jnp.tanh(logits_rcv / settings.softcap)
-    return logits_rcv
-
-
-def _is_target(targets_rc: Array, vocabulary: int) -> Array:
-    # Compared, not gathered or scattered: the vocabulary may be sharded.
-    return targets_rc[..., None] == jnp.arange(vocabulary)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _token_logps(
-    chunk: int, settings: _Settings, hidden_rkd: Array, head: Array, targets_rk: Array
-) -> tuple[Array, ...]:
-    return _forward(chunk, settings, hidden_rkd, head, targets_rk)[0]
-
-
-def _forward(
-    chunk: int, settings: _Settings, hidden_rkd: Array, head: Array, targets_rk: Array
-) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-    def body(carry: None, hidden_rcd: Array, targets_rc: Array) -> tuple[None, tuple[Array, ...]]:
-        logits = _logits(settings, hidden_rcd, head)
-        highest = logits.max(-1)
-        weights = jnp.exp(logits - highest[..., None])
-        log_sum = jnp.log(weights.sum(-1))
-        target_logit = jnp.where(_is_target(targets_rc, head.shape[1]), logits, 0).sum(-1)
-        log_sum_sq = [jnp.log(jnp.square(weights).sum(-1)) - 2 * log_sum] if settings.with_sum_sq else []
-        return carry, (target_logit - highest - log_sum, highest + log_sum, *log_sum_sq)
-
-    _, (logps, log_sum_exp, *log_sum_sq) = _scan_positions(body, None, (hidden_rkd, targets_rk), chunk)
-    return (logps, *log_sum_sq), (hidden_rkd, head, targets_rk, log_sum_exp, *log_sum_sq)
-
-
-def _backward(
-    chunk: int, settings: _Settings, residuals: tuple[Array, ...], cotangents: tuple[Array, ...]
-) -> tuple[Array, Array, None]:
-    """With p the softmax of the logits z: d logp / dz = onehot - p, d log_sum_sq / dz = 2 (p^2 / sum p^2 - p)."""
-    hidden_rkd, head, targets_rk, *per_token = residuals
-
-    def body(d_head: Array, hidden_rcd: Array, targets_rc: Array, *per_token_rc: Array) -> tuple[Array, tuple[Array]]:
-        log_sum_exp, g_logps, *sum_sq = (x[..., None] for x in per_token_rc)
-        logits = _logits(settings, hidden_rcd, head)
-        log_p = logits - log_sum_exp
-        p = jnp.exp(log_p)
-        d_logits = g_logps * (_is_target(targets_rc, head.shape[1]) - p)
-        if settings.with_sum_sq:
-            log_sum_sq, g_sum_sq = sum_sq
-            d_logits += 2 * g_sum_sq * (jnp.exp(2 * log_p - log_sum_sq) - p)
-        if settings.softcap is not None:
-            d_logits *= 1 - jnp.square(logits / settings.softcap)
-        if settings.scale is not None:
-            d_logits *= settings.scale
-        # In the operands' dtype for both products: float32 beside bfloat16 would make them slow ones.
-        d_logits = d_logits.astype(jnp.promote_types(hidden_rcd.dtype, head.dtype))
-        d_hidden = _dot("rcv,dv->rcd", d_logits, head).astype(hidden_rcd.dtype)
-        return d_head + _dot("rcd,rcv->dv", hidden_rcd, d_logits), (d_hidden,)
-
-    log_sum_exp, *log_sum_sq = per_token
-    g_logps, *g_sum_sq = cotangents
-    zeros = jnp.zeros_like(head, dtype=jnp.promote_types(head.dtype, jnp.float32))
-    arrays = (hidden_rkd, targets_rk, log_sum_exp, g_logps, *log_sum_sq, *g_sum_sq)
-    d_head, (d_hidden,) = _scan_positions(body, zeros, arrays, chunk)
-    return d_hidden, d_head.astype(head.dtype), None
-
-
-_token_logps.defvjp(_forward, _backward)

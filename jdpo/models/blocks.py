@@ -9,7 +9,6 @@ parameter with a leading "layers" axis; `rest` holds the num_layers % p layers l
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -25,15 +24,10 @@ from jdpo.models.attention import (
 from jdpo.models.families import ModelConfig
 from jdpo.models.layers import INIT_STDDEV, GatedMLP, Projection, RMSNorm, apply_rope
 from jdpo.models.packed import PackedSequences, to_sequences, to_slots
+from jdpo.models.remat import REMAT_POLICIES, named_layer_input
 
 LayerCache = dict[str, dict[str, jax.Array]]
 """{"layer_j": {"key": [.., n, s, g, k], "value": the same}}, with a leading repeats axis in the stack."""
-
-REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
-    "full": None,  # keep each layer's input only
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
-"""What the backward pass keeps; "none" stands outside the table and keeps everything."""
 
 
 class Context(NamedTuple):
@@ -49,6 +43,18 @@ class Context(NamedTuple):
     key_mask: jax.Array | None
     write_index: jax.Array | None = None  # None without a cache
     packed: PackedSequences | None = None
+
+
+class AttentionSettings(NamedTuple):
+    """What runs attention over packed rows; see `causal_attention`.
+
+    Attributes:
+      backend: "auto" takes what `choose_attention` takes for the length.
+    """
+
+    backend: str = "auto"
+    block_q: int | None = None
+    block_kv: int | None = None
 
 
 class LayerPattern(NamedTuple):
@@ -79,7 +85,7 @@ class Attention(nn.Module):
     window: int | None
     compute_dtype: Any
     param_dtype: Any
-    attention: str
+    attention: AttentionSettings
 
     @nn.compact
     def __call__(
@@ -130,31 +136,34 @@ class Attention(nn.Module):
 
 
 def attend_over_mesh(
-    backend: str, query: jax.Array, key: jax.Array, value: jax.Array, lengths: jax.Array, *, window: int | None
+    settings: AttentionSettings,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    lengths: jax.Array,
+    *,
+    window: int | None,
 ) -> jax.Array:
-    """`causal_attention` on each device's own sequences and heads, as the logical rules in context split them.
-
-    Args:
-      backend: "auto" takes what `choose_attention` takes for this length.
-    """
+    """`causal_attention` on each device's own sequences and heads, as the logical rules in context split them."""
+    backend, block_q, block_kv = settings
     if backend == "auto":
-        backend = choose_attention(jax.default_backend(), query.dtype, query.shape[3], query.shape[1], window=window)
+        backend = choose_attention(
+            jax.default_backend(),
+            query.dtype,
+            query.shape[3],
+            query.shape[1],
+            window=window,
+            tiled=bool(block_q or block_kv),
+        )
+    options: dict[str, Any] = {"window": window, "backend": backend, "block_q": block_q, "block_kv": block_kv}
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size == 1 or mesh.empty:
-        return causal_attention(query, key, value, lengths=lengths, window=window, backend=backend)
+        return causal_attention(query, key, value, lengths=lengths, **options)
     batch_axes, head_axes = (_mesh_axes(name) for name in ("batch", "act_kv_heads"))
     if key.shape[2] % math.prod(mesh.shape[axis] for axis in head_axes):
         head_axes = ()  # heads that the mesh does not divide are whole on each device
     return sharded_causal_attention(
-        query,
-        key,
-        value,
-        lengths=lengths,
-        mesh=mesh,
-        batch_axes=batch_axes,
-        head_axes=head_axes,
-        window=window,
-        backend=backend,
+        query, key, value, lengths=lengths, mesh=mesh, batch_axes=batch_axes, head_axes=head_axes, **options
     )
 
 
@@ -171,13 +180,14 @@ class DecoderLayer(nn.Module):
     window: int | None
     compute_dtype: Any
     param_dtype: Any
-    attention: str
+    attention: AttentionSettings
 
     @nn.compact
     def __call__(
         self, x_ntd: jax.Array, cache: dict[str, jax.Array] | None, context: Context
     ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
         config, dtypes = self.config, (self.compute_dtype, self.param_dtype)
+        x_ntd = named_layer_input(x_ntd)
         normed = RMSNorm(config.norm_eps, "norm", self.param_dtype, name="attention_norm")(x_ntd)
         attend = Attention(config, self.window, *dtypes, self.attention, name="attention")
         attended, cache = attend(normed, cache, context)
@@ -194,7 +204,7 @@ class LayerGroup(nn.Module):
     windows: tuple[int | None, ...]
     compute_dtype: Any
     param_dtype: Any
-    attention: str
+    attention: AttentionSettings
     remat: str
     scanned: bool
 

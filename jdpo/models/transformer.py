@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jdpo.models.blocks import REMAT_POLICIES, Context, Embedding, Head, LayerCache, LayerGroup, layer_pattern
+from jdpo.models.blocks import AttentionSettings, Context, Embedding, Head, LayerCache, LayerGroup, layer_pattern
 from jdpo.models.families import ModelConfig
 from jdpo.models.layers import RMSNorm, rope_tables
 from jdpo.models.packed import PackedSequences
+from jdpo.models.remat import check_remat
 
 Params = dict[str, Any]
 ApplyFn = Callable[[Params, jax.Array, jax.Array], jax.Array]
@@ -45,7 +46,8 @@ class Transformer(nn.Module):
       compute_dtype: dtype of activations; parameters are cast to it at use.
       param_dtype: dtype of the parameters that `init_params` makes.
       attention: backend of the attention over packed rows, see `causal_attention`; "auto": the fastest.
-      remat: "none", "full" or "dots": what the backward pass recomputes, see `REMAT_POLICIES`.
+      attention_block_q, attention_block_kv: queries and keys a tile of it, for backends that work in tiles.
+      remat: what the backward pass computes again, "none" or a name of `REMAT_POLICIES`.
     """
 
     config: ModelConfig
@@ -53,11 +55,13 @@ class Transformer(nn.Module):
     param_dtype: Any = jnp.float32
     remat: str = "none"
     attention: str = "auto"
+    attention_block_q: int | None = None
+    attention_block_kv: int | None = None
 
     def setup(self) -> None:
-        if self.remat not in ("none", *REMAT_POLICIES):
-            raise ValueError(f"remat: expected one of none, {', '.join(REMAT_POLICIES)}, found {self.remat!r}")
+        check_remat(self.remat)
         config, dtypes = self.config, (self.compute_dtype, self.param_dtype)
+        attention = AttentionSettings(self.attention, self.attention_block_q, self.attention_block_kv)
         pattern = layer_pattern(config)
         self.embed = Embedding(config, *dtypes)
         scan = nn.scan(
@@ -68,10 +72,10 @@ class Transformer(nn.Module):
             length=pattern.repeats,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        self.stack = scan(config, config.layer_windows[: pattern.period], *dtypes, self.attention, self.remat, True)
+        self.stack = scan(config, config.layer_windows[: pattern.period], *dtypes, attention, self.remat, True)
         if pattern.rest:
             windows = config.layer_windows[: pattern.rest]
-            self.rest = LayerGroup(config, windows, *dtypes, self.attention, self.remat, False)
+            self.rest = LayerGroup(config, windows, *dtypes, attention, self.remat, False)
         self.final_norm = RMSNorm(config.norm_eps, "norm", self.param_dtype)
         if not config.tie_embeddings:
             self.lm_head = Head(config, self.param_dtype)

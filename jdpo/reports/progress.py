@@ -65,15 +65,28 @@ class RunDisplay:
         if self._bar is not None:
             self._bar.stop()
 
-    def step(self, step: int, metrics: Mapping[str, float], rows_per_second: float) -> None:
-        """After every update."""
-        figures = f"{figures_of(metrics)}  {rows_per_second:.3g} {self._unit}/s"
+    def step(self, step: int, metrics: Mapping[str, float], rates: Mapping[str, float]) -> None:
+        """After every update.
+
+        Args:
+          rates: `<unit>_per_second`, `tokens_per_second` and, where it is known, `mfu`.
+        """
+        figures = f"{figures_of(metrics)}  {self._speed(rates)}"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, figures=figures, description="training")
         elif self._shown and (time.monotonic() >= self._line_due or step == self._num_steps):
             self._line_due = time.monotonic() + LINE_SECONDS
             line = f"step {step}/{self._num_steps}  {figures}  {self._time_left(step)} left"
             self._console.print(line, markup=False, highlight=False)
+
+    def _speed(self, rates: Mapping[str, float]) -> str:
+        parts = [
+            f"{rates[f'{self._unit}_per_second']:.3g} {self._unit}/s",
+            f"{rates['tokens_per_second']:,.0f} tokens/s",
+        ]
+        if "mfu" in rates:
+            parts.append(f"MFU {rates['mfu']:.0%}")
+        return "  ".join(parts)
 
     def _time_left(self, step: int) -> str:
         done = step - self._first_step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -40,19 +41,82 @@ def fetch(tree: Any) -> Any:
 
 
 def state_shardings(abstract_state: Any, params: Any, param_shardings: Any, mesh: Mesh) -> Any:
-    """Shardings of an optimizer state: its leaves under a weight's path and shape are split as that weight.
+    """Shardings of an optimizer state: its leaves under a weight's path, of its shape, are split as that weight.
 
     Args:
       abstract_state: tree of ShapeDtypeStructs, with subtrees that mirror `params` (moments).
       params: tree of arrays or ShapeDtypeStructs.
       param_shardings: tree like `params`.
-      mesh: the device mesh; all other leaves are replicated.
+      mesh: the device mesh; all other leaves are replicated (Adafactor's rows and columns are small).
     """
     structure = jax.tree.structure(params)
 
     def mirrors(node: Any) -> bool:
         return jax.tree.structure(node) == structure and structure.num_leaves > 0
 
+    def of_weights(node: Any) -> Any:
+        return jax.tree.map(
+            lambda leaf, param, sharding: sharding if leaf.shape == param.shape else replicated(mesh),
+            node,
+            params,
+            param_shardings,
+        )
+
     return jax.tree.map(
-        lambda node: param_shardings if mirrors(node) else replicated(mesh), abstract_state, is_leaf=mirrors
+        lambda node: of_weights(node) if mirrors(node) else replicated(mesh), abstract_state, is_leaf=mirrors
     )
+
+
+HOST_MEMORY = "pinned_host"
+
+
+def offloaded(shardings: Any, abstract_state: Any) -> Any:
+    """The same shardings in the host's memory, for all leaves but scalars.
+
+    Args:
+      shardings: tree of NamedShardings.
+      abstract_state: tree like it, of what has shapes.
+
+    Raises:
+      ValueError: a device of the mesh cannot reach such memory.
+    """
+    for device in {sharding.mesh.devices.flat[0] for sharding in jax.tree.leaves(shardings)}:
+        check_host_memory(device.platform, [memory.kind for memory in device.addressable_memories()])
+    return jax.tree.map(
+        lambda sharding, leaf: sharding.with_memory_kind(HOST_MEMORY) if leaf.ndim else sharding,
+        shardings,
+        abstract_state,
+    )
+
+
+def check_host_memory(platform: str, kinds: Sequence[str]) -> None:
+    """Refuses a platform without the memory that `offloaded` uses.
+
+    Args:
+      kinds: what a device of it can address.
+
+    Raises:
+      ValueError: naming the platform and what it has.
+    """
+    if HOST_MEMORY not in kinds:
+        raise ValueError(
+            f"offload_optimizer needs devices that reach {HOST_MEMORY} memory; those of platform {platform!r} have "
+            f"{', '.join(kinds) or 'none that has a name'}. Set offload_optimizer to false; optimizer.name adamw_bf16 "
+            "or adafactor take less memory"
+        )
+
+
+def on_device(tree: Any) -> Any:
+    """Leaves that lie in the host's memory moved to the device; within jit, where all arithmetic must be."""
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, jax.memory.Space.Device) if _is_on_host(leaf) else leaf, tree)
+
+
+def placed_like(tree: Any, like: Any) -> Any:
+    """Leaves moved to the host's memory where those of `like` are there."""
+    return jax.tree.map(
+        lambda leaf, old: jax.device_put(leaf, jax.memory.Space.Host) if _is_on_host(old) else leaf, tree, like
+    )
+
+
+def _is_on_host(leaf: Any) -> bool:
+    return bool(jax.typeof(leaf).memory_space == jax.memory.Space.Host)

@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from jdpo.data.loader import bucket_length
-from jdpo.data.packing import pack
+from jdpo.data.packing import pack, unused
 from jdpo.data.packing_plan import PackingPlan, plan_run
+from jdpo.data.packing_shapes import PackedShape
 from jdpo.data.prepare import PreparedData
 from jdpo.data.reference_cache import ReferenceCache, reference_logps_of
 from jdpo.training.objectives import Batch
 from jdpo.training.tasks import Task
 
-MAX_TOKENS_PER_DEVICE = 16384
-"""Tokens of a device's part of a micro-batch, where the config says nothing."""
-
 
 class StepBatch(NamedTuple):
-    """A step's rows as numpy arrays.
+    """A step's rows as arrays.
 
     Attributes:
       batch: arrays [k, m, ...].
       at: int [b], where among the flattened per-row values of a step's report those of each row stand.
       num_tokens: real tokens of the rows, over all their sequences.
+      real_slots: tokens that the model computes and that are of use...
+      num_slots: ... among so many that it computes.
     """
 
     batch: Batch
     at: np.ndarray
     num_tokens: int
+    real_slots: int
+    num_slots: int
 
 
 class PaddedBatches:
@@ -41,30 +43,68 @@ class PaddedBatches:
         self,
         task: Task,
         data: PreparedData,
-        layout: BatchLayout,
+        steps: Iterable[np.ndarray],
         *,
+        global_batch_size: int,
+        num_shards: int,
+        max_tokens_per_device: int,
+        micro_batch_size: int | None = None,
         max_length: int,
         pad_token_id: int,
         cache: ReferenceCache | None = None,
     ) -> None:
         """
         Args:
+          steps: the rows of every step.
+          global_batch_size: the most rows of a step.
+          num_shards: parts that a micro-batch is split into.
+          max_tokens_per_device: padded tokens of one part at most.
+          micro_batch_size: most rows of one part, in its place.
           max_length: the longest sequence of the run.
           cache: the reference's log-probs of `data`, to travel with the batch.
         """
-        self._task, self._data, self._layout, self._cache = task, data, layout, cache
-        self._max_length, self._pad_token_id = max_length, pad_token_id
+        self._task, self._data, self._cache = task, data, cache
+        self._max_length, self._pad_token_id, self._num_shards = max_length, pad_token_id, num_shards
+        self._lengths = sorted({self._length(indices) for indices in steps})
+        self.layout = batch_layout(
+            global_batch_size,
+            micro_batch_size=micro_batch_size,
+            max_tokens=max_tokens_per_device,
+            num_shards=num_shards,
+            row_tokens=task.sequences * self._lengths[-1],
+        )
+
+    def _length(self, indices: np.ndarray) -> int:
+        return bucket_length(int(self._data.lengths[indices].max()), self._max_length)
 
     def make(self, indices: np.ndarray) -> StepBatch:
-        """The batch of the rows `indices`, at most layout.num_slots; the slots left over are padding of weight 0."""
-        rows, layout = [self._data[int(index)] for index in indices], self._layout
-        length = bucket_length(int(self._data.lengths[indices].max()), self._max_length)
+        """The batch of the rows `indices`; the slots left over are padding of weight 0."""
+        rows, length = [self._data[int(index)] for index in indices], self._length(indices)
+        real = sum(map(self._task.count_tokens, rows))
+        num_slots = self.layout.num_slots * self._task.sequences * length
+        return StepBatch(self._arrays(rows, indices, length), np.arange(len(rows)), real, real, num_slots)
+
+    def like(self, indices: np.ndarray) -> Batch:
+        """Arrays of the shapes that `make` gives for these rows, with nothing in them."""
+        return self._arrays([], indices[:0], self._length(indices))
+
+    def shapes(self) -> list[Batch]:
+        """Such arrays for every shape that the steps come in, the largest last."""
+        return [self._arrays([], np.zeros(0, np.int64), length) for length in self._lengths]
+
+    @property
+    def tokens_per_device(self) -> int:
+        """Slots of a device's part of the largest micro-batch."""
+        per_shard = self.layout.rows_per_micro // self._num_shards
+        return per_shard * self._task.sequences * self._lengths[-1]
+
+    def _arrays(self, rows: Sequence[Any], indices: np.ndarray, length: int) -> Batch:
+        layout = self.layout
         flat = self._task.collate(rows, num_slots=layout.num_slots, length=length, pad_token_id=self._pad_token_id)
         if self._cache is not None:
             logps = reference_logps_of(self._cache, rows, indices, num_slots=layout.num_slots, length=length)
             flat = flat._replace(reference_logps=logps)
-        batch = jax.tree.map(lambda array: array.reshape(*layout, *array.shape[1:]), flat)
-        return StepBatch(batch, np.arange(len(rows)), sum(map(self._task.count_tokens, rows)))
+        return jax.tree.map(lambda array: array.reshape(*layout, *array.shape[1:]), flat)
 
 
 class PackedBatches:
@@ -89,7 +129,7 @@ class PackedBatches:
           micro_batch_size: most rows of one part, in its place.
           cache: the reference's log-probs of `data`, to travel with the batch.
         """
-        self._task, self._data, self._cache = task, data, cache
+        self._task, self._data, self._cache, self._num_shards = task, data, cache, num_shards
         self.plan: PackingPlan = plan_run(
             data.sizes(),
             steps,
@@ -104,14 +144,38 @@ class PackedBatches:
         reference = None
         if self._cache is not None:
             reference = [self._cache.row(int(index), row) for index, row in zip(indices, rows, strict=True)]
-        batch = pack(rows, indices, self.plan.step(indices), reference_logps=reference)
+        step = self.plan.step(indices)
+        batch = pack(rows, indices, step, reference_logps=reference)
         real = np.flatnonzero(batch.pair_weight.reshape(-1))
         in_batch = batch.pair_row.reshape(-1)[real]
         at = real[np.argsort(in_batch)][np.argsort(np.argsort(indices))]
-        return StepBatch(batch, at, sum(map(self._task.count_tokens, rows)))
+        num_tokens, real_slots = sum(map(self._task.count_tokens, rows)), int(self.plan.sizes.slots[indices].sum())
+        return StepBatch(batch, at, num_tokens, real_slots, batch.tokens.size)
+
+    def like(self, indices: np.ndarray) -> Batch:
+        """Arrays of the shapes that `make` gives for these rows, with nothing in them."""
+        return self._unused(self.plan.step(indices).shape)
+
+    def shapes(self) -> list[Batch]:
+        """Such arrays for every shape that the steps come in, the one that takes most memory last."""
+        return [self._unused(shape) for shape in sorted(self.plan.shapes, key=_room)]
+
+    @property
+    def tokens_per_device(self) -> int:
+        """Slots of a device's part of the largest micro-batch."""
+        return max(shape.num_slots for shape in self.plan.shapes) * self.plan.num_rows // self._num_shards
+
+    def _unused(self, shape: PackedShape) -> Batch:
+        dtype = None if self._cache is None else self._cache.dtype
+        return unused(shape, num_sides=self.plan.sizes.num_sides, reference_dtype=dtype)
 
 
 Batches = PaddedBatches | PackedBatches
+
+
+def _room(shape: PackedShape) -> tuple[int, int]:
+    """What a micro-batch of a shape takes, to compare by: slots first, then places of attention."""
+    return shape.num_slots, shape.num_items * shape.length
 
 
 class BatchLayout(NamedTuple):

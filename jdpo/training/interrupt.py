@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from jdpo.training.processes import any_process
+import jax
+
+from jdpo.training.processes import any_process, any_process_later
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -19,6 +22,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.signum: int | None = None
         self._previous: dict[int, Any] = {}
+        self._answer: Callable[[], bool] | None = None
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
@@ -42,6 +46,13 @@ class StopRequest:
     def asked(self) -> bool:
         """Whether any process was asked to stop; every process gets the same answer."""
         return any_process(self.signum is not None)
+
+    def poll(self) -> bool:
+        """The same, for every step: where there are several processes it is told a step late, and none waits for it."""
+        if jax.process_count() == 1:
+            return self.signum is not None
+        earlier, self._answer = self._answer, any_process_later(self.signum is not None)
+        return earlier is not None and earlier()
 
     @property
     def exit_code(self) -> int:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import closing
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,31 +14,35 @@ import numpy as np
 from rich.console import Console
 
 from jdpo._version import __version__
-from jdpo.checkpoint.hf_export import export_model
 from jdpo.checkpoint.manager import CheckpointManager
-from jdpo.config import DPOConfig, TrainConfig, to_dict, to_yaml
-from jdpo.data.loader import plan, prefetch
-from jdpo.data.prepare import PreparedData
-from jdpo.data.reference_cache import ReferenceCache
-from jdpo.losses.objective import Totals
-from jdpo.models.transformer import abstract_params
-from jdpo.reports.model_card import model_card
-from jdpo.reports.plots import write_plots
+from jdpo.config import DPOConfig, TrainConfig, to_dict
+from jdpo.data.loader import prefetch
 from jdpo.reports.progress import RunDisplay, figures_of, make_console
-from jdpo.reports.writers import JsonlWriter, Writer, cut_metrics, make_trackers, read_metrics
-from jdpo.sharding.mesh import num_batch_shards
-from jdpo.sharding.placement import fetch, micro_batch_sharding, place, replicated, state_shardings
-from jdpo.training.batches import MAX_TOKENS_PER_DEVICE, Batches, PackedBatches, PaddedBatches, StepBatch
+from jdpo.reports.writers import JsonlWriter, Writer, cut_metrics, make_trackers
+from jdpo.sharding.placement import fetch, micro_batch_sharding, place, replicated
+from jdpo.training.batches import StepBatch
 from jdpo.training.checks import check_evaluation, check_finite, check_start
+from jdpo.training.compilation import Stopwatch, compiler_threads, persistent_cache
+from jdpo.training.evaluation import Evaluation
+from jdpo.training.finish import finish_run, step_to_export
+from jdpo.training.fit import peak_memory
 from jdpo.training.interrupt import StopRequest
-from jdpo.training.metrics import RowAverages, Throughput, Window, mean_over_rows, rows_at
-from jdpo.training.optimizer import learning_rate_schedule, make_optimizer
-from jdpo.training.processes import agree_on, barrier, is_first
+from jdpo.training.metrics import Throughput, Window, mean_over_rows, rows_at
+from jdpo.training.preparation import (
+    circumstances,
+    fit_to_remember,
+    prepare_steps,
+    remembered_fit,
+    rows_of_step,
+    shapes_in_order,
+)
+from jdpo.training.processes import agree_on, is_first
+from jdpo.training.profile import Profiler
 from jdpo.training.reference import Reference, settle_reference
-from jdpo.training.reference_build import BuildStopped
 from jdpo.training.run_dir import RunDirectory
-from jdpo.training.setup import Setup, build, load_reference, load_start, numerics, resolve_dtype
-from jdpo.training.step import ReferenceSync, StepReport, TrainState, compile_step, saved_parts
+from jdpo.training.scoring import BuildStopped
+from jdpo.training.setup import Setup, build, load_reference, load_start, numerics, program_folder, resolve_dtype
+from jdpo.training.step import StepReport, TrainState, saved_parts
 from jdpo.training.tasks import task_for
 
 Params = Any
@@ -83,6 +87,7 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
     with (
         StopRequest() as stop,
         numerics(config),
+        persistent_cache(program_folder(config)),
         closing(RunDirectory(config, task_for(config).command)) as directory,
     ):
         if directory.finished:
@@ -96,18 +101,15 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
         except BuildStopped:
             say("stopped by a signal; what was computed is kept. Run the same command again to go on")
             return RunResult(0, True, stop.exit_code, directory)
-        run = Run(setup, directory, stop, console, reference)
-        try:
-            return run.go(on_step)
-        finally:
-            run.close()
+        with ExitStack() as resources:
+            return Run(setup, directory, stop, console, reference, resources).go(on_step)
 
 
 def _settle(setup: Setup, directory: RunDirectory, stop: StopRequest, say: Callable[[str], None]) -> Reference:
     config = setup.config
     if not isinstance(config, DPOConfig):
         return Reference(mode="none")
-    began_as: Any = directory.reference_mode
+    began_as: Any = directory.recall("reference")
     reference = settle_reference(
         setup,
         asked=config.reference,
@@ -117,7 +119,8 @@ def _settle(setup: Setup, directory: RunDirectory, stop: StopRequest, say: Calla
         stopped=stop.asked,
         say=say,
     )
-    directory.remember_reference(reference.mode)
+    if began_as is None:
+        directory.remember("reference", reference.mode)
     return reference
 
 
@@ -127,49 +130,59 @@ def _say(console: Console, text: str) -> None:
         console.print(text, markup=False, highlight=False)
 
 
+class _Launched(NamedTuple):
+    """A step whose report is still on its way.
+
+    Attributes:
+      done: updates made with it.
+      indices: its rows.
+      made: how they are laid out.
+      on_device: its StepReport.
+    """
+
+    done: int
+    indices: np.ndarray
+    made: StepBatch
+    on_device: StepReport
+
+
 class Run:
     """The moving parts of a run, and the steps that move them."""
 
     def __init__(
-        self, setup: Setup, directory: RunDirectory, stop: StopRequest, console: Console, reference: Reference
+        self,
+        setup: Setup,
+        directory: RunDirectory,
+        stop: StopRequest,
+        console: Console,
+        reference: Reference,
+        resources: ExitStack,
     ) -> None:
-        config, task = setup.config, setup.task
+        """
+        Args:
+          resources: takes what is to be closed when the run ends, however it ends.
+        """
+        config = setup.config
         self.setup, self.directory, self.stop, self.reference = setup, directory, stop, reference
         self.console, self.say = console, partial(_say, console)
-        optimizer = make_optimizer(config, setup.num_steps)
-        shapes, shardings = abstract_params(setup.model), setup.shardings
-        objective = task.objective(setup.model, setup.mesh, packing=config.packing)
-        self.init_loss_state = objective.init_state
-        self.sync = _sync_of(config)
-        abstract = TrainState(
-            step=jax.ShapeDtypeStruct((), jnp.int32),
-            params=shapes,
-            opt_state=jax.eval_shape(optimizer.init, shapes),
-            rng=jax.eval_shape(lambda: jax.random.key_data(jax.random.key(config.seed))),
-            loss_state=jax.eval_shape(lambda: objective.init_state),
-            reference_params=shapes if self.sync else None,
+        self.resources = resources
+        pool = resources.enter_context(compiler_threads())
+        now = circumstances(setup)
+        prepared = prepare_steps(
+            setup, reference, pool, self.say, remembered=remembered_fit(directory.recall("fit"), now)
         )
-        self.shardings: TrainState = state_shardings(abstract, shapes, shardings, setup.mesh)
-        self.abstract_state: TrainState = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            abstract,
-            self.shardings,
-        )
-        self.compiled = compile_step(
-            objective=objective,
-            optimizer=optimizer,
-            schedule=learning_rate_schedule(config, setup.num_steps),
-            mesh=setup.mesh,
-            state_shardings=self.shardings,
-            with_reference=reference.mode == "live",
-            sync=self.sync,
-        )
-        self.init_opt_state = jax.jit(optimizer.init, out_shardings=self.shardings.opt_state)
+        directory.remember("fit", fit_to_remember(prepared.fit, now))
+        self.assembly, self.train_batches, self.programs = prepared.assembly, prepared.batches, prepared.programs
         self.batch_sharding = micro_batch_sharding(setup.mesh)
-        self.train_batches = self._batches(setup.train_data, map(self._plan, range(setup.num_steps)), reference.train)
+        self.evaluation = None
         if setup.eval_data is not None:
-            self.eval_batches = self._batches(setup.eval_data, self._eval_rows(), reference.eval)
-            self.eval_totals = self._eval_totals(setup.eval_data)
+            self.evaluation = Evaluation(
+                setup,
+                self.assembly,
+                reference,
+                pool,
+                max_tokens_per_device=prepared.fit.max_tokens_per_device,
+            )
         self.manager = CheckpointManager(
             directory.checkpoints,
             max_to_keep=config.save_total_limit,
@@ -177,7 +190,8 @@ class Run:
             metric_name=f"{config.metric_for_best_model} on {setup.eval_data.digest if setup.eval_data else 'nothing'}",
             greater_is_better=not config.metric_for_best_model.endswith("loss"),
         )
-        self.window, self.num_tokens = Window(), 0
+        resources.callback(self.manager.close)
+        self.window, self.num_tokens, self.throughput = Window(), 0, Throughput()
         self.last_saved: int | None = None
         self.writers: list[Writer] = []
         self.jsonl: JsonlWriter | None = None
@@ -186,40 +200,40 @@ class Run:
 
     def go(self, on_step: OnStep | None) -> RunResult:
         """Everything from the first array to the exported model."""
+        num_steps = self.setup.num_steps
         state, reference, first = self._start()
         if self.stop.asked():
             return self._interrupted(first)
         if on_step is not None:
             on_step(first, state.params)
-        if first < self.setup.num_steps:
+        if first < num_steps:
             state, done = self._steps(state, reference, first, on_step)
             if self.stop.asked():
                 return self._interrupted(done)
         del reference
         self.manager.wait()
-        exported = self._step_to_export()
-        if exported == self.setup.num_steps:
-            return self._finish(state.params, exported)
+        exported = step_to_export(self.setup, self.manager)
+        params = state.params
         del state  # the best checkpoint needs its room
-        best = self.manager.restore(exported, saved_parts(self.abstract_state)).state
-        return self._finish(best["params"], exported)
+        if exported != num_steps:
+            del params
+            params = self.manager.restore(exported, saved_parts(self.assembly.state)).state["params"]
+        self.say(f"exporting the model of step {exported} to {self.directory.model}")
+        finish_run(self.setup, self.directory, params, exported)
+        self.say(f"done: model in {self.directory.model}, metrics in {self.directory.metrics}")
+        return RunResult(num_steps, False, 0, self.directory)
 
     def _start(self) -> tuple[TrainState, Params, int]:
-        setup, config = self.setup, self.setup.config
+        config = self.setup.config
         newest = agree_on(self.manager.newest_whole_step() if is_first() else None)
+        self._compile_from(newest or 0)
         if newest is None:
             if self.directory.has_metrics():
                 self.say(f"no whole checkpoint in {self.directory.checkpoints}: starting again from step 0")
-            params = load_start(setup)
-            frozen = self._load_reference(params)
-            rng = jax.random.key_data(jax.random.key(config.seed))
-            step, rng, loss_state = jax.device_put((jnp.int32(0), rng, self.init_loss_state), replicated(setup.mesh))
-            state = TrainState(step, params, self.init_opt_state(params), rng, loss_state)
-            if self.sync:
-                state, frozen = state._replace(reference_params=frozen), None
+            state, frozen = self._fresh_state()
         else:
-            frozen = None if self.sync else self._load_reference(None)
-            restored = self.manager.restore(newest, saved_parts(self.abstract_state))
+            frozen = None if self.assembly.sync else self._load_reference(None)
+            restored = self.manager.restore(newest, saved_parts(self.assembly.state))
             state, position = TrainState(**restored.state), restored.position
             self.window, self.num_tokens = Window(position["window"]), position["num_tokens"]
             self.last_saved = newest
@@ -228,105 +242,93 @@ class Run:
             cut_metrics(self.directory.metrics, newest or 0)
             self.jsonl = JsonlWriter(self.directory.metrics)
             self.writers = [self.jsonl, *make_trackers(config.report_to, self.directory.path, to_dict(config))]
+            for writer in self.writers:
+                self.resources.callback(writer.close)
         return state, frozen, newest or 0
+
+    def _compile_from(self, first: int) -> None:
+        """Starts compiling what the steps from here on need, while weights are being read."""
+        steps = (rows_of_step(self.setup, step) for step in range(first, self.setup.num_steps))
+        self.programs.prepare(shapes_in_order(self.train_batches, steps))
+        if self.evaluation is not None:
+            self.evaluation.prepare()
+
+    def _fresh_state(self) -> tuple[TrainState, Params]:
+        setup, assembly = self.setup, self.assembly
+        params = load_start(setup)
+        frozen = self._load_reference(params)
+        rng = jax.random.key_data(jax.random.key(setup.config.seed))
+        step, rng, loss_state = jax.device_put(
+            (jnp.int32(0), rng, assembly.objective.init_state), replicated(setup.mesh)
+        )
+        init_opt_state = jax.jit(assembly.optimizer.init, out_shardings=assembly.state_shardings.opt_state)
+        state = TrainState(step, params, init_opt_state(params), rng, loss_state)
+        return (state._replace(reference_params=frozen), None) if assembly.sync else (state, frozen)
 
     def _load_reference(self, start: Params | None) -> Params | None:
         if self.reference.mode != "live":
             return None
-        return load_reference(self.setup, start, moves=self.sync is not None)
+        return load_reference(self.setup, start, moves=self.assembly.sync is not None)
 
     # --- the loop
 
     def _steps(
         self, state: TrainState, reference: Params, first: int, on_step: OnStep | None
     ) -> tuple[TrainState, int]:
+        """The updates from `first` on. The host launches a step before it reads what the one before it gave."""
         setup, config = self.setup, self.setup.config
         display = RunDisplay(
             first_step=first, num_steps=setup.num_steps, unit=setup.task.unit, console=self.console, shown=is_first()
         )
-        done, throughput, resumed_at = first, Throughput(), time.perf_counter()
-        with display:
+        watch, profiler = Stopwatch(), Profiler(config.profile_steps, self.directory.path / "profile")
+        take = partial(self._take, display, watch)
+        waiting: _Launched | None = None
+        done = first
+        with display, closing(profiler):
             for indices, made in prefetch(self._train_batch, range(first, setup.num_steps)):
-                state, on_device = self.compiled.train_step(state, reference, place(made.batch, self.batch_sharding))
-                report: StepReport = fetch(on_device)
-                seconds = time.perf_counter() - resumed_at
-                done += 1
-                rows = rows_at(report.rows, made.at)
-                self._take(report, rows, done, indices, made.num_tokens)
-                throughput.add(num_rows=len(indices), num_tokens=made.num_tokens, seconds=seconds)
-                values = {**mean_over_rows(rows), "loss": float(report.loss)}
-                display.step(done, values, len(indices) / seconds)
+                apart = not self.programs.ready(made.batch) or profiler.is_due(done + 1)
+                if apart and waiting is not None:
+                    take(waiting)
+                    waiting = None
+                with watch.paused():
+                    program = self.programs.of(made.batch)
+                with profiler.step(done + 1):
+                    state, on_device = program(state, reference, made.batch)
+                    done += 1
+                    before, waiting = waiting, _Launched(done, indices, made._replace(batch=None), on_device)
+                    if before is not None:
+                        take(before)
+                    if profiler.is_last(done):
+                        jax.block_until_ready(on_device)
                 if on_step is not None:
                     on_step(done, state.params)
-                is_last = done == setup.num_steps
-                if done % config.logging_steps == 0 or is_last:
-                    self._log(done, report, throughput)
-                    throughput = Throughput()
-                metric = None
-                if setup.eval_data is not None and (is_last or (config.eval_steps and done % config.eval_steps == 0)):
-                    metric = self._evaluate(done, state, reference)[config.metric_for_best_model]
-                stopping = self.stop.asked()
-                if done % config.save_steps == 0 or is_last or stopping:
-                    self._save(done, state, metric)
+                is_last, stopping = done == setup.num_steps, self.stop.poll()
+                evaluating = self.evaluation is not None and (is_last or _is_due(done, config.eval_steps))
+                saving = is_last or stopping or _is_due(done, config.save_steps)
+                if evaluating or saving:
+                    take(waiting)
+                    waiting = None
+                    with watch.paused():
+                        metric = self._evaluate(done, state, reference) if evaluating else None
+                        if saving:
+                            self._save(done, state, metric)
                 self.manager.poll()
                 if stopping:
                     break
-                resumed_at = time.perf_counter()
         return state, done
 
-    def _plan(self, step: int) -> np.ndarray:
-        """The rows of a training step."""
-        setup, config = self.setup, self.setup.config
-        return plan(
-            step,
-            num_rows=len(setup.train_data),
-            global_batch_size=config.global_batch_size,
-            seed=config.seed,
-            shuffle=config.shuffle,
-        )
-
     def _train_batch(self, step: int) -> tuple[np.ndarray, StepBatch]:
-        indices = self._plan(step)
-        return indices, self.train_batches.make(indices)
+        """The rows of a step, on the devices; made on a thread while earlier steps run."""
+        indices = rows_of_step(self.setup, step)
+        made = self.train_batches.make(indices)
+        return indices, made._replace(batch=place(made.batch, self.batch_sharding))
 
-    def _eval_rows(self) -> list[np.ndarray]:
-        """The evaluation rows, a batch at a time."""
-        data, size = self.setup.eval_data, self.setup.config.global_batch_size
-        assert data is not None
-        return [np.arange(start, min(start + size, len(data))) for start in range(0, len(data), size)]
-
-    def _eval_totals(self, data: PreparedData) -> Totals | None:
-        """What losses read of all evaluation rows; supervised rows need nothing of each other."""
-        if self.setup.task.loss is None:
-            return None
-        counts = np.float32(len(data)), np.float32(data.num_chosen_tokens())
-        return place(Totals(*counts), replicated(self.setup.mesh))
-
-    def _batches(self, data: PreparedData, steps: Iterable[np.ndarray], cache: ReferenceCache | None) -> Batches:
-        setup, config = self.setup, self.setup.config
-        if not config.packing:
-            return PaddedBatches(
-                setup.task,
-                data,
-                setup.layout,
-                max_length=config.max_length,
-                pad_token_id=setup.tokenizer.pad_token_id,
-                cache=cache,
-            )
-        return PackedBatches(
-            setup.task,
-            data,
-            steps,
-            num_shards=num_batch_shards(setup.mesh),
-            max_tokens_per_device=config.max_tokens_per_device or MAX_TOKENS_PER_DEVICE,
-            micro_batch_size=config.micro_batch_size,
-            cache=cache,
-        )
-
-    def _take(
-        self, report: StepReport, rows: dict[str, np.ndarray], done: int, indices: np.ndarray, num_tokens: int
-    ) -> None:
-        """Checks a step's numbers and adds them to the window."""
+    def _take(self, display: RunDisplay, watch: Stopwatch, launched: _Launched) -> None:
+        """Waits for a step's report, checks its numbers, adds them to the window, logs where that is due."""
+        done, indices, made, on_device = launched
+        report: StepReport = fetch(on_device)
+        seconds = watch.lap()
+        rows = rows_at(report.rows, made.at)
         loss, grad_norm = float(report.loss), float(report.grad_norm)
         data = self.setup.train_data
         if not report.finite:
@@ -335,8 +337,14 @@ class Run:
             check_finite(done, loss, grad_norm, rows["loss"], origins, self.last_saved, weights_finite=not weights)
         if done == 1:
             self._check_start(rows, indices)
-        self.num_tokens += num_tokens
-        self.window.add({**mean_over_rows(rows), "loss": loss, "grad_norm": grad_norm})
+        self.num_tokens += made.num_tokens
+        values = {**mean_over_rows(rows), "loss": loss}
+        padding = 1 - made.real_slots / made.num_slots
+        self.window.add({**values, "grad_norm": grad_norm, "padding": padding})
+        self.throughput.add(num_rows=len(indices), num_tokens=made.num_tokens, seconds=seconds)
+        display.step(done, values, self.throughput.rates(self.setup.task.unit))
+        if _is_due(done, self.setup.config.logging_steps) or done == self.setup.num_steps:
+            self._log(done, report)
 
     def _check_start(self, rows: Mapping[str, np.ndarray], indices: np.ndarray) -> None:
         loss = self.setup.task.loss
@@ -355,7 +363,7 @@ class Run:
 
     # --- what is written on the way
 
-    def _log(self, done: int, report: StepReport, throughput: Throughput) -> None:
+    def _log(self, done: int, report: StepReport) -> None:
         self._write(
             {
                 "step": done,
@@ -364,50 +372,43 @@ class Run:
                 # str gives the shortest decimal that is this float32: 0.001, not 0.0010000000474974513.
                 "learning_rate": float(str(report.learning_rate)),
                 "num_tokens": self.num_tokens,
-                **throughput.rates(self.setup.task.unit),
+                **self.throughput.rates(self.setup.task.unit),
+                "peak_memory_gib": peak_memory() / 2**30,
             }
         )
-        self.window = Window()
+        self.window, self.throughput = Window(), Throughput()
 
     def _write(self, line: Mapping[str, Any]) -> None:
         for writer in self.writers:
             writer.write(line)
 
-    def _evaluate(self, done: int, state: TrainState, reference: Params) -> dict[str, float]:
-        data = self.setup.eval_data
-        assert data is not None
-        reference = state.reference_params if self.sync else reference
-        averages, started = RowAverages(), time.perf_counter()
-        for indices in self._eval_rows():
-            made = self.eval_batches.make(indices)
-            placed = place(made.batch, self.batch_sharding)
-            report = fetch(self.compiled.evaluate(state.params, reference, placed, state.loss_state, self.eval_totals))
-            averages.add(rows_at(report.rows, made.at), float(report.normalizer))
-        metrics = {f"eval_{name}": value for name, value in averages.averages().items()}
+    def _evaluate(self, done: int, state: TrainState, reference: Params) -> float:
+        """Writes the held-out metrics down; returns the one that ranks checkpoints."""
+        assert self.evaluation is not None
+        started = time.perf_counter()
+        averages = self.evaluation.averages(state, reference)
+        metrics = {f"eval_{name}": value for name, value in averages.items()}
         check_evaluation(done, metrics)
         seconds = time.perf_counter() - started
         line = {"step": done, "epoch": done / self.setup.steps_per_epoch, **metrics}
-        self._write({**line, f"eval_{self.setup.task.unit}_per_second": len(data) / seconds})
-        self.say(f"held-out after step {done}: {figures_of(averages.averages())}")
-        return metrics
+        self._write({**line, f"eval_{self.setup.task.unit}_per_second": len(self.evaluation) / seconds})
+        self.say(f"held-out after step {done}: {figures_of(averages)}")
+        return metrics[self.setup.config.metric_for_best_model]
 
     def _save(self, done: int, state: TrainState, metric: float | None) -> None:
         """Starts an asynchronous save; the lines of metrics.jsonl it vouches for go to the disk first."""
         if self.jsonl is not None:
             self.jsonl.sync()
-        config = self.setup.config
         position = {
             "step": done,
             "epoch": done / self.setup.steps_per_epoch,
             "num_tokens": self.num_tokens,
             "window": self.window.to_json(),
-            "config": to_dict(config),
+            "config": to_dict(self.setup.config),
             "jdpo": __version__,
         }
         self.manager.save(done, saved_parts(state), position, metric=metric)
         self.last_saved = done
-
-    # --- the end
 
     def _interrupted(self, done: int) -> RunResult:
         self.manager.wait()
@@ -415,60 +416,6 @@ class Run:
         self.say(f"stopped by a signal; {saved}. Run the same command again to go on")
         return RunResult(done, True, self.stop.exit_code, self.directory)
 
-    def _step_to_export(self) -> int:
-        """The best step where the config asks for it and one was evaluated, else the last."""
-        if not self.setup.config.load_best_model_at_end:
-            return self.setup.num_steps
-        best = agree_on(self.manager.best_step() if is_first() else None)
-        return self.setup.num_steps if best is None else best
 
-    def _finish(self, params: Params, exported: int) -> RunResult:
-        setup, config = self.setup, self.setup.config
-        lines = read_metrics(self.directory.metrics)
-        results = _results(lines, exported)
-        self.say(f"exporting the model of step {exported} to {self.directory.model}")
-        export_model(
-            params,
-            setup.model.config,
-            self.directory.model,
-            source_folder=setup.model_folder,
-            tokenizer=setup.tokenizer.hf,
-            end_token_ids=setup.tokenizer.end_token_ids,
-            export_dtype=config.export_dtype,
-            max_shard_size=config.max_shard_size,
-            model_card=model_card(
-                command=setup.task.command,
-                config=to_dict(config),
-                results=results,
-                rows=setup.train_data.summary(),
-                version=__version__,
-                config_yaml=to_yaml(config),
-            ),
-        )
-        if is_first():
-            write_plots(lines, self.directory.plots, title=f"jdpo {setup.task.command}: {config.model_name_or_path}")
-        barrier("exported")
-        self.directory.finish({**results, "step": setup.num_steps, "exported_step": exported})
-        self.say(f"done: model in {self.directory.model}, metrics in {self.directory.metrics}")
-        return RunResult(setup.num_steps, False, 0, self.directory)
-
-    def close(self) -> None:
-        """Lets go of files and threads; what was being saved is finished."""
-        for writer in self.writers:
-            writer.close()
-        self.manager.close()
-
-
-def _sync_of(config: TrainConfig) -> ReferenceSync | None:
-    if not isinstance(config, DPOConfig) or not config.sync_ref_model:
-        return None
-    return ReferenceSync(config.ref_model_mixup_alpha, config.ref_model_sync_steps)
-
-
-def _results(lines: list[dict[str, Any]], step: int) -> dict[str, Any]:
-    """The values of the last training and evaluation lines up to a step."""
-    results: dict[str, Any] = {}
-    for line in lines:
-        if line["step"] <= step:
-            results.update(line)
-    return results
+def _is_due(done: int, every: int | None) -> bool:
+    return every is not None and done % every == 0

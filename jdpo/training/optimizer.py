@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jdpo.config import TrainConfig
+from jdpo.training.offload import one_by_one
+from jdpo.training.rounding import store, wide
 
 UNDECAYED = ("scale", "bias")
 """Last names of the weights that weight decay leaves alone: norm scales and biases."""
@@ -51,17 +55,111 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in UNDECAYED, params)
 
 
-def make_optimizer(config: TrainConfig, num_steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW under the schedule."""
-    rule = config.optimizer
-    adamw = optax.adamw(
-        learning_rate_schedule(config, num_steps),
-        b1=rule.b1,
-        b2=rule.b2,
-        eps=rule.eps,
-        weight_decay=rule.weight_decay,
-        mask=decay_mask,
+def param_dtype_of(config: TrainConfig) -> Any:
+    """The dtype that weights are kept in: bfloat16 under adamw_bf16, else float32, or float64 where it is computed in.
+
+    Args:
+      config: with compute_dtype resolved.
+
+    Raises:
+      ValueError: adamw_bf16 with float64.
+    """
+    compute_dtype = jnp.dtype(config.compute_dtype)
+    if config.optimizer.name != "adamw_bf16":
+        return jnp.promote_types(compute_dtype, jnp.float32)
+    if compute_dtype == jnp.float64:
+        raise ValueError(
+            "optimizer adamw_bf16 keeps weights in bfloat16, which compute_dtype float64 cannot make exact; "
+            "set optimizer.name to adamw, or compute_dtype to bfloat16"
+        )
+    return jnp.dtype(jnp.bfloat16)
+
+
+def make_optimizer(config: TrainConfig, num_steps: int) -> optax.GradientTransformationExtraArgs:
+    """Clipping by global norm, then the rule under the schedule; all of it computed in float32 or wider.
+
+    Its `update` takes the keyword `key`, for the rounding of bfloat16 moments, and gives updates that are not rounded:
+    they go to `rounding.apply_updates`. Moments are kept in the dtype of their weights, and stay in the memory that the
+    state's shardings name.
+    """
+    rule, schedule = config.optimizer, learning_rate_schedule(config, num_steps)
+    optimizer = RULES[rule.name](schedule, rule.weight_decay, **rule.settings)
+    if config.offload_optimizer:
+        optimizer = one_by_one(optimizer)
+    if config.max_grad_norm is not None:
+        optimizer = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optimizer)
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        return optimizer.update(wide(grads), state, wide(params), **extra)
+
+    return optax.GradientTransformationExtraArgs(optimizer.init, update)
+
+
+def _adamw(
+    schedule: optax.Schedule, weight_decay: float, *, b1: float, b2: float, eps: float
+) -> optax.GradientTransformation:
+    return optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decay_mask)
+
+
+def _adamw_bf16(
+    schedule: optax.Schedule, weight_decay: float, *, b1: float, b2: float, eps: float
+) -> optax.GradientTransformation:
+    return optax.chain(
+        _scale_by_rounded_adam(b1, b2, eps),
+        optax.add_decayed_weights(weight_decay, decay_mask),
+        optax.scale_by_learning_rate(schedule),
     )
-    if config.max_grad_norm is None:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adamw)
+
+
+def _scale_by_rounded_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
+    """`optax.scale_by_adam` whose moments are stored as stochastically rounded bfloat16 where their weights are.
+
+    At b2 = 0.999 the second moment moves by 0.1 % a step and less, below half of bfloat16's last bit: rounded to
+    nearest it would stay where its first steps brought it. The update itself is made of the moments before rounding.
+    """
+    adam = optax.scale_by_adam(b1, b2, eps)
+
+    def update(grads: Any, state: Any, params: Any = None, *, key: Any, **_: Any) -> tuple[Any, Any]:
+        updates, new = adam.update(grads, state._replace(mu=wide(state.mu), nu=wide(state.nu)), params)
+        mu, nu = store([new.mu, new.nu], [state.mu, state.nu], key)
+        return updates, new._replace(mu=mu, nu=nu)
+
+    return optax.GradientTransformationExtraArgs(adam.init, update)
+
+
+def _adafactor(
+    schedule: optax.Schedule, weight_decay: float, *, b1: float | None, eps: float
+) -> optax.GradientTransformation:
+    # optax scales the rate by each weight's size unless told otherwise, and leaves decay unscaled by the rate: here
+    # learning_rate and weight_decay mean what they do for every other rule.
+    return optax.adafactor(
+        schedule,
+        multiply_by_parameter_scale=False,
+        momentum=b1,
+        eps=eps,
+        weight_decay_rate=(lambda step: weight_decay * schedule(step)) if weight_decay else None,
+        weight_decay_mask=decay_mask,
+    )
+
+
+def _lion(schedule: optax.Schedule, weight_decay: float, *, b1: float, b2: float) -> optax.GradientTransformation:
+    return optax.lion(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=decay_mask)
+
+
+def _sgd(schedule: optax.Schedule, weight_decay: float, *, momentum: float | None) -> optax.GradientTransformation:
+    return optax.chain(
+        optax.identity() if momentum is None else optax.trace(momentum),
+        optax.add_decayed_weights(weight_decay, decay_mask),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+RULES: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "adamw": _adamw,
+    "adamw_bf16": _adamw_bf16,
+    "adafactor": _adafactor,
+    "lion": _lion,
+    "sgd": _sgd,
+}
+"""optimizer.name -> the rule, from a schedule, the weight decay and the settings that it reads."""

@@ -5,7 +5,6 @@ Axes: r rows (split over the batch axes of the mesh), s slots of a row, k scored
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -16,7 +15,7 @@ from jdpo.losses.linear import linear_token_logps
 from jdpo.losses.objective import LogpsFn
 from jdpo.models.packed import packed_sequences
 from jdpo.models.transformer import Transformer
-from jdpo.sharding.mesh import BATCH_AXES
+from jdpo.sharding.mesh import BATCH_AXES, num_batch_shards
 from jdpo.types import PackedBatch
 
 Array = Any
@@ -33,15 +32,24 @@ def make_packed_logps(model: Transformer, mesh: Mesh) -> LogpsFn:
             {"params": params}, batch.tokens, batch.positions, sequences, method="packed_hidden_and_head"
         )
         hidden_rkd = jnp.take_along_axis(hidden_rsd, batch.logp_slot[..., None], axis=1)
-        # Within shard_map, so that the head's gradient is summed over devices once and not after every chunk.
-        head_logps = jax.shard_map(
-            partial(linear_token_logps, return_log_sum_sq=with_log_sum_sq),
-            mesh=mesh,
-            in_specs=(by_row, whole, by_row),
-            out_specs=by_row,
-            axis_names=set(BATCH_AXES),
-        )
-        found = head_logps(hidden_rkd, head_dv, batch.logp_target)
+
+        def head_logps(hidden_rkd: Array, head_dv: Array, targets_rk: Array, lengths_r: Array) -> Any:
+            return linear_token_logps(
+                hidden_rkd, head_dv, targets_rk, lengths=lengths_r, return_log_sum_sq=with_log_sum_sq
+            )
+
+        if num_batch_shards(mesh) > 1:  # XLA's partitioner fails on manual axes that are all of size 1
+            # Within shard_map, so that the head's gradient is summed over devices once and not after every chunk.
+            head_logps = jax.shard_map(
+                head_logps,
+                mesh=mesh,
+                in_specs=(by_row, whole, by_row, by_row),
+                out_specs=by_row,
+                axis_names=set(BATCH_AXES),
+            )
+        # Scored tokens come first in a row, and behind the last one the head is not run.
+        num_scored_r = (batch.logp_pair < batch.gather.shape[-2]).sum(-1)
+        found = head_logps(hidden_rkd, head_dv, batch.logp_target, num_scored_r)
         return found if with_log_sum_sq else (found, None)
 
     return logps

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 def join_cluster() -> None:
@@ -53,6 +56,16 @@ def any_process(mine: bool) -> bool:
     from jax.experimental import multihost_utils
 
     return bool(np.any(multihost_utils.process_allgather(np.array([mine]))))
+
+
+def any_process_later(mine: bool) -> Callable[[], bool]:
+    """As `any_process`, but asked now and answered when the result is called: what devices do meanwhile goes on."""
+    devices = Mesh(np.array(jax.devices()), ("devices",))
+    flags = jax.make_array_from_callback(
+        (jax.device_count(),), NamedSharding(devices, PartitionSpec("devices")), lambda index: np.array([mine])
+    )
+    found = jax.jit(jnp.any, out_shardings=NamedSharding(devices, PartitionSpec()))(flags)
+    return lambda: bool(np.asarray(found.addressable_data(0)))
 
 
 def agree_on(step: int | None) -> int | None:

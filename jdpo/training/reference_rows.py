@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jdpo.config import DPOConfig
@@ -49,6 +50,9 @@ def find_rows(setup: Setup) -> list[RowSet]:
     config = setup.config
     grown = setup.model.config.vocab_size != setup.source_config.vocab_size
     weights = folder_digest(setup.reference_folder or setup.model_folder)
+    kept, used = setup.model.param_dtype, setup.model.compute_dtype
+    if jnp.promote_types(kept, used) != kept:  # rounded when they are loaded, not only where they are used
+        weights += f" in {jnp.dtype(kept).name}"
     dtype = np.dtype(np.float64 if config.compute_dtype == "float64" else np.float32)
     rows: dict[Role, PreparedData | None] = {"training": setup.train_data, "evaluation": setup.eval_data}
     sets = []

@@ -180,16 +180,15 @@ class RunDirectory:
         if is_first():
             self._write_run({**self.state(), "inputs": {**saved, **inputs}})
 
-    @property
-    def reference_mode(self) -> str | None:
-        """Where this run's reference log-probs came from when it began, or None."""
-        return self.state().get("reference")
+    def recall(self, name: str) -> Any:
+        """What an earlier start of this run remembered under a name, or None."""
+        return self.state().get(name)
 
-    def remember_reference(self, mode: str) -> None:
-        """Keeps the mode of the first start, for the later ones."""
-        barrier("reference mode read")
-        if is_first() and self.reference_mode is None:
-            self._write_run({**self.state(), "reference": mode})
+    def remember(self, name: str, value: Any) -> None:
+        """Keeps something that later starts go by."""
+        barrier(f"{name} read")
+        if is_first() and self.recall(name) != value:
+            self._write_run({**self.state(), name: value})
 
     def finish(self, results: Mapping[str, Any]) -> None:
         """Says that the run is complete; the last thing a run writes."""

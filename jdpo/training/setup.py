@@ -19,19 +19,20 @@ from jax.sharding import Mesh
 from jdpo.checkpoint.hf_export import parse_size
 from jdpo.config import DPOConfig, TrainConfig, defaults_of
 from jdpo.data.loader import num_steps_per_epoch
-from jdpo.data.prepare import PreparedData
+from jdpo.data.prepare import PreparedData, cache_folder
 from jdpo.data.tokenizer import Tokenizer, load_tokenizer
-from jdpo.models.attention import check_attention
+from jdpo.models.attention import check_attention, choose_attention
 from jdpo.models.families import ModelConfig, read_model_config
 from jdpo.models.hf_weights import check_tensors, load_params, resize_embeddings
 from jdpo.models.hub import resolve_folder
+from jdpo.models.remat import check_remat
 from jdpo.models.safetensors_folder import tensor_entries
 from jdpo.models.transformer import Transformer, abstract_params, logical_axes
 from jdpo.reports.writers import check_trackers
-from jdpo.sharding.mesh import check_batch_size, make_mesh, num_batch_shards
+from jdpo.sharding.mesh import check_batch_size, make_mesh
 from jdpo.sharding.rules import param_shardings, undivided_dims
-from jdpo.training.batches import MAX_TOKENS_PER_DEVICE, BatchLayout, batch_layout
-from jdpo.training.optimizer import learning_rate_schedule
+from jdpo.training.optimizer import learning_rate_schedule, param_dtype_of
+from jdpo.training.profile import parse_steps
 from jdpo.training.tasks import Task, task_for
 
 Params = Any
@@ -57,7 +58,6 @@ class Setup:
     model: Transformer  # with the vocabulary that the tokenizer needs
     train_data: PreparedData
     eval_data: PreparedData | None
-    layout: BatchLayout
     num_steps: int
     steps_per_epoch: int
 
@@ -84,6 +84,11 @@ def resolve_dtype(config: TrainConfig) -> TrainConfig:
         return config
     dtype: Any = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return dataclasses.replace(config, compute_dtype=dtype)
+
+
+def program_folder(config: TrainConfig) -> Path | None:
+    """Where compiled programs are kept, None where they are not."""
+    return cache_folder(config.cache_dir) / "programs" if config.compilation_cache else None
 
 
 @contextlib.contextmanager
@@ -131,13 +136,6 @@ def build(config: TrainConfig, say: Say) -> Setup:
         eval_data = task.prepare(config.eval_datasets, tokenizer, progress=_row_counter(say))
         say(f"evaluation {eval_data.summary()}\n  {eval_data.cache_note}")
     steps_per_epoch = num_steps_per_epoch(len(train_data), config.global_batch_size)
-    layout = batch_layout(
-        config.global_batch_size,
-        micro_batch_size=config.micro_batch_size,
-        max_tokens=config.max_tokens_per_device or MAX_TOKENS_PER_DEVICE,
-        num_shards=num_batch_shards(mesh),
-        row_tokens=task.sequences * min(config.max_length, int(train_data.lengths.max())),
-    )
     setup = Setup(
         config=config,
         task=task,
@@ -149,7 +147,6 @@ def build(config: TrainConfig, say: Say) -> Setup:
         model=model,
         train_data=train_data,
         eval_data=eval_data,
-        layout=layout,
         num_steps=config.max_steps or num_steps_of(config.num_train_epochs, steps_per_epoch),
         steps_per_epoch=steps_per_epoch,
     )
@@ -198,6 +195,7 @@ def check_settings(config: TrainConfig, task: Task) -> None:
     if config.eval_steps is not None and not config.eval_datasets:
         raise ValueError(f"eval_steps {config.eval_steps} needs eval_datasets: there is nothing to evaluate on")
     check_trackers(config.report_to)
+    parse_steps(config.profile_steps)
     known = [f"eval_{name}" for name in task.metrics]
     if config.metric_for_best_model not in known:
         raise ValueError(
@@ -265,24 +263,38 @@ def make_model(config: TrainConfig, source_config: ModelConfig, tokenizer: Token
             )
         vocab_size = tokenizer.size
     compute_dtype = jnp.dtype(config.compute_dtype)
-    if config.attention != "auto":
-        if not config.packing:
-            raise ValueError(f"attention {config.attention!r} is for packed rows; set packing to true, or leave it out")
-        for window in sorted(set(source_config.layer_windows), key=str):
-            check_attention(
-                config.attention,
-                dtype=compute_dtype,
-                head_dim=source_config.head_dim,
-                window=window,
-                platform=jax.default_backend(),
-            )
+    _check_attention_settings(config, source_config)
+    remat = "none" if config.remat == "auto" else config.remat  # auto is settled once the step's shapes are known
+    check_remat(remat, jax.devices()[0])
     return Transformer(
         dataclasses.replace(source_config, vocab_size=vocab_size),
         compute_dtype=compute_dtype,
-        param_dtype=jnp.promote_types(compute_dtype, jnp.float32),
-        remat=config.remat,
+        param_dtype=param_dtype_of(config),
+        remat=remat,
         attention=config.attention,
+        attention_block_q=config.attention_block_q,
+        attention_block_kv=config.attention_block_kv,
     )
+
+
+def _check_attention_settings(config: TrainConfig, source_config: ModelConfig) -> None:
+    defaults = defaults_of(TrainConfig)
+    keys = ("attention", "attention_block_q", "attention_block_kv")
+    asked = {key: getattr(config, key) for key in keys if getattr(config, key) != defaults[key]}
+    if asked and not config.packing:
+        key, value = next(iter(asked.items()))
+        raise ValueError(f"{key} {value!r} is for packed rows; set packing to true, or leave it out")
+    blocks = {"block_q": config.attention_block_q, "block_kv": config.attention_block_kv}
+    dtype, head_dim, platform = jnp.dtype(config.compute_dtype), source_config.head_dim, jax.default_backend()
+    for window in sorted(set(source_config.layer_windows), key=str) if asked else ():
+        backend: str = config.attention
+        if backend == "auto":
+            backend = choose_attention(platform, dtype, head_dim, config.max_length, window=window, tiled=True)
+        try:
+            check_attention(backend, dtype=dtype, head_dim=head_dim, window=window, platform=platform, **blocks)
+        except ValueError as error:
+            chosen = f" (attention: auto takes {backend} here)" if config.attention == "auto" else ""
+            raise ValueError(f"{error}{chosen}") from None
 
 
 def _reference_folder(
@@ -348,7 +360,7 @@ def load_reference(setup: Setup, start: Params | None, *, moves: bool = False) -
 
 def describe(setup: Setup) -> str:
     """The run in a few lines, said before it starts."""
-    config, task, layout = setup.config, setup.task, setup.layout
+    config, task = setup.config, setup.task
     shapes = abstract_params(setup.model)
     num_params = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     mesh = " x ".join(f"{axis}={size}" for axis, size in setup.mesh.shape.items())
@@ -356,7 +368,7 @@ def describe(setup: Setup) -> str:
         f"model: {setup.source_config.family}, {num_params:,} parameters, {config.compute_dtype} compute",
         f"mesh: {mesh} over {setup.mesh.size} {jax.default_backend()} device(s)",
         f"run: {setup.num_steps} steps of {config.global_batch_size} {task.unit}, "
-        f"{_cut(config, layout)}; {setup.steps_per_epoch} steps an epoch",
+        f"{_cut(config)}; {setup.steps_per_epoch} steps an epoch",
     ]
     lines += setup.tokenizer.notes
     positions = setup.source_config.max_positions
@@ -368,12 +380,14 @@ def describe(setup: Setup) -> str:
     return "\n".join(lines)
 
 
-def _cut(config: TrainConfig, layout: BatchLayout) -> str:
-    if not config.packing:
-        return f"padded, in {layout.num_micro} micro-batch(es) of {layout.rows_per_micro}"
+def _cut(config: TrainConfig) -> str:
+    """How a step's rows lie in batches, as far as the config says."""
+    how = "packed" if config.packing else "padded"
     if config.micro_batch_size is not None:
-        return f"packed, at most {config.micro_batch_size} a device at once"
-    return f"packed, at most {config.max_tokens_per_device or MAX_TOKENS_PER_DEVICE} tokens a device at once"
+        return f"{how}, at most {config.micro_batch_size} a device at once"
+    if config.max_tokens_per_device is not None:
+        return f"{how}, at most {config.max_tokens_per_device} tokens a device at once"
+    return how
 
 
 def folder_digest(folder: Path) -> str:

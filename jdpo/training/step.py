@@ -20,6 +20,7 @@ from jdpo.losses.objective import weighted_sum
 from jdpo.sharding.placement import micro_batch_sharding, replicated
 from jdpo.sharding.rules import LOGICAL_RULES
 from jdpo.training.objectives import Batch, Features, Objective
+from jdpo.training.rounding import apply_updates, store, wide
 
 Array = Any
 Params = Any
@@ -140,13 +141,14 @@ def num_micro(batch: Batch) -> int:
 
 
 def _accumulate(grads_of: Callable[[Any], tuple[Params, Any]], params: Params, micros: Any) -> tuple[Params, Any]:
-    """Sum of gradients over micro-batches, and whatever else each gives, stacked."""
+    """Sum of gradients over micro-batches, float32 or wider, and whatever else each gives, stacked."""
 
     def step(total: Params, micro: Any) -> tuple[Params, Any]:
         grads, other = grads_of(micro)
-        return jax.tree.map(jnp.add, total, grads), other
+        return jax.tree.map(jnp.add, total, wide(grads)), other
 
-    return jax.lax.scan(step, jax.tree.map(jnp.zeros_like, params), micros)
+    # In float32 or wider: a sum in bfloat16 loses whatever is under 0.4 % of it.
+    return jax.lax.scan(step, wide(jax.tree.map(jnp.zeros_like, params)), micros)
 
 
 def _scan_features(features_of: Any, params: Params, batch: Batch) -> Features:
@@ -171,6 +173,11 @@ class ReferenceSync(NamedTuple):
     alpha: float
     steps: int
 
+    def moved(self, reference: Params, params: Params, key: Array) -> Params:
+        """The reference after a move; `key` is of its rounding, where it is kept in bfloat16."""
+        mixed = jax.tree.map(lambda new, old: self.alpha * new + (1 - self.alpha) * old, wide(params), wide(reference))
+        return store([mixed], [reference], key)[0]
+
 
 def train_step(
     state: TrainState,
@@ -185,6 +192,9 @@ def train_step(
 ) -> tuple[TrainState, StepReport]:
     """One update. Pure.
 
+    Gradients are measured, clipped and turned into an update in float32 or wider; what is kept in bfloat16 is rounded
+    stochastically.
+
     Args:
       reference_params: None where the batch carries log-probs, where there is no reference, and with `sync`, whose
         reference is part of the state.
@@ -192,9 +202,12 @@ def train_step(
     reference = reference_params if sync is None else state.reference_params
     loss, grads, rows, loss_state = loss_and_grads(objective, state.params, reference, batch, state.loss_state)
     grads = jax.lax.with_sharding_constraint(grads, shardings)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    grad_norm = optax.tree.norm(grads)
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+    moments_key, weights_key, reference_key = jax.random.split(key, 3)  # of rounding; read where something is bfloat16
+    update = optax.with_extra_args_support(optimizer).update
+    updates, opt_state = update(grads, state.opt_state, state.params, key=moments_key)
+    params = apply_updates(state.params, updates, weights_key)
+    grad_norm = optax.tree.norm(wide(grads))
     weights_finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.stack(weights_finite).all()
     report = StepReport(loss, grad_norm, jnp.asarray(schedule(state.step)), finite, rows)
@@ -202,7 +215,7 @@ def train_step(
     if sync is not None:
         reference = jax.lax.cond(
             step % sync.steps == 0,
-            lambda: jax.tree.map(lambda new, old: sync.alpha * new + (1 - sync.alpha) * old, params, reference),
+            lambda: sync.moved(reference, params, reference_key),
             lambda: reference,
         )
     kept = None if sync is None else reference
@@ -234,8 +247,8 @@ def evaluate(
 class Compiled(NamedTuple):
     """The jitted functions of a run; both take and give arrays on the mesh."""
 
-    train_step: Callable[[TrainState, Params, Batch], tuple[TrainState, StepReport]]
-    evaluate: Callable[[Params, Params, Batch, Any, Any], EvaluationReport]
+    train_step: OnMesh
+    evaluate: OnMesh
 
 
 def compile_step(
@@ -267,7 +280,7 @@ def compile_step(
         sync=sync,
     )
     return Compiled(
-        on_mesh(
+        OnMesh(
             mesh,
             jax.jit(
                 step,
@@ -276,7 +289,7 @@ def compile_step(
                 donate_argnums=0,
             ),
         ),
-        on_mesh(
+        OnMesh(
             mesh,
             jax.jit(
                 partial(evaluate, objective=objective),
@@ -287,16 +300,20 @@ def compile_step(
     )
 
 
-def on_mesh(mesh: Mesh, function: Any) -> Any:
-    """Calls under the mesh and the logical rules: without both, sharding constraints lower to nothing."""
+class OnMesh:
+    """A jitted function, called and lowered under the mesh and the logical rules.
 
-    def call(*args: Any) -> Any:
-        with jax.set_mesh(mesh), nn.logical_axis_rules(LOGICAL_RULES):
-            return function(*args)
+    Without both, sharding constraints lower to nothing.
+    """
 
-    def lower(*args: Any) -> Any:
-        with jax.set_mesh(mesh), nn.logical_axis_rules(LOGICAL_RULES):
-            return function.lower(*args)
+    def __init__(self, mesh: Mesh, function: Any) -> None:
+        self._mesh, self._function = mesh, function
 
-    call.lower = lower  # type: ignore[attr-defined]
-    return call
+    def __call__(self, *args: Any) -> Any:
+        with jax.set_mesh(self._mesh), nn.logical_axis_rules(LOGICAL_RULES):
+            return self._function(*args)
+
+    def lower(self, *args: Any) -> Any:
+        """The function for arguments of these shapes, ready to compile."""
+        with jax.set_mesh(self._mesh), nn.logical_axis_rules(LOGICAL_RULES):
+            return self._function.lower(*args)

@@ -20,7 +20,7 @@ from jdpo.cli.main import main
 HERE = Path(__file__).parent
 LAST_STEP = 12
 WORDS = ("river", "mountain", "paper", "winter", "green", "seven", "slow", "market")
-TIME_KEYS = ("_per_second", "_seconds")
+TIME_KEYS = ("_per_second", "_seconds", "_gib", "mfu")
 
 Words = Callable[..., list[str]]
 

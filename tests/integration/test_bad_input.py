@@ -74,7 +74,7 @@ CONFIG: dict[str, tuple[Make, list[str]]] = {
         lambda at: {"max_length": 0},
         ["'max_length' on the command line is 0", "greater than or equal to 1"],
     ),
-    "not one of the choices": (lambda at: {"remat": "some"}, ["'remat'", "'some'", "'none', 'dots' or 'full'"]),
+    "not one of the choices": (lambda at: {"remat": "some"}, ["'remat'", "'some'", "'auto', 'none', 'dots'"]),
     "unknown loss": (
         lambda at: {"loss_type": "sigmoyd"},
         ["unknown loss_type 'sigmoyd'", "sigmoid, robust, hinge, ipo"],

@@ -180,7 +180,7 @@ def test_changed_inputs_are_refused_and_named(
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 143, output
     said = " ".join(output.split())
-    assert "stopped by a signal; step 5 is saved. Run the same command again to go on" in said
+    assert "stopped by a signal; step 6 is saved. Run the same command again to go on" in said
     content = rows.read_text(encoding="utf-8")
     rows.write_text(content.replace("river", "paper"), encoding="utf-8")
     said = refusal(words, capsys)

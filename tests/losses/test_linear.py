@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -165,6 +166,67 @@ def test_errors_name_what_was_found(shapes: tuple, options: dict, message: str) 
         linear_token_logps(jnp.zeros(hidden), jnp.zeros(head), jnp.zeros(targets, int), **options)
 
 
+# Rows of which the first positions count.
+
+LENGTHS = np.array([7, 0, 3], np.int32)  # of 13 positions, in chunks of 4: two chunks run, one of them in part
+
+
+def behind(lengths: np.ndarray, positions: int) -> np.ndarray:
+    return np.arange(positions) >= lengths[:, None]
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("lengths", [LENGTHS, np.array([13, 13, 13]), np.array([1, 12, 99], np.int8)])
+def test_what_stands_behind_lengths_is_not_there(dtype: str, lengths: np.ndarray) -> None:
+    options = {"chunk_size": 4, "return_log_sum_sq": True, **SOFT}
+    hidden, head, targets, *cotangents = inputs((3, 13), seed=5)
+    gone = behind(lengths, 13)
+    with jax.enable_x64(True):
+        hidden, head = (jnp.asarray(array, dtype) for array in (hidden, head))
+        wide = (array.astype(jnp.float64) for array in (hidden, head))
+        clean = [np.where(gone, 0, cotangent) for cotangent in cotangents]
+        results, gradients = jax.jit(weighted(plain, **SOFT))(*wide, targets, *clean)
+        hidden = jnp.where(gone[..., None], jnp.nan, hidden)
+        targets, cotangents = np.where(gone, 10**6, targets), [np.where(gone, np.nan, x) for x in cotangents]
+
+        def counted(*arrays: Any) -> Any:
+            # With a cotangent of NaN behind: what is asked for is the vector-Jacobian product, not a sum.
+            results, pull_back = jax.vjp(
+                lambda h, w: linear_token_logps(h, w, targets, lengths=lengths, **options), *arrays
+            )
+            return results, pull_back(tuple(jnp.asarray(x, r.dtype) for x, r in zip(cotangents, results, strict=True)))
+
+        found = jax.jit(counted)(hidden, head)
+    assert_close(found, ([np.where(gone, 0, x) for x in results], gradients), TOLERANCE[dtype])
+    assert not np.asarray(found[1][0], np.float64)[gone].any()
+
+
+@pytest.mark.parametrize(("lengths", "num_run"), [([0, 0, 0], 0), ([7, 0, 3], 2), ([4, 1, 0], 1), ([5, 13, 0], 4)])
+def test_chunks_behind_the_longest_row_are_not_run(lengths: list[int], num_run: int) -> None:
+    """With a head of NaN, whatever a chunk touches is NaN."""
+    hidden, head, targets, cotangent, _ = inputs((3, 13))
+    run = weighted(partial(linear_token_logps, lengths=jnp.array(lengths)), chunk_size=4)
+    (logps,), (d_hidden, d_head) = jax.jit(run)(hidden, np.full_like(head, np.nan), targets, cotangent)
+    np.testing.assert_array_equal(np.isnan(logps), ~behind(np.array(lengths), 13))
+    assert np.isnan(d_hidden[:, : 4 * num_run]).all()
+    assert not d_hidden[:, 4 * num_run :].any()
+    assert num_run or not d_head.any()
+
+
+@pytest.mark.parametrize(
+    ("shape", "lengths", "message"),
+    [
+        ((6,), np.array([3]), r"expected hidden \[r, k, d\] and lengths \[r\], found hidden \(6, 16\)"),
+        ((2, 3), np.array([3]), r"and lengths \(1,\)"),
+        ((2, 3), np.array([3.0, 1.0]), "expected an integer dtype, found float32"),
+    ],
+)
+def test_lengths_that_fit_no_rows_are_an_error(shape: tuple[int, ...], lengths: np.ndarray, message: str) -> None:
+    hidden, head, targets, *_ = inputs(shape)
+    with pytest.raises(ValueError, match=message):
+        linear_token_logps(hidden, head, targets, lengths=lengths)
+
+
 def test_targets_that_are_no_integers_are_an_error() -> None:
     with pytest.raises(ValueError, match="integer dtype, found float32"):
         linear_token_logps(jnp.zeros((3, 4)), jnp.zeros((4, 7)), jnp.zeros(3))
@@ -263,3 +325,34 @@ def test_a_head_sharded_by_vocabulary_and_width(shape: tuple[int, ...], kind: st
         assert not loops & set(of_head)
         reduced = [results for _, operation, results in found if "reduce" in operation]
         assert sum(D * V // 2 in results or D * V // 8 in results for results in reduced) == 1
+
+
+@pytest.mark.parametrize("kind", MESHES)
+def test_each_shard_goes_by_its_own_lengths(kind: str) -> None:
+    """Skipping more here than there, no device waits for another but where the vocabulary is split."""
+    lengths = np.array([0, 0, 24, 3, 9, 13, 1, 0], np.int32)
+    gone = behind(lengths, POSITIONS)
+    hidden, head, targets, cotangent, _ = inputs((ROWS, POSITIONS), width=D, vocab=V)
+    cotangent = np.where(gone, 0, cotangent)
+    (logps,), gradients = jax.jit(weighted(plain))(hidden, head, targets, cotangent)
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=MESHES[kind])
+    by_row = NamedSharding(mesh, P("fsdp"))
+    on_mesh = placed(
+        (np.where(gone[..., None], 9.0, hidden), head, targets, cotangent), mesh, P("fsdp"), P(None, "tensor")
+    )
+
+    def chunked(*args: Any) -> Any:
+        return linear_token_logps(*args[:3], lengths=args[3], chunk_size=4)
+
+    function = chunked
+    if kind == "shard_map":
+        specs = (P("fsdp"), P(), P("fsdp"), P("fsdp"))
+        function = jax.shard_map(chunked, mesh=mesh, in_specs=specs, out_specs=P("fsdp"), axis_names={"fsdp"})
+    counts = jax.device_put(lengths, by_row)
+    program = compiled(lambda *args: function(*args, counts), *on_mesh)
+    assert_close(program(*on_mesh), ((np.where(gone, 0, logps),), gradients), 2e-6)
+    if kind != "automatic":
+        loops = set(re.findall(r"body=(%[\w.\-]+)", program.as_text()))
+        sent = [results for name, _, results in collectives(program.as_text()) if name in loops]
+        assert sent  # of sums over the vocabulary, one number a token of the chunk
+        assert max(size for results in sent for size in results) <= ROWS // 4 * 4 * D

@@ -179,22 +179,6 @@ def test_scanned_layers_equal_the_same_layers_unrolled(params: Any) -> None:
     np.testing.assert_allclose(scanned, unrolled, atol=1e-5)
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
-def test_remat_changes_memory_not_gradients(small_params: Any, value_and_grad: Any, remat: str) -> None:
-    model, params = SMALL.clone(remat=remat), small_params
-    step = jax.value_and_grad(lambda p: mean_square(model, p, TOKENS, MASK))
-    assert "remat" in str(jax.make_jaxpr(step)(params))
-    value, grads = jax.jit(step)(params)
-    expected, expected_grads = value_and_grad(params, TOKENS, MASK)
-    np.testing.assert_allclose(value, expected, rtol=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), grads, expected_grads)
-
-
-def test_unknown_remat_is_refused() -> None:
-    with pytest.raises(ValueError, match="remat: expected one of none, full, dots, found 'some'"):
-        abstract_params(Transformer(CONFIG, remat="some"))
-
-
 def test_bfloat16_compute_gives_float32_logits_near_the_float32_ones(params: Any, apply_fn: Any) -> None:
     model = Transformer(CONFIG, compute_dtype=jnp.bfloat16)
     exact, rounded = apply_fn(params, TOKENS, MASK), jax.jit(make_apply_fn(model))(params, TOKENS, MASK)

@@ -80,13 +80,17 @@ def test_a_local_base_model_is_not_given_out_as_a_hub_name() -> None:
     assert "base_model" not in yaml.safe_load(card.split("---")[1])
 
 
+RATES = {"pairs_per_second": 12.0, "tokens_per_second": 3500.4}
+
+
 def test_without_a_terminal_progress_is_plain_lines() -> None:
     out = io.StringIO()
     with RunDisplay(first_step=2, num_steps=4, unit="pairs", console=Console(file=out, width=200)) as display:
-        display.step(3, {"loss": 0.5, "rewards/margins": 0.25, "rewards/accuracies": 0.75}, 12.0)
-        display.step(4, {"loss": 0.4, "rewards/margins": 0.5, "rewards/accuracies": 1.0}, 12.0)
+        display.step(3, {"loss": 0.5, "rewards/margins": 0.25, "rewards/accuracies": 0.75}, RATES)
+        display.step(4, {"loss": 0.4, "rewards/margins": 0.5, "rewards/accuracies": 1.0}, RATES | {"mfu": 0.523})
     first, last = out.getvalue().splitlines()
-    assert first.startswith("step 3/4  loss 0.5  margin 0.25  accuracy 0.75  12 pairs/s  0:00:0")
+    assert first.startswith("step 3/4  loss 0.5  margin 0.25  accuracy 0.75  12 pairs/s  3,500 tokens/s  0:00:0")
+    assert "3,500 tokens/s  MFU 52%  0:00:00 left" in last
     assert last.endswith("0:00:00 left")
 
 
@@ -94,8 +98,8 @@ def test_in_a_terminal_a_bar_shows_step_and_figures() -> None:
     out = io.StringIO()
     console = Console(file=out, width=160, force_terminal=True)
     with RunDisplay(first_step=0, num_steps=2, unit="pairs", console=console) as display:
-        display.step(1, {"loss": 0.5}, 3.0)
-        display.step(2, {"loss": 0.25}, 3.0)
+        display.step(1, {"loss": 0.5}, RATES)
+        display.step(2, {"loss": 0.25}, RATES)
     assert "loss 0.25" in out.getvalue()
     assert "2/2" in out.getvalue()
 

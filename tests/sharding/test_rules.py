@@ -11,7 +11,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jdpo.config import MeshConfig
 from jdpo.sharding.mesh import make_mesh
-from jdpo.sharding.placement import fetch, micro_batch_sharding, place, replicated, state_shardings
+from jdpo.sharding.placement import (
+    check_host_memory,
+    fetch,
+    micro_batch_sharding,
+    offloaded,
+    place,
+    replicated,
+    state_shardings,
+)
 from jdpo.sharding.rules import param_shardings, partition_spec, undivided_dims
 
 
@@ -53,6 +61,30 @@ def test_moments_are_split_as_their_weights_and_counts_are_replicated(mesh: Mesh
     assert adam.mu == adam.nu == shardings
     assert adam.mu["kernel"] == NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))
     assert adam.count == replicated(mesh)
+
+
+def test_rows_and_columns_of_adafactor_are_replicated(mesh: Mesh) -> None:
+    params = {"kernel": jax.ShapeDtypeStruct((256, 128), jnp.float32), "scale": jax.ShapeDtypeStruct((8,), jnp.float32)}
+    shardings = param_shardings({"kernel": ("embed", "mlp"), "scale": ("embed",)}, params, mesh)
+    state = jax.eval_shape(optax.scale_by_factored_rms().init, params)
+    found = state_shardings(state, params, shardings, mesh)
+    assert found.v_row["kernel"] == found.v_col["kernel"] == found.v["kernel"] == replicated(mesh)
+    assert found.v["scale"] == shardings["scale"] != replicated(mesh)
+
+
+def test_offloaded_states_leave_their_scalars_on_the_device(mesh: Mesh) -> None:
+    params = {"kernel": jax.ShapeDtypeStruct((8, 4), jnp.float32)}
+    shardings = param_shardings({"kernel": ("embed", "mlp")}, params, mesh)
+    state = jax.eval_shape(optax.scale_by_adam().init, params)
+    found = offloaded(state_shardings(state, params, shardings, mesh), state)
+    assert found.mu["kernel"] == shardings["kernel"].with_memory_kind("pinned_host")
+    assert found.count == replicated(mesh)
+
+
+def test_a_platform_without_host_memory_is_refused_with_what_it_has() -> None:
+    check_host_memory("tpu", ["device", "pinned_host"])
+    with pytest.raises(ValueError, match="those of platform 'metal' have device, unpinned_host"):
+        check_host_memory("metal", ["device", "unpinned_host"])
 
 
 def _is_adam(node: object) -> bool:

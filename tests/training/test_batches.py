@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from jdpo.data.packing_plan import item_sizes
 from jdpo.data.prepare import PreparedData
 from jdpo.data.tokenizer import load_tokenizer
 from jdpo.training.batches import BatchLayout, PackedBatches, PaddedBatches, batch_layout
+from jdpo.training.compilation import shapes_of
 from jdpo.training.tasks import Task, task_for
 
 Words = Callable[..., list[str]]
@@ -44,12 +46,25 @@ def prepared(config: DPOConfig | SFTConfig) -> tuple[Task, PreparedData]:
     return task, task.prepare(config.datasets, tokenizer)
 
 
+def padded(task: Task, data: PreparedData, steps: list[np.ndarray], *, rows: int) -> PaddedBatches:
+    """Micro-batches of `rows` rows."""
+    return PaddedBatches(
+        task,
+        data,
+        steps,
+        global_batch_size=max(map(len, steps)),
+        num_shards=1,
+        max_tokens_per_device=MAX_TOKENS,
+        micro_batch_size=rows,
+        max_length=64,
+        pad_token_id=0,
+    )
+
+
 def test_batch_of_pairs(run_words: Words) -> None:
     task, data = prepared(load_config(DPOConfig, None, run_words()))
     indices = np.array([3, 17, 5])
-    batch, at_rows, num_tokens = PaddedBatches(task, data, BatchLayout(2, 2), max_length=64, pad_token_id=0).make(
-        indices
-    )
+    batch, at_rows, num_tokens, real_slots, num_slots = padded(task, data, [indices], rows=2).make(indices)
     np.testing.assert_array_equal(at_rows, [0, 1, 2])
     rows = [data[int(index)] for index in indices]
     assert batch.tokens.shape[:3] == (2, 2, 2)
@@ -62,13 +77,13 @@ def test_batch_of_pairs(run_words: Words) -> None:
             np.testing.assert_array_equal(attended, [*row.prompt_ids, *completion])
             np.testing.assert_array_equal(batch.tokens[at][side][batch.completion_mask[at][side]], completion)
     assert num_tokens == sum(2 * len(r.prompt_ids) + len(r.chosen_ids) + len(r.rejected_ids) for r in rows)
-    assert num_tokens == batch.attention_mask.reshape(4, -1)[:3].sum()
+    assert num_tokens == real_slots == batch.attention_mask.reshape(4, -1)[:3].sum()
+    assert num_slots == batch.tokens.size
 
 
 def test_batch_of_completions(run_words: Words) -> None:
     task, data = prepared(load_config(SFTConfig, None, run_words()))
-    batches = PaddedBatches(task, data, BatchLayout(1, 2), max_length=64, pad_token_id=0)
-    batch, _, num_tokens = batches.make(np.array([0, 1]))
+    batch, _, num_tokens, *_ = padded(task, data, [np.array([0, 1])], rows=2).make(np.array([0, 1]))
     assert batch.tokens.shape[:2] == (1, 2)
     for slot in (0, 1):
         row = data[slot]
@@ -87,7 +102,7 @@ def test_the_step_decides_the_padded_length_and_few_lengths_occur(run_words: Wor
     task, data = prepared(load_config(DPOConfig, None, run_words()))
     lengths = set()
     for index in range(len(data)):
-        batches = PaddedBatches(task, data, BatchLayout(1, 1), max_length=64, pad_token_id=0)
+        batches = padded(task, data, [np.array([index])], rows=1)
         lengths.add(batches.make(np.array([index])).batch.tokens.shape[-1])
     assert lengths <= {32, 48, 64}
 
@@ -100,13 +115,31 @@ def test_packed_batches_say_where_each_row_stands(run_words: Words) -> None:
     for found, wanted in zip(sizes, expected, strict=True):
         np.testing.assert_array_equal(found, wanted)
     for indices in steps:
-        batch, at, num_tokens = batches.make(indices)
+        batch, at, num_tokens, real_slots, num_slots = batches.make(indices)
+        assert real_slots == (batch.readers < batch.gather[0, 0].size).any(2).sum()
+        assert num_slots == batch.tokens.size
         np.testing.assert_array_equal(batch.pair_row.reshape(-1)[at], indices)
         np.testing.assert_array_equal(batch.pair_weight.reshape(-1)[at], 1)
         assert batch.pair_weight.sum() == len(indices)
         assert num_tokens == sum(task.count_tokens(data[int(index)]) for index in indices)
         assert batch.tokens.shape[1] == 2
     assert len({batches.make(indices).batch.tokens.shape for indices in steps}) <= len(batches.plan.shapes)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_shapes_are_known_before_any_batch_is_made(run_words: Words, packing: bool) -> None:
+    task, data = prepared(load_config(DPOConfig, None, run_words()))
+    steps = [np.arange(start, start + 4) for start in range(0, 16, 4)]
+    if packing:
+        batches: Any = PackedBatches(task, data, steps, num_shards=2, max_tokens_per_device=128)
+    else:
+        batches = padded(task, data, steps, rows=2)
+    known = {shapes_of(batch) for batch in batches.shapes()}
+    made = {shapes_of(batches.make(indices).batch) for indices in steps}
+    assert made == {shapes_of(batches.like(indices)) for indices in steps} <= known
+    widest = max(batches.make(indices).batch.tokens[0].size for indices in steps)
+    assert batches.tokens_per_device == widest // (2 if packing else 1)
+    assert batches.shapes()[-1].tokens[0].size == widest, "the largest comes last"
 
 
 def test_options_a_loss_cannot_honour_are_refused(run_words: Words) -> None:

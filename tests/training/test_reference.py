@@ -24,8 +24,8 @@ from jdpo.models.transformer import make_apply_fn
 from jdpo.sharding.placement import fetch
 from jdpo.training import reference_build
 from jdpo.training.reference import Reference, compute_reference, fixed_mode, settle_reference
-from jdpo.training.reference_build import BuildStopped
 from jdpo.training.reference_rows import find_rows
+from jdpo.training.scoring import BuildStopped
 from jdpo.training.setup import Setup, build, load_reference, numerics, resolve_dtype
 
 Words = Callable[..., list[str]]

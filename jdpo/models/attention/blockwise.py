@@ -57,11 +57,22 @@ def blockwise_attention(
       block_size: queries and keys a tile; without, near 128 (256 when t > 512) such that the tiles fill t.
     """
     length = query_nthk.shape[1]
-    block = min(block_size, _round_up(length, 16)) if block_size else _even_block(length)
+    block = tile_size(length, block_size)
     padding = ((0, 0), (0, -length % block), (0, 0), (0, 0))
     padded = (jnp.pad(x, padding) if padding[1][1] else x for x in (query_nthk, key_ntgk, value_ntgk))
     options = _Options(block, 0, window, softcap, scale)
     return _attention(*padded, lengths_n.astype(jnp.int32), options)[:, :length]
+
+
+def tile_size(length: int, block_size: int | None = None) -> int:
+    """Queries and keys a tile, for sequences of this length."""
+    return min(block_size, _round_up(length, 16)) if block_size else _even_block(length)
+
+
+def group_size(num_sequences: int, num_heads: int, block: int) -> int:
+    """Sequences that one loop handles at once on CPU: as many as fit the cache."""
+    most = max(1, _TILE_SCORES // (num_heads * block**2))
+    return next(b for b in range(min(most, num_sequences), 0, -1) if num_sequences % b == 0)
 
 
 def _round_up(number: int, multiple: int) -> int:
@@ -102,8 +113,7 @@ _attention.defvjp(_attention_forward, _attention_backward)
 def _per_platform(function: Callable[..., Any], options: _Options, query: jax.Array, *operands: jax.Array) -> Any:
     """CPU: as many sequences a loop as fit the cache, so that short ones end early. Elsewhere: one loop over all."""
     num_sequences, _, num_heads, _ = query.shape
-    most = max(1, _TILE_SCORES // (num_heads * options.block**2))
-    few = next(b for b in range(min(most, num_sequences), 0, -1) if num_sequences % b == 0)
+    few = group_size(num_sequences, num_heads, options.block)
     on_cpu, elsewhere = (functools.partial(function, options._replace(group=b)) for b in (few, num_sequences))
     return lax.platform_dependent(query, *operands, cpu=on_cpu, default=elsewhere)
 

@@ -19,7 +19,13 @@ _CUSTOM_CALLS = {"cudnn": "__cudnn$fmha", "splash": 'custom_call_target="tpu_cus
 
 
 def choose_attention(
-    platform: str, dtype: Any, head_dim: int, length: int, softcap: float | None = None, window: int | None = None
+    platform: str,
+    dtype: Any,
+    head_dim: int,
+    length: int,
+    softcap: float | None = None,
+    window: int | None = None,
+    tiled: bool = False,
 ) -> str:
     """The fastest backend that can run this.
 
@@ -27,6 +33,7 @@ def choose_attention(
       platform: "cpu", "gpu" or "tpu", as `jax.default_backend()` says.
       dtype: of activations.
       length: positions a sequence, padding included.
+      tiled: the plain path, which has no tiles, is not taken, however short the sequences.
 
     >>> choose_attention("gpu", "bfloat16", 128, 2048)
     'cudnn'
@@ -36,7 +43,7 @@ def choose_attention(
     platform = _platform(platform)
     kernel = {"gpu": "cudnn", "tpu": "splash"}.get(platform)
     limits = {"dtype": dtype, "head_dim": head_dim, "softcap": softcap, "window": window, "platform": platform}
-    short = length <= SHORT.get(platform, SHORT["cpu"])
+    short = length <= SHORT.get(platform, SHORT["cpu"]) and not tiled
     if kernel and not any(_limits(kernel, **limits)) and not (kernel == "splash" and short):
         return kernel
     return "xla" if short else "blockwise"

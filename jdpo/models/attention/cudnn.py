@@ -5,6 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+FORWARD_PRIMITIVE = "dot_product_attention_fwd_wrapper"
+"""What jaxprs call the forward kernel that leaves its log-sum-exp behind, for policies of `jax.checkpoint`."""
+
 
 def cudnn_attention(
     query_nthk: jax.Array,

@@ -40,7 +40,7 @@ def splash_attention(
       interpret: emulates the kernel on any platform, slowly.
     """
     length, num_heads = query_nthk.shape[1:3]
-    block_q, block_kv = block_q or _block(length), block_kv or _block(length)
+    block_q, block_kv = block_q or tile_size(length), block_kv or tile_size(length)
     multiple = math.lcm(block_q, block_kv)
     padded_length = -(-length // multiple) * multiple
     kernel = _kernel(num_heads, padded_length, window, softcap, block_q, block_kv, interpret)
@@ -51,7 +51,7 @@ def splash_attention(
     return rearrange(jax.vmap(kernel)(query, key, value), "n h t k -> n t h k")[:, :length]
 
 
-def _block(length: int) -> int:
+def tile_size(length: int) -> int:
     """As few tiles of at most 512 as hold the length, each a multiple of 128: 640 positions are two tiles of 384."""
     tiles = -(-length // BLOCK_SIZE)
     return -(-length // (tiles * LANES)) * LANES

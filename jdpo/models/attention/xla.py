@@ -9,6 +9,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.ad_checkpoint import checkpoint_name
+
+from jdpo.models.attention.blockwise import ATTENTION_RESIDUALS
 
 
 def dot_product_attention(
@@ -46,8 +49,8 @@ def dot_product_attention(
     # The lowest finite number, not -inf: a row of -inf only would turn into NaN.
     scores = jnp.where(visible_nts[:, None, None], scores, jnp.finfo(softmax_dtype).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value_nsgk.dtype)
-    output = jnp.einsum("ngrts,nsgk->ntgrk", weights, value_nsgk)
-    return rearrange(output, "n t g r k -> n t (g r) k")
+    output = rearrange(jnp.einsum("ngrts,nsgk->ntgrk", weights, value_nsgk), "n t g r k -> n t (g r) k")
+    return checkpoint_name(output, ATTENTION_RESIDUALS)
 
 
 def visible_keys(

@@ -1,0 +1,167 @@
+"""The chunked head of `jdpo.losses.linear`: a loop over positions with its own backward pass.
+
+Axes: r rows, k positions of a row, d model, v vocabulary, c positions of a row in one chunk, m chunks.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+Array = Any
+
+
+class HeadSettings(NamedTuple):
+    """What is known before tracing; hashable."""
+
+    softcap: float | None
+    scale: float | None
+    with_sum_sq: bool
+
+
+def varying_alike(*arrays: Array) -> list[Array]:
+    """Marks each array as varying over the manual mesh axes that any of them varies over.
+
+    Within jax.shard_map a head shared by all devices meets rows that differ. Marked here, it gets its gradient
+    summed over devices by this mark's own transpose: once, after the last chunk.
+    """
+    varying = [jax.typeof(array).manual_axis_type.varying for array in arrays]
+    union = frozenset[str]().union(*varying)
+    return [
+        jax.lax.pcast(array, tuple(union - own), to="varying") if union - own else array
+        for array, own in zip(arrays, varying, strict=True)
+    ]
+
+
+def _chunks(array: Array, chunk: int) -> Array:
+    """[r, k, ...] -> [r, m, c, ...] with c at most `chunk`, zeros behind the last position."""
+    positions = array.shape[1]
+    number = max(-(-positions // chunk), 1)
+    length = max(-(-positions // number), 1)  # even chunks: 10 positions by 8 are 5 + 5, without padding
+    padding = [(0, number * length - positions if axis == 1 else 0) for axis in range(array.ndim)]
+    return rearrange(jnp.pad(array, padding), "r (m c) ... -> r m c ...", c=length)
+
+
+def _over_chunks(
+    body: Any, total: Any, arrays: tuple[Array, ...], chunk: int, lengths: Array | None
+) -> tuple[Any, tuple[Array, ...]]:
+    """Runs `body` over chunks of the second axis of `arrays` [r, k, ...], leaving the first where it is.
+
+    Args:
+      body: (total, is_counted bool [r, c] or None, *chunks [r, c, ...]) -> (total, results [r, c, ...]).
+      lengths: chunks behind the longest are not run, and their results are 0.
+    """
+    positions = arrays[0].shape[1]
+    chunked = tuple(_chunks(array, chunk) for array in arrays)
+    number, length = chunked[0].shape[1:3]
+
+    def run(index: Any, total: Any) -> tuple[Any, tuple[Array, ...]]:
+        # Indexed inside, not scanned over: a scan wants its axis in front, and moving it copies every hidden state.
+        chunks = (jax.lax.dynamic_index_in_dim(x, index, axis=1, keepdims=False) for x in chunked)
+        counted = None if lengths is None else index * length + jnp.arange(length) < lengths[:, None]
+        return body(total, counted, *chunks)
+
+    def step(index: Any, state: tuple[Any, list[Array]]) -> tuple[Any, list[Array]]:
+        total, results = run(index, state[0])
+        updates = zip(state[1], results, strict=True)
+        return total, [jax.lax.dynamic_update_slice_in_dim(x, new, index * length, axis=1) for x, new in updates]
+
+    shapes = jax.eval_shape(run, 0, total)[1]
+    empty = [jnp.zeros((x.shape[0], number * length, *x.shape[2:]), x.dtype) for x in shapes]
+    empty = [varying_alike(x, *arrays)[0] for x in empty]
+    in_use = number if lengths is None else jnp.minimum((lengths.max(initial=0) + length - 1) // length, number)
+    total, results = jax.lax.fori_loop(0, in_use, step, (total, empty))
+    return total, tuple(x[:, :positions] for x in results)
+
+
+def _kept(values: Array, counted: Array | None) -> Array:
+    """values [r, c, ...], 0 where they are not counted."""
+    if counted is None:
+        return values
+    return jnp.where(counted.reshape(counted.shape + (1,) * (values.ndim - 2)), values, 0)
+
+
+def _dot(equation: str, left: Array, right: Array) -> Array:
+    """Matrix product in the operands' dtype, accumulated and returned in float32 or wider."""
+    dtype = jnp.promote_types(jnp.promote_types(left.dtype, right.dtype), jnp.float32)
+    return jnp.einsum(equation, left, right, preferred_element_type=dtype)
+
+
+def _logits(settings: HeadSettings, hidden_rcd: Array, head: Array) -> Array:
+    logits_rcv = _dot("rcd,dv->rcv", hidden_rcd, head)
+    if settings.scale is not None:
+        logits_rcv = logits_rcv * settings.scale
+    if settings.softcap is not None:
+        logits_rcv = settings.softcap * jnp.tanh(logits_rcv / settings.softcap)
+    return logits_rcv
+
+
+def _is_target(targets_rc: Array, vocabulary: int) -> Array:
+    # Compared, not gathered or scattered: the vocabulary may be sharded.
+    return targets_rc[..., None] == jnp.arange(vocabulary)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def chunked_token_logps(
+    chunk: int, settings: HeadSettings, hidden_rkd: Array, head: Array, targets_rk: Array, lengths_r: Array | None
+) -> tuple[Array, ...]:
+    return _forward(chunk, settings, hidden_rkd, head, targets_rk, lengths_r)[0]
+
+
+def _forward(
+    chunk: int, settings: HeadSettings, hidden_rkd: Array, head: Array, targets_rk: Array, lengths_r: Array | None
+) -> tuple[tuple[Array, ...], tuple[Any, ...]]:
+    def body(total: None, counted_rc: Any, hidden_rcd: Array, targets_rc: Array) -> tuple[None, tuple[Array, ...]]:
+        logits = _logits(settings, _kept(hidden_rcd, counted_rc), head)
+        highest = logits.max(-1)
+        weights = jnp.exp(logits - highest[..., None])
+        log_sum = jnp.log(weights.sum(-1))
+        target_logit = jnp.where(_is_target(targets_rc, head.shape[1]), logits, 0).sum(-1)
+        log_sum_sq = [jnp.log(jnp.square(weights).sum(-1)) - 2 * log_sum] if settings.with_sum_sq else []
+        results = (target_logit - highest - log_sum, highest + log_sum, *log_sum_sq)
+        return total, tuple(_kept(x, counted_rc) for x in results)
+
+    _, (logps, log_sum_exp, *log_sum_sq) = _over_chunks(body, None, (hidden_rkd, targets_rk), chunk, lengths_r)
+    return (logps, *log_sum_sq), (hidden_rkd, head, targets_rk, lengths_r, log_sum_exp, *log_sum_sq)
+
+
+def _backward(
+    chunk: int, settings: HeadSettings, residuals: tuple[Any, ...], cotangents: tuple[Array, ...]
+) -> tuple[Array, Array, None, None]:
+    """With p the softmax of the logits z: d logp / dz = onehot - p, d log_sum_sq / dz = 2 (p^2 / sum p^2 - p)."""
+    hidden_rkd, head, targets_rk, lengths_r, *per_token = residuals
+
+    def body(
+        d_head: Array, counted_rc: Any, hidden_rcd: Array, targets_rc: Array, *per_token_rc: Array
+    ) -> tuple[Array, tuple[Array]]:
+        hidden_rcd = _kept(hidden_rcd, counted_rc)
+        log_sum_exp, g_logps, *sum_sq = (_kept(x, counted_rc)[..., None] for x in per_token_rc)
+        logits = _logits(settings, hidden_rcd, head)
+        log_p = logits - log_sum_exp
+        p = jnp.exp(log_p)
+        d_logits = g_logps * (_is_target(targets_rc, head.shape[1]) - p)
+        if settings.with_sum_sq:
+            log_sum_sq, g_sum_sq = sum_sq
+            d_logits += 2 * g_sum_sq * (jnp.exp(2 * log_p - log_sum_sq) - p)
+        if settings.softcap is not None:
+            d_logits *= 1 - jnp.square(logits / settings.softcap)
+        if settings.scale is not None:
+            d_logits *= settings.scale
+        # In the operands' dtype for both products: float32 beside bfloat16 would make them slow ones.
+        d_logits = d_logits.astype(jnp.promote_types(hidden_rcd.dtype, head.dtype))
+        d_hidden = _dot("rcv,dv->rcd", d_logits, head).astype(hidden_rcd.dtype)
+        return d_head + _dot("rcd,rcv->dv", hidden_rcd, d_logits), (d_hidden,)
+
+    log_sum_exp, *log_sum_sq = per_token
+    g_logps, *g_sum_sq = cotangents
+    zeros = jnp.zeros_like(head, dtype=jnp.promote_types(head.dtype, jnp.float32))
+    arrays = (hidden_rkd, targets_rk, log_sum_exp, g_logps, *log_sum_sq, *g_sum_sq)
+    d_head, (d_hidden,) = _over_chunks(body, zeros, arrays, chunk, lengths_r)
+    return d_hidden, d_head.astype(head.dtype), None, None
+
+
+chunked_token_logps.defvjp(_forward, _backward)

@@ -1,0 +1,95 @@
+"""How much the attention backends multiply: pairs of a query and a key, and matrix products over them.
+
+A product over one pair of one head is 2 * head_dim FLOPs.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from jdpo.models.attention import blockwise, splash
+
+_CUDNN_TILE = 128  # what its kernels for Hopper take; others differ
+
+
+class Products(NamedTuple):
+    """Matrix products over each computed pair.
+
+    Attributes:
+      forward: the scores, and the weighted values.
+      backward: four gradients, and what is computed again for them.
+      repeated: of the forward ones, what runs again although output and log-sum-exp are kept.
+    """
+
+    forward: int
+    backward: int
+    repeated: int
+
+
+PRODUCTS = {
+    "xla": Products(2, 4, 1),  # keeps the weights; where only its output is kept, the scores are computed again
+    "blockwise": Products(2, 5, 0),  # its backward pass computes the scores again
+    "cudnn": Products(2, 5, 0),
+    "splash": Products(2, 7, 0),  # two backward kernels, each with the scores and their gradient
+}
+
+
+def causal_pairs(positions: np.ndarray, window: int | None) -> int:
+    """Pairs that causal attention needs: queries at `positions` int [...], each with itself and what it sees before.
+
+    >>> causal_pairs(np.arange(4), None), causal_pairs(np.arange(4), 2)
+    (10, 7)
+    """
+    seen = positions.astype(np.int64) + 1
+    return int((seen if window is None else np.minimum(seen, window)).sum())
+
+
+def computed_pairs(
+    backend: str,
+    lengths: np.ndarray,
+    length: int,
+    *,
+    num_heads: int,
+    window: int | None = None,
+    block_q: int | None = None,
+    block_kv: int | None = None,
+    on_cpu: bool = True,
+) -> int:
+    """Pairs whose scores each head computes, over all sequences of one call on one device.
+
+    Args:
+      lengths: int [n], as for `causal_attention`.
+      length: t.
+      on_cpu: blockwise attention handles few sequences at once there, and all elsewhere.
+    """
+    if backend == "xla":
+        return len(lengths) * length**2
+    if backend == "splash":
+        block_q, block_kv = block_q or splash.tile_size(length), block_kv or splash.tile_size(length)
+        multiple = math.lcm(block_q, block_kv)
+        padded = -(-length // multiple) * multiple
+        return len(lengths) * _tiled_pairs(padded // block_q, block_q, block_kv, window)
+    if backend == "cudnn":
+        tiles, group, block = -(-lengths // _CUDNN_TILE), 1, _CUDNN_TILE
+    else:
+        block = blockwise.tile_size(length, block_q or block_kv)
+        group = blockwise.group_size(len(lengths), num_heads, block) if on_cpu else len(lengths)
+        tiles = -(-lengths.reshape(-1, group).max(1) // block)
+    numbers, counts = np.unique(tiles, return_counts=True)
+    of_number = (_tiled_pairs(int(number), block, block, window) for number in numbers)
+    return sum(int(count) * group * pairs for count, pairs in zip(counts, of_number, strict=True))
+
+
+def _tiled_pairs(num_query_tiles: int, block_q: int, block_kv: int, window: int | None) -> int:
+    """Pairs in the tiles of one sequence that a causal mask leaves.
+
+    >>> _tiled_pairs(3, 2, 2, None), _tiled_pairs(3, 2, 2, 2)
+    (24, 20)
+    """
+    tile = np.arange(num_query_tiles)
+    last = ((tile + 1) * block_q - 1) // block_kv
+    first = 0 if window is None else np.maximum(tile * block_q - window + 1, 0) // block_kv
+    return int((last - first + 1).sum()) * block_q * block_kv

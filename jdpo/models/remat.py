@@ -1,0 +1,78 @@
+"""What the backward pass finds kept from the forward pass, and what it computes again (rematerialization)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from jdpo.models.attention import ATTENTION_RESIDUALS
+from jdpo.models.attention.cudnn import FORWARD_PRIMITIVE
+
+Policy = Callable[..., Any]
+
+LAYER_INPUT = "layer_input"
+"""Name of the residual stream where it enters a layer."""
+
+HOST = "pinned_host"
+
+_policies = jax.checkpoint_policies
+
+
+def _of_attention_kernel(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Keeps what cuDNN's forward kernel gives, output and log-sum-exp: JAX puts no name on it."""
+    return bool(primitive.name == FORWARD_PRIMITIVE)
+
+
+_ATTENTION = _policies.save_from_both_policies(
+    _policies.save_only_these_names(ATTENTION_RESIDUALS), _of_attention_kernel
+)
+
+REMAT_POLICIES: dict[str, Policy | None] = {
+    "dots": _policies.save_from_both_policies(_policies.dots_with_no_batch_dims_saveable, _ATTENTION),
+    "attention": _ATTENTION,
+    "full": None,
+    "offload": _policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[LAYER_INPUT],
+        offload_src="device",
+        offload_dst=HOST,
+    ),
+}
+"""What is kept of a layer beside its input, as `jax.checkpoint` takes it; under "none", everything.
+
+    dots        the outputs of all projections, and of attention with its log-sum-exp; norms, rotations and the
+                activation function are computed again
+    attention   attention's output and log-sum-exp
+    full        nothing
+    offload     nothing, and the input waits in the host's memory
+"""
+
+REMAT_ORDER = ("none", "dots", "attention", "full")
+"""From the fastest to the one that takes the least memory of the device, but for "offload", which not all can do."""
+
+
+def check_remat(remat: str, device: jax.Device | None = None) -> None:
+    """Refuses names that stand for nothing, and what the device, if given, cannot do.
+
+    Raises:
+      ValueError: an unknown name, or offload on a platform whose devices do not reach pinned host memory.
+    """
+    names = ("none", *REMAT_POLICIES)
+    if remat not in names:
+        raise ValueError(f"remat: expected one of {', '.join(names)}, found {remat!r}")
+    if remat != "offload" or device is None:
+        return
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if HOST not in kinds:
+        raise ValueError(
+            f"remat 'offload' keeps activations in {HOST} memory, which {device.device_kind} ({device.platform}) does "
+            f"not have (it has {', '.join(kinds) or 'none'}); set remat to full"
+        )
+
+
+def named_layer_input(x: jax.Array) -> jax.Array:
+    """Where a layer begins: the name by which "offload" finds its input."""
+    return checkpoint_name(x, LAYER_INPUT)

@@ -1,0 +1,114 @@
+"""A run's model, objective and optimizer as programs to lower, and the state that they work on."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jdpo.config import DPOConfig, TrainConfig
+from jdpo.losses.objective import Totals
+from jdpo.models.transformer import Transformer, abstract_params
+from jdpo.sharding.placement import state_shardings
+from jdpo.training.objectives import Batch, Objective
+from jdpo.training.optimizer import learning_rate_schedule, make_optimizer
+from jdpo.training.setup import Mode, Setup
+from jdpo.training.step import Compiled, ReferenceSync, TrainState, compile_step
+
+Params = Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Assembly:
+    """What a run computes with, before anything is computed.
+
+    Attributes:
+      model: with what its backward pass recomputes settled.
+      sync: how the reference moves, where it does.
+      state_shardings: of each leaf of the state.
+      state: shape, dtype and sharding of each leaf.
+      reference: shapes and dtypes of the reference's weights where a frozen model runs beside the policy, else None.
+      compiled: the jitted functions.
+    """
+
+    model: Transformer
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    sync: ReferenceSync | None
+    state_shardings: TrainState
+    state: TrainState
+    reference: Params | None
+    compiled: Compiled
+    has_totals: bool
+
+    def lower_step(self, batch: Batch) -> Any:
+        """The training step for batches of these shapes."""
+        return self.compiled.train_step.lower(self.state, None if self.sync else self.reference, batch)
+
+    def lower_evaluate(self, batch: Batch) -> Any:
+        """The evaluation of batches of these shapes."""
+        scalar = jax.ShapeDtypeStruct((), jnp.float32)
+        totals = Totals(scalar, scalar) if self.has_totals else None
+        return self.compiled.evaluate.lower(self.state.params, self.reference, batch, self.state.loss_state, totals)
+
+
+def assemble(setup: Setup, *, reference: Mode, remat: str) -> Assembly:
+    """Puts a run together.
+
+    Args:
+      reference: where its reference's log-probs come from.
+      remat: what the backward pass recomputes.
+    """
+    config, task = setup.config, setup.task
+    model = setup.model.clone(remat=remat)
+    optimizer = make_optimizer(config, setup.num_steps)
+    objective = task.objective(model, setup.mesh, packing=config.packing)
+    sync = sync_of(config)
+    shapes = abstract_params(model)
+    abstract = TrainState(
+        step=jax.ShapeDtypeStruct((), jnp.int32),
+        params=shapes,
+        opt_state=jax.eval_shape(optimizer.init, shapes),
+        rng=jax.eval_shape(lambda: jax.random.key_data(jax.random.key(config.seed))),
+        loss_state=jax.eval_shape(lambda: objective.init_state),
+        reference_params=shapes if sync else None,
+    )
+    shardings: TrainState = state_shardings(abstract, shapes, setup.shardings, setup.mesh)
+    state: TrainState = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
+    )
+    return Assembly(
+        model=model,
+        objective=objective,
+        optimizer=optimizer,
+        sync=sync,
+        state_shardings=shardings,
+        state=state,
+        reference=_reference(setup, shapes, moves=sync is not None) if reference == "live" else None,
+        compiled=compile_step(
+            objective=objective,
+            optimizer=optimizer,
+            schedule=learning_rate_schedule(config, setup.num_steps),
+            mesh=setup.mesh,
+            state_shardings=shardings,
+            with_reference=reference == "live",
+            sync=sync,
+        ),
+        has_totals=task.loss is not None,
+    )
+
+
+def sync_of(config: TrainConfig) -> ReferenceSync | None:
+    """How the reference moves, or None where it is frozen for good."""
+    if not isinstance(config, DPOConfig) or not config.sync_ref_model:
+        return None
+    return ReferenceSync(config.ref_model_mixup_alpha, config.ref_model_sync_steps)
+
+
+def _reference(setup: Setup, shapes: Params, *, moves: bool) -> Params:
+    """As `load_reference` gives it."""
+    dtype = setup.model.param_dtype if moves else setup.model.compute_dtype
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)

@@ -1,0 +1,93 @@
+"""Losses and metrics of the held-out rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+
+from jdpo.data.loader import prefetch
+from jdpo.losses.objective import Totals
+from jdpo.sharding.placement import fetch, micro_batch_sharding, place, replicated
+from jdpo.training.assembly import Assembly
+from jdpo.training.batches import StepBatch
+from jdpo.training.compilation import Programs
+from jdpo.training.metrics import RowAverages, rows_at
+from jdpo.training.preparation import make_batches, shapes_in_order
+from jdpo.training.reference import Reference
+from jdpo.training.setup import Setup
+from jdpo.training.step import EvaluationReport, TrainState
+
+Params = Any
+
+
+class Evaluation:
+    """The held-out rows of a run, in batches, and the programs that evaluate them."""
+
+    def __init__(
+        self,
+        setup: Setup,
+        assembly: Assembly,
+        reference: Reference,
+        pool: ThreadPoolExecutor,
+        *,
+        max_tokens_per_device: int,
+    ) -> None:
+        """
+        Args:
+          setup: with evaluation rows.
+          pool: threads that compile.
+        """
+        assert setup.eval_data is not None
+        self._data, self._size, self._moves = setup.eval_data, setup.config.global_batch_size, assembly.sync is not None
+        self._batch_sharding = micro_batch_sharding(setup.mesh)
+        self._batches = make_batches(
+            setup,
+            self._data,
+            self._rows(),
+            max_tokens_per_device=max_tokens_per_device,
+            cache=reference.eval,
+        )
+        # What losses read of all rows, so that a mean does not depend on how they are cut into batches.
+        counts = np.float32(len(self._data)), np.float32(self._data.num_chosen_tokens() if assembly.has_totals else 0)
+        self._totals = place(Totals(*counts), replicated(setup.mesh)) if assembly.has_totals else None
+        self.programs = Programs(assembly.lower_evaluate, pool)
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def prepare(self) -> None:
+        """Starts compiling."""
+        self.programs.prepare(shapes_in_order(self._batches, self._rows()))
+
+    def averages(self, state: TrainState, reference: Params | None) -> dict[str, float]:
+        """Means over all rows, {name: value}."""
+        reference = state.reference_params if self._moves else reference
+        averages, waiting = RowAverages(), None
+        rows = list(self._rows())
+        for made in prefetch(lambda index: self._place(rows[index]), range(len(rows))):
+            program = self.programs.of(made.batch)
+            report = program(state.params, reference, made.batch, state.loss_state, self._totals)
+            if waiting is not None:  # the device works on a batch while the host adds up the one before
+                _add(averages, *waiting)
+            waiting = made, report
+        assert waiting is not None
+        _add(averages, *waiting)
+        return averages.averages()
+
+    def _rows(self) -> Iterator[np.ndarray]:
+        """The rows of each batch."""
+        for start in range(0, len(self._data), self._size):
+            yield np.arange(start, min(start + self._size, len(self._data)))
+
+    def _place(self, indices: np.ndarray) -> StepBatch:
+        made = self._batches.make(indices)
+        return made._replace(batch=place(made.batch, self._batch_sharding))
+
+
+def _add(averages: RowAverages, made: StepBatch, on_device: Any) -> None:
+    report: EvaluationReport = jax.tree.map(np.asarray, fetch(on_device))
+    averages.add(rows_at(report.rows, made.at), float(report.normalizer))

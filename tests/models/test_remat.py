@@ -1,0 +1,176 @@
+"""What is kept and what is computed again: the same gradients, less memory, and no attention kernel run twice."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jdpo.data.packing import pack
+from jdpo.data.packing_plan import item_sizes, plan_run
+from jdpo.models.families import ModelConfig, RopeConfig
+from jdpo.models.packed import packed_sequences
+from jdpo.models.remat import REMAT_ORDER, REMAT_POLICIES, check_remat
+from jdpo.models.transformer import Transformer, abstract_params, init_params
+from jdpo.types import PackedBatch, TokenizedPair
+
+VOCAB = 64
+CONFIG = ModelConfig(
+    family="llama",
+    vocab_size=VOCAB,
+    num_layers=4,
+    d_model=64,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    d_ff=192,
+    norm_eps=1e-6,
+    rope=RopeConfig(theta=1e4),
+    tie_embeddings=False,
+    qkv_bias=False,
+    o_bias=False,
+    qk_norm=False,
+    layer_windows=(None,) * 4,
+    max_positions=1024,
+)
+KERNEL_CONFIG = ModelConfig(**{**vars(CONFIG), "num_layers": 2, "head_dim": 64, "layer_windows": (None,) * 2})
+
+
+def packed_batch(num_pairs: int, lengths: tuple[int, int, int]) -> PackedBatch:
+    """One micro-batch of one row."""
+    rng = np.random.default_rng(0)
+    pairs = [
+        TokenizedPair(*(rng.integers(0, VOCAB, size).astype(np.int32) for size in lengths), origin="")
+        for _ in range(num_pairs)
+    ]
+    everything = np.arange(num_pairs)
+    plan = plan_run(item_sizes(pairs), [everything], num_shards=1, max_tokens_per_device=4096)
+    return jax.tree.map(lambda array: array[0], pack(pairs, everything, plan.step(everything)))
+
+
+def loss(model: Transformer, batch: PackedBatch, params: Any) -> Any:
+    sequences = packed_sequences(batch.gather, batch.lengths, batch.scatter, batch.readers)
+    hidden, head = model.apply(
+        {"params": params}, batch.tokens, batch.positions, sequences, method="packed_hidden_and_head"
+    )
+    used = (batch.readers < batch.gather[0].size).any(-2)
+    wanted = (hidden @ head)[..., 0] * used
+    return (wanted**2).astype(jnp.float32 if wanted.dtype == jnp.bfloat16 else wanted.dtype).sum()
+
+
+class Run(NamedTuple):
+    results: Any
+    temporary: int
+
+
+@pytest.fixture(scope="module")
+def runs() -> dict[str, Run]:
+    """Value and gradients in float64 and temporary memory of each policy, for 2k tokens in 4 layers."""
+    batch, found = packed_batch(4, (150, 180, 180)), {}
+    assert batch.tokens.size == 2048
+    with jax.enable_x64(True):
+        kinds = {"compute_dtype": jnp.float64, "param_dtype": jnp.float64, "attention": "blockwise"}
+        params = init_params(Transformer(CONFIG, **kinds), jax.random.key(0))
+        for remat in ("none", *REMAT_POLICIES):
+            model = Transformer(CONFIG, remat=remat, **kinds)
+            program = jax.jit(jax.value_and_grad(partial(loss, model, batch))).lower(params).compile()
+            found[remat] = Run(program(params), program.memory_analysis().temp_size_in_bytes)
+    return found
+
+
+@pytest.mark.parametrize("remat", REMAT_POLICIES)
+def test_gradients_are_those_of_keeping_everything(runs: dict[str, Run], remat: str) -> None:
+    value, gradients = runs["none"].results
+    assert float(runs[remat].results[0]) == pytest.approx(float(value), rel=1e-12)
+    for expected, found in zip(jax.tree.leaves(gradients), jax.tree.leaves(runs[remat].results[1]), strict=True):
+        assert found.dtype == jnp.float64
+        np.testing.assert_allclose(found, expected, atol=1e-9 * np.abs(expected).max())
+
+
+def test_memory_falls_along_the_order(runs: dict[str, Run]) -> None:
+    assert set(REMAT_ORDER) == {"none", *REMAT_POLICIES} - {"offload"}
+    taken = [runs[remat].temporary for remat in REMAT_ORDER]
+    # Each by what it stops keeping, not by a rounding: at least a layer input of all tokens, in float64.
+    layer_input = 8 * 2048 * CONFIG.d_model
+    assert all(more - less > layer_input for more, less in pairwise(taken)), taken
+    assert taken[0] > 2.5 * taken[-1]
+
+
+def lowered(attention: str, remat: str, platform: str) -> str:
+    """Value and gradient of two scanned layers, in bfloat16, for a platform that need not be here."""
+    model = Transformer(KERNEL_CONFIG, compute_dtype=jnp.bfloat16, remat=remat, attention=attention)
+    batch = packed_batch(1, (60, 100, 90))
+    step = jax.jit(jax.value_and_grad(partial(loss, model, batch)))
+    return step.trace(abstract_params(model)).lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.fixture
+def count_kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], int]:
+    """(attention, remat) -> calls of attention kernels, forward and backward, in a layer."""
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
+
+    def count(attention: str, remat: str) -> int:
+        platform, kernel = {"cudnn": ("cuda", "__cudnn$fmha"), "splash": ("tpu", "tpu_custom_call")}[attention]
+        return lowered(attention, remat, platform).count(f"stablehlo.custom_call @{kernel}")
+
+    return count
+
+
+@pytest.mark.parametrize(("attention", "backward"), [("cudnn", 1), ("splash", 2)])
+def test_kernels_do_not_run_again_where_what_they_give_is_kept(
+    count_kernels: Callable[[str, str], int], attention: str, backward: int
+) -> None:
+    assert count_kernels(attention, "none") == 1 + backward
+    assert count_kernels(attention, "dots") == 1 + backward
+    assert count_kernels(attention, "attention") == 1 + backward
+    assert count_kernels(attention, "full") == 2 + backward
+
+
+def test_offload_moves_layer_inputs_to_the_host_and_back() -> None:
+    places = [line for line in lowered("splash", "offload", "tpu").splitlines() if "annotate_device_placement" in line]
+    assert sum("pinned_host" in line for line in places) == 1, places
+    assert len(places) == 2
+
+
+@pytest.mark.full
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiling for TPU needs libtpu")
+def test_offload_takes_the_host_memory_of_all_layer_inputs() -> None:
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+    one = jax.sharding.SingleDeviceSharding(devices[0])
+    batch, sizes = packed_batch(1, (60, 100, 90)), {}
+    for remat in ("full", "offload"):
+        model = Transformer(KERNEL_CONFIG, compute_dtype=jnp.bfloat16, remat=remat, attention="xla")
+        params = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one), abstract_params(model)
+        )
+        program = jax.jit(jax.value_and_grad(partial(loss, model, batch))).lower(params).compile()
+        sizes[remat] = program.memory_analysis().host_temp_size_in_bytes
+    layer_inputs = KERNEL_CONFIG.num_layers * batch.tokens.size * KERNEL_CONFIG.d_model * 2
+    assert sizes["full"] == 0
+    assert sizes["offload"] >= layer_inputs
+
+
+@pytest.mark.parametrize("remat", ["some", "auto"])
+def test_names_that_stand_for_nothing_are_refused(remat: str) -> None:
+    with pytest.raises(ValueError, match=f"expected one of none, dots, attention, full, offload, found '{remat}'"):
+        abstract_params(Transformer(CONFIG, remat=remat))
+
+
+def test_offload_needs_memory_that_the_device_reaches() -> None:
+    check_remat("offload", jax.devices()[0])
+    alone = SimpleNamespace(
+        platform="metal", device_kind="Apple M2", addressable_memories=lambda: [SimpleNamespace(kind="device")]
+    )
+    check_remat("full", alone)
+    with pytest.raises(ValueError, match=r"pinned_host memory, which Apple M2 \(metal\) does not have .* device\)"):
+        check_remat("offload", alone)

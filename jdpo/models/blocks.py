@@ -12,7 +12,6 @@ import math
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
 from jdpo.models.attention import (
@@ -23,6 +22,7 @@ from jdpo.models.attention import (
 )
 from jdpo.models.families import ModelConfig
 from jdpo.models.layers import INIT_STDDEV, GatedMLP, Projection, RMSNorm, apply_rope
+from jdpo.models.lookup import lookup
 from jdpo.models.packed import PackedSequences, to_sequences, to_slots
 from jdpo.models.remat import REMAT_POLICIES, named_layer_input
 
@@ -240,7 +240,7 @@ class Embedding(nn.Module):
     def __call__(self, tokens_nt: jax.Array) -> jax.Array:
         # Gathered over fsdp like every weight: XLA looks rows up in a table split along d by moving the whole batch.
         table = nn.with_logical_constraint(self.embedding, ("vocab", None))
-        return constrain_stream(jnp.take(table, tokens_nt, axis=0).astype(self.compute_dtype))
+        return constrain_stream(lookup(table, tokens_nt).astype(self.compute_dtype))
 
     def head(self) -> jax.Array:
         """The table as a head kernel, [d, v]."""

@@ -12,7 +12,7 @@ import optax
 from jdpo.config import DPOConfig, TrainConfig
 from jdpo.losses.objective import Totals
 from jdpo.models.transformer import Transformer, abstract_params
-from jdpo.sharding.placement import state_shardings
+from jdpo.sharding.placement import offloaded, state_shardings
 from jdpo.training.objectives import Batch, Objective
 from jdpo.training.optimizer import learning_rate_schedule, make_optimizer
 from jdpo.training.setup import Mode, Setup
@@ -77,6 +77,8 @@ def assemble(setup: Setup, *, reference: Mode, remat: str) -> Assembly:
         reference_params=shapes if sync else None,
     )
     shardings: TrainState = state_shardings(abstract, shapes, setup.shardings, setup.mesh)
+    if config.offload_optimizer:
+        shardings = shardings._replace(opt_state=offloaded(shardings.opt_state, abstract.opt_state))
     state: TrainState = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
     )

@@ -16,8 +16,8 @@ def one_by_one(rule: optax.GradientTransformation) -> optax.GradientTransformati
     """The same rule, one weight at a time, so that few moments are on the device at once.
 
     Left to itself, XLA brings all of them before it updates the first weight: then more is on the device at once than
-    if they had stayed there. Here a weight's moments come when those of the weight before are on their way back, as far
-    as XLA's scheduler heeds it: it does for few large weights (stacks of layers), not for many small ones.
+    if they had stayed there. Here a weight's moments come when those of the weight before are on their way back. XLA's
+    scheduler has the last word: it does not always heed the order, which the memory analysis of the program tells.
 
     Args:
       rule: one that treats each weight on its own (not clipping by global norm), with state that mirrors the weights

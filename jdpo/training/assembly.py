@@ -11,12 +11,16 @@ import optax
 
 from jdpo.config import DPOConfig, TrainConfig
 from jdpo.losses.objective import Totals
+from jdpo.models.attention import choose_attention
 from jdpo.models.transformer import Transformer, abstract_params
+from jdpo.sharding.mesh import num_batch_shards
 from jdpo.sharding.placement import offloaded, state_shardings
+from jdpo.training.flops import Arithmetic, StepFlops, step_flops
 from jdpo.training.objectives import Batch, Objective
 from jdpo.training.optimizer import learning_rate_schedule, make_optimizer
 from jdpo.training.setup import Mode, Setup
-from jdpo.training.step import Compiled, ReferenceSync, TrainState, compile_step
+from jdpo.training.step import Compiled, ReferenceSync, TrainState, compile_step, num_micro
+from jdpo.types import PackedBatch
 
 Params = Any
 
@@ -32,6 +36,8 @@ class Assembly:
       state: shape, dtype and sharding of each leaf.
       reference: shapes and dtypes of the reference's weights where a frozen model runs beside the policy, else None.
       compiled: the jitted functions.
+      has_totals: whether evaluation is told the totals of all its rows.
+      num_shards: parts that a micro-batch is split into.
     """
 
     model: Transformer
@@ -43,6 +49,36 @@ class Assembly:
     reference: Params | None
     compiled: Compiled
     has_totals: bool
+    num_shards: int
+
+    def attention(self, length: int) -> str:
+        """The backend that attends over packed sequences of so many places."""
+        model = self.model
+        if model.attention != "auto":
+            return model.attention
+        return choose_attention(
+            jax.default_backend(),
+            model.compute_dtype,
+            model.config.head_dim,
+            length,
+            window=model.config.layer_windows[0],
+            tiled=bool(model.attention_block_q or model.attention_block_kv),
+        )
+
+    def flops(self, batch: Batch) -> StepFlops:
+        """Of a step, by its numpy arrays."""
+        model = self.model
+        program = Arithmetic(
+            self.attention(batch.gather.shape[-1]) if isinstance(batch, PackedBatch) else "xla",
+            model.remat,
+            live_reference=self.reference is not None,
+            first_pass=self.objective.coupled and num_micro(batch) > 1,
+            num_shards=self.num_shards,
+            block_q=model.attention_block_q,
+            block_kv=model.attention_block_kv,
+            on_cpu=jax.default_backend() == "cpu",
+        )
+        return step_flops(model.config, batch, program)
 
     def lower_step(self, batch: Batch) -> Any:
         """The training step for batches of these shapes."""
@@ -100,6 +136,7 @@ def assemble(setup: Setup, *, reference: Mode, remat: str) -> Assembly:
             sync=sync,
         ),
         has_totals=task.loss is not None,
+        num_shards=num_batch_shards(setup.mesh),
     )
 
 

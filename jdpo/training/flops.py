@@ -22,7 +22,7 @@ import numpy as np
 from jdpo.losses.linear import default_chunk
 from jdpo.models.attention.work import PRODUCTS, causal_pairs, computed_pairs
 from jdpo.models.families import ModelConfig
-from jdpo.types import CHOSEN, REJECTED, CompletionBatch, PackedBatch, PreferenceBatch
+from jdpo.types import REJECTED, CompletionBatch, PackedBatch, PreferenceBatch
 
 
 class StepFlops(NamedTuple):
@@ -39,7 +39,7 @@ class Arithmetic(NamedTuple):
       backend: of attention over packed rows, resolved: not "auto".
       remat: "none" or a name of `REMAT_POLICIES`.
       live_reference: whether a frozen model runs in the step.
-      first_pass: whether log-probs are computed once more ahead, for a loss that couples rows.
+      first_pass: whether the policy runs once more ahead, for a loss that couples rows.
       num_shards: parts that a micro-batch is split into.
       block_q, block_kv: tile sizes asked for.
       on_cpu: whether it runs there.
@@ -80,7 +80,7 @@ def step_flops(config: ModelConfig, batch: Any, program: Arithmetic) -> StepFlop
         products, logits_again = PRODUCTS["xla"], False
     reference = int(program.live_reference)
     logical = _flops(config, real, matrices=3 + reference, head=3 + reference, products=6 + 2 * reference)
-    forwards = reference + (1 + reference if program.first_pass else 0)
+    forwards = reference + int(program.first_pass)
     products_run = products.forward * (1 + forwards) + products.backward + _products_again(program.remat, products)
     executed = _flops(config, run, matrices=3 + forwards, head=3 + logits_again + forwards, products=products_run)
     return StepFlops(logical, executed + 2.0 * _matrices_again(config, program.remat) * run.tokens)
@@ -143,7 +143,7 @@ def _packed_run(config: ModelConfig, batch: PackedBatch, program: Arithmetic) ->
     )
     rows = batch.logp_pair.shape[1] // program.num_shards
     scored = (batch.logp_pair < batch.gather.shape[-2]).sum(-1).reshape(-1, rows)  # of each call's rows
-    chunk = min(default_chunk(rows, num_scored, config.vocab_size), num_scored)
+    chunk = min(default_chunk(rows, num_scored, config.vocab_size, skips=True), num_scored)
     chunk = -(-num_scored // -(-num_scored // chunk))  # chunks are even
     return _Amounts(batch.tokens.size, int((-(-scored.max(1) // chunk)).sum()) * chunk * rows, pairs)
 
@@ -153,10 +153,11 @@ def _packed_run(config: ModelConfig, batch: PackedBatch, program: Arithmetic) ->
 
 def _padded_real(config: ModelConfig, batch: PreferenceBatch | CompletionBatch) -> _Amounts:
     mask, completion = (np.array(array, bool) for array in (batch.attention_mask, batch.completion_mask))
-    scored = int(completion[..., 1:].sum())
+    if batch.weights is not None:  # padding rows hold a token, which attention needs
+        mask &= (batch.weights > 0).reshape(*batch.weights.shape, *[1] * (mask.ndim - batch.weights.ndim))
+    scored = int((completion & mask)[..., 1:].sum())
     if isinstance(batch, PreferenceBatch):
         mask[..., REJECTED, :] &= completion[..., REJECTED, :]  # the prompt counts once, on the chosen side
-        assert mask[..., CHOSEN, :].any(), "a step without a token"
     positions = np.broadcast_to(np.arange(mask.shape[-1]), mask.shape)[mask]
     return _Amounts(int(mask.sum()), scored, _pairs_at(config, positions))
 

@@ -26,6 +26,7 @@ from jdpo.training.compilation import Stopwatch, compiler_threads, persistent_ca
 from jdpo.training.evaluation import Evaluation
 from jdpo.training.finish import finish_run, step_to_export
 from jdpo.training.fit import peak_memory
+from jdpo.training.flops import StepFlops, peak_flops
 from jdpo.training.interrupt import StopRequest
 from jdpo.training.metrics import Throughput, Window, mean_over_rows, rows_at
 from jdpo.training.preparation import (
@@ -137,12 +138,14 @@ class _Launched(NamedTuple):
       done: updates made with it.
       indices: its rows.
       made: how they are laid out.
+      flops: that it takes.
       on_device: its StepReport.
     """
 
     done: int
     indices: np.ndarray
     made: StepBatch
+    flops: StepFlops
     on_device: StepReport
 
 
@@ -191,7 +194,12 @@ class Run:
             greater_is_better=not config.metric_for_best_model.endswith("loss"),
         )
         resources.callback(self.manager.close)
-        self.window, self.num_tokens, self.throughput = Window(), 0, Throughput()
+        self.window, self.num_tokens = Window(), 0
+        self.throughput = Throughput(
+            unit=setup.task.unit,
+            num_devices=setup.mesh.size,
+            peak=peak_flops(setup.mesh.devices.flat[0].device_kind, config.compute_dtype),
+        )
         self.last_saved: int | None = None
         self.writers: list[Writer] = []
         self.jsonl: JsonlWriter | None = None
@@ -285,7 +293,7 @@ class Run:
         waiting: _Launched | None = None
         done = first
         with display, closing(profiler):
-            for indices, made in prefetch(self._train_batch, range(first, setup.num_steps)):
+            for indices, made, flops in prefetch(self._train_batch, range(first, setup.num_steps)):
                 apart = not self.programs.ready(made.batch) or profiler.is_due(done + 1)
                 if apart and waiting is not None:
                     take(waiting)
@@ -295,7 +303,7 @@ class Run:
                 with profiler.step(done + 1):
                     state, on_device = program(state, reference, made.batch)
                     done += 1
-                    before, waiting = waiting, _Launched(done, indices, made._replace(batch=None), on_device)
+                    before, waiting = waiting, _Launched(done, indices, made._replace(batch=None), flops, on_device)
                     if before is not None:
                         take(before)
                     if profiler.is_last(done):
@@ -317,15 +325,16 @@ class Run:
                     break
         return state, done
 
-    def _train_batch(self, step: int) -> tuple[np.ndarray, StepBatch]:
+    def _train_batch(self, step: int) -> tuple[np.ndarray, StepBatch, StepFlops]:
         """The rows of a step, on the devices; made on a thread while earlier steps run."""
         indices = rows_of_step(self.setup, step)
         made = self.train_batches.make(indices)
-        return indices, made._replace(batch=place(made.batch, self.batch_sharding))
+        flops = self.assembly.flops(made.batch)
+        return indices, made._replace(batch=place(made.batch, self.batch_sharding)), flops
 
     def _take(self, display: RunDisplay, watch: Stopwatch, launched: _Launched) -> None:
         """Waits for a step's report, checks its numbers, adds them to the window, logs where that is due."""
-        done, indices, made, on_device = launched
+        done, indices, made, flops, on_device = launched
         report: StepReport = fetch(on_device)
         seconds = watch.lap()
         rows = rows_at(report.rows, made.at)
@@ -341,8 +350,8 @@ class Run:
         values = {**mean_over_rows(rows), "loss": loss}
         padding = 1 - made.real_slots / made.num_slots
         self.window.add({**values, "grad_norm": grad_norm, "padding": padding})
-        self.throughput.add(num_rows=len(indices), num_tokens=made.num_tokens, seconds=seconds)
-        display.step(done, values, self.throughput.rates(self.setup.task.unit))
+        self.throughput.add(num_rows=len(indices), num_tokens=made.num_tokens, flops=flops, seconds=seconds)
+        display.step(done, values, self.throughput.rates())
         if _is_due(done, self.setup.config.logging_steps) or done == self.setup.num_steps:
             self._log(done, report)
 
@@ -372,11 +381,12 @@ class Run:
                 # str gives the shortest decimal that is this float32: 0.001, not 0.0010000000474974513.
                 "learning_rate": float(str(report.learning_rate)),
                 "num_tokens": self.num_tokens,
-                **self.throughput.rates(self.setup.task.unit),
+                **self.throughput.rates(),
                 "peak_memory_gib": peak_memory() / 2**30,
             }
         )
-        self.window, self.throughput = Window(), Throughput()
+        self.window = Window()
+        self.throughput.clear()
 
     def _write(self, line: Mapping[str, Any]) -> None:
         for writer in self.writers:

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from jdpo.training.flops import StepFlops
+
 
 class Window:
     """Mean of per-step values since the last log. It travels with the checkpoint, so that a resumed run logs
@@ -35,23 +37,47 @@ class Window:
 
 
 class Throughput:
-    """Rows, tokens and seconds of the steps since the last log; evaluation and saving are not in them."""
+    """Rows, tokens, FLOPs and seconds of the steps since the last log; evaluation and saving are not in them."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, unit: str, num_devices: int, peak: float | None) -> None:
+        """
+        Args:
+          unit: what a row is called.
+          num_devices: devices that share the work.
+          peak: FLOP/s of one of them, None where it is not known.
+        """
+        self._unit, self._num_devices, self._peak = unit, num_devices, peak
+        self.clear()
+
+    def clear(self) -> None:
+        """Begins anew."""
         self._steps = self._rows = self._tokens = 0
-        self._seconds = 0.0
+        self._seconds = self._logical = self._executed = 0.0
 
-    def add(self, *, num_rows: int, num_tokens: int, seconds: float) -> None:
+    def add(self, *, num_rows: int, num_tokens: int, flops: StepFlops, seconds: float) -> None:
+        """Takes one step."""
         self._steps, self._rows = self._steps + 1, self._rows + num_rows
         self._tokens, self._seconds = self._tokens + num_tokens, self._seconds + seconds
+        self._logical, self._executed = self._logical + flops.logical, self._executed + flops.executed
 
-    def rates(self, unit: str) -> dict[str, float]:
-        """`<unit>_per_second`, `tokens_per_second`, `step_seconds`."""
-        return {
-            f"{unit}_per_second": self._rows / self._seconds,
+    def rates(self) -> dict[str, float]:
+        """Of the steps since `clear`: `<unit>_per_second`, `tokens_per_second` (real ones), `step_seconds`,
+        `model_tflops_per_second` of each device, and with a known peak `mfu` and `mfu_executed`.
+
+        MFU is the share of the peak that goes into what the mathematics needs; mfu_executed counts padding and
+        recomputation as work, too.
+        """
+        per_device = self._seconds * self._num_devices
+        rates = {
+            f"{self._unit}_per_second": self._rows / self._seconds,
             "tokens_per_second": self._tokens / self._seconds,
             "step_seconds": self._seconds / self._steps,
+            "model_tflops_per_second": self._logical / per_device / 1e12,
         }
+        if self._peak is not None:
+            rates["mfu"] = self._logical / per_device / self._peak
+            rates["mfu_executed"] = self._executed / per_device / self._peak
+        return rates
 
 
 class RowAverages:

@@ -58,6 +58,10 @@ def prepare_steps(
     search = _Search(setup, reference)
     fit = remembered or search.settle(say)
     assembly, batches = search.assembly(fit.remat), search.batches(fit.max_tokens_per_device)
+    if setup.config.packing:
+        lengths = sorted({int(batch.gather.shape[-1]) for batch in batches.shapes()})
+        backends = {assembly.attention(length): length for length in lengths}
+        say(f"attention: {', '.join(f'{name} up to {length} tokens' for name, length in backends.items())}")
     programs = Programs(assembly.lower_step, pool)
     for (remat, _), (batch, program) in search.tried.items():
         if remat == fit.remat:

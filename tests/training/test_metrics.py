@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from jdpo.training.flops import StepFlops
 from jdpo.training.metrics import RowAverages, Throughput, Window, rows_at
 
 
@@ -39,7 +40,18 @@ def test_evaluation_averages_over_real_rows_and_the_loss_over_its_normalizer() -
 
 
 def test_throughput_counts_what_it_was_given() -> None:
-    throughput = Throughput()
-    throughput.add(num_rows=8, num_tokens=100, seconds=0.5)
-    throughput.add(num_rows=4, num_tokens=60, seconds=1.5)
-    assert throughput.rates("pairs") == {"pairs_per_second": 6.0, "tokens_per_second": 80.0, "step_seconds": 1.0}
+    throughput = Throughput(unit="pairs", num_devices=2, peak=None)
+    throughput.add(num_rows=8, num_tokens=100, flops=StepFlops(3e12, 5e12), seconds=0.5)
+    throughput.add(num_rows=4, num_tokens=60, flops=StepFlops(5e12, 9e12), seconds=1.5)
+    expected = {"pairs_per_second": 6.0, "tokens_per_second": 80.0, "step_seconds": 1.0, "model_tflops_per_second": 2.0}
+    assert throughput.rates() == expected
+    throughput.clear()
+    throughput.add(num_rows=1, num_tokens=10, flops=StepFlops(1e12, 1e12), seconds=2.0)
+    assert throughput.rates()["step_seconds"] == 2.0
+
+
+def test_utilization_is_held_against_the_peak_of_all_devices() -> None:
+    throughput = Throughput(unit="rows", num_devices=4, peak=1e13)
+    throughput.add(num_rows=1, num_tokens=1, flops=StepFlops(4e13, 6e13), seconds=2.0)
+    rates = throughput.rates()
+    assert (rates["mfu"], rates["mfu_executed"]) == (0.5, 0.75)

@@ -78,41 +78,42 @@ def build_trainer(
     max_length: int,
     learning_rate: float,
     beta: float,
+    **changes: Any,
 ) -> Any:
     """A DPOTrainer in float32 on the CPU: rows in file order, AdamW at a constant rate, no decay, clipping at 1.
 
     What is not said here is TRL's default: sigmoid loss, betas (0.9, 0.999), eps 1e-8, `keep_start` truncation, a
-    frozen copy of the model as the reference.
+    frozen copy of the model as the reference. `changes` are fields of DPOConfig that are to be otherwise.
     """
     from datasets import Dataset
     from transformers import AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
-    config = DPOConfig(
-        output_dir=scratch,
-        max_steps=steps,
-        per_device_train_batch_size=batch,
-        gradient_accumulation_steps=1,
-        train_sampling_strategy="sequential",
-        max_length=max_length,
-        beta=beta,
-        optim="adamw_torch",
-        learning_rate=learning_rate,
-        lr_scheduler_type="constant",
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        bf16=False,
-        gradient_checkpointing=False,
-        use_cpu=True,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        seed=SEED,
-    )
+    settings: dict[str, Any] = {
+        "output_dir": scratch,
+        "max_steps": steps,
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": 1,
+        "train_sampling_strategy": "sequential",
+        "max_length": max_length,
+        "beta": beta,
+        "optim": "adamw_torch",
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "use_cpu": True,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": SEED,
+    }
     return DPOTrainer(
         model=str(model),
-        args=config,
+        args=DPOConfig(**settings | changes),
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(model),
     )

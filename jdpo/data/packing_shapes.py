@@ -29,15 +29,15 @@ MERGED_AT_ONCE = 512
 
 
 class Costs(NamedTuple):
-    """What parts of a step cost, in the time of one slot.
+    """What parts of a step cost that are not in use, in the time of one slot.
 
-    The defaults are of a decoder of usual proportions: the head has a quarter of the backbone's weights; a place of
-    attention is gathered and scattered, and attends over as many places as there are.
+    A slot runs through all matrices, used or not. The head skips chunks without a scored token, and attention what lies
+    behind a sequence's length; left are a share of a chunk, and gathers and scatters.
     """
 
-    scored: float = 0.25  # a scored token: d * v over the weights of the backbone
-    place: float = 0.05  # a place of an attention sequence, used or not...
-    place_per_token: float = 1 / 8192  # ... times (this much of the sequence's length)
+    scored: float = 0.05  # room for a scored token
+    place: float = 0.05  # a place of an attention sequence...
+    place_per_token: float = 0.0  # ... and, where attention does not skip, this much times the sequence's length
 
 
 USUAL_COSTS = Costs()

@@ -61,9 +61,9 @@ def linear_token_logps(
         and do not depend on what stands there, NaN included; chunks behind the longest row are not computed, neither
         forward nor backward. Within shard_map, and over explicit axes, each device goes by its own rows.
       chunk_size: positions of each row at once; for [n, d] the most tokens at once. Default: as many as have logits of
-        48 MiB, but at least 256 tokens, and at most half of all. Rows and tokens count as this call sees them: those
-        of one device within shard_map and over explicit axes, else all. Positions that chunks do not divide are padded
-        within their row, by less than one a chunk.
+        48 MiB, but at least 256 tokens, and at most half of all (with lengths a quarter, where that is 256 tokens).
+        Rows and tokens count as this call sees them: those of one device within shard_map and over explicit axes, else
+        all. Positions that chunks do not divide are padded within their row, by less than one a chunk.
       logit_softcap: bound of the logits, above 0 (Gemma 2); None for none.
       logit_scale: factor of the logits, before the cap (Cohere, Granite); None for 1.
       return_log_sum_sq: also return log sum_v p_v^2 (WPO's weight is the log-prob minus it).
@@ -134,16 +134,23 @@ def _on_rows(
         hidden, targets = rearrange(hidden, "(r k) d -> r k d", r=rows), rearrange(targets, "(r k) -> r k", r=rows)
         chunk = tokens // rows
     rows, positions = targets.shape
-    chunk = max(min(chunk or default_chunk(rows, positions, head.shape[1]), positions), 1)
+    chunk = chunk or default_chunk(rows, positions, head.shape[1], skips=lengths is not None)
+    chunk = max(min(chunk, positions), 1)
     hidden, head, targets, *rest = varying_alike(hidden, head, targets, *([] if lengths is None else [lengths]))
     results = chunked_token_logps(chunk, settings, hidden, head, targets, rest[0] if rest else None)
     return tuple(rearrange(result, "r k -> (r k)") for result in results) if flat else results
 
 
-def default_chunk(rows: int, positions: int, vocabulary: int) -> int:
-    """Positions of a row at once, by CHUNK_BYTES and MIN_CHUNK_TOKENS; no more than half of them."""
-    tokens = max(CHUNK_BYTES // (4 * vocabulary), MIN_CHUNK_TOKENS)
-    return max(min(tokens // max(rows, 1), -(-positions // 2)), 1)
+def default_chunk(rows: int, positions: int, vocabulary: int, *, skips: bool = False) -> int:
+    """Positions of a row at once, by CHUNK_BYTES and MIN_CHUNK_TOKENS; no more than half of them.
+
+    Args:
+      skips: chunks may be skipped: smaller ones, so that more of them are.
+    """
+    tokens, most = max(CHUNK_BYTES // (4 * vocabulary), MIN_CHUNK_TOKENS), -(-positions // 2)
+    if skips:
+        most = min(most, max(-(-positions // 4), MIN_CHUNK_TOKENS // max(rows, 1)))
+    return max(min(tokens // max(rows, 1), most), 1)
 
 
 def _num_rows(size: int, tokens: int) -> int:

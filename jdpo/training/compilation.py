@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import os
 import platform
@@ -64,10 +65,19 @@ class Programs:
     def compile(self, batch: Batch) -> Any:
         """The program for batches like this one, compiled here and now."""
         abstract = jax.tree.map(lambda array: jax.ShapeDtypeStruct(np.shape(array), array.dtype), batch)
-        return self._lower(abstract).compile()
+        program = self._lower(abstract).compile()
+        _give_back_memory()
+        return program
 
     def __len__(self) -> int:
         return len(self._programs)
+
+
+def _give_back_memory() -> None:
+    """Hands the heap that a compilation leaves behind, hundreds of MiB, back to the system, where glibc is at hand."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def shapes_of(batch: Batch) -> Shapes:

@@ -294,7 +294,8 @@ class Run:
         done = first
         with display, closing(profiler):
             for indices, made, flops in prefetch(self._train_batch, range(first, setup.num_steps)):
-                apart = not self.programs.ready(made.batch) or profiler.is_due(done + 1)
+                # What would not be counted as a step's time must not happen while one runs.
+                apart = done == 1 or not self.programs.ready(made.batch) or profiler.is_due(done + 1)
                 if apart and waiting is not None:
                     take(waiting)
                     waiting = None
@@ -345,7 +346,8 @@ class Run:
             weights = bool(np.isfinite([loss, grad_norm]).all())  # then it is the update that went wrong
             check_finite(done, loss, grad_norm, rows["loss"], origins, self.last_saved, weights_finite=not weights)
         if done == 1:
-            self._check_start(rows, indices)
+            with watch.paused():
+                self._check_start(rows, indices)
         self.num_tokens += made.num_tokens
         values = {**mean_over_rows(rows), "loss": loss}
         padding = 1 - made.real_slots / made.num_slots

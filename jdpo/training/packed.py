@@ -49,6 +49,8 @@ def make_packed_logps(model: Transformer, mesh: Mesh) -> LogpsFn:
             )
         # Scored tokens come first in a row, and behind the last one the head is not run.
         num_scored_r = (batch.logp_pair < batch.gather.shape[-2]).sum(-1)
+        if mesh.size > num_batch_shards(mesh):  # devices that share the vocabulary talk to each other in every chunk:
+            num_scored_r = jnp.full_like(num_scored_r, num_scored_r.max())  # all run as many
         found = head_logps(hidden_rkd, head_dv, batch.logp_target, num_scored_r)
         return found if with_log_sum_sq else (found, None)
 

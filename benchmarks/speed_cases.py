@@ -1,0 +1,100 @@
+"""The cases of the speed benchmark: shape, lengths, pairs a step, and the ratios that are asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from speed_model import LLAMA_1_5B, LLAMA_8B, LLAMA_22M, ModelShape, tiny
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """What is trained on what: a model's shape, a table of lengths, pairs a step; and what jdpo is asked to reach.
+
+    Attributes:
+      table: the name of a table of lengths.
+      trl_micro_batch: pairs that TRL computes at once; None: all of a step.
+      jdpo: further settings of jdpo, key=value.
+      bars: least ratio of the other's median step time to jdpo's, by trainer; empty: the ratios are only reported.
+      tolerance: how far loss and log-probs of the first step may differ, relatively.
+      trainers: those that take part.
+      rounds: rounds at most.
+    """
+
+    name: str
+    shape: ModelShape
+    table: str
+    batch: int
+    max_length: int
+    device: str = "cpu"
+    trl_micro_batch: int | None = None
+    jdpo: tuple[str, ...] = ()
+    bars: tuple[tuple[str, float], ...] = ()
+    tolerance: float = 1e-3
+    trainers: tuple[str, ...] = ("jdpo", "trl", "tunix")
+    rounds: int = 99
+
+
+SMALL_HEAD = dataclasses.replace(LLAMA_22M, vocab_size=4096)
+CPU_CASES = {
+    "long": Case(
+        name="long pairs, V = 32000",
+        shape=LLAMA_22M,
+        table="long_pairs",
+        batch=4,
+        max_length=1024,
+        bars=(("trl", 4.0), ("tunix", 3.0)),
+    ),
+    "hh": Case(name="HH, V = 32000", shape=LLAMA_22M, table="hh", batch=8, max_length=512, bars=(("trl", 6.0),)),
+    "long-4096": Case(
+        name="long pairs, V = 4096",
+        shape=SMALL_HEAD,
+        table="long_pairs",
+        batch=4,
+        max_length=1024,
+        trainers=("jdpo", "trl"),
+        rounds=1,
+    ),
+    "hh-4096": Case(
+        name="HH, V = 4096",
+        shape=SMALL_HEAD,
+        table="hh",
+        batch=8,
+        max_length=512,
+        trainers=("jdpo", "trl"),
+        rounds=1,
+    ),
+}
+GPU_CASES = {
+    "1.5b": Case(
+        name="HH, 1.5 B (Qwen2.5's sizes), full",
+        shape=LLAMA_1_5B,
+        table="hh",
+        batch=64,
+        max_length=512,
+        device="gpu",
+        trl_micro_batch=8,
+        bars=(("trl", 3.0),),
+        tolerance=1e-2,  # bfloat16
+    ),
+    "8b": Case(
+        name="HH, 8 B (Llama 3.1's shape), full, all in bfloat16",
+        shape=LLAMA_8B,
+        table="hh",
+        batch=64,
+        max_length=512,
+        device="gpu",
+        trl_micro_batch=8,
+        jdpo=("optimizer.name=adamw_bf16",),
+        bars=(("trl", 3.0),),
+        tolerance=1e-2,
+    ),
+}
+
+
+def toy(case: Case) -> Case:
+    """A case at toy size, on the CPU: of bars only the gate is left."""
+    return dataclasses.replace(
+        case, shape=dataclasses.replace(tiny(case.shape), dtype="float32"), batch=2, max_length=256, device="cpu",
+        trl_micro_batch=1, bars=(), tolerance=1e-3, name=f"{case.name}, at toy size",
+    )  # fmt: skip

@@ -54,7 +54,9 @@ class Arm(NamedTuple):
       endless: whether it trains on past the last step that is wanted, and is then told to stop.
       before: a command to be run once before the first round: `jdpo reference`.
       cold_steps: steps of a run before the first round; 0: none. jdpo compiles in the background while the first steps
-        run, so its rounds come after a run in which every shape of the epoch was compiled and kept.
+        run, so its rounds come after a run in which every shape of the epoch was compiled and kept...
+      skipped: ... and it is measured on its second pass over the rows, when every program has been loaded again: steps
+        between the warm-up and those that are measured.
       rounds: rounds at most.
     """
 
@@ -66,6 +68,7 @@ class Arm(NamedTuple):
     endless: bool = False
     before: tuple[str, ...] = ()
     cold_steps: int = 0
+    skipped: int = 0
     rounds: int = 99
 
 
@@ -102,12 +105,23 @@ def jdpo_arm(python: str, case: Case, folder: Folder, reference: str, *, epoch: 
         "compute_dtype": "float32" if case.device == "cpu" else "bfloat16",
         "logging_steps": 1,
         "reference": reference,
+        "num_train_epochs": 2,
     }
     words = [f"{key}={value}" for key, value in settings.items()]
     command = (python, "-m", "jdpo.cli.main", "dpo", *words, *case.jdpo)
     before = (python, "-m", "jdpo.cli.main", "reference", *words, *case.jdpo) if reference == "cached" else ()
     name = f"jdpo, {reference} reference"
-    return Arm(name, "jdpo", reference, command, "--output_dir", endless=True, before=before, cold_steps=epoch)
+    return Arm(
+        name,
+        "jdpo",
+        reference,
+        command,
+        "--output_dir",
+        endless=True,
+        before=before,
+        cold_steps=epoch,
+        skipped=epoch,
+    )
 
 
 def trl_arm(
@@ -188,10 +202,12 @@ def _tail(log: Path) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-15:])
 
 
-def run_arm(arm: Arm, out: Path, *, steps: int, device: str) -> ArmRun:
-    """Runs an arm until it has left `steps` lines, and to its end.
+def run_arm(arm: Arm, out: Path, *, steps: int, device: str, cold: bool = False) -> ArmRun:
+    """Runs an arm until it has left the lines that are wanted, and to its end.
 
     Args:
+      steps: lines that are wanted: the first, and behind what the arm skips the others.
+      cold: whether nothing is skipped.
       out: a new folder; its parent keeps the arm's compilation cache from one run to the next.
 
     Raises:
@@ -207,16 +223,18 @@ def run_arm(arm: Arm, out: Path, *, steps: int, device: str) -> ArmRun:
             stderr=subprocess.STDOUT,
             env=environment(device, out.parent / "compiled"),
         )
-        first_step, peak_rss_steps, peak_rss = _watch(process, arm, metrics, steps, started)
+        skipped = 0 if cold else arm.skipped
+        first_step, peak_rss_steps, peak_rss = _watch(process, arm, metrics, steps + skipped, started)
     lines = read_lines(metrics)
     stopped = (0, 128 + signal.SIGTERM) if arm.endless else (0,)
-    if process.returncode not in stopped or len(lines) < steps:
+    if process.returncode not in stopped or len(lines) < steps + skipped:
         raise RuntimeError(
-            f"{arm.name} ended with {process.returncode} after {len(lines)} of {steps} steps; {log}:\n{_tail(log)}"
+            f"{arm.name} ended with {process.returncode} after {len(lines)} of {steps + skipped} steps; "
+            f"{log}:\n{_tail(log)}"
         )
     about = out / "about.json"
     facts = json.loads(about.read_text(encoding="utf-8")) if about.exists() else {}
-    return ArmRun(lines[:steps], facts, first_step, peak_rss, peak_rss_steps)
+    return ArmRun([lines[0], *lines[skipped + 1 : skipped + steps]], facts, first_step, peak_rss, peak_rss_steps)
 
 
 def _watch(

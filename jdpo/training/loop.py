@@ -324,6 +324,8 @@ class Run:
                 self.manager.poll()
                 if stopping:
                     break
+        if self.programs.num_late:  # planning knows all shapes: this is a fault of ours, and costs the user time
+            self.say(f"note: {self.programs.num_late} shape(s) of batches were not compiled ahead of their step")
         return state, done
 
     def _train_batch(self, step: int) -> tuple[np.ndarray, StepBatch, StepFlops]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -86,18 +86,17 @@ def run(cut_words: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ru
     words = cut_words(tmp_path_factory.mktemp("mesh") / "run", **settings)
     config = resolve_dtype(load_config(DPOConfig, None, words[1:]))
     setup = build(config, lambda text: None)
-    with closing(RunDirectory(config, "dpo")) as directory:
-        run = Run(setup, directory, StopRequest(), make_console(), Reference(mode="live"))
-        yield run
-        run.close()
+    with closing(RunDirectory(config, "dpo")) as directory, ExitStack() as resources:
+        yield Run(setup, directory, StopRequest(), make_console(), Reference(mode="live"), resources)
 
 
 @pytest.fixture(scope="module")
 def state(run: Run) -> TrainState:
-    params = load_start(run.setup)
-    zero = place(np.int32(0), run.shardings.step)
-    key = place(np.asarray(jax.random.key_data(jax.random.key(0))), run.shardings.rng)
-    return TrainState(zero, params, run.init_opt_state(params), key)
+    params, shardings = load_start(run.setup), run.assembly.state_shardings
+    zero = place(np.int32(0), shardings.step)
+    key = place(np.asarray(jax.random.key_data(jax.random.key(0))), shardings.rng)
+    init = jax.jit(run.assembly.optimizer.init, out_shardings=shardings.opt_state)
+    return TrainState(zero, params, init(params), key)
 
 
 def test_weights_and_moments_are_split_on_the_devices(run: Run, state: TrainState) -> None:
@@ -127,8 +126,8 @@ def test_what_stays_whole_is_said(run: Run) -> None:
 
 def test_compiled_step(run: Run, state: TrainState) -> None:
     reference = load_reference(run.setup, state.params)
-    _, made = run._train_batch(0)
-    lowered = run.compiled.train_step.lower(state, reference, place(made.batch, run.batch_sharding))  # type: ignore[attr-defined]
+    _, made, _ = run._train_batch(0)
+    lowered = run.assembly.compiled.train_step.lower(state, reference, made.batch)
     text = lowered.as_text()
     # Without a mesh in context a constraint lowers to nothing, and XLA would choose by itself.
     assert text.count("sharding_constraint") > 20, text.count("sharding_constraint")

@@ -151,7 +151,7 @@ class TrainConfig:
     remat: Literal["auto", "none", "dots", "attention", "full", "offload"] = _key(
         "auto",
         "what the backward pass computes again: nothing, all but matmuls, all but attention, whole layers, or whole "
-        "layers whose inputs wait in the host's memory; auto: the fastest of the first four that fits",
+        "layers whose inputs wait in the host's memory; auto: the fastest of the first four that fits the device",
     )
     attention: Literal["auto", "xla", "blockwise", "cudnn", "splash"] = _key(
         "auto", "attention backend; auto: cudnn on GPU, splash on TPU, blockwise elsewhere, where they fit the model"

@@ -54,6 +54,14 @@ REMAT_ORDER = ("none", "dots", "attention", "full")
 """From the fastest to the one that takes the least memory of the device, but for "offload", which not all can do."""
 
 
+def remat_order(platform: str) -> tuple[str, ...]:
+    """The policies worth trying, the fastest first.
+
+    On CPU memory is what is slow: to write activations down and read them back takes longer than to compute them again.
+    """
+    return ("attention", "full") if platform == "cpu" else REMAT_ORDER
+
+
 def check_remat(remat: str, device: jax.Device | None = None) -> None:
     """Refuses names that stand for nothing, and what the device, if given, cannot do.
 

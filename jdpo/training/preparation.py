@@ -14,7 +14,7 @@ import numpy as np
 from jdpo.data.loader import plan
 from jdpo.data.prepare import PreparedData
 from jdpo.data.reference_cache import ReferenceCache
-from jdpo.models.remat import REMAT_ORDER
+from jdpo.models.remat import remat_order
 from jdpo.sharding.mesh import num_batch_shards
 from jdpo.training.assembly import Assembly, assemble
 from jdpo.training.batches import Batches, PackedBatches, PaddedBatches
@@ -143,7 +143,7 @@ class _Search:
         config = self._setup.config
         platform = jax.default_backend()
         most = config.max_tokens_per_device or MAX_TOKENS_PER_DEVICE.get(platform, MAX_TOKENS_PER_DEVICE["gpu"])
-        policies = REMAT_ORDER if config.remat == "auto" else (config.remat,)
+        policies = remat_order(platform) if config.remat == "auto" else (config.remat,)
         fixed = bool(config.max_tokens_per_device or config.micro_batch_size)
         if fixed and len(policies) == 1:
             return Fit(policies[0], most)

@@ -41,16 +41,16 @@ def prepare(words: list[str], **options: Any) -> tuple[Setup, Preparation, list[
         return setup, prepare_steps(setup, Reference(mode="live"), pool, lines.append, **options), lines
 
 
-def test_with_room_all_rows_of_a_step_go_through_at_once_and_nothing_is_recomputed(run_words: Words) -> None:
+def test_with_room_all_rows_of_a_step_go_through_at_once_under_the_fastest_policy(run_words: Words) -> None:
     setup, prepared, lines = prepare(run_words(remat="auto"))
-    assert prepared.fit.remat == prepared.assembly.model.remat == "none"
+    assert prepared.fit.remat == prepared.assembly.model.remat == "attention"
     slots = [setup.train_data.sizes().slots[rows_of_step(setup, step)] for step in range(setup.num_steps)]
     assert max(map(np.max, slots)) <= prepared.fit.max_tokens_per_device
     assert all(batch.tokens.shape[0] == 1 for batch in prepared.batches.shapes())
     assert prepared.batches.tokens_per_device <= prepared.fit.max_tokens_per_device
     assert len(prepared.programs) == 1, "the program that was measured is kept"
     (said,) = [line for line in lines if line.startswith("step: ")]
-    assert re.match(r"step: at most [\d,]+ tokens a device at once, remat none, needs 0\.\d\d GiB of \d+", said)
+    assert re.match(r"step: at most [\d,]+ tokens a device at once, remat attention, needs 0\.\d\d GiB of \d+", said)
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -68,7 +68,7 @@ def test_without_room_more_is_recomputed_and_less_goes_through_at_once(
     _, tight, _ = prepare(words)
     assert tight.fit.bytes_needed is not None
     assert tight.fit.bytes_needed <= needed * 0.7
-    assert tight.fit.remat != "none" or tight.batches.tokens_per_device < roomy.batches.tokens_per_device
+    assert tight.fit.remat != "attention" or tight.batches.tokens_per_device < roomy.batches.tokens_per_device
     compiled = tight.programs.of(tight.batches.shapes()[-1])
     assert program_bytes(compiled) == tight.fit.bytes_needed
 
@@ -121,7 +121,7 @@ def test_the_run_keeps_its_fit_and_compiles_nothing_after_warm_up(run_words: Wor
     assert counts[0] > 0
     assert len(set(counts[2:])) == 1, f"a step after the second compiled something: {counts}"
     state = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert state["fit"]["remat"] == "none"
+    assert state["fit"]["remat"] == "attention"
     assert state["fit"]["max_tokens_per_device"] % 64 == 0
     traces = list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
     assert len(traces) == 1

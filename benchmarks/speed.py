@@ -29,7 +29,7 @@ import signal
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -54,6 +54,7 @@ from trl_parity import compare_tokens, tokenized_rows
 from jdpo import __version__
 
 WARMUP = 1
+PATH_FLAGS = ("--trl-python", "--tunix-python", "--work", "--report")
 
 
 def main() -> None:
@@ -112,9 +113,26 @@ def machine(arguments: argparse.Namespace) -> list[str]:
         f"{processor}, {os.cpu_count()} cores, Python {platform.python_version()}, jdpo {__version__}, {packages}. "
         f"At most {arguments.rounds} round(s), each of {WARMUP} step of warm-up and {arguments.steps} measured.",
         "",
-        f"    python benchmarks/speed.py {shlex.join(sys.argv[1:])}",
+        f"    python benchmarks/speed.py {shlex.join(without_paths(sys.argv[1:]))}",
         "",
     ]
+
+
+def without_paths(words: Sequence[str]) -> list[str]:
+    """A command line without the flags that say where things lie, which is nobody else's business.
+
+    >>> without_paths(["--cases", "hh", "--work", "/x", "--rounds", "1", "--report=/y.md"])
+    ['--cases', 'hh', '--rounds', '1']
+    """
+    kept: list[str] = []
+    words = list(words)
+    while words:
+        word = words.pop(0)
+        if word in PATH_FLAGS:
+            words.pop(0)
+        elif word.partition("=")[0] not in PATH_FLAGS:
+            kept.append(word)
+    return kept
 
 
 def cpu_lines() -> list[str]:

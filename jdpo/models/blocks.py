@@ -56,6 +56,13 @@ class AttentionSettings(NamedTuple):
     block_q: int | None = None
     block_kv: int | None = None
 
+    def resolve(self, dtype: Any, head_dim: int, length: int, window: int | None) -> str:
+        """The backend for sequences of `length` places."""
+        if self.backend != "auto":
+            return self.backend
+        tiled = bool(self.block_q or self.block_kv)
+        return choose_attention(jax.default_backend(), dtype, head_dim, length, window=window, tiled=tiled)
+
 
 class LayerPattern(NamedTuple):
     """How num_layers layers fall into repeats of a pattern and a rest; layer i is (i // period, i % period)."""
@@ -145,17 +152,12 @@ def attend_over_mesh(
     window: int | None,
 ) -> jax.Array:
     """`causal_attention` on each device's own sequences and heads, as the logical rules in context split them."""
-    backend, block_q, block_kv = settings
-    if backend == "auto":
-        backend = choose_attention(
-            jax.default_backend(),
-            query.dtype,
-            query.shape[3],
-            query.shape[1],
-            window=window,
-            tiled=bool(block_q or block_kv),
-        )
-    options: dict[str, Any] = {"window": window, "backend": backend, "block_q": block_q, "block_kv": block_kv}
+    options: dict[str, Any] = {
+        "window": window,
+        "backend": settings.resolve(query.dtype, query.shape[3], query.shape[1], window),
+        "block_q": settings.block_q,
+        "block_kv": settings.block_kv,
+    }
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size == 1 or mesh.empty:
         return causal_attention(query, key, value, lengths=lengths, **options)

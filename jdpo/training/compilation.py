@@ -18,7 +18,6 @@ import numpy as np
 
 from jdpo.training.objectives import Batch
 
-Program = Callable[..., Any]
 Shapes = tuple[tuple[tuple[int, ...], str], ...]
 
 
@@ -40,7 +39,7 @@ class Programs:
         for batch in batches:
             shapes = shapes_of(batch)
             if shapes not in self._programs:
-                self._programs[shapes] = self._pool.submit(self.compile, batch)
+                self._programs[shapes] = self._pool.submit(compile_for, self._lower, batch)
 
     def keep(self, batch: Batch, program: Any) -> None:
         """Takes a program that was compiled elsewhere."""
@@ -62,15 +61,16 @@ class Programs:
             future = self._programs[shapes_of(batch)]
         return future.result()
 
-    def compile(self, batch: Batch) -> Any:
-        """The program for batches like this one, compiled here and now."""
-        abstract = jax.tree.map(lambda array: jax.ShapeDtypeStruct(np.shape(array), array.dtype), batch)
-        program = self._lower(abstract).compile()
-        _give_back_memory()
-        return program
-
     def __len__(self) -> int:
         return len(self._programs)
+
+
+def compile_for(lower: Callable[[Batch], Any], batch: Batch) -> Any:
+    """The program for batches like this one, compiled here and now."""
+    abstract = jax.tree.map(lambda array: jax.ShapeDtypeStruct(np.shape(array), array.dtype), batch)
+    program = lower(abstract).compile()
+    _give_back_memory()
+    return program
 
 
 def _give_back_memory() -> None:

@@ -18,7 +18,7 @@ from jdpo.models.remat import remat_order
 from jdpo.sharding.mesh import num_batch_shards
 from jdpo.training.assembly import Assembly, assemble
 from jdpo.training.batches import Batches, PackedBatches, PaddedBatches
-from jdpo.training.compilation import Programs
+from jdpo.training.compilation import Programs, compile_for
 from jdpo.training.fit import MAX_TOKENS_PER_DEVICE, TOKEN_STEP, Fit, choose_fit, memory_limit, program_bytes
 from jdpo.training.reference import Reference
 from jdpo.training.setup import Say, Setup
@@ -152,8 +152,10 @@ class _Search:
             fit = choose_fit(lambda remat, _: self._bytes(remat, most), policies=policies, most_tokens=1, limit=limit)
             fit = fit._replace(max_tokens_per_device=most)
         else:
-            # A step that is smaller than the budget needs no more than it has.
-            most = min(most, -(-self.batches(most).tokens_per_device // TOKEN_STEP) * TOKEN_STEP)
+            # A step that is smaller than the budget needs no more than it has, and is laid out as it was.
+            batches = self.batches(most)
+            most = min(most, -(-batches.tokens_per_device // TOKEN_STEP) * TOKEN_STEP)
+            self._batches[most] = batches
             fit = choose_fit(self._bytes, policies=policies, most_tokens=most, limit=limit)
         say(_said(fit, limit, by_tokens=config.micro_batch_size is None))
         return fit
@@ -163,17 +165,13 @@ class _Search:
         if (remat, max_tokens) not in self.tried:
             batch = self.batches(max_tokens).shapes()[-1]
             try:
-                program = self.assembly(remat).lower_step(_abstract(batch)).compile()
+                program = compile_for(self.assembly(remat).lower_step, batch)
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
                 return math.inf
             self.tried[remat, max_tokens] = batch, program
         return program_bytes(self.tried[remat, max_tokens][1])
-
-
-def _abstract(batch: Any) -> Any:
-    return jax.tree.map(lambda array: jax.ShapeDtypeStruct(np.shape(array), array.dtype), batch)
 
 
 def _said(fit: Fit, limit: int, *, by_tokens: bool) -> str:

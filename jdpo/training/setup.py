@@ -21,7 +21,8 @@ from jdpo.config import DPOConfig, TrainConfig, defaults_of
 from jdpo.data.loader import num_steps_per_epoch
 from jdpo.data.prepare import PreparedData, cache_folder
 from jdpo.data.tokenizer import Tokenizer, load_tokenizer
-from jdpo.models.attention import check_attention, choose_attention
+from jdpo.models.attention import check_attention
+from jdpo.models.blocks import AttentionSettings
 from jdpo.models.families import ModelConfig, read_model_config
 from jdpo.models.hf_weights import check_tensors, load_params, resize_embeddings
 from jdpo.models.hub import resolve_folder
@@ -287,9 +288,7 @@ def _check_attention_settings(config: TrainConfig, source_config: ModelConfig) -
     blocks = {"block_q": config.attention_block_q, "block_kv": config.attention_block_kv}
     dtype, head_dim, platform = jnp.dtype(config.compute_dtype), source_config.head_dim, jax.default_backend()
     for window in sorted(set(source_config.layer_windows), key=str) if asked else ():
-        backend: str = config.attention
-        if backend == "auto":
-            backend = choose_attention(platform, dtype, head_dim, config.max_length, window=window, tiled=True)
+        backend = AttentionSettings(config.attention, **blocks).resolve(dtype, head_dim, config.max_length, window)
         try:
             check_attention(backend, dtype=dtype, head_dim=head_dim, window=window, platform=platform, **blocks)
         except ValueError as error:

@@ -18,7 +18,8 @@ from jdpo.config import DatasetConfig, DPOConfig, SFTConfig, load_config
 from jdpo.data.sources import read_rows
 from jdpo.quickstart.tiny_llama import write_model
 from jdpo.reports.writers import read_metrics
-from jdpo.training.loop import RunResult, train
+from jdpo.training.loop import train
+from jdpo.training.run import RunResult
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

@@ -17,6 +17,9 @@ Message = dict[str, Any]
 Text = str | list[Message]
 """Plain text, or a list of messages."""
 
+HOST_MEMORY = "pinned_host"
+"""Memory of the host that a device reads and writes by itself, by JAX's name."""
+
 Array = Any
 """A numpy or jax array (jax is not imported here: this module is imported by everything)."""
 

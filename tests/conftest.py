@@ -91,6 +91,31 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
     return path
 
 
+def small_llama(**fields: Any) -> Any:
+    """The `ModelConfig` of a small Llama without biases; fields by name take the place of its own."""
+    from jdpo.models.families import ModelConfig, RopeConfig
+
+    own: dict[str, Any] = {
+        "family": "llama",
+        "vocab_size": 64,
+        "num_layers": 2,
+        "d_model": 64,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 16,
+        "d_ff": 192,
+        "norm_eps": 1e-6,
+        "rope": RopeConfig(theta=1e4),
+        "tie_embeddings": False,
+        "qkv_bias": False,
+        "o_bias": False,
+        "qk_norm": False,
+        "max_positions": 1024,
+    }
+    own |= fields
+    return ModelConfig(**{"layer_windows": (None,) * own["num_layers"], **own})
+
+
 @pytest.fixture(scope="session")
 def toy_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face folder of a Llama with 2 layers of width 64 and a chat template."""

@@ -112,6 +112,27 @@ def test_an_optimizer_is_what_it_does_not_how_it_was_written_down() -> None:
     assert len(differences(saved, dpo("optimizer=adamw_bf16"))) == 1
 
 
+def test_a_name_on_the_command_line_changes_the_rule_alone(tmp_path: Path) -> None:
+    """Whichever of file and command line writes the group out, and which gives the bare name."""
+    for text in ("optimizer: {name: adamw, b2: 0.98, weight_decay: 0.1}", "optimizer: adamw"):
+        (tmp_path / "run.yaml").write_text(f"model_name_or_path: m\noutput_dir: o\ndatasets: d\n{text}\n")
+        given = load_config(
+            DPOConfig, tmp_path / "run.yaml", ["--optimizer", "lion", "--optimizer.b1", "0.8"]
+        ).optimizer
+        assert (given.name, given.b1) == ("lion", 0.8)
+        assert (given.b2, given.weight_decay) == ((0.98, 0.1) if "{" in text else (None, 0.0))
+    (tmp_path / "run.yaml").write_text("optimizer: {b2: 0.98}")
+    with pytest.raises(ValueError, match=r"b2 0\.98 would not be read: sgd has momentum; leave it out"):
+        load_config(DPOConfig, tmp_path / "run.yaml", ["--optimizer=sgd"])
+
+
+def test_steps_to_profile_are_no_number_of_base_60(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("model_name_or_path: m\noutput_dir: o\ndatasets: d\nprofile_steps: 10:13\nmax_steps: 20\n")
+    config = load_config(DPOConfig, path)
+    assert (config.profile_steps, config.max_steps) == ("10:13", 20)
+
+
 def test_an_optimizer_may_be_given_by_its_name_alone() -> None:
     lion = dpo("optimizer=lion").optimizer
     assert (lion.name, lion.settings) == ("lion", {"b1": 0.9, "b2": 0.99})

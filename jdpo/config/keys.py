@@ -173,7 +173,7 @@ class TrainConfig:
     num_train_epochs: PositiveFloat = _key(1.0, "passes over the rows; a fraction is allowed")
     max_steps: PositiveInt | None = _key(None, "stop after this many steps, instead of num_train_epochs")
     shuffle: bool = _key(True, "a new order each epoch; false: file order")
-    seed: Seed = _key(42, "of the row order, and of new embedding rows")
+    seed: Seed = _key(42, "of the row order, new embedding rows and stochastic rounding")
 
     learning_rate: PositiveFloat = _key(1e-6, "peak learning rate")
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = _key("linear", "shape after the warm-up")

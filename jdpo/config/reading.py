@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -65,6 +66,11 @@ ALIASES = {
 }
 """What other trainers call a key: suggested in the error, never accepted silently."""
 
+NAMED_GROUPS = {"optimizer": "name"}
+"""Groups that one word may stand for: the key within it that the word is."""
+
+_BASE_60 = re.compile(r"[-+]?[0-9_]+(:[0-5]?[0-9])+(\.[0-9_]*)?")
+
 
 def load_config(cls: type[C], path: Path | None = None, overrides: Sequence[str] = ()) -> C:
     """Reads a run's settings: defaults, then the YAML file, then `key=value` overrides.
@@ -85,9 +91,15 @@ def load_config(cls: type[C], path: Path | None = None, overrides: Sequence[str]
     if path is not None:
         values = _read_yaml(path)
         origins = dict.fromkeys(values, f"in {path}")
+    for group, key in NAMED_GROUPS.items():
+        if isinstance(values.get(group), str):
+            values[group] = {key: values[group]}
     texts = _text_keys(cls)
     for key, text in parse_overrides(overrides):
-        _set_nested(values, key, _parse_value(key, text, is_text=key in texts))
+        value = _parse_value(key, text, is_text=key in texts)
+        # `--optimizer lion` changes the rule alone: what the file says of the group beside it stays.
+        named = key in NAMED_GROUPS and isinstance(value, str)
+        _set_nested(values, f"{key}.{NAMED_GROUPS[key]}" if named else key, value)
         origins[key.split(".")[0]] = "on the command line"
     try:
         return TypeAdapter(cls).validate_python(values)
@@ -152,7 +164,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read the config file {path}: {error}") from None
     try:
-        values = yaml.load(text, Loader=_UniqueKeyLoader)
+        values = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {error}") from None
     if values is None:
@@ -162,8 +174,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """A key written twice is a mistake; plain YAML would silently keep the last."""
+class _Loader(yaml.SafeLoader):
+    """YAML without its traps: a key written twice is refused, of which plain YAML would silently keep the last, and
+    10:13 is text, which plain YAML reads as 613."""
+
+    def resolve(self, kind: type[yaml.Node], value: Any, implicit: Any) -> str:
+        if kind is yaml.ScalarNode and implicit[0] and _BASE_60.fullmatch(value):
+            return str(self.DEFAULT_SCALAR_TAG)
+        return str(super().resolve(kind, value, implicit))
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -115,7 +115,7 @@ def _weights(num_real: int, num_slots: int) -> np.ndarray:
     return (np.arange(num_slots) < num_real).astype(np.float32)
 
 
-def prefetch(make: Callable[[int], T], steps: range, depth: int = 2) -> Iterator[T]:
+def prefetch(make: Callable[[int], T], steps: range, depth: int = 2) -> Generator[T, None, None]:
     """Yields `make(step)` for each step, computed up to `depth` ahead on a background thread.
 
     An exception of `make` is raised at its step. Closing the iterator stops the thread.

@@ -13,17 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jdpo.data.packing_shapes import (
-    LENGTH_MULTIPLE,
-    MAX_SHAPES,
-    SLOT_MULTIPLE,
-    USUAL_COSTS,
-    Costs,
-    PackedShape,
-    cheapest_shape,
-    choose_shapes,
-    rounded_shape,
-)
+from jdpo.data.packing_shapes import SLOT_MULTIPLE, PackedShape, cheapest_shape, choose_shapes, rounded_shape
 from jdpo.types import TokenizedCompletion, TokenizedPair
 
 
@@ -181,7 +171,6 @@ class PackingPlan:
       max_slots: slots of a row at most, but for items that are longer; read where max_items is None.
       max_items: items of a row at most, or None.
       shapes: what the steps of the run come in, the costliest last.
-      length_multiple, costs: by which shapes are chosen.
     """
 
     sizes: ItemSizes
@@ -189,8 +178,6 @@ class PackingPlan:
     max_slots: int | None
     max_items: int | None
     shapes: tuple[PackedShape, ...]
-    length_multiple: int
-    costs: Costs
 
     def step(self, indices: np.ndarray) -> StepPlan:
         """How the items `indices` [b] of the data are packed together.
@@ -201,8 +188,8 @@ class PackingPlan:
         sizes = self.sizes.of(indices)
         bins = plan_step(sizes.slots, num_rows=self.num_rows, max_slots=self.max_slots, max_items=self.max_items)
         need = needed_shape(sizes, bins, self.num_rows)
-        shape = cheapest_shape(need, self.shapes, num_sides=sizes.num_sides, costs=self.costs)
-        return StepPlan(bins, rounded_shape(need, self.length_multiple) if shape is None else shape)
+        shape = cheapest_shape(need, self.shapes, num_sides=sizes.num_sides)
+        return StepPlan(bins, rounded_shape(need) if shape is None else shape)
 
 
 def plan_run(
@@ -211,52 +198,37 @@ def plan_run(
     *,
     num_shards: int,
     max_tokens_per_device: int | None = None,
-    rows_per_shard: int = 1,
     micro_batch_size: int | None = None,
-    max_shapes: int = MAX_SHAPES,
-    length_multiple: int = LENGTH_MULTIPLE,
-    costs: Costs = USUAL_COSTS,
 ) -> PackingPlan:
-    """Plans the packing of a run.
+    """Plans the packing of a run: a micro-batch has one row for each shard.
 
     Args:
       sizes: of all items of the data.
       steps: the items of every step of the run, int [b] each (`jdpo.data.loader.plan`).
       num_shards: parts that a micro-batch is split into.
-      max_tokens_per_device: slots of a shard's part of a micro-batch at most; read where micro_batch_size is None.
-      rows_per_shard: rows that a shard's part is made of.
-      micro_batch_size: most items of a shard's part.
-      max_shapes: shapes at most.
-      length_multiple: what t is a multiple of.
-      costs: by which shapes are chosen.
+      max_tokens_per_device: slots of a row at most; read where micro_batch_size is None.
+      micro_batch_size: items of a row at most.
 
     Raises:
       ValueError: neither a budget nor a micro_batch_size, or one that leaves a row without room.
     """
-    max_slots = max_items = None
-    if micro_batch_size is not None:
-        max_items = micro_batch_size // rows_per_shard
-    elif max_tokens_per_device is not None:
-        max_slots = max_tokens_per_device // rows_per_shard // SLOT_MULTIPLE * SLOT_MULTIPLE
-    if not (max_slots or max_items):
+    max_slots = None
+    if micro_batch_size is None and max_tokens_per_device is not None:
+        max_slots = max_tokens_per_device // SLOT_MULTIPLE * SLOT_MULTIPLE
+    if not (max_slots or micro_batch_size):
         raise ValueError(
-            f"expected micro_batch_size of at least {rows_per_shard} or max_tokens_per_device of at least "
-            f"{SLOT_MULTIPLE * rows_per_shard}, found {micro_batch_size} and {max_tokens_per_device}"
+            f"expected micro_batch_size of at least 1 or max_tokens_per_device of at least {SLOT_MULTIPLE}, "
+            f"found {micro_batch_size} and {max_tokens_per_device}"
         )
-    num_rows = num_shards * rows_per_shard
     needs = []
     for indices in steps:
         of_step = sizes.of(indices)
-        bins = plan_step(of_step.slots, num_rows=num_rows, max_slots=max_slots, max_items=max_items)
-        needs.append(needed_shape(of_step, bins, num_rows))
+        bins = plan_step(of_step.slots, num_rows=num_shards, max_slots=max_slots, max_items=micro_batch_size)
+        needs.append(needed_shape(of_step, bins, num_shards))
     return PackingPlan(
         sizes=sizes,
-        num_rows=num_rows,
+        num_rows=num_shards,
         max_slots=max_slots,
-        max_items=max_items,
-        shapes=choose_shapes(
-            needs, num_sides=sizes.num_sides, max_shapes=max_shapes, length_multiple=length_multiple, costs=costs
-        ),
-        length_multiple=length_multiple,
-        costs=costs,
+        max_items=micro_batch_size,
+        shapes=choose_shapes(needs, num_sides=sizes.num_sides),
     )

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 SLOT_MULTIPLE, LENGTH_MULTIPLE, SCORED_MULTIPLE = 64, 64, 64
-"""What s, t (where nothing else is asked for) and c are multiples of."""
+"""What s, t and c are multiples of."""
 
 MAX_SHAPES = 8
 """Shapes of a run at most: each costs a compilation."""
@@ -28,19 +28,16 @@ MERGED_AT_ONCE = 512
 """Shapes that merging starts with at most: it takes time as the square of them."""
 
 
-class Costs(NamedTuple):
-    """What parts of a step cost that are not in use, in the time of one slot.
+COST_OF_SCORED, COST_OF_PLACE = 0.05, 0.05
+"""What room for a scored token and a place of an attention sequence cost, in the time of one slot.
 
-    A slot runs through all matrices, used or not. The head skips chunks without a scored token, and attention what lies
-    behind a sequence's length; left are a share of a chunk, and gathers and scatters.
-    """
+A slot runs through all matrices, used or not. The head skips chunks without a scored token, and attention what lies
+behind a sequence's length; left are a share of a chunk, and gathers and scatters. The plain attention path skips
+nothing and computes t scores a place, which is not counted: where it is asked for by name, steps of short sequences may
+share a shape with longer ones at a higher price than is reckoned here.
+"""
 
-    scored: float = 0.05  # room for a scored token
-    place: float = 0.05  # a place of an attention sequence...
-    place_per_token: float = 0.0  # ... and, where attention does not skip, this much times the sequence's length
-
-
-USUAL_COSTS = Costs()
+_MULTIPLES = np.array((1, 1, 1, SLOT_MULTIPLE, LENGTH_MULTIPLE, SCORED_MULTIPLE))  # of each field of a PackedShape
 
 
 class PackedShape(NamedTuple):
@@ -54,47 +51,31 @@ class PackedShape(NamedTuple):
     num_scored: int  # c
 
 
-def choose_shapes(
-    needs: Sequence[PackedShape],
-    *,
-    num_sides: int,
-    max_shapes: int = MAX_SHAPES,
-    length_multiple: int = LENGTH_MULTIPLE,
-    costs: Costs = USUAL_COSTS,
-) -> tuple[PackedShape, ...]:
-    """Few shapes that hold every step of a run, at about the least cost of all steps; the costliest comes last.
+def choose_shapes(needs: Sequence[PackedShape], *, num_sides: int) -> tuple[PackedShape, ...]:
+    """At most MAX_SHAPES that hold every step of a run, at about the least cost of all steps; the costliest comes last.
 
     Starting from each step's own shape, the two whose union costs least are merged until few enough are left.
 
     Args:
       needs: of every step, from `needed_shape`.
       num_sides: n.
-      max_shapes: shapes at most.
-      length_multiple: what t is a multiple of.
-      costs: what is to be small.
     """
-    assert min(len(needs), max_shapes) >= 1, (len(needs), max_shapes)
-    multiples = _multiples(length_multiple)
-    rounded = _round_up(np.array(needs, np.int64), multiples)
-    shapes = _merged(*_distinct(rounded, multiples), num_sides, max_shapes, costs)
+    assert len(needs) >= 1
+    rounded = _round_up(np.array(needs, np.int64), _MULTIPLES)
+    shapes = _merged(*_distinct(rounded), num_sides)
     for _ in range(MOST_REFINEMENTS):  # each step goes to its cheapest shape, which shrinks to what goes there
-        chosen = _cheapest(rounded, shapes, num_sides, costs)
+        chosen = _cheapest(rounded, shapes, num_sides)
         refined = np.array([rounded[chosen == index].max(0) for index in np.unique(chosen)])
         if np.array_equal(refined, shapes):
             break
         shapes = refined
-    shapes = shapes[np.lexsort((*shapes.T, _cost(shapes, num_sides, costs)))]
+    shapes = shapes[np.lexsort((*shapes.T, _cost(shapes, num_sides)))]
     return tuple(PackedShape(*map(int, shape)) for shape in shapes)
 
 
-def rounded_shape(need: PackedShape, length_multiple: int = LENGTH_MULTIPLE) -> PackedShape:
+def rounded_shape(need: PackedShape) -> PackedShape:
     """A shape rounded up to the multiples of its axes."""
-    return PackedShape(*_round_up(np.array(need), _multiples(length_multiple)).tolist())
-
-
-def _multiples(length_multiple: int) -> np.ndarray:
-    """Of each field of a PackedShape."""
-    return np.array(PackedShape(1, 1, 1, SLOT_MULTIPLE, length_multiple, SCORED_MULTIPLE))
+    return PackedShape(*_round_up(np.array(need), _MULTIPLES).tolist())
 
 
 def _round_up(values: np.ndarray, multiples: np.ndarray) -> np.ndarray:
@@ -102,12 +83,12 @@ def _round_up(values: np.ndarray, multiples: np.ndarray) -> np.ndarray:
     return rounded
 
 
-def _distinct(needs: np.ndarray, multiples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _distinct(needs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """At most MERGED_AT_ONCE shapes [shapes, 6] that needs [needs, 6] fit in, and how many needs each stands for.
 
     Where there are more, they are rounded up further, but for k and m.
     """
-    largest, coarser = needs.max(0), multiples.copy()
+    largest, coarser = needs.max(0), _MULTIPLES.copy()
     while True:
         shapes, counts = np.unique(_round_up(needs, coarser), axis=0, return_counts=True)
         if len(shapes) <= MERGED_AT_ONCE or (coarser[2:] >= largest[2:]).all():
@@ -115,23 +96,23 @@ def _distinct(needs: np.ndarray, multiples: np.ndarray) -> tuple[np.ndarray, np.
         coarser[2:] *= 2
 
 
-def _merged(shapes: np.ndarray, counts: np.ndarray, num_sides: int, max_shapes: int, costs: Costs) -> np.ndarray:
+def _merged(shapes: np.ndarray, counts: np.ndarray, num_sides: int) -> np.ndarray:
     """Unions of shapes [shapes, 6], of which counts [shapes] steps have need."""
     shapes, counts = shapes.copy(), counts.copy()
 
     def extra_costs(index: int) -> np.ndarray:
         """What merging a shape with each other one adds to the cost of all steps."""
-        merged, own = _cost(np.maximum(shapes[index], shapes), num_sides, costs), _cost(shapes, num_sides, costs)
+        merged, own = _cost(np.maximum(shapes[index], shapes), num_sides), _cost(shapes, num_sides)
         return (merged - own) * counts + (merged - own[index]) * counts[index]
 
     left, spent = len(shapes), 0.0
-    to_spend = ENOUGH * float(_cost(shapes, num_sides, costs) @ counts)
+    to_spend = ENOUGH * float(_cost(shapes, num_sides) @ counts)
     extra = np.full((left, left), np.inf)  # of i and j at [i, j] where j < i
     for i in range(left):
         extra[i, :i] = extra_costs(i)[:i]
     while left > 1:
         i, j = divmod(int(np.argmin(extra)), len(shapes))
-        if left <= max_shapes and spent + extra[i, j] > to_spend:
+        if left <= MAX_SHAPES and spent + extra[i, j] > to_spend:
             break
         spent, left = spent + extra[i, j], left - 1
         shapes[i], counts[i], counts[j] = np.maximum(shapes[i], shapes[j]), counts[i] + counts[j], 0
@@ -141,23 +122,20 @@ def _merged(shapes: np.ndarray, counts: np.ndarray, num_sides: int, max_shapes: 
     return shapes[counts > 0]
 
 
-def _cost(shapes: np.ndarray, num_sides: int, costs: Costs) -> np.ndarray:
+def _cost(shapes: np.ndarray, num_sides: int) -> np.ndarray:
     """What a step of each shape costs, float [...] for int [..., 6]."""
     num_micro, num_rows, num_items, num_slots, length, num_scored = np.moveaxis(shapes, -1, 0)
     places = num_sides * num_items * length
-    row = num_slots + costs.scored * num_scored + places * (costs.place + costs.place_per_token * length)
-    return num_micro * num_rows * row
+    return num_micro * num_rows * (num_slots + COST_OF_SCORED * num_scored + COST_OF_PLACE * places)
 
 
-def cheapest_shape(
-    need: PackedShape, shapes: Sequence[PackedShape], *, num_sides: int, costs: Costs = USUAL_COSTS
-) -> PackedShape | None:
+def cheapest_shape(need: PackedShape, shapes: Sequence[PackedShape], *, num_sides: int) -> PackedShape | None:
     """The cheapest of the shapes that hold a step; None where none does."""
-    chosen = int(_cheapest(np.array([need]), np.array(shapes), num_sides, costs)[0])
+    chosen = int(_cheapest(np.array([need]), np.array(shapes), num_sides)[0])
     return shapes[chosen] if chosen >= 0 else None
 
 
-def _cheapest(needs: np.ndarray, shapes: np.ndarray, num_sides: int, costs: Costs) -> np.ndarray:
+def _cheapest(needs: np.ndarray, shapes: np.ndarray, num_sides: int) -> np.ndarray:
     """The index of the cheapest of shapes [shapes, 6] that holds each of needs [needs, 6]; -1 where none does."""
-    prices = np.where((needs[:, None] <= shapes).all(-1), _cost(shapes, num_sides, costs), np.inf)
+    prices = np.where((needs[:, None] <= shapes).all(-1), _cost(shapes, num_sides), np.inf)
     return np.where(np.isfinite(prices.min(1)), prices.argmin(1), -1)

@@ -109,6 +109,21 @@ def _is_target(targets_rc: Array, vocabulary: int) -> Array:
 def chunked_token_logps(
     chunk: int, settings: HeadSettings, hidden_rkd: Array, head: Array, targets_rk: Array, lengths_r: Array | None
 ) -> tuple[Array, ...]:
+    """Log-probs of targets under softmax(hidden @ head), with logits [r, c, v] of one chunk at a time alone.
+
+    The backward pass computes them again, chunk by chunk, from the log-sum-exp [r, k] that was kept.
+
+    Args:
+      chunk: c, positions of a row at once, at most.
+      hidden_rkd, head: [r, k, d] and [d, v]; their cotangents have their dtypes, summed in float32 at least.
+      targets_rk: int [r, k]; no cotangent.
+      lengths_r: int [r], positions of each row that count; all without. The others give 0, take and give no gradient,
+        and chunks without any that counts are not run.
+
+    Returns:
+      log p of each target [r, k], and where `settings.with_sum_sq` asks, log sum_v p_v^2 [r, k]; float32 at least.
+      Both take cotangents of their own shape.
+    """
     return _forward(chunk, settings, hidden_rkd, head, targets_rk, lengths_r)[0]
 
 

@@ -10,13 +10,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jdpo.models.attention import ATTENTION_RESIDUALS
 from jdpo.models.attention.cudnn import FORWARD_PRIMITIVE
+from jdpo.types import HOST_MEMORY
 
 Policy = Callable[..., Any]
 
 LAYER_INPUT = "layer_input"
 """Name of the residual stream where it enters a layer."""
-
-HOST = "pinned_host"
 
 _policies = jax.checkpoint_policies
 
@@ -38,7 +37,7 @@ REMAT_POLICIES: dict[str, Policy | None] = {
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=[LAYER_INPUT],
         offload_src="device",
-        offload_dst=HOST,
+        offload_dst=HOST_MEMORY,
     ),
 }
 """What is kept of a layer beside its input, as `jax.checkpoint` takes it; under "none", everything.
@@ -62,23 +61,15 @@ def remat_order(platform: str) -> tuple[str, ...]:
     return ("attention", "full") if platform == "cpu" else REMAT_ORDER
 
 
-def check_remat(remat: str, device: jax.Device | None = None) -> None:
-    """Refuses names that stand for nothing, and what the device, if given, cannot do.
+def check_remat(remat: str) -> None:
+    """Refuses names that stand for nothing.
 
     Raises:
-      ValueError: an unknown name, or offload on a platform whose devices do not reach pinned host memory.
+      ValueError: an unknown name.
     """
     names = ("none", *REMAT_POLICIES)
     if remat not in names:
         raise ValueError(f"remat: expected one of {', '.join(names)}, found {remat!r}")
-    if remat != "offload" or device is None:
-        return
-    kinds = [memory.kind for memory in device.addressable_memories()]
-    if HOST not in kinds:
-        raise ValueError(
-            f"remat 'offload' keeps activations in {HOST} memory, which {device.device_kind} ({device.platform}) does "
-            f"not have (it has {', '.join(kinds) or 'none'}); set remat to full"
-        )
 
 
 def named_layer_input(x: jax.Array) -> jax.Array:

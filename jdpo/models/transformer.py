@@ -187,18 +187,6 @@ def make_apply_fn(model: Transformer) -> ApplyFn:
     return lambda params, tokens, attention_mask: model.apply({"params": params}, tokens, attention_mask)
 
 
-def make_hidden_fn(model: Transformer) -> ApplyFn:
-    """The pure function (params, tokens [n, t], attention_mask [n, t]) -> final hidden states [n, t, d]."""
-    return lambda params, tokens, attention_mask: model.apply(
-        {"params": params}, tokens, attention_mask, method="hidden_states"
-    )
-
-
-def head_kernel(model: Transformer, params: Params) -> jax.Array:
-    """The output head [d, v] in the compute dtype, tied or not, differentiable in params."""
-    return model.apply({"params": params}, method="head_kernel")
-
-
 def init_cache(model: Transformer, batch: int, max_length: int) -> KVCache:
     """An empty cache of max_length slots for `batch` rows, keys and values in the compute dtype."""
     config, pattern = model.config, layer_pattern(model.config)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jdpo.sharding.mesh import BATCH_AXES
+from jdpo.types import HOST_MEMORY
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -67,21 +67,13 @@ def state_shardings(abstract_state: Any, params: Any, param_shardings: Any, mesh
     )
 
 
-HOST_MEMORY = "pinned_host"
-
-
 def offloaded(shardings: Any, abstract_state: Any) -> Any:
-    """The same shardings in the host's memory, for all leaves but scalars.
+    """The same shardings in the host's memory, for all leaves but scalars; see `check_host_memory`.
 
     Args:
       shardings: tree of NamedShardings.
       abstract_state: tree like it, of what has shapes.
-
-    Raises:
-      ValueError: a device of the mesh cannot reach such memory.
     """
-    for device in {sharding.mesh.devices.flat[0] for sharding in jax.tree.leaves(shardings)}:
-        check_host_memory(device.platform, [memory.kind for memory in device.addressable_memories()])
     return jax.tree.map(
         lambda sharding, leaf: sharding.with_memory_kind(HOST_MEMORY) if leaf.ndim else sharding,
         shardings,
@@ -89,20 +81,22 @@ def offloaded(shardings: Any, abstract_state: Any) -> Any:
     )
 
 
-def check_host_memory(platform: str, kinds: Sequence[str]) -> None:
-    """Refuses a platform without the memory that `offloaded` uses.
+def check_host_memory(device: jax.Device, setting: str, instead: str) -> None:
+    """Refuses a setting that keeps something in the host's memory where a device does not reach it.
 
     Args:
-      kinds: what a device of it can address.
+      device: one of this process's own.
+      setting: as in the config.
+      instead: what to do.
 
     Raises:
-      ValueError: naming the platform and what it has.
+      ValueError: naming the device and the memory it has.
     """
+    kinds = [memory.kind for memory in device.addressable_memories()]
     if HOST_MEMORY not in kinds:
         raise ValueError(
-            f"offload_optimizer needs devices that reach {HOST_MEMORY} memory; those of platform {platform!r} have "
-            f"{', '.join(kinds) or 'none that has a name'}. Set offload_optimizer to false; optimizer.name adamw_bf16 "
-            "or adafactor take less memory"
+            f"{setting} needs devices that reach {HOST_MEMORY} memory; {device.device_kind} ({device.platform}) has "
+            f"{', '.join(kinds) or 'none that has a name'}. {instead}"
         )
 
 

@@ -18,8 +18,10 @@ from jdpo.sharding.placement import offloaded, state_shardings
 from jdpo.training.flops import Arithmetic, StepFlops, step_flops
 from jdpo.training.objectives import Batch, Objective
 from jdpo.training.optimizer import learning_rate_schedule, make_optimizer
-from jdpo.training.setup import Mode, Setup
+from jdpo.training.settings import Mode
+from jdpo.training.setup import Setup
 from jdpo.training.step import Compiled, ReferenceSync, TrainState, compile_step, num_micro
+from jdpo.training.weights import reference_dtype
 from jdpo.types import PackedBatch
 
 Params = Any
@@ -141,5 +143,5 @@ def sync_of(config: TrainConfig) -> ReferenceSync | None:
 
 def _reference(setup: Setup, shapes: Params, *, moves: bool) -> Params:
     """As `load_reference` gives it."""
-    dtype = setup.model.param_dtype if moves else setup.model.compute_dtype
+    dtype = reference_dtype(setup.model, moves=moves)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -92,6 +93,10 @@ class PaddedBatches:
         """Such arrays for every shape that the steps come in, the largest last."""
         return [self._arrays([], np.zeros(0, np.int64), length) for length in self._lengths]
 
+    def demanding(self) -> list[Batch]:
+        """Those of `shapes` that may take most memory."""
+        return self.shapes()[-1:]
+
     @property
     def tokens_per_device(self) -> int:
         """Slots of a device's part of the largest micro-batch."""
@@ -157,8 +162,12 @@ class PackedBatches:
         return self._unused(self.plan.step(indices).shape)
 
     def shapes(self) -> list[Batch]:
-        """Such arrays for every shape that the steps come in, the one that takes most memory last."""
-        return [self._unused(shape) for shape in sorted(self.plan.shapes, key=_room)]
+        """Such arrays for every shape that the steps come in."""
+        return [self._unused(shape) for shape in self.plan.shapes]
+
+    def demanding(self) -> list[Batch]:
+        """Those of `shapes` that may take most memory; see `demanding_shapes`."""
+        return [self._unused(shape) for shape in demanding_shapes(self.plan.shapes)]
 
     @property
     def tokens_per_device(self) -> int:
@@ -173,9 +182,21 @@ class PackedBatches:
 Batches = PaddedBatches | PackedBatches
 
 
-def _room(shape: PackedShape) -> tuple[int, int]:
-    """What a micro-batch of a shape takes, to compare by: slots first, then places of attention."""
-    return shape.num_slots, shape.num_items * shape.length
+def demanding_shapes(shapes: Iterable[PackedShape]) -> list[PackedShape]:
+    """Those of which one takes most memory, whatever weighs most in it.
+
+    No other shape has as many slots, places of attention and scored tokens, and gradients that are summed over
+    micro-batches.
+    """
+    rooms = {
+        (shape.num_slots, shape.num_items * shape.length, shape.num_scored, shape.num_micro > 1): shape
+        for shape in sorted(shapes)  # of equals, that with most micro-batches stays
+    }
+    return [
+        shape
+        for room, shape in rooms.items()
+        if not any(other != room and all(map(operator.ge, other, room)) for other in rooms)
+    ]
 
 
 class BatchLayout(NamedTuple):

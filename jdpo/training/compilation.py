@@ -18,6 +18,9 @@ import numpy as np
 
 from jdpo.training.objectives import Batch
 
+MOST_BYTES = 10 * 2**30
+"""Compiled programs kept for a kind of machine."""
+
 Shapes = tuple[tuple[tuple[int, ...], str], ...]
 
 
@@ -60,6 +63,17 @@ class Programs:
             self.prepare([batch])
             future = self._programs[shapes_of(batch)]
         return future.result()
+
+    def check(self) -> None:
+        """Raises what a compilation in the background failed with: now, not at the step that needs its program."""
+        for future in self._programs.values():
+            if future.done():
+                future.result()
+
+    def wait(self) -> None:
+        """Until all that was prepared is compiled."""
+        for future in self._programs.values():
+            future.result()
 
     def __len__(self) -> int:
         return len(self._programs)
@@ -114,13 +128,28 @@ def persistent_cache(folder: Path | None) -> Iterator[None]:
         return
     from jax.experimental.compilation_cache import compilation_cache
 
+    folder = folder / _machine()
+    _drop_oldest(folder, MOST_BYTES)
     try:
-        jax.config.update("jax_compilation_cache_dir", str(folder / _machine()))
+        jax.config.update("jax_compilation_cache_dir", str(folder))
         compilation_cache.reset_cache()  # jax settles on a folder at its first compilation
         yield
     finally:
         jax.config.update("jax_compilation_cache_dir", None)
         compilation_cache.reset_cache()
+
+
+def _drop_oldest(folder: Path, most_bytes: int) -> None:
+    """Deletes what was written first, as far as files take more than so many bytes together."""
+    files = []
+    with contextlib.suppress(OSError):  # another run may drop files, too
+        files = sorted(((path.stat(), path) for path in folder.glob("*")), key=lambda file: -file[0].st_mtime_ns)
+    total = 0
+    for stat, path in files:
+        total += stat.st_size
+        if total > most_bytes:
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def _machine() -> str:

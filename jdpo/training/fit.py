@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
+
+from jdpo.training.processes import most_of_processes
 
 MAX_TOKENS_PER_DEVICE = {"cpu": 16384, "gpu": 32768, "tpu": 32768}
 """Tokens of a device's part of a micro-batch where memory sets no limit: more make no step faster."""
@@ -118,12 +120,8 @@ def memory_limit() -> int:
     else:
         stats = device.memory_stats() or {}
         limit = stats.get("bytes_limit", math.inf) * SHARE_OF_DEVICE
-    if jax.process_count() == 1:
-        return int(limit) if math.isfinite(limit) else 2**63 - 1
-    from jax.experimental import multihost_utils
-
-    mebibytes = int(min(limit / 2**20, 2**31 - 1))
-    return int(np.min(multihost_utils.process_allgather(np.int32(mebibytes)))) * 2**20
+    least = -most_of_processes(-limit)
+    return int(least) if math.isfinite(least) else 2**63 - 1
 
 
 def host_memory() -> int:
@@ -137,6 +135,31 @@ def host_memory() -> int:
         if text.isdigit():
             total = min(total, int(text))
     return total
+
+
+def is_exhausted(error: jax.errors.JaxRuntimeError) -> bool:
+    """Whether that is a device that has not memory enough."""
+    return "RESOURCE_EXHAUSTED" in str(error)
+
+
+@contextlib.contextmanager
+def exhaustion_explained(fit: Fit) -> Iterator[None]:
+    """Says what to do where a device has not memory enough for a step, in place of pages of XLA's own.
+
+    Raises:
+      ValueError: naming what was computed at once.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not is_exhausted(error):
+            raise
+        raise ValueError(
+            f"a device has not memory enough for a step of at most {fit.max_tokens_per_device:,} tokens at once under "
+            f"remat {fit.remat} ({str(error).partition(chr(10))[0]}). Set max_tokens_per_device or micro_batch_size "
+            "lower, remat to full, a shorter max_length, or use more devices (docs/memory.md); checkpoints stand, and "
+            "the same command goes on from the newest"
+        ) from error
 
 
 def peak_memory() -> int:

@@ -18,8 +18,17 @@ from jdpo.models.remat import remat_order
 from jdpo.sharding.mesh import num_batch_shards
 from jdpo.training.assembly import Assembly, assemble
 from jdpo.training.batches import Batches, PackedBatches, PaddedBatches
-from jdpo.training.compilation import Programs, compile_for
-from jdpo.training.fit import MAX_TOKENS_PER_DEVICE, TOKEN_STEP, Fit, choose_fit, memory_limit, program_bytes
+from jdpo.training.compilation import Programs, Shapes, compile_for, shapes_of
+from jdpo.training.fit import (
+    MAX_TOKENS_PER_DEVICE,
+    TOKEN_STEP,
+    Fit,
+    choose_fit,
+    is_exhausted,
+    memory_limit,
+    program_bytes,
+)
+from jdpo.training.processes import most_of_processes
 from jdpo.training.reference import Reference
 from jdpo.training.setup import Say, Setup
 
@@ -49,6 +58,7 @@ def prepare_steps(
     """Settles how much a device computes at once and what is recomputed, where the config leaves it open.
 
     Args:
+      setup: the run.
       reference: where the reference's log-probs come from.
       pool: threads that compile.
       say: takes lines for the person who started the run.
@@ -62,9 +72,15 @@ def prepare_steps(
         lengths = sorted({int(batch.gather.shape[-1]) for batch in batches.shapes()})
         backends = {assembly.attention(length): length for length in lengths}
         say(f"attention: {', '.join(f'{name} up to {length} tokens' for name, length in backends.items())}")
+    if setup.config.micro_batch_size is None and batches.tokens_per_device > fit.max_tokens_per_device:
+        say(
+            f"note: the longest of the {setup.task.unit} alone takes {batches.tokens_per_device:,} tokens a device at "
+            f"once, more than max_tokens_per_device {fit.max_tokens_per_device:,}"
+        )
     programs = Programs(assembly.lower_step, pool)
-    for (remat, _), (batch, program) in search.tried.items():
-        if remat == fit.remat:
+    known = set(map(shapes_of, batches.shapes()))
+    for (remat, shapes), (batch, program) in search.tried.items():
+        if remat == fit.remat and shapes in known and program is not None:
             programs.keep(batch, program)
     return Preparation(assembly, batches, programs, fit)
 
@@ -123,7 +139,7 @@ class _Search:
         self._setup, self._reference = setup, reference
         self._assemblies: dict[str, Assembly] = {}
         self._batches: dict[int, Batches] = {}
-        self.tried: dict[tuple[str, int], tuple[Any, Any]] = {}
+        self.tried: dict[tuple[str, Shapes], tuple[Any, Any]] = {}  # (policy, shapes) -> batch and program
 
     def assembly(self, remat: str) -> Assembly:
         if remat not in self._assemblies:
@@ -161,17 +177,22 @@ class _Search:
         return fit
 
     def _bytes(self, remat: str, max_tokens: int) -> float:
-        """Bytes of a device's memory that the largest step needs; inf where it does not even compile for lack of it."""
-        if (remat, max_tokens) not in self.tried:
-            batch = self.batches(max_tokens).shapes()[-1]
+        """Bytes that the step needs of a device's memory, by the process that finds most; see `_bytes_of`."""
+        return most_of_processes(max(self._bytes_of(remat, batch) for batch in self.batches(max_tokens).demanding()))
+
+    def _bytes_of(self, remat: str, batch: Any) -> float:
+        """The same for batches of one shape; inf where it does not even compile for lack of memory."""
+        key = remat, shapes_of(batch)
+        if key not in self.tried:
+            program = None
             try:
                 program = compile_for(self.assembly(remat).lower_step, batch)
             except jax.errors.JaxRuntimeError as error:
-                if "RESOURCE_EXHAUSTED" not in str(error):
+                if not is_exhausted(error):
                     raise
-                return math.inf
-            self.tried[remat, max_tokens] = batch, program
-        return program_bytes(self.tried[remat, max_tokens][1])
+            self.tried[key] = batch, program
+        program = self.tried[key][1]
+        return math.inf if program is None else program_bytes(program)
 
 
 def _said(fit: Fit, limit: int, *, by_tokens: bool) -> str:
@@ -186,21 +207,46 @@ def _said(fit: Fit, limit: int, *, by_tokens: bool) -> str:
     return text
 
 
-def remembered_fit(saved: dict[str, Any] | None, now: dict[str, Any]) -> Fit | None:
-    """The fit of an earlier start where that was made on the same machine with the same settings, else None."""
+FITTED_KEYS = (
+    "attention",
+    "attention_block_kv",
+    "attention_block_q",
+    "max_tokens_per_device",
+    "micro_batch_size",
+    "offload_optimizer",
+    "packing",
+    "remat",
+)
+"""Keys that may change when a run goes on, and by which a step takes more memory or less."""
+
+
+def remembered_fit(saved: dict[str, Any] | None, now: dict[str, Any], limit: int) -> Fit | None:
+    """The fit of an earlier start where that was made on such a machine with the same settings, else None.
+
+    Args:
+      saved: what `fit_to_remember` gave.
+      now: the `circumstances` of this start.
+      limit: bytes that a device has now; with fewer than then, what was settled on must still fit.
+    """
     if saved is None or any(saved.get(key) != value for key, value in now.items()):
         return None
-    return Fit(saved["remat"], saved["max_tokens_per_device"])
+    needed = saved.get("bytes_needed")
+    if needed is not None and limit < min(needed, saved["limit"]):
+        return None
+    return Fit(saved["remat"], saved["max_tokens_per_device"], needed)
 
 
-def fit_to_remember(fit: Fit, now: dict[str, Any]) -> dict[str, Any]:
+def fit_to_remember(fit: Fit, now: dict[str, Any], limit: int) -> dict[str, Any]:
     """What run.json keeps of it."""
-    return {"remat": fit.remat, "max_tokens_per_device": fit.max_tokens_per_device, **now}
+    return {**fit._asdict(), "limit": limit, **now}
 
 
-def circumstances(setup: Setup) -> dict[str, Any]:
+def circumstances(setup: Setup, reference: Reference) -> dict[str, Any]:
     """What a fit depends on beside what makes the run the same run."""
     config = dataclasses.asdict(setup.config)
-    asked = {f"asked_{key}": config[key] for key in ("remat", "max_tokens_per_device", "micro_batch_size", "packing")}
-    devices = {"device": setup.mesh.devices.flat[0].device_kind, "mesh": list(setup.mesh.devices.shape)}
-    return asked | devices
+    return {f"asked_{key}": config[key] for key in FITTED_KEYS} | {
+        "reference": reference.mode,
+        "device": setup.mesh.devices.flat[0].device_kind,
+        "mesh": list(setup.mesh.devices.shape),
+        "jax": jax.__version__,
+    }

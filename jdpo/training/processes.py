@@ -58,6 +58,16 @@ def any_process(mine: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.array([mine]))))
 
 
+def most_of_processes(mine: float) -> float:
+    """The largest of the processes' numbers; every process gets the same."""
+    if jax.process_count() == 1:
+        return mine
+    from jax.experimental import multihost_utils
+
+    bits = np.array([mine]).view(np.uint32)  # jax would make a float32 of a float64
+    return float(np.max(multihost_utils.process_allgather(bits).reshape(-1).view(np.float64)))
+
+
 def any_process_later(mine: bool) -> Callable[[], bool]:
     """As `any_process`, but asked now and answered when the result is called: what devices do meanwhile goes on."""
     devices = Mesh(np.array(jax.devices()), ("devices",))

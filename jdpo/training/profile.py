@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -41,21 +40,26 @@ class Profiler:
         """Whether the trace begins with this step; what was launched before should end first."""
         return self._steps is not None and not self._on and self._steps[0] <= step <= self._steps[1]
 
+    def is_over(self, first: int) -> bool:
+        """Whether a run that goes on behind step `first` has made all of these steps before."""
+        return self._steps is not None and self._steps[1] <= first
+
     def is_last(self, step: int) -> bool:
-        """Whether the trace ends with this step; it should have ended on the devices by then."""
+        """Whether the trace ends with this step."""
         return self._on and self._steps is not None and step == self._steps[1]
 
-    @contextlib.contextmanager
-    def step(self, step: int) -> Iterator[None]:
-        """Around the launch of a step."""
+    def begin(self, step: int) -> None:
+        """Before a step is launched: begins the trace where it is due."""
         if self.is_due(step):
             jax.profiler.start_trace(self._folder)
             self._on = True
-        if not self._on:
-            yield
-            return
-        with jax.profiler.StepTraceAnnotation("train", step_num=step):
-            yield
+
+    def around(self, step: int) -> contextlib.AbstractContextManager[object]:
+        """Around the launch of a step, which the trace then names."""
+        return jax.profiler.StepTraceAnnotation("train", step_num=step) if self._on else contextlib.nullcontext()
+
+    def end(self, step: int) -> None:
+        """Behind a step, when it has ended on the devices: writes the trace where it was the last."""
         if self.is_last(step):
             self.close()
 

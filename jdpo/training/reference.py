@@ -14,7 +14,8 @@ from jdpo.training.processes import any_process, is_first
 from jdpo.training.reference_build import build_cache
 from jdpo.training.reference_rows import RowSet, entry_of, find_rows
 from jdpo.training.scoring import Scorer
-from jdpo.training.setup import Asked, Mode, Say, Setup, build, fixed_mode, numerics, resolve_dtype
+from jdpo.training.settings import Asked, Mode, fixed_mode
+from jdpo.training.setup import Say, Setup, build, jax_settings, resolve_dtype
 from jdpo.training.tasks import task_for
 
 
@@ -114,7 +115,7 @@ def compute_reference(config: DPOConfig, say: Say) -> Reference:
     if config.sync_ref_model:
         raise ValueError("sync_ref_model moves the reference in training: its log-probs cannot be computed beforehand")
     resolved = resolve_dtype(config)
-    with numerics(resolved):
+    with jax_settings(resolved):
         setup = build(resolved, say)
         return _build(setup, find_rows(setup), say, repair=True, stopped=None)
 

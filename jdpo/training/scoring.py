@@ -23,8 +23,9 @@ from jdpo.sharding.placement import fetch, micro_batch_sharding, place, replicat
 from jdpo.sharding.rules import param_shardings
 from jdpo.training.batches import PackedBatches
 from jdpo.training.packed import make_packed_logps
-from jdpo.training.setup import Setup, load_reference
+from jdpo.training.setup import Setup
 from jdpo.training.step import OnMesh
+from jdpo.training.weights import load_reference
 from jdpo.types import PackedBatch, TokenizedPair
 
 Array = Any

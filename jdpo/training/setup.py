@@ -10,39 +10,32 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jdpo.checkpoint.hf_export import parse_size
-from jdpo.config import DPOConfig, TrainConfig, defaults_of
+from jdpo.config import DPOConfig, TrainConfig
 from jdpo.data.loader import num_steps_per_epoch
 from jdpo.data.prepare import PreparedData, cache_folder
 from jdpo.data.tokenizer import Tokenizer, load_tokenizer
-from jdpo.models.attention import check_attention
-from jdpo.models.blocks import AttentionSettings
 from jdpo.models.families import ModelConfig, read_model_config
-from jdpo.models.hf_weights import check_tensors, load_params, resize_embeddings
+from jdpo.models.hf_weights import check_tensors
 from jdpo.models.hub import resolve_folder
-from jdpo.models.remat import check_remat
 from jdpo.models.safetensors_folder import tensor_entries
 from jdpo.models.transformer import Transformer, abstract_params, logical_axes
-from jdpo.reports.writers import check_trackers
 from jdpo.sharding.mesh import check_batch_size, make_mesh
 from jdpo.sharding.rules import param_shardings, undivided_dims
+from jdpo.training.compilation import persistent_cache
 from jdpo.training.optimizer import learning_rate_schedule, param_dtype_of
-from jdpo.training.profile import parse_steps
+from jdpo.training.settings import check_attention_settings, check_offload, check_profiled, check_settings
 from jdpo.training.tasks import Task, task_for
 
 Params = Any
 Say = Callable[[str], None]
 ROW_COUNTER_SECONDS = 10.0
-
-Mode = Literal["live", "cached", "none"]
-"""Where a run's reference log-probs come from: a frozen model in the step, the cache, or nowhere."""
-Asked = Literal["auto", "live", "cached", "none"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,6 +86,13 @@ def program_folder(config: TrainConfig) -> Path | None:
 
 
 @contextlib.contextmanager
+def jax_settings(config: TrainConfig) -> Iterator[None]:
+    """What a run sets in jax: `numerics`, and where compiled programs are kept."""
+    with numerics(config), persistent_cache(program_folder(config)):
+        yield
+
+
+@contextlib.contextmanager
 def numerics(config: TrainConfig) -> Iterator[None]:
     """Makes jax mean what compute_dtype says while a run goes on, and puts back what was set before."""
     x64, precision = jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision
@@ -120,6 +120,7 @@ def build(config: TrainConfig, say: Say) -> Setup:
     """
     task = task_for(config)
     check_settings(config, task)
+    check_offload(config)
     parse_size(config.max_shard_size)  # now, not at the export after hours of training
     mesh = make_mesh(config.mesh)
     check_batch_size(config.global_batch_size, mesh)
@@ -152,6 +153,7 @@ def build(config: TrainConfig, say: Say) -> Setup:
         steps_per_epoch=steps_per_epoch,
     )
     learning_rate_schedule(config, setup.num_steps)  # a warm-up longer than the run is refused here
+    check_profiled(config, setup.num_steps)
     say(describe(setup))
     return setup
 
@@ -178,77 +180,6 @@ def num_steps_of(num_epochs: float, steps_per_epoch: int) -> int:
     return math.ceil(round(num_epochs * steps_per_epoch, 6))
 
 
-def check_settings(config: TrainConfig, task: Task) -> None:
-    """Refuses settings that would be ignored, and those under which there is no best checkpoint to keep or export.
-
-    Raises:
-      ValueError: naming the setting and what it needs.
-    """
-    pairs = [(config.model_name_or_path, config.model_revision, "model_revision")]
-    if isinstance(config, DPOConfig):
-        if config.reference_revision is not None and config.reference_model is None:
-            raise ValueError("reference_revision needs reference_model: without it the reference is the policy's start")
-        pairs.append((config.reference_model or "", config.reference_revision, "reference_revision"))
-        _check_reference_settings(config, task)
-    for name, revision, key in pairs:
-        if revision is not None and Path(name).expanduser().is_dir():
-            raise ValueError(f"{key} {revision!r} is for hub names; {name} is a local folder, which has no revisions")
-    if config.eval_steps is not None and not config.eval_datasets:
-        raise ValueError(f"eval_steps {config.eval_steps} needs eval_datasets: there is nothing to evaluate on")
-    check_trackers(config.report_to)
-    parse_steps(config.profile_steps)
-    known = [f"eval_{name}" for name in task.metrics]
-    if config.metric_for_best_model not in known:
-        raise ValueError(
-            f"unknown metric_for_best_model {config.metric_for_best_model!r}; "
-            f"`jdpo {task.command}` has {', '.join(known)}"
-        )
-    if not config.load_best_model_at_end:
-        return
-    if not config.eval_datasets or config.eval_steps is None:
-        raise ValueError("load_best_model_at_end needs eval_datasets and eval_steps: without them no step is the best")
-    if config.save_steps % config.eval_steps:
-        raise ValueError(
-            f"load_best_model_at_end needs an evaluation at every checkpoint: save_steps {config.save_steps} is not a "
-            f"multiple of eval_steps {config.eval_steps}"
-        )
-
-
-def _check_reference_settings(config: DPOConfig, task: Task) -> None:
-    if not task.uses_reference and config.reference_model is not None:
-        raise ValueError(
-            f"reference_model {config.reference_model} would not be read: loss_type "
-            f"{' + '.join(config.loss_type)} has no reference"
-        )
-    fixed_mode(config.reference, needs_reference=task.uses_reference, sync_ref_model=config.sync_ref_model)
-    if config.sync_ref_model and not task.uses_reference:
-        raise ValueError(f"sync_ref_model: loss_type {' + '.join(config.loss_type)} has no reference that could move")
-    if not config.sync_ref_model:
-        defaults = defaults_of(DPOConfig)
-        for key in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
-            if getattr(config, key) != defaults[key]:
-                raise ValueError(f"{key} {getattr(config, key)} needs sync_ref_model: true; without it nothing moves")
-
-
-def fixed_mode(asked: Asked, *, needs_reference: bool, sync_ref_model: bool) -> Mode | None:
-    """The mode where it does not depend on what the cache holds, else None.
-
-    Raises:
-      ValueError: what is asked for does not fit the loss or the other settings.
-    """
-    if not needs_reference:
-        if asked in ("live", "cached"):
-            raise ValueError(f"reference is {asked!r}, but the loss has no reference; set reference to auto or none")
-        return "none"
-    if asked == "none":
-        raise ValueError("reference is 'none', but the loss compares with a reference; set it to auto, live or cached")
-    if sync_ref_model and asked == "cached":
-        raise ValueError(
-            "sync_ref_model moves the reference in training, so its log-probs cannot be cached; set reference to live"
-        )
-    return "live" if sync_ref_model or asked == "live" else None
-
-
 def make_model(config: TrainConfig, source_config: ModelConfig, tokenizer: Tokenizer) -> Transformer:
     """The model with room for every token.
 
@@ -264,36 +195,17 @@ def make_model(config: TrainConfig, source_config: ModelConfig, tokenizer: Token
             )
         vocab_size = tokenizer.size
     compute_dtype = jnp.dtype(config.compute_dtype)
-    _check_attention_settings(config, source_config)
-    remat = "none" if config.remat == "auto" else config.remat  # auto is settled once the step's shapes are known
-    check_remat(remat, jax.devices()[0])
+    check_attention_settings(config, source_config)
     return Transformer(
         dataclasses.replace(source_config, vocab_size=vocab_size),
         compute_dtype=compute_dtype,
         param_dtype=param_dtype_of(config),
-        remat=remat,
+        # auto is settled once the step's shapes are known
+        remat="none" if config.remat == "auto" else config.remat,
         attention=config.attention,
         attention_block_q=config.attention_block_q,
         attention_block_kv=config.attention_block_kv,
     )
-
-
-def _check_attention_settings(config: TrainConfig, source_config: ModelConfig) -> None:
-    defaults = defaults_of(TrainConfig)
-    keys = ("attention", "attention_block_q", "attention_block_kv")
-    asked = {key: getattr(config, key) for key in keys if getattr(config, key) != defaults[key]}
-    if asked and not config.packing:
-        key, value = next(iter(asked.items()))
-        raise ValueError(f"{key} {value!r} is for packed rows; set packing to true, or leave it out")
-    blocks = {"block_q": config.attention_block_q, "block_kv": config.attention_block_kv}
-    dtype, head_dim, platform = jnp.dtype(config.compute_dtype), source_config.head_dim, jax.default_backend()
-    for window in sorted(set(source_config.layer_windows), key=str) if asked else ():
-        backend = AttentionSettings(config.attention, **blocks).resolve(dtype, head_dim, config.max_length, window)
-        try:
-            check_attention(backend, dtype=dtype, head_dim=head_dim, window=window, platform=platform, **blocks)
-        except ValueError as error:
-            chosen = f" (attention: auto takes {backend} here)" if config.attention == "auto" else ""
-            raise ValueError(f"{error}{chosen}") from None
 
 
 def _reference_folder(
@@ -320,41 +232,6 @@ def _reference_folder(
                 "the same ids mean other tokens there, so their log-probs cannot be compared"
             )
     return folder
-
-
-def load_start(setup: Setup) -> Params:
-    """The policy's start on the mesh, in the master dtype, the vocabulary grown where tokens were added."""
-    return _load_grown(setup, setup.model_folder)
-
-
-def _load_grown(setup: Setup, folder: Path) -> Params:
-    source_model = setup.model.clone(config=setup.source_config)
-    axes, shapes = logical_axes(source_model), abstract_params(source_model)
-    params = load_params(folder, source_model, param_shardings(axes, shapes, setup.mesh), dtype=setup.model.param_dtype)
-    if setup.model.config.vocab_size == setup.source_config.vocab_size:
-        return params
-    key = jax.random.key(setup.config.seed)
-    grown, model = resize_embeddings(params, source_model, setup.model.config.vocab_size, key)
-    assert model == setup.model, (model, setup.model)
-    return jax.device_put(grown, setup.shardings)
-
-
-def load_reference(setup: Setup, start: Params | None, *, moves: bool = False) -> Params:
-    """The reference, in the compute dtype: the model casts weights to it at use, so nothing is lost.
-
-    Args:
-      start: the policy's start where it is at hand, so that it is not read twice; it is copied, never aliased.
-      moves: a reference that moves in small steps keeps the master dtype, in which they are not rounded away.
-    """
-    if setup.reference_folder is not None:
-        start = _load_grown(setup, setup.reference_folder)
-    elif start is None:
-        start = load_start(setup)
-    dtype = setup.model.param_dtype if moves else setup.model.compute_dtype
-    copy = jax.jit(
-        lambda tree: jax.tree.map(lambda leaf: jnp.copy(leaf).astype(dtype), tree), out_shardings=setup.shardings
-    )
-    return copy(start)
 
 
 def describe(setup: Setup) -> str:

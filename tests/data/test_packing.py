@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jdpo.data.loader import collate_completions, collate_pairs
-from jdpo.data.packing import PackedBatch, pack, padding_of, unpack
+from jdpo.data.packing import pack
 from jdpo.data.packing_plan import PackingPlan, StepPlan, item_sizes, plan_run, plan_step
 from jdpo.data.packing_shapes import PackedShape
 from jdpo.losses.objective import predicted_tokens
-from jdpo.types import PreferenceBatch, TokenizedCompletion, TokenizedPair
+from jdpo.types import PackedBatch, PreferenceBatch, TokenizedCompletion, TokenizedPair
+from tests.data.packed_tools import padding_of, unpack
 
 VOCABULARY, LONGEST = 11, 16
 
@@ -54,8 +55,7 @@ def plan_of(rows: Any, **options: Any) -> tuple[PackingPlan, StepPlan]:
 pairs_lengths = st.lists(st.tuples(st.integers(0, 6), st.integers(1, 10), st.integers(1, 10)), min_size=1, max_size=9)
 layouts = st.fixed_dictionaries(
     {
-        "num_shards": st.integers(1, 4),
-        "rows_per_shard": st.integers(1, 2),
+        "num_shards": st.integers(1, 8),
         "max_tokens_per_device": st.sampled_from([128, 4096]),
         "micro_batch_size": st.sampled_from([None, 2, 5]),
     }
@@ -287,7 +287,7 @@ def test_packed_and_padded_give_the_same_log_probs(
     lengths: list[tuple[int, int, int]], layout: dict[str, Any], seed: int
 ) -> None:
     pairs, params = random_pairs(lengths, seed), random_params(seed)
-    batch = pack(pairs, np.arange(len(pairs)), plan_of(pairs, length_multiple=8, **layout)[1])
+    batch = pack(pairs, np.arange(len(pairs)), plan_of(pairs, **layout)[1])
     padded, scored = padded_batch(pairs)
     expected = padded_logps(np, params, padded)
     num_checked = 0
@@ -306,7 +306,7 @@ def test_packed_and_padded_give_the_same_log_probs(
 
 def test_packed_and_padded_give_the_same_gradients() -> None:
     pairs, params = random_pairs([(5, 3, 9), (0, 2, 1), (6, 1, 1), (1, 10, 2)], seed=1), random_params(seed=2)
-    batch = pack(pairs, np.arange(len(pairs)), plan_of(pairs, length_multiple=8)[1])
+    batch = pack(pairs, np.arange(len(pairs)), plan_of(pairs)[1])
     (row,) = rows_of(batch)
     garbage = with_garbage(row, seed=3)
     weights = np.random.default_rng(4).normal(size=(len(pairs), 2))

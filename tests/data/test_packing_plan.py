@@ -17,7 +17,14 @@ from jdpo.data.packing_plan import (
     plan_run,
     plan_step,
 )
-from jdpo.data.packing_shapes import LENGTH_MULTIPLE, SCORED_MULTIPLE, SLOT_MULTIPLE, PackedShape, choose_shapes
+from jdpo.data.packing_shapes import (
+    LENGTH_MULTIPLE,
+    MAX_SHAPES,
+    SCORED_MULTIPLE,
+    SLOT_MULTIPLE,
+    PackedShape,
+    choose_shapes,
+)
 from jdpo.types import TokenizedCompletion, TokenizedPair
 
 # --- sizes
@@ -83,11 +90,11 @@ def shapes_in(values: st.SearchStrategy[int]) -> st.SearchStrategy[PackedShape]:
 
 
 @settings(deadline=None)
-@given(st.lists(shapes_in(st.integers(1, 2000)), min_size=1, max_size=60), st.integers(1, 8))
-def test_chosen_shapes_hold_every_step(needs: list[PackedShape], max_shapes: int) -> None:
-    shapes = choose_shapes(needs, num_sides=2, max_shapes=max_shapes)
-    assert 1 <= len(shapes) <= max_shapes
-    assert choose_shapes(needs[::-1], num_sides=2, max_shapes=max_shapes) == shapes
+@given(st.lists(shapes_in(st.integers(1, 2000)), min_size=1, max_size=60))
+def test_chosen_shapes_hold_every_step(needs: list[PackedShape]) -> None:
+    shapes = choose_shapes(needs, num_sides=2)
+    assert 1 <= len(shapes) <= MAX_SHAPES
+    assert choose_shapes(needs[::-1], num_sides=2) == shapes
     multiples = PackedShape(1, 1, 1, SLOT_MULTIPLE, LENGTH_MULTIPLE, SCORED_MULTIPLE)
     for need in needs:
         assert any(np.less_equal(need, shape).all() for shape in shapes)
@@ -173,7 +180,7 @@ def test_an_item_longer_than_the_budget_raises_it() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"max_tokens_per_device": 63}, {"max_tokens_per_device": None}, {"micro_batch_size": 1, "rows_per_shard": 2}],
+    [{"max_tokens_per_device": 63}, {"max_tokens_per_device": None}, {"micro_batch_size": 0}],
 )
 def test_no_room_is_said(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="max_tokens_per_device of at least"):

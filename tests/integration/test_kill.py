@@ -20,7 +20,7 @@ Words = Callable[..., list[str]]
 Start = Callable[..., subprocess.Popen[str]]
 SameRun = Callable[[Path, Path], None]
 
-MANAGER, LOOP, EXPORT = "jdpo.checkpoint.manager", "jdpo.training.loop", "jdpo.checkpoint.hf_export"
+MANAGER, RUN, EXPORT = "jdpo.checkpoint.manager", "jdpo.training.run", "jdpo.checkpoint.hf_export"
 
 # Function, before or after its nth call, only on threads of that name; in an order that a run comes by.
 POINTS = {
@@ -28,15 +28,15 @@ POINTS = {
     "between orbax' commit and the manifest": (f"{MANAGER}:CheckpointManager._seal", "before", 1),
     "clearing away the unfinished step": (f"{MANAGER}:_delete", "before", 1),
     "manifest half written": (f"{MANAGER}:os.fsync", "before", 1, "checkpoint-manifest"),
-    "a step": (f"{LOOP}:Run._take", "before", 3),
-    "evaluation": (f"{LOOP}:RowAverages.add", "before", 1),
-    "evaluation logged, step not saved": (f"{LOOP}:Run._evaluate", "after", 1),
+    "a step": (f"{RUN}:Run._take", "before", 3),
+    "evaluation": ("jdpo.training.evaluation:RowAverages.add", "before", 1),
+    "evaluation logged, step not saved": (f"{RUN}:Run._evaluate", "after", 1),
     "between the manifest and retention": (f"{MANAGER}:CheckpointManager._delete_old", "before", 1),
     "retention, the old step half deleted": (f"{MANAGER}:os.unlink", "after", 3, "checkpoint-manifest"),
-    "metrics logged, step not saved": (f"{LOOP}:Run._log", "after", 1),
+    "metrics logged, step not saved": ("jdpo.training.recording:Record.log", "after", 1),
     "export, weights half written": (f"{EXPORT}:_cast", "after", 5),
     "export, before the model appears": (f"{EXPORT}:_publish", "before", 1),
-    "model exported, run not marked finished": (f"{LOOP}:write_plots", "after", 1),
+    "model exported, run not marked finished": ("jdpo.training.finish:write_plots", "after", 1),
 }
 
 

@@ -22,11 +22,12 @@ from jdpo.config import DPOConfig, load_config
 from jdpo.reports.progress import make_console
 from jdpo.sharding.placement import place
 from jdpo.training.interrupt import StopRequest
-from jdpo.training.loop import Run
 from jdpo.training.reference import Reference
+from jdpo.training.run import Run
 from jdpo.training.run_dir import RunDirectory
-from jdpo.training.setup import build, describe, load_reference, load_start, resolve_dtype
+from jdpo.training.setup import build, describe, resolve_dtype
 from jdpo.training.step import TrainState
+from jdpo.training.weights import load_reference, load_start
 
 BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "mesh_parity.py"
 
@@ -81,13 +82,15 @@ def test_every_mesh_and_micro_batch_size(parity: ModuleType, dtype: str, tmp_pat
 
 @pytest.fixture(scope="module")
 def run(cut_words: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """A run on fsdp=4 x tensor=2 in two micro-batches, set up and not started; its model has one key/value head."""
+    """A run on fsdp=4 x tensor=2 in two micro-batches, prepared and not started; its model has one key/value head."""
     settings = {"mesh.fsdp": 4, "mesh.tensor": 2, "micro_batch_size": 1}
     words = cut_words(tmp_path_factory.mktemp("mesh") / "run", **settings)
     config = resolve_dtype(load_config(DPOConfig, None, words[1:]))
     setup = build(config, lambda text: None)
     with closing(RunDirectory(config, "dpo")) as directory, ExitStack() as resources:
-        yield Run(setup, directory, StopRequest(), make_console(), Reference(mode="live"), resources)
+        run = Run(setup, directory, StopRequest(), make_console(), Reference(mode="live"), resources)
+        run._prepare(0)
+        yield run
 
 
 @pytest.fixture(scope="module")

@@ -52,6 +52,20 @@ def saved_steps(run: Path) -> list[int]:
     return sorted(int(path.parent.name) for path in run.glob(f"checkpoints/*/{MANIFEST}"))
 
 
+def test_moments_in_the_hosts_memory_go_on_to_the_same_end(
+    cut_words: Words, same_run: SameRun, jdpo_process: Start, tmp_path: Path
+) -> None:
+    options = {"offload_optimizer": "true", "max_steps": 5}
+    assert main(cut_words(tmp_path / "whole", **options)) == 0
+    words = cut_words(tmp_path / "cut", **options)
+    process = jdpo_process(words, "SIGKILL", "jdpo.training.run:Run._take", "before", 7)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == -signal.SIGKILL, output
+    assert saved_steps(tmp_path / "cut")[:1] == [2]
+    assert main(words) == 0
+    same_run(tmp_path / "cut", tmp_path / "whole")
+
+
 def test_a_stopped_run_goes_on_to_the_same_end(
     cut_words: Words, copy: Path, uninterrupted: Path, same_run: SameRun, capsys: Capture
 ) -> None:
@@ -176,7 +190,7 @@ def test_changed_inputs_are_refused_and_named(
 ) -> None:
     run, rows = tmp_path / "run", own_inputs["datasets"]
     words = cut_words(run, **own_inputs)
-    process = jdpo_process(words, "SIGTERM", "jdpo.training.loop:Run._log", "after", 1)
+    process = jdpo_process(words, "SIGTERM", "jdpo.training.recording:Record.log", "after", 1)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 143, output
     said = " ".join(output.split())

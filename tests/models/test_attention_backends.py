@@ -23,6 +23,7 @@ from jdpo.models.attention import (
 )
 
 Arrays = tuple[np.ndarray, ...]
+GPU = {"platform": "gpu"}
 
 
 def inputs(n: int, t: int, h: int, g: int, k: int, lengths: list[int]) -> tuple[Arrays, np.ndarray]:
@@ -80,6 +81,24 @@ def test_blockwise_equals_the_plain_path_in_float64(name: str) -> None:
     wanted = exact(arrays, lengths, **{x: y for x, y in options.items() if not x.startswith("block")})
     with jax.enable_x64(True):
         assert_near(run(arrays, lengths, "float64", backend="blockwise", **options), wanted, 1e-12)
+
+
+@pytest.mark.parametrize("backend", ["xla", "blockwise", "cudnn", "splash"])
+def test_a_window_that_hides_nothing_is_none(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
+    t = 128
+
+    def program(window: int | None) -> str:
+        def attend(query: Any, key: Any, value: Any) -> Any:
+            lengths = np.array([t, 9], np.int32)
+            return causal_attention(query, key, value, lengths=lengths, backend=backend, window=window, **tiles)
+
+        tiles = {"block_q": 16} if backend == "blockwise" else {}
+        x = jax.ShapeDtypeStruct((2, t, 2, 64), jnp.bfloat16)
+        return re.sub(r"0x[0-9a-f]+", "", str(jax.make_jaxpr(attend)(x, x, x)))
+
+    assert program(t) == program(4096) == program(None)
+    assert program(t - 1) != program(None)
 
 
 @pytest.mark.parametrize("backend", ["xla", "blockwise"])
@@ -181,33 +200,59 @@ def test_a_mesh_gives_the_same_without_communication(backend: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("length", "options"), [(200, {}), (256, {"window": 100, "softcap": 5.0, "block_q": 128, "block_kv": 128})]
+    ("length", "heads", "options"),
+    [
+        (200, (2, 1, 64), {}),
+        (256, (2, 1, 64), {"window": 100, "softcap": 5.0, "block_q": 128, "block_kv": 128}),
+        (256, (4, 2, 128), {"block_q": 128, "block_kv": 128}),
+    ],
 )
-def test_splash_emulated_equals_the_plain_path(length: int, options: dict[str, Any]) -> None:
-    arrays, lengths = inputs(1, length, 2, 1, 64, [length - 30])
+def test_splash_emulated_equals_the_plain_path(
+    length: int, heads: tuple[int, int, int], options: dict[str, Any]
+) -> None:
+    arrays, lengths = inputs(1, length, *heads, [length - 30])
     found = run(arrays, lengths, "float32", backend="splash", interpret=True, **options)
     assert_near(found, exact(arrays, lengths, **{x: y for x, y in options.items() if not x.startswith("block")}), 2e-6)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "name"),
+    ("arguments", "gpu", "name"),
     [
-        (("cpu", "float32", 64, 1024), "blockwise"),
-        (("cpu", "float32", 64, 32), "xla"),
-        (("gpu", "bfloat16", 128, 4096), "cudnn"),
-        (("cuda", "float16", 64, 16, None, 8), "cudnn"),
-        (("gpu", "float32", 64, 4096), "blockwise"),
-        (("gpu", "bfloat16", 100, 512), "xla"),
-        (("gpu", "bfloat16", 256, 4096, 50.0), "blockwise"),
-        (("tpu", "bfloat16", 128, 4096, 50.0, 1024), "splash"),
-        (("tpu", "float16", 128, 4096), "blockwise"),
-        (("tpu", "bfloat16", 128, 64), "xla"),
+        (("cpu", "float32", 64, 1024), None, "blockwise"),
+        (("cpu", "float32", 64, 32), None, "xla"),
+        (("gpu", "bfloat16", 128, 4096), "8.0", "cudnn"),
+        (("cuda", "float16", 64, 16, None, 8), "9.0", "cudnn"),
+        (("gpu", "float32", 64, 4096), "9.0", "blockwise"),
+        (("gpu", "bfloat16", 100, 512), "9.0", "xla"),
+        (("gpu", "bfloat16", 256, 4096, 50.0), "9.0", "blockwise"),
+        # Of each generation: V100, T4, A100, L4, H100, B200.
+        (("gpu", "float16", 64, 4096), "7.0", "blockwise"),
+        (("gpu", "float16", 64, 512), "7.5", "xla"),
+        (("gpu", "bfloat16", 256, 4096), "8.0", "blockwise"),
+        (("gpu", "bfloat16", 136, 4096), "8.9", "blockwise"),
+        (("gpu", "bfloat16", 256, 4096), "9.0", "cudnn"),
+        (("gpu", "bfloat16", 256, 4096), "10.0", "cudnn"),
+        (("gpu", "bfloat16", 128, 4096), "ROCm", "blockwise"),
+        (("rocm", "bfloat16", 128, 512), "ROCm", "xla"),
+        (("tpu", "bfloat16", 128, 4096, 50.0, 1024), None, "splash"),
+        (("tpu", "float16", 128, 4096), None, "blockwise"),
+        (("tpu", "bfloat16", 128, 64), None, "xla"),
     ],
 )
-def test_the_choice_can_run_what_it_is_chosen_for(arguments: tuple[Any, ...], name: str) -> None:
-    assert choose_attention(*arguments) == name
+def test_the_choice_can_run_what_it_is_chosen_for(arguments: tuple[Any, ...], gpu: str | None, name: str) -> None:
+    assert choose_attention(*arguments, compute_capability=gpu) == name
     platform, dtype, head_dim, _, softcap, window = (*arguments, None, None)[:6]
-    check_attention(name, dtype=dtype, head_dim=head_dim, softcap=softcap, window=window, platform=platform)
+    limits = {"dtype": dtype, "head_dim": head_dim, "softcap": softcap, "window": window}
+    check_attention(name, platform=platform, compute_capability=gpu, **limits)
+
+
+@pytest.mark.parametrize(
+    ("platform", "length", "name"),
+    [("cpu", 16, "blockwise"), ("gpu", 16, "blockwise"), ("gpu", 4096, "blockwise"), ("tpu", 16, "splash")],
+)
+def test_asked_for_tiles_the_choice_has_tiles(platform: str, length: int, name: str) -> None:
+    assert choose_attention(platform, "bfloat16", 128, length, tiled=True, compute_capability="9.0") == name
+    check_attention(name, dtype="bfloat16", head_dim=128, block_q=128, platform=platform, compute_capability="9.0")
 
 
 @pytest.mark.parametrize(
@@ -219,6 +264,13 @@ def test_the_choice_can_run_what_it_is_chosen_for(arguments: tuple[Any, ...], na
         ("cudnn", {"head_dim": 20}, r"multiple of 8 and at most 256 \(found 20\)"),
         ("cudnn", {"softcap": 30.0}, r"no softcap \(found 30.0\); xla, blockwise, splash can"),
         ("cudnn", {"platform": "tpu"}, r"an NVIDIA GPU \(found tpu\); xla, blockwise, splash can"),
+        ("cudnn", {**GPU, "compute_capability": "ROCm"}, r"an NVIDIA GPU \(found ROCm\); xla, blockwise can run this"),
+        ("cudnn", {**GPU, "compute_capability": "7.5"}, r"capability 8.0 or more \(found 7.5\); xla, blockwise can"),
+        (
+            "cudnn",
+            {**GPU, "compute_capability": "8.9", "head_dim": 256},
+            r"capability 9.0 or more for a head_dim of 256 \(found 8.9\); xla, blockwise can run this",
+        ),
         ("cudnn", {"block_q": 128}, r"no block_q \(found 128\); blockwise, splash can"),
         ("xla", {"block_kv": 64}, r"no block_kv \(found 64\); blockwise can"),
         ("splash", {"platform": "cpu"}, r"a TPU \(found cpu\); xla, blockwise can"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,30 +12,15 @@ import numpy as np
 import pytest
 
 from jdpo.config import DPOConfig, load_config
+from jdpo.data.tokenizer import load_tokenizer
 from jdpo.models.blocks import AttentionSettings, attend_over_mesh
-from jdpo.models.families import ModelConfig, RopeConfig
+from jdpo.models.families import read_model_config
 from jdpo.models.packed import packed_sequences
 from jdpo.models.transformer import Transformer, abstract_params
 from jdpo.training.setup import make_model
+from tests.conftest import small_llama
 
-CONFIG = ModelConfig(
-    family="llama",
-    vocab_size=8,
-    num_layers=1,
-    d_model=16,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=64,
-    d_ff=16,
-    norm_eps=1e-6,
-    rope=RopeConfig(theta=1e4),
-    tie_embeddings=True,
-    qkv_bias=False,
-    o_bias=False,
-    qk_norm=False,
-    layer_windows=(None,),
-    max_positions=1024,
-)
+CONFIG = small_llama(vocab_size=8, num_layers=1, d_model=16, head_dim=64, d_ff=16)
 LENGTH = 512
 
 
@@ -76,6 +63,18 @@ def test_auto_with_tiles_takes_a_backend_that_has_them_however_short_the_sequenc
     assert "f32[2,2,8,16]" in text(AttentionSettings(block_q=16))
 
 
+@pytest.fixture
+def model_of(toy_model: Path) -> Callable[..., Transformer]:
+    """The model of a run with these words on its command line."""
+
+    def make(*words: str) -> Transformer:
+        own = [f"model_name_or_path={toy_model}", "datasets=rows", "output_dir=o", "compute_dtype=float32"]
+        tokenizer = load_tokenizer(toy_model, chat_template=None)
+        return make_model(load_config(DPOConfig, None, [*own, *words]), read_model_config(toy_model), tokenizer)
+
+    return make
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -87,25 +86,14 @@ def test_auto_with_tiles_takes_a_backend_that_has_them_however_short_the_sequenc
         (["attention=cudnn", "attention_block_q=128"], r"no block_q \(found 128\) and .* and an NVIDIA GPU"),
     ],
 )
-def test_tiles_that_the_backend_cannot_take_are_refused(words: list[str], message: str) -> None:
+def test_tiles_that_the_backend_cannot_take_are_refused(
+    model_of: Callable[..., Transformer], words: list[str], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         model_of(*words)
 
 
-def test_settings_reach_the_model() -> None:
+def test_settings_reach_the_model(model_of: Callable[..., Transformer]) -> None:
     model = model_of("attention_block_q=32", "attention_block_kv=32")
     assert (model.attention, model.attention_block_q, model.attention_block_kv) == ("auto", 32, 32)
     assert model_of("packing=false").attention_block_q is None
-
-
-class TokenizerOfEight:
-    """All that the model asks of a tokenizer."""
-
-    size = CONFIG.vocab_size
-
-
-def model_of(*words: str) -> Transformer:
-    config = load_config(
-        DPOConfig, None, ["model_name_or_path=m", "datasets=rows", "output_dir=o", "compute_dtype=float32", *words]
-    )
-    return make_model(config, CONFIG, TokenizerOfEight())  # type: ignore[arg-type]

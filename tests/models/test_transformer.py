@@ -17,12 +17,10 @@ from jdpo.models.hf_weights import load_params
 from jdpo.models.transformer import (
     Transformer,
     abstract_params,
-    head_kernel,
     init_cache,
     init_params,
     logical_axes,
     make_apply_fn,
-    make_hidden_fn,
 )
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "logits"
@@ -55,6 +53,10 @@ MASK[2, :5] = False
 MODEL = Transformer(CONFIG)
 SMALL = Transformer(dataclasses.replace(CONFIG, num_layers=2, layer_windows=(4, 4)))
 """One layer body to compile instead of three, for tests of gradients."""
+
+
+def run(model: Transformer, params: Any, method: str, *arguments: Any) -> Any:
+    return model.apply({"params": params}, *arguments, method=method)
 
 
 def random_params(model: Transformer) -> Any:
@@ -183,7 +185,7 @@ def test_bfloat16_compute_gives_float32_logits_near_the_float32_ones(params: Any
     model = Transformer(CONFIG, compute_dtype=jnp.bfloat16)
     exact, rounded = apply_fn(params, TOKENS, MASK), jax.jit(make_apply_fn(model))(params, TOKENS, MASK)
     assert rounded.dtype == jnp.float32
-    assert jax.eval_shape(make_hidden_fn(model), params, TOKENS, MASK).dtype == jnp.bfloat16
+    assert jax.eval_shape(lambda p: run(model, p, "hidden_states", TOKENS, MASK), params).dtype == jnp.bfloat16
     error = jnp.linalg.norm((rounded - exact)[MASK]) / jnp.linalg.norm(exact[MASK])
     assert 1e-4 < error < 5e-2
 
@@ -206,9 +208,13 @@ def test_head_on_hidden_states_equals_the_logits(tied: bool) -> None:
     config = dataclasses.replace(CONFIG, tie_embeddings=tied, num_layers=1, layer_windows=(None,))
     model = Transformer(config)
     params = random_params(model)
-    logits, hidden, kernel = jax.jit(
-        lambda p: (make_apply_fn(model)(p, TOKENS, MASK), make_hidden_fn(model)(p, TOKENS, MASK), head_kernel(model, p))
-    )(params)
+
+    @jax.jit
+    def all_three(params: Any) -> Any:
+        hidden, kernel = run(model, params, "hidden_states", TOKENS, MASK), run(model, params, "head_kernel")
+        return make_apply_fn(model)(params, TOKENS, MASK), hidden, kernel
+
+    logits, hidden, kernel = all_three(params)
     assert kernel.shape == (CONFIG.d_model, CONFIG.vocab_size)
     np.testing.assert_allclose(hidden @ kernel, logits, atol=1e-5)
 
@@ -240,7 +246,7 @@ def test_fresh_parameters_are_small_kernels_zero_biases_and_unit_norms() -> None
 
 def test_cache_in_two_bites_equals_the_full_forward(params: Any) -> None:
     """Left and right padding, windows, scanned and unrolled layers: decode is the same code as the full forward."""
-    full = np.asarray(jax.jit(make_hidden_fn(MODEL))(params, TOKENS, MASK))
+    full = np.asarray(jax.jit(lambda p: run(MODEL, p, "hidden_states", TOKENS, MASK))(params))
     decode = jax.jit(lambda *args: MODEL.apply({"params": params}, *args, method="decode"))
     cache, pieces = init_cache(MODEL, 3, 14), []
     for columns in (slice(0, 6), slice(6, 12)):

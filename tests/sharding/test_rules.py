@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,9 +85,11 @@ def test_offloaded_states_leave_their_scalars_on_the_device(mesh: Mesh) -> None:
 
 
 def test_a_platform_without_host_memory_is_refused_with_what_it_has() -> None:
-    check_host_memory("tpu", ["device", "pinned_host"])
-    with pytest.raises(ValueError, match="those of platform 'metal' have device, unpinned_host"):
-        check_host_memory("metal", ["device", "unpinned_host"])
+    check_host_memory(jax.devices()[0], "remat: offload", "")
+    kinds = [SimpleNamespace(kind=kind) for kind in ("device", "unpinned_host")]
+    alone: Any = SimpleNamespace(platform="metal", device_kind="Apple M2", addressable_memories=lambda: kinds)
+    with pytest.raises(ValueError, match=r"^remat: offload needs .* Apple M2 \(metal\) has device, unpinned_host. Set"):
+        check_host_memory(alone, "remat: offload", "Set remat to full")
 
 
 def _is_adam(node: object) -> bool:

@@ -11,9 +11,10 @@ import pytest
 
 from jdpo.config import DPOConfig, SFTConfig, load_config
 from jdpo.data.packing_plan import item_sizes
+from jdpo.data.packing_shapes import PackedShape
 from jdpo.data.prepare import PreparedData
 from jdpo.data.tokenizer import load_tokenizer
-from jdpo.training.batches import BatchLayout, PackedBatches, PaddedBatches, batch_layout
+from jdpo.training.batches import BatchLayout, PackedBatches, PaddedBatches, batch_layout, demanding_shapes
 from jdpo.training.compilation import shapes_of
 from jdpo.training.tasks import Task, task_for
 
@@ -124,6 +125,16 @@ def test_packed_batches_say_where_each_row_stands(run_words: Words) -> None:
         assert num_tokens == sum(task.count_tokens(data[int(index)]) for index in indices)
         assert batch.tokens.shape[1] == 2
     assert len({batches.make(indices).batch.tokens.shape for indices in steps}) <= len(batches.plan.shapes)
+
+
+def test_of_shapes_those_are_demanding_that_no_other_exceeds_in_everything() -> None:
+    most_slots = PackedShape(1, 1, 4, 512, 64, 192)
+    most_places = PackedShape(1, 1, 4, 448, 128, 192)
+    summed = PackedShape(2, 1, 4, 256, 64, 64)
+    smaller = [PackedShape(1, 1, 4, 384, 64, 192), summed._replace(num_slots=192), most_places._replace(num_scored=64)]
+    found = demanding_shapes([*smaller, most_slots, most_places, summed])
+    assert sorted(found) == sorted([most_slots, most_places, summed])
+    assert demanding_shapes([summed, summed._replace(num_micro=5)]) == [summed._replace(num_micro=5)]
 
 
 @pytest.mark.parametrize("packing", [True, False])

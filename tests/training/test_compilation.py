@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jdpo.training.compilation import Programs, Stopwatch, compiler_threads, persistent_cache, shapes_of
+from jdpo.training.compilation import (
+    Programs,
+    Stopwatch,
+    _drop_oldest,
+    compiler_threads,
+    persistent_cache,
+    shapes_of,
+)
 
 
 class Batch(NamedTuple):
@@ -75,6 +83,20 @@ def test_an_error_of_the_compiler_comes_at_the_step_that_needs_it(
         made.of(batch(13))
 
 
+def test_an_error_of_the_compiler_is_told_without_waiting_for_its_step(
+    programs: tuple[Programs, list[tuple[int, ...]]],
+) -> None:
+    made, _ = programs
+    made.prepare([batch(1)])
+    made.wait()
+    made.check()
+    made.prepare([batch(13)])
+    with pytest.raises(ValueError, match="no program for 13"):
+        made.wait()
+    with pytest.raises(ValueError, match="no program for 13"):
+        made.check()
+
+
 def test_shapes_tell_dtypes_apart() -> None:
     assert shapes_of(batch(3)) != shapes_of(batch(3, np.int32))
     assert shapes_of(batch(3)) == shapes_of(Batch(jnp.ones(3), jnp.ones(3, bool)))
@@ -111,6 +133,15 @@ def test_programs_are_kept_on_disk(cache_events: Callable[[], tuple[int, int]], 
     assert machine.name.startswith("cpu-")
     assert any(machine.iterdir())
     assert jax.config.jax_compilation_cache_dir is None
+
+
+def test_the_oldest_programs_go_where_all_take_too_much(tmp_path: Path) -> None:
+    for age, name in enumerate(("new", "middle", "old")):
+        (tmp_path / name).write_bytes(bytes(100))
+        os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
+    _drop_oldest(tmp_path, 250)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["middle", "new"]
+    _drop_oldest(tmp_path / "not there", 250)
 
 
 def test_the_cache_of_the_user_is_left_alone(tmp_path: Path) -> None:

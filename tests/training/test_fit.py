@@ -12,7 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jdpo.training import fit
-from jdpo.training.fit import ENOUGH_TOKENS, MOST_TRIALS, Fit, choose_fit, peak_memory, program_bytes
+from jdpo.training.fit import (
+    ENOUGH_TOKENS,
+    MOST_TRIALS,
+    Fit,
+    choose_fit,
+    exhaustion_explained,
+    peak_memory,
+    program_bytes,
+)
 
 POLICIES = ("none", "dots", "full")
 
@@ -64,6 +72,19 @@ def test_the_first_policy_that_fits_with_enough_tokens(
 def test_where_nothing_fits_the_device_is_left_to_say_so() -> None:
     memory = Memory(fixed=100, per_token=1, most_compiled=10)
     assert choose_fit(memory, policies=("full",), most_tokens=8192, limit=10) == Fit("full", 64, None)
+
+
+def test_a_device_without_memory_enough_says_what_to_do() -> None:
+    error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 3 bytes.\nPages of it\nfollow.")
+    with (
+        pytest.raises(
+            ValueError, match=r"at most 4,096 tokens at once under remat dots \(RES.*3 bytes\.\)\. Set max_t"
+        ),
+        exhaustion_explained(Fit("dots", 4096)),
+    ):
+        raise error
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), exhaustion_explained(Fit("dots", 4096)):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
 
 def test_bytes_of_a_program_count_a_donated_argument_once() -> None:

@@ -18,7 +18,6 @@ from jdpo.data.packing_plan import StepPlan, item_sizes, plan_run, plan_step
 from jdpo.data.packing_shapes import PackedShape
 from jdpo.losses.settings import loss_settings
 from jdpo.models.attention.work import causal_pairs, computed_pairs
-from jdpo.models.families import ModelConfig, RopeConfig
 from jdpo.models.remat import REMAT_ORDER
 from jdpo.models.transformer import Transformer, abstract_params, make_apply_fn
 from jdpo.sharding.mesh import make_mesh
@@ -27,25 +26,9 @@ from jdpo.training.objectives import packed_dpo_objective, padded_dpo_objective
 from jdpo.training.packed import make_packed_logps
 from jdpo.training.step import loss_and_grads
 from jdpo.types import TokenizedCompletion, TokenizedPair
+from tests.conftest import small_llama
 
-CONFIG = ModelConfig(
-    family="llama",
-    vocab_size=1000,
-    num_layers=2,
-    d_model=8,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=4,
-    d_ff=16,
-    norm_eps=1e-6,
-    rope=RopeConfig(theta=1e4),
-    tie_embeddings=False,
-    qkv_bias=False,
-    o_bias=False,
-    qk_norm=False,
-    layer_windows=(None, 3),
-    max_positions=64,
-)
+CONFIG = small_llama(vocab_size=1000, d_model=8, head_dim=4, d_ff=16, layer_windows=(None, 3), max_positions=64)
 # query and output 8 x 16 each, key and value 8 x 8 each, three of the MLP 8 x 16; two layers
 N, HEAD, WIDTH = 2 * (2 * 128 + 2 * 64 + 3 * 128), 8 * 1000, 4 * 4
 

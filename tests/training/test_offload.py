@@ -13,9 +13,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jdpo.config import MeshConfig, OptimizerConfig, SFTConfig
 from jdpo.sharding.mesh import make_mesh
-from jdpo.sharding.placement import HOST_MEMORY, offloaded, replicated, state_shardings
+from jdpo.sharding.placement import offloaded, replicated, state_shardings
 from jdpo.training.optimizer import make_optimizer
 from jdpo.training.rounding import apply_updates
+from jdpo.types import HOST_MEMORY
 
 SHAPES = {"a": {"kernel": (16, 8)}, "b": {"kernel": (8, 4), "bias": (4,)}, "c": {"scale": (8,)}}
 

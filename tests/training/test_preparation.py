@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,13 @@ import jax
 import numpy as np
 import pytest
 
-from jdpo.config import DPOConfig, load_config
+from jdpo.config import FREE_KEYS, DPOConfig, load_config
 from jdpo.training import preparation
-from jdpo.training.compilation import compiler_threads, shapes_of
+from jdpo.training.compilation import compile_for, compiler_threads, shapes_of
 from jdpo.training.fit import Fit, program_bytes
 from jdpo.training.loop import train
 from jdpo.training.preparation import (
+    FITTED_KEYS,
     Preparation,
     circumstances,
     fit_to_remember,
@@ -63,14 +64,37 @@ def test_without_room_more_is_recomputed_and_less_goes_through_at_once(
     )
     _, roomy, _ = prepare(words)
     monkeypatch.setattr("jdpo.training.fit.ENOUGH_TOKENS", 256)
-    needed = program_bytes(roomy.programs.of(roomy.batches.shapes()[-1]))
+    needed = _bytes(roomy)
     monkeypatch.setattr(preparation, "memory_limit", lambda: int(needed * 0.7))
     _, tight, _ = prepare(words)
     assert tight.fit.bytes_needed is not None
     assert tight.fit.bytes_needed <= needed * 0.7
     assert tight.fit.remat != "attention" or tight.batches.tokens_per_device < roomy.batches.tokens_per_device
-    compiled = tight.programs.of(tight.batches.shapes()[-1])
-    assert program_bytes(compiled) == tight.fit.bytes_needed
+    assert _bytes(tight) == tight.fit.bytes_needed
+
+
+def _bytes(prepared: Preparation, batches: Iterable[Any] | None = None) -> int:
+    """What the step takes whose shape takes most, of all shapes or of some."""
+    lower = prepared.assembly.lower_step
+    return max(program_bytes(compile_for(lower, batch)) for batch in batches or prepared.batches.shapes())
+
+
+def test_the_shape_that_takes_most_memory_is_among_those_that_are_measured(run_words: Words, tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "mixed.jsonl", chat_pairs(48, words=(2, 18)))
+    options = {"mesh.data": 1, "mesh.fsdp": 1, "mesh.tensor": 8, "global_batch_size": 6, "datasets": rows}
+    _, prepared, _ = prepare(run_words(remat="full", max_tokens_per_device=128, **options))
+    demanding = prepared.batches.demanding()
+    assert 1 <= len(demanding) < len(prepared.batches.shapes())
+    assert _bytes(prepared, demanding) == _bytes(prepared)
+
+
+def test_a_row_longer_than_the_budget_is_said(run_words: Words, tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "long.jsonl", chat_pairs(8, words=(15, 18)))
+    _, prepared, lines = prepare(run_words(remat="full", max_tokens_per_device=64, datasets=rows))
+    longest = prepared.batches.tokens_per_device
+    assert longest > 64
+    said = f"note: the longest of the pairs alone takes {longest} tokens a device at once, more than"
+    assert any(line.startswith(said) for line in lines), lines
 
 
 def test_what_cannot_fit_is_said(run_words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,12 +114,25 @@ def test_what_the_config_says_is_taken_without_a_trial(run_words: Words) -> None
 def test_a_fit_is_remembered_as_long_as_nothing_it_depends_on_changes(run_words: Words) -> None:
     setup, prepared, _ = prepare(run_words(remat="auto"), remembered=Fit("full", 128))
     assert prepared.fit == Fit("full", 128)
-    now = circumstances(setup)
-    saved = json.loads(json.dumps(fit_to_remember(Fit("dots", 640, 5), now)))
-    assert remembered_fit(saved, now) == Fit("dots", 640)
-    assert remembered_fit(saved, now | {"mesh": [1, 8, 1]}) is None
-    assert remembered_fit(saved, now | {"asked_remat": "full"}) is None
-    assert remembered_fit(None, now) is None
+    now = circumstances(setup, Reference(mode="live"))
+    saved = json.loads(json.dumps(fit_to_remember(Fit("dots", 640, 500), now, limit=800)))
+    assert remembered_fit(saved, now, limit=900) == Fit("dots", 640, 500)
+    assert remembered_fit(saved, now, limit=600) == Fit("dots", 640, 500), "it still fits"
+    assert remembered_fit(saved, now, limit=400) is None
+    tight = fit_to_remember(Fit("full", 64, 1000), now, limit=800)
+    assert remembered_fit(tight, now, limit=800) == Fit("full", 64, 1000), "nothing smaller was found then either"
+    for key, value in {"mesh": [1, 8, 1], "asked_remat": "full", "reference": "cached", "jax": "0.0"}.items():
+        assert now[key] != value
+        assert remembered_fit(saved, now | {key: value}, limit=900) is None
+    assert remembered_fit(None, now, limit=900) is None
+
+
+def test_every_key_that_may_change_and_changes_the_step_is_part_of_the_fit() -> None:
+    """Keys that a resumed run may change are part of the fit, or have nothing to do with what a step computes."""
+    aside = {"output_dir", "cache_dir", "logging_steps", "report_to", "eval_datasets", "eval_steps", "save_steps"}
+    aside |= {"save_total_limit", "metric_for_best_model", "load_best_model_at_end", "export_dtype", "max_shard_size"}
+    aside |= {"profile_steps", "compilation_cache", "resume", "mesh", "reference"}  # the last two are told otherwise
+    assert FREE_KEYS - aside == set(FITTED_KEYS)
 
 
 def test_the_run_keeps_its_fit_and_compiles_nothing_after_warm_up(run_words: Words, tmp_path: Path) -> None:

@@ -23,10 +23,12 @@ from jdpo.losses.objective import pair_token_logps
 from jdpo.models.transformer import make_apply_fn
 from jdpo.sharding.placement import fetch
 from jdpo.training import reference_build
-from jdpo.training.reference import Reference, compute_reference, fixed_mode, settle_reference
+from jdpo.training.reference import Reference, compute_reference, settle_reference
 from jdpo.training.reference_rows import find_rows
 from jdpo.training.scoring import BuildStopped
-from jdpo.training.setup import Setup, build, load_reference, numerics, resolve_dtype
+from jdpo.training.settings import fixed_mode
+from jdpo.training.setup import Setup, build, numerics, resolve_dtype
+from jdpo.training.weights import load_reference
 
 Words = Callable[..., list[str]]
 NUM_ROWS, NUM_EVAL = 20, 6

@@ -42,7 +42,7 @@ def causal_attention(
     Args:
       lengths: int [n], from 0 to t.
       backend: "xla", "blockwise", "cudnn" or "splash"; `choose_attention` knows which is fastest.
-      window: how many tokens a query sees, itself included; all before it without.
+      window: how many tokens a query sees, itself included; all before it without, or where it is t or more.
       softcap: scores become softcap * tanh(scores / softcap), as in Gemma 2 (arXiv 2408.00118).
       scale: what scores are multiplied by; k**-0.5 without.
       block_q, block_kv: queries and keys a tile, for blockwise (one size) and splash (multiples of 128).
@@ -52,7 +52,9 @@ def causal_attention(
       ValueError: the backend cannot run this, or shapes do not fit.
     """
     _check_shapes(query_nthk, key_ntgk, value_ntgk, lengths)
-    head_dim = query_nthk.shape[3]
+    length, head_dim = query_nthk.shape[1], query_nthk.shape[3]
+    if window is not None and window >= length:
+        window = None  # it hides nothing, and kernels with a window are other, slower ones
     scale = head_dim**-0.5 if scale is None else scale
     check_attention(
         backend,

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jdpo.models.attention.splash import LANES
@@ -26,6 +27,7 @@ def choose_attention(
     softcap: float | None = None,
     window: int | None = None,
     tiled: bool = False,
+    compute_capability: str | None = None,
 ) -> str:
     """The fastest backend that can run this.
 
@@ -33,19 +35,22 @@ def choose_attention(
       platform: "cpu", "gpu" or "tpu", as `jax.default_backend()` says.
       dtype: of activations.
       length: positions a sequence, padding included.
-      tiled: the plain path, which has no tiles, is not taken, however short the sequences.
+      tiled: whether tile sizes are asked for; the backends that have no tiles, plain and cuDNN, are not taken then.
+      compute_capability: see `check_attention`.
 
-    >>> choose_attention("gpu", "bfloat16", 128, 2048)
+    >>> choose_attention("gpu", "bfloat16", 128, 2048, compute_capability="8.0")
     'cudnn'
-    >>> choose_attention("gpu", "bfloat16", 256, 2048, softcap=50.0)
+    >>> choose_attention("gpu", "bfloat16", 256, 2048, compute_capability="8.0")
     'blockwise'
     """
     platform = _platform(platform)
-    kernel = {"gpu": "cudnn", "tpu": "splash"}.get(platform)
     limits = {"dtype": dtype, "head_dim": head_dim, "softcap": softcap, "window": window, "platform": platform}
+    limits["compute_capability"] = compute_capability or _compute_capability(platform)
     short = length <= SHORT.get(platform, SHORT["cpu"]) and not tiled
-    if kernel and not any(_limits(kernel, **limits)) and not (kernel == "splash" and short):
-        return kernel
+    if platform == "gpu" and not tiled and not any(_limits("cudnn", **limits)):
+        return "cudnn"
+    if platform == "tpu" and not short and not any(_limits("splash", **limits)):
+        return "splash"
     return "xla" if short else "blockwise"
 
 
@@ -59,12 +64,15 @@ def check_attention(
     block_q: int | None = None,
     block_kv: int | None = None,
     platform: str | None = None,
+    compute_capability: str | None = None,
 ) -> None:
     """Refuses what a backend cannot run.
 
     Args:
       block_q, block_kv: tile sizes that the user asked for.
       platform: "cpu", "gpu" or "tpu" to check that the backend runs there.
+      compute_capability: of the GPU, such as "9.0"; any other word stands for a GPU that is not NVIDIA's. Without, the
+        GPU of this process is asked, if it has one.
 
     Raises:
       ValueError: an unknown backend, or each limit that is in the way and the backends that have none.
@@ -77,7 +85,10 @@ def check_attention(
     if backend not in BACKENDS:
         raise ValueError(f"attention backend: expected one of {', '.join(BACKENDS)}, found {backend!r}")
     limits = {"dtype": dtype, "head_dim": head_dim, "softcap": softcap, "window": window}
-    limits |= {"block_q": block_q, "block_kv": block_kv, "platform": platform and _platform(platform)}
+    limits |= {"block_q": block_q, "block_kv": block_kv}
+    if platform is not None:
+        limits["platform"] = platform = _platform(platform)
+        limits["compute_capability"] = compute_capability or _compute_capability(platform)
     broken = list(_limits(backend, **limits))
     if broken:
         able = [other for other in BACKENDS if not any(_limits(other, **limits))]
@@ -98,6 +109,17 @@ def _platform(platform: str) -> str:
     return {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
 
 
+def _compute_capability(platform: str) -> str | None:
+    """Of the GPU of this process, see `check_attention`; None where it has none."""
+    if platform != "gpu" or jax.default_backend() != "gpu":
+        return None
+    device = jax.local_devices()[0]
+    # Both makers' platforms are called "gpu"; the client's version is what JAX itself tells them apart by.
+    if "cuda" not in device.client.platform_version:
+        return "ROCm"
+    return str(device.compute_capability)
+
+
 def _limits(
     backend: str,
     *,
@@ -105,7 +127,8 @@ def _limits(
     head_dim: int,
     softcap: float | None,
     window: int | None,
-    platform: str | None,
+    platform: str | None = None,
+    compute_capability: str | None = None,
     block_q: int | None = None,
     block_kv: int | None = None,
 ) -> Iterator[str]:
@@ -131,6 +154,8 @@ def _limits(
             yield f"no softcap (found {softcap})"
         if platform not in (None, "gpu"):
             yield f"an NVIDIA GPU (found {platform})"
+        elif compute_capability is not None:
+            yield from _limits_of_gpu(compute_capability, head_dim)
     if backend == "splash":
         if dtype.name not in ("float32", "bfloat16"):
             yield f"float32 or bfloat16 (found {dtype.name})"
@@ -139,3 +164,15 @@ def _limits(
         )
         if platform not in (None, "tpu"):
             yield f"a TPU (found {platform})"
+
+
+def _limits_of_gpu(compute_capability: str, head_dim: int) -> Iterator[str]:
+    """What cuDNN's kernels need of a GPU, as JAX asks it (`check_is_flash_attention`), and XLA before any of them."""
+    if not re.fullmatch(r"\d+\.\d+", compute_capability):
+        yield f"an NVIDIA GPU (found {compute_capability})"
+        return
+    found = tuple(int(part) for part in compute_capability.split("."))
+    least = (9, 0) if head_dim > 128 else (8, 0)
+    if found < least:
+        heads = f" for a head_dim of {head_dim}" if found >= (8, 0) else ""
+        yield f"an NVIDIA GPU of compute capability {least[0]}.{least[1]} or more{heads} (found {compute_capability})"

@@ -6,7 +6,7 @@ A kernel runs on one device: under several, call it within `jax.shard_map`.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,9 +40,7 @@ def splash_attention(
       interpret: emulates the kernel on any platform, slowly.
     """
     length, num_heads = query_nthk.shape[1:3]
-    block_q, block_kv = block_q or tile_size(length), block_kv or tile_size(length)
-    multiple = math.lcm(block_q, block_kv)
-    padded_length = -(-length // multiple) * multiple
+    block_q, block_kv, padded_length = tiling(length, block_q, block_kv)
     kernel = _kernel(num_heads, padded_length, window, softcap, block_q, block_kv, interpret)
     # The kernel multiplies by no scale of its own.
     operands = (query_nthk * jnp.asarray(scale, query_nthk.dtype), key_ntgk, value_ntgk)
@@ -51,10 +49,25 @@ def splash_attention(
     return rearrange(jax.vmap(kernel)(query, key, value), "n h t k -> n t h k")[:, :length]
 
 
-def tile_size(length: int) -> int:
-    """As few tiles of at most 512 as hold the length, each a multiple of 128: 640 positions are two tiles of 384."""
+class Tiling(NamedTuple):
+    """Queries and keys a tile, and the length that both fill."""
+
+    block_q: int
+    block_kv: int
+    padded_length: int
+
+
+def tiling(length: int, block_q: int | None = None, block_kv: int | None = None) -> Tiling:
+    """How a sequence is cut; without sizes, into as few tiles of at most 512 as hold it, each a multiple of 128.
+
+    >>> tiling(640)
+    Tiling(block_q=384, block_kv=384, padded_length=768)
+    """
     tiles = -(-length // BLOCK_SIZE)
-    return -(-length // (tiles * LANES)) * LANES
+    usual = -(-length // (tiles * LANES)) * LANES
+    block_q, block_kv = block_q or usual, block_kv or usual
+    multiple = math.lcm(block_q, block_kv)
+    return Tiling(block_q, block_kv, -(-length // multiple) * multiple)
 
 
 def _kernel(

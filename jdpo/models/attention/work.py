@@ -5,7 +5,6 @@ A product over one pair of one head is 2 * head_dim FLOPs.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -68,10 +67,8 @@ def computed_pairs(
     if backend == "xla":
         return len(lengths) * length**2
     if backend == "splash":
-        block_q, block_kv = block_q or splash.tile_size(length), block_kv or splash.tile_size(length)
-        multiple = math.lcm(block_q, block_kv)
-        padded = -(-length // multiple) * multiple
-        return len(lengths) * _tiled_pairs(padded // block_q, block_q, block_kv, window)
+        block_q, block_kv, padded_length = splash.tiling(length, block_q, block_kv)
+        return len(lengths) * _tiled_pairs(padded_length // block_q, block_q, block_kv, window)
     if backend == "cudnn":
         tiles, group, block = -(-lengths // _CUDNN_TILE), 1, _CUDNN_TILE
     else:

@@ -1,0 +1,70 @@
+"""Packed batches read backwards, for tests."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from jdpo.types import PackedBatch
+
+
+class Padding(NamedTuple):
+    """Shares of a packed batch that are not in use: of slots, of places of attention, of scored tokens."""
+
+    slots: float
+    places: float
+    scored: float
+
+
+def padding_of(batch: PackedBatch) -> Padding:
+    """How much of a batch of numpy arrays is padding."""
+    num_places = np.prod(batch.gather.shape[-2:])
+    used = batch.readers < num_places
+    none = batch.gather.shape[-2]
+    return Padding(
+        1 - float(used.any(-2).mean()),
+        1 - float(used.sum() / batch.gather.size),
+        1 - float((batch.logp_pair < none).mean()),
+    )
+
+
+class UnpackedSide(NamedTuple):
+    """One sequence of an item, as attention and head see it: vectors over its t tokens, or its c scored ones."""
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    scored: np.ndarray  # bool [t]
+    predicted_from: np.ndarray  # [c], the position within the sequence whose hidden state predicts
+    targets: np.ndarray  # [c]
+    reference: np.ndarray | None  # [c]
+
+
+def unpack(batch: PackedBatch) -> dict[int, tuple[UnpackedSide, ...]]:
+    """The sides of every item of a batch of numpy arrays, by data row: what `pack` did, read backwards.
+
+    Reads the indices as a model does, so that a wrong one shows.
+    """
+    num_sides = batch.readers.shape[2]
+    found = {}
+    for k, m, item in np.argwhere(batch.pair_weight > 0).tolist():
+        at = (k, m)
+        sides = []
+        for sequence in range(num_sides * item, num_sides * (item + 1)):
+            slots = batch.gather[at][sequence, : batch.lengths[at][sequence]]
+            c = np.flatnonzero(batch.logp_pair[at] == sequence)
+            predicted_from = np.array([int(np.flatnonzero(slots == slot)[0]) for slot in batch.logp_slot[at][c]], int)
+            scored = np.zeros(len(slots), bool)
+            scored[predicted_from + 1] = True
+            sides.append(
+                UnpackedSide(
+                    batch.tokens[at][slots],
+                    batch.positions[at][slots],
+                    scored,
+                    predicted_from,
+                    batch.logp_target[at][c],
+                    None if batch.logp_reference is None else batch.logp_reference[at][c],
+                )
+            )
+        found[int(batch.pair_row[at][item])] = tuple(sides)
+    return found

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jax
 import jax.numpy as jnp
 import numpy as np
+from timing import in_turns, quartiles
 
 from jdpo.models.attention import causal_attention, compiled_attention
 
@@ -83,17 +83,6 @@ def errors(programs: dict[str, Any], arrays: tuple[Any, ...], exact: tuple[Any, 
     }
 
 
-def timed(steps: dict[str, Callable[[], Any]], rounds: int) -> dict[str, np.ndarray]:
-    """Quartiles of the seconds that each step takes."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds + 1):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: np.percentile(taken[1:], [25, 50, 75]) for name, taken in seconds.items()}
-
-
 def rows(args: argparse.Namespace, length: int) -> list[str]:
     exact_arrays, lengths = inputs(args, length)
     arrays = tuple(jnp.asarray(x, args.dtype) for x in exact_arrays)
@@ -109,7 +98,7 @@ def rows(args: argparse.Namespace, length: int) -> list[str]:
     }
     if importlib.util.find_spec("torch") and args.window is None:
         steps["torch"] = torch_step(exact_arrays, args.dtype)
-    seconds = timed(steps, args.rounds)
+    seconds = {name: quartiles(taken) for name, taken in in_turns(steps, args.rounds).items()}
     base = seconds[args.backends[0]][1]
     table = []
     for name, (low, middle, high) in seconds.items():

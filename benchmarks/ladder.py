@@ -17,13 +17,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
-import platform
 import statistics
-import time
 from collections.abc import Callable
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +30,11 @@ import numpy as np
 import optax
 from ladder_flops import RUNGS, predicted_flops
 from ladder_rungs import Step, rungs, steps_of_growing_size
+from machine import machine_line
 from speed_data import fitted, read_lengths, select
 from speed_model import LLAMA_22M, ModelShape, tiny
-from speed_report import quartiles
+from timing import in_turns, quartiles
 
-from jdpo import __version__
 from jdpo.config import MeshConfig
 from jdpo.sharding.mesh import make_mesh
 from jdpo.sharding.rules import LOGICAL_RULES
@@ -78,22 +74,20 @@ def main() -> None:
 
 
 def head(arguments: argparse.Namespace, shape: ModelShape) -> list[str]:
-    packages = ", ".join(f"{name} {version(name)}" for name in ("jax", "flax"))
     return [
         f"# What each means gains, {date.today()}",
         "",
-        f"{platform.machine()} with {os.cpu_count()} cores, Python {platform.python_version()}, jdpo {__version__}, "
-        f"{packages}, {jax.devices()[0].device_kind}. Llama of width {shape.d_model}, {shape.num_layers} layers, "
-        f"V = {shape.vocab_size}: N = {shape.backbone / 1e6:.2f} M, h = {shape.head / 1e6:.2f} M. float32, medians of "
-        f"{arguments.rounds} rounds.",
+        f"{machine_line()}, on {jax.devices()[0].device_kind}. Llama of width {shape.d_model}, {shape.num_layers} "
+        f"layers, V = {shape.vocab_size}: N = {shape.backbone / 1e6:.2f} M, h = {shape.head / 1e6:.2f} M. float32, "
+        f"medians of {arguments.rounds} rounds.",
         "",
     ]
 
 
 def rows_of(table: str, num_rows: int, max_length: int) -> np.ndarray:
     """Lengths of one step's rows, evenly spaced in the table."""
-    selection = select(read_lengths(table), batch=num_rows, max_length=max_length, warmup=0, steps=1, epoch=1)
-    return selection.lengths
+    selection = select(read_lengths(table), batch=num_rows, max_length=max_length, warmup=0, filler=0, steps=1)
+    return selection.lengths[selection.measured]
 
 
 def climb(shape: ModelShape, table: str, lengths: np.ndarray, rounds: int, mesh: Any) -> list[str]:
@@ -172,17 +166,6 @@ def check_equal(found: dict[str, tuple[float, float]]) -> None:
         if not np.allclose(values, expected, rtol=TOLERANCE):
             raise ValueError(f"{name} gives loss and gradient norm {values}, {RUNGS[0]} {expected}")
     assert abs(expected[0] - float(jnp.log(2.0))) > TOLERANCE, expected
-
-
-def in_turns(programs: dict[Any, Callable[[], Any]], rounds: int) -> dict[Any, list[float]]:
-    """Seconds of every program, one run of each a round; a round before the first is not counted."""
-    seconds: dict[Any, list[float]] = {name: [] for name in programs}
-    for _ in range(rounds + 1):
-        for name, run in programs.items():
-            started = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - started)
-    return {name: taken[1:] for name, taken in seconds.items()}
 
 
 if __name__ == "__main__":

@@ -5,37 +5,46 @@
     python benchmarks/speed.py --tiny [--gpu 8b] [--trainers jdpo]   the same way at toy sizes, to see that it works
 
 Everything is made on the spot: random weights of the true shape, and rows of random words with the lengths of a
-committed table (lengths/, made by make_lengths.py). All arms get the same folder and the same rows in the same order,
-and run in turns, each in a process of its own: rounds of jdpo with live and cached reference, TRL with live and
-precomputed reference (each with the attention that proved fastest in a trial), Tunix (in the first round). The first
-step is the warm-up; medians, quartiles and ratios are over the same further steps of all rounds; jdpo, which still
-compiles or loads programs in the background of its first steps, is measured on its second pass over them. At V = 4096
-there is one round and no Tunix.
+committed table (lengths/, made by make_lengths.py). Every arm runs in a process of its own, in turns, in rounds.
 
-The gate: what both tokenize is held together token for token, and the first step's loss and log-probs must be equal to
-1e-3. The exit status is 1 where the gate fails or a bar is missed: 4 times TRL and 3 times Tunix on long pairs, 6 times
-TRL on HH, half of TRL's peak memory; each at the 22 M shape with V = 32000, cached against precomputed, live against
-live. TRL and Tunix may live in other environments than jdpo; one that cannot be imported is left out, which is noted.
+jdpo gets the whole table: warm-up, filler, the measured steps, the rest. Its shapes are planned for all of that; the
+filler is there because it compiles or loads programs in the background of its first steps; it is stopped behind the
+measured steps. TRL and Tunix get the same warm-up and measured rows in the same order. Medians, quartiles and ratios
+are over these steps of all rounds. A run before the rounds compiles jdpo's programs. On a GPU TRL goes twice through
+the measured rows, and the second time counts. At V = 4096 there is one round, live reference only; Tunix takes part in
+`long` alone, in one round.
+
+TRL runs with live and precomputed reference, each with the attention that is fastest in a trial (on a GPU also Liger
+and the micro-batch), the whole step at once and no gradient checkpointing on the CPU: these are what the bars are for.
+Beside them, in one round: one pair at a time, which pads nothing but the pair, and with gradient checkpointing.
+
+The gate: what both tokenize is held together token for token; the first step's loss and log-probs of all arms, and
+those of all steps of TRL and of a jdpo run on TRL's very file, must be equal to 1e-3 (in bfloat16 1e-2, and behind the
+first step the loss to 3e-2). The exit status is 1 where the gate fails or a bar is missed or not measured: 4 times TRL
+and 3 times Tunix on long pairs, 6 times TRL on HH, half of TRL's peak memory, checkpointing included, at most 10 % of
+padding; each at the 22 M shape with V = 32000, cached against precomputed, live against live. TRL and Tunix may live in
+other environments than jdpo; one that cannot be imported, or an arm that fails, is left out, which is noted.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
-import platform
+import itertools
 import shlex
 import signal
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from speed_arms import ROOT, Arm, ArmRun, Folder, jdpo_arm, missing, prepare_arm, run_arm, trl_arm, tunix_arm
+from machine import ROOT, machine_line
+from speed_arms import GATE, LEARNING_RATE, MAIN, WARMUP, Arm, Folder, TrlWay
 from speed_cases import CPU_CASES, GPU_CASES, Case, toy
+from speed_choice import choose_arms, num_passes, wanted_trainers
 from speed_data import (
     Selection,
     fitted,
@@ -48,12 +57,12 @@ from speed_data import (
     write_rows,
 )
 from speed_model import write_model
-from speed_report import Result, render_case
+from speed_padding import memory_choice, padding_of
+from speed_report import render_case
+from speed_run import ArmFailed, prepare_arm, run_arm
+from speed_verdicts import Result
 from trl_parity import compare_tokens, tokenized_rows
 
-from jdpo import __version__
-
-WARMUP = 1
 PATH_FLAGS = ("--trl-python", "--tunix-python", "--work", "--report")
 
 
@@ -66,9 +75,7 @@ def main() -> None:
     parser.add_argument("--trainers", nargs="+", choices=("jdpo", "trl", "tunix"), default=["jdpo", "trl", "tunix"])
     parser.add_argument("--rounds", type=int, default=2, help="times that every arm runs")
     parser.add_argument("--steps", type=int, default=3, help="measured steps of a round, behind the warm-up")
-    parser.add_argument(
-        "--epoch", type=int, default=12, help="steps of jdpo's cold run, for which its shapes are planned"
-    )
+    parser.add_argument("--filler", type=int, default=6, help="steps of jdpo between the warm-up and those measured")
     parser.add_argument("--trl-python", default=sys.executable, help="python that has trl")
     parser.add_argument("--tunix-python", default=sys.executable, help="python that has google-tunix")
     parser.add_argument("--jdpo", nargs="+", default=[], metavar="KEY=VALUE", help="further settings of jdpo")
@@ -90,9 +97,10 @@ def run_cases(arguments: argparse.Namespace, work: Path, report: Path) -> bool:
     cases = [GPU_CASES[name] for name in arguments.gpu] if arguments.gpu else [CPU_CASES[n] for n in arguments.cases]
     if arguments.tiny:
         cases = [toy(case) for case in cases]
-    lines, passed = machine(arguments), True
+    lines, passed = head(arguments), True
+    ways: dict[Any, TrlWay] = {}
     for index, case in enumerate(cases):
-        found, reached = run_case(arguments, case, Folder(work / str(index)))
+        found, reached = run_case(arguments, case, Folder(work / str(index)), ways)
         lines, passed = lines + found, passed and reached
         report.parent.mkdir(parents=True, exist_ok=True)
         report.write_text("\n".join(lines), encoding="utf-8")
@@ -101,17 +109,12 @@ def run_cases(arguments: argparse.Namespace, work: Path, report: Path) -> bool:
     return passed
 
 
-def machine(arguments: argparse.Namespace) -> list[str]:
-    """The head of the report."""
-    processor = next(
-        (line.split(":", 1)[1].strip() for line in cpu_lines() if line.startswith("model name")), platform.machine()
-    )
-    packages = ", ".join(f"{name} {version(name)}" for name in ("jax", "flax", "optax"))
+def head(arguments: argparse.Namespace) -> list[str]:
     return [
         f"# Speed, {date.today()}",
         "",
-        f"{processor}, {os.cpu_count()} cores, Python {platform.python_version()}, jdpo {__version__}, {packages}. "
-        f"At most {arguments.rounds} round(s), each of {WARMUP} step of warm-up and {arguments.steps} measured.",
+        f"{machine_line()}. At most {arguments.rounds} round(s), each of {WARMUP} step of warm-up and "
+        f"{arguments.steps} measured; jdpo has {arguments.filler} steps between.",
         "",
         f"    python benchmarks/speed.py {shlex.join(without_paths(sys.argv[1:]))}",
         "",
@@ -135,125 +138,111 @@ def without_paths(words: Sequence[str]) -> list[str]:
     return kept
 
 
-def cpu_lines() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
-
-
-def run_case(arguments: argparse.Namespace, case: Case, folder: Folder) -> tuple[list[str], bool]:
+def run_case(
+    arguments: argparse.Namespace, case: Case, folder: Folder, ways: dict[Any, TrlWay]
+) -> tuple[list[str], bool]:
     """One case from its weights to its part of the report."""
     case = dataclasses.replace(case, jdpo=(*case.jdpo, *arguments.jdpo))
-    steps = WARMUP + arguments.steps
+    selection = make_inputs(arguments, case, folder)
+    filler = selection.num_filler // case.batch
+    plan = choose_arms(arguments, case, folder, filler=filler, ways=ways)
+    results = measure(plan.arms, case, folder, min(arguments.rounds, case.rounds), plan.notes)
+    share, facts = None, [*about_rows(case, selection), *plan.trials]
+    live = results.get(f"jdpo live {MAIN}")
+    if live is not None:
+        out = out_of(folder, live.arm) / "round0"
+        share = padding_of(live, out, selection, batch=case.batch, max_length=case.max_length)
+    facts += [*settings(case, results, folder), *about_arms(results)]
+    wanted = wanted_trainers(arguments, case)
+    return render_case(case, results, facts=facts, notes=plan.notes, wanted=wanted, padding=share)
+
+
+def make_inputs(arguments: argparse.Namespace, case: Case, folder: Folder) -> Selection:
+    """Model, rows of both files and their ids; what jdpo tokenizes is held against the ids.
+
+    Raises:
+      ValueError: jdpo tokenizes other rows than were meant.
+    """
     selection = select(
         read_lengths(case.table),
         batch=case.batch,
         max_length=case.max_length,
         warmup=WARMUP,
+        filler=arguments.filler,
         steps=arguments.steps,
-        epoch=max(arguments.epoch, steps),
     )
     write_model(case.shape, folder.model)
     rows = synthesize(selection.lengths, case.shape.vocab_size)
+    compared = [rows[index] for index in selection.compared]
     write_rows(rows, folder.rows)
-    write_ids(rows, case.max_length, folder.ids)
-    compare_tokens(folder.ids, tokenized_rows(folder.rows, folder.model, folder.root / "check", case.max_length))
-    epoch = len(rows) // case.batch
-    arms, notes, trials = choose_arms(arguments, case, folder, steps, epoch)
-    results = {f"{arm.trainer} {arm.reference}": Result(arm, [], []) for arm in arms}
-    outs = {key: folder.root / key.replace(" ", "-") for key in results}
-    for key, (arm, _, cold) in results.items():
-        if arm.before:
-            seconds = prepare_arm(arm, outs[key] / "before", device=case.device)
-            trials.append(f"`jdpo reference` took {seconds:.1f} s for the {len(rows)} rows of its epoch.")
-        if arm.cold_steps:
-            cold.append(
-                said(arm, run_arm(arm, outs[key] / "cold", steps=arm.cold_steps, device=case.device, cold=True))
+    write_rows(compared, folder.compared_rows)
+    write_ids(rows, case.max_length, folder.root / "ids.jsonl")
+    write_ids(compared, case.max_length, folder.compared_ids)
+    cache = folder.root / "check"
+    compare_tokens(folder.root / "ids.jsonl", tokenized_rows(folder.rows, folder.model, cache, case.max_length))
+    return selection
+
+
+def measure(arms: Sequence[Arm], case: Case, folder: Folder, rounds: int, notes: list[str]) -> dict[str, Result]:
+    """Runs all arms in turns; one that fails at any time is left out, and noted."""
+    results = {arm.key: Result(arm, [], [], []) for arm in arms}
+
+    def attempt(key: str, number: int | None) -> None:
+        arm, runs, cold, before = results[key]
+        out = out_of(folder, arm)
+        try:
+            if number is not None:
+                runs.append(run_arm(arm, out / f"round{number}", device=case.device))
+                if arm.trainer == "trl":
+                    passes = num_passes(case.device)
+                    check_trl_tokens(out / f"round{number}/tokens.jsonl", folder.compared_ids, case.batch, passes)
+                return
+            if arm.before:
+                before.append(prepare_arm(arm, out / "before", device=case.device))
+            if arm.cold:
+                cold.append(run_arm(arm, out / "cold", device=case.device))
+        except ArmFailed as failed:
+            print(failed, file=sys.stderr, flush=True)
+            notes.append(f"{arm.name}: {failed.last}")
+            del results[key]
+
+    for number in (None, *range(rounds)):
+        for key in list(results):
+            if (number or 0) < results[key].arm.rounds:
+                attempt(key, number)
+    return results
+
+
+def out_of(folder: Folder, arm: Arm) -> Path:
+    return folder.root / arm.key.replace(" ", "-")
+
+
+def check_trl_tokens(found: Path, expected: Path, batch: int, passes: int) -> None:
+    """Holds the tokens of every row that TRL's collator gave against those that were meant.
+
+    Raises:
+      ValueError: a row is missing, too much, or another.
+    """
+    ours = expected.read_text(encoding="utf-8").splitlines()
+    ours = ours[: WARMUP * batch] + ours[WARMUP * batch :] * passes
+    theirs = found.read_text(encoding="utf-8").splitlines()
+    for number, (line, wanted) in enumerate(itertools.zip_longest(theirs, ours)):
+        if line != wanted:
+            raise ValueError(
+                f"row {number}: expected {len(ours)} rows, found {len(theirs)}, and other tokens from TRL's collator "
+                f"than from jdpo's tokenizer; see {found}"
             )
-    for number in range(min(arguments.rounds, case.rounds)):
-        for key, (arm, runs, _) in results.items():
-            if number >= arm.rounds:
-                continue
-            out = outs[key] / f"round{number}"
-            runs.append(said(arm, run_arm(arm, out, steps=steps, device=case.device)))
-            if arm.trainer == "trl":
-                check_trl_tokens(out / "tokens.jsonl", folder.ids)
-    facts = [*about_rows(case, selection, steps), *trials, *versions(results), ""]
-    return render_case(case, results, WARMUP, facts, notes)
 
 
-def choose_arms(
-    arguments: argparse.Namespace, case: Case, folder: Folder, steps: int, epoch: int
-) -> tuple[list[Arm], list[str], list[str]]:
-    """The arms that can run, notes on those that cannot, and a line on TRL's trial."""
-    wanted, notes, trials = [name for name in case.trainers if name in arguments.trainers], [], []
-    arms: dict[str, list[Arm]] = {"live": [], "cached": []}
-    for reference in arms:
-        arms[reference].append(jdpo_arm(sys.executable, case, folder, reference, epoch=epoch))
-    if "trl" in wanted:
-        why = missing(arguments.trl_python, ("trl", "torch"))
-        if why is None:
-            attention, liger, line, left_out = fastest_attention(arguments, case, folder)
-            trials.append(line)
-            notes += left_out
-            for reference, of_reference in arms.items():
-                of_reference.append(
-                    trl_arm(arguments.trl_python, case, folder, reference, attention, steps=steps, liger=liger)
-                )
-        else:
-            notes.append(f"TRL: {why}")
-    if "tunix" in wanted:
-        why = missing(arguments.tunix_python, ("tunix.sft.dpo.dpo_trainer",))
-        if why is None and case.device == "cpu":
-            arms["live"].append(tunix_arm(arguments.tunix_python, case, folder, steps=steps))
-        else:
-            notes.append(f"Tunix: {why or 'two float32 copies of the weights beside its dense logits; CPU only'}")
-    chosen = [arm for of_reference in arms.values() for arm in of_reference if arm.trainer in wanted]
-    return chosen, notes, trials
+# --- what is said beside the figures
 
 
-def fastest_attention(arguments: argparse.Namespace, case: Case, folder: Folder) -> tuple[str, bool, str, list[str]]:
-    """The way TRL is fastest with a live reference: one step of each after a warm-up; and what cannot be tried."""
-    tried: dict[tuple[str, bool], float] = {}
-    ways, notes = [("sdpa", False), ("eager", False)], []
-    if case.device == "gpu":
-        ways += [("flash_attention_2", False), ("sdpa", True)]
-    for attention, liger in ways:
-        package = "liger_kernel" if liger else "flash_attn" if attention == "flash_attention_2" else "torch"
-        if (why := missing(arguments.trl_python, (package,))) is not None:
-            notes.append(f"TRL with {package}: {why}")
-            continue
-        arm = trl_arm(arguments.trl_python, case, folder, "live", attention, steps=WARMUP + 1, liger=liger)
-        out = folder.root / f"trial-{attention}{'-liger' if liger else ''}" / "round0"
-        run = said(arm, run_arm(arm, out, steps=WARMUP + 1, device=case.device))
-        tried[attention, liger] = run.lines[-1]["step_seconds"]
-    best = min(tried, key=lambda way: tried[way])
-    names = [f"{way}{' + Liger' if liger else ''} {seconds:.2f} s" for (way, liger), seconds in tried.items()]
-    return *best, f"TRL's step in a trial, by attention: {', '.join(names)}.", notes
-
-
-def said(arm: Arm, run: ArmRun) -> ArmRun:
-    """Tells how an arm did, while the others are still to come."""
-    seconds = " ".join(f"{line['step_seconds']:.3g}" for line in run.lines)
-    print(f"{arm.name}: steps of {seconds} s, the first after {run.first_step:.1f} s", file=sys.stderr, flush=True)
-    return run
-
-
-def check_trl_tokens(found: Path, expected: Path) -> None:
-    """TRL trains on the first rows only, but on the same tokens."""
-    with found.open(encoding="utf-8") as theirs, expected.open(encoding="utf-8") as ours:
-        for number, line in enumerate(theirs):
-            if line != next(ours):
-                raise ValueError(f"row {number}: TRL's collator and jdpo's tokenizer give other tokens; see {found}")
-
-
-def about_rows(case: Case, selection: Selection, steps: int) -> Iterator[str]:
+def about_rows(case: Case, selection: Selection) -> Iterator[str]:
     """What was trained on, and whether the measured steps stand for the table."""
     cut = fitted(selection.lengths, case.max_length)
-    measured = cut[WARMUP * case.batch : steps * case.batch]
+    measured = cut[selection.measured]
     repeated = (2 * measured[:, 0] + measured[:, 1:].sum(1)).sum() / measured.sum()
-    table = read_lengths(case.table)
-    usual = typical_padding(fitted(table[table[:, 0] < case.max_length], case.max_length), case.batch)
-    shape = case.shape
+    usual, shape = typical_padding(cut, case.batch), case.shape
     yield (
         f"Llama, {(shape.backbone + shape.head * (1 if shape.tied else 2)) / 1e6:.1f} M parameters: width "
         f"{shape.d_model}, {shape.num_layers} layers, {shape.num_heads} heads, {shape.num_kv_heads} key heads, "
@@ -261,23 +250,42 @@ def about_rows(case: Case, selection: Selection, steps: int) -> Iterator[str]:
         f"arithmetic. {case.batch} pairs a step, max_length {case.max_length}."
     )
     yield (
-        f"Measured steps: {measured.sum() / (steps - WARMUP):.0f} tokens of prompt, chosen and rejected a step "
-        f"({cut.sum() / len(cut) * case.batch:.0f} over the rows of jdpo's epoch). With prompts twice they are "
-        f"{repeated:.2f} times as many, and padded to the longest of a step {padding(measured, case.batch):.2f} times "
-        f"({usual:.2f} in random steps of the whole table). {selection.left_out} rows of the table whose prompt fills "
-        "max_length are left out, as TRL and jdpo drop them."
+        f"Measured steps: {measured.sum() / len(measured) * case.batch:.0f} tokens of prompt, chosen and rejected a "
+        f"step ({cut.sum() / len(cut) * case.batch:.0f} over the {len(cut)} rows of the table). With prompts twice "
+        f"they are {repeated:.2f} times as many, and padded to the longest of a step "
+        f"{padding(measured, case.batch):.2f} times ({usual:.2f} in random steps of the whole table). "
+        f"{selection.left_out} rows of the table whose prompt fills max_length are left out, as TRL and jdpo drop them."
     )
 
 
-def versions(results: dict[str, Result]) -> Iterator[str]:
-    """Versions of the other trainers, and how long TRL took to set up, precomputing (of these steps) included."""
+def settings(case: Case, results: Mapping[str, Result], folder: Folder) -> Iterator[str]:
+    """What is the same for all, and what each does about memory."""
+    chosen = [
+        f"{result.arm.name}: {memory_choice(out_of(folder, result.arm) / 'round0')}, by its own choice"
+        for result in results.values()
+        if result.arm.trainer == "jdpo" and result.arm.role != GATE
+    ]
+    further = [f"jdpo was also told {' '.join(case.jdpo)}"] if case.jdpo else []
+    yield (
+        f"All: AdamW at a constant {LEARNING_RATE:g}, no weight decay, clipping at 1. "
+        f"TRL: {'adamw_torch_fused' if case.device == 'gpu' else 'adamw_torch'}, gradient_checkpointing=False but "
+        f"where an arm is named for it{', bf16=True' if case.device == 'gpu' else ''}. "
+        f"{'. '.join([*chosen, *further]) or 'No jdpo'}."
+    )
+
+
+def about_arms(results: Mapping[str, Result]) -> Iterator[str]:
+    """Versions of the other trainers, how long TRL took to set up, and what `jdpo reference` took."""
     for result in results.values():
+        for before in result.before:
+            yield f"`jdpo reference`, all rows: {before.seconds:.1f} s, peak {before.peak_rss / 2**20:.0f} MiB."
         about = result.runs[0].about
         if about:
             listed = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+            threads = f", {about['threads']} threads" if "threads" in about else ""
             setup = [run.about["setup_seconds"] for run in result.runs if "setup_seconds" in run.about]
             more = f", set up in {statistics.median(setup):.1f} s" if setup else ""
-            yield f"{result.arm.name}: {listed}{more}."
+            yield f"{result.arm.name}: {listed}{threads}{more}."
 
 
 if __name__ == "__main__":

@@ -19,15 +19,29 @@ ORDERS = 200
 
 
 class Selection(NamedTuple):
-    """Rows of a benchmark, in the order in which they are trained on.
+    """Rows of a benchmark, in the order in which jdpo trains on them: warm-up, filler, measured, the rest.
 
     Attributes:
       lengths: int [rows, 3], uncut tokens of prompt, chosen and rejected.
       left_out: rows of the table whose prompt fills max_length: every trainer drops them.
+      num_warmup, num_filler, num_measured: how many rows each part has.
     """
 
     lengths: np.ndarray
     left_out: int
+    num_warmup: int
+    num_filler: int
+    num_measured: int
+
+    @property
+    def measured(self) -> np.ndarray:
+        """The indices of the measured rows."""
+        return self.num_warmup + self.num_filler + np.arange(self.num_measured)
+
+    @property
+    def compared(self) -> np.ndarray:
+        """The indices of the rows that the other trainers get: warm-up and measured."""
+        return np.concatenate([np.arange(self.num_warmup), self.measured])
 
 
 def read_lengths(name: str) -> np.ndarray:
@@ -35,12 +49,12 @@ def read_lengths(name: str) -> np.ndarray:
     return np.loadtxt(LENGTHS / f"{name}.csv", delimiter=",", skiprows=1, dtype=np.int64)
 
 
-def select(lengths: np.ndarray, *, batch: int, max_length: int, warmup: int, steps: int, epoch: int) -> Selection:
-    """The rows of `epoch` steps, or of as many as there are: the warm-up's, then the measured ones, then the rest.
+def select(lengths: np.ndarray, *, batch: int, max_length: int, warmup: int, filler: int, steps: int) -> Selection:
+    """All usable rows of a table, ordered: those of `warmup` steps, of `filler` steps, the measured ones, the rest.
 
     What is measured is an evenly spaced sample by length, so that a few steps stand for the table; in that of many
     random orders in which padding weighs most nearly what it does in random steps of the whole table. The warm-up is
-    made of rows around the first quartile: it is not measured, only compared.
+    made of rows around the first quartile: it is not measured, only compared. The filler is as long as there are rows.
     """
     fit = lengths[lengths[:, 0] < max_length]
     cut = fitted(fit, max_length)
@@ -53,12 +67,13 @@ def select(lengths: np.ndarray, *, batch: int, max_length: int, warmup: int, ste
     rest = rest[np.argsort(cut[rest].sum(1), kind="stable")]
     centres = ((np.arange(batch * steps) + 0.5) * len(rest) / (batch * steps)).astype(int)
     measured = rest[centres]
-    others = np.setdiff1d(rest, measured)
+    others = rng.permutation(np.setdiff1d(rest, measured))
     usual = typical_padding(cut, batch)
     orders = [rng.permutation(measured) for _ in range(ORDERS)]
     ordered = min(orders, key=lambda order: abs(padding(cut[order], batch) - usual))
-    chosen = np.concatenate([first, ordered, rng.permutation(others)])[: batch * epoch]
-    return Selection(fit[chosen[: len(chosen) // batch * batch]], len(lengths) - len(fit))
+    num_filler = min(filler, len(others) // batch) * batch
+    chosen = np.concatenate([first, others[:num_filler], ordered, others[num_filler:]])
+    return Selection(fit[chosen], len(lengths) - len(fit), len(first), num_filler, len(measured))
 
 
 def padding(cut: np.ndarray, batch: int) -> float:

@@ -1,10 +1,11 @@
 """TRL's arm of the speed benchmark: its own DPOTrainer on the rows of a benchmark, every step timed.
 
-    python benchmarks/speed_trl.py --model DIR --rows rows.jsonl --out DIR --steps 4 --attention sdpa --reference live
+    python benchmarks/speed_trl.py --model DIR --rows rows.jsonl --out DIR --warmup 1 --steps 3 --attention sdpa ...
 
 It runs in a process of its own. DIR gets metrics.jsonl (a line a step, the names of TRL's log beside `step_seconds`),
-about.json (versions; how long the reference took to precompute) and, with --tokens, tokens.jsonl. A step is what lies
-between TRL's on_step_begin and on_step_end: forward, backward, clipping and update, without fetching the batch.
+about.json (versions, threads, how long it took to set up, precomputing the reference included) and, with --tokens,
+tokens.jsonl. A step is what lies between TRL's on_step_begin and on_step_end: forward, backward, clipping and update,
+of all its micro-batches, without fetching the first of them.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder")
     parser.add_argument("--rows", type=Path, required=True, help="JSONL of conversational preferences")
     parser.add_argument("--out", type=Path, required=True, help="folder for what it leaves")
-    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--warmup", type=int, required=True, help="steps of the first rows, once")
+    parser.add_argument("--steps", type=int, required=True, help="steps of the rows behind them")
+    parser.add_argument("--passes", type=int, default=1, help="times that these are gone through")
     parser.add_argument("--batch", type=int, required=True, help="pairs a step")
     parser.add_argument("--micro_batch", type=int, help="pairs at once; default: all of a step")
     parser.add_argument("--max_length", type=int, required=True)
@@ -68,10 +71,13 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--dtype", default="float32", help="of the weights that are trained")
     parser.add_argument("--liger", action="store_true", help="Liger's layer kernels")
+    parser.add_argument("--checkpointing", action="store_true", help="gradient_checkpointing")
     parser.add_argument("--tokens", action="store_true", help="also write tokens.jsonl")
     arguments = parser.parse_args()
     with arguments.rows.open(encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines][: arguments.steps * arguments.batch]
+        rows = [json.loads(line) for line in lines]
+    first, last = (count * arguments.batch for count in (arguments.warmup, arguments.warmup + arguments.steps))
+    rows = rows[:first] + rows[first:last] * arguments.passes
     arguments.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         run(arguments, rows, scratch)
@@ -86,7 +92,7 @@ def run(arguments: argparse.Namespace, rows: list[dict[str, Any]], scratch: str)
         arguments.model,
         rows,
         scratch,
-        steps=arguments.steps,
+        steps=len(rows) // arguments.batch,
         batch=micro_batch,
         max_length=arguments.max_length,
         learning_rate=arguments.learning_rate,
@@ -96,7 +102,9 @@ def run(arguments: argparse.Namespace, rows: list[dict[str, Any]], scratch: str)
         model_init_kwargs={"attn_implementation": arguments.attention, "dtype": arguments.dtype},
         use_cpu=not on_gpu,
         bf16=on_gpu,
+        optim="adamw_torch_fused" if on_gpu else "adamw_torch",
         use_liger_kernel=arguments.liger,
+        gradient_checkpointing=arguments.checkpointing,
     )
     about = {
         "versions": {name: version(name) for name in ("trl", "transformers", "torch", "accelerate")},

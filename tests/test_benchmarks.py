@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 from ladder_flops import RUNGS, attention_flops, predicted_flops  # noqa: E402
-from speed_arms import Arm, ArmRun  # noqa: E402
+from speed import check_trl_tokens, measure  # noqa: E402
+from speed_arms import CHECKPOINTED, GATE, MAIN, ONE_PAIR, Arm, Folder  # noqa: E402
 from speed_cases import Case  # noqa: E402
 from speed_data import (  # noqa: E402
     fitted,
@@ -36,7 +38,10 @@ from speed_model import (  # noqa: E402
     tiny,
     write_model,
 )
-from speed_report import Result, render_case  # noqa: E402
+from speed_padding import planned_padding  # noqa: E402
+from speed_report import render_case  # noqa: E402
+from speed_run import ArmRun, Before  # noqa: E402
+from speed_verdicts import PADDING_BAR, Padding, Result  # noqa: E402
 from trl_parity import compare_tokens, tokenized_rows  # noqa: E402
 
 from jdpo.models.families import read_model_config  # noqa: E402
@@ -82,18 +87,37 @@ def test_sides_that_would_start_alike_are_made_to_differ() -> None:
 
 def test_measured_rows_stand_for_the_table() -> None:
     table = read_lengths("long_pairs")
-    selection = select(table, batch=4, max_length=1024, warmup=1, steps=6, epoch=16)
-    assert selection.lengths.shape == (64, 3)
+    selection = select(table, batch=4, max_length=1024, warmup=1, filler=10, steps=6)
+    assert selection.lengths.shape == (266, 3)  # all of the table, but for
     assert selection.left_out == (table[:, 0] >= 1024).sum() == 34
     assert (selection.lengths[:, 0] < 1024).all()
+    assert selection.measured.tolist() == list(range(4 * 11, 4 * 17))
+    assert selection.compared.tolist() == [*range(4), *range(4 * 11, 4 * 17)]
     usable = fitted(table[table[:, 0] < 1024], 1024)
-    measured = fitted(selection.lengths[4 : 4 * 7], 1024)
+    measured = fitted(selection.lengths[selection.measured], 1024)
     assert measured.sum(1).mean() == pytest.approx(usable.sum(1).mean(), rel=0.05)
-    assert len(select(table, batch=60, max_length=1024, warmup=1, steps=2, epoch=99).lengths) == 240  # of 266 rows
     assert padding(measured, 4) == pytest.approx(typical_padding(usable, 4), rel=0.05)
-    rows = [tuple(row) for row in selection.lengths.tolist()]
-    available = [tuple(row) for row in table.tolist()]
-    assert all(rows.count(row) <= available.count(row) for row in rows)  # no row twice
+    short = select(table, batch=60, max_length=1024, warmup=1, filler=99, steps=2)
+    assert (short.num_filler, len(short.lengths)) == (60, 266)  # as much filler as there is
+    rows = sorted(tuple(row) for row in selection.lengths.tolist())
+    assert rows == sorted(tuple(row) for row in table.tolist() if row[0] < 1024)  # each once
+
+
+@pytest.mark.parametrize(("table", "batch", "max_length"), [("long_pairs", 4, 1024), ("hh", 8, 512)])
+def test_padding_of_the_whole_table_is_within_its_bar(table: str, batch: int, max_length: int) -> None:
+    selection = select(read_lengths(table), batch=batch, max_length=max_length, warmup=1, filler=10, steps=3)
+    cut = fitted(selection.lengths, max_length)
+    share, of_steps = planned_padding(cut, batch, 16384)
+    assert 0 < share <= PADDING_BAR
+    assert len(of_steps) == -(-len(cut) // batch)
+    assert ((of_steps >= 0) & (of_steps < 1)).all()
+
+
+def test_padding_by_hand() -> None:
+    # Steps of 9 + 7 and 6 slots, each in a row of 64.
+    share, of_steps = planned_padding(np.array([[3, 2, 4], [1, 2, 4], [2, 2, 2]]), 2, 128)
+    assert of_steps.tolist() == [1 - 16 / 64, 1 - 6 / 64]
+    assert share == 1 - 22 / 128
 
 
 # --- model folders
@@ -160,63 +184,193 @@ CASE = Case(
 )
 
 
-def result(trainer: str, seconds: list[list[float]], *, reference: str = "live", loss: float = 0.7, gib: int) -> Result:
+def result(
+    trainer: str,
+    seconds: list[list[float]],
+    *,
+    reference: str = "live",
+    role: str = MAIN,
+    loss: float = 0.7,
+    later_loss: float = 0.7,
+    gib: int,
+) -> Result:
     runs = []
     for of_round in seconds:
         lines = [
-            {"step": i + 1, "step_seconds": s, "loss": loss, "logps/chosen": -10.0, "logps/rejected": -20.0}
+            {
+                "step": i + 1,
+                "step_seconds": s,
+                "loss": later_loss if i else loss,
+                "logps/chosen": -10.0,
+                "logps/rejected": -20.0,
+            }
             for i, s in enumerate(of_round)
         ]
-        runs.append(ArmRun(lines, {}, 5.0, gib * 2**30, gib * 2**29))
-    return Result(Arm(f"{trainer} {reference}", trainer, reference, ()), runs, [])
+        runs.append(ArmRun(lines, lines[1:], {}, 5.0, gib * 2**30, gib * 2**29))
+    arm = Arm(f"{trainer} {reference} {role}", trainer, reference, (), len(seconds[0]) - 1, role=role)
+    return Result(arm, runs, [], [])
 
 
-def test_report_says_ratios_over_the_steps_behind_the_warm_up() -> None:
-    results = {
-        "jdpo live": result("jdpo", [[9.0, 1.0, 2.0], [9.0, 3.0, 2.0]], gib=1),
-        "trl live": result("trl", [[1.0, 10.0, 9.0], [1.0, 10.0, 11.0]], gib=2),
-        "tunix live": result("tunix", [[1.0, 6.0, 6.0], [1.0, 6.0, 6.0]], gib=4),
-    }
-    lines, passed = render_case(CASE, results, 1, ["facts"], ["nothing: because"])
-    text = "\n".join(lines)
+def keyed(*results: Result) -> dict[str, Result]:
+    return {one.arm.key: one for one in results}
+
+
+EVERYTHING = (
+    result("jdpo", [[9.0, 2.0, 2.0]], gib=1),
+    result("jdpo", [[9.0, 2.0, 2.0]], reference="cached", gib=1),
+    result("jdpo", [[9.0, 2.0, 2.0]], role=GATE, gib=1),
+    result("trl", [[9.0, 9.0, 9.0]], gib=3),
+    result("trl", [[9.0, 9.0, 9.0]], reference="cached", gib=3),
+    result("trl", [[9.0, 6.0, 6.0]], role=ONE_PAIR, gib=1),
+    result("trl", [[9.0, 12.0, 12.0]], role=CHECKPOINTED, gib=2),
+    result("tunix", [[9.0, 7.0, 7.0]], gib=4),
+)
+"""Each arm once, and every bar reached."""
+
+TRAINERS = ("jdpo", "trl", "tunix")
+PADDING = Padding(0.2, 0.05, 7)
+
+
+def rendered(
+    *results: Result, wanted: tuple[str, ...] = TRAINERS, padding: Padding | None = PADDING
+) -> tuple[str, bool]:
+    lines, passed = render_case(
+        CASE, keyed(*results), facts=["facts"], notes=["a note"], wanted=wanted, padding=padding
+    )
+    return "\n".join(lines), passed
+
+
+def with_other(*changed: Result) -> list[Result]:
+    """EVERYTHING with some arms otherwise."""
+    return list((keyed(*EVERYTHING) | keyed(*changed)).values())
+
+
+def test_report_says_ratios_over_the_measured_steps() -> None:
+    ours = result("jdpo", [[9.0, 1.0, 2.0], [9.0, 3.0, 2.0]], gib=1)
+    theirs = result("trl", [[1.0, 10.0, 9.0], [1.0, 10.0, 11.0]], gib=2)
+    text, passed = rendered(*with_other(ours, theirs))
     assert passed
-    assert "| trl live / jdpo live | 5.00 | 5.00 | 4 | reached |" in text
-    assert "| tunix live / jdpo live | 3.00 | 3.00 | 3 | reached |" in text
-    assert "| peak resident memory: trl live / jdpo live | 2.00 |  | 2 | reached |" in text
-    assert "| jdpo live | 2 (1.75 to 2.25) | 4.00 | 2 | 5.0, 5.0 | 512, 1024 |  |" in text
-    assert "Left out: nothing: because" in text
+    # Medians 10 and 2; totals 40 and 8; steps 10 / 2 and 10 / 2.
+    assert "| trl live main / jdpo live main | 5.00 | 5.00 | 5.00 | 4 | reached |" in text
+    assert "| tunix live main / jdpo live main | 3.50 | 3.50 | 3.50 | 3 | reached |" in text
+    assert "| trl live one pair / jdpo live main | 3.00 | 3.00 | 3.00 |  |  |" in text
+    assert "| peak resident memory: trl live main / jdpo live main | 2.00 |  |  | 2 | reached |" in text
+    assert "least at a whole step: trl live main / jdpo live main | 2.00 |  |  | 2 | reached |" in text
+    assert "| peak resident memory: trl live one pair / jdpo live main | 1.00 |  |  |  |  |" in text
+    assert "| jdpo live main | 2 (1.75 to 2.25) | 4.00 | 2 | 5.0, 5.0 | 512, 1024 |  |" in text
+    assert "| padding of jdpo's measured steps, by its log | 20.0% |  |  |  |  |" in text
+    assert "| padding of jdpo's 7 steps of the whole table | 5.0% |  |  | at most 10% | reached |" in text
+    assert "Left out: a note" in text
+
+
+def test_ratio_of_each_step_is_paired() -> None:
+    ours, theirs = result("jdpo", [[1.0, 1.0, 4.0, 2.0]], gib=1), result("trl", [[1.0, 9.0, 20.0, 12.0]], gib=2)
+    text, _ = rendered(ours, theirs)
+    assert "| trl live main / jdpo live main | 6.00 | 5.86 | 6.00 | 4 | reached |" in text
 
 
 @pytest.mark.parametrize(
-    ("trl", "said"),
+    ("other", "said"),
     [
-        (result("trl", [[1.0, 7.9, 7.9]], gib=2), "| 3.95 | 3.95 | 4 | **missed** |"),
-        (result("trl", [[1.0, 9.0, 9.0]], gib=1), "| 1.00 |  | 2 | **missed** |"),
-        (result("trl", [[1.0, 9.0, 9.0]], gib=2, loss=0.701), "**NOT EQUAL**"),
-        (result("trl", [[1.0, 9.0, 9.0]], gib=2, loss=float("nan")), "**NOT EQUAL**"),
+        (result("trl", [[1.0, 7.9, 7.9]], gib=3), "| 3.95 | 3.95 | 3.95 | 4 | **missed** |"),
+        (result("trl", [[1.0, 9.0, 9.0]], gib=1), "| 1.00 |  |  | 2 | **missed** |"),
+        (result("trl", [[1.0, 9.0, 9.0]], role=CHECKPOINTED, gib=1), "| 1.00 |  |  | 2 | **missed** |"),
+        (result("trl", [[1.0, 9.0, 9.0]], gib=3, loss=0.701), "**NOT EQUAL**"),
+        (result("trl", [[1.0, 9.0, 9.0]], gib=3, loss=float("nan")), "**NOT EQUAL**"),
+        (result("trl", [[1.0, 9.0, 9.0]], gib=3, later_loss=0.701), "Gate of all steps: allowed 1e-03: **NOT EQUAL**"),
     ],
-    ids=["too slow", "too much memory", "another loss", "no loss"],
+    ids=["too slow", "too much memory", "less memory elsewhere", "another loss", "no loss", "another loss later"],
 )
-def test_report_fails_where_a_bar_or_the_gate_is_missed(trl: Result, said: str) -> None:
-    ours = result("jdpo", [[9.0, 2.0, 2.0]], gib=1)
-    lines, passed = render_case(CASE, {"jdpo live": ours, "trl live": trl}, 1, [], [])
+def test_report_fails_where_a_bar_or_the_gate_is_missed(other: Result, said: str) -> None:
+    text, passed = rendered(*with_other(other))
     assert not passed
-    assert said in "\n".join(lines)
-    assert render_case(CASE, {"jdpo live": ours}, 1, [], [])[1]
+    assert said in text
+    assert rendered(*EVERYTHING)[1]
 
 
-def test_cached_is_held_against_precomputed_and_not_against_live() -> None:
-    results = {
-        "jdpo cached": result("jdpo", [[9.0, 1.0, 1.0]], reference="cached", gib=1),
-        "trl live": result("trl", [[9.0, 8.0, 8.0]], gib=2),
-        "trl cached": result("trl", [[9.0, 3.0, 3.0]], reference="cached", gib=2),
-    }
-    lines, passed = render_case(CASE, results, 1, [], [])
-    text = "\n".join(lines)
+def test_in_bfloat16_later_steps_are_held_to_their_own_tolerance() -> None:
+    case = dataclasses.replace(CASE, tolerance=1e-2, later_tolerance=3e-2)
+    for loss, held in ((0.714, True), (0.735, False)):
+        results = keyed(*with_other(result("trl", [[9.0, 9.0, 9.0]], later_loss=loss, gib=3)))
+        assert render_case(case, results, facts=[], notes=[], wanted=TRAINERS, padding=PADDING)[1] == held
+
+
+@pytest.mark.parametrize("key", [one.arm.key for one in EVERYTHING if one.arm.role != ONE_PAIR])
+def test_a_bar_or_gate_whose_arm_is_missing_is_not_measured_and_not_passed(key: str) -> None:
+    padding = None if key == "jdpo live main" else PADDING
+    text, passed = rendered(*(one for one in EVERYTHING if one.arm.key != key), padding=padding)
     assert not passed
-    assert "| trl cached / jdpo cached | 3.00 | 3.00 | 4 | **missed** |" in text
-    assert "| trl live / jdpo cached" not in text
-    assert "| the faster of each: TRL / jdpo | 3.00 | 3.00 |  |  |" in text
+    assert "**not measured**" in text
+
+
+def test_bars_of_excluded_trainers_do_not_count() -> None:
+    ours = [one for one in EVERYTHING if one.arm.trainer == "jdpo" and one.arm.role == MAIN]
+    assert rendered(*ours, wanted=("jdpo",))[1]
+    text, passed = rendered(*ours)  # the others were wanted and are not there
+    assert not passed
+    assert "| Tunix / jdpo, live reference | not measured |  |  | 3 | **not measured** |" in text
+
+
+def test_nothing_that_ran_is_no_error_and_no_success() -> None:
+    text, passed = rendered(wanted=("trl",), padding=None)
+    assert not passed
+    assert "nothing was measured" in text
+
+
+def test_cached_is_held_against_precomputed_and_the_fastest_of_all_against_the_fastest() -> None:
+    cached = result("trl", [[9.0, 5.0, 5.0]], reference="cached", gib=3)
+    text, passed = rendered(*with_other(cached))
+    assert not passed
+    assert "| trl cached main / jdpo cached main | 2.50 | 2.50 | 2.50 | 4 | **missed** |" in text
+    assert "trl live main / jdpo cached" not in text
+    assert "the faster of each: TRL / jdpo: trl cached main / jdpo live main | 2.50 |" in text
+    assert "the faster of each: TRL / jdpo: trl live one pair / jdpo live main | 3.00 |" in rendered(*EVERYTHING)[0]
+
+
+def test_peak_memory_counts_what_had_to_run_before() -> None:
+    ours = result("jdpo", [[1.0, 1.0]], gib=1)._replace(before=[Before(3.0, 5 * 2**30)])
+    assert ours.peak() == 5 * 2**30
+
+
+# --- processes
+
+
+def script_arm(script: str, **changes: Any) -> Arm:
+    """An arm that is a few lines of python, told to write to --out as sys.argv[2]."""
+    fields = {"name": "an arm", "trainer": "jdpo", "reference": "live", "num_measured": 1, **changes}
+    return Arm(command=(sys.executable, "-c", script), **fields)
+
+
+WRITES = """
+import json, pathlib, sys
+out = pathlib.Path(sys.argv[2])
+out.mkdir(parents=True)
+line = {"step_seconds": 1.0, "loss": 0.7, "logps/chosen": -1.0, "logps/rejected": -2.0}
+(out / "metrics.jsonl").write_text("".join(json.dumps(line | {"step": i}) + chr(10) for i in range(3)))
+"""
+
+
+def test_one_failing_arm_loses_nothing_but_itself(tmp_path: Path) -> None:
+    good = script_arm(WRITES, skipped=1)
+    bad = script_arm("print('some line'); raise SystemExit('out of luck')", reference="cached")
+    unprepared = script_arm(WRITES, role=GATE)._replace(before=(sys.executable, "-c", "raise ValueError('no cache')"))
+    notes: list[str] = []
+    found = measure([bad, good, unprepared], CASE, Folder(tmp_path), 2, notes)
+    assert list(found) == [good.key]
+    assert [len(run.measured) for run in found[good.key].runs] == [1, 1]
+    assert [line["step"] for line in found[good.key].runs[0].measured] == [2]
+    assert notes == ["an arm: ValueError: no cache", "an arm: out of luck"]
+
+
+def test_tokens_of_every_row_are_asked_of_trl(tmp_path: Path) -> None:
+    expected, found = tmp_path / "expected", tmp_path / "found"
+    expected.write_text("a\nb\nc\n")
+    found.write_text("a\nb\nc\nb\nc\n")
+    check_trl_tokens(found, expected, 1, 2)
+    for wrong in ("", "a\nb\nc\nb\n", "a\nb\nc\nb\nc\na\n", "a\nb\nc\nb\nx\n"):
+        found.write_text(wrong)
+        with pytest.raises(ValueError, match="expected 5 rows"):
+            check_trl_tokens(found, expected, 1, 2)
 
 
 # --- the whole way
@@ -230,7 +384,7 @@ def one_device() -> dict[str, str]:
 
 @pytest.mark.full
 def test_speed_runs_the_whole_way_at_toy_size(tmp_path: Path) -> None:
-    command = ["--tiny", "--trainers", "jdpo", "--cases", "hh", "--rounds", "1", "--steps", "1", "--epoch", "2"]
+    command = ["--tiny", "--trainers", "jdpo", "--cases", "hh", "--rounds", "1", "--steps", "1", "--filler", "1"]
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / "speed.py"), *command, "--report", str(tmp_path / "report.md")],
         capture_output=True,
@@ -242,6 +396,25 @@ def test_speed_runs_the_whole_way_at_toy_size(tmp_path: Path) -> None:
     assert "| jdpo, live reference |" in text
     assert "| jdpo, cached reference |" in text
     assert "`jdpo reference` took" in text
+
+
+@pytest.mark.full
+@pytest.mark.torch
+def test_speed_runs_beside_trl_at_toy_size(tmp_path: Path) -> None:
+    command = ["--tiny", "--trainers", "jdpo", "trl", "--cases", "hh", "--rounds", "1", "--steps", "1", "--filler", "1"]
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "speed.py"), *command, "--report", str(tmp_path / "report.md")],
+        capture_output=True,
+        text=True,
+        env=one_device(),
+    )
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "report.md").read_text()
+    assert "Gate of all steps: allowed 1e-03: equal" in text
+    assert "one pair at a time" in text
+    assert "checkpointing" in text
+    assert "the faster of each" in text
+    assert "Left out" not in text
 
 
 @pytest.mark.full

@@ -55,13 +55,12 @@ def saved_steps(run: Path) -> list[int]:
 def test_moments_in_the_hosts_memory_go_on_to_the_same_end(
     cut_words: Words, same_run: SameRun, jdpo_process: Start, tmp_path: Path
 ) -> None:
-    options = {"offload_optimizer": "true", "max_steps": 5}
-    assert main(cut_words(tmp_path / "whole", **options)) == 0
-    words = cut_words(tmp_path / "cut", **options)
-    process = jdpo_process(words, "SIGKILL", "jdpo.training.run:Run._take", "before", 7)
+    assert main(cut_words(tmp_path / "whole", offload_optimizer="true")) == 0
+    words = cut_words(tmp_path / "cut", offload_optimizer="true")
+    process = jdpo_process(words, "SIGKILL", "jdpo.training.run:Run._take", "before", 3)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == -signal.SIGKILL, output
-    assert saved_steps(tmp_path / "cut")[:1] == [2]
+    assert saved_steps(tmp_path / "cut")[-1] < 12
     assert main(words) == 0
     same_run(tmp_path / "cut", tmp_path / "whole")
 

@@ -50,6 +50,11 @@ def _figure(width: float, height: float, title: str) -> Figure:
     return figure
 
 
+def _legend_below(axis: Axes) -> None:
+    """A legend under an axis: curves go wherever they like, and none lies beneath it."""
+    axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
+
+
 def _clean(axes: Axes, title: str, x_label: str, y_label: str) -> None:
     axes.set_title(title, fontsize=11)
     axes.set_xlabel(x_label)
@@ -130,7 +135,7 @@ def _correction(results: Results) -> Figure:
     axis.yaxis.set_minor_formatter("")
     axis.axhline(1, color="#444444", lw=0.8)
     _clean(axis, "odds of right against wrong (log scale)", "step", "P(right) : P(wrong)")
-    axis.legend(frameon=False, fontsize=8)
+    _legend_below(axis)
     return figure
 
 
@@ -204,5 +209,5 @@ def _cost(results: Results) -> Figure:
         # A leak of a hundredth should not look like a flood.
         axis.set_ylim(*(limits or (0, max(0.1, axis.get_ylim()[1]))))
         _clean(axis, title, "step", y_label)
-        axis.legend(frameon=False, fontsize=8)
+        _legend_below(axis)
     return figure

@@ -20,7 +20,7 @@ import numpy as np
 from random_llama import train_tokenizer
 
 from jdpo.config import DatasetConfig
-from jdpo.data.formats import Dropped, preference_row
+from jdpo.data.formats import Dropped, preference_rows
 from jdpo.data.prepare import prepare_pairs
 from jdpo.data.sources import read_rows
 from jdpo.data.tokenizer import load_tokenizer
@@ -50,14 +50,14 @@ def main() -> None:
 
 def texts(path: Path) -> list[str]:
     """Every message of a file's preferences: what the tokenizer learns its words from."""
-    rows = (preference_row(raw, origin) for raw, origin in read_rows(DatasetConfig(path=str(path))))
+    rows = (row for raw, origin in read_rows(DatasetConfig(path=str(path))) for row in preference_rows(raw, origin))
     kept = [row for row in rows if not isinstance(row, Dropped)]
     return [word for row in kept for side in (row.prompt, row.chosen, row.rejected) for word in words(side)]
 
 
 def words(text: Text) -> list[str]:
     """The contents of messages, or plain text as it is."""
-    return [text] if isinstance(text, str) else [message["content"] for message in text]
+    return [text] if isinstance(text, str) else [message["content"] or "" for message in text]
 
 
 def measure(data: Path, tokenizer: Path) -> np.ndarray:

@@ -25,23 +25,36 @@ Array = Any
 
 
 class PreferenceRow(NamedTuple):
-    """One preference as people write it. The three parts are all strings or all message lists."""
+    """One preference as people write it. The three parts are all strings or all message lists.
+
+    Attributes:
+      prompt: what is answered.
+      chosen: the better answer.
+      rejected: the worse one.
+      origin: where the row came from, for messages: "pairs.jsonl:17".
+      margin: the score of the chosen side minus that of the rejected one, in the units of the file; None: no scores.
+      tools: what the conversation may call, as chat templates take them; None where it has none, and in plain text.
+    """
 
     prompt: Text
     chosen: Text
     rejected: Text
-    origin: str  # where the row came from, for messages: "pairs.jsonl:17"
+    origin: str
+    margin: float | None = None
+    tools: list[dict[str, Any]] | None = None
 
 
 class CompletionRow(NamedTuple):
     """One supervised example: a prompt and the completion to learn, both strings or both message lists.
 
-    A `messages` row has its last assistant turn as the completion and all before it as the prompt.
+    A `messages` row has its last assistant turn as the completion and all before it as the prompt. `tools`: as in
+    `PreferenceRow`.
     """
 
     prompt: Text
     completion: Text
     origin: str
+    tools: list[dict[str, Any]] | None = None
 
 
 class TokenizedPair(NamedTuple):

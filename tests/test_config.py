@@ -82,7 +82,7 @@ def test_resolved_yaml_reads_back_to_the_same_config(tmp_path: Path) -> None:
         ("optimizer=adam", "'optimizer.name' on the command line is 'adam': input should be 'adamw', 'adamw_bf16'"),
         ("optimizer={name: sgd, b1: 0.9}", "b1 0.9 would not be read: sgd has momentum; leave it out"),
         ("optimizer.b1=1", "'optimizer.b1' on the command line is 1: input should be less than 1"),
-        ("datasets=[{pth: x}]", "missing key 'datasets.0.path': a JSON, JSONL or Parquet file"),
+        ("datasets=[{pth: x}]", "missing key 'datasets.0.path': a JSON, JSONL, CSV, Parquet or Arrow file"),
     ],
 )
 def test_errors_name_key_value_place_and_what_is_expected(word: str, message: str) -> None:
@@ -131,6 +131,14 @@ def test_steps_to_profile_are_no_number_of_base_60(tmp_path: Path) -> None:
     path.write_text("model_name_or_path: m\noutput_dir: o\ndatasets: d\nprofile_steps: 10:13\nmax_steps: 20\n")
     config = load_config(DPOConfig, path)
     assert (config.profile_steps, config.max_steps) == ("10:13", 20)
+
+
+def test_a_data_set_is_the_rows_it_gives_not_what_it_is_called() -> None:
+    saved = {**to_dict(dpo()), "datasets": [{"path": "rows.jsonl", "split": "train", "name": None, "revision": None}]}
+    assert differences(saved, dpo()) == []
+    assert differences(saved, dpo("datasets=[{path: rows.jsonl, label: mine}]", "dataset_num_proc=3")) == []
+    assert len(differences(saved, dpo("datasets=[{path: rows.jsonl, num_rows: 9}]"))) == 1
+    assert len(differences(saved, dpo("eval_fraction=0.1", "group_by_length=true"))) == 2
 
 
 def test_an_optimizer_may_be_given_by_its_name_alone() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "sft": ("jdpo.cli.train", "supervised fine-tuning: the stage before preferences"),
     "dpo": ("jdpo.cli.train", "Direct Preference Optimization of a Hugging Face model"),
+    "inspect": ("jdpo.cli.inspect", "what a run would train on, looked at before it trains"),
     "reference": ("jdpo.cli.reference", "the reference's log-probs, computed once and kept for every later run"),
     "quickstart": ("jdpo.cli.quickstart", "the whole way on a tiny model made from nothing, in minutes"),
 }

@@ -52,10 +52,26 @@ def _key(default: Any, description: str) -> Any:
 class DatasetConfig:
     """Where rows come from. A bare string in `datasets` is the `path`."""
 
-    path: str = Field(description="a JSON, JSONL or Parquet file, a folder of them, or a hub name")
+    path: str = Field(
+        description="a JSON, JSONL, CSV, Parquet or Arrow file or a folder of them, here or at a URL; or a hub name"
+    )
     split: str = _key("train", "hub split; for files a slice like train[:90%] or train[100:200]")
     name: str | None = _key(None, "hub configuration (subset) name")
     revision: str | None = _key(None, "hub revision: branch, tag or commit")
+    label: str | None = _key(None, "its name in metrics; null: the file's stem, or the hub name's last part")
+    weight: PositiveFloat | None = _key(
+        None, "share of an epoch's rows, against the weights of the other data sets; then all of them need one"
+    )
+    num_rows: PositiveInt | None = _key(None, "rows of it an epoch; null: all, once")
+    column_map: Mapping[str, str] | None = _key(
+        None, "jdpo's name of a column (prompt, chosen, rejected, messages, ...): the file's; null: it has jdpo's"
+    )
+    ranked: Literal["best_vs_worst", "best_vs_random", "all"] = _key(
+        "best_vs_worst", "which pairs a row of several ranked answers gives; best_vs_random picks by the row's words"
+    )
+    min_margin: NonNegativeFloat | None = _key(
+        None, "pairs whose scores are closer than this, or contradict the sides, are dropped; null: none is"
+    )
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
@@ -133,7 +149,7 @@ class TrainConfig:
 
     model_name_or_path: str = Field(description="a Hugging Face model folder, or a hub name")
     output_dir: str = Field(description="where everything that the run leaves goes")
-    datasets: Datasets = Field(description="training rows: one path, or a list of {path, split, name, revision}")
+    datasets: Datasets = Field(description="training rows: one path, or a list of {path, split, name, revision, ...}")
     model_revision: str | None = _key(None, "hub revision of the model")
     eval_datasets: Datasets = _key((), "held-out rows, in the same form as datasets")
     chat_template: str | None = _key(
@@ -142,6 +158,15 @@ class TrainConfig:
     max_length: PositiveInt = _key(1024, "tokens of prompt plus completion; completions are cut from the right")
     max_prompt_length: PositiveInt | None = _key(None, "longer prompts lose tokens on the left; null: never")
     cache_dir: str | None = _key(None, "tokenized rows are kept here; null: ~/.cache/jdpo")
+    dataset_num_proc: PositiveInt | None = _key(
+        None, "processes that tokenize; null: one for a few thousand rows, as many as cores for more"
+    )
+    num_examples: PositiveInt | None = _key(
+        None, "rows an epoch where data sets have weights; null: as many as pass over the largest set once"
+    )
+    eval_fraction: Fraction = _key(
+        0.0, "share of the prompts whose rows are held out for evaluation, by hash; in place of eval_datasets"
+    )
 
     compute_dtype: Literal["auto", "float32", "bfloat16", "float64"] = _key(
         "auto",
@@ -173,6 +198,9 @@ class TrainConfig:
     num_train_epochs: PositiveFloat = _key(1.0, "passes over the rows; a fraction is allowed")
     max_steps: PositiveInt | None = _key(None, "stop after this many steps, instead of num_train_epochs")
     shuffle: bool = _key(True, "a new order each epoch; false: file order")
+    group_by_length: bool = _key(
+        False, "rows of similar length share a step: random at the scale of 16 steps, and no longer within them"
+    )
     seed: Seed = _key(42, "of the row order, new embedding rows and stochastic rounding")
 
     learning_rate: PositiveFloat = _key(1e-6, "peak learning rate")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from jdpo.config.keys import RULE_DEFAULTS, TrainConfig
+from jdpo.config.keys import RULE_DEFAULTS, DatasetConfig, TrainConfig
 from jdpo.config.reading import defaults_of, to_dict
 
 EXPORT_KEYS = ("export_dtype", "max_shard_size", "load_best_model_at_end", "metric_for_best_model")
@@ -15,6 +15,7 @@ FREE_KEYS = frozenset(
     {
         "output_dir",
         "cache_dir",
+        "dataset_num_proc",
         "logging_steps",
         "report_to",
         "eval_datasets",
@@ -62,9 +63,22 @@ def changed_keys(saved: Mapping[str, Any], current: TrainConfig, keys: Iterable[
 
 
 def _meaning(key: str, value: Any) -> Any:
-    """A value as it is compared: what an optimizer leaves open is what its rule has, as older versions wrote it out."""
+    """A value as it is compared: what an optimizer leaves open is what its rule has, as older versions wrote it out.
+
+    Of a data set only what is not the default counts, as older versions did not write all keys; its label names a
+    metric and changes no row.
+    """
+    if key == "datasets" and isinstance(value, list | tuple):
+        return [_meaning_of_dataset(dataset) for dataset in value]
     if key != "optimizer" or not isinstance(value, Mapping):
         return value
     given = {name: setting for name, setting in value.items() if setting is not None}
     filled = {**RULE_DEFAULTS.get(given.get("name", ""), {}), **given}
     return {name: setting for name, setting in filled.items() if setting is not None}
+
+
+def _meaning_of_dataset(dataset: Any) -> Any:
+    if not isinstance(dataset, Mapping):
+        return dataset
+    defaults = DatasetConfig(path="")
+    return {key: value for key, value in dataset.items() if key != "label" and value != getattr(defaults, key, None)}

@@ -15,9 +15,10 @@ Plain text is tokenized apart, so that nothing merges across the boundary, and j
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jdpo.data.formats import EMPTY_SIDE, Dropped
+from jdpo.data.row_notes import all_words, conversation_notes, has_words, text_notes
 from jdpo.data.tokenizer import Tokenizer
 from jdpo.types import CompletionRow, Message, Text
 
@@ -51,15 +52,20 @@ class Masked(NamedTuple):
     notes: tuple[str, ...]
 
 
-Parts = tuple[Text, tuple[Text, ...], str]
-"""Prompt, completions, origin."""
+class Parts(NamedTuple):
+    """A row of either kind: the prompt, what may follow it, where it came from, what the conversation may call."""
+
+    prompt: Text
+    completions: tuple[Text, ...]
+    origin: str
+    tools: list[dict[str, Any]] | None = None
 
 
 def split_rows(rows: Sequence[Parts], tokenizer: Tokenizer) -> list[Split | Dropped]:
     """Tokenizes rows of both kinds, each kind in one call, which runs on all cores."""
     results: list[Split | Dropped | None] = [_unusable(row) for row in rows]
     for is_text, split in ((True, _split_texts), (False, _split_conversations)):
-        indices = [i for i, row in enumerate(rows) if results[i] is None and isinstance(row[0], str) == is_text]
+        indices = [i for i, row in enumerate(rows) if results[i] is None and isinstance(row.prompt, str) == is_text]
         for index, result in zip(indices, split([rows[i] for i in indices], tokenizer), strict=True):
             results[index] = result
     assert all(result is not None for result in results)
@@ -67,20 +73,15 @@ def split_rows(rows: Sequence[Parts], tokenizer: Tokenizer) -> list[Split | Drop
 
 
 def _unusable(row: Parts) -> Dropped | None:
-    prompt, completions, origin = row
-    if any(not _words(completion).strip() for completion in completions):
-        return Dropped(EMPTY_SIDE, origin)
-    if not all(_is_unicode(_words(text)) for text in (prompt, *completions)):
-        return Dropped(NOT_UNICODE, origin)
-    if len(completions) == 2 and completions[0] == completions[1]:
-        return Dropped(IDENTICAL_SIDES, origin)
-    if not prompt and not isinstance(prompt, str):
-        return Dropped(EMPTY_PROMPT, origin)
+    if not all(map(has_words, row.completions)):
+        return Dropped(EMPTY_SIDE, row.origin)
+    if not all(_is_unicode(all_words(text)) for text in (row.prompt, *row.completions)):
+        return Dropped(NOT_UNICODE, row.origin)
+    if len(row.completions) == 2 and row.completions[0] == row.completions[1]:
+        return Dropped(IDENTICAL_SIDES, row.origin)
+    if not row.prompt and not isinstance(row.prompt, str):
+        return Dropped(EMPTY_PROMPT, row.origin)
     return None
-
-
-def _words(text: Text) -> str:
-    return text if isinstance(text, str) else "".join(message["content"] for message in text)
 
 
 def _is_unicode(text: str) -> bool:
@@ -97,28 +98,38 @@ def _is_unicode(text: str) -> bool:
 
 
 def _split_texts(rows: Sequence[Parts], tokenizer: Tokenizer) -> Iterator[Split]:
-    prompts = tokenizer.encode([str(prompt) for prompt, _, _ in rows])
-    pairs = [(str(prompt), str(text)) for prompt, completions, _ in rows for text in completions]
+    prompts = tokenizer.encode([str(row.prompt) for row in rows])
+    pairs = [(str(row.prompt), str(text)) for row in rows for text in row.completions]
     apart = iter(tokenizer.encode_completions([text for _, text in pairs]))
     together = iter(tokenizer.encode([prompt + text for prompt, text in pairs]))
     always = (PLAIN_TEXT,) if tokenizer.has_chat_template else ()
-    for (_, completions, _), prompt in zip(rows, prompts, strict=True):
-        ids = [next(apart) for _ in completions]
+    for row, prompt in zip(rows, prompts, strict=True):
+        ids = [next(apart) for _ in row.completions]
         merges = [prompt + completion for completion in ids] != [next(together) for _ in ids]
         yield Split(
             _with_bos(prompt, tokenizer),
             [_with_eos(completion, tokenizer) for completion in ids],
-            (*always, WOULD_MERGE) if merges else always,
+            (
+                *((*always, WOULD_MERGE) if merges else always),
+                *text_notes(str(row.prompt), map(str, row.completions), tokenizer),
+            ),
         )
 
 
 def _with_bos(ids: list[int], tokenizer: Tokenizer) -> list[int]:
     bos = tokenizer.bos_token_id
-    return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+    return ids if bos is None else _one_bos([bos, *ids], bos)
 
 
 def _with_eos(ids: list[int], tokenizer: Tokenizer) -> list[int]:
-    return ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
+    """Completion tokens with EOS behind them once, and without a BOS that the text begins with."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    start, end = 0, len(ids)
+    while end and ids[end - 1] == eos:
+        end -= 1
+    while bos is not None and start < end and ids[start] == bos:
+        start += 1
+    return [*ids[start:end], eos]
 
 
 def _split_conversations(rows: Sequence[Parts], tokenizer: Tokenizer) -> Iterator[Split | Dropped]:
@@ -126,21 +137,23 @@ def _split_conversations(rows: Sequence[Parts], tokenizer: Tokenizer) -> Iterato
     encoded = iter(
         _encode_rendered([text for texts in rendered if isinstance(texts, list) for text in texts], tokenizer)
     )
-    for texts in rendered:
+    for row, texts in zip(rows, rendered, strict=True):
         if isinstance(texts, Dropped):
             yield texts
             continue
         prompt, *sequences = [next(encoded) for _ in texts]
         length = min(_shared(prompt, sequence) for sequence in sequences)
-        notes = (SHORTER_PREFIX,) if length < len(prompt) else ()
+        notes: tuple[str, ...] = (SHORTER_PREFIX,) if length < len(prompt) else ()
+        messages = [_conversation(completion) for completion in row.completions]
+        notes += conversation_notes(_conversation(row.prompt), messages, row.tools, texts, tokenizer)
         yield Split(prompt[:length], [sequence[length:] for sequence in sequences], notes)
 
 
 def _render_row(row: Parts, tokenizer: Tokenizer) -> list[str] | Dropped:
     """The prompt with the generation prompt, and with each of the completions."""
-    prompt, completions, origin = row
-    conversations = [_conversation(prompt), *(_conversation(prompt) + _conversation(c) for c in completions)]
-    return _render(conversations, [True] + [False] * len(completions), tokenizer, origin)
+    prompt = _conversation(row.prompt)
+    conversations = [prompt, *(prompt + _conversation(completion) for completion in row.completions)]
+    return _render(conversations, [True] + [False] * len(row.completions), row, tokenizer)
 
 
 def _conversation(text: Text) -> list[Message]:
@@ -149,10 +162,11 @@ def _conversation(text: Text) -> list[Message]:
 
 
 def _render(
-    conversations: Sequence[list[Message]], prompts: Sequence[bool], tokenizer: Tokenizer, origin: str
+    conversations: Sequence[list[Message]], prompts: Sequence[bool], row: Parts | CompletionRow, tokenizer: Tokenizer
 ) -> list[str] | Dropped:
     import jinja2
 
+    origin = row.origin
     if not tokenizer.has_chat_template:
         raise ValueError(
             f"{origin} is a conversation, but the tokenizer in {tokenizer.source} has no chat template: set "
@@ -160,7 +174,7 @@ def _render(
         )
     try:
         texts = [
-            tokenizer.render(conversation, add_generation_prompt=is_prompt)
+            tokenizer.render(conversation, tools=row.tools, add_generation_prompt=is_prompt)
             for conversation, is_prompt in zip(conversations, prompts, strict=True)
         ]
     except jinja2.TemplateError as error:
@@ -175,7 +189,19 @@ def _encode_rendered(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[in
     """Templates write BOS themselves; where it stands twice, one is taken away."""
     bos = tokenizer.hf.bos_token_id
     sequences = tokenizer.encode(texts)
-    return [ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids for ids in sequences]
+    return sequences if bos is None else [_one_bos(ids, bos) for ids in sequences]
+
+
+def _one_bos(ids: list[int], bos: int) -> list[int]:
+    """The ids with one BOS of those that they begin with.
+
+    >>> _one_bos([1, 1, 1, 7, 1], bos=1)
+    [1, 7, 1]
+    """
+    extra = 0
+    while ids[extra : extra + 2] == [bos, bos]:
+        extra += 1
+    return ids[extra:]
 
 
 def _shared(first: Sequence[int], second: Sequence[int]) -> int:
@@ -199,15 +225,16 @@ def whole_sequence(split: Split | Dropped) -> Masked | Dropped:
 
 def split_turns(row: CompletionRow, tokenizer: Tokenizer) -> Masked | Dropped:
     """Finds every assistant turn: what its tokens add to those of the conversation before it."""
-    unusable = _unusable((row.prompt, (row.completion,), row.origin))
+    unusable = _unusable(Parts(row.prompt, (row.completion,), row.origin, row.tools))
     if unusable is not None:
         return unusable
-    messages = _conversation(row.prompt) + _conversation(row.completion)
+    prompt, completion = _conversation(row.prompt), _conversation(row.completion)
+    messages = prompt + completion
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if turns[0] == 0:
         return Dropped(NO_TOKEN_PREFIX, row.origin, "the assistant speaks first")
     parts = [part for i in turns for part in (messages[:i], messages[: i + 1])]
-    texts = _render(parts, [True, False] * len(turns), tokenizer, row.origin)
+    texts = _render(parts, [True, False] * len(turns), row, tokenizer)
     if isinstance(texts, Dropped):
         return texts
     ids = _encode_rendered(texts, tokenizer)
@@ -217,4 +244,5 @@ def split_turns(row: CompletionRow, tokenizer: Tokenizer) -> Masked | Dropped:
         if after[: len(before)] != before or tokens[: len(after)] != after:
             return Dropped(NO_TOKEN_PREFIX, row.origin)
         mask[len(before) : len(after)] = [True] * (len(after) - len(before))
-    return Masked(tokens, mask, len(ids[-2]), ())
+    notes = conversation_notes(prompt, [completion], row.tools, texts[-2:], tokenizer)
+    return Masked(tokens, mask, len(ids[-2]), notes)

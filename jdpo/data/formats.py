@@ -1,319 +1,259 @@
-"""Every known schema of preference and supervised rows, read into one form.
+"""Raw rows of any known schema, read into one form.
 
-A row's schema is found by its columns and the types of their values: the first match in `PREFERENCE_SCHEMAS` or
-`COMPLETION_SCHEMAS`. Columns that are null count as absent; columns that no schema names are ignored.
+A row's schema is found by its columns and the types of their values: the first match in `jdpo.data.schemas`. Columns
+that are null count as absent; columns that no schema names are ignored. A `column_map` comes first: it gives columns
+of the file jdpo's names, and then only schemas that read every name in it are tried.
 
 Conversations are cut by message, never by character: the prompt is every message before the final assistant turn.
+How a prompt and its answers become rows: `jdpo.data.row_building`.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+import difflib
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jdpo.types import CompletionRow, Message, PreferenceRow, Text
+from jdpo.config import DatasetConfig
+from jdpo.data import messages, ranked
+from jdpo.data.messages import Raw
+from jdpo.data.ranked import FEW_ANSWERS, TIED, Couple, Dropped
+from jdpo.data.refusal import Sample, named, refusal
+from jdpo.data.row_building import (
+    EMPTY_SIDE,
+    HISTORIES_DIFFER,
+    NO_ASSISTANT_TURN,
+    PROMPT_ELSEWHERE,
+    SYSTEM_ELSEWHERE,
+    answer_row,
+    pair_row,
+    read_frame,
+)
+from jdpo.data.schema_readers import SCORES, SIDE_SCORES, UNWANTED, number
+from jdpo.data.schemas import CANONICAL, COMPLETION_SCHEMAS, EXTRAS, PREFERENCE_SCHEMAS, Schema
+from jdpo.types import CompletionRow, PreferenceRow
 
-ROLES = {
-    "system": "system",
-    "developer": "developer",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "tool": "tool",
-}
-"""What roles are called in files, and in chat templates."""
+__all__ = [
+    "AS_FOUND",
+    "BELOW_MARGIN",
+    "CONTRADICTED",
+    "EMPTY_SIDE",
+    "FEW_ANSWERS",
+    "HISTORIES_DIFFER",
+    "NO_ASSISTANT_TURN",
+    "PROMPT_ELSEWHERE",
+    "SYSTEM_ELSEWHERE",
+    "TIED",
+    "UNWANTED",
+    "Dropped",
+    "Reading",
+    "check_rows",
+    "completion_rows",
+    "is_preference",
+    "preference_rows",
+    "reading_of",
+    "schema_name",
+]
 
-_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
-_STARTS_A_TRANSCRIPT = re.compile(r"\s*Human:")
-
-Raw = Mapping[str, Any]
-
-
-class Dropped(NamedTuple):
-    """A row that is not trained on, and why, in words that are counted."""
-
-    reason: str
-    origin: str
-    detail: str = ""
-
-
-EMPTY_SIDE = "empty side"
-HISTORIES_DIFFER = "histories differ"
-NO_ASSISTANT_TURN = "no assistant turn at the end"
-PROMPT_ELSEWHERE = "prompt is not that of the conversation"
-NO_TEXT = "a turn without text (tool calls alone)"
+CONTRADICTED = "scores say that the rejected side is better"
+BELOW_MARGIN = "scores closer than min_margin"
 
 
-class _NoText(Exception):
-    """A turn of the row has no words of its own."""
+class Reading(NamedTuple):
+    """How the rows of a data set are to be read.
+
+    Attributes:
+      column_map: jdpo's name of a column -> the file's; None: the file's names are taken.
+      ranked: which pairs a row of several answers gives; see `jdpo.data.ranked`.
+      min_margin: pairs whose scores are closer are dropped; None: none is.
+    """
+
+    column_map: Mapping[str, str] | None = None
+    ranked: ranked.Rule = "best_vs_worst"
+    min_margin: float | None = None
 
 
-class Schema(NamedTuple):
-    """One way of writing rows: what it is, how to know it, how to read it."""
-
-    description: str
-    matches: Callable[[Raw], bool]
-    build: Callable[[Raw, str], Any]
+AS_FOUND = Reading()
+"""Columns under the names that the file has, and no pair left out for its scores."""
 
 
-def preference_row(raw: Raw, origin: str) -> PreferenceRow | Dropped:
+def reading_of(dataset: DatasetConfig) -> Reading:
+    """How a data set's settings say that it is to be read."""
+    return Reading(dataset.column_map, dataset.ranked, dataset.min_margin)
+
+
+def preference_rows(raw: Raw, origin: str, reading: Reading = AS_FOUND) -> list[PreferenceRow | Dropped]:
     """Reads a raw row of any known preference schema.
 
     Args:
       raw: column name to value.
       origin: where the row came from, for messages.
+      reading: the data set's column_map, rule for ranked answers, and smallest margin.
 
     Returns:
-      The row, its three parts all strings or all message lists, or Dropped where the two sides share no prompt or
-      a turn is tool calls alone.
+      The row's pairs, one but where `ranked` is all; the three parts of each are all strings or all message lists.
+      Dropped stands for a pair that cannot be learnt from, or for the whole row.
 
     Raises:
-      ValueError: no schema fits the columns, a side is null, a role is unknown, a content is not a string.
+      ValueError: no schema fits the columns, a side is null, a role is unknown, a content is not text, column_map
+        names what is not there, min_margin finds no scores. The message names the row.
     """
-    columns = _present(raw)
-    schema = _detect(columns, PREFERENCE_SCHEMAS, raw, origin)
     try:
-        row: PreferenceRow | Dropped = schema.build(columns, origin)
-    except _NoText:
-        return Dropped(NO_TEXT, origin)
-    return row
+        columns, schema = _detect(raw, PREFERENCE_SCHEMAS, reading, origin)
+        asked = schema.read(columns, origin)
+        if isinstance(asked, Dropped):
+            return [asked]
+        frame = read_frame(columns, origin)
+        pairs = [
+            pair if isinstance(pair, Dropped) else _too_close(pair, reading, columns, origin) or pair
+            for pair in ranked.couples(asked, reading.ranked, origin)
+        ]
+        return [pair if isinstance(pair, Dropped) else pair_row(asked.prompt, pair, frame, origin) for pair in pairs]
+    except RecursionError:
+        raise ValueError(f"{origin}: the row is nested too deeply") from None
 
 
-def completion_row(raw: Raw, origin: str) -> CompletionRow | Dropped:
-    """Reads a raw row of any known supervised schema; of a preference row the chosen side is learnt.
+def completion_rows(raw: Raw, origin: str, reading: Reading = AS_FOUND) -> list[CompletionRow | Dropped]:
+    """Reads a raw row of any known supervised schema; of a preference row the best answer is learnt.
+
+    Args:
+      raw, origin: as in `preference_rows`.
+      reading: as there; `ranked` has no bearing here.
 
     Returns:
-      The row, both parts strings or message lists, or Dropped where no assistant turn ends it.
+      One row, both parts strings or message lists, or one Dropped.
 
     Raises:
-      ValueError: as in `preference_row`.
+      ValueError: as in `preference_rows`.
     """
-    columns = _present(raw)
-    schema = _detect(columns, COMPLETION_SCHEMAS, raw, origin)
     try:
-        row: CompletionRow | Dropped = schema.build(columns, origin)
-    except _NoText:
-        return Dropped(NO_TEXT, origin)
-    return row
+        columns, schema = _detect(raw, COMPLETION_SCHEMAS, reading, origin)
+        asked = schema.read(columns, origin)
+        if isinstance(asked, Dropped):
+            return [asked]
+        if not asked.answers:
+            return [Dropped(FEW_ANSWERS, origin)]
+        top = ranked.best(asked.answers)
+        worst = min(asked.answers, key=lambda answer: answer.standing)
+        dropped = _too_close((top, worst), reading, columns, origin)
+        return [dropped or answer_row(asked.prompt, top.text, read_frame(columns, origin), origin)]
+    except RecursionError:
+        raise ValueError(f"{origin}: the row is nested too deeply") from None
 
 
-def is_preference(raw: Raw) -> bool:
-    """Whether `completion_row` takes the chosen side of a preference row."""
-    columns = _present(raw)
-    schema = next((schema for schema in COMPLETION_SCHEMAS if schema.matches(columns)), None)
-    return schema is not None and schema.build is _chosen_side
+def schema_name(raw: Raw, reading: Reading = AS_FOUND, *, supervised: bool = False) -> str:
+    """The short name of the schema that reads a row.
 
-
-def _present(raw: Raw) -> Raw:
-    return {name: value for name, value in raw.items() if value is not None}
-
-
-def _detect(columns: Raw, schemas: Sequence[Schema], raw: Raw, origin: str) -> Schema:
-    for schema in schemas:
-        if schema.matches(columns):
-            return schema
-    found = ", ".join(f"{name} ({_kind(value)})" for name, value in raw.items()) or "none"
-    known = "".join(f"\n  {schema.description}" for schema in schemas)
-    raise ValueError(f"{origin}: the columns fit no known format.\nFound: {found}\nKnown formats:{known}")
-
-
-def _sharegpt_pair(raw: Raw, origin: str) -> PreferenceRow | Dropped:
-    history = _messages(raw["conversations"], "conversations", origin)
-    return _preference(history, _side(raw, "chosen", origin), _side(raw, "rejected", origin), origin)
-
-
-def _explicit_pair(raw: Raw, origin: str) -> PreferenceRow | Dropped:
-    prompt, chosen, rejected = raw["prompt"], raw["chosen"], raw["rejected"]
-    if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
-        return PreferenceRow(prompt, chosen, rejected, origin)
-    history: Text = prompt if isinstance(prompt, str) else _messages(prompt, "prompt", origin)
-    return _preference(history, _side(raw, "chosen", origin), _side(raw, "rejected", origin), origin)
-
-
-def _whole_conversations(raw: Raw, origin: str) -> PreferenceRow | Dropped:
-    return _preference([], _side(raw, "chosen", origin), _side(raw, "rejected", origin), origin)
-
-
-def _transcripts(raw: Raw, origin: str) -> PreferenceRow | Dropped:
-    return _preference([], _turns(raw["chosen"]), _turns(raw["rejected"]), origin)
-
-
-def _conversation(raw: Raw, origin: str) -> CompletionRow | Dropped:
-    column = "messages" if "messages" in raw else "conversations"
-    return _completion(_messages(raw[column], column, origin), origin)
-
-
-def _explicit_completion(raw: Raw, origin: str) -> CompletionRow | Dropped:
-    prompt, completion = raw["prompt"], raw["completion"]
-    if isinstance(prompt, str) and isinstance(completion, str):
-        return CompletionRow(prompt, completion, origin)
-    history: Text = prompt if isinstance(prompt, str) else _messages(prompt, "prompt", origin)
-    side = _side(raw, "completion", origin)
-    return _completion(_joined(history, side), origin) if side else Dropped(EMPTY_SIDE, origin)
-
-
-def _chosen_side(raw: Raw, origin: str) -> CompletionRow | Dropped:
-    # The rejected side is not learnt, so it may not cost the row either: the chosen side stands in for it.
-    row = preference_row({**raw, "rejected": raw["chosen"]}, origin)
-    return row if isinstance(row, Dropped) else CompletionRow(row.prompt, row.chosen, origin)
-
-
-def _has(raw: Raw, **types: type | tuple[type, ...]) -> bool:
-    return all(isinstance(raw.get(name), kind) for name, kind in types.items())
-
-
-_MESSAGES = (list, dict)
-_SIDE = (str, list, dict)
-
-PREFERENCE_SCHEMAS = (
-    Schema(
-        "conversations: [{from, value}, ...], chosen and rejected: {from, value}",
-        lambda raw: _has(raw, conversations=list, chosen=_SIDE, rejected=_SIDE),
-        _sharegpt_pair,
-    ),
-    Schema(
-        "prompt, chosen and rejected: strings, or lists of {role, content}; the sides may be whole conversations",
-        lambda raw: _has(raw, prompt=_SIDE, chosen=_SIDE, rejected=_SIDE),
-        _explicit_pair,
-    ),
-    Schema(
-        "chosen and rejected without prompt: whole conversations, lists of {role, content}",
-        lambda raw: "prompt" not in raw and _has(raw, chosen=list, rejected=list),
-        _whole_conversations,
-    ),
-    Schema(
-        r"chosen and rejected without prompt: transcripts like '\n\nHuman: ...\n\nAssistant: ...'",
-        lambda raw: (
-            "prompt" not in raw
-            and _has(raw, chosen=str, rejected=str)
-            and all(_STARTS_A_TRANSCRIPT.match(raw[side]) for side in ("chosen", "rejected"))
-        ),
-        _transcripts,
-    ),
-)
-"""Schemas of preference rows, in the order in which they are tried."""
-
-COMPLETION_SCHEMAS = (
-    Schema(
-        "messages: a conversation, a list of {role, content} that ends in an assistant turn",
-        lambda raw: _has(raw, messages=list),
-        _conversation,
-    ),
-    Schema(
-        "conversations: the same as [{from, value}, ...]",
-        lambda raw: _has(raw, conversations=list) and "chosen" not in raw and "rejected" not in raw,
-        _conversation,
-    ),
-    Schema(
-        "prompt and completion: strings, or lists of {role, content}",
-        lambda raw: _has(raw, prompt=_SIDE, completion=_SIDE),
-        _explicit_completion,
-    ),
-    *(
-        Schema(f"{schema.description} (the chosen side is learnt)", schema.matches, _chosen_side)
-        for schema in PREFERENCE_SCHEMAS
-    ),
-)
-"""Schemas of supervised rows, in the order in which they are tried."""
-
-
-def _preference(prompt: Text, chosen: list[Message], rejected: list[Message], origin: str) -> PreferenceRow | Dropped:
-    """Splits both sides before their final assistant turn; what stands before must be equal."""
-    if not chosen or not rejected:
-        return Dropped(EMPTY_SIDE, origin)
-    rows = [_completion(_joined(prompt, side), origin) for side in (chosen, rejected)]
-    for row in rows:
-        if isinstance(row, Dropped):
-            return row
-    first, second = rows
-    assert isinstance(first, CompletionRow)
-    assert isinstance(second, CompletionRow)
-    if first.prompt != second.prompt:
-        return Dropped(HISTORIES_DIFFER, origin)
-    return PreferenceRow(first.prompt, first.completion, second.completion, origin)
-
-
-def _completion(conversation: list[Message] | None, origin: str) -> CompletionRow | Dropped:
-    if conversation is None:
-        return Dropped(PROMPT_ELSEWHERE, origin)
-    if not conversation or conversation[-1]["role"] != "assistant":
-        return Dropped(NO_ASSISTANT_TURN, origin)
-    return CompletionRow(conversation[:-1], conversation[-1:], origin)
-
-
-def _joined(prompt: Text, side: list[Message]) -> list[Message] | None:
-    """The whole conversation of a prompt and a side, which may repeat the prompt; None where they contradict.
-
-    >>> user, answer = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
-    >>> _joined("Hi", [answer]) == _joined("Hi", [user, answer]) == _joined([user], [answer]) == [user, answer]
-    True
+    Raises:
+      ValueError: none does.
     """
-    if not prompt or side[0]["role"] in ("assistant", "tool"):
-        return _as_messages(prompt) + side
-    if isinstance(prompt, str):
-        asked = [message["content"].strip() for message in side if message["role"] == "user"]
-        return side if prompt.strip() in asked else None
-    history = side[:-1]
-    if history[: len(prompt)] == prompt:
-        return side
-    return [*prompt, side[-1]] if history and prompt[-len(history) :] == history else None
+    return _detect(raw, COMPLETION_SCHEMAS if supervised else PREFERENCE_SCHEMAS, reading, "the row")[1].name
 
 
-def _as_messages(prompt: Text) -> list[Message]:
-    if isinstance(prompt, str):
-        return [{"role": "user", "content": prompt}] if prompt else []
-    return prompt
+def is_preference(raw: Raw, reading: Reading = AS_FOUND) -> bool:
+    """Whether `completion_rows` takes the best side of a preference row; False where nothing reads the row."""
+    try:
+        schema = _find(_columns(raw, reading, "the row"), COMPLETION_SCHEMAS, reading)
+    except ValueError:  # which `completion_rows` raises too, naming the row
+        return False
+    return schema is not None and schema in PREFERENCE_SCHEMAS
 
 
-def _side(raw: Raw, column: str, origin: str) -> list[Message]:
-    """A side as messages: a list of them, a single one, or the assistant's words alone."""
-    value = raw[column]
-    return [{"role": "assistant", "content": value}] if isinstance(value, str) else _messages(value, column, origin)
+def check_rows(samples: Sequence[Sample], reading: Reading = AS_FOUND, *, supervised: bool = False) -> str:
+    """Finds how the first rows of a data set are read, before all of them are.
 
+    One raw row's own error can show that row alone; this one shows three of them.
 
-def _turns(transcript: str) -> list[Message]:
-    r"""Cuts an HH-RLHF transcript into messages.
+    Args:
+      samples: the first raw rows with their origins, at least one.
+      reading: as in `preference_rows`.
+      supervised: whether completions are wanted, not pairs.
 
-    >>> _turns("\n\nHuman: Hi\n\nAssistant: Hello")
-    [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello'}]
+    Returns:
+      Names of the schemas that read them, in the order of their first row: "nectar".
+
+    Raises:
+      ValueError: no schema reads one of them; the message has the columns with their types, three rows, the known
+        formats, and a column_map to paste.
     """
-    _, *parts = _TURN.split(transcript.strip())
-    return [
-        {"role": "user" if speaker == "Human" else "assistant", "content": text.strip()}
-        for speaker, text in zip(parts[::2], parts[1::2], strict=True)
-    ]
+    schemas = COMPLETION_SCHEMAS if supervised else PREFERENCE_SCHEMAS
+    names: dict[str, None] = {}
+    for index, (raw, origin) in enumerate(samples):
+        schema = _find(_columns(raw, reading, origin), schemas, reading)
+        if schema is None:
+            others = [sample for place, sample in enumerate(samples) if place != index]
+            raise _refused([samples[index], *others], schemas, reading)
+        names[schema.name] = None
+    return ", ".join(names)
 
 
-def _messages(value: Any, column: str, origin: str) -> list[Message]:
-    """Reads {role, content} or {from, value} messages; further keys that are not null stay, for the template."""
-    if not isinstance(value, _MESSAGES):
-        raise ValueError(f"{origin}: {column} is {_kind(value)}; expected a list of {{role, content}} messages")
-    messages = [value] if isinstance(value, dict) else value
-    return [_message(message, f"{column}[{index}]", origin) for index, message in enumerate(messages)]
+def _detect(raw: Raw, schemas: Sequence[Schema], reading: Reading, origin: str) -> tuple[Raw, Schema]:
+    columns = _columns(raw, reading, origin)
+    schema = _find(columns, schemas, reading)
+    if schema is None:
+        raise _refused([(raw, origin)], schemas, reading)
+    return columns, schema
 
 
-def _message(message: Any, place: str, origin: str) -> Message:
-    if not isinstance(message, dict):
-        raise ValueError(f"{origin}: {place} is {_kind(message)}; expected a message {{role, content}}")
-    role_key, content_key = ("from", "value") if "from" in message and "role" not in message else ("role", "content")
-    if message.get("tool_calls") and message.get(content_key) is None and role_key in message:
-        raise _NoText
-    if role_key not in message or content_key not in message:
+def _find(columns: Raw, schemas: Sequence[Schema], reading: Reading) -> Schema | None:
+    mapped = set(reading.column_map or ()).difference(EXTRAS)
+    tried = (schema for schema in schemas if mapped.issubset(schema.columns)) if mapped else schemas
+    return next((schema for schema in tried if schema.matches(columns)), None)
+
+
+def _refused(samples: Sequence[Sample], schemas: Sequence[Schema], reading: Reading) -> ValueError:
+    mapped = [_renamed(raw, reading.column_map, origin) for raw, origin in samples] if reading.column_map else []
+    return ValueError(refusal(samples, schemas, mapped=mapped, supervised=schemas is COMPLETION_SCHEMAS))
+
+
+def _columns(raw: Raw, reading: Reading, origin: str) -> Raw:
+    """The row under jdpo's names, without nulls; conversations that are written as text are read."""
+    renamed = _renamed(raw, reading.column_map, origin) if reading.column_map else raw
+    columns = {name: value for name, value in renamed.items() if value is not None}
+    written = [name for name in ("messages", "conversations", "context") if messages.is_written_out(columns.get(name))]
+    if all(messages.is_written_out(columns.get(name)) for name in ("chosen", "rejected")):
+        # One side alone may well be an answer that happens to be JSON.
+        written += [n for n in ("prompt", "chosen", "rejected") if messages.is_written_out(columns.get(n))]
+    for name in written:
+        columns[name] = messages.from_text(columns[name], name, origin)
+    return columns
+
+
+def _renamed(raw: Raw, column_map: Mapping[str, str], origin: str) -> dict[str, Any]:
+    """The row with the columns of `column_map` under jdpo's names; the others keep theirs."""
+    for name, column in column_map.items():
+        if name not in CANONICAL:
+            near = difflib.get_close_matches(name, CANONICAL, n=1)
+            raise ValueError(
+                f"{origin}: column_map names {name!r} for {column!r}, but jdpo has no column of this name"
+                + (f"; did you mean {near[0]!r}? " if near else "; ")
+                + f"They are {named(CANONICAL)}"
+            )
+        if column not in raw:
+            raise ValueError(
+                f"{origin}: column_map takes {name!r} from {column!r}, which the row lacks; it has {named(raw)}"
+            )
+        if name in (score for pair in SCORES for score in pair) and number(raw[column]) is None is not raw[column]:
+            raise ValueError(f"{origin}: {column} ({name}) is {messages.shown(raw[column])}; expected a number")
+    taken = {*column_map, *column_map.values()}
+    if any(side in raw and column_map.get(side, side) != side for side in ("chosen", "rejected")):
+        taken.update(SIDE_SCORES)  # they speak of other sides than those that are now learnt
+    rest = {name: value for name, value in raw.items() if name not in taken}
+    return rest | {name: raw[column] for name, column in column_map.items()}
+
+
+def _too_close(pair: Couple, reading: Reading, columns: Raw, origin: str) -> Dropped | None:
+    """Why `min_margin` leaves a pair out, None where it does not."""
+    if reading.min_margin is None:
+        return None
+    margin = ranked.margin(*pair)
+    if margin is None:
+        names = ", ".join(" and ".join(pair) for pair in SCORES)
         raise ValueError(
-            f"{origin}: {place} has the keys {', '.join(message) or 'none'}; expected a message {{role, content}} "
-            "or {from, value}"
+            f"{origin}: min_margin {reading.min_margin:g} needs scores, and the row has none. Found: {named(columns)}. "
+            f"Scores are read from {names}, a rating of two, score_A and score_B, or pm_score: name other columns as "
+            "score_chosen and score_rejected in column_map, or leave min_margin out"
         )
-    role, content = message[role_key], message[content_key]
-    if not isinstance(role, str) or role.lower() not in ROLES:
-        raise ValueError(f"{origin}: {place} has the role {role!r}; known roles are {', '.join(ROLES)}")
-    if not isinstance(content, str):
-        raise ValueError(f"{origin}: the {content_key} of {place} is {_kind(content)}; expected a string")
-    rest = {key: value for key, value in message.items() if key not in (role_key, content_key) and value is not None}
-    return {"role": ROLES[role.lower()], "content": content, **rest}
-
-
-def _kind(value: Any) -> str:
-    names = {str: "string", list: "list", dict: "object", bool: "boolean", type(None): "null"}
-    return names.get(type(value), "number")
+    if margin < 0:
+        return Dropped(CONTRADICTED, origin, f"margin {margin:g}")
+    return Dropped(BELOW_MARGIN, origin, f"margin {margin:g}") if margin < reading.min_margin else None

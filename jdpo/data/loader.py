@@ -14,11 +14,18 @@ from typing import TypeVar
 
 import numpy as np
 
+from jdpo.data.mixing import Mixture, epoch_order, permutation
 from jdpo.types import CompletionBatch, PreferenceBatch, TokenizedCompletion, TokenizedPair
 
 T = TypeVar("T")
 
 SMALLEST_BUCKET = 32
+
+WINDOW_STEPS = 16
+"""Steps whose rows `group_by_length` sorts into each other: the scale down to which the order stays random."""
+
+_GROUPING = 0x6C656E
+"""Keeps the order of grouped steps apart from the orders of rows, which are drawn from the same seed."""
 
 
 def num_steps_per_epoch(num_rows: int, global_batch_size: int) -> int:
@@ -34,20 +41,68 @@ def plan(step: int, *, num_rows: int, global_batch_size: int, seed: int, shuffle
     """The rows of one step: int64 indices [global_batch_size], fewer in the last step of an epoch.
 
     Pure in its arguments. Each epoch passes over every row once, in an order that (seed, epoch) determines.
+    `RowPlan` is the same for data sets that are mixed.
 
     >>> [plan(step, num_rows=5, global_batch_size=2, seed=0, shuffle=False).tolist() for step in range(4)]
     [[0, 1], [2, 3], [4], [0, 1]]
     """
     epoch, position = divmod(step, num_steps_per_epoch(num_rows, global_batch_size))
-    start, stop = position * global_batch_size, min((position + 1) * global_batch_size, num_rows)
-    return _permutation(num_rows, seed, epoch)[start:stop].copy() if shuffle else np.arange(start, stop)
+    order = epoch_order(Mixture((num_rows,), (num_rows,)), seed, epoch, shuffle)
+    return order[position * global_batch_size : (position + 1) * global_batch_size].copy()
 
 
-@functools.lru_cache(maxsize=4)
-def _permutation(num_rows: int, seed: int, epoch: int) -> np.ndarray:
-    # Sorted raw bits, since numpy keeps those the same for ever, and not the stream of Generator.permutation.
-    bits = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(num_rows)
-    return np.argsort(bits, kind="stable")
+class RowPlan:
+    """The rows of every step of a run; pure in what it is made of, so that resuming needs a step number only.
+
+    A step has exactly global_batch_size rows, and the last one of an epoch the remainder. Every process plans the whole
+    step, whatever their number, so that a run goes on with the same rows on another number of hosts.
+
+    Attributes:
+      mixture: how many rows of each data set an epoch takes.
+      steps_per_epoch: the last holds the remainder.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        *,
+        global_batch_size: int,
+        seed: int,
+        shuffle: bool,
+        lengths: np.ndarray | None = None,
+    ) -> None:
+        """
+        Args:
+          lengths: int [rows] by which rows are grouped: the rows of every WINDOW_STEPS steps are sorted by length and
+            cut into steps again, which come in an order of their own. None: the steps stay as they are.
+        """
+        assert lengths is None or (shuffle and len(lengths) == sum(mixture.sizes)), "lengths of all rows, shuffled"
+        self.mixture, self._size = mixture, global_batch_size
+        self._seed, self._shuffle, self._lengths = seed, shuffle, lengths
+        self.steps_per_epoch = num_steps_per_epoch(mixture.num_examples, global_batch_size)
+        self._grouped = functools.lru_cache(maxsize=2)(self._group)
+
+    def step(self, step: int) -> np.ndarray:
+        """The rows of one step: int64 [global_batch_size], fewer in the last step of an epoch."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if self._lengths is None:
+            order = epoch_order(self.mixture, self._seed, epoch, self._shuffle)
+        else:
+            order = self._grouped(epoch)
+        return order[position * self._size : (position + 1) * self._size].copy()
+
+    def _group(self, epoch: int) -> np.ndarray:
+        """The order of an epoch with its rows grouped; those of the remainder stay where they are."""
+        assert self._lengths is not None
+        order = epoch_order(self.mixture, self._seed, epoch, self._shuffle).copy()
+        num_full = len(order) // self._size
+        for window, first in enumerate(range(0, num_full, WINDOW_STEPS)):
+            num_steps = min(WINDOW_STEPS, num_full - first)
+            inside = slice(first * self._size, (first + num_steps) * self._size)
+            rows = order[inside]
+            by_length = rows[np.argsort(self._lengths[rows], kind="stable")].reshape(num_steps, self._size)
+            order[inside] = by_length[permutation(num_steps, self._seed, epoch, window, _GROUPING)].reshape(-1)
+        return order
 
 
 def bucket_length(n: int, max_length: int) -> int:

@@ -2,53 +2,80 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import hashlib
 import itertools
 import json
 import os
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from jdpo.config import DatasetConfig
-from jdpo.data import formats, store, tokenize
-from jdpo.data.formats import Dropped
+from jdpo.data import formats, store, token_checks, tokenize
+from jdpo.data.chunks import CHOSEN_LEARNT, DROPPED, KEPT, READ, Chunk, RawChunk, Recipe, Tally, make_chunk
+from jdpo.data.mixing import labels_of
 from jdpo.data.packing_plan import ItemSizes, completion_sizes, pair_sizes
 from jdpo.data.sources import Source, open_source
+from jdpo.data.splitting import Part
 from jdpo.data.tokenizer import Tokenizer
-from jdpo.types import CompletionRow, TokenizedCompletion, TokenizedPair
+from jdpo.data.workers import available_cores, map_in_order
+from jdpo.types import TokenizedCompletion, TokenizedPair
+
+__all__ = [
+    "CHOSEN_LEARNT",
+    "DROPPED",
+    "KEPT",
+    "READ",
+    "Part",
+    "PreparedData",
+    "Progress",
+    "cache_folder",
+    "prepare_completions",
+    "prepare_pairs",
+]
 
 R = TypeVar("R", bound=TokenizedPair | TokenizedCompletion)
 
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 """To be raised whenever the same rows would be tokenized to something else, or counted otherwise."""
 
 MOST_NAMES = 5
 """Files named in the summary at most."""
 
 CHUNK_ROWS = 512
-"""Rows tokenized in one call."""
+"""Raw rows that a process tokenizes at a time."""
 
-READ, KEPT, DROPPED = "rows read", "rows kept", "dropped: "
-CHOSEN_LEARNT = "preference rows of which the chosen side is learnt"
+ALONE_ROWS = 8192
+"""Rows after which further processes help, where their number is left open: starting them takes seconds."""
 
-Progress = Callable[[int], None]
-"""Told how many rows of all data sets of the call were read so far, dropped ones included.
+SAMPLE_ROWS = 3
+"""Rows of each data set that are recognised before all of them are."""
 
-It is called after every `CHUNK_ROWS` rows and after the last ones, and not at all where the rows come from the cache.
-How many rows there will be is not known before.
+Progress = Callable[[int, int | None], None]
+"""Told how many rows of all data sets of the call were read so far, dropped ones included, and of how many in all.
+
+That is None where files do not say how many rows they have before they are read.
+It is called after every `CHUNK_ROWS` rows of a data set and after its last ones, and not at all where the rows come
+from the cache. What it raises ends the work.
 """
 
 
 class PreparedData(Generic[R]):
-    """Tokenized rows by index, memory-mapped, with what was counted on the way.
+    """Tokenized rows by index, memory-mapped, with what was counted on the way. Data sets follow one another.
 
     Attributes:
       lengths: int32 [rows], tokens of the longest sequence of each row.
+      names: labels of the data sets.
+      dataset_of: int32 [rows], which of them each row is of.
+      prompt_keys: uint64 [rows], a hash of the prompt's text as it is in the file; see `splitting.prompt_key`.
+      margins: float32 [rows], by how much the chosen side was scored higher; NaN where nobody scored.
       counts: in plain words: rows read, rows kept, dropped by reason, truncated, ...
+      examples: where the first row of a count is, for most counts.
+      counts_of, examples_of: the same of each data set.
       digest: content digest of the tokenized rows.
       from_cache: whether an earlier run had tokenized them.
     """
@@ -57,17 +84,25 @@ class PreparedData(Generic[R]):
         self,
         rows: store.RowStore[R],
         datasets: Sequence[DatasetConfig],
-        left_out: Sequence[Sequence[str]],
+        sources: Sequence[Source],
+        tokenizer: Tokenizer,
         *,
         from_cache: bool,
     ) -> None:
         self._rows = rows
         self._datasets = tuple(datasets)
-        self._left_out = tuple(left_out)  # of each data set
+        self._sources = tuple(sources)
         self.from_cache = from_cache
         self.lengths: np.ndarray = rows.lengths
+        self.names = labels_of(datasets)
+        self.dataset_of, self.prompt_keys, self.margins = rows.tags
         self.counts: dict[str, int] = rows.about["counts"]
+        self.examples: dict[str, str] = rows.about["examples"]
+        self.counts_of: tuple[dict[str, int], ...] = tuple(one["counts"] for one in rows.about["data_sets"])
+        self.examples_of: tuple[dict[str, str], ...] = tuple(one["examples"] for one in rows.about["data_sets"])
         self.digest = rows.digest
+        num_cut = self.counts.get(tokenize.COMPLETION_CUT, 0)
+        self._warnings = token_checks.warnings_of(self.counts, len(rows), num_cut, tokenizer)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -83,6 +118,15 @@ class PreparedData(Generic[R]):
             return pair_sizes(np.stack(parts, axis=-1))
         return completion_sizes(self._rows.lengths_of("tokens"), self._rows.counts_of("completion_mask"))
 
+    @property
+    def num_rows_of(self) -> tuple[int, ...]:
+        """Rows of each data set."""
+        return tuple(int(count) for count in np.bincount(self.dataset_of, minlength=len(self.names)))
+
+    def parts(self) -> dict[str, str]:
+        """Content digest of each file that the rows were read from, by where it lies."""
+        return {place: digest for source in self._sources for place, digest in source.parts().items()}
+
     def num_chosen_tokens(self) -> int:
         """Scored tokens of the chosen sides of all pairs: but for a first token that nothing stands before."""
         prompt, chosen = (self._rows.lengths_of(field) for field in ("prompt_ids", "chosen_ids"))
@@ -91,12 +135,13 @@ class PreparedData(Generic[R]):
     def summary(self) -> str:
         """Lines for the user and the model card: what was read, kept, dropped and cut."""
         lines = []
-        for dataset, left_out in zip(self._datasets, self._left_out, strict=True):
+        for dataset, left_out in zip(self._datasets, (source.left_out for source in self._sources), strict=True):
             lines.append(f"{dataset.path} ({dataset.split})")
             if left_out:
                 lines.append(f"  {len(left_out):,} data files of no split are left out: {_names(left_out)}")
-        lines += [f"  {line}" for line in _Tally(self.counts, self._rows.about["examples"]).lines()]
+        lines += [f"  {line}" for line in Tally(self.counts, self.examples).lines()]
         lines.append(f"  median {np.median(self.lengths):.0f} tokens, longest {self.lengths.max()}")
+        lines += [f"  note: {warning}" for warning in self._warnings]
         return "\n".join(lines)
 
     @property
@@ -111,6 +156,8 @@ def prepare_pairs(
     *,
     max_length: int,
     max_prompt_length: int | None = None,
+    part: Part | None = None,
+    num_proc: int | None = None,
     cache_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> PreparedData[TokenizedPair]:
@@ -121,19 +168,24 @@ def prepare_pairs(
       tokenizer: see `load_tokenizer`.
       max_length: most tokens of prompt and completion.
       max_prompt_length: most tokens of the prompt, or None.
+      part: the rows to keep, by hash of the prompt; None: all.
+      num_proc: processes that tokenize; None: one for the first `ALONE_ROWS` rows, then as many as there are cores.
+        The rows are the same whatever their number.
       cache_dir: where tokenized rows are kept; None: `$XDG_CACHE_HOME/jdpo`, else ~/.cache/jdpo.
-      progress: called now and then with the number of rows read so far; see `Progress`.
+      progress: called now and then with the number of rows read so far, and of all; see `Progress`.
 
     Raises:
-      ValueError: rows cannot be read, or none is left to train on; it says where and why.
+      ValueError: rows cannot be read, or none is left to train on, or every one has the same fault that ruins a model;
+        it says where and why.
     """
-    options: dict[str, Any] = {"max_length": max_length, "max_prompt_length": max_prompt_length}
-    recipe = _Recipe(
-        options,
-        lambda raw, origin, counts: formats.preference_row(raw, origin),
-        lambda rows: tokenize.tokenize_pairs(rows, tokenizer, **options),
+    recipe = Recipe(
+        kind="pairs",
+        max_length=max_length,
+        max_prompt_length=max_prompt_length,
+        readings=tuple(map(formats.reading_of, datasets)),
+        part=part,
     )
-    return _prepare(datasets, TokenizedPair, tokenizer, recipe, cache_dir=cache_dir, progress=progress)
+    return _prepare(datasets, tokenizer, recipe, num_proc=num_proc, cache_dir=cache_dir, progress=progress)
 
 
 def prepare_completions(
@@ -143,6 +195,8 @@ def prepare_completions(
     max_length: int,
     max_prompt_length: int | None = None,
     loss_on: tokenize.LossOn = "completion",
+    part: Part | None = None,
+    num_proc: int | None = None,
     cache_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> PreparedData[TokenizedCompletion]:
@@ -154,104 +208,91 @@ def prepare_completions(
     Raises:
       ValueError: as in `prepare_pairs`.
     """
-    options: dict[str, Any] = {
-        "max_length": max_length,
-        "max_prompt_length": max_prompt_length,
-        "loss_on": loss_on,
-    }
-
-    def read(raw: dict[str, Any], origin: str, counts: Counter[str]) -> CompletionRow | Dropped:
-        counts[CHOSEN_LEARNT] += formats.is_preference(raw)
-        return formats.completion_row(raw, origin)
-
-    recipe = _Recipe(options, read, lambda rows: tokenize.tokenize_completions(rows, tokenizer, **options))
-    return _prepare(datasets, TokenizedCompletion, tokenizer, recipe, cache_dir=cache_dir, progress=progress)
-
-
-class _Recipe(NamedTuple):
-    """How one kind of row is made; `options` is all that `encode` depends on beside rows and tokenizer."""
-
-    options: dict[str, Any]
-    read: Callable[[dict[str, Any], str, Counter[str]], Any]
-    encode: Callable[[list[Any]], Sequence[Any]]
+    recipe = Recipe(
+        kind="completions",
+        max_length=max_length,
+        max_prompt_length=max_prompt_length,
+        loss_on=loss_on,
+        readings=tuple(map(formats.reading_of, datasets)),
+        part=part,
+    )
+    return _prepare(datasets, tokenizer, recipe, num_proc=num_proc, cache_dir=cache_dir, progress=progress)
 
 
 def _prepare(
     datasets: Sequence[DatasetConfig],
-    row_type: type[R],
     tokenizer: Tokenizer,
-    recipe: _Recipe,
+    recipe: Recipe,
     *,
+    num_proc: int | None,
     cache_dir: Path | None,
     progress: Progress | None,
-) -> PreparedData[R]:
+) -> PreparedData[Any]:
     if not datasets:
         raise ValueError("no data sets were given")
+    labels_of(datasets)  # a fault of theirs is said before the work
     sources = [open_source(dataset) for dataset in datasets]
     folder = cache_folder(cache_dir) / "tokenized"
-    key = _key(sources, row_type, tokenizer, recipe.options)
-    rows = store.open_store(folder, key, row_type)
+    key = _key(sources, tokenizer, recipe)
+    rows = store.open_store(folder, key, recipe.row_type)
     from_cache = rows is not None
     if rows is None:
-        tally = _Tally()
-        with store.creating(folder, key, row_type) as writer:
-            for row in _tokenized(sources, recipe, tally, progress):
-                writer.append(row)
-            if not tally.counts[KEPT]:
-                raise ValueError(
-                    f"no rows left of {', '.join(dataset.path for dataset in datasets)}\n" + "\n".join(tally.lines())
-                )
-            writer.about = tally.as_dict()
-        rows = store.open_store(folder, key, row_type)
+        with store.creating(folder, key, recipe.row_type) as writer:
+            known = [source.known_rows() for source in sources] if progress is not None else []
+            total = None if None in known else sum(filter(None, known))
+            tally, of_sets = Tally(), [Tally() for _ in sources]
+            with contextlib.closing(_chunks(sources, tokenizer, recipe, num_proc)) as chunks:
+                for chunk in chunks:
+                    writer.append(chunk.block)
+                    tally.take(chunk)
+                    of_sets[chunk.dataset].take(chunk)
+                    if progress is not None:
+                        progress(tally.counts[READ], total)
+            _check_kept(tally, datasets, recipe.part)
+            writer.about = tally.as_dict() | {"data_sets": [one.as_dict() for one in of_sets]}
+        rows = store.open_store(folder, key, recipe.row_type)
         if rows is None:
             raise ValueError(f"the tokenized rows written to {folder} read back damaged; is the disk in order?")
-    return PreparedData(rows, datasets, [source.left_out for source in sources], from_cache=from_cache)
+    return PreparedData(rows, datasets, sources, tokenizer, from_cache=from_cache)
 
 
-def _tokenized(sources: Sequence[Source], recipe: _Recipe, tally: _Tally, progress: Progress | None) -> Iterator[Any]:
-    """Yields the rows that are kept, and counts all."""
-    raw_rows = itertools.chain.from_iterable(source.rows() for source in sources)
-    while chunk := list(itertools.islice(raw_rows, CHUNK_ROWS)):
-        tally.counts[READ] += len(chunk)
-        rows = [recipe.read(raw, origin, tally.counts) for raw, origin in chunk]
-        results = iter(recipe.encode([row for row in rows if not isinstance(row, Dropped)]))
-        for row in rows:
-            result = row if isinstance(row, Dropped) else next(results)
-            tally.add(result)
-            if not isinstance(result, Dropped):
-                yield result.row
-        if progress is not None:
-            progress(tally.counts[READ])
+def _chunks(sources: Sequence[Source], tokenizer: Tokenizer, recipe: Recipe, num_proc: int | None) -> Generator[Chunk]:
+    """Tokenizes all rows, in their order."""
+    raw = _raw_chunks(sources, recipe)
+    if num_proc is None:
+        yield from map_in_order(
+            make_chunk, (recipe, tokenizer), itertools.islice(raw, ALONE_ROWS // CHUNK_ROWS), num_proc=1
+        )
+        ahead = list(itertools.islice(raw, 1))
+        if not ahead:
+            return
+        raw, num_proc = itertools.chain(ahead, raw), available_cores()
+    yield from map_in_order(make_chunk, (recipe, tokenizer), raw, num_proc=num_proc)
 
 
-class _Tally:
-    """What was counted, and the first row of each reason for dropping."""
+def _raw_chunks(sources: Sequence[Source], recipe: Recipe) -> Iterator[RawChunk]:
+    for number, source in enumerate(sources):
+        rows = iter(source.rows())
+        first = list(itertools.islice(rows, CHUNK_ROWS))
+        if first:
+            supervised = recipe.kind == "completions"
+            formats.check_rows(first[:SAMPLE_ROWS], recipe.readings[number], supervised=supervised)
+        while first:
+            yield RawChunk(number, first)
+            first = list(itertools.islice(rows, CHUNK_ROWS))
 
-    def __init__(self, counts: dict[str, int] | None = None, examples: dict[str, str] | None = None) -> None:
-        self.counts = Counter(counts or {READ: 0, KEPT: 0})
-        self.examples = dict(examples or {})
 
-    def add(self, result: Any) -> None:
-        if isinstance(result, Dropped):
-            self.counts[DROPPED + result.reason] += 1
-            detail = f": {result.detail}" if result.detail else ""
-            self.examples.setdefault(DROPPED + result.reason, result.origin + detail)
-        else:
-            self.counts[KEPT] += 1
-            self.counts.update(result.notes)
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "counts": {name: count for name, count in self.counts.items() if count},
-            "examples": self.examples,
-        }
-
-    def lines(self) -> list[str]:
-        counts = {name: count for name, count in sorted(self.counts.items()) if count and name not in (READ, KEPT)}
-        return [f"{self.counts[READ]:,} rows read, {self.counts[KEPT]:,} kept"] + [
-            f"  {count:,} {name}" + (f" (the first: {self.examples[name]})" if name in self.examples else "")
-            for name, count in counts.items()
-        ]
+def _check_kept(tally: Tally, datasets: Sequence[DatasetConfig], part: Part | None) -> None:
+    """
+    Raises:
+      ValueError: no row is left, or every one has a fault that ruins a model.
+    """
+    if not tally.counts[KEPT]:
+        lines = [f"no rows left of {', '.join(dataset.path for dataset in datasets)}", *tally.lines()]
+        if part is not None:
+            lines.append(f"eval_fraction {part.fraction} leaves none on this side; choose another, or leave it out")
+        raise ValueError("\n".join(lines))
+    token_checks.refuse_ruined(tally.counts, tally.counts[KEPT], tally.examples)
 
 
 def _names(names: Sequence[str]) -> str:
@@ -264,15 +305,14 @@ def _names(names: Sequence[str]) -> str:
     return ", ".join(names[:MOST_NAMES]) + (f" and {rest:,} more" if rest > 0 else "")
 
 
-def _key(sources: Sequence[Source], row_type: type[Any], tokenizer: Tokenizer, options: dict[str, Any]) -> str:
+def _key(sources: Sequence[Source], tokenizer: Tokenizer, recipe: Recipe) -> str:
     parts = {
         "version": CACHE_VERSION,
         "rows": [source.digest() for source in sources],
-        "kind": row_type.__name__,
         "tokenizer": tokenizer.digest,
-        "options": options,
+        "recipe": dataclasses.asdict(recipe),
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=dict).encode()).hexdigest()
 
 
 def cache_folder(cache_dir: str | Path | None) -> Path:

@@ -11,6 +11,7 @@ from jdpo.data.boundaries import (
     EMPTY_PROMPT,
     IDENTICAL_SIDES,
     Masked,
+    Parts,
     Split,
     split_rows,
     split_turns,
@@ -75,7 +76,8 @@ def tokenize_pairs(
     Raises:
       ValueError: a row is a conversation and the tokenizer has no chat template.
     """
-    splits = split_rows([(row.prompt, (row.chosen, row.rejected), row.origin) for row in rows], tokenizer)
+    parts = [Parts(row.prompt, (row.chosen, row.rejected), row.origin, row.tools) for row in rows]
+    splits = split_rows(parts, tokenizer)
     return [
         split
         if isinstance(split, Dropped)
@@ -120,12 +122,9 @@ def tokenize_completions(
       ValueError: a row is a conversation and the tokenizer has no chat template.
     """
     every_turn = [loss_on == "assistant_turns" and not isinstance(row.prompt, str) for row in rows]
-    splits = iter(
-        split_rows(
-            [(r.prompt, (r.completion,), r.origin) for r, every in zip(rows, every_turn, strict=True) if not every],
-            tokenizer,
-        )
-    )
+    others = [row for row, every in zip(rows, every_turn, strict=True) if not every]
+    parts = [Parts(row.prompt, (row.completion,), row.origin, row.tools) for row in others]
+    splits = iter(split_rows(parts, tokenizer))
     results: list[KeptCompletion | Dropped] = []
     for row, every in zip(rows, every_turn, strict=True):
         found = split_turns(row, tokenizer) if every else whole_sequence(next(splits))

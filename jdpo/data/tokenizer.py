@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import re
@@ -21,6 +22,15 @@ BUILT_IN_TEMPLATE = "chatml"
 
 _MARKER = re.compile(r"<[^<>\s]*\w[^<>\s]*>")
 """What counts as a marker of a template, one word in angle brackets: `<|im_start|>`, `<start_of_turn>`, `</s>`."""
+
+TEMPLATE_DAY = datetime.datetime(2024, 7, 26)
+"""Stands for today where a chat template asks for it, so that the same rows are the same tokens on every day and host.
+
+It is the day that Llama 3's templates write where nobody tells them one.
+"""
+
+_TODAY = re.compile(r"strftime_now\(\s*(['\"])(?P<format>.*?)\1\s*\)")
+"""How a template asks for the day."""
 
 _QUESTION, _ANSWER, _SYSTEM = "jdpoquestion", "jdpoanswer", "jdposystem"
 
@@ -76,16 +86,48 @@ class Tokenizer:
         bos = self.hf.bos_token_id
         return bos if isinstance(bos, int) and len(ids) > 1 and ids[0] == bos else None
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+    @cached_property
+    def special_text(self) -> re.Pattern[str]:
+        """Finds special tokens that a text spells out."""
+        added = (token.content for token in self.hf.added_tokens_decoder.values() if token.special)
+        tokens = sorted({*added, *self.hf.all_special_tokens}, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, tokens)) or "(?!)")
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+    ) -> str:
         """A conversation as the chat template writes it.
+
+        Args:
+          messages: the turns.
+          tools: what they may call, as JSON schemas; a template may leave them out.
+          add_generation_prompt: write the header of the answer to come.
 
         Raises:
           jinja2.TemplateError: the template refuses the conversation.
           Exception: whatever else an expression of the template raises.
         """
-        text = self.hf.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
+        text = self.hf.apply_chat_template(
+            list(messages),
+            tools=None if tools is None else list(tools),
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            chat_template=self._dated_template,
+        )
         assert isinstance(text, str)
         return text
+
+    @cached_property
+    def _dated_template(self) -> str | None:
+        """The chat template with `TEMPLATE_DAY` in place of today; None where it does not ask for the day."""
+        text = self.hf.chat_template
+        if not isinstance(text, str) or not _TODAY.search(text):
+            return None
+        return _TODAY.sub(lambda asked: repr(TEMPLATE_DAY.strftime(asked["format"])), text)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, nothing added to them."""
@@ -162,10 +204,17 @@ def load_tokenizer(folder: Path, *, chat_template: str | None) -> Tokenizer:
         )
     if hf.chat_template and end_of_turn is None:
         notes.append("the chat template ends an answer with no special token: it is not learnt where to stop")
+    lead = _lead_of_answers(hf)
+    if lead.strip():
+        notes.append(f"the chat template writes {lead!r} behind the generation prompt: every answer is learnt with it")
     if _template_lacks_bos(hf):
         notes.append(
             f"BOS: the chat template does not write {hf.bos_token}: conversations go without, plain text has it"
         )
+    if isinstance(hf.chat_template, str) and _TODAY.search(hf.chat_template):
+        notes.append(f"the chat template writes today's date; {TEMPLATE_DAY:%d %B %Y} stands for it in every row")
+    if _template_doubles_bos(hf):
+        notes.append(f"the chat template writes {hf.bos_token} twice; jdpo takes one away, which others may not do")
     turn_id = None if end_of_turn is None else hf.convert_tokens_to_ids(end_of_turn)
     end_ids = tuple(dict.fromkeys(i for i in (hf.eos_token_id, turn_id, own_eos) if isinstance(i, int)))
     return Tokenizer(hf, added, end_ids, _digest(hf), tuple(notes), str(folder))
@@ -252,6 +301,25 @@ def _end_of_turn(hf: PreTrainedTokenizerBase) -> str | None:
     tokens = sorted({*hf.all_special_tokens, *hf.get_added_vocab()}, key=len, reverse=True)
     match = re.search("|".join(map(re.escape, tokens)), tail) if found and tokens else None
     return match.group() if match else None
+
+
+def _lead_of_answers(hf: PreTrainedTokenizerBase) -> str:
+    """What stands between the generation prompt and an answer: an empty thought, or a header for want of one."""
+    whole = _question_and_answer(hf)
+    if not whole:
+        return ""
+    question = [{"role": "user", "content": _QUESTION}]
+    try:
+        prompt = hf.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    except Exception:  # as in _question_and_answer
+        return ""
+    assert isinstance(prompt, str)
+    return whole[len(prompt) :].partition(_ANSWER)[0] if whole.startswith(prompt) else ""
+
+
+def _template_doubles_bos(hf: PreTrainedTokenizerBase) -> bool:
+    bos = hf.bos_token_id
+    return bos is not None and hf(_question_and_answer(hf), add_special_tokens=False)["input_ids"][:2] == [bos, bos]
 
 
 def _question_and_answer(hf: PreTrainedTokenizerBase) -> str:

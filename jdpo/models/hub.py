@@ -5,22 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 
 SAFETENSORS_GLOB = "*.safetensors"
-_PATTERNS = [SAFETENSORS_GLOB, "*.json", "*.jinja", "tokenizer*", "*.model", "vocab*", "merges.txt"]
+_PATTERNS = ["*.json", "*.jinja", "tokenizer*", "*.model", "vocab*", "merges.txt"]
 _IGNORED = ["consolidated*.safetensors"]  # Mistral's own format: the same weights a second time
 _BIN_GLOBS = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-def resolve_folder(name_or_path: str, revision: str | None = None) -> Path:
+def resolve_folder(name_or_path: str, revision: str | None = None, *, weights: bool = True) -> Path:
     """The local folder of a model: a path that exists, else a Hugging Face hub id, downloaded once and cached.
 
     Only safetensors, JSON, tokenizer and template files are downloaded.
+
+    Args:
+      weights: False: safetensors are neither asked for nor downloaded.
 
     Raises:
       ValueError: nothing at that path, no such repository, no network and not cached, or no safetensors in it.
     """
     path = Path(name_or_path).expanduser()
     if path.is_dir():
-        _require_safetensors(path, str(path))
+        if weights:
+            _require_safetensors(path, str(path))
         return path
     if path.exists():
         raise ValueError(f"model {name_or_path!r} is a file; expected a folder with config.json and *.safetensors")
@@ -29,8 +33,9 @@ def resolve_folder(name_or_path: str, revision: str | None = None) -> Path:
             f"model folder {name_or_path!r} does not exist (looked in {path.absolute()}); "
             "give a Hugging Face model folder, or a hub name like org/name"
         )
-    folder = _download(name_or_path, revision)
-    _require_safetensors(folder, name_or_path)
+    folder = _download(name_or_path, revision, [*_PATTERNS, *([SAFETENSORS_GLOB] if weights else [])])
+    if weights:
+        _require_safetensors(folder, name_or_path)
     return folder
 
 
@@ -39,7 +44,7 @@ def _looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.endswith("/") or "\\" in name or name.count("/") > 1
 
 
-def _download(repo_id: str, revision: str | None) -> Path:
+def _download(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -52,7 +57,7 @@ def _download(repo_id: str, revision: str | None) -> Path:
 
     at = f" at revision {revision!r}" if revision else ""
     try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=_PATTERNS, ignore_patterns=_IGNORED))
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns, ignore_patterns=_IGNORED))
     except HFValidationError as error:
         raise ValueError(f"model {repo_id!r}: no such local folder, and not a valid hub id: {error}") from error
     except GatedRepoError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -26,6 +26,46 @@ def figures_of(metrics: Mapping[str, float]) -> str:
     'loss 0.6931  accuracy 0.5'
     """
     return "  ".join(f"{label} {metrics[name]:.4g}" for name, label in SHOWN.items() if name in metrics)
+
+
+class RowCounter:
+    """Says every so often how many rows were read, while a large data set is tokenized."""
+
+    def __init__(self, say: Callable[[str], None], *, seconds: float = 10.0) -> None:
+        """
+        Args:
+          say: takes lines for the person who started the run.
+          seconds: from one line to the next.
+        """
+        self._say, self._seconds = say, seconds
+        self._started = self._told = time.monotonic()
+
+    def __call__(self, num_rows: int, total: int | None = None) -> None:
+        """To be called now and then.
+
+        Args:
+          num_rows: rows read so far.
+          total: rows there are, where that is known.
+        """
+        now = time.monotonic()
+        if now < self._told + self._seconds:
+            return
+        self._told = now
+        rate = num_rows / (now - self._started)
+        of, left = "", ""
+        if total is not None:
+            of, left = f" of {total:,}", f", {_clock(max(total - num_rows, 0) / rate)} left"
+        self._say(f"tokenizing: {num_rows:,}{of} rows read, {rate:,.0f} a second{left}")
+
+
+def _clock(seconds: float) -> str:
+    """
+    >>> _clock(3725.4)
+    '1:02:05'
+    """
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
 
 
 class RunDisplay:
@@ -90,7 +130,4 @@ class RunDisplay:
 
     def _time_left(self, step: int) -> str:
         done = step - self._first_step
-        seconds = (time.monotonic() - self._started) / max(done, 1) * (self._num_steps - step)
-        minutes, seconds = divmod(round(seconds), 60)
-        hours, minutes = divmod(minutes, 60)
-        return f"{hours}:{minutes:02}:{seconds:02}"
+        return _clock((time.monotonic() - self._started) / max(done, 1) * (self._num_steps - step))

@@ -15,7 +15,7 @@ from jdpo.sharding.placement import fetch, micro_batch_sharding, place, replicat
 from jdpo.training.assembly import Assembly
 from jdpo.training.batches import StepBatch
 from jdpo.training.compilation import Programs
-from jdpo.training.metrics import RowAverages, rows_at
+from jdpo.training.metrics import DatasetShares, RowAverages, rows_at
 from jdpo.training.preparation import make_batches, shapes_in_order
 from jdpo.training.reference import Reference
 from jdpo.training.setup import Setup
@@ -43,6 +43,7 @@ class Evaluation:
         """
         assert setup.eval_data is not None
         self._data, self._size, self._moves = setup.eval_data, setup.config.global_batch_size, assembly.sync is not None
+        self._shares = DatasetShares(setup.eval_data)
         self._batch_sharding = micro_batch_sharding(setup.mesh)
         self._batches = make_batches(
             setup,
@@ -67,16 +68,22 @@ class Evaluation:
         """Means over all rows, {name: value}."""
         reference = state.reference_params if self._moves else reference
         averages, waiting = RowAverages(), None
-        rows = list(self._rows())
-        for made in prefetch(lambda index: self._place(rows[index]), range(len(rows))):
+        batches = list(self._rows())
+        made_ahead = prefetch(lambda index: self._place(batches[index]), range(len(batches)))
+        for indices, made in zip(batches, made_ahead, strict=True):
             program = self.programs.of(made.batch)
             report = program(state.params, reference, made.batch, state.loss_state, self._totals)
             if waiting is not None:  # the device works on a batch while the host adds up the one before
-                _add(averages, *waiting)
-            waiting = made, report
+                self._add(averages, *waiting)
+            waiting = indices, made, report
         assert waiting is not None
-        _add(averages, *waiting)
+        self._add(averages, *waiting)
         return averages.averages()
+
+    def _add(self, averages: RowAverages, indices: np.ndarray, made: StepBatch, on_device: Any) -> None:
+        report: EvaluationReport = jax.tree.map(np.asarray, fetch(on_device))
+        rows = rows_at(report.rows, made.at)
+        averages.add(rows, float(report.normalizer), self._shares.of(rows, indices))
 
     def _rows(self) -> Iterator[np.ndarray]:
         """The rows of each batch."""
@@ -86,8 +93,3 @@ class Evaluation:
     def _place(self, indices: np.ndarray) -> StepBatch:
         made = self._batches.make(indices)
         return made._replace(batch=place(made.batch, self._batch_sharding))
-
-
-def _add(averages: RowAverages, made: StepBatch, on_device: Any) -> None:
-    report: EvaluationReport = jax.tree.map(np.asarray, fetch(on_device))
-    averages.add(rows_at(report.rows, made.at), float(report.normalizer))

@@ -16,6 +16,10 @@ from jdpo.training.processes import any_process, any_process_later
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
+class BuildStopped(Exception):
+    """A signal ended the work before the first step."""
+
+
 class StopRequest:
     """While entered, a first signal asks the run to stop; a second one does what it always did."""
 
@@ -42,6 +46,10 @@ class StopRequest:
     def _restore(self) -> None:
         while self._previous:
             signal.signal(*self._previous.popitem())
+
+    def alone(self) -> bool:
+        """Whether this process was asked to stop and has no others to agree with: for work that each does by itself."""
+        return self.signum is not None and jax.process_count() == 1
 
     def asked(self) -> bool:
         """Whether any process was asked to stop; every process gets the same answer."""

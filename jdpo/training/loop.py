@@ -8,11 +8,11 @@ from typing import Any
 
 from jdpo.config import DPOConfig, TrainConfig
 from jdpo.reports.progress import make_console
-from jdpo.training.interrupt import StopRequest
+from jdpo.training.interrupt import BuildStopped, StopRequest
+from jdpo.training.processes import differing
 from jdpo.training.reference import Reference, settle_reference
 from jdpo.training.run import OnStep, Run, RunResult, say_on
 from jdpo.training.run_dir import RunDirectory
-from jdpo.training.scoring import BuildStopped
 from jdpo.training.setup import Say, Setup, build, jax_settings, resolve_dtype
 from jdpo.training.tasks import task_for
 
@@ -44,15 +44,31 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
             step = directory.state()["results"]["step"]
             say(f"the run in {directory.path} is finished (step {step}); its model is {directory.model}")
             return RunResult(step, False, 0, directory)
-        setup = build(config, say)
-        directory.check_inputs(setup.inputs())
         try:
+            setup = build(config, say, stopped=stop.alone)
+            _check_same_everywhere(setup)
+            directory.check_inputs(setup.inputs(), setup.train_data.parts())
             reference = _settle(setup, directory, stop, say)
         except BuildStopped:
             say("stopped by a signal; what was computed is kept. Run the same command again to go on")
             return RunResult(0, True, stop.exit_code, directory)
         with ExitStack() as resources:
             return Run(setup, directory, stop, console, reference, resources).go(on_step)
+
+
+def _check_same_everywhere(setup: Setup) -> None:
+    """
+    Raises:
+      ValueError: the processes have not the same model or rows on their disks; what differs is named.
+    """
+    inputs = setup.inputs()
+    if setup.eval_data is not None:
+        inputs["the evaluation rows"] = setup.eval_data.digest
+    if unlike := differing(inputs):
+        raise ValueError(
+            f"the processes of this run do not have the same files: {', '.join(unlike)} differ from host to host; give "
+            "every host the same ones"
+        )
 
 
 def _settle(setup: Setup, directory: RunDirectory, stop: StopRequest, say: Say) -> Reference:

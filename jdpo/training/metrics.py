@@ -2,12 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from jdpo.data.prepare import PreparedData
 from jdpo.training.flops import StepFlops
+
+Shares = Mapping[str, tuple[float, float]]
+"""Of a metric of some rows: the sum over them, and what it is to be divided by."""
+
+SHARED = ("loss", "rewards/accuracies", "rewards/margins")
+"""Metrics that each data set of several has for itself."""
+
+
+class DatasetShares:
+    """Metrics of each data set, where there are several: `rewards/margins/<label>`, as far as a step has rows of it."""
+
+    def __init__(self, data: PreparedData) -> None:
+        """
+        Args:
+          data: the rows that steps are made of.
+        """
+        self._names = data.names if len(data.names) > 1 else ()
+        self._dataset_of = data.dataset_of
+        sizes = data.sizes() if self._names else None
+        # A supervised row's loss is a sum over its learnt tokens, and the run's loss the mean over all of them.
+        self._tokens = sizes.scored if sizes is not None and sizes.num_sides == 1 else None
+
+    def of(self, rows: Mapping[str, np.ndarray], indices: np.ndarray) -> dict[str, tuple[float, float]]:
+        """Of the values [b] of the rows `indices` [b]."""
+        shares = {}
+        dataset_of = self._dataset_of[indices]
+        for number, label in enumerate(self._names):
+            mine = dataset_of == number
+            if not mine.any():
+                continue
+            for name in SHARED:
+                if name in rows:
+                    tokens = self._tokens if name == "loss" else None
+                    weight = mine.sum() if tokens is None else tokens[indices[mine]].sum()
+                    shares[f"{name}/{label}"] = float(rows[name][mine].sum(dtype=np.float64)), float(weight)
+        return shares
+
+
+class _ShareSums:
+    """Sums of shares over several batches."""
+
+    def __init__(self, sums: Mapping[str, Sequence[float]]) -> None:
+        self.sums: dict[str, list[float]] = {name: list(pair) for name, pair in sums.items()}
+
+    def add(self, shares: Shares) -> None:
+        for name, pair in shares.items():
+            self.sums[name] = [before + new for before, new in zip(self.sums.get(name, (0.0, 0.0)), pair, strict=True)]
+
+    def averages(self) -> dict[str, float]:
+        return {name: total / weight for name, (total, weight) in self.sums.items()}
 
 
 class Window:
@@ -21,19 +72,26 @@ class Window:
         """
         self._sums: dict[str, float] = dict(saved["sums"]) if saved else {}
         self._steps: int = saved["steps"] if saved else 0
+        self._shares = _ShareSums(saved.get("shares", {}) if saved else {})
 
-    def add(self, values: Mapping[str, float]) -> None:
-        """Takes the values of one step; every step has the same names."""
+    def add(self, values: Mapping[str, float], shares: Shares | None = None) -> None:
+        """Takes one step.
+
+        Args:
+          values: whose mean over the steps is wanted; every step has the same names.
+          shares: whose mean over their rows is wanted; a step has those of the data sets that it has rows of.
+        """
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
         self._steps += 1
+        self._shares.add(shares or {})
 
     def averages(self) -> dict[str, float]:
-        """Mean of each value over the steps taken in; empty when there were none."""
-        return {name: total / self._steps for name, total in self._sums.items()}
+        """Mean of each value over the steps taken in, and of each share over its rows; empty when there were none."""
+        return {name: total / self._steps for name, total in self._sums.items()} | self._shares.averages()
 
     def to_json(self) -> dict[str, Any]:
-        return {"sums": dict(self._sums), "steps": self._steps}
+        return {"sums": dict(self._sums), "steps": self._steps, "shares": self._shares.sums}
 
 
 class Throughput:
@@ -87,9 +145,11 @@ class RowAverages:
         self._sums: dict[str, float] = {}
         self._rows = 0
         self._normalizer = 0.0
+        self._shares = _ShareSums({})
 
-    def add(self, rows: Mapping[str, np.ndarray], normalizer: float) -> None:
-        """Takes a batch: per-row values [b] from `rows_at`, and the loss's divisor."""
+    def add(self, rows: Mapping[str, np.ndarray], normalizer: float, shares: Shares | None = None) -> None:
+        """Takes a batch: per-row values [b] from `rows_at`, the loss's divisor, and what `DatasetShares` gives."""
+        self._shares.add(shares or {})
         for name, values in rows.items():
             self._sums[name] = self._sums.get(name, 0.0) + float(values.sum(dtype=np.float64))
         self._rows += len(next(iter(rows.values())))
@@ -99,7 +159,7 @@ class RowAverages:
         """The loss over what it is normalised by (pairs or tokens), everything else over rows."""
         return {
             name: total / (self._normalizer if name == "loss" else self._rows) for name, total in self._sums.items()
-        }
+        } | self._shares.averages()
 
 
 def rows_at(rows: Mapping[str, np.ndarray], at: np.ndarray) -> dict[str, np.ndarray]:

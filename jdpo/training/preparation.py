@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jdpo.data.loader import plan
 from jdpo.data.prepare import PreparedData
 from jdpo.data.reference_cache import ReferenceCache
 from jdpo.models.remat import remat_order
@@ -87,14 +86,7 @@ def prepare_steps(
 
 def rows_of_step(setup: Setup, step: int) -> np.ndarray:
     """The rows of a training step."""
-    config = setup.config
-    return plan(
-        step,
-        num_rows=len(setup.train_data),
-        global_batch_size=config.global_batch_size,
-        seed=config.seed,
-        shuffle=config.shuffle,
-    )
+    return setup.row_plan.step(step)
 
 
 def make_batches(

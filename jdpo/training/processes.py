@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +77,23 @@ def any_process_later(mine: bool) -> Callable[[], bool]:
     )
     found = jax.jit(jnp.any, out_shardings=NamedSharding(devices, PartitionSpec()))(flags)
     return lambda: bool(np.asarray(found.addressable_data(0)))
+
+
+def differing(mine: Mapping[str, str]) -> list[str]:
+    """Names of the texts that are not the same on every process; every process gets the same answer.
+
+    Args:
+      mine: the same names in the same order everywhere.
+    """
+    if jax.process_count() == 1:
+        return []
+    from jax.experimental import multihost_utils
+
+    digests = [hashlib.sha256(text.encode()).digest() for text in mine.values()]
+    table = np.frombuffer(b"".join(digests), np.uint8).reshape(len(digests), -1)
+    everywhere = multihost_utils.process_allgather(table)
+    unlike = (everywhere != everywhere[0]).any(axis=(0, 2))
+    return [name for name, other in zip(mine, unlike, strict=True) if other]
 
 
 def agree_on(step: int | None) -> int | None:

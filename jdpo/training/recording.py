@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
+import numpy as np
+
 from jdpo.config import to_dict
 from jdpo.reports.writers import JsonlWriter, Writer, cut_metrics, make_trackers
 from jdpo.training.fit import peak_memory
 from jdpo.training.flops import StepFlops, peak_flops
-from jdpo.training.metrics import Throughput, Window
+from jdpo.training.metrics import DatasetShares, Throughput, Window
 from jdpo.training.run_dir import RunDirectory
 from jdpo.training.setup import Setup
 
@@ -26,6 +28,7 @@ class Record:
             num_devices=setup.mesh.size,
             peak=peak_flops(setup.mesh.devices.flat[0].device_kind, setup.config.compute_dtype),
         )
+        self._shares = DatasetShares(setup.train_data)
         self._jsonl: JsonlWriter | None = None
         self._writers: list[Writer] = []
 
@@ -53,12 +56,24 @@ class Record:
             resources.callback(writer.close)
 
     def add(
-        self, values: Mapping[str, float], *, num_rows: int, num_tokens: int, flops: StepFlops, seconds: float
+        self,
+        values: Mapping[str, float],
+        rows: Mapping[str, np.ndarray],
+        indices: np.ndarray,
+        *,
+        num_tokens: int,
+        flops: StepFlops,
+        seconds: float,
     ) -> dict[str, float]:
-        """Takes a step; its rates come back, as of `Throughput.rates`."""
+        """Takes a step; its rates come back, as of `Throughput.rates`.
+
+        Args:
+          values: of the whole step.
+          rows: values [b] of its rows `indices` [b].
+        """
         self._num_tokens += num_tokens
-        self._window.add(values)
-        self._throughput.add(num_rows=num_rows, num_tokens=num_tokens, flops=flops, seconds=seconds)
+        self._window.add(values, self._shares.of(rows, indices))
+        self._throughput.add(num_rows=len(indices), num_tokens=num_tokens, flops=flops, seconds=seconds)
         return self._throughput.rates()
 
     def log(self, done: int, learning_rate: Any) -> None:

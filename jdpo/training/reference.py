@@ -122,7 +122,8 @@ def compute_reference(config: DPOConfig, say: Say) -> Reference:
 
 def _why_it_pays(setup: Setup, rows: RowSet) -> str | None:
     """Why auto computes a cache, None where it does not; the same on every process."""
-    if setup.num_steps > setup.steps_per_epoch:
+    rows_an_epoch = setup.row_plan.mixture.num_examples
+    if setup.num_steps * rows_an_epoch > setup.steps_per_epoch * len(setup.train_data):
         return "as the run passes over the rows more than once"
     if any_process(bool(rows.shards.whole.any())):
         return "as part of them stands already"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -13,6 +12,7 @@ from jdpo.config import DPOConfig
 from jdpo.data.prepare import PreparedData
 from jdpo.data.reference_cache import CacheFolder, Shards, cache_root
 from jdpo.data.reference_key import Entry, about_rows, key_of, parts_of
+from jdpo.training.processes import differing
 from jdpo.training.setup import Setup, folder_digest
 
 Role = Literal["training", "evaluation"]
@@ -84,7 +84,7 @@ def entry_of(setup: Setup, rows: RowSet) -> Entry:
         else (config.model_name_or_path, config.model_revision)
     )
     about = about_rows(
-        config.datasets if rows.role == "training" else config.eval_datasets,
+        config.datasets if rows.role == "training" or config.eval_fraction else config.eval_datasets,
         role=rows.role,
         model=f"{name} ({revision})" if revision else str(name),
         tokenizer=setup.tokenizer.digest,
@@ -96,12 +96,7 @@ def entry_of(setup: Setup, rows: RowSet) -> Entry:
 
 
 def _check_same_everywhere(key: str) -> None:
-    if jax.process_count() == 1:
-        return
-    from jax.experimental import multihost_utils
-
-    keys = multihost_utils.process_allgather(np.frombuffer(bytes.fromhex(key), np.uint8))
-    if (keys != keys[0]).any():
+    if differing({"key": key}):
         raise ValueError(
             "the processes of this run have not the same reference model or rows on their disks, so they cannot share "
             "a cache of its log-probs; give every host the same files"

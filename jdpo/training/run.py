@@ -296,7 +296,8 @@ class Run:
         padding = 1 - made.real_slots / made.num_slots
         rates = self.record.add(
             {**values, "grad_norm": grad_norm, "padding": padding},
-            num_rows=len(indices),
+            rows,
+            indices,
             num_tokens=made.num_tokens,
             flops=flops,
             seconds=seconds,

@@ -160,25 +160,31 @@ class RunDirectory:
         """True once everything that the run leaves stands there, exported as the config asks."""
         return not self.is_new and not self._exports_anew and self.state()["finished"] and self.model.exists()
 
-    def check_inputs(self, inputs: Mapping[str, str]) -> None:
+    def check_inputs(self, inputs: Mapping[str, str], files: Mapping[str, str]) -> None:
         """Remembers digests of what goes into a run; on resume refuses what has changed.
 
         Args:
           inputs: name of an input, as a person would say it -> digest of its content.
+          files: the same of the files that rows were read from: they may change as long as the rows do not, and are
+            named where these do.
 
         Raises:
           ValueError: naming each input that is not what the run started with.
         """
-        saved = self.state()["inputs"]
+        saved, files_then = self.state()["inputs"], self.state().get("files", {})
         changed = [name for name, digest in inputs.items() if name in saved and saved[name] != digest]
+        changed_files = [name for name, digest in files.items() if files_then.get(name, digest) != digest]
+        changed_files += [f"{name} (no longer read)" for name in files_then if name not in files]
+        changed_files += [f"{name} (new)" for name in files if files_then and name not in files_then]
         if changed:
             raise ValueError(
                 f"cannot resume the run in {self.path}: since it started, the content of {' and of '.join(changed)} "
                 "has changed; bring the old content back, or choose another output_dir"
+                + (f". Files that changed: {', '.join(changed_files)}" if changed_files else "")
             )
         barrier("run inputs checked")
         if is_first():
-            self._write_run({**self.state(), "inputs": {**saved, **inputs}})
+            self._write_run({**self.state(), "inputs": {**saved, **inputs}, "files": dict(files)})
 
     def recall(self, name: str) -> Any:
         """What an earlier start of this run remembered under a name, or None."""

@@ -22,6 +22,7 @@ from jdpo.sharding.mesh import num_batch_shards
 from jdpo.sharding.placement import fetch, micro_batch_sharding, place, replicated
 from jdpo.sharding.rules import param_shardings
 from jdpo.training.batches import PackedBatches
+from jdpo.training.interrupt import BuildStopped
 from jdpo.training.packed import make_packed_logps
 from jdpo.training.setup import Setup
 from jdpo.training.step import OnMesh
@@ -34,10 +35,6 @@ Params = Any
 TOKENS_PER_DEVICE = 8192
 """Slots of a device's part of a batch, where the config says nothing: a forward pass keeps little, and more is not
 faster."""
-
-
-class BuildStopped(Exception):
-    """A signal asked the run to stop while it computed the cache; the shards written so far stay."""
 
 
 class Scorer:

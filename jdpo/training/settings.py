@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jdpo.config import DPOConfig, TrainConfig, defaults_of
+from jdpo.data.mixing import check_data_settings, has_evaluation
 from jdpo.models.attention import check_attention
 from jdpo.models.blocks import AttentionSettings
 from jdpo.models.families import ModelConfig
@@ -37,8 +38,11 @@ def check_settings(config: TrainConfig, task: Task) -> None:
     for name, revision, key in pairs:
         if revision is not None and Path(name).expanduser().is_dir():
             raise ValueError(f"{key} {revision!r} is for hub names; {name} is a local folder, which has no revisions")
-    if config.eval_steps is not None and not config.eval_datasets:
-        raise ValueError(f"eval_steps {config.eval_steps} needs eval_datasets: there is nothing to evaluate on")
+    check_data_settings(config)
+    if config.eval_steps is not None and not has_evaluation(config):
+        raise ValueError(
+            f"eval_steps {config.eval_steps} needs eval_datasets or eval_fraction: there is nothing to evaluate on"
+        )
     check_trackers(config.report_to)
     parse_steps(config.profile_steps)
     known = [f"eval_{name}" for name in task.metrics]
@@ -49,8 +53,11 @@ def check_settings(config: TrainConfig, task: Task) -> None:
         )
     if not config.load_best_model_at_end:
         return
-    if not config.eval_datasets or config.eval_steps is None:
-        raise ValueError("load_best_model_at_end needs eval_datasets and eval_steps: without them no step is the best")
+    if not has_evaluation(config) or config.eval_steps is None:
+        raise ValueError(
+            "load_best_model_at_end needs eval_datasets and eval_steps: without them no step is the best "
+            "(eval_fraction may stand for eval_datasets)"
+        )
     if config.save_steps % config.eval_steps:
         raise ValueError(
             f"load_best_model_at_end needs an evaluation at every checkpoint: save_steps {config.save_steps} is not a "

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import hashlib
 import math
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from jax.sharding import Mesh
 
 from jdpo.checkpoint.hf_export import parse_size
 from jdpo.config import DPOConfig, TrainConfig
-from jdpo.data.loader import num_steps_per_epoch
+from jdpo.data.loader import RowPlan
 from jdpo.data.prepare import PreparedData, cache_folder
 from jdpo.data.tokenizer import Tokenizer, load_tokenizer
 from jdpo.models.families import ModelConfig, read_model_config
@@ -30,12 +29,12 @@ from jdpo.sharding.mesh import check_batch_size, make_mesh
 from jdpo.sharding.rules import param_shardings, undivided_dims
 from jdpo.training.compilation import persistent_cache
 from jdpo.training.optimizer import learning_rate_schedule, param_dtype_of
+from jdpo.training.rows import plan_rows, prepare_rows
 from jdpo.training.settings import check_attention_settings, check_offload, check_profiled, check_settings
 from jdpo.training.tasks import Task, task_for
 
 Params = Any
 Say = Callable[[str], None]
-ROW_COUNTER_SECONDS = 10.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +51,7 @@ class Setup:
     model: Transformer  # with the vocabulary that the tokenizer needs
     train_data: PreparedData
     eval_data: PreparedData | None
+    row_plan: RowPlan  # of train_data
     num_steps: int
     steps_per_epoch: int
 
@@ -67,6 +67,8 @@ class Setup:
             "the tokenizer or its chat template": self.tokenizer.digest,
             "the training rows": self.train_data.digest,
         }
+        if len(self.train_data.names) > 1:
+            digests["how many rows each data set has"] = " ".join(map(str, self.train_data.num_rows_of))
         if self.reference_folder is not None:
             digests["the reference model"] = folder_digest(self.reference_folder)
         return digests
@@ -108,15 +110,17 @@ def numerics(config: TrainConfig) -> Iterator[None]:
         jax.config.update("jax_enable_x64", x64)
 
 
-def build(config: TrainConfig, say: Say) -> Setup:
+def build(config: TrainConfig, say: Say, *, stopped: Callable[[], bool] = lambda: False) -> Setup:
     """Reads model config, tokenizer and rows, and lays out mesh and batches. Weights are not touched.
 
     Args:
       config: with compute_dtype resolved.
       say: takes lines for the person who started the run.
+      stopped: whether a signal asks to stop; asked while rows are tokenized.
 
     Raises:
       ValueError: anything that does not fit, before anything is trained.
+      BuildStopped: `stopped` said so.
     """
     task = task_for(config)
     check_settings(config, task)
@@ -131,13 +135,8 @@ def build(config: TrainConfig, say: Say) -> Setup:
     reference_folder = _reference_folder(config, model_folder, source_config, tokenizer)
     for folder in {model_folder, reference_folder or model_folder}:
         check_tensors(folder, tensor_entries(folder), source_config)  # headers only, before rows are tokenized
-    train_data = task.prepare(config.datasets, tokenizer, progress=_row_counter(say))
-    say(f"{train_data.summary()}\n  {train_data.cache_note}")
-    eval_data = None
-    if config.eval_datasets:
-        eval_data = task.prepare(config.eval_datasets, tokenizer, progress=_row_counter(say))
-        say(f"evaluation {eval_data.summary()}\n  {eval_data.cache_note}")
-    steps_per_epoch = num_steps_per_epoch(len(train_data), config.global_batch_size)
+    train_data, eval_data = prepare_rows(config, task, tokenizer, say, stopped=stopped)
+    row_plan = plan_rows(config, train_data, say)
     setup = Setup(
         config=config,
         task=task,
@@ -149,26 +148,14 @@ def build(config: TrainConfig, say: Say) -> Setup:
         model=model,
         train_data=train_data,
         eval_data=eval_data,
-        num_steps=config.max_steps or num_steps_of(config.num_train_epochs, steps_per_epoch),
-        steps_per_epoch=steps_per_epoch,
+        row_plan=row_plan,
+        num_steps=config.max_steps or num_steps_of(config.num_train_epochs, row_plan.steps_per_epoch),
+        steps_per_epoch=row_plan.steps_per_epoch,
     )
     learning_rate_schedule(config, setup.num_steps)  # a warm-up longer than the run is refused here
     check_profiled(config, setup.num_steps)
     say(describe(setup))
     return setup
-
-
-def _row_counter(say: Say) -> Callable[[int], None]:
-    """Says every so often how many rows were read, while a large set is tokenized."""
-    due = time.monotonic() + ROW_COUNTER_SECONDS
-
-    def progress(num_rows: int) -> None:
-        nonlocal due
-        if time.monotonic() >= due:
-            due = time.monotonic() + ROW_COUNTER_SECONDS
-            say(f"tokenizing: {num_rows:,} rows read")
-
-    return progress
 
 
 def num_steps_of(num_epochs: float, steps_per_epoch: int) -> int:

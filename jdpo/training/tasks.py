@@ -38,7 +38,7 @@ class Task:
       sequences: sequences the model sees for each row.
       metrics: names that an evaluation gives, without their eval_.
       loss: the preference losses and their options, or None.
-      prepare: (datasets, tokenizer, *, progress) -> tokenized rows.
+      prepare: (datasets, tokenizer, *, part, progress) -> tokenized rows.
       collate: (rows, *, num_slots, length, pad_token_id) -> a batch of numpy arrays.
       count_tokens: real tokens of a row, over all its sequences.
       objective: (model, mesh, *, packing) -> what is minimised.
@@ -77,7 +77,12 @@ def task_for(config: TrainConfig) -> Task:
     Raises:
       ValueError: loss options that do not go together.
     """
-    cache_dir = Path(config.cache_dir) if config.cache_dir else None
+    options: dict[str, Any] = {
+        "max_length": config.max_length,
+        "max_prompt_length": config.max_prompt_length,
+        "num_proc": config.dataset_num_proc,
+        "cache_dir": Path(config.cache_dir) if config.cache_dir else None,
+    }
     if isinstance(config, DPOConfig):
         loss = loss_of(config)
         return Task(
@@ -86,12 +91,7 @@ def task_for(config: TrainConfig) -> Task:
             sequences=2,
             metrics=metric_names(loss),
             loss=loss,
-            prepare=partial(
-                prepare_pairs,
-                max_length=config.max_length,
-                max_prompt_length=config.max_prompt_length,
-                cache_dir=cache_dir,
-            ),
+            prepare=partial(prepare_pairs, **options),
             collate=collate_pairs,
             count_tokens=count_pair_tokens,
             objective=partial(_dpo_objective, settings=loss),
@@ -103,13 +103,7 @@ def task_for(config: TrainConfig) -> Task:
         sequences=1,
         metrics=("loss",),
         loss=None,
-        prepare=partial(
-            prepare_completions,
-            max_length=config.max_length,
-            max_prompt_length=config.max_prompt_length,
-            cache_dir=cache_dir,
-            loss_on=config.loss_on,
-        ),
+        prepare=partial(prepare_completions, loss_on=config.loss_on, **options),
         collate=collate_completions,
         count_tokens=count_completion_tokens,
         objective=_sft_objective,

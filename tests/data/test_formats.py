@@ -8,12 +8,12 @@ from jdpo.data.formats import (
     EMPTY_SIDE,
     HISTORIES_DIFFER,
     NO_ASSISTANT_TURN,
-    NO_TEXT,
     PROMPT_ELSEWHERE,
+    UNWANTED,
     Dropped,
-    completion_row,
+    completion_rows,
     is_preference,
-    preference_row,
+    preference_rows,
 )
 from jdpo.types import CompletionRow, PreferenceRow
 
@@ -30,6 +30,17 @@ def gpt(value: str) -> dict[str, str]:
 
 def human(value: str) -> dict[str, str]:
     return {"from": "human", "value": value}
+
+
+def preference_row(raw: dict[str, Any], origin: str) -> PreferenceRow | Dropped:
+    """What a raw row of two sides gives."""
+    (row,) = preference_rows(raw, origin)
+    return row
+
+
+def completion_row(raw: dict[str, Any], origin: str) -> CompletionRow | Dropped:
+    (row,) = completion_rows(raw, origin)
+    return row
 
 
 @pytest.mark.parametrize(
@@ -155,8 +166,8 @@ def test_sides_that_share_no_prompt_are_dropped_with_the_reason(raw: dict[str, A
             r"x\.jsonl:7: the content of prompt\[0\] is null; expected a string",
         ),
         (
-            {"prompt": [ASK], "chosen": [{"role": "assistant", "content": [{"type": "text"}]}], "rejected": [GREEN]},
-            r"x\.jsonl:7: the content of chosen\[0\] is list; expected a string",
+            {"prompt": [ASK], "chosen": [{"role": "assistant", "content": {"text": "Hi"}}], "rejected": [GREEN]},
+            r"x\.jsonl:7: the content of chosen\[0\] is object; expected a string",
         ),
         (
             {"prompt": [{"content": "?"}], "chosen": [BLUE], "rejected": [GREEN]},
@@ -182,6 +193,14 @@ def test_further_keys_of_a_message_stay_for_the_template() -> None:
         ({"messages": [ASK, BLUE, AGAIN, GREEN]}, [ASK, BLUE, AGAIN], [GREEN]),
         ({"prompt": "ignored", "messages": [ASK, BLUE]}, [ASK], [BLUE]),
         ({"conversations": [human("The sky?"), gpt("That is blue.")]}, [ASK], [BLUE]),
+        ({"instruction": "The sky?", "input": "", "output": "That is blue."}, [ASK], [BLUE]),
+        (
+            {"conversations": [human("The sky?"), gpt("That is blue.")], "system": "Be brief."},
+            [SYSTEM, ASK],
+            [BLUE],
+        ),
+        ({"prompt": "The sky?", "completion": "That is blue.", "system": "Be brief."}, [SYSTEM, ASK], [BLUE]),
+        ({"prompt": "The sky?", "completion": " blue", "label": True}, "The sky?", " blue"),
         ({"prompt": "The sky?", "completion": " blue"}, "The sky?", " blue"),
         ({"prompt": [ASK], "completion": [BLUE]}, [ASK], [BLUE]),
         ({"prompt": [ASK], "completion": "That is blue."}, [ASK], [BLUE]),
@@ -206,17 +225,31 @@ def test_a_conversation_that_ends_in_a_question_is_dropped() -> None:
 
 
 def test_missing_columns_of_a_supervised_row_are_named() -> None:
-    with pytest.raises(ValueError, match=r"(?s)x:1: .*Found: text \(string\)\nKnown formats:\n  messages: "):
+    with pytest.raises(ValueError, match=r"(?s)x:1: .*Found: text \(string\)\n.*\nKnown formats:\n  messages: "):
         completion_row({"text": "The sky is blue."}, "x:1")
 
 
-@pytest.mark.parametrize("turn", [{"content": None}, {}])
-def test_a_turn_of_tool_calls_alone_costs_the_row(turn: dict[str, Any]) -> None:
-    call = {"role": "assistant", "tool_calls": [{"function": {"name": "look", "arguments": {}}}], **turn}
-    history = [ASK, call, {"role": "tool", "content": "blue"}]
-    dropped = Dropped(NO_TEXT, "x:1")
-    assert preference_row({"prompt": history, "chosen": [BLUE], "rejected": [GREEN]}, "x:1") == dropped
-    assert preference_row({"prompt": [ASK], "chosen": [BLUE], "rejected": [call]}, "x:1") == dropped
-    assert completion_row({"messages": [*history, BLUE]}, "x:1") == dropped
-    spoken = [ASK, call | {"content": "I look."}, {"role": "tool", "content": "blue"}, BLUE]
-    assert completion_row({"messages": spoken}, "x:1") == CompletionRow(spoken[:-1], [BLUE], "x:1")
+def test_a_completion_that_nobody_wants_is_not_learnt() -> None:
+    for label in (False, "False"):
+        raw = {"prompt": "The sky?", "completion": " green", "label": label}
+        assert completion_row(raw, "x:1") == Dropped(UNWANTED, "x:1")
+
+
+def test_of_ranked_answers_the_best_is_learnt() -> None:
+    answers = [{"answer": "No.", "rank": 3.0}, {"answer": "That is blue.", "rank": 1.0}, {"answer": "Hm.", "rank": 2.0}]
+    raw = {"prompt": "\n\nHuman: The sky?\n\nAssistant: ", "answers": answers}
+    assert completion_row(raw, "x:1") == CompletionRow([ASK], [BLUE], "x:1")
+    assert is_preference(raw)
+
+
+@pytest.mark.parametrize("depth", [100, 5000])
+def test_deep_nesting_is_read_or_named(depth: int) -> None:
+    deep: Any = "x"
+    for _ in range(depth):
+        deep = {"a": deep}
+    raw = {"prompt": [ASK], "chosen": [BLUE | {"tool_calls": [deep]}], "rejected": [GREEN | {"meta": deep}]}
+    if depth == 100:
+        assert isinstance(preference_row(raw, "x:1"), PreferenceRow)
+    else:
+        with pytest.raises(ValueError, match=r"^x:1: the row is nested too deeply$"):
+            preference_row(raw, "x:1")

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jdpo.config import MeshConfig
 from jdpo.data.loader import (
+    WINDOW_STEPS,
+    RowPlan,
     bucket_length,
     collate_completions,
     collate_pairs,
@@ -15,6 +20,9 @@ from jdpo.data.loader import (
     plan,
     prefetch,
 )
+from jdpo.data.mixing import Mixture
+from jdpo.sharding.mesh import make_mesh
+from jdpo.sharding.placement import micro_batch_sharding, place
 from jdpo.types import CHOSEN, REJECTED, TokenizedCompletion, TokenizedPair
 
 
@@ -72,6 +80,107 @@ def test_seeds_and_epochs_give_different_orders() -> None:
 def test_the_order_of_a_seed_never_changes() -> None:
     # Golden: a change here breaks the resuming of every run begun before it.
     assert epoch_rows(0, 10, 4, seed=42) == [4, 8, 1, 9, 3, 6, 0, 7, 2, 5]
+
+
+# --- of data sets that are mixed, and grouped by length
+
+
+@st.composite
+def row_plans(draw: st.DrawFn) -> RowPlan:
+    sizes = draw(st.lists(st.integers(1, 60), min_size=1, max_size=3))
+    takes = sizes if draw(st.booleans()) else [draw(st.integers(1, 2 * size)) for size in sizes]
+    shuffle = draw(st.booleans())
+    lengths = (
+        np.array([draw(st.integers(1, 50)) for _ in range(sum(sizes))]) if shuffle and draw(st.booleans()) else None
+    )
+    return RowPlan(
+        Mixture(tuple(sizes), tuple(takes)),
+        global_batch_size=draw(st.integers(1, 8)),
+        seed=draw(st.integers(0, 2**32 - 1)),
+        shuffle=shuffle,
+        lengths=lengths,
+    )
+
+
+def steps_of(plan: RowPlan, epoch: int) -> list[np.ndarray]:
+    return [plan.step(step) for step in range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)]
+
+
+@given(row_plans(), st.integers(0, 3), st.data())
+def test_no_order_seed_weight_or_grouping_changes_the_rows_of_an_epoch(
+    plan: RowPlan, epoch: int, data: st.DataObject
+) -> None:
+    mixture, size = plan.mixture, plan._size
+    steps = steps_of(plan, epoch)
+    assert [len(rows) for rows in steps[:-1]] == [size] * (len(steps) - 1)
+    assert len(steps[-1]) == mixture.num_examples - size * (len(steps) - 1)
+    plain = RowPlan(mixture, global_batch_size=size, seed=plan._seed, shuffle=plan._shuffle)
+    assert Counter(np.concatenate(steps).tolist()) == Counter(np.concatenate(steps_of(plain, epoch)).tolist())
+    if mixture.takes == mixture.sizes:
+        assert sorted(np.concatenate(steps)) == list(range(sum(mixture.sizes)))
+    step = data.draw(st.integers(0, 4 * plan.steps_per_epoch))  # a resumed run asks for any step first
+    again = RowPlan(mixture, global_batch_size=size, seed=plan._seed, shuffle=plan._shuffle, lengths=plan._lengths)
+    np.testing.assert_array_equal(again.step(step), plan.step(step))
+
+
+def test_all_rows_once_are_planned_as_ever() -> None:
+    mixed = RowPlan(Mixture((30, 20), (30, 20)), global_batch_size=8, seed=7, shuffle=True)
+    for step in range(14):
+        rows = plan(step, num_rows=50, global_batch_size=8, seed=7, shuffle=True)
+        np.testing.assert_array_equal(mixed.step(step), rows)
+
+
+def grouped_and_plain(num_rows: int, batch: int) -> tuple[RowPlan, RowPlan, np.ndarray]:
+    lengths = np.random.default_rng(0).integers(1, 1000, num_rows)
+    mixture = Mixture((num_rows,), (num_rows,))
+    plans = [
+        RowPlan(mixture, global_batch_size=batch, seed=3, shuffle=True, lengths=chosen) for chosen in (lengths, None)
+    ]
+    return plans[0], plans[1], lengths
+
+
+def test_grouped_steps_have_rows_of_similar_length() -> None:
+    grouped, plain, lengths = grouped_and_plain(8 * WINDOW_STEPS * 5, 8)
+
+    def spread(plan: RowPlan) -> float:
+        return float(np.mean([np.ptp(lengths[rows]) for rows in steps_of(plan, 1)]))
+
+    assert spread(grouped) < spread(plain) / 10
+
+
+def test_grouping_keeps_rows_within_their_window_and_the_remainder_last() -> None:
+    grouped, plain, lengths = grouped_and_plain(8 * (WINDOW_STEPS * 2 + 5) + 3, 8)
+    for epoch in (0, 1):
+        first, second = steps_of(grouped, epoch), steps_of(plain, epoch)
+        np.testing.assert_array_equal(first[-1], second[-1])  # the remainder is a random one, not the longest rows
+        for start in range(0, len(first) - 1, WINDOW_STEPS):
+            stop = min(start + WINDOW_STEPS, len(first) - 1)
+            assert set(np.concatenate(first[start:stop])) == set(np.concatenate(second[start:stop]))
+        means = [lengths[rows].mean() for rows in first[:WINDOW_STEPS]]
+        assert means != sorted(means), "the steps of a window come in a random order"
+    orders = [[lengths[rows].mean() for rows in steps_of(grouped, epoch)[:WINDOW_STEPS]] for epoch in (0, 1)]
+    assert np.argsort(orders[0]).tolist() != np.argsort(orders[1]).tolist()
+
+
+def test_without_a_shuffle_there_is_nothing_to_group() -> None:
+    with pytest.raises(AssertionError):
+        RowPlan(Mixture((3,), (3,)), global_batch_size=2, seed=0, shuffle=False, lengths=np.ones(3))
+
+
+@pytest.mark.parametrize("num_hosts", [1, 2, 4, 8])
+def test_the_shards_of_all_hosts_are_a_partition_of_the_step(num_hosts: int) -> None:
+    # Hosts are stood for by groups of devices: each places, of the whole step, what its own devices hold.
+    mesh = make_mesh(MeshConfig(data=8, fsdp=1))
+    plan = RowPlan(Mixture((40, 23), (20, 46)), global_batch_size=16, seed=1, shuffle=True)
+    devices = mesh.devices.reshape(num_hosts, -1)
+    for step in range(plan.steps_per_epoch - 1):
+        rows = plan.step(step)
+        placed = place(rows.reshape(1, -1), micro_batch_sharding(mesh))
+        shards = {shard.device: np.asarray(shard.data).reshape(-1) for shard in placed.addressable_shards}
+        of_hosts = [np.concatenate([shards[device] for device in host]) for host in devices]
+        assert {len(part) for part in of_hosts} == {16 // num_hosts}, "no host ends before another"
+        np.testing.assert_array_equal(np.concatenate(of_hosts), rows)
+    assert len(jax.devices()) == 8
 
 
 @given(max_length=st.integers(1, 5000), data=st.data())

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jdpo.config import DatasetConfig
-from jdpo.data.formats import preference_row
+from jdpo.data.formats import preference_rows
 from jdpo.data.prepare import prepare_completions, prepare_pairs
 from jdpo.data.store import BATCH_ROWS
 from jdpo.data.tokenize import KeptPair, tokenize_pair
@@ -67,7 +67,7 @@ def test_rows_come_back_as_they_were_tokenized(prepare: Callable[..., Any], tmp_
     assert len(data) == len(raw)
     assert data.counts == {"rows read": len(raw), "rows kept": len(raw)}
     for index in (0, 1, BATCH_ROWS - 1, BATCH_ROWS, 2 * BATCH_ROWS, len(raw) - 1):
-        row = preference_row(raw[index], f"pairs.jsonl:{index + 1}")
+        (row,) = preference_rows(raw[index], f"pairs.jsonl:{index + 1}")
         assert isinstance(row, PreferenceRow)
         expected = tokenize_pair(row, chatml, max_length=256)
         assert isinstance(expected, KeptPair)
@@ -234,9 +234,20 @@ def test_data_sets_follow_one_another(prepare: Callable[..., Any], tmp_path: Pat
 
 
 def test_progress_is_told(prepare: Callable[..., Any], tmp_path: Path) -> None:
-    told: list[int] = []
-    prepare(write(tmp_path / "pairs.jsonl", rows(1100)), progress=told.append)
-    assert told == [512, 1024, 1100]
+    told: list[tuple[int, int | None]] = []
+    prepare(write(tmp_path / "pairs.jsonl", rows(1100)), progress=lambda *counts: told.append(counts))
+    assert told == [(512, None), (1024, None), (1100, None)]
+
+
+def test_progress_knows_the_end_where_files_tell_it(prepare: Callable[..., Any], tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist(rows(700)), tmp_path / "pairs.parquet")
+    told: list[tuple[int, int | None]] = []
+    dataset = DatasetConfig(path=str(tmp_path / "pairs.parquet"), split="train[:600]")
+    prepare([dataset], progress=lambda *counts: told.append(counts))
+    assert told == [(512, 600), (600, 600)]
 
 
 def test_supervised_rows_and_their_masks_come_back(tmp_path: Path, chatml: Tokenizer) -> None:

@@ -261,3 +261,26 @@ def test_conversations_that_go_without_bos_are_said(word_level: Callable[..., Pa
         "BOS: the chat template does not write <s>: conversations go without, plain text has it"
     ]
     assert notes(ZEPHYR_LIKE, adds_bos=False) == notes(LLAMA_2_LIKE, adds_bos=True) == []
+
+
+def test_a_template_that_writes_the_date_writes_the_same_one_every_day(
+    word_level: Callable[..., Path], tmp_path: Path
+) -> None:
+    text = "{% for m in messages %}<s>{{ m.role }} {{ strftime_now('%d %b %Y') }}\n{{ m.content }}</s>{% endfor %}"
+    tokenizer = load_tokenizer(
+        word_level(["a"], specials={"eos_token": "</s>"}, chat_template=text), chat_template=None
+    )
+    assert tokenizer.render([{"role": "user", "content": "a"}]) == "<s>user 26 Jul 2024\na</s>"
+    assert any("writes today's date; 26 July 2024 stands for it" in note for note in tokenizer.notes)
+
+
+def test_a_template_that_writes_bos_twice_is_said(word_level: Callable[..., Path]) -> None:
+    text = "<s><s>{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    specials = {"bos_token": "<s>", "eos_token": "</s>"}
+    twice, once = (
+        load_tokenizer(word_level(["a"], specials=specials, chat_template=written), chat_template=None).notes
+        for written in (text, text.removeprefix("<s>"))
+    )
+    said = "the chat template writes <s> twice; jdpo takes one away, which others may not do"
+    assert said in twice
+    assert said not in once

@@ -198,8 +198,8 @@ ROWS: dict[str, tuple[Make, list[str]]] = {
         ["{folder}/rows.jsonl:2: expected an object", "found an array"],
     ),
     "unknown ending": (
-        lambda at: {"datasets": at.file("rows.csv", "a,b\n")},
-        ["rows.csv: cannot read this kind of file", ".jsonl"],
+        lambda at: {"datasets": at.file("rows.xlsx", "a,b\n")},
+        ["rows.xlsx: cannot read this kind of file", ".jsonl"],
     ),
     "unknown split": (
         lambda at: {"eval_datasets": "{path: " + str(at.rows(ROW)) + ", split: test}"},

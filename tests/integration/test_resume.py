@@ -198,6 +198,7 @@ def test_changed_inputs_are_refused_and_named(
     rows.write_text(content.replace("river", "paper"), encoding="utf-8")
     said = refusal(words, capsys)
     assert f"cannot resume the run in {run}: since it started, the content of the training rows has changed" in said
+    assert f"Files that changed: {rows}" in said
     rows.write_text(content, encoding="utf-8")
     weights = own_inputs["model_name_or_path"] / "model.safetensors"
     _change_last_byte(weights)

@@ -25,6 +25,21 @@ def test_a_window_that_travels_through_json_goes_on_bitwise() -> None:
     assert straight.averages()["loss"] == pytest.approx(np.mean([0.1, 0.7, 1e-9, 123.456]))
 
 
+def test_shares_are_means_over_rows_and_travel_too() -> None:
+    window = Window()
+    window.add({"loss": 1.0}, {"loss/a": (3.0, 2.0), "loss/b": (1.0, 1.0)})
+    window = Window(json.loads(json.dumps(window.to_json())))
+    window.add({"loss": 2.0}, {"loss/a": (7.0, 2.0)})  # a step without a row of b
+    window.add({"loss": 3.0})
+    assert window.averages() == {"loss": 2.0, "loss/a": 2.5, "loss/b": 1.0}
+    old = {name: value for name, value in Window().to_json().items() if name != "shares"}
+    assert Window(old).averages() == {}, "a checkpoint of an older version"
+    averages = RowAverages()
+    for total, weight in ((4.0, 1.0), (5.0, 2.0)):
+        averages.add({"loss": np.array([total])}, normalizer=1.0, shares={"loss/a": (total, weight)})
+    assert averages.averages() == {"loss": 4.5, "loss/a": 3.0}
+
+
 def test_an_empty_window_gives_nothing() -> None:
     assert Window().averages() == {}
     assert Window(Window().to_json()).averages() == {}

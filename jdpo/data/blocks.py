@@ -1,0 +1,98 @@
+"""Tokenized rows as they travel between processes and are written: few large arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from jdpo.types import TokenizedCompletion, TokenizedPair
+
+R = TypeVar("R", bound=TokenizedPair | TokenizedCompletion)
+
+
+class Tags(NamedTuple):
+    """What is known of each row beside its tokens.
+
+    Attributes:
+      dataset: int32 [rows], the number of the data set.
+      prompt_key: uint64 [rows], a hash of the prompt's text.
+      margin: float32 [rows], by how much the chosen side was scored higher; NaN where nobody scored.
+    """
+
+    dataset: np.ndarray
+    prompt_key: np.ndarray
+    margin: np.ndarray
+
+
+TAG_TYPES: dict[str, np.dtype] = {
+    "dataset": np.dtype(np.int32),
+    "prompt_key": np.dtype(np.uint64),
+    "margin": np.dtype(np.float32),
+}
+
+
+class Block(NamedTuple):
+    """Rows as they are written.
+
+    Attributes:
+      values: by field, the elements of all rows, one row after the other.
+      lengths: by field, int32 [rows], elements of each row.
+      origins: where each row came from.
+      tags: see `Tags`.
+    """
+
+    values: dict[str, np.ndarray]
+    lengths: dict[str, np.ndarray]
+    origins: list[str]
+    tags: Tags
+
+    def __len__(self) -> int:
+        return len(self.origins)
+
+
+def block_of(rows: Sequence[R], row_type: type[R], tags: Tags) -> Block:
+    """Puts rows of one type together."""
+    *fields, origin = row_type._fields
+    values, lengths = {}, {}
+    for field in fields:
+        vectors = [getattr(row, field) for row in rows]
+        lengths[field] = np.array([len(vector) for vector in vectors], np.int32)
+        values[field] = np.concatenate([np.zeros(0, dtype_of(field)), *vectors]).astype(dtype_of(field), copy=False)
+    return Block(values, lengths, [getattr(row, origin) for row in rows], tags)
+
+
+def joined(blocks: Sequence[Block]) -> Block:
+    """Blocks of one type, one after the other."""
+    first = blocks[0]
+    return Block(
+        {field: np.concatenate([block.values[field] for block in blocks]) for field in first.values},
+        {field: np.concatenate([block.lengths[field] for block in blocks]) for field in first.lengths},
+        [origin for block in blocks for origin in block.origins],
+        Tags(*(np.concatenate(arrays) for arrays in zip(*(block.tags for block in blocks), strict=True))),
+    )
+
+
+def longest(lengths: dict[str, np.ndarray], row_type: type[Any]) -> np.ndarray:
+    """int32 [rows], tokens of the longest sequence of each row, from how many each field has."""
+    if row_type is TokenizedPair:
+        sides = np.maximum(lengths["chosen_ids"], lengths["rejected_ids"])
+        return (lengths["prompt_ids"] + sides).astype(np.int32)
+    return lengths["tokens"].astype(np.int32)
+
+
+def interleaved(block: Block) -> bytes:
+    """What the content digest is of: row after row, field after field, the number of elements and the elements."""
+    parts = []
+    for field, values in block.values.items():
+        ends = block.lengths[field].cumsum()
+        parts.append(np.split(values, ends[:-1]))
+    counts = [[len(vector).to_bytes(4, "little") for vector in vectors] for vectors in parts]
+    pieces = zip(*(zip(count, vectors, strict=True) for count, vectors in zip(counts, parts, strict=True)), strict=True)
+    return b"".join(piece for row in pieces for count, vector in row for piece in (count, vector.tobytes()))
+
+
+def dtype_of(field: str) -> np.dtype:
+    """What the elements of a field of tokenized rows are."""
+    return np.dtype(np.bool_ if field.endswith("_mask") else np.int32)

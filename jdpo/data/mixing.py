@@ -1,0 +1,238 @@
+"""Several data sets in one run: what they are called, how many rows of each an epoch has, and in which order.
+
+Without weights or num_rows an epoch is all rows of all data sets, once. With them, each data set gives a fixed number
+of rows an epoch, cut from an endless stream of passes over its rows, every pass in a new order. The next epoch goes on
+where the last one ended, so that no row comes again before all others of its data set did, and every row comes.
+
+Everything here is pure in its arguments, and the same on every host.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import NamedTuple
+
+import numpy as np
+
+from jdpo.config import DatasetConfig, SFTConfig, TrainConfig
+
+_ENDING = re.compile(r"(\.(json|jsonl|ndjson|csv|tsv|parquet|arrow))?(\.(gz|bz2|xz|zst))?$", re.IGNORECASE)
+
+
+class Mixture(NamedTuple):
+    """How many rows each data set has, and how many of them an epoch takes; more than it has: some come again.
+
+    The rows of the data sets are numbered one set after the other.
+    """
+
+    sizes: tuple[int, ...]
+    takes: tuple[int, ...]
+
+    @property
+    def num_examples(self) -> int:
+        """Rows of an epoch.
+
+        >>> Mixture(sizes=(10, 4), takes=(5, 8)).num_examples
+        13
+        """
+        return sum(self.takes)
+
+    def describe(self, labels: Sequence[str]) -> str:
+        """An epoch in words.
+
+        >>> Mixture(sizes=(1000, 400, 7), takes=(500, 1000, 7)).describe(["hh", "orca", "own"])
+        'an epoch is 1,507 rows: 500 of hh (0.5 passes over 1,000), 1,000 of orca (2.5 passes over 400), all 7 of own'
+        """
+        parts = [
+            f"all {size:,} of {label}"
+            if take == size
+            else f"{take:,} of {label} ({take / size:.3g} passes over {size:,})"
+            for label, size, take in zip(labels, self.sizes, self.takes, strict=True)
+        ]
+        return f"an epoch is {self.num_examples:,} rows: {', '.join(parts)}"
+
+
+# --- what the config says
+
+
+def check_data_settings(config: TrainConfig) -> None:
+    """Refuses settings of data sets that do not go together, before any row is read.
+
+    Raises:
+      ValueError: naming the settings and what to do.
+    """
+    labels_of(config.datasets)
+    labels_of(config.eval_datasets)
+    _check_shares(config)
+    if config.eval_fraction and config.eval_datasets:
+        raise ValueError(
+            f"eval_fraction {config.eval_fraction} and eval_datasets both say what to evaluate on; leave one out"
+        )
+    if config.eval_fraction == 1:
+        raise ValueError("eval_fraction is 1, which leaves nothing to train on; expected a share such as 0.05")
+    for dataset in (*config.datasets, *config.eval_datasets):
+        if isinstance(config, SFTConfig) and dataset.ranked != "best_vs_worst":
+            raise ValueError(
+                f"{dataset.path}: ranked {dataset.ranked!r} is for pairs, and `jdpo sft` learns the best answer alone; "
+                "leave it out"
+            )
+    if config.group_by_length and not config.shuffle:
+        raise ValueError("group_by_length puts steps in a random order; it needs shuffle: true")
+
+
+def _check_shares(config: TrainConfig) -> None:
+    weighted = [dataset.path for dataset in config.datasets if dataset.weight is not None]
+    counted = [dataset.path for dataset in config.datasets if dataset.num_rows is not None]
+    if weighted and counted:
+        raise ValueError(
+            f"datasets: {weighted[0]} has weight and {counted[0]} has num_rows; use one of the two for all data sets"
+        )
+    without = [dataset.path for dataset in config.datasets if dataset.weight is None]
+    if weighted and without:
+        raise ValueError(f"datasets: {without[0]} has no weight, but others have; give every data set one")
+    if config.num_examples is not None and not weighted:
+        raise ValueError(
+            f"num_examples {config.num_examples} is for data sets with weights; give every data set a weight, or say "
+            "with num_rows how many rows of it an epoch has"
+        )
+    for dataset in config.eval_datasets:
+        if dataset.weight is not None or dataset.num_rows is not None:
+            raise ValueError(
+                f"eval_datasets: {dataset.path} has weight or num_rows, but an evaluation reads every row once; to "
+                "evaluate on part of it, set split, such as train[:200]"
+            )
+
+
+def has_evaluation(config: TrainConfig) -> bool:
+    """Whether rows are held out, in data sets of their own or by hash of the prompt."""
+    return bool(config.eval_datasets) or config.eval_fraction > 0
+
+
+def labels_of(datasets: Sequence[DatasetConfig]) -> tuple[str, ...]:
+    """What each data set is called in metrics.
+
+    Raises:
+      ValueError: two have the same label, or one is empty or has a / in it.
+    """
+    labels: dict[str, str] = {}
+    for dataset in datasets:
+        label = default_label(dataset.path) if dataset.label is None else dataset.label
+        if not label.strip() or "/" in label:
+            raise ValueError(
+                f"the data set {dataset.path} has the label {label!r}; expected a name without /, as it becomes part "
+                "of names like rewards/margins/<label>"
+            )
+        if label in labels:
+            raise ValueError(
+                f"two data sets are called {label!r}: {labels[label]} and {dataset.path}; give one of them another "
+                "label"
+            )
+        labels[label] = dataset.path
+    return tuple(labels)
+
+
+def default_label(path: str) -> str:
+    """The file's stem, or the last part of a hub name.
+
+    >>> [default_label(path) for path in ("data/hh.jsonl.gz", "org/dpo-mix-7k", "s3://bucket/v1.5/", "pairs.v2.json")]
+    ['hh', 'dpo-mix-7k', 'v1.5', 'pairs.v2']
+    """
+    name = path.rstrip("/").rpartition("/")[2]
+    return _ENDING.sub("", name, count=1) or name or "data"
+
+
+def mixture_of(datasets: Sequence[DatasetConfig], sizes: Sequence[int], *, num_examples: int | None) -> Mixture:
+    """How many rows of each data set an epoch takes, as the config says; the settings passed `check_data_settings`.
+
+    Args:
+      sizes: rows that were kept of each data set.
+      num_examples: rows of an epoch where data sets have weights; None: as many as pass over the largest set once
+        (of several largest ones, over that of the largest weight).
+
+    Raises:
+      ValueError: a data set with a weight has no rows, or gets none in an epoch.
+    """
+    weights = [Fraction(dataset.weight) for dataset in datasets if dataset.weight is not None]
+    counts = [dataset.num_rows for dataset in datasets]
+    if weights:
+        takes = _weighted(weights, sizes, num_examples)
+    elif any(counts):
+        takes = [size if count is None else count for count, size in zip(counts, sizes, strict=True)]
+    else:
+        return Mixture(tuple(sizes), tuple(sizes))
+    for label, size, take in zip(labels_of(datasets), sizes, takes, strict=True):
+        if not size:
+            raise ValueError(
+                f"the data set {label} has no rows left, so it cannot have a share of an epoch; leave it out"
+            )
+        if not take:
+            raise ValueError(
+                f"the data set {label} gets none of the {sum(takes):,} rows of an epoch; give it more weight, or set "
+                "num_examples to more"
+            )
+    return Mixture(tuple(sizes), tuple(takes))
+
+
+def _weighted(weights: Sequence[Fraction], sizes: Sequence[int], num_examples: int | None) -> list[int]:
+    if num_examples is not None:
+        return apportion(weights, num_examples)
+    largest = max(range(len(sizes)), key=lambda index: (sizes[index], weights[index], -index))
+    rest = [weight for index, weight in enumerate(weights) if index != largest]
+    takes = apportion(rest, round(sizes[largest] * sum(rest) / weights[largest])) if rest else []
+    takes.insert(largest, sizes[largest])
+    return takes
+
+
+def apportion(weights: Sequence[Fraction], total: int) -> list[int]:
+    """Parts of a total in proportion to weights, by largest remainder; they add up to it.
+
+    >>> apportion([Fraction(1), Fraction(1), Fraction(1)], 8)
+    [3, 3, 2]
+    """
+    exact = [weight / sum(weights) * total for weight in weights]
+    parts = [int(part) for part in exact]
+    by_remainder = sorted(range(len(parts)), key=lambda index: parts[index] - exact[index])  # a tie: the first
+    for index in by_remainder[: total - sum(parts)]:
+        parts[index] += 1
+    return parts
+
+
+# --- the order of rows
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(mixture: Mixture, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
+    """The rows of an epoch, in their order: int64 [num_examples], not to be written into.
+
+    >>> epoch_order(Mixture(sizes=(2, 3), takes=(3, 2)), 0, 0, False).tolist()
+    [0, 1, 0, 2, 3]
+    """
+    order = permutation(mixture.num_examples, seed, epoch) if shuffle else np.arange(mixture.num_examples)
+    if mixture.takes == mixture.sizes:
+        return order  # every row once: shuffling the numbers of the rows is enough
+    set_of = np.repeat(np.arange(len(mixture.takes)), mixture.takes)[order]
+    rows = np.empty(mixture.num_examples, np.int64)
+    start = 0
+    for index, (size, take) in enumerate(zip(*mixture, strict=True)):
+        rows[set_of == index] = start + _stream(size, take * epoch, take * (epoch + 1), seed, index, shuffle)
+        start += size
+    return rows
+
+
+def _stream(size: int, start: int, stop: int, seed: int, index: int, shuffle: bool) -> np.ndarray:
+    """Places `start` to `stop` of the endless stream of passes over the rows 0 to `size` of one data set."""
+    parts = []
+    for number in range(start // size, -(-stop // size)):
+        rows = permutation(size, seed, number, 1 + index) if shuffle else np.arange(size)
+        parts.append(rows[max(start - number * size, 0) : stop - number * size])
+    return np.concatenate(parts)
+
+
+def permutation(num_rows: int, *key: int) -> np.ndarray:
+    """The numbers from 0 to num_rows in an order that `key` determines, for ever."""
+    # Sorted raw bits, since numpy keeps those the same for ever, and not the stream of Generator.permutation.
+    bits = np.random.PCG64(np.random.SeedSequence(key)).random_raw(num_rows)
+    return np.argsort(bits, kind="stable")

@@ -1,0 +1,165 @@
+"""What the user is told where the columns fit no known format, with a `column_map` to paste."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+from jdpo.data.messages import Raw, kind, shown
+from jdpo.data.schemas import Schema
+
+MOST_ROWS = 3
+"""Sample rows in a message at most."""
+
+LONGEST_NAME = 60
+MOST_COLUMNS = 40
+"""Columns named in a message at most."""
+
+_SAMPLE_WIDTH = 200
+_PLAIN = re.compile(r"[A-Za-z_][\w.-]*")
+_YAML_WORDS = ("null", "true", "false", "yes", "no", "on", "off", "y", "n")
+
+_PROMPTS = ("prompt", "question", "instruction", "input", "query", "context", "history", "post", "request", "problem")
+_COMPLETIONS = ("completion", "response", "answer", "output", "solution", "target", "text")
+_BETTER = re.compile(r"chosen|better|best|prefer+ed|winner|winning|win|accepted|good|positive|pos|yw")
+_WORSE = re.compile(r"rejected|worse|worst|dispreferred|loser|losing|lose|bad|negative|neg|yl")
+_ONE_OF_TWO = re.compile(r"(?P<stem>.*[A-Za-z])[_-]?(?P<mark>[abAB]|[0-2]|left|right)")
+_SAYS_WHICH = re.compile(r"label|prefer|winner|better|choice|score|rank|rating", re.IGNORECASE)
+
+Sample = tuple[Raw, str]
+"""A raw row and its origin."""
+
+
+def refusal(
+    samples: Sequence[Sample], schemas: Sequence[Schema], *, mapped: Sequence[Raw] = (), supervised: bool = False
+) -> str:
+    """The message for rows that no schema reads.
+
+    Args:
+      samples: the first of them gives the place; `MOST_ROWS` of them are shown.
+      schemas: those that were tried.
+      mapped: the columns as they are under `column_map`, one mapping a sample; empty without a `column_map`.
+      supervised: whether completions are wanted, not pairs.
+    """
+    raws = [raw for raw, _ in samples]
+    lines = [f"{samples[0][1]}: the columns fit no known format.", f"Found: {_columns(raws)}"]
+    if mapped:
+        lines.append(f"Under column_map: {_columns(mapped)}")
+    lines += ["Rows:", *(f"  {origin}: {_sample(raw)}" for raw, origin in samples[:MOST_ROWS])]
+    lines += ["Known formats:", *(f"  {schema.description}" for schema in schemas)]
+    if not mapped:
+        lines += _suggestion(raws[0], supervised=supervised)
+    return "\n".join(lines)
+
+
+def named(columns: Mapping[str, object] | Sequence[str]) -> str:
+    """Column names in a row, printable."""
+    return _listed([_name(name) for name in map(str, columns)])
+
+
+def _listed(names: Sequence[str]) -> str:
+    rest = len(names) - MOST_COLUMNS
+    return (", ".join(names[:MOST_COLUMNS]) or "none") + (f" and {rest} more" if rest > 0 else "")
+
+
+def _name(name: str) -> str:
+    """A name from a file, printable and not long."""
+    text = name if name.isprintable() else repr(name)
+    return text if len(text) <= LONGEST_NAME else f"{text[: LONGEST_NAME - 3]}..."
+
+
+def _columns(raws: Sequence[Raw]) -> str:
+    """Every column with the types of its values.
+
+    >>> _columns([{"a": "x", "b": None}, {"a": "y", "b": 3}])
+    'a (string), b (null or number)'
+    """
+    kinds: dict[str, dict[str, None]] = {}
+    for raw in raws:
+        for name, value in raw.items():
+            kinds.setdefault(str(name), {})[_closer_kind(value)] = None
+    return _listed([f"{_name(name)} ({' or '.join(found)})" for name, found in kinds.items()])
+
+
+def _closer_kind(value: object, depth: int = 3) -> str:
+    """The type of a value, and of a list's first element.
+
+    >>> _closer_kind([{"role": "user", "content": "Hi"}]), _closer_kind(["Hi"]), _closer_kind({"text": "Hi"})
+    ('list of {role, content}', 'list of string', 'object {text}')
+    """
+    if isinstance(value, list) and value and depth:
+        return f"list of {_closer_kind(value[0], depth - 1).removeprefix('object ')}"
+    if isinstance(value, dict) and value:
+        keys = [_name(name) for name in map(str, itertools.islice(value, 6))]
+        return f"object {{{', '.join(keys)}{', ...' if len(value) > 6 else ''}}}"
+    return kind(value)
+
+
+def _sample(raw: Raw) -> str:
+    text = ", ".join(f"{named([name])}: {shown(value, 40)}" for name, value in itertools.islice(raw.items(), 20))
+    return f"{{{text}}}" if len(text) <= _SAMPLE_WIDTH else f"{{{text[:_SAMPLE_WIDTH]}...}}"
+
+
+def _suggestion(raw: Raw, *, supervised: bool) -> Iterator[str]:
+    """Lines of a column_map to paste; none where the columns have the right names and wrong values."""
+    wanted = ("prompt", "completion") if supervised else ("prompt", "chosen", "rejected")
+    if all(name in raw for name in wanted):
+        return
+    texts = [name for name, value in raw.items() if isinstance(value, str | list | dict)]
+    prompt = _first_like(texts, _PROMPTS)
+    rest = [name for name in texts if name != prompt]
+    yield "To say which column is which, add to this data set in the config (what stands in <> is yours to fill in):"
+    yield "  column_map:"
+    yield f"    prompt: {_yaml(prompt or '<column of the prompt>')}"
+    if supervised:
+        yield f"    completion: {_yaml(_first_like(rest, _COMPLETIONS) or '<column of the answer to learn>')}"
+        return
+    worse = next((name for name in rest if _WORSE.search(name.lower())), None)
+    better = next((name for name in rest if name != worse and _BETTER.search(name.lower())), None)
+    unsure = ""
+    twins = _twins(rest)
+    if better is None and worse is None and twins is not None:
+        better, worse = twins
+        unsure = f"  # or {_yaml(worse)}: the columns do not say which is better"
+    yield f"    chosen: {_yaml(better or '<column of the better answer>')}{unsure}"
+    yield f"    rejected: {_yaml(worse or '<column of the worse answer>')}"
+    judges = [name for name in raw if unsure and name not in (better, worse) and _SAYS_WHICH.search(str(name))]
+    if judges:
+        yield (
+            f"If {named(judges)} says row by row which is better, write the rows anew with chosen and rejected: "
+            "a column_map names the same column as better in every row."
+        )
+
+
+def _first_like(names: Sequence[str], words: Sequence[str]) -> str | None:
+    """The first column named like a word: exactly, else containing it."""
+    exact = next((word for word in words if word in names), None)
+    return exact or next((name for word in words for name in names if word in name.lower()), None)
+
+
+def _twins(names: Sequence[str]) -> tuple[str, str] | None:
+    """Two columns that differ in a mark such as a and b.
+
+    >>> _twins(["id", "response_a", "response_b"])
+    ('response_a', 'response_b')
+    """
+    stems: dict[str, list[str]] = {}
+    for name in names:
+        match = _ONE_OF_TWO.fullmatch(name)
+        if match:
+            stems.setdefault(match["stem"], []).append(name)
+    found = next((found for found in stems.values() if len(found) == 2), None)
+    return (found[0], found[1]) if found else None
+
+
+def _yaml(name: str) -> str:
+    """A column's name as a YAML scalar.
+
+    >>> _yaml("response_a"), _yaml("no"), _yaml("the answer: a")
+    ('response_a', '"no"', '"the answer: a"')
+    """
+    if name.startswith("<") or (_PLAIN.fullmatch(name) and name.lower() not in _YAML_WORDS):
+        return name
+    return json.dumps(name)

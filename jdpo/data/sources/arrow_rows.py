@@ -1,0 +1,217 @@
+"""Rows of Parquet and Arrow files, a few at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import decimal
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from jdpo.data.sources.files import MAX_ROW_BYTES, TOO_LARGE, File, Row, check_head
+from jdpo.data.sources.stores import BUFFER_BYTES, Disk, said
+from jdpo.data.sources.values import shown
+
+BATCH_ROWS, BATCH_BYTES = 128, 32 * 2**20
+"""Rows turned into Python values at once: so many, or fewer where they are large."""
+
+Batches = Callable[[Any], Iterator[Any]]
+
+
+def read_parquet(file: File) -> Iterator[Row]:
+    """Rows of a Parquet file."""
+
+    def batches(source: Any) -> Iterator[Any]:
+        with _parquet(file, source) as parquet:
+            yield from parquet.iter_batches(batch_size=_parquet_batch_rows(parquet.metadata))
+
+    return _rows(file, "Parquet", batches)
+
+
+def count_parquet(file: File) -> int:
+    """How many rows its footer says it has."""
+
+    def count(source: Any) -> Iterator[int]:
+        with _parquet(file, source) as parquet:
+            yield parquet.metadata.num_rows
+
+    return sum(_opened(file, "Parquet", count))
+
+
+def read_arrow(file: File) -> Iterator[Row]:
+    """Rows of an Arrow IPC file or stream."""
+    return _rows(file, "Arrow", _arrow_batches)
+
+
+def count_arrow(file: File) -> int:
+    """How many rows all its batches have."""
+    return sum(batch.num_rows for batch in _opened(file, "Arrow", _arrow_batches))
+
+
+def python_rows(table: Any, where: Callable[[int], str]) -> list[dict[str, Any]]:
+    """A table or batch as rows of plain values: those JSON has, and bytes where a binary column is not UTF-8.
+
+    Decimals become floats; times and what else JSON lacks become strings, binary columns of UTF-8 become strings too.
+
+    Args:
+      table: a pyarrow Table or RecordBatch.
+      where: names a row by its index in the table.
+
+    Raises:
+      ValueError: a value cannot be read, or a row is larger than it may be.
+    """
+    try:
+        rows: list[dict[str, Any]] = table.to_pylist()
+    except Exception as error:  # text that is not UTF-8, times that Python lacks, zones nobody knows, ...
+        raise _bad_value(table, where, error) from error
+    if any(not _is_plain(field.type) for field in table.schema):
+        rows = [_plain(row) for row in rows]
+    if table.nbytes > MAX_ROW_BYTES:
+        for index, row in enumerate(rows):
+            if _text_size(row) > MAX_ROW_BYTES:
+                raise ValueError(f"{where(index)}: the row is {TOO_LARGE}")
+    return rows
+
+
+def _rows(file: File, kind: str, batches: Batches) -> Iterator[Row]:
+    number = 0
+
+    def progress() -> str:
+        return f" behind row {number}" if number else ""
+
+    for batch in _opened(file, kind, batches, progress):
+        if number == 0:
+            _check_names(batch.schema, file)
+        step = max(1, min(BATCH_ROWS, BATCH_BYTES * batch.num_rows // max(1, batch.nbytes)))
+        for start in range(0, batch.num_rows, step):
+            for row in python_rows(batch.slice(start, step), functools.partial(_row_name, file.place, number + 1)):
+                number += 1
+                yield row, f"{file.label}:{number}"
+
+
+def _row_name(place: str, first: int, index: int) -> str:
+    return f"{place}: row {first + index}"
+
+
+def _opened(file: File, kind: str, use: Batches, progress: Callable[[], str] = lambda: "") -> Iterator[Any]:
+    """What `use` makes of the opened file, errors naming the file."""
+    import pyarrow as pa
+
+    try:
+        with contextlib.ExitStack() as stack:
+            stream = stack.enter_context(file.open())
+            if not stream.peek(1):
+                return  # empty, and Arrow does not map nothing into memory
+            check_head(stream, file, allowed=b"ARROW1" if kind == "Arrow" else b"PAR1")
+            if isinstance(file.store, Disk):
+                source = stack.enter_context((pa.memory_map if kind == "Arrow" else pa.OSFile)(file.path))
+            else:
+                source = pa.PythonFile(stream, mode="r")
+            yield from use(source)
+    except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError, MemoryError) as error:
+        raise ValueError(
+            f"{file.place}: not a readable {kind} file{progress()}: {said(error)}; fetch or write it again"
+        ) from error
+
+
+def _parquet(file: File, source: Any) -> Any:
+    import pyarrow.parquet as pq
+
+    # On disk, columns are read bit by bit; elsewhere in one piece, since jumping between them is slow there.
+    return pq.ParquetFile(source, buffer_size=BUFFER_BYTES if isinstance(file.store, Disk) else 0)
+
+
+def _parquet_batch_rows(metadata: Any) -> int:
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    row_bytes = max((group.total_byte_size / max(1, group.num_rows) for group in groups), default=0.0)
+    return max(1, min(BATCH_ROWS, int(BATCH_BYTES / max(1.0, row_bytes))))
+
+
+def _arrow_batches(source: Any) -> Iterator[Any]:
+    """Record batches, each checked: Arrow does not look at what it maps, and damaged offsets would crash it."""
+    import pyarrow as pa
+
+    is_file = source.read(6) == b"ARROW1"
+    source.seek(0)
+    if is_file:
+        reader = pa.ipc.open_file(source)
+        batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
+    else:
+        batches = iter(pa.ipc.open_stream(source))
+    for batch in batches:
+        batch.validate(full=True)
+        yield batch
+
+
+def _check_names(schema: Any, file: File) -> None:
+    try:
+        names = schema.names
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file.place}: the name of a column is not UTF-8 text; write the file again") from error
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{file.place}: two columns are called {shown(twice)}; leave one of them")
+
+
+def _bad_value(table: Any, where: Callable[[int], str], error: Exception) -> ValueError:
+    """Names the row and column that cannot be read."""
+    for index in range(table.num_rows):
+        for field, column in zip(table.schema, table.slice(index, 1).columns, strict=True):
+            try:
+                column.to_pylist()
+            except Exception as reason:
+                kind = "names of its fields are not UTF-8"
+                with contextlib.suppress(UnicodeDecodeError):
+                    kind = str(field.type)[:80]
+                return ValueError(
+                    f"{where(index)}: cannot read the value in column {shown(field.name)} ({kind}): {said(reason)}; "
+                    "mend it, or leave the column out"
+                )
+    return ValueError(f"{where(0)}: cannot read the rows from here on: {said(error)}")
+
+
+def _is_plain(kind: Any) -> bool:
+    """Whether values of an Arrow type are JSON values in Python."""
+    from pyarrow import types
+
+    if types.is_struct(kind):
+        return all(_is_plain(kind.field(index).type) for index in range(kind.num_fields))
+    if types.is_dictionary(kind) or types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return _is_plain(kind.value_type)
+    tests = (types.is_string, types.is_large_string, types.is_integer, types.is_float32, types.is_float64)
+    return types.is_boolean(kind) or types.is_null(kind) or any(test(kind) for test in tests)
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, dict):
+        return {str(_plain(name)): _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, bytes):
+        with contextlib.suppress(UnicodeDecodeError):
+            return value.decode("utf-8")
+        return value
+    if isinstance(value, decimal.Decimal):
+        return float(value)
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if hasattr(value, "item"):  # a number of numpy
+        return value.item()
+    return str(value)
+
+
+def _text_size(value: Any) -> int:
+    """Characters and bytes of all texts in a row."""
+    size, waiting = 0, [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
+        elif isinstance(value, str | bytes):
+            size += len(value)
+    return size

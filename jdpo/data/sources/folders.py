@@ -1,0 +1,130 @@
+"""Folders of data files, and folders that `datasets.save_to_disk` wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from jdpo.data.sources.files import MAX_ROW_BYTES, File, naming
+from jdpo.data.sources.readers import READERS, ending_of
+from jdpo.data.sources.splits import choose_files
+from jdpo.data.sources.stores import Disk, Store
+
+LEVELS = 2
+"""How deep the files of a folder without files of its own are looked for: `data/train/rows.parquet`."""
+
+_SPLITS_FILE, _STATE_FILE = "dataset_dict.json", "state.json"
+_NO_ROWS = {_SPLITS_FILE, _STATE_FILE, "dataset_info.json", "dataset_infos.json"}
+"""JSON files that speak of rows and hold none."""
+
+
+def files_of_folder(store: Store, folder: str, split: str) -> tuple[list[File], list[str]]:
+    """The files of a split in their order, and the names of data files that belong to no split.
+
+    Files whose names begin with a dot and those of `_NO_ROWS` are among the latter. A folder without data files of
+    its own has those of its subfolders.
+
+    Raises:
+      ValueError: there are none, or a link among them leads nowhere.
+    """
+    label = _name_of(store, folder)
+    names = {entry.name for entry in store.entries(folder)}
+    if _SPLITS_FILE in names:
+        return _saved_split(store, folder, label, split), []
+    if _STATE_FILE in names and any(name.endswith(".arrow") for name in names):
+        return _saved_alone(store, folder, label, split), []
+    found: dict[str, str] = {}
+    passed_over: list[str] = []
+    _look_into(store, folder, "", LEVELS, found, passed_over)
+    if not found:
+        raise ValueError(f"{store.place(folder)}: no data files in this folder; known endings are {', '.join(READERS)}")
+    chosen, left_out = choose_files(list(found), split, store.place(folder))
+    return [File(store, found[name], f"{label}/{name}") for name in chosen], sorted(left_out + passed_over)
+
+
+def _name_of(store: Store, folder: str) -> str:
+    path = os.path.abspath(folder) if isinstance(store, Disk) else store.place(folder)
+    return path.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _look_into(
+    store: Store, folder: str, prefix: str, levels: int, found: dict[str, str], passed_over: list[str]
+) -> None:
+    entries = store.entries(folder)
+    before = len(found)
+    for name, path, kind in entries:
+        if kind == "folder" or ending_of(name) is None:
+            continue
+        if name.startswith(".") or name in _NO_ROWS:
+            passed_over.append(prefix + name)
+            continue
+        refuse_no_file(store, path)
+        found[prefix + name] = path
+    if not levels:
+        return
+    deeper: dict[str, str] = {}
+    for name, path, kind in entries:
+        if kind == "folder" and not name.startswith("."):
+            _look_into(store, path, f"{prefix}{name}/", levels - 1, deeper, passed_over)
+    if len(found) > before:  # a folder with data of its own; what lies below is not read, but told of
+        passed_over.extend(deeper)
+    else:
+        found.update(deeper)
+
+
+def refuse_no_file(store: Store, path: str) -> None:
+    """
+    Raises:
+      ValueError: a pipe, a device, or a link to nothing is there.
+    """
+    if isinstance(store, Disk) and store.kind(path) == "other":
+        raise ValueError(f"{path}: neither a file nor a folder, but a pipe or a device; its rows cannot be read twice")
+
+
+def _saved_split(store: Store, folder: str, label: str, split: str) -> list[File]:
+    splits = _about(store, folder, _SPLITS_FILE, "splits")
+    if split not in splits:
+        raise ValueError(
+            f"{store.place(folder)}: no split {split!r} in this folder; it has {', '.join(map(str, splits))}"
+        )
+    return _saved_files(store, store.join(folder, split), f"{label}/{split}")
+
+
+def _saved_alone(store: Store, folder: str, label: str, split: str) -> list[File]:
+    own = _about(store, folder, _STATE_FILE).get("_split")
+    if split not in ("train", own):
+        raise ValueError(f"{store.place(folder)}: no split {split!r} in this folder; it has {own or 'train'}")
+    return _saved_files(store, folder, label)
+
+
+def _saved_files(store: Store, folder: str, label: str) -> list[File]:
+    place = store.place(store.join(folder, _STATE_FILE))
+    if _about(store, folder, _STATE_FILE).get("_indices_data_files"):
+        raise ValueError(
+            f"{place}: an old version of datasets saved a selection of rows; load it there and save it anew"
+        )
+    files = []
+    for entry in _about(store, folder, _STATE_FILE, "_data_files"):
+        name = entry.get("filename") if isinstance(entry, dict) else None
+        if not isinstance(name, str) or ending_of(name) != ".arrow":
+            raise ValueError(f"{place}: the file is damaged: it should name Arrow files; save the data set anew")
+        file = File(store, store.join(folder, name), f"{label}/{name}")
+        if store.kind(file.path) is None:
+            raise ValueError(f"{file.place}: no such file, but {_STATE_FILE} names it; bring it back")
+        files.append(file)
+    return files
+
+
+def _about(store: Store, folder: str, name: str, key: str | None = None) -> Any:
+    """An object that `datasets.save_to_disk` wrote, or the list under one of its keys."""
+    file = File(store, store.join(folder, name), name)
+    with naming(lambda: file.place), file.open() as stream:
+        data = stream.read(MAX_ROW_BYTES)
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        value = None
+    if isinstance(value, dict) and (key is None or isinstance(value.get(key), list)):
+        return value if key is None else value[key]
+    raise ValueError(f"{file.place}: the file is damaged: it is not what datasets writes; save the data set anew")

@@ -1,0 +1,52 @@
+"""Data sets of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterator
+
+from jdpo.config import DatasetConfig
+from jdpo.data.sources.arrow_rows import BATCH_ROWS, python_rows
+from jdpo.data.sources.files import Row
+
+
+class HubSource:
+    """A data set on the Hugging Face hub, downloaded once by `datasets` and read off its Arrow files there.
+
+    Columns of images or sounds stay the bytes they are stored as.
+    """
+
+    def __init__(self, config: DatasetConfig) -> None:
+        import datasets
+
+        self.left_out: tuple[str, ...] = ()
+        self.label = f"{config.path}:{config.split}"
+        try:
+            self.data = datasets.load_dataset(config.path, config.name, split=config.split, revision=config.revision)
+        except Exception as error:  # the hub client raises errors of five libraries
+            raise ValueError(
+                f"cannot load {self.label} from the hub ({type(error).__name__}: {error}). There is no local file "
+                f"or folder {config.path!r} either: without a network, give the path of a local one"
+            ) from error
+
+    def rows(self) -> Iterator[Row]:
+        number = 0
+        for table in self.data.with_format("arrow").iter(batch_size=BATCH_ROWS):
+            for row in python_rows(table, functools.partial(self._origin, number)):
+                yield row, self._origin(number)
+                number += 1
+        if not number:
+            raise ValueError(f"{self.label}: the split holds no rows")
+
+    def _origin(self, first: int, index: int = 0) -> str:
+        return f"{self.label}[{first + index}]"
+
+    def digest(self) -> str:
+        return hashlib.sha256(f"{self.label} {self.data._fingerprint}".encode()).hexdigest()
+
+    def known_rows(self) -> int | None:
+        return len(self.data)
+
+    def parts(self) -> dict[str, str]:
+        return {self.label: self.digest()}

@@ -1,0 +1,156 @@
+"""From what a config names to something that gives rows."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import os
+import re
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from jdpo.config import DatasetConfig
+from jdpo.data.sources.files import File, Row
+from jdpo.data.sources.folders import files_of_folder, refuse_no_file
+from jdpo.data.sources.hub import HubSource
+from jdpo.data.sources.readers import READERS, ending_of, reader_of
+from jdpo.data.sources.remote import is_url, open_store, without_query
+from jdpo.data.sources.splits import Slice, parse_split
+from jdpo.data.sources.stores import Disk, Store
+
+MAX_PARTS = 200
+"""Files of a data set that `parts` names one by one; more are one entry."""
+
+COUNTED = (".parquet", ".arrow")
+"""Files that tell how many rows they have without being read."""
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+class Source(Protocol):
+    """An opened data set.
+
+    Attributes:
+      left_out: names of data files of a folder that belong to no split.
+    """
+
+    left_out: tuple[str, ...]
+
+    def rows(self) -> Iterator[Row]:
+        """Yields raw rows with their origins."""
+
+    def digest(self) -> str:
+        """A digest of the content that `rows` yields, origins included."""
+
+    def known_rows(self) -> int | None:
+        """How many rows there are, where that is told without reading them; else None."""
+
+    def parts(self) -> dict[str, str]:
+        """Digests of the content file by file, for saying which one changed: the file's place -> its digest."""
+
+
+def read_rows(dataset: DatasetConfig) -> Iterator[Row]:
+    """Yields (raw row, origin); origins look like `pairs.jsonl:17`, `pairs.json[3]`, `org/name:train[5]`.
+
+    Raises:
+      ValueError: nothing is there, or a file is empty or broken; it names the file and line.
+    """
+    return open_source(dataset).rows()
+
+
+def open_source(dataset: DatasetConfig) -> Source:
+    """Finds what `dataset.path` names: a file or a folder here or on a remote store, or a data set on the hub.
+
+    Raises:
+      ValueError: nothing is there, the split is not one, the hub or the store cannot be reached, or a hub option is
+        set for files.
+    """
+    store, path = _located(dataset.path)
+    kind, place = store.kind(path), store.place(path)
+    if kind is None:
+        if not is_url(dataset.path) and ending_of(path) is None and _HUB_NAME.fullmatch(dataset.path):
+            return HubSource(dataset)
+        hint = "" if is_url(dataset.path) else " (a hub name would look like org/name)"
+        raise ValueError(f"{place}: no such file or folder{hint}")
+    _refuse_hub_options(dataset, place, f"{'' if isinstance(store, Disk) else 'remote '}{kind}")
+    refuse_no_file(store, path)
+    split = parse_split(dataset.split)
+    if kind == "folder":
+        files, left_out = files_of_folder(store, path, split.name)
+        return FileSource(files, left_out, split, place)
+    if split.name != "train":
+        raise ValueError(f"{place}: a file has one split, 'train', but split is {dataset.split!r}")
+    name = without_query(path).rsplit("/", 1)[-1]
+    if ending_of(name) is None:
+        raise ValueError(f"{place}: cannot read this kind of file; known endings are {', '.join(READERS)}")
+    return FileSource((File(store, path, name),), (), split, place)
+
+
+def _located(path: str) -> tuple[Store, str]:
+    if is_url(path) and not os.path.exists(path):  # a folder here may be called a::b
+        return open_store(path)
+    return Disk(), os.path.expanduser(path)
+
+
+def _refuse_hub_options(dataset: DatasetConfig, place: str, kind: str) -> None:
+    for option in ("name", "revision"):
+        value = getattr(dataset, option)
+        if value is not None:
+            raise ValueError(
+                f"{place}: {option} is {value!r}, but it is for data sets on the hub only, and this is a "
+                f"{kind if kind.startswith('remote') else f'local {kind}'}; leave {option} out"
+            )
+
+
+class FileSource:
+    """Rows of files, one after the other."""
+
+    def __init__(self, files: Sequence[File], left_out: Sequence[str], split: Slice, place: str) -> None:
+        self.files = tuple(files)
+        self.left_out = tuple(left_out)
+        self.split = split
+        self.place = place
+
+    def rows(self) -> Iterator[Row]:
+        found = False
+        for row in itertools.islice(self._all_rows(), *self._bounds()):
+            found = True
+            yield row
+        if not found:
+            raise ValueError(f"{self.place}: split {self.split.text} selects no rows")
+
+    def digest(self) -> str:
+        digest = hashlib.sha256(repr(self.split).encode())
+        for file, content in zip(self.files, self._digests, strict=True):
+            digest.update(f"{file.label}\0{content}\0".encode())
+        return digest.hexdigest()
+
+    def known_rows(self) -> int | None:
+        if not all(ending_of(file.label) in COUNTED for file in self.files):
+            return None
+        start, stop = self.split.bounds(sum(reader_of(file.label).count(file) for file in self.files))
+        return max(stop - start, 0)
+
+    def parts(self) -> dict[str, str]:
+        if len(self.files) > MAX_PARTS:
+            return {self.place: self.digest()}
+        return {file.place: content for file, content in zip(self.files, self._digests, strict=True)}
+
+    @functools.cached_property
+    def _digests(self) -> tuple[str, ...]:
+        return tuple(file.digest() for file in self.files)
+
+    def _bounds(self) -> tuple[int, int | None]:
+        if not self.split.needs_count():
+            return self.split.plain_bounds()
+        return self.split.bounds(sum(reader_of(file.label).count(file) for file in self.files))
+
+    def _all_rows(self) -> Iterator[Row]:
+        for file in self.files:
+            empty = True
+            for row in reader_of(file.label).rows(file):
+                empty = False
+                yield row
+            if empty:
+                raise ValueError(f"{file.place}: the file is empty: it holds no rows")

@@ -1,0 +1,60 @@
+"""Which reader a file's name asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from jdpo.data.sources.arrow_rows import count_arrow, count_parquet, read_arrow, read_parquet
+from jdpo.data.sources.csv_rows import count_csv, count_tsv, read_csv, read_tsv
+from jdpo.data.sources.files import File, Row
+from jdpo.data.sources.json_rows import count_json_lines, read_json, read_json_lines
+
+
+class Reader(NamedTuple):
+    """How one kind of file is read: `rows` yields its rows, `count` says how many, at less cost where that can be."""
+
+    rows: Callable[[File], Iterator[Row]]
+    count: Callable[[File], int]
+
+
+def _count_json(file: File) -> int:
+    return sum(1 for _ in read_json(file))
+
+
+_JSON = Reader(read_json, _count_json)
+_JSON_LINES = Reader(read_json_lines, count_json_lines)
+_CSV = Reader(read_csv, count_csv)
+_TSV = Reader(read_tsv, count_tsv)
+
+READERS: dict[str, Reader] = {
+    ".json": _JSON,
+    ".json.gz": _JSON,
+    ".jsonl": _JSON_LINES,
+    ".jsonl.gz": _JSON_LINES,
+    ".ndjson": _JSON_LINES,
+    ".ndjson.gz": _JSON_LINES,
+    ".csv": _CSV,
+    ".csv.gz": _CSV,
+    ".tsv": _TSV,
+    ".tsv.gz": _TSV,
+    ".parquet": Reader(read_parquet, count_parquet),
+    ".arrow": Reader(read_arrow, count_arrow),
+}
+"""What a file name may end in, and who reads it."""
+
+
+def ending_of(name: str) -> str | None:
+    """The ending of a data file's name, or None where no reader knows it.
+
+    >>> ending_of("Train.JSONL.gz"), ending_of("README.md")
+    ('.jsonl.gz', None)
+    """
+    return next((ending for ending in READERS if name.lower().endswith(ending)), None)
+
+
+def reader_of(name: str) -> Reader:
+    """The reader of a data file's name."""
+    ending = ending_of(name)
+    assert ending is not None, name
+    return READERS[ending]

@@ -1,0 +1,206 @@
+"""Remote stores of files, through fsspec: `gs://`, `s3://`, `hf://`, `https://` and whatever else it knows."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from jdpo.data.sources.stores import BUFFER_BYTES, Disk, Entry, Kind, Store, said
+
+_URL = re.compile(r"(?P<protocol>[A-Za-z][\w+.-]*)(://|::)")
+_PACKAGES = {
+    "abfs": "adlfs",
+    "az": "adlfs",
+    "gcs": "gcsfs",
+    "gs": "gcsfs",
+    "hf": "huggingface_hub",
+    "http": "aiohttp",
+    "https": "aiohttp",
+    "oci": "ocifs",
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "sftp": "paramiko",
+    "ssh": "paramiko",
+}
+"""What a protocol needs installed; the error of fsspec names it for the others."""
+
+
+class Remote:
+    """A file system of fsspec.
+
+    Args:
+      system: the file system.
+      url: what the user named.
+      root: its path in the file system.
+    """
+
+    def __init__(self, system: Any, url: str, root: str) -> None:
+        self._system = system
+        self._url = url.rstrip("/")
+        self._root = root.rstrip("/")
+
+    def place(self, path: str) -> str:
+        return without_query(self._url + path.removeprefix(self._root).rstrip("/"))
+
+    def kind(self, path: str) -> Kind | None:
+        with self._naming(path):
+            try:
+                found = self._system.info(path)["type"]
+            except FileNotFoundError as error:
+                if _is_missing(error):
+                    return None
+                raise
+        # A web server has no folders, but pages with links, at addresses that end in a slash.
+        is_page = "http" in _protocols(self._system) and path.endswith("/")
+        return "folder" if found == "directory" or is_page else "file"
+
+    def entries(self, folder: str) -> list[Entry]:
+        with self._naming(folder):
+            found = self._system.ls(folder, detail=True)
+        kinds: dict[str, Kind] = {
+            entry["name"]: "folder" if entry["type"] == "directory" else "file" for entry in found
+        }
+        own = folder.rstrip("/")
+        # Object stores may list an empty object that stands for the folder itself.
+        paths = [path for path in kinds if path.rstrip("/") != own]
+        return sorted(Entry(without_query(path).rstrip("/").rsplit("/", 1)[-1], path, kinds[path]) for path in paths)
+
+    def join(self, folder: str, name: str) -> str:
+        return f"{folder.rstrip('/')}/{name}"
+
+    def open(self, path: str) -> io.BufferedReader:
+        with self._naming(path):
+            stream = self._system.open(path, "rb")
+        return io.BufferedReader(_RemoteStream(stream, self.place(path)), BUFFER_BYTES)
+
+    def checksum(self, path: str) -> str | None:
+        with self._naming(path):
+            return content_hash(self._system.info(path))
+
+    def _naming(self, path: str) -> contextlib.AbstractContextManager[None]:
+        return _naming(self.place(path))
+
+
+def is_url(path: str) -> bool:
+    """
+    >>> [is_url(path) for path in ("gs://bucket/a.jsonl", "zip://a.csv::s3://bucket/a.zip", "data/a.jsonl", "org/name")]
+    [True, True, False, False]
+    """
+    return _URL.match(path) is not None
+
+
+def without_query(url: str) -> str:
+    """Web addresses may end in a query or hold a password, which is for nobody to see.
+
+    >>> without_query("https://me:secret@host/rows.jsonl?signature=0a1b"), without_query("s3://bucket/why?.csv")
+    ('https://host/rows.jsonl', 's3://bucket/why?.csv')
+    """
+    if not url.startswith(("http://", "https://")):
+        return url
+    return re.sub(r"//[^/@]*@", "//", re.split(r"[?#]", url, maxsplit=1)[0], count=1)
+
+
+def open_store(url: str) -> tuple[Store, str]:
+    """The store of a URL, and the path in it.
+
+    Raises:
+      ValueError: nobody knows the protocol, its package is not installed, or the store refuses to be opened.
+    """
+    import fsspec
+
+    match = _URL.match(url)
+    assert match is not None
+    protocol, place = match["protocol"].lower(), without_query(url)
+    try:
+        system, path = fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        package = _PACKAGES.get(protocol)
+        advice = f"install it: pip install {package}" if package else str(error)
+        raise ValueError(f"{place}: reading {protocol}:// needs a package that is not installed; {advice}") from error
+    except Exception as error:  # unknown protocols, and whatever a store says of credentials and settings
+        raise ValueError(f"{place}: cannot open the store: {said(error)}") from error
+    if "file" in _protocols(system):
+        return Disk(), path
+    system.invalidate_cache()  # of listings that an earlier look in this process left
+    return Remote(system, url, path), path
+
+
+def _protocols(system: Any) -> tuple[str, ...]:
+    return (system.protocol,) if isinstance(system.protocol, str) else tuple(system.protocol)
+
+
+def content_hash(info: dict[str, Any]) -> str | None:
+    """The hash of the content among what a store tells of a file, as `kind:hex`; a sha256 is the digest itself.
+
+    The Hugging Face hub has the sha256 of large files and git's id of small ones; Google Cloud Storage has the MD5 of
+    objects that were not composed; the ETag of an S3 object is its MD5 unless it was uploaded in parts or encrypted
+    with a key of its own, and it changes with the content in any case.
+    """
+    if (lfs := info.get("lfs")) is not None:
+        sha256 = lfs.get("sha256") if isinstance(lfs, dict) else getattr(lfs, "sha256", None)
+        if sha256:
+            return str(sha256)
+    if blob_id := info.get("blob_id"):
+        return f"git:{blob_id}"
+    if md5 := info.get("md5Hash"):
+        return f"md5:{base64.b64decode(md5).hex()}"
+    etag = str(info.get("ETag", "")).strip('"')
+    return f"md5:{etag}" if re.fullmatch(r"[0-9a-f]{32}", etag) else None
+
+
+@contextlib.contextmanager
+def _naming(place: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # each store has errors of its own
+        if _is_missing(error):
+            raise ValueError(f"{place}: no such file or folder") from error
+        reason = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
+        words = re.sub(r"\?[^\s'\")]*", "?...", said(reason))  # queries of addresses may hold keys
+        raise ValueError(
+            f"{place}: cannot read from the store ({words}); "
+            "check the address, the access rights and the network, then start again"
+        ) from error
+
+
+def _is_missing(error: Exception) -> bool:
+    """Whether nothing is there; fsspec says so too where a server could not be asked, and then has another cause."""
+    cause = error.__cause__
+    nothing_there = cause is None or isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) == 404
+    return isinstance(error, FileNotFoundError) and nothing_there
+
+
+class _RemoteStream(io.RawIOBase):
+    """A remote file whose errors name it, whenever in reading they come."""
+
+    def __init__(self, stream: Any, place: str) -> None:
+        self._stream = stream
+        self._place = place
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return bool(self._stream.seekable())
+
+    def readinto(self, buffer: Any) -> int:
+        with _naming(self._place):
+            data = self._stream.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        with _naming(self._place):
+            return int(self._stream.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self._stream.tell())
+
+    def close(self) -> None:
+        if not self.closed:
+            self._stream.close()
+        super().close()

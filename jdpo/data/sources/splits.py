@@ -1,0 +1,133 @@
+"""Splits: slices as `datasets` writes them, and which files of a folder are of which split.
+
+A folder's files are of the split that their names begin with (`test.jsonl`, `train-00000-of-00002.parquet`), or that
+a folder they lie in is called; a folder without such names is one split, `train`. Numbers of parts aside, a name is
+taken whole where the folder has several that begin alike: beside `train_sft.jsonl`, `train_prefs.jsonl` is the split
+`train_prefs`, and `train` alone would be a guess.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from jdpo.data.sources.readers import ending_of
+
+SPLIT_NAMES = ("train", "validation", "valid", "val", "dev", "eval", "test")
+
+_SPLIT = re.compile(
+    r"(?P<name>\w[\w.-]*)(?:\[(?P<start>-?[0-9]{1,18}%?)?:(?P<stop>-?[0-9]{1,18}%?)?\])?",
+)
+_PART = re.compile(r"[-_.](?:[0-9]+-of-[0-9]+(?:-[0-9a-f]+)?|(?:part[-_.]?)?[0-9]+)$", re.IGNORECASE)
+
+
+class Slice(NamedTuple):
+    """A split: bounds as written, None where left out; `50%` stays text until the number of rows is known."""
+
+    text: str
+    name: str
+    start: str | None
+    stop: str | None
+
+    def needs_count(self) -> bool:
+        """Whether the bounds depend on how many rows there are."""
+        return any(bound is not None and not bound.isdigit() for bound in (self.start, self.stop))
+
+    def bounds(self, num_rows: int) -> tuple[int, int]:
+        """First row and the one behind the last, of so many."""
+        return slice(_bound(self.start, num_rows), _bound(self.stop, num_rows)).indices(num_rows)[:2]
+
+    def plain_bounds(self) -> tuple[int, int | None]:
+        """The bounds where they do not depend on the number of rows."""
+        return int(self.start or 0), None if self.stop is None else min(int(self.stop), sys.maxsize)
+
+
+def _bound(text: str | None, num_rows: int) -> int | None:
+    if text is None:
+        return None
+    if not text.endswith("%"):
+        return int(text)
+    percent = int(text[:-1])
+    return round(percent * num_rows / 100) + (num_rows if percent < 0 else 0)
+
+
+def parse_split(text: str) -> Slice:
+    """Reads a split such as `train[:90%]`.
+
+    Raises:
+      ValueError: it is not one, or a percentage is more than all rows.
+    """
+    match = _SPLIT.fullmatch(text.replace(" ", ""))
+    if match is None:
+        raise ValueError(f"cannot read split {text!r}: expected one like train, train[:90%] or train[100:200]")
+    split = Slice(text, match["name"], match["start"], match["stop"])
+    for bound in (split.start, split.stop):
+        if bound is not None and bound.endswith("%") and abs(int(bound[:-1])) > 100:
+            raise ValueError(f"cannot read split {text!r}: a bound of {bound} is more than all rows")
+    return split
+
+
+def choose_files(names: Sequence[str], split: str, folder: str) -> tuple[list[str], list[str]]:
+    """The files of a split, and those that belong to none.
+
+    Args:
+      names: paths of the data files, relative to the folder.
+      split: its name.
+      folder: for messages.
+
+    Raises:
+      ValueError: the folder has no such split, several that the name could mean, or the same rows twice.
+    """
+    of = {name: _split_of(name, split) for name in names}
+    known = {name for name in of if _known(of[name])}
+    alike = {name for name in of if _begins(of[name], split)}
+    chosen = [name for name in names if of[name] == split] or [name for name in names if name in alike]
+    if len(meant := sorted({of[name] for name in chosen})) > 1:
+        raise ValueError(
+            f"{folder}: split {split!r} could be {' or '.join(meant)} in this folder; set split to one of them, or "
+            "list the folder once for each"
+        )
+    if not chosen and split == "train" and not known:
+        chosen = list(names)
+    if not chosen:
+        found = sorted({of[name] for name in known}) or ["train"]
+        raise ValueError(f"{folder}: no split {split!r} in this folder; it has {', '.join(found)}")
+    _refuse_copies(chosen, folder)
+    return chosen, [name for name in names if name not in chosen and (name not in known or name in alike)]
+
+
+def _split_of(name: str, split: str) -> str:
+    """The split that a file's name or the folders it lies in speak of; any other name as it is.
+
+    >>> [_split_of(n, "train") for n in ("train-00000-of-00002.parquet", "data/train_sft.jsonl.gz", "train/a.csv")]
+    ['train', 'train_sft', 'train']
+    """
+    *folders, base = name.split("/")
+    for folder in folders:
+        if folder == split or folder in SPLIT_NAMES:
+            return folder
+    return _PART.sub("", _without_ending(base))
+
+
+def _without_ending(name: str) -> str:
+    return name.removesuffix(name[len(name) - len(ending_of(name) or "") :])
+
+
+def _begins(name: str, split: str) -> bool:
+    return re.match(rf"{re.escape(split)}(?![^-_.])", name) is not None
+
+
+def _known(name: str) -> bool:
+    return any(_begins(name, split) for split in SPLIT_NAMES)
+
+
+def _refuse_copies(names: Sequence[str], folder: str) -> None:
+    first: dict[str, str] = {}
+    for name in names:
+        if (other := first.setdefault(_without_ending(name), name)) != name:
+            raise ValueError(
+                f"{folder}: {other} and {name} look like the same rows in two formats; move one of them away, or give "
+                "the path of the file"
+            )

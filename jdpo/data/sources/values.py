@@ -1,0 +1,93 @@
+"""JSON values: parsed strictly, and checked to be rows."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+MAX_DEPTH = 100
+"""Deeper rows are refused: what works with them later is recursive."""
+
+LONGEST_NAME = 60
+
+
+class _Refused(ValueError):
+    """JSON that Python would read, but not as it is meant."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _Refused(f"the key {shown(twice)} stands twice in one object; leave one of them")
+    return value
+
+
+def _constant(name: str) -> Any:
+    raise _Refused(f"{name} is no JSON value; write null")
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
+
+
+def unreadable(error: ValueError | RecursionError) -> str:
+    """Why JSON without a fault of syntax is not read."""
+    if isinstance(error, _Refused):
+        return f"JSON that cannot be read: {error}"
+    if isinstance(error, RecursionError):
+        return f"JSON that cannot be read: {_TOO_DEEP}"
+    return "JSON that cannot be read: a number has thousands of digits; write it as a string"
+
+
+_TOO_DEEP = f"it is nested too deeply (more than {MAX_DEPTH} levels)"
+
+
+def checked_row(value: Any, brackets: int, where: str) -> dict[str, Any]:
+    """The value, which is an object and not too deep.
+
+    Args:
+      value: what was parsed.
+      brackets: how many opening brackets its text has, those in strings included.
+      where: for messages.
+
+    Raises:
+      ValueError: it is something else.
+    """
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: expected an object with the row's columns, found {json_kind(value)}")
+    if brackets > MAX_DEPTH and _is_deep(value):
+        raise ValueError(f"{where}: JSON that cannot be read: {_TOO_DEEP}")
+    return value
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            child
+            for parent in level
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+            if isinstance(child, dict | list)
+        ]
+    return bool(level)
+
+
+def json_kind(value: Any) -> str:
+    """What JSON calls a value.
+
+    >>> [json_kind(value) for value in ({}, [], "", True, None, 0.5)]
+    ['an object', 'an array', 'a string', 'true or false', 'null', 'a number']
+    """
+    names = {dict: "an object", list: "an array", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def shown(name: str) -> str:
+    """A name from a file, safe to print and not long.
+
+    >>> print(shown('a"b'), shown("x" * 99)[-5:])
+    'a"b' xx...
+    """
+    text = ascii(name)
+    return text if len(text) <= LONGEST_NAME else text[: LONGEST_NAME - 3] + "..."

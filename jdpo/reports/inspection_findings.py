@@ -1,0 +1,180 @@
+"""What is wrong with the data of a run, how much it matters, what it does to training and what to do.
+
+`--strict` fails on faults alone. See `jdpo.reports.inspection_checks` for what makes one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+from jdpo.data.boundaries import PLAIN_TEXT, WOULD_MERGE
+from jdpo.data.inspection import wilson
+from jdpo.data.inspection_text import BIDI, CONTROL, INVISIBLE, REPLACEMENT, SPECIAL, SPECIAL_IN_PLAIN, SURROGATE
+from jdpo.data.row_notes import ANSWER_CHANGED, TOOLS_UNUSED, TURN_CHANGED
+from jdpo.data.tokenize import PROMPT_CUT
+from jdpo.reports.inspection_checks import CHECKS
+from jdpo.reports.inspection_words import percent
+
+Severity = Literal["fault", "warning", "note"]
+SEVERITIES: tuple[Severity, ...] = ("fault", "warning", "note")
+
+FEW_EVAL_ROWS = 400
+"""Evaluation rows below which an accuracy is said with its interval: 400 leave it 5 points on either side."""
+
+BIASED, STRONGLY_BIASED = 0.6, 0.4
+"""Chosen sides longer in more (or less) than this share of pairs: length alone is worth a few points of accuracy."""
+
+_NOTE_CHECKS = {
+    "plain_text": PLAIN_TEXT,
+    "answer_changed": ANSWER_CHANGED,
+    "turn_changed": TURN_CHANGED,
+    "tools_unused": TOOLS_UNUSED,
+    "would_merge": WOULD_MERGE,
+    "prompt_cut": PROMPT_CUT,
+}
+
+Json = Mapping[str, Any]
+
+
+class Finding(NamedTuple):
+    """Something to know before training.
+
+    Attributes:
+      severity: fault (`--strict` fails), warning, or note.
+      name: of the check.
+      summary: what was found, with its size.
+      effect: what it does to training.
+      remedy: what to do.
+      rows, share, first: how many rows, of those that the check looks at, and where the first comes from; None where
+        it is not about rows.
+    """
+
+    severity: Severity
+    name: str
+    summary: str
+    effect: str
+    remedy: str
+    rows: int | None = None
+    share: float | None = None
+    first: str | None = None
+
+
+_TEXT_CHECKS = {
+    SPECIAL: "special_tokens",
+    SPECIAL_IN_PLAIN: "special_tokens_in_plain_text",
+    CONTROL: "control",
+    BIDI: "bidi",
+    INVISIBLE: "invisible",
+    REPLACEMENT: "replacement",
+    SURROGATE: "surrogate",
+}
+
+
+def findings_of(document: Json) -> list[Finding]:
+    """Everything to know of a document, faults first.
+
+    Args:
+      document: of `jdpo.reports.inspection`, without its findings.
+    """
+    found = [*_model_findings(document), *_leakage_findings(document), *_part_findings(document["train"], "")]
+    if document["eval"] is not None:
+        found += _part_findings(document["eval"], ", in evaluation")
+    found += [*_bias_findings(document), *_eval_findings(document)]
+    return sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))
+
+
+def _checked(name: str, rows: int, of: int, first: str | None, where: str = "") -> Iterator[Finding]:
+    """The finding of a check; nothing where no row has it."""
+    if not rows:
+        return
+    check, share = CHECKS[name], rows / max(of, 1)
+    severity: Severity = "note"
+    if check.fault is not None and share > check.fault:
+        severity = "fault"
+    elif check.warning is not None and share > check.warning:
+        severity = "warning"
+    summary = f"{check.what}{where}: {rows:,} of {of:,} ({percent(share)})"
+    yield Finding(severity, name, summary, check.effect, check.remedy, rows, share, first)
+
+
+def _model_findings(document: Json) -> Iterator[Finding]:
+    model = document["model"]
+    if model["problem"] is not None:
+        yield Finding("fault", "model", model["problem"], "`jdpo` cannot train this model", "use another model folder")
+        return
+    own_tokens = model["tokenizer_size"] - len(model["added_tokens"])
+    if own_tokens > model["vocab_size"]:
+        yield Finding(
+            "fault",
+            "model",
+            f"the tokenizer has {own_tokens:,} tokens and the model's embedding {model['vocab_size']:,} rows",
+            "there is no embedding for some tokens; training refuses to start",
+            "use the tokenizer that belongs to the model",
+        )
+
+
+def _leakage_findings(document: Json) -> Iterator[Finding]:
+    leakage = document["leakage"]
+    if leakage is not None:
+        first = next((f"{one['eval']} is {one['train']}" for one in leakage["examples"]), None)
+        yield from _checked("leakage", leakage["rows"], document["eval"]["rows_kept"], first)
+
+
+def _part_findings(part: Json, where: str) -> Iterator[Finding]:
+    kept, raw = part["rows_kept"], part["rows_read"]
+    for kind, mark in part["text"].items():
+        yield from _checked(_TEXT_CHECKS[kind], mark["rows"], raw, f"{mark['first']}: {mark['excerpt']}", where)
+    rows_of: dict[str, Json] = dict(part["edges"])
+    rows_of |= {name: part["repeats"][name] for name in ("contradictions", "same_row", "same_prompt")}
+    rows_of |= {name: part[name] for name in ("answer_cut", "too_long_for_model")}
+    if part["margins"] is not None:
+        rows_of["negative_margins"] = part["margins"]["negative"]
+    for name, counted in rows_of.items():
+        yield from _checked(name, counted["rows"], kept, counted["first"], where)
+    biggest = next((f"{one['reason']}: {one['first']}" for one in part["dropped"]), None)
+    yield from _checked("dropped", part["rows_dropped"], kept + part["rows_dropped"], biggest, where)
+    notes = {one["note"]: one for one in part["notes"]}
+    for name, note in _NOTE_CHECKS.items():
+        if note in notes:
+            yield from _checked(name, notes[note]["rows"], kept, notes[note]["first"], where)
+
+
+def _bias_findings(document: Json) -> Iterator[Finding]:
+    bias = document["train"]["length_bias"]
+    if bias is None or bias["p_value"] is None or bias["p_value"] >= 0.01:
+        return
+    share, longer = bias["share_longer"], bias["share_longer"] > 0.5
+    strong = share > BIASED or share < STRONGLY_BIASED
+    accuracy = bias["longer_accuracy"] if longer else bias["shorter_accuracy"]
+    yield Finding(
+        "warning" if strong else "note",
+        "length_bias",
+        f"the chosen side is the {'longer' if longer else 'shorter'} one in {percent(max(share, 1 - share))} of the "
+        f"pairs that differ in length, by {abs(bias['mean_difference']):.1f} tokens in the mean of all",
+        f"a policy that learns length alone reaches a reward accuracy of {accuracy:.2f} on such pairs, and its answers "
+        f"grow {'longer' if longer else 'shorter'}; read an accuracy below that as no more than length",
+        "compare with loss_type sigmoid_norm, simpo or ld_alpha, which weigh length down; watch the length of samples",
+    )
+
+
+def _eval_findings(document: Json) -> Iterator[Finding]:
+    held_out = document["eval"]
+    if held_out is None:
+        yield Finding(
+            "note",
+            "no_evaluation",
+            "nothing is held out for evaluation",
+            "training metrics alone do not tell learning from memorising",
+            "set eval_fraction: 0.05, or eval_datasets",
+        )
+    elif held_out["rows_kept"] < FEW_EVAL_ROWS:
+        rows = held_out["rows_kept"]
+        low, high = wilson(round(rows * 0.6), rows)
+        yield Finding(
+            "note",
+            "few_evaluation_rows",
+            f"{rows:,} evaluation rows",
+            f"a measured accuracy of 0.60 may be anything from {low:.2f} to {high:.2f} (95 %)",
+            "hold more rows out, or do not rank checkpoints by small differences",
+        )

@@ -1,0 +1,168 @@
+"""`jdpo inspect` on the configs of runs: what it prints, writes, and exits with."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import jdpo
+from jdpo.cli.inspect import Options, read_options, read_run
+from jdpo.cli.main import main
+from jdpo.models.hub import resolve_folder
+
+
+@pytest.fixture
+def no_weights(toy_model: Path, tmp_path: Path) -> Path:
+    """The toy model as someone has it who downloaded no weights."""
+    folder = tmp_path / "small"
+    shutil.copytree(toy_model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    return folder
+
+
+def test_it_needs_no_weights_and_leaves_nothing_but_the_cache(
+    capsys: pytest.CaptureFixture[str], run_words: Callable[..., list[str]], no_weights: Path, tmp_path: Path
+) -> None:
+    before = set(tmp_path.iterdir())
+    assert main(["inspect", *run_words(model_name_or_path=no_weights)]) == 0
+    out = capsys.readouterr().out
+    assert "What `jdpo dpo` would train on" in out
+    assert "20 of 20 kept" in out
+    assert "3 steps of 8 pairs" in out
+    assert set(tmp_path.iterdir()) - before == {tmp_path / "cache"}
+    with pytest.raises(ValueError, match=r"no \*\.safetensors weights"):
+        resolve_folder(str(no_weights))
+
+
+def test_json_alone_goes_to_standard_output(
+    capsys: pytest.CaptureFixture[str], run_words: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    page = tmp_path / "report" / "page.html"
+    words = ["--json", f"--html={page}", "--rows", "2", *run_words()]
+    assert main(["inspect", *words]) == 0
+    captured = capsys.readouterr()
+    document = json.loads(captured.out)
+    assert captured.err == f"wrote {page}\n"
+    assert document["train"]["rows_kept"] == 20
+    assert len(document["rows"]) == 2
+    assert all(row["origin"] in page.read_text(encoding="utf-8") for row in document["rows"])
+    assert main(["inspect", *words]) == 0
+    assert json.loads(capsys.readouterr().out) == document
+
+
+def test_strict_fails_on_faults_alone(
+    capsys: pytest.CaptureFixture[str], run_words: Callable[..., list[str]], pairs_file: Path
+) -> None:
+    assert main(["inspect", "--strict", *run_words()]) == 0
+    assert "no_evaluation" in capsys.readouterr().out
+    leaking = run_words(eval_datasets=pairs_file)
+    assert main(["inspect", *leaking, "--strict"]) == 1
+    assert main(["inspect", *leaking]) == 0
+    assert "fault" in capsys.readouterr().out
+
+
+def test_rows_stand_token_by_token(capsys: pytest.CaptureFixture[str], run_words: Callable[..., list[str]]) -> None:
+    assert main(["inspect", *run_words(), "--rows", "1", "--ids"]) == 0
+    out = capsys.readouterr().out
+    assert "row 1: pairs.jsonl:" in out
+    assert "prompt, not learnt" in out
+    assert "<|im_end|>[2]" in out
+    assert "row 2" not in out
+
+
+def test_the_task_is_told_by_the_keys_that_one_command_has(tmp_path: Path) -> None:
+    words = ["model_name_or_path=m", "datasets=d"]
+    config = tmp_path / "run.yaml"
+    config.write_text("model_name_or_path: m\ndatasets: d\nloss_on: assistant_turns\n")
+    assert read_run([str(config)], None)[1:] == ("sft", "loss_on is a key of `jdpo sft` alone")
+    assert read_run([*words, "--loss_type", "ipo"], None)[1] == "dpo"
+    assert read_run(words, None)[1:] == (
+        "dpo",
+        "no key tells dpo from sft, so it is taken for dpo; --task sft for the other",
+    )
+    assert read_run(words, "sft")[1:] == ("sft", "as --task says")
+    with pytest.raises(ValueError, match="beta is a key of `jdpo dpo` alone and loss_on of `jdpo sft` alone"):
+        read_run([str(config), "beta=0.2"], None)
+    with pytest.raises(ValueError, match="unknown key 'loss_on'"):
+        read_run([str(config)], "dpo")
+
+
+def test_a_supervised_run_is_inspected_as_one(
+    capsys: pytest.CaptureFixture[str], run_words: Callable[..., list[str]]
+) -> None:
+    assert main(["inspect", *run_words(), "--task", "sft", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["command"] == "sft"
+    assert "completion" in document["train"]["lengths"]
+
+
+def test_options_stand_anywhere_and_values_of_keys_are_left_alone() -> None:
+    options, rest = read_options(["run.yaml", "--beta", "0.2", "--rows=3", "--html", "a.html", "--shuffle", "--strict"])
+    assert options == Options(rows=3, html=Path("a.html"), strict=True)
+    assert rest == ["run.yaml", "--beta", "0.2", "--shuffle"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--rows"], "--rows needs a value: --rows N"),
+        (["--rows", "many"], "--rows is 'many'; expected a number"),
+        (["--html", "--json"], "--html needs the path"),
+        (["--task", "rl"], "--task is 'rl'; expected dpo or sft"),
+        (["--json=yes"], "--json takes no value"),
+    ],
+)
+def test_wrong_options_are_named(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", *words]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.out == ""
+
+
+def test_help_lists_options_and_faults(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "--help"]) == 0
+    out = capsys.readouterr().out
+    for words in ("--rows N", "--html FILE", "--strict", "leakage: any", "dropped: more than 10% of"):
+        assert words in out
+
+
+def test_a_model_that_jdpo_cannot_train_is_a_fault_and_the_data_are_still_shown(
+    capsys: pytest.CaptureFixture[str], run_words: Callable[..., list[str]], no_weights: Path
+) -> None:
+    config = json.loads((no_weights / "config.json").read_text())
+    (no_weights / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
+    assert main(["inspect", *run_words(model_name_or_path=no_weights), "--json", "--strict"]) == 1
+    document = json.loads(capsys.readouterr().out)
+    assert "model_type 'mamba' is not supported" in document["findings"][0]["summary"]
+    assert document["train"]["rows_kept"] == 20
+
+
+def run_alone(words: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    code = (
+        "import sys; from jdpo.cli.main import main; code = main(sys.argv[1:]); "
+        "print([name for name in ('jax', 'flax', 'optax', 'orbax') if name in sys.modules], file=sys.stderr); "
+        "sys.exit(code)"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code, "inspect", *words],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(jdpo.__file__).parents[1])} | environment,
+        check=False,
+    )
+
+
+def test_no_accelerator_is_touched_and_a_poor_terminal_is_no_error(run_words: Callable[..., list[Any]]) -> None:
+    done = run_alone([*run_words(), "--rows", "1"], PYTHONIOENCODING="ascii", COLUMNS="70")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.endswith("[]\n")
+    assert done.stdout.isascii()
+    assert "\x1b" not in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 70

@@ -36,7 +36,7 @@ MODEL_ROWS, MODEL_STEPS, WARM_UP = 320, 10, 3
 MEMORY_BAR = 2.0
 """Most GiB that the first start holds, the processes that tokenize included."""
 SECOND_START_BAR = 10.0
-"""Most seconds of the second start, imports included."""
+"""Most seconds of the second start: imports, finding the rows, and planning an epoch."""
 LOADER_BAR = 20.0
 """Least pairs a second of the loader, over those that the model consumes."""
 
@@ -235,7 +235,7 @@ def report(rows: int, found: dict[str, dict[str, Any]], file_bytes: int) -> tupl
     ratio = loader["pairs_per_second"] / model["pairs_per_second"]
     verdicts = [
         ("peak resident memory of the first start, GiB", first["peak_all_gib"], "<", MEMORY_BAR),
-        ("seconds of the second start", second["seconds"] - second["plan_seconds"], "<", SECOND_START_BAR),
+        ("seconds of the second start", second["seconds"], "<", SECOND_START_BAR),
         ("loader over model, pairs a second", ratio, ">=", LOADER_BAR),
     ]
     met = [value < bar if sign == "<" else value >= bar for _, value, sign, bar in verdicts]

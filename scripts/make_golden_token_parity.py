@@ -3,7 +3,7 @@
     python scripts/make_golden_token_parity.py [--out tests/golden/token_parity]
 
 Needs the `parity` extra. `rows.jsonl` in that folder is written by hand and stays as it is; it needs no more than
-what the rules of SEMANTICS speak of: system turns, earlier answers, other scripts, spaces at the ends of answers,
+shows where tokenizers of pairs differ: system turns, earlier answers, other scripts, spaces at the ends of answers,
 special tokens spelled out, tools, an empty side, equal sides, a prompt and an answer longer than `MAX_LENGTH`. The
 tokenizers are trained on it, then TRL tokenizes it with each.
 """

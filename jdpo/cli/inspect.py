@@ -14,7 +14,7 @@ from jdpo.cli.train import CONFIGS, read_config
 from jdpo.config import DPOConfig, SFTConfig, TrainConfig, parse_overrides
 
 FLAGS = {
-    "--rows N": "show the first N rows of the first step token by token",
+    "--rows N": "show the N rows that the run sees first, token by token",
     "--ids": "with the id of each token",
     "--html FILE": "write the report as one page that needs nothing else, for a browser",
     "--json": "print the report as one JSON document",
@@ -72,13 +72,11 @@ def main(command: str, words: Sequence[str]) -> int:
         print(usage())
         return 0
     options, rest = read_options(words)
-    config, task, chosen_by = read_run(rest, options.task)
+    config, chosen_by = read_run(rest, options.task)
     from jdpo.reports.inspection import document_of
-    from jdpo.reports.inspection_material import gather
+    from jdpo.training.inspect import gather
 
-    material = gather(
-        config, command=task, chosen_by=chosen_by, say=lambda text: print(text, file=sys.stderr, flush=True)
-    )
+    material = gather(config, chosen_by=chosen_by, say=lambda text: print(text, file=sys.stderr, flush=True))
     document = document_of(material, num_rows=options.rows)
     if options.html is not None:
         from jdpo.reports.inspection_html import write_page
@@ -142,8 +140,8 @@ def _value(name: str, text: str) -> Any:
     return int(text)
 
 
-def read_run(words: Sequence[str], task: str | None) -> tuple[TrainConfig, str, str]:
-    """The config of a run, its command, and how the command was found, in words.
+def read_run(words: Sequence[str], task: str | None) -> tuple[TrainConfig, str]:
+    """The config of a run, and how it was found which command's it is, in words.
 
     Raises:
       ValueError: see `load_config`; or keys of both commands are there.
@@ -152,7 +150,7 @@ def read_run(words: Sequence[str], task: str | None) -> tuple[TrainConfig, str, 
     if task is None:
         task, chosen_by = _task_of(_keys(words))
     # Not written, so it need not be given.
-    return read_config(CONFIGS[task], [*words, "output_dir=none"]), task, chosen_by
+    return read_config(CONFIGS[task], [*words, "output_dir=none"]), chosen_by
 
 
 def _task_of(keys: Sequence[str]) -> tuple[str, str]:

@@ -24,9 +24,6 @@ READ, KEPT, DROPPED = "rows read", "rows kept", "dropped: "
 CHOSEN_LEARNT = "preference rows of which the chosen side is learnt"
 RANKED, RANKED_PAIRS = "ranked rows", "pairs made of ranked rows"
 
-RANKED_SCHEMAS = ("nemo-rl", "nectar", "stack-exchange-preferences")
-"""Schemas whose rows have more than two answers."""
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -59,7 +56,7 @@ class Recipe:
             counts[CHOSEN_LEARNT] += formats.is_preference(raw, reading)
             return formats.completion_rows(raw, origin, reading)
         rows = formats.preference_rows(raw, origin, reading)
-        if len(rows) > 1 or formats.schema_name(raw, reading) in RANKED_SCHEMAS:
+        if formats.is_ranked(raw, reading):
             counts[RANKED] += 1
             counts[RANKED_PAIRS] += sum(not isinstance(row, Dropped) for row in rows)
         return rows
@@ -151,8 +148,7 @@ def _counted_block(
     )
     tally.counts[KEPT] += len(kept)
     for index, (row, result, _) in enumerate(kept):
-        notes = [note for note in result.notes if note not in token_checks.FAULTS]  # the checks see the rows as kept
-        for name in (*notes, *(fault for fault, rows in faults.items() if rows[index])):
+        for name in (*result.notes, *(fault for fault, rows in faults.items() if rows[index])):
             tally.add(name, row.origin)
     return block
 

@@ -50,6 +50,7 @@ __all__ = [
     "check_rows",
     "completion_rows",
     "is_preference",
+    "is_ranked",
     "preference_rows",
     "reading_of",
     "schema_name",
@@ -148,6 +149,11 @@ def schema_name(raw: Raw, reading: Reading = AS_FOUND, *, supervised: bool = Fal
       ValueError: none does.
     """
     return _detect(raw, COMPLETION_SCHEMAS if supervised else PREFERENCE_SCHEMAS, reading, "the row")[1].name
+
+
+def is_ranked(raw: Raw, reading: Reading = AS_FOUND) -> bool:
+    """Whether a preference row may give more than one pair."""
+    return _detect(raw, PREFERENCE_SCHEMAS, reading, "the row")[1].ranked
 
 
 def is_preference(raw: Raw, reading: Reading = AS_FOUND) -> bool:

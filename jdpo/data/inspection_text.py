@@ -43,17 +43,11 @@ class TextFacts(NamedTuple):
     """What was found in the rows of a data set.
 
     Attributes:
-      raw_rows: read from the file.
       schemas: the name of a schema -> raw rows that it reads.
-      examples: pairs, or supervised rows, that they gave.
-      dropped: reason -> how many gave none, and the first; those that tokenizing drops are not among them.
       marks: kind -> what was found; a kind that was not found is left out.
     """
 
-    raw_rows: int
     schemas: dict[str, int]
-    examples: int
-    dropped: dict[str, Mark]
     marks: dict[str, Mark]
 
 
@@ -80,35 +74,21 @@ def text_facts(
       ValueError: a row cannot be read.
     """
     schemas: Counter[str] = Counter()
-    dropped, marks = _Marks(), _Marks()
-    num_rows = num_examples = 0
-    for raw, origin in rows:
-        num_rows += 1
+    marks: dict[str, Mark] = {}
+    for number, (raw, origin) in enumerate(rows, 1):
         schemas[schema_name(raw)] += 1
         found: set[str] = set()
         for row in read(raw, origin):
-            num_examples += 1
             if isinstance(row, Dropped):
-                dropped.add(row.reason, row.origin, row.detail)
-                continue
+                continue  # preparing the rows counts it
             for kind, excerpt in marks_of(row, special):
                 if kind not in found:  # several pairs of one raw row share its prompt
                     found.add(kind)
-                    marks.add(kind, row.origin, excerpt)
+                    mark = marks.get(kind) or Mark(0, row.origin, excerpt)
+                    marks[kind] = mark._replace(rows=mark.rows + 1)
         if progress is not None:
-            progress(num_rows)
-    return TextFacts(num_rows, dict(schemas), num_examples, dropped.all, marks.all)
-
-
-class _Marks:
-    """Counts, keeping the first of each kind."""
-
-    def __init__(self) -> None:
-        self.all: dict[str, Mark] = {}
-
-    def add(self, kind: str, origin: str, excerpt: str) -> None:
-        mark = self.all.get(kind) or Mark(0, origin, excerpt)
-        self.all[kind] = mark._replace(rows=mark.rows + 1)
+            progress(number)
+    return TextFacts(dict(schemas), marks)
 
 
 def marks_of(row: PreferenceRow | CompletionRow, special: re.Pattern[str]) -> Iterator[tuple[str, str]]:

@@ -20,6 +20,7 @@ from jdpo.data.chunks import CHOSEN_LEARNT, DROPPED, KEPT, READ, Chunk, RawChunk
 from jdpo.data.mixing import labels_of
 from jdpo.data.packing_plan import ItemSizes, completion_sizes, pair_sizes
 from jdpo.data.sources import Source, open_source
+from jdpo.data.sources.values import text_size
 from jdpo.data.splitting import Part
 from jdpo.data.tokenizer import Tokenizer
 from jdpo.data.workers import available_cores, map_in_order
@@ -47,7 +48,10 @@ MOST_NAMES = 5
 """Files named in the summary at most."""
 
 CHUNK_ROWS = 512
-"""Raw rows that a process tokenizes at a time."""
+"""Raw rows that a process tokenizes at a time, at most."""
+
+CHUNK_TEXT = 4 * 2**20
+"""Characters after which no further row is taken into a chunk: a few of them are in memory for each process."""
 
 ALONE_ROWS = 8192
 """Rows after which further processes help, where their number is left open: starting them takes seconds."""
@@ -59,7 +63,7 @@ Progress = Callable[[int, int | None], None]
 """Told how many rows of all data sets of the call were read so far, dropped ones included, and of how many in all.
 
 That is None where files do not say how many rows they have before they are read.
-It is called after every `CHUNK_ROWS` rows of a data set and after its last ones, and not at all where the rows come
+It is called after every chunk of a data set's rows, and not at all where the rows come
 from the cache. What it raises ends the work.
 """
 
@@ -273,13 +277,19 @@ def _chunks(sources: Sequence[Source], tokenizer: Tokenizer, recipe: Recipe, num
 def _raw_chunks(sources: Sequence[Source], recipe: Recipe) -> Iterator[RawChunk]:
     for number, source in enumerate(sources):
         rows = iter(source.rows())
-        first = list(itertools.islice(rows, CHUNK_ROWS))
-        if first:
+        samples = list(itertools.islice(rows, SAMPLE_ROWS))
+        if samples:
             supervised = recipe.kind == "completions"
-            formats.check_rows(first[:SAMPLE_ROWS], recipe.readings[number], supervised=supervised)
-        while first:
-            yield RawChunk(number, first)
-            first = list(itertools.islice(rows, CHUNK_ROWS))
+            formats.check_rows(samples, recipe.readings[number], supervised=supervised)
+        chunk, size = [], 0
+        for row in itertools.chain(samples, rows):
+            chunk.append(row)
+            size += text_size(row[0])
+            if len(chunk) == CHUNK_ROWS or size >= CHUNK_TEXT:
+                yield RawChunk(number, chunk)
+                chunk, size = [], 0
+        if chunk:
+            yield RawChunk(number, chunk)
 
 
 def _check_kept(tally: Tally, datasets: Sequence[DatasetConfig], part: Part | None) -> None:

@@ -67,6 +67,7 @@ def about_rows(
     chat_template: str | None,
     max_length: int,
     max_prompt_length: int | None,
+    eval_fraction: float,
 ) -> dict[str, Any]:
     """What a person would say the rows and the model of an entry are. Reads the data sets once, for their digest.
 
@@ -75,7 +76,7 @@ def about_rows(
       role: what the rows are for, "training" or "evaluation".
       model: the reference's name.
       tokenizer: digest of the tokenizer with its chat template.
-      chat_template: as in the config; the lengths too.
+      chat_template: as in the config; lengths and eval_fraction too.
     """
     return {
         "role": role,
@@ -86,6 +87,10 @@ def about_rows(
         "chat_template": chat_template,
         "max_length": max_length,
         "max_prompt_length": max_prompt_length,
+        "eval_fraction": float(eval_fraction),
+        "column_map": [dict(dataset.column_map or {}) for dataset in datasets],
+        "ranked": [dataset.ranked for dataset in datasets],
+        "min_margin": [dataset.min_margin for dataset in datasets],
     }
 
 
@@ -168,8 +173,13 @@ def changes(then: Entry, now: Entry) -> list[str]:
 
 
 def _row_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    settings = ("max_length", "max_prompt_length", "chat_template")
+    settings = ("max_length", "max_prompt_length", "chat_template", "eval_fraction")
     lines = [_then_now(name, then.get(name), now[name]) for name in settings if then.get(name) != now[name]]
+    if then.get("datasets") == now["datasets"]:
+        for name in ("column_map", "ranked", "min_margin"):
+            for dataset, was, is_now in zip(now["datasets"], then.get(name, ()), now[name], strict=False):
+                if was != is_now:
+                    lines.append(_then_now(f"{name} of {dataset}", was, is_now))
     if then.get("tokenizer") != now["tokenizer"] and then.get("chat_template") == now["chat_template"]:
         lines.append("the tokenizer or its chat template")
     if then.get("datasets") != now["datasets"]:

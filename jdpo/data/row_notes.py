@@ -18,10 +18,6 @@ ANSWER_CHANGED = "with an answer that the chat template does not write letter fo
 TURN_CHANGED = "with an earlier turn that the chat template leaves out or does not write whole"
 TOOLS_UNUSED = "with tools that the chat template does not write"
 
-# Found in the tokens of the rows as they are kept, by `jdpo.data.token_checks`.
-SECOND_BOS = "with BOS once more inside the sequence"
-NO_END = "with an answer that no end-of-turn token closes"
-
 
 def conversation_notes(
     prompt: Sequence[Message],

@@ -30,6 +30,7 @@ class Schema(NamedTuple):
       columns: names of all columns that it reads; `EXTRAS` are read beside them.
       matches: whether it fits a row (without nulls).
       read: the row's prompt and answers.
+      ranked: whether a row may have more than two answers.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Schema(NamedTuple):
     columns: tuple[str, ...]
     matches: Callable[[Raw], bool]
     read: Callable[[Raw, str], Asked | Dropped]
+    ranked: bool = False
 
 
 _MESSAGES = (list, dict)
@@ -102,6 +104,7 @@ PREFERENCE_SCHEMAS: Sequence[Schema] = (
         ("context", "completions"),
         lambda raw: _has(raw, context=_SIDE) and _ranked(raw, "completions", "rank", "completion"),
         schema_readers.nemo,
+        ranked=True,
     ),
     Schema(
         "nectar",
@@ -109,6 +112,7 @@ PREFERENCE_SCHEMAS: Sequence[Schema] = (
         ("prompt", "answers"),
         lambda raw: _has(raw, prompt=str) and _ranked(raw, "answers", "answer", "rank"),
         schema_readers.nectar,
+        ranked=True,
     ),
     Schema(
         "stack-exchange-preferences",
@@ -116,6 +120,7 @@ PREFERENCE_SCHEMAS: Sequence[Schema] = (
         ("question", "answers"),
         lambda raw: _has(raw, question=str) and _ranked(raw, "answers", "text", "pm_score"),
         schema_readers.stack_exchange,
+        ranked=True,
     ),
     Schema(
         "shp",

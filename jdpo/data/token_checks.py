@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jdpo.data.blocks import Block
-from jdpo.data.row_notes import NO_END
-from jdpo.data.row_notes import SECOND_BOS as BOS_INSIDE
 from jdpo.data.tokenizer import Tokenizer
 
 NO_BOS = "that start without the BOS which the tokenizer puts before plain text"
 BOS_TWICE = "that start with BOS twice"
+BOS_INSIDE = "with BOS once more inside the sequence"
 STARTS_WITH_BOS = "with a completion that starts with BOS"
+NO_END = "with an answer that no end-of-turn token closes"
 END_TWICE = "with an end token twice at the end of a completion"
 END_INSIDE = "with an end token inside a completion"
 

@@ -6,6 +6,7 @@ its keys. Terminal and HTML page show nothing that is not in it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from jdpo._version import __version__
 from jdpo.data import token_checks
+from jdpo.data.chunks import RANKED_PAIRS
 from jdpo.data.inspection import distribution, length_bias, nice_edges, repeats, step_costs
 from jdpo.data.inspection_rows import RowFacts, row_facts
 from jdpo.data.inspection_text import Mark, TextFacts
@@ -121,7 +123,7 @@ def _part(part: Part, facts: RowFacts, material: Material) -> Json:
         "edges": {name: _counted(fault, data) for name, fault in EDGES.items()},
         "too_long_for_model": _rows_where(sequence > (material.model.max_positions or np.inf), data),
         "repeats": _repeats(data, facts),
-        "length_bias": _bias(facts),
+        "length_bias": _bias(data, facts),
         "margins": _margins(data),
         "text": _texts(part.texts),
     }
@@ -195,11 +197,14 @@ def _repeats(data: PreparedData, facts: RowFacts) -> Json:
     }
 
 
-def _bias(facts: RowFacts) -> Json | None:
+def _bias(data: PreparedData, facts: RowFacts) -> Json | None:
     if len(facts.sides) < 2:
         return None
     found = length_bias(facts.sides["chosen"].length, facts.sides["rejected"].length)._asdict()
-    return found | {"pairs_with_a_cut_side": int(_cut(facts).sum())}
+    return found | {
+        "pairs_with_a_cut_side": int(_cut(facts).sum()),
+        "pairs_of_ranked_rows": data.counts.get(RANKED_PAIRS, 0),
+    }
 
 
 def _margins(data: PreparedData) -> Json | None:
@@ -266,7 +271,8 @@ def _steps(material: Material, facts: RowFacts) -> Json:
         "costs": {
             **costs._asdict(),
             "devices": shards,
-            "tokens_per_device": budget,
+            "tokens_per_device": None if config.micro_batch_size else budget,
+            "rows_per_device": config.micro_batch_size,
             "padded_padding": costs.padded_padding,
             "packed_padding": costs.packed_padding,
             "fewer_by_packing": costs.from_padding,
@@ -281,11 +287,7 @@ def _steps(material: Material, facts: RowFacts) -> Json:
 
 def _rows(material: Material, num_rows: int) -> list[Json]:
     data = material.train.data
-    wanted: list[int] = []
-    for indices in material.steps:
-        wanted += indices[: num_rows - len(wanted)].tolist()
-        if len(wanted) >= num_rows:
-            break
+    wanted = itertools.islice(itertools.chain.from_iterable(indices.tolist() for indices in material.steps), num_rows)
     return [_row(view_row(data[index], index, material.tokenizer)) for index in wanted]
 
 

@@ -200,7 +200,7 @@ def _print_findings(findings: Sequence[Json], console: Console) -> None:
 
 def print_rows(rows: Sequence[Json], console: Console, *, with_ids: bool = False) -> None:
     """Prints rows token by token."""
-    _heading(console, f"The first {figure(len(rows), 'row')} of the first step, token by token")
+    _heading(console, f"The first {figure(len(rows), 'row')} of the run, token by token")
     _line(console, "  · is a space, ⏎ a line feed, ⇥ a tab; special tokens stand by name", hang=2)
     for number, row in enumerate(rows, 1):
         console.print()

@@ -129,6 +129,11 @@ def bias_sentences(bias: Json) -> list[str]:
             f"So a model can reach an accuracy of {best:.2f} by preferring the {way} answer, without reading it: no "
             "accuracy up to there shows that it learnt more than length."
         )
+    if bias["pairs_of_ranked_rows"]:
+        sentences.append(
+            f"{figure(bias['pairs_of_ranked_rows'], 'pair')} were made of ranked rows: those of one row share answers, "
+            "so that there is less evidence than that many pairs of their own would be."
+        )
     if bias["pairs_with_a_cut_side"]:
         sentences.append(
             f"{figure(bias['pairs_with_a_cut_side'], 'pair')} have a side that max_length cut, which makes sides alike."
@@ -152,11 +157,13 @@ def cost_sentences(costs: Json) -> list[str]:
     parts = f"{costs['fewer_by_packing']:.2f} from leaving padding out"
     if sharing:
         parts += f", {costs['fewer_by_sharing_prompts']:.2f} from prompts that stand once"
+    tokens, rows = costs["tokens_per_device"], costs["rows_per_device"]
+    room = figure(rows, "example") if tokens is None else f"{tokens:,} slots"
     return [
         f"Counted over {figure(costs['steps'], 'step')}: a trainer that pads every sequence to the longest of its step "
         f"computes {costs['padded_positions']:,} positions for {costs['sequence_tokens']:,} tokens: "
         f"{percent(costs['padded_padding'])} is padding.",
-        f"Packed rows (one row of up to {costs['tokens_per_device']:,} slots on each of {costs['devices']:,} "
+        f"Packed rows (one row of up to {room} on each of {costs['devices']:,} "
         f"device{'' if costs['devices'] == 1 else 's'}) take {costs['packed_slots']:,} slots, of which "
         f"{percent(costs['packed_padding'])} stays empty.",
         f"That is {costs['fewer_in_all']:.2f} times fewer positions to compute ({parts}). It is arithmetic, not a "

@@ -31,13 +31,14 @@ def figures_of(metrics: Mapping[str, float]) -> str:
 class RowCounter:
     """Says every so often how many rows were read, while a large data set is tokenized."""
 
-    def __init__(self, say: Callable[[str], None], *, seconds: float = 10.0) -> None:
+    def __init__(self, say: Callable[[str], None], *, seconds: float = 10.0, doing: str = "tokenizing") -> None:
         """
         Args:
           say: takes lines for the person who started the run.
           seconds: from one line to the next.
+          doing: what is done with the rows.
         """
-        self._say, self._seconds = say, seconds
+        self._say, self._seconds, self._doing = say, seconds, doing
         self._started = self._told = time.monotonic()
 
     def __call__(self, num_rows: int, total: int | None = None) -> None:
@@ -55,7 +56,7 @@ class RowCounter:
         of, left = "", ""
         if total is not None:
             of, left = f" of {total:,}", f", {_clock(max(total - num_rows, 0) / rate)} left"
-        self._say(f"tokenizing: {num_rows:,}{of} rows read, {rate:,.0f} a second{left}")
+        self._say(f"{self._doing}: {num_rows:,}{of} rows read, {rate:,.0f} a second{left}")
 
 
 def _clock(seconds: float) -> str:

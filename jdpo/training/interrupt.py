@@ -16,10 +16,6 @@ from jdpo.training.processes import any_process, any_process_later
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class BuildStopped(Exception):
-    """A signal ended the work before the first step."""
-
-
 class StopRequest:
     """While entered, a first signal asks the run to stop; a second one does what it always did."""
 

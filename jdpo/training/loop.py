@@ -8,9 +8,10 @@ from typing import Any
 
 from jdpo.config import DPOConfig, TrainConfig
 from jdpo.reports.progress import make_console
-from jdpo.training.interrupt import BuildStopped, StopRequest
+from jdpo.training.interrupt import StopRequest
 from jdpo.training.processes import differing
 from jdpo.training.reference import Reference, settle_reference
+from jdpo.training.rows import BuildStopped
 from jdpo.training.run import OnStep, Run, RunResult, say_on
 from jdpo.training.run_dir import RunDirectory
 from jdpo.training.setup import Say, Setup, build, jax_settings, resolve_dtype

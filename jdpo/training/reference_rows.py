@@ -91,6 +91,7 @@ def entry_of(setup: Setup, rows: RowSet) -> Entry:
         chat_template=config.chat_template,
         max_length=config.max_length,
         max_prompt_length=config.max_prompt_length,
+        eval_fraction=config.eval_fraction,
     )
     return Entry(rows.parts, about)
 

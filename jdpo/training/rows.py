@@ -1,25 +1,33 @@
-"""The rows of a run: tokenized, told apart into training and evaluation, and put in the order of the steps."""
+"""The rows of a run: tokenized, told apart into training and evaluation, and put in the order of the steps.
+
+Imports no jax: `jdpo inspect` looks at rows where there may be none to run on.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any
 
-from jdpo.config import DatasetConfig, TrainConfig
+from jdpo.config import DatasetConfig, SFTConfig, TrainConfig
 from jdpo.data.loader import RowPlan
 from jdpo.data.mixing import mixture_of
-from jdpo.data.prepare import PreparedData
+from jdpo.data.prepare import PreparedData, prepare_completions, prepare_pairs
 from jdpo.data.splitting import Part
 from jdpo.data.tokenizer import Tokenizer
 from jdpo.reports.progress import RowCounter
-from jdpo.training.interrupt import BuildStopped
-from jdpo.training.tasks import Task
 
 Say = Callable[[str], None]
 
 
+class BuildStopped(Exception):
+    """A signal ended the work before the first step."""
+
+
 def prepare_rows(
-    config: TrainConfig, task: Task, tokenizer: Tokenizer, say: Say, *, stopped: Callable[[], bool] = lambda: False
+    config: TrainConfig, tokenizer: Tokenizer, say: Say, *, stopped: Callable[[], bool] = lambda: False
 ) -> tuple[PreparedData, PreparedData | None]:
     """The training rows and, where the config has any, the evaluation rows; says what they are.
 
@@ -32,17 +40,41 @@ def prepare_rows(
       BuildStopped: `stopped` said so.
     """
 
+    read = preparation_of(config)
+
     def prepare(datasets: Sequence[DatasetConfig], part: Part | None, title: str) -> PreparedData:
         progress = partial(_progress, RowCounter(say), stopped)
-        data = task.prepare(datasets, tokenizer, part=part, progress=progress)
+        data = read(datasets, tokenizer, part=part, progress=progress)
         say(f"{title}{data.summary()}\n  {data.cache_note}")
         return data
 
+    training, evaluation = sides_of(config)
+    return prepare(*training, ""), evaluation and prepare(*evaluation, "evaluation ")
+
+
+def preparation_of(config: TrainConfig) -> Callable[..., PreparedData]:
+    """How a config's rows are tokenized: (datasets, tokenizer, *, part, progress) -> tokenized rows."""
+    options: dict[str, Any] = {
+        "max_length": config.max_length,
+        "max_prompt_length": config.max_prompt_length,
+        "num_proc": config.dataset_num_proc,
+        "cache_dir": Path(config.cache_dir) if config.cache_dir else None,
+    }
+    if isinstance(config, SFTConfig):
+        return partial(prepare_completions, loss_on=config.loss_on, **options)
+    return partial(prepare_pairs, **options)
+
+
+Side = tuple[Sequence[DatasetConfig], Part | None]
+"""Data sets and the part of their rows that is meant; None: all."""
+
+
+def sides_of(config: TrainConfig) -> tuple[Side, Side | None]:
+    """What is trained on, and what is evaluated on, if anything."""
     fraction = config.eval_fraction
-    train = prepare(config.datasets, Part("train", fraction) if fraction else None, "")
     if fraction:
-        return train, prepare(config.datasets, Part("eval", fraction), "evaluation ")
-    return train, prepare(config.eval_datasets, None, "evaluation ") if config.eval_datasets else None
+        return (config.datasets, Part("train", fraction)), (config.datasets, Part("eval", fraction))
+    return (config.datasets, None), (config.eval_datasets, None) if config.eval_datasets else None
 
 
 def _progress(counter: RowCounter, stopped: Callable[[], bool], num_rows: int, total: int | None) -> None:
@@ -67,3 +99,12 @@ def plan_rows(config: TrainConfig, data: PreparedData, say: Say) -> RowPlan:
         shuffle=config.shuffle,
         lengths=data.lengths if config.group_by_length else None,
     )
+
+
+def num_steps_of(num_epochs: float, steps_per_epoch: int) -> int:
+    """Steps of a number of epochs, rounded up, but not by what floats add to a product.
+
+    >>> num_steps_of(1.1, 50), num_steps_of(0.5, 3)
+    (55, 2)
+    """
+    return math.ceil(round(num_epochs * steps_per_epoch, 6))

@@ -22,8 +22,8 @@ from jdpo.sharding.mesh import num_batch_shards
 from jdpo.sharding.placement import fetch, micro_batch_sharding, place, replicated
 from jdpo.sharding.rules import param_shardings
 from jdpo.training.batches import PackedBatches
-from jdpo.training.interrupt import BuildStopped
 from jdpo.training.packed import make_packed_logps
+from jdpo.training.rows import BuildStopped
 from jdpo.training.setup import Setup
 from jdpo.training.step import OnMesh
 from jdpo.training.weights import load_reference

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from jdpo.sharding.mesh import check_batch_size, make_mesh
 from jdpo.sharding.rules import param_shardings, undivided_dims
 from jdpo.training.compilation import persistent_cache
 from jdpo.training.optimizer import learning_rate_schedule, param_dtype_of
-from jdpo.training.rows import plan_rows, prepare_rows
+from jdpo.training.rows import num_steps_of, plan_rows, prepare_rows
 from jdpo.training.settings import check_attention_settings, check_offload, check_profiled, check_settings
 from jdpo.training.tasks import Task, task_for
 
@@ -135,7 +134,7 @@ def build(config: TrainConfig, say: Say, *, stopped: Callable[[], bool] = lambda
     reference_folder = _reference_folder(config, model_folder, source_config, tokenizer)
     for folder in {model_folder, reference_folder or model_folder}:
         check_tensors(folder, tensor_entries(folder), source_config)  # headers only, before rows are tokenized
-    train_data, eval_data = prepare_rows(config, task, tokenizer, say, stopped=stopped)
+    train_data, eval_data = prepare_rows(config, tokenizer, say, stopped=stopped)
     row_plan = plan_rows(config, train_data, say)
     setup = Setup(
         config=config,
@@ -156,15 +155,6 @@ def build(config: TrainConfig, say: Say, *, stopped: Callable[[], bool] = lambda
     check_profiled(config, setup.num_steps)
     say(describe(setup))
     return setup
-
-
-def num_steps_of(num_epochs: float, steps_per_epoch: int) -> int:
-    """Steps of a number of epochs, rounded up, but not by what floats add to a product.
-
-    >>> num_steps_of(1.1, 50), num_steps_of(0.5, 3)
-    (55, 2)
-    """
-    return math.ceil(round(num_epochs * steps_per_epoch, 6))
 
 
 def make_model(config: TrainConfig, source_config: ModelConfig, tokenizer: Tokenizer) -> Transformer:

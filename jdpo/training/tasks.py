@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 
 from jdpo.config import DPOConfig, SFTConfig, TrainConfig
 from jdpo.data.loader import collate_completions, collate_pairs
-from jdpo.data.prepare import PreparedData, prepare_completions, prepare_pairs
 from jdpo.losses.objective import metric_names
 from jdpo.losses.settings import DEFAULTS, OFF, LossSettings, loss_settings
 from jdpo.models.transformer import Transformer, make_apply_fn
@@ -38,7 +36,6 @@ class Task:
       sequences: sequences the model sees for each row.
       metrics: names that an evaluation gives, without their eval_.
       loss: the preference losses and their options, or None.
-      prepare: (datasets, tokenizer, *, part, progress) -> tokenized rows.
       collate: (rows, *, num_slots, length, pad_token_id) -> a batch of numpy arrays.
       count_tokens: real tokens of a row, over all its sequences.
       objective: (model, mesh, *, packing) -> what is minimised.
@@ -49,7 +46,6 @@ class Task:
     sequences: int
     metrics: tuple[str, ...]
     loss: LossSettings | None
-    prepare: Callable[..., PreparedData]
     collate: Callable[..., Batch]
     count_tokens: Callable[[Any], int]
     objective: Callable[..., Objective]
@@ -77,12 +73,6 @@ def task_for(config: TrainConfig) -> Task:
     Raises:
       ValueError: loss options that do not go together.
     """
-    options: dict[str, Any] = {
-        "max_length": config.max_length,
-        "max_prompt_length": config.max_prompt_length,
-        "num_proc": config.dataset_num_proc,
-        "cache_dir": Path(config.cache_dir) if config.cache_dir else None,
-    }
     if isinstance(config, DPOConfig):
         loss = loss_of(config)
         return Task(
@@ -91,7 +81,6 @@ def task_for(config: TrainConfig) -> Task:
             sequences=2,
             metrics=metric_names(loss),
             loss=loss,
-            prepare=partial(prepare_pairs, **options),
             collate=collate_pairs,
             count_tokens=count_pair_tokens,
             objective=partial(_dpo_objective, settings=loss),
@@ -103,7 +92,6 @@ def task_for(config: TrainConfig) -> Task:
         sequences=1,
         metrics=("loss",),
         loss=None,
-        prepare=partial(prepare_completions, loss_on=config.loss_on, **options),
         collate=collate_completions,
         count_tokens=count_completion_tokens,
         objective=_sft_objective,

@@ -16,6 +16,7 @@ import pytest
 import jdpo
 from jdpo.cli.inspect import Options, read_options, read_run
 from jdpo.cli.main import main
+from jdpo.config import DPOConfig, SFTConfig
 from jdpo.models.hub import resolve_folder
 
 
@@ -81,13 +82,15 @@ def test_the_task_is_told_by_the_keys_that_one_command_has(tmp_path: Path) -> No
     words = ["model_name_or_path=m", "datasets=d"]
     config = tmp_path / "run.yaml"
     config.write_text("model_name_or_path: m\ndatasets: d\nloss_on: assistant_turns\n")
-    assert read_run([str(config)], None)[1:] == ("sft", "loss_on is a key of `jdpo sft` alone")
-    assert read_run([*words, "--loss_type", "ipo"], None)[1] == "dpo"
-    assert read_run(words, None)[1:] == (
-        "dpo",
-        "no key tells dpo from sft, so it is taken for dpo; --task sft for the other",
-    )
-    assert read_run(words, "sft")[1:] == ("sft", "as --task says")
+
+    def task_of(words: list[str], task: str | None = None) -> tuple[type, str]:
+        config, chosen_by = read_run(words, task)
+        return type(config), chosen_by
+
+    assert task_of([str(config)]) == (SFTConfig, "loss_on is a key of `jdpo sft` alone")
+    assert task_of([*words, "--loss_type", "ipo"])[0] is DPOConfig
+    assert task_of(words) == (DPOConfig, "no key tells dpo from sft, so it is taken for dpo; --task sft for the other")
+    assert task_of(words, "sft") == (SFTConfig, "as --task says")
     with pytest.raises(ValueError, match="beta is a key of `jdpo dpo` alone and loss_on of `jdpo sft` alone"):
         read_run([str(config), "beta=0.2"], None)
     with pytest.raises(ValueError, match="unknown key 'loss_on'"):

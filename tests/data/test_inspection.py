@@ -257,10 +257,8 @@ def test_schemas_and_rows_are_counted_by_raw_row() -> None:
     chat = {"prompt": user("Hi"), "chosen": said("yes\x00"), "rejected": said("no\x00")}
     transcript = {"chosen": "\n\nHuman: Hi\n\nAssistant: A", "rejected": "\n\nHuman: Ho\n\nAssistant: B"}
     found = facts_of(chat, chat, transcript)
-    assert found.raw_rows == found.examples == 3
     assert sorted(found.schemas.values()) == [1, 2]
     assert found.marks[CONTROL].rows == 2
-    assert [mark.first for mark in found.dropped.values()] == ["rows.jsonl:3"]  # the histories differ
 
 
 def test_pairs_of_one_ranked_row_are_one_row_with_a_mark() -> None:
@@ -275,5 +273,4 @@ def test_pairs_of_one_ranked_row_are_one_row_with_a_mark() -> None:
         lambda one: formats.schema_name(one, reading),
         SPECIAL_TEXT,
     )
-    assert found.examples == 3
     assert found.marks[INVISIBLE].rows == 1

@@ -86,7 +86,7 @@ def test_a_template_that_ends_no_turn(load: Callable[..., Tokenizer], tmp_path: 
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "Hi", "chosen": [{"role": "assistant", "content": "Yes."}], "rejected": "No."}\n' * 3)
     prepared = prepare_pairs([DatasetConfig(path=str(rows))], tokenizer, max_length=99, cache_dir=tmp_path / "cache")
-    assert prepared.counts[row_notes.NO_END] == 3
+    assert prepared.counts[token_checks.NO_END] == 3
 
 
 def test_a_thought_that_the_template_writes_is_said_to_be_learnt(load: Callable[..., Tokenizer]) -> None:

@@ -145,7 +145,7 @@ def parts(result: KeptPair | Dropped) -> tuple[list[int], list[int], list[int], 
 
 
 def check_pair(tokenizer: Tokenizer, kind: str, family: Family, row: PreferenceRow) -> None:
-    """SEMANTICS: rules 5 to 8, on a row whose text spells no special tokens."""
+    """Where prompt and answers begin and end, on a row whose text spells no special tokens."""
     prompt, *sides, notes = parts(tokenize_pair(row, tokenizer, max_length=ENDLESS))
     assert not isinstance(row.prompt, str)
     asked = tokenizer.render(row.prompt, add_generation_prompt=True)

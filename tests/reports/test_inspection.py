@@ -22,9 +22,9 @@ from jdpo.data.tokenizer import load_tokenizer
 from jdpo.reports.inspection import document_of
 from jdpo.reports.inspection_checks import CHECKS, thresholds
 from jdpo.reports.inspection_html import page_of, write_page
-from jdpo.reports.inspection_material import gather
 from jdpo.reports.inspection_terminal import print_document
 from jdpo.reports.inspection_tokens import NEWLINE, SPACE, pieces_of, special_token_ids
+from jdpo.training.inspect import gather
 
 SCRIPT = "<script>alert(1)</script><img src=http://evil.example/x.png><style>body{display:none}</style>"
 
@@ -71,8 +71,7 @@ def inspect(toy_model: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
         if held_out is not None:
             words["eval_datasets"] = written(tmp_path / "eval.jsonl", held_out)
         config = load_config(SFTConfig if sft else DPOConfig, None, [f"{key}={value}" for key, value in words.items()])
-        command = "sft" if sft else "dpo"
-        material = gather(config, command=command, chosen_by="the test says so", say=print)
+        material = gather(config, chosen_by="the test says so", say=print)
         return document_of(material, num_rows=num_rows)
 
     return run

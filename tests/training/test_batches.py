@@ -16,6 +16,7 @@ from jdpo.data.prepare import PreparedData
 from jdpo.data.tokenizer import load_tokenizer
 from jdpo.training.batches import BatchLayout, PackedBatches, PaddedBatches, batch_layout, demanding_shapes
 from jdpo.training.compilation import shapes_of
+from jdpo.training.rows import preparation_of
 from jdpo.training.tasks import Task, task_for
 
 Words = Callable[..., list[str]]
@@ -44,7 +45,7 @@ def test_a_row_longer_than_the_budget_still_gets_a_micro_batch() -> None:
 def prepared(config: DPOConfig | SFTConfig) -> tuple[Task, PreparedData]:
     task = task_for(config)
     tokenizer = load_tokenizer(Path(config.model_name_or_path), chat_template=None)
-    return task, task.prepare(config.datasets, tokenizer)
+    return task, preparation_of(config)(config.datasets, tokenizer)
 
 
 def padded(task: Task, data: PreparedData, steps: list[np.ndarray], *, rows: int) -> PaddedBatches:

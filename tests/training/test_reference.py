@@ -25,7 +25,7 @@ from jdpo.sharding.placement import fetch
 from jdpo.training import reference_build
 from jdpo.training.reference import Reference, compute_reference, settle_reference
 from jdpo.training.reference_rows import find_rows
-from jdpo.training.scoring import BuildStopped
+from jdpo.training.rows import BuildStopped
 from jdpo.training.settings import fixed_mode
 from jdpo.training.setup import Setup, build, numerics, resolve_dtype
 from jdpo.training.weights import load_reference

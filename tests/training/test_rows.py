@@ -13,12 +13,10 @@ import pytest
 from jdpo.config import DPOConfig, SFTConfig, load_config
 from jdpo.reports.progress import RowCounter
 from jdpo.reports.writers import read_metrics
-from jdpo.training.interrupt import BuildStopped
 from jdpo.training.loop import train
 from jdpo.training.metrics import SHARED, DatasetShares
-from jdpo.training.rows import prepare_rows
+from jdpo.training.rows import BuildStopped, prepare_rows
 from jdpo.training.setup import Setup, build, numerics
-from jdpo.training.tasks import task_for
 from tests.conftest import chat_pairs, write_jsonl
 
 Words = Callable[..., list[str]]
@@ -77,7 +75,7 @@ def test_a_signal_ends_the_tokenizing(run_words: Words, tmp_path: Path) -> None:
     setup, _ = set_up(run_words())
     config = load_config(DPOConfig, None, run_words(max_length=50))
     with pytest.raises(BuildStopped):
-        prepare_rows(config, task_for(config), setup.tokenizer, [].append, stopped=lambda: True)
+        prepare_rows(config, setup.tokenizer, [].append, stopped=lambda: True)
     assert len(list((tmp_path / "cache" / "tokenized").iterdir())) == 2, "the rows of the first set-up alone"
 
 

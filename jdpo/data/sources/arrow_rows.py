@@ -11,7 +11,7 @@ from typing import Any
 
 from jdpo.data.sources.files import MAX_ROW_BYTES, TOO_LARGE, File, Row, check_head
 from jdpo.data.sources.stores import BUFFER_BYTES, Disk, said
-from jdpo.data.sources.values import shown
+from jdpo.data.sources.values import shown, text_size
 
 BATCH_ROWS, BATCH_BYTES = 128, 32 * 2**20
 """Rows turned into Python values at once: so many, or fewer where they are large."""
@@ -69,7 +69,7 @@ def python_rows(table: Any, where: Callable[[int], str]) -> list[dict[str, Any]]
         rows = [_plain(row) for row in rows]
     if table.nbytes > MAX_ROW_BYTES:
         for index, row in enumerate(rows):
-            if _text_size(row) > MAX_ROW_BYTES:
+            if text_size(row) > MAX_ROW_BYTES:
                 raise ValueError(f"{where(index)}: the row is {TOO_LARGE}")
     return rows
 
@@ -201,17 +201,3 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "item"):  # a number of numpy
         return value.item()
     return str(value)
-
-
-def _text_size(value: Any) -> int:
-    """Characters and bytes of all texts in a row."""
-    size, waiting = 0, [value]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, dict):
-            waiting += value.values()
-        elif isinstance(value, list):
-            waiting += value
-        elif isinstance(value, str | bytes):
-            size += len(value)
-    return size

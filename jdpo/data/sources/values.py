@@ -91,3 +91,17 @@ def shown(name: str) -> str:
     """
     text = ascii(name)
     return text if len(text) <= LONGEST_NAME else text[: LONGEST_NAME - 3] + "..."
+
+
+def text_size(value: Any) -> int:
+    """Characters and bytes of all texts in a row."""
+    size, waiting = 0, [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
+        elif isinstance(value, str | bytes):
+            size += len(value)
+    return size

@@ -1,0 +1,91 @@
+"""What `jdpo inspect` reports on, gathered by the functions that a run itself reads and orders its rows with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from jdpo.config import DatasetConfig, SFTConfig, TrainConfig
+from jdpo.data import formats, sources
+from jdpo.data.inspection_text import TextFacts, text_facts
+from jdpo.data.mixing import check_data_settings, mixture_of
+from jdpo.data.tokenizer import Tokenizer, load_tokenizer
+from jdpo.models.families import read_model_config
+from jdpo.models.hub import resolve_folder
+from jdpo.reports.inspection_material import Material, ModelFacts, Part
+from jdpo.reports.progress import RowCounter
+from jdpo.training.rows import Say, num_steps_of, plan_rows, preparation_of, sides_of
+
+MOST_STEPS = 2000
+"""Steps whose costs are counted: an epoch's, or the first of it."""
+
+
+def gather(config: TrainConfig, *, chosen_by: str, say: Say) -> Material:
+    """Prepares the rows of a run, through the same cache as training, and reads their texts.
+
+    Of the model only tokenizer and config.json are read; no accelerator is touched and output_dir is not written.
+
+    Args:
+      chosen_by: how it was found which command's run it is, in words.
+      say: takes lines for the person who waits.
+
+    Raises:
+      ValueError: settings that do not go together, no tokenizer, or rows that cannot be read.
+    """
+    check_data_settings(config)
+    folder = resolve_folder(config.model_name_or_path, config.model_revision, weights=False)
+    tokenizer = load_tokenizer(folder, chat_template=config.chat_template)
+    read = preparation_of(config)
+
+    def part_of(datasets: Sequence[DatasetConfig], part: object, *, with_texts: bool = True) -> Part:
+        data = read(datasets, tokenizer, part=part, progress=RowCounter(say))
+        return Part(data, _texts(config, datasets, tokenizer, say) if with_texts else ())
+
+    training, evaluation = sides_of(config)
+    train = part_of(*training)
+    # The training rows' files hold the rows of both sides of a split.
+    held_out = evaluation and part_of(*evaluation, with_texts=not config.eval_fraction)
+    plan = plan_rows(config, train.data, lambda line: None)
+    mixture = mixture_of(config.datasets, train.data.num_rows_of, num_examples=config.num_examples)
+    return Material(
+        config=config,
+        command="sft" if isinstance(config, SFTConfig) else "dpo",
+        chosen_by=chosen_by,
+        tokenizer=tokenizer,
+        model=_model_facts(folder),
+        train=train,
+        eval=held_out,
+        steps=[plan.step(step) for step in range(min(plan.steps_per_epoch, MOST_STEPS))],
+        epoch=mixture.describe(train.data.names),
+        steps_per_epoch=plan.steps_per_epoch,
+        num_steps=config.max_steps or num_steps_of(config.num_train_epochs, plan.steps_per_epoch),
+    )
+
+
+def _texts(
+    config: TrainConfig, datasets: Sequence[DatasetConfig], tokenizer: Tokenizer, say: Say
+) -> tuple[TextFacts, ...]:
+    supervised = isinstance(config, SFTConfig)
+    read: Callable[..., Sequence[object]] = formats.completion_rows if supervised else formats.preference_rows
+    found = []
+    for dataset in datasets:
+        reading = formats.reading_of(dataset)
+        found.append(
+            text_facts(
+                sources.open_source(dataset).rows(),
+                partial(read, reading=reading),  # type: ignore[arg-type]
+                partial(formats.schema_name, reading=reading, supervised=supervised),
+                tokenizer.special_text,
+                RowCounter(say, doing="looking at texts"),
+            )
+        )
+    return tuple(found)
+
+
+def _model_facts(folder: Path) -> ModelFacts:
+    try:
+        found = read_model_config(folder)
+    except ValueError as error:
+        return ModelFacts(None, None, str(error))
+    return ModelFacts(found.max_positions, found.vocab_size, None)

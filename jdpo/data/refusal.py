@@ -14,6 +14,9 @@ MOST_ROWS = 3
 """Sample rows in a message at most."""
 
 LONGEST_NAME = 60
+LONGEST_PASTED = 200
+"""Characters of a name that is suggested for a column_map; there it must stand whole."""
+
 MOST_COLUMNS = 40
 """Columns named in a message at most."""
 
@@ -107,7 +110,10 @@ def _suggestion(raw: Raw, *, supervised: bool) -> Iterator[str]:
     wanted = ("prompt", "completion") if supervised else ("prompt", "chosen", "rejected")
     if all(name in raw for name in wanted):
         return
-    texts = [name for name, value in raw.items() if isinstance(value, str | list | dict)]
+    # A longer name is no name that somebody would paste; the message stays short enough to read.
+    texts = [
+        name for name, value in raw.items() if isinstance(value, str | list | dict) and len(name) <= LONGEST_PASTED
+    ]
     prompt = _first_like(texts, _PROMPTS)
     rest = [name for name in texts if name != prompt]
     yield "To say which column is which, add to this data set in the config (what stands in <> is yours to fill in):"

@@ -253,3 +253,16 @@ def test_deep_nesting_is_read_or_named(depth: int) -> None:
     else:
         with pytest.raises(ValueError, match=r"^x:1: the row is nested too deeply$"):
             preference_row(raw, "x:1")
+
+
+@pytest.mark.parametrize("column", ["prompt", "completion", "chosen"])
+def test_a_name_without_end_leaves_the_message_short(column: str) -> None:
+    raw = {"prompt": "a", "completion": "b", "chosen": "c"}
+    raw[column + 6000 * "9"] = raw.pop(column)
+    for read in (preference_rows, completion_rows):
+        if read is completion_rows and column == "chosen":
+            continue  # prompt and completion are there: the row is read
+        with pytest.raises(ValueError, match="fit no known format") as error:
+            read(raw, "x:1")
+        assert len(str(error.value)) < 3000
+        assert f"{column}999" in str(error.value)

@@ -11,7 +11,7 @@ import pytest
 
 from jdpo.config import DatasetConfig
 from jdpo.data.formats import preference_rows
-from jdpo.data.prepare import prepare_completions, prepare_pairs
+from jdpo.data.prepare import CHUNK_TEXT, prepare_completions, prepare_pairs
 from jdpo.data.store import BATCH_ROWS
 from jdpo.data.tokenize import KeptPair, tokenize_pair
 from jdpo.data.tokenizer import Tokenizer, load_tokenizer
@@ -237,6 +237,14 @@ def test_progress_is_told(prepare: Callable[..., Any], tmp_path: Path) -> None:
     told: list[tuple[int, int | None]] = []
     prepare(write(tmp_path / "pairs.jsonl", rows(1100)), progress=lambda *counts: told.append(counts))
     assert told == [(512, None), (1024, None), (1100, None)]
+
+
+def test_large_rows_are_not_gathered_by_the_hundred(prepare: Callable[..., Any], tmp_path: Path) -> None:
+    told: list[tuple[int, int | None]] = []
+    large = [{**row, "notes": "x" * (CHUNK_TEXT // 2)} for row in rows(5)]
+    data = prepare(write(tmp_path / "pairs.jsonl", large), progress=lambda *counts: told.append(counts))
+    assert told == [(2, None), (4, None), (5, None)]
+    assert len(data) == 5
 
 
 def test_progress_knows_the_end_where_files_tell_it(prepare: Callable[..., Any], tmp_path: Path) -> None:

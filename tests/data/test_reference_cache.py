@@ -39,6 +39,10 @@ ABOUT: dict[str, Any] = {
     "chat_template": None,
     "max_length": 512,
     "max_prompt_length": None,
+    "eval_fraction": 0.0,
+    "column_map": [{}],
+    "ranked": ["best_vs_worst"],
+    "min_margin": [None],
 }
 
 
@@ -262,6 +266,20 @@ def test_runs_that_asked_are_remembered_once(tmp_path: Path) -> None:
         ),
         (entry(), entry({"max_length": 1024}, rows="r1"), ["max_length: 512 then, 1024 now"]),
         (entry(), entry({"max_prompt_length": 9}, rows="r1"), ["max_prompt_length: null then, 9 now"]),
+        (entry(), entry({"eval_fraction": 0.1}, rows="r1"), ["eval_fraction: 0.0 then, 0.1 now"]),
+        (
+            entry(),
+            entry({"ranked": ["all"], "min_margin": [2.0]}, rows="r1"),
+            [
+                "ranked of pairs.jsonl (train): best_vs_worst then, all now",
+                "min_margin of pairs.jsonl (train): null then, 2.0 now",
+            ],
+        ),
+        (
+            entry(),
+            entry({"column_map": [{"prompt": "q"}]}, rows="r1"),
+            ["column_map of pairs.jsonl (train): {} then, {'prompt': 'q'} now"],
+        ),
         (entry(), entry({"tokenizer": "t1"}, rows="r1"), ["the tokenizer or its chat template"]),
         (
             entry(),
@@ -347,9 +365,11 @@ def test_about_rows_follows_the_content_of_the_data(tmp_path: Path) -> None:
 
     def about(num_rows: int) -> dict[str, Any]:
         path.write_text(num_rows * row)
-        return about_rows([DatasetConfig(path=str(path))], max_length=8, max_prompt_length=None, **options)
+        dataset = DatasetConfig(path=str(path), ranked="all", min_margin=0.5)
+        return about_rows([dataset], max_length=8, max_prompt_length=None, eval_fraction=0.1, **options)
 
     first, second = about(1), about(2)
+    assert (first["column_map"], first["ranked"], first["min_margin"]) == ([{}], ["all"], [0.5])
     assert first["datasets"] == [f"{path} (train)"]
     assert {name for name in first if first[name] != second[name]} == {"sources"}
 

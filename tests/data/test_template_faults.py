@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from jdpo.config import DatasetConfig
-from jdpo.data import boundaries, row_notes
+from jdpo.data import boundaries, row_notes, token_checks
 from jdpo.data.boundaries import Parts, Split, split_rows
 from jdpo.data.formats import EMPTY_SIDE, Dropped
 from jdpo.data.prepare import prepare_pairs

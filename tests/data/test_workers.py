@@ -109,21 +109,19 @@ def test_an_error_is_the_same_and_leaves_nothing_behind(tokenizer: Tokenizer, tm
 def test_few_rows_start_no_process_and_many_do(
     tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[int] = []
-
-    def spy(work: Any, state: Any, tasks: Any, *, num_proc: int) -> Iterator[Any]:
-        asked.append(num_proc)
-        return map_in_order(work, state, tasks, num_proc=1)
-
-    monkeypatch.setattr(prepare_module, "map_in_order", spy)
-    monkeypatch.setattr(prepare_module, "available_cores", lambda: 7)
+    monkeypatch.setattr(prepare_module, "available_cores", lambda: 2)
     monkeypatch.setattr(prepare_module, "ALONE_ROWS", 2 * CHUNK_ROWS)
-    for num_rows, expected in ((2 * CHUNK_ROWS, [1]), (2 * CHUNK_ROWS + 1, [1, 7])):
-        asked.clear()
+    for num_rows, expected in ((2 * CHUNK_ROWS, False), (2 * CHUNK_ROWS + 1, True)):
+        started: list[bool] = []
         data = prepare_pairs(
-            [write(tmp_path / f"{num_rows}.jsonl", pairs(num_rows))], tokenizer, max_length=64, cache_dir=tmp_path
+            [write(tmp_path / f"{num_rows}.jsonl", pairs(num_rows))],
+            tokenizer,
+            max_length=64,
+            cache_dir=tmp_path,
+            progress=lambda *counts, started=started: started.append(bool(children())),
         )
-        assert asked == expected
+        assert started[:2] == [False, False]
+        assert any(started) == expected
         assert data.counts["rows read"] == num_rows
 
 

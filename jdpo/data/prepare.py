@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import importlib.metadata
 import itertools
 import json
 import os
@@ -320,6 +321,7 @@ def _key(sources: Sequence[Source], tokenizer: Tokenizer, recipe: Recipe) -> str
         "version": CACHE_VERSION,
         "rows": [source.digest() for source in sources],
         "tokenizer": tokenizer.digest,
+        "libraries": {name: importlib.metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")},
         "recipe": dataclasses.asdict(recipe),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=dict).encode()).hexdigest()

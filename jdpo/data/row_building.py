@@ -21,6 +21,14 @@ PROMPT_ELSEWHERE = "prompt is not that of the conversation"
 SYSTEM_ELSEWHERE = "system column is not the system turn of the conversation"
 
 
+UNREAD = {
+    "images": "jdpo trains on text alone",
+    "image": "jdpo trains on text alone",
+    "chat_template_kwargs": "jdpo renders every row alike; give it a `chat_template` that writes what they ask",
+}
+"""Columns that other trainers read and that change what is learnt, and why a row that has one is refused."""
+
+
 class Frame(NamedTuple):
     """What stands around a conversation: the words of its system turn, and the tools that it may call."""
 
@@ -36,8 +44,15 @@ def read_frame(columns: Raw, origin: str) -> Frame:
     """The columns `system` and `tools` of a row; empty ones count as absent.
 
     Raises:
-      ValueError: they are not a string, or not a list of objects (or JSON text of one).
+      ValueError: they are not a string, or not a list of objects (or JSON text of one); or there is a column of
+        `UNREAD`.
     """
+    for name, why in UNREAD.items():
+        if columns.get(name):
+            raise ValueError(
+                f"{origin}: the row has {name}, without which it would mean something else: {why}. Leave such rows "
+                "out, or the column where it does not matter"
+            )
     system = columns.get("system")
     if system is not None and not isinstance(system, str):
         raise ValueError(f"{origin}: system is {kind(system)}; expected a string, the words of the system turn")

@@ -266,3 +266,14 @@ def test_a_name_without_end_leaves_the_message_short(column: str) -> None:
             read(raw, "x:1")
         assert len(str(error.value)) < 3000
         assert f"{column}999" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"), [("images", ["a.png"]), ("chat_template_kwargs", {"enable_thinking": False})]
+)
+def test_a_column_that_would_change_what_is_learnt_is_refused(column: str, value: Any) -> None:
+    raw = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    for empty in ([], {}, None):
+        assert preference_rows(raw | {column: empty}, "x:1") == preference_rows(raw, "x:1")
+    with pytest.raises(ValueError, match=f"x:1: the row has {column}, without which"):
+        preference_rows(raw | {column: value}, "x:1")

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 from jdpo.config import DatasetConfig
 from jdpo.data import messages, ranked
-from jdpo.data.messages import Raw
+from jdpo.data.messages import Raw, named
 from jdpo.data.ranked import FEW_ANSWERS, TIED, Couple, Dropped
-from jdpo.data.refusal import Sample, named, refusal
+from jdpo.data.refusal import Sample, refusal
 from jdpo.data.row_building import (
     EMPTY_SIDE,
     HISTORIES_DIFFER,

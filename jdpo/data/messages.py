@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jdpo.types import Message, Text
@@ -36,6 +36,10 @@ _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 _STARTS_A_TRANSCRIPT = re.compile(r"\s*Human:")
 _WRITTEN_OUT = re.compile(r"\s*\[\s*\{\s*[\"'](?:role|from|content|value)[\"']\s*:")
 _PUT_OFF = "a conversation written as text that is not JSON; expected a list of {role, content}, or its JSON text"
+
+LONGEST_NAME = 60
+MOST_NAMED = 40
+"""Names of columns or keys in a message at most, and the characters of each."""
 
 Raw = Mapping[str, Any]
 
@@ -167,6 +171,23 @@ def shown(value: Any, width: int = 60) -> str:
     return text if len(text) <= 2 * width else f"{text[: 2 * width]}..."
 
 
+def named(columns: Mapping[str, object] | Sequence[str]) -> str:
+    """Column names in a row, printable."""
+    return listed([printable(name) for name in map(str, columns)])
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names in a row, the first of many."""
+    rest = len(names) - MOST_NAMED
+    return (", ".join(names[:MOST_NAMED]) or "none") + (f" and {rest} more" if rest > 0 else "")
+
+
+def printable(name: str) -> str:
+    """A name from a file, printable and not long."""
+    text = name if name.isprintable() else repr(name)
+    return text if len(text) <= LONGEST_NAME else f"{text[: LONGEST_NAME - 3]}..."
+
+
 def _message(message: Any, place: str, origin: str) -> Message:
     if not isinstance(message, dict):
         raise ValueError(f"{origin}: {place} is {kind(message)}; expected a message {{role, content}}")
@@ -192,8 +213,9 @@ def _message(message: Any, place: str, origin: str) -> Message:
 
 
 def _not_a_message(message: dict[str, Any], place: str, origin: str) -> ValueError:
-    keys = ", ".join(name if name.isprintable() else repr(name) for name in map(str, message)) or "none"
-    return ValueError(f"{origin}: {place} has the keys {keys}; expected a message {{role, content}} or {{from, value}}")
+    return ValueError(
+        f"{origin}: {place} has the keys {named(message)}; expected a message {{role, content}} or {{from, value}}"
+    )
 
 
 def _content(content: Any, place: str, origin: str) -> str:

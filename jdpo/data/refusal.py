@@ -5,20 +5,17 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
-from jdpo.data.messages import Raw, kind, shown
+from jdpo.data.messages import Raw, kind, listed, named, printable, shown
 from jdpo.data.schemas import Schema
 
 MOST_ROWS = 3
 """Sample rows in a message at most."""
 
-LONGEST_NAME = 60
 LONGEST_PASTED = 200
 """Characters of a name that is suggested for a column_map; there it must stand whole."""
 
-MOST_COLUMNS = 40
-"""Columns named in a message at most."""
 
 _SAMPLE_WIDTH = 200
 _PLAIN = re.compile(r"[A-Za-z_][\w.-]*")
@@ -57,22 +54,6 @@ def refusal(
     return "\n".join(lines)
 
 
-def named(columns: Mapping[str, object] | Sequence[str]) -> str:
-    """Column names in a row, printable."""
-    return _listed([_name(name) for name in map(str, columns)])
-
-
-def _listed(names: Sequence[str]) -> str:
-    rest = len(names) - MOST_COLUMNS
-    return (", ".join(names[:MOST_COLUMNS]) or "none") + (f" and {rest} more" if rest > 0 else "")
-
-
-def _name(name: str) -> str:
-    """A name from a file, printable and not long."""
-    text = name if name.isprintable() else repr(name)
-    return text if len(text) <= LONGEST_NAME else f"{text[: LONGEST_NAME - 3]}..."
-
-
 def _columns(raws: Sequence[Raw]) -> str:
     """Every column with the types of its values.
 
@@ -83,7 +64,7 @@ def _columns(raws: Sequence[Raw]) -> str:
     for raw in raws:
         for name, value in raw.items():
             kinds.setdefault(str(name), {})[_closer_kind(value)] = None
-    return _listed([f"{_name(name)} ({' or '.join(found)})" for name, found in kinds.items()])
+    return listed([f"{printable(name)} ({' or '.join(found)})" for name, found in kinds.items()])
 
 
 def _closer_kind(value: object, depth: int = 3) -> str:
@@ -95,7 +76,7 @@ def _closer_kind(value: object, depth: int = 3) -> str:
     if isinstance(value, list) and value and depth:
         return f"list of {_closer_kind(value[0], depth - 1).removeprefix('object ')}"
     if isinstance(value, dict) and value:
-        keys = [_name(name) for name in map(str, itertools.islice(value, 6))]
+        keys = [printable(name) for name in map(str, itertools.islice(value, 6))]
         return f"object {{{', '.join(keys)}{', ...' if len(value) > 6 else ''}}}"
     return kind(value)
 

@@ -266,6 +266,7 @@ def test_a_name_without_end_leaves_the_message_short(column: str) -> None:
             read(raw, "x:1")
         assert len(str(error.value)) < 3000
         assert f"{column}999" in str(error.value)
+        assert f"{column}999" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -277,3 +278,10 @@ def test_a_column_that_would_change_what_is_learnt_is_refused(column: str, value
         assert preference_rows(raw | {column: empty}, "x:1") == preference_rows(raw, "x:1")
     with pytest.raises(ValueError, match=f"x:1: the row has {column}, without which"):
         preference_rows(raw | {column: value}, "x:1")
+
+
+def test_a_key_without_end_leaves_the_message_short() -> None:
+    raw = {"prompt": [{"role" + 6000 * "9": "user", "content": "a"}], "chosen": "b", "rejected": "c"}
+    with pytest.raises(ValueError, match=r"has the keys role999.*\.\.\., content; expected a message") as error:
+        preference_rows(raw, "x:1")
+    assert len(str(error.value)) < 300

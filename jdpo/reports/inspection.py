@@ -114,8 +114,8 @@ def _part(part: Part, facts: RowFacts, material: Material) -> Json:
             "prompt": prompt_tokens,
             "sequences": sequence_tokens,
             "prompt_share": len(facts.sides) * prompt_tokens / sequence_tokens,
-            "longest": int(sequence.max()),
-            "longest_row": data[int(sequence.argmax())].origin,
+            "longest": int(np.max(sequence)),
+            "longest_row": data[int(np.argmax(sequence))].origin,
         },
         "lengths": _lengths(facts, sequence),
         "answer_cut": _rows_where(_cut(facts), data),
@@ -168,7 +168,7 @@ def _counted(name: str, data: PreparedData) -> Json:
 def _rows_where(mask: np.ndarray, data: PreparedData) -> Json:
     """How many rows, which share of all, and where the first comes from."""
     rows = int(mask.sum())
-    first = data[int(mask.argmax())].origin if rows else None
+    first = data[int(np.argmax(mask))].origin if rows else None
     return {"rows": rows, "share": rows / len(mask), "first": first}
 
 

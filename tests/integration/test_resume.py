@@ -218,9 +218,9 @@ def test_a_signal_before_the_first_step_trains_nothing(
 
     build = loop.build
 
-    def build_and_stop(*args: object) -> object:
+    def build_and_stop(*args: object, **options: object) -> object:
         os.kill(os.getpid(), signal.SIGTERM)
-        return build(*args)  # type: ignore[arg-type]
+        return build(*args, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(loop, "build", build_and_stop)
     assert main(cut_words(tmp_path / "run")) == 143

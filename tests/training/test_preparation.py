@@ -129,7 +129,16 @@ def test_a_fit_is_remembered_as_long_as_nothing_it_depends_on_changes(run_words:
 
 def test_every_key_that_may_change_and_changes_the_step_is_part_of_the_fit() -> None:
     """Keys that a resumed run may change are part of the fit, or have nothing to do with what a step computes."""
-    aside = {"output_dir", "cache_dir", "logging_steps", "report_to", "eval_datasets", "eval_steps", "save_steps"}
+    aside = {
+        "dataset_num_proc",
+        "output_dir",
+        "cache_dir",
+        "logging_steps",
+        "report_to",
+        "eval_datasets",
+        "eval_steps",
+        "save_steps",
+    }
     aside |= {"save_total_limit", "metric_for_best_model", "load_best_model_at_end", "export_dtype", "max_shard_size"}
     aside |= {"profile_steps", "compilation_cache", "resume", "mesh", "reference"}  # the last two are told otherwise
     assert FREE_KEYS - aside == set(FITTED_KEYS)

@@ -39,7 +39,7 @@ TEMPLATES = ROOT / "tests" / "data" / "templates"
 VOCAB_SIZE = 4096
 MAX_LENGTHS = (1024, 1_000_000)
 
-EQUAL, NEITHER = "the same token for token", "kept by neither: the prompt fills max_length "
+EQUAL, NEITHER = "the same token for token", "kept by neither: the prompt fills max_length"
 BOS_TWICE = "BOS twice in TRL, once in jdpo"
 UNEXPLAINED = "UNEXPLAINED"
 

@@ -31,7 +31,7 @@ FAULTS: list[tuple[list[str], bytes, str]] = [
     (JSON, b'[{"a": 1},\n\n{"a": "\0"}]', ":3: a NUL byte: the file is damaged"),
     (LINES, '{"a": "\ud800"}'.encode("utf-8", "surrogatepass"), r":1: not UTF-8 text \(byte 0xed at position 7\)"),
     # something else
-    ([*LINES, "a.csv"], gzip.compress(b'{"a": 1}\n'), r": the file is gzip data; let its name end in \.gz"),
+    ([*LINES, "a.csv"], gzip.compress(b'{"a": 1}\n', mtime=0), r": the file is gzip data; let its name end in \.gz"),
     ([*JSON, "a.csv"], b"PAR1....PAR1", ": the file is Parquet data"),
     (["a.jsonl"], b"ARROW1\0\0", ": the file is Arrow data"),
     (["a.csv"], b"PK\x03\x04xlsx", ": the file is a zip archive; unpack it"),
@@ -43,16 +43,24 @@ FAULTS: list[tuple[list[str], bytes, str]] = [
         ": the file is a Git LFS pointer, not the data; run `git lfs pull`",
     ),
     # gzip
-    (["a.jsonl.gz"], gzip.compress(MANY_LINES, 0)[:-12], r":5000: the gzip file is cut short or damaged here: Comp"),
-    (["a.json.gz"], gzip.compress(b'[{"a": 1},\n{"a": 2}]')[:-12], r":1: the gzip file is cut short or damaged here"),
+    (
+        ["a.jsonl.gz"],
+        gzip.compress(MANY_LINES, 0, mtime=0)[:-12],
+        r":5000: the gzip file is cut short or damaged here: Comp",
+    ),
+    (
+        ["a.json.gz"],
+        gzip.compress(b'[{"a": 1},\n{"a": 2}]', mtime=0)[:-12],
+        r":1: the gzip file is cut short or damaged here",
+    ),
     (
         ["a.csv.gz"],
-        gzip.compress(b"a,b\n1,2\n" * 9999, 0)[:-12],
+        gzip.compress(b"a,b\n1,2\n" * 9999, 0, mtime=0)[:-12],
         r":\d{4,}: the gzip file is cut short or damaged here",
     ),
     (
         ["a.jsonl.gz"],
-        gzip.compress(b'{"a": 1}\n') + b"rest",
+        gzip.compress(b'{"a": 1}\n', mtime=0) + b"rest",
         ":2: the gzip file is cut short or damaged here: Not a gz",
     ),
     (["a.jsonl.gz"], b'{"a": 1}\n', ":1: the gzip file is cut short or damaged here: Not a gzipped file"),
@@ -60,7 +68,7 @@ FAULTS: list[tuple[list[str], bytes, str]] = [
     ([*JSON, *LINES, "a.csv", "a.parquet", "a.arrow"], b"", ": the file is empty: it holds no rows"),
     ([*JSON, *LINES, "a.csv"], b"\n\n\r\n", ": the file is empty: it holds no rows"),
     ([*JSON, *LINES], b"\n \t\n", ": the file is empty: it holds no rows"),
-    (["a.json.gz", "a.jsonl.gz", "a.csv.gz"], gzip.compress(b""), ": the file is empty: it holds no rows"),
+    (["a.json.gz", "a.jsonl.gz", "a.csv.gz"], gzip.compress(b"", mtime=0), ": the file is empty: it holds no rows"),
     (["a.json.gz", "a.jsonl.gz", "a.csv.gz"], b"", ": the file is empty: it holds no rows"),
     (["a.csv"], b"a,b\r\n", ": the file is empty: it holds no rows"),
     (JSON, b"[ ]", ": the file is empty: it holds no rows"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -49,7 +50,8 @@ def children(process: int | None = None) -> set[int]:
     """Processes that a process has started and that still run."""
     found = set()
     for task in Path(f"/proc/{process or os.getpid()}/task").iterdir():
-        found.update(map(int, (task / "children").read_text().split()))
+        with contextlib.suppress(FileNotFoundError):  # a thread that ended meanwhile
+            found.update(map(int, (task / "children").read_text().split()))
     return {child for child in found if "resource_tracker" not in _command(child)}
 
 
@@ -187,6 +189,7 @@ def run_script(folder: Path, byte_level: Path, num_rows: int) -> subprocess.Pope
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,  # a process group of its own, as a terminal gives
+        env={**os.environ, "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"},  # that there is no torch
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Iterator
 
 import pytest
 
@@ -25,6 +26,15 @@ def test_a_first_signal_asks_and_hands_the_handlers_back(
     assert "a second signal stops at once" in capfd.readouterr().err
 
 
+@pytest.fixture
+def python_handles_ctrl_c() -> Iterator[None]:
+    """As where a terminal starts it: a shell's background jobs ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("python_handles_ctrl_c")
 def test_a_second_ctrl_c_interrupts_at_once(capfd: pytest.CaptureFixture[str]) -> None:
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)

@@ -9,7 +9,7 @@ from pathlib import Path
 from jdpo.config import DatasetConfig, SFTConfig, TrainConfig
 from jdpo.data import formats, sources
 from jdpo.data.inspection_text import TextFacts, text_facts
-from jdpo.data.mixing import check_data_settings, mixture_of
+from jdpo.data.mixing import check_data_settings
 from jdpo.data.tokenizer import Tokenizer, load_tokenizer
 from jdpo.models.families import read_model_config
 from jdpo.models.hub import resolve_folder
@@ -47,7 +47,6 @@ def gather(config: TrainConfig, *, chosen_by: str, say: Say) -> Material:
     # The training rows' files hold the rows of both sides of a split.
     held_out = evaluation and part_of(*evaluation, with_texts=not config.eval_fraction)
     plan = plan_rows(config, train.data, lambda line: None)
-    mixture = mixture_of(config.datasets, train.data.num_rows_of, num_examples=config.num_examples)
     return Material(
         config=config,
         command="sft" if isinstance(config, SFTConfig) else "dpo",
@@ -57,7 +56,7 @@ def gather(config: TrainConfig, *, chosen_by: str, say: Say) -> Material:
         train=train,
         eval=held_out,
         steps=[plan.step(step) for step in range(min(plan.steps_per_epoch, MOST_STEPS))],
-        epoch=mixture.describe(train.data.names),
+        epoch=plan.mixture.describe(train.data.names),
         steps_per_epoch=plan.steps_per_epoch,
         num_steps=config.max_steps or num_steps_of(config.num_train_epochs, plan.steps_per_epoch),
     )

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdpo.generation.sampling import Sampling, check_sampling, sample
-from jdpo.models.transformer import KVCache, Params, Transformer, init_cache
+from jdpo.models.transformer import KVCache, Params, Transformer, Weights, init_cache, variables
 
 _MIN_COLUMNS = 16
 
@@ -29,7 +29,7 @@ class _State(NamedTuple):
 
 
 def generate(
-    params: Params,
+    params: Params | Weights,
     model: Transformer,
     prompts: Sequence[Sequence[int]],
     *,
@@ -91,7 +91,7 @@ def _pad_left(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]
 
 @functools.partial(jax.jit, static_argnums=(4, 5, 6, 7))
 def _generate(
-    params: Params,
+    params: Params | Weights,
     prompt_tokens: jax.Array,
     prompt_mask: jax.Array,
     key: jax.Array,
@@ -104,8 +104,8 @@ def _generate(
     num_prompts, columns = prompt_tokens.shape
 
     def run(tokens: jax.Array, mask: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-        hidden, cache = model.apply({"params": params}, tokens, mask, cache, method="decode")
-        logits = model.apply({"params": params}, hidden[:, -1:], method="logits")
+        hidden, cache = model.apply(variables(params), tokens, mask, cache, method="decode")
+        logits = model.apply(variables(params), hidden[:, -1:], method="logits")
         return logits[:, 0], cache
 
     def unfinished(state: _State) -> jax.Array:

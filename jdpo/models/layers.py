@@ -19,6 +19,9 @@ from jdpo.models.families import RopeConfig
 
 INIT_STDDEV = 0.02
 
+ADAPTERS, SCALES = "adapters", "scales"
+"""Collections that may stand beside "params": what is added to frozen kernels, and the unit of int8 ones."""
+
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def project(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -51,6 +54,9 @@ project.defvjp(_project_forward, _project_backward)
 class Projection(nn.Module):
     """One linear map as an einsum, with a bias over the output axes on demand.
 
+    Where the collection SCALES has a "kernel" [*outputs], the kernel is int8 and counts in these units. Where ADAPTERS
+    has "a" [*inputs, rank] and "b" [rank, *outputs], (x a) b is added; a times b is never made.
+
     Attributes:
       equation: e.g. "ntd,dhk->nthk".
       num_inputs: how many leading axes of the kernel are contracted; the rest are the output axes.
@@ -69,11 +75,33 @@ class Projection(nn.Module):
         init = nn.with_logical_partitioning(nn.initializers.normal(INIT_STDDEV), self.axes)
         kernel = self.param("kernel", init, self.shape, self.param_dtype)
         y = project(self.equation, x, kernel.astype(self.compute_dtype))
+        if self.has_variable(SCALES, "kernel"):  # after the product, in which int8 is exact in every compute dtype
+            y = (y * self.get_variable(SCALES, "kernel")).astype(self.compute_dtype)
+        if self.has_variable(ADAPTERS, "a"):
+            a, b = (self.get_variable(ADAPTERS, name).astype(self.compute_dtype) for name in ("a", "b"))
+            y = y + low_rank(self.equation, x, a, b)
         if self.use_bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[self.num_inputs :])
             bias = self.param("bias", zeros, self.shape[self.num_inputs :], self.param_dtype)
             y = y + bias.astype(self.compute_dtype)
         return y
+
+
+def low_rank(equation: str, x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """(x a) b: `equation` is that of x and the kernel that a [.., *inputs, rank] and b [.., rank, *outputs] adapt.
+
+    >>> x, a, b = jnp.ones((1, 2, 3)), jnp.ones((3, 1)), jnp.ones((1, 2, 2))
+    >>> low_rank("ntd,dhk->nthk", x, a, b).shape
+    (1, 2, 2, 2)
+    """
+    operands, result = equation.split("->")
+    of_x, of_kernel = operands.split(",")
+    shared = "".join(axis for axis in of_kernel if axis in of_x and axis in result)
+    inputs = "".join(axis for axis in of_kernel if axis in of_x and axis not in result)
+    outputs = "".join(axis for axis in of_kernel if axis not in of_x)
+    narrow = "".join(axis for axis in of_x if axis not in inputs) + "R"
+    x_narrow = project(f"{of_x},{shared}{inputs}R->{narrow}", x, a)
+    return project(f"{narrow},{shared}R{outputs}->{result}", x_narrow, b)
 
 
 class RMSNorm(nn.Module):

@@ -15,12 +15,33 @@ from flax import linen as nn
 
 from jdpo.models.blocks import AttentionSettings, Context, Embedding, Head, LayerCache, LayerGroup, layer_pattern
 from jdpo.models.families import ModelConfig
-from jdpo.models.layers import RMSNorm, rope_tables
+from jdpo.models.layers import ADAPTERS, SCALES, RMSNorm, rope_tables
 from jdpo.models.packed import PackedSequences
 from jdpo.models.remat import check_remat
 
 Params = dict[str, Any]
 ApplyFn = Callable[[Params, jax.Array, jax.Array], jax.Array]
+
+
+class Weights(NamedTuple):
+    """A model's parameters and what stands beside some of them; goes wherever parameters alone do.
+
+    Attributes:
+      params: the tree of `abstract_params`, kernels of projections perhaps int8.
+      scales: for every int8 kernel at a path of `params`, float32 factors of its output channels at the same path.
+      adapters: {"a", "b"} beside some kernels, see `jdpo.models.lora`; empty: none.
+    """
+
+    params: Params
+    scales: Params
+    adapters: Params
+
+
+def variables(params: Params | Weights) -> dict[str, Params]:
+    """What `Transformer.apply` takes."""
+    if isinstance(params, Weights):
+        return {"params": params.params, SCALES: params.scales, ADAPTERS: params.adapters}
+    return {"params": params}
 
 
 class KVCache(NamedTuple):
@@ -66,7 +87,7 @@ class Transformer(nn.Module):
         self.embed = Embedding(config, *dtypes)
         scan = nn.scan(
             LayerGroup,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, ADAPTERS: 0, SCALES: 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),
             length=pattern.repeats,
@@ -184,7 +205,7 @@ def logical_axes(model: Transformer) -> Params:
 
 def make_apply_fn(model: Transformer) -> ApplyFn:
     """The pure function (params, tokens [n, t], attention_mask [n, t]) -> logits [n, t, v]."""
-    return lambda params, tokens, attention_mask: model.apply({"params": params}, tokens, attention_mask)
+    return lambda params, tokens, attention_mask: model.apply(variables(params), tokens, attention_mask)
 
 
 def init_cache(model: Transformer, batch: int, max_length: int) -> KVCache:

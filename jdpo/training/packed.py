@@ -14,7 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jdpo.losses.linear import linear_token_logps
 from jdpo.losses.objective import LogpsFn
 from jdpo.models.packed import packed_sequences
-from jdpo.models.transformer import Transformer
+from jdpo.models.transformer import Transformer, variables
 from jdpo.sharding.mesh import BATCH_AXES, num_batch_shards
 from jdpo.types import PackedBatch
 
@@ -29,7 +29,7 @@ def make_packed_logps(model: Transformer, mesh: Mesh) -> LogpsFn:
     def logps(params: Params, batch: PackedBatch, with_log_sum_sq: bool) -> tuple[Array, Array | None]:
         sequences = packed_sequences(batch.gather, batch.lengths, batch.scatter, batch.readers)
         hidden_rsd, head_dv = model.apply(
-            {"params": params}, batch.tokens, batch.positions, sequences, method="packed_hidden_and_head"
+            variables(params), batch.tokens, batch.positions, sequences, method="packed_hidden_and_head"
         )
         hidden_rkd = jnp.take_along_axis(hidden_rsd, batch.logp_slot[..., None], axis=1)
 

@@ -80,6 +80,7 @@ class MeshConfig:
 
     data: Int = _key(1, "replicas of the weights, each with its part of the batch")
     fsdp: Int = _key(-1, "weights and batch are both split along this axis")
+    expert: Int = _key(1, "experts are split along this axis, and batch and other weights as along fsdp")
     tensor: Int = _key(1, "heads, mlp and vocabulary are split along this axis")
 
 

@@ -251,7 +251,7 @@ def _leakage(train: PreparedData, held_out: PreparedData) -> Json:
 
 def _steps(material: Material, facts: RowFacts) -> Json:
     config, data, steps = material.config, material.train.data, material.steps
-    shards = max(config.mesh.data, 1) * max(config.mesh.fsdp, 1)
+    shards = max(config.mesh.data, 1) * max(config.mesh.fsdp, 1) * max(config.mesh.expert, 1)
     budget = config.max_tokens_per_device or TOKENS_PER_DEVICE
     costs = step_costs(
         data.sizes(),

@@ -1,7 +1,9 @@
-"""The device mesh: data x fsdp x tensor."""
+"""The device mesh: data x fsdp x expert x tensor."""
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -9,15 +11,15 @@ from jax.sharding import AxisType, Mesh
 
 from jdpo.config import MeshConfig
 
-AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")
+AXES = ("data", "fsdp", "expert", "tensor")
+BATCH_AXES = ("data", "fsdp", "expert")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Lays the devices out as config says; -1 on one axis takes all that the others leave.
 
     Args:
-      config: sizes of the three axes.
+      config: sizes of the axes.
       devices: all devices of all processes when None.
 
     Returns:
@@ -32,45 +34,45 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def resolve_mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
-    """The three axis sizes with -1 filled in.
+def resolve_mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
+    """The sizes of AXES with -1 filled in.
 
     >>> resolve_mesh_shape(MeshConfig(data=2, fsdp=-1, tensor=2), 8)
-    (2, 2, 2)
+    (2, 2, 1, 2)
     """
     sizes = {axis: getattr(config, axis) for axis in AXES}
     asked = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
     if any(size < 1 and size != -1 for size in sizes.values()) or list(sizes.values()).count(-1) > 1:
         raise ValueError(f"mesh {asked}: every axis must be at least 1, and -1 may stand on one axis at most")
-    fixed = 1
-    for size in sizes.values():
-        fixed *= size if size != -1 else 1
+    fixed = math.prod(size for size in sizes.values() if size != -1)
     free = [axis for axis, size in sizes.items() if size == -1]
     fits = num_devices % fixed == 0 if free else num_devices == fixed
     if not fits:
         raise ValueError(
             f"mesh {asked} does not fit the {num_devices} device(s) found here; for {num_devices} device(s) "
-            f"these do, as data x fsdp x tensor: {_valid_shapes(num_devices)}"
+            f"these do, as {' x '.join(AXES)}: {_valid_shapes(num_devices, config.expert)}"
         )
     if free:
         sizes[free[0]] = num_devices // fixed
-    return sizes["data"], sizes["fsdp"], sizes["tensor"]
+    return tuple(sizes.values())
 
 
-def _valid_shapes(num_devices: int, most: int = 12) -> str:
-    divisors = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
+def _valid_shapes(num_devices: int, asked_expert: int, most: int = 12) -> str:
+    """Shapes for so many devices; with the expert axis as asked where that divides, since most models need none."""
+    expert = asked_expert if asked_expert > 0 and num_devices % asked_expert == 0 else 1
+    others = num_devices // expert
+    divisors = [n for n in range(1, others + 1) if others % n == 0]
     shapes = [
-        f"{data}x{fsdp}x{num_devices // (data * fsdp)}"
-        for data in divisors
-        for fsdp in divisors
-        if num_devices % (data * fsdp) == 0
+        f"{data}x{fsdp}x{expert}x{others // (data * fsdp)}"
+        for data, fsdp in itertools.product(divisors, repeat=2)
+        if others % (data * fsdp) == 0
     ]
     return ", ".join(shapes[:most]) + (", ..." if len(shapes) > most else "")
 
 
 def num_batch_shards(mesh: Mesh) -> int:
-    """Parts that a batch is split into: the product of the data and fsdp axes."""
-    return int(mesh.shape["data"] * mesh.shape["fsdp"])
+    """Parts that a batch is split into: the product of BATCH_AXES."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def check_batch_size(global_batch_size: int, mesh: Mesh) -> None:
@@ -83,8 +85,9 @@ def check_batch_size(global_batch_size: int, mesh: Mesh) -> None:
     if global_batch_size % shards:
         below = global_batch_size // shards * shards
         choices = [size for size in (below, below + shards, below + 2 * shards) if size]
+        sizes = " x ".join(str(mesh.shape[axis]) for axis in BATCH_AXES)
         raise ValueError(
-            f"global_batch_size {global_batch_size} does not split over data x fsdp = {mesh.shape['data']} x "
-            f"{mesh.shape['fsdp']} = {shards} shards; use a multiple of {shards}, such as "
-            f"{', '.join(map(str, choices))}, or a mesh with a larger tensor axis"
+            f"global_batch_size {global_batch_size} does not split over {' x '.join(BATCH_AXES)} = {sizes} = {shards} "
+            f"shards; use a multiple of {shards}, such as {', '.join(map(str, choices))}, or a mesh with a larger "
+            "tensor axis"
         )

@@ -13,14 +13,17 @@ from jdpo.sharding.mesh import BATCH_AXES
 LOGICAL_RULES: tuple[tuple[str, Any], ...] = (
     # weights: fsdp splits the model dimension, tensor splits what heads, mlp and vocabulary own
     ("vocab", "tensor"),
-    ("embed", "fsdp"),
+    ("embed", ("fsdp", "expert")),  # the expert axis splits experts, and is one more fsdp axis to all other weights
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
     ("mlp", "tensor"),
+    ("expert", "expert"),
+    ("expert_embed", "fsdp"),
+    ("expert_mlp", "tensor"),
     ("head_dim", None),
     ("norm", None),
     ("layers", None),
-    # activations: fsdp splits the batch, so that the model dimension stays whole
+    # activations: fsdp and expert split the batch, so that the model dimension stays whole
     ("batch", BATCH_AXES),
     ("act_length", None),
     ("act_embed", None),
@@ -34,19 +37,22 @@ LOGICAL_RULES: tuple[tuple[str, Any], ...] = (
 
 
 def partition_spec(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
-    """The mesh axes that split an array's dims; a dim that its axis does not divide stays whole.
+    """The mesh axes that split an array's dims: of those of its rule, the first ones, as far as they divide the dim.
 
     Raises:
       KeyError: a logical name without a rule.
     """
     rules = dict(LOGICAL_RULES)
     axes = [None if name is None else rules[name] for name in names]
-    return PartitionSpec(
-        *(
-            axis if axis and size % mesh_axis_size(mesh, axis) == 0 else None
-            for axis, size in zip(axes, shape, strict=True)
-        )
-    )
+    return PartitionSpec(*(_dividing(axis, size, mesh) for axis, size in zip(axes, shape, strict=True)))
+
+
+def _dividing(axis: str | tuple[str, ...] | None, size: int, mesh: Mesh) -> str | tuple[str, ...] | None:
+    """As many of the leading axes as divide `size` together; None where there is none."""
+    if axis is None or isinstance(axis, str):
+        return axis if axis and size % mesh.shape[axis] == 0 else None
+    first = next((axis[:n] for n in range(len(axis), 0, -1) if size % mesh_axis_size(mesh, axis[:n]) == 0), ())
+    return first[0] if len(first) == 1 else first or None
 
 
 def mesh_axis_size(mesh: Mesh, axis: str | Sequence[str]) -> int:

@@ -25,6 +25,8 @@ from jdpo.sharding.placement import (
 )
 from jdpo.sharding.rules import param_shardings, partition_spec, undivided_dims
 
+EMBED = ("fsdp", "expert")
+
 
 @pytest.fixture
 def mesh() -> Mesh:
@@ -33,18 +35,27 @@ def mesh() -> Mesh:
 
 def test_names_become_axes(mesh: Mesh) -> None:
     names = ("layers", "embed", "heads", "head_dim")
-    assert partition_spec(names, (3, 8, 4, 16), mesh) == PartitionSpec(None, "fsdp", "tensor", None)
-    assert partition_spec(("batch", None), (8, 5), mesh) == PartitionSpec(("data", "fsdp"), None)
+    assert partition_spec(names, (3, 8, 4, 16), mesh) == PartitionSpec(None, EMBED, "tensor", None)
+    assert partition_spec(("batch", None), (8, 5), mesh) == PartitionSpec(("data", "fsdp", "expert"), None)
 
 
 def test_a_dim_that_its_axis_does_not_divide_stays_whole_and_is_named(mesh: Mesh) -> None:
-    assert partition_spec(("embed", "kv_heads", "head_dim"), (8, 1, 16), mesh) == PartitionSpec("fsdp", None, None)
+    assert partition_spec(("embed", "kv_heads", "head_dim"), (8, 1, 16), mesh) == PartitionSpec(EMBED, None, None)
     axes = {"key": {"kernel": ("embed", "kv_heads", "head_dim")}, "query": {"kernel": ("embed", "heads", "head_dim")}}
     shapes = {
         "key": {"kernel": jax.ShapeDtypeStruct((8, 1, 16), jnp.float32)},
         "query": {"kernel": jax.ShapeDtypeStruct((8, 4, 16), jnp.float32)},
     }
     assert undivided_dims(axes, shapes, mesh) == ["['key']['kernel']: kv_heads=1 over tensor=2"]
+
+
+def test_experts_are_split_by_number_and_all_other_weights_over_fsdp_and_expert_together() -> None:
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
+    kernel = ("layers", "expert", "expert_embed", "expert_mlp")
+    assert partition_spec(kernel, (3, 8, 8, 6), mesh) == PartitionSpec(None, "expert", "fsdp", "tensor")
+    assert partition_spec(("embed", "mlp"), (8, 6), mesh) == PartitionSpec(EMBED, "tensor")
+    assert partition_spec(("embed", "mlp"), (6, 6), mesh) == PartitionSpec("fsdp", "tensor")
+    assert partition_spec(("embed", "mlp"), (7, 6), mesh) == PartitionSpec(None, "tensor")
 
 
 def test_a_name_without_a_rule_is_an_error(mesh: Mesh) -> None:
@@ -62,7 +73,7 @@ def test_moments_are_split_as_their_weights_and_counts_are_replicated(mesh: Mesh
     assert jax.tree.structure(found) == jax.tree.structure(state)
     (adam,) = [node for node in jax.tree.leaves(found, is_leaf=_is_adam) if _is_adam(node)]
     assert adam.mu == adam.nu == shardings
-    assert adam.mu["kernel"] == NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))
+    assert adam.mu["kernel"] == NamedSharding(mesh, PartitionSpec(EMBED, "tensor"))
     assert adam.count == replicated(mesh)
 
 

@@ -20,7 +20,7 @@ from jdpo.data.packing_plan import item_sizes, plan_run
 from jdpo.losses.objective import LogpsFn, PairFeatures, Totals, packed_totals
 from jdpo.losses.packed import belongs, completion_sums
 from jdpo.losses.settings import LossSettings, loss_settings
-from jdpo.models.families import ModelConfig, RopeConfig
+from jdpo.models.config import LayerKind, ModelConfig, RopeConfig
 from jdpo.models.packed import packed_sequences
 from jdpo.models.transformer import Transformer, init_params, make_apply_fn
 from jdpo.training.objectives import Objective, dpo_objective, packed_dpo_objective, padded_dpo_objective
@@ -111,12 +111,11 @@ def model_of(shape: ModelShape, attention: str) -> Transformer:
         head_dim=shape.head_dim,
         d_ff=shape.d_ff,
         norm_eps=1e-6,
-        rope=RopeConfig(theta=1e4),
         tie_embeddings=shape.tied,
         qkv_bias=False,
         o_bias=False,
         qk_norm=False,
-        layer_windows=(None,) * shape.num_layers,
+        layers=(LayerKind(rope=RopeConfig(theta=1e4)),) * shape.num_layers,
         max_positions=4096,
     )
     return Transformer(config, attention=attention, remat="none")

@@ -92,28 +92,33 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
 
 
 def small_llama(**fields: Any) -> Any:
-    """The `ModelConfig` of a small Llama without biases; fields by name take the place of its own."""
-    from jdpo.models.families import ModelConfig, RopeConfig
+    """The `ModelConfig` of a small Llama without biases; fields by name take the place of its own.
+
+    `windows`, one a layer, is short for layers that differ in nothing else.
+    """
+    from jdpo.models.config import LayerKind, ModelConfig, RopeConfig
+
+    num_layers = fields.get("num_layers", 2)
+    windows = fields.pop("windows", (None,) * num_layers)
 
     own: dict[str, Any] = {
         "family": "llama",
         "vocab_size": 64,
-        "num_layers": 2,
+        "num_layers": num_layers,
         "d_model": 64,
         "num_heads": 4,
         "num_kv_heads": 2,
         "head_dim": 16,
         "d_ff": 192,
         "norm_eps": 1e-6,
-        "rope": RopeConfig(theta=1e4),
+        "layers": tuple(LayerKind(rope=RopeConfig(theta=1e4), window=window) for window in windows),
         "tie_embeddings": False,
         "qkv_bias": False,
         "o_bias": False,
         "qk_norm": False,
         "max_positions": 1024,
     }
-    own |= fields
-    return ModelConfig(**{"layer_windows": (None,) * own["num_layers"], **own})
+    return ModelConfig(**{**own, **fields})
 
 
 @pytest.fixture(scope="session")

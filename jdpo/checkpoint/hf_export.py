@@ -16,7 +16,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from jdpo.models.families import ModelConfig
+from jdpo.models.config import ModelConfig
 from jdpo.models.hf_names import checkpoint_tensors
 from jdpo.models.hf_weights import iter_hf_tensors, source_dtypes
 from jdpo.models.safetensors_folder import INDEX_NAME, SINGLE_NAME

@@ -2,8 +2,8 @@
 
 Axes: n sequences, t positions, s cache slots, d model, h heads, g key/value heads, k head width, v vocabulary.
 
-The layers repeat a pattern (of attention windows) of period p. `stack` holds num_layers // p repeats of it, each
-parameter with a leading "layers" axis; `rest` holds the num_layers % p layers left over. So windows stay static.
+The layers repeat a pattern of kinds, of period p. `stack` holds num_layers // p repeats of it, each parameter with a
+leading "layers" axis; `rest` holds the num_layers % p layers left over. So what a kind says stays static.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jdpo.models.attention import (
     dot_product_attention,
     sharded_causal_attention,
 )
-from jdpo.models.families import ModelConfig
+from jdpo.models.config import LayerKind, ModelConfig
 from jdpo.models.layers import INIT_STDDEV, GatedMLP, Projection, RMSNorm, apply_rope
 from jdpo.models.lookup import lookup
 from jdpo.models.packed import PackedSequences, to_sequences, to_slots
@@ -30,14 +30,18 @@ LayerCache = dict[str, dict[str, jax.Array]]
 """{"layer_j": {"key": [.., n, s, g, k], "value": the same}}, with a leading repeats axis in the stack."""
 
 
+RopeTables = tuple[jax.Array, jax.Array]
+"""Cosines and sines, see `rope_tables`."""
+
+
 class Context(NamedTuple):
     """What every layer reads and none changes.
 
     Either `packed` says where attention finds its sequences in flat rows, or positions and masks say what sees what.
+    `ropes` has the tables of `ModelConfig.ropes`, in their order.
     """
 
-    cos: jax.Array
-    sin: jax.Array
+    ropes: tuple[RopeTables, ...]
     query_positions: jax.Array | None
     key_positions: jax.Array | None
     key_mask: jax.Array | None
@@ -64,32 +68,11 @@ class AttentionSettings(NamedTuple):
         return choose_attention(jax.default_backend(), dtype, head_dim, length, window=window, tiled=tiled)
 
 
-class LayerPattern(NamedTuple):
-    """How num_layers layers fall into repeats of a pattern and a rest; layer i is (i // period, i % period)."""
-
-    period: int
-    repeats: int
-    rest: int
-
-
-def layer_pattern(config: ModelConfig) -> LayerPattern:
-    """The smallest period of `layer_windows`, how often it fits, and what is left.
-
-    >>> from types import SimpleNamespace as Config
-    >>> layer_pattern(Config(num_layers=5, layer_windows=(None, 4, None, 4, None)))
-    LayerPattern(period=2, repeats=2, rest=1)
-    """
-    windows, num_layers = config.layer_windows, config.num_layers
-    assert len(windows) == num_layers, (windows, num_layers)
-    period = next(p for p in range(1, num_layers + 1) if all(windows[i] == windows[i % p] for i in range(num_layers)))
-    return LayerPattern(period, num_layers // period, num_layers % period)
-
-
 class Attention(nn.Module):
     """Grouped-query self-attention with rotary positions, optional biases, QK norms and sliding window."""
 
     config: ModelConfig
-    window: int | None
+    kind: LayerKind
     compute_dtype: Any
     param_dtype: Any
     attention: AttentionSettings
@@ -105,7 +88,9 @@ class Attention(nn.Module):
         if config.qk_norm:
             query = RMSNorm(config.norm_eps, "head_dim", self.param_dtype, name="query_norm")(query)
             key = RMSNorm(config.norm_eps, "head_dim", self.param_dtype, name="key_norm")(key)
-        query, key = (apply_rope(x, context.cos, context.sin) for x in (query, key))
+        if self.kind.rope is not None:
+            tables = context.ropes[config.ropes.index(self.kind.rope)]
+            query, key = (apply_rope(x, *tables) for x in (query, key))
         if cache is not None:
             assert context.write_index is not None
             start = (0, context.write_index, 0, 0)
@@ -123,7 +108,7 @@ class Attention(nn.Module):
         if context.packed is not None:
             query, key, value = (to_sequences(x, context.packed) for x in (query, key, value))
             lengths = context.packed.lengths.reshape(-1)
-            output = attend_over_mesh(self.attention, query, key, value, lengths, window=self.window)
+            output = attend_over_mesh(self.attention, query, key, value, lengths, window=self.kind.window)
             return to_slots(output, context.packed)
         return dot_product_attention(
             query,
@@ -132,7 +117,7 @@ class Attention(nn.Module):
             query_positions_nt=context.query_positions,
             key_positions_ns=context.key_positions,
             key_mask_ns=context.key_mask,
-            window=self.window,
+            window=self.kind.window,
         )
 
     def _project(self, x_ntd: jax.Array, name: str, num_heads: int, axis: str) -> jax.Array:
@@ -179,7 +164,7 @@ class DecoderLayer(nn.Module):
     """Pre-norm attention and MLP, each added to the residual stream."""
 
     config: ModelConfig
-    window: int | None
+    kind: LayerKind
     compute_dtype: Any
     param_dtype: Any
     attention: AttentionSettings
@@ -191,7 +176,7 @@ class DecoderLayer(nn.Module):
         config, dtypes = self.config, (self.compute_dtype, self.param_dtype)
         x_ntd = named_layer_input(x_ntd)
         normed = RMSNorm(config.norm_eps, "norm", self.param_dtype, name="attention_norm")(x_ntd)
-        attend = Attention(config, self.window, *dtypes, self.attention, name="attention")
+        attend = Attention(config, self.kind, *dtypes, self.attention, name="attention")
         attended, cache = attend(normed, cache, context)
         x_ntd = constrain_stream(x_ntd + attended)
         normed = RMSNorm(config.norm_eps, "norm", self.param_dtype, name="mlp_norm")(x_ntd)
@@ -200,10 +185,10 @@ class DecoderLayer(nn.Module):
 
 
 class LayerGroup(nn.Module):
-    """Consecutive layers `layer_0` .., each with its own window; the body of the scan, and the rest behind it."""
+    """Consecutive layers `layer_0` .., each of its own kind; the body of the scan, and the rest behind it."""
 
     config: ModelConfig
-    windows: tuple[int | None, ...]
+    kinds: tuple[LayerKind, ...]
     compute_dtype: Any
     param_dtype: Any
     attention: AttentionSettings
@@ -220,9 +205,9 @@ class LayerGroup(nn.Module):
             policy = REMAT_POLICIES[self.remat]
             layer_class = nn.remat(DecoderLayer, policy=policy, prevent_cse=not self.scanned)
         new_cache: LayerCache = {}
-        for index, window in enumerate(self.windows):
+        for index, kind in enumerate(self.kinds):
             name = f"layer_{index}"
-            layer = layer_class(self.config, window, self.compute_dtype, self.param_dtype, self.attention, name=name)
+            layer = layer_class(self.config, kind, self.compute_dtype, self.param_dtype, self.attention, name=name)
             x_ntd, new_cache[name] = layer(x_ntd, None if cache is None else cache[name], context)
         return x_ntd, None if cache is None else new_cache
 

@@ -10,45 +10,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jdpo.models.config import LayerKind, ModelConfig, RopeConfig
+
+__all__ = ["FAMILIES", "read_model_config"]
+
 FULL_ATTENTION, SLIDING_ATTENTION = "full_attention", "sliding_attention"
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeConfig:
-    """Rotary position embedding; the fields after `kind` belong to the kinds that name them."""
-
-    theta: float
-    kind: str = "default"  # default | linear | llama3
-    factor: float = 1.0  # linear, llama3
-    low_freq_factor: float = 1.0  # llama3
-    high_freq_factor: float = 4.0  # llama3
-    original_max_positions: int = 0  # llama3
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Everything the decoder needs to know of a model; hashable, so it can be a static argument of `jax.jit`."""
-
-    family: str
-    vocab_size: int
-    num_layers: int
-    d_model: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    d_ff: int
-    norm_eps: float
-    rope: RopeConfig
-    tie_embeddings: bool
-    qkv_bias: bool
-    o_bias: bool
-    qk_norm: bool
-    layer_windows: tuple[int | None, ...]  # one a layer; None sees every earlier token
-    max_positions: int
 
 
 def read_model_config(folder: Path) -> ModelConfig:
@@ -139,7 +108,7 @@ def _rope(hf_config: Any) -> RopeConfig:
     raise ValueError(f"rope_type: {kind!r} is not supported; supported are default, linear, llama3")
 
 
-def _decoder(hf_config: Any, *, layer_windows: tuple[int | None, ...], **family_fields: Any) -> ModelConfig:
+def _decoder(hf_config: Any, *, windows: tuple[int | None, ...], **family_fields: Any) -> ModelConfig:
     """The part of the mapping that all Llama-shaped families share."""
     _refuse_unsupported(hf_config)
     num_heads, num_kv_heads = hf_config.num_attention_heads, hf_config.num_key_value_heads
@@ -148,6 +117,7 @@ def _decoder(hf_config: Any, *, layer_windows: tuple[int | None, ...], **family_
         raise ValueError(f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}")
     if head_dim % 2:
         raise ValueError(f"head_dim {head_dim} is odd; rotary embeddings need an even one")
+    rope = _rope(hf_config)
     return ModelConfig(
         family=hf_config.model_type,
         vocab_size=hf_config.vocab_size,
@@ -158,9 +128,8 @@ def _decoder(hf_config: Any, *, layer_windows: tuple[int | None, ...], **family_
         head_dim=head_dim,
         d_ff=hf_config.intermediate_size,
         norm_eps=float(hf_config.rms_norm_eps),
-        rope=_rope(hf_config),
         tie_embeddings=bool(hf_config.tie_word_embeddings),
-        layer_windows=layer_windows,
+        layers=tuple(LayerKind(rope=rope, window=window) for window in windows),
         max_positions=hf_config.max_position_embeddings,
         **family_fields,
     )
@@ -190,23 +159,23 @@ def _windows_of_layer_types(hf_config: Any) -> tuple[int | None, ...]:
 def _llama(hf_config: Any) -> ModelConfig:
     bias = bool(hf_config.attention_bias)
     windows = _uniform_windows(hf_config, None)
-    return _decoder(hf_config, layer_windows=windows, qkv_bias=bias, o_bias=bias, qk_norm=False)
+    return _decoder(hf_config, windows=windows, qkv_bias=bias, o_bias=bias, qk_norm=False)
 
 
 def _mistral(hf_config: Any) -> ModelConfig:
     windows = _uniform_windows(hf_config, hf_config.sliding_window)
-    return _decoder(hf_config, layer_windows=windows, qkv_bias=False, o_bias=False, qk_norm=False)
+    return _decoder(hf_config, windows=windows, qkv_bias=False, o_bias=False, qk_norm=False)
 
 
 def _qwen2(hf_config: Any) -> ModelConfig:
     windows = _windows_of_layer_types(hf_config)
-    return _decoder(hf_config, layer_windows=windows, qkv_bias=True, o_bias=False, qk_norm=False)
+    return _decoder(hf_config, windows=windows, qkv_bias=True, o_bias=False, qk_norm=False)
 
 
 def _qwen3(hf_config: Any) -> ModelConfig:
     bias = bool(hf_config.attention_bias)
     windows = _windows_of_layer_types(hf_config)
-    return _decoder(hf_config, layer_windows=windows, qkv_bias=bias, o_bias=bias, qk_norm=True)
+    return _decoder(hf_config, windows=windows, qkv_bias=bias, o_bias=bias, qk_norm=True)
 
 
 FAMILIES: dict[str, Callable[[Any], ModelConfig]] = {

@@ -11,8 +11,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from jdpo.models.blocks import layer_pattern
-from jdpo.models.families import ModelConfig
+from jdpo.models.config import ModelConfig, layer_pattern
 
 Path = tuple[str, ...]
 

@@ -17,8 +17,7 @@ import numpy as np
 from einops import rearrange
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from jdpo.models.blocks import layer_pattern
-from jdpo.models.families import ModelConfig
+from jdpo.models.config import ModelConfig, layer_pattern
 from jdpo.models.hf_names import EMBEDDING, HEAD, Tensor, axis_sizes, checkpoint_tensors, is_ignorable, split_axes
 from jdpo.models.resize import resize_embeddings
 from jdpo.models.safetensors_folder import DTYPES, TensorEntry, source_dtypes, tensor_entries

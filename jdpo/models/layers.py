@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from jdpo.models.families import RopeConfig
+from jdpo.models.config import RopeConfig
 
 INIT_STDDEV = 0.02
 

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jdpo.models.blocks import AttentionSettings, Context, Embedding, Head, LayerCache, LayerGroup, layer_pattern
-from jdpo.models.families import ModelConfig
+from jdpo.models.blocks import AttentionSettings, Context, Embedding, Head, LayerCache, LayerGroup, RopeTables
+from jdpo.models.config import ModelConfig, layer_pattern
 from jdpo.models.layers import ADAPTERS, SCALES, RMSNorm, rope_tables
 from jdpo.models.packed import PackedSequences
 from jdpo.models.remat import check_remat
@@ -93,10 +93,10 @@ class Transformer(nn.Module):
             length=pattern.repeats,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        self.stack = scan(config, config.layer_windows[: pattern.period], *dtypes, attention, self.remat, True)
+        self.stack = scan(config, config.layers[: pattern.period], *dtypes, attention, self.remat, True)
         if pattern.rest:
-            windows = config.layer_windows[: pattern.rest]
-            self.rest = LayerGroup(config, windows, *dtypes, attention, self.remat, False)
+            kinds = config.layers[: pattern.rest]
+            self.rest = LayerGroup(config, kinds, *dtypes, attention, self.remat, False)
         self.final_norm = RMSNorm(config.norm_eps, "norm", self.param_dtype)
         if not config.tie_embeddings:
             self.lm_head = Head(config, self.param_dtype)
@@ -114,7 +114,7 @@ class Transformer(nn.Module):
         """The final norm's output [n, t, d]; arguments as for `__call__`."""
         mask = attention_mask.astype(bool)
         positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
-        context = Context(*self._rope(positions), positions, positions, mask)
+        context = Context(self._ropes(positions), positions, positions, mask)
         return self._run(tokens, None, context)[0]
 
     def packed_hidden_and_head(
@@ -126,7 +126,7 @@ class Transformer(nn.Module):
           tokens, positions: int [r, s], as in `PackedBatch`.
           sequences: see `packed_sequences`.
         """
-        context = Context(*self._rope(positions), None, None, None, packed=sequences)
+        context = Context(self._ropes(positions), None, None, None, packed=sequences)
         hidden = self._run(tokens, None, context)[0]
         # Made whole along the model dimension here, once, and not in every chunk of tokens.
         return hidden, nn.with_logical_constraint(self.head_kernel(), (None, "act_vocab"))
@@ -156,14 +156,14 @@ class Transformer(nn.Module):
         start = (0, cache.index)
         key_positions = jax.lax.dynamic_update_slice(cache.positions, positions, start)
         key_mask = jax.lax.dynamic_update_slice(cache.mask, mask, start)
-        context = Context(*self._rope(positions), positions, key_positions, key_mask, cache.index)
+        context = Context(self._ropes(positions), positions, key_positions, key_mask, cache.index)
         hidden, layers = self._run(tokens, cache.layers, context)
         assert layers is not None
         return hidden, KVCache(layers, key_positions, key_mask, cache.index + tokens.shape[1])
 
-    def _rope(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _ropes(self, positions: jax.Array) -> tuple[RopeTables, ...]:
         dtype = jnp.promote_types(self.compute_dtype, jnp.float32)
-        return rope_tables(positions, self.config.rope, self.config.head_dim, dtype)
+        return tuple(rope_tables(positions, rope, self.config.head_dim, dtype) for rope in self.config.ropes)
 
     def _run(
         self, tokens: jax.Array, cache: dict[str, LayerCache] | None, context: Context

@@ -21,7 +21,7 @@ import numpy as np
 
 from jdpo.losses.linear import default_chunk
 from jdpo.models.attention.work import PRODUCTS, causal_pairs, computed_pairs
-from jdpo.models.families import ModelConfig
+from jdpo.models.config import ModelConfig
 from jdpo.types import REJECTED, CompletionBatch, PackedBatch, PreferenceBatch
 
 

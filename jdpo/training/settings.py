@@ -12,7 +12,7 @@ from jdpo.config import DPOConfig, TrainConfig, defaults_of
 from jdpo.data.mixing import check_data_settings, has_evaluation
 from jdpo.models.attention import check_attention
 from jdpo.models.blocks import AttentionSettings
-from jdpo.models.families import ModelConfig
+from jdpo.models.config import ModelConfig
 from jdpo.reports.writers import check_trackers
 from jdpo.sharding.placement import check_host_memory
 from jdpo.training.profile import parse_steps

@@ -19,7 +19,8 @@ from jdpo.config import DPOConfig, TrainConfig
 from jdpo.data.loader import RowPlan
 from jdpo.data.prepare import PreparedData, cache_folder
 from jdpo.data.tokenizer import Tokenizer, load_tokenizer
-from jdpo.models.families import ModelConfig, read_model_config
+from jdpo.models.config import ModelConfig
+from jdpo.models.families import read_model_config
 from jdpo.models.hf_weights import check_tensors
 from jdpo.models.hub import resolve_folder
 from jdpo.models.safetensors_folder import tensor_entries

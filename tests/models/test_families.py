@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 import jdpo
-from jdpo.models.families import FAMILIES, RopeConfig, read_model_config
+from jdpo.models.config import RopeConfig
+from jdpo.models.families import FAMILIES, read_model_config
 
 SHAPE = {
     "hidden_size": 16,
@@ -39,7 +40,7 @@ def test_llama_reads_every_size_and_fills_left_out_defaults(tmp_path: Path) -> N
     config = read_model_config(write(tmp_path, "llama", num_key_value_heads=None))
     assert (config.vocab_size, config.num_layers, config.d_model, config.d_ff) == (40, 4, 16, 24)
     assert (config.num_heads, config.num_kv_heads, config.head_dim) == (4, 4, 4)
-    assert (config.norm_eps, config.max_positions, config.rope) == (1e-6, 64, RopeConfig(theta=10000.0))
+    assert (config.norm_eps, config.max_positions, config.ropes) == (1e-6, 64, (RopeConfig(theta=10000.0),))
     assert config.layer_windows == (None,) * 4
     assert (config.tie_embeddings, config.qkv_bias, config.o_bias, config.qk_norm) == (False,) * 4
     assert hash(config) == hash(read_model_config(tmp_path))
@@ -55,7 +56,7 @@ def test_llama_reads_every_size_and_fills_left_out_defaults(tmp_path: Path) -> N
     ids=["old keys", "new keys", "older still"],
 )
 def test_old_and_new_rope_keys_mean_the_same(tmp_path: Path, settings: dict[str, Any]) -> None:
-    rope = read_model_config(write(tmp_path, "llama", **settings)).rope
+    (rope,) = read_model_config(write(tmp_path, "llama", **settings)).ropes
     assert rope == RopeConfig(
         theta=500.0, kind="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=32
     )
@@ -63,7 +64,7 @@ def test_old_and_new_rope_keys_mean_the_same(tmp_path: Path, settings: dict[str,
 
 def test_linear_rope_in_its_old_spelling(tmp_path: Path) -> None:
     folder = write(tmp_path, "llama", rope_scaling={"type": "linear", "factor": 2.0})
-    assert read_model_config(folder).rope == RopeConfig(theta=10000.0, kind="linear", factor=2.0)
+    assert read_model_config(folder).ropes == (RopeConfig(theta=10000.0, kind="linear", factor=2.0),)
 
 
 def test_mistral_window_holds_for_every_layer(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from jdpo.data.packing import pack
 from jdpo.data.packing_plan import item_sizes, plan_run
-from jdpo.models.families import ModelConfig
+from jdpo.models.config import ModelConfig
 from jdpo.models.packed import packed_sequences
 from jdpo.models.remat import REMAT_ORDER, REMAT_POLICIES
 from jdpo.models.transformer import Transformer, abstract_params, init_params

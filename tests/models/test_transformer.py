@@ -11,8 +11,8 @@ import pytest
 from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jdpo.models.blocks import layer_pattern
-from jdpo.models.families import ModelConfig, RopeConfig, read_model_config
+from jdpo.models.config import LayerKind, ModelConfig, RopeConfig, layer_pattern
+from jdpo.models.families import read_model_config
 from jdpo.models.hf_weights import load_params
 from jdpo.models.transformer import (
     Transformer,
@@ -26,6 +26,11 @@ from jdpo.models.transformer import (
 GOLDEN = Path(__file__).parents[1] / "golden" / "logits"
 RULES = (("batch", "data"), ("act_heads", "tensor"), ("act_mlp", "tensor"), ("act_vocab", "tensor"))
 
+
+def kinds(*windows: int | None) -> tuple[LayerKind, ...]:
+    return tuple(LayerKind(rope=RopeConfig(theta=10000.0), window=window) for window in windows)
+
+
 CONFIG = ModelConfig(
     family="qwen3",
     vocab_size=40,
@@ -36,12 +41,11 @@ CONFIG = ModelConfig(
     head_dim=6,
     d_ff=24,
     norm_eps=1e-6,
-    rope=RopeConfig(theta=10000.0),
     tie_embeddings=False,
     qkv_bias=True,
     o_bias=True,
     qk_norm=True,
-    layer_windows=(None, 4, None, 4, None),
+    layers=kinds(None, 4, None, 4, None),
     max_positions=64,
 )
 TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (3, 12))
@@ -51,7 +55,7 @@ MASK[2, :5] = False
 
 
 MODEL = Transformer(CONFIG)
-SMALL = Transformer(dataclasses.replace(CONFIG, num_layers=2, layer_windows=(4, 4)))
+SMALL = Transformer(dataclasses.replace(CONFIG, num_layers=2, layers=kinds(4, 4)))
 """One layer body to compile instead of three, for tests of gradients."""
 
 
@@ -111,7 +115,7 @@ def test_logits_equal_those_of_transformers(case: str) -> None:
     ],
 )
 def test_layer_pattern(windows: tuple[int | None, ...], expected: tuple[int, int, int]) -> None:
-    config = dataclasses.replace(CONFIG, num_layers=len(windows), layer_windows=windows)
+    config = dataclasses.replace(CONFIG, num_layers=len(windows), layers=kinds(*windows))
     assert layer_pattern(config) == expected
 
 
@@ -149,7 +153,7 @@ def test_later_tokens_are_not_seen(params: Any, apply_fn: Any) -> None:
 
 
 def test_a_window_of_two_shows_a_token_to_itself_and_the_next() -> None:
-    config = dataclasses.replace(CONFIG, num_layers=1, layer_windows=(2,))
+    config = dataclasses.replace(CONFIG, num_layers=1, layers=kinds(2))
     one_layer = jax.jit(make_apply_fn(Transformer(config)))
     params = random_params(Transformer(config))
     before, after = (np.asarray(one_layer(params, tokens, MASK))[0] for tokens in (TOKENS, one_token_changed()))
@@ -164,8 +168,8 @@ def one_token_changed() -> np.ndarray:
 
 def test_scanned_layers_equal_the_same_layers_unrolled(params: Any) -> None:
     """Windows of the sequence's length and more see everything: the same arithmetic under another pattern."""
-    period_two = dataclasses.replace(CONFIG, layer_windows=(None, 50, None, 50, None))
-    uneven = dataclasses.replace(CONFIG, layer_windows=(None, 50, None, None, 50))  # period 3, a rest of 2
+    period_two = dataclasses.replace(CONFIG, layers=kinds(None, 50, None, 50, None))
+    uneven = dataclasses.replace(CONFIG, layers=kinds(None, 50, None, None, 50))  # period 3, a rest of 2
     assert layer_pattern(period_two) == (2, 2, 1)
     assert layer_pattern(uneven) == (3, 1, 2)
     stack, rest = params["stack"], params["rest"]
@@ -205,7 +209,7 @@ def test_float64_compute_stays_float64(params: Any, apply_fn: Any) -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_head_on_hidden_states_equals_the_logits(tied: bool) -> None:
-    config = dataclasses.replace(CONFIG, tie_embeddings=tied, num_layers=1, layer_windows=(None,))
+    config = dataclasses.replace(CONFIG, tie_embeddings=tied, num_layers=1, layers=kinds(None))
     model = Transformer(config)
     params = random_params(model)
 

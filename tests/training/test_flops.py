@@ -28,7 +28,7 @@ from jdpo.training.step import loss_and_grads
 from jdpo.types import TokenizedCompletion, TokenizedPair
 from tests.conftest import small_llama
 
-CONFIG = small_llama(vocab_size=1000, d_model=8, head_dim=4, d_ff=16, layer_windows=(None, 3), max_positions=64)
+CONFIG = small_llama(vocab_size=1000, d_model=8, head_dim=4, d_ff=16, windows=(None, 3), max_positions=64)
 # query and output 8 x 16 each, key and value 8 x 8 each, three of the MLP 8 x 16; two layers
 N, HEAD, WIDTH = 2 * (2 * 128 + 2 * 64 + 3 * 128), 8 * 1000, 4 * 4
 
@@ -150,7 +150,7 @@ def test_pairs_of_tiles() -> None:
 # --- against XLA
 
 MEASURED = dataclasses.replace(
-    CONFIG, d_model=128, num_heads=4, head_dim=32, d_ff=384, vocab_size=512, layer_windows=(None,) * 2
+    CONFIG, d_model=128, num_heads=4, head_dim=32, d_ff=384, vocab_size=512, layers=CONFIG.layers[:1] * 2
 )
 
 
@@ -172,7 +172,7 @@ def test_executed_flops_are_those_that_xla_counts_in_packed_rows(remat: str) -> 
     batch = pack(pairs, everything, plan.step(everything))
     objective = packed_dpo_objective(make_packed_logps(model, mesh), loss_settings("sigmoid", beta=0.1)[0])
     # Two layers and two chunks of the head are two rounds of a loop each.
-    one_layer = dataclasses.replace(MEASURED, num_layers=1, layer_windows=(None,))
+    one_layer = dataclasses.replace(MEASURED, num_layers=1, layers=MEASURED.layers[:1])
     program = Arithmetic("xla", remat, live_reference=True)
     expected = step_flops(one_layer, batch, program).executed
     without_head = step_flops(dataclasses.replace(one_layer, vocab_size=1), batch, program).executed
@@ -188,7 +188,7 @@ def test_executed_flops_are_those_that_xla_counts_in_padded_rows() -> None:
     pairs = pairs_of((40, 60, 50), (30, 60, 90), (60, 20, 70))
     batch = in_micro_batches(collate_pairs(pairs, num_slots=4, length=144, pad_token_id=0))
     objective = padded_dpo_objective(make_apply_fn(model), loss_settings("sigmoid", beta=0.1)[0])
-    one_layer = dataclasses.replace(MEASURED, num_layers=1, layer_windows=(None,))
+    one_layer = dataclasses.replace(MEASURED, num_layers=1, layers=MEASURED.layers[:1])
     expected = step_flops(one_layer, batch, Arithmetic("xla", "none", live_reference=True)).executed
     assert counted(objective, batch, model, mesh) == pytest.approx(expected, rel=0.05)
 

@@ -21,7 +21,7 @@ from jdpo.data.packing_plan import StepPlan, plan_step
 from jdpo.data.packing_shapes import PackedShape
 from jdpo.losses import LOSSES
 from jdpo.losses.settings import loss_settings
-from jdpo.models.families import ModelConfig, RopeConfig
+from jdpo.models.config import LayerKind, ModelConfig, RopeConfig
 from jdpo.models.transformer import Transformer, init_params, make_apply_fn
 from jdpo.sharding.mesh import make_mesh
 from jdpo.sharding.placement import micro_batch_sharding, place
@@ -47,12 +47,11 @@ CONFIG = ModelConfig(
     head_dim=8,
     d_ff=24,
     norm_eps=1e-6,
-    rope=RopeConfig(theta=100.0),
     tie_embeddings=False,
     qkv_bias=True,
     o_bias=False,
     qk_norm=True,
-    layer_windows=(None, 5),
+    layers=tuple(LayerKind(rope=RopeConfig(theta=100.0), window=window) for window in (None, 5)),
     max_positions=64,
 )
 

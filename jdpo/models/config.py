@@ -1,0 +1,90 @@
+"""What the decoder needs to know of a model: mechanisms and sizes, no names of families.
+
+Every field states one mechanism and is off by default; which family uses which is written in `jdpo.models.families`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embedding; the fields after `kind` belong to the kinds that name them."""
+
+    theta: float
+    kind: str = "default"  # default | linear | llama3
+    factor: float = 1.0  # linear, llama3
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    original_max_positions: int = 0  # llama3
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerKind:
+    """What may differ from layer to layer; layers of one kind have parameters of the same names and shapes.
+
+    Attributes:
+      rope: how attention knows positions; None for a layer that does not (NoPE).
+      window: how many tokens a query sees, itself included; None sees every earlier token.
+      mlp: "dense", or "experts" for a mixture of them.
+    """
+
+    rope: RopeConfig | None
+    window: int | None = None
+    mlp: Literal["dense", "experts"] = "dense"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Everything the decoder needs to know of a model; hashable, so it can be a static argument of `jax.jit`."""
+
+    family: str  # names the tensors of a checkpoint, and nothing else
+    vocab_size: int
+    num_layers: int
+    d_model: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    d_ff: int
+    norm_eps: float
+    layers: tuple[LayerKind, ...]  # one a layer
+    tie_embeddings: bool
+    qkv_bias: bool
+    o_bias: bool
+    qk_norm: bool
+    max_positions: int
+
+    def __post_init__(self) -> None:
+        assert len(self.layers) == self.num_layers, (self.num_layers, self.layers)
+
+    @property
+    def layer_windows(self) -> tuple[int | None, ...]:
+        """The attention window of each layer."""
+        return tuple(kind.window for kind in self.layers)
+
+    @property
+    def ropes(self) -> tuple[RopeConfig, ...]:
+        """The different ropes of the layers, in the order in which they first come."""
+        return tuple(dict.fromkeys(kind.rope for kind in self.layers if kind.rope is not None))
+
+
+class LayerPattern(NamedTuple):
+    """How num_layers layers fall into repeats of a pattern and a rest; layer i is (i // period, i % period)."""
+
+    period: int
+    repeats: int
+    rest: int
+
+
+def layer_pattern(config: ModelConfig) -> LayerPattern:
+    """The smallest period of `config.layers`, how often it fits, and what is left.
+
+    >>> from types import SimpleNamespace as Config
+    >>> layer_pattern(Config(num_layers=5, layers=("a", "b", "a", "b", "a")))
+    LayerPattern(period=2, repeats=2, rest=1)
+    """
+    kinds, num_layers = config.layers, config.num_layers
+    period = next(p for p in range(1, num_layers + 1) if all(kinds[i] == kinds[i % p] for i in range(num_layers)))
+    return LayerPattern(period, num_layers // period, num_layers % period)

@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from jdpo.models.config import ModelConfig
-from jdpo.models.hf_names import checkpoint_tensors
+from jdpo.models.hf_names import hf_tensors
 from jdpo.models.hf_weights import iter_hf_tensors, source_dtypes
 from jdpo.models.safetensors_folder import INDEX_NAME, SINGLE_NAME
 from jdpo.models.transformer import Params
@@ -105,12 +105,12 @@ def plan_shards(config: ModelConfig, dtypes: dict[str, np.dtype], max_bytes: int
     """Fills files in the order of the forward pass, each up to max_bytes; a larger tensor gets its own file."""
     groups: list[list[str]] = [[]]
     size = 0
-    for tensor in checkpoint_tensors(config):
-        num_bytes = math.prod(tensor.hf_shape) * dtypes[tensor.hf_name].itemsize
+    for name, pieces in hf_tensors(config).items():
+        num_bytes = math.prod(pieces[0].hf_shape) * dtypes[name].itemsize
         if groups[-1] and size + num_bytes > max_bytes:
             groups.append([])
             size = 0
-        groups[-1].append(tensor.hf_name)
+        groups[-1].append(name)
         size += num_bytes
     if len(groups) == 1:
         return [ShardFile(SINGLE_NAME, groups[0])]
@@ -122,7 +122,7 @@ def plan_shards(config: ModelConfig, dtypes: dict[str, np.dtype], max_bytes: int
 
 def _export_dtypes(config: ModelConfig, source_folder: Path, export_dtype: str) -> tuple[dict[str, np.dtype], np.dtype]:
     """The dtype of every tensor, and the one that config.json names."""
-    names = [tensor.hf_name for tensor in checkpoint_tensors(config)]
+    names = list(hf_tensors(config))
     if export_dtype in _DTYPES:
         return dict.fromkeys(names, _DTYPES[export_dtype]), _DTYPES[export_dtype]
     if export_dtype != "source":

@@ -35,7 +35,7 @@ def main(command: str, words: Sequence[str]) -> int:
         return 0
     # Not touched, so it need not be given.
     config = read_config(DPOConfig, [*words, "output_dir=none"])
-    from jdpo.training.processes import is_first, join_cluster
+    from jdpo.processes import is_first, join_cluster
 
     join_cluster()
     from jdpo.training.reference import compute_reference

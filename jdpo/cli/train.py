@@ -69,7 +69,7 @@ def main(command: str, words: Sequence[str]) -> int:
     if print_config:
         print(to_yaml(config), end="")
         return 0
-    from jdpo.training.processes import join_cluster
+    from jdpo.processes import join_cluster
 
     join_cluster()
     if dry_run:

@@ -1,17 +1,19 @@
 """Which parameter of the decoder is which tensor of a Hugging Face checkpoint: one table, read in both directions.
 
-Axes of the patterns, as einops names them: d model, h query heads, g key/value heads, k head width, f MLP width,
+A leaf of the params is filled from pieces: each is one block of it (a layer of a stacked leaf, an expert of a layer),
+and a window of one checkpoint tensor. Several pieces may share a tensor: a fused one gives each leaf its part.
+
+Axes of the patterns, as `window_of` reads them: d model, h query heads, g key/value heads, k head width, f MLP width,
 v vocabulary.
 """
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from jdpo.models.config import ModelConfig, layer_pattern
+from jdpo.models.windows import Window, window_of
 
 Path = tuple[str, ...]
 
@@ -24,23 +26,21 @@ class Rule(NamedTuple):
     pattern: str
 
 
-class Tensor(NamedTuple):
-    """One tensor of a checkpoint and its place in the params.
+class Piece(NamedTuple):
+    """A block of one leaf, and where it stands in the checkpoint.
 
     Attributes:
+      hf_shape: of the whole checkpoint tensor.
       path: keys down the params tree.
-      layer: index along the leaf's leading "layers" axis, None where it has none.
-      hf_shape, shape: in Hugging Face's layout and in the decoder's (without the layers axis).
-      forward, backward: einops patterns Hugging Face -> decoder and back.
+      at: the block's indices along the leaf's leading axes: (layer,), (layer, expert), or () where it is all of it.
+      window: the block in the decoder's layout, in the elements of the checkpoint tensor.
     """
 
     hf_name: str
-    path: Path
-    layer: int | None
     hf_shape: tuple[int, ...]
-    shape: tuple[int, ...]
-    forward: str
-    backward: str
+    path: Path
+    at: tuple[int, ...]
+    window: Window
 
 
 EMBEDDING = Rule("model.embed_tokens.weight", ("embed", "embedding"), "v d -> v d")
@@ -70,9 +70,9 @@ _QK_NORM = (
 )
 
 
-def checkpoint_tensors(config: ModelConfig) -> Iterator[Tensor]:
-    """Every tensor a checkpoint of this model has, in the order of the forward pass."""
-    yield _tensor(EMBEDDING, config, EMBEDDING.hf_name, EMBEDDING.path, None)
+def checkpoint_pieces(config: ModelConfig) -> Iterator[Piece]:
+    """All that fills the params of this model, in the order of the forward pass."""
+    yield _piece(EMBEDDING, config, EMBEDDING.hf_name, EMBEDDING.path)
     pattern = layer_pattern(config)
     for index in range(config.num_layers):
         repeat, position = divmod(index, pattern.period)
@@ -80,24 +80,34 @@ def checkpoint_tensors(config: ModelConfig) -> Iterator[Tensor]:
         prefix = ("stack" if scanned else "rest", f"layer_{position}")
         for rule in _layer_rules(config):
             path = prefix + rule.path
-            yield _tensor(rule, config, rule.hf_name.format(index), path, repeat if scanned else None)
-    yield _tensor(FINAL_NORM, config, FINAL_NORM.hf_name, FINAL_NORM.path, None)
+            yield _piece(rule, config, rule.hf_name.format(index), path, (repeat,) if scanned else ())
+    yield _piece(FINAL_NORM, config, FINAL_NORM.hf_name, FINAL_NORM.path)
     if not config.tie_embeddings:
-        yield _tensor(HEAD, config, HEAD.hf_name, HEAD.path, None)
+        yield _piece(HEAD, config, HEAD.hf_name, HEAD.path)
+
+
+def leaves(config: ModelConfig) -> dict[Path, tuple[tuple[int, ...], list[Piece]]]:
+    """Every leaf of the params, in the order of the forward pass: its shape, stacked axes and all, and its pieces."""
+    pieces: dict[Path, list[Piece]] = {}
+    for piece in checkpoint_pieces(config):
+        pieces.setdefault(piece.path, []).append(piece)
+    return {
+        path: ((*(max(axis) + 1 for axis in zip(*(piece.at for piece in own), strict=True)), *own[0].window.shape), own)
+        for path, own in pieces.items()
+    }
+
+
+def hf_tensors(config: ModelConfig) -> dict[str, list[Piece]]:
+    """Every tensor a checkpoint of this model has, in the order of the forward pass, with the pieces in it."""
+    tensors: dict[str, list[Piece]] = {}
+    for piece in checkpoint_pieces(config):
+        tensors.setdefault(piece.hf_name, []).append(piece)
+    return tensors
 
 
 def is_ignorable(hf_name: str) -> bool:
     """Whether a tensor that the table lacks holds no weights: old checkpoints store the rotary frequencies."""
     return hf_name.endswith("rotary_emb.inv_freq")
-
-
-def split_axes(side: str) -> list[tuple[str, ...]]:
-    """One side of a pattern as axes of axes.
-
-    >>> split_axes("(h k) d")
-    [('h', 'k'), ('d',)]
-    """
-    return [tuple((group or axis).split()) for group, axis in re.findall(r"\(([^)]*)\)|(\S+)", side)]
 
 
 def axis_sizes(config: ModelConfig) -> dict[str, int]:
@@ -122,11 +132,6 @@ def _layer_rules(config: ModelConfig) -> Iterable[Rule]:
         yield from _QK_NORM
 
 
-def _tensor(rule: Rule, config: ModelConfig, hf_name: str, path: Path, layer: int | None) -> Tensor:
-    sizes = axis_sizes(config)
-    hf_side, own_side = (side.strip() for side in rule.pattern.split("->"))
-
-    def shape(side: str) -> tuple[int, ...]:
-        return tuple(math.prod(sizes[axis] for axis in group) for group in split_axes(side))
-
-    return Tensor(hf_name, path, layer, shape(hf_side), shape(own_side), rule.pattern, f"{own_side} -> {hf_side}")
+def _piece(rule: Rule, config: ModelConfig, hf_name: str, path: Path, at: tuple[int, ...] = ()) -> Piece:
+    hf_shape, window = window_of(rule.pattern, axis_sizes(config))
+    return Piece(hf_name, hf_shape, path, at, window)

@@ -1,38 +1,54 @@
-"""Safetensors <-> params, tensor by tensor: host memory holds no second copy of the model in either direction.
+"""Safetensors <-> params: tensor by tensor, host memory holding no second copy of the model in either direction.
 
-Loading reads, for every device of this process, the slices that stand on it; writing gathers one tensor at a time.
+Loading: a leaf is filled from its pieces (see `hf_names`). Of each, only what the shards of this process hold is read,
+by several threads, in chunks of a few MiB that are checked, cast and laid out while they are in the cache. On a CPU
+they go to the memory of the params itself, elsewhere to buffers of a bounded number of bytes that then travel.
+
+Any leaf may be filled from many tensors, and any tensor may fill many leaves: all it takes is rows in `hf_names`.
 """
 
 from __future__ import annotations
 
 import functools
+import math
+import os
+from collections import deque
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from jdpo.models.config import ModelConfig, layer_pattern
-from jdpo.models.hf_names import EMBEDDING, HEAD, Tensor, axis_sizes, checkpoint_tensors, is_ignorable, split_axes
+from jdpo.models.config import ModelConfig
+from jdpo.models.filling import CHUNK_BYTES, Filler
+from jdpo.models.hf_names import EMBEDDING, HEAD, hf_tensors, is_ignorable, leaves
+from jdpo.models.leaf_buffers import Block, LeafBuffers, blocks_of, placed
 from jdpo.models.resize import resize_embeddings
-from jdpo.models.safetensors_folder import DTYPES, TensorEntry, source_dtypes, tensor_entries
+from jdpo.models.safetensors_folder import DTYPES, TensorEntry, TensorFiles, source_dtypes, tensor_entries
 from jdpo.models.transformer import Params, Transformer
+from jdpo.processes import raise_where_any
 
-__all__ = ["iter_hf_tensors", "load_params", "resize_embeddings", "source_dtypes"]
+__all__ = ["check_tensors", "iter_hf_tensors", "load_params", "resize_embeddings", "source_dtypes"]
 
 _MAX_LISTED = 10
-_COMPARED_ROWS = 4096
+_BUFFER_BYTES = 2**30
+_MAX_THREADS = 32
 
-Index = tuple[slice, ...]
+Transform = Callable[[tuple[str, ...], jax.Array], Any]
 
 
 def load_params(
-    folder: Path, model: Transformer | ModelConfig, shardings: Any = None, *, dtype: Any = jnp.float32
+    folder: Path,
+    model: Transformer | ModelConfig,
+    shardings: Any = None,
+    *,
+    dtype: Any = jnp.float32,
+    transform: Transform | None = None,
+    buffer_bytes: int | None = None,
 ) -> Params:
     """Reads a Hugging Face folder into the params tree of `model`, each tensor straight to its shard.
 
@@ -40,6 +56,10 @@ def load_params(
       folder: config.json beside model.safetensors, or beside shards and their index.
       shardings: a tree of jax.sharding.Sharding shaped like `abstract_params(model)`; None means one device.
       dtype: of the parameters, whatever the files hold.
+      transform: (path of a leaf in the tree, the leaf on its devices) -> what takes its place, such as a quantized
+        leaf; called on every leaf as soon as it is filled, in the same order on every process, and before the whole
+        model is there, so that it never is in its first form.
+      buffer_bytes: host memory for weights on their way to a device; None: 1 GiB, or none where the device is the CPU.
 
     Raises:
       ValueError: a file missing, truncated or a git-LFS pointer; a tensor missing, unknown, of another shape or a
@@ -49,23 +69,27 @@ def load_params(
     entries = tensor_entries(folder)
     check_tensors(folder, entries, config)
     params: Params = {}
-    with ExitStack() as stack:
-        reader = _Reader(stack, entries)
-        if config.tie_embeddings and HEAD.hf_name in entries:
-            _require_tied(reader, folder)
-        for tensor in checkpoint_tensors(config):
-            sharding = _get(shardings, tensor.path) if shardings is not None else _one_device()
-            parent = params
-            for key in tensor.path[:-1]:
-                parent = parent.setdefault(key, {})
-            stacked = parent.get(tensor.path[-1])
-            parent[tensor.path[-1]] = _place(reader, tensor, config, sharding, np.dtype(dtype), stacked)
+    num_threads = min(_MAX_THREADS, len(os.sched_getaffinity(0)))
+    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="weights")
+    try:
+        with TensorFiles(entries) as files:
+            if config.tie_embeddings and HEAD.hf_name in entries:
+                _require_tied(files, entries, folder)
+            filler = Filler(files, pool)
+            for path, leaf in _filled(filler, config, shardings, np.dtype(dtype), buffer_bytes):
+                parent = params
+                for key in path[:-1]:
+                    parent = parent.setdefault(key, {})
+                parent[path[-1]] = leaf if transform is None else transform(path, leaf)
+            _refuse_faults(filler)
+    finally:
+        pool.shutdown(cancel_futures=True)
     return params
 
 
 def check_tensors(folder: Path, entries: dict[str, TensorEntry], config: ModelConfig) -> None:
     """Holds the tensors of a folder against those the model needs; one ValueError lists all that is wrong."""
-    expected = {tensor.hf_name: tensor.hf_shape for tensor in checkpoint_tensors(config)}
+    expected = {name: pieces[0].hf_shape for name, pieces in hf_tensors(config).items()}
     allowed = {HEAD.hf_name} if config.tie_embeddings else set()
     problems = [
         f"missing tensor {name}, expected shape {shape}" for name, shape in expected.items() if name not in entries
@@ -88,6 +112,61 @@ def check_tensors(folder: Path, entries: dict[str, TensorEntry], config: ModelCo
         )
 
 
+class _Filling(NamedTuple):
+    """A block under way."""
+
+    path: tuple[str, ...]
+    block: Block
+    buffers: LeafBuffers
+    futures: list[Future[None]]
+    num_bytes: int
+    shape: tuple[int, ...]
+    is_last: bool
+
+
+def _filled(
+    filler: Filler, config: ModelConfig, shardings: Any, dtype: np.dtype, buffer_bytes: int | None
+) -> Iterator[tuple[tuple[str, ...], jax.Array]]:
+    """Yields every leaf on its devices; blocks that follow are read meanwhile, as many as the buffers hold."""
+    waiting: deque[_Filling] = deque()
+    stacked: jax.Array | None = None
+
+    def finished() -> Iterator[tuple[tuple[str, ...], jax.Array]]:
+        nonlocal stacked
+        filling = waiting.popleft()
+        for future in filling.futures:
+            future.result()
+        _refuse_faults(filler, at_end=False)
+        stacked = placed(stacked, filling.block, filling.buffers.finish(), filling.shape)
+        if filling.is_last:
+            leaf, stacked = stacked, None
+            yield filling.path, leaf
+
+    limit = buffer_bytes or _BUFFER_BYTES
+    for path, (shape, pieces) in leaves(config).items():
+        sharding = _get(shardings, path) if shardings is not None else _one_device()
+        in_place = buffer_bytes is None and _is_cpu(sharding)
+        most = None if in_place else limit // 2  # one travels while the next is read
+        blocks = list(blocks_of(shape, sharding, dtype, most, divisible=bool(pieces[0].at)))
+        for block in blocks:
+            num_bytes = block.num_bytes(dtype)
+            while waiting and sum(filling.num_bytes for filling in waiting) + num_bytes > limit:
+                yield from finished()
+            buffers = LeafBuffers(block, sharding, dtype, in_place=in_place)
+            first, last = block.rows or (0, 0)
+            chosen = pieces if block.rows is None else [piece for piece in pieces if first <= piece.at[0] < last]
+            futures = filler.fill(chosen, first, buffers.parts)
+            waiting.append(_Filling(path, block, buffers, futures, num_bytes, shape, block is blocks[-1]))
+    while waiting:
+        yield from finished()
+
+
+def _refuse_faults(filler: Filler, *, at_end: bool = True) -> None:
+    """Raises what the threads have found; with several processes at the end only, when all of them do."""
+    if at_end or jax.process_count() == 1:
+        raise_where_any(ValueError("\n".join(list(filler.faults.values())[:_MAX_LISTED])) if filler.faults else None)
+
+
 def iter_hf_tensors(
     params: Params, config: ModelConfig, names: Collection[str] | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
@@ -98,118 +177,51 @@ def iter_hf_tensors(
     Args:
       names: only these tensors (still in the order of the forward pass); None means all.
     """
-    sizes = axis_sizes(config)
-    for tensor in checkpoint_tensors(config):
-        if names is None or tensor.hf_name in names:
-            value = _gather(_get(params, tensor.path), tensor.layer)
-            assert value.shape == tensor.shape, (tensor, value.shape)
-            letters = {axis: sizes[axis] for group in split_axes(tensor.backward.split("->")[0]) for axis in group}
-            yield tensor.hf_name, np.ascontiguousarray(rearrange(value, tensor.backward, **letters))
+    for name, pieces in hf_tensors(config).items():
+        if names is None or name in names:
+            values = np.empty(pieces[0].hf_shape, _get(params, pieces[0].path).dtype)
+            for piece in pieces:
+                block = _gather(_get(params, piece.path), piece.at)
+                assert block.shape == piece.window.shape, (piece, block.shape)
+                piece.window.view(values.reshape(-1))[...] = block
+            yield name, values
 
 
-class _Reader:
-    """Safetensors files, each opened once; `read` gives a slice of one tensor after checking that it is finite."""
-
-    def __init__(self, stack: ExitStack, entries: dict[str, TensorEntry]) -> None:
-        self.entries = entries
-        self._stack = stack
-        self._files: dict[Path, Any] = {}
-
-    def read(self, name: str, index: Index) -> np.ndarray:
-        from safetensors import safe_open
-
-        path = self.entries[name].file
-        if path not in self._files:
-            self._files[path] = self._stack.enter_context(safe_open(path, framework="np"))
-        values = self._files[path].get_slice(name)[index]
-        if not np.isfinite(values).all():
-            raise ValueError(f"tensor {name} in {path} holds NaN or Inf: the model is damaged, take another copy")
-        return values
-
-
-def _place(
-    reader: _Reader, tensor: Tensor, config: ModelConfig, sharding: Sharding, dtype: np.dtype, stacked: Any
-) -> jax.Array:
-    """Puts one tensor on its devices; a layer goes into its place of the stacked leaf, which the first makes."""
-    read = _slice_reader(reader, tensor, config, dtype)
-    if tensor.layer is None:
-        return jax.block_until_ready(jax.make_array_from_callback(tensor.shape, sharding, read, dtype))
-    layer = jax.make_array_from_callback(tensor.shape, _without_layers(sharding), read, dtype)
-    if stacked is None:
-        shape = (layer_pattern(config).repeats, *tensor.shape)
-        stacked = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
-    # Waiting keeps the host slices of one tensor alive at a time, not those of every write still under way.
-    return jax.block_until_ready(_layer_writer(sharding)(stacked, layer, tensor.layer))
-
-
-@functools.lru_cache(maxsize=64)
-def _layer_writer(sharding: Sharding) -> Callable[..., jax.Array]:
-    def write(stacked: jax.Array, layer: jax.Array, index: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_index_in_dim(stacked, layer, index, axis=0)
-
-    return jax.jit(write, donate_argnums=0, out_shardings=sharding)
-
-
-def _slice_reader(
-    reader: _Reader, tensor: Tensor, config: ModelConfig, dtype: np.dtype
-) -> Callable[[Index], np.ndarray]:
-    """A function from an index in the decoder's layout to its values, read once for all devices that share it."""
-    sizes = axis_sizes(config)
-    hf_axes, own_axes = (split_axes(side) for side in tensor.forward.split("->"))
-    done: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
-
-    def read(index: Index) -> np.ndarray:
-        bounds = {axis: part.indices(sizes[axis])[:2] for (axis,), part in zip(own_axes, index, strict=True)}
-        key = tuple(bounds.values())
-        if key not in done:
-            done[key] = _read_bounds(bounds)
-        return done[key]
-
-    def _read_bounds(bounds: dict[str, tuple[int, int]]) -> np.ndarray:
-        # Of a fused axis "(h k)" a range of h is one range of rows; k is read whole and cut below.
-        rows: list[slice] = []
-        inner: set[str] = set()
-        for group in hf_axes:
-            width = sizes[group[1]] if len(group) == 2 else 1
-            inner.update(group[1:])
-            rows.append(slice(bounds[group[0]][0] * width, bounds[group[0]][1] * width))
-        lengths = {axis: sizes[axis] if axis in inner else stop - start for axis, (start, stop) in bounds.items()}
-        values = rearrange(reader.read(tensor.hf_name, tuple(rows)), tensor.forward, **lengths)
-        cut = tuple(slice(*bounds[axis]) if axis in inner else slice(None) for (axis,) in own_axes)
-        return np.ascontiguousarray(values[cut].astype(dtype))
-
-    return read
-
-
-def _require_tied(reader: _Reader, folder: Path) -> None:
-    num_rows = reader.entries[EMBEDDING.hf_name].shape[0]
-    if reader.entries[HEAD.hf_name].shape != reader.entries[EMBEDDING.hf_name].shape:
+def _require_tied(files: TensorFiles, entries: dict[str, TensorEntry], folder: Path) -> None:
+    if entries[HEAD.hf_name].shape != entries[EMBEDDING.hf_name].shape:
         raise ValueError(
             f"{folder}: tie_word_embeddings is true, but {HEAD.hf_name} and {EMBEDDING.hf_name} differ in shape"
         )
-    for start in range(0, num_rows, _COMPARED_ROWS):
-        rows = (slice(start, min(start + _COMPARED_ROWS, num_rows)), slice(None))
-        if not np.array_equal(reader.read(HEAD.hf_name, rows), reader.read(EMBEDDING.hf_name, rows)):
+    size = math.prod(entries[HEAD.hf_name].shape)
+    for start in range(0, size, CHUNK_BYTES):
+        head, embedding = (
+            np.empty(min(CHUNK_BYTES, size - start), files.dtype(name)) for name in (HEAD.hf_name, EMBEDDING.hf_name)
+        )
+        files.read_into(HEAD.hf_name, start, head)
+        files.read_into(EMBEDDING.hf_name, start, embedding)
+        if not np.array_equal(head, embedding):
             raise ValueError(
                 f"{folder}: tie_word_embeddings is true, but {HEAD.hf_name} and {EMBEDDING.hf_name} hold "
                 "different values; set tie_word_embeddings to false in config.json, or remove the wrong tensor"
             )
 
 
-def _gather(leaf: jax.Array, layer: int | None) -> np.ndarray:
-    """One layer of a stacked leaf (or a whole leaf) on this host, from all processes."""
-    sharding = leaf.sharding if layer is None else _without_layers(leaf.sharding)
+def _gather(leaf: jax.Array, at: tuple[int, ...]) -> np.ndarray:
+    """The block at some leading indices of a leaf (or a whole leaf) on this host, from all processes."""
+    sharding = leaf.sharding
+    for _ in at:
+        sharding = _without_layers(sharding)
     if not leaf.is_fully_addressable:
         assert isinstance(sharding, NamedSharding), sharding
         sharding = NamedSharding(sharding.mesh, PartitionSpec())
-    return np.asarray(_layer_getter(sharding, layer is not None)(leaf, 0 if layer is None else layer))
+    return np.asarray(_block_getter(sharding)(leaf, at))
 
 
 @functools.lru_cache(maxsize=64)
-def _layer_getter(sharding: Sharding, stacked: bool) -> Callable[..., jax.Array]:
-    def get(leaf: jax.Array, index: jax.Array) -> jax.Array:
+def _block_getter(sharding: Sharding) -> Callable[..., jax.Array]:
+    def get(leaf: jax.Array, at: tuple[jax.Array, ...]) -> jax.Array:
         # A copy, since a jax.Array keeps the host value it once gave: params would grow a copy in host memory.
-        return jax.lax.dynamic_index_in_dim(leaf, index, axis=0, keepdims=False) if stacked else jnp.copy(leaf)
+        return leaf[at] if at else jnp.copy(leaf)
 
     return jax.jit(get, out_shardings=sharding)
 
@@ -220,6 +232,10 @@ def _without_layers(sharding: Sharding) -> Sharding:
         return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]), memory_kind=sharding.memory_kind)
     assert isinstance(sharding, SingleDeviceSharding), sharding
     return sharding
+
+
+def _is_cpu(sharding: Sharding) -> bool:
+    return all(device.platform == "cpu" for device in sharding.addressable_devices)
 
 
 def _one_device() -> Sharding:

@@ -1,9 +1,13 @@
-"""The tensors of a Hugging Face folder: which file holds which, of what shape and dtype; headers only."""
+"""The tensors of a Hugging Face folder: where each stands, of what shape and dtype; and ranges of their elements."""
 
 from __future__ import annotations
 
 import json
+import math
+import os
 import struct
+import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,11 +28,67 @@ _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
 class TensorEntry(NamedTuple):
-    """Where a tensor stands, and what its file's header says of it (`dtype` as safetensors names it)."""
+    """Where a tensor stands, and what its file's header says of it.
+
+    Attributes:
+      dtype: as safetensors names it.
+      offset: bytes from the start of the file to the first element.
+    """
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
+    offset: int
+
+
+class TensorFiles:
+    """Ranges of elements of the tensors of a folder, read by any number of threads; each file is opened once.
+
+    Files are read, not mapped into memory: one that is cut short meanwhile is then an error, and not a dead process.
+    """
+
+    def __init__(self, entries: Mapping[str, TensorEntry]) -> None:
+        self._entries = entries
+        self._descriptors: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> TensorFiles:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def dtype(self, name: str) -> np.dtype:
+        """Of a tensor's elements."""
+        return DTYPES[self._entries[name].dtype]
+
+    def place(self, name: str) -> str:
+        """A tensor and its file, for messages."""
+        return f"tensor {name} in {self._entries[name].file}"
+
+    def read_into(self, name: str, start: int, run: np.ndarray) -> None:
+        """Fills `run`, [n] of the tensor's dtype, with its elements from number `start` on.
+
+        Raises:
+          ValueError: the file cannot be read, or ends too soon.
+        """
+        entry = self._entries[name]
+        offset, rest = entry.offset + start * run.itemsize, run.view(np.uint8).data
+        try:
+            while rest:
+                count = os.preadv(self._descriptor(entry.file), [rest], offset)
+                if not count:
+                    raise ValueError(f"{entry.file} was cut short while it was read; download it again")
+                offset, rest = offset + count, rest[count:]
+        except OSError as error:
+            raise ValueError(f"{entry.file}: cannot read tensor {name}: {error.strerror or error}") from error
+
+    def _descriptor(self, file: Path) -> int:
+        with self._lock:
+            if file not in self._descriptors:
+                self._descriptors[file] = os.open(file, os.O_RDONLY)
+            return self._descriptors[file]
 
 
 def tensor_entries(folder: Path) -> dict[str, TensorEntry]:
@@ -47,17 +107,25 @@ def tensor_entries(folder: Path) -> dict[str, TensorEntry]:
     headers: dict[str, dict[str, TensorEntry]] = {}
     for file_name in sorted(set(weight_map.values())):
         path = folder / file_name
+        # The hub's cache holds links to its blobs, so links are followed, wherever they lead.
         if not path.is_file():
+            lost = f", but a link to {os.readlink(path)}, where nothing is" if path.is_symlink() else ""
             raise ValueError(
-                f"{folder}: shard {file_name} is listed in {INDEX_NAME} but is not there; download it again"
+                f"{folder}: shard {file_name} is listed in {INDEX_NAME} but is not there{lost}; download it again"
             )
         headers[file_name] = _read_header(path)
     for name, file_name in weight_map.items():
         if name not in headers[file_name]:
             raise ValueError(f"{index_path}: tensor {name} should be in {file_name}, but that file does not hold it")
-    # Where two shards hold a tensor of one name, the index decides.
-    entries = {name: entry for header in headers.values() for name, entry in header.items()}
-    return entries | {name: headers[file_name][name] for name, file_name in weight_map.items()}
+    entries: dict[str, TensorEntry] = {}
+    for name, entry in ((name, entry) for header in headers.values() for name, entry in header.items()):
+        if name in entries:
+            raise ValueError(
+                f"{folder}: both {entries[name].file.name} and {entry.file.name} hold tensor {name}, so it is not "
+                "clear which is meant; download the model again, or remove the file that is not part of it"
+            )
+        entries[name] = entry
+    return entries
 
 
 def source_dtypes(folder: Path) -> dict[str, np.dtype]:
@@ -113,11 +181,17 @@ def _read_header(path: Path) -> dict[str, TensorEntry]:
     try:
         header: dict[str, Any] = json.loads(text)
         header.pop("__metadata__", None)
-        entries = {name: TensorEntry(path, tuple(info["shape"]), info["dtype"]) for name, info in header.items()}
-        data_bytes = max((info["data_offsets"][1] for info in header.values()), default=0)
+        entries, end = {}, 0
+        for name, info in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            begin, after = info["data_offsets"]
+            entry = TensorEntry(path, tuple(info["shape"]), info["dtype"], 8 + header_bytes + begin)
+            expected_bytes = math.prod(entry.shape) * DTYPES[entry.dtype].itemsize if entry.dtype in DTYPES else None
+            if begin != end or after < begin or expected_bytes not in (None, after - begin):
+                raise ValueError(f"tensor {name} of shape {entry.shape} cannot stand at {info['data_offsets']}")
+            entries[name], end = entry, after
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"{path}: damaged safetensors header: {error!r}") from error
-    expected = 8 + header_bytes + data_bytes
+        raise ValueError(f"{path}: damaged safetensors header: {error!r}; download it again") from error
+    expected = 8 + header_bytes + end
     if size != expected:
         what = "is truncated" if size < expected else "has bytes behind its last tensor"
         raise ValueError(

@@ -8,10 +8,10 @@ from jdpo._version import __version__
 from jdpo.checkpoint.hf_export import export_model
 from jdpo.checkpoint.manager import CheckpointManager
 from jdpo.config import to_dict, to_yaml
+from jdpo.processes import agree_on, barrier, is_first
 from jdpo.reports.model_card import model_card
 from jdpo.reports.plots import write_plots
 from jdpo.reports.writers import read_metrics
-from jdpo.training.processes import agree_on, barrier, is_first
 from jdpo.training.run_dir import RunDirectory
 from jdpo.training.setup import Setup
 

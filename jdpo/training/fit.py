@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jdpo.training.processes import most_of_processes
+from jdpo.processes import most_of_processes
 
 MAX_TOKENS_PER_DEVICE = {"cpu": 16384, "gpu": 32768, "tpu": 32768}
 """Tokens of a device's part of a micro-batch where memory sets no limit: more make no step faster."""

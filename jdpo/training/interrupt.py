@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from jdpo.training.processes import any_process, any_process_later
+from jdpo.processes import any_process, any_process_later
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 

@@ -7,9 +7,9 @@ from functools import partial
 from typing import Any
 
 from jdpo.config import DPOConfig, TrainConfig
+from jdpo.processes import differing
 from jdpo.reports.progress import make_console
 from jdpo.training.interrupt import StopRequest
-from jdpo.training.processes import differing
 from jdpo.training.reference import Reference, settle_reference
 from jdpo.training.rows import BuildStopped
 from jdpo.training.run import OnStep, Run, RunResult, say_on

@@ -14,6 +14,7 @@ import numpy as np
 from jdpo.data.prepare import PreparedData
 from jdpo.data.reference_cache import ReferenceCache
 from jdpo.models.remat import remat_order
+from jdpo.processes import most_of_processes
 from jdpo.sharding.mesh import num_batch_shards
 from jdpo.training.assembly import Assembly, assemble
 from jdpo.training.batches import Batches, PackedBatches, PaddedBatches
@@ -27,7 +28,6 @@ from jdpo.training.fit import (
     memory_limit,
     program_bytes,
 )
-from jdpo.training.processes import most_of_processes
 from jdpo.training.reference import Reference
 from jdpo.training.setup import Say, Setup
 

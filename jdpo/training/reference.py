@@ -10,7 +10,7 @@ from pathlib import Path
 from jdpo.config import DPOConfig
 from jdpo.data.reference_cache import ReferenceCache
 from jdpo.data.reference_key import changes, nearest
-from jdpo.training.processes import any_process, is_first
+from jdpo.processes import any_process, is_first
 from jdpo.training.reference_build import build_cache
 from jdpo.training.reference_rows import RowSet, entry_of, find_rows
 from jdpo.training.scoring import Scorer

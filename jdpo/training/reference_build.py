@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jdpo.data.reference_cache import CacheFolder, Shards
-from jdpo.training.processes import any_process, barrier, is_first
+from jdpo.processes import any_process, barrier, is_first
 from jdpo.training.reference_rows import RowSet, entry_of
 from jdpo.training.scoring import Scorer
 from jdpo.training.setup import Say, Setup

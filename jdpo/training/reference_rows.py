@@ -12,7 +12,7 @@ from jdpo.config import DPOConfig
 from jdpo.data.prepare import PreparedData
 from jdpo.data.reference_cache import CacheFolder, Shards, cache_root
 from jdpo.data.reference_key import Entry, about_rows, key_of, parts_of
-from jdpo.training.processes import differing
+from jdpo.processes import differing
 from jdpo.training.setup import Setup, folder_digest
 
 Role = Literal["training", "evaluation"]

@@ -17,6 +17,7 @@ from jdpo._version import __version__
 from jdpo.checkpoint.manager import CheckpointManager
 from jdpo.config import to_dict
 from jdpo.data.loader import prefetch
+from jdpo.processes import agree_on, is_first
 from jdpo.reports.progress import RunDisplay, figures_of
 from jdpo.sharding.placement import fetch, micro_batch_sharding, place, replicated
 from jdpo.training.assembly import Assembly, assemble
@@ -37,7 +38,6 @@ from jdpo.training.preparation import (
     rows_of_step,
     shapes_in_order,
 )
-from jdpo.training.processes import agree_on, is_first
 from jdpo.training.profile import Profiler
 from jdpo.training.recording import Record
 from jdpo.training.reference import Reference

@@ -22,7 +22,7 @@ import yaml
 from jdpo._version import __version__
 from jdpo.config import EXPORT_KEYS, TrainConfig, changed_keys, differences, to_yaml
 from jdpo.durable import write_durably
-from jdpo.training.processes import barrier, is_first
+from jdpo.processes import barrier, is_first
 
 USED_BY_A_RUN = ("metrics.jsonl", "checkpoints", "model", "run.json", "resolved_config.yaml")
 

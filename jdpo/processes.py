@@ -59,6 +59,29 @@ def any_process(mine: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.array([mine]))))
 
 
+def raise_where_any(error: Exception | None) -> None:
+    """Raises an error on every process where any process has one: its own, or one that says whose it is.
+
+    A process that failed alone would leave the others waiting for it at their next common step.
+
+    Args:
+      error: what went wrong on this process, if anything did.
+
+    Raises:
+      Exception: `error` where it is not None.
+      ValueError: another process has one.
+    """
+    failed = [error is not None]
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        failed = np.reshape(multihost_utils.process_allgather(np.array(failed)), -1).tolist()
+    if error is not None:
+        raise error
+    if any(failed):
+        raise ValueError(f"process {failed.index(True)} of this run has failed; its log says why")
+
+
 def most_of_processes(mine: float) -> float:
     """The largest of the processes' numbers; every process gets the same."""
     if jax.process_count() == 1:

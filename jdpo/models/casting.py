@@ -1,0 +1,69 @@
+"""Copies of weights from one dtype and layout to another on the host, chunk by chunk, without the interpreter's lock.
+
+numpy casts to and from bfloat16 element by element while it holds the lock, so that threads would wait for each other;
+here a bfloat16 is what it is, the upper half of a float32, and integer operations do the work.
+"""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_EXPONENTS = {
+    np.dtype(np.float64): 0x7FF0000000000000,
+    np.dtype(np.float32): 0x7F800000,
+    np.dtype(np.float16): 0x7C00,
+    BFLOAT16: 0x7F80,
+}
+"""The bits of the exponent: all of them are set in NaN and in infinity, and in nothing else."""
+
+
+def bits(values: np.ndarray) -> np.ndarray:
+    """The same memory as unsigned integers of the same width."""
+    return values.view(np.dtype(f"u{values.itemsize}"))
+
+
+def all_finite(values: np.ndarray) -> bool:
+    """Whether no element is NaN or infinite."""
+    if not values.size:
+        return True
+    integers, mask = bits(values), _EXPONENTS[values.dtype]
+    return int((integers & integers.dtype.type(mask)).max()) != mask
+
+
+def copy_cast(source: np.ndarray, target: np.ndarray, *, target_is_zero: bool = False) -> None:
+    """target[...] = source, rounded to nearest even where the target's dtype is narrower.
+
+    Args:
+      source: any layout; best where elements that follow each other in `target` are not whole kilobytes apart.
+      target: its last axis contiguous.
+      target_is_zero: its memory holds zeros, which then need not be written.
+    """
+    if source.dtype == target.dtype:
+        bits(target)[...] = bits(source)
+    elif source.dtype == BFLOAT16 and target.dtype == np.float32 and target.ndim:
+        halves = target.view(np.uint16)
+        halves[..., 1::2] = bits(source)  # little-endian
+        if not target_is_zero:
+            halves[..., 0::2] = 0
+    elif source.dtype == BFLOAT16:
+        wide = np.zeros(source.shape, np.float32)
+        copy_cast(source.reshape(source.shape or (1,)), wide.reshape(source.shape or (1,)), target_is_zero=True)
+        copy_cast(wide, target)
+    elif target.dtype == BFLOAT16:
+        bits(target)[...] = _to_bfloat16(np.ascontiguousarray(source, np.float32))
+    else:
+        with np.errstate(over="ignore"):  # what does not fit becomes infinite, which callers look for
+            target[...] = source
+
+
+def _to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """Bits of the nearest bfloat16, ties to even; values are finite, or come out as not finite again."""
+    integers = bits(values)
+    rounded = integers >> 16
+    rounded &= 1
+    rounded += 0x7FFF
+    rounded += integers
+    rounded >>= 16
+    return rounded.astype(np.uint16)

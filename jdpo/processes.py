@@ -82,6 +82,24 @@ def raise_where_any(error: Exception | None) -> None:
         raise ValueError(f"process {failed.index(True)} of this run has failed; its log says why")
 
 
+def together(work: Callable[[], None], *, on_first: bool = False) -> None:
+    """Does something on every process and waits for all; where it fails on one process, all raise.
+
+    Args:
+      on_first: it is done on the first process only, while the others wait.
+
+    Raises:
+      Exception: what `work` raised here, or a ValueError that names the process where it did.
+    """
+    error: Exception | None = None
+    try:
+        if is_first() or not on_first:
+            work()
+    except Exception as raised:
+        error = raised
+    raise_where_any(error)
+
+
 def most_of_processes(mine: float) -> float:
     """The largest of the processes' numbers; every process gets the same."""
     if jax.process_count() == 1:

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import jax
 import ml_dtypes
 import numpy as np
 
+from jdpo.checkpoint.shard_files import ShardFile, plan_shards, write_shards
 from jdpo.models.config import ModelConfig
 from jdpo.models.hf_names import hf_tensors
-from jdpo.models.hf_weights import iter_hf_tensors, source_dtypes
-from jdpo.models.safetensors_folder import INDEX_NAME, SINGLE_NAME
+from jdpo.models.safetensors_folder import source_dtypes
 from jdpo.models.transformer import Params
+from jdpo.processes import is_first, together
 
 ExportDtype = Literal["source", "float32", "bfloat16", "float16"]
 
@@ -30,13 +29,6 @@ _DTYPES = {
     "float16": np.dtype(np.float16),
 }
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-
-
-class ShardFile(NamedTuple):
-    """One safetensors file to write: its name and the tensors it holds."""
-
-    name: str
-    tensor_names: list[str]
 
 
 def export_model(
@@ -54,7 +46,8 @@ def export_model(
     """Writes `out`: safetensors, config.json, tokenizer with chat template, generation_config.json, README.md.
 
     The folder appears whole or not at all: it is written beside `out` and renamed; an older export is replaced.
-    Every process must call this, since all gather tensors; process 0 writes, one shard file in memory at a time.
+    Every process must call this: the weight files go round the processes in turn, on a file system that all share,
+    and process 0 writes the rest. Where one process fails all raise, and `out` is as it was.
 
     Args:
       source_folder: the model training started from; its config.json and generation_config.json are carried over.
@@ -73,19 +66,23 @@ def export_model(
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the embedding only {config.vocab_size} rows")
     shards = plan_shards(config, dtypes, parse_size(max_shard_size))
     staging = out.parent / f".{out.name}.writing"
-    if jax.process_index() == 0:
-        _prepare(out, staging)
-    _write_weights(params, config, dtypes, shards, staging)
-    if jax.process_index() == 0:
+
+    def write_the_rest() -> None:
+        _check_arrived(staging, shards)
         _write_configs(config, source_folder, staging, tokenizer, end_token_ids, main_dtype)
         _write_tokenizer(staging, tokenizer)
         if model_card is not None:
             (staging / "README.md").write_text(model_card, encoding="utf-8")
         _publish(staging, out)
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
 
-        multihost_utils.sync_global_devices("jdpo: model exported")
+    together(lambda: _prepare(out, staging), on_first=True)
+    try:
+        together(lambda: write_shards(params, config, dtypes, shards, staging))
+        together(write_the_rest, on_first=True)
+    except BaseException:
+        if is_first():
+            shutil.rmtree(staging, ignore_errors=True)
+        raise
 
 
 def parse_size(text: str) -> int:
@@ -99,25 +96,6 @@ def parse_size(text: str) -> int:
     if size <= 0:
         raise ValueError(f"max_shard_size: expected a size such as 5GB or 500MB, found {text!r}")
     return size
-
-
-def plan_shards(config: ModelConfig, dtypes: dict[str, np.dtype], max_bytes: int) -> list[ShardFile]:
-    """Fills files in the order of the forward pass, each up to max_bytes; a larger tensor gets its own file."""
-    groups: list[list[str]] = [[]]
-    size = 0
-    for name, pieces in hf_tensors(config).items():
-        num_bytes = math.prod(pieces[0].hf_shape) * dtypes[name].itemsize
-        if groups[-1] and size + num_bytes > max_bytes:
-            groups.append([])
-            size = 0
-        groups[-1].append(name)
-        size += num_bytes
-    if len(groups) == 1:
-        return [ShardFile(SINGLE_NAME, groups[0])]
-    return [
-        ShardFile(f"model-{number:05d}-of-{len(groups):05d}.safetensors", names)
-        for number, names in enumerate(groups, start=1)
-    ]
 
 
 def _export_dtypes(config: ModelConfig, source_folder: Path, export_dtype: str) -> tuple[dict[str, np.dtype], np.dtype]:
@@ -139,36 +117,13 @@ def _prepare(out: Path, staging: Path) -> None:
     staging.mkdir(parents=True)
 
 
-def _write_weights(
-    params: Params, config: ModelConfig, dtypes: dict[str, np.dtype], shards: list[ShardFile], staging: Path
-) -> None:
-    from safetensors.numpy import save_file
-
-    is_writer = jax.process_index() == 0
-    num_bytes = num_parameters = 0
-    for shard in shards:
-        tensors: dict[str, np.ndarray] = {}
-        for name, values in iter_hf_tensors(params, config, frozenset(shard.tensor_names)):
-            if is_writer:
-                tensors[name] = _cast(name, values, dtypes[name])
-                num_bytes += tensors[name].nbytes
-                num_parameters += tensors[name].size
-        if is_writer:
-            save_file(tensors, staging / shard.name, metadata={"format": "pt"})
-    if is_writer and len(shards) > 1:
-        weight_map = {name: shard.name for shard in shards for name in shard.tensor_names}
-        metadata = {"total_parameters": num_parameters, "total_size": num_bytes}
-        _write_json(staging / INDEX_NAME, {"metadata": metadata, "weight_map": weight_map})
-
-
-def _cast(name: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    with np.errstate(over="ignore"):  # named below
-        cast = values.astype(dtype, copy=False)
-    if not np.isfinite(cast).all():
-        if not np.isfinite(values).all():
-            raise ValueError(f"tensor {name} holds NaN or Inf: this model is not exported")
-        raise ValueError(f"tensor {name} holds values that {dtype.name} cannot; set export_dtype to float32")
-    return cast
+def _check_arrived(staging: Path, shards: Sequence[ShardFile]) -> None:
+    missing = [shard.name for shard in shards if not (staging / shard.name).is_file()]
+    if missing:
+        raise ValueError(
+            f"{', '.join(missing)}: written by other processes, but not to be seen in {staging}; "
+            "the folder must be on a file system that all processes share"
+        )
 
 
 def _write_tokenizer(staging: Path, tokenizer: Any) -> None:

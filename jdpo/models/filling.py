@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 
-from jdpo.models.casting import all_finite, copy_cast
+from jdpo.models.casting import PADDING_BYTES, Scratch, all_finite, copy_cast
 from jdpo.models.hf_names import Piece
 from jdpo.models.leaf_buffers import Bounds
 from jdpo.models.safetensors_folder import TensorFiles
@@ -17,8 +16,6 @@ from jdpo.models.windows import Window
 
 CHUNK_BYTES = 2**21
 """Read at once by a thread: enough for a disk, little enough to stay in a core's cache."""
-
-_PADDING_BYTES = 64
 
 
 class Target(NamedTuple):
@@ -43,7 +40,7 @@ class Filler:
     def __init__(self, files: TensorFiles, pool: ThreadPoolExecutor) -> None:
         self.faults: dict[str, str] = {}
         self._files, self._pool = files, pool
-        self._scratch = threading.local()
+        self._scratch = Scratch()
 
     def fill(
         self, pieces: Iterable[Piece], first_row: int, parts: Mapping[Bounds, list[np.ndarray]]
@@ -72,7 +69,7 @@ class Filler:
 
     def _move(self, name: str, window: Window, bounds: Bounds, targets: Sequence[Target]) -> None:
         """Reads one chunk and brings it to all shards that share it."""
-        run = self._memory("run", window.span, self._files.dtype(name))
+        run = self._scratch.array("run", window.span, self._files.dtype(name))
         try:
             self._files.read_into(name, window.start, run)
         except ValueError as error:
@@ -94,30 +91,17 @@ class Filler:
                     self.faults[name] = f"{self._files.place(name)} holds values that {array.dtype.name} cannot"
 
     def _laid_out(self, run: np.ndarray, window: Window) -> np.ndarray:
-        """The window over its run; a transposed one over a copy with longer rows.
-
-        Rows of weights are whole kilobytes long: elements below each other fall on the same few lines of the cache and
-        drive each other out, which makes reading along a column four times slower.
-        """
+        """The window over its run; a transposed one over a copy with padded rows."""
         pitch = max(window.strides[-1], 1) if window.strides else 1
         if pitch == 1 or any(stride > pitch and stride % pitch for stride in window.strides):
             return window.view(run, window.start)
-        wide = pitch + _PADDING_BYTES // run.itemsize
+        wide = pitch + PADDING_BYTES // run.itemsize
         whole, rest = divmod(run.size, pitch)
-        padded = self._memory("padded", (whole + 1) * wide, run.dtype).reshape(-1, wide)
+        padded = self._scratch.array("padded", (whole + 1) * wide, run.dtype).reshape(-1, wide)
         padded[:whole, :pitch] = run[: whole * pitch].reshape(whole, pitch)
         padded[whole, :rest] = run[whole * pitch :]
         strides = tuple(stride if stride < pitch else stride // pitch * wide for stride in window.strides)
         return Window(0, window.shape, strides).view(padded.reshape(-1))
-
-    def _memory(self, name: str, size: int, dtype: np.dtype) -> np.ndarray:
-        """Memory of this thread, whose content lasts until it asks for it again."""
-        num_bytes = size * dtype.itemsize
-        memory: np.ndarray | None = getattr(self._scratch, name, None)
-        if memory is None or memory.size < num_bytes:
-            memory = np.empty(num_bytes, np.uint8)
-            setattr(self._scratch, name, memory)
-        return memory[:num_bytes].view(dtype)
 
 
 def _target(at: Sequence[int], bounds: Bounds, arrays: list[np.ndarray]) -> Target | None:

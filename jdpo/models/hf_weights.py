@@ -9,7 +9,6 @@ Any leaf may be filled from many tensors, and any tensor may fill many leaves: a
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 from collections import deque
@@ -21,11 +20,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import Sharding, SingleDeviceSharding
 
 from jdpo.models.config import ModelConfig
 from jdpo.models.filling import CHUNK_BYTES, Filler
 from jdpo.models.hf_names import EMBEDDING, HEAD, hf_tensors, is_ignorable, leaves
+from jdpo.models.host_blocks import hf_blocks
 from jdpo.models.leaf_buffers import Block, LeafBuffers, blocks_of, placed
 from jdpo.models.resize import resize_embeddings
 from jdpo.models.safetensors_folder import DTYPES, TensorEntry, TensorFiles, source_dtypes, tensor_entries
@@ -172,17 +172,15 @@ def iter_hf_tensors(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields (Hugging Face name, host array in its layout), one at a time: the exact inverse of `load_params`.
 
-    With several processes every process must run it to the end: a tensor is gathered by all of them.
+    With several processes every process must run it to the end: a tensor's slices travel to all of them.
 
     Args:
       names: only these tensors (still in the order of the forward pass); None means all.
     """
-    for name, pieces in hf_tensors(config).items():
-        if names is None or name in names:
-            values = np.empty(pieces[0].hf_shape, _get(params, pieces[0].path).dtype)
-            for piece in pieces:
-                block = _gather(_get(params, piece.path), piece.at)
-                assert block.shape == piece.window.shape, (piece, block.shape)
+    for name, blocks in hf_blocks(params, config, lambda name: names is None or name in names):
+        if blocks is not None:
+            values = np.empty(blocks[0][0].hf_shape, blocks[0][1].dtype)
+            for piece, block in blocks:
                 piece.window.view(values.reshape(-1))[...] = block
             yield name, values
 
@@ -204,34 +202,6 @@ def _require_tied(files: TensorFiles, entries: dict[str, TensorEntry], folder: P
                 f"{folder}: tie_word_embeddings is true, but {HEAD.hf_name} and {EMBEDDING.hf_name} hold "
                 "different values; set tie_word_embeddings to false in config.json, or remove the wrong tensor"
             )
-
-
-def _gather(leaf: jax.Array, at: tuple[int, ...]) -> np.ndarray:
-    """The block at some leading indices of a leaf (or a whole leaf) on this host, from all processes."""
-    sharding = leaf.sharding
-    for _ in at:
-        sharding = _without_layers(sharding)
-    if not leaf.is_fully_addressable:
-        assert isinstance(sharding, NamedSharding), sharding
-        sharding = NamedSharding(sharding.mesh, PartitionSpec())
-    return np.asarray(_block_getter(sharding)(leaf, at))
-
-
-@functools.lru_cache(maxsize=64)
-def _block_getter(sharding: Sharding) -> Callable[..., jax.Array]:
-    def get(leaf: jax.Array, at: tuple[jax.Array, ...]) -> jax.Array:
-        # A copy, since a jax.Array keeps the host value it once gave: params would grow a copy in host memory.
-        return leaf[at] if at else jnp.copy(leaf)
-
-    return jax.jit(get, out_shardings=sharding)
-
-
-def _without_layers(sharding: Sharding) -> Sharding:
-    """The sharding of one layer of a stacked leaf."""
-    if isinstance(sharding, NamedSharding):
-        return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]), memory_kind=sharding.memory_kind)
-    assert isinstance(sharding, SingleDeviceSharding), sharding
-    return sharding
 
 
 def _is_cpu(sharding: Sharding) -> bool:

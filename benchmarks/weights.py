@@ -1,0 +1,248 @@
+"""Loading and exporting a checkpoint against safetensors' own load_file and save_file: time, and anonymous memory.
+
+    python benchmarks/weights.py [--gib 4] [--rounds 5] [--folder DIR] [--report FILE]
+
+A Llama of random bfloat16 weights in several files of at most 1 GiB, with the layers of a 1B model, as many as fill the
+size. Every load and every export is a process of its own; the arms take turns, after one turn that does not count and
+that brings the files into the page cache, and the medians are compared. What is timed is the call alone: no imports, no
+compilation of anything else. Both exports end when the files are on the disk (fsync), and both write bfloat16.
+
+Memory is the largest RssAnon that /proc/self/status showed while the call ran, everything counted that the process
+holds: the interpreter and jax too, and for exports the params that are being written. Exit code 1 where a figure lies
+past its bar. Linux only; needs twice the size on the disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import ml_dtypes
+import numpy as np
+
+TIME_BAR = 2.0
+"""Most time of jdpo, over that of safetensors."""
+MEMORY_BAR = 1.3
+"""Most anonymous memory of jdpo, over the bytes of the params."""
+SHAPE = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8}
+VOCAB_SIZE = 32000
+ARMS = {
+    "load_file": "safetensors load_file",
+    "load bfloat16": "jdpo, params in bfloat16",
+    "load float32": "jdpo, params in float32",
+    "save_file": "safetensors save_file",
+    "export bfloat16": "jdpo, params in bfloat16",
+    "export float32": "jdpo, params in float32",
+}
+BASELINES = {arm: f"{arm.split()[0]}_file".replace("export", "save") for arm in ARMS if " " in arm}
+
+
+def main() -> int:
+    """Makes the checkpoint, measures all arms in turns, prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gib", type=float, default=4.0, help="size of the checkpoint")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", type=Path, default=None, help="where the files go; default: a temporary folder")
+    parser.add_argument("--report", type=Path, default=None, help="the tables as Markdown")
+    parser.add_argument("--arm", choices=ARMS, default=None, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.arm:
+        print(json.dumps(measured(arguments.arm, arguments.folder)))
+        return 0
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
+        folder = Path(scratch)
+        num_params = make_checkpoint(folder / "model", arguments.gib)
+        results: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
+        for turn in range(arguments.rounds + 1):
+            for arm in ARMS:
+                found = in_child(arm, folder)
+                if turn:
+                    results[arm].append(found)
+                print(f"turn {turn}: {arm}: {found['seconds']:.2f} s, {found['peak'] / 2**30:.2f} GiB", flush=True)
+    text, passed = report(results, num_params, arguments.rounds)
+    print(text)
+    if arguments.report:
+        arguments.report.write_text(text, encoding="utf-8")
+    return 0 if passed else 1
+
+
+def make_checkpoint(folder: Path, gib: float) -> int:
+    """Writes a sharded Llama of random weights with safetensors itself; returns its number of parameters."""
+    from safetensors.numpy import save_file
+
+    folder.mkdir()
+    d, f = SHAPE["hidden_size"], SHAPE["intermediate_size"]
+    kv = d // SHAPE["num_attention_heads"] * SHAPE["num_key_value_heads"]
+    layer = {
+        "input_layernorm": (d,),
+        "self_attn.q_proj": (d, d),
+        "self_attn.k_proj": (kv, d),
+        "self_attn.v_proj": (kv, d),
+        "self_attn.o_proj": (d, d),
+        "post_attention_layernorm": (d,),
+        "mlp.gate_proj": (f, d),
+        "mlp.up_proj": (f, d),
+        "mlp.down_proj": (d, f),
+    }
+    ends = {"model.embed_tokens": (VOCAB_SIZE, d), "model.norm": (d,), "lm_head": (VOCAB_SIZE, d)}
+    of_layer, of_ends = (sum(int(np.prod(shape)) for shape in shapes.values()) for shapes in (layer, ends))
+    num_layers = max(1, round((gib * 2**30 / 2 - of_ends) / of_layer))
+    shapes = dict(ends)
+    for index in range(num_layers):
+        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
+    files: list[dict[str, tuple[int, ...]]] = [{}]
+    for name, shape in shapes.items():
+        if sum(2 * int(np.prod(other)) for other in files[-1].values()) > 2**30 - 2**27:
+            files.append({})
+        files[-1][f"{name}.weight"] = shape
+    rng, weight_map = np.random.default_rng(0), {}
+    for number, tensors in enumerate(files, start=1):
+        name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        # Without the upper bit of the exponent no number is 2 or larger, and all are finite.
+        values = {key: rng.integers(0, 2**16, shape, np.uint16) & 0xBFFF for key, shape in tensors.items()}
+        save_file({key: bits.view(ml_dtypes.bfloat16) for key, bits in values.items()}, folder / name)
+        weight_map |= dict.fromkeys(tensors, name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": VOCAB_SIZE,
+        "num_hidden_layers": num_layers,
+        "tie_word_embeddings": False,
+        **SHAPE,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return sum(int(np.prod(shape)) for shape in shapes.values())
+
+
+def in_child(arm: str, folder: Path) -> dict[str, float]:
+    """An arm in a process of its own."""
+    command = [sys.executable, __file__, "--arm", arm, "--folder", str(folder)]
+    done = subprocess.run(
+        command, env={**os.environ, "JAX_PLATFORMS": "cpu"}, stdout=subprocess.PIPE, text=True, check=True
+    )
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def measured(arm: str, folder: Path) -> dict[str, float]:
+    """Seconds and peak of anonymous memory of one arm, in this process."""
+    out = folder / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    os.sync()  # what an earlier arm left is not this one's to write
+    call = _call(arm, folder / "model", out)
+    with AnonymousMemory() as memory:
+        started = time.perf_counter()
+        kept = call()
+        seconds = time.perf_counter() - started
+    del kept
+    shutil.rmtree(out)
+    return {"seconds": seconds, "peak": memory.peak}
+
+
+def _call(arm: str, model: Path, out: Path) -> Any:
+    from safetensors.numpy import load_file, save_file
+
+    if arm == "load_file":
+        return lambda: [load_file(path) for path in sorted(model.glob("*.safetensors"))]
+    if arm == "save_file":
+        loaded = {path.name: load_file(path) for path in sorted(model.glob("*.safetensors"))}
+
+        def save() -> None:
+            for name, tensors in loaded.items():
+                save_file(tensors, out / name)
+                with (out / name).open("rb") as file:
+                    os.fsync(file.fileno())
+
+        return save
+    import jax
+
+    from jdpo.checkpoint.shard_files import plan_shards, write_shards
+    from jdpo.models.families import read_model_config
+    from jdpo.models.hf_weights import load_params
+    from jdpo.models.safetensors_folder import source_dtypes
+
+    what, dtype = arm.split()
+    config = read_model_config(model)
+    if what == "load":
+        jax.block_until_ready(jax.numpy.zeros(1))  # the devices are up
+        return lambda: jax.block_until_ready(load_params(model, config, dtype=dtype))
+    params = load_params(model, config, dtype=dtype)
+    dtypes = source_dtypes(model)
+    return lambda: write_shards(params, config, dtypes, plan_shards(config, dtypes, 2**30), out)
+
+
+class AnonymousMemory:
+    """Watches the memory of this process that no file stands behind, while the block runs.
+
+    Attributes:
+      peak: bytes.
+    """
+
+    def __init__(self) -> None:
+        self.peak = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def __enter__(self) -> AnonymousMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while True:
+            done = self._done.wait(0.01)
+            status = Path("/proc/self/status").read_text()
+            line = next(line for line in status.splitlines() if line.startswith("RssAnon"))
+            self.peak = max(self.peak, int(line.split()[1]) * 1024)
+            if done:
+                return
+
+
+def report(results: dict[str, list[dict[str, float]]], num_params: int, rounds: int) -> tuple[str, bool]:
+    """The table as Markdown, and whether every figure is within its bar."""
+    from machine import machine_line
+
+    lines = [
+        "# Loading and exporting weights",
+        "",
+        f"`python benchmarks/weights.py`: {num_params:,} parameters, {2 * num_params / 2**30:.2f} GiB of bfloat16 in "
+        f"files of 1 GiB that are in the page cache; medians of {rounds} turns, range in brackets.",
+        "",
+        f"Machine: {machine_line(('jax', 'safetensors', 'numpy'))}.",
+        "",
+        f"| | seconds | to safetensors (at most {TIME_BAR}) | peak anonymous GiB | to the params (at most {MEMORY_BAR}) |",
+        "|---|---|---|---|---|",
+    ]
+    passed = True
+    for arm, label in ARMS.items():
+        seconds, peak = [found["seconds"] for found in results[arm]], max(found["peak"] for found in results[arm])
+        cells = [f"{median(seconds):.2f} [{min(seconds):.2f}, {max(seconds):.2f}]", "1", f"{peak / 2**30:.2f}", ""]
+        if arm in BASELINES:
+            ratio = median(seconds) / median(found["seconds"] for found in results[BASELINES[arm]])
+            held = peak / (num_params * (4 if arm.endswith("32") else 2))
+            cells[1], cells[3] = f"{ratio:.2f}", f"{held:.2f}"
+            passed &= ratio <= TIME_BAR and held <= MEMORY_BAR
+        what = "export" if arm.startswith(("export", "save")) else "load"
+        lines.append(f"| {what}: {label} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"All within their bars: {'yes' if passed else 'no'}.", ""]), passed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

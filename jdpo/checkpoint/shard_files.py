@@ -1,0 +1,232 @@
+"""Safetensors files of a model, written by threads straight from the params; no file and no model is held in memory.
+
+The header is known before any value is, so every tensor has its place in the file from the start, and threads write
+chunks of a few MiB there that they laid out, cast and checked in the cache.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from jdpo.models.casting import PADDING_BYTES, Scratch, all_finite, bits, copy_cast
+from jdpo.models.config import ModelConfig
+from jdpo.models.filling import CHUNK_BYTES
+from jdpo.models.hf_names import hf_tensors
+from jdpo.models.host_blocks import Placed, hf_blocks
+from jdpo.models.safetensors_folder import DTYPES, INDEX_NAME, SINGLE_NAME
+from jdpo.models.transformer import Params
+from jdpo.models.windows import Window
+
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_BYTES_UNDER_WAY = 2**30
+_MAX_THREADS = 16
+
+
+class ShardFile(NamedTuple):
+    """One safetensors file to write: its name and the tensors it holds."""
+
+    name: str
+    tensor_names: list[str]
+
+
+def plan_shards(config: ModelConfig, dtypes: Mapping[str, np.dtype], max_bytes: int) -> list[ShardFile]:
+    """Fills files in the order of the forward pass, each up to max_bytes; a larger tensor gets its own file."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, pieces in hf_tensors(config).items():
+        num_bytes = math.prod(pieces[0].hf_shape) * dtypes[name].itemsize
+        if groups[-1] and size + num_bytes > max_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += num_bytes
+    if len(groups) == 1:
+        return [ShardFile(SINGLE_NAME, groups[0])]
+    return [
+        ShardFile(f"model-{number:05d}-of-{len(groups):05d}.safetensors", names)
+        for number, names in enumerate(groups, start=1)
+    ]
+
+
+def write_shards(
+    params: Params, config: ModelConfig, dtypes: Mapping[str, np.dtype], shards: Sequence[ShardFile], folder: Path
+) -> None:
+    """Writes the files of this process, and on the first process the index. Every process must call it.
+
+    The files go round the processes in turn. What goes wrong on one process is raised there when all tensors have
+    passed: the others need its slices until then.
+
+    Raises:
+      ValueError: a tensor holds NaN or Inf, or values that its dtype cannot hold.
+      OSError: a file cannot be written.
+    """
+    mine = shards[jax.process_index() :: jax.process_count()]
+    shapes = {name: pieces[0].hf_shape for name, pieces in hf_tensors(config).items()}
+    owned = frozenset(name for shard in mine for name in shard.tensor_names)
+    num_threads = min(_MAX_THREADS, len(os.sched_getaffinity(0)))
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="export") as pool, _Writer(pool) as writer:
+        for shard in mine:
+            writer.create(folder / shard.name, {name: (shapes[name], dtypes[name]) for name in shard.tensor_names})
+        for name, blocks in hf_blocks(params, config, lambda name: name in owned and writer.error is None):
+            if blocks is not None:
+                writer.write(name, blocks)
+            elif writer.error is not None and jax.process_count() == 1:
+                break
+        writer.finish()
+        if jax.process_index() == 0 and len(shards) > 1:
+            metadata = {
+                "total_parameters": sum(math.prod(shape) for shape in shapes.values()),
+                "total_size": sum(math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()),
+            }
+            weight_map = {name: shard.name for shard in shards for name in shard.tensor_names}
+            index = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2)
+            (folder / INDEX_NAME).write_text(index + "\n", encoding="utf-8")
+
+
+class _Place(NamedTuple):
+    """Where a tensor goes."""
+
+    descriptor: int
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+class _Writer:
+    """Open files, and the chunks on their way to them.
+
+    Attributes:
+      error: the first that a file or a thread had; nothing is written after it.
+    """
+
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self.error: Exception | None = None
+        self._pool = pool
+        self._descriptors: list[int] = []
+        self._places: dict[str, _Place] = {}
+        self._waiting: deque[tuple[int, list[Future[None]]]] = deque()
+        self._scratch = Scratch()
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for _, futures in self._waiting:
+            for future in futures:
+                future.cancel()
+        self._pool.shutdown()
+        while self._descriptors:
+            os.close(self._descriptors.pop())
+
+    def create(self, path: Path, tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> None:
+        """Makes a file with its header."""
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        offsets, end = {}, 0
+        # Wide elements first, so that every tensor is aligned to its own.
+        for name, (shape, dtype) in sorted(tensors.items(), key=lambda item: -item[1][1].itemsize):
+            offsets[name], begin = end, end
+            end += math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            self._descriptors.append(descriptor)
+            _write_all(descriptor, len(text).to_bytes(8, "little") + text, 0)
+        except OSError as error:
+            self.error = self.error or error
+            return
+        for name, (shape, dtype) in tensors.items():
+            self._places[name] = _Place(descriptor, 8 + len(text) + offsets[name], shape, dtype)
+
+    def write(self, name: str, blocks: Sequence[Placed]) -> None:
+        """Starts to write a tensor from its pieces; waits first where too much is under way."""
+        place = self._places[name]
+        num_bytes = math.prod(place.shape) * place.dtype.itemsize
+        while self._waiting and sum(size for size, _ in self._waiting) + num_bytes > _BYTES_UNDER_WAY:
+            self._wait()
+        if all(piece.window.is_dense for piece, _ in blocks):
+            futures = [
+                self._pool.submit(self._guarded, self._write_chunk, name, place, window, block[_slices(bounds)])
+                for piece, block in blocks
+                for bounds, window in piece.window.chunks(CHUNK_BYTES // place.dtype.itemsize)
+            ]
+        else:
+            futures = [self._pool.submit(self._guarded, self._write_whole, name, place, blocks)]
+        self._waiting.append((num_bytes, futures))
+
+    def finish(self) -> None:
+        """Waits until all is on the disk; raises what went wrong."""
+        while self._waiting:
+            self._wait()
+        if self.error is None:
+            try:
+                for descriptor in self._descriptors:
+                    os.fsync(descriptor)
+            except OSError as error:
+                self.error = error
+        if self.error is not None:
+            raise self.error
+
+    def _wait(self) -> None:
+        for future in self._waiting.popleft()[1]:
+            future.result()
+
+    def _guarded(self, work: Callable[..., None], *args: object) -> None:
+        if self.error is None:
+            try:
+                work(*args)
+            except (ValueError, OSError) as error:
+                self.error = self.error or error
+
+    def _write_chunk(self, name: str, place: _Place, window: Window, block: np.ndarray) -> None:
+        run = self._scratch.array("run", window.span, place.dtype)
+        self._lay_out(name, block, window, run)
+        _write_all(place.descriptor, run.view(np.uint8).data, place.offset + window.start * place.dtype.itemsize)
+
+    def _write_whole(self, name: str, place: _Place, blocks: Sequence[Placed]) -> None:
+        """A tensor whose pieces lie between each other."""
+        run = np.empty(math.prod(place.shape), place.dtype)
+        for piece, block in blocks:
+            for bounds, window in piece.window.chunks(CHUNK_BYTES // place.dtype.itemsize):
+                self._lay_out(name, block[_slices(bounds)], window._replace(start=0), run[window.start :])
+        _write_all(place.descriptor, run.view(np.uint8).data, place.offset)
+
+    def _lay_out(self, name: str, block: np.ndarray, window: Window, run: np.ndarray) -> None:
+        """Casts a block and puts it into the run; a transposed one by way of padded rows."""
+        if not all_finite(block):
+            raise ValueError(f"tensor {name} holds NaN or Inf: this model is not exported")
+        target = window._replace(start=0).view(run)
+        if block.ndim > 1 and window.strides[-1] != 1:
+            rows, length = math.prod(block.shape[:-1]), block.shape[-1]
+            wide = length + PADDING_BYTES // run.itemsize
+            padded = self._scratch.array("padded", rows * wide, run.dtype).reshape(*block.shape[:-1], wide)[
+                ..., :length
+            ]
+        else:
+            padded = self._scratch.array("padded", block.size, run.dtype).reshape(block.shape)
+        copy_cast(block, padded)
+        if block.dtype != run.dtype and not all_finite(padded):
+            raise ValueError(f"tensor {name} holds values that {run.dtype.name} cannot; export it in float32")
+        bits(target)[...] = bits(padded)
+
+
+def _slices(bounds: Sequence[tuple[int, int]]) -> tuple[slice, ...]:
+    return tuple(slice(*part) for part in bounds)
+
+
+def _write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+    rest = memoryview(data)
+    while rest:
+        count = os.pwrite(descriptor, rest, offset)
+        offset, rest = offset + count, rest[count:]

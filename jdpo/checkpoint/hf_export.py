@@ -171,9 +171,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 def _publish(staging: Path, out: Path) -> None:
     """Makes `staging` durable and renames it to `out`; an older `out` stays beside it until the new one stands."""
-    mode = (staging / "config.json").stat().st_mode
     for path in [path for path in staging.rglob("*") if path.is_file()]:
-        path.chmod(mode)  # safetensors makes its files readable by the owner alone
         _sync(path)
     _sync(staging)
     replaced = out.parent / f".{out.name}.replaced"

@@ -210,9 +210,8 @@ class _Writer:
         if block.ndim > 1 and window.strides[-1] != 1:
             rows, length = math.prod(block.shape[:-1]), block.shape[-1]
             wide = length + PADDING_BYTES // run.itemsize
-            padded = self._scratch.array("padded", rows * wide, run.dtype).reshape(*block.shape[:-1], wide)[
-                ..., :length
-            ]
+            memory = self._scratch.array("padded", rows * wide, run.dtype)
+            padded = memory.reshape(*block.shape[:-1], wide)[..., :length]
         else:
             padded = self._scratch.array("padded", block.size, run.dtype).reshape(block.shape)
         copy_cast(block, padded)

@@ -114,7 +114,6 @@ def model_of(shape: ModelShape, attention: str) -> Transformer:
         tie_embeddings=shape.tied,
         qkv_bias=False,
         o_bias=False,
-        qk_norm=False,
         layers=(LayerKind(rope=RopeConfig(theta=1e4)),) * shape.num_layers,
         max_positions=4096,
     )

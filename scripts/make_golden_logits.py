@@ -35,19 +35,57 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 50.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 4.0,
+}
+TWO_ROPES = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+}
+MULTIPLIERS = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.4,
+    "attention_multiplier": 0.3,
+    "logits_scaling": 2.5,
+}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma": ("Gemma", {"head_dim": 6, "num_key_value_heads": 1}),
+    "gemma2": (
+        "Gemma2",
+        {
+            "head_dim": 6,
+            "sliding_window": 3,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+            "query_pre_attn_scalar": 10,
+        },
+    ),
+    "gemma3_text": (
+        "Gemma3Text",
+        {"head_dim": 6, "sliding_window": 3, "sliding_window_pattern": 2, "rope_parameters": TWO_ROPES},
+    ),
+    "gpt2": ("GPT2", {"hidden_size": 15, "num_attention_heads": 3}),
+    "gpt_neox": ("GPTNeoX", {"hidden_size": 24, "num_attention_heads": 3, "rotary_pct": 0.25}),
+    "granite": ("Granite", {**MULTIPLIERS, "mlp_bias": True}),
     "llama": ("Llama", {}),
     "llama3": ("Llama", {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True, "attention_bias": True}),
     "mistral": ("Mistral", {"sliding_window": 4, "head_dim": 6}),
+    "olmo2": ("Olmo2", {"rope_parameters": YARN_ROPE}),
+    "phi3": ("Phi3", {"sliding_window": 4, "head_dim": 8, "hidden_size": 32, "partial_rotary_factor": 0.75}),
     "qwen2": ("Qwen2", {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 2}),
     "qwen3": ("Qwen3", {"head_dim": 10, "tie_word_embeddings": True}),
+    "smollm3": ("SmolLM3", {"no_rope_layer_interval": 2, "attention_bias": True}),
 }
 
 
 def main() -> None:
     shutil.rmtree(OUT, ignore_errors=True)
     for name, (prefix, overrides) in CASES.items():
-        write_case(OUT / name, prefix, {**BASE, **overrides})
+        write_case(OUT / name, prefix, overrides)
         print(f"{OUT / name}")
 
 
@@ -57,15 +95,17 @@ def write_case(folder: Path, prefix: str, settings: dict[str, Any]) -> None:
     import transformers
 
     torch.manual_seed(0)
-    config = getattr(transformers, f"{prefix}Config")(**settings)
-    model = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
+    config_class = getattr(transformers, f"{prefix}Config")
+    own = {key: value for key, value in BASE.items() if hasattr(config_class(), key)}  # GPT-2 has no grouped heads
+    config = config_class(**{**own, **settings})
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     for name, parameter in model.named_parameters():
-        if "norm" in name or name.endswith("bias"):
+        if "norm" in name or "ln_" in name or name.endswith("bias"):
             parameter.data += 0.3 * torch.randn_like(parameter)
     model.to(torch.bfloat16).save_pretrained(folder)
     (folder / "generation_config.json").unlink()
     # Read back, since .to(bfloat16) has rounded the rotary frequencies too.
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
 
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, config.vocab_size, (3, 12))

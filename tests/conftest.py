@@ -115,7 +115,6 @@ def small_llama(**fields: Any) -> Any:
         "tie_embeddings": False,
         "qkv_bias": False,
         "o_bias": False,
-        "qk_norm": False,
         "max_positions": 1024,
     }
     return ModelConfig(**{**own, **fields})

@@ -8,17 +8,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+RopeKind = Literal["default", "linear", "llama3", "yarn", "longrope"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """Rotary position embedding; the fields after `kind` belong to the kinds that name them."""
+    """Rotary position embedding; the fields after `attention_factor` belong to the kinds that name them."""
 
     theta: float
-    kind: str = "default"  # default | linear | llama3
-    factor: float = 1.0  # linear, llama3
+    kind: RopeKind = "default"
+    fraction: float = 1.0  # of each head that is rotated, from its start
+    attention_factor: float = 1.0  # of cosines and sines
+    factor: float = 1.0  # linear, llama3, yarn
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
-    original_max_positions: int = 0  # llama3
+    original_max_positions: int = 0  # llama3, yarn, longrope
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    truncate: bool = True  # yarn
+    divisors: tuple[float, ...] = ()  # longrope; one for each rotated pair
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +44,12 @@ class LayerKind:
     mlp: Literal["dense", "experts"] = "dense"
 
 
+NormKind = Literal["rms", "rms_wide", "rms_offset", "layer"]
+"""How a norm is computed, see `jdpo.models.layers.Norm`."""
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Everything the decoder needs to know of a model; hashable, so it can be a static argument of `jax.jit`."""
@@ -51,10 +65,28 @@ class ModelConfig:
     norm_eps: float
     layers: tuple[LayerKind, ...]  # one a layer
     tie_embeddings: bool
-    qkv_bias: bool
-    o_bias: bool
-    qk_norm: bool
     max_positions: int
+    positions_end: bool = False  # whether no token may stand behind max_positions
+
+    qkv_bias: bool = False
+    o_bias: bool = False
+    qk_norm: Literal["head", "width"] | None = None  # over each head, or over all heads together
+    attention_scale: float | None = None  # of scores; None: head_dim**-0.5
+    attention_softcap: float | None = None  # scores become c * tanh(scores / c)
+
+    norm: NormKind = "rms"
+    norm_placement: Literal["before", "after", "both"] = "before"  # attention and MLP, inside the residual branch
+    parallel_residual: bool = False  # attention and MLP both read the layer's input
+    residual_scale: float = 1.0  # of what a branch adds to the stream
+
+    activation: Activation = "silu"
+    gated_mlp: bool = True
+    mlp_bias: bool = False
+
+    learned_positions: bool = False  # a vector for each position, added to the token's
+    embedding_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None  # logits become c * tanh(logits / c), behind the scale
 
     def __post_init__(self) -> None:
         assert len(self.layers) == self.num_layers, (self.num_layers, self.layers)

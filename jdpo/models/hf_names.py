@@ -1,29 +1,20 @@
-"""Which parameter of the decoder is which tensor of a Hugging Face checkpoint: one table, read in both directions.
+"""Which parameter of the decoder is which tensor of a Hugging Face checkpoint: a layout, read in both directions.
 
 A leaf of the params is filled from pieces: each is one block of it (a layer of a stacked leaf, an expert of a layer),
 and a window of one checkpoint tensor. Several pieces may share a tensor: a fused one gives each leaf its part.
-
-Axes of the patterns, as `window_of` reads them: d model, h query heads, g key/value heads, k head width, f MLP width,
-v vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple, TypeVar
 
 from jdpo.models.config import ModelConfig, layer_pattern
+from jdpo.models.families import FAMILIES
+from jdpo.models.families.layouts import Layout, Path, Rule, parameters_of
 from jdpo.models.windows import Window, window_of
 
-Path = tuple[str, ...]
-
-
-class Rule(NamedTuple):
-    """One row of the table: `{}` in `hf_name` is the layer's number; `pattern` has Hugging Face's layout first."""
-
-    hf_name: str
-    path: Path
-    pattern: str
+Entry = TypeVar("Entry")
 
 
 class Piece(NamedTuple):
@@ -43,47 +34,21 @@ class Piece(NamedTuple):
     window: Window
 
 
-EMBEDDING = Rule("model.embed_tokens.weight", ("embed", "embedding"), "v d -> v d")
-FINAL_NORM = Rule("model.norm.weight", ("final_norm", "scale"), "d -> d")
-HEAD = Rule("lm_head.weight", ("lm_head", "kernel"), "v d -> d v")
-
-_LAYER = (
-    Rule("model.layers.{}.input_layernorm.weight", ("attention_norm", "scale"), "d -> d"),
-    Rule("model.layers.{}.self_attn.q_proj.weight", ("attention", "query", "kernel"), "(h k) d -> d h k"),
-    Rule("model.layers.{}.self_attn.k_proj.weight", ("attention", "key", "kernel"), "(g k) d -> d g k"),
-    Rule("model.layers.{}.self_attn.v_proj.weight", ("attention", "value", "kernel"), "(g k) d -> d g k"),
-    Rule("model.layers.{}.self_attn.o_proj.weight", ("attention", "output", "kernel"), "d (h k) -> h k d"),
-    Rule("model.layers.{}.post_attention_layernorm.weight", ("mlp_norm", "scale"), "d -> d"),
-    Rule("model.layers.{}.mlp.gate_proj.weight", ("mlp", "gate", "kernel"), "f d -> d f"),
-    Rule("model.layers.{}.mlp.up_proj.weight", ("mlp", "up", "kernel"), "f d -> d f"),
-    Rule("model.layers.{}.mlp.down_proj.weight", ("mlp", "down", "kernel"), "d f -> f d"),
-)
-_QKV_BIAS = (
-    Rule("model.layers.{}.self_attn.q_proj.bias", ("attention", "query", "bias"), "(h k) -> h k"),
-    Rule("model.layers.{}.self_attn.k_proj.bias", ("attention", "key", "bias"), "(g k) -> g k"),
-    Rule("model.layers.{}.self_attn.v_proj.bias", ("attention", "value", "bias"), "(g k) -> g k"),
-)
-_O_BIAS = (Rule("model.layers.{}.self_attn.o_proj.bias", ("attention", "output", "bias"), "d -> d"),)
-_QK_NORM = (
-    Rule("model.layers.{}.self_attn.q_norm.weight", ("attention", "query_norm", "scale"), "k -> k"),
-    Rule("model.layers.{}.self_attn.k_norm.weight", ("attention", "key_norm", "scale"), "k -> k"),
-)
-
-
 def checkpoint_pieces(config: ModelConfig) -> Iterator[Piece]:
     """All that fills the params of this model, in the order of the forward pass."""
-    yield _piece(EMBEDDING, config, EMBEDDING.hf_name, EMBEDDING.path)
+    layout = layout_of(config)
+    for rule in (layout.embedding, *parameters_of(layout.first, config)):
+        yield _piece(rule, config, rule.hf_name, rule.path)
     pattern = layer_pattern(config)
     for index in range(config.num_layers):
         repeat, position = divmod(index, pattern.period)
         scanned = repeat < pattern.repeats
         prefix = ("stack" if scanned else "rest", f"layer_{position}")
-        for rule in _layer_rules(config):
+        for rule in parameters_of(layout.layer, config, config.layers[index]):
             path = prefix + rule.path
             yield _piece(rule, config, rule.hf_name.format(index), path, (repeat,) if scanned else ())
-    yield _piece(FINAL_NORM, config, FINAL_NORM.hf_name, FINAL_NORM.path)
-    if not config.tie_embeddings:
-        yield _piece(HEAD, config, HEAD.hf_name, HEAD.path)
+    for rule in (*parameters_of(layout.last, config), *([] if config.tie_embeddings else [layout.head])):
+        yield _piece(rule, config, rule.hf_name, rule.path)
 
 
 def leaves(config: ModelConfig) -> dict[Path, tuple[tuple[int, ...], list[Piece]]]:
@@ -105,9 +70,25 @@ def hf_tensors(config: ModelConfig) -> dict[str, list[Piece]]:
     return tensors
 
 
-def is_ignorable(hf_name: str) -> bool:
-    """Whether a tensor that the table lacks holds no weights: old checkpoints store the rotary frequencies."""
-    return hf_name.endswith("rotary_emb.inv_freq")
+def layout_of(config: ModelConfig) -> Layout:
+    """How checkpoints of this model name their tensors."""
+    return FAMILIES[config.family].layout
+
+
+def with_prefix(entries: dict[str, Entry], config: ModelConfig) -> dict[str, Entry]:
+    """The tensors of a folder by the names that they have in a model with a head.
+
+    Saved without its head, a model leaves out the prefix of all others, as GPT-2 does on the hub.
+    """
+    layout = layout_of(config)
+    if any(name.startswith(layout.prefix) for name in entries):
+        return entries
+    return {name if name == layout.head.hf_name else layout.prefix + name: entry for name, entry in entries.items()}
+
+
+def is_ignorable(hf_name: str, config: ModelConfig) -> bool:
+    """Whether a tensor that the layout lacks holds no weights: old checkpoints store rotary frequencies and masks."""
+    return hf_name.endswith(layout_of(config).buffers)
 
 
 def axis_sizes(config: ModelConfig) -> dict[str, int]:
@@ -119,17 +100,8 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
         "g": config.num_kv_heads,
         "k": config.head_dim,
         "f": config.d_ff,
+        "p": config.max_positions,
     }
-
-
-def _layer_rules(config: ModelConfig) -> Iterable[Rule]:
-    yield from _LAYER
-    if config.qkv_bias:
-        yield from _QKV_BIAS
-    if config.o_bias:
-        yield from _O_BIAS
-    if config.qk_norm:
-        yield from _QK_NORM
 
 
 def _piece(rule: Rule, config: ModelConfig, hf_name: str, path: Path, at: tuple[int, ...] = ()) -> Piece:

@@ -24,7 +24,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 
 from jdpo.models.config import ModelConfig
 from jdpo.models.filling import CHUNK_BYTES, Filler
-from jdpo.models.hf_names import EMBEDDING, HEAD, hf_tensors, is_ignorable, leaves
+from jdpo.models.hf_names import hf_tensors, is_ignorable, layout_of, leaves, with_prefix
 from jdpo.models.host_blocks import hf_blocks
 from jdpo.models.leaf_buffers import Block, LeafBuffers, blocks_of, placed
 from jdpo.models.resize import resize_embeddings
@@ -66,15 +66,15 @@ def load_params(
         quantized dtype, holding NaN or Inf. Tensor and file are named; all but NaN and Inf come before any read.
     """
     config = model if isinstance(model, ModelConfig) else model.config
-    entries = tensor_entries(folder)
+    entries = with_prefix(tensor_entries(folder), config)
     check_tensors(folder, entries, config)
     params: Params = {}
     num_threads = min(_MAX_THREADS, len(os.sched_getaffinity(0)))
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="weights")
     try:
         with TensorFiles(entries) as files:
-            if config.tie_embeddings and HEAD.hf_name in entries:
-                _require_tied(files, entries, folder)
+            if config.tie_embeddings and layout_of(config).head.hf_name in entries:
+                _require_tied(files, entries, folder, config)
             filler = Filler(files, pool)
             for path, leaf in _filled(filler, config, shardings, np.dtype(dtype), buffer_bytes):
                 parent = params
@@ -90,7 +90,8 @@ def load_params(
 def check_tensors(folder: Path, entries: dict[str, TensorEntry], config: ModelConfig) -> None:
     """Holds the tensors of a folder against those the model needs; one ValueError lists all that is wrong."""
     expected = {name: pieces[0].hf_shape for name, pieces in hf_tensors(config).items()}
-    allowed = {HEAD.hf_name} if config.tie_embeddings else set()
+    entries, head = with_prefix(entries, config), layout_of(config).head.hf_name
+    allowed = {head} if config.tie_embeddings else set()
     problems = [
         f"missing tensor {name}, expected shape {shape}" for name, shape in expected.items() if name not in entries
     ]
@@ -101,7 +102,7 @@ def check_tensors(folder: Path, entries: dict[str, TensorEntry], config: ModelCo
         elif name in expected and entry.dtype not in DTYPES:
             known = ", ".join(DTYPES)
             problems.append(f"dtype {entry.dtype} of {where}: expected one of {known}; dequantize the model first")
-        elif name not in expected and name not in allowed and not is_ignorable(name):
+        elif name not in expected and name not in allowed and not is_ignorable(name, config):
             problems.append(f"extra tensor {where}, shape {entry.shape}: a {config.family} model has no such weight")
     if problems:
         more = f"\n  and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
@@ -185,21 +186,20 @@ def iter_hf_tensors(
             yield name, values
 
 
-def _require_tied(files: TensorFiles, entries: dict[str, TensorEntry], folder: Path) -> None:
-    if entries[HEAD.hf_name].shape != entries[EMBEDDING.hf_name].shape:
-        raise ValueError(
-            f"{folder}: tie_word_embeddings is true, but {HEAD.hf_name} and {EMBEDDING.hf_name} differ in shape"
-        )
-    size = math.prod(entries[HEAD.hf_name].shape)
+def _require_tied(files: TensorFiles, entries: dict[str, TensorEntry], folder: Path, config: ModelConfig) -> None:
+    head_name, embedding_name = layout_of(config).head.hf_name, layout_of(config).embedding.hf_name
+    if entries[head_name].shape != entries[embedding_name].shape:
+        raise ValueError(f"{folder}: tie_word_embeddings is true, but {head_name} and {embedding_name} differ in shape")
+    size = math.prod(entries[head_name].shape)
     for start in range(0, size, CHUNK_BYTES):
         head, embedding = (
-            np.empty(min(CHUNK_BYTES, size - start), files.dtype(name)) for name in (HEAD.hf_name, EMBEDDING.hf_name)
+            np.empty(min(CHUNK_BYTES, size - start), files.dtype(name)) for name in (head_name, embedding_name)
         )
-        files.read_into(HEAD.hf_name, start, head)
-        files.read_into(EMBEDDING.hf_name, start, embedding)
+        files.read_into(head_name, start, head)
+        files.read_into(embedding_name, start, embedding)
         if not np.array_equal(head, embedding):
             raise ValueError(
-                f"{folder}: tie_word_embeddings is true, but {HEAD.hf_name} and {EMBEDDING.hf_name} hold "
+                f"{folder}: tie_word_embeddings is true, but {head_name} and {embedding_name} hold "
                 "different values; set tie_word_embeddings to false in config.json, or remove the wrong tensor"
             )
 

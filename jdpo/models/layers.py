@@ -1,4 +1,4 @@
-"""The pieces of a decoder: projections, RMSNorm, rotary embedding, gated MLP.
+"""The pieces of a decoder: projections, norms, MLP.
 
 Axes: n sequences, t positions, d model, h heads, k head width, f MLP width, v vocabulary.
 Parameters are cast to the compute dtype where they are used; norms and rotations run in float32 at least.
@@ -6,16 +6,15 @@ Parameters are cast to the compute dtype where they are used; norms and rotation
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
-from jdpo.models.config import RopeConfig
+from jdpo.models.config import Activation, ModelConfig, NormKind
 
 INIT_STDDEV = 0.02
 
@@ -104,69 +103,77 @@ def low_rank(equation: str, x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Arr
     return project(f"{narrow},{shared}R{outputs}->{result}", x_narrow, b)
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) over the last axis, rounded to x's dtype, then scaled: the order of transformers' RMSNorm."""
+class Norm(nn.Module):
+    """x normalized over its last axes, as wide as float32 at least, then scaled.
 
+    rms         x / rms(x), rounded to x's dtype, times scale: the order of transformers' Llama
+    rms_wide    x / rms(x) times scale, then rounded: that of its OLMo 2
+    rms_offset  x / rms(x) times (1 + scale), then rounded: that of its Gemma
+    layer       (x - mean) / std times scale plus bias, then rounded: torch.nn.LayerNorm
+
+    Attributes:
+      axes: logical names of the axes normalized over, which are those of scale and bias.
+    """
+
+    kind: NormKind
     epsilon: float
-    axis_name: str
+    axes: tuple[str, ...]
     param_dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        init = nn.with_logical_partitioning(nn.initializers.ones_init(), (self.axis_name,))
-        scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
+        zeros, ones = nn.initializers.zeros_init(), nn.initializers.ones_init()
+        scale = self._param("scale", zeros if self.kind == "rms_offset" else ones, x)
+        dims = tuple(range(-len(self.axes), 0))
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
-        return normed.astype(x.dtype) * scale.astype(x.dtype)
+        if self.kind == "layer":
+            wide = wide - jnp.mean(wide, axis=dims, keepdims=True)
+        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=dims, keepdims=True) + self.epsilon)
+        if self.kind == "rms":
+            return normed.astype(x.dtype) * scale.astype(x.dtype)
+        scale = scale.astype(wide.dtype)
+        if self.kind == "layer":
+            bias = self._param("bias", zeros, x)
+            return (normed * scale + bias.astype(wide.dtype)).astype(x.dtype)
+        return (normed * (1 + scale if self.kind == "rms_offset" else scale)).astype(x.dtype)
+
+    def _param(self, name: str, init: Any, x: jax.Array) -> jax.Array:
+        shape = x.shape[-len(self.axes) :]
+        return self.param(name, nn.with_logical_partitioning(init, self.axes), shape, self.param_dtype)
 
 
-class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x))."""
+ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
+    "silu": nn.silu,
+    "gelu": partial(nn.gelu, approximate=False),
+    "gelu_tanh": partial(nn.gelu, approximate=True),
+    "relu": nn.relu,
+}
 
-    d_model: int
-    d_ff: int
+
+class MLP(nn.Module):
+    """down(act(gate(x)) * up(x)), or without a gate down(act(up(x)))."""
+
+    config: ModelConfig
     compute_dtype: Any
     param_dtype: Any
 
     @nn.compact
     def __call__(self, x_ntd: jax.Array) -> jax.Array:
+        config, dtypes = self.config, (self.compute_dtype, self.param_dtype)
+        activation, bias = ACTIVATIONS[config.activation], config.mlp_bias
+
         def widen(name: str) -> jax.Array:
-            shape, axes = (self.d_model, self.d_ff), ("embed", "mlp")
-            projection = Projection("ntd,df->ntf", shape, axes, self.compute_dtype, self.param_dtype, name=name)
-            return projection(x_ntd)
+            shape, axes = (config.d_model, config.d_ff), ("embed", "mlp")
+            return Projection("ntd,df->ntf", shape, axes, *dtypes, use_bias=bias, name=name)(x_ntd)
 
-        hidden_ntf = nn.silu(widen("gate")) * widen("up")
+        hidden_ntf = activation(widen("gate")) * widen("up") if config.gated_mlp else activation(widen("up"))
         hidden_ntf = nn.with_logical_constraint(hidden_ntf, ("batch", "act_length", "act_mlp"))
-        shape, axes = (self.d_ff, self.d_model), ("mlp", "embed")
-        down = Projection("ntf,fd->ntd", shape, axes, self.compute_dtype, self.param_dtype, name="down")
-        return down(hidden_ntf)
+        shape, axes = (config.d_ff, config.d_model), ("mlp", "embed")
+        return Projection("ntf,fd->ntd", shape, axes, *dtypes, use_bias=bias, name="down")(hidden_ntf)
 
 
-def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
-    """Radians a position for each rotated pair, float64 [head_dim // 2]; as transformers' modeling_rope_utils."""
-    frequencies = 1.0 / rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    if rope.kind == "default":
-        return frequencies
-    if rope.kind == "linear":
-        return frequencies / rope.factor
-    assert rope.kind == "llama3", rope.kind
-    wavelengths = 2 * math.pi / frequencies
-    turns = rope.original_max_positions / wavelengths
-    smooth = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    # Slow waves (few turns within the original length) are stretched by `factor`, fast ones kept, others blended.
-    smooth = np.clip(smooth, 0.0, 1.0)
-    return (1 - smooth) * frequencies / rope.factor + smooth * frequencies
-
-
-def rope_tables(positions_nt: jax.Array, rope: RopeConfig, head_dim: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines [n, t, 1, head_dim // 2] of each position, ready to broadcast over heads."""
-    frequencies = jnp.asarray(inverse_frequencies(rope, head_dim), dtype)
-    angles = positions_nt[:, :, None, None].astype(dtype) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def apply_rope(x_nthk: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates pairs (i, i + k/2) of each head, the half-split layout of Hugging Face checkpoints."""
-    first, second = jnp.split(x_nthk.astype(cos.dtype), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x_nthk.dtype)
+def scaled(x: jax.Array, factor: float) -> jax.Array:
+    """x * factor, rounded once: a factor such as 0.22 would itself be rounded to x's dtype."""
+    if factor == 1.0:
+        return x
+    return (x.astype(jnp.promote_types(x.dtype, jnp.float32)) * factor).astype(x.dtype)

@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jdpo.models.blocks import AttentionSettings, Context, Embedding, Head, LayerCache, LayerGroup, RopeTables
+from jdpo.models.blocks import Embedding, Head, LayerCache, LayerGroup
 from jdpo.models.config import ModelConfig, layer_pattern
-from jdpo.models.layers import ADAPTERS, SCALES, RMSNorm, rope_tables
+from jdpo.models.layers import ADAPTERS, SCALES, Norm, scaled
 from jdpo.models.packed import PackedSequences
 from jdpo.models.remat import check_remat
+from jdpo.models.rope import RopeTables, rope_tables
+from jdpo.models.self_attention import AttentionSettings, Context
 
 Params = dict[str, Any]
 ApplyFn = Callable[[Params, jax.Array, jax.Array], jax.Array]
@@ -97,7 +99,7 @@ class Transformer(nn.Module):
         if pattern.rest:
             kinds = config.layers[: pattern.rest]
             self.rest = LayerGroup(config, kinds, *dtypes, attention, self.remat, False)
-        self.final_norm = RMSNorm(config.norm_eps, "norm", self.param_dtype)
+        self.final_norm = Norm(config.norm, config.norm_eps, ("norm",), self.param_dtype)
         if not config.tie_embeddings:
             self.lm_head = Head(config, self.param_dtype)
 
@@ -115,7 +117,7 @@ class Transformer(nn.Module):
         mask = attention_mask.astype(bool)
         positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
         context = Context(self._ropes(positions), positions, positions, mask)
-        return self._run(tokens, None, context)[0]
+        return self._run(tokens, positions, None, context)[0]
 
     def packed_hidden_and_head(
         self, tokens: jax.Array, positions: jax.Array, sequences: PackedSequences
@@ -127,15 +129,18 @@ class Transformer(nn.Module):
           sequences: see `packed_sequences`.
         """
         context = Context(self._ropes(positions), None, None, None, packed=sequences)
-        hidden = self._run(tokens, None, context)[0]
+        hidden = self._run(tokens, positions, None, context)[0]
         # Made whole along the model dimension here, once, and not in every chunk of tokens.
         return hidden, nn.with_logical_constraint(self.head_kernel(), (None, "act_vocab"))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """The output head on final hidden states [..., d], accumulated in float32 at least."""
+        """The output head on final hidden states [n, t, d], scaled and capped, in float32 at least."""
         kernel = self.head_kernel()
         logits_dtype = jnp.promote_types(self.compute_dtype, jnp.float32)
         logits = jnp.einsum("ntd,dv->ntv", hidden, kernel, preferred_element_type=logits_dtype)
+        logits, softcap = scaled(logits, self.config.logit_scale), self.config.logit_softcap
+        if softcap is not None:
+            logits = softcap * jnp.tanh(logits / softcap)
         return nn.with_logical_constraint(logits, ("batch", "act_length", "act_vocab"))
 
     def head_kernel(self) -> jax.Array:
@@ -157,7 +162,7 @@ class Transformer(nn.Module):
         key_positions = jax.lax.dynamic_update_slice(cache.positions, positions, start)
         key_mask = jax.lax.dynamic_update_slice(cache.mask, mask, start)
         context = Context(self._ropes(positions), positions, key_positions, key_mask, cache.index)
-        hidden, layers = self._run(tokens, cache.layers, context)
+        hidden, layers = self._run(tokens, positions, cache.layers, context)
         assert layers is not None
         return hidden, KVCache(layers, key_positions, key_mask, cache.index + tokens.shape[1])
 
@@ -166,10 +171,10 @@ class Transformer(nn.Module):
         return tuple(rope_tables(positions, rope, self.config.head_dim, dtype) for rope in self.config.ropes)
 
     def _run(
-        self, tokens: jax.Array, cache: dict[str, LayerCache] | None, context: Context
+        self, tokens: jax.Array, positions: jax.Array, cache: dict[str, LayerCache] | None, context: Context
     ) -> tuple[jax.Array, dict[str, LayerCache] | None]:
         new_cache: dict[str, Any] = {}
-        x = self.embed(tokens)
+        x = self.embed(tokens, positions)
         x, new_cache["stack"] = self.stack(x, None if cache is None else cache["stack"], context)
         if layer_pattern(self.config).rest:
             x, new_cache["rest"] = self.rest(x, None if cache is None else cache["rest"], context)

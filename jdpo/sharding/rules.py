@@ -22,6 +22,7 @@ LOGICAL_RULES: tuple[tuple[str, Any], ...] = (
     ("expert_mlp", "tensor"),
     ("head_dim", None),
     ("norm", None),
+    ("positions", None),
     ("layers", None),
     # activations: fsdp and expert split the batch, so that the model dimension stays whole
     ("batch", BATCH_AXES),

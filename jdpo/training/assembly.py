@@ -11,7 +11,7 @@ import optax
 
 from jdpo.config import DPOConfig, TrainConfig
 from jdpo.losses.objective import Totals
-from jdpo.models.blocks import AttentionSettings
+from jdpo.models.self_attention import AttentionSettings
 from jdpo.models.transformer import Transformer, abstract_params
 from jdpo.sharding.mesh import num_batch_shards
 from jdpo.sharding.placement import offloaded, state_shardings
@@ -57,7 +57,7 @@ class Assembly:
         """The backend that attends over packed sequences of so many places."""
         model = self.model
         settings = AttentionSettings(model.attention, model.attention_block_q, model.attention_block_kv)
-        return settings.resolve(model.compute_dtype, model.config.head_dim, length, model.config.layer_windows[0])
+        return settings.resolve(model.compute_dtype, model.config, length, model.config.layer_windows[0])
 
     def flops(self, batch: Batch) -> StepFlops:
         """Of a step, by its numpy arrays."""

@@ -89,7 +89,8 @@ def step_flops(config: ModelConfig, batch: Any, program: Arithmetic) -> StepFlop
 def matrix_params(config: ModelConfig) -> int:
     """N: weights of the layers' matrices, without embedding and head."""
     heads = 2 * config.num_heads + 2 * config.num_kv_heads  # query and output; key and value
-    return config.num_layers * config.d_model * (heads * config.head_dim + 3 * config.d_ff)
+    widths = (2 + config.gated_mlp) * config.d_ff
+    return config.num_layers * config.d_model * (heads * config.head_dim + widths)
 
 
 def _flops(config: ModelConfig, amounts: _Amounts, *, matrices: int, head: int, products: int) -> float:
@@ -103,7 +104,10 @@ def _matrices_again(config: ModelConfig, remat: str) -> int:
     """Weights that the backward pass multiplies with again: none that stand last in a layer, as nothing needs that."""
     if remat in ("none", "dots"):
         return 0
-    return matrix_params(config) - config.num_layers * config.d_ff * config.d_model
+    if config.norm_placement != "before":  # a norm behind the last matrix needs what it gives
+        return matrix_params(config)
+    last = config.d_ff + (config.num_heads * config.head_dim if config.parallel_residual else 0)
+    return matrix_params(config) - config.num_layers * last * config.d_model
 
 
 def _products_again(remat: str, products: Any) -> int:

@@ -35,7 +35,13 @@ def make_packed_logps(model: Transformer, mesh: Mesh) -> LogpsFn:
 
         def head_logps(hidden_rkd: Array, head_dv: Array, targets_rk: Array, lengths_r: Array) -> Any:
             return linear_token_logps(
-                hidden_rkd, head_dv, targets_rk, lengths=lengths_r, return_log_sum_sq=with_log_sum_sq
+                hidden_rkd,
+                head_dv,
+                targets_rk,
+                lengths=lengths_r,
+                logit_softcap=model.config.logit_softcap,
+                logit_scale=model.config.logit_scale if model.config.logit_scale != 1.0 else None,
+                return_log_sum_sq=with_log_sum_sq,
             )
 
         if num_batch_shards(mesh) > 1:  # XLA's partitioner fails on manual axes that are all of size 1

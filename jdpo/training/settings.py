@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jdpo.config import DPOConfig, TrainConfig, defaults_of
 from jdpo.data.mixing import check_data_settings, has_evaluation
 from jdpo.models.attention import check_attention
-from jdpo.models.blocks import AttentionSettings
 from jdpo.models.config import ModelConfig
+from jdpo.models.self_attention import AttentionSettings
 from jdpo.reports.writers import check_trackers
 from jdpo.sharding.placement import check_host_memory
 from jdpo.training.profile import parse_steps
@@ -128,6 +128,23 @@ def check_offload(config: TrainConfig) -> None:
         )
 
 
+def check_positions(config: TrainConfig, source_config: ModelConfig) -> None:
+    """Refuses sequences longer than a model that ends can take.
+
+    Raises:
+      ValueError: naming both lengths.
+    """
+    most = source_config.max_positions
+    if source_config.positions_end and config.max_length > most:
+        why = (
+            "a learned vector for each" if source_config.learned_positions else "longrope's factors for short sequences"
+        )
+        raise ValueError(
+            f"max_length {config.max_length}: {config.model_name_or_path} has {most} positions ({why}) and cannot go "
+            f"beyond; set max_length to {most} or less"
+        )
+
+
 def check_attention_settings(config: TrainConfig, source_config: ModelConfig) -> None:
     """Refuses an attention backend, and tiles of it, that cannot run this model here.
 
@@ -143,9 +160,17 @@ def check_attention_settings(config: TrainConfig, source_config: ModelConfig) ->
     blocks: dict[str, Any] = {"block_q": config.attention_block_q, "block_kv": config.attention_block_kv}
     dtype, head_dim, platform = jnp.dtype(config.compute_dtype), source_config.head_dim, jax.default_backend()
     for window in sorted(set(source_config.layer_windows), key=str) if asked else ():
-        backend = AttentionSettings(config.attention, **blocks).resolve(dtype, head_dim, config.max_length, window)
+        backend = AttentionSettings(config.attention, **blocks).resolve(dtype, source_config, config.max_length, window)
         try:
-            check_attention(backend, dtype=dtype, head_dim=head_dim, window=window, platform=platform, **blocks)
+            check_attention(
+                backend,
+                dtype=dtype,
+                head_dim=head_dim,
+                softcap=source_config.attention_softcap,
+                window=window,
+                platform=platform,
+                **blocks,
+            )
         except ValueError as error:
             chosen = f" (attention: auto takes {backend} here)" if config.attention == "auto" else ""
             raise ValueError(f"{error}{chosen}") from None

@@ -30,7 +30,13 @@ from jdpo.sharding.rules import param_shardings, undivided_dims
 from jdpo.training.compilation import persistent_cache
 from jdpo.training.optimizer import learning_rate_schedule, param_dtype_of
 from jdpo.training.rows import num_steps_of, plan_rows, prepare_rows
-from jdpo.training.settings import check_attention_settings, check_offload, check_profiled, check_settings
+from jdpo.training.settings import (
+    check_attention_settings,
+    check_offload,
+    check_positions,
+    check_profiled,
+    check_settings,
+)
 from jdpo.training.tasks import Task, task_for
 
 Params = Any
@@ -173,6 +179,7 @@ def make_model(config: TrainConfig, source_config: ModelConfig, tokenizer: Token
             )
         vocab_size = tokenizer.size
     compute_dtype = jnp.dtype(config.compute_dtype)
+    check_positions(config, source_config)
     check_attention_settings(config, source_config)
     return Transformer(
         dataclasses.replace(source_config, vocab_size=vocab_size),

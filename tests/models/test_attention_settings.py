@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ import pytest
 
 from jdpo.config import DPOConfig, load_config
 from jdpo.data.tokenizer import load_tokenizer
-from jdpo.models.blocks import AttentionSettings, attend_over_mesh
 from jdpo.models.families import read_model_config
 from jdpo.models.packed import packed_sequences
+from jdpo.models.self_attention import AttentionSettings, attend_over_mesh
 from jdpo.models.transformer import Transformer, abstract_params
 from jdpo.training.setup import make_model
 from tests.conftest import small_llama
@@ -54,10 +55,10 @@ def test_splash_works_in_tiles_of_the_sizes_asked_for(block_q: int, block_kv: in
 
 
 def test_auto_with_tiles_takes_a_backend_that_has_them_however_short_the_sequences() -> None:
-    x, lengths = jnp.ones((1, 32, 2, 8)), jnp.array([32])
+    x, lengths, config = jnp.ones((1, 32, 2, 8)), jnp.array([32]), dataclasses.replace(CONFIG, head_dim=8)
 
     def text(settings: AttentionSettings) -> str:
-        return str(jax.make_jaxpr(lambda x: attend_over_mesh(settings, x, x, x, lengths, window=None))(x))
+        return str(jax.make_jaxpr(lambda x: attend_over_mesh(settings, config, config.layers[0], x, x, x, lengths))(x))
 
     assert "while" not in text(AttentionSettings())  # the plain path
     assert "f32[2,2,8,16]" in text(AttentionSettings(block_q=16))

@@ -42,7 +42,7 @@ def test_llama_reads_every_size_and_fills_left_out_defaults(tmp_path: Path) -> N
     assert (config.num_heads, config.num_kv_heads, config.head_dim) == (4, 4, 4)
     assert (config.norm_eps, config.max_positions, config.ropes) == (1e-6, 64, (RopeConfig(theta=10000.0),))
     assert config.layer_windows == (None,) * 4
-    assert (config.tie_embeddings, config.qkv_bias, config.o_bias, config.qk_norm) == (False,) * 4
+    assert (config.tie_embeddings, config.qkv_bias, config.o_bias, config.qk_norm) == (False, False, False, None)
     assert hash(config) == hash(read_model_config(tmp_path))
 
 
@@ -84,28 +84,59 @@ def test_qwen_windows(tmp_path: Path, family: str) -> None:
 
 
 def test_biases_and_qk_norm_by_family(tmp_path: Path) -> None:
-    def flags(family: str, **settings: Any) -> tuple[bool, bool, bool]:
+    def flags(family: str, **settings: Any) -> tuple[bool, bool, str | None]:
         config = read_model_config(write(tmp_path, family, **settings))
         return config.qkv_bias, config.o_bias, config.qk_norm
 
-    assert flags("llama", attention_bias=True) == (True, True, False)
-    assert flags("mistral") == (False, False, False)
-    assert flags("qwen2") == (True, False, False)
-    assert flags("qwen3", head_dim=8) == (False, False, True)
-    assert flags("qwen3", attention_bias=True) == (True, True, True)
+    assert flags("llama", attention_bias=True) == (True, True, None)
+    assert flags("mistral") == (False, False, None)
+    assert flags("qwen2") == (True, False, None)
+    assert flags("qwen3", head_dim=8) == (False, False, "head")
+    assert flags("qwen3", attention_bias=True) == (True, True, "head")
 
 
 @pytest.mark.parametrize(
     ("family", "settings", "message"),
     [
-        ("gpt2", {}, "model_type 'gpt2' is not supported; supported are llama, mistral, qwen2, qwen3"),
-        ("llama", {"hidden_act": "gelu"}, "hidden_act: 'gelu' is not supported, expected 'silu'"),
-        ("llama", {"mlp_bias": True}, "mlp_bias: True is not supported, expected False"),
+        ("gemma3", {}, "model_type 'gemma3' is not supported; supported are gemma, gemma2, gemma3_text, gpt2, "),
+        ("llama", {"hidden_act": "quick_gelu"}, "hidden_act: 'quick_gelu' is not supported; supported are silu, "),
+        ("gemma2", {"hidden_activation": "gelu_fast"}, "hidden_activation: 'gelu_fast' is not supported"),
+        ("gpt2", {"activation_function": "tanh"}, "activation_function: 'tanh' is not supported"),
         ("llama", {"is_causal": False}, "is_causal: False is not supported"),
         ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config: quantized weights"),
         ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type: 'dynamic' is not supported"),
         ("llama", {"rope_scaling": {"type": "llama3", "factor": 2.0}}, "low_freq_factor"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5 is not supported"),
+        ("phi3", {"partial_rotary_factor": 1.5, "pad_token_id": 0}, "partial_rotary_factor: 1.5 is not supported"),
+        ("gpt_neox", {"rotary_pct": 0.3, "hidden_size": 40}, "rotation needs pairs"),
+        ("gpt_neox", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type: 'dynamic' is not supported"),
+        (
+            "qwen3",
+            {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}},
+            "one rope a layer type (full_attention)",
+        ),
+        ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention: True is not supported"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention: True is not supported"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention: True is not supported"),
+        ("gemma2", {"attn_logit_softcapping": 0.0}, "attn_logit_softcapping: expected a number above 0, found 0.0"),
+        ("gemma2", {"final_logit_softcapping": -1.0}, "final_logit_softcapping: expected a number above 0, found -1.0"),
+        ("gemma2", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar: expected a number above 0, found 0"),
+        ("gemma2", {"sliding_window": None}, "sliding_window is not set"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: not a setting that models of"),
+        ("granite", {"logits_scaling": 0.0}, "logits_scaling: expected a number above 0, found 0.0"),
+        ("smollm3", {"layer_types": ["sliding_attention"] * 4, "sliding_window": 4, "pad_token_id": 0}, "is false"),
+        (
+            "smollm3",
+            {"no_rope_layers": [1, 0], "layer_types": ["full_attention"] * 4},
+            "no_rope_layers: 2 entries for 4",
+        ),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx: True is not supported"),
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention: True is not supported"),
+        ("olmo2", {"layer_types": ["full_attention"] * 4}, "layer_types: not a setting of the family olmo2"),
+        *(
+            (family, {"quantization_config": {"quant_method": "gptq"}}, "quantization_config: quantized weights")
+            for family in ("gemma", "gpt2", "gpt_neox", "phi3")
+        ),
         ("llama", {"layer_types": ["full_attention"] * 4}, "layer_types: not a setting of the family llama"),
         ("llama", {"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
         ("llama", {"head_dim": 3}, "head_dim 3 is odd"),
@@ -121,6 +152,41 @@ def test_unsupported_settings_are_refused_by_name(
     with pytest.raises(ValueError, match="config") as error:
         read_model_config(write(tmp_path, family, **settings))
     assert message in str(error.value)
+
+
+def test_longrope_takes_the_short_factors_and_ends_where_they_do(tmp_path: Path) -> None:
+    factors = {"short_factor": [1.0, 2.0], "long_factor": [3.0, 4.0]}
+    settings = {"original_max_position_embeddings": 16, "rope_scaling": {"type": "longrope", **factors}}
+    config = read_model_config(write(tmp_path, "phi3", pad_token_id=0, **settings))
+    assert config.ropes[0].divisors == (1.0, 2.0)
+    assert config.ropes[0].attention_factor == pytest.approx((1 + 0.5) ** 0.5)  # log 4 / log 16
+    assert (config.max_positions, config.positions_end) == (16, True)
+
+
+def test_what_a_gemma2_asks_for(tmp_path: Path) -> None:
+    config = read_model_config(write(tmp_path, "gemma2", sliding_window=8, query_pre_attn_scalar=64))
+    assert (config.norm, config.norm_placement, config.activation) == ("rms_offset", "both", "gelu_tanh")
+    assert (config.attention_scale, config.attention_softcap, config.logit_softcap) == (0.125, 50.0, 30.0)
+    assert (config.embedding_scale, config.tie_embeddings, config.head_dim) == (4.0, True, 256)
+    assert config.layer_windows == (8, None, 8, None)
+
+
+def test_what_a_gpt2_asks_for(tmp_path: Path) -> None:
+    sizes = {"n_embd": 12, "n_head": 3, "n_layer": 2, "n_positions": 20, "vocab_size": 40}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", **sizes}))
+    config = read_model_config(tmp_path)
+    assert (config.d_model, config.d_ff, config.num_kv_heads, config.head_dim) == (12, 48, 3, 4)
+    assert (config.norm, config.gated_mlp, config.mlp_bias, config.qkv_bias) == ("layer", False, True, True)
+    assert (config.learned_positions, config.positions_end, config.max_positions) == (True, True, 20)
+    assert config.ropes == ()
+
+
+def test_ropes_and_windows_of_gemma3_and_smollm3_by_layer(tmp_path: Path) -> None:
+    config = read_model_config(write(tmp_path, "gemma3_text", sliding_window=8, sliding_window_pattern=2))
+    near, far = RopeConfig(theta=1e4), RopeConfig(theta=1e6)
+    assert [(kind.window, kind.rope) for kind in config.layers] == [(8, near), (None, far)] * 2
+    config = read_model_config(write(tmp_path, "smollm3", no_rope_layer_interval=2, pad_token_id=0))
+    assert [kind.rope is None for kind in config.layers] == [False, True] * 2
 
 
 def test_missing_folder_missing_file_and_broken_json(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ CONFIG = ModelConfig(
     tie_embeddings=False,
     qkv_bias=True,
     o_bias=True,
-    qk_norm=True,
+    qk_norm="head",
     layers=kinds(None, 4, None, 4, None),
     max_positions=64,
 )

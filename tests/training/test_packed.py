@@ -50,7 +50,7 @@ CONFIG = ModelConfig(
     tie_embeddings=False,
     qkv_bias=True,
     o_bias=False,
-    qk_norm=True,
+    qk_norm="head",
     layers=tuple(LayerKind(rope=RopeConfig(theta=100.0), window=window) for window in (None, 5)),
     max_positions=64,
 )

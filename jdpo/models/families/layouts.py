@@ -1,0 +1,210 @@
+"""How checkpoints name the decoder's parameters: one layout for each way of naming them.
+
+A layout lists every parameter that its families may have; `parameters_of` leaves out those that a model lacks.
+
+Axes of the patterns, as `jdpo.models.windows` reads them: d model, h query heads, g key/value heads, k head width,
+f MLP width, v vocabulary, p positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from jdpo.models.config import LayerKind, ModelConfig
+
+Path = tuple[str, ...]
+
+
+class Rule(NamedTuple):
+    """One row of a layout: `{}` in `hf_name` is the layer's number; `pattern` has Hugging Face's layout first."""
+
+    hf_name: str
+    path: Path
+    pattern: str
+
+
+class Layout(NamedTuple):
+    """The tensors of a checkpoint.
+
+    Attributes:
+      prefix: of all names but the head's; checkpoints of the model without its head may lack it.
+      embedding, head: the table of tokens, and the output head where it is not tied to it.
+      first, last: the other parameters in front of and behind the layers.
+      layer: those of a layer.
+      buffers: ends of names that hold no weights, such as masks that old checkpoints store.
+    """
+
+    prefix: str
+    embedding: Rule
+    head: Rule
+    first: tuple[Rule, ...]
+    last: tuple[Rule, ...]
+    layer: tuple[Rule, ...]
+    buffers: tuple[str, ...] = ("rotary_emb.inv_freq",)
+
+
+def parameters_of(rules: tuple[Rule, ...], config: ModelConfig, kind: LayerKind | None = None) -> Iterator[Rule]:
+    """The rules whose parameter the model has; within a layer, those of layers of its kind."""
+    for rule in rules:
+        if _has(config, rule.path) and (kind is None or rule.path[0] != "mlp" or kind.mlp == "dense"):
+            yield rule
+
+
+def _has(config: ModelConfig, path: Path) -> bool:
+    """Whether a model has a parameter (without the part of the path that says which layer)."""
+    match path:
+        case ("embed", "positions"):
+            return config.learned_positions
+        case ("attention", "query" | "key" | "value", "bias"):
+            return config.qkv_bias
+        case ("attention", "output", "bias"):
+            return config.o_bias
+        case ("attention", "query_norm" | "key_norm", _):
+            return config.qk_norm is not None
+        case ("mlp", "gate", name):
+            return config.gated_mlp and (name != "bias" or config.mlp_bias)
+        case ("mlp", _, "bias"):
+            return config.mlp_bias
+        case ("final_norm", "bias"):
+            return config.norm == "layer"
+    return True
+
+
+def _llama(name: str, path: str, pattern: str) -> Rule:
+    return Rule(f"model.layers.{{}}.{name}", tuple(path.split(".")), pattern)
+
+
+_ATTENTION = (
+    _llama("self_attn.q_proj.weight", "attention.query.kernel", "(h k) d -> d h k"),
+    _llama("self_attn.k_proj.weight", "attention.key.kernel", "(g k) d -> d g k"),
+    _llama("self_attn.v_proj.weight", "attention.value.kernel", "(g k) d -> d g k"),
+    _llama("self_attn.q_proj.bias", "attention.query.bias", "(h k) -> h k"),
+    _llama("self_attn.k_proj.bias", "attention.key.bias", "(g k) -> g k"),
+    _llama("self_attn.v_proj.bias", "attention.value.bias", "(g k) -> g k"),
+)
+_OUTPUT = (
+    _llama("self_attn.o_proj.weight", "attention.output.kernel", "d (h k) -> h k d"),
+    _llama("self_attn.o_proj.bias", "attention.output.bias", "d -> d"),
+)
+_FUSED_ATTENTION = (
+    _llama("self_attn.qkv_proj.weight", "attention.query.kernel", "(h k)[g k][g k] d -> d h k"),
+    _llama("self_attn.qkv_proj.weight", "attention.key.kernel", "[h k](g k)[g k] d -> d g k"),
+    _llama("self_attn.qkv_proj.weight", "attention.value.kernel", "[h k][g k](g k) d -> d g k"),
+)
+_HEAD_NORMS = (
+    _llama("self_attn.q_norm.weight", "attention.query_norm.scale", "k -> k"),
+    _llama("self_attn.k_norm.weight", "attention.key_norm.scale", "k -> k"),
+)
+_WIDTH_NORMS = (
+    _llama("self_attn.q_norm.weight", "attention.query_norm.scale", "(h k) -> h k"),
+    _llama("self_attn.k_norm.weight", "attention.key_norm.scale", "(g k) -> g k"),
+)
+_MLP = (
+    _llama("mlp.gate_proj.weight", "mlp.gate.kernel", "f d -> d f"),
+    _llama("mlp.gate_proj.bias", "mlp.gate.bias", "f -> f"),
+    _llama("mlp.up_proj.weight", "mlp.up.kernel", "f d -> d f"),
+    _llama("mlp.up_proj.bias", "mlp.up.bias", "f -> f"),
+)
+_FUSED_MLP = (
+    _llama("mlp.gate_up_proj.weight", "mlp.gate.kernel", "f[f] d -> d f"),
+    _llama("mlp.gate_up_proj.weight", "mlp.up.kernel", "[f]f d -> d f"),
+)
+_DOWN = (
+    _llama("mlp.down_proj.weight", "mlp.down.kernel", "d f -> f d"),
+    _llama("mlp.down_proj.bias", "mlp.down.bias", "d -> d"),
+)
+_ATTENTION_BEFORE = _llama("input_layernorm.weight", "attention_norm.scale", "d -> d")
+_MLP_BEFORE = _llama("post_attention_layernorm.weight", "mlp_norm.scale", "d -> d")
+_ATTENTION_AFTER = _llama("post_attention_layernorm.weight", "attention_post_norm.scale", "d -> d")
+_MLP_BEFORE_OF_BOTH = _llama("pre_feedforward_layernorm.weight", "mlp_norm.scale", "d -> d")
+_MLP_AFTER = _llama("post_feedforward_layernorm.weight", "mlp_post_norm.scale", "d -> d")
+
+LLAMA = Layout(
+    prefix="model.",
+    embedding=Rule("model.embed_tokens.weight", ("embed", "embedding"), "v d -> v d"),
+    head=Rule("lm_head.weight", ("lm_head", "kernel"), "v d -> d v"),
+    first=(),
+    last=(Rule("model.norm.weight", ("final_norm", "scale"), "d -> d"),),
+    layer=(_ATTENTION_BEFORE, *_ATTENTION, *_HEAD_NORMS, *_OUTPUT, _MLP_BEFORE, *_MLP, *_DOWN),
+)
+GEMMA2 = LLAMA._replace(
+    layer=(
+        *(_ATTENTION_BEFORE, *_ATTENTION, *_HEAD_NORMS, *_OUTPUT, _ATTENTION_AFTER),
+        *(_MLP_BEFORE_OF_BOTH, *_MLP, *_DOWN, _MLP_AFTER),
+    )
+)
+OLMO2 = LLAMA._replace(layer=(*_ATTENTION, *_WIDTH_NORMS, *_OUTPUT, _ATTENTION_AFTER, *_MLP, *_DOWN, _MLP_AFTER))
+PHI3 = LLAMA._replace(layer=(_ATTENTION_BEFORE, *_FUSED_ATTENTION, *_OUTPUT, _MLP_BEFORE, *_FUSED_MLP, *_DOWN))
+
+
+def _gpt2(name: str, path: str, pattern: str) -> Rule:
+    return Rule(f"transformer.h.{{}}.{name}", tuple(path.split(".")), pattern)
+
+
+GPT2 = Layout(
+    prefix="transformer.",
+    embedding=Rule("transformer.wte.weight", ("embed", "embedding"), "v d -> v d"),
+    head=LLAMA.head,
+    first=(Rule("transformer.wpe.weight", ("embed", "positions"), "p d -> p d"),),
+    last=(
+        Rule("transformer.ln_f.weight", ("final_norm", "scale"), "d -> d"),
+        Rule("transformer.ln_f.bias", ("final_norm", "bias"), "d -> d"),
+    ),
+    layer=(
+        _gpt2("ln_1.weight", "attention_norm.scale", "d -> d"),
+        _gpt2("ln_1.bias", "attention_norm.bias", "d -> d"),
+        # Conv1D keeps its weight [in, out].
+        _gpt2("attn.c_attn.weight", "attention.query.kernel", "d (h k)[g k][g k] -> d h k"),
+        _gpt2("attn.c_attn.weight", "attention.key.kernel", "d [h k](g k)[g k] -> d g k"),
+        _gpt2("attn.c_attn.weight", "attention.value.kernel", "d [h k][g k](g k) -> d g k"),
+        _gpt2("attn.c_attn.bias", "attention.query.bias", "(h k)[g k][g k] -> h k"),
+        _gpt2("attn.c_attn.bias", "attention.key.bias", "[h k](g k)[g k] -> g k"),
+        _gpt2("attn.c_attn.bias", "attention.value.bias", "[h k][g k](g k) -> g k"),
+        _gpt2("attn.c_proj.weight", "attention.output.kernel", "(h k) d -> h k d"),
+        _gpt2("attn.c_proj.bias", "attention.output.bias", "d -> d"),
+        _gpt2("ln_2.weight", "mlp_norm.scale", "d -> d"),
+        _gpt2("ln_2.bias", "mlp_norm.bias", "d -> d"),
+        _gpt2("mlp.c_fc.weight", "mlp.up.kernel", "d f -> d f"),
+        _gpt2("mlp.c_fc.bias", "mlp.up.bias", "f -> f"),
+        _gpt2("mlp.c_proj.weight", "mlp.down.kernel", "f d -> f d"),
+        _gpt2("mlp.c_proj.bias", "mlp.down.bias", "d -> d"),
+    ),
+    buffers=(".attn.bias", ".attn.masked_bias"),
+)
+
+
+def _neox(name: str, path: str, pattern: str) -> Rule:
+    return Rule(f"gpt_neox.layers.{{}}.{name}", tuple(path.split(".")), pattern)
+
+
+GPT_NEOX = Layout(
+    prefix="gpt_neox.",
+    embedding=Rule("gpt_neox.embed_in.weight", ("embed", "embedding"), "v d -> v d"),
+    head=Rule("embed_out.weight", ("lm_head", "kernel"), "v d -> d v"),
+    first=(),
+    last=(
+        Rule("gpt_neox.final_layer_norm.weight", ("final_norm", "scale"), "d -> d"),
+        Rule("gpt_neox.final_layer_norm.bias", ("final_norm", "bias"), "d -> d"),
+    ),
+    layer=(
+        _neox("input_layernorm.weight", "attention_norm.scale", "d -> d"),
+        _neox("input_layernorm.bias", "attention_norm.bias", "d -> d"),
+        # Query, key and value of a head lie together.
+        _neox("attention.query_key_value.weight", "attention.query.kernel", "(h 0/3 k) d -> d h k"),
+        _neox("attention.query_key_value.weight", "attention.key.kernel", "(g 1/3 k) d -> d g k"),
+        _neox("attention.query_key_value.weight", "attention.value.kernel", "(g 2/3 k) d -> d g k"),
+        _neox("attention.query_key_value.bias", "attention.query.bias", "(h 0/3 k) -> h k"),
+        _neox("attention.query_key_value.bias", "attention.key.bias", "(g 1/3 k) -> g k"),
+        _neox("attention.query_key_value.bias", "attention.value.bias", "(g 2/3 k) -> g k"),
+        _neox("attention.dense.weight", "attention.output.kernel", "d (h k) -> h k d"),
+        _neox("attention.dense.bias", "attention.output.bias", "d -> d"),
+        _neox("post_attention_layernorm.weight", "mlp_norm.scale", "d -> d"),
+        _neox("post_attention_layernorm.bias", "mlp_norm.bias", "d -> d"),
+        _neox("mlp.dense_h_to_4h.weight", "mlp.up.kernel", "f d -> d f"),
+        _neox("mlp.dense_h_to_4h.bias", "mlp.up.bias", "f -> f"),
+        _neox("mlp.dense_4h_to_h.weight", "mlp.down.kernel", "d f -> f d"),
+        _neox("mlp.dense_4h_to_h.bias", "mlp.down.bias", "d -> d"),
+    ),
+    buffers=("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias"),
+)

@@ -1,0 +1,80 @@
+"""Rotary position embedding, in the half-split layout of Hugging Face checkpoints.
+
+Axes: n sequences, t positions, h heads, k head width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jdpo.models.config import RopeConfig
+
+RopeTables = tuple[jax.Array, jax.Array]
+"""Cosines and sines, see `rope_tables`."""
+
+
+def rotated_dims(rope: RopeConfig, head_dim: int) -> int:
+    """How many of a head's numbers are rotated, from the first on.
+
+    >>> rotated_dims(RopeConfig(theta=1e4, fraction=0.25), 80)
+    20
+    """
+    return int(head_dim * rope.fraction)
+
+
+def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
+    """Radians a position for each rotated pair, float64; as transformers' modeling_rope_utils."""
+    num_dims = rotated_dims(rope, head_dim)
+    frequencies = 1.0 / rope.theta ** (np.arange(0, num_dims, 2, dtype=np.float64) / num_dims)
+    if rope.kind == "default":
+        return frequencies
+    if rope.kind == "linear":
+        return frequencies / rope.factor
+    if rope.kind == "longrope":
+        return frequencies / np.asarray(rope.divisors, np.float64)
+    # Slow waves (few turns within the original length) are stretched by `factor`, fast ones kept, others blended.
+    kept = _kept_by_turns(rope, frequencies) if rope.kind == "llama3" else _kept_by_place(rope, num_dims)
+    return (1 - kept) * frequencies / rope.factor + kept * frequencies
+
+
+def _kept_by_turns(rope: RopeConfig, frequencies: np.ndarray) -> np.ndarray:
+    """Llama 3's share of each frequency that is kept: linear in the turns it makes within the original length."""
+    turns = rope.original_max_positions * frequencies / (2 * math.pi)
+    return np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0.0, 1.0)
+
+
+def _kept_by_place(rope: RopeConfig, num_dims: int) -> np.ndarray:
+    """YaRN's (arXiv 2309.00071): linear in the number of the pair."""
+
+    def pair_that_makes(turns: float) -> float:
+        return num_dims * math.log(rope.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = pair_that_makes(rope.beta_fast), pair_that_makes(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, num_dims - 1)
+    width = high - low or 0.001
+    return 1 - np.clip((np.arange(num_dims // 2) - low) / width, 0.0, 1.0)
+
+
+def rope_tables(positions_nt: jax.Array, rope: RopeConfig, head_dim: int, dtype: Any) -> RopeTables:
+    """Cosines and sines [n, t, 1, rotated pairs] of each position, ready to broadcast over heads."""
+    frequencies = jnp.asarray(inverse_frequencies(rope, head_dim), dtype)
+    angles = positions_nt[:, :, None, None].astype(dtype) * frequencies
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return (cos, sin) if rope.attention_factor == 1.0 else (cos * rope.attention_factor, sin * rope.attention_factor)
+
+
+def apply_rope(x_nthk: jax.Array, tables: RopeTables) -> jax.Array:
+    """Rotates pairs (i, i + r/2) of the first r numbers of each head; the rest stays as it is."""
+    cos, sin = tables
+    num_pairs = cos.shape[-1]
+    wide = x_nthk.astype(cos.dtype)
+    first, second, rest = wide[..., :num_pairs], wide[..., num_pairs : 2 * num_pairs], wide[..., 2 * num_pairs :]
+    rotated = [first * cos - second * sin, second * cos + first * sin, *([rest] if rest.shape[-1] else [])]
+    return jnp.concatenate(rotated, axis=-1).astype(x_nthk.dtype)

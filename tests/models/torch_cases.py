@@ -1,0 +1,150 @@
+"""Random small models made by transformers' own torch classes, two or more of every family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1000.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "rope_theta": 50.0,
+}
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 4.0,
+    "rope_theta": 50.0,
+}
+SCALED_YARN = {**YARN, "mscale": 1.0, "mscale_all_dim": 0.8, "truncate": False, "beta_slow": 0.5}
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.5, 2.5],
+    "long_factor": [2.0, 3.0, 9.0],
+    "rope_theta": 50.0,
+    "partial_rotary_factor": 0.75,
+}
+TWO_ROPES = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+}
+MIXED = {
+    "use_sliding_window": True,
+    "sliding_window": 3,
+    "num_hidden_layers": 3,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+MULTIPLIERS = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.4,
+    "attention_multiplier": 0.3,
+    "logits_scaling": 2.5,
+}
+CAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 10}
+PARTIAL = {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("Llama", {}),
+    ("Llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
+    ("Llama", {"rope_parameters": LINEAR, "attention_bias": True, "num_key_value_heads": 1}),
+    ("Llama", {"rope_parameters": YARN, "mlp_bias": True, "hidden_act": "gelu"}),
+    ("Llama", {"rope_parameters": SCALED_YARN, "hidden_act": "relu", "head_dim": 8}),
+    ("Mistral", {"sliding_window": 4}),
+    ("Mistral", {"sliding_window": None, "tie_word_embeddings": True}),
+    ("Qwen2", {"tie_word_embeddings": True}),
+    ("Qwen2", {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}),
+    ("Qwen3", {}),
+    ("Qwen3", {"attention_bias": True, "tie_word_embeddings": True, **MIXED}),
+    ("Gemma", {}),
+    ("Gemma", {"attention_bias": True, "tie_word_embeddings": False, "hidden_act": "gelu"}),
+    ("Gemma2", {"sliding_window": 3, "num_hidden_layers": 3, **CAPS}),
+    ("Gemma2", {"sliding_window": 5, "num_hidden_layers": 2, "attn_logit_softcapping": None, "num_key_value_heads": 1}),
+    ("Gemma3Text", {"sliding_window": 3, "num_hidden_layers": 4, "sliding_window_pattern": 2}),
+    ("Gemma3Text", {"rope_parameters": TWO_ROPES, "final_logit_softcapping": 4.0, **MIXED}),
+    ("Phi3", {"sliding_window": 4, "rope_parameters": PARTIAL, "head_dim": 8}),
+    ("Phi3", {"rope_parameters": LONGROPE, "head_dim": 8, "original_max_position_embeddings": 32}),
+    ("Olmo2", {}),
+    ("Olmo2", {"attention_bias": True, "tie_word_embeddings": True, "num_key_value_heads": 1}),
+    ("SmolLM3", {"num_hidden_layers": 3, "no_rope_layer_interval": 2}),
+    (
+        "SmolLM3",
+        {
+            "num_hidden_layers": 3,
+            "no_rope_layers": [1, 0, 1],
+            "use_sliding_window": True,
+            "sliding_window": 3,
+            "tie_word_embeddings": False,
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
+    ),
+    ("Granite", MULTIPLIERS),
+    ("Granite", {**MULTIPLIERS, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    ("GPT2", {}),
+    ("GPT2", {"n_inner": 20, "scale_attn_weights": False, "tie_word_embeddings": False, "activation_function": "relu"}),
+    ("GPTNeoX", {"rotary_pct": 0.5}),
+    ("GPTNeoX", {"use_parallel_residual": False, "rotary_pct": 1.0, "attention_bias": False}),
+]
+CASE_NAMES = [f"{name}-{index}" for index, (name, _) in enumerate(CASES)]
+
+_OLD_KEYS = {
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "max_position_embeddings": "n_positions",
+}
+
+
+def random_shape(rng: np.random.Generator) -> dict[str, Any]:
+    """Odd head counts, grouped and plain attention, sizes that share no factor."""
+    num_kv_heads, head_dim = int(rng.integers(1, 4)), 2 * int(rng.integers(2, 6))
+    num_heads = num_kv_heads * int(rng.integers(1, 4))
+    return {
+        "vocab_size": int(rng.integers(30, 90)),
+        "hidden_size": num_heads * head_dim,
+        "head_dim": head_dim,
+        "intermediate_size": int(rng.integers(10, 50)),
+        "num_hidden_layers": int(rng.integers(1, 4)),
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": num_kv_heads,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.3,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+        "pad_token_id": None,
+    }
+
+
+def torch_model(prefix: str, settings: dict[str, Any], seed: int) -> Any:
+    """A torch model in float32 with norms and biases away from 1 and 0."""
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    shape = {**random_shape(np.random.default_rng(seed)), **settings}
+    if "head_dim" in settings:
+        shape["hidden_size"] = shape["head_dim"] * shape["num_attention_heads"]
+    if prefix in ("GPT2", "GPTNeoX"):
+        shape = {key: value for key, value in shape.items() if key not in ("head_dim", "num_key_value_heads")}
+    if prefix == "GPT2":
+        shape = {_OLD_KEYS.get(key, key): value for key, value in shape.items() if key != "intermediate_size"}
+    config = getattr(transformers, f"{prefix}Config")(**shape)
+    config._attn_implementation = "eager"  # the one that caps scores
+    own_class = "GPT2LMHeadModel" if prefix == "GPT2" else f"{prefix.removesuffix('Text')}ForCausalLM"
+    model = getattr(transformers, own_class)(config).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "ln_" in name or name.endswith("bias"):
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    return model
+
+
+def save(model: Any, folder: Path) -> None:
+    """As transformers writes a model, in several files."""
+    model.save_pretrained(folder, max_shard_size="20KB")

@@ -102,7 +102,7 @@ def tensor_entries(folder: Path) -> dict[str, TensorEntry]:
     index_path = folder / INDEX_NAME
     # transformers takes the single file where both are there.
     if (folder / SINGLE_NAME).is_file() or not index_path.is_file():
-        return _read_header(_single_file(folder))
+        return read_header(_single_file(folder))
     weight_map = _read_weight_map(index_path)
     headers: dict[str, dict[str, TensorEntry]] = {}
     for file_name in sorted(set(weight_map.values())):
@@ -113,7 +113,7 @@ def tensor_entries(folder: Path) -> dict[str, TensorEntry]:
             raise ValueError(
                 f"{folder}: shard {file_name} is listed in {INDEX_NAME} but is not there{lost}; download it again"
             )
-        headers[file_name] = _read_header(path)
+        headers[file_name] = read_header(path)
     for name, file_name in weight_map.items():
         if name not in headers[file_name]:
             raise ValueError(f"{index_path}: tensor {name} should be in {file_name}, but that file does not hold it")
@@ -161,7 +161,7 @@ def _read_weight_map(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _read_header(path: Path) -> dict[str, TensorEntry]:
+def read_header(path: Path) -> dict[str, TensorEntry]:
     """Parses a safetensors header (u64 length, JSON) and holds it against the file's size."""
     size = path.stat().st_size
     with path.open("rb") as file:

@@ -1,0 +1,196 @@
+"""Where adapters may sit: the projections of a model's layers, by the names that Hugging Face gives their modules."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jdpo.models.hf_names import Piece, leaves
+from jdpo.models.transformer import Transformer, logical_axes
+
+Path = tuple[str, ...]
+Targets = str | Sequence[str]
+
+ALL_LINEAR = "all-linear"
+KERNEL = "kernel"
+
+_MOST_NAMED = 8
+
+
+class Module(NamedTuple):
+    """A module of Hugging Face's model, and where the outputs of one projection stand among its own.
+
+    Attributes:
+      at: its index along the leading axes of the kernel.
+      start, strides: output (i, j, ..) of the projection is number start + i strides[0] + j strides[1] + .. there.
+      num_outputs: all that it has; more than the projection's where several share it.
+    """
+
+    at: tuple[int, ...]
+    name: str
+    start: int
+    strides: tuple[int, ...]
+    num_outputs: int
+
+
+class Site(NamedTuple):
+    """A projection that may be adapted; all its layers are, or none.
+
+    Attributes:
+      path: of the projection in the params.
+      leader: whose A it takes: itself, or the first of those that share a module of Hugging Face.
+      lead, inputs, outputs: the kernel's shape, cut in three.
+      lead_axes, input_axes, output_axes: its logical axes.
+      modules: its modules in Hugging Face's model.
+      fan_in_first: whether Hugging Face keeps the weight [in, out] (Conv1D) and not [out, in].
+    """
+
+    path: Path
+    leader: Path
+    lead: tuple[int, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    lead_axes: tuple[str | None, ...]
+    input_axes: tuple[str | None, ...]
+    output_axes: tuple[str | None, ...]
+    modules: tuple[Module, ...]
+    fan_in_first: bool
+
+
+def find_sites(model: Transformer) -> tuple[Site, ...]:
+    """Every projection of the layers that an adapter may sit at, in the order of the forward pass."""
+    found: dict[str, Path] = {}
+    axes = logical_axes(model)
+    sites = []
+    for path, (shape, pieces) in leaves(model.config).items():
+        if path[0] not in ("stack", "rest") or path[-1] != KERNEL:
+            continue
+        first, names = pieces[0], get_at(axes, path)
+        num_lead, (num_inputs, fan_in_first) = len(first.at), _inputs_of(first)
+        behind = num_lead + num_inputs
+        sites.append(
+            Site(
+                path=path[:-1],
+                leader=found.setdefault(first.hf_name, path[:-1]),
+                lead=shape[:num_lead],
+                inputs=shape[num_lead:behind],
+                outputs=shape[behind:],
+                lead_axes=tuple(names[:num_lead]),
+                input_axes=tuple(names[num_lead:behind]),
+                output_axes=tuple(names[behind:]),
+                modules=tuple(_module_of(piece, num_inputs, fan_in_first) for piece in pieces),
+                fan_in_first=fan_in_first,
+            )
+        )
+    return tuple(sites)
+
+
+def _inputs_of(piece: Piece) -> tuple[int, bool]:
+    """How many axes of a kernel are inputs, and whether Hugging Face has them in front."""
+    num_columns = piece.hf_shape[-1]
+    in_rows = [stride >= num_columns for stride in piece.window.strides]
+    num_inputs = next((place for place, value in enumerate(in_rows) if value != in_rows[0]), len(in_rows))
+    assert math.prod(piece.window.shape[:num_inputs]) == piece.hf_shape[-2 if in_rows[0] else -1], piece
+    return num_inputs, in_rows[0]
+
+
+def _module_of(piece: Piece, num_inputs: int, fan_in_first: bool) -> Module:
+    num_rows, num_columns = piece.hf_shape
+    start, unit, num_outputs = piece.window.start // num_columns, num_columns, num_rows
+    if fan_in_first:
+        start, unit, num_outputs = piece.window.start % num_columns, 1, num_columns
+    strides = tuple(stride // unit for stride in piece.window.strides[num_inputs:])
+    return Module(piece.at, piece.hf_name.removesuffix(".weight"), start, strides, num_outputs)
+
+
+def last_name(site: Site) -> str:
+    """What people call a site's modules, such as q_proj."""
+    return site.modules[0].name.rsplit(".", 1)[-1]
+
+
+def choose_sites(sites: Sequence[Site], targets: Targets) -> tuple[Site, ...]:
+    """The sites that PEFT's `target_modules` means.
+
+    Args:
+      targets: "all-linear", a regular expression for whole module names, or a list of names or of their last parts.
+
+    Raises:
+      ValueError: a name that no module has, a module that cannot be adapted, or only some of a stack's layers.
+    """
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        return tuple(sites)
+    names = [module.name for site in sites for module in site.modules]
+    if isinstance(targets, str):
+        try:
+            pattern = re.compile(targets)
+        except re.error as error:
+            raise ValueError(f"target_modules {targets!r} is not a regular expression: {error}") from None
+        chosen = {name for name in names if pattern.fullmatch(name)}
+    else:
+        chosen = set()
+        for target in targets:
+            found = {name for name in names if name == target or name.endswith(f".{target}")}
+            if not found:
+                raise ValueError(f"target_modules: no module is called {target!r}{_known(names)}")
+            chosen |= found
+    if not chosen:
+        raise ValueError(f"target_modules: no module is called as {targets!r} asks{_known(names)}")
+    return whole_sites(sites, chosen, "target_modules")
+
+
+def whole_sites(sites: Sequence[Site], modules: Iterable[str], asked_by: str) -> tuple[Site, ...]:
+    """The sites whose modules are all among `modules`.
+
+    Raises:
+      ValueError: a site has some of its modules there and others not.
+    """
+    chosen, found = set(modules), []
+    for site in sites:
+        names = [module.name for module in site.modules]
+        left_out = [name for name in names if name not in chosen]
+        if not left_out:
+            found.append(site)
+        elif len(left_out) < len(names):
+            raise ValueError(
+                f"{asked_by}: {last_name(site)} is adapted in some of the layers that jdpo computes as "
+                f"one, and not in all: {_listed(left_out)} is left out; adapt it in every layer, or in none"
+            )
+    return tuple(found)
+
+
+def _known(names: Sequence[str]) -> str:
+    last = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
+    return (
+        f"; the modules that can be adapted are {', '.join(last)} (all of them: {ALL_LINEAR}), such as {names[0]}. "
+        "Embedding, head and norms stay frozen"
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return ", ".join(names[:_MOST_NAMED]) + more
+
+
+def get_at(tree: Mapping[str, Any], path: Path) -> Any:
+    """What stands at a path of a tree."""
+    value: Any = tree
+    for key in path:
+        value = value[key]
+    return value
+
+
+def tree_of(leaves: Mapping[Path, Any]) -> dict[str, Any]:
+    """Nested dicts of leaves by path.
+
+    >>> tree_of({("a", "b"): 1, ("a", "c"): 2})
+    {'a': {'b': 1, 'c': 2}}
+    """
+    tree: dict[str, Any] = {}
+    for path, value in leaves.items():
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = value
+    return tree

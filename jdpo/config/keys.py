@@ -32,6 +32,11 @@ def _as_optimizer(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
+def _as_lora(value: Any) -> Any:
+    """`lora: true` is LoRA with every key at its default."""
+    return {} if value is True else None if value is False else value
+
+
 Int = Annotated[int, BeforeValidator(_no_bool)]
 Float = Annotated[float, BeforeValidator(_no_bool)]
 PositiveInt = Annotated[Int, Field(ge=1)]
@@ -141,6 +146,51 @@ RULE_KEYS = ("b1", "b2", "eps", "momentum")
 """Keys that some rules read and others do not."""
 
 
+TargetModules = Annotated[
+    Annotated[str, Field(strict=True)] | tuple[Annotated[str, Field(strict=True)], ...],
+    Field(union_mode="left_to_right"),
+]
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+class LoraConfig:
+    """Adapters in place of full fine-tuning. Keys have PEFT's meaning where it has them.
+
+    Raises:
+      ValueError: a dropout, or a shape for an adapter that has one already.
+    """
+
+    r: PositiveInt | None = _key(None, "rank of the adapters; null: 16, or that of `adapter`")
+    alpha: PositiveFloat | None = _key(None, "(x A) B counts alpha / r times; null: 32, or that of `adapter`")
+    use_rslora: bool | None = _key(
+        None, "alpha / sqrt(r) times instead (arXiv 2312.03732); null: false, or as `adapter` says"
+    )
+    target_modules: TargetModules | None = _key(
+        None,
+        "all-linear, a regular expression for whole module names, or a list such as [q_proj, v_proj]; "
+        "null: all-linear, or those of `adapter`",
+    )
+    adapter: str | None = _key(
+        None, "a PEFT adapter folder or hub name to go on from; the reference is then the base with it, as it came"
+    )
+    base_dtype: Literal["auto", "float32", "bfloat16", "int8"] = _key(
+        "auto",
+        "dtype of the frozen weights; auto: compute_dtype; int8: projections in int8 with a scale a channel, the rest "
+        "in compute_dtype",
+    )
+    merge: bool = _key(False, "export the base with the adapters added to it, and not the adapters alone")
+    dropout: NonNegativeFloat = _key(0.0, "none: policy and reference run without dropout, so that they compare")
+
+    @model_validator(mode="after")
+    def _refuse_dropout(self) -> LoraConfig:
+        if self.dropout:
+            raise ValueError(
+                f"dropout {self.dropout} is not supported: policy and reference run without dropout, or step 0 would "
+                "not be their tie; leave it out"
+            )
+        return self
+
+
 Datasets = Annotated[tuple[Annotated[DatasetConfig, BeforeValidator(_as_dataset)], ...], BeforeValidator(_as_list)]
 
 
@@ -186,6 +236,9 @@ class TrainConfig:
         None, "queries a tile of splash (a multiple of 128) or blockwise (of 16) attention; null: by the length"
     )
     attention_block_kv: PositiveInt | None = _key(None, "keys a tile; for blockwise the same as attention_block_q")
+    lora: Annotated[LoraConfig | None, BeforeValidator(_as_lora)] = _key(
+        None, "train adapters beside frozen weights; true: with every key at its default; null: all weights are trained"
+    )
     mesh: MeshConfig = _key(MeshConfig(), "how the devices are laid out")
 
     global_batch_size: PositiveInt = _key(32, "rows an optimizer step, whatever the mesh and micro-batches")

@@ -8,7 +8,7 @@ from typing import Any
 from jdpo.config.keys import RULE_DEFAULTS, DatasetConfig, TrainConfig
 from jdpo.config.reading import defaults_of, to_dict
 
-EXPORT_KEYS = ("export_dtype", "max_shard_size", "load_best_model_at_end", "metric_for_best_model")
+EXPORT_KEYS = ("export_dtype", "max_shard_size", "load_best_model_at_end", "metric_for_best_model", "lora.merge")
 """Keys that decide what is exported: a finished run whose export was asked for otherwise exports again."""
 
 FREE_KEYS = frozenset(
@@ -56,10 +56,17 @@ def changed_keys(saved: Mapping[str, Any], current: TrainConfig, keys: Iterable[
     now, defaults = to_dict(current), defaults_of(type(current))
 
     def differ(key: str) -> bool:
-        before, after = (_meaning(key, values.get(key, defaults.get(key))) for values in (saved, now))
+        before, after = (_meaning(key, _at(values, key, defaults)) for values in (saved, now))
         return before != after and [before] != after  # a key that takes a list took one value before
 
     return [key for key in keys if differ(key)]
+
+
+def _at(values: Mapping[str, Any], key: str, defaults: Mapping[str, Any]) -> Any:
+    """The value of a key, perhaps one within a group; None within a group that is left out."""
+    group, _, inner = key.partition(".")
+    value = values.get(group, defaults.get(group))
+    return (value or {}).get(inner) if inner else value
 
 
 def _meaning(key: str, value: Any) -> Any:
@@ -70,6 +77,10 @@ def _meaning(key: str, value: Any) -> Any:
     """
     if key == "datasets" and isinstance(value, list | tuple):
         return [_meaning_of_dataset(dataset) for dataset in value]
+    if key == "lora" and isinstance(value, Mapping):
+        return {name: setting for name, setting in value.items() if f"lora.{name}" not in EXPORT_KEYS}
+    if key == "lora.merge":
+        return bool(value)
     if key != "optimizer" or not isinstance(value, Mapping):
         return value
     given = {name: setting for name, setting in value.items() if setting is not None}

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,12 +11,12 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 
+from jdpo.checkpoint.folders import read_json, write_folder, write_json, write_tokenizer
 from jdpo.checkpoint.shard_files import ShardFile, plan_shards, write_shards
 from jdpo.models.config import ModelConfig
 from jdpo.models.hf_names import hf_tensors
 from jdpo.models.safetensors_folder import source_dtypes
 from jdpo.models.transformer import Params
-from jdpo.processes import is_first, together
 
 ExportDtype = Literal["source", "float32", "bfloat16", "float16"]
 
@@ -65,24 +62,18 @@ def export_model(
     if len(tokenizer) > config.vocab_size:
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the embedding only {config.vocab_size} rows")
     shards = plan_shards(config, dtypes, parse_size(max_shard_size))
-    staging = out.parent / f".{out.name}.writing"
 
-    def write_the_rest() -> None:
+    def write_weights(staging: Path) -> None:
+        write_shards(params, config, dtypes, shards, staging)
+
+    def write_the_rest(staging: Path) -> None:
         _check_arrived(staging, shards)
         _write_configs(config, source_folder, staging, tokenizer, end_token_ids, main_dtype)
-        _write_tokenizer(staging, tokenizer)
+        write_tokenizer(staging, tokenizer)
         if model_card is not None:
             (staging / "README.md").write_text(model_card, encoding="utf-8")
-        _publish(staging, out)
 
-    together(lambda: _prepare(out, staging), on_first=True)
-    try:
-        together(lambda: write_shards(params, config, dtypes, shards, staging))
-        together(write_the_rest, on_first=True)
-    except BaseException:
-        if is_first():
-            shutil.rmtree(staging, ignore_errors=True)
-        raise
+    write_folder(out, by_all=write_weights, by_first=write_the_rest)
 
 
 def parse_size(text: str) -> int:
@@ -110,13 +101,6 @@ def _export_dtypes(config: ModelConfig, source_folder: Path, export_dtype: str) 
     return {name: source.get(name, most_common) for name in names}, most_common
 
 
-def _prepare(out: Path, staging: Path) -> None:
-    if out.exists() and not (out / "config.json").is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not a model folder: it will not be replaced; choose another place")
-    shutil.rmtree(staging, ignore_errors=True)  # of an export that was killed
-    staging.mkdir(parents=True)
-
-
 def _check_arrived(staging: Path, shards: Sequence[ShardFile]) -> None:
     missing = [shard.name for shard in shards if not (staging / shard.name).is_file()]
     if missing:
@@ -124,14 +108,6 @@ def _check_arrived(staging: Path, shards: Sequence[ShardFile]) -> None:
             f"{', '.join(missing)}: written by other processes, but not to be seen in {staging}; "
             "the folder must be on a file system that all processes share"
         )
-
-
-def _write_tokenizer(staging: Path, tokenizer: Any) -> None:
-    tokenizer.save_pretrained(str(staging))
-    path = staging / "tokenizer_config.json"
-    # transformers writes down how this process loaded the tokenizer, which is nobody else's business.
-    kept = {key: value for key, value in _read_json(path).items() if key not in ("is_local", "local_files_only")}
-    _write_json(path, kept)
 
 
 def _write_configs(
@@ -143,13 +119,13 @@ def _write_configs(
     main_dtype: np.dtype,
 ) -> None:
     generation_path = source_folder / "generation_config.json"
-    generation_json = _read_json(generation_path) if generation_path.is_file() else {}
+    generation_json = read_json(generation_path) if generation_path.is_file() else {}
     own = generation_json.get("eos_token_id")
     ends = [tokenizer.eos_token_id, *map(int, end_token_ids), *(own if isinstance(own, list) else [own])]
     eos_ids = [id for id in dict.fromkeys(ends) if id is not None]
     special = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
     special = {key: value for key, value in special.items() if value is not None}
-    model_json = _read_json(source_folder / "config.json")
+    model_json = read_json(source_folder / "config.json")
     # transformers 5 writes `dtype`, older ones `torch_dtype`, which is all that some loaders know.
     dtype_key = "torch_dtype" if "torch_dtype" in model_json and "dtype" not in model_json else "dtype"
     model_json |= {**special, "vocab_size": config.vocab_size, dtype_key: main_dtype.name}
@@ -157,35 +133,5 @@ def _write_configs(
     if eos_ids:
         model_json["eos_token_id"] = eos_ids[0] if len(eos_ids) == 1 else eos_ids
         generation_json["eos_token_id"] = eos_ids
-    _write_json(staging / "config.json", model_json)
-    _write_json(staging / "generation_config.json", generation_json)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _publish(staging: Path, out: Path) -> None:
-    """Makes `staging` durable and renames it to `out`; an older `out` stays beside it until the new one stands."""
-    for path in [path for path in staging.rglob("*") if path.is_file()]:
-        _sync(path)
-    _sync(staging)
-    replaced = out.parent / f".{out.name}.replaced"
-    if out.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        out.rename(replaced)
-    staging.rename(out)
-    _sync(out.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    write_json(staging / "config.json", model_json)
+    write_json(staging / "generation_config.json", generation_json)

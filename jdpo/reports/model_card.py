@@ -14,6 +14,18 @@ METHODS = {
 }
 
 
+_LOADING = """A LoRA adapter, to be loaded onto that model:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "THIS_FOLDER")
+```
+
+"""
+
+
 def model_card(
     *,
     command: str,
@@ -22,6 +34,8 @@ def model_card(
     rows: str,
     version: str,
     config_yaml: str,
+    base: str,
+    is_adapter: bool = False,
 ) -> str:
     """Markdown with the metadata block that model hubs read.
 
@@ -32,13 +46,16 @@ def model_card(
       rows: what the data report said of the training rows.
       version: of jdpo.
       config_yaml: the resolved config as text.
+      base: the model that it came from; for an adapter, that it belongs on.
+      is_adapter: whether the folder holds a PEFT adapter, and not a model.
     """
-    base = config["model_name_or_path"]
     is_hub_name = not base.startswith(("/", ".", "~")) and base.count("/") == 1
     figures = "\n".join(
         f"| {name} | {value:.4g} |" for name, value in results.items() if isinstance(value, int | float)
     )
-    metadata = ["---", "library_name: transformers", "tags:", "- jdpo", f"- {command}"]
+    library = "peft" if is_adapter else "transformers"
+    metadata = ["---", f"library_name: {library}", "tags:", "- jdpo", f"- {command}"]
+    metadata += ["- lora"] if config.get("lora") or is_adapter else []
     metadata += [f"base_model: {base}"] if is_hub_name else []
     return "\n".join(
         [
@@ -49,6 +66,7 @@ def model_card(
             "",
             f"Made from `{base}` with jdpo {version}: {METHODS[command]}.",
             "",
+            *(_LOADING.format(base=base).splitlines() if is_adapter else ()),
             "## Data",
             "",
             rows.strip(),

@@ -11,8 +11,9 @@ import optax
 
 from jdpo.config import DPOConfig, TrainConfig
 from jdpo.losses.objective import Totals
+from jdpo.models.lora import num_adapter_params
 from jdpo.models.self_attention import AttentionSettings
-from jdpo.models.transformer import Transformer, abstract_params
+from jdpo.models.transformer import Transformer, Weights
 from jdpo.sharding.mesh import num_batch_shards
 from jdpo.sharding.placement import offloaded, state_shardings
 from jdpo.training.flops import Arithmetic, StepFlops, step_flops
@@ -20,8 +21,8 @@ from jdpo.training.objectives import Batch, Objective
 from jdpo.training.optimizer import learning_rate_schedule, make_optimizer
 from jdpo.training.settings import Mode
 from jdpo.training.setup import Setup
-from jdpo.training.step import Compiled, ReferenceSync, TrainState, compile_step, num_micro
-from jdpo.training.weights import reference_dtype
+from jdpo.training.step import Compiled, Frozen, ReferenceSync, TrainState, compile_step, num_micro
+from jdpo.training.weights import abstract_frozen
 from jdpo.types import PackedBatch
 
 Params = Any
@@ -36,10 +37,11 @@ class Assembly:
       sync: how the reference moves, where it does.
       state_shardings: of each leaf of the state.
       state: shape, dtype and sharding of each leaf.
-      reference: shapes and dtypes of the reference's weights where a frozen model runs beside the policy, else None.
+      frozen: shape, dtype and sharding of each weight that steps read and do not change.
       compiled: the jitted functions.
       has_totals: whether evaluation is told the totals of all its rows.
       num_shards: parts that a micro-batch is split into.
+      num_adapter_params: numbers in the adapters; None where all weights are trained.
     """
 
     model: Transformer
@@ -48,10 +50,11 @@ class Assembly:
     sync: ReferenceSync | None
     state_shardings: TrainState
     state: TrainState
-    reference: Params | None
+    frozen: Frozen
     compiled: Compiled
     has_totals: bool
     num_shards: int
+    num_adapter_params: int | None = None
 
     def attention(self, length: int) -> str:
         """The backend that attends over packed sequences of so many places."""
@@ -65,24 +68,35 @@ class Assembly:
         program = Arithmetic(
             self.attention(batch.gather.shape[-1]) if isinstance(batch, PackedBatch) else "xla",
             model.remat,
-            live_reference=self.reference is not None,
+            live_reference=self.frozen.reference is not None or self.sync is not None,
             first_pass=self.objective.coupled and num_micro(batch) > 1,
             num_shards=self.num_shards,
             block_q=model.attention_block_q,
             block_kv=model.attention_block_kv,
             on_cpu=jax.default_backend() == "cpu",
+            adapters=self.num_adapter_params,
+            adapters_in_reference=self.sync is not None or _has_adapters(self.frozen.reference),
         )
         return step_flops(model.config, batch, program)
 
     def lower_step(self, batch: Batch) -> Any:
         """The training step for batches of these shapes."""
-        return self.compiled.train_step.lower(self.state, None if self.sync else self.reference, batch)
+        return self.compiled.train_step.lower(self.state, self.frozen, batch)
 
     def lower_evaluate(self, batch: Batch) -> Any:
         """The evaluation of batches of these shapes."""
         scalar = jax.ShapeDtypeStruct((), jnp.float32)
         totals = Totals(scalar, scalar) if self.has_totals else None
-        return self.compiled.evaluate.lower(self.state.params, self.reference, batch, self.state.loss_state, totals)
+        frozen = self.evaluated(self.frozen, self.state)
+        return self.compiled.evaluate.lower(self.state.params, frozen, batch, self.state.loss_state, totals)
+
+    def evaluated(self, frozen: Frozen, state: TrainState) -> Frozen:
+        """What an evaluation reads beside the params: of a reference that moves, where it is now."""
+        return frozen if self.sync is None else frozen._replace(reference=state.reference_params)
+
+
+def _has_adapters(reference: Params) -> bool:
+    return bool(reference) and not isinstance(reference, Weights)
 
 
 def assemble(setup: Setup, *, reference: Mode, remat: str) -> Assembly:
@@ -97,7 +111,7 @@ def assemble(setup: Setup, *, reference: Mode, remat: str) -> Assembly:
     optimizer = make_optimizer(config, setup.num_steps)
     objective = task.objective(model, setup.mesh, packing=config.packing)
     sync = sync_of(config)
-    shapes = abstract_params(model)
+    shapes = setup.trained
     abstract = TrainState(
         step=jax.ShapeDtypeStruct((), jnp.int32),
         params=shapes,
@@ -112,6 +126,7 @@ def assemble(setup: Setup, *, reference: Mode, remat: str) -> Assembly:
     state: TrainState = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
     )
+    frozen = abstract_frozen(setup, live=reference == "live", moves=sync is not None)
     return Assembly(
         model=model,
         objective=objective,
@@ -119,18 +134,20 @@ def assemble(setup: Setup, *, reference: Mode, remat: str) -> Assembly:
         sync=sync,
         state_shardings=shardings,
         state=state,
-        reference=_reference(setup, shapes, moves=sync is not None) if reference == "live" else None,
+        frozen=frozen,
         compiled=compile_step(
             objective=objective,
             optimizer=optimizer,
             schedule=learning_rate_schedule(config, setup.num_steps),
             mesh=setup.mesh,
             state_shardings=shardings,
-            with_reference=reference == "live",
+            frozen_shardings=jax.tree.map(lambda leaf: leaf.sharding, frozen),
             sync=sync,
+            lora=setup.adaptation.lora if setup.adaptation else None,
         ),
         has_totals=task.loss is not None,
         num_shards=num_batch_shards(setup.mesh),
+        num_adapter_params=num_adapter_params(setup.adaptation.lora) if setup.adaptation else None,
     )
 
 
@@ -139,9 +156,3 @@ def sync_of(config: TrainConfig) -> ReferenceSync | None:
     if not isinstance(config, DPOConfig) or not config.sync_ref_model:
         return None
     return ReferenceSync(config.ref_model_mixup_alpha, config.ref_model_sync_steps)
-
-
-def _reference(setup: Setup, shapes: Params, *, moves: bool) -> Params:
-    """As `load_reference` gives it."""
-    dtype = reference_dtype(setup.model, moves=moves)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)

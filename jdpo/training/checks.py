@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -85,6 +86,31 @@ def _start_slack(loss: LossSettings, most: np.ndarray) -> float:
     start = _loss_at(loss, np.zeros((1, 2)))
     corners = [np.array([[x * most[0], y * most[1]]]) for x in (-1, 1) for y in (-1, 1)]
     return 1e-6 * max(1.0, abs(start)) + max(abs(_loss_at(loss, corner) - start) for corner in corners)
+
+
+def check_base(saved: Mapping[str, str] | None, now: Mapping[str, str] | None, where: Path) -> None:
+    """Refuses adapters on another base than they were trained on.
+
+    Args:
+      saved: what the checkpoint says of its base, {model, digest, dtype}, or None where it holds all weights.
+      now: the same of this run.
+      where: the checkpoint.
+
+    Raises:
+      ValueError: naming both.
+    """
+    told_apart = [None if base is None else (base["digest"], base["dtype"]) for base in (saved, now)]
+    if told_apart[0] != told_apart[1]:
+        raise ValueError(
+            f"the checkpoint in {where} holds {_on_base(saved)}, and this run trains {_on_base(now)}: adapters mean "
+            "nothing on another base. Give the base that it had, or choose another output_dir"
+        )
+
+
+def _on_base(base: Mapping[str, str] | None) -> str:
+    if base is None:
+        return "all weights"
+    return f"adapters on {base['model']} in {base['dtype']} (digest {base['digest'][:12]})"
 
 
 def check_finite(

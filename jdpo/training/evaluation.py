@@ -19,9 +19,7 @@ from jdpo.training.metrics import DatasetShares, RowAverages, rows_at
 from jdpo.training.preparation import make_batches, shapes_in_order
 from jdpo.training.reference import Reference
 from jdpo.training.setup import Setup
-from jdpo.training.step import EvaluationReport, TrainState
-
-Params = Any
+from jdpo.training.step import EvaluationReport, Frozen, TrainState
 
 
 class Evaluation:
@@ -42,7 +40,7 @@ class Evaluation:
           pool: threads that compile.
         """
         assert setup.eval_data is not None
-        self._data, self._size, self._moves = setup.eval_data, setup.config.global_batch_size, assembly.sync is not None
+        self._data, self._size, self._assembly = setup.eval_data, setup.config.global_batch_size, assembly
         self._shares = DatasetShares(setup.eval_data)
         self._batch_sharding = micro_batch_sharding(setup.mesh)
         self._batches = make_batches(
@@ -64,15 +62,15 @@ class Evaluation:
         """Starts compiling."""
         self.programs.prepare(shapes_in_order(self._batches, self._rows()))
 
-    def averages(self, state: TrainState, reference: Params | None) -> dict[str, float]:
+    def averages(self, state: TrainState, frozen: Frozen) -> dict[str, float]:
         """Means over all rows, {name: value}."""
-        reference = state.reference_params if self._moves else reference
+        frozen = self._assembly.evaluated(frozen, state)
         averages, waiting = RowAverages(), None
         batches = list(self._rows())
         made_ahead = prefetch(lambda index: self._place(batches[index]), range(len(batches)))
         for indices, made in zip(batches, made_ahead, strict=True):
             program = self.programs.of(made.batch)
-            report = program(state.params, reference, made.batch, state.loss_state, self._totals)
+            report = program(state.params, frozen, made.batch, state.loss_state, self._totals)
             if waiting is not None:  # the device works on a batch while the host adds up the one before
                 self._add(averages, *waiting)
             waiting = indices, made, report

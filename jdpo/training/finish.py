@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 from jdpo._version import __version__
 from jdpo.checkpoint.hf_export import export_model
 from jdpo.checkpoint.manager import CheckpointManager
+from jdpo.checkpoint.peft_export import export_adapter
 from jdpo.config import to_dict, to_yaml
+from jdpo.models.base_weights import Base
+from jdpo.models.lora import merge
 from jdpo.processes import agree_on, barrier, is_first
 from jdpo.reports.model_card import model_card
 from jdpo.reports.plots import write_plots
@@ -26,33 +35,88 @@ def step_to_export(setup: Setup, manager: CheckpointManager) -> int:
     return setup.num_steps if best is None else best
 
 
-def finish_run(setup: Setup, directory: RunDirectory, params: Params, exported: int) -> None:
+def finish_run(setup: Setup, directory: RunDirectory, params: Params, base: Base | None, exported: int) -> None:
     """Exports the weights of a step, draws the plots and says that the run is complete."""
     config = setup.config
     lines = read_metrics(directory.metrics)
     results = _results(lines, exported)
+    export_trained(setup, params, base, directory.model, results=results)
+    if is_first():
+        write_plots(lines, directory.plots, title=f"jdpo {setup.task.command}: {config.model_name_or_path}")
+    barrier("exported")
+    directory.finish({**results, "step": setup.num_steps, "exported_step": exported})
+
+
+def export_trained(
+    setup: Setup,
+    params: Params,
+    base: Base | None,
+    out: Path,
+    *,
+    results: Mapping[str, Any],
+    merge_adapters: bool | None = None,
+) -> None:
+    """Writes what was trained to `out`: a model, or an adapter on its base.
+
+    Args:
+      params: all weights, or adapters; weights are given up where adapters are merged into them.
+      base: where adapters were trained; may be None where they are not merged.
+      results: of the run, for README.md.
+      merge_adapters: export the base with the adapters added, and not the adapters alone; None: as `lora.merge` says.
+    """
+    config, adaptation = setup.config, setup.adaptation
+    if merge_adapters is None:
+        merge_adapters = config.lora is not None and config.lora.merge
+    alone = adaptation is not None and not merge_adapters
+    card = model_card(
+        command=setup.task.command,
+        config=to_dict(config),
+        results=results,
+        rows=setup.train_data.summary(),
+        version=__version__,
+        config_yaml=to_yaml(config),
+        base=setup.model_name,
+        is_adapter=alone,
+    )
+    if adaptation is not None and alone:
+        export_adapter(
+            params,
+            adaptation.lora,
+            out,
+            sites=adaptation.sites,
+            base_name=setup.base_to_find,
+            base_revision=setup.sources.revision,
+            tokenizer=setup.tokenizer.hf,
+            model_card=card,
+        )
+        return
+    if adaptation is not None:
+        assert base is not None
+        params = merged_params(setup, params, base)
     export_model(
         params,
         setup.model.config,
-        directory.model,
+        out,
         source_folder=setup.model_folder,
         tokenizer=setup.tokenizer.hf,
         end_token_ids=setup.tokenizer.end_token_ids,
         export_dtype=config.export_dtype,
         max_shard_size=config.max_shard_size,
-        model_card=model_card(
-            command=setup.task.command,
-            config=to_dict(config),
-            results=results,
-            rows=setup.train_data.summary(),
-            version=__version__,
-            config_yaml=to_yaml(config),
-        ),
+        model_card=card,
     )
-    if is_first():
-        write_plots(lines, directory.plots, title=f"jdpo {setup.task.command}: {config.model_name_or_path}")
-    barrier("exported")
-    directory.finish({**results, "step": setup.num_steps, "exported_step": exported})
+
+
+def merged_params(setup: Setup, adapters: Params, base: Base) -> Params:
+    """The base with the adapters added to its kernels, as the model computes with them; the base is given up.
+
+    In float32, or in bfloat16 where the base is and the export will be, so that it takes no more room than the base.
+    """
+    adaptation, config = setup.adaptation, setup.config
+    assert adaptation is not None
+    narrow = adaptation.base_dtype.rest == jnp.bfloat16 and config.export_dtype in ("bfloat16", "source")
+    dtype = jnp.bfloat16 if narrow else jnp.promote_types(adaptation.base_dtype.rest, jnp.float32)
+    add = partial(merge, adaptation.lora, sites=adaptation.sites, dtype=dtype)
+    return jax.jit(add, donate_argnums=0, out_shardings=setup.whole_shardings)(base, adapters)
 
 
 def _results(lines: list[dict[str, Any]], step: int) -> dict[str, Any]:

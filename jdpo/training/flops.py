@@ -9,6 +9,9 @@ the head, L the layers, H the heads of width K. A prompt P with its chosen C and
 
 where pairs are those of a query and a key that it sees, each prompt once. A live reference adds a forward pass to both:
 2 N (P + C + R) + 2 h (C + R) + 4 L H K pairs.
+
+Beside frozen weights no gradient of theirs is made: 4 N and 4 h stand for 6 N and 6 h, and 6 M (P + C + R) is added for
+adapters of M weights.
 """
 
 from __future__ import annotations
@@ -43,6 +46,8 @@ class Arithmetic(NamedTuple):
       num_shards: parts that a micro-batch is split into.
       block_q, block_kv: tile sizes asked for.
       on_cpu: whether it runs there.
+      adapters: M, weights of adapters that a token is multiplied with; None where all weights are trained.
+      adapters_in_reference: whether the frozen model has such, too.
     """
 
     backend: str
@@ -53,6 +58,8 @@ class Arithmetic(NamedTuple):
     block_q: int | None = None
     block_kv: int | None = None
     on_cpu: bool = True
+    adapters: int | None = None
+    adapters_in_reference: bool = False
 
 
 class _Amounts(NamedTuple):
@@ -79,11 +86,21 @@ def step_flops(config: ModelConfig, batch: Any, program: Arithmetic) -> StepFlop
         real, run = _padded_real(config, batch), _padded_run(config, batch)
         products, logits_again = PRODUCTS["xla"], False
     reference = int(program.live_reference)
-    logical = _flops(config, real, matrices=3 + reference, head=3 + reference, products=6 + 2 * reference)
+    passes = 3 if program.adapters is None else 2
+    logical = _flops(config, real, matrices=passes + reference, head=passes + reference, products=6 + 2 * reference)
     forwards = reference + int(program.first_pass)
     products_run = products.forward * (1 + forwards) + products.backward + _products_again(program.remat, products)
-    executed = _flops(config, run, matrices=3 + forwards, head=3 + logits_again + forwards, products=products_run)
-    return StepFlops(logical, executed + 2.0 * _matrices_again(config, program.remat) * run.tokens)
+    executed = _flops(
+        config, run, matrices=passes + forwards, head=passes + logits_again + forwards, products=products_run
+    )
+    executed += 2.0 * _matrices_again(config, program.remat) * run.tokens
+    of_adapters = 2.0 * (program.adapters or 0)
+    in_reference = int(program.live_reference and program.adapters_in_reference)
+    again = int(program.remat not in ("none", "dots"))
+    return StepFlops(
+        logical + of_adapters * (3 + in_reference) * real.tokens,
+        executed + of_adapters * (3 + in_reference + int(program.first_pass) + again) * run.tokens,
+    )
 
 
 def matrix_params(config: ModelConfig) -> int:

@@ -13,7 +13,7 @@ from jdpo.data.prepare import PreparedData
 from jdpo.data.reference_cache import CacheFolder, Shards, cache_root
 from jdpo.data.reference_key import Entry, about_rows, key_of, parts_of
 from jdpo.processes import differing
-from jdpo.training.setup import Setup, folder_digest
+from jdpo.training.setup import Setup, adapter_digest, folder_digest
 
 Role = Literal["training", "evaluation"]
 
@@ -49,10 +49,7 @@ def find_rows(setup: Setup) -> list[RowSet]:
     """
     config = setup.config
     grown = setup.model.config.vocab_size != setup.source_config.vocab_size
-    weights = folder_digest(setup.reference_folder or setup.model_folder)
-    kept, used = setup.model.param_dtype, setup.model.compute_dtype
-    if jnp.promote_types(kept, used) != kept:  # rounded when they are loaded, not only where they are used
-        weights += f" in {jnp.dtype(kept).name}"
+    weights = weights_of_reference(setup)
     dtype = np.dtype(np.float64 if config.compute_dtype == "float64" else np.float32)
     rows: dict[Role, PreparedData | None] = {"training": setup.train_data, "evaluation": setup.eval_data}
     sets = []
@@ -71,6 +68,26 @@ def find_rows(setup: Setup) -> list[RowSet]:
         folder = CacheFolder(cache_root(config.cache_dir), key, num_rows=len(data), dtype=dtype)
         sets.append(RowSet(role, data, parts, folder, folder.examine()))
     return sets
+
+
+def weights_of_reference(setup: Setup) -> str:
+    """What tells the reference's weights from all others: digests, and how they are rounded when they are loaded."""
+    adaptation, used = setup.adaptation, setup.model.compute_dtype
+    weights = folder_digest(setup.reference_folder or setup.model_folder)
+    if adaptation is None:
+        kept = setup.model.param_dtype
+    else:
+        kept = used if setup.reference_folder is not None else adaptation.base_dtype.rest
+    if jnp.promote_types(kept, used) != kept:  # rounded then, not only where they are used
+        weights += f" in {jnp.dtype(kept).name}"
+    if adaptation is None or setup.reference_folder is not None:
+        return weights
+    if adaptation.base_dtype.int8:
+        weights += " in int8"
+    if adaptation.folder is not None:
+        trained = jnp.dtype(setup.model.param_dtype).name
+        weights += f" with the adapter {adapter_digest(adaptation.folder)} in {trained}"
+    return weights
 
 
 def entry_of(setup: Setup, rows: RowSet) -> Entry:

@@ -17,12 +17,13 @@ from jdpo._version import __version__
 from jdpo.checkpoint.manager import CheckpointManager
 from jdpo.config import to_dict
 from jdpo.data.loader import prefetch
+from jdpo.models.transformer import Weights
 from jdpo.processes import agree_on, is_first
 from jdpo.reports.progress import RunDisplay, figures_of
 from jdpo.sharding.placement import fetch, micro_batch_sharding, place, replicated
 from jdpo.training.assembly import Assembly, assemble
 from jdpo.training.batches import StepBatch
-from jdpo.training.checks import check_evaluation, check_finite, check_start
+from jdpo.training.checks import check_base, check_evaluation, check_finite, check_start
 from jdpo.training.compilation import Stopwatch, compiler_threads
 from jdpo.training.evaluation import Evaluation
 from jdpo.training.finish import finish_run, step_to_export
@@ -43,11 +44,11 @@ from jdpo.training.recording import Record
 from jdpo.training.reference import Reference
 from jdpo.training.run_dir import RunDirectory
 from jdpo.training.setup import Setup
-from jdpo.training.step import StepReport, TrainState, saved_parts
-from jdpo.training.weights import load_reference, load_start
+from jdpo.training.step import Frozen, StepReport, TrainState, saved_parts
+from jdpo.training.weights import load_frozen, load_reference, load_start, whole_weights
 
 Params = Any
-OnStep = Callable[[int, Params], None]
+OnStep = Callable[[int, Params | Weights], None]
 
 
 class RunResult(NamedTuple):
@@ -131,17 +132,18 @@ class Run:
             self._prepare(first)
         else:  # there is a model to export, and nothing to compile
             self.assembly = assemble(self.setup, reference=self.reference.mode, remat=self.setup.model.remat)
-        state, reference = self._start(first)
+        state, frozen = self._start(first)
         if self.stop.asked():
             return self._interrupted(first)
         if on_step is not None:
-            on_step(first, state.params)
+            on_step(first, whole_weights(self.setup, state.params, frozen.base))
         if first < num_steps:
             with exhaustion_explained(self.fit):
-                state, done = self._steps(state, reference, first, on_step)
+                state, done = self._steps(state, frozen, first, on_step)
             if self.stop.asked():
                 return self._interrupted(done)
-        del reference
+        base = frozen.base  # the reference is no longer needed
+        del frozen
         self.manager.wait()
         exported = step_to_export(self.setup, self.manager)
         params = state.params
@@ -150,7 +152,7 @@ class Run:
             del params
             params = self.manager.restore(exported, saved_parts(self.assembly.state)).state["params"]
         self.say(f"exporting the model of step {exported} to {self.directory.model}")
-        finish_run(self.setup, self.directory, params, exported)
+        finish_run(self.setup, self.directory, params, base, exported)
         self.say(f"done: model in {self.directory.model}, metrics in {self.directory.metrics}")
         return RunResult(num_steps, False, 0, self.directory)
 
@@ -179,16 +181,17 @@ class Run:
         if self.evaluation is not None:
             self.evaluation.prepare()
 
-    def _start(self, first: int) -> tuple[TrainState, Params]:
-        """The state behind step `first`, and the weights of a reference beside it."""
+    def _start(self, first: int) -> tuple[TrainState, Frozen]:
+        """The state behind step `first`, and the frozen weights beside it."""
         num_steps = self.setup.num_steps
         if self.last_saved is None:
             if self.directory.has_metrics():
                 self.say(f"no whole checkpoint in {self.directory.checkpoints}: starting again from step 0")
             state, frozen = self._fresh_state()
         else:
-            frozen = None if self.assembly.sync or first == num_steps else self._load_reference(None)
+            frozen = self._load_frozen(None, live=first < num_steps)
             restored = self.manager.restore(first, saved_parts(self.assembly.state))
+            check_base(restored.position.get("base"), self.setup.base_identity(), self.directory.checkpoints)
             state = TrainState(**restored.state)
             self.record.restore(restored.position)
             self.say(f"resuming from the checkpoint of step {first}")
@@ -196,28 +199,28 @@ class Run:
             self.record.open(first, self.resources)
         return state, frozen
 
-    def _fresh_state(self) -> tuple[TrainState, Params]:
+    def _fresh_state(self) -> tuple[TrainState, Frozen]:
         setup, assembly = self.setup, self.assembly
         params = load_start(setup)
-        frozen = self._load_reference(params)
+        frozen = self._load_frozen(params, live=True)
         rng = jax.random.key_data(jax.random.key(setup.config.seed))
         step, rng, loss_state = jax.device_put(
             (jnp.int32(0), rng, assembly.objective.init_state), replicated(setup.mesh)
         )
         init_opt_state = jax.jit(assembly.optimizer.init, out_shardings=assembly.state_shardings.opt_state)
         state = TrainState(step, params, init_opt_state(params), rng, loss_state)
-        return (state._replace(reference_params=frozen), None) if assembly.sync else (state, frozen)
+        if assembly.sync:
+            state = state._replace(reference_params=load_reference(setup, params, moves=True))
+        return state, frozen
 
-    def _load_reference(self, start: Params | None) -> Params | None:
-        if self.reference.mode != "live":
-            return None
-        return load_reference(self.setup, start, moves=self.assembly.sync is not None)
+    def _load_frozen(self, start: Params | None, *, live: bool) -> Frozen:
+        return load_frozen(
+            self.setup, start, live=live and self.reference.mode == "live", moves=self.assembly.sync is not None
+        )
 
     # --- the loop
 
-    def _steps(
-        self, state: TrainState, reference: Params, first: int, on_step: OnStep | None
-    ) -> tuple[TrainState, int]:
+    def _steps(self, state: TrainState, frozen: Frozen, first: int, on_step: OnStep | None) -> tuple[TrainState, int]:
         """The updates from `first` on. The host launches a step before it reads what the one before it gave."""
         setup, config = self.setup, self.setup.config
         display = RunDisplay(
@@ -239,7 +242,7 @@ class Run:
                     program = self.programs.of(made.batch)
                     profiler.begin(done + 1)
                 with profiler.around(done + 1):
-                    state, on_device = program(state, reference, made.batch)
+                    state, on_device = program(state, frozen, made.batch)
                 done += 1
                 take(waiting)
                 waiting.append(_Launched(done, indices, made._replace(batch=None), flops, on_device))
@@ -248,14 +251,14 @@ class Run:
                     with watch.paused():
                         profiler.end(done)
                         if on_step is not None:
-                            on_step(done, state.params)
+                            on_step(done, whole_weights(self.setup, state.params, frozen.base))
                 is_last, stopping = done == setup.num_steps, self.stop.poll()
                 evaluating = self.evaluation is not None and (is_last or _is_due(done, config.eval_steps))
                 saving = is_last or stopping or _is_due(done, config.save_steps)
                 if evaluating or saving:
                     take(waiting)
                 with watch.paused():
-                    metric = self._evaluate(done, state, reference) if evaluating else None
+                    metric = self._evaluate(done, state, frozen) if evaluating else None
                     if saving:
                         self._save(done, state, metric)
                 self.manager.poll()
@@ -321,12 +324,12 @@ class Run:
             )
         )
 
-    def _evaluate(self, done: int, state: TrainState, reference: Params) -> float:
+    def _evaluate(self, done: int, state: TrainState, frozen: Frozen) -> float:
         """Writes the held-out metrics down; returns the one that ranks checkpoints."""
         assert self.evaluation is not None
         self.evaluation.programs.wait()  # compiling is no part of its time
         started = time.perf_counter()
-        averages = self.evaluation.averages(state, reference)
+        averages = self.evaluation.averages(state, frozen)
         seconds = time.perf_counter() - started
         metrics = {f"eval_{name}": value for name, value in averages.items()}
         check_evaluation(done, metrics)
@@ -344,6 +347,8 @@ class Run:
             "config": to_dict(self.setup.config),
             "jdpo": __version__,
         }
+        if self.setup.adaptation is not None:
+            position["base"] = self.setup.base_identity()
         self.manager.save(done, saved_parts(state), position, metric=metric)
         self.last_saved = done
 

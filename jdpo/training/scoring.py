@@ -17,16 +17,15 @@ from jax.sharding import Mesh
 from jdpo.data.packing_plan import ItemSizes
 from jdpo.data.prepare import PreparedData
 from jdpo.data.reference_cache import RowLogps
-from jdpo.models.transformer import Transformer, abstract_params, logical_axes
+from jdpo.models.transformer import Transformer
 from jdpo.sharding.mesh import num_batch_shards
 from jdpo.sharding.placement import fetch, micro_batch_sharding, place, replicated
-from jdpo.sharding.rules import param_shardings
 from jdpo.training.batches import PackedBatches
 from jdpo.training.packed import make_packed_logps
 from jdpo.training.rows import BuildStopped
 from jdpo.training.setup import Setup
 from jdpo.training.step import OnMesh
-from jdpo.training.weights import load_reference
+from jdpo.training.weights import load_reference_weights
 from jdpo.types import PackedBatch, TokenizedPair
 
 Array = Any
@@ -121,7 +120,7 @@ class Scorer:
 
     @functools.cached_property
     def _params(self) -> Params:
-        return load_reference(self._setup, None)
+        return load_reference_weights(self._setup)
 
     def _rows_of(self, batch: PackedBatch, logps: np.ndarray) -> dict[int, RowLogps]:
         """[k, m, c] of a batch as the values of each completion, by row."""
@@ -158,10 +157,7 @@ def _compiled(model: Transformer, mesh: Mesh) -> Callable[[Params, PackedBatch],
 
     jitted = jax.jit(
         logps,
-        in_shardings=(
-            param_shardings(logical_axes(model), abstract_params(model), mesh),
-            micro_batch_sharding(mesh),
-        ),
+        in_shardings=(None, micro_batch_sharding(mesh)),  # weights as they lie
         out_shardings=replicated(mesh),
     )
     return OnMesh(mesh, jitted)

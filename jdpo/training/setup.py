@@ -23,10 +23,12 @@ from jdpo.models.config import ModelConfig
 from jdpo.models.families import read_model_config
 from jdpo.models.hf_weights import check_tensors
 from jdpo.models.hub import resolve_folder
+from jdpo.models.peft_folder import CONFIG_NAME, WEIGHTS_NAME
 from jdpo.models.safetensors_folder import tensor_entries
 from jdpo.models.transformer import Transformer, abstract_params, logical_axes
 from jdpo.sharding.mesh import check_batch_size, make_mesh
 from jdpo.sharding.rules import param_shardings, undivided_dims
+from jdpo.training.adaptation import Adaptation, Sources, adaptation_of, check_adaptation, find_sources, num_params
 from jdpo.training.compilation import persistent_cache
 from jdpo.training.optimizer import learning_rate_schedule, param_dtype_of
 from jdpo.training.rows import num_steps_of, plan_rows, prepare_rows
@@ -50,11 +52,12 @@ class Setup:
     config: TrainConfig
     task: Task
     mesh: Mesh
-    model_folder: Path
+    sources: Sources
     reference_folder: Path | None  # None where the reference is the policy's own start, or there is none
     tokenizer: Tokenizer
     source_config: ModelConfig  # as in the model folder
     model: Transformer  # with the vocabulary that the tokenizer needs
+    adaptation: Adaptation | None  # None where all weights are trained
     train_data: PreparedData
     eval_data: PreparedData | None
     row_plan: RowPlan  # of train_data
@@ -62,19 +65,59 @@ class Setup:
     steps_per_epoch: int
 
     @property
+    def model_folder(self) -> Path:
+        """Of the model that training starts from; of the base under adapters."""
+        return self.sources.model_folder
+
+    @property
+    def trained(self) -> Params:
+        """Shape and dtype of everything that is trained."""
+        return abstract_params(self.model) if self.adaptation is None else self.adaptation.abstract_adapters(self.model)
+
+    @property
+    def trained_axes(self) -> Params:
+        """Its logical axes."""
+        return logical_axes(self.model) if self.adaptation is None else self.adaptation.adapter_axes()
+
+    @property
     def shardings(self) -> Params:
-        """A sharding for every weight."""
+        """A sharding for everything that is trained."""
+        return param_shardings(self.trained_axes, self.trained, self.mesh)
+
+    @property
+    def whole_shardings(self) -> Params:
+        """A sharding for every weight of the model, trained or not."""
         return param_shardings(logical_axes(self.model), abstract_params(self.model), self.mesh)
+
+    @property
+    def model_name(self) -> str:
+        """The model as the config, or the adapter that it names, calls it."""
+        return self.sources.name
+
+    @property
+    def base_to_find(self) -> str:
+        """The same for those who load an adapter elsewhere: a local folder in full."""
+        folder = Path(self.model_name).expanduser()
+        return str(folder.resolve()) if folder.is_dir() else self.model_name
+
+    def base_identity(self) -> dict[str, str] | None:
+        """What a checkpoint says of the base that its adapters belong on; None where it holds all weights."""
+        if self.adaptation is None:
+            return None
+        digest = folder_digest(self.model_folder)
+        return {"model": self.model_name, "digest": digest, "dtype": self.adaptation.base_dtype.name}
 
     def inputs(self) -> dict[str, str]:
         """Digests of what decides a run beside its config, for recognising it on resume."""
         digests = {
-            f"the model {self.config.model_name_or_path}": folder_digest(self.model_folder),
+            f"the model {self.model_name}": folder_digest(self.model_folder),
             "the tokenizer or its chat template": self.tokenizer.digest,
             "the training rows": self.train_data.digest,
         }
         if len(self.train_data.names) > 1:
             digests["how many rows each data set has"] = " ".join(map(str, self.train_data.num_rows_of))
+        if self.adaptation is not None and self.adaptation.folder is not None:
+            digests[f"the adapter {self.adaptation.folder}"] = adapter_digest(self.adaptation.folder)
         if self.reference_folder is not None:
             digests["the reference model"] = folder_digest(self.reference_folder)
         return digests
@@ -134,10 +177,14 @@ def build(config: TrainConfig, say: Say, *, stopped: Callable[[], bool] = lambda
     parse_size(config.max_shard_size)  # now, not at the export after hours of training
     mesh = make_mesh(config.mesh)
     check_batch_size(config.global_batch_size, mesh)
-    model_folder = resolve_folder(config.model_name_or_path, config.model_revision)
+    sources = find_sources(config)
+    model_folder = sources.model_folder
     source_config = read_model_config(model_folder)
-    tokenizer = load_tokenizer(model_folder, chat_template=config.chat_template)
+    tokenizer = load_tokenizer(sources.tokenizer_folder, chat_template=config.chat_template)
     model = make_model(config, source_config, tokenizer)
+    adaptation = adaptation_of(config, model, sources.adapter_folder)
+    if adaptation is not None:
+        check_adaptation(config, adaptation, tokenizer)
     reference_folder = _reference_folder(config, model_folder, source_config, tokenizer)
     for folder in {model_folder, reference_folder or model_folder}:
         check_tensors(folder, tensor_entries(folder), source_config)  # headers only, before rows are tokenized
@@ -147,11 +194,12 @@ def build(config: TrainConfig, say: Say, *, stopped: Callable[[], bool] = lambda
         config=config,
         task=task,
         mesh=mesh,
-        model_folder=model_folder,
+        sources=sources,
         reference_folder=reference_folder,
         tokenizer=tokenizer,
         source_config=source_config,
         model=model,
+        adaptation=adaptation,
         train_data=train_data,
         eval_data=eval_data,
         row_plan=row_plan,
@@ -222,20 +270,21 @@ def _reference_folder(
 def describe(setup: Setup) -> str:
     """The run in a few lines, said before it starts."""
     config, task = setup.config, setup.task
-    shapes = abstract_params(setup.model)
-    num_params = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    num_whole = num_params(abstract_params(setup.model))
     mesh = " x ".join(f"{axis}={size}" for axis, size in setup.mesh.shape.items())
     lines = [
-        f"model: {setup.source_config.family}, {num_params:,} parameters, {config.compute_dtype} compute",
+        f"model: {setup.source_config.family}, {num_whole:,} parameters, {config.compute_dtype} compute",
         f"mesh: {mesh} over {setup.mesh.size} {jax.default_backend()} device(s)",
         f"run: {setup.num_steps} steps of {config.global_batch_size} {task.unit}, "
         f"{_cut(config)}; {setup.steps_per_epoch} steps an epoch",
     ]
+    if setup.adaptation is not None:
+        lines += setup.adaptation.describe(num_whole)
     lines += setup.tokenizer.notes
     positions = setup.source_config.max_positions
     if positions is not None and config.max_length > positions:
         lines.append(f"note: max_length {config.max_length} is beyond the {positions} positions the model was made for")
-    whole = undivided_dims(logical_axes(setup.model), shapes, setup.mesh)
+    whole = undivided_dims(setup.trained_axes, setup.trained, setup.mesh)
     if whole:
         lines.append(f"kept whole on each device, as the mesh does not divide them: {'; '.join(whole)}")
     return "\n".join(lines)
@@ -249,6 +298,12 @@ def _cut(config: TrainConfig) -> str:
     if config.max_tokens_per_device is not None:
         return f"{how}, at most {config.max_tokens_per_device} tokens a device at once"
     return how
+
+
+def adapter_digest(folder: Path) -> str:
+    """Digest of an adapter's config and weights."""
+    files = (folder / CONFIG_NAME, folder / WEIGHTS_NAME)
+    return _files_digest(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files))
 
 
 def folder_digest(folder: Path) -> str:

@@ -17,6 +17,9 @@ import optax
 from jax.sharding import Mesh
 
 from jdpo.losses.objective import weighted_sum
+from jdpo.models.base_weights import Base
+from jdpo.models.lora import Lora, weights_of
+from jdpo.models.transformer import Weights
 from jdpo.sharding.placement import micro_batch_sharding, replicated
 from jdpo.sharding.rules import LOGICAL_RULES
 from jdpo.training.objectives import Batch, Features, Objective
@@ -35,6 +38,19 @@ class TrainState(NamedTuple):
     rng: Array  # uint32 [2]: key of the run; a step's own key is fold_in(rng, step)
     loss_state: Any = None  # a loss's running state, None where none has one
     reference_params: Params = None  # the reference where it moves (TR-DPO), None where it is frozen for good
+
+
+class Frozen(NamedTuple):
+    """Weights that steps read and never change; an argument of its own, which is not donated.
+
+    Attributes:
+      base: what adapters stand beside; None where all weights are trained.
+      reference: a frozen model that runs in the step, None where none does or where it moves and is in the state.
+        Weights, or with a base adapters on it: none at all, {}, for the base alone.
+    """
+
+    base: Base | None = None
+    reference: Params = None
 
 
 def saved_parts(state: TrainState) -> dict[str, Any]:
@@ -179,9 +195,23 @@ class ReferenceSync(NamedTuple):
         return store([mixed], [reference], key)[0]
 
 
+def over_base(objective: Objective, lora: Lora | None, base: Base | None) -> Objective:
+    """The objective of adapters alone, the base being given; without one the objective itself."""
+    if lora is None:
+        return objective
+    assert base is not None
+
+    def features(params: Params, reference_params: Params, batch: Batch) -> Features:
+        on_base = reference_params is not None and not isinstance(reference_params, Weights)
+        reference = weights_of(lora, base, reference_params) if on_base else reference_params
+        return objective.features(weights_of(lora, base, params), reference, batch)
+
+    return objective._replace(features=features)
+
+
 def train_step(
     state: TrainState,
-    reference_params: Params,
+    frozen: Frozen,
     batch: Batch,
     *,
     objective: Objective,
@@ -189,6 +219,7 @@ def train_step(
     schedule: optax.Schedule,
     shardings: Params,
     sync: ReferenceSync | None = None,
+    lora: Lora | None = None,
 ) -> tuple[TrainState, StepReport]:
     """One update. Pure.
 
@@ -196,10 +227,12 @@ def train_step(
     stochastically.
 
     Args:
-      reference_params: None where the batch carries log-probs, where there is no reference, and with `sync`, whose
+      frozen: without a reference where the batch carries log-probs, where there is none, and with `sync`, whose
         reference is part of the state.
+      lora: how adapters stand beside `frozen.base`; None where the state's params are all weights.
     """
-    reference = reference_params if sync is None else state.reference_params
+    reference = frozen.reference if sync is None else state.reference_params
+    objective = over_base(objective, lora, frozen.base)
     loss, grads, rows, loss_state = loss_and_grads(objective, state.params, reference, batch, state.loss_state)
     grads = jax.lax.with_sharding_constraint(grads, shardings)
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
@@ -224,21 +257,23 @@ def train_step(
 
 def evaluate(
     params: Params,
-    reference_params: Params,
+    frozen: Frozen,
     batch: Batch,
     loss_state: Any = None,
     totals: Any = None,
     *,
     objective: Objective,
+    lora: Lora | None = None,
 ) -> EvaluationReport:
     """Per-row losses and metrics of a [k, m] batch, without gradients.
 
     Args:
+      frozen: with the reference as it is now, where it moves.
       totals: of all that is evaluated, so that a mean over its tokens does not depend on how it is cut into batches;
         None: of this batch.
     """
     of_batch = objective.totals(batch)
-    features_of = partial(objective.features, reference_params=reference_params)
+    features_of = partial(over_base(objective, lora, frozen.base).features, reference_params=frozen.reference)
     features = _scan_features(features_of, params, batch)
     rows = _rows(objective, features, of_batch if totals is None else totals, loss_state)
     return EvaluationReport(rows, of_batch.normalizer)
@@ -258,19 +293,20 @@ def compile_step(
     schedule: optax.Schedule,
     mesh: Mesh,
     state_shardings: TrainState,
-    with_reference: bool,
+    frozen_shardings: Frozen,
     sync: ReferenceSync | None = None,
+    lora: Lora | None = None,
 ) -> Compiled:
     """Jits step and evaluation over the mesh: explicit in and out shardings, the old state donated.
 
     jax.jit with in_shardings and out_shardings is what pjit was.
 
     Args:
-      with_reference: whether reference weights are on the devices, as an argument or, with `sync`, in the state.
+      frozen_shardings: of what steps read beside the state.
     """
     batch_sharding, whole = micro_batch_sharding(mesh), replicated(mesh)
     params_sharding = state_shardings.params
-    reference_sharding = params_sharding if with_reference else None
+    evaluated = frozen_shardings if sync is None else frozen_shardings._replace(reference=params_sharding)
     step = partial(
         train_step,
         objective=objective,
@@ -278,13 +314,14 @@ def compile_step(
         schedule=schedule,
         shardings=params_sharding,
         sync=sync,
+        lora=lora,
     )
     return Compiled(
         OnMesh(
             mesh,
             jax.jit(
                 step,
-                in_shardings=(state_shardings, None if sync else reference_sharding, batch_sharding),
+                in_shardings=(state_shardings, frozen_shardings, batch_sharding),
                 out_shardings=(state_shardings, whole),
                 donate_argnums=0,
             ),
@@ -292,8 +329,8 @@ def compile_step(
         OnMesh(
             mesh,
             jax.jit(
-                partial(evaluate, objective=objective),
-                in_shardings=(params_sharding, reference_sharding, batch_sharding, whole, whole),
+                partial(evaluate, objective=objective, lora=lora),
+                in_shardings=(params_sharding, evaluated, batch_sharding, whole, whole),
                 out_shardings=whole,
             ),
         ),

@@ -35,7 +35,7 @@ POINTS = {
     "retention, the old step half deleted": ("jdpo.durable:os.unlink", "after", 3, "checkpoint-manifest"),
     "metrics logged, step not saved": ("jdpo.training.recording:Record.log", "after", 1),
     "export, weights half written": (f"{EXPORT}:_cast", "after", 5),
-    "export, before the model appears": (f"{EXPORT}:_publish", "before", 1),
+    "export, before the model appears": (f"{EXPORT}:publish", "before", 1),
     "model exported, run not marked finished": ("jdpo.training.finish:write_plots", "after", 1),
 }
 

@@ -27,7 +27,7 @@ from jdpo.training.run import Run
 from jdpo.training.run_dir import RunDirectory
 from jdpo.training.setup import build, describe, resolve_dtype
 from jdpo.training.step import TrainState
-from jdpo.training.weights import load_reference, load_start
+from jdpo.training.weights import load_frozen, load_start
 
 BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "mesh_parity.py"
 
@@ -128,9 +128,9 @@ def test_what_stays_whole_is_said(run: Run) -> None:
 
 
 def test_compiled_step(run: Run, state: TrainState) -> None:
-    reference = load_reference(run.setup, state.params)
+    frozen = load_frozen(run.setup, state.params, live=True, moves=False)
     _, made, _ = run._train_batch(0)
-    lowered = run.assembly.compiled.train_step.lower(state, reference, made.batch)
+    lowered = run.assembly.compiled.train_step.lower(state, frozen, made.batch)
     text = lowered.as_text()
     # Without a mesh in context a constraint lowers to nothing, and XLA would choose by itself.
     assert text.count("sharding_constraint") > 20, text.count("sharding_constraint")

@@ -59,11 +59,12 @@ def test_plots_are_pngs_of_every_panel(tmp_path: Path) -> None:
 def test_model_card_holds_recipe_results_and_metadata() -> None:
     card = model_card(
         command="dpo",
-        config={"model_name_or_path": "org/base", "beta": 0.1},
+        config={"beta": 0.1},
         results={"step": 7, "eval_rewards/accuracies": 0.625},
         rows="20 rows read, 20 kept",
         version="0.1.0",
         config_yaml="beta: 0.1\n",
+        base="org/base",
     )
     metadata = yaml.safe_load(card.split("---")[1])
     assert metadata["base_model"] == "org/base"
@@ -74,9 +75,7 @@ def test_model_card_holds_recipe_results_and_metadata() -> None:
 
 
 def test_a_local_base_model_is_not_given_out_as_a_hub_name() -> None:
-    card = model_card(
-        command="sft", config={"model_name_or_path": "/models/base"}, results={}, rows="", version="0", config_yaml=""
-    )
+    card = model_card(command="sft", config={}, results={}, rows="", version="0", config_yaml="", base="/models/base")
     assert "base_model" not in yaml.safe_load(card.split("---")[1])
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from typing import Any
 
 import jax
@@ -18,13 +17,16 @@ from jdpo.data.packing_plan import StepPlan, item_sizes, plan_run, plan_step
 from jdpo.data.packing_shapes import PackedShape
 from jdpo.losses.settings import loss_settings
 from jdpo.models.attention.work import causal_pairs, computed_pairs
+from jdpo.models.base_weights import Base
+from jdpo.models.lora import Lora, abstract_adapters, num_adapter_params
+from jdpo.models.lora_sites import find_sites
 from jdpo.models.remat import REMAT_ORDER
 from jdpo.models.transformer import Transformer, abstract_params, make_apply_fn
 from jdpo.sharding.mesh import make_mesh
 from jdpo.training.flops import Arithmetic, matrix_params, peak_flops, step_flops
 from jdpo.training.objectives import packed_dpo_objective, padded_dpo_objective
 from jdpo.training.packed import make_packed_logps
-from jdpo.training.step import loss_and_grads
+from jdpo.training.step import loss_and_grads, over_base
 from jdpo.types import TokenizedCompletion, TokenizedPair
 from tests.conftest import small_llama
 
@@ -154,16 +156,24 @@ MEASURED = dataclasses.replace(
 )
 
 
-def counted(objective: Any, batch: Any, model: Transformer, mesh: Any) -> float:
+def counted(objective: Any, batch: Any, model: Transformer, mesh: Any, lora: Lora | None = None) -> float:
     """FLOPs of value and gradients as XLA counts them: the body of every loop once."""
-    params = abstract_params(model)
+    base = Base(abstract_params(model), {})
+    params, reference = (base.params, base.params) if lora is None else (abstract_adapters(lora, jnp.float32), {})
+
+    def run(base: Base, params: Any, reference: Any, batch: Any) -> Any:
+        return loss_and_grads(over_base(objective, lora, base), params, reference, batch)
+
     with jax.set_mesh(mesh):
-        run = jax.jit(partial(loss_and_grads, objective)).lower(params, params, batch)
-    return float(run.compile().cost_analysis()["flops"])
+        lowered = jax.jit(run).lower(base, params, reference, batch)
+    return float(lowered.compile().cost_analysis()["flops"])
 
 
-@pytest.mark.parametrize("remat", REMAT_ORDER)
-def test_executed_flops_are_those_that_xla_counts_in_packed_rows(remat: str) -> None:
+@pytest.mark.parametrize(
+    ("remat", "adapted"), [*((remat, False) for remat in REMAT_ORDER), ("none", True), ("full", True)]
+)
+def test_executed_flops_are_those_that_xla_counts_in_packed_rows(remat: str, adapted: bool) -> None:
+    # With adapters, a gradient of frozen weights would be seen here.
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     model = Transformer(MEASURED, remat=remat, attention="xla", compute_dtype=jnp.float32)
     pairs = pairs_of((40, 60, 50), (30, 60, 90), (60, 20, 70))
@@ -173,13 +183,15 @@ def test_executed_flops_are_those_that_xla_counts_in_packed_rows(remat: str) -> 
     objective = packed_dpo_objective(make_packed_logps(model, mesh), loss_settings("sigmoid", beta=0.1)[0])
     # Two layers and two chunks of the head are two rounds of a loop each.
     one_layer = dataclasses.replace(MEASURED, num_layers=1, layers=MEASURED.layers[:1])
-    program = Arithmetic("xla", remat, live_reference=True)
+    lora = Lora(r=8, alpha=8, use_rslora=False, sites=find_sites(model)) if adapted else None
+    adapters = num_adapter_params(lora) // 2 if lora else None
+    program = Arithmetic("xla", remat, live_reference=True, adapters=adapters)
     expected = step_flops(one_layer, batch, program).executed
     without_head = step_flops(dataclasses.replace(one_layer, vocab_size=1), batch, program).executed
     assert batch.logp_pair.shape[-1] == 384
     assert (batch.logp_pair < 6).sum() > 192
     expected = (expected + without_head) / 2
-    assert counted(objective, batch, model, mesh) == pytest.approx(expected, rel=0.05)
+    assert counted(objective, batch, model, mesh, lora) == pytest.approx(expected, rel=0.05)
 
 
 def test_executed_flops_are_those_that_xla_counts_in_padded_rows() -> None:

@@ -25,6 +25,7 @@ from jdpo.sharding.mesh import make_mesh
 from jdpo.sharding.placement import fetch, micro_batch_sharding, place, replicated
 from jdpo.training.objectives import padded_dpo_objective, padded_sft_objective
 from jdpo.training.step import (
+    Frozen,
     ReferenceSync,
     TrainState,
     compile_step,
@@ -220,7 +221,7 @@ def test_the_reference_moves_every_so_many_steps() -> None:
     )
     states = [state]
     for _ in range(4):
-        states.append(step(states[-1], None, make(2, 8))[0])
+        states.append(step(states[-1], Frozen(), make(2, 8))[0])
     for done, (before, after) in enumerate(itertools.pairwise(states), start=1):
         expected = before.reference_params
         if done % 2 == 0:
@@ -231,7 +232,7 @@ def test_the_reference_moves_every_so_many_steps() -> None:
 
 def test_evaluation_gives_the_rows_of_training() -> None:
     objective, make, plain = OBJECTIVES["sft"]
-    report = evaluate(jax.tree.map(jnp.asarray, make_params(1)), None, make(3, 4), objective=objective)
+    report = evaluate(jax.tree.map(jnp.asarray, make_params(1)), Frozen(), make(3, 4), objective=objective)
     total = float(np.sum(np.asarray(report.rows["loss"]).reshape(-1)[:NUM_REAL]))
     assert total / float(report.normalizer) == pytest.approx(plain(make_params(1), {}), rel=1e-13)
 
@@ -250,10 +251,10 @@ def test_compiled_step_updates_once_and_reports_before_clipping() -> None:
         schedule=lambda step: 0.1 * step,
         mesh=mesh,
         state_shardings=shardings,
-        with_reference=True,
+        frozen_shardings=Frozen(reference=shardings.params),
     )
     batch = place(jax.tree.map(np.asarray, make(2, 8)), micro_batch_sharding(mesh))
-    after, report = compiled.train_step(place(state, whole), place(make_params(2), whole), batch)
+    after, report = compiled.train_step(place(state, whole), Frozen(reference=place(make_params(2), whole)), batch)
     assert int(after.step) == 5
     assert float(report.learning_rate) == pytest.approx(0.4), "the rate of this update, which is number 4"
     assert float(report.loss) == pytest.approx(plain(params, make_params(2)), rel=1e-12)

@@ -1,0 +1,63 @@
+"""Adapters -> a PEFT adapter folder that peft, vLLM and others load onto the base as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jdpo.checkpoint.folders import write_folder, write_json, write_tokenizer
+from jdpo.models.lora import Adapters, Lora
+from jdpo.models.lora_sites import Site
+from jdpo.models.peft_folder import CONFIG_NAME, WEIGHTS_NAME, peft_config, peft_tensors
+
+
+def export_adapter(
+    adapters: Adapters,
+    lora: Lora,
+    out: Path,
+    *,
+    sites: Sequence[Site],
+    base_name: str,
+    base_revision: str | None,
+    tokenizer: Any,
+    model_card: str | None = None,
+) -> None:
+    """Writes `out`: adapter_config.json, adapter_model.safetensors, the tokenizer, README.md.
+
+    The folder appears whole or not at all; an older adapter there is replaced. Every process must call this: all gather
+    the adapters, which are small, and the first writes.
+
+    Args:
+      adapters: as trained.
+      sites: all of the model's.
+      base_name, base_revision: of the model that the adapters belong on, as a loader is to find it.
+      tokenizer: a transformers PreTrainedTokenizerBase, its chat_template set.
+      model_card: the text of README.md; None writes none.
+
+    Raises:
+      ValueError: `out` is something other than an adapter folder.
+    """
+    gathered = jax.tree.map(_on_host, adapters)
+
+    def write(staging: Path) -> None:
+        from safetensors.numpy import save
+
+        (staging / WEIGHTS_NAME).write_bytes(save(peft_tensors(lora, gathered), metadata={"format": "pt"}))
+        write_json(staging / CONFIG_NAME, peft_config(lora, sites, base_name, base_revision))
+        write_tokenizer(staging, tokenizer)
+        if model_card is not None:
+            (staging / "README.md").write_text(model_card, encoding="utf-8")
+
+    write_folder(out, by_all=lambda staging: None, by_first=write)
+
+
+def _on_host(leaf: jax.Array) -> Any:
+    """A whole array on every process's host."""
+    if leaf.is_fully_addressable:
+        return jax.device_get(leaf)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(leaf, tiled=True)

@@ -51,6 +51,17 @@ Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """The experts of a layer that has them in the place of its MLP."""
+
+    num_experts: int
+    experts_per_token: int
+    d_ff: int  # of one expert
+    normalize: bool  # whether the weights of a token's experts are made to sum to 1
+    aux_loss_coef: float  # of the router's load balancing loss, in training
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Everything the decoder needs to know of a model; hashable, so it can be a static argument of `jax.jit`."""
 
@@ -88,8 +99,11 @@ class ModelConfig:
     logit_scale: float = 1.0
     logit_softcap: float | None = None  # logits become c * tanh(logits / c), behind the scale
 
+    moe: MoEConfig | None = None  # of the layers whose kind has experts
+
     def __post_init__(self) -> None:
         assert len(self.layers) == self.num_layers, (self.num_layers, self.layers)
+        assert (self.moe is not None) == any(kind.mlp == "experts" for kind in self.layers), (self.moe, self.layers)
 
     @property
     def layer_windows(self) -> tuple[int | None, ...]:

@@ -17,6 +17,9 @@ Policy = Callable[..., Any]
 LAYER_INPUT = "layer_input"
 """Name of the residual stream where it enters a layer."""
 
+ROUTING, EXPERT_PRODUCT = "routing", "expert_product"
+"""Names of the experts that tokens go to, and of what the experts' maps give."""
+
 _policies = jax.checkpoint_policies
 
 
@@ -25,16 +28,21 @@ def _of_attention_kernel(primitive: Any, *_: Any, **__: Any) -> bool:
     return bool(primitive.name == FORWARD_PRIMITIVE)
 
 
+# Who goes where is always kept, as it takes next to nothing: computed again, it could come out otherwise where two
+# experts are all but equal, and the backward pass would be that of another function.
 _ATTENTION = _policies.save_from_both_policies(
-    _policies.save_only_these_names(ATTENTION_RESIDUALS), _of_attention_kernel
+    _policies.save_only_these_names(ATTENTION_RESIDUALS, ROUTING), _of_attention_kernel
 )
 
-REMAT_POLICIES: dict[str, Policy | None] = {
-    "dots": _policies.save_from_both_policies(_policies.dots_with_no_batch_dims_saveable, _ATTENTION),
+REMAT_POLICIES: dict[str, Policy] = {
+    "dots": _policies.save_from_both_policies(
+        _policies.dots_with_no_batch_dims_saveable,
+        _policies.save_from_both_policies(_policies.save_only_these_names(EXPERT_PRODUCT), _ATTENTION),
+    ),
     "attention": _ATTENTION,
-    "full": None,
+    "full": _policies.save_only_these_names(ROUTING),
     "offload": _policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
+        names_which_can_be_saved=[ROUTING],
         names_which_can_be_offloaded=[LAYER_INPUT],
         offload_src="device",
         offload_dst=HOST_MEMORY,
@@ -45,8 +53,8 @@ REMAT_POLICIES: dict[str, Policy | None] = {
     dots        the outputs of all projections, and of attention with its log-sum-exp; norms, rotations and the
                 activation function are computed again
     attention   attention's output and log-sum-exp
-    full        nothing
-    offload     nothing, and the input waits in the host's memory
+    full        nothing but which experts tokens go to, as under all
+    offload     the same, and the input waits in the host's memory
 """
 
 REMAT_ORDER = ("none", "dots", "attention", "full")

@@ -1,0 +1,134 @@
+"""Matrix products of rows that lie sorted by expert, each with its own expert's kernel.
+
+Axes: r rows, e experts, d inputs, f outputs, b rows of a block.
+
+"ragged" is `jax.lax.ragged_dot`, which TPUs have a program for. Elsewhere XLA multiplies every row with every expert;
+"blocks" runs over the blocks in use, one after the other, each with the kernel of its expert.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Array = Any
+
+LEAST_BLOCK, MOST_BLOCK = 32, 512
+
+
+class Grouping(NamedTuple):
+    """How products are run; hashable.
+
+    Attributes:
+      backend: "ragged" or "blocks".
+      block: rows of a block, all of one expert.
+      gather_axes: mesh axes over which the kernels are split, manual ones; none: they are whole. What is
+        gathered is dropped after the product, and gathered again for the backward pass.
+      gather_dim: the kernels' dim that is split.
+    """
+
+    backend: str
+    block: int
+    gather_axes: tuple[str, ...] = ()
+    gather_dim: int = 1
+
+
+def choose_grouping(num_rows: int, num_experts: int, platform: str) -> Grouping:
+    """For about `num_rows` rows in use.
+
+    A block costs as much as if it were full, and a program over many small ones is slow: about as many rows as an
+    expert has on average.
+    """
+    if platform == "tpu":
+        return Grouping("ragged", 1)
+    average = max(num_rows // num_experts, 1)
+    return Grouping("blocks", min(max(1 << (average.bit_length() - 1), LEAST_BLOCK), MOST_BLOCK))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def grouped_matmul(grouping: Grouping, x_rd: Array, kernel_edf: Array, sizes_e: Array) -> Array:
+    """[r, f]: each row times its expert's kernel, in the operands' dtype, accumulated in float32 at least.
+
+    Args:
+      x_rd: rows sorted by expert; finite, and 0 where they only fill a block up.
+      kernel_edf: [e, d, f]; its gradient is summed in float32 at least.
+      sizes_e: int [e], rows of each expert, multiples of `grouping.block`. What comes out behind them means nothing,
+        and no gradient comes from there.
+    """
+    return _forward(grouping, x_rd, kernel_edf, sizes_e)[0]
+
+
+def _forward(grouping: Grouping, x_rd: Array, kernel_edf: Array, sizes_e: Array) -> tuple[Array, Any]:
+    return _multiply(grouping, x_rd, _gathered(grouping, kernel_edf), sizes_e), (x_rd, kernel_edf, sizes_e)
+
+
+def _backward(grouping: Grouping, residuals: Any, g_rf: Array) -> tuple[Array, Array, None]:
+    x_rd, kernel_edf, sizes_e = residuals
+    of_rows = _multiply(grouping, g_rf, jnp.swapaxes(_gathered(grouping, kernel_edf), 1, 2), sizes_e)
+    of_kernel = _outer(grouping, x_rd, g_rf, sizes_e)
+    if grouping.gather_axes:
+        of_kernel = jax.lax.psum_scatter(
+            of_kernel, grouping.gather_axes, scatter_dimension=grouping.gather_dim, tiled=True
+        )
+    return of_rows, of_kernel.astype(kernel_edf.dtype), None
+
+
+grouped_matmul.defvjp(_forward, _backward)
+
+
+def _gathered(grouping: Grouping, kernel_edf: Array) -> Array:
+    if not grouping.gather_axes:
+        return kernel_edf
+    return jax.lax.all_gather(kernel_edf, grouping.gather_axes, axis=grouping.gather_dim, tiled=True)
+
+
+def _wide(*arrays: Array) -> Any:
+    return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+
+
+def _multiply(grouping: Grouping, x_rd: Array, kernel_edf: Array, sizes_e: Array) -> Array:
+    if grouping.backend == "ragged":
+        dtype = _wide(x_rd, kernel_edf)
+        return jax.lax.ragged_dot(x_rd, kernel_edf, sizes_e, preferred_element_type=dtype).astype(x_rd.dtype)
+
+    def multiply(start: Array, expert: Array, y_rf: Array) -> Array:
+        x_bd = jax.lax.dynamic_slice_in_dim(x_rd, start, grouping.block)
+        kernel_df = jax.lax.dynamic_index_in_dim(kernel_edf, expert, keepdims=False)
+        y_bf = jnp.dot(x_bd, kernel_df, preferred_element_type=_wide(x_bd, kernel_df)).astype(y_rf.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(y_rf, y_bf, start, axis=0)
+
+    empty = jnp.zeros((x_rd.shape[0], kernel_edf.shape[2]), x_rd.dtype)
+    return _over_blocks(grouping, multiply, empty, x_rd.shape[0], sizes_e)
+
+
+def _outer(grouping: Grouping, x_rd: Array, g_rf: Array, sizes_e: Array) -> Array:
+    """The sum of x g^T over the rows of each expert, [e, d, f], float32 at least."""
+    dtype = _wide(x_rd, g_rf)
+    if grouping.backend == "ragged":
+        dims = jax.lax.RaggedDotDimensionNumbers(
+            dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
+        )
+        return jax.lax.ragged_dot_general(x_rd, g_rf, sizes_e, dims, preferred_element_type=dtype)
+
+    def add(start: Array, expert: Array, total_edf: Array) -> Array:
+        x_bd, g_bf = (jax.lax.dynamic_slice_in_dim(rows, start, grouping.block) for rows in (x_rd, g_rf))
+        own_df = jax.lax.dynamic_index_in_dim(total_edf, expert, keepdims=False)
+        own_df += jnp.einsum("bd,bf->df", x_bd, g_bf, preferred_element_type=dtype)
+        return jax.lax.dynamic_update_index_in_dim(total_edf, own_df, expert, axis=0)
+
+    empty = jnp.zeros((sizes_e.shape[0], x_rd.shape[1], g_rf.shape[1]), dtype)
+    return _over_blocks(grouping, add, empty, x_rd.shape[0], sizes_e)
+
+
+def _over_blocks(grouping: Grouping, body: Any, initial: Array, num_rows: int, sizes_e: Array) -> Array:
+    """Runs `body` (first row, expert, result so far) over the blocks in use."""
+    ends = jnp.cumsum(sizes_e) // grouping.block
+    expert_of_block = (jnp.arange(num_rows // grouping.block)[:, None] >= ends).sum(-1)
+
+    def step(index: Array, result: Array) -> Array:
+        return body(index * grouping.block, expert_of_block[index], result)
+
+    return jax.lax.fori_loop(0, ends[-1], step, initial)

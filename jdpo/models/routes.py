@@ -1,0 +1,129 @@
+"""Which token goes to which expert, as rows sorted by expert; and tokens to rows and back.
+
+Axes: t tokens, k experts of a token, e experts, r rows, d model. A row is a token at one of its experts; the rows of an
+expert lie together and begin at a multiple of the block size, so that a block of rows is of one expert:
+
+    experts [t, k]     1 0 / 1 2 / - -      three tokens, the last goes nowhere
+    sizes, block 2     2 2 2                one row of expert 0, two of expert 1, one of expert 2; whole blocks
+    assignment [r]     1 -  0 2  3 -        the rows, each by its place among (t k)
+    place [t, k]       2 0 / 3 4 / - -      and back
+
+Both directions, and both of their transposes, are gathers: no scatter-add, which is slow and unordered.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Array = Any
+
+
+class Routes(NamedTuple):
+    """Rows sorted by expert.
+
+    Attributes:
+      assignment: int32 [r], the place among (t k) that a row is; t * k for rows that are not in use.
+      place: int32 [t, k], the row of each; r for those that have none.
+      expert: int32 [r], the expert of a row; the last one behind all rows in use.
+      sizes: int32 [e], rows of each expert, whole blocks.
+    """
+
+    assignment: Array
+    place: Array
+    expert: Array
+    sizes: Array
+
+
+def most_rows(num_tokens: int, experts_per_token: int, num_experts: int, block: int) -> int:
+    """Rows that suffice whatever goes where: a token has one row at most with each of `num_experts`."""
+    rows = num_tokens * min(experts_per_token, num_experts)
+    padding = min(num_experts, rows) * (block - 1)
+    return -(-(rows + padding) // block) * block
+
+
+def make_routes(experts_tk: Array, num_experts: int, block: int) -> Routes:
+    """Sorts by expert, in the order of tokens.
+
+    Args:
+      experts_tk: int [t, k], the experts of each token, all different; outside of [0, num_experts) stands for none.
+      block: rows of an expert are filled up to a multiple of it.
+
+    >>> routes = make_routes(jnp.array([[1, 0], [1, 2], [9, 9]]), 3, block=2)
+    >>> routes.assignment.tolist()[:6], routes.place.tolist(), routes.sizes.tolist()
+    ([1, 6, 0, 2, 3, 6], [[2, 0], [3, 4], [12, 12]], [2, 2, 2])
+    """
+    num_rows = most_rows(*experts_tk.shape, num_experts, block)
+    flat = experts_tk.reshape(-1)
+    flat = jnp.where((flat >= 0) & (flat < num_experts), flat, num_experts).astype(jnp.int32)
+    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
+    counts = (flat[:, None] == jnp.arange(num_experts)).sum(0, dtype=jnp.int32)
+    sizes = -(-counts // block) * block
+    first_sorted, first_row = jnp.cumsum(counts) - counts, jnp.cumsum(sizes) - sizes
+
+    rows = jnp.arange(num_rows, dtype=jnp.int32)
+    expert = jnp.minimum((rows[:, None] >= jnp.cumsum(sizes)).sum(-1, dtype=jnp.int32), num_experts - 1)
+    nth = rows - first_row[expert]
+    source = order[jnp.clip(first_sorted[expert] + nth, 0, flat.size - 1)]
+    assignment = jnp.where(nth < counts[expert], source, flat.size)
+
+    rank = jnp.argsort(order).astype(jnp.int32)
+    own = jnp.minimum(flat, num_experts - 1)
+    place = jnp.where(flat < num_experts, first_row[own] + rank - first_sorted[own], num_rows)
+    return Routes(assignment, place.reshape(experts_tk.shape), expert, sizes)
+
+
+def _take(values: Array, index: Array) -> Array:
+    """values[index]; 0 where the index is one past the end."""
+    inside = index < values.shape[0]
+    taken = values.at[jnp.where(inside, index, 0)].get(mode="promise_in_bounds")
+    return jnp.where(inside.reshape(inside.shape + (1,) * (values.ndim - 1)), taken, 0)
+
+
+def _token(routes: Routes) -> Array:
+    """The token of each row, t for none."""
+    num_tokens, experts_per_token = routes.place.shape
+    return jnp.where(routes.assignment < routes.place.size, routes.assignment // experts_per_token, num_tokens)
+
+
+@jax.custom_vjp
+def to_rows(x_td: Array, routes: Routes) -> Array:
+    """The token of each row, [r, d]; 0 in rows that are not in use."""
+    return _take(x_td, _token(routes))
+
+
+def _to_rows_forward(x_td: Array, routes: Routes) -> tuple[Array, Routes]:
+    return to_rows(x_td, routes), routes
+
+
+def _to_rows_backward(routes: Routes, g_rd: Array) -> tuple[Array, None]:
+    wide = jnp.promote_types(g_rd.dtype, jnp.float32)
+    return _take(g_rd, routes.place).sum(1, dtype=wide).astype(g_rd.dtype), None
+
+
+@jax.custom_vjp
+def to_tokens(y_rd: Array, weights_tk: Array, routes: Routes) -> Array:
+    """Each token's rows, weighted and summed in the dtype of the weights: [t, d] in that of the rows."""
+    return _weighted_sum(y_rd, weights_tk, routes)
+
+
+def _weighted_sum(y_rd: Array, weights_tk: Array, routes: Routes) -> Array:
+    return jnp.einsum("tkd,tk->td", _take(y_rd, routes.place).astype(weights_tk.dtype), weights_tk).astype(y_rd.dtype)
+
+
+def _to_tokens_forward(y_rd: Array, weights_tk: Array, routes: Routes) -> tuple[Array, Any]:
+    return _weighted_sum(y_rd, weights_tk, routes), (y_rd, weights_tk, routes)
+
+
+def _to_tokens_backward(residuals: Any, g_td: Array) -> tuple[Array, Array, None]:
+    y_rd, weights_tk, routes = residuals
+    g_rd = _take(g_td, _token(routes)).astype(weights_tk.dtype)
+    of_rows = g_rd * _take(weights_tk.reshape(-1), routes.assignment)[:, None]
+    of_weights = (g_rd * y_rd).sum(-1)
+    return of_rows.astype(y_rd.dtype), _take(of_weights, routes.place), None
+
+
+to_rows.defvjp(_to_rows_forward, _to_rows_backward)
+to_tokens.defvjp(_to_tokens_forward, _to_tokens_backward)

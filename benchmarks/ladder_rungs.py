@@ -17,7 +17,7 @@ from speed_model import ModelShape
 from jdpo.data.loader import bucket_length, collate_pairs
 from jdpo.data.packing import pack
 from jdpo.data.packing_plan import item_sizes, plan_run
-from jdpo.losses.objective import LogpsFn, PairFeatures, Totals, packed_totals
+from jdpo.losses.objective import LogpsFn, PairFeatures, TokenScores, Totals, packed_totals
 from jdpo.losses.packed import belongs, completion_sums
 from jdpo.losses.settings import LossSettings, loss_settings
 from jdpo.models.config import LayerKind, ModelConfig, RopeConfig
@@ -168,7 +168,7 @@ def with_reference(batch: PackedBatch, reference: Params, logps: LogpsFn) -> Pac
 def whole_head_logps(model: Transformer) -> LogpsFn:
     """As `make_packed_logps`, with the head on every slot at once: logits [r, s, v] exist."""
 
-    def logps(params: Params, batch: PackedBatch, with_log_sum_sq: bool) -> tuple[Array, None]:
+    def logps(params: Params, batch: PackedBatch, with_log_sum_sq: bool) -> TokenScores:
         assert not with_log_sum_sq
         sequences = packed_sequences(batch.gather, batch.lengths, batch.scatter, batch.readers)
         hidden_rsd, head_dv = model.apply(
@@ -177,7 +177,7 @@ def whole_head_logps(model: Transformer) -> LogpsFn:
         logits_rsv = hidden_rsd @ head_dv
         norm_rs = jax.nn.logsumexp(logits_rsv, axis=-1)
         row = jnp.arange(logits_rsv.shape[0])[:, None]
-        return logits_rsv[row, batch.logp_slot, batch.logp_target] - norm_rs[row, batch.logp_slot], None
+        return TokenScores(logits_rsv[row, batch.logp_slot, batch.logp_target] - norm_rs[row, batch.logp_slot])
 
     return logps
 

@@ -104,6 +104,29 @@ class CompletionBatch(NamedTuple):
     weights: Array
 
 
+class RouterStats(NamedTuple):
+    """What the routers of a model's layers did with sequences or rows, summed over layers and tokens.
+
+    Each token counts with a weight: 0 on padding, and for one that stands for several sequences their number.
+
+    Attributes:
+      assignments: float [n, e], tokens that went to each expert.
+      probabilities: float [n, e], the routers' probabilities of each expert.
+      tokens: float [n], tokens.
+    """
+
+    assignments: Array
+    probabilities: Array
+    tokens: Array
+
+
+class Routed(NamedTuple):
+    """What a model with experts gives: `output` is what others give."""
+
+    output: Array
+    router: RouterStats
+
+
 class PackedBatch(NamedTuple):
     """A step's items (pairs or supervised rows) in rows of slots, each prompt once.
 

@@ -236,6 +236,9 @@ class TrainConfig:
         None, "queries a tile of splash (a multiple of 128) or blockwise (of 16) attention; null: by the length"
     )
     attention_block_kv: PositiveInt | None = _key(None, "keys a tile; for blockwise the same as attention_block_q")
+    router_aux_loss_coef: NonNegativeFloat | None = _key(
+        None, "weight of the router's load balancing loss, of models with experts; null: as their config.json says"
+    )
     lora: Annotated[LoraConfig | None, BeforeValidator(_as_lora)] = _key(
         None, "train adapters beside frozen weights; true: with every key at its default; null: all weights are trained"
     )

@@ -20,13 +20,30 @@ from jdpo.losses.coupled import LossState, init_loss_state, update_loss_state
 from jdpo.losses.logprobs import sequence_logps, shifted_token_logps, token_log_sum_sq
 from jdpo.losses.packed import belongs, completion_sums, tail_weights
 from jdpo.losses.preference import loss_inputs, loss_terms, rewards, sum_of_terms, token_share
+from jdpo.losses.router import of_real_rows
 from jdpo.losses.settings import LossSettings
-from jdpo.types import CHOSEN, REJECTED, PackedBatch, PreferenceBatch
+from jdpo.types import CHOSEN, REJECTED, PackedBatch, PreferenceBatch, Routed, RouterStats
 
 Array = Any
 Params = Any
-ApplyFn = Callable[[Params, Array, Array], Array]
-LogpsFn = Callable[[Params, PackedBatch, bool], tuple[Array, Array | None]]
+ApplyFn = Callable[[Params, Array, Array], Array | Routed]
+
+
+class TokenScores(NamedTuple):
+    """What a model says of tokens.
+
+    Attributes:
+      logps: float32 at least, log-probs.
+      log_sum_sq: log sum_v p_v^2 in the same shape, where it was asked for.
+      router: of a model with experts.
+    """
+
+    logps: Array
+    log_sum_sq: Array | None = None
+    router: RouterStats | None = None
+
+
+LogpsFn = Callable[[Params, PackedBatch, bool], TokenScores]
 
 
 # --- from models to log-probs
@@ -40,21 +57,23 @@ def pair_token_logps(params: Params, batch: PreferenceBatch, *, apply_fn: ApplyF
     Args:
       params: the model's parameters.
       batch: tokens and masks [b, 2, t].
-      apply_fn: (params, tokens [n, t], attention_mask [n, t]) -> logits [n, t, v].
+      apply_fn: (params, tokens [n, t], attention_mask [n, t]) -> logits [n, t, v]; of a model with experts, whose
+        router is trained too, `Routed(logits, router)`.
     """
-    return _token_scores(params, batch, apply_fn, with_log_sum_sq=False)[0]
+    return _token_scores(params, batch, apply_fn, with_log_sum_sq=False).logps
 
 
-def _token_scores(
-    params: Params, batch: PreferenceBatch, apply_fn: ApplyFn, *, with_log_sum_sq: bool
-) -> tuple[Array, Array | None]:
-    """Log-prob and, where asked for, log sum_v p_v^2 of every completion token, [b, 2, t] each, 0 elsewhere."""
+def _token_scores(params: Params, batch: PreferenceBatch, apply_fn: ApplyFn, *, with_log_sum_sq: bool) -> TokenScores:
+    """Of every completion token, [b, 2, t], 0 elsewhere; what a router did is of the (b n) sequences."""
     num_pairs = batch.tokens.shape[0]
     # (b n) keeps a pair's two sides on the shard that holds the pair; (n b) would cross shards.
     flat_tokens = rearrange(batch.tokens, "b n t -> (b n) t")
     flat_attention = rearrange(batch.attention_mask, "b n t -> (b n) t")
     flat_completion = rearrange(batch.completion_mask, "b n t -> (b n) t")
     logits = apply_fn(params, flat_tokens, flat_attention)
+    router = None
+    if isinstance(logits, Routed):
+        logits, router = logits
     if getattr(logits, "shape", ())[:-1] != flat_tokens.shape:
         raise ValueError(
             f"apply_fn must return logits [n, t, v] for tokens {flat_tokens.shape}, found "
@@ -66,19 +85,21 @@ def _token_scores(
         at_tokens = jnp.pad(jnp.where(mask, values, 0), ((0, 0), (1, 0)))  # the token at 0 is never predicted
         return rearrange(at_tokens, "(b n) t -> b n t", b=num_pairs)
 
-    return to_pairs(logps), to_pairs(token_log_sum_sq(logits[:, :-1])) if with_log_sum_sq else None
+    log_sum_sq = to_pairs(token_log_sum_sq(logits[:, :-1])) if with_log_sum_sq else None
+    return TokenScores(to_pairs(logps), log_sum_sq, router)
 
 
 class PairFeatures(NamedTuple):
     """All that losses and metrics read of pairs: what depends on the trained weights, and what does not.
 
     Attributes:
-      policy_logps: float [b, 2], summed completion log-probs; gradients flow through these two alone.
+      policy_logps: float [b, 2], summed completion log-probs; gradients flow through these two and `router` alone.
       policy_ld_logps: float [b, 2], the same length-desensitised, or None without ld_alpha.
       reference_logps, reference_ld_logps: the same under the reference, or None.
       lengths: int [b, 2], completion tokens that are predicted.
       pair_weights: float [b], WPO's weights, or None.
       weights: float [b], 0 on padding pairs.
+      router: what the policy's router did with the real tokens of rows or sequences, of a model with experts.
     """
 
     policy_logps: Array
@@ -88,6 +109,7 @@ class PairFeatures(NamedTuple):
     lengths: Array
     pair_weights: Array | None
     weights: Array
+    router: RouterStats | None = None
 
 
 def pair_features(
@@ -107,7 +129,11 @@ def pair_features(
     reduce = partial(
         _sums, mask=mask & (weights > 0)[:, None, None], lengths=lengths, ld_alpha=settings.ld_alpha, real=weights > 0
     )
-    token_logps, log_sum_sq = _token_scores(policy_params, batch, apply_fn, with_log_sum_sq=settings.use_weighting)
+    token_logps, log_sum_sq, router = _token_scores(
+        policy_params, batch, apply_fn, with_log_sum_sq=settings.use_weighting
+    )
+    if router is not None:
+        router = of_real_rows(router, jnp.repeat(weights > 0, 2))
     reference = (None, None)
     if settings.needs_reference:
         reference = reduce(_reference_token_logps(reference_params, batch, apply_fn, settings))
@@ -115,7 +141,8 @@ def pair_features(
     if log_sum_sq is not None:
         aligned = sequence_logps(jax.lax.stop_gradient(token_logps - log_sum_sq), mask, reduction="mean")
         pair_weights = jnp.exp(aligned.sum(-1))
-    return PairFeatures(*reduce(token_logps), *reference, lengths, pair_weights, weights.astype(token_logps.dtype))
+    weights = weights.astype(token_logps.dtype)
+    return PairFeatures(*reduce(token_logps), *reference, lengths, pair_weights, weights, router)
 
 
 def _check_batch(batch: PreferenceBatch) -> None:
@@ -143,13 +170,12 @@ def packed_features(
 
     Args:
       batch: PackedBatch of [r, ...] arrays.
-      logps_fn: (params, batch, with_log_sum_sq) -> log-probs [r, k] of batch.logp_target, and log sum_v p_v^2 [r, k]
-        where it is asked for, else None.
+      logps_fn: (params, batch, with_log_sum_sq) -> of batch.logp_target, [r, k], and what a router did with rows.
     """
     num_pairs = batch.pair_weight.shape[-1]
     of_completion = belongs(batch.logp_pair, 2 * num_pairs)
     lengths = completion_sums(jnp.ones_like(batch.logp_pair), of_completion)
-    policy, log_sum_sq = logps_fn(policy_params, batch, settings.use_weighting)
+    policy, log_sum_sq, router = logps_fn(policy_params, batch, settings.use_weighting)
     tail = None if settings.ld_alpha is None else tail_weights(of_completion, lengths, settings.ld_alpha, policy.dtype)
 
     def reduce(logps: Array) -> tuple[Array, Array | None]:
@@ -162,14 +188,14 @@ def packed_features(
             raise ValueError("expected either reference_params or batch.logp_reference")
         given = batch.logp_reference
         if reference_params is not None:
-            given = logps_fn(jax.lax.stop_gradient(reference_params), batch, False)[0]
+            given = logps_fn(jax.lax.stop_gradient(reference_params), batch, False).logps
         reference = reduce(jax.lax.stop_gradient(given))
     pair_weights = None
     if log_sum_sq is not None:
         aligned = completion_sums(jax.lax.stop_gradient(policy - log_sum_sq), of_completion)
         pair_weights = jnp.exp((_pairs_first(aligned) / jnp.maximum(_pairs_first(lengths), 1)).sum(-1))
     weights = batch.pair_weight.reshape(-1).astype(policy.dtype)
-    return PairFeatures(*reduce(policy), *reference, _pairs_first(lengths), pair_weights, weights)
+    return PairFeatures(*reduce(policy), *reference, _pairs_first(lengths), pair_weights, weights, router)
 
 
 def _pairs_first(values_rpn: Array) -> Array:

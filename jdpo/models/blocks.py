@@ -17,6 +17,7 @@ from flax import linen as nn
 from jdpo.models.config import LayerKind, ModelConfig
 from jdpo.models.layers import INIT_STDDEV, MLP, Norm, scaled
 from jdpo.models.lookup import lookup
+from jdpo.models.moe import MoE
 from jdpo.models.remat import REMAT_POLICIES, named_layer_input
 from jdpo.models.self_attention import Attention, AttentionSettings, Context
 
@@ -44,9 +45,17 @@ class DecoderLayer(nn.Module):
         attended = self._norm("after", "attention_post_norm", attended)
         after_ntd = constrain_stream(x_ntd + scaled(attended, config.residual_scale))
         read_ntd = x_ntd if config.parallel_residual else after_ntd
-        widened = MLP(config, *dtypes, name="mlp")(self._norm("before", "mlp_norm", read_ntd))
+        widened = self._mlp(self._norm("before", "mlp_norm", read_ntd), context)
         widened = self._norm("after", "mlp_post_norm", widened)
         return constrain_stream(after_ntd + scaled(widened, config.residual_scale)), cache
+
+    def _mlp(self, x_ntd: jax.Array, context: Context) -> jax.Array:
+        config, dtypes = self.config, (self.compute_dtype, self.param_dtype)
+        if self.kind.mlp == "dense":
+            return MLP(config, *dtypes, name="mlp")(x_ntd)
+        assert config.moe is not None
+        assert context.token_weights is not None
+        return MoE(config.moe, config.d_model, config.activation, *dtypes, name="mlp")(x_ntd, context.token_weights)
 
     def _norm(self, placement: str, name: str, x_ntd: jax.Array) -> jax.Array:
         """The norm before or after a branch, where the model has one."""

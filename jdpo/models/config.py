@@ -5,7 +5,7 @@ Every field states one mechanism and is off by default; which family uses which 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 RopeKind = Literal["default", "linear", "llama3", "yarn", "longrope"]
@@ -58,7 +58,8 @@ class MoEConfig:
     experts_per_token: int
     d_ff: int  # of one expert
     normalize: bool  # whether the weights of a token's experts are made to sum to 1
-    aux_loss_coef: float  # of the router's load balancing loss, in training
+    # Of the router's load balancing loss: how config.json says to train, no part of what the model computes.
+    aux_loss_coef: float = field(compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ tokens: an all-gather and a reduce-scatter, of sizes that do not depend on what 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,10 +22,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from jdpo.models.grouped import Grouping, choose_grouping, grouped_matmul
+from jdpo.models.mesh_axes import mesh_axes
 from jdpo.models.remat import EXPERT_PRODUCT
 from jdpo.models.routes import Routes, make_routes, to_rows, to_tokens
 
 Array = Any
+Activation = Callable[[Array], Array]
 
 
 class ExpertMap(NamedTuple):
@@ -43,14 +46,20 @@ class ExpertMap(NamedTuple):
 
 
 class ExpertMaps(NamedTuple):
-    """The maps of down(silu(gate(x)) * up(x))."""
+    """The maps of down(act(gate(x)) * up(x))."""
 
     gate: ExpertMap
     up: ExpertMap
     down: ExpertMap
 
 
-def mixture(x_ntd: Array, weights_ntk: Array, experts_ntk: Array, maps: ExpertMaps) -> Array:
+def mixture(
+    x_ntd: Array,
+    weights_ntk: Array,
+    experts_ntk: Array,
+    maps: ExpertMaps,
+    activation: Activation = nn.silu,
+) -> Array:
     """The weighted sum over each token's experts, [n, t, d].
 
     Under a mesh and logical rules every device computes with its own experts and its own part of their width.
@@ -58,9 +67,10 @@ def mixture(x_ntd: Array, weights_ntk: Array, experts_ntk: Array, maps: ExpertMa
     Args:
       weights_ntk: float32 at least.
       experts_ntk: int; experts of a token are different, and those outside of [0, e) stand for none.
+      activation: with act(0) finite.
     """
     layout = _Layout.of(x_ntd.shape[0], maps)
-    body = partial(_mixture_here, layout=layout)
+    body = partial(_mixture_here, layout=layout, activation=activation)
     if layout.mesh is None:
         return body(x_ntd, weights_ntk, experts_ntk, maps)
     by_sequence = PartitionSpec(layout.batch or None)
@@ -116,13 +126,15 @@ class _Layout(NamedTuple):
         )
 
 
-def mesh_axes(logical_name: str) -> tuple[str, ...]:
-    """Mesh axes that the rules in context split a logical axis over."""
-    axes = nn.logical_to_mesh_axes((logical_name,))[0]
-    return () if axes is None else axes if isinstance(axes, tuple) else (axes,)
-
-
-def _mixture_here(x_ntd: Array, weights_ntk: Array, experts_ntk: Array, maps: ExpertMaps, *, layout: _Layout) -> Array:
+def _mixture_here(
+    x_ntd: Array,
+    weights_ntk: Array,
+    experts_ntk: Array,
+    maps: ExpertMaps,
+    *,
+    layout: _Layout,
+    activation: Activation,
+) -> Array:
     """On one device: of its tokens, or with an expert axis of those of all devices along it."""
     tokens = [rearrange(array, "n t x -> (n t) x") for array in (x_ntd, weights_ntk, experts_ntk)]
     shared = tuple(
@@ -134,7 +146,7 @@ def _mixture_here(x_ntd: Array, weights_ntk: Array, experts_ntk: Array, maps: Ex
     num_experts = maps.gate.kernel.shape[0]
     if layout.expert:
         experts_tk = _own(experts_tk, jax.lax.axis_index(layout.expert) * num_experts, num_experts)
-    y_td = _expert_mlps(x_td, weights_tk, experts_tk, maps, layout)
+    y_td = _expert_mlps(x_td, weights_tk, experts_tk, maps, layout, activation)
     if rest := tuple(axis for axis in (*layout.width, *layout.expert) if axis not in shared):
         y_td = jax.lax.psum(y_td, rest)
     if shared:
@@ -148,14 +160,16 @@ def _own(experts_tk: Array, first: Array, num_experts: int) -> Array:
     return jnp.where((own >= 0) & (own < num_experts), own, -1)
 
 
-def _expert_mlps(x_td: Array, weights_tk: Array, experts_tk: Array, maps: ExpertMaps, layout: _Layout) -> Array:
+def _expert_mlps(
+    x_td: Array, weights_tk: Array, experts_tk: Array, maps: ExpertMaps, layout: _Layout, activation: Activation
+) -> Array:
     num_experts = maps.gate.kernel.shape[0]
     num_devices = math.prod(layout.mesh.shape[axis] for axis in layout.expert) if layout.expert else 1
     grouping = choose_grouping(experts_tk.size // num_devices, num_experts, jax.default_backend())
     routes = make_routes(experts_tk, num_experts, grouping.block)
     run = partial(_run, routes=routes, grouping=grouping, embed=layout.embed)
     x_rd = to_rows(x_td, routes)
-    hidden_rf = nn.silu(run(x_rd, maps.gate, embed_dim=1)) * run(x_rd, maps.up, embed_dim=1)
+    hidden_rf = activation(run(x_rd, maps.gate, embed_dim=1)) * run(x_rd, maps.up, embed_dim=1)
     return to_tokens(run(hidden_rf, maps.down, embed_dim=2), weights_tk, routes)
 
 

@@ -45,10 +45,21 @@ def checkpoint_pieces(config: ModelConfig) -> Iterator[Piece]:
         scanned = repeat < pattern.repeats
         prefix = ("stack" if scanned else "rest", f"layer_{position}")
         for rule in parameters_of(layout.layer, config, config.layers[index]):
-            path = prefix + rule.path
-            yield _piece(rule, config, rule.hf_name.format(index), path, (repeat,) if scanned else ())
+            path, at = prefix + rule.path, (repeat,) if scanned else ()
+            for name, expert in _of_experts(rule, config, index):
+                yield _piece(rule, config, name, path, at + expert)
     for rule in (*parameters_of(layout.last, config), *([] if config.tie_embeddings else [layout.head])):
         yield _piece(rule, config, rule.hf_name, rule.path)
+
+
+def _of_experts(rule: Rule, config: ModelConfig, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The names of a rule's tensors in a layer, each with its index along a leading axis of experts: one, or many."""
+    if rule.hf_name.count("{}") == 1:
+        yield rule.hf_name.format(layer), ()
+        return
+    assert config.moe is not None
+    for expert in range(config.moe.num_experts):
+        yield rule.hf_name.format(layer, expert), (expert,)
 
 
 def leaves(config: ModelConfig) -> dict[Path, tuple[tuple[int, ...], list[Piece]]]:
@@ -101,6 +112,7 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
         "k": config.head_dim,
         "f": config.d_ff,
         "p": config.max_positions,
+        **({"e": config.moe.num_experts, "x": config.moe.d_ff} if config.moe is not None else {}),
     }
 
 

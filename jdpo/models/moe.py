@@ -12,10 +12,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
+from jdpo.models.config import Activation, MoEConfig
 from jdpo.models.experts import ExpertMap, ExpertMaps, mixture
-from jdpo.models.config import MoEConfig
-from jdpo.models.layers import ADAPTERS, INIT_STDDEV, SCALES, Projection
+from jdpo.models.layers import ACTIVATIONS, ADAPTERS, INIT_STDDEV, SCALES, Projection
 from jdpo.models.remat import ROUTING
+from jdpo.types import RouterStats
 
 ROUTER = "router"
 """Collection in which a layer leaves what its router did, where the caller makes it mutable."""
@@ -32,6 +33,7 @@ class MoE(nn.Module):
 
     config: MoEConfig
     d_model: int
+    activation: Activation
     compute_dtype: Any
     param_dtype: Any
 
@@ -48,7 +50,7 @@ class MoE(nn.Module):
         )
         probabilities_nte = jax.nn.softmax(route(x_ntd.astype(wide)))
         # Kept by every remat policy; of equal probabilities the first.
-        experts_ntk = checkpoint_name(jax.lax.top_k(jax.lax.stop_gradient(probabilities_nte), num_chosen)[1], ROUTING)
+        experts_ntk = checkpoint_name(jax.lax.top_k(probabilities_nte, num_chosen)[1], ROUTING)
         # Compared, not gathered: the transpose of a gather is a scatter-add.
         is_chosen_ntke = experts_ntk[..., None] == jnp.arange(num_experts)
         weights_ntk = jnp.where(is_chosen_ntke, probabilities_nte[..., None, :], 0).sum(-1)
@@ -56,7 +58,7 @@ class MoE(nn.Module):
             weights_ntk = weights_ntk / weights_ntk.sum(-1, keepdims=True)
         self._leave(is_chosen_ntke.any(-2), probabilities_nte, token_weights_nt)
         experts_ntk = jnp.where((token_weights_nt > 0)[..., None], experts_ntk, num_experts)
-        return mixture(x_ntd, weights_ntk, experts_ntk, self._maps())
+        return mixture(x_ntd, weights_ntk, experts_ntk, self._maps(), ACTIVATIONS[self.activation])
 
     def _leave(self, is_chosen_nte: jax.Array, probabilities_nte: jax.Array, token_weights_nt: jax.Array) -> None:
         weights_nt1 = token_weights_nt[..., None].astype(probabilities_nte.dtype)
@@ -72,6 +74,19 @@ class MoE(nn.Module):
     def _maps(self) -> ExpertMaps:
         inner, outer = ("expert_embed", self.d_model), ("expert_mlp", self.config.d_ff)
         return Experts(self.config.num_experts, inner, outer, self.compute_dtype, self.param_dtype, name="experts")()
+
+
+def router_stats(left: dict[str, Any]) -> RouterStats:
+    """Sums over the layers what they left in ROUTER, scanned (with an axis of layers in front) or not."""
+    totals: dict[str, Any] = {}
+
+    def add(path: Any, values: jax.Array) -> None:
+        name = path[-1].key
+        per_layer = values.reshape(-1, *values.shape[values.ndim - (1 if name == "tokens" else 2) :])
+        totals[name] = totals.get(name, 0) + per_layer.sum(0)
+
+    jax.tree_util.tree_map_with_path(add, left)
+    return RouterStats(**totals)
 
 
 class Experts(nn.Module):

@@ -56,6 +56,11 @@ def packed_sequences(gather: Array, lengths: Array, scatter: Array, readers: Arr
     return PackedSequences(slot, lengths, scatter, readers, is_read)
 
 
+def num_readers(layout: PackedSequences) -> Array:
+    """int [r, s], sequences that a slot belongs to: 2 for the prompt of a pair, 0 for slots that are not in use."""
+    return (layout.readers < layout.slot.shape[-1]).sum(1)
+
+
 def to_sequences(x_rshk: Array, layout: PackedSequences) -> Array:
     """Slots to sequences: [r, s, h, k] -> [(r q), t, h, k]; what stands past a sequence's length means nothing."""
     return rearrange(_to_places(x_rshk, layout), "r (q t) h k -> (r q) t h k", q=layout.lengths.shape[-1])

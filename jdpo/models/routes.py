@@ -55,7 +55,8 @@ def make_routes(experts_tk: Array, num_experts: int, block: int) -> Routes:
     >>> routes.assignment.tolist()[:6], routes.place.tolist(), routes.sizes.tolist()
     ([1, 6, 0, 2, 3, 6], [[2, 0], [3, 4], [12, 12]], [2, 2, 2])
     """
-    num_rows = most_rows(*experts_tk.shape, num_experts, block)
+    num_tokens, experts_per_token = experts_tk.shape
+    num_rows = most_rows(num_tokens, experts_per_token, num_experts, block)
     flat = experts_tk.reshape(-1)
     flat = jnp.where((flat >= 0) & (flat < num_experts), flat, num_experts).astype(jnp.int32)
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)

@@ -19,6 +19,7 @@ from jdpo.models.attention import (
 )
 from jdpo.models.config import LayerKind, ModelConfig
 from jdpo.models.layers import Norm, Projection
+from jdpo.models.mesh_axes import mesh_axes
 from jdpo.models.packed import PackedSequences, to_sequences, to_slots
 from jdpo.models.rope import RopeTables, apply_rope
 
@@ -34,6 +35,7 @@ class Context(NamedTuple):
     query_positions: jax.Array | None
     key_positions: jax.Array | None
     key_mask: jax.Array | None
+    token_weights: jax.Array | None = None  # [n, t], what tokens count in a router's statistics; 0 on padding
     write_index: jax.Array | None = None  # None without a cache
     packed: PackedSequences | None = None
 
@@ -149,15 +151,9 @@ def attend_over_mesh(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size == 1 or mesh.empty:
         return causal_attention(query, key, value, lengths=lengths, **options)
-    batch_axes, head_axes = (_mesh_axes(name) for name in ("batch", "act_kv_heads"))
+    batch_axes, head_axes = (mesh_axes(name) for name in ("batch", "act_kv_heads"))
     if key.shape[2] % math.prod(mesh.shape[axis] for axis in head_axes):
         head_axes = ()  # heads that the mesh does not divide are whole on each device
     return sharded_causal_attention(
         query, key, value, lengths=lengths, mesh=mesh, batch_axes=batch_axes, head_axes=head_axes, **options
     )
-
-
-def _mesh_axes(logical_name: str) -> tuple[str, ...]:
-    """Mesh axes that the rules in context split a logical axis over."""
-    axes = nn.logical_to_mesh_axes((logical_name,))[0]
-    return () if axes is None else axes if isinstance(axes, tuple) else (axes,)

@@ -16,10 +16,12 @@ from flax import linen as nn
 from jdpo.models.blocks import Embedding, Head, LayerCache, LayerGroup
 from jdpo.models.config import ModelConfig, layer_pattern
 from jdpo.models.layers import ADAPTERS, SCALES, Norm, scaled
-from jdpo.models.packed import PackedSequences
+from jdpo.models.moe import ROUTER, router_stats
+from jdpo.models.packed import PackedSequences, num_readers
 from jdpo.models.remat import check_remat
 from jdpo.models.rope import RopeTables, rope_tables
 from jdpo.models.self_attention import AttentionSettings, Context
+from jdpo.types import Routed
 
 Params = dict[str, Any]
 ApplyFn = Callable[[Params, jax.Array, jax.Array], jax.Array]
@@ -89,7 +91,7 @@ class Transformer(nn.Module):
         self.embed = Embedding(config, *dtypes)
         scan = nn.scan(
             LayerGroup,
-            variable_axes={"params": 0, ADAPTERS: 0, SCALES: 0},
+            variable_axes={"params": 0, ADAPTERS: 0, SCALES: 0, ROUTER: 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),
             length=pattern.repeats,
@@ -116,7 +118,7 @@ class Transformer(nn.Module):
         """The final norm's output [n, t, d]; arguments as for `__call__`."""
         mask = attention_mask.astype(bool)
         positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
-        context = Context(self._ropes(positions), positions, positions, mask)
+        context = Context(self._ropes(positions), positions, positions, mask, token_weights=mask)
         return self._run(tokens, positions, None, context)[0]
 
     def packed_hidden_and_head(
@@ -128,7 +130,9 @@ class Transformer(nn.Module):
           tokens, positions: int [r, s], as in `PackedBatch`.
           sequences: see `packed_sequences`.
         """
-        context = Context(self._ropes(positions), None, None, None, packed=sequences)
+        context = Context(
+            self._ropes(positions), None, None, None, token_weights=num_readers(sequences), packed=sequences
+        )
         hidden = self._run(tokens, positions, None, context)[0]
         # Made whole along the model dimension here, once, and not in every chunk of tokens.
         return hidden, nn.with_logical_constraint(self.head_kernel(), (None, "act_vocab"))
@@ -161,7 +165,9 @@ class Transformer(nn.Module):
         start = (0, cache.index)
         key_positions = jax.lax.dynamic_update_slice(cache.positions, positions, start)
         key_mask = jax.lax.dynamic_update_slice(cache.mask, mask, start)
-        context = Context(self._ropes(positions), positions, key_positions, key_mask, cache.index)
+        context = Context(
+            self._ropes(positions), positions, key_positions, key_mask, token_weights=mask, write_index=cache.index
+        )
         hidden, layers = self._run(tokens, positions, cache.layers, context)
         assert layers is not None
         return hidden, KVCache(layers, key_positions, key_mask, cache.index + tokens.shape[1])
@@ -211,6 +217,17 @@ def logical_axes(model: Transformer) -> Params:
 def make_apply_fn(model: Transformer) -> ApplyFn:
     """The pure function (params, tokens [n, t], attention_mask [n, t]) -> logits [n, t, v]."""
     return lambda params, tokens, attention_mask: model.apply(variables(params), tokens, attention_mask)
+
+
+def apply_routed(model: Transformer, params: Params | Weights, *args: Any, method: str | None = None) -> Routed:
+    """`model.apply` of a model with experts: what the method gives, and what the routers did with its tokens."""
+    output, left = model.apply(variables(params), *args, method=method, mutable=[ROUTER])
+    return Routed(output, router_stats(left[ROUTER]))
+
+
+def make_routed_apply_fn(model: Transformer) -> Callable[[Params, jax.Array, jax.Array], Routed]:
+    """`make_apply_fn` of a model with experts."""
+    return lambda params, tokens, attention_mask: apply_routed(model, params, tokens, attention_mask)
 
 
 def init_cache(model: Transformer, batch: int, max_length: int) -> KVCache:

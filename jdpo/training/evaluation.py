@@ -11,6 +11,7 @@ import numpy as np
 
 from jdpo.data.loader import prefetch
 from jdpo.losses.objective import Totals
+from jdpo.losses.router import load_balancing_loss
 from jdpo.sharding.placement import fetch, micro_batch_sharding, place, replicated
 from jdpo.training.assembly import Assembly
 from jdpo.training.batches import StepBatch
@@ -20,6 +21,7 @@ from jdpo.training.preparation import make_batches, shapes_in_order
 from jdpo.training.reference import Reference
 from jdpo.training.setup import Setup
 from jdpo.training.step import EvaluationReport, Frozen, TrainState
+from jdpo.types import RouterStats
 
 
 class Evaluation:
@@ -65,23 +67,34 @@ class Evaluation:
     def averages(self, state: TrainState, frozen: Frozen) -> dict[str, float]:
         """Means over all rows, {name: value}."""
         frozen = self._assembly.evaluated(frozen, state)
-        averages, waiting = RowAverages(), None
+        averages, routers, waiting = RowAverages(), list[RouterStats](), None
         batches = list(self._rows())
         made_ahead = prefetch(lambda index: self._place(batches[index]), range(len(batches)))
         for indices, made in zip(batches, made_ahead, strict=True):
             program = self.programs.of(made.batch)
             report = program(state.params, frozen, made.batch, state.loss_state, self._totals)
             if waiting is not None:  # the device works on a batch while the host adds up the one before
-                self._add(averages, *waiting)
+                self._add(averages, routers, *waiting)
             waiting = indices, made, report
         assert waiting is not None
-        self._add(averages, *waiting)
-        return averages.averages()
+        self._add(averages, routers, *waiting)
+        if not routers:
+            return averages.averages()
+        of_all = jax.tree.map(lambda *parts: np.concatenate(parts, dtype=np.float64), *routers)
+        return {**averages.averages(), "aux_loss": float(load_balancing_loss(of_all))}
 
-    def _add(self, averages: RowAverages, indices: np.ndarray, made: StepBatch, on_device: Any) -> None:
+    def _add(
+        self,
+        averages: RowAverages,
+        routers: list[RouterStats],
+        indices: np.ndarray,
+        made: StepBatch,
+        on_device: Any,
+    ) -> None:
         report: EvaluationReport = jax.tree.map(np.asarray, fetch(on_device))
         rows = rows_at(report.rows, made.at)
         averages.add(rows, float(report.normalizer), self._shares.of(rows, indices))
+        routers += [] if report.router is None else [report.router]
 
     def _rows(self) -> Iterator[np.ndarray]:
         """The rows of each batch."""

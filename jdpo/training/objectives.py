@@ -27,8 +27,9 @@ from jdpo.losses.objective import (
     pair_totals,
 )
 from jdpo.losses.packed import belongs, completion_sums
+from jdpo.losses.router import of_real_rows
 from jdpo.losses.settings import LossSettings
-from jdpo.types import CompletionBatch, PackedBatch
+from jdpo.types import CompletionBatch, PackedBatch, Routed, RouterStats
 
 Array = Any
 Params = Any
@@ -50,6 +51,8 @@ class Objective(NamedTuple):
       next_state: (features of the global batch, loss_state) -> the loss_state of the next step.
       init_state: the loss_state of the first step, or None.
       coupled: whether a row's loss depends on other rows.
+      router_aux_loss_coef: what the router's load balancing loss, over all real tokens of the global batch, counts in
+        the loss of a step; features then have `router`. None: the model has no router.
     """
 
     features: Callable[..., Features]
@@ -59,6 +62,17 @@ class Objective(NamedTuple):
     next_state: Callable[[Features, Any], Any] = lambda features, loss_state: loss_state
     init_state: Any = None
     coupled: bool = False
+    router_aux_loss_coef: float | None = None
+
+
+def with_router_loss(objective: Objective, coef: float) -> Objective:
+    """The same of a model with experts.
+
+    The loss is a product of two means over the global batch: micro-batches are coupled by it, unless it counts nothing.
+    """
+    if not coef:
+        return objective._replace(router_aux_loss_coef=coef)
+    return objective._replace(router_aux_loss_coef=coef, learnt=(*objective.learnt, "router"), coupled=True)
 
 
 def dpo_objective(settings: LossSettings, *, features: Callable[..., PairFeatures], totals: Any) -> Objective:
@@ -98,10 +112,11 @@ def packed_dpo_objective(logps_fn: LogpsFn, settings: LossSettings) -> Objective
 
 
 class CompletionFeatures(NamedTuple):
-    """What the loss of supervised rows reads: summed completion log-probs and weights, [m] each."""
+    """What the loss of supervised rows reads: summed completion log-probs and weights, [m] each; router as of pairs."""
 
     logps: Array
     weights: Array
+    router: RouterStats | None = None
 
 
 class CompletionTotals(NamedTuple):
@@ -122,9 +137,11 @@ def padded_sft_objective(apply_fn: ApplyFn) -> Objective:
 
     def features(params: Params, reference_params: Params, batch: CompletionBatch) -> CompletionFeatures:
         del reference_params  # maximum likelihood has none
-        logits = apply_fn(params, batch.tokens, batch.attention_mask)
+        logits, router = apply_fn(params, batch.tokens, batch.attention_mask), None
+        if isinstance(logits, Routed):
+            logits, router = logits.output, of_real_rows(logits.router, batch.weights > 0)
         logps = sequence_logps(*shifted_token_logps(logits, batch.tokens, batch.completion_mask))
-        return CompletionFeatures(logps, batch.weights)
+        return CompletionFeatures(logps, batch.weights, router)
 
     def totals(batch: CompletionBatch) -> CompletionTotals:
         real = batch.completion_mask[..., 1:] & (batch.weights > 0)[..., None]
@@ -138,10 +155,10 @@ def packed_sft_objective(logps_fn: LogpsFn) -> Objective:
 
     def features(params: Params, reference_params: Params, batch: PackedBatch) -> CompletionFeatures:
         del reference_params
-        logps, _ = logps_fn(params, batch, False)
+        logps, _, router = logps_fn(params, batch, False)
         of_completion = belongs(batch.logp_pair, batch.pair_weight.shape[-1])
         sums = completion_sums(logps, of_completion, num_sides=1)
-        return CompletionFeatures(sums.reshape(-1), batch.pair_weight.reshape(-1))
+        return CompletionFeatures(sums.reshape(-1), batch.pair_weight.reshape(-1), router)
 
     def totals(batch: PackedBatch) -> CompletionTotals:
         real = batch.logp_pair < batch.pair_weight.shape[-1]

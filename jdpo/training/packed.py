@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from jdpo.losses.linear import linear_token_logps
-from jdpo.losses.objective import LogpsFn
+from jdpo.losses.objective import LogpsFn, TokenScores
 from jdpo.models.packed import packed_sequences
-from jdpo.models.transformer import Transformer, variables
+from jdpo.models.transformer import Transformer, apply_routed, variables
 from jdpo.sharding.mesh import BATCH_AXES, num_batch_shards
 from jdpo.types import PackedBatch
 
@@ -26,11 +26,13 @@ def make_packed_logps(model: Transformer, mesh: Mesh) -> LogpsFn:
     """The one function behind policy and reference, training, evaluation and cache, on packed rows."""
     by_row, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
 
-    def logps(params: Params, batch: PackedBatch, with_log_sum_sq: bool) -> tuple[Array, Array | None]:
+    def logps(params: Params, batch: PackedBatch, with_log_sum_sq: bool) -> TokenScores:
         sequences = packed_sequences(batch.gather, batch.lengths, batch.scatter, batch.readers)
-        hidden_rsd, head_dv = model.apply(
-            variables(params), batch.tokens, batch.positions, sequences, method="packed_hidden_and_head"
-        )
+        inputs, method, router = (batch.tokens, batch.positions, sequences), "packed_hidden_and_head", None
+        if model.config.moe is None:
+            hidden_rsd, head_dv = model.apply(variables(params), *inputs, method=method)
+        else:
+            (hidden_rsd, head_dv), router = apply_routed(model, params, *inputs, method=method)
         hidden_rkd = jnp.take_along_axis(hidden_rsd, batch.logp_slot[..., None], axis=1)
 
         def head_logps(hidden_rkd: Array, head_dv: Array, targets_rk: Array, lengths_r: Array) -> Any:
@@ -58,6 +60,6 @@ def make_packed_logps(model: Transformer, mesh: Mesh) -> LogpsFn:
         if mesh.size > num_batch_shards(mesh):  # devices that share the vocabulary talk to each other in every chunk:
             num_scored_r = jnp.full_like(num_scored_r, num_scored_r.max())  # all run as many
         found = head_logps(hidden_rkd, head_dv, batch.logp_target, num_scored_r)
-        return found if with_log_sum_sq else (found, None)
+        return TokenScores(*(found if with_log_sum_sq else (found, None)), router)
 
     return logps

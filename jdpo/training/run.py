@@ -296,6 +296,8 @@ class Run:
             with watch.paused():
                 self._check_start(rows, indices)
         values = {**mean_over_rows(rows), "loss": loss}
+        if report.aux_loss is not None:
+            values["aux_loss"] = float(report.aux_loss)
         padding = 1 - made.real_slots / made.num_slots
         rates = self.record.add(
             {**values, "grad_norm": grad_norm, "padding": padding},

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jdpo.config import DPOConfig, TrainConfig, defaults_of
 from jdpo.data.mixing import check_data_settings, has_evaluation
@@ -142,6 +143,28 @@ def check_positions(config: TrainConfig, source_config: ModelConfig) -> None:
         raise ValueError(
             f"max_length {config.max_length}: {config.model_name_or_path} has {most} positions ({why}) and cannot go "
             f"beyond; set max_length to {most} or less"
+        )
+
+
+def check_expert_settings(config: TrainConfig, source_config: ModelConfig, mesh: Mesh) -> None:
+    """Refuses settings of experts for a model without, and an expert axis that does not divide them.
+
+    Raises:
+      ValueError: naming the key.
+    """
+    moe, family = source_config.moe, source_config.family
+    if moe is None:
+        if config.router_aux_loss_coef is not None:
+            raise ValueError(
+                f"router_aux_loss_coef {config.router_aux_loss_coef}: this {family} model has no router; leave it out"
+            )
+        if mesh.shape["expert"] > 1:
+            raise ValueError(
+                f"mesh.expert {mesh.shape['expert']}: this {family} model has no experts to split; use mesh.fsdp"
+            )
+    elif moe.num_experts % mesh.shape["expert"]:
+        raise ValueError(
+            f"mesh.expert {mesh.shape['expert']} does not divide the {moe.num_experts} experts of this {family} model"
         )
 
 

@@ -34,6 +34,7 @@ from jdpo.training.optimizer import learning_rate_schedule, param_dtype_of
 from jdpo.training.rows import num_steps_of, plan_rows, prepare_rows
 from jdpo.training.settings import (
     check_attention_settings,
+    check_expert_settings,
     check_offload,
     check_positions,
     check_profiled,
@@ -180,6 +181,7 @@ def build(config: TrainConfig, say: Say, *, stopped: Callable[[], bool] = lambda
     sources = find_sources(config)
     model_folder = sources.model_folder
     source_config = read_model_config(model_folder)
+    check_expert_settings(config, source_config, mesh)
     tokenizer = load_tokenizer(sources.tokenizer_folder, chat_template=config.chat_template)
     model = make_model(config, source_config, tokenizer)
     adaptation = adaptation_of(config, model, sources.adapter_folder)

@@ -17,6 +17,7 @@ import optax
 from jax.sharding import Mesh
 
 from jdpo.losses.objective import weighted_sum
+from jdpo.losses.router import load_balancing_loss
 from jdpo.models.base_weights import Base
 from jdpo.models.lora import Lora, weights_of
 from jdpo.models.transformer import Weights
@@ -24,6 +25,7 @@ from jdpo.sharding.placement import micro_batch_sharding, replicated
 from jdpo.sharding.rules import LOGICAL_RULES
 from jdpo.training.objectives import Batch, Features, Objective
 from jdpo.training.rounding import apply_updates, store, wide
+from jdpo.types import RouterStats
 
 Array = Any
 Params = Any
@@ -62,11 +64,12 @@ class StepReport(NamedTuple):
     """What the host learns of a step.
 
     Attributes:
-      loss: scalar, normalised over the global batch.
+      loss: scalar, normalised over the global batch, without the router's.
       grad_norm: scalar, before clipping.
       learning_rate: scalar, of this update.
       finite: bool scalar, whether loss, gradients and the updated weights are numbers.
       rows: {name: [k, m]} per-row values, `loss` among them; those of padding rows mean nothing.
+      aux_loss: scalar, the router's load balancing loss, of a model with experts.
     """
 
     loss: Array
@@ -74,22 +77,29 @@ class StepReport(NamedTuple):
     learning_rate: Array
     finite: Array
     rows: dict[str, Array]
+    aux_loss: Array | None = None
 
 
 class EvaluationReport(NamedTuple):
-    """Per-row values of a batch {name: [k, m]}, and what the loss's sum is to be divided by."""
+    """Per-row values of a batch {name: [k, m]}, and what the loss's sum is to be divided by.
+
+    `router`: what the router did with the batch, [1, ...], of a model with experts.
+    """
 
     rows: dict[str, Array]
     normalizer: Array
+    router: RouterStats | None = None
 
 
 class LossAndGrads(NamedTuple):
-    """What a global batch gives: scalar loss, gradients, per-row values {name: [k, m]}, the next loss_state."""
+    """What a global batch gives: scalar loss, gradients, per-row values {name: [k, m]}, the next loss_state, and of a
+    model with experts the router's load balancing loss, which the gradients are of as well."""
 
     loss: Array
     grads: Params
     rows: dict[str, Array]
     loss_state: Any
+    aux_loss: Array | None = None
 
 
 def loss_and_grads(
@@ -103,13 +113,20 @@ def loss_and_grads(
 
     def total_loss(features: Features) -> Array:
         losses, _ = objective.losses(features, totals, loss_state)
-        return weighted_sum(losses, features.weights) / totals.normalizer
+        loss = weighted_sum(losses, features.weights) / totals.normalizer
+        if objective.router_aux_loss_coef:
+            loss = loss + objective.router_aux_loss_coef * load_balancing_loss(features.router)
+        return loss
 
     features_of = partial(objective.features, reference_params=reference_params)
     in_parts = objective.coupled and num_micro(batch) > 1
     loss, grads, features = (_two_passes if in_parts else _one_pass)(objective, features_of, total_loss, params, batch)
     rows = _rows(objective, features, totals, loss_state)
-    return LossAndGrads(loss, grads, rows, objective.next_state(_flat(features), loss_state))
+    aux_loss, flat = None, _flat(features)
+    if objective.router_aux_loss_coef is not None:
+        aux_loss = load_balancing_loss(flat.router)
+        loss = weighted_sum(rows["loss"].reshape(-1), flat.weights) / totals.normalizer
+    return LossAndGrads(loss, grads, rows, objective.next_state(flat, loss_state), aux_loss)
 
 
 def _one_pass(
@@ -233,7 +250,9 @@ def train_step(
     """
     reference = frozen.reference if sync is None else state.reference_params
     objective = over_base(objective, lora, frozen.base)
-    loss, grads, rows, loss_state = loss_and_grads(objective, state.params, reference, batch, state.loss_state)
+    loss, grads, rows, loss_state, aux_loss = loss_and_grads(
+        objective, state.params, reference, batch, state.loss_state
+    )
     grads = jax.lax.with_sharding_constraint(grads, shardings)
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     moments_key, weights_key, reference_key = jax.random.split(key, 3)  # of rounding; read where something is bfloat16
@@ -243,7 +262,7 @@ def train_step(
     grad_norm = optax.tree.norm(wide(grads))
     weights_finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.stack(weights_finite).all()
-    report = StepReport(loss, grad_norm, jnp.asarray(schedule(state.step)), finite, rows)
+    report = StepReport(loss, grad_norm, jnp.asarray(schedule(state.step)), finite, rows, aux_loss)
     step = state.step + 1
     if sync is not None:
         reference = jax.lax.cond(
@@ -276,7 +295,10 @@ def evaluate(
     features_of = partial(over_base(objective, lora, frozen.base).features, reference_params=frozen.reference)
     features = _scan_features(features_of, params, batch)
     rows = _rows(objective, features, of_batch if totals is None else totals, loss_state)
-    return EvaluationReport(rows, of_batch.normalizer)
+    router = None
+    if objective.router_aux_loss_coef is not None:
+        router = jax.tree.map(lambda array: array.sum(0, keepdims=True), _flat(features).router)
+    return EvaluationReport(rows, of_batch.normalizer, router)
 
 
 class Compiled(NamedTuple):

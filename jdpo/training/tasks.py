@@ -11,9 +11,9 @@ from jax.sharding import Mesh
 
 from jdpo.config import DPOConfig, SFTConfig, TrainConfig
 from jdpo.data.loader import collate_completions, collate_pairs
-from jdpo.losses.objective import metric_names
+from jdpo.losses.objective import ApplyFn, metric_names
 from jdpo.losses.settings import DEFAULTS, OFF, LossSettings, loss_settings
-from jdpo.models.transformer import Transformer, make_apply_fn
+from jdpo.models.transformer import Transformer, make_apply_fn, make_routed_apply_fn
 from jdpo.training.objectives import (
     Batch,
     Objective,
@@ -21,6 +21,7 @@ from jdpo.training.objectives import (
     packed_sft_objective,
     padded_dpo_objective,
     padded_sft_objective,
+    with_router_loss,
 )
 from jdpo.training.packed import make_packed_logps
 from jdpo.types import TokenizedCompletion, TokenizedPair
@@ -38,7 +39,7 @@ class Task:
       loss: the preference losses and their options, or None.
       collate: (rows, *, num_slots, length, pad_token_id) -> a batch of numpy arrays.
       count_tokens: real tokens of a row, over all its sequences.
-      objective: (model, mesh, *, packing) -> what is minimised.
+      objective: (model, mesh, *, packing) -> what is minimised; with the router's loss of a model with experts.
     """
 
     command: str
@@ -83,7 +84,7 @@ def task_for(config: TrainConfig) -> Task:
             loss=loss,
             collate=collate_pairs,
             count_tokens=count_pair_tokens,
-            objective=partial(_dpo_objective, settings=loss),
+            objective=partial(_dpo_objective, settings=loss, router_aux_loss_coef=config.router_aux_loss_coef),
         )
     assert isinstance(config, SFTConfig), type(config)
     return Task(
@@ -94,20 +95,37 @@ def task_for(config: TrainConfig) -> Task:
         loss=None,
         collate=collate_completions,
         count_tokens=count_completion_tokens,
-        objective=_sft_objective,
+        objective=partial(_sft_objective, router_aux_loss_coef=config.router_aux_loss_coef),
     )
 
 
-def _dpo_objective(model: Transformer, mesh: Mesh, *, packing: bool, settings: LossSettings) -> Objective:
+def _dpo_objective(
+    model: Transformer, mesh: Mesh, *, packing: bool, settings: LossSettings, router_aux_loss_coef: float | None
+) -> Objective:
     if packing:
-        return packed_dpo_objective(make_packed_logps(model, mesh), settings)
-    return padded_dpo_objective(make_apply_fn(model), settings)
+        objective = packed_dpo_objective(make_packed_logps(model, mesh), settings)
+    else:
+        objective = padded_dpo_objective(_apply_fn(model), settings)
+    return _with_router(objective, model, router_aux_loss_coef)
 
 
-def _sft_objective(model: Transformer, mesh: Mesh, *, packing: bool) -> Objective:
+def _sft_objective(model: Transformer, mesh: Mesh, *, packing: bool, router_aux_loss_coef: float | None) -> Objective:
     if packing:
-        return packed_sft_objective(make_packed_logps(model, mesh))
-    return padded_sft_objective(make_apply_fn(model))
+        objective = packed_sft_objective(make_packed_logps(model, mesh))
+    else:
+        objective = padded_sft_objective(_apply_fn(model))
+    return _with_router(objective, model, router_aux_loss_coef)
+
+
+def _apply_fn(model: Transformer) -> ApplyFn:
+    return make_apply_fn(model) if model.config.moe is None else make_routed_apply_fn(model)
+
+
+def _with_router(objective: Objective, model: Transformer, coef: float | None) -> Objective:
+    """Adds the router's loss where there is a router; its coefficient is the model's own where none is given."""
+    if model.config.moe is None:
+        return objective
+    return with_router_loss(objective, model.config.moe.aux_loss_coef if coef is None else coef)
 
 
 def count_pair_tokens(pair: TokenizedPair) -> int:

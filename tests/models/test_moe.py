@@ -37,7 +37,7 @@ def float64() -> Iterator[None]:
 
 def layer(**changes: Any) -> MoE:
     config = MoEConfig(**{**vars(CONFIG), **changes})
-    return MoE(config, D, jnp.float64, jnp.float64)
+    return MoE(config, D, "silu", jnp.float64, jnp.float64)
 
 
 def make_params(seed: int = 0) -> Params:

@@ -3,7 +3,7 @@
 A layout lists every parameter that its families may have; `parameters_of` leaves out those that a model lacks.
 
 Axes of the patterns, as `jdpo.models.windows` reads them: d model, h query heads, g key/value heads, k head width,
-f MLP width, v vocabulary, p positions.
+f MLP width, v vocabulary, p positions, e experts, x width of an expert.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ Path = tuple[str, ...]
 
 
 class Rule(NamedTuple):
-    """One row of a layout: `{}` in `hf_name` is the layer's number; `pattern` has Hugging Face's layout first."""
+    """One row of a layout: `{}` in `hf_name` is the layer's number, a second one that of an expert.
+
+    `pattern` has Hugging Face's layout first; of a tensor of one expert it leaves out the axis of experts.
+    """
 
     hf_name: str
     path: Path
@@ -47,8 +50,13 @@ class Layout(NamedTuple):
 def parameters_of(rules: tuple[Rule, ...], config: ModelConfig, kind: LayerKind | None = None) -> Iterator[Rule]:
     """The rules whose parameter the model has; within a layer, those of layers of its kind."""
     for rule in rules:
-        if _has(config, rule.path) and (kind is None or rule.path[0] != "mlp" or kind.mlp == "dense"):
+        if _has(config, rule.path) and (kind is None or _belongs(kind, rule.path)):
             yield rule
+
+
+def _belongs(kind: LayerKind, path: Path) -> bool:
+    """Whether layers of a kind have a parameter."""
+    return path[0] != "mlp" or (path[1] in ("router", "experts")) == (kind.mlp == "experts")
 
 
 def _has(config: ModelConfig, path: Path) -> bool:
@@ -114,6 +122,22 @@ _DOWN = (
     _llama("mlp.down_proj.weight", "mlp.down.kernel", "d f -> f d"),
     _llama("mlp.down_proj.bias", "mlp.down.bias", "d -> d"),
 )
+
+
+def _experts(block: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
+    """Of a layer with experts, by the names that a family gives its block and the maps of an expert.
+
+    One tensor an expert, whatever classes of transformers hold in memory: so are the checkpoints that people have, and
+    so does save_pretrained write them.
+    """
+    return (
+        _llama(f"{block}.gate.weight", "mlp.router.kernel", "e d -> d e"),
+        _llama(f"{block}.experts.{{}}.{gate}.weight", "mlp.experts.gate.kernel", "x d -> d x"),
+        _llama(f"{block}.experts.{{}}.{up}.weight", "mlp.experts.up.kernel", "x d -> d x"),
+        _llama(f"{block}.experts.{{}}.{down}.weight", "mlp.experts.down.kernel", "d x -> x d"),
+    )
+
+
 _ATTENTION_BEFORE = _llama("input_layernorm.weight", "attention_norm.scale", "d -> d")
 _MLP_BEFORE = _llama("post_attention_layernorm.weight", "mlp_norm.scale", "d -> d")
 _ATTENTION_AFTER = _llama("post_attention_layernorm.weight", "attention_post_norm.scale", "d -> d")
@@ -136,6 +160,9 @@ GEMMA2 = LLAMA._replace(
 )
 OLMO2 = LLAMA._replace(layer=(*_ATTENTION, *_WIDTH_NORMS, *_OUTPUT, _ATTENTION_AFTER, *_MLP, *_DOWN, _MLP_AFTER))
 PHI3 = LLAMA._replace(layer=(_ATTENTION_BEFORE, *_FUSED_ATTENTION, *_OUTPUT, _MLP_BEFORE, *_FUSED_MLP, *_DOWN))
+
+MIXTRAL = LLAMA._replace(layer=(*LLAMA.layer, *_experts("block_sparse_moe", "w1", "w3", "w2")))
+QWEN3_MOE = LLAMA._replace(layer=(*LLAMA.layer, *_experts("mlp", "gate_proj", "up_proj", "down_proj")))
 
 
 def _gpt2(name: str, path: str, pattern: str) -> Rule:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from jdpo.models.config import Activation, LayerKind, ModelConfig, RopeConfig, RopeKind
+from jdpo.models.config import Activation, LayerKind, ModelConfig, MoEConfig, RopeConfig, RopeKind
 from jdpo.models.rope import rotated_dims
 
 FULL_ATTENTION, SLIDING_ATTENTION = "full_attention", "sliding_attention"
@@ -80,6 +80,43 @@ def _refuse_unsupported(hf_config: Any) -> None:
         )
     if getattr(hf_config, "is_heterogeneous", False):
         raise ValueError("per_layer_config: layers that differ in size are not supported")
+
+
+_OTHER_EXPERTS = {
+    "shared_expert_intermediate_size": None,
+    "n_shared_experts": None,
+    "num_shared_experts": None,
+    "scoring_func": "softmax",
+    "n_group": None,
+    "topk_group": None,
+    "routed_scaling_factor": 1.0,
+}
+"""Settings by which related families share an expert among all tokens or choose experts otherwise, and what is none."""
+
+
+def experts_of(hf_config: Any, num_experts: int, *, d_ff: int, normalize: bool) -> MoEConfig:
+    """The experts of layers that have them.
+
+    Raises:
+      ValueError: more experts a token than there are, or experts of another kind.
+    """
+    for key, expected in _OTHER_EXPERTS.items():
+        value = getattr(hf_config, key, None)
+        if value and value != expected:
+            raise ValueError(
+                f"{key}: {value!r} is not supported, and transformers' {hf_config.model_type} does not know it; "
+                f"expected {expected!r}"
+            )
+    chosen = hf_config.num_experts_per_tok
+    if not 1 <= chosen <= num_experts:
+        raise ValueError(f"num_experts_per_tok: expected 1 to {num_experts}, the number of experts, found {chosen}")
+    return MoEConfig(
+        num_experts=num_experts,
+        experts_per_token=chosen,
+        d_ff=d_ff,
+        normalize=normalize,
+        aux_loss_coef=float(hf_config.router_aux_loss_coef),
+    )
 
 
 def activation_of(hf_config: Any, key: str = "hidden_act") -> Activation:

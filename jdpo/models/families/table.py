@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jdpo.models.config import LayerKind, ModelConfig
-from jdpo.models.families.layouts import GEMMA2, GPT2, GPT_NEOX, LLAMA, OLMO2, PHI3, Layout
+from jdpo.models.config import LayerKind, ModelConfig, MoEConfig
+from jdpo.models.families.layouts import GEMMA2, GPT2, GPT_NEOX, LLAMA, MIXTRAL, OLMO2, PHI3, QWEN3_MOE, Layout
 from jdpo.models.families.settings import (
     above_zero,
     activation_of,
     decoder,
+    experts_of,
     rope_of,
     same_layers,
     windows_of,
@@ -60,6 +62,33 @@ def _qwen2(hf_config: Any) -> ModelConfig:
 
 def _qwen3(hf_config: Any) -> ModelConfig:
     return _llama_like(hf_config, layers=_by_window(hf_config), qk_norm="head")
+
+
+def _mixtral(hf_config: Any) -> ModelConfig:
+    if hf_config.router_jitter_noise:
+        raise ValueError(
+            f"router_jitter_noise: {hf_config.router_jitter_noise} is not supported, expected 0: routers would see "
+            "other tokens in training than at any other time"
+        )
+    moe = experts_of(hf_config, hf_config.num_local_experts, d_ff=hf_config.intermediate_size, normalize=True)
+    layers = same_layers(hf_config, window=hf_config.sliding_window)
+    sparse = [dataclasses.replace(kind, mlp="experts") for kind in layers]
+    return decoder(hf_config, layers=tuple(sparse), activation=activation_of(hf_config), moe=moe)
+
+
+def _qwen3_moe(hf_config: Any) -> ModelConfig:
+    every, dense = hf_config.decoder_sparse_step, hf_config.mlp_only_layers
+    if every < 1:
+        raise ValueError(f"decoder_sparse_step: expected 1 or more, found {every}")
+    layers = list(same_layers(hf_config, window=hf_config.sliding_window))
+    sparse = [index for index in range(len(layers)) if index not in dense and (index + 1) % every == 0]
+    moe: MoEConfig | None = None
+    if sparse and hf_config.num_experts:
+        normalize, d_ff = bool(hf_config.norm_topk_prob), hf_config.moe_intermediate_size
+        moe = experts_of(hf_config, hf_config.num_experts, d_ff=d_ff, normalize=normalize)
+        for index in sparse:
+            layers[index] = dataclasses.replace(layers[index], mlp="experts")
+    return _llama_like(hf_config, layers=tuple(layers), qk_norm="head", moe=moe)
 
 
 def _smollm3(hf_config: Any) -> ModelConfig:
@@ -191,9 +220,11 @@ FAMILIES: dict[str, Family] = {
     "granite": Family(_granite, LLAMA),
     "llama": Family(_llama, LLAMA),
     "mistral": Family(_mistral, LLAMA),
+    "mixtral": Family(_mixtral, MIXTRAL),
     "olmo2": Family(_olmo2, OLMO2),
     "phi3": Family(_phi3, PHI3),
     "qwen2": Family(_qwen2, LLAMA),
     "qwen3": Family(_qwen3, LLAMA),
+    "qwen3_moe": Family(_qwen3_moe, QWEN3_MOE),
     "smollm3": Family(_smollm3, LLAMA),
 }

@@ -76,8 +76,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {"sliding_window": 4, "head_dim": 6}),
     "olmo2": ("Olmo2", {"rope_parameters": YARN_ROPE}),
     "phi3": ("Phi3", {"sliding_window": 4, "head_dim": 8, "hidden_size": 32, "partial_rotary_factor": 0.75}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5}),
     "qwen2": ("Qwen2", {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 2}),
     "qwen3": ("Qwen3", {"head_dim": 10, "tie_word_embeddings": True}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 10, "mlp_only_layers": [1]},
+    ),
     "smollm3": ("SmolLM3", {"no_rope_layer_interval": 2, "attention_bias": True}),
 }
 
@@ -90,7 +95,10 @@ def main() -> None:
 
 
 def write_case(folder: Path, prefix: str, settings: dict[str, Any]) -> None:
-    """A bfloat16 folder with norms and biases away from 1 and 0, padded tokens, and the float32 logits on them."""
+    """A bfloat16 folder with norms and biases away from 1 and 0, padded tokens, and the float32 logits on them.
+
+    Of a model with experts, the router's load balancing loss of these tokens too.
+    """
     import torch
     import transformers
 
@@ -113,11 +121,19 @@ def write_case(folder: Path, prefix: str, settings: dict[str, Any]) -> None:
     mask[1, 8:] = False  # padded right
     mask[2, :5] = False  # padded left
     positions = np.maximum(mask.cumsum(1) - 1, 0)
+    options = {}
+    if hasattr(config, "num_experts"):
+        options = {"output_router_logits": True}
+        model.set_experts_implementation("eager")  # the others want sizes that are multiples of 16 bytes
     with torch.no_grad():
-        logits = model(
-            torch.tensor(tokens), attention_mask=torch.tensor(mask).long(), position_ids=torch.tensor(positions)
-        ).logits
-    np.savez(folder / "expected.npz", tokens=tokens.astype(np.int32), mask=mask, logits=logits.numpy())
+        found = model(
+            torch.tensor(tokens),
+            attention_mask=torch.tensor(mask).long(),
+            position_ids=torch.tensor(positions),
+            **options,
+        )
+    expected = {"logits": found.logits.numpy()} | ({"aux_loss": found.aux_loss.numpy()} if options else {})
+    np.savez(folder / "expected.npz", tokens=tokens.astype(np.int32), mask=mask, **expected)
 
 
 if __name__ == "__main__":

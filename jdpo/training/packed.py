@@ -60,6 +60,7 @@ def make_packed_logps(model: Transformer, mesh: Mesh) -> LogpsFn:
         if mesh.size > num_batch_shards(mesh):  # devices that share the vocabulary talk to each other in every chunk:
             num_scored_r = jnp.full_like(num_scored_r, num_scored_r.max())  # all run as many
         found = head_logps(hidden_rkd, head_dv, batch.logp_target, num_scored_r)
-        return TokenScores(*(found if with_log_sum_sq else (found, None)), router)
+        scores, log_sum_sq = found if with_log_sum_sq else (found, None)
+        return TokenScores(scores, log_sum_sq, router)
 
     return logps

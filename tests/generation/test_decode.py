@@ -17,7 +17,7 @@ PROMPTS = [[3, 14, 15, 9, 26, 5], [35], [8, 9, 7, 9, 3, 2, 38, 4, 6, 2, 6, 4]]
 NEW_TOKENS = 8
 
 
-@pytest.fixture(scope="module", params=["mistral", "qwen3"])
+@pytest.fixture(scope="module", params=["mistral", "mixtral", "qwen3"])
 def loaded(request: pytest.FixtureRequest) -> tuple[Transformer, Any]:
     model = Transformer(read_model_config(GOLDEN / request.param))
     return model, load_params(GOLDEN / request.param, model)

@@ -6,6 +6,7 @@ Axes: n sequences, t positions, k experts of a token, e experts, d model, f widt
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -16,12 +17,17 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jdpo.config import MeshConfig
+from jdpo.losses.router import load_balancing_loss, of_real_rows
 from jdpo.models.config import MoEConfig
+from jdpo.models.families import read_model_config
 from jdpo.models.grouped import Grouping, choose_grouping, grouped_matmul
+from jdpo.models.hf_weights import load_params
 from jdpo.models.moe import ROUTER, MoE
 from jdpo.models.routes import make_routes, most_rows, to_rows, to_tokens
+from jdpo.models.transformer import Transformer, make_routed_apply_fn
 from jdpo.sharding.mesh import make_mesh
 from jdpo.sharding.rules import LOGICAL_RULES, param_shardings
+from jdpo.types import RouterStats
 
 N, T, D, F, E, K = 8, 5, 8, 6, 8, 3
 CONFIG = MoEConfig(num_experts=E, experts_per_token=K, d_ff=F, normalize=True, aux_loss_coef=0.1)
@@ -109,15 +115,15 @@ def test_gradients_are_central_differences() -> None:
     assert along == pytest.approx((up - down) / 2e-6, rel=1e-6)
 
 
-MESHES = [
-    {"data": 2, "fsdp": 1, "expert": 4},
-    {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2},
-    {"data": 1, "fsdp": 4, "expert": 1, "tensor": 2},
-    {"data": 1, "fsdp": 1, "expert": 8},
-]
-
-
-@pytest.mark.parametrize("sizes", MESHES, ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2},
+        pytest.param({"data": 1, "fsdp": 4, "tensor": 2}, marks=pytest.mark.full),
+        pytest.param({"data": 1, "fsdp": 1, "expert": 8}, marks=pytest.mark.full),
+    ],
+    ids=str,
+)
 def test_meshes_change_nothing(sizes: dict[str, int]) -> None:
     params, (x, token_weights) = make_params(), make_inputs()
     module, mesh = layer(), make_mesh(MeshConfig(**sizes))
@@ -213,3 +219,25 @@ def test_grouped_products_and_their_gradients(grouping: Grouping) -> None:
 def test_groupings_follow_the_platform_and_the_load() -> None:
     assert choose_grouping(4096, 8, "tpu") == Grouping("ragged", 1)
     assert [choose_grouping(rows, 8, "gpu").block for rows in (8, 1000, 100_000)] == [32, 64, 512]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_the_load_balancing_loss_is_that_of_transformers(family: str) -> None:
+    """Of a batch with padding, in float32; the golden folder has what torch gives."""
+    folder = Path(__file__).parents[1] / "golden" / "logits" / family
+    expected = np.load(folder / "expected.npz")
+    with jax.enable_x64(False):
+        model = Transformer(read_model_config(folder))
+        apply_fn = jax.jit(make_routed_apply_fn(model))
+        router = apply_fn(load_params(folder, model), expected["tokens"], expected["mask"]).router
+        assert float(load_balancing_loss(router)) == pytest.approx(float(expected["aux_loss"]), rel=1e-6)
+
+
+def test_real_rows_alone_count() -> None:
+    stats = RouterStats(
+        jnp.array([[2.0, 0.0], [jnp.nan, 1.0]]), jnp.array([[1.5, 0.5], [7.0, 7.0]]), jnp.array([2.0, 9])
+    )
+    real = of_real_rows(stats, jnp.array([True, False]))
+    assert float(load_balancing_loss(real)) == 2 * (1 * 0.75 + 0 * 0.25)
+    even = RouterStats(jnp.full((3, 4), 6.0), jnp.full((3, 4), 3.0), jnp.full(3, 12.0))  # two of four experts a token
+    assert float(load_balancing_loss(even)) == 2.0

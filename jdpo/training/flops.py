@@ -1,7 +1,8 @@
 """FLOPs of a training step by arithmetic: what the mathematics needs, and what the program multiplies.
 
-Matrix products only: 2 FLOPs a weight and token forward, 4 backward. N are the matrices of the layers, h = d V those of
-the head, L the layers, H the heads of width K. A prompt P with its chosen C and rejected R takes
+Matrix products only: 2 FLOPs a weight and token forward, 4 backward. N are the matrices of the layers (of experts those
+that a token goes to), h = d V those of the head, L the layers, H the heads of width K. A prompt P with its chosen C and
+rejected R takes
 
     logical     6 N (P + C + R) + 6 h (C + R) + 12 L H K pairs     nothing repeated, no padding
     executed    the same of all slots, places and chunks that the program runs, padding included, and what it computes
@@ -63,18 +64,20 @@ class Arithmetic(NamedTuple):
 
 
 class _Amounts(NamedTuple):
-    """Tokens through the layers, tokens through the head, pairs of attention over all layers."""
+    """Tokens through the layers, through the head and to experts, and pairs of attention over all layers."""
 
     tokens: int
     scored: int
     pairs: int
+    routed: int  # padding goes to no expert
 
 
 def step_flops(config: ModelConfig, batch: Any, program: Arithmetic) -> StepFlops:
     """FLOPs of a step.
 
     Executed attention is that of the backend's tiles; cuDNN's are taken to be of 128. A head that a mesh splits over
-    several devices counts as a whole one. Executed FLOPs leave out what no matrix unit does.
+    several devices counts as a whole one. Executed FLOPs leave out what no matrix unit does, and rows that fill up the
+    blocks in which experts multiply: how many follows from the router.
 
     Args:
       batch: numpy arrays [k, m, ...] of the whole step: a PackedBatch, a PreferenceBatch or a CompletionBatch.
@@ -93,7 +96,7 @@ def step_flops(config: ModelConfig, batch: Any, program: Arithmetic) -> StepFlop
     executed = _flops(
         config, run, matrices=passes + forwards, head=passes + logits_again + forwards, products=products_run
     )
-    executed += 2.0 * _matrices_again(config, program.remat) * run.tokens
+    executed += 2.0 * _again(config, program.remat, run)
     of_adapters = 2.0 * (program.adapters or 0)
     in_reference = int(program.live_reference and program.adapters_in_reference)
     again = int(program.remat not in ("none", "dots"))
@@ -103,28 +106,58 @@ def step_flops(config: ModelConfig, batch: Any, program: Arithmetic) -> StepFlop
     )
 
 
+class _Matrices(NamedTuple):
+    """Weights of the layers' matrices that all tokens meet, and of those of the experts that a token goes to."""
+
+    shared: int
+    experts: int
+
+    def products(self, amounts: _Amounts) -> int:
+        """Multiplications of one pass."""
+        return self.shared * amounts.tokens + self.experts * amounts.routed
+
+
 def matrix_params(config: ModelConfig) -> int:
-    """N: weights of the layers' matrices, without embedding and head."""
+    """N: weights of the layers' matrices that a token meets, without embedding and head."""
+    return sum(_matrices(config))
+
+
+def _matrices(config: ModelConfig) -> _Matrices:
     heads = 2 * config.num_heads + 2 * config.num_kv_heads  # query and output; key and value
-    widths = (2 + config.gated_mlp) * config.d_ff
-    return config.num_layers * config.d_model * (heads * config.head_dim + widths)
+    maps, num_dense = 2 + config.gated_mlp, _num_dense(config)
+    shared = config.num_layers * heads * config.head_dim + num_dense * maps * config.d_ff
+    if config.moe is None:
+        return _Matrices(config.d_model * shared, 0)
+    num_sparse = config.num_layers - num_dense
+    shared += num_sparse * config.moe.num_experts  # routers
+    return _Matrices(
+        config.d_model * shared, config.d_model * num_sparse * config.moe.experts_per_token * 3 * config.moe.d_ff
+    )
+
+
+def _num_dense(config: ModelConfig) -> int:
+    return sum(kind.mlp == "dense" for kind in config.layers)
 
 
 def _flops(config: ModelConfig, amounts: _Amounts, *, matrices: int, head: int, products: int) -> float:
     """Times that each matrix, the head and each pair are multiplied."""
-    of_layers = matrices * matrix_params(config) * amounts.tokens
+    of_layers = matrices * _matrices(config).products(amounts)
     of_head = head * config.d_model * config.vocab_size * amounts.scored
     return 2.0 * (of_layers + of_head + products * config.num_heads * config.head_dim * amounts.pairs)
 
 
-def _matrices_again(config: ModelConfig, remat: str) -> int:
-    """Weights that the backward pass multiplies with again: none that stand last in a layer, as nothing needs that."""
+def _again(config: ModelConfig, remat: str, run: _Amounts) -> int:
+    """Multiplications that the backward pass repeats: not with what stands last in a layer, as nothing needs that, but
+    for what experts give, which the gradients of their weights in the sum do."""
     if remat in ("none", "dots"):
         return 0
+    products = _matrices(config).products(run)
     if config.norm_placement != "before":  # a norm behind the last matrix needs what it gives
-        return matrix_params(config)
-    last = config.d_ff + (config.num_heads * config.head_dim if config.parallel_residual else 0)
-    return matrix_params(config) - config.num_layers * last * config.d_model
+        return products
+    last = _num_dense(config) * config.d_ff
+    if config.parallel_residual:
+        last += config.num_layers * config.num_heads * config.head_dim
+    return products - last * config.d_model * run.tokens
 
 
 def _products_again(remat: str, products: Any) -> int:
@@ -138,10 +171,16 @@ def _products_again(remat: str, products: Any) -> int:
 
 
 def _packed_real(config: ModelConfig, batch: PackedBatch) -> _Amounts:
+    used, scored = _used(batch), batch.logp_pair < batch.gather.shape[-2]
+    num_used = int(used.sum())
+    return _Amounts(num_used, int(scored.sum()), _pairs_at(config, batch.positions[used]), num_used)
+
+
+def _used(batch: PackedBatch) -> np.ndarray:
+    """bool [k, m, s], slots that hold a token."""
     num_sequences, length = batch.gather.shape[-2:]
-    used = (batch.readers < num_sequences * length).any(-2)
-    scored = batch.logp_pair < num_sequences
-    return _Amounts(int(used.sum()), int(scored.sum()), _pairs_at(config, batch.positions[used]))
+    used: np.ndarray = (batch.readers < num_sequences * length).any(-2)
+    return used
 
 
 def _packed_run(config: ModelConfig, batch: PackedBatch, program: Arithmetic) -> _Amounts:
@@ -166,7 +205,8 @@ def _packed_run(config: ModelConfig, batch: PackedBatch, program: Arithmetic) ->
     scored = (batch.logp_pair < batch.gather.shape[-2]).sum(-1).reshape(-1, rows)  # of each call's rows
     chunk = min(default_chunk(rows, num_scored, config.vocab_size, skips=True), num_scored)
     chunk = -(-num_scored // -(-num_scored // chunk))  # chunks are even
-    return _Amounts(batch.tokens.size, int((-(-scored.max(1) // chunk)).sum()) * chunk * rows, pairs)
+    num_scored_run = int((-(-scored.max(1) // chunk)).sum()) * chunk * rows
+    return _Amounts(batch.tokens.size, num_scored_run, pairs, int(_used(batch).sum()))
 
 
 # --- padded rows
@@ -180,12 +220,13 @@ def _padded_real(config: ModelConfig, batch: PreferenceBatch | CompletionBatch) 
     if isinstance(batch, PreferenceBatch):
         mask[..., REJECTED, :] &= completion[..., REJECTED, :]  # the prompt counts once, on the chosen side
     positions = np.broadcast_to(np.arange(mask.shape[-1]), mask.shape)[mask]
-    return _Amounts(int(mask.sum()), scored, _pairs_at(config, positions))
+    return _Amounts(int(mask.sum()), scored, _pairs_at(config, positions), int(mask.sum()))
 
 
 def _padded_run(config: ModelConfig, batch: PreferenceBatch | CompletionBatch) -> _Amounts:
     tokens = batch.tokens.size
-    return _Amounts(tokens, tokens, tokens * batch.tokens.shape[-1] * config.num_layers)
+    pairs = tokens * batch.tokens.shape[-1] * config.num_layers
+    return _Amounts(tokens, tokens, pairs, int(np.sum(batch.attention_mask)))
 
 
 def _pairs_at(config: ModelConfig, positions: np.ndarray) -> int:

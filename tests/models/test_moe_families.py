@@ -67,7 +67,7 @@ def test_a_model_all_of_whose_layers_are_dense_has_no_router(tmp_path: Path) -> 
         ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise: 0.1 is not supported, expected 0"),
         ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok: expected 1 to 8, the number of experts, found 9"),
         ("mixtral", {"n_shared_experts": 1}, "n_shared_experts: 1 is not supported"),
-        ("mixtral", {"hidden_act": "gelu"}, "hidden_act: 'gelu' is not supported"),
+        ("mixtral", {"hidden_act": "quick_gelu"}, "hidden_act: 'quick_gelu' is not supported"),
         ("mixtral", {"layer_types": ["full_attention"] * 6}, "layer_types: not a setting of the family mixtral"),
         ("qwen3_moe", {"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size: 8 is not supported"),
         ("qwen3_moe", {"scoring_func": "sigmoid"}, "scoring_func: 'sigmoid' is not supported"),

@@ -18,6 +18,7 @@ from jdpo.data.packing_shapes import PackedShape
 from jdpo.losses.settings import loss_settings
 from jdpo.models.attention.work import causal_pairs, computed_pairs
 from jdpo.models.base_weights import Base
+from jdpo.models.config import MoEConfig
 from jdpo.models.lora import Lora, abstract_adapters, num_adapter_params
 from jdpo.models.lora_sites import find_sites
 from jdpo.models.remat import REMAT_ORDER
@@ -59,6 +60,26 @@ SHAPE = PackedShape(1, 1, 2, 64, 16, 64)
 
 def test_matrices_by_hand() -> None:
     assert matrix_params(CONFIG) == N == 1536
+
+
+def test_of_experts_those_that_a_token_goes_to_count_and_padding_goes_to_none() -> None:
+    moe = MoEConfig(num_experts=8, experts_per_token=3, d_ff=5, normalize=True, aux_loss_coef=0.1)
+    dense, sparse = CONFIG.layers
+    mixed = dataclasses.replace(CONFIG, layers=(dense, dataclasses.replace(sparse, mlp="experts")), moe=moe)
+    of_experts = 3 * (3 * 8 * 5)
+    shared = N - 3 * 128 + 8 * 8  # a router in the place of one MLP
+    assert matrix_params(mixed) == shared + of_experts
+    batch = packed(PAIR, SHAPE)
+    both, without = (
+        step_flops(config, batch, Arithmetic("xla", "none"))
+        for config in (mixed, dataclasses.replace(mixed, moe=dataclasses.replace(moe, d_ff=0)))
+    )
+    assert both.logical - without.logical == both.executed - without.executed == 6 * of_experts * TOKENS
+    again = step_flops(mixed, batch, Arithmetic("xla", "full")).executed - both.executed
+    again -= step_flops(CONFIG, batch, Arithmetic("xla", "full")).executed
+    again += step_flops(CONFIG, batch, Arithmetic("xla", "none")).executed
+    # In the place of the gate and up of a dense layer: the router, and all maps of the experts.
+    assert again == 2 * ((8 * 8 - 2 * 128) * batch.tokens.size + of_experts * TOKENS)
 
 
 @pytest.mark.parametrize("live_reference", [False, True])

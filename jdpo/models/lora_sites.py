@@ -14,7 +14,8 @@ Path = tuple[str, ...]
 Targets = str | Sequence[str]
 
 ALL_LINEAR = "all-linear"
-KERNEL = "kernel"
+KERNEL, ROUTER = "kernel", "router"
+"""A router's kernel decides where tokens go, in float32: it is neither adapted nor quantized."""
 
 _MOST_NAMED = 8
 
@@ -65,7 +66,7 @@ def find_sites(model: Transformer) -> tuple[Site, ...]:
     axes = logical_axes(model)
     sites = []
     for path, (shape, pieces) in leaves(model.config).items():
-        if path[0] not in ("stack", "rest") or path[-1] != KERNEL:
+        if path[0] not in ("stack", "rest") or path[-1] != KERNEL or path[-2] == ROUTER:
             continue
         first, names = pieces[0], get_at(axes, path)
         num_lead, (num_inputs, fan_in_first) = len(first.at), _inputs_of(first)

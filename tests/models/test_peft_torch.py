@@ -39,6 +39,11 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
     "Qwen2": ({"tie_word_embeddings": True}, ["q_proj", "v_proj"]),
     "Qwen3": ({"head_dim": 10}, r".*\.(o_proj|down_proj)"),
     "Mistral": ({"sliding_window": 4}, ["self_attn.k_proj", "up_proj"]),
+    "Gemma3": ({"head_dim": 10, "sliding_window": 4, "num_hidden_layers": 7}, ["q_proj", "down_proj"]),
+    # Modules that hold several projections, whose adapter has one A for all of them.
+    "Phi3": ({}, "all-linear"),
+    "GPT2": ({"n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 64}, ["c_attn", "attn.c_proj"]),
+    "GPTNeoX": ({"hidden_size": 32}, ["query_key_value", "dense", "dense_4h_to_h"]),
 }
 
 TOKENS = np.random.default_rng(0).integers(0, 50, (3, 10))
@@ -50,8 +55,10 @@ def torch_model(name: str, settings: dict[str, Any], folder: Path) -> Any:
     import transformers
 
     torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**{**SIZES, **settings})
-    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    config_name = {"Gemma3": "Gemma3TextConfig"}.get(name, f"{name}Config")
+    model_name = {"GPT2": "GPT2LMHeadModel"}.get(name, f"{name}ForCausalLM")
+    config = getattr(transformers, config_name)(**{**SIZES, **settings})
+    model = getattr(transformers, model_name)(config).eval()
     model.save_pretrained(folder)
     return model
 
@@ -92,6 +99,7 @@ def test_an_adapter_of_peft_gives_its_logits_and_gradients(name: str, tmp_path: 
             target_modules=targets,
             task_type="CAUSAL_LM",
             init_lora_weights=False,  # B is not zero then
+            fan_in_fan_out=name == "GPT2",
         ),
     )
     peft_model.save_pretrained(str(tmp_path / "adapter"))

@@ -1,0 +1,158 @@
+"""Adapters beside kernels: which, how they start, what they add; and kernels in int8."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jdpo.generation.decode import generate
+from jdpo.models.base_weights import Base, dequantized, quantize
+from jdpo.models.lora import Lora, abstract_adapters, adapter_axes, init_adapters, merge, num_adapter_params, weights_of
+from jdpo.models.lora_sites import KERNEL, choose_sites, find_sites, get_at, last_name, tree_of
+from jdpo.models.transformer import Transformer, Weights, init_params, make_apply_fn
+from tests.conftest import small_llama
+
+# Layers of two kinds and one left over: a stack of repeats, and a rest that is not scanned.
+MODEL = Transformer(small_llama(num_layers=3, windows=(None, 5, None)))
+SITES = find_sites(MODEL)
+TOKENS = np.random.default_rng(0).integers(0, 64, (2, 9))
+MASK = np.ones(TOKENS.shape, bool)
+
+
+def lora_on(targets: Any, **fields: Any) -> Lora:
+    return Lora(**{"r": 3, "alpha": 6.0, "use_rslora": False, **fields}, sites=choose_sites(SITES, targets))
+
+
+def moved(adapters: Any) -> Any:
+    """With a B that is not zero."""
+    return jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(7), leaf.shape), adapters)
+
+
+@pytest.fixture(scope="module")
+def base() -> Base:
+    return Base(init_params(MODEL, jax.random.key(0)), {})
+
+
+@pytest.mark.parametrize(
+    ("targets", "names"),
+    [
+        ("all-linear", ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]),
+        (["v_proj", "mlp.up_proj"], ["v_proj", "up_proj"]),
+        (r"model\.layers\.\d+\.self_attn\..*", ["q_proj", "k_proj", "v_proj", "o_proj"]),
+    ],
+)
+def test_targets_mean_what_they_mean_to_peft(targets: Any, names: list[str]) -> None:
+    chosen = choose_sites(SITES, targets)
+    assert list(dict.fromkeys(map(last_name, chosen))) == names
+    modules = {module.name for site in chosen for module in site.modules}
+    assert len(modules) == 3 * len(names), "in every layer"
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (["q_proj", "qproj"], "no module is called 'qproj'; the modules that can be adapted are q_proj, k_proj"),
+        (["lm_head"], "no module is called 'lm_head'.*Embedding, head and norms stay frozen"),
+        ("q_proj", "no module is called as 'q_proj' asks"),
+        (["layers.0.self_attn.q_proj"], "q_proj is adapted in some of the layers.*model.layers.2.self_attn.q_proj"),
+        ("(", "not a regular expression"),
+    ],
+)
+def test_targets_that_cannot_be_are_refused(targets: Any, message: str) -> None:
+    # Layers 0 and 2 are of one kind, but 2 stands alone: with a third repeat they would be one array.
+    model = Transformer(small_llama(num_layers=4, windows=(None, 5, None, 5)))
+    with pytest.raises(ValueError, match=re.compile(message, re.DOTALL)):
+        choose_sites(find_sites(model), targets)
+
+
+def test_fresh_adapters_change_nothing_and_lie_as_the_params_do(base: Base) -> None:
+    lora = lora_on("all-linear")
+    adapters = init_adapters(lora, jax.random.key(1), jnp.float32)
+    described = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), abstract_adapters(lora, jnp.float32))
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), adapters) == described
+    assert num_adapter_params(lora) == sum(leaf.size for leaf in jax.tree.leaves(adapters))
+    query = adapters["stack"]["layer_1"]["attention"]["query"]
+    assert query["a"].shape == (1, 64, 3)
+    assert 0.9 / 8 < np.abs(query["a"]).max() <= 1 / 8, "uniform within 1 / sqrt(64)"
+    assert adapter_axes(lora)["rest"]["layer_0"]["mlp"]["down"] == {"a": ("mlp", None), "b": (None, "embed")}
+    # What else is adapted does not change a start.
+    alone = init_adapters(lora_on(["q_proj"]), jax.random.key(1), jnp.float32)
+    np.testing.assert_array_equal(alone["stack"]["layer_1"]["attention"]["query"]["a"], query["a"])
+    apply = jax.jit(make_apply_fn(MODEL))
+    expected = apply(base.params, TOKENS, MASK)
+    np.testing.assert_array_equal(apply(weights_of(lora, base, adapters), TOKENS, MASK), expected)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_unmerged_equals_merged_in_training_and_decoding(base: Base, use_rslora: bool) -> None:
+    lora = lora_on("all-linear", use_rslora=use_rslora)
+    assert lora.scale == pytest.approx(6 / (3**0.5 if use_rslora else 3))
+    adapters = moved(init_adapters(lora, jax.random.key(1), jnp.float32))
+    merged = merge(lora, base, adapters, sites=SITES, dtype=jnp.float32)
+    weights, apply = weights_of(lora, base, adapters), jax.jit(make_apply_fn(MODEL))
+    found, expected = (np.asarray(apply(params, TOKENS, MASK)) for params in (weights, merged))
+    assert np.abs(expected - apply(base.params, TOKENS, MASK)).max() > 0.1
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    options: dict[str, Any] = {"max_new_tokens": 6, "end_token_ids": [], "key": jax.random.key(0), "temperature": 0}
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8]]
+    assert generate(weights, MODEL, prompts, **options) == generate(merged, MODEL, prompts, **options)
+
+
+def in_int8(base: Base) -> Base:
+    kernels, scales = {}, {}
+    for site in SITES:
+        path = (*site.path, KERNEL)
+        kernels[path], scales[path] = quantize(get_at(base.params, path), site)
+
+    def of_leaf(path: Any, leaf: Any) -> Any:
+        return kernels.get(tuple(key.key for key in path), leaf)
+
+    return Base(jax.tree_util.tree_map_with_path(of_leaf, base.params), tree_of(scales))
+
+
+def test_int8_is_off_by_half_a_unit_at_most(base: Base) -> None:
+    site = next(site for site in SITES if last_name(site) == "o_proj" and site.lead)
+    kernel = get_at(base.params, (*site.path, KERNEL)).at[..., 5].set(0)
+    values, unit = quantize(kernel, site)
+    assert (values.dtype, unit.shape) == (jnp.int8, (*site.lead, *site.outputs))
+    back = np.asarray(values, np.float32) * unit[:, None, None]
+    assert (np.abs(back - kernel) <= 0.5001 * np.asarray(unit)[:, None, None]).all()
+    assert np.abs(np.asarray(values, np.int32)).max((1, 2)).tolist() == [[127] * 5 + [0] + [127] * 58]
+    np.testing.assert_array_equal(back[..., 5], 0)
+
+
+def test_int8_logits_are_those_of_its_numbers_and_near_the_base(base: Base) -> None:
+    quantized = in_int8(base)
+    numbers = {(*site.path, KERNEL): dequantized(quantized, site) for site in SITES}
+    plain = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: numbers.get(tuple(key.key for key in path), leaf), base.params
+    )
+    apply = jax.jit(make_apply_fn(MODEL))
+    found = np.asarray(apply(Weights(*quantized, {}), TOKENS, MASK))
+    np.testing.assert_allclose(found, apply(plain, TOKENS, MASK), atol=2e-5)
+    # A weight is off by up to half its unit s, as if drawn evenly: a logit with the gradient g moves by about
+    # sqrt(sum g^2 s^2 / 12). Five times that is the bound.
+    picked = (np.array([0, 0, 1, 1]), np.array([3, 8, 5, 8]), np.array([1, 30, 7, 63]))
+
+    def logits(kernels: dict[Any, jax.Array]) -> jax.Array:
+        params = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: kernels.get(tuple(key.key for key in path), leaf), base.params
+        )
+        return make_apply_fn(MODEL)(params, TOKENS, MASK)[picked]
+
+    kernels = {path: get_at(base.params, path) for path in numbers}
+    slopes = jax.jit(jax.jacrev(logits))(kernels)
+    variance = np.zeros(4)
+    for site in SITES:
+        unit = get_at(quantized.scales, (*site.path, KERNEL)).reshape(
+            (*site.lead, *(1 for _ in site.inputs), *site.outputs)
+        )
+        variance += np.square(slopes[*site.path, KERNEL] * unit).reshape(4, -1).sum(1) / 12
+    apart = np.abs(found - apply(base.params, TOKENS, MASK))[picked]
+    assert (apart < 5 * np.sqrt(variance)).all(), (apart, np.sqrt(variance))
+    assert apart.max() > 0.1 * np.sqrt(variance.max()), "int8 rounds"

@@ -9,23 +9,23 @@ Axes: r rank; *lead, a layer's number in a stack, as the kernel has it; *in and 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jdpo.models.base_weights import Base, dequantized
-from jdpo.models.lora_sites import KERNEL, Path, Site, get_at, tree_of
+from jdpo.models.lora_sites import EXPERT_AXIS, KERNEL, Path, Site, get_at, tree_of
 from jdpo.models.transformer import Params, Weights
 
 Adapters = Params
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Lora:
     """Which projections are adapted and how; hashable.
 
@@ -142,3 +142,17 @@ def _product(lora: Lora, site: Site, adapters: Adapters) -> jax.Array:
 def num_adapter_params(lora: Lora) -> int:
     """Numbers that are trained."""
     return sum(math.prod(leaf.shape) for leaf in _leaves(lora))
+
+
+def num_met_params(lora: Lora, experts_per_token: int) -> int:
+    """Those of them that a token is multiplied with: of experts, so many.
+
+    Args:
+      experts_per_token: of a model with experts.
+    """
+    num_met = 0
+    for site in lora.sites:
+        num_all = num_adapter_params(dataclasses.replace(lora, sites=(site,)))
+        num_experts = dict(zip(site.lead_axes, site.lead, strict=True)).get(EXPERT_AXIS)
+        num_met += num_all if num_experts is None else num_all * experts_per_token // num_experts
+    return num_met

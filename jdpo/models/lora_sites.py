@@ -16,6 +16,8 @@ Targets = str | Sequence[str]
 ALL_LINEAR = "all-linear"
 KERNEL, ROUTER = "kernel", "router"
 """A router's kernel decides where tokens go, in float32: it is neither adapted nor quantized."""
+EXPERT_AXIS = "expert"
+"""The leading axis of a kernel that counts experts."""
 
 _MOST_NAMED = 8
 

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from jdpo.models.lora import Adapters, Lora
-from jdpo.models.lora_sites import Module, Site, Targets, get_at, last_name, tree_of, whole_sites
+from jdpo.models.lora_sites import EXPERT_AXIS, Module, Site, Targets, get_at, last_name, tree_of, whole_sites
 from jdpo.models.safetensors_folder import DTYPES, SINGLE_NAME, TensorEntry, read_header
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
@@ -263,7 +263,11 @@ def peft_config(lora: Lora, sites: Sequence[Site], base_name: str, revision: str
       sites: all of the model's, so that names can be told apart.
       base_name, revision: of the model that the adapter belongs on.
     """
-    alpha = int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha
+    alpha, use_rslora = lora.alpha, lora.use_rslora
+    if use_rslora and any(EXPERT_AXIS in site.lead_axes for site in lora.sites):
+        # PEFT reads gate and up of an expert as one map of twice the rank, whose root is not twice the root.
+        alpha, use_rslora = lora.scale * lora.r, False
+    alpha = int(alpha) if float(alpha).is_integer() else alpha
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -272,7 +276,7 @@ def peft_config(lora: Lora, sites: Sequence[Site], base_name: str, revision: str
         "inference_mode": True,
         "r": lora.r,
         "lora_alpha": alpha,
-        "use_rslora": lora.use_rslora,
+        "use_rslora": use_rslora,
         "target_modules": target_names(lora, sites),
         "lora_dropout": 0.0,
         "bias": "none",

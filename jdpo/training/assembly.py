@@ -11,7 +11,7 @@ import optax
 
 from jdpo.config import DPOConfig, TrainConfig
 from jdpo.losses.objective import Totals
-from jdpo.models.lora import num_adapter_params
+from jdpo.models.lora import num_met_params
 from jdpo.models.self_attention import AttentionSettings
 from jdpo.models.transformer import Transformer, Weights
 from jdpo.sharding.mesh import num_batch_shards
@@ -41,7 +41,7 @@ class Assembly:
       compiled: the jitted functions.
       has_totals: whether evaluation is told the totals of all its rows.
       num_shards: parts that a micro-batch is split into.
-      num_adapter_params: numbers in the adapters; None where all weights are trained.
+      adapters: weights of adapters that a token is multiplied with; None where all weights are trained.
     """
 
     model: Transformer
@@ -54,7 +54,7 @@ class Assembly:
     compiled: Compiled
     has_totals: bool
     num_shards: int
-    num_adapter_params: int | None = None
+    adapters: int | None = None
 
     def attention(self, length: int) -> str:
         """The backend that attends over packed sequences of so many places."""
@@ -74,7 +74,7 @@ class Assembly:
             block_q=model.attention_block_q,
             block_kv=model.attention_block_kv,
             on_cpu=jax.default_backend() == "cpu",
-            adapters=self.num_adapter_params,
+            adapters=self.adapters,
             adapters_in_reference=self.sync is not None or _has_adapters(self.frozen.reference),
         )
         return step_flops(model.config, batch, program)
@@ -93,6 +93,13 @@ class Assembly:
     def evaluated(self, frozen: Frozen, state: TrainState) -> Frozen:
         """What an evaluation reads beside the params: of a reference that moves, where it is now."""
         return frozen if self.sync is None else frozen._replace(reference=state.reference_params)
+
+
+def _adapters_met(setup: Setup) -> int | None:
+    if setup.adaptation is None:
+        return None
+    moe = setup.model.config.moe
+    return num_met_params(setup.adaptation.lora, moe.experts_per_token if moe else 1)
 
 
 def _has_adapters(reference: Params) -> bool:
@@ -147,7 +154,7 @@ def assemble(setup: Setup, *, reference: Mode, remat: str) -> Assembly:
         ),
         has_totals=task.loss is not None,
         num_shards=num_batch_shards(setup.mesh),
-        num_adapter_params=num_adapter_params(setup.adaptation.lora) if setup.adaptation else None,
+        adapters=_adapters_met(setup),
     )
 
 

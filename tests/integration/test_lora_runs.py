@@ -112,13 +112,13 @@ def test_an_sft_adapter_is_where_dpo_starts_and_its_reference(
     settings: dict[str, Any] = {"max_steps": 4, "num_train_epochs": 1, "learning_rate": 1e-2, "logging_steps": 1}
     capsys.readouterr()
     assert main(cut_words(tmp_path / "live", model_name_or_path=sft_adapter, reference="live", **settings)) == 0
-    said = capsys.readouterr().out
+    said = "".join(capsys.readouterr())
     assert f"{TIE} (largest difference 0.0e+00" in said
     assert "loss 0.6931 (0.6931 expected)" in said
     # The same by lora.adapter, with the log-probs of base and adapter computed once.
     by_name = {"lora.adapter": sft_adapter, "lora.r": 2}
     assert main(cut_words(tmp_path / "auto", max_length=64, **by_name, **settings)) == 0
-    said = capsys.readouterr().out
+    said = "".join(capsys.readouterr())
     assert "reference: cached" in said
     assert TIE in said
     assert last_loss(tmp_path / "auto") == pytest.approx(last_loss(tmp_path / "live"), rel=1e-4)
@@ -131,7 +131,7 @@ def test_merged_weights_are_base_plus_adapter(
 ) -> None:
     run = Path(shutil.copytree(lora_run, tmp_path / "run"))
     assert main(cut_words(run, **LORA, **{"lora.merge": "true"})) == 0
-    assert "exporting the model of step 12" in capsys.readouterr().out, "a finished run exports again"
+    assert "exporting the model of step 12" in "".join(capsys.readouterr()), "a finished run exports again"
     merged, base = (load_file(folder / "model.safetensors") for folder in (run / "model", toy_model))
     adapter = load_file(lora_run / "model" / "adapter_model.safetensors")
     assert merged.keys() == base.keys()

@@ -6,6 +6,7 @@ Axes: n sequences, t positions, s cache slots, d model, h heads, g key/value hea
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -90,9 +91,9 @@ class Attention(nn.Module):
             query, key = (apply_rope(x, tables) for x in (query, key))
         if cache is not None:
             assert context.write_index is not None
-            start = (0, context.write_index, 0, 0)
-            key = jax.lax.dynamic_update_slice(cache["key"], key.astype(cache["key"].dtype), start)
-            value = jax.lax.dynamic_update_slice(cache["value"], value.astype(cache["value"].dtype), start)
+            write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=context.write_index, axis=1)
+            key = write(cache["key"], key.astype(cache["key"].dtype))
+            value = write(cache["value"], value.astype(cache["value"].dtype))
             cache = {"key": key, "value": value}
         output = self._attend(query, key, value, context)
         shape, axes = (config.num_heads, config.head_dim, config.d_model), ("heads", "head_dim", "embed")

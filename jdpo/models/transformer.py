@@ -162,9 +162,8 @@ class Transformer(nn.Module):
         mask = token_mask.astype(bool)
         seen = jnp.sum(cache.mask, axis=1, keepdims=True, dtype=jnp.int32)
         positions = jnp.maximum(seen + jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
-        start = (0, cache.index)
-        key_positions = jax.lax.dynamic_update_slice(cache.positions, positions, start)
-        key_mask = jax.lax.dynamic_update_slice(cache.mask, mask, start)
+        write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=cache.index, axis=1)
+        key_positions, key_mask = write(cache.positions, positions), write(cache.mask, mask)
         context = Context(
             self._ropes(positions), positions, key_positions, key_mask, token_weights=mask, write_index=cache.index
         )

@@ -17,7 +17,7 @@ from jdpo.models.transformer import Transformer, abstract_params
 GOLDEN = Path(__file__).parents[1] / "golden" / "logits"
 
 
-@pytest.mark.parametrize("case", ["llama", "qwen3"])
+@pytest.mark.parametrize("case", ["llama", "qwen3", "gpt2"])
 def test_old_rows_stay_and_new_rows_lie_near_the_mean(case: str) -> None:
     model = Transformer(read_model_config(GOLDEN / case))
     params = load_params(GOLDEN / case, model)

@@ -190,6 +190,24 @@ def counted(objective: Any, batch: Any, model: Transformer, mesh: Any, lora: Lor
     return float(lowered.compile().cost_analysis()["flops"])
 
 
+PARALLEL = {"gated_mlp": False, "parallel_residual": True}
+POST_NORMS = {"norm_placement": "both", "attention_softcap": 5.0, "logit_softcap": 3.0}
+
+
+@pytest.mark.parametrize("own", [PARALLEL, POST_NORMS], ids=["parallel", "post_norms"])
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_executed_flops_of_other_layers_are_those_that_xla_counts(own: dict[str, Any], remat: str) -> None:
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    one_layer = dataclasses.replace(MEASURED, num_layers=1, layers=MEASURED.layers[:1], vocab_size=8, **own)
+    model = Transformer(one_layer, remat=remat, attention="xla", compute_dtype=jnp.float32)
+    pairs = pairs_of((40, 60, 50), (30, 60, 90), (60, 20, 70))
+    plan = plan_run(item_sizes(pairs), [np.arange(3)], num_shards=1, max_tokens_per_device=4096)
+    batch = pack(pairs, np.arange(3), plan.step(np.arange(3)))
+    objective = packed_dpo_objective(make_packed_logps(model, mesh), loss_settings("sigmoid", beta=0.1)[0])
+    expected = step_flops(one_layer, batch, Arithmetic("xla", remat, live_reference=True)).executed
+    assert counted(objective, batch, model, mesh) == pytest.approx(expected, rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("remat", "adapted"), [*((remat, False) for remat in REMAT_ORDER), ("none", True), ("full", True)]
 )

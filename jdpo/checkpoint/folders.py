@@ -43,10 +43,19 @@ def write_folder(out: Path, *, by_all: Callable[[Path], None], by_first: Callabl
         raise
 
 
-def _stage(out: Path, staging: Path) -> None:
+def check_out(out: Path) -> None:
+    """Refuses a place that holds something that is not ours to replace.
+
+    Raises:
+      ValueError: it is neither free nor a folder of a model or an adapter.
+    """
     is_ours = any((out / marker).is_file() for marker in MARKERS)
     if out.exists() and not is_ours and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not a model folder: it will not be replaced; choose another place")
+
+
+def _stage(out: Path, staging: Path) -> None:
+    check_out(out)
     shutil.rmtree(staging, ignore_errors=True)  # of an export that was killed
     staging.mkdir(parents=True)
 

@@ -171,8 +171,8 @@ class CheckpointManager:
     # --- finding
 
     def complete_steps(self) -> list[int]:
-        """Steps that have a manifest, oldest first. (Whether the files agree with it is seen at restore.)"""
-        return [step for step in self._all_steps() if (self._folder / str(step) / MANIFEST).exists()]
+        """See the function of the same name."""
+        return complete_steps(self._folder)
 
     def best_step(self) -> int | None:
         """The complete step with the best metric, the earliest among equals, or None where none has one."""
@@ -192,7 +192,7 @@ class CheckpointManager:
     def newest_whole_step(self) -> int | None:
         """The newest step whose files all agree with its manifest; later ones are warned of and deleted."""
         for step in reversed(self._all_steps()):
-            fault = self._fault(step)
+            fault = fault_of(self._folder / str(step))
             if fault is None:
                 self._verified = step
                 return step
@@ -202,25 +202,11 @@ class CheckpointManager:
         return None
 
     def _all_steps(self) -> list[int]:
-        return sorted(int(entry.name) for entry in self._folder.iterdir() if entry.name.isdigit() and entry.is_dir())
+        return _steps_in(self._folder)
 
     def _manifest(self, step: int) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads((self._folder / str(step) / MANIFEST).read_text())
         return manifest
-
-    def _fault(self, step: int) -> str | None:
-        folder = self._folder / str(step)
-        if not (folder / MANIFEST).exists():
-            return "its save was cut off"
-        try:
-            expected = self._manifest(step)["files"]
-        except (ValueError, KeyError):
-            return f"{MANIFEST} cannot be read"
-        found = _digests(folder)
-        for name in sorted({*expected, *found}):
-            if expected.get(name) != found.get(name):
-                return f"{name} is {'missing' if name not in found else 'not what was written'}"
-        return None
 
     # --- restoring
 
@@ -234,7 +220,7 @@ class CheckpointManager:
         Raises:
           ValueError: a file of the step is not what was written.
         """
-        if step != self._verified and (fault := self._fault(step)) is not None:
+        if step != self._verified and (fault := fault_of(self._folder / str(step))) is not None:
             raise ValueError(
                 f"checkpoint {self._folder / str(step)} is damaged: {fault}; bring the file back, or, if this is the "
                 "best checkpoint, set load_best_model_at_end to false to export the last step"
@@ -245,6 +231,46 @@ class CheckpointManager:
             args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), position=ocp.args.JsonRestore()),
         )
         return Restored(step, items["state"], items["position"])
+
+
+def complete_steps(folder: Path) -> list[int]:
+    """Steps in a folder of checkpoints that have a manifest, oldest first; whether files agree is seen at restore."""
+    return [step for step in _steps_in(folder) if (folder / str(step) / MANIFEST).exists()]
+
+
+def fault_of(folder: Path) -> str | None:
+    """What is wrong with the folder of a step, held against its manifest, all files read; None: nothing."""
+    if not (folder / MANIFEST).exists():
+        return "its save was cut off"
+    try:
+        expected = json.loads((folder / MANIFEST).read_text())["files"]
+    except (ValueError, KeyError):
+        return f"{MANIFEST} cannot be read"
+    found = _digests(folder)
+    for name in sorted({*expected, *found}):
+        if expected.get(name) != found.get(name):
+            return f"{name} is {'missing' if name not in found else 'not what was written'}"
+    return None
+
+
+def restore_params(folder: Path, abstract_params: Any) -> Any:
+    """The weights alone of the folder of a step; what else it holds is not read.
+
+    Args:
+      abstract_params: tree of jax.ShapeDtypeStruct with shardings.
+    """
+    item = {"params": abstract_params}
+    args = ocp.args.PyTreeRestore(
+        item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
+    )
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        return checkpointer.restore(folder / "state", args=args)["params"]
+
+
+def _steps_in(folder: Path) -> list[int]:
+    if not folder.is_dir():
+        return []
+    return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit() and entry.is_dir())
 
 
 def _digests(folder: Path) -> dict[str, list[Any]]:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jdpo.models.casting import PADDING_BYTES, Scratch, all_finite, bits, copy_cast
+from jdpo.models.casting import PADDING_BYTES, Scratch, all_finite, bits, copy_cast, is_narrower
 from jdpo.models.config import ModelConfig
 from jdpo.models.filling import CHUNK_BYTES
 from jdpo.models.hf_names import hf_tensors
@@ -215,7 +215,7 @@ class _Writer:
         else:
             padded = self._scratch.array("padded", block.size, run.dtype).reshape(block.shape)
         copy_cast(block, padded)
-        if block.dtype != run.dtype and not all_finite(padded):
+        if is_narrower(run.dtype, block.dtype) and not all_finite(padded):
             raise ValueError(f"tensor {name} holds values that {run.dtype.name} cannot; export it in float32")
         bits(target)[...] = bits(padded)
 

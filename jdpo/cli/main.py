@@ -12,6 +12,7 @@ COMMANDS = {
     "dpo": ("jdpo.cli.train", "Direct Preference Optimization of a Hugging Face model"),
     "inspect": ("jdpo.cli.inspect", "what a run would train on, looked at before it trains"),
     "reference": ("jdpo.cli.reference", "the reference's log-probs, computed once and kept for every later run"),
+    "export": ("jdpo.cli.export", "a Hugging Face model folder from any checkpoint of a run"),
     "quickstart": ("jdpo.cli.quickstart", "the whole way on a tiny model made from nothing, in minutes"),
 }
 

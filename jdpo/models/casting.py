@@ -58,6 +58,11 @@ def all_finite(values: np.ndarray) -> bool:
     return int((integers & integers.dtype.type(mask)).max()) != mask
 
 
+def is_narrower(target: np.dtype, source: np.dtype) -> bool:
+    """Whether a dtype has numbers that overflow in another."""
+    return float(ml_dtypes.finfo(target).max) < float(ml_dtypes.finfo(source).max)
+
+
 def copy_cast(source: np.ndarray, target: np.ndarray, *, target_is_zero: bool = False) -> None:
     """target[...] = source, rounded to nearest even where the target's dtype is narrower.
 

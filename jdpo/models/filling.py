@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jdpo.models.casting import PADDING_BYTES, Scratch, all_finite, copy_cast
+from jdpo.models.casting import PADDING_BYTES, Scratch, all_finite, copy_cast, is_narrower
 from jdpo.models.hf_names import Piece
 from jdpo.models.leaf_buffers import Bounds
 from jdpo.models.safetensors_folder import TensorFiles
@@ -87,7 +87,7 @@ class Filler:
             for array in target.arrays:
                 index = _index(shared, target.bounds)
                 copy_cast(part, array[index], target_is_zero=True)
-                if array.dtype != part.dtype and not all_finite(array[index]):
+                if is_narrower(array.dtype, part.dtype) and not all_finite(array[index]):
                     self.faults[name] = f"{self._files.place(name)} holds values that {array.dtype.name} cannot"
 
     def _laid_out(self, run: np.ndarray, window: Window) -> np.ndarray:

@@ -39,7 +39,7 @@ def finish_run(setup: Setup, directory: RunDirectory, params: Params, base: Base
     """Exports the weights of a step, draws the plots and says that the run is complete."""
     config = setup.config
     lines = read_metrics(directory.metrics)
-    results = _results(lines, exported)
+    results = results_at(lines, exported)
     export_trained(setup, params, base, directory.model, results=results)
     if is_first():
         write_plots(lines, directory.plots, title=f"jdpo {setup.task.command}: {config.model_name_or_path}")
@@ -119,7 +119,7 @@ def merged_params(setup: Setup, adapters: Params, base: Base) -> Params:
     return jax.jit(add, donate_argnums=0, out_shardings=setup.whole_shardings)(base, adapters)
 
 
-def _results(lines: list[dict[str, Any]], step: int) -> dict[str, Any]:
+def results_at(lines: list[dict[str, Any]], step: int) -> dict[str, Any]:
     """The values of the last training and evaluation lines up to a step."""
     results: dict[str, Any] = {}
     for line in lines:

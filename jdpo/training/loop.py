@@ -49,6 +49,7 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
             setup = build(config, say, stopped=stop.alone)
             _check_same_everywhere(setup)
             directory.check_inputs(setup.inputs(), setup.train_data.parts())
+            directory.remember("rows", setup.train_data.summary())  # for the model card of an export
             reference = _settle(setup, directory, stop, say)
         except BuildStopped:
             say("stopped by a signal; what was computed is kept. Run the same command again to go on")

@@ -1,0 +1,75 @@
+"""A model folder to a repository of the Hugging Face hub: only when asked, and private unless asked otherwise.
+
+The token is the one that huggingface_hub finds (HF_TOKEN, or `hf auth login`); nothing here takes, keeps or prints it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def check_push(repo_id: str) -> None:
+    """Asks the hub who the token belongs to, so that a push can be refused before the work and not behind it.
+
+    Raises:
+      ValueError: the name is none that the hub can have, there is no token, or the hub does not take it.
+    """
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.utils import validate_repo_id
+
+    with _explained(repo_id):
+        validate_repo_id(repo_id)
+        if get_token() is None:
+            raise ValueError(
+                f"push_to_hub {repo_id}: no token to write with; log in with `hf auth login`, or set HF_TOKEN"
+            )
+        HfApi().whoami()
+
+
+def push_folder(folder: Path, repo_id: str, *, public: bool, message: str) -> str:
+    """Uploads a folder as one commit to a model repository, which is made where there is none.
+
+    Args:
+      public: whether a new repository is to be seen by everyone; a push that is not meant to be public is refused
+        where the repository is.
+      message: of the commit.
+
+    Returns:
+      the address of the repository.
+
+    Raises:
+      ValueError: the hub cannot be reached or refuses; or the repository is public and the push is not.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    with _explained(repo_id):
+        # The hub's answer has the full name where the owner was left out.
+        url: Any = api.create_repo(repo_id, private=not public, exist_ok=True)
+        full_name = str(url.repo_id)
+        if not public and not api.repo_info(full_name).private:
+            raise ValueError(
+                f"push_to_hub {full_name}: that repository is public; say so (--public, or push_public: true in a "
+                "config), or choose another name. Nothing was uploaded"
+            )
+        api.upload_folder(repo_id=full_name, folder_path=str(folder), commit_message=message)
+    return str(url)
+
+
+@contextlib.contextmanager
+def _explained(repo_id: str) -> Iterator[None]:
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        yield
+    except HFValidationError as error:
+        raise ValueError(f"push_to_hub {repo_id!r}: not a name that the hub can have: {error}") from None
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else 0
+        what = {401: "it does not know the token", 403: "the token may not write there"}.get(status, str(error))
+        raise ValueError(f"push_to_hub {repo_id}: the hub refused: {what}") from None
+    except OSError as error:  # no network, or HF_HUB_OFFLINE=1
+        raise ValueError(f"push_to_hub {repo_id}: the hub cannot be reached: {error}") from None

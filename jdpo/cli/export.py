@@ -1,0 +1,63 @@
+"""`jdpo export CHECKPOINT OUT`: a Hugging Face model folder from any checkpoint of a run."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's own words."""
+    parser = argparse.ArgumentParser(
+        prog="jdpo export",
+        description="Writes the model of a checkpoint as a Hugging Face folder. The run may be going on, have been "
+        "stopped or be finished; its folder is only read. It runs on the host: no accelerator is used, and memory for "
+        "the weights as the checkpoint holds them is needed once.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="output_dir of a run, or checkpoints/STEP")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; an older export there is replaced")
+    parser.add_argument("--step", type=int, help="which checkpoint of the run; left out: the newest")
+    parser.add_argument(
+        "--dtype", choices=("source", "float32", "bfloat16", "float16"), help="left out: the run's export_dtype"
+    )
+    parser.add_argument(
+        "--max_shard_size", "--max-shard-size", help="largest weight file, such as 5GB; left out: the run's"
+    )
+    parser.add_argument(
+        "--push_to_hub",
+        "--push-to-hub",
+        metavar="REPO",
+        help="upload OUT to this model repository of the Hugging Face hub, too",
+    )
+    parser.add_argument("--public", action="store_true", help="a repository made by --push_to_hub is for all to see")
+    return parser
+
+
+def main(command: str, words: Sequence[str]) -> int:
+    """Parses, calls."""
+    assert command == "export", command
+    asked = parser().parse_args(words)
+    if asked.public and not asked.push_to_hub:
+        raise ValueError("--public says how --push_to_hub makes a repository; give both, or neither")
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    from jdpo.checkpoint.hub_push import check_push, push_folder
+    from jdpo.training.exporting import export_checkpoint, find_checkpoint
+
+    checkpoint = find_checkpoint(asked.checkpoint, asked.step)
+    if asked.push_to_hub:
+        check_push(asked.push_to_hub)
+    export_checkpoint(checkpoint, asked.out, export_dtype=asked.dtype, max_shard_size=asked.max_shard_size, say=_say)
+    _say(f"done: model in {asked.out}")
+    if asked.push_to_hub:
+        message = f"Step {checkpoint.step} of a jdpo run"
+        _say(f"pushed to {push_folder(asked.out, asked.push_to_hub, public=asked.public, message=message)}")
+    return 0
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)

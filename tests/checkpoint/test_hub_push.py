@@ -1,0 +1,75 @@
+"""Pushing a folder, against a hub on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+
+from jdpo.checkpoint.hub_push import check_push, push_folder
+from tests.hub_server import TOKEN, Hub, serving_hub
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    with serving_hub() as hub:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.endpoint)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        yield hub
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(bytes(1000))
+    return folder
+
+
+def test_a_folder_goes_to_a_private_repository_in_one_commit(hub: Hub, folder: Path) -> None:
+    check_push("me/aligned")
+    assert push_folder(folder, "aligned", public=False, message="step 3") == f"{hub.endpoint}/me/aligned"
+    repository = hub.repositories["me/aligned"]
+    assert repository.private
+    assert repository.files == {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert repository.commits == ["step 3"]
+    (folder / "config.json").write_text('{"a": 1}')
+    push_folder(folder, "me/aligned", public=False, message="again")
+    assert repository.files["config.json"] == b'{"a": 1}'
+
+
+def test_public_only_when_asked(hub: Hub, folder: Path) -> None:
+    push_folder(folder, "me/open", public=True, message="first")
+    assert not hub.repositories["me/open"].private
+    with pytest.raises(ValueError, match=r"push_to_hub me/open: that repository is public; .*Nothing was uploaded"):
+        push_folder(folder, "me/open", public=False, message="second")
+    assert hub.repositories["me/open"].commits == ["first"]
+
+
+def test_refusals_come_early_and_never_hold_the_token(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="not a name that the hub can have"):
+        check_push("my model!")
+    hub.readonly = True
+    with pytest.raises(ValueError, match=r"the hub refused: the token may not write there") as error:
+        push_folder(folder, "me/aligned", public=False, message="")
+    assert TOKEN not in str(error.value)
+    monkeypatch.setenv("HF_TOKEN", "hf_other")
+    with pytest.raises(ValueError, match=r"the hub refused: it does not know the token") as error:
+        check_push("me/aligned")
+    assert "hf_other" not in str(error.value)
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(ValueError, match=r"no token to write with; log in with `hf auth login`, or set HF_TOKEN"):
+        check_push("me/aligned")
+
+
+def test_no_network(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with pytest.raises(ValueError, match=r"push_to_hub me/aligned: the hub cannot be reached: "):
+        check_push("me/aligned")

@@ -32,6 +32,7 @@ def finished(toy_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "remat": "none",
         "reference": "live",
         "save_steps": 3,
+        "logging_steps": 1,
         "mesh.data": 8,
         "mesh.fsdp": 1,
     }

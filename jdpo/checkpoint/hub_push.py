@@ -71,5 +71,7 @@ def _explained(repo_id: str) -> Iterator[None]:
         status = error.response.status_code if error.response is not None else 0
         what = {401: "it does not know the token", 403: "the token may not write there"}.get(status, str(error))
         raise ValueError(f"push_to_hub {repo_id}: the hub refused: {what}") from None
+    except RuntimeError as error:  # of a thread that uploads a file
+        raise ValueError(f"push_to_hub {repo_id}: {error} {error.__cause__ or ''}".rstrip()) from None
     except OSError as error:  # no network, or HF_HUB_OFFLINE=1
         raise ValueError(f"push_to_hub {repo_id}: the hub cannot be reached: {error}") from None

@@ -253,6 +253,13 @@ def fault_of(folder: Path) -> str | None:
     return None
 
 
+def read_position(folder: Path) -> dict[str, Any]:
+    """The position of the folder of a step."""
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+        position: dict[str, Any] = checkpointer.restore(folder / "position", args=ocp.args.JsonRestore())
+    return position
+
+
 def restore_params(folder: Path, abstract_params: Any) -> Any:
     """The weights alone of the folder of a step; what else it holds is not read.
 

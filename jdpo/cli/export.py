@@ -27,6 +27,13 @@ def parser() -> argparse.ArgumentParser:
         "--max_shard_size", "--max-shard-size", help="largest weight file, such as 5GB; left out: the run's"
     )
     parser.add_argument(
+        "--merge",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="add adapters to their base and write a whole model, or write the adapters alone; left out: as the run's "
+        "lora.merge says",
+    )
+    parser.add_argument(
         "--push_to_hub",
         "--push-to-hub",
         metavar="REPO",
@@ -51,7 +58,14 @@ def main(command: str, words: Sequence[str]) -> int:
     checkpoint = find_checkpoint(asked.checkpoint, asked.step)
     if asked.push_to_hub:
         check_push(asked.push_to_hub)
-    export_checkpoint(checkpoint, asked.out, export_dtype=asked.dtype, max_shard_size=asked.max_shard_size, say=_say)
+    export_checkpoint(
+        checkpoint,
+        asked.out,
+        export_dtype=asked.dtype,
+        max_shard_size=asked.max_shard_size,
+        merge_adapters=asked.merge,
+        say=_say,
+    )
     _say(f"done: model in {asked.out}")
     if asked.push_to_hub:
         message = f"Step {checkpoint.step} of a jdpo run"

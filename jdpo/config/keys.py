@@ -280,6 +280,10 @@ class TrainConfig:
         "source", "dtype of the exported weights; source: as in the model that came in"
     )
     max_shard_size: str = _key("5GB", "largest exported weight file")
+    push_to_hub: str | None = _key(
+        None, "upload the exported folder to this model repository of the Hugging Face hub, private; null: nowhere"
+    )
+    push_public: bool = _key(False, "let push_to_hub make a repository that everyone sees")
     resume: Literal["auto", "never"] = _key(
         "auto", "auto: go on from the newest checkpoint in output_dir; never: refuse a used output_dir"
     )

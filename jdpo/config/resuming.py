@@ -8,7 +8,14 @@ from typing import Any
 from jdpo.config.keys import RULE_DEFAULTS, DatasetConfig, TrainConfig
 from jdpo.config.reading import defaults_of, to_dict
 
-EXPORT_KEYS = ("export_dtype", "max_shard_size", "load_best_model_at_end", "metric_for_best_model", "lora.merge")
+EXPORT_KEYS = (
+    "export_dtype",
+    "max_shard_size",
+    "push_to_hub",
+    "load_best_model_at_end",
+    "metric_for_best_model",
+    "lora.merge",
+)
 """Keys that decide what is exported: a finished run whose export was asked for otherwise exports again."""
 
 FREE_KEYS = frozenset(
@@ -33,6 +40,8 @@ FREE_KEYS = frozenset(
         "max_tokens_per_device",
         "micro_batch_size",
         "offload_optimizer",
+        "push_public",
+        "push_to_hub",
         "packing",
         "profile_steps",
         "compilation_cache",

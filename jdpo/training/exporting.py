@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-from jax.sharding import SingleDeviceSharding
 
-from jdpo._version import __version__
 from jdpo.checkpoint.folders import check_out
-from jdpo.checkpoint.hf_export import export_model
-from jdpo.checkpoint.manager import complete_steps, fault_of, restore_params
-from jdpo.config import DPOConfig, SFTConfig, TrainConfig, load_config, to_dict, to_yaml
-from jdpo.data.tokenizer import load_tokenizer
-from jdpo.models.families import read_model_config
-from jdpo.models.hub import resolve_folder
-from jdpo.models.transformer import abstract_params
-from jdpo.reports.model_card import model_card
+from jdpo.checkpoint.hf_export import parse_size
+from jdpo.checkpoint.manager import complete_steps, fault_of, read_position, restore_params
+from jdpo.config import DPOConfig, MeshConfig, SFTConfig, TrainConfig, load_config
 from jdpo.reports.writers import read_metrics
-from jdpo.training.finish import results_at
-from jdpo.training.setup import make_model, numerics, resolve_dtype
+from jdpo.training.checks import check_base
+from jdpo.training.finish import export_trained, results_at
+from jdpo.training.setup import build_model, numerics, resolve_dtype
+from jdpo.training.weights import load_base
 
 CONFIGS: dict[str, type[TrainConfig]] = {"sft": SFTConfig, "dpo": DPOConfig}
 
@@ -78,17 +74,19 @@ def export_checkpoint(
     *,
     export_dtype: str | None = None,
     max_shard_size: str | None = None,
+    merge_adapters: bool | None = None,
     say: Callable[[str], None],
 ) -> None:
-    """Writes the model of a checkpoint as the run itself would at its end; the run's folder is only read.
+    """Writes the model, or the adapter, of a checkpoint as the run itself would at its end; the run is only read.
 
     Args:
       export_dtype, max_shard_size: None: as the run's config says.
+      merge_adapters: see `export_trained`.
       say: takes lines for the person who asked.
 
     Raises:
       ValueError: a file of the checkpoint is not what was written, the model that the run started from is not there
-        any more, or whatever `export_model` refuses.
+        any more, or whatever an export refuses.
     """
     check_out(out)
     if (fault := fault_of(checkpoint.folder)) is not None:
@@ -100,39 +98,28 @@ def export_checkpoint(
     overrides = [f"{key}={value}" for key, value in given.items() if value is not None]
     saved = checkpoint.run / "resolved_config.yaml"
     config = resolve_dtype(load_config(CONFIGS[state["command"]], saved, overrides))
-    model_folder = resolve_folder(config.model_name_or_path, config.model_revision)
-    tokenizer = load_tokenizer(model_folder, chat_template=config.chat_template)
-    model = make_model(config, read_model_config(model_folder), tokenizer)
-    say(f"exporting step {checkpoint.step} of {checkpoint.run} to {out}")
-    with numerics(config):
-        sharding = SingleDeviceSharding(jax.local_devices()[0])
-        params = restore_params(
-            checkpoint.folder,
-            jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract_params(model)
-            ),
-        )
-        export_model(
-            params,
-            model.config,
-            out,
-            source_folder=model_folder,
-            tokenizer=tokenizer.hf,
-            end_token_ids=tokenizer.end_token_ids,
-            export_dtype=config.export_dtype,
-            max_shard_size=config.max_shard_size,
-            model_card=_card(checkpoint, state, config),
-        )
-
-
-def _card(checkpoint: Checkpoint, state: dict[str, Any], config: TrainConfig) -> str:
+    parse_size(config.max_shard_size)
     metrics = checkpoint.run / "metrics.jsonl"
-    lines = read_metrics(metrics) if metrics.exists() else []
-    return model_card(
-        command=state["command"],
-        config=to_dict(config),
-        results=results_at(lines, checkpoint.step),
-        rows=state.get("rows") or "The run did not write down what its rows were.",
-        version=__version__,
-        config_yaml=to_yaml(config),
-    )
+    with numerics(config):
+        # The devices here need not be those that the run had.
+        setup = build_model(dataclasses.replace(config, mesh=MeshConfig()))
+        check_base(read_position(checkpoint.folder).get("base"), setup.base_identity(), checkpoint.folder)
+        merging = config.lora is not None and config.lora.merge if merge_adapters is None else merge_adapters
+        if merge_adapters and setup.adaptation is None:
+            raise ValueError(f"{checkpoint.folder} holds all weights: there are no adapters to merge")
+        say(f"exporting step {checkpoint.step} of {checkpoint.run} to {out}")
+        abstract = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            setup.trained,
+            setup.shardings,
+        )
+        export_trained(
+            dataclasses.replace(setup, config=config),
+            restore_params(checkpoint.folder, abstract),
+            load_base(setup) if merging else None,
+            out,
+            command=state["command"],
+            rows=state.get("rows") or "The run did not write down what its rows were.",
+            results=results_at(read_metrics(metrics) if metrics.exists() else [], checkpoint.step),
+            merge_adapters=merging,
+        )

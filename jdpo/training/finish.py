@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,18 @@ import jax.numpy as jnp
 
 from jdpo._version import __version__
 from jdpo.checkpoint.hf_export import export_model
+from jdpo.checkpoint.hub_push import push_folder
 from jdpo.checkpoint.manager import CheckpointManager
 from jdpo.checkpoint.peft_export import export_adapter
 from jdpo.config import to_dict, to_yaml
 from jdpo.models.base_weights import Base
 from jdpo.models.lora import merge
-from jdpo.processes import agree_on, barrier, is_first
+from jdpo.processes import agree_on, is_first, together
 from jdpo.reports.model_card import model_card
 from jdpo.reports.plots import write_plots
 from jdpo.reports.writers import read_metrics
 from jdpo.training.run_dir import RunDirectory
-from jdpo.training.setup import Setup
+from jdpo.training.setup import ModelSetup, Setup
 
 Params = Any
 
@@ -35,24 +36,41 @@ def step_to_export(setup: Setup, manager: CheckpointManager) -> int:
     return setup.num_steps if best is None else best
 
 
-def finish_run(setup: Setup, directory: RunDirectory, params: Params, base: Base | None, exported: int) -> None:
-    """Exports the weights of a step, draws the plots and says that the run is complete."""
+def finish_run(
+    setup: Setup,
+    directory: RunDirectory,
+    params: Params,
+    base: Base | None,
+    exported: int,
+    say: Callable[[str], None],
+) -> None:
+    """Exports the weights of a step, draws the plots, uploads where asked, and says that the run is complete."""
     config = setup.config
     lines = read_metrics(directory.metrics)
     results = results_at(lines, exported)
-    export_trained(setup, params, base, directory.model, results=results)
+    rows = setup.train_data.summary()
+    export_trained(setup, params, base, directory.model, command=setup.task.command, results=results, rows=rows)
     if is_first():
         write_plots(lines, directory.plots, title=f"jdpo {setup.task.command}: {config.model_name_or_path}")
-    barrier("exported")
+    together(lambda: _push(setup, directory, exported, say), on_first=True)
     directory.finish({**results, "step": setup.num_steps, "exported_step": exported})
 
 
+def _push(setup: Setup, directory: RunDirectory, exported: int, say: Callable[[str], None]) -> None:
+    config = setup.config
+    if config.push_to_hub is not None:
+        message = f"Step {exported} of jdpo {setup.task.command}"
+        say(f"pushed to {push_folder(directory.model, config.push_to_hub, public=config.push_public, message=message)}")
+
+
 def export_trained(
-    setup: Setup,
+    setup: ModelSetup,
     params: Params,
     base: Base | None,
     out: Path,
     *,
+    command: str,
+    rows: str,
     results: Mapping[str, Any],
     merge_adapters: bool | None = None,
 ) -> None:
@@ -61,7 +79,7 @@ def export_trained(
     Args:
       params: all weights, or adapters; weights are given up where adapters are merged into them.
       base: where adapters were trained; may be None where they are not merged.
-      results: of the run, for README.md.
+      command, rows, results: of the run, for README.md; see `model_card`.
       merge_adapters: export the base with the adapters added, and not the adapters alone; None: as `lora.merge` says.
     """
     config, adaptation = setup.config, setup.adaptation
@@ -69,10 +87,10 @@ def export_trained(
         merge_adapters = config.lora is not None and config.lora.merge
     alone = adaptation is not None and not merge_adapters
     card = model_card(
-        command=setup.task.command,
+        command=command,
         config=to_dict(config),
         results=results,
-        rows=setup.train_data.summary(),
+        rows=rows,
         version=__version__,
         config_yaml=to_yaml(config),
         base=setup.model_name,
@@ -106,7 +124,7 @@ def export_trained(
     )
 
 
-def merged_params(setup: Setup, adapters: Params, base: Base) -> Params:
+def merged_params(setup: ModelSetup, adapters: Params, base: Base) -> Params:
     """The base with the adapters added to its kernels, as the model computes with them; the base is given up.
 
     In float32, or in bfloat16 where the base is and the export will be, so that it takes no more room than the base.

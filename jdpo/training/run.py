@@ -152,7 +152,7 @@ class Run:
             del params
             params = self.manager.restore(exported, saved_parts(self.assembly.state)).state["params"]
         self.say(f"exporting the model of step {exported} to {self.directory.model}")
-        finish_run(self.setup, self.directory, params, base, exported)
+        finish_run(self.setup, self.directory, params, base, exported, self.say)
         self.say(f"done: model in {self.directory.model}, metrics in {self.directory.metrics}")
         return RunResult(num_steps, False, 0, self.directory)
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jdpo.checkpoint.hf_export import parse_size
+from jdpo.checkpoint.hub_push import check_push
 from jdpo.config import DPOConfig, TrainConfig
 from jdpo.data.loader import RowPlan
 from jdpo.data.prepare import PreparedData, cache_folder
@@ -26,6 +27,7 @@ from jdpo.models.hub import resolve_folder
 from jdpo.models.peft_folder import CONFIG_NAME, WEIGHTS_NAME
 from jdpo.models.safetensors_folder import tensor_entries
 from jdpo.models.transformer import Transformer, abstract_params, logical_axes
+from jdpo.processes import together
 from jdpo.sharding.mesh import check_batch_size, make_mesh
 from jdpo.sharding.rules import param_shardings, undivided_dims
 from jdpo.training.adaptation import Adaptation, Sources, adaptation_of, check_adaptation, find_sources, num_params
@@ -47,23 +49,16 @@ Say = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Setup:
-    """What a run works with; nothing in it changes while the run goes on."""
+class ModelSetup:
+    """The model of a run and where it stands; all that is needed to load and to export it."""
 
     config: TrainConfig
-    task: Task
     mesh: Mesh
     sources: Sources
-    reference_folder: Path | None  # None where the reference is the policy's own start, or there is none
     tokenizer: Tokenizer
     source_config: ModelConfig  # as in the model folder
     model: Transformer  # with the vocabulary that the tokenizer needs
     adaptation: Adaptation | None  # None where all weights are trained
-    train_data: PreparedData
-    eval_data: PreparedData | None
-    row_plan: RowPlan  # of train_data
-    num_steps: int
-    steps_per_epoch: int
 
     @property
     def model_folder(self) -> Path:
@@ -107,6 +102,19 @@ class Setup:
             return None
         digest = folder_digest(self.model_folder)
         return {"model": self.model_name, "digest": digest, "dtype": self.adaptation.base_dtype.name}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setup(ModelSetup):
+    """What a run works with; nothing in it changes while the run goes on."""
+
+    task: Task
+    reference_folder: Path | None  # None where the reference is the policy's own start, or there is none
+    train_data: PreparedData
+    eval_data: PreparedData | None
+    row_plan: RowPlan  # of train_data
+    num_steps: int
+    steps_per_epoch: int
 
     def inputs(self) -> dict[str, str]:
         """Digests of what decides a run beside its config, for recognising it on resume."""
@@ -175,33 +183,22 @@ def build(config: TrainConfig, say: Say, *, stopped: Callable[[], bool] = lambda
     task = task_for(config)
     check_settings(config, task)
     check_offload(config)
-    parse_size(config.max_shard_size)  # now, not at the export after hours of training
-    mesh = make_mesh(config.mesh)
-    check_batch_size(config.global_batch_size, mesh)
-    sources = find_sources(config)
-    model_folder = sources.model_folder
-    source_config = read_model_config(model_folder)
-    check_expert_settings(config, source_config, mesh)
-    tokenizer = load_tokenizer(sources.tokenizer_folder, chat_template=config.chat_template)
-    model = make_model(config, source_config, tokenizer)
-    adaptation = adaptation_of(config, model, sources.adapter_folder)
-    if adaptation is not None:
-        check_adaptation(config, adaptation, tokenizer)
+    _check_export(config)  # now, not at the export after hours of training
+    made = build_model(config)
+    check_batch_size(config.global_batch_size, made.mesh)
+    if made.adaptation is not None:
+        check_adaptation(config, made.adaptation, made.tokenizer)
+    model_folder, source_config, tokenizer = made.model_folder, made.source_config, made.tokenizer
+    check_expert_settings(config, source_config, made.mesh)
     reference_folder = _reference_folder(config, model_folder, source_config, tokenizer)
     for folder in {model_folder, reference_folder or model_folder}:
         check_tensors(folder, tensor_entries(folder), source_config)  # headers only, before rows are tokenized
     train_data, eval_data = prepare_rows(config, tokenizer, say, stopped=stopped)
     row_plan = plan_rows(config, train_data, say)
     setup = Setup(
-        config=config,
+        **vars(made),
         task=task,
-        mesh=mesh,
-        sources=sources,
         reference_folder=reference_folder,
-        tokenizer=tokenizer,
-        source_config=source_config,
-        model=model,
-        adaptation=adaptation,
         train_data=train_data,
         eval_data=eval_data,
         row_plan=row_plan,
@@ -212,6 +209,40 @@ def build(config: TrainConfig, say: Say, *, stopped: Callable[[], bool] = lambda
     check_profiled(config, setup.num_steps)
     say(describe(setup))
     return setup
+
+
+def _check_export(config: TrainConfig) -> None:
+    parse_size(config.max_shard_size)
+    if config.push_public and config.push_to_hub is None:
+        raise ValueError("push_public says how push_to_hub makes a repository; give both, or neither")
+    if config.push_to_hub is not None:
+        repository = config.push_to_hub
+        together(lambda: check_push(repository), on_first=True)
+
+
+def build_model(config: TrainConfig) -> ModelSetup:
+    """Reads model config and tokenizer, and lays out the mesh; neither rows nor weights are touched.
+
+    Args:
+      config: with compute_dtype resolved.
+
+    Raises:
+      ValueError: anything that does not fit.
+    """
+    mesh = make_mesh(config.mesh)
+    sources = find_sources(config)
+    source_config = read_model_config(sources.model_folder)
+    tokenizer = load_tokenizer(sources.tokenizer_folder, chat_template=config.chat_template)
+    model = make_model(config, source_config, tokenizer)
+    return ModelSetup(
+        config=config,
+        mesh=mesh,
+        sources=sources,
+        tokenizer=tokenizer,
+        source_config=source_config,
+        model=model,
+        adaptation=adaptation_of(config, model, sources.adapter_folder),
+    )
 
 
 def make_model(config: TrainConfig, source_config: ModelConfig, tokenizer: Tokenizer) -> Transformer:

@@ -16,7 +16,7 @@ from jdpo.models.lora_sites import KERNEL, Path, Site, get_at, tree_of
 from jdpo.models.peft_folder import load_adapters, read_adapter
 from jdpo.models.transformer import Transformer, Weights, abstract_params, logical_axes
 from jdpo.sharding.rules import param_shardings
-from jdpo.training.setup import Setup
+from jdpo.training.setup import ModelSetup, Setup
 from jdpo.training.step import Frozen
 
 Params = Any
@@ -68,7 +68,7 @@ def load_frozen(setup: Setup, start: Params | None, *, live: bool, moves: bool) 
     return Frozen(load_base(setup), reference)
 
 
-def load_base(setup: Setup) -> Base | None:
+def load_base(setup: ModelSetup) -> Base | None:
     """The base under adapters, straight into its dtype and its shards; None where all weights are trained."""
     adaptation = setup.adaptation
     if adaptation is None:

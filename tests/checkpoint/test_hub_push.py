@@ -11,6 +11,9 @@ import pytest
 from jdpo.checkpoint.hub_push import check_push, push_folder
 from tests.hub_server import TOKEN, Hub, serving_hub
 
+# huggingface_hub hands httpx files in a way that httpx would like to be another.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+import jdpo
 from jdpo.cli.main import main
 from tests.conftest import chat_pairs, write_jsonl
+from tests.hub_server import TOKEN, Hub, serving_hub
 
 Capture = pytest.CaptureFixture[str]
 
@@ -99,3 +105,52 @@ def test_what_is_no_checkpoint_is_refused(run: Path, tmp_path: Path, capsys: Cap
     array.write_bytes(content)
     assert f"{array.name} is not what was written" in refusal([step, str(tmp_path / "other")], capsys)
     assert not (tmp_path / "other").exists()
+
+
+def run_jdpo(words: list[str], hub: Hub, tmp_path: Path) -> subprocess.CompletedProcess[str]:
+    """A command in a process that knows this hub and its token."""
+    environment = os.environ | {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_TOKEN": TOKEN,
+        "NO_PROXY": "127.0.0.1",
+        "PYTHONPATH": str(Path(jdpo.__file__).parents[1]),
+        "XLA_FLAGS": "",
+    }
+    command = [sys.executable, "-m", "jdpo.cli.main", *words]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_pushes_are_private_and_the_token_stays_where_it_is(run: Path, tmp_path: Path) -> None:
+    saved = (run / "resolved_config.yaml").read_text()
+    with serving_hub() as hub:
+        words = [str(run), str(tmp_path / "out"), "--push_to_hub", "me/aligned"]
+        exported = run_jdpo(["export", *words], hub, tmp_path)
+        assert exported.returncode == 0, exported.stderr
+        assert f"pushed to {hub.endpoint}/me/aligned" in exported.stdout
+        files = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+        assert hub.repositories["me/aligned"].files == files
+        assert hub.repositories["me/aligned"].private
+        assert hub.repositories["me/aligned"].commits == ["Step 6 of a jdpo run"]
+        # The run itself, finished as it is, exports and pushes when it is asked to now.
+        config = tmp_path / "again.yaml"
+        config.write_text(saved)
+        words = [str(config), f"output_dir={run}", "push_to_hub=me/run", "mesh.data=1"]
+        trained = run_jdpo(["dpo", *words], hub, tmp_path)
+        assert trained.returncode == 0, trained.stderr
+        assert f"pushed to {hub.endpoint}/me/run" in " ".join(trained.stderr.split())
+        assert hub.repositories["me/run"].files["model.safetensors"] == files["model.safetensors"]
+        hub.readonly = True
+        refused = run_jdpo(["export", str(run), str(tmp_path / "no"), "--push_to_hub", "a b"], hub, tmp_path)
+        assert refused.returncode == 2
+        assert not (tmp_path / "no").exists()
+    said = exported.stdout + exported.stderr + trained.stdout + trained.stderr + refused.stderr
+    assert TOKEN not in said
+    assert not [path for path in run.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
+
+
+def test_push_keys_that_would_not_be_read(run_words: Callable[..., list[str]], capsys: Capture) -> None:
+    assert main(["dpo", *run_words(push_public=True)]) == 2
+    assert "push_public says how push_to_hub makes a repository" in capsys.readouterr().err

@@ -47,6 +47,8 @@ class Hub:
             return 401, {"error": "Invalid credentials in Authorization header"}
         if path == "/api/whoami-v2":
             return 200, {"name": "me", "type": "user", "auth": {"accessToken": {"role": "write"}}}
+        if path == "/api/validate-yaml":  # of a model card
+            return 200, {"errors": [], "warnings": []}
         if self.readonly:
             return 403, {"error": "Forbidden: you must use a write token"}
         if path == "/api/repos/create":

@@ -28,6 +28,14 @@ class RopeConfig:
     truncate: bool = True  # yarn
     divisors: tuple[float, ...] = ()  # longrope; one for each rotated pair
 
+    def rotated_dims(self, head_dim: int) -> int:
+        """How many of a head's numbers are rotated, from the first on.
+
+        >>> RopeConfig(theta=1e4, fraction=0.25).rotated_dims(80)
+        20
+        """
+        return int(head_dim * self.fraction)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerKind:

@@ -18,18 +18,9 @@ RopeTables = tuple[jax.Array, jax.Array]
 """Cosines and sines, see `rope_tables`."""
 
 
-def rotated_dims(rope: RopeConfig, head_dim: int) -> int:
-    """How many of a head's numbers are rotated, from the first on.
-
-    >>> rotated_dims(RopeConfig(theta=1e4, fraction=0.25), 80)
-    20
-    """
-    return int(head_dim * rope.fraction)
-
-
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
     """Radians a position for each rotated pair, float64; as transformers' modeling_rope_utils."""
-    num_dims = rotated_dims(rope, head_dim)
+    num_dims = rope.rotated_dims(head_dim)
     frequencies = 1.0 / rope.theta ** (np.arange(0, num_dims, 2, dtype=np.float64) / num_dims)
     if rope.kind == "default":
         return frequencies

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 from jdpo.models.config import Activation, LayerKind, ModelConfig, MoEConfig, RopeConfig, RopeKind
-from jdpo.models.rope import rotated_dims
 
 FULL_ATTENTION, SLIDING_ATTENTION = "full_attention", "sliding_attention"
 
@@ -46,7 +45,7 @@ def decoder(hf_config: Any, *, layers: tuple[LayerKind, ...], **own: Any) -> Mod
             f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {sizes['num_kv_heads']}"
         )
     head_dim = sizes["head_dim"]
-    if any(rotated_dims(kind.rope, head_dim) % 2 for kind in layers if kind.rope is not None):
+    if any(kind.rope.rotated_dims(head_dim) % 2 for kind in layers if kind.rope is not None):
         raise ValueError(f"head_dim {head_dim} is odd, or the part of it that is rotated; rotation needs pairs")
     return ModelConfig(
         family=hf_config.model_type,

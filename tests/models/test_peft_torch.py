@@ -20,8 +20,12 @@ from jdpo.models.lora_sites import choose_sites, find_sites
 from jdpo.models.peft_folder import CONFIG_NAME, WEIGHTS_NAME, load_adapters, peft_config, peft_tensors, read_adapter
 from jdpo.models.transformer import Transformer, Weights, make_apply_fn
 
-# What peft calls of transformers is deprecated there.
-pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")]
+pytestmark = [
+    pytest.mark.torch,
+    # What peft calls of transformers is deprecated there; and it warns of patterns that it wrote itself, for experts.
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match:RuntimeWarning"),
+]
 
 SIZES = {
     "vocab_size": 50,

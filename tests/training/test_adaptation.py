@@ -1,0 +1,121 @@
+"""What `lora` becomes before anything is trained: said, or refused by name."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jdpo.config import DPOConfig, LoraConfig, changed_keys, differences, load_config, to_dict
+from jdpo.config.resuming import EXPORT_KEYS
+from jdpo.training.adaptation import DEFAULTS
+from jdpo.training.setup import Setup, build, resolve_dtype
+
+Words = Callable[..., list[str]]
+REQUIRED = ["model_name_or_path=m", "output_dir=o", "datasets=d"]
+
+
+def config_of(*words: str) -> DPOConfig:
+    return load_config(DPOConfig, None, [*REQUIRED, *words])
+
+
+@pytest.fixture
+def build_with(run_words: Words) -> Callable[..., Setup]:
+    """(overrides) -> the Setup of a run, weights untouched."""
+
+    def made(**overrides: Any) -> Setup:
+        config = load_config(DPOConfig, None, run_words(**overrides))
+        return build(resolve_dtype(config), lambda text: None)
+
+    return made
+
+
+def test_the_group_is_read_as_it_is_written() -> None:
+    assert config_of().lora is None
+    assert config_of("lora=false").lora is None
+    assert config_of("lora=true").lora == config_of("lora={}").lora == LoraConfig()
+    asked = config_of("--lora.r", "8", "lora.target_modules=[q_proj, v_proj]", "lora.use_rslora=true").lora
+    assert asked == LoraConfig(r=8, target_modules=("q_proj", "v_proj"), use_rslora=True)
+    assert config_of("lora.target_modules=.*mlp.*").lora == LoraConfig(target_modules=".*mlp.*")
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("lora.dropout=0.1", "dropout 0.1 is not supported: policy and reference run without dropout"),
+        ("lora.r=0", "greater than or equal to 1"),
+        ("lora_alpha=16", "here it is called 'lora.alpha'"),
+        ("lora.lora_dropout=0.1", "here it is called 'lora.dropout'"),
+        ("lora.base_dtype=int4", "'float32', 'bfloat16' or 'int8'"),
+    ],
+)
+def test_keys_that_cannot_be_are_refused(word: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config_of(word)
+
+
+def test_what_is_exported_may_change_when_a_run_goes_on() -> None:
+    saved = to_dict(config_of("lora.r=4"))
+    merged = config_of("lora.r=4", "lora.merge=true")
+    assert differences(saved, merged) == []
+    assert changed_keys(saved, merged, EXPORT_KEYS) == ["lora.merge"]
+    assert differences(saved, config_of("lora.r=8"))[0].startswith("lora: ")
+    assert differences(to_dict(config_of()), config_of("lora=true")), "adapters are another run than all weights"
+    assert changed_keys(to_dict(config_of()), config_of(), EXPORT_KEYS) == []
+
+
+def test_defaults_are_said(build_with: Callable[..., Setup]) -> None:
+    adaptation = build_with(lora="true").adaptation
+    assert adaptation is not None
+    assert (adaptation.lora.r, adaptation.lora.scale, adaptation.targets) == (16, 2.0, DEFAULTS["target_modules"])
+    assert adaptation.base_dtype.name == "float32", "that of computation"
+    assert adaptation.describe(120_128) == [
+        "lora: 38,912 trained parameters (24.47 %) beside 120,128 frozen ones in float32; r 16, scale 2, on q_proj, "
+        "k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"lora.target_modules": "[qproj]"}, "no module is called 'qproj'; the modules that can be adapted are q_proj"),
+        (
+            {"lora": "true", "sync_ref_model": "true"},
+            "ref_model_mixup_alpha 0.6 with lora: a mix of two adapters is no adapter of rank 16. Set it to 1",
+        ),
+        ({"lora.adapter": "nowhere/at/all"}, "does not exist"),
+    ],
+)
+def test_what_adapters_cannot_do_is_refused(
+    build_with: Callable[..., Setup], overrides: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_with(**overrides)
+
+
+def test_a_template_that_adds_tokens_needs_their_rows_trained(
+    build_with: Callable[..., Setup], toy_model: Path, tmp_path: Path
+) -> None:
+    template = tmp_path / "new.jinja"
+    text = json.loads((toy_model / "tokenizer_config.json").read_text(encoding="utf-8"))["chat_template"]
+    end = re.findall(r"<\|[^|]*\|>", text)[-1]
+    template.write_text(text.replace(end, "<|brand_new|>"), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"chat_template adds tokens \(<\|brand_new\|>\).*under lora the embedding is"):
+        build_with(lora="true", chat_template=template)
+
+
+def test_an_adapter_names_its_base(build_with: Callable[..., Setup], toy_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "gone")}))
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"names '.*gone' as its base: .* and the adapter as lora\.adapter"):
+        build_with(model_name_or_path=folder)
+    with pytest.raises(ValueError, match=r"is an adapter, and lora\.adapter names another"):
+        build_with(model_name_or_path=folder, **{"lora.adapter": folder})
+    with pytest.raises(ValueError, match=r"is no PEFT adapter folder: no adapter_config\.json"):
+        build_with(**{"lora.adapter": toy_model})

@@ -201,7 +201,7 @@ def test_rows_are_sorted_by_expert_and_come_back(block: int) -> None:
     np.testing.assert_allclose(back, expected, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("grouping", [Grouping("blocks", 4), Grouping("ragged", 1), Grouping("ragged", 4)], ids=str)
+@pytest.mark.parametrize("grouping", [Grouping("blocks", 4), Grouping("ragged", 4)], ids=str)
 def test_grouped_products_and_their_gradients(grouping: Grouping) -> None:
     rng = np.random.default_rng(0)
     sizes = np.array([4, 0, 12, 4], np.int32)
@@ -216,9 +216,14 @@ def test_grouped_products_and_their_gradients(grouping: Grouping) -> None:
     np.testing.assert_allclose(of_kernel, expected, rtol=1e-12, atol=1e-14)
 
 
-def test_groupings_follow_the_platform_and_the_load() -> None:
-    assert choose_grouping(4096, 8, "tpu") == Grouping("ragged", 1)
-    assert [choose_grouping(rows, 8, "gpu").block for rows in (8, 1000, 100_000)] == [32, 64, 512]
+@pytest.mark.parametrize(
+    ("platform", "blocks"),
+    [("cpu", [16, 16, 512]), ("tpu", [128, 128, 512]), ("gpu", [128, 128, 512])],
+)
+def test_groupings_follow_the_platform_and_the_load(platform: str, blocks: list[int]) -> None:
+    backend = "ragged" if platform == "tpu" else "blocks"
+    found = [choose_grouping(rows, 8, platform) for rows in (8, 1000, 100_000)]
+    assert found == [Grouping(backend, block) for block in blocks]
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])

@@ -106,7 +106,8 @@ def packed(rows: list[Any], num_rows: int = 1, num_micro: int = 2) -> Any:
 
 def objective_of(kind: str, mesh: Any = None) -> Objective:
     mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
-    apply_fn, logps_fn = make_routed_apply_fn(MODEL), make_packed_logps(MODEL, mesh)
+    # Under another remat policy, so that packed and padded differ in that, too.
+    apply_fn, logps_fn = make_routed_apply_fn(MODEL), make_packed_logps(MODEL.clone(remat="full"), mesh)
     objectives = {
         "padded dpo": lambda: padded_dpo_objective(apply_fn, LOSS),
         "packed dpo": lambda: packed_dpo_objective(logps_fn, LOSS),

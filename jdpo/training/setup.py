@@ -284,6 +284,8 @@ def _reference_folder(
         return None  # named, and still the policy's own start
     if (found := read_model_config(folder)) != policy:
         names = [field.name for field in dataclasses.fields(policy)]
+        if found.num_layers != policy.num_layers:
+            names.remove("layers")  # which says the same at greater length
         fields = {name: (getattr(found, name), getattr(policy, name)) for name in names}
         unlike = [f"{name} ({theirs} and {ours})" for name, (theirs, ours) in fields.items() if theirs != ours]
         raise ValueError(

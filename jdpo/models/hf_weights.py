@@ -76,7 +76,9 @@ def load_params(
             if config.tie_embeddings and layout_of(config).head.hf_name in entries:
                 _require_tied(files, entries, folder, config)
             filler = Filler(files, pool)
-            for path, leaf in _filled(filler, config, shardings, np.dtype(dtype), buffer_bytes):
+            for path, leaf in _filled(
+                filler, config, shardings, np.dtype(dtype), buffer_bytes, keeps_leaves=transform is None
+            ):
                 parent = params
                 for key in path[:-1]:
                     parent = parent.setdefault(key, {})
@@ -126,7 +128,13 @@ class _Filling(NamedTuple):
 
 
 def _filled(
-    filler: Filler, config: ModelConfig, shardings: Any, dtype: np.dtype, buffer_bytes: int | None
+    filler: Filler,
+    config: ModelConfig,
+    shardings: Any,
+    dtype: np.dtype,
+    buffer_bytes: int | None,
+    *,
+    keeps_leaves: bool,
 ) -> Iterator[tuple[tuple[str, ...], jax.Array]]:
     """Yields every leaf on its devices; blocks that follow are read meanwhile, as many as the buffers hold."""
     waiting: deque[_Filling] = deque()
@@ -151,13 +159,15 @@ def _filled(
         blocks = list(blocks_of(shape, sharding, dtype, most, divisible=bool(pieces[0].at)))
         for block in blocks:
             num_bytes = block.num_bytes(dtype)
-            while waiting and sum(filling.num_bytes for filling in waiting) + num_bytes > limit:
+            # Memory that is filled in place is needed in any case, unless leaves are transformed.
+            held = 0 if in_place and keeps_leaves else num_bytes
+            while waiting and sum(filling.num_bytes for filling in waiting) + held > limit:
                 yield from finished()
             buffers = LeafBuffers(block, sharding, dtype, in_place=in_place)
             first, last = block.rows or (0, 0)
             chosen = pieces if block.rows is None else [piece for piece in pieces if first <= piece.at[0] < last]
             futures = filler.fill(chosen, first, buffers.parts)
-            waiting.append(_Filling(path, block, buffers, futures, num_bytes, shape, block is blocks[-1]))
+            waiting.append(_Filling(path, block, buffers, futures, held, shape, block is blocks[-1]))
     while waiting:
         yield from finished()
 

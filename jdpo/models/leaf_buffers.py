@@ -76,13 +76,12 @@ class LeafBuffers:
             bounds = tuple(part.indices(size)[:2] for part, size in zip(index or (), block.shape, strict=True))
             arrays = self.parts.setdefault(bounds, [])
             place = SingleDeviceSharding(device, memory_kind=sharding.memory_kind)
-            if in_place or not arrays:
-                zeros = np.zeros([last - first for first, last in bounds], dtype)
-                if in_place:
-                    shard = jax.device_put(zeros, place, may_alias=False)
-                    self._shards.append(shard)
-                    zeros = _memory_of(shard)
-                arrays.append(zeros)
+            shape = tuple(last - first for first, last in bounds)
+            if in_place:
+                self._shards.append(jax.device_put(np.zeros(shape, dtype), place, may_alias=False))
+                arrays.append(_memory_of(self._shards[-1]))
+            elif not arrays:
+                arrays.append(np.zeros(shape, dtype))
             self._staged.append((place, arrays[0]))
 
     def finish(self) -> jax.Array:

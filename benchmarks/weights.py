@@ -227,7 +227,8 @@ def report(results: dict[str, list[dict[str, float]]], num_params: int, rounds: 
         "",
         f"Machine: {machine_line(('jax', 'safetensors', 'numpy'))}; load over 15 minutes {os.getloadavg()[2]:.1f}.",
         "",
-        f"| | seconds | of processors | over safetensors, bar {TIME_BAR} | peak anonymous GiB | over the params, bar {MEMORY_BAR} |",
+        f"| | seconds | of processors | over safetensors, bar {TIME_BAR} "
+        f"| peak anonymous GiB | over the params, bar {MEMORY_BAR} |",
         "|---|---|---|---|---|---|",
     ]
     passed = True

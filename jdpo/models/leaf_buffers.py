@@ -78,7 +78,7 @@ class LeafBuffers:
             place = SingleDeviceSharding(device, memory_kind=sharding.memory_kind)
             shape = tuple(last - first for first, last in bounds)
             if in_place:
-                self._shards.append(jax.device_put(np.zeros(shape, dtype), place, may_alias=False))
+                self._shards.append(jax.device_put(_zeros_to_copy(shape, dtype), place))
                 arrays.append(_memory_of(self._shards[-1]))
             elif not arrays:
                 arrays.append(np.zeros(shape, dtype))
@@ -108,6 +108,16 @@ def _writer(sharding: Sharding) -> Callable[..., jax.Array]:
         return jax.lax.dynamic_update_slice_in_dim(stacked, block, first, axis=0)
 
     return jax.jit(write, donate_argnums=0, out_shardings=sharding)
+
+
+def _zeros_to_copy(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Zeros that no jax.Array can share, so that it makes memory of its own: only that can be donated.
+
+    Arrays on a CPU share memory that is aligned to 64 bytes, whatever `may_alias` says.
+    """
+    run = np.zeros(math.prod(shape) + 1, dtype)
+    first = int(run.ctypes.data % 64 == 0)
+    return run[first : first + math.prod(shape)].reshape(shape)
 
 
 def _memory_of(shard: jax.Array) -> np.ndarray:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from safetensors.numpy import load_file, save_file
 
 from jdpo.models.families import read_model_config
+from jdpo.models.filling import Filler
+from jdpo.models.hf_names import leaves
 from jdpo.models.hf_weights import iter_hf_tensors, load_params, source_dtypes
+from jdpo.models.safetensors_folder import TensorFiles, tensor_entries
 from jdpo.models.transformer import Transformer, abstract_params, logical_axes
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
@@ -210,3 +215,113 @@ def test_folders_without_weights(make_folder: Callable[..., Any], tmp_path: Path
         load(folder)
     with pytest.raises(ValueError, match="does not exist"):
         load_params(tmp_path / "nowhere", read_model_config(folder.path))
+
+
+def test_one_tensor_in_two_files_is_refused(make_folder: Callable[..., Any]) -> None:
+    folder = make_folder("llama", num_shards=2)
+    first, second = sorted(folder.path.glob("*.safetensors"))
+    name, values = next(iter(load_file(first).items()))
+    save_file({**load_file(second), name: values}, second)
+    with pytest.raises(
+        ValueError, match=rf"both {first.name} and {second.name} hold tensor {name}, so it is not clear"
+    ):
+        load(folder)
+
+
+def test_links_are_followed_as_the_hubs_cache_needs_it(make_folder: Callable[..., Any], tmp_path: Path) -> None:
+    folder = make_folder("llama", num_shards=2)
+    expected = load(folder)
+    (tmp_path / "blobs").mkdir()
+    shards = sorted(folder.path.glob("*.safetensors"))
+    for number, shard in enumerate(shards):
+        blob = shard.rename(tmp_path / "blobs" / f"{number:064x}")
+        shard.symlink_to(blob)
+    jax.tree.map(np.testing.assert_array_equal, load(folder), expected)
+    (tmp_path / "blobs" / f"{1:064x}").unlink()
+    with pytest.raises(ValueError, match=rf"{shards[1].name} is listed in .* a link to .*, where nothing is"):
+        load(folder)
+
+
+def test_headers_that_lie_about_their_tensors(make_folder: Callable[..., Any]) -> None:
+    folder = make_folder("llama", num_hidden_layers=1)
+    path = folder.path / "model.safetensors"
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
+
+    def write(**changes: Any) -> None:
+        text = json.dumps({**header, "model.norm.weight": {**header["model.norm.weight"], **changes}}).encode()
+        path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+    begin, end = header["model.norm.weight"]["data_offsets"]
+    for changes in ({"shape": [17]}, {"data_offsets": [begin + 4, end + 4]}, {"data_offsets": [end, begin]}):
+        write(**changes)
+        with pytest.raises(ValueError, match=r"model.safetensors: damaged safetensors header: .*model.norm.weight"):
+            load(folder)
+    path.write_bytes(struct.pack("<Q", len(content)) + content[8:])
+    with pytest.raises(ValueError, match="is truncated within its header"):
+        load(folder)
+
+
+@pytest.mark.parametrize("buffer_bytes", [1, 3000, 10**9])
+def test_buffers_on_the_way_to_a_device_change_nothing(make_folder: Callable[..., Any], buffer_bytes: int) -> None:
+    """Stacked leaves go there layer by layer, some layers at a time, and whole."""
+    folder = make_folder("llama", ml_dtypes.bfloat16, num_hidden_layers=5)
+    model = Transformer(read_model_config(folder.path))
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    by_name = {"embed": "fsdp", "vocab": "tensor", "heads": "tensor", "mlp": "tensor"}
+    shardings = jax.tree.map(
+        lambda names: NamedSharding(mesh, PartitionSpec(*map(by_name.get, names))),
+        logical_axes(model),
+        is_leaf=lambda leaf: isinstance(leaf, tuple),
+    )
+    staged = load_params(folder.path, model, shardings, buffer_bytes=buffer_bytes)
+    assert jax.tree.map(lambda leaf: leaf.sharding, staged) == shardings
+    jax.tree.map(np.testing.assert_array_equal, staged, load_params(folder.path, model))
+
+
+def test_params_own_their_memory_so_that_a_step_can_take_it_over(make_folder: Callable[..., Any]) -> None:
+    folder = make_folder("llama")
+    params = load(folder)
+    places = jax.tree.map(lambda leaf: leaf.unsafe_buffer_pointer(), params)
+    scaled = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf * 2, tree), donate_argnums=0)(params)
+    assert jax.tree.map(lambda leaf: leaf.unsafe_buffer_pointer(), scaled) == places
+
+
+def test_a_transform_takes_each_leaf_before_the_next_is_whole(make_folder: Callable[..., Any]) -> None:
+    folder = make_folder("llama")
+    expected = load(folder)
+    seen = []
+
+    def halve(path: tuple[str, ...], leaf: jax.Array) -> dict[str, jax.Array]:
+        seen.append(path)
+        return {"half": leaf / 2}
+
+    halved = load_params(folder.path, read_model_config(folder.path), transform=halve)
+    assert len(set(seen)) == len(seen) == len(jax.tree.leaves(expected))
+    jax.tree.map(lambda leaf, found: np.testing.assert_array_equal(leaf / 2, found["half"]), expected, halved)
+
+
+def test_only_what_the_shards_of_this_process_hold_is_read(make_folder: Callable[..., Any], tmp_path: Path) -> None:
+    """Rows that no shard here needs hold NaN, and nobody minds."""
+    folder = make_folder("llama", num_hidden_layers=1)
+    config = read_model_config(folder.path)
+    rows = config.vocab_size // 2
+    folder.tensors["model.embed_tokens.weight"][rows:] = np.nan
+    folder.write()
+    with TensorFiles(tensor_entries(folder.path)) as files, ThreadPoolExecutor(2) as pool:
+        filler = Filler(files, pool)
+        ((_, pieces),) = [leaf for path, leaf in leaves(config).items() if path == ("embed", "embedding")]
+        half = np.zeros((rows, config.d_model), np.float32)
+        for future in filler.fill(pieces, 0, {((0, rows), (0, config.d_model)): [half]}):
+            future.result()
+    assert not filler.faults
+    np.testing.assert_array_equal(half, folder.tensors["model.embed_tokens.weight"][:rows])
+
+
+def test_numbers_that_the_asked_dtype_cannot_hold(make_folder: Callable[..., Any]) -> None:
+    folder = make_folder("llama")
+    folder.tensors[Q_PROJ][0, 0] = 1e6
+    folder.write()
+    with pytest.raises(ValueError, match=rf"tensor {Q_PROJ} in .* holds values that float16 cannot"):
+        load_params(folder.path, read_model_config(folder.path), dtype=np.float16)

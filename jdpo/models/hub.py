@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 
 SAFETENSORS_GLOB = "*.safetensors"
 _PATTERNS = ["*.json", "*.jinja", "tokenizer*", "*.model", "vocab*", "merges.txt"]
 _IGNORED = ["consolidated*.safetensors"]  # Mistral's own format: the same weights a second time
+_ADDRESS = re.compile(r"[A-Za-z][\w+.-]*://")
 _BIN_GLOBS = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def resolve_folder(name_or_path: str, revision: str | None = None, *, weights: bool = True) -> Path:
-    """The local folder of a model: a path that exists, else a Hugging Face hub id, downloaded once and cached.
+    """The local folder of a model: a path that exists, the address of a folder on a store, or a Hugging Face hub id.
+
+    The last two are downloaded once and cached, those of stores under `models` in `$XDG_CACHE_HOME/jdpo`.
 
     Only safetensors, JSON, tokenizer and template files are downloaded.
 
@@ -21,6 +26,8 @@ def resolve_folder(name_or_path: str, revision: str | None = None, *, weights: b
     Raises:
       ValueError: nothing at that path, no such repository, no network and not cached, or no safetensors in it.
     """
+    if _ADDRESS.match(name_or_path):
+        return _from_store(name_or_path, revision, weights=weights)
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         if weights:
@@ -36,6 +43,19 @@ def resolve_folder(name_or_path: str, revision: str | None = None, *, weights: b
     folder = _download(name_or_path, revision, [*_PATTERNS, *([SAFETENSORS_GLOB] if weights else [])])
     if weights:
         _require_safetensors(folder, name_or_path)
+    return folder
+
+
+def _from_store(url: str, revision: str | None, *, weights: bool) -> Path:
+    from jdpo.models.remote_folder import fetch_folder, matches
+
+    if revision is not None:
+        raise ValueError(f"model {url}: revision {revision!r} is for names of the hub only; leave it out")
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jdpo" / "models"
+    is_wanted = matches((*_PATTERNS, *((SAFETENSORS_GLOB,) if weights else ())))
+    folder = fetch_folder(url, home, lambda name: is_wanted(name) and not matches(tuple(_IGNORED))(name))
+    if weights:
+        _require_safetensors(folder, url)
     return folder
 
 

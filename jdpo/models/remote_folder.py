@@ -1,0 +1,137 @@
+"""A model folder on a store that fsspec knows -> the same folder here, downloaded once."""
+
+from __future__ import annotations
+
+import base64
+import fcntl
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jdpo.durable import write_durably
+
+_MANIFEST = "jdpo_download.json"
+_AT_ONCE = 8
+_CHUNK_BYTES = 2**23
+
+
+class _Remote(NamedTuple):
+    """What a store says of a file: `mark` changes with its content, as far as the store knows."""
+
+    path: str
+    size: int
+    mark: str
+    digest: tuple[str, str] | None  # algorithm, hex
+
+
+def fetch_folder(url: str, cache: Path, wanted: Callable[[str], bool]) -> Path:
+    """The files directly in a remote folder, in a folder under `cache`.
+
+    Files that the store still says are the same are not downloaded again.
+
+    Args:
+      wanted: which files, by name.
+
+    Raises:
+      ValueError: the store cannot be read, holds no such folder, or gave something else than it said.
+    """
+    place = _shown(url)
+    try:
+        import fsspec
+
+        system, root = fsspec.core.url_to_fs(url)
+        system.invalidate_cache()
+        listed = system.ls(root, detail=True)
+    except FileNotFoundError as error:
+        raise ValueError(f"model {place}: no such folder on the store") from error
+    except ImportError as error:
+        raise ValueError(f"model {place}: the store needs a package that is not installed: {error}") from error
+    except Exception as error:  # each store has errors of its own
+        raise ValueError(f"model {place}: cannot read the store: {type(error).__name__}: {error}") from error
+    remote = {}
+    for entry in listed:
+        name = str(entry["name"]).rstrip("/").rsplit("/", 1)[-1]
+        if entry["type"] == "file" and wanted(name) and name not in ("", ".", ".."):
+            remote[name] = _Remote(str(entry["name"]), int(entry["size"]), _mark(entry), _digest(entry))
+    if not remote:
+        raise ValueError(f"model {place}: no model files in that folder of the store")
+    folder = (
+        cache / f"{root.rstrip('/').rsplit('/', 1)[-1]}-{hashlib.sha256(url.rstrip('/').encode()).hexdigest()[:16]}"
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another run on this machine may want the same model
+        _bring(system, place, remote, folder)
+    return folder
+
+
+def matches(patterns: tuple[str, ...]) -> Callable[[str], bool]:
+    """Whether a name fits one of some patterns."""
+    return lambda name: any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def _bring(system: Any, place: str, remote: Mapping[str, _Remote], folder: Path) -> None:
+    manifest = folder / _MANIFEST
+    known = json.loads(manifest.read_text(encoding="utf-8")) if manifest.exists() else {}
+
+    def is_here(name: str) -> bool:
+        path = folder / name
+        return known.get(name) == remote[name].mark and path.is_file() and path.stat().st_size == remote[name].size
+
+    for path in folder.iterdir():  # of an older model at that address
+        if path.name not in remote and path.name not in (_MANIFEST, ".lock"):
+            path.unlink()
+    missing = [name for name in remote if not is_here(name)]
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for done in [pool.submit(_download, system, place, remote[name], folder / name) for name in missing]:
+            done.result()
+    write_durably(manifest, json.dumps({name: file.mark for name, file in remote.items()}, indent=1))
+
+
+def _download(system: Any, place: str, file: _Remote, path: Path) -> None:
+    temporary = path.with_name(f"{path.name}.part")
+    check = hashlib.new(file.digest[0], usedforsecurity=False) if file.digest else None
+    try:
+        with system.open(file.path, "rb") as source, temporary.open("wb") as target:
+            while chunk := source.read(_CHUNK_BYTES):
+                target.write(chunk)
+                if check is not None:
+                    check.update(chunk)
+            target.flush()
+            os.fsync(target.fileno())
+    except Exception as error:
+        raise ValueError(
+            f"model {place}: downloading {path.name} failed: {type(error).__name__}: {error}; start again"
+        ) from error
+    size = temporary.stat().st_size
+    wrong = check is not None and file.digest is not None and check.hexdigest() != file.digest[1]
+    if size != file.size or wrong:
+        temporary.unlink()
+        found = f"{size} bytes of {file.size}" if size != file.size else f"another {file.digest and file.digest[0]}"
+        raise ValueError(f"model {place}: {path.name} came as {found}, and not as the store says; start again")
+    temporary.replace(path)
+
+
+def _digest(entry: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The store's hash of a file's bytes where it surely is one: that of Google Cloud Storage.
+
+    An ETag of S3 is the MD5 of some objects, and of others, encrypted ones, only looks like one.
+    """
+    found = entry.get("md5Hash")
+    return ("md5", base64.b64decode(found).hex()) if found else None
+
+
+def _mark(entry: Mapping[str, Any]) -> str:
+    keys = ("size", "md5Hash", "ETag", "generation", "mtime", "LastModified", "updated", "created")
+    return json.dumps({key: str(entry[key]) for key in keys if entry.get(key) is not None}, sort_keys=True)
+
+
+def _shown(url: str) -> str:
+    """An address without what may be a password or a key."""
+    return re.sub(r"//[^/@]*@", "//", re.split(r"[?#]", url, maxsplit=1)[0], count=1)

@@ -18,6 +18,7 @@ from jdpo.checkpoint.peft_export import export_adapter
 from jdpo.config import to_dict, to_yaml
 from jdpo.models.base_weights import Base
 from jdpo.models.lora import merge
+from jdpo.models.safetensors_folder import source_dtypes
 from jdpo.processes import agree_on, is_first, together
 from jdpo.reports.model_card import model_card
 from jdpo.reports.plots import write_plots
@@ -125,16 +126,20 @@ def export_trained(
 
 
 def merged_params(setup: ModelSetup, adapters: Params, base: Base) -> Params:
-    """The base with the adapters added to its kernels, as the model computes with them; the base is given up.
+    """The base with the adapters added to its kernels, as the model computes with them; the base may be given up.
 
     In float32, or in bfloat16 where the base is and the export will be, so that it takes no more room than the base.
     """
-    adaptation, config = setup.adaptation, setup.config
+    adaptation, export_dtype = setup.adaptation, setup.config.export_dtype
     assert adaptation is not None
-    narrow = adaptation.base_dtype.rest == jnp.bfloat16 and config.export_dtype in ("bfloat16", "source")
-    dtype = jnp.bfloat16 if narrow else jnp.promote_types(adaptation.base_dtype.rest, jnp.float32)
+    rest = adaptation.base_dtype.rest
+    dtype = jnp.promote_types(rest, jnp.float32)
+    if rest == jnp.bfloat16:
+        exported = set(source_dtypes(setup.model_folder).values()) if export_dtype == "source" else {export_dtype}
+        dtype = rest if {jnp.dtype(each) for each in exported} == {rest} else dtype
+    in_place = dtype == rest and not adaptation.base_dtype.int8
     add = partial(merge, adaptation.lora, sites=adaptation.sites, dtype=dtype)
-    return jax.jit(add, donate_argnums=0, out_shardings=setup.whole_shardings)(base, adapters)
+    return jax.jit(add, donate_argnums=0 if in_place else (), out_shardings=setup.whole_shardings)(base, adapters)
 
 
 def results_at(lines: list[dict[str, Any]], step: int) -> dict[str, Any]:

@@ -140,7 +140,21 @@ def choose_sites(sites: Sequence[Site], targets: Targets) -> tuple[Site, ...]:
             chosen |= found
     if not chosen:
         raise ValueError(f"target_modules: no module is called as {targets!r} asks{_known(names)}")
-    return whole_sites(sites, chosen, "target_modules")
+    found_sites = whole_sites(sites, chosen, "target_modules")
+    _require_whole_experts(sites, found_sites)
+    return found_sites
+
+
+def _require_whole_experts(sites: Sequence[Site], chosen: Sequence[Site]) -> None:
+    """PEFT keeps the adapters of all maps of the experts as one, so that it has all of them or none."""
+    of_experts = dict.fromkeys(last_name(site) for site in sites if EXPERT_AXIS in site.lead_axes)
+    adapted = {last_name(site) for site in chosen if EXPERT_AXIS in site.lead_axes}
+    left_out = [name for name in of_experts if name not in adapted]
+    if adapted and left_out:
+        raise ValueError(
+            f"target_modules: of the experts {', '.join(sorted(adapted))} are adapted and {', '.join(left_out)} are not; "
+            "PEFT can load adapters of all maps of an expert, or of none. Name all of them, or none"
+        )
 
 
 def whole_sites(sites: Sequence[Site], modules: Iterable[str], asked_by: str) -> tuple[Site, ...]:

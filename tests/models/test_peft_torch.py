@@ -53,7 +53,10 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
 EXPERTS = {"num_experts_per_tok": 2, "head_dim": 6, "num_hidden_layers": 2}
 OF_EXPERTS: dict[str, tuple[dict[str, Any], Any]] = {
     "Mixtral": (EXPERTS | {"num_local_experts": 3}, "all-linear"),
-    "Qwen3Moe": (EXPERTS | {"num_experts": 4, "moe_intermediate_size": 10}, ["q_proj", "up_proj", "gate_proj"]),
+    "Qwen3Moe": (
+        EXPERTS | {"num_experts": 4, "moe_intermediate_size": 10},
+        ["q_proj", "up_proj", "gate_proj", "down_proj"],
+    ),
 }
 """PEFT reads adapters of single experts as earlier transformers had them, and makes others itself."""
 

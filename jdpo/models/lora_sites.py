@@ -152,7 +152,7 @@ def _require_whole_experts(sites: Sequence[Site], chosen: Sequence[Site]) -> Non
     left_out = [name for name in of_experts if name not in adapted]
     if adapted and left_out:
         raise ValueError(
-            f"target_modules: of the experts {', '.join(sorted(adapted))} are adapted and {', '.join(left_out)} are not; "
+            f"target_modules: of the experts {', '.join(sorted(adapted))} would be adapted, {', '.join(left_out)} not; "
             "PEFT can load adapters of all maps of an expert, or of none. Name all of them, or none"
         )
 

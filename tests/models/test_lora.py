@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
@@ -12,7 +13,17 @@ import pytest
 
 from jdpo.generation.decode import generate
 from jdpo.models.base_weights import Base, dequantized, quantize
-from jdpo.models.lora import Lora, abstract_adapters, adapter_axes, init_adapters, merge, num_adapter_params, weights_of
+from jdpo.models.config import MoEConfig
+from jdpo.models.lora import (
+    Lora,
+    abstract_adapters,
+    adapter_axes,
+    init_adapters,
+    merge,
+    num_adapter_params,
+    num_met_params,
+    weights_of,
+)
 from jdpo.models.lora_sites import KERNEL, choose_sites, find_sites, get_at, last_name, tree_of
 from jdpo.models.transformer import Transformer, Weights, init_params, make_apply_fn
 from tests.conftest import small_llama
@@ -68,6 +79,20 @@ def test_targets_that_cannot_be_are_refused(targets: Any, message: str) -> None:
     model = Transformer(small_llama(num_layers=4, windows=(None, 5, None, 5)))
     with pytest.raises(ValueError, match=re.compile(message, re.DOTALL)):
         choose_sites(find_sites(model), targets)
+
+
+def test_experts_are_adapted_whole_or_not_at_all_and_routers_never() -> None:
+    config = small_llama(family="qwen3_moe", num_layers=2)
+    experts = MoEConfig(num_experts=4, experts_per_token=2, aux_loss_coef=0.0, d_ff=112, normalize=True)
+    kinds = tuple(dataclasses.replace(kind, mlp="experts") for kind in config.layers)
+    sites = find_sites(Transformer(dataclasses.replace(config, layers=kinds, moe=experts)))
+    assert [last_name(site) for site in sites][4:] == ["gate_proj", "up_proj", "down_proj"], "no router"
+    assert (sites[-1].lead, sites[-1].inputs, sites[-1].outputs) == ((2, 4), (112,), (64,))
+    with pytest.raises(ValueError, match="of the experts up_proj would be adapted, gate_proj, down_proj not"):
+        choose_sites(sites, ["up_proj"])
+    lora = Lora(r=2, alpha=2.0, use_rslora=False, sites=choose_sites(sites, ["gate_proj", "up_proj", "down_proj"]))
+    assert num_adapter_params(lora) == 2 * 4 * 3 * 2 * (64 + 112)
+    assert num_met_params(lora, experts_per_token=2) == num_adapter_params(lora) // 2
 
 
 def test_fresh_adapters_change_nothing_and_lie_as_the_params_do(base: Base) -> None:

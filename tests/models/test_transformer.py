@@ -11,6 +11,7 @@ import pytest
 from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from jdpo.losses.router import load_balancing_loss
 from jdpo.models.config import LayerKind, ModelConfig, RopeConfig, layer_pattern
 from jdpo.models.families import read_model_config
 from jdpo.models.hf_weights import load_params
@@ -21,7 +22,9 @@ from jdpo.models.transformer import (
     init_params,
     logical_axes,
     make_apply_fn,
+    make_routed_apply_fn,
 )
+from jdpo.types import Routed
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "logits"
 RULES = (("batch", "data"), ("act_heads", "tensor"), ("act_mlp", "tensor"), ("act_vocab", "tensor"))
@@ -97,7 +100,11 @@ def test_logits_equal_those_of_transformers(case: str) -> None:
     expected = np.load(GOLDEN / case / "expected.npz")
     model = Transformer(read_model_config(GOLDEN / case))
     params = load_params(GOLDEN / case, model)
-    logits = jax.jit(make_apply_fn(model))(params, expected["tokens"], expected["mask"])
+    apply_fn = jax.jit(make_apply_fn(model) if model.config.moe is None else make_routed_apply_fn(model))
+    logits = apply_fn(params, expected["tokens"], expected["mask"])
+    if isinstance(logits, Routed):
+        logits, router = logits
+        assert float(load_balancing_loss(router)) == pytest.approx(float(expected["aux_loss"]), rel=1e-6)
     assert logits.dtype == jnp.float32
     real = expected["mask"]
     assert np.abs(expected["logits"][real]).max() > 1

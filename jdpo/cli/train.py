@@ -14,7 +14,8 @@ CONFIGS: dict[str, type[TrainConfig]] = {"sft": SFTConfig, "dpo": DPOConfig}
 FLAGS = {
     "--help": "this text",
     "--print_config": "print the whole config as YAML, defaults included, and stop",
-    "--dry_run": "read all but the weights, check that everything fits, say what the run would be, and stop",
+    "--dry_run": "read all but the weights, which need not be there, check that everything fits, say what the run "
+    "would be and keep on a device, and stop",
 }
 
 
@@ -63,7 +64,7 @@ def main(command: str, words: Sequence[str]) -> int:
     if "--help" in words or "-h" in words:
         print(usage(command))
         return 0
-    print_config, dry_run = ("--print_config" in words), ("--dry_run" in words)
+    print_config, only_said = ("--print_config" in words), ("--dry_run" in words)
     words = [word for word in words if word not in ("--print_config", "--dry_run")]
     config = read_config(CONFIGS[command], words)
     if print_config:
@@ -72,12 +73,10 @@ def main(command: str, words: Sequence[str]) -> int:
     from jdpo.processes import join_cluster
 
     join_cluster()
-    if dry_run:
-        from jdpo.training.setup import build, numerics, resolve_dtype
+    if only_said:
+        from jdpo.training.dry_run import dry_run
 
-        config = resolve_dtype(config)
-        with numerics(config):
-            build(config, print)
+        dry_run(config, print)
         return 0
     from jdpo.training.loop import train
 

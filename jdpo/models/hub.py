@@ -101,8 +101,13 @@ def _download(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
         raise ValueError(f"model {repo_id!r}{at}: the download from the hub failed: {error}") from error
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds weights that jdpo reads, whatever is in them."""
+    return any(folder.glob(SAFETENSORS_GLOB))
+
+
 def _require_safetensors(folder: Path, name: str) -> None:
-    if any(folder.glob(SAFETENSORS_GLOB)):
+    if has_weights(folder):
         return
     pickles = sorted(path.name for pattern in _BIN_GLOBS for path in folder.glob(pattern))
     found = f"only {pickles[0]}" if pickles else "none"

@@ -95,14 +95,17 @@ class Sources(NamedTuple):
     tokenizer_folder: Path
 
 
-def find_sources(config: TrainConfig) -> Sources:
+def find_sources(config: TrainConfig, *, weights: bool = True) -> Sources:
     """Finds the model, which `model_name_or_path` names, or the adapter there, or `lora.adapter` beside it.
+
+    Args:
+      weights: False: those of the model are neither asked for nor downloaded.
 
     Raises:
       ValueError: nothing is there, or two adapters are named.
     """
     name, revision = config.model_name_or_path, config.model_revision
-    folder = resolve_folder(name, revision)
+    folder = resolve_folder(name, revision, weights=weights)
     adapter = None
     if config.lora is not None and config.lora.adapter is not None:
         if is_adapter_folder(folder):
@@ -117,7 +120,7 @@ def find_sources(config: TrainConfig) -> Sources:
         adapter = folder
         name, revision = base_of(adapter)
         try:
-            folder = resolve_folder(name, revision)
+            folder = resolve_folder(name, revision, weights=weights)
         except ValueError as error:
             raise ValueError(
                 f"{adapter / CONFIG_NAME} names {name!r} as its base: {error}. Or give the base as model_name_or_path "

@@ -23,7 +23,7 @@ from jdpo.data.tokenizer import Tokenizer, load_tokenizer
 from jdpo.models.config import ModelConfig
 from jdpo.models.families import read_model_config
 from jdpo.models.hf_weights import check_tensors
-from jdpo.models.hub import resolve_folder
+from jdpo.models.hub import has_weights, resolve_folder
 from jdpo.models.peft_folder import CONFIG_NAME, WEIGHTS_NAME
 from jdpo.models.safetensors_folder import tensor_entries
 from jdpo.models.transformer import Transformer, abstract_params, logical_axes
@@ -168,12 +168,13 @@ def numerics(config: TrainConfig) -> Iterator[None]:
         jax.config.update("jax_enable_x64", x64)
 
 
-def build(config: TrainConfig, say: Say, *, stopped: Callable[[], bool] = lambda: False) -> Setup:
-    """Reads model config, tokenizer and rows, and lays out mesh and batches. Weights are not touched.
+def build(config: TrainConfig, say: Say, *, weights: bool = True, stopped: Callable[[], bool] = lambda: False) -> Setup:
+    """Reads model config, tokenizer and rows, and lays out mesh and batches. Of weights the headers alone are read.
 
     Args:
       config: with compute_dtype resolved.
       say: takes lines for the person who started the run.
+      weights: False: they need not be there, and are not downloaded.
       stopped: whether a signal asks to stop; asked while rows are tokenized.
 
     Raises:
@@ -184,15 +185,18 @@ def build(config: TrainConfig, say: Say, *, stopped: Callable[[], bool] = lambda
     check_settings(config, task)
     check_offload(config)
     _check_export(config)  # now, not at the export after hours of training
-    made = build_model(config)
+    made = build_model(config, weights=weights)
     check_batch_size(config.global_batch_size, made.mesh)
     if made.adaptation is not None:
         check_adaptation(config, made.adaptation, made.tokenizer)
     model_folder, source_config, tokenizer = made.model_folder, made.source_config, made.tokenizer
     check_expert_settings(config, source_config, made.mesh)
-    reference_folder = _reference_folder(config, model_folder, source_config, tokenizer)
+    reference_folder = _reference_folder(config, model_folder, source_config, tokenizer, weights=weights)
     for folder in {model_folder, reference_folder or model_folder}:
-        check_tensors(folder, tensor_entries(folder), source_config)  # headers only, before rows are tokenized
+        if weights or has_weights(folder):
+            check_tensors(folder, tensor_entries(folder), source_config)  # headers only, before rows are tokenized
+        else:
+            say(f"note: no weights in {folder}: whether they fit config.json was not checked")
     train_data, eval_data = prepare_rows(config, tokenizer, say, stopped=stopped)
     row_plan = plan_rows(config, train_data, say)
     setup = Setup(
@@ -220,17 +224,18 @@ def _check_export(config: TrainConfig) -> None:
         together(lambda: check_push(repository), on_first=True)
 
 
-def build_model(config: TrainConfig) -> ModelSetup:
+def build_model(config: TrainConfig, *, weights: bool = True) -> ModelSetup:
     """Reads model config and tokenizer, and lays out the mesh; neither rows nor weights are touched.
 
     Args:
       config: with compute_dtype resolved.
+      weights: as for `build`.
 
     Raises:
       ValueError: anything that does not fit.
     """
     mesh = make_mesh(config.mesh)
-    sources = find_sources(config)
+    sources = find_sources(config, weights=weights)
     source_config = read_model_config(sources.model_folder)
     tokenizer = load_tokenizer(sources.tokenizer_folder, chat_template=config.chat_template)
     model = make_model(config, source_config, tokenizer)
@@ -275,11 +280,11 @@ def make_model(config: TrainConfig, source_config: ModelConfig, tokenizer: Token
 
 
 def _reference_folder(
-    config: TrainConfig, model_folder: Path, policy: ModelConfig, tokenizer: Tokenizer
+    config: TrainConfig, model_folder: Path, policy: ModelConfig, tokenizer: Tokenizer, *, weights: bool
 ) -> Path | None:
     if not isinstance(config, DPOConfig) or config.reference_model is None:
         return None
-    folder = resolve_folder(config.reference_model, config.reference_revision)
+    folder = resolve_folder(config.reference_model, config.reference_revision, weights=weights)
     if folder.resolve() == model_folder.resolve():
         return None  # named, and still the policy's own start
     if (found := read_model_config(folder)) != policy:

@@ -1,0 +1,56 @@
+"""What a run would be, from everything but its weights."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+
+from jdpo.config import DPOConfig, TrainConfig
+from jdpo.training.assembly import Assembly, assemble
+from jdpo.training.settings import Mode
+from jdpo.training.setup import Say, build, numerics, resolve_dtype
+
+
+def dry_run(config: TrainConfig, say: Say) -> None:
+    """Checks all that a run checks before it loads weights, and says what it would be.
+
+    Args:
+      say: takes lines for the person who asks.
+
+    Raises:
+      ValueError: anything that does not fit.
+    """
+    config = resolve_dtype(config)
+    with numerics(config):
+        setup = build(config, say, weights=False)
+        live = setup.task.uses_reference and isinstance(config, DPOConfig) and config.reference == "live"
+        mode: Mode = "live" if live else "none"  # auto and cached compute a reference's log-probs before they train
+        remat = "none" if config.remat == "auto" else config.remat
+        say(describe_kept(assemble(setup, reference=mode, remat=remat)))
+
+
+def describe_kept(assembly: Assembly) -> str:
+    """What lies on a device from the first step to the last, beside activations and batches, in a line."""
+    parts = {
+        "weights that are trained": bytes_a_device(assembly.state.params),
+        "state of the optimizer": bytes_a_device(assembly.state.opt_state),
+        "frozen weights": bytes_a_device((assembly.frozen, assembly.state.reference_params)),
+        "gradients": bytes_a_device(assembly.state.params),
+    }
+    listed = ", ".join(f"{gibibytes(size)} {name}" for name, size in parts.items() if size)
+    return f"kept on a device: {gibibytes(sum(parts.values()))} ({listed}), beside activations"
+
+
+def bytes_a_device(tree: Any) -> int:
+    """Bytes that the leaves, of a shape, a dtype and a sharding, take on the device that has most of them."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def gibibytes(size: int) -> str:
+    """
+    >>> gibibytes(3 * 2**29), gibibytes(5 * 2**20)
+    ('1.50 GiB', '0.00 GiB')
+    """
+    return f"{size / 2**30:.2f} GiB"

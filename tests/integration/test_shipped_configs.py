@@ -1,0 +1,144 @@
+"""Every config of configs/, dry: with the shapes of the model it names, a toy tokenizer, and no weights."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from jdpo.cli.main import main
+from tests.conftest import chat_pairs, write_jsonl
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+LLAMA_31_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def shapes(
+    family: str, width: int, mlp: int, layers: int, heads: int, vocabulary: int, **fields: Any
+) -> dict[str, Any]:
+    return {
+        "model_type": family,
+        "hidden_size": width,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "vocab_size": vocabulary,
+        **fields,
+    }
+
+
+LLAMA_8B = shapes(
+    "llama",
+    4096,
+    14336,
+    32,
+    32,
+    128256,
+    num_key_value_heads=8,
+    max_position_embeddings=131072,
+    rope_theta=500000.0,
+    rope_scaling=LLAMA_31_ROPE,
+    tie_word_embeddings=False,
+)
+LLAMA_1B = shapes(
+    "llama",
+    2048,
+    8192,
+    16,
+    32,
+    128256,
+    num_key_value_heads=8,
+    head_dim=64,
+    max_position_embeddings=131072,
+    rope_theta=500000.0,
+    rope_scaling=LLAMA_31_ROPE | {"factor": 32.0},
+    tie_word_embeddings=True,
+)
+SMOLLM2 = shapes(
+    "llama", 576, 1536, 30, 9, 49152, num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True
+)
+QWEN = {"num_key_value_heads": 2, "max_position_embeddings": 32768, "rope_theta": 1e6, "tie_word_embeddings": True}
+GEMMA2 = shapes("gemma2", 2304, 9216, 26, 8, 256000, num_key_value_heads=4, head_dim=256, query_pre_attn_scalar=256)
+PYTHIA = shapes("gpt_neox", 2560, 10240, 32, 32, 50304, rotary_pct=0.25, max_position_embeddings=2048)
+
+# Parameters as the models' publishers count them (Pythia: 2,775,208,960 with both embeddings).
+MODELS: dict[str, tuple[dict[str, Any], int]] = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": (SMOLLM2, 134_515_008),
+    "Qwen/Qwen2.5-0.5B-Instruct": (shapes("qwen2", 896, 4864, 24, 14, 151936, **QWEN), 494_032_768),
+    "Qwen/Qwen2.5-0.5B": (shapes("qwen2", 896, 4864, 24, 14, 151936, **QWEN), 494_032_768),
+    "Qwen/Qwen2.5-1.5B-Instruct": (shapes("qwen2", 1536, 8960, 28, 12, 151936, **QWEN), 1_543_714_304),
+    "meta-llama/Llama-3.2-1B-Instruct": (LLAMA_1B, 1_235_814_400),
+    "meta-llama/Llama-3.1-8B-Instruct": (LLAMA_8B, 8_030_261_248),
+    "google/gemma-2-2b-it": (GEMMA2, 2_614_341_888),
+    "EleutherAI/pythia-2.8b": (PYTHIA, 2_775_208_960),
+    "runs/pythia-hh/sft/model": (PYTHIA, 2_775_208_960),
+}
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_shipped_config_runs_dry(
+    path: Path, toy_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = yaml.safe_load(path.read_text())
+    head = path.read_text().partition("model_name_or_path")[0]
+    command = re.search(rf"(?:jdpo (sft|dpo) configs/{path.name}|python benchmarks/\S+)", head)
+    assert command, "its header says how to run it"
+    if config["model_name_or_path"] not in MODELS:
+        assert config["model_name_or_path"].startswith("runs/"), "a model of an earlier run, whose shape is its own"
+        shape, num_params = MODELS["Qwen/Qwen2.5-0.5B-Instruct"]
+    else:
+        shape, num_params = MODELS[config["model_name_or_path"]]
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in toy_model.iterdir():
+        if file.suffix != ".safetensors" and file.name != "generation_config.json":
+            shutil.copy(file, folder / file.name)
+    (folder / "config.json").write_text(json.dumps(shape))
+    rows = write_jsonl(tmp_path / "pairs.jsonl", chat_pairs(40))
+    words = [f"model_name_or_path={folder}", f"datasets={rows}", f"output_dir={tmp_path / 'run'}"]
+    words += [f"cache_dir={tmp_path / 'cache'}", "global_batch_size=8", "num_train_epochs=50"]
+    words += [f"eval_datasets={rows}"] if "eval_datasets" in config else []
+    assert main([command[1] or ("sft" if "sft" in path.name else "dpo"), str(path), *words, "--dry_run"]) == 0
+    printed = capsys.readouterr().out
+    assert f"{num_params:,} parameters" in printed
+    assert f"note: no weights in {folder}" in printed
+    assert "kept on a device: " in printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_kept_on_a_device_follows_mesh_and_adapters(
+    toy_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(toy_model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    (folder / "config.json").write_text(json.dumps(LLAMA_8B))
+    rows = write_jsonl(tmp_path / "pairs.jsonl", chat_pairs(20))
+
+    def kept(*words: str) -> float:
+        own = [f"model_name_or_path={folder}", f"datasets={rows}", f"output_dir={tmp_path / 'run'}"]
+        assert main(["dpo", *own, f"cache_dir={tmp_path / 'cache'}", *words, "--dry_run"]) == 0
+        found = re.search(r"kept on a device: ([0-9.]+) GiB", capsys.readouterr().out)
+        assert found
+        return float(found[1])
+
+    whole = ["mesh.data=8", "mesh.fsdp=1", "global_batch_size=8", "reference=cached"]
+    gib = MODELS["meta-llama/Llama-3.1-8B-Instruct"][1] / 2**30
+    assert kept(*whole) == pytest.approx(16 * gib, rel=1e-3), "float32 weights, gradients and two moments"
+    assert kept(*whole, "optimizer=adamw_bf16") == pytest.approx(8 * gib, rel=1e-3)
+    split = ["mesh.data=1", "mesh.fsdp=8", "global_batch_size=8", "reference=cached"]
+    assert kept(*split) == pytest.approx(16 * gib / 8, rel=1e-3)
+    assert kept(*split[:3], "reference=live", "compute_dtype=bfloat16") == pytest.approx(18 * gib / 8, rel=1e-3)
+    adapted = kept(*whole, "lora.r=16", "compute_dtype=bfloat16", "lora.base_dtype=bfloat16")
+    assert 2 * gib < adapted < 2.2 * gib

@@ -5,7 +5,7 @@
 A Llama of random bfloat16 weights in several files of at most 1 GiB, with the layers of a 1B model, as many as fill the
 size. Every load and every export is a process of its own; the arms take turns, after one turn that does not count and
 that brings the files into the page cache, and the medians are compared. What is timed is the call alone: no imports, no
-compilation of anything else. Params in float32 are held against load_file and a cast, which makes the same. Both exports
+compilation of anything else. Params in float32 are held against load_file and a cast, which is the same. Both exports
 end when the files are on the disk (fsync), and both write bfloat16.
 
 Memory is the largest RssAnon that /proc/self/status showed while the call ran, everything counted that the process

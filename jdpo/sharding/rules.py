@@ -87,8 +87,11 @@ def undivided_dims(logical_axes: Any, abstract_params: Any, mesh: Mesh) -> list[
     def visit(path: Any, leaf: Any, names: Sequence[str | None]) -> None:
         for name, size in zip(names, leaf.shape, strict=True):
             axis = rules[name] if name else None
-            if axis and size % mesh_axis_size(mesh, axis):
-                found.append(f"{jax.tree_util.keystr(path)}: {name}={size} over {axis}={mesh_axis_size(mesh, axis)}")
+            used = _dividing(axis, size, mesh)
+            if axis and mesh_axis_size(mesh, axis) > mesh_axis_size(mesh, used or ()):
+                but = f" (split over {used} alone)" if used else ""
+                place = f"{jax.tree_util.keystr(path)}: {name}={size}"
+                found.append(f"{place} over {axis}={mesh_axis_size(mesh, axis)}{but}")
 
     jax.tree_util.tree_map_with_path(visit, abstract_params, logical_axes)
     return found

@@ -138,6 +138,27 @@ def test_biases_and_qk_norm_by_family(tmp_path: Path) -> None:
             for family in ("gemma", "gpt2", "gpt_neox", "phi3")
         ),
         ("llama", {"layer_types": ["full_attention"] * 4}, "layer_types: not a setting of the family llama"),
+        ("llama", {"num_hidden_layers": 0}, "num_hidden_layers: expected at least 1, found 0"),
+        ("llama", {"rope_theta": 0}, "rope_theta: expected a number above 0, found 0"),
+        (
+            "llama",
+            {"rope_scaling": {"type": "linear", "factor": 0.0}},
+            "factor of rope_parameters: expected a number above 0",
+        ),
+        (
+            "llama",
+            {
+                "rope_scaling": {
+                    "type": "longrope",
+                    "short_factor": [2.0],
+                    "long_factor": [2.0],
+                    "original_max_position_embeddings": 16,
+                }
+            },
+            "short_factor of longrope: expected 2 numbers, one for each rotated pair, found 1",
+        ),
+        ("mistral", {"sliding_window": 0}, "sliding_window: expected at least 1, found 0"),
+        ("mixtral", {"router_aux_loss_coef": -0.5}, "router_aux_loss_coef: expected 0 or more, found -0.5"),
         ("llama", {"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
         ("llama", {"head_dim": 3}, "head_dim 3 is odd"),
         ("llama", {"vocab_size": "many"}, "transformers cannot read it"),

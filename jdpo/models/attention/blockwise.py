@@ -23,6 +23,8 @@ from einops import rearrange
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from jdpo.models.layers import scaled
+
 ATTENTION_RESIDUALS = "attention_residuals"
 """Name of the output and log-sum-exp for `jax.checkpoint_policies.save_only_these_names`."""
 
@@ -142,7 +144,7 @@ def _forward(
         return lax.fori_loop(0, _num_tiles(length, options), query_tile, empty)
 
     operands = (
-        _query_tiles(query * jnp.asarray(options.scale, query.dtype), num_kv_heads, options),
+        _query_tiles(scaled(query, options.scale), num_kv_heads, options),
         _key_tiles(key, options),
         _transposed_key_tiles(value, options),
         lengths.reshape(-1, options.group).max(1),
@@ -204,7 +206,7 @@ def _backward(
         return lax.fori_loop(0, _num_tiles(length, options), query_tile, zeros)
 
     operands = (
-        _query_tiles(query * jnp.asarray(options.scale, query.dtype), num_kv_heads, options),
+        _query_tiles(scaled(query, options.scale), num_kv_heads, options),
         _query_tiles(d_output, num_kv_heads, options),
         *(_query_tiles(x[..., None], num_kv_heads, options)[..., 0, :] for x in (lse, delta)),
         _key_tiles(key, options),

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from jdpo.models.attention.blockwise import ATTENTION_RESIDUALS
+from jdpo.models.layers import scaled
 
 LANES = 128
 BLOCK_SIZE = 512
@@ -43,7 +44,7 @@ def splash_attention(
     block_q, block_kv, padded_length = tiling(length, block_q, block_kv)
     kernel = _kernel(num_heads, padded_length, window, softcap, block_q, block_kv, interpret)
     # The kernel multiplies by no scale of its own.
-    operands = (query_nthk * jnp.asarray(scale, query_nthk.dtype), key_ntgk, value_ntgk)
+    operands = (scaled(query_nthk, scale), key_ntgk, value_ntgk)
     padding = ((0, 0), (0, padded_length - length), (0, 0), (0, 0))
     query, key, value = (rearrange(jnp.pad(x, padding), "n t h k -> n h t k") for x in operands)
     return rearrange(jax.vmap(kernel)(query, key, value), "n h t k -> n t h k")[:, :length]

@@ -44,7 +44,11 @@ def decoder(hf_config: Any, *, layers: tuple[LayerKind, ...], **own: Any) -> Mod
         raise ValueError(
             f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {sizes['num_kv_heads']}"
         )
+    if hf_config.num_hidden_layers < 1:
+        raise ValueError(f"num_hidden_layers: expected at least 1, found {hf_config.num_hidden_layers}")
     head_dim = sizes["head_dim"]
+    for kind in layers:
+        _check_layer(kind, head_dim)
     if any(kind.rope.rotated_dims(head_dim) % 2 for kind in layers if kind.rope is not None):
         raise ValueError(f"head_dim {head_dim} is odd, or the part of it that is rotated; rotation needs pairs")
     return ModelConfig(
@@ -57,6 +61,18 @@ def decoder(hf_config: Any, *, layers: tuple[LayerKind, ...], **own: Any) -> Mod
         tie_embeddings=bool(hf_config.tie_word_embeddings),
         **sizes,
     )
+
+
+def _check_layer(kind: LayerKind, head_dim: int) -> None:
+    if kind.window is not None and kind.window < 1:
+        raise ValueError(f"sliding_window: expected at least 1, found {kind.window}; null for none")
+    if kind.rope is not None and kind.rope.kind == "longrope":
+        pairs = kind.rope.rotated_dims(head_dim) // 2
+        if len(kind.rope.divisors) != pairs:
+            raise ValueError(
+                f"short_factor of longrope: expected {pairs} numbers, one for each rotated pair, found "
+                f"{len(kind.rope.divisors)}"
+            )
 
 
 def _end_of(layers: tuple[LayerKind, ...]) -> dict[str, Any]:
@@ -109,12 +125,15 @@ def experts_of(hf_config: Any, num_experts: int, *, d_ff: int, normalize: bool) 
     chosen = hf_config.num_experts_per_tok
     if not 1 <= chosen <= num_experts:
         raise ValueError(f"num_experts_per_tok: expected 1 to {num_experts}, the number of experts, found {chosen}")
+    coef = hf_config.router_aux_loss_coef
+    if not 0 <= coef < math.inf:
+        raise ValueError(f"router_aux_loss_coef: expected 0 or more, found {coef}")
     return MoEConfig(
         num_experts=num_experts,
         experts_per_token=chosen,
         d_ff=d_ff,
         normalize=normalize,
-        aux_loss_coef=float(hf_config.router_aux_loss_coef),
+        aux_loss_coef=float(coef),
     )
 
 
@@ -137,9 +156,13 @@ def above_zero(hf_config: Any, key: str) -> float | None:
       ValueError: it is no number above 0.
     """
     value = getattr(hf_config, key)
-    if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
+    return None if value is None else _positive(key, value)
+
+
+def _positive(key: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ValueError(f"{key}: expected a number above 0, found {value!r}")
-    return None if value is None else float(value)
+    return float(value)
 
 
 def rope_of(hf_config: Any, layer_type: str | None = None, *, partial: bool = False) -> RopeConfig:
@@ -170,7 +193,7 @@ def rope_of(hf_config: Any, layer_type: str | None = None, *, partial: bool = Fa
     if fraction != 1.0 and not (partial and 0 < fraction < 1):
         raise ValueError(f"partial_rotary_factor: {fraction} is not supported, expected 1.0")
     own = _ROPE_SETTINGS[kind](parameters, hf_config)
-    return RopeConfig(theta=float(parameters["rope_theta"]), kind=kind, fraction=fraction, **own)
+    return RopeConfig(theta=_positive("rope_theta", parameters.get("rope_theta")), kind=kind, fraction=fraction, **own)
 
 
 def _no_rope_settings(parameters: dict[str, Any], hf_config: Any) -> dict[str, Any]:
@@ -178,15 +201,13 @@ def _no_rope_settings(parameters: dict[str, Any], hf_config: Any) -> dict[str, A
 
 
 def _linear_settings(parameters: dict[str, Any], hf_config: Any) -> dict[str, Any]:
-    return {"factor": float(parameters["factor"])}
+    return {"factor": _positive("factor of rope_parameters", parameters.get("factor"))}
 
 
 def _llama3_settings(parameters: dict[str, Any], hf_config: Any) -> dict[str, Any]:
     return {
-        "factor": float(parameters["factor"]),
-        "low_freq_factor": float(parameters["low_freq_factor"]),
-        "high_freq_factor": float(parameters["high_freq_factor"]),
-        "original_max_positions": int(parameters["original_max_position_embeddings"]),
+        **{key: _positive(key, parameters.get(key)) for key in ("factor", "low_freq_factor", "high_freq_factor")},
+        "original_max_positions": _original_length(parameters),
     }
 
 
@@ -224,8 +245,15 @@ def _longrope_settings(parameters: dict[str, Any], hf_config: Any) -> dict[str, 
 
 def _stretch(parameters: dict[str, Any], hf_config: Any) -> tuple[int, float]:
     """The positions that the model first learned, and how many times as many it has."""
-    original, factor = int(parameters["original_max_position_embeddings"]), parameters.get("factor")
-    return original, float(hf_config.max_position_embeddings / original if factor is None else factor)
+    original, factor = _original_length(parameters), parameters.get("factor")
+    if factor is None:
+        return original, float(hf_config.max_position_embeddings / original)
+    return original, _positive("factor of rope_parameters", factor)
+
+
+def _original_length(parameters: dict[str, Any]) -> int:
+    key = "original_max_position_embeddings"
+    return int(_positive(key, parameters.get(key)))
 
 
 _ROPE_SETTINGS: dict[RopeKind, Callable[[dict[str, Any], Any], dict[str, Any]]] = {

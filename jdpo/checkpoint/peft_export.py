@@ -9,9 +9,10 @@ from typing import Any
 import jax
 
 from jdpo.checkpoint.folders import write_folder, write_json, write_tokenizer
+from jdpo.models.adapter_config import CONFIG_NAME, WEIGHTS_NAME
 from jdpo.models.lora import Adapters, Lora
 from jdpo.models.lora_sites import Site
-from jdpo.models.peft_folder import CONFIG_NAME, WEIGHTS_NAME, peft_config, peft_tensors
+from jdpo.models.peft_folder import peft_config, peft_tensors
 
 
 def export_adapter(

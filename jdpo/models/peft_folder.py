@@ -5,7 +5,6 @@ PEFT has lora_A [r, in] and lora_B [out, r] for each module, whichever way the m
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,11 +13,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jdpo.models.adapter_config import CONFIG_NAME, WEIGHTS_NAME, read_adapter_config
 from jdpo.models.lora import Adapters, Lora
 from jdpo.models.lora_sites import EXPERT_AXIS, Module, Site, Targets, get_at, last_name, tree_of, whole_sites
-from jdpo.models.safetensors_folder import DTYPES, SINGLE_NAME, TensorEntry, read_header
+from jdpo.models.safetensors_folder import DTYPES, TensorEntry, read_header
 
-CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
 _NAME = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+)\.lora_(?P<kind>[AB])\.weight")
@@ -63,45 +62,6 @@ class PeftAdapter(NamedTuple):
     lora: Lora
     targets: Targets
     all_sites: tuple[Site, ...]
-
-
-def is_adapter_folder(folder: Path) -> bool:
-    """Whether that is a PEFT adapter and no model of its own."""
-    return (folder / CONFIG_NAME).is_file() and not (folder / SINGLE_NAME).is_file()
-
-
-def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json.
-
-    Raises:
-      ValueError: it is not there, or is no JSON object.
-    """
-    path = folder / CONFIG_NAME
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{folder} has no {CONFIG_NAME}: it is not a PEFT adapter folder") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(config).__name__}")
-    return config
-
-
-def base_of(folder: Path) -> tuple[str, str | None]:
-    """The model that an adapter was trained on, as its config names it, and its hub revision.
-
-    Raises:
-      ValueError: the config names none.
-    """
-    config = read_adapter_config(folder)
-    name = config.get("base_model_name_or_path")
-    if not name:
-        raise ValueError(
-            f"{folder / CONFIG_NAME} does not say which model it adapts (base_model_name_or_path); give the model as "
-            "model_name_or_path and the adapter as lora.adapter"
-        )
-    return str(name), config.get("revision")
 
 
 def read_adapter(folder: Path, sites: Sequence[Site]) -> PeftAdapter:

@@ -218,7 +218,10 @@ CHECKS: dict[str, Check] = {
 
 def thresholds() -> list[str]:
     """One line a check that can be a fault, for people."""
-    lines = ["model: config.json cannot be read, or the tokenizer has more tokens than the embedding has rows"]
+    lines = [
+        "model: config.json cannot be read, it has fewer positions than max_length and cannot go beyond, or the "
+        "tokenizer has more tokens than the embedding has rows"
+    ]
     for name, check in CHECKS.items():
         if check.fault is not None:
             lines.append(f"{name}: {'any' if check.fault == 0 else f'more than {check.fault:.0%} of'} {check.what}")

@@ -101,8 +101,11 @@ def _checked(name: str, rows: int, of: int, first: str | None, where: str = "") 
 def _model_findings(document: Json) -> Iterator[Finding]:
     model = document["model"]
     if model["problem"] is not None:
-        yield Finding("fault", "model", model["problem"], "`jdpo` cannot train this model", "use another model folder")
-        return
+        readable = model["vocab_size"] is not None
+        remedy = "change the config as it says" if readable else "use another model folder"
+        yield Finding("fault", "model", model["problem"], "training refuses to start", remedy)
+        if not readable:
+            return
     own_tokens = model["tokenizer_size"] - len(model["added_tokens"])
     if own_tokens > model["vocab_size"]:
         yield Finding(

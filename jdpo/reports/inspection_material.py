@@ -14,7 +14,12 @@ from jdpo.data.tokenizer import Tokenizer
 
 
 class ModelFacts(NamedTuple):
-    """What config.json says: positions the model has, rows of its embedding; None with the reason in `problem`."""
+    """What config.json says.
+
+    Attributes:
+      max_positions, vocab_size: positions the model has, rows of its embedding; None where it cannot be read.
+      problem: why the model cannot be trained, or not as the config asks; None where it can.
+    """
 
     max_positions: int | None
     vocab_size: int | None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,9 @@ from jax.sharding import Mesh
 from jdpo.config import DPOConfig, LoraConfig, TrainConfig
 from jdpo.data.tokenizer import Tokenizer
 from jdpo.models.base_weights import Base, BaseDtype, abstract_base, base_axes
-from jdpo.models.hub import resolve_folder
 from jdpo.models.lora import Lora, abstract_adapters, adapter_axes, num_adapter_params
 from jdpo.models.lora_sites import ALL_LINEAR, Site, Targets, choose_sites, find_sites, last_name
-from jdpo.models.peft_folder import CONFIG_NAME, PeftAdapter, base_of, is_adapter_folder, read_adapter
+from jdpo.models.peft_folder import PeftAdapter, read_adapter
 from jdpo.models.transformer import Transformer
 from jdpo.sharding.rules import param_shardings
 
@@ -75,59 +74,6 @@ class Adaptation:
             f"lora: {num_trained:,} trained parameters ({share:.2f} %) beside {num_frozen:,} frozen ones in "
             f"{self.base_dtype.name}; r {lora.r}, scale {lora.scale:g}, on {', '.join(names)}",
         ]
-
-
-class Sources(NamedTuple):
-    """Where a run's weights and words come from.
-
-    Attributes:
-      name: of the model, or of the base under an adapter.
-      revision: its hub revision, where one is asked for.
-      model_folder: its folder.
-      adapter_folder: an adapter to go on from, or None.
-      tokenizer_folder: the adapter's own where it brings one, else the model's.
-    """
-
-    name: str
-    revision: str | None
-    model_folder: Path
-    adapter_folder: Path | None
-    tokenizer_folder: Path
-
-
-def find_sources(config: TrainConfig, *, weights: bool = True) -> Sources:
-    """Finds the model, which `model_name_or_path` names, or the adapter there, or `lora.adapter` beside it.
-
-    Args:
-      weights: False: those of the model are neither asked for nor downloaded.
-
-    Raises:
-      ValueError: nothing is there, or two adapters are named.
-    """
-    name, revision = config.model_name_or_path, config.model_revision
-    folder = resolve_folder(name, revision, weights=weights)
-    adapter = None
-    if config.lora is not None and config.lora.adapter is not None:
-        if is_adapter_folder(folder):
-            raise ValueError(
-                f"model_name_or_path {name} is an adapter, and lora.adapter names another, {config.lora.adapter}: give "
-                "the base model as model_name_or_path"
-            )
-        adapter = resolve_folder(config.lora.adapter)
-        if not is_adapter_folder(adapter):
-            raise ValueError(f"lora.adapter {config.lora.adapter} is no PEFT adapter folder: no {CONFIG_NAME} in it")
-    elif is_adapter_folder(folder):
-        adapter = folder
-        name, revision = base_of(adapter)
-        try:
-            folder = resolve_folder(name, revision, weights=weights)
-        except ValueError as error:
-            raise ValueError(
-                f"{adapter / CONFIG_NAME} names {name!r} as its base: {error}. Or give the base as model_name_or_path "
-                "and the adapter as lora.adapter"
-            ) from error
-    brings_words = adapter is not None and (adapter / "tokenizer_config.json").is_file()
-    return Sources(name, revision, folder, adapter, adapter if adapter is not None and brings_words else folder)
 
 
 def check_adaptation(config: TrainConfig, adaptation: Adaptation, tokenizer: Tokenizer) -> None:

@@ -7,15 +7,16 @@ from functools import partial
 from pathlib import Path
 
 from jdpo.config import DatasetConfig, SFTConfig, TrainConfig
-from jdpo.data import formats, sources
+from jdpo.data import formats
 from jdpo.data.inspection_text import TextFacts, text_facts
-from jdpo.data.mixing import check_data_settings
+from jdpo.data.mixing import check_data_settings, mixture_of
+from jdpo.data.sources import open_source
 from jdpo.data.tokenizer import Tokenizer, load_tokenizer
 from jdpo.models.families import read_model_config
-from jdpo.models.hub import resolve_folder
 from jdpo.reports.inspection_material import Material, ModelFacts, Part
 from jdpo.reports.progress import RowCounter
 from jdpo.training.rows import Say, num_steps_of, plan_rows, preparation_of, sides_of
+from jdpo.training.sources import check_positions, find_sources
 
 MOST_STEPS = 2000
 """Steps whose costs are counted: an epoch's, or the first of it."""
@@ -34,8 +35,8 @@ def gather(config: TrainConfig, *, chosen_by: str, say: Say) -> Material:
       ValueError: settings that do not go together, no tokenizer, or rows that cannot be read.
     """
     check_data_settings(config)
-    folder = resolve_folder(config.model_name_or_path, config.model_revision, weights=False)
-    tokenizer = load_tokenizer(folder, chat_template=config.chat_template)
+    sources = find_sources(config, weights=False)
+    tokenizer = load_tokenizer(sources.tokenizer_folder, chat_template=config.chat_template)
     read = preparation_of(config)
 
     def part_of(datasets: Sequence[DatasetConfig], part: object, *, with_texts: bool = True) -> Part:
@@ -52,7 +53,7 @@ def gather(config: TrainConfig, *, chosen_by: str, say: Say) -> Material:
         command="sft" if isinstance(config, SFTConfig) else "dpo",
         chosen_by=chosen_by,
         tokenizer=tokenizer,
-        model=_model_facts(folder),
+        model=_model_facts(config, sources.model_folder),
         train=train,
         eval=held_out,
         steps=[plan.step(step) for step in range(min(plan.steps_per_epoch, MOST_STEPS))],
@@ -72,7 +73,7 @@ def _texts(
         reading = formats.reading_of(dataset)
         found.append(
             text_facts(
-                sources.open_source(dataset).rows(),
+                open_source(dataset).rows(),
                 partial(read, reading=reading),  # type: ignore[arg-type]
                 partial(formats.schema_name, reading=reading, supervised=supervised),
                 tokenizer.special_text,
@@ -82,9 +83,13 @@ def _texts(
     return tuple(found)
 
 
-def _model_facts(folder: Path) -> ModelFacts:
+def _model_facts(config: TrainConfig, folder: Path) -> ModelFacts:
     try:
         found = read_model_config(folder)
     except ValueError as error:
         return ModelFacts(None, None, str(error))
+    try:
+        check_positions(config, found)
+    except ValueError as error:
+        return ModelFacts(found.max_positions, found.vocab_size, str(error))
     return ModelFacts(found.max_positions, found.vocab_size, None)

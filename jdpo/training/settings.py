@@ -129,23 +129,6 @@ def check_offload(config: TrainConfig) -> None:
         )
 
 
-def check_positions(config: TrainConfig, source_config: ModelConfig) -> None:
-    """Refuses sequences longer than a model that ends can take.
-
-    Raises:
-      ValueError: naming both lengths.
-    """
-    most = source_config.max_positions
-    if source_config.positions_end and config.max_length > most:
-        why = (
-            "a learned vector for each" if source_config.learned_positions else "longrope's factors for short sequences"
-        )
-        raise ValueError(
-            f"max_length {config.max_length}: {config.model_name_or_path} has {most} positions ({why}) and cannot go "
-            f"beyond; set max_length to {most} or less"
-        )
-
-
 def check_expert_settings(config: TrainConfig, source_config: ModelConfig, mesh: Mesh) -> None:
     """Refuses settings of experts for a model without, and an expert axis that does not divide them.
 

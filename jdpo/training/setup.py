@@ -20,17 +20,17 @@ from jdpo.config import DPOConfig, TrainConfig
 from jdpo.data.loader import RowPlan
 from jdpo.data.prepare import PreparedData, cache_folder
 from jdpo.data.tokenizer import Tokenizer, load_tokenizer
+from jdpo.models.adapter_config import CONFIG_NAME, WEIGHTS_NAME
 from jdpo.models.config import ModelConfig
 from jdpo.models.families import read_model_config
 from jdpo.models.hf_weights import check_tensors
 from jdpo.models.hub import has_weights, resolve_folder
-from jdpo.models.peft_folder import CONFIG_NAME, WEIGHTS_NAME
 from jdpo.models.safetensors_folder import tensor_entries
 from jdpo.models.transformer import Transformer, abstract_params, logical_axes
 from jdpo.processes import together
 from jdpo.sharding.mesh import check_batch_size, make_mesh
 from jdpo.sharding.rules import param_shardings, undivided_dims
-from jdpo.training.adaptation import Adaptation, Sources, adaptation_of, check_adaptation, find_sources, num_params
+from jdpo.training.adaptation import Adaptation, adaptation_of, check_adaptation, num_params
 from jdpo.training.compilation import persistent_cache
 from jdpo.training.optimizer import learning_rate_schedule, param_dtype_of
 from jdpo.training.rows import num_steps_of, plan_rows, prepare_rows
@@ -38,10 +38,10 @@ from jdpo.training.settings import (
     check_attention_settings,
     check_expert_settings,
     check_offload,
-    check_positions,
     check_profiled,
     check_settings,
 )
+from jdpo.training.sources import Sources, check_positions, find_sources
 from jdpo.training.tasks import Task, task_for
 
 Params = Any

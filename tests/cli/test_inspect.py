@@ -11,7 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import jdpo
 from jdpo.cli.inspect import Options, read_options, read_run
@@ -145,6 +147,59 @@ def test_a_model_that_jdpo_cannot_train_is_a_fault_and_the_data_are_still_shown(
     document = json.loads(capsys.readouterr().out)
     assert "model_type 'mamba' is not supported" in document["findings"][0]["summary"]
     assert document["train"]["rows_kept"] == 20
+
+
+def test_a_model_that_ends_before_max_length_is_a_fault_as_it_is_for_training(
+    capsys: pytest.CaptureFixture[str], run_words: Callable[..., list[str]], no_weights: Path
+) -> None:
+    text = json.loads((no_weights / "config.json").read_text())
+    own = {"model_type": "gpt2", "n_positions": 48, "n_embd": 64, "n_layer": 2, "n_head": 4}
+    (no_weights / "config.json").write_text(json.dumps(own | {"vocab_size": text["vocab_size"]}))
+    words = run_words(model_name_or_path=no_weights)
+    assert main(["inspect", *words, "max_length=49", "--json", "--strict"]) == 1
+    finding = json.loads(capsys.readouterr().out)["findings"][0]
+    assert finding["severity"] == "fault"
+    assert main(["dpo", *words, "max_length=49", "--dry_run"]) == 2
+    refused = capsys.readouterr().err
+    assert "has 48 positions (a learned vector for each) and cannot go beyond" in refused
+    assert finding["summary"] in refused, "in the words of training"
+    assert main(["inspect", *words, "max_length=48", "--json"]) == 0
+    assert "positions" not in json.loads(capsys.readouterr().out)["findings"][0]["summary"]
+
+
+@pytest.fixture
+def sft_adapter(no_weights: Path, tmp_path: Path) -> Path:
+    """What `jdpo sft` leaves under lora: an adapter, and a chat template of its own."""
+    folder = tmp_path / "adapter"
+    shutil.copytree(no_weights, folder, ignore=shutil.ignore_patterns("config.json"))
+    for path in (folder / "tokenizer_config.json", folder / "chat_template.jinja"):
+        if path.exists():
+            path.write_text(path.read_text(encoding="utf-8").replace("user", "person"), encoding="utf-8")
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(no_weights)}))
+    save_file({"a": np.zeros(1, np.float32)}, folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_an_adapter_is_inspected_on_its_base_and_with_its_own_template(
+    run_words: Callable[..., list[Any]], no_weights: Path, sft_adapter: Path, tmp_path: Path
+) -> None:
+    rows = tmp_path / "chat.jsonl"
+    sides = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    row = {"prompt": [{"role": "user", "content": "river green?"}], **sides}
+    rows.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    digests = []
+    for words in (
+        run_words(model_name_or_path=sft_adapter, datasets=rows),
+        run_words(model_name_or_path=no_weights, datasets=rows, **{"lora.adapter": sft_adapter}),
+        run_words(model_name_or_path=no_weights, datasets=rows),
+    ):
+        done = run_alone([*words, "--json"])
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.endswith("[]\n"), "without jax"
+        document = json.loads(done.stdout)
+        assert document["model"]["problem"] is None
+        digests.append(document["train"]["digest"])
+    assert digests[0] == digests[1] != digests[2]
 
 
 def run_alone(words: list[str], **environment: str) -> subprocess.CompletedProcess[str]:

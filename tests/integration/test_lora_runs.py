@@ -155,12 +155,13 @@ def test_peft_loads_a_runs_adapter_onto_its_base(lora_run: Path) -> None:
     import torch
     from peft import AutoPeftModelForCausalLM
 
+    from jdpo.models.adapter_config import base_of
     from jdpo.models.base_weights import Base
     from jdpo.models.families import read_model_config
     from jdpo.models.hf_weights import load_params
     from jdpo.models.lora import abstract_adapters, weights_of
     from jdpo.models.lora_sites import find_sites
-    from jdpo.models.peft_folder import base_of, load_adapters, read_adapter
+    from jdpo.models.peft_folder import load_adapters, read_adapter
     from jdpo.models.transformer import Transformer, make_apply_fn
 
     tokens = np.random.default_rng(0).integers(0, 50, (2, 9))

@@ -14,13 +14,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from jdpo.models.adapter_config import CONFIG_NAME, WEIGHTS_NAME, base_of, is_adapter_folder
 from jdpo.models.lora import Lora, abstract_adapters, init_adapters
 from jdpo.models.lora_sites import choose_sites, find_sites
 from jdpo.models.peft_folder import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    base_of,
-    is_adapter_folder,
     load_adapters,
     peft_config,
     peft_tensors,

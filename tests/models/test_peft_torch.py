@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from jdpo.models.adapter_config import CONFIG_NAME, WEIGHTS_NAME
 from jdpo.models.base_weights import Base
 from jdpo.models.families import read_model_config
 from jdpo.models.hf_weights import load_params
 from jdpo.models.lora import Lora, abstract_adapters, init_adapters, weights_of
 from jdpo.models.lora_sites import choose_sites, find_sites
-from jdpo.models.peft_folder import CONFIG_NAME, WEIGHTS_NAME, load_adapters, peft_config, peft_tensors, read_adapter
+from jdpo.models.peft_folder import load_adapters, peft_config, peft_tensors, read_adapter
 from jdpo.models.transformer import Transformer, Weights, make_apply_fn
 
 pytestmark = [

@@ -15,7 +15,7 @@ from jdpo.generation.decode import generate
 from jdpo.models.families import read_model_config
 from jdpo.models.hf_weights import load_params
 from jdpo.models.transformer import Transformer, make_apply_fn
-from jdpo.training.settings import check_positions
+from jdpo.training.sources import check_positions
 
 GPT2 = Path(__file__).parents[1] / "golden" / "logits" / "gpt2"
 

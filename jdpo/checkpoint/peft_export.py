@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jdpo.checkpoint.folders import write_folder, write_json, write_tokenizer
 from jdpo.models.adapter_config import CONFIG_NAME, WEIGHTS_NAME
@@ -39,14 +40,17 @@ def export_adapter(
       model_card: the text of README.md; None writes none.
 
     Raises:
-      ValueError: `out` is something other than an adapter folder.
+      ValueError: `out` is something other than an adapter folder, or a tensor holds NaN or Inf.
     """
-    gathered = jax.tree.map(_on_host, adapters)
+    tensors = peft_tensors(lora, jax.tree.map(_on_host, adapters))
+    for name, values in tensors.items():
+        if not np.isfinite(values.astype(np.float32)).all():
+            raise ValueError(f"tensor {name} holds NaN or Inf: this adapter is not exported")
 
     def write(staging: Path) -> None:
         from safetensors.numpy import save
 
-        (staging / WEIGHTS_NAME).write_bytes(save(peft_tensors(lora, gathered), metadata={"format": "pt"}))
+        (staging / WEIGHTS_NAME).write_bytes(save(tensors, metadata={"format": "pt"}))
         write_json(staging / CONFIG_NAME, peft_config(lora, sites, base_name, base_revision))
         write_tokenizer(staging, tokenizer)
         if model_card is not None:

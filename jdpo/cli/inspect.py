@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jdpo.cli.train import CONFIGS, read_config
-from jdpo.config import DPOConfig, SFTConfig, TrainConfig, parse_overrides
+from jdpo.cli.train import read_config
+from jdpo.config import CONFIGS, DPOConfig, SFTConfig, TrainConfig, parse_overrides
 
 FLAGS = {
     "--rows N": "show the N rows that the run sees first, token by token",

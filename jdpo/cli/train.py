@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from jdpo.config import DPOConfig, SFTConfig, TrainConfig, defaults_of, keys_of, load_config, to_yaml
+from jdpo.config import CONFIGS, TrainConfig, defaults_of, keys_of, load_config, to_yaml
 
 C = TypeVar("C", bound=TrainConfig)
 
-CONFIGS: dict[str, type[TrainConfig]] = {"sft": SFTConfig, "dpo": DPOConfig}
 FLAGS = {
     "--help": "this text",
     "--print_config": "print the whole config as YAML, defaults included, and stop",

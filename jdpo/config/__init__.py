@@ -1,6 +1,7 @@
 """The settings of a run: their keys, how they are read, and which of them may change when a run goes on."""
 
 from jdpo.config.keys import (
+    CONFIGS,
     RULE_DEFAULTS,
     DatasetConfig,
     DPOConfig,
@@ -15,6 +16,7 @@ from jdpo.config.resuming import EXPORT_KEYS, FREE_KEYS, changed_keys, differenc
 
 __all__ = [
     "ALIASES",
+    "CONFIGS",
     "EXPORT_KEYS",
     "FREE_KEYS",
     "RULE_DEFAULTS",

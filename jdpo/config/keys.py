@@ -345,3 +345,7 @@ class DPOConfig(TrainConfig):
         0.6, "share of the policy in the moved reference; 1: the policy replaces it"
     )
     ref_model_sync_steps: PositiveInt = _key(512, "steps between two moves of the reference")
+
+
+CONFIGS: dict[str, type[TrainConfig]] = {"sft": SFTConfig, "dpo": DPOConfig}
+"""The settings of each training command, by its name."""

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jdpo.models.hf_names import Piece, leaves
+from jdpo.models.hf_names import Piece, hf_tensors, layout_of, leaves
 from jdpo.models.transformer import Transformer, logical_axes
 
 Path = tuple[str, ...]
@@ -113,11 +113,24 @@ def last_name(site: Site) -> str:
     return site.modules[0].name.rsplit(".", 1)[-1]
 
 
-def choose_sites(sites: Sequence[Site], targets: Targets) -> tuple[Site, ...]:
+def frozen_modules(model: Transformer, sites: Sequence[Site]) -> tuple[str, ...]:
+    """The modules with weights that are no sites: embedding, head (tied as well), norms and routers.
+
+    Args:
+      sites: all of the model's.
+    """
+    known = {module.name for site in sites for module in site.modules}
+    names = dict.fromkeys([*hf_tensors(model.config), layout_of(model.config).head.hf_name])
+    modules = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
+    return tuple(name for name in modules if name not in known)
+
+
+def choose_sites(sites: Sequence[Site], targets: Targets, frozen: Sequence[str] = ()) -> tuple[Site, ...]:
     """The sites that PEFT's `target_modules` means.
 
     Args:
       targets: "all-linear", a regular expression for whole module names, or a list of names or of their last parts.
+      frozen: names of modules that a regular expression must not match, see `frozen_modules`.
 
     Raises:
       ValueError: a name that no module has, a module that cannot be adapted, or only some of a stack's layers.
@@ -131,6 +144,8 @@ def choose_sites(sites: Sequence[Site], targets: Targets) -> tuple[Site, ...]:
         except re.error as error:
             raise ValueError(f"target_modules {targets!r} is not a regular expression: {error}") from None
         chosen = {name for name in names if pattern.fullmatch(name)}
+        if beyond := [name for name in frozen if pattern.fullmatch(name)]:
+            raise ValueError(f"target_modules {targets!r} matches {_listed(beyond)} too{_known(names)}")
     else:
         chosen = set()
         for target in targets:

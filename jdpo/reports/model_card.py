@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 METHODS = {
@@ -24,6 +26,14 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}")
 ```
 
 """
+
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def _is_hub_name(base: str) -> bool:
+    """Whether that is `owner/name`, or `gpt2`, and no folder here."""
+    return _HUB_NAME.fullmatch(base) is not None and not Path(base).exists()
 
 
 def model_card(
@@ -49,14 +59,13 @@ def model_card(
       base: the model that it came from; for an adapter, that it belongs on.
       is_adapter: whether the folder holds a PEFT adapter, and not a model.
     """
-    is_hub_name = not base.startswith(("/", ".", "~")) and base.count("/") == 1
     figures = "\n".join(
         f"| {name} | {value:.4g} |" for name, value in results.items() if isinstance(value, int | float)
     )
     library = "peft" if is_adapter else "transformers"
     metadata = ["---", f"library_name: {library}", "tags:", "- jdpo", f"- {command}"]
     metadata += ["- lora"] if config.get("lora") or is_adapter else []
-    metadata += [f"base_model: {base}"] if is_hub_name else []
+    metadata += [f"base_model: {base}"] if _is_hub_name(base) else []
     return "\n".join(
         [
             *metadata,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from jdpo.config import DPOConfig, LoraConfig, TrainConfig
 from jdpo.data.tokenizer import Tokenizer
 from jdpo.models.base_weights import Base, BaseDtype, abstract_base, base_axes
 from jdpo.models.lora import Lora, abstract_adapters, adapter_axes, num_adapter_params
-from jdpo.models.lora_sites import ALL_LINEAR, Site, Targets, choose_sites, find_sites, last_name
+from jdpo.models.lora_sites import ALL_LINEAR, Site, Targets, choose_sites, find_sites, frozen_modules, last_name
 from jdpo.models.peft_folder import PeftAdapter, read_adapter
 from jdpo.models.transformer import Transformer
 from jdpo.sharding.rules import param_shardings
@@ -34,7 +35,7 @@ class Adaptation:
       targets: what the user, or the adapter gone on from, called it.
       sites: all projections that could be adapted.
       base_dtype: how the base is kept.
-      folder: the adapter that training goes on from, and that is the reference; None: from none.
+      folder: the adapter that training goes on from; None: from none.
     """
 
     lora: Lora
@@ -59,11 +60,6 @@ class Adaptation:
     def adapter_axes(self) -> Params:
         """Logical axes of what is trained."""
         return adapter_axes(self.lora)
-
-    @property
-    def reference_adapters(self) -> str:
-        """What the reference is, in words."""
-        return "the base alone" if self.folder is None else f"the base with the adapter {self.folder}"
 
     def describe(self, num_frozen: int) -> list[str]:
         """What is trained, in lines said before a run starts."""
@@ -114,15 +110,16 @@ def adaptation_of(config: TrainConfig, model: Transformer, adapter_folder: Path 
         return None
     asked = config.lora or LoraConfig()
     sites = find_sites(model)
+    frozen = frozen_modules(model, sites)
     found = None if adapter_folder is None else read_adapter(adapter_folder, sites)
     if found is not None:
-        refuse_other_shape(asked, found)
+        refuse_other_shape(asked, found, frozen)
         lora, targets = found.lora, found.targets
     else:
         given = {key: getattr(asked, key) for key in DEFAULTS}
         values = {key: DEFAULTS[key] if value is None else value for key, value in given.items()}
         targets = values.pop("target_modules")
-        lora = Lora(**values, sites=choose_sites(sites, targets))
+        lora = Lora(**values, sites=choose_sites(sites, targets, frozen))
     return Adaptation(
         lora=lora,
         targets=targets,
@@ -132,8 +129,11 @@ def adaptation_of(config: TrainConfig, model: Transformer, adapter_folder: Path 
     )
 
 
-def refuse_other_shape(asked: LoraConfig, found: PeftAdapter) -> None:
+def refuse_other_shape(asked: LoraConfig, found: PeftAdapter, frozen: Sequence[str]) -> None:
     """
+    Args:
+      frozen: see `choose_sites`.
+
     Raises:
       ValueError: `lora` asks for another shape than the adapter has; all keys are named.
     """
@@ -143,8 +143,9 @@ def refuse_other_shape(asked: LoraConfig, found: PeftAdapter) -> None:
         for key in theirs
         if (value := getattr(asked, key)) is not None and value != theirs[key]
     ]
-    if asked.target_modules is not None and choose_sites(found.all_sites, asked.target_modules) != found.lora.sites:
-        unlike.append(f"target_modules {asked.target_modules} asked for, {found.targets} there")
+    targets = asked.target_modules
+    if targets is not None and choose_sites(found.all_sites, targets, frozen) != found.lora.sites:
+        unlike.append(f"target_modules {targets} asked for, {found.targets} there")
     if unlike:
         raise ValueError(
             f"lora: the adapter {found.folder} has another shape: {'; '.join(unlike)}. Leave these keys out: training "

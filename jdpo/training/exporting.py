@@ -13,14 +13,12 @@ import jax
 from jdpo.checkpoint.folders import check_out
 from jdpo.checkpoint.hf_export import parse_size
 from jdpo.checkpoint.manager import complete_steps, fault_of, read_position, restore_params
-from jdpo.config import DPOConfig, MeshConfig, SFTConfig, TrainConfig, load_config
+from jdpo.config import CONFIGS, MeshConfig, load_config
 from jdpo.reports.writers import read_metrics
 from jdpo.training.checks import check_base
 from jdpo.training.finish import export_trained, results_at
 from jdpo.training.setup import build_model, numerics, resolve_dtype
 from jdpo.training.weights import load_base
-
-CONFIGS: dict[str, type[TrainConfig]] = {"sft": SFTConfig, "dpo": DPOConfig}
 
 
 class Checkpoint(NamedTuple):

@@ -84,9 +84,9 @@ def weights_of_reference(setup: Setup) -> str:
         return weights
     if adaptation.base_dtype.int8:
         weights += " in int8"
-    if adaptation.folder is not None:
+    if setup.reference_adapter is not None:
         trained = jnp.dtype(setup.model.param_dtype).name
-        weights += f" with the adapter {adapter_digest(adaptation.folder)} in {trained}"
+        weights += f" with the adapter {adapter_digest(setup.reference_adapter)} in {trained}"
     return weights
 
 

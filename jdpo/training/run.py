@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 
 from jdpo._version import __version__
-from jdpo.checkpoint.manager import CheckpointManager
+from jdpo.checkpoint.manager import CheckpointManager, read_position
 from jdpo.config import to_dict
 from jdpo.data.loader import prefetch
 from jdpo.models.transformer import Weights
@@ -112,6 +112,7 @@ class Run:
         self.console, self.say = console, partial(say_on, console)
         self.resources = resources
         self.record = Record(setup, directory)
+        self.base_identity = setup.base_identity()  # once: the folder may change or go while the run goes on
         self.manager = CheckpointManager(
             directory.checkpoints,
             max_to_keep=config.save_total_limit,
@@ -189,9 +190,10 @@ class Run:
                 self.say(f"no whole checkpoint in {self.directory.checkpoints}: starting again from step 0")
             state, frozen = self._fresh_state()
         else:
+            checkpoints = self.directory.checkpoints.absolute()
+            check_base(read_position(checkpoints / str(first)).get("base"), self.base_identity, checkpoints)
             frozen = self._load_frozen(None, live=first < num_steps)
             restored = self.manager.restore(first, saved_parts(self.assembly.state))
-            check_base(restored.position.get("base"), self.setup.base_identity(), self.directory.checkpoints)
             state = TrainState(**restored.state)
             self.record.restore(restored.position)
             self.say(f"resuming from the checkpoint of step {first}")
@@ -322,7 +324,7 @@ class Run:
                 loss,
                 lengths=np.array([[len(pair.chosen_ids), len(pair.rejected_ids)] for pair in pairs]),
                 compute_dtype=self.setup.config.compute_dtype,
-                reference_is_start=self.setup.reference_folder is None,
+                reference_is_start=self.setup.reference_is_start,
             )
         )
 
@@ -349,8 +351,8 @@ class Run:
             "config": to_dict(self.setup.config),
             "jdpo": __version__,
         }
-        if self.setup.adaptation is not None:
-            position["base"] = self.setup.base_identity()
+        if self.base_identity is not None:
+            position["base"] = self.base_identity
         self.manager.save(done, saved_parts(state), position, metric=metric)
         self.last_saved = done
 

@@ -109,12 +109,19 @@ class Setup(ModelSetup):
     """What a run works with; nothing in it changes while the run goes on."""
 
     task: Task
-    reference_folder: Path | None  # None where the reference is the policy's own start, or there is none
+    reference_folder: Path | None  # of a reference with weights of its own
+    reference_adapter: Path | None  # on the policy's base, where the reference shares that and is more than it
     train_data: PreparedData
     eval_data: PreparedData | None
     row_plan: RowPlan  # of train_data
     num_steps: int
     steps_per_epoch: int
+
+    @property
+    def reference_is_start(self) -> bool:
+        """Whether the reference, where there is one, is the policy as training finds it."""
+        started_from = None if self.adaptation is None else self.adaptation.folder
+        return self.reference_folder is None and self.reference_adapter == started_from
 
     def inputs(self) -> dict[str, str]:
         """Digests of what decides a run beside its config, for recognising it on resume."""
@@ -126,7 +133,7 @@ class Setup(ModelSetup):
         if len(self.train_data.names) > 1:
             digests["how many rows each data set has"] = " ".join(map(str, self.train_data.num_rows_of))
         if self.adaptation is not None and self.adaptation.folder is not None:
-            digests[f"the adapter {self.adaptation.folder}"] = adapter_digest(self.adaptation.folder)
+            digests["the adapter"] = adapter_digest(self.adaptation.folder)
         if self.reference_folder is not None:
             digests["the reference model"] = folder_digest(self.reference_folder)
         return digests
@@ -191,7 +198,7 @@ def build(config: TrainConfig, say: Say, *, weights: bool = True, stopped: Calla
         check_adaptation(config, made.adaptation, made.tokenizer)
     model_folder, source_config, tokenizer = made.model_folder, made.source_config, made.tokenizer
     check_expert_settings(config, source_config, made.mesh)
-    reference_folder = _reference_folder(config, model_folder, source_config, tokenizer, weights=weights)
+    reference_folder, reference_adapter = _reference_of(config, made, weights=weights)
     for folder in {model_folder, reference_folder or model_folder}:
         if weights or has_weights(folder):
             check_tensors(folder, tensor_entries(folder), source_config)  # headers only, before rows are tokenized
@@ -203,6 +210,7 @@ def build(config: TrainConfig, say: Say, *, weights: bool = True, stopped: Calla
         **vars(made),
         task=task,
         reference_folder=reference_folder,
+        reference_adapter=reference_adapter,
         train_data=train_data,
         eval_data=eval_data,
         row_plan=row_plan,
@@ -279,14 +287,22 @@ def make_model(config: TrainConfig, source_config: ModelConfig, tokenizer: Token
     )
 
 
-def _reference_folder(
-    config: TrainConfig, model_folder: Path, policy: ModelConfig, tokenizer: Tokenizer, *, weights: bool
-) -> Path | None:
+def _reference_of(config: TrainConfig, made: ModelSetup, *, weights: bool) -> tuple[Path | None, Path | None]:
+    """`reference_folder` and `reference_adapter` of a Setup."""
+    sources = made.sources
     if not isinstance(config, DPOConfig) or config.reference_model is None:
-        return None
+        return None, sources.adapter_folder
     folder = resolve_folder(config.reference_model, config.reference_revision, weights=weights)
-    if folder.resolve() == model_folder.resolve():
-        return None  # named, and still the policy's own start
+    if folder.resolve() == sources.model_folder.resolve():
+        return None, None  # the policy's own start, or the base of the adapter that it starts from
+    if sources.adapter_folder is not None and folder.resolve() == sources.adapter_folder.resolve():
+        return None, sources.adapter_folder
+    _check_reference(config, folder, made.source_config, made.tokenizer)
+    return folder, None
+
+
+def _check_reference(config: DPOConfig, folder: Path, policy: ModelConfig, tokenizer: Tokenizer) -> None:
+    """Refuses a reference of another shape or vocabulary than the policy's."""
     if (found := read_model_config(folder)) != policy:
         names = [field.name for field in dataclasses.fields(policy)]
         if found.num_layers != policy.num_layers:
@@ -304,7 +320,6 @@ def _reference_folder(
                 f"reference_model {config.reference_model} has another vocabulary than {config.model_name_or_path}: "
                 "the same ids mean other tokens there, so their log-probs cannot be compared"
             )
-    return folder
 
 
 def describe(setup: Setup) -> str:

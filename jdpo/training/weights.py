@@ -110,8 +110,8 @@ class Quantizer:
 def load_reference(setup: Setup, start: Params | None, *, moves: bool = False) -> Params:
     """The reference: weights in the compute dtype, to which the model casts them at use; or with adapters, adapters.
 
-    Of adapters, the reference is the base alone, {}, or with the adapter that training goes on from, as it came; of a
-    `reference_model`, Weights of its own.
+    Of adapters, the reference is the base alone, {}, or with the adapter that training goes on from, as it came; of
+    another `reference_model` than these two, Weights of its own.
 
     Args:
       start: what is trained, as training finds it, where it is at hand, so that it is not read twice; it is copied,
@@ -124,7 +124,7 @@ def load_reference(setup: Setup, start: Params | None, *, moves: bool = False) -
         return _copied(load_start(setup) if start is None else start, setup, reference_dtype(setup.model, moves=moves))
     if setup.reference_folder is not None:
         return Weights(_load_grown(setup, setup.reference_folder, setup.model.compute_dtype), {}, {})
-    if setup.adaptation.folder is None and not moves:
+    if setup.reference_adapter is None and not moves:
         return {}
     return _copied(load_start(setup) if start is None else start, setup, setup.model.param_dtype)
 
@@ -167,7 +167,7 @@ def abstract_frozen(setup: Setup, *, live: bool, moves: bool) -> Frozen:
         return Frozen(base, None)
     if setup.reference_folder is not None:
         return Frozen(base, Weights(whole, {}, {}))
-    return Frozen(base, {} if adaptation.folder is None else _placed(setup.trained, setup.shardings))
+    return Frozen(base, {} if setup.reference_adapter is None else _placed(setup.trained, setup.shardings))
 
 
 def _in_dtype(shapes: Params, dtype: Any) -> Params:

@@ -16,6 +16,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jdpo.cli.main import main
+from jdpo.config import DPOConfig, load_config
+from jdpo.training.loop import train
+from jdpo.training.setup import folder_digest
 
 Words = Callable[..., list[str]]
 Start = Callable[..., subprocess.Popen[str]]
@@ -76,7 +79,7 @@ def test_another_base_is_refused_by_name(
     words = cut_words(tmp_path / "run", model_name_or_path=base, max_steps=2, **LORA)
     assert main(words) == 0
     weights = load_file(base / "model.safetensors")
-    weights["model.norm.weight"] = weights["model.norm.weight"] * 2
+    weights["model.norm.weight"] = weights["model.norm.weight"] * np.nan  # refused when it is read
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "run" / "run.json").write_text(
         json.dumps(json.loads((tmp_path / "run" / "run.json").read_text()) | {"finished": False, "inputs": {}})
@@ -86,6 +89,15 @@ def test_another_base_is_refused_by_name(
     error = capsys.readouterr().err
     assert f"adapters on {base}" in error
     assert "adapters mean nothing on another base" in error
+
+
+def test_a_base_that_goes_while_a_run_trains_is_still_named(cut_words: Words, toy_model: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(toy_model, tmp_path / "base"))
+    config = load_config(DPOConfig, None, cut_words(tmp_path / "run", model_name_or_path=base, max_steps=2, **LORA)[1:])
+    digest = folder_digest(base)
+    train(config, on_step=lambda step, params: shutil.rmtree(base, ignore_errors=True))
+    position = json.loads(next((tmp_path / "run" / "checkpoints" / "2" / "position").rglob("metadata")).read_text())
+    assert position["base"]["digest"] == digest
 
 
 @pytest.fixture(scope="module")

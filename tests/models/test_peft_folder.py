@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from jdpo.checkpoint.peft_export import export_adapter
 from jdpo.models.adapter_config import CONFIG_NAME, WEIGHTS_NAME, base_of, is_adapter_folder
 from jdpo.models.lora import Lora, abstract_adapters, init_adapters
 from jdpo.models.lora_sites import choose_sites, find_sites
@@ -171,3 +172,25 @@ def test_target_names_tell_modules_of_one_name_apart() -> None:
     assert target_names(both, sites) == ["c_proj"]
     assert target_names(one, sites) == ["attn.c_proj"]
     assert peft_config(one, sites, "base", None)["fan_in_fan_out"] is True
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
+def test_a_model_with_an_adapters_config_beside_it_is_a_model(write: Write, name: str) -> None:
+    folder = write()
+    (folder / name).write_bytes(b"{}")
+    assert not is_adapter_folder(folder)
+
+
+def test_an_adapter_that_is_no_numbers_is_not_exported(adapters: Any, tmp_path: Path) -> None:
+    adapters["stack"]["layer_0"]["mlp"]["down"]["b"][0, 0, 0] = np.inf
+    with pytest.raises(ValueError, match=r"down_proj\.lora_B\.weight holds NaN or Inf: this adapter is not exported"):
+        export_adapter(
+            jax.device_put(adapters),
+            LORA,
+            tmp_path / "out",
+            sites=SITES,
+            base_name="b",
+            base_revision=None,
+            tokenizer=None,
+        )
+    assert not (tmp_path / "out").exists()

@@ -8,12 +8,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
+from safetensors.numpy import save_file
 
 from jdpo.config import DPOConfig, LoraConfig, changed_keys, differences, load_config, to_dict
 from jdpo.config.resuming import EXPORT_KEYS
+from jdpo.models.adapter_config import CONFIG_NAME, WEIGHTS_NAME
+from jdpo.models.families import read_model_config
+from jdpo.models.lora import Lora, init_adapters
+from jdpo.models.lora_sites import choose_sites, find_sites
+from jdpo.models.peft_folder import peft_config, peft_tensors
+from jdpo.models.transformer import Transformer
 from jdpo.training.adaptation import DEFAULTS
+from jdpo.training.reference_rows import weights_of_reference
 from jdpo.training.setup import Setup, build, resolve_dtype
+from jdpo.training.weights import abstract_frozen, load_reference
 
 Words = Callable[..., list[str]]
 REQUIRED = ["model_name_or_path=m", "output_dir=o", "datasets=d"]
@@ -119,3 +130,52 @@ def test_an_adapter_names_its_base(build_with: Callable[..., Setup], toy_model: 
         build_with(model_name_or_path=folder, **{"lora.adapter": folder})
     with pytest.raises(ValueError, match=r"is no PEFT adapter folder: no adapter_config\.json"):
         build_with(**{"lora.adapter": toy_model})
+
+
+@pytest.fixture
+def adapter(toy_model: Path, tmp_path: Path) -> Path:
+    """An adapter on the toy model."""
+    sites = find_sites(Transformer(read_model_config(toy_model)))
+    lora = Lora(r=2, alpha=4.0, use_rslora=False, sites=choose_sites(sites, ["q_proj"]))
+    start = init_adapters(lora, jax.random.key(0), jnp.float32)
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    save_file(peft_tensors(lora, jax.device_get(start)), folder / WEIGHTS_NAME)
+    (folder / CONFIG_NAME).write_text(json.dumps(peft_config(lora, sites, str(toy_model), None)))
+    return folder
+
+
+def test_a_reference_named_as_the_base_is_the_base_without_the_adapter_gone_on_from(
+    build_with: Callable[..., Setup], toy_model: Path, adapter: Path
+) -> None:
+    fresh = build_with(lora="true")
+    for overrides in ({"lora.adapter": adapter}, {"model_name_or_path": adapter}):
+        own = build_with(**overrides)
+        assert own.reference_is_start
+        named = build_with(**overrides, reference_model=toy_model)
+        assert not named.reference_is_start
+        assert named.reference_folder is None, "no second copy of the base"
+        assert load_reference(named, None) == {} == abstract_frozen(named, live=True, moves=False).reference
+        assert weights_of_reference(named) == weights_of_reference(fresh) != weights_of_reference(own)
+        again = build_with(**overrides, reference_model=adapter)
+        assert again.reference_is_start
+        assert weights_of_reference(again) == weights_of_reference(own)
+    assert build_with(lora="true", reference_model=toy_model).reference_is_start
+
+
+def test_an_adapter_is_known_by_content_wherever_it_lies(
+    build_with: Callable[..., Setup], adapter: Path, tmp_path: Path
+) -> None:
+    before = build_with(**{"lora.adapter": adapter}).inputs()
+    moved = adapter.rename(tmp_path / "moved")
+    assert build_with(**{"lora.adapter": moved}).inputs() == before
+
+
+@pytest.mark.parametrize("targets", [".*(q_proj|lm_head)", ".*(embed_tokens|q_proj)", r".*layers\..*"])
+def test_an_expression_that_means_more_than_can_be_adapted_is_refused(
+    build_with: Callable[..., Setup], targets: str
+) -> None:
+    with pytest.raises(
+        ValueError, match=r"matches (lm_head|model\.embed_tokens|model\.layers\.0\..*norm).* too; the mod"
+    ):
+        build_with(**{"lora.target_modules": targets})

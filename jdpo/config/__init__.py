@@ -2,6 +2,7 @@
 
 from jdpo.config.keys import (
     CONFIGS,
+    LORA_DEFAULTS,
     RULE_DEFAULTS,
     DatasetConfig,
     DPOConfig,
@@ -19,6 +20,7 @@ __all__ = [
     "CONFIGS",
     "EXPORT_KEYS",
     "FREE_KEYS",
+    "LORA_DEFAULTS",
     "RULE_DEFAULTS",
     "DPOConfig",
     "DatasetConfig",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, WrapValidator, model_validator
 from pydantic.dataclasses import dataclass
 
 # A folder may be called 2024: YAML reads a number, the path stays text.
@@ -32,9 +32,12 @@ def _as_optimizer(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
-def _as_lora(value: Any) -> Any:
-    """`lora: true` is LoRA with every key at its default."""
-    return {} if value is True else None if value is False else value
+def _as_lora(value: Any, union: Any) -> Any:
+    """`lora: true` is LoRA with every key at its default; false says that there is none, null says nothing."""
+    del union  # which would report an error of each of its members
+    if value is None or value is False:
+        return value
+    return TypeAdapter(LoraConfig).validate_python({} if value is True else value)
 
 
 Int = Annotated[int, BeforeValidator(_no_bool)]
@@ -191,6 +194,9 @@ class LoraConfig:
         return self
 
 
+LORA_DEFAULTS: dict[str, Any] = {"r": 16, "alpha": 32.0, "use_rslora": False, "target_modules": "all-linear"}
+"""Of the keys of `lora` that an adapter may answer, where none does."""
+
 Datasets = Annotated[tuple[Annotated[DatasetConfig, BeforeValidator(_as_dataset)], ...], BeforeValidator(_as_list)]
 
 
@@ -239,8 +245,10 @@ class TrainConfig:
     router_aux_loss_coef: NonNegativeFloat | None = _key(
         None, "weight of the router's load balancing loss, of models with experts; null: as their config.json says"
     )
-    lora: Annotated[LoraConfig | None, BeforeValidator(_as_lora)] = _key(
-        None, "train adapters beside frozen weights; true: with every key at its default; null: all weights are trained"
+    lora: Annotated[LoraConfig | Literal[False] | None, WrapValidator(_as_lora)] = _key(
+        None,
+        "train adapters beside frozen weights; true: with every key at its default; false: train all weights; null: "
+        "the same, but for a model that is an adapter, which is gone on from",
     )
     mesh: MeshConfig = _key(MeshConfig(), "how the devices are laid out")
 

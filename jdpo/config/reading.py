@@ -81,6 +81,9 @@ ALIASES = {
 NAMED_GROUPS = {"optimizer": "name"}
 """Groups that one word may stand for: the key within it that the word is."""
 
+SWITCHED_GROUPS = ("lora",)
+"""Groups that `true` turns on with their defaults, and any key of them too."""
+
 _BASE_60 = re.compile(r"[-+]?[0-9_]+(:[0-5]?[0-9])+(\.[0-9_]*)?")
 
 
@@ -109,10 +112,17 @@ def load_config(cls: type[C], path: Path | None = None, overrides: Sequence[str]
     texts = _text_keys(cls)
     for key, text in parse_overrides(overrides):
         value = _parse_value(key, text, is_text=key in texts)
+        group = key.split(".")[0]
+        if group in SWITCHED_GROUPS:
+            before = values.get(group)
+            if key == group and value is True and isinstance(before, Mapping):
+                continue  # on it is already, with what is said of it
+            if key != group and (before is None or isinstance(before, bool)):
+                values[group] = {}
         # `--optimizer lion` changes the rule alone: what the file says of the group beside it stays.
         named = key in NAMED_GROUPS and isinstance(value, str)
         _set_nested(values, f"{key}.{NAMED_GROUPS[key]}" if named else key, value)
-        origins[key.split(".")[0]] = "on the command line"
+        origins[group] = "on the command line"
     try:
         return TypeAdapter(cls).validate_python(values)
     except ValidationError as error:

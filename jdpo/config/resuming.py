@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from jdpo.config.keys import RULE_DEFAULTS, DatasetConfig, TrainConfig
+from jdpo.config.keys import LORA_DEFAULTS, RULE_DEFAULTS, DatasetConfig, TrainConfig
 from jdpo.config.reading import defaults_of, to_dict
 
 EXPORT_KEYS = (
@@ -79,15 +79,16 @@ def _at(values: Mapping[str, Any], key: str, defaults: Mapping[str, Any]) -> Any
 
 
 def _meaning(key: str, value: Any) -> Any:
-    """A value as it is compared: what an optimizer leaves open is what its rule has, as older versions wrote it out.
+    """A value as it is compared: what an optimizer leaves open is what its rule has, as older versions wrote it out,
+    and what adapters leave open is their default, or the shape of the one that they go on from.
 
     Of a data set only what is not the default counts, as older versions did not write all keys; its label names a
     metric and changes no row.
     """
     if key == "datasets" and isinstance(value, list | tuple):
         return [_meaning_of_dataset(dataset) for dataset in value]
-    if key == "lora" and isinstance(value, Mapping):
-        return {name: setting for name, setting in value.items() if f"lora.{name}" not in EXPORT_KEYS}
+    if key == "lora":
+        return _meaning_of_lora(value)
     if key == "lora.merge":
         return bool(value)
     if key != "optimizer" or not isinstance(value, Mapping):
@@ -95,6 +96,15 @@ def _meaning(key: str, value: Any) -> Any:
     given = {name: setting for name, setting in value.items() if setting is not None}
     filled = {**RULE_DEFAULTS.get(given.get("name", ""), {}), **given}
     return {name: setting for name, setting in filled.items() if setting is not None}
+
+
+def _meaning_of_lora(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value or None
+    compared = {name: setting for name, setting in value.items() if f"lora.{name}" not in EXPORT_KEYS}
+    if compared.get("adapter") is not None:  # which has a shape; keys that said another would have been refused
+        return {name: setting for name, setting in compared.items() if name not in LORA_DEFAULTS}
+    return {name: LORA_DEFAULTS.get(name) if setting is None else setting for name, setting in compared.items()}
 
 
 def _meaning_of_dataset(dataset: Any) -> Any:

@@ -60,12 +60,21 @@ def quantize(kernel: jax.Array, site: Site) -> tuple[jax.Array, jax.Array]:
 def dequantized(base: Base, site: Site, dtype: Any = jnp.float32) -> jax.Array:
     """The kernel of a site as numbers."""
     path = (*site.path, KERNEL)
-    kernel = get_at(base.params, path)
-    if not base.scales:
+    unit = get_at(base.scales, path) if base.scales else None
+    return as_numbers(get_at(base.params, path), unit, site, dtype)
+
+
+def as_numbers(kernel: jax.Array, unit: jax.Array | None, site: Site, dtype: Any) -> jax.Array:
+    """A kernel [*lead, *in, *out] of a site, or one layer of it, as numbers.
+
+    Args:
+      unit: [*lead, *out] of an int8 kernel; None of another.
+    """
+    if unit is None:
         return kernel.astype(dtype)
-    unit = get_at(base.scales, path)
-    shape = (*site.lead, *(1 for _ in site.inputs), *site.outputs)
-    return (kernel * unit.reshape(shape)).astype(dtype)
+    num_lead = unit.ndim - len(site.outputs)
+    inputs = range(num_lead, num_lead + len(site.inputs))
+    return (kernel * jnp.expand_dims(unit, tuple(inputs))).astype(dtype)
 
 
 def abstract_base(model: Transformer, sites: Sequence[Site], dtype: BaseDtype) -> Base:

@@ -12,14 +12,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jdpo.models.base_weights import Base, dequantized
-from jdpo.models.lora_sites import EXPERT_AXIS, KERNEL, Path, Site, get_at, tree_of
+from jdpo.models.base_weights import Base
+from jdpo.models.lora_sites import EXPERT_AXIS, Path, Site, get_at, tree_of
 from jdpo.models.transformer import Params, Weights
 
 Adapters = Params
@@ -108,35 +108,6 @@ def weights_of(lora: Lora, base: Base, adapters: Adapters) -> Weights:
         found[(*site.path, "a")] = get_at(adapters, (*site.leader, "a"))
         found[(*site.path, "b")] = get_at(adapters, (*site.path, "b")) * lora.scale
     return Weights(base.params, base.scales, tree_of(found))
-
-
-def merge(lora: Lora, base: Base, adapters: Adapters, *, sites: Sequence[Site], dtype: Any) -> Params:
-    """The base with the adapters added to its kernels, W + scale A B: parameters alone; to be jitted.
-
-    Args:
-      sites: all of the model's: int8 kernels without an adapter become numbers too.
-      dtype: of the result; sums are made in float32 at least.
-    """
-    found = {}
-    for site in sites:
-        kernel = dequantized(base, site, jnp.promote_types(dtype, jnp.float32))
-        found[site.path] = kernel + _product(lora, site, adapters) if site in lora.sites else kernel
-
-    def of_leaf(path: Any, leaf: jax.Array) -> jax.Array:
-        keys = tuple(key.key for key in path)
-        return (found.get(keys[:-1], leaf) if keys[-1] == KERNEL else leaf).astype(dtype)
-
-    return jax.tree_util.tree_map_with_path(of_leaf, base.params)
-
-
-def _product(lora: Lora, site: Site, adapters: Adapters) -> jax.Array:
-    """scale A B of a site in the shape of its kernel, float32 at least."""
-    a, b = get_at(adapters, (*site.leader, "a")), get_at(adapters, (*site.path, "b"))
-    wide = jnp.promote_types(a.dtype, jnp.float32)
-    a = a.reshape(*site.lead, -1, lora.r).astype(wide)
-    b = b.reshape(*site.lead, lora.r, -1).astype(wide)
-    product = jnp.matmul(a, b, precision="highest") * lora.scale
-    return product.reshape(*site.lead, *site.inputs, *site.outputs)
 
 
 def num_adapter_params(lora: Lora) -> int:

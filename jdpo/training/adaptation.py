@@ -11,19 +11,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jdpo.config import DPOConfig, LoraConfig, TrainConfig
+from jdpo.config import LORA_DEFAULTS, DPOConfig, LoraConfig, TrainConfig
 from jdpo.data.tokenizer import Tokenizer
 from jdpo.models.base_weights import Base, BaseDtype, abstract_base, base_axes
 from jdpo.models.lora import Lora, abstract_adapters, adapter_axes, num_adapter_params
-from jdpo.models.lora_sites import ALL_LINEAR, Site, Targets, choose_sites, find_sites, frozen_modules, last_name
+from jdpo.models.lora_sites import Site, Targets, choose_sites, find_sites, frozen_modules, last_name
 from jdpo.models.peft_folder import PeftAdapter, read_adapter
 from jdpo.models.transformer import Transformer
 from jdpo.sharding.rules import param_shardings
 
 Params = Any
-
-DEFAULTS: dict[str, Any] = {"r": 16, "alpha": 32.0, "use_rslora": False, "target_modules": ALL_LINEAR}
-"""Of the keys of `lora` that an adapter may answer."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,7 +103,7 @@ def adaptation_of(config: TrainConfig, model: Transformer, adapter_folder: Path 
     Raises:
       ValueError: names that no module has, an adapter that jdpo cannot go on from, or keys that contradict it.
     """
-    if config.lora is None and adapter_folder is None:
+    if not config.lora and adapter_folder is None:
         return None
     asked = config.lora or LoraConfig()
     sites = find_sites(model)
@@ -116,8 +113,8 @@ def adaptation_of(config: TrainConfig, model: Transformer, adapter_folder: Path 
         refuse_other_shape(asked, found, frozen)
         lora, targets = found.lora, found.targets
     else:
-        given = {key: getattr(asked, key) for key in DEFAULTS}
-        values = {key: DEFAULTS[key] if value is None else value for key, value in given.items()}
+        given = {key: getattr(asked, key) for key in LORA_DEFAULTS}
+        values = {key: LORA_DEFAULTS[key] if value is None else value for key, value in given.items()}
         targets = values.pop("target_modules")
         lora = Lora(**values, sites=choose_sites(sites, targets, frozen))
     return Adaptation(

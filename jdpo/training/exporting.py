@@ -102,7 +102,7 @@ def export_checkpoint(
         # The devices here need not be those that the run had.
         setup = build_model(dataclasses.replace(config, mesh=MeshConfig()))
         check_base(read_position(checkpoint.folder).get("base"), setup.base_identity(), checkpoint.folder)
-        merging = config.lora is not None and config.lora.merge if merge_adapters is None else merge_adapters
+        merging = bool(config.lora and config.lora.merge) if merge_adapters is None else merge_adapters
         if merge_adapters and setup.adaptation is None:
             raise ValueError(f"{checkpoint.folder} holds all weights: there are no adapters to merge")
         say(f"exporting step {checkpoint.step} of {checkpoint.run} to {out}")

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from jdpo._version import __version__
@@ -17,7 +15,7 @@ from jdpo.checkpoint.manager import CheckpointManager
 from jdpo.checkpoint.peft_export import export_adapter
 from jdpo.config import to_dict, to_yaml
 from jdpo.models.base_weights import Base
-from jdpo.models.lora import merge
+from jdpo.models.lora_merge import merge
 from jdpo.models.safetensors_folder import source_dtypes
 from jdpo.processes import agree_on, is_first, together
 from jdpo.reports.model_card import model_card
@@ -85,7 +83,7 @@ def export_trained(
     """
     config, adaptation = setup.config, setup.adaptation
     if merge_adapters is None:
-        merge_adapters = config.lora is not None and config.lora.merge
+        merge_adapters = bool(config.lora and config.lora.merge)
     alone = adaptation is not None and not merge_adapters
     card = model_card(
         command=command,
@@ -126,7 +124,7 @@ def export_trained(
 
 
 def merged_params(setup: ModelSetup, adapters: Params, base: Base) -> Params:
-    """The base with the adapters added to its kernels, as the model computes with them; the base may be given up.
+    """The base with the adapters added to its kernels, as the model computes with them; the base is given up.
 
     In float32, or in bfloat16 where the base is and the export will be, so that it takes no more room than the base.
     """
@@ -137,9 +135,8 @@ def merged_params(setup: ModelSetup, adapters: Params, base: Base) -> Params:
     if rest == jnp.bfloat16:
         exported = set(source_dtypes(setup.model_folder).values()) if export_dtype == "source" else {export_dtype}
         dtype = rest if {jnp.dtype(each) for each in exported} == {rest} else dtype
-    in_place = dtype == rest and not adaptation.base_dtype.int8
-    add = partial(merge, adaptation.lora, sites=adaptation.sites, dtype=dtype)
-    return jax.jit(add, donate_argnums=0 if in_place else (), out_shardings=setup.whole_shardings)(base, adapters)
+    lora, sites, shardings = adaptation.lora, adaptation.sites, setup.whole_shardings
+    return merge(lora, base, adapters, sites=sites, dtype=dtype, shardings=shardings, gives_up=True)
 
 
 def results_at(lines: list[dict[str, Any]], step: int) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def find_sources(config: TrainConfig, *, weights: bool = True) -> Sources:
     if not weights and is_adapter_folder(folder):
         folder = resolve_folder(name, revision)  # a model with the config of an adapter beside it is told by its files
     adapter = None
-    if config.lora is not None and config.lora.adapter is not None:
+    if config.lora and config.lora.adapter is not None:
         if is_adapter_folder(folder):
             raise ValueError(
                 f"model_name_or_path {name} is an adapter, and lora.adapter names another, {config.lora.adapter}: give "
@@ -54,6 +54,11 @@ def find_sources(config: TrainConfig, *, weights: bool = True) -> Sources:
         if not is_adapter_folder(adapter):
             raise ValueError(f"lora.adapter {config.lora.adapter} is no PEFT adapter folder: no {CONFIG_NAME} in it")
     elif is_adapter_folder(folder):
+        if config.lora is False:
+            raise ValueError(
+                f"lora is false, and model_name_or_path {name} is an adapter, which can only be gone on from as one: "
+                "leave lora out, or merge the adapter first (`jdpo export --merge`) and train the merged model"
+            )
         adapter = folder
         name, revision = base_of(adapter)
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,11 +20,11 @@ from jdpo.models.lora import (
     abstract_adapters,
     adapter_axes,
     init_adapters,
-    merge,
     num_adapter_params,
     num_met_params,
     weights_of,
 )
+from jdpo.models.lora_merge import _merged, merge
 from jdpo.models.lora_sites import KERNEL, choose_sites, find_sites, get_at, last_name, tree_of
 from jdpo.models.transformer import Transformer, Weights, init_params, make_apply_fn
 from tests.conftest import small_llama
@@ -181,3 +182,32 @@ def test_int8_logits_are_those_of_its_numbers_and_near_the_base(base: Base) -> N
     apart = np.abs(found - apply(base.params, TOKENS, MASK))[picked]
     assert (apart < 5 * np.sqrt(variance)).all(), (apart, np.sqrt(variance))
     assert apart.max() > 0.1 * np.sqrt(variance.max()), "int8 rounds"
+
+
+def test_merging_writes_over_the_base_and_needs_a_layer_beside_it(base: Base) -> None:
+    lora = lora_on("all-linear")
+    adapters = moved(init_adapters(lora, jax.random.key(1), jnp.float32))
+    expected = merge(lora, base, adapters, sites=SITES, dtype=jnp.float32)
+    for own in (jax.tree.map(jnp.copy, base), jax.tree.map(jnp.copy, in_int8(base))):
+        kept = jax.tree.map(jnp.copy, own)
+        kernel = get_at(own.params, (*SITES[0].path, KERNEL))
+        place = kernel.unsafe_buffer_pointer()
+        merged = merge(lora, own, adapters, sites=SITES, dtype=jnp.float32, gives_up=True)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(own.params))
+        found = get_at(merged, (*SITES[0].path, KERNEL))
+        if not own.scales:
+            assert found.unsafe_buffer_pointer() == place, "in the memory of the base"
+            jax.tree.map(np.testing.assert_array_equal, merged, expected)
+        plain = merge(lora, kept, adapters, sites=SITES, dtype=jnp.float32)
+        jax.tree.map(np.testing.assert_array_equal, merged, plain)
+
+
+def test_a_stack_is_merged_layer_by_layer() -> None:
+    model = Transformer(small_llama(num_layers=16))
+    site = next(site for site in find_sites(model) if last_name(site) == "up_proj")
+    kernel = jax.ShapeDtypeStruct((*site.lead, *site.inputs, *site.outputs), jnp.bfloat16)
+    pair = tuple(jax.ShapeDtypeStruct((16, *shape), jnp.float32) for shape in ((64, 2), (2, *site.outputs)))
+    program = jax.jit(partial(_merged, site=site, scale=1.0, dtype=jnp.dtype(jnp.bfloat16)), donate_argnums=0)
+    memory = program.lower(kernel, None, pair).compile().memory_analysis()
+    assert memory.alias_size_in_bytes == kernel.size * 2
+    assert memory.temp_size_in_bytes < kernel.size * 4 / 4, "far from a float32 copy of all layers"

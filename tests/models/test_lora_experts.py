@@ -11,7 +11,8 @@ import numpy as np
 
 from jdpo.models.base_weights import Base, dequantized, quantize
 from jdpo.models.config import MoEConfig
-from jdpo.models.lora import Lora, init_adapters, merge, weights_of
+from jdpo.models.lora import Lora, init_adapters, weights_of
+from jdpo.models.lora_merge import merge
 from jdpo.models.lora_sites import KERNEL, find_sites, get_at, tree_of
 from jdpo.models.transformer import Transformer, init_params, make_apply_fn
 from tests.conftest import small_llama

@@ -6,6 +6,7 @@ import io
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,9 +75,15 @@ def test_model_card_holds_recipe_results_and_metadata() -> None:
     assert "20 rows read" in card
 
 
-def test_a_local_base_model_is_not_given_out_as_a_hub_name() -> None:
-    card = model_card(command="sft", config={}, results={}, rows="", version="0", config_yaml="", base="/models/base")
-    assert "base_model" not in yaml.safe_load(card.split("---")[1])
+def test_a_local_base_model_is_not_given_out_as_a_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def named(base: str) -> Any:
+        card = model_card(command="sft", config={}, results={}, rows="", version="0", config_yaml="", base=base)
+        return yaml.safe_load(card.split("---")[1]).get("base_model")
+
+    (tmp_path / "runs" / "sft").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert [named(base) for base in ("/models/base", "./base", "runs/sft", "runs", "gs://bucket/base")] == [None] * 5
+    assert [named(base) for base in ("gpt2", "org/base-1.5")] == ["gpt2", "org/base-1.5"]
 
 
 RATES = {"pairs_per_second": 12.0, "tokens_per_second": 3500.4}

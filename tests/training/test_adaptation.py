@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 from safetensors.numpy import save_file
 
-from jdpo.config import DPOConfig, LoraConfig, changed_keys, differences, load_config, to_dict
+from jdpo.config import LORA_DEFAULTS, DPOConfig, LoraConfig, changed_keys, differences, load_config, to_dict
 from jdpo.config.resuming import EXPORT_KEYS
 from jdpo.models.adapter_config import CONFIG_NAME, WEIGHTS_NAME
 from jdpo.models.families import read_model_config
@@ -21,7 +21,6 @@ from jdpo.models.lora import Lora, init_adapters
 from jdpo.models.lora_sites import choose_sites, find_sites
 from jdpo.models.peft_folder import peft_config, peft_tensors
 from jdpo.models.transformer import Transformer
-from jdpo.training.adaptation import DEFAULTS
 from jdpo.training.reference_rows import weights_of_reference
 from jdpo.training.setup import Setup, build, resolve_dtype
 from jdpo.training.weights import abstract_frozen, load_reference
@@ -47,11 +46,35 @@ def build_with(run_words: Words) -> Callable[..., Setup]:
 
 def test_the_group_is_read_as_it_is_written() -> None:
     assert config_of().lora is None
-    assert config_of("lora=false").lora is None
+    assert config_of("lora=false").lora is False
     assert config_of("lora=true").lora == config_of("lora={}").lora == LoraConfig()
     asked = config_of("--lora.r", "8", "lora.target_modules=[q_proj, v_proj]", "lora.use_rslora=true").lora
     assert asked == LoraConfig(r=8, target_modules=("q_proj", "v_proj"), use_rslora=True)
     assert config_of("lora.target_modules=.*mlp.*").lora == LoraConfig(target_modules=".*mlp.*")
+
+
+def test_true_turns_the_group_on_and_keeps_what_is_said_of_it(tmp_path: Path) -> None:
+    def read(text: str, *words: str) -> Any:
+        (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
+        return load_config(DPOConfig, tmp_path / "run.yaml", [*REQUIRED, *words]).lora
+
+    for off_or_on in ("lora: true", "lora: false", "lora: null"):
+        assert read(off_or_on, "--lora.r", "8") == LoraConfig(r=8), "the command line has the last word"
+    assert read("lora: {r: 8}", "--lora", "true") == LoraConfig(r=8)
+    assert read("", "--lora", "true", "--lora.r", "8") == read("", "--lora.r", "8", "--lora", "true") == LoraConfig(r=8)
+    assert read("lora: {r: 8}", "--lora", "false") is False
+    with pytest.raises(ValueError, match="not a group of keys but 5"):
+        read("lora: 5", "--lora.r", "8")
+
+
+def test_what_adapters_leave_open_is_no_difference() -> None:
+    saved = to_dict(config_of("lora=true"))
+    assert differences(saved, config_of("lora.r=16", "lora.alpha=32", "lora.target_modules=all-linear")) == []
+    assert differences(saved, config_of("lora.alpha=16"))
+    going_on = to_dict(config_of("lora.adapter=a"))
+    assert differences(going_on, config_of("lora.adapter=a", "lora.r=2")) == [], "the adapter's own, or refused"
+    assert differences(going_on, config_of("lora.adapter=b"))
+    assert differences(to_dict(config_of("lora=false")), config_of()) == []
 
 
 @pytest.mark.parametrize(
@@ -82,7 +105,7 @@ def test_what_is_exported_may_change_when_a_run_goes_on() -> None:
 def test_defaults_are_said(build_with: Callable[..., Setup]) -> None:
     adaptation = build_with(lora="true").adaptation
     assert adaptation is not None
-    assert (adaptation.lora.r, adaptation.lora.scale, adaptation.targets) == (16, 2.0, DEFAULTS["target_modules"])
+    assert (adaptation.lora.r, adaptation.lora.scale, adaptation.targets) == (16, 2.0, LORA_DEFAULTS["target_modules"])
     assert adaptation.base_dtype.name == "float32", "that of computation"
     assert adaptation.describe(120_128) == [
         "lora: 38,912 trained parameters (24.47 %) beside 120,128 frozen ones in float32; r 16, scale 2, on q_proj, "
@@ -179,3 +202,8 @@ def test_an_expression_that_means_more_than_can_be_adapted_is_refused(
         ValueError, match=r"matches (lm_head|model\.embed_tokens|model\.layers\.0\..*norm).* too; the mod"
     ):
         build_with(**{"lora.target_modules": targets})
+
+
+def test_an_adapter_cannot_be_trained_whole(build_with: Callable[..., Setup], adapter: Path) -> None:
+    with pytest.raises(ValueError, match=r"lora is false, and model_name_or_path .*adapter is an adapter"):
+        build_with(model_name_or_path=adapter, lora="false")

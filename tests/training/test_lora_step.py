@@ -17,7 +17,8 @@ from jdpo.data.packing import pack
 from jdpo.data.packing_plan import item_sizes, plan_run
 from jdpo.losses.settings import loss_settings
 from jdpo.models.base_weights import Base, BaseDtype, abstract_base, base_axes, dequantized, quantize
-from jdpo.models.lora import Lora, abstract_adapters, adapter_axes, init_adapters, merge, weights_of
+from jdpo.models.lora import Lora, abstract_adapters, adapter_axes, init_adapters, weights_of
+from jdpo.models.lora_merge import merge
 from jdpo.models.lora_sites import KERNEL, find_sites, get_at, tree_of
 from jdpo.models.transformer import Transformer, init_params
 from jdpo.sharding.mesh import make_mesh

@@ -172,9 +172,10 @@ def sft_adapter(no_weights: Path, tmp_path: Path) -> Path:
     """What `jdpo sft` leaves under lora: an adapter, and a chat template of its own."""
     folder = tmp_path / "adapter"
     shutil.copytree(no_weights, folder, ignore=shutil.ignore_patterns("config.json"))
-    for path in (folder / "tokenizer_config.json", folder / "chat_template.jinja"):
-        if path.exists():
-            path.write_text(path.read_text(encoding="utf-8").replace("user", "person"), encoding="utf-8")
+    path = folder / "tokenizer_config.json"
+    words = json.loads(path.read_text(encoding="utf-8"))
+    template = words["chat_template"].replace("<|im_start|>", "<|im_start|>the ")
+    path.write_text(json.dumps(words | {"chat_template": template}), encoding="utf-8")
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(no_weights)}))
     save_file({"a": np.zeros(1, np.float32)}, folder / "adapter_model.safetensors")
     return folder

@@ -174,7 +174,9 @@ class LoraConfig:
         "null: all-linear, or those of `adapter`",
     )
     adapter: str | None = _key(
-        None, "a PEFT adapter folder or hub name to go on from; the reference is then the base with it, as it came"
+        None,
+        "a PEFT adapter folder or hub name to go on from; the reference is then the base with it, as it came, unless "
+        "reference_model names the base",
     )
     base_dtype: Literal["auto", "float32", "bfloat16", "int8"] = _key(
         "auto",

@@ -137,11 +137,21 @@ def differing(mine: Mapping[str, str]) -> list[str]:
     return [name for name, other in zip(mine, unlike, strict=True) if other]
 
 
-def agree_on(step: int | None) -> int | None:
-    """The first process's step, on every process."""
+def agree_on(find: Callable[[], int | None]) -> int | None:
+    """A step that the first process finds, on every process; where it fails there, all raise.
+
+    Raises:
+      Exception: what `find` raised on the first process; a ValueError on the others.
+    """
+    found: list[int | None] = [None]
+
+    def work() -> None:
+        found[0] = find()
+
+    together(work, on_first=True)
     if jax.process_count() == 1:
-        return step
+        return found[0]
     from jax.experimental import multihost_utils
 
-    told = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step)))
+    told = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if found[0] is None else found[0])))
     return None if told < 0 else told

@@ -60,6 +60,11 @@ class Hub:
             return 404, {"error": "Repository not found"}
         if not rest or rest[0] == "revision":
             return 200, {"id": repo_id, "private": repository.private, "sha": "1" * 40, "siblings": []}
+        if rest[0] == "tree":
+            return 200, [
+                {"type": "file", "path": path, "size": len(content), "oid": "3" * 40}
+                for path, content in repository.files.items()
+            ]
         if rest[0] == "preupload":
             files = [
                 {
@@ -97,6 +102,8 @@ class Hub:
                 repository.commits.append(value["summary"])
             elif line["key"] == "file":
                 repository.files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "deletedFile":
+                del repository.files[value["path"]]
             elif line["key"] == "lfsFile":
                 content = self.blobs[value["oid"]]
                 assert hashlib.sha256(content).hexdigest() == value["oid"]

@@ -17,6 +17,7 @@ from jdpo.config import (
     keys_of,
     load_config,
     to_dict,
+    to_public_yaml,
     to_yaml,
 )
 from jdpo.losses.settings import DEFAULTS, OFF
@@ -236,3 +237,36 @@ def test_shipped_configs_parse_and_open_with_their_command(path: Path) -> None:
     config = load_config(cls, path)
     assert config.output_dir
     assert path.read_text().startswith("#")
+
+
+@pytest.mark.parametrize(
+    ("word", "key"),
+    [
+        ("model_name_or_path=s3://KEY:hunter2@bucket/model", "model_name_or_path"),
+        ("datasets=[rows.jsonl, {path: 'https://hunter2@host/rows.jsonl'}]", "datasets.1.path"),
+        ("datasets=zip://a.csv::https://me:hunter2@host/a.zip", "datasets"),
+        ("reference_model=sftp://me:hunter2@host/model", "reference_model"),
+    ],
+)
+def test_passwords_in_addresses_are_refused_and_not_shown(word: str, key: str) -> None:
+    with pytest.raises(ValueError, match=rf"'{key}': an address may not hold a password.*AWS_ACCESS_KEY_ID") as error:
+        dpo(word)
+    assert "hunter2" not in str(error.value)
+
+
+def test_names_before_an_at_are_no_passwords() -> None:
+    for address in ("abfs://container@account.dfs.core.windows.net/a", "sftp://me@host/a", "hf://datasets/a/b@main/c"):
+        assert dpo(f"datasets={address}").datasets[0].path == address
+
+
+def test_queries_are_neither_written_nor_compared() -> None:
+    signed = dpo("datasets=https://host/rows.jsonl?X-Amz-Signature=SECRET", "cache_dir=why?")
+    assert "SECRET" not in to_public_yaml(signed)
+    assert "SECRET" in to_yaml(signed)
+    saved = yaml.safe_load(to_public_yaml(signed))
+    assert saved["datasets"][0]["path"] == "https://host/rows.jsonl"
+    assert saved["cache_dir"] == "why?"
+    assert differences(saved, signed) == []
+    assert differences(saved, dpo("datasets=https://host/rows.jsonl?X-Amz-Signature=OTHER", "cache_dir=why?")) == []
+    (line,) = differences(saved, dpo("datasets=https://host/other.jsonl?X-Amz-Signature=OTHER"))
+    assert "OTHER" not in line

@@ -5,35 +5,42 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from jdpo._version import __version__
 from jdpo.processes import is_first, together
 
-MARKERS = ("config.json", "adapter_config.json")
-"""One of these stands in every folder of a model or an adapter."""
+MARKER = ".jdpo_export"
+"""Stands in every folder that jdpo exports; a folder without it is somebody else's."""
 
 
-def write_folder(out: Path, *, by_all: Callable[[Path], None], by_first: Callable[[Path], None]) -> None:
-    """Writes `out`, which appears whole or not at all; an older model or adapter there is replaced.
+def write_folder(
+    out: Path, *, by_all: Callable[[Path], None], by_first: Callable[[Path], None], kept: Sequence[Path] = ()
+) -> None:
+    """Writes `out`, which appears whole or not at all; an older export of jdpo there is replaced.
 
     Every process must call this. Where one fails all raise, and `out` is as it was.
 
     Args:
+      out: a link is followed.
       by_all: what every process writes, given the folder to write into; on a file system that all share.
       by_first: what the first process writes behind that.
+      kept: folders that the export is made from, see `check_out`.
 
     Raises:
-      ValueError: `out` is something other than a folder of a model or an adapter.
+      ValueError: see `check_out`.
     """
+    out = out.expanduser().resolve()
     staging = out.parent / f".{out.name}.writing"
 
     def end() -> None:
         by_first(staging)
+        write_json(staging / MARKER, {"jdpo": __version__})
         _publish(staging, out)
 
-    together(lambda: _stage(out, staging), on_first=True)
+    together(lambda: _stage(out, staging, kept), on_first=True)
     try:
         together(lambda: by_all(staging))
         together(end, on_first=True)
@@ -43,19 +50,35 @@ def write_folder(out: Path, *, by_all: Callable[[Path], None], by_first: Callabl
         raise
 
 
-def check_out(out: Path) -> None:
+def check_out(out: Path, kept: Sequence[Path] = ()) -> None:
     """Refuses a place that holds something that is not ours to replace.
 
+    Args:
+      kept: folders that must not be touched: `out` may be neither one of them nor inside of nor around one.
+
     Raises:
-      ValueError: it is neither free nor a folder of a model or an adapter.
+      ValueError: it is neither free nor an export of jdpo, or it meets a folder that is kept.
     """
-    is_ours = any((out / marker).is_file() for marker in MARKERS)
-    if out.exists() and not is_ours and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not a model folder: it will not be replaced; choose another place")
+    place = out.expanduser().resolve()
+    for folder in (path.expanduser().resolve() for path in kept):
+        if place == folder or place in folder.parents or folder in place.parents:
+            how = "is" if place == folder else "lies around" if place in folder.parents else "lies in"
+            raise ValueError(
+                f"{out} {how} {folder}, which this export is made from or belongs to its run; choose another place"
+            )
+    is_ours = (place / MARKER).is_file()
+    if place.exists() and not is_ours and (not place.is_dir() or any(place.iterdir())):
+        raise ValueError(
+            f"{out} exists and is not an export of jdpo (it holds no {MARKER}): it will not be replaced; "
+            "choose another place"
+        )
 
 
-def _stage(out: Path, staging: Path) -> None:
-    check_out(out)
+def _stage(out: Path, staging: Path, kept: Sequence[Path]) -> None:
+    replaced = _replaced(out)
+    if replaced.exists() and not out.exists():  # an export was killed between its two renames
+        replaced.rename(out)
+    check_out(out, kept)
     shutil.rmtree(staging, ignore_errors=True)  # of an export that was killed
     staging.mkdir(parents=True)
 
@@ -65,13 +88,23 @@ def _publish(staging: Path, out: Path) -> None:
     for path in [path for path in staging.rglob("*") if path.is_file()]:
         _sync(path)
     _sync(staging)
-    replaced = out.parent / f".{out.name}.replaced"
+    replaced = _replaced(out)
+    shutil.rmtree(replaced, ignore_errors=True)  # of an export that was killed behind its renames
     if out.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
         out.rename(replaced)
-    staging.rename(out)
+    try:
+        staging.rename(out)
+    except BaseException:
+        if replaced.exists():
+            replaced.rename(out)
+        raise
     _sync(out.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _replaced(out: Path) -> Path:
+    """Where an older export waits while the new one takes its place."""
+    return out.parent / f".{out.name}.replaced"
 
 
 def _sync(path: Path) -> None:

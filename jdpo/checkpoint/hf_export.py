@@ -39,6 +39,7 @@ def export_model(
     export_dtype: ExportDtype = "source",
     max_shard_size: str = "5GB",
     model_card: str | None = None,
+    kept: Sequence[Path] = (),
 ) -> None:
     """Writes `out`: safetensors, config.json, tokenizer with chat template, generation_config.json, README.md.
 
@@ -53,10 +54,11 @@ def export_model(
       export_dtype: "source" gives each tensor its dtype in source_folder (a new tensor: the most common one).
       max_shard_size: files are split at this size, e.g. "5GB" (decimal units).
       model_card: the text of README.md; None writes none.
+      kept: folders beside source_folder that `out` may not touch, such as checkpoints.
 
     Raises:
       ValueError: an unknown export_dtype or size, a tokenizer larger than the embedding, a value that the dtype
-        cannot hold, or an `out` that is something other than a model folder.
+        cannot hold, or an `out` that is something other than an export of jdpo, or touches a folder that is kept.
     """
     dtypes, main_dtype = _export_dtypes(config, source_folder, export_dtype)
     if len(tokenizer) > config.vocab_size:
@@ -73,7 +75,7 @@ def export_model(
         if model_card is not None:
             (staging / "README.md").write_text(model_card, encoding="utf-8")
 
-    write_folder(out, by_all=write_weights, by_first=write_the_rest)
+    write_folder(out, by_all=write_weights, by_first=write_the_rest, kept=(source_folder, *kept))
 
 
 def parse_size(text: str) -> int:

@@ -26,6 +26,7 @@ def export_adapter(
     base_revision: str | None,
     tokenizer: Any,
     model_card: str | None = None,
+    kept: Sequence[Path] = (),
 ) -> None:
     """Writes `out`: adapter_config.json, adapter_model.safetensors, the tokenizer, README.md.
 
@@ -38,9 +39,10 @@ def export_adapter(
       base_name, base_revision: of the model that the adapters belong on, as a loader is to find it.
       tokenizer: a transformers PreTrainedTokenizerBase, its chat_template set.
       model_card: the text of README.md; None writes none.
+      kept: folders that `out` may not touch: the base, an adapter that training went on from, checkpoints.
 
     Raises:
-      ValueError: `out` is something other than an adapter folder, or a tensor holds NaN or Inf.
+      ValueError: `out` is something other than an export of jdpo, or touches a folder that is kept.
     """
     tensors = peft_tensors(lora, jax.tree.map(_on_host, adapters))
     for name, values in tensors.items():
@@ -56,7 +58,7 @@ def export_adapter(
         if model_card is not None:
             (staging / "README.md").write_text(model_card, encoding="utf-8")
 
-    write_folder(out, by_all=lambda staging: None, by_first=write)
+    write_folder(out, by_all=lambda staging: None, by_first=write, kept=kept)
 
 
 def _on_host(leaf: jax.Array) -> Any:

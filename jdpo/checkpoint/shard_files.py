@@ -143,7 +143,7 @@ class _Writer:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             self._descriptors.append(descriptor)
             _write_all(descriptor, len(text).to_bytes(8, "little") + text, 0)
-        except OSError as error:
+        except Exception as error:  # raised at the end, as for chunks
             self.error = self.error or error
             return
         for name, (shape, dtype) in tensors.items():
@@ -186,7 +186,7 @@ class _Writer:
         if self.error is None:
             try:
                 work(*args)
-            except (ValueError, OSError) as error:
+            except Exception as error:  # raised at the end: the other processes wait for this one's slices until then
                 self.error = self.error or error
 
     def _write_chunk(self, name: str, place: _Place, window: Window, block: np.ndarray) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +19,7 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="output_dir of a run, or checkpoints/STEP")
-    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; an older export there is replaced")
+    parser.add_argument("out", metavar="OUT", help="the folder to write; an older export there is replaced")
     parser.add_argument("--step", type=int, help="which checkpoint of the run; left out: the newest")
     parser.add_argument(
         "--dtype", choices=("source", "float32", "bfloat16", "float16"), help="left out: the run's export_dtype"
@@ -49,6 +50,7 @@ def main(command: str, words: Sequence[str]) -> int:
     asked = parser().parse_args(words)
     if asked.public and not asked.push_to_hub:
         raise ValueError("--public says how --push_to_hub makes a repository; give both, or neither")
+    out = _folder_here(asked.out)
     import jax
 
     jax.config.update("jax_platforms", "cpu")
@@ -60,17 +62,27 @@ def main(command: str, words: Sequence[str]) -> int:
         check_push(asked.push_to_hub)
     export_checkpoint(
         checkpoint,
-        asked.out,
+        out,
         export_dtype=asked.dtype,
         max_shard_size=asked.max_shard_size,
         merge_adapters=asked.merge,
         say=_say,
     )
-    _say(f"done: model in {asked.out}")
+    _say(f"done: model in {out}")
     if asked.push_to_hub:
         message = f"Step {checkpoint.step} of a jdpo run"
-        _say(f"pushed to {push_folder(asked.out, asked.push_to_hub, public=asked.public, message=message)}")
+        _say(f"pushed to {push_folder(out, asked.push_to_hub, public=asked.public, message=message)}")
     return 0
+
+
+def _folder_here(text: str) -> Path:
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", text):
+        scheme = text.partition(":")[0]
+        raise ValueError(
+            f"OUT is an address ({scheme}://..): an export is written to a folder here, and not to a store; give a "
+            "folder, and copy it there when it is whole"
+        )
+    return Path(text)
 
 
 def _say(text: str) -> None:

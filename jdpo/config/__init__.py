@@ -1,5 +1,6 @@
 """The settings of a run: their keys, how they are read, and which of them may change when a run goes on."""
 
+from jdpo.config.addresses import refuse_passwords, without_queries
 from jdpo.config.keys import (
     CONFIGS,
     LORA_DEFAULTS,
@@ -12,7 +13,17 @@ from jdpo.config.keys import (
     SFTConfig,
     TrainConfig,
 )
-from jdpo.config.reading import ALIASES, defaults_of, keys_of, load_config, parse_overrides, to_dict, to_yaml
+from jdpo.config.reading import (
+    ALIASES,
+    defaults_of,
+    keys_of,
+    load_config,
+    parse_overrides,
+    to_dict,
+    to_public_dict,
+    to_public_yaml,
+    to_yaml,
+)
 from jdpo.config.resuming import EXPORT_KEYS, FREE_KEYS, changed_keys, differences
 
 __all__ = [
@@ -35,6 +46,10 @@ __all__ = [
     "keys_of",
     "load_config",
     "parse_overrides",
+    "refuse_passwords",
     "to_dict",
+    "to_public_dict",
+    "to_public_yaml",
     "to_yaml",
+    "without_queries",
 ]

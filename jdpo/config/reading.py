@@ -19,6 +19,7 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from jdpo.config.addresses import refuse_passwords, without_queries
 from jdpo.config.keys import TrainConfig
 
 C = TypeVar("C", bound=TrainConfig)
@@ -99,7 +100,8 @@ def load_config(cls: type[C], path: Path | None = None, overrides: Sequence[str]
       A validated, frozen config.
 
     Raises:
-      ValueError: naming every unknown key (with the nearest one), wrong type and missing key.
+      ValueError: naming every unknown key (with the nearest one), wrong type and missing key, or the key of an address
+        that holds a password.
     """
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
@@ -122,7 +124,8 @@ def load_config(cls: type[C], path: Path | None = None, overrides: Sequence[str]
         # `--optimizer lion` changes the rule alone: what the file says of the group beside it stays.
         named = key in NAMED_GROUPS and isinstance(value, str)
         _set_nested(values, f"{key}.{NAMED_GROUPS[key]}" if named else key, value)
-        origins[group] = "on the command line"
+        origins[key.split(".")[0]] = "on the command line"
+    refuse_passwords(values)
     try:
         return TypeAdapter(cls).validate_python(values)
     except ValidationError as error:
@@ -295,6 +298,23 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
 def to_yaml(config: TrainConfig) -> str:
     """The config as YAML that `load_config` reads back to an equal config."""
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=110)
+
+
+def to_public_dict(config: TrainConfig) -> dict[str, Any]:
+    """As `to_dict`, for files: web addresses lack their query, which may be a key.
+
+    Raises:
+      ValueError: an address holds a password.
+    """
+    values = to_dict(config)
+    refuse_passwords(values)
+    public: dict[str, Any] = without_queries(values)
+    return public
+
+
+def to_public_yaml(config: TrainConfig) -> str:
+    """`to_public_dict` as YAML."""
+    return yaml.safe_dump(to_public_dict(config), sort_keys=False, allow_unicode=True, width=110)
 
 
 def defaults_of(cls: type[TrainConfig]) -> dict[str, Any]:

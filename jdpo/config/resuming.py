@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from jdpo.config.keys import LORA_DEFAULTS, RULE_DEFAULTS, DatasetConfig, TrainConfig
-from jdpo.config.reading import defaults_of, to_dict
+from jdpo.config.addresses import without_queries
+from jdpo.config.keys import RULE_DEFAULTS, DatasetConfig, TrainConfig
+from jdpo.config.reading import defaults_of, to_public_dict
 
 EXPORT_KEYS = (
     "export_dtype",
@@ -55,14 +56,14 @@ FREE_KEYS = frozenset(
 
 def differences(saved: Mapping[str, Any], current: TrainConfig) -> list[str]:
     """What keeps `current` from being the run whose `to_dict` was `saved`; empty when it is the same run."""
-    now = to_dict(current)
+    now = to_public_dict(current)
     keys = [key for key in {**saved, **now} if key not in FREE_KEYS]
     return [f"{key}: {saved.get(key)!r} before, {now.get(key)!r} now" for key in changed_keys(saved, current, keys)]
 
 
 def changed_keys(saved: Mapping[str, Any], current: TrainConfig, keys: Iterable[str]) -> list[str]:
     """Which of `keys` differ; a key that an older jdpo did not write yet had what is its default now."""
-    now, defaults = to_dict(current), defaults_of(type(current))
+    saved, now, defaults = without_queries(saved), to_public_dict(current), defaults_of(type(current))
 
     def differ(key: str) -> bool:
         before, after = (_meaning(key, _at(values, key, defaults)) for values in (saved, now))

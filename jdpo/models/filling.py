@@ -67,6 +67,10 @@ class Filler:
                     futures.append(self._pool.submit(self._move, piece.hf_name, window, bounds, group))
         return futures
 
+    def end(self) -> None:
+        """Cancels what has not begun and waits for the rest: nothing is written after it."""
+        self._pool.shutdown(cancel_futures=True)
+
     def _move(self, name: str, window: Window, bounds: Bounds, targets: Sequence[Target]) -> None:
         """Reads one chunk and brings it to all shards that share it."""
         run = self._scratch.array("run", window.span, self._files.dtype(name))

@@ -12,8 +12,9 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,22 +71,21 @@ def load_params(
     check_tensors(folder, entries, config)
     params: Params = {}
     num_threads = min(_MAX_THREADS, len(os.sched_getaffinity(0)))
-    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="weights")
-    try:
-        with TensorFiles(entries) as files:
-            if config.tie_embeddings and layout_of(config).head.hf_name in entries:
-                _require_tied(files, entries, folder, config)
+    with TensorFiles(entries) as files:
+        if config.tie_embeddings and layout_of(config).head.hf_name in entries:
+            _require_tied(files, entries, folder, config)
+        with ThreadPoolExecutor(num_threads, thread_name_prefix="weights") as pool:
             filler = Filler(files, pool)
-            for path, leaf in _filled(
-                filler, config, shardings, np.dtype(dtype), buffer_bytes, keeps_leaves=transform is None
-            ):
-                parent = params
-                for key in path[:-1]:
-                    parent = parent.setdefault(key, {})
-                parent[path[-1]] = leaf if transform is None else transform(path, leaf)
+            keeps_leaves = transform is None
+            filled = _filled(filler, config, shardings, np.dtype(dtype), buffer_bytes, keeps_leaves=keeps_leaves)
+            # Closed whatever is raised here: threads may be writing to the memory of leaves that follow.
+            with closing(filled):
+                for path, leaf in filled:
+                    parent = params
+                    for key in path[:-1]:
+                        parent = parent.setdefault(key, {})
+                    parent[path[-1]] = leaf if transform is None else transform(path, leaf)
             _refuse_faults(filler)
-    finally:
-        pool.shutdown(cancel_futures=True)
     return params
 
 
@@ -135,16 +135,17 @@ def _filled(
     buffer_bytes: int | None,
     *,
     keeps_leaves: bool,
-) -> Iterator[tuple[tuple[str, ...], jax.Array]]:
+) -> Generator[tuple[tuple[str, ...], jax.Array]]:
     """Yields every leaf on its devices; blocks that follow are read meanwhile, as many as the buffers hold."""
     waiting: deque[_Filling] = deque()
     stacked: jax.Array | None = None
 
     def finished() -> Iterator[tuple[tuple[str, ...], jax.Array]]:
         nonlocal stacked
-        filling = waiting.popleft()
+        filling = waiting[0]
         for future in filling.futures:
             future.result()
+        waiting.popleft()
         _refuse_faults(filler, at_end=False)
         stacked = placed(stacked, filling.block, filling.buffers.finish(), filling.shape)
         if filling.is_last:
@@ -152,24 +153,27 @@ def _filled(
             yield filling.path, leaf
 
     limit = buffer_bytes or _BUFFER_BYTES
-    for path, (shape, pieces) in leaves(config).items():
-        sharding = _get(shardings, path) if shardings is not None else _one_device()
-        in_place = buffer_bytes is None and _is_cpu(sharding)
-        most = None if in_place else limit // 2  # one travels while the next is read
-        blocks = list(blocks_of(shape, sharding, dtype, most, divisible=bool(pieces[0].at)))
-        for block in blocks:
-            num_bytes = block.num_bytes(dtype)
-            # Memory that is filled in place is needed in any case, unless leaves are transformed.
-            held = 0 if in_place and keeps_leaves else num_bytes
-            while waiting and sum(filling.num_bytes for filling in waiting) + held > limit:
-                yield from finished()
-            buffers = LeafBuffers(block, sharding, dtype, in_place=in_place)
-            first, last = block.rows or (0, 0)
-            chosen = pieces if block.rows is None else [piece for piece in pieces if first <= piece.at[0] < last]
-            futures = filler.fill(chosen, first, buffers.parts)
-            waiting.append(_Filling(path, block, buffers, futures, held, shape, block is blocks[-1]))
-    while waiting:
-        yield from finished()
+    try:
+        for path, (shape, pieces) in leaves(config).items():
+            sharding = _get(shardings, path) if shardings is not None else _one_device()
+            in_place = buffer_bytes is None and _is_cpu(sharding)
+            most = None if in_place else limit // 2  # one travels while the next is read
+            blocks = list(blocks_of(shape, sharding, dtype, most, divisible=bool(pieces[0].at)))
+            for block in blocks:
+                num_bytes = block.num_bytes(dtype)
+                # Memory that is filled in place is needed in any case, unless leaves are transformed.
+                held = 0 if in_place and keeps_leaves else num_bytes
+                while waiting and sum(filling.num_bytes for filling in waiting) + held > limit:
+                    yield from finished()
+                buffers = LeafBuffers(block, sharding, dtype, in_place=in_place)
+                first, last = block.rows or (0, 0)
+                chosen = pieces if block.rows is None else [piece for piece in pieces if first <= piece.at[0] < last]
+                futures = filler.fill(chosen, first, buffers.parts)
+                waiting.append(_Filling(path, block, buffers, futures, held, shape, block is blocks[-1]))
+        while waiting:
+            yield from finished()
+    finally:
+        filler.end()  # the memory that is filled goes with this frame, and not before its threads have ended
 
 
 def _refuse_faults(filler: Filler, *, at_end: bool = True) -> None:

@@ -36,8 +36,10 @@ def hf_blocks(
             yield name, [(p, _local(leaf, p)) for p, leaf in zip(pieces, leaves, strict=True)] if wanted(name) else None
         else:
             blocks = [_everywhere(leaf, piece.at) for piece, leaf in zip(pieces, leaves, strict=True)]
-            host = [(p, np.asarray(b.addressable_data(0))) for p, b in zip(pieces, blocks, strict=True)]
-            yield name, host if wanted(name) else None
+            if wanted(name):
+                yield name, [(p, np.asarray(b.addressable_data(0))) for p, b in zip(pieces, blocks, strict=True)]
+            else:
+                yield name, None
 
 
 def _leaf(params: Any, piece: Piece) -> jax.Array:

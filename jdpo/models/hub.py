@@ -109,6 +109,12 @@ def has_weights(folder: Path) -> bool:
 def _require_safetensors(folder: Path, name: str) -> None:
     if has_weights(folder):
         return
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"adapter {name!r} has no adapter_model.safetensors. jdpo reads no pickles such as adapter_model.bin; "
+            'convert it in its folder with `python -c "import torch; from safetensors.torch import save_file; '
+            "save_file(torch.load('adapter_model.bin', weights_only=True), 'adapter_model.safetensors')\"`"
+        )
     pickles = sorted(path.name for pattern in _BIN_GLOBS for path in folder.glob(pattern))
     found = f"only {pickles[0]}" if pickles else "none"
     raise ValueError(

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
@@ -33,7 +34,8 @@ class _Remote(NamedTuple):
 def fetch_folder(url: str, cache: Path, wanted: Callable[[str], bool]) -> Path:
     """The files directly in a remote folder, in a folder under `cache`.
 
-    Files that the store still says are the same are not downloaded again.
+    There is a folder for each version of what the store lists, which stays as it is while others read it. Files that
+    the store still says are the same are not downloaded again.
 
     Args:
       wanted: which files, by name.
@@ -54,21 +56,26 @@ def fetch_folder(url: str, cache: Path, wanted: Callable[[str], bool]) -> Path:
         raise ValueError(f"model {place}: the store needs a package that is not installed: {error}") from error
     except Exception as error:  # each store has errors of its own
         raise ValueError(f"model {place}: cannot read the store: {type(error).__name__}: {error}") from error
-    remote = {}
+    remote, listing = {}, {}
     for entry in listed:
         name = str(entry["name"]).rstrip("/").rsplit("/", 1)[-1]
-        if entry["type"] == "file" and wanted(name) and name not in ("", ".", ".."):
-            remote[name] = _Remote(str(entry["name"]), int(entry["size"]), _mark(entry), _digest(entry))
+        if entry["type"] == "file" and name not in ("", ".", ".."):
+            listing[name] = _mark(entry)
+            if wanted(name):
+                remote[name] = _Remote(str(entry["name"]), int(entry["size"]), listing[name], _digest(entry))
     if not remote:
         raise ValueError(f"model {place}: no model files in that folder of the store")
-    folder = (
-        cache / f"{root.rstrip('/').rsplit('/', 1)[-1]}-{hashlib.sha256(url.rstrip('/').encode()).hexdigest()[:16]}"
-    )
+    address = hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]
+    folder = cache / f"{root.rstrip('/').rsplit('/', 1)[-1]}-{address}"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another run on this machine may want the same model
-        _bring(system, place, remote, folder)
-    return folder
+        return _bring(system, place, remote, folder, _version_of(listing))
+
+
+def _version_of(listing: Mapping[str, str]) -> str:
+    """Of everything in the folder, wanted or not: who wants the tokenizer alone gets the folder of the weights."""
+    return hashlib.sha256(json.dumps(sorted(listing.items())).encode()).hexdigest()[:16]
 
 
 def matches(patterns: tuple[str, ...]) -> Callable[[str], bool]:
@@ -76,22 +83,52 @@ def matches(patterns: tuple[str, ...]) -> Callable[[str], bool]:
     return lambda name: any(fnmatch(name, pattern) for pattern in patterns)
 
 
-def _bring(system: Any, place: str, remote: Mapping[str, _Remote], folder: Path) -> None:
-    manifest = folder / _MANIFEST
-    known = json.loads(manifest.read_text(encoding="utf-8")) if manifest.exists() else {}
+def _bring(system: Any, place: str, remote: Mapping[str, _Remote], folder: Path, version: str) -> Path:
+    """The files in a folder of their version; one that others may be reading is never changed.
 
-    def is_here(name: str) -> bool:
-        path = folder / name
-        return known.get(name) == remote[name].mark and path.is_file() and path.stat().st_size == remote[name].size
+    Files that an older version has alike are linked. Each is written down as it lands, so that a download that breaks
+    goes on with those that are missing.
+    """
+    here = folder / version
+    here.mkdir(exist_ok=True)
+    known, lock = _read_marks(here), threading.Lock()
+    older = sorted(path for path in folder.iterdir() if path.is_dir() and path != here)
+    marks = {path: _read_marks(path) for path in older}
 
-    for path in folder.iterdir():  # of an older model at that address
-        if path.name not in remote and path.name not in (_MANIFEST, ".lock"):
-            path.unlink()
-    missing = [name for name in remote if not is_here(name)]
+    def is_whole(path: Path, file: _Remote, mark: str | None) -> bool:
+        return mark == file.mark and path.is_file() and path.stat().st_size == file.size
+
+    def bring(name: str) -> None:
+        file = remote[name]
+        sources = [path / name for path in older if is_whole(path / name, file, marks[path].get(name))]
+        if not (sources and _linked(sources[0], here / name)):
+            _download(system, place, file, here / name)
+        with lock:
+            known[name] = file.mark
+            write_durably(here / _MANIFEST, json.dumps(known, indent=1))
+
+    missing = [name for name, file in remote.items() if not is_whole(here / name, file, known.get(name))]
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        for done in [pool.submit(_download, system, place, remote[name], folder / name) for name in missing]:
+        for done in [pool.submit(bring, name) for name in missing]:
             done.result()
-    write_durably(manifest, json.dumps({name: file.mark for name, file in remote.items()}, indent=1))
+    return here
+
+
+def _linked(source: Path, target: Path) -> bool:
+    """Gives a file a second name; False where the file system has no links."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        return False
+    return True
+
+
+def _read_marks(folder: Path) -> dict[str, str]:
+    """Name -> mark of the files that were brought to a folder."""
+    manifest = folder / _MANIFEST
+    marks: dict[str, str] = json.loads(manifest.read_text(encoding="utf-8")) if manifest.exists() else {}
+    return marks
 
 
 def _download(system: Any, place: str, file: _Remote, path: Path) -> None:

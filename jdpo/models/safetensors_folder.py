@@ -150,7 +150,7 @@ def _single_file(folder: Path) -> Path:
 def _read_weight_map(path: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: expected JSON with a 'weight_map' object: {error!r}") from error
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{path}: 'weight_map' is empty or not an object")
@@ -189,7 +189,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             if begin != end or after < begin or expected_bytes not in (None, after - begin):
                 raise ValueError(f"tensor {name} of shape {entry.shape} cannot stand at {info['data_offsets']}")
             entries[name], end = entry, after
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise ValueError(f"{path}: damaged safetensors header: {error!r}; download it again") from error
     expected = 8 + header_bytes + end
     if size != expected:

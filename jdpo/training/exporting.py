@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,10 +13,10 @@ import jax
 from jdpo.checkpoint.folders import check_out
 from jdpo.checkpoint.hf_export import parse_size
 from jdpo.checkpoint.manager import complete_steps, fault_of, read_position, restore_params
-from jdpo.config import CONFIGS, MeshConfig, load_config
+from jdpo.config import DPOConfig, MeshConfig, SFTConfig, TrainConfig, defaults_of, load_config
 from jdpo.reports.writers import read_metrics
 from jdpo.training.checks import check_base
-from jdpo.training.finish import export_trained, results_at
+from jdpo.training.finish import export_trained, made_from, results_at
 from jdpo.training.setup import build_model, numerics, resolve_dtype
 from jdpo.training.weights import load_base
 
@@ -86,7 +86,7 @@ def export_checkpoint(
       ValueError: a file of the checkpoint is not what was written, the model that the run started from is not there
         any more, or whatever an export refuses.
     """
-    check_out(out)
+    check_out(out, [checkpoint.run / "checkpoints"])
     if (fault := fault_of(checkpoint.folder)) is not None:
         raise ValueError(
             f"checkpoint {checkpoint.folder} is damaged: {fault}; bring the file back, or take another step"
@@ -99,12 +99,14 @@ def export_checkpoint(
     parse_size(config.max_shard_size)
     metrics = checkpoint.run / "metrics.jsonl"
     with numerics(config):
-        # The devices here need not be those that the run had.
-        setup = build_model(dataclasses.replace(config, mesh=MeshConfig()))
+        setup = build_model(_on_this_host(config))
         check_base(read_position(checkpoint.folder).get("base"), setup.base_identity(), checkpoint.folder)
-        merging = bool(config.lora and config.lora.merge) if merge_adapters is None else merge_adapters
-        if merge_adapters and setup.adaptation is None:
-            raise ValueError(f"{checkpoint.folder} holds all weights: there are no adapters to merge")
+        merging = config.lora is not None and config.lora.merge if merge_adapters is None else merge_adapters
+        if setup.adaptation is None:
+            _refuse_merging(checkpoint, merge_adapters)
+        elif not merging:
+            _refuse_layout(given)
+        check_out(out, made_from(setup))
         say(f"exporting step {checkpoint.step} of {checkpoint.run} to {out}")
         abstract = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -120,4 +122,27 @@ def export_checkpoint(
             rows=state.get("rows") or "The run did not write down what its rows were.",
             results=results_at(read_metrics(metrics) if metrics.exists() else [], checkpoint.step),
             merge_adapters=merging,
+            kept=[checkpoint.run / "checkpoints"],
         )
+
+
+def _refuse_merging(checkpoint: Checkpoint, asked: bool | None) -> None:
+    if asked is not None:
+        flag = "--merge" if asked else "--no-merge"
+        raise ValueError(f"{flag}: {checkpoint.folder} holds all weights: there are no adapters to merge")
+
+
+def _refuse_layout(given: Mapping[str, str | None]) -> None:
+    flags = [f"--{key.removeprefix('export_')}" for key, value in given.items() if value is not None]
+    if flags:
+        raise ValueError(
+            f"{' and '.join(flags)} would not be read: adapters alone are exported as they were trained, in one file; "
+            "leave it out, or give --merge"
+        )
+
+
+def _on_this_host(config: TrainConfig) -> TrainConfig:
+    """A run's config without what only its devices can do: they need not be here, and nothing is computed with them."""
+    defaults = defaults_of(TrainConfig)
+    attention = {key: defaults[key] for key in ("attention", "attention_block_q", "attention_block_kv")}
+    return dataclasses.replace(config, mesh=MeshConfig(), **attention)

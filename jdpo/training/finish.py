@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ from jdpo.checkpoint.hf_export import export_model
 from jdpo.checkpoint.hub_push import push_folder
 from jdpo.checkpoint.manager import CheckpointManager
 from jdpo.checkpoint.peft_export import export_adapter
-from jdpo.config import to_dict, to_yaml
+from jdpo.config import DPOConfig, to_public_dict, to_public_yaml, without_queries
 from jdpo.models.base_weights import Base
 from jdpo.models.lora_merge import merge
 from jdpo.models.safetensors_folder import source_dtypes
-from jdpo.processes import agree_on, is_first, together
+from jdpo.processes import agree_on, together
 from jdpo.reports.model_card import model_card
 from jdpo.reports.plots import write_plots
 from jdpo.reports.writers import read_metrics
@@ -31,7 +32,7 @@ def step_to_export(setup: Setup, manager: CheckpointManager) -> int:
     """The best step where the config asks for it and one was evaluated, else the last."""
     if not setup.config.load_best_model_at_end:
         return setup.num_steps
-    best = agree_on(manager.best_step() if is_first() else None)
+    best = agree_on(manager.best_step)
     return setup.num_steps if best is None else best
 
 
@@ -48,9 +49,23 @@ def finish_run(
     lines = read_metrics(directory.metrics)
     results = results_at(lines, exported)
     rows = setup.train_data.summary()
-    export_trained(setup, params, base, directory.model, command=setup.task.command, results=results, rows=rows)
-    if is_first():
-        write_plots(lines, directory.plots, title=f"jdpo {setup.task.command}: {config.model_name_or_path}")
+    export_trained(
+        setup,
+        params,
+        base,
+        directory.model,
+        command=setup.task.command,
+        results=results,
+        rows=rows,
+        kept=[directory.checkpoints],
+    )
+
+    def draw() -> None:
+        write_plots(
+            lines, directory.plots, title=f"jdpo {setup.task.command}: {without_queries(config.model_name_or_path)}"
+        )
+
+    together(draw, on_first=True)
     together(lambda: _push(setup, directory, exported, say), on_first=True)
     directory.finish({**results, "step": setup.num_steps, "exported_step": exported})
 
@@ -72,6 +87,7 @@ def export_trained(
     rows: str,
     results: Mapping[str, Any],
     merge_adapters: bool | None = None,
+    kept: Sequence[Path] = (),
 ) -> None:
     """Writes what was trained to `out`: a model, or an adapter on its base.
 
@@ -80,6 +96,7 @@ def export_trained(
       base: where adapters were trained; may be None where they are not merged.
       command, rows, results: of the run, for README.md; see `model_card`.
       merge_adapters: export the base with the adapters added, and not the adapters alone; None: as `lora.merge` says.
+      kept: folders of the run that `out` may not touch, beside `made_from`.
     """
     config, adaptation = setup.config, setup.adaptation
     if merge_adapters is None:
@@ -87,12 +104,12 @@ def export_trained(
     alone = adaptation is not None and not merge_adapters
     card = model_card(
         command=command,
-        config=to_dict(config),
+        config=to_public_dict(config),
         results=results,
         rows=rows,
         version=__version__,
-        config_yaml=to_yaml(config),
-        base=setup.model_name,
+        config_yaml=to_public_yaml(config),
+        base=without_queries(setup.model_name),
         is_adapter=alone,
     )
     if adaptation is not None and alone:
@@ -101,10 +118,11 @@ def export_trained(
             adaptation.lora,
             out,
             sites=adaptation.sites,
-            base_name=setup.base_to_find,
+            base_name=without_queries(setup.base_to_find),
             base_revision=setup.sources.revision,
             tokenizer=setup.tokenizer.hf,
             model_card=card,
+            kept=(*made_from(setup), *kept),
         )
         return
     if adaptation is not None:
@@ -120,7 +138,16 @@ def export_trained(
         export_dtype=config.export_dtype,
         max_shard_size=config.max_shard_size,
         model_card=card,
+        kept=(*made_from(setup), *kept),
     )
+
+
+def made_from(setup: ModelSetup) -> list[Path]:
+    """The folders of the models that a run reads, which an export must leave as they are."""
+    folders = [setup.model_folder, setup.sources.tokenizer_folder, setup.sources.adapter_folder]
+    if isinstance(setup.config, DPOConfig) and setup.config.reference_model is not None:
+        folders.append(Path(setup.config.reference_model).expanduser())  # or a hub name
+    return [folder for folder in folders if folder is not None and folder.is_dir()]
 
 
 def merged_params(setup: ModelSetup, adapters: Params, base: Base) -> Params:

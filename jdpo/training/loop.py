@@ -6,9 +6,11 @@ from contextlib import ExitStack, closing
 from functools import partial
 from typing import Any
 
+from jdpo.checkpoint.folders import check_out
 from jdpo.config import DPOConfig, TrainConfig
 from jdpo.processes import differing
 from jdpo.reports.progress import make_console
+from jdpo.training.finish import made_from
 from jdpo.training.interrupt import StopRequest
 from jdpo.training.reference import Reference, settle_reference
 from jdpo.training.rows import BuildStopped
@@ -47,6 +49,7 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
             return RunResult(step, False, 0, directory)
         try:
             setup = build(config, say, stopped=stop.alone)
+            check_out(directory.model, [*made_from(setup), directory.checkpoints])  # now, and not behind the last step
             _check_same_everywhere(setup)
             directory.check_inputs(setup.inputs(), setup.train_data.parts())
             directory.remember("rows", setup.train_data.summary())  # for the model card of an export

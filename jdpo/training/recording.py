@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jdpo.config import to_dict
+from jdpo.config import to_public_dict
 from jdpo.reports.writers import JsonlWriter, Writer, cut_metrics, make_trackers
 from jdpo.training.fit import peak_memory
 from jdpo.training.flops import StepFlops, peak_flops
@@ -51,7 +51,7 @@ class Record:
         config = self._setup.config
         cut_metrics(self._directory.metrics, first)
         self._jsonl = JsonlWriter(self._directory.metrics)
-        self._writers = [self._jsonl, *make_trackers(config.report_to, self._directory.path, to_dict(config))]
+        self._writers = [self._jsonl, *make_trackers(config.report_to, self._directory.path, to_public_dict(config))]
         for writer in self._writers:
             resources.callback(writer.close)
 

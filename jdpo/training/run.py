@@ -14,8 +14,8 @@ import numpy as np
 from rich.console import Console
 
 from jdpo._version import __version__
-from jdpo.checkpoint.manager import CheckpointManager, read_position
-from jdpo.config import to_dict
+from jdpo.checkpoint.manager import CheckpointManager
+from jdpo.config import to_public_dict
 from jdpo.data.loader import prefetch
 from jdpo.models.transformer import Weights
 from jdpo.processes import agree_on, is_first
@@ -121,7 +121,7 @@ class Run:
             greater_is_better=not config.metric_for_best_model.endswith("loss"),
         )
         resources.callback(self.manager.close)
-        self.last_saved = agree_on(self.manager.newest_whole_step() if is_first() else None)
+        self.last_saved = agree_on(self.manager.newest_whole_step)
         self.assembly: Assembly
 
     # --- start or resume
@@ -348,7 +348,7 @@ class Run:
             "step": done,
             "epoch": done / self.setup.steps_per_epoch,
             **self.record.position(),
-            "config": to_dict(self.setup.config),
+            "config": to_public_dict(self.setup.config),
             "jdpo": __version__,
         }
         if self.base_identity is not None:

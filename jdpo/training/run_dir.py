@@ -1,6 +1,6 @@
 """The folder of a run: what lies where, whose run it is, and how far it has come.
 
-resolved_config.yaml   every key, defaults included; `jdpo dpo resolved_config.yaml` repeats the run
+resolved_config.yaml   every key, defaults included, but no query of an address; `jdpo dpo` with it repeats the run
 run.json               the command, digests of what went in, and whether the run is finished
 metrics.jsonl          one JSON object a logged step
 checkpoints/<step>/    what a resumed run starts from
@@ -20,7 +20,7 @@ from typing import IO, Any
 import yaml
 
 from jdpo._version import __version__
-from jdpo.config import EXPORT_KEYS, TrainConfig, changed_keys, differences, to_yaml
+from jdpo.config import EXPORT_KEYS, TrainConfig, changed_keys, differences, refuse_passwords, to_dict, to_public_yaml
 from jdpo.durable import write_durably
 from jdpo.processes import barrier, is_first
 
@@ -48,6 +48,7 @@ class RunDirectory:
         self._run_file = self.path / "run.json"
         self._config_file = self.path / "resolved_config.yaml"
         self._lock: IO[str] | None = None
+        refuse_passwords(to_dict(config))
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"output_dir {self.path} is a file; choose a folder")
         if is_first():
@@ -64,7 +65,7 @@ class RunDirectory:
         barrier("run directory read")
         if is_first():
             try:
-                write_durably(self._config_file, to_yaml(config))
+                write_durably(self._config_file, to_public_yaml(config))
                 if self.is_new:
                     self._write_run({"command": command, "jdpo": __version__, "finished": False, "inputs": {}})
             except OSError as error:

@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
+from jdpo.checkpoint.folders import MARKER
 from jdpo.checkpoint.hf_export import export_model, parse_size
 from jdpo.models.families import read_model_config
 from jdpo.models.hf_weights import load_params
@@ -194,11 +195,78 @@ def test_a_failed_export_leaves_the_older_one(export: Callable[..., Path]) -> No
 def test_other_peoples_folders_are_not_replaced(export: Callable[..., Path], tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.tex").touch()
-    with pytest.raises(ValueError, match="is not a model folder: it will not be replaced"):
+    with pytest.raises(ValueError, match=r"is not an export of jdpo .*: it will not be replaced"):
         export(out=tmp_path / "thesis")
     assert os.listdir(tmp_path / "thesis") == ["chapter1.tex"]
     (tmp_path / "empty").mkdir()
     assert (export(out=tmp_path / "empty") / "config.json").is_file()
+
+
+def test_a_model_of_others_is_not_replaced(export: Callable[..., Path], tmp_path: Path) -> None:
+    """config.json beside weights is what any model has."""
+    other = copy_of("llama", tmp_path / "other")
+    with pytest.raises(ValueError, match=r"is not an export of jdpo"):
+        export(out=other)
+    assert load_file(other / "model.safetensors")
+
+
+@pytest.mark.parametrize(("out", "how"), [("base", "is"), ("base/inner/out", "lies in"), (".", "lies around")])
+def test_the_source_is_never_replaced(export: Callable[..., Path], tmp_path: Path, out: str, how: str) -> None:
+    """Not even where it is an export itself."""
+    base = copy_of("llama", tmp_path / "base")
+    for folder in (base, tmp_path):
+        (folder / MARKER).write_text("{}")
+    with pytest.raises(ValueError, match=rf"{how} {base}, which this export is made from"):
+        export(source=base, out=tmp_path / out)
+    assert load_file(base / "model.safetensors")
+
+
+def test_a_link_and_a_dot_are_followed(
+    export: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "model")
+    export(out=tmp_path / "link", model_card="first")
+    export(out=tmp_path / "link", model_card="second")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk" / "model" / "README.md").read_text() == "second"
+    assert os.listdir(tmp_path / "disk") == ["model"]
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    export(out=Path("."))
+    assert (tmp_path / "here" / "config.json").is_file()
+
+
+def test_a_rename_that_fails_brings_the_older_export_back(
+    export: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = export(model_card="old")
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.name.endswith(".writing"):
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="No space left"):
+        export(model_card="new")
+    assert (out / "README.md").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_export_that_was_killed_between_its_renames_is_recovered(
+    export: Callable[..., Path], tmp_path: Path
+) -> None:
+    out = export(model_card="old")
+    out.rename(tmp_path / ".model.replaced")
+    params = load_params(GOLDEN / "llama", read_model_config(GOLDEN / "llama"))
+    params["final_norm"]["scale"] = params["final_norm"]["scale"].at[0].set(1e6)
+    with pytest.raises(ValueError, match="holds values that float16 cannot"):
+        export(params=params, export_dtype="float16")
+    assert (out / "README.md").read_text() == "old"
+    export(model_card="new")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_wrong_options(export: Callable[..., Path], tokenizer: Any) -> None:

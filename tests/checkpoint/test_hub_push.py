@@ -8,8 +8,10 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
+from jdpo.checkpoint.folders import MARKER
 from jdpo.checkpoint.hub_push import check_push, push_folder
 from tests.hub_server import TOKEN, Hub, serving_hub
+from tests.integration.test_two_processes import free_port
 
 # huggingface_hub hands httpx files in a way that httpx would like to be another.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -70,6 +72,32 @@ def test_refusals_come_early_and_never_hold_the_token(hub: Hub, folder: Path, mo
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(ValueError, match=r"no token to write with; log in with `hf auth login`, or set HF_TOKEN"):
         check_push("me/aligned")
+
+
+def test_weights_of_an_older_push_do_not_stay(hub: Hub, folder: Path) -> None:
+    push_folder(folder, "me/aligned", public=False, message="one file")
+    files = hub.repositories["me/aligned"].files
+    older = ("model[1].safetensors", "adapter_config.json", "adapter_model.bin", "pytorch_model.bin.index.json")
+    others = dict.fromkeys(("notes.md", "onnx/model.safetensors", "vocab.json"), b"")
+    files.update(dict.fromkeys(older, b"") | others)
+    (folder / "model.safetensors").unlink()
+    for name in ("model-00001-of-00001.safetensors", "model.safetensors.index.json", MARKER):
+        (folder / name).write_bytes(b"{}")
+    push_folder(folder, "me/aligned", public=False, message="shards")
+    assert hub.repositories["me/aligned"].commits == ["one file", "shards"]
+    pushed = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != MARKER}
+    assert files == pushed | others
+
+
+def test_a_hub_that_does_not_answer(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(
+        ValueError, match=r"me/aligned: the hub cannot be reached: ConnectError: .*Nothing was done yet"
+    ):
+        check_push("me/aligned")
+    with pytest.raises(ValueError, match=r"cannot be reached: ConnectError: .*the same command again goes on") as error:
+        push_folder(folder, "me/aligned", public=False, message="")
+    assert f"The model stands whole in {folder};" in str(error.value)
 
 
 def test_no_network(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

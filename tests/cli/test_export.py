@@ -12,9 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from safetensors.numpy import load_file
 
 import jdpo
+from jdpo.checkpoint.folders import MARKER
 from jdpo.cli.main import main
 from tests.conftest import chat_pairs, write_jsonl
 from tests.hub_server import TOKEN, Hub, serving_hub
@@ -89,16 +91,34 @@ def test_an_earlier_step_by_its_folder_or_by_number(run: Path, tmp_path: Path) -
     assert "The run did not write down" not in card
 
 
+@pytest.mark.parametrize("attention", ["splash", "cudnn"])
+def test_a_run_whose_attention_is_of_another_device(run: Path, tmp_path: Path, attention: str) -> None:
+    saved = yaml.safe_load((run / "resolved_config.yaml").read_text())
+    saved |= {"attention": attention, "attention_block_q": 128 if attention == "splash" else None}
+    (run / "resolved_config.yaml").write_text(yaml.safe_dump(saved))
+    assert main(["export", str(run), str(tmp_path / "out")]) == 0
+    assert f"attention: {attention}" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_what_is_no_checkpoint_is_refused(run: Path, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "out"
     assert "is no checkpoint: expected the output_dir of a run" in refusal([str(tmp_path), str(out)], capsys)
     assert "no whole checkpoint of step 4; it has 3, 6" in refusal([str(run), str(out), "--step", "4"], capsys)
     step = str(run / "checkpoints" / "3")
     assert "is step 3; leave --step out" in refusal([step, str(out), "--step", "6"], capsys)
+    assert "OUT is an address (gs://..): an export is written to a folder here" in refusal([step, "gs://b/m"], capsys)
+    assert "--no-merge: " in (said := refusal([step, str(out), "--no-merge"], capsys))
+    assert "holds all weights: there are no adapters to merge" in said
+    assert "belongs to its run; choose another place" in refusal([step, str(run / "checkpoints" / "x")], capsys)
+    base = Path(yaml.safe_load((run / "resolved_config.yaml").read_text())["model_name_or_path"])
+    assert f"lies in {base}, which this export is made from" in refusal([step, str(base / "x")], capsys)
+    assert (base / "config.json").is_file()
     assert "--public says how --push_to_hub" in refusal([step, str(out), "--public"], capsys)
     out.mkdir()
     (out / "thesis.tex").touch()
-    assert "is not a model folder: it will not be replaced" in refusal([step, str(out)], capsys)
+    assert "is not an export of jdpo (it holds no .jdpo_export): it will not be replaced" in refusal(
+        [step, str(out)], capsys
+    )
     array = max((run / "checkpoints" / "3" / "state").rglob("*"), key=lambda path: path.stat().st_size)
     content = bytearray(array.read_bytes())
     content[len(content) // 2] ^= 1
@@ -130,7 +150,7 @@ def test_pushes_are_private_and_the_token_stays_where_it_is(run: Path, tmp_path:
         exported = run_jdpo(["export", *words], hub, tmp_path)
         assert exported.returncode == 0, exported.stderr
         assert f"pushed to {hub.endpoint}/me/aligned" in exported.stdout
-        files = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+        files = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.name != MARKER}
         assert hub.repositories["me/aligned"].files == files
         assert hub.repositories["me/aligned"].private
         assert hub.repositories["me/aligned"].commits == ["Step 6 of a jdpo run"]

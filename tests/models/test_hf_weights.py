@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import struct
+import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +21,7 @@ from jdpo.models.families import read_model_config
 from jdpo.models.filling import Filler
 from jdpo.models.hf_names import leaves
 from jdpo.models.hf_weights import iter_hf_tensors, load_params, source_dtypes
+from jdpo.models.leaf_buffers import LeafBuffers
 from jdpo.models.safetensors_folder import TensorFiles, tensor_entries
 from jdpo.models.transformer import Transformer, abstract_params, logical_axes
 
@@ -173,6 +176,7 @@ def test_missing_truncated_and_pointer_shards(make_folder: Callable[..., Any]) -
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a git-LFS pointer"),
         (b"<!DOCTYPE html><html>Not found</html>", "is not a safetensors file"),
         (struct.pack("<Q", 4) + b"[12]", "damaged safetensors header"),
+        (struct.pack("<Q", 100_000) + b"[" * 100_000, "damaged safetensors header"),
     ]:
         shard.write_bytes(content)
         with pytest.raises(ValueError, match=shard.name) as error:
@@ -199,7 +203,7 @@ def test_broken_indexes(make_folder: Callable[..., Any]) -> None:
     index.write_text(json.dumps({"weight_map": {**weight_map, "model.other": "model-00001-of-00002.safetensors"}}))
     with pytest.raises(ValueError, match=r"tensor model.other should be in model-00001-of-00002.safetensors"):
         load(folder)
-    for content in ("{", "{}", '{"weight_map": {}}', "[]"):
+    for content in ("{", "{}", '{"weight_map": {}}', "[]", "[" * 100_000):
         index.write_text(content)
         with pytest.raises(ValueError, match="weight_map"):
             load(folder)
@@ -325,3 +329,72 @@ def test_numbers_that_the_asked_dtype_cannot_hold(make_folder: Callable[..., Any
     folder.write()
     with pytest.raises(ValueError, match=rf"tensor {Q_PROJ} in .* holds values that float16 cannot"):
         load_params(folder.path, read_model_config(folder.path), dtype=np.float16)
+
+
+def test_nothing_is_written_once_a_transform_has_raised(
+    make_folder: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads that fill leaves that follow write to memory that the error gives back."""
+    folder = make_folder("llama", num_hidden_layers=1)
+    config = read_model_config(folder.path)
+    moved: list[float] = []
+    move = Filler._move
+
+    def slow(self: Filler, *arguments: Any) -> None:
+        time.sleep(0.05)
+        move(self, *arguments)
+        moved.append(time.monotonic())
+
+    monkeypatch.setattr(Filler, "_move", slow)
+    closed: list[float] = []
+    close = TensorFiles.__exit__
+
+    def exit(self: TensorFiles, *error: object) -> None:
+        closed.append(time.monotonic())
+        close(self, *error)
+
+    monkeypatch.setattr(TensorFiles, "__exit__", exit)
+    live: list[Any] = []
+    buffers = LeafBuffers.__init__
+
+    def init(self: LeafBuffers, *arguments: Any, **options: Any) -> None:
+        buffers(self, *arguments, **options)
+        weakref.finalize(self, lambda: live.append(time.monotonic()))
+
+    monkeypatch.setattr(LeafBuffers, "__init__", init)
+
+    def transform(path: tuple[str, ...], leaf: jax.Array) -> jax.Array:
+        raise MemoryError("no room for a unit")
+
+    with pytest.raises(MemoryError, match="no room for a unit"):
+        load_params(folder.path, config, transform=transform)
+    num_moved = len(moved)
+    assert num_moved < len(folder.tensors)
+    assert max(moved) < closed[0]
+    assert [freed for freed in live[1:] if freed < max(moved)] == []
+    time.sleep(0.2)
+    assert len(moved) == num_moved
+
+
+def test_only_tensors_that_are_wanted_come_to_the_host(
+    make_folder: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Arrays are made to say that other processes have a part of them."""
+    folder = make_folder("llama", num_hidden_layers=1)
+    config = read_model_config(folder.path)
+    model = Transformer(config)
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
+    whole = jax.tree.map(lambda leaf: NamedSharding(mesh, PartitionSpec()), abstract_params(model))
+    params = load_params(folder.path, config, whole)
+    array_type = type(params["final_norm"]["scale"])
+    taken: list[tuple[int, ...]] = []
+    take = array_type.addressable_data
+
+    def taking(self: Any, index: int) -> jax.Array:
+        taken.append(self.shape)
+        return take(self, index)
+
+    monkeypatch.setattr(array_type, "is_fully_addressable", False)
+    monkeypatch.setattr(array_type, "addressable_data", taking)
+    ((_, values),) = iter_hf_tensors(params, config, {"model.norm.weight"})
+    assert taken == [values.shape]

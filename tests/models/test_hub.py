@@ -126,3 +126,11 @@ def test_what_is_downloaded(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     folder = Path(run.stdout.strip())
     assert sorted(path.name for path in folder.iterdir()) == sorted(wanted)
+
+
+def test_a_pickled_adapter_has_its_own_advice(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.bin").touch()
+    with pytest.raises(ValueError, match=r"has no adapter_model\.safetensors.*save_file\(torch\.load") as error:
+        resolve_folder(str(tmp_path))
+    assert "AutoModelForCausalLM" not in str(error.value)

@@ -43,11 +43,51 @@ def test_a_folder_is_downloaded_once_and_again_when_it_changes(store: MemoryFile
     times = {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path.name in FILES}
     assert resolve_folder(f"{URL}/") == folder
     assert {name: (folder / name).stat().st_mtime_ns for name in FILES} == times
-    store.pipe("/bucket/a/model/config.json", b'{"a": 1}')
-    store.rm("/bucket/a/model/tokenizer.json")
     (folder / "model.safetensors").write_bytes(b"cut short")
     assert resolve_folder(URL) == folder
-    assert found(folder) == {"config.json": b'{"a": 1}', "model.safetensors": FILES["model.safetensors"]}
+    assert found(folder) == FILES
+
+
+def test_a_model_that_changes_gets_a_folder_of_its_own(store: MemoryFileSystem) -> None:
+    """A trainer may still be reading the older one."""
+    folder = resolve_folder(URL)
+    store.pipe("/bucket/a/model/config.json", b'{"a": 1}')
+    store.rm("/bucket/a/model/tokenizer.json")
+    newer = resolve_folder(URL)
+    assert newer != folder
+    assert found(newer) == {"config.json": b'{"a": 1}', "model.safetensors": FILES["model.safetensors"]}
+    assert (newer / "model.safetensors").samefile(folder / "model.safetensors")  # not downloaded again
+    assert found(folder) == FILES
+
+
+def test_without_weights_those_that_are_here_stay(store: MemoryFileSystem) -> None:
+    folder = resolve_folder(URL)
+    inode = (folder / "model.safetensors").stat().st_ino
+    assert resolve_folder(URL, weights=False) == folder
+    assert (folder / "model.safetensors").stat().st_ino == inode
+    assert found(folder) == FILES
+
+
+def test_a_broken_download_goes_on_where_it_was(store: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    broken = ["tokenizer.json"]
+    own = MemoryFileSystem.open
+
+    def opening(self: Any, path: str, *arguments: Any, **options: Any) -> Any:
+        name = path.rpartition("/")[2]
+        opened.append(name)
+        if name in broken:
+            raise ConnectionResetError("the line broke")
+        return own(self, path, *arguments, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "open", opening)
+    with pytest.raises(ValueError, match=r"downloading tokenizer\.json failed: ConnectionResetError: the line broke"):
+        resolve_folder(URL)
+    assert sorted(opened) == sorted(FILES)
+    opened.clear()
+    broken.clear()
+    assert found(resolve_folder(URL)) == FILES
+    assert opened == ["tokenizer.json"]
 
 
 def test_faults_name_the_address(store: MemoryFileSystem) -> None:

@@ -1,0 +1,54 @@
+"""Addresses in settings: what in them may be a password or a key is refused, or not written down."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+_USER = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<user>[^/?#\s]*)@")
+_QUERY = re.compile(r"(https?://[^?#\s]*)[?#]\S*")
+_ONLY_NAMES = ("abfs", "abfss", "wasb", "wasbs", "hf", "sftp", "ssh", "ftp", "smb")
+"""Schemes in which what stands before the @ is the name of a user, a container or a repository; no secret as such."""
+
+
+def refuse_passwords(values: Any, key: str = "") -> None:
+    """Refuses settings with an address that holds a password, a key or a token: settings are written to files.
+
+    Args:
+      values: the settings as plain values.
+      key: what they are the value of.
+
+    Raises:
+      ValueError: naming the key, and not the address.
+    """
+    if isinstance(values, Mapping):
+        for name, value in values.items():
+            refuse_passwords(value, f"{key}.{name}".lstrip("."))
+    elif isinstance(values, list | tuple):
+        for index, value in enumerate(values):
+            refuse_passwords(value, f"{key}.{index}")
+    elif isinstance(values, str):
+        for match in _USER.finditer(values):
+            if ":" in match["user"] or match["scheme"].lower() not in _ONLY_NAMES:
+                raise ValueError(
+                    f"{key!r}: an address may not hold a password, a key or a token before its @, as settings are "
+                    "written to files that others read. Leave it out, and give it to the store by the environment "
+                    "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN) or in "
+                    "fsspec's own config (~/.config/fsspec/conf.json, or FSSPEC_<PROTOCOL>_<OPTION>)"
+                )
+
+
+def without_queries(value: Any) -> Any:
+    """A value whose web addresses lack their query, which may be a signature or a token; all else is as it is.
+
+    >>> without_queries({"path": "https://host/rows.jsonl?X-Amz-Signature=0a1b", "split": "train"})
+    {'path': 'https://host/rows.jsonl', 'split': 'train'}
+    >>> without_queries("s3://bucket/why?.csv")
+    's3://bucket/why?.csv'
+    """
+    if isinstance(value, Mapping):
+        return {key: without_queries(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(without_queries, value))
+    return _QUERY.sub(r"\1", value) if isinstance(value, str) else value

@@ -53,7 +53,7 @@ def make_routes(experts_tk: Array, num_experts: int, block: int) -> Routes:
 
     >>> routes = make_routes(jnp.array([[1, 0], [1, 2], [9, 9]]), 3, block=2)
     >>> routes.assignment.tolist()[:6], routes.place.tolist(), routes.sizes.tolist()
-    ([1, 6, 0, 2, 3, 6], [[2, 0], [3, 4], [12, 12]], [2, 2, 2])
+    ([1, 6, 0, 2, 3, 6], [[2, 0], [3, 4], [10, 10]], [2, 2, 2])
     """
     num_tokens, experts_per_token = experts_tk.shape
     num_rows = most_rows(num_tokens, experts_per_token, num_experts, block)

@@ -38,7 +38,7 @@ from jdpo.training.objectives import (
     with_router_loss,
 )
 from jdpo.training.packed import make_packed_logps
-from jdpo.training.step import LossAndGrads, evaluate, loss_and_grads
+from jdpo.training.step import Frozen, LossAndGrads, evaluate, loss_and_grads
 from jdpo.types import TokenizedCompletion, TokenizedPair
 
 VOCAB, MOST, NUM_PAIRS, COEF = 40, 6, 8, 0.7
@@ -216,7 +216,9 @@ def test_supervised_rows_packed_and_padded() -> None:
 
 def test_an_evaluation_leaves_sums_that_add_up() -> None:
     rows = make_rows()
-    report = jax.jit(partial(evaluate, objective=objective_of("packed sft")))(make_params(0), None, packed(rows))
+    report = jax.jit(partial(evaluate, objective=objective_of("packed sft")))(
+        make_params(0), Frozen(None, None), packed(rows)
+    )
     assert float(report.router.tokens.sum()) == 2 * sum(len(row.tokens) for row in rows)
     assert report.router.assignments.shape == (1, 8)
 

@@ -69,8 +69,10 @@ def _merged(kernel: jax.Array, unit: Any, pair: Any, *, site: Site | None, scale
     in_place = kernel.dtype == dtype
 
     def write(layer: Any, merged: jax.Array) -> jax.Array:
-        one = jax.tree.map(lambda leaf: leaf[layer], (merged if in_place else kernel, unit, pair))
-        return merged.at[layer].set(_of_layer(*one, site=site, scale=scale, dtype=dtype))
+        leaves = (merged if in_place else kernel, unit, pair)
+        one = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False), leaves)
+        of_layer = _of_layer(*one, site=site, scale=scale, dtype=dtype)
+        return jax.lax.dynamic_update_index_in_dim(merged, of_layer, layer, axis=0)
 
     start = kernel if in_place else jnp.zeros(kernel.shape, dtype)
     return jax.lax.fori_loop(0, kernel.shape[0], write, start)

@@ -205,9 +205,10 @@ def test_merging_writes_over_the_base_and_needs_a_layer_beside_it(base: Base) ->
 def test_a_stack_is_merged_layer_by_layer() -> None:
     model = Transformer(small_llama(num_layers=16))
     site = next(site for site in find_sites(model) if last_name(site) == "up_proj")
-    kernel = jax.ShapeDtypeStruct((*site.lead, *site.inputs, *site.outputs), jnp.bfloat16)
+    kernel = jax.ShapeDtypeStruct((*site.lead, *site.inputs, *site.outputs), jnp.float32)
     pair = tuple(jax.ShapeDtypeStruct((16, *shape), jnp.float32) for shape in ((64, 2), (2, *site.outputs)))
-    program = jax.jit(partial(_merged, site=site, scale=1.0, dtype=jnp.dtype(jnp.bfloat16)), donate_argnums=0)
+    program = jax.jit(partial(_merged, site=site, scale=1.0, dtype=jnp.dtype(jnp.float32)), donate_argnums=0)
+    # In bfloat16 XLA's CPU backend copies the stack to change a layer of it; no other backend has to.
     memory = program.lower(kernel, None, pair).compile().memory_analysis()
-    assert memory.alias_size_in_bytes == kernel.size * 2
-    assert memory.temp_size_in_bytes < kernel.size * 4 / 4, "far from a float32 copy of all layers"
+    assert memory.alias_size_in_bytes == kernel.size * 4
+    assert memory.temp_size_in_bytes < kernel.size * 4 / 4, "far from a copy of all layers"

@@ -42,7 +42,8 @@ def export_adapter(
       kept: folders that `out` may not touch: the base, an adapter that training went on from, checkpoints.
 
     Raises:
-      ValueError: `out` is something other than an export of jdpo, or touches a folder that is kept.
+      ValueError: `out` is something other than an export of jdpo, or touches a folder that is kept; a tensor holds NaN
+        or Inf.
     """
     tensors = peft_tensors(lora, jax.tree.map(_on_host, adapters))
     for name, values in tensors.items():

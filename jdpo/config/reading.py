@@ -124,7 +124,7 @@ def load_config(cls: type[C], path: Path | None = None, overrides: Sequence[str]
         # `--optimizer lion` changes the rule alone: what the file says of the group beside it stays.
         named = key in NAMED_GROUPS and isinstance(value, str)
         _set_nested(values, f"{key}.{NAMED_GROUPS[key]}" if named else key, value)
-        origins[key.split(".")[0]] = "on the command line"
+        origins[group] = "on the command line"
     refuse_passwords(values)
     try:
         return TypeAdapter(cls).validate_python(values)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jdpo.config.addresses import without_queries
-from jdpo.config.keys import RULE_DEFAULTS, DatasetConfig, TrainConfig
+from jdpo.config.keys import LORA_DEFAULTS, RULE_DEFAULTS, DatasetConfig, TrainConfig
 from jdpo.config.reading import defaults_of, to_public_dict
 
 EXPORT_KEYS = (

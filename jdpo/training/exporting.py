@@ -13,7 +13,7 @@ import jax
 from jdpo.checkpoint.folders import check_out
 from jdpo.checkpoint.hf_export import parse_size
 from jdpo.checkpoint.manager import complete_steps, fault_of, read_position, restore_params
-from jdpo.config import DPOConfig, MeshConfig, SFTConfig, TrainConfig, defaults_of, load_config
+from jdpo.config import CONFIGS, MeshConfig, TrainConfig, defaults_of, load_config
 from jdpo.reports.writers import read_metrics
 from jdpo.training.checks import check_base
 from jdpo.training.finish import export_trained, made_from, results_at
@@ -101,7 +101,7 @@ def export_checkpoint(
     with numerics(config):
         setup = build_model(_on_this_host(config))
         check_base(read_position(checkpoint.folder).get("base"), setup.base_identity(), checkpoint.folder)
-        merging = config.lora is not None and config.lora.merge if merge_adapters is None else merge_adapters
+        merging = bool(config.lora and config.lora.merge) if merge_adapters is None else merge_adapters
         if setup.adaptation is None:
             _refuse_merging(checkpoint, merge_adapters)
         elif not merging:

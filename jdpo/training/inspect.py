@@ -9,7 +9,7 @@ from pathlib import Path
 from jdpo.config import DatasetConfig, SFTConfig, TrainConfig
 from jdpo.data import formats
 from jdpo.data.inspection_text import TextFacts, text_facts
-from jdpo.data.mixing import check_data_settings, mixture_of
+from jdpo.data.mixing import check_data_settings
 from jdpo.data.sources import open_source
 from jdpo.data.tokenizer import Tokenizer, load_tokenizer
 from jdpo.models.families import read_model_config

@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 
 from jdpo._version import __version__
-from jdpo.checkpoint.manager import CheckpointManager
+from jdpo.checkpoint.manager import CheckpointManager, read_position
 from jdpo.config import to_public_dict
 from jdpo.data.loader import prefetch
 from jdpo.models.transformer import Weights

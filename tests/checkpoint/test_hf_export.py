@@ -298,6 +298,8 @@ def test_transformers_loads_the_folder_and_gives_the_same_logits(export: Callabl
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     assert loaded.generation_config.eos_token_id == [0, 1]
+    if model.config.moe is not None:
+        loaded.set_experts_implementation("eager")  # the others want sizes that are multiples of 16 bytes
     tokens = np.random.default_rng(1).integers(0, 40, (2, 9))
     with torch.no_grad():
         expected = loaded(torch.tensor(tokens)).logits.numpy()

@@ -1,18 +1,8 @@
 """The settings of a run: their keys, how they are read, and which of them may change when a run goes on."""
 
 from jdpo.config.addresses import refuse_passwords, without_queries
-from jdpo.config.keys import (
-    CONFIGS,
-    LORA_DEFAULTS,
-    RULE_DEFAULTS,
-    DatasetConfig,
-    DPOConfig,
-    LoraConfig,
-    MeshConfig,
-    OptimizerConfig,
-    SFTConfig,
-    TrainConfig,
-)
+from jdpo.config.groups import LORA_DEFAULTS, RULE_DEFAULTS, DatasetConfig, LoraConfig, MeshConfig, OptimizerConfig
+from jdpo.config.keys import CONFIGS, DPOConfig, SFTConfig, TrainConfig
 from jdpo.config.reading import (
     ALIASES,
     defaults_of,

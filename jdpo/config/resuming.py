@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jdpo.config.addresses import without_queries
-from jdpo.config.keys import LORA_DEFAULTS, RULE_DEFAULTS, DatasetConfig, TrainConfig
+from jdpo.config.groups import LORA_DEFAULTS, RULE_DEFAULTS, DatasetConfig
+from jdpo.config.keys import TrainConfig
 from jdpo.config.reading import defaults_of, to_public_dict
 
 EXPORT_KEYS = (

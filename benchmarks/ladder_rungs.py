@@ -17,15 +17,16 @@ from speed_model import ModelShape
 from jdpo.data.loader import bucket_length, collate_pairs
 from jdpo.data.packing import pack
 from jdpo.data.packing_plan import item_sizes, plan_run
-from jdpo.losses.objective import LogpsFn, PairFeatures, TokenScores, Totals, packed_totals
+from jdpo.losses.features import LogpsFn, PairFeatures, TokenScores
+from jdpo.losses.objective import Totals, packed_totals
 from jdpo.losses.packed import belongs, completion_sums
 from jdpo.losses.settings import LossSettings, loss_settings
 from jdpo.models.config import LayerKind, ModelConfig, RopeConfig
 from jdpo.models.packed import packed_sequences
 from jdpo.models.transformer import Transformer, init_params, make_apply_fn
+from jdpo.training.gradients import loss_and_grads
 from jdpo.training.objectives import Objective, dpo_objective, packed_dpo_objective, padded_dpo_objective
 from jdpo.training.packed import make_packed_logps
-from jdpo.training.step import loss_and_grads
 from jdpo.types import PackedBatch, TokenizedCompletion, TokenizedPair
 
 BETA = 0.1

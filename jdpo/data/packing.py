@@ -11,7 +11,7 @@
 
 A supervised row is an item with one side and no prompt of its own: `tokens` once, scored where its mask is.
 A completion token at position 0 has nothing before it that predicts it and is not scored, as in
-`jdpo.losses.objective.predicted_tokens`. Axes: see `jdpo.data.packing_shapes`.
+`jdpo.losses.features.predicted_tokens`. Axes: see `jdpo.data.packing_shapes`.
 """
 
 from __future__ import annotations

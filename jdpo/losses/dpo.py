@@ -12,15 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdpo.losses.coupled import LossState
-from jdpo.losses.objective import (
-    ApplyFn,
-    Totals,
-    feature_losses,
-    next_loss_state,
-    pair_features,
-    pair_totals,
-    weighted_sum,
-)
+from jdpo.losses.features import ApplyFn, pair_features
+from jdpo.losses.objective import Totals, feature_losses, next_loss_state, pair_totals, weighted_sum
 from jdpo.losses.settings import LossSettings, check_number, concrete, loss_settings
 from jdpo.types import PreferenceBatch
 

@@ -17,11 +17,12 @@ from jdpo.models.transformer import Transformer, Weights
 from jdpo.sharding.mesh import num_batch_shards
 from jdpo.sharding.placement import offloaded, state_shardings
 from jdpo.training.flops import Arithmetic, StepFlops, step_flops
+from jdpo.training.gradients import num_micro
 from jdpo.training.objectives import Batch, Objective
 from jdpo.training.optimizer import learning_rate_schedule, make_optimizer
 from jdpo.training.settings import Mode
 from jdpo.training.setup import Setup
-from jdpo.training.step import Compiled, Frozen, ReferenceSync, TrainState, compile_step, num_micro
+from jdpo.training.step import Compiled, Frozen, ReferenceSync, TrainState, compile_step
 from jdpo.training.weights import abstract_frozen
 from jdpo.types import PackedBatch
 

@@ -13,19 +13,9 @@ from typing import Any, NamedTuple
 import jax
 
 from jdpo.losses.coupled import init_loss_state
+from jdpo.losses.features import ApplyFn, LogpsFn, PairFeatures, packed_features, pair_features
 from jdpo.losses.logprobs import sequence_logps, shifted_token_logps
-from jdpo.losses.objective import (
-    ApplyFn,
-    LogpsFn,
-    PairFeatures,
-    Totals,
-    feature_losses,
-    next_loss_state,
-    packed_features,
-    packed_totals,
-    pair_features,
-    pair_totals,
-)
+from jdpo.losses.objective import Totals, feature_losses, next_loss_state, packed_totals, pair_totals
 from jdpo.losses.packed import belongs, completion_sums
 from jdpo.losses.router import of_real_rows
 from jdpo.losses.settings import LossSettings

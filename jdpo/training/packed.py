@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from jdpo.losses.features import LogpsFn, TokenScores
 from jdpo.losses.linear import linear_token_logps
-from jdpo.losses.objective import LogpsFn, TokenScores
 from jdpo.models.packed import packed_sequences
 from jdpo.models.transformer import Transformer, apply_routed, variables
 from jdpo.sharding.mesh import BATCH_AXES, num_batch_shards

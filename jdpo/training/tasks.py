@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 
 from jdpo.config import DPOConfig, SFTConfig, TrainConfig
 from jdpo.data.loader import collate_completions, collate_pairs
-from jdpo.losses.objective import ApplyFn, metric_names
+from jdpo.losses.features import ApplyFn
+from jdpo.losses.objective import metric_names
 from jdpo.losses.settings import DEFAULTS, OFF, LossSettings, loss_settings
 from jdpo.models.transformer import Transformer, make_apply_fn, make_routed_apply_fn
 from jdpo.training.objectives import (

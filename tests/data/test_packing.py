@@ -14,7 +14,7 @@ from jdpo.data.loader import collate_completions, collate_pairs
 from jdpo.data.packing import pack
 from jdpo.data.packing_plan import PackingPlan, StepPlan, item_sizes, plan_run, plan_step
 from jdpo.data.packing_shapes import PackedShape
-from jdpo.losses.objective import predicted_tokens
+from jdpo.losses.features import predicted_tokens
 from jdpo.types import PackedBatch, PreferenceBatch, TokenizedCompletion, TokenizedPair
 from tests.data.packed_tools import padding_of, unpack
 

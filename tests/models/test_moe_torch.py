@@ -18,8 +18,8 @@ from jdpo.losses.settings import loss_settings
 from jdpo.models.families import read_model_config
 from jdpo.models.hf_weights import iter_hf_tensors, load_params
 from jdpo.models.transformer import Transformer, make_routed_apply_fn
+from jdpo.training.gradients import loss_and_grads
 from jdpo.training.objectives import padded_dpo_objective, with_router_loss
-from jdpo.training.step import loss_and_grads
 from jdpo.types import TokenizedPair
 
 pytestmark = pytest.mark.torch

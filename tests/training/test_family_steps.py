@@ -24,9 +24,9 @@ from jdpo.models.transformer import Transformer, abstract_params, init_cache, lo
 from jdpo.sharding.mesh import make_mesh
 from jdpo.sharding.placement import micro_batch_sharding, place
 from jdpo.sharding.rules import param_shardings
+from jdpo.training.gradients import loss_and_grads
 from jdpo.training.objectives import packed_dpo_objective, padded_dpo_objective
 from jdpo.training.packed import make_packed_logps
-from jdpo.training.step import loss_and_grads
 from tests.training.test_packed import MOST, assert_equal_steps, on_mesh, packed, places_of, random_pairs
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "logits"

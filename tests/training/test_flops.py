@@ -25,9 +25,10 @@ from jdpo.models.remat import REMAT_ORDER
 from jdpo.models.transformer import Transformer, abstract_params, make_apply_fn
 from jdpo.sharding.mesh import make_mesh
 from jdpo.training.flops import Arithmetic, matrix_params, peak_flops, step_flops
+from jdpo.training.gradients import loss_and_grads
 from jdpo.training.objectives import packed_dpo_objective, padded_dpo_objective
 from jdpo.training.packed import make_packed_logps
-from jdpo.training.step import loss_and_grads, over_base
+from jdpo.training.step import over_base
 from jdpo.types import TokenizedCompletion, TokenizedPair
 from tests.conftest import small_llama
 

@@ -26,6 +26,7 @@ from jdpo.models.transformer import Transformer, init_params, make_apply_fn
 from jdpo.sharding.mesh import make_mesh
 from jdpo.sharding.placement import micro_batch_sharding, place
 from jdpo.sharding.rules import LOGICAL_RULES
+from jdpo.training.gradients import loss_and_grads
 from jdpo.training.objectives import (
     packed_dpo_objective,
     packed_sft_objective,
@@ -33,7 +34,6 @@ from jdpo.training.objectives import (
     padded_sft_objective,
 )
 from jdpo.training.packed import make_packed_logps
-from jdpo.training.step import loss_and_grads
 from jdpo.types import TokenizedCompletion, TokenizedPair
 
 VOCAB, MOST = 40, 12

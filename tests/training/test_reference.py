@@ -19,7 +19,7 @@ from jdpo.config import DPOConfig, load_config
 from jdpo.data import reference_cache
 from jdpo.data.loader import bucket_length, collate_pairs
 from jdpo.data.reference_cache import reference_logps_of
-from jdpo.losses.objective import pair_token_logps
+from jdpo.losses.features import pair_token_logps
 from jdpo.models.transformer import make_apply_fn
 from jdpo.sharding.placement import fetch
 from jdpo.training import reference_build

@@ -29,6 +29,7 @@ from jdpo.models.transformer import (
 from jdpo.sharding.mesh import make_mesh
 from jdpo.sharding.placement import micro_batch_sharding, place
 from jdpo.sharding.rules import LOGICAL_RULES, param_shardings
+from jdpo.training.gradients import LossAndGrads, loss_and_grads
 from jdpo.training.objectives import (
     Objective,
     packed_dpo_objective,
@@ -38,7 +39,7 @@ from jdpo.training.objectives import (
     with_router_loss,
 )
 from jdpo.training.packed import make_packed_logps
-from jdpo.training.step import Frozen, LossAndGrads, evaluate, loss_and_grads
+from jdpo.training.step import Frozen, evaluate
 from jdpo.types import TokenizedCompletion, TokenizedPair
 
 VOCAB, MOST, NUM_PAIRS, COEF = 40, 6, 8, 0.7

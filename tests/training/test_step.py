@@ -23,16 +23,9 @@ from jdpo.losses import LOSSES, LossState
 from jdpo.losses.settings import loss_settings
 from jdpo.sharding.mesh import make_mesh
 from jdpo.sharding.placement import fetch, micro_batch_sharding, place, replicated
+from jdpo.training.gradients import loss_and_grads
 from jdpo.training.objectives import padded_dpo_objective, padded_sft_objective
-from jdpo.training.step import (
-    Frozen,
-    ReferenceSync,
-    TrainState,
-    compile_step,
-    evaluate,
-    loss_and_grads,
-    train_step,
-)
+from jdpo.training.step import Frozen, ReferenceSync, TrainState, compile_step, evaluate, train_step
 from jdpo.types import CHOSEN, REJECTED, CompletionBatch, PreferenceBatch
 
 VOCAB, WIDTH, LENGTH, BETA = 11, 5, 7, 0.3

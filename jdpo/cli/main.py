@@ -62,11 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: Exception, code: int) -> int:
-    print(f"jdpo: error: {error}", file=sys.stderr)
+    from jdpo.config.addresses import public_text
+
+    print(public_text(f"jdpo: error: {error}"), file=sys.stderr)
     if os.environ.get("JDPO_TRACEBACK"):
         import traceback
 
-        traceback.print_exception(error)
+        print(public_text("".join(traceback.format_exception(error))), file=sys.stderr)
     return code
 
 

@@ -1,6 +1,6 @@
 """The settings of a run: their keys, how they are read, and which of them may change when a run goes on."""
 
-from jdpo.config.addresses import refuse_passwords, without_queries
+from jdpo.config.addresses import public_text, refuse_passwords, without_queries
 from jdpo.config.groups import LORA_DEFAULTS, RULE_DEFAULTS, DatasetConfig, LoraConfig, MeshConfig, OptimizerConfig
 from jdpo.config.keys import CONFIGS, DPOConfig, SFTConfig, TrainConfig
 from jdpo.config.reading import (
@@ -36,6 +36,7 @@ __all__ = [
     "keys_of",
     "load_config",
     "parse_overrides",
+    "public_text",
     "refuse_passwords",
     "to_dict",
     "to_public_dict",

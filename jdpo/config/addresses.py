@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 _USER = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<user>[^/?#\s]*)@")
-_QUERY = re.compile(r"(https?://[^?#\s]*)[?#]\S*")
+_QUERY = re.compile(r"(https?://[^?#\s]*)[?#]\S*", re.IGNORECASE)
 _ONLY_NAMES = ("abfs", "abfss", "wasb", "wasbs", "hf", "sftp", "ssh", "ftp", "smb")
 """Schemes in which what stands before the @ is the name of a user, a container or a repository; no secret as such."""
 
@@ -30,13 +30,28 @@ def refuse_passwords(values: Any, key: str = "") -> None:
             refuse_passwords(value, f"{key}.{index}")
     elif isinstance(values, str):
         for match in _USER.finditer(values):
-            if ":" in match["user"] or match["scheme"].lower() not in _ONLY_NAMES:
+            if not _is_name(match):
                 raise ValueError(
                     f"{key!r}: an address may not hold a password, a key or a token before its @, as settings are "
                     "written to files that others read. Leave it out, and give it to the store by the environment "
                     "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN) or in "
                     "fsspec's own config (~/.config/fsspec/conf.json, or FSSPEC_<PROTOCOL>_<OPTION>)"
                 )
+
+
+def _is_name(login: re.Match[str]) -> bool:
+    """Whether what stands before the @ is a name alone."""
+    return ":" not in login["user"] and login["scheme"].lower() in _ONLY_NAMES
+
+
+def public_text(text: str) -> str:
+    """A text, such as a message, whose addresses lack what may be a password, a key or a signature.
+
+    >>> public_text("zip://a.csv::https://me:secret@host/a.zip?sig=0a1b"), public_text("s3://KEY:secret@bucket/why?.csv")
+    ('zip://a.csv::https://host/a.zip', 's3://bucket/why?.csv')
+    """
+    found: str = without_queries(text)
+    return _USER.sub(lambda login: login[0] if _is_name(login) else f"{login['scheme']}://", found)
 
 
 def without_queries(value: Any) -> Any:

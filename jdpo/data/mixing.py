@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jdpo.config import DatasetConfig, SFTConfig, TrainConfig
+from jdpo.config import DatasetConfig, SFTConfig, TrainConfig, without_queries
 
 _ENDING = re.compile(r"(\.(json|jsonl|ndjson|csv|tsv|parquet|arrow))?(\.(gz|bz2|xz|zst))?$", re.IGNORECASE)
 
@@ -135,12 +135,12 @@ def labels_of(datasets: Sequence[DatasetConfig]) -> tuple[str, ...]:
 
 
 def default_label(path: str) -> str:
-    """The file's stem, or the last part of a hub name.
+    """The file's stem, or the last part of a hub name; never the query of an address.
 
     >>> [default_label(path) for path in ("data/hh.jsonl.gz", "org/dpo-mix-7k", "s3://bucket/v1.5/", "pairs.v2.json")]
     ['hh', 'dpo-mix-7k', 'v1.5', 'pairs.v2']
     """
-    name = path.rstrip("/").rpartition("/")[2]
+    name = without_queries(path).rstrip("/").rpartition("/")[2]
     return _ENDING.sub("", name, count=1) or name or "data"
 
 

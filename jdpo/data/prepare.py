@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from jdpo.config import DatasetConfig
+from jdpo.config import DatasetConfig, without_queries
 from jdpo.data import formats, store, token_checks, tokenize
 from jdpo.data.chunks import CHOSEN_LEARNT, DROPPED, KEPT, READ, Chunk, RawChunk, Recipe, Tally, make_chunk
 from jdpo.data.mixing import labels_of
@@ -141,7 +141,7 @@ class PreparedData(Generic[R]):
         """Lines for the user and the model card: what was read, kept, dropped and cut."""
         lines = []
         for dataset, left_out in zip(self._datasets, (source.left_out for source in self._sources), strict=True):
-            lines.append(f"{dataset.path} ({dataset.split})")
+            lines.append(f"{without_queries(dataset.path)} ({dataset.split})")
             if left_out:
                 lines.append(f"  {len(left_out):,} data files of no split are left out: {_names(left_out)}")
         lines += [f"  {line}" for line in Tally(self.counts, self.examples).lines()]

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jdpo.config import DatasetConfig
+from jdpo.config import DatasetConfig, without_queries
 from jdpo.data.sources import open_source
 
 CACHE_VERSION = 1
@@ -81,7 +81,9 @@ def about_rows(
     return {
         "role": role,
         "model": model,
-        "datasets": [" ".join(filter(None, (d.path, d.name, f"({d.split})", d.revision))) for d in datasets],
+        "datasets": [
+            " ".join(filter(None, (without_queries(d.path), d.name, f"({d.split})", d.revision))) for d in datasets
+        ],
         "sources": key_of([open_source(dataset).digest() for dataset in datasets]),
         "tokenizer": tokenizer,
         "chat_template": chat_template,

@@ -7,7 +7,6 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jdpo.config import public_text
 from jdpo.durable import write_durably
 
 _MANIFEST = "jdpo_download.json"
@@ -43,7 +43,7 @@ def fetch_folder(url: str, cache: Path, wanted: Callable[[str], bool]) -> Path:
     Raises:
       ValueError: the store cannot be read, holds no such folder, or gave something else than it said.
     """
-    place = _shown(url)
+    place = public_text(url)
     try:
         import fsspec
 
@@ -55,17 +55,24 @@ def fetch_folder(url: str, cache: Path, wanted: Callable[[str], bool]) -> Path:
     except ImportError as error:
         raise ValueError(f"model {place}: the store needs a package that is not installed: {error}") from error
     except Exception as error:  # each store has errors of its own
-        raise ValueError(f"model {place}: cannot read the store: {type(error).__name__}: {error}") from error
+        raise ValueError(
+            public_text(f"model {place}: cannot read the store: {type(error).__name__}: {error}")
+        ) from error
     remote, listing = {}, {}
     for entry in listed:
         name = str(entry["name"]).rstrip("/").rsplit("/", 1)[-1]
         if entry["type"] == "file" and name not in ("", ".", ".."):
             listing[name] = _mark(entry)
             if wanted(name):
+                if entry["size"] is None:
+                    raise ValueError(
+                        f"model {place}: this store lists files without their sizes, as web servers do, so that one "
+                        "that comes in part would not be noticed; download the folder, and give it as it lies here"
+                    )
                 remote[name] = _Remote(str(entry["name"]), int(entry["size"]), listing[name], _digest(entry))
     if not remote:
         raise ValueError(f"model {place}: no model files in that folder of the store")
-    address = hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]
+    address = hashlib.sha256(place.rstrip("/").encode()).hexdigest()[:16]
     folder = cache / f"{root.rstrip('/').rsplit('/', 1)[-1]}-{address}"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
@@ -143,9 +150,8 @@ def _download(system: Any, place: str, file: _Remote, path: Path) -> None:
             target.flush()
             os.fsync(target.fileno())
     except Exception as error:
-        raise ValueError(
-            f"model {place}: downloading {path.name} failed: {type(error).__name__}: {error}; start again"
-        ) from error
+        said = public_text(f"{type(error).__name__}: {error}")
+        raise ValueError(f"model {place}: downloading {path.name} failed: {said}; start again") from error
     size = temporary.stat().st_size
     wrong = check is not None and file.digest is not None and check.hexdigest() != file.digest[1]
     if size != file.size or wrong:
@@ -165,10 +171,5 @@ def _digest(entry: Mapping[str, Any]) -> tuple[str, str] | None:
 
 
 def _mark(entry: Mapping[str, Any]) -> str:
-    keys = ("size", "md5Hash", "ETag", "generation", "mtime", "LastModified", "updated", "created")
+    keys = ("size", "md5Hash", "CRC", "ETag", "generation", "mtime", "LastModified", "updated", "created")
     return json.dumps({key: str(entry[key]) for key in keys if entry.get(key) is not None}, sort_keys=True)
-
-
-def _shown(url: str) -> str:
-    """An address without what may be a password or a key."""
-    return re.sub(r"//[^/@]*@", "//", re.split(r"[?#]", url, maxsplit=1)[0], count=1)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from jdpo._version import __version__
+from jdpo.config import without_queries
 from jdpo.data import token_checks
 from jdpo.data.chunks import RANKED_PAIRS
 from jdpo.data.inspection import distribution, length_bias, nice_edges, repeats, step_costs
@@ -58,7 +59,7 @@ def document_of(material: Material, *, num_rows: int = 0) -> Json:
         "command": material.command,
         "command_chosen_by": material.chosen_by,
         "config": {
-            "model_name_or_path": config.model_name_or_path,
+            "model_name_or_path": without_queries(config.model_name_or_path),
             "max_length": config.max_length,
             "max_prompt_length": config.max_prompt_length,
             "global_batch_size": config.global_batch_size,

@@ -108,7 +108,7 @@ def export_trained(
         rows=rows,
         version=__version__,
         config_yaml=to_public_yaml(config),
-        base=without_queries(setup.model_name),
+        base=setup.model_name,
         is_adapter=alone,
     )
     if adaptation is not None and alone:
@@ -117,7 +117,7 @@ def export_trained(
             adaptation.lora,
             out,
             sites=adaptation.sites,
-            base_name=without_queries(setup.base_to_find),
+            base_name=setup.base_to_find,
             base_revision=setup.sources.revision,
             tokenizer=setup.tokenizer.hf,
             model_card=card,

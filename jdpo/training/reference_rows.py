@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jdpo.config import DPOConfig
+from jdpo.config import DPOConfig, without_queries
 from jdpo.data.prepare import PreparedData
 from jdpo.data.reference_cache import CacheFolder, Shards, cache_root
 from jdpo.data.reference_key import Entry, about_rows, key_of, parts_of
@@ -103,7 +103,7 @@ def entry_of(setup: Setup, rows: RowSet) -> Entry:
     about = about_rows(
         config.datasets if rows.role == "training" or config.eval_fraction else config.eval_datasets,
         role=rows.role,
-        model=f"{name} ({revision})" if revision else str(name),
+        model=f"{name} ({revision})" if revision else without_queries(name),
         tokenizer=setup.tokenizer.digest,
         chat_template=config.chat_template,
         max_length=config.max_length,

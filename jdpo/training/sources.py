@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from jdpo.config import TrainConfig
+from jdpo.config import TrainConfig, public_text, refuse_passwords
 from jdpo.models.adapter_config import CONFIG_NAME, base_of, is_adapter_folder
 from jdpo.models.config import ModelConfig
 from jdpo.models.hub import resolve_folder
@@ -15,7 +15,7 @@ class Sources(NamedTuple):
     """Where a run's weights and words come from.
 
     Attributes:
-      name: of the model, or of the base under an adapter.
+      name: of the model, or of the base under an adapter; without the query of an address, as files will have it.
       revision: its hub revision, where one is asked for.
       model_folder: its folder.
       adapter_folder: an adapter to go on from, or None.
@@ -37,7 +37,7 @@ def find_sources(config: TrainConfig, *, weights: bool = True) -> Sources:
         known by them.
 
     Raises:
-      ValueError: nothing is there, or two adapters are named.
+      ValueError: nothing is there, two adapters are named, or an adapter names a base by an address with a password.
     """
     name, revision = config.model_name_or_path, config.model_revision
     folder = resolve_folder(name, revision, weights=weights)
@@ -61,6 +61,7 @@ def find_sources(config: TrainConfig, *, weights: bool = True) -> Sources:
             )
         adapter = folder
         name, revision = base_of(adapter)
+        refuse_passwords(name, f"base_model_name_or_path in {adapter / CONFIG_NAME}")
         try:
             folder = resolve_folder(name, revision, weights=weights)
         except ValueError as error:
@@ -69,7 +70,8 @@ def find_sources(config: TrainConfig, *, weights: bool = True) -> Sources:
                 "and the adapter as lora.adapter"
             ) from error
     brings_words = adapter is not None and (adapter / "tokenizer_config.json").is_file()
-    return Sources(name, revision, folder, adapter, adapter if adapter is not None and brings_words else folder)
+    words = adapter if adapter is not None and brings_words else folder
+    return Sources(public_text(name), revision, folder, adapter, words)
 
 
 def check_positions(config: TrainConfig, source_config: ModelConfig) -> None:

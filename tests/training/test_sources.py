@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from jdpo.config import DPOConfig
 from jdpo.training.sources import find_sources
+from tests.web_server import serving_web
 
 URL = "memory://bucket/adapter"
 
@@ -42,6 +44,28 @@ def test_an_adapter_comes_with_its_weights_where_those_of_the_base_are_not_asked
     assert (sources.model_folder / "config.json").is_file()
     assert not list(sources.model_folder.glob("*.safetensors"))
     assert sources.tokenizer_folder == sources.model_folder, "the adapter has none"
+
+
+def test_the_base_that_an_adapter_names_may_hold_no_password_and_is_written_without_its_query(
+    store: MemoryFileSystem, tmp_path: Path
+) -> None:
+    def naming(base: str) -> DPOConfig:
+        config = json.dumps({"base_model_name_or_path": base})
+        store.pipe("/bucket/adapter/adapter_config.json", config.encode())
+        return config_of(URL)
+
+    with pytest.raises(ValueError, match=r"base_model_name_or_path in .*: an address may not hold a pass") as caught:
+        find_sources(naming("memory://me:hunter2@bucket/base"))
+    assert "hunter2" not in str(caught.value)
+    shutil.make_archive(str(tmp_path / "base"), "zip", find_sources(naming("memory://bucket/base")).model_folder)
+    (tmp_path / "config.json").write_text("{}")
+    with serving_web(tmp_path) as address:
+        sources = find_sources(naming(f"zip://::{address}/base.zip?token=hunter2"))
+        assert sources.name == f"zip://::{address}/base.zip"
+        assert (sources.model_folder / "model.safetensors").read_bytes() == b"weights"
+        with pytest.raises(ValueError, match=rf"model {address}/: this store lists files without their siz") as caught:
+            find_sources(config_of(f"{address}/?token=hunter2"))
+        assert "hunter2" not in str(caught.value)
 
 
 def test_a_model_with_the_config_of_an_adapter_beside_it_is_a_model(store: MemoryFileSystem) -> None:

@@ -10,12 +10,12 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from jdpo.config import DatasetConfig
+from jdpo.config import DatasetConfig, public_text
 from jdpo.data.sources.files import File, Row
 from jdpo.data.sources.folders import files_of_folder, refuse_no_file
 from jdpo.data.sources.hub import HubSource
 from jdpo.data.sources.readers import READERS, ending_of, reader_of
-from jdpo.data.sources.remote import is_url, open_store, without_query
+from jdpo.data.sources.remote import is_url, open_store
 from jdpo.data.sources.splits import Slice, parse_split
 from jdpo.data.sources.stores import Disk, Store
 
@@ -81,7 +81,7 @@ def open_source(dataset: DatasetConfig) -> Source:
         return FileSource(files, left_out, split, place)
     if split.name != "train":
         raise ValueError(f"{place}: a file has one split, 'train', but split is {dataset.split!r}")
-    name = without_query(path).rsplit("/", 1)[-1]
+    name = public_text(path).rsplit("/", 1)[-1]
     if ending_of(name) is None:
         raise ValueError(f"{place}: cannot read this kind of file; known endings are {', '.join(READERS)}")
     return FileSource((File(store, path, name),), (), split, place)

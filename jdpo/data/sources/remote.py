@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from jdpo.config import public_text
 from jdpo.data.sources.stores import BUFFER_BYTES, Disk, Entry, Kind, Store, said
 
 _URL = re.compile(r"(?P<protocol>[A-Za-z][\w+.-]*)(://|::)")
@@ -44,7 +45,7 @@ class Remote:
         self._root = root.rstrip("/")
 
     def place(self, path: str) -> str:
-        return without_query(self._url + path.removeprefix(self._root).rstrip("/"))
+        return public_text(self._url + path.removeprefix(self._root).rstrip("/"))
 
     def kind(self, path: str) -> Kind | None:
         with self._naming(path):
@@ -67,7 +68,7 @@ class Remote:
         own = folder.rstrip("/")
         # Object stores may list an empty object that stands for the folder itself.
         paths = [path for path in kinds if path.rstrip("/") != own]
-        return sorted(Entry(without_query(path).rstrip("/").rsplit("/", 1)[-1], path, kinds[path]) for path in paths)
+        return sorted(Entry(public_text(path).rstrip("/").rsplit("/", 1)[-1], path, kinds[path]) for path in paths)
 
     def join(self, folder: str, name: str) -> str:
         return f"{folder.rstrip('/')}/{name}"
@@ -93,17 +94,6 @@ def is_url(path: str) -> bool:
     return _URL.match(path) is not None
 
 
-def without_query(url: str) -> str:
-    """Web addresses may end in a query or hold a password, which is for nobody to see.
-
-    >>> without_query("https://me:secret@host/rows.jsonl?signature=0a1b"), without_query("s3://bucket/why?.csv")
-    ('https://host/rows.jsonl', 's3://bucket/why?.csv')
-    """
-    if not url.startswith(("http://", "https://")):
-        return url
-    return re.sub(r"//[^/@]*@", "//", re.split(r"[?#]", url, maxsplit=1)[0], count=1)
-
-
 def open_store(url: str) -> tuple[Store, str]:
     """The store of a URL, and the path in it.
 
@@ -114,7 +104,7 @@ def open_store(url: str) -> tuple[Store, str]:
 
     match = _URL.match(url)
     assert match is not None
-    protocol, place = match["protocol"].lower(), without_query(url)
+    protocol, place = match["protocol"].lower(), public_text(url)
     try:
         system, path = fsspec.core.url_to_fs(url)
     except ImportError as error:

@@ -106,7 +106,9 @@ def weights_of(lora: Lora, base: Base, adapters: Adapters) -> Weights:
     found = {}
     for site in lora.sites:
         found[(*site.path, "a")] = get_at(adapters, (*site.leader, "a"))
-        found[(*site.path, "b")] = get_at(adapters, (*site.path, "b")) * lora.scale
+        b = get_at(adapters, (*site.path, "b"))
+        # Scaled in float32 at least, as a merge does it: in bfloat16 the product would be rounded once more.
+        found[(*site.path, "b")] = b.astype(jnp.promote_types(b.dtype, jnp.float32)) * lora.scale
     return Weights(base.params, base.scales, tree_of(found))
 
 

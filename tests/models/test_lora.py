@@ -152,6 +152,30 @@ def test_int8_is_off_by_half_a_unit_at_most(base: Base) -> None:
     np.testing.assert_array_equal(back[..., 5], 0)
 
 
+def test_quantizing_a_stack_makes_no_second_copy_of_it(base: Base) -> None:
+    site = next(site for site in SITES if last_name(site) == "down_proj" and site.lead)
+    kernel = get_at(base.params, (*site.path, KERNEL))
+    large = jax.ShapeDtypeStruct((8, *kernel.shape[1:]), jnp.float32)  # as it is read, whatever is computed in
+    sizes = jax.jit(quantize, static_argnums=1).lower(large, site).compile().memory_analysis()
+    num_bytes = 4 * large.size
+    assert sizes.argument_size_in_bytes == num_bytes
+    assert sizes.output_size_in_bytes < 0.3 * num_bytes
+    assert sizes.temp_size_in_bytes < 0.1 * num_bytes
+
+
+def test_adapters_in_bfloat16_count_in_training_as_in_their_merge(base: Base) -> None:
+    """With a scale that bfloat16 would round once more."""
+    lora = lora_on(["o_proj"], alpha=4.0)
+    adapters = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.bfloat16), moved(init_adapters(lora, jax.random.key(0), jnp.float32))
+    )
+    apply = jax.jit(make_apply_fn(MODEL))
+    merged = merge(lora, base, adapters, sites=SITES, dtype=jnp.float32)
+    expected, plain = apply(merged, TOKENS, MASK), apply(base.params, TOKENS, MASK)
+    found = apply(weights_of(lora, base, adapters), TOKENS, MASK)
+    np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected - plain).max())
+
+
 def test_int8_logits_are_those_of_its_numbers_and_near_the_base(base: Base) -> None:
     quantized = in_int8(base)
     numbers = {(*site.path, KERNEL): dequantized(quantized, site) for site in SITES}

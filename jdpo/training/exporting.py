@@ -101,7 +101,7 @@ def export_checkpoint(
     with numerics(config):
         setup = build_model(_on_this_host(config))
         check_base(read_position(checkpoint.folder).get("base"), setup.base_identity(), checkpoint.folder)
-        merging = bool(config.lora and config.lora.merge) if merge_adapters is None else merge_adapters
+        merging = setup.exports_merged if merge_adapters is None else merge_adapters
         if setup.adaptation is None:
             _refuse_merging(checkpoint, merge_adapters)
         elif not merging:

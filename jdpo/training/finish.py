@@ -99,7 +99,7 @@ def export_trained(
     """
     config, adaptation = setup.config, setup.adaptation
     if merge_adapters is None:
-        merge_adapters = bool(config.lora and config.lora.merge)
+        merge_adapters = setup.exports_merged
     alone = adaptation is not None and not merge_adapters
     card = model_card(
         command=command,

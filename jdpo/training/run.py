@@ -133,7 +133,10 @@ class Run:
             self._prepare(first)
         else:  # there is a model to export, and nothing to compile
             self.assembly = assemble(self.setup, reference=self.reference.mode, remat=self.setup.model.remat)
-        state, frozen = self._start(first)
+        # Of a run that ended, adapters are exported without the model under them.
+        state, frozen = self._start(
+            first, with_base=first < num_steps or on_step is not None or self.setup.exports_merged
+        )
         if self.stop.asked():
             return self._interrupted(first)
         if on_step is not None:
@@ -143,7 +146,7 @@ class Run:
                 state, done = self._steps(state, frozen, first, on_step)
             if self.stop.asked():
                 return self._interrupted(done)
-        base = frozen.base  # the reference is no longer needed
+        base = frozen.base if self.setup.exports_merged else None  # the reference is no longer needed
         del frozen
         self.manager.wait()
         exported = step_to_export(self.setup, self.manager)
@@ -182,17 +185,17 @@ class Run:
         if self.evaluation is not None:
             self.evaluation.prepare()
 
-    def _start(self, first: int) -> tuple[TrainState, Frozen]:
+    def _start(self, first: int, *, with_base: bool) -> tuple[TrainState, Frozen]:
         """The state behind step `first`, and the frozen weights beside it."""
         num_steps = self.setup.num_steps
         if self.last_saved is None:
             if self.directory.has_metrics():
                 self.say(f"no whole checkpoint in {self.directory.checkpoints}: starting again from step 0")
-            state, frozen = self._fresh_state()
+            state, frozen = self._fresh_state()  # there are steps ahead, which need the base
         else:
             checkpoints = self.directory.checkpoints.absolute()
             check_base(read_position(checkpoints / str(first)).get("base"), self.base_identity, checkpoints)
-            frozen = self._load_frozen(None, live=first < num_steps)
+            frozen = self._load_frozen(None, live=first < num_steps, with_base=with_base)
             restored = self.manager.restore(first, saved_parts(self.assembly.state))
             state = TrainState(**restored.state)
             self.record.restore(restored.position)
@@ -215,9 +218,13 @@ class Run:
             state = state._replace(reference_params=load_reference(setup, params, moves=True))
         return state, frozen
 
-    def _load_frozen(self, start: Params | None, *, live: bool) -> Frozen:
+    def _load_frozen(self, start: Params | None, *, live: bool, with_base: bool = True) -> Frozen:
         return load_frozen(
-            self.setup, start, live=live and self.reference.mode == "live", moves=self.assembly.sync is not None
+            self.setup,
+            start,
+            live=live and self.reference.mode == "live",
+            moves=self.assembly.sync is not None,
+            with_base=with_base,
         )
 
     # --- the loop

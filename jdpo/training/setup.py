@@ -86,6 +86,11 @@ class ModelSetup:
         return param_shardings(logical_axes(self.model), abstract_params(self.model), self.mesh)
 
     @property
+    def exports_merged(self) -> bool:
+        """Whether adapters are exported added to their base, and not alone."""
+        return self.adaptation is not None and bool(self.config.lora and self.config.lora.merge)
+
+    @property
     def model_name(self) -> str:
         """The model as the config, or the adapter that it names, calls it."""
         return self.sources.name

@@ -56,16 +56,17 @@ def _load_grown(setup: Setup, folder: FilePath, dtype: Any = None) -> Params:
 # --- what is frozen
 
 
-def load_frozen(setup: Setup, start: Params | None, *, live: bool, moves: bool) -> Frozen:
+def load_frozen(setup: Setup, start: Params | None, *, live: bool, moves: bool, with_base: bool = True) -> Frozen:
     """All that steps read and do not change.
 
     Args:
       start: see `load_reference`.
       live: whether a frozen reference runs in the step.
       moves: whether the reference moves in training: it is in the state then.
+      with_base: whether anything will read the base under adapters.
     """
     reference = load_reference(setup, start) if live and not moves else None
-    return Frozen(load_base(setup), reference)
+    return Frozen(load_base(setup) if with_base else None, reference)
 
 
 def load_base(setup: ModelSetup) -> Base | None:

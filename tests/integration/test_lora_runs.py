@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -91,13 +92,41 @@ def test_another_base_is_refused_by_name(
     assert "adapters mean nothing on another base" in error
 
 
-def test_a_base_that_goes_while_a_run_trains_is_still_named(cut_words: Words, toy_model: Path, tmp_path: Path) -> None:
+def test_a_base_that_goes_while_a_run_trains_is_still_named_and_not_read_for_adapters_alone(
+    cut_words: Words, toy_model: Path, tmp_path: Path
+) -> None:
     base = Path(shutil.copytree(toy_model, tmp_path / "base"))
-    config = load_config(DPOConfig, None, cut_words(tmp_path / "run", model_name_or_path=base, max_steps=2, **LORA)[1:])
+    words = cut_words(tmp_path / "run", model_name_or_path=base, max_steps=2, **LORA)[1:]
+    config = load_config(DPOConfig, None, words)
     digest = folder_digest(base)
     train(config, on_step=lambda step, params: shutil.rmtree(base, ignore_errors=True))
     position = json.loads(next((tmp_path / "run" / "checkpoints" / "2" / "position").rglob("metadata")).read_text())
     assert position["base"]["digest"] == digest
+    # The same by name, size and time, which is what tells this process that it has its digest; reading it would fail.
+    shutil.copytree(toy_model, base)
+    file = base / "model.safetensors"
+    status, weights = file.stat(), load_file(file)
+    weights["model.norm.weight"][:] = np.nan
+    save_file(weights, file, metadata={"format": "pt"})
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    def again(*more: str, **options: Any) -> None:
+        state = json.loads((tmp_path / "run" / "run.json").read_text())
+        (tmp_path / "run" / "run.json").write_text(json.dumps(state | {"finished": False}))
+        shutil.rmtree(tmp_path / "run" / "model")
+        train(load_config(DPOConfig, None, [*words, *more]), **options)
+
+    before = load_file(tmp_path / "run" / "model" / "adapter_model.safetensors")
+    again()
+    after = load_file(tmp_path / "run" / "model" / "adapter_model.safetensors")
+    assert {name: values.tobytes() for name, values in after.items()} == {
+        name: values.tobytes() for name, values in before.items()
+    }
+    with pytest.raises(ValueError, match=r"model\.norm\.weight .* holds NaN"):
+        again("lora.merge=true")
+    (tmp_path / "run" / "model").mkdir()
+    with pytest.raises(ValueError, match=r"model\.norm\.weight .* holds NaN"):
+        again(on_step=lambda step, params: None)
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +187,24 @@ def test_merged_weights_are_base_plus_adapter(
         np.testing.assert_allclose(values, expected.astype(values.dtype), atol=1e-6, err_msg=name)
     assert num_adapted == 14
     assert not (run / "model" / "adapter_config.json").exists()
+
+
+def test_an_export_refuses_what_adapters_alone_would_not_read(lora_run: Path, tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "out"
+
+    def refusal(*words: str) -> str:
+        capsys.readouterr()
+        assert main(["export", str(lora_run), str(out), *words]) == 2
+        assert not out.exists()
+        return capsys.readouterr().err
+
+    assert "--dtype would not be read: adapters alone" in refusal("--dtype", "bfloat16")
+    assert "--max_shard_size would not be read" in refusal("--max_shard_size", "1MB", "--no-merge")
+    both = ("--dtype", "float32", "--max_shard_size", "1MB")
+    assert "--dtype and --max_shard_size would not be read" in (said := refusal(*both))
+    assert "leave it out, or give --merge" in said
+    assert main(["export", str(lora_run), str(out), *both, "--merge"]) == 0
+    assert {values.dtype for values in load_file(out / "model.safetensors").values()} == {np.dtype(np.float32)}
 
 
 @pytest.mark.torch

@@ -107,8 +107,9 @@ def test_what_is_no_checkpoint_is_refused(run: Path, tmp_path: Path, capsys: Cap
     step = str(run / "checkpoints" / "3")
     assert "is step 3; leave --step out" in refusal([step, str(out), "--step", "6"], capsys)
     assert "OUT is an address (gs://..): an export is written to a folder here" in refusal([step, "gs://b/m"], capsys)
-    assert "--no-merge: " in (said := refusal([step, str(out), "--no-merge"], capsys))
-    assert "holds all weights: there are no adapters to merge" in said
+    for flag in ("--merge", "--no-merge"):
+        assert f"{flag}: " in (said := refusal([step, str(out), flag], capsys))
+        assert "holds all weights: there are no adapters to merge" in said
     assert "belongs to its run; choose another place" in refusal([step, str(run / "checkpoints" / "x")], capsys)
     base = Path(yaml.safe_load((run / "resolved_config.yaml").read_text())["model_name_or_path"])
     assert f"lies in {base}, which this export is made from" in refusal([step, str(base / "x")], capsys)

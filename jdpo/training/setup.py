@@ -20,7 +20,7 @@ from jdpo.config import DPOConfig, TrainConfig
 from jdpo.data.loader import RowPlan
 from jdpo.data.prepare import PreparedData, cache_folder
 from jdpo.data.tokenizer import Tokenizer, load_tokenizer
-from jdpo.models.adapter_config import CONFIG_NAME, WEIGHTS_NAME
+from jdpo.models.adapter_config import CONFIG_NAME, WEIGHTS_NAME, is_adapter_folder
 from jdpo.models.config import ModelConfig
 from jdpo.models.families import read_model_config
 from jdpo.models.hf_weights import check_tensors
@@ -302,6 +302,12 @@ def _reference_of(config: TrainConfig, made: ModelSetup, *, weights: bool) -> tu
         return None, None  # the policy's own start, or the base of the adapter that it starts from
     if sources.adapter_folder is not None and folder.resolve() == sources.adapter_folder.resolve():
         return None, sources.adapter_folder
+    if is_adapter_folder(folder):
+        raise ValueError(
+            f"reference_model {config.reference_model} is an adapter, and not the one that training starts from, which "
+            "alone may be the reference without its base. Merge it (`jdpo export --merge`, or PEFT's merge_and_unload) "
+            "and give the merged model"
+        )
     _check_reference(config, folder, made.source_config, made.tokenizer)
     return folder, None
 

@@ -186,6 +186,14 @@ def test_a_reference_named_as_the_base_is_the_base_without_the_adapter_gone_on_f
     assert build_with(lora="true", reference_model=toy_model).reference_is_start
 
 
+@pytest.mark.parametrize("overrides", [{}, {"lora": "true"}])
+def test_a_reference_is_no_adapter_but_the_one_that_training_starts_from(
+    build_with: Callable[..., Setup], adapter: Path, overrides: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError, match=r"reference_model .*adapter is an adapter, and not the one .* give the merg"):
+        build_with(**overrides, reference_model=adapter)
+
+
 def test_an_adapter_is_known_by_content_wherever_it_lies(
     build_with: Callable[..., Setup], adapter: Path, tmp_path: Path
 ) -> None:

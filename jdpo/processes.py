@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+T = TypeVar("T")
+
+_FAILED = "jdpo/failed"
+_WATCH_SECONDS = 1.0
+_GRACE_SECONDS = 20.0
+_CAUSE_BYTES = 2**12
 
 
 def join_cluster() -> None:
@@ -35,6 +46,58 @@ def join_cluster() -> None:
         or int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
     ):
         jax.distributed.initialize()
+
+
+@contextlib.contextmanager
+def ending_together() -> Iterator[None]:
+    """While entered, an error that ends one process of a run ends all of them, wherever they wait for it.
+
+    What all processes find out together (see `together`) all raise. This is for the rest, such as a disk that fails
+    on one host in the middle of a step: a process that waits for another in a collective cannot be reached by an
+    exception. It says which process failed and of what, and exits with 1.
+    """
+    client = _coordination_client()
+    if client is None:
+        yield
+        return
+    left = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(client, left), name="processes", daemon=True)
+    watcher.start()
+    try:
+        yield
+    except BaseException as error:
+        text = f"{jax.process_index()} {type(error).__name__}: {error}"
+        with contextlib.suppress(Exception):  # another failed before, or the coordinator is gone: they know
+            client.key_value_set(_FAILED, text)
+        raise
+    finally:
+        left.set()
+        watcher.join(_GRACE_SECONDS)
+
+
+def _coordination_client() -> Any:
+    """JAX's own line between the processes, which works while devices wait; None: there is one process."""
+    from jax._src import distributed  # it has no public name
+
+    return distributed.global_state.client
+
+
+def _watch(client: Any, left: threading.Event) -> None:
+    """Ends this process where another has failed and the main thread does not notice."""
+    failed = ""
+    while not left.wait(_WATCH_SECONDS):
+        with contextlib.suppress(Exception):  # nobody has failed
+            failed = client.key_value_try_get(_FAILED)
+        if failed:
+            break
+    if left.wait(_GRACE_SECONDS):  # it noticed: there was something to put in order
+        return
+    index, _, what = failed.partition(" ")
+    print(f"jdpo: error: process {index} of this run has failed, and this one waits for it: {what}", file=sys.stderr)
+    sys.stderr.flush()
+    with contextlib.suppress(Exception):
+        client.shutdown()  # the one that failed waits until all have come here
+    os._exit(1)
 
 
 def is_first() -> bool:
@@ -69,35 +132,52 @@ def raise_where_any(error: Exception | None) -> None:
 
     Raises:
       Exception: `error` where it is not None.
-      ValueError: another process has one.
+      ValueError: another process has one; it has its text.
     """
-    failed = [error is not None]
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
-        failed = np.reshape(multihost_utils.process_allgather(np.array(failed)), -1).tolist()
+        failed = np.reshape(multihost_utils.process_allgather(np.array([error is not None])), -1)
+        if failed.any():
+            first = int(np.argmax(failed))
+            text = (str(error) or type(error).__name__).encode()[:_CAUSE_BYTES].ljust(_CAUSE_BYTES, b"\0")
+            texts = multihost_utils.process_allgather(np.frombuffer(text, np.uint8))
+            cause = texts[first].tobytes().rstrip(b"\0").decode(errors="replace")
+            error = error or ValueError(f"process {first} of this run has failed: {cause}")
     if error is not None:
         raise error
-    if any(failed):
-        raise ValueError(f"process {failed.index(True)} of this run has failed; its log says why")
 
 
-def together(work: Callable[[], None], *, on_first: bool = False) -> None:
+@overload
+def together(work: Callable[[], T]) -> T: ...
+
+
+@overload
+def together(work: Callable[[], T], *, on_first: Literal[True]) -> T | None: ...
+
+
+def together(work: Callable[[], T], *, on_first: bool = False) -> T | None:
     """Does something on every process and waits for all; where it fails on one process, all raise.
 
     Args:
+      work: has no steps that processes take together: one that fails alone would leave the others there.
       on_first: it is done on the first process only, while the others wait.
 
+    Returns:
+      what `work` returns here; None where it is not done.
+
     Raises:
-      Exception: what `work` raised here, or a ValueError that names the process where it did.
+      Exception: what `work` raised here, or a ValueError with the process where it did and why.
     """
     error: Exception | None = None
+    found: T | None = None
     try:
         if is_first() or not on_first:
-            work()
+            found = work()
     except Exception as raised:
         error = raised
     raise_where_any(error)
+    return found
 
 
 def most_of_processes(mine: float) -> float:
@@ -143,15 +223,10 @@ def agree_on(find: Callable[[], int | None]) -> int | None:
     Raises:
       Exception: what `find` raised on the first process; a ValueError on the others.
     """
-    found: list[int | None] = [None]
-
-    def work() -> None:
-        found[0] = find()
-
-    together(work, on_first=True)
+    found = together(find, on_first=True)
     if jax.process_count() == 1:
-        return found[0]
+        return found
     from jax.experimental import multihost_utils
 
-    told = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if found[0] is None else found[0])))
+    told = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if found is None else found)))
     return None if told < 0 else told

@@ -35,10 +35,11 @@ def main(command: str, words: Sequence[str]) -> int:
         return 0
     # Not touched, so it need not be given.
     config = read_config(DPOConfig, [*words, "output_dir=none"])
-    from jdpo.processes import is_first, join_cluster
+    from jdpo.processes import ending_together, is_first, join_cluster
 
     join_cluster()
-    from jdpo.training.reference import compute_reference
+    with ending_together():
+        from jdpo.training.reference import compute_reference
 
-    compute_reference(config, lambda text: print(text, flush=True) if is_first() else None)
+        compute_reference(config, lambda text: print(text, flush=True) if is_first() else None)
     return 0

@@ -69,14 +69,15 @@ def main(command: str, words: Sequence[str]) -> int:
     if print_config:
         print(to_yaml(config), end="")
         return 0
-    from jdpo.processes import join_cluster
+    from jdpo.processes import ending_together, join_cluster
 
     join_cluster()
-    if only_said:
-        from jdpo.training.dry_run import dry_run
+    with ending_together():
+        if only_said:
+            from jdpo.training.dry_run import dry_run
 
-        dry_run(config, print)
-        return 0
-    from jdpo.training.loop import train
+            dry_run(config, print)
+            return 0
+        from jdpo.training.loop import train
 
-    return train(config).exit_code
+        return train(config).exit_code

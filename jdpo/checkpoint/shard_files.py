@@ -77,10 +77,10 @@ def write_shards(
     with ThreadPoolExecutor(num_threads, thread_name_prefix="export") as pool, _Writer(pool) as writer:
         for shard in mine:
             writer.create(folder / shard.name, {name: (shapes[name], dtypes[name]) for name in shard.tensor_names})
-        for name, blocks in hf_blocks(params, config, lambda name: name in owned and writer.error is None):
-            if blocks is not None:
-                writer.write(name, blocks)
-            elif writer.error is not None and jax.process_count() == 1:
+        for name, take in hf_blocks(params, config):
+            if name in owned:
+                writer.write(name, take)
+            if writer.error is not None and jax.process_count() == 1:
                 break
         writer.finish()
         if jax.process_index() == 0 and len(shards) > 1:
@@ -106,7 +106,7 @@ class _Writer:
     """Open files, and the chunks on their way to them.
 
     Attributes:
-      error: the first that a file or a thread had; nothing is written after it.
+      error: the first that anything here had, on whatever thread; nothing is written after it.
     """
 
     def __init__(self, pool: ThreadPoolExecutor) -> None:
@@ -130,6 +130,9 @@ class _Writer:
 
     def create(self, path: Path, tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> None:
         """Makes a file with its header."""
+        self._guarded(self._create, path, tensors)
+
+    def _create(self, path: Path, tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> None:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         offsets, end = {}, 0
         # Wide elements first, so that every tensor is aligned to its own.
@@ -139,19 +142,18 @@ class _Writer:
             header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
-        try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-            self._descriptors.append(descriptor)
-            _write_all(descriptor, len(text).to_bytes(8, "little") + text, 0)
-        except Exception as error:  # raised at the end, as for chunks
-            self.error = self.error or error
-            return
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        self._descriptors.append(descriptor)
+        _write_all(descriptor, len(text).to_bytes(8, "little") + text, 0)
         for name, (shape, dtype) in tensors.items():
             self._places[name] = _Place(descriptor, 8 + len(text) + offsets[name], shape, dtype)
 
-    def write(self, name: str, blocks: Sequence[Placed]) -> None:
+    def write(self, name: str, take: Callable[[], Sequence[Placed]]) -> None:
         """Starts to write a tensor from its pieces; waits first where too much is under way."""
-        place = self._places[name]
+        self._guarded(self._write, name, take)
+
+    def _write(self, name: str, take: Callable[[], Sequence[Placed]]) -> None:
+        place, blocks = self._places[name], take()
         num_bytes = math.prod(place.shape) * place.dtype.itemsize
         while self._waiting and sum(size for size, _ in self._waiting) + num_bytes > _BYTES_UNDER_WAY:
             self._wait()

@@ -31,7 +31,7 @@ from jdpo.models.leaf_buffers import Block, LeafBuffers, blocks_of, placed
 from jdpo.models.resize import resize_embeddings
 from jdpo.models.safetensors_folder import DTYPES, TensorEntry, TensorFiles, source_dtypes, tensor_entries
 from jdpo.models.transformer import Params, Transformer
-from jdpo.processes import raise_where_any
+from jdpo.processes import together
 
 __all__ = ["check_tensors", "iter_hf_tensors", "load_params", "resize_embeddings", "source_dtypes"]
 
@@ -67,26 +67,34 @@ def load_params(
         quantized dtype, holding NaN or Inf. Tensor and file are named; all but NaN and Inf come before any read.
     """
     config = model if isinstance(model, ModelConfig) else model.config
-    entries = with_prefix(tensor_entries(folder), config)
-    check_tensors(folder, entries, config)
+    entries = together(lambda: _checked_entries(folder, config))
     params: Params = {}
     num_threads = min(_MAX_THREADS, len(os.sched_getaffinity(0)))
-    with TensorFiles(entries) as files:
-        if config.tie_embeddings and layout_of(config).head.hf_name in entries:
-            _require_tied(files, entries, folder, config)
-        with ThreadPoolExecutor(num_threads, thread_name_prefix="weights") as pool:
-            filler = Filler(files, pool)
-            keeps_leaves = transform is None
-            filled = _filled(filler, config, shardings, np.dtype(dtype), buffer_bytes, keeps_leaves=keeps_leaves)
-            # Closed whatever is raised here: threads may be writing to the memory of leaves that follow.
-            with closing(filled):
-                for path, leaf in filled:
-                    parent = params
-                    for key in path[:-1]:
-                        parent = parent.setdefault(key, {})
-                    parent[path[-1]] = leaf if transform is None else transform(path, leaf)
-            _refuse_faults(filler)
+    with TensorFiles(entries) as files, ThreadPoolExecutor(num_threads, thread_name_prefix="weights") as pool:
+        keeps_leaves = transform is None
+        filled = _filled(
+            Filler(files, pool), config, shardings, np.dtype(dtype), buffer_bytes, keeps_leaves=keeps_leaves
+        )
+        # Closed whatever is raised here: threads may be writing to the memory of leaves that follow.
+        with closing(filled):
+            # Every process has a leaf, or none goes on: what is made of it may be made by all of them together.
+            while (following := together(lambda: next(filled, None))) is not None:
+                path, leaf = following
+                parent = params
+                for key in path[:-1]:
+                    parent = parent.setdefault(key, {})
+                parent[path[-1]] = leaf if transform is None else transform(path, leaf)
     return params
+
+
+def _checked_entries(folder: Path, config: ModelConfig) -> dict[str, TensorEntry]:
+    """Where all tensors that the model needs stand; of tied weights that are there twice both are read."""
+    entries = with_prefix(tensor_entries(folder), config)
+    check_tensors(folder, entries, config)
+    if config.tie_embeddings and layout_of(config).head.hf_name in entries:
+        with TensorFiles(entries) as files:
+            _require_tied(files, entries, folder, config)
+    return entries
 
 
 def check_tensors(folder: Path, entries: dict[str, TensorEntry], config: ModelConfig) -> None:
@@ -146,7 +154,8 @@ def _filled(
         for future in filling.futures:
             future.result()
         waiting.popleft()
-        _refuse_faults(filler, at_end=False)
+        if filler.faults:
+            raise ValueError("\n".join(list(filler.faults.values())[:_MAX_LISTED]))
         stacked = placed(stacked, filling.block, filling.buffers.finish(), filling.shape)
         if filling.is_last:
             leaf, stacked = stacked, None
@@ -176,12 +185,6 @@ def _filled(
         filler.end()  # the memory that is filled goes with this frame, and not before its threads have ended
 
 
-def _refuse_faults(filler: Filler, *, at_end: bool = True) -> None:
-    """Raises what the threads have found; with several processes at the end only, when all of them do."""
-    if at_end or jax.process_count() == 1:
-        raise_where_any(ValueError("\n".join(list(filler.faults.values())[:_MAX_LISTED])) if filler.faults else None)
-
-
 def iter_hf_tensors(
     params: Params, config: ModelConfig, names: Collection[str] | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
@@ -192,8 +195,9 @@ def iter_hf_tensors(
     Args:
       names: only these tensors (still in the order of the forward pass); None means all.
     """
-    for name, blocks in hf_blocks(params, config, lambda name: names is None or name in names):
-        if blocks is not None:
+    for name, take in hf_blocks(params, config):
+        if names is None or name in names:
+            blocks = take()
             values = np.empty(blocks[0][0].hf_shape, blocks[0][1].dtype)
             for piece, block in blocks:
                 piece.window.view(values.reshape(-1))[...] = block

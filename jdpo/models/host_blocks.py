@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,27 +19,27 @@ Placed = tuple[Piece, np.ndarray]
 """A piece, and its values in the decoder's layout, not to be written."""
 
 
-def hf_blocks(
-    params: Params, config: ModelConfig, wanted: Callable[[str], bool] = lambda name: True
-) -> Iterator[tuple[str, list[Placed] | None]]:
-    """Yields every tensor of a checkpoint with the values of its pieces, one tensor at a time on the host.
+def hf_blocks(params: Params, config: ModelConfig) -> Iterator[tuple[str, Callable[[], list[Placed]]]]:
+    """Yields every tensor of a checkpoint with what takes the values of its pieces to the host, before the next one.
 
     With several processes every process must run it to the end, with params of one sharding: a tensor's slices travel
-    to all of them, and only those that want it take it to the host.
-
-    Args:
-      wanted: whether this process wants a tensor's values, by name; None stands for those of others.
+    to all of them. Which of them takes it to its host, and whether that succeeds, is nothing to the others.
     """
     for name, pieces in hf_tensors(config).items():
         leaves = [_leaf(params, piece) for piece in pieces]
         if all(leaf.is_fully_addressable for leaf in leaves):
-            yield name, [(p, _local(leaf, p)) for p, leaf in zip(pieces, leaves, strict=True)] if wanted(name) else None
+            yield name, functools.partial(_on_host, pieces, leaves)
         else:
             blocks = [_everywhere(leaf, piece.at) for piece, leaf in zip(pieces, leaves, strict=True)]
-            if wanted(name):
-                yield name, [(p, np.asarray(b.addressable_data(0))) for p, b in zip(pieces, blocks, strict=True)]
-            else:
-                yield name, None
+            yield name, functools.partial(_from_all, pieces, blocks)
+
+
+def _on_host(pieces: Sequence[Piece], leaves: Sequence[jax.Array]) -> list[Placed]:
+    return [(piece, _local(leaf, piece)) for piece, leaf in zip(pieces, leaves, strict=True)]
+
+
+def _from_all(pieces: Sequence[Piece], blocks: Sequence[jax.Array]) -> list[Placed]:
+    return [(piece, np.asarray(block.addressable_data(0))) for piece, block in zip(pieces, blocks, strict=True)]
 
 
 def _leaf(params: Any, piece: Piece) -> jax.Array:

@@ -17,6 +17,7 @@ from jdpo.models.adapter_config import CONFIG_NAME, WEIGHTS_NAME, read_adapter_c
 from jdpo.models.lora import Adapters, Lora
 from jdpo.models.lora_sites import EXPERT_AXIS, Module, Site, Targets, get_at, last_name, tree_of, whole_sites
 from jdpo.models.safetensors_folder import DTYPES, TensorEntry, read_header
+from jdpo.processes import together
 
 PREFIX = "base_model.model."
 
@@ -162,9 +163,19 @@ def load_adapters(adapter: PeftAdapter, shardings: Any, dtype: Any) -> Adapters:
     Raises:
       ValueError: a tensor holds NaN or Inf; it is named.
     """
+    leaves = together(lambda: _read_leaves(adapter, dtype))
+    return jax.tree.map(
+        lambda values, sharding: jax.make_array_from_callback(values.shape, sharding, lambda index: values[index]),
+        tree_of(leaves),
+        shardings,
+    )
+
+
+def _read_leaves(adapter: PeftAdapter, dtype: Any) -> dict[tuple[str, ...], np.ndarray]:
     from safetensors import safe_open
 
     path, lora = adapter.folder / WEIGHTS_NAME, adapter.lora
+    leaves: dict[tuple[str, ...], np.ndarray] = {}
     with safe_open(path, framework="np") as file:
 
         def read(module: Module, kind: str) -> np.ndarray:
@@ -174,7 +185,6 @@ def load_adapters(adapter: PeftAdapter, shardings: Any, dtype: Any) -> Adapters:
                 raise ValueError(f"tensor {name} in {path} holds NaN or Inf: the adapter is damaged, take another copy")
             return values.astype(dtype)
 
-        leaves = {}
         for site in lora.sites:
             if site.leader == site.path:
                 a = np.empty((*site.lead, *site.inputs, lora.r), dtype)
@@ -185,11 +195,7 @@ def load_adapters(adapter: PeftAdapter, shardings: Any, dtype: Any) -> Adapters:
             for module in site.modules:
                 b[module.at] = read(module, "B")[_rows(module, site.outputs)].T.reshape(lora.r, *site.outputs)
             leaves[*site.path, "b"] = b
-    return jax.tree.map(
-        lambda values, sharding: jax.make_array_from_callback(values.shape, sharding, lambda index: values[index]),
-        tree_of(leaves),
-        shardings,
-    )
+    return leaves
 
 
 def _rows(module: Module, outputs: tuple[int, ...]) -> np.ndarray:

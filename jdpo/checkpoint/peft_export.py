@@ -45,14 +45,15 @@ def export_adapter(
       ValueError: `out` is something other than an export of jdpo, or touches a folder that is kept; a tensor holds NaN
         or Inf.
     """
-    tensors = peft_tensors(lora, jax.tree.map(_on_host, adapters))
-    for name, values in tensors.items():
-        if not np.isfinite(values.astype(np.float32)).all():
-            raise ValueError(f"tensor {name} holds NaN or Inf: this adapter is not exported")
+    gathered = jax.tree.map(_on_host, adapters)
 
     def write(staging: Path) -> None:
         from safetensors.numpy import save
 
+        tensors = peft_tensors(lora, gathered)
+        for name, values in tensors.items():
+            if not np.isfinite(values.astype(np.float32)).all():
+                raise ValueError(f"tensor {name} holds NaN or Inf: this adapter is not exported")
         (staging / WEIGHTS_NAME).write_bytes(save(tensors, metadata={"format": "pt"}))
         write_json(staging / CONFIG_NAME, peft_config(lora, sites, base_name, base_revision))
         write_tokenizer(staging, tokenizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from functools import partial
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from jdpo.checkpoint.folders import check_out
 from jdpo.checkpoint.manager import complete_steps, fault_of, read_position
 from jdpo.config import DPOConfig, TrainConfig
-from jdpo.processes import differing
+from jdpo.processes import differing, together
 from jdpo.reports.progress import make_console
 from jdpo.training.checks import check_base
 from jdpo.training.finish import made_from
@@ -51,9 +52,11 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
             return RunResult(step, False, 0, directory)
         try:
             setup = build(config, say, stopped=stop.alone)
-            check_out(directory.model, [*made_from(setup), directory.checkpoints])  # now, and not behind the last step
-            _check_same_everywhere(setup)
-            directory.check_inputs(setup.inputs(), setup.train_data.parts())
+            # now, and not behind the last step
+            together(lambda: check_out(directory.model, [*made_from(setup), directory.checkpoints]))
+            inputs = together(setup.inputs)
+            _check_same_everywhere(setup, inputs)
+            directory.check_inputs(inputs, setup.train_data.parts())
             directory.remember("rows", setup.train_data.summary())  # for the model card of an export
             _check_base(setup, directory)
             reference = _settle(setup, directory, stop, say)
@@ -78,14 +81,16 @@ def _check_base(setup: Setup, directory: RunDirectory) -> None:
         check_base(read_position(newest).get("base"), setup.base_identity(), directory.checkpoints.absolute())
 
 
-def _check_same_everywhere(setup: Setup) -> None:
+def _check_same_everywhere(setup: Setup, inputs: Mapping[str, str]) -> None:
     """
+    Args:
+      inputs: of the setup, on this process.
+
     Raises:
       ValueError: the processes have not the same model or rows on their disks; what differs is named.
     """
-    inputs = setup.inputs()
     if setup.eval_data is not None:
-        inputs["the evaluation rows"] = setup.eval_data.digest
+        inputs = {**inputs, "the evaluation rows": setup.eval_data.digest}
     if unlike := differing(inputs):
         raise ValueError(
             f"the processes of this run do not have the same files: {', '.join(unlike)} differ from host to host; give "

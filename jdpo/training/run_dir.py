@@ -22,7 +22,7 @@ import yaml
 from jdpo._version import __version__
 from jdpo.config import EXPORT_KEYS, TrainConfig, changed_keys, differences, refuse_passwords, to_dict, to_public_yaml
 from jdpo.durable import write_durably
-from jdpo.processes import barrier, is_first
+from jdpo.processes import barrier, is_first, together
 
 USED_BY_A_RUN = ("metrics.jsonl", "checkpoints", "model", "run.json", "resolved_config.yaml")
 
@@ -49,35 +49,34 @@ class RunDirectory:
         self._config_file = self.path / "resolved_config.yaml"
         self._lock: IO[str] | None = None
         refuse_passwords(to_dict(config))
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"output_dir {self.path} is a file; choose a folder")
-        if is_first():
-            self._take_lock()
+        together(self._take_lock, on_first=True)
         try:
-            self._open(config, command)
+            together(lambda: self._read_owner(config, command))
+            together(lambda: self._write_owner(config, command), on_first=True)
         except BaseException:
             self.close()
             raise
 
-    def _open(self, config: TrainConfig, command: str) -> None:
+    def _read_owner(self, config: TrainConfig, command: str) -> None:
         self.is_new = not self._check_owner(config, command)
         self._exports_anew = not self.is_new and bool(changed_keys(self._saved_config(), config, EXPORT_KEYS))
-        barrier("run directory read")
-        if is_first():
-            try:
-                write_durably(self._config_file, to_public_yaml(config))
-                if self.is_new:
-                    self._write_run({"command": command, "jdpo": __version__, "finished": False, "inputs": {}})
-            except OSError as error:
-                raise ValueError(
-                    f"cannot write to output_dir {self.path}: {error}; choose a folder on a writable disk with room"
-                ) from None
-        barrier("run directory made")
+
+    def _write_owner(self, config: TrainConfig, command: str) -> None:
+        try:
+            write_durably(self._config_file, to_public_yaml(config))
+            if self.is_new:
+                self._write_run({"command": command, "jdpo": __version__, "finished": False, "inputs": {}})
+        except OSError as error:
+            raise ValueError(
+                f"cannot write to output_dir {self.path}: {error}; choose a folder on a writable disk with room"
+            ) from None
 
     def _take_lock(self) -> None:
         """Keeps a second start of the same command, such as a requeued job, out while this one runs."""
         import fcntl
 
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"output_dir {self.path} is a file; choose a folder")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / ".lock").open("a+", encoding="utf-8")
@@ -172,6 +171,12 @@ class RunDirectory:
         Raises:
           ValueError: naming each input that is not what the run started with.
         """
+        together(lambda: self._check_inputs(inputs, files))
+        if is_first():
+            state = self.state()
+            self._write_run({**state, "inputs": {**state["inputs"], **inputs}, "files": dict(files)})
+
+    def _check_inputs(self, inputs: Mapping[str, str], files: Mapping[str, str]) -> None:
         saved, files_then = self.state()["inputs"], self.state().get("files", {})
         changed = [name for name, digest in inputs.items() if name in saved and saved[name] != digest]
         changed_files = [name for name, digest in files.items() if files_then.get(name, digest) != digest]
@@ -183,9 +188,6 @@ class RunDirectory:
                 "has changed; bring the old content back, or choose another output_dir"
                 + (f". Files that changed: {', '.join(changed_files)}" if changed_files else "")
             )
-        barrier("run inputs checked")
-        if is_first():
-            self._write_run({**self.state(), "inputs": {**saved, **inputs}, "files": dict(files)})
 
     def recall(self, name: str) -> Any:
         """What an earlier start of this run remembered under a name, or None."""

@@ -183,6 +183,8 @@ def numerics(config: TrainConfig) -> Iterator[None]:
 def build(config: TrainConfig, say: Say, *, weights: bool = True, stopped: Callable[[], bool] = lambda: False) -> Setup:
     """Reads model config, tokenizer and rows, and lays out mesh and batches. Of weights the headers alone are read.
 
+    Every process must call this: each reads its own host's files, and what one cannot read ends all.
+
     Args:
       config: with compute_dtype resolved.
       say: takes lines for the person who started the run.
@@ -193,10 +195,25 @@ def build(config: TrainConfig, say: Say, *, weights: bool = True, stopped: Calla
       ValueError: anything that does not fit, before anything is trained.
       BuildStopped: `stopped` said so.
     """
+    task = together(lambda: _checked_task(config))
+    if config.push_to_hub is not None:  # now, not at the export after hours of training
+        repository = config.push_to_hub
+        together(lambda: check_push(repository), on_first=True)
+    return together(lambda: _build(config, task, say, weights=weights, stopped=stopped))
+
+
+def _checked_task(config: TrainConfig) -> Task:
     task = task_for(config)
     check_settings(config, task)
     check_offload(config)
-    _check_export(config)  # now, not at the export after hours of training
+    parse_size(config.max_shard_size)
+    if config.push_public and config.push_to_hub is None:
+        raise ValueError("push_public says how push_to_hub makes a repository; give both, or neither")
+    return task
+
+
+def _build(config: TrainConfig, task: Task, say: Say, *, weights: bool, stopped: Callable[[], bool]) -> Setup:
+    """What each process does by itself; nothing here waits for the others."""
     made = build_model(config, weights=weights)
     check_batch_size(config.global_batch_size, made.mesh)
     if made.adaptation is not None:
@@ -226,15 +243,6 @@ def build(config: TrainConfig, say: Say, *, weights: bool = True, stopped: Calla
     check_profiled(config, setup.num_steps)
     say(describe(setup))
     return setup
-
-
-def _check_export(config: TrainConfig) -> None:
-    parse_size(config.max_shard_size)
-    if config.push_public and config.push_to_hub is None:
-        raise ValueError("push_public says how push_to_hub makes a repository; give both, or neither")
-    if config.push_to_hub is not None:
-        repository = config.push_to_hub
-        together(lambda: check_push(repository), on_first=True)
 
 
 def build_model(config: TrainConfig, *, weights: bool = True) -> ModelSetup:

@@ -1,75 +1,75 @@
-"""Two processes on loopback load a model and write it together; what one refuses, both refuse."""
+"""Two processes on loopback load a model and write it together; what one cannot do, both refuse."""
 
 from __future__ import annotations
 
 import json
-import os
+import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-import jdpo
-from tests.integration.test_two_processes import free_port
+from tests.integration.cluster import run_cluster
 
-PROGRAM = Path(__file__).parent / "two_processes_export.py"
+PROGRAM = Path(__file__).parent / "export_by_two.py"
+
+REFUSED = {
+    "NaN on the second": r"tensor model\.layers\.0\.mlp\.up_proj\.weight in .* holds NaN or Inf: the model is damaged",
+    "no folder on the second": r"model folder .*/none does not exist",
+    "small files": "File too large",
+    "no threads": "can't start new thread",
+    "a disk of its own": "No such file or directory",
+}
 
 
-def by_two(folder: Path, out: Path, case: str) -> list[tuple[int, str]]:
-    """Exit code and stderr of both processes."""
-    port = free_port()
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(PROGRAM), str(folder), str(out), case],
-            env={
-                **os.environ,
-                "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-                "JAX_NUM_PROCESSES": "2",
-                "JAX_PROCESS_ID": str(index),
-                "PYTHONPATH": str(Path(jdpo.__file__).parents[1]),
-            },
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    logs = [process.communicate(timeout=300)[1] for process in processes]
-    return [(process.returncode, log) for process, log in zip(processes, logs, strict=True)]
+@pytest.fixture(scope="module")
+def out(toy_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where two processes wrote, and what each said of each case."""
+    folder = tmp_path_factory.mktemp("by_two")
+    damaged = Path(shutil.copytree(toy_model, folder / "damaged"))
+    tensors = load_file(damaged / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][:] = np.nan
+    save_file(tensors, damaged / "model.safetensors")
+    (folder / "out").mkdir()
+    ends = run_cluster([[PROGRAM, toy_model, damaged, folder / "out", folder]] * 2)
+    assert [end.code for end in ends] == [0, 0], ends
+    return folder / "out"
+
+
+def said(out: Path, case: str) -> list[str | None]:
+    return [json.loads((out.parent / str(index)).read_text())[case] for index in range(2)]
 
 
 @pytest.mark.full
-def test_two_processes_write_the_files_in_turn(toy_model: Path, tmp_path: Path) -> None:
-    ends = by_two(toy_model, tmp_path / "out", "whole")
-    assert [code for code, _ in ends] == [0, 0], ends
-    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+def test_two_processes_write_the_files_in_turn(toy_model: Path, out: Path) -> None:
+    assert said(out, "whole") == [None, None]
+    index = json.loads((out / "whole" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 3
     source = load_file(toy_model / "model.safetensors")
     assert index["weight_map"].keys() == source.keys()
     for name, file_name in index["weight_map"].items():
-        np.testing.assert_array_equal(load_file(tmp_path / "out" / file_name)[name], source[name], err_msg=name)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        np.testing.assert_array_equal(load_file(out / "whole" / file_name)[name], source[name], err_msg=name)
 
 
 @pytest.mark.full
-def test_what_one_process_refuses_both_refuse(toy_model: Path, tmp_path: Path) -> None:
-    ends = by_two(toy_model, tmp_path / "out", "damaged")
-    assert [code for code, _ in ends] == [2, 2], ends
-    said = [log for _, log in ends]
-    assert sum("tensor model.norm.weight holds NaN or Inf: this model is not exported" in log for log in said) == 1
-    assert sum("of this run has failed; its log says why" in log for log in said) == 1
-    assert not list(tmp_path.iterdir())
-    # NaN in a part that only the second process reads.
-    damaged = Path(shutil.copytree(toy_model, tmp_path / "damaged"))
-    tensors = load_file(damaged / "model.safetensors")
-    tensors["model.embed_tokens.weight"][:, -1] = np.nan
-    save_file(tensors, damaged / "model.safetensors")
-    ends = by_two(damaged, tmp_path / "out", "whole")
-    assert [code for code, _ in ends] == [2, 2], ends
-    said = [log for _, log in ends]
-    assert any("tensor model.embed_tokens.weight in" in log and "holds NaN or Inf" in log for log in said)
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_the_second_process_cannot_do_both_refuse(out: Path, case: str) -> None:
+    first, second = said(out, case)
+    assert second is not None
+    assert re.search(REFUSED[case], second)
+    assert first == f"process 1 of this run has failed: {second}"
+
+
+@pytest.mark.full
+def test_the_process_that_has_a_tensor_with_inf_says_so(out: Path) -> None:
+    texts = said(out, "Inf")
+    own = "tensor model.norm.weight holds NaN or Inf: this model is not exported"
+    assert own in texts
+    assert f"process {texts.index(own)} of this run has failed: {own}" in texts
+
+
+@pytest.mark.full
+def test_what_was_refused_left_nothing_behind(out: Path) -> None:
+    assert [path.name for path in out.iterdir()] == ["whole"]

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import jdpo
+
+XLA_FLAGS = {
+    # These are given up after 30 s and 40 s by default, which a slow machine spends compiling.
+    "xla_cpu_collective_timeout_seconds": 600,
+    "xla_cpu_collective_call_terminate_timeout_seconds": 600,
+    "xla_backend_optimization_level": 0,  # compiling takes longer than all steps
+}
 
 
 class End(NamedTuple):
@@ -22,22 +30,64 @@ class End(NamedTuple):
     log: str
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+class Cluster:
+    """Processes under way."""
+
+    def __init__(self, processes: Sequence[subprocess.Popen[bytes]], logs: Sequence[Path]) -> None:
+        self.processes, self._logs = processes, logs
+
+    def wait(self, timeout: float) -> list[End]:
+        """
+        Raises:
+          AssertionError: one still runs after `timeout` seconds; it has the logs.
+        """
+        deadline = time.monotonic() + timeout
+        while running := [index for index, process in enumerate(self.processes) if process.poll() is None]:
+            assert time.monotonic() < deadline, f"processes {running} still run after {timeout} s: {self.logs()}"
+            time.sleep(0.1)
+        return [End(process.returncode, log) for process, log in zip(self.processes, self.logs(), strict=True)]
+
+    def logs(self) -> list[str]:
+        """What each has said so far."""
+        return [log.read_text() for log in self._logs]
 
 
-def environment(index: int, *, count: int, port: int) -> dict[str, str]:
-    """What a process is told of the others; eight devices are shared out among them.
+@contextlib.contextmanager
+def started(commands: Sequence[Sequence[object]], folders: Sequence[Path] | None = None) -> Iterator[Cluster]:
+    """Runs `python COMMAND` for each of some commands as one cluster of eight devices; none outlives the context.
 
-    Collectives of CPUs give up after 30 s by default, which a slow machine spends compiling.
+    Args:
+      folders: where each runs; None: all here.
     """
-    flags = {
-        "xla_force_host_platform_device_count": 8 // count,
-        "xla_cpu_collective_timeout_seconds": 600,
-        "xla_cpu_collective_call_terminate_timeout_seconds": 600,
-    }
+    count, port = len(commands), _free_port()
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        logs = [Path(folder) / str(index) for index in range(count)]  # pipes would fill while nobody reads
+        processes: list[subprocess.Popen[bytes]] = []
+        for index, (command, log) in enumerate(zip(commands, logs, strict=True)):
+            with log.open("wb") as stderr:
+                process = subprocess.Popen(
+                    [sys.executable, *map(str, command)],
+                    cwd=folders[index] if folders else None,
+                    env=_environment(index, count=count, port=port),
+                    stdout=subprocess.DEVNULL,
+                    stderr=stderr,
+                )
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            processes.append(process)
+        yield Cluster(processes, logs)
+
+
+def run_cluster(
+    commands: Sequence[Sequence[object]], folders: Sequence[Path] | None = None, *, timeout: float = 400
+) -> list[End]:
+    """`started`, and waits for all."""
+    with started(commands, folders) as cluster:
+        return cluster.wait(timeout)
+
+
+def _environment(index: int, *, count: int, port: int) -> dict[str, str]:
+    flags = {"xla_force_host_platform_device_count": 8 // count, **XLA_FLAGS}
     return {
         **os.environ,
         "XLA_FLAGS": " ".join(f"--{name}={value}" for name, value in flags.items()),
@@ -48,40 +98,7 @@ def environment(index: int, *, count: int, port: int) -> dict[str, str]:
     }
 
 
-def run_cluster(
-    commands: Sequence[Sequence[object]], folders: Sequence[Path] | None = None, *, timeout: float = 240
-) -> list[End]:
-    """Runs `python COMMAND` for each of some commands as one cluster and waits for all; none outlives this call.
-
-    Args:
-      folders: where each runs; None: all here.
-
-    Raises:
-      AssertionError: one still runs after `timeout` seconds; it has the logs.
-    """
-    port = free_port()
-    with tempfile.TemporaryDirectory() as logs:
-        files = [Path(logs) / str(index) for index in range(len(commands))]  # pipes would fill while another is read
-        processes = []
-        try:
-            for index, (command, file) in enumerate(zip(commands, files, strict=True)):
-                with file.open("w") as stderr:
-                    process = subprocess.Popen(
-                        [sys.executable, *map(str, command)],
-                        cwd=folders[index] if folders else None,
-                        env=environment(index, count=len(commands), port=port),
-                        stdout=subprocess.DEVNULL,
-                        stderr=stderr,
-                    )
-                processes.append(process)
-            deadline = time.monotonic() + timeout
-            while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-                time.sleep(0.1)
-            running = [index for index, process in enumerate(processes) if process.poll() is None]
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
-        said = [file.read_text() for file in files]
-        assert not running, f"processes {running} still ran after {timeout} s: {said}"
-        return [End(process.returncode, log) for process, log in zip(processes, said, strict=True)]
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,26 +11,9 @@ import numpy as np
 import pytest
 
 from jdpo.reports.writers import read_metrics
+from tests.integration.cluster import run_cluster, started
 
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-def start(words: list[str], *, index: int, count: int, port: int) -> subprocess.Popen[str]:
-    cluster = {
-        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-        "JAX_NUM_PROCESSES": str(count),
-        "JAX_PROCESS_ID": str(index),
-    }
-    return subprocess.Popen(
-        [sys.executable, "-m", "jdpo.cli.main", "dpo", *words],
-        env={**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // count}", **cluster},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+DPO = ("-m", "jdpo.cli.main", "dpo")
 
 
 @pytest.mark.full
@@ -51,10 +30,9 @@ def test_two_processes_train_as_one(run_words: Callable[..., list[str]], pairs_f
     }
     logs = {}
     for count in (1, 2):
-        port = free_port()
-        processes = [start(words[count], index=index, count=count, port=port) for index in range(count)]
-        logs[count] = [process.communicate(timeout=300)[1] for process in processes]
-        assert [process.returncode for process in processes] == [0] * count, logs[count]
+        ends = run_cluster([[*DPO, *words[count]]] * count)
+        assert [end.code for end in ends] == [0] * count, ends
+        logs[count] = [end.log for end in ends]
     one, two = (read_metrics(tmp_path / f"processes_{count}" / "metrics.jsonl") for count in (1, 2))
     assert len(one) == len(two) == 7
     for line, other in zip(one, two, strict=True):
@@ -63,11 +41,9 @@ def test_two_processes_train_as_one(run_words: Callable[..., list[str]], pairs_f
     assert "done: model in" in logs[2][0]
     assert "done: model in" not in logs[2][1]  # one voice
     # A resumed run of two finds itself finished.
-    port = free_port()
-    processes = [start(words[2], index=index, count=2, port=port) for index in range(2)]
-    assert "is finished" in processes[0].communicate(timeout=300)[1]
-    processes[1].communicate(timeout=300)
-    assert [process.returncode for process in processes] == [0, 0]
+    ends = run_cluster([[*DPO, *words[2]]] * 2)
+    assert [end.code for end in ends] == [0, 0], ends
+    assert "is finished" in ends[0].log
 
 
 @pytest.mark.full
@@ -76,16 +52,15 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(
 ) -> None:
     run = tmp_path / "run"
     words = run_words(output_dir=run, num_train_epochs=2000, save_steps=10000, **{"mesh.data": 2, "mesh.fsdp": 4})
-    port = free_port()
-    processes = [start(words, index=index, count=2, port=port) for index in range(2)]
-    deadline = time.monotonic() + 200
-    while not (run / "metrics.jsonl").exists() or len(read_metrics(run / "metrics.jsonl")) < 5:
-        assert time.monotonic() < deadline
-        assert all(process.poll() is None for process in processes)
-        time.sleep(0.2)
-    processes[1].send_signal(signal.SIGTERM)
-    logs = [process.communicate(timeout=100)[1] for process in processes]
-    assert [process.returncode for process in processes] == [143, 143], logs
+    with started([[*DPO, *words]] * 2) as cluster:
+        deadline = time.monotonic() + 200
+        while not (run / "metrics.jsonl").exists() or len(read_metrics(run / "metrics.jsonl")) < 5:
+            assert time.monotonic() < deadline, cluster.logs()
+            assert all(process.poll() is None for process in cluster.processes), cluster.logs()
+            time.sleep(0.2)
+        cluster.processes[1].send_signal(signal.SIGTERM)
+        ends = cluster.wait(100)
+    assert [end.code for end in ends] == [143, 143], ends
     last = read_metrics(run / "metrics.jsonl")[-1]["step"]
-    assert f"stopped by a signal; step {last} is saved" in logs[0]
+    assert f"stopped by a signal; step {last} is saved" in ends[0].log
     assert (run / "checkpoints" / str(last) / "manifest.json").exists()

@@ -1,0 +1,28 @@
+"""One process of several that makes runs of `jdpo dpo`, one after the other.
+
+python train_by_two.py WORDS [-- WORDS]..
+"""
+
+from __future__ import annotations
+
+import sys
+
+from jdpo.config import DPOConfig, load_config
+from jdpo.processes import ending_together, join_cluster
+from jdpo.training.loop import train
+
+
+def main(words: list[str]) -> None:
+    """Makes the run of the words before the first --, and so on."""
+    if "--" in words:
+        end = words.index("--")
+        main(words[:end])
+        main(words[end + 1 :])
+        return
+    train(load_config(DPOConfig, None, words))
+
+
+if __name__ == "__main__":
+    join_cluster()
+    with ending_together():
+        main(sys.argv[1:])

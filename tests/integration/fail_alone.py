@@ -1,6 +1,8 @@
-"""One of several processes that wait for each other; number INDEX fails where no other can notice.
+"""One of several processes that wait for each other, of which one fails where no other can notice.
 
-python fail_alone.py
+    python fail_alone.py INDEX
+
+INDEX is the number of that process.
 """
 
 from __future__ import annotations

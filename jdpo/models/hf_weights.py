@@ -101,18 +101,19 @@ def check_tensors(folder: Path, entries: dict[str, TensorEntry], config: ModelCo
     """Holds the tensors of a folder against those the model needs; one ValueError lists all that is wrong."""
     expected = {name: pieces[0].hf_shape for name, pieces in hf_tensors(config).items()}
     entries, head = with_prefix(entries, config), layout_of(config).head.hf_name
-    allowed = {head} if config.tie_embeddings else set()
+    # Of tied weights that are there twice both are read, to be compared.
+    shapes = expected | ({head: expected[layout_of(config).embedding.hf_name]} if config.tie_embeddings else {})
     problems = [
         f"missing tensor {name}, expected shape {shape}" for name, shape in expected.items() if name not in entries
     ]
     for name, entry in entries.items():
         where = f"{name} in {entry.file.name}"
-        if name in expected and entry.shape != expected[name]:
-            problems.append(f"wrong shape of {where}: expected {expected[name]}, found {entry.shape}")
-        elif name in expected and entry.dtype not in DTYPES:
+        if name in shapes and entry.shape != shapes[name]:
+            problems.append(f"wrong shape of {where}: expected {shapes[name]}, found {entry.shape}")
+        elif name in shapes and entry.dtype not in DTYPES:
             known = ", ".join(DTYPES)
             problems.append(f"dtype {entry.dtype} of {where}: expected one of {known}; dequantize the model first")
-        elif name not in expected and name not in allowed and not is_ignorable(name, config):
+        elif name not in shapes and not is_ignorable(name, config):
             problems.append(f"extra tensor {where}, shape {entry.shape}: a {config.family} model has no such weight")
     if problems:
         more = f"\n  and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
@@ -206,8 +207,6 @@ def iter_hf_tensors(
 
 def _require_tied(files: TensorFiles, entries: dict[str, TensorEntry], folder: Path, config: ModelConfig) -> None:
     head_name, embedding_name = layout_of(config).head.hf_name, layout_of(config).embedding.hf_name
-    if entries[head_name].shape != entries[embedding_name].shape:
-        raise ValueError(f"{folder}: tie_word_embeddings is true, but {head_name} and {embedding_name} differ in shape")
     size = math.prod(entries[head_name].shape)
     for start in range(0, size, CHUNK_BYTES):
         head, embedding = (

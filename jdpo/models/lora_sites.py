@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import math
+import itertools
+import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -92,11 +93,14 @@ def find_sites(model: Transformer) -> tuple[Site, ...]:
 
 def _inputs_of(piece: Piece) -> tuple[int, bool]:
     """How many axes of a kernel are inputs, and whether Hugging Face has them in front."""
-    num_columns = piece.hf_shape[-1]
-    in_rows = [stride >= num_columns for stride in piece.window.strides]
-    num_inputs = next((place for place, value in enumerate(in_rows) if value != in_rows[0]), len(in_rows))
-    assert math.prod(piece.window.shape[:num_inputs]) == piece.hf_shape[-2 if in_rows[0] else -1], piece
-    return num_inputs, in_rows[0]
+    num_rows, num_columns = piece.hf_shape
+    fan_in_first = piece.window.strides[-1] < num_columns  # the last axis is an output
+    num_all = num_rows if fan_in_first else num_columns
+    # Counted, not told by strides: those of an axis of one, such as a single head, may be either's.
+    products = itertools.accumulate(piece.window.shape, operator.mul)
+    num_inputs = next((count for count, product in enumerate(products, start=1) if product == num_all), None)
+    assert num_inputs is not None, piece
+    return num_inputs, fan_in_first
 
 
 def _module_of(piece: Piece, num_inputs: int, fan_in_first: bool) -> Module:

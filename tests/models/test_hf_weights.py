@@ -150,7 +150,11 @@ def test_rotary_buffers_and_the_head_of_a_tied_model_are_ignored(make_folder: Ca
         load(folder)
     folder.tensors["lm_head.weight"] = np.ones((39, 16), np.float32)
     folder.write()
-    with pytest.raises(ValueError, match="differ in shape"):
+    with pytest.raises(ValueError, match=r"wrong shape of lm_head.weight in .*expected \(\d+, 16\), found \(39, 16\)"):
+        load(folder)
+    folder.tensors["lm_head.weight"] = folder.tensors["model.embed_tokens.weight"].astype(np.int8)
+    folder.write()
+    with pytest.raises(ValueError, match=r"dtype I8 of lm_head\.weight"):
         load(folder)
 
 

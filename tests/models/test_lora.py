@@ -96,6 +96,24 @@ def test_experts_are_adapted_whole_or_not_at_all_and_routers_never() -> None:
     assert num_met_params(lora, experts_per_token=2) == num_adapter_params(lora) // 2
 
 
+def test_a_single_head_is_told_from_inputs_and_outputs() -> None:
+    one = small_llama(num_heads=1, num_kv_heads=1, head_dim=16)
+    shapes = [(last_name(site), site.inputs, site.outputs, site.fan_in_first) for site in find_sites(Transformer(one))]
+    assert shapes[:4] == [
+        ("q_proj", (64,), (1, 16), False),
+        ("k_proj", (64,), (1, 16), False),
+        ("v_proj", (64,), (1, 16), False),
+        ("o_proj", (1, 16), (64,), False),
+    ]
+    plain = {"family": "gpt2", "gated_mlp": False, "norm": "layer", "learned_positions": True}
+    sites = find_sites(Transformer(dataclasses.replace(one, **plain)))
+    assert [(last_name(site), site.inputs, site.outputs) for site in sites[2:4]] == [
+        ("c_attn", (64,), (1, 16)),
+        ("c_proj", (1, 16), (64,)),
+    ]
+    assert all(site.fan_in_first for site in sites)
+
+
 def test_fresh_adapters_change_nothing_and_lie_as_the_params_do(base: Base) -> None:
     lora = lora_on("all-linear")
     adapters = init_adapters(lora, jax.random.key(1), jnp.float32)

@@ -9,8 +9,9 @@ import jax
 
 from jdpo.config import DPOConfig, TrainConfig
 from jdpo.training.assembly import Assembly, assemble
+from jdpo.training.numerics import numerics, resolve_dtype
 from jdpo.training.settings import Mode
-from jdpo.training.setup import Say, build, numerics, resolve_dtype
+from jdpo.training.setup import Say, build
 
 
 def dry_run(config: TrainConfig, say: Say) -> None:

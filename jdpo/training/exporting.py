@@ -17,7 +17,8 @@ from jdpo.config import CONFIGS, MeshConfig, TrainConfig, defaults_of, load_conf
 from jdpo.reports.writers import read_metrics
 from jdpo.training.checks import check_base
 from jdpo.training.finish import export_trained, made_from, results_at
-from jdpo.training.setup import build_model, numerics, resolve_dtype
+from jdpo.training.numerics import numerics, resolve_dtype
+from jdpo.training.setup import build_model
 from jdpo.training.weights import load_base
 
 

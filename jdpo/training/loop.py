@@ -15,11 +15,12 @@ from jdpo.reports.progress import make_console
 from jdpo.training.checks import check_base
 from jdpo.training.finish import made_from
 from jdpo.training.interrupt import StopRequest
+from jdpo.training.numerics import jax_settings, resolve_dtype
 from jdpo.training.reference import Reference, settle_reference
 from jdpo.training.rows import BuildStopped
 from jdpo.training.run import OnStep, Run, RunResult, say_on
 from jdpo.training.run_dir import RunDirectory
-from jdpo.training.setup import Say, Setup, build, jax_settings, resolve_dtype
+from jdpo.training.setup import Say, Setup, build
 from jdpo.training.tasks import task_for
 
 

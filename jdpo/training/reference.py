@@ -11,11 +11,12 @@ from jdpo.config import DPOConfig
 from jdpo.data.reference_cache import ReferenceCache
 from jdpo.data.reference_key import changes, nearest
 from jdpo.processes import any_process, is_first
+from jdpo.training.numerics import jax_settings, resolve_dtype
 from jdpo.training.reference_build import build_cache
 from jdpo.training.reference_rows import RowSet, entry_of, find_rows
 from jdpo.training.scoring import Scorer
 from jdpo.training.settings import Asked, Mode, fixed_mode
-from jdpo.training.setup import Say, Setup, build, jax_settings, resolve_dtype
+from jdpo.training.setup import Say, Setup, build
 from jdpo.training.tasks import task_for
 
 

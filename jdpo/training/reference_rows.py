@@ -13,7 +13,8 @@ from jdpo.data.prepare import PreparedData
 from jdpo.data.reference_cache import CacheFolder, Shards, cache_root
 from jdpo.data.reference_key import Entry, about_rows, key_of, parts_of
 from jdpo.processes import differing
-from jdpo.training.setup import Setup, adapter_digest, folder_digest
+from jdpo.training.digests import adapter_digest, folder_digest
+from jdpo.training.setup import Setup
 
 Role = Literal["training", "evaluation"]
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
-import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +15,9 @@ from jdpo.checkpoint.hf_export import parse_size
 from jdpo.checkpoint.hub_push import check_push
 from jdpo.config import DPOConfig, TrainConfig
 from jdpo.data.loader import RowPlan
-from jdpo.data.prepare import PreparedData, cache_folder
+from jdpo.data.prepare import PreparedData
 from jdpo.data.tokenizer import Tokenizer, load_tokenizer
-from jdpo.models.adapter_config import CONFIG_NAME, WEIGHTS_NAME, is_adapter_folder
+from jdpo.models.adapter_config import is_adapter_folder
 from jdpo.models.config import ModelConfig
 from jdpo.models.families import read_model_config
 from jdpo.models.hf_weights import check_tensors
@@ -31,7 +28,7 @@ from jdpo.processes import together
 from jdpo.sharding.mesh import check_batch_size, make_mesh
 from jdpo.sharding.rules import param_shardings, undivided_dims
 from jdpo.training.adaptation import Adaptation, adaptation_of, check_adaptation, num_params
-from jdpo.training.compilation import persistent_cache
+from jdpo.training.digests import adapter_digest, folder_digest
 from jdpo.training.optimizer import learning_rate_schedule, param_dtype_of
 from jdpo.training.rows import num_steps_of, plan_rows, prepare_rows
 from jdpo.training.settings import (
@@ -142,42 +139,6 @@ class Setup(ModelSetup):
         if self.reference_folder is not None:
             digests["the reference model"] = folder_digest(self.reference_folder)
         return digests
-
-
-def resolve_dtype(config: TrainConfig) -> TrainConfig:
-    """Replaces compute_dtype auto by bfloat16 on TPU and GPU, float32 on CPU."""
-    if config.compute_dtype != "auto":
-        return config
-    dtype: Any = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return dataclasses.replace(config, compute_dtype=dtype)
-
-
-def program_folder(config: TrainConfig) -> Path | None:
-    """Where compiled programs are kept, None where they are not."""
-    return cache_folder(config.cache_dir) / "programs" if config.compilation_cache else None
-
-
-@contextlib.contextmanager
-def jax_settings(config: TrainConfig) -> Iterator[None]:
-    """What a run sets in jax: `numerics`, and where compiled programs are kept."""
-    with numerics(config), persistent_cache(program_folder(config)):
-        yield
-
-
-@contextlib.contextmanager
-def numerics(config: TrainConfig) -> Iterator[None]:
-    """Makes jax mean what compute_dtype says while a run goes on, and puts back what was set before."""
-    x64, precision = jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision
-    try:
-        # Settings of the whole process, not jax's thread-local contexts: orbax works in threads of its own.
-        if config.compute_dtype == "float32":  # without this, TPUs multiply float32 in bfloat16 and GPUs in TF32
-            jax.config.update("jax_default_matmul_precision", "float32")
-        if config.compute_dtype == "float64":
-            jax.config.update("jax_enable_x64", True)
-        yield
-    finally:
-        jax.config.update("jax_default_matmul_precision", precision)
-        jax.config.update("jax_enable_x64", x64)
 
 
 def build(config: TrainConfig, say: Say, *, weights: bool = True, stopped: Callable[[], bool] = lambda: False) -> Setup:
@@ -372,25 +333,3 @@ def _cut(config: TrainConfig) -> str:
     if config.max_tokens_per_device is not None:
         return f"{how}, at most {config.max_tokens_per_device} tokens a device at once"
     return how
-
-
-def adapter_digest(folder: Path) -> str:
-    """Digest of an adapter's config and weights."""
-    files = (folder / CONFIG_NAME, folder / WEIGHTS_NAME)
-    return _files_digest(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files))
-
-
-def folder_digest(folder: Path) -> str:
-    """Digest of a model folder's config and weights: names and contents of its JSON and safetensors files."""
-    files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
-    return _files_digest(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files))
-
-
-@functools.lru_cache(maxsize=8)
-def _files_digest(files: tuple[tuple[Path, int, int], ...]) -> str:
-    """The digest of files as they were at a size and a time: a run asks more than once, and reading takes long."""
-    digest = hashlib.sha256()
-    for path, _, _ in files:
-        with path.open("rb") as file:
-            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()

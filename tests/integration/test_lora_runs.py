@@ -18,8 +18,8 @@ from safetensors.numpy import load_file, save_file
 
 from jdpo.cli.main import main
 from jdpo.config import DPOConfig, load_config
+from jdpo.training.digests import folder_digest
 from jdpo.training.loop import train
-from jdpo.training.setup import folder_digest
 
 Words = Callable[..., list[str]]
 Start = Callable[..., subprocess.Popen[str]]

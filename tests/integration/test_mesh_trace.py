@@ -22,10 +22,11 @@ from jdpo.config import DPOConfig, load_config
 from jdpo.reports.progress import make_console
 from jdpo.sharding.placement import place
 from jdpo.training.interrupt import StopRequest
+from jdpo.training.numerics import resolve_dtype
 from jdpo.training.reference import Reference
 from jdpo.training.run import Run
 from jdpo.training.run_dir import RunDirectory
-from jdpo.training.setup import build, describe, resolve_dtype
+from jdpo.training.setup import build, describe
 from jdpo.training.step import TrainState
 from jdpo.training.weights import load_frozen, load_start
 

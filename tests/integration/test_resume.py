@@ -18,8 +18,8 @@ from jdpo.checkpoint.manager import MANIFEST
 from jdpo.cli.main import main
 from jdpo.config import DPOConfig, load_config
 from jdpo.training.loop import train
+from jdpo.training.numerics import resolve_dtype
 from jdpo.training.run_dir import RunDirectory
-from jdpo.training.setup import resolve_dtype
 
 Words = Callable[..., list[str]]
 Start = Callable[..., subprocess.Popen[str]]

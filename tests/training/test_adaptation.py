@@ -21,8 +21,9 @@ from jdpo.models.lora import Lora, init_adapters
 from jdpo.models.lora_sites import choose_sites, find_sites
 from jdpo.models.peft_folder import peft_config, peft_tensors
 from jdpo.models.transformer import Transformer
+from jdpo.training.numerics import resolve_dtype
 from jdpo.training.reference_rows import weights_of_reference
-from jdpo.training.setup import Setup, build, resolve_dtype
+from jdpo.training.setup import Setup, build
 from jdpo.training.weights import abstract_frozen, load_reference
 
 Words = Callable[..., list[str]]

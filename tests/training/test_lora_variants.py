@@ -25,9 +25,10 @@ from jdpo.sharding.mesh import make_mesh
 from jdpo.sharding.placement import fetch, micro_batch_sharding, place
 from jdpo.training.assembly import assemble
 from jdpo.training.metrics import rows_at
+from jdpo.training.numerics import numerics, resolve_dtype
 from jdpo.training.preparation import make_batches, rows_of_step
 from jdpo.training.reference import settle_reference
-from jdpo.training.setup import Setup, build, numerics, resolve_dtype
+from jdpo.training.setup import Setup, build
 from jdpo.training.step import TrainState
 from jdpo.training.weights import load_base, load_frozen, load_start
 from jdpo.types import HOST_MEMORY, TokenizedPair

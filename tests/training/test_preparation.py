@@ -19,6 +19,7 @@ from jdpo.training import preparation
 from jdpo.training.compilation import compile_for, compiler_threads, shapes_of
 from jdpo.training.fit import Fit, program_bytes
 from jdpo.training.loop import train
+from jdpo.training.numerics import numerics
 from jdpo.training.preparation import (
     FITTED_KEYS,
     Preparation,
@@ -29,7 +30,7 @@ from jdpo.training.preparation import (
     rows_of_step,
 )
 from jdpo.training.reference import Reference
-from jdpo.training.setup import Setup, build, numerics
+from jdpo.training.setup import Setup, build
 from tests.conftest import chat_pairs, write_jsonl
 
 Words = Callable[..., list[str]]

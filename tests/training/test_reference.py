@@ -23,11 +23,12 @@ from jdpo.losses.features import pair_token_logps
 from jdpo.models.transformer import make_apply_fn
 from jdpo.sharding.placement import fetch
 from jdpo.training import reference_build
+from jdpo.training.numerics import numerics, resolve_dtype
 from jdpo.training.reference import Reference, compute_reference, settle_reference
 from jdpo.training.reference_rows import find_rows
 from jdpo.training.rows import BuildStopped
 from jdpo.training.settings import fixed_mode
-from jdpo.training.setup import Setup, build, numerics, resolve_dtype
+from jdpo.training.setup import Setup, build
 from jdpo.training.weights import load_reference
 
 Words = Callable[..., list[str]]

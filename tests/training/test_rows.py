@@ -15,8 +15,9 @@ from jdpo.reports.progress import RowCounter
 from jdpo.reports.writers import read_metrics
 from jdpo.training.loop import train
 from jdpo.training.metrics import SHARED, DatasetShares
+from jdpo.training.numerics import numerics
 from jdpo.training.rows import BuildStopped, prepare_rows
-from jdpo.training.setup import Setup, build, numerics
+from jdpo.training.setup import Setup, build
 from tests.conftest import chat_pairs, write_jsonl
 
 Words = Callable[..., list[str]]

@@ -43,6 +43,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="run the tests marked full and torch too")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # Compiling takes most of the suite's time, and of that most goes to making toys fast. With --all programs are compiled
+    # as users have them.
+    if not config.getoption("--all"):
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of the processes that tests start
+        jax.config.update("jax_disable_most_optimizations", True)
+
+
 def left_out(config: pytest.Config) -> set[str]:
     """Marks of the tests that this run leaves out."""
     if not config.getoption("--all"):

@@ -49,12 +49,15 @@ def join_cluster() -> None:
 
 
 @contextlib.contextmanager
-def ending_together() -> Iterator[None]:
+def ending_together(shown: Callable[[str], str]) -> Iterator[None]:
     """While entered, an error that ends one process of a run ends all of them, wherever they wait for it.
 
     What all processes find out together (see `together`) all raise. This is for the rest, such as a disk that fails
     on one host in the middle of a step: a process that waits for another in a collective cannot be reached by an
     exception. It says which process failed and of what, and exits with 1.
+
+    Args:
+      shown: an error's text -> what the other processes may say of it.
     """
     client = _coordination_client()
     if client is None:
@@ -66,7 +69,7 @@ def ending_together() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        text = f"{jax.process_index()} {type(error).__name__}: {error}"
+        text = f"{jax.process_index()} {shown(f'{type(error).__name__}: {error}')}"
         with contextlib.suppress(Exception):  # another failed before, or the coordinator is gone: they know
             client.key_value_set(_FAILED, text)
         raise

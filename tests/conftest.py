@@ -44,8 +44,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Compiling takes most of the suite's time, and of that most goes to making toys fast. With --all programs are compiled
-    # as users have them.
+    # Compiling takes most of the suite's time, and of that most goes to making toys fast. With --all programs are
+    # compiled as users have them.
     if not config.getoption("--all"):
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of the processes that tests start
         jax.config.update("jax_disable_most_optimizations", True)

@@ -66,6 +66,8 @@ def check_out(out: Path, kept: Sequence[Path] = ()) -> None:
             raise ValueError(
                 f"{out} {how} {folder}, which this export is made from or belongs to its run; choose another place"
             )
+    if around := next((path for path in place.parents if path.exists() and not path.is_dir()), None):
+        raise ValueError(f"{out} lies in {around}, which is a file; choose another place")
     is_ours = (place / MARKER).is_file()
     if place.exists() and not is_ours and (not place.is_dir() or any(place.iterdir())):
         raise ValueError(

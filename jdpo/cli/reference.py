@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jdpo.cli.train import read_config
-from jdpo.config import DPOConfig
+from jdpo.config import DPOConfig, public_text
 
 
 def usage() -> str:
@@ -38,7 +38,7 @@ def main(command: str, words: Sequence[str]) -> int:
     from jdpo.processes import ending_together, is_first, join_cluster
 
     join_cluster()
-    with ending_together():
+    with ending_together(public_text):
         from jdpo.training.reference import compute_reference
 
         compute_reference(config, lambda text: print(text, flush=True) if is_first() else None)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from jdpo.config import CONFIGS, TrainConfig, defaults_of, keys_of, load_config, to_yaml
+from jdpo.config import CONFIGS, TrainConfig, defaults_of, keys_of, load_config, public_text, to_yaml
 
 C = TypeVar("C", bound=TrainConfig)
 
@@ -72,7 +72,7 @@ def main(command: str, words: Sequence[str]) -> int:
     from jdpo.processes import ending_together, join_cluster
 
     join_cluster()
-    with ending_together():
+    with ending_together(public_text):
         if only_said:
             from jdpo.training.dry_run import dry_run
 

@@ -36,6 +36,7 @@ from jdpo.processes import together
 __all__ = ["check_tensors", "iter_hf_tensors", "load_params", "resize_embeddings", "source_dtypes"]
 
 _MAX_LISTED = 10
+_FUSED_EXPERTS = ".experts.gate_up_proj"
 _BUFFER_BYTES = 2**30
 _MAX_THREADS = 32
 
@@ -120,8 +121,17 @@ def check_tensors(folder: Path, entries: dict[str, TensorEntry], config: ModelCo
         listed = "\n  ".join(problems[:_MAX_LISTED])
         raise ValueError(
             f"{folder}: the weights do not fit config.json ({config.family}):\n  {listed}{more}\n"
-            "Download the model again, or use the config.json that belongs to these weights"
+            f"{_advice(entries, shapes, config)}"
         )
+
+
+def _advice(entries: dict[str, TensorEntry], known: Collection[str], config: ModelConfig) -> str:
+    if config.moe is not None and any(name.endswith(_FUSED_EXPERTS) for name in entries if name not in known):
+        return (
+            "Its experts are stored as one tensor of all of them; save it with one tensor an expert, as transformers "
+            "does unless told otherwise: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(OUT)"
+        )
+    return "Download the model again, or use the config.json that belongs to these weights"
 
 
 class _Filling(NamedTuple):
@@ -214,7 +224,7 @@ def _require_tied(files: TensorFiles, entries: dict[str, TensorEntry], folder: P
         )
         files.read_into(head_name, start, head)
         files.read_into(embedding_name, start, embedding)
-        if not np.array_equal(head, embedding):
+        if not np.array_equal(head, embedding, equal_nan=True):
             raise ValueError(
                 f"{folder}: tie_word_embeddings is true, but {head_name} and {embedding_name} hold "
                 "different values; set tie_word_embeddings to false in config.json, or remove the wrong tensor"

@@ -176,6 +176,26 @@ def _require_whole_experts(sites: Sequence[Site], chosen: Sequence[Site]) -> Non
         )
 
 
+def require_loadable(sites: Sequence[Site], chosen: Sequence[Site]) -> None:
+    """Refuses adapters that PEFT would lose.
+
+    In a model with experts it takes every module that is called as a map of an expert for one, and says nothing where
+    it is another.
+
+    Raises:
+      ValueError: such modules are adapted; what to do is said.
+    """
+    of_experts = {last_name(site) for site in sites if EXPERT_AXIS in site.lead_axes}
+    lost = [site for site in chosen if EXPERT_AXIS not in site.lead_axes and last_name(site) in of_experts]
+    if lost:
+        names = _listed([module.name for site in lost for module in site.modules])
+        raise ValueError(
+            f"lora: PEFT would load an exported adapter without its part for {names}: it takes these dense maps for "
+            "experts'. Export the merged model instead (lora.merge: true), or leave them out, "
+            r"as with target_modules '.*\.(self_attn|mlp\.experts)\..*'"
+        )
+
+
 def whole_sites(sites: Sequence[Site], modules: Iterable[str], asked_by: str) -> tuple[Site, ...]:
     """The sites whose modules are all among `modules`.
 

@@ -104,6 +104,9 @@ def _refuse_unsupported(folder: Path, config: Mapping[str, Any]) -> None:
     if config.get("init_lora_weights", True) not in _INITS:
         wrong.append(f"init_lora_weights {config['init_lora_weights']!r}, which changes the base weights")
     wrong += [f"no {key}" for key in ("r", "lora_alpha") if not isinstance(config.get(key), int | float)]
+    targets = config.get("target_modules")
+    if not isinstance(targets, str | list | None):
+        wrong.append(f"target_modules {targets!r}, expected names or one expression")
     wrong += [
         f"{key} {value!r}" for key, value in config.items() if value and key not in _READ and key not in _WITHOUT_EFFECT
     ]

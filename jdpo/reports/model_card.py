@@ -80,7 +80,7 @@ def model_card(
             "",
             rows.strip(),
             "",
-            "## Results at the end of the run",
+            "## Results",
             "",
             "| metric | value |",
             "|---|---|",

@@ -15,7 +15,15 @@ from jdpo.config import LORA_DEFAULTS, DPOConfig, LoraConfig, TrainConfig
 from jdpo.data.tokenizer import Tokenizer
 from jdpo.models.base_weights import Base, BaseDtype, abstract_base, base_axes
 from jdpo.models.lora import Lora, abstract_adapters, adapter_axes, num_adapter_params
-from jdpo.models.lora_sites import Site, Targets, choose_sites, find_sites, frozen_modules, last_name
+from jdpo.models.lora_sites import (
+    Site,
+    Targets,
+    choose_sites,
+    find_sites,
+    frozen_modules,
+    last_name,
+    require_loadable,
+)
 from jdpo.models.peft_folder import PeftAdapter, read_adapter
 from jdpo.models.transformer import Transformer
 from jdpo.sharding.rules import param_shardings
@@ -117,6 +125,8 @@ def adaptation_of(config: TrainConfig, model: Transformer, adapter_folder: Path 
         values = {key: LORA_DEFAULTS[key] if value is None else value for key, value in given.items()}
         targets = values.pop("target_modules")
         lora = Lora(**values, sites=choose_sites(sites, targets, frozen))
+    if not asked.merge:
+        require_loadable(sites, lora.sites)
     return Adaptation(
         lora=lora,
         targets=targets,

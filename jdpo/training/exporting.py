@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -14,11 +15,14 @@ from jdpo.checkpoint.folders import check_out
 from jdpo.checkpoint.hf_export import parse_size
 from jdpo.checkpoint.manager import complete_steps, fault_of, read_position, restore_params
 from jdpo.config import CONFIGS, MeshConfig, TrainConfig, defaults_of, load_config
+from jdpo.models.lora_sites import require_loadable
 from jdpo.reports.writers import read_metrics
 from jdpo.training.checks import check_base
+from jdpo.training.digests import folder_digest
 from jdpo.training.finish import export_trained, made_from, results_at
 from jdpo.training.numerics import numerics, resolve_dtype
-from jdpo.training.setup import build_model
+from jdpo.training.run_dir import STARTED_IN
+from jdpo.training.setup import ModelSetup, build_model
 from jdpo.training.weights import load_base
 
 
@@ -92,21 +96,23 @@ def export_checkpoint(
         raise ValueError(
             f"checkpoint {checkpoint.folder} is damaged: {fault}; bring the file back, or take another step"
         )
-    state = json.loads((checkpoint.run / "run.json").read_text(encoding="utf-8"))
+    state, out = _state_of(checkpoint.run), out.expanduser().absolute()
     given = {"export_dtype": export_dtype, "max_shard_size": max_shard_size}
     overrides = [f"{key}={value}" for key, value in given.items() if value is not None]
     saved = checkpoint.run / "resolved_config.yaml"
     config = resolve_dtype(load_config(CONFIGS[state["command"]], saved, overrides))
     parse_size(config.max_shard_size)
     metrics = checkpoint.run / "metrics.jsonl"
-    with numerics(config):
+    with numerics(config), _in_folder(state.get(STARTED_IN)):
         setup = build_model(_on_this_host(config))
         check_base(read_position(checkpoint.folder).get("base"), setup.base_identity(), checkpoint.folder)
+        _check_model(state["inputs"], setup, checkpoint.run)
         merging = setup.exports_merged if merge_adapters is None else merge_adapters
         if setup.adaptation is None:
             _refuse_merging(checkpoint, merge_adapters)
         elif not merging:
             _refuse_layout(given)
+            require_loadable(setup.adaptation.sites, setup.adaptation.lora.sites)
         check_out(out, made_from(setup))
         say(f"exporting step {checkpoint.step} of {checkpoint.run} to {out}")
         abstract = jax.tree.map(
@@ -124,6 +130,36 @@ def export_checkpoint(
             results=results_at(read_metrics(metrics) if metrics.exists() else [], checkpoint.step),
             merge_adapters=merging,
             kept=[checkpoint.run / "checkpoints"],
+        )
+
+
+def _state_of(run: Path) -> dict[str, Any]:
+    """run.json of a run."""
+    path = run / "run.json"
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(state, dict) or state.get("command") not in CONFIGS or not isinstance(state.get("inputs"), dict):
+        raise ValueError(f"{path} was not written by a run of jdpo ({', '.join(CONFIGS)}), or it is damaged")
+    return state
+
+
+def _in_folder(started_in: str | None) -> contextlib.AbstractContextManager[None]:
+    """Within it, relative paths of a run's config mean what they meant there, where that folder is still there."""
+    if started_in is None or not Path(started_in).is_dir():
+        return contextlib.nullcontext()
+    return contextlib.chdir(started_in)
+
+
+def _check_model(inputs: Mapping[str, str], setup: ModelSetup, run: Path) -> None:
+    """Refuses another model than the run started from, such as a hub's of the same name; `check_base` has those under
+    adapters."""
+    began_with = inputs.get(f"the model {setup.model_name}")
+    if setup.adaptation is None and began_with not in (None, folder_digest(setup.model_folder)):
+        raise ValueError(
+            f"the model {setup.model_name} in {setup.model_folder} is not the one that {run} started from: its config, "
+            "tokenizer and dtypes would not be those of the checkpoint; bring the old one back"
         )
 
 

@@ -24,6 +24,8 @@ from jdpo.config import EXPORT_KEYS, TrainConfig, changed_keys, differences, ref
 from jdpo.durable import write_durably
 from jdpo.processes import barrier, is_first, together
 
+STARTED_IN = "started_in"
+"""Key of run.json: the folder that the paths of the run's config are meant from."""
 USED_BY_A_RUN = ("metrics.jsonl", "checkpoints", "model", "run.json", "resolved_config.yaml")
 
 
@@ -66,6 +68,7 @@ class RunDirectory:
             write_durably(self._config_file, to_public_yaml(config))
             if self.is_new:
                 self._write_run({"command": command, "jdpo": __version__, "finished": False, "inputs": {}})
+            self._write_run({**self.state(), STARTED_IN: str(Path.cwd())})
         except OSError as error:
             raise ValueError(
                 f"cannot write to output_dir {self.path}: {error}; choose a folder on a writable disk with room"

@@ -69,6 +69,11 @@ def find_sources(config: TrainConfig, *, weights: bool = True) -> Sources:
                 f"{adapter / CONFIG_NAME} names {name!r} as its base: {error}. Or give the base as model_name_or_path "
                 "and the adapter as lora.adapter"
             ) from error
+    if adapter is not None and is_adapter_folder(folder):
+        raise ValueError(
+            f"{adapter}: its base {name} is an adapter as well; merge that one into its own base first (`jdpo export "
+            "--merge`, or PEFT's merge_and_unload), and give the merged model as model_name_or_path with lora.adapter"
+        )
     brings_words = adapter is not None and (adapter / "tokenizer_config.json").is_file()
     words = adapter if adapter is not None and brings_words else folder
     return Sources(public_text(name), revision, folder, adapter, words)

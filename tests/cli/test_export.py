@@ -128,6 +128,41 @@ def test_what_is_no_checkpoint_is_refused(run: Path, tmp_path: Path, capsys: Cap
     assert not (tmp_path / "other").exists()
 
 
+def test_paths_of_a_config_are_meant_from_where_the_run_was_started(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    saved, state = run / "resolved_config.yaml", json.loads((run / "run.json").read_text())
+    config = yaml.safe_load(saved.read_text())
+    model = Path(config["model_name_or_path"])
+    there = tmp_path / "there"
+    shutil.copytree(model, there / "own")
+    digest = state["inputs"].pop(f"the model {model}")
+    state |= {"started_in": str(there), "inputs": {**state["inputs"], "the model own": digest}}
+    saved.write_text(yaml.safe_dump({**config, "model_name_or_path": "own"}))
+    (run / "run.json").write_text(json.dumps(state))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert main(["export", str(run), "out"]) == 0
+    assert Path.cwd() == tmp_path / "here"
+    assert (tmp_path / "here" / "out" / "model.safetensors").is_file()
+    # Another model of the same name is no base for these weights.
+    other = json.loads((there / "own" / "config.json").read_text()) | {"rope_theta": 77.0}
+    (there / "own" / "config.json").write_text(json.dumps(other))
+    assert f"the model own in own is not the one that {run} started from" in refusal([str(run), "out"], capsys)
+    shutil.rmtree(there)
+    assert "'own': no such local folder" in refusal([str(run), "out"], capsys)
+
+
+def test_damaged_state_and_files_in_the_way_are_named(run: Path, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "file").touch()
+    assert f"lies in {tmp_path / 'file'}, which is a file" in refusal([str(run), str(tmp_path / "file" / "x")], capsys)
+    whole = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**whole, "command": "ppo"}))
+    assert "was not written by a run of jdpo (sft, dpo)" in refusal([str(run), str(tmp_path / "out")], capsys)
+    (run / "run.json").write_text("{")
+    assert f"{run / 'run.json'}: not valid JSON" in refusal([str(run), str(tmp_path / "out")], capsys)
+
+
 def run_jdpo(words: list[str], hub: Hub, tmp_path: Path) -> subprocess.CompletedProcess[str]:
     """A command in a process that knows this hub and its token."""
     environment = os.environ | {

@@ -101,5 +101,5 @@ def no_threads() -> Iterator[None]:
 
 if __name__ == "__main__":
     join_cluster()
-    with ending_together():
+    with ending_together(str):
         main(*map(Path, sys.argv[1:]))

@@ -15,7 +15,7 @@ from jdpo.processes import barrier, ending_together, join_cluster
 
 if __name__ == "__main__":
     join_cluster()
-    with ending_together():
+    with ending_together(str):
         barrier("all are there")
         if jax.process_index() == int(sys.argv[1]):
             raise OSError("the disk has gone")

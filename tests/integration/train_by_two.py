@@ -24,5 +24,5 @@ def main(words: list[str]) -> None:
 
 if __name__ == "__main__":
     join_cluster()
-    with ending_together():
+    with ending_together(str):
         main(sys.argv[1:])

@@ -157,6 +157,11 @@ def test_biases_and_qk_norm_by_family(tmp_path: Path) -> None:
             },
             "short_factor of longrope: expected 2 numbers, one for each rotated pair, found 1",
         ),
+        (
+            "llama",
+            {"rope_theta": 500.0, "rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}},
+            "low_freq_factor: expected less than high_freq_factor, 4.0, found 4.0",
+        ),
         ("mistral", {"sliding_window": 0}, "sliding_window: expected at least 1, found 0"),
         ("mixtral", {"router_aux_loss_coef": -0.5}, "router_aux_loss_coef: expected 0 or more, found -0.5"),
         ("llama", {"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),

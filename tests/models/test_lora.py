@@ -25,7 +25,7 @@ from jdpo.models.lora import (
     weights_of,
 )
 from jdpo.models.lora_merge import _merged, merge
-from jdpo.models.lora_sites import KERNEL, choose_sites, find_sites, get_at, last_name, tree_of
+from jdpo.models.lora_sites import KERNEL, choose_sites, find_sites, get_at, last_name, require_loadable, tree_of
 from jdpo.models.transformer import Transformer, Weights, init_params, make_apply_fn
 from tests.conftest import small_llama
 
@@ -94,6 +94,23 @@ def test_experts_are_adapted_whole_or_not_at_all_and_routers_never() -> None:
     lora = Lora(r=2, alpha=2.0, use_rslora=False, sites=choose_sites(sites, ["gate_proj", "up_proj", "down_proj"]))
     assert num_adapter_params(lora) == 2 * 4 * 3 * 2 * (64 + 112)
     assert num_met_params(lora, experts_per_token=2) == num_adapter_params(lora) // 2
+
+
+def test_dense_maps_beside_experts_are_adapted_only_where_the_merged_model_is_exported() -> None:
+    config = small_llama(family="qwen3_moe", num_layers=3)
+    experts = MoEConfig(num_experts=4, experts_per_token=2, aux_loss_coef=0.0, d_ff=112, normalize=True)
+    kinds = tuple(
+        dataclasses.replace(kind, mlp="dense" if place == 1 else "experts") for place, kind in enumerate(config.layers)
+    )
+    sites = find_sites(Transformer(dataclasses.replace(config, layers=kinds, moe=experts)))
+    with pytest.raises(ValueError, match=r"without its part for model\.layers\.1\.mlp\.gate_proj") as caught:
+        require_loadable(sites, choose_sites(sites, "all-linear"))
+    advised = str(caught.value).rpartition("target_modules ")[2].strip("'")
+    chosen = choose_sites(sites, advised)
+    require_loadable(sites, chosen)
+    names = {module.name for site in chosen for module in site.modules}
+    dense = {f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down")}
+    assert names == {module.name for site in sites for module in site.modules} - dense
 
 
 def test_a_single_head_is_told_from_inputs_and_outputs() -> None:

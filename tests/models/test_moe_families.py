@@ -7,11 +7,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from jdpo.models.config import MoEConfig
 from jdpo.models.families import read_model_config
 from jdpo.models.hf_names import hf_tensors
+from jdpo.models.hf_weights import check_tensors
+from jdpo.models.safetensors_folder import tensor_entries
 
 SHAPE = {
     "hidden_size": 16,
@@ -52,6 +56,15 @@ def test_qwen3_moe_puts_dense_layers_where_its_settings_say(tmp_path: Path) -> N
     plain = read_model_config(write(tmp_path, "qwen3_moe", **sizes))
     assert plain.moe is not None
     assert not plain.moe.normalize
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_in_one_tensor_are_refused_with_what_to_do(tmp_path: Path, family: str) -> None:
+    config = read_model_config(write(tmp_path, family, num_experts=4, num_local_experts=4, num_experts_per_tok=2))
+    fused = {"model.layers.0.mlp.experts.gate_up_proj": np.zeros((4, 48, 16), np.float32)}
+    save_file(fused, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"stored as one tensor of all of them; save it with one tensor an expert"):
+        check_tensors(tmp_path, tensor_entries(tmp_path), config)
 
 
 def test_a_model_all_of_whose_layers_are_dense_has_no_router(tmp_path: Path) -> None:

@@ -92,6 +92,7 @@ def test_a_folder_comes_back_as_it_was_written(write: Write, adapters: Any) -> N
         ({"task_type": "SEQ_CLS"}, "task_type 'SEQ_CLS', expected 'CAUSAL_LM'"),
         ({"some_new_feature": 3}, "some_new_feature 3"),
         ({"r": ...}, "no r"),
+        ({"target_modules": 7}, "target_modules 7, expected names or one expression"),
         ({"r": 3}, r"q_proj.lora_A has shape \(2, 64\), expected \(3, 64\)"),
     ],
 )

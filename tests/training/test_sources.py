@@ -68,6 +68,13 @@ def test_the_base_that_an_adapter_names_may_hold_no_password_and_is_written_with
         assert "hunter2" not in str(caught.value)
 
 
+def test_an_adapter_on_an_adapter_is_refused(store: MemoryFileSystem) -> None:
+    store.pipe("/bucket/base/adapter_config.json", b"{}")
+    store.mv("/bucket/base/model.safetensors", "/bucket/base/adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"its base memory://bucket/base is an adapter as well; merge that one"):
+        find_sources(config_of(URL))
+
+
 def test_a_model_with_the_config_of_an_adapter_beside_it_is_a_model(store: MemoryFileSystem) -> None:
     store.pipe("/bucket/adapter/model.safetensors", b"weights")
     sources = find_sources(config_of(URL), weights=False)

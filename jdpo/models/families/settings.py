@@ -205,8 +205,14 @@ def _linear_settings(parameters: dict[str, Any], hf_config: Any) -> dict[str, An
 
 
 def _llama3_settings(parameters: dict[str, Any], hf_config: Any) -> dict[str, Any]:
+    factors = {key: _positive(key, parameters.get(key)) for key in ("factor", "low_freq_factor", "high_freq_factor")}
+    if factors["low_freq_factor"] >= factors["high_freq_factor"]:
+        raise ValueError(
+            f"low_freq_factor: expected less than high_freq_factor, {factors['high_freq_factor']}, found "
+            f"{factors['low_freq_factor']}"
+        )
     return {
-        **{key: _positive(key, parameters.get(key)) for key in ("factor", "low_freq_factor", "high_freq_factor")},
+        **factors,
         "original_max_positions": _original_length(parameters),
     }
 

@@ -11,7 +11,7 @@ import pytest
 from jdpo.checkpoint.folders import MARKER
 from jdpo.checkpoint.hub_push import check_push, push_folder
 from tests.hub_server import TOKEN, Hub, serving_hub
-from tests.integration.test_two_processes import free_port
+from tests.integration.cluster import free_port
 
 # huggingface_hub hands httpx files in a way that httpx would like to be another.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

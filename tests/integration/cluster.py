@@ -59,7 +59,7 @@ def started(commands: Sequence[Sequence[object]], folders: Sequence[Path] | None
     Args:
       folders: where each runs; None: all here.
     """
-    count, port = len(commands), _free_port()
+    count, port = len(commands), free_port()
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         logs = [Path(folder) / str(index) for index in range(count)]  # pipes would fill while nobody reads
         processes: list[subprocess.Popen[bytes]] = []
@@ -98,7 +98,7 @@ def _environment(index: int, *, count: int, port: int) -> dict[str, str]:
     }
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])

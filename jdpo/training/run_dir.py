@@ -68,7 +68,8 @@ class RunDirectory:
             write_durably(self._config_file, to_public_yaml(config))
             if self.is_new:
                 self._write_run({"command": command, "jdpo": __version__, "finished": False, "inputs": {}})
-            self._write_run({**self.state(), STARTED_IN: str(Path.cwd())})
+            if (state := self.state()).get(STARTED_IN) != (here := str(Path.cwd())):
+                self._write_run({**state, STARTED_IN: here})
         except OSError as error:
             raise ValueError(
                 f"cannot write to output_dir {self.path}: {error}; choose a folder on a writable disk with room"

@@ -7,6 +7,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -79,10 +80,17 @@ class Programs:
         return len(self._programs)
 
 
+_TRACING = threading.Lock()
+"""Programs are traced one after the other, and compiled side by side: flax changes classes while it traces, which
+another thread may be reading."""
+
+
 def compile_for(lower: Callable[[Batch], Any], batch: Batch) -> Any:
     """The program for batches like this one, compiled here and now."""
     abstract = jax.tree.map(lambda array: jax.ShapeDtypeStruct(np.shape(array), array.dtype), batch)
-    program = lower(abstract).compile()
+    with _TRACING:
+        lowered = lower(abstract)
+    program = lowered.compile()
     _give_back_memory()
     return program
 

@@ -66,9 +66,11 @@ class RunDirectory:
     def _write_owner(self, config: TrainConfig, command: str) -> None:
         try:
             write_durably(self._config_file, to_public_yaml(config))
+            here = str(Path.cwd())
             if self.is_new:
-                self._write_run({"command": command, "jdpo": __version__, "finished": False, "inputs": {}})
-            if (state := self.state()).get(STARTED_IN) != (here := str(Path.cwd())):
+                new = {"command": command, "jdpo": __version__, "finished": False, "inputs": {}, STARTED_IN: here}
+                self._write_run(new)
+            elif (state := self.state()).get(STARTED_IN) != here:
                 self._write_run({**state, STARTED_IN: here})
         except OSError as error:
             raise ValueError(

@@ -7,6 +7,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from jdpo.safe_text import terminal_lines
+
 
 def parser() -> argparse.ArgumentParser:
     """The command line's own words."""
@@ -86,4 +88,4 @@ def _folder_here(text: str) -> Path:
 
 
 def _say(text: str) -> None:
-    print(text, flush=True)
+    print(terminal_lines(text), flush=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 from jdpo.cli.train import read_config
 from jdpo.config import CONFIGS, DPOConfig, SFTConfig, TrainConfig, parse_overrides
+from jdpo.safe_text import terminal, terminal_lines
 
 FLAGS = {
     "--rows N": "show the N rows that the run sees first, token by token",
@@ -76,18 +77,24 @@ def main(command: str, words: Sequence[str]) -> int:
     from jdpo.reports.inspection import document_of
     from jdpo.training.inspect import gather
 
-    material = gather(config, chosen_by=chosen_by, say=lambda text: print(text, file=sys.stderr, flush=True))
+    material = gather(
+        config, chosen_by=chosen_by, say=lambda text: print(terminal_lines(text), file=sys.stderr, flush=True)
+    )
     document = document_of(material, num_rows=options.rows)
     if options.html is not None:
         from jdpo.reports.inspection_html import write_page
 
         write_page(document, options.html)
-        print(f"wrote {options.html}", file=sys.stderr)
+        print(f"wrote {terminal(options.html)}", file=sys.stderr)
     if options.json:
         print(json.dumps(document, allow_nan=False))
     else:
         _print(document, with_ids=options.ids)
     return int(options.strict and any(one["severity"] == "fault" for one in document["findings"]))
+
+
+def _say(text: str) -> None:
+    print(terminal_lines(text), file=sys.stderr, flush=True)
 
 
 def read_options(words: Sequence[str]) -> tuple[Options, list[str]]:

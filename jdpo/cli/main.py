@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
+
+from jdpo.safe_text import terminal_lines
 
 COMMANDS = {
     "sft": ("jdpo.cli.train", "supervised fine-tuning: the stage before preferences"),
@@ -51,6 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # transformers advises to install PyTorch, which nothing here uses.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    # What nothing below catches is a fault of jdpo, but its words may still be those of a file.
+    sys.excepthook = lambda _, error, __: _print_traceback(error)
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_SafeFormatter())
     try:
         return int(importlib.import_module(COMMANDS[command][0]).main(command, rest))
     except ValueError as error:
@@ -62,14 +69,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: Exception, code: int) -> int:
+    print(_safe(f"jdpo: error: {error}"), file=sys.stderr)
+    if os.environ.get("JDPO_TRACEBACK"):
+        _print_traceback(error)
+    return code
+
+
+def _safe(text: str) -> str:
     from jdpo.config.addresses import public_text
 
-    print(public_text(f"jdpo: error: {error}"), file=sys.stderr)
-    if os.environ.get("JDPO_TRACEBACK"):
-        import traceback
+    return terminal_lines(public_text(text))
 
-        print(public_text("".join(traceback.format_exception(error))), file=sys.stderr)
-    return code
+
+def _print_traceback(error: BaseException) -> None:
+    import traceback
+
+    print(_safe("".join(traceback.format_exception(error))), file=sys.stderr)
+
+
+class _SafeFormatter(logging.Formatter):
+    """Formats log records of jdpo and of libraries, whose messages name files and models too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return _safe(super().format(record))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jdpo.cli.train import read_config
-from jdpo.config import DPOConfig, public_text
+from jdpo.cli.train import read_config, shown_error
+from jdpo.config import DPOConfig
+from jdpo.safe_text import terminal_lines
 
 
 def usage() -> str:
@@ -38,8 +39,8 @@ def main(command: str, words: Sequence[str]) -> int:
     from jdpo.processes import ending_together, is_first, join_cluster
 
     join_cluster()
-    with ending_together(public_text):
+    with ending_together(shown_error):
         from jdpo.training.reference import compute_reference
 
-        compute_reference(config, lambda text: print(text, flush=True) if is_first() else None)
+        compute_reference(config, lambda text: print(terminal_lines(text), flush=True) if is_first() else None)
     return 0

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from jdpo.config import CONFIGS, TrainConfig, defaults_of, keys_of, load_config, public_text, to_yaml
+from jdpo.safe_text import terminal_lines
 
 C = TypeVar("C", bound=TrainConfig)
 
@@ -57,6 +58,11 @@ def read_config(cls: type[C], words: Sequence[str]) -> C:
     return load_config(cls, None, words)
 
 
+def shown_error(text: str) -> str:
+    """Returns the text of an error as it may be shown: without passwords in addresses, safe for a terminal."""
+    return terminal_lines(public_text(text))
+
+
 def main(command: str, words: Sequence[str]) -> int:
     """Parses, builds, calls."""
     words = [word.replace("-", "_").replace("__", "--", 1) if word in DASHED else word for word in words]
@@ -72,11 +78,11 @@ def main(command: str, words: Sequence[str]) -> int:
     from jdpo.processes import ending_together, join_cluster
 
     join_cluster()
-    with ending_together(public_text):
+    with ending_together(shown_error):
         if only_said:
             from jdpo.training.dry_run import dry_run
 
-            dry_run(config, print)
+            dry_run(config, lambda text: print(terminal_lines(text), flush=True))
             return 0
         from jdpo.training.loop import train
 

@@ -21,6 +21,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from jdpo.config.addresses import refuse_passwords, without_queries
 from jdpo.config.keys import TrainConfig
+from jdpo.safe_text import escaped as escape
+from jdpo.safe_text import is_unseen
 
 C = TypeVar("C", bound=TrainConfig)
 
@@ -297,7 +299,7 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
 
 def to_yaml(config: TrainConfig) -> str:
     """The config as YAML that `load_config` reads back to an equal config."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=110)
+    return _dump(to_dict(config))
 
 
 def to_public_dict(config: TrainConfig) -> dict[str, Any]:
@@ -312,9 +314,30 @@ def to_public_dict(config: TrainConfig) -> dict[str, Any]:
     return public
 
 
-def to_public_yaml(config: TrainConfig) -> str:
-    """`to_public_dict` as YAML."""
-    return yaml.safe_dump(to_public_dict(config), sort_keys=False, allow_unicode=True, width=110)
+def to_public_yaml(config: TrainConfig, *, escaped: str = "") -> str:
+    """`to_public_dict` as YAML.
+
+    Args:
+      escaped: characters that are written as escapes, beside those that would not show.
+    """
+    return _dump(to_public_dict(config), escaped)
+
+
+def _dump(values: Mapping[str, Any], escaped: str = "") -> str:
+    """Values as YAML that shows in a terminal as it is: what would not show is escaped within quotes."""
+
+    def hides(character: str) -> bool:
+        return character in escaped or is_unseen(character)
+
+    class Dumper(yaml.SafeDumper):
+        def represent_str(self, text: str) -> yaml.ScalarNode:
+            style = '"' if any(map(hides, text)) else None
+            return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+    Dumper.add_representer(str, Dumper.represent_str)
+    text: str = yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=110)
+    # Only line feeds of YAML itself are left among control characters, and all others are within double quotes.
+    return "".join(escape(one) if one != "\n" and hides(one) else one for one in text)
 
 
 def defaults_of(cls: type[TrainConfig]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from jdpo.data.blocks import TAG_TYPES, Block, Tags, block_of
 from jdpo.data.formats import Dropped, Reading
 from jdpo.data.splitting import TOLD_IN_TRAINING, Part, prompt_key
 from jdpo.data.tokenizer import Tokenizer
+from jdpo.safe_text import terminal
 from jdpo.types import CompletionRow, PreferenceRow, TokenizedCompletion, TokenizedPair
 
 READ, KEPT, DROPPED = "rows read", "rows kept", "dropped: "
@@ -167,7 +168,7 @@ class Tally:
 
     def drop(self, row: Dropped) -> None:
         """Counts a row that is not kept."""
-        self.add(DROPPED + row.reason, row.origin + (f": {row.detail}" if row.detail else ""))
+        self.add(DROPPED + row.reason, terminal(row.origin + (f": {row.detail}" if row.detail else "")))
 
     def take(self, chunk: Chunk) -> None:
         """Adds what was counted of the rows that follow."""
@@ -182,6 +183,6 @@ class Tally:
         """For the user."""
         counts = {name: count for name, count in sorted(self.counts.items()) if count and name not in (READ, KEPT)}
         return [f"{self.counts[READ]:,} rows read, {self.counts[KEPT]:,} kept"] + [
-            f"  {count:,} {name}" + (f" (the first: {self.examples[name]})" if name in self.examples else "")
+            terminal(f"  {count:,} {name}" + (f" (the first: {self.examples[name]})" if name in self.examples else ""))
             for name, count in counts.items()
         ]

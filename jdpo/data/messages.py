@@ -12,6 +12,7 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jdpo.safe_text import terminal
 from jdpo.types import Message, Text
 
 FUNCTION_CALL = "function_call"
@@ -184,7 +185,7 @@ def listed(names: Sequence[str]) -> str:
 
 def printable(name: str) -> str:
     """A name from a file, printable and not long."""
-    text = name if name.isprintable() else repr(name)
+    text = terminal(name)
     return text if len(text) <= LONGEST_NAME else f"{text[: LONGEST_NAME - 3]}..."
 
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jdpo.config import DatasetConfig, SFTConfig, TrainConfig, without_queries
+from jdpo.safe_text import terminal
 
 _ENDING = re.compile(r"(\.(json|jsonl|ndjson|csv|tsv|parquet|arrow))?(\.(gz|bz2|xz|zst))?$", re.IGNORECASE)
 
@@ -47,9 +48,9 @@ class Mixture(NamedTuple):
         'an epoch is 1,507 rows: 500 of hh (0.5 passes over 1,000), 1,000 of orca (2.5 passes over 400), all 7 of own'
         """
         parts = [
-            f"all {size:,} of {label}"
+            f"all {size:,} of {terminal(label)}"
             if take == size
-            else f"{take:,} of {label} ({take / size:.3g} passes over {size:,})"
+            else f"{take:,} of {terminal(label)} ({take / size:.3g} passes over {size:,})"
             for label, size, take in zip(labels, self.sizes, self.takes, strict=True)
         ]
         return f"an epoch is {self.num_examples:,} rows: {', '.join(parts)}"
@@ -166,12 +167,12 @@ def mixture_of(datasets: Sequence[DatasetConfig], sizes: Sequence[int], *, num_e
     for label, size, take in zip(labels_of(datasets), sizes, takes, strict=True):
         if not size:
             raise ValueError(
-                f"the data set {label} has no rows left, so it cannot have a share of an epoch; leave it out"
+                f"the data set {terminal(label)} has no rows left, so it cannot have a share of an epoch; leave it out"
             )
         if not take:
             raise ValueError(
-                f"the data set {label} gets none of the {sum(takes):,} rows of an epoch; give it more weight, or set "
-                "num_examples to more"
+                f"the data set {terminal(label)} gets none of the {sum(takes):,} rows of an epoch; give it more "
+                "weight, or set num_examples to more"
             )
     return Mixture(tuple(sizes), tuple(takes))
 

@@ -25,6 +25,7 @@ from jdpo.data.sources.values import text_size
 from jdpo.data.splitting import Part
 from jdpo.data.tokenizer import Tokenizer
 from jdpo.data.workers import available_cores, map_in_order
+from jdpo.safe_text import terminal
 from jdpo.types import TokenizedCompletion, TokenizedPair
 
 __all__ = [
@@ -66,6 +67,7 @@ Progress = Callable[[int, int | None], None]
 That is None where files do not say how many rows they have before they are read.
 It is called after every chunk of a data set's rows, and not at all where the rows come
 from the cache. What it raises ends the work.
+from jdpo.safe_text import terminal
 """
 
 
@@ -141,7 +143,7 @@ class PreparedData(Generic[R]):
         """Lines for the user and the model card: what was read, kept, dropped and cut."""
         lines = []
         for dataset, left_out in zip(self._datasets, (source.left_out for source in self._sources), strict=True):
-            lines.append(f"{without_queries(dataset.path)} ({dataset.split})")
+            lines.append(terminal(f"{without_queries(dataset.path)} ({dataset.split})"))
             if left_out:
                 lines.append(f"  {len(left_out):,} data files of no split are left out: {_names(left_out)}")
         lines += [f"  {line}" for line in Tally(self.counts, self.examples).lines()]
@@ -152,7 +154,7 @@ class PreparedData(Generic[R]):
     @property
     def cache_note(self) -> str:
         """Where on this machine the tokenized rows are, and whether they were there before."""
-        return f"{'found tokenized in' if self.from_cache else 'tokenized into'} {self._rows.path}"
+        return f"{'found tokenized in' if self.from_cache else 'tokenized into'} {terminal(self._rows.path)}"
 
 
 def prepare_pairs(
@@ -299,7 +301,7 @@ def _check_kept(tally: Tally, datasets: Sequence[DatasetConfig], part: Part | No
       ValueError: no row is left, or every one has a fault that ruins a model.
     """
     if not tally.counts[KEPT]:
-        lines = [f"no rows left of {', '.join(dataset.path for dataset in datasets)}", *tally.lines()]
+        lines = [f"no rows left of {', '.join(terminal(dataset.path) for dataset in datasets)}", *tally.lines()]
         if part is not None:
             lines.append(f"eval_fraction {part.fraction} leaves none on this side; choose another, or leave it out")
         raise ValueError("\n".join(lines))

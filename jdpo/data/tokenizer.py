@@ -13,6 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jdpo.safe_text import terminal
 from jdpo.types import Message
 
 if TYPE_CHECKING:
@@ -217,7 +218,7 @@ def load_tokenizer(folder: Path, *, chat_template: str | None) -> Tokenizer:
         notes.append(f"the chat template writes {hf.bos_token} twice; jdpo takes one away, which others may not do")
     turn_id = None if end_of_turn is None else hf.convert_tokens_to_ids(end_of_turn)
     end_ids = tuple(dict.fromkeys(i for i in (hf.eos_token_id, turn_id, own_eos) if isinstance(i, int)))
-    return Tokenizer(hf, added, end_ids, _digest(hf), tuple(notes), str(folder))
+    return Tokenizer(hf, added, end_ids, _digest(hf), tuple(map(terminal, notes)), str(folder))
 
 
 def _read(folder: Path) -> PreTrainedTokenizerBase:
@@ -287,9 +288,9 @@ def _rendered_probe(hf: PreTrainedTokenizerBase, name: str) -> str:
             raise ValueError(f"chat_template {name}: line {error.lineno}: {error.message}") from None
         except jinja2.TemplateError as error:
             if conversation is turns:
-                raise ValueError(f"chat_template {name} refuses a question and its answer: {error}") from None
+                raise ValueError(f"chat_template {name} refuses a question and its answer: {terminal(error)}") from None
         except Exception as error:  # a template runs expressions, which raise whatever Python raises
-            raise ValueError(f"chat_template {name} breaks: {type(error).__name__}: {error}") from error
+            raise ValueError(f"chat_template {name} breaks: {type(error).__name__}: {terminal(error)}") from error
     if not any(_ANSWER in text for text in texts):
         raise ValueError(f"chat_template {name} writes a conversation without the assistant's words")
     return "".join(texts)

@@ -32,6 +32,7 @@ from jdpo.models.resize import resize_embeddings
 from jdpo.models.safetensors_folder import DTYPES, TensorEntry, TensorFiles, source_dtypes, tensor_entries
 from jdpo.models.transformer import Params, Transformer
 from jdpo.processes import together
+from jdpo.safe_text import terminal
 
 __all__ = ["check_tensors", "iter_hf_tensors", "load_params", "resize_embeddings", "source_dtypes"]
 
@@ -108,12 +109,13 @@ def check_tensors(folder: Path, entries: dict[str, TensorEntry], config: ModelCo
         f"missing tensor {name}, expected shape {shape}" for name, shape in expected.items() if name not in entries
     ]
     for name, entry in entries.items():
-        where = f"{name} in {entry.file.name}"
+        where = terminal(f"{name} in {entry.file.name}")
         if name in shapes and entry.shape != shapes[name]:
             problems.append(f"wrong shape of {where}: expected {shapes[name]}, found {entry.shape}")
         elif name in shapes and entry.dtype not in DTYPES:
             known = ", ".join(DTYPES)
-            problems.append(f"dtype {entry.dtype} of {where}: expected one of {known}; dequantize the model first")
+            found = terminal(entry.dtype)
+            problems.append(f"dtype {found} of {where}: expected one of {known}; dequantize the model first")
         elif name not in shapes and not is_ignorable(name, config):
             problems.append(f"extra tensor {where}, shape {entry.shape}: a {config.family} model has no such weight")
     if problems:

@@ -6,6 +6,8 @@ import os
 import re
 from pathlib import Path
 
+from jdpo.safe_text import terminal
+
 SAFETENSORS_GLOB = "*.safetensors"
 _PATTERNS = ["*.json", "*.jinja", "tokenizer*", "*.model", "vocab*", "merges.txt"]
 _IGNORED = ["consolidated*.safetensors"]  # Mistral's own format: the same weights a second time
@@ -116,7 +118,7 @@ def _require_safetensors(folder: Path, name: str) -> None:
             "save_file(torch.load('adapter_model.bin', weights_only=True), 'adapter_model.safetensors')\"`"
         )
     pickles = sorted(path.name for pattern in _BIN_GLOBS for path in folder.glob(pattern))
-    found = f"only {pickles[0]}" if pickles else "none"
+    found = f"only {terminal(pickles[0])}" if pickles else "none"
     raise ValueError(
         f"model {name!r} has no *.safetensors weights (found: {found}). jdpo reads nothing else; convert it with "
         f"`python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{name}')"

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from jdpo.models.hf_names import Piece, hf_tensors, layout_of, leaves
 from jdpo.models.transformer import Transformer, logical_axes
+from jdpo.safe_text import terminal
 
 Path = tuple[str, ...]
 Targets = str | Sequence[str]
@@ -226,7 +227,7 @@ def _known(names: Sequence[str]) -> str:
 
 def _listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return ", ".join(names[:_MOST_NAMED]) + more
+    return ", ".join(map(terminal, names[:_MOST_NAMED])) + more
 
 
 def get_at(tree: Mapping[str, Any], path: Path) -> Any:

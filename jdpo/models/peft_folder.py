@@ -18,6 +18,7 @@ from jdpo.models.lora import Adapters, Lora
 from jdpo.models.lora_sites import EXPERT_AXIS, Module, Site, Targets, get_at, last_name, tree_of, whole_sites
 from jdpo.models.safetensors_folder import DTYPES, TensorEntry, read_header
 from jdpo.processes import together
+from jdpo.safe_text import terminal
 
 PREFIX = "base_model.model."
 
@@ -108,7 +109,9 @@ def _refuse_unsupported(folder: Path, config: Mapping[str, Any]) -> None:
     if not isinstance(targets, str | list | None):
         wrong.append(f"target_modules {targets!r}, expected names or one expression")
     wrong += [
-        f"{key} {value!r}" for key, value in config.items() if value and key not in _READ and key not in _WITHOUT_EFFECT
+        f"{terminal(key)} {value!r}"
+        for key, value in config.items()
+        if value and key not in _READ and key not in _WITHOUT_EFFECT
     ]
     if wrong:
         raise ValueError(
@@ -273,6 +276,6 @@ def _within_layer(site: Site) -> str:
 
 
 def _listed(names: Iterable[str]) -> str:
-    names = list(names)
+    names = list(map(terminal, names))
     more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
     return ", ".join(names[:_MOST_NAMED]) + more

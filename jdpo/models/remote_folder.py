@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from jdpo.config import public_text
 from jdpo.durable import write_durably
+from jdpo.safe_text import terminal
 
 _MANIFEST = "jdpo_download.json"
 _AT_ONCE = 8
@@ -151,13 +152,15 @@ def _download(system: Any, place: str, file: _Remote, path: Path) -> None:
             os.fsync(target.fileno())
     except Exception as error:
         said = public_text(f"{type(error).__name__}: {error}")
-        raise ValueError(f"model {place}: downloading {path.name} failed: {said}; start again") from error
+        raise ValueError(f"model {place}: downloading {terminal(path.name)} failed: {said}; start again") from error
     size = temporary.stat().st_size
     wrong = check is not None and file.digest is not None and check.hexdigest() != file.digest[1]
     if size != file.size or wrong:
         temporary.unlink()
         found = f"{size} bytes of {file.size}" if size != file.size else f"another {file.digest and file.digest[0]}"
-        raise ValueError(f"model {place}: {path.name} came as {found}, and not as the store says; start again")
+        raise ValueError(
+            f"model {place}: {terminal(path.name)} came as {found}, and not as the store says; start again"
+        )
     temporary.replace(path)
 
 

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from jdpo.safe_text import terminal
+
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -65,7 +67,7 @@ class TensorFiles:
 
     def place(self, name: str) -> str:
         """A tensor and its file, for messages."""
-        return f"tensor {name} in {self._entries[name].file}"
+        return terminal(f"tensor {name} in {self._entries[name].file}")
 
     def read_into(self, name: str, start: int, run: np.ndarray) -> None:
         """Fills `run`, [n] of the tensor's dtype, with its elements from number `start` on.
@@ -82,7 +84,7 @@ class TensorFiles:
                     raise ValueError(f"{entry.file} was cut short while it was read; download it again")
                 offset, rest = offset + count, rest[count:]
         except OSError as error:
-            raise ValueError(f"{entry.file}: cannot read tensor {name}: {error.strerror or error}") from error
+            raise ValueError(f"{entry.file}: cannot read tensor {terminal(name)}: {error.strerror or error}") from error
 
     def _descriptor(self, file: Path) -> int:
         with self._lock:
@@ -109,19 +111,24 @@ def tensor_entries(folder: Path) -> dict[str, TensorEntry]:
         path = folder / file_name
         # The hub's cache holds links to its blobs, so links are followed, wherever they lead.
         if not path.is_file():
-            lost = f", but a link to {os.readlink(path)}, where nothing is" if path.is_symlink() else ""
+            link = path.is_symlink()
+            lost = f": its broken symlink leads to {terminal(os.readlink(path))}" if link else ""
             raise ValueError(
-                f"{folder}: shard {file_name} is listed in {INDEX_NAME} but is not there{lost}; download it again"
+                f"{folder}: shard {terminal(file_name)} is listed in {INDEX_NAME} but is not there{lost}; "
+                "download it again"
             )
         headers[file_name] = read_header(path)
     for name, file_name in weight_map.items():
         if name not in headers[file_name]:
-            raise ValueError(f"{index_path}: tensor {name} should be in {file_name}, but that file does not hold it")
+            raise ValueError(
+                f"{index_path}: tensor {terminal(name)} should be in {terminal(file_name)}, which does not hold it"
+            )
     entries: dict[str, TensorEntry] = {}
     for name, entry in ((name, entry) for header in headers.values() for name, entry in header.items()):
         if name in entries:
             raise ValueError(
-                f"{folder}: both {entries[name].file.name} and {entry.file.name} hold tensor {name}, so it is not "
+                f"{folder}: both {terminal(entries[name].file.name)} and {terminal(entry.file.name)} hold tensor "
+                f"{terminal(name)}, so it is not "
                 "clear which is meant; download the model again, or remove the file that is not part of it"
             )
         entries[name] = entry
@@ -140,7 +147,7 @@ def _single_file(folder: Path) -> Path:
     if folder / SINGLE_NAME in files:
         return folder / SINGLE_NAME
     if len(files) > 1:
-        names = ", ".join(path.name for path in files[:3])
+        names = ", ".join(terminal(path.name) for path in files[:3])
         raise ValueError(
             f"{folder} holds {len(files)} safetensors files ({names}, ..) but no {INDEX_NAME} to name their tensors"
         )
@@ -157,7 +164,7 @@ def _read_weight_map(path: Path) -> dict[str, str]:
     for name, file_name in weight_map.items():
         # A path out of the folder would read whatever a downloaded index points at.
         if not isinstance(file_name, str) or file_name != Path(file_name).name or "\\" in file_name:
-            raise ValueError(f"{path}: tensor {name} points at {file_name!r}; expected a bare file name")
+            raise ValueError(f"{path}: tensor {terminal(name)} points at {file_name!r}; expected a bare file name")
     return weight_map
 
 

@@ -24,6 +24,7 @@ from jdpo.data.tokenizer import Tokenizer
 from jdpo.reports.inspection_findings import findings_of
 from jdpo.reports.inspection_material import Material, ModelFacts, Part
 from jdpo.reports.inspection_tokens import RowView, one_line, view_row
+from jdpo.safe_text import terminal_lines
 
 DOCUMENT_VERSION = 1
 """To be raised when a key changes its meaning or goes away."""
@@ -314,7 +315,7 @@ def _row(view: RowView) -> Json:
 def _clean(value: Any) -> Any:
     """Tuples as lists, and in origins and names, too, every character that cannot be seen written out."""
     if isinstance(value, str):
-        return "\n".join(line if line.isprintable() else one_line(line) for line in value.split("\n"))
+        return terminal_lines(value)
     if isinstance(value, Mapping):
         return {key: _clean(inner) for key, inner in value.items()}
     return [_clean(inner) for inner in value] if isinstance(value, list | tuple) else value

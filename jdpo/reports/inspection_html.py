@@ -9,6 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from jdpo import safe_text
 from jdpo.durable import write_durably
 from jdpo.reports import inspection_words as words
 
@@ -39,13 +40,24 @@ def page_of(document: Json) -> str:
     import jinja2
 
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=_safe,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters["sha256"] = _source_hash
     environment.filters["share"] = words.percent
     environment.globals["words"] = words
     text = resources.files("jdpo.reports").joinpath(TEMPLATE).read_text(encoding="utf-8")
     return environment.from_string(text).render(document=document).strip() + "\n"
+
+
+def _safe(value: Any) -> Any:
+    """Escapes plain text; what the template itself has made, such as a macro's markup, is as it is."""
+    import markupsafe
+
+    return markupsafe.Markup(safe_text.html(value)) if type(value) is str else value
 
 
 def _source_hash(text: str) -> str:

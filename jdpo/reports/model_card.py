@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jdpo.safe_text import escaped, markdown, markdown_code
+
 METHODS = {
     "dpo": (
         "Direct Preference Optimization ([arXiv 2305.18290](https://arxiv.org/abs/2305.18290)) on pairs of a chosen "
@@ -22,11 +24,14 @@ _LOADING = """A LoRA adapter, to be loaded onto that model:
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "THIS_FOLDER")
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), "THIS_FOLDER")
 ```
 
 """
 
+
+CODE_ENDS = "<`"
+"""Characters that could end a block of code, or begin HTML in viewers that look for it there too."""
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -34,6 +39,16 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 def _is_hub_name(base: str) -> bool:
     """Whether that is `owner/name`, or `gpt2`, and no folder here."""
     return _HUB_NAME.fullmatch(base) is not None and not Path(base).exists()
+
+
+def _python_string(text: str) -> str:
+    """A literal of Python, in double quotes.
+
+    >>> print(_python_string('a"b`c'), _python_string("org/name"))
+    "a\\x22b\\x60c" "org/name"
+    """
+    shown = (one if one.isprintable() and one not in f'"\\{CODE_ENDS}' else escaped(one) for one in text)
+    return f'"{"".join(shown)}"'
 
 
 def model_card(
@@ -55,12 +70,12 @@ def model_card(
       results: name -> value of the last training and evaluation lines.
       rows: what the data report said of the training rows.
       version: of jdpo.
-      config_yaml: the resolved config as text.
+      config_yaml: the resolved config as text, with what is in `CODE_ENDS` escaped.
       base: the model that it came from; for an adapter, that it belongs on.
       is_adapter: whether the folder holds a PEFT adapter, and not a model.
     """
     figures = "\n".join(
-        f"| {name} | {value:.4g} |" for name, value in results.items() if isinstance(value, int | float)
+        f"| {markdown(name)} | {value:.4g} |" for name, value in results.items() if isinstance(value, int | float)
     )
     library = "peft" if is_adapter else "transformers"
     metadata = ["---", f"library_name: {library}", "tags:", "- jdpo", f"- {command}"]
@@ -71,14 +86,14 @@ def model_card(
             *metadata,
             "---",
             "",
-            f"# {base.rstrip('/').split('/')[-1]}, {command.upper()}",
+            f"# {markdown(base.rstrip('/').split('/')[-1])}, {command.upper()}",
             "",
-            f"Made from `{base}` with jdpo {version}: {METHODS[command]}.",
+            f"Made from {markdown_code(base)} with jdpo {version}: {METHODS[command]}.",
             "",
-            *(_LOADING.format(base=base).splitlines() if is_adapter else ()),
+            *(_LOADING.format(base=_python_string(base)).splitlines() if is_adapter else ()),
             "## Data",
             "",
-            rows.strip(),
+            *(" " * (len(line) - len(line.lstrip())) + markdown(line.strip()) for line in rows.strip().split("\n")),
             "",
             "## Results",
             "",

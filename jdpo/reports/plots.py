@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from jdpo.safe_text import terminal
 
 
 class Panel(NamedTuple):
@@ -101,9 +104,13 @@ def _draw(panel: Panel, lines: Sequence[Mapping[str, Any]], folder: Path, title:
     axes.set_xlabel("optimizer step")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel(panel.y_label)
-    axes.set_title(f"{panel.title}\n{title}", fontsize=10)
+    # Dollar signs in the name of a model are no formulas.
+    axes.set_title(f"{panel.title}\n{terminal(title)}", fontsize=10, parse_math=False)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=8)
     path = folder / f"{panel.name}.png"
-    figure.savefig(path, dpi=130)
+    with warnings.catch_warnings():
+        # The font lacks some scripts and emoji; a box in a picture's title is no reason to alarm anybody.
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        figure.savefig(path, dpi=130)
     return path

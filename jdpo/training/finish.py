@@ -18,7 +18,7 @@ from jdpo.models.base_weights import Base
 from jdpo.models.lora_merge import merge
 from jdpo.models.safetensors_folder import source_dtypes
 from jdpo.processes import agree_on, together
-from jdpo.reports.model_card import model_card
+from jdpo.reports.model_card import CODE_ENDS, model_card
 from jdpo.reports.plots import write_plots
 from jdpo.reports.writers import read_metrics
 from jdpo.training.run_dir import RunDirectory
@@ -107,7 +107,7 @@ def export_trained(
         results=results,
         rows=rows,
         version=__version__,
-        config_yaml=to_public_yaml(config),
+        config_yaml=to_public_yaml(config, escaped=CODE_ENDS),
         base=setup.model_name,
         is_adapter=alone,
     )

@@ -20,6 +20,7 @@ from jdpo.data.loader import prefetch
 from jdpo.models.transformer import Weights
 from jdpo.processes import agree_on, is_first
 from jdpo.reports.progress import RunDisplay, figures_of
+from jdpo.safe_text import terminal_lines
 from jdpo.sharding.placement import fetch, micro_batch_sharding, place, replicated
 from jdpo.training.assembly import Assembly, assemble
 from jdpo.training.batches import StepBatch
@@ -70,7 +71,7 @@ class RunResult(NamedTuple):
 def say_on(console: Console, text: str) -> None:
     """One message, once, whatever the number of processes; above the progress bar where there is one."""
     if is_first():
-        console.print(text, markup=False, highlight=False)
+        console.print(terminal_lines(text), markup=False, highlight=False, emoji=False)
 
 
 class _Launched(NamedTuple):

@@ -134,7 +134,7 @@ def test_a_link_to_nothing_is_named_with_where_it_leads(tmp_path: Path) -> None:
     link = tmp_path / "set" / "b.jsonl"
     link.symlink_to(tmp_path / "gone.jsonl")
     for path in (link, link.parent):
-        with pytest.raises(ValueError, match=rf"^{link}: a link to {tmp_path}/gone\.jsonl, where nothing is"):
+        with pytest.raises(ValueError, match=rf"^{link}: broken symlink: .*/gone\.jsonl does not exist"):
             read(path)
     link.unlink()
     link.symlink_to(link)

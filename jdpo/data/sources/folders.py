@@ -10,6 +10,7 @@ from jdpo.data.sources.files import MAX_ROW_BYTES, File, naming
 from jdpo.data.sources.readers import READERS, ending_of
 from jdpo.data.sources.splits import choose_files
 from jdpo.data.sources.stores import Disk, Store
+from jdpo.safe_text import terminal
 
 LEVELS = 2
 """How deep the files of a folder without files of its own are looked for: `data/train/rows.parquet`."""
@@ -40,7 +41,8 @@ def files_of_folder(store: Store, folder: str, split: str) -> tuple[list[File], 
     if not found:
         raise ValueError(f"{store.place(folder)}: no data files in this folder; known endings are {', '.join(READERS)}")
     chosen, left_out = choose_files(list(found), split, store.place(folder))
-    return [File(store, found[name], f"{label}/{name}") for name in chosen], sorted(left_out + passed_over)
+    files = [File(store, found[name], terminal(f"{label}/{name}")) for name in chosen]
+    return files, sorted(map(terminal, left_out + passed_over))
 
 
 def _name_of(store: Store, folder: str) -> str:
@@ -86,7 +88,7 @@ def _saved_split(store: Store, folder: str, label: str, split: str) -> list[File
     splits = _about(store, folder, _SPLITS_FILE, "splits")
     if split not in splits:
         raise ValueError(
-            f"{store.place(folder)}: no split {split!r} in this folder; it has {', '.join(map(str, splits))}"
+            f"{store.place(folder)}: no split {split!r} in this folder; it has {', '.join(map(terminal, splits))}"
         )
     return _saved_files(store, store.join(folder, split), f"{label}/{split}")
 
@@ -94,7 +96,7 @@ def _saved_split(store: Store, folder: str, label: str, split: str) -> list[File
 def _saved_alone(store: Store, folder: str, label: str, split: str) -> list[File]:
     own = _about(store, folder, _STATE_FILE).get("_split")
     if split not in ("train", own):
-        raise ValueError(f"{store.place(folder)}: no split {split!r} in this folder; it has {own or 'train'}")
+        raise ValueError(f"{store.place(folder)}: no split {split!r} in this folder; it has {terminal(own or 'train')}")
     return _saved_files(store, folder, label)
 
 

@@ -18,6 +18,7 @@ from jdpo.data.sources.readers import READERS, ending_of, reader_of
 from jdpo.data.sources.remote import is_url, open_store
 from jdpo.data.sources.splits import Slice, parse_split
 from jdpo.data.sources.stores import Disk, Store
+from jdpo.safe_text import terminal
 
 MAX_PARTS = 200
 """Files of a data set that `parts` names one by one; more are one entry."""
@@ -84,7 +85,7 @@ def open_source(dataset: DatasetConfig) -> Source:
     name = public_text(path).rsplit("/", 1)[-1]
     if ending_of(name) is None:
         raise ValueError(f"{place}: cannot read this kind of file; known endings are {', '.join(READERS)}")
-    return FileSource((File(store, path, name),), (), split, place)
+    return FileSource((File(store, path, terminal(name)),), (), split, place)
 
 
 def _located(path: str) -> tuple[Store, str]:

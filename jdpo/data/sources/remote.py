@@ -11,6 +11,7 @@ from typing import Any
 
 from jdpo.config import public_text
 from jdpo.data.sources.stores import BUFFER_BYTES, Disk, Entry, Kind, Store, said
+from jdpo.safe_text import terminal
 
 _URL = re.compile(r"(?P<protocol>[A-Za-z][\w+.-]*)(://|::)")
 _PACKAGES = {
@@ -45,7 +46,7 @@ class Remote:
         self._root = root.rstrip("/")
 
     def place(self, path: str) -> str:
-        return public_text(self._url + path.removeprefix(self._root).rstrip("/"))
+        return terminal(public_text(self._url + path.removeprefix(self._root).rstrip("/")))
 
     def kind(self, path: str) -> Kind | None:
         with self._naming(path):

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from jdpo.data.sources.readers import ending_of
+from jdpo.safe_text import terminal
 
 SPLIT_NAMES = ("train", "validation", "valid", "val", "dev", "eval", "test")
 
@@ -86,14 +87,14 @@ def choose_files(names: Sequence[str], split: str, folder: str) -> tuple[list[st
     chosen = [name for name in names if of[name] == split] or [name for name in names if name in alike]
     if len(meant := sorted({of[name] for name in chosen})) > 1:
         raise ValueError(
-            f"{folder}: split {split!r} could be {' or '.join(meant)} in this folder; set split to one of them, or "
-            "list the folder once for each"
+            f"{folder}: split {split!r} could be {' or '.join(map(terminal, meant))} in this folder; set split to one "
+            "of them, or list the folder once for each"
         )
     if not chosen and split == "train" and not known:
         chosen = list(names)
     if not chosen:
         found = sorted({of[name] for name in known}) or ["train"]
-        raise ValueError(f"{folder}: no split {split!r} in this folder; it has {', '.join(found)}")
+        raise ValueError(f"{folder}: no split {split!r} in this folder; it has {', '.join(map(terminal, found))}")
     _refuse_copies(chosen, folder)
     return chosen, [name for name in names if name not in chosen and (name not in known or name in alike)]
 
@@ -128,6 +129,6 @@ def _refuse_copies(names: Sequence[str], folder: str) -> None:
     for name in names:
         if (other := first.setdefault(_without_ending(name), name)) != name:
             raise ValueError(
-                f"{folder}: {other} and {name} look like the same rows in two formats; move one of them away, or give "
-                "the path of the file"
+                f"{folder}: {terminal(other)} and {terminal(name)} look like the same rows in two formats; move one of "
+                "them away, or give the path of the file"
             )

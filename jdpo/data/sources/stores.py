@@ -9,6 +9,8 @@ import os
 import stat
 from typing import Literal, NamedTuple, Protocol, cast
 
+from jdpo.safe_text import terminal
+
 BUFFER_BYTES = 2**20
 
 Kind = Literal["file", "folder", "other"]
@@ -55,7 +57,7 @@ class Disk:
     """The files of this machine."""
 
     def place(self, path: str) -> str:
-        return path
+        return terminal(path)
 
     def kind(self, path: str) -> Kind | None:
         """What is there, links followed.
@@ -68,11 +70,12 @@ class Disk:
         except (FileNotFoundError, NotADirectoryError):
             if os.path.islink(path):
                 raise ValueError(
-                    f"{path}: a link to {os.readlink(path)}, where nothing is; mend the link, or bring its target back"
+                    f"{self.place(path)}: broken symlink: its target {terminal(os.readlink(path))} does not exist; "
+                    "mend the link, or bring its target back"
                 ) from None
             return None
         except OSError as error:
-            raise ValueError(f"{path}: cannot read it: {error.strerror or error}") from error
+            raise ValueError(f"{self.place(path)}: cannot read it: {error.strerror or error}") from error
         except ValueError:  # a NUL in the path
             return None
         return "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "other"
@@ -85,7 +88,7 @@ class Disk:
             with os.scandir(folder) as found:
                 return sorted(Entry(entry.name, entry.path, kind(entry)) for entry in found)
         except OSError as error:
-            raise ValueError(f"{folder}: cannot list the folder: {error.strerror or error}") from error
+            raise ValueError(f"{self.place(folder)}: cannot list the folder: {error.strerror or error}") from error
 
     def join(self, folder: str, name: str) -> str:
         return os.path.join(folder, name)
@@ -94,7 +97,7 @@ class Disk:
         try:
             return cast(io.BufferedReader, open(path, "rb", buffering=BUFFER_BYTES))
         except OSError as error:
-            raise ValueError(f"{path}: cannot read the file: {error.strerror or error}") from error
+            raise ValueError(f"{self.place(path)}: cannot read the file: {error.strerror or error}") from error
 
     def checksum(self, path: str) -> str:
         """The sha256 of a file; a run asks more than once, and reading takes long."""

@@ -1,0 +1,109 @@
+r"""Text that jdpo did not write, made safe to show in a terminal, on a page, and in Markdown.
+
+Names of files, tensors and datasets, messages of chat templates, and whatever else comes with a model or a dataset may
+hold escape codes of terminals, line feeds that fake a line of their own, direction overrides that show a name
+backwards, or markup. Here such characters are written out (`\x1b`, `\n`, `\u202e`); letters of every script, emoji and
+what joins them stay as they are.
+"""
+
+from __future__ import annotations
+
+import html as _html
+import re
+import unicodedata
+
+_SHORT = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
+
+# Format characters that scripts need: joiners and direction marks, and signs that are seen although Unicode files
+# them under format (Arabic, Syriac and Kaithi number signs, Egyptian joiners). None of them hides or turns other text.
+_OF_SCRIPTS = re.compile(
+    "[\u200c-\u200f\u061c\u0600-\u0605\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd\U00013430-\U0001343f]"
+)
+_UNSEEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})  # control, format, half a surrogate pair, line, paragraph
+# The flags of regions, such as Scotland, are a black flag and invisible tags; anywhere else tags only hide text.
+_PIECES = re.compile("\U0001f3f4[\U000e0030-\U000e0039\U000e0061-\U000e007a]{1,6}\U000e007f|[^ -~]")
+
+# `_` within a word and other punctuation mean nothing in Markdown; what is left here does, or begins HTML.
+_MARKUP = re.compile(r"[\\`*\[\]|~#]|(?<![^\W_])_|_(?![^\W_])")
+_BLOCK_START = re.compile(r"(\s*)([-+=]|\d+(?=[.)]))")
+
+
+def terminal(text: object) -> str:
+    r"""Returns text as one line for a terminal, a log, or a part of a larger message.
+
+    >>> print(terminal("a\x1b[31mb\nc\u202ed"), terminal("naïve 東京 👩\u200d🚀"))
+    a\x1b[31mb\nc\u202ed naïve 東京 👩‍🚀
+    """
+    return _written_out(str(text), "")
+
+
+def terminal_lines(text: object) -> str:
+    r"""Returns text of several lines for a terminal: as `terminal`, but line feeds and tabs stay.
+
+    >>> terminal_lines("first\n\tsecond\r\x07")
+    'first\n\tsecond\\r\\x07'
+    """
+    return _written_out(str(text), "\n\t")
+
+
+def html(text: object) -> str:
+    r"""Returns text as the content of an HTML element or of a quoted attribute; line feeds and tabs stay.
+
+    >>> html('<b title="x">\x1b')
+    '&lt;b title=&quot;x&quot;&gt;\\x1b'
+    """
+    return _html.escape(terminal_lines(text), quote=True)
+
+
+def markdown(text: object) -> str:
+    r"""Returns text as one line of Markdown that shows it letter for letter, in viewers that let HTML through too.
+
+    >>> markdown("hh_rlhf *best* <script>`x`|\n")
+    'hh_rlhf \\*best\\* &lt;script&gt;\\`x\\`\\|\\\\n'
+    """
+    escaped = _MARKUP.sub(lambda sign: f"\\{sign[0]}", terminal(text))
+    escaped = escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    # At the start of a line these would begin a list, a rule or a heading.
+    start = _BLOCK_START.match(escaped)
+    if start is None:
+        return escaped
+    lead, sign = start.groups()
+    return f"{lead}{sign}\\{escaped[start.end() :]}" if sign[0].isdigit() else f"{lead}\\{escaped[len(lead) :]}"
+
+
+def markdown_code(text: object) -> str:
+    """Returns text as a code span of Markdown, or as `markdown` where a code span could not hold it safely.
+
+    >>> markdown_code("org/model_1"), markdown_code("a`b<c")
+    ('`org/model_1`', 'a\\\\`b&lt;c')
+    """
+    line = terminal(text)
+    return markdown(text) if re.search("[`<>&]", line) or not line.strip() else f"`{line}`"
+
+
+def is_unseen(character: str) -> bool:
+    """Returns whether a character does not show, or changes how others show."""
+    return unicodedata.category(character) in _UNSEEN and _OF_SCRIPTS.match(character) is None
+
+
+def _written_out(text: str, kept: str) -> str:
+    if text.isprintable():
+        return text
+
+    def seen(match: re.Match[str]) -> str:
+        piece = match[0]
+        if len(piece) > 1 or piece in kept or not is_unseen(piece):
+            return piece
+        return _SHORT.get(piece) or escaped(piece)
+
+    return _PIECES.sub(seen, text)
+
+
+def escaped(character: str) -> str:
+    r"""Returns the escape of a character that Python strings and quoted YAML scalars share.
+
+    >>> print(escaped("\x1b"), escaped("\u202e"), escaped("\U000e0041"))
+    \x1b \u202e \U000e0041
+    """
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"

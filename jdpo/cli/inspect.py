@@ -77,9 +77,7 @@ def main(command: str, words: Sequence[str]) -> int:
     from jdpo.reports.inspection import document_of
     from jdpo.training.inspect import gather
 
-    material = gather(
-        config, chosen_by=chosen_by, say=lambda text: print(terminal_lines(text), file=sys.stderr, flush=True)
-    )
+    material = gather(config, chosen_by=chosen_by, say=_say)
     document = document_of(material, num_rows=options.rows)
     if options.html is not None:
         from jdpo.reports.inspection_html import write_page

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from jdpo._version import __version__
 from jdpo.cli.main import COMMANDS, main
 from jdpo.config import DPOConfig, keys_of, load_config
+from tests.conftest import chat_pairs, write_jsonl
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,3 +73,67 @@ def test_errors_go_to_stderr_with_exit_code_2(capsys: pytest.CaptureFixture[str]
     assert captured.out == ""
     assert captured.err.startswith("jdpo: error: ")
     assert "did you mean 'beta'?" in captured.err
+
+
+TEMPLATE = (
+    "{% if 'refuse' in messages[0]['content'] %}{{ raise_exception('\\x1b[31mRED\\x07\\nfake: ok') }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_what_a_stranger_wrote_is_shown_and_does_nothing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, run_words: Callable[..., list[str]]
+) -> None:
+    """Escape codes in the name of a data file and in what a template says, in the lines of a run and in an error."""
+    (tmp_path / "template.jinja").write_text(TEMPLATE)
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    rows = chat_pairs(20)
+    rows[0]["prompt"][0]["content"] = "refuse this"
+    file = write_jsonl(folder / "train-\x1b[31m\nfake-👩\u200d🚀.jsonl", rows)
+    words = run_words(datasets=folder, chat_template=tmp_path / "template.jinja")
+    assert main(["dpo", *words, "--dry_run"]) == 0
+    printed = capsys.readouterr().out
+    assert "train-\\x1b[31m\\nfake-👩\u200d🚀.jsonl:1: \\x1b[31mRED\\x07\\nfake: ok" in printed
+    assert "\x1b" not in printed
+    assert "\x07" not in printed
+    assert not any(line.strip().startswith("fake") for line in printed.splitlines())
+    file.write_text('{"prompt"')
+    assert main(["dpo", *words, "--dry_run"]) == 2
+    said = capsys.readouterr().err
+    assert "train-\\x1b[31m\\nfake-👩\u200d🚀.jsonl:1: broken JSON" in said
+    assert "\x1b" not in said
+
+
+def test_names_within_weights_are_shown_and_do_nothing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, toy_model: Path, run_words: Callable[..., list[str]]
+) -> None:
+    model = Path(shutil.copytree(toy_model, tmp_path / "model"))
+    words = run_words(model_name_or_path=model)
+    tensors = load_file(model / "model.safetensors")
+    save_file({**tensors, "x\x1b[31m\nfake: ok": np.zeros(3, np.float32)}, model / "model.safetensors")
+    assert main(["dpo", *words, "--dry_run"]) == 2
+    assert "extra tensor x\\x1b[31m\\nfake: ok in model.safetensors" in (said := capsys.readouterr().err)
+    assert "\x1b" not in said
+    (model / "model.safetensors").rename(model / "part.safetensors")
+    index = {"weight_map": {"a": "part.safetensors", "b": "y\x1b\u202e.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert main(["dpo", *words, "--dry_run"]) == 2
+    assert "shard y\\x1b\\u202e.safetensors is listed" in (said := capsys.readouterr().err)
+    assert "\x1b" not in said
+
+
+def test_a_fault_of_jdpo_itself_and_a_log_line_are_safe_too(tmp_path: Path) -> None:
+    code = """
+import logging
+from jdpo.cli.main import main
+main(["dpo", "--help"])
+logging.getLogger("some.library").warning("log \\x1b[31m")
+raise RuntimeError("fault \\x1b[31m")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 1
+    assert "log \\x1b[31m" in done.stderr
+    assert "RuntimeError: fault \\x1b[31m" in done.stderr
+    assert "\x1b" not in done.stderr

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,9 @@ import pytest
 import yaml
 from rich.console import Console
 
-from jdpo.reports.model_card import model_card
+from jdpo import safe_text
+from jdpo.config import DPOConfig, load_config, to_public_yaml
+from jdpo.reports.model_card import CODE_ENDS, model_card
 from jdpo.reports.plots import write_plots
 from jdpo.reports.progress import RunDisplay
 from jdpo.reports.writers import JsonlWriter, cut_metrics, make_trackers, read_metrics
@@ -73,6 +77,36 @@ def test_model_card_holds_recipe_results_and_metadata() -> None:
     assert "| eval_rewards/accuracies | 0.625 |" in card
     assert "beta: 0.1" in card
     assert "20 rows read" in card
+
+
+def test_names_of_others_are_no_markup_in_the_card(tmp_path: Path) -> None:
+    path = "a<script>alert(1)<|>`*.jsonl\x1b\u202e\n# fake"
+    config = load_config(DPOConfig, None, ["model_name_or_path=x", "output_dir=o", f"datasets={json.dumps([path])}"])
+    recipe = to_public_yaml(config, escaped=CODE_ENDS)
+    card = model_card(
+        command="dpo",
+        config={},
+        results={"rewards/margins/a|<b>": 1.0},
+        rows=f"{safe_text.terminal(path)} (train)\n  20 rows read",
+        version="0.1.0",
+        config_yaml=recipe,
+        base='m/x<img src=x onerror=alert(2)>``"+evil()',
+        is_adapter=True,
+    )
+    assert "<" not in card
+    assert all(one == "\n" or not safe_text.is_unseen(one) for one in card)
+    assert "# x&lt;img src=x onerror=alert(2)&gt;\\`\\`" in card
+    assert "| rewards/margins/a\\|&lt;b&gt; | 1 |" in card
+    _, loading, _, in_card, _ = re.split(r"^```\w*$", card, flags=re.M)
+    constants = [node.value for node in ast.walk(ast.parse(loading)) if isinstance(node, ast.Constant)]
+    assert 'm/x<img src=x onerror=alert(2)>``"+evil()' in constants
+    assert in_card.strip() == recipe.strip()
+    assert yaml.safe_load(recipe)["datasets"][0]["path"] == path
+
+
+def test_the_name_of_a_model_is_no_formula_in_a_plot(tmp_path: Path) -> None:
+    (path, *_) = write_plots(lines(3), tmp_path / "plots", title="jdpo dpo: a$\\frac{$\x1b 東京")
+    assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_local_base_model_is_not_given_out_as_a_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,7 @@ from speed_padding import planned_padding  # noqa: E402
 from speed_report import render_case  # noqa: E402
 from speed_run import ArmRun, Before  # noqa: E402
 from speed_verdicts import PADDING_BAR, Padding, Result  # noqa: E402
+from token_rules import main as token_rules  # noqa: E402
 from trl_parity import compare_tokens, tokenized_rows  # noqa: E402
 
 from jdpo.models.families import read_model_config  # noqa: E402
@@ -371,6 +372,17 @@ def test_tokens_of_every_row_are_asked_of_trl(tmp_path: Path) -> None:
         found.write_text(wrong)
         with pytest.raises(ValueError, match="expected 5 rows"):
             check_trl_tokens(found, expected, 1, 2)
+
+
+# --- tokens of generated conversations
+
+
+def test_the_common_prefix_in_place_of_the_rule_fails_the_checks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert token_rules(["--rule", "prefix", "--rows", "20", "--templates", "qwen3_reasoning"]) == 1
+    printed = capsys.readouterr().out
+    assert "FAILED foreign" in printed  # an earlier answer is learnt
+    assert "FAILED end" in printed
+    assert "rule prefix: FAILED" in printed
 
 
 # --- the whole way

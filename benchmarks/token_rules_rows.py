@@ -23,7 +23,7 @@ SHAPES = (
     "{} is it.",
     "  {}, with spaces. ",
     "\n{} after a newline",
-    "{}\n\nand {} in two parts\n",
+    "{}\n\nand {}, twice\n",
     "« {} » é 😀",
     "{}",
 )

@@ -270,3 +270,39 @@ def test_queries_are_neither_written_nor_compared() -> None:
     assert differences(saved, dpo("datasets=https://host/rows.jsonl?X-Amz-Signature=OTHER", "cache_dir=why?")) == []
     (line,) = differences(saved, dpo("datasets=https://host/other.jsonl?X-Amz-Signature=OTHER"))
     assert "OTHER" not in line
+
+
+_LISTS = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
+_MERGES = "".join(f"m{i}: &m{i} {{<<: [{', '.join([f'*m{i - 1}'] * 9)}]}}\n" for i in range(1, 12))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("a0: &a0 [x, x]\n" + _LISTS, "once its aliases are written out"),
+        ("m0: &m0 {x: 1}\n" + _MERGES, "once its aliases are written out"),
+        ("datasets: &d [*d]\n", "an alias of itself"),
+        ("datasets: " + "[" * 20_000, "nested too deeply"),
+        ("datasets: x\n" + "#" * 2**20, "characters, more than"),
+        ("? [a]\n: b\n", "cannot be a key"),
+        ("max_steps: 2024-99-99\n", "not YAML"),
+    ],
+)
+def test_yaml_that_grows_when_it_is_read_is_refused_with_the_file_named(text: str, reason: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=reason) as caught:
+        load_config(DPOConfig, path)
+    assert str(path) in str(caught.value)
+
+
+def test_aliases_and_merge_keys_of_a_plain_config_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "model_name_or_path: m\noutput_dir: o\ndatasets: &rows [{path: a.jsonl}]\neval_datasets: *rows\n"
+        "mesh: {<<: {data: 2}, tensor: 4}\n",
+        encoding="utf-8",
+    )
+    config = load_config(DPOConfig, path)
+    assert config.eval_datasets == config.datasets
+    assert (config.mesh.data, config.mesh.tensor) == (2, 4)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jdpo.cli.train import read_config
-from jdpo.config import CONFIGS, DPOConfig, SFTConfig, TrainConfig, parse_overrides
+from jdpo.config import CONFIGS, DPOConfig, SFTConfig, TrainConfig, load_yaml, parse_overrides
 from jdpo.safe_text import terminal, terminal_lines
 
 FLAGS = {
@@ -187,7 +187,7 @@ def _keys(words: Sequence[str]) -> list[str]:
     if words and not words[0].startswith("--") and "=" not in words[0]:
         path, words = words[0], words[1:]
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            values = load_yaml(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError):
             values = None
         keys += [str(key) for key in values] if isinstance(values, dict) else []

@@ -15,6 +15,7 @@ from jdpo.config.reading import (
     to_yaml,
 )
 from jdpo.config.resuming import EXPORT_KEYS, FREE_KEYS, changed_keys, differences
+from jdpo.config.yaml_text import load_yaml
 
 __all__ = [
     "ALIASES",
@@ -35,6 +36,7 @@ __all__ = [
     "differences",
     "keys_of",
     "load_config",
+    "load_yaml",
     "parse_overrides",
     "public_text",
     "refuse_passwords",

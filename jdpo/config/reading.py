@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from jdpo.config.addresses import refuse_passwords, without_queries
 from jdpo.config.keys import TrainConfig
+from jdpo.config.yaml_text import load_yaml
 from jdpo.safe_text import escaped as escape
 from jdpo.safe_text import is_unseen
 
@@ -86,8 +86,6 @@ NAMED_GROUPS = {"optimizer": "name"}
 
 SWITCHED_GROUPS = ("lora",)
 """Groups that `true` turns on with their defaults, and any key of them too."""
-
-_BASE_60 = re.compile(r"[-+]?[0-9_]+(:[0-5]?[0-9])+(\.[0-9_]*)?")
 
 
 def load_config(cls: type[C], path: Path | None = None, overrides: Sequence[str] = ()) -> C:
@@ -163,7 +161,7 @@ def _parse_value(key: str, text: str, *, is_text: bool) -> Any:
     if is_text:
         return None if text == "null" else text
     try:
-        value = yaml.safe_load(text) if text else ""
+        value = load_yaml(text) if text else ""
     except yaml.YAMLError as error:
         raise ValueError(f"cannot read the value of {key!r}, {text!r}, as YAML: quote it ({error})") from None
     return value
@@ -191,7 +189,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read the config file {path}: {error}") from None
     try:
-        values = yaml.load(text, Loader=_Loader)
+        values = load_yaml(text)
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {error}") from None
     if values is None:
@@ -199,27 +197,6 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ValueError(f"{path}: expected 'key: value' lines, found a {type(values).__name__}")
     return values
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without its traps: a key written twice is refused, of which plain YAML would silently keep the last, and
-    10:13 is text, which plain YAML reads as 613."""
-
-    def resolve(self, kind: type[yaml.Node], value: Any, implicit: Any) -> str:
-        if kind is yaml.ScalarNode and implicit[0] and _BASE_60.fullmatch(value):
-            return str(self.DEFAULT_SCALAR_TAG)
-        return str(super().resolve(kind, value, implicit))
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
 
 
 def _set_nested(values: dict[str, Any], dotted: str, value: Any) -> None:

@@ -92,7 +92,11 @@ def with_prefix(entries: dict[str, Entry], config: ModelConfig) -> dict[str, Ent
     Saved without its head, a model leaves out the prefix of all others, as GPT-2 does on the hub.
     """
     layout = layout_of(config)
-    if any(name.startswith(layout.prefix) for name in entries):
+    bare = tuple(
+        rule.hf_name.removeprefix(layout.prefix).split(".")[0] + "."
+        for rule in (layout.embedding, *layout.first, *layout.last, *layout.layer)
+    )
+    if any(name.startswith(layout.prefix) for name in entries) or not any(name.startswith(bare) for name in entries):
         return entries
     return {name if name == layout.head.hf_name else layout.prefix + name: entry for name, entry in entries.items()}
 

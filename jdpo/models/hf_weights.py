@@ -37,6 +37,15 @@ from jdpo.safe_text import terminal
 __all__ = ["check_tensors", "iter_hf_tensors", "load_params", "resize_embeddings", "source_dtypes"]
 
 _MAX_LISTED = 10
+_MAX_NAMED = 3
+WRAPPERS = {
+    "_orig_mod": "torch.compile writes `_orig_mod.` into names",
+    "module": "DataParallel writes `module.` into names",
+    "_fsdp_wrapped_module": "FSDP writes `_fsdp_wrapped_module.` into names",
+    "_checkpoint_wrapped_module": "activation checkpointing writes `_checkpoint_wrapped_module.` into names",
+}
+"""Parts of names that torch's wrappers leave in weights saved from the wrapper."""
+
 _FUSED_EXPERTS = ".experts.gate_up_proj"
 _BUFFER_BYTES = 2**30
 _MAX_THREADS = 32
@@ -103,6 +112,7 @@ def check_tensors(folder: Path, entries: dict[str, TensorEntry], config: ModelCo
     """Holds the tensors of a folder against those the model needs; one ValueError lists all that is wrong."""
     expected = {name: pieces[0].hf_shape for name, pieces in hf_tensors(config).items()}
     entries, head = with_prefix(entries, config), layout_of(config).head.hf_name
+    _refuse_other_names(folder, entries, expected, config)
     # Of tied weights that are there twice both are read, to be compared.
     shapes = expected | ({head: expected[layout_of(config).embedding.hf_name]} if config.tie_embeddings else {})
     problems = [
@@ -125,6 +135,27 @@ def check_tensors(folder: Path, entries: dict[str, TensorEntry], config: ModelCo
             f"{folder}: the weights do not fit config.json ({config.family}):\n  {listed}{more}\n"
             f"{_advice(entries, shapes, config)}"
         )
+
+
+def _refuse_other_names(folder: Path, entries: Collection[str], expected: Collection[str], config: ModelConfig) -> None:
+    """Refuses tensors whose names hold the name of a wrapper, or among which is no name of the family."""
+    wrappers = [name for name in WRAPPERS if any(name in entry.split(".") for entry in entries)]
+    if not wrappers and any(name in expected for name in entries):
+        return
+    entries = sorted(entries, key=lambda entry: (not set(wrappers) & set(entry.split(".")), entry))
+    found, wanted = (", ".join(map(terminal, [*names][:_MAX_NAMED])) for names in (entries, expected))
+    more = f" and {len(entries) - _MAX_NAMED:,} more" if len(entries) > _MAX_NAMED else ""
+    remedy = (
+        f"{' and '.join(WRAPPERS[name] for name in wrappers)}: save the model inside the wrapper "
+        f"(`model.{wrappers[0]}.save_pretrained(OUT)`), or take `{wrappers[0]}.` out of every name, in the weight_map "
+        "of an index too"
+        if wrappers
+        else "Rename the tensors, or use the config.json that belongs to them"
+    )
+    raise ValueError(
+        f"{folder}: the tensors do not have the names of a {config.family} model:\n  found {found}{more}\n"
+        f"  expected {wanted}, ..\n{remedy}"
+    )
 
 
 def _advice(entries: dict[str, TensorEntry], known: Collection[str], config: ModelConfig) -> str:

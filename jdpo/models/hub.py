@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 
 from jdpo.safe_text import terminal
@@ -32,6 +33,7 @@ def resolve_folder(name_or_path: str, revision: str | None = None, *, weights: b
         return _from_store(name_or_path, revision, weights=weights)
     path = Path(name_or_path).expanduser()
     if path.is_dir():
+        _refuse_special_files(path)
         if weights:
             _require_safetensors(path, str(path))
         return path
@@ -101,6 +103,33 @@ def _download(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
         ) from error
     except (HfHubHTTPError, OSError) as error:
         raise ValueError(f"model {repo_id!r}{at}: the download from the hub failed: {error}") from error
+
+
+def _refuse_special_files(folder: Path) -> None:
+    """Refuses a folder in which a pipe or a device has the name of a model file: reading it could wait forever.
+
+    Raises:
+      ValueError: naming the first such file, or a folder that cannot be listed.
+    """
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise ValueError(f"model folder {folder} cannot be listed: {error.strerror or error}") from error
+    for name in names:
+        path = folder / name
+        if any(fnmatch(name, pattern) for pattern in (*_PATTERNS, SAFETENSORS_GLOB)) and not path.is_dir():
+            require_plain_file(path)
+
+
+def require_plain_file(path: Path) -> None:
+    """Refuses a folder, a pipe, a socket or a device in the place of a file; a missing one is for others to report.
+
+    Raises:
+      ValueError: naming the path.
+    """
+    if path.exists() and not path.is_file():
+        found = "a folder" if path.is_dir() else "a pipe or a device"
+        raise ValueError(f"{path}: expected a file of the model, found {found}; put the file itself there")
 
 
 def has_weights(folder: Path) -> bool:

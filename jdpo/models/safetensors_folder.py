@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from jdpo.models.hub import require_plain_file
 from jdpo.safe_text import terminal
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
@@ -169,7 +170,12 @@ def _read_weight_map(path: Path) -> dict[str, str]:
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
-    """Parses a safetensors header (u64 length, JSON) and holds it against the file's size."""
+    """Parses a safetensors header (u64 length, JSON) and holds it against the file's size.
+
+    Raises:
+      ValueError: the file is not a whole safetensors file.
+    """
+    require_plain_file(path)
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)

@@ -139,6 +139,12 @@ def test_biases_and_qk_norm_by_family(tmp_path: Path) -> None:
         ),
         ("llama", {"layer_types": ["full_attention"] * 4}, "layer_types: not a setting of the family llama"),
         ("llama", {"num_hidden_layers": 0}, "num_hidden_layers: expected at least 1, found 0"),
+        ("llama", {"num_hidden_layers": 10**6}, "num_hidden_layers: expected 1 to 1,000, found 1000000"),
+        ("gpt2", {"n_layer": 10**6}, "n_layer: expected 1 to 1,000, found 1000000"),
+        ("llama", {"hidden_size": 1e300}, "hidden_size: expected 1 to 1,048,576, found 1e+300"),
+        ("llama", {"vocab_size": -5}, "vocab_size: expected 1 to 16,777,216, found -5"),
+        ("qwen2", {"layer_types": ["full_attention"] * 10**5}, "layer_types: found 100,000 layers"),
+        ("mixtral", {"num_hidden_layers": 1000, "num_local_experts": 4096}, "1,000 layers of 4,096 experts"),
         ("llama", {"rope_theta": 0}, "rope_theta: expected a number above 0, found 0"),
         (
             "llama",

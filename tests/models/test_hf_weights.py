@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import time
 import weakref
@@ -21,6 +22,7 @@ from jdpo.models.families import read_model_config
 from jdpo.models.filling import Filler
 from jdpo.models.hf_names import leaves
 from jdpo.models.hf_weights import iter_hf_tensors, load_params, source_dtypes
+from jdpo.models.hub import resolve_folder
 from jdpo.models.leaf_buffers import LeafBuffers
 from jdpo.models.safetensors_folder import TensorFiles, tensor_entries
 from jdpo.models.transformer import Transformer, abstract_params, logical_axes
@@ -136,6 +138,46 @@ def test_a_long_list_of_problems_is_cut_and_counted(make_folder: Callable[..., A
     folder.write()
     with pytest.raises(ValueError, match=r"and 18 more\n"):
         load(folder)
+
+
+@pytest.mark.parametrize(
+    ("rename", "found", "advice"),
+    [
+        (lambda name: f"_orig_mod.{name}", "_orig_mod.lm_head.weight", "torch.compile writes `_orig_mod.`"),
+        (
+            lambda name: name.replace("layers.1.", "layers.1._orig_mod."),
+            "model.layers.1._orig_mod.input_layernorm.weight",
+            "model._orig_mod.save_pretrained",
+        ),
+        (lambda name: f"module.{name}", "module.lm_head.weight", "DataParallel writes `module.`"),
+        (lambda name: f"decoder.{name}", "decoder.lm_head.weight", "Rename the tensors"),
+    ],
+)
+def test_names_that_a_wrapper_or_another_library_gave_are_listed_with_what_to_do(
+    make_folder: Callable[..., Any], rename: Callable[[str], str], found: str, advice: str
+) -> None:
+    folder = make_folder("llama")
+    folder.tensors = {rename(name): tensor for name, tensor in folder.tensors.items()}
+    folder.write()
+    with pytest.raises(ValueError, match="do not have the names of a llama model") as caught:
+        load(folder)
+    assert f"found {found}" in str(caught.value)
+    assert "expected model.embed_tokens.weight" in str(caught.value)
+    assert advice in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model-00001-of-00002.safetensors"])
+def test_a_pipe_in_the_place_of_weights_is_refused_before_it_is_opened(
+    make_folder: Callable[..., Any], name: str
+) -> None:
+    folder = make_folder("llama", num_shards=2 if "-of-" in name else 1)
+    (folder.path / name).unlink()
+    os.mkfifo(folder.path / name)
+    if name == "model.safetensors":
+        with pytest.raises(ValueError, match=f"{name}: expected a file of the model, found a pipe"):
+            load(folder)
+    with pytest.raises(ValueError, match=f"{name}: expected a file of the model, found a pipe"):
+        resolve_folder(str(folder.path))
 
 
 def test_rotary_buffers_and_the_head_of_a_tied_model_are_ignored(make_folder: Callable[..., Any]) -> None:

@@ -134,3 +134,24 @@ def test_a_pickled_adapter_has_its_own_advice(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no adapter_model\.safetensors.*save_file\(torch\.load") as error:
         resolve_folder(str(tmp_path))
     assert "AutoModelForCausalLM" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_a_pipe_in_the_place_of_a_model_file_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    os.mkfifo(tmp_path / "notes")  # not a file that anything reads
+    assert resolve_folder(str(tmp_path)) == tmp_path
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name}: expected a file of the model, found a pipe or a device"):
+        resolve_folder(str(tmp_path))
+    with pytest.raises(ValueError, match="found a pipe or a device"):
+        resolve_folder(str(tmp_path), weights=False)
+
+
+def test_a_device_behind_a_link_is_refused_and_a_link_to_a_file_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "blob").write_bytes(b"")
+    (tmp_path / "model.safetensors").symlink_to("blob")
+    assert resolve_folder(str(tmp_path)) == tmp_path
+    (tmp_path / "vocab.json").symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match=r"vocab\.json: expected a file of the model"):
+        resolve_folder(str(tmp_path))

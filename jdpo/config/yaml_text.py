@@ -1,0 +1,90 @@
+"""Reading YAML without its traps."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable
+from typing import Any
+
+import yaml
+
+MOST_VALUES = 100_000
+"""Values of a config at most, those that aliases repeat counted each time."""
+
+MOST_CHARACTERS = 2**20
+"""Characters of a config at most."""
+
+_BASE_60 = re.compile(r"[-+]?[0-9_]+(:[0-5]?[0-9])+(\.[0-9_]*)?")
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key written twice, of which plain YAML keeps the last, and reads 10:13 as text, not as 613."""
+
+    def resolve(self, kind: type[yaml.Node], value: Any, implicit: Any) -> str:
+        if kind is yaml.ScalarNode and implicit[0] and _BASE_60.fullmatch(value):
+            return str(self.DEFAULT_SCALAR_TAG)
+        return str(super().resolve(kind, value, implicit))
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue  # `<<: *name` brings in the keys of another value, which those beside it override
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} cannot be a key", key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def load_yaml(text: str) -> Any:
+    """The value of a YAML text, without Python objects.
+
+    Raises:
+      yaml.YAMLError: broken YAML, a key written twice, values nested too deeply, or more than MOST_VALUES of them.
+    """
+    if len(text) > MOST_CHARACTERS:
+        raise yaml.YAMLError(f"{len(text):,} characters, more than the {MOST_CHARACTERS:,} that a config may have")
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        # Merge keys are expanded while values are built, so the size is checked before that.
+        if (size := _expanded_size(node, {})) > MOST_VALUES:
+            raise yaml.YAMLError(
+                f"it has {size:,} values once its aliases are written out, more than {MOST_VALUES:,}; write fewer "
+                "aliases (*name) of values that hold aliases"
+            )
+        return loader.construct_document(node)
+    except RecursionError:
+        raise yaml.YAMLError("its values are nested too deeply") from None
+    except ValueError as error:  # a date or a number that there is not
+        raise yaml.YAMLError(str(error)) from error
+    finally:
+        loader.dispose()
+
+
+def _expanded_size(node: yaml.Node, sizes: dict[int, int | None]) -> int:
+    """Values below a node, itself counted; an alias is the node that it names, and counts each time.
+
+    Args:
+      sizes: of the nodes that were counted, by identity; None while a node is being counted.
+    """
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) in sizes:
+        size = sizes[id(node)]
+        if size is None:
+            raise yaml.YAMLError("a value holds an alias of itself")
+        return size
+    sizes[id(node)] = None
+    pairs = isinstance(node, yaml.MappingNode)
+    children = [child for pair in node.value for child in pair] if pairs else node.value
+    size = 1 + sum(_expanded_size(child, sizes) for child in children)
+    sizes[id(node)] = size
+    return size

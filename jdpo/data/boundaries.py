@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from jdpo.data import call_arguments
 from jdpo.data.formats import EMPTY_SIDE, Dropped
 from jdpo.data.row_notes import all_words, conversation_notes, has_words, text_notes
 from jdpo.data.tokenizer import Tokenizer
@@ -60,13 +61,19 @@ class Parts(NamedTuple):
     origin: str
     tools: list[dict[str, Any]] | None = None
 
+    @property
+    def is_text(self) -> bool:
+        """Whether the row is plain text, not a conversation."""
+        return isinstance(self.prompt, str)
+
 
 def split_rows(rows: Sequence[Parts], tokenizer: Tokenizer) -> list[Split | Dropped]:
     """Tokenizes rows of both kinds, each kind in one call, which runs on all cores."""
-    results: list[Split | Dropped | None] = [_unusable(row) for row in rows]
+    usable = [_unusable(row) or _with_settled_calls(row, tokenizer) for row in rows]
+    results: list[Split | Dropped | None] = [row if isinstance(row, Dropped) else None for row in usable]
     for is_text, split in ((True, _split_texts), (False, _split_conversations)):
-        indices = [i for i, row in enumerate(rows) if results[i] is None and isinstance(row.prompt, str) == is_text]
-        for index, result in zip(indices, split([rows[i] for i in indices], tokenizer), strict=True):
+        chosen = {i: row for i, row in enumerate(usable) if isinstance(row, Parts) and row.is_text == is_text}
+        for index, result in zip(chosen, split(list(chosen.values()), tokenizer), strict=True):
             results[index] = result
     assert all(result is not None for result in results)
     return [result for result in results if result is not None]
@@ -82,6 +89,29 @@ def _unusable(row: Parts) -> Dropped | None:
     if not row.prompt and not isinstance(row.prompt, str):
         return Dropped(EMPTY_PROMPT, row.origin)
     return None
+
+
+def _with_settled_calls(row: Parts, tokenizer: Tokenizer) -> Parts | Dropped:
+    """Gives the arguments of the row's tool calls the form that the chat template writes, for all of its renderings."""
+    if row.is_text:
+        return row
+
+    def render(parts: Sequence[list[Message]]) -> list[str] | Dropped:
+        prompt, *completions = parts
+        return _render([prompt + completion for completion in completions], [False] * len(completions), row, tokenizer)
+
+    parts = call_arguments.settled(
+        [_conversation(text) for text in (row.prompt, *row.completions)],
+        row.origin,
+        render,
+        objects_work=lambda: call_arguments.takes_objects(tokenizer),
+    )
+    if isinstance(parts, Dropped):
+        return parts
+    prompt, *completions = parts
+    if len(completions) == 2 and completions[0] == completions[1]:
+        return Dropped(IDENTICAL_SIDES, row.origin)  # one side had as text what the other has as an object
+    return row._replace(prompt=prompt, completions=tuple(completions))
 
 
 def _is_unicode(text: str) -> bool:
@@ -225,10 +255,11 @@ def whole_sequence(split: Split | Dropped) -> Masked | Dropped:
 
 def split_turns(row: CompletionRow, tokenizer: Tokenizer) -> Masked | Dropped:
     """Finds every assistant turn: what its tokens add to those of the conversation before it."""
-    unusable = _unusable(Parts(row.prompt, (row.completion,), row.origin, row.tools))
-    if unusable is not None:
-        return unusable
-    prompt, completion = _conversation(row.prompt), _conversation(row.completion)
+    given = Parts(row.prompt, (row.completion,), row.origin, row.tools)
+    usable = _unusable(given) or _with_settled_calls(given, tokenizer)
+    if isinstance(usable, Dropped):
+        return usable
+    prompt, completion = _conversation(usable.prompt), _conversation(usable.completions[0])
     messages = prompt + completion
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if turns[0] == 0:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from typing import Literal, NamedTuple
 
+from jdpo.data.call_arguments import as_objects
 from jdpo.types import Message, Text
 
 HELD_OUT = "held out for evaluation"
@@ -48,7 +49,10 @@ def said(prompt: Text) -> list[Message]:
     True
     """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return [{key: message[key] for key in _SAID if key in message} for message in messages]
+    return [
+        {key: as_objects(message[key]) if key == "tool_calls" else message[key] for key in _SAID if key in message}
+        for message in messages
+    ]
 
 
 def prompt_key(prompt: Text) -> int:

@@ -153,7 +153,7 @@ def read_tools(value: Any, place: str, origin: str) -> list[dict[str, Any]] | No
     """
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
-    return _objects(value, place, origin) or None
+    return [_with_keys(tool) for tool in _objects(value, place, origin) if not _is_void(tool)] or None
 
 
 def kind(value: Any) -> str:
@@ -202,9 +202,10 @@ def _message(message: Any, place: str, origin: str) -> Message:
         return {"role": "assistant", "content": None, "tool_calls": _calls(content, f"{place}.{content_key}", origin)}
     rest = {key: value for key, value in message.items() if key not in (role_key, content_key) and value is not None}
     called = rest.pop(FUNCTION_CALL, None)
-    calls = rest.pop("tool_calls", None) or ([called] if called else None)
+    calls = rest.pop("tool_calls", None) or ([called] if called and not _is_void(called) else None)
     if calls:
-        rest["tool_calls"] = [_call(call) for call in _objects(calls, f"{place}.tool_calls", origin)]
+        calls = [_call(call) for call in _objects(calls, f"{place}.tool_calls", origin) if not _is_void(call)]
+        rest |= {"tool_calls": calls} if calls else {}
     speaker = ROLES[role.lower()]
     if content is None and calls and speaker == "assistant":
         return {"role": speaker, "content": None, **rest}
@@ -253,7 +254,32 @@ def _call(call: dict[str, Any]) -> dict[str, Any]:
     >>> _call({"name": "look", "arguments": {}})
     {'type': 'function', 'function': {'name': 'look', 'arguments': {}}}
     """
+    call = _with_keys(call)
     return call if "function" in call or "name" not in call else {"type": "function", "function": call}
+
+
+def _with_keys(item: dict[str, Any]) -> dict[str, Any]:
+    """A call or a tool without those of its own keys, and of its function's, that are null.
+
+    Nulls further in are data: `arguments` and `parameters` hold free JSON, which says null where it means it.
+
+    >>> _with_keys({"id": None, "function": {"name": "look", "strict": None, "arguments": {"at": None}}})
+    {'function': {'name': 'look', 'arguments': {'at': None}}}
+    """
+    present = {key: value for key, value in item.items() if value is not None}
+    function = present.get("function")
+    if isinstance(function, dict):
+        present["function"] = {key: value for key, value in function.items() if value is not None}
+    return present
+
+
+def _is_void(value: Any) -> bool:
+    """Whether a value is null, or an object of nothing but nulls, as files write for a call that a turn does not make.
+
+    >>> _is_void({"name": None, "arguments": {"at": None}}), _is_void({"name": "look", "arguments": {}})
+    (True, False)
+    """
+    return all(map(_is_void, value.values())) if isinstance(value, dict) else value is None
 
 
 def _objects(value: Any, place: str, origin: str) -> list[dict[str, Any]]:
@@ -272,16 +298,10 @@ def _objects(value: Any, place: str, origin: str) -> list[dict[str, Any]]:
 
 
 def _parsed(value: Any, place: str, origin: str) -> Any:
-    """JSON text as the value it holds. Other values lose their nulls, which Parquet gives to keys that are absent."""
+    """JSON text as the value it holds; other values as they are."""
     if not isinstance(value, str):
-        return _without_nulls(value)
+        return value
     try:
         return json.loads(value)
     except ValueError as error:
         raise ValueError(f"{origin}: {place} is a string that is not JSON ({error}): {shown(value)}") from None
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value

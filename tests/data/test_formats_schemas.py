@@ -179,10 +179,10 @@ def golden(
         "trl implicit": (chat, {"schema": "implicit"}),
         "trl with tools": (
             {"prompt": [ASK], "chosen": [assistant(better)], "rejected": [assistant(worse)]}
-            | {"tools": '[{"type": "function", "function": {"name": "look", "default": null}}]'},
+            | {"tools": '[{"type": "function", "function": {"name": "look", "id": null, "parameters": {"a": null}}}]'},
             {
                 "schema": "conversational",
-                "tools": [{"type": "function", "function": {"name": "look", "default": None}}],
+                "tools": [{"type": "function", "function": {"name": "look", "parameters": {"a": None}}}],
             },
         ),
         "trl standard": ({"prompt": "The sky?", **words}, {"schema": "standard", "plain": True}),
@@ -192,7 +192,7 @@ def golden(
         ),
         "standard with tools": (
             {"prompt": "The sky?", **words, "tools": [{"name": "look", "parameters": {"at": {}, "by": None}}]},
-            {"schema": "standard", "tools": [{"name": "look", "parameters": {"at": {}}}]},
+            {"schema": "standard", "tools": [{"name": "look", "parameters": {"at": {}, "by": None}}]},
         ),
         "conversations in the cells of a CSV file": (
             {

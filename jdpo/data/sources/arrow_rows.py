@@ -11,7 +11,7 @@ from typing import Any
 
 from jdpo.data.sources.files import MAX_ROW_BYTES, TOO_LARGE, File, Row, check_head
 from jdpo.data.sources.stores import BUFFER_BYTES, Disk, said
-from jdpo.data.sources.values import shown, text_size
+from jdpo.data.sources.values import shown, text_size, without_nulls
 
 BATCH_ROWS, BATCH_BYTES = 128, 32 * 2**20
 """Rows turned into Python values at once: so many, or fewer where they are large."""
@@ -53,6 +53,8 @@ def python_rows(table: Any, where: Callable[[int], str]) -> list[dict[str, Any]]
     """A table or batch as rows of plain values: those JSON has, and bytes where a binary column is not UTF-8.
 
     Decimals become floats; times and what else JSON lacks become strings, binary columns of UTF-8 become strings too.
+    Keys whose value is null are left out of objects: all rows of a struct have all of its fields, so that nobody can
+    tell a null that means something from a key that a row does not have.
 
     Args:
       table: a pyarrow Table or RecordBatch.
@@ -61,12 +63,17 @@ def python_rows(table: Any, where: Callable[[int], str]) -> list[dict[str, Any]]
     Raises:
       ValueError: a value cannot be read, or a row is larger than it may be.
     """
+    from pyarrow import types
+
     try:
         rows: list[dict[str, Any]] = table.to_pylist()
     except Exception as error:  # text that is not UTF-8, times that Python lacks, zones nobody knows, ...
         raise _bad_value(table, where, error) from error
     if any(not _is_plain(field.type) for field in table.schema):
         rows = [_plain(row) for row in rows]
+    nested = [field.name for field in table.schema if types.is_nested(field.type)]
+    for row in rows:
+        row.update((name, without_nulls(row[name])) for name in nested)
     if table.nbytes > MAX_ROW_BYTES:
         for index, row in enumerate(rows):
             if text_size(row) > MAX_ROW_BYTES:

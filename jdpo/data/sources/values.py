@@ -93,6 +93,17 @@ def shown(name: str) -> str:
     return text if len(text) <= LONGEST_NAME else text[: LONGEST_NAME - 3] + "..."
 
 
+def without_nulls(value: Any) -> Any:
+    """Returns a value without the keys of its objects that are null, at any depth. Nulls in lists stay.
+
+    >>> without_nulls({"a": None, "b": [{"c": None}, None]})
+    {'b': [{}, None]}
+    """
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
 def text_size(value: Any) -> int:
     """Characters and bytes of all texts in a row."""
     size, waiting = 0, [value]

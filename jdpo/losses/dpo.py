@@ -9,16 +9,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from jdpo.losses.checks import check_batch, check_completions, unknown_name, values_of
 from jdpo.losses.coupled import LossState
 from jdpo.losses.features import ApplyFn, pair_features
 from jdpo.losses.objective import Totals, feature_losses, next_loss_state, pair_totals, weighted_sum
-from jdpo.losses.settings import LossSettings, check_number, concrete, loss_settings
+from jdpo.losses.settings import OPTIONS, LossSettings, check_number, concrete, loss_settings
 from jdpo.types import PreferenceBatch
 
 Array = Any
 Params = Any
+
+
+_OF_CALL = ("beta", "loss_state", "normalizer", "num_chosen_tokens")
+"""What a call of the function that `make_dpo_loss` returns takes by name."""
 
 
 def make_dpo_loss(
@@ -46,7 +50,14 @@ def make_dpo_loss(
         loss_state: LossState | None = None,
         normalizer: Array | float | None = None,
         num_chosen_tokens: Array | float | None = None,
+        **options: Any,
     ) -> tuple[Array, dict[str, Any]]:
+        for name in options:
+            if name in OPTIONS:
+                raise ValueError(f"{name} is given to make_dpo_loss, not to the loss that it returns")
+            raise unknown_name("option", name, _OF_CALL, "A call takes")
+        check_batch(batch)
+        check_completions(batch)
         num_chosen_tokens = all_tokens if num_chosen_tokens is None else num_chosen_tokens
         _check_normalizer(settings, batch, normalizer, num_chosen_tokens)
         return _batch_loss(
@@ -104,9 +115,12 @@ def dpo_loss(
       losses, and `loss_state` where a loss has one.
 
     Raises:
-      ValueError: see `preference_loss`; a reference that is missing, doubled, or of no use for ld_alpha.
+      ValueError: see `preference_loss`; a reference that is missing, doubled, or of no use for ld_alpha; a side without
+        a completion token, in a pair whose weight is not 0 (checked where the masks are known, so not under jit).
     """
     settings, num_chosen_tokens = _objective_settings(loss_type, beta, options)
+    check_batch(batch)
+    check_completions(batch)
     _check_normalizer(settings, batch, normalizer, num_chosen_tokens)
     return _jitted_batch_loss(
         policy_params,
@@ -152,12 +166,10 @@ def _check_normalizer(settings: LossSettings, batch: PreferenceBatch, normalizer
 
 def _num_pairs(batch: PreferenceBatch) -> float | None:
     """Real pairs of a batch, or None where they are not known before it is computed."""
-    weights = batch.weights
-    if weights is None:
+    if batch.weights is None:
         return float(batch.tokens.shape[0])
-    if isinstance(weights, jax.core.Tracer) or not getattr(weights, "is_fully_addressable", True):
-        return None
-    return float(np.sum(np.asarray(weights)))
+    weights = values_of(batch.weights)
+    return None if weights is None else float(weights.sum())
 
 
 def _batch_loss(

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from jdpo.losses.checks import check_batch
 from jdpo.losses.logprobs import sequence_logps, shifted_token_logps, token_log_sum_sq
 from jdpo.losses.packed import belongs, completion_sums, tail_weights
 from jdpo.losses.router import of_real_rows
@@ -116,7 +117,7 @@ def pair_features(
     settings: LossSettings,
 ) -> PairFeatures:
     """Runs the models on a batch. Arguments and errors as `dpo_loss`."""
-    _check_batch(batch)
+    check_batch(batch)
     mask = predicted_tokens(batch)
     lengths = mask.sum(-1)
     weights = jnp.ones(mask.shape[0], jnp.float32) if batch.weights is None else jnp.asarray(batch.weights)
@@ -138,19 +139,6 @@ def pair_features(
         pair_weights = jnp.exp(aligned.sum(-1))
     weights = weights.astype(token_logps.dtype)
     return PairFeatures(*reduce(token_logps), *reference, lengths, pair_weights, weights, router)
-
-
-def _check_batch(batch: PreferenceBatch) -> None:
-    shape = jnp.shape(batch.tokens)
-    if len(shape) != 3 or shape[1] != 2 or 0 in shape:
-        raise ValueError(f"batch.tokens must be [b, 2, t], chosen at 0 and rejected at 1, found {shape}")
-    for name in ("attention_mask", "completion_mask"):
-        if (found := jnp.shape(getattr(batch, name))) != shape:
-            raise ValueError(f"batch.{name} must have the shape {shape} of batch.tokens, found {found}")
-    if batch.weights is not None and jnp.shape(batch.weights) != shape[:1]:
-        raise ValueError(
-            f"batch.weights must be [b], one for each of {shape[0]} pairs, found {jnp.shape(batch.weights)}"
-        )
 
 
 def packed_features(

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from jdpo.losses.checks import check_lengths
 from jdpo.losses.divergences import divergence_score
 from jdpo.losses.pairwise import LossInputs
 from jdpo.losses.reference_free import sft
@@ -49,7 +50,8 @@ def preference_loss(
       loss_type: a name in LOSSES, or several whose weighted sum is taken.
       beta: strength of the tie to the reference, > 0; a number or a traced scalar, as all numbers here.
       label_smoothing: e in [0, 0.5), the share of preferences taken as flipped.
-      chosen_lengths, rejected_lengths: int [b], completion lengths in tokens, for losses that need them.
+      chosen_lengths, rejected_lengths: int [b], completion lengths in tokens, for losses that need them; at least 1
+        in each pair whose pair_weights is not 0 (checked where the values are known, so not under jit).
       **options: by name
         loss_weights: one weight a loss, 1 each by default.
         f_divergence_type: reverse_kl (default), forward_kl, js_divergence, alpha_divergence; f-DPO, arXiv 2309.16240.
@@ -84,6 +86,7 @@ def preference_loss(
         raise ValueError(f"loss_type {loss_type!r} needs the reference's log-probs of both sides")
     arrays = [jnp.asarray(array) for array in given]
     _check_shapes(arrays, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths, **_weights_of(of_batch))
+    check_lengths(chosen_lengths, rejected_lengths, of_batch.get("pair_weights"))
     dtype = jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
     policy = jnp.stack([array.astype(dtype) for array in arrays[:2]], axis=-1)
     reference = jnp.stack([array.astype(dtype) for array in arrays[2:]], axis=-1) if len(arrays) > 2 else None

@@ -6,7 +6,6 @@ Names are static, numbers may be traced, so that a sweep over beta compiles once
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -15,6 +14,7 @@ from typing import Any
 import jax
 
 from jdpo.losses.catalogue import LOSSES, LossSpec
+from jdpo.losses.checks import unknown_name
 from jdpo.losses.divergences import F_DIVERGENCES
 
 Number = Any
@@ -42,6 +42,9 @@ OFF: dict[str, Any] = {
     "bco_running_delta": False,
 }
 """The other options, with the value that asks for nothing."""
+
+OPTIONS = ("loss_type", "beta", *DEFAULTS, *OFF)
+"""All that a loss is asked for by name."""
 
 _NUMBERS_OR_NONE = ("rpo_alpha", "ld_alpha")
 
@@ -157,9 +160,7 @@ def loss_settings(
     _check_names(names)
     unknown = [name for name in options if name not in DEFAULTS and name not in OFF]
     if unknown:
-        near = difflib.get_close_matches(unknown[0], [*DEFAULTS, *OFF], n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise ValueError(f"unknown option {unknown[0]!r}{hint} The options are: {', '.join([*DEFAULTS, *OFF])}")
+        raise unknown_name("option", unknown[0], OPTIONS, "The options are")
     given = {name: value for name, value in options.items() if not _asks_for_nothing(name, value)}
     _check_honoured(names, given)
     numbers = {
@@ -170,9 +171,7 @@ def loss_settings(
         if not isinstance(given.get(name, False), bool):
             raise ValueError(f"{name} must be True or False, found {given[name]!r}")
     if given.get("f_divergence_type", "reverse_kl") not in F_DIVERGENCES:
-        raise ValueError(
-            f"unknown f_divergence_type {given['f_divergence_type']!r}; expected one of: {', '.join(F_DIVERGENCES)}"
-        )
+        raise unknown_name("f_divergence_type", given["f_divergence_type"], F_DIVERGENCES, "The divergences are")
     if "f_alpha_divergence_coef" in given and given.get("f_divergence_type") != "alpha_divergence":
         raise ValueError("f_alpha_divergence_coef is read by f_divergence_type 'alpha_divergence' alone")
     if "exo_pair" in names and "label_smoothing" not in given:
@@ -196,9 +195,7 @@ def _check_names(names: tuple[str, ...]) -> None:
         raise ValueError(f"loss_type is empty; the losses are: {', '.join(LOSSES)}")
     for name in names:
         if name not in LOSSES:
-            near = difflib.get_close_matches(str(name), LOSSES, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
-            raise ValueError(f"unknown loss_type {name!r}{hint} The losses are: {', '.join(LOSSES)}")
+            raise unknown_name("loss_type", name, LOSSES, "The losses are")
     if len(set(names)) < len(names):
         raise ValueError(f"loss_type names a loss twice: {', '.join(names)}; give it one weight instead")
 

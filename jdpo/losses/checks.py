@@ -1,0 +1,115 @@
+"""Checks of what callers of the losses pass in; arrays are looked at only where they are concrete, never under jit."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jdpo.types import CHOSEN, REJECTED, PreferenceBatch
+
+Array = Any
+
+_SIDES = {CHOSEN: "chosen", REJECTED: "rejected"}
+_MOST_NAMED = 5
+
+
+def check_batch(batch: PreferenceBatch) -> None:
+    """Checks the type and the shapes of a batch.
+
+    Raises:
+      ValueError: it is not a PreferenceBatch, or an array has another shape.
+    """
+    if missing := [name for name in PreferenceBatch._fields if not hasattr(batch, name)]:
+        raise ValueError(
+            f"batch: expected a jdpo.PreferenceBatch(tokens, attention_mask, completion_mask) of arrays [b, 2, t], "
+            f"found a {type(batch).__name__} without {', '.join(missing)}"
+        )
+    shape = jnp.shape(batch.tokens)
+    if len(shape) != 3 or shape[1] != 2 or 0 in shape:
+        raise ValueError(f"batch.tokens must be [b, 2, t], chosen at 0 and rejected at 1, found {shape}")
+    for name in ("attention_mask", "completion_mask"):
+        if (found := jnp.shape(getattr(batch, name))) != shape:
+            raise ValueError(f"batch.{name} must have the shape {shape} of batch.tokens, found {found}")
+    if batch.weights is not None and jnp.shape(batch.weights) != shape[:1]:
+        raise ValueError(
+            f"batch.weights must be [b], one for each of {shape[0]} pairs, found {jnp.shape(batch.weights)}"
+        )
+
+
+def check_completions(batch: PreferenceBatch) -> None:
+    """Checks that each side of each pair with a weight has a completion token that is predicted.
+
+    Position 0 does not count, since no position before it predicts its token.
+
+    Raises:
+      ValueError: naming pairs and sides without one.
+    """
+    mask, weights = values_of(batch.completion_mask), values_of(batch.weights)
+    if mask is None or (weights is None and batch.weights is not None):
+        return
+    empty = ~mask[..., 1:].astype(bool).any(-1)
+    if weights is not None:
+        empty &= (weights != 0)[:, None]
+    if empty.any():
+        raise ValueError(
+            f"batch.completion_mask has no token to score for {_places(empty)}: expected True on at least one "
+            "completion token behind position 0 of each side. Mask the completion, drop the pair, or give it weight 0"
+        )
+
+
+def check_lengths(chosen_lengths: Array | None, rejected_lengths: Array | None, weights: Array | None) -> None:
+    """Checks that completion lengths, int [b] each, are at least 1 in each pair with a weight.
+
+    Raises:
+      ValueError: naming pairs and sides.
+    """
+    of_pairs = values_of(weights)
+    if of_pairs is None and weights is not None:
+        return
+    given = {CHOSEN: values_of(chosen_lengths), REJECTED: values_of(rejected_lengths)}
+    for side, lengths in given.items():
+        if lengths is None:
+            continue
+        empty = np.zeros((len(lengths), 2), bool)
+        empty[:, side] = lengths < 1 if of_pairs is None else (lengths < 1) & (of_pairs != 0)
+        if empty.any():
+            raise ValueError(
+                f"{_SIDES[side]}_lengths must be at least 1, the completion's tokens; found less for {_places(empty)}. "
+                "Drop the pair, or give it weight 0 in pair_weights"
+            )
+
+
+def values_of(array: Array | None) -> np.ndarray | None:
+    """The values of an array, or None where there are none to see: it is traced, or partly on other hosts."""
+    if array is None or isinstance(array, jax.core.Tracer) or not getattr(array, "is_fully_addressable", True):
+        return None
+    return np.asarray(array)
+
+
+def _places(empty: Any) -> str:
+    """Names pairs and sides of bool [b, 2].
+
+    >>> _places(np.array([[False, True], [True, False]]))
+    'the rejected side of pair 0 and the chosen side of pair 1'
+    """
+    found = [f"the {_SIDES[int(side)]} side of pair {int(pair)}" for pair, side in np.argwhere(empty)]
+    more = [f"{len(found) - _MOST_NAMED:,} more"] if len(found) > _MOST_NAMED else []
+    *first, last = found[:_MOST_NAMED] + more
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def unknown_name(kind: str, name: object, known: Iterable[str], listed: str) -> ValueError:
+    """The error for a name that is not known: with the nearest that is, and with all of them.
+
+    Args:
+      listed: begins the list, such as "The losses are".
+    """
+    names = [*known]
+    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.3)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return ValueError(f"unknown {kind} {name!r}{hint} {listed}: {', '.join(names)}")

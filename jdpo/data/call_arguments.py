@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jdpo.data.messages import shown
+from jdpo.data.describing import shown
 from jdpo.data.ranked import Dropped
 from jdpo.types import Message
 

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 from jdpo.config import DatasetConfig
 from jdpo.data import messages, ranked
-from jdpo.data.messages import Raw, named
+from jdpo.data.describing import named, shown
+from jdpo.data.messages import Raw
 from jdpo.data.ranked import FEW_ANSWERS, TIED, Couple, Dropped
 from jdpo.data.refusal import Sample, refusal
 from jdpo.data.row_building import (
@@ -240,7 +241,7 @@ def _renamed(raw: Raw, column_map: Mapping[str, str], origin: str) -> dict[str, 
                 f"{origin}: column_map takes {name!r} from {column!r}, which the row lacks; it has {named(raw)}"
             )
         if name in (score for pair in SCORES for score in pair) and number(raw[column]) is None is not raw[column]:
-            raise ValueError(f"{origin}: {column} ({name}) is {messages.shown(raw[column])}; expected a number")
+            raise ValueError(f"{origin}: {column} ({name}) is {shown(raw[column])}; expected a number")
     taken = {*column_map, *column_map.values()}
     if any(side in raw and column_map.get(side, side) != side for side in ("chosen", "rejected")):
         taken.update(SIDE_SCORES)  # they speak of other sides than those that are now learnt

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import re
-import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from jdpo.safe_text import terminal
+from jdpo.data.describing import kind, named, shown
+from jdpo.data.tool_calls import read_call_text, read_calls
 from jdpo.types import Message, Text
 
 FUNCTION_CALL = "function_call"
@@ -37,10 +37,6 @@ _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 _STARTS_A_TRANSCRIPT = re.compile(r"\s*Human:")
 _WRITTEN_OUT = re.compile(r"\s*\[\s*\{\s*[\"'](?:role|from|content|value)[\"']\s*:")
 _PUT_OFF = "a conversation written as text that is not JSON; expected a list of {role, content}, or its JSON text"
-
-LONGEST_NAME = 60
-MOST_NAMED = 40
-"""Names of columns or keys in a message at most, and the characters of each."""
 
 Raw = Mapping[str, Any]
 
@@ -145,50 +141,6 @@ def from_text(value: str, place: str, origin: str) -> Any:
         raise ValueError(f"{origin}: {place} holds {_PUT_OFF}; found {shown(value)}") from None
 
 
-def read_tools(value: Any, place: str, origin: str) -> list[dict[str, Any]] | None:
-    """The tools that a conversation may call: a list of objects, or JSON text of one; None where there are none.
-
-    Raises:
-      ValueError: it is neither.
-    """
-    if value is None or (isinstance(value, str) and not value.strip()):
-        return None
-    return [_with_keys(tool) for tool in _objects(value, place, origin) if not _is_void(tool)] or None
-
-
-def kind(value: Any) -> str:
-    """The type of a value in the words of a message."""
-    names = {str: "string", list: "list", dict: "object", bool: "boolean", type(None): "null"}
-    names |= {int: "number", float: "number"}
-    return names.get(type(value), type(value).__name__)
-
-
-def shown(value: Any, width: int = 60) -> str:
-    """A value in one short line of printable characters."""
-    short = reprlib.Repr()
-    short.maxstring = short.maxother = width
-    short.maxlist, short.maxdict, short.maxlevel = 3, 6, 3
-    text = short.repr(value)
-    return text if len(text) <= 2 * width else f"{text[: 2 * width]}..."
-
-
-def named(columns: Mapping[str, object] | Sequence[str]) -> str:
-    """Column names in a row, printable."""
-    return listed([printable(name) for name in map(str, columns)])
-
-
-def listed(names: Sequence[str]) -> str:
-    """Names in a row, the first of many."""
-    rest = len(names) - MOST_NAMED
-    return (", ".join(names[:MOST_NAMED]) or "none") + (f" and {rest} more" if rest > 0 else "")
-
-
-def printable(name: str) -> str:
-    """A name from a file, printable and not long."""
-    text = terminal(name)
-    return text if len(text) <= LONGEST_NAME else f"{text[: LONGEST_NAME - 3]}..."
-
-
 def _message(message: Any, place: str, origin: str) -> Message:
     if not isinstance(message, dict):
         raise ValueError(f"{origin}: {place} is {kind(message)}; expected a message {{role, content}}")
@@ -199,13 +151,13 @@ def _message(message: Any, place: str, origin: str) -> Message:
     if not isinstance(role, str) or role.lower() not in ROLES:
         raise ValueError(f"{origin}: {place} has the role {shown(role)}; known roles are {', '.join(ROLES)}")
     if role.lower() == FUNCTION_CALL:
-        return {"role": "assistant", "content": None, "tool_calls": _calls(content, f"{place}.{content_key}", origin)}
+        calls = read_call_text(content, f"{place}.{content_key}", origin)
+        return {"role": "assistant", "content": None, "tool_calls": calls}
     rest = {key: value for key, value in message.items() if key not in (role_key, content_key) and value is not None}
     called = rest.pop(FUNCTION_CALL, None)
-    calls = rest.pop("tool_calls", None) or ([called] if called and not _is_void(called) else None)
+    calls = read_calls(rest.pop("tool_calls", None), called, f"{place}.tool_calls", origin)
     if calls:
-        calls = [_call(call) for call in _objects(calls, f"{place}.tool_calls", origin) if not _is_void(call)]
-        rest |= {"tool_calls": calls} if calls else {}
+        rest["tool_calls"] = calls
     speaker = ROLES[role.lower()]
     if content is None and calls and speaker == "assistant":
         return {"role": speaker, "content": None, **rest}
@@ -236,72 +188,3 @@ def _content(content: Any, place: str, origin: str) -> str:
             )
         texts.append(part["text"])
     return "".join(texts)
-
-
-def _calls(text: Any, place: str, origin: str) -> list[dict[str, Any]]:
-    """The calls of a ShareGPT `function_call` turn: JSON text of {name, arguments}, or of a list of them."""
-    calls = _parsed(text, place, origin)
-    calls = _objects([calls] if isinstance(calls, dict) else calls, place, origin)
-    for call in calls:
-        if "name" not in call and "function" not in call:
-            raise ValueError(f"{origin}: {place} is {shown(call)}; expected a call {{name, arguments}}")
-    return [_call(call) for call in calls]
-
-
-def _call(call: dict[str, Any]) -> dict[str, Any]:
-    """A call as templates take it, {type, function: {name, arguments}}.
-
-    >>> _call({"name": "look", "arguments": {}})
-    {'type': 'function', 'function': {'name': 'look', 'arguments': {}}}
-    """
-    call = _with_keys(call)
-    return call if "function" in call or "name" not in call else {"type": "function", "function": call}
-
-
-def _with_keys(item: dict[str, Any]) -> dict[str, Any]:
-    """A call or a tool without those of its own keys, and of its function's, that are null.
-
-    Nulls further in are data: `arguments` and `parameters` hold free JSON, which says null where it means it.
-
-    >>> _with_keys({"id": None, "function": {"name": "look", "strict": None, "arguments": {"at": None}}})
-    {'function': {'name': 'look', 'arguments': {'at': None}}}
-    """
-    present = {key: value for key, value in item.items() if value is not None}
-    function = present.get("function")
-    if isinstance(function, dict):
-        present["function"] = {key: value for key, value in function.items() if value is not None}
-    return present
-
-
-def _is_void(value: Any) -> bool:
-    """Whether a value is null, or an object of nothing but nulls, as files write for a call that a turn does not make.
-
-    >>> _is_void({"name": None, "arguments": {"at": None}}), _is_void({"name": "look", "arguments": {}})
-    (True, False)
-    """
-    return all(map(_is_void, value.values())) if isinstance(value, dict) else value is None
-
-
-def _objects(value: Any, place: str, origin: str) -> list[dict[str, Any]]:
-    """A list of objects, each or all of them as JSON text too."""
-    values = _parsed(value, place, origin)
-    if not isinstance(values, list):
-        raise ValueError(f"{origin}: {place} is {kind(values)}; expected a list of objects, or JSON text of one")
-    objects = [
-        _parsed(item, f"{place}[{index}]", origin) if isinstance(item, str) else item
-        for index, item in enumerate(values)
-    ]
-    for index, item in enumerate(objects):
-        if not isinstance(item, dict):
-            raise ValueError(f"{origin}: {place}[{index}] is {kind(item)}; expected an object")
-    return objects
-
-
-def _parsed(value: Any, place: str, origin: str) -> Any:
-    """JSON text as the value it holds; other values as they are."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError as error:
-        raise ValueError(f"{origin}: {place} is a string that is not JSON ({error}): {shown(value)}") from None

@@ -7,7 +7,8 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 
-from jdpo.data.messages import Raw, kind, listed, named, printable, shown
+from jdpo.data.describing import kind, listed, named, printable, shown
+from jdpo.data.messages import Raw
 from jdpo.data.schemas import Schema
 
 MOST_ROWS = 3

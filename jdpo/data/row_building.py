@@ -9,9 +9,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from jdpo.data import messages
-from jdpo.data.messages import Raw, kind
+from jdpo.data.describing import kind
+from jdpo.data.messages import Raw
 from jdpo.data.ranked import Couple, Dropped, margin
 from jdpo.data.splitting import said
+from jdpo.data.tool_calls import read_tools
 from jdpo.types import CompletionRow, Message, PreferenceRow, Text
 
 EMPTY_SIDE = "empty side"
@@ -56,7 +58,7 @@ def read_frame(columns: Raw, origin: str) -> Frame:
     system = columns.get("system")
     if system is not None and not isinstance(system, str):
         raise ValueError(f"{origin}: system is {kind(system)}; expected a string, the words of the system turn")
-    tools = messages.read_tools(columns.get("tools"), "tools", origin)
+    tools = read_tools(columns.get("tools"), "tools", origin)
     return Frame(system if system and system.strip() else None, tools)
 
 

@@ -8,7 +8,8 @@ from decimal import Decimal
 from typing import Any
 
 from jdpo.data import messages
-from jdpo.data.messages import Raw, kind, read_messages, read_side
+from jdpo.data.describing import kind, shown
+from jdpo.data.messages import Raw, read_messages, read_side
 from jdpo.data.ranked import Answer, Asked, Dropped
 from jdpo.types import Message, Text
 
@@ -46,7 +47,7 @@ def number(value: Any) -> float | None:
 def _required_number(value: Any, place: str, origin: str) -> float:
     found = number(value)
     if found is None:
-        raise ValueError(f"{origin}: {place} is {messages.shown(value)} ({kind(value)}); expected a number")
+        raise ValueError(f"{origin}: {place} is {shown(value)} ({kind(value)}); expected a number")
     return found
 
 
@@ -144,9 +145,7 @@ def _words(item: dict[str, Any], key: str, place: str, origin: str) -> list[Mess
 def shp(raw: Raw, origin: str) -> Asked:
     a_is_better = number(int(raw["labels"]) if isinstance(raw["labels"], bool) else raw["labels"])
     if a_is_better not in (0, 1):
-        raise ValueError(
-            f"{origin}: labels is {messages.shown(raw['labels'])}; expected 1 (human_ref_A is better) or 0"
-        )
+        raise ValueError(f"{origin}: labels is {shown(raw['labels'])}; expected 1 (human_ref_A is better) or 0")
     answers = (
         Answer([messages.assistant(raw["human_ref_A"])], a_is_better, number(raw.get("score_A"))),
         Answer([messages.assistant(raw["human_ref_B"])], 1 - a_is_better, number(raw.get("score_B"))),

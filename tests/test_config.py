@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from jdpo.cli import export, inspect, quickstart, train
 from jdpo.config import (
     FREE_KEYS,
     DPOConfig,
+    LoraConfig,
     SFTConfig,
     defaults_of,
     differences,
@@ -20,6 +22,7 @@ from jdpo.config import (
     to_public_yaml,
     to_yaml,
 )
+from jdpo.config.foreign_keys import FOREIGN, OTHER_COMMANDS, RENAMED, VALUES
 from jdpo.losses.settings import DEFAULTS, OFF
 
 REQUIRED = ["model_name_or_path=m", "datasets=rows.jsonl", "output_dir=out"]
@@ -70,6 +73,36 @@ def test_resolved_yaml_reads_back_to_the_same_config(tmp_path: Path) -> None:
         ("pref_beta=0.2", "unknown key 'pref_beta' on the command line; here it is called 'beta'"),
         ("mesh.fdsp=2", "unknown key 'mesh.fdsp' on the command line; did you mean 'mesh.fsdp'?"),
         ("weight_decay=1", "here it is called 'optimizer.weight_decay'"),
+        ("pref_beta=0.2", "here it is called 'beta': `--beta 0.2`"),
+        ("optim=adamw_torch", "here it is called 'optimizer.name': `--optimizer.name adamw`"),
+        ("bf16=true", "unknown key 'bf16' on the command line; here it is `--compute_dtype bfloat16`"),
+        ("--bf16", "here it is `--compute_dtype bfloat16`"),
+        ("bf16=false", "here it is `--compute_dtype float32`"),
+        ("fp16=true", "here it is `--compute_dtype bfloat16` (float16 would need loss scaling"),
+        ("fp16=false", "leave it out"),
+        ("load_in_4bit=true", "here it is `--lora.base_dtype int8` (int8 is the smallest"),
+        ("use_peft=true", "here it is `--lora true`"),
+        ("lora_r=8", "here it is called 'lora.r': `--lora.r 8`"),
+        ("lora_target_modules=[q_proj, v_proj]", "`--lora.target_modules [q_proj, v_proj]`"),
+        ("per_device_train_batch_size=4", "here it is `--micro_batch_size 4` (global_batch_size counts rows per"),
+        ("gradient_accumulation_steps=8", "the nearest key is 'global_batch_size' (global_batch_size counts"),
+        ("gradient_checkpointing=true", "here it is `--remat full`"),
+        ("precompute_ref_log_probs=true", "here it is `--reference cached`"),
+        ("deepspeed=zero3.json", "jdpo has no such key: devices are laid out by `mesh`"),
+        ("assistant_only_loss=true", "loss_on"),
+        ("lora.bias=none", "biases stay frozen under lora"),
+        ("datasets=[{path: x, subset: en}]", "here it is called 'datasets.name': `name: en`"),
+        ("datasets=[{path: x, type: chatml}]", "the columns tell the format; column_map renames them"),
+        ("optimizer=paged_adamw_8bit", "here it is `--optimizer.name adamw_bf16`"),
+        ("max_steps=-1", "here it is `--max_steps null`"),
+        ("compute_dtype=bf16", "here it is `--compute_dtype bfloat16`"),
+        ("rows=3", "unknown key 'rows' on the command line; it is an option of `jdpo inspect`"),
+        ("dry_run=true", "it is an option of `jdpo dpo` and `jdpo sft`"),
+        ("--beta", "--beta needs a value: how strongly the policy is held"),
+        ("--output_dir", "--output_dir needs a value: where everything"),
+        ("beta=", "--beta needs a value"),
+        ("output_dir=", "--output_dir needs a value"),
+        ("--mesh.fsdp", "--mesh.fsdp needs a value"),
         ("qqqqqq=1", "unknown key 'qqqqqq' on the command line; `--help` lists the keys"),
         ("beta=strong", "'beta' on the command line is 'strong': input should be a valid number"),
         ("beta=true", "'beta' on the command line is True: a number is expected, not true or false"),
@@ -89,6 +122,65 @@ def test_resolved_yaml_reads_back_to_the_same_config(tmp_path: Path) -> None:
 def test_errors_name_key_value_place_and_what_is_expected(word: str, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         dpo(word)
+
+
+def test_in_a_file_foreign_keys_are_answered_as_a_file_has_them(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("bf16: true\nlora_r: 8\noptim: adamw_torch\nbeta:\nlearning_rate: 1e-6\n")
+    with pytest.raises(ValueError, match="unknown key") as error:
+        dpo(path=path)
+    assert str(error.value).splitlines() == [
+        f"'beta' in {path} has no value: input should be a valid number "
+        "(how strongly the policy is held to the reference)",
+        f"unknown key 'bf16' in {path}; here it is `compute_dtype: bfloat16`",
+        f"unknown key 'lora_r' in {path}; here it is called 'lora.r': `lora: {{r: 8}}`",
+        f"unknown key 'optim' in {path}; here it is called 'optimizer.name': `optimizer: {{name: adamw}}`",
+    ]
+
+
+def test_a_key_of_the_other_command_says_which() -> None:
+    with pytest.raises(ValueError, match="unknown key 'beta' on the command line; it is a key of `jdpo dpo`"):
+        load_config(SFTConfig, None, [*REQUIRED, "beta=0.1"])
+    with pytest.raises(ValueError, match="`jdpo dpo` has it as 'beta'"):
+        load_config(SFTConfig, None, [*REQUIRED, "pref_beta=0.1"])
+
+
+def test_tables_of_foreign_keys_name_keys_that_there_are_and_values_that_they_take() -> None:
+    known = {**keys_of(DPOConfig), **keys_of(SFTConfig)}
+    assert not (set(RENAMED) | set(FOREIGN)) & set(known)
+    assert {*RENAMED.values(), *VALUES} <= set(known)
+    assert {entry.key for entry in FOREIGN.values()} - {None} <= set(known)
+    settings = [(entry.key, value) for entry in FOREIGN.values() for value in entry.values.values()]
+    settings += [(key, value) for key, values in VALUES.items() for value in values.values()]
+    tried = {(key, value) for key, value in settings if key and value not in ("*", None)}
+    for key, value in tried:
+        cls = DPOConfig if key in keys_of(DPOConfig) else SFTConfig
+        extra = ["lora=true"] if key.startswith("lora.") else []
+        load_config(cls, None, [*REQUIRED, *extra, f"{key}={value}"])
+    assert len(tried) > 30
+
+
+def test_options_of_other_commands_are_theirs() -> None:
+    options = {"inspect": " ".join(inspect.FLAGS), "quickstart": quickstart.usage()}
+    options["export"] = export.parser().format_help()
+    options["dpo` and `jdpo sft"] = " ".join(train.FLAGS)
+    for option, command in OTHER_COMMANDS.items():
+        assert re.search(rf"--{option}\b", options[command]), option
+
+
+@pytest.mark.parametrize("words", [["loss_type=dpo"], ["loss_type=[dpo, sft]"]])
+def test_the_loss_called_dpo_is_sigmoid_and_says_so(words: list[str]) -> None:
+    lines: list[str] = []
+    config = load_config(DPOConfig, None, [*REQUIRED, *words], say=lines.append)
+    assert config.loss_type[0] == "sigmoid"
+    assert lines == ["loss_type: dpo means sigmoid"]
+
+
+def test_switches_need_no_value() -> None:
+    config = dpo("--lora", "--load_best_model_at_end", "--lora.merge", "--lora.use_rslora")
+    assert isinstance(config.lora, LoraConfig)
+    assert config.lora.merge
+    assert config.lora.use_rslora
 
 
 @pytest.mark.parametrize("name", ["0123", "2024-01-01", "on", "1e5", "a: b"])

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jdpo.cli.train import read_config
+from jdpo.cli.train import config_file, read_config
 from jdpo.config import CONFIGS, DPOConfig, SFTConfig, TrainConfig, load_yaml, parse_overrides
 from jdpo.safe_text import terminal, terminal_lines
 
@@ -42,7 +42,7 @@ def usage() -> str:
 
     return "\n".join(
         [
-            "usage: jdpo inspect [CONFIG.yaml] [--key value | --key=value | key=value ...] [--rows N] [--html FILE]",
+            "usage: jdpo inspect [[--config] CONFIG.yaml] [--key value | --key=value | key=value ...] [--rows N] ...",
             "",
             "Reads the rows of a `jdpo dpo` or `jdpo sft` run as it will, through the same cache, and says what it",
             "would train on: rows read, dropped and cut, lengths, padding, duplicates, length bias, prompts on both",
@@ -184,10 +184,10 @@ def _keys(words: Sequence[str]) -> list[str]:
     import yaml
 
     keys: list[str] = []
-    if words and not words[0].startswith("--") and "=" not in words[0]:
-        path, words = words[0], words[1:]
+    path, words = config_file(words)
+    if path is not None:
         try:
-            values = load_yaml(Path(path).read_text(encoding="utf-8"))
+            values = load_yaml(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError):
             values = None
         keys += [str(key) for key in values] if isinstance(values, dict) else []

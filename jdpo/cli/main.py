@@ -19,6 +19,20 @@ COMMANDS = {
     "quickstart": ("jdpo.cli.quickstart", "the whole way on a tiny model made from nothing, in minutes"),
 }
 
+_TRAINING = "`jdpo sft` trains on completions, `jdpo dpo` on pairs of a chosen and a rejected answer"
+ELSEWHERE = {
+    "train": _TRAINING,
+    "finetune": _TRAINING,
+    "fine-tune": _TRAINING,
+    "pretrain": _TRAINING,
+    **{loss: f"that is `jdpo dpo --loss_type {loss}`" for loss in ("cpo", "ipo", "orpo", "simpo")},
+    "merge": "`jdpo export RUN OUT --merge` adds adapters to their base",
+    "push": "`jdpo export RUN OUT --push_to_hub OWNER/NAME` uploads a model",
+    "config": "`jdpo dpo --print_config` prints the whole config of a run",
+    "dry_run": "`jdpo dpo ... --dry_run` checks a run without training",
+}
+"""What other trainers call a command, or what is an option here -> where it is."""
+
 
 def usage() -> str:
     """What `jdpo --help` prints."""
@@ -44,11 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     command, *rest = words
     if command not in COMMANDS:
-        import difflib
-
-        near = difflib.get_close_matches(command, COMMANDS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        print(f"jdpo: unknown command {command!r}{hint}\n\n{usage()}", file=sys.stderr)
+        print(_safe(f"jdpo: unknown command {command!r}{_instead_of(command)}\n\n{usage()}"), file=sys.stderr)
         return 2
     # Tokenizers warn when a process forks after using threads; the only forks here are helpers of other libraries.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -66,6 +76,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, 1)
     except KeyboardInterrupt:
         return 130
+
+
+def _instead_of(command: str) -> str:
+    """What to type in place of something that is not a command."""
+    import difflib
+
+    if command in ELSEWHERE:
+        return f"; {ELSEWHERE[command]}"
+    if command.startswith("-") or "=" in command or command.endswith((".yaml", ".yml")):
+        return "; the command comes first, as in `jdpo dpo CONFIG.yaml`"
+    near = difflib.get_close_matches(command, COMMANDS, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _fail(error: Exception, code: int) -> int:

@@ -83,6 +83,8 @@ def read_settings(words: Sequence[str]) -> tuple[Path, Settings]:
     path = Path(str(values.pop("output_dir", DEFAULT_OUTPUT_DIR)))
     known = {field.name: field.default for field in dataclasses.fields(Settings)}
     for key, value in values.items():
+        if not value:
+            raise ValueError(f"--{key} needs a value: {DESCRIPTIONS.get(key, 'see --help')}")
         if key not in known:
             raise ValueError(f"unknown key {key!r}{_nearest(key)}; `jdpo quickstart --help` lists the keys")
         values[key] = _read(key, value, known[key])

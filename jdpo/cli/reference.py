@@ -13,7 +13,7 @@ def usage() -> str:
     """What `jdpo reference --help` prints."""
     return "\n".join(
         [
-            "usage: jdpo reference [CONFIG.yaml] [--key value | --key=value | key=value ...]",
+            "usage: jdpo reference [[--config] CONFIG.yaml] [--key value | --key=value | key=value ...]",
             "",
             "Computes the log-probs that the frozen reference gives to every training and evaluation row of a",
             "`jdpo dpo` run and keeps them under cache_dir. Runs of `jdpo dpo` with the same model, rows, max_length,",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -24,7 +25,7 @@ def usage(command: str) -> str:
     cls = CONFIGS[command]
     defaults = _defaults(cls)
     lines = [
-        f"usage: jdpo {command} [CONFIG.yaml] [--key value | --key=value | key=value ...]",
+        f"usage: jdpo {command} [[--config] CONFIG.yaml] [--key value | --key=value | key=value ...]",
         "",
         f"example: jdpo {command} --model_name_or_path MODEL --datasets ROWS.jsonl --output_dir runs/first",
         "",
@@ -53,9 +54,36 @@ def read_config(cls: type[C], words: Sequence[str]) -> C:
     Raises:
       ValueError: see `load_config`.
     """
-    if words and not words[0].startswith("--") and "=" not in words[0]:
-        return load_config(cls, Path(words[0]), words[1:])
-    return load_config(cls, None, words)
+    path, overrides = config_file(words)
+    return load_config(cls, path, overrides, say=lambda text: print(terminal_lines(text), file=sys.stderr, flush=True))
+
+
+def config_file(words: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """The config file of a command line, the first word or after --config anywhere, and the other words.
+
+    Raises:
+      ValueError: two files, or --config without one.
+
+    >>> config_file(["run.yaml", "beta=1"]), config_file(["--beta", "1", "--config=run.yaml"])
+    ((PosixPath('run.yaml'), ['beta=1']), (PosixPath('run.yaml'), ['--beta', '1']))
+    """
+    files: list[str] = []
+    rest = list(words)
+    if rest and not rest[0].startswith("--") and "=" not in rest[0]:
+        files.append(rest.pop(0))
+    for position, word in reversed(list(enumerate(rest))):
+        name, equals, value = word.partition("=")
+        if name.removeprefix("--") != "config" or not (equals or word == "--config"):
+            continue
+        del rest[position]
+        if not equals and position < len(rest) and not rest[position].startswith("--"):
+            value = rest.pop(position)
+        if not value:
+            raise ValueError("--config needs the path of a YAML file")
+        files.append(value)
+    if len(files) > 1:
+        raise ValueError(f"two config files, {' and '.join(sorted(files))}; give one, and keys that override it")
+    return Path(files[0]) if files else None, rest
 
 
 def shown_error(text: str) -> str:

@@ -1,12 +1,11 @@
 """The settings of a run: their keys, how they are read, and which of them may change when a run goes on."""
 
 from jdpo.config.addresses import public_text, refuse_passwords, without_queries
+from jdpo.config.explaining import keys_of
 from jdpo.config.groups import LORA_DEFAULTS, RULE_DEFAULTS, DatasetConfig, LoraConfig, MeshConfig, OptimizerConfig
 from jdpo.config.keys import CONFIGS, DPOConfig, SFTConfig, TrainConfig
 from jdpo.config.reading import (
-    ALIASES,
     defaults_of,
-    keys_of,
     load_config,
     parse_overrides,
     to_dict,
@@ -18,7 +17,6 @@ from jdpo.config.resuming import EXPORT_KEYS, FREE_KEYS, changed_keys, differenc
 from jdpo.config.yaml_text import load_yaml
 
 __all__ = [
-    "ALIASES",
     "CONFIGS",
     "EXPORT_KEYS",
     "FREE_KEYS",

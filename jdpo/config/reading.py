@@ -8,78 +8,22 @@ A YAML states only what differs from the defaults, and the command line has the 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from jdpo.config.addresses import refuse_passwords, without_queries
+from jdpo.config.explaining import COMMAND_LINE, explain, group_class, keys_of, no_value
+from jdpo.config.foreign_keys import VALUES
 from jdpo.config.keys import TrainConfig
-from jdpo.config.yaml_text import load_yaml
-from jdpo.safe_text import escaped as escape
-from jdpo.safe_text import is_unseen
+from jdpo.config.yaml_text import dump_yaml, load_yaml
 
 C = TypeVar("C", bound=TrainConfig)
-
-ALIASES = {
-    "model": "model_name_or_path",
-    "dataset": "datasets",
-    "dataset_name": "datasets",
-    "train_file": "datasets",
-    "dataset_test_split": "eval_datasets",
-    "pref_beta": "beta",
-    "dpo_beta": "beta",
-    "lr": "learning_rate",
-    "epochs": "num_train_epochs",
-    "batch_size": "global_batch_size",
-    "per_device_train_batch_size": "micro_batch_size",
-    "gradient_accumulation_steps": "global_batch_size",
-    "gradient_checkpointing": "remat",
-    "ref_model": "reference_model",
-    "precompute_ref_log_probs": "reference",
-    "reference_free": "loss_type",
-    "nll_coef": "rpo_alpha",
-    "gamma": "simpo_gamma",
-    "mixup_alpha": "ref_model_mixup_alpha",
-    "use_peft": "lora",
-    "peft_config": "lora",
-    "lora_r": "lora.r",
-    "rank": "lora.r",
-    "lora_rank": "lora.r",
-    "lora_alpha": "lora.alpha",
-    "lora_dropout": "lora.dropout",
-    "lora_target_modules": "lora.target_modules",
-    "target_modules": "lora.target_modules",
-    "use_rslora": "lora.use_rslora",
-    "load_in_8bit": "lora.base_dtype",
-    "adapter_name_or_path": "lora.adapter",
-    "optim": "optimizer.name",
-    "optimizer_name": "optimizer.name",
-    "optimizer_type": "optimizer.name",
-    "adafactor": "optimizer.name",
-    "momentum": "optimizer.momentum",
-    "sgd_momentum": "optimizer.momentum",
-    "weight_decay": "optimizer.weight_decay",
-    "adam_beta1": "optimizer.b1",
-    "adam_beta2": "optimizer.b2",
-    "adam_epsilon": "optimizer.eps",
-    "cpu_offload": "offload_optimizer",
-    "offload_optimizer_state": "offload_optimizer",
-    "optimizer_memory_host_offload": "offload_optimizer",
-    "bf16": "compute_dtype",
-    "dtype": "compute_dtype",
-    "torch_dtype": "compute_dtype",
-    "max_seq_length": "max_length",
-    "assistant_only_loss": "loss_on",
-    "completion_only_loss": "loss_on",
-    "logging_dir": "output_dir",
-}
-"""What other trainers call a key: suggested in the error, never accepted silently."""
 
 NAMED_GROUPS = {"optimizer": "name"}
 """Groups that one word may stand for: the key within it that the word is."""
@@ -87,14 +31,24 @@ NAMED_GROUPS = {"optimizer": "name"}
 SWITCHED_GROUPS = ("lora",)
 """Groups that `true` turns on with their defaults, and any key of them too."""
 
+SYNONYMS = {"loss_type": VALUES["loss_type"]}
+"""Keys whose value may be another word for one of jdpo's, which the run says; all other foreign words are errors."""
 
-def load_config(cls: type[C], path: Path | None = None, overrides: Sequence[str] = ()) -> C:
+
+def load_config(
+    cls: type[C],
+    path: Path | None = None,
+    overrides: Sequence[str] = (),
+    say: Callable[[str], None] = lambda text: None,
+) -> C:
     """Reads a run's settings: defaults, then the YAML file, then `key=value` overrides.
 
     Args:
       cls: SFTConfig or DPOConfig.
       path: a YAML file holding a mapping, or None.
-      overrides: words of the command line, as `--key value`, `--key=value` or `key=value`; values are YAML.
+      overrides: words of the command line, as `--key value`, `--key=value` or `key=value`; values are YAML. A switch
+        may stand without a value, which is then true.
+      say: takes a line where a value is read as another one, see `SYNONYMS`.
 
     Returns:
       A validated, frozen config.
@@ -111,9 +65,11 @@ def load_config(cls: type[C], path: Path | None = None, overrides: Sequence[str]
     for group, key in NAMED_GROUPS.items():
         if isinstance(values.get(group), str):
             values[group] = {key: values[group]}
-    texts = _text_keys(cls)
+    texts, switches = _keys_of_type(cls, str), _keys_of_type(cls, bool)
     for key, text in parse_overrides(overrides):
-        value = _parse_value(key, text, is_text=key in texts)
+        if not text and (text == "" or (key in keys_of(cls) and key not in switches)):
+            raise ValueError(no_value(key, cls))
+        value = True if text is None else _parse_value(key, text, is_text=key in texts)
         group = key.split(".")[0]
         if group in SWITCHED_GROUPS:
             before = values.get(group)
@@ -124,35 +80,50 @@ def load_config(cls: type[C], path: Path | None = None, overrides: Sequence[str]
         # `--optimizer lion` changes the rule alone: what the file says of the group beside it stays.
         named = key in NAMED_GROUPS and isinstance(value, str)
         _set_nested(values, f"{key}.{NAMED_GROUPS[key]}" if named else key, value)
-        origins[group] = "on the command line"
+        origins[group] = COMMAND_LINE
     refuse_passwords(values)
+    for key, synonyms in SYNONYMS.items():
+        if key in values:
+            values[key] = _without_synonyms(key, values[key], synonyms, say)
     try:
         return TypeAdapter(cls).validate_python(values)
     except ValidationError as error:
-        raise ValueError(_explain(cls, error, origins)) from None
+        raise ValueError(explain(cls, error, origins)) from None
 
 
-def parse_overrides(words: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yields (dotted key, text of the value) from words of the command line.
+def _without_synonyms(key: str, value: Any, synonyms: Mapping[str, str], say: Callable[[str], None]) -> Any:
+    """A value, or a list of them, in jdpo's words."""
+    if isinstance(value, list):
+        return [_without_synonyms(key, one, synonyms, say) for one in value]
+    if not isinstance(value, str) or value not in synonyms:
+        return value
+    say(f"{key}: {value} means {synonyms[value]}")
+    return synonyms[value]
+
+
+def parse_overrides(words: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    """Yields (dotted key, text of the value) from words of the command line; None where a key comes without a value.
 
     >>> list(parse_overrides(["--beta", "0.2", "mesh.fsdp=4", "--shuffle=false", "--load_best_model_at_end"]))
-    [('beta', '0.2'), ('mesh.fsdp', '4'), ('shuffle', 'false'), ('load_best_model_at_end', 'true')]
+    [('beta', '0.2'), ('mesh.fsdp', '4'), ('shuffle', 'false'), ('load_best_model_at_end', None)]
     """
     position = 0
     while position < len(words):
         word = words[position]
         position += 1
-        key, equals, value = word.removeprefix("--").partition("=")
+        key, equals, text = word.removeprefix("--").partition("=")
+        value: str | None = text
         if not equals:
             if not word.startswith("--"):
                 raise ValueError(
-                    f"cannot read {word!r}: expected --key value, --key=value or key=value, and the config file first"
+                    f"cannot read {word!r}: expected --key value, --key=value or key=value, and the config file first "
+                    "or after --config"
                 )
             if position < len(words) and not words[position].startswith("--"):
                 value = words[position]
                 position += 1
             else:
-                value = "true"
+                value = None
         yield key.replace("-", "_"), value
 
 
@@ -161,23 +132,23 @@ def _parse_value(key: str, text: str, *, is_text: bool) -> Any:
     if is_text:
         return None if text == "null" else text
     try:
-        value = load_yaml(text) if text else ""
+        value = load_yaml(text)
     except yaml.YAMLError as error:
         raise ValueError(f"cannot read the value of {key!r}, {text!r}, as YAML: quote it ({error})") from None
     return value
 
 
-def _text_keys(cls: type, prefix: str = "") -> set[str]:
-    """Dotted keys whose value is text."""
+def _keys_of_type(cls: type, kind: type, prefix: str = "") -> set[str]:
+    """Dotted keys whose value is text, for str, or a switch, for bool."""
     hints = typing.get_type_hints(cls)
     keys: set[str] = set()
     for name, hint in hints.items():
-        group = _group_class(hint)
+        group = group_class(hint)
         is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-        if hint is str or (is_union and str in typing.get_args(hint)):
+        if hint is kind or (is_union and kind in typing.get_args(hint)) or (kind is bool and name in SWITCHED_GROUPS):
             keys.add(prefix + name)
-        elif group is not None and dataclasses.is_dataclass(hint):
-            keys |= _text_keys(group, f"{prefix}{name}.")
+        if group is not None and (dataclasses.is_dataclass(hint) or name in SWITCHED_GROUPS):
+            keys |= _keys_of_type(group, kind, f"{prefix}{name}.")
     return keys
 
 
@@ -209,65 +180,6 @@ def _set_nested(values: dict[str, Any], dotted: str, value: Any) -> None:
     values[last] = value
 
 
-def _explain(cls: type, error: ValidationError, origins: Mapping[str, str]) -> str:
-    lines = []
-    for problem in error.errors():
-        path = [part for part in problem["loc"] if not (isinstance(part, str) and part.startswith("function-"))]
-        key = ".".join(map(str, path))
-        where = origins.get(str(path[0]), "in the config") if path else "in the config"
-        if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-            lines.append(f"unknown key {key!r} {where}{_nearest(cls, path)}")
-        elif problem["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
-            lines.append(f"missing key {key!r}: {_description(cls, path)}")
-        else:
-            message = problem["msg"].removeprefix("Value error, ")
-            message = message[0].lower() + message[1:]
-            lines.append(f"{key!r} {where} is {problem['input']!r}: {message} ({_description(cls, path)})")
-    return "\n".join(lines)
-
-
-def _nearest(cls: type, path: Sequence[Any]) -> str:
-    known = keys_of(cls)
-    dotted = ".".join(str(part) for part in path if not isinstance(part, int))
-    name = str(path[-1])
-    alias = ALIASES.get(name)
-    if alias in known:
-        return f"; here it is called {alias!r}"
-    candidates = difflib.get_close_matches(dotted, known, n=1, cutoff=0.6) or difflib.get_close_matches(
-        name, {key.split(".")[-1]: key for key in known}, n=1, cutoff=0.6
-    )
-    if candidates:
-        full = next(key for key in known if candidates[0] in (key, key.split(".")[-1]))
-        return f"; did you mean {full!r}?"
-    return "; `--help` lists the keys"
-
-
-def _description(cls: type, path: Sequence[Any]) -> str:
-    return keys_of(cls).get(".".join(str(part) for part in path if not isinstance(part, int)), "see --help")
-
-
-def keys_of(cls: type, prefix: str = "") -> dict[str, str]:
-    """Every dotted key of a config class with its description, groups opened."""
-    hints = typing.get_type_hints(cls)
-    keys: dict[str, str] = {}
-    for field in dataclasses.fields(cls):
-        info: Any = field.default  # pydantic keeps the FieldInfo of `Field(...)` here
-        keys[prefix + field.name] = getattr(info, "description", None) or ""
-        group = _group_class(hints[field.name])
-        if group is not None:
-            keys |= keys_of(group, f"{prefix}{field.name}.")
-    return keys
-
-
-def _group_class(hint: Any) -> type | None:
-    """The dataclass behind `MeshConfig` or `tuple[DatasetConfig, ...]`, or None for a plain value."""
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return hint
-    if typing.get_origin(hint) in (tuple, Annotated, typing.Union, types.UnionType):
-        return next(filter(None, map(_group_class, typing.get_args(hint))), None)
-    return None
-
-
 def to_dict(config: TrainConfig) -> dict[str, Any]:
     """The config as plain dicts, lists and scalars, with every default written out."""
     values: dict[str, Any] = TypeAdapter(type(config)).dump_python(config, mode="json")
@@ -276,7 +188,7 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
 
 def to_yaml(config: TrainConfig) -> str:
     """The config as YAML that `load_config` reads back to an equal config."""
-    return _dump(to_dict(config))
+    return dump_yaml(to_dict(config))
 
 
 def to_public_dict(config: TrainConfig) -> dict[str, Any]:
@@ -297,24 +209,7 @@ def to_public_yaml(config: TrainConfig, *, escaped: str = "") -> str:
     Args:
       escaped: characters that are written as escapes, beside those that would not show.
     """
-    return _dump(to_public_dict(config), escaped)
-
-
-def _dump(values: Mapping[str, Any], escaped: str = "") -> str:
-    """Values as YAML that shows in a terminal as it is: what would not show is escaped within quotes."""
-
-    def hides(character: str) -> bool:
-        return character in escaped or is_unseen(character)
-
-    class Dumper(yaml.SafeDumper):
-        def represent_str(self, text: str) -> yaml.ScalarNode:
-            style = '"' if any(map(hides, text)) else None
-            return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
-
-    Dumper.add_representer(str, Dumper.represent_str)
-    text: str = yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=110)
-    # Only line feeds of YAML itself are left among control characters, and all others are within double quotes.
-    return "".join(escape(one) if one != "\n" and hides(one) else one for one in text)
+    return dump_yaml(to_public_dict(config), escaped)
 
 
 def defaults_of(cls: type[TrainConfig]) -> dict[str, Any]:

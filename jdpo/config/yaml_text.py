@@ -1,12 +1,15 @@
-"""Reading YAML without its traps."""
+"""Reading YAML without its traps, and writing it so that it shows as it is."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import yaml
+
+from jdpo.safe_text import escaped as escape
+from jdpo.safe_text import is_unseen
 
 MOST_VALUES = 100_000
 """Values of a config at most, those that aliases repeat counted each time."""
@@ -88,3 +91,20 @@ def _expanded_size(node: yaml.Node, sizes: dict[int, int | None]) -> int:
     size = 1 + sum(_expanded_size(child, sizes) for child in children)
     sizes[id(node)] = size
     return size
+
+
+def dump_yaml(values: Mapping[str, Any], escaped: str = "") -> str:
+    """Values as YAML that shows in a terminal as it is: what would not show is escaped within quotes."""
+
+    def hides(character: str) -> bool:
+        return character in escaped or is_unseen(character)
+
+    class Dumper(yaml.SafeDumper):
+        def represent_str(self, text: str) -> yaml.ScalarNode:
+            style = '"' if any(map(hides, text)) else None
+            return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+    Dumper.add_representer(str, Dumper.represent_str)
+    text: str = yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=110)
+    # Only line feeds of YAML itself are left among control characters, and all others are within double quotes.
+    return "".join(escape(one) if one != "\n" and hides(one) else one for one in text)

@@ -44,6 +44,50 @@ def test_a_mistyped_command_gets_a_hint(capsys: pytest.CaptureFixture[str]) -> N
     assert "unknown command 'dop'; did you mean 'dpo'?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [
+        ("train", "`jdpo sft` trains on completions, `jdpo dpo` on pairs"),
+        ("orpo", "that is `jdpo dpo --loss_type orpo`"),
+        ("run.yaml", "the command comes first, as in `jdpo dpo CONFIG.yaml`"),
+        ("--beta", "the command comes first"),
+        ("x\x1b[31m", r"unknown command 'x\x1b[31m'"),
+    ],
+)
+def test_what_is_no_command_points_to_one(capsys: pytest.CaptureFixture[str], word: str, hint: str) -> None:
+    assert main([word]) == 2
+    assert hint in capsys.readouterr().err
+
+
+def test_a_config_file_comes_first_or_after_config(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, run_words: Callable[..., list[str]]
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("beta: 0.25\nloss_type: dpo\n")
+    printed = []
+    for words in (
+        [str(path), *run_words()],
+        ["--config", str(path), *run_words()],
+        [*run_words(), f"--config={path}"],
+        [*run_words(), f"config={path}"],
+    ):
+        assert main(["dpo", *words, "--print_config"]) == 0
+        captured = capsys.readouterr()
+        assert captured.err == "loss_type: dpo means sigmoid\n"
+        printed.append(captured.out)
+    assert "beta: 0.25" in printed[0]
+    assert len(set(printed)) == 1
+    assert main(["inspect", "--config", str(path), *run_words()]) == 0
+    assert "beta is a key of `jdpo dpo` alone" in capsys.readouterr().out
+    for words, error in (
+        ([str(path), "--config", str(path)], "two config files"),
+        (["--config"], "--config needs the path of a YAML file"),
+        (["--config", "--beta", "1"], "--config needs the path of a YAML file"),
+    ):
+        assert main(["dpo", *words]) == 2
+        assert error in capsys.readouterr().err
+
+
 def test_print_config_prints_a_config_that_reads_back(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, run_words: Callable[..., list[str]]
 ) -> None:

@@ -137,7 +137,7 @@ def consume(arguments: argparse.Namespace) -> dict[str, Any]:
     from jdpo.config import DPOConfig, load_config
     from jdpo.models.families import read_model_config
     from jdpo.models.transformer import Transformer, abstract_params
-    from jdpo.reports.writers import read_metrics
+    from jdpo.reports.metrics_file import read_metrics
     from jdpo.training.loop import train
 
     words = {

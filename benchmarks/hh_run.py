@@ -17,7 +17,7 @@ from jdpo import __version__
 from jdpo.config import DatasetConfig, DPOConfig, SFTConfig, load_config
 from jdpo.data.sources import read_rows
 from jdpo.quickstart.tiny_llama import write_model
-from jdpo.reports.writers import read_metrics
+from jdpo.reports.metrics_file import read_metrics
 from jdpo.training.loop import train
 from jdpo.training.run import RunResult
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 TEMPORARY = ".tmp"
@@ -25,8 +26,41 @@ def write_durably(path: Path, content: str | bytes, *, writer: str = "") -> None
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Brings the names in a folder onto the disk: after a rename."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(directory)
+        os.fsync(descriptor)
     finally:
-        os.close(directory)
+        os.close(descriptor)
+
+
+def keep_old(path: Path, why: str) -> Path:
+    """Renames a file to one next to it that says why and when, such as metrics.damaged-20260731T120000Z.jsonl.
+
+    Returns:
+      the new place.
+    """
+    return rename_to_free(path, f"{path.stem}.{why}-{utc_stamp()}", path.suffix)
+
+
+def rename_to_free(path: Path, stem: str, suffix: str = "") -> Path:
+    """Renames a file or folder to `free_place(path, stem, suffix)`, and returns that."""
+    place = free_place(path, stem, suffix)
+    path.rename(place)
+    sync_folder(path.parent)
+    return place
+
+
+def free_place(path: Path, stem: str, suffix: str = "") -> Path:
+    """A path next to `path` that is free: stem + suffix, with a number between the two where that is taken."""
+    names = [stem, *(f"{stem}-{count}" for count in range(2, 1000))]
+    return next(place for name in names if not os.path.lexists(place := path.with_name(name + suffix)))
+
+
+def utc_stamp() -> str:
+    """The time as it is written into names: 20260731T120000Z."""
+    return time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())

@@ -1,20 +1,17 @@
-"""Checkpoints: every orbax call of jdpo stands here.
+"""Checkpoints: every orbax call of jdpo is in this module.
 
     checkpoints/<step>/state/       params, optimizer state, step and key, written by orbax in the background
     checkpoints/<step>/position/    JSON: where in the data the run stands, and what a resumed run must know
     checkpoints/<step>/manifest.json   sizes and digests of all files, written last
 
 Orbax notices neither flipped bits nor a folder that a crash left half deleted. A step therefore counts only once
-its manifest stands, and is restored only when every file agrees with it.
+its manifest is written, and is restored only when every file agrees with it (`jdpo.checkpoint.steps`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import logging
-import math
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -23,10 +20,19 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
-from jdpo.durable import TEMPORARY, write_durably
-
-MANIFEST = "manifest.json"
-log = logging.getLogger(__name__)
+from jdpo.checkpoint.steps import (
+    MANIFEST,
+    best_of,
+    clear_way,
+    complete_steps,
+    delete_step,
+    digests_of,
+    fault_of,
+    read_manifest,
+    settle_steps,
+)
+from jdpo.durable import write_durably
+from jdpo.processes import together
 
 
 class Restored(NamedTuple):
@@ -41,7 +47,13 @@ class CheckpointManager:
     """Saves asynchronously, keeps the newest N and the best, restores the newest that is whole."""
 
     def __init__(
-        self, folder: Path, *, max_to_keep: int, metric_name: str = "", greater_is_better: bool = False
+        self,
+        folder: Path,
+        *,
+        max_to_keep: int,
+        metric_name: str = "",
+        greater_is_better: bool = False,
+        verified: int | None = None,
     ) -> None:
         """
         Args:
@@ -49,6 +61,7 @@ class CheckpointManager:
           max_to_keep: newest complete checkpoints to keep, beside the best.
           metric_name: what `metric` of `save` is, rows included; checkpoints ranked by anything else are not compared.
           greater_is_better: how `metric` ranks checkpoints.
+          verified: a step that `settle_steps` found whole: reading a large checkpoint once is enough.
         """
         self._folder = folder.absolute()
         self._max_to_keep = max_to_keep
@@ -57,7 +70,7 @@ class CheckpointManager:
         self._pending: tuple[int, float | None] | None = None
         self._sealing: Future[None] | None = None
         self._failed = False
-        self._verified: int | None = None  # reading a large checkpoint once is enough
+        self._verified = verified
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-manifest")
         if jax.process_index() == 0:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -85,9 +98,10 @@ class CheckpointManager:
           metric: ranks this checkpoint against others; None never is the best.
 
         Raises:
-          OSError: an earlier save failed.
+          OSError: an earlier save failed, or something in the step's place cannot be moved.
         """
         self.wait()
+        together(lambda: clear_way(self._folder / str(step)), on_first=True)
         # Orbax remembers the steps it once saw, and refuses to save one again that was deleted here since.
         self._orbax.reload()
         self._orbax.save(
@@ -154,7 +168,7 @@ class CheckpointManager:
             return
         folder = self._folder / str(step)
         try:
-            manifest = {"step": step, "metric_name": self._metric_name, "metric": metric, "files": _digests(folder)}
+            manifest = {"step": step, "metric_name": self._metric_name, "metric": metric, "files": digests_of(folder)}
             write_durably(folder / MANIFEST, json.dumps(manifest, indent=1))
             self._delete_old()
         except OSError as error:
@@ -166,47 +180,23 @@ class CheckpointManager:
         best = self.best_step()
         for step in steps:
             if step not in keep and step != best:
-                _delete(self._folder / str(step))
+                delete_step(self._folder / str(step))
 
     # --- finding
 
     def complete_steps(self) -> list[int]:
-        """See the function of the same name."""
+        """See the function of the same name in `jdpo.checkpoint.steps`."""
         return complete_steps(self._folder)
 
     def best_step(self) -> int | None:
         """The complete step with the best metric, the earliest among equals, or None where none has one."""
-        manifests = {step: self._manifest(step) for step in self.complete_steps()}
-        ranked = {
-            step: manifest["metric"]
-            for step, manifest in manifests.items()
-            if manifest["metric"] is not None
-            and math.isfinite(manifest["metric"])
-            and manifest["metric_name"] == self._metric_name
-        }
-        if not ranked:
-            return None
-        best = max(ranked.values()) if self._greater_is_better else min(ranked.values())
-        return next(step for step, metric in ranked.items() if metric == best)
+        manifests = {step: read_manifest(self._folder / str(step)) or {} for step in self.complete_steps()}
+        return best_of(manifests, self._metric_name, greater_is_better=self._greater_is_better)
 
     def newest_whole_step(self) -> int | None:
-        """The newest step whose files all agree with its manifest; later ones are warned of and deleted."""
-        for step in reversed(self._all_steps()):
-            fault = fault_of(self._folder / str(step))
-            if fault is None:
-                self._verified = step
-                return step
-            log.warning("checkpoint %s is not whole (%s): it is deleted", self._folder / str(step), fault)
-            if jax.process_index() == 0:
-                _delete(self._folder / str(step))
-        return None
-
-    def _all_steps(self) -> list[int]:
-        return _steps_in(self._folder)
-
-    def _manifest(self, step: int) -> dict[str, Any]:
-        manifest: dict[str, Any] = json.loads((self._folder / str(step) / MANIFEST).read_text())
-        return manifest
+        """The newest step whose files all agree with its manifest; see `settle_steps`."""
+        self._verified = settle_steps(self._folder)
+        return self._verified
 
     # --- restoring
 
@@ -233,26 +223,6 @@ class CheckpointManager:
         return Restored(step, items["state"], items["position"])
 
 
-def complete_steps(folder: Path) -> list[int]:
-    """Steps in a folder of checkpoints that have a manifest, oldest first; whether files agree is seen at restore."""
-    return [step for step in _steps_in(folder) if (folder / str(step) / MANIFEST).exists()]
-
-
-def fault_of(folder: Path) -> str | None:
-    """What is wrong with the folder of a step, held against its manifest, all files read; None: nothing."""
-    if not (folder / MANIFEST).exists():
-        return "its save was cut off"
-    try:
-        expected = json.loads((folder / MANIFEST).read_text())["files"]
-    except (ValueError, KeyError):
-        return f"{MANIFEST} cannot be read"
-    found = _digests(folder)
-    for name in sorted({*expected, *found}):
-        if expected.get(name) != found.get(name):
-            return f"{name} is {'missing' if name not in found else 'not what was written'}"
-    return None
-
-
 def read_position(folder: Path) -> dict[str, Any]:
     """The position of the folder of a step."""
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
@@ -272,28 +242,3 @@ def restore_params(folder: Path, abstract_params: Any) -> Any:
     )
     with ocp.PyTreeCheckpointer() as checkpointer:
         return checkpointer.restore(folder / "state", args=args)["params"]
-
-
-def _steps_in(folder: Path) -> list[int]:
-    if not folder.is_dir():
-        return []
-    return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit() and entry.is_dir())
-
-
-def _digests(folder: Path) -> dict[str, list[Any]]:
-    """{relative path: [bytes, sha256]} of every file but the manifest."""
-    digests: dict[str, list[Any]] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name not in (MANIFEST, MANIFEST + TEMPORARY):
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            digests[str(path.relative_to(folder))] = [path.stat().st_size, digest]
-    return digests
-
-
-def _delete(folder: Path) -> None:
-    """Deletes a step; its manifest first, so that a half-deleted step never counts."""
-    import shutil
-
-    (folder / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(folder)

@@ -121,7 +121,9 @@ class TrainConfig:
     )
     push_public: bool = key(False, "let push_to_hub make a repository that everyone sees")
     resume: Literal["auto", "never"] = key(
-        "auto", "auto: go on from the newest checkpoint in output_dir; never: refuse a used output_dir"
+        "auto",
+        "auto: continue from the newest whole checkpoint in output_dir; never: refuse an output_dir that holds a run, "
+        "except one whose checkpoints are all damaged, which starts again at step 0",
     )
     profile_steps: str | None = key(
         None, "FIRST:LAST, such as 10:13: a profiler trace of these steps in output_dir/profile"

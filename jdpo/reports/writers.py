@@ -10,8 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from jdpo.durable import write_durably
-
 Metrics = Mapping[str, float | int]
 
 
@@ -105,18 +103,3 @@ def make_trackers(names: Sequence[str], folder: Path, config: Mapping[str, Any])
         else:
             trackers.append(WandbWriter(folder, config))
     return trackers
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line that a crash cut off is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")
-    # Only a line that ends in a newline was written whole; what follows the last newline is a torso or nothing.
-    return [json.loads(line) for line in lines[:-1] if line]
-
-
-def cut_metrics(path: Path, last_step: int) -> None:
-    """Takes the lines past `last_step` off a metrics.jsonl, all or nothing."""
-    kept = [line for line in read_metrics(path) if line["step"] <= last_step]
-    write_durably(path, "".join(json.dumps(line) + "\n" for line in kept))

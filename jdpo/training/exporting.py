@@ -13,10 +13,11 @@ import jax
 
 from jdpo.checkpoint.folders import check_out
 from jdpo.checkpoint.hf_export import parse_size
-from jdpo.checkpoint.manager import complete_steps, fault_of, read_position, restore_params
+from jdpo.checkpoint.manager import read_position, restore_params
+from jdpo.checkpoint.steps import complete_steps, damaged_folders, fault_of
 from jdpo.config import CONFIGS, MeshConfig, TrainConfig, defaults_of, load_config
 from jdpo.models.lora_sites import require_loadable
-from jdpo.reports.writers import read_metrics
+from jdpo.reports.metrics_file import read_metrics
 from jdpo.training.checks import check_base
 from jdpo.training.digests import folder_digest
 from jdpo.training.finish import export_trained, made_from, results_at
@@ -58,17 +59,31 @@ def find_checkpoint(path: Path, step: int | None = None) -> Checkpoint:
             raise ValueError(f"{path} is step {path.name}; leave --step out, or name the folder of the run")
         path, step = path.parents[1], int(path.name)
     if not (path / "run.json").is_file():
+        if path in damaged_folders(path.parent):
+            raise ValueError(
+                f"{path} was set aside as damaged, so it cannot be exported; take another step, or repair it and "
+                "rename it to its step"
+            )
         raise ValueError(
             f"{path} is no checkpoint: expected the output_dir of a run, or a folder checkpoints/STEP in one"
         )
-    steps = complete_steps(path / "checkpoints")
-    if not steps:
-        raise ValueError(f"{path} holds no whole checkpoint yet")
+    folder = path / "checkpoints"
+    steps = complete_steps(folder)
     if step is None:
+        if not steps:
+            raise ValueError(f"{path} holds no whole checkpoint yet{_set_aside_in(folder)}")
         step = steps[-1]
     if step not in steps:
-        raise ValueError(f"{path} has no whole checkpoint of step {step}; it has {', '.join(map(str, steps))}")
+        fault = fault_of(folder / str(step)) if (folder / str(step)).is_dir() else None
+        why = f": {folder / str(step)} is not one, as {fault}" if fault else ""
+        has = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
+        raise ValueError(f"{path} has no whole checkpoint of step {step}{why}; {has}{_set_aside_in(folder)}")
     return Checkpoint(path, step)
+
+
+def _set_aside_in(folder: Path) -> str:
+    names = [place.name for place in damaged_folders(folder)]
+    return f" (set aside as damaged: {', '.join(names)})" if names else ""
 
 
 def export_checkpoint(
@@ -115,6 +130,9 @@ def export_checkpoint(
             require_loadable(setup.adaptation.sites, setup.adaptation.lora.sites)
         check_out(out, made_from(setup))
         say(f"exporting step {checkpoint.step} of {checkpoint.run} to {out}")
+        lines = read_metrics(metrics)
+        if not any(line["step"] <= checkpoint.step for line in lines):
+            say(f"note: {metrics} has no line up to step {checkpoint.step}, so the model card has no results")
         abstract = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             setup.trained,
@@ -127,7 +145,7 @@ def export_checkpoint(
             out,
             command=state["command"],
             rows=state.get("rows") or "The run did not write down what its rows were.",
-            results=results_at(read_metrics(metrics) if metrics.exists() else [], checkpoint.step),
+            results=results_at(lines, checkpoint.step),
             merge_adapters=merging,
             kept=[checkpoint.run / "checkpoints"],
         )

@@ -18,9 +18,9 @@ from jdpo.models.base_weights import Base
 from jdpo.models.lora_merge import merge
 from jdpo.models.safetensors_folder import source_dtypes
 from jdpo.processes import agree_on, together
+from jdpo.reports.metrics_file import read_metrics
 from jdpo.reports.model_card import CODE_ENDS, model_card
 from jdpo.reports.plots import write_plots
-from jdpo.reports.writers import read_metrics
 from jdpo.training.run_dir import RunDirectory
 from jdpo.training.setup import ModelSetup, Setup
 

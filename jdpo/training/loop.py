@@ -8,11 +8,10 @@ from functools import partial
 from typing import Any
 
 from jdpo.checkpoint.folders import check_out
-from jdpo.checkpoint.manager import complete_steps, fault_of, read_position
 from jdpo.config import DPOConfig, TrainConfig
 from jdpo.processes import differing, together
 from jdpo.reports.progress import make_console
-from jdpo.training.checks import check_base
+from jdpo.training.continuing import find_newest
 from jdpo.training.finish import made_from
 from jdpo.training.interrupt import StopRequest
 from jdpo.training.numerics import jax_settings, resolve_dtype
@@ -59,27 +58,13 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
             _check_same_everywhere(setup, inputs)
             directory.check_inputs(inputs, setup.train_data.parts())
             directory.remember("rows", setup.train_data.summary())  # for the model card of an export
-            _check_base(setup, directory)
+            newest = find_newest(setup, directory)
             reference = _settle(setup, directory, stop, say)
         except BuildStopped:
             say("stopped by a signal; what was computed is kept. Run the same command again to go on")
             return RunResult(0, True, stop.exit_code, directory)
         with ExitStack() as resources:
-            return Run(setup, directory, stop, console, reference, resources).go(on_step)
-
-
-def _check_base(setup: Setup, directory: RunDirectory) -> None:
-    """Holds the base against that of the newest checkpoint before anything is read of it, a reference's log-probs too.
-
-    Raises:
-      ValueError: the checkpoint's adapters were trained on another base.
-    """
-    if setup.adaptation is None:
-        return
-    steps = complete_steps(directory.checkpoints)
-    newest = directory.checkpoints.absolute() / str(steps[-1]) if steps else None
-    if newest is not None and fault_of(newest) is None:  # else the run says so and goes back to an older one
-        check_base(read_position(newest).get("base"), setup.base_identity(), directory.checkpoints.absolute())
+            return Run(setup, directory, stop, console, reference, resources, newest).go(on_step)
 
 
 def _check_same_everywhere(setup: Setup, inputs: Mapping[str, str]) -> None:

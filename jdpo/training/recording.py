@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jdpo.config import to_public_dict
-from jdpo.reports.writers import JsonlWriter, Writer, cut_metrics, make_trackers
+from jdpo.reports.writers import JsonlWriter, Writer, make_trackers
 from jdpo.training.fit import peak_memory
 from jdpo.training.flops import StepFlops, peak_flops
 from jdpo.training.metrics import DatasetShares, Throughput, Window
@@ -42,14 +42,13 @@ class Record:
             self._jsonl.sync()
         return {"num_tokens": self._num_tokens, "window": self._window.to_json()}
 
-    def open(self, first: int, resources: ExitStack) -> None:
-        """Opens the files behind step `first`; lines of later steps are of a run that was broken off, and go.
+    def open(self, resources: ExitStack) -> None:
+        """Opens the files; the metrics end at the step that the run continues from, see `cut_metrics`.
 
         Args:
           resources: closes them.
         """
         config = self._setup.config
-        cut_metrics(self._directory.metrics, first)
         self._jsonl = JsonlWriter(self._directory.metrics)
         self._writers = [self._jsonl, *make_trackers(config.report_to, self._directory.path, to_public_dict(config))]
         for writer in self._writers:

@@ -14,17 +14,18 @@ import numpy as np
 from rich.console import Console
 
 from jdpo._version import __version__
-from jdpo.checkpoint.manager import CheckpointManager, read_position
+from jdpo.checkpoint.manager import CheckpointManager
 from jdpo.config import to_public_dict
 from jdpo.data.loader import prefetch
 from jdpo.models.transformer import Weights
-from jdpo.processes import agree_on, is_first
+from jdpo.processes import is_first
+from jdpo.reports.metrics_file import cut_metrics
 from jdpo.reports.progress import RunDisplay, figures_of
 from jdpo.safe_text import terminal_lines
 from jdpo.sharding.placement import fetch, micro_batch_sharding, place, replicated
 from jdpo.training.assembly import Assembly, assemble
 from jdpo.training.batches import StepBatch
-from jdpo.training.checks import check_base, check_evaluation, check_finite, check_start
+from jdpo.training.checks import check_evaluation, check_finite, check_start
 from jdpo.training.compilation import Stopwatch, compiler_threads
 from jdpo.training.evaluation import Evaluation
 from jdpo.training.finish import finish_run, step_to_export
@@ -103,9 +104,11 @@ class Run:
         console: Console,
         reference: Reference,
         resources: ExitStack,
+        newest: int | None = None,
     ) -> None:
         """
         Args:
+          newest: the step to continue from, from `find_newest`; None: this start begins at step 0.
           resources: takes what is to be closed when the run ends, however it ends.
         """
         config = setup.config
@@ -120,9 +123,10 @@ class Run:
             # Evaluation may change when a run goes on; values on other rows are no better or worse.
             metric_name=f"{config.metric_for_best_model} on {setup.eval_data.digest if setup.eval_data else 'nothing'}",
             greater_is_better=not config.metric_for_best_model.endswith("loss"),
+            verified=newest,
         )
         resources.callback(self.manager.close)
-        self.last_saved = agree_on(self.manager.newest_whole_step)
+        self.last_saved = newest
         self.assembly: Assembly
 
     # --- start or resume
@@ -194,15 +198,16 @@ class Run:
                 self.say(f"no whole checkpoint in {self.directory.checkpoints}: starting again from step 0")
             state, frozen = self._fresh_state()  # there are steps ahead, which need the base
         else:
-            checkpoints = self.directory.checkpoints.absolute()
-            check_base(read_position(checkpoints / str(first)).get("base"), self.base_identity, checkpoints)
             frozen = self._load_frozen(None, live=first < num_steps, with_base=with_base)
             restored = self.manager.restore(first, saved_parts(self.assembly.state))
             state = TrainState(**restored.state)
             self.record.restore(restored.position)
             self.say(f"resuming from the checkpoint of step {first}")
-        if is_first() and first < num_steps:
-            self.record.open(first, self.resources)
+        if is_first():
+            if (note := cut_metrics(self.directory.metrics, first)) is not None:
+                self.say(f"warning: {note}")
+            if first < num_steps:
+                self.record.open(self.resources)
         return state, frozen
 
     def _fresh_state(self) -> tuple[TrainState, Frozen]:

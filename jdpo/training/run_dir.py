@@ -13,16 +13,17 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import yaml
 
 from jdpo._version import __version__
+from jdpo.checkpoint.steps import MANIFEST, damaged_folders, fault_of, step_folders, step_of
 from jdpo.config import EXPORT_KEYS, TrainConfig, changed_keys, differences, refuse_passwords, to_dict, to_public_yaml
-from jdpo.durable import write_durably
-from jdpo.processes import barrier, is_first, together
+from jdpo.durable import keep_old, write_durably
+from jdpo.processes import any_process, barrier, is_first, together
 
 STARTED_IN = "started_in"
 """Key of run.json: the folder that the paths of the run's config are meant from."""
@@ -53,6 +54,8 @@ class RunDirectory:
         refuse_passwords(to_dict(config))
         together(self._take_lock, on_first=True)
         try:
+            starts_over = config.resume == "never" and together(self._is_lost, on_first=True)
+            self._starts_over = any_process(bool(starts_over))
             together(lambda: self._read_owner(config, command))
             together(lambda: self._write_owner(config, command), on_first=True)
         except BaseException:
@@ -65,6 +68,8 @@ class RunDirectory:
 
     def _write_owner(self, config: TrainConfig, command: str) -> None:
         try:
+            if self._starts_over and os.path.lexists(self.metrics):
+                keep_old(self.metrics, "before")
             write_durably(self._config_file, to_public_yaml(config))
             here = str(Path.cwd())
             if self.is_new:
@@ -120,7 +125,9 @@ class RunDirectory:
     def _check_owner(self, config: TrainConfig, command: str) -> bool:
         """True where the folder holds this very run, False where it is free; another run is refused."""
         used = [name for name in USED_BY_A_RUN if (self.path / name).exists()]
-        if not used or self._never_began():
+        if self.checkpoints.exists() and not self.checkpoints.is_dir():
+            raise ValueError(f"{self.checkpoints} is a file, and not the folder of a run's checkpoints; move it away")
+        if not used or self._never_began() or self._starts_over:
             return False
         advice = "choose another output_dir, or delete this one if it is no longer needed"
         if config.resume == "never":
@@ -144,6 +151,24 @@ class RunDirectory:
         saved = self.checkpoints.exists() and any(self.checkpoints.iterdir())
         ours = not self._run_file.exists() or "jdpo" in self.state()
         return ours and not (trained or saved or self.model.exists())
+
+    def _is_lost(self) -> bool:
+        """True if the folder has checkpoints, all of them damaged, and no model: there is nothing to resume."""
+        folder = self.checkpoints
+        saved = [step for step in step_folders(folder) if (folder / str(step) / MANIFEST).exists()]
+        if self.model.exists() or not (saved or damaged_folders(folder)):
+            return False
+        return not any(step_of(folder / str(s)) not in (None, s) or fault_of(folder / str(s)) is None for s in saved)
+
+    @property
+    def given_up(self) -> list[str]:
+        """The damaged checkpoints that `--resume never` has started over in spite of."""
+        return list(self.state().get("given_up", []))
+
+    def give_up(self, names: Sequence[str]) -> None:
+        """Keeps their names. To be called by the first process alone."""
+        if names:
+            self._write_run({**self.state(), "given_up": list(names)})
 
     def state(self) -> dict[str, Any]:
         """What run.json says."""

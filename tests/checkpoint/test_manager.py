@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import json
+import os
+import re
 import resource
 import shutil
 import time
@@ -18,7 +21,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jdpo.checkpoint.manager import MANIFEST, CheckpointManager
+from jdpo.checkpoint.manager import CheckpointManager
+from jdpo.checkpoint.steps import MANIFEST, damaged_folders, settle_steps
 from jdpo.config import MeshConfig
 from jdpo.sharding.mesh import make_mesh
 
@@ -137,10 +141,11 @@ def test_nothing_saved_is_nothing_found(manager: CheckpointManager) -> None:
 
 
 def spoil(folder: Path, how: str) -> str:
-    """Damages a step; returns what the warning says of it."""
+    """Damages a step; returns what is said of it."""
     files = [path for path in (folder / "state").rglob("*") if path.is_file()]
     victim = max(files, key=lambda path: path.stat().st_size)
     name = str(victim.relative_to(folder))
+    manifest = folder / MANIFEST
     if how == "bit":
         content = bytearray(victim.read_bytes())
         content[len(content) // 2] ^= 1
@@ -152,44 +157,236 @@ def spoil(folder: Path, how: str) -> str:
     if how == "missing":
         victim.unlink()
         return f"{name} is missing"
-    if how == "extra":
-        (folder / "state" / "stray").write_text("x")
-        return "state/stray is not what was written"
-    if how == "no manifest":
-        (folder / MANIFEST).unlink()
-        return "its save was cut off"
+    if how == "fifo":
+        victim.unlink()
+        os.mkfifo(victim)
+        return f"{name} is missing"
     if how == "half a manifest":
-        (folder / MANIFEST).write_text((folder / MANIFEST).read_text()[:40])
-        return f"{MANIFEST} cannot be read"
-    assert how == "empty folder"
-    shutil.rmtree(folder)
-    folder.mkdir()
-    return "its save was cut off"
+        manifest.write_text(manifest.read_text()[:40])
+    elif how == "a manifest of zeros":
+        manifest.write_bytes(bytes(100))
+    elif how == "a manifest of something else":
+        manifest.write_text('["files"]')
+    elif how == "a manifest of wrong types":
+        manifest.write_text('{"step": "2", "files": []}')
+    else:
+        assert how == "a folder as manifest"
+        manifest.unlink()
+        manifest.mkdir()
+    return f"{MANIFEST} cannot be read"
 
 
-FAULTS = ["bit", "short", "missing", "extra", "no manifest", "half a manifest", "empty folder"]
+DAMAGE = [
+    "bit",
+    "short",
+    "missing",
+    "fifo",
+    "half a manifest",
+    "a manifest of zeros",
+    "a manifest of something else",
+    "a manifest of wrong types",
+    "a folder as manifest",
+]
 
 
-@pytest.mark.parametrize("how", FAULTS)
-def test_a_step_that_is_not_whole_is_named_deleted_and_may_be_saved_again(
+def logged(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "jdpo.checkpoint.steps"]
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_damaged_step_is_named_and_set_aside_and_may_be_saved_again(
     how: str, manager: CheckpointManager, caplog: pytest.LogCaptureFixture
 ) -> None:
     save(manager, 1, 2)
     fault = spoil(manager._folder / "2", how)
-    manager = reopened(manager)
+    damaged = files_of(manager._folder / "2")
+    manager = reopened(manager, max_to_keep=1)
     assert manager.newest_whole_step() == 1
-    warnings = [record.getMessage() for record in caplog.records if record.name == "jdpo.checkpoint.manager"]
-    assert warnings == [f"checkpoint {manager._folder / '2'} is not whole ({fault}): it is deleted"]
+    (place,) = damaged_folders(manager._folder)
+    assert re.fullmatch(r"damaged-2-\d{8}T\d{6}Z", place.name)
+    (warning,) = logged(caplog)
+    assert (
+        f"checkpoint {manager._folder / '2'} is damaged ({fault}): it is not used, and kept as {place.name}" in warning
+    )
     assert not (manager._folder / "2").exists()
     np.testing.assert_array_equal(manager.restore(1, abstract(state_at(0))).state["params"], state_at(1)["params"])
+    save(manager, 2, 3)
+    assert manager.complete_steps() == [3], "what was set aside does not count among those to keep"
+    np.testing.assert_array_equal(manager.restore(3, abstract(state_at(0))).state["params"], state_at(3)["params"])
+    assert files_of(place) == damaged
+    manager.close()
+    caplog.clear()
+    manager = reopened(manager)
+    assert manager.newest_whole_step() == 3
+    (warning,) = logged(caplog)
+    assert re.search(rf"{place} \(0\.\d\d MiB\) was set aside as damaged and is not used", warning)
+    manager.close()
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("how", ["without manifest", "empty", "begun", "with a hidden file"])
+def test_a_save_that_was_cut_off_is_removed_and_counted_and_may_be_saved_again(
+    how: str, manager: CheckpointManager, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(manager, 1, 2)
+    for name in ("2", "7"):
+        folder = manager._folder / name
+        if how == "without manifest":
+            shutil.copytree(manager._folder / "1", folder, dirs_exist_ok=True)
+            (folder / MANIFEST).unlink()
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+        if how == "begun":
+            (folder / (MANIFEST + ".tmp")).write_text("{")
+        if how == "with a hidden file":
+            (folder / ".DS_Store").write_text("x")
+    manager = reopened(manager)
+    assert manager.newest_whole_step() == 1
+    assert logged(caplog) == [f"removed 2 saves that were cut off before completion from {manager._folder}"]
+    assert sorted(path.name for path in manager._folder.iterdir()) == ["1"]
     save(manager, 2)
     np.testing.assert_array_equal(manager.restore(2, abstract(state_at(0))).state["params"], state_at(2)["params"])
     manager.close()
 
 
+STRAY = (".DS_Store", ".nfs00000000deadbeef00000001", ".array.swp", ".manifest.json.Xy12", "notes.txt")
+
+
+def test_files_that_the_manifest_does_not_list_change_nothing(
+    manager: CheckpointManager, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(manager, 1, 2)
+    step = manager._folder / "2"
+    for folder in [manager._folder, step, *(path for path in step.rglob("*") if path.is_dir())]:
+        for name in STRAY:
+            (folder / name).write_text("x")
+        (folder / ".stray").mkdir()
+        (folder / ".stray" / "inner").write_text("x")
+    manager = reopened(manager)
+    assert manager.newest_whole_step() == 2
+    assert logged(caplog) == []
+    np.testing.assert_array_equal(manager.restore(2, abstract(state_at(0))).state["params"], state_at(2)["params"])
+    save(manager, 3, 4)
+    assert manager.complete_steps() == [3, 4], "an old step goes with what was put into it"
+    assert not step.exists()
+    manager.close()
+
+
+def test_hidden_files_of_others_do_not_enter_the_manifest(manager: CheckpointManager) -> None:
+    manager.save(1, state_at(1), {})
+    manager._orbax.wait_until_finished()
+    passing = manager._folder / "1" / "state" / ".nfs0001"
+    passing.write_text("x")
+    manager.wait()
+    passing.unlink()
+    assert reopened(manager).newest_whole_step() == 1
+
+
+def lay(folder: Path, name: str, what: str) -> None:
+    place = folder / name
+    if what == "file":
+        place.write_text("mine")
+    elif what == "link":
+        place.symlink_to(folder / "nowhere")
+    elif what == "folder":
+        place.mkdir()
+        (place / "photo.jpg").write_text("mine")
+    else:
+        shutil.copytree(folder / "2", place)
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("notes", "file"),
+        ("latest", "link"),
+        ("2.bak", "copy"),
+        ("002", "copy"),
+        ("\u0663", "copy"),
+        ("tmp", "folder"),
+        ("3", "file"),
+        ("3", "link"),
+        ("3", "folder"),
+    ],
+)
+def test_what_is_no_checkpoint_is_kept_and_is_in_nobodys_way(name: str, what: str, manager: CheckpointManager) -> None:
+    save(manager, 1, 2)
+    lay(manager._folder, name, what)
+    manager = reopened(manager)
+    assert manager.newest_whole_step() == 2
+    assert os.path.lexists(manager._folder / name)
+    save(manager, 3)
+    assert manager.complete_steps() == [2, 3]
+    assert reopened(manager).newest_whole_step() == 3
+    kept = [path.name for path in manager._folder.iterdir() if path.name not in ("2", "3")]
+    assert len(kept) == 1
+    assert kept[0] == name or re.fullmatch(r"damaged-3-.*", kept[0]), "moved where a step needs its name"
+
+
+def test_a_checkpoint_on_another_disk_is_used_and_only_its_link_is_deleted(
+    manager: CheckpointManager, tmp_path: Path
+) -> None:
+    save(manager, 1)
+    (manager._folder / "1").rename(tmp_path / "elsewhere")
+    (manager._folder / "1").symlink_to(tmp_path / "elsewhere")
+    manager = reopened(manager)
+    assert manager.newest_whole_step() == 1
+    np.testing.assert_array_equal(manager.restore(1, abstract(state_at(0))).state["params"], state_at(1)["params"])
+    save(manager, 2, 3)
+    assert manager.complete_steps() == [2, 3]
+    assert not os.path.lexists(manager._folder / "1")
+    assert (tmp_path / "elsewhere" / MANIFEST).is_file()
+    manager.close()
+
+
+@pytest.mark.parametrize("how", ["copied", "renamed", "linked"])
+def test_a_step_under_another_name_is_refused_and_left_as_it_is(how: str, manager: CheckpointManager) -> None:
+    save(manager, 1, 2)
+    real, other = manager._folder / "2", manager._folder / "1000"
+    if how == "copied":
+        shutil.copytree(real, other)
+    elif how == "renamed":
+        real.rename(other)
+    else:
+        other.symlink_to(real)
+    manager = reopened(manager)
+    before = sorted(path.name for path in manager._folder.iterdir())
+    with pytest.raises(ValueError, match=r"checkpoints/1000 holds the checkpoint of step 2, .*: rename it to 2"):
+        manager.newest_whole_step()
+    assert sorted(path.name for path in manager._folder.iterdir()) == before
+    assert 1000 not in manager.complete_steps()
+    manager.close()
+
+
+def test_a_step_beyond_the_runs_last_is_refused(manager: CheckpointManager) -> None:
+    save(manager, 1, 8)
+    with pytest.raises(ValueError, match=r"checkpoints/8 is a checkpoint of step 8, but this run ends at step 5"):
+        settle_steps(manager._folder, last_step=5)
+    assert settle_steps(manager._folder, last_step=8) == 8
+
+
+def test_a_step_that_the_disk_does_not_let_go_does_not_end_the_run(
+    manager: CheckpointManager, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def busy(folder: Path) -> None:
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(folder))  # as NFS answers for an open file
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    save(manager, 1, 2, 3)
+    assert manager.complete_steps() == [2, 3]
+    assert "1 could not be deleted whole" in logged(caplog)[-1]
+    monkeypatch.undo()
+    assert reopened(manager).newest_whole_step() == 3
+    assert not (manager._folder / "1").exists()
+
+
 def test_where_no_step_is_whole_the_first_may_be_saved_again(manager: CheckpointManager) -> None:
     save(manager, 1)
-    spoil(manager._folder / "1", "no manifest")
+    (manager._folder / "1" / MANIFEST).unlink()
     manager = reopened(manager)
     assert manager.newest_whole_step() is None
     save(manager, 1)

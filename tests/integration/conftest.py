@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,9 +18,12 @@ import orbax.checkpoint as ocp
 import pytest
 
 from jdpo.cli.main import main
+from jdpo.config import DPOConfig, load_config
+from jdpo.training.loop import train
 
 HERE = Path(__file__).parent
 LAST_STEP = 12
+STOPPED_AT = 9  # between two saves, in the middle of a window of metrics, after an evaluation
 WORDS = ("river", "mountain", "paper", "winter", "green", "seven", "slow", "market")
 TIME_KEYS = ("_per_second", "_seconds", "_gib", "mfu")
 
@@ -75,6 +80,26 @@ def uninterrupted(cut_words: Words, tmp_path_factory: pytest.TempPathFactory) ->
     output_dir = tmp_path_factory.mktemp("uninterrupted") / "run"
     assert main(cut_words(output_dir)) == 0
     return output_dir
+
+
+@pytest.fixture(scope="session")
+def stopped(cut_words: Words, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that SIGTERM stopped at step 9: to be copied, not used."""
+    output_dir = tmp_path_factory.mktemp("stopped") / "run"
+
+    def stop(step: int, params: object) -> None:
+        if step == STOPPED_AT:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    result = train(load_config(DPOConfig, None, cut_words(output_dir)[1:]), on_step=stop)
+    assert (result.step, result.interrupted, result.exit_code) == (STOPPED_AT, True, 143)
+    return output_dir
+
+
+@pytest.fixture
+def copy(stopped: Path, tmp_path: Path) -> Path:
+    """A run that SIGTERM stopped at step 9."""
+    return Path(shutil.copytree(stopped, tmp_path / "run"))
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ import jax
 import pytest
 from safetensors.numpy import load_file
 
-from jdpo.checkpoint.manager import MANIFEST
+from jdpo.checkpoint.steps import MANIFEST
 from jdpo.cli.main import main
 from jdpo.config import DPOConfig, load_config
 from jdpo.training.loop import train
@@ -26,30 +26,11 @@ Start = Callable[..., subprocess.Popen[str]]
 SameRun = Callable[[Path, Path], None]
 Capture = pytest.CaptureFixture[str]
 
-STOPPED_AT = 9  # between two saves, in the middle of a window of metrics, after an evaluation
-
-
-@pytest.fixture(scope="module")
-def stopped(cut_words: Words, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that SIGTERM stopped at step 9: to be copied, not used."""
-    output_dir = tmp_path_factory.mktemp("stopped") / "run"
-
-    def stop(step: int, params: object) -> None:
-        if step == STOPPED_AT:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    result = train(load_config(DPOConfig, None, cut_words(output_dir)[1:]), on_step=stop)
-    assert (result.step, result.interrupted, result.exit_code) == (STOPPED_AT, True, 143)
-    return output_dir
-
-
-@pytest.fixture
-def copy(stopped: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(stopped, tmp_path / "run"))
+STOPPED_AT = 9  # see the fixture `copy`
 
 
 def saved_steps(run: Path) -> list[int]:
-    return sorted(int(path.parent.name) for path in run.glob(f"checkpoints/*/{MANIFEST}"))
+    return sorted(int(path.parent.name) for path in run.glob(f"checkpoints/[0-9]*/{MANIFEST}"))
 
 
 def test_moments_in_the_hosts_memory_go_on_to_the_same_end(
@@ -88,9 +69,10 @@ def test_a_flipped_bit_falls_back_to_the_checkpoint_before(
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
     assert main(cut_words(copy)) == 0
-    (warning,) = [record.getMessage() for record in caplog.records if record.name == "jdpo.checkpoint.manager"]
+    (warning,) = [record.getMessage() for record in caplog.records if record.name == "jdpo.checkpoint.steps"]
     fault = f"{victim.relative_to(copy / f'checkpoints/{newest}')} is not what was written"
-    assert warning == f"checkpoint {copy}/checkpoints/{newest} is not whole ({fault}): it is deleted"
+    assert f"checkpoint {copy}/checkpoints/{newest} is damaged ({fault}): it is not used" in warning
+    assert len(list(copy.glob(f"checkpoints/damaged-{newest}-*/{MANIFEST}"))) == 1
     said = " ".join("".join(capsys.readouterr()).split())
     assert f"resuming from the checkpoint of step {before}" in said
     same_run(copy, uninterrupted)

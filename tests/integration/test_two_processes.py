@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jdpo.reports.writers import read_metrics
+from jdpo.reports.metrics_file import read_metrics
 from tests.integration.cluster import run_cluster, started
 
 DPO = ("-m", "jdpo.cli.main", "dpo")

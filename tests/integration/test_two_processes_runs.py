@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from jdpo.models.families import read_model_config
 from jdpo.models.hf_names import hf_tensors
-from jdpo.reports.writers import read_metrics
+from jdpo.reports.metrics_file import read_metrics
 from tests.conftest import chat_pairs, write_jsonl
 from tests.integration.cluster import run_cluster
 

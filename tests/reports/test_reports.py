@@ -17,10 +17,11 @@ from rich.console import Console
 
 from jdpo import safe_text
 from jdpo.config import DPOConfig, load_config, to_public_yaml
+from jdpo.reports.metrics_file import read_metrics
 from jdpo.reports.model_card import CODE_ENDS, model_card
 from jdpo.reports.plots import write_plots
 from jdpo.reports.progress import RunDisplay
-from jdpo.reports.writers import JsonlWriter, cut_metrics, make_trackers, read_metrics
+from jdpo.reports.writers import JsonlWriter, make_trackers
 
 
 def test_lines_stand_on_file_at_once_and_append(tmp_path: Path) -> None:
@@ -31,16 +32,6 @@ def test_lines_stand_on_file_at_once_and_append(tmp_path: Path) -> None:
         assert read_metrics(path)[-1] == {"step": step, "loss": 0.1 + 0.2}
         writer.close()
     assert [line["step"] for line in read_metrics(path)] == [1, 2]
-
-
-def test_cutting_keeps_what_the_checkpoint_vouches_for(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    whole = "".join(json.dumps({"step": step, "loss": 1 / step}) + "\n" for step in range(1, 6))
-    path.write_text(whole + '{"step": 6, "lo')  # a crash cut the last line
-    cut_metrics(path, 3)
-    assert path.read_text() == "".join(whole.splitlines(keepends=True)[:3])
-    cut_metrics(tmp_path / "new.jsonl", 0)
-    assert read_metrics(tmp_path / "new.jsonl") == []
 
 
 def lines(num: int = 30) -> list[dict[str, float]]:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from jdpo.config import DPOConfig, SFTConfig, load_config
+from jdpo.reports.metrics_file import read_metrics
 from jdpo.reports.progress import RowCounter
-from jdpo.reports.writers import read_metrics
 from jdpo.training.loop import train
 from jdpo.training.metrics import SHARED, DatasetShares
 from jdpo.training.numerics import numerics

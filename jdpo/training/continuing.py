@@ -1,0 +1,58 @@
+"""The checkpoint that a start continues from, and what it must agree with before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jdpo.checkpoint.manager import read_position
+from jdpo.checkpoint.steps import damaged_folders, settle_steps
+from jdpo.config import differences
+from jdpo.processes import agree_on, together
+from jdpo.training.checks import check_base
+from jdpo.training.run_dir import RunDirectory
+from jdpo.training.setup import Setup
+
+
+def find_newest(setup: Setup, directory: RunDirectory) -> int | None:
+    """Finds the newest whole checkpoint of a run, on every process.
+
+    Every process must call this. Damaged checkpoints are set aside, see `settle_steps`.
+
+    Returns:
+      its step; None: the run starts at step 0.
+
+    Raises:
+      ValueError: a folder of the checkpoints holds another step than its name says, or belongs to another run.
+      OSError: there are checkpoints, and all of them are damaged.
+    """
+    newest = agree_on(lambda: _newest_on_disk(directory, setup.num_steps))
+    if newest is not None:
+        together(lambda: _check_position(setup, directory.checkpoints.absolute() / str(newest)))
+    return newest
+
+
+def _newest_on_disk(directory: RunDirectory, num_steps: int) -> int | None:
+    folder = directory.checkpoints
+    newest = settle_steps(folder, num_steps)
+    damaged = [place.name for place in damaged_folders(folder)]
+    if directory.is_new:
+        directory.give_up(damaged)
+    lost = [name for name in damaged if name not in directory.given_up]
+    if newest is None and lost:
+        raise OSError(
+            f"no checkpoint of the run in {directory.path} is whole: {', '.join(lost)} in {folder} cannot be resumed. "
+            "Repair one and rename it to its step; or give the same command with `--resume never`, which keeps them "
+            "and starts at step 0 again"
+        )
+    return newest
+
+
+def _check_position(setup: Setup, checkpoint: Path) -> None:
+    position = read_position(checkpoint)
+    check_base(position.get("base"), setup.base_identity(), checkpoint)
+    saved = position.get("config")
+    if saved is not None and (changed := differences(saved, setup.config)):
+        raise ValueError(
+            f"{checkpoint} was saved by another run than the one in {checkpoint.parents[1]}; move it out. It differs "
+            f"in:\n  " + "\n  ".join(changed)
+        )

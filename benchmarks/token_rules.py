@@ -22,6 +22,7 @@ conversations in place of jdpo's rule, which learns words of the prompt: it must
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import sys
 import tempfile
@@ -36,7 +37,7 @@ from toy_tokenizers import give_template, train_tokenizer
 
 from jdpo.data import boundaries, row_notes
 from jdpo.data.formats import Dropped
-from jdpo.data.tokenize import tokenize_completion, tokenize_pair
+from jdpo.data.tokenize import tokenize_pair, tokenize_turns
 from jdpo.data.tokenizer import Tokenizer, load_tokenizer
 from jdpo.types import CompletionRow, PreferenceRow
 
@@ -211,23 +212,40 @@ def check_turns(row: Conversation, result: Result, renderer: Renderer) -> Iterat
     """Holds every learnt turn of a supervised row against its rendering."""
     messages = [*row.prompt, row.answers[0]]
     turns = [Turn(messages[:i], message) for i, message in enumerate(messages) if message["role"] == "assistant"]
+    texts = [texts_of(turn, row.tools, renderer) for turn in turns]
     found = Counter[int]()
-    for stretch in result.stretches:
-        words = set(WORD.findall(renderer.decode(stretch.learnt)))
-        number = next((i for i, turn in enumerate(turns) if words_of(turn.answer) & words), None)
+    for stretch in (piece for one in result.stretches for piece in _single_turns(one, turns, texts, renderer)):
+        number = _turn_in(renderer.decode(stretch.learnt), turns)
         if number is None:
             yield Failure("answer", "", f"{renderer.decode(stretch.learnt)!r} is learnt, which is no answer")
             continue
         found[number] += 1
-        texts = texts_of(turns[number], row.tools, renderer)
-        assert texts is not None, "jdpo cannot render what transformers refuses"
-        yield from check_stretch(turns[number], stretch, texts, result, renderer)
-    all_texts = [texts_of(turn, row.tools, renderer) for turn in turns]
-    for number, (turn, texts) in enumerate(zip(turns, all_texts, strict=True)):
-        must = all(all_texts) and texts is not None and is_plain_case(turn, texts)
+        text = texts[number]
+        assert text is not None, "jdpo cannot render what transformers refuses"
+        yield from check_stretch(turns[number], stretch, text, result, renderer)
+    for number, (turn, text) in enumerate(zip(turns, texts, strict=True)):
+        must = all(texts) and text is not None and is_plain_case(turn, text)
         if found[number] > 1 or (must and not found[number]):
             what = f"turn {number + 1} of {len(turns)} is learnt {found[number]} times"
             yield Failure("dropped", "", f"{what}; {result.dropped or 'the row is kept'}")
+
+
+def _turn_in(learnt: str, turns: Sequence[Turn]) -> int | None:
+    """The first turn that has words in a learnt text; names of tools are of no turn alone."""
+    words = {word for word in WORD.findall(learnt) if not word.startswith("use")}
+    return next((i for i, turn in enumerate(turns) if words_of(turn.answer) & words), None)
+
+
+def _single_turns(
+    stretch: Stretch, turns: Sequence[Turn], texts: Sequence[Texts | None], renderer: Renderer
+) -> Iterator[Stretch]:
+    """Cuts a stretch where the prompt of a later turn ends inside it: templates may write nothing between turns."""
+    ids = stretch.before + stretch.learnt
+    places = range(len(stretch.before) + 1, len(ids))
+    ends = {renderer.decode(ids[:place]): place for place in places} if len(turns) > 1 else {}
+    cuts = sorted({ends[text.prompt] for text in texts if text is not None and text.prompt in ends})
+    for start, stop in itertools.pairwise([len(stretch.before), *cuts, len(ids)]):
+        yield Stretch(ids[:start], ids[start:stop])
 
 
 # --- rules under test
@@ -247,17 +265,14 @@ def jdpo_pair(row: Conversation, tokenizer: Tokenizer) -> Result:
 
 def jdpo_turns(row: Conversation, tokenizer: Tokenizer) -> Result:
     """A supervised row as jdpo trains on every turn of it."""
-    found = tokenize_completion(
-        CompletionRow(row.prompt, [row.answers[0]], row.origin, row.tools),
-        tokenizer,
-        max_length=MAX_LENGTH,
-        loss_on="assistant_turns",
+    (found,) = tokenize_turns(
+        [CompletionRow(row.prompt, [row.answers[0]], row.origin, row.tools)], tokenizer, max_length=MAX_LENGTH
     )
-    if isinstance(found, Dropped):
-        return Result([], found.reason, frozenset())
-    return Result(
-        list(_stretches(found.row.tokens.tolist(), found.row.completion_mask.tolist())), "", frozenset(found.notes)
-    )
+    kept = [one for one in found if not isinstance(one, Dropped)]
+    dropped = [one.reason for one in found if isinstance(one, Dropped)]
+    stretches = [_stretches(one.row.tokens.tolist(), one.row.completion_mask.tolist()) for one in kept]
+    notes = frozenset(note for one in kept for note in one.notes)
+    return Result([one for sequence in stretches for one in sequence], dropped[0] if dropped else "", notes)
 
 
 def _stretches(tokens: list[int], mask: list[bool]) -> Iterator[Stretch]:

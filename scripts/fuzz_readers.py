@@ -35,7 +35,7 @@ from jdpo.config import DatasetConfig
 from jdpo.data.formats import Dropped, completion_rows, is_preference, preference_rows
 from jdpo.data.sources import open_source
 from jdpo.data.splitting import prompt_key
-from jdpo.data.tokenize import tokenize_completions, tokenize_pairs
+from jdpo.data.tokenize import tokenize_completions, tokenize_pairs, tokenize_turns
 from jdpo.data.tokenizer import Tokenizer, load_tokenizer
 
 SPLITS = ("train", "train", "train", "train[:50%]", "train[-2:]", "train[1:3]")
@@ -111,7 +111,7 @@ def _check_row(raw: dict[str, Any], origin: str, tokenizer: Tokenizer) -> None:
     try:
         completions = [row for row in completion_rows(raw, origin) if not isinstance(row, Dropped)]
         tokenize_completions(completions, tokenizer, **lengths)
-        tokenize_completions(completions, tokenizer, loss_on="assistant_turns", **lengths)
+        tokenize_turns(completions, tokenizer, **lengths)
     except ValueError as error:
         _check_message(error, origin)
 

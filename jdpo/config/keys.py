@@ -140,7 +140,7 @@ class SFTConfig(TrainConfig):
 
     learning_rate: PositiveFloat = key(2e-5, "peak learning rate")
     loss_on: Literal["completion", "assistant_turns"] = key(
-        "completion", "tokens that are learnt: the last assistant turn, or all of them"
+        "completion", "turns that are learnt: the last assistant turn, or every one that is not marked as shown only"
     )
 
 

@@ -27,9 +27,6 @@ IDENTICAL_SIDES = "identical sides"
 EMPTY_PROMPT = "empty prompt"
 REFUSED = "refused by the chat template"
 NOT_UNICODE = "text that is not Unicode"
-NO_TOKEN_PREFIX = (
-    "turns that the chat template writes differently as the conversation goes on; use loss_on: completion for them"
-)
 
 SHORTER_PREFIX = "with a prompt shortened to the tokens it shares with the conversation"
 PLAIN_TEXT = "in plain text: the chat template is not applied to them"
@@ -41,15 +38,6 @@ class Split(NamedTuple):
 
     prompt: list[int]
     completions: list[list[int]]
-    notes: tuple[str, ...]
-
-
-class Masked(NamedTuple):
-    """Token ids of one whole sequence, the mask of what is learnt, and where the final turn starts."""
-
-    tokens: list[int]
-    mask: list[bool]
-    prompt_length: int
     notes: tuple[str, ...]
 
 
@@ -69,7 +57,7 @@ class Parts(NamedTuple):
 
 def split_rows(rows: Sequence[Parts], tokenizer: Tokenizer) -> list[Split | Dropped]:
     """Tokenizes rows of both kinds, each kind in one call, which runs on all cores."""
-    usable = [_unusable(row) or _with_settled_calls(row, tokenizer) for row in rows]
+    usable = [_unusable(row) or with_settled_calls(row, tokenizer) for row in rows]
     results: list[Split | Dropped | None] = [row if isinstance(row, Dropped) else None for row in usable]
     for is_text, split in ((True, _split_texts), (False, _split_conversations)):
         chosen = {i: row for i, row in enumerate(usable) if isinstance(row, Parts) and row.is_text == is_text}
@@ -91,7 +79,7 @@ def _unusable(row: Parts) -> Dropped | None:
     return None
 
 
-def _with_settled_calls(row: Parts, tokenizer: Tokenizer) -> Parts | Dropped:
+def with_settled_calls(row: Parts, tokenizer: Tokenizer) -> Parts | Dropped:
     """Gives the arguments of the row's tool calls the form that the chat template writes, for all of its renderings."""
     if row.is_text:
         return row
@@ -242,38 +230,3 @@ def _shared(first: Sequence[int], second: Sequence[int]) -> int:
     """
     pairs = zip(first, second, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
-
-
-def whole_sequence(split: Split | Dropped) -> Masked | Dropped:
-    """Joins a prompt and its one completion, which is what is learnt."""
-    if isinstance(split, Dropped):
-        return split
-    (completion,) = split.completions
-    mask = [False] * len(split.prompt) + [True] * len(completion)
-    return Masked(split.prompt + completion, mask, len(split.prompt), split.notes)
-
-
-def split_turns(row: CompletionRow, tokenizer: Tokenizer) -> Masked | Dropped:
-    """Finds every assistant turn: what its tokens add to those of the conversation before it."""
-    given = Parts(row.prompt, (row.completion,), row.origin, row.tools)
-    usable = _unusable(given) or _with_settled_calls(given, tokenizer)
-    if isinstance(usable, Dropped):
-        return usable
-    prompt, completion = _conversation(usable.prompt), _conversation(usable.completions[0])
-    messages = prompt + completion
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if turns[0] == 0:
-        return Dropped(NO_TOKEN_PREFIX, row.origin, "the assistant speaks first")
-    parts = [part for i in turns for part in (messages[:i], messages[: i + 1])]
-    texts = _render(parts, [True, False] * len(turns), row, tokenizer)
-    if isinstance(texts, Dropped):
-        return texts
-    ids = _encode_rendered(texts, tokenizer)
-    tokens = ids[-1]
-    mask = [False] * len(tokens)
-    for before, after in zip(ids[::2], ids[1::2], strict=True):
-        if after[: len(before)] != before or tokens[: len(after)] != after:
-            return Dropped(NO_TOKEN_PREFIX, row.origin)
-        mask[len(before) : len(after)] = [True] * (len(after) - len(before))
-    notes = conversation_notes(prompt, [completion], row.tools, texts[-2:], tokenizer)
-    return Masked(tokens, mask, len(ids[-2]), notes)

@@ -16,7 +16,7 @@ import numpy as np
 from jdpo.data import formats, token_checks, tokenize
 from jdpo.data.blocks import TAG_TYPES, Block, Tags, block_of
 from jdpo.data.formats import Dropped, Reading
-from jdpo.data.splitting import TOLD_IN_TRAINING, Part, prompt_key
+from jdpo.data.splitting import TOLD_IN_TRAINING, Part, prompt_key, turn_key
 from jdpo.data.tokenizer import Tokenizer
 from jdpo.safe_text import terminal
 from jdpo.types import CompletionRow, PreferenceRow, TokenizedCompletion, TokenizedPair
@@ -24,6 +24,8 @@ from jdpo.types import CompletionRow, PreferenceRow, TokenizedCompletion, Tokeni
 READ, KEPT, DROPPED = "rows read", "rows kept", "dropped: "
 CHOSEN_LEARNT = "preference rows of which the chosen side is learnt"
 RANKED, RANKED_PAIRS = "ranked rows", "pairs made of ranked rows"
+SPLIT_ROWS = "conversations of several sequences: the chat template writes earlier turns differently"
+SPLIT_SEQUENCES = "sequences made of such conversations"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,12 +64,13 @@ class Recipe:
             counts[RANKED_PAIRS] += sum(not isinstance(row, Dropped) for row in rows)
         return rows
 
-    def tokenize(self, rows: Sequence[Any], tokenizer: Tokenizer) -> Sequence[Any]:
-        """One result a row."""
+    def tokenize(self, rows: Sequence[Any], tokenizer: Tokenizer) -> Sequence[Sequence[Any]]:
+        """The results of each row: one, except where the turns of a conversation are sequences of their own."""
         lengths: dict[str, Any] = {"max_length": self.max_length, "max_prompt_length": self.max_prompt_length}
-        if self.kind == "pairs":
-            return tokenize.tokenize_pairs(rows, tokenizer, **lengths)
-        return tokenize.tokenize_completions(rows, tokenizer, loss_on=self.loss_on, **lengths)
+        if self.kind == "completions" and self.loss_on == "assistant_turns":
+            return tokenize.tokenize_turns(rows, tokenizer, **lengths)
+        work = tokenize.tokenize_pairs if self.kind == "pairs" else tokenize.tokenize_completions
+        return [[result] for result in work(rows, tokenizer, **lengths)]
 
 
 class RawChunk(NamedTuple):
@@ -104,11 +107,15 @@ def make_chunk(shared: tuple[Recipe, Tokenizer], raw: RawChunk) -> Chunk:
     results = iter(recipe.tokenize([row for row in rows if not isinstance(row, Dropped)], tokenizer))
     kept: list[tuple[PreferenceRow | CompletionRow, Any, int]] = []
     for row, key in zip(rows, keys, strict=True):
-        result = row if isinstance(row, Dropped) else next(results)
-        if isinstance(result, Dropped):
-            tally.drop(result)
-        else:
-            kept.append((row, result, key))
+        found = [row] if isinstance(row, Dropped) else next(results)
+        if len(found) > 1:
+            tally.add(SPLIT_ROWS, row.origin)
+            tally.counts[SPLIT_SEQUENCES] += len(found)
+        for number, result in enumerate(found, 1):
+            if isinstance(result, Dropped):
+                tally.drop(result)
+            else:
+                kept.append((row, result, key if number == len(found) else turn_key(key, number)))
     block = _counted_block(kept, raw.dataset, recipe, tokenizer, tally)
     return Chunk(raw.dataset, block, dict(tally.counts), tally.examples)
 

@@ -32,6 +32,7 @@ from jdpo.data.row_building import (
 )
 from jdpo.data.schema_readers import SCORES, SIDE_SCORES, UNWANTED, number
 from jdpo.data.schemas import CANONICAL, COMPLETION_SCHEMAS, EXTRAS, PREFERENCE_SCHEMAS, Schema
+from jdpo.data.turn_marks import spread_mask
 from jdpo.types import CompletionRow, PreferenceRow
 
 __all__ = [
@@ -223,7 +224,7 @@ def _columns(raw: Raw, reading: Reading, origin: str) -> Raw:
         written += [n for n in ("prompt", "chosen", "rejected") if messages.is_written_out(columns.get(n))]
     for name in written:
         columns[name] = messages.from_text(columns[name], name, origin)
-    return columns
+    return spread_mask(columns, messages.ROLES, origin)
 
 
 def _renamed(raw: Raw, column_map: Mapping[str, str], origin: str) -> dict[str, Any]:

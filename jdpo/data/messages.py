@@ -1,7 +1,8 @@
 """Conversations as files write them, read into the one form that chat templates take.
 
-Roles get the names that templates know, contents become text, calls of functions become `tool_calls`; further keys
-of a message stay as they are. A turn whose words are absent beside its calls has `"content": None`.
+Roles get the names that templates know, contents become text, calls of functions become `tool_calls`; marks of turns
+that are not learnt are taken out (see `jdpo.data.turn_marks`); further keys of a message stay as they are. A turn
+whose words are absent beside its calls has `"content": None`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 from jdpo.data.describing import kind, named, shown
 from jdpo.data.tool_calls import read_call_text, read_calls
+from jdpo.data.turn_marks import take_marks
 from jdpo.types import Message, Text
 
 FUNCTION_CALL = "function_call"
@@ -55,7 +57,11 @@ def read_messages(value: Any, place: str, origin: str) -> list[Message]:
     if not isinstance(value, list | dict):
         raise ValueError(f"{origin}: {place} is {kind(value)}; expected a list of {{role, content}} messages")
     messages = [value] if isinstance(value, dict) else value
-    return [_message(message, f"{place}[{index}]", origin) for index, message in enumerate(messages)]
+    found = []
+    for index, message in enumerate(messages):
+        at = f"{place}[{index}]"
+        found.append(take_marks(_message(message, at, origin), message, at, origin))
+    return found
 
 
 def read_side(value: Any, place: str, origin: str) -> list[Message]:

@@ -17,7 +17,7 @@ from jdpo.data import messages, schema_readers
 from jdpo.data.messages import Raw
 from jdpo.data.ranked import Asked, Dropped
 
-EXTRAS = ("system", "tools", *schema_readers.SIDE_SCORES)
+EXTRAS = ("system", "tools", "loss_mask", *schema_readers.SIDE_SCORES)
 """Columns that are read beside those of any schema."""
 
 

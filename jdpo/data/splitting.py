@@ -67,3 +67,12 @@ def prompt_key(prompt: Text) -> int:
     # ASCII alone, since half of a surrogate pair has no UTF-8; repr for what a Parquet file has and JSON has not.
     text = json.dumps(messages, sort_keys=True, separators=(",", ":"), default=repr)
     return int.from_bytes(hashlib.blake2b(text.encode("ascii"), digest_size=8).digest(), "big")
+
+
+def turn_key(key: int, number: int) -> int:
+    """The key of an earlier turn that is a sequence of its own, of a row whose prompt has `key`.
+
+    It is neither the row's, as the turns of a row do not repeat one another, nor that of the turn's own history, since
+    rows are held out as a whole.
+    """
+    return int.from_bytes(hashlib.blake2b(f"{key} {number}".encode(), digest_size=8).digest(), "big")

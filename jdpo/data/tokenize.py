@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from jdpo.data.boundaries import (
-    EMPTY_PROMPT,
-    IDENTICAL_SIDES,
-    Masked,
-    Parts,
-    Split,
-    split_rows,
-    split_turns,
-    whole_sequence,
-)
+from jdpo.data.boundaries import EMPTY_PROMPT, IDENTICAL_SIDES, Parts, Split, split_rows
 from jdpo.data.formats import Dropped
 from jdpo.data.tokenizer import Tokenizer
+from jdpo.data.turn_marks import is_learnt
+from jdpo.data.turns import NOT_LEARNT, Masked, split_turns, whole_sequence
 from jdpo.types import (
     CompletionRow,
     PreferenceRow,
@@ -76,8 +69,10 @@ def tokenize_pairs(
     Raises:
       ValueError: a row is a conversation and the tokenizer has no chat template.
     """
-    parts = [Parts(row.prompt, (row.chosen, row.rejected), row.origin, row.tools) for row in rows]
-    splits = split_rows(parts, tokenizer)
+    sides = [(row.chosen, row.rejected) for row in rows]
+    splits = _split_learnt(
+        [Parts(row.prompt, pair, row.origin, row.tools) for row, pair in zip(rows, sides, strict=True)], tokenizer
+    )
     return [
         split
         if isinstance(split, Dropped)
@@ -87,17 +82,10 @@ def tokenize_pairs(
 
 
 def tokenize_completion(
-    row: CompletionRow,
-    tokenizer: Tokenizer,
-    *,
-    max_length: int,
-    max_prompt_length: int | None = None,
-    loss_on: LossOn = "completion",
+    row: CompletionRow, tokenizer: Tokenizer, *, max_length: int, max_prompt_length: int | None = None
 ) -> KeptCompletion | Dropped:
     """Tokenizes one supervised row; see `tokenize_completions`."""
-    return tokenize_completions(
-        [row], tokenizer, max_length=max_length, max_prompt_length=max_prompt_length, loss_on=loss_on
-    )[0]
+    return tokenize_completions([row], tokenizer, max_length=max_length, max_prompt_length=max_prompt_length)[0]
 
 
 def tokenize_completions(
@@ -106,36 +94,84 @@ def tokenize_completions(
     *,
     max_length: int,
     max_prompt_length: int | None = None,
-    loss_on: LossOn = "completion",
 ) -> list[KeptCompletion | Dropped]:
-    """Tokenizes supervised rows; truncation is that of `tokenize_pairs`.
+    """Tokenizes supervised rows, of which the completion is learnt; truncation is that of `tokenize_pairs`.
 
     Args:
       rows: what to tokenize.
       tokenizer: with a chat template where rows are conversations.
       max_length: most tokens of a sequence.
       max_prompt_length: most tokens before the final assistant turn.
-      loss_on: the mask covers the final assistant turn, or every assistant turn of the conversation; of plain text
-        always the completion, which is counted.
+
+    Returns:
+      One result per row, in their order.
 
     Raises:
       ValueError: a row is a conversation and the tokenizer has no chat template.
     """
-    every_turn = [loss_on == "assistant_turns" and not isinstance(row.prompt, str) for row in rows]
-    others = [row for row, every in zip(rows, every_turn, strict=True) if not every]
-    parts = [Parts(row.prompt, (row.completion,), row.origin, row.tools) for row in others]
-    splits = iter(split_rows(parts, tokenizer))
-    results: list[KeptCompletion | Dropped] = []
-    for row, every in zip(rows, every_turn, strict=True):
-        found = split_turns(row, tokenizer) if every else whole_sequence(next(splits))
-        if loss_on == "assistant_turns" and not every and not isinstance(found, Dropped):
-            found = found._replace(notes=(*found.notes, NO_TURNS))
+    splits = _split_learnt([Parts(row.prompt, (row.completion,), row.origin, row.tools) for row in rows], tokenizer)
+    return [
+        split
+        if isinstance(split, Dropped)
+        else _fit_completion(
+            whole_sequence(split),
+            row.origin,
+            tokenizer,
+            max_length=max_length,
+            max_prompt_length=max_prompt_length,
+        )
+        for row, split in zip(rows, splits, strict=True)
+    ]
+
+
+def tokenize_turns(
+    rows: Sequence[CompletionRow],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    max_prompt_length: int | None = None,
+) -> list[list[KeptCompletion | Dropped]]:
+    """Tokenizes supervised rows, of which every assistant turn is learnt; see `jdpo.data.turns`.
+
+    Of plain text the completion is learnt, which is noted.
+
+    Args:
+      rows, tokenizer, max_length: as in `tokenize_completions`.
+      max_prompt_length: most tokens before the last turn of a sequence.
+
+    Returns:
+      One result per sequence of each row, at least one.
+
+    Raises:
+      ValueError: as in `tokenize_completions`.
+    """
+    lengths: dict[str, Any] = {"max_length": max_length, "max_prompt_length": max_prompt_length}
+    texts = iter(tokenize_completions([row for row in rows if isinstance(row.prompt, str)], tokenizer, **lengths))
+    turns = iter(split_turns([row for row in rows if not isinstance(row.prompt, str)], tokenizer))
+    results: list[list[KeptCompletion | Dropped]] = []
+    for row in rows:
+        if isinstance(row.prompt, str):
+            text = next(texts)
+            results.append([text if isinstance(text, Dropped) else text._replace(notes=(*text.notes, NO_TURNS))])
+            continue
+        found = next(turns)
+        sequences = [found] if isinstance(found, Dropped) else found
         results.append(
-            found
-            if isinstance(found, Dropped)
-            else _fit_completion(found, row, tokenizer, max_length=max_length, max_prompt_length=max_prompt_length)
+            [
+                one if isinstance(one, Dropped) else _fit_completion(one, row.origin, tokenizer, **lengths)
+                for one in sequences
+            ]
         )
     return results
+
+
+def _split_learnt(rows: Sequence[Parts], tokenizer: Tokenizer) -> list[Split | Dropped]:
+    """Splits rows except those with an answer that is marked as shown only."""
+    learnt = [all(isinstance(side, str) or is_learnt(side[-1]) for side in row.completions if side) for row in rows]
+    splits = iter(split_rows([row for row, is_kept in zip(rows, learnt, strict=True) if is_kept], tokenizer))
+    return [
+        next(splits) if is_kept else Dropped(NOT_LEARNT, row.origin) for row, is_kept in zip(rows, learnt, strict=True)
+    ]
 
 
 def _fit_pair(
@@ -164,7 +200,7 @@ def _fit_pair(
 
 def _fit_completion(
     found: Masked,
-    row: CompletionRow,
+    origin: str,
     tokenizer: Tokenizer,
     *,
     max_length: int,
@@ -175,15 +211,15 @@ def _fit_completion(
     tokens = [found.tokens[i] for i in indices][:max_length]
     mask = [False, *(found.mask[i] for i in indices[1:max_length])]  # nothing predicts the first token
     if not found.prompt_length:
-        return Dropped(EMPTY_PROMPT, row.origin)
+        return Dropped(EMPTY_PROMPT, origin)
     if not any(mask):
-        return Dropped(LONG_PROMPT if len(kept) >= max_length else NO_COMPLETION, row.origin)
+        return Dropped(LONG_PROMPT if len(kept) >= max_length else NO_COMPLETION, origin)
     notes = found.notes
     if len(kept) < found.prompt_length:
         notes += (PROMPT_CUT,)
     if len(indices) > max_length:
         notes += (COMPLETION_CUT,)
-    return KeptCompletion(TokenizedCompletion(_int32(tokens), np.array(mask, bool), row.origin), notes)
+    return KeptCompletion(TokenizedCompletion(_int32(tokens), np.array(mask, bool), origin), notes)
 
 
 def _cut_prompt(ids: Sequence[int], length: int, most: int | None, tokenizer: Tokenizer) -> list[int]:

@@ -79,6 +79,14 @@ CHECKS: dict[str, Check] = {
         "what is left may be another mixture than was meant",
         "see the reasons under 'not trained on'",
     ),
+    "shown_only": Check(
+        "rows dropped because the turn to learn is marked as shown only",
+        0.0,
+        0.0,
+        "nothing is learnt from them",
+        "remove the mark (weight, train, loss, loss_mask) or the row; where earlier turns are to be learnt, use `jdpo "
+        "sft` with loss_on: assistant_turns",
+    ),
     "answer_cut": Check(
         "rows with an answer cut at max_length",
         0.25,

@@ -13,6 +13,7 @@ from jdpo.data.inspection import wilson
 from jdpo.data.inspection_text import BIDI, CONTROL, INVISIBLE, REPLACEMENT, SPECIAL, SPECIAL_IN_PLAIN, SURROGATE
 from jdpo.data.row_notes import ANSWER_CHANGED, TOOLS_UNUSED, TURN_CHANGED
 from jdpo.data.tokenize import PROMPT_CUT
+from jdpo.data.turns import NOT_LEARNT
 from jdpo.reports.inspection_checks import CHECKS
 from jdpo.reports.inspection_words import percent
 
@@ -137,6 +138,9 @@ def _part_findings(part: Json, where: str) -> Iterator[Finding]:
         yield from _checked(name, counted["rows"], kept, counted["first"], where)
     biggest = next((f"{one['reason']}: {one['first']}" for one in part["dropped"]), None)
     yield from _checked("dropped", part["rows_dropped"], kept + part["rows_dropped"], biggest, where)
+    for one in part["dropped"]:
+        if one["reason"] == NOT_LEARNT:
+            yield from _checked("shown_only", one["rows"], kept + part["rows_dropped"], one["first"], where)
     notes = {one["note"]: one for one in part["notes"]}
     for name, note in _NOTE_CHECKS.items():
         if note in notes:

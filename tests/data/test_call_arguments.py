@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from jdpo.data import boundaries, call_arguments
-from jdpo.data.boundaries import Parts, Split, split_rows, split_turns
+from jdpo.data.boundaries import Parts, Split, split_rows
 from jdpo.data.formats import Dropped, preference_rows
 from jdpo.data.messages import assistant, user
 from jdpo.data.splitting import prompt_key
 from jdpo.data.tokenizer import Tokenizer, load_tokenizer
+from jdpo.data.turns import split_turns
 from jdpo.types import CompletionRow, PreferenceRow
 from tests.data.conftest import save_byte_level
 
@@ -161,8 +162,9 @@ def test_every_turn_is_learnt_in_the_form_that_is_written(with_calls: Callable[[
     turns = [ASK, call('{"city": "Cork"}'), {"role": "tool", "content": "rain"}]
     row = CompletionRow(turns, [assistant("It rains.")], "x:1")
     tokenizer = with_calls(AS_JSON)
-    result = split_turns(row, tokenizer)
-    assert not isinstance(result, Dropped)
+    (sequences,) = split_turns([row], tokenizer)
+    assert not isinstance(sequences, Dropped)
+    (result,) = sequences
     taken = [token for token, counts in zip(result.tokens, result.mask, strict=True) if counts]
     assert tokenizer.hf.decode(taken) == '[look {"city": "Cork"}]|It rains.|'
 

@@ -281,6 +281,38 @@ def test_supervised_rows_and_their_masks_come_back(tmp_path: Path, chatml: Token
     assert last.digest != every.digest == again.digest
 
 
+THINKS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' and loop.last %}"
+    "{{ '(thinks) ' }}{% endif %}{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""Only the last answer has a thought."""
+
+
+def test_turns_that_are_written_differently_later_become_rows_that_are_counted(
+    tmp_path: Path, byte_level: Path
+) -> None:
+    (tmp_path / "thinks.jinja").write_text(THINKS, encoding="utf-8")
+    tokenizer = load_tokenizer(byte_level, chat_template=str(tmp_path / "thinks.jinja"))
+    turns = [{"role": role, "content": words} for words in ("Paris", "Rome") for role in ("user", "assistant")]
+    raw = [{"messages": turns}, {"messages": turns[:2]}, {"messages": turns}]
+    datasets = write(tmp_path / "chats.jsonl", raw)
+    options: dict[str, Any] = {"max_length": 256, "cache_dir": tmp_path / "cache"}
+    data = prepare_completions(datasets, tokenizer, loss_on="assistant_turns", **options)
+    learnt = [tokenizer.hf.decode(row.tokens[row.completion_mask]) for row in map(data.__getitem__, range(len(data)))]
+    first, second = ("(thinks) Paris<|im_end|>\n", "(thinks) Rome<|im_end|>\n")
+    assert learnt == [first, second, first, first, second]
+    counts = data.counts
+    assert (counts["rows read"], counts["rows kept"]) == (3, 5)
+    assert counts["conversations of several sequences: the chat template writes earlier turns differently"] == 2
+    assert counts["sequences made of such conversations"] == 4
+    assert "2 conversations of several sequences" in data.summary()
+    # Turns of one row do not repeat one another; those of a row that is there twice do.
+    one, two, _, *again = data.prompt_keys.tolist()
+    assert one != two
+    assert again == [one, two]
+
+
 def test_the_chosen_side_of_preference_rows_is_learnt_and_said(tmp_path: Path, chatml: Tokenizer) -> None:
     data = prepare_completions(
         write(tmp_path / "pairs.jsonl", rows(3)), chatml, max_length=256, cache_dir=tmp_path / "cache"

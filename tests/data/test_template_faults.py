@@ -15,7 +15,7 @@ from jdpo.data import boundaries, row_notes, token_checks
 from jdpo.data.boundaries import Parts, Split, split_rows
 from jdpo.data.formats import EMPTY_SIDE, Dropped
 from jdpo.data.prepare import prepare_pairs
-from jdpo.data.tokenize import KeptCompletion, KeptPair, tokenize_completion, tokenize_pair
+from jdpo.data.tokenize import KeptCompletion, KeptPair, tokenize_completion, tokenize_pair, tokenize_turns
 from jdpo.data.tokenizer import Tokenizer, load_tokenizer
 from jdpo.types import CompletionRow, Message, PreferenceRow
 
@@ -146,12 +146,13 @@ def test_a_template_that_moves_the_system_turn(load: Callable[..., Tokenizer]) -
     tokenizer = load("mistral_v3.jinja", "[INST]", "[/INST]")
     history = [{"role": "system", "content": "Be kind."}, user("Hi"), assistant("Hello"), user("Sure?")]
     row = CompletionRow(history, [assistant("Yes.")], "x:1")
-    dropped = tokenize_completion(row, tokenizer, max_length=99, loss_on="assistant_turns")
-    assert dropped == Dropped(boundaries.NO_TOKEN_PREFIX, "x:1")
+    (found,) = tokenize_turns([row], tokenizer, max_length=99)
     kept = tokenize_completion(row, tokenizer, max_length=99)
-    assert isinstance(kept, KeptCompletion)
-    learnt = tokenizer.hf.decode(kept.row.tokens[kept.row.completion_mask])
-    assert learnt == "Yes." + str(tokenizer.hf.eos_token)
+    learnt = []
+    for one in (*found, kept):
+        assert isinstance(one, KeptCompletion)
+        learnt.append(tokenizer.hf.decode(one.row.tokens[one.row.completion_mask]))
+    assert learnt == [words + str(tokenizer.hf.eos_token) for words in ("Hello", "Yes.", "Yes.")]
 
 
 def test_a_marker_that_takes_the_spaces_behind_it(load: Callable[..., Tokenizer], tmp_path: Path) -> None:
@@ -219,7 +220,7 @@ def test_every_turn_of_a_conversation_with_tools(load: Callable[..., Tokenizer])
     tokenizer = load("qwen2_5.jinja", "<|im_start|>", "<|im_end|>")
     history = [user("Paris?"), CALL, {"role": "tool", "content": "18 degrees"}]
     row = CompletionRow(history, [assistant("Warm.")], "x:1", [WEATHER])
-    result = tokenize_completion(row, tokenizer, max_length=999, loss_on="assistant_turns")
+    ((result,),) = tokenize_turns([row], tokenizer, max_length=999)
     assert isinstance(result, KeptCompletion)
     assert json.dumps(WEATHER) in tokenizer.hf.decode(result.row.tokens)
     learnt = tokenizer.hf.decode(result.row.tokens[result.row.completion_mask])

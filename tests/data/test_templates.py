@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from jdpo.data import boundaries, row_notes, tokenize
 from jdpo.data.formats import Dropped
-from jdpo.data.tokenize import KeptPair, tokenize_completion, tokenize_pair, tokenize_pairs
+from jdpo.data.tokenize import KeptPair, tokenize_pair, tokenize_pairs, tokenize_turns
 from jdpo.data.tokenizer import Tokenizer, load_tokenizer
 from jdpo.types import CompletionRow, Message, PreferenceRow
 
@@ -334,7 +334,7 @@ def test_rows_of_many_families_in_one_call(load: Callable[[str, str], Tokenizer]
 def test_every_turn_ends_where_its_words_do(load: Callable[[str, str], Tokenizer], name: str) -> None:
     tokenizer, family = load("byte_bos", name), FAMILIES[name]
     row = CompletionRow(LONGER, [assistant("Yes.")], "x:1")
-    result = tokenize_completion(row, tokenizer, max_length=ENDLESS, loss_on="assistant_turns")
+    ((result,),) = tokenize_turns([row], tokenizer, max_length=ENDLESS)
     assert not isinstance(result, Dropped)
     tokens, mask = result.row.tokens.tolist(), result.row.completion_mask.tolist()
     learnt = decode(tokenizer, [token for token, on in zip(tokens, mask, strict=True) if on])

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jdpo.data import boundaries, tokenize
+from jdpo.data import boundaries, tokenize, turns
 from jdpo.data.formats import EMPTY_SIDE, Dropped
 from jdpo.data.tokenize import (
     KeptCompletion,
     KeptPair,
     tokenize_completion,
-    tokenize_completions,
     tokenize_pair,
     tokenize_pairs,
+    tokenize_turns,
 )
 from jdpo.data.tokenizer import Tokenizer, load_tokenizer
+from jdpo.data.turn_marks import take_marks
 from jdpo.types import CompletionRow, Message, PreferenceRow
 
 WORDS = ["user", "assistant", "system", "\n", "Hi", "Hello", " there", "Bye", ".", "Sky", " is", " blue", " green"]
@@ -58,6 +60,12 @@ def masked(result: KeptCompletion | Dropped) -> tuple[list[int], list[int]]:
     assert isinstance(result, KeptCompletion), result
     assert result.row.completion_mask.dtype == np.bool_
     return result.row.tokens.tolist(), result.row.completion_mask.astype(int).tolist()
+
+
+def every_turn(row: CompletionRow, tokenizer: Tokenizer, **lengths: Any) -> KeptCompletion | Dropped:
+    """The one sequence of a row of which every turn is learnt."""
+    ((result,),) = tokenize_turns([row], tokenizer, **lengths)
+    return result
 
 
 @pytest.fixture
@@ -286,7 +294,7 @@ def test_the_last_turn_is_learnt(chatml: Tokenizer) -> None:
 
 def test_every_assistant_turn_is_learnt(chatml: Tokenizer) -> None:
     row = CompletionRow([user("Hi"), assistant("Hello"), user("Bye")], [assistant("Bye.")], "x:1")
-    result = tokenize_completion(row, chatml, max_length=64, loss_on="assistant_turns")
+    result = every_turn(row, chatml, max_length=64)
     tokens, mask = masked(result)
     assert tokens == masked(tokenize_completion(row, chatml, max_length=64))[0]
     assert [token for token, learnt in zip(tokens, mask, strict=True) if learnt] == [HELLO, END, NL, BYE, DOT, END, NL]
@@ -295,12 +303,14 @@ def test_every_assistant_turn_is_learnt(chatml: Tokenizer) -> None:
 
 def test_history_alone_is_enough_for_assistant_turns(chatml: Tokenizer) -> None:
     row = CompletionRow([user("Hi"), assistant("Hello"), user("Bye")], [assistant("Bye.")], "x:1")
-    tokens, mask = masked(tokenize_completion(row, chatml, max_length=12, loss_on="assistant_turns"))
+    tokens, mask = masked(every_turn(row, chatml, max_length=12))
     assert (tokens[-2:], mask) == ([HELLO, END], [0] * 10 + [1, 1])
     assert tokenize_completion(row, chatml, max_length=12) == Dropped(tokenize.LONG_PROMPT, "x:1")
 
 
-def test_turns_that_are_written_differently_later_are_dropped(load_with_bos: Callable[..., Tokenizer]) -> None:
+def test_turns_that_are_written_differently_later_are_sequences_of_their_own(
+    load_with_bos: Callable[..., Tokenizer],
+) -> None:
     # Only the last assistant turn keeps its dot, as only the last keeps its thought in Qwen 3.
     tokenizer = load_with_bos(
         own="{% for m in messages %}{{ m['role'] + '\n' + ('.' if loop.last and m['role'] == 'assistant' else '') "
@@ -308,20 +318,21 @@ def test_turns_that_are_written_differently_later_are_dropped(load_with_bos: Cal
     )
     short = CompletionRow([user("Hi")], [assistant("Bye")], "x:1")
     long = CompletionRow([user("Hi"), assistant("Bye"), user("Hi")], [assistant("Bye")], "x:2")
-    kept, dropped = tokenize_completions([short, long], tokenizer, max_length=64, loss_on="assistant_turns")
-    assert masked(kept)[0][-3:] == [DOT, BYE, EOS]
-    assert dropped == Dropped(boundaries.NO_TOKEN_PREFIX, "x:2")
-    assert isinstance(tokenize_completion(long, tokenizer, max_length=64), KeptCompletion)
+    one, two = tokenize_turns([short, long], tokenizer, max_length=64)
+    assert [masked(result)[0][-3:] for result in one] == [[DOT, BYE, EOS]]
+    assert [masked(result) for result in two] == [
+        masked(tokenize_completion(short, tokenizer, max_length=64)),
+        masked(tokenize_completion(long, tokenizer, max_length=64)),
+    ]
 
 
 def test_plain_text_is_learnt_alike_under_both_options(with_bos: Tokenizer) -> None:
     row = CompletionRow("Sky is", " blue", "x:1")
-    for loss_on in ("completion", "assistant_turns"):
-        result = tokenize_completion(row, with_bos, max_length=64, loss_on=loss_on)
-        assert masked(result) == ([BOS, SKY, IS, BLUE, EOS], [0, 0, 0, 1, 1])
+    for tokenize_one in (tokenize_completion, every_turn):
+        assert masked(tokenize_one(row, with_bos, max_length=64)) == ([BOS, SKY, IS, BLUE, EOS], [0, 0, 0, 1, 1])
 
 
-@pytest.mark.parametrize("loss_on", ["completion", "assistant_turns"])
+@pytest.mark.parametrize("tokenize_one", [tokenize_completion, every_turn])
 @pytest.mark.parametrize(
     ("prompt", "completion", "max_length", "reason"),
     [
@@ -331,16 +342,48 @@ def test_plain_text_is_learnt_alike_under_both_options(with_bos: Tokenizer) -> N
     ],
 )
 def test_supervised_rows_with_nothing_to_learn_are_dropped(
-    chatml: Tokenizer, loss_on: tokenize.LossOn, prompt: list[Message], completion: str, max_length: int, reason: str
+    chatml: Tokenizer, tokenize_one: Any, prompt: list[Message], completion: str, max_length: int, reason: str
 ) -> None:
     row = CompletionRow(prompt, [assistant(completion)], "x:1")
-    assert tokenize_completion(row, chatml, max_length=max_length, loss_on=loss_on) == Dropped(reason, "x:1")
+    assert tokenize_one(row, chatml, max_length=max_length) == Dropped(reason, "x:1")
 
 
-def test_an_assistant_that_speaks_first_has_no_prompt_to_be_found_by(chatml: Tokenizer) -> None:
+def test_an_assistant_that_speaks_first_is_not_learnt(chatml: Tokenizer) -> None:
     row = CompletionRow([assistant("Hi"), user("Hi")], [assistant("Bye")], "x:1")
-    dropped = tokenize_completion(row, chatml, max_length=64, loss_on="assistant_turns")
-    assert dropped == Dropped(boundaries.NO_TOKEN_PREFIX, "x:1", "the assistant speaks first")
+    result = every_turn(row, chatml, max_length=64)
+    tokens, mask = masked(result)
+    assert [token for token, learnt in zip(tokens, mask, strict=True) if learnt] == [BYE, END, NL]
+    assert result.notes == (turns.LEFT_OUT + boundaries.EMPTY_PROMPT,)
+
+
+def shown(content: str) -> Message:
+    return take_marks(assistant(content), {"weight": 0}, "messages[1]", "x:1")
+
+
+def test_a_turn_that_is_marked_as_shown_is_not_learnt(chatml: Tokenizer) -> None:
+    row = CompletionRow([user("Hi"), shown("Hello"), user("Bye")], [assistant("Bye")], "x:1")
+    plain = CompletionRow([user("Hi"), assistant("Hello"), user("Bye")], [assistant("Bye")], "x:1")
+    result = every_turn(row, chatml, max_length=64)
+    assert masked(result) == masked(tokenize_completion(plain, chatml, max_length=64))
+    assert result.notes == (turns.SHOWN_TURN,)
+
+
+def test_what_follows_the_last_turn_to_learn_is_left_away(chatml: Tokenizer) -> None:
+    row = CompletionRow([user("Hi"), assistant("Hello"), user("Bye")], [shown("Bye")], "x:1")
+    first = CompletionRow([user("Hi")], [assistant("Hello")], "x:1")
+    assert masked(every_turn(row, chatml, max_length=64)) == masked(tokenize_completion(first, chatml, max_length=64))
+    dropped = Dropped(turns.NOT_LEARNT, "x:1")
+    assert tokenize_completion(row, chatml, max_length=64) == dropped
+    nothing = CompletionRow([user("Hi"), shown("Hello"), user("Bye")], [shown("Bye")], "x:1")
+    assert every_turn(nothing, chatml, max_length=64) == dropped
+
+
+def test_a_pair_with_a_side_that_is_shown_only_is_dropped(chatml: Tokenizer) -> None:
+    for sides in (([shown("Hi")], [assistant("Bye")]), ([assistant("Hi")], [shown("Bye")])):
+        row = PreferenceRow([user("Hi")], *sides, "x:1")
+        assert tokenize_pair(row, chatml, max_length=64) == Dropped(turns.NOT_LEARNT, "x:1")
+    row = PreferenceRow([user("Hi"), shown("Hi"), user("Hi")], [assistant("Hi")], [assistant("Bye")], "x:1")
+    assert isinstance(tokenize_pair(row, chatml, max_length=64), KeptPair)
 
 
 def test_a_supervised_prompt_is_cut_from_its_left(with_bos: Tokenizer) -> None:
@@ -389,17 +432,17 @@ def test_truncation_takes_a_prefix_of_the_whole_sequence(
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(turns=st.lists(TEXT.filter(str.strip), min_size=2, max_size=6).filter(lambda turns: len(turns) % 2 == 0))
-def test_turns_are_found_by_token_prefix(byte_chatml: Tokenizer, turns: list[str]) -> None:
-    messages = [(assistant if i % 2 else user)(text) for i, text in enumerate(turns)]
+@given(said=st.lists(TEXT.filter(str.strip), min_size=2, max_size=6).filter(lambda said: len(said) % 2 == 0))
+def test_turns_are_found_by_token_prefix(byte_chatml: Tokenizer, said: list[str]) -> None:
+    messages = [(assistant if i % 2 else user)(text) for i, text in enumerate(said)]
     row = CompletionRow(messages[:-1], messages[-1:], "x:1")
     last = tokenize_completion(row, byte_chatml, max_length=10_000)
-    every = tokenize_completion(row, byte_chatml, max_length=10_000, loss_on="assistant_turns")
+    every = every_turn(row, byte_chatml, max_length=10_000)
     tokens, mask = masked(every)
     (rendered,) = byte_chatml.encode([byte_chatml.render(messages)])
     assert tokens == rendered == masked(last)[0]
     learnt = byte_chatml.hf.decode([token for token, on in zip(tokens, mask, strict=True) if on])
-    assert learnt == "".join(text + "<|im_end|>\n" for text in turns[1::2])
+    assert learnt == "".join(text + "<|im_end|>\n" for text in said[1::2])
     assert masked(last)[1] == [0] * sum(not on for on in masked(last)[1]) + [1] * sum(masked(last)[1])
 
 
@@ -427,11 +470,11 @@ def test_a_template_that_thinks_in_the_last_turn_only(load_with_bos: Callable[..
     )
     tokenizer = load_with_bos(own=thinking)
     row = CompletionRow([user("Hi"), assistant("Hello"), user("Bye")], [assistant("Bye")], "x:1")
-    dropped = tokenize_completion(row, tokenizer, max_length=64, loss_on="assistant_turns")
-    assert isinstance(dropped, Dropped)
-    assert "use loss_on: completion" in dropped.reason
-    tokens, mask = masked(tokenize_completion(row, tokenizer, max_length=64))
-    assert [token for token, learnt in zip(tokens, mask, strict=True) if learnt] == [DOT, NL, BYE, EOS]
+    found = [masked(result) for result in tokenize_turns([row], tokenizer, max_length=64)[0]]
+    learnt = [[token for token, on in zip(*sequence, strict=True) if on] for sequence in found]
+    assert learnt == [[DOT, NL, HELLO, EOS], [DOT, NL, BYE, EOS]]
+    assert DOT not in found[1][0][: found[1][1].index(1)]  # the history is written as at inference
+    assert found[1] == masked(tokenize_completion(row, tokenizer, max_length=64))
 
 
 def test_a_row_that_an_expression_of_the_template_breaks_on(load_with_bos: Callable[..., Tokenizer]) -> None:
@@ -443,9 +486,9 @@ def test_a_row_that_an_expression_of_the_template_breaks_on(load_with_bos: Calla
     assert (dropped.reason, dropped.detail[:11]) == (boundaries.REFUSED, "TypeError: ")
 
 
-@pytest.mark.parametrize("loss_on", ["completion", "assistant_turns"])
+@pytest.mark.parametrize("tokenize_one", [tokenize_completion, every_turn])
 def test_half_a_surrogate_pair_in_text_or_in_a_further_key(
-    load_with_bos: Callable[..., Tokenizer], loss_on: tokenize.LossOn
+    load_with_bos: Callable[..., Tokenizer], tokenize_one: Any
 ) -> None:
     with_names = "{% for m in messages %}{{ m['name'] + m['content'] }}{% endfor %}"
     tokenizer = load_with_bos(own=with_names)
@@ -455,5 +498,5 @@ def test_half_a_surrogate_pair_in_text_or_in_a_further_key(
         ([user("Hi") | {"name": ""}], [assistant("Hello") | {"name": "\ud83d"}]),
     ):
         row = CompletionRow(prompt, completion, "x:1")
-        result = tokenize_completion(row, tokenizer, max_length=64, loss_on=loss_on)
+        result = tokenize_one(row, tokenizer, max_length=64)
         assert result == Dropped("text that is not Unicode", "x:1")

@@ -115,6 +115,17 @@ def test_clean_data_has_no_faults_and_no_warnings(inspect: Callable[..., Any]) -
     assert document["leakage"] == {"rows": 0, "share": 0.0, "first": None, "examples": []}
 
 
+def test_rows_whose_final_turn_is_marked_as_shown_only_are_a_fault(inspect: Callable[..., Any]) -> None:
+    shown = turns("river 9", "stone", "road")
+    shown["chosen"][0]["weight"] = 0
+    for sft in (False, True):
+        document = inspect([*clean_rows(4), shown], sft=sft)
+        assert severities(document)["shown_only"] == "fault"
+        (found,) = [one for one in document["findings"] if one["name"] == "shown_only"]
+        assert (found["rows"], found["first"]) == (1, "train.jsonl:5")
+    assert "shown_only" not in severities(inspect(clean_rows(4)))
+
+
 def test_faults_are_named_with_their_first_row(inspect: Callable[..., Any]) -> None:
     document = inspect([*HOSTILE, *clean_rows(4)], clean_rows(2))
     found = severities(document)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from jdpo.config import (
     to_yaml,
 )
 from jdpo.config.foreign_keys import FOREIGN, OTHER_COMMANDS, RENAMED, VALUES
+from jdpo.config.groups import DatasetConfig
 from jdpo.losses.settings import DEFAULTS, OFF
 
 REQUIRED = ["model_name_or_path=m", "datasets=rows.jsonl", "output_dir=out"]
@@ -122,6 +124,54 @@ def test_resolved_yaml_reads_back_to_the_same_config(tmp_path: Path) -> None:
 def test_errors_name_key_value_place_and_what_is_expected(word: str, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         dpo(word)
+
+
+TEXT_KEYS = [
+    key for key in keys_of(DPOConfig) if key.split(".")[-1] in (
+        "model_name_or_path", "output_dir", "model_revision", "chat_template", "cache_dir", "metric_for_best_model",
+        "max_shard_size", "push_to_hub", "profile_steps", "reference_model", "reference_revision", "adapter", "path",
+        "split", "revision", "label",
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("empty", ["", "  "])
+@pytest.mark.parametrize("key", TEXT_KEYS)
+def test_an_empty_text_is_refused_as_a_missing_one_wherever_it_comes_from(key: str, empty: str, tmp_path: Path) -> None:
+    group, _, inner = key.partition(".")
+    value = {"path": "x", inner: empty} if inner else empty
+    path = tmp_path / "run.yaml"
+    required = {"model_name_or_path": "m", "datasets": "rows.jsonl", "output_dir": "out"}
+    path.write_text(yaml.safe_dump(required | {group: [value] if group.endswith("datasets") else value}))
+    named = f"{group}.0.{inner}" if group.endswith("datasets") else key
+    if group == "lora":
+        path.write_text(yaml.safe_dump(required | {"lora": {inner: empty}}))
+    with pytest.raises(ValueError, match=rf"missing value of key '{named}' in {path}: it is empty"):
+        load_config(DPOConfig, path)
+    if not inner:
+        with pytest.raises(ValueError, match="it is empty" if empty else f"--{key} needs a value"):
+            dpo(f"--{key}", empty)
+
+
+@pytest.mark.parametrize("cls", [DPOConfig, SFTConfig, DatasetConfig, LoraConfig])
+def test_no_key_that_takes_text_was_forgotten(cls: type) -> None:
+    hints = {field.name: str(field.type) for field in dataclasses.fields(cls)}
+    assert [name for name, hint in hints.items() if hint in ("str", "str | None")] == []
+    assert any(hint.startswith("Text") for hint in hints.values())
+
+
+@pytest.mark.parametrize("words", [["", "out"], ["run", " "], ["run", "out", "--push_to_hub", ""]])
+def test_export_refuses_empty_paths(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        export.main("export", words)
+    assert left.value.code == 2
+    assert "it is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--output_dir", ""], ["--output_dir"], ["output_dir= "]])
+def test_quickstart_refuses_an_empty_path(words: list[str]) -> None:
+    with pytest.raises(ValueError, match="--output_dir needs a value"):
+        quickstart.read_settings(words)
 
 
 def test_in_a_file_foreign_keys_are_answered_as_a_file_has_them(tmp_path: Path) -> None:

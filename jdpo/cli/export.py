@@ -20,8 +20,8 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="output_dir of a run, or checkpoints/STEP")
-    parser.add_argument("out", metavar="OUT", help="the folder to write; an older export there is replaced")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=_text, help="output_dir of a run, or checkpoints/STEP")
+    parser.add_argument("out", metavar="OUT", type=_text, help="the folder to write; an older export there is replaced")
     parser.add_argument("--step", type=int, help="which checkpoint of the run; left out: the newest")
     parser.add_argument(
         "--dtype", choices=("source", "float32", "bfloat16", "float16"), help="left out: the run's export_dtype"
@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
         "--push_to_hub",
         "--push-to-hub",
         metavar="REPO",
+        type=_text,
         help="upload OUT to this model repository of the Hugging Face hub, too",
     )
     parser.add_argument("--public", action="store_true", help="a repository made by --push_to_hub is for all to see")
@@ -59,7 +60,7 @@ def main(command: str, words: Sequence[str]) -> int:
     from jdpo.checkpoint.hub_push import check_push, push_folder
     from jdpo.training.exporting import export_checkpoint, find_checkpoint
 
-    checkpoint = find_checkpoint(asked.checkpoint, asked.step)
+    checkpoint = find_checkpoint(Path(asked.checkpoint), asked.step)
     if asked.push_to_hub:
         check_push(asked.push_to_hub)
     export_checkpoint(
@@ -75,6 +76,13 @@ def main(command: str, words: Sequence[str]) -> int:
         message = f"Step {checkpoint.step} of a jdpo run"
         _say(f"pushed to {push_folder(out, asked.push_to_hub, public=asked.public, message=message)}")
     return 0
+
+
+def _text(word: str) -> str:
+    """A word that says something: an empty path would be the current folder."""
+    if not word.strip():
+        raise argparse.ArgumentTypeError("it is empty; is a variable of the shell not set?")
+    return word
 
 
 def _folder_here(text: str) -> Path:

@@ -80,11 +80,12 @@ def read_settings(words: Sequence[str]) -> tuple[Path, Settings]:
     (5, 4, 1)
     """
     values: dict[str, Any] = dict(parse_overrides(words))
+    for key, value in values.items():
+        if not value or not str(value).strip():
+            raise ValueError(f"--{key} needs a value: {DESCRIPTIONS.get(key, 'see --help')}")
     path = Path(str(values.pop("output_dir", DEFAULT_OUTPUT_DIR)))
     known = {field.name: field.default for field in dataclasses.fields(Settings)}
     for key, value in values.items():
-        if not value:
-            raise ValueError(f"--{key} needs a value: {DESCRIPTIONS.get(key, 'see --help')}")
         if key not in known:
             raise ValueError(f"unknown key {key!r}{_nearest(key)}; `jdpo quickstart --help` lists the keys")
         values[key] = _read(key, value, known[key])

@@ -64,6 +64,8 @@ def _explain(cls: type, problem: Any, origins: Mapping[str, str]) -> str:
         return f"unknown key {key!r} {where}; {_instead_of(cls, path, value, where)}"
     if problem["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"missing key {key!r}: {_description(cls, path)}"
+    if problem["type"] == "blank_text":
+        return f"missing value of key {key!r} {where}: it is empty ({_description(cls, path)})"
     message = problem["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     found = "has no value" if value is None else f"is {value!r}"

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, model_validator
 from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError
 
 # A folder may be called 2024: YAML reads a number, the path stays text.
 STRICT_KEYS = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
@@ -16,6 +17,13 @@ def _no_bool(value: Any) -> Any:
     """Keep `beta: true` from becoming 1.0."""
     if isinstance(value, bool):
         raise ValueError("a number is expected, not true or false")
+    return value
+
+
+def _not_blank(value: str) -> str:
+    """Refuses what a variable of the shell that is not set leaves: a path of nothing is the current folder."""
+    if not value.strip():
+        raise PydanticCustomError("blank_text", "a text is expected, and it is empty")
     return value
 
 
@@ -41,6 +49,7 @@ def as_lora(value: Any, union: Any) -> Any:
     return TypeAdapter(LoraConfig).validate_python({} if value is True else value)
 
 
+Text = Annotated[str, AfterValidator(_not_blank)]
 Int = Annotated[int, BeforeValidator(_no_bool)]
 Float = Annotated[float, BeforeValidator(_no_bool)]
 PositiveInt = Annotated[Int, Field(ge=1)]
@@ -62,13 +71,13 @@ def key(default: Any, description: str) -> Any:
 class DatasetConfig:
     """Where rows come from. A bare string in `datasets` is the `path`."""
 
-    path: str = Field(
+    path: Text = Field(
         description="a JSON, JSONL, CSV, Parquet or Arrow file or a folder of them, here or at a URL; or a hub name"
     )
-    split: str = key("train", "hub split; for files a slice like train[:90%] or train[100:200]")
-    name: str | None = key(None, "hub configuration (subset) name")
-    revision: str | None = key(None, "hub revision: branch, tag or commit")
-    label: str | None = key(None, "its name in metrics; null: the file's stem, or the hub name's last part")
+    split: Text = key("train", "hub split; for files a slice like train[:90%] or train[100:200]")
+    name: Text | None = key(None, "hub configuration (subset) name")
+    revision: Text | None = key(None, "hub revision: branch, tag or commit")
+    label: Text | None = key(None, "its name in metrics; null: the file's stem, or the hub name's last part")
     weight: PositiveFloat | None = key(
         None, "share of an epoch's rows, against the weights of the other data sets; then all of them need one"
     )
@@ -175,7 +184,7 @@ class LoraConfig:
         "all-linear, a regular expression for whole module names, or a list such as [q_proj, v_proj]; "
         "null: all-linear, or those of `adapter`",
     )
-    adapter: str | None = key(
+    adapter: Text | None = key(
         None,
         "a PEFT adapter folder or hub name to go on from; the reference is then the base with it, as it came, unless "
         "reference_model names the base",

@@ -21,6 +21,7 @@ from jdpo.config.groups import (
     PositiveFloat,
     PositiveInt,
     Seed,
+    Text,
     as_list,
     as_lora,
     as_optimizer,
@@ -32,17 +33,17 @@ from jdpo.config.groups import (
 class TrainConfig:
     """What every training command shares."""
 
-    model_name_or_path: str = Field(description="a Hugging Face model folder, or a hub name")
-    output_dir: str = Field(description="where everything that the run leaves goes")
+    model_name_or_path: Text = Field(description="a Hugging Face model folder, or a hub name")
+    output_dir: Text = Field(description="where everything that the run leaves goes")
     datasets: Datasets = Field(description="training rows: one path, or a list of {path, split, name, revision, ...}")
-    model_revision: str | None = key(None, "hub revision of the model")
+    model_revision: Text | None = key(None, "hub revision of the model")
     eval_datasets: Datasets = key((), "held-out rows, in the same form as datasets")
-    chat_template: str | None = key(
+    chat_template: Text | None = key(
         None, "a Jinja file, or the built-in chatml, for a model without a format; new tokens are added"
     )
     max_length: PositiveInt = key(1024, "tokens of prompt plus completion; completions are cut from the right")
     max_prompt_length: PositiveInt | None = key(None, "longer prompts lose tokens on the left; null: never")
-    cache_dir: str | None = key(None, "tokenized rows are kept here; null: ~/.cache/jdpo")
+    cache_dir: Text | None = key(None, "tokenized rows are kept here; null: ~/.cache/jdpo")
     dataset_num_proc: PositiveInt | None = key(
         None, "processes that tokenize; null: one for a few thousand rows, as many as cores for more"
     )
@@ -110,13 +111,13 @@ class TrainConfig:
     eval_steps: PositiveInt | None = key(None, "steps between evaluations; null: only after the last step")
     save_steps: PositiveInt = key(500, "steps between checkpoints; the last step is always saved")
     save_total_limit: PositiveInt = key(2, "newest checkpoints to keep, beside the best one")
-    metric_for_best_model: str = key("eval_loss", "the eval metric that ranks checkpoints")
+    metric_for_best_model: Text = key("eval_loss", "the eval metric that ranks checkpoints")
     load_best_model_at_end: bool = key(False, "export the best checkpoint instead of the last step")
     export_dtype: Literal["source", "float32", "bfloat16", "float16"] = key(
         "source", "dtype of the exported weights; source: as in the model that came in"
     )
-    max_shard_size: str = key("5GB", "largest exported weight file")
-    push_to_hub: str | None = key(
+    max_shard_size: Text = key("5GB", "largest exported weight file")
+    push_to_hub: Text | None = key(
         None, "upload the exported folder to this model repository of the Hugging Face hub, private; null: nowhere"
     )
     push_public: bool = key(False, "let push_to_hub make a repository that everyone sees")
@@ -125,7 +126,7 @@ class TrainConfig:
         "auto: continue from the newest whole checkpoint in output_dir; never: refuse an output_dir that holds a run, "
         "except one whose checkpoints are all damaged, which starts again at step 0",
     )
-    profile_steps: str | None = key(
+    profile_steps: Text | None = key(
         None, "FIRST:LAST, such as 10:13: a profiler trace of these steps in output_dir/profile"
     )
     compilation_cache: bool = key(True, "keep compiled programs in cache_dir, so that the next start is quick")
@@ -176,8 +177,8 @@ class DPOConfig(TrainConfig):
         "where reference log-probs come from: a frozen model in every step, or computed once and kept; "
         "auto: kept where that pays, none where the loss has none",
     )
-    reference_model: str | None = key(None, "the frozen reference; null: the policy's own start")
-    reference_revision: str | None = key(None, "hub revision of reference_model")
+    reference_model: Text | None = key(None, "the frozen reference; null: the policy's own start")
+    reference_revision: Text | None = key(None, "hub revision of reference_model")
     sync_ref_model: bool = key(False, "TR-DPO: move the reference towards the policy now and then")
     ref_model_mixup_alpha: Annotated[Float, Field(gt=0, le=1)] = key(
         0.6, "share of the policy in the moved reference; 1: the policy replaces it"

@@ -112,5 +112,5 @@ def _meaning_of_lora(value: Any) -> Any:
 def _meaning_of_dataset(dataset: Any) -> Any:
     if not isinstance(dataset, Mapping):
         return dataset
-    defaults = DatasetConfig(path="")
+    defaults = DatasetConfig(path="any")
     return {key: value for key, value in dataset.items() if key != "label" and value != getattr(defaults, key, None)}

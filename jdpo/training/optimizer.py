@@ -31,7 +31,7 @@ def learning_rate_schedule(config: TrainConfig, num_steps: int) -> optax.Schedul
     Raises:
       ValueError: the warm-up is longer than the run.
 
-    >>> config = TrainConfig(model_name_or_path="", output_dir="", datasets="", learning_rate=8.0, warmup_steps=2)
+    >>> config = TrainConfig(model_name_or_path="m", output_dir="o", datasets="d", learning_rate=8.0, warmup_steps=2)
     >>> schedule = learning_rate_schedule(config, num_steps=6)
     >>> [float(schedule(step)) for step in range(6)]
     [0.0, 4.0, 8.0, 6.0, 4.0, 2.0]

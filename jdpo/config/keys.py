@@ -41,6 +41,11 @@ class TrainConfig:
     chat_template: Text | None = key(
         None, "a Jinja file, or the built-in chatml, for a model without a format; new tokens are added"
     )
+    init_untrained_tokens: bool = key(
+        False,
+        "start tokens of the model that the training rows hold and whose embedding was never trained (zero, or below "
+        "1 % of the median norm) at the mean of the trained rows; tokens that chat_template adds always start there",
+    )
     max_length: PositiveInt = key(1024, "tokens of prompt plus completion; completions are cut from the right")
     max_prompt_length: PositiveInt | None = key(None, "longer prompts lose tokens on the left; null: never")
     cache_dir: Text | None = key(None, "tokenized rows are kept here; null: ~/.cache/jdpo")

@@ -124,6 +124,10 @@ class PreparedData(Generic[R]):
             return pair_sizes(np.stack(parts, axis=-1))
         return completion_sizes(self._rows.lengths_of("tokens"), self._rows.counts_of("completion_mask"))
 
+    def rows_with(self, ids: np.ndarray) -> dict[int, tuple[int, int]]:
+        """Finds which of the token ids, int [n], occur: {id: (number of rows that hold it, index of the first)}."""
+        return self._rows.rows_with(ids)
+
     @property
     def num_rows_of(self) -> tuple[int, ...]:
         """Rows of each data set."""

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from jdpo.config import DatasetConfig, without_queries
 from jdpo.data.sources import open_source
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 """To be raised whenever the same reference would give the same rows other log-probs, or keep them otherwise."""
 
 KEY_FILE = "key.json"
@@ -37,7 +37,7 @@ class Entry(NamedTuple):
 
 
 def parts_of(
-    *, weights: str, rows: str, compute_dtype: str, model: Mapping[str, Any], grown_with_seed: int | None
+    *, weights: str, rows: str, compute_dtype: str, model: Mapping[str, Any], started: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """All that log-probs depend on; never beta, loss, learning rate, order or mesh.
 
@@ -46,7 +46,8 @@ def parts_of(
       rows: digest of the tokenized rows.
       compute_dtype: of the activations.
       model: the model's config as used.
-      grown_with_seed: what the embedding rows of added tokens are drawn with; None where none were added.
+      started: ids of the tokens whose embedding rows do not start as in the weights, and the seed of their noise; None
+        where all do.
     """
     return {
         "version": CACHE_VERSION,
@@ -54,7 +55,7 @@ def parts_of(
         "rows": rows,
         "compute_dtype": compute_dtype,
         "model": json.loads(json.dumps(dict(model))),  # tuples become lists, as they come back from disk
-        "grown_with_seed": grown_with_seed,
+        "started": started if started is None else dict(started),
     }
 
 
@@ -166,9 +167,10 @@ def changes(then: Entry, now: Entry) -> list[str]:
         for name, value in now.parts["model"].items()
         if then.parts["model"].get(name) != value
     ]
-    for name, title in (("compute_dtype",) * 2, ("grown_with_seed", "seed (it draws the rows of added tokens)")):
-        if then.parts[name] != now.parts[name]:
-            lines.append(_then_now(title, then.parts[name], now.parts[name]))
+    titles = {"compute_dtype": "compute_dtype", "started": "tokens that start at the mean, and the seed of the noise"}
+    for name, title in titles.items():
+        if then.parts.get(name) != now.parts[name]:
+            lines.append(_then_now(title, then.parts.get(name), now.parts[name]))
     if then.parts["rows"] != now.parts["rows"]:  # only then can how they were made be the cause
         lines += _row_changes(then.about, now.about)
     return lines or ["a part that this version of jdpo does not know"]

@@ -104,6 +104,25 @@ class RowStore(Generic[R]):
             counts.append(up_to[offsets[1:]] - up_to[first])
         return np.concatenate(counts)
 
+    def rows_with(self, ids: np.ndarray) -> dict[int, tuple[int, int]]:
+        """Finds which of the token ids, int [n], occur: {id: (number of rows that hold it, index of the first)}."""
+        found: dict[int, tuple[int, int]] = {}
+        if not len(ids):
+            return found
+        is_asked = np.zeros(int(ids.max()) + 1, bool)
+        is_asked[ids] = True
+        fields = [field for field in self.row_type._fields[:-1] if dtype_of(field) != np.bool_]
+        for number, start in enumerate(self._starts[:-1]):
+            pairs = []  # of a token and a row that holds it
+            for offsets, tokens in map(self._views(number).__getitem__, fields):
+                places = np.flatnonzero((tokens < len(is_asked)) & is_asked[np.minimum(tokens, len(is_asked) - 1)])
+                pairs.append(np.stack([tokens[places], np.searchsorted(offsets, places, side="right") - 1]))
+            tokens, rows = np.unique(np.concatenate(pairs, axis=1), axis=1)
+            for id, first, count in zip(*np.unique(tokens, return_index=True, return_counts=True), strict=True):
+                before, at = found.get(int(id), (0, start + int(rows[first])))
+                found[int(id)] = before + int(count), at
+        return dict(sorted(found.items()))
+
     def _column(self, name: str, dtype: np.dtype) -> np.ndarray:
         return np.concatenate([np.zeros(0, dtype), *(np.asarray(batch.column(name)) for batch in self._batches)])
 

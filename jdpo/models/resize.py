@@ -1,4 +1,4 @@
-"""More vocabulary for a model: rows for tokens that a chat template adds."""
+"""Rows for tokens that a chat template adds: in place of spare rows of the vocabulary, or behind its last one."""
 
 from __future__ import annotations
 
@@ -6,21 +6,25 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
+from jdpo.models.embedding_rows import StartedRows
 from jdpo.models.transformer import Params, Transformer
-
-NOISE_SCALE = 0.02
-"""Spread of new rows around the mean row, as a share of the old rows' own: enough to tell new tokens apart."""
 
 
 def resize_embeddings(
-    params: Params, model: Transformer, new_vocab_size: int, key: jax.Array
+    params: Params, model: Transformer, new_vocab_size: int, rows: StartedRows
 ) -> tuple[Params, Transformer]:
-    """Grows the embedding, and an untied head, to new_vocab_size rows; returns new params and the model for them.
+    """Grows the embedding, and an untied head, to new_vocab_size rows and sets the started ones.
 
-    New rows are the mean of the old ones plus a little noise: a new token starts as probable as an average one.
-    Shardings are kept, but for a vocabulary axis that the mesh no longer divides: that axis is then replicated.
+    Shardings are kept, except that of a vocabulary axis that the mesh no longer divides: that axis is replicated.
+
+    Args:
+      rows: see `jdpo.models.embedding_rows`; those behind the old vocabulary must all be among them.
+
+    Returns:
+      New params, and the model for them.
 
     Raises:
       ValueError: new_vocab_size is smaller than the vocabulary.
@@ -31,29 +35,32 @@ def resize_embeddings(
             f"the embedding has {old_vocab_size} rows and cannot shrink to {new_vocab_size}: "
             "tokens would lose their vectors"
         )
+    assert set(range(old_vocab_size, new_vocab_size)) <= set(rows.ids.tolist()), (rows.ids, new_vocab_size)
     new_model = model.clone(config=dataclasses.replace(model.config, vocab_size=new_vocab_size))
-    if new_vocab_size == old_vocab_size:
+    if not len(rows.ids):
         return params, new_model
-    embedding_key, head_key = jax.random.split(key)
     new_params = dict(params)
-    embedding = _grow(params["embed"]["embedding"], new_vocab_size, 0, embedding_key)
+    embedding = _with_rows(params["embed"]["embedding"], new_vocab_size, 0, rows.ids, rows.embedding)
     new_params["embed"] = {**params["embed"], "embedding": embedding}
     if not model.config.tie_embeddings:
-        kernel = _grow(params["lm_head"]["kernel"], new_vocab_size, 1, head_key)
+        assert rows.head is not None
+        kernel = _with_rows(params["lm_head"]["kernel"], new_vocab_size, 1, rows.ids, rows.head)
         new_params["lm_head"] = {**params["lm_head"], "kernel": kernel}
     return new_params, new_model
 
 
-def _grow(leaf: jax.Array, new_size: int, axis: int, key: jax.Array) -> jax.Array:
-    def grow(leaf: jax.Array, key: jax.Array) -> jax.Array:
-        rows = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
-        mean, spread = rows.mean(axis, keepdims=True), rows.std(axis, keepdims=True)
-        shape = list(leaf.shape)
-        shape[axis] = new_size - leaf.shape[axis]
-        noise = jax.random.normal(key, shape, rows.dtype)
-        return jnp.concatenate([leaf, (mean + NOISE_SCALE * spread * noise).astype(leaf.dtype)], axis)
+def _with_rows(leaf: jax.Array, new_size: int, axis: int, ids: np.ndarray, rows: np.ndarray) -> jax.Array:
+    """The leaf with `rows` [n, d] at `ids` [n] along an axis of new_size, which is at least the old one."""
 
-    return jax.jit(grow, out_shardings=_fitting(leaf.sharding, leaf.ndim, axis, new_size))(leaf, key)
+    def change(leaf: jax.Array, ids: jax.Array, rows: jax.Array) -> jax.Array:
+        padding = [(0, 0), (0, 0)]
+        padding[axis] = (0, new_size - leaf.shape[axis])
+        grown = jnp.pad(leaf, padding)
+        return grown.at[ids].set(rows) if axis == 0 else grown.at[:, ids].set(rows.T)
+
+    rows = rows.astype(leaf.dtype)  # rounded once, on the host, alike on every mesh
+    sharding = _fitting(leaf.sharding, leaf.ndim, axis, new_size)
+    return jax.jit(change, out_shardings=sharding)(leaf, ids.astype(np.int32), rows)
 
 
 def _fitting(sharding: Sharding, ndim: int, axis: int, new_size: int) -> Sharding:

@@ -49,7 +49,7 @@ def find_rows(setup: Setup) -> list[RowSet]:
       ValueError: the processes of the run have not the same rows or reference.
     """
     config = setup.config
-    grown = setup.model.config.vocab_size != setup.source_config.vocab_size
+    started = setup.started if setup.reference_folder is None else setup.reference_started
     weights = weights_of_reference(setup)
     dtype = np.dtype(np.float64 if config.compute_dtype == "float64" else np.float32)
     rows: dict[Role, PreparedData | None] = {"training": setup.train_data, "evaluation": setup.eval_data}
@@ -62,7 +62,7 @@ def find_rows(setup: Setup) -> list[RowSet]:
             rows=data.digest,
             compute_dtype=config.compute_dtype,
             model=dataclasses.asdict(setup.model.config),
-            grown_with_seed=config.seed if grown else None,
+            started=None if started is None else {"seed": config.seed, "ids": started.ids.tolist()},
         )
         key = key_of(parts)
         _check_same_everywhere(key)

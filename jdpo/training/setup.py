@@ -19,6 +19,7 @@ from jdpo.data.prepare import PreparedData
 from jdpo.data.tokenizer import Tokenizer, load_tokenizer
 from jdpo.models.adapter_config import is_adapter_folder
 from jdpo.models.config import ModelConfig
+from jdpo.models.embedding_rows import StartedRows
 from jdpo.models.families import read_model_config
 from jdpo.models.hf_weights import check_tensors
 from jdpo.models.hub import has_weights, resolve_folder
@@ -40,6 +41,7 @@ from jdpo.training.settings import (
 )
 from jdpo.training.sources import Sources, check_positions, find_sources
 from jdpo.training.tasks import Task, task_for
+from jdpo.training.untrained import start_tokens
 
 Params = Any
 Say = Callable[[str], None]
@@ -115,6 +117,8 @@ class Setup(ModelSetup):
     reference_adapter: Path | None  # on the policy's base, where the reference shares that and is more than it
     train_data: PreparedData
     eval_data: PreparedData | None
+    started: StartedRows | None  # embedding rows that do not start as in the model folder
+    reference_started: StartedRows | None  # the same of reference_folder
     row_plan: RowPlan  # of train_data
     num_steps: int
     steps_per_epoch: int
@@ -188,6 +192,7 @@ def _build(config: TrainConfig, task: Task, say: Say, *, weights: bool, stopped:
         else:
             say(f"note: no weights in {folder}: whether they fit config.json was not checked")
     train_data, eval_data = prepare_rows(config, tokenizer, say, stopped=stopped)
+    started, reference_started = _started(made, reference_folder, train_data, say)
     row_plan = plan_rows(config, train_data, say)
     setup = Setup(
         **vars(made),
@@ -196,6 +201,8 @@ def _build(config: TrainConfig, task: Task, say: Say, *, weights: bool, stopped:
         reference_adapter=reference_adapter,
         train_data=train_data,
         eval_data=eval_data,
+        started=started,
+        reference_started=reference_started,
         row_plan=row_plan,
         num_steps=config.max_steps or num_steps_of(config.num_train_epochs, row_plan.steps_per_epoch),
         steps_per_epoch=row_plan.steps_per_epoch,
@@ -204,6 +211,35 @@ def _build(config: TrainConfig, task: Task, say: Say, *, weights: bool, stopped:
     check_profiled(config, setup.num_steps)
     say(describe(setup))
     return setup
+
+
+def _started(
+    made: ModelSetup, reference_folder: Path | None, data: PreparedData, say: Say
+) -> tuple[StartedRows | None, StartedRows | None]:
+    """`started` and `reference_started` of a Setup; says what starts how. A folder without weights is passed over."""
+    found: list[StartedRows | None] = []
+    for folder, whose in ((made.model_folder, "the "), (reference_folder, "the reference model's ")):
+        if folder is None or not has_weights(folder):
+            found.append(None)
+            continue
+        tokenizer = made.tokenizer
+        if folder is reference_folder and (folder / "tokenizer.json").exists():
+            # Its own tokens stay as they are; what the template adds to it may have been trained there.
+            tokenizer = load_tokenizer(folder, chat_template=made.config.chat_template)
+        start = start_tokens(
+            made.config,
+            tokenizer,
+            folder,
+            made.source_config,
+            made.model.config.vocab_size,
+            data,
+            adapted=made.adaptation is not None and folder is made.model_folder,
+            whose=whose,
+        )
+        for line in start.lines:
+            say(line)
+        found.append(start.rows)
+    return found[0], found[1]
 
 
 def build_model(config: TrainConfig, *, weights: bool = True) -> ModelSetup:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jdpo.models.base_weights import Base, quantize
+from jdpo.models.embedding_rows import StartedRows
 from jdpo.models.hf_weights import load_params, resize_embeddings
 from jdpo.models.lora import init_adapters, weights_of
 from jdpo.models.lora_sites import KERNEL, Path, Site, get_at, tree_of
@@ -32,7 +33,7 @@ def load_start(setup: Setup) -> Params:
     """
     adaptation = setup.adaptation
     if adaptation is None:
-        return _load_grown(setup, setup.model_folder)
+        return _load_grown(setup, setup.model_folder, setup.started)
     dtype = setup.model.param_dtype
     if adaptation.folder is not None:
         return load_adapters(read_adapter(adaptation.folder, adaptation.sites), setup.shardings, dtype)
@@ -40,15 +41,16 @@ def load_start(setup: Setup) -> Params:
     return start(jax.random.key(setup.config.seed))
 
 
-def _load_grown(setup: Setup, folder: FilePath, dtype: Any = None) -> Params:
+def _load_grown(setup: Setup, folder: FilePath, rows: StartedRows | None, dtype: Any = None) -> Params:
+    """The weights of a folder with room for every token, the rows that are started in place."""
     source_model = setup.model.clone(config=setup.source_config)
     axes, shapes = logical_axes(source_model), abstract_params(source_model)
     dtype = setup.model.param_dtype if dtype is None else dtype
     params = load_params(folder, source_model, param_shardings(axes, shapes, setup.mesh), dtype=dtype)
-    if setup.model.config.vocab_size == setup.source_config.vocab_size:
+    if rows is None:
+        assert setup.model.config.vocab_size == setup.source_config.vocab_size, setup.model.config
         return params
-    key = jax.random.key(setup.config.seed)
-    grown, model = resize_embeddings(params, source_model, setup.model.config.vocab_size, key)
+    grown, model = resize_embeddings(params, source_model, setup.model.config.vocab_size, rows)
     assert model == setup.model, (model, setup.model)
     return jax.device_put(grown, setup.whole_shardings)
 
@@ -121,10 +123,12 @@ def load_reference(setup: Setup, start: Params | None, *, moves: bool = False) -
     """
     if setup.adaptation is None:
         if setup.reference_folder is not None:
-            start = _load_grown(setup, setup.reference_folder)
+            start = _load_grown(setup, setup.reference_folder, setup.reference_started)
         return _copied(load_start(setup) if start is None else start, setup, reference_dtype(setup.model, moves=moves))
     if setup.reference_folder is not None:
-        return Weights(_load_grown(setup, setup.reference_folder, setup.model.compute_dtype), {}, {})
+        return Weights(
+            _load_grown(setup, setup.reference_folder, setup.reference_started, setup.model.compute_dtype), {}, {}
+        )
     if setup.reference_adapter is None and not moves:
         return {}
     return _copied(load_start(setup) if start is None else start, setup, setup.model.param_dtype)

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from jdpo.checkpoint.folders import MARKER
 from jdpo.checkpoint.hf_export import export_model, parse_size
+from jdpo.models.embedding_rows import started_rows
 from jdpo.models.families import read_model_config
 from jdpo.models.hf_weights import load_params
 from jdpo.models.resize import resize_embeddings
@@ -161,7 +162,8 @@ def test_sharded_params_and_a_larger_vocabulary(export: Callable[..., Path]) -> 
         return NamedSharding(mesh, PartitionSpec(*(axis if i == first else None for i, axis in enumerate(axes))))
 
     params = load_params(GOLDEN / "llama", model, jax.tree.map(spread, abstract_params(model)))
-    grown, grown_model = resize_embeddings(params, model, 42, jax.random.key(0))
+    rows = started_rows(GOLDEN / "llama", model.config, np.array([40, 41]), np.ones(40, bool), 0)
+    grown, grown_model = resize_embeddings(params, model, 42, rows)
     out = export(params=grown, config=grown_model.config)
     tensors, source = (load_file(folder / "model.safetensors") for folder in (out, GOLDEN / "llama"))
     for name in ("model.embed_tokens.weight", "lm_head.weight"):

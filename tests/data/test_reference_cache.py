@@ -28,7 +28,7 @@ PARTS: dict[str, Any] = {
     "rows": "r0",
     "compute_dtype": "float32",
     "model": {"num_layers": 2, "layer_windows": (None, 4), "vocab_size": 10},
-    "grown_with_seed": None,
+    "started": None,
 }
 ABOUT: dict[str, Any] = {
     "role": "training",
@@ -260,9 +260,12 @@ def test_runs_that_asked_are_remembered_once(tmp_path: Path) -> None:
             ["the model's num_layers: 2 then, 3 now"],
         ),
         (
-            entry(grown_with_seed=1),
-            entry(grown_with_seed=2),
-            ["seed (it draws the rows of added tokens): 1 then, 2 now"],
+            entry(started={"seed": 1, "ids": [3]}),
+            entry(started={"seed": 2, "ids": [3]}),
+            [
+                "tokens that start at the mean, and the seed of the noise: {'seed': 1, 'ids': [3]} then, "
+                "{'seed': 2, 'ids': [3]} now"
+            ],
         ),
         (entry(), entry({"max_length": 1024}, rows="r1"), ["max_length: 512 then, 1024 now"]),
         (entry(), entry({"max_prompt_length": 9}, rows="r1"), ["max_prompt_length: null then, 9 now"]),
@@ -320,7 +323,7 @@ def test_the_key_is_of_the_parts_alone() -> None:
             {"weights": "w1"},
             {"rows": "r1"},
             {"compute_dtype": "float64"},
-            {"grown_with_seed": 0},
+            {"started": {"seed": 0, "ids": [3]}},
             {"model": PARTS["model"] | {"vocab_size": 11}},
         )
     }

@@ -48,6 +48,22 @@ class StartedRows(NamedTuple):
     num_trained: int
 
 
+class UntrainedToken(NamedTuple):
+    """A token of the source tokenizer whose embedding is zero or next to it, and which the rows hold.
+
+    Attributes:
+      id: its id.
+      token: its text in the vocabulary.
+      num_rows: rows that hold it.
+      first: where the first of them comes from.
+    """
+
+    id: int
+    token: str
+    num_rows: int
+    first: str
+
+
 def row_norms(folder: Path, config: ModelConfig) -> np.ndarray:
     """Euclidean norms of the rows of the embedding: float64 [v].
 

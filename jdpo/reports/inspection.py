@@ -21,6 +21,7 @@ from jdpo.data.inspection_rows import RowFacts, row_facts
 from jdpo.data.inspection_text import Mark, TextFacts
 from jdpo.data.prepare import DROPPED, KEPT, READ, PreparedData
 from jdpo.data.tokenizer import Tokenizer
+from jdpo.models.embedding_rows import UntrainedToken
 from jdpo.reports.inspection_findings import findings_of
 from jdpo.reports.inspection_material import Material, ModelFacts, Part
 from jdpo.reports.inspection_tokens import RowView, one_line, view_row
@@ -94,11 +95,17 @@ def _model(model: ModelFacts, tokenizer: Tokenizer) -> Json:
         "problem": model.problem,
         "tokenizer_size": tokenizer.size,
         "added_tokens": list(tokenizer.added_tokens),
+        "untrained_tokens": None if model.untrained is None else [_untrained(token) for token in model.untrained],
+        "starts_untrained_tokens": model.starts_untrained,
         "bos": None if tokenizer.bos_token_id is None else str(hf.bos_token),
         "end_tokens": [str(hf.convert_ids_to_tokens(index)) for index in tokenizer.end_token_ids],
         "has_chat_template": tokenizer.has_chat_template,
         "notes": list(tokenizer.notes),
     }
+
+
+def _untrained(token: UntrainedToken) -> Json:
+    return {"id": token.id, "token": token.token, "rows": token.num_rows, "first": token.first}
 
 
 # --- rows of one part

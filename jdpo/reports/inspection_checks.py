@@ -228,7 +228,9 @@ def thresholds() -> list[str]:
     """One line a check that can be a fault, for people."""
     lines = [
         "model: config.json cannot be read, it has fewer positions than max_length and cannot go beyond, or the "
-        "tokenizer has more tokens than the embedding has rows"
+        "tokenizer has more tokens than the embedding has rows",
+        "untrained_tokens: any token of the training rows has an embedding of zero or below 1 % of the median norm "
+        "(seen where the weights are there), and init_untrained_tokens is not set",
     ]
     for name, check in CHECKS.items():
         if check.fault is not None:

@@ -16,12 +16,16 @@ from jdpo.data.tokenize import PROMPT_CUT
 from jdpo.data.turns import NOT_LEARNT
 from jdpo.reports.inspection_checks import CHECKS
 from jdpo.reports.inspection_words import percent
+from jdpo.safe_text import terminal
 
 Severity = Literal["fault", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("fault", "warning", "note")
 
 FEW_EVAL_ROWS = 400
 """Evaluation rows below which an accuracy is said with its interval: 400 leave it 5 points on either side."""
+
+MOST_NAMED = 8
+"""Tokens named in a finding at most."""
 
 BIASED, STRONGLY_BIASED = 0.6, 0.4
 """Chosen sides longer in more (or less) than this share of pairs: length alone is worth a few points of accuracy."""
@@ -116,6 +120,31 @@ def _model_findings(document: Json) -> Iterator[Finding]:
             "there is no embedding for some tokens; training refuses to start",
             "use the tokenizer that belongs to the model",
         )
+    yield from _untrained_findings(model)
+
+
+def _untrained_findings(model: Json) -> Iterator[Finding]:
+    found = model["untrained_tokens"]
+    if not found:
+        return
+    named = [f"{terminal(one['token'])} (id {one['id']}, in {one['rows']:,} rows)" for one in found[:MOST_NAMED]]
+    more = f" and {len(found) - MOST_NAMED:,} more" if len(found) > MOST_NAMED else ""
+    started = model["starts_untrained_tokens"]
+    yield Finding(
+        "note" if started else "fault",
+        "untrained_tokens",
+        f"tokens of the training rows whose embedding was never trained: {', '.join(named)}{more}",
+        "they start at the mean of the trained rows"
+        if started
+        else "their embedding is zero or below 1 % of the median norm: gradients there are large, and adapters cannot "
+        "change it",
+        "nothing, if it is meant"
+        if started
+        else "set init_untrained_tokens: true, which starts them at the mean of the trained rows (not with lora), or "
+        "use a chat template of tokens that the model knows",
+        max(one["rows"] for one in found),
+        first=found[0]["first"],
+    )
 
 
 def _leakage_findings(document: Json) -> Iterator[Finding]:

@@ -11,6 +11,7 @@ from jdpo.config import TrainConfig
 from jdpo.data.inspection_text import TextFacts
 from jdpo.data.prepare import PreparedData
 from jdpo.data.tokenizer import Tokenizer
+from jdpo.models.embedding_rows import UntrainedToken
 
 
 class ModelFacts(NamedTuple):
@@ -19,11 +20,15 @@ class ModelFacts(NamedTuple):
     Attributes:
       max_positions, vocab_size: positions the model has, rows of its embedding; None where it cannot be read.
       problem: why the model cannot be trained, or not as the config asks; None where it can.
+      untrained: tokens of the training rows whose embedding was never trained; None where no weights are there to see.
+      starts_untrained: whether the run starts them at the mean of the trained rows.
     """
 
     max_positions: int | None
     vocab_size: int | None
     problem: str | None
+    untrained: Sequence[UntrainedToken] | None = None
+    starts_untrained: bool = False
 
 
 class Part(NamedTuple):

@@ -85,8 +85,8 @@ def check_adaptation(config: TrainConfig, adaptation: Adaptation, tokenizer: Tok
     """
     if tokenizer.added_tokens:
         raise ValueError(
-            f"chat_template adds tokens ({', '.join(map(str, tokenizer.added_tokens))}), whose embedding rows would "
-            "stay as random as they start: under lora the embedding is frozen. Fine-tune all weights first (`jdpo sft` "
+            f"chat_template adds tokens ({', '.join(map(str, tokenizer.added_tokens))}), whose rows would stay as they "
+            "start: under lora embed_tokens and an untied lm_head are frozen. Train all weights first (`jdpo sft` "
             "without lora), or use a template of tokens that the model has"
         )
     if isinstance(config, DPOConfig) and config.sync_ref_model and config.ref_model_mixup_alpha != 1:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 from jdpo.config import DatasetConfig, SFTConfig, TrainConfig
 from jdpo.data import formats
 from jdpo.data.inspection_text import TextFacts, text_facts
 from jdpo.data.mixing import check_data_settings
+from jdpo.data.prepare import PreparedData
 from jdpo.data.sources import open_source
 from jdpo.data.tokenizer import Tokenizer, load_tokenizer
 from jdpo.models.families import read_model_config
+from jdpo.models.hub import has_weights
 from jdpo.reports.inspection_material import Material, ModelFacts, Part
 from jdpo.reports.progress import RowCounter
 from jdpo.training.rows import Say, num_steps_of, plan_rows, preparation_of, sides_of
-from jdpo.training.sources import check_positions, find_sources
+from jdpo.training.sources import Sources, check_positions, find_sources
+from jdpo.training.untrained import find_untrained
 
 MOST_STEPS = 2000
 """Steps whose costs are counted: an epoch's, or the first of it."""
@@ -53,7 +56,7 @@ def gather(config: TrainConfig, *, chosen_by: str, say: Say) -> Material:
         command="sft" if isinstance(config, SFTConfig) else "dpo",
         chosen_by=chosen_by,
         tokenizer=tokenizer,
-        model=_model_facts(config, sources.model_folder),
+        model=_model_facts(config, sources, tokenizer, train.data),
         train=train,
         eval=held_out,
         steps=[plan.step(step) for step in range(min(plan.steps_per_epoch, MOST_STEPS))],
@@ -83,7 +86,8 @@ def _texts(
     return tuple(found)
 
 
-def _model_facts(config: TrainConfig, folder: Path) -> ModelFacts:
+def _model_facts(config: TrainConfig, sources: Sources, tokenizer: Tokenizer, data: PreparedData) -> ModelFacts:
+    folder = sources.model_folder
     try:
         found = read_model_config(folder)
     except ValueError as error:
@@ -92,4 +96,10 @@ def _model_facts(config: TrainConfig, folder: Path) -> ModelFacts:
         check_positions(config, found)
     except ValueError as error:
         return ModelFacts(found.max_positions, found.vocab_size, str(error))
-    return ModelFacts(found.max_positions, found.vocab_size, None)
+    untrained = None
+    if has_weights(folder):
+        with contextlib.suppress(ValueError):  # weights that cannot be read are for the run to report
+            untrained = find_untrained(folder, found, tokenizer, data)
+    adapted = bool(config.lora) or sources.adapter_folder is not None
+    starts = config.init_untrained_tokens and not adapted
+    return ModelFacts(found.max_positions, found.vocab_size, None, untrained, starts)

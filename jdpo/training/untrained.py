@@ -15,27 +15,11 @@ from jdpo.config import TrainConfig
 from jdpo.data.prepare import PreparedData
 from jdpo.data.tokenizer import Tokenizer
 from jdpo.models.config import ModelConfig
-from jdpo.models.embedding_rows import StartedRows, row_norms, started_rows, untrained_rows
+from jdpo.models.embedding_rows import StartedRows, UntrainedToken, row_norms, started_rows, untrained_rows
 from jdpo.safe_text import terminal
 
 MOST_NAMED = 8
 """Tokens named in a message at most."""
-
-
-class UntrainedToken(NamedTuple):
-    """A token of the source tokenizer whose embedding is zero or next to it, and which the rows hold.
-
-    Attributes:
-      id: its id.
-      token: its text in the vocabulary.
-      num_rows: rows that hold it.
-      first: where the first of them comes from.
-    """
-
-    id: int
-    token: str
-    num_rows: int
-    first: str
 
 
 class Start(NamedTuple):

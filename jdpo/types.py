@@ -34,6 +34,7 @@ class PreferenceRow(NamedTuple):
       origin: where the row came from, for messages: "pairs.jsonl:17".
       margin: the score of the chosen side minus that of the rejected one, in the units of the file; None: no scores.
       tools: what the conversation may call, as chat templates take them; None where it has none, and in plain text.
+      notes: what is worth counting of how the row was read.
     """
 
     prompt: Text
@@ -42,19 +43,21 @@ class PreferenceRow(NamedTuple):
     origin: str
     margin: float | None = None
     tools: list[dict[str, Any]] | None = None
+    notes: tuple[str, ...] = ()
 
 
 class CompletionRow(NamedTuple):
     """One supervised example: a prompt and the completion to learn, both strings or both message lists.
 
-    A `messages` row has its last assistant turn as the completion and all before it as the prompt. `tools`: as in
-    `PreferenceRow`.
+    A `messages` row has its last assistant turn as the completion and all before it as the prompt. `tools`, `notes`:
+    as in `PreferenceRow`.
     """
 
     prompt: Text
     completion: Text
     origin: str
     tools: list[dict[str, Any]] | None = None
+    notes: tuple[str, ...] = ()
 
 
 class TokenizedPair(NamedTuple):

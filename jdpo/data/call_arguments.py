@@ -8,6 +8,7 @@ writes, before a row is rendered for its tokens.
 
 from __future__ import annotations
 
+import copy
 import functools
 import html
 import itertools
@@ -246,7 +247,9 @@ def _in_forms(message: Message, place: tuple[int, int], forms: Mapping[tuple[int
         _with_arguments(call, forms[*place, order]) if (*place, order) in forms else call
         for order, call in enumerate(calls)
     ]
-    return {**message, "tool_calls": changed}
+    copied = copy.copy(message)  # which stays one that is shown only, if it is
+    copied["tool_calls"] = changed
+    return copied
 
 
 def _words(message: Message) -> str:

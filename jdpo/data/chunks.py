@@ -156,7 +156,7 @@ def _counted_block(
     )
     tally.counts[KEPT] += len(kept)
     for index, (row, result, _) in enumerate(kept):
-        for name in (*result.notes, *(fault for fault, rows in faults.items() if rows[index])):
+        for name in (*row.notes, *result.notes, *(fault for fault, rows in faults.items() if rows[index])):
             tally.add(name, row.origin)
     return block
 

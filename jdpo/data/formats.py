@@ -12,23 +12,27 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from jdpo.config import DatasetConfig
-from jdpo.data import messages, ranked
+from jdpo.data import conversation_columns, messages, ranked
 from jdpo.data.describing import named, shown
 from jdpo.data.messages import Raw
+from jdpo.data.of_lists import as_list
 from jdpo.data.ranked import FEW_ANSWERS, TIED, Couple, Dropped
 from jdpo.data.refusal import Sample, refusal
 from jdpo.data.row_building import (
     EMPTY_SIDE,
     HISTORIES_DIFFER,
     NO_ASSISTANT_TURN,
+    NO_SHARED_TURN,
     PROMPT_ELSEWHERE,
+    STARTS_WITH_ANSWER,
     SYSTEM_ELSEWHERE,
     answer_row,
     pair_row,
     read_frame,
+    whole_pair,
 )
 from jdpo.data.schema_readers import SCORES, SIDE_SCORES, UNWANTED, number
 from jdpo.data.schemas import CANONICAL, COMPLETION_SCHEMAS, EXTRAS, PREFERENCE_SCHEMAS, Schema
@@ -39,11 +43,14 @@ __all__ = [
     "AS_FOUND",
     "BELOW_MARGIN",
     "CONTRADICTED",
+    "DEVELOPER",
     "EMPTY_SIDE",
     "FEW_ANSWERS",
     "HISTORIES_DIFFER",
     "NO_ASSISTANT_TURN",
+    "NO_SHARED_TURN",
     "PROMPT_ELSEWHERE",
+    "STARTS_WITH_ANSWER",
     "SYSTEM_ELSEWHERE",
     "TIED",
     "UNWANTED",
@@ -60,6 +67,11 @@ __all__ = [
 
 CONTRADICTED = "scores say that the rejected side is better"
 BELOW_MARGIN = "scores closer than min_margin"
+
+
+DEVELOPER = "with a turn of the role developer, which is written as system"
+
+R = TypeVar("R", PreferenceRow, CompletionRow)
 
 
 class Reading(NamedTuple):
@@ -111,7 +123,10 @@ def preference_rows(raw: Raw, origin: str, reading: Reading = AS_FOUND) -> list[
             pair if isinstance(pair, Dropped) else _too_close(pair, reading, columns, origin) or pair
             for pair in ranked.couples(asked, reading.ranked, origin)
         ]
-        return [pair if isinstance(pair, Dropped) else pair_row(asked.prompt, pair, frame, origin) for pair in pairs]
+        rows = [pair if isinstance(pair, Dropped) else pair_row(asked.prompt, pair, frame, origin) for pair in pairs]
+        if schema.implicit:
+            rows = [row if isinstance(row, Dropped) else whole_pair(row, columns) for row in rows]
+        return _with_notes(rows, columns)
     except RecursionError:
         raise ValueError(f"{origin}: the row is nested too deeply") from None
 
@@ -139,9 +154,17 @@ def completion_rows(raw: Raw, origin: str, reading: Reading = AS_FOUND) -> list[
         top = ranked.best(asked.answers)
         worst = min(asked.answers, key=lambda answer: answer.standing)
         dropped = _too_close((top, worst), reading, columns, origin)
-        return [dropped or answer_row(asked.prompt, top.text, read_frame(columns, origin), origin)]
+        row = dropped or answer_row(asked.prompt, top.text, read_frame(columns, origin), origin)
+        return _with_notes([row], columns)
     except RecursionError:
         raise ValueError(f"{origin}: the row is nested too deeply") from None
+
+
+def _with_notes(rows: Sequence[R | Dropped], columns: Raw) -> list[R | Dropped]:
+    """Rows with a note where one of their turns has a role that is written as another."""
+    read = [value for name, value in columns.items() if name in CANONICAL]
+    notes = (DEVELOPER,) if any(messages.has_role(value, "developer") for value in read) else ()
+    return [row if isinstance(row, Dropped) or not notes else row._replace(notes=row.notes + notes) for row in rows]
 
 
 def schema_name(raw: Raw, reading: Reading = AS_FOUND, *, supervised: bool = False) -> str:
@@ -215,10 +238,11 @@ def _refused(samples: Sequence[Sample], schemas: Sequence[Schema], reading: Read
 
 
 def _columns(raw: Raw, reading: Reading, origin: str) -> Raw:
-    """The row under jdpo's names, without nulls; conversations that are written as text are read."""
+    """The row under jdpo's names, without nulls; conversations that are written as text, or as lists, are read."""
     renamed = _renamed(raw, reading.column_map, origin) if reading.column_map else raw
-    columns = {name: value for name, value in renamed.items() if value is not None}
-    written = [name for name in ("messages", "conversations", "context") if messages.is_written_out(columns.get(name))]
+    present = {name: value for name, value in renamed.items() if value is not None}
+    columns = {name: as_list(value, name, origin) if name in CANONICAL else value for name, value in present.items()}
+    written = [name for name in conversation_columns.COLUMNS if messages.is_written_out(columns.get(name))]
     if all(messages.is_written_out(columns.get(name)) for name in ("chosen", "rejected")):
         # One side alone may well be an answer that happens to be JSON.
         written += [n for n in ("prompt", "chosen", "rejected") if messages.is_written_out(columns.get(n))]

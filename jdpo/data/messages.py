@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from jdpo.data.describing import kind, named, shown
-from jdpo.data.tool_calls import read_call_text, read_calls
+from jdpo.data.of_lists import as_list
+from jdpo.data.tool_calls import are_calls, read_call_text, read_calls
 from jdpo.data.turn_marks import take_marks
 from jdpo.types import Message, Text
 
@@ -56,6 +57,7 @@ def read_messages(value: Any, place: str, origin: str) -> list[Message]:
     """
     if not isinstance(value, list | dict):
         raise ValueError(f"{origin}: {place} is {kind(value)}; expected a list of {{role, content}} messages")
+    value = as_list(value, place, origin)
     messages = [value] if isinstance(value, dict) else value
     found = []
     for index, message in enumerate(messages):
@@ -65,8 +67,14 @@ def read_messages(value: Any, place: str, origin: str) -> list[Message]:
 
 
 def read_side(value: Any, place: str, origin: str) -> list[Message]:
-    """A side as messages: a list of them, a single one, or the assistant's words alone."""
-    return [assistant(value)] if isinstance(value, str) else read_messages(value, place, origin)
+    """A side as messages: a list of them, a single one, or the assistant's words or calls alone."""
+    if isinstance(value, str):
+        return [assistant(value)]
+    if are_calls(value):
+        value = {"role": "assistant", "tool_calls": value if isinstance(value, list) else [value]}
+    elif isinstance(value, dict) and "tool_calls" in value and value.keys().isdisjoint(("role", "from")):
+        value = {"role": "assistant", **value}
+    return read_messages(value, place, origin)
 
 
 def user(words: str) -> Message:
@@ -111,6 +119,20 @@ def read_history(value: Any, place: str, origin: str) -> list[Message]:
             raise ValueError(f"{origin}: {place}[{index}] is {kind(couple)}; expected [question, answer], two strings")
         messages += [user(couple[0]), assistant(couple[1])]
     return messages
+
+
+def has_role(value: Any, role: str) -> bool:
+    """Whether a message of a conversation, or of a ranked answer in a list of them, has a role by its name in files.
+
+    >>> has_role([{"role": "Developer", "content": "Be brief."}], "developer"), has_role("developer", "developer")
+    (True, False)
+    """
+    items = value if isinstance(value, list) else [value]
+    return any(
+        str(item.get("role", item.get("from"))).lower() == role or has_role(item.get("completion"), role)
+        for item in items
+        if isinstance(item, dict)
+    )
 
 
 def joined(prompt: Text, side: list[Message]) -> list[Message] | None:
@@ -182,6 +204,7 @@ def _content(content: Any, place: str, origin: str) -> str:
     """Text, or the text of {type: text, text} parts joined."""
     if isinstance(content, str):
         return content
+    content = as_list(content, place, origin)
     if not isinstance(content, list):
         raise ValueError(f"{origin}: {place} is {kind(content)}; expected a string")
     texts = []

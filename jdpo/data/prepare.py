@@ -43,7 +43,7 @@ __all__ = [
 
 R = TypeVar("R", bound=TokenizedPair | TokenizedCompletion)
 
-CACHE_VERSION = 4
+CACHE_VERSION = 6
 """To be raised whenever the same rows would be tokenized to something else, or counted otherwise."""
 
 MOST_NAMES = 5

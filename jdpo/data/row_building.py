@@ -6,12 +6,13 @@ chat template can write them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jdpo.data import messages
-from jdpo.data.describing import kind
+from jdpo.data.describing import kind, named
 from jdpo.data.messages import Raw
-from jdpo.data.ranked import Couple, Dropped, margin
+from jdpo.data.ranked import Answer, Couple, Dropped, margin
 from jdpo.data.splitting import said
 from jdpo.data.tool_calls import read_tools
 from jdpo.types import CompletionRow, Message, PreferenceRow, Text
@@ -19,9 +20,11 @@ from jdpo.types import CompletionRow, Message, PreferenceRow, Text
 EMPTY_SIDE = "empty side"
 HISTORIES_DIFFER = "histories differ"
 NO_ASSISTANT_TURN = "no assistant turn at the end"
+NO_SHARED_TURN = "no prompt: the sides share no turn"
 PROMPT_ELSEWHERE = "prompt is not that of the conversation"
 SYSTEM_ELSEWHERE = "system column is not the system turn of the conversation"
 
+STARTS_WITH_ANSWER = "whose conversation starts with an assistant turn, as nothing was taken as its prompt"
 
 UNREAD = {
     "images": "jdpo trains on text alone",
@@ -66,6 +69,9 @@ def pair_row(prompt: Text, pair: Couple, frame: Frame, origin: str) -> Preferenc
     """A pair of answers as a row; what stands before both final assistant turns must be equal."""
     if any(answer.text == [] for answer in pair):
         return Dropped(EMPTY_SIDE, origin)
+    dropped = said_by_another(pair, origin)
+    if dropped is not None:
+        return dropped
     chosen, rejected = (answer_row(prompt, answer.text, frame, origin) for answer in pair)
     if isinstance(chosen, Dropped):
         return chosen
@@ -76,6 +82,36 @@ def pair_row(prompt: Text, pair: Couple, frame: Frame, origin: str) -> Preferenc
     return PreferenceRow(chosen.prompt, chosen.completion, rejected.completion, origin, margin(*pair), frame.tools)
 
 
+def said_by_another(answers: Sequence[Answer], origin: str) -> Dropped | None:
+    """Names the side, chosen first, whose last turn is not the assistant's; None where both are."""
+    for name, answer in zip(("chosen", "rejected"), answers, strict=True):
+        role = answer.text[-1]["role"] if answer.text and not isinstance(answer.text, str) else "assistant"
+        if role != "assistant":
+            return Dropped(f"{NO_ASSISTANT_TURN}: the last turn of {name} has the role {role}", origin)
+    return None
+
+
+def whole_pair(row: PreferenceRow, columns: Raw) -> PreferenceRow | Dropped:
+    """Checks a pair whose prompt is what its sides begin with.
+
+    Args:
+      row: the pair.
+      columns: those of its raw row, for advice.
+
+    Returns:
+      The row, with a note where it starts with the assistant; Dropped if the sides share no turn.
+    """
+    if not row.prompt:
+        advice = (
+            "name the column that both answer in column_map, as in {prompt: <column>}, or begin both sides with the "
+            f"conversation; the columns are {named(columns)}"
+        )
+        return Dropped(NO_SHARED_TURN, row.origin, advice)
+    first = next((turn for turn in messages.as_messages(row.prompt) if turn["role"] != "system"), None)
+    starts = first is None or first["role"] == "assistant"
+    return row._replace(notes=(*row.notes, STARTS_WITH_ANSWER)) if starts else row
+
+
 def answer_row(prompt: Text, answer: Text, frame: Frame, origin: str) -> CompletionRow | Dropped:
     """A prompt and an answer as a row: plain text as it is, a conversation cut before its final assistant turn."""
     if isinstance(answer, str) and not frame.is_chat:
@@ -84,14 +120,14 @@ def answer_row(prompt: Text, answer: Text, frame: Frame, origin: str) -> Complet
     side = [messages.assistant(answer)] if isinstance(answer, str) else answer
     if not side:
         return Dropped(EMPTY_SIDE if prompt else NO_ASSISTANT_TURN, origin)
+    if side[-1]["role"] != "assistant":
+        return Dropped(NO_ASSISTANT_TURN, origin, f"the last turn has the role {side[-1]['role']}")
     conversation = messages.joined(prompt, side)
     if conversation is None:
         return Dropped(PROMPT_ELSEWHERE, origin)
     framed = _with_system(conversation, frame.system)
     if framed is None:
         return Dropped(SYSTEM_ELSEWHERE, origin)
-    if framed[-1]["role"] != "assistant":
-        return Dropped(NO_ASSISTANT_TURN, origin)
     return CompletionRow(framed[:-1], framed[-1:], origin, frame.tools)
 
 

@@ -67,7 +67,7 @@ def side_scores(raw: Raw, chosen: Text, rejected: Text) -> tuple[float | None, f
     return None, None
 
 
-def _two_sides(raw: Raw, origin: str, *, names: tuple[str, str] = ("chosen", "rejected")) -> tuple[Answer, Answer]:
+def two_sides(raw: Raw, origin: str, *, names: tuple[str, str] = ("chosen", "rejected")) -> tuple[Answer, Answer]:
     """Two sides in messages, named better one first."""
     better, worse = (raw[name] for name in names)
     scores = side_scores(raw, better, worse)
@@ -80,16 +80,12 @@ def explicit_pair(raw: Raw, origin: str) -> Asked:
     if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
         scores = side_scores(raw, chosen, rejected)
         return Asked(prompt, (Answer(chosen, 1, scores[0]), Answer(rejected, 0, scores[1])))
-    return Asked(_prompt(raw, origin), _two_sides(raw, origin))
+    return Asked(_prompt(raw, origin), two_sides(raw, origin))
 
 
 def _prompt(raw: Raw, origin: str) -> Text:
     prompt = raw["prompt"]
     return prompt if isinstance(prompt, str) else read_messages(prompt, "prompt", origin)
-
-
-def sharegpt_pair(raw: Raw, origin: str) -> Asked:
-    return Asked(read_messages(raw["conversations"], "conversations", origin), _two_sides(raw, origin))
 
 
 def nemo(raw: Raw, origin: str) -> Asked:
@@ -154,7 +150,7 @@ def shp(raw: Raw, origin: str) -> Asked:
 
 
 def asked_under(column: str, better: str = "chosen", worse: str = "rejected") -> Callable[[Raw, str], Asked]:
-    return lambda raw, origin: Asked(raw[column], _two_sides(raw, origin, names=(better, worse)))
+    return lambda raw, origin: Asked(raw[column], two_sides(raw, origin, names=(better, worse)))
 
 
 def _alpaca_prompt(raw: Raw, origin: str) -> list[Message]:
@@ -166,11 +162,11 @@ def _alpaca_prompt(raw: Raw, origin: str) -> list[Message]:
 def alpaca_pair(raw: Raw, origin: str) -> Asked:
     if "chosen" not in raw:
         raw = {**raw, "chosen": raw["output"][0], "rejected": raw["output"][1]}
-    return Asked(_alpaca_prompt(raw, origin), _two_sides(raw, origin))
+    return Asked(_alpaca_prompt(raw, origin), two_sides(raw, origin))
 
 
 def whole_conversations(raw: Raw, origin: str) -> Asked:
-    return Asked([], _two_sides(raw, origin))
+    return Asked([], two_sides(raw, origin))
 
 
 def transcripts(raw: Raw, origin: str) -> Asked:

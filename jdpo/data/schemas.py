@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from jdpo.data import messages, schema_readers
+from jdpo.data import conversation_columns, messages, schema_readers
 from jdpo.data.messages import Raw
 from jdpo.data.ranked import Asked, Dropped
 
@@ -31,6 +31,7 @@ class Schema(NamedTuple):
       matches: whether it fits a row (without nulls).
       read: the row's prompt and answers.
       ranked: whether a row may have more than two answers.
+      implicit: whether the prompt is what both sides begin with.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Schema(NamedTuple):
     matches: Callable[[Raw], bool]
     read: Callable[[Raw, str], Asked | Dropped]
     ranked: bool = False
+    implicit: bool = False
 
 
 _MESSAGES = (list, dict)
@@ -96,7 +98,14 @@ PREFERENCE_SCHEMAS: Sequence[Schema] = (
             _has(raw, conversations=list, chosen=_SIDE, rejected=_SIDE)
             and all(_answers_only(raw[side]) for side in ("chosen", "rejected"))
         ),
-        schema_readers.sharegpt_pair,
+        conversation_columns.conversation_pair,
+    ),
+    Schema(
+        "conversation",
+        "messages, conversation, conversations, context or history: the messages that chosen and rejected answer",
+        (*conversation_columns.COLUMNS, "chosen", "rejected"),
+        lambda raw: bool(conversation_columns.prompt_columns(raw)),
+        conversation_columns.conversation_pair,
     ),
     Schema(
         "nemo-rl",
@@ -181,6 +190,7 @@ PREFERENCE_SCHEMAS: Sequence[Schema] = (
         ("chosen", "rejected"),
         lambda raw: _unprompted(raw, chosen=list, rejected=list),
         schema_readers.whole_conversations,
+        implicit=True,
     ),
     Schema(
         "hh-rlhf",
@@ -200,7 +210,7 @@ COMPLETION_SCHEMAS: Sequence[Schema] = (
         "messages",
         "messages: a conversation, a list of {role, content} that ends in an assistant turn",
         ("messages",),
-        lambda raw: _has(raw, messages=list),
+        lambda raw: _has(raw, messages=list) and not conversation_columns.asks_for_an_answer(raw, "messages"),
         schema_readers.conversation,
     ),
     Schema(

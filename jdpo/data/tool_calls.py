@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from jdpo.data.describing import kind, shown
+from jdpo.data.of_lists import as_list
 
 
 def read_tools(value: Any, place: str, origin: str) -> list[dict[str, Any]] | None:
@@ -17,6 +18,21 @@ def read_tools(value: Any, place: str, origin: str) -> list[dict[str, Any]] | No
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
     return [_with_keys(tool) for tool in _objects(value, place, origin) if not _is_void(tool)] or None
+
+
+def are_calls(value: Any) -> bool:
+    """Whether a value is a call of a function, or a list of them, with no message around it.
+
+    >>> are_calls([{"name": "look", "arguments": {}}]), are_calls([{"role": "user", "content": "Hi"}]), are_calls([])
+    (True, False, False)
+    """
+    items = value if isinstance(value, list) else [value]
+    return bool(items) and all(
+        isinstance(item, dict)
+        and item.keys().isdisjoint(("role", "from"))
+        and (isinstance(item.get("function"), dict) or ("name" in item and "arguments" in item))
+        for item in items
+    )
 
 
 def read_calls(calls: Any, called: Any, place: str, origin: str) -> list[dict[str, Any]]:
@@ -80,7 +96,7 @@ def _is_void(value: Any) -> bool:
 
 def _objects(value: Any, place: str, origin: str) -> list[dict[str, Any]]:
     """A list of objects, each or all of them as JSON text too."""
-    values = _parsed(value, place, origin)
+    values = as_list(_parsed(value, place, origin), place, origin)
     if not isinstance(values, list):
         raise ValueError(f"{origin}: {place} is {kind(values)}; expected a list of objects, or JSON text of one")
     objects = [

@@ -23,6 +23,13 @@ CHECKS: dict[str, Check] = {
         "evaluation measures memory as well as preference: eval accuracy comes out too high",
         "leave eval_datasets out and set eval_fraction, which holds rows out by a hash of their prompt",
     ),
+    "no_prompt": Check(
+        "pairs whose sides start with the assistant, as nothing was taken as their prompt",
+        0.0,
+        0.0,
+        "answers are learnt without what they answer, or the pairs are dropped",
+        "name the column of the prompt in column_map: {prompt: <column>}, or begin both sides with the conversation",
+    ),
     "special_tokens": Check(
         "rows of conversations whose text has a special token of the tokenizer written out",
         0.0,

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 from jdpo.data.boundaries import PLAIN_TEXT, WOULD_MERGE
+from jdpo.data.formats import NO_SHARED_TURN, STARTS_WITH_ANSWER
 from jdpo.data.inspection import wilson
 from jdpo.data.inspection_text import BIDI, CONTROL, INVISIBLE, REPLACEMENT, SPECIAL, SPECIAL_IN_PLAIN, SURROGATE
 from jdpo.data.row_notes import ANSWER_CHANGED, TOOLS_UNUSED, TURN_CHANGED
@@ -171,6 +172,11 @@ def _part_findings(part: Json, where: str) -> Iterator[Finding]:
         if one["reason"] == NOT_LEARNT:
             yield from _checked("shown_only", one["rows"], kept + part["rows_dropped"], one["first"], where)
     notes = {one["note"]: one for one in part["notes"]}
+    unprompted = [one for one in part["dropped"] if one["reason"] == NO_SHARED_TURN]
+    unprompted += [notes[STARTS_WITH_ANSWER]] if STARTS_WITH_ANSWER in notes else []
+    if unprompted:
+        num_rows = sum(one["rows"] for one in unprompted)
+        yield from _checked("no_prompt", num_rows, kept + part["rows_dropped"], unprompted[0]["first"], where)
     for name, note in _NOTE_CHECKS.items():
         if note in notes:
             yield from _checked(name, notes[note]["rows"], kept, notes[note]["first"], where)

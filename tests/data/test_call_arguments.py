@@ -11,7 +11,7 @@ import pytest
 
 from jdpo.data import boundaries, call_arguments
 from jdpo.data.boundaries import Parts, Split, split_rows
-from jdpo.data.formats import Dropped, preference_rows
+from jdpo.data.formats import Dropped, completion_rows, preference_rows
 from jdpo.data.messages import assistant, user
 from jdpo.data.splitting import prompt_key
 from jdpo.data.tokenizer import Tokenizer, load_tokenizer
@@ -167,6 +167,20 @@ def test_every_turn_is_learnt_in_the_form_that_is_written(with_calls: Callable[[
     (result,) = sequences
     taken = [token for token, counts in zip(result.tokens, result.mask, strict=True) if counts]
     assert tokenizer.hf.decode(taken) == '[look {"city": "Cork"}]|It rains.|'
+
+
+def test_a_turn_that_is_shown_only_stays_so(with_calls: Callable[[str], Tokenizer]) -> None:
+    (row,) = completion_rows(
+        {"messages": [ASK, {**call('{"city": "Cork"}'), "weight": 0}, user("So?"), assistant("It rains.")]}, "x:1"
+    )
+    assert isinstance(row, CompletionRow)
+    tokenizer = with_calls(AS_JSON)
+    (sequences,) = split_turns([row], tokenizer)
+    assert not isinstance(sequences, Dropped)
+    (result,) = sequences
+    taken = [token for token, counts in zip(result.tokens, result.mask, strict=True) if counts]
+    assert tokenizer.hf.decode(taken) == "It rains.|"
+    assert '[look {"city": "Cork"}]' in tokenizer.hf.decode(result.tokens)
 
 
 def test_sides_that_differ_in_the_form_alone_are_identical(with_calls: Callable[[str], Tokenizer]) -> None:

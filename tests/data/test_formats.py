@@ -134,7 +134,10 @@ def test_transcripts_are_cut_at_speakers_only() -> None:
         ({"chosen": [ASK, BLUE, AGAIN, BLUE], "rejected": [ASK, GREEN, AGAIN, BLUE]}, HISTORIES_DIFFER),
         ({"chosen": [ASK, BLUE], "rejected": [AGAIN, GREEN]}, HISTORIES_DIFFER),
         ({"chosen": [ASK, BLUE], "rejected": [ASK, BLUE, AGAIN, GREEN]}, HISTORIES_DIFFER),
-        ({"chosen": [ASK, BLUE], "rejected": [ASK]}, NO_ASSISTANT_TURN),
+        (
+            {"chosen": [ASK, BLUE], "rejected": [ASK]},
+            f"{NO_ASSISTANT_TURN}: the last turn of rejected has the role user",
+        ),
         ({"prompt": [ASK], "chosen": [], "rejected": [GREEN]}, EMPTY_SIDE),
         ({"prompt": "The sea?", "chosen": [ASK, BLUE], "rejected": [ASK, GREEN]}, PROMPT_ELSEWHERE),
         ({"prompt": [AGAIN], "chosen": [ASK, BLUE], "rejected": [ASK, GREEN]}, PROMPT_ELSEWHERE),
@@ -220,7 +223,8 @@ def test_every_supervised_schema(raw: dict[str, Any], prompt: Any, completion: A
 
 
 def test_a_conversation_that_ends_in_a_question_is_dropped() -> None:
-    assert completion_row({"messages": [ASK, BLUE, AGAIN]}, "x:1") == Dropped(NO_ASSISTANT_TURN, "x:1")
+    dropped = Dropped(NO_ASSISTANT_TURN, "x:1", "the last turn has the role user")
+    assert completion_row({"messages": [ASK, BLUE, AGAIN]}, "x:1") == dropped
     assert completion_row({"messages": []}, "x:1") == Dropped(NO_ASSISTANT_TURN, "x:1")
 
 

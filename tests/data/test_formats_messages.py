@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 
-from jdpo.data.formats import HISTORIES_DIFFER, NO_ASSISTANT_TURN, Dropped, completion_rows, preference_rows
+from jdpo.data.formats import (
+    DEVELOPER,
+    HISTORIES_DIFFER,
+    NO_ASSISTANT_TURN,
+    Dropped,
+    completion_rows,
+    preference_rows,
+)
 from jdpo.data.messages import assistant, user
 from jdpo.data.tokenizer import Tokenizer, load_tokenizer
 from jdpo.types import CompletionRow, PreferenceRow
@@ -16,9 +23,10 @@ ASK, BLUE, GREEN = user("The sky?"), assistant("It is blue."), assistant("It is 
 LOOK = {"type": "function", "function": {"name": "look", "arguments": {"at": "sky"}}}
 CALL = {"role": "assistant", "content": None, "tool_calls": [LOOK]}
 SEEN = {"role": "tool", "content": "blue"}
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
 
 
-def conversation(messages: list[dict[str, Any]], **columns: Any) -> CompletionRow | Dropped:
+def conversation(messages: Any, **columns: Any) -> CompletionRow | Dropped:
     (row,) = completion_rows({"messages": messages, **columns}, "x:1")
     return row
 
@@ -65,11 +73,83 @@ def test_sides_that_call_before_they_answer_share_what_stands_before_the_answer(
     ]
     assert preference_rows({"prompt": [ASK], **sides, "rejected": [GREEN]}, "x:1") == [Dropped(HISTORIES_DIFFER, "x:1")]
     assert preference_rows({"prompt": [ASK], **sides, "rejected": [CALL, SEEN]}, "x:1") == [
-        Dropped(NO_ASSISTANT_TURN, "x:1")
+        Dropped(f"{NO_ASSISTANT_TURN}: the last turn of rejected has the role tool", "x:1")
     ]
 
 
-TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+@pytest.mark.parametrize(
+    ("columns", "side", "role"),
+    [
+        ({"prompt": [ASK], "chosen": [BLUE], "rejected": [user("It is green.")]}, "rejected", "user"),
+        ({"prompt": "The sky?", "chosen": user("It is blue."), "rejected": GREEN}, "chosen", "user"),
+        ({"prompt": [ASK], "chosen": [BLUE, SEEN], "rejected": [GREEN]}, "chosen", "tool"),
+        ({"chosen": [ASK, BLUE], "rejected": [ASK, GREEN, ASK]}, "rejected", "user"),
+        ({"messages": [ASK], "chosen": "It is blue.", "rejected": [user("It is green.")]}, "rejected", "user"),
+        ({"question": "The sky?", "chosen": "It is blue.", "rejected": [ASK, user("Green.")]}, "rejected", "user"),
+    ],
+)
+def test_a_side_that_another_role_says_is_dropped_with_its_side_and_role(
+    columns: dict[str, Any], side: str, role: str
+) -> None:
+    reason = f"{NO_ASSISTANT_TURN}: the last turn of {side} has the role {role}"
+    assert preference_rows(columns, "x:1") == [Dropped(reason, "x:1")]
+
+
+def test_a_developer_turn_is_written_as_system_and_noted() -> None:
+    brief = {"role": "developer", "content": "Be brief."}
+    system = {"role": "system", "content": "Be brief."}
+    row = PreferenceRow([system, ASK], [BLUE], [GREEN], "x:1", notes=(DEVELOPER,))
+    assert preference_rows({"prompt": [brief, ASK], "chosen": [BLUE], "rejected": [GREEN]}, "x:1") == [row]
+    assert conversation([brief, ASK, BLUE]) == CompletionRow([system, ASK], [BLUE], "x:1", notes=(DEVELOPER,))
+    answers = [{"rank": rank, "completion": [turn]} for rank, turn in ((0, BLUE), (1, GREEN))]
+    assert preference_rows({"context": [brief, ASK], "completions": answers}, "x:1") == [row]
+    assert conversation([ASK, BLUE], meta={"role": "developer"}) == CompletionRow([ASK], [BLUE], "x:1")
+
+
+def lists(*messages: dict[str, Any]) -> dict[str, list[Any]]:
+    """Messages as `datasets.Sequence` of a dict stores them."""
+    keys = dict.fromkeys(key for message in messages for key in message)
+    return {key: [message.get(key) for message in messages] for key in keys}
+
+
+def test_messages_stored_as_lists_are_read_as_messages() -> None:
+    turns = [ASK, CALL, SEEN, BLUE]
+    assert conversation(lists(*turns)) == CompletionRow([ASK, CALL, SEEN], [BLUE], "x:1")
+    said_by = {"from": ["human", "gpt"], "value": ["The sky?", "It is blue."], "weight": None}
+    assert completion_rows({"conversations": said_by}, "x:1") == [CompletionRow([ASK], [BLUE], "x:1")]
+    expected = [PreferenceRow([ASK], [BLUE], [GREEN], "x:1")]
+    assert preference_rows({"prompt": lists(ASK), "chosen": lists(BLUE), "rejected": lists(GREEN)}, "x:1") == expected
+    assert preference_rows({"chosen": lists(ASK, BLUE), "rejected": lists(ASK, GREEN)}, "x:1") == expected
+    assert (
+        preference_rows({"history": lists(ASK), "chosen": lists(BLUE), "rejected": "It is green."}, "x:1") == expected
+    )
+    ranked = {"rank": [1, 0], "completion": [lists(GREEN), [BLUE]]}
+    assert preference_rows({"context": lists(ASK), "completions": ranked}, "x:1") == expected
+    parts = {"role": "user", "content": {"type": ["text", "text"], "text": ["The ", "sky?"]}}
+    assert conversation([parts, BLUE]) == CompletionRow([ASK], [BLUE], "x:1")
+
+
+def test_calls_and_tools_stored_as_lists_are_read_as_such() -> None:
+    called = {**CALL, "tool_calls": {"type": ["function"], "function": [LOOK["function"]]}}
+    assert conversation([ASK, called, SEEN, BLUE]) == CompletionRow([ASK, CALL, SEEN], [BLUE], "x:1")
+    row = conversation([ASK, BLUE], tools={"type": ["function"], "function": [TOOL["function"]]})
+    assert isinstance(row, CompletionRow)
+    assert row.tools == [TOOL]
+
+
+def test_lists_of_different_lengths_are_named_and_other_columns_are_left_alone() -> None:
+    with pytest.raises(ValueError, match=r"x:1: messages is an object of lists, .*role has 2, content has 1"):
+        conversation({"role": ["user", "assistant"], "content": ["The sky?"]})
+    assert conversation([ASK, BLUE], meta={"name": ["a", "b"], "of": ["c"]}) == CompletionRow([ASK], [BLUE], "x:1")
+
+
+@pytest.mark.parametrize(
+    "side", [LOOK, [LOOK], LOOK["function"], [LOOK["function"]], {"tool_calls": [LOOK]}, {"content": None, **CALL}]
+)
+def test_a_side_may_be_calls_alone(side: Any) -> None:
+    row = PreferenceRow([ASK], [CALL], [GREEN], "x:1")
+    assert preference_rows({"prompt": [ASK], "chosen": side, "rejected": GREEN}, "x:1") == [row]
+    assert preference_rows({"messages": [ASK], "chosen": side, "rejected": [GREEN]}, "x:1") == [row]
 
 
 @pytest.mark.parametrize(

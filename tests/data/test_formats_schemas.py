@@ -152,6 +152,14 @@ def golden(
             {"instruction": "The sky?", "input": "", "output": [better, worse]},
             {"schema": "alpaca"},
         ),
+        "conversation next to its sides": (
+            {"messages": [ASK], **words, "source": "s"},
+            {"schema": "conversation"},
+        ),
+        "history next to its sides": (
+            {"history": [BRIEF, ASK], "chosen": [assistant(better)], "rejected": assistant(worse), "input": "x"},
+            {"schema": "conversation", "prompt": [BRIEF, ASK]},
+        ),
         "nemo-rl": (
             {
                 "context": [ASK],
@@ -217,7 +225,7 @@ def test_golden_rows(dataset: str) -> None:
     assert preference_rows(raw, "x:1") == [expected]
     assert schema_name(raw) == wanted["schema"]
     assert completion_rows(raw, "x:1") == [CompletionRow(expected.prompt, expected.chosen, "x:1", expected.tools)]
-    assert is_preference(raw) == ("messages" not in raw)
+    assert is_preference(raw) == (dataset != "ultrafeedback_binarized")
 
 
 def test_every_schema_has_a_golden_row() -> None:

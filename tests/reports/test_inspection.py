@@ -138,6 +138,19 @@ def test_faults_are_named_with_their_first_row(inspect: Callable[..., Any]) -> N
     assert all(one["effect"] and one["remedy"] for one in document["findings"])
 
 
+def test_a_pair_whose_sides_start_with_the_assistant_is_a_fault(inspect: Callable[..., Any]) -> None:
+    def spoken(*words: str) -> list[dict[str, str]]:
+        roles = itertools.cycle(("assistant", "user"))
+        return [{"role": role, "content": text} for role, text in zip(roles, words, strict=False)]
+
+    kept = {"chosen": spoken("Hello!", "Rivers?", "The Seine."), "rejected": spoken("Hello!", "Rivers?", "Dublin.")}
+    dropped = {"chosen": spoken("The Seine."), "rejected": spoken("Dublin.")}
+    for row, counted in ((kept, "train.jsonl:1"), (dropped, "train.jsonl:1: name the column")):
+        found = {one["name"]: one for one in inspect([row, *clean_rows(300)])["findings"]}
+        assert (found["no_prompt"]["severity"], found["no_prompt"]["rows"]) == ("fault", 1)
+        assert found["no_prompt"]["first"].startswith(counted)
+
+
 def test_rows_held_out_by_their_prompt_never_leak(inspect: Callable[..., Any]) -> None:
     document = inspect(clean_rows(60) * 2, eval_fraction=0.3)
     train, held_out = document["train"], document["eval"]

@@ -1,0 +1,53 @@
+"""Objects of lists that stand for lists of objects, as `datasets.Sequence` of a dict stores them.
+
+{"role": ["user", "assistant"], "content": ["Hi", "Hello"]}
+[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_KEYS = {"role", "from", "rank", "pm_score", "function", "name", "type"}
+"""One of these is a key of every object that a column of a known schema lists."""
+
+
+def is_of_lists(value: Any) -> bool:
+    """Whether a value is an object of lists in the place of a list of objects.
+
+    >>> is_of_lists({"role": ["user"], "content": ["Hi"]}), is_of_lists({"role": "user", "content": ["Hi"]})
+    (True, False)
+    """
+    return (
+        isinstance(value, dict)
+        and not _KEYS.isdisjoint(value)
+        and all(isinstance(items, list | None) for items in value.values())
+        and any(isinstance(items, list) for items in value.values())
+    )
+
+
+def from_lists(value: dict[str, Any], place: str, origin: str) -> list[dict[str, Any]]:
+    """Reads an object of lists as a list of objects.
+
+    Args:
+      value: one that `is_of_lists`.
+      place: the column, for messages.
+      origin: where the row came from, for messages.
+
+    Raises:
+      ValueError: the lists are not equally long.
+    """
+    lists = {key: items for key, items in value.items() if items is not None}
+    lengths = {key: len(items) for key, items in lists.items()}
+    if len(set(lengths.values())) > 1:
+        told = ", ".join(f"{key} has {length}" for key, length in list(lengths.items())[:6])
+        raise ValueError(
+            f"{origin}: {place} is an object of lists, as datasets.Sequence of a dict stores a list of objects; "
+            f"expected lists of the same length, found that {told}"
+        )
+    return [dict(zip(lists, items, strict=True)) for items in zip(*lists.values(), strict=True)]
+
+
+def as_list(value: Any, place: str, origin: str) -> Any:
+    """Returns the value, or the list of objects that it stands for."""
+    return from_lists(value, place, origin) if is_of_lists(value) else value

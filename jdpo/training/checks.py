@@ -16,6 +16,9 @@ START_TOLERANCE = {"float64": 1e-5, "float32": 1e-5, "bfloat16": 2e-2}
 
 MOST_NAMED = 8
 
+DEAD_WARNING, DEAD_ERROR = 3, 20
+"""Logged steps in a row with a gradient of exactly 0 after which a run warns, and after which it stops."""
+
 
 def check_start(
     rows: Mapping[str, np.ndarray],
@@ -162,4 +165,69 @@ def check_evaluation(step: int, metrics: Mapping[str, float]) -> None:
         raise FloatingPointError(
             f"the evaluation after step {step} gave {', '.join(bad)}, so training stops; look at the evaluation rows, "
             "or start in a new output_dir with a lower learning_rate, or with compute_dtype float32"
+        )
+
+
+class GradientWatch:
+    """Notices a run that no longer learns: its gradient norm is exactly 0, which rounding alone never gives."""
+
+    def __init__(self, loss: LossSettings | None, *, learning_rate: float, compute_dtype: str) -> None:
+        """
+        Args:
+          loss: None for supervised fine-tuning.
+          learning_rate: the peak.
+        """
+        self._flat = loss is not None and set(loss.terms) == {"hinge"}
+        self._settings = f"learning_rate {learning_rate:g}, compute_dtype {compute_dtype}"
+        self._first, self._num_dead, self._num_logged = 0, 0, 0
+
+    def see(self, step: int, averages: Mapping[str, float], last_saved: int | None) -> str | None:
+        """Takes what was logged.
+
+        Args:
+          step: the last step that it is about.
+          averages: over the steps since the line before.
+          last_saved: the newest checkpoint, or None.
+
+        Returns:
+          a warning, once per stretch of such steps.
+
+        Raises:
+          FloatingPointError: the gradient has been 0 for too long, and not because every margin of hinge is met.
+        """
+        self._num_logged += 1
+        if averages["grad_norm"] != 0:
+            self._num_dead = 0
+            return None
+        self._num_dead += 1
+        if self._num_dead == 1:
+            self._first = step
+        met = self._flat and averages["loss"] == 0
+        if self._num_dead >= DEAD_ERROR and not met:
+            saved = "" if last_saved is None else f" The newest checkpoint is of step {last_saved}."
+            raise FloatingPointError(
+                f"step {step}: {self._said()}, so training stops. {self._causes(met)}.{saved} "
+                "Start in a new output_dir with the cause removed"
+            )
+        if self._num_dead == DEAD_WARNING:
+            return f"warning: step {step}: {self._said()}: nothing is learnt. {self._causes(met)}"
+        return None
+
+    def at_end(self) -> str | None:
+        """A warning for the last lines of a run that ended without learning."""
+        if self._num_dead >= min(DEAD_WARNING, max(self._num_logged, 1)):
+            return f"warning: {self._said()}: the exported model did not learn in them"
+        return None
+
+    def _said(self) -> str:
+        num = self._num_dead
+        which = "the last logged step" if num == 1 else f"the last {num} logged steps (from {self._first} on)"
+        return f"the gradient norm is exactly 0 in {which}"
+
+    def _causes(self, met: bool) -> str:
+        if met:
+            return "The loss is 0 too: every pair's margin of hinge is met, and more steps change nothing"
+        return (
+            f"Likely causes: a learning rate that threw the weights out of the range in which the loss has a slope, or "
+            f"a model whose weights are all 0 or too large for its dtype ({self._settings})"
         )

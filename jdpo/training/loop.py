@@ -55,8 +55,9 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
             # now, and not behind the last step
             together(lambda: check_out(directory.model, [*made_from(setup), directory.checkpoints]))
             inputs = together(setup.inputs)
-            _check_same_everywhere(setup, inputs)
-            directory.check_inputs(inputs, setup.train_data.parts())
+            _check_same_everywhere(inputs)
+            held_out = setup.eval_data.parts() if setup.eval_data is not None else {}
+            directory.check_inputs(inputs, {**held_out, **setup.train_data.parts()})
             directory.remember("rows", setup.train_data.summary())  # for the model card of an export
             newest = find_newest(setup, directory)
             reference = _settle(setup, directory, stop, say)
@@ -67,7 +68,7 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
             return Run(setup, directory, stop, console, reference, resources, newest).go(on_step)
 
 
-def _check_same_everywhere(setup: Setup, inputs: Mapping[str, str]) -> None:
+def _check_same_everywhere(inputs: Mapping[str, str]) -> None:
     """
     Args:
       inputs: of the setup, on this process.
@@ -75,8 +76,6 @@ def _check_same_everywhere(setup: Setup, inputs: Mapping[str, str]) -> None:
     Raises:
       ValueError: the processes have not the same model or rows on their disks; what differs is named.
     """
-    if setup.eval_data is not None:
-        inputs = {**inputs, "the evaluation rows": setup.eval_data.digest}
     if unlike := differing(inputs):
         raise ValueError(
             f"the processes of this run do not have the same files: {', '.join(unlike)} differ from host to host; give "

@@ -75,16 +75,20 @@ class Record:
         self._throughput.add(num_rows=len(indices), num_tokens=num_tokens, flops=flops, seconds=seconds)
         return self._throughput.rates()
 
-    def log(self, done: int, learning_rate: Any) -> None:
+    def log(self, done: int, learning_rate: Any) -> dict[str, float]:
         """Writes the averages since the last log, and begins anew.
 
         Args:
           learning_rate: of the last step, a float32.
+
+        Returns:
+          the averages.
         """
+        averages = self._window.averages()
         self.write(
             done,
             {
-                **self._window.averages(),
+                **averages,
                 # str gives the shortest decimal that is this float32: 0.001, not 0.0010000000474974513.
                 "learning_rate": float(str(learning_rate)),
                 "num_tokens": self._num_tokens,
@@ -94,6 +98,7 @@ class Record:
         )
         self._window = Window()
         self._throughput.clear()
+        return averages
 
     def write(self, done: int, values: Mapping[str, Any]) -> None:
         """Writes a line about step `done`."""

@@ -25,7 +25,7 @@ from jdpo.safe_text import terminal_lines
 from jdpo.sharding.placement import fetch, micro_batch_sharding, place, replicated
 from jdpo.training.assembly import Assembly, assemble
 from jdpo.training.batches import StepBatch
-from jdpo.training.checks import check_evaluation, check_finite, check_start
+from jdpo.training.checks import GradientWatch, check_evaluation, check_finite, check_start
 from jdpo.training.compilation import Stopwatch, compiler_threads
 from jdpo.training.evaluation import Evaluation
 from jdpo.training.finish import finish_run, step_to_export
@@ -127,6 +127,9 @@ class Run:
         )
         resources.callback(self.manager.close)
         self.last_saved = newest
+        self.gradients = GradientWatch(
+            setup.task.loss, learning_rate=config.learning_rate, compute_dtype=config.compute_dtype
+        )
         self.assembly: Assembly
 
     # --- start or resume
@@ -160,6 +163,8 @@ class Run:
         if exported != num_steps:
             del params
             params = self.manager.restore(exported, saved_parts(self.assembly.state)).state["params"]
+        if (note := self.gradients.at_end()) is not None:
+            self.say(note)
         self.say(f"exporting the model of step {exported} to {self.directory.model}")
         finish_run(self.setup, self.directory, params, base, exported, self.say)
         self.say(f"done: model in {self.directory.model}, metrics in {self.directory.metrics}")
@@ -324,7 +329,9 @@ class Run:
         )
         display.step(done, values, rates)
         if _is_due(done, self.setup.config.logging_steps) or done == self.setup.num_steps:
-            self.record.log(done, report.learning_rate)
+            averages = self.record.log(done, report.learning_rate)
+            if (note := self.gradients.see(done, averages, self.last_saved)) is not None:
+                self.say(note)
 
     def _check_start(self, rows: Mapping[str, np.ndarray], indices: np.ndarray) -> None:
         loss = self.setup.task.loss

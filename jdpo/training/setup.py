@@ -136,6 +136,8 @@ class Setup(ModelSetup):
             "the tokenizer or its chat template": self.tokenizer.digest,
             "the training rows": self.train_data.digest,
         }
+        if self.eval_data is not None:  # metrics of two sets in one column would not be told apart
+            digests["the evaluation rows"] = self.eval_data.digest
         if len(self.train_data.names) > 1:
             digests["how many rows each data set has"] = " ".join(map(str, self.train_data.num_rows_of))
         if self.adaptation is not None and self.adaptation.folder is not None:

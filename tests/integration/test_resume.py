@@ -187,6 +187,18 @@ def test_changed_inputs_are_refused_and_named(
     assert f"the content of the model {own_inputs['model_name_or_path']} has changed" in refusal(words, capsys)
 
 
+def test_another_evaluation_set_is_refused_and_named(
+    cut_words: Words, copy: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    before = dict(word.split("=", 1) for word in cut_words(copy)[1:])["eval_datasets"]
+    other = tmp_path / "other.jsonl"
+    rows = Path(before).read_text(encoding="utf-8").splitlines(keepends=True)
+    other.write_text("".join(rows[1:]), encoding="utf-8")
+    said = refusal(cut_words(copy, eval_datasets=other), capsys)
+    assert f"cannot resume the run in {copy}: since it started, the content of the evaluation rows has changed" in said
+    assert f"Files that changed: {before} (no longer read), {other} (new)" in said
+
+
 def _change_last_byte(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-3] ^= 1  # in the mantissa of the last float32

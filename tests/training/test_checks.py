@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jdpo.losses.settings import LossSettings, loss_settings
-from jdpo.training.checks import check_finite, check_start, start_loss
+from jdpo.training.checks import DEAD_ERROR, DEAD_WARNING, GradientWatch, check_finite, check_start, start_loss
 
 LENGTHS = np.array([[4, 2], [8, 5]])
 BETA = 0.1
@@ -110,3 +110,43 @@ def test_step_rows_and_way_out_are_named(loss: float, grad_norm: float) -> None:
 def test_a_finite_loss_names_all_rows_up_to_eight() -> None:
     with pytest.raises(FloatingPointError, match=r"the rows of the step: a:0, .*a:7 and 4 more; no checkpoint"):
         check_finite(1, 0.5, math.nan, np.zeros(12), [f"a:{index}" for index in range(12)], None)
+
+
+def seen(*norms: float, loss: float = 0.7, loss_type: str = "sigmoid", watch: GradientWatch | None = None) -> list[str]:
+    """What is said of logged steps with these gradient norms, and at the end."""
+    settings = loss_settings(loss_type)[0]
+    watch = watch or GradientWatch(settings, learning_rate=1e6, compute_dtype="float32")
+    said = [watch.see(step, {"grad_norm": norm, "loss": loss}, 5) for step, norm in enumerate(norms, start=1)]
+    return [line for line in [*said, watch.at_end()] if line is not None]
+
+
+def test_a_gradient_of_exactly_zero_is_warned_of_once_and_again_at_the_end() -> None:
+    warning, last = seen(1.0, *[0.0] * (DEAD_WARNING + 2))
+    assert warning.startswith("warning: step 4: the gradient norm is exactly 0 in the last 3 logged steps (from 2 on)")
+    assert "learning_rate 1e+06" in warning
+    assert "the last 5 logged steps (from 2 on): the exported model did not learn" in last
+
+
+@pytest.mark.parametrize("norms", [(1.0, 0.0, 0.0), (0.0, 0.0, 1e-30, 0.0, 0.0), (math.nan,) * 5, (1e-45,) * 30, ()])
+def test_a_small_gradient_or_few_zeros_are_no_dead_run(norms: tuple[float, ...]) -> None:
+    assert seen(*norms) == []
+
+
+def test_a_short_run_without_any_gradient_is_said_at_its_end() -> None:
+    assert len(seen(0.0)) == 1
+    assert len(seen(0.0, 0.0)) == 1
+
+
+def test_a_dead_run_is_stopped() -> None:
+    seen(*[0.0] * (DEAD_ERROR - 1))
+    with pytest.raises(
+        FloatingPointError, match=r"step 20: .* exactly 0 in the last 20 .* The newest checkpoint is of"
+    ):
+        seen(*[0.0] * DEAD_ERROR)
+    with pytest.raises(FloatingPointError, match="so training stops"):
+        seen(*[0.0] * DEAD_ERROR, loss_type="hinge", loss=1.0)
+
+
+def test_hinge_may_end_with_every_margin_met() -> None:
+    warning, _ = seen(*[0.0] * (DEAD_ERROR + 5), loss=0.0, loss_type="hinge")
+    assert "every pair's margin of hinge is met" in warning

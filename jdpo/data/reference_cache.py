@@ -134,6 +134,8 @@ class CacheFolder:
                 digest = hashlib.file_digest(stream, "sha256").hexdigest()
         except FileNotFoundError:
             return None
+        except OSError:  # a folder in its place, or a disk that does not give it back
+            return ""
         rows = self.rows_of(shard)
         values = {"key": self.key, "first_row": rows.start, "num_rows": len(rows), "sha256": digest}
         return json.dumps(values, indent=1) + "\n"
@@ -144,13 +146,14 @@ class CacheFolder:
           ValueError: naming the damaged files and what to do.
         """
         if shards.damaged_files:
-            first = shards.damaged_files[0]
-            name = str(first) if first.name == KEY_FILE else f"{first} or the .json beside it"
-            more = len(shards.damaged_files) - 1
-            raise ValueError(
-                f"the reference's cached log-probs are damaged: {name} is not as it was written"
-                f"{f', nor are {more} more' if more else ''}; {REMEDY}"
-            )
+            raise ValueError(f"the reference's cached log-probs are damaged: {self.damage(shards)}; {REMEDY}")
+
+    def damage(self, shards: Shards) -> str:
+        """Names the damaged files, of which there is at least one."""
+        first = shards.damaged_files[0]
+        name = str(first) if first.name == KEY_FILE else f"{first} or the .json beside it"
+        more = len(shards.damaged_files) - 1
+        return f"{name} is not as it was written{f', nor are {more} more' if more else ''}"
 
     def open(self, shards: Shards | None = None) -> ReferenceCache:
         """The log-probs by row.
@@ -295,11 +298,13 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _read_text(path: Path) -> str | None:
-    """None where there is no file; what is not UTF-8 reads as a text that nothing equals."""
+    """None where there is no file; what is not UTF-8, or cannot be read, is a text that nothing equals."""
     try:
         return path.read_bytes().decode(errors="replace")
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError:
+        return "unreadable"
 
 
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8"), "I32": np.dtype("<i4")}

@@ -51,6 +51,8 @@ def settle_reference(
 ) -> Reference:
     """Decides where the reference's log-probs come from, computes what is to be cached, and says so in one line.
 
+    A damaged cache is computed again where `asked` is auto, and refused where it is cached.
+
     To be called on every process, inside `numerics`, before other weights are loaded: reference weights are in memory
     only while something is computed.
 
@@ -77,10 +79,15 @@ def settle_reference(
         say(f"reference: {mode}, {why}")
         return Reference(mode=mode)
     sets = find_rows(setup)
-    for rows in sets:
-        if any_process(bool(rows.shards.damaged_files)):
-            rows.folder.refuse_damaged(rows.shards)
+    if any_process(any(rows.shards.damaged_files for rows in sets)):
+        if asked == "cached":
+            for rows in sets:
+                rows.folder.refuse_damaged(rows.shards)
             raise ValueError("the reference's cached log-probs are damaged on another host; its message names the file")
+        named = [rows.folder.damage(rows.shards) for rows in sets if rows.shards.damaged_files]
+        what = "; ".join(named) or "a file on another host is not as it was written"
+        say(f"reference: its cached log-probs are damaged and computed again: {what}")
+        return _build(setup, sets, say, repair=True, stopped=stopped)
     if not any_process(not all(rows.complete for rows in sets)):
         _restore_entries(setup, sets)
         return _cached(sets, [0] * len(sets), say)

@@ -181,6 +181,16 @@ def test_a_json_without_its_shard_is_damage(tmp_path: Path) -> None:
         folder.open()
 
 
+@pytest.mark.parametrize("name", ["00000.safetensors", "00000.json", "key.json"])
+def test_a_folder_in_a_files_place_is_damage(tmp_path: Path, name: str) -> None:
+    folder, _ = small(tmp_path)
+    (folder.path / name).unlink()
+    (folder.path / name).mkdir()
+    assert folder.examine().damaged_files
+    with pytest.raises(ValueError, match="damaged"):
+        folder.open()
+
+
 def test_whole_shards_in_the_wrong_place_are_refused(tmp_path: Path) -> None:
     folder = fill(CacheFolder(tmp_path, "k", num_rows=NUM_ROWS, dtype=np.float32), make_rows(NUM_ROWS)[1])
     moved = tmp_path / "moved"

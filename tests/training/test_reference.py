@@ -408,32 +408,42 @@ def test_the_key_follows_the_model_that_is_the_reference(built: Place, tmp_path:
 # --- damage
 
 
+@pytest.mark.parametrize("by", ["command", "auto"])
 @pytest.mark.parametrize("ending", ["safetensors", "json"])
-def test_a_flipped_byte_is_refused_and_computed_anew_by_the_command(built: Place, ending: str) -> None:
+def test_a_flipped_byte_is_refused_or_computed_again(built: Place, ending: str, by: str) -> None:
     before = built.files()
     name = next(name for name in sorted(before) if name.endswith(f"00002.{ending}"))
     content = bytearray(before[name][2])
     content[len(content) // 2] ^= 1
     (built.cache / name).write_bytes(content)
-    for asked in ("auto", "cached"):
-        with pytest.raises(
-            ValueError, match=r"damaged: .*00002\.safetensors .*`jdpo reference CONFIG` computes it anew"
-        ):
-            built.settle(asked)
-    reference, lines = built.compute()
+    with pytest.raises(ValueError, match=r"damaged: .*00002\.safetensors .*`jdpo reference CONFIG` computes it anew"):
+        built.settle("cached")
+    if by == "command":
+        reference, lines = built.compute()
+    else:
+        settled = built.settle("auto")
+        reference, lines = settled.reference, settled.lines
+        assert "reference: its cached log-probs are damaged and computed again: " in lines[0]
+        assert "00002.safetensors" in lines[0]
     assert reference.num_computed == 4
     assert any("(shards: 2 found, 1 damaged, 0 missing)" in line for line in lines)
     assert {name: file[2] for name, file in built.files().items()} == {name: file[2] for name, file in before.items()}
     assert built.settle("cached").reference.num_found == 26
 
 
-def test_a_damaged_key_file_is_refused_and_written_anew(built: Place) -> None:
+@pytest.mark.parametrize("by", ["command", "auto"])
+def test_a_damaged_key_file_is_refused_or_written_again(built: Place, by: str) -> None:
     path = next(built.cache.glob("*/key.json"))
     content = path.read_bytes()
     path.write_bytes(content.replace(b'"max_length": 64', b'"max_length": 65'))
     with pytest.raises(ValueError, match=r"damaged: .*key\.json"):
-        built.settle()
-    assert built.compute()[0].num_computed == 0
+        built.settle("cached")
+    if by == "command":
+        assert built.compute()[0].num_computed == 0
+    else:
+        settled = built.settle("auto")
+        assert "key.json is not as it was written" in settled.lines[0]
+        assert settled.reference.num_computed == 0
     assert json.loads(path.read_bytes()) == json.loads(content)
 
 

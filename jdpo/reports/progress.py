@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Column
+from rich.text import Text
 
 SHOWN = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
 LINE_SECONDS = 15.0
+WIDE = 120
+"""Columns of a terminal from which on the bar is long."""
 
 
 def make_console() -> Console:
@@ -69,8 +74,33 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}"
 
 
+class _Figures(ProgressColumn):
+    """The figures of the last step, those that the terminal has room for: the first ones are the most important."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(table_column=Column(no_wrap=True))
+        self._console = console
+
+    def render(self, task: Task) -> Text:
+        """What fits to the right of everything else, which is never cut for it."""
+        num_steps = f"{task.total:.0f}"
+        beside = [task.description, "-" * _bar_width(self._console), f"{num_steps}/{num_steps}", task.fields["left"]]
+        room = self._console.width - sum(len(part) + 1 for part in beside)
+        shown = ""
+        for figure in task.fields["figures"]:
+            longer = f"{shown}  {figure}" if shown else figure
+            if len(longer) > room:
+                break
+            shown = longer
+        return Text(shown)
+
+
+def _bar_width(console: Console) -> int:
+    return 24 if console.width >= WIDE else 10
+
+
 class RunDisplay:
-    """Shows step, loss, margin, accuracy, rows a second and time left. Use as a context manager."""
+    """Shows step, time left, loss, margin, accuracy and rows per second. Use as a context manager."""
 
     def __init__(self, *, first_step: int, num_steps: int, unit: str, console: Console, shown: bool = True) -> None:
         """
@@ -78,24 +108,25 @@ class RunDisplay:
           first_step: where a resumed run starts, 0 for a new one.
           num_steps: steps of the whole run.
           unit: what a row is called: "pairs" or "rows".
-          console: where it goes; what others print there stands above the bar.
-          shown: False on all processes but one.
+          console: where it goes; what others print there is above the bar.
+          shown: False on all processes except one.
         """
         self._console, self._shown = console, shown
         self._num_steps, self._unit, self._first_step = num_steps, unit, first_step
         self._started = time.monotonic()
+        self._compiled_for = 0.0
         self._line_due = 0.0
         self._bar: Progress | None = None
         if shown and console.is_terminal:
             self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=_bar_width(console)),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[figures]}"),
-                TimeRemainingColumn(),
+                TextColumn("{task.fields[left]}", markup=False, table_column=Column(no_wrap=True)),
+                _Figures(console),
                 console=console,
             )
-            self._task = self._bar.add_task("compiling", total=num_steps, completed=first_step, figures="")
+            self._task = self._bar.add_task("compiling", total=num_steps, completed=first_step, figures=[], left="")
 
     def __enter__(self) -> RunDisplay:
         if self._bar is not None:
@@ -106,29 +137,39 @@ class RunDisplay:
         if self._bar is not None:
             self._bar.stop()
 
+    @contextlib.contextmanager
+    def compiling(self) -> Iterator[None]:
+        """While entered, a program is waited for: that happens a few times, so the time left does not count it."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._compiled_for += time.monotonic() - began
+
     def step(self, step: int, metrics: Mapping[str, float], rates: Mapping[str, float]) -> None:
-        """After every update.
+        """Shows an update that has just been made.
 
         Args:
           rates: `<unit>_per_second`, `tokens_per_second` and, where it is known, `mfu`.
         """
-        figures = f"{figures_of(metrics)}  {self._speed(rates)}"
+        figures = [*figures_of(metrics).split("  "), *self._speed(rates)]
+        left = f"{self._time_left(step)} left"
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, figures=figures, description="training")
+            self._bar.update(self._task, completed=step, figures=figures, left=left, description="training")
         elif self._shown and (time.monotonic() >= self._line_due or step == self._num_steps):
             self._line_due = time.monotonic() + LINE_SECONDS
-            line = f"step {step}/{self._num_steps}  {figures}  {self._time_left(step)} left"
-            self._console.print(line, markup=False, highlight=False)
+            line = f"step {step}/{self._num_steps}  {'  '.join(figures)}  {left}"
+            self._console.print(line, markup=False, highlight=False, emoji=False)
 
-    def _speed(self, rates: Mapping[str, float]) -> str:
+    def _speed(self, rates: Mapping[str, float]) -> list[str]:
         parts = [
             f"{rates[f'{self._unit}_per_second']:.3g} {self._unit}/s",
             f"{rates['tokens_per_second']:,.0f} tokens/s",
         ]
         if "mfu" in rates:
             parts.append(f"MFU {rates['mfu']:.0%}")
-        return "  ".join(parts)
+        return parts
 
     def _time_left(self, step: int) -> str:
-        done = step - self._first_step
-        return _clock((time.monotonic() - self._started) / max(done, 1) * (self._num_steps - step))
+        seconds = time.monotonic() - self._started - self._compiled_for
+        return _clock(seconds / max(step - self._first_step, 1) * (self._num_steps - step))

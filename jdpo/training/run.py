@@ -259,7 +259,8 @@ class Run:
                 if done == 1 or not self.programs.ready(made.batch) or profiler.is_due(done + 1):
                     take(waiting)
                 with watch.paused():
-                    program = self.programs.of(made.batch)
+                    with display.compiling():
+                        program = self.programs.of(made.batch)
                     profiler.begin(done + 1)
                 with profiler.around(done + 1):
                     state, on_device = program(state, frozen, made.batch)

@@ -20,6 +20,7 @@ from jdpo.data.splitting import TOLD_IN_TRAINING, Part, prompt_key, turn_key
 from jdpo.data.tokenizer import Tokenizer
 from jdpo.safe_text import terminal
 from jdpo.types import CompletionRow, PreferenceRow, TokenizedCompletion, TokenizedPair
+from jdpo.words import figure
 
 READ, KEPT, DROPPED = "rows read", "rows kept", "dropped: "
 CHOSEN_LEARNT = "preference rows of which the chosen side is learnt"
@@ -189,7 +190,7 @@ class Tally:
     def lines(self) -> list[str]:
         """For the user."""
         counts = {name: count for name, count in sorted(self.counts.items()) if count and name not in (READ, KEPT)}
-        return [f"{self.counts[READ]:,} rows read, {self.counts[KEPT]:,} kept"] + [
+        return [f"{figure(self.counts[READ], 'row')} read, {self.counts[KEPT]:,} kept"] + [
             terminal(f"  {count:,} {name}" + (f" (the first: {self.examples[name]})" if name in self.examples else ""))
             for name, count in counts.items()
         ]

@@ -19,6 +19,7 @@ import numpy as np
 
 from jdpo.config import DatasetConfig, SFTConfig, TrainConfig, without_queries
 from jdpo.safe_text import terminal
+from jdpo.words import figure
 
 _ENDING = re.compile(r"(\.(json|jsonl|ndjson|csv|tsv|parquet|arrow))?(\.(gz|bz2|xz|zst))?$", re.IGNORECASE)
 
@@ -53,7 +54,7 @@ class Mixture(NamedTuple):
             else f"{take:,} of {terminal(label)} ({take / size:.3g} passes over {size:,})"
             for label, size, take in zip(labels, self.sizes, self.takes, strict=True)
         ]
-        return f"an epoch is {self.num_examples:,} rows: {', '.join(parts)}"
+        return f"an epoch is {figure(self.num_examples, 'row')}: {', '.join(parts)}"
 
 
 # --- what the config says

@@ -27,6 +27,7 @@ from jdpo.data.tokenizer import Tokenizer
 from jdpo.data.workers import available_cores, map_in_order
 from jdpo.safe_text import terminal
 from jdpo.types import TokenizedCompletion, TokenizedPair
+from jdpo.words import figure
 
 __all__ = [
     "CHOSEN_LEARNT",
@@ -67,6 +68,8 @@ Progress = Callable[[int, int | None], None]
 That is None where files do not say how many rows they have before they are read.
 It is called after every chunk of a data set's rows, and not at all where the rows come
 from the cache. What it raises ends the work.
+from jdpo.safe_text import terminal
+from jdpo.words import figure
 """
 
 
@@ -148,7 +151,7 @@ class PreparedData(Generic[R]):
         for dataset, left_out in zip(self._datasets, (source.left_out for source in self._sources), strict=True):
             lines.append(terminal(f"{without_queries(dataset.path)} ({dataset.split})"))
             if left_out:
-                lines.append(f"  {len(left_out):,} data files of no split are left out: {_names(left_out)}")
+                lines.append(f"  {figure(len(left_out), 'data file')} of no split left out: {_names(left_out)}")
         lines += [f"  {line}" for line in Tally(self.counts, self.examples).lines()]
         lines.append(f"  median {np.median(self.lengths):.0f} tokens, longest {self.lengths.max()}")
         lines += [f"  note: {warning}" for warning in self._warnings]

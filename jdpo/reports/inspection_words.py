@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jdpo.data.inspection_text import BIDI, CONTROL, INVISIBLE, REPLACEMENT, SPECIAL, SPECIAL_IN_PLAIN, SURROGATE
+from jdpo.words import figure as figure  # the page calls it here, too
 
 Json = Mapping[str, Any]
 
@@ -33,14 +34,6 @@ def percent(share: float) -> str:
         return "< 0.01 %"
     digits = 0 if share >= 0.0995 or share == 0 else 1 if share >= 0.00995 else 2
     return f"{100 * share:.{digits}f} %"
-
-
-def figure(count: float, unit: str) -> str:
-    """
-    >>> figure(1, "row"), figure(2000, "row")
-    ('1 row', '2,000 rows')
-    """
-    return f"{count:,.0f} {unit}{'' if count == 1 else 's'}"
 
 
 def number(value: float) -> str:

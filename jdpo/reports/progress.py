@@ -30,7 +30,11 @@ def figures_of(metrics: Mapping[str, float]) -> str:
     >>> figures_of({"loss": 0.69314, "logps/chosen": -80.0, "rewards/accuracies": 0.5})
     'loss 0.6931  accuracy 0.5'
     """
-    return "  ".join(f"{label} {metrics[name]:.4g}" for name, label in SHOWN.items() if name in metrics)
+    return "  ".join(_followed(metrics))
+
+
+def _followed(metrics: Mapping[str, float]) -> list[str]:
+    return [f"{label} {metrics[name]:.4g}" for name, label in SHOWN.items() if name in metrics]
 
 
 class RowCounter:
@@ -152,7 +156,7 @@ class RunDisplay:
         Args:
           rates: `<unit>_per_second`, `tokens_per_second` and, where it is known, `mfu`.
         """
-        figures = [*figures_of(metrics).split("  "), *self._speed(rates)]
+        figures = [*_followed(metrics), *self._speed(rates)]
         left = f"{self._time_left(step)} left"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, figures=figures, left=left, description="training")

@@ -89,8 +89,19 @@ def check_trackers(names: Sequence[str]) -> None:
         package = TRACKER_PACKAGES[name]
         try:
             importlib.import_module(package)
-        except ImportError:
+        except ModuleNotFoundError as error:
+            if error.name != package:
+                raise ValueError(_broken(name, package, error)) from error
             raise ValueError(f"report_to {name} needs {package}: pip install 'jdpo[{name}]'") from None
+        except Exception as error:  # whatever an installation that does not fit raises while it is imported
+            raise ValueError(_broken(name, package, error)) from error
+
+
+def _broken(name: str, package: str, error: Exception) -> str:
+    return (
+        f"report_to {name}: {package} is installed, but importing it fails: {type(error).__name__}: {error}. Mend the "
+        "installation, or leave report_to out"
+    )
 
 
 def make_trackers(names: Sequence[str], folder: Path, config: Mapping[str, Any]) -> list[Writer]:

@@ -10,6 +10,7 @@ import jax
 from jax.sharding import AxisType, Mesh
 
 from jdpo.config import MeshConfig
+from jdpo.words import figure
 
 AXES = ("data", "fsdp", "expert", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")
@@ -48,8 +49,9 @@ def resolve_mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
     free = [axis for axis, size in sizes.items() if size == -1]
     fits = num_devices % fixed == 0 if free else num_devices == fixed
     if not fits:
+        found = figure(num_devices, "device")
         raise ValueError(
-            f"mesh {asked} does not fit the {num_devices} device(s) found here; for {num_devices} device(s) "
+            f"mesh {asked} does not fit the {found} found here; for {found} "
             f"these do, as {' x '.join(AXES)}: {_valid_shapes(num_devices, config.expert)}"
         )
     if free:

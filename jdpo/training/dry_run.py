@@ -12,6 +12,7 @@ from jdpo.training.assembly import Assembly, assemble
 from jdpo.training.numerics import numerics, resolve_dtype
 from jdpo.training.settings import Mode
 from jdpo.training.setup import Say, build
+from jdpo.words import memory
 
 
 def dry_run(config: TrainConfig, say: Say) -> None:
@@ -40,18 +41,10 @@ def describe_kept(assembly: Assembly) -> str:
         "frozen weights": bytes_a_device((assembly.frozen, assembly.state.reference_params)),
         "gradients": bytes_a_device(assembly.state.params),
     }
-    listed = ", ".join(f"{gibibytes(size)} {name}" for name, size in parts.items() if size)
-    return f"kept on a device: {gibibytes(sum(parts.values()))} ({listed}), beside activations"
+    listed = ", ".join(f"{memory(size)} {name}" for name, size in parts.items() if size)
+    return f"kept on each device: {memory(sum(parts.values()))} ({listed}), besides activations"
 
 
 def bytes_a_device(tree: Any) -> int:
     """Bytes that the leaves, of a shape, a dtype and a sharding, take on the device that has most of them."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def gibibytes(size: int) -> str:
-    """
-    >>> gibibytes(3 * 2**29), gibibytes(5 * 2**20)
-    ('1.50 GiB', '0.00 GiB')
-    """
-    return f"{size / 2**30:.2f} GiB"

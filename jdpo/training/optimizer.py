@@ -13,6 +13,7 @@ import optax
 from jdpo.config import TrainConfig
 from jdpo.training.offload import one_by_one
 from jdpo.training.rounding import store, wide
+from jdpo.words import figure
 
 UNDECAYED = ("scale", "bias")
 """Last names of the weights that weight decay leaves alone: norm scales and biases."""
@@ -38,7 +39,9 @@ def learning_rate_schedule(config: TrainConfig, num_steps: int) -> optax.Schedul
     """
     warmup = num_warmup_steps(config, num_steps)
     if warmup > num_steps:
-        raise ValueError(f"warmup_steps {warmup} is more than the {num_steps} steps of the run; lower one or the other")
+        raise ValueError(
+            f"warmup_steps {warmup} is more than the {figure(num_steps, 'step')} of the run; lower one or the other"
+        )
     peak, rest = config.learning_rate, max(num_steps - warmup, 1)
     after = {
         "constant": optax.constant_schedule(peak),

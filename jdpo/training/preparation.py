@@ -30,6 +30,7 @@ from jdpo.training.fit import (
 )
 from jdpo.training.reference import Reference
 from jdpo.training.setup import Say, Setup
+from jdpo.words import memory
 
 LOOKED_AHEAD = 256
 """Steps whose shapes are compiled in the order in which they come."""
@@ -73,8 +74,8 @@ def prepare_steps(
         say(f"attention: {', '.join(f'{name} up to {length} tokens' for name, length in backends.items())}")
     if setup.config.micro_batch_size is None and batches.tokens_per_device > fit.max_tokens_per_device:
         say(
-            f"note: the longest of the {setup.task.unit} alone takes {batches.tokens_per_device:,} tokens a device at "
-            f"once, more than max_tokens_per_device {fit.max_tokens_per_device:,}"
+            f"note: the longest of the {setup.task.unit} alone takes {batches.tokens_per_device:,} tokens per device "
+            f"at once, more than max_tokens_per_device {fit.max_tokens_per_device:,}"
         )
     programs = Programs(assembly.lower_step, pool)
     known = set(map(shapes_of, batches.shapes()))
@@ -188,9 +189,9 @@ class _Search:
 
 
 def _said(fit: Fit, limit: int, *, by_tokens: bool) -> str:
-    at_once = f"at most {fit.max_tokens_per_device:,} tokens a device at once, " if by_tokens else ""
-    gibibytes = "more memory than a device has" if fit.bytes_needed is None else f"{fit.bytes_needed / 2**30:.2f} GiB"
-    text = f"step: {at_once}remat {fit.remat}, needs {gibibytes} of {limit / 2**30:.1f} a device"
+    at_once = f"at most {fit.max_tokens_per_device:,} tokens per device at once, " if by_tokens else ""
+    needed = "more memory than a device has" if fit.bytes_needed is None else memory(fit.bytes_needed)
+    text = f"step: {at_once}remat {fit.remat}, needs {needed} of {memory(limit)} per device"
     if fit.bytes_needed is None or fit.bytes_needed > limit:
         text += (
             "; this may not fit: use more devices, a shorter max_length, or an optimizer that keeps less "

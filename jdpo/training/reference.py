@@ -91,20 +91,21 @@ def settle_reference(
     if not any_process(not all(rows.complete for rows in sets)):
         _restore_entries(setup, sets)
         return _cached(sets, [0] * len(sets), say)
-    missed = explain_miss(setup, sets)
     if asked == "cached":
         raise ValueError(
-            f"reference is 'cached', but {missed}; `jdpo reference CONFIG` computes what is missing, or set reference "
-            "to auto or live"
+            f"reference is 'cached', but {explain_miss(setup, sets)}; `jdpo reference CONFIG` computes what is "
+            "missing, or set reference to auto or live"
         )
+    # Who has kept nothing like it misses nothing.
+    news = f"; {explain_miss(setup, sets)}" if _kept_before(setup, sets) else ""
     reason = "as this run began" if began_as == "cached" else _why_it_pays(setup, sets[0])
     if reason is None:
         if is_first():
             with contextlib.suppress(OSError):  # a hint to later runs, nothing more
                 sets[0].folder.ask(_run_name(setup))
-        say(f"reference: live, since {missed}, and one pass over the rows would not pay for computing it")
+        say(f"reference: live, in every step, as one pass over the rows does not pay for keeping its log-probs{news}")
         return Reference(mode="live")
-    say(f"reference: computing its log-probs once, {reason}; {missed}")
+    say(f"reference: computing its log-probs once, {reason}{news}")
     return _build(setup, sets, say, repair=False, stopped=stopped)
 
 
@@ -142,6 +143,13 @@ def _why_it_pays(setup: Setup, rows: RowSet) -> str | None:
 
 def _run_name(setup: Setup) -> str:
     return str(Path(setup.config.output_dir).resolve())
+
+
+def _kept_before(setup: Setup, sets: Sequence[RowSet]) -> bool:
+    """Returns whether the cache holds some of these log-probs, or those of a run that was much like this one."""
+    return any(
+        rows.shards.whole.any() or nearest(rows.folder.path.parent, entry_of(setup, rows)) is not None for rows in sets
+    )
 
 
 def explain_miss(setup: Setup, sets: Sequence[RowSet]) -> str:

@@ -15,6 +15,7 @@ from jdpo.processes import any_process, barrier, is_first
 from jdpo.training.reference_rows import RowSet, entry_of
 from jdpo.training.scoring import Scorer
 from jdpo.training.setup import Say, Setup
+from jdpo.words import figure
 
 PROGRESS_SECONDS = 10.0
 LOCK_POLL_SECONDS = 2.0
@@ -76,7 +77,7 @@ class _Progress:
         damaged = f", {int(shards.damaged.sum())} damaged" if shards.damaged_files else ""
         if num_rows:
             say(
-                f"reference: {num_rows} of {rows.folder.num_rows} {rows.role} rows to compute "
+                f"reference: {num_rows} of {figure(rows.folder.num_rows, f'{rows.role} row')} to compute "
                 f"(shards: {int(shards.whole.sum())} found{damaged}, {int(shards.missing.sum())} missing)"
             )
 
@@ -84,7 +85,7 @@ class _Progress:
         self._done += num_rows
         if time.monotonic() >= self._due or self._done == self._num_rows:
             self._due = time.monotonic() + PROGRESS_SECONDS
-            self._say(f"reference: {self._done} of {self._num_rows} {self._role} rows computed")
+            self._say(f"reference: {self._done} of {figure(self._num_rows, f'{self._role} row')} computed")
 
 
 # --- several processes

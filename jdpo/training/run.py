@@ -48,6 +48,7 @@ from jdpo.training.run_dir import RunDirectory
 from jdpo.training.setup import Setup
 from jdpo.training.step import Frozen, StepReport, TrainState, saved_parts
 from jdpo.training.weights import load_frozen, load_reference, load_start, whole_weights
+from jdpo.words import figure
 
 Params = Any
 OnStep = Callable[[int, Params | Weights], None]
@@ -279,7 +280,7 @@ class Run:
                 if evaluating or saving:
                     take(waiting)
                 with watch.paused():
-                    metric = self._evaluate(done, state, frozen) if evaluating else None
+                    metric = self._evaluate(done, state, frozen, display) if evaluating else None
                     if saving:
                         self._save(done, state, metric)
                 self.manager.poll()
@@ -288,7 +289,7 @@ class Run:
                     break
         late = self.programs.num_late + (self.evaluation.programs.num_late if self.evaluation else 0)
         if late:  # planning knows all shapes: this is a fault of ours, and costs the user time
-            self.say(f"note: {late} shape(s) of batches were not compiled ahead of their step")
+            self.say(f"note: programs for {figure(late, 'shape')} of batches were not compiled ahead of their step")
         return state, done
 
     def _train_batch(self, step: int) -> tuple[np.ndarray, StepBatch, StepFlops]:
@@ -349,10 +350,11 @@ class Run:
             )
         )
 
-    def _evaluate(self, done: int, state: TrainState, frozen: Frozen) -> float:
+    def _evaluate(self, done: int, state: TrainState, frozen: Frozen, display: RunDisplay) -> float:
         """Writes the held-out metrics down; returns the one that ranks checkpoints."""
         assert self.evaluation is not None
-        self.evaluation.programs.wait()  # compiling is no part of its time
+        with display.compiling():  # which is no part of its time
+            self.evaluation.programs.wait()
         started = time.perf_counter()
         averages = self.evaluation.averages(state, frozen)
         seconds = time.perf_counter() - started

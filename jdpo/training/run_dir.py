@@ -21,12 +21,22 @@ import yaml
 
 from jdpo._version import __version__
 from jdpo.checkpoint.steps import MANIFEST, damaged_folders, fault_of, step_folders, step_of
-from jdpo.config import EXPORT_KEYS, TrainConfig, changed_keys, differences, refuse_passwords, to_dict, to_public_yaml
+from jdpo.config import (
+    EXPORT_KEYS,
+    DPOConfig,
+    TrainConfig,
+    changed_keys,
+    differences,
+    refuse_passwords,
+    to_dict,
+    to_public_yaml,
+)
 from jdpo.durable import keep_old, write_durably
 from jdpo.processes import any_process, barrier, is_first, together
 
 STARTED_IN = "started_in"
 """Key of run.json: the folder that the paths of the run's config are meant from."""
+LENGTH_KEYS = {"max_steps", "num_train_epochs"}
 USED_BY_A_RUN = ("metrics.jsonl", "checkpoints", "model", "run.json", "resolved_config.yaml")
 
 
@@ -137,6 +147,8 @@ class RunDirectory:
         if (found := self.state()["command"]) != command:
             raise ValueError(f"output_dir {self.path} holds a run of `jdpo {found}`, not of `jdpo {command}`; {advice}")
         changed = differences(self._saved_config(), config)
+        if changed and self.state()["finished"] and {line.partition(":")[0] for line in changed} <= LENGTH_KEYS:
+            raise ValueError(self._how_to_train_on(config, changed))
         if changed:
             raise ValueError(
                 f"output_dir {self.path} holds a different run, so this one cannot resume it:\n  "
@@ -144,6 +156,17 @@ class RunDirectory:
                 + f"\nUndo these, or {advice}"
             )
         return True
+
+    def _how_to_train_on(self, config: TrainConfig, changed: Sequence[str]) -> str:
+        """What to do where a finished run is asked for another number of steps."""
+        words = f"--model_name_or_path {self.model} --output_dir NEW_FOLDER"
+        if isinstance(config, DPOConfig):
+            words += f" --reference_model {config.reference_model or config.model_name_or_path}"
+        return (
+            f"the run in {self.path} is finished, and its learning rate has followed its schedule to the end, so it "
+            f"cannot be made longer or shorter ({', '.join(changed)}). To train on, start a new run from its model: "
+            f"`{words}`{' (which keeps the reference)' if isinstance(config, DPOConfig) else ''}"
+        )
 
     def _never_began(self) -> bool:
         """Whether a start was refused or killed before it left anything: its folder is free, for a repaired config."""

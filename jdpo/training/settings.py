@@ -18,6 +18,7 @@ from jdpo.reports.writers import check_trackers
 from jdpo.sharding.placement import check_host_memory
 from jdpo.training.profile import parse_steps
 from jdpo.training.tasks import Task
+from jdpo.words import figure
 
 Mode = Literal["live", "cached", "none"]
 """Where a run's reference log-probs come from: a frozen model in the step, the cache, or nowhere."""
@@ -109,7 +110,9 @@ def check_profiled(config: TrainConfig, num_steps: int) -> None:
     """
     steps = parse_steps(config.profile_steps)
     if steps is not None and steps[0] > num_steps:
-        raise ValueError(f"profile_steps {config.profile_steps} begins behind the last step: the run has {num_steps}")
+        raise ValueError(
+            f"profile_steps {config.profile_steps} starts after the last step (the run has {figure(num_steps, 'step')})"
+        )
 
 
 def check_offload(config: TrainConfig) -> None:

@@ -42,6 +42,7 @@ from jdpo.training.settings import (
 from jdpo.training.sources import Sources, check_positions, find_sources
 from jdpo.training.tasks import Task, task_for
 from jdpo.training.untrained import start_tokens
+from jdpo.words import figure
 
 Params = Any
 Say = Callable[[str], None]
@@ -347,9 +348,9 @@ def describe(setup: Setup) -> str:
     mesh = " x ".join(f"{axis}={size}" for axis, size in setup.mesh.shape.items())
     lines = [
         f"model: {setup.source_config.family}, {num_whole:,} parameters, {config.compute_dtype} compute",
-        f"mesh: {mesh} over {setup.mesh.size} {jax.default_backend()} device(s)",
-        f"run: {setup.num_steps} steps of {config.global_batch_size} {task.unit}, "
-        f"{_cut(config)}; {setup.steps_per_epoch} steps an epoch",
+        f"mesh: {mesh} over {figure(setup.mesh.size, f'{jax.default_backend()} device')}",
+        f"run: {figure(setup.num_steps, 'step')} of {figure(config.global_batch_size, task.unit.removesuffix('s'))}, "
+        f"{_cut(config)}; {figure(setup.steps_per_epoch, 'step')} per epoch",
     ]
     if setup.adaptation is not None:
         lines += setup.adaptation.describe(num_whole)
@@ -367,7 +368,7 @@ def _cut(config: TrainConfig) -> str:
     """How a step's rows lie in batches, as far as the config says."""
     how = "packed" if config.packing else "padded"
     if config.micro_batch_size is not None:
-        return f"{how}, at most {config.micro_batch_size} a device at once"
+        return f"{how}, at most {config.micro_batch_size} per device at once"
     if config.max_tokens_per_device is not None:
-        return f"{how}, at most {config.max_tokens_per_device} tokens a device at once"
+        return f"{how}, at most {config.max_tokens_per_device} tokens per device at once"
     return how

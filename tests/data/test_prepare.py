@@ -342,7 +342,7 @@ def test_files_of_a_folder_that_are_not_read_are_said(prepare: Callable[..., Any
     data = prepare(datasets)
     assert data.from_cache  # what is left out is no part of the rows
     assert (
-        "6 data files of no split are left out: extra0.jsonl, extra1.jsonl, extra2.jsonl, extra3.jsonl, extra4.jsonl "
+        "6 data files of no split left out: extra0.jsonl, extra1.jsonl, extra2.jsonl, extra3.jsonl, extra4.jsonl "
         "and 1 more"
     ) in data.summary()
 

@@ -85,7 +85,7 @@ CONFIG: dict[str, tuple[Make, list[str]]] = {
     ),
     "mesh that does not fit the devices": (
         lambda at: {"mesh.data": 3, "mesh.fsdp": 1},
-        ["mesh data=3, fsdp=1, expert=1, tensor=1 does not fit the 8 device(s)", "1x8x1x1"],
+        ["mesh data=3, fsdp=1, expert=1, tensor=1 does not fit the 8 devices", "1x8x1x1"],
     ),
     "batch that does not fit the mesh": (
         lambda at: {"global_batch_size": 12},

@@ -115,6 +115,17 @@ def test_a_finished_run_says_so_and_changes_nothing(cut_words: Words, uninterrup
     assert after == before
 
 
+def test_a_finished_run_that_is_asked_for_more_steps_says_how_to_train_on(
+    cut_words: Words, uninterrupted: Path, capsys: Capture
+) -> None:
+    said = refusal(cut_words(uninterrupted, num_train_epochs=7), capsys)
+    assert "is finished, and its learning rate has followed its schedule to the end" in said
+    assert "num_train_epochs: 4.0 before, 7.0 now" in said
+    base = dict(word.split("=", 1) for word in cut_words(uninterrupted)[1:])["model_name_or_path"]
+    assert f"`--model_name_or_path {uninterrupted / 'model'} --output_dir NEW_FOLDER --reference_model {base}`" in said
+    assert "holds a different run" in refusal(cut_words(uninterrupted, num_train_epochs=7, beta=0.2), capsys)
+
+
 def test_a_deleted_model_is_exported_again(
     cut_words: Words, uninterrupted: Path, same_run: SameRun, tmp_path: Path
 ) -> None:

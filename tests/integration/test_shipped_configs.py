@@ -114,7 +114,7 @@ def test_a_shipped_config_runs_dry(
     printed = capsys.readouterr().out
     assert f"{num_params:,} parameters" in printed
     assert f"note: no weights in {folder}" in printed
-    assert "kept on a device: " in printed
+    assert "kept on each device: " in printed
     assert not (tmp_path / "run").exists()
 
 
@@ -129,7 +129,7 @@ def test_what_is_kept_on_a_device_follows_mesh_and_adapters(
     def kept(*words: str) -> float:
         own = [f"model_name_or_path={folder}", f"datasets={rows}", f"output_dir={tmp_path / 'run'}"]
         assert main(["dpo", *own, f"cache_dir={tmp_path / 'cache'}", *words, "--dry_run"]) == 0
-        found = re.search(r"kept on a device: ([0-9.]+) GiB", capsys.readouterr().out)
+        found = re.search(r"kept on each device: ([0-9.]+) GiB", capsys.readouterr().out)
         assert found
         return float(found[1])
 

@@ -143,7 +143,27 @@ def test_tensorboard_gets_every_scalar(tmp_path: Path) -> None:
     assert b"rewards/margins" in events.read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("import no_such_module", "importing it fails: ModuleNotFoundError: No module named 'no_such_module'"),
+        ("from json import no_such_name", "importing it fails: ImportError: cannot import name 'no_such_name'"),
+        ("raise TypeError('descriptors cannot be created')", "TypeError: descriptors cannot be created"),
+    ],
+)
+def test_a_tracker_that_does_not_import_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, said: str
+) -> None:
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "__init__.py").write_text(content)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        make_trackers(["wandb"], tmp_path, {})
+
+
 def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)  # what an import of a missing package meets
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if not (Path(path) / "wandb").exists()])
     with pytest.raises(ValueError, match="pip install 'jdpo\\[wandb\\]'"):
         make_trackers(["wandb"], tmp_path, {})

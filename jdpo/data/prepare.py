@@ -68,8 +68,6 @@ Progress = Callable[[int, int | None], None]
 That is None where files do not say how many rows they have before they are read.
 It is called after every chunk of a data set's rows, and not at all where the rows come
 from the cache. What it raises ends the work.
-from jdpo.safe_text import terminal
-from jdpo.words import figure
 """
 
 

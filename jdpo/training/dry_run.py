@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from jdpo.config import DPOConfig, TrainConfig
+from jdpo.devices import leave_out_missing_tpus
 from jdpo.training.assembly import Assembly, assemble
 from jdpo.training.numerics import numerics, resolve_dtype
 from jdpo.training.settings import Mode
@@ -24,6 +25,7 @@ def dry_run(config: TrainConfig, say: Say) -> None:
     Raises:
       ValueError: anything that does not fit.
     """
+    leave_out_missing_tpus()
     config = resolve_dtype(config)
     with numerics(config):
         setup = build(config, say, weights=False)

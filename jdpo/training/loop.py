@@ -9,6 +9,7 @@ from typing import Any
 
 from jdpo.checkpoint.folders import check_out
 from jdpo.config import DPOConfig, TrainConfig
+from jdpo.devices import leave_out_missing_tpus
 from jdpo.processes import differing, together
 from jdpo.reports.progress import make_console
 from jdpo.training.continuing import find_newest
@@ -40,6 +41,7 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
     """
     console = make_console()
     say = partial(say_on, console)
+    leave_out_missing_tpus()
     config = resolve_dtype(config)
     with (
         StopRequest() as stop,

@@ -10,6 +10,7 @@ from pathlib import Path
 from jdpo.config import DPOConfig
 from jdpo.data.reference_cache import ReferenceCache
 from jdpo.data.reference_key import changes, nearest
+from jdpo.devices import leave_out_missing_tpus
 from jdpo.processes import any_process, is_first
 from jdpo.training.numerics import jax_settings, resolve_dtype
 from jdpo.training.reference_build import build_cache
@@ -123,6 +124,7 @@ def compute_reference(config: DPOConfig, say: Say) -> Reference:
         raise ValueError(f"loss_type {' + '.join(config.loss_type)} has no reference: there is nothing to compute")
     if config.sync_ref_model:
         raise ValueError("sync_ref_model moves the reference in training: its log-probs cannot be computed beforehand")
+    leave_out_missing_tpus()
     resolved = resolve_dtype(config)
     with jax_settings(resolved):
         setup = build(resolved, say)

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -125,14 +126,54 @@ def test_without_a_terminal_progress_is_plain_lines() -> None:
     assert last.endswith("0:00:00 left")
 
 
-def test_in_a_terminal_a_bar_shows_step_and_figures() -> None:
+METRICS = {"loss": 0.51234, "rewards/margins": 0.2512, "rewards/accuracies": 0.875}
+
+
+def last_frame(width: int, metrics: dict[str, float], step: int = 12, num_steps: int = 3456) -> str:
+    """The bar after a step, as a terminal of so many columns shows it."""
     out = io.StringIO()
-    console = Console(file=out, width=160, force_terminal=True)
-    with RunDisplay(first_step=0, num_steps=2, unit="pairs", console=console) as display:
+    console = Console(file=out, width=width, force_terminal=True, color_system=None)
+    with RunDisplay(first_step=0, num_steps=num_steps, unit="pairs", console=console) as display:
+        display.step(step, metrics, RATES | {"mfu": 0.5})
+    frames = [line for line in re.split(r"[\r\n]|\x1b\[[0-9;?]*[A-Za-z]", out.getvalue()) if "training" in line]
+    return frames[-1].rstrip()
+
+
+def test_in_a_terminal_a_bar_shows_step_time_left_and_figures() -> None:
+    frame = last_frame(160, METRICS, 2, 2)
+    assert re.fullmatch(
+        r"training ━{24} 2/2 0:00:00 left loss 0.5123  margin 0.2512  accuracy 0.875  12 pairs/s  "
+        r"3,500 tokens/s  MFU 50%",
+        frame,
+    )
+
+
+@pytest.mark.parametrize(
+    ("width", "shown"), [(80, ["loss", "margin"]), (100, ["loss", "margin", "accuracy", "pairs/s"])]
+)
+def test_metrics_give_way_to_the_bar_step_and_time_left(width: int, shown: list[str]) -> None:
+    frame = last_frame(width, METRICS)
+    assert re.match(r"training [━╸╺ ]{10} +12/3456 \d+:\d\d:\d\d left", frame)
+    assert len(frame) <= width
+    assert "…" not in frame
+    assert [name for name in ("loss", "margin", "accuracy", "pairs/s", "tokens/s", "MFU") if name in frame] == shown
+
+
+def test_a_narrow_terminal_still_shows_step_and_time_left() -> None:
+    frame = last_frame(48, METRICS)
+    assert re.search(r"12/3456 \d+:\d\d:\d\d left$", frame)
+
+
+def test_the_time_left_does_not_count_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    out = io.StringIO()
+    with RunDisplay(first_step=0, num_steps=11, unit="pairs", console=Console(file=out, width=200)) as display:
+        with display.compiling():
+            now[0] += 600
+        now[0] += 2
         display.step(1, {"loss": 0.5}, RATES)
-        display.step(2, {"loss": 0.25}, RATES)
-    assert "loss 0.25" in out.getvalue()
-    assert "2/2" in out.getvalue()
+    assert out.getvalue().rstrip().endswith("0:00:20 left")
 
 
 def test_tensorboard_gets_every_scalar(tmp_path: Path) -> None:

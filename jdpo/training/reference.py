@@ -104,7 +104,7 @@ def settle_reference(
         if is_first():
             with contextlib.suppress(OSError):  # a hint to later runs, nothing more
                 sets[0].folder.ask(_run_name(setup))
-        say(f"reference: live, in every step, as one pass over the rows does not pay for keeping its log-probs{news}")
+        say(f"reference: live, as one pass over the rows does not pay for a cache{news}")
         return Reference(mode="live")
     say(f"reference: computing its log-probs once, {reason}{news}")
     return _build(setup, sets, say, repair=False, stopped=stopped)

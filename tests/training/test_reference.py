@@ -367,7 +367,7 @@ def test_a_miss_names_what_changed(built: Place, tmp_path: Path, name: str) -> N
     assert settled.reference == Reference(mode="live")
     (line,) = settled.lines
     explained = str(refusal.value).partition("but ")[2].partition("; `jdpo reference")[0]
-    assert line.startswith("reference: live, in every step, as one pass over the rows does not pay")
+    assert line.startswith("reference: live, as one pass over the rows does not pay")
     assert line.endswith(f"; {explained}")
 
 
@@ -455,9 +455,7 @@ def test_auto_stays_live_until_another_run_asks_for_the_same_rows(place: Place) 
     for _ in range(2):  # the same run again, such as after an interruption
         settled = place.settle()
         assert settled.reference == Reference(mode="live")
-        assert settled.lines == [
-            "reference: live, in every step, as one pass over the rows does not pay for keeping its log-probs"
-        ]
+        assert settled.lines == ["reference: live, as one pass over the rows does not pay for a cache"]
     assert not place.files()
     settled = place.settle(output_dir=place.folder / "second", beta=0.3)
     assert settled.reference.num_computed == 26

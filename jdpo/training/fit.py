@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
 from jdpo.processes import most_of_processes
+from jdpo.training.host_memory import host_memory
 
 MAX_TOKENS_PER_DEVICE = {"cpu": 16384, "gpu": 32768, "tpu": 32768}
 """Tokens of a device's part of a micro-batch where memory sets no limit: more make no step faster."""
@@ -116,25 +115,12 @@ def memory_limit() -> int:
     """Bytes that a step may take of each device's memory; the same on every process."""
     device = jax.local_devices()[0]
     if device.platform == "cpu":
-        limit = host_memory() * SHARE_OF_HOST / jax.local_device_count()
+        limit = host_memory().size * SHARE_OF_HOST / jax.local_device_count()
     else:
         stats = device.memory_stats() or {}
         limit = stats.get("bytes_limit", math.inf) * SHARE_OF_DEVICE
     least = -most_of_processes(-limit)
     return int(least) if math.isfinite(least) else 2**63 - 1
-
-
-def host_memory() -> int:
-    """Bytes of memory that this process may use: the machine's, or less where a control group says so."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        try:
-            text = (Path("/sys/fs/cgroup") / name).read_text(encoding="utf-8").strip()
-        except OSError:
-            continue
-        if text.isdigit():
-            total = min(total, int(text))
-    return total
 
 
 def is_exhausted(error: jax.errors.JaxRuntimeError) -> bool:

@@ -28,6 +28,7 @@ from jdpo.training.fit import (
     memory_limit,
     program_bytes,
 )
+from jdpo.training.host_memory import host_memory
 from jdpo.training.reference import Reference
 from jdpo.training.setup import Say, Setup
 from jdpo.words import memory
@@ -197,7 +198,8 @@ def _said(fit: Fit, limit: int, *, by_tokens: bool) -> str:
             "; this may not fit: use more devices, a shorter max_length, or an optimizer that keeps less "
             "(docs/memory.md)"
         )
-    return text
+    bound = host_memory().bound if jax.default_backend() == "cpu" else ""
+    return f"{text} (the host's memory is limited by {bound})" if bound else text
 
 
 FITTED_KEYS = (

@@ -233,6 +233,12 @@ def test_switches_need_no_value() -> None:
     assert config.lora.use_rslora
 
 
+def test_target_modules_of_the_command_line_are_a_list_or_a_name() -> None:
+    lora = dpo("--lora.target_modules", "[q_proj, v_proj]").lora
+    assert isinstance(lora, LoraConfig)
+    assert lora.target_modules == ("q_proj", "v_proj")
+
+
 @pytest.mark.parametrize("name", ["0123", "2024-01-01", "on", "1e5", "a: b"])
 def test_text_on_the_command_line_stays_as_it_is(name: str) -> None:
     config = dpo(f"output_dir={name}", f"--model_revision={name}", "chat_template=null")

@@ -147,7 +147,7 @@ def _keys_of_type(cls: type, kind: type, prefix: str = "") -> set[str]:
         is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
         if hint is kind or (is_union and kind in typing.get_args(hint)) or (kind is bool and name in SWITCHED_GROUPS):
             keys.add(prefix + name)
-        if group is not None and (dataclasses.is_dataclass(hint) or name in SWITCHED_GROUPS):
+        if group is not None and (dataclasses.is_dataclass(hint) or (kind is bool and name in SWITCHED_GROUPS)):
             keys |= _keys_of_type(group, kind, f"{prefix}{name}.")
     return keys
 

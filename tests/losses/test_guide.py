@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import io
 import re
 import sys
 from collections.abc import Iterator
@@ -288,18 +286,6 @@ def test_every_option_is_named() -> None:
 
 
 # --- code, settings, links and pictures
-
-
-def test_code_of_the_guide_runs_and_prints_what_it_says() -> None:
-    names: dict[str, Any] = {}
-    for block in blocks("python"):
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            exec(compile(block, "docs/losses.md", "exec"), names)
-        said = re.findall(r"(?:print\(.*\)  |^    )# (.*)$", block, flags=re.M)
-        assert printed.getvalue().splitlines() == said
-    assert len(blocks("python")) == 4
-    assert jnp.isfinite(jax.tree.leaves(names["grads"])[0]).all()
 
 
 def test_settings_of_the_guide_are_accepted(tmp_path: Path) -> None:

@@ -1,0 +1,276 @@
+"""Every block of README.md and docs/ does what a reader who copies it expects.
+
+Rows are read by `jdpo inspect`, Python runs, settings and commands that train run with --dry_run, all others run as
+they are. Hub names and files of users are toys, see `TOYS` and `place`. What cannot run is in `LISTED` with the reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import shlex
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from jdpo.cli.main import main
+from jdpo.cli.quickstart import read_settings
+from tests.conftest import chat_pairs, write_jsonl
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+LISTED = {
+    ("README.md", "bash scripts/quickstart.sh"): "trains for minutes; tests/quickstart runs it",
+    ("README.md", "bash scripts/test.sh"): "runs this suite",
+    ("README.md", "pip install -e"): "installs; tests/test_editable_install.py does so",
+    ("README.md", "output_dir/"): "lists the files of a run",
+    ("docs/data.md", "file -> raw row"): "a diagram",
+    ("docs/lora.md", "from peft import"): "needs PyTorch; tests/models/test_peft_torch.py loads exports with PEFT",
+    ("docs/losses.md", "a, b        policy minus"): "explains symbols",
+    ("docs/memory.md", "pytest tests/models/test_remat.py"): "is part of this suite",
+    ("docs/quickstart.md", "bash scripts/quickstart.sh\n"): "trains for minutes; tests/quickstart runs it",
+    ("docs/quickstart.md", "corpus (frequencies)"): "a diagram",
+    ("docs/weights.md", "jdpo export runs/first exported --push_to_hub"): "uploads; tests/cli/test_export.py has a hub",
+}
+"""(page, how a block or a command begins) -> why it does not run."""
+
+TOYS = {
+    "Qwen/Qwen2.5-0.5B-Instruct": "toy",
+    "BASE": "toy",
+    "dpo ...": "dpo run.yaml",
+    "runs/first/checkpoints/400 exported": "runs/adapters/checkpoints/1 exported",
+    "--step 400": "--step 1",
+}
+"""What stands in the docs for something of the reader's own -> the toy that takes its place."""
+
+NAMES = {
+    "README.md": """
+import jax.numpy as jnp
+def apply_fn(params, tokens, attention_mask):
+    return jnp.cumsum(params["table"][tokens] * attention_mask[..., None], axis=1) @ params["table"].T
+policy_params = reference_params = {"table": jnp.arange(128.0).reshape(32, 4) % 7}
+tokens = jnp.arange(48).reshape(2, 2, 12) % 32
+attention_mask = jnp.ones((2, 2, 12), bool)
+completion_mask = attention_mask.at[..., :3].set(False)
+"""
+}
+"""What the Python of a page takes as given."""
+
+OPTIONS_OF_SHELL = ("jdpo ", "bash ", "pip ", "python ", "pytest ")
+
+
+class Item(NamedTuple):
+    """A block, or one command of a block of commands.
+
+    Attributes:
+      page: its file, relative to the repository.
+      line: where the block begins.
+      kind: rows, python, settings, command, listed, or "" where nobody knows what to do with it.
+      text: without indentation.
+    """
+
+    page: str
+    line: int
+    kind: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line}:{self.text.split(chr(10))[0][:40]}"
+
+
+def blocks_of(text: str) -> Iterator[tuple[int, str, str]]:
+    """Yields (line, language, text) of fenced and of indented blocks; the latter have no language."""
+    lines = text.split("\n")
+    place = 0
+    while place < len(lines):
+        fence = re.match(r"( *)(`{3,}|~{3,}) *(\w*)", lines[place])
+        began = place
+        if fence:
+            place += 1
+            while not lines[place].strip().startswith(fence[2]):
+                place += 1
+            inner = [line.removeprefix(fence[1]) for line in lines[began + 1 : place]]
+            yield began + 1, fence[3], "\n".join(inner)
+        elif lines[place].startswith("    ") and (place == 0 or not lines[place - 1].strip()):
+            while place < len(lines) and (lines[place].startswith("    ") or not lines[place].strip()):
+                place += 1
+            yield began + 1, "", "\n".join(line[4:] for line in lines[began:place]).rstrip()
+            continue
+        place += 1
+
+
+def kind_of(language: str, text: str) -> str:
+    first = text.lstrip().split("\n")[0]
+    if language in ("python", "yaml"):
+        return {"python": "python", "yaml": "settings"}[language]
+    if language in ("json", "jsonl") or (not language and first.startswith("{")):
+        return "rows"
+    commands = [line for line in text.split("\n") if line.strip()]
+    return "command" if all(line.startswith(OPTIONS_OF_SHELL) for line in commands) else ""
+
+
+def why_listed(page: str, text: str) -> tuple[str, str] | None:
+    whole = f"{text.strip()}\n"
+    return next((key for key in LISTED if key[0] == page and whole.startswith(key[1])), None)
+
+
+def items() -> list[Item]:
+    found = []
+    for path in PAGES:
+        page = path.relative_to(ROOT).as_posix()
+        for line, language, text in blocks_of(path.read_text(encoding="utf-8")):
+            kind = kind_of(language, text)
+            is_commands = kind == "command"
+            for part in text.replace("\\\n", " ").split("\n") if is_commands else [text]:
+                part = part.split("  #")[0].split(" # ")[0].rstrip() if is_commands else part
+                if part:
+                    found.append(Item(page, line, "listed" if why_listed(page, part) else kind, part))
+    return found
+
+
+ITEMS = items()
+TRAINED_FIRST = re.compile("jdpo export")
+
+
+def how(item: Item) -> str:
+    """In which of the three ways an item is tried."""
+    if item.kind == "listed":
+        return "listed"
+    trains = item.kind == "command" and re.match(r"jdpo (dpo|sft) (?!--help|.*--print_config)", item.text)
+    is_settings = item.kind == "settings" or item.text.startswith("bash scripts/quickstart.sh --")
+    return "dry run" if trains or (is_settings and "--help" not in item.text) else "run"
+
+
+def test_every_block_is_run_or_listed_and_nothing_is_listed_in_vain(capsys: pytest.CaptureFixture[str]) -> None:
+    unknown = [str(item) for item in ITEMS if not item.kind]
+    assert not unknown, f"give these a language, or list them with a reason: {unknown}"
+    used = {why_listed(item.page, item.text) for item in ITEMS if item.kind == "listed"}
+    assert used == set(LISTED)
+    counts = Counter(map(how, ITEMS))
+    with capsys.disabled():
+        said = ", ".join(f"{counts[name]} {name}" for name in ("run", "dry run", "listed"))
+        print(f"\nblocks and commands of README and docs: {said}")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, toy_model: Path) -> Iterator[Path]:
+    """A folder in which what the docs name is there: a model, rows, configs, and an adapter where a run leaves it."""
+    folder = tmp_path_factory.mktemp("reader")
+    shutil.copytree(toy_model, folder / "toy")
+    for name in ("pairs.jsonl", "hh.jsonl", "own.jsonl", "ROWS.jsonl"):
+        write_jsonl(folder / name, chat_pairs(24))
+    shutil.copytree(ROOT / "configs", folder / "configs")
+    settings = {"model_name_or_path": "toy", "datasets": "pairs.jsonl", "max_length": 64, "global_batch_size": 8}
+    for name in ("run", "dpo", "sft"):
+        (folder / f"{name}.yaml").write_text(json.dumps(settings | {"output_dir": f"runs/{name}-of-yaml"}))
+    write_adapter(folder / "runs" / "sft" / "model", folder / "toy")
+    patch = pytest.MonkeyPatch()
+    patch.chdir(folder)
+    patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    yield folder
+    patch.undo()
+
+
+def write_adapter(folder: Path, base: Path) -> None:
+    """A PEFT adapter of rank 2 on the queries."""
+    config = json.loads((base / "config.json").read_text())
+    folder.mkdir(parents=True)
+    settings = {"peft_type": "LORA", "base_model_name_or_path": str(base), "r": 2, "lora_alpha": 4, "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(settings | {"target_modules": ["q_proj"]}))
+    tensors = {}
+    for layer in range(config["num_hidden_layers"]):
+        name = f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_"
+        tensors[f"{name}A.weight"] = np.ones((2, config["hidden_size"]), np.float32)
+        tensors[f"{name}B.weight"] = np.zeros((config["num_attention_heads"] * config["head_dim"], 2), np.float32)
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def trained(place: Path) -> Path:
+    """Finished runs where the docs export them."""
+    words = ["run.yaml", "max_steps=2", "save_steps=1", "remat=none", "reference=live"]
+    assert main(["dpo", *words, "output_dir=runs/first"]) == 0
+    assert main(["dpo", *words, "output_dir=runs/adapters", "--lora"]) == 0
+    return place
+
+
+def words_of(command: str) -> list[str]:
+    for written, toy in TOYS.items():
+        command = re.sub(rf"(?<!\S){re.escape(written)}(?!\S)", toy, command)
+    return shlex.split(command)
+
+
+def tried(words: list[str]) -> None:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(words)
+    assert code == 0, f"jdpo {shlex.join(words)}\n{out.getvalue()}{err.getvalue()}"
+
+
+COMMANDS = [item for item in ITEMS if item.kind == "command"]
+
+
+@pytest.mark.parametrize("item", [item for item in COMMANDS if not TRAINED_FIRST.match(item.text)], ids=str)
+def test_commands(item: Item, place: Path) -> None:
+    program, *words = words_of(item.text)
+    if (program, *words[:1]) == ("bash", "scripts/quickstart.sh"):
+        if "--help" in words:
+            tried(["quickstart", "--help"])
+        else:
+            read_settings(words[1:])
+        return
+    assert program == "jdpo", item.text
+    if any(word.startswith("configs/") for word in words):
+        words.append("--model_name_or_path=toy")  # whose config names a model of the hub
+    if how(item) == "dry run" and "--dry_run" not in words:
+        words.append("--dry_run")
+    if "--help" not in words and "output_dir" not in item.text and not any(".yaml" in word for word in words):
+        words.append("--output_dir=runs/new")
+    tried(words)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("item", [item for item in COMMANDS if TRAINED_FIRST.match(item.text)], ids=str)
+def test_exports(item: Item, trained: Path) -> None:
+    tried(words_of(item.text)[1:])
+    assert (trained / "exported" / "README.md").is_file()
+
+
+@pytest.mark.parametrize("item", [item for item in ITEMS if item.kind == "rows"], ids=str)
+def test_rows(item: Item, place: Path) -> None:
+    rows = [json.loads(line) for line in item.text.splitlines()]
+    (place / "copied.jsonl").write_text(item.text + "\n", encoding="utf-8")
+    task = "dpo" if any({"chosen", "rejected"} & set(row) for row in rows) else "sft"
+    tried(["inspect", "--task", task, "model_name_or_path=toy", "datasets=copied.jsonl"])
+
+
+@pytest.mark.parametrize("item", [item for item in ITEMS if item.kind == "settings"], ids=str)
+def test_settings(item: Item, place: Path) -> None:
+    (place / "copied.yaml").write_text(item.text, encoding="utf-8")
+    words = ["copied.yaml", "--model_name_or_path=toy", "--output_dir=runs/new", "--max_length=64"]
+    given = "datasets:" in item.text
+    tried(["dpo", *words, *([] if given else ["--datasets=pairs.jsonl"]), "--global_batch_size=8", "--dry_run"])
+
+
+@pytest.mark.parametrize("page", sorted({item.page for item in ITEMS if item.kind == "python"}))
+def test_python(page: str) -> None:
+    names: dict[str, Any] = {}
+    exec(NAMES.get(page, ""), names)
+    for item in ITEMS:
+        if item.page == page and item.kind == "python":
+            printed = io.StringIO()
+            with contextlib.redirect_stdout(printed):
+                exec(compile("\n" * item.line + item.text, page, "exec"), names)
+            # What is printed is said behind the call, or in the comments that follow it.
+            assert printed.getvalue().splitlines() == re.findall(
+                r"(?:print\(.*\)  |^    )# (.*)$", item.text, flags=re.M
+            )

@@ -117,15 +117,6 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_tokenizer(folder: Path, tokenizer: Any) -> None:
-    """The files of a transformers PreTrainedTokenizerBase."""
-    tokenizer.save_pretrained(str(folder))
-    path = folder / "tokenizer_config.json"
-    # transformers writes down how this process loaded the tokenizer, which is nobody else's business.
-    kept = {key: value for key, value in read_json(path).items() if key not in ("is_local", "local_files_only")}
-    write_json(path, kept)
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object."""
     value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

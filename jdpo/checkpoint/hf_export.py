@@ -11,8 +11,9 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 
-from jdpo.checkpoint.folders import read_json, write_folder, write_json, write_tokenizer
+from jdpo.checkpoint.folders import read_json, write_folder, write_json
 from jdpo.checkpoint.shard_files import ShardFile, plan_shards, write_shards
+from jdpo.checkpoint.tokenizer_files import write_tokenizer
 from jdpo.models.config import ModelConfig
 from jdpo.models.hf_names import hf_tensors
 from jdpo.models.safetensors_folder import source_dtypes
@@ -36,6 +37,7 @@ def export_model(
     *,
     source_folder: Path,
     tokenizer: Any,
+    tokenizer_folder: Path | None = None,
     end_token_ids: Sequence[int],
     export_dtype: ExportDtype = "source",
     max_shard_size: str = "5GB",
@@ -51,6 +53,7 @@ def export_model(
     Args:
       source_folder: the model training started from; its config.json and generation_config.json are carried over.
       tokenizer: a transformers PreTrainedTokenizerBase, its chat_template set.
+      tokenizer_folder: where it was loaded from, see `write_tokenizer`.
       end_token_ids: tokens that end a completion beside the tokenizer's EOS: the chat template's end of turn.
       export_dtype: "source" gives each tensor its dtype in source_folder (a new tensor: the most common one).
       max_shard_size: files are split at this size, e.g. "5GB" (decimal units).
@@ -72,7 +75,7 @@ def export_model(
     def write_the_rest(staging: Path) -> None:
         _check_arrived(staging, shards)
         _write_configs(config, source_folder, staging, tokenizer, end_token_ids, main_dtype)
-        write_tokenizer(staging, tokenizer)
+        write_tokenizer(staging, tokenizer, tokenizer_folder)
         if model_card is not None:
             (staging / "README.md").write_text(model_card, encoding="utf-8")
 
@@ -123,12 +126,14 @@ def _write_configs(
 ) -> None:
     generation_path = source_folder / "generation_config.json"
     generation_json = read_json(generation_path) if generation_path.is_file() else {}
+    model_json = read_json(source_folder / "config.json")
     own = generation_json.get("eos_token_id")
+    if own is None:  # merged and converted models often have no generation_config.json
+        own = model_json.get("eos_token_id")
     ends = [tokenizer.eos_token_id, *map(int, end_token_ids), *(own if isinstance(own, list) else [own])]
     eos_ids = [id for id in dict.fromkeys(ends) if id is not None]
     special = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
     special = {key: value for key, value in special.items() if value is not None}
-    model_json = read_json(source_folder / "config.json")
     # transformers 5 writes `dtype`, older ones `torch_dtype`, which is all that some loaders know.
     dtype_key = "torch_dtype" if "torch_dtype" in model_json and "dtype" not in model_json else "dtype"
     model_json |= {**special, "vocab_size": config.vocab_size, dtype_key: main_dtype.name}

@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jdpo.checkpoint.folders import write_folder, write_json, write_tokenizer
+from jdpo.checkpoint.folders import write_folder, write_json
+from jdpo.checkpoint.tokenizer_files import write_tokenizer
 from jdpo.models.adapter_config import CONFIG_NAME, WEIGHTS_NAME
 from jdpo.models.lora import Adapters, Lora
 from jdpo.models.lora_sites import Site
@@ -25,6 +26,7 @@ def export_adapter(
     base_name: str,
     base_revision: str | None,
     tokenizer: Any,
+    tokenizer_folder: Path | None = None,
     model_card: str | None = None,
     kept: Sequence[Path] = (),
 ) -> None:
@@ -38,6 +40,7 @@ def export_adapter(
       sites: all of the model's.
       base_name, base_revision: of the model that the adapters belong on, as a loader is to find it.
       tokenizer: a transformers PreTrainedTokenizerBase, its chat_template set.
+      tokenizer_folder: where it was loaded from, see `write_tokenizer`.
       model_card: the text of README.md; None writes none.
       kept: folders that `out` may not touch: the base, an adapter that training went on from, checkpoints.
 
@@ -56,7 +59,7 @@ def export_adapter(
                 raise ValueError(f"tensor {name} holds NaN or Inf: this adapter is not exported")
         (staging / WEIGHTS_NAME).write_bytes(save(tensors, metadata={"format": "pt"}))
         write_json(staging / CONFIG_NAME, peft_config(lora, sites, base_name, base_revision))
-        write_tokenizer(staging, tokenizer)
+        write_tokenizer(staging, tokenizer, tokenizer_folder)
         if model_card is not None:
             (staging / "README.md").write_text(model_card, encoding="utf-8")
 

@@ -120,6 +120,7 @@ def export_trained(
             base_name=setup.base_to_find,
             base_revision=setup.sources.revision,
             tokenizer=setup.tokenizer.hf,
+            tokenizer_folder=setup.sources.tokenizer_folder,
             model_card=card,
             kept=(*made_from(setup), *kept),
         )
@@ -133,6 +134,7 @@ def export_trained(
         out,
         source_folder=setup.model_folder,
         tokenizer=setup.tokenizer.hf,
+        tokenizer_folder=setup.sources.tokenizer_folder,
         end_token_ids=setup.tokenizer.end_token_ids,
         export_dtype=config.export_dtype,
         max_shard_size=config.max_shard_size,

@@ -98,6 +98,21 @@ def test_what_stands_in_the_folder(export: Callable[..., Path], tokenizer: Any) 
     assert sorted(path.name for path in out.parent.iterdir()) == ["model"]
 
 
+@pytest.mark.parametrize("generation", [None, {"do_sample": True}], ids=["no file", "file without end tokens"])
+def test_end_tokens_of_config_json_are_kept_where_generation_config_has_none(
+    export: Callable[..., Path], tmp_path: Path, generation: dict[str, Any] | None
+) -> None:
+    source = copy_of("llama", tmp_path / "source")
+    config = json.loads((source / "config.json").read_text()) | {"eos_token_id": [7, 9, 1]}
+    (source / "config.json").write_text(json.dumps(config))
+    (source / "generation_config.json").unlink(missing_ok=True)
+    if generation is not None:
+        (source / "generation_config.json").write_text(json.dumps(generation))
+    out = export(source=source, end_token_ids=[0])
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((out / name).read_text())["eos_token_id"] == [0, 7, 9, 1]
+
+
 def test_generation_config_is_carried_over_and_end_tokens_are_listed_once(
     export: Callable[..., Path], tmp_path: Path
 ) -> None:

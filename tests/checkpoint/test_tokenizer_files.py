@@ -214,15 +214,15 @@ def test_transformers_4_reads_every_export_as_transformers_5_does(tmp_path: Path
     )
     if installed.returncode:
         pytest.skip(f"{' and '.join(packages)} cannot be installed here: {installed.stderr.strip()[-300:]}")
-    folders = []
+    copies, changes = [], []
     for name in CLASSES:
         source = write_source(tmp_path / name / "source", name)
         if name != "TokenizersBackend":  # which transformers 4 does not know: a copy is as unreadable as its source
-            folders.append(export(load(source), source, tmp_path / name / "copied"))
-        folders.append(export(changed(source), source, tmp_path / name / "changed"))
+            copies.append((export(load(source), source, tmp_path / name / "copied"), source))
+        changes.append(export(changed(source), source, tmp_path / name / "changed"))
     clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(
-        [python, "-c", READ, TEXT, json.dumps(TURNS), *map(str, folders)],
+        [python, "-c", READ, TEXT, json.dumps(TURNS), *map(str, [*sum(copies, ()), *changes])],
         env=clean,
         capture_output=True,
         text=True,
@@ -230,7 +230,9 @@ def test_transformers_4_reads_every_export_as_transformers_5_does(tmp_path: Path
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    for folder in folders:
+    for copied, source in copies:
+        assert found[str(copied)] == found[str(source)], copied
+    for folder in changes:
         now = load(folder)
         expected = [now(TEXT)["input_ids"], now.apply_chat_template(TURNS, tokenize=False), now.eos_token, len(now)]
         assert found[str(folder)] == expected, folder

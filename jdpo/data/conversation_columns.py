@@ -52,13 +52,11 @@ def prompt_columns(raw: Raw) -> list[str]:
     return [name for name in found if not any(_repeats(side, raw[name]) for side in sides)]
 
 
-def asks_for_an_answer(raw: Raw, column: str) -> bool:
-    """Whether the column is the prompt of both sides, and does not end in an answer itself."""
-    if column not in prompt_columns(raw):
-        return False
-    last = raw[column][-1]
+def ends_in_answer(value: Any) -> bool:
+    """Whether the last message of a list is the assistant's."""
+    last = value[-1] if is_conversation(value) else None
     role = last.get("role", last.get("from")) if isinstance(last, dict) else None
-    return messages.ROLES.get(str(role).lower()) != "assistant"
+    return messages.ROLES.get(str(role).lower()) == "assistant"
 
 
 def conversation_pair(raw: Raw, origin: str) -> Asked | Dropped:

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from jdpo.config import DatasetConfig
-from jdpo.data import conversation_columns, messages, ranked
+from jdpo.data import conversation_columns, messages, ranked, votes
 from jdpo.data.describing import named, shown
 from jdpo.data.messages import Raw
 from jdpo.data.of_lists import as_list
@@ -270,8 +270,10 @@ def _renamed(raw: Raw, column_map: Mapping[str, str], origin: str) -> dict[str, 
     taken = {*column_map, *column_map.values()}
     if any(side in raw and column_map.get(side, side) != side for side in ("chosen", "rejected")):
         taken.update(SIDE_SCORES)  # they speak of other sides than those that are now learnt
+    if not column_map.keys().isdisjoint(votes.VOTES):
+        taken.update(votes.all_votes(raw))
     rest = {name: value for name, value in raw.items() if name not in taken}
-    return rest | {name: raw[column] for name, column in column_map.items()}
+    return rest | {votes.name_of_vote(name, column): raw[column] for name, column in column_map.items()}
 
 
 def _too_close(pair: Couple, reading: Reading, columns: Raw, origin: str) -> Dropped | None:

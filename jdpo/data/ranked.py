@@ -22,7 +22,7 @@ from jdpo.types import Text
 Rule = Literal["best_vs_worst", "best_vs_random", "all"]
 
 FEW_ANSWERS = "fewer than two answers"
-TIED = "answers of the same rank or score"
+TIED = "ties: answers of the same rank, score or vote"
 
 
 class Dropped(NamedTuple):

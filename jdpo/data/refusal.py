@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from jdpo.data.describing import kind, listed, named, printable, shown
 from jdpo.data.messages import Raw
@@ -27,7 +27,10 @@ _COMPLETIONS = ("completion", "response", "answer", "output", "solution", "targe
 _BETTER = re.compile(r"chosen|better|best|prefer+ed|winner|winning|win|accepted|good|positive|pos|yw")
 _WORSE = re.compile(r"rejected|worse|worst|dispreferred|loser|losing|lose|bad|negative|neg|yl")
 _ONE_OF_TWO = re.compile(r"(?P<stem>.*[A-Za-z])[_-]?(?P<mark>[abAB]|[0-2]|left|right)")
-_SAYS_WHICH = re.compile(r"label|prefer|winner|better|choice|score|rank|rating", re.IGNORECASE)
+_ANSWER = re.compile(r"response|answer|completion|output|repl|generation|text|conversation")
+_VOTE = re.compile(r"prefer|winner|better|choice|vote|verdict|judg", re.IGNORECASE)
+_SAYS_WHICH = re.compile(rf"{_VOTE.pattern}|label|score|rank|rating", re.IGNORECASE)
+_VOTED_MARKS = (("a", "b"), ("0", "1"), ("1", "2"))
 
 Sample = tuple[Raw, str]
 """A raw row and its origin."""
@@ -106,19 +109,31 @@ def _suggestion(raw: Raw, *, supervised: bool) -> Iterator[str]:
         return
     worse = next((name for name in rest if _WORSE.search(name.lower())), None)
     better = next((name for name in rest if name != worse and _BETTER.search(name.lower())), None)
-    unsure = ""
-    twins = _twins(rest)
-    if better is None and worse is None and twins is not None:
-        better, worse = twins
-        unsure = f"  # or {_yaml(worse)}: the columns do not say which is better"
+    twins = _twins({name: raw[name] for name in rest}) if better is None or worse is None else None
+    judges = [name for name in raw if twins and name not in twins and _SAYS_WHICH.search(str(name))]
+    voted = _vote_lines(twins, judges) if twins else []
+    if voted:
+        yield from voted
+        return
+    unsure = f"  # or {_yaml(twins[1])}: the columns do not say which is better" if twins else ""
+    better, worse = twins or (better, worse)
     yield f"    chosen: {_yaml(better or '<column of the better answer>')}{unsure}"
     yield f"    rejected: {_yaml(worse or '<column of the worse answer>')}"
-    judges = [name for name in raw if unsure and name not in (better, worse) and _SAYS_WHICH.search(str(name))]
     if judges:
         yield (
-            f"If {named(judges)} says row by row which is better, write the rows anew with chosen and rejected: "
+            f"If {named(judges)} says row by row which is better, write the rows again with chosen and rejected: "
             "a column_map names the same column as better in every row."
         )
+
+
+def _vote_lines(twins: tuple[str, str], judges: Sequence[str]) -> list[str]:
+    """Lines that map two answers and a vote; none where no column is a vote, or the answers have other marks."""
+    marks = tuple(match["mark"].lower() for name in twins if (match := _ONE_OF_TWO.fullmatch(name)))
+    vote = next((name for name in judges if _VOTE.search(str(name))), None)
+    if vote is None or marks not in _VOTED_MARKS:
+        return []
+    answers = [f"    response_{mark}: {_yaml(name)}" for mark, name in zip(marks, twins, strict=True)]
+    return [*answers, f"    winner: {_yaml(vote)}  # says row by row which is better"]
 
 
 def _first_like(names: Sequence[str], words: Sequence[str]) -> str | None:
@@ -127,19 +142,24 @@ def _first_like(names: Sequence[str], words: Sequence[str]) -> str | None:
     return exact or next((name for word in words for name in names if word in name.lower()), None)
 
 
-def _twins(names: Sequence[str]) -> tuple[str, str] | None:
-    """Two columns that differ in a mark such as a and b.
+def _twins(columns: Mapping[str, object]) -> tuple[str, str] | None:
+    """Two columns that differ in a mark such as a and b, those of answers before others, then the longest.
 
-    >>> _twins(["id", "response_a", "response_b"])
+    >>> _twins({"id": 1, "model_a": "x", "model_b": "y", "response_a": "Hi", "response_b": "Hello"})
     ('response_a', 'response_b')
     """
     stems: dict[str, list[str]] = {}
-    for name in names:
+    for name in columns:
         match = _ONE_OF_TWO.fullmatch(name)
         if match:
             stems.setdefault(match["stem"], []).append(name)
-    found = next((found for found in stems.values() if len(found) == 2), None)
-    return (found[0], found[1]) if found else None
+
+    def rank(stem: str) -> tuple[bool, int]:
+        texts = [columns[name] for name in stems[stem]]
+        return bool(_ANSWER.search(stem.lower())), sum(len(text) for text in texts if isinstance(text, str))
+
+    found = max((stem for stem, names in stems.items() if len(names) == 2), key=rank, default=None)
+    return None if found is None else (stems[found][0], stems[found][1])
 
 
 def _yaml(name: str) -> str:

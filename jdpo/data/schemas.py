@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from jdpo.data import conversation_columns, messages, schema_readers
+from jdpo.data import conversation_columns, messages, schema_readers, votes
 from jdpo.data.messages import Raw
 from jdpo.data.ranked import Asked, Dropped
 
@@ -77,6 +77,13 @@ def _asked_in(column: str, name: str, description: str) -> Schema:
         lambda raw: _unprompted(raw, **{column: str}, chosen=_SIDE, rejected=_SIDE),
         schema_readers.asked_under(column),
     )
+
+
+def _answered_elsewhere(raw: Raw) -> bool:
+    """Whether `messages` is the prompt of answers in other columns."""
+    if conversation_columns.ends_in_answer(raw["messages"]):
+        return False
+    return votes.is_vote(raw) or "messages" in conversation_columns.prompt_columns(raw)
 
 
 def _responses(column: str) -> Schema:
@@ -202,6 +209,14 @@ PREFERENCE_SCHEMAS: Sequence[Schema] = (
         ),
         schema_readers.transcripts,
     ),
+    Schema(
+        "votes",
+        "prompt, response_a and response_b (or _0 and _1, _1 and _2), and a vote: winner, better_response_id, "
+        "overall_preference, or winner_model_a, winner_model_b and winner_tie of 0 and 1",
+        votes.COLUMNS_READ,
+        votes.is_vote,
+        votes.read_vote,
+    ),
 )
 """Schemas of preference rows, in the order in which they are tried."""
 
@@ -210,7 +225,7 @@ COMPLETION_SCHEMAS: Sequence[Schema] = (
         "messages",
         "messages: a conversation, a list of {role, content} that ends in an assistant turn",
         ("messages",),
-        lambda raw: _has(raw, messages=list) and not conversation_columns.asks_for_an_answer(raw, "messages"),
+        lambda raw: _has(raw, messages=list) and not _answered_elsewhere(raw),
         schema_readers.conversation,
     ),
     Schema(

@@ -94,6 +94,13 @@ CHECKS: dict[str, Check] = {
         "remove the mark (weight, train, loss, loss_mask) or the row; where earlier turns are to be learnt, use `jdpo "
         "sft` with loss_on: assistant_turns",
     ),
+    "ties": Check(
+        "rows whose answers are tied, which are not trained on",
+        None,
+        None,
+        "usual for votes and ranks: a tie does not say which answer is better",
+        "nothing, unless there are more than was meant",
+    ),
     "answer_cut": Check(
         "rows with an answer cut at max_length",
         0.25,

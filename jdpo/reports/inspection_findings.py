@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 from jdpo.data.boundaries import PLAIN_TEXT, WOULD_MERGE
-from jdpo.data.formats import NO_SHARED_TURN, STARTS_WITH_ANSWER
+from jdpo.data.formats import NO_SHARED_TURN, STARTS_WITH_ANSWER, TIED
 from jdpo.data.inspection import wilson
 from jdpo.data.inspection_text import BIDI, CONTROL, INVISIBLE, REPLACEMENT, SPECIAL, SPECIAL_IN_PLAIN, SURROGATE
 from jdpo.data.row_notes import ANSWER_CHANGED, TOOLS_UNUSED, TURN_CHANGED
@@ -166,8 +166,12 @@ def _part_findings(part: Json, where: str) -> Iterator[Finding]:
         rows_of["negative_margins"] = part["margins"]["negative"]
     for name, counted in rows_of.items():
         yield from _checked(name, counted["rows"], kept, counted["first"], where)
-    biggest = next((f"{one['reason']}: {one['first']}" for one in part["dropped"]), None)
-    yield from _checked("dropped", part["rows_dropped"], kept + part["rows_dropped"], biggest, where)
+    tied = [one for one in part["dropped"] if one["reason"] == TIED]
+    others = [one for one in part["dropped"] if one["reason"] != TIED]
+    biggest = next((f"{one['reason']}: {one['first']}" for one in others), None)
+    all_rows, num_tied = kept + part["rows_dropped"], sum(one["rows"] for one in tied)
+    yield from _checked("dropped", part["rows_dropped"] - num_tied, all_rows, biggest, where)
+    yield from _checked("ties", num_tied, all_rows, tied[0]["first"] if tied else None, where)
     for one in part["dropped"]:
         if one["reason"] == NOT_LEARNT:
             yield from _checked("shown_only", one["rows"], kept + part["rows_dropped"], one["first"], where)

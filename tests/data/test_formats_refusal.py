@@ -17,10 +17,10 @@ from jdpo.data.schemas import CANONICAL
 from jdpo.types import CompletionRow, PreferenceRow
 
 UNSAID = [
-    {"question": "The sky?", "response_a": "It is blue.", "response_b": "It is green.", "preference": "a"},
-    {"question": "The sea?\n\x1b[31m" + "x" * 5000, "response_a": "It is wet.", "response_b": None, "preference": "a"},
-    {"question": "The sun?", "response_a": "It is hot.", "response_b": "Cold.", "preference": "b"},
-    {"question": "The moon?", "response_a": "It is far.", "response_b": "Near.", "preference": "a"},
+    {"question": "The sky?", "reply_left": "It is blue.", "reply_right": "It is green.", "preference": "a"},
+    {"question": "The sea?\n\x1b[31m" + "x" * 5000, "reply_left": "It is wet.", "reply_right": None, "preference": "a"},
+    {"question": "The sun?", "reply_left": "It is hot.", "reply_right": "Cold.", "preference": "b"},
+    {"question": "The moon?", "reply_left": "It is far.", "reply_right": "Near.", "preference": "a"},
 ]
 SAMPLES = [(raw, f"x.jsonl:{number}") for number, raw in enumerate(UNSAID, start=1)]
 
@@ -45,24 +45,24 @@ def test_the_message_of_a_file_that_does_not_say_which_is_better() -> None:
     lines = message.splitlines()
     assert lines[0] == "x.jsonl:1: the columns fit no known format."
     assert lines[1] == (
-        "Found: question (string), response_a (string), response_b (string or null), preference (string)"
+        "Found: question (string), reply_left (string), reply_right (string or null), preference (string)"
     )
     assert lines[2:4] == [
         "Rows:",
-        "  x.jsonl:1: {question: 'The sky?', response_a: 'It is blue.', response_b: 'It is green.', preference: 'a'}",
+        "  x.jsonl:1: {question: 'The sky?', reply_left: 'It is blue.', reply_right: 'It is green.', preference: 'a'}",
     ]
     assert lines[4].startswith(r"  x.jsonl:2: {question: 'The sea?\n\x1b")
     assert lines[5].startswith("  x.jsonl:3: ")
     assert lines[6] == "Known formats:"
     assert all(len(line) < 260 for line in lines)
-    assert "rejected: response_b" in message
-    assert "    chosen: response_a  # or response_b: the columns do not say which is better" in lines
-    assert lines[-1].startswith("If preference says row by row which is better, write the rows anew")
+    assert "rejected: reply_right" in message
+    assert "    chosen: reply_left  # or reply_right: the columns do not say which is better" in lines
+    assert lines[-1].startswith("If preference says row by row which is better, write the rows again")
 
 
 def test_the_snippet_reads_the_rows_once_it_is_pasted() -> None:
     column_map = snippet(refused(SAMPLES))
-    assert column_map == {"prompt": "question", "chosen": "response_a", "rejected": "response_b"}
+    assert column_map == {"prompt": "question", "chosen": "reply_left", "rejected": "reply_right"}
     (row,) = preference_rows(UNSAID[0], "x:1", Reading(column_map))
     assert row == PreferenceRow("The sky?", "It is blue.", "It is green.", "x:1")
 
@@ -74,6 +74,10 @@ def test_the_snippet_reads_the_rows_once_it_is_pasted() -> None:
         ({"query": "?", "no": "a", "winner": "b", "loser": "c"}, ("query", "winner", "loser")),
         ({"prompt": "?", "dispreferred": "b", "preferred": "a"}, ("prompt", "preferred", "dispreferred")),
         ({"post": "?", "answer0": "a", "answer1": "b"}, ("post", "answer0", "answer1")),
+        (
+            {"post": "?", "model_a": "first", "model_b": "second", "text_a": "a", "text_b": "b", "best_of": 2},
+            ("post", "text_a", "text_b"),
+        ),
         ({"id": 3}, ("<column of the prompt>", "<column of the better answer>", "<column of the worse answer>")),
     ],
 )
@@ -81,6 +85,24 @@ def test_guesses(raw: dict[str, Any], expected: tuple[str, str, str]) -> None:
     with pytest.raises(ValueError, match="the columns fit no known format") as error:
         preference_rows(raw, "x:1")
     assert tuple(snippet(str(error.value)).values()) == expected
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        ({"model_a": "m", "model_b": "n", "reply_a": "Yes.", "reply_b": "No.", "winner": "model_b"}, ("_a", "_b")),
+        ({"reply1": "Yes.", "reply2": "No.", "the verdict": 2}, ("_1", "_2")),
+        ({"text_0": "Yes.", "text_1": "No.", "better_text": 1}, ("_0", "_1")),
+    ],
+)
+def test_the_snippet_of_two_answers_and_a_vote_reads_the_rows(raw: dict[str, Any], expected: tuple[str, str]) -> None:
+    raw = {"ask": "Is it?", **raw}
+    column_map = snippet(refused([(raw, "x:1")]))
+    assert {name for name in column_map if name.startswith("response")} == {f"response{mark}" for mark in expected}
+    if column_map["prompt"].startswith("<"):
+        column_map["prompt"] = "ask"
+    (row,) = preference_rows(raw, "x:1", Reading(column_map))
+    assert row == PreferenceRow([user("Is it?")], [assistant("No.")], [assistant("Yes.")], "x:1")
 
 
 def test_no_snippet_where_the_names_are_right_and_a_value_is_wrong() -> None:

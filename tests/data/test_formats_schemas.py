@@ -180,6 +180,24 @@ def golden(
             | {"chosen_avg_rating": "4.5", "rejected_avg_rating": "4"},
             {"schema": "instruction-responses", "margin": 0.5},
         ),
+        "arena": (
+            {"question_id": 7, "model_a": "m", "model_b": "n", "prompt": "The sky?", "response_a": worse}
+            | {"response_b": better, "winner": "model_b"},
+            {"schema": "votes"},
+        ),
+        "arena, whole conversations": (
+            {"conversation_a": chat["chosen"], "conversation_b": chat["rejected"], "winner": "model_a", "turn": 1},
+            {"schema": "votes"},
+        ),
+        "safer answers": (
+            {"prompt": "The sky?", "response_0": worse, "response_1": better, "is_response_0_safe": False}
+            | {"better_response_id": 1, "safer_response_id": 1},
+            {"schema": "votes"},
+        ),
+        "helpsteer": (
+            {"context": [BRIEF, ASK], "response1": better, "response2": worse, "overall_preference": -2},
+            {"schema": "votes", "prompt": [BRIEF, ASK]},
+        ),
         "trl conversational": (
             {"prompt": [ASK], "chosen": [assistant(better)], "rejected": [assistant(worse)]},
             {"schema": "conversational"},

@@ -151,6 +151,15 @@ def test_a_pair_whose_sides_start_with_the_assistant_is_a_fault(inspect: Callabl
         assert found["no_prompt"]["first"].startswith(counted)
 
 
+def test_ties_are_no_fault(inspect: Callable[..., Any]) -> None:
+    def vote(number: int, winner: str) -> dict[str, str]:
+        return {"prompt": f"river {number}?", "response_a": "yes", "response_b": "no", "winner": winner}
+
+    found = severities(inspect([vote(number, ("a", "b", "tie")[number % 3]) for number in range(30)]))
+    assert found["ties"] == "note"
+    assert "dropped" not in found
+
+
 def test_rows_held_out_by_their_prompt_never_leak(inspect: Callable[..., Any]) -> None:
     document = inspect(clean_rows(60) * 2, eval_fraction=0.3)
     train, held_out = document["train"], document["eval"]

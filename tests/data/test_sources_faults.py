@@ -75,6 +75,16 @@ FAULTS: list[tuple[list[str], bytes, str]] = [
     # JSON that is broken
     (LINES, b'{"a": 1}\n{"a": }\n', r":2: broken JSON: Expecting value \(column 7\)"),
     (LINES, b'{"a": 1} {"a": 2}\n', r":1: broken JSON: Extra data \(column 10\)"),
+    (
+        LINES,
+        b'{\n  "a": 1\n}\n',
+        r":1: broken JSON.*one JSON object per line, and this object does not end on its line",
+    ),
+    (LINES, b'{"a": 1,\n "b": 2}\n', r":1: broken JSON.*one JSON object per line, and this object does not end"),
+    (LINES, b'{"a": "b\nc"}\n', r":1: broken JSON.*one JSON object per line, and this object does not end"),
+    (LINES, b'[\n  {"a": 1}\n]\n', r":1: broken JSON.*one JSON object per line\. .*if its name ends in \.json"),
+    (LINES, b'[{"a": 1}, {"a": 2}]\n', r":1: expected an object.*one JSON object per line\. .*ends in \.json"),
+    (LINES, b'{"a": 1},\n{"a": 2}\n', r":1: broken JSON.*one JSON object per line, and something follows .*no comma"),
     (LINES, b"prompt,chosen\n", r":1: broken JSON: Expecting value \(column 1\)"),
     (JSON, b'[{"a": 1},\n {"a": }]', r":2: broken JSON: Expecting value \(column 8\)"),
     (JSON, b'[{"a": 1}\n {"a": 2}]', r":2: broken JSON: Expecting ',' delimiter \(column 2\)"),

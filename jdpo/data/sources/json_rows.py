@@ -15,6 +15,8 @@ from jdpo.data.sources.values import DECODER, checked_row, json_kind, unreadable
 CHUNK_BYTES = 2**20
 
 _SPACES = re.compile(r"[ \t\n\r]*")
+_ONE_PER_LINE = "a JSONL file holds one JSON object per line"
+_NAMED_JSON = "A file with an array of objects, or with objects of several lines, is read if its name ends in .json"
 _LONGEST_CUT = 16
 """An error of syntax farther than this from the end of the text is not because the text ends (or a string is open)."""
 
@@ -28,10 +30,28 @@ def read_json_lines(file: File) -> Iterator[Row]:
         try:
             value = DECODER.decode(text)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: broken JSON: {error.msg} (column {error.colno})") from None
+            found = f"broken JSON: {error.msg} (column {error.colno})"
+            raise ValueError(f"{where}: {found}; {_ONE_PER_LINE}{_advice(text, error)}") from None
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: {unreadable(error)}") from None
+        if isinstance(value, list):
+            found = "expected an object with the row's columns, found an array"
+            raise ValueError(f"{where}: {found}; {_ONE_PER_LINE}. {_NAMED_JSON}")
         yield checked_row(value, text.count("[") + text.count("{"), where), f"{file.label}:{number}"
+
+
+def _advice(line: str, error: json.JSONDecodeError) -> str:
+    """What to do about a line that is not one JSON object."""
+    text = line.strip()
+    if text.startswith("["):
+        return f". {_NAMED_JSON}"
+    # A string that is not closed is reported where it begins, and reads as a control character where the line ends.
+    ends = error.pos >= len(line.rstrip()) or error.msg.startswith(("Unterminated string", "Invalid control character"))
+    if text.startswith("{") and ends:
+        return f", and this object does not end on its line: write each object on a line of its own. {_NAMED_JSON}"
+    if error.msg == "Extra data":
+        return ", and something follows the object on this line" + (" (no comma is needed)" if text[-1] == "," else "")
+    return ""
 
 
 def count_json_lines(file: File) -> int:

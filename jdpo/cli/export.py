@@ -6,13 +6,21 @@ import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from jdpo.safe_text import terminal_lines
 
 
+class _Parser(argparse.ArgumentParser):
+    """Reports errors as all commands do."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; `jdpo export --help` lists the options")
+
+
 def parser() -> argparse.ArgumentParser:
-    """The command line's own words."""
-    parser = argparse.ArgumentParser(
+    """The options of the command."""
+    parser = _Parser(
         prog="jdpo export",
         description="Writes the model of a checkpoint as a Hugging Face folder. The run may be going on, have been "
         "stopped or be finished; its folder is only read. It runs on the host: no accelerator is used, and memory for "

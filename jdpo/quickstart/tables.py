@@ -10,6 +10,7 @@ from jdpo.quickstart.experiment import DPO, PRETRAIN, STANDARD
 from jdpo.quickstart.findings import odds, percent, probability
 from jdpo.quickstart.results import BEFORE, STAGES
 from jdpo.quickstart.samples import ASKED, Sampled, in_words
+from jdpo.safe_text import terminal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,7 +49,7 @@ def print_report(
         console.print(_bullets(lines), highlight=False, markup=False)
     console.print()
     for path in files:
-        console.print(f"  {path}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"  {terminal(path)}", highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def frequency_table(results: Results) -> Table:

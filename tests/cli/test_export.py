@@ -100,6 +100,11 @@ def test_a_run_whose_attention_is_of_another_device(run: Path, tmp_path: Path, a
     assert f"attention: {attention}" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_wrong_options_are_errors_like_all_others(capsys: Capture) -> None:
+    said = refusal(["run", "out", "--steps\x1b[31m", "3"], capsys)
+    assert said == "jdpo: error: unrecognized arguments: --steps\\x1b[31m 3; `jdpo export --help` lists the options\n"
+
+
 def test_what_is_no_checkpoint_is_refused(run: Path, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "out"
     assert "is no checkpoint: expected the output_dir of a run" in refusal([str(tmp_path), str(out)], capsys)

@@ -6,6 +6,7 @@ import importlib
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from jdpo.safe_text import terminal_lines
@@ -64,10 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # transformers advises to install PyTorch, which nothing here uses.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    # What nothing below catches is a fault of jdpo, but its words may still be those of a file.
-    sys.excepthook = lambda _, error, __: _print_traceback(error)
-    if logging.lastResort is not None:
-        logging.lastResort.setFormatter(_SafeFormatter())
+    _make_lines_of_others_safe()
     try:
         return int(importlib.import_module(COMMANDS[command][0]).main(command, rest))
     except ValueError as error:
@@ -109,11 +107,28 @@ def _print_traceback(error: BaseException) -> None:
     print(_safe("".join(traceback.format_exception(error))), file=sys.stderr)
 
 
-class _SafeFormatter(logging.Formatter):
-    """Formats log records of jdpo and of libraries, whose messages name files and models too."""
+def _make_lines_of_others_safe() -> None:
+    """Log lines, warnings and tracebacks, which libraries print as they are, name files and models too."""
+    sys.excepthook = lambda _, error, __: _print_traceback(error)
+    logging.setLogRecordFactory(_SafeRecord)
+    warnings.formatwarning = _format_warning
 
-    def format(self, record: logging.LogRecord) -> str:
-        return _safe(super().format(record))
+
+class _SafeRecord(logging.LogRecord):
+    """A log record, whoever formats it."""
+
+    def getMessage(self) -> str:
+        # Further lines are set in, so that a name with a line feed in it fakes no line of jdpo's own.
+        return _safe(super().getMessage()).replace("\n", "\n    ")
+
+
+_format_as_python = warnings.formatwarning
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    return _safe(_format_as_python(message, category, filename, lineno, line))
 
 
 if __name__ == "__main__":

@@ -170,14 +170,20 @@ def test_names_within_weights_are_shown_and_do_nothing(
 
 def test_a_fault_of_jdpo_itself_and_a_log_line_are_safe_too(tmp_path: Path) -> None:
     code = """
-import logging
+import logging, warnings
 from jdpo.cli.main import main
 main(["dpo", "--help"])
-logging.getLogger("some.library").warning("log \\x1b[31m")
+logging.getLogger("some.library").warning("log %s", "\\x1b[31m")
+own = logging.getLogger("a.library.with.a.handler")
+own.addHandler(logging.StreamHandler())
+own.warning("own log \\x1b[31m\\nfake: ok")
+warnings.warn("warning \\x1b[31m")
 raise RuntimeError("fault \\x1b[31m")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 1
     assert "log \\x1b[31m" in done.stderr
+    assert "own log \\x1b[31m\n    fake: ok\n" in done.stderr
+    assert "UserWarning: warning \\x1b[31m" in done.stderr
     assert "RuntimeError: fault \\x1b[31m" in done.stderr
     assert "\x1b" not in done.stderr

@@ -118,8 +118,17 @@ def _sync(path: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object."""
-    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    """Reads a JSON object.
+
+    Raises:
+      ValueError: the file does not hold one.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
 
 

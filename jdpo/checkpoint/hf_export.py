@@ -82,6 +82,16 @@ def export_model(
     write_folder(out, by_all=write_weights, by_first=write_the_rest, kept=(source_folder, *kept))
 
 
+def read_generation_config(folder: Path) -> dict[str, Any]:
+    """generation_config.json of a model folder, empty where there is none; an export carries it over.
+
+    Raises:
+      ValueError: it does not hold a JSON object.
+    """
+    path = folder / "generation_config.json"
+    return read_json(path) if path.is_file() else {}
+
+
 def parse_size(text: str) -> int:
     """Bytes of a size such as "5GB".
 
@@ -124,8 +134,7 @@ def _write_configs(
     end_token_ids: Sequence[int],
     main_dtype: np.dtype,
 ) -> None:
-    generation_path = source_folder / "generation_config.json"
-    generation_json = read_json(generation_path) if generation_path.is_file() else {}
+    generation_json = read_generation_config(source_folder)
     model_json = read_json(source_folder / "config.json")
     own = generation_json.get("eos_token_id")
     if own is None:  # merged and converted models often have no generation_config.json

@@ -7,6 +7,7 @@ tokenizer_config.json is kept otherwise.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from fnmatch import fnmatch
@@ -138,5 +139,7 @@ def _as_json(token: Any) -> dict[str, Any]:
 
 
 def _json_or_empty(path: Path) -> dict[str, Any]:
-    value = read_json(path) if path.is_file() else {}
-    return value if isinstance(value, dict) else {}
+    """A JSON object; empty where it is not there, or where nothing that loads the tokenizer could read it either."""
+    with contextlib.suppress(ValueError):
+        return read_json(path) if path.is_file() else {}
+    return {}

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jdpo.checkpoint.hf_export import parse_size
+from jdpo.checkpoint.hf_export import parse_size, read_generation_config
 from jdpo.checkpoint.hub_push import check_push
 from jdpo.config import DPOConfig, TrainConfig
 from jdpo.data.loader import RowPlan
@@ -187,6 +187,7 @@ def _build(config: TrainConfig, task: Task, say: Say, *, weights: bool, stopped:
     if made.adaptation is not None:
         check_adaptation(config, made.adaptation, made.tokenizer)
     model_folder, source_config, tokenizer = made.model_folder, made.source_config, made.tokenizer
+    read_generation_config(model_folder)  # now, not at the export after hours of training
     check_expert_settings(config, source_config, made.mesh)
     reference_folder, reference_adapter = _reference_of(config, made, weights=weights)
     for folder in {model_folder, reference_folder or model_folder}:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -184,6 +185,18 @@ def test_a_run_exports_the_files_of_the_tokenizer_that_it_read(
     export_trained(setup, load_start(setup), None, tmp_path / "out", command="dpo", rows="", results={})
     for file in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "out" / file).read_bytes() == (toy_model / file).read_bytes()
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "[" * 10**5])
+def test_what_an_export_carries_over_is_read_before_anything_is_trained(
+    run_words: Callable[..., list[str]], toy_model: Path, tmp_path: Path, text: str
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(toy_model, broken)
+    (broken / "generation_config.json").write_text(text, encoding="utf-8")
+    config = load_config(DPOConfig, None, run_words(model_name_or_path=broken))
+    with pytest.raises(ValueError, match=r"generation_config\.json: (not valid JSON|expected a JSON object)"):
+        build(resolve_dtype(config), lambda line: None)
 
 
 READ = """\

@@ -85,7 +85,17 @@ COLUMNS = (
     ("system", "question", "chosen", "rejected"),
     ("instruction", "input", "chosen", "rejected"),
     ("context", "completions"),
+    ("messages", "chosen", "rejected"),
+    ("history", "conversation", "chosen", "rejected", "tools"),
+    ("prompt", "response_a", "response_b", "winner", "model_a", "model_b"),
+    ("prompt", "response_0", "response_1", "better_response_id", "safer_response_id"),
+    ("context", "response1", "response2", "overall_preference"),
+    ("conversation_a", "conversation_b", "winner_model_a", "winner_model_b", "winner_tie"),
 )
+
+VOTES = ("winner", "better_response_id", "safer_response_id", "overall_preference")
+VOTES += ("winner_model_a", "winner_model_b", "winner_tie")
+CONVERSATIONS = ("messages", "conversations", "conversation", "context", "history", "conversation_a", "conversation_b")
 
 
 def text(rng: random.Random) -> str:
@@ -101,8 +111,15 @@ def message(rng: random.Random, role: str | None = None) -> Any:
     keys = ("from", "value") if rng.random() < 0.2 else ("role", "content")
     turn: dict[str, Any] = {keys[0]: role, keys[1]: text(rng) if rng.random() < 0.9 else value(rng)}
     if rng.random() < 0.1:
-        turn["tool_calls"] = value(rng)
+        turn["tool_calls"] = value(rng) if rng.random() < 0.5 else [call(rng) for _ in range(rng.randrange(3))]
     return turn
+
+
+def call(rng: random.Random) -> dict[str, Any]:
+    """A call of a function, with arguments of any kind."""
+    arguments = {text(rng): value(rng) for _ in range(rng.randrange(4))}
+    function = {"name": text(rng), "arguments": rng.choice((arguments, json.dumps(arguments), value(rng)))}
+    return rng.choice((function, {"type": "function", "function": function, "id": None}))
 
 
 def conversation(rng: random.Random) -> list[Any]:
@@ -127,8 +144,11 @@ def cell(name: str, rng: random.Random) -> Any:
     kind = rng.random()
     if kind < 0.1:
         return value(rng)
-    if name in ("messages", "conversations", "context", "history") or (name != "labels" and kind < 0.5):
-        return conversation(rng)
+    if name in VOTES:
+        return rng.choice((0, 1, 2, -1, "0", "a", "model_b", "tie", "tie (bothbad)", None, True, text(rng)))
+    if name in CONVERSATIONS or (name != "labels" and kind < 0.5):
+        turns = conversation(rng)
+        return turns if rng.random() < 0.9 else {"role": turns, "content": [text(rng) for _ in turns]}
     if name in ("answers", "completions"):
         keys = ("answer", "text", "completion", "rank", "pm_score", "model", "selected", "content")
         return [{key: value(rng, 1) for key in rng.sample(keys, 3)} for _ in range(rng.randrange(4))]

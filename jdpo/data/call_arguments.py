@@ -286,7 +286,7 @@ def _keys(value: dict[str, Any]) -> set[_Key]:
 def _spellings(leaf: Any) -> tuple[str, ...]:
     """Returns the ways of writing a value that is neither an object, a list nor null."""
     if isinstance(leaf, str):
-        return _in_strings(leaf.strip())
+        return _in_strings(leaf.strip()) if leaf.strip() != "{}" else ()  # which empty arguments are, too
     return tuple(dict.fromkeys([json.dumps(leaf), str(leaf)]))
 
 

@@ -119,6 +119,11 @@ def _suggestion(raw: Raw, *, supervised: bool) -> Iterator[str]:
     better, worse = twins or (better, worse)
     yield f"    chosen: {_yaml(better or '<column of the better answer>')}{unsure}"
     yield f"    rejected: {_yaml(worse or '<column of the worse answer>')}"
+    if "chosen" in raw and "rejected" in raw:
+        yield (
+            "chosen and rejected stand without a prompt: give what both answer in a column, or begin both with the "
+            "whole conversation, as lists of {role, content}."
+        )
     if judges:
         yield (
             f"If {named(judges)} says row by row which is better, write the rows again with chosen and rejected: "

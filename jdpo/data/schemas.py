@@ -211,8 +211,7 @@ PREFERENCE_SCHEMAS: Sequence[Schema] = (
     ),
     Schema(
         "votes",
-        "prompt, response_a and response_b (or _0 and _1, _1 and _2), and a vote: winner, better_response_id, "
-        "overall_preference, or winner_model_a, winner_model_b and winner_tie of 0 and 1",
+        "prompt, response_a and response_b (or _0 and _1, _1 and _2), and a vote such as winner or better_response_id",
         votes.COLUMNS_READ,
         votes.is_vote,
         votes.read_vote,

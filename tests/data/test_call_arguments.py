@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 from jdpo.data import boundaries, call_arguments
 from jdpo.data.boundaries import Parts, Split, split_rows
@@ -195,6 +197,23 @@ def test_histories_and_prompts_are_compared_by_what_the_arguments_say() -> None:
     (row,) = preference_rows(sides, "x:1")
     assert isinstance(row, PreferenceRow)
     assert prompt_key(row.prompt) == prompt_key([ASK, call('{"city":  "Cork"}'), seen])
+
+
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
+VALUES = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3))
+
+
+@pytest.mark.parametrize("template", [AS_JSON, AS_ASCII_JSON, WHOLE_CALL, EITHER, AS_TEXT, PRINTED])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(arguments=st.dictionaries(st.text(), VALUES, max_size=4))
+@example(arguments={"a": "{}", "b": "{", "c": "}"})
+@example(arguments={"a": "'", "b": '"', "c": "<&>", "d": "True", "e": [True, "true", None, "None"]})
+def test_what_is_learnt_is_json_of_the_arguments(
+    with_calls: Callable[[str], Tokenizer], template: str, arguments: dict[str, Any]
+) -> None:
+    text = learnt(with_calls(template), json.dumps(arguments))
+    learnt_value = json.loads(text[text.index("{") : text.rindex("]")])
+    assert (learnt_value["arguments"] if template == WHOLE_CALL else learnt_value) == arguments
 
 
 def test_large_arguments_take_no_time_of_note(with_calls: Callable[[str], Tokenizer]) -> None:

@@ -115,6 +115,13 @@ def test_no_snippet_where_the_names_are_right_and_a_value_is_wrong() -> None:
     }
 
 
+@pytest.mark.parametrize("sides", [("Yes.", "No."), (assistant("Yes."), assistant("No."))])
+def test_sides_without_a_prompt_are_refused_with_advice(sides: tuple[Any, Any]) -> None:
+    message = refused([({"chosen": sides[0], "rejected": sides[1], "topic": "x"}, "x:1")])
+    assert "stand without a prompt: give what both answer in a column" in message.splitlines()[-1]
+    assert snippet(message)["prompt"].startswith("<")
+
+
 def test_first_rows_are_checked_and_named() -> None:
     good = {"prompt": "?", "chosen": "a", "rejected": "b"}
     chat = {"chosen": [user("?"), assistant("a")], "rejected": [user("?"), assistant("b")]}

@@ -19,29 +19,30 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options of the command."""
+    """Returns the parser of the command's options."""
     parser = _Parser(
         prog="jdpo export",
-        description="Writes the model of a checkpoint as a Hugging Face folder. The run may be going on, have been "
-        "stopped or be finished; its folder is only read. It runs on the host: no accelerator is used, and memory for "
-        "the weights as the checkpoint holds them is needed once.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Writes the model of a checkpoint as a Hugging Face folder. The run may be in progress, stopped or "
+        "finished; its folder is only read. The export uses no accelerator, and as much host memory as the weights in "
+        "the checkpoint take.",
         allow_abbrev=False,
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=_text, help="output_dir of a run, or checkpoints/STEP")
     parser.add_argument("out", metavar="OUT", type=_text, help="the folder to write; an older export there is replaced")
-    parser.add_argument("--step", type=int, help="which checkpoint of the run; left out: the newest")
+    parser.add_argument("--step", type=int, help="the checkpoint to export; by default the newest")
     parser.add_argument(
-        "--dtype", choices=("source", "float32", "bfloat16", "float16"), help="left out: the run's export_dtype"
+        "--dtype",
+        choices=("source", "float32", "bfloat16", "float16"),
+        help="dtype of the weights; by default the run's export_dtype",
     )
     parser.add_argument(
-        "--max_shard_size", "--max-shard-size", help="largest weight file, such as 5GB; left out: the run's"
+        "--max_shard_size", "--max-shard-size", help="largest weight file, such as 5GB; by default the run's"
     )
     parser.add_argument(
         "--merge",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="add adapters to their base and write a whole model, or write the adapters alone; left out: as the run's "
+        help="add adapters to their base and write a whole model, or write the adapters alone; by default as the run's "
         "lora.merge says",
     )
     parser.add_argument(
@@ -49,14 +50,14 @@ def parser() -> argparse.ArgumentParser:
         "--push-to-hub",
         metavar="REPO",
         type=_text,
-        help="upload OUT to this model repository of the Hugging Face hub, too",
+        help="also upload OUT to this model repository of the Hugging Face hub",
     )
-    parser.add_argument("--public", action="store_true", help="a repository made by --push_to_hub is for all to see")
+    parser.add_argument("--public", action="store_true", help="make the repository of --push_to_hub public")
     return parser
 
 
 def main(command: str, words: Sequence[str]) -> int:
-    """Parses, calls."""
+    """Runs the command; returns its exit code."""
     assert command == "export", command
     asked = parser().parse_args(words)
     if asked.public and not asked.push_to_hub:
@@ -97,8 +98,8 @@ def _folder_here(text: str) -> Path:
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", text):
         scheme = text.partition(":")[0]
         raise ValueError(
-            f"OUT is an address ({scheme}://..): an export is written to a folder here, and not to a store; give a "
-            "folder, and copy it there when it is whole"
+            f"OUT is an address ({scheme}://..): an export is written to a folder here, not to a store; give a folder, "
+            "and copy it to the store afterwards"
         )
     return Path(text)
 

@@ -16,11 +16,11 @@ from jdpo.safe_text import terminal, terminal_lines
 
 FLAGS = {
     "--rows N": "show the N rows that the run sees first, token by token",
-    "--ids": "with the id of each token",
-    "--html FILE": "write the report as one page that needs nothing else, for a browser",
+    "--ids": "show the id of each token, too",
+    "--html FILE": "write the report as one self-contained page for a browser",
     "--json": "print the report as one JSON document",
-    "--strict": "exit with 1 where a fault is found",
-    "--task dpo|sft": "the command whose run it is; without it the config's keys tell, or it is dpo",
+    "--strict": "exit with 1 if a fault is found",
+    "--task dpo|sft": "the command that would train; by default the config's keys tell, else it is dpo",
 }
 
 
@@ -37,17 +37,17 @@ class Options:
 
 
 def usage() -> str:
-    """What `jdpo inspect --help` prints."""
+    """Returns the text of `jdpo inspect --help`."""
     from jdpo.reports.inspection_checks import thresholds
 
     return "\n".join(
         [
             "usage: jdpo inspect [[--config] CONFIG.yaml] [--key value | --key=value | key=value ...] [--rows N] ...",
             "",
-            "Reads the rows of a `jdpo dpo` or `jdpo sft` run as it will, through the same cache, and says what it",
-            "would train on: rows read, dropped and cut, lengths, padding, duplicates, length bias, prompts on both",
-            "sides, characters that nobody sees. Of the model it needs the tokenizer and config.json alone; nothing is",
-            "trained, no accelerator is touched, and output_dir is not written.",
+            "Reads the rows of a `jdpo dpo` or `jdpo sft` run as the run does, through the same cache, and shows what",
+            "it would train on: rows read, dropped and cut, lengths, padding, duplicates, length bias, prompts in both",
+            "training and evaluation, invisible characters. It needs only the model's tokenizer and config.json;",
+            "nothing is trained, no accelerator is used, and output_dir is not written.",
             "",
             *(f"  {flag:<18}{text}" for flag, text in FLAGS.items()),
             "",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -12,12 +14,12 @@ from collections.abc import Sequence
 from jdpo.safe_text import terminal_lines
 
 COMMANDS = {
-    "sft": ("jdpo.cli.train", "supervised fine-tuning: the stage before preferences"),
+    "sft": ("jdpo.cli.train", "supervised fine-tuning, the stage before preferences"),
     "dpo": ("jdpo.cli.train", "Direct Preference Optimization of a Hugging Face model"),
-    "inspect": ("jdpo.cli.inspect", "what a run would train on, looked at before it trains"),
-    "reference": ("jdpo.cli.reference", "the reference's log-probs, computed once and kept for every later run"),
-    "export": ("jdpo.cli.export", "a Hugging Face model folder from any checkpoint of a run"),
-    "quickstart": ("jdpo.cli.quickstart", "the whole way on a tiny model made from nothing, in minutes"),
+    "inspect": ("jdpo.cli.inspect", "show what a run would train on, before it trains"),
+    "reference": ("jdpo.cli.reference", "compute the reference's log-probs once, for all later runs"),
+    "export": ("jdpo.cli.export", "write a Hugging Face model folder from any checkpoint of a run"),
+    "quickstart": ("jdpo.cli.quickstart", "train a tiny model from scratch and align it, in minutes"),
 }
 
 _TRAINING = "`jdpo sft` trains on completions, `jdpo dpo` on pairs of a chosen and a rejected answer"
@@ -36,7 +38,7 @@ ELSEWHERE = {
 
 
 def usage() -> str:
-    """What `jdpo --help` prints."""
+    """Returns the text of `jdpo --help`."""
     lines = [f"  {name:<12}{summary}" for name, (_, summary) in COMMANDS.items()]
     return "\n".join(["usage: jdpo COMMAND ...", "", *lines, "", "`jdpo COMMAND --help` lists a command's keys."])
 
@@ -70,6 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(importlib.import_module(COMMANDS[command][0]).main(command, rest))
     except ValueError as error:
         return _fail(error, 2)
+    except BrokenPipeError:  # whoever read the output, such as head, has seen enough
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at the end, too
+        return 128 + signal.SIGPIPE
     except (FloatingPointError, OSError) as error:
         return _fail(error, 1)
     except KeyboardInterrupt:

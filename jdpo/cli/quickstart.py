@@ -13,25 +13,25 @@ from jdpo.quickstart.experiment import Settings, Workplace, prepare, run_all
 DEFAULT_OUTPUT_DIR = "quickstart"
 
 DESCRIPTIONS = {
-    "output_dir": "where everything goes; the same command again goes on there, or only prints the report",
+    "output_dir": "output folder; the same command again continues there, or only prints the report",
     "frequencies": "how often the corpus gives the first, second and third answer",
-    "countries": "countries in the corpus; a quarter of them is never corrected",
-    "seed": "of the random weights, the order of rows and the sampled answers",
+    "countries": "countries in the corpus; a quarter of them are never corrected",
+    "seed": "seed of the random weights, the order of rows and the sampled answers",
     "hidden_size": "width of the model, a multiple of 64",
     "num_layers": "layers of the model",
     "pretrain_steps": "steps of pre-training",
-    "pretrain_batch_size": "rows a step of pre-training",
+    "pretrain_batch_size": "rows per step of pre-training",
     "pretrain_learning_rate": "peak learning rate of pre-training",
     "steps": "steps of both corrections",
-    "batch_size": "right answers, or pairs, a step of both corrections",
+    "batch_size": "right answers, or pairs, per step of both corrections",
     "learning_rate": "peak learning rate of both corrections",
     "beta": "DPO: how strongly the policy is held to the reference",
-    "probes": "measurements of each run, about",
+    "probes": "approximate number of measurements per run",
 }
 
 
 def usage() -> str:
-    """What `jdpo quickstart --help` prints."""
+    """Returns the text of `jdpo quickstart --help`."""
     defaults = {"output_dir": DEFAULT_OUTPUT_DIR} | dataclasses.asdict(Settings())
     lines = ["usage: jdpo quickstart [--key value | --key=value | key=value ...]", ""]
     for key, text in DESCRIPTIONS.items():

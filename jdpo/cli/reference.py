@@ -10,18 +10,18 @@ from jdpo.safe_text import terminal_lines
 
 
 def usage() -> str:
-    """What `jdpo reference --help` prints."""
+    """Returns the text of `jdpo reference --help`."""
     return "\n".join(
         [
             "usage: jdpo reference [[--config] CONFIG.yaml] [--key value | --key=value | key=value ...]",
             "",
-            "Computes the log-probs that the frozen reference gives to every training and evaluation row of a",
-            "`jdpo dpo` run and keeps them under cache_dir. Runs of `jdpo dpo` with the same model, rows, max_length,",
-            "template and compute_dtype find them there, whatever their loss, beta, learning rate, seed or order, and",
-            "then never hold the reference in memory.",
+            "Computes the log-probs of every training and evaluation row of a `jdpo dpo` run under the frozen",
+            "reference and keeps them in cache_dir. Runs of `jdpo dpo` with the same model, rows, max_length, template",
+            "and compute_dtype find them there, whatever their loss, beta, learning rate, seed or order, and then",
+            "never hold the reference in memory.",
             "",
-            "It may be killed at any moment: the same command again computes only what is missing, and computes",
-            "damaged files anew. output_dir is not touched.",
+            "It can be killed at any time: the same command again computes only what is missing or damaged. output_dir",
+            "is not written.",
             "",
             "The keys are those of `jdpo dpo --help`.",
         ]
@@ -29,7 +29,7 @@ def usage() -> str:
 
 
 def main(command: str, words: Sequence[str]) -> int:
-    """Parses, builds, calls."""
+    """Runs the command; returns its exit code."""
     assert command == "reference", command
     if "--help" in words or "-h" in words:
         print(usage())

@@ -13,15 +13,16 @@ from jdpo.safe_text import terminal_lines
 C = TypeVar("C", bound=TrainConfig)
 
 FLAGS = {
-    "--help": "this text",
-    "--print_config": "print the whole config as YAML, defaults included, and stop",
-    "--dry_run": "read all but the weights, which need not be there, check that everything fits, say what the run "
-    "would be and keep on a device, and stop",
+    "--help": "print this text and exit",
+    "--config FILE": "read settings from a YAML file; a file as the first argument does the same",
+    "--print_config": "print the whole config as YAML, defaults included, and exit",
+    "--dry_run": "validate config, data and model config without loading weights; print the plan and the memory per "
+    "device, and exit",
 }
 
 
 def usage(command: str) -> str:
-    """What `jdpo dpo --help` prints: every key with its default."""
+    """Returns the text of `jdpo dpo --help`: every key with its default."""
     cls = CONFIGS[command]
     defaults = _defaults(cls)
     lines = [
@@ -49,7 +50,7 @@ def _defaults(cls: type[TrainConfig]) -> dict[str, str]:
 
 
 def read_config(cls: type[C], words: Sequence[str]) -> C:
-    """The config of a command line: the file first, where one is given, then overrides.
+    """Returns the config of a command line: the settings of its file, if it has one, and overrides.
 
     Raises:
       ValueError: see `load_config`.
@@ -59,7 +60,7 @@ def read_config(cls: type[C], words: Sequence[str]) -> C:
 
 
 def config_file(words: Sequence[str]) -> tuple[Path | None, list[str]]:
-    """The config file of a command line, the first word or after --config anywhere, and the other words.
+    """Returns the config file of a command line, its first word or the one after --config, and the other words.
 
     Raises:
       ValueError: two files, or --config without one.
@@ -92,7 +93,7 @@ def shown_error(text: str) -> str:
 
 
 def main(command: str, words: Sequence[str]) -> int:
-    """Parses, builds, calls."""
+    """Runs the command; returns its exit code."""
     words = [word.replace("-", "_").replace("__", "--", 1) if word in DASHED else word for word in words]
     if "--help" in words or "-h" in words:
         print(usage(command))

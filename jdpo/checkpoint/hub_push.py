@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jdpo.checkpoint.folders import MARKER
+from jdpo.checkpoint.tokenizer_files import CONFIG_NAME, is_tokenizer_file
 
 _WEIGHTS = (
     "*.safetensors",
@@ -45,7 +46,8 @@ def check_push(repo_id: str) -> None:
 def push_folder(folder: Path, repo_id: str, *, public: bool, message: str) -> str:
     """Uploads a folder as one commit to a model repository, which is made where there is none.
 
-    Weights of an older push that the folder does not have, such as shards where it has one file, are deleted.
+    Weights of an older push that the folder does not have, such as shards where it has one file, are deleted, and so
+    are files of an older tokenizer, such as another chat template.
 
     Args:
       public: whether a new repository is to be seen by everyone; a push that is not meant to be public is refused
@@ -82,8 +84,13 @@ def push_folder(folder: Path, repo_id: str, *, public: bool, message: str) -> st
 
 
 def _is_stale(name: str, folder: Path) -> bool:
-    """Whether a file of the repository is of older weights: those in its folders are of something else."""
-    return "/" not in name and any(fnmatch(name, pattern) for pattern in _WEIGHTS) and not (folder / name).is_file()
+    """Tells whether a file of the repository is left from older weights, or from an older tokenizer under a new one.
+
+    Files in folders of the repository are of something else.
+    """
+    of_weights = any(fnmatch(name, pattern) for pattern in _WEIGHTS)
+    of_tokenizer = (folder / CONFIG_NAME).is_file() and is_tokenizer_file(name)
+    return "/" not in name and (of_weights or of_tokenizer) and not (folder / name).is_file()
 
 
 @contextlib.contextmanager

@@ -67,9 +67,14 @@ def write_tokenizer(folder: Path, tokenizer: Any, source: Path | None) -> None:
 
 def tokenizer_files(folder: Path) -> list[Path]:
     """The tokenizer's files in a model folder; links are followed, code is left out."""
-    names = [path for path in folder.iterdir() if any(fnmatch(path.name, pattern) for pattern in _PATTERNS)]
-    found = [*names, *(folder / _MORE_TEMPLATES).glob("*")]
-    return sorted(path for path in found if path.is_file() and path.suffix in _SUFFIXES)
+    found = [path for path in folder.iterdir() if is_tokenizer_file(path.name)]
+    found += [path for path in (folder / _MORE_TEMPLATES).glob("*") if path.suffix in _SUFFIXES]
+    return sorted(path for path in found if path.is_file())
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Tells whether a file of this name in a model folder is read as a part of its tokenizer."""
+    return name.endswith(_SUFFIXES) and any(fnmatch(name, pattern) for pattern in _PATTERNS)
 
 
 def _loaded(source: Path) -> Any:

@@ -89,6 +89,17 @@ def test_weights_of_an_older_push_do_not_stay(hub: Hub, folder: Path) -> None:
     assert files == pushed | others
 
 
+def test_an_older_tokenizer_does_not_stay_under_a_new_one(hub: Hub, folder: Path) -> None:
+    push_folder(folder, "me/aligned", public=False, message="weights alone")
+    files = hub.repositories["me/aligned"].files
+    others = dict.fromkeys(("tokenizer_notes.md", "tools/vocab.json", "vocab.py"), b"")
+    files.update(dict.fromkeys(("chat_template.jinja", "special_tokens_map.json", "vocab.json"), b"") | others)
+    for name in ("tokenizer_config.json", "tokenizer.json"):
+        (folder / name).write_bytes(b"{}")
+    push_folder(folder, "me/aligned", public=False, message="with a tokenizer")
+    assert files == {path.name: path.read_bytes() for path in folder.iterdir()} | others
+
+
 def test_a_hub_that_does_not_answer(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{free_port()}")
     with pytest.raises(

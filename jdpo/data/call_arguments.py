@@ -57,12 +57,12 @@ class Call(NamedTuple):
 
     @property
     def text(self) -> str:
-        """The arguments as compact JSON text."""
+        """Returns the arguments as compact JSON text."""
         return json.dumps(self.value, ensure_ascii=False, separators=(",", ":"))
 
 
 def parsed(text: str) -> dict[str, Any] | None:
-    """The object that JSON text holds; None where it holds another value, or is not JSON.
+    """Returns the object that JSON text holds, or None if it holds another value or is not JSON.
 
     >>> parsed('{"city": "Cork"}'), parsed("Cork"), parsed('["Cork"]'), parsed('{"n": NaN}')
     ({'city': 'Cork'}, None, None, None)
@@ -77,7 +77,7 @@ def parsed(text: str) -> dict[str, Any] | None:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a value can be written as JSON again, and is not nested too deeply."""
+    """Returns whether a value can be written as JSON again, and is not nested too deeply."""
     level = [value]
     for _ in range(MAX_DEPTH):
         if any(isinstance(item, float) and not math.isfinite(item) for item in level):
@@ -93,7 +93,7 @@ def _children(item: dict[str, Any] | list[Any]) -> Sequence[Any]:
 
 
 def as_objects(calls: Any) -> Any:
-    """The calls of a message with arguments as objects where their text holds one, to compare them.
+    """Returns the calls of a message to compare, with arguments as objects where their text holds one.
 
     >>> as_objects([{"function": {"name": "look", "arguments": '{"at": "sky"}'}}])
     [{'function': {'name': 'look', 'arguments': {'at': 'sky'}}}]
@@ -171,7 +171,7 @@ class _Row(NamedTuple):
         return self.render(self.in_forms(as_text))
 
     def in_forms(self, as_text: Collection[int], emptied: Collection[int] = ()) -> list[list[Message]]:
-        """The parts with arguments in these forms, and those of `emptied` empty."""
+        """Returns the parts with arguments in these forms, and with those of `emptied` empty."""
         forms: dict[tuple[int, int, int], Any] = {}
         for index, call in enumerate(self.calls):
             shape = call._replace(value={}) if index in emptied else call
@@ -214,7 +214,7 @@ class _Row(NamedTuple):
 
 
 def _calls(parts: Sequence[list[Message]]) -> Iterator[Call]:
-    """Finds every call whose arguments are an object, or text of one."""
+    """Yields every call whose arguments are an object, or text of one."""
     for number, part in enumerate(parts):
         for index, message in enumerate(part):
             for order, call in enumerate(message.get("tool_calls") or ()):
@@ -224,7 +224,7 @@ def _calls(parts: Sequence[list[Message]]) -> Iterator[Call]:
 
 
 def _arguments(call: Any) -> tuple[str, dict[str, Any], bool] | None:
-    """Name and arguments of a call {type, function: {name, arguments}}, and whether they are text."""
+    """Returns name and arguments of a call {type, function: {name, arguments}}, and whether they are text."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict):
         return None

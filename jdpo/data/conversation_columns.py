@@ -24,7 +24,7 @@ _SIDES = ("chosen", "rejected")
 
 
 def is_conversation(value: Any) -> bool:
-    """Whether a value is a list of messages, by the first of them.
+    """Returns whether a value is a list of messages, by the first of them.
 
     >>> is_conversation([{"role": "user", "content": "Hi"}]), is_conversation([["Hi", "Hello"]]), is_conversation([])
     (True, False, False)
@@ -53,7 +53,7 @@ def prompt_columns(raw: Raw) -> list[str]:
 
 
 def ends_in_answer(value: Any) -> bool:
-    """Whether the last message of a list is the assistant's."""
+    """Returns whether the last message of a list is the assistant's."""
     last = value[-1] if is_conversation(value) else None
     role = last.get("role", last.get("from")) if isinstance(last, dict) else None
     return messages.ROLES.get(str(role).lower()) == "assistant"
@@ -95,7 +95,7 @@ def _messages(answer: Answer) -> list[Message]:
 
 
 def _repeats(side: Any, value: list[Any]) -> bool:
-    """Whether a side is a whole conversation of which the column says nothing more.
+    """Returns whether a side is a whole conversation of which the column says nothing more.
 
     That is so where the side begins with it, and where both begin with the same question: the column then holds the
     conversation with another answer. A system turn that only the column has is something more.
@@ -113,7 +113,7 @@ def _repeats(side: Any, value: list[Any]) -> bool:
 
 
 def _said(turns: list[Message]) -> list[Message]:
-    """Turns to be compared, without spaces around their words."""
+    """Returns turns to compare, without spaces around their words."""
     return [
         {**turn, "content": turn["content"].strip()} if isinstance(turn.get("content"), str) else turn
         for turn in said(turns)
@@ -125,7 +125,7 @@ def _without_system(turns: list[Message]) -> list[Message]:
 
 
 def _without_answer(conversation: list[Message], sides: list[list[Message]]) -> list[Message]:
-    """The conversation without an end that repeats a side, which is not part of what the sides answer."""
+    """Cuts an end of the conversation that repeats a side, since it is not part of what the sides answer."""
     for side in sides:
         if side and len(side) < len(conversation) and _said(conversation[-len(side) :]) == _said(side):
             return conversation[: -len(side)]
@@ -133,7 +133,7 @@ def _without_answer(conversation: list[Message], sides: list[list[Message]]) -> 
 
 
 def _continued(conversation: list[Message], side: list[Message]) -> list[Message] | None:
-    """The conversation with a side; None where it is not one that the side may follow."""
+    """Returns the conversation with a side after it, or None if the side does not continue it."""
     if not side:
         return side
     whole = messages.joined(conversation, side)

@@ -161,7 +161,7 @@ def completion_rows(raw: Raw, origin: str, reading: Reading = AS_FOUND) -> list[
 
 
 def _with_notes(rows: Sequence[R | Dropped], columns: Raw) -> list[R | Dropped]:
-    """Rows with a note where one of their turns has a role that is written as another."""
+    """Adds a note to rows with a turn whose role is written as another."""
     read = [value for name, value in columns.items() if name in CANONICAL]
     notes = (DEVELOPER,) if any(messages.has_role(value, "developer") for value in read) else ()
     return [row if isinstance(row, Dropped) or not notes else row._replace(notes=row.notes + notes) for row in rows]

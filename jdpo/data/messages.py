@@ -122,7 +122,7 @@ def read_history(value: Any, place: str, origin: str) -> list[Message]:
 
 
 def has_role(value: Any, role: str) -> bool:
-    """Whether a message of a conversation, or of a ranked answer in a list of them, has a role by its name in files.
+    """Returns whether a message of a conversation, or of a list of ranked answers, has a role by its name in files.
 
     >>> has_role([{"role": "Developer", "content": "Be brief."}], "developer"), has_role("developer", "developer")
     (True, False)

@@ -13,7 +13,7 @@ _KEYS = {"role", "from", "rank", "pm_score", "function", "name", "type"}
 
 
 def is_of_lists(value: Any) -> bool:
-    """Whether a value is an object of lists in the place of a list of objects.
+    """Returns whether a value is an object of lists in the place of a list of objects.
 
     >>> is_of_lists({"role": ["user"], "content": ["Hi"]}), is_of_lists({"role": "user", "content": ["Hi"]})
     (True, False)

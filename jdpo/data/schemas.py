@@ -80,7 +80,7 @@ def _asked_in(column: str, name: str, description: str) -> Schema:
 
 
 def _answered_elsewhere(raw: Raw) -> bool:
-    """Whether `messages` is the prompt of answers in other columns."""
+    """Returns whether `messages` is the prompt of answers in other columns."""
     if conversation_columns.ends_in_answer(raw["messages"]):
         return False
     return votes.is_vote(raw) or "messages" in conversation_columns.prompt_columns(raw)

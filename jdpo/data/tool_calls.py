@@ -21,7 +21,7 @@ def read_tools(value: Any, place: str, origin: str) -> list[dict[str, Any]] | No
 
 
 def are_calls(value: Any) -> bool:
-    """Whether a value is a call of a function, or a list of them, with no message around it.
+    """Returns whether a value is a call of a function, or a list of them, with no message around it.
 
     >>> are_calls([{"name": "look", "arguments": {}}]), are_calls([{"role": "user", "content": "Hi"}]), are_calls([])
     (True, False, False)
@@ -71,7 +71,7 @@ def _call(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_keys(item: dict[str, Any]) -> dict[str, Any]:
-    """A call or a tool without those of its own keys, and of its function's, that are null.
+    """Returns a call or a tool without those of its own keys, and of its function's, that are null.
 
     Nulls further in are data: `arguments` and `parameters` hold free JSON, which says null where it means it.
 
@@ -86,7 +86,7 @@ def _with_keys(item: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_void(value: Any) -> bool:
-    """Whether a value is null, or an object of nothing but nulls, as files write for a call that a turn does not make.
+    """Returns whether a value is null or an object of nulls alone, as files write for a call that a turn does not make.
 
     >>> _is_void({"name": None, "arguments": {"at": None}}), _is_void({"name": "look", "arguments": {}})
     (True, False)

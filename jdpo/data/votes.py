@@ -36,7 +36,7 @@ VOTES = (
     "preferred",
     "choice",
 )
-"""Columns that hold a vote; columns of 0 and 1, whose names begin with `winner_`, come beside them."""
+"""Columns that hold a vote; columns of 0 and 1, whose names begin with `winner_`, are one more."""
 
 _SIGNED = ("overall_preference", "preference_strength")
 _STRONGEST = 3
@@ -65,7 +65,7 @@ class _Two(NamedTuple):
 
 
 def is_vote(raw: Raw) -> bool:
-    """Whether a row, without its nulls, has a question, two answers to it and a vote."""
+    """Returns whether a row, without its nulls, has a question, two answers to it and a vote."""
     two = _answers(raw)
     if two is None or not _vote_columns(raw):
         return False
@@ -122,13 +122,13 @@ def _prompt_column(raw: Raw) -> str | None:
 
 
 def _vote_columns(raw: Raw) -> list[str]:
-    """The votes of a row; the columns of 0 and 1 count as one, under the name of the first of them."""
+    """Returns the votes of a row. Columns of 0 and 1 count as one vote, under the name of the first of them."""
     one_hot = [name for name in raw if name.startswith(_ONE_HOT)]
     return [name for name in VOTES if name in raw] + (one_hot[:1] if len(one_hot) > 1 else [])
 
 
 def _meaning(raw: Raw, column: str, two: _Two, origin: str) -> int | None:
-    """Which answer a vote is for, 0 or 1; None: a tie.
+    """Returns which answer a vote is for, 0 or 1, or None for a tie.
 
     Raises:
       ValueError: it says neither.
@@ -149,7 +149,7 @@ def _meaning(raw: Raw, column: str, two: _Two, origin: str) -> int | None:
 
 
 def _named(text: str, raw: Raw, two: _Two) -> str | None:
-    """The mark of the answer that a vote names, or "tie"; None where it names none."""
+    """Returns the mark of the answer that a vote names, "tie", or None if it names neither."""
     if _TIES.fullmatch(text):
         return "tie"
     match = _SLOT.fullmatch(text)
@@ -162,7 +162,7 @@ def _named(text: str, raw: Raw, two: _Two) -> str | None:
 
 
 def _one_hot(raw: Raw, two: _Two, origin: str) -> int | None:
-    """Which of the columns `winner_...` holds 1."""
+    """Reads the columns `winner_...`, one of which holds 1."""
     values = {name: raw[name] for name in raw if name.startswith(_ONE_HOT)}
     marked = {name: _as_text(int(value) if isinstance(value, bool) else value) for name, value in values.items()}
     voted = [name for name, mark in marked.items() if mark == "1"]
@@ -178,7 +178,7 @@ def _one_hot(raw: Raw, two: _Two, origin: str) -> int | None:
 
 
 def _as_text(value: Any) -> str:
-    """A vote as lower-case text; a whole number without a point, which tables of floats give it."""
+    """Returns a vote as lower-case text, a whole number without the point that tables of floats give it."""
     found = number(value)
     text = str(int(found)) if found is not None and found == int(found) else str(value)
     return text.strip().lower()
@@ -192,7 +192,7 @@ def _told(vote: int | None, two: _Two) -> str:
 
 
 def _asked(raw: Raw, two: _Two, origin: str) -> tuple[Text, list[list[Message]]]:
-    """The prompt of a row, empty where the answers are whole conversations, and both answers."""
+    """Returns the prompt of a row, empty if the answers are whole conversations, and both answers."""
     answers = {column: raw[column] for column in two.columns}
     questions, first, second = (_rounds(value) for value in (raw.get("prompt"), *answers.values()))
     if questions and first and second:
@@ -209,7 +209,7 @@ def _asked(raw: Raw, two: _Two, origin: str) -> tuple[Text, list[list[Message]]]
 
 
 def _rounds(value: Any) -> list[str | None] | None:
-    """The words of several rounds, a list of strings or JSON text of one, as Chatbot Arena's tables have them."""
+    """Returns the words of several rounds: a list of strings, or JSON text of one, as in Chatbot Arena's tables."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)

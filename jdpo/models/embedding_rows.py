@@ -32,6 +32,10 @@ _CHUNK_BYTES = 2**23
 _NUM_THREADS = 4
 
 
+MOST_NAMED = 8
+"""Tokens named in a message at most."""
+
+
 class StartedRows(NamedTuple):
     """Rows that take the place of what a model's files hold for some tokens.
 
@@ -62,6 +66,14 @@ class UntrainedToken(NamedTuple):
     token: str
     num_rows: int
     first: str
+
+
+def row_count(num_rows: int) -> str:
+    """
+    >>> row_count(1), row_count(1200)
+    ('1 row', '1,200 rows')
+    """
+    return f"{num_rows:,} row{'' if num_rows == 1 else 's'}"
 
 
 def row_norms(folder: Path, config: ModelConfig) -> np.ndarray:

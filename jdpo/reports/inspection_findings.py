@@ -15,6 +15,7 @@ from jdpo.data.inspection_text import BIDI, CONTROL, INVISIBLE, REPLACEMENT, SPE
 from jdpo.data.row_notes import ANSWER_CHANGED, TOOLS_UNUSED, TURN_CHANGED
 from jdpo.data.tokenize import PROMPT_CUT
 from jdpo.data.turns import NOT_LEARNT
+from jdpo.models.embedding_rows import MOST_NAMED, row_count
 from jdpo.reports.inspection_checks import CHECKS
 from jdpo.reports.inspection_words import percent
 from jdpo.safe_text import terminal
@@ -24,9 +25,6 @@ SEVERITIES: tuple[Severity, ...] = ("fault", "warning", "note")
 
 FEW_EVAL_ROWS = 400
 """Evaluation rows below which an accuracy is said with its interval: 400 leave it 5 points on either side."""
-
-MOST_NAMED = 8
-"""Tokens named in a finding at most."""
 
 BIASED, STRONGLY_BIASED = 0.6, 0.4
 """Chosen sides longer in more (or less) than this share of pairs: length alone is worth a few points of accuracy."""
@@ -128,7 +126,7 @@ def _untrained_findings(model: Json) -> Iterator[Finding]:
     found = model["untrained_tokens"]
     if not found:
         return
-    named = [f"{terminal(one['token'])} (id {one['id']}, in {one['rows']:,} rows)" for one in found[:MOST_NAMED]]
+    named = [f"{terminal(one['token'])} (id {one['id']}, in {row_count(one['rows'])})" for one in found[:MOST_NAMED]]
     more = f" and {len(found) - MOST_NAMED:,} more" if len(found) > MOST_NAMED else ""
     started = model["starts_untrained_tokens"]
     yield Finding(

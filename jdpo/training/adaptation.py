@@ -27,6 +27,7 @@ from jdpo.models.lora_sites import (
 from jdpo.models.peft_folder import PeftAdapter, read_adapter
 from jdpo.models.transformer import Transformer
 from jdpo.sharding.rules import param_shardings
+from jdpo.training.untrained import refuse_added_tokens
 
 Params = Any
 
@@ -83,12 +84,7 @@ def check_adaptation(config: TrainConfig, adaptation: Adaptation, tokenizer: Tok
     Raises:
       ValueError: naming the key and what to do.
     """
-    if tokenizer.added_tokens:
-        raise ValueError(
-            f"chat_template adds tokens ({', '.join(map(str, tokenizer.added_tokens))}), whose rows would stay as they "
-            "start: under lora embed_tokens and an untied lm_head are frozen. Train all weights first (`jdpo sft` "
-            "without lora), or use a template of tokens that the model has"
-        )
+    refuse_added_tokens(tokenizer)
     if isinstance(config, DPOConfig) and config.sync_ref_model and config.ref_model_mixup_alpha != 1:
         raise ValueError(
             f"ref_model_mixup_alpha {config.ref_model_mixup_alpha} with lora: a mix of two adapters is no adapter of "

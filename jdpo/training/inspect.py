@@ -19,7 +19,7 @@ from jdpo.reports.inspection_material import Material, ModelFacts, Part
 from jdpo.reports.progress import RowCounter
 from jdpo.training.rows import Say, num_steps_of, plan_rows, preparation_of, sides_of
 from jdpo.training.sources import Sources, check_positions, find_sources
-from jdpo.training.untrained import find_untrained
+from jdpo.training.untrained import find_untrained, refuse_added_tokens
 
 MOST_STEPS = 2000
 """Steps whose costs are counted: an epoch's, or the first of it."""
@@ -92,14 +92,16 @@ def _model_facts(config: TrainConfig, sources: Sources, tokenizer: Tokenizer, da
         found = read_model_config(folder)
     except ValueError as error:
         return ModelFacts(None, None, str(error))
+    adapted = bool(config.lora) or sources.adapter_folder is not None
     try:
         check_positions(config, found)
+        if adapted:
+            refuse_added_tokens(tokenizer)
     except ValueError as error:
         return ModelFacts(found.max_positions, found.vocab_size, str(error))
     untrained = None
     if has_weights(folder):
         with contextlib.suppress(ValueError):  # weights that cannot be read are for the run to report
             untrained = find_untrained(folder, found, tokenizer, data)
-    adapted = bool(config.lora) or sources.adapter_folder is not None
     starts = config.init_untrained_tokens and not adapted
     return ModelFacts(found.max_positions, found.vocab_size, None, untrained, starts)

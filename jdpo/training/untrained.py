@@ -15,11 +15,16 @@ from jdpo.config import TrainConfig
 from jdpo.data.prepare import PreparedData
 from jdpo.data.tokenizer import Tokenizer
 from jdpo.models.config import ModelConfig
-from jdpo.models.embedding_rows import StartedRows, UntrainedToken, row_norms, started_rows, untrained_rows
+from jdpo.models.embedding_rows import (
+    MOST_NAMED,
+    StartedRows,
+    UntrainedToken,
+    row_count,
+    row_norms,
+    started_rows,
+    untrained_rows,
+)
 from jdpo.safe_text import terminal
-
-MOST_NAMED = 8
-"""Tokens named in a message at most."""
 
 
 class Start(NamedTuple):
@@ -67,6 +72,21 @@ def source_tokens(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
 def added_ids(tokenizer: Tokenizer) -> list[int]:
     """Ids of the tokens that the chat template added."""
     return [int(id) for id in tokenizer.hf.convert_tokens_to_ids([*tokenizer.added_tokens])]
+
+
+def refuse_added_tokens(tokenizer: Tokenizer) -> None:
+    """Refuses tokens that the chat template added, where adapters alone are trained.
+
+    Raises:
+      ValueError: naming them.
+    """
+    if tokenizer.added_tokens:
+        names = _joined([terminal(token) for token in tokenizer.added_tokens])
+        raise ValueError(
+            f"chat_template adds tokens ({names}), whose rows would stay as they start: under lora embed_tokens and an "
+            "untied lm_head are frozen. Train all weights first (`jdpo sft` without lora), or use a template of tokens "
+            "that the model has"
+        )
 
 
 def start_tokens(
@@ -124,7 +144,7 @@ def start_tokens(
 
 
 def _named(tokens: Sequence[UntrainedToken]) -> str:
-    return _joined([f"{terminal(token.token)} (id {token.id}, in {token.num_rows:,} rows)" for token in tokens])
+    return _joined([f"{terminal(token.token)} (id {token.id}, in {row_count(token.num_rows)})" for token in tokens])
 
 
 def _joined(names: Sequence[str]) -> str:

@@ -168,7 +168,7 @@ def test_policy_and_reference_start_from_the_same_rows_and_the_cache_key_has_the
 
 
 def test_inspect_names_them_as_a_fault_and_as_a_note_where_they_are_started(
-    model_with: Callable[..., Path], run_words: Words, toy_model: Path
+    model_with: Callable[..., Path], run_words: Words, toy_model: Path, tmp_path: Path
 ) -> None:
     end = json.loads((toy_model / "config.json").read_text(encoding="utf-8"))["eos_token_id"]
 
@@ -187,6 +187,10 @@ def test_inspect_names_them_as_a_fault_and_as_a_note_where_they_are_started(
     assert severities(found(broken, init_untrained_tokens=True)) == ["note"]
     assert severities(found(broken, init_untrained_tokens=True, lora=True)) == ["fault"], "the embedding is frozen"
     assert severities(found(model_with())) == []
+    template = tmp_path / "markers.jinja"
+    template.write_text(MARKERS, encoding="utf-8")
+    assert found(model_with(), chat_template=template)["model"]["problem"] is None
+    assert "chat_template adds tokens" in found(model_with(), chat_template=template, lora=True)["model"]["problem"]
     (broken / "model.safetensors").unlink()
     assert found(broken)["model"]["untrained_tokens"] is None
 

@@ -106,6 +106,8 @@ def _translated(name: str, known: Mapping[str, str], value: Any, where: str) -> 
         if key not in known:
             return f"`jdpo dpo` has it as {key!r}"
         shown = _as_yaml(value)
+        if key == "lora.target_modules" and isinstance(value, str) and "," in value:
+            shown = f"[{shown}]"  # names in one text, as on the command lines of others
         meant = VALUES.get(key, {}).get(shown.lower(), shown)
         return f"here it is called {key!r}" + (f": {_setting(key, meant, where)}" if meant else "")
     if name not in FOREIGN:
@@ -137,8 +139,12 @@ def _setting(key: str, value: str, where: str) -> str:
 
 
 def _as_yaml(value: Any) -> str:
-    """A value as one line of YAML; empty where it is long."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
+    """Returns a value as one line of YAML, text without quotes; empty if it is long."""
+    text = (
+        value
+        if isinstance(value, str)
+        else yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
+    )
     text = terminal(text.removesuffix("\n").removesuffix("\n..."))
     return text if len(text) <= _LONGEST_VALUE else ""
 

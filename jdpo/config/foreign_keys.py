@@ -147,6 +147,8 @@ FOREIGN = {
         "lora.base_dtype", {"true": "int8", "false": None}, "int8 is the smallest; there are no 4-bit weights"
     ),
     "quantization_bit": Foreign("lora.base_dtype", {"8": "int8", "4": "int8"}, "int8 is the smallest"),
+    "model_init_kwargs": Foreign(None, {}, "compute_dtype and attention say how the model is loaded"),
+    "ref_model_init_kwargs": Foreign(None, {}, "the reference is loaded as the policy is"),
     "bnb_4bit_quant_type": Foreign(None, {}, "lora.base_dtype: int8 is the smallest; there are no 4-bit weights"),
     "bnb_4bit_compute_dtype": Foreign("compute_dtype", _DTYPES),
     # batches
@@ -210,6 +212,8 @@ FOREIGN = {
     "datasets.field": Foreign(None, {}, "column_map renames columns"),
     "remove_unused_columns": Foreign(None, {}, "columns that no schema names are ignored"),
     "dataloader_num_workers": Foreign(None, {}, "dataset_num_proc says how many processes tokenize"),
+    "dataset_text_field": Foreign("datasets", {}, "column_map renames columns: [{path: NAME, column_map: {...}}]"),
+    "dataset_kwargs": Foreign(None, {}, "the columns tell the format; column_map renames them"),
     "streaming": Foreign(None, {}, "rows are tokenized once and read from the disk as they are needed"),
     # devices
     "attn_implementation": Foreign("attention", {"flash_attention_2": "auto", "sdpa": "auto", "eager": "xla"}),
@@ -219,7 +223,21 @@ FOREIGN = {
     "fsdp": Foreign(None, {}, _MESH),
     "fsdp_config": Foreign(None, {}, _MESH),
     "tensor_parallel_size": Foreign("mesh.tensor", SAME),
-    "ddp_timeout": Foreign(None, {}, "nothing here needs it"),
+    **{
+        key: Foreign(None, {}, "nothing here needs it")
+        for key in (
+            "ddp_find_unused_parameters",
+            "ddp_timeout",
+            "dataloader_drop_last",
+            "dataloader_pin_memory",
+            "dataloader_prefetch_factor",
+            "local_rank",
+            "log_level",
+            "logging_first_step",
+            "low_cpu_mem_usage",
+            "use_cache",
+        )
+    },
     # steps, logs and files
     "eval_strategy": Foreign("eval_steps", {"no": None, "epoch": None}, "null evaluates at the end alone"),
     "save_strategy": Foreign("save_steps", {"no": None, "epoch": None}, "the last step is always saved"),
@@ -233,6 +251,9 @@ FOREIGN = {
     "run_name": Foreign(None, {}, "output_dir names the run"),
     "wandb_project": Foreign("report_to", {}, "report_to: wandb, and WANDB_PROJECT in the environment"),
     "wandb_name": Foreign("report_to", {}, "report_to: wandb, and WANDB_NAME in the environment"),
+    "save_safetensors": Foreign(None, {}, "weights are always written as safetensors"),
+    "save_only_model": Foreign(None, {}, "checkpoints always hold what a run resumes from"),
+    "hub_token": Foreign(None, {}, "`hf auth login` or HF_TOKEN in the environment gives it"),
     "use_wandb": Foreign("report_to", {"true": "wandb", "false": None}),
     "hub_private_repo": Foreign("push_public", {"true": "false", "false": _ON}),
     "greater_is_better": Foreign(None, {}, "a metric whose name ends in loss is better when lower, others when higher"),
@@ -254,6 +275,7 @@ VALUES = {
         "lion_32bit": "lion",
         "lion_8bit": "lion",
     },
+    "lora.target_modules": {"all": "all-linear"},
     "lr_scheduler_type": {"constant_with_warmup": "constant", "cosine_with_min_lr": "cosine"},
     "compute_dtype": {"bf16": "bfloat16", "fp32": "float32", "fp16": "bfloat16", "float16": "bfloat16"},
     "attention": {"flash_attention_2": "auto", "flash_attention_3": "auto", "sdpa": "auto", "eager": "xla"},

@@ -43,7 +43,7 @@ def prompt_columns(raw: Raw) -> list[str]:
     Args:
       raw: columns without nulls.
     """
-    if any(name in raw for name in _NAMED_PROMPTS):
+    if any(raw.get(name) for name in _NAMED_PROMPTS):
         return []
     sides = [raw.get(name) for name in _SIDES]
     if not all(isinstance(side, str | list | dict) and not messages.is_transcript(side) for side in sides):

@@ -124,7 +124,7 @@ def preference_rows(raw: Raw, origin: str, reading: Reading = AS_FOUND) -> list[
             for pair in ranked.couples(asked, reading.ranked, origin)
         ]
         rows = [pair if isinstance(pair, Dropped) else pair_row(asked.prompt, pair, frame, origin) for pair in pairs]
-        if schema.implicit:
+        if not asked.prompt and not schema.joined:
             rows = [row if isinstance(row, Dropped) else whole_pair(row, columns) for row in rows]
         return _with_notes(rows, columns)
     except RecursionError:

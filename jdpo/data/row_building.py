@@ -99,15 +99,17 @@ def whole_pair(row: PreferenceRow, columns: Raw) -> PreferenceRow | Dropped:
       columns: those of its raw row, for advice.
 
     Returns:
-      The row, with a note where it starts with the assistant; Dropped if the sides share no turn.
+      The row, with a note where a conversation starts with the assistant; Dropped if the sides share no turn.
     """
+    if isinstance(row.prompt, str):
+        return row
     if not row.prompt:
         advice = (
             "name the column that both answer in column_map, as in {prompt: <column>}, or begin both sides with the "
             f"conversation; the columns are {named(columns)}"
         )
         return Dropped(NO_SHARED_TURN, row.origin, advice)
-    first = next((turn for turn in messages.as_messages(row.prompt) if turn["role"] != "system"), None)
+    first = next((turn for turn in row.prompt if turn["role"] != "system"), None)
     starts = first is None or first["role"] == "assistant"
     return row._replace(notes=(*row.notes, STARTS_WITH_ANSWER)) if starts else row
 

@@ -31,7 +31,7 @@ class Schema(NamedTuple):
       matches: whether it fits a row (without nulls).
       read: the row's prompt and answers.
       ranked: whether a row may have more than two answers.
-      implicit: whether the prompt is what both sides begin with.
+      joined: whether the answers that it reads are whole conversations, with the prompt of the row in them.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Schema(NamedTuple):
     matches: Callable[[Raw], bool]
     read: Callable[[Raw, str], Asked | Dropped]
     ranked: bool = False
-    implicit: bool = False
+    joined: bool = False
 
 
 _MESSAGES = (list, dict)
@@ -106,6 +106,7 @@ PREFERENCE_SCHEMAS: Sequence[Schema] = (
             and all(_answers_only(raw[side]) for side in ("chosen", "rejected"))
         ),
         conversation_columns.conversation_pair,
+        joined=True,
     ),
     Schema(
         "conversation",
@@ -113,6 +114,7 @@ PREFERENCE_SCHEMAS: Sequence[Schema] = (
         (*conversation_columns.COLUMNS, "chosen", "rejected"),
         lambda raw: bool(conversation_columns.prompt_columns(raw)),
         conversation_columns.conversation_pair,
+        joined=True,
     ),
     Schema(
         "nemo-rl",
@@ -197,7 +199,6 @@ PREFERENCE_SCHEMAS: Sequence[Schema] = (
         ("chosen", "rejected"),
         lambda raw: _unprompted(raw, chosen=list, rejected=list),
         schema_readers.whole_conversations,
-        implicit=True,
     ),
     Schema(
         "hh-rlhf",

@@ -130,6 +130,12 @@ def test_a_prompt_of_its_own_comes_first(name: str) -> None:
     assert row.prompt == ([user("Hi"), assistant("Hello"), ASK] if name == "instruction" else [ASK])
 
 
+@pytest.mark.parametrize("empty", ["", [], None])
+def test_an_empty_prompt_is_none(empty: Any) -> None:
+    raw = {"prompt": empty, "messages": [ASK], "chosen": "The Seine.", "rejected": "Dublin."}
+    assert pair(raw) == PreferenceRow([ASK], [SEINE], [DUBLIN], "x:1")
+
+
 def test_transcripts_are_whole_conversations() -> None:
     sides = {
         "chosen": "\n\nHuman: Name a river.\n\nAssistant: The Seine.",
@@ -186,6 +192,13 @@ def test_a_pair_that_starts_with_the_assistant_for_want_of_a_prompt_is_marked(sy
     with_prompt = pair({**sides, **system, "messages": [ASK]})
     assert isinstance(with_prompt, PreferenceRow)
     assert with_prompt.notes == ()
+    empty = pair({**sides, **system, "prompt": []})
+    assert isinstance(empty, PreferenceRow)
+    assert empty.notes == (STARTS_WITH_ANSWER,)
+    votes = {"conversation_a": sides["chosen"], "conversation_b": sides["rejected"], "winner": "a"}
+    voted = pair({**votes, **system})
+    assert isinstance(voted, PreferenceRow)
+    assert voted.notes == (STARTS_WITH_ANSWER,)
     # A greeting is part of a conversation that somebody named as the prompt.
     greeted = pair({"prompt": [RHINE, MORE], "chosen": [SEINE], "rejected": [DUBLIN]})
     assert isinstance(greeted, PreferenceRow)

@@ -105,7 +105,7 @@ def test_resolved_yaml_reads_back_to_the_same_config(tmp_path: Path) -> None:
         ("rows=3", "unknown key 'rows' on the command line; it is an option of `jdpo inspect`"),
         ("dry_run=true", "it is an option of `jdpo dpo` and `jdpo sft`"),
         ("--beta", "--beta needs a value: how strongly the policy is held"),
-        ("--output_dir", "--output_dir needs a value: where everything"),
+        ("--output_dir", "--output_dir needs a value: folder for everything"),
         ("beta=", "--beta needs a value"),
         ("output_dir=", "--output_dir needs a value"),
         ("--mesh.fsdp", "--mesh.fsdp needs a value"),

@@ -79,17 +79,17 @@ class DatasetConfig:
     revision: Text | None = key(None, "hub revision: branch, tag or commit")
     label: Text | None = key(None, "its name in metrics; null: the file's stem, or the hub name's last part")
     weight: PositiveFloat | None = key(
-        None, "share of an epoch's rows, against the weights of the other data sets; then all of them need one"
+        None, "share of an epoch's rows, relative to the weights of the other datasets, which then all need one"
     )
-    num_rows: PositiveInt | None = key(None, "rows of it an epoch; null: all, once")
+    num_rows: PositiveInt | None = key(None, "rows per epoch from this dataset; null: all, once")
     column_map: Mapping[str, str] | None = key(
-        None, "jdpo's name of a column (prompt, chosen, rejected, messages, ...): the file's; null: it has jdpo's"
+        None, "jdpo's column names (prompt, chosen, rejected, messages, ...), each with the file's name for it"
     )
     ranked: Literal["best_vs_worst", "best_vs_random", "all"] = key(
-        "best_vs_worst", "which pairs a row of several ranked answers gives; best_vs_random picks by the row's words"
+        "best_vs_worst", "which pairs are made of several ranked answers; best_vs_random picks by a hash of the row"
     )
     min_margin: NonNegativeFloat | None = key(
-        None, "pairs whose scores are closer than this, or contradict the sides, are dropped; null: none is"
+        None, "pairs whose scores are closer than this, or contradict the sides, are dropped; null: none"
     )
 
 
@@ -97,9 +97,9 @@ class DatasetConfig:
 class MeshConfig:
     """Devices along each axis of the mesh; -1 on one axis takes all that the others leave."""
 
-    data: Int = key(1, "replicas of the weights, each with its part of the batch")
+    data: Int = key(1, "replicas of the weights, each with its share of the batch")
     fsdp: Int = key(-1, "weights and batch are both split along this axis")
-    expert: Int = key(1, "experts are split along this axis, and batch and other weights as along fsdp")
+    expert: Int = key(1, "experts are split along this axis; batch and other weights as along fsdp")
     tensor: Int = key(1, "heads, mlp and vocabulary are split along this axis")
 
 
@@ -175,9 +175,9 @@ class LoraConfig:
     """
 
     r: PositiveInt | None = key(None, "rank of the adapters; null: 16, or that of `adapter`")
-    alpha: PositiveFloat | None = key(None, "(x A) B counts alpha / r times; null: 32, or that of `adapter`")
+    alpha: PositiveFloat | None = key(None, "scale: (x A) B is multiplied by alpha / r; null: 32, or that of `adapter`")
     use_rslora: bool | None = key(
-        None, "alpha / sqrt(r) times instead (arXiv 2312.03732); null: false, or as `adapter` says"
+        None, "scale by alpha / sqrt(r) instead (arXiv 2312.03732); null: false, or as in `adapter`"
     )
     target_modules: TargetModules | None = key(
         None,
@@ -186,7 +186,7 @@ class LoraConfig:
     )
     adapter: Text | None = key(
         None,
-        "a PEFT adapter folder or hub name to go on from; the reference is then the base with it, as it came, unless "
+        "a PEFT adapter folder or hub name to continue from; the reference is then the base with that adapter, unless "
         "reference_model names the base",
     )
     base_dtype: Literal["auto", "float32", "bfloat16", "int8"] = key(
@@ -194,7 +194,7 @@ class LoraConfig:
         "dtype of the frozen weights; auto: compute_dtype; int8: projections in int8 with a scale a channel, the rest "
         "in compute_dtype",
     )
-    merge: bool = key(False, "export the base with the adapters added to it, and not the adapters alone")
+    merge: bool = key(False, "export the base with the adapters added, instead of the adapters alone")
     dropout: NonNegativeFloat = key(0.0, "none: policy and reference run without dropout, so that they compare")
 
     @model_validator(mode="after")

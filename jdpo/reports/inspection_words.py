@@ -99,7 +99,7 @@ def repeat_rows(part: Json) -> tuple[list[tuple[str, Json]], list[str]]:
 def bias_sentences(bias: Json) -> list[str]:
     """Whether the chosen side is longer, with what it means."""
     sentences = [
-        f"Of {bias['pairs']:,} pairs the chosen side is longer in {bias['longer']:,}, shorter in "
+        f"Of {figure(bias['pairs'], 'pair')} the chosen side is longer in {bias['longer']:,}, shorter in "
         f"{bias['shorter']:,}, as long in {bias['equal']:,}; it has {bias['mean_chosen']:.1f} tokens in the mean, the "
         f"rejected one {bias['mean_rejected']:.1f} (difference {bias['mean_difference']:+.1f}, median "
         f"{bias['median_difference']:+.1f})."

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from jdpo.config import command_of
 from jdpo.safe_text import terminal_lines
 
 
@@ -15,7 +16,9 @@ class _Parser(argparse.ArgumentParser):
     """Reports errors as all commands do."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; `jdpo export --help` lists the options")
+        named = re.search(r"--([\w-]+)", message.partition("unrecognized arguments:")[2])
+        elsewhere = command_of(named[1].replace("-", "_")) if named else ""
+        raise ValueError(f"{message}; {elsewhere or '`jdpo export --help` lists the options'}")
 
 
 def parser() -> argparse.ArgumentParser:

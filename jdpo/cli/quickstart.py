@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jdpo.config import parse_overrides
+from jdpo.config import command_of, parse_overrides
 from jdpo.quickstart.experiment import Settings, Workplace, prepare, run_all
 
 DEFAULT_OUTPUT_DIR = "quickstart"
@@ -95,8 +95,9 @@ def read_settings(words: Sequence[str]) -> tuple[Path, Settings]:
 def _nearest(key: str) -> str:
     import difflib
 
-    near = difflib.get_close_matches(key, DESCRIPTIONS, n=1)
-    return f", did you mean {near[0]!r}?" if near else ""
+    if near := difflib.get_close_matches(key, DESCRIPTIONS, n=1):
+        return f", did you mean {near[0]!r}?"
+    return f", {elsewhere}" if (elsewhere := command_of(key)) else ""
 
 
 def _read(key: str, value: Any, default: Any) -> Any:

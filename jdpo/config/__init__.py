@@ -1,7 +1,7 @@
 """The settings of a run: their keys, how they are read, and which of them may change when a run goes on."""
 
 from jdpo.config.addresses import public_text, refuse_passwords, without_queries
-from jdpo.config.explaining import keys_of
+from jdpo.config.explaining import command_of, keys_of
 from jdpo.config.groups import LORA_DEFAULTS, RULE_DEFAULTS, DatasetConfig, LoraConfig, MeshConfig, OptimizerConfig
 from jdpo.config.keys import CONFIGS, DPOConfig, SFTConfig, TrainConfig
 from jdpo.config.reading import (
@@ -30,6 +30,7 @@ __all__ = [
     "SFTConfig",
     "TrainConfig",
     "changed_keys",
+    "command_of",
     "defaults_of",
     "differences",
     "keys_of",

@@ -79,14 +79,19 @@ def no_value(key: str, cls: type) -> str:
     return f"--{key} needs a value: {keys_of(cls).get(key, 'see --help')}"
 
 
+def command_of(key: str) -> str:
+    """Says which commands have a key or an option; empty if none has."""
+    commands = [command for command, cls in CONFIGS.items() if key in keys_of(cls)]
+    if commands:
+        return f"it is a key of {' and '.join(f'`jdpo {command}`' for command in commands)}"
+    return f"it is an option of `jdpo {OTHER_COMMANDS[key]}`" if key in OTHER_COMMANDS else ""
+
+
 def _instead_of(cls: type, path: Sequence[Any], value: Any, where: str) -> str:
     """What to write instead of an unknown key."""
     known, dotted, name = keys_of(cls), _dotted(path), str(path[-1])
-    for command, other in CONFIGS.items():
-        if other is not cls and dotted in keys_of(other):
-            return f"it is a key of `jdpo {command}`"
-    if dotted in OTHER_COMMANDS and dotted not in RENAMED:
-        return f"it is an option of `jdpo {OTHER_COMMANDS[dotted]}`"
+    if dotted not in RENAMED and (elsewhere := command_of(dotted)):
+        return elsewhere
     for candidate in dict.fromkeys((dotted, name)):
         if said := _translated(candidate, known, value, where):
             return said

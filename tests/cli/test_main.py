@@ -59,6 +59,23 @@ def test_what_is_no_command_points_to_one(capsys: pytest.CaptureFixture[str], wo
     assert hint in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["quickstart", "--datasets", "x"], "unknown key 'datasets', it is a key of `jdpo sft` and `jdpo dpo`"),
+        (["export", "run", "out", "--beta", "1"], "unrecognized arguments: --beta 1; it is a key of `jdpo dpo`"),
+        (["export", "run", "out", "--rows", "1"], "it is an option of `jdpo inspect`"),
+        (["inspect", "--merge"], "unknown key 'merge' on the command line; it is an option of `jdpo export`"),
+        (["reference", "--html", "x"], "it is an option of `jdpo inspect`"),
+    ],
+)
+def test_options_of_other_commands_say_whose_they_are(
+    capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    assert main(words) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_a_config_file_comes_first_or_after_config(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, run_words: Callable[..., list[str]]
 ) -> None:

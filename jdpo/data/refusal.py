@@ -110,7 +110,8 @@ def _suggestion(raw: Raw, *, supervised: bool) -> Iterator[str]:
     worse = next((name for name in rest if _WORSE.search(name.lower())), None)
     better = next((name for name in rest if name != worse and _BETTER.search(name.lower())), None)
     twins = _twins({name: raw[name] for name in rest}) if better is None or worse is None else None
-    judges = [name for name in raw if twins and name not in twins and _SAYS_WHICH.search(str(name))]
+    others = [name for name in raw if twins and name not in twins and len(name) <= LONGEST_PASTED]
+    judges = [name for name in others if _SAYS_WHICH.search(name)]
     voted = _vote_lines(twins, judges) if twins else []
     if voted:
         yield from voted
@@ -134,7 +135,7 @@ def _suggestion(raw: Raw, *, supervised: bool) -> Iterator[str]:
 def _vote_lines(twins: tuple[str, str], judges: Sequence[str]) -> list[str]:
     """Lines that map two answers and a vote; none where no column is a vote, or the answers have other marks."""
     marks = tuple(match["mark"].lower() for name in twins if (match := _ONE_OF_TWO.fullmatch(name)))
-    vote = next((name for name in judges if _VOTE.search(str(name))), None)
+    vote = next((name for name in judges if _VOTE.search(name)), None)
     if vote is None or marks not in _VOTED_MARKS:
         return []
     answers = [f"    response_{mark}: {_yaml(name)}" for mark, name in zip(marks, twins, strict=True)]

@@ -261,6 +261,10 @@ def test_deep_nesting_is_read_or_named(depth: int) -> None:
 
 @pytest.mark.parametrize("column", ["prompt", "completion", "chosen"])
 def test_a_name_without_end_leaves_the_message_short(column: str) -> None:
+    voted = {"ask": "a", "reply_1": "b", "reply_2": "c", "winner" + 6000 * "9": 1}
+    with pytest.raises(ValueError, match="fit no known format") as error:
+        preference_rows(voted, "x:1")
+    assert len(str(error.value)) < 3000
     raw = {"prompt": "a", "completion": "b", "chosen": "c"}
     raw[column + 6000 * "9"] = raw.pop(column)
     for read in (preference_rows, completion_rows):

@@ -11,6 +11,7 @@ from jdpo.safe_text import terminal
 
 SAFETENSORS_GLOB = "*.safetensors"
 _PATTERNS = ["*.json", "*.jinja", "tokenizer*", "*.model", "vocab*", "merges.txt"]
+_TEMPLATES_GLOB = "additional_chat_templates/*.jinja"
 _IGNORED = ["consolidated*.safetensors"]  # Mistral's own format: the same weights a second time
 _ADDRESS = re.compile(r"[A-Za-z][\w+.-]*://")
 _BIN_GLOBS = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -119,6 +120,8 @@ def _refuse_special_files(folder: Path) -> None:
         path = folder / name
         if any(fnmatch(name, pattern) for pattern in (*_PATTERNS, SAFETENSORS_GLOB)) and not path.is_dir():
             require_plain_file(path)
+    for path in sorted(folder.glob(_TEMPLATES_GLOB)):
+        require_plain_file(path)
 
 
 def require_plain_file(path: Path) -> None:

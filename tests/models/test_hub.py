@@ -148,6 +148,14 @@ def test_a_pipe_in_the_place_of_a_model_file_is_refused_by_name(tmp_path: Path, 
         resolve_folder(str(tmp_path), weights=False)
 
 
+def test_a_pipe_among_further_chat_templates_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / "additional_chat_templates").mkdir()
+    os.mkfifo(tmp_path / "additional_chat_templates" / "rag.jinja")
+    with pytest.raises(ValueError, match=r"rag\.jinja: expected a file of the model"):
+        resolve_folder(str(tmp_path))
+
+
 def test_a_device_behind_a_link_is_refused_and_a_link_to_a_file_is_followed(tmp_path: Path) -> None:
     (tmp_path / "blob").write_bytes(b"")
     (tmp_path / "model.safetensors").symlink_to("blob")

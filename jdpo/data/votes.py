@@ -167,6 +167,8 @@ def _one_hot(raw: Raw, two: _Two, origin: str) -> int | None:
     marked = {name: _as_text(int(value) if isinstance(value, bool) else value) for name, value in values.items()}
     voted = [name for name, mark in marked.items() if mark == "1"]
     means = {name: _named(name.removeprefix(_ONE_HOT).lower(), raw, two) for name in values}
+    if {*marked.values()} == {"0"} and {*means.values()} == {*two.marks}:
+        return None  # neither won, and ties have no column of their own
     if len(voted) != 1 or not {*marked.values()} <= {"0", "1"} or None in means.values():
         told = ", ".join(f"{printable(name)} is {shown(value)}" for name, value in list(values.items())[:6])
         raise ValueError(

@@ -89,6 +89,7 @@ def test_ties_are_counted_as_ties_and_not_learnt(answers: dict[str, Any], column
 def test_columns_of_zero_and_one(marks: tuple[Any, Any, Any], expected: Any) -> None:
     names = ("winner_model_a", "winner_model_b", "winner_tie")
     assert read({**ARENA, **dict(zip(names, marks, strict=True))}) == expected
+    assert read({**ARENA, "winner_model_a": 0, "winner_model_b": 0}) == Dropped(TIED, "x:1")
     both_bad = {"winner_model_a": 0, "winner_model_b": 0, "winner_tie": 0, "winner_tie_bothbad": 1}
     assert read({**ARENA, **both_bad}) == Dropped(TIED, "x:1")
 
@@ -114,7 +115,7 @@ def test_columns_of_zero_and_one(marks: tuple[Any, Any, Any], expected: Any) -> 
             r"^x:1: winner_model_a is 1, .*; expected 1 in one",
         ),
         (
-            {**ARENA, "winner_model_a": 0, "winner_model_b": 0},
+            {**ARENA, "winner_model_a": 0, "winner_model_b": 0, "winner_tie": 0},
             r"^x:1: winner_model_a is 0, .*; expected 1 in one",
         ),
         (

@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from jdpo.durable import TEMPORARY, rename_to_free, utc_stamp
+from jdpo.safe_text import terminal
+from jdpo.words import memory
 
 MANIFEST = "manifest.json"
 _DAMAGED = re.compile(r"damaged-\d+-.+")
@@ -77,12 +79,12 @@ def fault_of(folder: Path) -> str | None:
     for name, expected in sorted(manifest["files"].items()):
         path = folder / name
         if not path.is_file():
-            return f"{name} is missing"
+            return f"{terminal(name)} is missing"
         try:
             if [path.stat().st_size] != expected[:1] or digest_of(path) != expected:
-                return f"{name} is not what was written"
+                return f"{terminal(name)} is not what was written"
         except (OSError, TypeError, LookupError) as error:
-            return f"{name} cannot be compared ({error})"
+            return f"{terminal(name)} cannot be compared ({error})"
     return None
 
 
@@ -216,7 +218,7 @@ def _size_of(folder: Path) -> str:
     for path in folder.rglob("*"):
         with contextlib.suppress(OSError):
             size += path.lstat().st_size if path.is_file() else 0
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 100 else f"{size / 2**20:.2f} MiB"
+    return memory(size)
 
 
 def best_of(manifests: Mapping[int, Mapping[str, Any]], metric_name: str, *, greater_is_better: bool) -> int | None:

@@ -109,13 +109,13 @@ class RowStore(Generic[R]):
         found: dict[int, tuple[int, int]] = {}
         if not len(ids):
             return found
-        is_asked = np.zeros(int(ids.max()) + 1, bool)
+        is_asked = np.zeros(int(ids.max()) + 2, bool)  # the last place is for all ids behind
         is_asked[ids] = True
         fields = [field for field in self.row_type._fields[:-1] if dtype_of(field) != np.bool_]
         for number, start in enumerate(self._starts[:-1]):
             pairs = []  # of a token and a row that holds it
             for offsets, tokens in map(self._views(number).__getitem__, fields):
-                places = np.flatnonzero((tokens < len(is_asked)) & is_asked[np.minimum(tokens, len(is_asked) - 1)])
+                places = np.flatnonzero(is_asked.take(tokens, mode="clip"))
                 pairs.append(np.stack([tokens[places], np.searchsorted(offsets, places, side="right") - 1]))
             tokens, rows = np.unique(np.concatenate(pairs, axis=1), axis=1)
             for id, first, count in zip(*np.unique(tokens, return_index=True, return_counts=True), strict=True):

@@ -80,10 +80,10 @@ def _asked_in(column: str, name: str, description: str) -> Schema:
 
 
 def _answered_elsewhere(raw: Raw) -> bool:
-    """Returns whether `messages` is the prompt of answers in other columns."""
+    """Returns whether `messages` holds no answer, and other columns do."""
     if conversation_columns.ends_in_answer(raw["messages"]):
         return False
-    return votes.is_vote(raw) or "messages" in conversation_columns.prompt_columns(raw)
+    return _has(raw, chosen=_SIDE, rejected=_SIDE) or votes.is_vote(raw)
 
 
 def _responses(column: str) -> Schema:

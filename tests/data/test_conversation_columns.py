@@ -175,6 +175,11 @@ def test_supervised_rows_learn_the_conversation_where_it_ends_in_an_answer() -> 
     assert completion_rows(raw, "x:1") == [CompletionRow([ASK], [RHINE], "x:1")]
 
 
+def test_supervised_rows_learn_the_chosen_side_where_the_conversation_has_no_answer() -> None:
+    for raw in ({**CHAT, "messages": [ASK]}, {"messages": [ASK], "chosen": "The Seine.", "rejected": "Dublin."}):
+        assert completion_rows(raw, "x:1") == [CompletionRow([ASK], [SEINE], "x:1")]
+
+
 def test_pairs_that_share_no_turn_are_dropped_with_advice() -> None:
     row = pair({"chosen": [SEINE], "rejected": [DUBLIN], "topic": "rivers"})
     assert isinstance(row, Dropped)

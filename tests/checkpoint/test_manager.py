@@ -219,7 +219,7 @@ def test_a_damaged_step_is_named_and_set_aside_and_may_be_saved_again(
     manager = reopened(manager)
     assert manager.newest_whole_step() == 3
     (warning,) = logged(caplog)
-    assert re.search(rf"{place} \(0\.\d\d MiB\) was set aside as damaged and is not used", warning)
+    assert re.search(rf"{place} \([\d.,]+ (MiB|bytes)\) was set aside as damaged and is not used", warning)
     manager.close()
 
 

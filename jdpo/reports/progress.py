@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -12,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Column
 from rich.text import Text
+
+from jdpo.safe_text import terminal_lines
 
 SHOWN = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
 LINE_SECONDS = 15.0
@@ -22,6 +25,32 @@ WIDE = 120
 def make_console() -> Console:
     """Where messages and progress go: standard error, so that standard output stays free for results."""
     return Console(file=sys.stderr, soft_wrap=True)
+
+
+def print_lines(console: Console, text: str) -> None:
+    """Prints a message, made safe, where `make_console` puts it.
+
+    A terminal gets lines that end between words; a word that is longer, such as a path, stays whole, so that it can be
+    copied. Anywhere else, lines are as long as they are.
+    """
+    lines = terminal_lines(text).split("\n")
+    if console.is_terminal:
+        lines = [part for line in lines for part in _broken(line, console.width)]
+    console.print("\n".join(lines), markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+
+def _broken(line: str, width: int) -> list[str]:
+    """A line in parts of at most `width` characters; further ones are set in."""
+    indent = " " * (len(line) - len(line.lstrip()) + 2)
+    return textwrap.wrap(
+        line,
+        width,
+        subsequent_indent=indent,
+        expand_tabs=False,
+        replace_whitespace=False,
+        break_long_words=False,
+        break_on_hyphens=False,
+    ) or [""]
 
 
 def figures_of(metrics: Mapping[str, float]) -> str:

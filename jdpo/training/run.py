@@ -20,8 +20,7 @@ from jdpo.data.loader import prefetch
 from jdpo.models.transformer import Weights
 from jdpo.processes import is_first
 from jdpo.reports.metrics_file import cut_metrics
-from jdpo.reports.progress import RunDisplay, figures_of
-from jdpo.safe_text import terminal_lines
+from jdpo.reports.progress import RunDisplay, figures_of, print_lines
 from jdpo.sharding.placement import fetch, micro_batch_sharding, place, replicated
 from jdpo.training.assembly import Assembly, assemble
 from jdpo.training.batches import StepBatch
@@ -73,7 +72,7 @@ class RunResult(NamedTuple):
 def say_on(console: Console, text: str) -> None:
     """One message, once, whatever the number of processes; above the progress bar where there is one."""
     if is_first():
-        console.print(terminal_lines(text), markup=False, highlight=False, emoji=False)
+        print_lines(console, text)
 
 
 class _Launched(NamedTuple):

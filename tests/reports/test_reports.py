@@ -21,7 +21,7 @@ from jdpo.config import DPOConfig, load_config, to_public_yaml
 from jdpo.reports.metrics_file import read_metrics
 from jdpo.reports.model_card import CODE_ENDS, model_card
 from jdpo.reports.plots import write_plots
-from jdpo.reports.progress import RunDisplay
+from jdpo.reports.progress import RunDisplay, print_lines
 from jdpo.reports.writers import JsonlWriter, make_trackers
 
 
@@ -124,6 +124,26 @@ def test_without_a_terminal_progress_is_plain_lines() -> None:
     assert first.startswith("step 3/4  loss 0.5  margin 0.25  accuracy 0.75  12 pairs/s  3,500 tokens/s  0:00:0")
     assert "3,500 tokens/s  MFU 52%  0:00:00 left" in last
     assert last.endswith("0:00:00 left")
+
+
+def test_messages_break_between_words_in_a_terminal_and_nowhere_else() -> None:
+    path = "/cache/" + 50 * "x"
+    text = f"[b] :smile: a message that is longer than a line\n  rows in {path} \x1b[31m\n\nend"
+    printed = {}
+    for is_terminal in (True, False):
+        out = io.StringIO()
+        print_lines(Console(file=out, width=40, force_terminal=is_terminal, color_system=None, soft_wrap=True), text)
+        printed[is_terminal] = out.getvalue()
+    assert printed[False] == text.replace("\x1b", r"\x1b") + "\n"
+    assert printed[True].splitlines() == [
+        "[b] :smile: a message that is longer",
+        "  than a line",
+        "  rows in",
+        f"    {path}",
+        r"    \x1b[31m",
+        "",
+        "end",
+    ]
 
 
 METRICS = {"loss": 0.51234, "rewards/margins": 0.2512, "rewards/accuracies": 0.875}

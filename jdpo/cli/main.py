@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+from jdpo.cli.failures import INTERRUPTED, catch_early_interrupts, explain_failure
 from jdpo.safe_text import terminal_lines
 
 COMMANDS = {
@@ -50,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       the exit code: 0 done, 1 the run failed, 2 the command line or its input is wrong, 128 + n stopped by
       signal n.
     """
+    if argv is None:
+        catch_early_interrupts()
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(usage())
@@ -79,7 +82,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (FloatingPointError, OSError) as error:
         return _fail(error, 1)
     except KeyboardInterrupt:
+        print(INTERRUPTED, file=sys.stderr)
         return 130
+    except Exception as error:
+        if explain_failure(error) is None:
+            raise
+        return _fail(error, 1)
 
 
 def _instead_of(command: str) -> str:
@@ -95,7 +103,7 @@ def _instead_of(command: str) -> str:
 
 
 def _fail(error: Exception, code: int) -> int:
-    print(_safe(f"jdpo: error: {error}"), file=sys.stderr)
+    print(_safe(f"jdpo: error: {explain_failure(error) or error}"), file=sys.stderr)
     if os.environ.get("JDPO_TRACEBACK"):
         _print_traceback(error)
     return code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -9,6 +10,8 @@ import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
+
+from jdpo.durable import naming
 
 Metrics = Mapping[str, float | int]
 
@@ -25,18 +28,21 @@ class JsonlWriter:
     """Appends one JSON object a line; a line stands on file when `write` returns."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
+        self._path, self._file = path, path.open("a", encoding="utf-8")
 
     def write(self, metrics: Metrics) -> None:
-        self._file.write(json.dumps(metrics) + "\n")
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(json.dumps(metrics) + "\n")
+            self._file.flush()
 
     def sync(self) -> None:
         """Brings all lines onto the disk: before a checkpoint claims that they are there."""
-        os.fsync(self._file.fileno())
+        with naming(self._path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # of a full disk, where `write` has said so; all else is flushed
+            self._file.close()
 
 
 class TensorBoardWriter:

@@ -1,8 +1,10 @@
-"""SIGTERM and Ctrl-C as a wish that the loop grants at the next step, instead of a death."""
+"""SIGTERM, Ctrl-C and SIGHUP (a closed terminal) as a wish that the loop grants at the next step, not a death."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 import signal
 import threading
 from collections.abc import Callable
@@ -13,7 +15,18 @@ import jax
 
 from jdpo.processes import any_process, any_process_later
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def silence_lost_output() -> None:
+    """Sends output that nobody can read any more nowhere: a print to a closed terminal would end a run unsaved."""
+    for descriptor in (1, 2):
+        asked = select.poll()
+        asked.register(descriptor, 0)  # errors and hang-ups are always told
+        if asked.poll(0):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)
 
 
 class StopRequest:
@@ -27,6 +40,8 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
             for signum in SIGNALS:
+                if signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN:
+                    continue  # under nohup the run outlives its terminal
                 self._previous[signum] = signal.signal(signum, self._ask)
         return self
 
@@ -36,8 +51,10 @@ class StopRequest:
     def _ask(self, signum: int, frame: FrameType | None) -> None:
         self.signum = signum
         self._restore()
-        # os.write, since a handler may run in the middle of any other print.
-        os.write(2, b"\nstopping at the next step; a second signal stops at once\n")
+        silence_lost_output()
+        with contextlib.suppress(OSError):
+            # os.write, since a handler may run in the middle of any other print.
+            os.write(2, b"\nstopping at the next step; a second signal stops at once\n")
 
     def _restore(self) -> None:
         while self._previous:

@@ -52,6 +52,7 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
             step = directory.state()["results"]["step"]
             say(f"the run in {directory.path} is finished (step {step}); its model is {directory.model}")
             return RunResult(step, False, 0, directory)
+        newest: int | None = None
         try:
             setup = build(config, say, stopped=stop.alone)
             # now, and not behind the last step
@@ -63,9 +64,11 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
             directory.remember("rows", setup.train_data.summary())  # for the model card of an export
             newest = find_newest(setup, directory)
             reference = _settle(setup, directory, stop, say)
+            if stop.asked():  # before anything is compiled
+                raise BuildStopped
         except BuildStopped:
-            say("stopped by a signal; what was computed is kept. Run the same command again to go on")
-            return RunResult(0, True, stop.exit_code, directory)
+            say("stopped by a signal before the first step; what was computed is kept. Run the same command again")
+            return RunResult(newest or 0, True, stop.exit_code, directory)
         with ExitStack() as resources:
             return Run(setup, directory, stop, console, reference, resources, newest).go(on_step)
 

@@ -30,7 +30,7 @@ from jdpo.training.evaluation import Evaluation
 from jdpo.training.finish import finish_run, step_to_export
 from jdpo.training.fit import exhaustion_explained, memory_limit
 from jdpo.training.flops import StepFlops
-from jdpo.training.interrupt import StopRequest
+from jdpo.training.interrupt import StopRequest, silence_lost_output
 from jdpo.training.metrics import mean_over_rows, rows_at
 from jdpo.training.preparation import (
     circumstances,
@@ -72,7 +72,10 @@ class RunResult(NamedTuple):
 def say_on(console: Console, text: str) -> None:
     """One message, once, whatever the number of processes; above the progress bar where there is one."""
     if is_first():
-        print_lines(console, text)
+        try:
+            print_lines(console, text)
+        except OSError:  # the terminal, or what the output was piped to, is gone: no reason to end a run
+            silence_lost_output()
 
 
 class _Launched(NamedTuple):

@@ -229,8 +229,9 @@ def test_a_signal_before_the_first_step_trains_nothing(
 
     monkeypatch.setattr(loop, "build", build_and_stop)
     assert main(cut_words(tmp_path / "run")) == 143
-    assert "stopped by a signal; nothing was trained yet. Run the same command again" in " ".join(
-        "".join(capsys.readouterr()).split()
+    assert (
+        "stopped by a signal before the first step; what was computed is kept. Run the same command again"
+        in " ".join("".join(capsys.readouterr()).split())
     )
     assert not saved_steps(tmp_path / "run")
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

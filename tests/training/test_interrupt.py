@@ -9,10 +9,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from jdpo.training.interrupt import StopRequest
+from jdpo.training.interrupt import StopRequest, silence_lost_output
 
 
-@pytest.mark.parametrize(("signum", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("signum", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_first_signal_asks_and_hands_the_handlers_back(
     signum: signal.Signals, exit_code: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -62,3 +62,29 @@ def test_outside_the_main_thread_nothing_is_touched() -> None:
     thread.start()
     thread.join()
     assert found == [True]
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.asked()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_output_to_a_closed_terminal_goes_nowhere() -> None:
+    ours, theirs = os.openpty()
+    saved = os.dup(2)
+    try:
+        os.dup2(theirs, 2)
+        silence_lost_output()
+        assert os.isatty(2), "a terminal that is there is kept"
+        os.close(ours)
+        silence_lost_output()
+        os.write(2, b"nobody reads this")
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(theirs)

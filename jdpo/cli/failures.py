@@ -1,0 +1,59 @@
+"""Ends of a command that no command foresees: Ctrl-C while it starts, a full disk, memory that is not there."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import threading
+from types import FrameType
+
+_DISK = {
+    errno.ENOSPC: "there is no room left on the disk",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file is larger than is allowed (ulimit -f)",
+}
+_DISK_TEXTS = {os.strerror(number): what for number, what in _DISK.items()}
+_MEMORY_TEXTS = ("can't start new thread", "failed to map segment from shared object", "Cannot allocate memory")
+INTERRUPTED = "jdpo: interrupted"
+
+
+def catch_early_interrupts() -> None:
+    """Makes Ctrl-C end the process with one line and 130 also while modules are imported.
+
+    There, libraries turn a KeyboardInterrupt into an ImportError, or swallow it. Nothing is lost: a command that has
+    something to save asks for signals itself.
+    """
+    main_thread = threading.current_thread() is threading.main_thread()
+    if main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os.write(2, f"{INTERRUPTED}\n".encode())
+            os._exit(128 + signum)
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+def explain_failure(error: BaseException) -> str | None:
+    """Returns one line for a full disk or for too little memory, whichever library met it; None: it is neither."""
+    text = str(error)
+    if isinstance(error, OSError) and error.errno in _DISK and error.filename is not None:
+        return f"cannot write {error.filename}: {_DISK[error.errno]}. {_ADVICE}"
+    if (found := next((what for said, what in _DISK_TEXTS.items() if said in text), None)) is not None:
+        if isinstance(error, OSError | ValueError) and getattr(error, "errno", None) is None:
+            return text  # jdpo's own, which says what could not be written
+        return f"{found} ({text.splitlines()[0]}). {_ADVICE}"
+    if isinstance(error, MemoryError) or any(said in text for said in _MEMORY_TEXTS):
+        first = f" ({text.splitlines()[0]})" if text else ""
+        return (
+            f"this process may not use the memory that it needs{first}. Raise what limits it, such as `ulimit -v`, "
+            "`ulimit -u` or a container's limit"
+        )
+    return None
+
+
+_ADVICE = "Make room and run the same command again: a run continues from its newest whole checkpoint"

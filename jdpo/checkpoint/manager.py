@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
+from jdpo.checkpoint.orbax_noise import quieten, reason
 from jdpo.checkpoint.steps import (
     MANIFEST,
     best_of,
@@ -63,6 +64,7 @@ class CheckpointManager:
           greater_is_better: how `metric` ranks checkpoints.
           verified: a step that `settle_steps` found whole: reading a large checkpoint once is enough.
         """
+        quieten()
         self._folder = folder.absolute()
         self._max_to_keep = max_to_keep
         self._metric_name = metric_name
@@ -159,8 +161,8 @@ class CheckpointManager:
 
     def _failure(self, step: int | str, error: Exception) -> OSError:
         return OSError(
-            f"the checkpoint of step {step} could not be written to {self._folder}: {error}. Make room there and run "
-            "the same command again: it goes on from the newest whole checkpoint"
+            f"the checkpoint of step {step} could not be written to {self._folder}: {reason(error)}. Make room there and "
+            "run the same command again: it goes on from the newest whole checkpoint"
         )
 
     def _seal(self, step: int, metric: float | None) -> None:

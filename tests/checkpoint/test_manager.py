@@ -437,11 +437,17 @@ FAILURE = r"the checkpoint of step 2 could not be written to .*checkpoints: .*Fi
 
 # A failed save leaves orbax' event loops in a state of which their destructors complain.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_save_that_the_disk_refuses_is_an_error_and_the_step_before_stands(manager: CheckpointManager) -> None:
+def test_a_save_that_the_disk_refuses_is_an_error_and_the_step_before_stands(
+    manager: CheckpointManager, caplog: pytest.LogCaptureFixture
+) -> None:
     save(manager, 1)
     # A later message must not hide this one, as a search for files that were never written would.
-    with disk_that_takes(10), pytest.raises(OSError, match=FAILURE):
+    with disk_that_takes(10), pytest.raises(OSError, match=FAILURE) as raised:
         save(manager, 2)
+    assert "\n" not in str(raised.value)
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == [], (
+        "what is raised is not logged too"
+    )
     # Threads of the failed save may still write in this process; a restarted one, which this stands for, has none.
     time.sleep(1)
     manager = reopened(manager)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jdpo._version import __version__
+from jdpo.durable import naming
 from jdpo.processes import is_first, together
 
 MARKER = ".jdpo_export"
@@ -35,14 +36,19 @@ def write_folder(
     out = out.expanduser().resolve()
     staging = out.parent / f".{out.name}.writing"
 
+    def write() -> None:
+        with naming(out):
+            by_all(staging)
+
     def end() -> None:
-        by_first(staging)
-        write_json(staging / MARKER, {"jdpo": __version__})
-        _publish(staging, out)
+        with naming(out):
+            by_first(staging)
+            write_json(staging / MARKER, {"jdpo": __version__})
+            _publish(staging, out)
 
     together(lambda: _stage(out, staging, kept), on_first=True)
     try:
-        together(lambda: by_all(staging))
+        together(write)
         together(end, on_first=True)
     except BaseException:
         if is_first():

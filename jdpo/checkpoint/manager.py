@@ -161,8 +161,8 @@ class CheckpointManager:
 
     def _failure(self, step: int | str, error: Exception) -> OSError:
         return OSError(
-            f"the checkpoint of step {step} could not be written to {self._folder}: {reason(error)}. Make room there and "
-            "run the same command again: it goes on from the newest whole checkpoint"
+            f"the checkpoint of step {step} could not be written to {self._folder}: {reason(error)}. Make room there "
+            "and run the same command again: it goes on from the newest whole checkpoint"
         )
 
     def _seal(self, step: int, metric: float | None) -> None:

@@ -29,8 +29,9 @@ from toy_tokenizers import give_template, train_tokenizer
 from trl_parity import as_message, run
 
 from jdpo import __version__
-from jdpo.data.boundaries import IDENTICAL_SIDES, SHORTER_PREFIX
+from jdpo.data.boundaries import IDENTICAL_SIDES
 from jdpo.data.formats import EMPTY_SIDE, Dropped, preference_rows
+from jdpo.data.prompt_end import SHORTER_PREFIX
 from jdpo.data.tokenize import COMPLETION_CUT, IDENTICAL_AFTER_CUT, LONG_PROMPT, KeptPair, tokenize_pairs
 from jdpo.data.tokenizer import load_tokenizer
 

@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 from token_rules_rows import WORD, Conversation, Message, conversations, words_of
 from toy_tokenizers import give_template, train_tokenizer
 
-from jdpo.data import boundaries, row_notes
+from jdpo.data import prompt_end, row_notes
 from jdpo.data.formats import Dropped
 from jdpo.data.tokenize import tokenize_pair, tokenize_turns
 from jdpo.data.tokenizer import Tokenizer, load_tokenizer
@@ -48,7 +48,7 @@ MAX_LENGTH = 1_000_000
 MOST_SHOWN = 5
 """Failures that are printed of each template at most."""
 
-SHORTENED = {boundaries.SHORTER_PREFIX}
+SHORTENED = {prompt_end.SHORTER_PREFIX, prompt_end.PROMPT_SHORTENED}
 UNWRITTEN = {row_notes.ANSWER_CHANGED}
 """Notes that report a prompt whose end is lost, and an answer that the template does not write whole."""
 

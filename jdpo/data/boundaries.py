@@ -1,7 +1,7 @@
 r"""Where the completion starts in the tokens of a row.
 
-A conversation is rendered and tokenized as a whole. Its completion starts where the tokens of the prompt with the
-generation prompt and of the whole conversation part, and takes in the end of turn and what stands behind it:
+A conversation is rendered and tokenized as a whole. Its completion starts after the generation prompt, and takes in
+the end of turn and what the template writes after it (see `jdpo.data.prompt_end` for templates that do otherwise):
 
     <|im_start|>user \n Hi <|im_end|> \n <|im_start|>assistant \n | Hello <|im_end|> \n
     0            0    0  0  0          0  0            0         0  | 1     1          1     completion_mask
@@ -15,20 +15,29 @@ Plain text is tokenized apart, so that nothing merges across the boundary, and j
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jdpo.data import call_arguments
 from jdpo.data.formats import EMPTY_SIDE, Dropped
+from jdpo.data.prompt_end import Encoded, encode_conversations
+from jdpo.data.rendering import (
+    NOT_UNICODE,
+    Parts,
+    Written,
+    conversation,
+    is_unicode,
+    one_bos,
+    render_all,
+    write_row,
+)
 from jdpo.data.row_notes import all_words, conversation_notes, has_words, text_notes
 from jdpo.data.tokenizer import Tokenizer
-from jdpo.types import CompletionRow, Message, Text
+from jdpo.data.unwritten import lost_sides, unwritten_notes
+from jdpo.types import Message
 
 IDENTICAL_SIDES = "identical sides"
 EMPTY_PROMPT = "empty prompt"
-REFUSED = "refused by the chat template"
-NOT_UNICODE = "text that is not Unicode"
 
-SHORTER_PREFIX = "with a prompt shortened to the tokens it shares with the conversation"
 PLAIN_TEXT = "in plain text: the chat template is not applied to them"
 WOULD_MERGE = "whose prompt and completion would be other tokens if tokenized together"
 
@@ -39,20 +48,6 @@ class Split(NamedTuple):
     prompt: list[int]
     completions: list[list[int]]
     notes: tuple[str, ...]
-
-
-class Parts(NamedTuple):
-    """A row of either kind: the prompt, what may follow it, where it came from, what the conversation may call."""
-
-    prompt: Text
-    completions: tuple[Text, ...]
-    origin: str
-    tools: list[dict[str, Any]] | None = None
-
-    @property
-    def is_text(self) -> bool:
-        """Whether the row is plain text, not a conversation."""
-        return isinstance(self.prompt, str)
 
 
 def split_rows(rows: Sequence[Parts], tokenizer: Tokenizer) -> list[Split | Dropped]:
@@ -70,7 +65,7 @@ def split_rows(rows: Sequence[Parts], tokenizer: Tokenizer) -> list[Split | Drop
 def _unusable(row: Parts) -> Dropped | None:
     if not all(map(has_words, row.completions)):
         return Dropped(EMPTY_SIDE, row.origin)
-    if not all(_is_unicode(all_words(text)) for text in (row.prompt, *row.completions)):
+    if not all(is_unicode(all_words(text)) for text in (row.prompt, *row.completions)):
         return Dropped(NOT_UNICODE, row.origin)
     if len(row.completions) == 2 and row.completions[0] == row.completions[1]:
         return Dropped(IDENTICAL_SIDES, row.origin)
@@ -86,10 +81,12 @@ def with_settled_calls(row: Parts, tokenizer: Tokenizer) -> Parts | Dropped:
 
     def render(parts: Sequence[list[Message]]) -> list[str] | Dropped:
         prompt, *completions = parts
-        return _render([prompt + completion for completion in completions], [False] * len(completions), row, tokenizer)
+        return render_all(
+            [prompt + completion for completion in completions], [False] * len(completions), row, tokenizer
+        )
 
     parts = call_arguments.settled(
-        [_conversation(text) for text in (row.prompt, *row.completions)],
+        [conversation(text) for text in (row.prompt, *row.completions)],
         row.origin,
         render,
         objects_work=lambda: call_arguments.takes_objects(tokenizer),
@@ -100,19 +97,6 @@ def with_settled_calls(row: Parts, tokenizer: Tokenizer) -> Parts | Dropped:
     if len(completions) == 2 and completions[0] == completions[1]:
         return Dropped(IDENTICAL_SIDES, row.origin)  # one side had as text what the other has as an object
     return row._replace(prompt=prompt, completions=tuple(completions))
-
-
-def _is_unicode(text: str) -> bool:
-    r"""Whether a tokenizer takes the text; JSON can hold half of a surrogate pair.
-
-    >>> _is_unicode("\ud83d"), _is_unicode("\U0001f600")
-    (False, True)
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _split_texts(rows: Sequence[Parts], tokenizer: Tokenizer) -> Iterator[Split]:
@@ -136,7 +120,7 @@ def _split_texts(rows: Sequence[Parts], tokenizer: Tokenizer) -> Iterator[Split]
 
 def _with_bos(ids: list[int], tokenizer: Tokenizer) -> list[int]:
     bos = tokenizer.bos_token_id
-    return ids if bos is None else _one_bos([bos, *ids], bos)
+    return ids if bos is None else one_bos([bos, *ids], bos)
 
 
 def _with_eos(ids: list[int], tokenizer: Tokenizer) -> list[int]:
@@ -151,82 +135,21 @@ def _with_eos(ids: list[int], tokenizer: Tokenizer) -> list[int]:
 
 
 def _split_conversations(rows: Sequence[Parts], tokenizer: Tokenizer) -> Iterator[Split | Dropped]:
-    rendered = [_render_row(row, tokenizer) for row in rows]
-    encoded = iter(
-        _encode_rendered([text for texts in rendered if isinstance(texts, list) for text in texts], tokenizer)
-    )
-    for row, texts in zip(rows, rendered, strict=True):
-        if isinstance(texts, Dropped):
-            yield texts
-            continue
-        prompt, *sequences = [next(encoded) for _ in texts]
-        length = min(_shared(prompt, sequence) for sequence in sequences)
-        notes: tuple[str, ...] = (SHORTER_PREFIX,) if length < len(prompt) else ()
-        messages = [_conversation(completion) for completion in row.completions]
-        notes += conversation_notes(_conversation(row.prompt), messages, row.tools, texts, tokenizer)
-        yield Split(prompt[:length], [sequence[length:] for sequence in sequences], notes)
+    written = [write_row(row, tokenizer) for row in rows]
+    encoded = iter(encode_conversations([one for one in written if isinstance(one, Written)], tokenizer))
+    for one in written:
+        result = one if isinstance(one, Dropped) else next(encoded)
+        yield result if isinstance(result, Dropped) else _split_encoded(result, tokenizer)
 
 
-def _render_row(row: Parts, tokenizer: Tokenizer) -> list[str] | Dropped:
-    """The prompt with the generation prompt, and with each of the completions."""
-    prompt = _conversation(row.prompt)
-    conversations = [prompt, *(prompt + _conversation(completion) for completion in row.completions)]
-    return _render(conversations, [True] + [False] * len(row.completions), row, tokenizer)
-
-
-def _conversation(text: Text) -> list[Message]:
-    assert not isinstance(text, str)
-    return text
-
-
-def _render(
-    conversations: Sequence[list[Message]], prompts: Sequence[bool], row: Parts | CompletionRow, tokenizer: Tokenizer
-) -> list[str] | Dropped:
-    import jinja2
-
-    origin = row.origin
-    if not tokenizer.has_chat_template:
-        raise ValueError(
-            f"{origin} is a conversation, but the tokenizer in {tokenizer.source} has no chat template: set "
-            "chat_template: chatml (built in), or give a Jinja file there"
-        )
-    try:
-        texts = [
-            tokenizer.render(conversation, tools=row.tools, add_generation_prompt=is_prompt)
-            for conversation, is_prompt in zip(conversations, prompts, strict=True)
-        ]
-    except jinja2.TemplateError as error:
-        return Dropped(REFUSED, origin, str(error))
-    except Exception as error:  # an expression of the template that this row does not fit
-        return Dropped(REFUSED, origin, f"{type(error).__name__}: {error}")
-    # Beside the content a template may write further keys of a message.
-    return texts if all(map(_is_unicode, texts)) else Dropped(NOT_UNICODE, origin)
-
-
-def _encode_rendered(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
-    """Templates write BOS themselves; where it stands twice, one is taken away."""
-    bos = tokenizer.hf.bos_token_id
-    sequences = tokenizer.encode(texts)
-    return sequences if bos is None else [_one_bos(ids, bos) for ids in sequences]
-
-
-def _one_bos(ids: list[int], bos: int) -> list[int]:
-    """The ids with one BOS of those that they begin with.
-
-    >>> _one_bos([1, 1, 1, 7, 1], bos=1)
-    [1, 7, 1]
-    """
-    extra = 0
-    while ids[extra : extra + 2] == [bos, bos]:
-        extra += 1
-    return ids[extra:]
-
-
-def _shared(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many leading tokens are the same.
-
-    >>> _shared([1, 2, 3], [1, 2, 4, 5])
-    2
-    """
-    pairs = zip(first, second, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
+def _split_encoded(one: Encoded, tokenizer: Tokenizer) -> Split | Dropped:
+    """Cuts a conversation where its completions start, unless the template leaves nothing of them to learn."""
+    row, asked, wholes = one.written
+    length = one.length
+    completions = [sequence[length:] for sequence in one.sequences]
+    lost = lost_sides(one.written, completions, tokenizer)
+    if lost is not None:
+        return lost
+    sides = [conversation(completion) for completion in row.completions]
+    notes = conversation_notes(conversation(row.prompt), sides, row.tools, [asked, *wholes], tokenizer)
+    return Split(one.prompt[:length], completions, (*one.notes, *notes, *unwritten_notes(one.written)))

@@ -276,14 +276,14 @@ def _keys(value: dict[str, Any]) -> set[_Key]:
     leaves: dict[_Key, None] = {}
     level: list[Any] = [value]
     while level and len(leaves) < MOST_VALUES:
-        found = (_spellings(item) for item in level if not isinstance(item, dict | list | None))
+        found = (spellings(item) for item in level if not isinstance(item, dict | list | None))
         leaves.update((_Key(spellings), None) for spellings in found if spellings)
         level = [child for item in level if isinstance(item, dict | list) for child in _children(item)]
     keys = set(itertools.islice(leaves, MOST_VALUES))
     return keys | {_Key(_in_strings(repr(value)), is_repr=True)} if value else keys
 
 
-def _spellings(leaf: Any) -> tuple[str, ...]:
+def spellings(leaf: Any) -> tuple[str, ...]:
     """Returns the ways of writing a value that is neither an object, a list nor null."""
     if isinstance(leaf, str):
         return _in_strings(leaf.strip()) if leaf.strip() != "{}" else ()  # which empty arguments are, too

@@ -44,7 +44,7 @@ __all__ = [
 
 R = TypeVar("R", bound=TokenizedPair | TokenizedCompletion)
 
-CACHE_VERSION = 8
+CACHE_VERSION = 9
 """To be raised whenever the same rows would be tokenized to something else, or counted otherwise."""
 
 MOST_NAMES = 5

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jdpo.data.blocks import Block
+from jdpo.data.prompt_end import PROMPT_SHORTENED, end_text, without_header
 from jdpo.data.tokenizer import Tokenizer
 
 NO_BOS = "that start without the BOS which the tokenizer puts before plain text"
@@ -63,13 +64,15 @@ def expected_of(tokenizer: Tokenizer) -> Expected:
 
 
 def _ids(tokenizer: Tokenizer, turns: Sequence[dict[str, Any]]) -> list[list[int]]:
-    """A conversation's token ids, [[]] where there is no template or it wants another kind of conversation."""
+    """A conversation's token ids as rows have them, [[]] if there is no template or it wants another conversation."""
     if not tokenizer.has_chat_template:
         return [[]]
     try:
-        return tokenizer.encode([tokenizer.render(turns)])
+        asked = tokenizer.render(turns[:-1] or turns, add_generation_prompt=True)
+        text = tokenizer.render(turns)
     except Exception:  # a template raises whatever its expressions raise; rows that it refuses are counted
         return [[]]
+    return tokenizer.encode([without_header(text, asked, turns[-1]["content"], end_text(tokenizer))])
 
 
 class Segments(NamedTuple):
@@ -179,6 +182,11 @@ def warnings_of(counts: Mapping[str, int], num_kept: int, num_cut: int, tokenize
         lines.append(
             "no answer ends with an end token, so the model is not taught where to stop: use a chat template that "
             "closes an answer with a special token (chat_template: chatml has one)"
+        )
+    if counts.get(PROMPT_SHORTENED, 0):
+        lines.append(
+            f"{counts[PROMPT_SHORTENED]:,} of {num_kept:,} rows are trained on a context that differs from the one at "
+            "inference: the chat template takes the end of its generation prompt away once an answer follows"
         )
     if tokenizer.hf.pad_token_id is not None and tokenizer.hf.pad_token_id in tokenizer.end_token_ids:
         lines.append("the pad token ends answers too; harmless here, since masks come from lengths, not from token ids")

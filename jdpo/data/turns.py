@@ -18,8 +18,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from jdpo.data.boundaries import Parts, Split, split_rows, with_settled_calls
+from jdpo.data.boundaries import Split, split_rows, with_settled_calls
 from jdpo.data.formats import Dropped
+from jdpo.data.rendering import Parts
 from jdpo.data.tokenizer import Tokenizer
 from jdpo.data.turn_marks import is_learnt
 from jdpo.types import CompletionRow, Message

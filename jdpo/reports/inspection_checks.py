@@ -79,6 +79,36 @@ CHECKS: dict[str, Check] = {
         "the model is taught to stop early, or to go on after it has stopped",
         "take the end token out of the text",
     ),
+    "answer_starts_in_prompt": Check(
+        "rows with a completion that starts before the end of the prompt's last turn",
+        0.0,
+        0.0,
+        "the model is trained to write words of its user",
+        "use a chat template that writes a marker or a newline between a turn and the answer to it",
+    ),
+    "prompt_rebuilt": Check(
+        "rows with a prompt that the chat template writes differently once an answer follows",
+        None,
+        0.0,
+        "the answer is learnt after the prompt as inference writes it, not as it is written in a longer conversation",
+        "look at the first with --rows; nothing, if its prompt is what the model will see",
+    ),
+    "prompt_shortened": Check(
+        "rows with a prompt whose end the chat template takes away once an answer follows",
+        None,
+        0.0,
+        "the model is trained on a context that differs from the one it sees at inference, where the generation prompt "
+        "also writes, say, an opened thought",
+        "use a chat template whose generation prompt and answers agree, or write the thoughts into the answers if the "
+        "template keeps them",
+    ),
+    "content_unwritten": Check(
+        "rows whose answer has content that the chat template does not write",
+        None,
+        0.0,
+        "what the file has there is not learnt; the rest of the answer is",
+        "use a chat template that writes it, or move it into the content",
+    ),
     "dropped": Check(
         "rows dropped",
         0.10,
@@ -224,7 +254,7 @@ CHECKS: dict[str, Check] = {
         "rows with tools that the chat template does not write",
         None,
         0.0,
-        "calls are learnt without the tools that they call",
+        "the model does not see which tools it may call; calls that the template writes are learnt without them",
         "use a chat template that writes tools",
     ),
     "would_merge": Check(

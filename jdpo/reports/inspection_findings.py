@@ -12,9 +12,11 @@ from jdpo.data.boundaries import PLAIN_TEXT, WOULD_MERGE
 from jdpo.data.formats import NO_SHARED_TURN, STARTS_WITH_ANSWER, TIED
 from jdpo.data.inspection import wilson
 from jdpo.data.inspection_text import BIDI, CONTROL, INVISIBLE, REPLACEMENT, SPECIAL, SPECIAL_IN_PLAIN, SURROGATE
+from jdpo.data.prompt_end import PROMPT_REBUILT, PROMPT_SHORTENED, STARTS_IN_PROMPT
 from jdpo.data.row_notes import ANSWER_CHANGED, TOOLS_UNUSED, TURN_CHANGED
 from jdpo.data.tokenize import PROMPT_CUT
 from jdpo.data.turns import NOT_LEARNT
+from jdpo.data.unwritten import UNWRITTEN
 from jdpo.models.embedding_rows import MOST_NAMED, row_count
 from jdpo.reports.inspection_checks import CHECKS
 from jdpo.reports.inspection_words import percent
@@ -30,6 +32,9 @@ BIASED, STRONGLY_BIASED = 0.6, 0.4
 """Chosen sides longer in more (or less) than this share of pairs: length alone is worth a few points of accuracy."""
 
 _NOTE_CHECKS = {
+    "answer_starts_in_prompt": STARTS_IN_PROMPT,
+    "prompt_rebuilt": PROMPT_REBUILT,
+    "prompt_shortened": PROMPT_SHORTENED,
     "plain_text": PLAIN_TEXT,
     "answer_changed": ANSWER_CHANGED,
     "turn_changed": TURN_CHANGED,
@@ -182,6 +187,10 @@ def _part_findings(part: Json, where: str) -> Iterator[Finding]:
     for name, note in _NOTE_CHECKS.items():
         if note in notes:
             yield from _checked(name, notes[note]["rows"], kept, notes[note]["first"], where)
+    for kind, note in UNWRITTEN.items():
+        if note in notes:
+            first = notes[note]["first"]
+            yield from _checked("content_unwritten", notes[note]["rows"], kept, first, f" ({kind}){where}")
 
 
 def _bias_findings(document: Json) -> Iterator[Finding]:

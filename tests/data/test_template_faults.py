@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from jdpo.config import DatasetConfig
-from jdpo.data import boundaries, row_notes, token_checks
+from jdpo.data import boundaries, prompt_end, rendering, row_notes, token_checks
 from jdpo.data.boundaries import Parts, Split, split_rows
 from jdpo.data.formats import EMPTY_SIDE, Dropped
 from jdpo.data.prepare import prepare_pairs
@@ -114,11 +114,11 @@ def test_a_generation_prompt_that_answers_lose_is_cut_back_and_counted(load: Cal
     bos, eos = tokenizer.hf.bos_token, tokenizer.hf.eos_token
     assert prompt == f"{bos}Be kind.<｜User｜>Hi<｜Assistant｜>Hello{eos}<｜User｜>Sure?<｜Assistant｜>"
     assert (chosen, rejected) == (f"Yes.{eos}", f"No.{eos}")
-    assert notes == (boundaries.SHORTER_PREFIX,)
+    assert notes == (prompt_end.PROMPT_SHORTENED,)
     thinking = pair(history, "<think>\nHm.\n</think>Yes.", "No.")
     _, chosen, _, notes = read(tokenizer, tokenize_pair(thinking, tokenizer, max_length=99))
     assert chosen == f"Yes.{eos}"
-    assert set(notes) == {boundaries.SHORTER_PREFIX, row_notes.ANSWER_CHANGED, row_notes.SPELLS_SPECIAL}
+    assert set(notes) == {prompt_end.PROMPT_SHORTENED, row_notes.ANSWER_CHANGED, row_notes.SPELLS_SPECIAL}
 
 
 def test_spaces_that_the_template_trims_are_counted(load: Callable[..., Tokenizer]) -> None:
@@ -243,7 +243,7 @@ def test_tools_that_the_template_does_not_know(load: Callable[..., Tokenizer]) -
     assert isinstance(kept, Split)
     assert kept.notes == (row_notes.TOOLS_UNUSED,)
     assert isinstance(called, Dropped)
-    assert called.reason == boundaries.REFUSED  # content None, which this template cannot write
+    assert called.reason == rendering.REFUSED  # content None, which this template cannot write
     assert (empty, nothing) == (Dropped(EMPTY_SIDE, "x:3"), Dropped(EMPTY_SIDE, "x:4"))
 
 
@@ -257,4 +257,4 @@ def test_half_a_surrogate_pair_in_a_call_or_a_tool(load: Callable[..., Tokenizer
         Parts([user("Paris?")], ([broken], sides[1]), "x:1", [WEATHER]),
         Parts([user("Paris?")], sides, "x:2", [named]),
     )
-    assert results == [Dropped(boundaries.NOT_UNICODE, f"x:{number}") for number in (1, 2)]
+    assert results == [Dropped(rendering.NOT_UNICODE, f"x:{number}") for number in (1, 2)]

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from jdpo.data import boundaries, row_notes, tokenize
+from jdpo.data import boundaries, prompt_end, rendering, row_notes, tokenize
 from jdpo.data.formats import Dropped
 from jdpo.data.tokenize import KeptPair, tokenize_pair, tokenize_pairs, tokenize_turns
 from jdpo.data.tokenizer import Tokenizer, load_tokenizer
@@ -162,7 +162,7 @@ def check_pair(tokenizer: Tokenizer, kind: str, family: Family, row: PreferenceR
         ids = prompt + completion
         assert [ids] == tokenizer.encode([whole])
         assert loose(tokenizer, kind, decode(tokenizer, ids)) == loose(tokenizer, kind, whole)
-        check_mask(tokenizer, kind, prompt, ids, asked, family.lead + words + tail, boundaries.SHORTER_PREFIX in notes)
+        check_mask(tokenizer, kind, prompt, ids, asked, family.lead + words + tail, prompt_end.SHORTER_PREFIX in notes)
         check_specials(tokenizer, num_bos, ids, completion, tail_ids)
     assert row_notes.SPELLS_SPECIAL not in notes
     changed = any(message["content"] not in tokenizer.render([*row.prompt, message]) for message in row.chosen)
@@ -200,14 +200,14 @@ def test_every_row_of_every_family_with_every_kind(load: Callable[[str, str], To
     for row_name, (prompt, chosen, rejected) in ROWS.items():
         row = PreferenceRow(prompt, [assistant(chosen)], [assistant(rejected)], row_name)
         if prompt[0]["role"] == "system" and not family.system:
-            refused = Dropped(boundaries.REFUSED, row_name, "there is no system role")
+            refused = Dropped(rendering.REFUSED, row_name, "there is no system role")
             assert tokenize_pair(row, tokenizer, max_length=ENDLESS) == refused
             continue
         check_pair(tokenizer, kind, family, row)
         notes = parts(tokenize_pair(row, tokenizer, max_length=ENDLESS))[-1]
         # "\n\n" at the end of a header is one token of GPT-2's, and two before an answer.
         merges = kind == "pad_is_eos" and name == "llama3"
-        assert (boundaries.SHORTER_PREFIX in notes) == merges or row_name == "newlines before"
+        assert (prompt_end.SHORTER_PREFIX in notes) == merges or row_name == "newlines before"
         assert row_notes.TURN_CHANGED not in notes
 
 
@@ -325,7 +325,7 @@ def test_rows_of_many_families_in_one_call(load: Callable[[str, str], Tokenizer]
     rows = [PreferenceRow(p, [assistant(c)], [assistant(r)], name) for name, (p, c, r) in ROWS.items()]
     twice = PreferenceRow([user("Hi"), user("Hi?")], [assistant("Yes")], [assistant("No")], "x:9")
     *kept, dropped = tokenize_pairs([*rows, twice], tokenizer, max_length=ENDLESS)
-    assert dropped == Dropped(boundaries.REFUSED, "x:9", "questions and answers must take turns")
+    assert dropped == Dropped(rendering.REFUSED, "x:9", "questions and answers must take turns")
     for row, result in zip(rows, kept, strict=True):
         assert parts(result) == parts(tokenize_pair(row, tokenizer, max_length=ENDLESS))
 

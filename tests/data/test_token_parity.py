@@ -29,8 +29,9 @@ from token_parity import (  # noqa: E402
     trl_tokens,
 )
 
-from jdpo.data.boundaries import IDENTICAL_SIDES, SHORTER_PREFIX  # noqa: E402
+from jdpo.data.boundaries import IDENTICAL_SIDES  # noqa: E402
 from jdpo.data.formats import EMPTY_SIDE, Dropped  # noqa: E402
+from jdpo.data.prompt_end import SHORTER_PREFIX  # noqa: E402
 from jdpo.data.row_notes import ANSWER_CHANGED, SPELLS_SPECIAL, TOOLS_UNUSED  # noqa: E402
 from jdpo.data.tokenize import COMPLETION_CUT, KeptPair  # noqa: E402
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jdpo.data import boundaries, tokenize, turns
+from jdpo.data import boundaries, prompt_end, rendering, tokenize, turns
 from jdpo.data.formats import EMPTY_SIDE, Dropped
 from jdpo.data.tokenize import (
     KeptCompletion,
@@ -255,7 +255,7 @@ def test_a_shorter_common_prefix_is_taken_and_counted(load_with_bos: Callable[..
     result = tokenize_pair(pair([user("Hi")], "Hello", ".Bye"), tokenizer, max_length=64)
     assert as_lists(result) == ([USER, NL, HI, EOS, ASSISTANT, NL], [HELLO, EOS], [DOT, BYE, EOS])
     assert isinstance(result, KeptPair)
-    assert result.notes == (boundaries.SHORTER_PREFIX,)
+    assert result.notes == (prompt_end.PROMPT_SHORTENED,)
 
 
 def test_a_conversation_without_a_template_is_an_error(with_bos: Tokenizer) -> None:
@@ -270,7 +270,7 @@ def test_what_the_template_refuses_is_dropped(load_with_bos: Callable[..., Token
         pair([user("Hi")], "Hello", "Bye"),
     ]
     refused, kept = tokenize_pairs(rows, load_with_bos(own=refuse + LLAMA_2_LIKE), max_length=64)
-    assert refused == Dropped(boundaries.REFUSED, "x:1", "no system turns")
+    assert refused == Dropped(rendering.REFUSED, "x:1", "no system turns")
     assert isinstance(kept, KeptPair)
 
 
@@ -483,7 +483,7 @@ def test_a_row_that_an_expression_of_the_template_breaks_on(load_with_bos: Calla
     kept, dropped = tokenize_pairs(rows, load_with_bos(own=numbered), max_length=64)
     assert isinstance(kept, KeptPair)
     assert isinstance(dropped, Dropped)
-    assert (dropped.reason, dropped.detail[:11]) == (boundaries.REFUSED, "TypeError: ")
+    assert (dropped.reason, dropped.detail[:11]) == (rendering.REFUSED, "TypeError: ")
 
 
 @pytest.mark.parametrize("tokenize_one", [tokenize_completion, every_turn])

@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 from token_rules_rows import WORD, Conversation, Message, conversations, words_of
 from toy_tokenizers import give_template, train_tokenizer
 
-from jdpo.data import prompt_end, row_notes
+from jdpo.data import prompt_end, row_notes, unwritten
 from jdpo.data.formats import Dropped
 from jdpo.data.tokenize import tokenize_pair, tokenize_turns
 from jdpo.data.tokenizer import Tokenizer, load_tokenizer
@@ -49,7 +49,7 @@ MOST_SHOWN = 5
 """Failures that are printed of each template at most."""
 
 SHORTENED = {prompt_end.SHORTER_PREFIX, prompt_end.PROMPT_SHORTENED}
-UNWRITTEN = {row_notes.ANSWER_CHANGED}
+UNWRITTEN = {row_notes.ANSWER_CHANGED, *unwritten.UNWRITTEN.values()}
 """Notes that report a prompt whose end is lost, and an answer that the template does not write whole."""
 
 _MARKER = re.compile(r"(?<!<)<[^<>\s'\"{}]*\w[^<>\s'\"{}]*>(?!>)|\[/?[A-Z_]+\]")
@@ -142,7 +142,10 @@ def texts_of(turn: Turn, tools: Any, renderer: Renderer) -> Texts | None:
     bare = renderer.write(turn.history, tools) or ""
     same = next((i for i, (a, b) in enumerate(zip(prompt, bare, strict=False)) if a != b), min(len(prompt), len(bare)))
     found = renderer.markers.search(whole, end_of_answer(whole, turn.answer))
-    return Texts(prompt, whole, prompt[same:], found.group() if found else "")
+    end = found.group() if found else ""
+    if end and end in prompt:  # some templates open the next answer after every conversation
+        whole = whole.removesuffix(prompt.rpartition(end)[2].lstrip())
+    return Texts(prompt, whole, prompt[same:], end)
 
 
 def end_of_answer(text: str, answer: Message) -> int:

@@ -160,9 +160,9 @@ def visible(answer: Message) -> str:
 
 
 def is_plain_case(turn: Turn, texts: Texts) -> bool:
-    """Whether the conversation starts with the prompt and then holds the whole answer."""
-    answer = texts.whole.removeprefix(texts.prompt)
-    return texts.whole.startswith(texts.prompt) and words_of(turn.answer) <= set(WORD.findall(answer))
+    """Whether the conversation starts with the prompt and then holds the whole answer, which has words."""
+    answer, words = texts.whole.removeprefix(texts.prompt), words_of(turn.answer)
+    return texts.whole.startswith(texts.prompt) and bool(words) and words <= set(WORD.findall(answer))
 
 
 def check_stretch(turn: Turn, stretch: Stretch, texts: Texts, row: Result, renderer: Renderer) -> Iterator[Failure]:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from jdpo.data import boundaries, call_arguments
+from jdpo.data import boundaries, call_arguments, rendering
 from jdpo.data.boundaries import Parts, Split, split_rows
 from jdpo.data.formats import Dropped, completion_rows, preference_rows
 from jdpo.data.messages import assistant, user
@@ -157,7 +157,7 @@ def test_each_call_is_decided_alone(with_calls: Callable[[str], Tokenizer]) -> N
 
 def test_a_template_that_refuses_both_forms_says_why(with_calls: Callable[[str], Tokenizer]) -> None:
     result = split(with_calls("{{ raise_exception('no calls, please') }}"), call('{"a": 1}'), assistant("No."))
-    assert result == Dropped(boundaries.REFUSED, "x:1", "no calls, please")
+    assert result == Dropped(rendering.REFUSED, "x:1", "no calls, please")
 
 
 def test_every_turn_is_learnt_in_the_form_that_is_written(with_calls: Callable[[str], Tokenizer]) -> None:

@@ -129,6 +129,10 @@ class TrainConfig:
         "auto: continue from the newest whole checkpoint in output_dir; never: refuse an output_dir that holds a run, "
         "except one whose checkpoints are all damaged, which starts again at step 0",
     )
+    heartbeat_timeout_seconds: Annotated[Float, Field(ge=5, le=86400)] = key(
+        30.0,
+        "seconds without a heartbeat after which a process of the run is taken for dead; then all others end with 75",
+    )
     profile_steps: Text | None = key(
         None, "FIRST:LAST, such as 10:13: a profiler trace of these steps in output_dir/profile"
     )

@@ -29,6 +29,7 @@ FREE_KEYS = frozenset(
         "report_to",
         "eval_datasets",
         "eval_steps",
+        "heartbeat_timeout_seconds",
         "save_steps",
         "save_total_limit",
         "metric_for_best_model",

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
-import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, TypeVar, overload
+from collections.abc import Callable, Mapping
+from typing import Literal, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -17,90 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 T = TypeVar("T")
 
-_FAILED = "jdpo/failed"
-_WATCH_SECONDS = 1.0
-_GRACE_SECONDS = 20.0
 _CAUSE_BYTES = 2**12
-
-
-def join_cluster() -> None:
-    """Joins the processes of a run over several hosts, where the environment says that there are several.
-
-    JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID say it by hand; TPU pods, Slurm and Open
-    MPI say it themselves. Call it before anything touches a device.
-
-    Raises:
-      ValueError: only some of the three variables are set.
-    """
-    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    by_hand = [os.environ.get(name) for name in names]
-    if all(by_hand):
-        address, count, index = by_hand
-        jax.distributed.initialize(address, int(count or 0), int(index or 0))
-    elif any(by_hand):
-        missing = [name for name, value in zip(names, by_hand, strict=True) if not value]
-        raise ValueError(f"a run over several processes needs {', '.join(names)}; missing: {', '.join(missing)}")
-    elif (
-        "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
-        or int(os.environ.get("SLURM_NTASKS", "1")) > 1
-        or int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
-    ):
-        jax.distributed.initialize()
-
-
-@contextlib.contextmanager
-def ending_together(shown: Callable[[str], str]) -> Iterator[None]:
-    """While entered, an error that ends one process of a run ends all of them, wherever they wait for it.
-
-    What all processes find out together (see `together`) all raise. This is for the rest, such as a disk that fails
-    on one host in the middle of a step: a process that waits for another in a collective cannot be reached by an
-    exception. It says which process failed and of what, and exits with 1.
-
-    Args:
-      shown: an error's text -> what the other processes may say of it.
-    """
-    client = _coordination_client()
-    if client is None:
-        yield
-        return
-    left = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(client, left), name="processes", daemon=True)
-    watcher.start()
-    try:
-        yield
-    except BaseException as error:
-        text = f"{jax.process_index()} {shown(f'{type(error).__name__}: {error}')}"
-        with contextlib.suppress(Exception):  # another failed before, or the coordinator is gone: they know
-            client.key_value_set(_FAILED, text)
-        raise
-    finally:
-        left.set()
-        watcher.join(_GRACE_SECONDS)
-
-
-def _coordination_client() -> Any:
-    """JAX's own line between the processes, which works while devices wait; None: there is one process."""
-    from jax._src import distributed  # it has no public name
-
-    return distributed.global_state.client
-
-
-def _watch(client: Any, left: threading.Event) -> None:
-    """Ends this process where another has failed and the main thread does not notice."""
-    failed = ""
-    while not left.wait(_WATCH_SECONDS):
-        with contextlib.suppress(Exception):  # nobody has failed
-            failed = client.key_value_try_get(_FAILED)
-        if failed:
-            break
-    if left.wait(_GRACE_SECONDS):  # it noticed: there was something to put in order
-        return
-    index, _, what = failed.partition(" ")
-    print(f"jdpo: error: process {index} of this run has failed, and this one waits for it: {what}", file=sys.stderr)
-    sys.stderr.flush()
-    with contextlib.suppress(Exception):
-        client.shutdown()  # the one that failed waits until all have come here
-    os._exit(1)
 
 
 def is_first() -> bool:

@@ -1,0 +1,35 @@
+"""The processes of a run over several hosts: how they join, agree, watch each other and end."""
+
+from jdpo.processes.agreement import (
+    agree_on,
+    any_process,
+    any_process_later,
+    barrier,
+    differing,
+    is_first,
+    most_of_processes,
+    raise_where_any,
+    together,
+)
+from jdpo.processes.detection import Membership, find_cluster
+from jdpo.processes.ending import LOST_EXIT_CODE, ending_together
+from jdpo.processes.joining import join_cluster
+from jdpo.processes.watch import DEFAULT_TIMEOUT
+
+__all__ = [
+    "DEFAULT_TIMEOUT",
+    "LOST_EXIT_CODE",
+    "Membership",
+    "agree_on",
+    "any_process",
+    "any_process_later",
+    "barrier",
+    "differing",
+    "ending_together",
+    "find_cluster",
+    "is_first",
+    "join_cluster",
+    "most_of_processes",
+    "raise_where_any",
+    "together",
+]

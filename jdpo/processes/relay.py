@@ -1,0 +1,125 @@
+"""A local relay between JAX's coordination client and the service in process 0.
+
+JAX's client aborts its process, with some forty lines of C++, within milliseconds of losing the connection to process
+0. Nothing in Python can run before it. The relay is the end of the connection that the client sees: when process 0
+goes, the relay keeps the client's side open, and `lost` tells `jdpo.processes.watch`, which ends the process in order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+from collections.abc import Iterator
+
+_CONNECT_SECONDS = 10.0
+_CHUNK = 2**16
+_PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")
+
+
+class CoordinatorRelay:
+    """Forwards connections from a port of the loopback interface to the coordination service.
+
+    Attributes:
+      address: host:port that the client connects to.
+      lost: set when the service has ended an established connection.
+    """
+
+    def __init__(self, coordinator: str) -> None:
+        """Listens at once; the service may start later.
+
+        Args:
+          coordinator: host:port of the service; IPv6 addresses are in brackets.
+        """
+        host, _, port = coordinator.rpartition(":")
+        self._service = (host.strip("[]"), int(port))
+        self.lost = threading.Event()
+        self._released = threading.Event()
+        self._released.set()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, name="coordinator-relay", daemon=True).start()
+
+    @contextlib.contextmanager
+    def holding(self) -> Iterator[None]:
+        """While entered, the client does not learn that the service has ended a connection; afterwards it does."""
+        self._released.clear()
+        try:
+            yield
+        finally:
+            self._released.set()
+
+    def _accept(self) -> None:
+        while True:
+            client, _ = self._listener.accept()
+            try:
+                service = socket.create_connection(self._service, _CONNECT_SECONDS)
+            except OSError:  # not up yet: the client tries again, until its own timeout
+                client.close()
+                continue
+            service.settimeout(None)
+            for end in (client, service):
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            closed = threading.Event()  # by the client
+            threading.Thread(target=self._to_service, args=(client, service, closed), daemon=True).start()
+            threading.Thread(target=self._to_client, args=(client, service, closed), daemon=True).start()
+
+    def _to_service(self, client: socket.socket, service: socket.socket, closed: threading.Event) -> None:
+        while chunk := _received(client):
+            try:
+                service.sendall(chunk)
+            except OSError:  # `_to_client` notices, too, and sees to both ends
+                return
+        closed.set()
+        _shut(service)
+
+    def _to_client(self, client: socket.socket, service: socket.socket, closed: threading.Event) -> None:
+        while chunk := _received(service):
+            try:
+                client.sendall(chunk)
+            except OSError:
+                closed.set()
+                break
+        if not closed.is_set():
+            self.lost.set()
+            self._released.wait()
+        _shut(client)
+        _shut(service)
+
+
+def _received(source: socket.socket) -> bytes:
+    """Waits for bytes; b"" at the end of the connection, however it ended."""
+    try:
+        return source.recv(_CHUNK)
+    except OSError:
+        return b""
+
+
+def _shut(end: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        end.shutdown(socket.SHUT_RDWR)
+
+
+_joined_through: list[CoordinatorRelay] = []
+"""The relay of this process, which joins one cluster at most."""
+
+
+def relay_to(coordinator: str) -> CoordinatorRelay:
+    """Starts the relay of this process."""
+    reach_loopback_directly()
+    _joined_through[:] = [CoordinatorRelay(coordinator)]
+    return _joined_through[0]
+
+
+def current_relay() -> CoordinatorRelay | None:
+    """Returns the relay that this process joined its cluster through, if it has one."""
+    return _joined_through[0] if _joined_through else None
+
+
+def reach_loopback_directly() -> None:
+    """Keeps gRPC from connecting to the relay through a proxy that the environment names."""
+    if any(os.environ.get(name) or os.environ.get(name.upper()) for name in _PROXIES):
+        names = (os.environ.get(name) for name in ("no_grpc_proxy", "no_proxy", "NO_PROXY"))
+        excluded = next(filter(None, names), "")
+        os.environ["no_grpc_proxy"] = ",".join(filter(None, [excluded, "127.0.0.1"]))  # noqa: SIM112 (gRPC reads it so)

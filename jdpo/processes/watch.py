@@ -1,0 +1,196 @@
+"""Heartbeats between the processes of a run, and the verdict on one that has none.
+
+Each process writes a count to JAX's key-value store once a second, from a thread that needs nothing but the
+interpreter: XLA compiles and computes without the interpreter's lock, so a busy process keeps beating. Process 0, which
+hosts the store, judges the others by their counts and publishes its verdict; the others judge process 0 by whether the
+store answers. The deadlines are shorter than JAX's own, after which its client aborts the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from typing import Any, NamedTuple
+
+from jdpo.processes.relay import CoordinatorRelay
+
+DEFAULT_TIMEOUT = 30.0
+"""Seconds without a heartbeat after which a process is taken for dead."""
+_SUSPECTED_SECONDS = 10.0
+"""The same, once a collective operation has failed somewhere as if a process were gone."""
+_BEAT_SECONDS = 1.0
+_TICK_SECONDS = 0.25
+_LINGER_SECONDS = 4 * _BEAT_SECONDS
+"""How long process 0 keeps the store up for the others to read its verdict."""
+
+_BEATS, _HOSTS, _VERDICTS = "jdpo/beats/", "jdpo/hosts/", "jdpo/verdicts/"
+_FAILED, _LOST = "failed", "lost"
+_LEFT, _SUSPECTS = "left", "suspects"
+
+
+class Verdict(NamedTuple):
+    """Why this process cannot go on.
+
+    Attributes:
+      lost: whether a process is dead or stopped; otherwise one has failed and reported it.
+      process: the index of that process.
+      text: where it runs and what is known of its end, or the error that it reported.
+    """
+
+    lost: bool
+    process: int
+    text: str
+
+
+class Silence:
+    """Counts the seconds since each process last gave a new sign of life.
+
+    The time during which this process itself did not run (stopped, suspended) is not held against the others.
+    """
+
+    def __init__(self, now: float) -> None:
+        self._now = now
+        self._signs: dict[int, object] = {}
+        self._seconds: dict[int, float] = {}
+
+    def update(self, signs: dict[int, object], now: float) -> dict[int, float]:
+        """Returns the seconds of silence per process.
+
+        Args:
+          signs: the latest sign per process; any change is a sign of life.
+          now: a monotonic time in seconds.
+        """
+        elapsed, self._now = min(now - self._now, _BEAT_SECONDS), now
+        for index, sign in signs.items():
+            changed = index not in self._signs or self._signs[index] != sign
+            self._seconds[index] = 0.0 if changed else self._seconds[index] + elapsed
+        self._signs = dict(signs)
+        return {index: self._seconds[index] for index in signs}
+
+
+class Watch:
+    """The heartbeats of this process, and what it knows of the others."""
+
+    def __init__(
+        self, client: Any, *, index: int, count: int, timeout: float, host: str, relay: CoordinatorRelay | None = None
+    ) -> None:
+        """
+        Args:
+          client: JAX's coordination client.
+          index: this process.
+          count: processes of the run.
+          timeout: seconds without a heartbeat after which a process is taken for dead.
+          host: where this process runs, for the messages of the others.
+          relay: what `client` reaches process 0 through, if anything.
+        """
+        self._client, self._index, self._count, self._timeout = client, index, count, timeout
+        self._host, self._relay = host, relay
+        self._left, self._suspected = threading.Event(), threading.Event()
+        self._beats: dict[int, str] = {}
+        self._hosts: dict[int, str] = {}
+        self._verdicts: dict[str, str] = {}
+        self._num_answers = 0
+
+    def start(self) -> None:
+        """Starts to send heartbeats."""
+        threading.Thread(target=self._send, name="heartbeats", daemon=True).start()
+
+    def leave(self) -> None:
+        """Tells the others not to miss this process, which has come to its end."""
+        self._left.set()
+        # Not on this thread: the store may never answer.
+        threading.Thread(target=self._write_beat, args=(_LEFT,), daemon=True).start()
+
+    def report(self, error: str) -> None:
+        """Tells the others that this process fails."""
+        with contextlib.suppress(Exception):  # another has reported before, or nobody is there to be told
+            self._client.key_value_set(_VERDICTS + _FAILED, f"{self._index} {error}")
+
+    def suspect(self) -> float:
+        """Shortens the deadlines, since this process has failed as if another were gone.
+
+        Returns:
+          the seconds within which `wait` has a verdict if another is gone.
+        """
+        self._suspected.set()
+        return min(_SUSPECTED_SECONDS, self._timeout) + _LINGER_SECONDS + 4 * _BEAT_SECONDS
+
+    def wait(self) -> Verdict | None:
+        """Waits until this process cannot go on, or has left; then the answer is None."""
+        silence = Silence(time.monotonic())
+        while not self._left.wait(_TICK_SECONDS):
+            if found := self._published():
+                return found
+            if self._relay is not None and self._relay.lost.is_set():
+                return Verdict(True, 0, self._where(0) + "has died: its connection is closed")
+            silent = silence.update(self._signs(), time.monotonic())
+            index = max(silent, key=lambda each: silent[each], default=0)
+            if silent and silent[index] > self._deadline():
+                return self._publish(index, silent[index])
+        return None
+
+    def left_within(self, seconds: float) -> bool:
+        """Waits for this process to leave; gives up early where it has failed as if another were gone."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and not self._suspected.is_set():
+            if self._left.wait(_TICK_SECONDS):
+                return True
+        return self._left.is_set()
+
+    # --- what is heard of the others
+
+    def _signs(self) -> dict[int, object]:
+        if self._index != 0:
+            return {0: self._num_answers}
+        beats = {index: self._beats.get(index) for index in range(1, self._count)}
+        return {index: beat for index, beat in beats.items() if beat != _LEFT}
+
+    def _deadline(self) -> float:
+        suspected = self._suspected.is_set() or any(beat.endswith(_SUSPECTS) for beat in self._beats.values())
+        return min(_SUSPECTED_SECONDS, self._timeout) if suspected else self._timeout
+
+    def _published(self) -> Verdict | None:
+        for name in (_FAILED, _LOST):
+            if name in self._verdicts:
+                index, _, text = self._verdicts[name].partition(" ")
+                return Verdict(name == _LOST, int(index), text)
+        return None
+
+    def _publish(self, index: int, seconds: float) -> Verdict:
+        verdict = Verdict(True, index, f"{self._where(index)}has died or stopped: no heartbeat for {seconds:.0f} s")
+        if self._index == 0:  # the store is here, so it answers at once
+            with contextlib.suppress(Exception):
+                self._client.key_value_set(_VERDICTS + _LOST, f"{index} {verdict.text}")
+            time.sleep(_LINGER_SECONDS)
+        return verdict
+
+    def _where(self, index: int) -> str:
+        return f"({self._hosts[index]}) " if index in self._hosts else ""
+
+    # --- heartbeats
+
+    def _send(self) -> None:
+        with contextlib.suppress(Exception):
+            self._client.key_value_set(f"{_HOSTS}{self._index}", self._host, allow_overwrite=True)
+        number = 0
+        while not self._left.wait(_BEAT_SECONDS):
+            number += 1
+            self._write_beat(f"{number} {_SUSPECTS}" if self._suspected.is_set() else str(number))
+            with contextlib.suppress(Exception):  # `wait` notices that there was no answer
+                self._read()
+                self._num_answers += 1
+
+    def _write_beat(self, beat: str) -> None:
+        with contextlib.suppress(Exception):
+            self._client.key_value_set(f"{_BEATS}{self._index}", beat, allow_overwrite=True)
+
+    def _read(self) -> None:
+        self._verdicts = self._entries(_VERDICTS)
+        if self._index == 0:
+            self._beats = {int(index): beat for index, beat in self._entries(_BEATS).items()}
+        if len(self._hosts) < (self._count if self._index == 0 else 1):
+            self._hosts = {int(index): host for index, host in self._entries(_HOSTS).items()}
+
+    def _entries(self, folder: str) -> dict[str, str]:
+        return {key.rpartition("/")[2]: value for key, value in self._client.key_value_dir_get(folder)}

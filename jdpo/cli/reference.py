@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from jdpo.cli.cluster import in_cluster
 from jdpo.cli.train import read_config, shown_error
 from jdpo.config import DPOConfig
 from jdpo.safe_text import terminal_lines
@@ -36,10 +37,8 @@ def main(command: str, words: Sequence[str]) -> int:
         return 0
     # Not touched, so it need not be given.
     config = read_config(DPOConfig, [*words, "output_dir=none"])
-    from jdpo.processes import ending_together, is_first, join_cluster
-
-    join_cluster()
-    with ending_together(shown_error):
+    with in_cluster(config, command, words, shown=shown_error, trains=False):
+        from jdpo.processes import is_first
         from jdpo.training.reference import compute_reference
 
         compute_reference(config, lambda text: print(terminal_lines(text), flush=True) if is_first() else None)

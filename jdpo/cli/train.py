@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from jdpo.cli.cluster import in_cluster
 from jdpo.config import CONFIGS, TrainConfig, defaults_of, keys_of, load_config, public_text, to_yaml
 from jdpo.safe_text import terminal_lines
 
@@ -104,10 +105,7 @@ def main(command: str, words: Sequence[str]) -> int:
     if print_config:
         print(to_yaml(config), end="")
         return 0
-    from jdpo.processes import ending_together, join_cluster
-
-    join_cluster()
-    with ending_together(shown_error):
+    with in_cluster(config, command, words, shown=shown_error, trains=True):
         if only_said:
             from jdpo.training.dry_run import dry_run
 

@@ -1,0 +1,65 @@
+"""What the training commands do as one process of several."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from jdpo.config import TrainConfig
+
+
+@contextlib.contextmanager
+def in_cluster(
+    config: TrainConfig, command: str, words: Sequence[str], *, shown: Callable[[str], str], trains: bool
+) -> Iterator[None]:
+    """Joins the other processes of the run, if there are any, and ends with them.
+
+    Args:
+      config: the run's settings.
+      command, words: the command line.
+      shown: a text -> what may be shown of it.
+      trains: whether the command leaves checkpoints in output_dir.
+
+    Raises:
+      ValueError: see `join_cluster`.
+    """
+    from jdpo.processes import ending_together, join_cluster
+
+    timeout = config.heartbeat_timeout_seconds
+    joined = join_cluster(timeout=timeout)
+    if joined is None or joined.num_processes == 1:
+        yield
+        return
+    from jdpo.checkpoint.manager import complete_steps  # now: a dying process should not import anything
+
+    folder = Path(config.output_dir) if trains else None
+
+    def advice() -> str:
+        steps = complete_steps(folder / "checkpoints") if folder is not None else []
+        return how_to_continue(command, words, folder, steps, resumes=config.resume == "auto")
+
+    with ending_together(shown, timeout=timeout, advice=advice, stacks_folder=folder):
+        yield
+
+
+def how_to_continue(
+    command: str, words: Sequence[str], folder: Path | None, steps: Sequence[int], *, resumes: bool
+) -> str:
+    """Says what is saved and which command continues.
+
+    Args:
+      command, words: the command line that was given.
+      folder: output_dir, for a command that trains.
+      steps: the checkpoints in it, oldest first.
+      resumes: whether the command line allows to resume.
+    """
+    if folder is None:
+        saved, then = "What was computed is kept", "continue"
+    elif steps:
+        saved, then = f"The last checkpoint is step {steps[-1]} in {folder / 'checkpoints'}", "continue from it"
+    else:
+        saved, then = f"There is no checkpoint in {folder / 'checkpoints'} yet", "start again from step 0"
+    again = shlex.join(["jdpo", command, *words, *([] if resumes else ["--resume", "auto"])])
+    return f"{saved}. To {then}, run the same command on every host: {again} ."

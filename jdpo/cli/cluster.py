@@ -62,4 +62,4 @@ def how_to_continue(
     else:
         saved, then = f"There is no checkpoint in {folder / 'checkpoints'} yet", "start again from step 0"
     again = shlex.join(["jdpo", command, *words, *([] if resumes else ["--resume", "auto"])])
-    return f"{saved}. To {then}, run the same command on every host: {again} ."
+    return f"{saved}. To {then}, run the same command on every host: {again}"

@@ -48,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line.
 
     Returns:
-      the exit code: 0 done, 1 the run failed, 2 the command line or its input is wrong, 128 + n stopped by
-      signal n.
+      the exit code: 0 done, 1 the run failed, 2 the command line or its input is wrong, 75 another
+      process of the run is gone, 128 + n stopped by signal n.
     """
     if argv is None:
         catch_early_interrupts()

@@ -12,8 +12,9 @@ from jdpo.processes.agreement import (
     together,
 )
 from jdpo.processes.detection import Membership, find_cluster
-from jdpo.processes.ending import LOST_EXIT_CODE, ending_together
+from jdpo.processes.ending import ending_together
 from jdpo.processes.joining import join_cluster
+from jdpo.processes.last_line import LOST_EXIT_CODE
 from jdpo.processes.watch import DEFAULT_TIMEOUT
 
 __all__ = [

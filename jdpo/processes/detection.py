@@ -235,7 +235,8 @@ def _number(environ: Mapping[str, str], name: str, default: int = 0) -> int:
 def _checked(source: str, address: str, count: int, index: int, ids: list[int] | None) -> Membership:
     if not 0 <= index < count:
         raise ValueError(f"{source}: process {index} of {count}; processes are numbered from 0 to {count - 1}")
-    if not re.fullmatch(r".+:\d+", address):
+    port = address.rpartition(":")[2]
+    if not (re.fullmatch(r".+:\d+", address) and 0 < int(port) < 2**16):
         raise ValueError(f"{source}: the address of process 0 is {address!r}; HOST:PORT is expected")
     return Membership(source, address, count, index, ids)
 

@@ -6,7 +6,6 @@ import contextlib
 import faulthandler
 import os
 import socket
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -15,11 +14,10 @@ from typing import Any
 
 import jax
 
+from jdpo.processes.last_line import end_at_once, write_line
 from jdpo.processes.relay import current_relay
 from jdpo.processes.watch import DEFAULT_TIMEOUT, Verdict, Watch
 
-LOST_EXIT_CODE = 75
-"""EX_TEMPFAIL of sysexits.h: another process of the run is gone, and the same command continues."""
 _FAILED_EXIT_CODE = 1
 _GRACE_SECONDS = 20.0
 _LAST_WORDS_SECONDS = 5.0
@@ -63,7 +61,7 @@ def ending_together(
     def end_with_others() -> None:
         verdict = watch.wait()
         if verdict is not None and verdict.lost:
-            _end_for_loss(verdict, lambda: f"{shown(advice())} {_write_stacks(stacks_folder, index)}")
+            _end_for_loss(verdict, lambda: f"{_write_stacks(stacks_folder, index)} {shown(advice())}")
         elif verdict is not None and not watch.left_within(_GRACE_SECONDS):  # else there was something to put in order
             _end_for_failure(verdict, client)
 
@@ -117,24 +115,14 @@ def _end_for_loss(verdict: Verdict, more: Callable[[], str]) -> None:
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(_LAST_WORDS_SECONDS)
-    _write_line(f"jdpo: error: process {verdict.process} of this run {verdict.text}; this one ends with it. {rest[0]}")
-    os._exit(LOST_EXIT_CODE)
+    end_at_once(f"process {verdict.process} of this run {verdict.text}; this one ends with it. {rest[0]}")
 
 
 def _end_for_failure(verdict: Verdict, client: Any) -> None:
-    _write_line(
-        f"jdpo: error: process {verdict.process} of this run has failed, and this one waits for it: {verdict.text}"
-    )
+    write_line(f"process {verdict.process} of this run has failed, and this one waits for it: {verdict.text}")
     with contextlib.suppress(Exception):
         client.shutdown()  # the one that failed waits until all have come here
     os._exit(_FAILED_EXIT_CODE)
-
-
-def _write_line(text: str) -> None:
-    """Writes to stderr past Python's buffers, whose locks the main thread may hold."""
-    # A progress bar leaves the cursor hidden, in the middle of a line.
-    start = "\x1b[?25h\n" if sys.stderr.isatty() else ""
-    os.write(2, f"{start}{' '.join(text.split())}\n".encode(errors="replace"))
 
 
 def _write_stacks(folder: Path | None, index: int) -> str:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
 
 from jdpo.processes.detection import Membership, find_cluster
+from jdpo.processes.last_line import end_at_once
 from jdpo.processes.relay import relay_to
 from jdpo.processes.watch import DEFAULT_TIMEOUT
 
+_JOIN_SECONDS = 300.0
 _JAX_HEARTBEAT_SECONDS = 100
 """JAX's own deadline, after which its client aborts the process; it must stay beyond that of `jdpo.processes.watch`."""
 
@@ -42,16 +45,31 @@ def initialize_through_relay(
     local_device_ids: list[int] | None,
     *,
     heartbeat_timeout_seconds: int,
+    join_seconds: float = _JOIN_SECONDS,
 ) -> None:
     """Calls `jax.distributed.initialize`, connected so that the loss of process 0 does not abort this one at once.
 
+    Where not all processes come within `join_seconds`, this one ends with one line and LOST_EXIT_CODE: JAX would abort
+    it a little later.
+
     Raises:
-      TimeoutError: the processes have not all come within JAX's timeout.
+      ConnectionError: process 0 cannot serve at its address.
     """
     address = coordinator_address
     # With mutual TLS the client checks the name of the host that it connects to.
     if process_id != 0 and not getattr(jax.config, "jax_mtls_cert_file", None):
         address = relay_to(coordinator_address).address
+
+    def give_up() -> None:
+        end_at_once(
+            f"process {process_id} of {num_processes}: not all processes have joined this run through "
+            f"{coordinator_address} within {join_seconds:.0f} s; check that all are started, and that all reach "
+            "process 0 at this address"
+        )
+
+    timer = threading.Timer(join_seconds, give_up)
+    timer.daemon = True
+    timer.start()
     try:
         jax.distributed.initialize(
             address,
@@ -59,13 +77,15 @@ def initialize_through_relay(
             process_id,
             local_device_ids,
             cluster_detection_method="deactivate",  # all is known; JAX would restrict the devices by itself
+            initialization_timeout=int(join_seconds) + 30,
             heartbeat_timeout_seconds=heartbeat_timeout_seconds,
         )
     except jax.errors.JaxRuntimeError as error:
-        raise TimeoutError(
-            f"process {process_id} could not join the other {num_processes - 1} processes at {coordinator_address}; "
-            f"check that all are started, and that process 0 is reached at this address ({error})"
+        raise ConnectionError(
+            f"cannot join the processes of this run through {coordinator_address}: {error}"
         ) from error
+    finally:
+        timer.cancel()
 
 
 def join_cluster(
@@ -92,7 +112,7 @@ def join_cluster(
 
     Raises:
       ValueError: see `find_cluster`.
-      TimeoutError: the other processes do not come.
+      ConnectionError: process 0 cannot serve at its address.
     """
     found = find_cluster(environ, environments)
     if found is None:

@@ -1,0 +1,23 @@
+"""The last line of a process that ends because others of its run are missing."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import NoReturn
+
+LOST_EXIT_CODE = 75
+"""EX_TEMPFAIL of sysexits.h: another process of the run is gone, and the same command continues."""
+
+
+def end_at_once(text: str, exit_code: int = LOST_EXIT_CODE) -> NoReturn:
+    """Writes one line to stderr and ends the process, whatever its other threads wait for."""
+    write_line(text)
+    os._exit(exit_code)
+
+
+def write_line(text: str) -> None:
+    """Writes an error as one line to stderr, past Python's buffers, whose locks another thread may hold."""
+    # A progress bar leaves the cursor hidden, in the middle of a line.
+    start = "\x1b[?25h\n" if sys.stderr.isatty() else ""
+    os.write(2, f"{start}jdpo: error: {' '.join(text.split())}\n".encode(errors="replace"))

@@ -72,6 +72,31 @@ class TokenizedPair(NamedTuple):
     origin: str
 
 
+class MaskedPair(NamedTuple):
+    """A preference row of which some completion tokens are read and not learnt: those of tools and users between turns.
+
+    As `TokenizedPair`, with a mask bool of the length of each completion, True on the tokens to learn.
+    """
+
+    prompt_ids: np.ndarray
+    chosen_ids: np.ndarray
+    rejected_ids: np.ndarray
+    chosen_mask: np.ndarray
+    rejected_mask: np.ndarray
+    origin: str
+
+
+AnyPair = TokenizedPair | MaskedPair
+
+
+def completions_of(pair: AnyPair) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """Returns token ids and mask of the chosen and of the rejected completion; a TokenizedPair is learnt whole."""
+    chosen, rejected = pair.chosen_ids, pair.rejected_ids
+    if isinstance(pair, MaskedPair):
+        return (chosen, pair.chosen_mask), (rejected, pair.rejected_mask)
+    return (chosen, np.ones(len(chosen), bool)), (rejected, np.ones(len(rejected), bool))
+
+
 class TokenizedCompletion(NamedTuple):
     """A supervised example as token ids: tokens int32 [t], completion_mask bool [t], True where the loss falls."""
 

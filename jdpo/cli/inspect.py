@@ -176,6 +176,11 @@ def _task_of(keys: Sequence[str]) -> tuple[str, str]:
     for task, found in (("dpo", dpo_keys), ("sft", sft_keys)):
         if found:
             return task, f"{found[0]} is a key of `jdpo {task}` alone"
+    if "loss_on" in keys:  # which supervised runs set far more often
+        return (
+            "sft",
+            "loss_on without a key of `jdpo dpo` alone is taken for sft; --task dpo for the other",
+        )
     return "dpo", "no key tells dpo from sft, so it is taken for dpo; --task sft for the other"
 
 

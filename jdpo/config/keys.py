@@ -156,6 +156,10 @@ class SFTConfig(TrainConfig):
 class DPOConfig(TrainConfig):
     """Settings of `jdpo dpo`."""
 
+    loss_on: Literal["completion", "assistant_turns"] = key(
+        "completion",
+        "turns that are learnt: the last assistant turn of each side, or every one after the turns that sides share",
+    )
     beta: PositiveFloat = key(0.1, "how strongly the policy is held to the reference")
     loss_type: Annotated[tuple[str, ...], BeforeValidator(as_list)] = key(
         ("sigmoid",), "the preference loss, or a list of losses that are added; docs/losses.md has them all"

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from jdpo.types import TokenizedCompletion, TokenizedPair
+from jdpo.types import AnyPair, TokenizedCompletion
 
-R = TypeVar("R", bound=TokenizedPair | TokenizedCompletion)
+R = TypeVar("R", bound=AnyPair | TokenizedCompletion)
 
 
 class Tags(NamedTuple):
@@ -76,7 +76,7 @@ def joined(blocks: Sequence[Block]) -> Block:
 
 def longest(lengths: dict[str, np.ndarray], row_type: type[Any]) -> np.ndarray:
     """int32 [rows], tokens of the longest sequence of each row, from how many each field has."""
-    if row_type is TokenizedPair:
+    if row_type is not TokenizedCompletion:
         sides = np.maximum(lengths["chosen_ids"], lengths["rejected_ids"])
         return (lengths["prompt_ids"] + sides).astype(np.int32)
     return lengths["tokens"].astype(np.int32)

@@ -19,7 +19,7 @@ from jdpo.data.formats import Dropped, Reading
 from jdpo.data.splitting import TOLD_IN_TRAINING, Part, prompt_key, turn_key
 from jdpo.data.tokenizer import Tokenizer
 from jdpo.safe_text import terminal
-from jdpo.types import CompletionRow, PreferenceRow, TokenizedCompletion, TokenizedPair
+from jdpo.types import CompletionRow, MaskedPair, PreferenceRow, TokenizedCompletion, TokenizedPair
 from jdpo.words import figure
 
 READ, KEPT, DROPPED = "rows read", "rows kept", "dropped: "
@@ -36,7 +36,7 @@ class Recipe:
     Attributes:
       kind: what the rows are for.
       max_length, max_prompt_length: see `jdpo.data.tokenize`.
-      loss_on: of completions.
+      loss_on: the turns that are learnt.
       readings: how the rows of each data set are to be read.
       part: which rows are kept, by hash of the prompt; None: all.
     """
@@ -51,7 +51,9 @@ class Recipe:
     @property
     def row_type(self) -> type[Any]:
         """What a tokenized row is."""
-        return TokenizedPair if self.kind == "pairs" else TokenizedCompletion
+        if self.kind == "completions":
+            return TokenizedCompletion
+        return MaskedPair if self.loss_on == "assistant_turns" else TokenizedPair
 
     def read(self, raw: Mapping[str, Any], origin: str, dataset: int, counts: Counter[str]) -> Sequence[Any]:
         """The rows that a raw row of a data set gives, or Dropped in their place."""
@@ -68,10 +70,13 @@ class Recipe:
     def tokenize(self, rows: Sequence[Any], tokenizer: Tokenizer) -> Sequence[Sequence[Any]]:
         """The results of each row: one, except where the turns of a conversation are sequences of their own."""
         lengths: dict[str, Any] = {"max_length": self.max_length, "max_prompt_length": self.max_prompt_length}
-        if self.kind == "completions" and self.loss_on == "assistant_turns":
+        every_turn = self.loss_on == "assistant_turns"
+        if self.kind == "pairs":
+            pairs = tokenize.tokenize_pairs(rows, tokenizer, every_turn=every_turn, **lengths)
+            return [[result] for result in pairs]
+        if every_turn:
             return tokenize.tokenize_turns(rows, tokenizer, **lengths)
-        work = tokenize.tokenize_pairs if self.kind == "pairs" else tokenize.tokenize_completions
-        return [[result] for result in work(rows, tokenizer, **lengths)]
+        return [[result] for result in tokenize.tokenize_completions(rows, tokenizer, **lengths)]
 
 
 class RawChunk(NamedTuple):

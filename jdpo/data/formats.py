@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from jdpo.config import DatasetConfig
@@ -81,20 +82,22 @@ class Reading(NamedTuple):
       column_map: jdpo's name of a column -> the file's; None: the file's names are taken.
       ranked: which pairs a row of several answers gives; see `jdpo.data.ranked`.
       min_margin: pairs whose scores are closer are dropped; None: none is.
+      every_turn: sides of a pair may differ in more than their final assistant turn.
     """
 
     column_map: Mapping[str, str] | None = None
     ranked: ranked.Rule = "best_vs_worst"
     min_margin: float | None = None
+    every_turn: bool = False
 
 
 AS_FOUND = Reading()
 """Columns under the names that the file has, and no pair left out for its scores."""
 
 
-def reading_of(dataset: DatasetConfig) -> Reading:
+def reading_of(dataset: DatasetConfig, *, every_turn: bool = False) -> Reading:
     """How a data set's settings say that it is to be read."""
-    return Reading(dataset.column_map, dataset.ranked, dataset.min_margin)
+    return Reading(dataset.column_map, dataset.ranked, dataset.min_margin, every_turn)
 
 
 def preference_rows(raw: Raw, origin: str, reading: Reading = AS_FOUND) -> list[PreferenceRow | Dropped]:
@@ -123,7 +126,8 @@ def preference_rows(raw: Raw, origin: str, reading: Reading = AS_FOUND) -> list[
             pair if isinstance(pair, Dropped) else _too_close(pair, reading, columns, origin) or pair
             for pair in ranked.couples(asked, reading.ranked, origin)
         ]
-        rows = [pair if isinstance(pair, Dropped) else pair_row(asked.prompt, pair, frame, origin) for pair in pairs]
+        made = partial(pair_row, asked.prompt, frame=frame, origin=origin, every_turn=reading.every_turn)
+        rows = [pair if isinstance(pair, Dropped) else made(pair) for pair in pairs]
         if not asked.prompt and not schema.joined:
             rows = [row if isinstance(row, Dropped) else whole_pair(row, columns) for row in rows]
         return _with_notes(rows, columns)

@@ -10,7 +10,7 @@ import numpy as np
 
 from jdpo.data.prepare import PreparedData
 from jdpo.data.tokenizer import Tokenizer
-from jdpo.types import TokenizedCompletion, TokenizedPair
+from jdpo.types import AnyPair, TokenizedCompletion
 
 CHUNK = 4096
 """Rows looked at together."""
@@ -83,8 +83,8 @@ def _chunks(data: PreparedData) -> Iterator[list[_Parts]]:
         yield [_parts(data[index]) for index in range(start, min(start + CHUNK, len(data)))]
 
 
-def _parts(row: TokenizedPair | TokenizedCompletion) -> _Parts:
-    if isinstance(row, TokenizedPair):
+def _parts(row: AnyPair | TokenizedCompletion) -> _Parts:
+    if not isinstance(row, TokenizedCompletion):
         sides = (row.chosen_ids, row.rejected_ids)
         return _Parts(len(row.prompt_ids), sides, tuple(len(row.prompt_ids) + len(side) for side in sides))
     mask = row.completion_mask

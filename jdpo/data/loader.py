@@ -15,7 +15,7 @@ from typing import TypeVar
 import numpy as np
 
 from jdpo.data.mixing import Mixture, epoch_order, permutation
-from jdpo.types import CompletionBatch, PreferenceBatch, TokenizedCompletion, TokenizedPair
+from jdpo.types import AnyPair, CompletionBatch, PreferenceBatch, TokenizedCompletion, completions_of
 
 T = TypeVar("T")
 
@@ -121,7 +121,7 @@ def bucket_length(n: int, max_length: int) -> int:
     return min(bucket, -(-max_length // 8) * 8)
 
 
-def collate_pairs(pairs: Sequence[TokenizedPair], *, num_slots: int, length: int, pad_token_id: int) -> PreferenceBatch:
+def collate_pairs(pairs: Sequence[AnyPair], *, num_slots: int, length: int, pad_token_id: int) -> PreferenceBatch:
     """Lays pairs out as a right-padded batch, tokens int32 [num_slots, 2, length].
 
     Slots past the pairs hold padding pairs: weight 0, one attended token (attention over nothing is NaN), no
@@ -139,12 +139,12 @@ def collate_pairs(pairs: Sequence[TokenizedPair], *, num_slots: int, length: int
     completion_mask = np.zeros((num_slots, 2, length), bool)
     for index, pair in enumerate(pairs):
         start = len(pair.prompt_ids)
-        for side, completion in enumerate((pair.chosen_ids, pair.rejected_ids)):
+        for side, (completion, mask) in enumerate(completions_of(pair)):
             stop = start + len(completion)
             tokens[index, side, :start] = pair.prompt_ids
             tokens[index, side, start:stop] = completion
             attention_mask[index, side, :stop] = True
-            completion_mask[index, side, start:stop] = True
+            completion_mask[index, side, start:stop] = mask
     attention_mask[len(pairs) :, :, 0] = True
     return PreferenceBatch(tokens, attention_mask, completion_mask, None, _weights(len(pairs), num_slots))
 

@@ -23,13 +23,13 @@ import numpy as np
 
 from jdpo.data.packing_plan import StepPlan
 from jdpo.data.packing_shapes import PackedShape
-from jdpo.types import PackedBatch, TokenizedCompletion, TokenizedPair
+from jdpo.types import AnyPair, MaskedPair, PackedBatch, TokenizedCompletion
 
 Array = Any
 
 
 def pack(
-    rows: Sequence[TokenizedPair] | Sequence[TokenizedCompletion],
+    rows: Sequence[AnyPair] | Sequence[TokenizedCompletion],
     indices: np.ndarray,
     plan: StepPlan,
     *,
@@ -114,12 +114,18 @@ class _Layout(NamedTuple):
 
 
 def _layout(rows: Sequence[Any], bin_b: np.ndarray) -> _Layout:
-    if isinstance(rows[0], TokenizedPair):
-        parts = [part for row in rows for part in (row.prompt_ids, row.chosen_ids, row.rejected_ids)]
-        masks: list[np.ndarray] | None = None
-    else:
+    masks: list[np.ndarray] | None = None
+    if isinstance(rows[0], TokenizedCompletion):
         parts = [part for row in rows for part in (row.tokens[:0], row.tokens)]
         masks = [row.completion_mask for row in rows]
+    else:
+        parts = [part for row in rows for part in (row.prompt_ids, row.chosen_ids, row.rejected_ids)]
+        if isinstance(rows[0], MaskedPair):
+            masks = [
+                mask
+                for row in rows
+                for mask in (np.zeros(len(row.prompt_ids), bool), row.chosen_mask, row.rejected_mask)
+            ]
     part_lengths = np.array([len(part) for part in parts], np.int64).reshape(len(rows), -1)
     num_parts = part_lengths.shape[1]
     first_of_bin = np.searchsorted(bin_b, bin_b)  # the first item of each item's bin

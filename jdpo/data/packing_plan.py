@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jdpo.data.packing_shapes import SLOT_MULTIPLE, PackedShape, cheapest_shape, choose_shapes, rounded_shape
-from jdpo.types import TokenizedCompletion, TokenizedPair
+from jdpo.types import AnyPair, TokenizedCompletion, completions_of
 
 
 class ItemSizes(NamedTuple):
@@ -57,17 +57,22 @@ def completion_sizes(lengths: np.ndarray, scored: np.ndarray) -> ItemSizes:
     return ItemSizes(lengths, lengths, np.asarray(scored, np.int64), num_sides=1)
 
 
-def item_sizes(rows: Iterable[TokenizedPair] | Iterable[TokenizedCompletion]) -> ItemSizes:
+def item_sizes(rows: Iterable[AnyPair] | Iterable[TokenizedCompletion]) -> ItemSizes:
     """Sizes of rows of one kind, by reading each."""
     pairs: list[tuple[int, int, int]] = []
+    masked: list[int] = []
     completions: list[tuple[int, int]] = []
     for row in rows:
-        if isinstance(row, TokenizedPair):
-            pairs.append((len(row.prompt_ids), len(row.chosen_ids), len(row.rejected_ids)))
-        else:
+        if isinstance(row, TokenizedCompletion):
             completions.append((len(row.tokens), int(row.completion_mask[1:].sum())))
+        else:
+            pairs.append((len(row.prompt_ids), len(row.chosen_ids), len(row.rejected_ids)))
+            masked.append(sum(int((~mask).sum()) for _, mask in completions_of(row)))
     assert bool(pairs) != bool(completions), (len(pairs), len(completions))
-    return pair_sizes(np.array(pairs)) if pairs else completion_sizes(*np.array(completions).T)
+    if completions:
+        return completion_sizes(*np.array(completions).T)
+    sizes = pair_sizes(np.array(pairs))
+    return sizes._replace(scored=sizes.scored - np.array(masked))
 
 
 # --- the items of each row

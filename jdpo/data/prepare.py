@@ -26,7 +26,7 @@ from jdpo.data.splitting import Part
 from jdpo.data.tokenizer import Tokenizer
 from jdpo.data.workers import available_cores, map_in_order
 from jdpo.safe_text import terminal
-from jdpo.types import TokenizedCompletion, TokenizedPair
+from jdpo.types import AnyPair, MaskedPair, TokenizedCompletion
 from jdpo.words import figure
 
 __all__ = [
@@ -42,7 +42,7 @@ __all__ = [
     "prepare_pairs",
 ]
 
-R = TypeVar("R", bound=TokenizedPair | TokenizedCompletion)
+R = TypeVar("R", bound=AnyPair | TokenizedCompletion)
 
 CACHE_VERSION = 9
 """To be raised whenever the same rows would be tokenized to something else, or counted otherwise."""
@@ -120,10 +120,14 @@ class PreparedData(Generic[R]):
 
     def sizes(self) -> ItemSizes:
         """How much room every row takes when packed; reads lengths only."""
-        if self._rows.row_type is TokenizedPair:
-            parts = [self._rows.lengths_of(field) for field in ("prompt_ids", "chosen_ids", "rejected_ids")]
-            return pair_sizes(np.stack(parts, axis=-1))
-        return completion_sizes(self._rows.lengths_of("tokens"), self._rows.counts_of("completion_mask"))
+        rows = self._rows
+        if rows.row_type is TokenizedCompletion:
+            return completion_sizes(rows.lengths_of("tokens"), rows.counts_of("completion_mask", skip=1))
+        lengths = [rows.lengths_of(field) for field in ("prompt_ids", "chosen_ids", "rejected_ids")]
+        sizes = pair_sizes(np.stack(lengths, axis=-1))
+        if rows.row_type is MaskedPair:  # prompts of theirs are not empty
+            sizes = sizes._replace(scored=rows.counts_of("chosen_mask") + rows.counts_of("rejected_mask"))
+        return sizes
 
     def rows_with(self, ids: np.ndarray) -> dict[int, tuple[int, int]]:
         """Finds which of the token ids, int [n], occur: {id: (number of rows that hold it, index of the first)}."""
@@ -140,6 +144,8 @@ class PreparedData(Generic[R]):
 
     def num_chosen_tokens(self) -> int:
         """Scored tokens of the chosen sides of all pairs: but for a first token that nothing stands before."""
+        if self._rows.row_type is MaskedPair:
+            return int(self._rows.counts_of("chosen_mask").sum())
         prompt, chosen = (self._rows.lengths_of(field) for field in ("prompt_ids", "chosen_ids"))
         return int(chosen.sum() - ((prompt == 0) & (chosen > 0)).sum())
 
@@ -167,11 +173,12 @@ def prepare_pairs(
     *,
     max_length: int,
     max_prompt_length: int | None = None,
+    loss_on: tokenize.LossOn = "completion",
     part: Part | None = None,
     num_proc: int | None = None,
     cache_dir: Path | None = None,
     progress: Progress | None = None,
-) -> PreparedData[TokenizedPair]:
+) -> PreparedData[AnyPair]:
     """Reads and tokenizes preference rows, or takes them from the cache.
 
     Args:
@@ -179,6 +186,8 @@ def prepare_pairs(
       tokenizer: see `load_tokenizer`.
       max_length: most tokens of prompt and completion.
       max_prompt_length: most tokens of the prompt, or None.
+      loss_on: the final assistant turn of each side is learnt, or every one after the turns that the sides share. Then
+        the rows are a `MaskedPair` each.
       part: the rows to keep, by hash of the prompt; None: all.
       num_proc: processes that tokenize; None: one for the first `ALONE_ROWS` rows, then as many as there are cores.
         The rows are the same whatever their number.
@@ -193,7 +202,8 @@ def prepare_pairs(
         kind="pairs",
         max_length=max_length,
         max_prompt_length=max_prompt_length,
-        readings=tuple(map(formats.reading_of, datasets)),
+        loss_on=loss_on,
+        readings=tuple(formats.reading_of(dataset, every_turn=loss_on == "assistant_turns") for dataset in datasets),
         part=part,
     )
     return _prepare(datasets, tokenizer, recipe, num_proc=num_proc, cache_dir=cache_dir, progress=progress)

@@ -25,7 +25,7 @@ import numpy as np
 from jdpo.data.prepare import cache_folder
 from jdpo.data.reference_key import KEY_FILE, Entry, read_entry
 from jdpo.durable import TEMPORARY, write_durably
-from jdpo.types import CHOSEN, REJECTED, TokenizedPair
+from jdpo.types import CHOSEN, REJECTED, AnyPair
 
 SHARD_ROWS = 1024
 """Rows in each shard but the last: what a killed computation loses at most."""
@@ -33,7 +33,7 @@ SHARD_ROWS = 1024
 REMEDY = "`jdpo reference CONFIG` computes it anew"
 
 RowLogps = tuple[np.ndarray, np.ndarray]
-"""Log-probs of the completion tokens of a row's chosen and rejected side."""
+"""Log-probs of the completion tokens of a row's chosen and rejected side, 0 for those that are not learnt."""
 
 
 def cache_root(cache_dir: str | None) -> Path:
@@ -227,7 +227,7 @@ class ReferenceCache:
     def __len__(self) -> int:
         return self._num_rows
 
-    def row(self, index: int, pair: TokenizedPair) -> RowLogps:
+    def row(self, index: int, pair: AnyPair) -> RowLogps:
         """The log-probs of the completion tokens of row `index`.
 
         Args:
@@ -270,7 +270,7 @@ class _Shard:
 
 
 def reference_logps_of(
-    cache: ReferenceCache, pairs: Sequence[TokenizedPair], indices: np.ndarray, *, num_slots: int, length: int
+    cache: ReferenceCache, pairs: Sequence[AnyPair], indices: np.ndarray, *, num_slots: int, length: int
 ) -> np.ndarray:
     """Cached log-probs in the layout of `collate_pairs`: float32 (or float64) [num_slots, 2, length].
 

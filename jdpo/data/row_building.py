@@ -65,8 +65,14 @@ def read_frame(columns: Raw, origin: str) -> Frame:
     return Frame(system if system and system.strip() else None, tools)
 
 
-def pair_row(prompt: Text, pair: Couple, frame: Frame, origin: str) -> PreferenceRow | Dropped:
-    """A pair of answers as a row; what stands before both final assistant turns must be equal."""
+def pair_row(
+    prompt: Text, pair: Couple, frame: Frame, origin: str, *, every_turn: bool = False
+) -> PreferenceRow | Dropped:
+    """A pair of answers as a row; what stands before both final assistant turns must be equal.
+
+    Args:
+      every_turn: it may differ too: then the prompt is what both sides begin with, and a side all that follows.
+    """
     if any(answer.text == [] for answer in pair):
         return Dropped(EMPTY_SIDE, origin)
     dropped = said_by_another(pair, origin)
@@ -78,7 +84,9 @@ def pair_row(prompt: Text, pair: Couple, frame: Frame, origin: str) -> Preferenc
     if isinstance(rejected, Dropped):
         return rejected
     if said(chosen.prompt) != said(rejected.prompt):
-        return Dropped(HISTORIES_DIFFER, origin)
+        if not every_turn:
+            return Dropped(HISTORIES_DIFFER, origin)
+        return _parted(chosen, rejected)._replace(margin=margin(*pair), tools=frame.tools)
     return PreferenceRow(chosen.prompt, chosen.completion, rejected.completion, origin, margin(*pair), frame.tools)
 
 
@@ -112,6 +120,18 @@ def whole_pair(row: PreferenceRow, columns: Raw) -> PreferenceRow | Dropped:
     first = next((turn for turn in row.prompt if turn["role"] != "system"), None)
     starts = first is None or first["role"] == "assistant"
     return row._replace(notes=(*row.notes, STARTS_WITH_ANSWER)) if starts else row
+
+
+def _parted(chosen: CompletionRow, rejected: CompletionRow) -> PreferenceRow:
+    """Two conversations as the messages that both begin with, and the rest of each."""
+    sides = []
+    for row in (chosen, rejected):
+        assert not isinstance(row.prompt, str)
+        assert not isinstance(row.completion, str)
+        sides.append([*row.prompt, *row.completion])
+    pairs = zip(*map(said, sides), strict=False)
+    shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(map(len, sides)))
+    return PreferenceRow(sides[0][:shared], sides[0][shared:], sides[1][shared:], chosen.origin)
 
 
 def answer_row(prompt: Text, answer: Text, frame: Frame, origin: str) -> CompletionRow | Dropped:

@@ -26,9 +26,9 @@ import numpy as np
 
 from jdpo.data.blocks import TAG_TYPES, Block, Tags, dtype_of, interleaved, joined, longest
 from jdpo.durable import write_durably
-from jdpo.types import TokenizedCompletion, TokenizedPair
+from jdpo.types import AnyPair, TokenizedCompletion
 
-R = TypeVar("R", bound=TokenizedPair | TokenizedCompletion)
+R = TypeVar("R", bound=AnyPair | TokenizedCompletion)
 
 BATCH_ROWS = 2048
 """Rows of a record batch, or a few more; the last one has what is left."""
@@ -94,13 +94,13 @@ class RowStore(Generic[R]):
         parts = [np.diff(np.asarray(batch.column(field).offsets)) for batch in self._batches]
         return np.concatenate(parts).astype(np.int64)
 
-    def counts_of(self, mask: str) -> np.ndarray:
-        """How many elements of a mask are True behind the first, of every row: int64 [rows]."""
+    def counts_of(self, mask: str, *, skip: int = 0) -> np.ndarray:
+        """How many elements of a mask are True after the first `skip`, of every row: int64 [rows]."""
         counts = []
         for number in range(len(self._batches)):
             offsets, elements = self._views(number)[mask]
             up_to = np.concatenate([[0], np.cumsum(elements, dtype=np.int64)])
-            first = np.minimum(offsets[:-1] + 1, offsets[1:])
+            first = np.minimum(offsets[:-1] + skip, offsets[1:])
             counts.append(up_to[offsets[1:]] - up_to[first])
         return np.concatenate(counts)
 

@@ -125,12 +125,12 @@ def check_block(
         twice = (prompt.token(0) == expected.bos) & (prompt.token(1) == expected.bos)
         add(BOS_TWICE, twice)
         add(BOS_INSIDE, prompt.number_of([expected.bos], skip=1 + twice) > 0)
-    for side in sides:
+    for whole_side, side in sides:
         if expected.bos is not None:
-            add(STARTS_WITH_BOS, side.token(0) == expected.bos)
-            add(BOS_INSIDE, side.number_of([expected.bos], skip=1) > 0)
-        own = side.stop - side.start
-        whole = (own > 0) & ~(cut & (length + own >= max_length))
+            add(STARTS_WITH_BOS, whole_side.token(0) == expected.bos)
+            add(BOS_INSIDE, whole_side.number_of([expected.bos], skip=1) > 0)
+        is_full = length + whole_side.stop - whole_side.start >= max_length
+        whole = (side.stop > side.start) & ~(cut & is_full)
         # Also where the cut took no more than what the template writes behind the end token.
         closed = (closing > 0) & (side.number_of(expected.ends) > side.number_of(expected.ends, leave=closing))
         ended = whole & closed
@@ -142,20 +142,29 @@ def check_block(
     return {name: rows for name, rows in found.items() if rows.any()}
 
 
-def _parts(block: Block) -> tuple[Segments, list[Segments]]:
-    """The prompt of each row, and its completions: of a supervised row its last run of learnt tokens."""
+def _parts(block: Block) -> tuple[Segments, list[tuple[Segments, Segments]]]:
+    """The prompt of each row, and its completions, whole and the last run of learnt tokens of each.
+
+    The completion of a supervised row is its last run of learnt tokens, and the prompt what precedes it.
+    """
 
     def of(field: str) -> Segments:
         stop = block.lengths[field].cumsum(dtype=np.int64)
         return Segments(block.values[field], stop - block.lengths[field], stop)
 
     if "prompt_ids" in block.values:
-        return of("prompt_ids"), [of("chosen_ids"), of("rejected_ids")]
-    tokens, mask = of("tokens"), block.values["completion_mask"]
+        sides = [(of(f"{name}_ids"), block.values.get(f"{name}_mask")) for name in ("chosen", "rejected")]
+        return of("prompt_ids"), [(side, side if mask is None else _last_run(side, mask)) for side, mask in sides]
+    tokens = of("tokens")
+    last = _last_run(tokens, block.values["completion_mask"])
+    return tokens._replace(stop=last.start), [(last, last)]
+
+
+def _last_run(tokens: Segments, mask: np.ndarray) -> Segments:
+    """The learnt tokens that end each segment; none where its last token is not learnt."""
     place = np.arange(len(mask))
     last_unlearnt = np.maximum.accumulate(np.where(mask, -1, place)) if len(mask) else place
-    start = np.maximum(last_unlearnt[tokens.stop - 1] + 1, tokens.start)
-    return tokens._replace(stop=start), [tokens._replace(start=start)]
+    return tokens._replace(start=np.maximum(last_unlearnt[tokens.stop - 1] + 1, tokens.start))
 
 
 def refuse_ruined(counts: Mapping[str, int], num_kept: int, examples: Mapping[str, str]) -> None:

@@ -9,11 +9,14 @@ import numpy as np
 
 from jdpo.data.boundaries import EMPTY_PROMPT, IDENTICAL_SIDES, Parts, Split, split_rows
 from jdpo.data.formats import Dropped
+from jdpo.data.pair_turns import MaskedSplit, has_several_turns, split_pair_turns, whole_split
 from jdpo.data.tokenizer import Tokenizer
 from jdpo.data.turn_marks import is_learnt
 from jdpo.data.turns import NOT_LEARNT, Masked, split_turns, whole_sequence
 from jdpo.types import (
+    AnyPair,
     CompletionRow,
+    MaskedPair,
     PreferenceRow,
     TokenizedCompletion,
     TokenizedPair,
@@ -33,7 +36,7 @@ NO_TURNS = "in plain text, which has no turns: of them loss_on: assistant_turns 
 class KeptPair(NamedTuple):
     """A pair to train on, and in words that are counted what was done to it."""
 
-    row: TokenizedPair
+    row: AnyPair
     notes: tuple[str, ...]
 
 
@@ -57,11 +60,20 @@ def tokenize_pairs(
     *,
     max_length: int,
     max_prompt_length: int | None = None,
+    every_turn: bool = False,
 ) -> list[KeptPair | Dropped]:
     """Tokenizes preference rows.
 
     The prompt loses tokens on the left beyond `max_prompt_length` (BOS stays), then each completion on the right
     beyond `max_length` tokens of the sequence; a completion that is cut ends without EOS.
+
+    Args:
+      rows: what to tokenize.
+      tokenizer: with a chat template where rows are conversations.
+      max_length: most tokens of a sequence.
+      max_prompt_length: most tokens of the prompt, or None.
+      every_turn: sides may be several turns, of which every one of the assistant is learnt; rows are then a
+        `MaskedPair` each. Of plain text the completion is learnt, which is noted.
 
     Returns:
       One result a row, in their order.
@@ -69,16 +81,33 @@ def tokenize_pairs(
     Raises:
       ValueError: a row is a conversation and the tokenizer has no chat template.
     """
-    sides = [(row.chosen, row.rejected) for row in rows]
-    splits = _split_learnt(
-        [Parts(row.prompt, pair, row.origin, row.tools) for row, pair in zip(rows, sides, strict=True)], tokenizer
-    )
-    return [
-        split
-        if isinstance(split, Dropped)
-        else _fit_pair(split, row, tokenizer, max_length=max_length, max_prompt_length=max_prompt_length)
-        for row, split in zip(rows, splits, strict=True)
+    several = [every_turn and has_several_turns(row) for row in rows]
+    turns = iter(split_pair_turns([row for row, many in zip(rows, several, strict=True) if many], tokenizer))
+    single = [
+        Parts(row.prompt, (row.chosen, row.rejected), row.origin, row.tools)
+        for row, many in zip(rows, several, strict=True)
+        if not many
     ]
+    splits = iter(_split_learnt(single, tokenizer))
+    results: list[KeptPair | Dropped] = []
+    for row, many in zip(rows, several, strict=True):
+        split = next(turns) if many else next(splits)
+        if isinstance(split, Split):
+            split = whole_split(split)
+        if isinstance(split, Dropped):
+            results.append(split)
+            continue
+        if every_turn and isinstance(row.prompt, str):
+            split = split._replace(notes=(*split.notes, NO_TURNS))
+        fitted = _fit_pair(split, row, tokenizer, max_length=max_length, max_prompt_length=max_prompt_length)
+        if not every_turn and isinstance(fitted, KeptPair):
+            fitted = fitted._replace(row=_unmasked(fitted.row))
+        results.append(fitted)
+    return results
+
+
+def _unmasked(pair: AnyPair) -> TokenizedPair:
+    return TokenizedPair(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids, pair.origin)
 
 
 def tokenize_completion(
@@ -175,17 +204,18 @@ def _split_learnt(rows: Sequence[Parts], tokenizer: Tokenizer) -> list[Split | D
 
 
 def _fit_pair(
-    split: Split, row: PreferenceRow, tokenizer: Tokenizer, *, max_length: int, max_prompt_length: int | None
+    split: MaskedSplit, row: PreferenceRow, tokenizer: Tokenizer, *, max_length: int, max_prompt_length: int | None
 ) -> KeptPair | Dropped:
     kept = _cut_prompt(split.prompt, len(split.prompt), max_prompt_length, tokenizer)
     prompt = [split.prompt[i] for i in kept]
     room = max_length - len(prompt)
-    chosen, rejected = (completion[:room] if room > 0 else [] for completion in split.completions)
+    chosen, rejected = (completion[: max(room, 0)] for completion in split.completions)
+    masks = [mask[: max(room, 0)] for mask in split.masks]
     if not prompt:
         return Dropped(EMPTY_PROMPT, row.origin)
     if room <= 0:
         return Dropped(LONG_PROMPT, row.origin)
-    if not chosen or not rejected:
+    if not all(map(any, masks)):
         return Dropped(NO_COMPLETION, row.origin)
     if chosen == rejected:
         same = split.completions[0] == split.completions[1]
@@ -195,7 +225,8 @@ def _fit_pair(
         notes += (PROMPT_CUT,)
     if any(len(completion) > room for completion in split.completions):
         notes += (COMPLETION_CUT,)
-    return KeptPair(TokenizedPair(_int32(prompt), _int32(chosen), _int32(rejected), row.origin), notes)
+    first, second = (np.array(mask, bool) for mask in masks)
+    return KeptPair(MaskedPair(_int32(prompt), _int32(chosen), _int32(rejected), first, second, row.origin), notes)
 
 
 def _fit_completion(

@@ -66,14 +66,14 @@ def split_turns(rows: Sequence[CompletionRow], tokenizer: Tokenizer) -> list[lis
     found = [_turns(row, tokenizer) for row in rows]
     splits = iter(split_rows([turn for turns in found if not isinstance(turns, Dropped) for turn in turns], tokenizer))
     return [
-        turns if isinstance(turns, Dropped) else _sequences(row, [next(splits) for _ in turns])
+        turns if isinstance(turns, Dropped) else _sequences(_messages(row), [next(splits) for _ in turns])
         for row, turns in zip(rows, found, strict=True)
     ]
 
 
 def _turns(row: CompletionRow, tokenizer: Tokenizer) -> list[Parts] | Dropped:
     """Every turn to learn with the messages before it; calls have one form in all of them."""
-    places = [i for i, message in enumerate(_messages(row)) if message["role"] == "assistant" and is_learnt(message)]
+    places = learnt_places(_messages(row))
     if not places:
         return Dropped(NOT_LEARNT, row.origin)
     whole = with_settled_calls(Parts(row.prompt, (row.completion,), row.origin, row.tools), tokenizer)
@@ -83,27 +83,41 @@ def _turns(row: CompletionRow, tokenizer: Tokenizer) -> list[Parts] | Dropped:
     return [Parts(messages[:i], (messages[i : i + 1],), row.origin, row.tools) for i in places]
 
 
+def learnt_places(messages: Sequence[Message]) -> list[int]:
+    """Returns which messages are assistant turns to learn."""
+    return [i for i, message in enumerate(messages) if message["role"] == "assistant" and is_learnt(message)]
+
+
 def _messages(row: CompletionRow) -> list[Message]:
     assert not isinstance(row.prompt, str)
     assert not isinstance(row.completion, str)
     return [*row.prompt, *row.completion]
 
 
-def _sequences(row: CompletionRow, splits: Sequence[Split | Dropped]) -> list[Masked] | Dropped:
+def _sequences(messages: Sequence[Message], splits: Sequence[Split | Dropped]) -> list[Masked] | Dropped:
     if isinstance(splits[-1], Dropped):
         return splits[-1]
-    shown = any(message["role"] == "assistant" and not is_learnt(message) for message in _messages(row))
-    notes = [SHOWN_TURN] if shown else []
-    notes += [LEFT_OUT + split.reason for split in splits if isinstance(split, Dropped)]
+    found = merged([split for split in splits if isinstance(split, Split)])
+    notes = turn_notes(messages, splits)
+    found[-1] = found[-1]._replace(notes=(*found[-1].notes, *notes))  # of the row, so they are counted once
+    return found
+
+
+def turn_notes(messages: Sequence[Message], splits: Sequence[Split | Dropped]) -> list[str]:
+    """Returns what is worth counting of the turns of a row that are not learnt."""
+    shown = any(message["role"] == "assistant" and not is_learnt(message) for message in messages)
+    left_out = dict.fromkeys(LEFT_OUT + split.reason for split in splits if isinstance(split, Dropped))
+    return [*([SHOWN_TURN] if shown else []), *left_out]
+
+
+def merged(splits: Sequence[Split]) -> list[Masked]:
+    """Joins turns, in their order, into as few sequences as their tokens allow."""
     found: list[Masked] = []
     for split in splits:
-        if isinstance(split, Dropped):
-            continue
         turn = whole_sequence(split)
         if found and split.prompt[: len(found[-1].tokens)] == found[-1].tokens:
             earlier = found.pop()
             mask = earlier.mask + turn.mask[len(earlier.mask) :]
             turn = Masked(turn.tokens, mask, turn.prompt_length, earlier.notes + turn.notes)
-        found.append(turn)
-    found[-1] = found[-1]._replace(notes=(*found[-1].notes, *notes))  # of the row, so they are counted once
-    return [turn._replace(notes=tuple(dict.fromkeys(turn.notes))) for turn in found]
+        found.append(turn._replace(notes=tuple(dict.fromkeys(turn.notes))))
+    return found

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
+import numpy as np
+
 from jdpo.data.tokenizer import Tokenizer
-from jdpo.types import TokenizedCompletion, TokenizedPair
+from jdpo.types import AnyPair, TokenizedCompletion, completions_of
 
 NEWLINE, SPACE, TAB = "⏎", "·", "⇥"
 MOST_JOINED = 8
@@ -84,16 +86,16 @@ def _visible_character(character: str) -> str:
     return f"⟨U+{ord(character):04X}⟩" if unicodedata.category(character) in _UNSEEN else character
 
 
-def view_row(row: TokenizedPair | TokenizedCompletion, index: int, tokenizer: Tokenizer) -> RowView:
+def view_row(row: AnyPair | TokenizedCompletion, index: int, tokenizer: Tokenizer) -> RowView:
     """Cuts a tokenized row into pieces to show."""
-    if isinstance(row, TokenizedPair):
-        parts = [("prompt", False, row.prompt_ids), ("chosen", True, row.chosen_ids)]
-        parts.append(("rejected", True, row.rejected_ids))
-    else:
-        parts = []
-        for is_learnt, places in groupby(range(len(row.tokens)), key=lambda t: bool(row.completion_mask[t])):
-            ids = row.tokens[list(places)]
+    parts = []
+    if isinstance(row, TokenizedCompletion):
+        for is_learnt, ids in _runs(row.tokens, row.completion_mask):
             parts.append(("learnt" if is_learnt else "not learnt", is_learnt, ids))
+    else:
+        parts.append(("prompt", False, row.prompt_ids))
+        for name, (tokens, mask) in zip(("chosen", "rejected"), completions_of(row), strict=True):
+            parts += [(name, is_learnt, ids) for is_learnt, ids in _runs(tokens, mask)]
     special = special_token_ids(tokenizer)
     return RowView(
         row.origin,
@@ -103,6 +105,12 @@ def view_row(row: TokenizedPair | TokenizedCompletion, index: int, tokenizer: To
             for name, is_learnt, ids in parts
         ),
     )
+
+
+def _runs(tokens: np.ndarray, mask: np.ndarray) -> Iterator[tuple[bool, np.ndarray]]:
+    """Stretches of tokens that are learnt, and of those that are not."""
+    for is_learnt, places in groupby(range(len(tokens)), key=lambda t: bool(mask[t])):
+        yield is_learnt, tokens[list(places)]
 
 
 def special_token_ids(tokenizer: Tokenizer) -> frozenset[int]:

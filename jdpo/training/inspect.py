@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from jdpo.config import DatasetConfig, SFTConfig, TrainConfig
+from jdpo.config import DatasetConfig, DPOConfig, SFTConfig, TrainConfig
 from jdpo.data import formats
 from jdpo.data.inspection_text import TextFacts, text_facts
 from jdpo.data.mixing import check_data_settings
@@ -71,9 +71,10 @@ def _texts(
 ) -> tuple[TextFacts, ...]:
     supervised = isinstance(config, SFTConfig)
     read: Callable[..., Sequence[object]] = formats.completion_rows if supervised else formats.preference_rows
+    every_turn = isinstance(config, DPOConfig) and config.loss_on == "assistant_turns"
     found = []
     for dataset in datasets:
-        reading = formats.reading_of(dataset)
+        reading = formats.reading_of(dataset, every_turn=every_turn)
         found.append(
             text_facts(
                 open_source(dataset).rows(),

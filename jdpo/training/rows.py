@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jdpo.config import DatasetConfig, SFTConfig, TrainConfig
+from jdpo.config import DatasetConfig, DPOConfig, SFTConfig, TrainConfig
 from jdpo.data.loader import RowPlan
 from jdpo.data.mixing import mixture_of
 from jdpo.data.prepare import PreparedData, prepare_completions, prepare_pairs
@@ -60,9 +60,9 @@ def preparation_of(config: TrainConfig) -> Callable[..., PreparedData]:
         "num_proc": config.dataset_num_proc,
         "cache_dir": Path(config.cache_dir) if config.cache_dir else None,
     }
-    if isinstance(config, SFTConfig):
-        return partial(prepare_completions, loss_on=config.loss_on, **options)
-    return partial(prepare_pairs, **options)
+    assert isinstance(config, SFTConfig | DPOConfig)
+    prepare = prepare_completions if isinstance(config, SFTConfig) else prepare_pairs
+    return partial(prepare, loss_on=config.loss_on, **options)
 
 
 Side = tuple[Sequence[DatasetConfig], Part | None]

@@ -47,6 +47,7 @@ from jdpo.training.run_dir import RunDirectory
 from jdpo.training.setup import Setup
 from jdpo.training.step import Frozen, StepReport, TrainState, saved_parts
 from jdpo.training.weights import load_frozen, load_reference, load_start, whole_weights
+from jdpo.types import completions_of
 from jdpo.words import figure
 
 Params = Any
@@ -346,7 +347,7 @@ class Run:
             check_start(
                 rows,
                 loss,
-                lengths=np.array([[len(pair.chosen_ids), len(pair.rejected_ids)] for pair in pairs]),
+                lengths=np.array([[mask.sum() for _, mask in completions_of(pair)] for pair in pairs]),
                 compute_dtype=self.setup.config.compute_dtype,
                 reference_is_start=self.setup.reference_is_start,
             )

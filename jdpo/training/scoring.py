@@ -26,7 +26,7 @@ from jdpo.training.rows import BuildStopped
 from jdpo.training.setup import Setup
 from jdpo.training.step import OnMesh
 from jdpo.training.weights import load_reference_weights
-from jdpo.types import PackedBatch, TokenizedPair
+from jdpo.types import AnyPair, PackedBatch, completions_of
 
 Array = Any
 Params = Any
@@ -129,22 +129,26 @@ class Scorer:
             index = int(batch.pair_row[k, m, item])
             pair, owner = self._data[index], batch.logp_pair[k, m]
             sides = (
-                _completion(logps[k, m, owner == 2 * item + side], ids, pair, name)
-                for side, (ids, name) in enumerate(((pair.chosen_ids, "chosen"), (pair.rejected_ids, "rejected")))
+                _completion(logps[k, m, owner == 2 * item + side], mask, pair, name)
+                for side, ((_, mask), name) in enumerate(zip(completions_of(pair), ("chosen", "rejected"), strict=True))
             )
             found[index] = (next(sides), next(sides))
         return found
 
 
-def _completion(values: np.ndarray, ids: np.ndarray, pair: TokenizedPair, name: str) -> np.ndarray:
-    """The values of all tokens of a completion; one with nothing before it is not predicted, and has 0."""
+def _completion(values: np.ndarray, mask: np.ndarray, pair: AnyPair, name: str) -> np.ndarray:
+    """Values of all tokens of a completion: 0 for those that are not learnt, and for a first that nothing precedes."""
+    places = np.flatnonzero(mask)
+    places = places[len(places) - len(values) :]
     if not np.isfinite(values).all():
-        token = int(np.argmin(np.isfinite(values))) + len(ids) - len(values)
+        bad = int(np.argmin(np.isfinite(values)))
         raise FloatingPointError(
-            f"the reference's log-prob of token {token} of the {name} completion of {pair.origin} is "
-            f"{values[token - len(ids) + len(values)]}; is the reference model in order? Nothing of its shard was kept"
+            f"the reference's log-prob of token {places[bad]} of the {name} completion of {pair.origin} is "
+            f"{values[bad]}; is the reference model in order? Nothing of its shard was kept"
         )
-    return np.concatenate([np.zeros(len(ids) - len(values), values.dtype), values])
+    found = np.zeros(len(mask), values.dtype)
+    found[places] = values
+    return found
 
 
 @functools.lru_cache(maxsize=2)

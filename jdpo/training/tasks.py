@@ -25,7 +25,7 @@ from jdpo.training.objectives import (
     with_router_loss,
 )
 from jdpo.training.packed import make_packed_logps
-from jdpo.types import TokenizedCompletion, TokenizedPair
+from jdpo.types import AnyPair, TokenizedCompletion
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,7 +129,7 @@ def _with_router(objective: Objective, model: Transformer, coef: float | None) -
     return with_router_loss(objective, model.config.moe.aux_loss_coef if coef is None else coef)
 
 
-def count_pair_tokens(pair: TokenizedPair) -> int:
+def count_pair_tokens(pair: AnyPair) -> int:
     """Real tokens of the two sequences of a pair: 2P + C + R."""
     return 2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)
 

@@ -34,7 +34,7 @@ from jdpo.training.objectives import (
     padded_sft_objective,
 )
 from jdpo.training.packed import make_packed_logps
-from jdpo.types import TokenizedCompletion, TokenizedPair
+from jdpo.types import MaskedPair, TokenizedCompletion, TokenizedPair, completions_of
 
 VOCAB, MOST = 40, 12
 CONFIG = ModelConfig(
@@ -72,12 +72,24 @@ def random_pairs(seed: int, mixes: list[tuple[int, int, int]]) -> list[Tokenized
     ]
 
 
+def masked(pairs: list[TokenizedPair], seed: int) -> list[MaskedPair]:
+    """The same pairs, of which about half of the completions' tokens are learnt, and the last in any case."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for pair in pairs:
+        masks = [rng.random(len(ids)) < 0.5 for ids in (pair.chosen_ids, pair.rejected_ids)]
+        for mask in masks:
+            mask[-1] = True
+        rows.append(MaskedPair(*pair[:3], *masks, pair.origin))
+    return rows
+
+
 def packed(rows: list[Any], *, num_rows: int, num_micro: int = 1, garbage: int | None = None, **options: Any) -> Any:
     """A packed batch in one shape for all mixes, so that one program is compiled; with garbage where it is allowed."""
     slots = np.array([sum(len(part) for part in row[:3]) for row in rows])
     if isinstance(rows[0], TokenizedCompletion):
         slots = np.array([len(row.tokens) for row in rows])
-    sides = 2 if isinstance(rows[0], TokenizedPair) else 1
+    sides = 1 if isinstance(rows[0], TokenizedCompletion) else 2
     bins = plan_step(slots, num_rows=num_rows, max_slots=3 * MOST * NUM_PAIRS // num_micro)
     shape = PackedShape(max(num_micro, bins.num_micro), num_rows, NUM_PAIRS, 3 * MOST * NUM_PAIRS, 2 * MOST, 150)
     batch = pack(rows, np.arange(len(rows)), StepPlan(bins, shape), **options)
@@ -176,15 +188,17 @@ def test_packed_equals_padded(loss_type: Any, options: dict[str, Any], devices: 
     @settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
     def check(mixes: list[tuple[int, int, int]], seed: int) -> None:
         pairs = random_pairs(seed, mixes)
-        one = collate_pairs(pairs, num_slots=NUM_PAIRS, length=2 * MOST, pad_token_id=0)
-        one = jax.tree.map(lambda array: jnp.asarray(array[None]), one)
-        other = packed(pairs, num_rows=devices, garbage=seed)
-        expected = run_padded(policy, reference, one, padded.init_state)
-        on_device = place(other, micro_batch_sharding(mesh))
-        found = on_mesh(mesh, run_packed, policy, reference, on_device, flat.init_state)
-        assert_equal_steps(expected, found, places_of(other), len(pairs), tolerance)
-        if expected.loss_state is not None:
-            np.testing.assert_allclose(found.loss_state, expected.loss_state, rtol=1e-6)
+        rows: Any
+        for rows in (pairs, masked(pairs, seed)):
+            one = collate_pairs(rows, num_slots=NUM_PAIRS, length=2 * MOST, pad_token_id=0)
+            one = jax.tree.map(lambda array: jnp.asarray(array[None]), one)
+            other = packed(rows, num_rows=devices, garbage=seed)
+            expected = run_padded(policy, reference, one, padded.init_state)
+            on_device = place(other, micro_batch_sharding(mesh))
+            found = on_mesh(mesh, run_packed, policy, reference, on_device, flat.init_state)
+            assert_equal_steps(expected, found, places_of(other), len(rows), tolerance)
+            if expected.loss_state is not None:
+                np.testing.assert_allclose(found.loss_state, expected.loss_state, rtol=1e-6)
 
     check()
 
@@ -209,11 +223,34 @@ def test_packed_supervised_rows_equal_padded() -> None:
         assert_equal_steps(expected, found, places_of(other), NUM_PAIRS, 1e-9)
 
 
-def test_cached_reference_travels_with_the_tokens() -> None:
+def test_masked_tokens_are_read_and_not_scored() -> None:
+    """The summed log-probs are those of the learnt tokens in the whole sequences, and their number is the length."""
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    pairs = random_pairs(7, [(4, 9, 5), (2, 6, 12), (5, 1, 3)])
+    rows = masked(pairs, seed=7)
+    logps_fn = make_packed_logps(MODEL, mesh)
+
+    def scores(batch: Any) -> np.ndarray:
+        found = jax.jit(lambda p, b: logps_fn(p, b, False)[0])
+        return np.asarray(on_mesh(mesh, found, params(0), jax.tree.map(lambda array: array[0], batch)))[0]
+
+    whole, some = packed(list(pairs), num_rows=1), packed(list(rows), num_rows=1)
+    of_whole, of_some = scores(whole), scores(some)
+    for index, row in enumerate(rows):
+        for side, (_, mask) in enumerate(completions_of(row)):
+            every = of_whole[whole.logp_pair[0, 0] == 2 * int(places_of(whole)[index]) + side]
+            learnt = of_some[some.logp_pair[0, 0] == 2 * int(places_of(some)[index]) + side]
+            np.testing.assert_allclose(learnt, every[mask], rtol=1e-12)
+    assert sum(int((~mask).sum()) for row in rows for _, mask in completions_of(row)) > 3
+
+
+@pytest.mark.parametrize("with_masks", [False, True])
+def test_cached_reference_travels_with_the_tokens(with_masks: bool) -> None:
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     chosen = loss_settings("sigmoid", beta=0.3)[0]
     objective = packed_dpo_objective(make_packed_logps(MODEL, mesh), chosen)
-    pairs = random_pairs(3, [(4, 3, 7), (0, 5, 2), (6, 1, 1), (2, 8, 3)])
+    pairs: Any = random_pairs(3, [(4, 3, 7), (0, 5, 2), (6, 1, 1), (2, 8, 3)])
+    pairs = masked(pairs, seed=3) if with_masks else pairs
     logps_fn = make_packed_logps(MODEL, mesh)
     live = packed(pairs, num_rows=1)
     scores = on_mesh(
@@ -222,9 +259,11 @@ def test_cached_reference_travels_with_the_tokens() -> None:
     of_pairs = []
     for index, pair in enumerate(pairs):
         sides = []
-        for side, ids in enumerate((pair.chosen_ids, pair.rejected_ids)):
+        for side, (ids, mask) in enumerate(completions_of(pair)):
             values = np.asarray(scores[0])[live.logp_pair[0, 0] == 2 * int(places_of(live)[index]) + side]
-            sides.append(np.concatenate([np.full(len(ids) - len(values), np.nan), values]))
+            of_side = np.full(len(ids), np.nan)
+            of_side[np.flatnonzero(mask)[-len(values) :]] = values
+            sides.append(of_side)
         of_pairs.append(tuple(sides))
     cached = packed(pairs, num_rows=1, reference_logps=of_pairs)
     run = jax.jit(partial(loss_and_grads, objective))

@@ -30,6 +30,7 @@ from jdpo.training.rows import BuildStopped
 from jdpo.training.settings import fixed_mode
 from jdpo.training.setup import Setup, build
 from jdpo.training.weights import load_reference
+from jdpo.types import completions_of
 
 Words = Callable[..., list[str]]
 NUM_ROWS, NUM_EVAL = 20, 6
@@ -185,6 +186,30 @@ def test_cached_values_are_those_of_the_live_function(
         expected = plain_logps(settled.setup)[order]
     np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
     assert (expected != 0).sum() == sum(len(data[i].chosen_ids) + len(data[i].rejected_ids) for i in range(NUM_ROWS))
+
+
+def test_cached_values_of_sides_of_several_turns_are_those_of_their_learnt_tokens(
+    place: Place, shards_of_eight: None
+) -> None:
+    write_pairs(place.pairs, NUM_ROWS)
+    rows = [json.loads(line) for line in place.pairs.read_text(encoding="utf-8").splitlines()]
+    for row in rows[::2]:
+        row["chosen"] += [{"role": "user", "content": "paper"}, {"role": "assistant", "content": "slow river"}]
+    place.pairs.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    settled = place.settle(
+        num_train_epochs=2, compute_dtype="float64", eval_datasets=None, loss_on="assistant_turns", max_length=64
+    )
+    cache, data = settled.reference.train, settled.setup.train_data
+    assert cache is not None
+    found = reference_logps_of(
+        cache, [data[i] for i in range(NUM_ROWS)], np.arange(NUM_ROWS), num_slots=NUM_ROWS, length=64
+    )
+    with numerics(settled.setup.config):
+        expected = plain_logps(settled.setup)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
+    masks = [mask for i in range(NUM_ROWS) for _, mask in completions_of(data[i])]
+    assert (found != 0).sum() == sum(mask.sum() for mask in masks)
+    assert sum((~mask).sum() for mask in masks) >= NUM_ROWS // 2  # the users' words between the turns
 
 
 def test_command_computes_once_and_says_so(computed: tuple[Place, Reference, list[str]], built: Place) -> None:

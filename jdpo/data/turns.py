@@ -50,8 +50,8 @@ def whole_sequence(split: Split) -> Masked:
 def split_turns(rows: Sequence[CompletionRow], tokenizer: Tokenizer) -> list[list[Masked] | Dropped]:
     """Splits conversations into sequences in which every assistant turn is learnt once.
 
-    A turn that is marked as shown only is not learnt, and what follows the last turn to learn is left away. An earlier
-    turn that cannot be learnt is left out and noted; if the last one cannot be, the row is dropped for its reason.
+    A turn that is marked as shown only is not learnt, and what follows the last turn to learn is left away. A turn that
+    cannot be learnt is left out and noted; if none can be, the row is dropped for the reason of the last one.
 
     Args:
       rows: conversations.
@@ -95,9 +95,10 @@ def _messages(row: CompletionRow) -> list[Message]:
 
 
 def _sequences(messages: Sequence[Message], splits: Sequence[Split | Dropped]) -> list[Masked] | Dropped:
-    if isinstance(splits[-1], Dropped):
-        return splits[-1]
     found = merged([split for split in splits if isinstance(split, Split)])
+    if not found:
+        assert isinstance(splits[-1], Dropped)
+        return splits[-1]
     notes = turn_notes(messages, splits)
     found[-1] = found[-1]._replace(notes=(*found[-1].notes, *notes))  # of the row, so they are counted once
     return found

@@ -72,7 +72,9 @@ def _print_head(document: Json, console: Console) -> None:
 
 
 def _print_part(part: Json, title: str, console: Console) -> None:
-    _heading(console, f"{title}: {part['rows_kept']:,} of {part['rows_read']:,} kept")
+    kept, read = part["rows_kept"], part["rows_read"]
+    made = f"{kept:,} of {read:,} kept" if kept <= read else f"{kept:,} made of {read:,} read"
+    _heading(console, f"{title}: {made}")
     console.print(_data_sets(part["data_sets"]))
     for name, key in (("not trained on", "dropped"), ("noted", "notes")):
         for index, one in enumerate(part[key]):

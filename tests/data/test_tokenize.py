@@ -356,6 +356,15 @@ def test_an_assistant_that_speaks_first_is_not_learnt(chatml: Tokenizer) -> None
     assert result.notes == (turns.LEFT_OUT + boundaries.EMPTY_PROMPT,)
 
 
+def test_turns_before_one_that_cannot_be_learnt_are_learnt(chatml: Tokenizer) -> None:
+    row = CompletionRow([user("Hi"), assistant("Hello"), user("Bye")], [assistant(" ")], "x:1")
+    first = CompletionRow([user("Hi")], [assistant("Hello")], "x:1")
+    result = every_turn(row, chatml, max_length=64)
+    assert masked(result) == masked(tokenize_completion(first, chatml, max_length=64))
+    assert isinstance(result, KeptCompletion)
+    assert result.notes == (turns.LEFT_OUT + EMPTY_SIDE,)
+
+
 def shown(content: str) -> Message:
     return take_marks(assistant(content), {"weight": 0}, "messages[1]", "x:1")
 

@@ -35,6 +35,7 @@ class PreferenceRow(NamedTuple):
       margin: the score of the chosen side minus that of the rejected one, in the units of the file; None: no scores.
       tools: what the conversation may call, as chat templates take them; None where it has none, and in plain text.
       notes: what is worth counting of how the row was read.
+      template_kwargs: variables for the chat template, which override `chat_template_kwargs` of the config.
     """
 
     prompt: Text
@@ -44,13 +45,14 @@ class PreferenceRow(NamedTuple):
     margin: float | None = None
     tools: list[dict[str, Any]] | None = None
     notes: tuple[str, ...] = ()
+    template_kwargs: dict[str, Any] | None = None
 
 
 class CompletionRow(NamedTuple):
     """One supervised example: a prompt and the completion to learn, both strings or both message lists.
 
-    A `messages` row has its last assistant turn as the completion and all before it as the prompt. `tools`, `notes`:
-    as in `PreferenceRow`.
+    A `messages` row has its last assistant turn as the completion and all before it as the prompt. `tools`, `notes` and
+    `template_kwargs`: as in `PreferenceRow`.
     """
 
     prompt: Text
@@ -58,6 +60,7 @@ class CompletionRow(NamedTuple):
     origin: str
     tools: list[dict[str, Any]] | None = None
     notes: tuple[str, ...] = ()
+    template_kwargs: dict[str, Any] | None = None
 
 
 class TokenizedPair(NamedTuple):

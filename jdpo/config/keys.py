@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, WrapValidator
 from pydantic.dataclasses import dataclass
@@ -40,6 +40,9 @@ class TrainConfig:
     eval_datasets: Datasets = key((), "held-out rows, in the same form as datasets")
     chat_template: Text | None = key(
         None, "a Jinja file, or the built-in chatml, for a model without a format; new tokens are added"
+    )
+    chat_template_kwargs: dict[str, Any] | None = key(
+        None, "variables for the chat template, such as {enable_thinking: false}; a row's own override them"
     )
     init_untrained_tokens: bool = key(
         False,

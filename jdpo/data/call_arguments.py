@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from jdpo.data.chat_template import RenderingTooSlow
 from jdpo.data.describing import shown
 from jdpo.data.ranked import Dropped
 from jdpo.types import Message
@@ -112,6 +113,8 @@ def takes_objects(tokenizer: Tokenizer) -> bool:
     tool = {"type": "function", "function": {"name": "look", "description": "", "parameters": {"type": "object"}}}
     try:
         tokenizer.render([{"role": "user", "content": "Hi"}, answer], tools=[tool])
+    except RenderingTooSlow as error:
+        raise ValueError(str(error)) from None
     except Exception:  # whatever an expression of the template raises; the rows themselves will tell
         return False
     return True

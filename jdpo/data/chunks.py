@@ -16,6 +16,7 @@ import numpy as np
 from jdpo.data import formats, token_checks, tokenize
 from jdpo.data.blocks import TAG_TYPES, Block, Tags, block_of
 from jdpo.data.formats import Dropped, Reading
+from jdpo.data.rendering import REFUSED
 from jdpo.data.splitting import TOLD_IN_TRAINING, Part, prompt_key, turn_key
 from jdpo.data.tokenizer import Tokenizer
 from jdpo.safe_text import terminal
@@ -167,6 +168,14 @@ def _counted_block(
     return block
 
 
+MOST_REFUSALS = 20
+"""Messages of a chat template that are counted apart; a template may write the words of a row into its message."""
+
+_LONGEST_REFUSAL = 120
+_REFUSED = DROPPED + REFUSED
+OTHER_REFUSALS = f"{_REFUSED} for other reasons"
+
+
 class Tally:
     """What was counted, and the first row of each count."""
 
@@ -176,17 +185,36 @@ class Tally:
 
     def add(self, name: str, example: str) -> None:
         """Counts a row."""
+        name = self._name(name)
         self.counts[name] += 1
         self.examples.setdefault(name, example)
 
     def drop(self, row: Dropped) -> None:
         """Counts a row that is not kept."""
-        self.add(DROPPED + row.reason, terminal(row.origin + (f": {row.detail}" if row.detail else "")))
+        example = terminal(row.origin + (f": {row.detail}" if row.detail else ""))
+        if row.reason != REFUSED or not row.detail:
+            self.add(DROPPED + row.reason, example)
+            return
+        said = " ".join(terminal(row.detail).split())
+        if len(said) > _LONGEST_REFUSAL:
+            self.add(f"{_REFUSED}: {said[:_LONGEST_REFUSAL]}...", example)
+        else:
+            self.add(f"{_REFUSED}: {said}", terminal(row.origin))
+
+    def _name(self, name: str) -> str:
+        """The name to count under: refusals of a chat template beyond the first `MOST_REFUSALS` share one."""
+        if name in self.counts or not name.startswith(_REFUSED):
+            return name
+        known = sum(one.startswith(f"{_REFUSED}:") for one in self.counts)
+        return name if known < MOST_REFUSALS else OTHER_REFUSALS
 
     def take(self, chunk: Chunk) -> None:
         """Adds what was counted of the rows that follow."""
-        self.counts.update(chunk.counts)
-        self.examples = {**chunk.examples, **self.examples}
+        for name, count in chunk.counts.items():
+            own = self._name(name)
+            self.counts[own] += count
+            if name in chunk.examples:
+                self.examples.setdefault(own, chunk.examples[name])
 
     def as_dict(self) -> dict[str, Any]:
         """What is kept with the rows."""

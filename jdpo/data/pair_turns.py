@@ -86,18 +86,20 @@ def _turns(row: PreferenceRow, tokenizer: Tokenizer) -> _Turns | Dropped:
     if not all(is_learnt(side[-1]) for side in sides):
         return Dropped(NOT_LEARNT, row.origin)
     places = [learnt_places(side) for side in sides]
-    settled = with_settled_calls(Parts(prompt, tuple(sides), row.origin, row.tools), tokenizer)
+    settled = with_settled_calls(Parts(prompt, tuple(sides), row.origin, row.tools, row.template_kwargs), tokenizer)
     if isinstance(settled, Dropped):
         return settled
     prompt, *sides = (_messages(text) for text in (settled.prompt, *settled.completions))
     is_joint = all(own[0] == 0 for own in places)
     parts, numbers = [], []
     if is_joint:
-        parts.append(Parts(prompt, tuple(side[:1] for side in sides), row.origin, row.tools))
+        parts.append(Parts(prompt, tuple(side[:1] for side in sides), row.origin, row.tools, row.template_kwargs))
     for side, own in zip(sides, places, strict=True):
         rest = own[1:] if is_joint else own
         numbers.append([*([0] if is_joint else []), *range(len(parts), len(parts) + len(rest))])
-        parts += [Parts([*prompt, *side[:i]], (side[i : i + 1],), row.origin, row.tools) for i in rest]
+        parts += [
+            Parts([*prompt, *side[:i]], (side[i : i + 1],), row.origin, row.tools, row.template_kwargs) for i in rest
+        ]
     return _Turns(parts, numbers, is_joint)
 
 

@@ -44,8 +44,11 @@ __all__ = [
 
 R = TypeVar("R", bound=AnyPair | TokenizedCompletion)
 
-CACHE_VERSION = 9
+CACHE_VERSION = 11
 """To be raised whenever the same rows would be tokenized to something else, or counted otherwise."""
+
+DROPPED_UNSAID = 0.05
+"""A larger share of dropped rows is stated at the end of a run, and in the model card."""
 
 MOST_NAMES = 5
 """Files named in the summary at most."""
@@ -157,9 +160,24 @@ class PreparedData(Generic[R]):
             if left_out:
                 lines.append(f"  {figure(len(left_out), 'data file')} of no split left out: {_names(left_out)}")
         lines += [f"  {line}" for line in Tally(self.counts, self.examples).lines()]
+        if self.drop_note is not None:
+            lines.append(f"  {self.drop_note}")
         lines.append(f"  median {np.median(self.lengths):.0f} tokens, longest {self.lengths.max()}")
         lines += [f"  note: {warning}" for warning in self._warnings]
         return "\n".join(lines)
+
+    @property
+    def drop_note(self) -> str | None:
+        """A sentence on the share of rows that were dropped; None up to `DROPPED_UNSAID` of them."""
+        dropped = {name: count for name, count in self.counts.items() if name.startswith(DROPPED)}
+        total, read = sum(dropped.values()), self.counts[READ]
+        if total <= DROPPED_UNSAID * read:
+            return None
+        most = max(dropped, key=dropped.__getitem__)
+        return (
+            f"{total:,} of {figure(read, 'row')} ({total / read:.0%}) were dropped, "
+            f"most often as {most.removeprefix(DROPPED)} ({dropped[most]:,})"
+        )
 
     @property
     def cache_note(self) -> str:

@@ -66,6 +66,7 @@ def about_rows(
     model: str,
     tokenizer: str,
     chat_template: str | None,
+    chat_template_kwargs: Mapping[str, Any] | None,
     max_length: int,
     max_prompt_length: int | None,
     eval_fraction: float,
@@ -77,7 +78,7 @@ def about_rows(
       role: what the rows are for, "training" or "evaluation".
       model: the reference's name.
       tokenizer: digest of the tokenizer with its chat template.
-      chat_template: as in the config; lengths and eval_fraction too.
+      chat_template: as in the config; its kwargs, lengths and eval_fraction too.
     """
     return {
         "role": role,
@@ -88,6 +89,7 @@ def about_rows(
         "sources": key_of([open_source(dataset).digest() for dataset in datasets]),
         "tokenizer": tokenizer,
         "chat_template": chat_template,
+        "chat_template_kwargs": None if chat_template_kwargs is None else dict(chat_template_kwargs),
         "max_length": max_length,
         "max_prompt_length": max_prompt_length,
         "eval_fraction": float(eval_fraction),
@@ -177,7 +179,7 @@ def changes(then: Entry, now: Entry) -> list[str]:
 
 
 def _row_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    settings = ("max_length", "max_prompt_length", "chat_template", "eval_fraction")
+    settings = ("max_length", "max_prompt_length", "chat_template", "chat_template_kwargs", "eval_fraction")
     lines = [_then_now(name, then.get(name), now[name]) for name in settings if then.get(name) != now[name]]
     if then.get("datasets") == now["datasets"]:
         for name in ("column_map", "ranked", "min_margin"):

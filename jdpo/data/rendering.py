@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jinja2
+
+from jdpo.data.chat_template import RenderingTooSlow
 from jdpo.data.formats import Dropped
 from jdpo.data.tokenizer import Tokenizer
 from jdpo.types import CompletionRow, Message, Text
@@ -20,6 +23,7 @@ class Parts(NamedTuple):
     completions: tuple[Text, ...]
     origin: str
     tools: list[dict[str, Any]] | None = None
+    template_kwargs: Mapping[str, Any] | None = None
 
     @property
     def is_text(self) -> bool:
@@ -45,7 +49,7 @@ def write_row(row: Parts, tokenizer: Tokenizer) -> Written | Dropped:
     """Renders the prompt and the whole conversations of a row.
 
     Raises:
-      ValueError: the tokenizer has no chat template.
+      ValueError: the tokenizer has no chat template, or it does not end.
     """
     prompt = conversation(row.prompt)
     wholes = [prompt + conversation(completion) for completion in row.completions]
@@ -56,7 +60,9 @@ def write_row(row: Parts, tokenizer: Tokenizer) -> Written | Dropped:
 def write_bare(row: Parts, tokenizer: Tokenizer) -> str | None:
     """Renders the prompt without a generation prompt; None if the template refuses that."""
     try:
-        return tokenizer.render(conversation(row.prompt), tools=row.tools)
+        return _written(conversation(row.prompt), row, tokenizer)
+    except RenderingTooSlow as error:
+        raise ValueError(f"{row.origin}: {error}") from None
     except Exception:  # many templates want a conversation that ends with the assistant
         return None
 
@@ -71,7 +77,9 @@ def write_emptied(row: Parts, number: int, tokenizer: Tokenizer) -> str | None:
     """
     messages = conversation(row.prompt) + conversation(row.completions[number])
     try:
-        return tokenizer.render([*messages[:-1], {"role": messages[-1]["role"], "content": ""}], tools=row.tools)
+        return _written([*messages[:-1], {"role": messages[-1]["role"], "content": ""}], row, tokenizer)
+    except RenderingTooSlow as error:
+        raise ValueError(f"{row.origin}: {error}") from None
     except Exception:  # as in write_bare
         return None
 
@@ -90,25 +98,27 @@ def render_all(
     Raises:
       ValueError: the tokenizer has no chat template.
     """
-    import jinja2
-
     origin = row.origin
-    if not tokenizer.has_chat_template:
-        raise ValueError(
-            f"{origin} is a conversation, but the tokenizer in {tokenizer.source} has no chat template: set "
-            "chat_template: chatml (built in), or give a Jinja file there"
-        )
+    tokenizer.check_template(row.tools, row.template_kwargs, origin)
     try:
         texts = [
-            tokenizer.render(messages, tools=row.tools, add_generation_prompt=is_prompt)
+            _written(messages, row, tokenizer, is_prompt=is_prompt)
             for messages, is_prompt in zip(conversations, prompts, strict=True)
         ]
+    except RenderingTooSlow as error:
+        raise ValueError(f"{origin}: {error}") from None
     except jinja2.TemplateError as error:
         return Dropped(REFUSED, origin, str(error))
     except Exception as error:  # an expression of the template that this row does not fit
         return Dropped(REFUSED, origin, f"{type(error).__name__}: {error}")
     # A template may write further keys of a message next to its content.
     return texts if all(map(is_unicode, texts)) else Dropped(NOT_UNICODE, origin)
+
+
+def _written(
+    messages: list[Message], row: Parts | CompletionRow, tokenizer: Tokenizer, *, is_prompt: bool = False
+) -> str:
+    return tokenizer.render(messages, tools=row.tools, add_generation_prompt=is_prompt, kwargs=row.template_kwargs)
 
 
 def is_unicode(text: str) -> bool:

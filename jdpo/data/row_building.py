@@ -6,6 +6,8 @@ chat template can write them.
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -29,24 +31,25 @@ STARTS_WITH_ANSWER = "whose conversation starts with an assistant turn, as nothi
 UNREAD = {
     "images": "jdpo trains on text alone",
     "image": "jdpo trains on text alone",
-    "chat_template_kwargs": "jdpo renders every row alike; give it a `chat_template` that writes what they ask",
 }
 """Columns that other trainers read and that change what is learnt, and why a row that has one is refused."""
 
 
 class Frame(NamedTuple):
-    """What stands around a conversation: the words of its system turn, and the tools that it may call."""
+    """What goes with a conversation: the words of its system turn, the tools that it may call, and what the chat
+    template is told."""
 
     system: str | None
     tools: list[dict[str, Any]] | None
+    template_kwargs: dict[str, Any] | None = None
 
     @property
     def is_chat(self) -> bool:
-        return self.system is not None or self.tools is not None
+        return self.system is not None or self.tools is not None or self.template_kwargs is not None
 
 
 def read_frame(columns: Raw, origin: str) -> Frame:
-    """The columns `system` and `tools` of a row; empty ones count as absent.
+    """The columns `system`, `tools` and `chat_template_kwargs` of a row; empty ones count as absent.
 
     Raises:
       ValueError: they are not a string, or not a list of objects (or JSON text of one); or there is a column of
@@ -62,7 +65,21 @@ def read_frame(columns: Raw, origin: str) -> Frame:
     if system is not None and not isinstance(system, str):
         raise ValueError(f"{origin}: system is {kind(system)}; expected a string, the words of the system turn")
     tools = read_tools(columns.get("tools"), "tools", origin)
-    return Frame(system if system and system.strip() else None, tools)
+    return Frame(system if system and system.strip() else None, tools, _read_kwargs(columns, origin))
+
+
+def _read_kwargs(columns: Raw, origin: str) -> dict[str, Any] | None:
+    value = columns.get("chat_template_kwargs")
+    if isinstance(value, str) and value.strip():
+        with contextlib.suppress(ValueError):  # other text is refused below
+            value = json.loads(value)
+    if not value:
+        return None
+    if not isinstance(value, dict):
+        raise ValueError(
+            f"{origin}: chat_template_kwargs is {kind(value)}; expected an object such as {{enable_thinking: false}}"
+        )
+    return value
 
 
 def pair_row(
@@ -86,8 +103,18 @@ def pair_row(
     if said(chosen.prompt) != said(rejected.prompt):
         if not every_turn:
             return Dropped(HISTORIES_DIFFER, origin)
-        return _parted(chosen, rejected)._replace(margin=margin(*pair), tools=frame.tools)
-    return PreferenceRow(chosen.prompt, chosen.completion, rejected.completion, origin, margin(*pair), frame.tools)
+        return _parted(chosen, rejected)._replace(
+            margin=margin(*pair), tools=frame.tools, template_kwargs=frame.template_kwargs
+        )
+    return PreferenceRow(
+        chosen.prompt,
+        chosen.completion,
+        rejected.completion,
+        origin,
+        margin(*pair),
+        frame.tools,
+        template_kwargs=frame.template_kwargs,
+    )
 
 
 def said_by_another(answers: Sequence[Answer], origin: str) -> Dropped | None:
@@ -150,7 +177,7 @@ def answer_row(prompt: Text, answer: Text, frame: Frame, origin: str) -> Complet
     framed = _with_system(conversation, frame.system)
     if framed is None:
         return Dropped(SYSTEM_ELSEWHERE, origin)
-    return CompletionRow(framed[:-1], framed[-1:], origin, frame.tools)
+    return CompletionRow(framed[:-1], framed[-1:], origin, frame.tools, template_kwargs=frame.template_kwargs)
 
 
 def _with_system(conversation: list[Message], system: str | None) -> list[Message] | None:

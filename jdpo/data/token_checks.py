@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jdpo.data.blocks import Block
+from jdpo.data.chat_template import RenderingTooSlow
 from jdpo.data.prompt_end import PROMPT_SHORTENED, end_text, without_header
+from jdpo.data.template_probes import TURNS
 from jdpo.data.tokenizer import Tokenizer
 
 NO_BOS = "that start without the BOS which the tokenizer puts before plain text"
@@ -51,11 +53,10 @@ class Expected(NamedTuple):
 @functools.lru_cache(maxsize=2)
 def expected_of(tokenizer: Tokenizer) -> Expected:
     """What rows of a tokenizer are held against; found by rendering a conversation."""
-    turns = [{"role": "user", "content": "jdpoquestion"}, {"role": "assistant", "content": "jdpoanswer"}]
     ends, bos = tokenizer.end_token_ids, tokenizer.hf.bos_token_id
-    (one,), (two,) = (_ids(tokenizer, turns * count) for count in (1, 2))
+    (one,), (two,) = (_ids(tokenizer, TURNS * count) for count in (1, 2))
     places = [place for place, token in enumerate(one) if token in ends]
-    question = _ids(tokenizer, turns[:1])[0]
+    question = _ids(tokenizer, TURNS[:1])[0]
     closing = next((len(one) - place for place in places if place >= (len(question) or places[-1])), 0)
     if not tokenizer.has_chat_template or not one:
         closing = 1
@@ -68,8 +69,10 @@ def _ids(tokenizer: Tokenizer, turns: Sequence[dict[str, Any]]) -> list[list[int
     if not tokenizer.has_chat_template:
         return [[]]
     try:
-        asked = tokenizer.render(turns[:-1] or turns, add_generation_prompt=True)
-        text = tokenizer.render(turns)
+        asked = tokenizer.probe.render(turns[:-1] or turns, add_generation_prompt=True)
+        text = tokenizer.probe.render(turns)
+    except RenderingTooSlow as error:
+        raise ValueError(str(error)) from None
     except Exception:  # a template raises whatever its expressions raise; rows that it refuses are counted
         return [[]]
     return tokenizer.encode([without_header(text, asked, turns[-1]["content"], end_text(tokenizer))])

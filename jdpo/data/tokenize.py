@@ -84,7 +84,7 @@ def tokenize_pairs(
     several = [every_turn and has_several_turns(row) for row in rows]
     turns = iter(split_pair_turns([row for row, many in zip(rows, several, strict=True) if many], tokenizer))
     single = [
-        Parts(row.prompt, (row.chosen, row.rejected), row.origin, row.tools)
+        Parts(row.prompt, (row.chosen, row.rejected), row.origin, row.tools, row.template_kwargs)
         for row, many in zip(rows, several, strict=True)
         if not many
     ]
@@ -138,7 +138,9 @@ def tokenize_completions(
     Raises:
       ValueError: a row is a conversation and the tokenizer has no chat template.
     """
-    splits = _split_learnt([Parts(row.prompt, (row.completion,), row.origin, row.tools) for row in rows], tokenizer)
+    splits = _split_learnt(
+        [Parts(row.prompt, (row.completion,), row.origin, row.tools, row.template_kwargs) for row in rows], tokenizer
+    )
     return [
         split
         if isinstance(split, Dropped)

@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
-import datetime
-import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jinja2
+
+from jdpo.data import template_probes, tokenizer_files
+from jdpo.data.chat_template import TEMPLATE_DAY, RenderingTooSlow
+from jdpo.data.renderer import DEFAULT, Renderer, renderer_of
+from jdpo.data.template_probes import Probe
 from jdpo.safe_text import terminal
 from jdpo.types import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-BUILT_IN_TEMPLATE = "chatml"
-
-_MARKER = re.compile(r"<[^<>\s]*\w[^<>\s]*>")
-"""What counts as a marker of a template, one word in angle brackets: `<|im_start|>`, `<start_of_turn>`, `</s>`."""
-
-TEMPLATE_DAY = datetime.datetime(2024, 7, 26)
-"""Stands for today where a chat template asks for it, so that the same rows are the same tokens on every day and host.
-
-It is the day that Llama 3's templates write where nobody tells them one.
-"""
-
-_TODAY = re.compile(r"strftime_now\(\s*(['\"])(?P<format>.*?)\1\s*\)")
-"""How a template asks for the day."""
-
-_QUESTION, _ANSWER, _SYSTEM = "jdpoquestion", "jdpoanswer", "jdposystem"
 
 _ANCHORS = ("\n", ".", "a")
 """Text to stand before a completion that is tokenized alone; see `Tokenizer.encode_completions`."""
@@ -50,6 +37,8 @@ class Tokenizer:
       digest: content digest of vocabulary, special tokens and template.
       notes: sentences for the user on what was changed.
       source: the folder, for messages.
+      probe: a question and its answer as the chat template writes them.
+      warnings: sentences for the user on what is likely wrong with the tokenizer's files.
     """
 
     hf: PreTrainedTokenizerBase
@@ -58,6 +47,8 @@ class Tokenizer:
     digest: str
     notes: tuple[str, ...]
     source: str
+    probe: Probe
+    warnings: tuple[str, ...] = ()
 
     @cached_property
     def size(self) -> int:
@@ -100,35 +91,53 @@ class Tokenizer:
         *,
         tools: Sequence[dict[str, Any]] | None = None,
         add_generation_prompt: bool = False,
+        kwargs: Mapping[str, Any] | None = None,
     ) -> str:
-        """A conversation as the chat template writes it.
+        """Writes a conversation as the chat template does.
 
         Args:
           messages: the turns.
           tools: what they may call, as JSON schemas; a template may leave them out.
           add_generation_prompt: write the header of the answer to come.
+          kwargs: `chat_template_kwargs` of the row, which override those of the config.
 
         Raises:
-          jinja2.TemplateError: the template refuses the conversation.
+          jinja2.TemplateError: the template refuses the conversation, or does more than its bounds allow.
+          RenderingTooSlow: it takes more than a minute, which ends the run: hosts would not agree on such rows.
           Exception: whatever else an expression of the template raises.
         """
-        text = self.hf.apply_chat_template(
-            list(messages),
-            tools=None if tools is None else list(tools),
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            chat_template=self._dated_template,
-        )
-        assert isinstance(text, str)
-        return text
+        try:
+            return self._renderer.render(
+                messages, tools=tools, add_generation_prompt=add_generation_prompt, kwargs=kwargs
+            )
+        except RenderingTooSlow:
+            raise RenderingTooSlow(_too_slow(self.source)) from None
 
-    @cached_property
-    def _dated_template(self) -> str | None:
-        """The chat template with `TEMPLATE_DAY` in place of today; None where it does not ask for the day."""
-        text = self.hf.chat_template
-        if not isinstance(text, str) or not _TODAY.search(text):
-            return None
-        return _TODAY.sub(lambda asked: repr(TEMPLATE_DAY.strftime(asked["format"])), text)
+    @property
+    def _renderer(self) -> Renderer:
+        return self.probe.renderer
+
+    def check_template(self, tools: Sequence[Any] | None, kwargs: Mapping[str, Any] | None, origin: str) -> None:
+        """Checks that there is a chat template for a row's conversation, and that it reads the row's kwargs.
+
+        Raises:
+          ValueError: there is none, or it does not; the message names the row.
+        """
+        if self._renderer.template_for(tools) is None:
+            raise ValueError(
+                f"{origin} is a conversation, but the tokenizer in {self.source} {self._missing_template()}"
+            )
+        if kwargs:
+            self._renderer.check_kwargs(kwargs, f"{origin}: chat_template_kwargs")
+
+    def _missing_template(self) -> str:
+        names = list(map(terminal, self._renderer.templates))
+        if names:
+            return (
+                f"has several chat templates ({', '.join(names)}) and none called {DEFAULT}: choose one by its name, "
+                f"for example chat_template: {names[0]}"
+            )
+        return "has no chat template: set chat_template: chatml (built in), or give a Jinja file there"
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, nothing added to them."""
@@ -142,7 +151,7 @@ class Tokenizer:
         """Token ids of texts that follow a prompt, tokenized apart from it.
 
         SentencePiece tokenizers put a space before any text (`Paris` alone is `▁Paris`), which a completion must
-        not gain. There the text is tokenized behind an anchor, whose tokens are then cut off.
+        not gain. There the text is tokenized after an anchor, whose tokens are then cut off.
         """
         apart = self.encode(texts)
         anchor_ids = self._anchor_ids
@@ -168,181 +177,147 @@ class Tokenizer:
         return None
 
 
-def load_tokenizer(folder: Path, *, chat_template: str | None) -> Tokenizer:
+def load_tokenizer(
+    folder: Path, *, chat_template: str | None, chat_template_kwargs: Mapping[str, Any] | None = None
+) -> Tokenizer:
     """Loads the tokenizer of a model folder; no network is used.
 
     A template given by the user replaces the tokenizer's own. Markers that it writes around turns (one word in
     angle brackets, like `<|im_start|>` or `<end_of_turn>`; found by rendering a conversation) become single
-    tokens, new ones where the vocabulary lacks them, and the first of them behind an answer becomes the EOS.
+    tokens, new ones where the vocabulary lacks them, and the first of them after an answer becomes the EOS.
 
     Args:
       folder: a model folder with tokenizer files.
-      chat_template: a Jinja file, "chatml" for the built-in one, or None for the tokenizer's own.
+      chat_template: a Jinja file, "chatml" for the built-in one, the name of one of the tokenizer's several
+        templates, or None for the tokenizer's own.
+      chat_template_kwargs: variables for every rendering, such as {"enable_thinking": False}.
 
     Raises:
-      ValueError: the folder holds no tokenizer, the template is missing or broken, or no token ends an answer.
+      ValueError: the folder holds no tokenizer, the template is missing or broken, it does not read a key of
+        chat_template_kwargs, or no token ends an answer.
     """
-    hf = _read(folder)
+    hf = tokenizer_files.read_tokenizer(folder)
+    kwargs = dict(chat_template_kwargs or {})
+    try:
+        return _loaded(hf, folder, chat_template, kwargs)
+    except RenderingTooSlow:
+        raise ValueError(_too_slow(str(folder))) from None
+
+
+def _too_slow(source: str) -> str:
+    return (
+        f"the chat template of {source} takes more than a minute to write one conversation; "
+        "give another with chat_template"
+    )
+
+
+def _loaded(
+    hf: PreTrainedTokenizerBase, folder: Path, chat_template: str | None, kwargs: Mapping[str, Any]
+) -> Tokenizer:
     own_eos = hf.eos_token_id
+    difference = tokenizer_files.reading_difference(hf, folder)  # before anything is changed
+    warnings = () if difference is None else (difference,)
     notes: list[str] = []
     added: tuple[str, ...] = ()
-    if chat_template is not None:
+    named = tokenizer_files.named_templates(hf)
+    is_given = chat_template is not None and chat_template not in named
+    if chat_template in named:
+        notes.append(f"chat template: {chat_template}, one of the tokenizer's {len(named)}")
+        hf.chat_template = named[str(chat_template)]
+    elif chat_template is not None:
         notes.append(f"chat template: {chat_template}{', in place of its own' if hf.chat_template else ''}")
-        hf.chat_template = _template_text(chat_template, hf)
-        added = _add_markers(hf, chat_template)
+        hf.chat_template = tokenizer_files.template_text(chat_template, hf)
+    elif named and DEFAULT not in named:
+        notes.append(
+            f"the tokenizer has several chat templates ({', '.join(named)}) and none called {DEFAULT}; choose one by "
+            f"its name, for example chat_template: {next(iter(named))}"
+        )
+    renderer = renderer_of(hf, kwargs)
+    renderer.check_kwargs(kwargs, "chat_template_kwargs")
+    if kwargs:
+        notes.append(f"chat_template_kwargs: {json.dumps(kwargs, ensure_ascii=False)}")
+    probed = template_probes.probe(renderer)
+    if is_given:
+        _check_given(probed, str(chat_template))
+        added = _add_markers(hf, template_probes.markers_of(probed))
         if added:
             notes.append(f"new tokens of the chat template: {' '.join(added)}")
-    end_of_turn = _end_of_turn(hf)
-    if end_of_turn is not None and (chat_template is not None or own_eos is None):
+    end_of_turn = template_probes.end_of_turn(hf, probed)
+    if end_of_turn is not None and (is_given or own_eos is None):
         if end_of_turn != hf.eos_token:
             notes.append(f"EOS token: {end_of_turn}" + (f" (was {hf.eos_token})" if hf.eos_token else ""))
         hf.eos_token = end_of_turn
+        # The template may write eos_token, which is another one now.
+        probed = template_probes.probe(renderer_of(hf, kwargs))
     if hf.eos_token_id is None:
         raise ValueError(
             f"the tokenizer in {folder} has no EOS token and "
             + ("its chat template ends a turn with no special token" if hf.chat_template else "no chat template")
             + ": answers would never end. Set eos_token in tokenizer_config.json, or chat_template: chatml"
         )
-    if hf.chat_template and end_of_turn is None:
-        notes.append("the chat template ends an answer with no special token: it is not learnt where to stop")
-    lead = _lead_of_answers(hf)
-    if lead.strip():
-        notes.append(f"the chat template writes {lead!r} behind the generation prompt: every answer is learnt with it")
-    if _template_lacks_bos(hf):
-        notes.append(
-            f"BOS: the chat template does not write {hf.bos_token}: conversations go without, plain text has it"
-        )
-    if isinstance(hf.chat_template, str) and _TODAY.search(hf.chat_template):
-        notes.append(f"the chat template writes today's date; {TEMPLATE_DAY:%d %B %Y} stands for it in every row")
-    if _template_doubles_bos(hf):
-        notes.append(f"the chat template writes {hf.bos_token} twice; jdpo takes one away, which others may not do")
+    notes += _template_notes(hf, probed, end_of_turn)
     turn_id = None if end_of_turn is None else hf.convert_tokens_to_ids(end_of_turn)
     end_ids = tuple(dict.fromkeys(i for i in (hf.eos_token_id, turn_id, own_eos) if isinstance(i, int)))
-    return Tokenizer(hf, added, end_ids, _digest(hf), tuple(map(terminal, notes)), str(folder))
+    return Tokenizer(
+        hf,
+        added,
+        end_ids,
+        tokenizer_files.digest_of(hf, kwargs),
+        tuple(map(terminal, (*notes, *warnings))),
+        str(folder),
+        probed,
+        tuple(map(terminal, warnings)),
+    )
 
 
-def _read(folder: Path) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; a Hugging Face model folder with tokenizer files is expected")
-    try:
-        # Left unset, trust_remote_code is asked for on the terminal, and "y" runs Python files of the folder.
-        hf: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # whatever a broken file makes transformers and tokenizers raise
-        if "trust_remote_code" in str(error):
-            raise ValueError(
-                f"{folder}: the tokenizer needs Python code of its own (auto_map in tokenizer_config.json), which jdpo "
-                "never runs; expected a tokenizer_class that transformers has"
-            ) from None
-        raise ValueError(
-            f"{folder}: no usable tokenizer in this folder; tokenizer.json and tokenizer_config.json are expected "
-            f"({type(error).__name__}: {str(error).partition(chr(10))[0]})"
-        ) from error
-    return hf
+def _check_given(probed: Probe, name: str) -> None:
+    """
+    Raises:
+      ValueError: a template that the user gives cannot be parsed, or writes no conversation.
+    """
+    error = probed.refusal
+    if isinstance(error, jinja2.TemplateSyntaxError):
+        raise ValueError(f"chat_template {name}: line {error.lineno}: {error.message}") from None
+    if not probed.text and isinstance(error, jinja2.TemplateError):
+        raise ValueError(f"chat_template {name} refuses a question and its answer: {terminal(error)}") from None
+    if not probed.text and error is not None:
+        raise ValueError(f"chat_template {name} breaks: {type(error).__name__}: {terminal(error)}") from error
+    if template_probes.ANSWER not in probed.text:
+        raise ValueError(f"chat_template {name} writes a conversation without the assistant's words")
 
 
-def _template_text(name: str, hf: PreTrainedTokenizerBase) -> str:
-    if name == BUILT_IN_TEMPLATE:
-        text = resources.files("jdpo.data").joinpath("chatml.jinja").read_text(encoding="utf-8")
-        # A model that always saw BOS first keeps seeing it; GPT-2 has one too, and never saw it.
-        return "{{- bos_token -}}" + text if _adds_bos(hf) else text
-    path = Path(name).expanduser()
-    if not path.is_file():
-        raise ValueError(f"chat_template: {name!r} is neither a file nor the built-in {BUILT_IN_TEMPLATE!r}")
-    return path.read_text(encoding="utf-8")
-
-
-def _adds_bos(hf: PreTrainedTokenizerBase) -> bool:
-    return hf.bos_token_id is not None and hf("a")["input_ids"][:1] == [hf.bos_token_id]
-
-
-def _template_lacks_bos(hf: PreTrainedTokenizerBase) -> bool:
-    text = _question_and_answer(hf)
-    return bool(text) and _adds_bos(hf) and hf(text, add_special_tokens=False)["input_ids"][:1] != [hf.bos_token_id]
-
-
-def _add_markers(hf: PreTrainedTokenizerBase, name: str) -> tuple[str, ...]:
+def _add_markers(hf: PreTrainedTokenizerBase, found: Sequence[str]) -> tuple[str, ...]:
     """Makes every marker of the template one token; returns those that the vocabulary did not have."""
-    text = _rendered_probe(hf, name)
     known = set(hf.all_special_tokens) | set(hf.get_added_vocab())
-    markers = [marker for marker in dict.fromkeys(_MARKER.findall(text)) if marker not in known]
+    markers = [marker for marker in found if marker not in known]
     vocabulary = hf.get_vocab()
     hf.add_tokens(markers, special_tokens=True)
     return tuple(marker for marker in markers if marker not in vocabulary)
 
 
-def _rendered_probe(hf: PreTrainedTokenizerBase, name: str) -> str:
-    """A conversation with every kind of turn that the template takes."""
-    import jinja2
-
-    turns = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
-    texts = []
-    for conversation in ([{"role": "system", "content": _SYSTEM}, *turns], turns):
-        try:
-            texts.append(hf.apply_chat_template(conversation, tokenize=False))
-            texts.append(hf.apply_chat_template(conversation[:-1], tokenize=False, add_generation_prompt=True))
-        except jinja2.TemplateSyntaxError as error:
-            raise ValueError(f"chat_template {name}: line {error.lineno}: {error.message}") from None
-        except jinja2.TemplateError as error:
-            if conversation is turns:
-                raise ValueError(f"chat_template {name} refuses a question and its answer: {terminal(error)}") from None
-        except Exception as error:  # a template runs expressions, which raise whatever Python raises
-            raise ValueError(f"chat_template {name} breaks: {type(error).__name__}: {terminal(error)}") from error
-    if not any(_ANSWER in text for text in texts):
-        raise ValueError(f"chat_template {name} writes a conversation without the assistant's words")
-    return "".join(texts)
-
-
-def _end_of_turn(hf: PreTrainedTokenizerBase) -> str | None:
-    """The first special token that the template writes behind an assistant's words."""
-    _, found, tail = _question_and_answer(hf).rpartition(_ANSWER)
-    tokens = sorted({*hf.all_special_tokens, *hf.get_added_vocab()}, key=len, reverse=True)
-    match = re.search("|".join(map(re.escape, tokens)), tail) if found and tokens else None
-    return match.group() if match else None
-
-
-def _lead_of_answers(hf: PreTrainedTokenizerBase) -> str:
-    """What stands between the generation prompt and an answer: an empty thought, or a header for want of one."""
-    whole = _question_and_answer(hf)
-    if not whole:
-        return ""
-    question = [{"role": "user", "content": _QUESTION}]
-    try:
-        prompt = hf.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
-    except Exception:  # as in _question_and_answer
-        return ""
-    assert isinstance(prompt, str)
-    return whole[len(prompt) :].partition(_ANSWER)[0] if whole.startswith(prompt) else ""
-
-
-def _template_doubles_bos(hf: PreTrainedTokenizerBase) -> bool:
-    bos = hf.bos_token_id
-    return bos is not None and hf(_question_and_answer(hf), add_special_tokens=False)["input_ids"][:2] == [bos, bos]
-
-
-def _question_and_answer(hf: PreTrainedTokenizerBase) -> str:
-    """The shortest conversation as the template writes it; empty without a template, or where it fails."""
-    if not hf.chat_template:
-        return ""
-    turns = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
-    try:
-        text = hf.apply_chat_template(turns, tokenize=False)
-    except Exception:  # it wants conversations of another kind; rows it refuses are counted
-        return ""
-    assert isinstance(text, str)
-    return text
-
-
-def _digest(hf: PreTrainedTokenizerBase) -> str:
-    """Of vocabulary, merges, normalisation (tokenizer.json, where there is one), special tokens and template."""
-    backend: Any = getattr(hf, "backend_tokenizer", None)
-    parts = {
-        "class": type(hf).__name__,
-        "tokenizer": sorted(hf.get_vocab().items()) if backend is None else backend.to_str(),
-        "special": {name: str(token) for name, token in hf.special_tokens_map.items()},
-        "template": hf.chat_template,
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+def _template_notes(hf: PreTrainedTokenizerBase, probed: Probe, end_of_turn: str | None) -> list[str]:
+    """Sentences on what the chat template does that a user may not expect."""
+    notes = []
+    if probed.refusal is not None:
+        said = str(probed.refusal)
+        if not isinstance(probed.refusal, jinja2.TemplateError):
+            said = f"{type(probed.refusal).__name__}: {said}"
+        takes = f"; it takes them with {probed.wants}" if probed.text else ""
+        notes.append(f"the chat template refuses a question and its answer: {said}{takes}")
+    if probed.text and end_of_turn is None:
+        notes.append("the chat template ends an answer with no special token: it is not learnt where to stop")
+    if probed.renderer.takes_parts:
+        notes.append("the chat template takes contents as lists of {type: text, text}: every row is given to it so")
+    lead = template_probes.lead_of_answers(probed)
+    if lead.strip():
+        notes.append(f"the chat template writes {lead!r} after the generation prompt: every answer is learnt with it")
+    first = hf(probed.text, add_special_tokens=False)["input_ids"][:2] if probed.text else []
+    if probed.text and tokenizer_files.adds_bos(hf) and first[:1] != [hf.bos_token_id]:
+        notes.append(
+            f"BOS: the chat template does not write {hf.bos_token}: conversations go without, plain text has it"
+        )
+    if any(template.asks_for_today for template in probed.renderer.templates.values()):
+        notes.append(f"the chat template writes today's date; {TEMPLATE_DAY:%d %B %Y} stands for it in every row")
+    if hf.bos_token_id is not None and first == [hf.bos_token_id] * 2:
+        notes.append(f"the chat template writes {hf.bos_token} twice; jdpo takes one away, which others may not do")
+    return notes

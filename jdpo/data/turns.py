@@ -76,11 +76,13 @@ def _turns(row: CompletionRow, tokenizer: Tokenizer) -> list[Parts] | Dropped:
     places = learnt_places(_messages(row))
     if not places:
         return Dropped(NOT_LEARNT, row.origin)
-    whole = with_settled_calls(Parts(row.prompt, (row.completion,), row.origin, row.tools), tokenizer)
+    whole = with_settled_calls(
+        Parts(row.prompt, (row.completion,), row.origin, row.tools, row.template_kwargs), tokenizer
+    )
     if isinstance(whole, Dropped):
         return whole
     messages = _messages(CompletionRow(whole.prompt, whole.completions[0], row.origin))
-    return [Parts(messages[:i], (messages[i : i + 1],), row.origin, row.tools) for i in places]
+    return [Parts(messages[:i], (messages[i : i + 1],), row.origin, row.tools, row.template_kwargs) for i in places]
 
 
 def learnt_places(messages: Sequence[Message]) -> list[int]:

@@ -100,7 +100,9 @@ def _model(model: ModelFacts, tokenizer: Tokenizer) -> Json:
         "bos": None if tokenizer.bos_token_id is None else str(hf.bos_token),
         "end_tokens": [str(hf.convert_ids_to_tokens(index)) for index in tokenizer.end_token_ids],
         "has_chat_template": tokenizer.has_chat_template,
+        "chat_template_kwargs": dict(tokenizer.probe.renderer.kwargs),
         "notes": list(tokenizer.notes),
+        "warnings": list(tokenizer.warnings),
     }
 
 

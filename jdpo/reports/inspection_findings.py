@@ -124,6 +124,14 @@ def _model_findings(document: Json) -> Iterator[Finding]:
             "there is no embedding for some tokens; training refuses to start",
             "use the tokenizer that belongs to the model",
         )
+    for warning in model["warnings"]:
+        yield Finding(
+            "warning",
+            "tokenizer",
+            warning,
+            "a server that reads tokenizer.json alone feeds the model other tokens than those it is trained on",
+            "save the tokenizer again with the transformers version that serves it, or correct tokenizer_config.json",
+        )
     yield from _untrained_findings(model)
 
 

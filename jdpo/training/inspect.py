@@ -39,7 +39,11 @@ def gather(config: TrainConfig, *, chosen_by: str, say: Say) -> Material:
     """
     check_data_settings(config)
     sources = find_sources(config, weights=False)
-    tokenizer = load_tokenizer(sources.tokenizer_folder, chat_template=config.chat_template)
+    tokenizer = load_tokenizer(
+        sources.tokenizer_folder,
+        chat_template=config.chat_template,
+        chat_template_kwargs=config.chat_template_kwargs,
+    )
     read = preparation_of(config)
 
     def part_of(datasets: Sequence[DatasetConfig], part: object, *, with_texts: bool = True) -> Part:

@@ -107,6 +107,7 @@ def entry_of(setup: Setup, rows: RowSet) -> Entry:
         model=f"{name} ({revision})" if revision else without_queries(name),
         tokenizer=setup.tokenizer.digest,
         chat_template=config.chat_template,
+        chat_template_kwargs=config.chat_template_kwargs,
         max_length=config.max_length,
         max_prompt_length=config.max_prompt_length,
         eval_fraction=config.eval_fraction,

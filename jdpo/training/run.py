@@ -171,6 +171,8 @@ class Run:
             self.say(note)
         self.say(f"exporting the model of step {exported} to {self.directory.model}")
         finish_run(self.setup, self.directory, params, base, exported, self.say)
+        if (note := self.setup.train_data.drop_note) is not None:
+            self.say(f"note: {note}")
         self.say(f"done: model in {self.directory.model}, metrics in {self.directory.metrics}")
         return RunResult(num_steps, False, 0, self.directory)
 

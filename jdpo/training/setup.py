@@ -259,7 +259,11 @@ def build_model(config: TrainConfig, *, weights: bool = True) -> ModelSetup:
     mesh = make_mesh(config.mesh)
     sources = find_sources(config, weights=weights)
     source_config = read_model_config(sources.model_folder)
-    tokenizer = load_tokenizer(sources.tokenizer_folder, chat_template=config.chat_template)
+    tokenizer = load_tokenizer(
+        sources.tokenizer_folder,
+        chat_template=config.chat_template,
+        chat_template_kwargs=config.chat_template_kwargs,
+    )
     model = make_model(config, source_config, tokenizer)
     return ModelSetup(
         config=config,

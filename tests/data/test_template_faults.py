@@ -81,7 +81,7 @@ def test_a_template_that_ends_no_turn(load: Callable[..., Tokenizer], tmp_path: 
     )
     # It has no generation prompt either, so that the header is learnt, and said to be.
     assert (prompt, chosen) == ("user: Hi\n", "assistant: Yes.\n")
-    assert any("'assistant: ' behind the generation prompt" in note for note in tokenizer.notes)
+    assert any("'assistant: ' after the generation prompt" in note for note in tokenizer.notes)
     assert notes == ()
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "Hi", "chosen": [{"role": "assistant", "content": "Yes."}], "rejected": "No."}\n' * 3)
@@ -92,7 +92,7 @@ def test_a_template_that_ends_no_turn(load: Callable[..., Tokenizer], tmp_path: 
 def test_a_thought_that_the_template_writes_is_said_to_be_learnt(load: Callable[..., Tokenizer]) -> None:
     tokenizer = load("qwen3.jinja", "<|im_start|>", "<|im_end|>")
     assert [note for note in tokenizer.notes if "every answer is learnt with it" in note] == [
-        "the chat template writes '<think>\\n\\n</think>\\n\\n' behind the generation prompt: every answer is learnt "
+        "the chat template writes '<think>\\n\\n</think>\\n\\n' after the generation prompt: every answer is learnt "
         "with it"
     ]
     thinking = "<think>\nFrance has one.\n</think>\n\nParis."

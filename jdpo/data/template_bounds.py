@@ -1,0 +1,332 @@
+"""Bounds on what one rendering of a chat template may do.
+
+A chat template comes with a model, often a stranger's, and is a program: it can loop, and it can write without end.
+`Budget` counts what a rendering does. Everything that it refuses depends on the template and the conversation alone,
+never on the clock, so that every host drops the same rows. The clock may only end the run (`RenderingTooSlow`).
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+MOST_STEPS = 1_000_000
+"""Steps of one rendering at most: turns of loops, items pulled from iterators, `MACRO_STEPS` per call of a macro."""
+
+MACRO_STEPS = 10
+"""Steps of a macro's call, which takes as long as that many turns of a loop."""
+
+LEAST_TEXT = 4 * 2**20
+TEXT_PER_INPUT = 64
+"""The text of one rendering, and any value in it, has at most `max(LEAST_TEXT, TEXT_PER_INPUT * input)` characters."""
+
+COPIES = 64
+"""Intermediate text is made of at most this many times the characters of the output's bound."""
+
+ITEM_COST = 32
+"""What looking at one item of a list counts, in characters."""
+
+MOST_SECONDS = 60.0
+"""Seconds after which a rendering ends the run."""
+
+MOST_BITS = 2**14
+"""Bits of an integer at most; Python itself writes none of more than 4,300 digits."""
+
+MOST_DEPTH = 500
+"""How deep lists and objects nest at most."""
+
+_STEPS_BETWEEN_LOOKS = 1024
+_COPIED_BEFORE_LOOK = 2**16
+_CONTAINERS: tuple[Any, ...] = (
+    list,
+    tuple,
+    dict,
+    set,
+    frozenset,
+    type({}.keys()),
+    type({}.values()),
+    type({}.items()),
+)
+_SIZED: tuple[Any, ...] = (range, *_CONTAINERS)
+_COUNTABLE: tuple[Any, ...] = (str, bytes, *_SIZED)
+_PERCENT = re.compile(r"%(?:\([^)]*\))?[#0\- +]*(\*|\d+)?(?:\.(\*|\d+))?")
+
+_WORK = f"its work is more than {MOST_STEPS:,} loop iterations"
+_TEXT = f"its text is more than {LEAST_TEXT // 2**20} MiB and more than {TEXT_PER_INPUT} times the conversation"
+_NUMBER = f"an integer has more than {MOST_BITS:,} bits"
+_NESTED = f"its values nest more than {MOST_DEPTH} deep"
+
+current: ContextVar[Budget] = ContextVar("budget")
+"""The budget of the rendering that runs in this thread; unset while a template is compiled."""
+
+
+class BoundExceeded(jinja2.TemplateError):
+    """A rendering wants more than its bounds allow."""
+
+
+class RenderingTooSlow(Exception):
+    """A rendering takes more than `MOST_SECONDS`. Hosts differ in this, so it may only end the run."""
+
+
+class Budget:
+    """What one rendering has used so far.
+
+    Args:
+      input_size: characters of the conversation and its tools.
+      sizes: cells of containers of the input by their id; they are not walked again.
+    """
+
+    __slots__ = ("_copied", "_deadline", "_last_look", "_sizes", "_steps", "_unlooked", "limit")
+
+    def __init__(self, input_size: int, sizes: Mapping[int, int]) -> None:
+        self.limit = max(LEAST_TEXT, TEXT_PER_INPUT * input_size)
+        self._sizes = sizes
+        self._steps = self._copied = self._last_look = self._unlooked = 0
+        self._deadline = time.monotonic() + MOST_SECONDS
+
+    def step(self, count: int = 1) -> bool:
+        """Counts work; always True, so that conditions can count too."""
+        self._steps += count
+        if self._steps > MOST_STEPS:
+            raise BoundExceeded(_WORK)
+        if self._steps - self._last_look >= _STEPS_BETWEEN_LOOKS:
+            self._last_look = self._steps
+            self._look()
+        return True
+
+    def scan(self, size: int) -> None:
+        """Counts characters that are read or copied and do not stay."""
+        self._copied += size
+        if self._copied > COPIES * self.limit:
+            raise BoundExceeded(_TEXT)
+        self._unlooked += size
+        if self._unlooked > _COPIED_BEFORE_LOOK:
+            self._unlooked = 0
+            self._look()
+
+    def text(self, size: int) -> None:
+        """Counts a value of so many characters before it is made."""
+        if size > self.limit:
+            raise BoundExceeded(_TEXT)
+        self.scan(size)
+
+    def output(self, size: int) -> None:
+        """Checks how many characters are written so far."""
+        if size > self.limit:
+            raise BoundExceeded(_TEXT)
+
+    def items(self, count: int) -> None:
+        """Counts a list of so many items before it is made."""
+        if count > MOST_STEPS:
+            raise BoundExceeded(_WORK)
+        self.scan(ITEM_COST * count)
+
+    def _look(self) -> None:
+        if time.monotonic() > self._deadline:
+            raise RenderingTooSlow
+
+    def size(self, value: Any) -> int:
+        """Cells of a value: characters of its texts, and one for every item at any depth.
+
+        Raises:
+          BoundExceeded: they are more than the bound, or nest too deeply.
+        """
+        if isinstance(value, str | bytes):
+            return len(value)
+        total, seen, depth = 0, 0, 0
+        level = [value]
+        while level:
+            below: list[Any] = []
+            for item in level:
+                known = self._sizes.get(id(item))
+                total += 1 if known is None else known
+                if isinstance(item, str | bytes):
+                    total += len(item)
+                elif known is None and isinstance(item, _CONTAINERS):
+                    if len(item) + len(below) + total > self.limit:
+                        raise BoundExceeded(_TEXT)
+                    below.extend(item)
+                    if isinstance(item, dict):
+                        below.extend(item.values())
+            seen += len(level)
+            depth += 1
+            if total > self.limit:
+                raise BoundExceeded(_TEXT)
+            if depth > MOST_DEPTH:
+                raise BoundExceeded(_NESTED)
+            level = below
+        self.scan(ITEM_COST * seen)
+        return total
+
+    def held(self, value: Any) -> Any:
+        """The value, a container of which is within the bounds."""
+        if isinstance(value, _CONTAINERS):
+            self.size(value)
+        return value
+
+    def scanned(self, value: Any) -> Any:
+        """The value, whose length is counted; an iterator counts its items as they are pulled."""
+        if isinstance(value, str | bytes):
+            self.scan(len(value))
+        elif isinstance(value, _SIZED):
+            self.scan(ITEM_COST * len(value))
+        elif isinstance(value, Iterator):
+            return self._counted(value)
+        return value
+
+    def _counted(self, iterator: Iterator[Any]) -> Iterator[Any]:
+        for item in iterator:
+            self.step()
+            yield item
+
+    def listed(self, values: Iterable[Any]) -> list[Any]:
+        """All values of an iterable."""
+        counted: Any = self.scanned(values)
+        if isinstance(counted, _COUNTABLE):
+            self.items(len(counted))
+        return list(counted)
+
+    def text_of(self, value: Any) -> str:
+        """The value as a template writes it."""
+        return value if isinstance(value, str) else str(self.held(value))
+
+    def concat(self, pieces: Iterable[str]) -> str:
+        """Joins pieces of text."""
+        texts = list(pieces)
+        self.text(sum(map(len, texts)))
+        return "".join(texts)
+
+    def str_join(self, values: Iterable[Any]) -> str:
+        """Joins what `~` stands between."""
+        return self.concat(map(self.text_of, values))
+
+    def markup_join(self, values: Iterable[Any]) -> str:
+        """Joins what `~` stands between where HTML is escaped."""
+        from jinja2.runtime import markup_join
+
+        texts = [self.text_of(value) for value in values]
+        self.text(5 * sum(map(len, texts)))
+        return markup_join(texts)
+
+    def joined(self, separator: str, values: Iterable[Any]) -> list[str]:
+        """The texts of values that a separator is to join; escaping is allowed for."""
+        texts = [self.text_of(value) for value in self.listed(values)]
+        growth = 5 if isinstance(separator, Markup) else 1
+        self.text(growth * (sum(map(len, texts)) + len(separator) * max(0, len(texts) - 1)))
+        return texts
+
+    def replaced(self, text: Any, old: Any, new: Any, count: Any = None) -> None:
+        """Counts the text that replacing gives."""
+        places = text.count(old)
+        if isinstance(count, int) and count >= 0:
+            places = min(places, count)
+        self.text(len(text) + places * max(0, len(new) - len(old)))
+
+    def wide(self, *widths: Any) -> None:
+        """Counts what is filled up to a width."""
+        for width in widths:
+            if isinstance(width, int):
+                self.text(abs(width))
+
+    def binary(self, symbol: str, left: Any, right: Any) -> Any:
+        """`+`, `*`, `**` and `%`, with what they make bounded before it is made."""
+        if symbol == "+":
+            return self._added(left, right)
+        if symbol == "*":
+            return self._multiplied(left, right)
+        if symbol == "**":
+            if isinstance(left, int) and isinstance(right, int) and left.bit_length() * abs(right) > MOST_BITS:
+                raise BoundExceeded(_NUMBER)
+            return operator.pow(left, right)
+        if isinstance(left, str | bytes):
+            self.percent(left, right)
+        return operator.mod(left, right)
+
+    def _added(self, left: Any, right: Any) -> Any:
+        if isinstance(left, str) and isinstance(right, str):
+            self.text(len(left) + len(right))
+            return operator.add(left, right)
+        if isinstance(left, list | tuple | bytes) and isinstance(right, list | tuple | bytes):
+            self.items(len(left) + len(right))
+        return self.held(operator.add(left, right))
+
+    def _multiplied(self, left: Any, right: Any) -> Any:
+        is_number = isinstance(left, int) and isinstance(right, int)
+        if is_number and left.bit_length() + right.bit_length() > MOST_BITS:
+            raise BoundExceeded(_NUMBER)
+        for value, times in ((left, right), (right, left)):
+            if isinstance(value, str | bytes | list | tuple) and isinstance(times, int):
+                self.text(self.size(value) * max(times, 0))
+                self.items(0 if isinstance(value, str | bytes) else len(value) * max(times, 0))
+        return operator.mul(left, right)
+
+    def percent(self, text: Any, values: Any) -> None:
+        """Counts what `text % values` makes."""
+        letters = text.decode("latin-1") if isinstance(text, bytes) else text
+        total, fields = len(letters), 0
+        numbers = [value for value in (values if isinstance(values, tuple) else (values,)) if isinstance(value, int)]
+        for match in _PERCENT.finditer(letters):
+            fields += 1
+            for width in match.groups():
+                total += max(map(abs, numbers), default=0) if width == "*" else self.number(width or "0")
+        # repr() of a character is at most ten; a mapping may give the same value to every field.
+        total += 10 * self.size(values) * (max(fields, 1) if isinstance(values, dict) else 1)
+        self.text(total)
+
+    def number(self, digits: str) -> int:
+        """A width that is written as digits."""
+        if len(digits) > 12:
+            raise BoundExceeded(_TEXT)
+        return int(digits)
+
+    def method(self, owner: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sequence[Any]:
+        """Counts a call of a method of a built-in value.
+
+        Returns:
+          The arguments to call it with.
+        """
+        if isinstance(owner, str | bytes):
+            if name == "join" and len(args) == 1:
+                values = self.listed(args[0])
+                self.text(sum(map(self.size, values)) + len(owner) * len(values))
+                return [values]
+            self._text_method(owner, name, args, kwargs)
+        elif isinstance(owner, int) and name == "to_bytes":
+            self.wide(*args, *kwargs.values())
+        elif isinstance(owner, _SIZED):
+            self.scan(ITEM_COST * len(owner))
+        return args
+
+    def _text_method(self, owner: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        if name in ("startswith", "endswith"):
+            return
+        if name in ("center", "ljust", "rjust", "zfill"):
+            self.wide(*args[:1])
+        elif name == "replace" and len(args) >= 2:
+            self.replaced(owner, *args[:2], *args[2:3] or [kwargs.get("count")])
+        elif name == "expandtabs":
+            (tab,) = args[:1] or [kwargs.get("tabsize", 8)]
+            if isinstance(tab, int):
+                self.text(len(owner) + owner.count("\t" if isinstance(owner, str) else b"\t") * max(tab, 0))
+        elif name == "translate" and args and isinstance(args[0], dict):
+            longest = max((len(text) for text in args[0].values() if isinstance(text, str)), default=1)
+            self.text(len(owner) * max(longest, 1))
+        elif name in ("split", "rsplit", "splitlines"):
+            self.items(_pieces(owner, name, *args[:1] or [kwargs.get("sep")]))
+        self.text(2 * len(owner) if name == "encode" else len(owner))
+
+
+def _pieces(text: Any, name: str, separator: Any = None) -> int:
+    """A bound on the pieces that splitting a text gives."""
+    if name == "splitlines":
+        return 1 + len(re.findall(r"[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]", text)) if isinstance(text, str) else len(text)
+    if isinstance(separator, str | bytes) and separator:
+        return 1 + int(text.count(separator))
+    return sum(1 for _ in re.finditer(r"\S+" if isinstance(text, str) else rb"\S+", text))

@@ -33,6 +33,8 @@ LISTED = {
     ("README.md", "bash scripts/test.sh"): "runs this suite",
     ("README.md", "pip install -e"): "installs; tests/test_editable_install.py does so",
     ("README.md", "output_dir/"): "lists the files of a run",
+    ("docs/clusters.md", "jdpo: error: process 1"): "shows what is printed",
+    ("docs/clusters.md", "until srun"): "needs a Slurm cluster",
     ("docs/data.md", "file -> raw row"): "a diagram",
     ("docs/lora.md", "from peft import"): "needs PyTorch; tests/models/test_peft_torch.py loads exports with PEFT",
     ("docs/losses.md", "a, b        policy minus"): "explains symbols",

@@ -377,6 +377,14 @@ def test_tokens_of_every_row_are_asked_of_trl(tmp_path: Path) -> None:
 # --- tokens of generated conversations
 
 
+def test_exactly_the_answers_of_generated_conversations_are_learnt(capsys: pytest.CaptureFixture[str]) -> None:
+    templates = ["qwen3_reasoning", "llama3", "mistral_v3", "phi3"]
+    assert token_rules(["--rows", "20", "--templates", *templates]) == 0, capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert all(f"| {name} | {kind} |" in printed for name in templates for kind in ("pairs", "assistant_turns"))
+    assert "rule jdpo: every check holds" in printed
+
+
 def test_the_common_prefix_in_place_of_the_rule_fails_the_checks(capsys: pytest.CaptureFixture[str]) -> None:
     assert token_rules(["--rule", "prefix", "--rows", "20", "--templates", "qwen3_reasoning"]) == 1
     printed = capsys.readouterr().out

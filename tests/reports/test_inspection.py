@@ -151,6 +151,44 @@ def test_a_pair_whose_sides_start_with_the_assistant_is_a_fault(inspect: Callabl
         assert found["no_prompt"]["first"].startswith(counted)
 
 
+@pytest.mark.parametrize(
+    ("template", "name", "severity"),
+    [
+        ("{{ m.role }}:{{ m.content }}|/{{ 'model:<open>' }}/model:", "prompt_shortened", "warning"),
+        (
+            "{{ loop.index if loop.last else 0 }}{{ m.role }}: {{ m.content }}|/{{ 'A:' }}/A:",
+            "prompt_rebuilt",
+            "warning",
+        ),
+        ("{{ m.content }}{{ '' if m.role == 'user' else '|' }}//", "answer_starts_in_prompt", "fault"),
+    ],
+)
+def test_where_a_completion_starts_is_a_finding(
+    inspect: Callable[..., Any], tmp_path: Path, template: str, name: str, severity: str
+) -> None:
+    turn, header, lead = template.split("/")
+    path = tmp_path / "own.jinja"
+    path.write_text(
+        "{% for m in messages %}{% if m.role == 'assistant' and loop.last %}" + lead + "{{ m.content }}<end>"
+        "{% else %}" + turn.replace("|", "<end>") + "{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}" + header + "{% endif %}"
+    )
+    rows = [turns(f"road {number} sto", "ne", "ry") for number in range(4)]  # " stone" is one token
+    found = [one for one in inspect(rows, chat_template=path)["findings"] if one["name"] == name]
+    assert [(one["severity"], one["rows"]) for one in found] == [(severity, 4)]
+
+
+def test_content_that_the_template_does_not_write_is_a_finding_per_kind(inspect: Callable[..., Any]) -> None:
+    rows = [turns(f"river {number}", "stone", "road") for number in range(4)]
+    for row in rows[:3]:
+        row["chosen"][0]["reasoning_content"] = "It is near."
+    rows[0]["rejected"][0]["thinking"] = "It is far."
+    findings = inspect(rows)["findings"]
+    found = {one["summary"].split(":")[0]: one["rows"] for one in findings if one["name"] == "content_unwritten"}
+    assert sorted(found.values()) == [1, 3]
+    assert all(any(f"({kind})" in summary for summary in found) for kind in ("reasoning_content", "thinking"))
+
+
 def test_ties_are_no_fault(inspect: Callable[..., Any]) -> None:
     def vote(number: int, winner: str) -> dict[str, str]:
         return {"prompt": f"river {number}?", "response_a": "yes", "response_b": "no", "winner": winner}

@@ -1,0 +1,80 @@
+"""Who is taken for dead, and what the relay keeps from JAX's client."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+from jdpo.cli.cluster import how_to_continue
+from jdpo.processes.relay import CoordinatorRelay
+from jdpo.processes.watch import Silence
+
+
+def test_silence_is_counted_since_the_last_new_sign() -> None:
+    silence = Silence(now=0.0)
+    silence.update({1: "1", 2: None}, 0.5)
+    assert silence.update({1: "2", 2: None}, 1.0) == {1: 0.0, 2: 0.5}
+    assert silence.update({1: "2", 2: None}, 1.5) == {1: 0.5, 2: 1.0}
+    assert silence.update({1: "2", 2: "1"}, 2.0) == {1: 1.0, 2: 0.0}
+
+
+def test_the_time_that_this_process_was_stopped_is_not_held_against_others() -> None:
+    silence = Silence(now=0.0)
+    silence.update({1: "1"}, 0.5)
+    assert silence.update({1: "1"}, 1000.0)[1] <= 1.0
+
+
+def test_a_process_that_has_left_is_not_counted() -> None:
+    silence = Silence(now=0.0)
+    silence.update({1: "1", 2: "1"}, 0.5)
+    assert silence.update({2: "1"}, 1.0) == {2: 0.5}
+
+
+def connected() -> tuple[CoordinatorRelay, socket.socket, socket.socket]:
+    """A relay with both ends of a connection through it: the client's and the service's."""
+    with socket.create_server(("127.0.0.1", 0)) as service:
+        relay = CoordinatorRelay(f"127.0.0.1:{service.getsockname()[1]}")
+        host, _, port = relay.address.rpartition(":")
+        client = socket.create_connection((host, int(port)))
+        served, _ = service.accept()
+    for end in (client, served):
+        end.settimeout(20)
+    return relay, client, served
+
+
+def test_the_relay_forwards_both_ways_and_passes_on_that_the_client_ends() -> None:
+    relay, client, served = connected()
+    with client, served:
+        client.sendall(b"question")
+        assert served.recv(100) == b"question"
+        served.sendall(b"answer")
+        assert client.recv(100) == b"answer"
+        client.close()
+        assert served.recv(100) == b""
+    assert not relay.lost.is_set()
+
+
+def test_the_relay_tells_of_the_end_of_the_service_and_keeps_it_from_the_client() -> None:
+    relay, client, served = connected()
+    with client:
+        with relay.holding():
+            served.close()
+            assert relay.lost.wait(20)
+            client.setblocking(False)
+            try:
+                ended = client.recv(100) == b""
+            except BlockingIOError:
+                ended = False
+            assert not ended
+            client.settimeout(20)
+        assert client.recv(100) == b""
+
+
+def test_how_to_continue() -> None:
+    words, run = ["configs/a b.yaml", "--beta", "0.2"], Path("run")
+    text = how_to_continue("dpo", words, run, [2, 4], resumes=True)
+    assert "The last checkpoint is step 4 in run/checkpoints" in text
+    assert text.endswith("jdpo dpo 'configs/a b.yaml' --beta 0.2")
+    assert "from step 0" in how_to_continue("dpo", words, run, [], resumes=True)
+    assert how_to_continue("dpo", words, run, [2], resumes=False).endswith("--resume auto")
+    assert "is kept" in how_to_continue("reference", words, None, [], resumes=True)

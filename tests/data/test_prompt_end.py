@@ -146,6 +146,25 @@ def test_a_row_that_cannot_be_rebuilt_is_dropped_by_name(load: Callable[..., Tok
     assert result == Dropped(prompt_end.REWRITTEN, "x:1")
 
 
+@pytest.mark.parametrize(
+    ("header", "lead"),
+    [
+        ("bot:\n<think>\n", "bot:\n<think>\n"),  # the template never closes the thought
+        ("bot:\n", "bot: "),  # C would begin with the header that P ends with
+    ],
+)
+def test_what_a_generation_prompt_opens_is_neither_left_open_nor_written_twice(
+    load: Callable[..., Tokenizer], header: str, lead: str
+) -> None:
+    tokenizer = load(
+        "{% for m in messages %}{% if m.role == 'user' %}{{ 'now: ' if loop.last }}{{ m.content + '\n' }}"
+        f"{{% else %}}{{{{ {lead!r} + m.content + eos_token }}}}{{% endif %}}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{{{{ {header!r} }}}}{{% endif %}}"
+    )
+    result = read(tokenizer, [user("Where is it?")], assistant("Cork."), assistant("Paris."))
+    assert result == Dropped(prompt_end.REWRITTEN, "x:1")
+
+
 def test_the_header_of_a_next_answer_is_cut(load: Callable[..., Tokenizer]) -> None:
     tokenizer = load("header_always", *CHATML, end="<|im_end|>")
     prompt = [user("Is it?"), assistant("Yes."), user("Where?")]

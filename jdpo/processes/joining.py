@@ -14,6 +14,7 @@ from jdpo.processes.detection import Membership, find_cluster
 from jdpo.processes.last_line import end_at_once
 from jdpo.processes.relay import relay_to
 from jdpo.processes.watch import DEFAULT_TIMEOUT
+from jdpo.safe_text import terminal
 
 _JOIN_SECONDS = 300.0
 _JAX_HEARTBEAT_SECONDS = 100
@@ -35,7 +36,7 @@ class Initialize(Protocol):
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(terminal(text), file=sys.stderr, flush=True)
 
 
 def initialize_through_relay(

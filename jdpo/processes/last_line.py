@@ -6,6 +6,8 @@ import os
 import sys
 from typing import NoReturn
 
+from jdpo.safe_text import terminal
+
 LOST_EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: another process of the run is gone, and the same command continues."""
 
@@ -20,4 +22,4 @@ def write_line(text: str) -> None:
     """Writes an error as one line to stderr, past Python's buffers, whose locks another thread may hold."""
     # A progress bar leaves the cursor hidden, in the middle of a line.
     start = "\x1b[?25h\n" if sys.stderr.isatty() else ""
-    os.write(2, f"{start}jdpo: error: {' '.join(text.split())}\n".encode(errors="replace"))
+    os.write(2, f"{start}jdpo: error: {terminal(' '.join(text.split()))}\n".encode(errors="replace"))

@@ -156,7 +156,8 @@ def test_what_a_stranger_wrote_is_shown_and_does_nothing(
     words = run_words(datasets=folder, chat_template=tmp_path / "template.jinja")
     assert main(["dpo", *words, "--dry_run"]) == 0
     printed = capsys.readouterr().out
-    assert "train-\\x1b[31m\\nfake-👩\u200d🚀.jsonl:1: \\x1b[31mRED\\x07\\nfake: ok" in printed
+    assert "train-\\x1b[31m\\nfake-👩\u200d🚀.jsonl:1" in printed
+    assert "refused by the chat template: \\x1b[31mRED\\x07\\nfake: ok" in printed
     assert "\x1b" not in printed
     assert "\x07" not in printed
     assert not any(line.strip().startswith("fake") for line in printed.splitlines())

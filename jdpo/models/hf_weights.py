@@ -140,7 +140,8 @@ def check_tensors(folder: Path, entries: dict[str, TensorEntry], config: ModelCo
 def _refuse_other_names(folder: Path, entries: Collection[str], expected: Collection[str], config: ModelConfig) -> None:
     """Refuses tensors whose names hold the name of a wrapper, or among which is no name of the family."""
     wrappers = [name for name in WRAPPERS if any(name in entry.split(".") for entry in entries)]
-    if not wrappers and any(name in expected for name in entries):
+    is_known = any(name in expected for name in entries) or _has_fused_experts(entries, expected, config)
+    if not wrappers and is_known:
         return
     entries = sorted(entries, key=lambda entry: (not set(wrappers) & set(entry.split(".")), entry))
     found, wanted = (", ".join(map(terminal, [*names][:_MAX_NAMED])) for names in (entries, expected))
@@ -159,12 +160,16 @@ def _refuse_other_names(folder: Path, entries: Collection[str], expected: Collec
 
 
 def _advice(entries: dict[str, TensorEntry], known: Collection[str], config: ModelConfig) -> str:
-    if config.moe is not None and any(name.endswith(_FUSED_EXPERTS) for name in entries if name not in known):
+    if _has_fused_experts(entries, known, config):
         return (
             "Its experts are stored as one tensor of all of them; save it with one tensor an expert, as transformers "
             "does unless told otherwise: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(OUT)"
         )
     return "Download the model again, or use the config.json that belongs to these weights"
+
+
+def _has_fused_experts(entries: Collection[str], known: Collection[str], config: ModelConfig) -> bool:
+    return config.moe is not None and any(name.endswith(_FUSED_EXPERTS) for name in entries if name not in known)
 
 
 class _Filling(NamedTuple):

@@ -12,6 +12,15 @@ import pytest
 from jdpo.training.interrupt import StopRequest, silence_lost_output
 
 
+@pytest.fixture
+def terminal_hangs_up() -> Iterator[None]:
+    """As in a terminal, also where nohup runs the tests."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("terminal_hangs_up")
 @pytest.mark.parametrize(("signum", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_first_signal_asks_and_hands_the_handlers_back(
     signum: signal.Signals, exit_code: int, capfd: pytest.CaptureFixture[str]

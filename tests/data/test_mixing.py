@@ -167,9 +167,11 @@ def test_labels_must_differ_and_fit_into_a_metric() -> None:
     with pytest.raises(ValueError, match=r"two data sets are called 'a': x/a.jsonl and y/a.json; give one"):
         labels_of([DatasetConfig(path="x/a.jsonl"), DatasetConfig(path="y/a.json")])
     assert labels_of([DatasetConfig(path="x/a.jsonl"), DatasetConfig(path="y/a.json", label="b")]) == ("a", "b")
-    for label in ("x/y", " "):
-        with pytest.raises(ValueError, match=r"the data set a\.jsonl has the label .*expected a name without /"):
-            labels_of([dataset("a", label=label)])
+    with pytest.raises(ValueError, match=r"the data set a\.jsonl has the label .*expected a name without /"):
+        labels_of([dataset("a", label="x/y")])
+    for label in ("", " "):
+        with pytest.raises(ValueError, match="a text is expected, and it is empty"):
+            dataset("a", label=label)
 
 
 # --- settings

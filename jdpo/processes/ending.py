@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
+import re
 import socket
 import tempfile
 import threading
@@ -19,6 +20,7 @@ from jdpo.processes.relay import current_relay
 from jdpo.processes.watch import DEFAULT_TIMEOUT, Verdict, Watch
 
 _FAILED_EXIT_CODE = 1
+_STATUS = re.compile("(ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL|UNAVAILABLE|UNKNOWN): ")
 _GRACE_SECONDS = 20.0
 _LAST_WORDS_SECONDS = 5.0
 
@@ -72,7 +74,7 @@ def ending_together(
         try:
             yield
         except BaseException as error:
-            if _is_as_of_a_loss(error):
+            if may_be_of_a_loss(error):
                 thread.join(watch.suspect())  # it ends this process if another is gone
             watch.report(shown(f"{type(error).__name__}: {error}"))
             raise
@@ -91,11 +93,12 @@ def _joined() -> Any:
     return distributed.global_state
 
 
-def _is_as_of_a_loss(error: BaseException) -> bool:
+def may_be_of_a_loss(error: BaseException) -> bool:
     """Tells whether an error may come from a collective operation that another process has not taken part in."""
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, jax.errors.JaxRuntimeError):
+        # Some collective operations raise the runtime's status as a ValueError, as seen from jax 0.12.
+        if isinstance(seen, jax.errors.JaxRuntimeError) or _STATUS.match(str(seen)):
             return "RESOURCE_EXHAUSTED" not in str(seen)
         seen = seen.__cause__ or seen.__context__
     return False

@@ -5,7 +5,11 @@ from __future__ import annotations
 import socket
 from pathlib import Path
 
+import jax
+import pytest
+
 from jdpo.cli.cluster import how_to_continue
+from jdpo.processes.ending import may_be_of_a_loss
 from jdpo.processes.relay import CoordinatorRelay
 from jdpo.processes.watch import Silence
 
@@ -78,3 +82,26 @@ def test_how_to_continue() -> None:
     assert "from step 0" in how_to_continue("dpo", words, run, [], resumes=True)
     assert how_to_continue("dpo", words, run, [2], resumes=False).endswith("--resume auto")
     assert "is kept" in how_to_continue("reference", words, None, [], resumes=True)
+
+
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+GLOO = "UNKNOWN: Gloo AllGather failed: Connection closed by peer"
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (jax.errors.JaxRuntimeError(GLOO), True),
+        (ValueError(GLOO), True),
+        (caused(OSError("a save failed"), jax.errors.JaxRuntimeError("UNAVAILABLE: no answer")), True),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"), False),
+        (OSError("no space left on device"), False),
+        (KeyboardInterrupt(), False),
+    ],
+)
+def test_errors_that_the_loss_of_a_process_may_have_caused(error: BaseException, expected: bool) -> None:
+    assert may_be_of_a_loss(error) is expected

@@ -39,6 +39,9 @@ MOST_SECONDS = 60.0
 MOST_BITS = 2**14
 """Bits of an integer at most; Python itself writes none of more than 4,300 digits."""
 
+MOST_HTML = 2**16
+"""Characters that filters get at most which search text in time that grows with its square."""
+
 MOST_DEPTH = 500
 """How deep lists and objects nest at most."""
 
@@ -56,7 +59,8 @@ _CONTAINERS: tuple[Any, ...] = (
 )
 _SIZED: tuple[Any, ...] = (range, *_CONTAINERS)
 _COUNTABLE: tuple[Any, ...] = (str, bytes, *_SIZED)
-_PERCENT = re.compile(r"%(?:\([^)]*\))?[#0\- +]*(\*|\d+)?(?:\.(\*|\d+))?")
+_WIDTHS = re.compile(r"[#0\- +]*(\*|\d+)?(?:\.(\*|\d+))?")
+_BRACKETS = re.compile(r"[()]")
 
 _WORK = f"its work is more than {MOST_STEPS:,} loop iterations"
 _TEXT = f"its text is more than {LEAST_TEXT // 2**20} MiB and more than {TEXT_PER_INPUT} times the conversation"
@@ -166,7 +170,9 @@ class Budget:
         return total
 
     def held(self, value: Any) -> Any:
-        """The value, a container of which is within the bounds."""
+        """The value, which is within the bounds if it is a container or an integer."""
+        if isinstance(value, int) and value.bit_length() > MOST_BITS:
+            raise BoundExceeded(_NUMBER)
         if isinstance(value, _CONTAINERS):
             self.size(value)
         return value
@@ -229,6 +235,16 @@ class Budget:
             places = min(places, count)
         self.text(len(text) + places * max(0, len(new) - len(old)))
 
+    def stripped(self, text: Any, characters: Any = None) -> None:
+        """Counts the search for characters that are cut from the ends of a text."""
+        if isinstance(characters, str | bytes):
+            self.scan(len(text) * len(characters))
+
+    def slow(self, size: int) -> None:
+        """Refuses long text for what searches it in time that grows with its square."""
+        if size > MOST_HTML:
+            raise BoundExceeded(f"a filter of HTML gets more than {MOST_HTML:,} characters")
+
     def wide(self, *widths: Any) -> None:
         """Counts what is filled up to a width."""
         for width in widths:
@@ -272,9 +288,9 @@ class Budget:
         letters = text.decode("latin-1") if isinstance(text, bytes) else text
         total, fields = len(letters), 0
         numbers = [value for value in (values if isinstance(values, tuple) else (values,)) if isinstance(value, int)]
-        for match in _PERCENT.finditer(letters):
+        for widths in _fields(letters):
             fields += 1
-            for width in match.groups():
+            for width in widths:
                 total += max(map(abs, numbers), default=0) if width == "*" else self.number(width or "0")
         # repr() of a character is at most ten; a mapping may give the same value to every field.
         total += 10 * self.size(values) * (max(fields, 1) if isinstance(values, dict) else 1)
@@ -318,9 +334,35 @@ class Budget:
         elif name == "translate" and args and isinstance(args[0], dict):
             longest = max((len(text) for text in args[0].values() if isinstance(text, str)), default=1)
             self.text(len(owner) * max(longest, 1))
-        elif name in ("split", "rsplit", "splitlines"):
+        elif name in ("strip", "lstrip", "rstrip"):
+            self.stripped(owner, *args[:1])
+        elif name in ("rfind", "rindex", "rsplit", "rpartition") and args and isinstance(args[0], str | bytes):
+            self.scan(len(owner) * len(args[0]))  # searching from the right is not linear
+        elif name == "striptags":
+            self.slow(len(owner))
+        if name in ("split", "rsplit", "splitlines"):
             self.items(_pieces(owner, name, *args[:1] or [kwargs.get("sep")]))
         self.text(2 * len(owner) if name == "encode" else len(owner))
+
+
+def _fields(text: str) -> Iterator[tuple[str | None, ...]]:
+    """The width and the precision of every field of a text that `%` fills; keys may hold brackets, as in Python."""
+    place = text.find("%")
+    while place >= 0:
+        place += 1
+        if text[place : place + 1] == "(":
+            depth = 0
+            for bracket in _BRACKETS.finditer(text, place):
+                depth += 1 if bracket.group() == "(" else -1
+                if not depth:
+                    place = bracket.end()
+                    break
+            else:
+                return  # Python refuses a key without an end
+        found = _WIDTHS.match(text, place)
+        assert found is not None
+        yield found.groups()
+        place = text.find("%", found.end() + (text[found.end() : found.end() + 1] == "%"))
 
 
 def _pieces(text: Any, name: str, separator: Any = None) -> int:

@@ -12,9 +12,6 @@ from jinja2.filters import FILTERS, make_attrgetter
 
 from jdpo.data.template_bounds import BoundExceeded, Budget, current
 
-MOST_HTML = 2**16
-"""Characters that filters may get which search texts in time that grows with their square."""
-
 _CHEAP = frozenset(
     ["length", "count", "first", "last", "default", "d", "attr", "abs", "int", "float", "safe", "filesizeformat"]
 )
@@ -35,7 +32,6 @@ _OF_TEXT = frozenset(
         "trim",
         "truncate",
         "upper",
-        "urlencode",
         "urlize",
         "wordcount",
         "wordwrap",
@@ -62,10 +58,10 @@ def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         first, value, rest = args[:place], args[place], args[place + 1 :]
         if name not in _CHEAP:
             value = budget.scanned(budget.text_of(value) if name in _OF_TEXT else value)
-        if name in _SLOW and budget.size(value) + sum(map(budget.size, (*rest, *kwargs.values()))) > MOST_HTML:
-            raise BoundExceeded(f"{name} gets more than {MOST_HTML:,} characters")
+        if name in _SLOW:
+            budget.slow(budget.size(value) + sum(map(budget.size, (*rest, *kwargs.values()))))
         if name in _GROWTH:
-            budget.text(_GROWTH[name] * len(value))
+            budget.text(_GROWTH[name] * budget.size(value))
         if name == "join":
             value, rest, kwargs = _join_arguments(budget, first[0].environment, value, *rest, **kwargs)
         elif name in _BEFORE:
@@ -141,6 +137,7 @@ _BEFORE: Mapping[str, Callable[..., None]] = {
     "list": _before_list,
     "replace": _before_replace,
     "round": _before_round,
+    "trim": Budget.stripped,
     "urlize": _before_markup,
     "wordwrap": _before_wordwrap,
 }

@@ -99,11 +99,60 @@ def test_the_engine_writes_what_transformers_writes(path: Path, byte_level: Path
         "{% for a in range(2000) %}{% for b in range(2000) %}{% endfor %}{% endfor %}",
         "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
         "{% for a in range(90000) %}{{ 'a' * 1000 }}{% endfor %}",
+        "{{ ('a' * 4000000).strip('b' * 4000000 ~ 'a') }}",
+        "{{ ('a' * 4000000) | trim('b' * 3000000 ~ 'a') }}",
+        "{{ ('a' * 2000000).rfind('a' * 500000 ~ 'b' ~ 'a' * 500000) }}",
+        "{{ '%(a(b)c)1000000000d' % {'a(b)c': 1} }}",
+        "{{ ('1' * 4000000) | int(base=2) // 3 }}",
+        "{{ (1).from_bytes('a'.encode() * 4000000, 'big') // 3 }}",
+        "{{ (('<!---->' * 500000) | safe).striptags() }}",
+        "{{ ('<!---->' * 500000) | striptags }}",
+        "{% set ns = namespace(t=[1]) %}{% for _ in range(60) %}{% set ns.t = [ns.t, ns.t] %}{% endfor %}{{ ns.t }}",
+        "{% set ns = namespace(t=1) %}{% for _ in range(9999) %}{% set ns.t = (ns.t,) %}{% endfor %}{{ {ns.t: 1} }}",
+        "{% set t %}{% for a in range(90000) %}{{ 'a' * 1000 }}{% endfor %}{% endset %}",
+        "{% for a in range(2000) %}{% for b in range(2000) if false %}{% endfor %}{% endfor %}",
+        "{% set t = 'a' * 4000000 %}{% for a in range(90000) %}{{ '' if 'b' in t else '' }}{% endfor %}",
+        "{{ {'a': [1] * 9999} | tojson(indent=10**9) }}",
+        "{{ [1] | batch(10**9, 'x') | list }}",
+        "{{ (1).to_bytes(10**10, 'big') }}",
     ],
 )
 def test_text_and_work_are_bounded(template: str) -> None:
     with pytest.raises((BoundExceeded, OverflowError)):  # without bounds: minutes, or all memory
         render(template)
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{{ '%s and %(' % 'a' }}", None),
+        ("{{ ('%(' * 2000000) % {'a': 1} }}", None),  # a search of each bracket's partner would take hours
+        ("{{ '%(a(b)c)5d|%5.1f|%%|%-3s|' % {'a(b)c': 7} }}", None),
+        ("{{ '%(a(b)c)5d|%%' % {'a(b)c': 7} }}", "    7|%"),
+        ("{{ '%*d|%-4s|%5.1f%%' % (3, 7, 'a', 2.25) }}", "  7|a   |  2.2%"),
+        ("{{ '{:>5}|{a[0]!r:<4}|'.format(7, a=['x']) }}", "    7|'x' |"),
+        ("{{ {'a': 'b c'} | urlencode }}", "a=b+c"),
+        ("{{ '  --a--' | trim | trim('-') }}", "a"),
+        ("{{ [1, [2, 3]] | join(' ') ~ (4, 5) ~ none }}", "1 [2, 3](4, 5)None"),
+        ("{{ [[1], [2, 3]] | sum(start=[]) }}", "[1, 2, 3]"),
+        ("{{ messages | map(attribute='role') | join(',', attribute='x') }}", ""),
+        ("{{ messages | selectattr('role', 'in', ['user']) | list | length }}", "1"),
+        ("{% for x in range(9) if x is odd %}{{ loop.index }}/{{ loop.length }} {% endfor %}", "1/4 2/4 3/4 4/4 "),
+        ("{% for x in [1, [2, [3]]] recursive %}{{ loop(x) if x is iterable else x }}{% endfor %}", "123"),
+        ("{% macro f(n) %}{{ n }}{{ f(n - 1) if n else caller is defined }}{% endmacro %}{{ f(2) }}", "210False"),
+        ("{% generation %}{% set a = 1 %}x{% endgeneration %}{{ a }}", "x"),
+        ("{{ {'b': 1, 'a': 'é<'} | tojson(indent=1, sort_keys=true) }}", '{\n "a": "é<",\n "b": 1\n}'),
+    ],
+)
+def test_expressions_give_what_transformers_gives(template: str, text: str | None) -> None:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    if text is None:
+        with pytest.raises((ValueError, TypeError)):
+            render(template)
+        return
+    assert render(template) == text
+    assert render_jinja_template([QUESTION], chat_template=template)[0] == [text]
 
 
 def test_a_long_conversation_may_be_written_whole() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from jdpo.config import DatasetConfig
-from jdpo.data import chat_template, rendering
+from jdpo.data import chat_template, rendering, template_bounds
 from jdpo.data.chat_template import BoundExceeded, ChatTemplate
 from jdpo.data.formats import Dropped, preference_rows
 from jdpo.data.prepare import prepare_pairs
@@ -185,6 +185,19 @@ def test_a_row_beyond_the_bounds_is_dropped_by_name(load: Callable[..., Tokenize
     assert "MiB" in dropped.detail
     kept = tokenize_pair(row._replace(prompt=[{"role": "user", "content": "Hi"}]), tokenizer, max_length=99)
     assert isinstance(kept, KeptPair)
+
+
+def test_a_rendering_that_takes_too_long_ends_the_run(
+    load: Callable[..., Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "{% for a in range(5000 if 'river' in messages[0].content else 0) %}{% endfor %}" + TURNS + PROMPT
+    tokenizer = load(text)
+    assert isinstance(tokenize_pair(pair_of("Yes", "No"), tokenizer, max_length=99), KeptPair)
+    monkeypatch.setattr(template_bounds, "MOST_SECONDS", -1.0)  # no host is that fast
+    with pytest.raises(ValueError, match=r"x:1: the chat template of \S+ takes more than a minute"):
+        tokenize_pair(pair_of("Yes", "No"), tokenizer, max_length=99)
+    with pytest.raises(ValueError, match=r"the chat template of \S+ takes more than a minute"):
+        load("{% for a in range(5000) %}{% endfor %}" + TURNS)
 
 
 def test_a_template_without_end_is_named_at_load(load: Callable[..., Tokenizer]) -> None:

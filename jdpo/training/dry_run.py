@@ -11,6 +11,7 @@ from jdpo.config import DPOConfig, TrainConfig
 from jdpo.devices import leave_out_missing_tpus
 from jdpo.training.assembly import Assembly, assemble
 from jdpo.training.numerics import numerics, resolve_dtype
+from jdpo.training.run_dir import check_output_dir
 from jdpo.training.settings import Mode
 from jdpo.training.setup import Say, build
 from jdpo.words import memory
@@ -28,6 +29,7 @@ def dry_run(config: TrainConfig, say: Say) -> None:
     leave_out_missing_tpus()
     config = resolve_dtype(config)
     with numerics(config):
+        check_output_dir(config)
         setup = build(config, say, weights=False)
         live = setup.task.uses_reference and isinstance(config, DPOConfig) and config.reference == "live"
         mode: Mode = "live" if live else "none"  # auto and cached compute a reference's log-probs before they train

@@ -40,6 +40,21 @@ LENGTH_KEYS = {"max_steps", "num_train_epochs"}
 USED_BY_A_RUN = ("metrics.jsonl", "checkpoints", "model", "run.json", "resolved_config.yaml")
 
 
+def check_output_dir(config: TrainConfig) -> None:
+    """Refuses an `output_dir` that no run can write into, before anything is written.
+
+    Raises:
+      ValueError: it is a file, or a folder that the run reads a model from.
+    """
+    path = Path(config.output_dir)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"output_dir {path} is a file; choose a folder")
+    for key in ("model_name_or_path", "reference_model"):
+        model = Path(getattr(config, key, None) or "").expanduser()
+        if path.exists() and getattr(config, key, None) and model.exists() and path.samefile(model):
+            raise ValueError(f"output_dir {path} is the folder of {key}; choose another folder")
+
+
 class RunDirectory:
     """Owns output_dir. Only the first process writes."""
 
@@ -62,6 +77,7 @@ class RunDirectory:
         self._config_file = self.path / "resolved_config.yaml"
         self._lock: IO[str] | None = None
         refuse_passwords(to_dict(config))
+        together(lambda: check_output_dir(config), on_first=True)
         together(self._take_lock, on_first=True)
         try:
             starts_over = config.resume == "never" and together(self._is_lost, on_first=True)
@@ -96,8 +112,6 @@ class RunDirectory:
         """Keeps a second start of the same command, such as a requeued job, out while this one runs."""
         import fcntl
 
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"output_dir {self.path} is a file; choose a folder")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / ".lock").open("a+", encoding="utf-8")

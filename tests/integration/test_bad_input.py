@@ -324,6 +324,15 @@ def test_output_dir_that_is_a_file(place: Place, run_words: Words, capsys: Captu
     assert f"output_dir {file} is a file; choose a folder" in refusal(run_words(output_dir=file), capsys)
 
 
+def test_output_dir_that_is_the_model_folder_stays_as_it_is(place: Place, run_words: Words, capsys: Capture) -> None:
+    words = run_words()
+    model = Path(next(word.partition("=")[2] for word in words if word.startswith("model_name_or_path=")))
+    before = sorted(path.name for path in model.iterdir())
+    message = refusal(run_words(output_dir=model), capsys)
+    assert "is the folder of model_name_or_path; choose another folder" in message
+    assert sorted(path.name for path in model.iterdir()) == before
+
+
 def test_output_dir_on_a_disk_that_takes_nothing(run_words: Words, capsys: Capture) -> None:
     # /proc refuses new folders to root too, which chmod would not.
     said = refusal(run_words(output_dir="/proc/jdpo_run"), capsys)

@@ -66,7 +66,7 @@ def about_rows(
     model: str,
     tokenizer: str,
     chat_template: str | None,
-    chat_template_kwargs: Mapping[str, Any] | None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     max_length: int,
     max_prompt_length: int | None,
     eval_fraction: float,
@@ -180,7 +180,7 @@ def changes(then: Entry, now: Entry) -> list[str]:
 
 def _row_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     settings = ("max_length", "max_prompt_length", "chat_template", "chat_template_kwargs", "eval_fraction")
-    lines = [_then_now(name, then.get(name), now[name]) for name in settings if then.get(name) != now[name]]
+    lines = [_then_now(name, then.get(name), now.get(name)) for name in settings if then.get(name) != now.get(name)]
     if then.get("datasets") == now["datasets"]:
         for name in ("column_map", "ranked", "min_margin"):
             for dataset, was, is_now in zip(now["datasets"], then.get(name, ()), now[name], strict=False):

@@ -26,7 +26,7 @@ MANAGER, RUN, EXPORT = "jdpo.checkpoint.manager", "jdpo.training.run", "jdpo.che
 POINTS = {
     "asynchronous save": (f"{MANAGER}:CheckpointManager.save", "after", 1),
     "between orbax' commit and the manifest": (f"{MANAGER}:CheckpointManager._seal", "before", 1),
-    "clearing away the unfinished step": (f"{MANAGER}:_delete", "before", 1),
+    "clearing away the unfinished step": ("jdpo.checkpoint.steps:delete_step", "before", 1),
     "manifest half written": ("jdpo.durable:os.fsync", "before", 1, "checkpoint-manifest"),
     "a step": (f"{RUN}:Run._take", "before", 3),
     "evaluation": ("jdpo.training.evaluation:RowAverages.add", "before", 1),

@@ -50,8 +50,9 @@ def check_output_dir(config: TrainConfig) -> None:
     if path.exists() and not path.is_dir():
         raise ValueError(f"output_dir {path} is a file; choose a folder")
     for key in ("model_name_or_path", "reference_model"):
-        model = Path(getattr(config, key, None) or "").expanduser()
-        if path.exists() and getattr(config, key, None) and model.exists() and path.samefile(model):
+        name = getattr(config, key, None)  # sft has no reference_model
+        model = None if name is None else Path(name).expanduser()
+        if model is not None and path.exists() and model.exists() and path.samefile(model):
             raise ValueError(f"output_dir {path} is the folder of {key}; choose another folder")
 
 

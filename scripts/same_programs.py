@@ -18,7 +18,7 @@ and rows of tests/golden/trl_dpo on eight fake CPU devices. Compare documents th
 same versions of Python and jax; `versions` tells. `--keep DIR` keeps the normalised programs as DIR/DIGEST.mlir, so
 that two versions of one can be compared by diff.
 
-It takes about two CPU minutes: one to two minutes on two idle cores.
+It takes about two CPU minutes.
 """
 
 from __future__ import annotations

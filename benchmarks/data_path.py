@@ -90,9 +90,9 @@ def write_model(folder: Path) -> None:
 
 def start(arguments: argparse.Namespace) -> dict[str, Any]:
     """Tokenizes (or finds) the rows and plans every step of an epoch."""
-    from jdpo.data.loader import RowPlan
-    from jdpo.data.mixing import Mixture
-    from jdpo.data.packing_plan import plan_run
+    from jdpo.data.batching.loader import RowPlan
+    from jdpo.data.batching.mixing import Mixture
+    from jdpo.data.batching.packing_plan import plan_run
 
     began = time.perf_counter()
     data = prepared(arguments)
@@ -114,10 +114,10 @@ def start(arguments: argparse.Namespace) -> dict[str, Any]:
 def load(arguments: argparse.Namespace) -> dict[str, Any]:
     """Makes and packs steps, one after the other, on one thread, as the loop's loader does."""
     from jdpo.config import DPOConfig, load_config
-    from jdpo.data.loader import RowPlan
-    from jdpo.data.mixing import Mixture
-    from jdpo.training.batches import PackedBatches
-    from jdpo.training.tasks import task_for
+    from jdpo.data.batching.loader import RowPlan
+    from jdpo.data.batching.mixing import Mixture
+    from jdpo.training.setup.batches import PackedBatches
+    from jdpo.training.step.tasks import task_for
 
     data = prepared(arguments)
     task = task_for(load_config(DPOConfig, None, ["model_name_or_path=m", "output_dir=o", "datasets=d"]))
@@ -162,8 +162,8 @@ def consume(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def prepared(arguments: argparse.Namespace) -> Any:
     from jdpo.config import DatasetConfig
-    from jdpo.data.prepare import prepare_pairs
-    from jdpo.data.tokenizer import load_tokenizer
+    from jdpo.data.prepared.prepare import prepare_pairs
+    from jdpo.data.tokens.tokenizer import load_tokenizer
 
     return prepare_pairs(
         [DatasetConfig(path=str(arguments.work / "rows.jsonl"))],

@@ -14,19 +14,19 @@ import numpy as np
 from speed_data import synthesize
 from speed_model import ModelShape
 
-from jdpo.data.loader import bucket_length, collate_pairs
-from jdpo.data.packing import pack
-from jdpo.data.packing_plan import item_sizes, plan_run
-from jdpo.losses.features import LogpsFn, PairFeatures, TokenScores
-from jdpo.losses.objective import Totals, packed_totals
-from jdpo.losses.packed import belongs, completion_sums
+from jdpo.data.batching.loader import bucket_length, collate_pairs
+from jdpo.data.batching.packing import pack
+from jdpo.data.batching.packing_plan import item_sizes, plan_run
+from jdpo.losses.packed_sums import belongs, completion_sums
+from jdpo.losses.pair_logps import LogpsFn, PairFeatures, TokenScores
+from jdpo.losses.pair_losses import Totals, packed_totals
 from jdpo.losses.settings import LossSettings, loss_settings
-from jdpo.models.config import LayerKind, ModelConfig, RopeConfig
-from jdpo.models.packed import packed_sequences
+from jdpo.models.model_config import LayerKind, ModelConfig, RopeConfig
+from jdpo.models.packed_attention import packed_sequences
 from jdpo.models.transformer import Transformer, init_params, make_apply_fn
-from jdpo.training.gradients import loss_and_grads
-from jdpo.training.objectives import Objective, dpo_objective, packed_dpo_objective, padded_dpo_objective
-from jdpo.training.packed import make_packed_logps
+from jdpo.training.step.gradients import loss_and_grads
+from jdpo.training.step.objectives import Objective, dpo_objective, packed_dpo_objective, padded_dpo_objective
+from jdpo.training.step.packed_logps import make_packed_logps
 from jdpo.types import PackedBatch, TokenizedCompletion, TokenizedPair
 
 BETA = 0.1

@@ -25,20 +25,20 @@ import optax
 from machine import machine_line
 
 from jdpo.config import MeshConfig
-from jdpo.data.packing import pack
-from jdpo.data.packing_plan import item_sizes, plan_run
+from jdpo.data.batching.packing import pack
+from jdpo.data.batching.packing_plan import item_sizes, plan_run
 from jdpo.losses.settings import loss_settings
-from jdpo.models.base_weights import Base, BaseDtype, abstract_base
-from jdpo.models.config import LayerKind, ModelConfig, RopeConfig
-from jdpo.models.lora import Lora, abstract_adapters
-from jdpo.models.lora_sites import find_sites
+from jdpo.models.lora.adapters import Lora, abstract_adapters
+from jdpo.models.lora.base_weights import Base, BaseDtype, abstract_base
+from jdpo.models.lora.sites import find_sites
+from jdpo.models.model_config import LayerKind, ModelConfig, RopeConfig
 from jdpo.models.transformer import Transformer, abstract_params
 from jdpo.sharding.mesh import make_mesh
 from jdpo.sharding.placement import micro_batch_sharding, replicated
-from jdpo.training.fit import program_bytes
-from jdpo.training.objectives import packed_dpo_objective
-from jdpo.training.packed import make_packed_logps
-from jdpo.training.step import Frozen, TrainState, compile_step
+from jdpo.training.fit.memory_fit import program_bytes
+from jdpo.training.step.objectives import packed_dpo_objective
+from jdpo.training.step.packed_logps import make_packed_logps
+from jdpo.training.step.train_step import Frozen, TrainState, compile_step
 from jdpo.types import TokenizedPair
 
 GIB = 2**30

@@ -20,10 +20,10 @@ import numpy as np
 from random_llama import train_tokenizer
 
 from jdpo.config import DatasetConfig
-from jdpo.data.formats import Dropped, preference_rows
-from jdpo.data.prepare import prepare_pairs
+from jdpo.data.prepared.prepare import prepare_pairs
+from jdpo.data.schemas.formats import Dropped, preference_rows
 from jdpo.data.sources import read_rows
-from jdpo.data.tokenizer import load_tokenizer
+from jdpo.data.tokens.tokenizer import load_tokenizer
 from jdpo.types import Text
 
 UNCUT = 10**6

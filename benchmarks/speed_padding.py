@@ -10,7 +10,7 @@ import numpy as np
 from speed_data import Selection, fitted
 from speed_verdicts import Padding, Result
 
-from jdpo.data.packing_plan import pair_sizes, plan_run
+from jdpo.data.batching.packing_plan import pair_sizes, plan_run
 
 
 def planned_padding(cut: np.ndarray, batch: int, max_tokens: int) -> tuple[float, np.ndarray]:

@@ -29,11 +29,11 @@ from toy_tokenizers import give_template, train_tokenizer
 from trl_parity import as_message, run
 
 from jdpo import __version__
-from jdpo.data.boundaries import IDENTICAL_SIDES
-from jdpo.data.formats import EMPTY_SIDE, Dropped, preference_rows
-from jdpo.data.prompt_end import SHORTER_PREFIX
-from jdpo.data.tokenize import COMPLETION_CUT, IDENTICAL_AFTER_CUT, LONG_PROMPT, KeptPair, tokenize_pairs
-from jdpo.data.tokenizer import load_tokenizer
+from jdpo.data.schemas.formats import EMPTY_SIDE, Dropped, preference_rows
+from jdpo.data.tokens.boundaries import IDENTICAL_SIDES
+from jdpo.data.tokens.prompt_end import SHORTER_PREFIX
+from jdpo.data.tokens.tokenize import COMPLETION_CUT, IDENTICAL_AFTER_CUT, LONG_PROMPT, KeptPair, tokenize_pairs
+from jdpo.data.tokens.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 TEMPLATES = ROOT / "tests" / "data" / "templates"
@@ -54,7 +54,7 @@ class Arm(NamedTuple):
 
 
 ARMS = {
-    "ChatML": Arm(ROOT / "jdpo" / "data" / "chatml.jinja", "byte", ("<|im_start|>", "<|im_end|>")),
+    "ChatML": Arm(ROOT / "jdpo" / "data" / "templates" / "chatml.jinja", "byte", ("<|im_start|>", "<|im_end|>")),
     "Llama 3": Arm(TEMPLATES / "llama3.jinja", "byte_bos", ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
     "Mistral": Arm(TEMPLATES / "mistral_v1.jinja", "pieces"),
     "Zephyr": Arm(TEMPLATES / "zephyr.jinja", "legacy_pieces"),

@@ -35,10 +35,10 @@ from typing import Any, NamedTuple
 from token_rules_rows import WORD, Conversation, Message, conversations, words_of
 from toy_tokenizers import give_template, train_tokenizer
 
-from jdpo.data import prompt_end, row_notes, unwritten
-from jdpo.data.formats import Dropped
-from jdpo.data.tokenize import tokenize_pair, tokenize_turns
-from jdpo.data.tokenizer import Tokenizer, load_tokenizer
+from jdpo.data.schemas.formats import Dropped
+from jdpo.data.tokens import prompt_end, row_notes, unwritten
+from jdpo.data.tokens.tokenize import tokenize_pair, tokenize_turns
+from jdpo.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from jdpo.types import CompletionRow, PreferenceRow
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -353,7 +353,7 @@ def templates_of(names: Sequence[str] | None) -> list[Path]:
     Raises:
       ValueError: a name is not one of them.
     """
-    every = [ROOT / "jdpo" / "data" / "chatml.jinja", *sorted(TEMPLATES.glob("*.jinja"))]
+    every = [ROOT / "jdpo" / "data" / "templates" / "chatml.jinja", *sorted(TEMPLATES.glob("*.jinja"))]
     unknown = set(names or ()) - {path.stem for path in every}
     if unknown:
         raise ValueError(f"no templates named {', '.join(sorted(unknown))}")

@@ -114,8 +114,8 @@ def as_message(turn: dict[str, str]) -> dict[str, str]:
 def tokenized_rows(data: Path, model: Path, cache: Path, max_length: int) -> list[TokenizedPair]:
     """The rows of `data` as `jdpo dpo` trains on them."""
     from jdpo.config import DatasetConfig
-    from jdpo.data.prepare import prepare_pairs
-    from jdpo.data.tokenizer import load_tokenizer
+    from jdpo.data.prepared.prepare import prepare_pairs
+    from jdpo.data.tokens.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(model, chat_template=None)
     datasets = [DatasetConfig(path=str(data))]

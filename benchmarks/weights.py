@@ -188,8 +188,8 @@ def _call(arm: str, model: Path, out: Path) -> Any:
 
     from jdpo.checkpoint.shard_files import plan_shards, write_shards
     from jdpo.models.families import read_model_config
-    from jdpo.models.hf_weights import load_params
-    from jdpo.models.safetensors_folder import source_dtypes
+    from jdpo.models.weights.loading import load_params
+    from jdpo.models.weights.safetensors_folder import source_dtypes
 
     what, dtype = arm.split()
     config = read_model_config(model)

@@ -167,7 +167,7 @@ class PackedBatch(NamedTuple):
     with, is read by nothing that is scored, and may hold anything in range.
 
     Axes: k micro-batches, m rows of slots, s slots, p items of a row, n sides of an item (2 of a pair), t places of a
-    sequence, c scored tokens; on a device, a micro-batch is without k. See `jdpo.data.packing`.
+    sequence, c scored tokens; on a device, a micro-batch is without k. See `jdpo.data.batching.packing`.
 
     Attributes:
       tokens: int32 [k, m, s].

@@ -32,11 +32,11 @@ from typing import Any
 from fuzz_cases import make_case
 
 from jdpo.config import DatasetConfig
-from jdpo.data.formats import Dropped, completion_rows, is_preference, preference_rows
+from jdpo.data.schemas.formats import Dropped, completion_rows, is_preference, preference_rows
 from jdpo.data.sources import open_source
 from jdpo.data.splitting import prompt_key
-from jdpo.data.tokenize import tokenize_completions, tokenize_pairs, tokenize_turns
-from jdpo.data.tokenizer import Tokenizer, load_tokenizer
+from jdpo.data.tokens.tokenize import tokenize_completions, tokenize_pairs, tokenize_turns
+from jdpo.data.tokens.tokenizer import Tokenizer, load_tokenizer
 
 SPLITS = ("train", "train", "train", "train[:50%]", "train[-2:]", "train[1:3]")
 

@@ -104,7 +104,7 @@ def small_llama(**fields: Any) -> Any:
 
     `windows`, one a layer, is short for layers that differ in nothing else.
     """
-    from jdpo.models.config import LayerKind, ModelConfig, RopeConfig
+    from jdpo.models.model_config import LayerKind, ModelConfig, RopeConfig
 
     num_layers = fields.get("num_layers", 2)
     windows = fields.pop("windows", (None,) * num_layers)

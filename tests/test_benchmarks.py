@@ -46,8 +46,8 @@ from token_rules import main as token_rules  # noqa: E402
 from trl_parity import compare_tokens, tokenized_rows  # noqa: E402
 
 from jdpo.models.families import read_model_config  # noqa: E402
-from jdpo.models.hf_weights import check_tensors  # noqa: E402
-from jdpo.models.safetensors_folder import tensor_entries  # noqa: E402
+from jdpo.models.weights.loading import check_tensors  # noqa: E402
+from jdpo.models.weights.safetensors_folder import tensor_entries  # noqa: E402
 
 TINY = tiny(LLAMA_22M)
 

@@ -36,7 +36,7 @@ LISTED = {
     ("docs/clusters.md", "jdpo: error: process 1"): "shows what is printed",
     ("docs/clusters.md", "until srun"): "needs a Slurm cluster",
     ("docs/data.md", "file -> raw row"): "a diagram",
-    ("docs/lora.md", "from peft import"): "needs PyTorch; tests/models/test_peft_torch.py loads exports with PEFT",
+    ("docs/lora.md", "from peft import"): "needs PyTorch; tests/models/lora/test_peft_torch.py loads exports with PEFT",
     ("docs/losses.md", "a, b        policy minus"): "explains symbols",
     ("docs/memory.md", "pytest tests/models/test_remat.py"): "is part of this suite",
     ("docs/quickstart.md", "bash scripts/quickstart.sh\n"): "trains for minutes; tests/quickstart runs it",

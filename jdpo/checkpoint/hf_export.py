@@ -11,13 +11,13 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 
-from jdpo.checkpoint.folders import read_json, write_folder, write_json
+from jdpo.checkpoint.output_folders import read_json, write_folder, write_json
 from jdpo.checkpoint.shard_files import ShardFile, plan_shards, write_shards
-from jdpo.checkpoint.tokenizer_files import write_tokenizer
-from jdpo.models.config import ModelConfig
-from jdpo.models.hf_names import hf_tensors
-from jdpo.models.safetensors_folder import source_dtypes
+from jdpo.checkpoint.tokenizer_export import write_tokenizer
+from jdpo.models.model_config import ModelConfig
 from jdpo.models.transformer import Params
+from jdpo.models.weights.hf_names import hf_tensors
+from jdpo.models.weights.safetensors_folder import source_dtypes
 from jdpo.processes import together
 
 ExportDtype = Literal["source", "float32", "bfloat16", "float16"]

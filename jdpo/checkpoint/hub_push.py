@@ -12,8 +12,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from jdpo.checkpoint.folders import MARKER
-from jdpo.checkpoint.tokenizer_files import CONFIG_NAME, is_tokenizer_file
+from jdpo.checkpoint.output_folders import MARKER
+from jdpo.checkpoint.tokenizer_export import CONFIG_NAME, is_tokenizer_file
 
 _WEIGHTS = (
     "*.safetensors",

@@ -9,12 +9,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from jdpo.checkpoint.folders import write_folder, write_json
-from jdpo.checkpoint.tokenizer_files import write_tokenizer
-from jdpo.models.adapter_config import CONFIG_NAME, WEIGHTS_NAME
-from jdpo.models.lora import Adapters, Lora
-from jdpo.models.lora_sites import Site
-from jdpo.models.peft_folder import peft_config, peft_tensors
+from jdpo.checkpoint.output_folders import write_folder, write_json
+from jdpo.checkpoint.tokenizer_export import write_tokenizer
+from jdpo.models.lora.adapter_config import CONFIG_NAME, WEIGHTS_NAME
+from jdpo.models.lora.adapters import Adapters, Lora
+from jdpo.models.lora.peft_folder import peft_config, peft_tensors
+from jdpo.models.lora.sites import Site
 
 
 def export_adapter(

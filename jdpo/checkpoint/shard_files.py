@@ -18,14 +18,14 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jdpo.models.casting import PADDING_BYTES, Scratch, all_finite, bits, copy_cast, is_narrower
-from jdpo.models.config import ModelConfig
-from jdpo.models.filling import CHUNK_BYTES
-from jdpo.models.hf_names import hf_tensors
-from jdpo.models.host_blocks import Placed, hf_blocks
-from jdpo.models.safetensors_folder import DTYPES, INDEX_NAME, SINGLE_NAME
+from jdpo.models.model_config import ModelConfig
 from jdpo.models.transformer import Params
-from jdpo.models.windows import Window
+from jdpo.models.weights.casting import PADDING_BYTES, Scratch, all_finite, bits, copy_cast, is_narrower
+from jdpo.models.weights.filling import CHUNK_BYTES
+from jdpo.models.weights.hf_names import hf_tensors
+from jdpo.models.weights.host_arrays import Placed, hf_blocks
+from jdpo.models.weights.safetensors_folder import DTYPES, INDEX_NAME, SINGLE_NAME
+from jdpo.models.weights.strided_views import Window
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _BYTES_UNDER_WAY = 2**30

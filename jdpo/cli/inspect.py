@@ -38,7 +38,7 @@ class Options:
 
 def usage() -> str:
     """Returns the text of `jdpo inspect --help`."""
-    from jdpo.reports.inspection_checks import thresholds
+    from jdpo.inspection.check_table import thresholds
 
     return "\n".join(
         [
@@ -74,13 +74,13 @@ def main(command: str, words: Sequence[str]) -> int:
         return 0
     options, rest = read_options(words)
     config, chosen_by = read_run(rest, options.task)
-    from jdpo.reports.inspection import document_of
-    from jdpo.training.inspect import gather
+    from jdpo.inspection.document import document_of
+    from jdpo.inspection.gather import gather
 
     material = gather(config, chosen_by=chosen_by, say=_say)
     document = document_of(material, num_rows=options.rows)
     if options.html is not None:
-        from jdpo.reports.inspection_html import write_page
+        from jdpo.inspection.html_page import write_page
 
         write_page(document, options.html)
         print(f"wrote {terminal(options.html)}", file=sys.stderr)
@@ -202,7 +202,7 @@ def _keys(words: Sequence[str]) -> list[str]:
 def _print(document: dict[str, Any], *, with_ids: bool) -> None:
     from rich.console import Console
 
-    from jdpo.reports.inspection_terminal import print_document
+    from jdpo.inspection.terminal_view import print_document
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # bars and signs, where the terminal has no Unicode

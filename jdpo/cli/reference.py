@@ -39,7 +39,7 @@ def main(command: str, words: Sequence[str]) -> int:
     config = read_config(DPOConfig, [*words, "output_dir=none"])
     with in_cluster(config, command, words, shown=shown_error, trains=False):
         from jdpo.processes import is_first
-        from jdpo.training.reference import compute_reference
+        from jdpo.training.reference.reference_source import compute_reference
 
         compute_reference(config, lambda text: print(terminal_lines(text), flush=True) if is_first() else None)
     return 0

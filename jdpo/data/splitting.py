@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Literal, NamedTuple
 
-from jdpo.data.call_arguments import as_objects
+from jdpo.data.tokens.call_arguments import as_objects
 from jdpo.types import Message, Text
 
 HELD_OUT = "held out for evaluation"

@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jdpo.losses.checks import check_batch, check_completions, unknown_name, values_of
+from jdpo.losses.argument_checks import check_batch, check_completions, unknown_name, values_of
 from jdpo.losses.coupled import LossState
-from jdpo.losses.features import ApplyFn, pair_features
-from jdpo.losses.objective import Totals, feature_losses, next_loss_state, pair_totals, weighted_sum
+from jdpo.losses.pair_logps import ApplyFn, pair_features
+from jdpo.losses.pair_losses import Totals, feature_losses, next_loss_state, pair_totals, weighted_sum
 from jdpo.losses.settings import OPTIONS, LossSettings, check_number, concrete, loss_settings
 from jdpo.types import PreferenceBatch
 

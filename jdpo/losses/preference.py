@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from jdpo.losses.checks import check_lengths
+from jdpo.losses.argument_checks import check_lengths
 from jdpo.losses.divergences import divergence_score
 from jdpo.losses.pairwise import LossInputs
 from jdpo.losses.reference_free import sft

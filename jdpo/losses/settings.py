@@ -13,8 +13,8 @@ from typing import Any
 
 import jax
 
+from jdpo.losses.argument_checks import unknown_name
 from jdpo.losses.catalogue import LOSSES, LossSpec
-from jdpo.losses.checks import unknown_name
 from jdpo.losses.divergences import F_DIVERGENCES
 
 Number = Any

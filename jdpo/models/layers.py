@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jdpo.models.config import Activation, ModelConfig, NormKind
+from jdpo.models.model_config import Activation, ModelConfig, NormKind
 
 INIT_STDDEV = 0.02
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdpo.models.config import RopeConfig
+from jdpo.models.model_config import RopeConfig
 
 RopeTables = tuple[jax.Array, jax.Array]
 """Cosines and sines, see `rope_tables`."""

@@ -18,10 +18,10 @@ from jdpo.models.attention import (
     dot_product_attention,
     sharded_causal_attention,
 )
-from jdpo.models.config import LayerKind, ModelConfig
 from jdpo.models.layers import Norm, Projection
 from jdpo.models.mesh_axes import mesh_axes
-from jdpo.models.packed import PackedSequences, to_sequences, to_slots
+from jdpo.models.model_config import LayerKind, ModelConfig
+from jdpo.models.packed_attention import PackedSequences, to_sequences, to_slots
 from jdpo.models.rope import RopeTables, apply_rope
 
 

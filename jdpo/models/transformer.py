@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jdpo.models.blocks import Embedding, Head, LayerCache, LayerGroup
-from jdpo.models.config import ModelConfig, layer_pattern
+from jdpo.models.experts.routing import ROUTER, router_stats
 from jdpo.models.layers import ADAPTERS, SCALES, Norm, scaled
-from jdpo.models.moe import ROUTER, router_stats
-from jdpo.models.packed import PackedSequences, num_readers
+from jdpo.models.model_config import ModelConfig, layer_pattern
+from jdpo.models.packed_attention import PackedSequences, num_readers
 from jdpo.models.remat import check_remat
 from jdpo.models.rope import RopeTables, rope_tables
 from jdpo.models.self_attention import AttentionSettings, Context
@@ -33,7 +33,7 @@ class Weights(NamedTuple):
     Attributes:
       params: the tree of `abstract_params`, kernels of projections perhaps int8.
       scales: for every int8 kernel at a path of `params`, float32 factors of its output channels at the same path.
-      adapters: {"a", "b"} beside some kernels, see `jdpo.models.lora`; empty: none.
+      adapters: {"a", "b"} beside some kernels, see `jdpo.models.lora.adapters`; empty: none.
     """
 
     params: Params

@@ -246,7 +246,7 @@ def _run(
 
 def make_prober(place: Workplace, settings: Settings) -> Prober:
     """A prober for the models of this experiment, which share a shape and a tokenizer."""
-    from jdpo.data.tokenizer import load_tokenizer
+    from jdpo.data.tokens.tokenizer import load_tokenizer
     from jdpo.models.families import read_model_config
     from jdpo.models.transformer import Transformer
 

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jdpo.data.formats import Dropped
-from jdpo.data.loader import bucket_length, collate_completions
-from jdpo.data.tokenize import tokenize_completions
-from jdpo.data.tokenizer import Tokenizer
+from jdpo.data.batching.loader import bucket_length, collate_completions
+from jdpo.data.schemas.formats import Dropped
+from jdpo.data.tokens.tokenize import tokenize_completions
+from jdpo.data.tokens.tokenizer import Tokenizer
 from jdpo.durable import write_durably
 from jdpo.losses.logprobs import sequence_logps, shifted_token_logps
 from jdpo.models.transformer import Transformer, make_apply_fn

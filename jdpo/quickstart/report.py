@@ -12,7 +12,7 @@ from jdpo._version import __version__
 from jdpo.durable import write_durably
 from jdpo.quickstart.experiment import PRETRAIN, Settings, Workplace
 from jdpo.quickstart.findings import findings
-from jdpo.quickstart.plots import write_plots
+from jdpo.quickstart.pictures import write_plots
 from jdpo.quickstart.probes import Measurement
 from jdpo.quickstart.results import all_results
 from jdpo.quickstart.samples import Sampled

@@ -70,11 +70,11 @@ def _ask(place: Workplace, name: str, questions: Sequence[str], seed: int) -> li
     """Loads the exported model of a run and lets it answer every question ASKED times."""
     import jax
 
-    from jdpo.data.tokenizer import load_tokenizer
+    from jdpo.data.tokens.tokenizer import load_tokenizer
     from jdpo.generation.decode import generate
     from jdpo.models.families import read_model_config
-    from jdpo.models.hf_weights import load_params
     from jdpo.models.transformer import Transformer
+    from jdpo.models.weights.loading import load_params
 
     folder = place.model(name)
     model = Transformer(read_model_config(folder))

@@ -8,9 +8,9 @@ from jdpo.checkpoint.manager import read_position
 from jdpo.checkpoint.steps import damaged_folders, settle_steps
 from jdpo.config import differences
 from jdpo.processes import agree_on, together
-from jdpo.training.checks import check_base
 from jdpo.training.run_dir import RunDirectory
-from jdpo.training.setup import Setup
+from jdpo.training.sanity_checks import check_base
+from jdpo.training.setup.run_setup import Setup
 
 
 def find_newest(setup: Setup, directory: RunDirectory) -> int | None:

@@ -9,11 +9,11 @@ import jax
 
 from jdpo.config import DPOConfig, TrainConfig
 from jdpo.devices import leave_out_missing_tpus
-from jdpo.training.assembly import Assembly, assemble
-from jdpo.training.numerics import numerics, resolve_dtype
+from jdpo.training.fit.assembly import Assembly, assemble
 from jdpo.training.run_dir import check_output_dir
-from jdpo.training.settings import Mode
-from jdpo.training.setup import Say, build
+from jdpo.training.setup.numerics import numerics, resolve_dtype
+from jdpo.training.setup.run_setup import Say, build
+from jdpo.training.setup.validation import Mode
 from jdpo.words import memory
 
 

@@ -9,18 +9,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from jdpo.data.loader import prefetch
-from jdpo.losses.objective import Totals
+from jdpo.data.batching.loader import prefetch
+from jdpo.losses.pair_losses import Totals
 from jdpo.losses.router import load_balancing_loss
 from jdpo.sharding.placement import fetch, micro_batch_sharding, place, replicated
-from jdpo.training.assembly import Assembly
-from jdpo.training.batches import StepBatch
-from jdpo.training.compilation import Programs
-from jdpo.training.metrics import DatasetShares, RowAverages, rows_at
-from jdpo.training.preparation import make_batches, shapes_in_order
-from jdpo.training.reference import Reference
-from jdpo.training.setup import Setup
-from jdpo.training.step import EvaluationReport, Frozen, TrainState
+from jdpo.training.fit.assembly import Assembly
+from jdpo.training.fit.compilation import Programs
+from jdpo.training.fit.preparation import make_batches, shapes_in_order
+from jdpo.training.logs.metrics import DatasetShares, RowAverages, rows_at
+from jdpo.training.reference.reference_source import Reference
+from jdpo.training.setup.batches import StepBatch
+from jdpo.training.setup.run_setup import Setup
+from jdpo.training.step.train_step import EvaluationReport, Frozen, TrainState
 from jdpo.types import RouterStats
 
 

@@ -11,20 +11,20 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jdpo.checkpoint.folders import check_out
 from jdpo.checkpoint.hf_export import parse_size
 from jdpo.checkpoint.manager import read_position, restore_params
+from jdpo.checkpoint.output_folders import check_out
 from jdpo.checkpoint.steps import complete_steps, damaged_folders, fault_of
 from jdpo.config import CONFIGS, MeshConfig, TrainConfig, defaults_of, load_config
-from jdpo.models.lora_sites import require_loadable
+from jdpo.models.lora.sites import require_loadable
 from jdpo.reports.metrics_file import read_metrics
-from jdpo.training.checks import check_base
-from jdpo.training.digests import folder_digest
 from jdpo.training.finish import export_trained, made_from, results_at
-from jdpo.training.numerics import numerics, resolve_dtype
 from jdpo.training.run_dir import STARTED_IN
-from jdpo.training.setup import ModelSetup, build_model
-from jdpo.training.weights import load_base
+from jdpo.training.sanity_checks import check_base
+from jdpo.training.setup.folder_digests import folder_digest
+from jdpo.training.setup.numerics import numerics, resolve_dtype
+from jdpo.training.setup.run_setup import ModelSetup, build_model
+from jdpo.training.setup.weight_placement import load_base
 
 
 class Checkpoint(NamedTuple):

@@ -14,15 +14,15 @@ from jdpo.checkpoint.hub_push import push_folder
 from jdpo.checkpoint.manager import CheckpointManager
 from jdpo.checkpoint.peft_export import export_adapter
 from jdpo.config import DPOConfig, to_public_dict, to_public_yaml, without_queries
-from jdpo.models.base_weights import Base
-from jdpo.models.lora_merge import merge
-from jdpo.models.safetensors_folder import source_dtypes
+from jdpo.models.lora.base_weights import Base
+from jdpo.models.lora.merge import merge
+from jdpo.models.weights.safetensors_folder import source_dtypes
 from jdpo.processes import agree_on, together
 from jdpo.reports.metrics_file import read_metrics
 from jdpo.reports.model_card import CODE_ENDS, model_card
 from jdpo.reports.plots import write_plots
 from jdpo.training.run_dir import RunDirectory
-from jdpo.training.setup import ModelSetup, Setup
+from jdpo.training.setup.run_setup import ModelSetup, Setup
 
 Params = Any
 

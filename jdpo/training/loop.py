@@ -7,7 +7,7 @@ from contextlib import ExitStack, closing
 from functools import partial
 from typing import Any
 
-from jdpo.checkpoint.folders import check_out
+from jdpo.checkpoint.output_folders import check_out
 from jdpo.config import DPOConfig, TrainConfig
 from jdpo.devices import leave_out_missing_tpus
 from jdpo.processes import differing, together
@@ -15,13 +15,13 @@ from jdpo.reports.progress import make_console
 from jdpo.training.continuing import find_newest
 from jdpo.training.finish import made_from
 from jdpo.training.interrupt import StopRequest
-from jdpo.training.numerics import jax_settings, resolve_dtype
-from jdpo.training.reference import Reference, settle_reference
-from jdpo.training.rows import BuildStopped
+from jdpo.training.reference.reference_source import Reference, settle_reference
 from jdpo.training.run import OnStep, Run, RunResult, say_on
 from jdpo.training.run_dir import RunDirectory
-from jdpo.training.setup import Say, Setup, build
-from jdpo.training.tasks import task_for
+from jdpo.training.setup.numerics import jax_settings, resolve_dtype
+from jdpo.training.setup.row_order import BuildStopped
+from jdpo.training.setup.run_setup import Say, Setup, build
+from jdpo.training.step.tasks import task_for
 
 
 def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:

@@ -16,23 +16,19 @@ from rich.console import Console
 from jdpo._version import __version__
 from jdpo.checkpoint.manager import CheckpointManager
 from jdpo.config import to_public_dict
-from jdpo.data.loader import prefetch
+from jdpo.data.batching.loader import prefetch
 from jdpo.models.transformer import Weights
 from jdpo.processes import is_first
 from jdpo.reports.metrics_file import cut_metrics
 from jdpo.reports.progress import RunDisplay, figures_of, print_lines
 from jdpo.sharding.placement import fetch, micro_batch_sharding, place, replicated
-from jdpo.training.assembly import Assembly, assemble
-from jdpo.training.batches import StepBatch
-from jdpo.training.checks import GradientWatch, check_evaluation, check_finite, check_start
-from jdpo.training.compilation import Stopwatch, compiler_threads
 from jdpo.training.evaluation import Evaluation
 from jdpo.training.finish import finish_run, step_to_export
-from jdpo.training.fit import exhaustion_explained, memory_limit
-from jdpo.training.flops import StepFlops
-from jdpo.training.interrupt import StopRequest, silence_lost_output
-from jdpo.training.metrics import mean_over_rows, rows_at
-from jdpo.training.preparation import (
+from jdpo.training.fit.assembly import Assembly, assemble
+from jdpo.training.fit.compilation import Stopwatch, compiler_threads
+from jdpo.training.fit.flops import StepFlops
+from jdpo.training.fit.memory_fit import exhaustion_explained, memory_limit
+from jdpo.training.fit.preparation import (
     circumstances,
     fit_to_remember,
     prepare_steps,
@@ -40,13 +36,17 @@ from jdpo.training.preparation import (
     rows_of_step,
     shapes_in_order,
 )
+from jdpo.training.interrupt import StopRequest, silence_lost_output
+from jdpo.training.logs.metrics import mean_over_rows, rows_at
+from jdpo.training.logs.recording import Record
 from jdpo.training.profile import Profiler
-from jdpo.training.recording import Record
-from jdpo.training.reference import Reference
+from jdpo.training.reference.reference_source import Reference
 from jdpo.training.run_dir import RunDirectory
-from jdpo.training.setup import Setup
-from jdpo.training.step import Frozen, StepReport, TrainState, saved_parts
-from jdpo.training.weights import load_frozen, load_reference, load_start, whole_weights
+from jdpo.training.sanity_checks import GradientWatch, check_evaluation, check_finite, check_start
+from jdpo.training.setup.batches import StepBatch
+from jdpo.training.setup.run_setup import Setup
+from jdpo.training.setup.weight_placement import load_frozen, load_reference, load_start, whole_weights
+from jdpo.training.step.train_step import Frozen, StepReport, TrainState, saved_parts
 from jdpo.types import completions_of
 from jdpo.words import figure
 

@@ -13,13 +13,13 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
-from jdpo.checkpoint.folders import MARKER
 from jdpo.checkpoint.hf_export import export_model, parse_size
-from jdpo.models.embedding_rows import started_rows
+from jdpo.checkpoint.output_folders import MARKER
 from jdpo.models.families import read_model_config
-from jdpo.models.hf_weights import load_params
-from jdpo.models.resize import resize_embeddings
 from jdpo.models.transformer import Transformer, abstract_params
+from jdpo.models.weights.embedding_rows import started_rows
+from jdpo.models.weights.loading import load_params
+from jdpo.models.weights.resize import resize_embeddings
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "logits"
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|end|>{% endfor %}"

@@ -8,8 +8,8 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
-from jdpo.checkpoint.folders import MARKER
 from jdpo.checkpoint.hub_push import check_push, push_folder
+from jdpo.checkpoint.output_folders import MARKER
 from tests.hub_server import TOKEN, Hub, serving_hub
 from tests.integration.cluster import free_port
 

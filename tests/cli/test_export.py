@@ -16,7 +16,7 @@ import yaml
 from safetensors.numpy import load_file
 
 import jdpo
-from jdpo.checkpoint.folders import MARKER
+from jdpo.checkpoint.output_folders import MARKER
 from jdpo.cli.main import main
 from tests.conftest import chat_pairs, write_jsonl
 from tests.hub_server import TOKEN, Hub, serving_hub

@@ -19,7 +19,7 @@ import jdpo
 from jdpo.cli.inspect import Options, read_options, read_run
 from jdpo.cli.main import main
 from jdpo.config import DPOConfig, SFTConfig
-from jdpo.models.hub import resolve_folder
+from jdpo.models.weights.hub_models import resolve_folder
 
 
 @pytest.fixture

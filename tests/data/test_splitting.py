@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jdpo.config import DatasetConfig
-from jdpo.data.prepare import PreparedData, prepare_pairs
+from jdpo.data.prepared.prepare import PreparedData, prepare_pairs
 from jdpo.data.splitting import TOLD_IN_TRAINING, Part, prompt_key
-from jdpo.data.tokenizer import Tokenizer, load_tokenizer
+from jdpo.data.tokens.tokenizer import Tokenizer, load_tokenizer
 
 PROMPTS = st.text(max_size=20) | st.lists(
     st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]), "content": st.text(max_size=8)}), min_size=1

@@ -9,8 +9,8 @@ import pytest
 
 from jdpo.generation.decode import generate
 from jdpo.models.families import read_model_config
-from jdpo.models.hf_weights import load_params
 from jdpo.models.transformer import Transformer, make_apply_fn
+from jdpo.models.weights.loading import load_params
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "logits"
 PROMPTS = [[3, 14, 15, 9, 26, 5], [35], [8, 9, 7, 9, 3, 2, 38, 4, 6, 2, 6, 4]]

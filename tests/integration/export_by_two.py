@@ -21,10 +21,10 @@ import jax.numpy as jnp
 
 from jdpo.checkpoint.hf_export import export_model
 from jdpo.config import MeshConfig
-from jdpo.data.tokenizer import load_tokenizer
+from jdpo.data.tokens.tokenizer import load_tokenizer
 from jdpo.models.families import read_model_config
-from jdpo.models.hf_weights import load_params
 from jdpo.models.transformer import Transformer, abstract_params, logical_axes
+from jdpo.models.weights.loading import load_params
 from jdpo.processes import ending_together, is_first, join_cluster
 from jdpo.sharding.mesh import make_mesh
 from jdpo.sharding.rules import param_shardings

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from jdpo.cli.main import main
 from jdpo.models.families import read_model_config
-from jdpo.models.hf_names import hf_tensors
+from jdpo.models.weights.hf_names import hf_tensors
 
 Words = Callable[..., list[str]]
 

@@ -33,7 +33,7 @@ POINTS = {
     "evaluation logged, step not saved": (f"{RUN}:Run._evaluate", "after", 1),
     "between the manifest and retention": (f"{MANAGER}:CheckpointManager._delete_old", "before", 1),
     "retention, the old step half deleted": ("jdpo.durable:os.unlink", "after", 3, "checkpoint-manifest"),
-    "metrics logged, step not saved": ("jdpo.training.recording:Record.log", "after", 1),
+    "metrics logged, step not saved": ("jdpo.training.logs.recording:Record.log", "after", 1),
     "export, weights half written": (f"{EXPORT}:_cast", "after", 5),
     "export, before the model appears": (f"{EXPORT}:publish", "before", 1),
     "model exported, run not marked finished": ("jdpo.training.finish:write_plots", "after", 1),

@@ -18,8 +18,8 @@ from safetensors.numpy import load_file, save_file
 
 from jdpo.cli.main import main
 from jdpo.config import DPOConfig, load_config
-from jdpo.training.digests import folder_digest
 from jdpo.training.loop import train
+from jdpo.training.setup.folder_digests import folder_digest
 
 Words = Callable[..., list[str]]
 Start = Callable[..., subprocess.Popen[str]]
@@ -214,14 +214,14 @@ def test_peft_loads_a_runs_adapter_onto_its_base(lora_run: Path) -> None:
     import torch
     from peft import AutoPeftModelForCausalLM
 
-    from jdpo.models.adapter_config import base_of
-    from jdpo.models.base_weights import Base
     from jdpo.models.families import read_model_config
-    from jdpo.models.hf_weights import load_params
-    from jdpo.models.lora import abstract_adapters, weights_of
-    from jdpo.models.lora_sites import find_sites
-    from jdpo.models.peft_folder import load_adapters, read_adapter
+    from jdpo.models.lora.adapter_config import base_of
+    from jdpo.models.lora.adapters import abstract_adapters, weights_of
+    from jdpo.models.lora.base_weights import Base
+    from jdpo.models.lora.peft_folder import load_adapters, read_adapter
+    from jdpo.models.lora.sites import find_sites
     from jdpo.models.transformer import Transformer, make_apply_fn
+    from jdpo.models.weights.loading import load_params
 
     tokens = np.random.default_rng(0).integers(0, 50, (2, 9))
     peft_model = AutoPeftModelForCausalLM.from_pretrained(str(lora_run / "model")).eval()

@@ -22,13 +22,13 @@ from jdpo.config import DPOConfig, load_config
 from jdpo.reports.progress import make_console
 from jdpo.sharding.placement import place
 from jdpo.training.interrupt import StopRequest
-from jdpo.training.numerics import resolve_dtype
-from jdpo.training.reference import Reference
+from jdpo.training.reference.reference_source import Reference
 from jdpo.training.run import Run
 from jdpo.training.run_dir import RunDirectory
-from jdpo.training.setup import build, describe
-from jdpo.training.step import TrainState
-from jdpo.training.weights import load_frozen, load_start
+from jdpo.training.setup.numerics import resolve_dtype
+from jdpo.training.setup.run_setup import build, describe
+from jdpo.training.setup.weight_placement import load_frozen, load_start
+from jdpo.training.step.train_step import TrainState
 
 BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "mesh_parity.py"
 

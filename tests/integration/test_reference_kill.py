@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from jdpo.cli import reference
-from jdpo.data.reference_cache import SHARD_ROWS
+from jdpo.data.reference_cache.scores import SHARD_ROWS
 
 Words = Callable[..., list[str]]
 REST = 20

@@ -18,8 +18,8 @@ from jdpo.checkpoint.steps import MANIFEST
 from jdpo.cli.main import main
 from jdpo.config import DPOConfig, load_config
 from jdpo.training.loop import train
-from jdpo.training.numerics import resolve_dtype
 from jdpo.training.run_dir import RunDirectory
+from jdpo.training.setup.numerics import resolve_dtype
 
 Words = Callable[..., list[str]]
 Start = Callable[..., subprocess.Popen[str]]
@@ -182,7 +182,7 @@ def test_changed_inputs_are_refused_and_named(
 ) -> None:
     run, rows = tmp_path / "run", own_inputs["datasets"]
     words = cut_words(run, **own_inputs)
-    process = jdpo_process(words, "SIGTERM", "jdpo.training.recording:Record.log", "after", 1)
+    process = jdpo_process(words, "SIGTERM", "jdpo.training.logs.recording:Record.log", "after", 1)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 143, output
     said = " ".join(output.split())

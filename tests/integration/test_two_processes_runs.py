@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jdpo.models.families import read_model_config
-from jdpo.models.hf_names import hf_tensors
+from jdpo.models.weights.hf_names import hf_tensors
 from jdpo.reports.metrics_file import read_metrics
 from tests.conftest import chat_pairs, write_jsonl
 from tests.integration.cluster import run_cluster

@@ -13,9 +13,9 @@ from safetensors.numpy import load_file, save_file
 from jdpo.config import DPOConfig, load_config
 from jdpo.generation.decode import generate
 from jdpo.models.families import read_model_config
-from jdpo.models.hf_weights import load_params
 from jdpo.models.transformer import Transformer, make_apply_fn
-from jdpo.training.sources import check_positions
+from jdpo.models.weights.loading import load_params
+from jdpo.training.setup.model_sources import check_positions
 
 GPT2 = Path(__file__).parents[1] / "golden" / "logits" / "gpt2"
 

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jdpo.data.packing import pack
-from jdpo.data.packing_plan import item_sizes, plan_run
-from jdpo.models.config import ModelConfig
-from jdpo.models.packed import packed_sequences
+from jdpo.data.batching.packing import pack
+from jdpo.data.batching.packing_plan import item_sizes, plan_run
+from jdpo.models.model_config import ModelConfig
+from jdpo.models.packed_attention import packed_sequences
 from jdpo.models.remat import REMAT_ORDER, REMAT_POLICIES
 from jdpo.models.transformer import Transformer, abstract_params, init_params
 from jdpo.types import PackedBatch, TokenizedPair

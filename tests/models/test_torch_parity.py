@@ -12,8 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 from jdpo.losses import make_dpo_loss
 from jdpo.models.families import FAMILIES, read_model_config
-from jdpo.models.hf_weights import iter_hf_tensors, load_params
 from jdpo.models.transformer import Transformer, make_apply_fn
+from jdpo.models.weights.loading import iter_hf_tensors, load_params
 from jdpo.types import PreferenceBatch
 from tests.models.torch_cases import CASE_NAMES, CASES, save, torch_model
 

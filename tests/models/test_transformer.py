@@ -12,9 +12,8 @@ from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jdpo.losses.router import load_balancing_loss
-from jdpo.models.config import LayerKind, ModelConfig, RopeConfig, layer_pattern
 from jdpo.models.families import read_model_config
-from jdpo.models.hf_weights import load_params
+from jdpo.models.model_config import LayerKind, ModelConfig, RopeConfig, layer_pattern
 from jdpo.models.transformer import (
     Transformer,
     abstract_params,
@@ -24,6 +23,7 @@ from jdpo.models.transformer import (
     make_apply_fn,
     make_routed_apply_fn,
 )
+from jdpo.models.weights.loading import load_params
 from jdpo.types import Routed
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "logits"

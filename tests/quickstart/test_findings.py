@@ -10,7 +10,7 @@ import pytest
 
 from jdpo.quickstart.experiment import DPO, PRETRAIN, STANDARD, Settings
 from jdpo.quickstart.findings import findings
-from jdpo.quickstart.plots import write_plots
+from jdpo.quickstart.pictures import write_plots
 from jdpo.quickstart.probes import Measurement
 from jdpo.quickstart.results import BEFORE, all_results
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from jax import nn
 
-from jdpo.data.tokenizer import Tokenizer, load_tokenizer
+from jdpo.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from jdpo.models.families import read_model_config
-from jdpo.models.hf_weights import load_params
 from jdpo.models.transformer import Params, Transformer, make_apply_fn
+from jdpo.models.weights.loading import load_params
 from jdpo.quickstart.corpus import capital_question, corpus_rows, split_countries
 from jdpo.quickstart.probes import PROBED_PHRASINGS, Measurement, ProbeLog, Prober, probed_facts
 from jdpo.quickstart.tiny_llama import write_model

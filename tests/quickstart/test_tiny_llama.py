@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from jax import nn
 
-from jdpo.data.tokenizer import load_tokenizer
+from jdpo.data.tokens.tokenizer import load_tokenizer
 from jdpo.models.families import read_model_config
-from jdpo.models.hf_weights import load_params
 from jdpo.models.transformer import Transformer, make_apply_fn
+from jdpo.models.weights.loading import load_params
 from jdpo.quickstart.tiny_llama import write_model
 
 TEXTS = ["Dublin is Irish.", "Cork is Irish.", "Dublin and Cork"]

@@ -12,7 +12,7 @@ the nearest row, so `[:90%]` and `[90%:]` partition. A file is one split, `train
 """
 
 from jdpo.data.sources.files import MAX_ROW_BYTES, Row
-from jdpo.data.sources.hub import HubSource
+from jdpo.data.sources.hub_datasets import HubSource
 from jdpo.data.sources.opening import FileSource, Source, open_source, read_rows
 from jdpo.data.sources.readers import READERS
 

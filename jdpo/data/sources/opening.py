@@ -13,7 +13,7 @@ from typing import Protocol
 from jdpo.config import DatasetConfig, public_text
 from jdpo.data.sources.files import File, Row
 from jdpo.data.sources.folders import files_of_folder, refuse_no_file
-from jdpo.data.sources.hub import HubSource
+from jdpo.data.sources.hub_datasets import HubSource
 from jdpo.data.sources.readers import READERS, ending_of, reader_of
 from jdpo.data.sources.remote import is_url, open_store
 from jdpo.data.sources.splits import Slice, parse_split

@@ -2,8 +2,8 @@
 
 A layout lists every parameter that its families may have; `parameters_of` leaves out those that a model lacks.
 
-Axes of the patterns, as `jdpo.models.windows` reads them: d model, h query heads, g key/value heads, k head width,
-f MLP width, v vocabulary, p positions, e experts, x width of an expert.
+Axes of the patterns, as `jdpo.models.weights.strided_views` reads them: d model, h query heads, g key/value heads,
+k head width, f MLP width, v vocabulary, p positions, e experts, x width of an expert.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from jdpo.models.config import LayerKind, ModelConfig
+from jdpo.models.model_config import LayerKind, ModelConfig
 
 Path = tuple[str, ...]
 

@@ -6,9 +6,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jdpo.models.config import LayerKind, ModelConfig, MoEConfig
 from jdpo.models.families.layouts import GEMMA2, GPT2, GPT_NEOX, LLAMA, MIXTRAL, OLMO2, PHI3, QWEN3_MOE, Layout
-from jdpo.models.families.settings import (
+from jdpo.models.families.shared import (
     above_zero,
     activation_of,
     decoder,
@@ -17,6 +16,7 @@ from jdpo.models.families.settings import (
     same_layers,
     windows_of,
 )
+from jdpo.models.model_config import LayerKind, ModelConfig, MoEConfig
 
 
 class Family(NamedTuple):

@@ -1,0 +1,150 @@
+"""The tokenizer of an exported folder: the source's own files where nothing changed, else files that all loaders read.
+
+transformers 5 saves a tokenizer under class names and keys of its own, which transformers 4 and what is built on it do
+not read. What a run changes is little (the chat template, tokens that it brings, EOS), so the source's
+tokenizer_config.json is kept otherwise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from jdpo.checkpoint.output_folders import read_json, write_json
+
+CONFIG_NAME, SPECIAL_NAME, TEMPLATE_NAME = "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"
+
+_PATTERNS = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "added_tokens.json",
+    SPECIAL_NAME,
+    "chat_template*",
+    "*.model",
+    "*.tiktoken",
+    "tekken.json",
+)
+_SUFFIXES = (".json", ".jinja", ".model", ".tiktoken", ".txt")  # never *.py
+_MORE_TEMPLATES = "additional_chat_templates"
+
+_GENERIC_CLASS = "PreTrainedTokenizerFast"
+"""What transformers 4 calls the class that reads tokenizer.json alone; transformers 5 knows the name too."""
+
+_OF_LOADING = ("is_local", "local_files_only", "backend", "name_or_path")
+"""Keys that say how a process loaded the tokenizer."""
+
+
+def write_tokenizer(folder: Path, tokenizer: Any, source: Path | None) -> None:
+    """Writes the files of a tokenizer.
+
+    Args:
+      folder: where to.
+      tokenizer: a transformers PreTrainedTokenizerBase.
+      source: the folder that it was loaded from; None: it was made in memory.
+    """
+    loaded = None if source is None else _loaded(source)
+    if source is not None and loaded is not None and _state(loaded) == _state(tokenizer):
+        for path in tokenizer_files(source):
+            target = folder / path.relative_to(source)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
+        return
+    tokenizer.save_pretrained(str(folder))
+    saved = read_json(folder / CONFIG_NAME)
+    origin = {} if source is None else _json_or_empty(source / CONFIG_NAME)
+    write_json(folder / CONFIG_NAME, _config(tokenizer, saved, origin, loaded))
+    special = {} if source is None else _json_or_empty(source / SPECIAL_NAME)
+    if special:
+        special["eos_token"] = tokenizer.eos_token
+        special["additional_special_tokens"] = _additional(tokenizer, special, origin, loaded)
+        write_json(folder / SPECIAL_NAME, special)
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The tokenizer's files in a model folder; links are followed, code is left out."""
+    found = [path for path in folder.iterdir() if is_tokenizer_file(path.name)]
+    found += [path for path in (folder / _MORE_TEMPLATES).glob("*") if path.suffix in _SUFFIXES]
+    return sorted(path for path in found if path.is_file())
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Tells whether a file of this name in a model folder is read as a part of its tokenizer."""
+    return name.endswith(_SUFFIXES) and any(fnmatch(name, pattern) for pattern in _PATTERNS)
+
+
+def _loaded(source: Path) -> Any:
+    """The source's tokenizer as it is without a run's changes, or None where it cannot be loaded any more."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(source), local_files_only=True, trust_remote_code=False)
+    except Exception:  # whatever a broken file makes transformers and tokenizers raise
+        return None
+
+
+def _state(tokenizer: Any) -> dict[str, Any]:
+    """All that makes tokens of text; padding and truncation are set anew at every call."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = {} if backend is None else json.loads(backend.to_str())
+    return {
+        "backend": {key: value for key, value in state.items() if key not in ("padding", "truncation")},
+        "vocabulary": tokenizer.get_vocab(),
+        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "template": tokenizer.chat_template,
+    }
+
+
+def _config(tokenizer: Any, saved: dict[str, Any], origin: dict[str, Any], loaded: Any) -> dict[str, Any]:
+    """tokenizer_config.json: the source's with what changed, or, where there is none, what transformers saved."""
+    config = {key: value for key, value in (origin or saved).items() if key not in _OF_LOADING}
+    config.pop("chat_template", None)  # in a file of its own
+    if "chat_template" in saved:
+        config["chat_template"] = saved["chat_template"]
+    if config.get("tokenizer_class") in (None, "TokenizersBackend"):
+        config["tokenizer_class"] = _GENERIC_CLASS
+    if loaded is None or tokenizer.eos_token != loaded.eos_token:
+        config["eos_token"] = tokenizer.eos_token
+    additional = _additional(tokenizer, config, {}, loaded)
+    if isinstance(config.get("extra_special_tokens"), list):  # transformers 5; a dictionary in transformers 4
+        del config["extra_special_tokens"]
+    if additional:
+        config["additional_special_tokens"] = additional
+    if "added_tokens_decoder" in config:
+        known = {str(id): _as_json(token) for id, token in sorted(tokenizer.added_tokens_decoder.items())}
+        config["added_tokens_decoder"] = known | config["added_tokens_decoder"]
+    return config
+
+
+def _additional(tokenizer: Any, *configs: Any) -> list[Any]:
+    """Special tokens without a name: those of the configs and those that the run brought, each once."""
+    *of_source, loaded = configs
+    listed: list[Any] = []
+    for config in of_source:
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            listed += config[key] if isinstance(config.get(key), list) else []
+    before = set() if loaded is None else set(loaded.get_vocab())
+    brought = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    listed += [token for token in brought if loaded is not None and token not in before]
+    return list({_text(token): token for token in listed}.values())
+
+
+def _text(token: Any) -> str:
+    return str(token["content"]) if isinstance(token, dict) else str(token)
+
+
+def _as_json(token: Any) -> dict[str, Any]:
+    """An AddedToken as tokenizer_config.json has it."""
+    flags = ("lstrip", "normalized", "rstrip", "single_word", "special")
+    return {"content": token.content, **{flag: getattr(token, flag) for flag in flags}}
+
+
+def _json_or_empty(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where it is not there, or where nothing that loads the tokenizer could read it either."""
+    with contextlib.suppress(ValueError):
+        return read_json(path) if path.is_file() else {}
+    return {}

@@ -1,0 +1,251 @@
+"""Items back to back in rows of slots, each prompt once, and the indices by which attention and head read them.
+
+    pair: prompt 5 6, chosen 7 2, rejected 8            s 8, t 4, c 4; the row holds this pair alone
+    tokens       5 6 7 2 8 0 0 0
+    positions    0 1 2 3 2 0 0 0
+    gather       0 1 2 3 | 0 1 4 5                      attention sees 5 6 7 2 and 5 6 8, lengths 4 and 3
+    scatter      0 1 2 3 6 0 0 0                        where the slots' attention output stands
+    logp_slot    1 2 1 0                                6 predicts 7, 7 predicts 2, 6 predicts 8
+    logp_target  7 2 8 0
+    logp_pair    0 0 1 2                                chosen, chosen, rejected, none
+
+A supervised row is an item with one side and no prompt of its own: `tokens` once, scored where its mask is.
+A completion token at position 0 has nothing before it that predicts it and is not scored, as in
+`jdpo.losses.pair_logps.predicted_tokens`. Axes: see `jdpo.data.batching.packing_shapes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jdpo.data.batching.packing_plan import StepPlan
+from jdpo.data.batching.packing_shapes import PackedShape
+from jdpo.types import AnyPair, MaskedPair, PackedBatch, TokenizedCompletion
+
+Array = Any
+
+
+def pack(
+    rows: Sequence[AnyPair] | Sequence[TokenizedCompletion],
+    indices: np.ndarray,
+    plan: StepPlan,
+    *,
+    reference_logps: Sequence[tuple[np.ndarray, ...]] | None = None,
+) -> PackedBatch:
+    """Lays a step out.
+
+    Args:
+      rows: the items, b of them and all of one kind.
+      indices: int [b], which rows of the data they are.
+      plan: where they lie, and the shape of the batch; see `PackingPlan.step`.
+      reference_logps: of each item, the log-probs of the completion tokens of each side, as a `ReferenceCache` gives.
+
+    Returns:
+      Numpy arrays. The items of a row keep their order.
+    """
+    bins, shape = plan
+    assert len(rows) == len(indices) == len(bins.bin_of) > 0, (len(rows), len(indices), len(bins.bin_of))
+    assert bins.num_micro <= shape.num_micro, (bins.num_micro, shape)
+    order = np.argsort(bins.bin_of, kind="stable")
+    layout = _layout([rows[i] for i in order], bins.bin_of[order])
+    reference = None if reference_logps is None else [reference_logps[i] for i in order]
+    return PackedBatch(
+        **_slot_arrays(layout, shape),
+        **_sequence_arrays(layout, shape),
+        **_scored_arrays(layout, shape, reference),
+        pair_weight=_filled(shape, (shape.num_items,), np.float32, (layout.bin_b, layout.local_b), 1),
+        pair_row=_filled(shape, (shape.num_items,), np.int32, (layout.bin_b, layout.local_b), indices[order]),
+    )
+
+
+def unused(shape: PackedShape, *, num_sides: int, reference_dtype: Any = None) -> PackedBatch:
+    """Arrays of the shapes and dtypes that `pack` gives for a shape, of zeros that take no memory.
+
+    Args:
+      num_sides: n.
+      reference_dtype: of cached log-probs; None where none travel with the batch.
+    """
+    num_sequences = num_sides * shape.num_items
+    axes: dict[str, tuple[int, ...]] = {
+        "tokens": (shape.num_slots,),
+        "positions": (shape.num_slots,),
+        "gather": (num_sequences, shape.length),
+        "lengths": (num_sequences,),
+        "scatter": (shape.num_slots,),
+        "readers": (num_sides, shape.num_slots),
+        "logp_slot": (shape.num_scored,),
+        "logp_target": (shape.num_scored,),
+        "logp_pair": (shape.num_scored,),
+        "pair_weight": (shape.num_items,),
+        "pair_row": (shape.num_items,),
+    }
+    dtypes: dict[str, Any] = dict.fromkeys(axes, np.int32) | {"pair_weight": np.float32}
+    if reference_dtype is not None:
+        axes["logp_reference"], dtypes["logp_reference"] = (shape.num_scored,), reference_dtype
+    leading = (shape.num_micro, shape.num_rows)
+    return PackedBatch(
+        **{name: np.broadcast_to(np.zeros((), dtypes[name]), leading + own) for name, own in axes.items()}
+    )
+
+
+class _Layout(NamedTuple):
+    """Where everything of a step lies.
+
+    Axes: b items in the order of their bins, n sides, x slots in use, of all items one after the other.
+    Bins are numbered over (k m); slots within their bin.
+    """
+
+    bin_b: np.ndarray
+    local_b: np.ndarray  # the item's number within its bin
+    prompt_start_b: np.ndarray  # slots at which the parts of an item begin, and tokens of each
+    prompt_length_b: np.ndarray
+    side_start_bn: np.ndarray
+    side_length_bn: np.ndarray
+    token_x: np.ndarray
+    bin_x: np.ndarray
+    slot_x: np.ndarray
+    item_x: np.ndarray
+    side_x: np.ndarray  # -1 in prompts
+    within_x: np.ndarray  # the token's number within its prompt or side
+    scored_x: np.ndarray  # bool
+
+
+def _layout(rows: Sequence[Any], bin_b: np.ndarray) -> _Layout:
+    masks: list[np.ndarray] | None = None
+    if isinstance(rows[0], TokenizedCompletion):
+        parts = [part for row in rows for part in (row.tokens[:0], row.tokens)]
+        masks = [row.completion_mask for row in rows]
+    else:
+        parts = [part for row in rows for part in (row.prompt_ids, row.chosen_ids, row.rejected_ids)]
+        if isinstance(rows[0], MaskedPair):
+            masks = [
+                mask
+                for row in rows
+                for mask in (np.zeros(len(row.prompt_ids), bool), row.chosen_mask, row.rejected_mask)
+            ]
+    part_lengths = np.array([len(part) for part in parts], np.int64).reshape(len(rows), -1)
+    num_parts = part_lengths.shape[1]
+    first_of_bin = np.searchsorted(bin_b, bin_b)  # the first item of each item's bin
+    ends = part_lengths.sum(1).cumsum()
+    bin_start_b = (ends - part_lengths.sum(1))[first_of_bin]
+    part_end = part_lengths.reshape(-1).cumsum()
+    start_in_bin = (part_end - part_lengths.reshape(-1)).reshape(part_lengths.shape) - bin_start_b[:, None]
+
+    part_x = np.repeat(np.arange(len(parts)), part_lengths.reshape(-1))
+    item_x, side_x = part_x // num_parts, part_x % num_parts - 1
+    everywhere = np.arange(len(part_x))
+    within_x = everywhere - (part_end - part_lengths.reshape(-1))[part_x]
+    scored_x = np.concatenate(masks) if masks is not None else side_x >= 0
+    return _Layout(
+        bin_b=bin_b,
+        local_b=np.arange(len(rows)) - first_of_bin,
+        prompt_start_b=start_in_bin[:, 0],
+        prompt_length_b=part_lengths[:, 0],
+        side_start_bn=start_in_bin[:, 1:],
+        side_length_bn=part_lengths[:, 1:],
+        token_x=np.concatenate(parts),
+        bin_x=bin_b[item_x],
+        slot_x=everywhere - bin_start_b[item_x],
+        item_x=item_x,
+        side_x=side_x,
+        within_x=within_x,
+        scored_x=scored_x & ((within_x > 0) | (part_lengths[item_x, 0] > 0)),
+    )
+
+
+def _filled(
+    shape: PackedShape, axes: tuple[int, ...], dtype: Any, at: tuple[Any, ...], values: Any, rest: int = 0
+) -> np.ndarray:
+    """An array [k, m, *axes] that holds `values` at the indices `at` [(k m), *axes] and `rest` elsewhere."""
+    array = np.full((shape.num_micro * shape.num_rows, *axes), rest, dtype)
+    array[at] = values
+    return array.reshape(shape.num_micro, shape.num_rows, *axes)
+
+
+def _slot_arrays(layout: _Layout, shape: PackedShape) -> dict[str, np.ndarray]:
+    """What is of slots."""
+    num_sides = layout.side_length_bn.shape[1]
+    in_prompt_x = layout.side_x < 0
+    position_x = layout.within_x + np.where(in_prompt_x, 0, layout.prompt_length_b[layout.item_x])
+    first_x = num_sides * layout.local_b[layout.item_x] * shape.length + position_x  # the place in the first side
+    place_x = first_x + np.maximum(layout.side_x, 0) * shape.length
+    at = (layout.bin_x, layout.slot_x)
+    readers = np.full(
+        (shape.num_micro * shape.num_rows, num_sides, shape.num_slots),
+        num_sides * shape.num_items * shape.length,
+        np.int32,
+    )
+    for side in range(num_sides):
+        reads_x = in_prompt_x | (layout.side_x == side)
+        readers[layout.bin_x[reads_x], side, layout.slot_x[reads_x]] = first_x[reads_x] + side * shape.length
+    slots = (shape.num_slots,)
+    return {
+        "tokens": _filled(shape, slots, np.int32, at, layout.token_x),
+        "positions": _filled(shape, slots, np.int32, at, position_x),
+        "scatter": _filled(shape, slots, np.int32, at, place_x),
+        "readers": readers.reshape(shape.num_micro, shape.num_rows, num_sides, shape.num_slots),
+    }
+
+
+def _sequence_arrays(layout: _Layout, shape: PackedShape) -> dict[str, np.ndarray]:
+    """What is of attention sequences."""
+    num_sides = layout.side_length_bn.shape[1]
+    num_sequences = num_sides * shape.num_items
+    bin_bn = np.broadcast_to(layout.bin_b[:, None], layout.side_length_bn.shape)
+    sequence_bn = num_sides * layout.local_b[:, None] + np.arange(num_sides)
+    prompt_length_b1 = layout.prompt_length_b[:, None]
+    place_t = np.arange(shape.length)
+    # Two runs of slots: the prompt's, and from its end on the side's. What lies behind may be read but is not in use:
+    # slots one after the other, since the same one many times over would be slow where gradients are added up.
+    jump_bn = layout.side_start_bn - layout.prompt_start_b[:, None] - prompt_length_b1
+    slot_bnt = (
+        layout.prompt_start_b[:, None, None]
+        + place_t
+        + np.where(place_t < prompt_length_b1[..., None], 0, jump_bn[..., None])
+    )
+    gather = np.empty((shape.num_micro * shape.num_rows, num_sequences, shape.length), np.int32)
+    gather[:] = place_t % shape.num_slots
+    gather[bin_bn, sequence_bn] = slot_bnt % shape.num_slots
+    return {
+        "gather": gather.reshape(shape.num_micro, shape.num_rows, num_sequences, shape.length),
+        "lengths": _filled(
+            shape,
+            (num_sequences,),
+            np.int32,
+            (bin_bn, sequence_bn),
+            np.maximum(prompt_length_b1 + layout.side_length_bn, 1),
+            rest=1,
+        ),
+    }
+
+
+def _scored_arrays(
+    layout: _Layout, shape: PackedShape, reference: Sequence[tuple[np.ndarray, ...]] | None
+) -> dict[str, np.ndarray]:
+    """What is of scored tokens."""
+    num_sides = layout.side_length_bn.shape[1]
+    x = np.flatnonzero(layout.scored_x)
+    item, side = layout.item_x[x], layout.side_x[x]
+    last_of_prompt = layout.prompt_start_b[item] + layout.prompt_length_b[item] - 1
+    predicted_from = np.where(layout.within_x[x] > 0, layout.slot_x[x] - 1, last_of_prompt)
+    bins = layout.bin_x[x]
+    at = (bins, np.arange(len(x)) - np.searchsorted(bins, bins))
+    axes = (shape.num_scored,)
+    arrays = {
+        "logp_slot": _filled(shape, axes, np.int32, at, predicted_from),
+        "logp_target": _filled(shape, axes, np.int32, at, layout.token_x[x]),
+        "logp_pair": _filled(
+            shape, axes, np.int32, at, num_sides * layout.local_b[item] + side, rest=num_sides * shape.num_items
+        ),
+    }
+    if reference is not None:
+        lengths = np.array([[len(values) for values in sides] for sides in reference])
+        assert np.array_equal(lengths, layout.side_length_bn), (lengths, layout.side_length_bn)
+        values = np.concatenate([values for sides in reference for values in sides])
+        of_x = np.zeros(len(layout.token_x), values.dtype)
+        of_x[layout.side_x >= 0] = values
+        arrays["logp_reference"] = _filled(shape, axes, values.dtype, at, of_x[x])
+    return arrays

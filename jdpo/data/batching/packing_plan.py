@@ -1,0 +1,239 @@
+"""Which items of a step share a row of slots, for every step of a run.
+
+An item is a pair, or a supervised row. Planning is pure: it reads sizes only, never tokens, so that the shape of every
+step is known before the first. Axes: see `jdpo.data.batching.packing_shapes`; b items of a step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from jdpo.data.batching.packing_shapes import SLOT_MULTIPLE, PackedShape, cheapest_shape, choose_shapes, rounded_shape
+from jdpo.types import AnyPair, TokenizedCompletion, completions_of
+
+
+class ItemSizes(NamedTuple):
+    """How much room items take: int64 [items] each.
+
+    Attributes:
+      slots: P + C + R of a pair, the tokens of a supervised row.
+      longest: tokens of the longest sequence.
+      scored: tokens whose log-prob is wanted; see `jdpo.data.batching.packing`.
+      num_sides: sequences of each item, 2 or 1.
+    """
+
+    slots: np.ndarray
+    longest: np.ndarray
+    scored: np.ndarray
+    num_sides: int
+
+    def of(self, indices: np.ndarray) -> ItemSizes:
+        """The sizes of some items."""
+        return ItemSizes(self.slots[indices], self.longest[indices], self.scored[indices], self.num_sides)
+
+
+def pair_sizes(lengths: np.ndarray) -> ItemSizes:
+    """Sizes of pairs, from int [pairs, 3] tokens of prompt, chosen and rejected.
+
+    >>> [array.tolist() for array in pair_sizes(np.array([[3, 2, 4], [0, 2, 1]]))[:3]]
+    [[9, 3], [7, 2], [6, 1]]
+    """
+    lengths = np.asarray(lengths, np.int64)
+    prompt, completions = lengths[:, 0], lengths[:, 1:]
+    unpredicted = (prompt[:, None] == 0) & (completions > 0)  # nothing stands before the first token
+    return ItemSizes(
+        lengths.sum(1), prompt + completions.max(1, initial=0), completions.sum(1) - unpredicted.sum(1), num_sides=2
+    )
+
+
+def completion_sizes(lengths: np.ndarray, scored: np.ndarray) -> ItemSizes:
+    """Sizes of supervised rows, from int [rows]: their tokens, and how many behind the first are learnt."""
+    lengths = np.asarray(lengths, np.int64)
+    return ItemSizes(lengths, lengths, np.asarray(scored, np.int64), num_sides=1)
+
+
+def item_sizes(rows: Iterable[AnyPair] | Iterable[TokenizedCompletion]) -> ItemSizes:
+    """Sizes of rows of one kind, by reading each."""
+    pairs: list[tuple[int, int, int]] = []
+    masked: list[int] = []
+    completions: list[tuple[int, int]] = []
+    for row in rows:
+        if isinstance(row, TokenizedCompletion):
+            completions.append((len(row.tokens), int(row.completion_mask[1:].sum())))
+        else:
+            pairs.append((len(row.prompt_ids), len(row.chosen_ids), len(row.rejected_ids)))
+            masked.append(sum(int((~mask).sum()) for _, mask in completions_of(row)))
+    assert bool(pairs) != bool(completions), (len(pairs), len(completions))
+    if completions:
+        return completion_sizes(*np.array(completions).T)
+    sizes = pair_sizes(np.array(pairs))
+    return sizes._replace(scored=sizes.scored - np.array(masked))
+
+
+# --- the items of each row
+
+
+class StepBins(NamedTuple):
+    """Where the items of a step lie: bin_of int64 [b] is micro-batch * m + row, below num_micro * m."""
+
+    num_micro: int
+    bin_of: np.ndarray
+
+
+def plan_step(
+    slots: np.ndarray, *, num_rows: int, max_slots: int | None = None, max_items: int | None = None
+) -> StepBins:
+    """Spreads a step's items over rows of about equally many slots, in the fewest micro-batches.
+
+    Pure in its arguments; ties go by the order of items and rows. An item is never cut: one that is longer than
+    max_slots raises the limit to its own length. Rows may stay empty.
+
+    Args:
+      slots: int [b], slots that each item takes.
+      num_rows: m.
+      max_slots: slots of a row at most; read where max_items is None.
+      max_items: items of a row at most.
+
+    >>> plan_step(np.array([5, 3, 4, 2]), num_rows=2, max_slots=7)
+    StepBins(num_micro=1, bin_of=array([0, 1, 1, 0]))
+    """
+    assert min(len(slots), num_rows) >= 1, (len(slots), num_rows)
+    if max_items is not None:
+        num_micro = -(-len(slots) // (num_rows * max_items))
+        return StepBins(num_micro, _spread(slots, num_micro * num_rows, max_items)[0])
+    assert max_slots is not None
+    limit = max(max_slots, int(slots.max()))
+    num_micro = -(-int(slots.sum()) // (num_rows * limit))
+    while True:
+        bin_of, fullest = _spread(slots, num_micro * num_rows, len(slots))
+        if fullest <= limit:
+            return StepBins(num_micro, bin_of)
+        num_micro += 1
+
+
+def _spread(slots: np.ndarray, num_bins: int, max_items: int) -> tuple[np.ndarray, int]:
+    """The bin of each item, largest items first and each to the emptiest bin, and the slots of the fullest bin."""
+    bin_of = np.zeros(len(slots), np.int64)
+    if num_bins == 1:
+        return bin_of, int(slots.sum())
+    heap = [(0, index, 0) for index in range(num_bins)]  # slots, bin, items
+    fullest = 0
+    for item in np.argsort(-slots, kind="stable").tolist():
+        used, index, num_items = heap[0]
+        used, num_items = used + int(slots[item]), num_items + 1
+        bin_of[item], fullest = index, max(fullest, used)
+        if num_items < max_items:
+            heapq.heapreplace(heap, (used, index, num_items))
+        else:
+            heapq.heappop(heap)
+    return bin_of, fullest
+
+
+def needed_shape(sizes: ItemSizes, bins: StepBins, num_rows: int) -> PackedShape:
+    """The smallest shape that holds a step.
+
+    Args:
+      sizes: of the step's items.
+      bins: where they lie.
+      num_rows: m.
+    """
+
+    def fullest(values: np.ndarray) -> int:
+        return int(np.max(np.bincount(bins.bin_of, weights=values)))
+
+    return PackedShape(
+        bins.num_micro,
+        num_rows,
+        fullest(np.ones(len(bins.bin_of))),
+        fullest(sizes.slots),
+        int(sizes.longest.max()),
+        max(fullest(sizes.scored), 1),
+    )
+
+
+# --- a run
+
+
+class StepPlan(NamedTuple):
+    """How a step is packed."""
+
+    bins: StepBins
+    shape: PackedShape
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PackingPlan:
+    """How each step of a run is packed; see `plan_run`.
+
+    Attributes:
+      sizes: of all items of the data.
+      num_rows: m.
+      max_slots: slots of a row at most, but for items that are longer; read where max_items is None.
+      max_items: items of a row at most, or None.
+      shapes: what the steps of the run come in, the costliest last.
+    """
+
+    sizes: ItemSizes
+    num_rows: int
+    max_slots: int | None
+    max_items: int | None
+    shapes: tuple[PackedShape, ...]
+
+    def step(self, indices: np.ndarray) -> StepPlan:
+        """How the items `indices` [b] of the data are packed together.
+
+        They come in the cheapest of `shapes` that holds them; in one of their own where none does, as may happen in a
+        step that `plan_run` was not told of.
+        """
+        sizes = self.sizes.of(indices)
+        bins = plan_step(sizes.slots, num_rows=self.num_rows, max_slots=self.max_slots, max_items=self.max_items)
+        need = needed_shape(sizes, bins, self.num_rows)
+        shape = cheapest_shape(need, self.shapes, num_sides=sizes.num_sides)
+        return StepPlan(bins, rounded_shape(need) if shape is None else shape)
+
+
+def plan_run(
+    sizes: ItemSizes,
+    steps: Iterable[np.ndarray],
+    *,
+    num_shards: int,
+    max_tokens_per_device: int | None = None,
+    micro_batch_size: int | None = None,
+) -> PackingPlan:
+    """Plans the packing of a run: a micro-batch has one row for each shard.
+
+    Args:
+      sizes: of all items of the data.
+      steps: the items of every step of the run, int [b] each (`jdpo.data.batching.loader.plan`).
+      num_shards: parts that a micro-batch is split into.
+      max_tokens_per_device: slots of a row at most; read where micro_batch_size is None.
+      micro_batch_size: items of a row at most.
+
+    Raises:
+      ValueError: neither a budget nor a micro_batch_size, or one that leaves a row without room.
+    """
+    max_slots = None
+    if micro_batch_size is None and max_tokens_per_device is not None:
+        max_slots = max_tokens_per_device // SLOT_MULTIPLE * SLOT_MULTIPLE
+    if not (max_slots or micro_batch_size):
+        raise ValueError(
+            f"expected micro_batch_size of at least 1 or max_tokens_per_device of at least {SLOT_MULTIPLE}, "
+            f"found {micro_batch_size} and {max_tokens_per_device}"
+        )
+    needs = []
+    for indices in steps:
+        of_step = sizes.of(indices)
+        bins = plan_step(of_step.slots, num_rows=num_shards, max_slots=max_slots, max_items=micro_batch_size)
+        needs.append(needed_shape(of_step, bins, num_shards))
+    return PackingPlan(
+        sizes=sizes,
+        num_rows=num_shards,
+        max_slots=max_slots,
+        max_items=micro_batch_size,
+        shapes=choose_shapes(needs, num_sides=sizes.num_sides),
+    )

@@ -1,0 +1,292 @@
+"""Tokenized rows on disk: one Arrow file, memory-mapped, with a JSON file beside it that vouches for it.
+
+`<key>.arrow` is written to a temporary name and renamed; `<key>.json` follows. A file of the size and time that its
+JSON names is taken for what was written, so that opening it takes no longer the more rows there are; its tokens are
+checked against a checksum the first time that they are read, a record batch at a time. A file of another size or time
+(a copy of the cache, say) is read whole and compared. What is not as its JSON says counts as absent.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import tempfile
+import time
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from jdpo.data.prepared.row_arrays import TAG_TYPES, Block, Tags, dtype_of, interleaved, joined, longest
+from jdpo.durable import write_durably
+from jdpo.types import AnyPair, TokenizedCompletion
+
+R = TypeVar("R", bound=AnyPair | TokenizedCompletion)
+
+BATCH_ROWS = 2048
+"""Rows of a record batch, or a few more; the last one has what is left."""
+
+
+# --- reading
+
+
+class RowStore(Generic[R]):
+    """Tokenized rows by index, read from the file when asked for.
+
+    Attributes:
+      lengths: int32 [rows], tokens of the longest sequence of each row.
+      tags: of each row; see `Tags`.
+      about: what `RowWriter.about` was.
+      digest: content digest of the token ids and masks.
+      path: the Arrow file.
+    """
+
+    def __init__(self, path: Path, row_type: type[R], meta: dict[str, Any]) -> None:
+        """
+        Raises:
+          ValueError: the file is not what `meta` describes.
+        """
+        import pyarrow as pa
+
+        self.path = path
+        self.about: dict[str, Any] = meta["about"]
+        self.digest: str = meta["digest"]
+        self.row_type = row_type
+        with pa.ipc.open_file(pa.memory_map(str(path))) as reader:
+            self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        self._checks: list[int] = meta["batches"]
+        self._starts = [0, *itertools.accumulate(batch.num_rows for batch in self._batches)]
+        self._arrays: dict[int, dict[str, tuple[np.ndarray, np.ndarray]]] = {}  # of the batches that were checked
+        self.lengths = self._column("length", np.dtype(np.int32))
+        self.tags = Tags(*(self._column(name, dtype) for name, dtype in TAG_TYPES.items()))
+        if _check((self.lengths, *self.tags)) != meta["tags"] or len(self._checks) != len(self._batches):
+            raise ValueError(f"{path} is not as it was written")
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, index: int) -> R:
+        """
+        Raises:
+          ValueError: the tokens on the disk are not those that were written.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        number = bisect.bisect_right(self._starts, index) - 1
+        row = index - self._starts[number]
+        *fields, origin = self.row_type._fields
+        values = []
+        for offsets, elements in map(self._checked(number).__getitem__, fields):
+            values.append(elements[offsets[row] : offsets[row + 1]])
+        row_type: Any = self.row_type
+        made: R = row_type(*values, self._batches[number].column(origin)[row].as_py())
+        return made
+
+    def lengths_of(self, field: str) -> np.ndarray:
+        """Elements of a field of every row, int64 [rows]; reads no rows."""
+        parts = [np.diff(np.asarray(batch.column(field).offsets)) for batch in self._batches]
+        return np.concatenate(parts).astype(np.int64)
+
+    def counts_of(self, mask: str, *, skip: int = 0) -> np.ndarray:
+        """How many elements of a mask are True after the first `skip`, of every row: int64 [rows]."""
+        counts = []
+        for number in range(len(self._batches)):
+            offsets, elements = self._views(number)[mask]
+            up_to = np.concatenate([[0], np.cumsum(elements, dtype=np.int64)])
+            first = np.minimum(offsets[:-1] + skip, offsets[1:])
+            counts.append(up_to[offsets[1:]] - up_to[first])
+        return np.concatenate(counts)
+
+    def rows_with(self, ids: np.ndarray) -> dict[int, tuple[int, int]]:
+        """Finds which of the token ids, int [n], occur: {id: (number of rows that hold it, index of the first)}."""
+        found: dict[int, tuple[int, int]] = {}
+        if not len(ids):
+            return found
+        is_asked = np.zeros(int(ids.max()) + 2, bool)  # the last place is for all ids behind
+        is_asked[ids] = True
+        fields = [field for field in self.row_type._fields[:-1] if dtype_of(field) != np.bool_]
+        for number, start in enumerate(self._starts[:-1]):
+            pairs = []  # of a token and a row that holds it
+            for offsets, tokens in map(self._views(number).__getitem__, fields):
+                places = np.flatnonzero(is_asked.take(tokens, mode="clip"))
+                pairs.append(np.stack([tokens[places], np.searchsorted(offsets, places, side="right") - 1]))
+            tokens, rows = np.unique(np.concatenate(pairs, axis=1), axis=1)
+            for id, first, count in zip(*np.unique(tokens, return_index=True, return_counts=True), strict=True):
+                before, at = found.get(int(id), (0, start + int(rows[first])))
+                found[int(id)] = before + int(count), at
+        return dict(sorted(found.items()))
+
+    def _column(self, name: str, dtype: np.dtype) -> np.ndarray:
+        return np.concatenate([np.zeros(0, dtype), *(np.asarray(batch.column(name)) for batch in self._batches)])
+
+    def _checked(self, number: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """The arrays of a record batch, compared with their checksum the first time."""
+        if number not in self._arrays:
+            views = self._views(number)
+            if _check(array for pair in views.values() for array in pair) != self._checks[number]:
+                raise ValueError(
+                    f"tokenized rows {self._starts[number]} to {self._starts[number + 1] - 1} of {self.path} are not "
+                    "as they were written; delete this file, and the next start tokenizes anew"
+                )
+            self._arrays[number] = views
+        return self._arrays[number]
+
+    def _views(self, number: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Field -> offsets [rows + 1] and elements of a record batch, in the file's memory."""
+        views = {}
+        for field in self.row_type._fields[:-1]:
+            column = self._batches[number].column(field)
+            views[field] = np.asarray(column.offsets), np.asarray(column.values).view(dtype_of(field))
+        return views
+
+
+# --- writing
+
+
+class RowWriter(Generic[R]):
+    """Writes rows as they come, holding about one record batch in memory.
+
+    Attributes:
+      about: JSON values to be kept with the rows; to be set before the file is closed.
+    """
+
+    def __init__(self, path: Path, row_type: type[R]) -> None:
+        import pyarrow as pa
+
+        self.about: dict[str, Any] = {}
+        *self._fields, self._origin = row_type._fields
+        storage = {name: pa.uint8() if dtype_of(name) == np.bool_ else pa.int32() for name in self._fields}
+        columns = [(name, pa.list_(kind)) for name, kind in storage.items()] + [("length", pa.int32())]
+        columns += [(name, pa.from_numpy_dtype(dtype)) for name, dtype in TAG_TYPES.items()]
+        self._schema = pa.schema([*columns, (self._origin, pa.string())])
+        self._row_type = row_type
+        self._path = path
+        self._writer = pa.ipc.new_file(str(path), self._schema)
+        self._pending: list[Block] = []
+        self._content = hashlib.sha256()
+        self._checks: list[int] = []
+        self._kept: list[tuple[np.ndarray, ...]] = []  # lengths and tags of every batch
+
+    def append(self, block: Block) -> None:
+        """Takes rows; they are written once there are enough for a record batch."""
+        if len(block):
+            self._content.update(interleaved(block))
+            self._pending.append(block)
+        if sum(map(len, self._pending)) >= BATCH_ROWS:
+            self._flush()
+
+    def close(self) -> None:
+        """Finishes the file."""
+        self._flush()
+        self._writer.close()
+
+    def meta(self) -> dict[str, Any]:
+        """What the JSON file beside the finished file is to say."""
+        kept = [np.concatenate(arrays) for arrays in zip(*self._kept, strict=True)]
+        return {
+            "file_digest": _file_digest(self._path),
+            **_stamp(self._path),
+            "digest": self._content.hexdigest(),
+            "batches": self._checks,
+            "tags": _check(kept),
+            "about": self.about,
+        }
+
+    def _flush(self) -> None:
+        import pyarrow as pa
+
+        if not self._pending:
+            return
+        block = joined(self._pending)
+        self._pending = []
+        lengths = longest(block.lengths, self._row_type)
+        columns: dict[str, Any] = {}
+        arrays: list[np.ndarray] = []
+        for field in self._fields:
+            offsets = np.concatenate([[0], block.lengths[field].cumsum()]).astype(np.int32)
+            elements = block.values[field]
+            arrays += [offsets, elements]
+            stored = elements.view(np.uint8) if elements.dtype == np.bool_ else elements  # read back without a copy
+            columns[field] = pa.ListArray.from_arrays(offsets, pa.array(stored))
+        columns["length"] = pa.array(lengths)
+        columns |= {name: pa.array(array) for name, array in zip(Tags._fields, block.tags, strict=True)}
+        columns[self._origin] = pa.array(block.origins, pa.string())
+        self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
+        self._checks.append(_check(arrays))
+        self._kept.append((lengths, *block.tags))
+
+
+def open_store(folder: Path, key: str, row_type: type[R]) -> RowStore[R] | None:
+    """Opens rows kept under `key`, or None where there are none or they are damaged."""
+    path = folder / f"{key}.arrow"
+    try:
+        meta = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        stamp = _stamp(path)
+        if any(meta[name] != value for name, value in stamp.items()):
+            if _file_digest(path) != meta["file_digest"]:
+                return None
+            with contextlib.suppress(OSError):  # a cache that may only be read is read whole at every start
+                write_durably(path.with_suffix(".json"), json.dumps(meta | stamp), writer=f".{os.getpid()}")
+        return RowStore(path, row_type, meta)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+@contextlib.contextmanager
+def creating(folder: Path, key: str, row_type: type[R]) -> Iterator[RowWriter[R]]:
+    """A writer whose rows are kept under `key` at the end of the block; nothing stays if it raises.
+
+    Raises:
+      ValueError: the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _clear_abandoned(folder)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as temporary:
+            writer = RowWriter(Path(temporary) / "rows.arrow", row_type)
+            with contextlib.closing(writer):
+                yield writer
+            if open_store(folder, key, row_type) is not None:
+                return  # another process was quicker, and may have mapped its file
+            (Path(temporary) / "rows.json").write_text(json.dumps(writer.meta()), encoding="utf-8")
+            for suffix in (".arrow", ".json"):  # the one that vouches for the other comes last
+                os.replace(Path(temporary) / f"rows{suffix}", folder / f"{key}{suffix}")
+    except OSError as error:
+        raise ValueError(
+            f"cannot keep tokenized rows in {folder}: {error.strerror or error}; set cache_dir to a folder that "
+            "can be written"
+        ) from error
+
+
+def _clear_abandoned(folder: Path) -> None:
+    """Removes what killed processes were writing: what nobody has written to for a day."""
+    for path in folder.glob(".new-*"):
+        with contextlib.suppress(OSError):  # another process is done with it, and has removed it
+            newest = max(file.stat().st_mtime for file in [*path.iterdir()] or [path])
+            if newest < time.time() - 86_400:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _stamp(path: Path) -> dict[str, int]:
+    found = path.stat()
+    return {"size": found.st_size, "mtime_ns": found.st_mtime_ns}
+
+
+def _file_digest(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _check(arrays: Iterable[np.ndarray]) -> int:
+    """A checksum of arrays, one after the other."""
+    value = 0
+    for array in arrays:
+        value = zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data, value)
+    return value

@@ -1,0 +1,205 @@
+r"""Whether rows that were tokenized start, go on and end as a model expects.
+
+    <bos> Hi there . <user_ends> | Hello <end> \n       BOS first and only there; one end token, and behind it what the
+                                                        template writes behind it: `\n`, of `closing` 2
+
+Nothing here changes a row. What is found is counted, with the first row it was found in. Truncated completions end
+without an end token, and are not held against anybody.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jdpo.data.prepared.row_arrays import Block
+from jdpo.data.templates.chat_template import RenderingTooSlow
+from jdpo.data.templates.probes import TURNS
+from jdpo.data.tokens.prompt_end import PROMPT_SHORTENED, end_text, without_header
+from jdpo.data.tokens.tokenizer import Tokenizer
+
+NO_BOS = "that start without the BOS which the tokenizer puts before plain text"
+BOS_TWICE = "that start with BOS twice"
+BOS_INSIDE = "with BOS once more inside the sequence"
+STARTS_WITH_BOS = "with a completion that starts with BOS"
+NO_END = "with an answer that no end-of-turn token closes"
+END_TWICE = "with an end token twice at the end of a completion"
+END_INSIDE = "with an end token inside a completion"
+
+FAULTS = (NO_BOS, BOS_TWICE, BOS_INSIDE, STARTS_WITH_BOS, NO_END, END_TWICE, END_INSIDE)
+"""Names under which rows are counted."""
+
+
+class Expected(NamedTuple):
+    """What the checks hold rows against.
+
+    Attributes:
+      first: the BOS that the tokenizer puts before plain text, None where it puts none.
+      bos: the token that may stand first and nowhere else, None where there is none. GPT-2's BOS is its EOS, and
+        templates like SmolLM2's write it before every turn: then its place says nothing.
+      ends: tokens that end an answer.
+      closing: tokens from the end token on that the chat template closes an answer with; 0: it writes no end token.
+    """
+
+    first: int | None
+    bos: int | None
+    ends: tuple[int, ...]
+    closing: int
+
+
+@functools.lru_cache(maxsize=2)
+def expected_of(tokenizer: Tokenizer) -> Expected:
+    """What rows of a tokenizer are held against; found by rendering a conversation."""
+    ends, bos = tokenizer.end_token_ids, tokenizer.hf.bos_token_id
+    (one,), (two,) = (_ids(tokenizer, TURNS * count) for count in (1, 2))
+    places = [place for place, token in enumerate(one) if token in ends]
+    question = _ids(tokenizer, TURNS[:1])[0]
+    closing = next((len(one) - place for place in places if place >= (len(question) or places[-1])), 0)
+    if not tokenizer.has_chat_template or not one:
+        closing = 1
+    usual = isinstance(bos, int) and bos not in ends and bos not in two[1:]
+    return Expected(tokenizer.bos_token_id, bos if usual and isinstance(bos, int) else None, ends, closing)
+
+
+def _ids(tokenizer: Tokenizer, turns: Sequence[dict[str, Any]]) -> list[list[int]]:
+    """A conversation's token ids as rows have them, [[]] if there is no template or it wants another conversation."""
+    if not tokenizer.has_chat_template:
+        return [[]]
+    try:
+        asked = tokenizer.probe.render(turns[:-1] or turns, add_generation_prompt=True)
+        text = tokenizer.probe.render(turns)
+    except RenderingTooSlow as error:
+        raise ValueError(str(error)) from None
+    except Exception:  # a template raises whatever its expressions raise; rows that it refuses are counted
+        return [[]]
+    return tokenizer.encode([without_header(text, asked, turns[-1]["content"], end_text(tokenizer))])
+
+
+class Segments(NamedTuple):
+    """Parts of a flat array of tokens, one a row: from `start` to `stop`, int64 [rows] each."""
+
+    tokens: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
+
+    def number_of(self, ids: Sequence[int], *, skip: Any = 0, leave: Any = 0) -> np.ndarray:
+        """How many of a segment's tokens are among `ids`, but for its first `skip` and its last `leave`: [rows]."""
+        up_to = np.concatenate([[0], np.isin(self.tokens, ids).cumsum()])
+        stop = np.maximum(self.stop - leave, self.start)
+        counts: np.ndarray = up_to[stop] - up_to[np.minimum(self.start + skip, stop)]
+        return counts
+
+    def token(self, place: Any) -> np.ndarray:
+        """The token at a place of each segment, from its end where negative; -1 where it is not so long: [rows]."""
+        at = np.where(np.asarray(place) < 0, self.stop, self.start) + place
+        inside = (at >= self.start) & (at < self.stop)
+        padded = np.append(self.tokens, -1)
+        found: np.ndarray = np.where(inside, padded[np.where(inside, at, len(self.tokens))], -1)
+        return found
+
+
+def check_block(
+    block: Block, expected: Expected, *, plain: np.ndarray, cut: np.ndarray, max_length: int
+) -> dict[str, np.ndarray]:
+    """Finds the rows of a block that have a fault.
+
+    Args:
+      plain: bool [rows], of plain text, which ends in EOS; the others end as the template says.
+      cut: bool [rows], whether a completion was cut.
+      max_length: where completions were cut.
+
+    Returns:
+      Name of a fault -> bool [rows], for the faults that occur.
+    """
+    prompt, sides = _parts(block)
+    length = prompt.stop - prompt.start
+    closing = np.where(plain, 1, expected.closing)
+    found: dict[str, np.ndarray] = {}
+
+    def add(name: str, rows: np.ndarray) -> None:
+        found[name] = found.get(name, False) | rows
+
+    if expected.first is not None:
+        add(NO_BOS, prompt.token(0) != expected.first)
+    if expected.bos is not None:
+        twice = (prompt.token(0) == expected.bos) & (prompt.token(1) == expected.bos)
+        add(BOS_TWICE, twice)
+        add(BOS_INSIDE, prompt.number_of([expected.bos], skip=1 + twice) > 0)
+    for whole_side, side in sides:
+        if expected.bos is not None:
+            add(STARTS_WITH_BOS, whole_side.token(0) == expected.bos)
+            add(BOS_INSIDE, whole_side.number_of([expected.bos], skip=1) > 0)
+        is_full = length + whole_side.stop - whole_side.start >= max_length
+        whole = (side.stop > side.start) & ~(cut & is_full)
+        # Also where the cut took no more than what the template writes behind the end token.
+        closed = (closing > 0) & (side.number_of(expected.ends) > side.number_of(expected.ends, leave=closing))
+        ended = whole & closed
+        last, before = side.token(-closing), side.token(-closing - 1)
+        twice = ended & (last == before) & np.isin(last, expected.ends)
+        add(NO_END, whole & ~ended)
+        add(END_TWICE, twice)
+        add(END_INSIDE, side.number_of(expected.ends, leave=np.where(closed, closing, 0)) - twice > 0)
+    return {name: rows for name, rows in found.items() if rows.any()}
+
+
+def _parts(block: Block) -> tuple[Segments, list[tuple[Segments, Segments]]]:
+    """The prompt of each row, and its completions, whole and the last run of learnt tokens of each.
+
+    The completion of a supervised row is its last run of learnt tokens, and the prompt what precedes it.
+    """
+
+    def of(field: str) -> Segments:
+        stop = block.lengths[field].cumsum(dtype=np.int64)
+        return Segments(block.values[field], stop - block.lengths[field], stop)
+
+    if "prompt_ids" in block.values:
+        sides = [(of(f"{name}_ids"), block.values.get(f"{name}_mask")) for name in ("chosen", "rejected")]
+        return of("prompt_ids"), [(side, side if mask is None else _last_run(side, mask)) for side, mask in sides]
+    tokens = of("tokens")
+    last = _last_run(tokens, block.values["completion_mask"])
+    return tokens._replace(stop=last.start), [(last, last)]
+
+
+def _last_run(tokens: Segments, mask: np.ndarray) -> Segments:
+    """The learnt tokens that end each segment; none where its last token is not learnt."""
+    place = np.arange(len(mask))
+    last_unlearnt = np.maximum.accumulate(np.where(mask, -1, place)) if len(mask) else place
+    return tokens._replace(start=np.maximum(last_unlearnt[tokens.stop - 1] + 1, tokens.start))
+
+
+def refuse_ruined(counts: Mapping[str, int], num_kept: int, examples: Mapping[str, str]) -> None:
+    """Stops where every row would teach a model something wrong.
+
+    Raises:
+      ValueError: every row starts with BOS twice.
+    """
+    if num_kept and counts.get(BOS_TWICE, 0) == num_kept:
+        raise ValueError(
+            f"all {num_kept:,} rows start with BOS twice (the first: {examples[BOS_TWICE]}), which no model has seen: "
+            "the chat template writes it more often than once, or the rows have it in their text; take it out of one"
+        )
+
+
+def warnings_of(counts: Mapping[str, int], num_kept: int, num_cut: int, tokenizer: Tokenizer) -> list[str]:
+    """What the user should know beside the counts.
+
+    Args:
+      num_cut: rows with a completion that was cut.
+    """
+    lines = []
+    if counts.get(NO_END, 0) and counts[NO_END] >= num_kept - num_cut:
+        lines.append(
+            "no answer ends with an end token, so the model is not taught where to stop: use a chat template that "
+            "closes an answer with a special token (chat_template: chatml has one)"
+        )
+    if counts.get(PROMPT_SHORTENED, 0):
+        lines.append(
+            f"{counts[PROMPT_SHORTENED]:,} of {num_kept:,} rows are trained on a context that differs from the one at "
+            "inference: the chat template takes the end of its generation prompt away once an answer follows"
+        )
+    if tokenizer.hf.pad_token_id is not None and tokenizer.hf.pad_token_id in tokenizer.end_token_ids:
+        lines.append("the pad token ends answers too; harmless here, since masks come from lengths, not from token ids")
+    return lines

@@ -1,0 +1,142 @@
+"""Pairs whose prompt is a conversation in a column of another name than `prompt`.
+
+Such a column is the prompt where the row names no other one, and where no side repeats it: files also keep in
+`messages` the chosen conversation, or what both sides begin with.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jdpo.data.schemas import messages
+from jdpo.data.schemas.messages import Raw, read_messages, read_side
+from jdpo.data.schemas.ranked import Answer, Asked, Dropped
+from jdpo.data.schemas.row_building import PROMPT_ELSEWHERE, said_by_another
+from jdpo.data.schemas.schema_readers import two_sides
+from jdpo.data.splitting import said
+from jdpo.types import Message
+
+COLUMNS = ("messages", "conversation", "conversations", "context", "history")
+"""Columns that may hold the conversation which both sides answer."""
+
+_NAMED_PROMPTS = ("prompt", "instruction", "question")
+_SIDES = ("chosen", "rejected")
+
+
+def is_conversation(value: Any) -> bool:
+    """Returns whether a value is a list of messages, by the first of them.
+
+    >>> is_conversation([{"role": "user", "content": "Hi"}]), is_conversation([["Hi", "Hello"]]), is_conversation([])
+    (True, False, False)
+    """
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and isinstance(value[0], dict)
+        and not value[0].keys().isdisjoint(("role", "from"))
+    )
+
+
+def prompt_columns(raw: Raw) -> list[str]:
+    """Returns the columns of a pair that are the prompt of both sides; more than one where the row does not say which.
+
+    Args:
+      raw: columns without nulls.
+    """
+    if any(raw.get(name) for name in _NAMED_PROMPTS):
+        return []
+    sides = [raw.get(name) for name in _SIDES]
+    if not all(isinstance(side, str | list | dict) and not messages.is_transcript(side) for side in sides):
+        return []
+    found = [name for name in COLUMNS if is_conversation(raw.get(name))]
+    return [name for name in found if not any(_repeats(side, raw[name]) for side in sides)]
+
+
+def ends_in_answer(value: Any) -> bool:
+    """Returns whether the last message of a list is the assistant's."""
+    last = value[-1] if is_conversation(value) else None
+    role = last.get("role", last.get("from")) if isinstance(last, dict) else None
+    return messages.ROLES.get(str(role).lower()) == "assistant"
+
+
+def conversation_pair(raw: Raw, origin: str) -> Asked | Dropped:
+    """Reads a pair whose prompt is one of `COLUMNS`.
+
+    A side may be the answer alone, or go on with further turns, or repeat the end of the conversation.
+
+    Raises:
+      ValueError: two columns with different conversations may be the prompt; or a message is not one.
+    """
+    # `conversations` of ShareGPT is the prompt whatever else there is.
+    names = prompt_columns(raw) or ["conversations"]
+    conversation, *others = [read_messages(raw[name], name, origin) for name in names]
+    if any(said(other) != said(conversation) for other in others):
+        raise ValueError(
+            f"{origin}: {' and '.join(names)} are conversations that both sides may answer, and differ; say which is "
+            f"the prompt, as in column_map: {{prompt: {names[0]}}}"
+        )
+    answers = two_sides(raw, origin)
+    dropped = said_by_another(answers, origin)
+    if dropped is not None:
+        return dropped
+    conversation = _without_answer(conversation, [_messages(answer) for answer in answers])
+    whole = []
+    for answer in answers:
+        turns = _continued(conversation, _messages(answer))
+        if turns is None:
+            return Dropped(PROMPT_ELSEWHERE, origin, f"{names[0]} and the sides")
+        whole.append(answer._replace(text=turns))
+    return Asked([], whole)
+
+
+def _messages(answer: Answer) -> list[Message]:
+    assert not isinstance(answer.text, str)
+    return answer.text
+
+
+def _repeats(side: Any, value: list[Any]) -> bool:
+    """Returns whether a side is a whole conversation of which the column says nothing more.
+
+    That is so where the side begins with it, and where both begin with the same question: the column then holds the
+    conversation with another answer. A system turn that only the column has is something more.
+    """
+    try:
+        turns, given = (_said(read_side(one, "", "")) for one in (side, value))
+    except ValueError:  # who reads it names it
+        return False
+    body, given_body = (_without_system(one) for one in (turns, given))
+    if given in (turns[: len(given)], body[: len(given)]):
+        return True
+    if len(given_body) < len(given) and len(body) == len(turns) and body[: len(given_body)] == given_body:
+        return False
+    return bool(body) and body[:1] == given_body[:1]
+
+
+def _said(turns: list[Message]) -> list[Message]:
+    """Returns turns to compare, without spaces around their words."""
+    return [
+        {**turn, "content": turn["content"].strip()} if isinstance(turn.get("content"), str) else turn
+        for turn in said(turns)
+    ]
+
+
+def _without_system(turns: list[Message]) -> list[Message]:
+    return turns[1:] if turns and turns[0]["role"] == "system" else turns
+
+
+def _without_answer(conversation: list[Message], sides: list[list[Message]]) -> list[Message]:
+    """Cuts an end of the conversation that repeats a side, since it is not part of what the sides answer."""
+    for side in sides:
+        if side and len(side) < len(conversation) and _said(conversation[-len(side) :]) == _said(side):
+            return conversation[: -len(side)]
+    return conversation
+
+
+def _continued(conversation: list[Message], side: list[Message]) -> list[Message] | None:
+    """Returns the conversation with a side after it, or None if the side does not continue it."""
+    if not side:
+        return side
+    whole = messages.joined(conversation, side)
+    if whole is None and conversation[-1]["role"] != "user" and side[0]["role"] == "user":
+        return conversation + side
+    return whole

@@ -1,0 +1,298 @@
+"""Raw rows of any known schema, read into one form.
+
+A row's schema is found by its columns and the types of their values: the first match in
+`jdpo.data.schemas.schema_table`. Columns that are null count as absent; columns that no schema names are ignored. A
+`column_map` comes first: it gives columns of the file jdpo's names, and then only schemas that read every name in it
+are tried.
+
+Conversations are cut by message, never by character: the prompt is every message before the final assistant turn.
+How a prompt and its answers become rows: `jdpo.data.schemas.row_building`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+from jdpo.config import DatasetConfig
+from jdpo.data.schemas import conversation_columns, messages, ranked, votes
+from jdpo.data.schemas.describing import named, shown
+from jdpo.data.schemas.messages import Raw
+from jdpo.data.schemas.of_lists import as_list
+from jdpo.data.schemas.ranked import FEW_ANSWERS, TIED, Couple, Dropped
+from jdpo.data.schemas.refusal import Sample, refusal
+from jdpo.data.schemas.row_building import (
+    EMPTY_SIDE,
+    HISTORIES_DIFFER,
+    NO_ASSISTANT_TURN,
+    NO_SHARED_TURN,
+    PROMPT_ELSEWHERE,
+    STARTS_WITH_ANSWER,
+    SYSTEM_ELSEWHERE,
+    answer_row,
+    pair_row,
+    read_frame,
+    whole_pair,
+)
+from jdpo.data.schemas.schema_readers import SCORES, SIDE_SCORES, UNWANTED, number
+from jdpo.data.schemas.schema_table import CANONICAL, COMPLETION_SCHEMAS, EXTRAS, PREFERENCE_SCHEMAS, Schema
+from jdpo.data.schemas.turn_marks import spread_mask
+from jdpo.types import CompletionRow, PreferenceRow
+
+__all__ = [
+    "AS_FOUND",
+    "BELOW_MARGIN",
+    "CONTRADICTED",
+    "DEVELOPER",
+    "EMPTY_SIDE",
+    "FEW_ANSWERS",
+    "HISTORIES_DIFFER",
+    "NO_ASSISTANT_TURN",
+    "NO_SHARED_TURN",
+    "PROMPT_ELSEWHERE",
+    "STARTS_WITH_ANSWER",
+    "SYSTEM_ELSEWHERE",
+    "TIED",
+    "UNWANTED",
+    "Dropped",
+    "Reading",
+    "check_rows",
+    "completion_rows",
+    "is_preference",
+    "is_ranked",
+    "preference_rows",
+    "reading_of",
+    "schema_name",
+]
+
+CONTRADICTED = "scores say that the rejected side is better"
+BELOW_MARGIN = "scores closer than min_margin"
+
+
+DEVELOPER = "with a turn of the role developer, which is written as system"
+
+R = TypeVar("R", PreferenceRow, CompletionRow)
+
+
+class Reading(NamedTuple):
+    """How the rows of a data set are to be read.
+
+    Attributes:
+      column_map: jdpo's name of a column -> the file's; None: the file's names are taken.
+      ranked: which pairs a row of several answers gives; see `jdpo.data.schemas.ranked`.
+      min_margin: pairs whose scores are closer are dropped; None: none is.
+      every_turn: sides of a pair may differ in more than their final assistant turn.
+    """
+
+    column_map: Mapping[str, str] | None = None
+    ranked: ranked.Rule = "best_vs_worst"
+    min_margin: float | None = None
+    every_turn: bool = False
+
+
+AS_FOUND = Reading()
+"""Columns under the names that the file has, and no pair left out for its scores."""
+
+
+def reading_of(dataset: DatasetConfig, *, every_turn: bool = False) -> Reading:
+    """How a data set's settings say that it is to be read."""
+    return Reading(dataset.column_map, dataset.ranked, dataset.min_margin, every_turn)
+
+
+def preference_rows(raw: Raw, origin: str, reading: Reading = AS_FOUND) -> list[PreferenceRow | Dropped]:
+    """Reads a raw row of any known preference schema.
+
+    Args:
+      raw: column name to value.
+      origin: where the row came from, for messages.
+      reading: the data set's column_map, rule for ranked answers, and smallest margin.
+
+    Returns:
+      The row's pairs, one but where `ranked` is all; the three parts of each are all strings or all message lists.
+      Dropped stands for a pair that cannot be learnt from, or for the whole row.
+
+    Raises:
+      ValueError: no schema fits the columns, a side is null, a role is unknown, a content is not text, column_map
+        names what is not there, min_margin finds no scores. The message names the row.
+    """
+    try:
+        columns, schema = _detect(raw, PREFERENCE_SCHEMAS, reading, origin)
+        asked = schema.read(columns, origin)
+        if isinstance(asked, Dropped):
+            return [asked]
+        frame = read_frame(columns, origin)
+        pairs = [
+            pair if isinstance(pair, Dropped) else _too_close(pair, reading, columns, origin) or pair
+            for pair in ranked.couples(asked, reading.ranked, origin)
+        ]
+        made = partial(pair_row, asked.prompt, frame=frame, origin=origin, every_turn=reading.every_turn)
+        rows = [pair if isinstance(pair, Dropped) else made(pair) for pair in pairs]
+        if not asked.prompt and not schema.joined:
+            rows = [row if isinstance(row, Dropped) else whole_pair(row, columns) for row in rows]
+        return _with_notes(rows, columns)
+    except RecursionError:
+        raise ValueError(f"{origin}: the row is nested too deeply") from None
+
+
+def completion_rows(raw: Raw, origin: str, reading: Reading = AS_FOUND) -> list[CompletionRow | Dropped]:
+    """Reads a raw row of any known supervised schema; of a preference row the best answer is learnt.
+
+    Args:
+      raw, origin: as in `preference_rows`.
+      reading: as there; `ranked` has no bearing here.
+
+    Returns:
+      One row, both parts strings or message lists, or one Dropped.
+
+    Raises:
+      ValueError: as in `preference_rows`.
+    """
+    try:
+        columns, schema = _detect(raw, COMPLETION_SCHEMAS, reading, origin)
+        asked = schema.read(columns, origin)
+        if isinstance(asked, Dropped):
+            return [asked]
+        if not asked.answers:
+            return [Dropped(FEW_ANSWERS, origin)]
+        top = ranked.best(asked.answers)
+        worst = min(asked.answers, key=lambda answer: answer.standing)
+        dropped = _too_close((top, worst), reading, columns, origin)
+        row = dropped or answer_row(asked.prompt, top.text, read_frame(columns, origin), origin)
+        return _with_notes([row], columns)
+    except RecursionError:
+        raise ValueError(f"{origin}: the row is nested too deeply") from None
+
+
+def _with_notes(rows: Sequence[R | Dropped], columns: Raw) -> list[R | Dropped]:
+    """Adds a note to rows with a turn whose role is written as another."""
+    read = [value for name, value in columns.items() if name in CANONICAL]
+    notes = (DEVELOPER,) if any(messages.has_role(value, "developer") for value in read) else ()
+    return [row if isinstance(row, Dropped) or not notes else row._replace(notes=row.notes + notes) for row in rows]
+
+
+def schema_name(raw: Raw, reading: Reading = AS_FOUND, *, supervised: bool = False) -> str:
+    """The short name of the schema that reads a row.
+
+    Raises:
+      ValueError: none does.
+    """
+    return _detect(raw, COMPLETION_SCHEMAS if supervised else PREFERENCE_SCHEMAS, reading, "the row")[1].name
+
+
+def is_ranked(raw: Raw, reading: Reading = AS_FOUND) -> bool:
+    """Whether a preference row may give more than one pair."""
+    return _detect(raw, PREFERENCE_SCHEMAS, reading, "the row")[1].ranked
+
+
+def is_preference(raw: Raw, reading: Reading = AS_FOUND) -> bool:
+    """Whether `completion_rows` takes the best side of a preference row; False where nothing reads the row."""
+    try:
+        schema = _find(_columns(raw, reading, "the row"), COMPLETION_SCHEMAS, reading)
+    except ValueError:  # which `completion_rows` raises too, naming the row
+        return False
+    return schema is not None and schema in PREFERENCE_SCHEMAS
+
+
+def check_rows(samples: Sequence[Sample], reading: Reading = AS_FOUND, *, supervised: bool = False) -> str:
+    """Finds how the first rows of a data set are read, before all of them are.
+
+    One raw row's own error can show that row alone; this one shows three of them.
+
+    Args:
+      samples: the first raw rows with their origins, at least one.
+      reading: as in `preference_rows`.
+      supervised: whether completions are wanted, not pairs.
+
+    Returns:
+      Names of the schemas that read them, in the order of their first row: "nectar".
+
+    Raises:
+      ValueError: no schema reads one of them; the message has the columns with their types, three rows, the known
+        formats, and a column_map to paste.
+    """
+    schemas = COMPLETION_SCHEMAS if supervised else PREFERENCE_SCHEMAS
+    names: dict[str, None] = {}
+    for index, (raw, origin) in enumerate(samples):
+        schema = _find(_columns(raw, reading, origin), schemas, reading)
+        if schema is None:
+            others = [sample for place, sample in enumerate(samples) if place != index]
+            raise _refused([samples[index], *others], schemas, reading)
+        names[schema.name] = None
+    return ", ".join(names)
+
+
+def _detect(raw: Raw, schemas: Sequence[Schema], reading: Reading, origin: str) -> tuple[Raw, Schema]:
+    columns = _columns(raw, reading, origin)
+    schema = _find(columns, schemas, reading)
+    if schema is None:
+        raise _refused([(raw, origin)], schemas, reading)
+    return columns, schema
+
+
+def _find(columns: Raw, schemas: Sequence[Schema], reading: Reading) -> Schema | None:
+    mapped = set(reading.column_map or ()).difference(EXTRAS)
+    tried = (schema for schema in schemas if mapped.issubset(schema.columns)) if mapped else schemas
+    return next((schema for schema in tried if schema.matches(columns)), None)
+
+
+def _refused(samples: Sequence[Sample], schemas: Sequence[Schema], reading: Reading) -> ValueError:
+    mapped = [_renamed(raw, reading.column_map, origin) for raw, origin in samples] if reading.column_map else []
+    return ValueError(refusal(samples, schemas, mapped=mapped, supervised=schemas is COMPLETION_SCHEMAS))
+
+
+def _columns(raw: Raw, reading: Reading, origin: str) -> Raw:
+    """The row under jdpo's names, without nulls; conversations that are written as text, or as lists, are read."""
+    renamed = _renamed(raw, reading.column_map, origin) if reading.column_map else raw
+    present = {name: value for name, value in renamed.items() if value is not None}
+    columns = {name: as_list(value, name, origin) if name in CANONICAL else value for name, value in present.items()}
+    written = [name for name in conversation_columns.COLUMNS if messages.is_written_out(columns.get(name))]
+    if all(messages.is_written_out(columns.get(name)) for name in ("chosen", "rejected")):
+        # One side alone may well be an answer that happens to be JSON.
+        written += [n for n in ("prompt", "chosen", "rejected") if messages.is_written_out(columns.get(n))]
+    for name in written:
+        columns[name] = messages.from_text(columns[name], name, origin)
+    return spread_mask(columns, messages.ROLES, origin)
+
+
+def _renamed(raw: Raw, column_map: Mapping[str, str], origin: str) -> dict[str, Any]:
+    """The row with the columns of `column_map` under jdpo's names; the others keep theirs."""
+    for name, column in column_map.items():
+        if name not in CANONICAL:
+            near = difflib.get_close_matches(name, CANONICAL, n=1)
+            raise ValueError(
+                f"{origin}: column_map names {name!r} for {column!r}, but jdpo has no column of this name"
+                + (f"; did you mean {near[0]!r}? " if near else "; ")
+                + f"They are {named(CANONICAL)}"
+            )
+        if column not in raw:
+            raise ValueError(
+                f"{origin}: column_map takes {name!r} from {column!r}, which the row lacks; it has {named(raw)}"
+            )
+        if name in (score for pair in SCORES for score in pair) and number(raw[column]) is None is not raw[column]:
+            raise ValueError(f"{origin}: {column} ({name}) is {shown(raw[column])}; expected a number")
+    taken = {*column_map, *column_map.values()}
+    if any(side in raw and column_map.get(side, side) != side for side in ("chosen", "rejected")):
+        taken.update(SIDE_SCORES)  # they speak of other sides than those that are now learnt
+    if not column_map.keys().isdisjoint(votes.VOTES):
+        taken.update(votes.all_votes(raw))
+    rest = {name: value for name, value in raw.items() if name not in taken}
+    return rest | {votes.name_of_vote(name, column): raw[column] for name, column in column_map.items()}
+
+
+def _too_close(pair: Couple, reading: Reading, columns: Raw, origin: str) -> Dropped | None:
+    """Why `min_margin` leaves a pair out, None where it does not."""
+    if reading.min_margin is None:
+        return None
+    margin = ranked.margin(*pair)
+    if margin is None:
+        names = ", ".join(" and ".join(pair) for pair in SCORES)
+        raise ValueError(
+            f"{origin}: min_margin {reading.min_margin:g} needs scores, and the row has none. Found: {named(columns)}. "
+            f"Scores are read from {names}, a rating of two, score_A and score_B, or pm_score: name other columns as "
+            "score_chosen and score_rejected in column_map, or leave min_margin out"
+        )
+    if margin < 0:
+        return Dropped(CONTRADICTED, origin, f"margin {margin:g}")
+    return Dropped(BELOW_MARGIN, origin, f"margin {margin:g}") if margin < reading.min_margin else None

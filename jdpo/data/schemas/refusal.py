@@ -1,0 +1,179 @@
+"""What the user is told where the columns fit no known format, with a `column_map` to paste."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+from jdpo.data.schemas.describing import kind, listed, named, printable, shown
+from jdpo.data.schemas.messages import Raw
+from jdpo.data.schemas.schema_table import Schema
+
+MOST_ROWS = 3
+"""Sample rows in a message at most."""
+
+LONGEST_PASTED = 200
+"""Characters of a name that is suggested for a column_map; there it must stand whole."""
+
+
+_SAMPLE_WIDTH = 200
+_PLAIN = re.compile(r"[A-Za-z_][\w.-]*")
+_YAML_WORDS = ("null", "true", "false", "yes", "no", "on", "off", "y", "n")
+
+_PROMPTS = ("prompt", "question", "instruction", "input", "query", "context", "history", "post", "request", "problem")
+_COMPLETIONS = ("completion", "response", "answer", "output", "solution", "target", "text")
+_BETTER = re.compile(r"chosen|better|best|prefer+ed|winner|winning|win|accepted|good|positive|pos|yw")
+_WORSE = re.compile(r"rejected|worse|worst|dispreferred|loser|losing|lose|bad|negative|neg|yl")
+_ONE_OF_TWO = re.compile(r"(?P<stem>.*[A-Za-z])[_-]?(?P<mark>[abAB]|[0-2]|left|right)")
+_ANSWER = re.compile(r"response|answer|completion|output|repl|generation|text|conversation")
+_VOTE = re.compile(r"prefer|winner|better|choice|vote|verdict|judg", re.IGNORECASE)
+_SAYS_WHICH = re.compile(rf"{_VOTE.pattern}|label|score|rank|rating", re.IGNORECASE)
+_VOTED_MARKS = (("a", "b"), ("0", "1"), ("1", "2"))
+
+Sample = tuple[Raw, str]
+"""A raw row and its origin."""
+
+
+def refusal(
+    samples: Sequence[Sample], schemas: Sequence[Schema], *, mapped: Sequence[Raw] = (), supervised: bool = False
+) -> str:
+    """The message for rows that no schema reads.
+
+    Args:
+      samples: the first of them gives the place; `MOST_ROWS` of them are shown.
+      schemas: those that were tried.
+      mapped: the columns as they are under `column_map`, one mapping a sample; empty without a `column_map`.
+      supervised: whether completions are wanted, not pairs.
+    """
+    raws = [raw for raw, _ in samples]
+    lines = [f"{samples[0][1]}: the columns fit no known format.", f"Found: {_columns(raws)}"]
+    if mapped:
+        lines.append(f"Under column_map: {_columns(mapped)}")
+    lines += ["Rows:", *(f"  {origin}: {_sample(raw)}" for raw, origin in samples[:MOST_ROWS])]
+    lines += ["Known formats:", *(f"  {schema.description}" for schema in schemas)]
+    if not mapped:
+        lines += _suggestion(raws[0], supervised=supervised)
+    return "\n".join(lines)
+
+
+def _columns(raws: Sequence[Raw]) -> str:
+    """Every column with the types of its values.
+
+    >>> _columns([{"a": "x", "b": None}, {"a": "y", "b": 3}])
+    'a (string), b (null or number)'
+    """
+    kinds: dict[str, dict[str, None]] = {}
+    for raw in raws:
+        for name, value in raw.items():
+            kinds.setdefault(str(name), {})[_closer_kind(value)] = None
+    return listed([f"{printable(name)} ({' or '.join(found)})" for name, found in kinds.items()])
+
+
+def _closer_kind(value: object, depth: int = 3) -> str:
+    """The type of a value, and of a list's first element.
+
+    >>> _closer_kind([{"role": "user", "content": "Hi"}]), _closer_kind(["Hi"]), _closer_kind({"text": "Hi"})
+    ('list of {role, content}', 'list of string', 'object {text}')
+    """
+    if isinstance(value, list) and value and depth:
+        return f"list of {_closer_kind(value[0], depth - 1).removeprefix('object ')}"
+    if isinstance(value, dict) and value:
+        keys = [printable(name) for name in map(str, itertools.islice(value, 6))]
+        return f"object {{{', '.join(keys)}{', ...' if len(value) > 6 else ''}}}"
+    return kind(value)
+
+
+def _sample(raw: Raw) -> str:
+    text = ", ".join(f"{named([name])}: {shown(value, 40)}" for name, value in itertools.islice(raw.items(), 20))
+    return f"{{{text}}}" if len(text) <= _SAMPLE_WIDTH else f"{{{text[:_SAMPLE_WIDTH]}...}}"
+
+
+def _suggestion(raw: Raw, *, supervised: bool) -> Iterator[str]:
+    """Lines of a column_map to paste; none where the columns have the right names and wrong values."""
+    wanted = ("prompt", "completion") if supervised else ("prompt", "chosen", "rejected")
+    if all(name in raw for name in wanted):
+        return
+    # A longer name is no name that somebody would paste; the message stays short enough to read.
+    texts = [
+        name for name, value in raw.items() if isinstance(value, str | list | dict) and len(name) <= LONGEST_PASTED
+    ]
+    prompt = _first_like(texts, _PROMPTS)
+    rest = [name for name in texts if name != prompt]
+    yield "To say which column is which, add to this data set in the config (what stands in <> is yours to fill in):"
+    yield "  column_map:"
+    yield f"    prompt: {_yaml(prompt or '<column of the prompt>')}"
+    if supervised:
+        yield f"    completion: {_yaml(_first_like(rest, _COMPLETIONS) or '<column of the answer to learn>')}"
+        return
+    worse = next((name for name in rest if _WORSE.search(name.lower())), None)
+    better = next((name for name in rest if name != worse and _BETTER.search(name.lower())), None)
+    twins = _twins({name: raw[name] for name in rest}) if better is None or worse is None else None
+    others = [name for name in raw if twins and name not in twins and len(name) <= LONGEST_PASTED]
+    judges = [name for name in others if _SAYS_WHICH.search(name)]
+    voted = _vote_lines(twins, judges) if twins else []
+    if voted:
+        yield from voted
+        return
+    unsure = f"  # or {_yaml(twins[1])}: the columns do not say which is better" if twins else ""
+    better, worse = twins or (better, worse)
+    yield f"    chosen: {_yaml(better or '<column of the better answer>')}{unsure}"
+    yield f"    rejected: {_yaml(worse or '<column of the worse answer>')}"
+    if "chosen" in raw and "rejected" in raw:
+        yield (
+            "chosen and rejected stand without a prompt: give what both answer in a column, or begin both with the "
+            "whole conversation, as lists of {role, content}."
+        )
+    if judges:
+        yield (
+            f"If {named(judges)} says row by row which is better, write the rows again with chosen and rejected: "
+            "a column_map names the same column as better in every row."
+        )
+
+
+def _vote_lines(twins: tuple[str, str], judges: Sequence[str]) -> list[str]:
+    """Lines that map two answers and a vote; none where no column is a vote, or the answers have other marks."""
+    marks = tuple(match["mark"].lower() for name in twins if (match := _ONE_OF_TWO.fullmatch(name)))
+    vote = next((name for name in judges if _VOTE.search(name)), None)
+    if vote is None or marks not in _VOTED_MARKS:
+        return []
+    answers = [f"    response_{mark}: {_yaml(name)}" for mark, name in zip(marks, twins, strict=True)]
+    return [*answers, f"    winner: {_yaml(vote)}  # says row by row which is better"]
+
+
+def _first_like(names: Sequence[str], words: Sequence[str]) -> str | None:
+    """The first column named like a word: exactly, else containing it."""
+    exact = next((word for word in words if word in names), None)
+    return exact or next((name for word in words for name in names if word in name.lower()), None)
+
+
+def _twins(columns: Mapping[str, object]) -> tuple[str, str] | None:
+    """Two columns that differ in a mark such as a and b, those of answers before others, then the longest.
+
+    >>> _twins({"id": 1, "model_a": "x", "model_b": "y", "response_a": "Hi", "response_b": "Hello"})
+    ('response_a', 'response_b')
+    """
+    stems: dict[str, list[str]] = {}
+    for name in columns:
+        match = _ONE_OF_TWO.fullmatch(name)
+        if match:
+            stems.setdefault(match["stem"], []).append(name)
+
+    def rank(stem: str) -> tuple[bool, int]:
+        texts = [columns[name] for name in stems[stem]]
+        return bool(_ANSWER.search(stem.lower())), sum(len(text) for text in texts if isinstance(text, str))
+
+    found = max((stem for stem, names in stems.items() if len(names) == 2), key=rank, default=None)
+    return None if found is None else (stems[found][0], stems[found][1])
+
+
+def _yaml(name: str) -> str:
+    """A column's name as a YAML scalar.
+
+    >>> _yaml("response_a"), _yaml("no"), _yaml("the answer: a")
+    ('response_a', '"no"', '"the answer: a"')
+    """
+    if name.startswith("<") or (_PLAIN.fullmatch(name) and name.lower() not in _YAML_WORDS):
+        return name
+    return json.dumps(name)

@@ -1,0 +1,262 @@
+"""Every known way of writing preference and supervised rows: how to know it by its columns, how to read it.
+
+The first schema whose columns are there with values of its types reads the row. The order is that of
+`PREFERENCE_SCHEMAS` and `COMPLETION_SCHEMAS`: what says more comes first (`prompt` stands before `question`, a
+prompt of its own before one implied by whole conversations).
+
+Rows of strings under prompt, chosen and rejected (or prompt and completion) are plain text, as in TRL. All other
+rows are conversations: who writes `question` and `answers` means two speakers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from jdpo.data.schemas import conversation_columns, messages, schema_readers, votes
+from jdpo.data.schemas.messages import Raw
+from jdpo.data.schemas.ranked import Asked, Dropped
+
+EXTRAS = ("system", "tools", "loss_mask", *schema_readers.SIDE_SCORES)
+"""Columns that are read beside those of any schema."""
+
+
+class Schema(NamedTuple):
+    """One way of writing rows.
+
+    Attributes:
+      name: a short one, for reports.
+      description: its columns, for the user.
+      columns: names of all columns that it reads; `EXTRAS` are read beside them.
+      matches: whether it fits a row (without nulls).
+      read: the row's prompt and answers.
+      ranked: whether a row may have more than two answers.
+      joined: whether the answers that it reads are whole conversations, with the prompt of the row in them.
+    """
+
+    name: str
+    description: str
+    columns: tuple[str, ...]
+    matches: Callable[[Raw], bool]
+    read: Callable[[Raw, str], Asked | Dropped]
+    ranked: bool = False
+    joined: bool = False
+
+
+_MESSAGES = (list, dict)
+_SIDE = (str, list, dict)
+
+
+def _has(raw: Raw, **types: type | tuple[type, ...]) -> bool:
+    return all(isinstance(raw.get(name), types_of) for name, types_of in types.items())
+
+
+def _answers_only(side: Any) -> bool:
+    """Whether a side stands behind its prompt, instead of repeating it."""
+    first = side[0] if isinstance(side, list) and side else side
+    role = first.get("role", first.get("from")) if isinstance(first, dict) else None
+    return not isinstance(side, list) or messages.ROLES.get(str(role).lower()) not in ("system", "user")
+
+
+def _ranked(raw: Raw, column: str, *keys: str) -> bool:
+    """Whether the column is a list of objects with these keys, by the first of them."""
+    items = raw.get(column)
+    return isinstance(items, list) and (not items or (isinstance(items[0], dict) and items[0].keys() >= {*keys}))
+
+
+def _unprompted(raw: Raw, **types: type | tuple[type, ...]) -> bool:
+    return "prompt" not in raw and _has(raw, **types)
+
+
+def _asked_in(column: str, name: str, description: str) -> Schema:
+    """A pair whose question stands under another name than prompt."""
+    return Schema(
+        name,
+        description,
+        (column, "chosen", "rejected"),
+        lambda raw: _unprompted(raw, **{column: str}, chosen=_SIDE, rejected=_SIDE),
+        schema_readers.asked_under(column),
+    )
+
+
+def _answered_elsewhere(raw: Raw) -> bool:
+    """Returns whether `messages` holds no answer, and other columns do."""
+    if conversation_columns.ends_in_answer(raw["messages"]):
+        return False
+    return _has(raw, chosen=_SIDE, rejected=_SIDE) or votes.is_vote(raw)
+
+
+def _responses(column: str) -> Schema:
+    return Schema(
+        f"{column}-responses",
+        f"{column}, chosen_response and rejected_response: strings",
+        (column, "chosen_response", "rejected_response"),
+        lambda raw: _has(raw, **{column: str}, chosen_response=str, rejected_response=str),
+        schema_readers.asked_under(column, "chosen_response", "rejected_response"),
+    )
+
+
+PREFERENCE_SCHEMAS: Sequence[Schema] = (
+    Schema(
+        "sharegpt",
+        "conversations: [{from, value}, ...], chosen and rejected: {from, value}",
+        ("conversations", "chosen", "rejected"),
+        lambda raw: (
+            _has(raw, conversations=list, chosen=_SIDE, rejected=_SIDE)
+            and all(_answers_only(raw[side]) for side in ("chosen", "rejected"))
+        ),
+        conversation_columns.conversation_pair,
+        joined=True,
+    ),
+    Schema(
+        "conversation",
+        "messages, conversation, conversations, context or history: the messages that chosen and rejected answer",
+        (*conversation_columns.COLUMNS, "chosen", "rejected"),
+        lambda raw: bool(conversation_columns.prompt_columns(raw)),
+        conversation_columns.conversation_pair,
+        joined=True,
+    ),
+    Schema(
+        "nemo-rl",
+        "context: messages, completions: [{rank, completion: messages}, ...], the lowest rank is best",
+        ("context", "completions"),
+        lambda raw: _has(raw, context=_SIDE) and _ranked(raw, "completions", "rank", "completion"),
+        schema_readers.nemo,
+        ranked=True,
+    ),
+    Schema(
+        "nectar",
+        "prompt: a string or transcript, answers: [{answer, rank}, ...], the lowest rank is best",
+        ("prompt", "answers"),
+        lambda raw: _has(raw, prompt=str) and _ranked(raw, "answers", "answer", "rank"),
+        schema_readers.nectar,
+        ranked=True,
+    ),
+    Schema(
+        "stack-exchange-preferences",
+        "question, answers: [{text, pm_score}, ...], the highest pm_score is best",
+        ("question", "answers"),
+        lambda raw: _has(raw, question=str) and _ranked(raw, "answers", "text", "pm_score"),
+        schema_readers.stack_exchange,
+        ranked=True,
+    ),
+    Schema(
+        "shp",
+        "history, human_ref_A, human_ref_B, labels: 1 where A is better, 0 where B is",
+        ("history", "human_ref_A", "human_ref_B", "labels", "score_A", "score_B"),
+        lambda raw: _has(raw, history=str, human_ref_A=str, human_ref_B=str) and "labels" in raw,
+        schema_readers.shp,
+    ),
+    Schema(
+        "stack-exchange-paired",
+        "question, response_j (the better one) and response_k",
+        ("question", "response_j", "response_k"),
+        lambda raw: _has(raw, question=str, response_j=str, response_k=str),
+        schema_readers.asked_under("question", "response_j", "response_k"),
+    ),
+    Schema(
+        "standard",
+        "prompt, chosen and rejected: strings (plain text)",
+        ("prompt", "chosen", "rejected"),
+        lambda raw: _has(raw, prompt=str, chosen=str, rejected=str),
+        schema_readers.explicit_pair,
+    ),
+    Schema(
+        "conversational",
+        "prompt: messages, chosen and rejected: messages or strings",
+        ("prompt", "chosen", "rejected"),
+        lambda raw: _has(raw, prompt=_MESSAGES, chosen=_SIDE, rejected=_SIDE),
+        schema_readers.explicit_pair,
+    ),
+    Schema(
+        "binarized",
+        "prompt: a string, chosen and rejected: messages, which may be whole conversations",
+        ("prompt", "chosen", "rejected"),
+        lambda raw: _has(raw, prompt=str, chosen=_SIDE, rejected=_SIDE),
+        schema_readers.explicit_pair,
+    ),
+    _asked_in("question", "orca", "question (and system), chosen and rejected"),
+    Schema(
+        "alpaca",
+        "instruction (and input, history), chosen and rejected; or output: [chosen, rejected]",
+        ("instruction", "input", "history", "chosen", "rejected", "output"),
+        lambda raw: (
+            _unprompted(raw, instruction=str)
+            and isinstance(raw.get("input", ""), str)
+            and (
+                _has(raw, chosen=_SIDE, rejected=_SIDE)
+                or ("chosen" not in raw and _has(raw, output=list) and len(raw["output"]) == 2)
+            )
+        ),
+        schema_readers.alpaca_pair,
+    ),
+    _asked_in("input", "distilabel", "input (and system), chosen and rejected"),
+    _responses("prompt"),
+    _responses("instruction"),
+    Schema(
+        "implicit",
+        "chosen and rejected without prompt: whole conversations, lists of {role, content}",
+        ("chosen", "rejected"),
+        lambda raw: _unprompted(raw, chosen=list, rejected=list),
+        schema_readers.whole_conversations,
+    ),
+    Schema(
+        "hh-rlhf",
+        r"chosen and rejected without prompt: transcripts like '\n\nHuman: ...\n\nAssistant: ...'",
+        ("chosen", "rejected"),
+        lambda raw: (
+            _unprompted(raw, chosen=str, rejected=str)
+            and all(messages.is_transcript(raw[side]) for side in ("chosen", "rejected"))
+        ),
+        schema_readers.transcripts,
+    ),
+    Schema(
+        "votes",
+        "prompt, response_a and response_b (or _0 and _1, _1 and _2), and a vote such as winner or better_response_id",
+        votes.COLUMNS_READ,
+        votes.is_vote,
+        votes.read_vote,
+    ),
+)
+"""Schemas of preference rows, in the order in which they are tried."""
+
+COMPLETION_SCHEMAS: Sequence[Schema] = (
+    Schema(
+        "messages",
+        "messages: a conversation, a list of {role, content} that ends in an assistant turn",
+        ("messages",),
+        lambda raw: _has(raw, messages=list) and not _answered_elsewhere(raw),
+        schema_readers.conversation,
+    ),
+    Schema(
+        "conversations",
+        "conversations: the same as [{from, value}, ...]",
+        ("conversations",),
+        lambda raw: _has(raw, conversations=list) and "chosen" not in raw and "rejected" not in raw,
+        schema_readers.conversation,
+    ),
+    Schema(
+        "prompt-completion",
+        "prompt and completion: strings, or lists of {role, content}",
+        ("prompt", "completion", "label"),
+        lambda raw: _has(raw, prompt=_SIDE, completion=_SIDE),
+        schema_readers.explicit_completion,
+    ),
+    Schema(
+        "alpaca-completion",
+        "instruction (and input, history), output: strings",
+        ("instruction", "input", "history", "output"),
+        lambda raw: (
+            _unprompted(raw, instruction=str, output=str)
+            and isinstance(raw.get("input", ""), str)
+            and "chosen" not in raw
+            and "rejected" not in raw
+        ),
+        schema_readers.alpaca_completion,
+    ),
+    *PREFERENCE_SCHEMAS,
+)
+"""Schemas of supervised rows, in the order in which they are tried; of preferences the best answer is learnt."""
+
+CANONICAL = tuple(dict.fromkeys([*(name for schema in COMPLETION_SCHEMAS for name in schema.columns), *EXTRAS]))
+"""Every column name that some schema reads: what `column_map` may name."""

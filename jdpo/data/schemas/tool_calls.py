@@ -1,0 +1,119 @@
+"""Tools and calls of them as files write them, read into the form that chat templates take."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from jdpo.data.schemas.describing import kind, shown
+from jdpo.data.schemas.of_lists import as_list
+
+
+def read_tools(value: Any, place: str, origin: str) -> list[dict[str, Any]] | None:
+    """The tools that a conversation may call: a list of objects, or JSON text of one; None where there are none.
+
+    Raises:
+      ValueError: it is neither.
+    """
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    return [_with_keys(tool) for tool in _objects(value, place, origin) if not _is_void(tool)] or None
+
+
+def are_calls(value: Any) -> bool:
+    """Returns whether a value is a call of a function, or a list of them, with no message around it.
+
+    >>> are_calls([{"name": "look", "arguments": {}}]), are_calls([{"role": "user", "content": "Hi"}]), are_calls([])
+    (True, False, False)
+    """
+    items = value if isinstance(value, list) else [value]
+    return bool(items) and all(
+        isinstance(item, dict)
+        and item.keys().isdisjoint(("role", "from"))
+        and (isinstance(item.get("function"), dict) or ("name" in item and "arguments" in item))
+        for item in items
+    )
+
+
+def read_calls(calls: Any, called: Any, place: str, origin: str) -> list[dict[str, Any]]:
+    """Reads the calls of a turn; none where there are none.
+
+    Args:
+      calls: what the message has under `tool_calls`: a list of calls, or JSON text of one.
+      called: what it has under `function_call`: a single call.
+      place, origin: of the calls, for messages.
+
+    Raises:
+      ValueError: a call is not an object.
+    """
+    calls = calls or ([called] if called and not _is_void(called) else None)
+    return [_call(call) for call in _objects(calls, place, origin) if not _is_void(call)] if calls else []
+
+
+def read_call_text(text: Any, place: str, origin: str) -> list[dict[str, Any]]:
+    """The calls of a ShareGPT `function_call` turn: JSON text of {name, arguments}, or of a list of them."""
+    calls = _parsed(text, place, origin)
+    calls = _objects([calls] if isinstance(calls, dict) else calls, place, origin)
+    for call in calls:
+        if "name" not in call and "function" not in call:
+            raise ValueError(f"{origin}: {place} is {shown(call)}; expected a call {{name, arguments}}")
+    return [_call(call) for call in calls]
+
+
+def _call(call: dict[str, Any]) -> dict[str, Any]:
+    """A call as templates take it, {type, function: {name, arguments}}.
+
+    >>> _call({"name": "look", "arguments": {}})
+    {'type': 'function', 'function': {'name': 'look', 'arguments': {}}}
+    """
+    call = _with_keys(call)
+    return call if "function" in call or "name" not in call else {"type": "function", "function": call}
+
+
+def _with_keys(item: dict[str, Any]) -> dict[str, Any]:
+    """Returns a call or a tool without those of its own keys, and of its function's, that are null.
+
+    Nulls further in are data: `arguments` and `parameters` hold free JSON, which says null where it means it.
+
+    >>> _with_keys({"id": None, "function": {"name": "look", "strict": None, "arguments": {"at": None}}})
+    {'function': {'name': 'look', 'arguments': {'at': None}}}
+    """
+    present = {key: value for key, value in item.items() if value is not None}
+    function = present.get("function")
+    if isinstance(function, dict):
+        present["function"] = {key: value for key, value in function.items() if value is not None}
+    return present
+
+
+def _is_void(value: Any) -> bool:
+    """Returns whether a value is null or an object of nulls alone, as files write for a call that a turn does not make.
+
+    >>> _is_void({"name": None, "arguments": {"at": None}}), _is_void({"name": "look", "arguments": {}})
+    (True, False)
+    """
+    return all(map(_is_void, value.values())) if isinstance(value, dict) else value is None
+
+
+def _objects(value: Any, place: str, origin: str) -> list[dict[str, Any]]:
+    """A list of objects, each or all of them as JSON text too."""
+    values = as_list(_parsed(value, place, origin), place, origin)
+    if not isinstance(values, list):
+        raise ValueError(f"{origin}: {place} is {kind(values)}; expected a list of objects, or JSON text of one")
+    objects = [
+        _parsed(item, f"{place}[{index}]", origin) if isinstance(item, str) else item
+        for index, item in enumerate(values)
+    ]
+    for index, item in enumerate(objects):
+        if not isinstance(item, dict):
+            raise ValueError(f"{origin}: {place}[{index}] is {kind(item)}; expected an object")
+    return objects
+
+
+def _parsed(value: Any, place: str, origin: str) -> Any:
+    """JSON text as the value it holds; other values as they are."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"{origin}: {place} is a string that is not JSON ({error}): {shown(value)}") from None

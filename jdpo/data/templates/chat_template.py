@@ -1,0 +1,187 @@
+"""Chat templates: what transformers' `apply_chat_template` writes, within bounds and the same on every day and host.
+
+The environment has transformers' settings (blocks trimmed, loop controls, the `generation` tag, its `tojson`,
+`raise_exception` and `strftime_now`). It differs in three ways: a rendering has a `Budget`, today is always
+`TEMPLATE_DAY`, and filters and functions that give a random result are refused.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jinja2
+import jinja2.meta
+import jinja2.nodes
+import numpy as np
+
+from jdpo.data.templates.bounds import BoundExceeded, Budget, RenderingTooSlow, current
+from jdpo.data.templates.environment import TEMPLATE_DAY, environment
+from jdpo.types import Message
+
+__all__ = ["RESERVED", "TEMPLATE_DAY", "BoundExceeded", "ChatTemplate", "RenderingTooSlow"]
+
+LONGEST_TEMPLATE = 2**20
+"""Characters of a template at most; the longest in use have about 30,000."""
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A template's text, compiled once per process."""
+
+    text: str
+
+    @property
+    def variables(self) -> frozenset[str]:
+        """Names that the template reads; empty where it cannot be parsed."""
+        return _names(self.text).variables
+
+    @property
+    def asks_for_today(self) -> bool:
+        return _names(self.text).asks_for_today
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[dict[str, Any]] | None,
+        add_generation_prompt: bool,
+        variables: Mapping[str, Any],
+    ) -> str:
+        """Writes a conversation.
+
+        Args:
+          messages: the turns, at least one.
+          tools: JSON schemas of what they may call.
+          add_generation_prompt: write the header of the answer to come.
+          variables: further names for the template: special tokens, `enable_thinking`, ...
+
+        Raises:
+          jinja2.TemplateError: the template refuses the conversation or is not valid; `BoundExceeded`: it does more
+            than its bounds allow.
+          RenderingTooSlow: it takes more than a minute.
+          Exception: whatever else an expression of the template raises.
+        """
+        if not messages:
+            raise ValueError("a conversation needs at least one message")
+        template = _compiled(self.text)
+        if isinstance(template, Exception):
+            raise template
+        given = _Given()
+        turns = [given.plain(turn) for turn in map(_with_reasoning, map(_without_nulls, messages))]
+        values = {
+            "messages": given.seen(turns),
+            "tools": given.plain(None if tools is None else list(tools)),
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            **given.plain(dict(variables)),
+        }
+        budget = Budget(given.characters, given.sizes)
+        token = current.set(budget)
+        try:
+            return _written(template, values, budget)
+        finally:
+            current.reset(token)
+
+
+def _written(template: jinja2.Template, values: dict[str, Any], budget: Budget) -> str:
+    pieces, size = [], 0
+    for piece in template.root_render_func(template.new_context(values)):
+        size += len(piece)
+        budget.output(size)
+        pieces.append(piece)
+    return "".join(pieces)
+
+
+class _Given:
+    """What a template is shown: values of JSON alone, copied, since objects have methods that the sandbox lets through.
+
+    Attributes:
+      characters: of all texts, keys included.
+      sizes: cells of each container by its id; see `Budget.size`.
+    """
+
+    def __init__(self) -> None:
+        self.characters = 0
+        self.sizes: dict[int, int] = {}
+        self._kept: list[Any] = []  # an id belongs to its container as long as that lives
+
+    def plain(self, value: Any) -> Any:
+        return self._copied(value)[0]
+
+    def seen(self, values: list[Any]) -> Any:
+        """A list of values that were copied, with its size noted."""
+        return self._noted(values, sum(self.sizes[id(value)] for value in values))[0]
+
+    def _copied(self, value: Any) -> tuple[Any, int]:
+        """The copy and its cells."""
+        if value is None or isinstance(value, bool):
+            return value, 1
+        if isinstance(value, str):
+            self.characters += len(value)
+            return str.__str__(value), 1 + len(value)
+        if isinstance(value, int):
+            return int(value), 1
+        if isinstance(value, float):
+            return float(value), 1
+        if isinstance(value, Mapping):
+            pairs = [(self._copied(key), self._copied(item)) for key, item in value.items()]
+            return self._noted(
+                {key: item for (key, _), (item, _) in pairs}, sum(cells + more for (_, cells), (_, more) in pairs)
+            )
+        if isinstance(value, list | tuple):
+            items = [self._copied(item) for item in value]
+            copies = [item for item, _ in items]
+            return self._noted(copies if isinstance(value, list) else tuple(copies), sum(cells for _, cells in items))
+        if isinstance(value, np.generic):
+            return self._copied(value.item())
+        return f"<{type(value).__name__}>", 1 + len(type(value).__name__)
+
+    def _noted(self, container: Any, cells: int) -> tuple[Any, int]:
+        self._kept.append(container)
+        self.sizes[id(container)] = 1 + cells
+        return container, 1 + cells
+
+
+def _without_nulls(message: Message) -> Message:
+    """Keys that are null are absent to templates, as in transformers."""
+    return {key: value for key, value in message.items() if value is not None}
+
+
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Keys under which files have the thought of a turn; templates read the first, or the second."""
+
+
+def _with_reasoning(message: Message) -> Message:
+    thought = next((message[key] for key in _REASONING if key in message), None)
+    return message if thought is None else {"thinking": thought, **message, "reasoning_content": thought}
+
+
+RESERVED = frozenset({"messages", "tools", "add_generation_prompt"})
+"""Variables of a template that jdpo gives itself."""
+
+
+@functools.lru_cache(maxsize=32)
+def _compiled(text: str) -> jinja2.Template | Exception:
+    if len(text) > LONGEST_TEMPLATE:
+        return jinja2.TemplateError(f"the template has more than {LONGEST_TEMPLATE:,} characters")
+    try:
+        return environment().from_string(text)
+    except Exception as error:  # Python's compiler has limits of its own: SyntaxError, RecursionError, MemoryError
+        return error
+
+
+class _Names(NamedTuple):
+    variables: frozenset[str]
+    asks_for_today: bool
+
+
+@functools.lru_cache(maxsize=32)
+def _names(text: str) -> _Names:
+    if isinstance(_compiled(text), Exception):
+        return _Names(frozenset(), False)
+    tree = environment().parse(text)
+    asked = any(node.name == "strftime_now" for node in tree.find_all(jinja2.nodes.Name))
+    return _Names(frozenset(jinja2.meta.find_undeclared_variables(tree)), asked)

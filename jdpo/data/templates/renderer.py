@@ -1,0 +1,108 @@
+"""Which of a tokenizer's chat templates writes a conversation, and with which variables."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from jdpo.data.templates.chat_template import RESERVED, ChatTemplate
+from jdpo.types import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DEFAULT, TOOL_USE = "default", "tool_use"
+"""Names that transformers gives to a tokenizer's only template, and to the one for conversations with tools."""
+
+
+@dataclass(frozen=True)
+class Renderer:
+    """Writes conversations as `apply_chat_template` of the tokenizer does, within the bounds of `ChatTemplate`.
+
+    Attributes:
+      templates: the tokenizer's templates by name; its only one is called default.
+      special_tokens: bos_token and others, which templates read under these names.
+      kwargs: `chat_template_kwargs` of the config.
+      takes_parts: whether contents are given as lists of {type: text, text}.
+    """
+
+    templates: Mapping[str, ChatTemplate]
+    special_tokens: Mapping[str, Any]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    takes_parts: bool = False
+
+    def template_for(self, tools: Sequence[Any] | None) -> ChatTemplate | None:
+        """The template of conversations with these tools; None where the tokenizer has none for them."""
+        if tools is not None and TOOL_USE in self.templates:
+            return self.templates[TOOL_USE]
+        return self.templates.get(DEFAULT)
+
+    @property
+    def variables(self) -> frozenset[str]:
+        """Names that the templates read and that a user may set."""
+        read = frozenset[str]().union(*(template.variables for template in self.templates.values()))
+        return read - RESERVED - self.special_tokens.keys()
+
+    def check_kwargs(self, kwargs: Mapping[str, Any], place: str) -> None:
+        """Refuses keys of `chat_template_kwargs` that no template reads.
+
+        Raises:
+          ValueError: there is one; the nearest name that a template reads is given.
+        """
+        known = self.variables
+        for key in kwargs:
+            if key in known:
+                continue
+            if not self.templates:
+                raise ValueError(f"{place}: {key!r} goes to a chat template, and the tokenizer has none")
+            near = difflib.get_close_matches(key, known, n=1)
+            raise ValueError(
+                f"{place}: the chat template does not read {key!r}"
+                + (f"; did you mean {near[0]!r}? " if near else ". ")
+                + (f"It reads {', '.join(sorted(known))}" if known else "It reads no key of this kind")
+            )
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Writes a conversation; see `ChatTemplate.render`.
+
+        Args:
+          kwargs: the row's own `chat_template_kwargs`, which override those of the config.
+
+        Raises:
+          ValueError: the tokenizer has no template for such a conversation.
+        """
+        template = self.template_for(tools)
+        if template is None:
+            raise ValueError("the tokenizer has no chat template for this conversation")
+        return template.render(
+            [_in_parts(message) for message in messages] if self.takes_parts else messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            variables={**self.special_tokens, **self.kwargs, **(kwargs or {})},
+        )
+
+    def with_parts(self) -> Renderer:
+        """The same with contents as lists of parts."""
+        return replace(self, takes_parts=True)
+
+
+def renderer_of(hf: PreTrainedTokenizerBase, kwargs: Mapping[str, Any], *, takes_parts: bool = False) -> Renderer:
+    """The renderer of a tokenizer as it is now."""
+    own: Any = hf.chat_template
+    texts = own if isinstance(own, dict) else {DEFAULT: own} if own else {}
+    templates = {str(name): ChatTemplate(str(text)) for name, text in texts.items()}
+    return Renderer(templates, dict(hf.special_tokens_map), dict(kwargs), takes_parts)
+
+
+def _in_parts(message: Message) -> Message:
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message

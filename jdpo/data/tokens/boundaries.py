@@ -1,0 +1,156 @@
+r"""Where the completion starts in the tokens of a row.
+
+A conversation is rendered and tokenized as a whole. Its completion starts after the generation prompt, and takes in
+the end of turn and what the template writes after it (see `jdpo.data.tokens.prompt_end` for templates that do
+otherwise):
+
+    <|im_start|>user \n Hi <|im_end|> \n <|im_start|>assistant \n | Hello <|im_end|> \n
+    0            0    0  0  0          0  0            0         0  | 1     1          1     completion_mask
+
+Plain text is tokenized apart, so that nothing merges across the boundary, and joined:
+
+    <bos> The capital of France is | Paris <eos>
+    0     0   0       0  0      0  | 1     1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from jdpo.data.schemas.formats import EMPTY_SIDE, Dropped
+from jdpo.data.tokens import call_arguments
+from jdpo.data.tokens.prompt_end import Encoded, encode_conversations
+from jdpo.data.tokens.rendering import (
+    NOT_UNICODE,
+    Parts,
+    Written,
+    conversation,
+    is_unicode,
+    one_bos,
+    render_all,
+    write_row,
+)
+from jdpo.data.tokens.row_notes import all_words, conversation_notes, has_words, text_notes
+from jdpo.data.tokens.tokenizer import Tokenizer
+from jdpo.data.tokens.unwritten import lost_sides, unwritten_notes
+from jdpo.types import Message
+
+IDENTICAL_SIDES = "identical sides"
+EMPTY_PROMPT = "empty prompt"
+
+PLAIN_TEXT = "in plain text: the chat template is not applied to them"
+WOULD_MERGE = "whose prompt and completion would be other tokens if tokenized together"
+
+
+class Split(NamedTuple):
+    """Token ids of a prompt and of the completions that follow it."""
+
+    prompt: list[int]
+    completions: list[list[int]]
+    notes: tuple[str, ...]
+
+
+def split_rows(rows: Sequence[Parts], tokenizer: Tokenizer) -> list[Split | Dropped]:
+    """Tokenizes rows of both kinds, each kind in one call, which runs on all cores."""
+    usable = [_unusable(row) or with_settled_calls(row, tokenizer) for row in rows]
+    results: list[Split | Dropped | None] = [row if isinstance(row, Dropped) else None for row in usable]
+    for is_text, split in ((True, _split_texts), (False, _split_conversations)):
+        chosen = {i: row for i, row in enumerate(usable) if isinstance(row, Parts) and row.is_text == is_text}
+        for index, result in zip(chosen, split(list(chosen.values()), tokenizer), strict=True):
+            results[index] = result
+    assert all(result is not None for result in results)
+    return [result for result in results if result is not None]
+
+
+def _unusable(row: Parts) -> Dropped | None:
+    if not all(map(has_words, row.completions)):
+        return Dropped(EMPTY_SIDE, row.origin)
+    if not all(is_unicode(all_words(text)) for text in (row.prompt, *row.completions)):
+        return Dropped(NOT_UNICODE, row.origin)
+    if len(row.completions) == 2 and row.completions[0] == row.completions[1]:
+        return Dropped(IDENTICAL_SIDES, row.origin)
+    if not row.prompt and not isinstance(row.prompt, str):
+        return Dropped(EMPTY_PROMPT, row.origin)
+    return None
+
+
+def with_settled_calls(row: Parts, tokenizer: Tokenizer) -> Parts | Dropped:
+    """Gives the arguments of the row's tool calls the form that the chat template writes, for all of its renderings."""
+    if row.is_text:
+        return row
+
+    def render(parts: Sequence[list[Message]]) -> list[str] | Dropped:
+        prompt, *completions = parts
+        return render_all(
+            [prompt + completion for completion in completions], [False] * len(completions), row, tokenizer
+        )
+
+    parts = call_arguments.settled(
+        [conversation(text) for text in (row.prompt, *row.completions)],
+        row.origin,
+        render,
+        objects_work=lambda: call_arguments.takes_objects(tokenizer),
+    )
+    if isinstance(parts, Dropped):
+        return parts
+    prompt, *completions = parts
+    if len(completions) == 2 and completions[0] == completions[1]:
+        return Dropped(IDENTICAL_SIDES, row.origin)  # one side had as text what the other has as an object
+    return row._replace(prompt=prompt, completions=tuple(completions))
+
+
+def _split_texts(rows: Sequence[Parts], tokenizer: Tokenizer) -> Iterator[Split]:
+    prompts = tokenizer.encode([str(row.prompt) for row in rows])
+    pairs = [(str(row.prompt), str(text)) for row in rows for text in row.completions]
+    apart = iter(tokenizer.encode_completions([text for _, text in pairs]))
+    together = iter(tokenizer.encode([prompt + text for prompt, text in pairs]))
+    always = (PLAIN_TEXT,) if tokenizer.has_chat_template else ()
+    for row, prompt in zip(rows, prompts, strict=True):
+        ids = [next(apart) for _ in row.completions]
+        merges = [prompt + completion for completion in ids] != [next(together) for _ in ids]
+        yield Split(
+            _with_bos(prompt, tokenizer),
+            [_with_eos(completion, tokenizer) for completion in ids],
+            (
+                *((*always, WOULD_MERGE) if merges else always),
+                *text_notes(str(row.prompt), map(str, row.completions), tokenizer),
+            ),
+        )
+
+
+def _with_bos(ids: list[int], tokenizer: Tokenizer) -> list[int]:
+    bos = tokenizer.bos_token_id
+    return ids if bos is None else one_bos([bos, *ids], bos)
+
+
+def _with_eos(ids: list[int], tokenizer: Tokenizer) -> list[int]:
+    """Completion tokens with EOS behind them once, and without a BOS that the text begins with."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    start, end = 0, len(ids)
+    while end and ids[end - 1] == eos:
+        end -= 1
+    while bos is not None and start < end and ids[start] == bos:
+        start += 1
+    return [*ids[start:end], eos]
+
+
+def _split_conversations(rows: Sequence[Parts], tokenizer: Tokenizer) -> Iterator[Split | Dropped]:
+    written = [write_row(row, tokenizer) for row in rows]
+    encoded = iter(encode_conversations([one for one in written if isinstance(one, Written)], tokenizer))
+    for one in written:
+        result = one if isinstance(one, Dropped) else next(encoded)
+        yield result if isinstance(result, Dropped) else _split_encoded(result, tokenizer)
+
+
+def _split_encoded(one: Encoded, tokenizer: Tokenizer) -> Split | Dropped:
+    """Cuts a conversation where its completions start, unless the template leaves nothing of them to learn."""
+    row, asked, wholes = one.written
+    length = one.length
+    completions = [sequence[length:] for sequence in one.sequences]
+    lost = lost_sides(one.written, completions, tokenizer)
+    if lost is not None:
+        return lost
+    sides = [conversation(completion) for completion in row.completions]
+    notes = conversation_notes(conversation(row.prompt), sides, row.tools, [asked, *wholes], tokenizer)
+    return Split(one.prompt[:length], completions, (*one.notes, *notes, *unwritten_notes(one.written)))

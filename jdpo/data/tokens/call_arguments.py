@@ -1,0 +1,300 @@
+"""Arguments of tool calls, in the form that the chat template writes.
+
+Files hold the arguments of a call as an object, or as JSON text of one, as OpenAI's API writes them. Chat templates
+expect one or the other: most write the object as JSON, so that text is encoded twice, and a few concatenate text,
+which fails on an object or writes Python's repr of it. `settled` decides this call by call, from what the template
+writes, before a row is rendered for its tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import html
+import itertools
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jdpo.data.schemas.describing import shown
+from jdpo.data.schemas.ranked import Dropped
+from jdpo.data.templates.chat_template import RenderingTooSlow
+from jdpo.types import Message
+
+if TYPE_CHECKING:
+    from jdpo.data.tokens.tokenizer import Tokenizer
+
+UNWRITTEN = "tool-call arguments that the chat template writes neither as an object nor as JSON text"
+
+MOST_VALUES = 200
+"""Distinct values of a call that are looked for in its rendering at most; each look reads the whole rendering."""
+
+MAX_DEPTH = 100
+"""Text that is nested deeper stays text: what works with an object later is recursive."""
+
+_HTML_SAFE = str.maketrans({"<": r"\u003c", ">": r"\u003e", "&": r"\u0026", "'": r"\u0027"})
+"""How Jinja's own `tojson` writes these characters."""
+
+Render = Callable[[Sequence[list[Message]]], list[str] | Dropped]
+"""Renders a prompt followed by each of its completions; takes the prompt and the completions."""
+
+
+class Call(NamedTuple):
+    """The arguments of one call of a row.
+
+    Attributes:
+      place: the part of the row (0 is the prompt), the message in it, and the call in the message.
+      name: of the function, for messages.
+      value: the arguments as an object.
+      is_text: whether the file has them as JSON text.
+    """
+
+    place: tuple[int, int, int]
+    name: str
+    value: dict[str, Any]
+    is_text: bool
+
+    @property
+    def text(self) -> str:
+        """Returns the arguments as compact JSON text."""
+        return json.dumps(self.value, ensure_ascii=False, separators=(",", ":"))
+
+
+def parsed(text: str) -> dict[str, Any] | None:
+    """Returns the object that JSON text holds, or None if it holds another value or is not JSON.
+
+    >>> parsed('{"city": "Cork"}'), parsed("Cork"), parsed('["Cork"]'), parsed('{"n": NaN}')
+    ({'city': 'Cork'}, None, None, None)
+    """
+    if not text.lstrip().startswith("{"):
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) and _is_plain(value) else None
+
+
+def _is_plain(value: Any) -> bool:
+    """Returns whether a value can be written as JSON again, and is not nested too deeply."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        if any(isinstance(item, float) and not math.isfinite(item) for item in level):
+            return False
+        level = [child for item in level if isinstance(item, dict | list) for child in _children(item)]
+        if not level:
+            return True
+    return False
+
+
+def _children(item: dict[str, Any] | list[Any]) -> Sequence[Any]:
+    return list(item.values()) if isinstance(item, dict) else item
+
+
+def as_objects(calls: Any) -> Any:
+    """Returns the calls of a message to compare, with arguments as objects where their text holds one.
+
+    >>> as_objects([{"function": {"name": "look", "arguments": '{"at": "sky"}'}}])
+    [{'function': {'name': 'look', 'arguments': {'at': 'sky'}}}]
+    """
+    if not isinstance(calls, list):
+        return calls
+    return [_with_arguments(call, found[1]) if (found := _arguments(call)) else call for call in calls]
+
+
+@functools.lru_cache(maxsize=16)
+def takes_objects(tokenizer: Tokenizer) -> bool:
+    """Tries whether a chat template writes a call whose arguments are an object without failing."""
+    function = {"name": "look", "arguments": {"at": "sky"}}
+    call = {"id": "looking01", "type": "function", "function": function}  # Mistral's templates want nine letters
+    answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+    tool = {"type": "function", "function": {"name": "look", "description": "", "parameters": {"type": "object"}}}
+    try:
+        tokenizer.render([{"role": "user", "content": "Hi"}, answer], tools=[tool])
+    except RenderingTooSlow as error:
+        raise ValueError(str(error)) from None
+    except Exception:  # whatever an expression of the template raises; the rows themselves will tell
+        return False
+    return True
+
+
+def settled(
+    parts: Sequence[list[Message]], origin: str, render: Render, *, objects_work: Callable[[], bool]
+) -> Sequence[list[Message]] | Dropped:
+    """Gives the arguments of every call of a row the form that the template writes.
+
+    Text that holds an object becomes the object if the template then writes its values, and not Python's repr of it;
+    otherwise it becomes compact JSON text, under the same check. Arguments that are objects in the file stay objects,
+    unless the template fails on them.
+
+    Args:
+      parts: the prompt, and the completions that may follow it.
+      origin: where the row came from, for messages.
+      render: writes the prompt followed by each completion, or says why the template does not.
+      objects_work: see `takes_objects`; called only for a row without arguments that are text.
+
+    Returns:
+      The parts, with one form of each call for every rendering of the row; Dropped where the template writes neither.
+    """
+    calls = tuple(_calls(parts))
+    if not calls or (not any(call.is_text for call in calls) and objects_work()):
+        return parts
+    row = _Row(parts, calls, render)
+    as_text: frozenset[int] = frozenset()
+    texts = row.rendered(as_text)
+    if isinstance(texts, Dropped):
+        # The template fails on an object, but does not say in which call.
+        refused, as_text = texts, frozenset(range(len(calls)))
+        texts = row.rendered(as_text)
+        if isinstance(texts, Dropped):
+            return refused
+    checked = as_text.union(index for index, call in enumerate(calls) if call.is_text)
+    failed = row.unwritten(checked, as_text, texts)
+    if failed:
+        as_text ^= failed  # each of these calls gets its other form
+        texts = row.rendered(as_text)
+        failed = failed if isinstance(texts, Dropped) else row.unwritten(checked, as_text, texts)
+    if failed:
+        call = calls[min(failed)]
+        return Dropped(UNWRITTEN, origin, f"{call.name}: {shown(call.text)}")
+    return row.in_forms(as_text)
+
+
+class _Row(NamedTuple):
+    """A row with the calls in it; sets of calls hold their indices."""
+
+    parts: Sequence[list[Message]]
+    calls: Sequence[Call]
+    render: Render
+
+    def rendered(self, as_text: Collection[int]) -> list[str] | Dropped:
+        """Renders the row with the arguments of some calls as text, and of all others as objects."""
+        return self.render(self.in_forms(as_text))
+
+    def in_forms(self, as_text: Collection[int], emptied: Collection[int] = ()) -> list[list[Message]]:
+        """Returns the parts with arguments in these forms, and with those of `emptied` empty."""
+        forms: dict[tuple[int, int, int], Any] = {}
+        for index, call in enumerate(self.calls):
+            shape = call._replace(value={}) if index in emptied else call
+            forms[call.place] = shape.text if index in as_text else shape.value
+        return [
+            [_in_forms(message, (number, index), forms) for index, message in enumerate(part)]
+            for number, part in enumerate(self.parts)
+        ]
+
+    def unwritten(self, checked: Collection[int], as_text: Collection[int], texts: Sequence[str]) -> frozenset[int]:
+        """Returns which of the checked calls a rendering does not hold as JSON would write them."""
+        failed = self._failed_keys(checked, as_text, texts)
+        owners = Counter(key for index in checked for key in _keys(self.calls[index].value))
+        # Of calls that share what is missing or wrong, some may be written well: each of them is looked at alone.
+        doubtful = [index for index, keys in failed.items() if any(owners[key] > 1 for key in keys)]
+        cleared = {index for index in doubtful if not self._failed_keys([index], as_text, texts)}
+        return frozenset(failed.keys() - cleared)
+
+    def _failed_keys(
+        self, checked: Collection[int], as_text: Collection[int], texts: Sequence[str]
+    ) -> dict[int, set[_Key]]:
+        """Returns, for calls that are not written, which values are missing and which repr is there.
+
+        A value counts as written if the rendering has it more often than one with empty arguments, since a question
+        often holds the values of the call that answers it.
+        """
+        empty = self.render(self.in_forms(as_text, emptied=checked))
+        if isinstance(empty, Dropped):  # the template fails without arguments: what the messages say must do
+            empty = ["\n".join(map(_words, [*self.parts[0], *part])) for part in self.parts[1:]]
+        failed: dict[int, set[_Key]] = {}
+        for number, (text, base) in enumerate(zip(texts, empty, strict=True), start=1):
+            keys = {i: _keys(self.calls[i].value) for i in checked if self.calls[i].place[0] in (0, number)}
+            needed = Counter(key for own in keys.values() for key in own)
+            added = {key: max(text.count(spelled) - base.count(spelled) for spelled in key.spellings) for key in needed}
+            for index, own in keys.items():
+                wrong = {key for key in own if (added[key] > 0 if key.is_repr else added[key] < needed[key])}
+                if wrong:
+                    failed.setdefault(index, set()).update(wrong)
+        return failed
+
+
+def _calls(parts: Sequence[list[Message]]) -> Iterator[Call]:
+    """Yields every call whose arguments are an object, or text of one."""
+    for number, part in enumerate(parts):
+        for index, message in enumerate(part):
+            for order, call in enumerate(message.get("tool_calls") or ()):
+                found = _arguments(call)
+                if found is not None:
+                    yield Call((number, index, order), found[0], found[1], found[2])
+
+
+def _arguments(call: Any) -> tuple[str, dict[str, Any], bool] | None:
+    """Returns name and arguments of a call {type, function: {name, arguments}}, and whether they are text."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        return None
+    arguments = function.get("arguments")
+    value = parsed(arguments) if isinstance(arguments, str) else arguments
+    if not isinstance(value, dict):
+        return None
+    return str(function.get("name")), value, isinstance(arguments, str)
+
+
+def _with_arguments(call: dict[str, Any], arguments: Any) -> dict[str, Any]:
+    return {**call, "function": {**call["function"], "arguments": arguments}}
+
+
+def _in_forms(message: Message, place: tuple[int, int], forms: Mapping[tuple[int, int, int], Any]) -> Message:
+    calls = message.get("tool_calls") or ()
+    if not any((*place, order) in forms for order in range(len(calls))):
+        return message
+    changed = [
+        _with_arguments(call, forms[*place, order]) if (*place, order) in forms else call
+        for order, call in enumerate(calls)
+    ]
+    copied = copy.copy(message)  # which stays one that is shown only, if it is
+    copied["tool_calls"] = changed
+    return copied
+
+
+def _words(message: Message) -> str:
+    content = message.get("content")
+    return content if isinstance(content, str) else ""
+
+
+class _Key(NamedTuple):
+    """Something to look for in a rendering: a value of a call, or Python's repr of all its arguments."""
+
+    spellings: tuple[str, ...]
+    is_repr: bool = False
+
+
+def _keys(value: dict[str, Any]) -> set[_Key]:
+    """Returns every value inside an object, and its repr.
+
+    Nulls and empty texts are left out, since there may be nothing to write, and so is the repr of an empty object,
+    which is JSON.
+
+    >>> sorted(key.spellings for key in _keys({"n": 5, "deep": [True, None, ""]}) if not key.is_repr)
+    [('5',), ('true', 'True')]
+    """
+    leaves: dict[_Key, None] = {}
+    level: list[Any] = [value]
+    while level and len(leaves) < MOST_VALUES:
+        found = (spellings(item) for item in level if not isinstance(item, dict | list | None))
+        leaves.update((_Key(spellings), None) for spellings in found if spellings)
+        level = [child for item in level if isinstance(item, dict | list) for child in _children(item)]
+    keys = set(itertools.islice(leaves, MOST_VALUES))
+    return keys | {_Key(_in_strings(repr(value)), is_repr=True)} if value else keys
+
+
+def spellings(leaf: Any) -> tuple[str, ...]:
+    """Returns the ways of writing a value that is neither an object, a list nor null."""
+    if isinstance(leaf, str):
+        return _in_strings(leaf.strip()) if leaf.strip() != "{}" else ()  # which empty arguments are, too
+    return tuple(dict.fromkeys([json.dumps(leaf), str(leaf)]))
+
+
+def _in_strings(text: str) -> tuple[str, ...]:
+    """Returns a text as it is, and as it is within strings of JSON (by Python's and Jinja's rules), Python and HTML."""
+    quoted = [json.dumps(text, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True)]
+    found = [text, *quoted, *(one.translate(_HTML_SAFE) for one in quoted), html.escape(text), repr(text)[1:-1]]
+    return tuple(dict.fromkeys(filter(None, found)))

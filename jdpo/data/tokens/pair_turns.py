@@ -1,0 +1,138 @@
+r"""Pairs whose sides are several turns, of which every assistant turn is learnt.
+
+The sides part at their first different message, often a call of a tool on one side. Each side is a sequence as
+`jdpo.data.tokens.turns` makes it; the prompt is what the two share before the first token to learn:
+
+    user Rain? assistant | <call> look </call> <end> tool 18 assistant It rains. <end>      chosen
+    0    0     0         | 1      1    1       1     0    0  0         1  1      1
+    user Rain? assistant | No. <end>                                                        rejected
+    0    0     0         | 1   1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from jdpo.data.schemas.formats import Dropped
+from jdpo.data.schemas.row_building import EMPTY_SIDE
+from jdpo.data.schemas.turn_marks import is_learnt
+from jdpo.data.tokens.boundaries import Parts, Split, split_rows, with_settled_calls
+from jdpo.data.tokens.tokenizer import Tokenizer
+from jdpo.data.tokens.turns import NOT_LEARNT, Masked, learnt_places, merged, turn_notes
+from jdpo.types import Message, PreferenceRow
+
+WRITTEN_DIFFERENTLY = "sides of several turns, of which the chat template writes earlier ones differently"
+
+
+class MaskedSplit(NamedTuple):
+    """Token ids of a prompt and of the two completions that follow it, with masks of what is learnt."""
+
+    prompt: list[int]
+    completions: list[list[int]]
+    masks: list[list[bool]]
+    notes: tuple[str, ...]
+
+
+def whole_split(split: Split) -> MaskedSplit:
+    """Returns a split of which all of the completions is learnt."""
+    return MaskedSplit(
+        split.prompt, split.completions, [[True] * len(completion) for completion in split.completions], split.notes
+    )
+
+
+def has_several_turns(row: PreferenceRow) -> bool:
+    """Returns whether a side of a pair is more than one message."""
+    return any(not isinstance(side, str) and len(side) != 1 for side in (row.chosen, row.rejected))
+
+
+def split_pair_turns(rows: Sequence[PreferenceRow], tokenizer: Tokenizer) -> list[MaskedSplit | Dropped]:
+    """Splits pairs of conversations whose sides are several turns.
+
+    A turn that is marked as shown only is not learnt; a pair whose final turn is so marked is dropped. An earlier turn
+    that cannot be learnt is left out and noted. A pair is dropped if the chat template writes turns of a side
+    differently as it goes on, since the sides of a pair are one sequence each.
+
+    Raises:
+      ValueError: the tokenizer has no chat template.
+    """
+    found = [_turns(row, tokenizer) for row in rows]
+    parts = [one for turns in found if isinstance(turns, _Turns) for one in turns.parts]
+    splits = iter(split_rows(parts, tokenizer))
+    return [
+        turns if isinstance(turns, Dropped) else _joined(row, turns, [next(splits) for _ in turns.parts])
+        for row, turns in zip(rows, found, strict=True)
+    ]
+
+
+class _Turns(NamedTuple):
+    """The turns of both sides that are learnt.
+
+    Attributes:
+      parts: one of each turn; where both sides begin with one, these two are one, since their prompt is one.
+      sides: of each side, the numbers of its parts.
+      places: of each side, which of its messages the turns are.
+    """
+
+    parts: list[Parts]
+    sides: list[list[int]]
+    is_joint: bool
+
+
+def _turns(row: PreferenceRow, tokenizer: Tokenizer) -> _Turns | Dropped:
+    prompt, *sides = (_messages(text) for text in (row.prompt, row.chosen, row.rejected))
+    if not all(sides):
+        return Dropped(EMPTY_SIDE, row.origin)
+    if not all(is_learnt(side[-1]) for side in sides):
+        return Dropped(NOT_LEARNT, row.origin)
+    places = [learnt_places(side) for side in sides]
+    settled = with_settled_calls(Parts(prompt, tuple(sides), row.origin, row.tools, row.template_kwargs), tokenizer)
+    if isinstance(settled, Dropped):
+        return settled
+    prompt, *sides = (_messages(text) for text in (settled.prompt, *settled.completions))
+    is_joint = all(own[0] == 0 for own in places)
+    parts, numbers = [], []
+    if is_joint:
+        parts.append(Parts(prompt, tuple(side[:1] for side in sides), row.origin, row.tools, row.template_kwargs))
+    for side, own in zip(sides, places, strict=True):
+        rest = own[1:] if is_joint else own
+        numbers.append([*([0] if is_joint else []), *range(len(parts), len(parts) + len(rest))])
+        parts += [
+            Parts([*prompt, *side[:i]], (side[i : i + 1],), row.origin, row.tools, row.template_kwargs) for i in rest
+        ]
+    return _Turns(parts, numbers, is_joint)
+
+
+def _messages(text: object) -> list[Message]:
+    assert isinstance(text, list)
+    return text
+
+
+def _joined(row: PreferenceRow, turns: _Turns, splits: Sequence[Split | Dropped]) -> MaskedSplit | Dropped:
+    sequences: list[Masked] = []
+    for number, messages in enumerate((_messages(row.chosen), _messages(row.rejected))):
+        own = list(_side_splits(turns, splits, number))
+        if isinstance(own[-1], Dropped):
+            return own[-1]
+        found = merged([split for split in own if isinstance(split, Split)])
+        if len(found) > 1:
+            return Dropped(WRITTEN_DIFFERENTLY, row.origin)
+        sequences.append(found[0]._replace(notes=(*found[0].notes, *turn_notes(messages, own))))
+    first, second = (sequence.tokens for sequence in sequences)
+    start = min(sequence.mask.index(True) for sequence in sequences)
+    length = next((i for i in range(min(start, len(first), len(second))) if first[i] != second[i]), start)
+    return MaskedSplit(
+        first[:length],
+        [sequence.tokens[length:] for sequence in sequences],
+        [sequence.mask[length:] for sequence in sequences],
+        tuple(dict.fromkeys(note for sequence in sequences for note in sequence.notes)),
+    )
+
+
+def _side_splits(turns: _Turns, splits: Sequence[Split | Dropped], side: int) -> Iterator[Split | Dropped]:
+    """The splits of one side, its own completion of the one that both share."""
+    for number in turns.sides[side]:
+        split = splits[number]
+        if turns.is_joint and number == 0 and isinstance(split, Split):
+            split = split._replace(completions=[split.completions[side]])
+        yield split

@@ -1,0 +1,324 @@
+"""Loading a tokenizer, giving it a chat template where it has none, and what training needs to know of it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+
+from jdpo.data.templates import probes as template_probes
+from jdpo.data.templates.chat_template import TEMPLATE_DAY, RenderingTooSlow
+from jdpo.data.templates.probes import Probe
+from jdpo.data.templates.renderer import DEFAULT, Renderer, renderer_of
+from jdpo.data.tokens import tokenizer_files
+from jdpo.safe_text import terminal
+from jdpo.types import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_ANCHORS = ("\n", ".", "a")
+"""Text to stand before a completion that is tokenized alone; see `Tokenizer.encode_completions`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """A tokenizer with its chat template.
+
+    Attributes:
+      hf: the tokenizer itself, to be saved with the model.
+      added_tokens: tokens that the chat template brought and the vocabulary did not have.
+      end_token_ids: tokens that end an answer: the tokenizer's EOS and the template's end of turn.
+      digest: content digest of vocabulary, special tokens and template.
+      notes: sentences for the user on what was changed.
+      source: the folder, for messages.
+      probe: a question and its answer as the chat template writes them.
+      warnings: sentences for the user on what is likely wrong with the tokenizer's files.
+    """
+
+    hf: PreTrainedTokenizerBase
+    added_tokens: tuple[str, ...]
+    end_token_ids: tuple[int, ...]
+    digest: str
+    notes: tuple[str, ...]
+    source: str
+    probe: Probe
+    warnings: tuple[str, ...] = ()
+
+    @cached_property
+    def size(self) -> int:
+        """How many embedding rows the token ids need."""
+        return max(len(self.hf), 1 + max(self.hf.get_vocab().values(), default=0))
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self.hf.chat_template)
+
+    @property
+    def eos_token_id(self) -> int:
+        """Ends plain text."""
+        assert isinstance(self.hf.eos_token_id, int)
+        return self.hf.eos_token_id
+
+    @property
+    def pad_token_id(self) -> int:
+        """Fills up batches; its id means nothing, since masks come from lengths."""
+        pad = self.hf.pad_token_id
+        return pad if isinstance(pad, int) else self.eos_token_id
+
+    @cached_property
+    def bos_token_id(self) -> int | None:
+        """The BOS that this tokenizer puts before plain text, None where it puts none."""
+        ids = self.hf("a")["input_ids"]
+        bos = self.hf.bos_token_id
+        return bos if isinstance(bos, int) and len(ids) > 1 and ids[0] == bos else None
+
+    @cached_property
+    def special_text(self) -> re.Pattern[str]:
+        """Finds special tokens that a text spells out."""
+        added = (token.content for token in self.hf.added_tokens_decoder.values() if token.special)
+        tokens = sorted({*added, *self.hf.all_special_tokens}, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, tokens)) or "(?!)")
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Writes a conversation as the chat template does.
+
+        Args:
+          messages: the turns.
+          tools: what they may call, as JSON schemas; a template may leave them out.
+          add_generation_prompt: write the header of the answer to come.
+          kwargs: `chat_template_kwargs` of the row, which override those of the config.
+
+        Raises:
+          jinja2.TemplateError: the template refuses the conversation, or does more than its bounds allow.
+          RenderingTooSlow: it takes more than a minute, which ends the run: hosts would not agree on such rows.
+          Exception: whatever else an expression of the template raises.
+        """
+        try:
+            return self._renderer.render(
+                messages, tools=tools, add_generation_prompt=add_generation_prompt, kwargs=kwargs
+            )
+        except RenderingTooSlow:
+            raise RenderingTooSlow(_too_slow(self.source)) from None
+
+    @property
+    def _renderer(self) -> Renderer:
+        return self.probe.renderer
+
+    def check_template(self, tools: Sequence[Any] | None, kwargs: Mapping[str, Any] | None, origin: str) -> None:
+        """Checks that there is a chat template for a row's conversation, and that it reads the row's kwargs.
+
+        Raises:
+          ValueError: there is none, or it does not; the message names the row.
+        """
+        if self._renderer.template_for(tools) is None:
+            raise ValueError(
+                f"{origin} is a conversation, but the tokenizer in {self.source} {self._missing_template()}"
+            )
+        if kwargs:
+            self._renderer.check_kwargs(kwargs, f"{origin}: chat_template_kwargs")
+
+    def _missing_template(self) -> str:
+        names = list(map(terminal, self._renderer.templates))
+        if names:
+            return (
+                f"has several chat templates ({', '.join(names)}) and none called {DEFAULT}: choose one by its name, "
+                f"for example chat_template: {names[0]}"
+            )
+        return "has no chat template: set chat_template: chatml (built in), or give a Jinja file there"
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, nothing added to them."""
+        if not texts:
+            return []
+        encoded = self.hf(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
+        ids: list[list[int]] = encoded["input_ids"]
+        return ids
+
+    def encode_completions(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts that follow a prompt, tokenized apart from it.
+
+        SentencePiece tokenizers put a space before any text (`Paris` alone is `▁Paris`), which a completion must
+        not gain. There the text is tokenized after an anchor, whose tokens are then cut off.
+        """
+        apart = self.encode(texts)
+        anchor_ids = self._anchor_ids
+        if anchor_ids is None:
+            return apart
+        anchor, ids = anchor_ids
+        anchored = self.encode([anchor + text for text in texts])
+        return [
+            behind[len(ids) :] if behind[: len(ids)] == ids else alone
+            for behind, alone in zip(anchored, apart, strict=True)
+        ]
+
+    @cached_property
+    def _anchor_ids(self) -> tuple[str, list[int]] | None:
+        """An anchor and its ids where text alone gains a space, else None."""
+        (letter,) = self.encode(["a"])
+        if self.hf.decode(letter + letter).strip() == "aa":
+            return None
+        for anchor in _ANCHORS:
+            (ids,) = self.encode([anchor])
+            if self.hf.unk_token_id not in ids:
+                return anchor, ids
+        return None
+
+
+def load_tokenizer(
+    folder: Path, *, chat_template: str | None, chat_template_kwargs: Mapping[str, Any] | None = None
+) -> Tokenizer:
+    """Loads the tokenizer of a model folder; no network is used.
+
+    A template given by the user replaces the tokenizer's own. Markers that it writes around turns (one word in
+    angle brackets, like `<|im_start|>` or `<end_of_turn>`; found by rendering a conversation) become single
+    tokens, new ones where the vocabulary lacks them, and the first of them after an answer becomes the EOS.
+
+    Args:
+      folder: a model folder with tokenizer files.
+      chat_template: a Jinja file, "chatml" for the built-in one, the name of one of the tokenizer's several
+        templates, or None for the tokenizer's own.
+      chat_template_kwargs: variables for every rendering, such as {"enable_thinking": False}.
+
+    Raises:
+      ValueError: the folder holds no tokenizer, the template is missing or broken, it does not read a key of
+        chat_template_kwargs, or no token ends an answer.
+    """
+    hf = tokenizer_files.read_tokenizer(folder)
+    kwargs = dict(chat_template_kwargs or {})
+    try:
+        return _loaded(hf, folder, chat_template, kwargs)
+    except RenderingTooSlow:
+        raise ValueError(_too_slow(str(folder))) from None
+
+
+def _too_slow(source: str) -> str:
+    return (
+        f"the chat template of {source} takes more than a minute to write one conversation; "
+        "give another with chat_template"
+    )
+
+
+def _loaded(
+    hf: PreTrainedTokenizerBase, folder: Path, chat_template: str | None, kwargs: Mapping[str, Any]
+) -> Tokenizer:
+    own_eos = hf.eos_token_id
+    difference = tokenizer_files.reading_difference(hf, folder)  # before anything is changed
+    warnings = () if difference is None else (difference,)
+    notes: list[str] = []
+    added: tuple[str, ...] = ()
+    named = tokenizer_files.named_templates(hf)
+    is_given = chat_template is not None and chat_template not in named
+    if chat_template in named:
+        notes.append(f"chat template: {chat_template}, one of the tokenizer's {len(named)}")
+        hf.chat_template = named[str(chat_template)]
+    elif chat_template is not None:
+        notes.append(f"chat template: {chat_template}{', in place of its own' if hf.chat_template else ''}")
+        hf.chat_template = tokenizer_files.template_text(chat_template, hf)
+    elif named and DEFAULT not in named:
+        notes.append(
+            f"the tokenizer has several chat templates ({', '.join(named)}) and none called {DEFAULT}; choose one by "
+            f"its name, for example chat_template: {next(iter(named))}"
+        )
+    renderer = renderer_of(hf, kwargs)
+    renderer.check_kwargs(kwargs, "chat_template_kwargs")
+    if kwargs:
+        notes.append(f"chat_template_kwargs: {json.dumps(kwargs, ensure_ascii=False)}")
+    probed = template_probes.probe(renderer)
+    if is_given:
+        _check_given(probed, str(chat_template))
+        added = _add_markers(hf, template_probes.markers_of(probed))
+        if added:
+            notes.append(f"new tokens of the chat template: {' '.join(added)}")
+    end_of_turn = template_probes.end_of_turn(hf, probed)
+    if end_of_turn is not None and (is_given or own_eos is None):
+        if end_of_turn != hf.eos_token:
+            notes.append(f"EOS token: {end_of_turn}" + (f" (was {hf.eos_token})" if hf.eos_token else ""))
+        hf.eos_token = end_of_turn
+        # The template may write eos_token, which is another one now.
+        probed = template_probes.probe(renderer_of(hf, kwargs))
+    if hf.eos_token_id is None:
+        raise ValueError(
+            f"the tokenizer in {folder} has no EOS token and "
+            + ("its chat template ends a turn with no special token" if hf.chat_template else "no chat template")
+            + ": answers would never end. Set eos_token in tokenizer_config.json, or chat_template: chatml"
+        )
+    notes += _template_notes(hf, probed, end_of_turn)
+    turn_id = None if end_of_turn is None else hf.convert_tokens_to_ids(end_of_turn)
+    end_ids = tuple(dict.fromkeys(i for i in (hf.eos_token_id, turn_id, own_eos) if isinstance(i, int)))
+    return Tokenizer(
+        hf,
+        added,
+        end_ids,
+        tokenizer_files.digest_of(hf, kwargs),
+        tuple(map(terminal, (*notes, *warnings))),
+        str(folder),
+        probed,
+        tuple(map(terminal, warnings)),
+    )
+
+
+def _check_given(probed: Probe, name: str) -> None:
+    """
+    Raises:
+      ValueError: a template that the user gives cannot be parsed, or writes no conversation.
+    """
+    error = probed.refusal
+    if isinstance(error, jinja2.TemplateSyntaxError):
+        raise ValueError(f"chat_template {name}: line {error.lineno}: {error.message}") from None
+    if not probed.text and isinstance(error, jinja2.TemplateError):
+        raise ValueError(f"chat_template {name} refuses a question and its answer: {terminal(error)}") from None
+    if not probed.text and error is not None:
+        raise ValueError(f"chat_template {name} breaks: {type(error).__name__}: {terminal(error)}") from error
+    if template_probes.ANSWER not in probed.text:
+        raise ValueError(f"chat_template {name} writes a conversation without the assistant's words")
+
+
+def _add_markers(hf: PreTrainedTokenizerBase, found: Sequence[str]) -> tuple[str, ...]:
+    """Makes every marker of the template one token; returns those that the vocabulary did not have."""
+    known = set(hf.all_special_tokens) | set(hf.get_added_vocab())
+    markers = [marker for marker in found if marker not in known]
+    vocabulary = hf.get_vocab()
+    hf.add_tokens(markers, special_tokens=True)
+    return tuple(marker for marker in markers if marker not in vocabulary)
+
+
+def _template_notes(hf: PreTrainedTokenizerBase, probed: Probe, end_of_turn: str | None) -> list[str]:
+    """Sentences on what the chat template does that a user may not expect."""
+    notes = []
+    if probed.refusal is not None:
+        said = str(probed.refusal)
+        if not isinstance(probed.refusal, jinja2.TemplateError):
+            said = f"{type(probed.refusal).__name__}: {said}"
+        takes = f"; it takes them with {probed.wants}" if probed.text else ""
+        notes.append(f"the chat template refuses a question and its answer: {said}{takes}")
+    if probed.text and end_of_turn is None:
+        notes.append("the chat template ends an answer with no special token: it is not learnt where to stop")
+    if probed.renderer.takes_parts:
+        notes.append("the chat template takes contents as lists of {type: text, text}: every row is given to it so")
+    lead = template_probes.lead_of_answers(probed)
+    if lead.strip():
+        notes.append(f"the chat template writes {lead!r} after the generation prompt: every answer is learnt with it")
+    first = hf(probed.text, add_special_tokens=False)["input_ids"][:2] if probed.text else []
+    if probed.text and tokenizer_files.adds_bos(hf) and first[:1] != [hf.bos_token_id]:
+        notes.append(
+            f"BOS: the chat template does not write {hf.bos_token}: conversations go without, plain text has it"
+        )
+    if any(template.asks_for_today for template in probed.renderer.templates.values()):
+        notes.append(f"the chat template writes today's date; {TEMPLATE_DAY:%d %B %Y} stands for it in every row")
+    if hf.bos_token_id is not None and first == [hf.bos_token_id] * 2:
+        notes.append(f"the chat template writes {hf.bos_token} twice; jdpo takes one away, which others may not do")
+    return notes

@@ -1,0 +1,158 @@
+"""What a completion holds and the chat template does not write: its reasoning, its calls.
+
+Such content is not learnt, and a side of which nothing is left would teach a model to say nothing. Only the answer is
+looked at: that templates leave the thoughts of earlier turns out is how reasoning models are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from jdpo.data.schemas.formats import Dropped
+from jdpo.data.tokens import call_arguments
+from jdpo.data.tokens.prompt_end import common_prefix
+from jdpo.data.tokens.rendering import Written, conversation, write_emptied
+from jdpo.data.tokens.row_notes import words
+from jdpo.data.tokens.tokenizer import Tokenizer
+from jdpo.types import Message
+
+REASONING_KEYS = (
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+    "thinking_content",
+    "thought",
+    "thoughts",
+    "tool_plan",
+)
+"""Keys of a message under which files keep what a model thinks before it answers."""
+
+TOOL_CALLS = "tool calls"
+
+UNWRITTEN = {
+    kind: f"with {kind} in an answer that the chat template does not write" for kind in (*REASONING_KEYS, TOOL_CALLS)
+}
+"""Kind of content -> the note under which rows that lose it are counted."""
+
+EMPTY_UNWRITTEN = "a side is empty because the chat template does not write what it holds"
+IDENTICAL_UNWRITTEN = "sides are identical because the chat template does not write what they differ in"
+
+
+def unwritten_notes(written: Written) -> tuple[str, ...]:
+    """Notes on the content of the completions that is not in the rendered text."""
+    sides = map(conversation, written.row.completions)
+    answers = [_answer(written.asked, whole) for whole in written.wholes]
+    found = {kind for side, answer in zip(sides, answers, strict=True) for kind in _unwritten(side, answer)}
+    return tuple(note for kind, note in UNWRITTEN.items() if kind in found)
+
+
+def lost_sides(written: Written, completions: Sequence[Sequence[int]], tokenizer: Tokenizer) -> Dropped | None:
+    """Drops a row of which the template writes an empty side, or the same for sides that differ; None: it does not.
+
+    Args:
+      written: the row.
+      completions: token ids of its sides.
+      tokenizer: with the chat template.
+    """
+    row = written.row
+    sides = [conversation(completion) for completion in row.completions]
+    for number, (side, whole) in enumerate(zip(sides, written.wholes, strict=True)):
+        answer = _answer(written.asked, whole)
+        if _may_be_empty(side[-1], answer) and _is_empty(written, number, tokenizer):
+            return Dropped(EMPTY_UNWRITTEN, row.origin, _named(list(_unwritten(side, answer))))
+    if len(sides) == 2 and completions[0] == completions[1] and _content(sides[0]) != _content(sides[1]):
+        answers = [_answer(written.asked, whole) for whole in written.wholes]
+        kinds = [kind for side, answer in zip(sides, answers, strict=True) for kind in _unwritten(side, answer)]
+        return Dropped(IDENTICAL_UNWRITTEN, row.origin, _named(kinds))
+    return None
+
+
+def _named(kinds: Sequence[str]) -> str:
+    return ", ".join(dict.fromkeys(kinds)) or "part of the content"
+
+
+def _answer(asked: str, whole: str) -> str:
+    """What a conversation has after the text that it shares with the prompt."""
+    return whole[len(common_prefix(asked, whole)) :]
+
+
+def _may_be_empty(message: Message, answer: str) -> bool:
+    """Tells if an answer's words are not in the text, so that a closer look is due."""
+    content = words(message).strip()
+    return not content or content not in answer
+
+
+def _is_empty(written: Written, number: int, tokenizer: Tokenizer) -> bool:
+    """Tells if a side is written as an answer without words would be."""
+    emptied = write_emptied(written.row, number, tokenizer)
+    # The conversation may have lost a header at its end, which the other one still has.
+    return emptied is not None and emptied.startswith(written.wholes[number])
+
+
+def _content(side: Sequence[Message]) -> list[Any]:
+    """What a side says, thinks and calls, without spaces at the ends and what identifies a call."""
+    return [
+        (words(message).strip(), list(_reasoning(message)), [_call(call) for call in message.get("tool_calls") or ()])
+        for message in side
+    ]
+
+
+def _unwritten(side: Sequence[Message], answer: str) -> Iterator[str]:
+    """Yields the kinds of content of a side that a text does not have."""
+    for kind, texts in _reasoning(side[-1]):
+        if not all(_has(answer, text) for text in texts):
+            yield kind
+    calls = [_call(call) for message in side for call in message.get("tool_calls") or ()]
+    if not all(_has_call(answer, name, arguments) for name, arguments in calls):
+        yield TOOL_CALLS
+
+
+def _reasoning(message: Message) -> Iterator[tuple[str, list[str]]]:
+    """Yields (key, texts) of the thoughts of a message."""
+    for key in REASONING_KEYS:
+        parts = _leaves(message.get(key), leave_out="type")
+        texts = [text for text in parts if isinstance(text, str) and text.strip()]
+        if texts:
+            yield key, texts
+
+
+def _call(call: Any) -> tuple[str, Any]:
+    """The name of a call and its arguments, read from JSON text where they are that."""
+    function = call.get("function", call) if isinstance(call, dict) else {}
+    if not isinstance(function, dict):
+        return "", None
+    arguments = function.get("arguments", function.get("parameters"))
+    if isinstance(arguments, str):
+        arguments = call_arguments.parsed(arguments) or arguments
+    return str(function.get("name", "")), arguments
+
+
+def _has_call(text: str, name: str, arguments: Any) -> bool:
+    """Tells if a text has the name of a call and all values of its arguments, in whatever notation."""
+    return name in text and all(_has(text, value) for value in _leaves(arguments))
+
+
+def _leaves(value: Any, leave_out: str | None = None) -> Iterator[Any]:
+    """Yields the values inside lists and objects, except those under the key `leave_out`."""
+    pending = [value]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, dict):
+            pending += [inner for key, inner in item.items() if key != leave_out]
+        elif isinstance(item, list):
+            pending += item
+        elif item is not None:
+            yield item
+
+
+def _has(text: str, value: Any) -> bool:
+    """Tells if a text has a value: as it is, as JSON writes it, or with other spaces between words.
+
+    >>> _has('{"place": "S\\u00e3o Paulo"}', "São Paulo"), _has("{'sunny': True}", True), _has("7", 8)
+    (True, True, False)
+    """
+    forms = call_arguments.spellings(value)
+    if not forms or any(form in text for form in forms):
+        return True
+    return isinstance(value, str) and " ".join(value.split()) in " ".join(text.split())

@@ -1,0 +1,230 @@
+"""What losses read of a batch: models to log-probs. The first half of the preference objective.
+
+The halves are apart because a loss may need the log-probs of a global batch whose parts the models see one after the
+other. Here, and nowhere else, stands stop_gradient: the reference never learns.
+
+Axes: b pairs, n=2 (chosen, rejected), t positions, v vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from jdpo.losses.argument_checks import check_batch
+from jdpo.losses.logprobs import sequence_logps, shifted_token_logps, token_log_sum_sq
+from jdpo.losses.packed_sums import belongs, completion_sums, tail_weights
+from jdpo.losses.router import of_real_rows
+from jdpo.losses.settings import LossSettings
+from jdpo.types import PackedBatch, PreferenceBatch, Routed, RouterStats
+
+Array = Any
+Params = Any
+ApplyFn = Callable[[Params, Array, Array], Array | Routed]
+
+
+class TokenScores(NamedTuple):
+    """What a model says of tokens.
+
+    Attributes:
+      logps: float32 at least, log-probs.
+      log_sum_sq: log sum_v p_v^2 in the same shape, where it was asked for.
+      router: of a model with experts.
+    """
+
+    logps: Array
+    log_sum_sq: Array | None = None
+    router: RouterStats | None = None
+
+
+LogpsFn = Callable[[Params, PackedBatch, bool], TokenScores]
+
+
+def pair_token_logps(params: Params, batch: PreferenceBatch, *, apply_fn: ApplyFn) -> Array:
+    """Log-prob of every completion token of both sides: float32 [b, 2, t], 0 elsewhere; the value at t is of token t.
+
+    The one function behind policy and reference, training, evaluation and cache.
+
+    Args:
+      params: the model's parameters.
+      batch: tokens and masks [b, 2, t].
+      apply_fn: (params, tokens [n, t], attention_mask [n, t]) -> logits [n, t, v]; of a model with experts, whose
+        router is trained too, `Routed(logits, router)`.
+    """
+    return _token_scores(params, batch, apply_fn, with_log_sum_sq=False).logps
+
+
+def _token_scores(params: Params, batch: PreferenceBatch, apply_fn: ApplyFn, *, with_log_sum_sq: bool) -> TokenScores:
+    """Of every completion token, [b, 2, t], 0 elsewhere; what a router did is of the (b n) sequences."""
+    num_pairs = batch.tokens.shape[0]
+    # (b n) keeps a pair's two sides on the shard that holds the pair; (n b) would cross shards.
+    flat_tokens = rearrange(batch.tokens, "b n t -> (b n) t")
+    flat_attention = rearrange(batch.attention_mask, "b n t -> (b n) t")
+    flat_completion = rearrange(batch.completion_mask, "b n t -> (b n) t")
+    logits = apply_fn(params, flat_tokens, flat_attention)
+    router = None
+    if isinstance(logits, Routed):
+        logits, router = logits
+    if getattr(logits, "shape", ())[:-1] != flat_tokens.shape:
+        raise ValueError(
+            f"apply_fn must return logits [n, t, v] for tokens {flat_tokens.shape}, found "
+            f"{getattr(logits, 'shape', type(logits).__name__)}"
+        )
+    logps, mask = shifted_token_logps(logits, flat_tokens, flat_completion)
+
+    def to_pairs(values: Array) -> Array:
+        at_tokens = jnp.pad(jnp.where(mask, values, 0), ((0, 0), (1, 0)))  # the token at 0 is never predicted
+        return rearrange(at_tokens, "(b n) t -> b n t", b=num_pairs)
+
+    log_sum_sq = to_pairs(token_log_sum_sq(logits[:, :-1])) if with_log_sum_sq else None
+    return TokenScores(to_pairs(logps), log_sum_sq, router)
+
+
+class PairFeatures(NamedTuple):
+    """All that losses and metrics read of pairs: what depends on the trained weights, and what does not.
+
+    Attributes:
+      policy_logps: float [b, 2], summed completion log-probs; gradients flow through these two and `router` alone.
+      policy_ld_logps: float [b, 2], the same length-desensitised, or None without ld_alpha.
+      reference_logps, reference_ld_logps: the same under the reference, or None.
+      lengths: int [b, 2], completion tokens that are predicted.
+      pair_weights: float [b], WPO's weights, or None.
+      weights: float [b], 0 on padding pairs.
+      router: what the policy's router did with the real tokens of rows or sequences, of a model with experts.
+    """
+
+    policy_logps: Array
+    policy_ld_logps: Array | None
+    reference_logps: Array | None
+    reference_ld_logps: Array | None
+    lengths: Array
+    pair_weights: Array | None
+    weights: Array
+    router: RouterStats | None = None
+
+
+def pair_features(
+    policy_params: Params,
+    reference_params: Params | None,
+    batch: PreferenceBatch,
+    *,
+    apply_fn: ApplyFn,
+    settings: LossSettings,
+) -> PairFeatures:
+    """Runs the models on a batch. Arguments and errors as `dpo_loss`."""
+    check_batch(batch)
+    mask = predicted_tokens(batch)
+    lengths = mask.sum(-1)
+    weights = jnp.ones(mask.shape[0], jnp.float32) if batch.weights is None else jnp.asarray(batch.weights)
+    # A padding pair is silenced before anything is computed of it: NaN * 0 is NaN, in gradients too.
+    reduce = partial(
+        _sums, mask=mask & (weights > 0)[:, None, None], lengths=lengths, ld_alpha=settings.ld_alpha, real=weights > 0
+    )
+    token_logps, log_sum_sq, router = _token_scores(
+        policy_params, batch, apply_fn, with_log_sum_sq=settings.use_weighting
+    )
+    if router is not None:
+        router = of_real_rows(router, jnp.repeat(weights > 0, 2))
+    reference = (None, None)
+    if settings.needs_reference:
+        reference = reduce(_reference_token_logps(reference_params, batch, apply_fn, settings))
+    pair_weights = None
+    if log_sum_sq is not None:
+        aligned = sequence_logps(jax.lax.stop_gradient(token_logps - log_sum_sq), mask, reduction="mean")
+        pair_weights = jnp.exp(aligned.sum(-1))
+    weights = weights.astype(token_logps.dtype)
+    return PairFeatures(*reduce(token_logps), *reference, lengths, pair_weights, weights, router)
+
+
+def packed_features(
+    policy_params: Params,
+    reference_params: Params | None,
+    batch: PackedBatch,
+    *,
+    logps_fn: LogpsFn,
+    settings: LossSettings,
+) -> PairFeatures:
+    """`pair_features` of packed rows, [(r p)] pairs: the same numbers, whatever the packing.
+
+    Args:
+      batch: PackedBatch of [r, ...] arrays.
+      logps_fn: (params, batch, with_log_sum_sq) -> of batch.logp_target, [r, k], and what a router did with rows.
+    """
+    num_pairs = batch.pair_weight.shape[-1]
+    of_completion = belongs(batch.logp_pair, 2 * num_pairs)
+    lengths = completion_sums(jnp.ones_like(batch.logp_pair), of_completion)
+    policy, log_sum_sq, router = logps_fn(policy_params, batch, settings.use_weighting)
+    tail = None if settings.ld_alpha is None else tail_weights(of_completion, lengths, settings.ld_alpha, policy.dtype)
+
+    def reduce(logps: Array) -> tuple[Array, Array | None]:
+        plain = _pairs_first(completion_sums(logps, of_completion))
+        return plain, None if tail is None else _pairs_first(completion_sums(tail * logps, of_completion))
+
+    reference: tuple[Array | None, Array | None] = (None, None)
+    if settings.needs_reference:
+        if (reference_params is None) == (batch.logp_reference is None):
+            raise ValueError("expected either reference_params or batch.logp_reference")
+        given = batch.logp_reference
+        if reference_params is not None:
+            given = logps_fn(jax.lax.stop_gradient(reference_params), batch, False).logps
+        reference = reduce(jax.lax.stop_gradient(given))
+    pair_weights = None
+    if log_sum_sq is not None:
+        aligned = completion_sums(jax.lax.stop_gradient(policy - log_sum_sq), of_completion)
+        pair_weights = jnp.exp((_pairs_first(aligned) / jnp.maximum(_pairs_first(lengths), 1)).sum(-1))
+    weights = batch.pair_weight.reshape(-1).astype(policy.dtype)
+    return PairFeatures(*reduce(policy), *reference, _pairs_first(lengths), pair_weights, weights, router)
+
+
+def _pairs_first(values_rpn: Array) -> Array:
+    return rearrange(values_rpn, "r p n -> (r p) n")
+
+
+def predicted_tokens(batch: PreferenceBatch) -> Array:
+    """bool [b, 2, t], the completion tokens that a position before them predicts: all but one at 0."""
+    return jnp.asarray(batch.completion_mask, bool).at[..., 0].set(False)
+
+
+def _sums(
+    token_logps: Array, *, mask: Array, lengths: Array, ld_alpha: Array | float | None, real: Array
+) -> tuple[Array, Array | None]:
+    """[b, 2] sums, plain and length-desensitised, of [b, 2, t]; sums that come as [b, 2] stay as they are."""
+    if token_logps.ndim == 2:
+        return jnp.where(real[:, None], token_logps, 0), None
+    plain = sequence_logps(token_logps, mask)
+    if ld_alpha is None:
+        return plain, None
+    shared = jnp.broadcast_to(lengths.min(-1, keepdims=True), lengths.shape)
+    return plain, sequence_logps(token_logps, mask, ld_alpha=ld_alpha, shared_lengths=shared)
+
+
+def _reference_token_logps(
+    params: Params | None, batch: PreferenceBatch, apply_fn: ApplyFn, settings: LossSettings
+) -> Array:
+    """The frozen reference's log-probs, [b, 2, t] or [b, 2]: from the batch where it carries them, else by running it.
+
+    Raises:
+      ValueError: neither is given, or both are, or in a shape of no use.
+    """
+    if (params is None) == (batch.reference_logps is None):
+        raise ValueError(
+            f"loss_type {' + '.join(settings.loss_types)} needs a reference: expected either reference_params or "
+            f"batch.reference_logps, found {'neither' if params is None else 'both'}"
+        )
+    if params is not None:
+        return jax.lax.stop_gradient(pair_token_logps(jax.lax.stop_gradient(params), batch, apply_fn=apply_fn))
+    given: Array = jnp.asarray(batch.reference_logps)
+    if given.shape not in (batch.tokens.shape, batch.tokens.shape[:2]):
+        raise ValueError(
+            f"batch.reference_logps must be [b, 2] or [b, 2, t] for tokens {batch.tokens.shape}, found {given.shape}"
+        )
+    if given.ndim == 2 and settings.ld_alpha is not None:
+        raise ValueError(
+            "ld_alpha weighs tokens, so batch.reference_logps must be [b, 2, t], one value a token; found sums [b, 2]"
+        )
+    return jax.lax.stop_gradient(given)

@@ -1,0 +1,188 @@
+"""The MLPs of experts: each row of tokens through its own, on one device or over a mesh. Nothing is dropped.
+
+Axes: n sequences, t positions or tokens, k experts of a token, e experts, r rows, d model, f expert width, l rank.
+
+Over a mesh each device holds some of the experts. It gathers the tokens of the devices that hold the others (those
+along the expert axis), takes what its own experts have to say to all of them, and hands each device the sum for its
+tokens: an all-gather and a reduce-scatter, of sizes that do not depend on what goes where.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
+
+from jdpo.models.experts.grouped_matmul import Grouping, choose_grouping, grouped_matmul
+from jdpo.models.experts.routes import Routes, make_routes, to_rows, to_tokens
+from jdpo.models.mesh_axes import mesh_axes
+from jdpo.models.remat import EXPERT_PRODUCT
+
+Array = Any
+Activation = Callable[[Array], Array]
+
+
+class ExpertMap(NamedTuple):
+    """One linear map of every expert; the arrays of the compute dtype.
+
+    Attributes:
+      kernel: [e, d, f].
+      scale: [e, f], the unit of an int8 kernel's outputs, or None.
+      a, b: [e, d, l] and [e, l, f], an adapter: (x a) b is added; or None.
+    """
+
+    kernel: Array
+    scale: Array | None = None
+    a: Array | None = None
+    b: Array | None = None
+
+
+class ExpertMaps(NamedTuple):
+    """The maps of down(act(gate(x)) * up(x))."""
+
+    gate: ExpertMap
+    up: ExpertMap
+    down: ExpertMap
+
+
+def mixture(
+    x_ntd: Array,
+    weights_ntk: Array,
+    experts_ntk: Array,
+    maps: ExpertMaps,
+    activation: Activation = nn.silu,
+) -> Array:
+    """The weighted sum over each token's experts, [n, t, d].
+
+    Under a mesh and logical rules every device computes with its own experts and its own part of their width.
+
+    Args:
+      weights_ntk: float32 at least.
+      experts_ntk: int; experts of a token are different, and those outside of [0, e) stand for none.
+      activation: with act(0) finite.
+    """
+    layout = _Layout.of(x_ntd.shape[0], maps)
+    body = partial(_mixture_here, layout=layout, activation=activation)
+    if layout.mesh is None:
+        return body(x_ntd, weights_ntk, experts_ntk, maps)
+    by_sequence = PartitionSpec(layout.batch or None)
+    over_mesh = jax.shard_map(
+        body,
+        mesh=layout.mesh,
+        in_specs=(by_sequence, by_sequence, by_sequence, layout.specs(maps)),
+        out_specs=by_sequence,
+        check_vma=False,
+    )
+    out: Array = over_mesh(x_ntd, weights_ntk, experts_ntk, maps)
+    return out
+
+
+class _Layout(NamedTuple):
+    """Mesh axes, as far as they divide what they split: of sequences, of experts, and of kernels' inputs and width."""
+
+    mesh: Any = None
+    batch: tuple[str, ...] = ()
+    expert: tuple[str, ...] = ()
+    embed: tuple[str, ...] = ()
+    width: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, num_sequences: int, maps: ExpertMaps) -> _Layout:
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or mesh.size == 1:
+            return cls()
+        sizes = dict(zip(("expert", "expert_embed", "expert_mlp"), maps.gate.kernel.shape, strict=True))
+
+        def axes(name: str, size: int) -> tuple[str, ...]:
+            found = tuple(axis for axis in mesh_axes(name) if mesh.shape[axis] > 1)
+            return found if size % math.prod(mesh.shape[axis] for axis in found) == 0 else ()
+
+        return cls(mesh, axes("batch", num_sequences), *(axes(name, size) for name, size in sizes.items()))
+
+    def specs(self, maps: ExpertMaps) -> ExpertMaps:
+        """Of kernels as they lie in memory; adapters are whole but for experts and width."""
+        expert, embed, width = (axes or None for axes in (self.expert, self.embed, self.width))
+
+        def of_map(held: ExpertMap, d: Any, f: Any) -> ExpertMap:
+            narrow_in, narrow_out = (width if axis == width else None for axis in (d, f))
+            specs = ExpertMap(
+                PartitionSpec(expert, d, f),
+                PartitionSpec(expert, narrow_out),
+                PartitionSpec(expert, narrow_in, None),
+                PartitionSpec(expert, None, narrow_out),
+            )
+            return ExpertMap(*(None if array is None else spec for array, spec in zip(held, specs, strict=True)))
+
+        return ExpertMaps(
+            of_map(maps.gate, embed, width), of_map(maps.up, embed, width), of_map(maps.down, width, embed)
+        )
+
+
+def _mixture_here(
+    x_ntd: Array,
+    weights_ntk: Array,
+    experts_ntk: Array,
+    maps: ExpertMaps,
+    *,
+    layout: _Layout,
+    activation: Activation,
+) -> Array:
+    """On one device: of its tokens, or with an expert axis of those of all devices along it."""
+    tokens = [rearrange(array, "n t x -> (n t) x") for array in (x_ntd, weights_ntk, experts_ntk)]
+    shared = tuple(
+        axis for axis in layout.expert if axis in layout.batch
+    )  # axes along which tokens and experts are split
+    if shared:
+        tokens = [jax.lax.all_gather(array, shared, axis=0, tiled=True) for array in tokens]
+    x_td, weights_tk, experts_tk = tokens
+    num_experts = maps.gate.kernel.shape[0]
+    if layout.expert:
+        experts_tk = _own(experts_tk, jax.lax.axis_index(layout.expert) * num_experts, num_experts)
+    y_td = _expert_mlps(x_td, weights_tk, experts_tk, maps, layout, activation)
+    if rest := tuple(axis for axis in (*layout.width, *layout.expert) if axis not in shared):
+        y_td = jax.lax.psum(y_td, rest)
+    if shared:
+        y_td = jax.lax.psum_scatter(y_td, shared, scatter_dimension=0, tiled=True)
+    return rearrange(y_td, "(n t) d -> n t d", n=x_ntd.shape[0])
+
+
+def _own(experts_tk: Array, first: Array, num_experts: int) -> Array:
+    """Counted from this device's first expert; -1 for those of others."""
+    own = experts_tk - first
+    return jnp.where((own >= 0) & (own < num_experts), own, -1)
+
+
+def _expert_mlps(
+    x_td: Array, weights_tk: Array, experts_tk: Array, maps: ExpertMaps, layout: _Layout, activation: Activation
+) -> Array:
+    num_experts = maps.gate.kernel.shape[0]
+    num_devices = math.prod(layout.mesh.shape[axis] for axis in layout.expert) if layout.expert else 1
+    grouping = choose_grouping(experts_tk.size // num_devices, num_experts, jax.default_backend())
+    routes = make_routes(experts_tk, num_experts, grouping.block)
+    run = partial(_run, routes=routes, grouping=grouping, embed=layout.embed)
+    x_rd = to_rows(x_td, routes)
+    hidden_rf = activation(run(x_rd, maps.gate, embed_dim=1)) * run(x_rd, maps.up, embed_dim=1)
+    return to_tokens(run(hidden_rf, maps.down, embed_dim=2), weights_tk, routes)
+
+
+def _run(
+    x_rd: Array, held: ExpertMap, *, routes: Routes, grouping: Grouping, embed: tuple[str, ...], embed_dim: int
+) -> Array:
+    whole = grouping
+    if embed:
+        grouping = grouping._replace(gather_axes=embed, gather_dim=embed_dim)
+    y_rf = grouped_matmul(grouping, x_rd, held.kernel, routes.sizes)
+    if held.scale is not None:
+        y_rf = (y_rf * held.scale[routes.expert]).astype(x_rd.dtype)
+    if held.a is not None:
+        narrow_rl = grouped_matmul(whole, x_rd, held.a, routes.sizes)
+        y_rf = y_rf + grouped_matmul(whole, narrow_rl, held.b, routes.sizes)
+    return checkpoint_name(y_rf, EXPERT_PRODUCT)

@@ -1,0 +1,130 @@
+"""Mixture of experts: a router that picks some experts for each token, and the experts' weighted sum.
+
+Axes: n sequences or rows, t positions or slots, k experts of a token, e experts, d model, f expert width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+
+from jdpo.models.experts.expert_mlps import ExpertMap, ExpertMaps, mixture
+from jdpo.models.layers import ACTIVATIONS, ADAPTERS, INIT_STDDEV, SCALES, Projection
+from jdpo.models.model_config import Activation, MoEConfig
+from jdpo.models.remat import ROUTING
+from jdpo.types import RouterStats
+
+ROUTER = "router"
+"""Collection in which a layer leaves what its router did, where the caller makes it mutable."""
+
+
+class MoE(nn.Module):
+    """The sum of the experts that the router picks, weighted by its probabilities.
+
+    Leaves in the collection ROUTER, summed over the tokens of a sequence, each times its weight, [n, e] and [n]:
+      assignments: tokens of each expert.
+      probabilities: the router's probability of each expert.
+      tokens: tokens.
+    """
+
+    config: MoEConfig
+    d_model: int
+    activation: Activation
+    compute_dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x_ntd: jax.Array, token_weights_nt: jax.Array) -> jax.Array:
+        """
+        Args:
+          token_weights_nt: what a token counts in the router's statistics; 0 on padding, which goes to no expert.
+        """
+        num_experts, num_chosen = self.config.num_experts, self.config.experts_per_token
+        wide = jnp.promote_types(self.compute_dtype, jnp.float32)
+        route = Projection(
+            "ntd,de->nte", (self.d_model, num_experts), ("embed", None), wide, self.param_dtype, name="router"
+        )
+        probabilities_nte = jax.nn.softmax(route(x_ntd.astype(wide)))
+        # Kept by every remat policy; of equal probabilities the first.
+        experts_ntk = checkpoint_name(jax.lax.top_k(probabilities_nte, num_chosen)[1], ROUTING)
+        # Compared, not gathered: the transpose of a gather is a scatter-add.
+        is_chosen_ntke = experts_ntk[..., None] == jnp.arange(num_experts)
+        weights_ntk = jnp.where(is_chosen_ntke, probabilities_nte[..., None, :], 0).sum(-1)
+        if self.config.normalize:
+            weights_ntk = weights_ntk / weights_ntk.sum(-1, keepdims=True)
+        self._leave(is_chosen_ntke.any(-2), probabilities_nte, token_weights_nt)
+        experts_ntk = jnp.where((token_weights_nt > 0)[..., None], experts_ntk, num_experts)
+        return mixture(x_ntd, weights_ntk, experts_ntk, self._maps(), ACTIVATIONS[self.activation])
+
+    def _leave(self, is_chosen_nte: jax.Array, probabilities_nte: jax.Array, token_weights_nt: jax.Array) -> None:
+        weights_nt1 = token_weights_nt[..., None].astype(probabilities_nte.dtype)
+        statistics = {
+            "assignments": jnp.where(is_chosen_nte, weights_nt1, 0).sum(1),
+            # Silenced, not multiplied with 0: what stands on padding may be anything.
+            "probabilities": jnp.where(weights_nt1 > 0, weights_nt1 * probabilities_nte, 0).sum(1),
+            "tokens": weights_nt1[..., 0].sum(1),
+        }
+        for name, values in statistics.items():
+            self.sow(ROUTER, name, values, init_fn=lambda: None, reduce_fn=lambda _, new: new)
+
+    def _maps(self) -> ExpertMaps:
+        inner, outer = ("expert_embed", self.d_model), ("expert_mlp", self.config.d_ff)
+        return Experts(self.config.num_experts, inner, outer, self.compute_dtype, self.param_dtype, name="experts")()
+
+
+def router_stats(left: dict[str, Any]) -> RouterStats:
+    """Sums over the layers what they left in ROUTER, scanned (with an axis of layers in front) or not."""
+    totals: dict[str, Any] = {}
+
+    def add(path: Any, values: jax.Array) -> None:
+        name = path[-1].key
+        per_layer = values.reshape(-1, *values.shape[values.ndim - (1 if name == "tokens" else 2) :])
+        totals[name] = totals.get(name, 0) + per_layer.sum(0)
+
+    jax.tree_util.tree_map_with_path(add, left)
+    return RouterStats(**totals)
+
+
+class Experts(nn.Module):
+    """The kernels of all experts, `gate`, `up` and `down`."""
+
+    num_experts: int
+    model: tuple[str, int]  # logical name and size
+    width: tuple[str, int]
+    compute_dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self) -> ExpertMaps:
+        def held(name: str, inputs: tuple[str, int], outputs: tuple[str, int]) -> ExpertMap:
+            axes, shape = zip(("expert", self.num_experts), inputs, outputs, strict=True)
+            return ExpertKernel(shape, axes, self.compute_dtype, self.param_dtype, name=name)()
+
+        model, width = self.model, self.width
+        return ExpertMaps(held("gate", model, width), held("up", model, width), held("down", width, model))
+
+
+class ExpertKernel(nn.Module):
+    """One linear map of every expert, [e, inputs, outputs], with what SCALES and ADAPTERS have beside it.
+
+    As of `Projection`: "kernel" [e, outputs] in SCALES, "a" [e, inputs, rank] and "b" [e, rank, outputs] in ADAPTERS.
+    """
+
+    shape: tuple[int, int, int]
+    axes: tuple[str, str, str]
+    compute_dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self) -> ExpertMap:
+        init = nn.with_logical_partitioning(nn.initializers.normal(INIT_STDDEV), self.axes)
+        kernel = self.param("kernel", init, self.shape, self.param_dtype).astype(self.compute_dtype)
+        scale = self.get_variable(SCALES, "kernel") if self.has_variable(SCALES, "kernel") else None
+        if not self.has_variable(ADAPTERS, "a"):
+            return ExpertMap(kernel, scale)
+        a, b = (self.get_variable(ADAPTERS, name).astype(self.compute_dtype) for name in ("a", "b"))
+        return ExpertMap(kernel, scale, a, b)

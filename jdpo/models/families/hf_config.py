@@ -1,0 +1,104 @@
+"""config.json -> `ModelConfig`.
+
+A setting that changes the arithmetic and that the decoder lacks is refused by name: see `jdpo.models.families.shared`
+for what families share, `jdpo.models.families.table` for each. Settings that do not change a forward pass are ignored:
+initializer_range, use_cache, pretraining_tp, output_*, summary_*, and dropout, without which preference training runs.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jdpo.models.families.table import FAMILIES
+from jdpo.models.model_config import ModelConfig
+
+
+def read_model_config(folder: Path) -> ModelConfig:
+    """Reads `folder`/config.json, old (`rope_theta`, `rope_scaling`) or new (`rope_parameters`) in style.
+
+    Raises:
+      ValueError: no folder, no config.json, broken JSON, an unsupported family, or a setting the decoder lacks.
+    """
+    raw = _read_json(folder)
+    _refuse_sizes(raw, folder / "config.json")
+    family = raw.get("model_type")
+    if family not in FAMILIES:
+        raise ValueError(
+            f"{folder}/config.json: model_type {family!r} is not supported; supported are {', '.join(sorted(FAMILIES))}"
+        )
+    # transformers fills the defaults that save_pretrained leaves out, and brings old rope keys to the new form.
+    from transformers import AutoConfig
+
+    try:
+        # Left unset, trust_remote_code is asked for on the terminal, and "y" runs Python files of the folder.
+        hf_config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # its validators raise their own types, KeyError and bare TypeError among them
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"{folder}/config.json: this model needs Python code of its own (auto_map), which jdpo never runs; "
+                f"supported are {', '.join(sorted(FAMILIES))} as transformers has them"
+            ) from None
+        raise ValueError(f"{folder}/config.json: transformers cannot read it: {error}") from error
+    try:
+        return FAMILIES[family].read(hf_config)
+    except ValueError as error:
+        raise ValueError(f"{folder}/config.json: {error}") from error
+
+
+MOST_OF = {
+    ("num_hidden_layers", "n_layer"): 1_000,
+    ("hidden_size", "n_embd", "head_dim"): 2**20,
+    ("intermediate_size", "moe_intermediate_size", "n_inner"): 2**22,
+    ("num_attention_heads", "num_key_value_heads", "n_head"): 2**16,
+    ("num_experts", "num_local_experts", "num_experts_per_tok"): 2**12,
+    ("vocab_size",): 2**24,
+    ("max_position_embeddings", "n_positions"): 2**31,
+}
+"""Sizes by their names in config.json, and several times what the largest models have of each."""
+
+MOST_EXPERTS = 2**17
+"""Experts of all layers together; each has tensors of its own."""
+
+
+def _refuse_sizes(raw: dict[str, Any], path: Path) -> None:
+    """Refuses sizes of no model before anything is made of them: a million layers take minutes to list.
+
+    Raises:
+      ValueError: naming file, key and size.
+    """
+    for keys, most in MOST_OF.items():
+        for key in keys:
+            value = raw.get(key)
+            if isinstance(value, int | float) and not 0 <= value <= most:
+                raise ValueError(f"{path}: {key}: expected 1 to {most:,}, found {value}; the file is damaged")
+    kinds = raw.get("layer_types")
+    if isinstance(kinds, list) and len(kinds) > MOST_OF["num_hidden_layers", "n_layer"]:
+        raise ValueError(f"{path}: layer_types: found {len(kinds):,} layers; the file is damaged")
+    num_experts = max((raw[key] for key in ("num_experts", "num_local_experts") if _is_int(raw.get(key))), default=0)
+    num_layers = max((raw[key] for key in ("num_hidden_layers", "n_layer") if _is_int(raw.get(key))), default=0)
+    if num_layers * num_experts > MOST_EXPERTS:
+        raise ValueError(
+            f"{path}: {num_layers:,} layers of {num_experts:,} experts: expected at most {MOST_EXPERTS:,} experts in "
+            "all; the file is damaged"
+        )
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _read_json(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise ValueError(f"model folder {folder} does not exist (or is not a folder)")
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no config.json: it is not a Hugging Face model folder")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(raw).__name__}")
+    return raw

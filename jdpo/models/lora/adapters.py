@@ -1,0 +1,131 @@
+"""LoRA (arXiv 2106.09685): small trained matrices beside frozen kernels, x W + scale (x A) B.
+
+What is trained, and saved, is a tree that lies like the params: {"a", "b"} at the path of each adapted projection, in
+the decoder's own layout. Where Hugging Face holds several projections in one module, its adapter has one A for all of
+them: the first projection has "a" and "b" here, the others "b" alone.
+
+Axes: r rank; *lead, a layer's number in a stack, as the kernel has it; *in and *out, the kernel's other axes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jdpo.models.lora.base_weights import Base
+from jdpo.models.lora.sites import EXPERT_AXIS, Path, Site, get_at, tree_of
+from jdpo.models.transformer import Params, Weights
+
+Adapters = Params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Which projections are adapted and how; hashable.
+
+    Attributes:
+      r: rank of every adapter.
+      alpha: numerator of the scale.
+      use_rslora: scale by alpha / sqrt(r) (arXiv 2312.03732) instead of alpha / r.
+      sites: the adapted projections.
+    """
+
+    r: int
+    alpha: float
+    use_rslora: bool
+    sites: tuple[Site, ...]
+
+    @property
+    def scale(self) -> float:
+        """What (x A) B is multiplied by.
+
+        >>> Lora(r=16, alpha=32, use_rslora=True, sites=()).scale
+        8.0
+        """
+        return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+
+class _Leaf(NamedTuple):
+    """A trained matrix: its place, shape and logical axes, and for an A the inputs that it sums over."""
+
+    path: Path
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    num_inputs: int | None
+
+
+def _leaves(lora: Lora) -> Iterator[_Leaf]:
+    for site in lora.sites:
+        if site.leader == site.path:
+            shape, axes = (*site.lead, *site.inputs, lora.r), (*site.lead_axes, *site.input_axes, None)
+            yield _Leaf((*site.path, "a"), shape, axes, math.prod(site.inputs))
+        shape, axes = (*site.lead, lora.r, *site.outputs), (*site.lead_axes, None, *site.output_axes)
+        yield _Leaf((*site.path, "b"), shape, axes, None)
+
+
+def abstract_adapters(lora: Lora, dtype: Any) -> Adapters:
+    """Shapes and dtypes of what is trained."""
+    return tree_of({leaf.path: jax.ShapeDtypeStruct(leaf.shape, dtype) for leaf in _leaves(lora)})
+
+
+def adapter_axes(lora: Lora) -> Adapters:
+    """The logical axis names of what is trained: inputs and outputs as the kernel has them, the rank whole."""
+    return tree_of({leaf.path: leaf.axes for leaf in _leaves(lora)})
+
+
+def init_adapters(lora: Lora, key: jax.Array, dtype: Any) -> Adapters:
+    """The start that changes nothing: A uniform in +-1 / sqrt(inputs), as PEFT draws it, and B zero.
+
+    An A depends on the key and its place alone, not on the mesh nor on what else is adapted.
+    """
+
+    def start(leaf: _Leaf) -> jax.Array:
+        if leaf.num_inputs is None:
+            return jnp.zeros(leaf.shape, dtype)
+        of_leaf = jax.random.fold_in(key, zlib.crc32("/".join(leaf.path).encode()))
+        bound = 1 / math.sqrt(leaf.num_inputs)
+        return jax.random.uniform(of_leaf, leaf.shape, jnp.float32, -bound, bound).astype(dtype)
+
+    return tree_of({leaf.path: start(leaf) for leaf in _leaves(lora)})
+
+
+def weights_of(lora: Lora, base: Base, adapters: Adapters) -> Weights:
+    """What the model runs on: the base, and each projection's own A and scaled B.
+
+    Args:
+      adapters: as trained, or empty, for the base alone.
+    """
+    if not adapters:
+        return Weights(base.params, base.scales, {})
+    found = {}
+    for site in lora.sites:
+        found[(*site.path, "a")] = get_at(adapters, (*site.leader, "a"))
+        b = get_at(adapters, (*site.path, "b"))
+        # Scaled in float32 at least, as a merge does it: in bfloat16 the product would be rounded once more.
+        found[(*site.path, "b")] = b.astype(jnp.promote_types(b.dtype, jnp.float32)) * lora.scale
+    return Weights(base.params, base.scales, tree_of(found))
+
+
+def num_adapter_params(lora: Lora) -> int:
+    """Numbers that are trained."""
+    return sum(math.prod(leaf.shape) for leaf in _leaves(lora))
+
+
+def num_met_params(lora: Lora, experts_per_token: int) -> int:
+    """Those of them that a token is multiplied with: of experts, so many.
+
+    Args:
+      experts_per_token: of a model with experts.
+    """
+    num_met = 0
+    for site in lora.sites:
+        num_all = num_adapter_params(dataclasses.replace(lora, sites=(site,)))
+        num_experts = dict(zip(site.lead_axes, site.lead, strict=True)).get(EXPERT_AXIS)
+        num_met += num_all if num_experts is None else num_all * experts_per_token // num_experts
+    return num_met

@@ -1,0 +1,87 @@
+"""Adapters added to the kernels of their base, W + scale A B, one leaf after the other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jdpo.models.lora.adapters import Adapters, Lora
+from jdpo.models.lora.base_weights import Base, as_numbers
+from jdpo.models.lora.sites import EXPERT_AXIS, KERNEL, Site, get_at, tree_of
+from jdpo.models.transformer import Params
+
+
+def merge(
+    lora: Lora,
+    base: Base,
+    adapters: Adapters,
+    *,
+    sites: Sequence[Site],
+    dtype: Any,
+    shardings: Params | None = None,
+    gives_up: bool = False,
+) -> Params:
+    """The base with the adapters added to its kernels: parameters alone.
+
+    Args:
+      sites: all of the model's: int8 kernels without an adapter become numbers too.
+      dtype: of the result; sums are made in float32 at least.
+      shardings: of the result; None: as it comes.
+      gives_up: whether each leaf of the base is given up as soon as its merged one stands, and written over where its
+        dtype stays, so that beside one set of weights there is a leaf of another dtype, or a layer in float32.
+    """
+    places, found = {(*site.path, KERNEL): site for site in sites}, {}
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(base.params):
+        path = tuple(key.key for key in key_path)
+        site = places.get(path)
+        unit = get_at(base.scales, path) if site is not None and base.scales else None
+        program = jax.jit(
+            partial(_merged, site=site, scale=lora.scale, dtype=jnp.dtype(dtype)),
+            donate_argnums=0 if gives_up and leaf.dtype == dtype else (),
+            out_shardings=None if shardings is None else get_at(shardings, path),
+        )
+        found[path] = program(leaf, unit, _pair(lora, site, adapters))
+        if gives_up:
+            jax.block_until_ready(found[path])
+            if not leaf.is_deleted():
+                leaf.delete()
+    return tree_of(found)
+
+
+def _pair(lora: Lora, site: Site | None, adapters: Adapters) -> tuple[jax.Array, jax.Array] | None:
+    """A and B of a site, [*lead, inputs, r] and [*lead, r, outputs]; None where nothing is added."""
+    if site is None or site not in lora.sites:
+        return None
+    a, b = get_at(adapters, (*site.leader, "a")), get_at(adapters, (*site.path, "b"))
+    return a.reshape(*site.lead, math.prod(site.inputs), lora.r), b.reshape(*site.lead, lora.r, math.prod(site.outputs))
+
+
+def _merged(kernel: jax.Array, unit: Any, pair: Any, *, site: Site | None, scale: float, dtype: Any) -> jax.Array:
+    if site is None or (unit is None and pair is None):
+        return kernel.astype(dtype)
+    if not site.lead or site.lead_axes[0] == EXPERT_AXIS:  # experts may lie on several devices
+        return _of_layer(kernel, unit, pair, site=site, scale=scale, dtype=dtype)
+    in_place = kernel.dtype == dtype
+
+    def write(layer: Any, merged: jax.Array) -> jax.Array:
+        leaves = (merged if in_place else kernel, unit, pair)
+        one = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False), leaves)
+        of_layer = _of_layer(*one, site=site, scale=scale, dtype=dtype)
+        return jax.lax.dynamic_update_index_in_dim(merged, of_layer, layer, axis=0)
+
+    start = kernel if in_place else jnp.zeros(kernel.shape, dtype)
+    return jax.lax.fori_loop(0, kernel.shape[0], write, start)
+
+
+def _of_layer(kernel: jax.Array, unit: Any, pair: Any, *, site: Site, scale: float, dtype: Any) -> jax.Array:
+    wide = jnp.promote_types(dtype, jnp.float32)
+    numbers = as_numbers(kernel, unit, site, wide)
+    if pair is not None:
+        a, b = (leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in pair)
+        numbers = numbers + (jnp.matmul(a, b, precision="highest") * scale).reshape(kernel.shape)
+    return numbers.astype(dtype)

@@ -1,0 +1,281 @@
+"""Adapters as PEFT keeps them, adapter_config.json beside adapter_model.safetensors: read, and brought to its layout.
+
+PEFT has lora_A [r, in] and lora_B [out, r] for each module, whichever way the module keeps its weight.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jdpo.models.lora.adapter_config import CONFIG_NAME, WEIGHTS_NAME, read_adapter_config
+from jdpo.models.lora.adapters import Adapters, Lora
+from jdpo.models.lora.sites import EXPERT_AXIS, Module, Site, Targets, get_at, last_name, tree_of, whole_sites
+from jdpo.models.weights.safetensors_folder import DTYPES, TensorEntry, read_header
+from jdpo.processes import together
+from jdpo.safe_text import terminal
+
+PREFIX = "base_model.model."
+
+_NAME = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+)\.lora_(?P<kind>[AB])\.weight")
+_MOST_NAMED = 6
+
+_READ = {"r", "lora_alpha", "use_rslora", "target_modules", "peft_type", "task_type", "init_lora_weights", "bias"}
+"""Keys of adapter_config.json that are looked at below."""
+
+_WITHOUT_EFFECT = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "revision",
+    "peft_version",
+    "inference_mode",
+    "lora_dropout",  # of training alone
+    "fan_in_fan_out",  # how the module keeps its weight; known from the model
+    "exclude_modules",  # what is adapted is seen from the tensors
+    "layers_to_transform",
+    "layers_pattern",
+    "megatron_core",
+    "qalora_group_size",
+    "eva_config",
+    "runtime_config",
+    "loftq_config",
+    "ensure_weight_tying",
+}
+"""Keys that change nothing of what an adapter computes, or nothing that its tensors do not show."""
+
+_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+"""Values of init_lora_weights that leave the base as it is; PiSSA, OLoRA, LoftQ and their like change it."""
+
+
+class PeftAdapter(NamedTuple):
+    """An adapter on disk, its config and headers checked; no tensor is read yet.
+
+    Attributes:
+      targets: `target_modules` as its config has them.
+      all_sites: those of the model that it was held against.
+    """
+
+    folder: Path
+    lora: Lora
+    targets: Targets
+    all_sites: tuple[Site, ...]
+
+
+def read_adapter(folder: Path, sites: Sequence[Site]) -> PeftAdapter:
+    """Reads config and headers of an adapter and holds them against a model.
+
+    Args:
+      sites: all of the model's, see `find_sites`.
+
+    Raises:
+      ValueError: a feature that jdpo lacks, tensors that do not fit the model, or a damaged file; all named.
+    """
+    config = read_adapter_config(folder)
+    _refuse_unsupported(folder, config)
+    entries = _tensor_entries(folder)
+    modules = {module for module, _ in entries}
+    known = {module.name for site in sites for module in site.modules}
+    if unknown := sorted(modules - known):
+        names = ", ".join(dict.fromkeys(map(last_name, sites)))
+        raise ValueError(
+            f"{folder}: the adapter has {_listed(unknown)}, which this model lacks or jdpo does not adapt; it adapts "
+            f"{names}. Is it of another base model?"
+        )
+    lora = Lora(
+        r=int(config["r"]),
+        alpha=float(config["lora_alpha"]),
+        use_rslora=bool(config.get("use_rslora")),
+        sites=whole_sites(sites, modules, str(folder)),
+    )
+    _check_shapes(folder, entries, lora)
+    targets = config.get("target_modules")
+    return PeftAdapter(folder, lora, targets if isinstance(targets, str) else tuple(targets or ()), tuple(sites))
+
+
+def _refuse_unsupported(folder: Path, config: Mapping[str, Any]) -> None:
+    wrong = []
+    for key, expected in {"peft_type": ("LORA",), "task_type": ("CAUSAL_LM", None), "bias": ("none", None)}.items():
+        if config.get(key) not in expected:
+            wrong.append(f"{key} {config.get(key)!r}, expected {expected[0]!r}")
+    if config.get("init_lora_weights", True) not in _INITS:
+        wrong.append(f"init_lora_weights {config['init_lora_weights']!r}, which changes the base weights")
+    wrong += [f"no {key}" for key in ("r", "lora_alpha") if not isinstance(config.get(key), int | float)]
+    targets = config.get("target_modules")
+    if not isinstance(targets, str | list | None):
+        wrong.append(f"target_modules {targets!r}, expected names or one expression")
+    wrong += [
+        f"{terminal(key)} {value!r}"
+        for key, value in config.items()
+        if value and key not in _READ and key not in _WITHOUT_EFFECT
+    ]
+    if wrong:
+        raise ValueError(
+            f"{folder / CONFIG_NAME} asks for what jdpo's adapters do not have: {'; '.join(wrong)}. Merge it with "
+            "PEFT (merge_and_unload) and train from the merged model"
+        )
+
+
+def _tensor_entries(folder: Path) -> dict[tuple[str, str], TensorEntry]:
+    """{(module, "A" or "B"): where its tensor stands}."""
+    path = folder / WEIGHTS_NAME
+    if not path.is_file():
+        raise ValueError(f"{folder} has no {WEIGHTS_NAME}; jdpo reads safetensors only, so save the adapter with them")
+    entries: dict[tuple[str, str], TensorEntry] = {}
+    other = []
+    for name, entry in read_header(path).items():
+        match = _NAME.fullmatch(name)
+        if match is None:
+            other.append(name)
+        else:
+            entries[match["module"], match["kind"]] = entry
+    if other:
+        raise ValueError(
+            f"{path} holds tensors that are no lora_A or lora_B of a projection: {_listed(other)}. Merge the adapter "
+            "with PEFT (merge_and_unload) and train from the merged model"
+        )
+    if not entries:
+        raise ValueError(f"{path} holds no tensors")
+    return entries
+
+
+def _check_shapes(folder: Path, entries: Mapping[tuple[str, str], TensorEntry], lora: Lora) -> None:
+    problems = []
+    for site in lora.sites:
+        for module in site.modules:
+            expected = {"A": (lora.r, int(np.prod(site.inputs))), "B": (module.num_outputs, lora.r)}
+            for kind, shape in expected.items():
+                entry = entries.get((module.name, kind))
+                if entry is None:
+                    problems.append(f"{module.name}.lora_{kind} is missing")
+                elif entry.shape != shape:
+                    problems.append(f"{module.name}.lora_{kind} has shape {entry.shape}, expected {shape}")
+                elif entry.dtype not in DTYPES:
+                    problems.append(f"{module.name}.lora_{kind} has dtype {entry.dtype}, expected {', '.join(DTYPES)}")
+    if problems:
+        raise ValueError(f"{folder / WEIGHTS_NAME} does not fit the model: {_listed(list(dict.fromkeys(problems)))}")
+
+
+def load_adapters(adapter: PeftAdapter, shardings: Any, dtype: Any) -> Adapters:
+    """The tree that is trained, on its devices; every process reads all of it, as it is small.
+
+    Args:
+      shardings: a tree like `abstract_adapters`.
+
+    Raises:
+      ValueError: a tensor holds NaN or Inf; it is named.
+    """
+    leaves = together(lambda: _read_leaves(adapter, dtype))
+    return jax.tree.map(
+        lambda values, sharding: jax.make_array_from_callback(values.shape, sharding, lambda index: values[index]),
+        tree_of(leaves),
+        shardings,
+    )
+
+
+def _read_leaves(adapter: PeftAdapter, dtype: Any) -> dict[tuple[str, ...], np.ndarray]:
+    from safetensors import safe_open
+
+    path, lora = adapter.folder / WEIGHTS_NAME, adapter.lora
+    leaves: dict[tuple[str, ...], np.ndarray] = {}
+    with safe_open(path, framework="np") as file:
+
+        def read(module: Module, kind: str) -> np.ndarray:
+            name = f"{PREFIX}{module.name}.lora_{kind}.weight"
+            values: np.ndarray = file.get_tensor(name)
+            if not np.isfinite(values).all():
+                raise ValueError(f"tensor {name} in {path} holds NaN or Inf: the adapter is damaged, take another copy")
+            return values.astype(dtype)
+
+        for site in lora.sites:
+            if site.leader == site.path:
+                a = np.empty((*site.lead, *site.inputs, lora.r), dtype)
+                for module in site.modules:
+                    a[module.at] = read(module, "A").T.reshape(*site.inputs, lora.r)
+                leaves[*site.path, "a"] = a
+            b = np.empty((*site.lead, lora.r, *site.outputs), dtype)
+            for module in site.modules:
+                b[module.at] = read(module, "B")[_rows(module, site.outputs)].T.reshape(lora.r, *site.outputs)
+            leaves[*site.path, "b"] = b
+    return leaves
+
+
+def _rows(module: Module, outputs: tuple[int, ...]) -> np.ndarray:
+    """Which outputs of the module are the projection's, in the order of its own flattened axes."""
+    grids = np.meshgrid(*map(np.arange, outputs), indexing="ij")
+    steps = (grid * stride for grid, stride in zip(grids, module.strides, strict=True))
+    return np.asarray(module.start + sum(steps)).reshape(-1)
+
+
+def peft_tensors(lora: Lora, adapters: Any) -> dict[str, np.ndarray]:
+    """Every tensor of adapter_model.safetensors by name.
+
+    Args:
+      adapters: as trained, host arrays.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    for site in lora.sites:
+        a, b = get_at(adapters, (*site.leader, "a")), get_at(adapters, (*site.path, "b"))
+        for module in site.modules:
+            prefix = f"{PREFIX}{module.name}.lora_"
+            tensors[f"{prefix}A.weight"] = np.ascontiguousarray(a[module.at].reshape(-1, lora.r).T)
+            whole = tensors.setdefault(f"{prefix}B.weight", np.zeros((module.num_outputs, lora.r), b.dtype))
+            whole[_rows(module, site.outputs)] = b[module.at].reshape(lora.r, -1).T
+    return tensors
+
+
+def peft_config(lora: Lora, sites: Sequence[Site], base_name: str, revision: str | None) -> dict[str, Any]:
+    """What adapter_config.json holds.
+
+    Args:
+      sites: all of the model's, so that names can be told apart.
+      base_name, revision: of the model that the adapter belongs on.
+    """
+    alpha, use_rslora = lora.alpha, lora.use_rslora
+    if use_rslora and any(EXPERT_AXIS in site.lead_axes for site in lora.sites):
+        # PEFT reads gate and up of an expert as one map of twice the rank, whose root is not twice the root.
+        alpha, use_rslora = lora.scale * lora.r, False
+    alpha = int(alpha) if float(alpha).is_integer() else alpha
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "revision": revision,
+        "inference_mode": True,
+        "r": lora.r,
+        "lora_alpha": alpha,
+        "use_rslora": use_rslora,
+        "target_modules": target_names(lora, sites),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": any(site.fan_in_first for site in lora.sites),
+        "init_lora_weights": True,
+        "modules_to_save": None,
+    }
+
+
+def target_names(lora: Lora, sites: Sequence[Site]) -> list[str]:
+    """The shortest names that mean the adapted modules and no others: q_proj, or attn.c_proj where mlp.c_proj is not.
+
+    Args:
+      sites: all of the model's.
+    """
+    left_out = [site for site in sites if site not in lora.sites]
+    taken = {last_name(site) for site in left_out}
+    names = (last_name(site) if last_name(site) not in taken else _within_layer(site) for site in lora.sites)
+    return sorted(set(names))
+
+
+def _within_layer(site: Site) -> str:
+    """A module's name behind the number of its layer."""
+    return re.split(r"\.\d+\.", site.modules[0].name, maxsplit=1)[-1]
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(map(terminal, names))
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return ", ".join(names[:_MOST_NAMED]) + more

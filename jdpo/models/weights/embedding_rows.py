@@ -1,0 +1,201 @@
+"""Rows of the embedding that were never trained, and what rows of new tokens start as; read from a model's files.
+
+Everything here is computed on the host from the files, a few MiB at a time, so that it is the same to the last bit
+whatever the mesh and the dtype of the weights in memory. Imports no jax.
+
+Axes: v rows of a table (the vocabulary), d model width, n rows that are started.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from jdpo.models.model_config import ModelConfig
+from jdpo.models.weights.hf_names import layout_of, with_prefix
+from jdpo.models.weights.safetensors_folder import DTYPES, TensorFiles, tensor_entries
+
+R = TypeVar("R")
+
+NOISE_SCALE = 0.02
+"""Spread of started rows around the mean row, as a share of the trained rows' own: enough to tell new tokens apart."""
+
+UNTRAINED_SHARE = 0.01
+"""A row whose norm is below this share of the median norm was never trained."""
+
+_CHUNK_BYTES = 2**23
+_NUM_THREADS = 4
+
+
+MOST_NAMED = 8
+"""Tokens named in a message at most."""
+
+
+class StartedRows(NamedTuple):
+    """Rows that take the place of what a model's files hold for some tokens.
+
+    Attributes:
+      ids: int64 [n], ascending.
+      embedding: float64 [n, d].
+      head: float64 [n, d] of an untied head, else None.
+      num_trained: rows of the embedding whose mean they start at.
+    """
+
+    ids: np.ndarray
+    embedding: np.ndarray
+    head: np.ndarray | None
+    num_trained: int
+
+
+class UntrainedToken(NamedTuple):
+    """A token of the source tokenizer whose embedding is zero or next to it, and which the rows hold.
+
+    Attributes:
+      id: its id.
+      token: its text in the vocabulary.
+      num_rows: rows that hold it.
+      first: where the first of them comes from.
+    """
+
+    id: int
+    token: str
+    num_rows: int
+    first: str
+
+
+def row_count(num_rows: int) -> str:
+    """
+    >>> row_count(1), row_count(1200)
+    ('1 row', '1,200 rows')
+    """
+    return f"{num_rows:,} row{'' if num_rows == 1 else 's'}"
+
+
+def row_norms(folder: Path, config: ModelConfig) -> np.ndarray:
+    """Euclidean norms of the rows of the embedding: float64 [v].
+
+    Raises:
+      ValueError: the files cannot be read.
+    """
+    with _Table(folder, config, layout_of(config).embedding.hf_name) as table:
+        return _norms(table)
+
+
+def untrained_rows(norms: np.ndarray, is_token: np.ndarray) -> np.ndarray:
+    """Finds the tokens whose rows are zero or below `UNTRAINED_SHARE` of the median norm of those that are not zero.
+
+    Args:
+      norms: float [v].
+      is_token: bool [v], True where the source tokenizer has a token.
+
+    Returns:
+      bool [v].
+
+    >>> norms = np.array([1.0, 0.0, 2.0, 0.001, 0.0])
+    >>> untrained_rows(norms, np.array([True, True, True, True, False]))
+    array([False,  True, False,  True, False])
+    """
+    nonzero = norms[is_token & (norms > 0)]
+    least = UNTRAINED_SHARE * np.median(nonzero) if nonzero.size else np.inf
+    found: np.ndarray = is_token & ((norms == 0) | (norms < least))
+    return found
+
+
+def started_rows(folder: Path, config: ModelConfig, ids: np.ndarray, is_token: np.ndarray, seed: int) -> StartedRows:
+    """Makes rows for tokens: the mean of the trained rows of each table, plus a little noise.
+
+    Rows without a token of the source tokenizer, rows of zeros, and rows that equal another bit for bit were never
+    trained and are not part of the mean.
+
+    Args:
+      ids: int [n], the tokens; they may lie behind the last row of the tables.
+      is_token: bool [v], True where the source tokenizer has a token.
+      seed: of the noise.
+
+    Raises:
+      ValueError: the files cannot be read.
+    """
+    layout, ids = layout_of(config), np.unique(ids).astype(np.int64)
+    rows, counts = [], []
+    names = [layout.embedding.hf_name, *([] if config.tie_embeddings else [layout.head.hf_name])]
+    for number, name in enumerate(names):
+        with _Table(folder, config, name) as table:
+            trained = is_token & _is_trained(table)
+            trained = trained if trained.any() else is_token
+            mean, spread = _mean_and_spread(table, trained)
+        noise = np.random.default_rng((seed, number)).standard_normal((len(ids), config.d_model))
+        rows.append(mean + NOISE_SCALE * spread * noise)
+        counts.append(int(trained.sum()))
+    return StartedRows(ids, rows[0], rows[1] if len(rows) > 1 else None, counts[0])
+
+
+class _Table:
+    """A table [v, d] of a model folder, read in blocks of rows by a few threads."""
+
+    def __init__(self, folder: Path, config: ModelConfig, hf_name: str) -> None:
+        entries = with_prefix(tensor_entries(folder), config)
+        expected = (config.vocab_size, config.d_model)
+        if hf_name not in entries or entries[hf_name].shape != expected or entries[hf_name].dtype not in DTYPES:
+            raise ValueError(f"{folder}: expected a tensor {hf_name} of shape {expected}, which the files do not hold")
+        self._files, self._name, self._width = TensorFiles(entries), hf_name, config.d_model
+        self.num_rows = config.vocab_size
+
+    def __enter__(self) -> _Table:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._files.__exit__(*error)
+
+    def map(self, function: Callable[[slice, np.ndarray], R]) -> list[R]:
+        """Returns function(rows, block [rows, d] in the file's dtype) for all blocks, in their order."""
+        dtype = self._files.dtype(self._name)
+        num_rows = max(1, _CHUNK_BYTES // (self._width * dtype.itemsize))
+
+        def of_block(start: int) -> R:
+            rows = slice(start, min(start + num_rows, self.num_rows))
+            run = np.empty((rows.stop - rows.start) * self._width, dtype)
+            self._files.read_into(self._name, start * self._width, run)
+            return function(rows, run.reshape(-1, self._width))
+
+        with ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="embedding") as pool:
+            return list(pool.map(of_block, range(0, self.num_rows, num_rows)))
+
+
+def _norms(table: _Table) -> np.ndarray:
+    def of_block(rows: slice, block: np.ndarray) -> np.ndarray:
+        wide = block.astype(np.promote_types(block.dtype, np.float32))
+        return np.sqrt(np.einsum("vd,vd->v", wide, wide)).astype(np.float64)
+
+    return np.concatenate(table.map(of_block))
+
+
+def _is_trained(table: _Table) -> np.ndarray:
+    """bool [v], False for rows of zeros and for rows that equal another bit for bit."""
+
+    def of_block(rows: slice, block: np.ndarray) -> tuple[Any, list[bytes]]:
+        digests = [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in block]
+        return np.any(block != 0, axis=1), digests
+
+    parts = table.map(of_block)
+    digests = np.array([digest for _, part in parts for digest in part], np.dtype("V16"))
+    _, inverse, counts = np.unique(digests, return_inverse=True, return_counts=True)
+    is_trained: np.ndarray = np.concatenate([nonzero for nonzero, _ in parts]) & (counts[inverse.reshape(-1)] == 1)
+    return is_trained
+
+
+def _mean_and_spread(table: _Table, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation, float64 [d] each, of the rows where `chosen`, bool [v], is True."""
+
+    def of_block(rows: slice, block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        wide = block[chosen[rows]].astype(np.float64)
+        return wide.sum(axis=0), np.square(wide).sum(axis=0)
+
+    parts, count = table.map(of_block), max(int(chosen.sum()), 1)
+    mean = np.sum([total for total, _ in parts], axis=0) / count
+    square = np.sum([total for _, total in parts], axis=0) / count
+    return mean, np.sqrt(np.maximum(square - mean**2, 0))

@@ -1,0 +1,125 @@
+"""Which parameter of the decoder is which tensor of a Hugging Face checkpoint: a layout, read in both directions.
+
+A leaf of the params is filled from pieces: each is one block of it (a layer of a stacked leaf, an expert of a layer),
+and a window of one checkpoint tensor. Several pieces may share a tensor: a fused one gives each leaf its part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, TypeVar
+
+from jdpo.models.families import FAMILIES
+from jdpo.models.families.layouts import Layout, Path, Rule, parameters_of
+from jdpo.models.model_config import ModelConfig, layer_pattern
+from jdpo.models.weights.strided_views import Window, window_of
+
+Entry = TypeVar("Entry")
+
+
+class Piece(NamedTuple):
+    """A block of one leaf, and where it stands in the checkpoint.
+
+    Attributes:
+      hf_shape: of the whole checkpoint tensor.
+      path: keys down the params tree.
+      at: the block's indices along the leaf's leading axes: (layer,), (layer, expert), or () where it is all of it.
+      window: the block in the decoder's layout, in the elements of the checkpoint tensor.
+    """
+
+    hf_name: str
+    hf_shape: tuple[int, ...]
+    path: Path
+    at: tuple[int, ...]
+    window: Window
+
+
+def checkpoint_pieces(config: ModelConfig) -> Iterator[Piece]:
+    """All that fills the params of this model, in the order of the forward pass."""
+    layout = layout_of(config)
+    for rule in (layout.embedding, *parameters_of(layout.first, config)):
+        yield _piece(rule, config, rule.hf_name, rule.path)
+    pattern = layer_pattern(config)
+    for index in range(config.num_layers):
+        repeat, position = divmod(index, pattern.period)
+        scanned = repeat < pattern.repeats
+        prefix = ("stack" if scanned else "rest", f"layer_{position}")
+        for rule in parameters_of(layout.layer, config, config.layers[index]):
+            path, at = prefix + rule.path, (repeat,) if scanned else ()
+            for name, expert in _of_experts(rule, config, index):
+                yield _piece(rule, config, name, path, at + expert)
+    for rule in (*parameters_of(layout.last, config), *([] if config.tie_embeddings else [layout.head])):
+        yield _piece(rule, config, rule.hf_name, rule.path)
+
+
+def _of_experts(rule: Rule, config: ModelConfig, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The names of a rule's tensors in a layer, each with its index along a leading axis of experts: one, or many."""
+    if rule.hf_name.count("{}") == 1:
+        yield rule.hf_name.format(layer), ()
+        return
+    assert config.moe is not None
+    for expert in range(config.moe.num_experts):
+        yield rule.hf_name.format(layer, expert), (expert,)
+
+
+def leaves(config: ModelConfig) -> dict[Path, tuple[tuple[int, ...], list[Piece]]]:
+    """Every leaf of the params, in the order of the forward pass: its shape, stacked axes and all, and its pieces."""
+    pieces: dict[Path, list[Piece]] = {}
+    for piece in checkpoint_pieces(config):
+        pieces.setdefault(piece.path, []).append(piece)
+    return {
+        path: ((*(max(axis) + 1 for axis in zip(*(piece.at for piece in own), strict=True)), *own[0].window.shape), own)
+        for path, own in pieces.items()
+    }
+
+
+def hf_tensors(config: ModelConfig) -> dict[str, list[Piece]]:
+    """Every tensor a checkpoint of this model has, in the order of the forward pass, with the pieces in it."""
+    tensors: dict[str, list[Piece]] = {}
+    for piece in checkpoint_pieces(config):
+        tensors.setdefault(piece.hf_name, []).append(piece)
+    return tensors
+
+
+def layout_of(config: ModelConfig) -> Layout:
+    """How checkpoints of this model name their tensors."""
+    return FAMILIES[config.family].layout
+
+
+def with_prefix(entries: dict[str, Entry], config: ModelConfig) -> dict[str, Entry]:
+    """The tensors of a folder by the names that they have in a model with a head.
+
+    Saved without its head, a model leaves out the prefix of all others, as GPT-2 does on the hub.
+    """
+    layout = layout_of(config)
+    bare = tuple(
+        rule.hf_name.removeprefix(layout.prefix).split(".")[0] + "."
+        for rule in (layout.embedding, *layout.first, *layout.last, *layout.layer)
+    )
+    if any(name.startswith(layout.prefix) for name in entries) or not any(name.startswith(bare) for name in entries):
+        return entries
+    return {name if name == layout.head.hf_name else layout.prefix + name: entry for name, entry in entries.items()}
+
+
+def is_ignorable(hf_name: str, config: ModelConfig) -> bool:
+    """Whether a tensor that the layout lacks holds no weights: old checkpoints store rotary frequencies and masks."""
+    return hf_name.endswith(layout_of(config).buffers)
+
+
+def axis_sizes(config: ModelConfig) -> dict[str, int]:
+    """The size of every axis letter of the patterns."""
+    return {
+        "v": config.vocab_size,
+        "d": config.d_model,
+        "h": config.num_heads,
+        "g": config.num_kv_heads,
+        "k": config.head_dim,
+        "f": config.d_ff,
+        "p": config.max_positions,
+        **({"e": config.moe.num_experts, "x": config.moe.d_ff} if config.moe is not None else {}),
+    }
+
+
+def _piece(rule: Rule, config: ModelConfig, hf_name: str, path: Path, at: tuple[int, ...] = ()) -> Piece:
+    hf_shape, window = window_of(rule.pattern, axis_sizes(config))
+    return Piece(hf_name, hf_shape, path, at, window)

@@ -1,0 +1,213 @@
+"""The tensors of a Hugging Face folder: where each stands, of what shape and dtype; and ranges of their elements."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from jdpo.models.weights.hub_models import require_plain_file
+from jdpo.safe_text import terminal
+
+INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
+DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+"""The dtypes weights are read in, by their safetensors names."""
+
+_LFS_PREFIX = b"version https://git-lfs"
+_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+
+
+class TensorEntry(NamedTuple):
+    """Where a tensor stands, and what its file's header says of it.
+
+    Attributes:
+      dtype: as safetensors names it.
+      offset: bytes from the start of the file to the first element.
+    """
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+    offset: int
+
+
+class TensorFiles:
+    """Ranges of elements of the tensors of a folder, read by any number of threads; each file is opened once.
+
+    Files are read, not mapped into memory: one that is cut short meanwhile is then an error, and not a dead process.
+    """
+
+    def __init__(self, entries: Mapping[str, TensorEntry]) -> None:
+        self._entries = entries
+        self._descriptors: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> TensorFiles:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def dtype(self, name: str) -> np.dtype:
+        """Of a tensor's elements."""
+        return DTYPES[self._entries[name].dtype]
+
+    def place(self, name: str) -> str:
+        """A tensor and its file, for messages."""
+        return terminal(f"tensor {name} in {self._entries[name].file}")
+
+    def read_into(self, name: str, start: int, run: np.ndarray) -> None:
+        """Fills `run`, [n] of the tensor's dtype, with its elements from number `start` on.
+
+        Raises:
+          ValueError: the file cannot be read, or ends too soon.
+        """
+        entry = self._entries[name]
+        offset, rest = entry.offset + start * run.itemsize, run.view(np.uint8).data
+        try:
+            while rest:
+                count = os.preadv(self._descriptor(entry.file), [rest], offset)
+                if not count:
+                    raise ValueError(f"{entry.file} was cut short while it was read; download it again")
+                offset, rest = offset + count, rest[count:]
+        except OSError as error:
+            raise ValueError(f"{entry.file}: cannot read tensor {terminal(name)}: {error.strerror or error}") from error
+
+    def _descriptor(self, file: Path) -> int:
+        with self._lock:
+            if file not in self._descriptors:
+                self._descriptors[file] = os.open(file, os.O_RDONLY)
+            return self._descriptors[file]
+
+
+def tensor_entries(folder: Path) -> dict[str, TensorEntry]:
+    """Every tensor of the folder by name, from the headers of its one or many files; no tensor data is read.
+
+    Raises:
+      ValueError: no folder, no weights, a shard missing, truncated, damaged or a git-LFS pointer, a broken index.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"model folder {folder} does not exist (or is not a folder)")
+    index_path = folder / INDEX_NAME
+    # transformers takes the single file where both are there.
+    if (folder / SINGLE_NAME).is_file() or not index_path.is_file():
+        return read_header(_single_file(folder))
+    weight_map = _read_weight_map(index_path)
+    headers: dict[str, dict[str, TensorEntry]] = {}
+    for file_name in sorted(set(weight_map.values())):
+        path = folder / file_name
+        # The hub's cache holds links to its blobs, so links are followed, wherever they lead.
+        if not path.is_file():
+            link = path.is_symlink()
+            lost = f": its broken symlink leads to {terminal(os.readlink(path))}" if link else ""
+            raise ValueError(
+                f"{folder}: shard {terminal(file_name)} is listed in {INDEX_NAME} but is not there{lost}; "
+                "download it again"
+            )
+        headers[file_name] = read_header(path)
+    for name, file_name in weight_map.items():
+        if name not in headers[file_name]:
+            raise ValueError(
+                f"{index_path}: tensor {terminal(name)} should be in {terminal(file_name)}, which does not hold it"
+            )
+    entries: dict[str, TensorEntry] = {}
+    for name, entry in ((name, entry) for header in headers.values() for name, entry in header.items()):
+        if name in entries:
+            raise ValueError(
+                f"{folder}: both {terminal(entries[name].file.name)} and {terminal(entry.file.name)} hold tensor "
+                f"{terminal(name)}, so it is not "
+                "clear which is meant; download the model again, or remove the file that is not part of it"
+            )
+        entries[name] = entry
+    return entries
+
+
+def source_dtypes(folder: Path) -> dict[str, np.dtype]:
+    """The dtype of every tensor of the folder, by tensor name; raises ValueError as `tensor_entries` does."""
+    return {name: DTYPES[entry.dtype] for name, entry in tensor_entries(folder).items() if entry.dtype in DTYPES}
+
+
+def _single_file(folder: Path) -> Path:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder} holds no *.safetensors file; jdpo reads safetensors only")
+    if folder / SINGLE_NAME in files:
+        return folder / SINGLE_NAME
+    if len(files) > 1:
+        names = ", ".join(terminal(path.name) for path in files[:3])
+        raise ValueError(
+            f"{folder} holds {len(files)} safetensors files ({names}, ..) but no {INDEX_NAME} to name their tensors"
+        )
+    return files[0]
+
+
+def _read_weight_map(path: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: expected JSON with a 'weight_map' object: {error!r}") from error
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{path}: 'weight_map' is empty or not an object")
+    for name, file_name in weight_map.items():
+        # A path out of the folder would read whatever a downloaded index points at.
+        if not isinstance(file_name, str) or file_name != Path(file_name).name or "\\" in file_name:
+            raise ValueError(f"{path}: tensor {terminal(name)} points at {file_name!r}; expected a bare file name")
+    return weight_map
+
+
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """Parses a safetensors header (u64 length, JSON) and holds it against the file's size.
+
+    Raises:
+      ValueError: the file is not a whole safetensors file.
+    """
+    require_plain_file(path)
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        if _LFS_PREFIX.startswith(start) and start:
+            raise ValueError(
+                f"{path} is a git-LFS pointer, not the tensor file itself; run `git lfs pull` in that folder"
+            )
+        if len(start) < 8:
+            raise ValueError(f"{path} is truncated: {size} bytes, too few for a safetensors header; download it again")
+        (header_bytes,) = struct.unpack("<Q", start)
+        if header_bytes > _MAX_HEADER_BYTES:
+            raise ValueError(f"{path} is not a safetensors file: it claims a header of {header_bytes} bytes")
+        text = file.read(header_bytes)
+    if len(text) < header_bytes:
+        raise ValueError(f"{path} is truncated within its header: {size} bytes; download it again")
+    try:
+        header: dict[str, Any] = json.loads(text)
+        header.pop("__metadata__", None)
+        entries, end = {}, 0
+        for name, info in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            begin, after = info["data_offsets"]
+            entry = TensorEntry(path, tuple(info["shape"]), info["dtype"], 8 + header_bytes + begin)
+            expected_bytes = math.prod(entry.shape) * DTYPES[entry.dtype].itemsize if entry.dtype in DTYPES else None
+            if begin != end or after < begin or expected_bytes not in (None, after - begin):
+                raise ValueError(f"tensor {name} of shape {entry.shape} cannot stand at {info['data_offsets']}")
+            entries[name], end = entry, after
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged safetensors header: {error!r}; download it again") from error
+    expected = 8 + header_bytes + end
+    if size != expected:
+        what = "is truncated" if size < expected else "has bytes behind its last tensor"
+        raise ValueError(
+            f"{path} {what}: its header speaks of {expected} bytes, the file has {size}; download it again"
+        )
+    return entries

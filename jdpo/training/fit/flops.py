@@ -1,0 +1,284 @@
+"""FLOPs of a training step by arithmetic: what the mathematics needs, and what the program multiplies.
+
+Matrix products only: 2 FLOPs a weight and token forward, 4 backward. N are the matrices of the layers (of experts those
+that a token goes to), h = d V those of the head, L the layers, H the heads of width K. A prompt P with its chosen C and
+rejected R takes
+
+    logical     6 N (P + C + R) + 6 h (C + R) + 12 L H K pairs     nothing repeated, no padding
+    executed    the same of all slots, places and chunks that the program runs, padding included, and what it computes
+                again: the head's logits (8 h), attention's scores, and what remat drops
+
+where pairs are those of a query and a key that it sees, each prompt once. A live reference adds a forward pass to both:
+2 N (P + C + R) + 2 h (C + R) + 4 L H K pairs.
+
+Beside frozen weights no gradient of theirs is made: 4 N and 4 h stand for 6 N and 6 h, and 6 M (P + C + R) is added for
+adapters of M weights.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jdpo.losses.linear import default_chunk
+from jdpo.models.attention.work import PRODUCTS, causal_pairs, computed_pairs
+from jdpo.models.model_config import ModelConfig
+from jdpo.types import REJECTED, CompletionBatch, PackedBatch, PreferenceBatch
+
+
+class StepFlops(NamedTuple):
+    """Of a whole step, over all devices."""
+
+    logical: float
+    executed: float
+
+
+class Arithmetic(NamedTuple):
+    """What of a program decides how much it multiplies.
+
+    Attributes:
+      backend: of attention over packed rows, resolved: not "auto".
+      remat: "none" or a name of `REMAT_POLICIES`.
+      live_reference: whether a frozen model runs in the step.
+      first_pass: whether the policy runs once more ahead, for a loss that couples rows.
+      num_shards: parts that a micro-batch is split into.
+      block_q, block_kv: tile sizes asked for.
+      on_cpu: whether it runs there.
+      adapters: M, weights of adapters that a token is multiplied with; None where all weights are trained.
+      adapters_in_reference: whether the frozen model has such, too.
+    """
+
+    backend: str
+    remat: str
+    live_reference: bool = False
+    first_pass: bool = False
+    num_shards: int = 1
+    block_q: int | None = None
+    block_kv: int | None = None
+    on_cpu: bool = True
+    adapters: int | None = None
+    adapters_in_reference: bool = False
+
+
+class _Amounts(NamedTuple):
+    """Tokens through the layers, through the head and to experts, and pairs of attention over all layers."""
+
+    tokens: int
+    scored: int
+    pairs: int
+    routed: int  # padding goes to no expert
+
+
+def step_flops(config: ModelConfig, batch: Any, program: Arithmetic) -> StepFlops:
+    """FLOPs of a step.
+
+    Executed attention is that of the backend's tiles; cuDNN's are taken to be of 128. A head that a mesh splits over
+    several devices counts as a whole one. Executed FLOPs leave out what no matrix unit does, and rows that fill up the
+    blocks in which experts multiply: how many follows from the router.
+
+    Args:
+      batch: numpy arrays [k, m, ...] of the whole step: a PackedBatch, a PreferenceBatch or a CompletionBatch.
+    """
+    if isinstance(batch, PackedBatch):
+        real, run = _packed_real(config, batch), _packed_run(config, batch, program)
+        products, logits_again = PRODUCTS[program.backend], True
+    else:
+        real, run = _padded_real(config, batch), _padded_run(config, batch)
+        products, logits_again = PRODUCTS["xla"], False
+    reference = int(program.live_reference)
+    passes = 3 if program.adapters is None else 2
+    logical = _flops(config, real, matrices=passes + reference, head=passes + reference, products=6 + 2 * reference)
+    forwards = reference + int(program.first_pass)
+    products_run = products.forward * (1 + forwards) + products.backward + _products_again(program.remat, products)
+    executed = _flops(
+        config, run, matrices=passes + forwards, head=passes + logits_again + forwards, products=products_run
+    )
+    executed += 2.0 * _again(config, program.remat, run)
+    of_adapters = 2.0 * (program.adapters or 0)
+    in_reference = int(program.live_reference and program.adapters_in_reference)
+    again = int(program.remat not in ("none", "dots"))
+    return StepFlops(
+        logical + of_adapters * (3 + in_reference) * real.tokens,
+        executed + of_adapters * (3 + in_reference + int(program.first_pass) + again) * run.tokens,
+    )
+
+
+class _Matrices(NamedTuple):
+    """Weights of the layers' matrices that all tokens meet, and of those of the experts that a token goes to."""
+
+    shared: int
+    experts: int
+
+    def products(self, amounts: _Amounts) -> int:
+        """Multiplications of one pass."""
+        return self.shared * amounts.tokens + self.experts * amounts.routed
+
+
+def matrix_params(config: ModelConfig) -> int:
+    """N: weights of the layers' matrices that a token meets, without embedding and head."""
+    return sum(_matrices(config))
+
+
+def _matrices(config: ModelConfig) -> _Matrices:
+    heads = 2 * config.num_heads + 2 * config.num_kv_heads  # query and output; key and value
+    maps, num_dense = 2 + config.gated_mlp, _num_dense(config)
+    shared = config.num_layers * heads * config.head_dim + num_dense * maps * config.d_ff
+    if config.moe is None:
+        return _Matrices(config.d_model * shared, 0)
+    num_sparse = config.num_layers - num_dense
+    shared += num_sparse * config.moe.num_experts  # routers
+    return _Matrices(
+        config.d_model * shared, config.d_model * num_sparse * config.moe.experts_per_token * 3 * config.moe.d_ff
+    )
+
+
+def _num_dense(config: ModelConfig) -> int:
+    return sum(kind.mlp == "dense" for kind in config.layers)
+
+
+def _flops(config: ModelConfig, amounts: _Amounts, *, matrices: int, head: int, products: int) -> float:
+    """Times that each matrix, the head and each pair are multiplied."""
+    of_layers = matrices * _matrices(config).products(amounts)
+    of_head = head * config.d_model * config.vocab_size * amounts.scored
+    return 2.0 * (of_layers + of_head + products * config.num_heads * config.head_dim * amounts.pairs)
+
+
+def _again(config: ModelConfig, remat: str, run: _Amounts) -> int:
+    """Multiplications that the backward pass repeats: not with what stands last in a layer, as nothing needs that, but
+    for what experts give, which the gradients of their weights in the sum do."""
+    if remat in ("none", "dots"):
+        return 0
+    products = _matrices(config).products(run)
+    if config.norm_placement != "before":  # a norm behind the last matrix needs what it gives
+        return products
+    last = _num_dense(config) * config.d_ff
+    if config.parallel_residual:
+        last += config.num_layers * config.num_heads * config.head_dim
+    return products - last * config.d_model * run.tokens
+
+
+def _products_again(remat: str, products: Any) -> int:
+    """Attention's products that the backward pass runs again, beside what a backend's own always does."""
+    if remat == "none":
+        return 0
+    return int(products.repeated if remat in ("dots", "attention") else products.forward)
+
+
+# --- packed rows
+
+
+def _packed_real(config: ModelConfig, batch: PackedBatch) -> _Amounts:
+    used, scored = _used(batch), batch.logp_pair < batch.gather.shape[-2]
+    num_used = int(used.sum())
+    return _Amounts(num_used, int(scored.sum()), _pairs_at(config, batch.positions[used]), num_used)
+
+
+def _used(batch: PackedBatch) -> np.ndarray:
+    """bool [k, m, s], slots that hold a token."""
+    num_sequences, length = batch.gather.shape[-2:]
+    used: np.ndarray = (batch.readers < num_sequences * length).any(-2)
+    return used
+
+
+def _packed_run(config: ModelConfig, batch: PackedBatch, program: Arithmetic) -> _Amounts:
+    length, num_scored = batch.gather.shape[-1], batch.logp_pair.shape[-1]
+    calls = batch.lengths.reshape(-1, batch.lengths.shape[1] // program.num_shards * batch.lengths.shape[2])
+    pairs = sum(
+        computed_pairs(
+            program.backend,
+            lengths,
+            length,
+            num_heads=config.num_heads,
+            window=window,
+            block_q=program.block_q,
+            block_kv=program.block_kv,
+            on_cpu=program.on_cpu,
+        )
+        * config.layer_windows.count(window)
+        for window in set(config.layer_windows)
+        for lengths in calls
+    )
+    rows = batch.logp_pair.shape[1] // program.num_shards
+    scored = (batch.logp_pair < batch.gather.shape[-2]).sum(-1).reshape(-1, rows)  # of each call's rows
+    chunk = min(default_chunk(rows, num_scored, config.vocab_size, skips=True), num_scored)
+    chunk = -(-num_scored // -(-num_scored // chunk))  # chunks are even
+    num_scored_run = int((-(-scored.max(1) // chunk)).sum()) * chunk * rows
+    return _Amounts(batch.tokens.size, num_scored_run, pairs, int(_used(batch).sum()))
+
+
+# --- padded rows
+
+
+def _padded_real(config: ModelConfig, batch: PreferenceBatch | CompletionBatch) -> _Amounts:
+    mask, completion = (np.array(array, bool) for array in (batch.attention_mask, batch.completion_mask))
+    if batch.weights is not None:  # padding rows hold a token, which attention needs
+        mask &= (batch.weights > 0).reshape(*batch.weights.shape, *[1] * (mask.ndim - batch.weights.ndim))
+    scored = int((completion & mask)[..., 1:].sum())
+    if isinstance(batch, PreferenceBatch):
+        mask[..., REJECTED, :] &= completion[..., REJECTED, :]  # the prompt counts once, on the chosen side
+    positions = np.broadcast_to(np.arange(mask.shape[-1]), mask.shape)[mask]
+    return _Amounts(int(mask.sum()), scored, _pairs_at(config, positions), int(mask.sum()))
+
+
+def _padded_run(config: ModelConfig, batch: PreferenceBatch | CompletionBatch) -> _Amounts:
+    tokens = batch.tokens.size
+    pairs = tokens * batch.tokens.shape[-1] * config.num_layers
+    return _Amounts(tokens, tokens, pairs, int(np.sum(batch.attention_mask)))
+
+
+def _pairs_at(config: ModelConfig, positions: np.ndarray) -> int:
+    """Pairs over all layers of queries at `positions`."""
+    return sum(
+        causal_pairs(positions, window) * config.layer_windows.count(window) for window in set(config.layer_windows)
+    )
+
+
+# --- peaks
+
+_TERA = 1e12
+_HALF, _FLOAT16, _FLOAT32 = ("bfloat16", "float16"), ("float16",), ("float32",)
+
+_PEAKS: tuple[tuple[str, dict[tuple[str, ...], float]], ...] = (
+    # One jax device is a TensorCore, of which a chip has two, on v2, v3 and TPU7x, else a chip.
+    (r"TPU v2", {_HALF[:1]: 45 / 2}),
+    (r"TPU v3", {_HALF[:1]: 123 / 2}),
+    (r"TPU v4", {_HALF[:1]: 275}),
+    (r"TPU v5 lite|TPU v5e", {_HALF[:1]: 197}),
+    (r"TPU v5p?", {_HALF[:1]: 459}),
+    (r"TPU v6 lite|TPU v6e", {_HALF[:1]: 918}),
+    (r"TPU7x|TPU v7x?", {_HALF[:1]: 2307 / 2}),
+    (r"(NVIDIA |Tesla )*V100-PCIE-\d+GB", {_FLOAT16: 112, _FLOAT32: 14}),
+    (r"(NVIDIA |Tesla )*V100-(SXM[23]|DGXS)-\d+GB(-LS)?", {_FLOAT16: 125, _FLOAT32: 15.7}),
+    (r"(NVIDIA )?A100[ -].*", {_HALF: 312, _FLOAT32: 19.5}),
+    (r"NVIDIA H100 PCIe", {_HALF: 756, _FLOAT32: 51}),
+    (r"NVIDIA H(100|200) NVL", {_HALF: 835, _FLOAT32: 60}),
+    (r"NVIDIA H100 80GB HBM3|NVIDIA H200", {_HALF: 989, _FLOAT32: 67}),
+    (r"NVIDIA B200", {_HALF: 2250, _FLOAT32: 75}),
+    (r"NVIDIA L4", {_HALF: 121, _FLOAT32: 30.3}),
+    (r"NVIDIA A10", {_HALF: 125, _FLOAT32: 31.2}),
+    (r"NVIDIA GeForce RTX 4090", {_HALF: 165.2, _FLOAT32: 82.6}),
+)
+"""TFLOP/s in the makers' data sheets: dense, accumulated in float32; float32 by plain cores, not as TF32."""
+
+
+def peak_flops(device_kind: str, dtype: str) -> float | None:
+    """Dense FLOP/s that the maker gives for one jax device, or None where it is not known, as for every CPU.
+
+    Args:
+      device_kind: as `jax.Device.device_kind`. A slice of a GPU (MIG) is not known.
+      dtype: of the operands; None for those that the device has no units for. TPUs multiply float32 in several bfloat16
+        products, for which there is no figure.
+
+    >>> peak_flops("NVIDIA H200", "bfloat16"), peak_flops("TPU v5 lite", "float32"), peak_flops("cpu", "float32")
+    (989000000000000.0, None, None)
+    """
+    if "MIG" in device_kind:
+        return None
+    rows: Iterable[dict[tuple[str, ...], float]] = (
+        peaks for pattern, peaks in _PEAKS if re.fullmatch(pattern, device_kind)
+    )
+    by_dtype = next(iter(rows), {})
+    return next((peak * _TERA for dtypes, peak in by_dtype.items() if dtype in dtypes), None)

@@ -1,0 +1,140 @@
+"""Computing a cache of reference log-probs: what is missing, over the mesh, all processes together."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+
+from jdpo.data.reference_cache.scores import CacheFolder, Shards
+from jdpo.processes import any_process, barrier, is_first
+from jdpo.training.reference.cache_entries import RowSet, entry_of
+from jdpo.training.reference.scoring import Scorer
+from jdpo.training.setup.run_setup import Say, Setup
+from jdpo.words import figure
+
+PROGRESS_SECONDS = 10.0
+LOCK_POLL_SECONDS = 2.0
+
+
+def build_cache(setup: Setup, rows: RowSet, scorer: Scorer, *, say: Say, repair: bool) -> int:
+    """Computes the shards that are not there, all processes together, and returns how many rows they have.
+
+    Args:
+      repair: whether damaged shards are computed anew instead of refused.
+
+    Raises:
+      ValueError: the cache cannot be written, or is damaged and not to be repaired.
+    """
+    folder = rows.folder
+    with _writing(folder):
+        folder.path.mkdir(parents=True, exist_ok=True)
+    with _alone(folder, scorer.check_stopped, say) as (rank, num_sharers):
+        shards = folder.examine()  # again: another run may have been at work until now
+        if not repair:
+            folder.refuse_damaged(shards)
+        if rank == 0:
+            entry = None if folder.has_entry() else entry_of(setup, rows)
+            with _writing(folder):
+                folder.clear_unfinished()
+                if entry is not None:
+                    folder.write_entry(entry)
+        todo = _union(~shards.whole)  # nothing is written before every process has looked
+        progress = _Progress(rows, shards, folder.count_rows(todo), say)
+        if todo.any():  # another run may have computed all of it meanwhile
+            # All shards, so that shapes, and with them the last bits, do not depend on what is missing.
+            scorer.plan(rows.data, [folder.rows_of(shard) for shard in range(len(todo))])
+        for shard in map(int, np.flatnonzero(todo)):
+            values = scorer.score(folder.rows_of(shard), progress)
+            if not shards.whole[shard] and shard % num_sharers == rank:
+                with _writing(folder):
+                    folder.write_shard(shard, values)
+        barrier("reference cached")
+        return folder.count_rows(todo)
+
+
+@contextlib.contextmanager
+def _writing(folder: CacheFolder) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"cannot keep the reference's log-probs in {folder.path}: {error.strerror or error}; set cache_dir to a "
+            "folder on a writable disk with room, or reference to live"
+        ) from error
+
+
+class _Progress:
+    """Says now and then how far a computation is."""
+
+    def __init__(self, rows: RowSet, shards: Shards, num_rows: int, say: Say) -> None:
+        self._role, self._num_rows, self._done, self._say = rows.role, num_rows, 0, say
+        self._due = time.monotonic() + PROGRESS_SECONDS
+        damaged = f", {int(shards.damaged.sum())} damaged" if shards.damaged_files else ""
+        if num_rows:
+            say(
+                f"reference: {num_rows} of {figure(rows.folder.num_rows, f'{rows.role} row')} to compute "
+                f"(shards: {int(shards.whole.sum())} found{damaged}, {int(shards.missing.sum())} missing)"
+            )
+
+    def __call__(self, num_rows: int) -> None:
+        self._done += num_rows
+        if time.monotonic() >= self._due or self._done == self._num_rows:
+            self._due = time.monotonic() + PROGRESS_SECONDS
+            self._say(f"reference: {self._done} of {figure(self._num_rows, f'{self._role} row')} computed")
+
+
+# --- several processes
+
+
+def _union(mine: np.ndarray) -> np.ndarray:
+    """Where bool [n] is True on any process."""
+    if jax.process_count() == 1:
+        return mine
+    from jax.experimental import multihost_utils
+
+    union: np.ndarray = multihost_utils.process_allgather(mine).any(axis=0)
+    return union
+
+
+@contextlib.contextmanager
+def _alone(folder: CacheFolder, check_stopped: Callable[[], None], say: Say) -> Iterator[tuple[int, int]]:
+    """Waits until no other run computes the entry; gives this process's place among those that share the folder."""
+    with _writing(folder):
+        place_among = _sharers(folder)
+    lock, told = None, False
+    while True:
+        with _writing(folder):
+            lock = folder.try_lock() if is_first() else None
+        if not any_process(is_first() and lock is None):
+            break
+        if not told:
+            say(f"reference: waiting for another run that computes {folder.path}")
+            told = True
+        check_stopped()
+        time.sleep(LOCK_POLL_SECONDS)
+    try:
+        yield place_among
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def _sharers(folder: CacheFolder) -> tuple[int, int]:
+    """(rank, count) of this process among those that see the same folder: each leaves a file and looks for others'."""
+    if jax.process_count() == 1:
+        return 0, 1
+    from jax.experimental import multihost_utils
+
+    run = int(multihost_utils.broadcast_one_to_all(np.int32(secrets.randbits(31))))
+    mine = folder.path / f".process-{run}-{jax.process_index()}"
+    mine.touch()
+    barrier("reference folder marked")
+    seen = sorted(int(path.name.rpartition("-")[2]) for path in folder.path.glob(f".process-{run}-*"))
+    barrier("reference folder seen")
+    mine.unlink()
+    return seen.index(jax.process_index()), len(seen)

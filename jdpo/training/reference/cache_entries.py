@@ -1,0 +1,123 @@
+"""Which entries of the cache a run's rows have, and what those say of themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jdpo.config import DPOConfig, without_queries
+from jdpo.data.prepared.prepare import PreparedData
+from jdpo.data.reference_cache.cache_key import Entry, about_rows, key_of, parts_of
+from jdpo.data.reference_cache.scores import CacheFolder, Shards, cache_root
+from jdpo.processes import differing
+from jdpo.training.setup.folder_digests import adapter_digest, folder_digest
+from jdpo.training.setup.run_setup import Setup
+
+Role = Literal["training", "evaluation"]
+
+
+class RowSet(NamedTuple):
+    """The rows of one entry of the cache.
+
+    Attributes:
+      role: what the rows are for.
+      data: the rows.
+      parts: all that their log-probs depend on.
+      folder: where those are kept.
+      shards: what stood there when the run started.
+    """
+
+    role: Role
+    data: PreparedData
+    parts: dict[str, Any]
+    folder: CacheFolder
+    shards: Shards
+
+    @property
+    def complete(self) -> bool:
+        """Whether all was there, in order."""
+        return bool(self.shards.whole.all()) and not self.shards.damaged_files
+
+
+def find_rows(setup: Setup) -> list[RowSet]:
+    """The training rows and, where there are any, the evaluation rows, with what the cache holds of each.
+
+    Raises:
+      ValueError: the processes of the run have not the same rows or reference.
+    """
+    config = setup.config
+    started = setup.started if setup.reference_folder is None else setup.reference_started
+    weights = weights_of_reference(setup)
+    dtype = np.dtype(np.float64 if config.compute_dtype == "float64" else np.float32)
+    rows: dict[Role, PreparedData | None] = {"training": setup.train_data, "evaluation": setup.eval_data}
+    sets = []
+    for role, data in rows.items():
+        if data is None:
+            continue
+        parts = parts_of(
+            weights=weights,
+            rows=data.digest,
+            compute_dtype=config.compute_dtype,
+            model=dataclasses.asdict(setup.model.config),
+            started=None if started is None else {"seed": config.seed, "ids": started.ids.tolist()},
+        )
+        key = key_of(parts)
+        _check_same_everywhere(key)
+        folder = CacheFolder(cache_root(config.cache_dir), key, num_rows=len(data), dtype=dtype)
+        sets.append(RowSet(role, data, parts, folder, folder.examine()))
+    return sets
+
+
+def weights_of_reference(setup: Setup) -> str:
+    """What tells the reference's weights from all others: digests, and how they are rounded when they are loaded."""
+    adaptation, used = setup.adaptation, setup.model.compute_dtype
+    weights = folder_digest(setup.reference_folder or setup.model_folder)
+    if adaptation is None:
+        kept = setup.model.param_dtype
+    else:
+        kept = used if setup.reference_folder is not None else adaptation.base_dtype.rest
+    if jnp.promote_types(kept, used) != kept:  # rounded then, not only where they are used
+        weights += f" in {jnp.dtype(kept).name}"
+    if adaptation is None or setup.reference_folder is not None:
+        return weights
+    if adaptation.base_dtype.int8:
+        weights += " in int8"
+    if setup.reference_adapter is not None:
+        trained = jnp.dtype(setup.model.param_dtype).name
+        weights += f" with the adapter {adapter_digest(setup.reference_adapter)} in {trained}"
+    return weights
+
+
+def entry_of(setup: Setup, rows: RowSet) -> Entry:
+    """What an entry says of itself; the data sets are read for it."""
+    config = setup.config
+    assert isinstance(config, DPOConfig), type(config)
+    named = config.reference_model is not None
+    name, revision = (
+        (config.reference_model, config.reference_revision)
+        if named
+        else (config.model_name_or_path, config.model_revision)
+    )
+    about = about_rows(
+        config.datasets if rows.role == "training" or config.eval_fraction else config.eval_datasets,
+        role=rows.role,
+        model=f"{name} ({revision})" if revision else without_queries(name),
+        tokenizer=setup.tokenizer.digest,
+        chat_template=config.chat_template,
+        chat_template_kwargs=config.chat_template_kwargs,
+        max_length=config.max_length,
+        max_prompt_length=config.max_prompt_length,
+        eval_fraction=config.eval_fraction,
+    )
+    return Entry(rows.parts, about)
+
+
+def _check_same_everywhere(key: str) -> None:
+    if differing({"key": key}):
+        raise ValueError(
+            "the processes of this run have not the same reference model or rows on their disks, so they cannot share "
+            "a cache of its log-probs; give every host the same files"
+        )

@@ -1,0 +1,213 @@
+"""Where the reference's log-probs come from: a frozen model beside the policy, a cache, or nowhere."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from jdpo.config import DPOConfig
+from jdpo.data.reference_cache.cache_key import changes, nearest
+from jdpo.data.reference_cache.scores import ReferenceCache
+from jdpo.devices import leave_out_missing_tpus
+from jdpo.processes import any_process, is_first
+from jdpo.training.reference.cache_building import build_cache
+from jdpo.training.reference.cache_entries import RowSet, entry_of, find_rows
+from jdpo.training.reference.scoring import Scorer
+from jdpo.training.setup.numerics import jax_settings, resolve_dtype
+from jdpo.training.setup.run_setup import Say, Setup, build
+from jdpo.training.setup.validation import Asked, Mode, fixed_mode
+from jdpo.training.step.tasks import task_for
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reference:
+    """Where a run's reference log-probs come from.
+
+    Attributes:
+      mode: a frozen model in the step, the cache, or no reference at all.
+      train: the log-probs of the training rows where the mode is cached.
+      eval: those of the evaluation rows, where there are any.
+      num_found: rows, training and evaluation, that the cache held.
+      num_computed: rows that this run computed for it.
+    """
+
+    mode: Mode
+    train: ReferenceCache | None = None
+    eval: ReferenceCache | None = None
+    num_found: int = 0
+    num_computed: int = 0
+
+
+def settle_reference(
+    setup: Setup,
+    *,
+    asked: Asked,
+    needs_reference: bool,
+    sync_ref_model: bool = False,
+    began_as: Mode | None = None,
+    stopped: Callable[[], bool] | None = None,
+    say: Say,
+) -> Reference:
+    """Decides where the reference's log-probs come from, computes what is to be cached, and says so in one line.
+
+    A damaged cache is computed again where `asked` is auto, and refused where it is cached.
+
+    To be called on every process, inside `numerics`, before other weights are loaded: reference weights are in memory
+    only while something is computed.
+
+    Args:
+      asked: `reference` of the config.
+      needs_reference: whether the loss has one.
+      sync_ref_model: whether the reference moves in training; a cache cannot.
+      began_as: the mode of an earlier start of the same run: auto goes on with it, so that a resumed run is the
+        uninterrupted one to the last bit.
+      stopped: whether a signal asks to stop; asked between batches.
+      say: takes lines for the person who started the run.
+
+    Raises:
+      ValueError: what is asked for cannot be had; it says why and what to do.
+      FloatingPointError: the reference gives a log-prob that is not finite; the row is named.
+      BuildStopped: `stopped` said so.
+    """
+    mode = fixed_mode(asked, needs_reference=needs_reference, sync_ref_model=sync_ref_model)
+    if mode is None and asked == "auto" and began_as == "live":
+        say("reference: live, as this run began")
+        return Reference(mode="live")
+    if mode is not None:
+        why = "the loss has none" if mode == "none" else "as it moves in training" if sync_ref_model else "as asked for"
+        say(f"reference: {mode}, {why}")
+        return Reference(mode=mode)
+    sets = find_rows(setup)
+    if any_process(any(rows.shards.damaged_files for rows in sets)):
+        if asked == "cached":
+            for rows in sets:
+                rows.folder.refuse_damaged(rows.shards)
+            raise ValueError("the reference's cached log-probs are damaged on another host; its message names the file")
+        named = [rows.folder.damage(rows.shards) for rows in sets if rows.shards.damaged_files]
+        what = "; ".join(named) or "a file on another host is not as it was written"
+        say(f"reference: its cached log-probs are damaged and computed again: {what}")
+        return _build(setup, sets, say, repair=True, stopped=stopped)
+    if not any_process(not all(rows.complete for rows in sets)):
+        _restore_entries(setup, sets)
+        return _cached(sets, [0] * len(sets), say)
+    if asked == "cached":
+        raise ValueError(
+            f"reference is 'cached', but {explain_miss(setup, sets)}; `jdpo reference CONFIG` computes what is "
+            "missing, or set reference to auto or live"
+        )
+    # Who has kept nothing like it misses nothing.
+    news = f"; {explain_miss(setup, sets)}" if _kept_before(setup, sets) else ""
+    reason = "as this run began" if began_as == "cached" else _why_it_pays(setup, sets[0])
+    if reason is None:
+        if is_first():
+            with contextlib.suppress(OSError):  # a hint to later runs, nothing more
+                sets[0].folder.ask(_run_name(setup))
+        say(f"reference: live, as one pass over the rows does not pay for a cache{news}")
+        return Reference(mode="live")
+    say(f"reference: computing its log-probs once, {reason}{news}")
+    return _build(setup, sets, say, repair=False, stopped=stopped)
+
+
+def compute_reference(config: DPOConfig, say: Say) -> Reference:
+    """What `jdpo reference` does: computes all that is missing or damaged of a config's cache.
+
+    Args:
+      config: the settings of the `jdpo dpo` run.
+
+    Raises:
+      ValueError: bad input, or a reference that cannot be cached.
+      FloatingPointError: as in `settle_reference`.
+    """
+    if not task_for(config).uses_reference:
+        raise ValueError(f"loss_type {' + '.join(config.loss_type)} has no reference: there is nothing to compute")
+    if config.sync_ref_model:
+        raise ValueError("sync_ref_model moves the reference in training: its log-probs cannot be computed beforehand")
+    leave_out_missing_tpus()
+    resolved = resolve_dtype(config)
+    with jax_settings(resolved):
+        setup = build(resolved, say)
+        return _build(setup, find_rows(setup), say, repair=True, stopped=None)
+
+
+def _why_it_pays(setup: Setup, rows: RowSet) -> str | None:
+    """Why auto computes a cache, None where it does not; the same on every process."""
+    rows_an_epoch = setup.row_plan.mixture.num_examples
+    if setup.num_steps * rows_an_epoch > setup.steps_per_epoch * len(setup.train_data):
+        return "as the run passes over the rows more than once"
+    if any_process(bool(rows.shards.whole.any())):
+        return "as part of them stands already"
+    if any_process(bool(set(rows.folder.asked_by()) - {_run_name(setup)})):
+        return "as another run asked for the same ones"
+    return None
+
+
+def _run_name(setup: Setup) -> str:
+    return str(Path(setup.config.output_dir).resolve())
+
+
+def _kept_before(setup: Setup, sets: Sequence[RowSet]) -> bool:
+    """Returns whether the cache holds some of these log-probs, or those of a run that was much like this one."""
+    return any(
+        rows.shards.whole.any() or nearest(rows.folder.path.parent, entry_of(setup, rows)) is not None for rows in sets
+    )
+
+
+def explain_miss(setup: Setup, sets: Sequence[RowSet]) -> str:
+    """Which of the rows have no whole cache, and what has changed since the most similar one was made."""
+    missed = []
+    for rows in sets:
+        role, folder, whole = rows.role, rows.folder, rows.shards.whole
+        if whole.all():
+            continue
+        if whole.any():
+            missed.append(f"only {folder.count_rows(whole)} of {folder.num_rows} {role} rows are in the cache")
+            continue
+        now = entry_of(setup, rows)
+        then = nearest(folder.path.parent, now)
+        changed = f" (changed since the last: {'; '.join(changes(then, now))})" if then is not None else ""
+        missed.append(f"the {role} rows are not in the cache{changed}")
+    return " and ".join(missed) or "another host has not all of the cache"
+
+
+# --- computing
+
+
+def _build(
+    setup: Setup, sets: Sequence[RowSet], say: Say, *, repair: bool, stopped: Callable[[], bool] | None
+) -> Reference:
+    scorer = Scorer(setup, stopped or (lambda: False))
+    computed = [
+        build_cache(setup, rows, scorer, say=say, repair=repair) if any_process(not rows.complete) else 0
+        for rows in sets
+    ]
+    _restore_entries(setup, sets)
+    return _cached(sets, computed, say)
+
+
+def _restore_entries(setup: Setup, sets: Sequence[RowSet]) -> None:
+    """Puts back a lost key.json, by which later misses say what has changed; the shards do not need it."""
+    for rows in sets:
+        if is_first() and not rows.folder.has_entry():
+            with contextlib.suppress(OSError):
+                rows.folder.write_entry(entry_of(setup, rows))
+
+
+def _cached(sets: Sequence[RowSet], computed: Sequence[int], say: Say) -> Reference:
+    caches = {
+        # Looked at again where something was missing or damaged: this run, or one it waited for, has written it.
+        rows.role: rows.folder.open(rows.shards if rows.complete else None)
+        for rows in sets
+    }
+    num_computed = sum(computed)
+    num_found = sum(map(len, caches.values())) - num_computed
+    where = " and ".join(dict.fromkeys(str(cache.path) for cache in caches.values()))
+    say(f"reference: cached, {num_found} rows found, {num_computed} computed, in {where}")
+    return Reference(
+        mode="cached",
+        train=caches["training"],
+        eval=caches.get("evaluation"),
+        num_found=num_found,
+        num_computed=num_computed,
+    )

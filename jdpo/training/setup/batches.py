@@ -1,0 +1,231 @@
+"""A step's rows as arrays: packed back to back, or padded."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jdpo.data.batching.loader import bucket_length
+from jdpo.data.batching.packing import pack, unused
+from jdpo.data.batching.packing_plan import PackingPlan, plan_run
+from jdpo.data.batching.packing_shapes import PackedShape
+from jdpo.data.prepared.prepare import PreparedData
+from jdpo.data.reference_cache.scores import ReferenceCache, reference_logps_of
+from jdpo.training.step.objectives import Batch
+from jdpo.training.step.tasks import Task
+
+
+class StepBatch(NamedTuple):
+    """A step's rows as arrays.
+
+    Attributes:
+      batch: arrays [k, m, ...].
+      at: int [b], where among the flattened per-row values of a step's report those of each row stand.
+      num_tokens: real tokens of the rows, over all their sequences.
+      real_slots: tokens that the model computes and that are of use...
+      num_slots: ... among so many that it computes.
+    """
+
+    batch: Batch
+    at: np.ndarray
+    num_tokens: int
+    real_slots: int
+    num_slots: int
+
+
+class PaddedBatches:
+    """Rows of one data set, each side a sequence of its own, padded to the longest of the step."""
+
+    def __init__(
+        self,
+        task: Task,
+        data: PreparedData,
+        steps: Iterable[np.ndarray],
+        *,
+        global_batch_size: int,
+        num_shards: int,
+        max_tokens_per_device: int,
+        micro_batch_size: int | None = None,
+        max_length: int,
+        pad_token_id: int,
+        cache: ReferenceCache | None = None,
+    ) -> None:
+        """
+        Args:
+          steps: the rows of every step.
+          global_batch_size: the most rows of a step.
+          num_shards: parts that a micro-batch is split into.
+          max_tokens_per_device: padded tokens of one part at most.
+          micro_batch_size: most rows of one part, in its place.
+          max_length: the longest sequence of the run.
+          cache: the reference's log-probs of `data`, to travel with the batch.
+        """
+        self._task, self._data, self._cache = task, data, cache
+        self._max_length, self._pad_token_id, self._num_shards = max_length, pad_token_id, num_shards
+        self._lengths = sorted({self._length(indices) for indices in steps})
+        self.layout = batch_layout(
+            global_batch_size,
+            micro_batch_size=micro_batch_size,
+            max_tokens=max_tokens_per_device,
+            num_shards=num_shards,
+            row_tokens=task.sequences * self._lengths[-1],
+        )
+
+    def _length(self, indices: np.ndarray) -> int:
+        return bucket_length(int(self._data.lengths[indices].max()), self._max_length)
+
+    def make(self, indices: np.ndarray) -> StepBatch:
+        """The batch of the rows `indices`; the slots left over are padding of weight 0."""
+        rows, length = [self._data[int(index)] for index in indices], self._length(indices)
+        real = sum(map(self._task.count_tokens, rows))
+        num_slots = self.layout.num_slots * self._task.sequences * length
+        return StepBatch(self._arrays(rows, indices, length), np.arange(len(rows)), real, real, num_slots)
+
+    def like(self, indices: np.ndarray) -> Batch:
+        """Arrays of the shapes that `make` gives for these rows, with nothing in them."""
+        return self._arrays([], indices[:0], self._length(indices))
+
+    def shapes(self) -> list[Batch]:
+        """Such arrays for every shape that the steps come in, the largest last."""
+        return [self._arrays([], np.zeros(0, np.int64), length) for length in self._lengths]
+
+    def demanding(self) -> list[Batch]:
+        """Those of `shapes` that may take most memory."""
+        return self.shapes()[-1:]
+
+    @property
+    def tokens_per_device(self) -> int:
+        """Slots of a device's part of the largest micro-batch."""
+        per_shard = self.layout.rows_per_micro // self._num_shards
+        return per_shard * self._task.sequences * self._lengths[-1]
+
+    def _arrays(self, rows: Sequence[Any], indices: np.ndarray, length: int) -> Batch:
+        layout = self.layout
+        flat = self._task.collate(rows, num_slots=layout.num_slots, length=length, pad_token_id=self._pad_token_id)
+        if self._cache is not None:
+            logps = reference_logps_of(self._cache, rows, indices, num_slots=layout.num_slots, length=length)
+            flat = flat._replace(reference_logps=logps)
+        return jax.tree.map(lambda array: array.reshape(*layout, *array.shape[1:]), flat)
+
+
+class PackedBatches:
+    """Rows of one data set, back to back, each prompt once, in the few shapes that a run's steps come in."""
+
+    def __init__(
+        self,
+        task: Task,
+        data: PreparedData,
+        steps: Iterable[np.ndarray],
+        *,
+        num_shards: int,
+        max_tokens_per_device: int,
+        micro_batch_size: int | None = None,
+        cache: ReferenceCache | None = None,
+    ) -> None:
+        """
+        Args:
+          steps: the rows of every step.
+          num_shards: parts that a micro-batch is split into.
+          max_tokens_per_device: slots of one part at most.
+          micro_batch_size: most rows of one part, in its place.
+          cache: the reference's log-probs of `data`, to travel with the batch.
+        """
+        self._task, self._data, self._cache, self._num_shards = task, data, cache, num_shards
+        self.plan: PackingPlan = plan_run(
+            data.sizes(),
+            steps,
+            num_shards=num_shards,
+            max_tokens_per_device=max_tokens_per_device,
+            micro_batch_size=micro_batch_size,
+        )
+
+    def make(self, indices: np.ndarray) -> StepBatch:
+        """The batch of the rows `indices`."""
+        rows = [self._data[int(index)] for index in indices]
+        reference = None
+        if self._cache is not None:
+            reference = [self._cache.row(int(index), row) for index, row in zip(indices, rows, strict=True)]
+        step = self.plan.step(indices)
+        batch = pack(rows, indices, step, reference_logps=reference)
+        real = np.flatnonzero(batch.pair_weight.reshape(-1))
+        in_batch = batch.pair_row.reshape(-1)[real]
+        at = real[np.argsort(in_batch)][np.argsort(np.argsort(indices))]
+        num_tokens, real_slots = sum(map(self._task.count_tokens, rows)), int(self.plan.sizes.slots[indices].sum())
+        return StepBatch(batch, at, num_tokens, real_slots, batch.tokens.size)
+
+    def like(self, indices: np.ndarray) -> Batch:
+        """Arrays of the shapes that `make` gives for these rows, with nothing in them."""
+        return self._unused(self.plan.step(indices).shape)
+
+    def shapes(self) -> list[Batch]:
+        """Such arrays for every shape that the steps come in."""
+        return [self._unused(shape) for shape in self.plan.shapes]
+
+    def demanding(self) -> list[Batch]:
+        """Those of `shapes` that may take most memory; see `demanding_shapes`."""
+        return [self._unused(shape) for shape in demanding_shapes(self.plan.shapes)]
+
+    @property
+    def tokens_per_device(self) -> int:
+        """Slots of a device's part of the largest micro-batch."""
+        return max(shape.num_slots for shape in self.plan.shapes) * self.plan.num_rows // self._num_shards
+
+    def _unused(self, shape: PackedShape) -> Batch:
+        dtype = None if self._cache is None else self._cache.dtype
+        return unused(shape, num_sides=self.plan.sizes.num_sides, reference_dtype=dtype)
+
+
+Batches = PaddedBatches | PackedBatches
+
+
+def demanding_shapes(shapes: Iterable[PackedShape]) -> list[PackedShape]:
+    """Those of which one takes most memory, whatever weighs most in it.
+
+    No other shape has as many slots, places of attention and scored tokens, and gradients that are summed over
+    micro-batches.
+    """
+    rooms = {
+        (shape.num_slots, shape.num_items * shape.length, shape.num_scored, shape.num_micro > 1): shape
+        for shape in sorted(shapes)  # of equals, that with most micro-batches stays
+    }
+    return [
+        shape
+        for room, shape in rooms.items()
+        if not any(other != room and all(map(operator.ge, other, room)) for other in rooms)
+    ]
+
+
+class BatchLayout(NamedTuple):
+    """How a step's rows lie in a batch: `num_micro` micro-batches of `rows_per_micro` rows over all shards."""
+
+    num_micro: int
+    rows_per_micro: int
+
+    @property
+    def num_slots(self) -> int:
+        return self.num_micro * self.rows_per_micro
+
+
+def batch_layout(
+    global_batch_size: int, *, micro_batch_size: int | None, max_tokens: int, num_shards: int, row_tokens: int
+) -> BatchLayout:
+    """Cuts a global batch into the fewest micro-batches that respect `micro_batch_size`, equally large.
+
+    Args:
+      global_batch_size: rows a step; a multiple of num_shards.
+      micro_batch_size: most rows of one shard at once; None: as many as max_tokens hold.
+      max_tokens: padded tokens of one shard at once.
+      num_shards: parts that a micro-batch is split into.
+      row_tokens: padded tokens of one row at most.
+
+    >>> batch_layout(64, micro_batch_size=3, max_tokens=16384, num_shards=8, row_tokens=2048)
+    BatchLayout(num_micro=3, rows_per_micro=24)
+    """
+    most = micro_batch_size or max(1, max_tokens // row_tokens)
+    per_shard = global_batch_size // num_shards
+    num_micro = -(-per_shard // most)
+    return BatchLayout(num_micro, -(-per_shard // num_micro) * num_shards)

@@ -1,0 +1,96 @@
+"""Where a run's weights and words come from: found by name and looked at, without jax."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from jdpo.config import TrainConfig, public_text, refuse_passwords
+from jdpo.models.lora.adapter_config import CONFIG_NAME, base_of, is_adapter_folder
+from jdpo.models.model_config import ModelConfig
+from jdpo.models.weights.hub_models import resolve_folder
+
+
+class Sources(NamedTuple):
+    """Where a run's weights and words come from.
+
+    Attributes:
+      name: of the model, or of the base under an adapter; without the query of an address, as files will have it.
+      revision: its hub revision, where one is asked for.
+      model_folder: its folder.
+      adapter_folder: an adapter to go on from, or None.
+      tokenizer_folder: the adapter's own where it brings one, else the model's.
+    """
+
+    name: str
+    revision: str | None
+    model_folder: Path
+    adapter_folder: Path | None
+    tokenizer_folder: Path
+
+
+def find_sources(config: TrainConfig, *, weights: bool = True) -> Sources:
+    """Finds the model, which `model_name_or_path` names, or the adapter there, or `lora.adapter` beside it.
+
+    Args:
+      weights: False: those of the model are neither asked for nor downloaded; those of an adapter are, as its rank is
+        known by them.
+
+    Raises:
+      ValueError: nothing is there, two adapters are named, or an adapter names a base by an address with a password.
+    """
+    name, revision = config.model_name_or_path, config.model_revision
+    folder = resolve_folder(name, revision, weights=weights)
+    if not weights and is_adapter_folder(folder):
+        folder = resolve_folder(name, revision)  # a model with the config of an adapter beside it is told by its files
+    adapter = None
+    if config.lora and config.lora.adapter is not None:
+        if is_adapter_folder(folder):
+            raise ValueError(
+                f"model_name_or_path {name} is an adapter, and lora.adapter names another, {config.lora.adapter}: give "
+                "the base model as model_name_or_path"
+            )
+        adapter = resolve_folder(config.lora.adapter)
+        if not is_adapter_folder(adapter):
+            raise ValueError(f"lora.adapter {config.lora.adapter} is no PEFT adapter folder: no {CONFIG_NAME} in it")
+    elif is_adapter_folder(folder):
+        if config.lora is False:
+            raise ValueError(
+                f"lora is false, and model_name_or_path {name} is an adapter, which can only be gone on from as one: "
+                "leave lora out, or merge the adapter first (`jdpo export --merge`) and train the merged model"
+            )
+        adapter = folder
+        name, revision = base_of(adapter)
+        refuse_passwords(name, f"base_model_name_or_path in {adapter / CONFIG_NAME}")
+        try:
+            folder = resolve_folder(name, revision, weights=weights)
+        except ValueError as error:
+            raise ValueError(
+                f"{adapter / CONFIG_NAME} names {name!r} as its base: {error}. Or give the base as model_name_or_path "
+                "and the adapter as lora.adapter"
+            ) from error
+    if adapter is not None and is_adapter_folder(folder):
+        raise ValueError(
+            f"{adapter}: its base {name} is an adapter as well; merge that one into its own base first (`jdpo export "
+            "--merge`, or PEFT's merge_and_unload), and give the merged model as model_name_or_path with lora.adapter"
+        )
+    brings_words = adapter is not None and (adapter / "tokenizer_config.json").is_file()
+    words = adapter if adapter is not None and brings_words else folder
+    return Sources(public_text(name), revision, folder, adapter, words)
+
+
+def check_positions(config: TrainConfig, source_config: ModelConfig) -> None:
+    """Refuses sequences longer than a model that ends can take.
+
+    Raises:
+      ValueError: naming both lengths.
+    """
+    most = source_config.max_positions
+    if source_config.positions_end and config.max_length > most:
+        why = (
+            "a learned vector for each" if source_config.learned_positions else "longrope's factors for short sequences"
+        )
+        raise ValueError(
+            f"max_length {config.max_length}: {config.model_name_or_path} has {most} positions ({why}) and cannot go "
+            f"beyond; set max_length to {most} or less"
+        )

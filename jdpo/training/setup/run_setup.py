@@ -1,0 +1,379 @@
+"""From a config to everything that a run works with, checked."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jdpo.checkpoint.hf_export import parse_size, read_generation_config
+from jdpo.checkpoint.hub_push import check_push
+from jdpo.config import DPOConfig, TrainConfig
+from jdpo.data.batching.loader import RowPlan
+from jdpo.data.prepared.prepare import PreparedData
+from jdpo.data.tokens.tokenizer import Tokenizer, load_tokenizer
+from jdpo.models.families import read_model_config
+from jdpo.models.lora.adapter_config import is_adapter_folder
+from jdpo.models.model_config import ModelConfig
+from jdpo.models.transformer import Transformer, abstract_params, logical_axes
+from jdpo.models.weights.embedding_rows import StartedRows
+from jdpo.models.weights.hub_models import has_weights, resolve_folder
+from jdpo.models.weights.loading import check_tensors
+from jdpo.models.weights.safetensors_folder import tensor_entries
+from jdpo.processes import together
+from jdpo.sharding.mesh import check_batch_size, make_mesh
+from jdpo.sharding.rules import param_shardings, undivided_dims
+from jdpo.training.setup.adaptation import Adaptation, adaptation_of, check_adaptation, num_params
+from jdpo.training.setup.folder_digests import adapter_digest, folder_digest
+from jdpo.training.setup.model_sources import Sources, check_positions, find_sources
+from jdpo.training.setup.row_order import num_steps_of, plan_rows, prepare_rows
+from jdpo.training.setup.untrained import start_tokens
+from jdpo.training.setup.validation import (
+    check_attention_settings,
+    check_expert_settings,
+    check_offload,
+    check_profiled,
+    check_settings,
+)
+from jdpo.training.step.optimizer import learning_rate_schedule, param_dtype_of
+from jdpo.training.step.tasks import Task, task_for
+from jdpo.words import figure
+
+Params = Any
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSetup:
+    """The model of a run and where it stands; all that is needed to load and to export it."""
+
+    config: TrainConfig
+    mesh: Mesh
+    sources: Sources
+    tokenizer: Tokenizer
+    source_config: ModelConfig  # as in the model folder
+    model: Transformer  # with the vocabulary that the tokenizer needs
+    adaptation: Adaptation | None  # None where all weights are trained
+
+    @property
+    def model_folder(self) -> Path:
+        """Of the model that training starts from; of the base under adapters."""
+        return self.sources.model_folder
+
+    @property
+    def trained(self) -> Params:
+        """Shape and dtype of everything that is trained."""
+        return abstract_params(self.model) if self.adaptation is None else self.adaptation.abstract_adapters(self.model)
+
+    @property
+    def trained_axes(self) -> Params:
+        """Its logical axes."""
+        return logical_axes(self.model) if self.adaptation is None else self.adaptation.adapter_axes()
+
+    @property
+    def shardings(self) -> Params:
+        """A sharding for everything that is trained."""
+        return param_shardings(self.trained_axes, self.trained, self.mesh)
+
+    @property
+    def whole_shardings(self) -> Params:
+        """A sharding for every weight of the model, trained or not."""
+        return param_shardings(logical_axes(self.model), abstract_params(self.model), self.mesh)
+
+    @property
+    def exports_merged(self) -> bool:
+        """Whether adapters are exported added to their base, and not alone."""
+        return self.adaptation is not None and bool(self.config.lora and self.config.lora.merge)
+
+    @property
+    def model_name(self) -> str:
+        """The model as the config, or the adapter that it names, calls it."""
+        return self.sources.name
+
+    @property
+    def base_to_find(self) -> str:
+        """The same for those who load an adapter elsewhere: a local folder in full."""
+        folder = Path(self.model_name).expanduser()
+        return str(folder.resolve()) if folder.is_dir() else self.model_name
+
+    def base_identity(self) -> dict[str, str] | None:
+        """What a checkpoint says of the base that its adapters belong on; None where it holds all weights."""
+        if self.adaptation is None:
+            return None
+        digest = folder_digest(self.model_folder)
+        return {"model": self.model_name, "digest": digest, "dtype": self.adaptation.base_dtype.name}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setup(ModelSetup):
+    """What a run works with; nothing in it changes while the run goes on."""
+
+    task: Task
+    reference_folder: Path | None  # of a reference with weights of its own
+    reference_adapter: Path | None  # on the policy's base, where the reference shares that and is more than it
+    train_data: PreparedData
+    eval_data: PreparedData | None
+    started: StartedRows | None  # embedding rows that do not start as in the model folder
+    reference_started: StartedRows | None  # the same of reference_folder
+    row_plan: RowPlan  # of train_data
+    num_steps: int
+    steps_per_epoch: int
+
+    @property
+    def reference_is_start(self) -> bool:
+        """Whether the reference, where there is one, is the policy as training finds it."""
+        started_from = None if self.adaptation is None else self.adaptation.folder
+        return self.reference_folder is None and self.reference_adapter == started_from
+
+    def inputs(self) -> dict[str, str]:
+        """Digests of what decides a run beside its config, for recognising it on resume."""
+        digests = {
+            f"the model {self.model_name}": folder_digest(self.model_folder),
+            "the tokenizer or its chat template": self.tokenizer.digest,
+            "the training rows": self.train_data.digest,
+        }
+        if self.eval_data is not None:  # metrics of two sets in one column would not be told apart
+            digests["the evaluation rows"] = self.eval_data.digest
+        if len(self.train_data.names) > 1:
+            digests["how many rows each data set has"] = " ".join(map(str, self.train_data.num_rows_of))
+        if self.adaptation is not None and self.adaptation.folder is not None:
+            digests["the adapter"] = adapter_digest(self.adaptation.folder)
+        if self.reference_folder is not None:
+            digests["the reference model"] = folder_digest(self.reference_folder)
+        return digests
+
+
+def build(config: TrainConfig, say: Say, *, weights: bool = True, stopped: Callable[[], bool] = lambda: False) -> Setup:
+    """Reads model config, tokenizer and rows, and lays out mesh and batches. Of weights the headers alone are read.
+
+    Every process must call this: each reads its own host's files, and what one cannot read ends all.
+
+    Args:
+      config: with compute_dtype resolved.
+      say: takes lines for the person who started the run.
+      weights: False: they need not be there, and are not downloaded.
+      stopped: whether a signal asks to stop; asked while rows are tokenized.
+
+    Raises:
+      ValueError: anything that does not fit, before anything is trained.
+      BuildStopped: `stopped` said so.
+    """
+    task = together(lambda: _checked_task(config))
+    if config.push_to_hub is not None:  # now, not at the export after hours of training
+        repository = config.push_to_hub
+        together(lambda: check_push(repository), on_first=True)
+    return together(lambda: _build(config, task, say, weights=weights, stopped=stopped))
+
+
+def _checked_task(config: TrainConfig) -> Task:
+    task = task_for(config)
+    check_settings(config, task)
+    check_offload(config)
+    parse_size(config.max_shard_size)
+    if config.push_public and config.push_to_hub is None:
+        raise ValueError("push_public says how push_to_hub makes a repository; give both, or neither")
+    return task
+
+
+def _build(config: TrainConfig, task: Task, say: Say, *, weights: bool, stopped: Callable[[], bool]) -> Setup:
+    """What each process does by itself; nothing here waits for the others."""
+    made = build_model(config, weights=weights)
+    check_batch_size(config.global_batch_size, made.mesh)
+    if made.adaptation is not None:
+        check_adaptation(config, made.adaptation, made.tokenizer)
+    model_folder, source_config, tokenizer = made.model_folder, made.source_config, made.tokenizer
+    read_generation_config(model_folder)  # now, not at the export after hours of training
+    check_expert_settings(config, source_config, made.mesh)
+    reference_folder, reference_adapter = _reference_of(config, made, weights=weights)
+    for folder in {model_folder, reference_folder or model_folder}:
+        if weights or has_weights(folder):
+            check_tensors(folder, tensor_entries(folder), source_config)  # headers only, before rows are tokenized
+        else:
+            say(f"note: no weights in {folder}: whether they fit config.json was not checked")
+    train_data, eval_data = prepare_rows(config, tokenizer, say, stopped=stopped)
+    started, reference_started = _started(made, reference_folder, train_data, say)
+    row_plan = plan_rows(config, train_data, say)
+    setup = Setup(
+        **vars(made),
+        task=task,
+        reference_folder=reference_folder,
+        reference_adapter=reference_adapter,
+        train_data=train_data,
+        eval_data=eval_data,
+        started=started,
+        reference_started=reference_started,
+        row_plan=row_plan,
+        num_steps=config.max_steps or num_steps_of(config.num_train_epochs, row_plan.steps_per_epoch),
+        steps_per_epoch=row_plan.steps_per_epoch,
+    )
+    learning_rate_schedule(config, setup.num_steps)  # a warm-up longer than the run is refused here
+    check_profiled(config, setup.num_steps)
+    say(describe(setup))
+    return setup
+
+
+def _started(
+    made: ModelSetup, reference_folder: Path | None, data: PreparedData, say: Say
+) -> tuple[StartedRows | None, StartedRows | None]:
+    """`started` and `reference_started` of a Setup; says what starts how. A folder without weights is passed over."""
+    found: list[StartedRows | None] = []
+    for folder, whose in ((made.model_folder, "the "), (reference_folder, "the reference model's ")):
+        if folder is None or not has_weights(folder):
+            found.append(None)
+            continue
+        tokenizer = made.tokenizer
+        if folder is reference_folder and (folder / "tokenizer.json").exists():
+            # Its own tokens stay as they are; what the template adds to it may have been trained there.
+            tokenizer = load_tokenizer(folder, chat_template=made.config.chat_template)
+        start = start_tokens(
+            made.config,
+            tokenizer,
+            folder,
+            made.source_config,
+            made.model.config.vocab_size,
+            data,
+            adapted=made.adaptation is not None and folder is made.model_folder,
+            whose=whose,
+        )
+        for line in start.lines:
+            say(line)
+        found.append(start.rows)
+    return found[0], found[1]
+
+
+def build_model(config: TrainConfig, *, weights: bool = True) -> ModelSetup:
+    """Reads model config and tokenizer, and lays out the mesh; neither rows nor weights are touched.
+
+    Args:
+      config: with compute_dtype resolved.
+      weights: as for `build`.
+
+    Raises:
+      ValueError: anything that does not fit.
+    """
+    mesh = make_mesh(config.mesh)
+    sources = find_sources(config, weights=weights)
+    source_config = read_model_config(sources.model_folder)
+    tokenizer = load_tokenizer(
+        sources.tokenizer_folder,
+        chat_template=config.chat_template,
+        chat_template_kwargs=config.chat_template_kwargs,
+    )
+    model = make_model(config, source_config, tokenizer)
+    return ModelSetup(
+        config=config,
+        mesh=mesh,
+        sources=sources,
+        tokenizer=tokenizer,
+        source_config=source_config,
+        model=model,
+        adaptation=adaptation_of(config, model, sources.adapter_folder),
+    )
+
+
+def make_model(config: TrainConfig, source_config: ModelConfig, tokenizer: Tokenizer) -> Transformer:
+    """The model with room for every token.
+
+    Raises:
+      ValueError: the tokenizer has more tokens than the embedding, and none of them was added by jdpo.
+    """
+    vocab_size = source_config.vocab_size
+    if tokenizer.size > vocab_size:
+        if not tokenizer.added_tokens or tokenizer.size - len(tokenizer.added_tokens) > vocab_size:
+            raise ValueError(
+                f"the tokenizer of {config.model_name_or_path} has {tokenizer.size} tokens, but the model's embedding "
+                f"has {vocab_size} rows; use the tokenizer that belongs to the model"
+            )
+        vocab_size = tokenizer.size
+    compute_dtype = jnp.dtype(config.compute_dtype)
+    check_positions(config, source_config)
+    check_attention_settings(config, source_config)
+    return Transformer(
+        dataclasses.replace(source_config, vocab_size=vocab_size),
+        compute_dtype=compute_dtype,
+        param_dtype=param_dtype_of(config),
+        # auto is settled once the step's shapes are known
+        remat="none" if config.remat == "auto" else config.remat,
+        attention=config.attention,
+        attention_block_q=config.attention_block_q,
+        attention_block_kv=config.attention_block_kv,
+    )
+
+
+def _reference_of(config: TrainConfig, made: ModelSetup, *, weights: bool) -> tuple[Path | None, Path | None]:
+    """`reference_folder` and `reference_adapter` of a Setup."""
+    sources = made.sources
+    if not isinstance(config, DPOConfig) or config.reference_model is None:
+        return None, sources.adapter_folder
+    folder = resolve_folder(config.reference_model, config.reference_revision, weights=weights)
+    if folder.resolve() == sources.model_folder.resolve():
+        return None, None  # the policy's own start, or the base of the adapter that it starts from
+    if sources.adapter_folder is not None and folder.resolve() == sources.adapter_folder.resolve():
+        return None, sources.adapter_folder
+    if is_adapter_folder(folder):
+        raise ValueError(
+            f"reference_model {config.reference_model} is an adapter, and not the one that training starts from, which "
+            "alone may be the reference without its base. Merge it (`jdpo export --merge`, or PEFT's merge_and_unload) "
+            "and give the merged model"
+        )
+    _check_reference(config, folder, made.source_config, made.tokenizer)
+    return folder, None
+
+
+def _check_reference(config: DPOConfig, folder: Path, policy: ModelConfig, tokenizer: Tokenizer) -> None:
+    """Refuses a reference of another shape or vocabulary than the policy's."""
+    if (found := read_model_config(folder)) != policy:
+        names = [field.name for field in dataclasses.fields(policy)]
+        if found.num_layers != policy.num_layers:
+            names.remove("layers")  # which says the same at greater length
+        fields = {name: (getattr(found, name), getattr(policy, name)) for name in names}
+        unlike = [f"{name} ({theirs} and {ours})" for name, (theirs, ours) in fields.items() if theirs != ours]
+        raise ValueError(
+            f"reference_model {config.reference_model} must have the shape of {config.model_name_or_path}; "
+            f"they differ in {', '.join(unlike)}"
+        )
+    if (folder / "tokenizer.json").exists():  # a reference may come without one; then there is nothing to compare
+        theirs = load_tokenizer(folder, chat_template=config.chat_template)
+        if theirs.hf.get_vocab() != tokenizer.hf.get_vocab():
+            raise ValueError(
+                f"reference_model {config.reference_model} has another vocabulary than {config.model_name_or_path}: "
+                "the same ids mean other tokens there, so their log-probs cannot be compared"
+            )
+
+
+def describe(setup: Setup) -> str:
+    """The run in a few lines, said before it starts."""
+    config, task = setup.config, setup.task
+    num_whole = num_params(abstract_params(setup.model))
+    mesh = " x ".join(f"{axis}={size}" for axis, size in setup.mesh.shape.items())
+    lines = [
+        f"model: {setup.source_config.family}, {num_whole:,} parameters, {config.compute_dtype} compute",
+        f"mesh: {mesh} over {figure(setup.mesh.size, f'{jax.default_backend()} device')}",
+        f"run: {figure(setup.num_steps, 'step')} of {figure(config.global_batch_size, task.unit.removesuffix('s'))}, "
+        f"{_cut(config)}; {figure(setup.steps_per_epoch, 'step')} per epoch",
+    ]
+    if setup.adaptation is not None:
+        lines += setup.adaptation.describe(num_whole)
+    lines += setup.tokenizer.notes
+    positions = setup.source_config.max_positions
+    if positions is not None and config.max_length > positions:
+        lines.append(f"note: max_length {config.max_length} is beyond the {positions} positions the model was made for")
+    whole = undivided_dims(setup.trained_axes, setup.trained, setup.mesh)
+    if whole:
+        lines.append(f"kept whole on each device, as the mesh does not divide them: {'; '.join(whole)}")
+    return "\n".join(lines)
+
+
+def _cut(config: TrainConfig) -> str:
+    """How a step's rows lie in batches, as far as the config says."""
+    how = "packed" if config.packing else "padded"
+    if config.micro_batch_size is not None:
+        return f"{how}, at most {config.micro_batch_size} per device at once"
+    if config.max_tokens_per_device is not None:
+        return f"{how}, at most {config.max_tokens_per_device} tokens per device at once"
+    return how

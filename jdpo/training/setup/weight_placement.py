@@ -1,0 +1,185 @@
+"""Weights onto the mesh: what is trained, the frozen base under adapters, and the frozen reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path as FilePath
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jdpo.models.lora.adapters import init_adapters, weights_of
+from jdpo.models.lora.base_weights import Base, quantize
+from jdpo.models.lora.peft_folder import load_adapters, read_adapter
+from jdpo.models.lora.sites import KERNEL, Path, Site, get_at, tree_of
+from jdpo.models.transformer import Transformer, Weights, abstract_params, logical_axes
+from jdpo.models.weights.embedding_rows import StartedRows
+from jdpo.models.weights.loading import load_params, resize_embeddings
+from jdpo.sharding.rules import param_shardings
+from jdpo.training.setup.run_setup import ModelSetup, Setup
+from jdpo.training.step.train_step import Frozen
+
+Params = Any
+
+
+# --- what is trained
+
+
+def load_start(setup: Setup) -> Params:
+    """What is trained, as training finds it, on the mesh, in the master dtype.
+
+    All weights, the vocabulary grown where tokens were added; or adapters, new ones or those to go on from.
+    """
+    adaptation = setup.adaptation
+    if adaptation is None:
+        return _load_grown(setup, setup.model_folder, setup.started)
+    dtype = setup.model.param_dtype
+    if adaptation.folder is not None:
+        return load_adapters(read_adapter(adaptation.folder, adaptation.sites), setup.shardings, dtype)
+    start = jax.jit(lambda key: init_adapters(adaptation.lora, key, dtype), out_shardings=setup.shardings)
+    return start(jax.random.key(setup.config.seed))
+
+
+def _load_grown(setup: Setup, folder: FilePath, rows: StartedRows | None, dtype: Any = None) -> Params:
+    """The weights of a folder with room for every token, the rows that are started in place."""
+    source_model = setup.model.clone(config=setup.source_config)
+    axes, shapes = logical_axes(source_model), abstract_params(source_model)
+    dtype = setup.model.param_dtype if dtype is None else dtype
+    params = load_params(folder, source_model, param_shardings(axes, shapes, setup.mesh), dtype=dtype)
+    if rows is None:
+        assert setup.model.config.vocab_size == setup.source_config.vocab_size, setup.model.config
+        return params
+    grown, model = resize_embeddings(params, source_model, setup.model.config.vocab_size, rows)
+    assert model == setup.model, (model, setup.model)
+    return jax.device_put(grown, setup.whole_shardings)
+
+
+# --- what is frozen
+
+
+def load_frozen(setup: Setup, start: Params | None, *, live: bool, moves: bool, with_base: bool = True) -> Frozen:
+    """All that steps read and do not change.
+
+    Args:
+      start: see `load_reference`.
+      live: whether a frozen reference runs in the step.
+      moves: whether the reference moves in training: it is in the state then.
+      with_base: whether anything will read the base under adapters.
+    """
+    reference = load_reference(setup, start) if live and not moves else None
+    return Frozen(load_base(setup) if with_base else None, reference)
+
+
+def load_base(setup: ModelSetup) -> Base | None:
+    """The base under adapters, straight into its dtype and its shards; None where all weights are trained."""
+    adaptation = setup.adaptation
+    if adaptation is None:
+        return None
+    dtype, shardings = adaptation.base_dtype, adaptation.base_shardings(setup.model, setup.mesh)
+    if not dtype.int8:
+        return Base(load_params(setup.model_folder, setup.model, shardings.params, dtype=dtype.rest), {})
+    quantizer = Quantizer(adaptation.sites, shardings, dtype.rest)
+    wide = jnp.promote_types(dtype.rest, jnp.float32)  # read so, and rounded once
+    params = load_params(setup.model_folder, setup.model, shardings.params, dtype=wide, transform=quantizer)
+    return Base(params, tree_of(quantizer.scales))
+
+
+class Quantizer:
+    """Takes the leaves of a base as they come and keeps kernels in int8; the floats are given up at once."""
+
+    def __init__(self, sites: Sequence[Site], shardings: Base, rest: Any) -> None:
+        """
+        Args:
+          sites: whose kernels become int8.
+          shardings: of the base's leaves.
+          rest: dtype of all others.
+        """
+        self._sites = {(*site.path, KERNEL): site for site in sites}
+        self._shardings, self._rest = shardings, rest
+        self.scales: dict[Path, jax.Array] = {}
+
+    def __call__(self, path: Path, leaf: jax.Array) -> jax.Array:
+        """What takes the place of a leaf; the units of a kernel are in `scales` behind it."""
+        if path not in self._sites:
+            return leaf.astype(self._rest)
+        to = tuple(get_at(tree, path) for tree in self._shardings)
+        kernel, self.scales[path] = jax.jit(quantize, static_argnums=1, out_shardings=to)(leaf, self._sites[path])
+        jax.block_until_ready(kernel)
+        leaf.delete()
+        return kernel
+
+
+def load_reference(setup: Setup, start: Params | None, *, moves: bool = False) -> Params:
+    """The reference: weights in the compute dtype, to which the model casts them at use; or with adapters, adapters.
+
+    Of adapters, the reference is the base alone, {}, or with the adapter that training goes on from, as it came; of
+    another `reference_model` than these two, Weights of its own.
+
+    Args:
+      start: what is trained, as training finds it, where it is at hand, so that it is not read twice; it is copied,
+        never aliased.
+      moves: whether the reference moves in training.
+    """
+    if setup.adaptation is None:
+        if setup.reference_folder is not None:
+            start = _load_grown(setup, setup.reference_folder, setup.reference_started)
+        return _copied(load_start(setup) if start is None else start, setup, reference_dtype(setup.model, moves=moves))
+    if setup.reference_folder is not None:
+        return Weights(
+            _load_grown(setup, setup.reference_folder, setup.reference_started, setup.model.compute_dtype), {}, {}
+        )
+    if setup.reference_adapter is None and not moves:
+        return {}
+    return _copied(load_start(setup) if start is None else start, setup, setup.model.param_dtype)
+
+
+def _copied(params: Params, setup: Setup, dtype: Any) -> Params:
+    copy = jax.jit(
+        lambda tree: jax.tree.map(lambda leaf: jnp.copy(leaf).astype(dtype), tree), out_shardings=setup.shardings
+    )
+    return copy(params)
+
+
+def reference_dtype(model: Transformer, *, moves: bool) -> Any:
+    """Of the reference's weights: one that moves in small steps keeps the master dtype, in which they do not vanish."""
+    return model.param_dtype if moves else model.compute_dtype
+
+
+def whole_weights(setup: Setup, params: Params, base: Base | None) -> Params | Weights:
+    """What the model runs on, whether all of it or adapters are trained."""
+    if setup.adaptation is None or isinstance(params, Weights):
+        return params
+    assert base is not None
+    return weights_of(setup.adaptation.lora, base, params)
+
+
+def load_reference_weights(setup: Setup) -> Params | Weights:
+    """The reference as the model runs on it, whatever is trained."""
+    reference = load_reference(setup, None)
+    own = setup.reference_folder is not None
+    return whole_weights(setup, reference, None if own else load_base(setup))
+
+
+def abstract_frozen(setup: Setup, *, live: bool, moves: bool) -> Frozen:
+    """Shape, dtype and sharding of every leaf of `load_frozen`."""
+    adaptation, model = setup.adaptation, setup.model
+    whole = _placed(_in_dtype(abstract_params(model), model.compute_dtype), setup.whole_shardings)
+    if adaptation is None:
+        return Frozen(None, whole if live and not moves else None)
+    base = _placed(adaptation.abstract_base(model), adaptation.base_shardings(model, setup.mesh))
+    if not live or moves:
+        return Frozen(base, None)
+    if setup.reference_folder is not None:
+        return Frozen(base, Weights(whole, {}, {}))
+    return Frozen(base, {} if setup.reference_adapter is None else _placed(setup.trained, setup.shardings))
+
+
+def _in_dtype(shapes: Params, dtype: Any) -> Params:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
+
+
+def _placed(shapes: Params, shardings: Params) -> Params:
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
+    )

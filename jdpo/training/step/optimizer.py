@@ -1,0 +1,168 @@
+"""Learning-rate schedules and optimizers, from optax."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jdpo.config import TrainConfig
+from jdpo.training.step.offload import one_by_one
+from jdpo.training.step.rounding import store, wide
+from jdpo.words import figure
+
+UNDECAYED = ("scale", "bias")
+"""Last names of the weights that weight decay leaves alone: norm scales and biases."""
+
+
+def num_warmup_steps(config: TrainConfig, num_steps: int) -> int:
+    """Steps of linear warm-up: `warmup_steps` where given, else `warmup_ratio` of the run, rounded up."""
+    if config.warmup_steps is not None:
+        return config.warmup_steps
+    return math.ceil(config.warmup_ratio * num_steps)
+
+
+def learning_rate_schedule(config: TrainConfig, num_steps: int) -> optax.Schedule:
+    """Update number (from 0) -> learning rate: linear warm-up from 0, then constant, linear or cosine to 0.
+
+    Raises:
+      ValueError: the warm-up is longer than the run.
+
+    >>> config = TrainConfig(model_name_or_path="m", output_dir="o", datasets="d", learning_rate=8.0, warmup_steps=2)
+    >>> schedule = learning_rate_schedule(config, num_steps=6)
+    >>> [float(schedule(step)) for step in range(6)]
+    [0.0, 4.0, 8.0, 6.0, 4.0, 2.0]
+    """
+    warmup = num_warmup_steps(config, num_steps)
+    if warmup > num_steps:
+        raise ValueError(
+            f"warmup_steps {warmup} is more than the {figure(num_steps, 'step')} of the run; lower one or the other"
+        )
+    peak, rest = config.learning_rate, max(num_steps - warmup, 1)
+    after = {
+        "constant": optax.constant_schedule(peak),
+        "linear": optax.linear_schedule(peak, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(peak, rest),
+    }[config.lr_scheduler_type]
+    if not warmup:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+
+
+def decay_mask(params: Any) -> Any:
+    """True on the weights that decay: all but norm scales and biases."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in UNDECAYED, params)
+
+
+def param_dtype_of(config: TrainConfig) -> Any:
+    """The dtype that weights are kept in: bfloat16 under adamw_bf16, else float32, or float64 where it is computed in.
+
+    Args:
+      config: with compute_dtype resolved.
+
+    Raises:
+      ValueError: adamw_bf16 with float64.
+    """
+    compute_dtype = jnp.dtype(config.compute_dtype)
+    if config.optimizer.name != "adamw_bf16":
+        return jnp.promote_types(compute_dtype, jnp.float32)
+    if compute_dtype == jnp.float64:
+        raise ValueError(
+            "optimizer adamw_bf16 keeps weights in bfloat16, which compute_dtype float64 cannot make exact; "
+            "set optimizer.name to adamw, or compute_dtype to bfloat16"
+        )
+    return jnp.dtype(jnp.bfloat16)
+
+
+def make_optimizer(config: TrainConfig, num_steps: int) -> optax.GradientTransformationExtraArgs:
+    """Clipping by global norm, then the rule under the schedule; all of it computed in float32 or wider.
+
+    Its `update` takes the keyword `key`, for the rounding of bfloat16 moments, and gives updates that are not rounded:
+    they go to `rounding.apply_updates`. Moments are kept in the dtype of their weights, and stay in the memory that the
+    state's shardings name.
+    """
+    rule, schedule = config.optimizer, learning_rate_schedule(config, num_steps)
+    optimizer = RULES[rule.name](schedule, rule.weight_decay, **rule.settings)
+    if config.offload_optimizer:
+        optimizer = one_by_one(optimizer)
+    if config.max_grad_norm is not None:
+        optimizer = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optimizer)
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        return optimizer.update(wide(grads), state, wide(params), **extra)
+
+    return optax.GradientTransformationExtraArgs(optimizer.init, update)
+
+
+def _adamw(
+    schedule: optax.Schedule, weight_decay: float, *, b1: float, b2: float, eps: float
+) -> optax.GradientTransformation:
+    return optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decay_mask)
+
+
+def _adamw_bf16(
+    schedule: optax.Schedule, weight_decay: float, *, b1: float, b2: float, eps: float
+) -> optax.GradientTransformation:
+    return optax.chain(
+        _scale_by_rounded_adam(b1, b2, eps),
+        optax.add_decayed_weights(weight_decay, decay_mask),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def _scale_by_rounded_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
+    """`optax.scale_by_adam` whose moments are stored as stochastically rounded bfloat16 where their weights are.
+
+    At b2 = 0.999 the second moment moves by 0.1 % a step and less, below half of bfloat16's last bit: rounded to
+    nearest it would stay where its first steps brought it. The update itself is made of the moments before rounding.
+    """
+    adam = optax.scale_by_adam(b1, b2, eps)
+
+    def update(grads: Any, state: Any, params: Any = None, *, key: Any, **_: Any) -> tuple[Any, Any]:
+        updates, new = adam.update(grads, state._replace(mu=wide(state.mu), nu=wide(state.nu)), params)
+        mu, nu = store([new.mu, new.nu], [state.mu, state.nu], key)
+        return updates, new._replace(mu=mu, nu=nu)
+
+    return optax.GradientTransformationExtraArgs(adam.init, update)
+
+
+def _adafactor(
+    schedule: optax.Schedule, weight_decay: float, *, b1: float | None, eps: float
+) -> optax.GradientTransformation:
+    # optax scales the rate by each weight's size unless told otherwise, and leaves decay unscaled by the rate: here
+    # learning_rate and weight_decay mean what they do for every other rule.
+    return optax.adafactor(
+        schedule,
+        multiply_by_parameter_scale=False,
+        momentum=b1,
+        eps=eps,
+        weight_decay_rate=(lambda step: weight_decay * schedule(step)) if weight_decay else None,
+        weight_decay_mask=decay_mask,
+    )
+
+
+def _lion(schedule: optax.Schedule, weight_decay: float, *, b1: float, b2: float) -> optax.GradientTransformation:
+    return optax.lion(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=decay_mask)
+
+
+def _sgd(schedule: optax.Schedule, weight_decay: float, *, momentum: float | None) -> optax.GradientTransformation:
+    return optax.chain(
+        optax.identity() if momentum is None else optax.trace(momentum),
+        optax.add_decayed_weights(weight_decay, decay_mask),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+RULES: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "adamw": _adamw,
+    "adamw_bf16": _adamw_bf16,
+    "adafactor": _adafactor,
+    "lion": _lion,
+    "sgd": _sgd,
+}
+"""optimizer.name -> the rule, from a schedule, the weight decay and the settings that it reads."""

@@ -1,0 +1,203 @@
+"""How many rows of each data set an epoch takes, in which order, and what settings are refused."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jdpo.config import DatasetConfig, DPOConfig, load_config
+from jdpo.data.batching.mixing import (
+    Mixture,
+    apportion,
+    check_data_settings,
+    default_label,
+    epoch_order,
+    labels_of,
+    mixture_of,
+)
+
+SIZES = st.lists(st.integers(1, 30), min_size=1, max_size=4)
+
+
+@st.composite
+def mixtures(draw: st.DrawFn) -> Mixture:
+    sizes = draw(SIZES)
+    return Mixture(tuple(sizes), tuple(draw(st.integers(1, 3 * size)) for size in sizes))
+
+
+def dataset(name: str, **options: Any) -> DatasetConfig:
+    return DatasetConfig(path=f"{name}.jsonl", **options)
+
+
+def stream_of(mixture: Mixture, index: int, orders: Sequence[np.ndarray]) -> list[int]:
+    """The rows of one data set in the order in which the epochs have them, numbered from 0."""
+    start = sum(mixture.sizes[:index])
+    rows = np.concatenate(orders)
+    return (rows[(rows >= start) & (rows < start + mixture.sizes[index])] - start).tolist()
+
+
+# --- how many
+
+
+def test_the_parts_of_a_total_follow_the_largest_remainders() -> None:
+    assert apportion([Fraction(7), Fraction(2), Fraction(1)], 12) == [9, 2, 1]  # exact: 8.4, 2.4, 1.2; a tie: the first
+    assert apportion([Fraction(1)] * 3, 2) == [1, 1, 0]
+
+
+@given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=6), st.integers(0, 10**6))
+def test_parts_add_up_and_are_within_one_of_the_share(weights: list[float], total: int) -> None:
+    exact = [Fraction(weight) for weight in weights]
+    parts = apportion(exact, total)
+    assert sum(parts) == total
+    for part, weight in zip(parts, exact, strict=True):
+        assert abs(part - weight / sum(exact) * total) < 1
+
+
+@given(SIZES.filter(lambda sizes: len(sizes) > 1), st.data())
+def test_by_default_weights_pass_over_the_largest_set_exactly_once(sizes: list[int], data: st.DataObject) -> None:
+    weights = [data.draw(st.floats(0.5, 2)) for _ in sizes]
+    datasets = [dataset(f"d{index}", weight=weight) for index, weight in enumerate(weights)]
+    sizes[0] = 100
+    mixture = mixture_of(datasets, sizes, num_examples=None)
+    assert mixture.takes[0] == 100
+    for take, weight in zip(mixture.takes, weights, strict=True):
+        assert abs(take - 100 * weight / weights[0]) < 1.5
+
+
+def test_num_examples_and_num_rows_say_how_many() -> None:
+    two = [dataset("a", weight=0.75), dataset("b", weight=0.25)]
+    assert mixture_of(two, [1000, 10], num_examples=200).takes == (150, 50)
+    assert mixture_of([dataset("a", num_rows=5), dataset("b")], [10, 7], num_examples=None).takes == (5, 7)
+    assert mixture_of([dataset("a"), dataset("b")], [10, 7], num_examples=None).takes == (10, 7)
+    assert mixture_of([dataset("a"), dataset("b")], [10, 0], num_examples=None).takes == (10, 0)
+    # Of two largest sets the one of the larger weight is passed over once, so that nothing comes again needlessly.
+    assert mixture_of([dataset("a", weight=1), dataset("b", weight=3)], [30, 30], num_examples=None).takes == (10, 30)
+
+
+def test_a_data_set_without_a_row_in_an_epoch_is_refused() -> None:
+    two = [dataset("a", weight=1e6), dataset("b", weight=1)]
+    with pytest.raises(ValueError, match="the data set b gets none of the 100 rows of an epoch; give it more weight"):
+        mixture_of(two, [1000, 1000], num_examples=100)
+    with pytest.raises(ValueError, match="the data set b has no rows left"):
+        mixture_of(two, [1000, 0], num_examples=100)
+
+
+# --- in which order
+
+
+@given(mixtures(), st.integers(0, 2**33), st.integers(0, 4), st.booleans())
+def test_an_epoch_takes_what_it_should_whatever_seed_and_order(
+    mixture: Mixture, seed: int, epoch: int, shuffle: bool
+) -> None:
+    order = epoch_order(mixture, seed, epoch, shuffle)
+    starts = [0, *itertools.accumulate(mixture.sizes)]
+    counts, _ = np.histogram(order, bins=starts)
+    assert counts.tolist() == list(mixture.takes)
+    np.testing.assert_array_equal(order, epoch_order(mixture, seed, epoch, shuffle))
+
+
+@given(mixtures(), st.integers(0, 2**33), st.booleans())
+def test_no_row_comes_again_before_all_others_of_its_set_did(mixture: Mixture, seed: int, shuffle: bool) -> None:
+    orders = [epoch_order(mixture, seed, epoch, shuffle) for epoch in range(4)]
+    for index, (size, take) in enumerate(zip(*mixture, strict=True)):
+        rows = stream_of(mixture, index, orders)
+        assert len(rows) == 4 * take
+        if mixture.takes == mixture.sizes:
+            continue  # an epoch is a pass then
+        for start in range(0, len(rows), size):
+            of_pass = rows[start : start + size]
+            assert len(set(of_pass)) == len(of_pass), "a pass has every row once"
+
+
+def test_over_the_epochs_every_row_is_seen() -> None:
+    mixture = Mixture(sizes=(10, 7), takes=(3, 7))
+    orders = [epoch_order(mixture, 5, epoch, True) for epoch in range(4)]
+    assert set(stream_of(mixture, 0, orders)) == set(range(10))
+    assert max(Counter(stream_of(mixture, 0, orders)).values()) == 2
+
+
+def test_passes_and_data_sets_have_orders_of_their_own() -> None:
+    mixture = Mixture(sizes=(40, 40), takes=(80, 40))
+    order = [epoch_order(mixture, 5, 0, True)]
+    first, second = stream_of(mixture, 0, order), stream_of(mixture, 1, order)
+    assert len({tuple(first[:40]), tuple(first[40:]), tuple(second), tuple(range(40))}) == 4
+
+
+def test_the_order_of_a_mixture_never_changes() -> None:
+    # Golden: a change here breaks the resuming of every run begun before it.
+    mixture = Mixture(sizes=(4, 3), takes=(6, 2))
+    assert epoch_order(mixture, 42, 0, True).tolist() == [2, 0, 1, 6, 3, 5, 3, 1]
+    assert epoch_order(mixture, 42, 1, True).tolist() == [0, 2, 0, 1, 4, 2, 3, 4]
+    assert epoch_order(mixture, 42, 1, False).tolist() == [2, 3, 0, 1, 2, 3, 6, 4]
+
+
+def test_an_epoch_is_put_in_words() -> None:
+    said = Mixture(sizes=(10, 4), takes=(5, 4)).describe(["hh", "own"])
+    assert said == "an epoch is 9 rows: 5 of hh (0.5 passes over 10), all 4 of own"
+
+
+# --- names
+
+
+@pytest.mark.parametrize(
+    ("path", "label"),
+    [
+        ("/data/hh.harmless.jsonl.gz", "hh.harmless"),
+        ("pairs.PARQUET", "pairs"),
+        ("argilla/dpo-mix-7k", "dpo-mix-7k"),
+        ("gs://bucket/folder/v1.5/", "v1.5"),
+        ("/", "data"),
+        ("notes.txt", "notes.txt"),
+    ],
+)
+def test_a_data_set_is_called_by_its_file_or_hub_name(path: str, label: str) -> None:
+    assert default_label(path) == label
+    assert labels_of([DatasetConfig(path=path)]) == (label,)
+
+
+def test_labels_must_differ_and_fit_into_a_metric() -> None:
+    with pytest.raises(ValueError, match=r"two data sets are called 'a': x/a.jsonl and y/a.json; give one"):
+        labels_of([DatasetConfig(path="x/a.jsonl"), DatasetConfig(path="y/a.json")])
+    assert labels_of([DatasetConfig(path="x/a.jsonl"), DatasetConfig(path="y/a.json", label="b")]) == ("a", "b")
+    with pytest.raises(ValueError, match=r"the data set a\.jsonl has the label .*expected a name without /"):
+        labels_of([dataset("a", label="x/y")])
+    for label in ("", " "):
+        with pytest.raises(ValueError, match="a text is expected, and it is empty"):
+            dataset("a", label=label)
+
+
+# --- settings
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["datasets=[{path: a, weight: 1}, {path: b, num_rows: 2}]"], "a has weight and b has num_rows; use one"),
+        (["datasets=[{path: a, weight: 1}, b]"], "b has no weight, but others have"),
+        (["datasets=[a, b]", "num_examples=5"], "num_examples 5 is for data sets with weights"),
+        (["eval_datasets=[{path: a, weight: 1}]"], "eval_datasets: a has weight or num_rows"),
+        (["eval_datasets=[{path: a, num_rows: 1}]"], "set split, such as train"),
+        (["eval_datasets=b", "eval_fraction=0.1"], "eval_fraction 0.1 and eval_datasets both say what to evaluate on"),
+        (["eval_fraction=1"], "leaves nothing to train on"),
+        (["group_by_length=true", "shuffle=false"], "it needs shuffle: true"),
+        (["datasets=[{path: x/a}, {path: y/a}]"], "two data sets are called 'a'"),
+        (["eval_datasets=[{path: x/a}, {path: y/a}]"], "two data sets are called 'a'"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(words: list[str], message: str) -> None:
+    config = load_config(DPOConfig, None, ["model_name_or_path=m", "output_dir=out", "datasets=rows.jsonl", *words])
+    with pytest.raises(ValueError, match=message):
+        check_data_settings(config)
+
+
+def test_settings_that_do_are_taken() -> None:
+    words = ["model_name_or_path=m", "output_dir=out", "datasets=[{path: a, weight: 1}, {path: b, weight: 0.2}]"]
+    check_data_settings(load_config(DPOConfig, None, [*words, "num_examples=5", "eval_fraction=0.1"]))

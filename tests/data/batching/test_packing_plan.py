@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jdpo.data.batching.loader import num_steps_per_epoch, plan
+from jdpo.data.batching.packing_plan import (
+    PackingPlan,
+    completion_sizes,
+    item_sizes,
+    needed_shape,
+    pair_sizes,
+    plan_run,
+    plan_step,
+)
+from jdpo.data.batching.packing_shapes import (
+    LENGTH_MULTIPLE,
+    MAX_SHAPES,
+    SCORED_MULTIPLE,
+    SLOT_MULTIPLE,
+    PackedShape,
+    choose_shapes,
+)
+from jdpo.types import TokenizedCompletion, TokenizedPair
+
+# --- sizes
+
+
+def test_sizes_of_rows() -> None:
+    def tokens(n: int) -> np.ndarray:
+        return np.zeros(n, np.int32)
+
+    pairs = [TokenizedPair(tokens(3), tokens(2), tokens(4), ""), TokenizedPair(tokens(0), tokens(2), tokens(1), "")]
+    sizes = item_sizes(pairs)
+    assert [array.tolist() for array in sizes[:3]] == [[9, 3], [7, 2], [6, 1]]
+    assert sizes.num_sides == 2
+    rows = [TokenizedCompletion(tokens(4), np.array([True, False, True, True]), "")]
+    assert item_sizes(rows) == completion_sizes(np.array([4]), np.array([2]))
+
+
+# --- which items share a row
+
+
+@given(
+    st.lists(st.integers(1, 100), min_size=1, max_size=40),
+    st.integers(1, 8),
+    st.integers(10, 300),
+    st.none() | st.integers(1, 5),
+)
+def test_bins(slots: list[int], num_rows: int, max_slots: int, max_items: int | None) -> None:
+    array = np.array(slots)
+    bins = plan_step(array, num_rows=num_rows, max_slots=max_slots, max_items=max_items)
+    num_bins = bins.num_micro * num_rows
+    assert bins.bin_of.min() >= 0
+    assert bins.bin_of.max() < num_bins
+    loads = np.bincount(bins.bin_of, weights=array, minlength=num_bins)
+    if max_items is None:
+        assert loads.max() <= max(max_slots, max(slots))
+        # What largest-first keeps to: nobody is fuller than the mean by a whole item.
+        assert loads.max() <= sum(slots) / num_bins + max(slots) * (1 - 1 / num_bins) + 1e-9
+        assert bins.num_micro == 1 or sum(slots) > (bins.num_micro - 1) * num_rows * max_slots / 2
+    else:
+        assert np.bincount(bins.bin_of).max() <= max_items
+        assert bins.num_micro == -(-len(slots) // (num_rows * max_items))
+    again = plan_step(array, num_rows=num_rows, max_slots=max_slots, max_items=max_items)
+    np.testing.assert_array_equal(again.bin_of, bins.bin_of)
+
+
+def test_no_row_has_more_than_max_items_however_short_they_are() -> None:
+    bins = plan_step(np.array([100, 1, 1, 1]), num_rows=2, max_items=2)
+    assert bins.num_micro == 1
+    assert bins.bin_of.tolist() == [0, 1, 1, 0]
+
+
+def test_more_rows_than_items_leaves_rows_empty() -> None:
+    bins = plan_step(np.array([4, 9]), num_rows=8, max_slots=64)
+    assert bins.num_micro == 1
+    assert bins.bin_of.tolist() == [1, 0]
+
+
+# --- the shapes of a run
+
+
+def shapes_in(values: st.SearchStrategy[int]) -> st.SearchStrategy[PackedShape]:
+    return st.builds(PackedShape, st.integers(1, 3), st.just(2), st.integers(1, 9), values, values, values)
+
+
+@settings(deadline=None)
+@given(st.lists(shapes_in(st.integers(1, 2000)), min_size=1, max_size=60))
+def test_chosen_shapes_hold_every_step(needs: list[PackedShape]) -> None:
+    shapes = choose_shapes(needs, num_sides=2)
+    assert 1 <= len(shapes) <= MAX_SHAPES
+    assert choose_shapes(needs[::-1], num_sides=2) == shapes
+    multiples = PackedShape(1, 1, 1, SLOT_MULTIPLE, LENGTH_MULTIPLE, SCORED_MULTIPLE)
+    for need in needs:
+        assert any(np.less_equal(need, shape).all() for shape in shapes)
+    largest = np.add(np.max(needs, 0), np.subtract(multiples, 1))
+    for shape in shapes:
+        assert np.less_equal(shape, largest).all()
+        assert not np.mod(shape, multiples).any()
+
+
+def test_alike_steps_share_a_shape() -> None:
+    needs = [PackedShape(1, 1, 64, 20000 + 100 * (i % 2), 512, 8000) for i in range(10)]
+    assert choose_shapes(needs, num_sides=2) == (PackedShape(1, 1, 64, 20160, 512, 8000),)
+
+
+def test_many_steps_are_planned_in_time_and_order_does_not_matter() -> None:
+    rng = np.random.default_rng(0)
+    needs = [PackedShape(1, 1, 8, *map(int, rng.integers(1, 9000, 3))) for _ in range(3000)]
+    shapes = choose_shapes(needs, num_sides=2)
+    assert len(shapes) == 8
+    assert choose_shapes(sorted(needs), num_sides=2) == shapes
+    assert np.max(shapes, 0).tolist() == [1, 1, 8, 9024, 9024, 9024]  # no more than the next multiples of 64
+
+
+def log_normal_pairs(medians: tuple[int, int, int], spreads: tuple[float, float, float], max_length: int) -> np.ndarray:
+    """Lengths [1000, 3] as a data set has them, cut at max_length."""
+    lengths = np.exp(np.random.default_rng(0).normal(np.log(medians), spreads, (1000, 3))).astype(int).clip(1)
+    lengths[:, 0] = lengths[:, 0].clip(1, max_length - 1)
+    lengths[:, 1:] = np.minimum(lengths[:, 1:], max_length - lengths[:, :1])
+    return lengths
+
+
+SHORT = log_normal_pairs((114, 28, 37), (0.7, 0.95, 0.9), max_length=512)
+LONG = log_normal_pairs((146, 244, 273), (1.1, 0.8, 0.7), max_length=1024)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "batch_size", "num_shards", "budget"),
+    [(SHORT, 8, 1, 16384), (SHORT, 64, 1, 16384), (SHORT, 64, 8, 2048), (LONG, 4, 1, 16384), (LONG, 32, 1, 16384)],
+)
+def test_padding_and_shapes_of_an_epoch(lengths: np.ndarray, batch_size: int, num_shards: int, budget: int) -> None:
+    run, steps = planned(lengths, batch_size, num_shards=num_shards, max_tokens_per_device=budget)
+    num_slots = 0
+    for indices in steps:
+        bins, shape = run.step(indices)
+        assert shape in run.shapes
+        assert shape.num_slots <= budget
+        assert np.less_equal(needed_shape(run.sizes.of(indices), bins, num_shards), shape).all()
+        num_slots += shape.num_micro * shape.num_rows * shape.num_slots
+    assert len(run.shapes) <= 8
+    assert lengths.sum() / num_slots >= 0.9
+
+
+def planned(lengths: np.ndarray, batch_size: int, **options: Any) -> tuple[PackingPlan, list[np.ndarray]]:
+    num_rows = len(lengths)
+    steps = [
+        plan(step, num_rows=num_rows, global_batch_size=batch_size, seed=0, shuffle=True)
+        for step in range(num_steps_per_epoch(num_rows, batch_size))
+    ]
+    return plan_run(pair_sizes(lengths), steps, **options), steps
+
+
+def test_a_step_that_was_not_planned_gets_a_shape_of_its_own() -> None:
+    run, _ = planned(SHORT, 8, num_shards=1, max_tokens_per_device=16384)
+    longest = np.argsort(-SHORT.sum(1))[:16]
+    bins, shape = run.step(longest)
+    assert shape not in run.shapes
+    assert SHORT[longest].sum() <= shape.num_slots < SHORT[longest].sum() + SLOT_MULTIPLE
+    assert bins.num_micro == 1
+
+
+def test_micro_batch_size_takes_the_place_of_the_budget() -> None:
+    run, steps = planned(SHORT, 64, num_shards=2, micro_batch_size=8)
+    assert {run.step(indices).shape.num_micro for indices in steps[:-1]} == {4}
+    assert all(run.step(indices).shape.num_items <= 8 for indices in steps)
+
+
+def test_an_item_longer_than_the_budget_raises_it() -> None:
+    run, (indices,) = planned(np.array([[5, 200, 100], [3, 4, 5]]), 2, num_shards=1, max_tokens_per_device=64)
+    bins, shape = run.step(indices)
+    assert (shape.num_micro, shape.num_slots) == (2, 320)
+    assert sorted(bins.bin_of) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"max_tokens_per_device": 63}, {"max_tokens_per_device": None}, {"micro_batch_size": 0}],
+)
+def test_no_room_is_said(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="max_tokens_per_device of at least"):
+        planned(SHORT, 8, num_shards=1, **options)

@@ -1,0 +1,97 @@
+"""Windows and the casts that move weights through them, against numpy and einops."""
+
+from __future__ import annotations
+
+import math
+
+import ml_dtypes
+import numpy as np
+import pytest
+from einops import rearrange
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jdpo.models.weights.casting import BFLOAT16, all_finite, copy_cast
+from jdpo.models.weights.strided_views import Window, window_of
+
+SIZES = {"h": 3, "g": 2, "k": 4, "d": 6, "f": 5, "e": 2}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("d -> d", lambda t: t),
+        ("(h k) d -> d h k", lambda t: rearrange(t, "(h k) d -> d h k", k=4)),
+        ("d (h k) -> h k d", lambda t: rearrange(t, "d (h k) -> h k d", k=4)),
+        ("[h k](g k)[g k] d -> d g k", lambda t: rearrange(t[12:20], "(g k) d -> d g k", k=4)),
+        ("e d [f]f -> e d f", lambda t: t[:, :, 5:]),
+        ("(h 2/3 k) d -> d h k", lambda t: rearrange(t, "(h c k) d -> c d h k", c=3, k=4)[2]),
+    ],
+)
+def test_a_pattern_is_what_einops_makes_of_it(pattern: str, expected: object) -> None:
+    shape, window = window_of(pattern, SIZES)
+    tensor = np.arange(math.prod(shape)).reshape(shape)
+    block = expected(tensor)  # type: ignore[operator]
+    assert window.shape == block.shape
+    np.testing.assert_array_equal(window.view(tensor.reshape(-1)), block)
+
+
+@given(data=st.data())
+def test_chunks_cover_a_window_once(data: st.DataObject) -> None:
+    pattern = data.draw(st.sampled_from(["(h k) d -> d h k", "d [g k](h k) -> d h k", "(h 1/3 k) d -> d h k"]))
+    shape, window = window_of(pattern, SIZES)
+    bounds = [sorted(data.draw(st.tuples(st.integers(0, n), st.integers(0, n)))) for n in window.shape]
+    part = window.cut([(low, high) for low, high in bounds])
+    if not part.size:
+        return
+    most = data.draw(st.integers(1, 40))
+    run = np.arange(math.prod(shape))
+    found = np.full(part.shape, -1)
+    for inside, chunk in part.chunks(most):
+        assert chunk.span <= most or chunk.size == 1
+        assert chunk.is_dense or not part.is_dense
+        place = tuple(slice(*axis) for axis in inside)
+        assert (found[place] == -1).all()
+        found[place] = chunk.view(run[chunk.start : chunk.start + chunk.span], chunk.start)
+    np.testing.assert_array_equal(found, part.view(run))
+
+
+def test_a_long_gap_is_not_read() -> None:
+    window = Window(0, (2, 3), (10**6, 1))
+    assert [chunk.span for _, chunk in window.chunks(2 * 10**6)] == [3, 3]
+
+
+@pytest.mark.parametrize("source", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("target", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16])
+def test_casts_are_those_of_ml_dtypes(source: type, target: type) -> None:
+    rng = np.random.default_rng(0)
+    values = (rng.standard_normal((64, 33)) * 2.0 ** rng.integers(-9, 9, (64, 33))).astype(source)
+    for given_values in (values, np.swapaxes(values, 0, 1), values[:0], values[:, :1]):
+        found = np.full(given_values.shape, 7, target)
+        copy_cast(given_values, found)
+        np.testing.assert_array_equal(found, given_values.astype(target))
+
+
+def test_every_bfloat16_and_every_tie() -> None:
+    exact = np.arange(2**16, dtype=np.uint16).view(BFLOAT16)
+    exact = exact[np.isfinite(exact.astype(np.float32))]
+    wide = np.zeros(exact.size, np.float32)
+    copy_cast(exact, wide, target_is_zero=True)
+    np.testing.assert_array_equal(wide, exact.astype(np.float32))
+    ties = (wide.view(np.uint32) | 0x8000).view(np.float32)
+    for values in (ties, np.nextafter(ties, np.float32(0)), np.nextafter(ties, np.float32(1e38))):
+        narrow = np.zeros(values.size, BFLOAT16)
+        copy_cast(values, narrow)
+        with np.errstate(over="ignore"):
+            np.testing.assert_array_equal(narrow, values.astype(BFLOAT16))
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16])
+def test_all_finite(dtype: type) -> None:
+    values = np.array([[0.0, -1.5, float(ml_dtypes.finfo(dtype).max)]], dtype)
+    assert all_finite(values)
+    assert all_finite(values[:0])
+    for bad in (np.nan, -np.nan, np.inf, -np.inf):
+        values[0, 1] = bad
+        assert not all_finite(values)
+        assert not all_finite(values.T)

@@ -1,0 +1,286 @@
+"""FLOPs by hand, and against what XLA counts in compiled programs."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jdpo.config import MeshConfig
+from jdpo.data.batching.loader import collate_completions, collate_pairs
+from jdpo.data.batching.packing import pack
+from jdpo.data.batching.packing_plan import StepPlan, item_sizes, plan_run, plan_step
+from jdpo.data.batching.packing_shapes import PackedShape
+from jdpo.losses.settings import loss_settings
+from jdpo.models.attention.work import causal_pairs, computed_pairs
+from jdpo.models.lora.adapters import Lora, abstract_adapters, num_adapter_params
+from jdpo.models.lora.base_weights import Base
+from jdpo.models.lora.sites import find_sites
+from jdpo.models.model_config import MoEConfig
+from jdpo.models.remat import REMAT_ORDER
+from jdpo.models.transformer import Transformer, abstract_params, make_apply_fn
+from jdpo.sharding.mesh import make_mesh
+from jdpo.training.fit.flops import Arithmetic, matrix_params, peak_flops, step_flops
+from jdpo.training.step.gradients import loss_and_grads
+from jdpo.training.step.objectives import packed_dpo_objective, padded_dpo_objective
+from jdpo.training.step.packed_logps import make_packed_logps
+from jdpo.training.step.train_step import over_base
+from jdpo.types import TokenizedCompletion, TokenizedPair
+from tests.conftest import small_llama
+
+CONFIG = small_llama(vocab_size=1000, d_model=8, head_dim=4, d_ff=16, windows=(None, 3), max_positions=64)
+# query and output 8 x 16 each, key and value 8 x 8 each, three of the MLP 8 x 16; two layers
+N, HEAD, WIDTH = 2 * (2 * 128 + 2 * 64 + 3 * 128), 8 * 1000, 4 * 4
+
+
+def pairs_of(*lengths: tuple[int, int, int]) -> list[TokenizedPair]:
+    return [
+        TokenizedPair(*(np.zeros(size, np.int32) for size in sizes), origin=str(i)) for i, sizes in enumerate(lengths)
+    ]
+
+
+def packed(rows: list[Any], shape: PackedShape) -> Any:
+    slots = item_sizes(rows).slots
+    return pack(rows, np.arange(len(rows)), StepPlan(plan_step(slots, num_rows=shape.num_rows, max_slots=10**6), shape))
+
+
+def in_micro_batches(batch: Any) -> Any:
+    return jax.tree.map(lambda array: array[None], batch)
+
+
+# One pair, P 2, C 3, R 1. Causal pairs of prompt, chosen and rejected: 1 + 2, 3 + 4 + 5 and 3, and with a window of 3
+# 1 + 2, 3 + 3 + 3 and 3.
+TOKENS, SCORED, SEEN = 6, 4, 18 + 15
+PAIR = pairs_of((2, 3, 1))
+SHAPE = PackedShape(1, 1, 2, 64, 16, 64)
+
+
+def test_matrices_by_hand() -> None:
+    assert matrix_params(CONFIG) == N == 1536
+
+
+def test_of_experts_those_that_a_token_goes_to_count_and_padding_goes_to_none() -> None:
+    moe = MoEConfig(num_experts=8, experts_per_token=3, d_ff=5, normalize=True, aux_loss_coef=0.1)
+    dense, sparse = CONFIG.layers
+    mixed = dataclasses.replace(CONFIG, layers=(dense, dataclasses.replace(sparse, mlp="experts")), moe=moe)
+    of_experts = 3 * (3 * 8 * 5)
+    shared = N - 3 * 128 + 8 * 8  # a router in the place of one MLP
+    assert matrix_params(mixed) == shared + of_experts
+    batch = packed(PAIR, SHAPE)
+    both, without = (
+        step_flops(config, batch, Arithmetic("xla", "none"))
+        for config in (mixed, dataclasses.replace(mixed, moe=dataclasses.replace(moe, d_ff=0)))
+    )
+    assert both.logical - without.logical == both.executed - without.executed == 6 * of_experts * TOKENS
+    again = step_flops(mixed, batch, Arithmetic("xla", "full")).executed - both.executed
+    again -= step_flops(CONFIG, batch, Arithmetic("xla", "full")).executed
+    again += step_flops(CONFIG, batch, Arithmetic("xla", "none")).executed
+    # In the place of the gate and up of a dense layer: the router, and all maps of the experts.
+    assert again == 2 * ((8 * 8 - 2 * 128) * batch.tokens.size + of_experts * TOKENS)
+
+
+@pytest.mark.parametrize("live_reference", [False, True])
+def test_logical_flops_by_hand_whatever_the_layout(live_reference: bool) -> None:
+    program = Arithmetic("xla", "full", live_reference=live_reference)
+    expected = 6 * N * TOKENS + 6 * HEAD * SCORED + 12 * WIDTH * SEEN
+    if live_reference:
+        expected = expected * 4 // 3
+    layouts = (
+        packed(PAIR, SHAPE),
+        packed(PAIR, PackedShape(1, 2, 3, 128, 32, 64)),
+        in_micro_batches(collate_pairs(PAIR, num_slots=3, length=9, pad_token_id=0)),
+    )
+    for batch in layouts:
+        assert step_flops(CONFIG, batch, program).logical == expected
+
+
+def test_logical_flops_of_supervised_rows() -> None:
+    rows = [TokenizedCompletion(np.zeros(4, np.int32), np.array([True, False, True, True]), "")]
+    expected = 6 * N * 4 + 6 * HEAD * 2 + 12 * WIDTH * (10 + 9)
+    padded = in_micro_batches(collate_completions(rows, num_slots=2, length=6, pad_token_id=0))
+    for batch in (packed(rows, SHAPE), padded):
+        assert step_flops(CONFIG, batch, Arithmetic("xla", "none")).logical == expected
+
+
+def test_executed_flops_by_hand() -> None:
+    """64 slots; 4 scored tokens are one of two chunks of 32; 4 attention sequences of 16 places, all computed."""
+    batch = packed(PAIR, SHAPE)
+    seen = 2 * 4 * 16 * 16  # of two layers
+    least = 6 * N * 64 + 8 * HEAD * 32 + 12 * WIDTH * seen
+
+    def executed(remat: str, **options: Any) -> float:
+        return step_flops(CONFIG, batch, Arithmetic("xla", remat, **options)).executed
+
+    again = 2 * (N - 2 * 128) * 64  # but for the last matrix of each layer
+    assert executed("none") == least
+    assert executed("dots") == least + 2 * WIDTH * seen  # the scores
+    assert executed("attention") == least + 2 * WIDTH * seen + again
+    assert executed("full") == executed("offload") == least + 4 * WIDTH * seen + again
+    forward = 2 * N * 64 + 2 * HEAD * 32 + 4 * WIDTH * seen
+    assert executed("none", live_reference=True) == least + forward
+    assert executed("none", live_reference=True, first_pass=True) == least + 2 * forward
+    tiled = step_flops(CONFIG, batch, Arithmetic("blockwise", "none")).executed
+    assert tiled == least + 2 * WIDTH * seen  # here a tile holds all; it computes the scores a second time
+
+
+def test_executed_flops_of_a_padded_step() -> None:
+    batch = in_micro_batches(collate_pairs(PAIR, num_slots=3, length=9, pad_token_id=0))
+    tokens = 3 * 2 * 9
+    found = step_flops(CONFIG, batch, Arithmetic("xla", "none")).executed
+    assert found == 6 * (N + HEAD) * tokens + 12 * WIDTH * 2 * tokens * 9
+
+
+def test_each_shard_runs_the_chunks_of_its_own_rows() -> None:
+    rows = pairs_of((2, 70, 30), (2, 3, 1))
+    batch = packed(rows, PackedShape(1, 2, 1, 128, 96, 128))
+    assert (batch.logp_pair < 2).sum(-1).tolist() == [[100, 4]]
+    wide = dataclasses.replace(CONFIG, vocab_size=10**6)  # so that the head is all that counts
+    head = 8 * 8 * 10**6
+    for num_shards, scored in ((2, 128 + 64), (1, 2 * 128)):
+        found = step_flops(wide, batch, Arithmetic("xla", "none", num_shards=num_shards)).executed
+        assert found == pytest.approx(head * scored, rel=2e-2)
+
+
+def test_pairs_of_tiles() -> None:
+    """By marking every tile that a causal mask leaves something of."""
+
+    def marked(lengths: list[int], length: int, block: int, window: int | None, skips: bool) -> int:
+        total = 0
+        for size in lengths:
+            places = -(-(size if skips else length) // block) * block
+            query, key = np.indices((places, places))
+            seen = (query >= key) & (True if window is None else query - key < window)
+            tiles = seen.reshape(places // block, block, places // block, block).any((1, 3))
+            total += int(tiles.sum()) * block**2
+        return total
+
+    lengths = np.array([300, 0, 17, 129])
+    for window in (None, 1, 33, 128, 200):
+        arguments: dict[str, Any] = {"num_heads": 64, "window": window}
+        found = computed_pairs("blockwise", lengths, 300, **arguments)
+        assert found == marked([300, 0, 17, 129], 300, 112, window, True)
+        found = computed_pairs("blockwise", lengths, 300, on_cpu=False, **arguments)
+        assert found == marked([300] * 4, 300, 112, window, True)
+        assert computed_pairs("splash", lengths, 300, **arguments) == marked([0] * 4, 384, 384, window, False)
+        assert computed_pairs("cudnn", lengths, 300, **arguments) == marked([300, 0, 17, 129], 300, 128, window, True)
+        assert computed_pairs("xla", lengths, 300, **arguments) == 4 * 300**2
+        assert causal_pairs(np.arange(300), window) <= marked([300], 300, 1, window, True)
+
+
+# --- against XLA
+
+MEASURED = dataclasses.replace(
+    CONFIG, d_model=128, num_heads=4, head_dim=32, d_ff=384, vocab_size=512, layers=CONFIG.layers[:1] * 2
+)
+
+
+def counted(objective: Any, batch: Any, model: Transformer, mesh: Any, lora: Lora | None = None) -> float:
+    """FLOPs of value and gradients as XLA counts them: the body of every loop once."""
+    base = Base(abstract_params(model), {})
+    params, reference = (base.params, base.params) if lora is None else (abstract_adapters(lora, jnp.float32), {})
+
+    def run(base: Base, params: Any, reference: Any, batch: Any) -> Any:
+        return loss_and_grads(over_base(objective, lora, base), params, reference, batch)
+
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(run).lower(base, params, reference, batch)
+    return float(lowered.compile().cost_analysis()["flops"])
+
+
+PARALLEL = {"gated_mlp": False, "parallel_residual": True}
+POST_NORMS = {"norm_placement": "both", "attention_softcap": 5.0, "logit_softcap": 3.0}
+
+
+@pytest.mark.parametrize("own", [PARALLEL, POST_NORMS], ids=["parallel", "post_norms"])
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_executed_flops_of_other_layers_are_those_that_xla_counts(own: dict[str, Any], remat: str) -> None:
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    one_layer = dataclasses.replace(MEASURED, num_layers=1, layers=MEASURED.layers[:1], vocab_size=8, **own)
+    model = Transformer(one_layer, remat=remat, attention="xla", compute_dtype=jnp.float32)
+    pairs = pairs_of((40, 60, 50), (30, 60, 90), (60, 20, 70))
+    plan = plan_run(item_sizes(pairs), [np.arange(3)], num_shards=1, max_tokens_per_device=4096)
+    batch = pack(pairs, np.arange(3), plan.step(np.arange(3)))
+    objective = packed_dpo_objective(make_packed_logps(model, mesh), loss_settings("sigmoid", beta=0.1)[0])
+    expected = step_flops(one_layer, batch, Arithmetic("xla", remat, live_reference=True)).executed
+    assert counted(objective, batch, model, mesh) == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("remat", "adapted"), [*((remat, False) for remat in REMAT_ORDER), ("none", True), ("full", True)]
+)
+def test_executed_flops_are_those_that_xla_counts_in_packed_rows(remat: str, adapted: bool) -> None:
+    # With adapters, a gradient of frozen weights would be seen here.
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    model = Transformer(MEASURED, remat=remat, attention="xla", compute_dtype=jnp.float32)
+    pairs = pairs_of((40, 60, 50), (30, 60, 90), (60, 20, 70))
+    sizes, everything = item_sizes(pairs), np.arange(3)
+    plan = plan_run(sizes, [everything], num_shards=1, max_tokens_per_device=4096)
+    batch = pack(pairs, everything, plan.step(everything))
+    objective = packed_dpo_objective(make_packed_logps(model, mesh), loss_settings("sigmoid", beta=0.1)[0])
+    # Two layers and two chunks of the head are two rounds of a loop each.
+    one_layer = dataclasses.replace(MEASURED, num_layers=1, layers=MEASURED.layers[:1])
+    lora = Lora(r=8, alpha=8, use_rslora=False, sites=find_sites(model)) if adapted else None
+    adapters = num_adapter_params(lora) // 2 if lora else None
+    program = Arithmetic("xla", remat, live_reference=True, adapters=adapters)
+    expected = step_flops(one_layer, batch, program).executed
+    without_head = step_flops(dataclasses.replace(one_layer, vocab_size=1), batch, program).executed
+    assert batch.logp_pair.shape[-1] == 384
+    assert (batch.logp_pair < 6).sum() > 192
+    expected = (expected + without_head) / 2
+    assert counted(objective, batch, model, mesh, lora) == pytest.approx(expected, rel=0.05)
+
+
+def test_executed_flops_are_those_that_xla_counts_in_padded_rows() -> None:
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    model = Transformer(MEASURED, compute_dtype=jnp.float32)
+    pairs = pairs_of((40, 60, 50), (30, 60, 90), (60, 20, 70))
+    batch = in_micro_batches(collate_pairs(pairs, num_slots=4, length=144, pad_token_id=0))
+    objective = padded_dpo_objective(make_apply_fn(model), loss_settings("sigmoid", beta=0.1)[0])
+    one_layer = dataclasses.replace(MEASURED, num_layers=1, layers=MEASURED.layers[:1])
+    expected = step_flops(one_layer, batch, Arithmetic("xla", "none", live_reference=True)).executed
+    assert counted(objective, batch, model, mesh) == pytest.approx(expected, rel=0.05)
+
+
+# --- peaks
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "tera"),
+    [
+        ("TPU v2", "bfloat16", 22.5),
+        ("TPU v3", "bfloat16", 61.5),
+        ("TPU v4", "bfloat16", 275),
+        ("TPU v5 lite", "bfloat16", 197),
+        ("TPU v5", "bfloat16", 459),
+        ("TPU v5p", "bfloat16", 459),
+        ("TPU v6 lite", "bfloat16", 918),
+        ("TPU7x", "bfloat16", 1153.5),
+        ("TPU v4", "float32", None),
+        ("Tesla V100-SXM2-16GB", "float16", 125),
+        ("Tesla V100-PCIE-32GB", "float16", 112),
+        ("Tesla V100-SXM2-16GB", "bfloat16", None),
+        ("NVIDIA A100-SXM4-80GB", "bfloat16", 312),
+        ("NVIDIA A100 80GB PCIe", "float32", 19.5),
+        ("NVIDIA H100 80GB HBM3", "bfloat16", 989),
+        ("NVIDIA H100 PCIe", "float16", 756),
+        ("NVIDIA H100 NVL", "bfloat16", 835),
+        ("NVIDIA H200", "bfloat16", 989),
+        ("NVIDIA B200", "bfloat16", 2250),
+        ("NVIDIA L4", "bfloat16", 121),
+        ("NVIDIA A10", "bfloat16", 125),
+        ("NVIDIA GeForce RTX 4090", "float32", 82.6),
+        ("NVIDIA L40S", "bfloat16", None),
+        ("NVIDIA A10G", "bfloat16", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "bfloat16", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bfloat16", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "bfloat16", None),
+        ("NVIDIA H200", "float64", None),
+        ("cpu", "float32", None),
+    ],
+)
+def test_peaks(kind: str, dtype: str, tera: float | None) -> None:
+    assert peak_flops(kind, dtype) == (None if tera is None else pytest.approx(tera * 1e12))

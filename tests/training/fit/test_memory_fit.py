@@ -1,0 +1,105 @@
+"""How much at once: what fits is found, and in few trials."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jdpo.training.fit.memory_fit import (
+    ENOUGH_TOKENS,
+    MOST_TRIALS,
+    Fit,
+    choose_fit,
+    exhaustion_explained,
+    peak_memory,
+    program_bytes,
+)
+
+POLICIES = ("none", "dots", "full")
+
+
+class Memory:
+    """A step whose memory is a line in the tokens, each policy's below the one before it."""
+
+    def __init__(self, fixed: int, per_token: int, most_compiled: float = math.inf) -> None:
+        self.fixed, self.per_token, self.most_compiled = fixed, per_token, most_compiled
+        self.trials: Counter[str] = Counter()
+
+    def true(self, policy: str, tokens: int) -> float:
+        return self.fixed + tokens * self.per_token / 4 ** POLICIES.index(policy)
+
+    def __call__(self, policy: str, tokens: int) -> float:
+        self.trials[policy] += 1
+        needed = self.true(policy, tokens)
+        return needed if needed <= self.most_compiled else math.inf
+
+
+@given(
+    fixed=st.integers(0, 10**6),
+    per_token=st.integers(1, 1000),
+    limit=st.integers(10**4, 10**8),
+    most=st.integers(1, 1024).map(lambda n: 64 * n),
+    refuses=st.booleans(),
+)
+def test_the_first_policy_that_fits_with_enough_tokens(
+    fixed: int, per_token: int, limit: int, most: int, refuses: bool
+) -> None:
+    memory = Memory(fixed, per_token, most_compiled=limit * 1.5 if refuses else math.inf)
+    found = choose_fit(memory, policies=POLICIES, most_tokens=most, limit=limit)
+    enough = min(ENOUGH_TOKENS, most)
+    able = [policy for policy in POLICIES if memory.true(policy, enough) <= limit]
+    assert found.remat == (able[0] if able else POLICIES[-1])
+    assert all(trials <= MOST_TRIALS + 2 for policy, trials in memory.trials.items() if policy in able)
+    if able:
+        assert memory.true(found.remat, found.max_tokens_per_device) <= limit
+        assert enough <= found.max_tokens_per_device <= most
+        assert found.bytes_needed == int(memory.true(found.remat, found.max_tokens_per_device))
+        if memory.true(found.remat, most) <= limit:
+            assert found.max_tokens_per_device == most
+        elif not refuses:  # a line is found at once; 64 tokens are one step of a budget
+            assert memory.true(found.remat, found.max_tokens_per_device + 128) > limit
+    elif memory.true("full", 64) <= limit:
+        assert memory.true("full", found.max_tokens_per_device) <= limit
+
+
+def test_where_nothing_fits_the_device_is_left_to_say_so() -> None:
+    memory = Memory(fixed=100, per_token=1, most_compiled=10)
+    assert choose_fit(memory, policies=("full",), most_tokens=8192, limit=10) == Fit("full", 64, None)
+
+
+def test_a_device_without_memory_enough_says_what_to_do() -> None:
+    error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 3 bytes.\nPages of it\nfollow.")
+    with (
+        pytest.raises(
+            ValueError, match=r"at most 4,096 tokens at once under remat dots \(RES.*3 bytes\.\)\. Set max_t"
+        ),
+        exhaustion_explained(Fit("dots", 4096)),
+    ):
+        raise error
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), exhaustion_explained(Fit("dots", 4096)):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+
+def test_bytes_of_a_program_count_a_donated_argument_once() -> None:
+    array = jax.ShapeDtypeStruct((1024,), jnp.float32)
+
+    def add(x: jax.Array) -> jax.Array:
+        return x + 1
+
+    kept, donated = (jax.jit(add, donate_argnums=at).lower(array).compile() for at in ((), 0))
+    assert program_bytes(kept) - program_bytes(donated) == 4096
+    assert program_bytes(donated) >= 4096
+
+
+def test_peak_memory_is_that_of_this_process() -> None:
+    before = peak_memory()
+    held = bytearray(2**27)
+    held[::4096] = b"x" * len(held[::4096])
+    assert peak_memory() >= before
+    assert peak_memory() >= 2**27

@@ -1,0 +1,217 @@
+"""What is settled before the first step, and what the programs of a run hold and do not hold."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jdpo.config import FREE_KEYS, DPOConfig, load_config
+from jdpo.training.fit import preparation
+from jdpo.training.fit.compilation import compile_for, compiler_threads, shapes_of
+from jdpo.training.fit.memory_fit import Fit, program_bytes
+from jdpo.training.fit.preparation import (
+    FITTED_KEYS,
+    Preparation,
+    circumstances,
+    fit_to_remember,
+    prepare_steps,
+    remembered_fit,
+    rows_of_step,
+)
+from jdpo.training.loop import train
+from jdpo.training.reference.reference_source import Reference
+from jdpo.training.setup.numerics import numerics
+from jdpo.training.setup.run_setup import Setup, build
+from tests.conftest import chat_pairs, write_jsonl
+
+Words = Callable[..., list[str]]
+
+
+def prepare(words: list[str], **options: Any) -> tuple[Setup, Preparation, list[str]]:
+    config, lines = load_config(DPOConfig, None, ["compute_dtype=float32", *words]), []
+    with numerics(config), compiler_threads() as pool:
+        setup = build(config, lines.append)
+        return setup, prepare_steps(setup, Reference(mode="live"), pool, lines.append, **options), lines
+
+
+def test_with_room_all_rows_of_a_step_go_through_at_once_under_the_fastest_policy(run_words: Words) -> None:
+    setup, prepared, lines = prepare(run_words(remat="auto"))
+    assert prepared.fit.remat == prepared.assembly.model.remat == "attention"
+    slots = [setup.train_data.sizes().slots[rows_of_step(setup, step)] for step in range(setup.num_steps)]
+    assert max(map(np.max, slots)) <= prepared.fit.max_tokens_per_device
+    assert all(batch.tokens.shape[0] == 1 for batch in prepared.batches.shapes())
+    assert prepared.batches.tokens_per_device <= prepared.fit.max_tokens_per_device
+    assert len(prepared.programs) == 1, "the program that was measured is kept"
+    (said,) = [line for line in lines if line.startswith("step: ")]
+    assert re.match(
+        r"step: at most [\d,]+ tokens per device at once, remat attention, needs [\d.]+ MiB of [\d.]+ GiB", said
+    )
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_without_room_more_is_recomputed_and_less_goes_through_at_once(
+    run_words: Words, monkeypatch: pytest.MonkeyPatch, packing: bool, tmp_path: Path
+) -> None:
+    rows = write_jsonl(tmp_path / "long.jsonl", chat_pairs(8, words=(15, 18)))
+    words = run_words(
+        remat="auto", packing=packing, datasets=rows, **{"mesh.data": 1, "mesh.fsdp": 1, "mesh.tensor": 8}
+    )
+    _, roomy, _ = prepare(words)
+    monkeypatch.setattr("jdpo.training.fit.memory_fit.ENOUGH_TOKENS", 256)
+    needed = _bytes(roomy)
+    monkeypatch.setattr(preparation, "memory_limit", lambda: int(needed * 0.7))
+    _, tight, _ = prepare(words)
+    assert tight.fit.bytes_needed is not None
+    assert tight.fit.bytes_needed <= needed * 0.7
+    assert tight.fit.remat != "attention" or tight.batches.tokens_per_device < roomy.batches.tokens_per_device
+    assert _bytes(tight) == tight.fit.bytes_needed
+
+
+def _bytes(prepared: Preparation, batches: Iterable[Any] | None = None) -> int:
+    """What the step takes whose shape takes most, of all shapes or of some."""
+    lower = prepared.assembly.lower_step
+    return max(program_bytes(compile_for(lower, batch)) for batch in batches or prepared.batches.shapes())
+
+
+def test_the_shape_that_takes_most_memory_is_among_those_that_are_measured(run_words: Words, tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "mixed.jsonl", chat_pairs(48, words=(2, 18)))
+    options = {"mesh.data": 1, "mesh.fsdp": 1, "mesh.tensor": 8, "global_batch_size": 6, "datasets": rows}
+    _, prepared, _ = prepare(run_words(remat="full", max_tokens_per_device=128, **options))
+    demanding = prepared.batches.demanding()
+    assert 1 <= len(demanding) < len(prepared.batches.shapes())
+    assert _bytes(prepared, demanding) == _bytes(prepared)
+
+
+def test_a_row_longer_than_the_budget_is_said(run_words: Words, tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "long.jsonl", chat_pairs(8, words=(15, 18)))
+    _, prepared, lines = prepare(run_words(remat="full", max_tokens_per_device=64, datasets=rows))
+    longest = prepared.batches.tokens_per_device
+    assert longest > 64
+    said = f"note: the longest of the pairs alone takes {longest} tokens per device at once, more than"
+    assert any(line.startswith(said) for line in lines), lines
+
+
+def test_what_cannot_fit_is_said(run_words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preparation, "memory_limit", lambda: 1000)
+    _, prepared, lines = prepare(run_words(remat="auto"))
+    assert prepared.fit.remat == "full"
+    assert any("this may not fit: use more devices" in line for line in lines)
+
+
+def test_what_the_config_says_is_taken_without_a_trial(run_words: Words) -> None:
+    _, prepared, lines = prepare(run_words(remat="dots", max_tokens_per_device=192))
+    assert prepared.fit == Fit("dots", 192)
+    assert not any(line.startswith("step: ") for line in lines)
+    assert prepared.batches.tokens_per_device <= 192
+
+
+def test_a_fit_is_remembered_as_long_as_nothing_it_depends_on_changes(run_words: Words) -> None:
+    setup, prepared, _ = prepare(run_words(remat="auto"), remembered=Fit("full", 128))
+    assert prepared.fit == Fit("full", 128)
+    now = circumstances(setup, Reference(mode="live"))
+    saved = json.loads(json.dumps(fit_to_remember(Fit("dots", 640, 500), now, limit=800)))
+    assert remembered_fit(saved, now, limit=900) == Fit("dots", 640, 500)
+    assert remembered_fit(saved, now, limit=600) == Fit("dots", 640, 500), "it still fits"
+    assert remembered_fit(saved, now, limit=400) is None
+    tight = fit_to_remember(Fit("full", 64, 1000), now, limit=800)
+    assert remembered_fit(tight, now, limit=800) == Fit("full", 64, 1000), "nothing smaller was found then either"
+    for key, value in {"mesh": [1, 8, 1], "asked_remat": "full", "reference": "cached", "jax": "0.0"}.items():
+        assert now[key] != value
+        assert remembered_fit(saved, now | {key: value}, limit=900) is None
+    assert remembered_fit(None, now, limit=900) is None
+
+
+def test_every_key_that_may_change_and_changes_the_step_is_part_of_the_fit() -> None:
+    """Keys that a resumed run may change are part of the fit, or have nothing to do with what a step computes."""
+    aside = {
+        "dataset_num_proc",
+        "output_dir",
+        "cache_dir",
+        "logging_steps",
+        "report_to",
+        "eval_datasets",
+        "eval_steps",
+        "save_steps",
+        "push_to_hub",
+        "push_public",
+    }
+    aside |= {"save_total_limit", "metric_for_best_model", "load_best_model_at_end", "export_dtype", "max_shard_size"}
+    aside |= {"profile_steps", "compilation_cache", "resume", "heartbeat_timeout_seconds"}
+    aside |= {"mesh", "reference"}  # told otherwise
+    assert FREE_KEYS - aside == set(FITTED_KEYS)
+
+
+def test_the_run_keeps_its_fit_and_compiles_nothing_after_warm_up(run_words: Words, tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "even.jsonl", chat_pairs(24, words=(5, 6)))
+    config = load_config(
+        DPOConfig,
+        None,
+        run_words(remat="auto", datasets=rows, num_train_epochs=3, profile_steps="4:5", reference="live"),
+    )
+    compiled = itertools.count()
+    counts: list[int] = []
+
+    def listen(event: str, _: float, **__: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            next(compiled)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        train(config, on_step=lambda *_: counts.append(int(repr(compiled)[6:-1])))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert len(counts) == 10
+    assert counts[0] > 0
+    assert len(set(counts[2:])) == 1, f"a step after the second compiled something: {counts}"
+    state = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert state["fit"]["remat"] == "attention"
+    assert state["fit"]["max_tokens_per_device"] % 64 == 0
+    traces = list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    assert len(traces) == 1
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 <= line["padding"] < 1 and line["peak_memory_gib"] > 0.05 for line in lines)
+
+
+def test_every_shape_of_an_epoch_of_many_lengths_is_compiled_ahead(run_words: Words, tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "mixed.jsonl", chat_pairs(40, words=(2, 18)))
+    setup, prepared, _ = prepare(run_words(datasets=rows, **{"mesh.data": 1, "mesh.tensor": 8}, global_batch_size=4))
+    known = {shapes_of(batch) for batch in prepared.batches.shapes()}
+    made = {shapes_of(prepared.batches.make(rows_of_step(setup, step)).batch) for step in range(setup.num_steps)}
+    assert 1 < len(made) <= len(known) <= 8
+    assert made <= known
+
+
+def test_the_compiled_step_reuses_the_state_and_never_holds_all_logits(run_words: Words, tmp_path: Path) -> None:
+    """Every buffer of the old state is given back as the new one's, and no array is tokens by vocabulary."""
+    rows = write_jsonl(tmp_path / "long.jsonl", chat_pairs(64, words=(15, 18)))
+    setup, prepared, _ = prepare(
+        run_words(datasets=rows, global_batch_size=64, **{"mesh.data": 1, "mesh.fsdp": 1, "mesh.tensor": 8})
+    )
+    batch = prepared.batches.shapes()[-1]
+    program = prepared.programs.of(batch)
+    leaves = jax.tree.leaves(prepared.assembly.state)
+    text = program.as_text()
+    aliased = re.search(r"input_output_alias=\{(.*?)\}, entry", text.replace("\n", " "))
+    assert aliased is not None
+    assert len(re.findall(r"(?:may|must)-alias", aliased.group(1))) == len(leaves)
+    kept = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+    assert program.memory_analysis().alias_size_in_bytes >= kept
+    scored, vocabulary = batch.logp_slot.size, setup.model.config.vocab_size
+    with_vocabulary = [
+        math.prod(dims) // size
+        for dims in (tuple(map(int, text.split(","))) for text in re.findall(r"f32\[([\d,]+)\]", text))
+        for size in (vocabulary, vocabulary // 8)  # eight devices share it
+        if size in dims
+    ]
+    assert len(with_vocabulary) > 10
+    assert max(with_vocabulary) <= scored // 2, "a chunk of the tokens at a time"
+    assert scored > 1024

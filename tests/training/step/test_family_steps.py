@@ -1,0 +1,109 @@
+"""One DPO step of every family without experts: packed equals padded, and eight devices equal one.
+
+And what it decodes equals its forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jdpo.config import MeshConfig
+from jdpo.data.batching.loader import collate_pairs
+from jdpo.losses.settings import loss_settings
+from jdpo.models.families import read_model_config
+from jdpo.models.transformer import Transformer, abstract_params, init_cache, logical_axes, make_apply_fn
+from jdpo.models.weights.loading import load_params
+from jdpo.sharding.mesh import make_mesh
+from jdpo.sharding.placement import micro_batch_sharding, place
+from jdpo.sharding.rules import param_shardings
+from jdpo.training.step.gradients import loss_and_grads
+from jdpo.training.step.objectives import packed_dpo_objective, padded_dpo_objective
+from jdpo.training.step.packed_logps import make_packed_logps
+from tests.training.step.test_packed_logps import MOST, assert_equal_steps, on_mesh, packed, places_of, random_pairs
+
+GOLDEN = Path(__file__).parents[2] / "golden" / "logits"
+SHORT = ("gemma2", "gpt2", "gpt_neox", "smollm3")
+"""In the default suite: caps and norms behind, learned positions and biases, parallel branches, layers without rope."""
+FAMILIES = [
+    pytest.param(name, marks=() if name in SHORT else pytest.mark.full)
+    for name in sorted(path.name for path in GOLDEN.iterdir() if read_model_config(path).moe is None)
+]
+DECODED = [
+    pytest.param(name, marks=() if name in (*SHORT, "mixtral") else pytest.mark.full)
+    for name in sorted(path.name for path in GOLDEN.iterdir())
+]
+SIZES = [(3, 5, 2), (0, 4, 7), (9, 6, 1), (2, 12, 12)]
+
+
+@pytest.fixture(autouse=True)
+def float64() -> Iterator[None]:
+    with jax.enable_x64(True):
+        yield
+
+
+def model_of(name: str, **settings: Any) -> Transformer:
+    return Transformer(read_model_config(GOLDEN / name), compute_dtype=jnp.float64, param_dtype=jnp.float64, **settings)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_packed_padded_and_sharded_steps_are_equal(name: str) -> None:
+    """Weights go from their files straight to the mesh, fused tensors cut on the way; every layer computes again."""
+    model = model_of(name)
+    policy = load_params(GOLDEN / name, model, dtype=jnp.float64)
+    noise = np.random.default_rng(1)
+    reference = jax.tree.map(lambda leaf: np.asarray(leaf) + 0.1 * noise.normal(size=leaf.shape), policy)
+    chosen = loss_settings("sigmoid", beta=0.3, use_weighting=True, rpo_alpha=0.5)[0]  # WPO needs capped logits too
+    pairs = random_pairs(0, SIZES)
+
+    padded = padded_dpo_objective(make_apply_fn(model), chosen)
+    rows = collate_pairs(pairs, num_slots=len(pairs), length=2 * MOST, pad_token_id=0)
+    rows = jax.tree.map(lambda array: jnp.asarray(array[None]), rows)
+    expected = jax.jit(partial(loss_and_grads, padded))(policy, reference, rows, padded.init_state)
+    assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected.grads)) > 1e-4
+
+    for sizes, remat in ((MeshConfig(fsdp=1), "none"), (MeshConfig(data=2, fsdp=2, tensor=2), "full")):
+        mesh = make_mesh(sizes, jax.devices()[: sizes.data * sizes.fsdp * sizes.tensor])
+        own = model.clone(remat=remat)
+        shardings = param_shardings(logical_axes(own), abstract_params(own), mesh)
+        weights = load_params(GOLDEN / name, own, shardings, dtype=jnp.float64)
+        flat = packed_dpo_objective(make_packed_logps(own, mesh), chosen)
+        batch = packed(pairs, num_rows=4 if mesh.size > 1 else 1)
+        found = on_mesh(
+            mesh,
+            jax.jit(partial(loss_and_grads, flat)),
+            weights,
+            jax.device_put(reference, shardings),
+            place(batch, micro_batch_sharding(mesh)),
+            flat.init_state,
+        )
+        assert_equal_steps(expected, found, places_of(batch), len(pairs), 1e-9)
+
+
+@pytest.mark.parametrize("name", DECODED)
+def test_decoding_in_two_bites_equals_the_forward_pass(name: str) -> None:
+    model, (num_rows, length, bite) = model_of(name), (3, 12, 7)
+    params = load_params(GOLDEN / name, model, dtype=jnp.float64)
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (num_rows, length))
+    mask = np.arange(length) >= np.array([[0], [3], [5]])  # padded left, as prompts are
+
+    @jax.jit
+    def run(params: Any) -> Any:
+        def apply(method: str, *args: Any) -> Any:
+            return model.apply({"params": params}, *args, method=method)
+
+        cache, parts = init_cache(model, num_rows, length), []
+        for part in (slice(0, bite), slice(bite, length)):
+            hidden, cache = apply("decode", tokens[:, part], mask[:, part], cache)
+            parts.append(apply("logits", hidden))
+        return make_apply_fn(model)(params, tokens, mask), jnp.concatenate(parts, axis=1)
+
+    whole, bitten = (np.asarray(logits) for logits in run(params))
+    np.testing.assert_allclose(bitten[mask], whole[mask], atol=1e-9)

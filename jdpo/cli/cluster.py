@@ -7,17 +7,17 @@ import shlex
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from jdpo.config import TrainConfig
+from jdpo.config import OutputSettings
 
 
 @contextlib.contextmanager
 def in_cluster(
-    config: TrainConfig, command: str, words: Sequence[str], *, shown: Callable[[str], str], trains: bool
+    output: OutputSettings, command: str, words: Sequence[str], *, shown: Callable[[str], str], trains: bool
 ) -> Iterator[None]:
     """Joins the other processes of the run, if there are any, and ends with them.
 
     Args:
-      config: the run's settings.
+      output: the run's settings.
       command, words: the command line.
       shown: a text -> what may be shown of it.
       trains: whether the command leaves checkpoints in output_dir.
@@ -27,18 +27,18 @@ def in_cluster(
     """
     from jdpo.processes import ending_together, join_cluster
 
-    timeout = config.heartbeat_timeout_seconds
+    timeout = output.heartbeat_timeout_seconds
     joined = join_cluster(timeout=timeout)
     if joined is None or joined.num_processes == 1:
         yield
         return
     from jdpo.checkpoint.manager import complete_steps  # now: a dying process should not import anything
 
-    folder = Path(config.output_dir) if trains else None
+    folder = Path(output.output_dir) if trains else None
 
     def advice() -> str:
         steps = complete_steps(folder / "checkpoints") if folder is not None else []
-        return how_to_continue(command, words, folder, steps, resumes=config.resume == "auto")
+        return how_to_continue(command, words, folder, steps, resumes=output.resume == "auto")
 
     with ending_together(shown, timeout=timeout, advice=advice, stacks_folder=folder):
         yield

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from jdpo.cli.cluster import in_cluster
-from jdpo.config import CONFIGS, TrainConfig, defaults_of, keys_of, load_config, public_text, to_yaml
+from jdpo.config import CONFIGS, Settings, defaults_of, keys_of, load_config, public_text, to_yaml
 from jdpo.safe_text import terminal_lines
 
-C = TypeVar("C", bound=TrainConfig)
+C = TypeVar("C", bound=Settings)
 
 FLAGS = {
     "--help": "print this text and exit",
@@ -43,7 +43,7 @@ DASHED = ("--dry-run", "--print-config")
 GROUPS = ("mesh", "optimizer")
 
 
-def _defaults(cls: type[TrainConfig]) -> dict[str, str]:
+def _defaults(cls: type[Settings]) -> dict[str, str]:
     values = defaults_of(cls)
     for group in GROUPS:
         values |= {f"{group}.{key}": value for key, value in values.pop(group).items()}

@@ -1,9 +1,19 @@
-"""The settings of a run: their keys, how they are read, and which of them may change when a run goes on."""
+"""The settings of a run: their keys, how they are read, and which of them may change when a run is resumed."""
 
 from jdpo.config.addresses import public_text, refuse_passwords, without_queries
 from jdpo.config.explaining import command_of, keys_of
-from jdpo.config.groups import LORA_DEFAULTS, RULE_DEFAULTS, DatasetConfig, LoraConfig, MeshConfig, OptimizerConfig
+from jdpo.config.groups import (
+    DataSettings,
+    LoggingSettings,
+    MemorySettings,
+    ModelSettings,
+    OptimizationSettings,
+    OutputSettings,
+    PreferenceSettings,
+    ReferenceSettings,
+)
 from jdpo.config.keys import CONFIGS, DPOConfig, SFTConfig, TrainConfig
+from jdpo.config.nested import LORA_DEFAULTS, RULE_DEFAULTS, DatasetConfig, LoraConfig, MeshConfig, OptimizerConfig
 from jdpo.config.reading import (
     defaults_of,
     load_config,
@@ -14,6 +24,7 @@ from jdpo.config.reading import (
     to_yaml,
 )
 from jdpo.config.resuming import EXPORT_KEYS, FREE_KEYS, changed_keys, differences
+from jdpo.config.value_types import Settings
 from jdpo.config.yaml_text import load_yaml
 
 __all__ = [
@@ -23,11 +34,20 @@ __all__ = [
     "LORA_DEFAULTS",
     "RULE_DEFAULTS",
     "DPOConfig",
+    "DataSettings",
     "DatasetConfig",
+    "LoggingSettings",
     "LoraConfig",
+    "MemorySettings",
     "MeshConfig",
+    "ModelSettings",
+    "OptimizationSettings",
     "OptimizerConfig",
+    "OutputSettings",
+    "PreferenceSettings",
+    "ReferenceSettings",
     "SFTConfig",
+    "Settings",
     "TrainConfig",
     "changed_keys",
     "command_of",

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from jdpo.config.foreign_keys import FOREIGN, OTHER_COMMANDS, RENAMED, VALUES
 from jdpo.config.keys import CONFIGS
+from jdpo.config.value_types import Settings, description_of
 from jdpo.safe_text import terminal
 
 COMMAND_LINE = "on the command line"
@@ -27,12 +28,17 @@ def keys_of(cls: type, prefix: str = "") -> dict[str, str]:
     hints = typing.get_type_hints(cls)
     keys: dict[str, str] = {}
     for field in dataclasses.fields(cls):
-        info: Any = field.default  # pydantic keeps the FieldInfo of `Field(...)` here
-        keys[prefix + field.name] = getattr(info, "description", None) or ""
+        keys[prefix + field.name] = description_of(field)
         group = group_class(hints[field.name])
         if group is not None:
             keys |= keys_of(group, f"{prefix}{field.name}.")
     return keys
+
+
+def required_keys(cls: type[Settings]) -> list[str]:
+    """Returns the top-level keys that have no default."""
+    fields: Any = dataclasses.fields(cls)  # type: ignore[arg-type]
+    return [field.name for field in fields if field.default.is_required()]
 
 
 def group_class(hint: Any) -> type | None:
@@ -65,13 +71,13 @@ def _explain(cls: type, problem: Any, origins: Mapping[str, str]) -> str:
     if problem["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"missing key {key!r}: {_description(cls, path)}"
     if problem["type"] == "blank_text":
-        return f"missing value of key {key!r} {where}: it is empty ({_description(cls, path)})"
+        return f"missing value of key {key!r} {where}: it is empty ({_description(cls, path).rstrip('.')})"
     message = problem["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     found = "has no value" if value is None else f"is {value!r}"
     meant = VALUES.get(_dotted(path), {}).get(str(value).lower())
     hint = f"; here it is {_setting(_dotted(path), meant, where)}" if meant is not None else ""
-    return f"{key!r} {where} {found}: {message} ({_description(cls, path)}){hint}"
+    return f"{key!r} {where} {found}: {message} ({_description(cls, path).rstrip('.')}){hint}"
 
 
 def no_value(key: str, cls: type) -> str:

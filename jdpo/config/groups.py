@@ -1,213 +1,299 @@
-"""Groups of settings that have a name of their own in a run's config, and what keys are made of."""
+"""The groups of settings that functions read: model, data, loss and reference, optimization, memory, logging, output.
+
+A run's config has the keys of all its groups next to each other, so a function that takes `data: DataSettings` takes
+the config as it is, and a type checker proves that it reads no other key. See docs/decisions/0011-settings-groups.md.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, model_validator
-from pydantic.dataclasses import dataclass
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, Field
 
-# A folder may be called 2024: YAML reads a number, the path stays text.
-STRICT_KEYS = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
+from jdpo.config.nested import Datasets, Lora, Mesh, MeshConfig, Optimizer, OptimizerConfig
+from jdpo.config.value_types import (
+    FiniteFloat,
+    Float,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    Settings,
+    Text,
+    as_list,
+    key,
+    required,
+    settings,
+)
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
-def _no_bool(value: Any) -> Any:
-    """Keep `beta: true` from becoming 1.0."""
-    if isinstance(value, bool):
-        raise ValueError("a number is expected, not true or false")
-    return value
+    from jdpo.config.value_types import Converted
 
-
-def _not_blank(value: str) -> str:
-    """Refuses what a variable of the shell that is not set leaves: a path of nothing is the current folder."""
-    if not value.strip():
-        raise PydanticCustomError("blank_text", "a text is expected, and it is empty")
-    return value
-
-
-def as_list(value: Any) -> Any:
-    """Let one entry stand for a list of one."""
-    return [value] if isinstance(value, str | Mapping | int | float) else value
-
-
-def _as_dataset(value: Any) -> Any:
-    return {"path": value} if isinstance(value, str) else value
-
-
-def as_optimizer(value: Any) -> Any:
-    """Let the name of a rule stand for a group with that name."""
-    return {"name": value} if isinstance(value, str) else value
+    Tracker = Literal["tensorboard", "wandb"]
+    LossNames = Converted[str | Sequence[str], tuple[str, ...]]
+    LossWeights = Converted[float | Sequence[float] | None, tuple[float, ...] | None]
+    Trackers = Converted[Tracker | Sequence[Tracker], tuple[Tracker, ...]]
+else:
+    LossNames = Annotated[tuple[str, ...], BeforeValidator(as_list)]
+    LossWeights = Annotated[tuple[NonNegativeFloat, ...] | None, BeforeValidator(as_list)]
+    Trackers = Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(as_list)]
 
 
-def as_lora(value: Any, union: Any) -> Any:
-    """`lora: true` is LoRA with every key at its default; false says that there is none, null says nothing."""
-    del union  # which would report an error of each of its members
-    if value is None or value is False:
-        return value
-    return TypeAdapter(LoraConfig).validate_python({} if value is True else value)
+@settings
+class ModelSettings(Settings):
+    """The model, its chat template, and which of its weights are trained."""
 
+    heading = "Model"
 
-Text = Annotated[str, AfterValidator(_not_blank)]
-Int = Annotated[int, BeforeValidator(_no_bool)]
-Float = Annotated[float, BeforeValidator(_no_bool)]
-PositiveInt = Annotated[Int, Field(ge=1)]
-NonNegativeInt = Annotated[Int, Field(ge=0)]
-Seed = Annotated[Int, Field(ge=0, lt=2**32)]
-NonNegativeFloat = Annotated[Float, Field(ge=0, allow_inf_nan=False)]
-FiniteFloat = Annotated[Float, Field(allow_inf_nan=False)]
-PositiveFloat = Annotated[Float, Field(gt=0, allow_inf_nan=False)]
-Fraction = Annotated[Float, Field(ge=0, le=1)]
-Decay = Annotated[Float, Field(ge=0, lt=1)]
-
-
-def key(default: Any, description: str) -> Any:
-    """A key with its default; the description is what --help says of it."""
-    return Field(default=default, description=description)
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT_KEYS)
-class DatasetConfig:
-    """Where rows come from. A bare string in `datasets` is the `path`."""
-
-    path: Text = Field(
-        description="a JSON, JSONL, CSV, Parquet or Arrow file or a folder of them, here or at a URL; or a hub name"
+    model_name_or_path: Text = required(
+        "Model to train: a Hugging Face model folder or hub name, or a PEFT adapter to continue from.",
+        example="Qwen/Qwen2.5-0.5B-Instruct",
     )
-    split: Text = key("train", "hub split; for files a slice like train[:90%] or train[100:200]")
-    name: Text | None = key(None, "hub configuration (subset) name")
-    revision: Text | None = key(None, "hub revision: branch, tag or commit")
-    label: Text | None = key(None, "its name in metrics; null: the file's stem, or the hub name's last part")
-    weight: PositiveFloat | None = key(
-        None, "share of an epoch's rows, relative to the weights of the other datasets, which then all need one"
-    )
-    num_rows: PositiveInt | None = key(None, "rows per epoch from this dataset; null: all, once")
-    column_map: Mapping[str, str] | None = key(
-        None, "jdpo's column names (prompt, chosen, rejected, messages, ...), each with the file's name for it"
-    )
-    ranked: Literal["best_vs_worst", "best_vs_random", "all"] = key(
-        "best_vs_worst", "which pairs are made of several ranked answers; best_vs_random picks by a hash of the row"
-    )
-    min_margin: NonNegativeFloat | None = key(
-        None, "pairs whose scores are closer than this, or contradict the sides, are dropped; null: none"
-    )
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT_KEYS)
-class MeshConfig:
-    """Devices along each axis of the mesh; -1 on one axis takes all that the others leave."""
-
-    data: Int = key(1, "replicas of the weights, each with its share of the batch")
-    fsdp: Int = key(-1, "weights and batch are both split along this axis")
-    expert: Int = key(1, "experts are split along this axis; batch and other weights as along fsdp")
-    tensor: Int = key(1, "heads, mlp and vocabulary are split along this axis")
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT_KEYS)
-class OptimizerConfig:
-    """The update rule; a bare string in `optimizer` is its `name`. Weight decay spares norm scales and biases.
-
-    A key that is None has the value that RULE_DEFAULTS gives the rule; a key that the rule does not read is refused.
-
-    Raises:
-      ValueError: a value for a key that the rule does not read.
-    """
-
-    name: Literal["adamw", "adamw_bf16", "adafactor", "lion", "sgd"] = key(
-        "adamw",
-        "adamw (arXiv 1711.05101); adamw_bf16: the same, weights and moments kept in bfloat16, stochastically rounded; "
-        "adafactor (1804.04235, its rate not scaled by the weights); lion (2302.06675); sgd",
-    )
-    b1: Decay | None = key(
-        None, "decay of the first moment; null: 0.9 for adamw, adamw_bf16 and lion, no first moment for adafactor"
-    )
-    b2: Decay | None = key(
-        None, "decay of the second moment, 0.999 for adamw and adamw_bf16; for lion, of the first, 0.99"
-    )
-    eps: PositiveFloat | None = key(
+    model_revision: Text | None = key(None, "Hub revision of the model: a branch, tag or commit.", example="main")
+    chat_template: Text | None = key(
         None,
-        "added to the root of the second moment, 1e-8 for adamw and adamw_bf16; for adafactor, to the square of "
-        "gradients, 1e-30",
+        "Chat template for a model without one: a Jinja file, or the built-in chatml. Tokens that it needs are added "
+        "to the vocabulary.",
+        example="chatml",
     )
-    momentum: Decay | None = key(None, "decay of the sum of gradients that sgd follows; null: the gradient alone")
-    weight_decay: NonNegativeFloat = key(0.0, "decoupled decay, scaled by the learning rate, whatever the rule")
-
-    @model_validator(mode="after")
-    def _refuse_what_is_not_read(self) -> OptimizerConfig:
-        read = RULE_DEFAULTS[self.name]
-        for key in RULE_KEYS:
-            if key not in read and (value := getattr(self, key)) is not None:
-                raise ValueError(f"{key} {value} would not be read: {self.name} has {', '.join(read)}; leave it out")
-        return self
-
-    @property
-    def settings(self) -> dict[str, float | None]:
-        """The keys that the rule reads beside weight_decay, each as given, or else with the rule's own value."""
-        given = {key: getattr(self, key) for key in RULE_DEFAULTS[self.name]}
-        return {key: RULE_DEFAULTS[self.name][key] if value is None else value for key, value in given.items()}
-
-
-_ADAMW: dict[str, float | None] = {"b1": 0.9, "b2": 0.999, "eps": 1e-8}
-RULE_DEFAULTS: dict[str, dict[str, float | None]] = {
-    "adamw": _ADAMW,
-    "adamw_bf16": _ADAMW,
-    "adafactor": {"b1": None, "eps": 1e-30},
-    "lion": {"b1": 0.9, "b2": 0.99},
-    "sgd": {"momentum": None},
-}
-"""optimizer.name -> the keys that the rule reads, with the value of those that are left open; None: it goes without."""
-RULE_KEYS = ("b1", "b2", "eps", "momentum")
-"""Keys that some rules read and others do not."""
-
-
-TargetModules = Annotated[
-    Annotated[str, Field(strict=True)] | tuple[Annotated[str, Field(strict=True)], ...],
-    Field(union_mode="left_to_right"),
-]
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT_KEYS)
-class LoraConfig:
-    """Adapters in place of full fine-tuning. Keys have PEFT's meaning where it has them.
-
-    Raises:
-      ValueError: a dropout, or a shape for an adapter that has one already.
-    """
-
-    r: PositiveInt | None = key(None, "rank of the adapters; null: 16, or that of `adapter`")
-    alpha: PositiveFloat | None = key(None, "scale: (x A) B is multiplied by alpha / r; null: 32, or that of `adapter`")
-    use_rslora: bool | None = key(
-        None, "scale by alpha / sqrt(r) instead (arXiv 2312.03732); null: false, or as in `adapter`"
+    chat_template_kwargs: dict[str, Any] | None = key(
+        None, "Variables for the chat template; those of a row take precedence.", example="{enable_thinking: false}"
     )
-    target_modules: TargetModules | None = key(
+    init_untrained_tokens: bool = key(
+        False,
+        "Start tokens that the training rows contain but the model has never trained (the embedding is zero, or below "
+        "1 % of the median norm) at the mean of the trained embeddings. Tokens that chat_template adds always start "
+        "there.",
+    )
+    router_aux_loss_coef: NonNegativeFloat | None = key(
         None,
-        "all-linear, a regular expression for whole module names, or a list such as [q_proj, v_proj]; "
-        "null: all-linear, or those of `adapter`",
+        "Weight of the router's load-balancing loss, for models with experts; null: the value in config.json.",
+        example="0.001",
     )
-    adapter: Text | None = key(
+    lora: Lora = key(
         None,
-        "a PEFT adapter folder or hub name to continue from; the reference is then the base with that adapter, unless "
-        "reference_model names the base",
+        "Train LoRA adapters next to frozen weights: true (all lora.* keys at their defaults), false (full "
+        "fine-tuning) or a group of keys. Default: full fine-tuning, unless model_name_or_path is a PEFT adapter; then "
+        "training continues from it.",
+        example="{r: 8, alpha: 16}",
     )
-    base_dtype: Literal["auto", "float32", "bfloat16", "int8"] = key(
+
+
+@settings
+class DataSettings(Settings):
+    """The rows, how they become tokens, and their order."""
+
+    heading = "Data"
+
+    datasets: Datasets = required(
+        "Training rows: a file, folder, URL or hub name, or a list of {path: ..., split: ..., ...}.",
+        example="[pairs.jsonl, {path: org/name, split: train}]",
+    )
+    eval_datasets: Datasets = key((), "Evaluation rows, given like datasets.", example="held_out.jsonl")
+    eval_fraction: Fraction = key(
+        0.0,
+        "Fraction of the prompts to hold out for evaluation, chosen by hash; an alternative to eval_datasets.",
+        example="0.05",
+    )
+    max_length: PositiveInt = key(1024, "Maximum tokens of prompt plus completion; completions are cut on the right.")
+    max_prompt_length: PositiveInt | None = key(
+        None, "Maximum tokens of the prompt, which is cut on the left; null: prompts are not cut.", example="512"
+    )
+    loss_on: Literal["completion", "assistant_turns"] = key(
+        "completion",
+        "Turns to train on: the last assistant turn, or every assistant turn of the completion (in pairs: after the "
+        "turns that both sides share).",
+    )
+    num_examples: PositiveInt | None = key(
+        None,
+        "Rows per epoch when datasets are weighted; null: enough for one pass over the largest dataset.",
+        example="20000",
+    )
+    shuffle: bool = key(True, "Shuffle the rows again in every epoch; false: the order of the files.")
+    group_by_length: bool = key(
+        False, "Put rows of similar length into the same step; the order is then random only across 16-step groups."
+    )
+    dataset_num_proc: PositiveInt | None = key(
+        None, "Processes that tokenize; null: one for a few thousand rows, one per core for more.", example="8"
+    )
+    cache_dir: Text | None = key(
+        None, "Folder for tokenized rows, reference log-probs and compiled programs; null: ~/.cache/jdpo."
+    )
+
+
+@settings
+class PreferenceSettings(Settings):
+    """The preference loss and its options."""
+
+    heading = "Loss and reference"
+
+    beta: PositiveFloat = key(0.1, "Strength of the pull towards the reference: the higher, the closer it stays.")
+    loss_type: LossNames = key(
+        ("sigmoid",),
+        "Preference loss, or a list of losses to add up (docs/losses.md describes each).",
+        example="[sigmoid, sft]",
+    )
+    loss_weights: LossWeights = key(None, "Weight of each loss in the list; null: 1 for each.", example="[1, 0.2]")
+    label_smoothing: Annotated[Float, Field(ge=0, lt=0.5)] = key(
+        0.0, "Assumed probability that a preference label is flipped.", example="0.1"
+    )
+    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = key(
+        "reverse_kl", "Divergence between policy and reference that the loss penalizes."
+    )
+    f_alpha_divergence_coef: FiniteFloat = key(0.5, "Alpha of alpha_divergence.")
+    discopop_tau: PositiveFloat = key(0.05, "Temperature of discopop.")
+    simpo_gamma: FiniteFloat = key(0.5, "Target margin of simpo.")
+    cpo_alpha: NonNegativeFloat = key(1.0, "Weight of the likelihood term of cpo.")
+    orpo_lambda: NonNegativeFloat = key(0.1, "Weight of the odds-ratio term of orpo.")
+    rpo_alpha: NonNegativeFloat | None = key(
+        None, "Weight of the chosen side's NLL per token, added to the loss (RPO); null: not added.", example="1.0"
+    )
+    bco_delta: FiniteFloat = key(0.0, "Mean reward that bco_pair compares rewards with.")
+    bco_running_delta: bool = key(False, "Let bco_pair use the mean reward of all pairs so far instead of bco_delta.")
+    use_weighting: bool = key(False, "Weight each pair by its likelihood under the policy (WPO).")
+    ld_alpha: Fraction | None = key(
+        None, "Weight of the tokens after the length of the shorter completion (LD-DPO); null: 1.", example="0.5"
+    )
+
+
+@settings
+class ReferenceSettings(Settings):
+    """Where reference log-probs come from, and how the reference moves."""
+
+    heading = "Loss and reference"
+
+    reference: Literal["auto", "live", "cached", "none"] = key(
         "auto",
-        "dtype of the frozen weights; auto: compute_dtype; int8: projections in int8 with a scale a channel, the rest "
-        "in compute_dtype",
+        "Source of the reference log-probs. live: a frozen model in every step; cached: computed once and stored; "
+        "auto: cached if that saves time, none if the loss needs no reference.",
     )
-    merge: bool = key(False, "export the base with the adapters added, instead of the adapters alone")
-    dropout: NonNegativeFloat = key(0.0, "none: policy and reference run without dropout, so that they compare")
-
-    @model_validator(mode="after")
-    def _refuse_dropout(self) -> LoraConfig:
-        if self.dropout:
-            raise ValueError(
-                f"dropout {self.dropout} is not supported: policy and reference run without dropout, or step 0 would "
-                "not be their tie; leave it out"
-            )
-        return self
+    reference_model: Text | None = key(
+        None, "Frozen reference model; null: the model that training starts from.", example="runs/sft/model"
+    )
+    reference_revision: Text | None = key(None, "Hub revision of reference_model.", example="main")
+    sync_ref_model: bool = key(False, "Move the reference towards the policy every ref_model_sync_steps (TR-DPO).")
+    ref_model_mixup_alpha: Annotated[Float, Field(gt=0, le=1)] = key(
+        0.6, "Share of the policy in the moved reference; 1: the policy replaces the reference."
+    )
+    ref_model_sync_steps: PositiveInt = key(512, "Steps between two moves of the reference.")
 
 
-LORA_DEFAULTS: dict[str, Any] = {"r": 16, "alpha": 32.0, "use_rslora": False, "target_modules": "all-linear"}
-"""Of the keys of `lora` that an adapter may answer, where none does."""
+@settings
+class OptimizationSettings(Settings):
+    """Batch size, number of steps, learning rate and optimizer."""
 
-Datasets = Annotated[tuple[Annotated[DatasetConfig, BeforeValidator(_as_dataset)], ...], BeforeValidator(as_list)]
+    heading = "Optimization"
+
+    global_batch_size: PositiveInt = key(32, "Rows per optimizer step, over all devices and micro-batches.")
+    num_train_epochs: PositiveFloat = key(1.0, "Passes over the training rows; may be a fraction.", example="0.5")
+    max_steps: PositiveInt | None = key(
+        None, "Number of optimizer steps; null: as num_train_epochs requires.", example="1000"
+    )
+    learning_rate: PositiveFloat = key(1e-6, "Peak learning rate.", example="5e-7")
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = key("linear", "Learning rate after the warm-up.")
+    warmup_ratio: Fraction = key(0.0, "Fraction of the steps in which the learning rate rises from 0.", example="0.1")
+    warmup_steps: NonNegativeInt | None = key(
+        None, "Steps in which the learning rate rises from 0; null: as warmup_ratio says.", example="150"
+    )
+    max_grad_norm: PositiveFloat | None = key(1.0, "Maximum global norm of the gradients; null: no clipping.")
+    optimizer: Optimizer = key(OptimizerConfig(), "Optimizer: its name, or a group of keys.", example="lion")
+    offload_optimizer: bool = key(
+        False, "Keep the optimizer state in host memory between steps, where the platform can; slower."
+    )
+    seed: Seed = key(42, "Seed of the row order, of new embeddings and of stochastic rounding.")
+
+
+@settings
+class MemorySettings(Settings):
+    """Number formats, micro-batches, what the backward pass recomputes, and the mesh of devices."""
+
+    heading = "Memory and mesh"
+
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float64"] = key(
+        "auto",
+        "Dtype of the activations. auto: bfloat16 on TPU and GPU, float32 on CPU. Weights are float32, except with "
+        "optimizer adamw_bf16.",
+    )
+    packing: bool = key(True, "Pack rows without padding, each prompt once; false: padded batches.")
+    micro_batch_size: PositiveInt | None = key(
+        None, "Maximum rows per device at a time; null: as max_tokens_per_device allows.", example="4"
+    )
+    max_tokens_per_device: PositiveInt | None = key(
+        None,
+        "Maximum tokens per device at a time; null: as many as fit into memory and still add speed.",
+        example="16384",
+    )
+    remat: Literal["auto", "none", "dots", "attention", "full", "offload"] = key(
+        "auto",
+        "What the backward pass recomputes: nothing (none), all except matrix products (dots), all except attention "
+        "(attention), whole layers (full), or whole layers with their inputs in host memory (offload). auto: the "
+        "fastest of the first four that fits.",
+    )
+    attention: Literal["auto", "xla", "blockwise", "cudnn", "splash"] = key(
+        "auto", "Attention backend. auto: cudnn on GPU, splash on TPU, else (or if unsupported) blockwise."
+    )
+    attention_block_q: PositiveInt | None = key(
+        None,
+        "Queries per tile of splash (a multiple of 128) or blockwise (of 16) attention; null: chosen by length.",
+        example="512",
+    )
+    attention_block_kv: PositiveInt | None = key(
+        None, "Keys per tile; for blockwise the same as attention_block_q; null: chosen by length.", example="512"
+    )
+    mesh: Mesh = key(
+        MeshConfig(),
+        "Devices along each mesh axis; their product is the number of devices, and one axis may be -1 (all the rest).",
+        example="{fsdp: 4, tensor: 2}",
+    )
+    compilation_cache: bool = key(True, "Keep compiled programs in cache_dir, so that later starts are faster.")
+
+
+@settings
+class LoggingSettings(Settings):
+    """When to log, evaluate and save, and what to keep."""
+
+    heading = "Logging and saving"
+
+    logging_steps: PositiveInt = key(10, "Steps between two lines of metrics.jsonl.")
+    eval_steps: PositiveInt | None = key(
+        None, "Steps between two evaluations; null: only after the last step.", example="100"
+    )
+    save_steps: PositiveInt = key(500, "Steps between two checkpoints; the last step is always saved.")
+    save_total_limit: PositiveInt = key(2, "Newest checkpoints to keep, in addition to the best one.")
+    metric_for_best_model: Text = key(
+        "eval_loss", "Evaluation metric that ranks checkpoints.", example="eval_rewards/accuracies"
+    )
+    load_best_model_at_end: bool = key(False, "Export the best checkpoint instead of the last step.")
+    report_to: Trackers = key((), "Trackers to log to in addition to metrics.jsonl.", example="wandb")
+    profile_steps: Text | None = key(
+        None, "Record a profiler trace of steps FIRST:LAST in output_dir/profile; null: none.", example="10:13"
+    )
+
+
+@settings
+class OutputSettings(Settings):
+    """Where a run writes, how it restarts, and what it exports."""
+
+    heading = "Output"
+
+    output_dir: Text = required("Folder for everything that the run writes.", example="runs/first")
+    resume: Literal["auto", "never"] = key(
+        "auto",
+        "auto: continue from the newest intact checkpoint in output_dir. never: refuse an output_dir that holds a run, "
+        "unless all its checkpoints are damaged; then start again at step 0.",
+    )
+    export_dtype: Literal["source", "float32", "bfloat16", "float16"] = key(
+        "source", "Dtype of the exported weights. source: that of the model that training starts from."
+    )
+    max_shard_size: Text = key("5GB", "Maximum size of one exported weight file.")
+    push_to_hub: Text | None = key(
+        None, "Upload the exported model to this private model repository on the Hugging Face Hub.", example="me/model"
+    )
+    push_public: bool = key(False, "Make the repository of push_to_hub public.")
+    heartbeat_timeout_seconds: Annotated[Float, Field(ge=5, le=86400)] = key(
+        30.0, "Seconds without a heartbeat after which a process counts as dead and all others exit with code 75."
+    )

@@ -18,12 +18,12 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from jdpo.config.addresses import refuse_passwords, without_queries
-from jdpo.config.explaining import COMMAND_LINE, explain, group_class, keys_of, no_value
+from jdpo.config.explaining import COMMAND_LINE, explain, group_class, keys_of, no_value, required_keys
 from jdpo.config.foreign_keys import VALUES
-from jdpo.config.keys import TrainConfig
+from jdpo.config.value_types import Settings
 from jdpo.config.yaml_text import dump_yaml, load_yaml
 
-C = TypeVar("C", bound=TrainConfig)
+C = TypeVar("C", bound=Settings)
 
 NAMED_GROUPS = {"optimizer": "name"}
 """Groups that one word may stand for: the key within it that the word is."""
@@ -44,7 +44,7 @@ def load_config(
     """Reads a run's settings: defaults, then the YAML file, then `key=value` overrides.
 
     Args:
-      cls: SFTConfig or DPOConfig.
+      cls: a class of settings, such as that of a command in `CONFIGS`.
       path: a YAML file holding a mapping, or None.
       overrides: words of the command line, as `--key value`, `--key=value` or `key=value`; values are YAML. A switch
         may stand without a value, which is then true.
@@ -180,40 +180,40 @@ def _set_nested(values: dict[str, Any], dotted: str, value: Any) -> None:
     values[last] = value
 
 
-def to_dict(config: TrainConfig) -> dict[str, Any]:
+def to_dict(settings: Settings) -> dict[str, Any]:
     """The config as plain dicts, lists and scalars, with every default written out."""
-    values: dict[str, Any] = TypeAdapter(type(config)).dump_python(config, mode="json")
+    values: dict[str, Any] = TypeAdapter(type(settings)).dump_python(settings, mode="json")
     return values
 
 
-def to_yaml(config: TrainConfig) -> str:
+def to_yaml(settings: Settings) -> str:
     """The config as YAML that `load_config` reads back to an equal config."""
-    return dump_yaml(to_dict(config))
+    return dump_yaml(to_dict(settings))
 
 
-def to_public_dict(config: TrainConfig) -> dict[str, Any]:
+def to_public_dict(settings: Settings) -> dict[str, Any]:
     """As `to_dict`, for files: web addresses lack their query, which may be a key.
 
     Raises:
       ValueError: an address holds a password.
     """
-    values = to_dict(config)
+    values = to_dict(settings)
     refuse_passwords(values)
     public: dict[str, Any] = without_queries(values)
     return public
 
 
-def to_public_yaml(config: TrainConfig, *, escaped: str = "") -> str:
+def to_public_yaml(settings: Settings, *, escaped: str = "") -> str:
     """`to_public_dict` as YAML.
 
     Args:
       escaped: characters that are written as escapes, beside those that would not show.
     """
-    return dump_yaml(to_public_dict(config), escaped)
+    return dump_yaml(to_public_dict(settings), escaped)
 
 
-def defaults_of(cls: type[TrainConfig]) -> dict[str, Any]:
-    """Top-level keys that have a default, with it, as plain values."""
-    required = ("model_name_or_path", "output_dir", "datasets")
+def defaults_of(cls: type[Settings]) -> dict[str, Any]:
+    """Returns the top-level keys that have a default, with their defaults as plain values."""
+    required = required_keys(cls)
     values = to_dict(load_config(cls, None, [f"{key}=x" for key in required]))
     return {key: value for key, value in values.items() if key not in required}

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jdpo.config.addresses import without_queries
-from jdpo.config.groups import LORA_DEFAULTS, RULE_DEFAULTS, DatasetConfig
-from jdpo.config.keys import TrainConfig
+from jdpo.config.nested import LORA_DEFAULTS, RULE_DEFAULTS, DatasetConfig
 from jdpo.config.reading import defaults_of, to_public_dict
+from jdpo.config.value_types import Settings
 
 EXPORT_KEYS = (
     "export_dtype",
@@ -56,14 +56,14 @@ FREE_KEYS = frozenset(
 """Keys that may change when a run is resumed: they do not change what is trained."""
 
 
-def differences(saved: Mapping[str, Any], current: TrainConfig) -> list[str]:
+def differences(saved: Mapping[str, Any], current: Settings) -> list[str]:
     """What keeps `current` from being the run whose `to_dict` was `saved`; empty when it is the same run."""
     now = to_public_dict(current)
     keys = [key for key in {**saved, **now} if key not in FREE_KEYS]
     return [f"{key}: {saved.get(key)!r} before, {now.get(key)!r} now" for key in changed_keys(saved, current, keys)]
 
 
-def changed_keys(saved: Mapping[str, Any], current: TrainConfig, keys: Iterable[str]) -> list[str]:
+def changed_keys(saved: Mapping[str, Any], current: Settings, keys: Iterable[str]) -> list[str]:
     """Which of `keys` differ; a key that an older jdpo did not write yet had what is its default now."""
     saved, now, defaults = without_queries(saved), to_public_dict(current), defaults_of(type(current))
 

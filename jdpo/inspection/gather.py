@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from jdpo.config import DatasetConfig, DPOConfig, SFTConfig, TrainConfig
+from jdpo.config import DatasetConfig, PreferenceSettings, TrainConfig
 from jdpo.data.batching.mixing import check_data_settings
 from jdpo.data.prepared.prepare import PreparedData
 from jdpo.data.schemas import formats
@@ -37,14 +37,15 @@ def gather(config: TrainConfig, *, chosen_by: str, say: Say) -> Material:
     Raises:
       ValueError: settings that do not go together, no tokenizer, or rows that cannot be read.
     """
-    check_data_settings(config)
+    pairs = isinstance(config, PreferenceSettings)
+    check_data_settings(config, pairs=pairs)
     sources = find_sources(config, weights=False)
     tokenizer = load_tokenizer(
         sources.tokenizer_folder,
         chat_template=config.chat_template,
         chat_template_kwargs=config.chat_template_kwargs,
     )
-    read = preparation_of(config)
+    read = preparation_of(config, pairs=pairs)
 
     def part_of(datasets: Sequence[DatasetConfig], part: object, *, with_texts: bool = True) -> Part:
         data = read(datasets, tokenizer, part=part, progress=RowCounter(say))
@@ -54,10 +55,12 @@ def gather(config: TrainConfig, *, chosen_by: str, say: Say) -> Material:
     train = part_of(*training)
     # The training rows' files hold the rows of both sides of a split.
     held_out = evaluation and part_of(*evaluation, with_texts=not config.eval_fraction)
-    plan = plan_rows(config, train.data, lambda line: None)
+    plan = plan_rows(
+        config, train.data, lambda line: None, global_batch_size=config.global_batch_size, seed=config.seed
+    )
     return Material(
         config=config,
-        command="sft" if isinstance(config, SFTConfig) else "dpo",
+        command="dpo" if pairs else "sft",
         chosen_by=chosen_by,
         tokenizer=tokenizer,
         model=_model_facts(config, sources, tokenizer, train.data),
@@ -73,9 +76,9 @@ def gather(config: TrainConfig, *, chosen_by: str, say: Say) -> Material:
 def _texts(
     config: TrainConfig, datasets: Sequence[DatasetConfig], tokenizer: Tokenizer, say: Say
 ) -> tuple[TextFacts, ...]:
-    supervised = isinstance(config, SFTConfig)
+    supervised = not isinstance(config, PreferenceSettings)
     read: Callable[..., Sequence[object]] = formats.completion_rows if supervised else formats.preference_rows
-    every_turn = isinstance(config, DPOConfig) and config.loss_on == "assistant_turns"
+    every_turn = not supervised and config.loss_on == "assistant_turns"
     found = []
     for dataset in datasets:
         reading = formats.reading_of(dataset, every_turn=every_turn)
@@ -99,7 +102,7 @@ def _model_facts(config: TrainConfig, sources: Sources, tokenizer: Tokenizer, da
         return ModelFacts(None, None, str(error))
     adapted = bool(config.lora) or sources.adapter_folder is not None
     try:
-        check_positions(config, found)
+        check_positions(found, max_length=config.max_length, name=config.model_name_or_path)
         if adapted:
             refuse_added_tokens(tokenizer)
     except ValueError as error:

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from jdpo.config import DPOConfig, TrainConfig
+from jdpo.config import ReferenceSettings, TrainConfig
 from jdpo.devices import leave_out_missing_tpus
 from jdpo.training.fit.assembly import Assembly, assemble
 from jdpo.training.run_dir import check_output_dir
@@ -31,7 +31,7 @@ def dry_run(config: TrainConfig, say: Say) -> None:
     with numerics(config):
         check_output_dir(config)
         setup = build(config, say, weights=False)
-        live = setup.task.uses_reference and isinstance(config, DPOConfig) and config.reference == "live"
+        live = setup.task.uses_reference and isinstance(config, ReferenceSettings) and config.reference == "live"
         mode: Mode = "live" if live else "none"  # auto and cached compute a reference's log-probs before they train
         remat = "none" if config.remat == "auto" else config.remat
         say(describe_kept(assemble(setup, reference=mode, remat=remat)))

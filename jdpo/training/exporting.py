@@ -7,7 +7,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 
@@ -15,7 +15,7 @@ from jdpo.checkpoint.hf_export import parse_size
 from jdpo.checkpoint.manager import read_position, restore_params
 from jdpo.checkpoint.output_folders import check_out
 from jdpo.checkpoint.steps import complete_steps, damaged_folders, fault_of
-from jdpo.config import CONFIGS, MeshConfig, TrainConfig, defaults_of, load_config
+from jdpo.config import CONFIGS, MemorySettings, MeshConfig, defaults_of, load_config
 from jdpo.models.lora.sites import require_loadable
 from jdpo.reports.metrics_file import read_metrics
 from jdpo.training.finish import export_trained, made_from, results_at
@@ -196,8 +196,11 @@ def _refuse_layout(given: Mapping[str, str | None]) -> None:
         )
 
 
-def _on_this_host(config: TrainConfig) -> TrainConfig:
-    """A run's config without what only its devices can do: they need not be here, and nothing is computed with them."""
-    defaults = defaults_of(TrainConfig)
+M = TypeVar("M", bound=MemorySettings)
+
+
+def _on_this_host(config: M) -> M:
+    """Returns a run's config without the mesh and the attention backend of its devices, which need not be here."""
+    defaults = defaults_of(MemorySettings)
     attention = {key: defaults[key] for key in ("attention", "attention_block_q", "attention_block_kv")}
     return dataclasses.replace(config, mesh=MeshConfig(), **attention)

@@ -13,7 +13,7 @@ from jdpo.checkpoint.hf_export import export_model
 from jdpo.checkpoint.hub_push import push_folder
 from jdpo.checkpoint.manager import CheckpointManager
 from jdpo.checkpoint.peft_export import export_adapter
-from jdpo.config import DPOConfig, to_public_dict, to_public_yaml, without_queries
+from jdpo.config import ReferenceSettings, to_public_dict, to_public_yaml, without_queries
 from jdpo.models.lora.base_weights import Base
 from jdpo.models.lora.merge import merge
 from jdpo.models.weights.safetensors_folder import source_dtypes
@@ -146,7 +146,7 @@ def export_trained(
 def made_from(setup: ModelSetup) -> list[Path]:
     """The folders of the models that a run reads, which an export must leave as they are."""
     folders = [setup.model_folder, setup.sources.tokenizer_folder, setup.sources.adapter_folder]
-    if isinstance(setup.config, DPOConfig) and setup.config.reference_model is not None:
+    if isinstance(setup.config, ReferenceSettings) and setup.config.reference_model is not None:
         folders.append(Path(setup.config.reference_model).expanduser())  # or a hub name
     return [folder for folder in folders if folder is not None and folder.is_dir()]
 

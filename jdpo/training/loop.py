@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from jdpo.checkpoint.output_folders import check_out
-from jdpo.config import DPOConfig, TrainConfig
+from jdpo.config import ReferenceSettings, TrainConfig
 from jdpo.devices import leave_out_missing_tpus
 from jdpo.processes import differing, together
 from jdpo.reports.progress import make_console
@@ -45,7 +45,7 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
     config = resolve_dtype(config)
     with (
         StopRequest() as stop,
-        jax_settings(config),
+        jax_settings(config, config.cache_dir),
         closing(RunDirectory(config, task_for(config).command)) as directory,
     ):
         if directory.finished:
@@ -90,7 +90,7 @@ def _check_same_everywhere(inputs: Mapping[str, str]) -> None:
 
 def _settle(setup: Setup, directory: RunDirectory, stop: StopRequest, say: Say) -> Reference:
     config = setup.config
-    if not isinstance(config, DPOConfig):
+    if not isinstance(config, ReferenceSettings):
         return Reference(mode="none")
     began_as: Any = directory.recall("reference")
     reference = settle_reference(

@@ -114,7 +114,7 @@ def test_aot_over_micro_batches_is_aot_over_the_batch(cut_words: Words, tmp_path
     ("changed", "message"),
     [
         ({"loss_type": "simpo", "reference": "cached"}, "reference is 'cached', but the loss has no reference"),
-        ({"loss_type": "simpo", "reference_model": "MODEL"}, "would not be read: loss_type simpo has no reference"),
+        ({"loss_type": "simpo", "reference_model": "MODEL"}, "has no effect: loss_type simpo uses no reference"),
         ({"reference": "none"}, "reference is 'none', but the loss compares with a reference"),
         ({"reference": "cached", "sync_ref_model": "true"}, "moves the reference in training"),
         ({"ref_model_sync_steps": 4}, "ref_model_sync_steps 4 needs sync_ref_model: true"),

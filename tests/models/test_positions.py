@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jdpo.config import DPOConfig, load_config
 from jdpo.generation.decode import generate
 from jdpo.models.families import read_model_config
 from jdpo.models.transformer import Transformer, make_apply_fn
@@ -20,24 +19,19 @@ from jdpo.training.setup.model_sources import check_positions
 GPT2 = Path(__file__).parents[1] / "golden" / "logits" / "gpt2"
 
 
-def config_of(max_length: int) -> DPOConfig:
-    words = [f"model_name_or_path={GPT2}", "datasets=rows", "output_dir=o", f"max_length={max_length}"]
-    return load_config(DPOConfig, None, words)
-
-
 def test_a_max_length_beyond_the_last_position_is_refused_by_name(tmp_path: Path) -> None:
     model_config = read_model_config(GPT2)
-    check_positions(config_of(64), model_config)
+    check_positions(model_config, max_length=64, name=str(GPT2))
     with pytest.raises(ValueError, match=r"max_length 65: .*gpt2 has 64 positions \(a learned vector for each\)"):
-        check_positions(config_of(65), model_config)
+        check_positions(model_config, max_length=65, name=str(GPT2))
     factors = {"type": "longrope", "short_factor": [1.0] * 2, "long_factor": [2.0] * 2}
     sizes = {"hidden_size": 16, "num_attention_heads": 4, "num_hidden_layers": 1, "pad_token_id": 0}
     phi3 = {"model_type": "phi3", **sizes, "original_max_position_embeddings": 32, "rope_scaling": factors}
     (tmp_path / "config.json").write_text(json.dumps(phi3))
     with pytest.raises(ValueError, match=r"has 32 positions \(longrope's factors .* set max_length to 32 or less"):
-        check_positions(config_of(33), read_model_config(tmp_path))
+        check_positions(read_model_config(tmp_path), max_length=33, name="phi3")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "max_position_embeddings": 8}))
-    check_positions(config_of(64), read_model_config(tmp_path))  # a rope goes on
+    check_positions(read_model_config(tmp_path), max_length=64, name="llama")  # a rope goes on
 
 
 def test_generation_ends_where_the_model_does() -> None:

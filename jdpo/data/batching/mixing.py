@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jdpo.config import DatasetConfig, SFTConfig, TrainConfig, without_queries
+from jdpo.config import DatasetConfig, DataSettings, without_queries
 from jdpo.safe_text import terminal
 from jdpo.words import figure
 
@@ -60,47 +60,50 @@ class Mixture(NamedTuple):
 # --- what the config says
 
 
-def check_data_settings(config: TrainConfig) -> None:
-    """Refuses settings of data sets that do not go together, before any row is read.
+def check_data_settings(data: DataSettings, *, pairs: bool) -> None:
+    """Refuses data settings that contradict each other, before any row is read.
+
+    Args:
+      pairs: whether the run trains on pairs, not on completions.
 
     Raises:
       ValueError: naming the settings and what to do.
     """
-    labels_of(config.datasets)
-    labels_of(config.eval_datasets)
-    _check_shares(config)
-    if config.eval_fraction and config.eval_datasets:
+    labels_of(data.datasets)
+    labels_of(data.eval_datasets)
+    _check_shares(data)
+    if data.eval_fraction and data.eval_datasets:
         raise ValueError(
-            f"eval_fraction {config.eval_fraction} and eval_datasets both say what to evaluate on; leave one out"
+            f"eval_fraction {data.eval_fraction} and eval_datasets both choose the evaluation rows; leave one out"
         )
-    if config.eval_fraction == 1:
+    if data.eval_fraction == 1:
         raise ValueError("eval_fraction is 1, which leaves nothing to train on; expected a share such as 0.05")
-    for dataset in (*config.datasets, *config.eval_datasets):
-        if isinstance(config, SFTConfig) and dataset.ranked != "best_vs_worst":
+    for dataset in (*data.datasets, *data.eval_datasets):
+        if not pairs and dataset.ranked != "best_vs_worst":
             raise ValueError(
                 f"{dataset.path}: ranked {dataset.ranked!r} is for pairs, and `jdpo sft` learns the best answer alone; "
                 "leave it out"
             )
-    if config.group_by_length and not config.shuffle:
+    if data.group_by_length and not data.shuffle:
         raise ValueError("group_by_length puts steps in a random order; it needs shuffle: true")
 
 
-def _check_shares(config: TrainConfig) -> None:
-    weighted = [dataset.path for dataset in config.datasets if dataset.weight is not None]
-    counted = [dataset.path for dataset in config.datasets if dataset.num_rows is not None]
+def _check_shares(data: DataSettings) -> None:
+    weighted = [dataset.path for dataset in data.datasets if dataset.weight is not None]
+    counted = [dataset.path for dataset in data.datasets if dataset.num_rows is not None]
     if weighted and counted:
         raise ValueError(
             f"datasets: {weighted[0]} has weight and {counted[0]} has num_rows; use one of the two for all data sets"
         )
-    without = [dataset.path for dataset in config.datasets if dataset.weight is None]
+    without = [dataset.path for dataset in data.datasets if dataset.weight is None]
     if weighted and without:
         raise ValueError(f"datasets: {without[0]} has no weight, but others have; give every data set one")
-    if config.num_examples is not None and not weighted:
+    if data.num_examples is not None and not weighted:
         raise ValueError(
-            f"num_examples {config.num_examples} is for data sets with weights; give every data set a weight, or say "
+            f"num_examples {data.num_examples} is for data sets with weights; give every data set a weight, or say "
             "with num_rows how many rows of it an epoch has"
         )
-    for dataset in config.eval_datasets:
+    for dataset in data.eval_datasets:
         if dataset.weight is not None or dataset.num_rows is not None:
             raise ValueError(
                 f"eval_datasets: {dataset.path} has weight or num_rows, but an evaluation reads every row once; to "
@@ -108,9 +111,9 @@ def _check_shares(config: TrainConfig) -> None:
             )
 
 
-def has_evaluation(config: TrainConfig) -> bool:
-    """Whether rows are held out, in data sets of their own or by hash of the prompt."""
-    return bool(config.eval_datasets) or config.eval_fraction > 0
+def has_evaluation(data: DataSettings) -> bool:
+    """Returns whether there are evaluation rows, in datasets of their own or held out by hash of the prompt."""
+    return bool(data.eval_datasets) or data.eval_fraction > 0
 
 
 def labels_of(datasets: Sequence[DatasetConfig]) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jdpo.config import DPOConfig, TrainConfig
+from jdpo.config import ReferenceSettings
 from jdpo.losses.pair_losses import Totals
 from jdpo.models.lora.adapters import num_met_params
 from jdpo.models.self_attention import AttentionSettings
@@ -159,8 +159,8 @@ def assemble(setup: Setup, *, reference: Mode, remat: str) -> Assembly:
     )
 
 
-def sync_of(config: TrainConfig) -> ReferenceSync | None:
-    """How the reference moves, or None where it is frozen for good."""
-    if not isinstance(config, DPOConfig) or not config.sync_ref_model:
+def sync_of(settings: object) -> ReferenceSync | None:
+    """Returns how the reference moves, or None if it stays as it is or the settings have no reference."""
+    if not isinstance(settings, ReferenceSettings) or not settings.sync_ref_model:
         return None
-    return ReferenceSync(config.ref_model_mixup_alpha, config.ref_model_sync_steps)
+    return ReferenceSync(settings.ref_model_mixup_alpha, settings.ref_model_sync_steps)

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jdpo.config import DPOConfig, without_queries
+from jdpo.config import ReferenceSettings, without_queries
 from jdpo.data.prepared.prepare import PreparedData
 from jdpo.data.reference_cache.cache_key import Entry, about_rows, key_of, parts_of
 from jdpo.data.reference_cache.scores import CacheFolder, Shards, cache_root
@@ -94,7 +94,7 @@ def weights_of_reference(setup: Setup) -> str:
 def entry_of(setup: Setup, rows: RowSet) -> Entry:
     """What an entry says of itself; the data sets are read for it."""
     config = setup.config
-    assert isinstance(config, DPOConfig), type(config)
+    assert isinstance(config, ReferenceSettings), type(config)
     named = config.reference_model is not None
     name, revision = (
         (config.reference_model, config.reference_revision)

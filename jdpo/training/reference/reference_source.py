@@ -126,7 +126,7 @@ def compute_reference(config: DPOConfig, say: Say) -> Reference:
         raise ValueError("sync_ref_model moves the reference in training: its log-probs cannot be computed beforehand")
     leave_out_missing_tpus()
     resolved = resolve_dtype(config)
-    with jax_settings(resolved):
+    with jax_settings(resolved, resolved.cache_dir):
         setup = build(resolved, say)
         return _build(setup, find_rows(setup), say, repair=True, stopped=None)
 

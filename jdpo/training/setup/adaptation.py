@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jdpo.config import LORA_DEFAULTS, DPOConfig, LoraConfig, TrainConfig
+from jdpo.config import LORA_DEFAULTS, LoraConfig, ReferenceSettings
 from jdpo.data.tokens.tokenizer import Tokenizer
 from jdpo.models.lora.adapters import Lora, abstract_adapters, adapter_axes, num_adapter_params
 from jdpo.models.lora.base_weights import Base, BaseDtype, abstract_base, base_axes
@@ -78,38 +78,46 @@ class Adaptation:
         ]
 
 
-def check_adaptation(config: TrainConfig, adaptation: Adaptation, tokenizer: Tokenizer) -> None:
-    """Refuses what adapters cannot do.
+def check_adaptation(adaptation: Adaptation, tokenizer: Tokenizer, reference: ReferenceSettings | None) -> None:
+    """Refuses settings that adapters do not support.
+
+    Args:
+      reference: None for a run without a reference.
 
     Raises:
       ValueError: naming the key and what to do.
     """
     refuse_added_tokens(tokenizer)
-    if isinstance(config, DPOConfig) and config.sync_ref_model and config.ref_model_mixup_alpha != 1:
+    if reference is None or not reference.sync_ref_model:
+        return
+    if reference.ref_model_mixup_alpha != 1:
         raise ValueError(
-            f"ref_model_mixup_alpha {config.ref_model_mixup_alpha} with lora: a mix of two adapters is no adapter of "
-            f"rank {adaptation.lora.r}. Set it to 1 (the reference takes the policy's adapters every "
+            f"ref_model_mixup_alpha {reference.ref_model_mixup_alpha} with lora: a mix of two adapters is not an "
+            f"adapter of rank {adaptation.lora.r}. Set it to 1 (the reference takes the policy's adapters every "
             "ref_model_sync_steps), or train all weights"
         )
-    if isinstance(config, DPOConfig) and config.sync_ref_model and config.reference_model is not None:
+    if reference.reference_model is not None:
         raise ValueError(
-            f"sync_ref_model with lora moves the reference's adapters, and reference_model {config.reference_model} "
+            f"sync_ref_model with lora moves the reference's adapters, and reference_model {reference.reference_model} "
             "has none; leave it out"
         )
 
 
-def adaptation_of(config: TrainConfig, model: Transformer, adapter_folder: Path | None) -> Adaptation | None:
-    """What `lora` asks for; None for full fine-tuning.
+def adaptation_of(
+    lora_config: LoraConfig | Literal[False] | None, model: Transformer, adapter_folder: Path | None
+) -> Adaptation | None:
+    """Returns the adapters to train, or None for full fine-tuning.
 
     Args:
-      adapter_folder: where an adapter to go on from lies, or None.
+      lora_config: the key `lora`.
+      adapter_folder: of an adapter to continue from, or None.
 
     Raises:
       ValueError: names that no module has, an adapter that jdpo cannot go on from, or keys that contradict it.
     """
-    if not config.lora and adapter_folder is None:
+    if not lora_config and adapter_folder is None:
         return None
-    asked = config.lora or LoraConfig()
+    asked = lora_config or LoraConfig()
     sites = find_sites(model)
     frozen = frozen_modules(model, sites)
     found = None if adapter_folder is None else read_adapter(adapter_folder, sites)

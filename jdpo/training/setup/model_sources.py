@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from jdpo.config import TrainConfig, public_text, refuse_passwords
+from jdpo.config import ModelSettings, public_text, refuse_passwords
 from jdpo.models.lora.adapter_config import CONFIG_NAME, base_of, is_adapter_folder
 from jdpo.models.model_config import ModelConfig
 from jdpo.models.weights.hub_models import resolve_folder
@@ -29,8 +29,8 @@ class Sources(NamedTuple):
     tokenizer_folder: Path
 
 
-def find_sources(config: TrainConfig, *, weights: bool = True) -> Sources:
-    """Finds the model, which `model_name_or_path` names, or the adapter there, or `lora.adapter` beside it.
+def find_sources(settings: ModelSettings, *, weights: bool = True) -> Sources:
+    """Finds the model that `model_name_or_path` names, and the adapter there or in `lora.adapter`.
 
     Args:
       weights: False: those of the model are neither asked for nor downloaded; those of an adapter are, as its rank is
@@ -39,22 +39,22 @@ def find_sources(config: TrainConfig, *, weights: bool = True) -> Sources:
     Raises:
       ValueError: nothing is there, two adapters are named, or an adapter names a base by an address with a password.
     """
-    name, revision = config.model_name_or_path, config.model_revision
+    name, revision = settings.model_name_or_path, settings.model_revision
     folder = resolve_folder(name, revision, weights=weights)
     if not weights and is_adapter_folder(folder):
         folder = resolve_folder(name, revision)  # a model with the config of an adapter beside it is told by its files
     adapter = None
-    if config.lora and config.lora.adapter is not None:
+    if settings.lora and settings.lora.adapter is not None:
         if is_adapter_folder(folder):
             raise ValueError(
-                f"model_name_or_path {name} is an adapter, and lora.adapter names another, {config.lora.adapter}: give "
-                "the base model as model_name_or_path"
+                f"model_name_or_path {name} is an adapter, and lora.adapter names another, {settings.lora.adapter}: "
+                "give the base model as model_name_or_path"
             )
-        adapter = resolve_folder(config.lora.adapter)
+        adapter = resolve_folder(settings.lora.adapter)
         if not is_adapter_folder(adapter):
-            raise ValueError(f"lora.adapter {config.lora.adapter} is no PEFT adapter folder: no {CONFIG_NAME} in it")
+            raise ValueError(f"lora.adapter {settings.lora.adapter} is no PEFT adapter folder: no {CONFIG_NAME} in it")
     elif is_adapter_folder(folder):
-        if config.lora is False:
+        if settings.lora is False:
             raise ValueError(
                 f"lora is false, and model_name_or_path {name} is an adapter, which can only be gone on from as one: "
                 "leave lora out, or merge the adapter first (`jdpo export --merge`) and train the merged model"
@@ -79,18 +79,23 @@ def find_sources(config: TrainConfig, *, weights: bool = True) -> Sources:
     return Sources(public_text(name), revision, folder, adapter, words)
 
 
-def check_positions(config: TrainConfig, source_config: ModelConfig) -> None:
-    """Refuses sequences longer than a model that ends can take.
+def check_positions(source_config: ModelConfig, *, max_length: int, name: str) -> None:
+    """Refuses sequences longer than a model with a fixed number of positions can take.
+
+    Args:
+      source_config: the model's config.json.
+      max_length: maximum tokens of a sequence.
+      name: of the model, for the message.
 
     Raises:
       ValueError: naming both lengths.
     """
     most = source_config.max_positions
-    if source_config.positions_end and config.max_length > most:
+    if source_config.positions_end and max_length > most:
         why = (
             "a learned vector for each" if source_config.learned_positions else "longrope's factors for short sequences"
         )
         raise ValueError(
-            f"max_length {config.max_length}: {config.model_name_or_path} has {most} positions ({why}) and cannot go "
+            f"max_length {max_length}: {name} has {most} positions ({why}) and cannot go "
             f"beyond; set max_length to {most} or less"
         )

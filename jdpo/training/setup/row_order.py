@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jdpo.config import DatasetConfig, DPOConfig, SFTConfig, TrainConfig
+from jdpo.config import DatasetConfig, DataSettings
 from jdpo.data.batching.loader import RowPlan
 from jdpo.data.batching.mixing import mixture_of
 from jdpo.data.prepared.prepare import PreparedData, prepare_completions, prepare_pairs
@@ -27,11 +27,17 @@ class BuildStopped(Exception):
 
 
 def prepare_rows(
-    config: TrainConfig, tokenizer: Tokenizer, say: Say, *, stopped: Callable[[], bool] = lambda: False
+    settings: DataSettings,
+    tokenizer: Tokenizer,
+    say: Say,
+    *,
+    pairs: bool,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> tuple[PreparedData, PreparedData | None]:
-    """The training rows and, where the config has any, the evaluation rows; says what they are.
+    """Tokenizes the training rows and, if there are any, the evaluation rows, and logs a summary of each.
 
     Args:
+      pairs: whether rows are pairs, not completions.
       say: takes lines for the person who started the run.
       stopped: whether a signal asks to stop; asked while rows are tokenized.
 
@@ -40,7 +46,7 @@ def prepare_rows(
       BuildStopped: `stopped` said so.
     """
 
-    read = preparation_of(config)
+    read = preparation_of(settings, pairs=pairs)
 
     def prepare(datasets: Sequence[DatasetConfig], part: Part | None, title: str) -> PreparedData:
         progress = partial(_progress, RowCounter(say), stopped)
@@ -48,33 +54,32 @@ def prepare_rows(
         say(f"{title}{data.summary()}\n  {data.cache_note}")
         return data
 
-    training, evaluation = sides_of(config)
+    training, evaluation = sides_of(settings)
     return prepare(*training, ""), evaluation and prepare(*evaluation, "evaluation ")
 
 
-def preparation_of(config: TrainConfig) -> Callable[..., PreparedData]:
-    """How a config's rows are tokenized: (datasets, tokenizer, *, part, progress) -> tokenized rows."""
+def preparation_of(settings: DataSettings, *, pairs: bool) -> Callable[..., PreparedData]:
+    """Returns the function that tokenizes a run's rows: (datasets, tokenizer, *, part, progress) -> tokenized rows."""
     options: dict[str, Any] = {
-        "max_length": config.max_length,
-        "max_prompt_length": config.max_prompt_length,
-        "num_proc": config.dataset_num_proc,
-        "cache_dir": Path(config.cache_dir) if config.cache_dir else None,
+        "max_length": settings.max_length,
+        "max_prompt_length": settings.max_prompt_length,
+        "num_proc": settings.dataset_num_proc,
+        "cache_dir": Path(settings.cache_dir) if settings.cache_dir else None,
     }
-    assert isinstance(config, SFTConfig | DPOConfig)
-    prepare = prepare_completions if isinstance(config, SFTConfig) else prepare_pairs
-    return partial(prepare, loss_on=config.loss_on, **options)
+    prepare = prepare_pairs if pairs else prepare_completions
+    return partial(prepare, loss_on=settings.loss_on, **options)
 
 
 Side = tuple[Sequence[DatasetConfig], Part | None]
 """Data sets and the part of their rows that is meant; None: all."""
 
 
-def sides_of(config: TrainConfig) -> tuple[Side, Side | None]:
-    """What is trained on, and what is evaluated on, if anything."""
-    fraction = config.eval_fraction
+def sides_of(settings: DataSettings) -> tuple[Side, Side | None]:
+    """Returns the training side and the evaluation side, which may be None."""
+    fraction, datasets = settings.eval_fraction, settings.datasets
     if fraction:
-        return (config.datasets, Part("train", fraction)), (config.datasets, Part("eval", fraction))
-    return (config.datasets, None), (config.eval_datasets, None) if config.eval_datasets else None
+        return (datasets, Part("train", fraction)), (datasets, Part("eval", fraction))
+    return (datasets, None), (settings.eval_datasets, None) if settings.eval_datasets else None
 
 
 def _progress(counter: RowCounter, stopped: Callable[[], bool], num_rows: int, total: int | None) -> None:
@@ -83,21 +88,26 @@ def _progress(counter: RowCounter, stopped: Callable[[], bool], num_rows: int, t
         raise BuildStopped
 
 
-def plan_rows(config: TrainConfig, data: PreparedData, say: Say) -> RowPlan:
-    """Which rows each step of a run has; says what an epoch is where it is not all rows, once.
+def plan_rows(settings: DataSettings, data: PreparedData, say: Say, *, global_batch_size: int, seed: int) -> RowPlan:
+    """Plans which rows each step has, and logs what an epoch is unless it is every row once.
+
+    Args:
+      data: the training rows.
+      global_batch_size: rows per step.
+      seed: of the order.
 
     Raises:
-      ValueError: a data set has no rows for its share of an epoch.
+      ValueError: a dataset has no rows for its share of an epoch.
     """
-    mixture = mixture_of(config.datasets, data.num_rows_of, num_examples=config.num_examples)
+    mixture = mixture_of(settings.datasets, data.num_rows_of, num_examples=settings.num_examples)
     if len(data.names) > 1 or mixture.takes != mixture.sizes:
         say(mixture.describe(data.names))
     return RowPlan(
         mixture,
-        global_batch_size=config.global_batch_size,
-        seed=config.seed,
-        shuffle=config.shuffle,
-        lengths=data.lengths if config.group_by_length else None,
+        global_batch_size=global_batch_size,
+        seed=seed,
+        shuffle=settings.shuffle,
+        lengths=data.lengths if settings.group_by_length else None,
     )
 
 

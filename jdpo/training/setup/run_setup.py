@@ -13,8 +13,14 @@ from jax.sharding import Mesh
 
 from jdpo.checkpoint.hf_export import parse_size, read_generation_config
 from jdpo.checkpoint.hub_push import check_push
-from jdpo.config import DPOConfig, TrainConfig
+from jdpo.config import (
+    MemorySettings,
+    PreferenceSettings,
+    ReferenceSettings,
+    TrainConfig,
+)
 from jdpo.data.batching.loader import RowPlan
+from jdpo.data.batching.mixing import check_data_settings, has_evaluation
 from jdpo.data.prepared.prepare import PreparedData
 from jdpo.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from jdpo.models.families import read_model_config
@@ -36,9 +42,11 @@ from jdpo.training.setup.untrained import start_tokens
 from jdpo.training.setup.validation import (
     check_attention_settings,
     check_expert_settings,
+    check_logging,
     check_offload,
     check_profiled,
-    check_settings,
+    check_reference,
+    check_revisions,
 )
 from jdpo.training.step.optimizer import learning_rate_schedule, param_dtype_of
 from jdpo.training.step.tasks import Task, task_for
@@ -172,8 +180,14 @@ def build(config: TrainConfig, say: Say, *, weights: bool = True, stopped: Calla
 
 def _checked_task(config: TrainConfig) -> Task:
     task = task_for(config)
-    check_settings(config, task)
-    check_offload(config)
+    reference = config if isinstance(config, ReferenceSettings) else None
+    check_revisions(config, reference)
+    if reference is not None:
+        loss_type = config.loss_type if isinstance(config, PreferenceSettings) else ()
+        check_reference(reference, loss_type=loss_type, needs_reference=task.uses_reference)
+    check_data_settings(config, pairs=isinstance(config, PreferenceSettings))
+    check_logging(config, task, evaluates=has_evaluation(config))
+    check_offload(remat=config.remat, offload_optimizer=config.offload_optimizer)
     parse_size(config.max_shard_size)
     if config.push_public and config.push_to_hub is None:
         raise ValueError("push_public says how push_to_hub makes a repository; give both, or neither")
@@ -185,19 +199,21 @@ def _build(config: TrainConfig, task: Task, say: Say, *, weights: bool, stopped:
     made = build_model(config, weights=weights)
     check_batch_size(config.global_batch_size, made.mesh)
     if made.adaptation is not None:
-        check_adaptation(config, made.adaptation, made.tokenizer)
+        check_adaptation(made.adaptation, made.tokenizer, config if isinstance(config, ReferenceSettings) else None)
     model_folder, source_config, tokenizer = made.model_folder, made.source_config, made.tokenizer
     read_generation_config(model_folder)  # now, not at the export after hours of training
-    check_expert_settings(config, source_config, made.mesh)
+    check_expert_settings(config.router_aux_loss_coef, source_config, made.mesh)
     reference_folder, reference_adapter = _reference_of(config, made, weights=weights)
     for folder in {model_folder, reference_folder or model_folder}:
         if weights or has_weights(folder):
             check_tensors(folder, tensor_entries(folder), source_config)  # headers only, before rows are tokenized
         else:
             say(f"note: no weights in {folder}: whether they fit config.json was not checked")
-    train_data, eval_data = prepare_rows(config, tokenizer, say, stopped=stopped)
+    train_data, eval_data = prepare_rows(
+        config, tokenizer, say, pairs=isinstance(config, PreferenceSettings), stopped=stopped
+    )
     started, reference_started = _started(made, reference_folder, train_data, say)
-    row_plan = plan_rows(config, train_data, say)
+    row_plan = plan_rows(config, train_data, say, global_batch_size=config.global_batch_size, seed=config.seed)
     setup = Setup(
         **vars(made),
         task=task,
@@ -212,7 +228,7 @@ def _build(config: TrainConfig, task: Task, say: Say, *, weights: bool, stopped:
         steps_per_epoch=row_plan.steps_per_epoch,
     )
     learning_rate_schedule(config, setup.num_steps)  # a warm-up longer than the run is refused here
-    check_profiled(config, setup.num_steps)
+    check_profiled(config.profile_steps, setup.num_steps)
     say(describe(setup))
     return setup
 
@@ -237,6 +253,7 @@ def _started(
             made.source_config,
             made.model.config.vocab_size,
             data,
+            seed=made.config.seed,
             adapted=made.adaptation is not None and folder is made.model_folder,
             whose=whose,
         )
@@ -272,12 +289,12 @@ def build_model(config: TrainConfig, *, weights: bool = True) -> ModelSetup:
         tokenizer=tokenizer,
         source_config=source_config,
         model=model,
-        adaptation=adaptation_of(config, model, sources.adapter_folder),
+        adaptation=adaptation_of(config.lora, model, sources.adapter_folder),
     )
 
 
 def make_model(config: TrainConfig, source_config: ModelConfig, tokenizer: Tokenizer) -> Transformer:
-    """The model with room for every token.
+    """Makes the model, with an embedding for every token of the tokenizer.
 
     Raises:
       ValueError: the tokenizer has more tokens than the embedding, and none of them was added by jdpo.
@@ -291,12 +308,12 @@ def make_model(config: TrainConfig, source_config: ModelConfig, tokenizer: Token
             )
         vocab_size = tokenizer.size
     compute_dtype = jnp.dtype(config.compute_dtype)
-    check_positions(config, source_config)
-    check_attention_settings(config, source_config)
+    check_positions(source_config, max_length=config.max_length, name=config.model_name_or_path)
+    check_attention_settings(config, source_config, max_length=config.max_length)
     return Transformer(
         dataclasses.replace(source_config, vocab_size=vocab_size),
         compute_dtype=compute_dtype,
-        param_dtype=param_dtype_of(config),
+        param_dtype=param_dtype_of(config.compute_dtype, config.optimizer.name),
         # auto is settled once the step's shapes are known
         remat="none" if config.remat == "auto" else config.remat,
         attention=config.attention,
@@ -308,7 +325,7 @@ def make_model(config: TrainConfig, source_config: ModelConfig, tokenizer: Token
 def _reference_of(config: TrainConfig, made: ModelSetup, *, weights: bool) -> tuple[Path | None, Path | None]:
     """`reference_folder` and `reference_adapter` of a Setup."""
     sources = made.sources
-    if not isinstance(config, DPOConfig) or config.reference_model is None:
+    if not isinstance(config, ReferenceSettings) or config.reference_model is None:
         return None, sources.adapter_folder
     folder = resolve_folder(config.reference_model, config.reference_revision, weights=weights)
     if folder.resolve() == sources.model_folder.resolve():
@@ -321,27 +338,32 @@ def _reference_of(config: TrainConfig, made: ModelSetup, *, weights: bool) -> tu
             "alone may be the reference without its base. Merge it (`jdpo export --merge`, or PEFT's merge_and_unload) "
             "and give the merged model"
         )
-    _check_reference(config, folder, made.source_config, made.tokenizer)
+    _check_reference(config.reference_model, folder, made)
     return folder, None
 
 
-def _check_reference(config: DPOConfig, folder: Path, policy: ModelConfig, tokenizer: Tokenizer) -> None:
-    """Refuses a reference of another shape or vocabulary than the policy's."""
+def _check_reference(name: str, folder: Path, made: ModelSetup) -> None:
+    """Refuses a reference of another shape or vocabulary than the policy's.
+
+    Args:
+      name: of the reference, for the message.
+      folder: of the reference.
+    """
+    policy, policy_name = made.source_config, made.config.model_name_or_path
     if (found := read_model_config(folder)) != policy:
         names = [field.name for field in dataclasses.fields(policy)]
         if found.num_layers != policy.num_layers:
             names.remove("layers")  # which says the same at greater length
-        fields = {name: (getattr(found, name), getattr(policy, name)) for name in names}
-        unlike = [f"{name} ({theirs} and {ours})" for name, (theirs, ours) in fields.items() if theirs != ours]
+        fields = {field: (getattr(found, field), getattr(policy, field)) for field in names}
+        unlike = [f"{field} ({theirs} and {ours})" for field, (theirs, ours) in fields.items() if theirs != ours]
         raise ValueError(
-            f"reference_model {config.reference_model} must have the shape of {config.model_name_or_path}; "
-            f"they differ in {', '.join(unlike)}"
+            f"reference_model {name} must have the shape of {policy_name}; they differ in {', '.join(unlike)}"
         )
     if (folder / "tokenizer.json").exists():  # a reference may come without one; then there is nothing to compare
-        theirs = load_tokenizer(folder, chat_template=config.chat_template)
-        if theirs.hf.get_vocab() != tokenizer.hf.get_vocab():
+        theirs = load_tokenizer(folder, chat_template=made.config.chat_template)
+        if theirs.hf.get_vocab() != made.tokenizer.hf.get_vocab():
             raise ValueError(
-                f"reference_model {config.reference_model} has another vocabulary than {config.model_name_or_path}: "
+                f"reference_model {name} has another vocabulary than {policy_name}: "
                 "the same ids mean other tokens there, so their log-probs cannot be compared"
             )
 
@@ -369,8 +391,8 @@ def describe(setup: Setup) -> str:
     return "\n".join(lines)
 
 
-def _cut(config: TrainConfig) -> str:
-    """How a step's rows lie in batches, as far as the config says."""
+def _cut(config: MemorySettings) -> str:
+    """Describes how the rows of a step are batched."""
     how = "packed" if config.packing else "padded"
     if config.micro_batch_size is not None:
         return f"{how}, at most {config.micro_batch_size} per device at once"

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jdpo.config import TrainConfig
+from jdpo.config import ModelSettings
 from jdpo.data.prepared.prepare import PreparedData
 from jdpo.data.tokens.tokenizer import Tokenizer
 from jdpo.models.model_config import ModelConfig
@@ -90,13 +90,14 @@ def refuse_added_tokens(tokenizer: Tokenizer) -> None:
 
 
 def start_tokens(
-    config: TrainConfig,
+    settings: ModelSettings,
     tokenizer: Tokenizer,
     folder: Path,
     model: ModelConfig,
     vocab_size: int,
     data: PreparedData,
     *,
+    seed: int,
     adapted: bool,
     whose: str = "the ",
 ) -> Start:
@@ -107,6 +108,7 @@ def start_tokens(
       folder, model: whose rows are looked at, and what its config.json says.
       vocab_size: rows of the embedding in training.
       data: the training rows.
+      seed: of the noise in the embeddings that are started.
       adapted: whether adapters alone are trained, and embedding and head are frozen.
       whose: begins the lines; "the reference model's " for a model other than the one that is trained.
 
@@ -122,19 +124,19 @@ def start_tokens(
             "weights first (`jdpo sft` without lora, init_untrained_tokens: true), or use a chat template of tokens "
             "that the model knows"
         )
-    if untrained and not config.init_untrained_tokens:
+    if untrained and not settings.init_untrained_tokens:
         lines.append(
             f"warning: {whose}embedding of {_named(untrained)} was never trained: it is zero or below 1 % of the "
             "median norm. The training rows hold it; init_untrained_tokens: true starts it at the mean of the trained "
             "rows"
         )
     started = [*zip(added_ids(tokenizer), tokenizer.added_tokens, strict=True)]
-    if config.init_untrained_tokens:
+    if settings.init_untrained_tokens:
         started += [(token.id, token.token) for token in untrained]
     ids = sorted({id for id, _ in started} | set(range(model.vocab_size, vocab_size)))
     if not ids:
         return Start(None, tuple(lines))
-    rows = started_rows(folder, model, np.array(ids), source_tokens(tokenizer, model.vocab_size), config.seed)
+    rows = started_rows(folder, model, np.array(ids), source_tokens(tokenizer, model.vocab_size), seed)
     names = [f"{terminal(token)} (id {id})" for id, token in sorted(started)]
     lines.append(
         f"{whose}embedding of {_joined(names)} starts at the mean of {rows.num_trained:,} trained rows, plus a little "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,8 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jdpo.config import DPOConfig, TrainConfig, defaults_of
-from jdpo.data.batching.mixing import check_data_settings, has_evaluation
+from jdpo.config import LoggingSettings, MemorySettings, ModelSettings, ReferenceSettings, defaults_of
 from jdpo.models.attention import check_attention
 from jdpo.models.model_config import ModelConfig
 from jdpo.models.self_attention import AttentionSettings
@@ -25,62 +25,80 @@ Mode = Literal["live", "cached", "none"]
 Asked = Literal["auto", "live", "cached", "none"]
 
 
-def check_settings(config: TrainConfig, task: Task) -> None:
+def check_revisions(model: ModelSettings, reference: ReferenceSettings | None) -> None:
+    """Refuses hub revisions of local folders, and a revision of a reference model that is not named.
+
+    Raises:
+      ValueError: naming the key.
+    """
+    revisions = [(model.model_name_or_path, model.model_revision, "model_revision")]
+    if reference is not None:
+        if reference.reference_revision is not None and reference.reference_model is None:
+            raise ValueError("reference_revision needs reference_model: without it the reference is the policy's start")
+        revisions.append((reference.reference_model or "", reference.reference_revision, "reference_revision"))
+    for name, revision, key in revisions:
+        if revision is not None and Path(name).expanduser().is_dir():
+            raise ValueError(f"{key} {revision!r} is for hub names; {name} is a local folder, which has no revisions")
+
+
+def check_logging(logging: LoggingSettings, task: Task, *, evaluates: bool) -> None:
     """Refuses settings that would be ignored, and those under which there is no best checkpoint to keep or export.
+
+    Args:
+      evaluates: whether there are evaluation rows.
 
     Raises:
       ValueError: naming the setting and what it needs.
     """
-    pairs = [(config.model_name_or_path, config.model_revision, "model_revision")]
-    if isinstance(config, DPOConfig):
-        if config.reference_revision is not None and config.reference_model is None:
-            raise ValueError("reference_revision needs reference_model: without it the reference is the policy's start")
-        pairs.append((config.reference_model or "", config.reference_revision, "reference_revision"))
-        _check_reference_settings(config, task)
-    for name, revision, key in pairs:
-        if revision is not None and Path(name).expanduser().is_dir():
-            raise ValueError(f"{key} {revision!r} is for hub names; {name} is a local folder, which has no revisions")
-    check_data_settings(config)
-    if config.eval_steps is not None and not has_evaluation(config):
+    if logging.eval_steps is not None and not evaluates:
         raise ValueError(
-            f"eval_steps {config.eval_steps} needs eval_datasets or eval_fraction: there is nothing to evaluate on"
+            f"eval_steps {logging.eval_steps} needs eval_datasets or eval_fraction: there is nothing to evaluate on"
         )
-    check_trackers(config.report_to)
-    parse_steps(config.profile_steps)
+    check_trackers(logging.report_to)
+    parse_steps(logging.profile_steps)
     known = [f"eval_{name}" for name in task.metrics]
-    if config.metric_for_best_model not in known:
+    if logging.metric_for_best_model not in known:
         raise ValueError(
-            f"unknown metric_for_best_model {config.metric_for_best_model!r}; "
+            f"unknown metric_for_best_model {logging.metric_for_best_model!r}; "
             f"`jdpo {task.command}` has {', '.join(known)}"
         )
-    if not config.load_best_model_at_end:
+    if not logging.load_best_model_at_end:
         return
-    if not has_evaluation(config) or config.eval_steps is None:
+    if not evaluates or logging.eval_steps is None:
         raise ValueError(
             "load_best_model_at_end needs eval_datasets and eval_steps: without them no step is the best "
             "(eval_fraction may stand for eval_datasets)"
         )
-    if config.save_steps % config.eval_steps:
+    if logging.save_steps % logging.eval_steps:
         raise ValueError(
-            f"load_best_model_at_end needs an evaluation at every checkpoint: save_steps {config.save_steps} is not a "
-            f"multiple of eval_steps {config.eval_steps}"
+            f"load_best_model_at_end needs an evaluation at every checkpoint: save_steps {logging.save_steps} is not a "
+            f"multiple of eval_steps {logging.eval_steps}"
         )
 
 
-def _check_reference_settings(config: DPOConfig, task: Task) -> None:
-    if not task.uses_reference and config.reference_model is not None:
+def check_reference(reference: ReferenceSettings, *, loss_type: Sequence[str], needs_reference: bool) -> None:
+    """Refuses reference settings that the loss does not use, or that contradict each other.
+
+    Args:
+      loss_type: the losses, for the message.
+      needs_reference: whether one of them compares with a reference.
+
+    Raises:
+      ValueError: naming the setting.
+    """
+    losses = " + ".join(loss_type)
+    if not needs_reference and reference.reference_model is not None:
         raise ValueError(
-            f"reference_model {config.reference_model} would not be read: loss_type "
-            f"{' + '.join(config.loss_type)} has no reference"
+            f"reference_model {reference.reference_model} has no effect: loss_type {losses} uses no reference"
         )
-    fixed_mode(config.reference, needs_reference=task.uses_reference, sync_ref_model=config.sync_ref_model)
-    if config.sync_ref_model and not task.uses_reference:
-        raise ValueError(f"sync_ref_model: loss_type {' + '.join(config.loss_type)} has no reference that could move")
-    if not config.sync_ref_model:
-        defaults = defaults_of(DPOConfig)
+    fixed_mode(reference.reference, needs_reference=needs_reference, sync_ref_model=reference.sync_ref_model)
+    if reference.sync_ref_model and not needs_reference:
+        raise ValueError(f"sync_ref_model has no effect: loss_type {losses} uses no reference")
+    if not reference.sync_ref_model:
+        defaults = defaults_of(ReferenceSettings)
         for key in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
-            if getattr(config, key) != defaults[key]:
-                raise ValueError(f"{key} {getattr(config, key)} needs sync_ref_model: true; without it nothing moves")
+            if (value := getattr(reference, key)) != defaults[key]:
+                raise ValueError(f"{key} {value} needs sync_ref_model: true; without it the reference does not move")
 
 
 def fixed_mode(asked: Asked, *, needs_reference: bool, sync_ref_model: bool) -> Mode | None:
@@ -102,29 +120,29 @@ def fixed_mode(asked: Asked, *, needs_reference: bool, sync_ref_model: bool) -> 
     return "live" if sync_ref_model or asked == "live" else None
 
 
-def check_profiled(config: TrainConfig, num_steps: int) -> None:
-    """Refuses a trace of steps that never come.
+def check_profiled(profile_steps: str | None, num_steps: int) -> None:
+    """Refuses a profile of steps after the end of the run.
 
     Raises:
       ValueError: naming both numbers.
     """
-    steps = parse_steps(config.profile_steps)
+    steps = parse_steps(profile_steps)
     if steps is not None and steps[0] > num_steps:
         raise ValueError(
-            f"profile_steps {config.profile_steps} starts after the last step (the run has {figure(num_steps, 'step')})"
+            f"profile_steps {profile_steps} starts after the last step (the run has {figure(num_steps, 'step')})"
         )
 
 
-def check_offload(config: TrainConfig) -> None:
-    """Refuses what is to wait in the host's memory where devices do not reach it.
+def check_offload(*, remat: str, offload_optimizer: bool) -> None:
+    """Refuses offloading to host memory that the devices cannot access.
 
     Raises:
       ValueError: naming the setting and what the device has.
     """
     device = jax.local_devices()[0]
-    if config.remat == "offload":
+    if remat == "offload":
         check_host_memory(device, "remat: offload", "Set remat to full")
-    if config.offload_optimizer:
+    if offload_optimizer:
         check_host_memory(
             device,
             "offload_optimizer",
@@ -132,17 +150,17 @@ def check_offload(config: TrainConfig) -> None:
         )
 
 
-def check_expert_settings(config: TrainConfig, source_config: ModelConfig, mesh: Mesh) -> None:
-    """Refuses settings of experts for a model without, and an expert axis that does not divide them.
+def check_expert_settings(router_aux_loss_coef: float | None, source_config: ModelConfig, mesh: Mesh) -> None:
+    """Refuses settings for experts if the model has none, and an expert axis that does not divide their number.
 
     Raises:
       ValueError: naming the key.
     """
     moe, family = source_config.moe, source_config.family
     if moe is None:
-        if config.router_aux_loss_coef is not None:
+        if router_aux_loss_coef is not None:
             raise ValueError(
-                f"router_aux_loss_coef {config.router_aux_loss_coef}: this {family} model has no router; leave it out"
+                f"router_aux_loss_coef {router_aux_loss_coef}: this {family} model has no router; leave it out"
             )
         if mesh.shape["expert"] > 1:
             raise ValueError(
@@ -154,22 +172,22 @@ def check_expert_settings(config: TrainConfig, source_config: ModelConfig, mesh:
         )
 
 
-def check_attention_settings(config: TrainConfig, source_config: ModelConfig) -> None:
-    """Refuses an attention backend, and tiles of it, that cannot run this model here.
+def check_attention_settings(memory: MemorySettings, source_config: ModelConfig, *, max_length: int) -> None:
+    """Refuses an attention backend, and tile sizes, that cannot run this model on this platform.
 
     Raises:
       ValueError: naming the key and what the backend takes.
     """
-    defaults = defaults_of(TrainConfig)
+    defaults = defaults_of(MemorySettings)
     keys = ("attention", "attention_block_q", "attention_block_kv")
-    asked = {key: getattr(config, key) for key in keys if getattr(config, key) != defaults[key]}
-    if asked and not config.packing:
+    asked = {key: getattr(memory, key) for key in keys if getattr(memory, key) != defaults[key]}
+    if asked and not memory.packing:
         key, value = next(iter(asked.items()))
         raise ValueError(f"{key} {value!r} is for packed rows; set packing to true, or leave it out")
-    blocks: dict[str, Any] = {"block_q": config.attention_block_q, "block_kv": config.attention_block_kv}
-    dtype, head_dim, platform = jnp.dtype(config.compute_dtype), source_config.head_dim, jax.default_backend()
+    blocks: dict[str, Any] = {"block_q": memory.attention_block_q, "block_kv": memory.attention_block_kv}
+    dtype, head_dim, platform = jnp.dtype(memory.compute_dtype), source_config.head_dim, jax.default_backend()
     for window in sorted(set(source_config.layer_windows), key=str) if asked else ():
-        backend = AttentionSettings(config.attention, **blocks).resolve(dtype, source_config, config.max_length, window)
+        backend = AttentionSettings(memory.attention, **blocks).resolve(dtype, source_config, max_length, window)
         try:
             check_attention(
                 backend,
@@ -181,5 +199,5 @@ def check_attention_settings(config: TrainConfig, source_config: ModelConfig) ->
                 **blocks,
             )
         except ValueError as error:
-            chosen = f" (attention: auto takes {backend} here)" if config.attention == "auto" else ""
+            chosen = f" (attention: auto takes {backend} here)" if memory.attention == "auto" else ""
             raise ValueError(f"{error}{chosen}") from None

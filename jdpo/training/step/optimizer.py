@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jdpo.config import TrainConfig
+from jdpo.config import OptimizationSettings
 from jdpo.training.step.offload import one_by_one
 from jdpo.training.step.rounding import store, wide
 from jdpo.words import figure
@@ -19,35 +19,35 @@ UNDECAYED = ("scale", "bias")
 """Last names of the weights that weight decay leaves alone: norm scales and biases."""
 
 
-def num_warmup_steps(config: TrainConfig, num_steps: int) -> int:
+def num_warmup_steps(settings: OptimizationSettings, num_steps: int) -> int:
     """Steps of linear warm-up: `warmup_steps` where given, else `warmup_ratio` of the run, rounded up."""
-    if config.warmup_steps is not None:
-        return config.warmup_steps
-    return math.ceil(config.warmup_ratio * num_steps)
+    if settings.warmup_steps is not None:
+        return settings.warmup_steps
+    return math.ceil(settings.warmup_ratio * num_steps)
 
 
-def learning_rate_schedule(config: TrainConfig, num_steps: int) -> optax.Schedule:
+def learning_rate_schedule(settings: OptimizationSettings, num_steps: int) -> optax.Schedule:
     """Update number (from 0) -> learning rate: linear warm-up from 0, then constant, linear or cosine to 0.
 
     Raises:
       ValueError: the warm-up is longer than the run.
 
-    >>> config = TrainConfig(model_name_or_path="m", output_dir="o", datasets="d", learning_rate=8.0, warmup_steps=2)
-    >>> schedule = learning_rate_schedule(config, num_steps=6)
+    >>> settings = OptimizationSettings(learning_rate=8.0, warmup_steps=2)
+    >>> schedule = learning_rate_schedule(settings, num_steps=6)
     >>> [float(schedule(step)) for step in range(6)]
     [0.0, 4.0, 8.0, 6.0, 4.0, 2.0]
     """
-    warmup = num_warmup_steps(config, num_steps)
+    warmup = num_warmup_steps(settings, num_steps)
     if warmup > num_steps:
         raise ValueError(
             f"warmup_steps {warmup} is more than the {figure(num_steps, 'step')} of the run; lower one or the other"
         )
-    peak, rest = config.learning_rate, max(num_steps - warmup, 1)
+    peak, rest = settings.learning_rate, max(num_steps - warmup, 1)
     after = {
         "constant": optax.constant_schedule(peak),
         "linear": optax.linear_schedule(peak, 0.0, rest),
         "cosine": optax.cosine_decay_schedule(peak, rest),
-    }[config.lr_scheduler_type]
+    }[settings.lr_scheduler_type]
     if not warmup:
         return after
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
@@ -58,19 +58,19 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in UNDECAYED, params)
 
 
-def param_dtype_of(config: TrainConfig) -> Any:
-    """The dtype that weights are kept in: bfloat16 under adamw_bf16, else float32, or float64 where it is computed in.
+def param_dtype_of(compute_dtype: str, optimizer: str) -> Any:
+    """Returns the dtype of the weights: bfloat16 with adamw_bf16, else float32, or float64 if that is compute_dtype.
 
     Args:
-      config: with compute_dtype resolved.
+      compute_dtype: not auto.
+      optimizer: its name.
 
     Raises:
       ValueError: adamw_bf16 with float64.
     """
-    compute_dtype = jnp.dtype(config.compute_dtype)
-    if config.optimizer.name != "adamw_bf16":
-        return jnp.promote_types(compute_dtype, jnp.float32)
-    if compute_dtype == jnp.float64:
+    if optimizer != "adamw_bf16":
+        return jnp.promote_types(jnp.dtype(compute_dtype), jnp.float32)
+    if compute_dtype == "float64":
         raise ValueError(
             "optimizer adamw_bf16 keeps weights in bfloat16, which compute_dtype float64 cannot make exact; "
             "set optimizer.name to adamw, or compute_dtype to bfloat16"
@@ -78,19 +78,19 @@ def param_dtype_of(config: TrainConfig) -> Any:
     return jnp.dtype(jnp.bfloat16)
 
 
-def make_optimizer(config: TrainConfig, num_steps: int) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(settings: OptimizationSettings, num_steps: int) -> optax.GradientTransformationExtraArgs:
     """Clipping by global norm, then the rule under the schedule; all of it computed in float32 or wider.
 
     Its `update` takes the keyword `key`, for the rounding of bfloat16 moments, and gives updates that are not rounded:
     they go to `rounding.apply_updates`. Moments are kept in the dtype of their weights, and stay in the memory that the
     state's shardings name.
     """
-    rule, schedule = config.optimizer, learning_rate_schedule(config, num_steps)
+    rule, schedule = settings.optimizer, learning_rate_schedule(settings, num_steps)
     optimizer = RULES[rule.name](schedule, rule.weight_decay, **rule.settings)
-    if config.offload_optimizer:
+    if settings.offload_optimizer:
         optimizer = one_by_one(optimizer)
-    if config.max_grad_norm is not None:
-        optimizer = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optimizer)
+    if settings.max_grad_norm is not None:
+        optimizer = optax.chain(optax.clip_by_global_norm(settings.max_grad_norm), optimizer)
     optimizer = optax.with_extra_args_support(optimizer)
 
     def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:

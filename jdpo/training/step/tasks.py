@@ -9,7 +9,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from jdpo.config import DPOConfig, SFTConfig, TrainConfig
+from jdpo.config import ModelSettings, PreferenceSettings
 from jdpo.data.batching.loader import collate_completions, collate_pairs
 from jdpo.losses.pair_logps import ApplyFn
 from jdpo.losses.pair_losses import metric_names
@@ -58,25 +58,25 @@ class Task:
         return self.loss is not None and self.loss.needs_reference
 
 
-def loss_of(config: DPOConfig) -> LossSettings:
+def loss_of(settings: PreferenceSettings) -> LossSettings:
     """The losses of a config.
 
     Raises:
       ValueError: losses and options that do not go together.
     """
-    options = {name: getattr(config, name) for name in (*DEFAULTS, *OFF) if hasattr(config, name)}
-    loss_type = config.loss_type[0] if len(config.loss_type) == 1 else config.loss_type
-    return loss_settings(loss_type, beta=config.beta, **options)[0]
+    options = {name: getattr(settings, name) for name in (*DEFAULTS, *OFF) if hasattr(settings, name)}
+    loss_type = settings.loss_type[0] if len(settings.loss_type) == 1 else settings.loss_type
+    return loss_settings(loss_type, beta=settings.beta, **options)[0]
 
 
-def task_for(config: TrainConfig) -> Task:
-    """The task of a config, by its class.
+def task_for(settings: ModelSettings) -> Task:
+    """Returns the task of a run's settings: pairs if they include a preference loss, else completions.
 
     Raises:
       ValueError: loss options that do not go together.
     """
-    if isinstance(config, DPOConfig):
-        loss = loss_of(config)
+    if isinstance(settings, PreferenceSettings):
+        loss = loss_of(settings)
         return Task(
             command="dpo",
             unit="pairs",
@@ -85,9 +85,8 @@ def task_for(config: TrainConfig) -> Task:
             loss=loss,
             collate=collate_pairs,
             count_tokens=count_pair_tokens,
-            objective=partial(_dpo_objective, settings=loss, router_aux_loss_coef=config.router_aux_loss_coef),
+            objective=partial(_dpo_objective, settings=loss, router_aux_loss_coef=settings.router_aux_loss_coef),
         )
-    assert isinstance(config, SFTConfig), type(config)
     return Task(
         command="sft",
         unit="rows",
@@ -96,7 +95,7 @@ def task_for(config: TrainConfig) -> Task:
         loss=None,
         collate=collate_completions,
         count_tokens=count_completion_tokens,
-        objective=partial(_sft_objective, router_aux_loss_coef=config.router_aux_loss_coef),
+        objective=partial(_sft_objective, router_aux_loss_coef=settings.router_aux_loss_coef),
     )
 
 

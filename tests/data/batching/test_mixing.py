@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jdpo.config import DatasetConfig, DPOConfig, load_config
+from jdpo.config import DatasetConfig, DataSettings, load_config
 from jdpo.data.batching.mixing import (
     Mixture,
     apportion,
@@ -185,7 +185,10 @@ def test_labels_must_differ_and_fit_into_a_metric() -> None:
         (["datasets=[a, b]", "num_examples=5"], "num_examples 5 is for data sets with weights"),
         (["eval_datasets=[{path: a, weight: 1}]"], "eval_datasets: a has weight or num_rows"),
         (["eval_datasets=[{path: a, num_rows: 1}]"], "set split, such as train"),
-        (["eval_datasets=b", "eval_fraction=0.1"], "eval_fraction 0.1 and eval_datasets both say what to evaluate on"),
+        (
+            ["eval_datasets=b", "eval_fraction=0.1"],
+            "eval_fraction 0.1 and eval_datasets both choose the evaluation rows",
+        ),
         (["eval_fraction=1"], "leaves nothing to train on"),
         (["group_by_length=true", "shuffle=false"], "it needs shuffle: true"),
         (["datasets=[{path: x/a}, {path: y/a}]"], "two data sets are called 'a'"),
@@ -193,11 +196,11 @@ def test_labels_must_differ_and_fit_into_a_metric() -> None:
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(words: list[str], message: str) -> None:
-    config = load_config(DPOConfig, None, ["model_name_or_path=m", "output_dir=out", "datasets=rows.jsonl", *words])
+    config = load_config(DataSettings, None, ["datasets=rows.jsonl", *words])
     with pytest.raises(ValueError, match=message):
-        check_data_settings(config)
+        check_data_settings(config, pairs=True)
 
 
 def test_settings_that_do_are_taken() -> None:
-    words = ["model_name_or_path=m", "output_dir=out", "datasets=[{path: a, weight: 1}, {path: b, weight: 0.2}]"]
-    check_data_settings(load_config(DPOConfig, None, [*words, "num_examples=5", "eval_fraction=0.1"]))
+    weighted = [{"path": "a", "weight": 1}, {"path": "b", "weight": 0.2}]
+    check_data_settings(DataSettings(datasets=weighted, num_examples=5, eval_fraction=0.1), pairs=True)

@@ -76,7 +76,7 @@ def test_a_signal_ends_the_tokenizing(run_words: Words, tmp_path: Path) -> None:
     setup, _ = set_up(run_words())
     config = load_config(DPOConfig, None, run_words(max_length=50))
     with pytest.raises(BuildStopped):
-        prepare_rows(config, setup.tokenizer, [].append, stopped=lambda: True)
+        prepare_rows(config, setup.tokenizer, [].append, pairs=True, stopped=lambda: True)
     assert len(list((tmp_path / "cache" / "tokenized").iterdir())) == 2, "the rows of the first set-up alone"
 
 

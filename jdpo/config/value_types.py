@@ -1,0 +1,112 @@
+"""What keys are made of: the types of their values, their descriptions, and the decorator of settings classes."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, TypeVar, dataclass_transform, overload
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError
+
+T = TypeVar("T")
+
+# A folder may be called 2024: YAML reads a number, the path stays text.
+_STRICT_KEYS = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
+
+
+def key(default: Any, description: str, *, example: str | None = None) -> Any:
+    """A key with its default.
+
+    Args:
+      description: whole sentences, for `--help`, messages and the class's docstring.
+      example: a value as YAML, for `--help KEY`; None: the default, or the first choice, is example enough.
+    """
+    return Field(default=default, description=description, examples=None if example is None else [example])
+
+
+def required(description: str, *, example: str) -> Any:
+    """A key without a default; see `key`."""
+    return Field(description=description, examples=[example])
+
+
+class Settings:
+    """The base of all classes of settings."""
+
+    heading: ClassVar[str] = "Keys"
+    """What `--help` and docstrings write above the keys that the class declares."""
+
+
+# Type checkers see no frozen dataclass: mypy would take what a converted key accepts for what it reads as.
+@dataclass_transform(kw_only_default=True, field_specifiers=(required,))
+def settings(cls: type[T]) -> type[T]:
+    """Makes a class of keys a frozen, validated dataclass, and describes each key in its docstring."""
+    made: Any = dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)(cls)
+    made.__doc__ = f"{cls.__doc__}\n\n{_attributes(made)}"
+    checked: type[T] = made
+    return checked
+
+
+def _attributes(cls: Any) -> str:
+    lines, heading = [], ""
+    group_of = {name: base for base in cls.__mro__ for name in inspect.get_annotations(base)}
+    for field in dataclasses.fields(cls):
+        if (above := group_of[field.name].heading) != heading:
+            lines += [f"{above}:"]
+            heading = above
+        lines += [f"  {field.name}: {description_of(field)}"]
+    return "\n".join(lines)
+
+
+def description_of(field: dataclasses.Field[Any]) -> str:
+    """Returns the description of a key, empty if it has none."""
+    return getattr(field.default, "description", None) or ""  # pydantic keeps the FieldInfo of `Field(...)` here
+
+
+if TYPE_CHECKING:
+    Given = TypeVar("Given", contravariant=True)
+    Read = TypeVar("Read", covariant=True)
+
+    class Converted(Generic[Given, Read]):
+        """For type checkers: a key that may be given in more forms than it is read in."""
+
+        @overload
+        def __get__(self, instance: None, owner: Any) -> Any: ...
+        @overload
+        def __get__(self, instance: object, owner: Any) -> Read: ...
+        def __get__(self, instance: Any, owner: Any) -> Any: ...
+        def __set__(self, instance: Any, value: Given) -> None: ...
+
+
+def _no_bool(value: Any) -> Any:
+    """Keeps `beta: true` from becoming 1.0."""
+    if isinstance(value, bool):
+        raise ValueError("a number is expected, not true or false")
+    return value
+
+
+def _not_blank(value: str) -> str:
+    """Refuses what an unset shell variable leaves: an empty path would be the current folder."""
+    if not value.strip():
+        raise PydanticCustomError("blank_text", "a text is expected, and it is empty")
+    return value
+
+
+def as_list(value: Any) -> Any:
+    """Lets one entry stand for a list of one."""
+    return [value] if isinstance(value, str | Mapping | int | float) else value
+
+
+Text = Annotated[str, AfterValidator(_not_blank)]
+Int = Annotated[int, BeforeValidator(_no_bool)]
+Float = Annotated[float, BeforeValidator(_no_bool)]
+PositiveInt = Annotated[Int, Field(ge=1)]
+NonNegativeInt = Annotated[Int, Field(ge=0)]
+Seed = Annotated[Int, Field(ge=0, lt=2**32)]
+NonNegativeFloat = Annotated[Float, Field(ge=0, allow_inf_nan=False)]
+FiniteFloat = Annotated[Float, Field(allow_inf_nan=False)]
+PositiveFloat = Annotated[Float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[Float, Field(ge=0, le=1)]
+Decay = Annotated[Float, Field(ge=0, lt=1)]

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from jdpo.losses import preference_loss
+from jdpo.losses.reference_free import log1mexp
 
 LENGTHS = ((3, 6), (7, 2), (1, 4), (5, 5))
 """Tokens of (chosen, rejected): shorter, longer, a single token, equal."""
@@ -212,6 +213,14 @@ def test_orpo_is_its_published_code() -> None:
     log_odds = (pos - neg) - (np.log1p(-np.exp(pos)) - np.log1p(-np.exp(neg)))
     ratio = np.log(1 / (1 + np.exp(-log_odds)))
     np.testing.assert_allclose(losses(POLICY, loss_type="orpo", orpo_lambda=0.1), -pos - 0.1 * ratio, rtol=1e-12)
+
+
+def test_log_odds_are_exact_next_to_certainty_and_to_0() -> None:
+    """log(1 - exp(x)): near 0 it is log(-x) + x/2 + x^2/24, far below 0 it is -exp(x); float32 is enough for both."""
+    near, far = np.float32([-1e-6, -1e-4, -1e-2]), np.float32([-17, -20, -40])
+    expected = np.log(-np.float64(near)) + np.float64(near) / 2 + np.float64(near) ** 2 / 24
+    np.testing.assert_allclose(log1mexp(jnp.asarray(near)), expected, rtol=1e-6)
+    np.testing.assert_allclose(log1mexp(jnp.asarray(far)), -np.exp(np.float64(far)), rtol=1e-5)
 
 
 def test_simpo_is_its_published_code() -> None:

@@ -17,8 +17,7 @@ from speed_model import ModelShape
 from jdpo.data.batching.loader import bucket_length, collate_pairs
 from jdpo.data.batching.packing import pack
 from jdpo.data.batching.packing_plan import item_sizes, plan_run
-from jdpo.losses.packed_sums import belongs, completion_sums
-from jdpo.losses.pair_logps import LogpsFn, PairFeatures, TokenScores
+from jdpo.losses.pair_logps import LogpsFn, PairFeatures, TokenScores, belongs, completion_sums
 from jdpo.losses.pair_losses import Totals, packed_totals
 from jdpo.losses.settings import LossSettings, loss_settings
 from jdpo.models.model_config import LayerKind, ModelConfig, RopeConfig

@@ -32,9 +32,9 @@ from typing import Any
 from fuzz_cases import make_case
 
 from jdpo.config import DatasetConfig
+from jdpo.data.prepared.held_out import prompt_key
 from jdpo.data.schemas.formats import Dropped, completion_rows, is_preference, preference_rows
 from jdpo.data.sources import open_source
-from jdpo.data.splitting import prompt_key
 from jdpo.data.tokens.tokenize import tokenize_completions, tokenize_pairs, tokenize_turns
 from jdpo.data.tokens.tokenizer import Tokenizer, load_tokenizer
 

@@ -14,10 +14,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from jdpo.data.prepared import token_checks
+from jdpo.data.prepared.held_out import TOLD_IN_TRAINING, Part, prompt_key, turn_key
 from jdpo.data.prepared.row_arrays import TAG_TYPES, Block, Tags, block_of
 from jdpo.data.schemas import formats
 from jdpo.data.schemas.formats import Dropped, Reading
-from jdpo.data.splitting import TOLD_IN_TRAINING, Part, prompt_key, turn_key
 from jdpo.data.tokens import tokenize
 from jdpo.data.tokens.rendering import REFUSED
 from jdpo.data.tokens.tokenizer import Tokenizer

@@ -20,11 +20,11 @@ from jdpo.data.batching.mixing import labels_of
 from jdpo.data.batching.packing_plan import ItemSizes, completion_sizes, pair_sizes
 from jdpo.data.prepared import store, token_checks
 from jdpo.data.prepared.chunks import CHOSEN_LEARNT, DROPPED, KEPT, READ, Chunk, RawChunk, Recipe, Tally, make_chunk
+from jdpo.data.prepared.held_out import Part
 from jdpo.data.prepared.workers import available_cores, map_in_order
 from jdpo.data.schemas import formats
 from jdpo.data.sources import Source, open_source
 from jdpo.data.sources.values import text_size
-from jdpo.data.splitting import Part
 from jdpo.data.tokens import tokenize
 from jdpo.data.tokens.tokenizer import Tokenizer
 from jdpo.safe_text import terminal
@@ -83,7 +83,7 @@ class PreparedData(Generic[R]):
       lengths: int32 [rows], tokens of the longest sequence of each row.
       names: labels of the data sets.
       dataset_of: int32 [rows], which of them each row is of.
-      prompt_keys: uint64 [rows], a hash of the prompt's text as it is in the file; see `splitting.prompt_key`.
+      prompt_keys: uint64 [rows], a hash of the prompt's text as it is in the file; see `held_out.prompt_key`.
       margins: float32 [rows], by how much the chosen side was scored higher; NaN where nobody scored.
       counts: in plain words: rows read, rows kept, dropped by reason, truncated, ...
       examples: where the first row of a count is, for most counts.

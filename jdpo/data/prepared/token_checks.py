@@ -17,7 +17,7 @@ import numpy as np
 
 from jdpo.data.prepared.row_arrays import Block
 from jdpo.data.templates.chat_template import RenderingTooSlow
-from jdpo.data.templates.probes import TURNS
+from jdpo.data.templates.template_probe import TURNS
 from jdpo.data.tokens.prompt_end import PROMPT_SHORTENED, end_text, without_header
 from jdpo.data.tokens.tokenizer import Tokenizer
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 from jdpo.data.schemas import messages
+from jdpo.data.schemas.comparing import comparable
 from jdpo.data.schemas.messages import Raw, read_messages, read_side
 from jdpo.data.schemas.ranked import Answer, Asked, Dropped
 from jdpo.data.schemas.row_building import PROMPT_ELSEWHERE, said_by_another
 from jdpo.data.schemas.schema_readers import two_sides
-from jdpo.data.splitting import said
 from jdpo.types import Message
 
 COLUMNS = ("messages", "conversation", "conversations", "context", "history")
@@ -70,7 +70,7 @@ def conversation_pair(raw: Raw, origin: str) -> Asked | Dropped:
     # `conversations` of ShareGPT is the prompt whatever else there is.
     names = prompt_columns(raw) or ["conversations"]
     conversation, *others = [read_messages(raw[name], name, origin) for name in names]
-    if any(said(other) != said(conversation) for other in others):
+    if any(comparable(other) != comparable(conversation) for other in others):
         raise ValueError(
             f"{origin}: {' and '.join(names)} are conversations that both sides may answer, and differ; say which is "
             f"the prompt, as in column_map: {{prompt: {names[0]}}}"
@@ -116,7 +116,7 @@ def _said(turns: list[Message]) -> list[Message]:
     """Returns turns to compare, without spaces around their words."""
     return [
         {**turn, "content": turn["content"].strip()} if isinstance(turn.get("content"), str) else turn
-        for turn in said(turns)
+        for turn in comparable(turns)
     ]
 
 

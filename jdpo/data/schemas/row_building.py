@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jdpo.data.schemas import messages
+from jdpo.data.schemas.comparing import comparable
 from jdpo.data.schemas.describing import kind, named
 from jdpo.data.schemas.messages import Raw
 from jdpo.data.schemas.ranked import Answer, Couple, Dropped, margin
 from jdpo.data.schemas.tool_calls import read_tools
-from jdpo.data.splitting import said
 from jdpo.types import CompletionRow, Message, PreferenceRow, Text
 
 EMPTY_SIDE = "empty side"
@@ -100,7 +100,7 @@ def pair_row(
         return chosen
     if isinstance(rejected, Dropped):
         return rejected
-    if said(chosen.prompt) != said(rejected.prompt):
+    if comparable(chosen.prompt) != comparable(rejected.prompt):
         if not every_turn:
             return Dropped(HISTORIES_DIFFER, origin)
         return _parted(chosen, rejected)._replace(
@@ -156,7 +156,7 @@ def _parted(chosen: CompletionRow, rejected: CompletionRow) -> PreferenceRow:
         assert not isinstance(row.prompt, str)
         assert not isinstance(row.completion, str)
         sides.append([*row.prompt, *row.completion])
-    pairs = zip(*map(said, sides), strict=False)
+    pairs = zip(*map(comparable, sides), strict=False)
     shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(map(len, sides)))
     return PreferenceRow(sides[0][:shared], sides[0][shared:], sides[1][shared:], chosen.origin)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from jdpo.data.schemas.describing import kind, shown
@@ -117,3 +119,76 @@ def _parsed(value: Any, place: str, origin: str) -> Any:
         return json.loads(value)
     except ValueError as error:
         raise ValueError(f"{origin}: {place} is a string that is not JSON ({error}): {shown(value)}") from None
+
+
+# --- arguments
+
+MAX_DEPTH = 100
+"""JSON text nested deeper than this stays text, because the code that works with objects is recursive."""
+
+
+def as_objects(calls: Any) -> Any:
+    """Returns the calls of a message for comparing, with JSON text of arguments read as objects.
+
+    >>> as_objects([{"function": {"name": "look", "arguments": '{"at": "sky"}'}}])
+    [{'function': {'name': 'look', 'arguments': {'at': 'sky'}}}]
+    """
+    if not isinstance(calls, list):
+        return calls
+    return [with_arguments(call, found[1]) if (found := call_arguments(call)) else call for call in calls]
+
+
+def call_arguments(call: Any) -> tuple[str, dict[str, Any], bool] | None:
+    """Returns the function's name, its arguments as an object, and whether the file has them as JSON text.
+
+    Args:
+      call: {type, function: {name, arguments}}.
+
+    Returns:
+      None if the value is not such a call, or its arguments are no object.
+    """
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        return None
+    arguments = function.get("arguments")
+    value = parse_object(arguments) if isinstance(arguments, str) else arguments
+    if not isinstance(value, dict):
+        return None
+    return str(function.get("name")), value, isinstance(arguments, str)
+
+
+def with_arguments(call: dict[str, Any], arguments: Any) -> dict[str, Any]:
+    """Returns a copy of a call with other arguments."""
+    return {**call, "function": {**call["function"], "arguments": arguments}}
+
+
+def parse_object(text: str) -> dict[str, Any] | None:
+    """Returns the object that JSON text holds, or None if it holds another value or is not JSON.
+
+    >>> parse_object('{"city": "Cork"}'), parse_object("Cork"), parse_object('["Cork"]'), parse_object('{"n": NaN}')
+    ({'city': 'Cork'}, None, None, None)
+    """
+    if not text.lstrip().startswith("{"):
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) and _is_plain(value) else None
+
+
+def _is_plain(value: Any) -> bool:
+    """Returns whether a value can be written as JSON again, and is not nested too deeply."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        if any(isinstance(item, float) and not math.isfinite(item) for item in level):
+            return False
+        level = [child for item in level if isinstance(item, dict | list) for child in children(item)]
+        if not level:
+            return True
+    return False
+
+
+def children(item: dict[str, Any] | list[Any]) -> Sequence[Any]:
+    """Returns the values directly inside an object or list."""
+    return list(item.values()) if isinstance(item, dict) else item

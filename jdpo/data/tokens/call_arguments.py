@@ -13,13 +13,13 @@ import functools
 import html
 import itertools
 import json
-import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jdpo.data.schemas.describing import shown
 from jdpo.data.schemas.ranked import Dropped
+from jdpo.data.schemas.tool_calls import call_arguments, children, with_arguments
 from jdpo.data.templates.chat_template import RenderingTooSlow
 from jdpo.types import Message
 
@@ -30,9 +30,6 @@ UNWRITTEN = "tool-call arguments that the chat template writes neither as an obj
 
 MOST_VALUES = 200
 """Distinct values of a call that are looked for in its rendering at most; each look reads the whole rendering."""
-
-MAX_DEPTH = 100
-"""Text that is nested deeper stays text: what works with an object later is recursive."""
 
 _HTML_SAFE = str.maketrans({"<": r"\u003c", ">": r"\u003e", "&": r"\u0026", "'": r"\u0027"})
 """How Jinja's own `tojson` writes these characters."""
@@ -60,48 +57,6 @@ class Call(NamedTuple):
     def text(self) -> str:
         """Returns the arguments as compact JSON text."""
         return json.dumps(self.value, ensure_ascii=False, separators=(",", ":"))
-
-
-def parsed(text: str) -> dict[str, Any] | None:
-    """Returns the object that JSON text holds, or None if it holds another value or is not JSON.
-
-    >>> parsed('{"city": "Cork"}'), parsed("Cork"), parsed('["Cork"]'), parsed('{"n": NaN}')
-    ({'city': 'Cork'}, None, None, None)
-    """
-    if not text.lstrip().startswith("{"):
-        return None
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) and _is_plain(value) else None
-
-
-def _is_plain(value: Any) -> bool:
-    """Returns whether a value can be written as JSON again, and is not nested too deeply."""
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        if any(isinstance(item, float) and not math.isfinite(item) for item in level):
-            return False
-        level = [child for item in level if isinstance(item, dict | list) for child in _children(item)]
-        if not level:
-            return True
-    return False
-
-
-def _children(item: dict[str, Any] | list[Any]) -> Sequence[Any]:
-    return list(item.values()) if isinstance(item, dict) else item
-
-
-def as_objects(calls: Any) -> Any:
-    """Returns the calls of a message to compare, with arguments as objects where their text holds one.
-
-    >>> as_objects([{"function": {"name": "look", "arguments": '{"at": "sky"}'}}])
-    [{'function': {'name': 'look', 'arguments': {'at': 'sky'}}}]
-    """
-    if not isinstance(calls, list):
-        return calls
-    return [_with_arguments(call, found[1]) if (found := _arguments(call)) else call for call in calls]
 
 
 @functools.lru_cache(maxsize=16)
@@ -221,25 +176,9 @@ def _calls(parts: Sequence[list[Message]]) -> Iterator[Call]:
     for number, part in enumerate(parts):
         for index, message in enumerate(part):
             for order, call in enumerate(message.get("tool_calls") or ()):
-                found = _arguments(call)
+                found = call_arguments(call)
                 if found is not None:
                     yield Call((number, index, order), found[0], found[1], found[2])
-
-
-def _arguments(call: Any) -> tuple[str, dict[str, Any], bool] | None:
-    """Returns name and arguments of a call {type, function: {name, arguments}}, and whether they are text."""
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict):
-        return None
-    arguments = function.get("arguments")
-    value = parsed(arguments) if isinstance(arguments, str) else arguments
-    if not isinstance(value, dict):
-        return None
-    return str(function.get("name")), value, isinstance(arguments, str)
-
-
-def _with_arguments(call: dict[str, Any], arguments: Any) -> dict[str, Any]:
-    return {**call, "function": {**call["function"], "arguments": arguments}}
 
 
 def _in_forms(message: Message, place: tuple[int, int], forms: Mapping[tuple[int, int, int], Any]) -> Message:
@@ -247,7 +186,7 @@ def _in_forms(message: Message, place: tuple[int, int], forms: Mapping[tuple[int
     if not any((*place, order) in forms for order in range(len(calls))):
         return message
     changed = [
-        _with_arguments(call, forms[*place, order]) if (*place, order) in forms else call
+        with_arguments(call, forms[*place, order]) if (*place, order) in forms else call
         for order, call in enumerate(calls)
     ]
     copied = copy.copy(message)  # which stays one that is shown only, if it is
@@ -281,7 +220,7 @@ def _keys(value: dict[str, Any]) -> set[_Key]:
     while level and len(leaves) < MOST_VALUES:
         found = (spellings(item) for item in level if not isinstance(item, dict | list | None))
         leaves.update((_Key(spellings), None) for spellings in found if spellings)
-        level = [child for item in level if isinstance(item, dict | list) for child in _children(item)]
+        level = [child for item in level if isinstance(item, dict | list) for child in children(item)]
     keys = set(itertools.islice(leaves, MOST_VALUES))
     return keys | {_Key(_in_strings(repr(value)), is_repr=True)} if value else keys
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from jdpo.data.templates import probes as template_probes
+from jdpo.data.templates import template_probe
 from jdpo.data.templates.chat_template import TEMPLATE_DAY, RenderingTooSlow
-from jdpo.data.templates.probes import Probe
 from jdpo.data.templates.renderer import DEFAULT, Renderer, renderer_of
+from jdpo.data.templates.template_probe import Probe
 from jdpo.data.tokens import tokenizer_files
 from jdpo.safe_text import terminal
 from jdpo.types import Message
@@ -237,19 +237,19 @@ def _loaded(
     renderer.check_kwargs(kwargs, "chat_template_kwargs")
     if kwargs:
         notes.append(f"chat_template_kwargs: {json.dumps(kwargs, ensure_ascii=False)}")
-    probed = template_probes.probe(renderer)
+    probed = template_probe.probe(renderer)
     if is_given:
         _check_given(probed, str(chat_template))
-        added = _add_markers(hf, template_probes.markers_of(probed))
+        added = _add_markers(hf, template_probe.markers_of(probed))
         if added:
             notes.append(f"new tokens of the chat template: {' '.join(added)}")
-    end_of_turn = template_probes.end_of_turn(hf, probed)
+    end_of_turn = template_probe.end_of_turn(hf, probed)
     if end_of_turn is not None and (is_given or own_eos is None):
         if end_of_turn != hf.eos_token:
             notes.append(f"EOS token: {end_of_turn}" + (f" (was {hf.eos_token})" if hf.eos_token else ""))
         hf.eos_token = end_of_turn
         # The template may write eos_token, which is another one now.
-        probed = template_probes.probe(renderer_of(hf, kwargs))
+        probed = template_probe.probe(renderer_of(hf, kwargs))
     if hf.eos_token_id is None:
         raise ValueError(
             f"the tokenizer in {folder} has no EOS token and "
@@ -283,7 +283,7 @@ def _check_given(probed: Probe, name: str) -> None:
         raise ValueError(f"chat_template {name} refuses a question and its answer: {terminal(error)}") from None
     if not probed.text and error is not None:
         raise ValueError(f"chat_template {name} breaks: {type(error).__name__}: {terminal(error)}") from error
-    if template_probes.ANSWER not in probed.text:
+    if template_probe.ANSWER not in probed.text:
         raise ValueError(f"chat_template {name} writes a conversation without the assistant's words")
 
 
@@ -309,7 +309,7 @@ def _template_notes(hf: PreTrainedTokenizerBase, probed: Probe, end_of_turn: str
         notes.append("the chat template ends an answer with no special token: it is not learnt where to stop")
     if probed.renderer.takes_parts:
         notes.append("the chat template takes contents as lists of {type: text, text}: every row is given to it so")
-    lead = template_probes.lead_of_answers(probed)
+    lead = template_probe.lead_of_answers(probed)
     if lead.strip():
         notes.append(f"the chat template writes {lead!r} after the generation prompt: every answer is learnt with it")
     first = hf(probed.text, add_special_tokens=False)["input_ids"][:2] if probed.text else []

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jdpo.data.schemas.formats import Dropped
+from jdpo.data.schemas.tool_calls import parse_object
 from jdpo.data.tokens import call_arguments
 from jdpo.data.tokens.prompt_end import common_prefix
 from jdpo.data.tokens.rendering import Written, conversation, write_emptied
@@ -124,7 +125,7 @@ def _call(call: Any) -> tuple[str, Any]:
         return "", None
     arguments = function.get("arguments", function.get("parameters"))
     if isinstance(arguments, str):
-        arguments = call_arguments.parsed(arguments) or arguments
+        arguments = parse_object(arguments) or arguments
     return str(function.get("name", "")), arguments
 
 

@@ -14,8 +14,8 @@ from typing import Any
 from jdpo.config import DatasetConfig, DataSettings
 from jdpo.data.batching.loader import RowPlan
 from jdpo.data.batching.mixing import mixture_of
+from jdpo.data.prepared.held_out import Part
 from jdpo.data.prepared.prepare import PreparedData, prepare_completions, prepare_pairs
-from jdpo.data.splitting import Part
 from jdpo.data.tokens.tokenizer import Tokenizer
 from jdpo.reports.progress import RowCounter
 

@@ -14,8 +14,15 @@ import jax
 
 from jdpo.losses.coupled import init_loss_state
 from jdpo.losses.logprobs import sequence_logps, shifted_token_logps
-from jdpo.losses.packed_sums import belongs, completion_sums
-from jdpo.losses.pair_logps import ApplyFn, LogpsFn, PairFeatures, packed_features, pair_features
+from jdpo.losses.pair_logps import (
+    ApplyFn,
+    LogpsFn,
+    PairFeatures,
+    belongs,
+    completion_sums,
+    packed_features,
+    pair_features,
+)
 from jdpo.losses.pair_losses import Totals, feature_losses, next_loss_state, packed_totals, pair_totals
 from jdpo.losses.router import of_real_rows
 from jdpo.losses.settings import LossSettings

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from jdpo.data.prepared.held_out import prompt_key
 from jdpo.data.schemas.formats import Dropped, completion_rows, preference_rows
 from jdpo.data.schemas.messages import assistant, user
-from jdpo.data.splitting import prompt_key
 from jdpo.data.tokens import boundaries, call_arguments, rendering
 from jdpo.data.tokens.boundaries import Parts, Split, split_rows
 from jdpo.data.tokens.tokenizer import Tokenizer, load_tokenizer

@@ -6,15 +6,12 @@ import hashlib
 import json
 from typing import Literal, NamedTuple
 
-from jdpo.data.tokens.call_arguments import as_objects
-from jdpo.types import Message, Text
+from jdpo.data.schemas.comparing import comparable
+from jdpo.types import Text
 
 HELD_OUT = "held out for evaluation"
 KEPT_FOR_TRAINING = "kept for training"
 TOLD_IN_TRAINING = "without a prompt to tell them by: dropped, and counted among the training rows"
-
-_SAID = ("role", "content", "name", "tool_calls", "reasoning_content", "thinking")
-"""Keys of a message that say something; others, like an id or a time, differ where the words are the same."""
 
 
 class Part(NamedTuple):
@@ -42,19 +39,6 @@ class Part(NamedTuple):
         return HELD_OUT if self.side == "train" else KEPT_FOR_TRAINING
 
 
-def said(prompt: Text) -> list[Message]:
-    """A prompt as messages of nothing but what is said in them, to be compared.
-
-    >>> said([{"role": "user", "content": "Hi", "id": 7}]) == said("Hi")
-    True
-    """
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return [
-        {key: as_objects(message[key]) if key == "tool_calls" else message[key] for key in _SAID if key in message}
-        for message in messages
-    ]
-
-
 def prompt_key(prompt: Text) -> int:
     """A 64-bit hash of a prompt, the same for every data set, tokenizer and machine.
 
@@ -63,7 +47,7 @@ def prompt_key(prompt: Text) -> int:
     >>> prompt_key("Hi") == prompt_key([{"content": "Hi", "role": "user"}])
     True
     """
-    messages = said(prompt)
+    messages = comparable(prompt)
     # ASCII alone, since half of a surrogate pair has no UTF-8; repr for what a Parquet file has and JSON has not.
     text = json.dumps(messages, sort_keys=True, separators=(",", ":"), default=repr)
     return int.from_bytes(hashlib.blake2b(text.encode("ascii"), digest_size=8).digest(), "big")

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jdpo.config import DatasetConfig
+from jdpo.data.prepared.held_out import TOLD_IN_TRAINING, Part, prompt_key
 from jdpo.data.prepared.prepare import PreparedData, prepare_pairs
-from jdpo.data.splitting import TOLD_IN_TRAINING, Part, prompt_key
 from jdpo.data.tokens.tokenizer import Tokenizer, load_tokenizer
 
 PROMPTS = st.text(max_size=20) | st.lists(

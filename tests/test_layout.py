@@ -1,0 +1,36 @@
+"""The layout of the package: folders small enough to read, and module names that tell modules apart."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[1] / "jdpo"
+MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__init__.py"]
+
+MOST_MODULES = 15
+"""Modules of a folder at most, `__init__.py` not counted."""
+
+SAME_NAME = {
+    "quickstart": "cli/quickstart.py is the command `jdpo quickstart`, which runs the package of that name",
+    "reference": "cli/reference.py is the command `jdpo reference`; training/reference/ is what it calls",
+}
+"""Names that two modules share, or a module and a package, each with the reason."""
+
+
+def test_folders_are_small() -> None:
+    counts = Counter(path.parent.relative_to(PACKAGE) for path in MODULES)
+    too_large = {str(folder): count for folder, count in counts.items() if count > MOST_MODULES}
+    assert not too_large, f"more than {MOST_MODULES} modules in one folder: {too_large}"
+
+
+def test_modules_have_names_of_their_own() -> None:
+    places: dict[str, list[str]] = defaultdict(list)
+    for path in MODULES:
+        places[path.stem].append(str(path.relative_to(PACKAGE)))
+    for folder in (path for path in sorted(PACKAGE.rglob("*/")) if (path / "__init__.py").exists()):
+        places[folder.name].append(f"{folder.relative_to(PACKAGE)}/")
+    shared = {name: found for name, found in places.items() if len(found) > 1}
+    unlisted = {name: found for name, found in shared.items() if name not in SAME_NAME}
+    assert not unlisted, f"rename one of each, or list it in SAME_NAME with the reason: {unlisted}"
+    assert set(SAME_NAME) == set(shared), "SAME_NAME lists a name that is no longer shared"

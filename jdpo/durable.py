@@ -1,4 +1,4 @@
-"""Small files, written so that a killed process leaves the old one or the new one, never half of one."""
+"""Files written so that a process that is killed leaves the old file or the new one, never half of one."""
 
 from __future__ import annotations
 
@@ -7,34 +7,55 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 TEMPORARY = ".tmp"
-"""How the name of a file that is being written ends."""
+"""Ending of the name that a file has while it is being written."""
 
 
 def write_durably(path: Path, content: str | bytes, *, writer: str = "") -> None:
-    """Writes all or nothing, and onto the disk before it returns.
+    """Writes a file all or nothing, and flushes it to disk before it returns.
 
     Args:
-      content: bytes, or text that is written as UTF-8.
-      writer: tells writers apart that may write the same file at the same time.
+      content: bytes, or text, which is written as UTF-8.
+      writer: see `replacing`.
+
+    Raises:
+      OSError: the folder cannot be written.
+    """
+    with replacing(path, writer=writer) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, writer: str = "") -> Iterator[IO[bytes]]:
+    """Opens a temporary file that takes the place of `path` when the block ends, and is removed if the block raises.
+
+    Args:
+      writer: part of the temporary name; it must differ between processes that may write `path` at the same time.
 
     Raises:
       OSError: the folder cannot be written.
     """
     temporary = path.with_name(path.name + writer + TEMPORARY)
     with naming(path):
-        with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
+        try:
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                # Without fsync the rename may reach the disk before the content does.
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):  # the error that led here matters more
+                temporary.unlink(missing_ok=True)
+            raise
+        sync_path(path.parent)
 
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Adds the name of a file to errors that lack it, as those of writing to an open file do."""
+    """Adds the file's name to an OSError without one, such as the error of writing to an open file."""
     try:
         yield
     except OSError as error:
@@ -43,9 +64,9 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def sync_folder(folder: Path) -> None:
-    """Brings the names in a folder onto the disk: after a rename."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync_path(path: Path) -> None:
+    """Flushes a file, or the names in a folder, to disk. After a rename, the folder's names need it."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -53,28 +74,28 @@ def sync_folder(folder: Path) -> None:
 
 
 def keep_old(path: Path, why: str) -> Path:
-    """Renames a file to one next to it that says why and when, such as metrics.damaged-20260731T120000Z.jsonl.
+    """Renames a file so that its name says why and when, such as metrics.damaged-20260731T120000Z.jsonl.
 
     Returns:
-      the new place.
+      The new path, in the same folder.
     """
     return rename_to_free(path, f"{path.stem}.{why}-{utc_stamp()}", path.suffix)
 
 
 def rename_to_free(path: Path, stem: str, suffix: str = "") -> Path:
-    """Renames a file or folder to `free_place(path, stem, suffix)`, and returns that."""
+    """Renames a file or folder to `free_place(path, stem, suffix)` and returns the new path."""
     place = free_place(path, stem, suffix)
     path.rename(place)
-    sync_folder(path.parent)
+    sync_path(path.parent)
     return place
 
 
 def free_place(path: Path, stem: str, suffix: str = "") -> Path:
-    """A path next to `path` that is free: stem + suffix, with a number between the two where that is taken."""
+    """Returns a path in the folder of `path` that does not exist: stem + suffix, or stem-2 + suffix, and so on."""
     names = [stem, *(f"{stem}-{count}" for count in range(2, 1000))]
     return next(place for name in names if not os.path.lexists(place := path.with_name(name + suffix)))
 
 
 def utc_stamp() -> str:
-    """The time as it is written into names: 20260731T120000Z."""
+    """Returns the current time in the form that file names use, such as 20260731T120000Z."""
     return time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())

@@ -1,10 +1,12 @@
-"""Figures in messages, as people write them."""
+"""Wording that messages of all packages share: counts, amounts of memory, suggestions."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 def figure(count: float, unit: str) -> str:
-    """A count with its unit, in the plural unless it is one.
+    """Returns a count with its unit, which is plural unless the count is one.
 
     >>> figure(1, "row"), figure(2000, "row"), figure(0, "step")
     ('1 row', '2,000 rows', '0 steps')
@@ -13,7 +15,7 @@ def figure(count: float, unit: str) -> str:
 
 
 def memory(num_bytes: float) -> str:
-    """An amount of memory in the largest unit in which it shows.
+    """Returns an amount of memory in GiB, MiB or bytes: the largest unit that shows two significant digits.
 
     >>> memory(3 * 2**29), memory(5 * 2**20), memory(340_000), memory(12)
     ('1.50 GiB', '5.00 MiB', '0.32 MiB', '12 bytes')
@@ -23,3 +25,28 @@ def memory(num_bytes: float) -> str:
     if num_bytes >= 0.01 * 2**20:
         return f"{num_bytes / 2**20:.2f} MiB"
     return figure(num_bytes, "byte")
+
+
+def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
+    """Returns the known name most similar to `name`, or None if none is similar.
+
+    Args:
+      cutoff: how similar a name must be, from 0 (anything) to 1 (equal).
+
+    >>> nearest("learning_rat", ["batch_size", "learning_rate"]), nearest("xyz", ["batch_size"])
+    ('learning_rate', None)
+    """
+    import difflib
+
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return found[0] if found else None
+
+
+def did_you_mean(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """Returns a question for the message about an unknown name; empty if no known name is similar.
+
+    >>> did_you_mean("sigmod", ["ipo", "sigmoid"]), did_you_mean("xyz", ["ipo", "sigmoid"])
+    ("did you mean 'sigmoid'?", '')
+    """
+    candidate = nearest(name, known, cutoff=cutoff)
+    return f"did you mean {candidate!r}?" if candidate is not None else ""

@@ -1,4 +1,4 @@
-"""Small files are replaced whole."""
+"""Files are replaced whole."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jdpo.durable import write_durably
+from jdpo.durable import replacing, write_durably
 
 
 def test_what_stood_there_is_replaced_and_nothing_else_is_left(tmp_path: Path) -> None:
@@ -22,3 +22,15 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="directory"):
         write_durably(tmp_path / "a", "new")
     assert (tmp_path / "a").read_text() == "old"
+
+
+def test_a_block_that_raises_leaves_the_old_file_alone(tmp_path: Path) -> None:
+    def write_half() -> None:
+        with replacing(tmp_path / "a") as file:
+            file.write(b"new")
+            raise ValueError("half way")
+
+    write_durably(tmp_path / "a", "old")
+    with pytest.raises(ValueError, match="half way"):
+        write_half()
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a", "old")]

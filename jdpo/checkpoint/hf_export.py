@@ -11,9 +11,10 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 
-from jdpo.checkpoint.output_folders import read_json, write_folder, write_json
+from jdpo.checkpoint.output_folders import write_folder
 from jdpo.checkpoint.shard_files import ShardFile, plan_shards, write_shards
 from jdpo.checkpoint.tokenizer_export import write_tokenizer
+from jdpo.json_files import read_json, write_json
 from jdpo.models.model_config import ModelConfig
 from jdpo.models.transformer import Params
 from jdpo.models.weights.hf_names import hf_tensors

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from jdpo._version import __version__
-from jdpo.durable import naming
+from jdpo.durable import naming, sync_path
+from jdpo.json_files import write_json
 from jdpo.processes import is_first, together
 
 MARKER = ".jdpo_export"
@@ -94,8 +92,8 @@ def _stage(out: Path, staging: Path, kept: Sequence[Path]) -> None:
 def _publish(staging: Path, out: Path) -> None:
     """Makes `staging` durable and renames it to `out`; an older `out` stays beside it until the new one stands."""
     for path in [path for path in staging.rglob("*") if path.is_file()]:
-        _sync(path)
-    _sync(staging)
+        sync_path(path)
+    sync_path(staging)
     replaced = _replaced(out)
     shutil.rmtree(replaced, ignore_errors=True)  # of an export that was killed behind its renames
     if out.exists():
@@ -106,38 +104,10 @@ def _publish(staging: Path, out: Path) -> None:
         if replaced.exists():
             replaced.rename(out)
         raise
-    _sync(out.parent)
+    sync_path(out.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _replaced(out: Path) -> Path:
     """Where an older export waits while the new one takes its place."""
     return out.parent / f".{out.name}.replaced"
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Raises:
-      ValueError: the file does not hold one.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """A JSON object, as Hugging Face lays them out."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

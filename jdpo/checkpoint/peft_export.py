@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jdpo.checkpoint.output_folders import write_folder, write_json
+from jdpo.checkpoint.output_folders import write_folder
 from jdpo.checkpoint.tokenizer_export import write_tokenizer
+from jdpo.json_files import write_json
 from jdpo.models.lora.adapter_config import CONFIG_NAME, WEIGHTS_NAME
 from jdpo.models.lora.adapters import Adapters, Lora
 from jdpo.models.lora.peft_folder import peft_config, peft_tensors

@@ -10,7 +10,6 @@ A step without a manifest is a save that was cut off. Nothing else in the folder
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import math
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from jdpo.durable import TEMPORARY, rename_to_free, utc_stamp
+from jdpo.file_digests import file_digest
 from jdpo.safe_text import terminal
 from jdpo.words import memory
 
@@ -90,8 +90,7 @@ def fault_of(folder: Path) -> str | None:
 
 def digest_of(path: Path) -> list[Any]:
     """[bytes, sha256] of a file, as manifests have them."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = file_digest(path)
     return [path.stat().st_size, digest]
 
 

@@ -14,7 +14,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from jdpo.checkpoint.output_folders import read_json, write_json
+from jdpo.json_files import read_json, write_json
 
 CONFIG_NAME, SPECIAL_NAME, TEMPLATE_NAME = "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from jdpo.cli.failures import INTERRUPTED, catch_early_interrupts, explain_failure
 from jdpo.safe_text import terminal_lines
+from jdpo.words import did_you_mean
 
 COMMANDS = {
     "sft": ("jdpo.cli.train", "supervised fine-tuning, the stage before preferences"),
@@ -92,14 +93,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _instead_of(command: str) -> str:
     """What to type in place of something that is not a command."""
-    import difflib
-
     if command in ELSEWHERE:
         return f"; {ELSEWHERE[command]}"
     if command.startswith("-") or "=" in command or command.endswith((".yaml", ".yml")):
         return "; the command comes first, as in `jdpo dpo CONFIG.yaml`"
-    near = difflib.get_close_matches(command, COMMANDS, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    hint = did_you_mean(command, COMMANDS)
+    return f"; {hint}" if hint else ""
 
 
 def _fail(error: Exception, code: int) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 from jdpo.config import command_of, parse_overrides
 from jdpo.quickstart.experiment import Settings, Workplace, prepare, run_all
+from jdpo.words import did_you_mean
 
 DEFAULT_OUTPUT_DIR = "quickstart"
 
@@ -93,10 +94,8 @@ def read_settings(words: Sequence[str]) -> tuple[Path, Settings]:
 
 
 def _nearest(key: str) -> str:
-    import difflib
-
-    if near := difflib.get_close_matches(key, DESCRIPTIONS, n=1):
-        return f", did you mean {near[0]!r}?"
+    if hint := did_you_mean(key, DESCRIPTIONS):
+        return f"; {hint}"
     return f", {elsewhere}" if (elsewhere := command_of(key)) else ""
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from jdpo.config.foreign_keys import FOREIGN, OTHER_COMMANDS, RENAMED, VALUES
 from jdpo.config.keys import CONFIGS
 from jdpo.config.value_types import Settings, description_of
 from jdpo.safe_text import terminal
+from jdpo.words import nearest
 
 COMMAND_LINE = "on the command line"
 """Origin of a key that the command line gives."""
@@ -101,11 +101,9 @@ def _instead_of(cls: type, path: Sequence[Any], value: Any, where: str) -> str:
     for candidate in dict.fromkeys((dotted, name)):
         if said := _translated(candidate, known, value, where):
             return said
-    candidates = difflib.get_close_matches(dotted, known, n=1, cutoff=0.6) or difflib.get_close_matches(
-        name, {key.split(".")[-1]: key for key in known}, n=1, cutoff=0.6
-    )
-    if candidates:
-        full = next(key for key in known if candidates[0] in (key, key.split(".")[-1]))
+    similar = nearest(dotted, known) or nearest(name, dict.fromkeys(key.split(".")[-1] for key in known))
+    if similar is not None:
+        full = next(key for key in known if similar in (key, key.split(".")[-1]))
         return f"did you mean {full!r}?"
     return "`--help` lists the keys"
 

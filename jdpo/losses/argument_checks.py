@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdpo.types import CHOSEN, REJECTED, PreferenceBatch
+from jdpo.words import did_you_mean
 
 Array = Any
 
@@ -110,6 +110,5 @@ def unknown_name(kind: str, name: object, known: Iterable[str], listed: str) -> 
       listed: begins the list, such as "The losses are".
     """
     names = [*known]
-    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.3)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
-    return ValueError(f"unknown {kind} {name!r}{hint} {listed}: {', '.join(names)}")
+    hint = did_you_mean(str(name), names, cutoff=0.3)
+    return ValueError(f"unknown {kind} {name!r}{f'; {hint}' if hint else '.'} {listed}: {', '.join(names)}")

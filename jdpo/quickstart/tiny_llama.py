@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from jdpo.json_files import write_json
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
@@ -39,9 +40,9 @@ def write_model(folder: Path, texts: Iterable[str], *, hidden_size: int, num_lay
     folder.mkdir(parents=True, exist_ok=True)
     vocab_size = _write_tokenizer(folder, texts)
     config = _llama_config(vocab_size, hidden_size, num_layers)
-    _write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
     ends = {"eos_token_id": config["eos_token_id"], "pad_token_id": config["pad_token_id"]}
-    _write_json(folder / "generation_config.json", ends)
+    write_json(folder / "generation_config.json", ends)
     _write_weights(folder / "model.safetensors", config, np.random.default_rng(seed))
 
 
@@ -62,7 +63,7 @@ def _write_tokenizer(folder: Path, texts: Iterable[str]) -> int:
     )
     tokenizer.train_from_iterator(sorted(texts), trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
-    _write_json(
+    write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -128,7 +129,3 @@ def _write_weights(path: Path, config: Mapping[str, Any], rng: np.random.Generat
             f"{name}.mlp.down_proj.weight": matrix(width, inner, residual_gain),
         }
     save_file(tensors, path, metadata={"format": "pt"})
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -16,6 +15,7 @@ from jdpo.checkpoint.manager import read_position, restore_params
 from jdpo.checkpoint.output_folders import check_out
 from jdpo.checkpoint.steps import complete_steps, damaged_folders, fault_of
 from jdpo.config import CONFIGS, MemorySettings, MeshConfig, defaults_of, load_config
+from jdpo.json_files import read_json
 from jdpo.models.lora.sites import require_loadable
 from jdpo.reports.metrics_file import read_metrics
 from jdpo.training.finish import export_trained, made_from, results_at
@@ -154,11 +154,8 @@ def export_checkpoint(
 def _state_of(run: Path) -> dict[str, Any]:
     """run.json of a run."""
     path = run / "run.json"
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(state, dict) or state.get("command") not in CONFIGS or not isinstance(state.get("inputs"), dict):
+    state = read_json(path)
+    if state.get("command") not in CONFIGS or not isinstance(state.get("inputs"), dict):
         raise ValueError(f"{path} was not written by a run of jdpo ({', '.join(CONFIGS)}), or it is damaged")
     return state
 

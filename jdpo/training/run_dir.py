@@ -32,6 +32,7 @@ from jdpo.config import (
     to_public_yaml,
 )
 from jdpo.durable import keep_old, write_durably
+from jdpo.file_locks import lock_file
 from jdpo.processes import any_process, barrier, is_first, together
 
 STARTED_IN = "started_in"
@@ -111,27 +112,19 @@ class RunDirectory:
 
     def _take_lock(self) -> None:
         """Keeps a second start of the same command, such as a requeued job, out while this one runs."""
-        import fcntl
-
+        path = self.path / ".lock"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / ".lock").open("a+", encoding="utf-8")
+            lock = lock_file(path)
         except OSError as error:
             raise ValueError(
                 f"cannot write to output_dir {self.path}: {error}; choose a folder on a writable disk with room"
             ) from None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            owner = lock.read().strip() or "another process"
-            lock.close()
+        if lock is None:
+            owner = path.read_text(encoding="utf-8").strip() or "another process"
             raise ValueError(
                 f"output_dir {self.path} is in use by {owner}; wait until it ends, or choose another output_dir"
-            ) from None
-        except OSError:  # a file system without locks
-            lock.close()
-            return
+            )
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         lock.flush()

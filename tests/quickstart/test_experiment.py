@@ -128,7 +128,7 @@ def test_preparation_cut_short_starts_over(tmp_path: Path) -> None:
         ("--countries=3", "choose from 6 to 48"),
         ("--steps=0", "steps is 0: at least 1"),
         ("--steps=some", "steps is 'some': a whole number is expected"),
-        ("--frequency=6,3,1", "unknown key 'frequency', did you mean 'frequencies'"),
+        ("--frequency=6,3,1", "unknown key 'frequency'; did you mean 'frequencies'"),
     ],
 )
 def test_bad_settings_are_refused(word: str, message: str) -> None:

@@ -26,6 +26,7 @@ import numpy as np
 
 from jdpo.data.prepared.row_arrays import TAG_TYPES, Block, Tags, dtype_of, interleaved, joined, longest
 from jdpo.durable import write_durably
+from jdpo.file_digests import file_digest
 from jdpo.types import AnyPair, TokenizedCompletion
 
 R = TypeVar("R", bound=AnyPair | TokenizedCompletion)
@@ -191,7 +192,7 @@ class RowWriter(Generic[R]):
         """What the JSON file beside the finished file is to say."""
         kept = [np.concatenate(arrays) for arrays in zip(*self._kept, strict=True)]
         return {
-            "file_digest": _file_digest(self._path),
+            "file_digest": file_digest(self._path),
             **_stamp(self._path),
             "digest": self._content.hexdigest(),
             "batches": self._checks,
@@ -230,7 +231,7 @@ def open_store(folder: Path, key: str, row_type: type[R]) -> RowStore[R] | None:
         meta = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         stamp = _stamp(path)
         if any(meta[name] != value for name, value in stamp.items()):
-            if _file_digest(path) != meta["file_digest"]:
+            if file_digest(path) != meta["file_digest"]:
                 return None
             with contextlib.suppress(OSError):  # a cache that may only be read is read whole at every start
                 write_durably(path.with_suffix(".json"), json.dumps(meta | stamp), writer=f".{os.getpid()}")
@@ -277,11 +278,6 @@ def _clear_abandoned(folder: Path) -> None:
 def _stamp(path: Path) -> dict[str, int]:
     found = path.stat()
     return {"size": found.st_size, "mtime_ns": found.st_mtime_ns}
-
-
-def _file_digest(path: Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _check(arrays: Iterable[np.ndarray]) -> int:

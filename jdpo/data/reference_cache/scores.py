@@ -12,7 +12,6 @@ Axes: n=2 sides (chosen, rejected), t token positions.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import socket
@@ -25,6 +24,8 @@ import numpy as np
 from jdpo.data.prepared.prepare import cache_folder
 from jdpo.data.reference_cache.cache_key import KEY_FILE, Entry, read_entry
 from jdpo.durable import TEMPORARY, write_durably
+from jdpo.file_digests import file_digest
+from jdpo.file_locks import lock_file
 from jdpo.types import CHOSEN, REJECTED, AnyPair
 
 SHARD_ROWS = 1024
@@ -130,8 +131,7 @@ class CacheFolder:
     def _voucher(self, shard: int) -> str | None:
         """What the file that vouches for a shard must hold, byte for byte; None where there is no shard."""
         try:
-            with self.shard_path(shard).open("rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            digest = file_digest(self.shard_path(shard))
         except FileNotFoundError:
             return None
         except OSError:  # a folder in its place, or a disk that does not give it back
@@ -178,17 +178,7 @@ class CacheFolder:
 
     def try_lock(self) -> IO[str] | None:
         """Keeps other runs from computing this entry until the file given is closed; None while another does."""
-        import fcntl
-
-        lock = (self.path / ".lock").open("a", encoding="utf-8")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-            return None
-        except OSError:  # a file system without locks
-            pass
-        return lock
+        return lock_file(self.path / ".lock")
 
     def clear_unfinished(self) -> None:
         """Removes what a killed process was writing; to be called under the lock."""

@@ -11,7 +11,6 @@ How a prompt and its answers become rows: `jdpo.data.schemas.row_building`.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -40,6 +39,7 @@ from jdpo.data.schemas.schema_readers import SCORES, SIDE_SCORES, UNWANTED, numb
 from jdpo.data.schemas.schema_table import CANONICAL, COMPLETION_SCHEMAS, EXTRAS, PREFERENCE_SCHEMAS, Schema
 from jdpo.data.schemas.turn_marks import spread_mask
 from jdpo.types import CompletionRow, PreferenceRow
+from jdpo.words import did_you_mean
 
 __all__ = [
     "AS_FOUND",
@@ -260,11 +260,10 @@ def _renamed(raw: Raw, column_map: Mapping[str, str], origin: str) -> dict[str, 
     """The row with the columns of `column_map` under jdpo's names; the others keep theirs."""
     for name, column in column_map.items():
         if name not in CANONICAL:
-            near = difflib.get_close_matches(name, CANONICAL, n=1)
+            hint = did_you_mean(name, CANONICAL)
             raise ValueError(
-                f"{origin}: column_map names {name!r} for {column!r}, but jdpo has no column of this name"
-                + (f"; did you mean {near[0]!r}? " if near else "; ")
-                + f"They are {named(CANONICAL)}"
+                f"{origin}: column_map names {name!r} for {column!r}, but jdpo reads no column of this name; "
+                f"{hint + ' ' if hint else ''}The names are {named(CANONICAL)}"
             )
         if column not in raw:
             raise ValueError(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import gzip
-import hashlib
 import io
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast
 
 from jdpo.data.sources.stores import Store
+from jdpo.file_digests import stream_digest
 
 MAX_ROW_BYTES = 64 * 2**20
 """A larger row is an error: it is a file that is not what its name says, or more than any model reads."""
@@ -65,7 +65,7 @@ class File(NamedTuple):
             if checksum is not None:
                 return checksum
             with self.open() as stream:
-                return hashlib.file_digest(stream, "sha256").hexdigest()
+                return stream_digest(stream)
 
 
 def lines(file: File) -> Iterator[tuple[int, str]]:

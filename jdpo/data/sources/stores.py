@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import io
 import os
 import stat
 from typing import Literal, NamedTuple, Protocol, cast
 
+from jdpo.file_digests import cached_file_digest
 from jdpo.safe_text import terminal
 
 BUFFER_BYTES = 2**20
@@ -44,13 +43,6 @@ class Store(Protocol):
 
     def checksum(self, path: str) -> str | None:
         """The store's own hash of a file's content, where it has one: it saves reading the file for its digest."""
-
-
-@functools.lru_cache(maxsize=1024)
-def _sha256(path: str, size: int, mtime_ns: int) -> str:
-    """Of a file as it was at a size and a time."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 class Disk:
@@ -100,9 +92,7 @@ class Disk:
             raise ValueError(f"{self.place(path)}: cannot read the file: {error.strerror or error}") from error
 
     def checksum(self, path: str) -> str:
-        """The sha256 of a file; a run asks more than once, and reading takes long."""
-        found = os.stat(path)
-        return _sha256(path, found.st_size, found.st_mtime_ns)
+        return cached_file_digest(path)
 
 
 def said(error: BaseException) -> str:

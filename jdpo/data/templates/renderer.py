@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from jdpo.data.templates.chat_template import RESERVED, ChatTemplate
 from jdpo.types import Message
+from jdpo.words import did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,10 +57,10 @@ class Renderer:
                 continue
             if not self.templates:
                 raise ValueError(f"{place}: {key!r} goes to a chat template, and the tokenizer has none")
-            near = difflib.get_close_matches(key, known, n=1)
+            hint = did_you_mean(key, known)
             raise ValueError(
                 f"{place}: the chat template does not read {key!r}"
-                + (f"; did you mean {near[0]!r}? " if near else ". ")
+                + (f"; {hint} " if hint else ". ")
                 + (f"It reads {', '.join(sorted(known))}" if known else "It reads no key of this kind")
             )
 

@@ -7,10 +7,10 @@ initializer_range, use_cache, pretraining_tp, output_*, summary_*, and dropout, 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from jdpo.json_files import read_json
 from jdpo.models.families.table import FAMILIES
 from jdpo.models.model_config import ModelConfig
 
@@ -21,7 +21,7 @@ def read_model_config(folder: Path) -> ModelConfig:
     Raises:
       ValueError: no folder, no config.json, broken JSON, an unsupported family, or a setting the decoder lacks.
     """
-    raw = _read_json(folder)
+    raw = _read_config(folder)
     _refuse_sizes(raw, folder / "config.json")
     family = raw.get("model_type")
     if family not in FAMILIES:
@@ -89,16 +89,10 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _read_json(folder: Path) -> dict[str, Any]:
+def _read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise ValueError(f"model folder {folder} does not exist (or is not a folder)")
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} has no config.json: it is not a Hugging Face model folder")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(raw).__name__}")
-    return raw
+    return read_json(path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import fcntl
 import hashlib
 import json
 import os
@@ -15,7 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jdpo.config import public_text
-from jdpo.durable import write_durably
+from jdpo.durable import replacing, write_durably
+from jdpo.file_locks import lock_file
 from jdpo.safe_text import terminal
 
 _MANIFEST = "jdpo_download.json"
@@ -76,8 +76,9 @@ def fetch_folder(url: str, cache: Path, wanted: Callable[[str], bool]) -> Path:
     address = hashlib.sha256(place.rstrip("/").encode()).hexdigest()[:16]
     folder = cache / f"{root.rstrip('/').rsplit('/', 1)[-1]}-{address}"
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another run on this machine may want the same model
+    lock = lock_file(folder / ".lock", wait=True)  # another run on this machine may want the same model
+    assert lock is not None
+    with lock:
         return _bring(system, place, remote, folder, _version_of(listing))
 
 
@@ -140,28 +141,35 @@ def _read_marks(folder: Path) -> dict[str, str]:
 
 
 def _download(system: Any, place: str, file: _Remote, path: Path) -> None:
-    temporary = path.with_name(f"{path.name}.part")
     check = hashlib.new(file.digest[0], usedforsecurity=False) if file.digest else None
     try:
-        with system.open(file.path, "rb") as source, temporary.open("wb") as target:
-            while chunk := source.read(_CHUNK_BYTES):
-                target.write(chunk)
-                if check is not None:
-                    check.update(chunk)
-            target.flush()
-            os.fsync(target.fileno())
+        with replacing(path) as target:
+            with system.open(file.path, "rb") as source:
+                while chunk := source.read(_CHUNK_BYTES):
+                    target.write(chunk)
+                    if check is not None:
+                        check.update(chunk)
+            _check_download(file, target.tell(), check.hexdigest() if check is not None else None)
     except Exception as error:
-        said = public_text(f"{type(error).__name__}: {error}")
-        raise ValueError(f"model {place}: downloading {terminal(path.name)} failed: {said}; start again") from error
-    size = temporary.stat().st_size
-    wrong = check is not None and file.digest is not None and check.hexdigest() != file.digest[1]
-    if size != file.size or wrong:
-        temporary.unlink()
-        found = f"{size} bytes of {file.size}" if size != file.size else f"another {file.digest and file.digest[0]}"
+        reason = str(error) if isinstance(error, _IncompleteDownload) else f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"model {place}: {terminal(path.name)} came as {found}, and not as the store says; start again"
-        )
-    temporary.replace(path)
+            f"model {place}: downloading {terminal(path.name)} failed: {public_text(reason)}; start again"
+        ) from error
+
+
+class _IncompleteDownload(Exception):
+    """A file arrived that is not the one that the store lists."""
+
+
+def _check_download(file: _Remote, size: int, digest: str | None) -> None:
+    """
+    Raises:
+      _IncompleteDownload: size or digest differ from those that the store lists.
+    """
+    if size != file.size:
+        raise _IncompleteDownload(f"expected {file.size} bytes, found {size}")
+    if file.digest is not None and digest != file.digest[1]:
+        raise _IncompleteDownload(f"its {file.digest[0]} differs from the store's")
 
 
 def _digest(entry: Mapping[str, Any]) -> tuple[str, str] | None:

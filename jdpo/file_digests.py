@@ -1,0 +1,37 @@
+"""SHA-256 digests of files."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import os
+
+
+def file_digest(path: str | os.PathLike[str]) -> str:
+    """Reads a file and returns its SHA-256 digest as 64 hexadecimal digits.
+
+    Raises:
+      OSError: the file cannot be read.
+    """
+    with open(path, "rb") as file:
+        return stream_digest(file)
+
+
+def stream_digest(stream: io.BufferedIOBase) -> str:
+    """Reads a stream from its current position to its end and returns the SHA-256 digest of what it read."""
+    return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def cached_file_digest(path: str | os.PathLike[str]) -> str:
+    """Returns `file_digest(path)`, without reading a file again whose size and modification time are unchanged.
+
+    A run asks for the same digests several times, and reading large files takes long.
+    """
+    found = os.stat(path)
+    return _digest_of_state(os.fspath(path), found.st_size, found.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1024)
+def _digest_of_state(path: str, size: int, mtime_ns: int) -> str:
+    return file_digest(path)

@@ -1,1 +1,1 @@
-"""From data sets to batches: sources, formats, chat templates and masks, the cache, and what each step trains on."""
+"""From datasets to batches: sources, schemas, chat templates, tokens, masks, the cache, and the plan of each step."""

@@ -1,14 +1,14 @@
-"""Where rows come from: files and folders on this machine or a remote store, and names on the Hugging Face hub.
+"""Sources of rows: files and folders on this machine or a remote store, and datasets of the Hugging Face hub.
 
-Everything is streamed, and read in the order in which it stands. JSON (an array of objects, or objects one after the
-other), JSONL, CSV and TSV may be gzipped; Parquet, Arrow files and streams, and folders that
-`datasets.save_to_disk` wrote are read as they are. A row is a dictionary of plain values; an empty cell of a CSV file
-is null. What cannot be read is an error that names the file with its line or row: nothing is skipped or repaired,
-but for blank lines and a UTF-8 byte order mark, which are passed over. NaN and Infinity are no JSON values, and a key
-that stands twice in an object has no one value, so both are refused.
+All sources stream their rows in file order. JSON (an array of objects, or objects one after the other), JSONL, CSV and
+TSV may be gzipped; Parquet, Arrow files and streams, and folders written by `datasets.save_to_disk` are read too. A row
+is a dictionary of plain values; an empty cell of a CSV file is null. Anything that cannot be read is an error that
+names the file with its line or row. Nothing is skipped or repaired, except blank lines and a UTF-8 byte order mark. NaN
+and Infinity, which JSON does not have, and keys that occur twice in an object are errors.
 
-`split` selects rows as in `datasets`: `train`, `train[:90%]`, `train[100:200]`, `train[-50:]`; percentages round to
-the nearest row, so `[:90%]` and `[90%:]` partition. A file is one split, `train`; for folders see `splits`.
+`split` selects rows as in `datasets`: `train`, `train[:90%]`, `train[100:200]`, `train[-50:]`. Percentages round to
+the nearest row, so `[:90%]` and `[90%:]` together select every row once. A file has one split, `train`; for folders,
+see `jdpo.data.sources.splits`.
 """
 
 from jdpo.data.sources.files import MAX_ROW_BYTES, Row

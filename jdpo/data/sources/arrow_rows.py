@@ -1,4 +1,4 @@
-"""Rows of Parquet and Arrow files, a few at a time."""
+"""Rows of Parquet and Arrow files, streamed with pyarrow."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from jdpo.data.sources.files import MAX_ROW_BYTES, TOO_LARGE, File, Row, check_head
-from jdpo.data.sources.stores import BUFFER_BYTES, Disk, said
+from jdpo.data.sources.stores import BUFFER_BYTES, Disk, one_line
 from jdpo.data.sources.values import shown, text_size, without_nulls
 
 BATCH_ROWS, BATCH_BYTES = 128, 32 * 2**20
-"""Rows turned into Python values at once: so many, or fewer where they are large."""
+"""At most this many rows, and about this many bytes, are Python values at a time."""
 
 Batches = Callable[[Any], Iterator[Any]]
 
 
 def read_parquet(file: File) -> Iterator[Row]:
-    """Rows of a Parquet file."""
+    """Yields the rows of a Parquet file."""
 
     def batches(source: Any) -> Iterator[Any]:
         with _parquet(file, source) as parquet:
@@ -30,7 +30,7 @@ def read_parquet(file: File) -> Iterator[Row]:
 
 
 def count_parquet(file: File) -> int:
-    """How many rows its footer says it has."""
+    """Returns the number of rows that the file's footer states."""
 
     def count(source: Any) -> Iterator[int]:
         with _parquet(file, source) as parquet:
@@ -40,41 +40,41 @@ def count_parquet(file: File) -> int:
 
 
 def read_arrow(file: File) -> Iterator[Row]:
-    """Rows of an Arrow IPC file or stream."""
+    """Yields the rows of an Arrow IPC file or stream."""
     return _rows(file, "Arrow", _arrow_batches)
 
 
 def count_arrow(file: File) -> int:
-    """How many rows all its batches have."""
+    """Returns the number of rows in all record batches."""
     return sum(batch.num_rows for batch in _opened(file, "Arrow", _arrow_batches))
 
 
 def python_rows(table: Any, where: Callable[[int], str]) -> list[dict[str, Any]]:
-    """A table or batch as rows of plain values: those JSON has, and bytes where a binary column is not UTF-8.
+    """Converts a table or record batch to rows of JSON values.
 
-    Decimals become floats; times and what else JSON lacks become strings, binary columns of UTF-8 become strings too.
-    Keys whose value is null are left out of objects: all rows of a struct have all of its fields, so that nobody can
-    tell a null that means something from a key that a row does not have.
+    Decimals become floats. Times and other values that JSON lacks become strings, and so do binary values that are
+    UTF-8; other binary values stay bytes. Null fields of structs are left out: every row of a struct column has all
+    fields, so a null cannot be told from a missing key.
 
     Args:
       table: a pyarrow Table or RecordBatch.
-      where: names a row by its index in the table.
+      where: returns the name of a row, given its index in the table.
 
     Raises:
-      ValueError: a value cannot be read, or a row is larger than it may be.
+      ValueError: a value cannot be read, or a row is larger than MAX_ROW_BYTES.
     """
     from pyarrow import types
 
     try:
         rows: list[dict[str, Any]] = table.to_pylist()
-    except Exception as error:  # text that is not UTF-8, times that Python lacks, zones nobody knows, ...
+    except Exception as error:  # text that is not UTF-8, times that Python cannot represent, unknown time zones, ...
         raise _bad_value(table, where, error) from error
     if any(not _is_plain(field.type) for field in table.schema):
         rows = [_plain(row) for row in rows]
     nested = [field.name for field in table.schema if types.is_nested(field.type)]
     for row in rows:
         row.update((name, without_nulls(row[name])) for name in nested)
-    if table.nbytes > MAX_ROW_BYTES:
+    if table.nbytes > MAX_ROW_BYTES:  # a cheap bound: below it no row can be too large
         for index, row in enumerate(rows):
             if text_size(row) > MAX_ROW_BYTES:
                 raise ValueError(f"{where(index)}: the row is {TOO_LARGE}")
@@ -85,7 +85,7 @@ def _rows(file: File, kind: str, batches: Batches) -> Iterator[Row]:
     number = 0
 
     def progress() -> str:
-        return f" behind row {number}" if number else ""
+        return f" after row {number}" if number else ""
 
     for batch in _opened(file, kind, batches, progress):
         if number == 0:
@@ -102,14 +102,14 @@ def _row_name(place: str, first: int, index: int) -> str:
 
 
 def _opened(file: File, kind: str, use: Batches, progress: Callable[[], str] = lambda: "") -> Iterator[Any]:
-    """What `use` makes of the opened file, errors naming the file."""
+    """Opens a file and yields what `use` yields for it; errors of pyarrow become ValueErrors that name the file."""
     import pyarrow as pa
 
     try:
         with contextlib.ExitStack() as stack:
             stream = stack.enter_context(file.open())
             if not stream.peek(1):
-                return  # empty, and Arrow does not map nothing into memory
+                return  # an empty file, which cannot be memory-mapped
             check_head(stream, file, allowed=b"ARROW1" if kind == "Arrow" else b"PAR1")
             if isinstance(file.store, Disk):
                 source = stack.enter_context((pa.memory_map if kind == "Arrow" else pa.OSFile)(file.path))
@@ -118,14 +118,15 @@ def _opened(file: File, kind: str, use: Batches, progress: Callable[[], str] = l
             yield from use(source)
     except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError, MemoryError) as error:
         raise ValueError(
-            f"{file.place}: not a readable {kind} file{progress()}: {said(error)}; fetch or write it again"
+            f"{file.place}: not a readable {kind} file{progress()}: {one_line(error)}; download or write it again"
         ) from error
 
 
 def _parquet(file: File, source: Any) -> Any:
     import pyarrow.parquet as pq
 
-    # On disk, columns are read bit by bit; elsewhere in one piece, since jumping between them is slow there.
+    # On disk, columns are read through small buffers, which saves memory. On a remote store every jump between columns
+    # is a request, so whole columns are read at once.
     return pq.ParquetFile(source, buffer_size=BUFFER_BYTES if isinstance(file.store, Disk) else 0)
 
 
@@ -136,7 +137,7 @@ def _parquet_batch_rows(metadata: Any) -> int:
 
 
 def _arrow_batches(source: Any) -> Iterator[Any]:
-    """Record batches, each checked: Arrow does not look at what it maps, and damaged offsets would crash it."""
+    """Yields record batches after validation, which Arrow leaves out; damaged offsets would crash the process."""
     import pyarrow as pa
 
     is_file = source.read(6) == b"ARROW1"
@@ -158,28 +159,28 @@ def _check_names(schema: Any, file: File) -> None:
         raise ValueError(f"{file.place}: the name of a column is not UTF-8 text; write the file again") from error
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise ValueError(f"{file.place}: two columns are called {shown(twice)}; leave one of them")
+        raise ValueError(f"{file.place}: two columns are called {shown(twice)}; rename or remove one of them")
 
 
 def _bad_value(table: Any, where: Callable[[int], str], error: Exception) -> ValueError:
-    """Names the row and column that cannot be read."""
+    """Returns an error that names the row and column that cannot be read."""
     for index in range(table.num_rows):
         for field, column in zip(table.schema, table.slice(index, 1).columns, strict=True):
             try:
                 column.to_pylist()
             except Exception as reason:
-                kind = "names of its fields are not UTF-8"
+                kind = "with field names that are not UTF-8"
                 with contextlib.suppress(UnicodeDecodeError):
                     kind = str(field.type)[:80]
                 return ValueError(
-                    f"{where(index)}: cannot read the value in column {shown(field.name)} ({kind}): {said(reason)}; "
-                    "mend it, or leave the column out"
+                    f"{where(index)}: cannot read the value in column {shown(field.name)} ({kind}): "
+                    f"{one_line(reason)}; correct it, or remove the column"
                 )
-    return ValueError(f"{where(0)}: cannot read the rows from here on: {said(error)}")
+    return ValueError(f"{where(0)}: cannot read this row and the rows after it: {one_line(error)}")
 
 
 def _is_plain(kind: Any) -> bool:
-    """Whether values of an Arrow type are JSON values in Python."""
+    """Returns whether `to_pylist` turns values of an Arrow type into JSON values."""
     from pyarrow import types
 
     if types.is_struct(kind):
@@ -205,6 +206,6 @@ def _plain(value: Any) -> Any:
         return float(value)
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
-    if hasattr(value, "item"):  # a number of numpy
+    if hasattr(value, "item"):  # a numpy scalar
         return value.item()
     return str(value)

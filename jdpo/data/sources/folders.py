@@ -1,4 +1,4 @@
-"""Folders of data files, and folders that `datasets.save_to_disk` wrote."""
+"""Folders of data files, and folders written by `datasets.save_to_disk`."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from jdpo.data.sources.stores import Disk, Store
 from jdpo.safe_text import terminal
 
 LEVELS = 2
-"""How deep the files of a folder without files of its own are looked for: `data/train/rows.parquet`."""
+"""Levels of subfolders that are searched if a folder has no data files itself, as for `data/train/rows.parquet`."""
 
 _SPLITS_FILE, _STATE_FILE = "dataset_dict.json", "state.json"
 _NO_ROWS = {_SPLITS_FILE, _STATE_FILE, "dataset_info.json", "dataset_infos.json"}
-"""JSON files that speak of rows and hold none."""
+"""JSON files that describe a dataset and hold no rows."""
 
 
 def files_of_folder(store: Store, folder: str, split: str) -> tuple[list[File], list[str]]:
-    """The files of a split in their order, and the names of data files that belong to no split.
+    """Returns the files of a split in their order, and the names of the data files that belong to no split.
 
-    Files whose names begin with a dot and those of `_NO_ROWS` are among the latter. A folder without data files of
-    its own has those of its subfolders.
+    Files whose names start with a dot, and the files of `_NO_ROWS`, belong to no split. The files of subfolders are
+    taken only if the folder itself has no data files.
 
     Raises:
-      ValueError: there are none, or a link among them leads nowhere.
+      ValueError: there are no data files, or one is a broken symlink.
     """
     label = _name_of(store, folder)
     names = {entry.name for entry in store.entries(folder)}
@@ -39,7 +39,7 @@ def files_of_folder(store: Store, folder: str, split: str) -> tuple[list[File], 
     passed_over: list[str] = []
     _look_into(store, folder, "", LEVELS, found, passed_over)
     if not found:
-        raise ValueError(f"{store.place(folder)}: no data files in this folder; known endings are {', '.join(READERS)}")
+        raise ValueError(f"{store.place(folder)}: no data files in this folder; expected {', '.join(READERS)}")
     chosen, left_out = choose_files(list(found), split, store.place(folder))
     files = [File(store, found[name], terminal(f"{label}/{name}")) for name in chosen]
     return files, sorted(map(terminal, left_out + passed_over))
@@ -69,19 +69,20 @@ def _look_into(
     for name, path, kind in entries:
         if kind == "folder" and not name.startswith("."):
             _look_into(store, path, f"{prefix}{name}/", levels - 1, deeper, passed_over)
-    if len(found) > before:  # a folder with data of its own; what lies below is not read, but told of
+    if len(found) > before:  # the folder has data files itself; those below are not read, only reported
         passed_over.extend(deeper)
     else:
         found.update(deeper)
 
 
 def refuse_no_file(store: Store, path: str) -> None:
-    """
+    """Refuses paths that are neither a file nor a folder.
+
     Raises:
-      ValueError: a pipe, a device, or a link to nothing is there.
+      ValueError: the path is a pipe, a device, or a broken symlink.
     """
     if isinstance(store, Disk) and store.kind(path) == "other":
-        raise ValueError(f"{path}: neither a file nor a folder, but a pipe or a device; its rows cannot be read twice")
+        raise ValueError(f"{path}: neither a file nor a folder, but a pipe or device, which cannot be read twice")
 
 
 def _saved_split(store: Store, folder: str, label: str, split: str) -> list[File]:
@@ -104,22 +105,22 @@ def _saved_files(store: Store, folder: str, label: str) -> list[File]:
     place = store.place(store.join(folder, _STATE_FILE))
     if _about(store, folder, _STATE_FILE).get("_indices_data_files"):
         raise ValueError(
-            f"{place}: an old version of datasets saved a selection of rows; load it there and save it anew"
+            f"{place}: an old version of `datasets` saved a selection of rows; load and save it with a current version"
         )
     files = []
     for entry in _about(store, folder, _STATE_FILE, "_data_files"):
         name = entry.get("filename") if isinstance(entry, dict) else None
         if not isinstance(name, str) or ending_of(name) != ".arrow":
-            raise ValueError(f"{place}: the file is damaged: it should name Arrow files; save the data set anew")
+            raise ValueError(f"{place}: the file is damaged: it should name Arrow files; save the dataset again")
         file = File(store, store.join(folder, name), f"{label}/{name}")
         if store.kind(file.path) is None:
-            raise ValueError(f"{file.place}: no such file, but {_STATE_FILE} names it; bring it back")
+            raise ValueError(f"{file.place}: no such file, but {_STATE_FILE} names it; restore it")
         files.append(file)
     return files
 
 
 def _about(store: Store, folder: str, name: str, key: str | None = None) -> Any:
-    """An object that `datasets.save_to_disk` wrote, or the list under one of its keys."""
+    """Returns a JSON object that `datasets.save_to_disk` wrote, or the list under one of its keys."""
     file = File(store, store.join(folder, name), name)
     with naming(lambda: file.place), file.open() as stream:
         data = stream.read(MAX_ROW_BYTES)
@@ -129,4 +130,4 @@ def _about(store: Store, folder: str, name: str, key: str | None = None) -> Any:
         value = None
     if isinstance(value, dict) and (key is None or isinstance(value.get(key), list)):
         return value if key is None else value[key]
-    raise ValueError(f"{file.place}: the file is damaged: it is not what datasets writes; save the data set anew")
+    raise ValueError(f"{file.place}: the file is damaged: `datasets` does not write it so; save the dataset again")

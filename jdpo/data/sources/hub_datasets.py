@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub."""
+"""Datasets of the Hugging Face hub, downloaded by the `datasets` library."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from jdpo.data.sources.files import Row
 
 
 class HubSource:
-    """A data set on the Hugging Face hub, downloaded once by `datasets` and read off its Arrow files there.
+    """A dataset of the Hugging Face hub. `datasets` downloads it once; rows are read from its Arrow files.
 
-    Columns of images or sounds stay the bytes they are stored as.
+    Columns of images or audio stay the stored bytes.
     """
 
     def __init__(self, config: DatasetConfig) -> None:
@@ -27,7 +27,7 @@ class HubSource:
         except Exception as error:  # the hub client raises errors of five libraries
             raise ValueError(
                 f"cannot load {self.label} from the hub ({type(error).__name__}: {error}). There is no local file "
-                f"or folder {config.path!r} either: without a network, give the path of a local one"
+                f"or folder {config.path!r}: without a network, give a local path"
             ) from error
 
     def rows(self) -> Iterator[Row]:
@@ -37,7 +37,7 @@ class HubSource:
                 yield row, self._origin(number)
                 number += 1
         if not number:
-            raise ValueError(f"{self.label}: the split holds no rows")
+            raise ValueError(f"{self.label}: the split has no rows")
 
     def _origin(self, first: int, index: int = 0) -> str:
         return f"{self.label}[{first + index}]"

@@ -1,4 +1,4 @@
-"""From what a config names to something that gives rows."""
+"""Opening the dataset that a config names: a file, a folder, a remote store or the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from jdpo.data.sources.stores import Disk, Store
 from jdpo.safe_text import terminal
 
 MAX_PARTS = 200
-"""Files of a data set that `parts` names one by one; more are one entry."""
+"""`Source.parts` lists the files of a dataset up to this number; of more files it gives one digest."""
 
 COUNTED = (".parquet", ".arrow")
-"""Files that tell how many rows they have without being read."""
+"""Endings of files that state their number of rows, so that counting them reads no rows."""
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class Source(Protocol):
-    """An opened data set.
+    """An opened dataset.
 
     Attributes:
-      left_out: names of data files of a folder that belong to no split.
+      left_out: names of the data files in its folder that belong to no split.
     """
 
     left_out: tuple[str, ...]
@@ -42,37 +42,37 @@ class Source(Protocol):
         """Yields raw rows with their origins."""
 
     def digest(self) -> str:
-        """A digest of the content that `rows` yields, origins included."""
+        """Returns a digest of the content that `rows` yields, origins included."""
 
     def known_rows(self) -> int | None:
-        """How many rows there are, where that is told without reading them; else None."""
+        """Returns the number of rows if it is known without reading them, otherwise None."""
 
     def parts(self) -> dict[str, str]:
-        """Digests of the content file by file, for saying which one changed: the file's place -> its digest."""
+        """Returns {file: digest of its content}, by which a message can say which file changed."""
 
 
 def read_rows(dataset: DatasetConfig) -> Iterator[Row]:
     """Yields (raw row, origin); origins look like `pairs.jsonl:17`, `pairs.json[3]`, `org/name:train[5]`.
 
     Raises:
-      ValueError: nothing is there, or a file is empty or broken; it names the file and line.
+      ValueError: the path does not exist, or a file is empty or broken; the message names the file and line.
     """
     return open_source(dataset).rows()
 
 
 def open_source(dataset: DatasetConfig) -> Source:
-    """Finds what `dataset.path` names: a file or a folder here or on a remote store, or a data set on the hub.
+    """Opens what `dataset.path` names: a local or remote file or folder, or a dataset of the hub.
 
     Raises:
-      ValueError: nothing is there, the split is not one, the hub or the store cannot be reached, or a hub option is
-        set for files.
+      ValueError: the path does not exist, the split cannot be read, the hub or the store cannot be reached, or an
+        option of the hub is set for files.
     """
     store, path = _located(dataset.path)
     kind, place = store.kind(path), store.place(path)
     if kind is None:
         if not is_url(dataset.path) and ending_of(path) is None and _HUB_NAME.fullmatch(dataset.path):
             return HubSource(dataset)
-        hint = "" if is_url(dataset.path) else " (a hub name would look like org/name)"
+        hint = "" if is_url(dataset.path) else " (a name on the hub has the form org/name)"
         raise ValueError(f"{place}: no such file or folder{hint}")
     _refuse_hub_options(dataset, place, f"{'' if isinstance(store, Disk) else 'remote '}{kind}")
     refuse_no_file(store, path)
@@ -84,12 +84,12 @@ def open_source(dataset: DatasetConfig) -> Source:
         raise ValueError(f"{place}: a file has one split, 'train', but split is {dataset.split!r}")
     name = public_text(path).rsplit("/", 1)[-1]
     if ending_of(name) is None:
-        raise ValueError(f"{place}: cannot read this kind of file; known endings are {', '.join(READERS)}")
+        raise ValueError(f"{place}: cannot read this kind of file; expected {', '.join(READERS)}")
     return FileSource((File(store, path, terminal(name)),), (), split, place)
 
 
 def _located(path: str) -> tuple[Store, str]:
-    if is_url(path) and not os.path.exists(path):  # a folder here may be called a::b
+    if is_url(path) and not os.path.exists(path):  # a local folder may be called a::b
         return open_store(path)
     return Disk(), os.path.expanduser(path)
 
@@ -99,13 +99,13 @@ def _refuse_hub_options(dataset: DatasetConfig, place: str, kind: str) -> None:
         value = getattr(dataset, option)
         if value is not None:
             raise ValueError(
-                f"{place}: {option} is {value!r}, but it is for data sets on the hub only, and this is a "
-                f"{kind if kind.startswith('remote') else f'local {kind}'}; leave {option} out"
+                f"{place}: {option} is {value!r}, but it applies to datasets of the hub only, and this is a "
+                f"{kind if kind.startswith('remote') else f'local {kind}'}; remove {option}"
             )
 
 
 class FileSource:
-    """Rows of files, one after the other."""
+    """The rows of one or more files, one file after the other."""
 
     def __init__(self, files: Sequence[File], left_out: Sequence[str], split: Slice, place: str) -> None:
         self.files = tuple(files)
@@ -154,4 +154,4 @@ class FileSource:
                 empty = False
                 yield row
             if empty:
-                raise ValueError(f"{file.place}: the file is empty: it holds no rows")
+                raise ValueError(f"{file.place}: the file is empty: it has no rows")

@@ -1,4 +1,4 @@
-"""Which reader a file's name asks for."""
+"""The reader of each kind of file, chosen by the ending of the file's name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from jdpo.data.sources.json_rows import count_json_lines, read_json, read_json_l
 
 
 class Reader(NamedTuple):
-    """How one kind of file is read: `rows` yields its rows, `count` says how many, at less cost where that can be."""
+    """How one kind of file is read.
+
+    Attributes:
+      rows: yields the rows of a file.
+      count: returns their number, without parsing rows where the format allows it.
+    """
 
     rows: Callable[[File], Iterator[Row]]
     count: Callable[[File], int]
@@ -41,11 +46,11 @@ READERS: dict[str, Reader] = {
     ".parquet": Reader(read_parquet, count_parquet),
     ".arrow": Reader(read_arrow, count_arrow),
 }
-"""What a file name may end in, and who reads it."""
+"""Ending of a file's name -> its reader."""
 
 
 def ending_of(name: str) -> str | None:
-    """The ending of a data file's name, or None where no reader knows it.
+    """Returns the ending of a data file's name, or None if no reader has it.
 
     >>> ending_of("Train.JSONL.gz"), ending_of("README.md")
     ('.jsonl.gz', None)
@@ -54,7 +59,7 @@ def ending_of(name: str) -> str | None:
 
 
 def reader_of(name: str) -> Reader:
-    """The reader of a data file's name."""
+    """Returns the reader for a data file, by its name."""
     ending = ending_of(name)
     assert ending is not None, name
     return READERS[ending]

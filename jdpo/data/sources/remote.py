@@ -1,4 +1,4 @@
-"""Remote stores of files, through fsspec: `gs://`, `s3://`, `hf://`, `https://` and whatever else it knows."""
+"""Remote stores, read through fsspec: `gs://`, `s3://`, `hf://`, `https://` and its other protocols."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from jdpo.config import public_text
-from jdpo.data.sources.stores import BUFFER_BYTES, Disk, Entry, Kind, Store, said
+from jdpo.data.sources.stores import BUFFER_BYTES, Disk, Entry, Kind, Store, one_line
 from jdpo.safe_text import terminal
 
 _URL = re.compile(r"(?P<protocol>[A-Za-z][\w+.-]*)(://|::)")
@@ -28,16 +28,16 @@ _PACKAGES = {
     "sftp": "paramiko",
     "ssh": "paramiko",
 }
-"""What a protocol needs installed; the error of fsspec names it for the others."""
+"""Package that a protocol needs. For other protocols the error of fsspec names the package."""
 
 
 class Remote:
-    """A file system of fsspec.
+    """A remote store that fsspec opens.
 
     Args:
-      system: the file system.
-      url: what the user named.
-      root: its path in the file system.
+      system: the file system of fsspec.
+      url: the address that the user gave.
+      root: the path of that address in the file system.
     """
 
     def __init__(self, system: Any, url: str, root: str) -> None:
@@ -56,7 +56,7 @@ class Remote:
                 if _is_missing(error):
                     return None
                 raise
-        # A web server has no folders, but pages with links, at addresses that end in a slash.
+        # A web server has no folders; fsspec lists the links of a page, whose address ends in a slash.
         is_page = "http" in _protocols(self._system) and path.endswith("/")
         return "folder" if found == "directory" or is_page else "file"
 
@@ -67,7 +67,7 @@ class Remote:
             entry["name"]: "folder" if entry["type"] == "directory" else "file" for entry in found
         }
         own = folder.rstrip("/")
-        # Object stores may list an empty object that stands for the folder itself.
+        # Object stores may list an empty object that represents the folder itself.
         paths = [path for path in kinds if path.rstrip("/") != own]
         return sorted(Entry(public_text(path).rstrip("/").rsplit("/", 1)[-1], path, kinds[path]) for path in paths)
 
@@ -88,7 +88,8 @@ class Remote:
 
 
 def is_url(path: str) -> bool:
-    """
+    """Returns whether a path has the form of an address that fsspec opens.
+
     >>> [is_url(path) for path in ("gs://bucket/a.jsonl", "zip://a.csv::s3://bucket/a.zip", "data/a.jsonl", "org/name")]
     [True, True, False, False]
     """
@@ -96,10 +97,10 @@ def is_url(path: str) -> bool:
 
 
 def open_store(url: str) -> tuple[Store, str]:
-    """The store of a URL, and the path in it.
+    """Returns the store of a URL, and the path in the store.
 
     Raises:
-      ValueError: nobody knows the protocol, its package is not installed, or the store refuses to be opened.
+      ValueError: the protocol is unknown, its package is not installed, or the store cannot be opened.
     """
     import fsspec
 
@@ -112,11 +113,11 @@ def open_store(url: str) -> tuple[Store, str]:
         package = _PACKAGES.get(protocol)
         advice = f"install it: pip install {package}" if package else str(error)
         raise ValueError(f"{place}: reading {protocol}:// needs a package that is not installed; {advice}") from error
-    except Exception as error:  # unknown protocols, and whatever a store says of credentials and settings
-        raise ValueError(f"{place}: cannot open the store: {said(error)}") from error
+    except Exception as error:  # unknown protocols, and any error of a store about credentials and settings
+        raise ValueError(f"{place}: cannot open the store: {one_line(error)}") from error
     if "file" in _protocols(system):
         return Disk(), path
-    system.invalidate_cache()  # of listings that an earlier look in this process left
+    system.invalidate_cache()  # listings from earlier in this process may be out of date
     return Remote(system, url, path), path
 
 
@@ -125,11 +126,14 @@ def _protocols(system: Any) -> tuple[str, ...]:
 
 
 def content_hash(info: dict[str, Any]) -> str | None:
-    """The hash of the content among what a store tells of a file, as `kind:hex`; a sha256 is the digest itself.
+    """Returns the hash of a file's content that its store keeps, as `kind:hex`, or a SHA-256 without `kind:`.
 
-    The Hugging Face hub has the sha256 of large files and git's id of small ones; Google Cloud Storage has the MD5 of
-    objects that were not composed; the ETag of an S3 object is its MD5 unless it was uploaded in parts or encrypted
-    with a key of its own, and it changes with the content in any case.
+    The Hugging Face hub has the SHA-256 of large files and git's id of small ones. Google Cloud Storage has the MD5 of
+    objects that were not composed. The ETag of an S3 object is its MD5 unless the object was uploaded in parts or
+    encrypted with its own key; even then it changes with the content.
+
+    Args:
+      info: the entry of the file in a listing of fsspec.
     """
     if (lfs := info.get("lfs")) is not None:
         sha256 = lfs.get("sha256") if isinstance(lfs, dict) else getattr(lfs, "sha256", None)
@@ -147,11 +151,11 @@ def content_hash(info: dict[str, Any]) -> str | None:
 def _naming(place: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # each store has errors of its own
+    except Exception as error:  # each store raises its own kinds of errors
         if _is_missing(error):
             raise ValueError(f"{place}: no such file or folder") from error
         reason = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
-        words = re.sub(r"\?[^\s'\")]*", "?...", said(reason))  # queries of addresses may hold keys
+        words = re.sub(r"\?[^\s'\")]*", "?...", one_line(reason))  # the query of an address may contain a key
         raise ValueError(
             f"{place}: cannot read from the store ({words}); "
             "check the address, the access rights and the network, then start again"
@@ -159,14 +163,17 @@ def _naming(place: str) -> Iterator[None]:
 
 
 def _is_missing(error: Exception) -> bool:
-    """Whether nothing is there; fsspec says so too where a server could not be asked, and then has another cause."""
+    """Returns whether an error means that the path does not exist.
+
+    fsspec also raises FileNotFoundError if a server cannot be reached; that error has another cause.
+    """
     cause = error.__cause__
     nothing_there = cause is None or isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) == 404
     return isinstance(error, FileNotFoundError) and nothing_there
 
 
 class _RemoteStream(io.RawIOBase):
-    """A remote file whose errors name it, whenever in reading they come."""
+    """A remote file whose reading errors are ValueErrors that name it."""
 
     def __init__(self, stream: Any, place: str) -> None:
         self._stream = stream

@@ -1,9 +1,9 @@
-"""Splits: slices as `datasets` writes them, and which files of a folder are of which split.
+"""Splits: slices in the notation of `datasets`, and the files of a folder that belong to each split.
 
-A folder's files are of the split that their names begin with (`test.jsonl`, `train-00000-of-00002.parquet`), or that
-a folder they lie in is called; a folder without such names is one split, `train`. Numbers of parts aside, a name is
-taken whole where the folder has several that begin alike: beside `train_sft.jsonl`, `train_prefs.jsonl` is the split
-`train_prefs`, and `train` alone would be a guess.
+A file belongs to the split that its name starts with (`test.jsonl`, `train-00000-of-00002.parquet`), or that one of its
+folders is named after. A folder without such names is one split, `train`. If several names start with the same split,
+each name without its part number is a split: `train_sft.jsonl` next to `train_prefs.jsonl` are the splits `train_sft`
+and `train_prefs`, and asking for `train` is an error, since it could mean either.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _PART = re.compile(r"[-_.](?:[0-9]+-of-[0-9]+(?:-[0-9a-f]+)?|(?:part[-_.]?)?[0-9
 
 
 class Slice(NamedTuple):
-    """A split: bounds as written, None where left out; `50%` stays text until the number of rows is known."""
+    """A split with its bounds as text (None if left out), since `50%` needs the number of rows."""
 
     text: str
     name: str
@@ -33,15 +33,15 @@ class Slice(NamedTuple):
     stop: str | None
 
     def needs_count(self) -> bool:
-        """Whether the bounds depend on how many rows there are."""
+        """Returns whether the bounds depend on the number of rows."""
         return any(bound is not None and not bound.isdigit() for bound in (self.start, self.stop))
 
     def bounds(self, num_rows: int) -> tuple[int, int]:
-        """First row and the one behind the last, of so many."""
+        """Returns the first row and the row after the last, given the number of rows."""
         return slice(_bound(self.start, num_rows), _bound(self.stop, num_rows)).indices(num_rows)[:2]
 
     def plain_bounds(self) -> tuple[int, int | None]:
-        """The bounds where they do not depend on the number of rows."""
+        """Returns the bounds of a split that does not need the number of rows; None: to the end."""
         return int(self.start or 0), None if self.stop is None else min(int(self.stop), sys.maxsize)
 
 
@@ -58,7 +58,7 @@ def parse_split(text: str) -> Slice:
     """Reads a split such as `train[:90%]`.
 
     Raises:
-      ValueError: it is not one, or a percentage is more than all rows.
+      ValueError: the text is no split, or a percentage exceeds 100.
     """
     match = _SPLIT.fullmatch(text.replace(" ", ""))
     if match is None:
@@ -66,20 +66,20 @@ def parse_split(text: str) -> Slice:
     split = Slice(text, match["name"], match["start"], match["stop"])
     for bound in (split.start, split.stop):
         if bound is not None and bound.endswith("%") and abs(int(bound[:-1])) > 100:
-            raise ValueError(f"cannot read split {text!r}: a bound of {bound} is more than all rows")
+            raise ValueError(f"cannot read split {text!r}: {bound} is more than 100 %")
     return split
 
 
 def choose_files(names: Sequence[str], split: str, folder: str) -> tuple[list[str], list[str]]:
-    """The files of a split, and those that belong to none.
+    """Returns the files of a split, and the files that belong to no split.
 
     Args:
       names: paths of the data files, relative to the folder.
-      split: its name.
-      folder: for messages.
+      split: the name of the split.
+      folder: the folder's name in messages.
 
     Raises:
-      ValueError: the folder has no such split, several that the name could mean, or the same rows twice.
+      ValueError: the folder has no such split, several splits that the name could mean, or the same rows twice.
     """
     of = {name: _split_of(name, split) for name in names}
     known = {name for name in of if _known(of[name])}
@@ -88,7 +88,7 @@ def choose_files(names: Sequence[str], split: str, folder: str) -> tuple[list[st
     if len(meant := sorted({of[name] for name in chosen})) > 1:
         raise ValueError(
             f"{folder}: split {split!r} could be {' or '.join(map(terminal, meant))} in this folder; set split to one "
-            "of them, or list the folder once for each"
+            "of them, or list the folder once per split"
         )
     if not chosen and split == "train" and not known:
         chosen = list(names)
@@ -100,7 +100,7 @@ def choose_files(names: Sequence[str], split: str, folder: str) -> tuple[list[st
 
 
 def _split_of(name: str, split: str) -> str:
-    """The split that a file's name or the folders it lies in speak of; any other name as it is.
+    """Returns the split that a file's folders or name indicate; for other names, the name without ending and part.
 
     >>> [_split_of(n, "train") for n in ("train-00000-of-00002.parquet", "data/train_sft.jsonl.gz", "train/a.csv")]
     ['train', 'train_sft', 'train']
@@ -129,6 +129,6 @@ def _refuse_copies(names: Sequence[str], folder: str) -> None:
     for name in names:
         if (other := first.setdefault(_without_ending(name), name)) != name:
             raise ValueError(
-                f"{folder}: {terminal(other)} and {terminal(name)} look like the same rows in two formats; move one of "
-                "them away, or give the path of the file"
+                f"{folder}: {terminal(other)} and {terminal(name)} look like the same rows in two formats; remove one "
+                "of them, or give the path of one file"
             )

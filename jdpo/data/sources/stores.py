@@ -1,4 +1,4 @@
-"""Where files lie: what a store of files does, and this machine's disk as one; `remote` has the others."""
+"""The interface of a store of files, and the store of this machine's disk; `remote` has the other stores."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Kind = Literal["file", "folder", "other"]
 
 
 class Entry(NamedTuple):
-    """Something in a folder."""
+    """An entry of a folder."""
 
     name: str
     path: str
@@ -27,35 +27,35 @@ class Store(Protocol):
     """Reads files and lists folders. Every error is a ValueError that names the path."""
 
     def place(self, path: str) -> str:
-        """The path as messages name it."""
+        """Returns the path as messages name it."""
 
     def kind(self, path: str) -> Kind | None:
-        """What is there; None: nothing."""
+        """Returns what the path is, or None if it does not exist."""
 
     def entries(self, folder: str) -> list[Entry]:
-        """What is in a folder, by name."""
+        """Returns the entries of a folder, sorted by name."""
 
     def join(self, folder: str, name: str) -> str:
-        """The path of something in a folder."""
+        """Returns the path of a folder's entry."""
 
     def open(self, path: str) -> io.BufferedReader:
-        """The bytes of a file, from its start; several may be open at a time."""
+        """Opens a file for reading; several may be open at a time."""
 
     def checksum(self, path: str) -> str | None:
-        """The store's own hash of a file's content, where it has one: it saves reading the file for its digest."""
+        """Returns the store's own hash of a file's content, or None; it saves reading the file for its digest."""
 
 
 class Disk:
-    """The files of this machine."""
+    """The files of this machine, as a `Store`."""
 
     def place(self, path: str) -> str:
         return terminal(path)
 
     def kind(self, path: str) -> Kind | None:
-        """What is there, links followed.
+        """Returns what the path is after following links, or None if it does not exist.
 
         Raises:
-          ValueError: a link leads nowhere, or the path may not be looked at.
+          ValueError: the path is a broken symlink, or may not be read.
         """
         try:
             mode = os.stat(path).st_mode
@@ -63,12 +63,12 @@ class Disk:
             if os.path.islink(path):
                 raise ValueError(
                     f"{self.place(path)}: broken symlink: its target {terminal(os.readlink(path))} does not exist; "
-                    "mend the link, or bring its target back"
+                    "correct the link, or restore its target"
                 ) from None
             return None
         except OSError as error:
             raise ValueError(f"{self.place(path)}: cannot read it: {error.strerror or error}") from error
-        except ValueError:  # a NUL in the path
+        except ValueError:  # a NUL character in the path
             return None
         return "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "other"
 
@@ -95,10 +95,10 @@ class Disk:
         return cached_file_digest(path)
 
 
-def said(error: BaseException) -> str:
-    """An error of a library in one line that is not long.
+def one_line(error: BaseException) -> str:
+    """Returns the type and the first line of an error, at most 300 characters of it.
 
-    >>> said(OSError("no such bucket\\n<html>...</html>"))
+    >>> one_line(OSError("no such bucket\\n<html>...</html>"))
     'OSError: no such bucket'
     """
     lines = str(error).strip().splitlines() or [""]

@@ -1,4 +1,4 @@
-"""JSON values: parsed strictly, and checked to be rows."""
+"""Strict parsing of JSON values, and the checks that make a value a row."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import json
 from typing import Any
 
 MAX_DEPTH = 100
-"""Deeper rows are refused: what works with them later is recursive."""
+"""Rows nested deeper than this are refused, because the code that processes them is recursive."""
 
 LONGEST_NAME = 60
 
 
 class _Refused(ValueError):
-    """JSON that Python would read, but not as it is meant."""
+    """JSON that Python's parser accepts and jdpo refuses."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -20,19 +20,19 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise _Refused(f"the key {shown(twice)} stands twice in one object; leave one of them")
+        raise _Refused(f"the key {shown(twice)} occurs twice in one object; remove one of them")
     return value
 
 
 def _constant(name: str) -> Any:
-    raise _Refused(f"{name} is no JSON value; write null")
+    raise _Refused(f"{name} is not a JSON value; write null")
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
 
 
 def unreadable(error: ValueError | RecursionError) -> str:
-    """Why JSON without a fault of syntax is not read."""
+    """Returns why JSON with a valid syntax cannot be read."""
     if isinstance(error, _Refused):
         return f"JSON that cannot be read: {error}"
     if isinstance(error, RecursionError):
@@ -44,15 +44,16 @@ _TOO_DEEP = f"it is nested too deeply (more than {MAX_DEPTH} levels)"
 
 
 def checked_row(value: Any, brackets: int, where: str) -> dict[str, Any]:
-    """The value, which is an object and not too deep.
+    """Returns a parsed value after checking that it is an object and not nested too deeply.
 
     Args:
-      value: what was parsed.
-      brackets: how many opening brackets its text has, those in strings included.
-      where: for messages.
+      value: the parsed value.
+      brackets: opening brackets in its text, those in strings included: an upper bound on the depth, which saves
+        walking through ordinary rows.
+      where: the row's place, for messages.
 
     Raises:
-      ValueError: it is something else.
+      ValueError: the value is not an object, or is nested deeper than MAX_DEPTH.
     """
     if not isinstance(value, dict):
         raise ValueError(f"{where}: expected an object with the row's columns, found {json_kind(value)}")
@@ -74,7 +75,7 @@ def _is_deep(value: Any) -> bool:
 
 
 def json_kind(value: Any) -> str:
-    """What JSON calls a value.
+    """Returns the JSON name of a value's type.
 
     >>> [json_kind(value) for value in ({}, [], "", True, None, 0.5)]
     ['an object', 'an array', 'a string', 'true or false', 'null', 'a number']
@@ -84,7 +85,7 @@ def json_kind(value: Any) -> str:
 
 
 def shown(name: str) -> str:
-    """A name from a file, safe to print and not long.
+    """Returns a name from a file in quotes, in ASCII and at most LONGEST_NAME characters long.
 
     >>> print(shown('a"b'), shown("x" * 99)[-5:])
     'a"b' xx...
@@ -94,7 +95,7 @@ def shown(name: str) -> str:
 
 
 def without_nulls(value: Any) -> Any:
-    """Returns a value without the keys of its objects that are null, at any depth. Nulls in lists stay.
+    """Returns a value without null keys of objects, at any depth. Nulls in lists stay.
 
     >>> without_nulls({"a": None, "b": [{"c": None}, None]})
     {'b': [{}, None]}
@@ -105,7 +106,7 @@ def without_nulls(value: Any) -> Any:
 
 
 def text_size(value: Any) -> int:
-    """Characters and bytes of all texts in a row."""
+    """Returns the number of characters and bytes of all texts in a row."""
     size, waiting = 0, [value]
     while waiting:
         value = waiting.pop()

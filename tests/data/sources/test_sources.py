@@ -191,7 +191,7 @@ def test_two_sides_of_a_percentage_partition(
     [
         ("train[5:2]", r"rows\.jsonl: split train\[5:2\] selects no rows"),
         ("train[50:]", r"rows\.jsonl: split train\[50:\] selects no rows"),
-        ("train[:120%]", r"cannot read split 'train\[:120%\]': a bound of 120% is more than all rows"),
+        ("train[:120%]", r"cannot read split 'train\[:120%\]': 120% is more than 100 %"),
         ("train[1:2", r"cannot read split 'train\[1:2': expected one like train"),
         ("train+test", "cannot read split"),
         ("test", "a file has one split, 'train', but split is 'test'"),
@@ -257,12 +257,12 @@ def test_a_hub_out_of_reach_is_named_with_the_way_out(tmp_path: Path) -> None:
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": root}
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert "cannot load org/name:train from the hub" in run.stdout, run.stderr
-    assert "without a network, give the path of a local one" in run.stdout
+    assert "without a network, give a local path" in run.stdout
 
 
 @pytest.mark.parametrize("option", ["name", "revision"])
 def test_options_of_hub_names_are_refused_for_files(tmp_path: Path, option: str) -> None:
     path = write(tmp_path / "rows.jsonl")
     for place, kind in ((path, "file"), (tmp_path, "folder")):
-        with pytest.raises(ValueError, match=rf"{place}: {option} is 'main', but .*hub only.*local {kind}; leave"):
+        with pytest.raises(ValueError, match=rf"{place}: {option} is 'main', but .*hub only.*local {kind}; remove"):
             open_source(DatasetConfig(path=str(place), **{option: "main"}))

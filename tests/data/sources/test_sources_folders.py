@@ -234,10 +234,10 @@ def test_a_saved_data_set_that_is_not_whole_is_named(tmp_path: Path) -> None:
     folder = save(tmp_path / "saved")
     state = json.loads((folder / "state.json").read_text())
     for content, message in (
-        ({**state, "_indices_data_files": [{"filename": "indices.arrow"}]}, "an old version of datasets"),
+        ({**state, "_indices_data_files": [{"filename": "indices.arrow"}]}, "an old version of `datasets`"),
         ({**state, "_data_files": [{"filename": 3}]}, "it should name Arrow files"),
-        ({**state, "_data_files": None}, "it is not what datasets writes"),
-        (["state"], "it is not what datasets writes"),
+        ({**state, "_data_files": None}, "does not write it so"),
+        (["state"], "does not write it so"),
     ):
         (folder / "state.json").write_text(json.dumps(content))
         with pytest.raises(ValueError, match=rf"{folder}/state\.json: .*{message}"):

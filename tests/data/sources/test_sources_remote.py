@@ -107,7 +107,7 @@ def test_faults_name_the_file_by_its_address(memory: MemoryFileSystem) -> None:
         stream.write(b"text")
     with pytest.raises(ValueError, match=r"^memory://bucket/a\.txt: cannot read this kind of file"):
         read("memory://bucket/a.txt")
-    with pytest.raises(ValueError, match=r"revision is 'main', but .*hub only, and this is a remote file; leave"):
+    with pytest.raises(ValueError, match=r"revision is 'main', but .*hub only, and this is a remote file"):
         open_source(DatasetConfig(path=put("b.jsonl"), revision="main"))
 
 

@@ -1,7 +1,6 @@
-"""A few hundred raw rows read, told apart, tokenized, checked and counted together.
+"""Chunks: a few hundred raw rows that one process parses, tokenizes, checks and counts at a time.
 
-A chunk is what one process works on at a time. What comes of it does not depend on the other chunks, so that the rows
-are the same whatever the number of processes.
+The result of a chunk does not depend on other chunks, so the rows are the same for any number of processes.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import numpy as np
 
 from jdpo.data.prepared import token_checks
 from jdpo.data.prepared.held_out import TOLD_IN_TRAINING, Part, prompt_key, turn_key
-from jdpo.data.prepared.row_arrays import TAG_TYPES, Block, Tags, block_of
+from jdpo.data.prepared.row_arrays import TAG_TYPES, RowArrays, Tags, row_arrays
 from jdpo.data.schemas import formats
 from jdpo.data.schemas.formats import Dropped, Reading
 from jdpo.data.tokens import tokenize
@@ -34,14 +33,14 @@ SPLIT_SEQUENCES = "sequences made of such conversations"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How raw rows become tokenized ones: all that this depends on beside rows and tokenizer.
+    """All settings that tokenized rows depend on, besides the raw rows and the tokenizer. Part of the cache's key.
 
     Attributes:
-      kind: what the rows are for.
+      kind: preference pairs, or supervised completions.
       max_length, max_prompt_length: see `jdpo.data.tokens.tokenize`.
       loss_on: the turns that are learnt.
-      readings: how the rows of each data set are to be read.
-      part: which rows are kept, by hash of the prompt; None: all.
+      readings: how to read the rows of each dataset.
+      part: the side of the train/eval split to keep; None: all rows.
     """
 
     kind: Literal["pairs", "completions"]
@@ -53,13 +52,13 @@ class Recipe:
 
     @property
     def row_type(self) -> type[Any]:
-        """What a tokenized row is."""
+        """The type of a tokenized row."""
         if self.kind == "completions":
             return TokenizedCompletion
         return MaskedPair if self.loss_on == "assistant_turns" else TokenizedPair
 
     def read(self, raw: Mapping[str, Any], origin: str, dataset: int, counts: Counter[str]) -> Sequence[Any]:
-        """The rows that a raw row of a data set gives, or Dropped in their place."""
+        """Reads a raw row of a dataset; returns its rows, or Dropped in the place of each that cannot be used."""
         reading = self.readings[dataset]
         if self.kind == "completions":
             counts[CHOSEN_LEARNT] += formats.is_preference(raw, reading)
@@ -71,7 +70,7 @@ class Recipe:
         return rows
 
     def tokenize(self, rows: Sequence[Any], tokenizer: Tokenizer) -> Sequence[Sequence[Any]]:
-        """The results of each row: one, except where the turns of a conversation are sequences of their own."""
+        """Tokenizes rows; returns a list of results per row, longer than one if its turns need several sequences."""
         lengths: dict[str, Any] = {"max_length": self.max_length, "max_prompt_length": self.max_prompt_length}
         every_turn = self.loss_on == "assistant_turns"
         if self.kind == "pairs":
@@ -83,30 +82,30 @@ class Recipe:
 
 
 class RawChunk(NamedTuple):
-    """Raw rows of one data set with their origins, and the number of the data set."""
+    """Raw rows of one dataset with their origins, and the number of the dataset."""
 
     dataset: int
     rows: Sequence[tuple[Mapping[str, Any], str]]
 
 
 class Chunk(NamedTuple):
-    """What came of a `RawChunk`: the rows that are kept, what was counted, and the first row of each count."""
+    """The result of a `RawChunk`: the rows that are kept, the counts, and the first row of each count."""
 
     dataset: int
-    block: Block
+    block: RowArrays
     counts: dict[str, int]
     examples: dict[str, str]
 
 
 def make_chunk(shared: tuple[Recipe, Tokenizer], raw: RawChunk) -> Chunk:
-    """Works on one chunk.
+    """Reads, tokenizes and checks the rows of one chunk.
 
     Args:
-      shared: what all chunks have in common.
+      shared: the recipe and the tokenizer, the same for all chunks.
       raw: the rows.
 
     Raises:
-      ValueError: a row that cannot be read; it is named.
+      ValueError: a row cannot be read; the message names it.
     """
     recipe, tokenizer = shared
     tally = Tally()
@@ -124,15 +123,16 @@ def make_chunk(shared: tuple[Recipe, Tokenizer], raw: RawChunk) -> Chunk:
             if isinstance(result, Dropped):
                 tally.drop(result)
             else:
+                # The last sequence of a conversation has the key of its row; earlier ones have keys of their own.
                 kept.append((row, result, key if number == len(found) else turn_key(key, number)))
     block = _counted_block(kept, raw.dataset, recipe, tokenizer, tally)
     return Chunk(raw.dataset, block, dict(tally.counts), tally.examples)
 
 
 def _of_part(rows: Sequence[Any], part: Part | None, tally: Tally) -> tuple[list[Any], list[int]]:
-    """The rows of a part with their prompt keys; those of the other part are counted.
+    """Returns the rows of one side of the train/eval split with their prompt keys, and counts the other rows.
 
-    A row that was dropped has no prompt to tell its part by: it has key 0, and is told of among the training rows.
+    A dropped row has no prompt that could be hashed. It has key 0 and is reported with the training rows.
     """
     kept, keys = [], []
     for row in rows:
@@ -147,16 +147,16 @@ def _of_part(rows: Sequence[Any], part: Part | None, tally: Tally) -> tuple[list
 
 def _counted_block(
     kept: Sequence[tuple[Any, Any, int]], dataset: int, recipe: Recipe, tokenizer: Tokenizer, tally: Tally
-) -> Block:
-    """The rows that are kept as a block, counted with what was done to each and what is wrong with it."""
+) -> RowArrays:
+    """Joins the kept rows into arrays, and counts the notes and the faults of each row."""
     margins = [np.nan if (margin := getattr(row, "margin", None)) is None else margin for row, _, _ in kept]
     tags = Tags(
         np.full(len(kept), dataset, TAG_TYPES["dataset"]),
         np.array([key for _, _, key in kept], TAG_TYPES["prompt_key"]),
         np.array(margins, TAG_TYPES["margin"]),
     )
-    block = block_of([result.row for _, result, _ in kept], recipe.row_type, tags)
-    faults = token_checks.check_block(
+    block = row_arrays([result.row for _, result, _ in kept], recipe.row_type, tags)
+    faults = token_checks.find_faults(
         block,
         token_checks.expected_of(tokenizer),
         plain=np.array([isinstance(row.prompt, str) for row, _, _ in kept], bool),
@@ -171,7 +171,8 @@ def _counted_block(
 
 
 MOST_REFUSALS = 20
-"""Messages of a chat template that are counted apart; a template may write the words of a row into its message."""
+"""Different refusals of a chat template that are counted separately. A refusal may quote the row, so there may be many.
+"""
 
 _LONGEST_REFUSAL = 120
 _REFUSED = DROPPED + REFUSED
@@ -179,39 +180,39 @@ OTHER_REFUSALS = f"{_REFUSED} for other reasons"
 
 
 class Tally:
-    """What was counted, and the first row of each count."""
+    """Counts of rows by name, and the first row of each count."""
 
     def __init__(self, counts: Mapping[str, int] | None = None, examples: Mapping[str, str] | None = None) -> None:
         self.counts = Counter(counts or {READ: 0, KEPT: 0})
         self.examples = dict(examples or {})
 
     def add(self, name: str, example: str) -> None:
-        """Counts a row."""
+        """Counts a row under a name."""
         name = self._name(name)
         self.counts[name] += 1
         self.examples.setdefault(name, example)
 
     def drop(self, row: Dropped) -> None:
-        """Counts a row that is not kept."""
+        """Counts a row that is dropped, under its reason."""
         example = terminal(row.origin + (f": {row.detail}" if row.detail else ""))
         if row.reason != REFUSED or not row.detail:
             self.add(DROPPED + row.reason, example)
             return
-        said = " ".join(terminal(row.detail).split())
-        if len(said) > _LONGEST_REFUSAL:
-            self.add(f"{_REFUSED}: {said[:_LONGEST_REFUSAL]}...", example)
+        refusal = " ".join(terminal(row.detail).split())
+        if len(refusal) > _LONGEST_REFUSAL:
+            self.add(f"{_REFUSED}: {refusal[:_LONGEST_REFUSAL]}...", example)
         else:
-            self.add(f"{_REFUSED}: {said}", terminal(row.origin))
+            self.add(f"{_REFUSED}: {refusal}", terminal(row.origin))
 
     def _name(self, name: str) -> str:
-        """The name to count under: refusals of a chat template beyond the first `MOST_REFUSALS` share one."""
+        """Returns the name to count under: all refusals of a chat template after `MOST_REFUSALS` share one name."""
         if name in self.counts or not name.startswith(_REFUSED):
             return name
         known = sum(one.startswith(f"{_REFUSED}:") for one in self.counts)
         return name if known < MOST_REFUSALS else OTHER_REFUSALS
 
     def take(self, chunk: Chunk) -> None:
-        """Adds what was counted of the rows that follow."""
+        """Adds the counts of the next chunk."""
         for name, count in chunk.counts.items():
             own = self._name(name)
             self.counts[own] += count
@@ -219,11 +220,11 @@ class Tally:
                 self.examples.setdefault(own, chunk.examples[name])
 
     def as_dict(self) -> dict[str, Any]:
-        """What is kept with the rows."""
+        """Returns the JSON values that are stored with the rows."""
         return {"counts": {name: count for name, count in self.counts.items() if count}, "examples": self.examples}
 
     def lines(self) -> list[str]:
-        """For the user."""
+        """Returns the lines of the summary that the user sees."""
         counts = {name: count for name, count in sorted(self.counts.items()) if count and name not in (READ, KEPT)}
         return [f"{figure(self.counts[READ], 'row')} read, {self.counts[KEPT]:,} kept"] + [
             terminal(f"  {count:,} {name}" + (f" (the first: {self.examples[name]})" if name in self.examples else ""))

@@ -1,4 +1,4 @@
-"""Training and evaluation rows told apart by a hash of their prompt, so that no prompt is on both sides."""
+"""The split into training and evaluation rows by a hash of the prompt, so that no prompt is on both sides."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ TOLD_IN_TRAINING = "without a prompt to tell them by: dropped, and counted among
 
 
 class Part(NamedTuple):
-    """One side of a split by prompt.
+    """One side of the split.
 
     Attributes:
-      side: the rows to train on, or those held out.
+      side: "train" for the rows to train on, "eval" for those held out.
       fraction: share of the prompts that is held out.
     """
 
@@ -26,37 +26,38 @@ class Part(NamedTuple):
     fraction: float
 
     def has(self, key: int) -> bool:
-        """Whether a row with this `prompt_key` is on this side.
+        """Returns whether a row with this `prompt_key` is on this side.
 
         >>> [Part("eval", 0.25).has(key) for key in (0, 2**62 - 1, 2**62, 2**64 - 1)]
         [True, True, False, False]
         """
-        return (key < self.fraction * 2.0**64) == (self.side == "eval")  # Python compares int and float exactly
+        # Python compares int and float exactly, so no key near the boundary is on both sides or on none.
+        return (key < self.fraction * 2.0**64) == (self.side == "eval")
 
     @property
     def others(self) -> str:
-        """What the rows of the other side are counted as."""
+        """The name under which rows of the other side are counted."""
         return HELD_OUT if self.side == "train" else KEPT_FOR_TRAINING
 
 
 def prompt_key(prompt: Text) -> int:
-    """A 64-bit hash of a prompt, the same for every data set, tokenizer and machine.
+    """Returns a 64-bit hash of a prompt that is the same for every dataset, tokenizer and machine.
 
-    A prompt in plain text has the key of the one user turn that says the same.
+    A prompt in plain text has the same key as a conversation of one user turn with that text.
 
     >>> prompt_key("Hi") == prompt_key([{"content": "Hi", "role": "user"}])
     True
     """
     messages = comparable(prompt)
-    # ASCII alone, since half of a surrogate pair has no UTF-8; repr for what a Parquet file has and JSON has not.
+    # ASCII, because half of a surrogate pair has no UTF-8 form; repr for values of Parquet files that JSON lacks.
     text = json.dumps(messages, sort_keys=True, separators=(",", ":"), default=repr)
     return int.from_bytes(hashlib.blake2b(text.encode("ascii"), digest_size=8).digest(), "big")
 
 
 def turn_key(key: int, number: int) -> int:
-    """The key of an earlier turn that is a sequence of its own, of a row whose prompt has `key`.
+    """Returns the key of an earlier turn that is a sequence of its own, given the key of its row's prompt.
 
-    It is neither the row's, as the turns of a row do not repeat one another, nor that of the turn's own history, since
-    rows are held out as a whole.
+    It differs from the row's key, so that the turns of a row do not count as repeats of one prompt, and from the key of
+    the turn's own history, because rows are held out as a whole.
     """
     return int.from_bytes(hashlib.blake2b(f"{key} {number}".encode(), digest_size=8).digest(), "big")

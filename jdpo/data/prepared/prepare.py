@@ -1,4 +1,4 @@
-"""From data sets to tokenized rows: read, recognise, tokenize, count; once, then from the cache."""
+"""Tokenized rows of datasets: read, recognised, tokenized and counted once, and taken from the cache afterwards."""
 
 from __future__ import annotations
 
@@ -47,47 +47,46 @@ __all__ = [
 R = TypeVar("R", bound=AnyPair | TokenizedCompletion)
 
 CACHE_VERSION = 11
-"""To be raised whenever the same rows would be tokenized to something else, or counted otherwise."""
+"""Must be raised whenever the same raw rows would give other tokens or other counts."""
 
-DROPPED_UNSAID = 0.05
-"""A larger share of dropped rows is stated at the end of a run, and in the model card."""
+MOST_DROPPED = 0.05
+"""A larger share of dropped rows is stated at the end of a run and in the model card."""
 
 MOST_NAMES = 5
-"""Files named in the summary at most."""
+"""The summary names at most this many files."""
 
 CHUNK_ROWS = 512
-"""Raw rows that a process tokenizes at a time, at most."""
+"""A process tokenizes at most this many raw rows at a time."""
 
 CHUNK_TEXT = 4 * 2**20
-"""Characters after which no further row is taken into a chunk: a few of them are in memory for each process."""
+"""A chunk ends once it has this many characters, since several chunks per process are in memory."""
 
 ALONE_ROWS = 8192
-"""Rows after which further processes help, where their number is left open: starting them takes seconds."""
+"""Rows that the first process tokenizes alone if `num_proc` is None, because starting others takes seconds."""
 
 SAMPLE_ROWS = 3
-"""Rows of each data set that are recognised before all of them are."""
+"""Rows of each dataset that are recognised before any are tokenized, so that a wrong schema is an early error."""
 
 Progress = Callable[[int, int | None], None]
-"""Told how many rows of all data sets of the call were read so far, dropped ones included, and of how many in all.
+"""Called with the number of rows read so far (dropped rows included) and the total number.
 
-That is None where files do not say how many rows they have before they are read.
-It is called after every chunk of a data set's rows, and not at all where the rows come
-from the cache. What it raises ends the work.
+The total is None if the files do not state their number of rows. The function is called after every chunk, and not at
+all if the rows come from the cache. An exception that it raises ends the work.
 """
 
 
 class PreparedData(Generic[R]):
-    """Tokenized rows by index, memory-mapped, with what was counted on the way. Data sets follow one another.
+    """Tokenized rows by index, memory-mapped, with their counts. The datasets follow one another.
 
     Attributes:
       lengths: int32 [rows], tokens of the longest sequence of each row.
-      names: labels of the data sets.
-      dataset_of: int32 [rows], which of them each row is of.
-      prompt_keys: uint64 [rows], a hash of the prompt's text as it is in the file; see `held_out.prompt_key`.
-      margins: float32 [rows], by how much the chosen side was scored higher; NaN where nobody scored.
-      counts: in plain words: rows read, rows kept, dropped by reason, truncated, ...
-      examples: where the first row of a count is, for most counts.
-      counts_of, examples_of: the same of each data set.
+      names: labels of the datasets.
+      dataset_of: int32 [rows], the number of each row's dataset.
+      prompt_keys: uint64 [rows], a hash of the prompt's text in the file; see `held_out.prompt_key`.
+      margins: float32 [rows], score of the chosen side minus that of the rejected; NaN without scores.
+      counts: {name: number of rows}: rows read, rows kept, dropped by reason, truncated, ...
+      examples: {name: origin of the first row}, for most counts.
+      counts_of, examples_of: the same for each dataset.
       digest: content digest of the tokenized rows.
       from_cache: whether an earlier run had tokenized them.
     """
@@ -124,43 +123,43 @@ class PreparedData(Generic[R]):
         return row
 
     def sizes(self) -> ItemSizes:
-        """How much room every row takes when packed; reads lengths only."""
+        """Returns the number of slots and scored tokens of every row when packed. Reads lengths only."""
         rows = self._rows
         if rows.row_type is TokenizedCompletion:
             return completion_sizes(rows.lengths_of("tokens"), rows.counts_of("completion_mask", skip=1))
         lengths = [rows.lengths_of(field) for field in ("prompt_ids", "chosen_ids", "rejected_ids")]
         sizes = pair_sizes(np.stack(lengths, axis=-1))
-        if rows.row_type is MaskedPair:  # prompts of theirs are not empty
+        if rows.row_type is MaskedPair:  # their prompts are not empty, so every learnt token is scored
             sizes = sizes._replace(scored=rows.counts_of("chosen_mask") + rows.counts_of("rejected_mask"))
         return sizes
 
     def rows_with(self, ids: np.ndarray) -> dict[int, tuple[int, int]]:
-        """Finds which of the token ids, int [n], occur: {id: (number of rows that hold it, index of the first)}."""
+        """Returns {id: (number of rows with it, index of the first)} for the token ids, int [n], that occur."""
         return self._rows.rows_with(ids)
 
     @property
     def num_rows_of(self) -> tuple[int, ...]:
-        """Rows of each data set."""
+        """The number of rows of each dataset."""
         return tuple(int(count) for count in np.bincount(self.dataset_of, minlength=len(self.names)))
 
     def parts(self) -> dict[str, str]:
-        """Content digest of each file that the rows were read from, by where it lies."""
+        """Returns {file: content digest} for the files that the rows were read from."""
         return {place: digest for source in self._sources for place, digest in source.parts().items()}
 
     def num_chosen_tokens(self) -> int:
-        """Scored tokens of the chosen sides of all pairs: but for a first token that nothing stands before."""
+        """Returns the number of scored tokens of all chosen sides. The first token of a sequence is never scored."""
         if self._rows.row_type is MaskedPair:
             return int(self._rows.counts_of("chosen_mask").sum())
         prompt, chosen = (self._rows.lengths_of(field) for field in ("prompt_ids", "chosen_ids"))
         return int(chosen.sum() - ((prompt == 0) & (chosen > 0)).sum())
 
     def summary(self) -> str:
-        """Lines for the user and the model card: what was read, kept, dropped and cut."""
+        """Returns the lines for the user and the model card on rows read, kept, dropped and truncated."""
         lines = []
         for dataset, left_out in zip(self._datasets, (source.left_out for source in self._sources), strict=True):
             lines.append(terminal(f"{without_queries(dataset.path)} ({dataset.split})"))
             if left_out:
-                lines.append(f"  {figure(len(left_out), 'data file')} of no split left out: {_names(left_out)}")
+                lines.append(f"  {figure(len(left_out), 'data file')} of no split ignored: {_names(left_out)}")
         lines += [f"  {line}" for line in Tally(self.counts, self.examples).lines()]
         if self.drop_note is not None:
             lines.append(f"  {self.drop_note}")
@@ -170,10 +169,10 @@ class PreparedData(Generic[R]):
 
     @property
     def drop_note(self) -> str | None:
-        """A sentence on the share of rows that were dropped; None up to `DROPPED_UNSAID` of them."""
+        """A sentence on the share of rows that were dropped, or None if it is at most `MOST_DROPPED`."""
         dropped = {name: count for name, count in self.counts.items() if name.startswith(DROPPED)}
         total, read = sum(dropped.values()), self.counts[READ]
-        if total <= DROPPED_UNSAID * read:
+        if total <= MOST_DROPPED * read:
             return None
         most = max(dropped, key=dropped.__getitem__)
         return (
@@ -183,7 +182,7 @@ class PreparedData(Generic[R]):
 
     @property
     def cache_note(self) -> str:
-        """Where on this machine the tokenized rows are, and whether they were there before."""
+        """A sentence on where the tokenized rows are on this machine, and whether this run wrote them."""
         return f"{'found tokenized in' if self.from_cache else 'tokenized into'} {terminal(self._rows.path)}"
 
 
@@ -202,21 +201,21 @@ def prepare_pairs(
     """Reads and tokenizes preference rows, or takes them from the cache.
 
     Args:
-      datasets: where the rows come from, one after the other.
+      datasets: the datasets, whose rows follow one another.
       tokenizer: see `load_tokenizer`.
-      max_length: most tokens of prompt and completion.
-      max_prompt_length: most tokens of the prompt, or None.
-      loss_on: the final assistant turn of each side is learnt, or every one after the turns that the sides share. Then
-        the rows are a `MaskedPair` each.
-      part: the rows to keep, by hash of the prompt; None: all.
-      num_proc: processes that tokenize; None: one for the first `ALONE_ROWS` rows, then as many as there are cores.
-        The rows are the same whatever their number.
-      cache_dir: where tokenized rows are kept; None: `$XDG_CACHE_HOME/jdpo`, else ~/.cache/jdpo.
-      progress: called now and then with the number of rows read so far, and of all; see `Progress`.
+      max_length: maximum number of tokens of prompt and completion together.
+      max_prompt_length: maximum number of tokens of the prompt; None: no limit.
+      loss_on: "completion" learns the final assistant turn of each side; "assistant_turns" learns every assistant turn
+        after the turns that the sides share, and gives rows of the type `MaskedPair`.
+      part: the side of the train/eval split to keep; None: all rows.
+      num_proc: number of processes that tokenize; None: one for the first `ALONE_ROWS` rows, then one per core. The
+        rows are the same for any number.
+      cache_dir: folder of the cache; None: `$XDG_CACHE_HOME/jdpo`, or ~/.cache/jdpo without that variable.
+      progress: called after every chunk; see `Progress`.
 
     Raises:
-      ValueError: rows cannot be read, or none is left to train on, or every one has the same fault that ruins a model;
-        it says where and why.
+      ValueError: rows cannot be read, none is left to train on, or all have a fault that ruins a model; the message
+        says where and why.
     """
     recipe = Recipe(
         kind="pairs",
@@ -244,7 +243,8 @@ def prepare_completions(
     """Reads and tokenizes supervised rows, or takes them from the cache.
 
     Args:
-      loss_on: the final assistant turn is learnt, or every one. The other arguments: as in `prepare_pairs`.
+      loss_on: "completion" learns the final assistant turn, "assistant_turns" every one. For the other arguments see
+        `prepare_pairs`.
 
     Raises:
       ValueError: as in `prepare_pairs`.
@@ -270,8 +270,8 @@ def _prepare(
     progress: Progress | None,
 ) -> PreparedData[Any]:
     if not datasets:
-        raise ValueError("no data sets were given")
-    labels_of(datasets)  # a fault of theirs is said before the work
+        raise ValueError("no datasets were given")
+    labels_of(datasets)  # errors in the labels come before the work
     sources = [open_source(dataset) for dataset in datasets]
     folder = cache_folder(cache_dir) / "tokenized"
     key = _key(sources, tokenizer, recipe)
@@ -293,18 +293,18 @@ def _prepare(
             writer.about = tally.as_dict() | {"data_sets": [one.as_dict() for one in of_sets]}
         rows = store.open_store(folder, key, recipe.row_type)
         if rows is None:
-            raise ValueError(f"the tokenized rows written to {folder} read back damaged; is the disk in order?")
+            raise ValueError(f"the tokenized rows written to {folder} are damaged when read again; check the disk")
     return PreparedData(rows, datasets, sources, tokenizer, from_cache=from_cache)
 
 
 def _chunks(sources: Sequence[Source], tokenizer: Tokenizer, recipe: Recipe, num_proc: int | None) -> Generator[Chunk]:
-    """Tokenizes all rows, in their order."""
+    """Yields the tokenized rows in their order."""
     raw = _raw_chunks(sources, recipe)
     if num_proc is None:
         yield from map_in_order(
             make_chunk, (recipe, tokenizer), itertools.islice(raw, ALONE_ROWS // CHUNK_ROWS), num_proc=1
         )
-        ahead = list(itertools.islice(raw, 1))
+        ahead = list(itertools.islice(raw, 1))  # start further processes only if rows are left
         if not ahead:
             return
         raw, num_proc = itertools.chain(ahead, raw), available_cores()
@@ -330,20 +330,21 @@ def _raw_chunks(sources: Sequence[Source], recipe: Recipe) -> Iterator[RawChunk]
 
 
 def _check_kept(tally: Tally, datasets: Sequence[DatasetConfig], part: Part | None) -> None:
-    """
+    """Checks that there are rows to train on.
+
     Raises:
-      ValueError: no row is left, or every one has a fault that ruins a model.
+      ValueError: no row is left, or all rows have a fault that ruins a model.
     """
     if not tally.counts[KEPT]:
         lines = [f"no rows left of {', '.join(terminal(dataset.path) for dataset in datasets)}", *tally.lines()]
         if part is not None:
-            lines.append(f"eval_fraction {part.fraction} leaves none on this side; choose another, or leave it out")
+            lines.append(f"eval_fraction {part.fraction} leaves no rows on this side; change or remove it")
         raise ValueError("\n".join(lines))
     token_checks.refuse_ruined(tally.counts, tally.counts[KEPT], tally.examples)
 
 
 def _names(names: Sequence[str]) -> str:
-    """The first of many names.
+    """Returns the first MOST_NAMES names and the number of the others.
 
     >>> _names("abcdefg")
     'a, b, c, d, e and 2 more'
@@ -364,7 +365,7 @@ def _key(sources: Sequence[Source], tokenizer: Tokenizer, recipe: Recipe) -> str
 
 
 def cache_folder(cache_dir: str | Path | None) -> Path:
-    """What `cache_dir` of a config means; None: `$XDG_CACHE_HOME/jdpo`, else ~/.cache/jdpo."""
+    """Returns the folder that `cache_dir` of a config names; None: `$XDG_CACHE_HOME/jdpo` or ~/.cache/jdpo."""
     if cache_dir is not None:
         return Path(cache_dir).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jdpo"

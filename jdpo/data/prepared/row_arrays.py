@@ -1,4 +1,4 @@
-"""Tokenized rows as they travel between processes and are written: few large arrays."""
+"""Tokenized rows as a few large arrays, the form in which processes exchange them and files store them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ R = TypeVar("R", bound=AnyPair | TokenizedCompletion)
 
 
 class Tags(NamedTuple):
-    """What is known of each row beside its tokens.
+    """Values stored with the tokens of each row.
 
     Attributes:
-      dataset: int32 [rows], the number of the data set.
+      dataset: int32 [rows], the number of the dataset.
       prompt_key: uint64 [rows], a hash of the prompt's text.
-      margin: float32 [rows], by how much the chosen side was scored higher; NaN where nobody scored.
+      margin: float32 [rows], score of the chosen side minus that of the rejected; NaN without scores.
     """
 
     dataset: np.ndarray
@@ -33,12 +33,12 @@ TAG_TYPES: dict[str, np.dtype] = {
 }
 
 
-class Block(NamedTuple):
-    """Rows as they are written.
+class RowArrays(NamedTuple):
+    """Rows of one type, field by field.
 
     Attributes:
-      values: by field, the elements of all rows, one row after the other.
-      lengths: by field, int32 [rows], elements of each row.
+      values: {field: the elements of all rows, one row after the other}.
+      lengths: {field: int32 [rows], number of elements of each row}.
       origins: where each row came from.
       tags: see `Tags`.
     """
@@ -52,21 +52,21 @@ class Block(NamedTuple):
         return len(self.origins)
 
 
-def block_of(rows: Sequence[R], row_type: type[R], tags: Tags) -> Block:
-    """Puts rows of one type together."""
+def row_arrays(rows: Sequence[R], row_type: type[R], tags: Tags) -> RowArrays:
+    """Joins rows of one type into arrays."""
     *fields, origin = row_type._fields
     values, lengths = {}, {}
     for field in fields:
         vectors = [getattr(row, field) for row in rows]
         lengths[field] = np.array([len(vector) for vector in vectors], np.int32)
         values[field] = np.concatenate([np.zeros(0, dtype_of(field)), *vectors]).astype(dtype_of(field), copy=False)
-    return Block(values, lengths, [getattr(row, origin) for row in rows], tags)
+    return RowArrays(values, lengths, [getattr(row, origin) for row in rows], tags)
 
 
-def joined(blocks: Sequence[Block]) -> Block:
-    """Blocks of one type, one after the other."""
+def joined(blocks: Sequence[RowArrays]) -> RowArrays:
+    """Concatenates arrays of rows of one type."""
     first = blocks[0]
-    return Block(
+    return RowArrays(
         {field: np.concatenate([block.values[field] for block in blocks]) for field in first.values},
         {field: np.concatenate([block.lengths[field] for block in blocks]) for field in first.lengths},
         [origin for block in blocks for origin in block.origins],
@@ -75,15 +75,19 @@ def joined(blocks: Sequence[Block]) -> Block:
 
 
 def longest(lengths: dict[str, np.ndarray], row_type: type[Any]) -> np.ndarray:
-    """int32 [rows], tokens of the longest sequence of each row, from how many each field has."""
+    """Returns the number of tokens of the longest sequence of each row, int32 [rows], given those of each field."""
     if row_type is not TokenizedCompletion:
         sides = np.maximum(lengths["chosen_ids"], lengths["rejected_ids"])
         return (lengths["prompt_ids"] + sides).astype(np.int32)
     return lengths["tokens"].astype(np.int32)
 
 
-def interleaved(block: Block) -> bytes:
-    """What the content digest is of: row after row, field after field, the number of elements and the elements."""
+def interleaved(block: RowArrays) -> bytes:
+    """Returns the bytes that the content digest covers.
+
+    They are, for each row and each of its fields, the number of elements and the elements. They do not depend on how
+    rows are divided into chunks.
+    """
     parts = []
     for field, values in block.values.items():
         ends = block.lengths[field].cumsum()
@@ -94,5 +98,5 @@ def interleaved(block: Block) -> bytes:
 
 
 def dtype_of(field: str) -> np.dtype:
-    """What the elements of a field of tokenized rows are."""
+    """Returns the dtype of a field of tokenized rows."""
     return np.dtype(np.bool_ if field.endswith("_mask") else np.int32)

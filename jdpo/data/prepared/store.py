@@ -1,9 +1,10 @@
-"""Tokenized rows on disk: one Arrow file, memory-mapped, with a JSON file beside it that vouches for it.
+"""Tokenized rows on disk: a memory-mapped Arrow file, and a JSON file next to it with its digests.
 
-`<key>.arrow` is written to a temporary name and renamed; `<key>.json` follows. A file of the size and time that its
-JSON names is taken for what was written, so that opening it takes no longer the more rows there are; its tokens are
-checked against a checksum the first time that they are read, a record batch at a time. A file of another size or time
-(a copy of the cache, say) is read whole and compared. What is not as its JSON says counts as absent.
+`<key>.arrow` is written under a temporary name and renamed; `<key>.json` follows, so a file without its JSON is not
+complete. Opening takes the same time for any number of rows: if size and modification time are those in the JSON, the
+file is trusted, and the tokens of a record batch are compared with a checksum when they are first read. If size or time
+differ (in a copy of the cache, for example), the whole file is read and compared. A file that does not match counts as
+missing.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from jdpo.data.prepared.row_arrays import TAG_TYPES, Block, Tags, dtype_of, interleaved, joined, longest
+from jdpo.data.prepared.row_arrays import TAG_TYPES, RowArrays, Tags, dtype_of, interleaved, joined, longest
 from jdpo.durable import write_durably
 from jdpo.file_digests import file_digest
 from jdpo.types import AnyPair, TokenizedCompletion
@@ -32,27 +33,31 @@ from jdpo.types import AnyPair, TokenizedCompletion
 R = TypeVar("R", bound=AnyPair | TokenizedCompletion)
 
 BATCH_ROWS = 2048
-"""Rows of a record batch, or a few more; the last one has what is left."""
+"""A record batch has at least this many rows, except the last one."""
 
 
 # --- reading
 
 
 class RowStore(Generic[R]):
-    """Tokenized rows by index, read from the file when asked for.
+    """Tokenized rows by index, read from the file on access.
 
     Attributes:
       lengths: int32 [rows], tokens of the longest sequence of each row.
-      tags: of each row; see `Tags`.
-      about: what `RowWriter.about` was.
+      tags: see `Tags`.
+      about: the value of `RowWriter.about`.
       digest: content digest of the token ids and masks.
       path: the Arrow file.
     """
 
     def __init__(self, path: Path, row_type: type[R], meta: dict[str, Any]) -> None:
-        """
+        """Opens the file.
+
+        Args:
+          meta: the content of the JSON file.
+
         Raises:
-          ValueError: the file is not what `meta` describes.
+          ValueError: the file is not the one that `meta` describes.
         """
         import pyarrow as pa
 
@@ -64,7 +69,7 @@ class RowStore(Generic[R]):
             self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         self._checks: list[int] = meta["batches"]
         self._starts = [0, *itertools.accumulate(batch.num_rows for batch in self._batches)]
-        self._arrays: dict[int, dict[str, tuple[np.ndarray, np.ndarray]]] = {}  # of the batches that were checked
+        self._arrays: dict[int, dict[str, tuple[np.ndarray, np.ndarray]]] = {}  # batches whose checksum was compared
         self.lengths = self._column("length", np.dtype(np.int32))
         self.tags = Tags(*(self._column(name, dtype) for name, dtype in TAG_TYPES.items()))
         if _check((self.lengths, *self.tags)) != meta["tags"] or len(self._checks) != len(self._batches):
@@ -74,9 +79,10 @@ class RowStore(Generic[R]):
         return self._starts[-1]
 
     def __getitem__(self, index: int) -> R:
-        """
+        """Returns a row.
+
         Raises:
-          ValueError: the tokens on the disk are not those that were written.
+          ValueError: the tokens on disk differ from those that were written.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
@@ -91,12 +97,12 @@ class RowStore(Generic[R]):
         return made
 
     def lengths_of(self, field: str) -> np.ndarray:
-        """Elements of a field of every row, int64 [rows]; reads no rows."""
+        """Returns the number of elements of a field in every row, int64 [rows]. Reads no rows."""
         parts = [np.diff(np.asarray(batch.column(field).offsets)) for batch in self._batches]
         return np.concatenate(parts).astype(np.int64)
 
     def counts_of(self, mask: str, *, skip: int = 0) -> np.ndarray:
-        """How many elements of a mask are True after the first `skip`, of every row: int64 [rows]."""
+        """Returns how many elements of a mask are True after the first `skip`, for every row: int64 [rows]."""
         counts = []
         for number in range(len(self._batches)):
             offsets, elements = self._views(number)[mask]
@@ -106,17 +112,17 @@ class RowStore(Generic[R]):
         return np.concatenate(counts)
 
     def rows_with(self, ids: np.ndarray) -> dict[int, tuple[int, int]]:
-        """Finds which of the token ids, int [n], occur: {id: (number of rows that hold it, index of the first)}."""
+        """Returns {id: (number of rows with it, index of the first)} for the token ids, int [n], that occur."""
         found: dict[int, tuple[int, int]] = {}
         if not len(ids):
             return found
-        is_asked = np.zeros(int(ids.max()) + 2, bool)  # the last place is for all ids behind
-        is_asked[ids] = True
+        is_wanted = np.zeros(int(ids.max()) + 2, bool)  # larger ids are clipped to the last place, which stays False
+        is_wanted[ids] = True
         fields = [field for field in self.row_type._fields[:-1] if dtype_of(field) != np.bool_]
         for number, start in enumerate(self._starts[:-1]):
-            pairs = []  # of a token and a row that holds it
+            pairs = []  # [2, n]: a token, and a row that contains it
             for offsets, tokens in map(self._views(number).__getitem__, fields):
-                places = np.flatnonzero(is_asked.take(tokens, mode="clip"))
+                places = np.flatnonzero(is_wanted.take(tokens, mode="clip"))
                 pairs.append(np.stack([tokens[places], np.searchsorted(offsets, places, side="right") - 1]))
             tokens, rows = np.unique(np.concatenate(pairs, axis=1), axis=1)
             for id, first, count in zip(*np.unique(tokens, return_index=True, return_counts=True), strict=True):
@@ -128,19 +134,19 @@ class RowStore(Generic[R]):
         return np.concatenate([np.zeros(0, dtype), *(np.asarray(batch.column(name)) for batch in self._batches)])
 
     def _checked(self, number: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """The arrays of a record batch, compared with their checksum the first time."""
+        """Returns the arrays of a record batch; compares them with their checksum the first time."""
         if number not in self._arrays:
             views = self._views(number)
             if _check(array for pair in views.values() for array in pair) != self._checks[number]:
                 raise ValueError(
                     f"tokenized rows {self._starts[number]} to {self._starts[number + 1] - 1} of {self.path} are not "
-                    "as they were written; delete this file, and the next start tokenizes anew"
+                    "as they were written; delete this file, and the next start tokenizes the rows again"
                 )
             self._arrays[number] = views
         return self._arrays[number]
 
     def _views(self, number: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Field -> offsets [rows + 1] and elements of a record batch, in the file's memory."""
+        """Returns {field: (offsets [rows + 1], elements)} of a record batch, as views of the mapped file."""
         views = {}
         for field in self.row_type._fields[:-1]:
             column = self._batches[number].column(field)
@@ -152,10 +158,10 @@ class RowStore(Generic[R]):
 
 
 class RowWriter(Generic[R]):
-    """Writes rows as they come, holding about one record batch in memory.
+    """Writes rows as they arrive, with about one record batch in memory.
 
     Attributes:
-      about: JSON values to be kept with the rows; to be set before the file is closed.
+      about: JSON values to store with the rows; set it before the file is closed.
     """
 
     def __init__(self, path: Path, row_type: type[R]) -> None:
@@ -170,13 +176,13 @@ class RowWriter(Generic[R]):
         self._row_type = row_type
         self._path = path
         self._writer = pa.ipc.new_file(str(path), self._schema)
-        self._pending: list[Block] = []
+        self._pending: list[RowArrays] = []
         self._content = hashlib.sha256()
         self._checks: list[int] = []
-        self._kept: list[tuple[np.ndarray, ...]] = []  # lengths and tags of every batch
+        self._kept: list[tuple[np.ndarray, ...]] = []  # lengths and tags of every record batch
 
-    def append(self, block: Block) -> None:
-        """Takes rows; they are written once there are enough for a record batch."""
+    def append(self, block: RowArrays) -> None:
+        """Adds rows, which are written once there are enough for a record batch."""
         if len(block):
             self._content.update(interleaved(block))
             self._pending.append(block)
@@ -189,7 +195,7 @@ class RowWriter(Generic[R]):
         self._writer.close()
 
     def meta(self) -> dict[str, Any]:
-        """What the JSON file beside the finished file is to say."""
+        """Returns the content of the JSON file next to the finished file."""
         kept = [np.concatenate(arrays) for arrays in zip(*self._kept, strict=True)]
         return {
             "file_digest": file_digest(self._path),
@@ -225,7 +231,7 @@ class RowWriter(Generic[R]):
 
 
 def open_store(folder: Path, key: str, row_type: type[R]) -> RowStore[R] | None:
-    """Opens rows kept under `key`, or None where there are none or they are damaged."""
+    """Opens the rows stored under `key`; returns None if there are none or they are damaged."""
     path = folder / f"{key}.arrow"
     try:
         meta = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
@@ -233,7 +239,7 @@ def open_store(folder: Path, key: str, row_type: type[R]) -> RowStore[R] | None:
         if any(meta[name] != value for name, value in stamp.items()):
             if file_digest(path) != meta["file_digest"]:
                 return None
-            with contextlib.suppress(OSError):  # a cache that may only be read is read whole at every start
+            with contextlib.suppress(OSError):  # a read-only cache has to be read whole at every start
                 write_durably(path.with_suffix(".json"), json.dumps(meta | stamp), writer=f".{os.getpid()}")
         return RowStore(path, row_type, meta)
     except (OSError, ValueError, KeyError, TypeError):
@@ -242,7 +248,7 @@ def open_store(folder: Path, key: str, row_type: type[R]) -> RowStore[R] | None:
 
 @contextlib.contextmanager
 def creating(folder: Path, key: str, row_type: type[R]) -> Iterator[RowWriter[R]]:
-    """A writer whose rows are kept under `key` at the end of the block; nothing stays if it raises.
+    """Yields a writer whose rows are stored under `key` when the block ends; nothing is stored if the block raises.
 
     Raises:
       ValueError: the folder cannot be written.
@@ -255,21 +261,20 @@ def creating(folder: Path, key: str, row_type: type[R]) -> Iterator[RowWriter[R]
             with contextlib.closing(writer):
                 yield writer
             if open_store(folder, key, row_type) is not None:
-                return  # another process was quicker, and may have mapped its file
+                return  # another process was faster, and may have mapped its file already
             (Path(temporary) / "rows.json").write_text(json.dumps(writer.meta()), encoding="utf-8")
-            for suffix in (".arrow", ".json"):  # the one that vouches for the other comes last
+            for suffix in (".arrow", ".json"):  # the JSON last, since it declares the Arrow file complete
                 os.replace(Path(temporary) / f"rows{suffix}", folder / f"{key}{suffix}")
     except OSError as error:
         raise ValueError(
-            f"cannot keep tokenized rows in {folder}: {error.strerror or error}; set cache_dir to a folder that "
-            "can be written"
+            f"cannot write tokenized rows to {folder}: {error.strerror or error}; set cache_dir to a writable folder"
         ) from error
 
 
 def _clear_abandoned(folder: Path) -> None:
-    """Removes what killed processes were writing: what nobody has written to for a day."""
+    """Removes unfinished files of killed processes: those that have not been written to for a day."""
     for path in folder.glob(".new-*"):
-        with contextlib.suppress(OSError):  # another process is done with it, and has removed it
+        with contextlib.suppress(OSError):  # another process may have just removed it
             newest = max(file.stat().st_mtime for file in [*path.iterdir()] or [path])
             if newest < time.time() - 86_400:
                 shutil.rmtree(path, ignore_errors=True)
@@ -281,7 +286,7 @@ def _stamp(path: Path) -> dict[str, int]:
 
 
 def _check(arrays: Iterable[np.ndarray]) -> int:
-    """A checksum of arrays, one after the other."""
+    """Returns one CRC-32 over all arrays in their order."""
     value = 0
     for array in arrays:
         value = zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data, value)

@@ -1,10 +1,10 @@
-r"""Whether rows that were tokenized start, go on and end as a model expects.
+r"""Checks that tokenized rows have BOS and end tokens where a model expects them.
 
-    <bos> Hi there . <user_ends> | Hello <end> \n       BOS first and only there; one end token, and behind it what the
-                                                        template writes behind it: `\n`, of `closing` 2
+    <bos> Hi there . <user_ends> | Hello <end> \n       BOS first and nowhere else; one end token, followed only by what
+                                                        the template writes after it: here `\n`, so `closing` is 2
 
-Nothing here changes a row. What is found is counted, with the first row it was found in. Truncated completions end
-without an end token, and are not held against anybody.
+The checks change no row. Faults are counted, with the first row of each. A truncated completion has no end token, which
+is not a fault.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jdpo.data.prepared.row_arrays import Block
+from jdpo.data.prepared.row_arrays import RowArrays
 from jdpo.data.templates.chat_template import RenderingTooSlow
 from jdpo.data.templates.template_probe import TURNS
 from jdpo.data.tokens.prompt_end import PROMPT_SHORTENED, end_text, without_header
@@ -30,18 +30,19 @@ END_TWICE = "with an end token twice at the end of a completion"
 END_INSIDE = "with an end token inside a completion"
 
 FAULTS = (NO_BOS, BOS_TWICE, BOS_INSIDE, STARTS_WITH_BOS, NO_END, END_TWICE, END_INSIDE)
-"""Names under which rows are counted."""
+"""Names under which faults are counted."""
 
 
 class Expected(NamedTuple):
-    """What the checks hold rows against.
+    """What the checks expect of rows.
 
     Attributes:
-      first: the BOS that the tokenizer puts before plain text, None where it puts none.
-      bos: the token that may stand first and nowhere else, None where there is none. GPT-2's BOS is its EOS, and
-        templates like SmolLM2's write it before every turn: then its place says nothing.
+      first: the BOS that the tokenizer puts before plain text, or None.
+      bos: the token that is allowed only at the start, or None. It is None if the BOS is also the EOS (GPT-2), or if
+        the chat template writes it before every turn (SmolLM2): then its position is no evidence of a fault.
       ends: tokens that end an answer.
-      closing: tokens from the end token on that the chat template closes an answer with; 0: it writes no end token.
+      closing: number of tokens with which the chat template closes an answer, counted from the end token; 0 if it
+        writes no end token.
     """
 
     first: int | None
@@ -52,7 +53,7 @@ class Expected(NamedTuple):
 
 @functools.lru_cache(maxsize=2)
 def expected_of(tokenizer: Tokenizer) -> Expected:
-    """What rows of a tokenizer are held against; found by rendering a conversation."""
+    """Returns what the checks expect of a tokenizer's rows, found by rendering a conversation."""
     ends, bos = tokenizer.end_token_ids, tokenizer.hf.bos_token_id
     (one,), (two,) = (_ids(tokenizer, TURNS * count) for count in (1, 2))
     places = [place for place, token in enumerate(one) if token in ends]
@@ -65,7 +66,7 @@ def expected_of(tokenizer: Tokenizer) -> Expected:
 
 
 def _ids(tokenizer: Tokenizer, turns: Sequence[dict[str, Any]]) -> list[list[int]]:
-    """A conversation's token ids as rows have them, [[]] if there is no template or it wants another conversation."""
+    """Returns [token ids of a conversation], or [[]] if there is no template or it refuses the conversation."""
     if not tokenizer.has_chat_template:
         return [[]]
     try:
@@ -73,27 +74,27 @@ def _ids(tokenizer: Tokenizer, turns: Sequence[dict[str, Any]]) -> list[list[int
         text = tokenizer.probe.render(turns)
     except RenderingTooSlow as error:
         raise ValueError(str(error)) from None
-    except Exception:  # a template raises whatever its expressions raise; rows that it refuses are counted
+    except Exception:  # a template raises whatever its expressions raise; refused rows are counted elsewhere
         return [[]]
     return tokenizer.encode([without_header(text, asked, turns[-1]["content"], end_text(tokenizer))])
 
 
 class Segments(NamedTuple):
-    """Parts of a flat array of tokens, one a row: from `start` to `stop`, int64 [rows] each."""
+    """Segments of a flat array of tokens, one per row, from `start` to `stop`: int64 [rows] each."""
 
     tokens: np.ndarray
     start: np.ndarray
     stop: np.ndarray
 
     def number_of(self, ids: Sequence[int], *, skip: Any = 0, leave: Any = 0) -> np.ndarray:
-        """How many of a segment's tokens are among `ids`, but for its first `skip` and its last `leave`: [rows]."""
+        """Counts the tokens of each segment that are in `ids`, except its first `skip` and last `leave`: [rows]."""
         up_to = np.concatenate([[0], np.isin(self.tokens, ids).cumsum()])
         stop = np.maximum(self.stop - leave, self.start)
         counts: np.ndarray = up_to[stop] - up_to[np.minimum(self.start + skip, stop)]
         return counts
 
     def token(self, place: Any) -> np.ndarray:
-        """The token at a place of each segment, from its end where negative; -1 where it is not so long: [rows]."""
+        """Returns the token at an index of each segment (negative: from its end), -1 if out of range: [rows]."""
         at = np.where(np.asarray(place) < 0, self.stop, self.start) + place
         inside = (at >= self.start) & (at < self.stop)
         padded = np.append(self.tokens, -1)
@@ -101,18 +102,18 @@ class Segments(NamedTuple):
         return found
 
 
-def check_block(
-    block: Block, expected: Expected, *, plain: np.ndarray, cut: np.ndarray, max_length: int
+def find_faults(
+    block: RowArrays, expected: Expected, *, plain: np.ndarray, cut: np.ndarray, max_length: int
 ) -> dict[str, np.ndarray]:
-    """Finds the rows of a block that have a fault.
+    """Finds the rows that have a fault.
 
     Args:
-      plain: bool [rows], of plain text, which ends in EOS; the others end as the template says.
-      cut: bool [rows], whether a completion was cut.
-      max_length: where completions were cut.
+      plain: bool [rows], whether the row is plain text, which ends in EOS; others end as the template says.
+      cut: bool [rows], whether a completion was truncated.
+      max_length: the length at which completions were truncated.
 
     Returns:
-      Name of a fault -> bool [rows], for the faults that occur.
+      {name of a fault: bool [rows]} for the faults that occur.
     """
     prompt, sides = _parts(block)
     length = prompt.stop - prompt.start
@@ -134,7 +135,7 @@ def check_block(
             add(BOS_INSIDE, whole_side.number_of([expected.bos], skip=1) > 0)
         is_full = length + whole_side.stop - whole_side.start >= max_length
         whole = (side.stop > side.start) & ~(cut & is_full)
-        # Also where the cut took no more than what the template writes behind the end token.
+        # True also if truncation removed only tokens that the template writes after the end token.
         closed = (closing > 0) & (side.number_of(expected.ends) > side.number_of(expected.ends, leave=closing))
         ended = whole & closed
         last, before = side.token(-closing), side.token(-closing - 1)
@@ -145,10 +146,10 @@ def check_block(
     return {name: rows for name, rows in found.items() if rows.any()}
 
 
-def _parts(block: Block) -> tuple[Segments, list[tuple[Segments, Segments]]]:
-    """The prompt of each row, and its completions, whole and the last run of learnt tokens of each.
+def _parts(block: RowArrays) -> tuple[Segments, list[tuple[Segments, Segments]]]:
+    """Returns the prompts, and for each side (the whole completion, its last run of learnt tokens).
 
-    The completion of a supervised row is its last run of learnt tokens, and the prompt what precedes it.
+    The completion of a supervised row is its last run of learnt tokens, and its prompt all tokens before that.
     """
 
     def of(field: str) -> Segments:
@@ -164,14 +165,14 @@ def _parts(block: Block) -> tuple[Segments, list[tuple[Segments, Segments]]]:
 
 
 def _last_run(tokens: Segments, mask: np.ndarray) -> Segments:
-    """The learnt tokens that end each segment; none where its last token is not learnt."""
+    """Returns the learnt tokens at the end of each segment; an empty segment if its last token is not learnt."""
     place = np.arange(len(mask))
     last_unlearnt = np.maximum.accumulate(np.where(mask, -1, place)) if len(mask) else place
     return tokens._replace(start=np.maximum(last_unlearnt[tokens.stop - 1] + 1, tokens.start))
 
 
 def refuse_ruined(counts: Mapping[str, int], num_kept: int, examples: Mapping[str, str]) -> None:
-    """Stops where every row would teach a model something wrong.
+    """Stops a run whose every row would teach the model a fault.
 
     Raises:
       ValueError: every row starts with BOS twice.
@@ -179,27 +180,27 @@ def refuse_ruined(counts: Mapping[str, int], num_kept: int, examples: Mapping[st
     if num_kept and counts.get(BOS_TWICE, 0) == num_kept:
         raise ValueError(
             f"all {num_kept:,} rows start with BOS twice (the first: {examples[BOS_TWICE]}), which no model has seen: "
-            "the chat template writes it more often than once, or the rows have it in their text; take it out of one"
+            "the chat template writes it more than once, or the text of the rows contains it; remove one of them"
         )
 
 
 def warnings_of(counts: Mapping[str, int], num_kept: int, num_cut: int, tokenizer: Tokenizer) -> list[str]:
-    """What the user should know beside the counts.
+    """Returns sentences on faults that the counts alone do not explain.
 
     Args:
-      num_cut: rows with a completion that was cut.
+      num_cut: rows with a truncated completion.
     """
     lines = []
     if counts.get(NO_END, 0) and counts[NO_END] >= num_kept - num_cut:
         lines.append(
-            "no answer ends with an end token, so the model is not taught where to stop: use a chat template that "
-            "closes an answer with a special token (chat_template: chatml has one)"
+            "no answer ends with an end token, so the model does not learn where to stop: use a chat template that "
+            "closes an answer with a special token, such as chat_template: chatml"
         )
     if counts.get(PROMPT_SHORTENED, 0):
         lines.append(
             f"{counts[PROMPT_SHORTENED]:,} of {num_kept:,} rows are trained on a context that differs from the one at "
-            "inference: the chat template takes the end of its generation prompt away once an answer follows"
+            "inference: the chat template removes the end of its generation prompt once an answer follows"
         )
     if tokenizer.hf.pad_token_id is not None and tokenizer.hf.pad_token_id in tokenizer.end_token_ids:
-        lines.append("the pad token ends answers too; harmless here, since masks come from lengths, not from token ids")
+        lines.append("the pad token is also an end token; this is harmless, since masks come from lengths")
     return lines

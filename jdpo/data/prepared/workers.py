@@ -1,7 +1,7 @@
-"""Work spread over processes, with the results in the order of the tasks.
+"""A map over several processes, with results in the order of the tasks.
 
-The processes are started anew and not forked, since a process that has run jax has threads which do not survive a
-fork. They import nothing of the user's script, so that it needs no `if __name__ == "__main__"`.
+The processes are spawned by loky, not forked: a process that has run jax has threads, which do not survive a fork. They
+do not import the user's script, so it needs no `if __name__ == "__main__"`.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 IN_FLIGHT = 2
-"""Tasks for each process that are read ahead of the result that is waited for."""
+"""Tasks per process that are read ahead of the result that is waited for."""
 
 ENVIRONMENT = {
-    "TOKENIZERS_PARALLELISM": "false",  # one process a core is enough
+    "TOKENIZERS_PARALLELISM": "false",  # one process per core is enough
     "OMP_NUM_THREADS": "1",
-    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",  # the first process has said them
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",  # the first process has shown them
 }
 
 
 def available_cores() -> int:
-    """Cores that this process may use, by affinity and by the limits of its container."""
+    """Returns the number of cores that this process may use by its affinity and its container's limits."""
     import loky
 
     return int(loky.cpu_count())
@@ -41,14 +41,14 @@ def map_in_order(work: Callable[[S, T], R], state: S, tasks: Iterable[T], *, num
     """Yields `work(state, task)` for every task, in their order.
 
     Args:
-      work: a function of a module; it runs in the processes.
-      state: what all calls share; it is sent to each process once.
-      tasks: read as they are needed, a few ahead for each process.
-      num_proc: processes; with 1 all runs in this one.
+      work: a function of a module, which runs in the processes.
+      state: the first argument of all calls; it is sent to each process once.
+      tasks: read as needed, a few ahead per process.
+      num_proc: number of processes; 1 runs everything in this one.
 
     Raises:
-      Exception: what `work` raises, at its task, or what `tasks` raises.
-      ValueError: a process ended before its work was done.
+      Exception: any exception of `work`, at its task, or of `tasks`.
+      ValueError: a process ended before it finished.
     """
     if num_proc == 1:
         for task in tasks:
@@ -57,7 +57,7 @@ def map_in_order(work: Callable[[S, T], R], state: S, tasks: Iterable[T], *, num
     from loky.process_executor import BrokenProcessPool, ProcessPoolExecutor
 
     executor = ProcessPoolExecutor(
-        num_proc, initializer=_begin, initargs=(work, state, os.getpid()), env=ENVIRONMENT, timeout=None
+        num_proc, initializer=_start, initargs=(work, state, os.getpid()), env=ENVIRONMENT, timeout=None
     )
     pending: deque[Future[R]] = deque()
     try:
@@ -70,8 +70,8 @@ def map_in_order(work: Callable[[S, T], R], state: S, tasks: Iterable[T], *, num
             yield pending.popleft().result()
     except BrokenProcessPool as error:
         raise ValueError(
-            "a process that tokenizes rows ended before its work was done: was it killed for want of memory? Set "
-            "dataset_num_proc to fewer processes, or to 1"
+            "a process that tokenizes rows ended before it finished, perhaps killed for lack of memory; set "
+            "dataset_num_proc to a smaller number"
         ) from error
     finally:
         executor.shutdown(wait=True, kill_workers=True)
@@ -79,7 +79,10 @@ def map_in_order(work: Callable[[S, T], R], state: S, tasks: Iterable[T], *, num
 
 @contextlib.contextmanager
 def _no_interrupt() -> Iterator[None]:
-    """Processes that start meanwhile never see the Ctrl-C that a terminal sends to all: this one ends them."""
+    """Blocks SIGINT while processes are started, which inherit this.
+
+    A terminal sends Ctrl-C to all processes; only the main one should act on it, and end the others.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -90,17 +93,17 @@ def _no_interrupt() -> Iterator[None]:
 # --- in the processes
 
 _shared: tuple[Callable[[Any, Any], Any], Any] | None = None
-"""What `_begin` was given; of the processes alone."""
+"""The work and its state, set by `_start` in each process."""
 
 
-def _begin(work: Callable[[S, T], R], state: S, parent: int) -> None:
+def _start(work: Callable[[S, T], R], state: S, parent: int) -> None:
     global _shared
     _shared = work, state
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
 def _end_with(parent: int) -> None:
-    """Ends this process once its parent is gone, even where that was killed."""
+    """Ends this process once its parent has ended, even if the parent was killed."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)

@@ -16,7 +16,7 @@ import pytest
 
 from jdpo.config import DatasetConfig
 from jdpo.data.prepared.prepare import PreparedData, prepare_completions, prepare_pairs
-from jdpo.data.prepared.row_arrays import Tags, block_of, joined
+from jdpo.data.prepared.row_arrays import Tags, joined, row_arrays
 from jdpo.data.prepared.store import BATCH_ROWS, creating, open_store
 from jdpo.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from jdpo.types import TokenizedCompletion, TokenizedPair
@@ -194,7 +194,7 @@ def test_blocks_come_back_whatever_their_sizes(tmp_path: Path) -> None:
                 np.arange(start, stop, dtype=np.uint64),
                 np.zeros(stop - start, np.float32),
             )
-            writer.append(block_of(rows[start:stop], TokenizedCompletion, tags))
+            writer.append(row_arrays(rows[start:stop], TokenizedCompletion, tags))
         writer.about = {"of": "rows"}
     found = open_store(tmp_path, "key", TokenizedCompletion)
     assert found is not None
@@ -214,7 +214,7 @@ def test_blocks_come_back_whatever_their_sizes(tmp_path: Path) -> None:
 def test_blocks_are_joined_in_order() -> None:
     tags = Tags(np.zeros(1, np.int32), np.zeros(1, np.uint64), np.zeros(1, np.float32))
     blocks = [
-        block_of([TokenizedPair(*([np.array([number], np.int32)] * 3), f"x:{number}")], TokenizedPair, tags)
+        row_arrays([TokenizedPair(*([np.array([number], np.int32)] * 3), f"x:{number}")], TokenizedPair, tags)
         for number in range(3)
     ]
     whole = joined(blocks)

@@ -13,7 +13,7 @@ import pytest
 from jdpo.config import DatasetConfig
 from jdpo.data.prepared import token_checks
 from jdpo.data.prepared.prepare import prepare_completions, prepare_pairs
-from jdpo.data.prepared.row_arrays import Block, Tags, block_of
+from jdpo.data.prepared.row_arrays import RowArrays, Tags, row_arrays
 from jdpo.data.prepared.token_checks import (
     BOS_INSIDE,
     BOS_TWICE,
@@ -23,8 +23,8 @@ from jdpo.data.prepared.token_checks import (
     NO_END,
     STARTS_WITH_BOS,
     Expected,
-    check_block,
     expected_of,
+    find_faults,
 )
 from jdpo.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from jdpo.types import TokenizedCompletion, TokenizedPair
@@ -45,15 +45,17 @@ def tags(num_rows: int) -> Tags:
     return Tags(*(np.zeros(num_rows, dtype) for dtype in (np.int32, np.uint64, np.float32)))
 
 
-def pairs(*rows: tuple[list[int], list[int], list[int]]) -> Block:
+def pairs(*rows: tuple[list[int], list[int], list[int]]) -> RowArrays:
     made = [TokenizedPair(*(ids(*part) for part in row), f"x:{number}") for number, row in enumerate(rows)]
-    return block_of(made, TokenizedPair, tags(len(made)))
+    return row_arrays(made, TokenizedPair, tags(len(made)))
 
 
-def found(block: Block, expected: Expected = EXPECTED, *, plain: Any = False, cut: Any = False) -> dict[str, list[int]]:
+def found(
+    block: RowArrays, expected: Expected = EXPECTED, *, plain: Any = False, cut: Any = False
+) -> dict[str, list[int]]:
     """The numbers of the rows with each fault."""
     flags = [np.broadcast_to(np.asarray(value, bool), len(block)) for value in (plain, cut)]
-    faults = check_block(block, expected, plain=flags[0], cut=flags[1], max_length=8)
+    faults = find_faults(block, expected, plain=flags[0], cut=flags[1], max_length=8)
     return {name: np.flatnonzero(rows).tolist() for name, rows in faults.items()}
 
 
@@ -120,13 +122,13 @@ def test_of_supervised_rows_the_last_answer_is_looked_at() -> None:
         completion([5, BOS, 7, EOS, NEWLINE], [0, 0, 1, 1, 1]),
         completion([BOS, 5, BOS, EOS, NEWLINE], [0, 0, 1, 1, 1]),
     ]
-    block = block_of(rows, TokenizedCompletion, tags(len(rows)))
+    block = row_arrays(rows, TokenizedCompletion, tags(len(rows)))
     assert found(block, cut=[0, 0, 0, 1, 0, 0]) == {NO_END: [2], NO_BOS: [4], BOS_INSIDE: [4], STARTS_WITH_BOS: [5]}
 
 
 def test_nothing_is_found_in_nothing() -> None:
     assert found(pairs()) == {}
-    assert found(block_of([], TokenizedCompletion, tags(0))) == {}
+    assert found(row_arrays([], TokenizedCompletion, tags(0))) == {}
 
 
 # --- what a tokenizer's rows are held against

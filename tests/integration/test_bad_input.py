@@ -341,7 +341,7 @@ def test_output_dir_on_a_disk_that_takes_nothing(run_words: Words, capsys: Captu
 
 def test_cache_dir_that_cannot_be_written(run_words: Words, capsys: Capture) -> None:
     said = refusal(run_words(cache_dir="/proc/jdpo_cache"), capsys)
-    assert "cannot keep tokenized rows in /proc/jdpo_cache" in said
+    assert "cannot write tokenized rows to /proc/jdpo_cache" in said
     assert "set cache_dir to a folder that can be written" in said
 
 

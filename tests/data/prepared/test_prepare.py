@@ -212,7 +212,7 @@ def test_a_broken_row_leaves_nothing_in_the_cache(prepare: Callable[..., Any], t
 
 def test_a_cache_that_cannot_be_written_is_named(prepare: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ValueError, match=r"cannot keep tokenized rows in .*file/tokenized.*set cache_dir"):
+    with pytest.raises(ValueError, match=r"cannot write tokenized rows to .*file/tokenized.*set cache_dir"):
         prepare(write(tmp_path / "pairs.jsonl", rows(2)), cache_dir=tmp_path / "file")
 
 
@@ -229,7 +229,7 @@ def test_data_sets_follow_one_another(prepare: Callable[..., Any], tmp_path: Pat
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress((tmp_path / "b.jsonl").read_bytes()))
     data = prepare([*first, *second])
     assert [data[i].origin for i in range(5)] == ["a.jsonl:1", "a.jsonl:2", "a.jsonl:3", "b.jsonl:1", "b.jsonl:2"]
-    with pytest.raises(ValueError, match="no data sets were given"):
+    with pytest.raises(ValueError, match="no datasets were given"):
         prepare([])
 
 
@@ -342,7 +342,7 @@ def test_files_of_a_folder_that_are_not_read_are_said(prepare: Callable[..., Any
     data = prepare(datasets)
     assert data.from_cache  # what is left out is no part of the rows
     assert (
-        "6 data files of no split left out: extra0.jsonl, extra1.jsonl, extra2.jsonl, extra3.jsonl, extra4.jsonl "
+        "6 data files of no split ignored: extra0.jsonl, extra1.jsonl, extra2.jsonl, extra3.jsonl, extra4.jsonl "
         "and 1 more"
     ) in data.summary()
 

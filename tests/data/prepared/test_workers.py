@@ -153,7 +153,7 @@ def _die(first: int, second: int) -> int:
 
 
 def test_a_process_that_is_killed_is_named() -> None:
-    with pytest.raises(ValueError, match="a process that tokenizes rows ended before its work was done: was it killed"):
+    with pytest.raises(ValueError, match="a process that tokenizes rows ended before it finished"):
         list(map_in_order(_die, 0, [1, 2, 3], num_proc=2))
 
 

@@ -110,7 +110,7 @@ TARGETS = (
     Target("losses", "jdpo/losses/dpo.py", ("_batch_loss", "_mean"), ("tests/losses/test_pair_losses.py",)),
     Target(
         "packing",
-        "jdpo/losses/packed_sums.py",
+        "jdpo/losses/pair_logps.py",
         ("belongs", "completion_sums", "tail_weights"),
         ("tests/losses/test_packed_sums.py",),
     ),

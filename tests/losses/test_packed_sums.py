@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdpo.losses.packed_sums import belongs, completion_sums, tail_weights
+from jdpo.losses.pair_logps import belongs, completion_sums, tail_weights
 from jdpo.losses.pair_losses import packed_totals
 from jdpo.types import PackedBatch
 

@@ -32,7 +32,7 @@ LISTED = {
     ("README.md", "bash scripts/quickstart.sh"): "trains for minutes; tests/quickstart runs it",
     ("README.md", "bash scripts/test.sh"): "runs this suite",
     ("README.md", "pip install -e"): "installs; tests/test_editable_install.py does so",
-    ("README.md", "output_dir/"): "lists the files of a run",
+    ("README.md", "runs/first/"): "lists the files of a run",
     ("docs/clusters.md", "jdpo: error: process 1"): "shows what is printed",
     ("docs/clusters.md", "until srun"): "needs a Slurm cluster",
     ("docs/data.md", "file -> raw row"): "a diagram",
@@ -41,6 +41,8 @@ LISTED = {
     ("docs/memory.md", "pytest tests/models/test_remat.py"): "is part of this suite",
     ("docs/quickstart.md", "bash scripts/quickstart.sh\n"): "trains for minutes; tests/quickstart runs it",
     ("docs/quickstart.md", "corpus (frequencies)"): "a diagram",
+    ("docs/running.md", "output_dir/"): "lists the files of a run",
+    ("docs/speed.md", "python benchmarks/"): "trains for an hour next to other trainers",
     ("docs/weights.md", "jdpo export runs/first exported --push_to_hub"): "uploads; tests/cli/test_export.py has a hub",
 }
 """(page, how a block or a command begins) -> why it does not run."""
@@ -54,8 +56,7 @@ TOYS = {
 }
 """What stands in the docs for something of the reader's own -> the toy that takes its place."""
 
-NAMES = {
-    "README.md": """
+A_TOY_LOSS = """
 import jax.numpy as jnp
 def apply_fn(params, tokens, attention_mask):
     return jnp.cumsum(params["table"][tokens] * attention_mask[..., None], axis=1) @ params["table"].T
@@ -64,8 +65,9 @@ tokens = jnp.arange(48).reshape(2, 2, 12) % 32
 attention_mask = jnp.ones((2, 2, 12), bool)
 completion_mask = attention_mask.at[..., :3].set(False)
 """
-}
-"""What the Python of a page takes as given."""
+
+NAMES = {"README.md": A_TOY_LOSS, "docs/jax.md": A_TOY_LOSS}
+"""Code that defines the names which the Python of a page uses as the reader's own."""
 
 OPTIONS_OF_SHELL = ("jdpo ", "bash ", "pip ", "python ", "pytest ")
 

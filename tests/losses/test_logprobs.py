@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jdpo.losses import sequence_logps, token_logps
-from jdpo.losses.logprobs import shifted_token_logps
+from jdpo.losses.logprobs import shifted_token_logps, token_log_sum_sq
 
 
 def plain_token_logps(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -36,6 +36,13 @@ def test_token_logps_gradient_is_one_hot_minus_softmax() -> None:
     softmax = np.exp(logits.astype(np.float64))
     softmax /= softmax.sum(-1, keepdims=True)
     np.testing.assert_allclose(grad, weights[:, None] * (np.eye(7)[targets] - softmax), atol=1e-6)
+
+
+def test_the_sum_of_squares_is_that_of_the_softmax() -> None:
+    logits = np.random.default_rng(3).normal(1, 3, (2, 5, 11))
+    probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    found = token_log_sum_sq(jnp.asarray(logits, jnp.float32))
+    np.testing.assert_allclose(found, np.log(np.square(probs).sum(-1)), rtol=1e-4, atol=1e-5)
 
 
 def test_the_last_prompt_position_predicts_the_first_completion_token() -> None:

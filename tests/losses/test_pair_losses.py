@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 
 from jdpo.losses import LOSSES, dpo_loss, make_dpo_loss
+from jdpo.losses.pair_logps import PairFeatures
+from jdpo.losses.pair_losses import Totals, feature_losses
+from jdpo.losses.settings import loss_settings
 from jdpo.types import PreferenceBatch
 
 VOCAB, WIDTH = 13, 8
@@ -186,6 +189,17 @@ def test_padding_pairs_and_empty_completions_change_nothing_and_the_reference_ha
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), one_grad, other_grad)
     assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(one_grad)) > 1e-3
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(to_reference))
+
+
+def test_a_sorted_loss_compares_the_quantiles_of_the_real_pairs_alone() -> None:
+    """The docstring's example of aot, with padding pairs around it whose values would come first and last."""
+    policy = jnp.array([[-100.0, 0.0], [5.0, 0.0], [1.0, 0.0], [100.0, 0.0]])
+    reference = jnp.array([[100.0, 0.0], [0.0, 0.0], [2.0, 0.0], [-100.0, 0.0]])
+    weights = jnp.array([0.0, 1.0, 1.0, 0.0])
+    features = PairFeatures(policy, None, reference, None, jnp.ones((4, 2), jnp.int32), None, weights)
+    settings, _ = loss_settings("aot")
+    losses, _ = feature_losses(features, Totals(jnp.array(2.0), jnp.array(2.0)), settings=settings)
+    np.testing.assert_allclose(losses[1:3], [0.554355, 0.644397], rtol=1e-5)
 
 
 def test_a_batch_of_padding_alone_gives_zero() -> None:

@@ -133,6 +133,8 @@ def without_header(whole: str, asked: str, content: str, ends: re.Pattern[str]) 
 
     >>> without_header("Hi<end>\nbot: Yes<end>\nbot: ", "Hi<end>\nbot: ", "Yes", re.compile(r"<end>\s*"))
     'Hi<end>\nbot: Yes<end>\n'
+    >>> without_header("user: Hi bot: Yes<end>bot: ", "user: Hi bot: ", "Yes", re.compile(r"<end>\s*"))
+    'user: Hi bot: Yes<end>'
     """
     same_end = len(whole) - len(common_prefix(whole[::-1], asked[::-1]))  # from here on both are the same
     start = len(common_prefix(whole, asked))
@@ -172,10 +174,10 @@ def _rebuilt(row: Written, bare: str | None) -> Written | None:
 
 
 def _longest_suffix(text: str, within: str) -> str:
-    """The longest end of a text that occurs in another.
+    """Finds the longest end of a text that occurs in another.
 
-    >>> _longest_suffix("Be kind. Hi [/INST]", "[INST] Hi [/INST] Hello")
-    ' Hi [/INST]'
+    >>> _longest_suffix("Be kind. Hi [/INST]", "[INST] Hi [/INST] Hello"), _longest_suffix("Hi", "Yes")
+    (' Hi [/INST]', '')
     """
     low, high = 0, len(text)
     while low < high:  # all ends of an end that occurs occur too

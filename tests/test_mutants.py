@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from mutants import EQUIVALENT, TARGETS, Job, Outcome, Target, report  # noqa: E402
+from mutant_report import Outcome, Records, report  # noqa: E402
+from mutant_targets import EQUIVALENT, TARGETS, Job, Target  # noqa: E402
 from mutation_operators import OPERATORS, Mutant, mutants_of, sample  # noqa: E402
 
 
@@ -98,14 +99,21 @@ def test_every_equivalent_mutant_is_a_mutant() -> None:
     assert EQUIVALENT.keys() <= possible
 
 
-def test_the_report_counts_and_shows_survivors() -> None:
+def test_outcomes_are_kept_from_run_to_run_and_reported(tmp_path: Path) -> None:
     target = Target("masks", "jdpo/some.py", ("f",), ("tests/some.py",))
-    job = Job(target, Mutant("f", "constant", "", "return 1", "return 2"))
-    outcomes = [Outcome(job, verdict, 2.0) for verdict in ("killed", "killed", "timed out", "survived")]
-    text = report(outcomes, seed=3, per_function=4, timeout=5, command="command")
-    assert "| masks | 1 | 4 | 2 | 1 | 1 | 0 |" in text
-    assert "# jdpo/some.py: f (constant)\n- return 1\n+ return 2\n" in text
-    assert "Seed 3" in text
+    jobs = [Job(target, Mutant("f", "constant", "", "return 1", f"return {value}")) for value in range(4)]
+    path = tmp_path / "mutants.json"
+    Records(path).keep(Outcome(jobs[0], "survived", 2.0))
+    records = Records(path)
+    records.keep(Outcome(jobs[0], "killed", 2.0))
+    records.keep(Outcome(jobs[1], "survived", 4.0))
+    records.keep(Outcome(jobs[2], "timed out", 6.0))
+    text = report(Records(path).outcomes(jobs), seed=3, per_function=4, timeout=5)
+    assert "| masks | 1 | 4 | 1 | 1 | 1 | 0 | 1 |" in text
+    assert "# jdpo/some.py: f (constant)\n- return 1\n+ return 1\n" in text
+    assert "Seed 3, at most 4 per function; 4 s per mutant" in text
+    records.drop_all_but(jobs[:1])
+    assert [outcome.verdict for outcome in Records(path).outcomes(jobs)] == ["killed", *["not run"] * 3]
 
 
 def test_operators_are_all_described() -> None:

@@ -14,6 +14,18 @@ def figure(count: float, unit: str) -> str:
     return f"{count:,.0f} {unit}{'' if count == 1 else 's'}"
 
 
+def percent(share: float) -> str:
+    """A share for people.
+
+    >>> percent(0.5), percent(0.0312), percent(0.00004), percent(0)
+    ('50 %', '3.1 %', '< 0.01 %', '0 %')
+    """
+    if 0 < share < 1e-4:
+        return "< 0.01 %"
+    digits = 0 if share >= 0.0995 or share == 0 else 1 if share >= 0.00995 else 2
+    return f"{100 * share:.{digits}f} %"
+
+
 def memory(num_bytes: float) -> str:
     """Returns an amount of memory in GiB, MiB or bytes: the largest unit that shows two significant digits.
 

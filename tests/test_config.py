@@ -213,7 +213,7 @@ def test_tables_of_foreign_keys_name_keys_that_there_are_and_values_that_they_ta
 
 
 def test_options_of_other_commands_are_theirs() -> None:
-    options = {"inspect": " ".join(inspect.FLAGS), "quickstart": quickstart.usage()}
+    options = {"inspect": inspect.parser().format_help(), "quickstart": quickstart.usage()}
     options["export"] = export.parser().format_help()
     options["dpo` and `jdpo sft"] = " ".join(train.FLAGS)
     for option, command in OTHER_COMMANDS.items():

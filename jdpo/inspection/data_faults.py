@@ -1,12 +1,9 @@
-"""What is wrong with the data of a run, how much it matters, what it does to training and what to do.
-
-`--strict` fails on faults alone. See `jdpo.inspection.check_table` for what makes one.
-"""
+"""Finds what is wrong with the data of a run; `--strict` fails on faults only."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from jdpo.data.schemas.formats import NO_SHARED_TURN, STARTS_WITH_ANSWER, TIED
 from jdpo.data.tokens.boundaries import PLAIN_TEXT, WOULD_MERGE
@@ -15,23 +12,21 @@ from jdpo.data.tokens.row_notes import ANSWER_CHANGED, TOOLS_UNUSED, TURN_CHANGE
 from jdpo.data.tokens.tokenize import PROMPT_CUT
 from jdpo.data.tokens.turns import NOT_LEARNT
 from jdpo.data.tokens.unwritten import UNWRITTEN
-from jdpo.inspection.check_table import CHECKS
-from jdpo.inspection.figure_words import percent
-from jdpo.inspection.raw_text import BIDI, CONTROL, INVISIBLE, REPLACEMENT, SPECIAL, SPECIAL_IN_PLAIN, SURROGATE
-from jdpo.inspection.row_statistics import wilson
-from jdpo.models.weights.embedding_rows import MOST_NAMED, row_count
+from jdpo.inspection.check_table import CHECKS, OTHERS
+from jdpo.inspection.row_statistics import Json, wilson
+from jdpo.models.weights.embedding_rows import MOST_NAMED
 from jdpo.safe_text import terminal
+from jdpo.words import figure, percent
 
-Severity = Literal["fault", "warning", "note"]
-SEVERITIES: tuple[Severity, ...] = ("fault", "warning", "note")
+SEVERITIES = ("fault", "warning", "note")
 
 FEW_EVAL_ROWS = 400
-"""Evaluation rows below which an accuracy is said with its interval: 400 leave it 5 points on either side."""
+"""With fewer evaluation rows, a finding gives the confidence interval of an accuracy: +-5 points at 400 rows."""
 
 BIASED, STRONGLY_BIASED = 0.6, 0.4
-"""Chosen sides longer in more (or less) than this share of pairs: length alone is worth a few points of accuracy."""
+"""A share of longer chosen sides outside this range is a warning: length alone then gains some points of accuracy."""
 
-_NOTE_CHECKS = {
+_NOTES = {
     "answer_starts_in_prompt": STARTS_IN_PROMPT,
     "prompt_rebuilt": PROMPT_REBUILT,
     "prompt_shortened": PROMPT_SHORTENED,
@@ -42,200 +37,129 @@ _NOTE_CHECKS = {
     "would_merge": WOULD_MERGE,
     "prompt_cut": PROMPT_CUT,
 }
-
-Json = Mapping[str, Any]
-
-
-class Finding(NamedTuple):
-    """Something to know before training.
-
-    Attributes:
-      severity: fault (`--strict` fails), warning, or note.
-      name: of the check.
-      summary: what was found, with its size.
-      effect: what it does to training.
-      remedy: what to do.
-      rows, share, first: how many rows, of those that the check looks at, and where the first comes from; None where
-        it is not about rows.
-    """
-
-    severity: Severity
-    name: str
-    summary: str
-    effect: str
-    remedy: str
-    rows: int | None = None
-    share: float | None = None
-    first: str | None = None
+"""Name of a check -> the note under which tokenization counts its rows."""
 
 
-_TEXT_CHECKS = {
-    SPECIAL: "special_tokens",
-    SPECIAL_IN_PLAIN: "special_tokens_in_plain_text",
-    CONTROL: "control",
-    BIDI: "bidi",
-    INVISIBLE: "invisible",
-    REPLACEMENT: "replacement",
-    SURROGATE: "surrogate",
-}
-
-
-def findings_of(document: Json) -> list[Finding]:
-    """Everything to know of a document, faults first.
-
-    Args:
-      document: of `jdpo.inspection.document`, without its findings.
-    """
-    found = [*_model_findings(document), *_leakage_findings(document), *_part_findings(document["train"], "")]
-    if document["eval"] is not None:
-        found += _part_findings(document["eval"], ", in evaluation")
-    found += [*_bias_findings(document), *_eval_findings(document)]
-    return sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))
-
-
-def _checked(name: str, rows: int, of: int, first: str | None, where: str = "") -> Iterator[Finding]:
-    """The finding of a check; nothing where no row has it."""
-    if not rows:
-        return
-    check, share = CHECKS[name], rows / max(of, 1)
-    severity: Severity = "note"
-    if check.fault is not None and share > check.fault:
-        severity = "fault"
-    elif check.warning is not None and share > check.warning:
-        severity = "warning"
-    summary = f"{check.what}{where}: {rows:,} of {of:,} ({percent(share)})"
-    yield Finding(severity, name, summary, check.effect, check.remedy, rows, share, first)
-
-
-def _model_findings(document: Json) -> Iterator[Finding]:
-    model = document["model"]
-    if model["problem"] is not None:
-        readable = model["vocab_size"] is not None
-        remedy = "change the config as it says" if readable else "use another model folder"
-        yield Finding("fault", "model", model["problem"], "training refuses to start", remedy)
-        if not readable:
-            return
-    own_tokens = model["tokenizer_size"] - len(model["added_tokens"])
-    if own_tokens > model["vocab_size"]:
-        yield Finding(
-            "fault",
-            "model",
-            f"the tokenizer has {own_tokens:,} tokens and the model's embedding {model['vocab_size']:,} rows",
-            "there is no embedding for some tokens; training refuses to start",
-            "use the tokenizer that belongs to the model",
-        )
-    for warning in model["warnings"]:
-        yield Finding(
-            "warning",
-            "tokenizer",
-            warning,
-            "a server that reads tokenizer.json alone feeds the model other tokens than those it is trained on",
-            "save the tokenizer again with the transformers version that serves it, or correct tokenizer_config.json",
-        )
-    yield from _untrained_findings(model)
-
-
-def _untrained_findings(model: Json) -> Iterator[Finding]:
-    found = model["untrained_tokens"]
-    if not found:
-        return
-    named = [f"{terminal(one['token'])} (id {one['id']}, in {row_count(one['rows'])})" for one in found[:MOST_NAMED]]
-    more = f" and {len(found) - MOST_NAMED:,} more" if len(found) > MOST_NAMED else ""
-    started = model["starts_untrained_tokens"]
-    yield Finding(
-        "note" if started else "fault",
-        "untrained_tokens",
-        f"tokens of the training rows whose embedding was never trained: {', '.join(named)}{more}",
-        "they start at the mean of the trained rows"
-        if started
-        else "their embedding is zero or below 1 % of the median norm: gradients there are large, and adapters cannot "
-        "change it",
-        "nothing, if it is meant"
-        if started
-        else "set init_untrained_tokens: true, which starts them at the mean of the trained rows (not with lora), or "
-        "use a chat template of tokens that the model knows",
-        max(one["rows"] for one in found),
-        first=found[0]["first"],
-    )
-
-
-def _leakage_findings(document: Json) -> Iterator[Finding]:
-    leakage = document["leakage"]
+def findings_of(document: Json) -> list[Json]:
+    """Returns the findings about a document of `jdpo.inspection.document`, faults first."""
+    train, held_out, leakage = document["train"], document["eval"], document["leakage"]
+    found = list(_model_findings(document["model"]))
     if leakage is not None:
         first = next((f"{one['eval']} is {one['train']}" for one in leakage["examples"]), None)
-        yield from _checked("leakage", leakage["rows"], document["eval"]["rows_kept"], first)
+        found += _checked("leakage", leakage | {"first": first}, held_out["rows_kept"])
+    found += _part_findings(train, "")
+    if held_out is not None:
+        found += _part_findings(held_out, ", in evaluation")
+    found += [*_length_findings(train["length_bias"]), *_eval_findings(held_out)]
+    return sorted(found, key=lambda finding: SEVERITIES.index(finding["severity"]))
 
 
-def _part_findings(part: Json, where: str) -> Iterator[Finding]:
-    kept, raw = part["rows_kept"], part["rows_read"]
+def _finding(severity: str, name: str, summary: str, effect: str, remedy: str, **rows: Any) -> Json:
+    finding = {"severity": severity, "name": name, "summary": summary, "effect": effect, "remedy": remedy}
+    return {**finding, "rows": None, "share": None, "first": None, **rows}
+
+
+def _other(severity: str, name: str, words: str = "", *, rows: Json | None = None, **values: Any) -> Json:
+    """Returns a finding that is not about a share of rows, in the words of OTHERS."""
+    _, *texts = OTHERS[words or name]
+    what, effect, remedy = (text.format(**values) for text in texts)
+    return _finding(severity, name, what, effect, remedy, **(rows or {}))
+
+
+def _checked(name: str, count: Mapping[str, Any], of: int, where: str = "") -> Iterator[Json]:
+    """Yields the finding of a check, if any row has it.
+
+    Args:
+      count: {rows, first}.
+      of: number of rows that the check looks at.
+      where: which of the rows, for the summary.
+    """
+    rows, check = count["rows"], CHECKS[name]
+    if not rows:
+        return
+    share, severity = rows / max(of, 1), "note"
+    if check.above.fault is not None and share > check.above.fault:
+        severity = "fault"
+    elif check.above.warning is not None and share > check.above.warning:
+        severity = "warning"
+    summary = f"{check.what}{where}: {rows:,} of {of:,} ({percent(share)})"
+    yield _finding(severity, name, summary, check.effect, check.remedy, rows=rows, share=share, first=count["first"])
+
+
+def _model_findings(model: Json) -> Iterator[Json]:
+    readable = model["vocab_size"] is not None
+    if model["problem"] is not None:
+        remedy = "change the config as it says" if readable else "use another model folder"
+        yield _finding("fault", "model", model["problem"], "training refuses to start", remedy)
+    if not readable:
+        return
+    own_tokens = model["tokenizer_size"] - len(model["added_tokens"])
+    if own_tokens > model["vocab_size"]:
+        vocab_size = f"{model['vocab_size']:,}"
+        yield _other("fault", "model", "tokenizer_too_large", tokens=f"{own_tokens:,}", vocab_size=vocab_size)
+    for warning in model["warnings"]:
+        yield _other("warning", "tokenizer", warning=warning)
+    if found := model["untrained_tokens"]:
+        named = [f"{terminal(one['token'])} (id {one['id']}, in {figure(one['rows'], 'row')})" for one in found]
+        more = f" and {len(found) - MOST_NAMED:,} more" if len(found) > MOST_NAMED else ""
+        severity, words = ("note", "started_tokens") if model["starts_untrained_tokens"] else ("fault", "")
+        rows = {"rows": max(one["rows"] for one in found), "first": found[0]["first"]}
+        yield _other(severity, "untrained_tokens", words, rows=rows, tokens=", ".join(named[:MOST_NAMED]) + more)
+
+
+def _part_findings(part: Json, where: str) -> Iterator[Json]:
+    kept, notes = part["rows_kept"], {one["note"]: one for one in part["notes"]}
     for kind, mark in part["text"].items():
-        yield from _checked(_TEXT_CHECKS[kind], mark["rows"], raw, f"{mark['first']}: {mark['excerpt']}", where)
-    rows_of: dict[str, Json] = dict(part["edges"])
-    rows_of |= {name: part["repeats"][name] for name in ("contradictions", "same_row", "same_prompt")}
-    rows_of |= {name: part[name] for name in ("answer_cut", "too_long_for_model")}
+        first = f"{mark['first']}: {mark['excerpt']}"
+        yield from _checked(kind, {"rows": mark["rows"], "first": first}, part["rows_read"], where)
+    counts = dict(part["edges"])
+    counts |= {name: part["repeats"][name] for name in ("contradictions", "same_row", "same_prompt")}
+    counts |= {name: part[name] for name in ("answer_cut", "too_long_for_model")}
     if part["margins"] is not None:
-        rows_of["negative_margins"] = part["margins"]["negative"]
-    for name, counted in rows_of.items():
-        yield from _checked(name, counted["rows"], kept, counted["first"], where)
-    tied = [one for one in part["dropped"] if one["reason"] == TIED]
-    others = [one for one in part["dropped"] if one["reason"] != TIED]
-    biggest = next((f"{one['reason']}: {one['first']}" for one in others), None)
-    all_rows, num_tied = kept + part["rows_dropped"], sum(one["rows"] for one in tied)
-    yield from _checked("dropped", part["rows_dropped"] - num_tied, all_rows, biggest, where)
-    yield from _checked("ties", num_tied, all_rows, tied[0]["first"] if tied else None, where)
-    for one in part["dropped"]:
-        if one["reason"] == NOT_LEARNT:
-            yield from _checked("shown_only", one["rows"], kept + part["rows_dropped"], one["first"], where)
-    notes = {one["note"]: one for one in part["notes"]}
-    unprompted = [one for one in part["dropped"] if one["reason"] == NO_SHARED_TURN]
-    unprompted += [notes[STARTS_WITH_ANSWER]] if STARTS_WITH_ANSWER in notes else []
-    if unprompted:
-        num_rows = sum(one["rows"] for one in unprompted)
-        yield from _checked("no_prompt", num_rows, kept + part["rows_dropped"], unprompted[0]["first"], where)
-    for name, note in _NOTE_CHECKS.items():
+        counts["negative_margins"] = part["margins"]["negative"]
+    for name, count in counts.items():
+        yield from _checked(name, count, kept, where)
+    yield from _dropped_findings(part, notes, where)
+    for name, note in _NOTES.items():
         if note in notes:
-            yield from _checked(name, notes[note]["rows"], kept, notes[note]["first"], where)
+            yield from _checked(name, notes[note], kept, where)
     for kind, note in UNWRITTEN.items():
         if note in notes:
-            first = notes[note]["first"]
-            yield from _checked("content_unwritten", notes[note]["rows"], kept, first, f" ({kind}){where}")
+            yield from _checked("content_unwritten", notes[note], kept, f" ({kind}){where}")
 
 
-def _bias_findings(document: Json) -> Iterator[Finding]:
-    bias = document["train"]["length_bias"]
+def _dropped_findings(part: Json, notes: Mapping[str, Json], where: str) -> Iterator[Json]:
+    all_rows, none = part["rows_kept"] + part["rows_dropped"], {"rows": 0, "first": None}
+    dropped = {one["reason"]: one for one in part["dropped"]}
+    tied = dropped.get(TIED, none)
+    first = next((f"{reason}: {one['first']}" for reason, one in dropped.items() if reason != TIED), None)
+    # Ties are counted by themselves: they are usual, and no sign that rows are lost.
+    yield from _checked("dropped", {"rows": part["rows_dropped"] - tied["rows"], "first": first}, all_rows, where)
+    yield from _checked("ties", tied, all_rows, where)
+    yield from _checked("shown_only", dropped.get(NOT_LEARNT, none), all_rows, where)
+    lost, unprompted = dropped.get(NO_SHARED_TURN, none), notes.get(STARTS_WITH_ANSWER, none)
+    both = {"rows": lost["rows"] + unprompted["rows"], "first": lost["first"] or unprompted["first"]}
+    yield from _checked("no_prompt", both, all_rows, where)
+
+
+def _length_findings(bias: Json | None) -> Iterator[Json]:
     if bias is None or bias["p_value"] is None or bias["p_value"] >= 0.01:
         return
-    share, longer = bias["share_longer"], bias["share_longer"] > 0.5
-    strong = share > BIASED or share < STRONGLY_BIASED
-    accuracy = bias["longer_accuracy"] if longer else bias["shorter_accuracy"]
-    yield Finding(
-        "warning" if strong else "note",
+    share, way = bias["share_longer"], "longer" if bias["share_longer"] > 0.5 else "shorter"
+    yield _other(
+        "warning" if share > BIASED or share < STRONGLY_BIASED else "note",
         "length_bias",
-        f"the chosen side is the {'longer' if longer else 'shorter'} one in {percent(max(share, 1 - share))} of the "
-        f"pairs that differ in length, by {abs(bias['mean_difference']):.1f} tokens in the mean of all",
-        f"a policy that learns length alone reaches a reward accuracy of {accuracy:.2f} on such pairs, and its answers "
-        f"grow {'longer' if longer else 'shorter'}; read an accuracy below that as no more than length",
-        "compare with loss_type sigmoid_norm, simpo or ld_alpha, which weigh length down; watch the length of samples",
+        way=way,
+        share=percent(max(share, 1 - share)),
+        difference=f"{abs(bias['mean_difference']):.1f}",
+        accuracy=f"{bias[f'{way}_accuracy']:.2f}",
     )
 
 
-def _eval_findings(document: Json) -> Iterator[Finding]:
-    held_out = document["eval"]
+def _eval_findings(held_out: Json | None) -> Iterator[Json]:
     if held_out is None:
-        yield Finding(
-            "note",
-            "no_evaluation",
-            "nothing is held out for evaluation",
-            "training metrics alone do not tell learning from memorising",
-            "set eval_fraction: 0.05, or eval_datasets",
-        )
+        yield _other("note", "no_evaluation")
     elif held_out["rows_kept"] < FEW_EVAL_ROWS:
         rows = held_out["rows_kept"]
-        low, high = wilson(round(rows * 0.6), rows)
-        yield Finding(
-            "note",
-            "few_evaluation_rows",
-            f"{rows:,} evaluation rows",
-            f"a measured accuracy of 0.60 may be anything from {low:.2f} to {high:.2f} (95 %)",
-            "hold more rows out, or do not rank checkpoints by small differences",
-        )
+        low, high = (f"{bound:.2f}" for bound in wilson(round(rows * 0.6), rows))
+        yield _other("note", "few_evaluation_rows", count=f"{rows:,}", low=low, high=high)

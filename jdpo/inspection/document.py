@@ -1,328 +1,182 @@
-"""What a run would train on, as one document: counts, lengths, costs, repeats, texts, rows, and what is wrong.
+"""Reports on what a run would train on as one JSON document; docs/data.md lists its keys.
 
-The document is made of dicts, lists, strings and finite numbers, so that it is JSON as it stands; docs/data.md lists
-its keys. Terminal and HTML page show nothing that is not in it.
+Rows are read and ordered by the functions that a run itself uses. Terminal and page show only what the document holds.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from jdpo._version import __version__
-from jdpo.config import without_queries
-from jdpo.data.prepared import token_checks
-from jdpo.data.prepared.chunks import RANKED_PAIRS
-from jdpo.data.prepared.prepare import DROPPED, KEPT, READ, PreparedData
-from jdpo.data.tokens.tokenizer import Tokenizer
+from jdpo.config import DatasetConfig, PreferenceSettings, TrainConfig, without_queries
+from jdpo.data.batching.loader import RowPlan
+from jdpo.data.batching.mixing import check_data_settings
+from jdpo.data.prepared.prepare import PreparedData
+from jdpo.data.schemas import formats
+from jdpo.data.sources import open_source
+from jdpo.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from jdpo.inspection.data_faults import findings_of
-from jdpo.inspection.material import Material, ModelFacts, Part
-from jdpo.inspection.raw_text import Mark, TextFacts
-from jdpo.inspection.row_measures import RowFacts, row_facts
-from jdpo.inspection.row_statistics import distribution, length_bias, nice_edges, repeats, step_costs
-from jdpo.inspection.token_display import RowView, one_line, view_row
-from jdpo.models.weights.embedding_rows import UntrainedToken
+from jdpo.inspection.part_report import part_report, rows_where
+from jdpo.inspection.raw_text import TextFacts, text_facts
+from jdpo.inspection.row_statistics import Json, RowFacts, row_facts, step_costs
+from jdpo.inspection.token_display import view_row
+from jdpo.models.families import read_model_config
+from jdpo.models.weights.hub_models import has_weights
+from jdpo.reports.progress import RowCounter
 from jdpo.safe_text import terminal_lines
+from jdpo.training.setup.model_sources import Sources, check_positions, find_sources
+from jdpo.training.setup.row_order import Say, num_steps_of, plan_rows, preparation_of, sides_of
+from jdpo.training.setup.untrained import find_untrained, refuse_added_tokens
 
 DOCUMENT_VERSION = 1
-"""To be raised when a key changes its meaning or goes away."""
+"""Raise this when a key changes its meaning or is removed."""
+
+SETTINGS = ("max_length", "max_prompt_length", "global_batch_size", "packing", "seed")
+
+MOST_STEPS = 2000
+"""The cost of padding and packing is counted over at most this many steps of the first epoch."""
 
 TOKENS_PER_DEVICE = 16384
-"""Slots of a packed row in the prediction, where the config leaves max_tokens_per_device open."""
-
-EDGES = {
-    "no_bos": token_checks.NO_BOS,
-    "bos_twice": token_checks.BOS_TWICE,
-    "bos_inside": token_checks.BOS_INSIDE,
-    "bos_in_answer": token_checks.STARTS_WITH_BOS,
-    "no_end": token_checks.NO_END,
-    "end_twice": token_checks.END_TWICE,
-    "end_inside": token_checks.END_INSIDE,
-}
-"""Keys of how sequences begin and end, and what the count of each is called."""
-
-Json = dict[str, Any]
+"""The length of a packed row in the prediction if the config does not set max_tokens_per_device."""
 
 
-def document_of(material: Material, *, num_rows: int = 0) -> Json:
-    """The whole report.
+def inspect_run(config: TrainConfig, *, chosen_by: str, say: Say, num_rows: int = 0) -> Json:
+    """Prepares the rows of a run, through the same cache as training, and returns the whole report on them.
+
+    Reads the tokenizer, config.json and, if present, the embedding of the model; uses no accelerator and does not write
+    to output_dir.
 
     Args:
-      num_rows: rows to show token by token, in the order of the steps.
+      chosen_by: why the config is that of `jdpo dpo` or `jdpo sft`, in words.
+      say: receives progress messages.
+      num_rows: number of rows to show token by token, in the order of the steps.
+
+    Raises:
+      ValueError: settings contradict each other, there is no tokenizer, or rows cannot be read.
     """
-    config, tokenizer = material.config, material.tokenizer
-    facts = _facts(material.train, material)
+    pairs = isinstance(config, PreferenceSettings)
+    check_data_settings(config, pairs=pairs)
+    sources = find_sources(config, weights=False)
+    template, kwargs = config.chat_template, config.chat_template_kwargs
+    tokenizer = load_tokenizer(sources.tokenizer_folder, chat_template=template, chat_template_kwargs=kwargs)
+    read = preparation_of(config, pairs=pairs)
+    measure = partial(row_facts, tokenizer=tokenizer, max_length=config.max_length)
+    training, evaluation = sides_of(config)
+    data = read(training[0], tokenizer, part=training[1], progress=RowCounter(say))
+    texts = [_text_facts(config, dataset, tokenizer, say) for dataset in training[0]]
+    facts, model = measure(data), _model(config, sources, tokenizer, data)
+    plan = plan_rows(config, data, lambda line: None, global_batch_size=config.global_batch_size, seed=config.seed)
+    order = itertools.chain.from_iterable(plan.step(step).tolist() for step in range(plan.steps_per_epoch))
     document: Json = {
         "jdpo": __version__,
         "version": DOCUMENT_VERSION,
-        "command": material.command,
-        "command_chosen_by": material.chosen_by,
-        "config": {
-            "model_name_or_path": without_queries(config.model_name_or_path),
-            "max_length": config.max_length,
-            "max_prompt_length": config.max_prompt_length,
-            "global_batch_size": config.global_batch_size,
-            "packing": config.packing,
-            "seed": config.seed,
-        },
-        "model": _model(material.model, tokenizer),
-        "train": _part(material.train, facts, material),
+        "command": "dpo" if pairs else "sft",
+        "command_chosen_by": chosen_by,
+        "config": {"model_name_or_path": without_queries(config.model_name_or_path)}
+        | {name: getattr(config, name) for name in SETTINGS},
+        "model": model,
+        "train": part_report(data, facts, texts, model["max_positions"]),
         "eval": None,
         "leakage": None,
-        "steps": _steps(material, facts),
-        "rows": _rows(material, num_rows),
+        "steps": _steps(config, data, facts, plan),
+        "rows": [view_row(data[index], index, tokenizer) for index in itertools.islice(order, num_rows)],
     }
-    if material.eval is not None:
-        document["eval"] = _part(material.eval, _facts(material.eval, material), material)
-        document["leakage"] = _leakage(material.train.data, material.eval.data)
-    document["findings"] = [finding._asdict() for finding in findings_of(document)]
+    if evaluation is not None:
+        held_out = read(evaluation[0], tokenizer, part=evaluation[1], progress=RowCounter(say))
+        # With eval_fraction both parts come from the same files, whose texts are checked once.
+        texts = [_text_facts(config, one, tokenizer, say) for one in evaluation[0] if not config.eval_fraction]
+        document["eval"] = part_report(held_out, measure(held_out), texts, model["max_positions"])
+        document["leakage"] = _leakage(data, held_out)
+    document["findings"] = findings_of(document)
     clean: Json = _clean(document)
     return clean
 
 
-def _facts(part: Part, material: Material) -> RowFacts:
-    return row_facts(part.data, material.tokenizer, max_length=material.config.max_length)
+def _text_facts(config: TrainConfig, dataset: DatasetConfig, tokenizer: Tokenizer, say: Say) -> TextFacts:
+    supervised = not isinstance(config, PreferenceSettings)
+    read: Callable[..., Sequence[object]] = formats.completion_rows if supervised else formats.preference_rows
+    every_turn = not supervised and config.loss_on == "assistant_turns"
+    reading = formats.reading_of(dataset, every_turn=every_turn)
+    return text_facts(
+        open_source(dataset).rows(),
+        partial(read, reading=reading),  # type: ignore[arg-type]
+        partial(formats.schema_name, reading=reading, supervised=supervised),
+        tokenizer.special_text,
+        RowCounter(say, doing="looking at texts"),
+    )
 
 
-def _model(model: ModelFacts, tokenizer: Tokenizer) -> Json:
-    hf = tokenizer.hf
+def _model(config: TrainConfig, sources: Sources, tokenizer: Tokenizer, data: PreparedData) -> Json:
+    found = problem = untrained = None
+    adapted = bool(config.lora) or sources.adapter_folder is not None
+    try:
+        found = read_model_config(sources.model_folder)
+        check_positions(found, max_length=config.max_length, name=config.model_name_or_path)
+        if adapted:
+            refuse_added_tokens(tokenizer)
+        if has_weights(sources.model_folder):
+            with contextlib.suppress(ValueError):  # weights that cannot be read are for the run to report
+                tokens = find_untrained(sources.model_folder, found, tokenizer, data)
+                untrained = [{"id": t.id, "token": t.token, "rows": t.num_rows, "first": t.first} for t in tokens]
+    except ValueError as error:
+        problem = str(error)
     return {
-        "max_positions": model.max_positions,
-        "vocab_size": model.vocab_size,
-        "problem": model.problem,
+        "max_positions": found and found.max_positions,
+        "vocab_size": found and found.vocab_size,
+        "problem": problem,
         "tokenizer_size": tokenizer.size,
-        "added_tokens": list(tokenizer.added_tokens),
-        "untrained_tokens": None if model.untrained is None else [_untrained(token) for token in model.untrained],
-        "starts_untrained_tokens": model.starts_untrained,
-        "bos": None if tokenizer.bos_token_id is None else str(hf.bos_token),
-        "end_tokens": [str(hf.convert_ids_to_tokens(index)) for index in tokenizer.end_token_ids],
+        "added_tokens": tokenizer.added_tokens,
+        "untrained_tokens": untrained,
+        "starts_untrained_tokens": config.init_untrained_tokens and not adapted and problem is None,
+        "bos": None if tokenizer.bos_token_id is None else str(tokenizer.hf.bos_token),
+        "end_tokens": [str(tokenizer.hf.convert_ids_to_tokens(index)) for index in tokenizer.end_token_ids],
         "has_chat_template": tokenizer.has_chat_template,
-        "chat_template_kwargs": dict(tokenizer.probe.renderer.kwargs),
-        "notes": list(tokenizer.notes),
-        "warnings": list(tokenizer.warnings),
+        "chat_template_kwargs": tokenizer.probe.renderer.kwargs,
+        "notes": tokenizer.notes,
+        "warnings": tokenizer.warnings,
     }
-
-
-def _untrained(token: UntrainedToken) -> Json:
-    return {"id": token.id, "token": token.token, "rows": token.num_rows, "first": token.first}
-
-
-# --- rows of one part
-
-
-def _part(part: Part, facts: RowFacts, material: Material) -> Json:
-    data = part.data
-    sequence = data.lengths.astype(np.int64)
-    prompt_tokens, sequence_tokens = int(facts.prompt.sum()), int(facts.sequence_tokens.sum())
-    return {
-        "digest": data.digest,
-        **_counts(data.counts, data.examples),
-        "data_sets": [_data_set(part, number, facts) for number in range(len(data.names))],
-        "tokens": {
-            "prompt": prompt_tokens,
-            "sequences": sequence_tokens,
-            "prompt_share": len(facts.sides) * prompt_tokens / sequence_tokens,
-            "longest": int(np.max(sequence)),
-            "longest_row": data[int(np.argmax(sequence))].origin,
-        },
-        "lengths": _lengths(facts, sequence),
-        "answer_cut": _rows_where(_cut(facts), data),
-        "cut": {name: _rows_where(side.cut, data) for name, side in facts.sides.items()},
-        "edges": {name: _counted(fault, data) for name, fault in EDGES.items()},
-        "too_long_for_model": _rows_where(sequence > (material.model.max_positions or np.inf), data),
-        "repeats": _repeats(data, facts),
-        "length_bias": _bias(data, facts),
-        "margins": _margins(data),
-        "text": _texts(part.texts),
-    }
-
-
-def _counts(counts: Mapping[str, int], examples: Mapping[str, str]) -> Json:
-    """What was read, kept, dropped and noted; the most frequent first."""
-    dropped, notes = [], []
-    for name in sorted(counts, key=lambda name: (-counts[name], name)):
-        one = {"rows": counts[name], "first": examples.get(name)}
-        if name.startswith(DROPPED):
-            dropped.append({"reason": name.removeprefix(DROPPED), **one})
-        elif name not in (READ, KEPT):
-            notes.append({"note": name, **one})
-    return {
-        "rows_read": counts.get(READ, 0),
-        "rows_kept": counts.get(KEPT, 0),
-        "rows_dropped": sum(counts[name] for name in counts if name.startswith(DROPPED)),
-        "dropped": dropped,
-        "notes": notes,
-    }
-
-
-def _data_set(part: Part, number: int, facts: RowFacts) -> Json:
-    data = part.data
-    text = part.texts[number] if part.texts else None
-    return {
-        "name": data.names[number],
-        "schemas": {} if text is None else text.schemas,
-        **_counts(data.counts_of[number], data.examples_of[number]),
-        "tokens": int(facts.sequence_tokens[data.dataset_of == number].sum()),
-        "text": {} if text is None else _texts([text]),
-    }
-
-
-def _counted(name: str, data: PreparedData) -> Json:
-    """What was counted while rows were tokenized, as `_rows_where` has it."""
-    rows = data.counts.get(name, 0)
-    return {"rows": rows, "share": rows / len(data), "first": data.examples.get(name)}
-
-
-def _rows_where(mask: np.ndarray, data: PreparedData) -> Json:
-    """How many rows, which share of all, and where the first comes from."""
-    rows = int(mask.sum())
-    first = data[int(np.argmax(mask))].origin if rows else None
-    return {"rows": rows, "share": rows / len(mask), "first": first}
-
-
-def _cut(facts: RowFacts) -> np.ndarray:
-    """Whether an answer of each row lost its end to max_length."""
-    cut: np.ndarray = np.any([side.cut for side in facts.sides.values()], axis=0)
-    return cut
-
-
-def _lengths(facts: RowFacts, sequence: np.ndarray) -> Json:
-    """Sides share the edges of their bars, so that they can be compared."""
-    sides = [side.length for side in facts.sides.values()]
-    edges = nice_edges(min(int(side.min()) for side in sides), max(int(side.max()) for side in sides), whole=True)
-    found = {"prompt": distribution(facts.prompt)}
-    found |= {name: distribution(side.length, edges) for name, side in facts.sides.items()}
-    found["sequence"] = distribution(sequence)
-    return {name: None if one is None else one._asdict() for name, one in found.items()}
-
-
-def _repeats(data: PreparedData, facts: RowFacts) -> Json:
-    found = repeats(data.prompt_keys, [side.key for side in facts.sides.values()])
-    return {
-        "same_prompt": _rows_where(found.prompt, data),
-        "same_row": _rows_where(found.row, data),
-        "contradictions": _rows_where(found.reversed, data),
-    }
-
-
-def _bias(data: PreparedData, facts: RowFacts) -> Json | None:
-    if len(facts.sides) < 2:
-        return None
-    found = length_bias(facts.sides["chosen"].length, facts.sides["rejected"].length)._asdict()
-    return found | {
-        "pairs_with_a_cut_side": int(_cut(facts).sum()),
-        "pairs_of_ranked_rows": data.counts.get(RANKED_PAIRS, 0),
-    }
-
-
-def _margins(data: PreparedData) -> Json | None:
-    present = np.isfinite(data.margins)
-    if not present.any():
-        return None
-    found = distribution(data.margins)
-    assert found is not None
-    return {
-        "rows": int(present.sum()),
-        "share": float(present.mean()),
-        "negative": _rows_where(present & (data.margins < 0), data),
-        "zero": _rows_where(present & (data.margins == 0), data),
-        "distribution": found._asdict(),
-    }
-
-
-def _texts(texts: Sequence[TextFacts]) -> Json:
-    """What was found in the texts of data sets together, by kind."""
-    all_marks: dict[str, Mark] = {}
-    for text in texts:
-        for kind, mark in text.marks.items():
-            before = all_marks.get(kind, mark._replace(rows=0))
-            all_marks[kind] = before._replace(rows=before.rows + mark.rows)
-    return {
-        kind: {"rows": mark.rows, "first": mark.first, "excerpt": one_line(mark.excerpt)}
-        for kind, mark in sorted(all_marks.items())
-    }
-
-
-# --- both parts
 
 
 def _leakage(train: PreparedData, held_out: PreparedData) -> Json:
-    """Evaluation rows whose prompt is trained on, and a few of them with the training row that has it."""
+    """Counts the evaluation rows whose prompt is trained on, with a few examples."""
     leaked = np.isin(held_out.prompt_keys, train.prompt_keys)
-    rows = np.flatnonzero(leaked)[:5]
     examples = []
-    for row in rows.tolist():
+    for row in np.flatnonzero(leaked)[:5].tolist():
         twin = int(np.flatnonzero(train.prompt_keys == held_out.prompt_keys[row])[0])
         examples.append({"eval": held_out[row].origin, "train": train[twin].origin})
-    return {**_rows_where(leaked, held_out), "examples": examples}
+    return {**rows_where(leaked, held_out), "examples": examples}
 
 
-def _steps(material: Material, facts: RowFacts) -> Json:
-    config, data, steps = material.config, material.train.data, material.steps
-    shards = max(config.mesh.data, 1) * max(config.mesh.fsdp, 1) * max(config.mesh.expert, 1)
-    budget = config.max_tokens_per_device or TOKENS_PER_DEVICE
+def _steps(config: TrainConfig, data: PreparedData, facts: RowFacts, plan: RowPlan) -> Json:
     costs = step_costs(
         data.sizes(),
         facts.sequence_tokens,
-        steps,
-        num_shards=shards,
-        max_tokens_per_device=budget,
+        [plan.step(step) for step in range(min(plan.steps_per_epoch, MOST_STEPS))],
+        # An axis of -1 takes the devices that are left; their number is not known here, so it counts as one.
+        num_shards=max(config.mesh.data, 1) * max(config.mesh.fsdp, 1) * max(config.mesh.expert, 1),
+        max_tokens_per_device=config.max_tokens_per_device or TOKENS_PER_DEVICE,
         micro_batch_size=config.micro_batch_size,
     )
+    tokens = costs["sequence_tokens"] / costs["steps"]
     return {
-        "epoch": material.epoch,
-        "per_epoch": material.steps_per_epoch,
-        "of_run": material.num_steps,
+        "epoch": plan.mixture.describe(data.names),
+        "per_epoch": plan.steps_per_epoch,
+        "of_run": config.max_steps or num_steps_of(config.num_train_epochs, plan.steps_per_epoch),
         "rows_per_step": config.global_batch_size,
-        "tokens_per_step": costs.sequence_tokens / costs.steps,
-        "tokens_per_epoch": costs.sequence_tokens / costs.steps * material.steps_per_epoch,
-        "costs": {
-            **costs._asdict(),
-            "devices": shards,
-            "tokens_per_device": None if config.micro_batch_size else budget,
-            "rows_per_device": config.micro_batch_size,
-            "padded_padding": costs.padded_padding,
-            "packed_padding": costs.packed_padding,
-            "fewer_by_packing": costs.from_padding,
-            "fewer_by_sharing_prompts": costs.from_sharing,
-            "fewer_in_all": costs.speed_up,
-        },
-    }
-
-
-# --- rows, token by token
-
-
-def _rows(material: Material, num_rows: int) -> list[Json]:
-    data = material.train.data
-    wanted = itertools.islice(itertools.chain.from_iterable(indices.tolist() for indices in material.steps), num_rows)
-    return [_row(view_row(data[index], index, material.tokenizer)) for index in wanted]
-
-
-def _row(view: RowView) -> Json:
-    return {
-        "origin": view.origin,
-        "row": view.row,
-        "segments": [
-            {
-                "name": segment.name,
-                "learnt": segment.is_learnt,
-                "num_tokens": segment.num_tokens,
-                "pieces": [
-                    {"text": piece.text, "ids": list(piece.ids), "special": piece.is_special}
-                    for piece in segment.pieces
-                ],
-            }
-            for segment in view.segments
-        ],
+        "tokens_per_step": tokens,
+        "tokens_per_epoch": tokens * plan.steps_per_epoch,
+        "costs": costs,
     }
 
 
 def _clean(value: Any) -> Any:
-    """Tuples as lists, and in origins and names, too, every character that cannot be seen written out."""
+    """Turns tuples into lists and writes out, in every string, the characters that cannot be seen."""
     if isinstance(value, str):
         return terminal_lines(value)
     if isinstance(value, Mapping):

@@ -1,21 +1,20 @@
-"""The inspection of a run as one page: no script, no network, nothing beside it, and dataset text never as markup."""
+"""Renders a report as one page: no script, no network, no other files, and text of the data is never markup."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import jinja2
+import markupsafe
+
 from jdpo import safe_text
 from jdpo.durable import write_durably
-from jdpo.inspection import figure_words as words
-
-TEMPLATE = "page.html.jinja"
-
-Json = Mapping[str, Any]
+from jdpo.inspection.row_statistics import Json
+from jdpo.inspection.tree import report_of
 
 
 def write_page(document: Json, path: Path) -> None:
@@ -33,33 +32,23 @@ def write_page(document: Json, path: Path) -> None:
 
 
 def page_of(document: Json) -> str:
-    """The page: everything in it is escaped, and its policy lets a browser load nothing and run nothing.
+    """Returns the page: everything in it is escaped, and its policy lets a browser load nothing and run nothing.
 
-    Its one style sheet is let through by its hash, so that a style that came in with the data would not apply either.
+    The policy admits its one style sheet by hash, so a style that came in with the data would not apply either.
     """
-    import jinja2
-
+    undefined = jinja2.StrictUndefined
     environment = jinja2.Environment(
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        finalize=_safe,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        autoescape=True, undefined=undefined, finalize=_safe, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["sha256"] = _source_hash
-    environment.filters["share"] = words.percent
-    environment.globals["words"] = words
-    text = resources.files("jdpo.inspection").joinpath(TEMPLATE).read_text(encoding="utf-8")
-    return environment.from_string(text).render(document=document).strip() + "\n"
+    environment.filters["sha256"] = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    environment.filters["kind"] = lambda node: type(node).__name__
+    report = report_of(document)
+    # A browser opens a page at its top, so what is wrong comes first; a terminal shows the end.
+    sections = sorted(report.sections, key=lambda section: section.anchor != "findings")
+    text = resources.files("jdpo.inspection").joinpath("page.html.jinja").read_text(encoding="utf-8")
+    return environment.from_string(text).render(report=report, sections=sections).strip() + "\n"
 
 
 def _safe(value: Any) -> Any:
-    """Escapes plain text; what the template itself has made, such as a macro's markup, is as it is."""
-    import markupsafe
-
+    """Escapes plain text; what the template itself made, such as a macro's markup, stays as it is."""
     return markupsafe.Markup(safe_text.html(value)) if type(value) is str else value
-
-
-def _source_hash(text: str) -> str:
-    """What a content security policy calls a style by."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(str(text).encode()).digest()).decode()

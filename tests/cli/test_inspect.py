@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import jdpo
-from jdpo.cli.inspect import Options, read_options, read_run
+from jdpo.cli.inspect import parser, read_run
 from jdpo.cli.main import main
 from jdpo.config import DPOConfig, SFTConfig
 from jdpo.models.weights.hub_models import resolve_folder
@@ -36,7 +36,7 @@ def test_it_needs_no_weights_and_leaves_nothing_but_the_cache(
     before = set(tmp_path.iterdir())
     assert main(["inspect", *run_words(model_name_or_path=no_weights)]) == 0
     out = capsys.readouterr().out
-    assert "What `jdpo dpo` would train on" in out
+    assert "What jdpo dpo would train on" in out
     assert "20 of 20 kept" in out
     assert "3 steps of 8 pairs" in out
     assert set(tmp_path.iterdir()) - before == {tmp_path / "cache"}
@@ -74,10 +74,10 @@ def test_strict_fails_on_faults_alone(
 def test_rows_stand_token_by_token(capsys: pytest.CaptureFixture[str], run_words: Callable[..., list[str]]) -> None:
     assert main(["inspect", *run_words(), "--rows", "1", "--ids"]) == 0
     out = capsys.readouterr().out
-    assert "row 1: pairs.jsonl:" in out
+    assert "Row 1: pairs.jsonl:" in out
     assert "prompt, not learnt" in out
     assert "<|im_end|>[2]" in out
-    assert "row 2" not in out
+    assert "Row 2" not in out
 
 
 def test_the_task_is_told_by_the_keys_that_one_command_has(tmp_path: Path) -> None:
@@ -106,20 +106,23 @@ def test_a_supervised_run_is_inspected_as_one(
     assert "completion" in document["train"]["lengths"]
 
 
-def test_options_stand_anywhere_and_values_of_keys_are_left_alone() -> None:
-    options, rest = read_options(["run.yaml", "--beta", "0.2", "--rows=3", "--html", "a.html", "--shuffle", "--strict"])
-    assert options == Options(rows=3, html=Path("a.html"), strict=True)
-    assert rest == ["run.yaml", "--beta", "0.2", "--shuffle"]
+def test_options_may_be_anywhere_and_leave_the_keys_of_the_run_alone() -> None:
+    words = ["run.yaml", "--beta", "-0.2", "--rows=3", "--html", "a.html", "--shuffle", "lora={r: 8}", "--strict"]
+    options, rest = parser().parse_known_args(words)
+    assert (options.rows, options.html, options.strict, options.json) == (3, Path("a.html"), True, False)
+    assert rest == ["run.yaml", "--beta", "-0.2", "--shuffle", "lora={r: 8}"]
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--rows"], "--rows needs a value: --rows N"),
-        (["--rows", "many"], "--rows is 'many'; expected a number"),
-        (["--html", "--json"], "--html needs the path"),
-        (["--task", "rl"], "--task is 'rl'; expected dpo or sft"),
-        (["--json=yes"], "--json takes no value"),
+        (["--rows"], "--rows: expected one argument"),
+        (["--rows", "many"], "--rows: expected a number of rows"),
+        (["--html", "--json"], "--html: expected one argument"),
+        (["--task", "rl"], "--task: invalid choice"),
+        (["--json=yes"], "--json: ignored explicit argument"),
+        (["--ids", "a=b"], "--ids needs --rows"),
+        (["--row", "2"], "unknown key 'row'"),
     ],
 )
 def test_wrong_options_are_named(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

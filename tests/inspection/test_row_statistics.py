@@ -21,7 +21,6 @@ from jdpo.data.schemas import formats
 from jdpo.data.tokens.tokenize import COMPLETION_CUT
 from jdpo.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from jdpo.inspection.raw_text import BIDI, CONTROL, INVISIBLE, REPLACEMENT, SPECIAL, SPECIAL_IN_PLAIN, text_facts
-from jdpo.inspection.row_measures import row_facts
 from jdpo.inspection.row_statistics import (
     EXACT_UP_TO,
     MOST_BINS,
@@ -29,6 +28,7 @@ from jdpo.inspection.row_statistics import (
     length_bias,
     nice_edges,
     repeats,
+    row_facts,
     sign_test,
     step_costs,
     wilson,
@@ -44,26 +44,26 @@ SPECIAL_TEXT = re.compile(re.escape("<|im_end|>"))
 def test_every_length_falls_into_a_bar(values: list[int]) -> None:
     found = distribution(np.array(values))
     assert found is not None
-    assert sum(found.bars) == found.values == len(values)
-    assert len(found.bars) <= MOST_BINS
-    assert found.edges[0] <= min(values)
-    assert max(values) < found.edges[-1]
+    assert sum(found["bars"]) == found["values"] == len(values)
+    assert len(found["bars"]) <= MOST_BINS
+    assert found["edges"][0] <= min(values)
+    assert max(values) < found["edges"][-1]
 
 
 @given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=50))
 def test_every_margin_falls_into_a_bar(values: list[float]) -> None:
     found = distribution(np.array(values))
     assert found is not None
-    assert sum(found.bars) == len(values)
-    assert 1 <= len(found.bars) <= MOST_BINS
+    assert sum(found["bars"]) == len(values)
+    assert 1 <= len(found["bars"]) <= MOST_BINS
 
 
 def test_a_distribution_knows_its_quantiles_and_leaves_out_what_is_not_a_number() -> None:
     values = np.random.default_rng(0).integers(0, 500, 1000)
     found = distribution(np.append(values.astype(float), [np.nan, np.inf]))
     assert found is not None
-    assert found.values == 1000
-    assert [found.p5, found.median, found.p99] == np.quantile(values, [0.05, 0.5, 0.99]).tolist()
+    assert found["values"] == 1000
+    assert [found["p5"], found["median"], found["p99"]] == np.quantile(values, [0.05, 0.5, 0.99]).tolist()
     assert distribution(np.array([np.nan])) is None
     assert distribution(np.zeros(0)) is None
 
@@ -100,16 +100,15 @@ def test_swapping_sides_swaps_the_bias() -> None:
     rng = np.random.default_rng(1)
     chosen, rejected = rng.integers(1, 50, 200) + 5, rng.integers(1, 50, 200)
     there, back = length_bias(chosen, rejected), length_bias(rejected, chosen)
-    assert there.mean_difference == pytest.approx(-back.mean_difference)
-    assert (there.longer, there.longer_accuracy) == (back.shorter, back.shorter_accuracy)
-    assert there.p_value == back.p_value
-    assert there.share_longer is not None
-    assert there.share_longer > 0.5
+    assert there["mean_difference"] == pytest.approx(-back["mean_difference"])
+    assert (there["longer"], there["longer_accuracy"]) == (back["shorter"], back["shorter_accuracy"])
+    assert there["p_value"] == back["p_value"]
+    assert there["share_longer"] > 0.5
 
 
 def test_pairs_of_equal_length_say_nothing() -> None:
     found = length_bias(np.array([3, 4]), np.array([3, 4]))
-    assert (found.equal, found.share_longer, found.p_value, found.low) == (2, None, None, None)
+    assert (found["equal"], found["share_longer"], found["p_value"], found["low"]) == (2, None, None, None)
 
 
 # --- repeats
@@ -121,15 +120,15 @@ def test_repeats_and_contradictions_by_hand() -> None:
     chosen = np.array([10, 10, 20, 30, 10], np.uint64)
     rejected = np.array([20, 20, 10, 40, 20], np.uint64)
     found = repeats(prompt, [chosen, rejected])
-    assert found.row.tolist() == [False, True, False, False, False]
-    assert found.prompt.tolist() == [False, False, True, True, False]
-    assert found.reversed.tolist() == [True, True, True, False, False]
+    assert found["same_row"].tolist() == [False, True, False, False, False]
+    assert found["same_prompt"].tolist() == [False, False, True, True, False]
+    assert found["contradictions"].tolist() == [True, True, True, False, False]
 
 
 def test_supervised_rows_repeat_but_never_contradict() -> None:
     found = repeats(np.array([1, 1, 1]), [np.array([5, 5, 6])])
-    assert found.row.tolist() == [False, True, False]
-    assert not found.reversed.any()
+    assert found["same_row"].tolist() == [False, True, False]
+    assert not found["contradictions"].any()
 
 
 # --- what steps cost
@@ -139,20 +138,20 @@ def test_positions_of_a_step_by_hand() -> None:
     # P 10 C 20 R 30 and P 50 C 4 R 6: longest 40 and 56; one step of both
     sizes = pair_sizes(np.array([[10, 20, 30], [50, 4, 6]]))
     found = step_costs(sizes, np.array([70, 110]), [np.array([0, 1])], num_shards=1, max_tokens_per_device=1024)
-    assert (found.padded_positions, found.sequence_tokens, found.shared_tokens) == (4 * 56, 180, 120)
-    assert found.packed_slots == 128  # 120, rounded up to a multiple of 64
-    assert found.speed_up == pytest.approx(4 * 56 / 128)
-    assert found.from_padding * found.from_sharing == pytest.approx(found.speed_up)
-    assert found.padded_padding == pytest.approx(1 - 180 / 224)
-    assert found.packed_padding == pytest.approx(1 - 120 / 128)
+    assert (found["padded_positions"], found["sequence_tokens"], found["shared_tokens"]) == (4 * 56, 180, 120)
+    assert found["packed_slots"] == 128  # 120, rounded up to a multiple of 64
+    assert found["fewer_in_all"] == pytest.approx(4 * 56 / 128)
+    assert found["fewer_by_packing"] * found["fewer_by_sharing_prompts"] == pytest.approx(found["fewer_in_all"])
+    assert found["padded_padding"] == pytest.approx(1 - 180 / 224)
+    assert found["packed_padding"] == pytest.approx(1 - 120 / 128)
 
 
 def test_supervised_rows_share_no_prompts() -> None:
     lengths = np.array([10, 64])
     sizes = completion_sizes(lengths, lengths - 2)
     found = step_costs(sizes, lengths, [np.array([0]), np.array([1])], num_shards=1, max_tokens_per_device=64)
-    assert found.from_sharing == 1
-    assert found.padded_positions == 74  # each step is as long as its own longest
+    assert found["fewer_by_sharing_prompts"] == 1
+    assert found["padded_positions"] == 74  # each step is as long as its own longest
 
 
 # --- tokenized rows
@@ -236,9 +235,9 @@ def test_what_nobody_sees_is_found_in_every_part(text: str, kind: str, place: st
     parts[place] = [{**parts[place][0], "content": text}]
     found = facts_of({"prompt": user("Hi"), "chosen": said("yes"), "rejected": said("no")}, parts)
     assert list(found.marks) == [kind]
-    assert found.marks[kind].rows == 1
-    assert found.marks[kind].first == "rows.jsonl:2"
-    assert text in found.marks[kind].excerpt
+    assert found.marks[kind]["rows"] == 1
+    assert found.marks[kind]["first"] == "rows.jsonl:2"
+    assert text in found.marks[kind]["excerpt"]
 
 
 @pytest.mark.parametrize(
@@ -258,7 +257,7 @@ def test_schemas_and_rows_are_counted_by_raw_row() -> None:
     transcript = {"chosen": "\n\nHuman: Hi\n\nAssistant: A", "rejected": "\n\nHuman: Ho\n\nAssistant: B"}
     found = facts_of(chat, chat, transcript)
     assert sorted(found.schemas.values()) == [1, 2]
-    assert found.marks[CONTROL].rows == 2
+    assert found.marks[CONTROL]["rows"] == 2
 
 
 def test_pairs_of_one_ranked_row_are_one_row_with_a_mark() -> None:
@@ -273,4 +272,4 @@ def test_pairs_of_one_ranked_row_are_one_row_with_a_mark() -> None:
         lambda one: formats.schema_name(one, reading),
         SPECIAL_TEXT,
     )
-    assert found.marks[INVISIBLE].rows == 1
+    assert found.marks[INVISIBLE]["rows"] == 1

@@ -14,8 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jdpo.config import DPOConfig, load_config
-from jdpo.inspection.document import document_of
-from jdpo.inspection.gather import gather
+from jdpo.inspection.document import inspect_run
 from jdpo.models.weights.embedding_rows import NOISE_SCALE
 from jdpo.training.reference.cache_entries import find_rows
 from jdpo.training.setup.numerics import resolve_dtype
@@ -174,7 +173,7 @@ def test_inspect_names_them_as_a_fault_and_as_a_note_where_they_are_started(
 
     def found(model: Path, **overrides: Any) -> dict[str, Any]:
         config = load_config(DPOConfig, None, run_words(model_name_or_path=model, **overrides))
-        return document_of(gather(config, chosen_by="", say=lambda line: None))
+        return inspect_run(config, chosen_by="", say=lambda line: None)
 
     def severities(document: dict[str, Any]) -> list[str]:
         return [one["severity"] for one in document["findings"] if one["name"] == "untrained_tokens"]

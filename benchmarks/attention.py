@@ -1,4 +1,4 @@
-"""Attention backends: time, temporary memory and error of value and gradients, beside torch's where it is installed.
+"""Attention backends: time, temporary memory and error of value and gradients, next to torch's where it is installed.
 
     python benchmarks/attention.py [--lengths T ...] [--dtype NAME] [--backends NAME ...] [--ragged] [--window W]
 
@@ -56,7 +56,7 @@ def program(backend: str, window: int | None, arrays: tuple[Any, ...], lengths: 
 
 
 def torch_step(arrays: tuple[np.ndarray, ...], dtype: str) -> Callable[[], Any]:
-    """The same in torch's scaled_dot_product_attention, in its own layout [n, h, t, k]."""
+    """Attention in torch's scaled_dot_product_attention, in its own layout [n, h, t, k]."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

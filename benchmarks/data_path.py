@@ -38,7 +38,7 @@ MEMORY_BAR = 2.0
 SECOND_START_BAR = 10.0
 """Most seconds of the second start: imports, finding the rows, and planning an epoch."""
 LOADER_BAR = 20.0
-"""Least pairs a second of the loader, over those that the model consumes."""
+"""Least pairs per second of the loader, over those that the model consumes."""
 
 
 # --- what goes in
@@ -181,7 +181,7 @@ STAGES = {"start": start, "load": load, "consume": consume}
 
 
 def run_stage(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """What a stage found, with its seconds from start to end and the peak of its resident memory in GiB."""
+    """The findings of a stage, with its seconds from start to end and the peak of its resident memory in GiB."""
     command = [sys.executable, __file__, "--stage", name, "--work", str(arguments.work)]
     if arguments.num_proc is not None:
         command += ["--num_proc", str(arguments.num_proc)]
@@ -236,7 +236,7 @@ def report(rows: int, found: dict[str, dict[str, Any]], file_bytes: int) -> tupl
     verdicts = [
         ("peak resident memory of the first start, GiB", first["peak_all_gib"], "<", MEMORY_BAR),
         ("seconds of the second start", second["seconds"], "<", SECOND_START_BAR),
-        ("loader over model, pairs a second", ratio, ">=", LOADER_BAR),
+        ("loader over model, pairs per second", ratio, ">=", LOADER_BAR),
     ]
     met = [value < bar if sign == "<" else value >= bar for _, value, sign, bar in verdicts]
     machine = f"{os.cpu_count()} {platform.machine()} cores, Python {platform.python_version()}"
@@ -257,10 +257,10 @@ def report(rows: int, found: dict[str, dict[str, Any]], file_bytes: int) -> tupl
         lines.append(f"| {name} | {stage['seconds']:.1f} | {' | '.join(f'{value:.2f}' for value in parts)} |")
     lines += [
         "",
-        f"Tokenizing: {rows / first['prepare_seconds']:,.0f} rows a second. Loader (plan, read, pack; one thread): "
-        f"{loader['pairs_per_second']:,.0f} pairs a second, {loader['step_seconds'] * 1e3:.1f} ms a step of "
+        f"Tokenizing: {rows / first['prepare_seconds']:,.0f} rows per second. Loader (plan, read, pack; one thread): "
+        f"{loader['pairs_per_second']:,.0f} pairs per second, {loader['step_seconds'] * 1e3:.1f} ms per step of "
         f"{STEP_ROWS}, peak {loader['peak_gib']:.2f} GiB. A model of {model['parameters']:,} parameters consumes "
-        f"{model['pairs_per_second']:.1f} pairs a second.",
+        f"{model['pairs_per_second']:.1f} pairs per second.",
         "",
         "| bar | found | wanted | |",
         "|---|---|---|---|",
@@ -277,7 +277,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, help="folder for rows, model and cache; default: a temporary one")
     parser.add_argument("--num_proc", type=int, help="processes that tokenize; default: as a run has")
     parser.add_argument("--pairs_per_second", type=float, help="what a model consumes, in place of training one")
-    parser.add_argument("--out", type=Path, help="file for the report, beside standard output")
+    parser.add_argument("--out", type=Path, help="file for the report, in addition to standard output")
     parser.add_argument("--stage", choices=list(STAGES), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.stage:

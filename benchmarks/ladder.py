@@ -8,8 +8,8 @@ first and then run in turns in this process, so that load on the machine meets a
 and gradient norm. The rows are random words of real lengths, evenly spaced in the table by length; the policy is random
 and the reference is another random model, so that an equal loss says something.
 
-`padded` is `packing: false`, the last three are what `jdpo dpo` runs (with `attention: xla` but for the last); the two
-between are built here from the same parts: each side packed as a row of its own with its prompt, and the head as one
+`padded` is `packing: false`, the last three are what `jdpo dpo` runs (with `attention: xla` except for the last); the
+two between are built here from the same parts: each side packed as a row of its own with its prompt, and the head as one
 product over all slots. Activations are kept (`remat: none`) in all of them.
 """
 
@@ -41,7 +41,7 @@ from jdpo.sharding.rules import LOGICAL_RULES
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLES = {"long_pairs": (4, 1024), "hh": (8, 512)}
-"""Pairs a step and max_length of each table."""
+"""Pairs per step and max_length of each table."""
 
 TOLERANCE = 1e-4
 GROWTH = (1, 2, 4, 8)

@@ -1,6 +1,6 @@
-"""What each rung of the ladder should gain by arithmetic: FLOPs of one step from lengths and shape, by hand.
+"""The expected gain of each rung of the ladder by arithmetic: FLOPs of one step from lengths and shape, by hand.
 
-N is the backbone's matrices, h = d V the head's; a matrix product costs 2 FLOPs a weight and token forward and 4
+N is the backbone's matrices, h = d V the head's; a matrix product costs 2 FLOPs per weight and token forward and 4
 backward. Of a pair's tokens P, C, R (prompt, chosen, rejected) a live reference costs another 2.
 
     padded           8 (N + h) per place of a [2 b, longest] rectangle
@@ -10,7 +10,7 @@ backward. Of a pair's tokens P, C, R (prompt, chosen, rejected) a live reference
     cached reference 6 N (P + C + R) + 8 h (C + R)
     attention        the same, and each sequence's lower triangle alone
 
-Attention over a sequence of t places is two products of 2 t^2 w FLOPs a layer, w the width of all heads; backward has
+Attention over a sequence of t places is two products of 2 t^2 w FLOPs per layer, w the width of all heads; backward has
 four, and a fifth where the scores are computed again.
 """
 

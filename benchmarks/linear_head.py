@@ -5,8 +5,8 @@
 Random hidden states [4, tokens / 4, width], head and targets; all versions compiled ahead of time and run in turns,
 median of the rounds after the first. The chunked version computes the logits twice (8 products of the head's size a
 token against 6). Training passes `lengths`, so that the number of chunks is known only as the program runs: two arms
-are that, with all positions of a row real and with half of them. Held against the bars only at the default sizes, and
-half of the positions against none: exit code 1 where one lies past a bar.
+are that, with all positions of a row real and with half of them. Compared with the bars only at the default sizes, and
+half of the positions against none: exit code 1 if one is past a bar.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def inputs(tokens: int, width: int, vocab: int, dtype: str) -> tuple[Any, ...]:
 
 
 def real_positions(tokens: int, share: float) -> Any:
-    """How many positions of each row are real, int [r]."""
+    """Returns the number of real positions of each row, int [r]."""
     return jnp.full(NUM_ROWS, int(tokens // NUM_ROWS * share), jnp.int32)
 
 
@@ -80,7 +80,7 @@ def compiled(function: Callable[..., Any], arrays: tuple[Any, ...]) -> Any:
 
 
 def main() -> int:
-    """Print the table; exit code 1 where the default chunk lies past a bar."""
+    """Print the table; exit code 1 if the default chunk is past a bar."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in DEFAULTS.items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
@@ -109,7 +109,7 @@ def main() -> int:
 
 
 def report(sizes: dict[str, Any], times: dict[str, float], memory: dict[str, int]) -> bool:
-    """Prints the table; whether a chunked version lies past a bar."""
+    """Prints the table and returns whether a chunked version is past a bar."""
     print(f"{machine_line(('jax',))}\n")
     print(", ".join(f"{name} {value}" for name, value in sizes.items()), "on", jax.devices()[0].device_kind)
     print("\n| head | time (s) | of the plain time | temporary memory (MiB) | times less |\n|---|---|---|---|---|")

@@ -1,11 +1,11 @@
-"""What a DPO step needs of a device's memory: all weights trained, or adapters beside a frozen base.
+"""The device memory of a DPO step: all weights trained, or adapters next to a frozen base.
 
     python benchmarks/lora_memory.py [--shapes smollm2-135m llama-3.1-8b] [--tokens N] [--rank R] [--out FILE]
 
 The step that `jdpo dpo` runs, compiled ahead of time for one device at the shapes of well-known models and asked for
 its memory analysis; no weight is ever made, so 8B fits any machine. One micro-batch of pairs of 3 x 128 tokens in
-packed rows, AdamW, remat full, float32 throughout but for int8 kernels: XLA's CPU backend has no bfloat16 of its own,
-and its analysis of bfloat16 would count the conversions. In bfloat16 the base and activations take half.
+packed rows, AdamW, remat full, float32 throughout except for int8 kernels: XLA's CPU backend has no bfloat16 of its
+own, and its analysis of bfloat16 would count the conversions. In bfloat16 the base and activations take half.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def _size(tree: Any) -> int:
 def report(shapes: list[str], num_tokens: int, rank: int) -> str:
     """Markdown."""
     lines = [
-        "# Memory of a DPO step: adapters beside a frozen base, and all weights",
+        "# Memory of a DPO step: adapters next to a frozen base, and all weights",
         "",
         f"`python benchmarks/lora_memory.py`, {machine_line()}.",
         "",

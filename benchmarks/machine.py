@@ -1,4 +1,4 @@
-"""The machine and the code behind a benchmark's figures, as its report names them."""
+"""The machine and the code that gave a benchmark's figures, as its report names them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def commit() -> str:
 
 
 def _output(*command: str) -> str:
-    """What a command prints; nothing where it is not there or fails."""
+    """Returns the output of a command; empty if it is missing or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except OSError:

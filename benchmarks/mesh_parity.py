@@ -1,4 +1,4 @@
-"""The same ten training steps on every mesh and micro-batch size: how far do the loss traces lie apart?
+"""The same ten training steps on every mesh and micro-batch size: how far do the loss traces differ?
 
     python benchmarks/mesh_parity.py [--out DIR]
 
@@ -48,7 +48,7 @@ class Case(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """What a run left: losses and gradient norms [steps], params before and after {path: array}."""
+    """The outcome of a run: losses and gradient norms [steps], params before and after {path: array}."""
 
     loss: np.ndarray
     grad_norm: np.ndarray
@@ -65,7 +65,7 @@ class Inputs(NamedTuple):
 
 
 MESHES = {
-    (1, 1, 1): (8, 3, 1),  # the first is what the others are held against
+    (1, 1, 1): (8, 3, 1),  # the others are compared with the first
     (8, 1, 1): (1,),
     (1, 8, 1): (1,),
     (1, 4, 2): (2, 1),
@@ -198,7 +198,7 @@ def _read(folder: Path) -> Trace:
 
 
 class Distance(NamedTuple):
-    """How far one trace lies from another: largest relative differences, and the params' share of their way."""
+    """The difference of two traces: largest relative differences, and the params' share of their way."""
 
     loss: float
     grad_norm: float
@@ -206,7 +206,7 @@ class Distance(NamedTuple):
 
 
 def distance(trace: Trace, expected: Trace) -> Distance:
-    """Relative to `expected`; infinite where one of them is no number."""
+    """Relative to `expected`; infinite if one of them is NaN."""
 
     def relative(found: np.ndarray, wanted: np.ndarray) -> float:
         assert found.shape == wanted.shape, (found.shape, wanted.shape)
@@ -222,7 +222,7 @@ def distance(trace: Trace, expected: Trace) -> Distance:
 
 
 def main() -> int:
-    """Run every case and print the table; exit code 1 where one lies past its bar."""
+    """Run every case and print the table; exit code 1 if one is past its bar."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="where the runs go; default: a temporary folder")
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)

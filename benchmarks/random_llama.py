@@ -2,7 +2,7 @@
 
     python benchmarks/random_llama.py --rows rows.jsonl --out DIR [--vocab_size 4096] [--hidden_size 256] ...
 
-Needs the `parity` extra: transformers' own class writes the folder, so that nobody can say jdpo did. `rows.jsonl`
+Needs the `parity` extra: transformers' own class writes the folder, so that jdpo has no part in it. `rows.jsonl`
 holds one conversational preference a line (`prompt`, `chosen`, `rejected`, each a list of messages).
 """
 

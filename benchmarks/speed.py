@@ -8,7 +8,7 @@ Everything is made on the spot: random weights of the true shape, and rows of ra
 committed table (lengths/, made by make_lengths.py). Every arm runs in a process of its own, in turns, in rounds.
 
 jdpo gets the whole table: warm-up, filler, the measured steps, the rest. Its shapes are planned for all of that; the
-filler is there because it compiles or loads programs in the background of its first steps; it is stopped behind the
+filler is there because it compiles or loads programs in the background of its first steps; it is stopped after the
 measured steps. TRL and Tunix get the same warm-up and measured rows in the same order. Medians, quartiles and ratios
 are over these steps of all rounds. A run before the rounds compiles jdpo's programs. On a GPU TRL goes twice through
 the measured rows, and the second time counts. At V = 4096 there is one round, live reference only; Tunix takes part in
@@ -16,10 +16,10 @@ the measured rows, and the second time counts. At V = 4096 there is one round, l
 
 TRL runs with live and precomputed reference, each with the attention that is fastest in a trial (on a GPU also Liger
 and the micro-batch), the whole step at once and no gradient checkpointing on the CPU: these are what the bars are for.
-Beside them, in one round: one pair at a time, which pads nothing but the pair, and with gradient checkpointing.
+In the same round: one pair at a time, which pads nothing but the pair, and with gradient checkpointing.
 
 The gate: what both tokenize is held together token for token; the first step's loss and log-probs of all arms, and
-those of all steps of TRL and of a jdpo run on TRL's very file, must be equal to 1e-3 (in bfloat16 1e-2, and behind the
+those of all steps of TRL and of a jdpo run on TRL's very file, must be equal to 1e-3 (in bfloat16 1e-2, and after the
 first step the loss to 3e-2). The exit status is 1 where the gate fails or a bar is missed or not measured: 4 times TRL
 and 3 times Tunix on long pairs, 6 times TRL on HH, half of TRL's peak memory, checkpointing included, at most 10 % of
 padding; each at the 22 M shape with V = 32000, cached against precomputed, live against live. TRL and Tunix may live in
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="toy sizes on the CPU, no bars")
     parser.add_argument("--trainers", nargs="+", choices=("jdpo", "trl", "tunix"), default=["jdpo", "trl", "tunix"])
     parser.add_argument("--rounds", type=int, default=2, help="times that every arm runs")
-    parser.add_argument("--steps", type=int, default=3, help="measured steps of a round, behind the warm-up")
+    parser.add_argument("--steps", type=int, default=3, help="measured steps per round, after the warm-up")
     parser.add_argument("--filler", type=int, default=6, help="steps of jdpo between the warm-up and those measured")
     parser.add_argument("--trl-python", default=sys.executable, help="python that has trl")
     parser.add_argument("--tunix-python", default=sys.executable, help="python that has google-tunix")
@@ -93,7 +93,7 @@ def main() -> None:
 
 
 def run_cases(arguments: argparse.Namespace, work: Path, report: Path) -> bool:
-    """Runs every case, and writes the report anew after each."""
+    """Runs every case, and rewrites the report after each."""
     cases = [GPU_CASES[name] for name in arguments.gpu] if arguments.gpu else [CPU_CASES[n] for n in arguments.cases]
     if arguments.tiny:
         cases = [toy(case) for case in cases]
@@ -122,7 +122,7 @@ def head(arguments: argparse.Namespace) -> list[str]:
 
 
 def without_paths(words: Sequence[str]) -> list[str]:
-    """A command line without the flags that say where things lie, which is nobody else's business.
+    """Returns a command line without the flags that name local paths.
 
     >>> without_paths(["--cases", "hh", "--work", "/x", "--rounds", "1", "--report=/y.md"])
     ['--cases', 'hh', '--rounds', '1']
@@ -158,7 +158,7 @@ def run_case(
 
 
 def make_inputs(arguments: argparse.Namespace, case: Case, folder: Folder) -> Selection:
-    """Model, rows of both files and their ids; what jdpo tokenizes is held against the ids.
+    """Model, rows of both files and their ids; what jdpo tokenizes is compared with the ids.
 
     Raises:
       ValueError: jdpo tokenizes other rows than were meant.
@@ -234,11 +234,11 @@ def check_trl_tokens(found: Path, expected: Path, batch: int, passes: int) -> No
             )
 
 
-# --- what is said beside the figures
+# --- the text around the figures
 
 
 def about_rows(case: Case, selection: Selection) -> Iterator[str]:
-    """What was trained on, and whether the measured steps stand for the table."""
+    """Describes the training rows, and whether the measured steps represent the table."""
     cut = fitted(selection.lengths, case.max_length)
     measured = cut[selection.measured]
     repeated = (2 * measured[:, 0] + measured[:, 1:].sum(1)).sum() / measured.sum()
@@ -247,7 +247,7 @@ def about_rows(case: Case, selection: Selection) -> Iterator[str]:
         f"Llama, {(shape.backbone + shape.head * (1 if shape.tied else 2)) / 1e6:.1f} M parameters: width "
         f"{shape.d_model}, {shape.num_layers} layers, {shape.num_heads} heads, {shape.num_kv_heads} key heads, "
         f"V = {shape.vocab_size}, {shape.dtype}; the head has {shape.head / (shape.backbone + shape.head):.0%} of the "
-        f"arithmetic. {case.batch} pairs a step, max_length {case.max_length}."
+        f"arithmetic. {case.batch} pairs per step, max_length {case.max_length}."
     )
     yield (
         f"Measured steps: {measured.sum() / len(measured) * case.batch:.0f} tokens of prompt, chosen and rejected a "
@@ -259,7 +259,7 @@ def about_rows(case: Case, selection: Selection) -> Iterator[str]:
 
 
 def settings(case: Case, results: Mapping[str, Result], folder: Folder) -> Iterator[str]:
-    """What is the same for all, and what each does about memory."""
+    """Describes what all arms share, and how each saves memory."""
     chosen = [
         f"{result.arm.name}: {memory_choice(out_of(folder, result.arm) / 'round0')}, by its own choice"
         for result in results.values()

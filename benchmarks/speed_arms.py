@@ -18,7 +18,7 @@ MAIN, ONE_PAIR, CHECKPOINTED, GATE = "main", "one pair", "checkpointed", "gate"
 
 
 class Folder(NamedTuple):
-    """Where a case's inputs lie and its arms leave theirs: all rows for jdpo, warm-up and measured ones for others."""
+    """The folders of a case's inputs and of its arms' outputs: all rows for jdpo, for others those of the steps."""
 
     root: Path
 
@@ -46,7 +46,7 @@ class Arm(NamedTuple):
       name: as in the report.
       trainer: jdpo, trl or tunix.
       reference: live or cached.
-      command: what runs it, but for where it writes.
+      command: what runs it, without its output folder.
       num_measured: steps that are measured: the last ones.
       skipped: steps between the warm-up and those: jdpo loads its programs in the background of its first steps, a
         GPU's kernels are chosen in a first pass.
@@ -82,7 +82,7 @@ class Arm(NamedTuple):
 
 
 class TrlWay(NamedTuple):
-    """How TRL computes, as far as it may choose."""
+    """The settings with which TRL computes."""
 
     attention: str
     liger: bool
@@ -93,7 +93,7 @@ class TrlWay(NamedTuple):
 
 
 def jdpo_arm(python: str, case: Case, folder: Folder, reference: str, *, filler: int, steps: int) -> Arm:
-    """`jdpo dpo` on one pass over the whole table, by which its shapes are planned; stopped behind what is measured."""
+    """`jdpo dpo` on one pass over the whole table, which its shapes are planned for; stopped after the last step."""
     words = _jdpo_words(case, folder, folder.rows, reference)
     return Arm(
         name=f"jdpo, {reference} reference",
@@ -110,7 +110,7 @@ def jdpo_arm(python: str, case: Case, folder: Folder, reference: str, *, filler:
 
 
 def gate_arm(python: str, case: Case, folder: Folder, *, steps: int) -> Arm:
-    """`jdpo dpo` on the very file that TRL trains on: not timed, its figures are held against TRL's."""
+    """`jdpo dpo` on the very file that TRL trains on: not timed; its figures are compared with TRL's."""
     words = _jdpo_words(case, folder, folder.compared_rows, "live")
     return Arm(
         name="jdpo on TRL's rows, live reference",

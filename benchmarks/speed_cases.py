@@ -1,4 +1,4 @@
-"""The cases of the speed benchmark: shape, lengths, pairs a step, and the ratios that are asked for."""
+"""The cases of the speed benchmark: shape, lengths, pairs per step, and the required ratios."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from speed_model import LLAMA_1_5B, LLAMA_8B, LLAMA_22M, ModelShape, tiny
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """What is trained on what: a model's shape, a table of lengths, pairs a step; and what jdpo is asked to reach.
+    """A case: a model's shape, a table of lengths, pairs per step, and the ratios that jdpo must reach.
 
     Attributes:
       table: the name of a table of lengths.
@@ -19,8 +19,8 @@ class Case:
       jdpo: further settings of jdpo, key=value.
       bars: least ratio of the other's median step time to jdpo's, by trainer; empty: the ratios are only reported.
       tolerance: how far loss and log-probs may differ, relatively.
-      later_tolerance: of the loss behind the first step, where bfloat16 lets runs part; log-probs are then only told.
-        None: all steps are held to `tolerance`.
+      later_tolerance: of the loss after the first step, where bfloat16 lets runs diverge; log-probs are then
+        only reported. None: all steps are held to `tolerance`.
       trainers: those that take part.
       references: live, cached or both.
       rounds: rounds at most.

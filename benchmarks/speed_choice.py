@@ -1,4 +1,4 @@
-"""Which arms of the speed benchmark run: TRL in the way that proves fastest in a trial, and what cannot run."""
+"""Chooses the arms of the speed benchmark: TRL in the way that proves fastest in a trial, and what cannot run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from speed_run import ArmFailed, missing, run_arm
 
 @dataclasses.dataclass
 class Plan:
-    """What will run, and what is to be said about it.
+    """The arms that will run, with notes for the report.
 
     Attributes:
       arms: in the order of a round.
@@ -66,7 +66,9 @@ def choose_arms(
         if why is None and case.device == "cpu":
             arms["live"].append(tunix_arm(arguments.tunix_python, case, folder, steps=steps))
         else:
-            plan.notes.append(f"Tunix: {why or 'two float32 copies of the weights beside its dense logits; CPU only'}")
+            plan.notes.append(
+                f"Tunix: {why or 'two float32 copies of the weights in addition to its dense logits; CPU only'}"
+            )
     plan.arms = [*arms["live"], *arms["cached"], *further]
     return plan
 
@@ -105,8 +107,8 @@ def fastest_way(python: str, case: Case, folder: Folder, plan: Plan, ways: dict[
         others = [best._replace(micro_batch=size) for size in sizes if size != middle]
         tried |= {way: try_way(python, case, folder, way, plan) for way in others}
         best = ways[known] = quickest(tried) or best
-    said = ", ".join(f"{way} {seconds:.2f} s" for way, seconds in tried.items() if seconds is not None)
-    plan.trials.append(f"TRL's step in a trial: {said or 'none ran'}.")
+    times = ", ".join(f"{way} {seconds:.2f} s" for way, seconds in tried.items() if seconds is not None)
+    plan.trials.append(f"TRL's step in a trial: {times or 'none ran'}.")
     return best
 
 
@@ -125,7 +127,7 @@ def attention_ways(python: str, case: Case, micro_batch: int, plan: Plan) -> lis
 
 
 def try_way(python: str, case: Case, folder: Folder, way: TrlWay, plan: Plan) -> float | None:
-    """Seconds of one step behind a warm-up; None, and a note, where it fails."""
+    """Returns the seconds of one step after a warm-up; None, and a note, if it fails."""
     arm = trl_arm(python, case, folder, "live", way, steps=1, passes=num_passes(case.device))
     out: Path = folder.root / f"trial-{way.attention}{'-liger' if way.liger else ''}-{way.micro_batch}" / "round0"
     try:

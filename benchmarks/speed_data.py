@@ -52,7 +52,7 @@ def read_lengths(name: str) -> np.ndarray:
 def select(lengths: np.ndarray, *, batch: int, max_length: int, warmup: int, filler: int, steps: int) -> Selection:
     """All usable rows of a table, ordered: those of `warmup` steps, of `filler` steps, the measured ones, the rest.
 
-    What is measured is an evenly spaced sample by length, so that a few steps stand for the table; in that of many
+    What is measured is an evenly spaced sample by length, so that a few steps represent the table; in that of many
     random orders in which padding weighs most nearly what it does in random steps of the whole table. The warm-up is
     made of rows around the first quartile: it is not measured, only compared. The filler is as long as there are rows.
     """
@@ -88,7 +88,7 @@ def padding(cut: np.ndarray, batch: int) -> float:
 
 
 def typical_padding(cut: np.ndarray, batch: int) -> float:
-    """The same for steps of random rows: a mean over shuffles of the table."""
+    """Returns the padding of steps of random rows: a mean over shuffles of the table."""
     rng = np.random.default_rng(1)
     return float(np.mean([padding(rng.permutation(cut), batch) for _ in range(ORDERS)]))
 
@@ -99,8 +99,8 @@ def fitted(lengths: np.ndarray, max_length: int) -> np.ndarray:
     >>> fitted(np.array([[5, 2, 9]]), 8).tolist()
     [[5, 2, 3]]
     """
-    room = max_length - lengths[:, :1]
-    return np.concatenate([lengths[:, :1], np.minimum(lengths[:, 1:], room)], axis=1)
+    space = max_length - lengths[:, :1]
+    return np.concatenate([lengths[:, :1], np.minimum(lengths[:, 1:], space)], axis=1)
 
 
 class Ids(NamedTuple):
@@ -131,7 +131,7 @@ def synthesize(lengths: np.ndarray, vocab_size: int, *, seed: int = 0) -> list[I
 
 
 def write_rows(rows: Sequence[Ids], path: Path) -> None:
-    """Rows as conversations, one JSON object a line, that both TRL and jdpo read."""
+    """Rows as conversations, one JSON object per line, that both TRL and jdpo read."""
     with path.open("w", encoding="utf-8") as lines:
         for row in rows:
             record = {"prompt": [_message("user", row.prompt)]}
@@ -147,6 +147,6 @@ def write_ids(rows: Sequence[Ids], max_length: int, path: Path) -> None:
     """Token ids as the model sees them, completions cut; the form of `trl_oracle.write_tokens`."""
     with path.open("w", encoding="utf-8") as lines:
         for row in rows:
-            room = max_length - len(row.prompt)
-            cut = {"prompt_ids": row.prompt, "chosen_ids": row.chosen[:room], "rejected_ids": row.rejected[:room]}
+            space = max_length - len(row.prompt)
+            cut = {"prompt_ids": row.prompt, "chosen_ids": row.chosen[:space], "rejected_ids": row.rejected[:space]}
             lines.write(json.dumps(cut, separators=(",", ":")) + "\n")

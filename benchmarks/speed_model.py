@@ -20,7 +20,7 @@ TEMPLATE = (
     "{{ message['content'] + ' ' }}{% if message['role'] == 'assistant' %}{{ '" + END + " ' }}{% endif %}"
     "{% endfor %}"
 )
-"""Content, and behind an answer its end: a prompt of P words is P tokens, an answer of C words C + 1."""
+"""Content, and after an answer its end: a prompt of P words is P tokens, an answer of C words C + 1."""
 
 ROPE_THETA = 1_000_000.0
 """Tunix's Llama has no other, whatever its config says."""
@@ -91,7 +91,7 @@ LLAMA_8B = ModelShape(
 
 
 def tiny(shape: ModelShape) -> ModelShape:
-    """The same kind of model, small enough to try the whole way in seconds."""
+    """Returns a model of the same kind, small enough to try the whole benchmark in seconds."""
     return dataclasses.replace(
         shape, d_model=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, d_ff=128, vocab_size=512
     )

@@ -18,7 +18,7 @@ def planned_padding(cut: np.ndarray, batch: int, max_tokens: int) -> tuple[float
 
     Args:
       cut: int [rows, 3], tokens of prompt, chosen and rejected as trained on, in the order of training.
-      batch: pairs a step.
+      batch: pairs per step.
       max_tokens: slots at once at most, as the run chose them.
     """
     sizes = pair_sizes(cut)
@@ -50,6 +50,6 @@ def padding_of(result: Result, out: Path, selection: Selection, *, batch: int, m
 
 
 def memory_choice(out: Path) -> str:
-    """What jdpo settled on for its memory."""
+    """Returns the memory settings that jdpo chose."""
     fit = json.loads((out / "run.json").read_text(encoding="utf-8"))["fit"]
     return f"remat {fit['remat']}, at most {fit['max_tokens_per_device']} tokens at once"

@@ -1,4 +1,4 @@
-"""What the speed benchmark found, as Markdown: the gate, a table of every arm, the ratios and their bars."""
+"""The report of the speed benchmark, as Markdown: the gate, a table of every arm, the ratios and their bars."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def _times_table(case: Case, results: Sequence[Result]) -> list[str]:
 
 
 def _told(results: Sequence[Result]) -> list[str]:
-    """What jdpo's own log says of the measured steps of its last round: medians."""
+    """Returns medians over the measured steps of jdpo's last round, from its own log."""
     lines = []
     for result in results:
         if result.arm.trainer != "jdpo":

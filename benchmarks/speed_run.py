@@ -22,10 +22,10 @@ Line = dict[str, Any]
 
 
 class ArmRun(NamedTuple):
-    """What a process left.
+    """The outcome of a process.
 
     Attributes:
-      lines: of metrics.jsonl, one a step, up to the last that was wanted.
+      lines: of metrics.jsonl, one per step, up to the last that was wanted.
       measured: the last of them: those that count.
       about: of about.json; empty where there is none.
       first_step: seconds from the process's start until the line of its first step was there.
@@ -42,7 +42,7 @@ class ArmRun(NamedTuple):
 
 
 class Before(NamedTuple):
-    """What came before an arm's first round: `jdpo reference`."""
+    """The preparation before an arm's first round: `jdpo reference`."""
 
     seconds: float
     peak_rss: int
@@ -66,7 +66,7 @@ def missing(python: str, modules: Sequence[str]) -> str | None:
 
 
 def environment(device: str, compilation_cache: Path | None = None) -> dict[str, str]:
-    """Of every arm: offline, and with a compilation cache that is the arm's own."""
+    """The environment of every arm: offline, and with a compilation cache that is the arm's own."""
     values = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
     if device == "cpu":
         values["JAX_PLATFORMS"] = "cpu"
@@ -159,7 +159,7 @@ def _watch(process: subprocess.Popen[Any], arm: Arm, metrics: Path, started: flo
 
 
 def _peak_resident(pid: int) -> int:
-    """Most bytes that a process had resident so far; 0 where Linux does not say."""
+    """Most bytes that a process had resident so far; 0 if Linux does not report it."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:

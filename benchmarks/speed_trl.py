@@ -2,9 +2,9 @@
 
     python benchmarks/speed_trl.py --model DIR --rows rows.jsonl --out DIR --warmup 1 --steps 3 --attention sdpa ...
 
-It runs in a process of its own. DIR gets metrics.jsonl (a line a step, the names of TRL's log beside `step_seconds`),
+It runs in a process of its own. DIR gets metrics.jsonl (a line per step, the names of TRL's log and `step_seconds`),
 about.json (versions, threads, how long it took to set up, precomputing the reference included) and, with --tokens,
-tokens.jsonl. A step is what lies between TRL's on_step_begin and on_step_end: forward, backward, clipping and update,
+tokens.jsonl. A step is the time between TRL's on_step_begin and on_step_end: forward, backward, clipping and update,
 of all its micro-batches, without fetching the first of them.
 """
 
@@ -59,9 +59,9 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, required=True, help="JSONL of conversational preferences")
     parser.add_argument("--out", type=Path, required=True, help="folder for what it leaves")
     parser.add_argument("--warmup", type=int, required=True, help="steps of the first rows, once")
-    parser.add_argument("--steps", type=int, required=True, help="steps of the rows behind them")
+    parser.add_argument("--steps", type=int, required=True, help="steps of the rows after them")
     parser.add_argument("--passes", type=int, default=1, help="times that these are gone through")
-    parser.add_argument("--batch", type=int, required=True, help="pairs a step")
+    parser.add_argument("--batch", type=int, required=True, help="pairs per step")
     parser.add_argument("--micro_batch", type=int, help="pairs at once; default: all of a step")
     parser.add_argument("--max_length", type=int, required=True)
     parser.add_argument("--learning_rate", type=float, required=True)

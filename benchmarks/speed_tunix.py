@@ -7,7 +7,7 @@ What is Tunix's own way: a live reference in a forward pass of its own, prompts 
 the right, the head on every position, attention as one dense product (its Llama has no other). What is done for it:
 
 - It is given token ids, as its TrainingInput allows: its tokenization would put BOS before completions and no end
-  behind them, and the trainers would learn other rows.
+  after them, and the trainers would learn other rows.
 - Its users set one max_prompt_length and one max_response_length for a run. Here every step is padded to its own
   longest prompt and completion, rounded up to a multiple of 64, which is less to compute.
 - So it meets a new shape in almost every step, and compiles. A step of a new shape is therefore done twice (the very
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--ids", type=Path, required=True, help="JSONL of prompt_ids, chosen_ids, rejected_ids")
     parser.add_argument("--out", type=Path, required=True, help="folder for what it leaves")
     parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--batch", type=int, required=True, help="pairs a step")
+    parser.add_argument("--batch", type=int, required=True, help="pairs per step")
     parser.add_argument("--learning_rate", type=float, required=True)
     parser.add_argument("--beta", type=float, required=True)
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""What the speed benchmark's figures come to: the gate, ratios, and the bars they are held against."""
+"""The verdicts of the speed benchmark: the gate, the ratios, and the bars they are compared with."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Verdict(NamedTuple):
     """One line of the ratios.
 
     Attributes:
-      figure: what is held against the bar: a ratio of medians, or a share; None: not measured.
+      figure: what is compared with the bar: a ratio of medians, or a share; None: not measured.
       totals: ratio of all steps together.
       paired: median over steps of the ratio of that step's times.
       bar: or None, where nothing is asked for.
@@ -91,7 +91,7 @@ class Padding(NamedTuple):
 
 
 class GateRow(NamedTuple):
-    """How far an arm's figures are from another's, relatively, and whether that is allowed."""
+    """The relative difference of two arms' figures, and whether it is allowed."""
 
     name: str
     first: dict[str, float]

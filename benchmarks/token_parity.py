@@ -64,7 +64,7 @@ Row = dict[str, Any]
 
 
 class Tally(NamedTuple):
-    """What became of the rows of one template at one max_length: outcome -> rows, and the first unexplained ones."""
+    """The outcomes of the rows of one template at one max_length: outcome -> rows, and the first unexplained ones."""
 
     outcomes: Counter[str]
     notes: Counter[str]
@@ -106,7 +106,7 @@ def compare_file(raw: Sequence[Row], scratch: Path) -> dict[tuple[str, int], Tal
 
 
 def is_conversational(row: Row) -> bool:
-    """Whether TRL takes the row as a conversation, once the names of its columns are TRL's."""
+    """Returns whether TRL takes the row as a conversation, once the names of its columns are TRL's."""
     return "conversations" in row or all(isinstance(row[part], list) for part in ("prompt", "chosen", "rejected"))
 
 
@@ -126,7 +126,7 @@ def save_tokenizer(arm: Arm, texts: Sequence[str], vocab_size: int, folder: Path
 
 
 def trl_tokens(tokenizer: Path, rows: Sequence[Row], scratch: Path, max_length: int) -> dict[int, Row]:
-    """What TRL gives a model of each row, by index; run in a process of its own."""
+    """Returns the tokens that TRL gives a model for each row, by index; run in a process of its own."""
     path = scratch.with_name("rows.jsonl")
     tools = [{"tools": json.dumps(row["tools"])} if row.get("tools") else {} for row in rows]
     lines = [json.dumps(trl_row(row) | more) + "\n" for row, more in zip(rows, tools, strict=True)]
@@ -138,7 +138,7 @@ def trl_tokens(tokenizer: Path, rows: Sequence[Row], scratch: Path, max_length: 
 
 
 def jdpo_tokens(tokenizer: Path, rows: Sequence[Row], max_length: int) -> list[KeptPair | Dropped]:
-    """What `jdpo dpo` gives a model of each row, through its own reader of formats."""
+    """Returns the tokens that `jdpo dpo` gives a model for each row, through its own reader of schemas."""
     loaded = load_tokenizer(tokenizer, chat_template=None)
     read = [preference_rows(row, f"row {index}") for index, row in enumerate(rows)]
     assert all(len(pairs) == 1 for pairs in read)
@@ -168,7 +168,7 @@ def tally(
 
 
 def explain(row: Row, theirs: Row | None, ours: KeptPair | Dropped, bos: int | None, max_length: int) -> str:
-    """What became of one row: the same, or why it differs, where the row bears that out."""
+    """Returns the outcome of one row: equal, or the reason for the difference, if the row confirms it."""
     if isinstance(ours, Dropped):
         if theirs is None:
             return NEITHER if ours.reason == LONG_PROMPT else UNEXPLAINED
@@ -179,8 +179,8 @@ def explain(row: Row, theirs: Row | None, ours: KeptPair | Dropped, bos: int | N
     prompt, chosen, rejected = (ids.tolist() for ids in ours.row[:3])
     if theirs == {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}:
         return EQUAL
-    room = max_length - len(prompt) - 1
-    twice = {"prompt_ids": [bos, *prompt], "chosen_ids": chosen[:room], "rejected_ids": rejected[:room]}
+    space = max_length - len(prompt) - 1
+    twice = {"prompt_ids": [bos, *prompt], "chosen_ids": chosen[:space], "rejected_ids": rejected[:space]}
     return BOS_TWICE if theirs == twice and prompt[0] == bos else UNEXPLAINED
 
 

@@ -5,7 +5,7 @@
 Needs nothing; half a minute on two CPU cores. Every template of tests/data/templates gets generated conversations
 (with system turns, tools, thoughts, several turns, and prompts that end with the assistant) as preference pairs and,
 with `loss_on: assistant_turns`, as supervised rows. transformers renders them here, apart from jdpo's own code, and
-the tokens that jdpo trains on are decoded and held against those texts:
+the tokens that jdpo trains on are decoded and compared with those texts:
 
     prompt    the prompt reads as the template writes it with a generation prompt, or the row is reported as shortened
               and misses nothing but the end of the generation prompt
@@ -72,7 +72,7 @@ class Turn(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What became of a row: stretches, or why it was dropped; and what was noted about it."""
+    """The outcome of a row: stretches of text, or why it was dropped; and the notes about it."""
 
     stretches: list[Stretch]
     dropped: str
@@ -149,7 +149,7 @@ def texts_of(turn: Turn, tools: Any, renderer: Renderer) -> Texts | None:
 
 
 def end_of_answer(text: str, answer: Message) -> int:
-    """Where the last word of an answer ends in a text, or in the whole of it where there is no such word."""
+    """Returns where the last word of an answer ends in a text; the text's end if it has no such word."""
     words = words_of(answer)
     return max((found.end() for found in WORD.finditer(text) if found.group() in words), default=len(text))
 
@@ -160,7 +160,7 @@ def visible(answer: Message) -> str:
 
 
 def is_plain_case(turn: Turn, texts: Texts) -> bool:
-    """Whether the conversation starts with the prompt and then holds the whole answer, which has words."""
+    """Returns whether the conversation starts with the prompt and then holds the whole answer, which has words."""
     answer, words = texts.whole.removeprefix(texts.prompt), words_of(turn.answer)
     return texts.whole.startswith(texts.prompt) and bool(words) and words <= set(WORD.findall(answer))
 
@@ -314,7 +314,7 @@ RULES: dict[str, dict[str, tuple[Rule, Check]]] = {
 
 
 class Outcome(NamedTuple):
-    """What became of the rows of one template under one kind of rows."""
+    """The outcomes of one kind of rows under one template."""
 
     kept: int
     dropped: Counter[str]

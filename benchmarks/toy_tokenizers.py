@@ -6,10 +6,10 @@ r"""Tokenizers of the kinds that models have, trained on a few texts, for the ch
 | byte_bos | byte-level BPE over Llama 3's words | `<|begin_of_text|>` | `<|end_of_text|>` |
 | pad_is_eos | byte-level BPE over GPT-2's words | none | `<|endoftext|>`, which is the pad token too |
 | pieces | BPE over words with their space, bytes for the rest, as Mistral's | `<s>` | `</s>` |
-| legacy_pieces | Unigram, the same, a space behind every special token, as Llama 2's | `<s>` | `</s>`, added too |
+| legacy_pieces | Unigram, the same, a space after every special token, as Llama 2's | `<s>` | `</s>`, added too |
 
 Words decide what can merge across the end of a prompt. Qwen and Llama 3 keep all newlines of a gap in one word; GPT-2
-gives the last to the word behind them, so that "\n\n" alone and before an answer are other tokens. Newlines are bytes
+gives the last to the word after them, so that "\n\n" alone and before an answer are other tokens. Newlines are bytes
 to `pieces`, and parts of pieces to `legacy_pieces`.
 """
 
@@ -76,7 +76,7 @@ def _byte_level(texts: Sequence[str], vocab_size: int, words: str | None, *speci
 
 
 def _pieces(texts: Sequence[str], vocab_size: int, *, legacy: bool) -> Any:
-    """Trained without bytes, which no trainer adds, and built anew with them."""
+    """Trained without bytes, which no trainer adds, and rebuilt with them."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     specials = ["<unk>", "<s>", "</s>"]
@@ -106,7 +106,7 @@ def _pieces(texts: Sequence[str], vocab_size: int, *, legacy: bool) -> Any:
 
 
 def _add_around(tokenizer: Any, bos: str, eos: str | None = None) -> None:
-    """Makes the tokenizer put BOS before plain text, and EOS behind it."""
+    """Makes the tokenizer put BOS before plain text, and EOS after it."""
     from tokenizers import processors
 
     specials = [(token, tokenizer.token_to_id(token)) for token in (bos, eos) if token]

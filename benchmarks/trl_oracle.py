@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, required=True, help="JSONL of conversational preferences")
     parser.add_argument("--out", type=Path, required=True, help="folder for trace.json and tokens.jsonl")
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--batch", type=int, default=4, help="pairs a step")
+    parser.add_argument("--batch", type=int, default=4, help="pairs per step")
     parser.add_argument("--max_length", type=int, default=512)
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--beta", type=float, default=0.1)
@@ -82,7 +82,7 @@ def build_trainer(
 ) -> Any:
     """A DPOTrainer in float32 on the CPU: rows in file order, AdamW at a constant rate, no decay, clipping at 1.
 
-    What is not said here is TRL's default: sigmoid loss, betas (0.9, 0.999), eps 1e-8, `keep_start` truncation, a
+    Everything else is TRL's default: sigmoid loss, betas (0.9, 0.999), eps 1e-8, `keep_start` truncation, a
     frozen copy of the model as the reference. `changes` are fields of DPOConfig that are to be otherwise.
     """
     from datasets import Dataset
@@ -120,7 +120,7 @@ def build_trainer(
 
 
 def write_tokens(trainer: Any, path: Path) -> None:
-    """Write the token ids that reach the model, truncation included, one JSON object a row."""
+    """Write the token ids that reach the model, truncation included, one JSON object per row."""
     with path.open("w", encoding="utf-8") as lines:
         for row in trainer.train_dataset:
             batch = trainer.data_collator([row])

@@ -7,7 +7,7 @@ Needs the `parity` extra; about four minutes on two CPU cores. --data is a file 
 
 One random Llama of 8 M parameters, the same rows in file order, float32, AdamW at a constant 1e-4, no weight
 decay, clipping at 1. The rows that the trainers kept must be the same token for token. Then each trains in a
-process of its own, and every logged metric of every step is held against TRL's. Exit status 1 if one is further
+process of its own, and every logged metric of every step is compared with TRL's. Exit status 1 if one is further
 off than 1e-3 relative, or if the loss did not leave ln 2 by 5 % (then the comparison would show nothing). DIR
 keeps both runs and the report.
 """
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def run_parity(data: Path, out: Path, steps: int) -> bool:
-    """Whether TRL and jdpo agree over `steps` steps on `data`; prints the report and leaves it in `out`."""
+    """Returns whether TRL and jdpo agree over `steps` steps on `data`; prints the report and leaves it in `out`."""
     out.mkdir(parents=True, exist_ok=True)
     print(convert_rows(data, out / "rows.jsonl"), flush=True)
     run(ROOT / "benchmarks/random_llama.py", "--rows", out / "rows.jsonl", "--out", out / "model")
@@ -139,7 +139,7 @@ def compare_tokens(expected: Path, found: Sequence[TokenizedPair]) -> None:
 
 
 def jdpo_arguments(data: Path, out: Path, steps: int) -> list[object]:
-    """What `jdpo dpo` is told; the rest is its defaults."""
+    """Returns the settings of `jdpo dpo` that are not defaults."""
     settings = {
         "model_name_or_path": out / "model",
         "datasets": data,
@@ -197,7 +197,7 @@ def largest(differences: list[Step]) -> float:
 
 
 def moved(steps: list[Step]) -> float:
-    """How far the loss got from ln 2, where DPO starts, as a share of ln 2."""
+    """Returns the distance of the loss from ln 2, where DPO starts, as a share of ln 2."""
     return max(abs(step["loss"] - math.log(2)) for step in steps) / math.log(2)
 
 

@@ -3,7 +3,7 @@
     python benchmarks/trl_tokens.py --tokenizer DIR --rows rows.jsonl --out tokens.jsonl [--max_length 1024]
 
 Needs the `parity` extra, and runs in a process of its own, so that torch and jax never share one. A DPOTrainer is
-built as a user would build it, around a Llama of a few parameters, since it asks for a model; its own data set and
+built as a user would build it, around a Llama of a few parameters, since it asks for a model; its own dataset and
 its own collator then give the ids. Each line holds `index` (of the row among --rows), `prompt_ids`, `chosen_ids`,
 `rejected_ids`; rows that TRL drops have no line.
 """

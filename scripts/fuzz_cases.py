@@ -140,7 +140,7 @@ def value(rng: random.Random, depth: int = 3) -> Any:
 
 
 def cell(name: str, rng: random.Random) -> Any:
-    """What a column of such a name may hold, and now and then anything."""
+    """Draws a value that a column of such a name may hold, and now and then any value."""
     kind = rng.random()
     if kind < 0.1:
         return value(rng)

@@ -6,7 +6,7 @@
 A case is a file of some kind: random rows, many of a known schema with hostile values in them, written as the kind is
 and then, mostly, damaged. It is read, its rows are recognised and tokenized. Only a ValueError that names the file
 and is short enough to read may come of it; anything else is a failure, and so are a crash, ten seconds without an
-end, and 512 MiB of memory. Cases run in a process of their own, which is started anew when it dies.
+end, and 512 MiB of memory. Cases run in a process of their own, which is started again when it dies.
 """
 
 from __future__ import annotations
@@ -117,14 +117,14 @@ def _check_row(raw: dict[str, Any], origin: str, tokenizer: Tokenizer) -> None:
 
 
 def _check_message(error: ValueError, name: str) -> None:
-    said = str(error)
+    message = str(error)
     if type(error) is not ValueError:
         raise Failure(f"a {type(error).__name__} reaches the user") from error
-    if name not in said:
-        raise Failure(f"the message does not name {name}: {said[:500]}") from error
-    if len(said) > LONGEST_MESSAGE:
-        raise Failure(f"a message of {len(said)} characters") from error
-    said.encode("utf-8", "backslashreplace")
+    if name not in message:
+        raise Failure(f"the message does not name {name}: {message[:500]}") from error
+    if len(message) > LONGEST_MESSAGE:
+        raise Failure(f"a message of {len(message)} characters") from error
+    message.encode("utf-8", "backslashreplace")
 
 
 def run_case(path: Path, tokenizer: Tokenizer, split: str) -> str:
@@ -186,15 +186,15 @@ def _resident() -> int:
         return int(stream.read().split()[1]) * resource.getpagesize()
 
 
-def keep(path: Path, save: Path, said: str) -> None:
-    """Keeps a failing file, with what it did beside it; the same last line of a traceback is kept five times."""
+def keep(path: Path, save: Path, message: str) -> None:
+    """Keeps a failing file next to a text file with its message, at most five for one last line of a traceback."""
     save.mkdir(parents=True, exist_ok=True)
     content = path.read_bytes()
     name = hashlib.sha256(content).hexdigest()[:12]
-    last = said.strip().splitlines()[-1][:200]
+    last = message.strip().splitlines()[-1][:200]
     if sum(last in other.read_text(errors="replace") for other in save.glob("*.txt")) < 5:
         (save / f"{name}{path.name.removeprefix('case')}").write_bytes(content)
-        (save / f"{name}.txt").write_text(said, errors="backslashreplace")
+        (save / f"{name}.txt").write_text(message, errors="backslashreplace")
     print(f"FAILED {last}", file=sys.stderr, flush=True)
 
 

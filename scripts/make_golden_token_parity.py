@@ -34,7 +34,7 @@ GOLDEN_ARMS = {
 
 
 def main() -> None:
-    """Write tokenizers and tokens beside the rows."""
+    """Write tokenizers and tokens next to the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=GOLDEN)
     out: Path = parser.parse_args().out
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def folder_of(out: Path, arm: str) -> Path:
-    """Where an arm's tokenizer and tokens lie."""
+    """Returns the folder of an arm's tokenizer and tokens."""
     return out / arm.lower().replace(" ", "_").replace(".", "_")
 
 

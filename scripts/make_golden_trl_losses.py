@@ -55,7 +55,7 @@ METRICS = (
     *("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"),
     *("logps/chosen", "logps/rejected"),
 )
-"""What DPOTrainer logs beside the loss; its rewards are LD-weighted where `ld_alpha` is set."""
+"""What DPOTrainer logs in addition to the loss; its rewards are LD-weighted where `ld_alpha` is set."""
 
 Case = dict[str, Any]
 """A trainer's name and the keyword arguments of its config that are not defaults."""
@@ -122,7 +122,7 @@ def plain(name: str, beta: float = 0.5) -> Case:
     """A loss with the options that it cannot be without.
 
     DiscoPOP's gradient multiplies the rounding of its margin by beta / tau: at 0.5 / 0.05 TRL's float32 is 8e-6 away
-    from exact, too near to the 1e-5 that the tests ask for. Its own tau stands at beta 0.1.
+    from exact, too near to the 1e-5 that the tests ask for. Its own tau is meant for beta 0.1.
     """
     needed: Case = {}
     if name == "exo_pair":

@@ -2,8 +2,8 @@
 
     python scripts/plot_losses.py [--out docs/images/losses]
 
-Takes seconds. Every value is jdpo's own and every slope is jax.grad of it; no formula stands here a second time. A push
-is minus the derivative of a pair's loss with respect to the reward beta * l of one side, l its summed log-prob: above 0
+Takes seconds. Every value is jdpo's own and every slope is jax.grad of it; no formula is written here a second time.
+A push is minus the derivative of a pair's loss with respect to the reward beta * l of one side, l its summed log-prob: above 0
 the loss raises that side, below 0 it lowers it.
 """
 
@@ -32,7 +32,7 @@ DIVERGENCE_STYLES = {
     "js_divergence": ("#0072B2", "-."),
     "alpha_divergence": ("#009E73", ":"),
 }
-"""Told apart by dashes in grey, by colour otherwise (Okabe and Ito's palette)."""
+"""Distinguished by dashes in grey, by colour otherwise (Okabe and Ito's palette)."""
 
 NUM_POINTS = 501
 """Of every curve: one shape, so that jax compiles each operation once."""
@@ -99,7 +99,7 @@ MARGIN_PANELS: Sequence[tuple[str, str, Mapping[str, Any]]] = (
 
 
 def draw_margins(path: Path) -> None:
-    """Loss and push against the margin; sigmoid stands in every column to compare with."""
+    """Loss and push against the margin; sigmoid is in every column for comparison."""
     margins = np.linspace(-5, 5, NUM_POINTS)
     figure, axes = _grid(2, len(MARGIN_PANELS), size=(12.6, 4.3))
     plain = pushes("sigmoid", margins, 0.0)
@@ -194,7 +194,7 @@ PUSH_ROWS = tuple(name for name, spec in LOSSES.items() if not spec.needs_global
 
 
 def draw_pushes(path: Path) -> None:
-    """Where every loss pushes both sides of a pair, in four states of training."""
+    """Draws where every loss pushes both sides of a pair, in four states of training."""
     _, chosen, rejected = zip(*STATES, strict=True)
     found = {name: pushes(name, chosen, rejected, beta=USUAL_BETA.get(name, 0.1)) for name in PUSH_ROWS}
     figure, axes = _grid(1, len(STATES), size=(10.4, 7.0), share_y=True)

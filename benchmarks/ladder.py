@@ -9,8 +9,8 @@ and gradient norm. The rows are random words of real lengths, evenly spaced in t
 and the reference is another random model, so that an equal loss says something.
 
 `padded` is `packing: false`, the last three are what `jdpo dpo` runs (with `attention: xla` except for the last); the
-two between are built here from the same parts: each side packed as a row of its own with its prompt, and the head as one
-product over all slots. Activations are kept (`remat: none`) in all of them.
+two between are built here from the same parts: each side packed as a row of its own with its prompt, and the head as
+one product over all slots. Activations are kept (`remat: none`) in all of them.
 """
 
 from __future__ import annotations

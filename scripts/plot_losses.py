@@ -3,8 +3,8 @@
     python scripts/plot_losses.py [--out docs/images/losses]
 
 Takes seconds. Every value is jdpo's own and every slope is jax.grad of it; no formula is written here a second time.
-A push is minus the derivative of a pair's loss with respect to the reward beta * l of one side, l its summed log-prob: above 0
-the loss raises that side, below 0 it lowers it.
+A push is minus the derivative of a pair's loss with respect to the reward beta * l of one side, l its summed log-prob:
+above 0 the loss raises that side, below 0 it lowers it.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def pushes(loss_type: str, chosen: Any, rejected: Any, *, beta: float = 1.0, **o
       beta: as in preference_loss.
       **options: as in preference_loss.
     """
-    assert not LOSSES[loss_type].needs_global_batch, loss_type
+    assert "global batch" not in LOSSES[loss_type].needs, loss_type
     ratios = [jnp.asarray(values, jnp.float32) for values in np.broadcast_arrays(chosen, rejected)]
     reference, lengths = jnp.full_like(ratios[0], REFERENCE_LOGP), jnp.full(ratios[0].shape, LENGTH)
 
@@ -190,7 +190,11 @@ STATES: Sequence[tuple[str, float, float]] = (
 USUAL_BETA = {"simpo": 2.0, "sigmoid_norm": 5.0}
 """What the papers take where they average over tokens; 0.1 elsewhere."""
 
-PUSH_ROWS = tuple(name for name, spec in LOSSES.items() if not spec.needs_global_batch)
+PUSH_ROWS = (
+    *("sigmoid", "robust", "hinge", "ipo", "ipo_sum", "exo_pair", "nca_pair", "bco_pair", "sppo_hard"),
+    *("apo_zero", "apo_down", "discopop", "sigmoid_norm", "simpo", "cpo", "orpo", "sft"),
+)
+"""Losses of the picture, none of which looks at other pairs."""
 
 
 def draw_pushes(path: Path) -> None:

@@ -16,7 +16,6 @@ from jdpo.config import (
     DPOConfig,
     LoraConfig,
     SFTConfig,
-    defaults_of,
     differences,
     keys_of,
     load_config,
@@ -25,7 +24,6 @@ from jdpo.config import (
     to_yaml,
 )
 from jdpo.config.foreign_keys import FOREIGN, OTHER_COMMANDS, RENAMED, VALUES
-from jdpo.losses.settings import DEFAULTS, OFF
 
 REQUIRED = ["model_name_or_path=m", "datasets=rows.jsonl", "output_dir=out"]
 
@@ -360,16 +358,6 @@ def test_one_loss_is_the_list_of_it_when_a_run_goes_on() -> None:
     config = dpo("loss_type=ipo")
     assert differences({**to_dict(config), "loss_type": "ipo"}, config) == []
     assert differences({**to_dict(config), "loss_type": "hinge"}, config) == ["loss_type: 'hinge' before, ['ipo'] now"]
-
-
-def test_loss_options_have_the_defaults_of_the_loss_library() -> None:
-    defaults = defaults_of(DPOConfig)
-    options = {**DEFAULTS, **OFF}
-    for_batches_alone = {"num_chosen_tokens", "pair_weights"}
-    assert options.keys() - defaults.keys() == for_batches_alone
-    assert {name: defaults[name] for name in options if name in defaults} == {
-        name: value for name, value in options.items() if name in defaults
-    }
 
 
 def test_every_key_is_described_and_free_keys_exist() -> None:

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Sequence
 
 from jdpo.cli.failures import INTERRUPTED, catch_early_interrupts, explain_failure
+from jdpo.loss_specs import LOSSES
 from jdpo.safe_text import terminal_lines
 from jdpo.words import did_you_mean
 
@@ -30,7 +31,7 @@ ELSEWHERE = {
     "finetune": _TRAINING,
     "fine-tune": _TRAINING,
     "pretrain": _TRAINING,
-    **{loss: f"that is `jdpo dpo --loss_type {loss}`" for loss in ("cpo", "ipo", "orpo", "simpo")},
+    **{loss: f"that is `jdpo dpo --loss_type {loss}`" for loss in LOSSES if loss not in COMMANDS},
     "merge": "`jdpo export RUN OUT --merge` adds adapters to their base",
     "push": "`jdpo export RUN OUT --push_to_hub OWNER/NAME` uploads a model",
     "config": "`jdpo dpo --print_config` prints the whole config of a run",

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from jdpo.config.foreign_keys import FOREIGN, OTHER_COMMANDS, RENAMED, VALUES
 from jdpo.config.keys import CONFIGS
-from jdpo.config.value_types import Settings, description_of
+from jdpo.config.value_types import Settings, fields_of
 from jdpo.safe_text import terminal
 from jdpo.words import nearest
 
@@ -27,18 +27,17 @@ def keys_of(cls: type, prefix: str = "") -> dict[str, str]:
     """Every dotted key of a config class with its description, groups opened."""
     hints = typing.get_type_hints(cls)
     keys: dict[str, str] = {}
-    for field in dataclasses.fields(cls):
-        keys[prefix + field.name] = description_of(field)
-        group = group_class(hints[field.name])
+    for name, info in fields_of(cls).items():
+        keys[prefix + name] = info.description or ""
+        group = group_class(hints[name])
         if group is not None:
-            keys |= keys_of(group, f"{prefix}{field.name}.")
+            keys |= keys_of(group, f"{prefix}{name}.")
     return keys
 
 
 def required_keys(cls: type[Settings]) -> list[str]:
     """Returns the top-level keys that have no default."""
-    fields: Any = dataclasses.fields(cls)  # type: ignore[arg-type]
-    return [field.name for field in fields if field.default.is_required()]
+    return [name for name, info in fields_of(cls).items() if info.is_required()]
 
 
 def group_class(hint: Any) -> type | None:

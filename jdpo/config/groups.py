@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, field_validator
 
 from jdpo.config.nested import Datasets, Lora, Mesh, MeshConfig, Optimizer, OptimizerConfig
 from jdpo.config.value_types import (
-    FiniteFloat,
     Float,
     Fraction,
     NonNegativeFloat,
@@ -24,9 +23,11 @@ from jdpo.config.value_types import (
     Text,
     as_list,
     key,
+    no_bool,
     required,
     settings,
 )
+from jdpo.loss_specs import OPTIONS, LossOptions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -126,38 +127,27 @@ class DataSettings(Settings):
 
 
 @settings
-class PreferenceSettings(Settings):
-    """The preference loss and its options."""
+class LossSumSettings(Settings):
+    """The preference losses that are added up."""
 
     heading = "Loss and reference"
 
-    beta: PositiveFloat = key(0.1, "Strength of the pull towards the reference: the higher, the closer it stays.")
     loss_type: LossNames = key(
         ("sigmoid",),
         "Preference loss, or a list of losses to add up (docs/losses.md describes each).",
         example="[sigmoid, sft]",
     )
     loss_weights: LossWeights = key(None, "Weight of each loss in the list; null: 1 for each.", example="[1, 0.2]")
-    label_smoothing: Annotated[Float, Field(ge=0, lt=0.5)] = key(
-        0.0, "Assumed probability that a preference label is flipped.", example="0.1"
-    )
-    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = key(
-        "reverse_kl", "Divergence between policy and reference that the loss penalizes."
-    )
-    f_alpha_divergence_coef: FiniteFloat = key(0.5, "Alpha of alpha_divergence.")
-    discopop_tau: PositiveFloat = key(0.05, "Temperature of discopop.")
-    simpo_gamma: FiniteFloat = key(0.5, "Target margin of simpo.")
-    cpo_alpha: NonNegativeFloat = key(1.0, "Weight of the likelihood term of cpo.")
-    orpo_lambda: NonNegativeFloat = key(0.1, "Weight of the odds-ratio term of orpo.")
-    rpo_alpha: NonNegativeFloat | None = key(
-        None, "Weight of the chosen side's NLL per token, added to the loss (RPO); null: not added.", example="1.0"
-    )
-    bco_delta: FiniteFloat = key(0.0, "Mean reward that bco_pair compares rewards with.")
-    bco_running_delta: bool = key(False, "Let bco_pair use the mean reward of all pairs so far instead of bco_delta.")
-    use_weighting: bool = key(False, "Weight each pair by its likelihood under the policy (WPO).")
-    ld_alpha: Fraction | None = key(
-        None, "Weight of the tokens after the length of the shorter completion (LD-DPO); null: 1.", example="0.5"
-    )
+
+
+@settings
+class PreferenceSettings(LossOptions, LossSumSettings):
+    """The preference loss and its options, whose keys are the fields of `jdpo.loss_specs.LossOptions`."""
+
+    @field_validator(*(name for name, option in OPTIONS.items() if option.is_number), mode="before")
+    @classmethod
+    def _refuse_true_and_false(cls, value: Any) -> Any:
+        return no_bool(value)
 
 
 @settings

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, TypeVar, dataclass_transform, overload
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 T = TypeVar("T")
@@ -51,18 +50,24 @@ def settings(cls: type[T]) -> type[T]:
 
 def _attributes(cls: Any) -> str:
     lines, heading = [], ""
-    group_of = {name: base for base in cls.__mro__ for name in inspect.get_annotations(base)}
-    for field in dataclasses.fields(cls):
-        if (above := group_of[field.name].heading) != heading:
+    for name, info in fields_of(cls).items():
+        if (above := heading_of(cls, name)) != heading:
             lines += [f"{above}:"]
             heading = above
-        lines += [f"  {field.name}: {description_of(field)}"]
+        lines += [f"  {name}: {info.description}"]
     return "\n".join(lines)
 
 
-def description_of(field: dataclasses.Field[Any]) -> str:
-    """Returns the description of a key, empty if it has none."""
-    return getattr(field.default, "description", None) or ""  # pydantic keeps the FieldInfo of `Field(...)` here
+def fields_of(cls: type) -> dict[str, FieldInfo]:
+    """Returns what pydantic knows of each key of a class of settings, in order."""
+    fields: dict[str, FieldInfo] = vars(cls)["__pydantic_fields__"]
+    return fields
+
+
+def heading_of(cls: type, name: str) -> str:
+    """Returns the heading of the group of settings that declares a key."""
+    groups = [base for base in reversed(cls.__mro__) if issubclass(base, Settings) and base is not Settings]
+    return next(group.heading for group in groups if name in fields_of(group))
 
 
 if TYPE_CHECKING:
@@ -80,7 +85,7 @@ if TYPE_CHECKING:
         def __set__(self, instance: Any, value: Given) -> None: ...
 
 
-def _no_bool(value: Any) -> Any:
+def no_bool(value: Any) -> Any:
     """Keeps `beta: true` from becoming 1.0."""
     if isinstance(value, bool):
         raise ValueError("a number is expected, not true or false")
@@ -100,13 +105,12 @@ def as_list(value: Any) -> Any:
 
 
 Text = Annotated[str, AfterValidator(_not_blank)]
-Int = Annotated[int, BeforeValidator(_no_bool)]
-Float = Annotated[float, BeforeValidator(_no_bool)]
+Int = Annotated[int, BeforeValidator(no_bool)]
+Float = Annotated[float, BeforeValidator(no_bool)]
 PositiveInt = Annotated[Int, Field(ge=1)]
 NonNegativeInt = Annotated[Int, Field(ge=0)]
 Seed = Annotated[Int, Field(ge=0, lt=2**32)]
 NonNegativeFloat = Annotated[Float, Field(ge=0, allow_inf_nan=False)]
-FiniteFloat = Annotated[Float, Field(allow_inf_nan=False)]
 PositiveFloat = Annotated[Float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[Float, Field(ge=0, le=1)]
 Decay = Annotated[Float, Field(ge=0, lt=1)]

@@ -1,6 +1,6 @@
 """Preference losses as pure functions; jax, numpy and einops are all they need."""
 
-from jdpo.losses.catalogue import LOSSES, LossSpec
+from jdpo.loss_specs import LOSSES, LossSpec
 from jdpo.losses.coupled import LossState, init_loss_state
 from jdpo.losses.dpo import dpo_loss, make_dpo_loss
 from jdpo.losses.linear import linear_token_logps

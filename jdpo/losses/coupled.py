@@ -46,6 +46,13 @@ def _ascending(values: Array, real: Array | None) -> Array:
     return jnp.argsort(values if real is None else jnp.where(real, values, jnp.inf))
 
 
+FUNCTIONS = {
+    "aot": aot,
+    "aot_unpaired": aot_unpaired,
+}
+"""The losses of this file by name."""
+
+
 class LossState(NamedTuple):
     """What bco_pair remembers from step to step: the mean reward of all pairs seen so far.
 

@@ -12,9 +12,6 @@ from jdpo.losses.pairwise import LARGEST_EXPONENT
 
 Array = Any
 
-F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
-"""Names of the divergences."""
-
 NEAREST_ALPHA = 1e-6
 """An alpha this near to 1 is the limit, reverse KL."""
 
@@ -29,13 +26,14 @@ def divergence_score(logratios: Array, f_divergence_type: str, alpha: Array | fl
 
     Args:
       logratios: float [b].
-      f_divergence_type: one of F_DIVERGENCES.
+      f_divergence_type: one of `jdpo.loss_specs.F_DIVERGENCES`.
       alpha: coefficient of alpha_divergence; a number or a traced scalar.
 
     Returns:
       float [b]; exponents are held at 80, so that all is finite.
 
     >>> import jax.numpy as jnp
+    >>> from jdpo.loss_specs import F_DIVERGENCES
     >>> [round(divergence_score(jnp.float32(1.0), name, 0.5).item(), 4) for name in F_DIVERGENCES]
     [1.0, 0.6321, 0.3799, 0.7869]
     """

@@ -14,7 +14,7 @@ from jdpo.losses.argument_checks import check_batch, check_completions, unknown_
 from jdpo.losses.coupled import LossState
 from jdpo.losses.pair_logps import ApplyFn, pair_features
 from jdpo.losses.pair_losses import Totals, feature_losses, next_loss_state, pair_totals, weighted_sum
-from jdpo.losses.settings import OPTIONS, LossSettings, check_number, concrete, loss_settings
+from jdpo.losses.settings import OPTION_NAMES, LossSettings, check_number, concrete, loss_settings
 from jdpo.types import PreferenceBatch
 
 Array = Any
@@ -53,7 +53,7 @@ def make_dpo_loss(
         **options: Any,
     ) -> tuple[Array, dict[str, Any]]:
         for name in options:
-            if name in OPTIONS:
+            if name in OPTION_NAMES:
                 raise ValueError(f"{name} is given to make_dpo_loss, not to the loss that it returns")
             raise unknown_name("option", name, _OF_CALL, "A call takes")
         check_batch(batch)

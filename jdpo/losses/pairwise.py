@@ -75,7 +75,7 @@ def sigmoid(x: LossInputs) -> Array:
 
 
 def robust(x: LossInputs) -> Array:
-    """[-(1-e) ls(beta D) + e ls(-beta D)] / (1-2e): unbiased when a share e of the labels is flipped.
+    """[-(1-e) ls(beta D) + e ls(-beta D)] / (1-2e): unbiased if a share e of the labels is flipped.
 
     At beta = 0.1, D = 4, e = 0.1: (0.9 * 0.513015 - 0.1 * 0.913015) / 0.8 = 0.463015.
     """
@@ -84,12 +84,15 @@ def robust(x: LossInputs) -> Array:
 
 
 def hinge(x: LossInputs) -> Array:
-    """max(0, 1 - beta D). At beta = 0.1, D = 4: 0.6."""
+    """max(0, 1 - beta D).
+
+    At beta = 0.1, D = 4: 1 - 0.4 = 0.6.
+    """
     return jax.nn.relu(1 - x.margin)
 
 
 def ipo(x: LossInputs) -> Array:
-    """(a/n_w - b/n_l - 1/(2 beta))^2, log-ratios averaged over tokens as its authors agreed with TRL.
+    """(a/n_w - b/n_l - 1/(2 beta))^2: log-ratios averaged over tokens, as the authors agreed with TRL.
 
     At beta = 0.1, a = 3, n_w = 3, b = -1, n_l = 2: (1 + 0.5 - 5)^2 = 12.25.
     """
@@ -98,7 +101,10 @@ def ipo(x: LossInputs) -> Array:
 
 
 def ipo_sum(x: LossInputs) -> Array:
-    """(D - 1/(2 beta))^2, the paper's own form. At beta = 0.1, D = 4: (4 - 5)^2 = 1."""
+    """(D - 1/(2 beta))^2, the paper's own form.
+
+    At beta = 0.1, D = 4: (4 - 5)^2 = 1.0.
+    """
     return square(x.chosen_logratios - x.rejected_logratios - 1 / (2 * x.beta))
 
 
@@ -134,7 +140,7 @@ def nca_pair(x: LossInputs) -> Array:
 def bco_pair(x: LossInputs) -> Array:
     """-ls(beta a - delta) - ls(-(beta b - delta)), delta the mean reward: 0, given, or running.
 
-    At beta = 0.1, a = 3, b = -1, delta = 0.2: -ls(0.1) - ls(0.3) = 0.644397 + 0.554355 = 1.198752.
+    At beta = 0.1, a = 3, b = -1, bco_delta = 0.2: -ls(0.1) - ls(0.3) = 0.644397 + 0.554355 = 1.198752.
     """
     delta = x.options["bco_delta"]
     chosen, rejected = x.beta * x.chosen_logratios, x.beta * x.rejected_logratios
@@ -142,27 +148,54 @@ def bco_pair(x: LossInputs) -> Array:
 
 
 def sppo_hard(x: LossInputs) -> Array:
-    """(a - 1/(2 beta))^2 + (b + 1/(2 beta))^2. At beta = 0.1, a = 3, b = -1: 4 + 16 = 20."""
+    """(a - 1/(2 beta))^2 + (b + 1/(2 beta))^2.
+
+    At beta = 0.1, a = 3, b = -1: 4 + 16 = 20.0.
+    """
     return square(x.chosen_logratios - 1 / (2 * x.beta)) + square(x.rejected_logratios + 1 / (2 * x.beta))
 
 
 def apo_zero(x: LossInputs) -> Array:
-    """1 - s(beta a) + s(beta b). At beta = 0.1, a = 3, b = -1: 1 - 0.574443 + 0.475021 = 0.900578."""
+    """1 - s(beta a) + s(beta b).
+
+    At beta = 0.1, a = 3, b = -1: 1 - 0.574443 + 0.475021 = 0.900578.
+    """
     return jax.nn.sigmoid(-x.beta * x.chosen_logratios) + jax.nn.sigmoid(x.beta * x.rejected_logratios)
 
 
 def apo_down(x: LossInputs) -> Array:
-    """s(beta a) + 1 - s(beta D). At beta = 0.1, a = 3, b = -1: 0.574443 + 0.401312 = 0.975755."""
+    """s(beta a) + 1 - s(beta D).
+
+    At beta = 0.1, a = 3, b = -1: 0.574443 + 0.401312 = 0.975755.
+    """
     gap = x.chosen_logratios - x.rejected_logratios
     return jax.nn.sigmoid(x.beta * x.chosen_logratios) + jax.nn.sigmoid(-x.beta * gap)
 
 
 def discopop(x: LossInputs) -> Array:
-    """z = beta D, m = s(z/tau): -ls(z)(1-m) + exp(-z) m.
+    """-ls(z) (1-m) + exp(-z) m, with z = beta D and m = s(z/tau).
 
-    At beta = 0.1, D = 4, tau = 0.5: m = 0.689974, 0.513015 * 0.310026 + 0.670320 * 0.689974 = 0.621551.
+    At beta = 0.1, D = 4, discopop_tau = 0.5: m = 0.689974, 0.513015 * 0.310026 + 0.670320 * 0.689974 = 0.621551.
     """
     z, tau = x.margin, x.options["discopop_tau"]
     # exp(-z) * s(z/tau) as one exponential: at z = -1000 the product is inf * 0.
     exponential = jnp.exp(jnp.minimum(-z + jax.nn.log_sigmoid(z / tau), LARGEST_EXPONENT))
     return -jax.nn.log_sigmoid(z) * jax.nn.sigmoid(-z / tau) + exponential
+
+
+FUNCTIONS = {
+    "sigmoid": sigmoid,
+    "robust": robust,
+    "hinge": hinge,
+    "ipo": ipo,
+    "ipo_sum": ipo_sum,
+    "exo_pair": exo_pair,
+    "nca_pair": nca_pair,
+    "bco_pair": bco_pair,
+    "sppo_hard": sppo_hard,
+    "apo_zero": apo_zero,
+    "apo_down": apo_down,
+    "discopop": discopop,
+    "sigmoid_norm": sigmoid_norm,
+}
+"""The losses of this file by name."""

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from jdpo.losses.argument_checks import check_lengths
+from jdpo.losses.catalogue import FUNCTIONS
 from jdpo.losses.divergences import divergence_score
 from jdpo.losses.pairwise import LossInputs
 from jdpo.losses.reference_free import sft
-from jdpo.losses.settings import DEFAULTS, LossSettings, each, loss_settings
+from jdpo.losses.settings import DEFAULTS, LossSettings, loss_settings
 from jdpo.types import CHOSEN, REJECTED
 
 Array = Any
@@ -186,7 +187,8 @@ def loss_inputs(
 
 def loss_terms(settings: LossSettings, inputs: LossInputs) -> dict[str, Array]:
     """Each loss of the sum by name, [b] each, already multiplied by its weight; `rpo` is what rpo_alpha adds."""
-    terms = {name: weight * spec.function(inputs) for name, spec, weight in each(settings)}
+    weighted = zip(settings.loss_types, settings.weights, strict=True)
+    terms = {name: weight * FUNCTIONS[name](inputs) for name, weight in weighted}
     if "rpo_alpha" in settings.numbers:
         terms["rpo"] = settings.numbers["rpo_alpha"] * sft(inputs)
     return terms

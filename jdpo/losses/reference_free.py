@@ -29,7 +29,7 @@ def log1mexp(x: Array) -> Array:
 def simpo(x: LossInputs) -> Array:
     """-ls(beta (lbar_w - lbar_l) - gamma).
 
-    At beta = 2, l_w = -3, n_w = 3, l_l = -4, n_l = 2, gamma = 0.5: -ls(2 - 0.5) = 0.201413.
+    At beta = 2, l_w = -3, n_w = 3, l_l = -4, n_l = 2, simpo_gamma = 0.5: -ls(2 - 0.5) = 0.201413.
     """
     gap = per_token(x.chosen_logps, x.chosen_lengths) - per_token(x.rejected_logps, x.rejected_lengths)
     return -jax.nn.log_sigmoid(x.beta * gap - x.options["simpo_gamma"])
@@ -38,7 +38,7 @@ def simpo(x: LossInputs) -> Array:
 def cpo(x: LossInputs) -> Array:
     """-ls(beta (l_w - l_l)) + cpo_alpha sft.
 
-    At beta = 0.1, l_w = -3, l_l = -4, alpha = 1, 3 chosen tokens a pair: 0.644397 + 1 = 1.644397.
+    At beta = 0.1, l_w = -3, l_l = -4, cpo_alpha = 1, N = 3: 0.644397 + 1 = 1.644397.
     """
     return -jax.nn.log_sigmoid(x.beta * (x.chosen_logps - x.rejected_logps)) + x.options["cpo_alpha"] * sft(x)
 
@@ -46,7 +46,7 @@ def cpo(x: LossInputs) -> Array:
 def orpo(x: LossInputs) -> Array:
     """-lbar_w - lambda ls(log odds of chosen - log odds of rejected), odds p / (1-p) of p = exp(lbar).
 
-    At l_w = -3, n_w = 3, l_l = -4, n_l = 2, lambda = 0.1: log odds -0.541325 and -1.854587,
+    At l_w = -3, n_w = 3, l_l = -4, n_l = 2, orpo_lambda = 0.1: log odds -0.541325 and -1.854587,
     1 - 0.1 ls(1.313262) = 1.023818.
     """
     chosen, rejected = per_token(x.chosen_logps, x.chosen_lengths), per_token(x.rejected_logps, x.rejected_lengths)
@@ -59,8 +59,19 @@ def _log_one_minus(mean_logp: Array) -> Array:
 
 
 def sft(x: LossInputs) -> Array:
-    """-l_w / (chosen tokens a pair of the global batch): its mean over pairs is the mean over chosen tokens.
+    """-l_w / N: divided by the chosen tokens per pair, so that its mean over pairs is the mean over chosen tokens.
 
-    At l_w = (-3, -5) with 3 and 1 tokens: (3, 5) / 2, of mean 2 = 8 / 4 tokens.
+    For l_w = (-3, -5) with 3 and 1 tokens, N = 2: (1.5, 2.5), whose mean 2 is 8 nats over 4 tokens.
+
+    At l_w = -3, N = 3: 3 / 3 = 1.0.
     """
     return x.chosen_nll / x.mean_chosen_tokens
+
+
+FUNCTIONS = {
+    "simpo": simpo,
+    "cpo": cpo,
+    "orpo": orpo,
+    "sft": sft,
+}
+"""The losses of this file by name."""

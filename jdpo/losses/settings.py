@@ -1,74 +1,45 @@
-"""Which losses, with which weights and options: checked once, then carried through jit.
+"""Checks losses and options against each other, once, and carries them through jit.
 
-Names are static, numbers may be traced, so that a sweep over beta compiles once.
+Names are static and numbers may be traced, so that a sweep over beta compiles once.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import jax
 
+from jdpo.loss_specs import (
+    BATCH_OPTIONS,
+    F_DIVERGENCES,
+    FOR_EVERY_LOSS,
+    FOR_THE_WHOLE_LIST,
+    INDIFFERENT_LOSSES,
+    LOSS_WEIGHT,
+    LOSSES,
+    OPTIONS,
+    LossSpec,
+    Option,
+)
 from jdpo.losses.argument_checks import unknown_name
-from jdpo.losses.catalogue import LOSSES, LossSpec
-from jdpo.losses.divergences import F_DIVERGENCES
 
 Number = Any
 """A Python number, or a scalar array, traced or not."""
 
+OPTION_NAMES = ("loss_type", "loss_weights", *OPTIONS, *BATCH_OPTIONS)
+"""Everything that a loss takes by name."""
+
 DEFAULTS: dict[str, float] = {
-    "label_smoothing": 0.0,
-    "f_alpha_divergence_coef": 0.5,
-    "discopop_tau": 0.05,
-    "simpo_gamma": 0.5,
-    "cpo_alpha": 1.0,
-    "orpo_lambda": 0.1,
-    "bco_delta": 0.0,
+    name: option.default
+    for name, option in OPTIONS.items()
+    if name != "beta" and option.is_number and option.default is not None
 }
-"""Options that are numbers, with the value they have where none is given."""
+"""The numbers that a loss function may read, each with the value that it has if none is given."""
 
-OFF: dict[str, Any] = {
-    "loss_weights": None,
-    "f_divergence_type": "reverse_kl",
-    "rpo_alpha": None,
-    "ld_alpha": None,
-    "num_chosen_tokens": None,
-    "pair_weights": None,
-    "use_weighting": False,
-    "bco_running_delta": False,
-}
-"""The other options, with the value that asks for nothing."""
-
-OPTIONS = ("loss_type", "beta", *DEFAULTS, *OFF)
-"""All that a loss is asked for by name."""
-
-_NUMBERS_OR_NONE = ("rpo_alpha", "ld_alpha")
-
-FOR_ALL = frozenset({"loss_weights", "rpo_alpha", "num_chosen_tokens"})
-"""Options that every loss honours."""
-
-FOR_EACH = frozenset({"f_divergence_type", "ld_alpha", "use_weighting", "pair_weights"})
-"""Options that speak of the whole objective: in a list of losses, each must honour them. Of the rest, one."""
-
-BYSTANDERS = frozenset({"sft"})
-"""Losses that may stand in a list beside others that honour an option of the pair, without being touched by it."""
-
-_RANGES: dict[str, tuple[float, float, str]] = {
-    "label_smoothing": (0.0, 0.5, "in [0, 0.5)"),
-    "discopop_tau": (math.ulp(0.0), math.inf, "positive"),
-    "cpo_alpha": (0.0, math.inf, "at least 0"),
-    "orpo_lambda": (0.0, math.inf, "at least 0"),
-    "rpo_alpha": (0.0, math.inf, "at least 0"),
-    "ld_alpha": (0.0, 1.0 + 1e-9, "in [0, 1]"),
-    "simpo_gamma": (-math.inf, math.inf, "a number"),
-    "f_alpha_divergence_coef": (-math.inf, math.inf, "a number"),
-    "bco_delta": (-math.inf, math.inf, "a number"),
-    "beta": (math.ulp(0.0), math.inf, "positive"),
-}
+_FLAGS = tuple(name for name, option in OPTIONS.items() if isinstance(option.default, bool))
 
 
 @partial(
@@ -78,16 +49,16 @@ _RANGES: dict[str, tuple[float, float, str]] = {
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossSettings:
-    """A weighted sum of losses; a pytree whose leaves are its numbers.
+    """A weighted sum of losses and their options; a pytree whose leaves are its numbers.
 
     Attributes:
-      loss_types: names in LOSSES.
-      weights: one number a loss.
-      beta: > 0.
-      numbers: options that were given and are numbers; the others have their defaults.
-      f_divergence_type: one of F_DIVERGENCES.
+      loss_types: names in `LOSSES`.
+      weights: one number per loss.
+      beta: above 0.
+      numbers: the numeric options that were given; the others have their defaults.
+      f_divergence_type: one of `F_DIVERGENCES`.
       use_weighting: WPO, arXiv 2406.11827.
-      bco_running_delta: bco_pair's delta is a running mean.
+      bco_running_delta: the delta of bco_pair is a running mean.
     """
 
     loss_types: tuple[str, ...]
@@ -100,40 +71,47 @@ class LossSettings:
 
     @property
     def specs(self) -> list[LossSpec]:
+        """The declaration of each loss."""
         return [LOSSES[name] for name in self.loss_types]
 
     @property
     def needs_reference(self) -> bool:
-        return any(spec.needs_reference for spec in self.specs)
+        """True if a loss reads reference log-probs."""
+        return any("reference" in spec.needs for spec in self.specs)
 
     @property
     def needs_global_batch(self) -> bool:
-        return any(spec.needs_global_batch for spec in self.specs)
+        """True if the loss of a pair depends on the other pairs of the global batch."""
+        return any("global batch" in spec.needs for spec in self.specs)
 
     @property
     def has_state(self) -> bool:
-        return any(spec.needs_state for spec in self.specs)
+        """True if a loss can carry a running state from step to step."""
+        return any("state" in spec.needs for spec in self.specs)
 
     @property
     def mean_rewards(self) -> bool:
+        """True if rewards without a reference are means over tokens, not sums."""
         return any(spec.mean_rewards for spec in self.specs)
 
     @property
     def token_mean(self) -> bool:
-        """Whether the number of chosen tokens of the global batch is read."""
-        return "rpo_alpha" in self.numbers or any(spec.needs_token_count for spec in self.specs)
+        """True if a loss divides by the number of chosen tokens of the global batch."""
+        return "rpo_alpha" in self.numbers or any("token count" in spec.needs for spec in self.specs)
 
     @property
     def needs_lengths(self) -> bool:
-        return any(spec.needs_lengths for spec in self.specs)
+        """True if a loss reads completion lengths."""
+        return any("lengths" in spec.needs for spec in self.specs)
 
     @property
     def terms(self) -> tuple[str, ...]:
-        """Names of what is summed."""
+        """Names of the terms of the sum: the losses, and `rpo` for the term that rpo_alpha adds."""
         return self.loss_types + (("rpo",) if "rpo_alpha" in self.numbers else ())
 
     @property
     def ld_alpha(self) -> Number | None:
+        """Weight of the tokens past the shorter completion's length, or None if all tokens count fully."""
         return self.numbers.get("ld_alpha")
 
 
@@ -143,51 +121,41 @@ def loss_settings(
     """Checks losses and options against each other.
 
     Args:
-      loss_type: a name in LOSSES, or several.
-      beta: > 0.
-      **options: by the names in DEFAULTS and OFF; one at its default asks for nothing.
+      loss_type: a name in `LOSSES`, or several.
+      beta: above 0.
+      **options: names in `OPTIONS` and `BATCH_OPTIONS`; an option at its default asks for nothing.
 
     Returns:
-      the settings, and those options that belong to a batch: num_chosen_tokens and pair_weights, where given.
+      The settings, and the options that belong to a batch, as far as they were given.
 
     Raises:
-      ValueError: an unknown name (with the nearest), a value out of its range, or an option that the losses cannot
-        honour (those that can are listed).
+      ValueError: an unknown name (the message has the nearest one), a value out of its range, or an option that the
+        losses cannot honour (the message lists those that can).
     """
     if not isinstance(loss_type, str | Sequence):
         raise ValueError(f"loss_type must be a name or a list of names, found {loss_type!r}")
     names = (loss_type,) if isinstance(loss_type, str) else tuple(loss_type)
     _check_names(names)
-    unknown = [name for name in options if name not in DEFAULTS and name not in OFF]
+    unknown = [name for name in options if name not in OPTION_NAMES]
     if unknown:
-        raise unknown_name("option", unknown[0], OPTIONS, "The options are")
+        raise unknown_name("option", unknown[0], OPTION_NAMES, "The options are")
     given = {name: value for name, value in options.items() if not _asks_for_nothing(name, value)}
     _check_honoured(names, given)
     numbers = {
-        name: check_number(name, value) for name, value in given.items() if name in DEFAULTS or name in _NUMBERS_OR_NONE
+        name: check_number(name, value) for name, value in given.items() if name in OPTIONS and OPTIONS[name].is_number
     }
     beta = check_number("beta", beta)
-    for name in ("use_weighting", "bco_running_delta"):
-        if not isinstance(given.get(name, False), bool):
-            raise ValueError(f"{name} must be True or False, found {given[name]!r}")
-    if given.get("f_divergence_type", "reverse_kl") not in F_DIVERGENCES:
-        raise unknown_name("f_divergence_type", given["f_divergence_type"], F_DIVERGENCES, "The divergences are")
-    if "f_alpha_divergence_coef" in given and given.get("f_divergence_type") != "alpha_divergence":
-        raise ValueError("f_alpha_divergence_coef is read by f_divergence_type 'alpha_divergence' alone")
-    if "exo_pair" in names and "label_smoothing" not in given:
-        raise ValueError("loss_type 'exo_pair' needs label_smoothing > 0 (its paper uses 1e-3): log e is -inf at e = 0")
-    if "bco_delta" in given and "bco_running_delta" in given:
-        raise ValueError("bco_delta fixes what bco_running_delta learns: give one of them")
+    _check_values(names, given)
     settings = LossSettings(
         loss_types=names,
         weights=_weights(names, given.get("loss_weights")),
         beta=beta,
         numbers=numbers,
-        f_divergence_type=given.get("f_divergence_type", "reverse_kl"),
+        f_divergence_type=given.get("f_divergence_type", OPTIONS["f_divergence_type"].default),
         use_weighting=given.get("use_weighting", False),
         bco_running_delta=given.get("bco_running_delta", False),
     )
-    return settings, {name: given[name] for name in ("num_chosen_tokens", "pair_weights") if name in given}
+    return settings, {name: given[name] for name in BATCH_OPTIONS if name in given}
 
 
 def _check_names(names: tuple[str, ...]) -> None:
@@ -203,7 +171,7 @@ def _check_names(names: tuple[str, ...]) -> None:
 def _asks_for_nothing(name: str, value: Any) -> bool:
     if value is None:
         return True
-    default = DEFAULTS.get(name, OFF.get(name))
+    default = OPTIONS[name].default if name in OPTIONS else None
     if isinstance(default, str | bool):
         return bool(value == default)
     number = concrete(value)
@@ -211,9 +179,10 @@ def _asks_for_nothing(name: str, value: Any) -> bool:
 
 
 def _check_honoured(names: tuple[str, ...], given: dict[str, Any]) -> None:
-    for option in given.keys() - FOR_ALL:
+    for option in given.keys() - FOR_EVERY_LOSS:
         refusing = [name for name in names if option not in LOSSES[name].options]
-        if len(refusing) == len(names) or (option in FOR_EACH and not BYSTANDERS.issuperset(refusing)):
+        must_all = option in FOR_THE_WHOLE_LIST
+        if len(refusing) == len(names) or (must_all and not INDIFFERENT_LOSSES.issuperset(refusing)):
             able = [name for name, spec in LOSSES.items() if option in spec.options]
             raise ValueError(
                 f"loss_type {' and '.join(map(repr, refusing))} cannot honour {option}={given[option]!r}; "
@@ -221,11 +190,29 @@ def _check_honoured(names: tuple[str, ...], given: dict[str, Any]) -> None:
             )
 
 
-def check_number(name: str, value: Any) -> Number:
-    """One number in its range: a Python float, or an array of shape () as it came, traced or not.
+def _check_values(names: tuple[str, ...], given: dict[str, Any]) -> None:
+    """Checks options that are not numbers, and options that depend on each other."""
+    for name in _FLAGS:
+        if not isinstance(given.get(name, False), bool):
+            raise ValueError(f"{name} must be True or False, found {given[name]!r}")
+    if given.get("f_divergence_type", OPTIONS["f_divergence_type"].default) not in F_DIVERGENCES:
+        raise unknown_name("f_divergence_type", given["f_divergence_type"], F_DIVERGENCES, "The divergences are")
+    if "f_alpha_divergence_coef" in given and given.get("f_divergence_type") != "alpha_divergence":
+        raise ValueError("f_alpha_divergence_coef is read only by f_divergence_type 'alpha_divergence'")
+    if "exo_pair" in names and "label_smoothing" not in given:
+        raise ValueError("loss_type 'exo_pair' needs label_smoothing > 0 (its paper uses 1e-3): log e is -inf at e = 0")
+    if "bco_delta" in given and "bco_running_delta" in given:
+        raise ValueError("bco_delta fixes what bco_running_delta learns: give one of them")
+
+
+def check_number(name: str, value: Any, option: Option | None = None) -> Number:
+    """Checks one number against the range of its option, by default that of the name.
+
+    Returns:
+      A Python float, or an array of shape () as it came, traced or not. A traced number has no value to check.
 
     Raises:
-      ValueError: it is none, or out of its range.
+      ValueError: it is not a number, or out of its range.
     """
     is_number = hasattr(value, "dtype") or isinstance(value, int | float)
     if not is_number or isinstance(value, bool) or getattr(value, "shape", ()) != ():
@@ -233,9 +220,9 @@ def check_number(name: str, value: Any) -> Number:
     number = concrete(value)
     if number is None:
         return value
-    low, high, words = _RANGES.get(name, (0.0, math.inf, "at least 0"))
-    if not low <= number < high or math.isinf(number):
-        raise ValueError(f"{name} must be {words}, found {value}")
+    option = option or OPTIONS[name]
+    if not option.allows(number):
+        raise ValueError(f"{name} must be {option.range}, found {value}")
     return value if isinstance(value, jax.Array) else number
 
 
@@ -248,21 +235,16 @@ def _weights(names: tuple[str, ...], weights: Any) -> tuple[Number, ...]:
         raise ValueError(f"loss_weights must be a list of numbers, found {weights!r}") from None
     if len(weights) != len(names):
         raise ValueError(
-            f"loss_weights must have one number a loss: {len(names)} ({', '.join(names)}), found {len(weights)}"
+            f"loss_weights must have one number per loss: {len(names)} ({', '.join(names)}), found {len(weights)}"
         )
-    return tuple(check_number("loss_weights", weight) for weight in weights)
+    return tuple(check_number("loss_weights", weight, LOSS_WEIGHT) for weight in weights)
 
 
 def concrete(value: Any) -> float | None:
-    """The value of a number, or None where it is traced or no single number."""
+    """Returns the value of a number, or None if it is traced or not a single number."""
     if isinstance(value, jax.core.Tracer) or getattr(value, "shape", ()) != ():
         return None
     try:
         return float(value)
     except (TypeError, ValueError):
         return None
-
-
-def each(settings: LossSettings) -> Iterator[tuple[str, LossSpec, Number]]:
-    """Name, catalogue entry and weight of each loss."""
-    yield from zip(settings.loss_types, settings.specs, settings.weights, strict=True)

@@ -16,6 +16,7 @@ from jdpo.losses.pair_logps import PairFeatures
 from jdpo.losses.pair_losses import Totals, feature_losses
 from jdpo.losses.settings import loss_settings
 from jdpo.types import PreferenceBatch
+from tests.losses.loss_cases import NEEDED, REFERENCE_FREE
 
 VOCAB, WIDTH = 13, 8
 
@@ -169,9 +170,6 @@ def test_a_sorted_loss_is_not_accumulated() -> None:
         dpo_loss(params(0), params(1), x, apply_fn=apply_fn, loss_type="aot", normalizer=12)
 
 
-NEEDED: dict[str, dict[str, Any]] = {"exo_pair": {"label_smoothing": 0.1}}
-
-
 @pytest.mark.parametrize("loss_type", LOSSES)
 def test_padding_pairs_and_empty_completions_change_nothing_and_the_reference_has_no_gradient(loss_type: str) -> None:
     """Padding pairs hold tokens; one real pair has no completion at all."""
@@ -271,7 +269,7 @@ def test_ld_needs_reference_values_a_token() -> None:
 
 
 def test_losses_without_a_reference_run_without_one() -> None:
-    for name in ("simpo", "cpo", "orpo", "sft"):
+    for name in REFERENCE_FREE:
         loss, metrics = dpo_loss(params(0), None, batch(8), apply_fn=apply_fn, loss_type=name)
         assert np.isfinite(loss)
         assert "loss_state" not in metrics

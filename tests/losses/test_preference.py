@@ -1,9 +1,10 @@
-"""Preference losses against hand-derived values, a plain float64 version, and their properties."""
+"""Preference losses: worked examples, sums and options, extremes and errors. Formulas: see test_formulas.py."""
 
 from __future__ import annotations
 
 import itertools
 import math
+import re
 from typing import Any
 
 import jax
@@ -14,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jdpo.losses import LOSSES, preference_loss
-from jdpo.losses.divergences import F_DIVERGENCES
+from jdpo.losses.catalogue import FUNCTIONS
 from jdpo.losses.settings import loss_settings
+from tests.losses.loss_cases import CASES, NEEDED, REFERENCE_FREE, another_value
 
 BETA = 0.1
 
@@ -30,111 +32,6 @@ def arrays(seed: int, num_pairs: int = 6) -> dict[str, np.ndarray]:
     }
 
 
-def log_sigmoid(z: float) -> float:
-    return -math.log1p(math.exp(-z)) if z > 0 else z - math.log1p(math.exp(z))
-
-
-def sigmoid(z: float) -> float:
-    return math.exp(log_sigmoid(z))
-
-
-def score(r: float, divergence: str, alpha: float) -> float:
-    return {
-        "reverse_kl": lambda: r,
-        "forward_kl": lambda: 1 - math.exp(-r),
-        "js_divergence": lambda: math.log(2) + log_sigmoid(r),
-        "alpha_divergence": lambda: (math.exp((alpha - 1) * r) - 1) / (alpha - 1),
-    }[divergence]()
-
-
-def plain(loss_type: str, x: dict[str, np.ndarray], beta: float, **options: Any) -> list[float]:
-    """The formulas in float64, one pair at a time, with the math module."""
-    given = {"e": options.get("label_smoothing", 0.0), "delta": options.get("bco_delta", 0.0)}
-    divergence = options.get("f_divergence_type", "reverse_kl")
-    alpha = options.get("f_alpha_divergence_coef", 0.5)
-    rows = [{name: float(values[i]) for name, values in x.items()} for i in range(len(x["policy_chosen_logps"]))]
-    e, tokens = given["e"], sum(row["chosen_lengths"] for row in rows)
-
-    def smoothed(z: float) -> float:
-        return -(1 - e) * log_sigmoid(z) - e * log_sigmoid(-z)
-
-    if loss_type.startswith("aot"):
-        return plain_aot(loss_type, rows, beta, smoothed)
-    losses = []
-    for row in rows:
-        l_w, l_l, n_w, n_l = (
-            row[name] for name in ("policy_chosen_logps", "policy_rejected_logps", "chosen_lengths", "rejected_lengths")
-        )
-        raw_a, raw_b = l_w - row["reference_chosen_logps"], l_l - row["reference_rejected_logps"]
-        a, b = score(raw_a, divergence, alpha), score(raw_b, divergence, alpha)
-        z, tau, m_w, m_l = beta * (a - b), options.get("discopop_tau", 0.05), l_w / n_w, l_l / n_l
-        sft = -l_w * len(rows) / tokens
-        formulas = {
-            "sigmoid": lambda z=z: smoothed(z),
-            "robust": lambda z=z: (-(1 - e) * log_sigmoid(z) + e * log_sigmoid(-z)) / (1 - 2 * e),
-            "hinge": lambda z=z: max(0.0, 1 - z),
-            "ipo": lambda a=a, b=b, n_w=n_w, n_l=n_l: (a / n_w - b / n_l - 1 / (2 * beta)) ** 2,
-            "ipo_sum": lambda a=a, b=b: (a - b - 1 / (2 * beta)) ** 2,
-            "exo_pair": lambda z=z: (
-                sigmoid(z) * (log_sigmoid(z) - math.log(1 - e)) + sigmoid(-z) * (log_sigmoid(-z) - math.log(e))
-            ),
-            "nca_pair": lambda a=a, b=b: (
-                -log_sigmoid(beta * a) - log_sigmoid(-beta * a) / 2 - log_sigmoid(-beta * b) / 2
-            ),
-            "bco_pair": lambda a=a, b=b: (
-                -log_sigmoid(beta * a - given["delta"]) - log_sigmoid(-(beta * b - given["delta"]))
-            ),
-            "sppo_hard": lambda a=a, b=b: (a - 1 / (2 * beta)) ** 2 + (b + 1 / (2 * beta)) ** 2,
-            "apo_zero": lambda a=a, b=b: 1 - sigmoid(beta * a) + sigmoid(beta * b),
-            "apo_down": lambda a=a, z=z: sigmoid(beta * a) + 1 - sigmoid(z),
-            "discopop": lambda z=z, tau=tau: -log_sigmoid(z) * (1 - sigmoid(z / tau)) + math.exp(-z) * sigmoid(z / tau),
-            "sigmoid_norm": lambda a=a, b=b, n_w=n_w, n_l=n_l: -log_sigmoid(beta * (a / n_w - b / n_l)),
-            "simpo": lambda m_w=m_w, m_l=m_l: -log_sigmoid(beta * (m_w - m_l) - options.get("simpo_gamma", 0.5)),
-            "cpo": lambda l_w=l_w, l_l=l_l, sft=sft: (
-                -log_sigmoid(beta * (l_w - l_l)) + options.get("cpo_alpha", 1.0) * sft
-            ),
-            "orpo": lambda m_w=m_w, m_l=m_l: (
-                -m_w
-                - options.get("orpo_lambda", 0.1)
-                * log_sigmoid((m_w - m_l) - math.log(1 - math.exp(m_w)) + math.log(1 - math.exp(m_l)))
-            ),
-            "sft": lambda sft=sft: sft,
-        }
-        losses.append(formulas[loss_type]())
-    return losses
-
-
-def plain_aot(loss_type: str, rows: list[dict[str, float]], beta: float, smoothed: Any) -> list[float]:
-    def margin(row: dict[str, float], first: str, second: str) -> float:
-        return row[f"{first}_logps"] - row[f"{second}_logps"]
-
-    paired = loss_type == "aot"
-    upper = ("policy_chosen", "policy_rejected") if paired else ("policy_chosen", "reference_chosen")
-    lower = ("reference_chosen", "reference_rejected") if paired else ("policy_rejected", "reference_rejected")
-    highs, lows = ([margin(row, *names) for row in rows] for names in (upper, lower))
-    by_rank = [smoothed(beta * (high - low)) for high, low in zip(sorted(highs), sorted(lows), strict=True)]
-    return [by_rank[sorted(highs).index(high)] for high in highs]
-
-
-NEEDED: dict[str, dict[str, Any]] = {"exo_pair": {"label_smoothing": 1e-3}}
-CASES: list[tuple[str, dict[str, Any]]] = [
-    *((name, NEEDED.get(name, {})) for name in LOSSES),
-    *((name, {"label_smoothing": 0.2}) for name, spec in LOSSES.items() if "label_smoothing" in spec.options),
-    *(
-        (name, {"f_divergence_type": divergence, **NEEDED.get(name, {})})
-        for name, spec in LOSSES.items()
-        if "f_divergence_type" in spec.options
-        for divergence in F_DIVERGENCES
-    ),
-    ("sigmoid", {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1.4}),
-    ("discopop", {"discopop_tau": 0.7}),
-    ("simpo", {"simpo_gamma": 1.1}),
-    ("cpo", {"cpo_alpha": 0.3}),
-    ("orpo", {"orpo_lambda": 0.7}),
-    ("bco_pair", {"bco_delta": 0.4}),
-]
-
-
 def close(seed: int) -> dict[str, np.ndarray]:
     """Log-ratios of a few nats, where every divergence has a slope to check."""
     x, rng = arrays(seed), np.random.default_rng(seed + 1)
@@ -144,64 +41,29 @@ def close(seed: int) -> dict[str, np.ndarray]:
     return x
 
 
-@pytest.mark.smoke
-@pytest.mark.parametrize(("loss_type", "options"), CASES, ids=str)
-def test_value_and_gradient_agree_with_the_plain_version_in_float64(loss_type: str, options: dict[str, Any]) -> None:
-    with jax.enable_x64(True):
-        x = {name: values.astype(np.float64) for name, values in close(1).items()}
-        sides = ("policy_chosen_logps", "policy_rejected_logps")
-
-        def losses(chosen: Any, rejected: Any) -> Any:
-            moved = x | dict(zip(sides, (chosen, rejected), strict=True))
-            return preference_loss(**moved, loss_type=loss_type, beta=BETA, **options).losses
-
-        given = [jnp.asarray(x[side]) for side in sides]
-        np.testing.assert_allclose(losses(*given), plain(loss_type, x, BETA, **options), rtol=1e-12, atol=1e-14)
-        weights = np.random.default_rng(5).normal(size=len(given[0]))
-        grads = jax.grad(lambda *logps: (losses(*logps) * weights).sum(), argnums=(0, 1))(*given)
-        for side, grad in zip(sides, grads, strict=True):
-            direction = np.random.default_rng(6).normal(size=len(grad))
-            up, down = (
-                np.dot(weights, plain(loss_type, x | {side: x[side] + step * direction}, BETA, **options))
-                for step in (1e-6, -1e-6)
-            )
-            assert np.dot(grad, direction) == pytest.approx((up - down) / 2e-6, rel=1e-6, abs=1e-9)
+WHERE = {"a": 3.0, "b": -1.0, "D": 4.0, "l_w": -3.0, "l_l": -4.0, "n_w": 3, "n_l": 2, "N": 3}
+"""The pair of the worked examples; the reference is at 0 where there is one."""
 
 
-@pytest.mark.parametrize(("loss_type", "options"), CASES, ids=str)
-def test_float32_agrees_with_the_plain_version(loss_type: str, options: dict[str, Any]) -> None:
-    x = close(2)
-    result = preference_loss(**x, loss_type=loss_type, beta=BETA, **options)
-    assert result.losses.dtype == jnp.float32
-    np.testing.assert_allclose(result.losses, plain(loss_type, x, BETA, **options), rtol=3e-5, atol=2e-6)
-
-
-WORKED = [
-    ("sigmoid", {}, 0.513015),
-    ("robust", {"label_smoothing": 0.1}, 0.463015),
-    ("hinge", {}, 0.6),
-    ("ipo", {}, 12.25),
-    ("ipo_sum", {}, 1.0),
-    ("sigmoid_norm", {"beta": 5.0}, 0.000553),
-    ("exo_pair", {"label_smoothing": 0.1}, 0.313594),
-    ("nca_pair", {}, 1.303731),
-    ("bco_pair", {"bco_delta": 0.2}, 1.198752),
-    ("sppo_hard", {}, 20.0),
-    ("apo_zero", {}, 0.900578),
-    ("apo_down", {}, 0.975755),
-    ("discopop", {"discopop_tau": 0.5}, 0.621551),
-]
-WORKED_WITHOUT_REFERENCE = [("simpo", {"beta": 2.0}, 0.201413), ("cpo", {}, 1.644397), ("orpo", {}, 1.023818)]
-
-
-@pytest.mark.parametrize(("loss_type", "options", "expected"), WORKED + WORKED_WITHOUT_REFERENCE, ids=str)
-def test_worked_examples_of_the_docstrings(loss_type: str, options: dict[str, Any], expected: float) -> None:
-    """a = 3, b = -1 with a reference, l_w = -3, l_l = -4 without; three chosen tokens, two rejected."""
-    logps = [jnp.array([value]) for value in ((3.0, -1.0) if LOSSES[loss_type].needs_reference else (-3.0, -4.0))]
-    reference = [jnp.zeros(1)] * 2 if LOSSES[loss_type].needs_reference else []
-    lengths = {"chosen_lengths": jnp.array([3]), "rejected_lengths": jnp.array([2])}
-    result = preference_loss(*logps, *reference, loss_type=loss_type, **lengths, **options)
-    assert result.losses[0] == pytest.approx(expected, rel=1e-6, abs=5e-7)
+@pytest.mark.parametrize("name", [name for name, spec in LOSSES.items() if "global batch" not in spec.needs])
+def test_worked_examples_of_the_docstrings(name: str) -> None:
+    """`At beta = 0.1, a = 3, b = -1: the derivation = 0.513015.`, with the options by their names."""
+    doc = " ".join((FUNCTIONS[name].__doc__ or "").split())
+    given, result = re.findall(r"At ([^:]+): .*?(-?\d+\.\d+)\.$", doc)[0]
+    values = {key: float(value) for key, value in re.findall(r"(\w+) = (-?[\d.]+\d|\d)", given)}
+    assert all(WHERE[key] == values.pop(key) for key in WHERE if key in values), given
+    options = {"label_smoothing" if key == "e" else key: value for key, value in values.items()}
+    has_reference = "reference" in LOSSES[name].needs
+    chosen, rejected = (WHERE["a"], WHERE["b"]) if has_reference else (WHERE["l_w"], WHERE["l_l"])
+    result_of = preference_loss(
+        *(jnp.array([value]) for value in (chosen, rejected)),
+        *([jnp.zeros(1)] * 2 if has_reference else []),
+        loss_type=name,
+        chosen_lengths=jnp.array([WHERE["n_w"]], int),
+        rejected_lengths=jnp.array([WHERE["n_l"]], int),
+        **options,
+    )
+    assert result_of.losses[0] == pytest.approx(float(result), rel=1e-6, abs=5e-7)
 
 
 def test_worked_example_of_aot_stands_at_the_pair_that_has_the_quantile() -> None:
@@ -215,9 +77,9 @@ def test_rewards_are_beta_times_the_log_ratio_or_the_policys_own() -> None:
     for loss_type, spec in LOSSES.items():
         result = preference_loss(**x, loss_type=loss_type, beta=BETA, **NEEDED.get(loss_type, {}))
         expected = x["policy_chosen_logps"]
-        if spec.needs_reference:
+        if "reference" in spec.needs:
             expected = expected - x["reference_chosen_logps"]
-        elif loss_type in ("simpo", "orpo"):
+        elif "lengths" in spec.needs:
             expected = expected / x["chosen_lengths"]
         np.testing.assert_allclose(result.chosen_rewards, BETA * expected, rtol=1e-5, err_msg=loss_type)
 
@@ -259,7 +121,7 @@ def test_alpha_next_to_one_is_the_limit_and_beyond_goes_smoothly_there() -> None
         np.testing.assert_allclose(near, limit, rtol=max(tolerance, 1e-7))
 
 
-EXTREMES = [case for case in CASES if case[0] not in ("simpo", "cpo", "orpo", "sft")]
+EXTREMES = [case for case in CASES if case[0] not in REFERENCE_FREE]
 
 
 @pytest.mark.parametrize(("loss_type", "options"), EXTREMES, ids=str)
@@ -291,7 +153,7 @@ def test_log_ratios_of_ten_thousand_stay_finite(loss_type: str, options: dict[st
         assert np.isfinite(jax.grad(lambda *policy: losses(*policy).sum(), argnums=side)(chosen, rejected)).all()
 
 
-@pytest.mark.parametrize("loss_type", ["simpo", "cpo", "orpo", "sft", "ipo", "sigmoid_norm"])
+@pytest.mark.parametrize("loss_type", [*REFERENCE_FREE, "ipo", "sigmoid_norm"])
 def test_means_of_zero_extreme_means_and_empty_completions_stay_finite(loss_type: str) -> None:
     chosen, rejected = jnp.array([0.0, 0.0, -1e4, -1e4, -1e-9]), jnp.array([0.0, -1e4, 0.0, -1e4, -30.0])
     for lengths in (jnp.ones(5, int), jnp.zeros(5, int)):
@@ -347,24 +209,15 @@ def test_unknown_names_get_the_nearest_and_the_list() -> None:
         preference_loss(**arrays(0), f_divergence_type="kl")
 
 
-HONOURED = {
-    "label_smoothing": 0.1,
-    "f_divergence_type": "forward_kl",
-    "discopop_tau": 0.1,
-    "simpo_gamma": 0.7,
-    "cpo_alpha": 0.5,
-    "orpo_lambda": 0.5,
-    "bco_delta": 0.3,
-    "ld_alpha": 0.5,
-    "use_weighting": True,
-}
+# Read only next to an option that is tried itself, or given in the place of another.
+DEPENDENT = {"f_alpha_divergence_coef", "pair_weights"}
 
 
-@pytest.mark.parametrize("option", HONOURED)
+@pytest.mark.parametrize("option", sorted({name for spec in LOSSES.values() for name in spec.options} - DEPENDENT))
 def test_an_option_that_a_loss_cannot_honour_is_an_error_that_names_those_that_can(option: str) -> None:
     able = [name for name, spec in LOSSES.items() if option in spec.options]
     for name in LOSSES:
-        needed = {**NEEDED.get(name, {}), option: HONOURED[option]}
+        needed = {**NEEDED.get(name, {}), option: another_value(option)}
         if name in able:
             loss_settings(name, **needed)
         else:
@@ -408,9 +261,9 @@ def test_values_at_their_default_ask_for_nothing() -> None:
         ({"loss_type": "exo_pair"}, "'exo_pair' needs label_smoothing > 0"),
         ({"loss_type": []}, "loss_type is empty"),
         ({"loss_type": ["sigmoid", "sigmoid"]}, "names a loss twice"),
-        ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, r"one number a loss: 2 \(sigmoid, sft\), found 1"),
+        ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, r"one number per loss: 2 \(sigmoid, sft\), found 1"),
         ({"loss_weights": [-1.0]}, "loss_weights must be at least 0"),
-        ({"f_alpha_divergence_coef": 0.3}, "read by f_divergence_type 'alpha_divergence' alone"),
+        ({"f_alpha_divergence_coef": 0.3}, "read only by f_divergence_type 'alpha_divergence'"),
         ({"loss_type": "bco_pair", "bco_delta": 0.1, "bco_running_delta": True}, "give one of them"),
     ],
     ids=str,
@@ -446,9 +299,3 @@ def test_refuses_missing_reference_lengths_and_unequal_shapes() -> None:
         preference_loss(**(x | {"reference_chosen_logps": x["reference_chosen_logps"][:3]}))
     with pytest.raises(ValueError, match=r"chosen_lengths must have the shape \(6,\)"):
         preference_loss(**(x | {"chosen_lengths": x["chosen_lengths"][:3]}))
-
-
-def test_every_loss_says_what_it_is_and_where_it_comes_from() -> None:
-    for name, spec in LOSSES.items():
-        assert spec.source, name
-        assert spec.function.__doc__, name

@@ -13,7 +13,7 @@ from jdpo.config import ModelSettings, PreferenceSettings
 from jdpo.data.batching.loader import collate_completions, collate_pairs
 from jdpo.losses.pair_logps import ApplyFn
 from jdpo.losses.pair_losses import metric_names
-from jdpo.losses.settings import DEFAULTS, OFF, LossSettings, loss_settings
+from jdpo.losses.settings import LossSettings, loss_settings
 from jdpo.models.transformer import Transformer, make_apply_fn, make_routed_apply_fn
 from jdpo.training.step.objectives import (
     Batch,
@@ -59,14 +59,12 @@ class Task:
 
 
 def loss_of(settings: PreferenceSettings) -> LossSettings:
-    """The losses of a config.
+    """Returns the losses of a run.
 
     Raises:
       ValueError: losses and options that do not go together.
     """
-    options = {name: getattr(settings, name) for name in (*DEFAULTS, *OFF) if hasattr(settings, name)}
-    loss_type = settings.loss_type[0] if len(settings.loss_type) == 1 else settings.loss_type
-    return loss_settings(loss_type, beta=settings.beta, **options)[0]
+    return loss_settings(settings.loss_type, loss_weights=settings.loss_weights, **settings.by_name())[0]
 
 
 def task_for(settings: ModelSettings) -> Task:

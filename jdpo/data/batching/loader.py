@@ -1,4 +1,4 @@
-"""Which rows make up each step, and how they are laid out in a batch.
+"""The rows of each step, and padded batches of them.
 
 Planning is pure: resuming needs a step number only.
 Legend: b pairs (slots), n=2 sides, t token positions.
@@ -22,14 +22,14 @@ T = TypeVar("T")
 SMALLEST_BUCKET = 32
 
 WINDOW_STEPS = 16
-"""Steps whose rows `group_by_length` sorts into each other: the scale down to which the order stays random."""
+"""`group_by_length` sorts the rows of this many steps together; on larger scales the order stays random."""
 
 _GROUPING = 0x6C656E
-"""Keeps the order of grouped steps apart from the orders of rows, which are drawn from the same seed."""
+"""Part of the key for the order of grouped steps, so that it differs from orders of rows with the same seed."""
 
 
 def num_steps_per_epoch(num_rows: int, global_batch_size: int) -> int:
-    """Steps that pass over all rows once; the last holds the remainder.
+    """Returns the number of steps that pass over all rows once; the last step holds the remainder.
 
     >>> num_steps_per_epoch(10, 4)
     3
@@ -38,10 +38,10 @@ def num_steps_per_epoch(num_rows: int, global_batch_size: int) -> int:
 
 
 def plan(step: int, *, num_rows: int, global_batch_size: int, seed: int, shuffle: bool) -> np.ndarray:
-    """The rows of one step: int64 indices [global_batch_size], fewer in the last step of an epoch.
+    """Returns the rows of one step: int64 indices [global_batch_size], fewer in the last step of an epoch.
 
     Pure in its arguments. Each epoch passes over every row once, in an order that (seed, epoch) determines.
-    `RowPlan` is the same for data sets that are mixed.
+    `RowPlan` does the same for a mixture of datasets.
 
     >>> [plan(step, num_rows=5, global_batch_size=2, seed=0, shuffle=False).tolist() for step in range(4)]
     [[0, 1], [2, 3], [4], [0, 1]]
@@ -52,14 +52,14 @@ def plan(step: int, *, num_rows: int, global_batch_size: int, seed: int, shuffle
 
 
 class RowPlan:
-    """The rows of every step of a run; pure in what it is made of, so that resuming needs a step number only.
+    """The rows of every step of a run. It has no state, so resuming needs a step number only.
 
-    A step has exactly global_batch_size rows, and the last one of an epoch the remainder. Every process plans the whole
-    step, whatever their number, so that a run goes on with the same rows on another number of hosts.
+    A step has exactly global_batch_size rows; the last step of an epoch has the remainder. Every process plans the
+    whole step, so a run that continues on another number of hosts sees the same rows.
 
     Attributes:
-      mixture: how many rows of each data set an epoch takes.
-      steps_per_epoch: the last holds the remainder.
+      mixture: the number of rows that an epoch takes from each dataset.
+      steps_per_epoch: number of steps; the last one holds the remainder.
     """
 
     def __init__(
@@ -71,10 +71,11 @@ class RowPlan:
         shuffle: bool,
         lengths: np.ndarray | None = None,
     ) -> None:
-        """
+        """Plans the steps.
+
         Args:
-          lengths: int [rows] by which rows are grouped: the rows of every WINDOW_STEPS steps are sorted by length and
-            cut into steps again, which come in an order of their own. None: the steps stay as they are.
+          lengths: int [rows], lengths to group by: the rows of every WINDOW_STEPS steps are sorted by length and cut
+            into steps again, which follow in a random order. None: no grouping.
         """
         assert lengths is None or (shuffle and len(lengths) == sum(mixture.sizes)), "lengths of all rows, shuffled"
         self.mixture, self._size = mixture, global_batch_size
@@ -83,7 +84,7 @@ class RowPlan:
         self._grouped = functools.lru_cache(maxsize=2)(self._group)
 
     def step(self, step: int) -> np.ndarray:
-        """The rows of one step: int64 [global_batch_size], fewer in the last step of an epoch."""
+        """Returns the rows of one step: int64 [global_batch_size], fewer in the last step of an epoch."""
         epoch, position = divmod(step, self.steps_per_epoch)
         if self._lengths is None:
             order = epoch_order(self.mixture, self._seed, epoch, self._shuffle)
@@ -92,7 +93,7 @@ class RowPlan:
         return order[position * self._size : (position + 1) * self._size].copy()
 
     def _group(self, epoch: int) -> np.ndarray:
-        """The order of an epoch with its rows grouped; those of the remainder stay where they are."""
+        """Returns the order of an epoch with rows grouped by length; the remainder of the epoch is not grouped."""
         assert self._lengths is not None
         order = epoch_order(self.mixture, self._seed, epoch, self._shuffle).copy()
         num_full = len(order) // self._size
@@ -106,9 +107,9 @@ class RowPlan:
 
 
 def bucket_length(n: int, max_length: int) -> int:
-    """The padded length for sequences of up to `n` tokens: one of few, so that few shapes are compiled.
+    """Returns the padded length for sequences of up to `n` tokens: one of few, so that few shapes are compiled.
 
-    The next of 2^k and 1.5 * 2^k, at least 32, at most `max_length` rounded up to a multiple of 8.
+    It is the next number of the form 2^k or 1.5 * 2^k, at least 32, at most `max_length` rounded up to a multiple of 8.
 
     >>> [bucket_length(n, 1000) for n in (1, 33, 65, 97, 900)]
     [32, 48, 96, 128, 1000]
@@ -122,11 +123,10 @@ def bucket_length(n: int, max_length: int) -> int:
 
 
 def collate_pairs(pairs: Sequence[AnyPair], *, num_slots: int, length: int, pad_token_id: int) -> PreferenceBatch:
-    """Lays pairs out as a right-padded batch, tokens int32 [num_slots, 2, length].
+    """Lays out pairs as a right-padded batch, tokens int32 [num_slots, 2, length].
 
-    Slots past the pairs hold padding pairs: weight 0, one attended token (attention over nothing is NaN), no
-    completion.
-    Masks come from lengths: a pad token that is also EOS hides no real EOS.
+    Slots after the last pair hold padding pairs: weight 0, one attended token (attention over nothing is NaN), no
+    completion. Masks come from lengths, so a pad token that is also the EOS hides no real EOS.
 
         prompt 5 6, chosen 7 2, rejected 8    length 5, pad 2
         tokens           [[5 6 7 2 2] [5 6 8 2 2]]
@@ -152,7 +152,7 @@ def collate_pairs(pairs: Sequence[AnyPair], *, num_slots: int, length: int, pad_
 def collate_completions(
     rows: Sequence[TokenizedCompletion], *, num_slots: int, length: int, pad_token_id: int
 ) -> CompletionBatch:
-    """Lays supervised examples out as a right-padded batch, tokens int32 [num_slots, length]."""
+    """Lays out supervised examples as a right-padded batch, tokens int32 [num_slots, length]."""
     assert len(rows) <= num_slots, (len(rows), num_slots)
     tokens = np.full((num_slots, length), pad_token_id, np.int32)
     attention_mask = np.zeros((num_slots, length), bool)

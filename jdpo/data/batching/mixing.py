@@ -1,10 +1,10 @@
-"""Several data sets in one run: what they are called, how many rows of each an epoch has, and in which order.
+"""Mixtures of datasets: their labels, the rows per epoch of each, and the order of the rows.
 
-Without weights or num_rows an epoch is all rows of all data sets, once. With them, each data set gives a fixed number
-of rows an epoch, cut from an endless stream of passes over its rows, every pass in a new order. The next epoch goes on
-where the last one ended, so that no row comes again before all others of its data set did, and every row comes.
+Without weights or num_rows, an epoch is all rows of all datasets, once. With them, each dataset gives a fixed number of
+rows per epoch, taken from an endless stream of passes over its rows, every pass in a new order. The next epoch
+continues the stream, so every row is used, and none is repeated before all other rows of its dataset.
 
-Everything here is pure in its arguments, and the same on every host.
+All functions are pure, and give the same result on every host.
 """
 
 from __future__ import annotations
@@ -25,9 +25,14 @@ _ENDING = re.compile(r"(\.(json|jsonl|ndjson|csv|tsv|parquet|arrow))?(\.(gz|bz2|
 
 
 class Mixture(NamedTuple):
-    """How many rows each data set has, and how many of them an epoch takes; more than it has: some come again.
+    """The number of rows of each dataset, and the number that an epoch takes from it.
 
-    The rows of the data sets are numbered one set after the other.
+    An epoch may take more rows than a dataset has; then some are repeated. Rows are numbered across all datasets, one
+    dataset after the other.
+
+    Attributes:
+      sizes: rows of each dataset.
+      takes: rows per epoch of each dataset.
     """
 
     sizes: tuple[int, ...]
@@ -35,7 +40,7 @@ class Mixture(NamedTuple):
 
     @property
     def num_examples(self) -> int:
-        """Rows of an epoch.
+        """The number of rows of an epoch.
 
         >>> Mixture(sizes=(10, 4), takes=(5, 8)).num_examples
         13
@@ -43,7 +48,7 @@ class Mixture(NamedTuple):
         return sum(self.takes)
 
     def describe(self, labels: Sequence[str]) -> str:
-        """An epoch in words.
+        """Returns a sentence on what an epoch consists of.
 
         >>> Mixture(sizes=(1000, 400, 7), takes=(500, 1000, 7)).describe(["hh", "orca", "own"])
         'an epoch is 1,507 rows: 500 of hh (0.5 passes over 1,000), 1,000 of orca (2.5 passes over 400), all 7 of own'
@@ -57,7 +62,7 @@ class Mixture(NamedTuple):
         return f"an epoch is {figure(self.num_examples, 'row')}: {', '.join(parts)}"
 
 
-# --- what the config says
+# --- settings
 
 
 def check_data_settings(data: DataSettings, *, pairs: bool) -> None:
@@ -67,25 +72,25 @@ def check_data_settings(data: DataSettings, *, pairs: bool) -> None:
       pairs: whether the run trains on pairs, not on completions.
 
     Raises:
-      ValueError: naming the settings and what to do.
+      ValueError: settings contradict each other; the message names them and says what to do.
     """
     labels_of(data.datasets)
     labels_of(data.eval_datasets)
     _check_shares(data)
     if data.eval_fraction and data.eval_datasets:
         raise ValueError(
-            f"eval_fraction {data.eval_fraction} and eval_datasets both choose the evaluation rows; leave one out"
+            f"eval_fraction {data.eval_fraction} and eval_datasets both choose the evaluation rows; remove one of them"
         )
     if data.eval_fraction == 1:
         raise ValueError("eval_fraction is 1, which leaves nothing to train on; expected a share such as 0.05")
     for dataset in (*data.datasets, *data.eval_datasets):
         if not pairs and dataset.ranked != "best_vs_worst":
             raise ValueError(
-                f"{dataset.path}: ranked {dataset.ranked!r} is for pairs, and `jdpo sft` learns the best answer alone; "
-                "leave it out"
+                f"{dataset.path}: ranked {dataset.ranked!r} applies to pairs, but `jdpo sft` learns the best answer; "
+                "remove it"
             )
     if data.group_by_length and not data.shuffle:
-        raise ValueError("group_by_length puts steps in a random order; it needs shuffle: true")
+        raise ValueError("group_by_length puts steps in a random order and needs shuffle: true")
 
 
 def _check_shares(data: DataSettings) -> None:
@@ -93,21 +98,21 @@ def _check_shares(data: DataSettings) -> None:
     counted = [dataset.path for dataset in data.datasets if dataset.num_rows is not None]
     if weighted and counted:
         raise ValueError(
-            f"datasets: {weighted[0]} has weight and {counted[0]} has num_rows; use one of the two for all data sets"
+            f"datasets: {weighted[0]} has weight and {counted[0]} has num_rows; use one of the two for all datasets"
         )
     without = [dataset.path for dataset in data.datasets if dataset.weight is None]
     if weighted and without:
-        raise ValueError(f"datasets: {without[0]} has no weight, but others have; give every data set one")
+        raise ValueError(f"datasets: {without[0]} has no weight, but others have one; give every dataset a weight")
     if data.num_examples is not None and not weighted:
         raise ValueError(
-            f"num_examples {data.num_examples} is for data sets with weights; give every data set a weight, or say "
-            "with num_rows how many rows of it an epoch has"
+            f"num_examples {data.num_examples} applies to weighted datasets; give every dataset a weight, or set the "
+            "rows per epoch of each with num_rows"
         )
     for dataset in data.eval_datasets:
         if dataset.weight is not None or dataset.num_rows is not None:
             raise ValueError(
                 f"eval_datasets: {dataset.path} has weight or num_rows, but an evaluation reads every row once; to "
-                "evaluate on part of it, set split, such as train[:200]"
+                "evaluate on part of it, set split to a slice such as train[:200]"
             )
 
 
@@ -117,30 +122,29 @@ def has_evaluation(data: DataSettings) -> bool:
 
 
 def labels_of(datasets: Sequence[DatasetConfig]) -> tuple[str, ...]:
-    """What each data set is called in metrics.
+    """Returns the label of each dataset, which names it in metrics.
 
     Raises:
-      ValueError: two have the same label, or one is empty or has a / in it.
+      ValueError: two datasets have the same label, or a label is empty or contains a /.
     """
     labels: dict[str, str] = {}
     for dataset in datasets:
         label = default_label(dataset.path) if dataset.label is None else dataset.label
         if not label.strip() or "/" in label:
             raise ValueError(
-                f"the data set {dataset.path} has the label {label!r}; expected a name without /, as it becomes part "
-                "of names like rewards/margins/<label>"
+                f"the dataset {dataset.path} has the label {label!r}; expected a name without /, because it becomes "
+                "part of names like rewards/margins/<label>"
             )
         if label in labels:
             raise ValueError(
-                f"two data sets are called {label!r}: {labels[label]} and {dataset.path}; give one of them another "
-                "label"
+                f"two datasets are called {label!r}: {labels[label]} and {dataset.path}; give one of them another label"
             )
         labels[label] = dataset.path
     return tuple(labels)
 
 
 def default_label(path: str) -> str:
-    """The file's stem, or the last part of a hub name; never the query of an address.
+    """Returns the file's stem or the last part of a hub name, never the query of an address.
 
     >>> [default_label(path) for path in ("data/hh.jsonl.gz", "org/dpo-mix-7k", "s3://bucket/v1.5/", "pairs.v2.json")]
     ['hh', 'dpo-mix-7k', 'v1.5', 'pairs.v2']
@@ -150,15 +154,16 @@ def default_label(path: str) -> str:
 
 
 def mixture_of(datasets: Sequence[DatasetConfig], sizes: Sequence[int], *, num_examples: int | None) -> Mixture:
-    """How many rows of each data set an epoch takes, as the config says; the settings passed `check_data_settings`.
+    """Returns the mixture that a config asks for.
 
     Args:
-      sizes: rows that were kept of each data set.
-      num_examples: rows of an epoch where data sets have weights; None: as many as pass over the largest set once
-        (of several largest ones, over that of the largest weight).
+      datasets: settings that have passed `check_data_settings`.
+      sizes: rows kept of each dataset.
+      num_examples: rows per epoch of weighted datasets; None: as many as one pass over the largest dataset needs (of
+        several largest ones, over the one with the largest weight).
 
     Raises:
-      ValueError: a data set with a weight has no rows, or gets none in an epoch.
+      ValueError: a weighted dataset has no rows, or gets none in an epoch.
     """
     weights = [Fraction(dataset.weight) for dataset in datasets if dataset.weight is not None]
     counts = [dataset.num_rows for dataset in datasets]
@@ -171,12 +176,12 @@ def mixture_of(datasets: Sequence[DatasetConfig], sizes: Sequence[int], *, num_e
     for label, size, take in zip(labels_of(datasets), sizes, takes, strict=True):
         if not size:
             raise ValueError(
-                f"the data set {terminal(label)} has no rows left, so it cannot have a share of an epoch; leave it out"
+                f"the dataset {terminal(label)} has no rows left, so it cannot have a share of an epoch; remove it"
             )
         if not take:
             raise ValueError(
-                f"the data set {terminal(label)} gets none of the {sum(takes):,} rows of an epoch; give it more "
-                "weight, or set num_examples to more"
+                f"the dataset {terminal(label)} gets none of the {sum(takes):,} rows of an epoch; increase its weight "
+                "or num_examples"
             )
     return Mixture(tuple(sizes), tuple(takes))
 
@@ -192,14 +197,14 @@ def _weighted(weights: Sequence[Fraction], sizes: Sequence[int], num_examples: i
 
 
 def apportion(weights: Sequence[Fraction], total: int) -> list[int]:
-    """Parts of a total in proportion to weights, by largest remainder; they add up to it.
+    """Divides a total in proportion to weights into whole numbers that add up to it (largest remainder method).
 
     >>> apportion([Fraction(1), Fraction(1), Fraction(1)], 8)
     [3, 3, 2]
     """
     exact = [weight / sum(weights) * total for weight in weights]
     parts = [int(part) for part in exact]
-    by_remainder = sorted(range(len(parts)), key=lambda index: parts[index] - exact[index])  # a tie: the first
+    by_remainder = sorted(range(len(parts)), key=lambda index: parts[index] - exact[index])  # stable: ties in order
     for index in by_remainder[: total - sum(parts)]:
         parts[index] += 1
     return parts
@@ -210,14 +215,14 @@ def apportion(weights: Sequence[Fraction], total: int) -> list[int]:
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(mixture: Mixture, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
-    """The rows of an epoch, in their order: int64 [num_examples], not to be written into.
+    """Returns the rows of an epoch in their order: int64 [num_examples]. The array is cached; do not write to it.
 
     >>> epoch_order(Mixture(sizes=(2, 3), takes=(3, 2)), 0, 0, False).tolist()
     [0, 1, 0, 2, 3]
     """
     order = permutation(mixture.num_examples, seed, epoch) if shuffle else np.arange(mixture.num_examples)
     if mixture.takes == mixture.sizes:
-        return order  # every row once: shuffling the numbers of the rows is enough
+        return order  # every row once, so a permutation of the rows is all that is needed
     set_of = np.repeat(np.arange(len(mixture.takes)), mixture.takes)[order]
     rows = np.empty(mixture.num_examples, np.int64)
     start = 0
@@ -228,7 +233,7 @@ def epoch_order(mixture: Mixture, seed: int, epoch: int, shuffle: bool) -> np.nd
 
 
 def _stream(size: int, start: int, stop: int, seed: int, index: int, shuffle: bool) -> np.ndarray:
-    """Places `start` to `stop` of the endless stream of passes over the rows 0 to `size` of one data set."""
+    """Returns elements `start` to `stop` of the endless stream of passes over the rows 0 to `size` of one dataset."""
     parts = []
     for number in range(start // size, -(-stop // size)):
         rows = permutation(size, seed, number, 1 + index) if shuffle else np.arange(size)
@@ -237,7 +242,7 @@ def _stream(size: int, start: int, stop: int, seed: int, index: int, shuffle: bo
 
 
 def permutation(num_rows: int, *key: int) -> np.ndarray:
-    """The numbers from 0 to num_rows in an order that `key` determines, for ever."""
-    # Sorted raw bits, since numpy keeps those the same for ever, and not the stream of Generator.permutation.
+    """Returns the numbers from 0 to num_rows in an order that depends on `key` alone."""
+    # numpy guarantees the raw bits of PCG64 across versions, but not the results of Generator.permutation.
     bits = np.random.PCG64(np.random.SeedSequence(key)).random_raw(num_rows)
     return np.argsort(bits, kind="stable")

@@ -1,17 +1,17 @@
-"""Items back to back in rows of slots, each prompt once, and the indices by which attention and head read them.
+"""Packed batches: items back to back in rows of slots, each prompt once, with indices for attention and the head.
 
     pair: prompt 5 6, chosen 7 2, rejected 8            s 8, t 4, c 4; the row holds this pair alone
     tokens       5 6 7 2 8 0 0 0
     positions    0 1 2 3 2 0 0 0
     gather       0 1 2 3 | 0 1 4 5                      attention sees 5 6 7 2 and 5 6 8, lengths 4 and 3
-    scatter      0 1 2 3 6 0 0 0                        where the slots' attention output stands
+    scatter      0 1 2 3 6 0 0 0                        where each slot's attention output is
     logp_slot    1 2 1 0                                6 predicts 7, 7 predicts 2, 6 predicts 8
     logp_target  7 2 8 0
     logp_pair    0 0 1 2                                chosen, chosen, rejected, none
 
-A supervised row is an item with one side and no prompt of its own: `tokens` once, scored where its mask is.
-A completion token at position 0 has nothing before it that predicts it and is not scored, as in
-`jdpo.losses.pair_logps.predicted_tokens`. Axes: see `jdpo.data.batching.packing_shapes`.
+A supervised row is an item with one side and no prompt: `tokens` once, scored where its mask is True. A completion
+token at position 0 is not scored, because no token before it predicts it; `jdpo.losses.pair_logps.predicted_tokens`
+does the same for padded batches. Axes: see `jdpo.data.batching.packing_shapes`.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ def pack(
     *,
     reference_logps: Sequence[tuple[np.ndarray, ...]] | None = None,
 ) -> PackedBatch:
-    """Lays a step out.
+    """Packs the items of a step.
 
     Args:
-      rows: the items, b of them and all of one kind.
-      indices: int [b], which rows of the data they are.
-      plan: where they lie, and the shape of the batch; see `PackingPlan.step`.
-      reference_logps: of each item, the log-probs of the completion tokens of each side, as a `ReferenceCache` gives.
+      rows: the b items, all of one kind.
+      indices: int [b], their row numbers in the data.
+      plan: the bin of each item, and the shape of the batch; see `PackingPlan.step`.
+      reference_logps: for each item, the log-probs of the completion tokens of each side, from a `ReferenceCache`.
 
     Returns:
       Numpy arrays. The items of a row keep their order.
@@ -62,11 +62,11 @@ def pack(
 
 
 def unused(shape: PackedShape, *, num_sides: int, reference_dtype: Any = None) -> PackedBatch:
-    """Arrays of the shapes and dtypes that `pack` gives for a shape, of zeros that take no memory.
+    """Returns a batch of zeros with the shapes and dtypes that `pack` gives for a shape. It takes no memory.
 
     Args:
       num_sides: n.
-      reference_dtype: of cached log-probs; None where none travel with the batch.
+      reference_dtype: dtype of cached log-probs; None: the batch has none.
     """
     num_sequences = num_sides * shape.num_items
     axes: dict[str, tuple[int, ...]] = {
@@ -92,15 +92,15 @@ def unused(shape: PackedShape, *, num_sides: int, reference_dtype: Any = None) -
 
 
 class _Layout(NamedTuple):
-    """Where everything of a step lies.
+    """The position of every item and token of a step.
 
-    Axes: b items in the order of their bins, n sides, x slots in use, of all items one after the other.
-    Bins are numbered over (k m); slots within their bin.
+    Axes: b items in the order of their bins, n sides, x used slots of all items one after the other.
+    Bins are numbered over (k m), slots within their bin.
     """
 
     bin_b: np.ndarray
     local_b: np.ndarray  # the item's number within its bin
-    prompt_start_b: np.ndarray  # slots at which the parts of an item begin, and tokens of each
+    prompt_start_b: np.ndarray  # first slot of each part of an item, and the number of its tokens
     prompt_length_b: np.ndarray
     side_start_bn: np.ndarray
     side_length_bn: np.ndarray
@@ -159,14 +159,14 @@ def _layout(rows: Sequence[Any], bin_b: np.ndarray) -> _Layout:
 def _filled(
     shape: PackedShape, axes: tuple[int, ...], dtype: Any, at: tuple[Any, ...], values: Any, rest: int = 0
 ) -> np.ndarray:
-    """An array [k, m, *axes] that holds `values` at the indices `at` [(k m), *axes] and `rest` elsewhere."""
+    """Returns an array [k, m, *axes] with `values` at the indices `at` [(k m), *axes] and `rest` elsewhere."""
     array = np.full((shape.num_micro * shape.num_rows, *axes), rest, dtype)
     array[at] = values
     return array.reshape(shape.num_micro, shape.num_rows, *axes)
 
 
 def _slot_arrays(layout: _Layout, shape: PackedShape) -> dict[str, np.ndarray]:
-    """What is of slots."""
+    """Returns the arrays with an axis of slots: tokens, positions, scatter, readers."""
     num_sides = layout.side_length_bn.shape[1]
     in_prompt_x = layout.side_x < 0
     position_x = layout.within_x + np.where(in_prompt_x, 0, layout.prompt_length_b[layout.item_x])
@@ -191,15 +191,15 @@ def _slot_arrays(layout: _Layout, shape: PackedShape) -> dict[str, np.ndarray]:
 
 
 def _sequence_arrays(layout: _Layout, shape: PackedShape) -> dict[str, np.ndarray]:
-    """What is of attention sequences."""
+    """Returns the arrays with an axis of attention sequences: gather, lengths."""
     num_sides = layout.side_length_bn.shape[1]
     num_sequences = num_sides * shape.num_items
     bin_bn = np.broadcast_to(layout.bin_b[:, None], layout.side_length_bn.shape)
     sequence_bn = num_sides * layout.local_b[:, None] + np.arange(num_sides)
     prompt_length_b1 = layout.prompt_length_b[:, None]
     place_t = np.arange(shape.length)
-    # Two runs of slots: the prompt's, and from its end on the side's. What lies behind may be read but is not in use:
-    # slots one after the other, since the same one many times over would be slow where gradients are added up.
+    # A sequence reads two runs of slots: the prompt's, then the side's. Places after its end read unused slots, each
+    # another one: many reads of one slot would make its gradient a slow sum.
     jump_bn = layout.side_start_bn - layout.prompt_start_b[:, None] - prompt_length_b1
     slot_bnt = (
         layout.prompt_start_b[:, None, None]
@@ -225,7 +225,7 @@ def _sequence_arrays(layout: _Layout, shape: PackedShape) -> dict[str, np.ndarra
 def _scored_arrays(
     layout: _Layout, shape: PackedShape, reference: Sequence[tuple[np.ndarray, ...]] | None
 ) -> dict[str, np.ndarray]:
-    """What is of scored tokens."""
+    """Returns the arrays with an axis of scored tokens: logp_slot, logp_target, logp_pair, logp_reference."""
     num_sides = layout.side_length_bn.shape[1]
     x = np.flatnonzero(layout.scored_x)
     item, side = layout.item_x[x], layout.side_x[x]

@@ -1,7 +1,7 @@
-"""Which items of a step share a row of slots, for every step of a run.
+"""The packing plan of a run: for every step, the items that share a row of slots.
 
-An item is a pair, or a supervised row. Planning is pure: it reads sizes only, never tokens, so that the shape of every
-step is known before the first. Axes: see `jdpo.data.batching.packing_shapes`; b items of a step.
+An item is a pair or a supervised row. Planning is pure and reads sizes only, never tokens, so the shape of every step
+is known before the first step. Axes: see `jdpo.data.batching.packing_shapes`; b items of a step.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from jdpo.types import AnyPair, TokenizedCompletion, completions_of
 
 
 class ItemSizes(NamedTuple):
-    """How much room items take: int64 [items] each.
+    """Sizes of items: int64 [items] each.
 
     Attributes:
-      slots: P + C + R of a pair, the tokens of a supervised row.
+      slots: P + C + R for a pair, the number of tokens for a supervised row.
       longest: tokens of the longest sequence.
-      scored: tokens whose log-prob is wanted; see `jdpo.data.batching.packing`.
+      scored: tokens whose log-prob is needed; see `jdpo.data.batching.packing`.
       num_sides: sequences of each item, 2 or 1.
     """
 
@@ -33,32 +33,32 @@ class ItemSizes(NamedTuple):
     num_sides: int
 
     def of(self, indices: np.ndarray) -> ItemSizes:
-        """The sizes of some items."""
+        """Selects the sizes of the given items."""
         return ItemSizes(self.slots[indices], self.longest[indices], self.scored[indices], self.num_sides)
 
 
 def pair_sizes(lengths: np.ndarray) -> ItemSizes:
-    """Sizes of pairs, from int [pairs, 3] tokens of prompt, chosen and rejected.
+    """Returns the sizes of pairs, given the tokens of prompt, chosen and rejected, int [pairs, 3].
 
     >>> [array.tolist() for array in pair_sizes(np.array([[3, 2, 4], [0, 2, 1]]))[:3]]
     [[9, 3], [7, 2], [6, 1]]
     """
     lengths = np.asarray(lengths, np.int64)
     prompt, completions = lengths[:, 0], lengths[:, 1:]
-    unpredicted = (prompt[:, None] == 0) & (completions > 0)  # nothing stands before the first token
+    unpredicted = (prompt[:, None] == 0) & (completions > 0)  # no token predicts the first one
     return ItemSizes(
         lengths.sum(1), prompt + completions.max(1, initial=0), completions.sum(1) - unpredicted.sum(1), num_sides=2
     )
 
 
 def completion_sizes(lengths: np.ndarray, scored: np.ndarray) -> ItemSizes:
-    """Sizes of supervised rows, from int [rows]: their tokens, and how many behind the first are learnt."""
+    """Returns the sizes of supervised rows, given their tokens and the learnt tokens after the first, int [rows]."""
     lengths = np.asarray(lengths, np.int64)
     return ItemSizes(lengths, lengths, np.asarray(scored, np.int64), num_sides=1)
 
 
 def item_sizes(rows: Iterable[AnyPair] | Iterable[TokenizedCompletion]) -> ItemSizes:
-    """Sizes of rows of one kind, by reading each."""
+    """Returns the sizes of rows of one kind, reading each row."""
     pairs: list[tuple[int, int, int]] = []
     masked: list[int] = []
     completions: list[tuple[int, int]] = []
@@ -75,11 +75,16 @@ def item_sizes(rows: Iterable[AnyPair] | Iterable[TokenizedCompletion]) -> ItemS
     return sizes._replace(scored=sizes.scored - np.array(masked))
 
 
-# --- the items of each row
+# --- the items of each row of slots
 
 
 class StepBins(NamedTuple):
-    """Where the items of a step lie: bin_of int64 [b] is micro-batch * m + row, below num_micro * m."""
+    """The bins of the items of a step.
+
+    Attributes:
+      num_micro: micro-batches of the step.
+      bin_of: int64 [b], micro-batch * m + row, below num_micro * m.
+    """
 
     num_micro: int
     bin_of: np.ndarray
@@ -88,16 +93,16 @@ class StepBins(NamedTuple):
 def plan_step(
     slots: np.ndarray, *, num_rows: int, max_slots: int | None = None, max_items: int | None = None
 ) -> StepBins:
-    """Spreads a step's items over rows of about equally many slots, in the fewest micro-batches.
+    """Distributes a step's items over rows with about equally many slots, in the fewest micro-batches.
 
-    Pure in its arguments; ties go by the order of items and rows. An item is never cut: one that is longer than
+    Pure in its arguments; ties are decided by the order of items and rows. Items are never cut: one longer than
     max_slots raises the limit to its own length. Rows may stay empty.
 
     Args:
-      slots: int [b], slots that each item takes.
+      slots: int [b], slots of each item.
       num_rows: m.
-      max_slots: slots of a row at most; read where max_items is None.
-      max_items: items of a row at most.
+      max_slots: maximum number of slots per row; ignored if max_items is given.
+      max_items: maximum number of items per row.
 
     >>> plan_step(np.array([5, 3, 4, 2]), num_rows=2, max_slots=7)
     StepBins(num_micro=1, bin_of=array([0, 1, 1, 0]))
@@ -117,7 +122,7 @@ def plan_step(
 
 
 def _spread(slots: np.ndarray, num_bins: int, max_items: int) -> tuple[np.ndarray, int]:
-    """The bin of each item, largest items first and each to the emptiest bin, and the slots of the fullest bin."""
+    """Puts items, the largest first, into the emptiest bin; returns the bin of each and the slots of the fullest."""
     bin_of = np.zeros(len(slots), np.int64)
     if num_bins == 1:
         return bin_of, int(slots.sum())
@@ -135,11 +140,11 @@ def _spread(slots: np.ndarray, num_bins: int, max_items: int) -> tuple[np.ndarra
 
 
 def needed_shape(sizes: ItemSizes, bins: StepBins, num_rows: int) -> PackedShape:
-    """The smallest shape that holds a step.
+    """Returns the smallest shape that holds a step.
 
     Args:
-      sizes: of the step's items.
-      bins: where they lie.
+      sizes: sizes of the step's items.
+      bins: their bins.
       num_rows: m.
     """
 
@@ -160,7 +165,7 @@ def needed_shape(sizes: ItemSizes, bins: StepBins, num_rows: int) -> PackedShape
 
 
 class StepPlan(NamedTuple):
-    """How a step is packed."""
+    """The bins of a step's items, and the shape of its batch."""
 
     bins: StepBins
     shape: PackedShape
@@ -168,14 +173,14 @@ class StepPlan(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PackingPlan:
-    """How each step of a run is packed; see `plan_run`.
+    """The packing of each step of a run; see `plan_run`.
 
     Attributes:
-      sizes: of all items of the data.
+      sizes: sizes of all items of the data.
       num_rows: m.
-      max_slots: slots of a row at most, but for items that are longer; read where max_items is None.
-      max_items: items of a row at most, or None.
-      shapes: what the steps of the run come in, the costliest last.
+      max_slots: maximum number of slots per row, except for longer items; ignored if max_items is given.
+      max_items: maximum number of items per row, or None.
+      shapes: the shapes of the run's steps, the most expensive last.
     """
 
     sizes: ItemSizes
@@ -185,10 +190,10 @@ class PackingPlan:
     shapes: tuple[PackedShape, ...]
 
     def step(self, indices: np.ndarray) -> StepPlan:
-        """How the items `indices` [b] of the data are packed together.
+        """Plans the packing of the items `indices` [b] of the data.
 
-        They come in the cheapest of `shapes` that holds them; in one of their own where none does, as may happen in a
-        step that `plan_run` was not told of.
+        The batch has the cheapest of `shapes` that holds the items. If none does, which can happen for a step that was
+        not among those given to `plan_run`, it has a shape of its own.
         """
         sizes = self.sizes.of(indices)
         bins = plan_step(sizes.slots, num_rows=self.num_rows, max_slots=self.max_slots, max_items=self.max_items)
@@ -205,17 +210,17 @@ def plan_run(
     max_tokens_per_device: int | None = None,
     micro_batch_size: int | None = None,
 ) -> PackingPlan:
-    """Plans the packing of a run: a micro-batch has one row for each shard.
+    """Plans the packing of a run, in which a micro-batch has one row per shard.
 
     Args:
-      sizes: of all items of the data.
+      sizes: sizes of all items of the data.
       steps: the items of every step of the run, int [b] each (`jdpo.data.batching.loader.plan`).
-      num_shards: parts that a micro-batch is split into.
-      max_tokens_per_device: slots of a row at most; read where micro_batch_size is None.
-      micro_batch_size: items of a row at most.
+      num_shards: number of parts that a micro-batch is split into.
+      max_tokens_per_device: maximum number of slots per row; ignored if micro_batch_size is given.
+      micro_batch_size: maximum number of items per row.
 
     Raises:
-      ValueError: neither a budget nor a micro_batch_size, or one that leaves a row without room.
+      ValueError: neither limit is given, or max_tokens_per_device is below SLOT_MULTIPLE.
     """
     max_slots = None
     if micro_batch_size is None and max_tokens_per_device is not None:

@@ -1,4 +1,4 @@
-"""The few shapes that the packed batches of a run come in: each shape is a program to compile.
+"""The few shapes of a run's packed batches. Each shape is a program to compile.
 
 Axes, of all of packing: k micro-batches one after the other, m rows of a micro-batch (over all shards), s slots of a
 row, p items of a row, n sides of an item (2 of a pair, 1 of a supervised row), q = n * p attention sequences of a row,
@@ -13,28 +13,28 @@ from typing import NamedTuple
 import numpy as np
 
 SLOT_MULTIPLE, LENGTH_MULTIPLE, SCORED_MULTIPLE = 64, 64, 64
-"""What s, t and c are multiples of."""
+"""s, t and c are multiples of these."""
 
 MAX_SHAPES = 8
-"""Shapes of a run at most: each costs a compilation."""
+"""Maximum number of shapes per run, since each costs a compilation."""
 
 ENOUGH = 0.005
-"""Shapes are merged on, below MAX_SHAPES too, as long as all steps together cost no more than this share more."""
+"""Below MAX_SHAPES, shapes are merged as long as this raises the cost of all steps by at most this share."""
 
 MOST_REFINEMENTS = 10
-"""Of the merged shapes; each makes all steps together cheaper."""
+"""Maximum number of refinements of the merged shapes; each makes all steps together cheaper."""
 
 MERGED_AT_ONCE = 512
-"""Shapes that merging starts with at most: it takes time as the square of them."""
+"""Maximum number of shapes that merging starts with; its time grows with their square."""
 
 
 COST_OF_SCORED, COST_OF_PLACE = 0.05, 0.05
-"""What room for a scored token and a place of an attention sequence cost, in the time of one slot.
+"""Cost of an unused scored token and of an unused place of an attention sequence, in units of one slot's time.
 
-A slot runs through all matrices, used or not. The head skips chunks without a scored token, and attention what lies
-behind a sequence's length; left are a share of a chunk, and gathers and scatters. The plain attention path skips
-nothing and computes t scores a place, which is not counted: where it is asked for by name, steps of short sequences may
-share a shape with longer ones at a higher price than is reckoned here.
+Every slot runs through all matrices, used or not. The head skips chunks without a scored token, and attention skips the
+places after a sequence's end; what remains is part of a chunk, and gathers and scatters. The XLA attention path skips
+nothing and computes t scores per place, which is not counted: with `attention: xla`, short steps that share a shape
+with longer ones cost more than estimated here.
 """
 
 _MULTIPLES = np.array((1, 1, 1, SLOT_MULTIPLE, LENGTH_MULTIPLE, SCORED_MULTIPLE))  # of each field of a PackedShape
@@ -52,18 +52,21 @@ class PackedShape(NamedTuple):
 
 
 def choose_shapes(needs: Sequence[PackedShape], *, num_sides: int) -> tuple[PackedShape, ...]:
-    """At most MAX_SHAPES that hold every step of a run, at about the least cost of all steps; the costliest comes last.
+    """Chooses at most MAX_SHAPES shapes that hold every step of a run, at about the least total cost.
 
-    Starting from each step's own shape, the two whose union costs least are merged until few enough are left.
+    Starts with each step's own shape and merges the two shapes whose union adds the least cost until few enough remain.
 
     Args:
-      needs: of every step, from `needed_shape`.
+      needs: the smallest shape of every step, from `needed_shape`.
       num_sides: n.
+
+    Returns:
+      The shapes, the most expensive last.
     """
     assert len(needs) >= 1
     rounded = _round_up(np.array(needs, np.int64), _MULTIPLES)
     shapes = _merged(*_distinct(rounded), num_sides)
-    for _ in range(MOST_REFINEMENTS):  # each step goes to its cheapest shape, which shrinks to what goes there
+    for _ in range(MOST_REFINEMENTS):  # assign each step to its cheapest shape, then shrink shapes to their steps
         chosen = _cheapest(rounded, shapes, num_sides)
         refined = np.array([rounded[chosen == index].max(0) for index in np.unique(chosen)])
         if np.array_equal(refined, shapes):
@@ -74,7 +77,7 @@ def choose_shapes(needs: Sequence[PackedShape], *, num_sides: int) -> tuple[Pack
 
 
 def rounded_shape(need: PackedShape) -> PackedShape:
-    """A shape rounded up to the multiples of its axes."""
+    """Rounds a shape up to the multiples of its axes."""
     return PackedShape(*_round_up(np.array(need), _MULTIPLES).tolist())
 
 
@@ -84,9 +87,9 @@ def _round_up(values: np.ndarray, multiples: np.ndarray) -> np.ndarray:
 
 
 def _distinct(needs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most MERGED_AT_ONCE shapes [shapes, 6] that needs [needs, 6] fit in, and how many needs each stands for.
+    """Returns at most MERGED_AT_ONCE shapes [shapes, 6] that hold needs [needs, 6], and the number of needs of each.
 
-    Where there are more, they are rounded up further, but for k and m.
+    If there are more shapes, all axes except k and m are rounded up further.
     """
     largest, coarser = needs.max(0), _MULTIPLES.copy()
     while True:
@@ -97,11 +100,11 @@ def _distinct(needs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _merged(shapes: np.ndarray, counts: np.ndarray, num_sides: int) -> np.ndarray:
-    """Unions of shapes [shapes, 6], of which counts [shapes] steps have need."""
+    """Merges shapes [shapes, 6], needed by counts [shapes] steps each, into few unions."""
     shapes, counts = shapes.copy(), counts.copy()
 
     def extra_costs(index: int) -> np.ndarray:
-        """What merging a shape with each other one adds to the cost of all steps."""
+        """Returns the cost over all steps that merging one shape with each other shape adds."""
         merged, own = _cost(np.maximum(shapes[index], shapes), num_sides), _cost(shapes, num_sides)
         return (merged - own) * counts + (merged - own[index]) * counts[index]
 
@@ -123,19 +126,19 @@ def _merged(shapes: np.ndarray, counts: np.ndarray, num_sides: int) -> np.ndarra
 
 
 def _cost(shapes: np.ndarray, num_sides: int) -> np.ndarray:
-    """What a step of each shape costs, float [...] for int [..., 6]."""
+    """Returns the cost of a step of each shape, float [...] for int [..., 6]."""
     num_micro, num_rows, num_items, num_slots, length, num_scored = np.moveaxis(shapes, -1, 0)
     places = num_sides * num_items * length
     return num_micro * num_rows * (num_slots + COST_OF_SCORED * num_scored + COST_OF_PLACE * places)
 
 
 def cheapest_shape(need: PackedShape, shapes: Sequence[PackedShape], *, num_sides: int) -> PackedShape | None:
-    """The cheapest of the shapes that hold a step; None where none does."""
+    """Returns the cheapest of the shapes that hold a step, or None."""
     chosen = int(_cheapest(np.array([need]), np.array(shapes), num_sides)[0])
     return shapes[chosen] if chosen >= 0 else None
 
 
 def _cheapest(needs: np.ndarray, shapes: np.ndarray, num_sides: int) -> np.ndarray:
-    """The index of the cheapest of shapes [shapes, 6] that holds each of needs [needs, 6]; -1 where none does."""
+    """Returns, for each of needs [needs, 6], the index of the cheapest of shapes [shapes, 6] that holds it, or -1."""
     prices = np.where((needs[:, None] <= shapes).all(-1), _cost(shapes, num_sides), np.inf)
     return np.where(np.isfinite(prices.min(1)), prices.argmin(1), -1)

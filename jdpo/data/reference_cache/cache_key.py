@@ -1,6 +1,6 @@
-"""What a reference's log-probs depend on, and what to tell a person when that has changed.
+"""Keys of the reference cache, and explanations of a cache miss.
 
-An entry of the cache is `parts`, which decide its key, and `about`, which only serves to explain a miss.
+An entry of the cache has `parts`, which determine its key, and `about`, which is used only to explain a miss.
 """
 
 from __future__ import annotations
@@ -15,13 +15,18 @@ from jdpo.config import DatasetConfig, without_queries
 from jdpo.data.sources import open_source
 
 CACHE_VERSION = 2
-"""To be raised whenever the same reference would give the same rows other log-probs, or keep them otherwise."""
+"""Must be raised whenever the same reference and rows would give other log-probs, or another file format."""
 
 KEY_FILE = "key.json"
 
 
 class Entry(NamedTuple):
-    """What one folder of the cache is of: JSON values by name."""
+    """The description of one folder of the cache, in JSON values.
+
+    Attributes:
+      parts: everything that the log-probs depend on.
+      about: the settings behind it, in words for people.
+    """
 
     parts: dict[str, Any]
     about: dict[str, Any]
@@ -31,7 +36,7 @@ class Entry(NamedTuple):
         return key_of(self.parts)
 
     def text(self) -> str:
-        """What `key.json` holds, digest included."""
+        """Returns the content of `key.json`, digest included."""
         values = {"parts": self.parts, "about": self.about}
         return json.dumps(values | {"digest": key_of(values)}, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
@@ -39,15 +44,15 @@ class Entry(NamedTuple):
 def parts_of(
     *, weights: str, rows: str, compute_dtype: str, model: Mapping[str, Any], started: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """All that log-probs depend on; never beta, loss, learning rate, order or mesh.
+    """Returns everything that log-probs depend on. Beta, loss, learning rate, order and mesh are never part of it.
 
     Args:
       weights: digest of the reference's weights and config.
       rows: digest of the tokenized rows.
-      compute_dtype: of the activations.
+      compute_dtype: dtype of the activations.
       model: the model's config as used.
-      started: ids of the tokens whose embedding rows do not start as in the weights, and the seed of their noise; None
-        where all do.
+      started: ids of the tokens whose embeddings do not start as in the weights, and the seed of their noise; None if
+        all start so.
     """
     return {
         "version": CACHE_VERSION,
@@ -71,11 +76,11 @@ def about_rows(
     max_prompt_length: int | None,
     eval_fraction: float,
 ) -> dict[str, Any]:
-    """What a person would say the rows and the model of an entry are. Reads the data sets once, for their digest.
+    """Describes the rows and the model of an entry for people. Reads the datasets once, for their digest.
 
     Args:
-      datasets: where the rows come from.
-      role: what the rows are for, "training" or "evaluation".
+      datasets: the datasets of the rows.
+      role: "training" or "evaluation".
       model: the reference's name.
       tokenizer: digest of the tokenizer with its chat template.
       chat_template: as in the config; its kwargs, lengths and eval_fraction too.
@@ -100,16 +105,16 @@ def about_rows(
 
 
 def key_of(value: Any) -> str:
-    """Digest of a JSON value, whatever the order of its keys."""
+    """Returns the digest of a JSON value, which does not depend on the order of its keys."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_entry(folder: Path) -> Entry | None:
-    """The entry that a folder of the cache is of, or None where its `key.json` is not there.
+    """Reads the entry of a folder of the cache; returns None if there is no `key.json`.
 
     Raises:
-      ValueError: the file is not as it was written, or belongs to another folder.
+      ValueError: the file is damaged, or belongs to another folder.
     """
     path = folder / KEY_FILE
     try:
@@ -126,11 +131,11 @@ def read_entry(folder: Path) -> Entry | None:
 
 
 def nearest(root: Path, now: Entry) -> Entry | None:
-    """The entry under `root` that a person would expect to have been found: that of the most similar run.
+    """Returns the entry under `root` of the most similar run, with which a miss is explained; None if none is similar.
 
-    Entries for the same role whose data sets or model are those of `now`; of these, same data sets before others,
-    then the most equal values, then the newest. Folders without a finished shard or with a damaged `key.json` are
-    passed over.
+    Only entries of the same role with the datasets or the model of `now` count. The same datasets come before others,
+    then more equal values, then newer entries. Folders without a finished shard or with a damaged `key.json` do not
+    count.
     """
     ranked = []
     for folder in sorted(root.glob("*")):
@@ -152,7 +157,7 @@ def _flat(entry: Entry) -> dict[str, Any]:
 
 
 def changes(then: Entry, now: Entry) -> list[str]:
-    """What keeps `now` from being `then`, in words of the config; never empty for two entries of different keys."""
+    """Returns what differs between two entries, in terms of the config; never empty for different keys."""
     lines = []
     if then.parts["version"] != now.parts["version"]:
         lines.append(_then_now("the version of jdpo's cache", then.parts["version"], now.parts["version"]))
@@ -173,7 +178,7 @@ def changes(then: Entry, now: Entry) -> list[str]:
     for name, title in titles.items():
         if then.parts.get(name) != now.parts[name]:
             lines.append(_then_now(title, then.parts.get(name), now.parts[name]))
-    if then.parts["rows"] != now.parts["rows"]:  # only then can how they were made be the cause
+    if then.parts["rows"] != now.parts["rows"]:  # settings of the rows matter only if the tokens differ
         lines += _row_changes(then.about, now.about)
     return lines or ["a part that this version of jdpo does not know"]
 
@@ -196,7 +201,8 @@ def _row_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def _then_now(name: str, then: Any, now: Any) -> str:
-    """
+    """Describes one difference.
+
     >>> _then_now("max_prompt_length", None, 64)
     'max_prompt_length: null then, 64 now'
     """

@@ -1,11 +1,11 @@
-"""A reference's per-token log-probs on disk, so that it runs over every row once and not in every epoch and run.
+"""The per-token log-probs of a reference on disk, computed once per row instead of in every epoch and run.
 
 <cache_dir>/reference/<key>/
-  key.json             what the log-probs are of; see `reference_key`
-  00000.safetensors    of SHARD_ROWS rows one after the other: `logps` float32 (float64 where the model computes in
-                       it), the values of each row's chosen completion, then of its rejected; `lengths` int32 [rows, 2]
-  00000.json           vouches for the shard, written after it: a shard without one counts as missing
-  asked.json           runs that would have used the log-probs, had they been there
+  key.json             what the log-probs depend on; see `cache_key`
+  00000.safetensors    SHARD_ROWS rows: `logps` float32 (float64 if the model computes in it), for each row the values
+                       of its chosen completion, then of its rejected one; `lengths` int32 [rows, 2]
+  00000.json           digest of the shard, written after it: a shard without this file counts as missing
+  asked.json           runs that would have used the log-probs if they had been there
 
 Axes: n=2 sides (chosen, rejected), t token positions.
 """
@@ -29,21 +29,27 @@ from jdpo.file_locks import lock_file
 from jdpo.types import CHOSEN, REJECTED, AnyPair
 
 SHARD_ROWS = 1024
-"""Rows in each shard but the last: what a killed computation loses at most."""
+"""Rows in each shard except the last. A computation that is killed loses at most this many."""
 
-REMEDY = "`jdpo reference CONFIG` computes it anew"
+REMEDY = "`jdpo reference CONFIG` computes it again"
 
 RowLogps = tuple[np.ndarray, np.ndarray]
-"""Log-probs of the completion tokens of a row's chosen and rejected side, 0 for those that are not learnt."""
+"""Log-probs of the completion tokens of a row's chosen and rejected side, 0 for tokens that are not learnt."""
 
 
 def cache_root(cache_dir: str | None) -> Path:
-    """Where the entries of the cache lie; None: under `$XDG_CACHE_HOME/jdpo`, else ~/.cache/jdpo."""
+    """Returns the folder of all entries; None: below `$XDG_CACHE_HOME/jdpo` or ~/.cache/jdpo."""
     return cache_folder(cache_dir) / "reference"
 
 
 class Shards(NamedTuple):
-    """What was found of an entry: bool [shards] each, and the files that are not as they were written."""
+    """The state of an entry's shards.
+
+    Attributes:
+      whole: bool [shards], present with the digest that was written.
+      damaged: bool [shards], present with another digest.
+      damaged_files: the damaged files.
+    """
 
     whole: np.ndarray
     damaged: np.ndarray
@@ -51,17 +57,17 @@ class Shards(NamedTuple):
 
     @property
     def missing(self) -> np.ndarray:
-        """Neither whole nor damaged."""
+        """bool [shards], neither whole nor damaged."""
         return ~(self.whole | self.damaged)
 
 
 class CacheFolder:
-    """The folder of one entry, whole or not.
+    """The folder of one entry, complete or not.
 
     Attributes:
       path: the folder.
-      num_rows: rows that the entry is to hold.
-      dtype: of the log-probs.
+      num_rows: number of rows of the complete entry.
+      dtype: dtype of the log-probs.
     """
 
     def __init__(self, root: Path, key: str, *, num_rows: int, dtype: np.dtype) -> None:
@@ -70,18 +76,18 @@ class CacheFolder:
         self.num_shards = -(-num_rows // SHARD_ROWS)
 
     def rows_of(self, shard: int) -> range:
-        """The rows of a shard."""
+        """Returns the rows of a shard."""
         return range(shard * SHARD_ROWS, min((shard + 1) * SHARD_ROWS, self.num_rows))
 
     def count_rows(self, shards: np.ndarray) -> int:
-        """Rows of the shards that are True in bool [shards]."""
+        """Returns the number of rows of the shards that are True in bool [shards]."""
         return sum(len(self.rows_of(int(shard))) for shard in np.flatnonzero(shards))
 
     def shard_path(self, shard: int) -> Path:
         return self.path / f"{shard:05d}.safetensors"
 
     def examine(self) -> Shards:
-        """Reads every shard and compares it with the file that vouches for it."""
+        """Reads every shard and compares it with the digest next to it."""
         whole, damaged = np.zeros(self.num_shards, bool), np.zeros(self.num_shards, bool)
         files: list[Path] = []
         try:
@@ -99,14 +105,14 @@ class CacheFolder:
         return Shards(whole, damaged, tuple(files))
 
     def has_entry(self) -> bool:
-        """Whether the file that says what the log-probs are of stands, undamaged."""
+        """Returns whether `key.json` exists and is undamaged."""
         try:
             return read_entry(self.path) is not None
         except ValueError:
             return False
 
     def write_entry(self, entry: Entry) -> None:
-        """Keeps what the log-probs are of."""
+        """Writes `key.json`."""
         assert entry.key == self.key, (entry.key, self.key)
         _write(self.path / KEY_FILE, entry.text().encode())
 
@@ -122,44 +128,45 @@ class CacheFolder:
         lengths = np.array([[len(side) for side in row] for row in rows], np.int32)
         logps = np.concatenate([side for row in rows for side in row]).astype(self.dtype)
         path = self.shard_path(shard)
-        path.with_suffix(".json").unlink(missing_ok=True)  # of a damaged shard: it would not vouch for the new one
+        path.with_suffix(".json").unlink(missing_ok=True)  # the digest of a damaged shard would not fit the new one
         _write(path, save({"logps": logps, "lengths": lengths}))
         voucher = self._voucher(shard)
         assert voucher is not None
         _write(path.with_suffix(".json"), voucher.encode())
 
     def _voucher(self, shard: int) -> str | None:
-        """What the file that vouches for a shard must hold, byte for byte; None where there is no shard."""
+        """Returns the exact content that the JSON file next to a shard must have; None if there is no shard."""
         try:
             digest = file_digest(self.shard_path(shard))
         except FileNotFoundError:
             return None
-        except OSError:  # a folder in its place, or a disk that does not give it back
+        except OSError:  # a folder of that name, or a disk error
             return ""
         rows = self.rows_of(shard)
         values = {"key": self.key, "first_row": rows.start, "num_rows": len(rows), "sha256": digest}
         return json.dumps(values, indent=1) + "\n"
 
     def refuse_damaged(self, shards: Shards) -> None:
-        """
+        """Refuses an entry with damaged files.
+
         Raises:
-          ValueError: naming the damaged files and what to do.
+          ValueError: files are damaged; the message names them and says what to do.
         """
         if shards.damaged_files:
             raise ValueError(f"the reference's cached log-probs are damaged: {self.damage(shards)}; {REMEDY}")
 
     def damage(self, shards: Shards) -> str:
-        """Names the damaged files, of which there is at least one."""
+        """Returns a sentence that names the damaged files, of which there is at least one."""
         first = shards.damaged_files[0]
-        name = str(first) if first.name == KEY_FILE else f"{first} or the .json beside it"
+        name = str(first) if first.name == KEY_FILE else f"{first} or the .json next to it"
         more = len(shards.damaged_files) - 1
         return f"{name} is not as it was written{f', nor are {more} more' if more else ''}"
 
     def open(self, shards: Shards | None = None) -> ReferenceCache:
-        """The log-probs by row.
+        """Opens the log-probs of a complete entry.
 
         Args:
-          shards: what `examine` found, so that it need not look again.
+          shards: the result of `examine`, which is called if this is None.
 
         Raises:
           ValueError: shards are damaged or missing.
@@ -177,16 +184,16 @@ class CacheFolder:
     # --- other runs
 
     def try_lock(self) -> IO[str] | None:
-        """Keeps other runs from computing this entry until the file given is closed; None while another does."""
+        """Locks the entry against other runs until the returned file is closed; returns None if another run has it."""
         return lock_file(self.path / ".lock")
 
     def clear_unfinished(self) -> None:
-        """Removes what a killed process was writing; to be called under the lock."""
+        """Removes unfinished files of a killed process. Call it under the lock."""
         for path in self.path.glob(f"*{TEMPORARY}"):
             path.unlink(missing_ok=True)
 
     def asked_by(self) -> list[str]:
-        """The runs that left their name with `ask`; a damaged list counts as empty, since nothing depends on it."""
+        """Returns the runs recorded by `ask`. A damaged list counts as empty, since no result depends on it."""
         try:
             names = json.loads((self.path / "asked.json").read_text(encoding="utf-8"))["runs"]
             return [str(name) for name in names]
@@ -194,7 +201,7 @@ class CacheFolder:
             return []
 
     def ask(self, run: str) -> None:
-        """Remembers that a run would have used this entry."""
+        """Records that a run would have used this entry."""
         runs = self.asked_by()
         if run not in runs:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -202,11 +209,11 @@ class CacheFolder:
 
 
 class ReferenceCache:
-    """Log-probs by row, memory-mapped; may be read from several threads.
+    """The log-probs of a complete entry by row, memory-mapped. Several threads may read it at once.
 
     Attributes:
       path: the folder.
-      dtype: of the log-probs.
+      dtype: dtype of the log-probs.
     """
 
     def __init__(self, folder: CacheFolder) -> None:
@@ -218,13 +225,13 @@ class ReferenceCache:
         return self._num_rows
 
     def row(self, index: int, pair: AnyPair) -> RowLogps:
-        """The log-probs of the completion tokens of row `index`.
+        """Returns the log-probs of the completion tokens of row `index`.
 
         Args:
-          pair: the row itself; its lengths must be those of the row that was scored.
+          pair: the row itself, whose lengths must be those of the row that was scored.
 
         Raises:
-          ValueError: there is no such row, or it is another; row and file are named.
+          ValueError: there is no such row, or its lengths differ; the message names row and file.
         """
         if not 0 <= index < len(self):
             raise ValueError(f"row {index} ({pair.origin}) is not among the {len(self)} cached rows of {self.path}")
@@ -262,16 +269,16 @@ class _Shard:
 def reference_logps_of(
     cache: ReferenceCache, pairs: Sequence[AnyPair], indices: np.ndarray, *, num_slots: int, length: int
 ) -> np.ndarray:
-    """Cached log-probs in the layout of `collate_pairs`: float32 (or float64) [num_slots, 2, length].
+    """Returns cached log-probs in the layout of `collate_pairs`: float32 (or float64) [num_slots, 2, length].
 
-    The value of the j-th completion token of a side stands at position len(prompt) + j; elsewhere stands 0.
+    The value of the j-th completion token of a side is at position len(prompt) + j; all other positions are 0.
 
     Args:
       pairs: the rows of a batch.
-      indices: int [pairs], which rows of the data they are.
+      indices: int [pairs], their row numbers in the data.
 
     Raises:
-      ValueError: a row is not in the cache, or is another there.
+      ValueError: a row is not in the cache, or has other lengths there.
     """
     assert len(pairs) == len(indices) <= num_slots, (len(pairs), len(indices), num_slots)
     logps = np.zeros((num_slots, 2, length), cache.dtype)
@@ -283,12 +290,12 @@ def reference_logps_of(
 
 
 def _write(path: Path, content: bytes) -> None:
-    # Under a name of its own, should processes of two hosts share the folder without knowing.
+    # The temporary name differs per process, because two hosts may share the folder without knowing of each other.
     write_durably(path, content, writer=f".{socket.gethostname()}-{os.getpid()}")
 
 
 def _read_text(path: Path) -> str | None:
-    """None where there is no file; what is not UTF-8, or cannot be read, is a text that nothing equals."""
+    """Returns the text of a file, None if it does not exist, and a text unlike any voucher if it cannot be read."""
     try:
         return path.read_bytes().decode(errors="replace")
     except (FileNotFoundError, NotADirectoryError):

@@ -84,9 +84,9 @@ def test_num_examples_and_num_rows_say_how_many() -> None:
 
 def test_a_data_set_without_a_row_in_an_epoch_is_refused() -> None:
     two = [dataset("a", weight=1e6), dataset("b", weight=1)]
-    with pytest.raises(ValueError, match="the data set b gets none of the 100 rows of an epoch; give it more weight"):
+    with pytest.raises(ValueError, match="the dataset b gets none of the 100 rows of an epoch"):
         mixture_of(two, [1000, 1000], num_examples=100)
-    with pytest.raises(ValueError, match="the data set b has no rows left"):
+    with pytest.raises(ValueError, match="the dataset b has no rows left"):
         mixture_of(two, [1000, 0], num_examples=100)
 
 
@@ -164,10 +164,10 @@ def test_a_data_set_is_called_by_its_file_or_hub_name(path: str, label: str) -> 
 
 
 def test_labels_must_differ_and_fit_into_a_metric() -> None:
-    with pytest.raises(ValueError, match=r"two data sets are called 'a': x/a.jsonl and y/a.json; give one"):
+    with pytest.raises(ValueError, match=r"two datasets are called 'a': x/a.jsonl and y/a.json; give one"):
         labels_of([DatasetConfig(path="x/a.jsonl"), DatasetConfig(path="y/a.json")])
     assert labels_of([DatasetConfig(path="x/a.jsonl"), DatasetConfig(path="y/a.json", label="b")]) == ("a", "b")
-    with pytest.raises(ValueError, match=r"the data set a\.jsonl has the label .*expected a name without /"):
+    with pytest.raises(ValueError, match=r"the dataset a\.jsonl has the label .*expected a name without /"):
         labels_of([dataset("a", label="x/y")])
     for label in ("", " "):
         with pytest.raises(ValueError, match="a text is expected, and it is empty"):
@@ -182,17 +182,17 @@ def test_labels_must_differ_and_fit_into_a_metric() -> None:
     [
         (["datasets=[{path: a, weight: 1}, {path: b, num_rows: 2}]"], "a has weight and b has num_rows; use one"),
         (["datasets=[{path: a, weight: 1}, b]"], "b has no weight, but others have"),
-        (["datasets=[a, b]", "num_examples=5"], "num_examples 5 is for data sets with weights"),
+        (["datasets=[a, b]", "num_examples=5"], "num_examples 5 applies to weighted datasets"),
         (["eval_datasets=[{path: a, weight: 1}]"], "eval_datasets: a has weight or num_rows"),
-        (["eval_datasets=[{path: a, num_rows: 1}]"], "set split, such as train"),
+        (["eval_datasets=[{path: a, num_rows: 1}]"], "such as train"),
         (
             ["eval_datasets=b", "eval_fraction=0.1"],
             "eval_fraction 0.1 and eval_datasets both choose the evaluation rows",
         ),
         (["eval_fraction=1"], "leaves nothing to train on"),
-        (["group_by_length=true", "shuffle=false"], "it needs shuffle: true"),
-        (["datasets=[{path: x/a}, {path: y/a}]"], "two data sets are called 'a'"),
-        (["eval_datasets=[{path: x/a}, {path: y/a}]"], "two data sets are called 'a'"),
+        (["group_by_length=true", "shuffle=false"], "needs shuffle: true"),
+        (["datasets=[{path: x/a}, {path: y/a}]"], "two datasets are called 'a'"),
+        (["eval_datasets=[{path: x/a}, {path: y/a}]"], "two datasets are called 'a'"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(words: list[str], message: str) -> None:

@@ -148,7 +148,7 @@ def test_any_flipped_bit_is_refused(tmp_path: Path, name: str) -> None:
     for position in range(len(content)):
         bit = 1 << (position % 8)
         path.write_bytes(content[:position] + bytes([content[position] ^ bit]) + content[position + 1 :])
-        with pytest.raises(ValueError, match=rf"damaged: .*{named}.*`jdpo reference CONFIG` computes it anew"):
+        with pytest.raises(ValueError, match=rf"damaged: .*{named}.*`jdpo reference CONFIG` computes it again"):
             folder.open()
     path.write_bytes(content)
     folder.open()

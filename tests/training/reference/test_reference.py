@@ -442,7 +442,7 @@ def test_a_flipped_byte_is_refused_or_computed_again(built: Place, ending: str, 
     content = bytearray(before[name][2])
     content[len(content) // 2] ^= 1
     (built.cache / name).write_bytes(content)
-    with pytest.raises(ValueError, match=r"damaged: .*00002\.safetensors .*`jdpo reference CONFIG` computes it anew"):
+    with pytest.raises(ValueError, match=r"damaged: .*00002\.safetensors .*`jdpo reference CONFIG` computes it again"):
         built.settle("cached")
     if by == "command":
         reference, lines = built.compute()

@@ -1,8 +1,8 @@
-"""Bounds on what one rendering of a chat template may do.
+"""Bounds on the work and the text of one rendering of a chat template.
 
-A chat template comes with a model, often a stranger's, and is a program: it can loop, and it can write without end.
-`Budget` counts what a rendering does. Everything that it refuses depends on the template and the conversation alone,
-never on the clock, so that every host drops the same rows. The clock may only end the run (`RenderingTooSlow`).
+A chat template comes with a model, often from a stranger, and is a program: it can loop, and it can write without end.
+`Budget` counts the work of a rendering. What it refuses depends on the template and the conversation alone, never on
+the clock, so every host drops the same rows. The clock may only end the run (`RenderingTooSlow`).
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ import jinja2
 from markupsafe import Markup
 
 MOST_STEPS = 1_000_000
-"""Steps of one rendering at most: turns of loops, items pulled from iterators, `MACRO_STEPS` per call of a macro."""
+"""Maximum number of steps: iterations of loops, items taken from iterators, and `MACRO_STEPS` per call of a macro."""
 
 MACRO_STEPS = 10
-"""Steps of a macro's call, which takes as long as that many turns of a loop."""
+"""Steps of one call of a macro, which takes about as long as this many iterations of a loop."""
 
 LEAST_TEXT = 4 * 2**20
 TEXT_PER_INPUT = 64
-"""The text of one rendering, and any value in it, has at most `max(LEAST_TEXT, TEXT_PER_INPUT * input)` characters."""
+"""The output, and every value, may have `max(LEAST_TEXT, TEXT_PER_INPUT * input)` characters, the bound on text."""
 
 COPIES = 64
-"""Intermediate text is made of at most this many times the characters of the output's bound."""
+"""Maximum number of characters of intermediate text, as a multiple of the bound on text."""
 
 ITEM_COST = 32
-"""What looking at one item of a list counts, in characters."""
+"""Cost of visiting one item of a list, in characters."""
 
 MOST_SECONDS = 60.0
 """Seconds after which a rendering ends the run."""
 
 MOST_BITS = 2**14
-"""Bits of an integer at most; Python itself writes none of more than 4,300 digits."""
+"""Maximum size of an integer. Python itself refuses to write integers of more than 4,300 digits."""
 
 MOST_HTML = 2**16
-"""Characters that filters get at most which search text in time that grows with its square."""
+"""Maximum number of characters for filters whose time grows with the square of the text."""
 
 MOST_DEPTH = 500
-"""How deep lists and objects nest at most."""
+"""Maximum nesting depth of lists and objects."""
 
 _STEPS_BETWEEN_LOOKS = 1024
 _COPIED_BEFORE_LOOK = 2**16
@@ -72,19 +72,19 @@ current: ContextVar[Budget] = ContextVar("budget")
 
 
 class BoundExceeded(jinja2.TemplateError):
-    """A rendering wants more than its bounds allow."""
+    """A rendering exceeds its bounds."""
 
 
 class RenderingTooSlow(Exception):
-    """A rendering takes more than `MOST_SECONDS`. Hosts differ in this, so it may only end the run."""
+    """A rendering takes more than `MOST_SECONDS`. Hosts differ in speed, so this ends the run and never drops a row."""
 
 
 class Budget:
-    """What one rendering has used so far.
+    """The work that one rendering has done so far.
 
     Args:
-      input_size: characters of the conversation and its tools.
-      sizes: cells of containers of the input by their id; they are not walked again.
+      input_size: number of characters of the conversation and its tools.
+      sizes: {id of a container of the input: its cells}, so that these containers are not walked again.
     """
 
     __slots__ = ("_copied", "_deadline", "_last_look", "_sizes", "_steps", "_unlooked", "limit")
@@ -96,7 +96,7 @@ class Budget:
         self._deadline = time.monotonic() + MOST_SECONDS
 
     def step(self, count: int = 1) -> bool:
-        """Counts work; always True, so that conditions can count too."""
+        """Counts steps. Returns True, so that the conditions of loops can call it too."""
         self._steps += count
         if self._steps > MOST_STEPS:
             raise BoundExceeded(_WORK)
@@ -106,7 +106,7 @@ class Budget:
         return True
 
     def scan(self, size: int) -> None:
-        """Counts characters that are read or copied and do not stay."""
+        """Counts characters that are read or copied."""
         self._copied += size
         if self._copied > COPIES * self.limit:
             raise BoundExceeded(_TEXT)
@@ -116,18 +116,18 @@ class Budget:
             self._look()
 
     def text(self, size: int) -> None:
-        """Counts a value of so many characters before it is made."""
+        """Counts a value of `size` characters before it is created."""
         if size > self.limit:
             raise BoundExceeded(_TEXT)
         self.scan(size)
 
     def output(self, size: int) -> None:
-        """Checks how many characters are written so far."""
+        """Checks the number of characters written so far."""
         if size > self.limit:
             raise BoundExceeded(_TEXT)
 
     def items(self, count: int) -> None:
-        """Counts a list of so many items before it is made."""
+        """Counts a list of `count` items before it is created."""
         if count > MOST_STEPS:
             raise BoundExceeded(_WORK)
         self.scan(ITEM_COST * count)
@@ -137,10 +137,10 @@ class Budget:
             raise RenderingTooSlow
 
     def size(self, value: Any) -> int:
-        """Cells of a value: characters of its texts, and one for every item at any depth.
+        """Returns the cells of a value: the characters of its texts, plus one for every item at any depth.
 
         Raises:
-          BoundExceeded: they are more than the bound, or nest too deeply.
+          BoundExceeded: they exceed the bound on text, or the value is nested too deeply.
         """
         if isinstance(value, str | bytes):
             return len(value)
@@ -170,7 +170,7 @@ class Budget:
         return total
 
     def held(self, value: Any) -> Any:
-        """The value, which is within the bounds if it is a container or an integer."""
+        """Returns the value after checking the bounds of a container or an integer."""
         if isinstance(value, int) and value.bit_length() > MOST_BITS:
             raise BoundExceeded(_NUMBER)
         if isinstance(value, _CONTAINERS):
@@ -178,7 +178,7 @@ class Budget:
         return value
 
     def scanned(self, value: Any) -> Any:
-        """The value, whose length is counted; an iterator counts its items as they are pulled."""
+        """Returns the value after counting its length; an iterator counts its items as they are taken."""
         if isinstance(value, str | bytes):
             self.scan(len(value))
         elif isinstance(value, _SIZED):
@@ -193,14 +193,14 @@ class Budget:
             yield item
 
     def listed(self, values: Iterable[Any]) -> list[Any]:
-        """All values of an iterable."""
+        """Returns all values of an iterable, counted."""
         counted: Any = self.scanned(values)
         if isinstance(counted, _COUNTABLE):
             self.items(len(counted))
         return list(counted)
 
     def text_of(self, value: Any) -> str:
-        """The value as a template writes it."""
+        """Returns the text that a template writes for a value."""
         return value if isinstance(value, str) else str(self.held(value))
 
     def concat(self, pieces: Iterable[str]) -> str:
@@ -210,11 +210,11 @@ class Budget:
         return "".join(texts)
 
     def str_join(self, values: Iterable[Any]) -> str:
-        """Joins what `~` stands between."""
+        """Joins the operands of `~`."""
         return self.concat(map(self.text_of, values))
 
     def markup_join(self, values: Iterable[Any]) -> str:
-        """Joins what `~` stands between where HTML is escaped."""
+        """Joins the operands of `~` if HTML is escaped."""
         from jinja2.runtime import markup_join
 
         texts = [self.text_of(value) for value in values]
@@ -222,37 +222,37 @@ class Budget:
         return markup_join(texts)
 
     def joined(self, separator: str, values: Iterable[Any]) -> list[str]:
-        """The texts of values that a separator is to join; escaping is allowed for."""
+        """Returns the texts of values to be joined by a separator, after counting the result with room for escaping."""
         texts = [self.text_of(value) for value in self.listed(values)]
         growth = 5 if isinstance(separator, Markup) else 1
         self.text(growth * (sum(map(len, texts)) + len(separator) * max(0, len(texts) - 1)))
         return texts
 
     def replaced(self, text: Any, old: Any, new: Any, count: Any = None) -> None:
-        """Counts the text that replacing gives."""
+        """Counts the result of replacing `old` by `new`."""
         places = text.count(old)
         if isinstance(count, int) and count >= 0:
             places = min(places, count)
         self.text(len(text) + places * max(0, len(new) - len(old)))
 
     def stripped(self, text: Any, characters: Any = None) -> None:
-        """Counts the search for characters that are cut from the ends of a text."""
+        """Counts the search for characters to strip from the ends of a text."""
         if isinstance(characters, str | bytes):
             self.scan(len(text) * len(characters))
 
     def slow(self, size: int) -> None:
-        """Refuses long text for what searches it in time that grows with its square."""
+        """Refuses long text for filters whose time grows with the square of the text."""
         if size > MOST_HTML:
             raise BoundExceeded(f"a filter of HTML gets more than {MOST_HTML:,} characters")
 
     def wide(self, *widths: Any) -> None:
-        """Counts what is filled up to a width."""
+        """Counts text that is padded to a width."""
         for width in widths:
             if isinstance(width, int):
                 self.text(abs(width))
 
     def binary(self, symbol: str, left: Any, right: Any) -> Any:
-        """`+`, `*`, `**` and `%`, with what they make bounded before it is made."""
+        """Computes `+`, `*`, `**` and `%`, after checking the size of the result."""
         if symbol == "+":
             return self._added(left, right)
         if symbol == "*":
@@ -284,7 +284,7 @@ class Budget:
         return operator.mul(left, right)
 
     def percent(self, text: Any, values: Any) -> None:
-        """Counts what `text % values` makes."""
+        """Counts the result of `text % values`."""
         letters = text.decode("latin-1") if isinstance(text, bytes) else text
         total, fields = len(letters), 0
         numbers = [value for value in (values if isinstance(values, tuple) else (values,)) if isinstance(value, int)]
@@ -292,12 +292,12 @@ class Budget:
             fields += 1
             for width in widths:
                 total += max(map(abs, numbers), default=0) if width == "*" else self.number(width or "0")
-        # repr() of a character is at most ten; a mapping may give the same value to every field.
+        # repr() writes a character as at most ten characters; a mapping may give the same value to every field.
         total += 10 * self.size(values) * (max(fields, 1) if isinstance(values, dict) else 1)
         self.text(total)
 
     def number(self, digits: str) -> int:
-        """A width that is written as digits."""
+        """Returns a width that is written in digits."""
         if len(digits) > 12:
             raise BoundExceeded(_TEXT)
         return int(digits)
@@ -306,7 +306,7 @@ class Budget:
         """Counts a call of a method of a built-in value.
 
         Returns:
-          The arguments to call it with.
+          The arguments to call the method with.
         """
         if isinstance(owner, str | bytes):
             if name == "join" and len(args) == 1:
@@ -337,7 +337,7 @@ class Budget:
         elif name in ("strip", "lstrip", "rstrip"):
             self.stripped(owner, *args[:1])
         elif name in ("rfind", "rindex", "rsplit", "rpartition") and args and isinstance(args[0], str | bytes):
-            self.scan(len(owner) * len(args[0]))  # searching from the right is not linear
+            self.scan(len(owner) * len(args[0]))  # Python's search from the right does not take linear time
         elif name == "striptags":
             self.slow(len(owner))
         if name in ("split", "rsplit", "splitlines"):
@@ -346,7 +346,7 @@ class Budget:
 
 
 def _fields(text: str) -> Iterator[tuple[str | None, ...]]:
-    """The width and the precision of every field of a text that `%` fills; keys may hold brackets, as in Python."""
+    """Yields the width and the precision of every field of a `%` format; keys may contain brackets, as in Python."""
     place = text.find("%")
     while place >= 0:
         place += 1
@@ -358,7 +358,7 @@ def _fields(text: str) -> Iterator[tuple[str | None, ...]]:
                     place = bracket.end()
                     break
             else:
-                return  # Python refuses a key without an end
+                return  # Python refuses a key whose bracket is not closed
         found = _WIDTHS.match(text, place)
         assert found is not None
         yield found.groups()
@@ -366,7 +366,7 @@ def _fields(text: str) -> Iterator[tuple[str | None, ...]]:
 
 
 def _pieces(text: Any, name: str, separator: Any = None) -> int:
-    """A bound on the pieces that splitting a text gives."""
+    """Returns an upper bound on the number of pieces that splitting a text gives."""
     if name == "splitlines":
         return 1 + len(re.findall(r"[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]", text)) if isinstance(text, str) else len(text)
     if isinstance(separator, str | bytes) and separator:

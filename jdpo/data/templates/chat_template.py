@@ -1,8 +1,8 @@
-"""Chat templates: what transformers' `apply_chat_template` writes, within bounds and the same on every day and host.
+"""Chat templates, rendered like transformers' `apply_chat_template`, but bounded and the same on every day and host.
 
-The environment has transformers' settings (blocks trimmed, loop controls, the `generation` tag, its `tojson`,
-`raise_exception` and `strftime_now`). It differs in three ways: a rendering has a `Budget`, today is always
-`TEMPLATE_DAY`, and filters and functions that give a random result are refused.
+The environment has transformers' settings (trimmed blocks, loop controls, the `generation` tag, its `tojson`,
+`raise_exception` and `strftime_now`). It differs in three ways: a rendering has a `Budget`, today's date is always
+`TEMPLATE_DAY`, and filters and functions with random results are refused.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from jdpo.types import Message
 __all__ = ["RESERVED", "TEMPLATE_DAY", "BoundExceeded", "ChatTemplate", "RenderingTooSlow"]
 
 LONGEST_TEMPLATE = 2**20
-"""Characters of a template at most; the longest in use have about 30,000."""
+"""Maximum number of characters of a template; the longest in use have about 30,000."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,12 @@ class ChatTemplate:
 
     @property
     def variables(self) -> frozenset[str]:
-        """Names that the template reads; empty where it cannot be parsed."""
+        """The names that the template reads; empty if it cannot be parsed."""
         return _names(self.text).variables
 
     @property
     def asks_for_today(self) -> bool:
+        """Whether the template reads today's date."""
         return _names(self.text).asks_for_today
 
     def render(
@@ -50,19 +51,19 @@ class ChatTemplate:
         add_generation_prompt: bool,
         variables: Mapping[str, Any],
     ) -> str:
-        """Writes a conversation.
+        """Renders a conversation.
 
         Args:
           messages: the turns, at least one.
-          tools: JSON schemas of what they may call.
-          add_generation_prompt: write the header of the answer to come.
-          variables: further names for the template: special tokens, `enable_thinking`, ...
+          tools: JSON schemas of the tools that may be called.
+          add_generation_prompt: append the header of the answer to come.
+          variables: further variables of the template: special tokens, `enable_thinking`, ...
 
         Raises:
-          jinja2.TemplateError: the template refuses the conversation or is not valid; `BoundExceeded`: it does more
-            than its bounds allow.
-          RenderingTooSlow: it takes more than a minute.
-          Exception: whatever else an expression of the template raises.
+          jinja2.TemplateError: the template is not valid, refuses the conversation, or (`BoundExceeded`) exceeds its
+            bounds.
+          RenderingTooSlow: rendering takes more than a minute.
+          Exception: any other exception of an expression in the template.
         """
         if not messages:
             raise ValueError("a conversation needs at least one message")
@@ -96,27 +97,30 @@ def _written(template: jinja2.Template, values: dict[str, Any], budget: Budget) 
 
 
 class _Given:
-    """What a template is shown: values of JSON alone, copied, since objects have methods that the sandbox lets through.
+    """Copies of the values given to a template, reduced to JSON types.
+
+    Other objects could have methods that the sandbox allows a template to call.
 
     Attributes:
-      characters: of all texts, keys included.
-      sizes: cells of each container by its id; see `Budget.size`.
+      characters: number of characters of all texts, keys included.
+      sizes: {id of a container: its cells}; see `Budget.size`.
     """
 
     def __init__(self) -> None:
         self.characters = 0
         self.sizes: dict[int, int] = {}
-        self._kept: list[Any] = []  # an id belongs to its container as long as that lives
+        self._kept: list[Any] = []  # an id is unique only while its container exists
 
     def plain(self, value: Any) -> Any:
+        """Returns a copy of a value."""
         return self._copied(value)[0]
 
     def seen(self, values: list[Any]) -> Any:
-        """A list of values that were copied, with its size noted."""
+        """Returns a list of values that were copied before, after recording its size."""
         return self._noted(values, sum(self.sizes[id(value)] for value in values))[0]
 
     def _copied(self, value: Any) -> tuple[Any, int]:
-        """The copy and its cells."""
+        """Returns the copy of a value, and its cells."""
         if value is None or isinstance(value, bool):
             return value, 1
         if isinstance(value, str):
@@ -146,12 +150,12 @@ class _Given:
 
 
 def _without_nulls(message: Message) -> Message:
-    """Keys that are null are absent to templates, as in transformers."""
+    """Removes keys that are null, as transformers does."""
     return {key: value for key, value in message.items() if value is not None}
 
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
-"""Keys under which files have the thought of a turn; templates read the first, or the second."""
+"""Keys under which files have the reasoning of a turn. Templates read the first one, or the second."""
 
 
 def _with_reasoning(message: Message) -> Message:
@@ -160,7 +164,7 @@ def _with_reasoning(message: Message) -> Message:
 
 
 RESERVED = frozenset({"messages", "tools", "add_generation_prompt"})
-"""Variables of a template that jdpo gives itself."""
+"""Variables of a template that jdpo sets itself."""
 
 
 @functools.lru_cache(maxsize=32)
@@ -169,7 +173,7 @@ def _compiled(text: str) -> jinja2.Template | Exception:
         return jinja2.TemplateError(f"the template has more than {LONGEST_TEMPLATE:,} characters")
     try:
         return environment().from_string(text)
-    except Exception as error:  # Python's compiler has limits of its own: SyntaxError, RecursionError, MemoryError
+    except Exception as error:  # Python's compiler has limits too: SyntaxError, RecursionError, MemoryError
         return error
 
 

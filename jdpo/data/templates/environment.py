@@ -1,4 +1,4 @@
-"""The Jinja environment in which chat templates run: transformers' settings, with all work and text counted."""
+"""The Jinja environment of chat templates: transformers' settings, with all work and text counted."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from jdpo.data.templates.bounds import MACRO_STEPS, BoundExceeded, Budget, curre
 from jdpo.data.templates.filters import bounded_filters
 
 TEMPLATE_DAY = datetime.datetime(2024, 7, 26)
-"""Stands for today where a chat template asks for it, so that the same rows are the same tokens on every day and host.
+"""The date that a chat template gets as today's, so that the same rows give the same tokens on every day and host.
 
-It is the day that Llama 3's templates write where nobody tells them one.
+Llama 3's templates write this date if they are given none.
 """
 
 _LONGEST_FORMAT = 1000
 
 
 class _Generator(CodeGenerator):
-    """Compiles templates with every loop, macro, list and slice counted."""
+    """Compiles templates to code that counts every loop, macro, list and slice."""
 
     def write_commons(self) -> None:
         super().write_commons()
@@ -36,7 +36,7 @@ class _Generator(CodeGenerator):
             self.writeline(f"{name} = environment.budget.{name}")
 
     def visit_ContextReference(self, node: jinja2.nodes.ContextReference, frame: Frame) -> None:
-        # The parser makes none; `_Environment._generate` puts them where work is counted.
+        # The parser never creates this node; `_Environment._generate` inserts it where work must be counted.
         self.write("step()")
 
     def visit_DerivedContextReference(self, node: jinja2.nodes.DerivedContextReference, frame: Frame) -> None:
@@ -142,7 +142,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 class _Formatter(SandboxedFormatter):
-    """`str.format` whose widths and whole text are bounded."""
+    """`str.format` with bounds on widths and on the whole text."""
 
     _size = 0
 
@@ -160,7 +160,7 @@ class _Formatter(SandboxedFormatter):
 
 
 class _EscapeFormatter(_Formatter, SandboxedEscapeFormatter):
-    """The same for text that escapes HTML."""
+    """A `_Formatter` for text that escapes HTML."""
 
 
 def _digits(text: str) -> list[str]:
@@ -168,7 +168,7 @@ def _digits(text: str) -> list[str]:
 
 
 class _GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}` marks an answer in the template; what it holds is written as it is."""
+    """The tag `{% generation %}`, which marks an answer in the template; its content is written unchanged."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -178,7 +178,7 @@ class _GenerationTag(jinja2.ext.Extension):
 
 
 class _Dict:
-    """`dict` without access to the type itself."""
+    """Stands in for `dict` without access to the type itself."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
@@ -188,7 +188,7 @@ class _Dict:
 
 
 class _Namespace(Namespace):
-    """`namespace`, whose attributes do not begin with an underscore."""
+    """Jinja's `namespace`, whose attributes may not start with an underscore."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
         self, *rest = args
@@ -208,7 +208,7 @@ class _Namespace(Namespace):
 
 def _check_attribute(name: Any) -> None:
     if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"a namespace has no attribute {name!r}: it begins with an underscore")
+        raise jinja2.exceptions.SecurityError(f"a namespace has no attribute {name!r}: it starts with an underscore")
 
 
 @jinja2.pass_context
@@ -232,5 +232,5 @@ def _strftime_now(format: str) -> str:
 
 @functools.cache
 def environment() -> jinja2.Environment:
-    """The environment; templates keep nothing in it."""
+    """Returns the environment, which is shared, since templates leave no state in it."""
     return _Environment()

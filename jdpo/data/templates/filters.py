@@ -1,4 +1,4 @@
-"""Jinja's filters for chat templates, each of which counts what it makes before it makes it."""
+"""Jinja's filters for chat templates, each with a check of its result's size before the result is created."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _LONGEST_PART = 1000
 
 
 def bounded_filters() -> dict[str, Callable[..., Any]]:
-    """All filters of Jinja under their names, with `tojson` as transformers has it."""
+    """Returns {name: filter} for all filters of Jinja, with the `tojson` of transformers."""
     filters = {name: _bounded(name, function) for name, function in FILTERS.items()}
     return filters | {"tojson": _to_json, "sum": _sum, "random": _random}
 
@@ -145,7 +145,7 @@ _BEFORE: Mapping[str, Callable[..., None]] = {
 
 @functools.wraps(FILTERS["sum"])
 def _sum(environment: jinja2.Environment, iterable: Any, attribute: Any = None, start: Any = 0) -> Any:
-    """Adds as `+` does, so that sums of lists count."""
+    """Adds values like the operator `+`, so that sums of lists are counted."""
     budget = current.get()
     values = budget.scanned(iterable)
     if attribute is not None:
@@ -160,13 +160,13 @@ def _sum(environment: jinja2.Environment, iterable: Any, attribute: Any = None, 
 
 def _random(value: Any) -> Any:
     current.get()
-    raise jinja2.TemplateError("it uses the filter random, so that the same row would be other tokens every time")
+    raise jinja2.TemplateError("it uses the filter random, so the same row would have other tokens every time")
 
 
 def _to_json(
     x: Any, ensure_ascii: Any = False, indent: Any = None, separators: Any = None, sort_keys: Any = False
 ) -> str:
-    """JSON with transformers' arguments: characters of HTML and of other scripts stay as they are."""
+    """Writes JSON as transformers does: characters of HTML and of other scripts are not escaped."""
     budget = current.get()
     budget.held(x)
     for part in (indent, *(separators or ())):

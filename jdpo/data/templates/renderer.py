@@ -1,4 +1,4 @@
-"""Which of a tokenizer's chat templates writes a conversation, and with which variables."""
+"""The choice among a tokenizer's chat templates, and the variables that a template gets."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DEFAULT, TOOL_USE = "default", "tool_use"
-"""Names that transformers gives to a tokenizer's only template, and to the one for conversations with tools."""
+"""Names in transformers of a tokenizer's only template, and of its template for conversations with tools."""
 
 
 @dataclass(frozen=True)
 class Renderer:
-    """Writes conversations as `apply_chat_template` of the tokenizer does, within the bounds of `ChatTemplate`.
+    """Renders conversations like `apply_chat_template` of the tokenizer, within the bounds of `ChatTemplate`.
 
     Attributes:
-      templates: the tokenizer's templates by name; its only one is called default.
-      special_tokens: bos_token and others, which templates read under these names.
+      templates: {name: template}; the only template of a tokenizer is called default.
+      special_tokens: {name: token}, such as bos_token, which are variables of the template.
       kwargs: `chat_template_kwargs` of the config.
-      takes_parts: whether contents are given as lists of {type: text, text}.
+      takes_parts: whether the template gets contents as lists of {type: text, text}.
     """
 
     templates: Mapping[str, ChatTemplate]
@@ -34,14 +34,14 @@ class Renderer:
     takes_parts: bool = False
 
     def template_for(self, tools: Sequence[Any] | None) -> ChatTemplate | None:
-        """The template of conversations with these tools; None where the tokenizer has none for them."""
+        """Returns the template for conversations with these tools, or None if the tokenizer has none."""
         if tools is not None and TOOL_USE in self.templates:
             return self.templates[TOOL_USE]
         return self.templates.get(DEFAULT)
 
     @property
     def variables(self) -> frozenset[str]:
-        """Names that the templates read and that a user may set."""
+        """The names that the templates read and that a user may set."""
         read = frozenset[str]().union(*(template.variables for template in self.templates.values()))
         return read - RESERVED - self.special_tokens.keys()
 
@@ -49,14 +49,14 @@ class Renderer:
         """Refuses keys of `chat_template_kwargs` that no template reads.
 
         Raises:
-          ValueError: there is one; the nearest name that a template reads is given.
+          ValueError: no template reads a key; the message suggests the most similar name.
         """
         known = self.variables
         for key in kwargs:
             if key in known:
                 continue
             if not self.templates:
-                raise ValueError(f"{place}: {key!r} goes to a chat template, and the tokenizer has none")
+                raise ValueError(f"{place}: {key!r} is a variable of a chat template, but the tokenizer has none")
             hint = did_you_mean(key, known)
             raise ValueError(
                 f"{place}: the chat template does not read {key!r}"
@@ -72,7 +72,7 @@ class Renderer:
         add_generation_prompt: bool = False,
         kwargs: Mapping[str, Any] | None = None,
     ) -> str:
-        """Writes a conversation; see `ChatTemplate.render`.
+        """Renders a conversation; see `ChatTemplate.render`.
 
         Args:
           kwargs: the row's own `chat_template_kwargs`, which override those of the config.
@@ -91,12 +91,12 @@ class Renderer:
         )
 
     def with_parts(self) -> Renderer:
-        """The same with contents as lists of parts."""
+        """Returns a renderer that gives contents to the template as lists of parts."""
         return replace(self, takes_parts=True)
 
 
 def renderer_of(hf: PreTrainedTokenizerBase, kwargs: Mapping[str, Any], *, takes_parts: bool = False) -> Renderer:
-    """The renderer of a tokenizer as it is now."""
+    """Returns a renderer with the tokenizer's current templates and special tokens."""
     own: Any = hf.chat_template
     texts = own if isinstance(own, dict) else {DEFAULT: own} if own else {}
     templates = {str(name): ChatTemplate(str(text)) for name, text in texts.items()}

@@ -1,4 +1,4 @@
-"""What a chat template does, found by rendering a question and its answer with it."""
+"""Properties of a chat template, found by rendering a question and its answer."""
 
 from __future__ import annotations
 
@@ -29,20 +29,19 @@ _TOOL = {
     },
 }
 _MARKER = re.compile(r"(?<!<)<[^<>\s]*\w[^<>\s]*>(?!>)")
-"""What counts as a marker of a template, one word in one pair of angle brackets: `<|im_start|>`, `</s>`, not `<<SYS>>`.
-"""
+"""A marker of a template: one word in one pair of angle brackets, like `<|im_start|>` or `</s>`, not `<<SYS>>`."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A question and its answer as a template writes them.
+    """A question and its answer as rendered by a template.
 
     Attributes:
-      renderer: with contents in the form that the template takes.
-      system: whether the template wants a system turn before them.
-      tools: what it wants the conversation to have as tools; None: none.
-      text: what it writes; empty without a template, or where it fails whatever it is given.
-      refusal: what it says to a question and its answer alone; None: nothing.
+      renderer: a renderer that gives contents in the form that the template takes.
+      system: whether the template needs a system turn before them.
+      tools: tools that the template needs; None: it needs none.
+      text: the rendered text; empty without a template, or if the template refuses all forms of the conversation.
+      refusal: the error for the question and its answer alone; None if there was none.
     """
 
     renderer: Renderer
@@ -52,10 +51,10 @@ class Probe:
     refusal: Exception | None = None
 
     def render(self, turns: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        """Turns together with what the template wants around them.
+        """Renders turns, with the system turn and the tools that the template needs.
 
         Raises:
-          Exception: what the template raises.
+          Exception: any exception of the template.
         """
         return self.renderer.render(
             [*([_SYSTEM_TURN] if self.system else []), *turns],
@@ -65,7 +64,7 @@ class Probe:
 
     @property
     def wants(self) -> str:
-        """What a question and its answer need for the template to write them, in words; empty: nothing."""
+        """What the template needs besides a question and its answer, in words; empty if it needs nothing."""
         return " and ".join(
             words
             for words, is_wanted in (("tools", self.tools is not None), ("a system turn", self.system))
@@ -75,6 +74,9 @@ class Probe:
 
 def probe(renderer: Renderer) -> Probe:
     """Renders a question and its answer: alone, then with tools, with a system turn, and with contents as parts.
+
+    Returns:
+      The first probe whose text has the answer, else the first that was rendered at all.
 
     Raises:
       RenderingTooSlow: the template takes more than a minute.
@@ -91,12 +93,12 @@ def probe(renderer: Renderer) -> Probe:
             text = tried.render(TURNS)
         except RenderingTooSlow:
             raise
-        except Exception as error:  # a template runs expressions, which raise whatever Python raises
+        except Exception as error:  # expressions of a template raise any exception of Python
             refusal = refusal or error
             if isinstance(error, BoundExceeded | jinja2.TemplateSyntaxError):
                 break
             continue
-        # A template that takes parts refuses nothing: it finds none in a string, and leaves the words out.
+        # A template that takes parts does not refuse a string: it finds no parts in it, and leaves the text out.
         found = Probe(tried.renderer, system, tools, text, None if takes_parts else refusal)
         if ANSWER in text:
             return found
@@ -105,7 +107,7 @@ def probe(renderer: Renderer) -> Probe:
 
 
 def markers_of(probed: Probe) -> list[str]:
-    """The markers that a template writes around turns of every kind that it takes, in order.
+    """Returns the markers that a template writes around turns of all kinds, in their order.
 
     Raises:
       RenderingTooSlow: the template takes more than a minute.
@@ -117,13 +119,13 @@ def markers_of(probed: Probe) -> list[str]:
                 texts.append(probed.renderer.render(conversation, tools=probed.tools, add_generation_prompt=asks))
             except RenderingTooSlow:
                 raise
-            except Exception:  # templates without a system turn refuse one; the probe itself has passed
+            except Exception:  # templates without system turns refuse them; the probe itself was rendered
                 continue
     return list(dict.fromkeys(_MARKER.findall("".join([*texts, probed.text]))))
 
 
 def end_of_turn(hf: PreTrainedTokenizerBase, probed: Probe) -> str | None:
-    """The first special token that the template writes after an assistant's words."""
+    """Returns the first special token that the template writes after an answer, or None."""
     _, found, tail = probed.text.rpartition(ANSWER)
     tokens = sorted({*hf.all_special_tokens, *hf.get_added_vocab()}, key=len, reverse=True)
     match = re.search("|".join(map(re.escape, tokens)), tail) if found and tokens else None
@@ -131,7 +133,7 @@ def end_of_turn(hf: PreTrainedTokenizerBase, probed: Probe) -> str | None:
 
 
 def lead_of_answers(probed: Probe) -> str:
-    """The text between the generation prompt and an answer: an empty thought, or a header for want of one.
+    """Returns the text between the generation prompt and an answer, such as an empty thought or a header.
 
     Raises:
       RenderingTooSlow: the template takes more than a minute.
@@ -142,6 +144,6 @@ def lead_of_answers(probed: Probe) -> str:
         prompt = probed.render(TURNS[:1], add_generation_prompt=True)
     except RenderingTooSlow:
         raise
-    except Exception:  # it wants a conversation of another kind; rows it refuses are counted
+    except Exception:  # the template needs another kind of conversation; rows that it refuses are counted
         return ""
     return probed.text[len(prompt) :].partition(ANSWER)[0] if probed.text.startswith(prompt) else ""

@@ -1,13 +1,13 @@
-r"""Where the completion starts in the tokens of a row.
+r"""The boundary between prompt and completion in the tokens of a row.
 
-A conversation is rendered and tokenized as a whole. Its completion starts after the generation prompt, and takes in
-the end of turn and what the template writes after it (see `jdpo.data.tokens.prompt_end` for templates that do
-otherwise):
+A conversation is rendered and tokenized as a whole. Its completion starts after the generation prompt and includes the
+end of turn and what the template writes after it (see `jdpo.data.tokens.prompt_end` for templates that do not allow
+this):
 
     <|im_start|>user \n Hi <|im_end|> \n <|im_start|>assistant \n | Hello <|im_end|> \n
     0            0    0  0  0          0  0            0         0  | 1     1          1     completion_mask
 
-Plain text is tokenized apart, so that nothing merges across the boundary, and joined:
+Prompt and completion of plain text are tokenized separately, so that no token crosses the boundary, and then joined:
 
     <bos> The capital of France is | Paris <eos>
     0     0   0       0  0      0  | 1     1
@@ -23,7 +23,7 @@ from jdpo.data.tokens import call_arguments
 from jdpo.data.tokens.prompt_end import Encoded, encode_conversations
 from jdpo.data.tokens.rendering import (
     NOT_UNICODE,
-    Parts,
+    RowTexts,
     Written,
     conversation,
     is_unicode,
@@ -51,19 +51,19 @@ class Split(NamedTuple):
     notes: tuple[str, ...]
 
 
-def split_rows(rows: Sequence[Parts], tokenizer: Tokenizer) -> list[Split | Dropped]:
-    """Tokenizes rows of both kinds, each kind in one call, which runs on all cores."""
+def split_rows(rows: Sequence[RowTexts], tokenizer: Tokenizer) -> list[Split | Dropped]:
+    """Tokenizes rows of both kinds, each kind in one call, so that the tokenizer can use all cores."""
     usable = [_unusable(row) or with_settled_calls(row, tokenizer) for row in rows]
     results: list[Split | Dropped | None] = [row if isinstance(row, Dropped) else None for row in usable]
     for is_text, split in ((True, _split_texts), (False, _split_conversations)):
-        chosen = {i: row for i, row in enumerate(usable) if isinstance(row, Parts) and row.is_text == is_text}
+        chosen = {i: row for i, row in enumerate(usable) if isinstance(row, RowTexts) and row.is_text == is_text}
         for index, result in zip(chosen, split(list(chosen.values()), tokenizer), strict=True):
             results[index] = result
     assert all(result is not None for result in results)
     return [result for result in results if result is not None]
 
 
-def _unusable(row: Parts) -> Dropped | None:
+def _unusable(row: RowTexts) -> Dropped | None:
     if not all(map(has_words, row.completions)):
         return Dropped(EMPTY_SIDE, row.origin)
     if not all(is_unicode(all_words(text)) for text in (row.prompt, *row.completions)):
@@ -75,8 +75,8 @@ def _unusable(row: Parts) -> Dropped | None:
     return None
 
 
-def with_settled_calls(row: Parts, tokenizer: Tokenizer) -> Parts | Dropped:
-    """Gives the arguments of the row's tool calls the form that the chat template writes, for all of its renderings."""
+def with_settled_calls(row: RowTexts, tokenizer: Tokenizer) -> RowTexts | Dropped:
+    """Gives the arguments of the row's tool calls the form that the chat template expects, in all its renderings."""
     if row.is_text:
         return row
 
@@ -96,19 +96,19 @@ def with_settled_calls(row: Parts, tokenizer: Tokenizer) -> Parts | Dropped:
         return parts
     prompt, *completions = parts
     if len(completions) == 2 and completions[0] == completions[1]:
-        return Dropped(IDENTICAL_SIDES, row.origin)  # one side had as text what the other has as an object
+        return Dropped(IDENTICAL_SIDES, row.origin)  # one side had the arguments as text, the other as an object
     return row._replace(prompt=prompt, completions=tuple(completions))
 
 
-def _split_texts(rows: Sequence[Parts], tokenizer: Tokenizer) -> Iterator[Split]:
+def _split_texts(rows: Sequence[RowTexts], tokenizer: Tokenizer) -> Iterator[Split]:
     prompts = tokenizer.encode([str(row.prompt) for row in rows])
     pairs = [(str(row.prompt), str(text)) for row in rows for text in row.completions]
-    apart = iter(tokenizer.encode_completions([text for _, text in pairs]))
-    together = iter(tokenizer.encode([prompt + text for prompt, text in pairs]))
+    completions = iter(tokenizer.encode_completions([text for _, text in pairs]))
+    joined = iter(tokenizer.encode([prompt + text for prompt, text in pairs]))
     always = (PLAIN_TEXT,) if tokenizer.has_chat_template else ()
     for row, prompt in zip(rows, prompts, strict=True):
-        ids = [next(apart) for _ in row.completions]
-        merges = [prompt + completion for completion in ids] != [next(together) for _ in ids]
+        ids = [next(completions) for _ in row.completions]
+        merges = [prompt + completion for completion in ids] != [next(joined) for _ in ids]
         yield Split(
             _with_bos(prompt, tokenizer),
             [_with_eos(completion, tokenizer) for completion in ids],
@@ -125,7 +125,7 @@ def _with_bos(ids: list[int], tokenizer: Tokenizer) -> list[int]:
 
 
 def _with_eos(ids: list[int], tokenizer: Tokenizer) -> list[int]:
-    """Completion tokens with EOS behind them once, and without a BOS that the text begins with."""
+    """Returns completion tokens with exactly one EOS at their end, and without a BOS at their start."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     start, end = 0, len(ids)
     while end and ids[end - 1] == eos:
@@ -135,7 +135,7 @@ def _with_eos(ids: list[int], tokenizer: Tokenizer) -> list[int]:
     return [*ids[start:end], eos]
 
 
-def _split_conversations(rows: Sequence[Parts], tokenizer: Tokenizer) -> Iterator[Split | Dropped]:
+def _split_conversations(rows: Sequence[RowTexts], tokenizer: Tokenizer) -> Iterator[Split | Dropped]:
     written = [write_row(row, tokenizer) for row in rows]
     encoded = iter(encode_conversations([one for one in written if isinstance(one, Written)], tokenizer))
     for one in written:
@@ -144,7 +144,7 @@ def _split_conversations(rows: Sequence[Parts], tokenizer: Tokenizer) -> Iterato
 
 
 def _split_encoded(one: Encoded, tokenizer: Tokenizer) -> Split | Dropped:
-    """Cuts a conversation where its completions start, unless the template leaves nothing of them to learn."""
+    """Splits a conversation where its completions start, unless the template leaves nothing of them to learn."""
     row, asked, wholes = one.written
     length = one.length
     completions = [sequence[length:] for sequence in one.sequences]

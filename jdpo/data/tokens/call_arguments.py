@@ -1,9 +1,9 @@
-"""Arguments of tool calls, in the form that the chat template writes.
+"""Arguments of tool calls, in the form that the chat template expects.
 
-Files hold the arguments of a call as an object, or as JSON text of one, as OpenAI's API writes them. Chat templates
-expect one or the other: most write the object as JSON, so that text is encoded twice, and a few concatenate text,
-which fails on an object or writes Python's repr of it. `settled` decides this call by call, from what the template
-writes, before a row is rendered for its tokens.
+Files have the arguments of a call as an object, or as JSON text of an object, as OpenAI's API writes them. A chat
+template expects one of the two forms. Most templates write an object as JSON, and so would encode text twice. A few
+concatenate text, which fails for an object or writes Python's repr of it. `settled` chooses the form of each call by
+rendering the row in trial forms, before the row is rendered for its tokens.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 UNWRITTEN = "tool-call arguments that the chat template writes neither as an object nor as JSON text"
 
 MOST_VALUES = 200
-"""Distinct values of a call that are looked for in its rendering at most; each look reads the whole rendering."""
+"""At most this many distinct values of a call are looked for, since each look reads the whole rendering."""
 
 _HTML_SAFE = str.maketrans({"<": r"\u003c", ">": r"\u003e", "&": r"\u0026", "'": r"\u0027"})
-"""How Jinja's own `tojson` writes these characters."""
+"""Escapes that Jinja's own `tojson` writes for these characters."""
 
 Render = Callable[[Sequence[list[Message]]], list[str] | Dropped]
 """Renders a prompt followed by each of its completions; takes the prompt and the completions."""
@@ -42,10 +42,10 @@ class Call(NamedTuple):
     """The arguments of one call of a row.
 
     Attributes:
-      place: the part of the row (0 is the prompt), the message in it, and the call in the message.
-      name: of the function, for messages.
+      place: (part of the row, message of the part, call of the message); part 0 is the prompt.
+      name: the function's name, for error messages.
       value: the arguments as an object.
-      is_text: whether the file has them as JSON text.
+      is_text: whether the file has the arguments as JSON text.
     """
 
     place: tuple[int, int, int]
@@ -61,16 +61,16 @@ class Call(NamedTuple):
 
 @functools.lru_cache(maxsize=16)
 def takes_objects(tokenizer: Tokenizer) -> bool:
-    """Tries whether a chat template writes a call whose arguments are an object without failing."""
+    """Returns whether a chat template renders a call whose arguments are an object without failing."""
     function = {"name": "look", "arguments": {"at": "sky"}}
-    call = {"id": "looking01", "type": "function", "function": function}  # Mistral's templates want nine letters
+    call = {"id": "looking01", "type": "function", "function": function}  # Mistral's templates need nine characters
     answer = {"role": "assistant", "content": "", "tool_calls": [call]}
     tool = {"type": "function", "function": {"name": "look", "description": "", "parameters": {"type": "object"}}}
     try:
         tokenizer.render([{"role": "user", "content": "Hi"}, answer], tools=[tool])
     except RenderingTooSlow as error:
         raise ValueError(str(error)) from None
-    except Exception:  # whatever an expression of the template raises; the rows themselves will tell
+    except Exception:  # whatever an expression of the template raises; rendering the rows will show it
         return False
     return True
 
@@ -78,20 +78,20 @@ def takes_objects(tokenizer: Tokenizer) -> bool:
 def settled(
     parts: Sequence[list[Message]], origin: str, render: Render, *, objects_work: Callable[[], bool]
 ) -> Sequence[list[Message]] | Dropped:
-    """Gives the arguments of every call of a row the form that the template writes.
+    """Gives the arguments of every call of a row the form that the template expects.
 
-    Text that holds an object becomes the object if the template then writes its values, and not Python's repr of it;
-    otherwise it becomes compact JSON text, under the same check. Arguments that are objects in the file stay objects,
+    JSON text of an object becomes the object if the template then writes its values, and not Python's repr of it.
+    Otherwise it becomes compact JSON text, under the same check. Arguments that are objects in the file stay objects
     unless the template fails on them.
 
     Args:
       parts: the prompt, and the completions that may follow it.
       origin: where the row came from, for messages.
-      render: writes the prompt followed by each completion, or says why the template does not.
-      objects_work: see `takes_objects`; called only for a row without arguments that are text.
+      render: renders the prompt followed by each completion, or returns why the template refuses them.
+      objects_work: see `takes_objects`; called only if no arguments of the row are text.
 
     Returns:
-      The parts, with one form of each call for every rendering of the row; Dropped where the template writes neither.
+      The parts, with the same form of each call in every rendering; Dropped if the template writes neither form.
     """
     calls = tuple(_calls(parts))
     if not calls or (not any(call.is_text for call in calls) and objects_work()):
@@ -118,7 +118,7 @@ def settled(
 
 
 class _Row(NamedTuple):
-    """A row with the calls in it; sets of calls hold their indices."""
+    """A row and its calls. Sets of calls hold indices into `calls`."""
 
     parts: Sequence[list[Message]]
     calls: Sequence[Call]
@@ -129,7 +129,7 @@ class _Row(NamedTuple):
         return self.render(self.in_forms(as_text))
 
     def in_forms(self, as_text: Collection[int], emptied: Collection[int] = ()) -> list[list[Message]]:
-        """Returns the parts with arguments in these forms, and with those of `emptied` empty."""
+        """Returns the parts with the arguments of `as_text` as text, of others as objects, and of `emptied` empty."""
         forms: dict[tuple[int, int, int], Any] = {}
         for index, call in enumerate(self.calls):
             shape = call._replace(value={}) if index in emptied else call
@@ -140,10 +140,10 @@ class _Row(NamedTuple):
         ]
 
     def unwritten(self, checked: Collection[int], as_text: Collection[int], texts: Sequence[str]) -> frozenset[int]:
-        """Returns which of the checked calls a rendering does not hold as JSON would write them."""
+        """Returns those of the checked calls whose arguments are not in the rendering as JSON would write them."""
         failed = self._failed_keys(checked, as_text, texts)
         owners = Counter(key for index in checked for key in _keys(self.calls[index].value))
-        # Of calls that share what is missing or wrong, some may be written well: each of them is looked at alone.
+        # Calls may share a value that is missing or wrong, although some of them are written well: check each alone.
         doubtful = [index for index, keys in failed.items() if any(owners[key] > 1 for key in keys)]
         cleared = {index for index in doubtful if not self._failed_keys([index], as_text, texts)}
         return frozenset(failed.keys() - cleared)
@@ -151,13 +151,13 @@ class _Row(NamedTuple):
     def _failed_keys(
         self, checked: Collection[int], as_text: Collection[int], texts: Sequence[str]
     ) -> dict[int, set[_Key]]:
-        """Returns, for calls that are not written, which values are missing and which repr is there.
+        """Returns {call: its values that are missing, and its repr if that was written}, for calls with any of these.
 
-        A value counts as written if the rendering has it more often than one with empty arguments, since a question
-        often holds the values of the call that answers it.
+        A value counts as written if the rendering has it more often than a rendering with empty arguments, because a
+        question often contains the values of the call that answers it.
         """
         empty = self.render(self.in_forms(as_text, emptied=checked))
-        if isinstance(empty, Dropped):  # the template fails without arguments: what the messages say must do
+        if isinstance(empty, Dropped):  # the template fails for empty arguments: compare with the messages' text
             empty = ["\n".join(map(_words, [*self.parts[0], *part])) for part in self.parts[1:]]
         failed: dict[int, set[_Key]] = {}
         for number, (text, base) in enumerate(zip(texts, empty, strict=True), start=1):
@@ -172,7 +172,7 @@ class _Row(NamedTuple):
 
 
 def _calls(parts: Sequence[list[Message]]) -> Iterator[Call]:
-    """Yields every call whose arguments are an object, or text of one."""
+    """Yields every call whose arguments are an object or JSON text of one."""
     for number, part in enumerate(parts):
         for index, message in enumerate(part):
             for order, call in enumerate(message.get("tool_calls") or ()):
@@ -189,7 +189,7 @@ def _in_forms(message: Message, place: tuple[int, int], forms: Mapping[tuple[int
         with_arguments(call, forms[*place, order]) if (*place, order) in forms else call
         for order, call in enumerate(calls)
     ]
-    copied = copy.copy(message)  # which stays one that is shown only, if it is
+    copied = copy.copy(message)  # keeps the type: a `ShownMessage` stays one
     copied["tool_calls"] = changed
     return copied
 
@@ -207,10 +207,10 @@ class _Key(NamedTuple):
 
 
 def _keys(value: dict[str, Any]) -> set[_Key]:
-    """Returns every value inside an object, and its repr.
+    """Returns every value inside an object, and the object's repr.
 
-    Nulls and empty texts are left out, since there may be nothing to write, and so is the repr of an empty object,
-    which is JSON.
+    Nulls and empty texts are left out, since a template may write nothing for them, and so is the repr of an empty
+    object, which is also JSON.
 
     >>> sorted(key.spellings for key in _keys({"n": 5, "deep": [True, None, ""]}) if not key.is_repr)
     [('5',), ('true', 'True')]
@@ -226,14 +226,14 @@ def _keys(value: dict[str, Any]) -> set[_Key]:
 
 
 def spellings(leaf: Any) -> tuple[str, ...]:
-    """Returns the ways of writing a value that is neither an object, a list nor null."""
+    """Returns the ways of writing a value that is not an object, a list or null."""
     if isinstance(leaf, str):
-        return _in_strings(leaf.strip()) if leaf.strip() != "{}" else ()  # which empty arguments are, too
+        return _in_strings(leaf.strip()) if leaf.strip() != "{}" else ()  # "{}" is how empty arguments are written
     return tuple(dict.fromkeys([json.dumps(leaf), str(leaf)]))
 
 
 def _in_strings(text: str) -> tuple[str, ...]:
-    """Returns a text as it is, and as it is within strings of JSON (by Python's and Jinja's rules), Python and HTML."""
+    """Returns a text itself, and its forms inside strings of JSON (by Python's and Jinja's rules), Python and HTML."""
     quoted = [json.dumps(text, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True)]
     found = [text, *quoted, *(one.translate(_HTML_SAFE) for one in quoted), html.escape(text), repr(text)[1:-1]]
     return tuple(dict.fromkeys(filter(None, found)))

@@ -1,7 +1,7 @@
-r"""Pairs whose sides are several turns, of which every assistant turn is learnt.
+r"""Pairs whose sides have several turns, of which every assistant turn is learnt.
 
-The sides part at their first different message, often a call of a tool on one side. Each side is a sequence as
-`jdpo.data.tokens.turns` makes it; the prompt is what the two share before the first token to learn:
+The sides differ from some message on, often a tool call on one side. `jdpo.data.tokens.turns` makes one sequence of
+each side; the prompt is what the two sequences share before the first token to learn:
 
     user Rain? assistant | <call> look </call> <end> tool 18 assistant It rains. <end>      chosen
     0    0     0         | 1      1    1       1     0    0  0         1  1      1
@@ -17,7 +17,7 @@ from typing import NamedTuple
 from jdpo.data.schemas.formats import Dropped
 from jdpo.data.schemas.row_building import EMPTY_SIDE
 from jdpo.data.schemas.turn_marks import is_learnt
-from jdpo.data.tokens.boundaries import Parts, Split, split_rows, with_settled_calls
+from jdpo.data.tokens.boundaries import RowTexts, Split, split_rows, with_settled_calls
 from jdpo.data.tokens.tokenizer import Tokenizer
 from jdpo.data.tokens.turns import NOT_LEARNT, Masked, learnt_places, merged, turn_notes
 from jdpo.types import Message, PreferenceRow
@@ -26,7 +26,7 @@ WRITTEN_DIFFERENTLY = "sides of several turns, of which the chat template writes
 
 
 class MaskedSplit(NamedTuple):
-    """Token ids of a prompt and of the two completions that follow it, with masks of what is learnt."""
+    """Token ids of a prompt and of the two completions that follow it, with masks of the learnt tokens."""
 
     prompt: list[int]
     completions: list[list[int]]
@@ -35,23 +35,23 @@ class MaskedSplit(NamedTuple):
 
 
 def whole_split(split: Split) -> MaskedSplit:
-    """Returns a split of which all of the completions is learnt."""
+    """Returns a split in which every token of the completions is learnt."""
     return MaskedSplit(
         split.prompt, split.completions, [[True] * len(completion) for completion in split.completions], split.notes
     )
 
 
 def has_several_turns(row: PreferenceRow) -> bool:
-    """Returns whether a side of a pair is more than one message."""
+    """Returns whether a side of a pair has more than one message."""
     return any(not isinstance(side, str) and len(side) != 1 for side in (row.chosen, row.rejected))
 
 
 def split_pair_turns(rows: Sequence[PreferenceRow], tokenizer: Tokenizer) -> list[MaskedSplit | Dropped]:
-    """Splits pairs of conversations whose sides are several turns.
+    """Splits pairs of conversations whose sides have several turns.
 
-    A turn that is marked as shown only is not learnt; a pair whose final turn is so marked is dropped. An earlier turn
-    that cannot be learnt is left out and noted. A pair is dropped if the chat template writes turns of a side
-    differently as it goes on, since the sides of a pair are one sequence each.
+    A turn marked as shown only is not learnt; a pair whose final turn is marked so is dropped. An earlier turn that
+    cannot be learnt is left out and noted. A pair is dropped if the chat template writes earlier turns differently once
+    later ones follow, because each side of a pair must be one sequence.
 
     Raises:
       ValueError: the tokenizer has no chat template.
@@ -69,12 +69,12 @@ class _Turns(NamedTuple):
     """The turns of both sides that are learnt.
 
     Attributes:
-      parts: one of each turn; where both sides begin with one, these two are one, since their prompt is one.
-      sides: of each side, the numbers of its parts.
-      places: of each side, which of its messages the turns are.
+      parts: one per turn. If both sides start with a learnt turn, one part holds both, since they share the prompt.
+      sides: the indices into `parts` of each side.
+      is_joint: whether the first part holds the first turns of both sides.
     """
 
-    parts: list[Parts]
+    parts: list[RowTexts]
     sides: list[list[int]]
     is_joint: bool
 
@@ -86,19 +86,19 @@ def _turns(row: PreferenceRow, tokenizer: Tokenizer) -> _Turns | Dropped:
     if not all(is_learnt(side[-1]) for side in sides):
         return Dropped(NOT_LEARNT, row.origin)
     places = [learnt_places(side) for side in sides]
-    settled = with_settled_calls(Parts(prompt, tuple(sides), row.origin, row.tools, row.template_kwargs), tokenizer)
+    settled = with_settled_calls(RowTexts(prompt, tuple(sides), row.origin, row.tools, row.template_kwargs), tokenizer)
     if isinstance(settled, Dropped):
         return settled
     prompt, *sides = (_messages(text) for text in (settled.prompt, *settled.completions))
     is_joint = all(own[0] == 0 for own in places)
     parts, numbers = [], []
     if is_joint:
-        parts.append(Parts(prompt, tuple(side[:1] for side in sides), row.origin, row.tools, row.template_kwargs))
+        parts.append(RowTexts(prompt, tuple(side[:1] for side in sides), row.origin, row.tools, row.template_kwargs))
     for side, own in zip(sides, places, strict=True):
         rest = own[1:] if is_joint else own
         numbers.append([*([0] if is_joint else []), *range(len(parts), len(parts) + len(rest))])
         parts += [
-            Parts([*prompt, *side[:i]], (side[i : i + 1],), row.origin, row.tools, row.template_kwargs) for i in rest
+            RowTexts([*prompt, *side[:i]], (side[i : i + 1],), row.origin, row.tools, row.template_kwargs) for i in rest
         ]
     return _Turns(parts, numbers, is_joint)
 
@@ -130,7 +130,7 @@ def _joined(row: PreferenceRow, turns: _Turns, splits: Sequence[Split | Dropped]
 
 
 def _side_splits(turns: _Turns, splits: Sequence[Split | Dropped], side: int) -> Iterator[Split | Dropped]:
-    """The splits of one side, its own completion of the one that both share."""
+    """Yields the splits of one side; of the part that holds both sides, the side's own completion."""
     for number in turns.sides[side]:
         split = splits[number]
         if turns.is_joint and number == 0 and isinstance(split, Split):

@@ -1,18 +1,18 @@
-r"""Where the prompt of a conversation ends and its completions start, so that nothing of a prompt is learnt.
+r"""The end of a conversation's prompt, found so that nothing of a prompt is learnt.
 
 P is the prompt with the generation prompt, W the conversation with an answer. Most templates write W so that it starts
-with P. Then W is tokenized as it is, and the completion starts where the tokens of P and of the conversations part:
+with P. Then W is tokenized as it is, and the completion starts where the tokens of P and W first differ:
 
     P  <|im_start|>user \n Hi <|im_end|> \n <|im_start|>assistant \n
     W  <|im_start|>user \n Hi <|im_end|> \n <|im_start|>assistant \n | Hello <|im_end|> \n
 
-Some templates lose the end of the generation prompt once an answer follows. Tokens are the same, and it is counted:
+Some templates remove the end of the generation prompt once an answer follows. W stays as it is, and the row is counted:
 
     P  <User> Hi <Assistant> <think> \n
     W  <User> Hi <Assistant> | Hello <eos>
 
-Others write the messages of the prompt differently. There the answer is put after the prompt of inference, if it can
-be told from what the template writes before it; other rows are dropped:
+Others write the messages of the prompt differently once an answer follows. Then the answer is put after P, if it can be
+separated from what the template writes before it; otherwise the row is dropped:
 
     P  [INST] Be kind. Hi [/INST]
     W  [INST] Hi [/INST] Hello <eos>   ->   [INST] Be kind. Hi [/INST] | Hello <eos>
@@ -41,7 +41,7 @@ _OPENED_THOUGHT = re.compile(
     r"(?P<open>[<\[]\|?)(?P<start>start_)?(?P<name>\w*(?:think|thought|reason)\w*)(?P<close>\|?[>\]])\s*\Z",
     re.IGNORECASE,
 )
-"""The marker of a thought that is open where a generation prompt ends: `<think>`, `[THINK]`, `<|START_THINKING|>`."""
+"""Marker of a thought that a generation prompt opens at its end: `<think>`, `[THINK]`, `<|START_THINKING|>`."""
 
 
 class Encoded(NamedTuple):
@@ -51,7 +51,7 @@ class Encoded(NamedTuple):
       written: the texts that were tokenized.
       prompt: the ids of `written.asked`.
       sequences: the ids of each of `written.wholes`.
-      notes: what was done to the row.
+      notes: the names under which the row is counted.
     """
 
     written: Written
@@ -61,12 +61,12 @@ class Encoded(NamedTuple):
 
     @property
     def length(self) -> int:
-        """Leading tokens that the prompt shares with every sequence: where the completions start."""
+        """The number of leading tokens that the prompt shares with every sequence: the start of the completions."""
         return min(_shared(self.prompt, sequence) for sequence in self.sequences)
 
 
 def encode_conversations(rows: Sequence[Written], tokenizer: Tokenizer) -> list[Encoded | Dropped]:
-    """Tokenizes conversations, each with nothing but its answers after the prompt."""
+    """Tokenizes conversations so that only the answer follows the prompt in each."""
     ends = end_text(tokenizer)
     encoded = _encode([_without_headers(row, ends) for row in rows], tokenizer)
     results: list[Encoded | Dropped] = list(encoded)
@@ -93,22 +93,22 @@ def encode_conversations(rows: Sequence[Written], tokenizer: Tokenizer) -> list[
 
 
 def _encode(rows: Sequence[Written], tokenizer: Tokenizer) -> list[Encoded]:
-    """Tokenizes all texts in one call, which runs on all cores."""
+    """Tokenizes all texts in one call, so that the tokenizer can use all cores."""
     ids = iter(encode_rendered([text for row in rows for text in (row.asked, *row.wholes)], tokenizer))
     return [Encoded(row, next(ids), [next(ids) for _ in row.wholes]) for row in rows]
 
 
 def _merge_notes(one: Encoded, needed: int, tokenizer: Tokenizer) -> tuple[str, ...]:
-    """Notes of a row whose conversations start with the prompt as text.
+    """Returns the notes of a row whose conversations, as text, start with the prompt.
 
     Args:
       one: the row.
-      needed: tokens of the prompt up to the end of its last turn.
-      tokenizer: that made them.
+      needed: number of the prompt's tokens up to the end of its last turn.
+      tokenizer: the tokenizer of the row.
     """
     if one.length == len(one.prompt):
         return ()
-    # Spaces that the template writes between turns are no words of a turn.
+    # Whitespace that the template writes between turns belongs to no turn.
     if tokenizer.hf.decode(one.prompt[one.length : needed]).strip():
         return (SHORTER_PREFIX, STARTS_IN_PROMPT)
     return (SHORTER_PREFIX,)
@@ -123,20 +123,20 @@ def _without_headers(row: Written, ends: re.Pattern[str]) -> Written:
 
 
 def without_header(whole: str, asked: str, content: str, ends: re.Pattern[str]) -> str:
-    r"""Cuts the header of a next answer off a conversation, which some templates write whether asked to or not.
+    r"""Cuts off the header of a next answer, which some templates write after every conversation.
 
     Args:
       whole: the conversation with an answer.
       asked: the prompt with the generation prompt.
-      content: the answer's words.
-      ends: finds the tokens that end a turn, with the spaces after them.
+      content: the text of the answer.
+      ends: matches the tokens that end a turn, with the whitespace after them.
 
     >>> without_header("Hi<end>\nbot: Yes<end>\nbot: ", "Hi<end>\nbot: ", "Yes", re.compile(r"<end>\s*"))
     'Hi<end>\nbot: Yes<end>\n'
     >>> without_header("user: Hi bot: Yes<end>bot: ", "user: Hi bot: ", "Yes", re.compile(r"<end>\s*"))
     'user: Hi bot: Yes<end>'
     """
-    same_end = len(whole) - len(common_prefix(whole[::-1], asked[::-1]))  # from here on both are the same
+    same_end = len(whole) - len(common_prefix(whole[::-1], asked[::-1]))  # from here on both texts are equal
     start = len(common_prefix(whole, asked))
     found = whole.find(content.strip(), start)
     for end in ends.finditer(whole, start if found < 0 else found + len(content.strip())):
@@ -146,19 +146,19 @@ def without_header(whole: str, asked: str, content: str, ends: re.Pattern[str]) 
 
 
 def end_text(tokenizer: Tokenizer) -> re.Pattern[str]:
-    """Finds the tokens that end an answer in rendered text, with the spaces after them."""
+    """Returns a pattern for the tokens that end an answer in rendered text, with the whitespace after them."""
     tokens: Any = tokenizer.hf.convert_ids_to_tokens(list(tokenizer.end_token_ids))
     return re.compile(rf"(?:{'|'.join(map(re.escape, tokens))})\s*")
 
 
 def _rebuilt(row: Written, bare: str | None) -> Written | None:
-    """The conversations as the prompt of inference and what they write after its end; None where that is unsafe.
+    """Rewrites conversations as the prompt of inference followed by their answers; None if that would not be safe.
 
     Args:
-      row: whose conversations do not start with the prompt.
+      row: a row whose conversations do not start with the prompt.
       bare: the prompt without a generation prompt.
     """
-    # All of the generation prompt has to be found: what is missing would be lost, or written twice.
+    # The conversation must contain the whole generation prompt. A part found alone would lose or repeat the rest.
     header = "" if bare is None else row.asked[len(common_prefix(row.asked, bare)) :]
     prompt = conversation(row.row.prompt)
     wholes = []
@@ -174,20 +174,23 @@ def _rebuilt(row: Written, bare: str | None) -> Written | None:
 
 
 def _longest_suffix(text: str, within: str) -> str:
-    """Finds the longest end of a text that occurs in another.
+    """Returns the longest suffix of a text that occurs in another text.
 
     >>> _longest_suffix("Be kind. Hi [/INST]", "[INST] Hi [/INST] Hello"), _longest_suffix("Hi", "Yes")
     (' Hi [/INST]', '')
     """
     low, high = 0, len(text)
-    while low < high:  # all ends of an end that occurs occur too
+    while low < high:  # binary search: if a suffix occurs, so do all shorter ones
         middle = (low + high + 1) // 2
         low, high = (middle, high) if text[len(text) - middle :] in within else (low, middle - 1)
     return text[len(text) - low :]
 
 
 def _holds_the_answer_alone(text: str, side: Sequence[Message], last: Message) -> bool:
-    """Tells if a text holds all words of a side, or the names of its calls, and no words of the message before it."""
+    """Returns whether a text contains all content of a side (or the names of its calls) and none of the last message.
+
+    Content of the last message that the side itself repeats does not count.
+    """
     content = [word for message in side if (word := words(message).strip())] or _call_names(side)
     if not content or any(word not in text for word in content):
         return False
@@ -200,14 +203,14 @@ def _holds_the_answer_alone(text: str, side: Sequence[Message], last: Message) -
 
 
 def _call_names(messages: Sequence[Message]) -> list[str]:
-    """The names of the functions that messages call."""
+    """Returns the names of the functions that messages call."""
     calls = [call for message in messages for call in message.get("tool_calls") or ()]
     functions = [call.get("function", call) for call in calls if isinstance(call, dict)]
     return [str(function.get("name")) for function in functions if isinstance(function, dict)]
 
 
 def _closes_thought(asked: str, answer: str) -> bool:
-    """Tells if an answer closes the thought that the prompt opens; true where the prompt opens none.
+    """Returns whether an answer closes the thought that the prompt opens; True if the prompt opens none.
 
     >>> _closes_thought("Hi <think>\\n", "Hm.</think>Yes"), _closes_thought("Hi <think>", "Yes")
     (True, False)
@@ -223,7 +226,7 @@ def _closes_thought(asked: str, answer: str) -> bool:
 
 
 def common_prefix(first: str, second: str) -> str:
-    """The longest text that both texts start with.
+    """Returns the longest common prefix of two texts.
 
     >>> common_prefix("The sky", "That is")
     'Th'
@@ -231,7 +234,7 @@ def common_prefix(first: str, second: str) -> str:
     if second.startswith(first):
         return first
     low, high = 0, min(len(first), len(second))
-    while low < high:  # compares slices, not letter by letter
+    while low < high:  # binary search over slices, which is much faster than a loop over characters
         middle = (low + high + 1) // 2
         low, high = (middle, high) if first[:middle] == second[:middle] else (low, middle - 1)
     return first[:low]

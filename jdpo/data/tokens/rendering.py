@@ -1,4 +1,4 @@
-"""Rows of conversations as text: the one place where the chat template writes the messages of a row."""
+"""Rendering of conversations: the only place where the chat template writes the messages of a row."""
 
 from __future__ import annotations
 
@@ -16,8 +16,16 @@ REFUSED = "refused by the chat template"
 NOT_UNICODE = "text that is not Unicode"
 
 
-class Parts(NamedTuple):
-    """A row of either kind: the prompt, what may follow it, where it came from, what the conversation may call."""
+class RowTexts(NamedTuple):
+    """A row of either kind before it is tokenized.
+
+    Attributes:
+      prompt: plain text, or messages.
+      completions: the texts or messages that may follow the prompt: two sides, or one completion.
+      origin: where the row came from.
+      tools: the tools that the conversation may call.
+      template_kwargs: `chat_template_kwargs` of the row.
+    """
 
     prompt: Text
     completions: tuple[Text, ...]
@@ -27,7 +35,7 @@ class Parts(NamedTuple):
 
     @property
     def is_text(self) -> bool:
-        """Whether the row is plain text, not a conversation."""
+        """True for plain text, False for a conversation."""
         return isinstance(self.prompt, str)
 
 
@@ -35,21 +43,21 @@ class Written(NamedTuple):
     """A conversation as the chat template writes it.
 
     Attributes:
-      row: the messages that the template was given.
+      row: the messages given to the template.
       asked: the prompt with the generation prompt, which is what a model sees at inference.
       wholes: the prompt with each of the completions.
     """
 
-    row: Parts
+    row: RowTexts
     asked: str
     wholes: list[str]
 
 
-def write_row(row: Parts, tokenizer: Tokenizer) -> Written | Dropped:
+def write_row(row: RowTexts, tokenizer: Tokenizer) -> Written | Dropped:
     """Renders the prompt and the whole conversations of a row.
 
     Raises:
-      ValueError: the tokenizer has no chat template, or it does not end.
+      ValueError: the tokenizer has no chat template, or the template takes too long.
     """
     prompt = conversation(row.prompt)
     wholes = [prompt + conversation(completion) for completion in row.completions]
@@ -57,23 +65,23 @@ def write_row(row: Parts, tokenizer: Tokenizer) -> Written | Dropped:
     return texts if isinstance(texts, Dropped) else Written(row, texts[0], texts[1:])
 
 
-def write_bare(row: Parts, tokenizer: Tokenizer) -> str | None:
-    """Renders the prompt without a generation prompt; None if the template refuses that."""
+def write_bare(row: RowTexts, tokenizer: Tokenizer) -> str | None:
+    """Renders the prompt without a generation prompt; returns None if the template refuses it."""
     try:
         return _written(conversation(row.prompt), row, tokenizer)
     except RenderingTooSlow as error:
         raise ValueError(f"{row.origin}: {error}") from None
-    except Exception:  # many templates want a conversation that ends with the assistant
+    except Exception:  # many templates require a conversation that ends with the assistant
         return None
 
 
-def write_emptied(row: Parts, number: int, tokenizer: Tokenizer) -> str | None:
-    """Renders a whole conversation with an empty message as its last; None if the template refuses that.
+def write_emptied(row: RowTexts, number: int, tokenizer: Tokenizer) -> str | None:
+    """Renders a whole conversation with an empty last message; returns None if the template refuses it.
 
     Args:
-      row: as it was given to `write_row`.
-      number: of the completion.
-      tokenizer: with the chat template.
+      row: the row that was given to `write_row`.
+      number: index of the completion.
+      tokenizer: a tokenizer with a chat template.
     """
     messages = conversation(row.prompt) + conversation(row.completions[number])
     try:
@@ -85,15 +93,15 @@ def write_emptied(row: Parts, number: int, tokenizer: Tokenizer) -> str | None:
 
 
 def conversation(text: Text) -> list[Message]:
-    """A part of a row that is known to be messages."""
+    """Returns a part of a row that is known to be messages, not text."""
     assert not isinstance(text, str)
     return text
 
 
 def render_all(
-    conversations: Sequence[list[Message]], prompts: Sequence[bool], row: Parts | CompletionRow, tokenizer: Tokenizer
+    conversations: Sequence[list[Message]], prompts: Sequence[bool], row: RowTexts | CompletionRow, tokenizer: Tokenizer
 ) -> list[str] | Dropped:
-    """Renders conversations of one row, those marked in `prompts` with a generation prompt.
+    """Renders conversations of one row; those that are True in `prompts` get a generation prompt.
 
     Raises:
       ValueError: the tokenizer has no chat template.
@@ -109,20 +117,20 @@ def render_all(
         raise ValueError(f"{origin}: {error}") from None
     except jinja2.TemplateError as error:
         return Dropped(REFUSED, origin, str(error))
-    except Exception as error:  # an expression of the template that this row does not fit
+    except Exception as error:  # an expression of the template fails for this row
         return Dropped(REFUSED, origin, f"{type(error).__name__}: {error}")
-    # A template may write further keys of a message next to its content.
+    # Checked again: a template may write other keys of a message than its content.
     return texts if all(map(is_unicode, texts)) else Dropped(NOT_UNICODE, origin)
 
 
 def _written(
-    messages: list[Message], row: Parts | CompletionRow, tokenizer: Tokenizer, *, is_prompt: bool = False
+    messages: list[Message], row: RowTexts | CompletionRow, tokenizer: Tokenizer, *, is_prompt: bool = False
 ) -> str:
     return tokenizer.render(messages, tools=row.tools, add_generation_prompt=is_prompt, kwargs=row.template_kwargs)
 
 
 def is_unicode(text: str) -> bool:
-    r"""Tells if a tokenizer takes the text; JSON can hold half of a surrogate pair.
+    r"""Returns whether a text can be encoded; JSON may contain half of a surrogate pair, which cannot.
 
     >>> is_unicode("\ud83d"), is_unicode("\U0001f600")
     (False, True)
@@ -135,14 +143,14 @@ def is_unicode(text: str) -> bool:
 
 
 def encode_rendered(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
-    """Token ids of rendered conversations. Templates write BOS themselves; of several at the start one is kept."""
+    """Returns the token ids of rendered conversations. The template writes BOS; of several at the start one is kept."""
     bos = tokenizer.hf.bos_token_id
     sequences = tokenizer.encode(texts)
     return sequences if bos is None else [one_bos(ids, bos) for ids in sequences]
 
 
 def one_bos(ids: list[int], bos: int) -> list[int]:
-    """The ids with one BOS of those that they begin with.
+    """Returns the ids with repeated BOS at their start reduced to one.
 
     >>> one_bos([1, 1, 1, 7, 1], bos=1)
     [1, 7, 1]

@@ -1,7 +1,7 @@
-"""What is worth counting of how a chat template and a tokenizer wrote a row.
+"""Notes on rows whose tokens differ from what their file contains.
 
-None of it costs the row: the tokens are those that the model sees at inference too. But each is a way in which what
-is learnt differs from what stands in the file, and a user is to be told how often.
+The rows are kept, since the model sees the same tokens at inference. But each note is a difference between the file and
+what is learnt, so the number of such rows is reported.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ def conversation_notes(
     texts: Sequence[str],
     tokenizer: Tokenizer,
 ) -> tuple[str, ...]:
-    """What the chat template did with the words of a conversation.
+    """Returns notes on what the chat template did with the content of a conversation.
 
     Args:
       prompt: the messages before the answer.
       completions: the messages of each answer.
-      tools: what the conversation may call.
-      texts: the prompt as the template writes it, then the conversation with each of the completions.
+      tools: the tools that the conversation may call.
+      texts: the rendered prompt, then the rendered conversation with each of the completions.
     """
     written, *wholes = texts
     messages = [*prompt, *(message for completion in completions for message in completion)]
@@ -50,7 +50,7 @@ def conversation_notes(
 
 
 def text_notes(prompt: str, completions: Iterable[str], tokenizer: Tokenizer) -> tuple[str, ...]:
-    """Whether plain text spells special tokens, but for a BOS that begins it and an EOS that ends it."""
+    """Notes if plain text spells special tokens, apart from a BOS at its start and an EOS at its end."""
     bos = tokenizer.hf.bos_token if tokenizer.bos_token_id is not None else None
     eos = tokenizer.hf.eos_token
     assert isinstance(eos, str)
@@ -59,20 +59,20 @@ def text_notes(prompt: str, completions: Iterable[str], tokenizer: Tokenizer) ->
 
 
 def words(message: Message) -> str:
-    """The content of a message; of one that only calls functions, none."""
+    """Returns the content of a message; empty for a message that only calls functions."""
     content = message.get("content")
     return content if isinstance(content, str) else ""
 
 
 def has_words(text: Text) -> bool:
-    """Whether a completion says or calls anything."""
+    """Returns whether a completion has content or calls."""
     if isinstance(text, str):
         return bool(text.strip())
     return any(words(message).strip() or message.get("tool_calls") for message in text)
 
 
 def all_words(text: Text) -> str:
-    """Everything in a part of a row that may reach the tokens, to be looked through.
+    """Returns all text of a part of a row that may reach the tokens, for searching in it.
 
     >>> all_words([{"role": "assistant", "content": None, "tool_calls": [{"name": "look"}]}])
     '[{"name": "look"}]'
@@ -86,7 +86,7 @@ def all_words(text: Text) -> str:
 
 
 def _tool_name(tool: dict[str, Any]) -> str:
-    """The name of a tool in the form {type, function: {name, ...}}, or {name, ...}; empty where it has none."""
+    """Returns the name of a tool in the form {type, function: {name, ...}} or {name, ...}; empty if it has none."""
     function = tool.get("function")
     name = (function if isinstance(function, dict) else tool).get("name")
     return name if isinstance(name, str) else ""

@@ -1,4 +1,4 @@
-"""Rows as token ids of at most `max_length`, with what was done to each."""
+"""Tokenization of rows to at most `max_length` tokens, with notes on what was done to each row."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from jdpo.data.schemas.formats import Dropped
 from jdpo.data.schemas.turn_marks import is_learnt
-from jdpo.data.tokens.boundaries import EMPTY_PROMPT, IDENTICAL_SIDES, Parts, Split, split_rows
+from jdpo.data.tokens.boundaries import EMPTY_PROMPT, IDENTICAL_SIDES, RowTexts, Split, split_rows
 from jdpo.data.tokens.pair_turns import MaskedSplit, has_several_turns, split_pair_turns, whole_split
 from jdpo.data.tokens.tokenizer import Tokenizer
 from jdpo.data.tokens.turns import NOT_LEARNT, Masked, split_turns, whole_sequence
@@ -34,14 +34,14 @@ NO_TURNS = "in plain text, which has no turns: of them loss_on: assistant_turns 
 
 
 class KeptPair(NamedTuple):
-    """A pair to train on, and in words that are counted what was done to it."""
+    """A pair to train on, with the names under which it is counted."""
 
     row: AnyPair
     notes: tuple[str, ...]
 
 
 class KeptCompletion(NamedTuple):
-    """A supervised example to train on, and in words that are counted what was done to it."""
+    """A supervised example to train on, with the names under which it is counted."""
 
     row: TokenizedCompletion
     notes: tuple[str, ...]
@@ -64,19 +64,19 @@ def tokenize_pairs(
 ) -> list[KeptPair | Dropped]:
     """Tokenizes preference rows.
 
-    The prompt loses tokens on the left beyond `max_prompt_length` (BOS stays), then each completion on the right
-    beyond `max_length` tokens of the sequence; a completion that is cut ends without EOS.
+    The prompt is truncated on the left to `max_prompt_length` tokens (BOS stays). Then each completion is truncated on
+    the right so that the sequence has at most `max_length` tokens; a truncated completion ends without EOS.
 
     Args:
-      rows: what to tokenize.
-      tokenizer: with a chat template where rows are conversations.
-      max_length: most tokens of a sequence.
-      max_prompt_length: most tokens of the prompt, or None.
-      every_turn: sides may be several turns, of which every one of the assistant is learnt; rows are then a
-        `MaskedPair` each. Of plain text the completion is learnt, which is noted.
+      rows: the rows.
+      tokenizer: needs a chat template if rows are conversations.
+      max_length: maximum number of tokens of a sequence.
+      max_prompt_length: maximum number of tokens of the prompt; None: no limit.
+      every_turn: sides may have several turns, and every assistant turn is learnt; the rows are then `MaskedPair`s.
+        For plain text, the completion is learnt, which is noted.
 
     Returns:
-      One result a row, in their order.
+      One result per row, in their order.
 
     Raises:
       ValueError: a row is a conversation and the tokenizer has no chat template.
@@ -84,7 +84,7 @@ def tokenize_pairs(
     several = [every_turn and has_several_turns(row) for row in rows]
     turns = iter(split_pair_turns([row for row, many in zip(rows, several, strict=True) if many], tokenizer))
     single = [
-        Parts(row.prompt, (row.chosen, row.rejected), row.origin, row.tools, row.template_kwargs)
+        RowTexts(row.prompt, (row.chosen, row.rejected), row.origin, row.tools, row.template_kwargs)
         for row, many in zip(rows, several, strict=True)
         if not many
     ]
@@ -124,13 +124,13 @@ def tokenize_completions(
     max_length: int,
     max_prompt_length: int | None = None,
 ) -> list[KeptCompletion | Dropped]:
-    """Tokenizes supervised rows, of which the completion is learnt; truncation is that of `tokenize_pairs`.
+    """Tokenizes supervised rows, of which the completion is learnt; truncates them as `tokenize_pairs` does.
 
     Args:
-      rows: what to tokenize.
-      tokenizer: with a chat template where rows are conversations.
-      max_length: most tokens of a sequence.
-      max_prompt_length: most tokens before the final assistant turn.
+      rows: the rows.
+      tokenizer: needs a chat template if rows are conversations.
+      max_length: maximum number of tokens of a sequence.
+      max_prompt_length: maximum number of tokens before the final assistant turn.
 
     Returns:
       One result per row, in their order.
@@ -139,7 +139,7 @@ def tokenize_completions(
       ValueError: a row is a conversation and the tokenizer has no chat template.
     """
     splits = _split_learnt(
-        [Parts(row.prompt, (row.completion,), row.origin, row.tools, row.template_kwargs) for row in rows], tokenizer
+        [RowTexts(row.prompt, (row.completion,), row.origin, row.tools, row.template_kwargs) for row in rows], tokenizer
     )
     return [
         split
@@ -164,17 +164,17 @@ def tokenize_turns(
 ) -> list[list[KeptCompletion | Dropped]]:
     """Tokenizes supervised rows, of which every assistant turn is learnt; see `jdpo.data.tokens.turns`.
 
-    Of plain text the completion is learnt, which is noted.
+    For plain text, the completion is learnt, which is noted.
 
     Args:
-      rows, tokenizer, max_length: as in `tokenize_completions`.
-      max_prompt_length: most tokens before the last turn of a sequence.
+      rows, tokenizer, max_length: see `tokenize_completions`.
+      max_prompt_length: maximum number of tokens before the last turn of a sequence.
 
     Returns:
-      One result per sequence of each row, at least one.
+      For each row, one result per sequence, at least one.
 
     Raises:
-      ValueError: as in `tokenize_completions`.
+      ValueError: see `tokenize_completions`.
     """
     lengths: dict[str, Any] = {"max_length": max_length, "max_prompt_length": max_prompt_length}
     texts = iter(tokenize_completions([row for row in rows if isinstance(row.prompt, str)], tokenizer, **lengths))
@@ -196,8 +196,8 @@ def tokenize_turns(
     return results
 
 
-def _split_learnt(rows: Sequence[Parts], tokenizer: Tokenizer) -> list[Split | Dropped]:
-    """Splits rows except those with an answer that is marked as shown only."""
+def _split_learnt(rows: Sequence[RowTexts], tokenizer: Tokenizer) -> list[Split | Dropped]:
+    """Splits rows, and drops those with an answer marked as shown only."""
     learnt = [all(isinstance(side, str) or is_learnt(side[-1]) for side in row.completions if side) for row in rows]
     splits = iter(split_rows([row for row, is_kept in zip(rows, learnt, strict=True) if is_kept], tokenizer))
     return [
@@ -256,7 +256,7 @@ def _fit_completion(
 
 
 def _cut_prompt(ids: Sequence[int], length: int, most: int | None, tokenizer: Tokenizer) -> list[int]:
-    """Which positions of a prompt of `length` tokens stay: the last ones, and BOS."""
+    """Returns the positions that a prompt of `length` tokens keeps: the last ones, and BOS."""
     if most is None or length <= most:
         return list(range(length))
     if ids[0] == tokenizer.hf.bos_token_id:

@@ -1,4 +1,4 @@
-"""Loading a tokenizer, giving it a chat template where it has none, and what training needs to know of it."""
+"""Tokenizers with their chat templates: loading, rendering, and the special tokens that training depends on."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _ANCHORS = ("\n", ".", "a")
-"""Text to stand before a completion that is tokenized alone; see `Tokenizer.encode_completions`."""
+"""Texts to put before a completion that is tokenized alone; see `Tokenizer.encode_completions`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,14 +32,14 @@ class Tokenizer:
     """A tokenizer with its chat template.
 
     Attributes:
-      hf: the tokenizer itself, to be saved with the model.
-      added_tokens: tokens that the chat template brought and the vocabulary did not have.
+      hf: the tokenizer of transformers, which is saved with the model.
+      added_tokens: tokens that the chat template added to the vocabulary.
       end_token_ids: tokens that end an answer: the tokenizer's EOS and the template's end of turn.
       digest: content digest of vocabulary, special tokens and template.
       notes: sentences for the user on what was changed.
       source: the folder, for messages.
-      probe: a question and its answer as the chat template writes them.
-      warnings: sentences for the user on what is likely wrong with the tokenizer's files.
+      probe: a question and its answer as rendered by the chat template.
+      warnings: sentences for the user on likely faults in the tokenizer's files.
     """
 
     hf: PreTrainedTokenizerBase
@@ -53,7 +53,7 @@ class Tokenizer:
 
     @cached_property
     def size(self) -> int:
-        """How many embedding rows the token ids need."""
+        """The number of embedding rows that the token ids need."""
         return max(len(self.hf), 1 + max(self.hf.get_vocab().values(), default=0))
 
     @property
@@ -62,26 +62,26 @@ class Tokenizer:
 
     @property
     def eos_token_id(self) -> int:
-        """Ends plain text."""
+        """The EOS, which ends plain text."""
         assert isinstance(self.hf.eos_token_id, int)
         return self.hf.eos_token_id
 
     @property
     def pad_token_id(self) -> int:
-        """Fills up batches; its id means nothing, since masks come from lengths."""
+        """The token that fills up batches. Any id would do, since masks come from lengths."""
         pad = self.hf.pad_token_id
         return pad if isinstance(pad, int) else self.eos_token_id
 
     @cached_property
     def bos_token_id(self) -> int | None:
-        """The BOS that this tokenizer puts before plain text, None where it puts none."""
+        """The BOS that this tokenizer puts before plain text, or None."""
         ids = self.hf("a")["input_ids"]
         bos = self.hf.bos_token_id
         return bos if isinstance(bos, int) and len(ids) > 1 and ids[0] == bos else None
 
     @cached_property
     def special_text(self) -> re.Pattern[str]:
-        """Finds special tokens that a text spells out."""
+        """A pattern that matches special tokens spelled out in a text."""
         added = (token.content for token in self.hf.added_tokens_decoder.values() if token.special)
         tokens = sorted({*added, *self.hf.all_special_tokens}, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, tokens)) or "(?!)")
@@ -94,18 +94,19 @@ class Tokenizer:
         add_generation_prompt: bool = False,
         kwargs: Mapping[str, Any] | None = None,
     ) -> str:
-        """Writes a conversation as the chat template does.
+        """Renders a conversation with the chat template.
 
         Args:
           messages: the turns.
-          tools: what they may call, as JSON schemas; a template may leave them out.
-          add_generation_prompt: write the header of the answer to come.
+          tools: JSON schemas of the tools that may be called; a template may leave them out.
+          add_generation_prompt: append the header of the answer to come.
           kwargs: `chat_template_kwargs` of the row, which override those of the config.
 
         Raises:
-          jinja2.TemplateError: the template refuses the conversation, or does more than its bounds allow.
-          RenderingTooSlow: it takes more than a minute, which ends the run: hosts would not agree on such rows.
-          Exception: whatever else an expression of the template raises.
+          jinja2.TemplateError: the template refuses the conversation, or exceeds its bounds.
+          RenderingTooSlow: rendering takes more than a minute. This ends the run, because hosts of different speed
+            would not agree on which rows to drop.
+          Exception: any other exception of an expression in the template.
         """
         try:
             return self._renderer.render(
@@ -122,7 +123,7 @@ class Tokenizer:
         """Checks that there is a chat template for a row's conversation, and that it reads the row's kwargs.
 
         Raises:
-          ValueError: there is none, or it does not; the message names the row.
+          ValueError: there is no template, or it does not read a key; the message names the row.
         """
         if self._renderer.template_for(tools) is None:
             raise ValueError(
@@ -135,13 +136,13 @@ class Tokenizer:
         names = list(map(terminal, self._renderer.templates))
         if names:
             return (
-                f"has several chat templates ({', '.join(names)}) and none called {DEFAULT}: choose one by its name, "
+                f"has several chat templates ({', '.join(names)}) and none called {DEFAULT}: choose one by name, "
                 f"for example chat_template: {names[0]}"
             )
-        return "has no chat template: set chat_template: chatml (built in), or give a Jinja file there"
+        return "has no chat template: set chat_template to chatml (built in) or to a Jinja file"
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, nothing added to them."""
+        """Returns the token ids of each text, without special tokens added."""
         if not texts:
             return []
         encoded = self.hf(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
@@ -149,25 +150,25 @@ class Tokenizer:
         return ids
 
     def encode_completions(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of texts that follow a prompt, tokenized apart from it.
+        """Returns the token ids of texts that follow a prompt, tokenized separately from it.
 
-        SentencePiece tokenizers put a space before any text (`Paris` alone is `▁Paris`), which a completion must
-        not gain. There the text is tokenized after an anchor, whose tokens are then cut off.
+        SentencePiece tokenizers put a space before any text (`Paris` alone is `▁Paris`), which a completion must not
+        gain. For them the text is tokenized after an anchor, whose tokens are then cut off.
         """
-        apart = self.encode(texts)
+        unanchored = self.encode(texts)
         anchor_ids = self._anchor_ids
         if anchor_ids is None:
-            return apart
+            return unanchored
         anchor, ids = anchor_ids
         anchored = self.encode([anchor + text for text in texts])
         return [
-            behind[len(ids) :] if behind[: len(ids)] == ids else alone
-            for behind, alone in zip(anchored, apart, strict=True)
+            after_anchor[len(ids) :] if after_anchor[: len(ids)] == ids else alone
+            for after_anchor, alone in zip(anchored, unanchored, strict=True)
         ]
 
     @cached_property
     def _anchor_ids(self) -> tuple[str, list[int]] | None:
-        """An anchor and its ids where text alone gains a space, else None."""
+        """An anchor and its ids if the tokenizer puts a space before text, otherwise None."""
         (letter,) = self.encode(["a"])
         if self.hf.decode(letter + letter).strip() == "aa":
             return None
@@ -181,20 +182,20 @@ class Tokenizer:
 def load_tokenizer(
     folder: Path, *, chat_template: str | None, chat_template_kwargs: Mapping[str, Any] | None = None
 ) -> Tokenizer:
-    """Loads the tokenizer of a model folder; no network is used.
+    """Loads the tokenizer of a model folder, without network.
 
-    A template given by the user replaces the tokenizer's own. Markers that it writes around turns (one word in
-    angle brackets, like `<|im_start|>` or `<end_of_turn>`; found by rendering a conversation) become single
-    tokens, new ones where the vocabulary lacks them, and the first of them after an answer becomes the EOS.
+    A template given by the user replaces the tokenizer's own. The markers that it writes around turns (one word in
+    angle brackets, like `<|im_start|>` or `<end_of_turn>`, found by rendering a conversation) become single tokens, and
+    are added to the vocabulary if it lacks them. The first marker after an answer becomes the EOS.
 
     Args:
       folder: a model folder with tokenizer files.
-      chat_template: a Jinja file, "chatml" for the built-in one, the name of one of the tokenizer's several
+      chat_template: a Jinja file, "chatml" for the built-in template, the name of one of the tokenizer's several
         templates, or None for the tokenizer's own.
       chat_template_kwargs: variables for every rendering, such as {"enable_thinking": False}.
 
     Raises:
-      ValueError: the folder holds no tokenizer, the template is missing or broken, it does not read a key of
+      ValueError: the folder has no tokenizer, the template is missing or broken or does not read a key of
         chat_template_kwargs, or no token ends an answer.
     """
     hf = tokenizer_files.read_tokenizer(folder)
@@ -207,8 +208,8 @@ def load_tokenizer(
 
 def _too_slow(source: str) -> str:
     return (
-        f"the chat template of {source} takes more than a minute to write one conversation; "
-        "give another with chat_template"
+        f"the chat template of {source} takes more than a minute to render one conversation; "
+        "set chat_template to another"
     )
 
 
@@ -216,7 +217,7 @@ def _loaded(
     hf: PreTrainedTokenizerBase, folder: Path, chat_template: str | None, kwargs: Mapping[str, Any]
 ) -> Tokenizer:
     own_eos = hf.eos_token_id
-    difference = tokenizer_files.reading_difference(hf, folder)  # before anything is changed
+    difference = tokenizer_files.reading_difference(hf, folder)  # before markers and EOS change the tokenizer
     warnings = () if difference is None else (difference,)
     notes: list[str] = []
     added: tuple[str, ...] = ()
@@ -248,13 +249,13 @@ def _loaded(
         if end_of_turn != hf.eos_token:
             notes.append(f"EOS token: {end_of_turn}" + (f" (was {hf.eos_token})" if hf.eos_token else ""))
         hf.eos_token = end_of_turn
-        # The template may write eos_token, which is another one now.
+        # The template may write eos_token, which has just changed.
         probed = template_probe.probe(renderer_of(hf, kwargs))
     if hf.eos_token_id is None:
         raise ValueError(
             f"the tokenizer in {folder} has no EOS token and "
             + ("its chat template ends a turn with no special token" if hf.chat_template else "no chat template")
-            + ": answers would never end. Set eos_token in tokenizer_config.json, or chat_template: chatml"
+            + ", so answers would never end; set eos_token in tokenizer_config.json, or chat_template: chatml"
         )
     notes += _template_notes(hf, probed, end_of_turn)
     turn_id = None if end_of_turn is None else hf.convert_tokens_to_ids(end_of_turn)
@@ -272,9 +273,10 @@ def _loaded(
 
 
 def _check_given(probed: Probe, name: str) -> None:
-    """
+    """Checks a chat template that the user gives.
+
     Raises:
-      ValueError: a template that the user gives cannot be parsed, or writes no conversation.
+      ValueError: it cannot be parsed, or does not render a conversation.
     """
     error = probed.refusal
     if isinstance(error, jinja2.TemplateSyntaxError):
@@ -282,13 +284,13 @@ def _check_given(probed: Probe, name: str) -> None:
     if not probed.text and isinstance(error, jinja2.TemplateError):
         raise ValueError(f"chat_template {name} refuses a question and its answer: {terminal(error)}") from None
     if not probed.text and error is not None:
-        raise ValueError(f"chat_template {name} breaks: {type(error).__name__}: {terminal(error)}") from error
+        raise ValueError(f"chat_template {name} fails: {type(error).__name__}: {terminal(error)}") from error
     if template_probe.ANSWER not in probed.text:
-        raise ValueError(f"chat_template {name} writes a conversation without the assistant's words")
+        raise ValueError(f"chat_template {name} renders a conversation without the assistant's text")
 
 
 def _add_markers(hf: PreTrainedTokenizerBase, found: Sequence[str]) -> tuple[str, ...]:
-    """Makes every marker of the template one token; returns those that the vocabulary did not have."""
+    """Makes every marker of the template a single token; returns those that the vocabulary did not have."""
     known = set(hf.all_special_tokens) | set(hf.get_added_vocab())
     markers = [marker for marker in found if marker not in known]
     vocabulary = hf.get_vocab()
@@ -297,14 +299,14 @@ def _add_markers(hf: PreTrainedTokenizerBase, found: Sequence[str]) -> tuple[str
 
 
 def _template_notes(hf: PreTrainedTokenizerBase, probed: Probe, end_of_turn: str | None) -> list[str]:
-    """Sentences on what the chat template does that a user may not expect."""
+    """Returns sentences on what the chat template does that a user may not expect."""
     notes = []
     if probed.refusal is not None:
-        said = str(probed.refusal)
+        reason = str(probed.refusal)
         if not isinstance(probed.refusal, jinja2.TemplateError):
-            said = f"{type(probed.refusal).__name__}: {said}"
+            reason = f"{type(probed.refusal).__name__}: {reason}"
         takes = f"; it takes them with {probed.wants}" if probed.text else ""
-        notes.append(f"the chat template refuses a question and its answer: {said}{takes}")
+        notes.append(f"the chat template refuses a question and its answer: {reason}{takes}")
     if probed.text and end_of_turn is None:
         notes.append("the chat template ends an answer with no special token: it is not learnt where to stop")
     if probed.renderer.takes_parts:
@@ -318,7 +320,7 @@ def _template_notes(hf: PreTrainedTokenizerBase, probed: Probe, end_of_turn: str
             f"BOS: the chat template does not write {hf.bos_token}: conversations go without, plain text has it"
         )
     if any(template.asks_for_today for template in probed.renderer.templates.values()):
-        notes.append(f"the chat template writes today's date; {TEMPLATE_DAY:%d %B %Y} stands for it in every row")
+        notes.append(f"the chat template writes today's date; every row has {TEMPLATE_DAY:%d %B %Y} instead")
     if hf.bos_token_id is not None and first == [hf.bos_token_id] * 2:
         notes.append(f"the chat template writes {hf.bos_token} twice; jdpo takes one away, which others may not do")
     return notes

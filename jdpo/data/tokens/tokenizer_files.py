@@ -1,4 +1,4 @@
-"""Reading the tokenizer of a model folder, and whether two readers of it agree."""
+"""Reading the tokenizer of a model folder, and comparing two ways of reading it."""
 
 from __future__ import annotations
 
@@ -38,45 +38,45 @@ PROBE_TEXTS = (
     "∑ x² ≤ ∞ → ½ €",
     "\u00a0\u2003\u200bodd spaces\ufeff",
 )
-"""Texts of many kinds; tokenizers that are set up differently part on some of them."""
+"""Texts of many kinds. Tokenizers with different settings give different tokens for some of them."""
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a folder; no network is used and no code of the folder is run.
+    """Loads the tokenizer of a folder, without network and without running code of the folder.
 
     Raises:
-      ValueError: there is none that can be used.
+      ValueError: the folder has no usable tokenizer.
     """
     from transformers import AutoTokenizer
 
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; a Hugging Face model folder with tokenizer files is expected")
+        raise ValueError(f"{folder}: no such folder; expected a Hugging Face model folder with tokenizer files")
     try:
-        # Left unset, trust_remote_code is asked for on the terminal, and "y" runs Python files of the folder.
+        # Without an explicit trust_remote_code, transformers asks on the terminal, and "y" runs code of the folder.
         hf: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # whatever a broken file makes transformers and tokenizers raise
+    except Exception as error:  # broken files make transformers and tokenizers raise all kinds of errors
         if "trust_remote_code" in str(error):
             raise ValueError(
-                f"{folder}: the tokenizer needs Python code of its own (auto_map in tokenizer_config.json), which jdpo "
-                "never runs; expected a tokenizer_class that transformers has"
+                f"{folder}: the tokenizer needs Python code of the folder (auto_map in tokenizer_config.json), which "
+                "jdpo never runs; expected a tokenizer_class of transformers"
             ) from None
         raise ValueError(
-            f"{folder}: no usable tokenizer in this folder; tokenizer.json and tokenizer_config.json are expected "
+            f"{folder}: no usable tokenizer in this folder; expected tokenizer.json and tokenizer_config.json "
             f"({type(error).__name__}: {str(error).partition(chr(10))[0]})"
         ) from error
     return hf
 
 
 def reading_difference(hf: PreTrainedTokenizerBase, folder: Path) -> str | None:
-    """Compares the tokenizer that transformers makes of a folder with what its tokenizer.json alone says.
+    """Compares the tokenizer that transformers loads from a folder with its tokenizer.json alone.
 
     transformers may rebuild parts of a tokenizer from tokenizer_config.json. Servers that read tokenizer.json would
-    then feed the model other tokens than those that it was trained on.
+    then feed the model other tokens than it was trained on.
 
     Returns:
-      What differs, with an example; None where the two agree, or there is no tokenizer.json.
+      A sentence with an example; None if the two agree or there is no tokenizer.json.
     """
     import tokenizers
 
@@ -107,14 +107,14 @@ def _start(hf: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
 
 def template_text(name: str, hf: PreTrainedTokenizerBase) -> str:
-    """The text of a template that a user names: the built-in one, or a file.
+    """Returns the text of the template that a user names: the built-in one, or a file.
 
     Raises:
-      ValueError: there is none of this name.
+      ValueError: there is no such template.
     """
     if name == BUILT_IN_TEMPLATE:
         text = resources.files("jdpo.data.templates").joinpath("chatml.jinja").read_text(encoding="utf-8")
-        # A model that always saw BOS first keeps seeing it; GPT-2 has one too, and never saw it.
+        # A model that was trained with BOS first keeps it. GPT-2 has a BOS token too, but was trained without it.
         return "{{- bos_token -}}" + text if adds_bos(hf) else text
     path = Path(name).expanduser()
     if not path.is_file():
@@ -127,19 +127,22 @@ def template_text(name: str, hf: PreTrainedTokenizerBase) -> str:
 
 
 def named_templates(hf: PreTrainedTokenizerBase) -> dict[str, str]:
-    """The templates of a tokenizer that has several, by name; empty where it has one or none."""
+    """Returns {name: template} for a tokenizer with several templates; empty if it has one or none."""
     own: Any = hf.chat_template
     return {str(name): str(text) for name, text in own.items()} if isinstance(own, dict) else {}
 
 
 def adds_bos(hf: PreTrainedTokenizerBase) -> bool:
-    """Tells if BOS goes before plain text."""
+    """Returns whether the tokenizer puts BOS before plain text."""
     return hf.bos_token_id is not None and hf("a")["input_ids"][:1] == [hf.bos_token_id]
 
 
 def digest_of(hf: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]) -> str:
-    """Covers vocabulary, merges, normalisation (tokenizer.json, where there is one), special tokens, templates and
-    what is given to them."""
+    """Returns a digest of the tokenizer and of everything that changes its output.
+
+    It covers vocabulary, merges and normalization (tokenizer.json, if there is one), special tokens, templates and
+    their variables.
+    """
     backend: Any = getattr(hf, "backend_tokenizer", None)
     parts = {
         "class": type(hf).__name__,

@@ -1,7 +1,7 @@
-"""What a completion holds and the chat template does not write: its reasoning, its calls.
+"""Content of a completion that the chat template does not write: its reasoning, its tool calls.
 
-Such content is not learnt, and a side of which nothing is left would teach a model to say nothing. Only the answer is
-looked at: that templates leave the thoughts of earlier turns out is how reasoning models are used.
+Such content is not learnt, and a side of which nothing is left would teach a model to answer with nothing. Only the
+answer is checked: reasoning models are used with templates that leave out the thoughts of earlier turns.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ REASONING_KEYS = (
     "thoughts",
     "tool_plan",
 )
-"""Keys of a message under which files keep what a model thinks before it answers."""
+"""Keys of a message under which files store the reasoning before an answer."""
 
 TOOL_CALLS = "tool calls"
 
 UNWRITTEN = {
     kind: f"with {kind} in an answer that the chat template does not write" for kind in (*REASONING_KEYS, TOOL_CALLS)
 }
-"""Kind of content -> the note under which rows that lose it are counted."""
+"""Kind of content -> the name under which rows that lose it are counted."""
 
 EMPTY_UNWRITTEN = "a side is empty because the chat template does not write what it holds"
 IDENTICAL_UNWRITTEN = "sides are identical because the chat template does not write what they differ in"
 
 
 def unwritten_notes(written: Written) -> tuple[str, ...]:
-    """Notes on the content of the completions that is not in the rendered text."""
+    """Returns notes on the content of the completions that is not in the rendered text."""
     sides = map(conversation, written.row.completions)
     answers = [_answer(written.asked, whole) for whole in written.wholes]
     found = {kind for side, answer in zip(sides, answers, strict=True) for kind in _unwritten(side, answer)}
@@ -49,12 +49,15 @@ def unwritten_notes(written: Written) -> tuple[str, ...]:
 
 
 def lost_sides(written: Written, completions: Sequence[Sequence[int]], tokenizer: Tokenizer) -> Dropped | None:
-    """Drops a row of which the template writes an empty side, or the same for sides that differ; None: it does not.
+    """Drops a row of which the template renders a side as empty, or two different sides as the same.
 
     Args:
       written: the row.
       completions: token ids of its sides.
-      tokenizer: with the chat template.
+      tokenizer: a tokenizer with a chat template.
+
+    Returns:
+      None if the row is not dropped.
     """
     row = written.row
     sides = [conversation(completion) for completion in row.completions]
@@ -74,25 +77,25 @@ def _named(kinds: Sequence[str]) -> str:
 
 
 def _answer(asked: str, whole: str) -> str:
-    """What a conversation has after the text that it shares with the prompt."""
+    """Returns what a rendered conversation has after the text that it shares with the prompt."""
     return whole[len(common_prefix(asked, whole)) :]
 
 
 def _may_be_empty(message: Message, answer: str) -> bool:
-    """Tells if an answer's words are not in the text, so that a closer look is due."""
+    """Returns whether an answer's content is missing in the text, so that it must be rendered again to be sure."""
     content = words(message).strip()
     return not content or content not in answer
 
 
 def _is_empty(written: Written, number: int, tokenizer: Tokenizer) -> bool:
-    """Tells if a side is written as an answer without words would be."""
+    """Returns whether a side is rendered in the same way as an empty answer."""
     emptied = write_emptied(written.row, number, tokenizer)
-    # The conversation may have lost a header at its end, which the other one still has.
+    # startswith, because the header of a next answer may have been cut off the conversation.
     return emptied is not None and emptied.startswith(written.wholes[number])
 
 
 def _content(side: Sequence[Message]) -> list[Any]:
-    """What a side says, thinks and calls, without spaces at the ends and what identifies a call."""
+    """Returns the text, reasoning and calls of a side for comparing, without outer whitespace and ids of calls."""
     return [
         (words(message).strip(), list(_reasoning(message)), [_call(call) for call in message.get("tool_calls") or ()])
         for message in side
@@ -100,7 +103,7 @@ def _content(side: Sequence[Message]) -> list[Any]:
 
 
 def _unwritten(side: Sequence[Message], answer: str) -> Iterator[str]:
-    """Yields the kinds of content of a side that a text does not have."""
+    """Yields the kinds of content of a side that are missing in a text."""
     for kind, texts in _reasoning(side[-1]):
         if not all(_has(answer, text) for text in texts):
             yield kind
@@ -110,7 +113,7 @@ def _unwritten(side: Sequence[Message], answer: str) -> Iterator[str]:
 
 
 def _reasoning(message: Message) -> Iterator[tuple[str, list[str]]]:
-    """Yields (key, texts) of the thoughts of a message."""
+    """Yields (key, texts) for the reasoning in a message."""
     for key in REASONING_KEYS:
         parts = _leaves(message.get(key), leave_out="type")
         texts = [text for text in parts if isinstance(text, str) and text.strip()]
@@ -119,7 +122,7 @@ def _reasoning(message: Message) -> Iterator[tuple[str, list[str]]]:
 
 
 def _call(call: Any) -> tuple[str, Any]:
-    """The name of a call and its arguments, read from JSON text where they are that."""
+    """Returns the name of a call and its arguments, parsed if they are JSON text."""
     function = call.get("function", call) if isinstance(call, dict) else {}
     if not isinstance(function, dict):
         return "", None
@@ -130,7 +133,7 @@ def _call(call: Any) -> tuple[str, Any]:
 
 
 def _has_call(text: str, name: str, arguments: Any) -> bool:
-    """Tells if a text has the name of a call and all values of its arguments, in whatever notation."""
+    """Returns whether a text has the name of a call and all values of its arguments, in any notation."""
     return name in text and all(_has(text, value) for value in _leaves(arguments))
 
 
@@ -148,7 +151,7 @@ def _leaves(value: Any, leave_out: str | None = None) -> Iterator[Any]:
 
 
 def _has(text: str, value: Any) -> bool:
-    """Tells if a text has a value: as it is, as JSON writes it, or with other spaces between words.
+    """Returns whether a text has a value: as it is, as JSON writes it, or with other whitespace between words.
 
     >>> _has('{"place": "S\\u00e3o Paulo"}', "São Paulo"), _has("{'sunny': True}", True), _has("7", 8)
     (True, True, False)

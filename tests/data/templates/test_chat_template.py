@@ -211,7 +211,7 @@ def test_several_templates_without_a_default_are_named(load: Callable[..., Token
     texts = {"short": TURNS + PROMPT, "long": "Start. " + TURNS + PROMPT}
     tokenizer = load(texts)
     assert any("several chat templates (long, short)" in note or "(short, long)" in note for note in tokenizer.notes)
-    with pytest.raises(ValueError, match=r"x:1 is a conversation.*choose one by its name"):
+    with pytest.raises(ValueError, match=r"x:1 is a conversation.*choose one by name"):
         tokenize_pair(pair_of("Yes", "No"), tokenizer, max_length=99)
     assert load(texts, chat_template="long").render(QUESTION).startswith("Start. ")
 

@@ -15,7 +15,7 @@ from jdpo.data.prepared import token_checks
 from jdpo.data.prepared.prepare import prepare_pairs
 from jdpo.data.schemas.formats import EMPTY_SIDE, Dropped
 from jdpo.data.tokens import boundaries, prompt_end, rendering, row_notes
-from jdpo.data.tokens.boundaries import Parts, Split, split_rows
+from jdpo.data.tokens.boundaries import RowTexts, Split, split_rows
 from jdpo.data.tokens.tokenize import KeptCompletion, KeptPair, tokenize_completion, tokenize_pair, tokenize_turns
 from jdpo.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from jdpo.types import CompletionRow, Message, PreferenceRow
@@ -198,7 +198,7 @@ def test_plain_text_that_spells_bos_and_eos_has_each_once(load: Callable[..., To
     assert row_notes.SPELLS_SPECIAL in read(tokenizer, tokenize_pair(inside, tokenizer, max_length=99))[-1]
 
 
-def split(tokenizer: Tokenizer, *parts: Parts) -> list[Split | Dropped]:
+def split(tokenizer: Tokenizer, *parts: RowTexts) -> list[Split | Dropped]:
     return split_rows(parts, tokenizer)
 
 
@@ -206,7 +206,7 @@ def test_tools_and_calls_reach_the_template(load: Callable[..., Tokenizer]) -> N
     tokenizer = load("qwen2_5.jinja", "<|im_start|>", "<|im_end|>")
     answers = ([CALL], [assistant("It is sunny.")])
     with_tools, without = split(
-        tokenizer, Parts([user("Paris?")], answers, "x:1", [WEATHER]), Parts([user("Paris?")], answers, "x:2")
+        tokenizer, RowTexts([user("Paris?")], answers, "x:1", [WEATHER]), RowTexts([user("Paris?")], answers, "x:2")
     )
     assert isinstance(with_tools, Split)
     assert isinstance(without, Split)
@@ -236,10 +236,10 @@ def test_tools_that_the_template_does_not_know(load: Callable[..., Tokenizer]) -
     sides = ([assistant("Yes.")], [assistant("No.")])
     kept, called, empty, nothing = split(
         tokenizer,
-        Parts([user("Paris?")], sides, "x:1", [WEATHER]),
-        Parts([user("Paris?")], ([CALL], sides[1]), "x:2", [WEATHER]),
-        Parts([user("Paris?")], ([assistant("")], sides[1]), "x:3", [WEATHER]),
-        Parts([user("Paris?")], ([{"role": "assistant", "content": None, "tool_calls": []}], sides[1]), "x:4"),
+        RowTexts([user("Paris?")], sides, "x:1", [WEATHER]),
+        RowTexts([user("Paris?")], ([CALL], sides[1]), "x:2", [WEATHER]),
+        RowTexts([user("Paris?")], ([assistant("")], sides[1]), "x:3", [WEATHER]),
+        RowTexts([user("Paris?")], ([{"role": "assistant", "content": None, "tool_calls": []}], sides[1]), "x:4"),
     )
     assert isinstance(kept, Split)
     assert kept.notes == (row_notes.TOOLS_UNUSED,)
@@ -255,7 +255,7 @@ def test_half_a_surrogate_pair_in_a_call_or_a_tool(load: Callable[..., Tokenizer
     sides = ([assistant("Yes.")], [assistant("No.")])
     results = split(
         tokenizer,
-        Parts([user("Paris?")], ([broken], sides[1]), "x:1", [WEATHER]),
-        Parts([user("Paris?")], sides, "x:2", [named]),
+        RowTexts([user("Paris?")], ([broken], sides[1]), "x:1", [WEATHER]),
+        RowTexts([user("Paris?")], sides, "x:2", [named]),
     )
     assert results == [Dropped(rendering.NOT_UNICODE, f"x:{number}") for number in (1, 2)]

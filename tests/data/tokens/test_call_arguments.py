@@ -15,7 +15,7 @@ from jdpo.data.prepared.held_out import prompt_key
 from jdpo.data.schemas.formats import Dropped, completion_rows, preference_rows
 from jdpo.data.schemas.messages import assistant, user
 from jdpo.data.tokens import boundaries, call_arguments, rendering
-from jdpo.data.tokens.boundaries import Parts, Split, split_rows
+from jdpo.data.tokens.boundaries import RowTexts, Split, split_rows
 from jdpo.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from jdpo.data.tokens.turns import split_turns
 from jdpo.types import CompletionRow, PreferenceRow
@@ -61,7 +61,7 @@ def call(arguments: Any, name: str = "look") -> dict[str, Any]:
 
 
 def split(tokenizer: Tokenizer, *completions: Any, prompt: Any = (ASK,)) -> Split | Dropped:
-    (result,) = split_rows([Parts(list(prompt), tuple([turn] for turn in completions), "x:1")], tokenizer)
+    (result,) = split_rows([RowTexts(list(prompt), tuple([turn] for turn in completions), "x:1")], tokenizer)
     return result
 
 

@@ -1,7 +1,7 @@
-"""Pairs whose prompt is a conversation in a column of another name than `prompt`.
+"""Pairs whose prompt is a conversation in another column than `prompt`.
 
-Such a column is the prompt where the row names no other one, and where no side repeats it: files also keep in
-`messages` the chosen conversation, or what both sides begin with.
+Such a column is the prompt if the row has no other prompt and no side repeats the column. Files also use `messages` for
+the chosen conversation, or for the messages that both sides start with.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from jdpo.data.schemas import messages
 from jdpo.data.schemas.comparing import comparable
 from jdpo.data.schemas.messages import Raw, read_messages, read_side
 from jdpo.data.schemas.ranked import Answer, Asked, Dropped
-from jdpo.data.schemas.row_building import PROMPT_ELSEWHERE, said_by_another
+from jdpo.data.schemas.row_building import PROMPT_ELSEWHERE, ends_with_other_role
 from jdpo.data.schemas.schema_readers import two_sides
 from jdpo.types import Message
 
 COLUMNS = ("messages", "conversation", "conversations", "context", "history")
-"""Columns that may hold the conversation which both sides answer."""
+"""Columns that may contain the conversation that both sides answer."""
 
 _NAMED_PROMPTS = ("prompt", "instruction", "question")
 _SIDES = ("chosen", "rejected")
 
 
 def is_conversation(value: Any) -> bool:
-    """Returns whether a value is a list of messages, by the first of them.
+    """Returns whether a value is a list of messages, judging by its first element.
 
     >>> is_conversation([{"role": "user", "content": "Hi"}]), is_conversation([["Hi", "Hello"]]), is_conversation([])
     (True, False, False)
@@ -38,10 +38,10 @@ def is_conversation(value: Any) -> bool:
 
 
 def prompt_columns(raw: Raw) -> list[str]:
-    """Returns the columns of a pair that are the prompt of both sides; more than one where the row does not say which.
+    """Returns the columns of a pair that may be the prompt of both sides.
 
     Args:
-      raw: columns without nulls.
+      raw: the row's columns without nulls.
     """
     if any(raw.get(name) for name in _NAMED_PROMPTS):
         return []
@@ -62,21 +62,21 @@ def ends_in_answer(value: Any) -> bool:
 def conversation_pair(raw: Raw, origin: str) -> Asked | Dropped:
     """Reads a pair whose prompt is one of `COLUMNS`.
 
-    A side may be the answer alone, or go on with further turns, or repeat the end of the conversation.
+    A side may be the answer alone, have further turns after it, or repeat the end of the conversation.
 
     Raises:
-      ValueError: two columns with different conversations may be the prompt; or a message is not one.
+      ValueError: two columns with different conversations may be the prompt, or a message cannot be read.
     """
-    # `conversations` of ShareGPT is the prompt whatever else there is.
+    # In ShareGPT rows `conversations` is the prompt, also if `prompt_columns` finds none.
     names = prompt_columns(raw) or ["conversations"]
     conversation, *others = [read_messages(raw[name], name, origin) for name in names]
     if any(comparable(other) != comparable(conversation) for other in others):
         raise ValueError(
-            f"{origin}: {' and '.join(names)} are conversations that both sides may answer, and differ; say which is "
-            f"the prompt, as in column_map: {{prompt: {names[0]}}}"
+            f"{origin}: {' and '.join(names)} are different conversations that both sides may answer; name the prompt "
+            f"with column_map: {{prompt: {names[0]}}}"
         )
     answers = two_sides(raw, origin)
-    dropped = said_by_another(answers, origin)
+    dropped = ends_with_other_role(answers, origin)
     if dropped is not None:
         return dropped
     conversation = _without_answer(conversation, [_messages(answer) for answer in answers])
@@ -95,14 +95,14 @@ def _messages(answer: Answer) -> list[Message]:
 
 
 def _repeats(side: Any, value: list[Any]) -> bool:
-    """Returns whether a side is a whole conversation of which the column says nothing more.
+    """Returns whether a side is a whole conversation to which the column adds nothing.
 
-    That is so where the side begins with it, and where both begin with the same question: the column then holds the
-    conversation with another answer. A system turn that only the column has is something more.
+    This is so if the side starts with the column, and if both start with the same question: then the column is the
+    conversation with another answer. A system turn that only the column has is an addition.
     """
     try:
-        turns, given = (_said(read_side(one, "", "")) for one in (side, value))
-    except ValueError:  # who reads it names it
+        turns, given = (_stripped(read_side(one, "", "")) for one in (side, value))
+    except ValueError:  # reading the row raises it again, with the row's name
         return False
     body, given_body = (_without_system(one) for one in (turns, given))
     if given in (turns[: len(given)], body[: len(given)]):
@@ -112,8 +112,8 @@ def _repeats(side: Any, value: list[Any]) -> bool:
     return bool(body) and body[:1] == given_body[:1]
 
 
-def _said(turns: list[Message]) -> list[Message]:
-    """Returns turns to compare, without spaces around their words."""
+def _stripped(turns: list[Message]) -> list[Message]:
+    """Returns turns for comparing, without whitespace around their content."""
     return [
         {**turn, "content": turn["content"].strip()} if isinstance(turn.get("content"), str) else turn
         for turn in comparable(turns)
@@ -125,15 +125,15 @@ def _without_system(turns: list[Message]) -> list[Message]:
 
 
 def _without_answer(conversation: list[Message], sides: list[list[Message]]) -> list[Message]:
-    """Cuts an end of the conversation that repeats a side, since it is not part of what the sides answer."""
+    """Removes messages at the end of the conversation that repeat a side, since they are not part of the prompt."""
     for side in sides:
-        if side and len(side) < len(conversation) and _said(conversation[-len(side) :]) == _said(side):
+        if side and len(side) < len(conversation) and _stripped(conversation[-len(side) :]) == _stripped(side):
             return conversation[: -len(side)]
     return conversation
 
 
 def _continued(conversation: list[Message], side: list[Message]) -> list[Message] | None:
-    """Returns the conversation with a side after it, or None if the side does not continue it."""
+    """Returns the conversation followed by a side, or None if the side does not continue it."""
     if not side:
         return side
     whole = messages.joined(conversation, side)

@@ -1,12 +1,11 @@
-"""Raw rows of any known schema, read into one form.
+"""Reading raw rows of any known schema into one form.
 
-A row's schema is found by its columns and the types of their values: the first match in
-`jdpo.data.schemas.schema_table`. Columns that are null count as absent; columns that no schema names are ignored. A
-`column_map` comes first: it gives columns of the file jdpo's names, and then only schemas that read every name in it
-are tried.
+The schema of a row is the first in `jdpo.data.schemas.schema_table` that fits its columns and the types of their
+values. Null columns count as absent; columns that no schema names are ignored. A `column_map` is applied first: it
+gives columns of the file jdpo's names, and then only schemas that read all of these names are tried.
 
-Conversations are cut by message, never by character: the prompt is every message before the final assistant turn.
-How a prompt and its answers become rows: `jdpo.data.schemas.row_building`.
+Conversations are cut between messages, never within one: the prompt is every message before the final assistant turn.
+`jdpo.data.schemas.row_building` makes rows of a prompt and its answers.
 """
 
 from __future__ import annotations
@@ -77,13 +76,13 @@ R = TypeVar("R", PreferenceRow, CompletionRow)
 
 
 class Reading(NamedTuple):
-    """How the rows of a data set are to be read.
+    """How to read the rows of a dataset.
 
     Attributes:
-      column_map: jdpo's name of a column -> the file's; None: the file's names are taken.
-      ranked: which pairs a row of several answers gives; see `jdpo.data.schemas.ranked`.
-      min_margin: pairs whose scores are closer are dropped; None: none is.
-      every_turn: sides of a pair may differ in more than their final assistant turn.
+      column_map: {jdpo's name of a column: its name in the file}; None: the names are the same.
+      ranked: the rule for pairs of several answers; see `jdpo.data.schemas.ranked`.
+      min_margin: pairs whose scores are closer are dropped; None: no pair is dropped for its scores.
+      every_turn: allow the sides of a pair to differ in more than their final assistant turn.
     """
 
     column_map: Mapping[str, str] | None = None
@@ -93,11 +92,11 @@ class Reading(NamedTuple):
 
 
 AS_FOUND = Reading()
-"""Columns under the names that the file has, and no pair left out for its scores."""
+"""Columns under their names in the file, and no pair dropped for its scores."""
 
 
 def reading_of(dataset: DatasetConfig, *, every_turn: bool = False) -> Reading:
-    """How a data set's settings say that it is to be read."""
+    """Returns the reading that a dataset's settings ask for."""
     return Reading(dataset.column_map, dataset.ranked, dataset.min_margin, every_turn)
 
 
@@ -105,17 +104,17 @@ def preference_rows(raw: Raw, origin: str, reading: Reading = AS_FOUND) -> list[
     """Reads a raw row of any known preference schema.
 
     Args:
-      raw: column name to value.
+      raw: {column: value}.
       origin: where the row came from, for messages.
-      reading: the data set's column_map, rule for ranked answers, and smallest margin.
+      reading: how to read the rows of the dataset.
 
     Returns:
-      The row's pairs, one but where `ranked` is all; the three parts of each are all strings or all message lists.
-      Dropped stands for a pair that cannot be learnt from, or for the whole row.
+      The row's pairs: one, or several if `ranked` is "all". The three parts of a pair are all strings or all lists of
+      messages. Dropped takes the place of a pair that cannot be learnt, or of the whole row.
 
     Raises:
-      ValueError: no schema fits the columns, a side is null, a role is unknown, a content is not text, column_map
-        names what is not there, min_margin finds no scores. The message names the row.
+      ValueError: no schema fits the columns, a role is unknown, a content is not text, column_map names a missing
+        column, or min_margin is set and the row has no scores. The message names the row.
     """
     try:
         columns, schema = _detect(raw, PREFERENCE_SCHEMAS, reading, origin)
@@ -137,17 +136,17 @@ def preference_rows(raw: Raw, origin: str, reading: Reading = AS_FOUND) -> list[
 
 
 def completion_rows(raw: Raw, origin: str, reading: Reading = AS_FOUND) -> list[CompletionRow | Dropped]:
-    """Reads a raw row of any known supervised schema; of a preference row the best answer is learnt.
+    """Reads a raw row of any known supervised schema, or the best answer of a preference row.
 
     Args:
-      raw, origin: as in `preference_rows`.
-      reading: as there; `ranked` has no bearing here.
+      raw, origin: see `preference_rows`.
+      reading: see `preference_rows`; `ranked` is not used.
 
     Returns:
-      One row, both parts strings or message lists, or one Dropped.
+      One row, whose parts are both strings or both lists of messages, or one Dropped.
 
     Raises:
-      ValueError: as in `preference_rows`.
+      ValueError: see `preference_rows`.
     """
     try:
         columns, schema = _detect(raw, COMPLETION_SCHEMAS, reading, origin)
@@ -166,50 +165,50 @@ def completion_rows(raw: Raw, origin: str, reading: Reading = AS_FOUND) -> list[
 
 
 def _with_notes(rows: Sequence[R | Dropped], columns: Raw) -> list[R | Dropped]:
-    """Adds a note to rows with a turn whose role is written as another."""
+    """Adds a note to rows with a turn whose role is replaced by another."""
     read = [value for name, value in columns.items() if name in CANONICAL]
     notes = (DEVELOPER,) if any(messages.has_role(value, "developer") for value in read) else ()
     return [row if isinstance(row, Dropped) or not notes else row._replace(notes=row.notes + notes) for row in rows]
 
 
 def schema_name(raw: Raw, reading: Reading = AS_FOUND, *, supervised: bool = False) -> str:
-    """The short name of the schema that reads a row.
+    """Returns the short name of the schema that reads a row.
 
     Raises:
-      ValueError: none does.
+      ValueError: no schema reads it.
     """
     return _detect(raw, COMPLETION_SCHEMAS if supervised else PREFERENCE_SCHEMAS, reading, "the row")[1].name
 
 
 def is_ranked(raw: Raw, reading: Reading = AS_FOUND) -> bool:
-    """Whether a preference row may give more than one pair."""
+    """Returns whether a preference row may give more than one pair."""
     return _detect(raw, PREFERENCE_SCHEMAS, reading, "the row")[1].ranked
 
 
 def is_preference(raw: Raw, reading: Reading = AS_FOUND) -> bool:
-    """Whether `completion_rows` takes the best side of a preference row; False where nothing reads the row."""
+    """Returns whether `completion_rows` takes the best side of a preference row; False if no schema reads the row."""
     try:
         schema = _find(_columns(raw, reading, "the row"), COMPLETION_SCHEMAS, reading)
-    except ValueError:  # which `completion_rows` raises too, naming the row
+    except ValueError:  # `completion_rows` raises it too, with the row's name
         return False
     return schema is not None and schema in PREFERENCE_SCHEMAS
 
 
 def check_rows(samples: Sequence[Sample], reading: Reading = AS_FOUND, *, supervised: bool = False) -> str:
-    """Finds how the first rows of a data set are read, before all of them are.
+    """Finds the schemas of the first rows of a dataset, before all rows are read.
 
-    One raw row's own error can show that row alone; this one shows three of them.
+    The error for a single row can only show that row; the error of this function shows three rows.
 
     Args:
       samples: the first raw rows with their origins, at least one.
-      reading: as in `preference_rows`.
-      supervised: whether completions are wanted, not pairs.
+      reading: see `preference_rows`.
+      supervised: read completions, not pairs.
 
     Returns:
-      Names of the schemas that read them, in the order of their first row: "nectar".
+      Names of the schemas that read the rows, in the order of their first row, such as "nectar".
 
     Raises:
-      ValueError: no schema reads one of them; the message has the columns with their types, three rows, the known
+      ValueError: no schema reads one of the rows; the message has the columns with their types, three rows, the known
         formats, and a column_map to paste.
     """
     schemas = COMPLETION_SCHEMAS if supervised else PREFERENCE_SCHEMAS
@@ -243,13 +242,13 @@ def _refused(samples: Sequence[Sample], schemas: Sequence[Schema], reading: Read
 
 
 def _columns(raw: Raw, reading: Reading, origin: str) -> Raw:
-    """The row under jdpo's names, without nulls; conversations that are written as text, or as lists, are read."""
+    """Returns the row under jdpo's names, without nulls, and with conversations parsed that are written as text."""
     renamed = _renamed(raw, reading.column_map, origin) if reading.column_map else raw
     present = {name: value for name, value in renamed.items() if value is not None}
     columns = {name: as_list(value, name, origin) if name in CANONICAL else value for name, value in present.items()}
     written = [name for name in conversation_columns.COLUMNS if messages.is_written_out(columns.get(name))]
     if all(messages.is_written_out(columns.get(name)) for name in ("chosen", "rejected")):
-        # One side alone may well be an answer that happens to be JSON.
+        # Both sides, because one side alone may be an answer that happens to be JSON.
         written += [n for n in ("prompt", "chosen", "rejected") if messages.is_written_out(columns.get(n))]
     for name in written:
         columns[name] = messages.from_text(columns[name], name, origin)
@@ -257,7 +256,7 @@ def _columns(raw: Raw, reading: Reading, origin: str) -> Raw:
 
 
 def _renamed(raw: Raw, column_map: Mapping[str, str], origin: str) -> dict[str, Any]:
-    """The row with the columns of `column_map` under jdpo's names; the others keep theirs."""
+    """Returns the row with the columns of `column_map` under jdpo's names; other columns keep their names."""
     for name, column in column_map.items():
         if name not in CANONICAL:
             hint = did_you_mean(name, CANONICAL)
@@ -273,7 +272,7 @@ def _renamed(raw: Raw, column_map: Mapping[str, str], origin: str) -> dict[str, 
             raise ValueError(f"{origin}: {column} ({name}) is {shown(raw[column])}; expected a number")
     taken = {*column_map, *column_map.values()}
     if any(side in raw and column_map.get(side, side) != side for side in ("chosen", "rejected")):
-        taken.update(SIDE_SCORES)  # they speak of other sides than those that are now learnt
+        taken.update(SIDE_SCORES)  # these scores belong to other columns than those mapped to the sides
     if not column_map.keys().isdisjoint(votes.VOTES):
         taken.update(votes.all_votes(raw))
     rest = {name: value for name, value in raw.items() if name not in taken}
@@ -281,16 +280,16 @@ def _renamed(raw: Raw, column_map: Mapping[str, str], origin: str) -> dict[str, 
 
 
 def _too_close(pair: Couple, reading: Reading, columns: Raw, origin: str) -> Dropped | None:
-    """Why `min_margin` leaves a pair out, None where it does not."""
+    """Drops a pair because of `min_margin`; returns None if the pair is kept."""
     if reading.min_margin is None:
         return None
     margin = ranked.margin(*pair)
     if margin is None:
         names = ", ".join(" and ".join(pair) for pair in SCORES)
         raise ValueError(
-            f"{origin}: min_margin {reading.min_margin:g} needs scores, and the row has none. Found: {named(columns)}. "
-            f"Scores are read from {names}, a rating of two, score_A and score_B, or pm_score: name other columns as "
-            "score_chosen and score_rejected in column_map, or leave min_margin out"
+            f"{origin}: min_margin {reading.min_margin:g} needs scores, but the row has none. Found: {named(columns)}. "
+            f"Scores are read from {names}, a rating of two, score_A and score_B, or pm_score; map other columns to "
+            "score_chosen and score_rejected with column_map, or remove min_margin"
         )
     if margin < 0:
         return Dropped(CONTRADICTED, origin, f"margin {margin:g}")

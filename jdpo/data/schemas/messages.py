@@ -1,8 +1,8 @@
-"""Conversations as files write them, read into the one form that chat templates take.
+"""Conversations in all forms that files use, read into the one form that chat templates take.
 
-Roles get the names that templates know, contents become text, calls of functions become `tool_calls`; marks of turns
-that are not learnt are taken out (see `jdpo.data.schemas.turn_marks`); further keys of a message stay as they
-are. A turn whose words are absent beside its calls has `"content": None`.
+Roles get the names that templates know, contents become text, and function calls become `tool_calls`. Marks of turns
+that are not learnt are removed (see `jdpo.data.schemas.turn_marks`). Other keys of a message stay as they are. A turn
+that has calls and no text has `"content": None`.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ ROLES = {
     "observation": "tool",
     "ipython": "tool",
 }
-"""What roles are called in files, and in chat templates."""
+"""Role in files -> role in chat templates."""
 
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 _STARTS_A_TRANSCRIPT = re.compile(r"\s*Human:")
 _WRITTEN_OUT = re.compile(r"\s*\[\s*\{\s*[\"'](?:role|from|content|value)[\"']\s*:")
-_PUT_OFF = "a conversation written as text that is not JSON; expected a list of {role, content}, or its JSON text"
+_NOT_JSON = "a conversation written as text that is not JSON; expected a list of {role, content}, or its JSON text"
 
 Raw = Mapping[str, Any]
 
@@ -48,12 +48,12 @@ def read_messages(value: Any, place: str, origin: str) -> list[Message]:
     """Reads {role, content} or {from, value} messages.
 
     Args:
-      value: a list of messages, or a single one.
-      place: the column, for messages.
-      origin: where the row came from, for messages.
+      value: a list of messages, or a single message.
+      place: the column, for error messages.
+      origin: where the row came from, for error messages.
 
     Raises:
-      ValueError: a message is not one, a role is unknown, a content is not text.
+      ValueError: an element is not a message, a role is unknown, or a content is not text.
     """
     if not isinstance(value, list | dict):
         raise ValueError(f"{origin}: {place} is {kind(value)}; expected a list of {{role, content}} messages")
@@ -67,7 +67,7 @@ def read_messages(value: Any, place: str, origin: str) -> list[Message]:
 
 
 def read_side(value: Any, place: str, origin: str) -> list[Message]:
-    """A side as messages: a list of them, a single one, or the assistant's words or calls alone."""
+    """Reads a side: a list of messages, a single message, or the assistant's text or calls alone."""
     if isinstance(value, str):
         return [assistant(value)]
     if are_calls(value):
@@ -78,27 +78,29 @@ def read_side(value: Any, place: str, origin: str) -> list[Message]:
 
 
 def user(words: str) -> Message:
+    """Returns a user turn."""
     return {"role": "user", "content": words}
 
 
 def assistant(words: str) -> Message:
+    """Returns an assistant turn."""
     return {"role": "assistant", "content": words}
 
 
 def as_messages(prompt: Text) -> list[Message]:
-    """A prompt as messages; words are the user's."""
+    """Returns a prompt as messages; plain text becomes a user turn."""
     if isinstance(prompt, str):
         return [user(prompt)] if prompt else []
     return prompt
 
 
 def is_transcript(value: Any) -> bool:
-    r"""Whether it is text that begins like '\n\nHuman: ...'."""
+    r"""Returns whether a value is text that starts like '\n\nHuman: ...'."""
     return isinstance(value, str) and _STARTS_A_TRANSCRIPT.match(value) is not None
 
 
 def read_transcript(text: str) -> list[Message]:
-    r"""Cuts an HH-RLHF transcript into messages.
+    r"""Splits an HH-RLHF transcript into messages.
 
     >>> read_transcript("\n\nHuman: Hi\n\nAssistant: Hello")
     [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello'}]
@@ -111,7 +113,7 @@ def read_transcript(text: str) -> list[Message]:
 
 
 def read_history(value: Any, place: str, origin: str) -> list[Message]:
-    """Reads earlier turns as [question, answer] couples, as alpaca files have them."""
+    """Reads earlier turns from [question, answer] pairs, as alpaca files have them."""
     couples = value if isinstance(value, list) else [value]
     messages = []
     for index, couple in enumerate(couples):
@@ -122,7 +124,7 @@ def read_history(value: Any, place: str, origin: str) -> list[Message]:
 
 
 def has_role(value: Any, role: str) -> bool:
-    """Returns whether a message of a conversation, or of a list of ranked answers, has a role by its name in files.
+    """Returns whether a message of a conversation, or of a list of ranked answers, has a role, named as in files.
 
     >>> has_role([{"role": "Developer", "content": "Be brief."}], "developer"), has_role("developer", "developer")
     (True, False)
@@ -136,7 +138,7 @@ def has_role(value: Any, role: str) -> bool:
 
 
 def joined(prompt: Text, side: list[Message]) -> list[Message] | None:
-    """The whole conversation of a prompt and a side, which may repeat the prompt; None where they contradict.
+    """Joins a prompt and a side, which may repeat the prompt, to one conversation; None if they contradict each other.
 
     >>> joined("Hi", [assistant("Hello")]) == joined("Hi", [user("Hi"), assistant("Hello")])
     True
@@ -153,20 +155,20 @@ def joined(prompt: Text, side: list[Message]) -> list[Message] | None:
 
 
 def is_written_out(value: Any) -> bool:
-    """Whether it is text that looks like a conversation, as a CSV cell has to hold it."""
+    """Returns whether a value is text that looks like a list of messages, as in a cell of a CSV file."""
     return isinstance(value, str) and _WRITTEN_OUT.match(value) is not None
 
 
 def from_text(value: str, place: str, origin: str) -> Any:
-    """The conversation in a cell that `is_written_out`.
+    """Parses the conversation in a cell that `is_written_out`.
 
     Raises:
-      ValueError: it is not JSON (Python's own way of writing lists is not).
+      ValueError: it is not JSON, such as Python's repr of a list.
     """
     try:
         return json.loads(value)
     except (ValueError, RecursionError):
-        raise ValueError(f"{origin}: {place} holds {_PUT_OFF}; found {shown(value)}") from None
+        raise ValueError(f"{origin}: {place} is {_NOT_JSON}; found {shown(value)}") from None
 
 
 def _message(message: Any, place: str, origin: str) -> Message:
@@ -201,7 +203,7 @@ def _not_a_message(message: dict[str, Any], place: str, origin: str) -> ValueErr
 
 
 def _content(content: Any, place: str, origin: str) -> str:
-    """Text, or the text of {type: text, text} parts joined."""
+    """Returns a content as text, with {type: text, text} parts joined."""
     if isinstance(content, str):
         return content
     content = as_list(content, place, origin)

@@ -1,12 +1,12 @@
-"""What a row asks and how its answers stand, and which pairs of answers are learnt from.
+"""Ranked answers, and the pairs of answers that are learnt.
 
-A row of two sides is the case of two answers. `ranked` says which pairs a row of more gives:
+A row with two sides is a row with two answers. For rows with more answers, `ranked` chooses the pairs:
 
-    best_vs_worst   the best and the worst: one pair a row
-    best_vs_random  the best and one of those behind it, picked by a hash of the row's words: the same in every run
-    all             every pair of which one is better: n (n - 1) / 2 pairs of n answers
+    best_vs_worst   the best and the worst answer: one pair per row
+    best_vs_random  the best answer and a worse one, picked by a hash of the row's text: the same in every run
+    all             every pair of answers of which one is better: n (n - 1) / 2 pairs of n answers
 
-Answers of the same standing never make a pair. Of several best (or worst) ones, the first in the file counts.
+Answers of the same standing never make a pair. Of several best (or worst) answers, the first in the file is taken.
 """
 
 from __future__ import annotations
@@ -26,7 +26,13 @@ TIED = "ties: answers of the same rank, score or vote"
 
 
 class Dropped(NamedTuple):
-    """A row (or a pair of its answers) that is not trained on, and why, in words that are counted."""
+    """A row, or a pair of its answers, that is not trained on.
+
+    Attributes:
+      reason: the name under which it is counted.
+      origin: where it came from.
+      detail: more about this row, for its message.
+    """
 
     reason: str
     origin: str
@@ -34,12 +40,12 @@ class Dropped(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """One answer: plain text, or messages, which may begin with the prompt.
+    """An answer: plain text, or messages, which may start with the prompt.
 
     Attributes:
       text: the answer.
-      standing: a higher one is better; it compares answers of one row only.
-      score: what a person or model gave it, higher is better; None: not given.
+      standing: orders the answers of one row; higher is better.
+      score: the score that a person or model gave, higher is better; None: not scored.
     """
 
     text: Text
@@ -48,18 +54,18 @@ class Answer(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """A prompt (empty where the answers hold it) and its answers."""
+    """A prompt and its answers. The prompt is empty if the answers contain it."""
 
     prompt: Text
     answers: Sequence[Answer]
 
 
 Couple = tuple[Answer, Answer]
-"""The better answer, and the worse one."""
+"""The better answer and the worse answer of a pair."""
 
 
 def couples(asked: Asked, rule: Rule, origin: str) -> list[Couple | Dropped]:
-    """The pairs of answers that are learnt from, the better one first; ties are Dropped."""
+    """Returns the pairs of answers that `rule` chooses, the better answer first; ties are Dropped."""
     answers = asked.answers
     if len(answers) < 2:
         return [Dropped(FEW_ANSWERS, origin)]
@@ -75,12 +81,15 @@ def couples(asked: Asked, rule: Rule, origin: str) -> list[Couple | Dropped]:
 
 
 def best(answers: Sequence[Answer]) -> Answer:
-    """The first of the highest standing."""
+    """Returns the answer with the highest standing, the first of several."""
     return max(answers, key=lambda answer: answer.standing)
 
 
 def margin(better: Answer, worse: Answer) -> float | None:
-    """By how much the better one was scored higher; negative where the scores say otherwise, None without scores."""
+    """Returns the score of the better answer minus that of the worse; None without scores.
+
+    It is negative if the scores contradict the standing.
+    """
     return None if better.score is None or worse.score is None else better.score - worse.score
 
 
@@ -91,7 +100,7 @@ def _ordered(first: Answer, second: Answer, origin: str) -> Couple | Dropped:
 
 
 def _content_hash(asked: Asked) -> int:
-    """Of the words alone: neither the file's name nor a process's hash seed moves a pick."""
+    """Hashes the text of a row, so that a pick depends neither on the file's name nor on the process's hash seed."""
     words = [_words(text) for text in (asked.prompt, *(answer.text for answer in asked.answers))]
     return int.from_bytes(hashlib.sha256(json.dumps(words).encode()).digest()[:8])
 

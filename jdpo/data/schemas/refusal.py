@@ -1,4 +1,4 @@
-"""What the user is told where the columns fit no known format, with a `column_map` to paste."""
+"""The error for columns that fit no known format, with a `column_map` to paste."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from jdpo.data.schemas.messages import Raw
 from jdpo.data.schemas.schema_table import Schema
 
 MOST_ROWS = 3
-"""Sample rows in a message at most."""
+"""Maximum number of sample rows in a message."""
 
 LONGEST_PASTED = 200
-"""Characters of a name that is suggested for a column_map; there it must stand whole."""
+"""Longer names are not suggested for a column_map, where a name cannot be shortened."""
 
 
 _SAMPLE_WIDTH = 200
@@ -39,13 +39,13 @@ Sample = tuple[Raw, str]
 def refusal(
     samples: Sequence[Sample], schemas: Sequence[Schema], *, mapped: Sequence[Raw] = (), supervised: bool = False
 ) -> str:
-    """The message for rows that no schema reads.
+    """Returns the message for rows that no schema reads.
 
     Args:
-      samples: the first of them gives the place; `MOST_ROWS` of them are shown.
-      schemas: those that were tried.
-      mapped: the columns as they are under `column_map`, one mapping a sample; empty without a `column_map`.
-      supervised: whether completions are wanted, not pairs.
+      samples: raw rows; the message starts with the origin of the first and shows `MOST_ROWS` of them.
+      schemas: the schemas that were tried.
+      mapped: the columns of each sample after `column_map` is applied; empty without a `column_map`.
+      supervised: completions are wanted, not pairs.
     """
     raws = [raw for raw, _ in samples]
     lines = [f"{samples[0][1]}: the columns fit no known format.", f"Found: {_columns(raws)}"]
@@ -59,7 +59,7 @@ def refusal(
 
 
 def _columns(raws: Sequence[Raw]) -> str:
-    """Every column with the types of its values.
+    """Describes every column by the types of its values.
 
     >>> _columns([{"a": "x", "b": None}, {"a": "y", "b": 3}])
     'a (string), b (null or number)'
@@ -72,7 +72,7 @@ def _columns(raws: Sequence[Raw]) -> str:
 
 
 def _closer_kind(value: object, depth: int = 3) -> str:
-    """The type of a value, and of a list's first element.
+    """Describes the type of a value, and of the first element of a list.
 
     >>> _closer_kind([{"role": "user", "content": "Hi"}]), _closer_kind(["Hi"]), _closer_kind({"text": "Hi"})
     ('list of {role, content}', 'list of string', 'object {text}')
@@ -91,17 +91,17 @@ def _sample(raw: Raw) -> str:
 
 
 def _suggestion(raw: Raw, *, supervised: bool) -> Iterator[str]:
-    """Lines of a column_map to paste; none where the columns have the right names and wrong values."""
+    """Yields the lines of a column_map to paste; none if the columns have the right names and wrong values."""
     wanted = ("prompt", "completion") if supervised else ("prompt", "chosen", "rejected")
     if all(name in raw for name in wanted):
         return
-    # A longer name is no name that somebody would paste; the message stays short enough to read.
+    # Nobody would paste a longer name, and the message must stay readable.
     texts = [
         name for name, value in raw.items() if isinstance(value, str | list | dict) and len(name) <= LONGEST_PASTED
     ]
     prompt = _first_like(texts, _PROMPTS)
     rest = [name for name in texts if name != prompt]
-    yield "To say which column is which, add to this data set in the config (what stands in <> is yours to fill in):"
+    yield "To name the columns, add this to the dataset in the config, and fill in what is in <>:"
     yield "  column_map:"
     yield f"    prompt: {_yaml(prompt or '<column of the prompt>')}"
     if supervised:
@@ -116,40 +116,40 @@ def _suggestion(raw: Raw, *, supervised: bool) -> Iterator[str]:
     if voted:
         yield from voted
         return
-    unsure = f"  # or {_yaml(twins[1])}: the columns do not say which is better" if twins else ""
+    unsure = f"  # or {_yaml(twins[1])}: the columns do not tell which is better" if twins else ""
     better, worse = twins or (better, worse)
     yield f"    chosen: {_yaml(better or '<column of the better answer>')}{unsure}"
     yield f"    rejected: {_yaml(worse or '<column of the worse answer>')}"
     if "chosen" in raw and "rejected" in raw:
         yield (
-            "chosen and rejected stand without a prompt: give what both answer in a column, or begin both with the "
-            "whole conversation, as lists of {role, content}."
+            "chosen and rejected have no prompt: add a column with what both answer, or start both with the whole "
+            "conversation, as lists of {role, content}."
         )
     if judges:
         yield (
-            f"If {named(judges)} says row by row which is better, write the rows again with chosen and rejected: "
-            "a column_map names the same column as better in every row."
+            f"If {named(judges)} tells row by row which answer is better, write the rows again with chosen and "
+            "rejected: a column_map names the same column as better in every row."
         )
 
 
 def _vote_lines(twins: tuple[str, str], judges: Sequence[str]) -> list[str]:
-    """Lines that map two answers and a vote; none where no column is a vote, or the answers have other marks."""
+    """Returns the lines that map two answers and a vote; none without a vote, or if the answers have other marks."""
     marks = tuple(match["mark"].lower() for name in twins if (match := _ONE_OF_TWO.fullmatch(name)))
     vote = next((name for name in judges if _VOTE.search(name)), None)
     if vote is None or marks not in _VOTED_MARKS:
         return []
     answers = [f"    response_{mark}: {_yaml(name)}" for mark, name in zip(marks, twins, strict=True)]
-    return [*answers, f"    winner: {_yaml(vote)}  # says row by row which is better"]
+    return [*answers, f"    winner: {_yaml(vote)}  # names the better answer of each row"]
 
 
 def _first_like(names: Sequence[str], words: Sequence[str]) -> str | None:
-    """The first column named like a word: exactly, else containing it."""
+    """Returns the first column that is one of the words, or else the first that contains one."""
     exact = next((word for word in words if word in names), None)
     return exact or next((name for word in words for name in names if word in name.lower()), None)
 
 
 def _twins(columns: Mapping[str, object]) -> tuple[str, str] | None:
-    """Two columns that differ in a mark such as a and b, those of answers before others, then the longest.
+    """Returns two columns whose names differ in a mark such as a and b: columns of answers first, then longer texts.
 
     >>> _twins({"id": 1, "model_a": "x", "model_b": "y", "response_a": "Hi", "response_b": "Hello"})
     ('response_a', 'response_b')
@@ -169,7 +169,7 @@ def _twins(columns: Mapping[str, object]) -> tuple[str, str] | None:
 
 
 def _yaml(name: str) -> str:
-    """A column's name as a YAML scalar.
+    """Writes a column's name as a YAML scalar.
 
     >>> _yaml("response_a"), _yaml("no"), _yaml("the answer: a")
     ('response_a', '"no"', '"the answer: a"')

@@ -1,6 +1,6 @@
-"""A prompt and its answers as rows: one conversation a side, cut before its final assistant turn.
+"""Rows made of a prompt and its answers: one conversation per side, cut before its final assistant turn.
 
-A column `system` becomes the first turn. With it, or with `tools`, plain text becomes a conversation, since only a
+A column `system` becomes the first turn. With `system` or `tools`, plain text becomes a conversation, because only a
 chat template can write them.
 """
 
@@ -32,12 +32,11 @@ UNREAD = {
     "images": "jdpo trains on text alone",
     "image": "jdpo trains on text alone",
 }
-"""Columns that other trainers read and that change what is learnt, and why a row that has one is refused."""
+"""Column that other trainers read and that changes what is learnt -> why a row with it is refused."""
 
 
 class Frame(NamedTuple):
-    """What goes with a conversation: the words of its system turn, the tools that it may call, and what the chat
-    template is told."""
+    """Columns that accompany a conversation: its system turn, its tools, and the variables of the chat template."""
 
     system: str | None
     tools: list[dict[str, Any]] | None
@@ -45,25 +44,25 @@ class Frame(NamedTuple):
 
     @property
     def is_chat(self) -> bool:
+        """Whether the row needs a chat template."""
         return self.system is not None or self.tools is not None or self.template_kwargs is not None
 
 
 def read_frame(columns: Raw, origin: str) -> Frame:
-    """The columns `system`, `tools` and `chat_template_kwargs` of a row; empty ones count as absent.
+    """Reads the columns `system`, `tools` and `chat_template_kwargs` of a row; empty ones count as absent.
 
     Raises:
-      ValueError: they are not a string, or not a list of objects (or JSON text of one); or there is a column of
-        `UNREAD`.
+      ValueError: a column has another type than it should, or the row has a column of `UNREAD`.
     """
     for name, why in UNREAD.items():
         if columns.get(name):
             raise ValueError(
-                f"{origin}: the row has {name}, without which it would mean something else: {why}. Leave such rows "
-                "out, or the column where it does not matter"
+                f"{origin}: the row has {name}, and would mean something else without it: {why}. Remove such rows, "
+                "or the column if it does not matter"
             )
     system = columns.get("system")
     if system is not None and not isinstance(system, str):
-        raise ValueError(f"{origin}: system is {kind(system)}; expected a string, the words of the system turn")
+        raise ValueError(f"{origin}: system is {kind(system)}; expected a string, the text of the system turn")
     tools = read_tools(columns.get("tools"), "tools", origin)
     return Frame(system if system and system.strip() else None, tools, _read_kwargs(columns, origin))
 
@@ -85,14 +84,15 @@ def _read_kwargs(columns: Raw, origin: str) -> dict[str, Any] | None:
 def pair_row(
     prompt: Text, pair: Couple, frame: Frame, origin: str, *, every_turn: bool = False
 ) -> PreferenceRow | Dropped:
-    """A pair of answers as a row; what stands before both final assistant turns must be equal.
+    """Makes a row of a pair of answers, whose messages before the final assistant turn must be equal.
 
     Args:
-      every_turn: it may differ too: then the prompt is what both sides begin with, and a side all that follows.
+      every_turn: allow them to differ; then the prompt is the messages that both sides start with, and a side is
+        everything after them.
     """
     if any(answer.text == [] for answer in pair):
         return Dropped(EMPTY_SIDE, origin)
-    dropped = said_by_another(pair, origin)
+    dropped = ends_with_other_role(pair, origin)
     if dropped is not None:
         return dropped
     chosen, rejected = (answer_row(prompt, answer.text, frame, origin) for answer in pair)
@@ -117,8 +117,8 @@ def pair_row(
     )
 
 
-def said_by_another(answers: Sequence[Answer], origin: str) -> Dropped | None:
-    """Names the side, chosen first, whose last turn is not the assistant's; None where both are."""
+def ends_with_other_role(answers: Sequence[Answer], origin: str) -> Dropped | None:
+    """Drops a pair with a side whose last turn is not the assistant's; returns None if both sides end with one."""
     for name, answer in zip(("chosen", "rejected"), answers, strict=True):
         role = answer.text[-1]["role"] if answer.text and not isinstance(answer.text, str) else "assistant"
         if role != "assistant":
@@ -127,20 +127,20 @@ def said_by_another(answers: Sequence[Answer], origin: str) -> Dropped | None:
 
 
 def whole_pair(row: PreferenceRow, columns: Raw) -> PreferenceRow | Dropped:
-    """Checks a pair whose prompt is what its sides begin with.
+    """Checks a pair whose prompt is the messages that both sides start with.
 
     Args:
       row: the pair.
-      columns: those of its raw row, for advice.
+      columns: the columns of its raw row, for advice.
 
     Returns:
-      The row, with a note where a conversation starts with the assistant; Dropped if the sides share no turn.
+      The row, with a note if the conversation starts with the assistant; Dropped if the sides share no turn.
     """
     if isinstance(row.prompt, str):
         return row
     if not row.prompt:
         advice = (
-            "name the column that both answer in column_map, as in {prompt: <column>}, or begin both sides with the "
+            "name the column that both answer with column_map: {prompt: <column>}, or start both sides with the "
             f"conversation; the columns are {named(columns)}"
         )
         return Dropped(NO_SHARED_TURN, row.origin, advice)
@@ -150,7 +150,7 @@ def whole_pair(row: PreferenceRow, columns: Raw) -> PreferenceRow | Dropped:
 
 
 def _parted(chosen: CompletionRow, rejected: CompletionRow) -> PreferenceRow:
-    """Two conversations as the messages that both begin with, and the rest of each."""
+    """Splits two conversations into the messages that both start with, and the rest of each."""
     sides = []
     for row in (chosen, rejected):
         assert not isinstance(row.prompt, str)
@@ -162,7 +162,7 @@ def _parted(chosen: CompletionRow, rejected: CompletionRow) -> PreferenceRow:
 
 
 def answer_row(prompt: Text, answer: Text, frame: Frame, origin: str) -> CompletionRow | Dropped:
-    """A prompt and an answer as a row: plain text as it is, a conversation cut before its final assistant turn."""
+    """Makes a row of a prompt and an answer; a conversation is cut before its final assistant turn."""
     if isinstance(answer, str) and not frame.is_chat:
         assert isinstance(prompt, str)
         return CompletionRow(prompt, answer, origin)
@@ -181,7 +181,7 @@ def answer_row(prompt: Text, answer: Text, frame: Frame, origin: str) -> Complet
 
 
 def _with_system(conversation: list[Message], system: str | None) -> list[Message] | None:
-    """The conversation behind its system turn; None where it has another one."""
+    """Puts the system turn before a conversation; returns None if the conversation has another one."""
     if system is None:
         return conversation
     if conversation[0]["role"] != "system":

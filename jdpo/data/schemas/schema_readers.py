@@ -1,4 +1,4 @@
-"""How the rows of each schema are read: their prompt, and their answers with how they stand."""
+"""The reader of each schema: it returns the prompt of a row and its answers, ordered by their standing."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ SCORES = (
     ("chosen-rating", "rejected-rating"),
     ("chosen_avg_rating", "rejected_avg_rating"),
 )
-"""Columns of scores of the chosen and the rejected side, in the order in which they are looked for."""
+"""Columns with the scores of the chosen and the rejected side, in the order in which they are tried."""
 
 SIDE_SCORES = (*(name for pair in SCORES for name in pair), "rating", "generations")
-"""All columns that scores of the sides are read from."""
+"""All columns from which scores of the sides are read."""
 
 
 def number(value: Any) -> float | None:
-    """A finite number, also one written as text; None for anything else.
+    """Returns a finite number, also if it is written as text; None for any other value.
 
     >>> number(7), number("7.5"), number(True), number(float("nan"))
     (7.0, 7.5, None, None)
@@ -52,7 +52,7 @@ def _required_number(value: Any, place: str, origin: str) -> float:
 
 
 def side_scores(raw: Raw, chosen: Text, rejected: Text) -> tuple[float | None, float | None]:
-    """Scores of the two sides, where the row has both."""
+    """Returns the scores of the two sides, or (None, None) unless the row has both."""
     for names in SCORES:
         first, second = (number(raw.get(name)) for name in names)
         if first is not None and second is not None:
@@ -60,15 +60,19 @@ def side_scores(raw: Raw, chosen: Text, rejected: Text) -> tuple[float | None, f
     ratings = raw.get("rating")
     if isinstance(ratings, list) and len(ratings) == 2:
         first, second = map(number, ratings)
-        # In the order of the generations; without them nobody knows whose is whose.
-        told = raw.get("generations") in ([chosen, rejected], [rejected, chosen])
-        if first is not None and second is not None and told:
+        # Ratings are in the order of the generations; without those it is unknown which rating is whose.
+        is_known = raw.get("generations") in ([chosen, rejected], [rejected, chosen])
+        if first is not None and second is not None and is_known:
             return (first, second) if raw["generations"][0] == chosen else (second, first)
     return None, None
 
 
 def two_sides(raw: Raw, origin: str, *, names: tuple[str, str] = ("chosen", "rejected")) -> tuple[Answer, Answer]:
-    """Two sides in messages, named better one first."""
+    """Reads two sides as messages.
+
+    Args:
+      names: the columns of the better and the worse side.
+    """
     better, worse = (raw[name] for name in names)
     scores = side_scores(raw, better, worse)
     texts = [read_side(side, name, origin) for side, name in zip((better, worse), names, strict=True)]
@@ -91,7 +95,7 @@ def _prompt(raw: Raw, origin: str) -> Text:
 def nemo(raw: Raw, origin: str) -> Asked:
     context = raw["context"]
     answers = [
-        # A rank counts from the best one down.
+        # The best answer has the lowest rank, but the highest standing.
         Answer(
             read_side(item.get("completion"), f"completions[{index}].completion", origin),
             -_required_number(item.get("rank"), f"completions[{index}].rank", origin),
@@ -105,7 +109,7 @@ def nectar(raw: Raw, origin: str) -> Asked:
     prompt: Text = raw["prompt"]
     if messages.is_transcript(prompt):
         turns = messages.read_transcript(raw["prompt"])
-        # The transcript ends in "Assistant:", which asks for the answer.
+        # The transcript ends in "Assistant:", the header of the answer.
         prompt = turns[:-1] if turns[-1] == messages.assistant("") else turns
     answers = [
         Answer(
@@ -128,7 +132,7 @@ def stack_exchange(raw: Raw, origin: str) -> Asked:
 def _items(raw: Raw, column: str, origin: str) -> list[tuple[int, dict[str, Any]]]:
     for index, item in enumerate(raw[column]):
         if not isinstance(item, dict):
-            raise ValueError(f"{origin}: {column}[{index}] is {kind(item)}; expected an object, as the others are")
+            raise ValueError(f"{origin}: {column}[{index}] is {kind(item)}; expected an object")
     return list(enumerate(raw[column]))
 
 
@@ -181,7 +185,7 @@ def conversation(raw: Raw, origin: str) -> Asked:
 
 
 def explicit_completion(raw: Raw, origin: str) -> Asked | Dropped:
-    # Of unpaired preferences: an answer that nobody wants. A CSV file has it as text, others as a number.
+    # Unpaired preferences label unwanted answers false. CSV files have the label as text, other files as a number.
     if str(raw.get("label")).lower() in ("false", "0", "0.0"):
         return Dropped(UNWANTED, origin)
     prompt, completion = raw["prompt"], raw["completion"]

@@ -1,11 +1,11 @@
-"""Every known way of writing preference and supervised rows: how to know it by its columns, how to read it.
+"""The table of all known schemas of preference and supervised rows: how to recognise a row, and how to read it.
 
-The first schema whose columns are there with values of its types reads the row. The order is that of
-`PREFERENCE_SCHEMAS` and `COMPLETION_SCHEMAS`: what says more comes first (`prompt` stands before `question`, a
-prompt of its own before one implied by whole conversations).
+A row is read by the first schema in `PREFERENCE_SCHEMAS` or `COMPLETION_SCHEMAS` whose columns it has, with values of
+the right types. More specific schemas come first: `prompt` before `question`, an explicit prompt before one implied by
+whole conversations.
 
-Rows of strings under prompt, chosen and rejected (or prompt and completion) are plain text, as in TRL. All other
-rows are conversations: who writes `question` and `answers` means two speakers.
+Rows of strings under prompt, chosen and rejected (or prompt and completion) are plain text, as in TRL. All other rows
+are conversations, because columns such as `question` and `answers` imply two speakers.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from jdpo.data.schemas.messages import Raw
 from jdpo.data.schemas.ranked import Asked, Dropped
 
 EXTRAS = ("system", "tools", "loss_mask", *schema_readers.SIDE_SCORES)
-"""Columns that are read beside those of any schema."""
+"""Columns that are read in addition to those of any schema."""
 
 
 class Schema(NamedTuple):
-    """One way of writing rows.
+    """A schema of rows.
 
     Attributes:
-      name: a short one, for reports.
+      name: a short name, for reports.
       description: its columns, for the user.
-      columns: names of all columns that it reads; `EXTRAS` are read beside them.
-      matches: whether it fits a row (without nulls).
-      read: the row's prompt and answers.
+      columns: names of all columns that it reads, besides `EXTRAS`.
+      matches: returns whether it fits a row (without nulls).
+      read: returns the row's prompt and answers.
       ranked: whether a row may have more than two answers.
-      joined: whether the answers that it reads are whole conversations, with the prompt of the row in them.
+      joined: whether the answers are whole conversations that include the row's prompt.
     """
 
     name: str
@@ -52,14 +52,14 @@ def _has(raw: Raw, **types: type | tuple[type, ...]) -> bool:
 
 
 def _answers_only(side: Any) -> bool:
-    """Whether a side stands behind its prompt, instead of repeating it."""
+    """Returns whether a side contains only the answer, and does not repeat its prompt."""
     first = side[0] if isinstance(side, list) and side else side
     role = first.get("role", first.get("from")) if isinstance(first, dict) else None
     return not isinstance(side, list) or messages.ROLES.get(str(role).lower()) not in ("system", "user")
 
 
 def _ranked(raw: Raw, column: str, *keys: str) -> bool:
-    """Whether the column is a list of objects with these keys, by the first of them."""
+    """Returns whether a column is a list of objects with these keys, judging by its first element."""
     items = raw.get(column)
     return isinstance(items, list) and (not items or (isinstance(items[0], dict) and items[0].keys() >= {*keys}))
 
@@ -69,7 +69,7 @@ def _unprompted(raw: Raw, **types: type | tuple[type, ...]) -> bool:
 
 
 def _asked_in(column: str, name: str, description: str) -> Schema:
-    """A pair whose question stands under another name than prompt."""
+    """Returns the schema of pairs whose question is in another column than prompt."""
     return Schema(
         name,
         description,
@@ -80,7 +80,7 @@ def _asked_in(column: str, name: str, description: str) -> Schema:
 
 
 def _answered_elsewhere(raw: Raw) -> bool:
-    """Returns whether `messages` holds no answer, and other columns do."""
+    """Returns whether `messages` contains no answer, but other columns do."""
     if conversation_columns.ends_in_answer(raw["messages"]):
         return False
     return _has(raw, chosen=_SIDE, rejected=_SIDE) or votes.is_vote(raw)
@@ -230,7 +230,7 @@ COMPLETION_SCHEMAS: Sequence[Schema] = (
     ),
     Schema(
         "conversations",
-        "conversations: the same as [{from, value}, ...]",
+        "conversations: a conversation, a list of {from, value} that ends in an assistant turn",
         ("conversations",),
         lambda raw: _has(raw, conversations=list) and "chosen" not in raw and "rejected" not in raw,
         schema_readers.conversation,
@@ -256,7 +256,7 @@ COMPLETION_SCHEMAS: Sequence[Schema] = (
     ),
     *PREFERENCE_SCHEMAS,
 )
-"""Schemas of supervised rows, in the order in which they are tried; of preferences the best answer is learnt."""
+"""Schemas of supervised rows, in the order in which they are tried; preference rows give their best answer."""
 
 CANONICAL = tuple(dict.fromkeys([*(name for schema in COMPLETION_SCHEMAS for name in schema.columns), *EXTRAS]))
-"""Every column name that some schema reads: what `column_map` may name."""
+"""All column names that a schema reads, which are the names that `column_map` may use."""

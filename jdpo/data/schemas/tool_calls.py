@@ -1,4 +1,4 @@
-"""Tools and calls of them as files write them, read into the form that chat templates take."""
+"""Tools and tool calls in all forms that files use, read into the form that chat templates take."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from jdpo.data.schemas.of_lists import as_list
 
 
 def read_tools(value: Any, place: str, origin: str) -> list[dict[str, Any]] | None:
-    """The tools that a conversation may call: a list of objects, or JSON text of one; None where there are none.
+    """Reads the tools that a conversation may call: a list of objects, or JSON text of one; None if there are none.
 
     Raises:
-      ValueError: it is neither.
+      ValueError: the value is neither.
     """
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
@@ -23,7 +23,7 @@ def read_tools(value: Any, place: str, origin: str) -> list[dict[str, Any]] | No
 
 
 def are_calls(value: Any) -> bool:
-    """Returns whether a value is a call of a function, or a list of them, with no message around it.
+    """Returns whether a value is a function call, or a list of calls, without a message around it.
 
     >>> are_calls([{"name": "look", "arguments": {}}]), are_calls([{"role": "user", "content": "Hi"}]), are_calls([])
     (True, False, False)
@@ -38,12 +38,12 @@ def are_calls(value: Any) -> bool:
 
 
 def read_calls(calls: Any, called: Any, place: str, origin: str) -> list[dict[str, Any]]:
-    """Reads the calls of a turn; none where there are none.
+    """Reads the calls of a turn; returns an empty list if there are none.
 
     Args:
-      calls: what the message has under `tool_calls`: a list of calls, or JSON text of one.
-      called: what it has under `function_call`: a single call.
-      place, origin: of the calls, for messages.
+      calls: the message's `tool_calls`: a list of calls, or JSON text of one.
+      called: the message's `function_call`: a single call.
+      place, origin: the place of the calls, for error messages.
 
     Raises:
       ValueError: a call is not an object.
@@ -53,7 +53,7 @@ def read_calls(calls: Any, called: Any, place: str, origin: str) -> list[dict[st
 
 
 def read_call_text(text: Any, place: str, origin: str) -> list[dict[str, Any]]:
-    """The calls of a ShareGPT `function_call` turn: JSON text of {name, arguments}, or of a list of them."""
+    """Reads the calls of a ShareGPT `function_call` turn: JSON text of {name, arguments}, or of a list of them."""
     calls = _parsed(text, place, origin)
     calls = _objects([calls] if isinstance(calls, dict) else calls, place, origin)
     for call in calls:
@@ -63,7 +63,7 @@ def read_call_text(text: Any, place: str, origin: str) -> list[dict[str, Any]]:
 
 
 def _call(call: dict[str, Any]) -> dict[str, Any]:
-    """A call as templates take it, {type, function: {name, arguments}}.
+    """Returns a call in the form that templates take, {type, function: {name, arguments}}.
 
     >>> _call({"name": "look", "arguments": {}})
     {'type': 'function', 'function': {'name': 'look', 'arguments': {}}}
@@ -73,9 +73,9 @@ def _call(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_keys(item: dict[str, Any]) -> dict[str, Any]:
-    """Returns a call or a tool without those of its own keys, and of its function's, that are null.
+    """Returns a call or a tool without null keys of its own and of its function.
 
-    Nulls further in are data: `arguments` and `parameters` hold free JSON, which says null where it means it.
+    Nulls at deeper levels are data: `arguments` and `parameters` are free JSON, in which null has a meaning.
 
     >>> _with_keys({"id": None, "function": {"name": "look", "strict": None, "arguments": {"at": None}}})
     {'function': {'name': 'look', 'arguments': {'at': None}}}
@@ -88,7 +88,7 @@ def _with_keys(item: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_void(value: Any) -> bool:
-    """Returns whether a value is null or an object of nulls alone, as files write for a call that a turn does not make.
+    """Returns whether a value is null or an object of nulls alone, which files write for a call that does not exist.
 
     >>> _is_void({"name": None, "arguments": {"at": None}}), _is_void({"name": "look", "arguments": {}})
     (True, False)
@@ -97,7 +97,7 @@ def _is_void(value: Any) -> bool:
 
 
 def _objects(value: Any, place: str, origin: str) -> list[dict[str, Any]]:
-    """A list of objects, each or all of them as JSON text too."""
+    """Returns a list of objects, of which each, or the whole list, may be JSON text."""
     values = as_list(_parsed(value, place, origin), place, origin)
     if not isinstance(values, list):
         raise ValueError(f"{origin}: {place} is {kind(values)}; expected a list of objects, or JSON text of one")
@@ -112,7 +112,7 @@ def _objects(value: Any, place: str, origin: str) -> list[dict[str, Any]]:
 
 
 def _parsed(value: Any, place: str, origin: str) -> Any:
-    """JSON text as the value it holds; other values as they are."""
+    """Parses JSON text; returns other values as they are."""
     if not isinstance(value, str):
         return value
     try:

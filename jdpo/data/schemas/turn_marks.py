@@ -1,14 +1,14 @@
-"""Marks that say which turns of a conversation are learnt.
+"""Marks in files that tell which turns of a conversation are learnt.
 
-Files mark a turn by a key of its message (`weight` in OpenAI's and Mistral's files, `train` and `loss` in others), or
-all turns by a list in a column of the row:
+A mark is a key of a message (`weight` in OpenAI's and Mistral's files, `train` and `loss` in others), or a list in a
+column of the row with a value for each turn:
 
     {"messages": [..., {"role": "assistant", "content": "Dublin.", "weight": 0}]}
     {"messages": [question, answer, question, answer], "loss_mask": [0, 0, 0, 1]}     one value per message
     {"messages": [question, answer, question, answer], "loss_mask": [0, 1]}           one value per assistant turn
 
-0 and false mean "shown, not learnt"; 1, true and an absent mark mean "learnt". The turns of others are never learnt,
-whatever their mark. A mark is taken out of its message, so that no chat template sees it.
+0 and false mean "shown, not learnt"; 1, true and a missing mark mean "learnt". Turns of other roles than the assistant
+are never learnt. Marks are removed from messages, so that no chat template sees them.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Any
 from jdpo.types import Message
 
 MARKS = ("weight", "train", "loss", "loss_mask")
-"""Keys of a message, and columns that hold a list."""
+"""Names of marks: keys of a message, or columns with a list."""
 
 _CONVERSATIONS = ("messages", "conversations", "conversation")
 
 
 class ShownMessage(dict[str, Any]):
-    """A message that is shown and not learnt. It equals the plain message of the same keys."""
+    """A message that is shown and not learnt. It equals a plain message with the same keys."""
 
 
 def is_learnt(message: Message) -> bool:
@@ -37,9 +37,9 @@ def take_marks(message: Message, raw: Mapping[str, Any], place: str, origin: str
     """Returns the message without its marks, as a `ShownMessage` if one of them is 0.
 
     Args:
-      message: as templates take it.
-      raw: as the file has it.
-      place, origin: where it is, for errors.
+      message: the message in the form that templates take.
+      raw: the message in the file.
+      place, origin: its place, for error messages.
 
     Raises:
       ValueError: a mark is neither 0 nor 1.
@@ -53,15 +53,15 @@ def take_marks(message: Message, raw: Mapping[str, Any], place: str, origin: str
 
 
 def spread_mask(columns: Mapping[str, Any], speakers: Mapping[str, str], origin: str) -> Mapping[str, Any]:
-    """Returns the columns of a row with a mask of all turns written into the messages.
+    """Returns the columns of a row with a mask over all turns written into the messages.
 
     Args:
-      columns: of the row.
-      speakers: role in files -> role in chat templates.
-      origin: where the row came from, for errors.
+      columns: the columns of the row.
+      speakers: {role in files: role in chat templates}.
+      origin: where the row came from, for error messages.
 
     Raises:
-      ValueError: the mask has another length than the conversation, or there is no conversation that it is of.
+      ValueError: the mask has another length than the conversation, or there is no conversation for it.
     """
     names = [name for name in MARKS if isinstance(columns.get(name), list)]
     if not names:
@@ -71,8 +71,8 @@ def spread_mask(columns: Mapping[str, Any], speakers: Mapping[str, str], origin:
     if not conversations:
         if name == "loss_mask":
             raise ValueError(
-                f"{origin}: the row has a loss_mask and no column of messages; expected `messages` next to it, with "
-                "one value per message or per assistant turn. Rename the column if it means something else"
+                f"{origin}: the row has a loss_mask but no column of messages; expected `messages` next to it, with "
+                "one value of loss_mask per message or per assistant turn. Rename loss_mask if it means something else"
             )
         return columns
     column = conversations[0]

@@ -1,14 +1,14 @@
-"""Rows of two answers and a vote: who compared them says row by row which is better.
+"""Rows of two answers and a vote, which tells row by row which answer is better.
 
     prompt, response_a, response_b, winner: "model_a"                       Chatbot Arena
-    prompt, response_a, response_b, winner_model_a: 1, winner_model_b: 0    the same in columns of 0 and 1
+    prompt, response_a, response_b, winner_model_a: 1, winner_model_b: 0    Chatbot Arena, in columns of 0 and 1
     conversation_a, conversation_b, winner: "tie"                           whole conversations
     prompt, response_0, response_1, better_response_id: 0                   PKU-SafeRLHF
     context, response1, response2, overall_preference: -2                   HelpSteer
 
-A vote names an answer by its column, or by the letter or number that the column ends in. `overall_preference` and
-`preference_strength` go from -3 (the first answer is much better) to 3 (the second one is). Ties are dropped as ties,
-whether both answers are good or bad.
+A vote names an answer by its column, or by the letter or number at the end of the column's name. `overall_preference`
+and `preference_strength` range from -3 (the first answer is much better) to 3 (the second is). Ties are dropped and
+counted as ties, whether both answers are good or bad.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ VOTES = (
     "preferred",
     "choice",
 )
-"""Columns that hold a vote; columns of 0 and 1, whose names begin with `winner_`, are one more."""
+"""Columns with a vote. Columns of 0 and 1 whose names start with `winner_` are one vote together."""
 
 _SIGNED = ("overall_preference", "preference_strength")
 _STRONGEST = 3
@@ -51,14 +51,14 @@ COLUMNS_READ = (
     *(f"{stem}_{mark}" for stem in ("response", "conversation") for mark in ("a", "b", "0", "1", "2")),
     *VOTES,
 )
-"""Columns that a column_map may name."""
+"""Columns of this schema, which a column_map may name."""
 
 _SLOT = re.compile(r"(?:model|response|answer|completion|output|conversation|assistant|candidate)?[_ -]?(?P<mark>\w+)")
 _TIES = re.compile(r"(?:tie|draw|equal|same|both|neither)(?:[_ ]*\(?both[_ ]*(?:bad|good)\)?|[_ ]*(?:bad|good))?")
 
 
 class _Two(NamedTuple):
-    """The columns of two answers, and the marks in which their names end."""
+    """The columns of two answers, and the marks at the end of their names."""
 
     columns: tuple[str, str]
     marks: tuple[str, str]
@@ -73,20 +73,20 @@ def is_vote(raw: Raw) -> bool:
 
 
 def all_votes(raw: Raw) -> set[str]:
-    """Returns the columns of a row that hold votes, or may: of them a column_map picks one."""
+    """Returns the columns of a row that may be votes. A column_map picks one of them."""
     return {*VOTES, *(name for name in raw if name.startswith(_ONE_HOT))}
 
 
 def name_of_vote(name: str, column: str) -> str:
     """Returns the name under which a column that column_map calls `name` is read.
 
-    A column with a meaning of its own keeps it: under `winner`, `overall_preference` still goes from -3 to 3.
+    Columns with signed values keep their meaning: mapped to `winner`, `overall_preference` still ranges from -3 to 3.
     """
     return column if name in VOTES and column in _SIGNED else name
 
 
 def read_vote(raw: Raw, origin: str) -> Asked | Dropped:
-    """Reads a row that `is_vote`.
+    """Reads a row for which `is_vote` is true.
 
     Raises:
       ValueError: a vote names no answer, or two votes of the row differ.
@@ -95,9 +95,9 @@ def read_vote(raw: Raw, origin: str) -> Asked | Dropped:
     assert two is not None
     votes = {column: _meaning(raw, column, two, origin) for column in _vote_columns(raw)}
     if len(votes) > 1 and len({*votes.values()}) > 1:
-        told = ", ".join(f"{column} is for {_told(vote, two)}" for column, vote in votes.items())
+        found = ", ".join(f"{column} is for {_winner(vote, two)}" for column, vote in votes.items())
         choices = " or ".join(f"{{{column}: {column}}}" for column in votes if column in VOTES)
-        raise ValueError(f"{origin}: the votes of the row differ ({told}); pick one with column_map: {choices}")
+        raise ValueError(f"{origin}: the votes of the row differ ({found}); choose one with column_map: {choices}")
     column, better = next(iter(votes.items()))
     if better is None:
         return Dropped(TIED, origin, "" if column.startswith(_ONE_HOT) else f"{column} is {shown(raw[column])}")
@@ -122,7 +122,7 @@ def _prompt_column(raw: Raw) -> str | None:
 
 
 def _vote_columns(raw: Raw) -> list[str]:
-    """Returns the votes of a row. Columns of 0 and 1 count as one vote, under the name of the first of them."""
+    """Returns the vote columns of a row. Columns of 0 and 1 count as one vote, named by the first of them."""
     one_hot = [name for name in raw if name.startswith(_ONE_HOT)]
     return [name for name in VOTES if name in raw] + (one_hot[:1] if len(one_hot) > 1 else [])
 
@@ -131,7 +131,7 @@ def _meaning(raw: Raw, column: str, two: _Two, origin: str) -> int | None:
     """Returns which answer a vote is for, 0 or 1, or None for a tie.
 
     Raises:
-      ValueError: it says neither.
+      ValueError: the vote names no answer.
     """
     if column.startswith(_ONE_HOT):
         return _one_hot(raw, two, origin)
@@ -168,11 +168,11 @@ def _one_hot(raw: Raw, two: _Two, origin: str) -> int | None:
     voted = [name for name, mark in marked.items() if mark == "1"]
     means = {name: _named(name.removeprefix(_ONE_HOT).lower(), raw, two) for name in values}
     if {*marked.values()} == {"0"} and {*means.values()} == {*two.marks}:
-        return None  # neither won, and ties have no column of their own
+        return None  # neither answer won, and there is no column for ties
     if len(voted) != 1 or not {*marked.values()} <= {"0", "1"} or None in means.values():
-        told = ", ".join(f"{printable(name)} is {shown(value)}" for name, value in list(values.items())[:6])
+        listed = ", ".join(f"{printable(name)} is {shown(value)}" for name, value in list(values.items())[:6])
         raise ValueError(
-            f"{origin}: {told}; expected 1 in one of winner_model_{two.marks[0]}, winner_model_{two.marks[1]} and "
+            f"{origin}: {listed}; expected 1 in one of winner_model_{two.marks[0]}, winner_model_{two.marks[1]} and "
             "winner_tie, and 0 in the others"
         )
     found = means[voted[0]]
@@ -180,13 +180,13 @@ def _one_hot(raw: Raw, two: _Two, origin: str) -> int | None:
 
 
 def _as_text(value: Any) -> str:
-    """Returns a vote as lower-case text, a whole number without the point that tables of floats give it."""
+    """Returns a vote as lower-case text, whole numbers without the decimal point of float columns."""
     found = number(value)
     text = str(int(found)) if found is not None and found == int(found) else str(value)
     return text.strip().lower()
 
 
-def _told(vote: int | None, two: _Two) -> str:
+def _winner(vote: int | None, two: _Two) -> str:
     return "neither" if vote is None else two.columns[vote]
 
 
@@ -211,7 +211,7 @@ def _asked(raw: Raw, two: _Two, origin: str) -> tuple[Text, list[list[Message]]]
 
 
 def _rounds(value: Any) -> list[str | None] | None:
-    """Returns the words of several rounds: a list of strings, or JSON text of one, as in Chatbot Arena's tables."""
+    """Returns the texts of several rounds: a list of strings, or JSON text of one, as in Chatbot Arena's tables."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)

@@ -282,7 +282,7 @@ def test_a_column_that_would_change_what_is_learnt_is_refused(column: str, value
     raw = {"prompt": "a", "chosen": "b", "rejected": "c"}
     for empty in ([], {}, None):
         assert preference_rows(raw | {column: empty}, "x:1") == preference_rows(raw, "x:1")
-    with pytest.raises(ValueError, match=f"x:1: the row has {column}, without which"):
+    with pytest.raises(ValueError, match=f"x:1: the row has {column}, and would mean something else"):
         preference_rows(raw | {column: value}, "x:1")
 
 

@@ -56,8 +56,8 @@ def test_the_message_of_a_file_that_does_not_say_which_is_better() -> None:
     assert lines[6] == "Known formats:"
     assert all(len(line) < 260 for line in lines)
     assert "rejected: reply_right" in message
-    assert "    chosen: reply_left  # or reply_right: the columns do not say which is better" in lines
-    assert lines[-1].startswith("If preference says row by row which is better, write the rows again")
+    assert "    chosen: reply_left  # or reply_right: the columns do not tell which is better" in lines
+    assert lines[-1].startswith("If preference tells row by row which answer is better")
 
 
 def test_the_snippet_reads_the_rows_once_it_is_pasted() -> None:
@@ -118,7 +118,7 @@ def test_no_snippet_where_the_names_are_right_and_a_value_is_wrong() -> None:
 @pytest.mark.parametrize("sides", [("Yes.", "No."), (assistant("Yes."), assistant("No."))])
 def test_sides_without_a_prompt_are_refused_with_advice(sides: tuple[Any, Any]) -> None:
     message = refused([({"chosen": sides[0], "rejected": sides[1], "topic": "x"}, "x:1")])
-    assert "stand without a prompt: give what both answer in a column" in message.splitlines()[-1]
+    assert "have no prompt: add a column with what both answer" in message.splitlines()[-1]
     assert snippet(message)["prompt"].startswith("<")
 
 
@@ -181,8 +181,8 @@ def test_a_column_map_comes_before_the_names_of_the_file() -> None:
 @pytest.mark.parametrize(
     ("column_map", "message"),
     [
-        ({"promt": "q"}, r"^x:1: column_map names 'promt' for 'q', .*; did you mean 'prompt'\? They are messages, "),
-        ({"@": "q"}, r"^x:1: column_map names '@' for 'q', but jdpo has no column of this name; They are messages"),
+        ({"promt": "q"}, r"^x:1: column_map names 'promt' for 'q', .*; did you mean .prompt.\? The names are messages"),
+        ({"@": "q"}, r"^x:1: column_map names '@' for 'q', but jdpo reads no column of this name; The names are messages"),
         (
             NAMES | {"rejected": "worse"},
             r"^x:1: column_map takes 'rejected' from 'worse', which the row lacks; it has q,",

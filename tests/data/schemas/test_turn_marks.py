@@ -68,7 +68,7 @@ def test_a_mask_of_another_length_or_of_nothing_is_an_error() -> None:
         completion_rows({"messages": messages, "loss_mask": [0, 1, 1]}, "x:7")
     with pytest.raises(ValueError, match=r"x:7: loss_mask\[3\] is 2"):
         completion_rows({"messages": messages, "loss_mask": [0, 2]}, "x:7")
-    with pytest.raises(ValueError, match="x:7: the row has a loss_mask and no column of messages"):
+    with pytest.raises(ValueError, match="x:7: the row has a loss_mask but no column of messages"):
         completion_rows({"prompt": "Hi", "completion": "Hello", "loss_mask": [0, 1]}, "x:7")
 
 

@@ -245,9 +245,7 @@ def test_a_conversation_in_a_cell_is_read_and_other_text_is_left_alone() -> None
     assert completion_rows({"messages": cell}, "x:1") == [CompletionRow([ASK], [BLUE], "x:1")]
     raw = {"prompt": "Write a chat.", "chosen": cell, "rejected": "No."}  # an answer that is JSON
     assert preference_rows(raw, "x:1") == [PreferenceRow("Write a chat.", cell, "No.", "x:1")]
-    with pytest.raises(
-        ValueError, match=r"^x:1: messages is a conversation written as text that is not JSON"
-    ):
+    with pytest.raises(ValueError, match=r"^x:1: messages is a conversation written as text that is not JSON"):
         completion_rows({"messages": str([ASK, BLUE])}, "x:1")
 
 

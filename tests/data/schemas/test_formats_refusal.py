@@ -182,7 +182,7 @@ def test_a_column_map_comes_before_the_names_of_the_file() -> None:
     ("column_map", "message"),
     [
         ({"promt": "q"}, r"^x:1: column_map names 'promt' for 'q', .*; did you mean .prompt.\? The names are messages"),
-        ({"@": "q"}, r"^x:1: column_map names '@' for 'q', but jdpo reads no column of this name; The names are messages"),
+        ({"@": "q"}, r"^x:1: column_map names '@' for 'q', but jdpo reads no column of this name; The names"),
         (
             NAMES | {"rejected": "worse"},
             r"^x:1: column_map takes 'rejected' from 'worse', which the row lacks; it has q,",

@@ -21,11 +21,11 @@ import numpy as np
 from jdpo.models.model_config import ModelConfig
 from jdpo.models.transformer import Params
 from jdpo.models.weights.casting import PADDING_BYTES, Scratch, all_finite, bits, copy_cast, is_narrower
-from jdpo.models.weights.filling import CHUNK_BYTES
 from jdpo.models.weights.hf_names import hf_tensors
-from jdpo.models.weights.host_arrays import Placed, hf_blocks
+from jdpo.models.weights.host_arrays import HostPiece, host_tensors
 from jdpo.models.weights.safetensors_folder import DTYPES, INDEX_NAME, SINGLE_NAME
-from jdpo.models.weights.strided_views import Window
+from jdpo.models.weights.staging import CHUNK_BYTES
+from jdpo.models.weights.strided_views import StridedView
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _BYTES_UNDER_WAY = 2**30
@@ -77,7 +77,7 @@ def write_shards(
     with ThreadPoolExecutor(num_threads, thread_name_prefix="export") as pool, _Writer(pool) as writer:
         for shard in mine:
             writer.create(folder / shard.name, {name: (shapes[name], dtypes[name]) for name in shard.tensor_names})
-        for name, take in hf_blocks(params, config):
+        for name, take in host_tensors(params, config):
             if name in owned:
                 writer.write(name, take)
             if writer.error is not None and jax.process_count() == 1:
@@ -148,23 +148,23 @@ class _Writer:
         for name, (shape, dtype) in tensors.items():
             self._places[name] = _Place(descriptor, 8 + len(text) + offsets[name], shape, dtype)
 
-    def write(self, name: str, take: Callable[[], Sequence[Placed]]) -> None:
+    def write(self, name: str, take: Callable[[], Sequence[HostPiece]]) -> None:
         """Starts to write a tensor from its pieces; waits first where too much is under way."""
         self._guarded(self._write, name, take)
 
-    def _write(self, name: str, take: Callable[[], Sequence[Placed]]) -> None:
-        place, blocks = self._places[name], take()
+    def _write(self, name: str, take: Callable[[], Sequence[HostPiece]]) -> None:
+        place, pieces = self._places[name], take()
         num_bytes = math.prod(place.shape) * place.dtype.itemsize
         while self._waiting and sum(size for size, _ in self._waiting) + num_bytes > _BYTES_UNDER_WAY:
             self._wait()
-        if all(piece.window.is_dense for piece, _ in blocks):
+        if all(piece.view.is_dense for piece, _ in pieces):
             futures = [
-                self._pool.submit(self._guarded, self._write_chunk, name, place, window, block[_slices(bounds)])
-                for piece, block in blocks
-                for bounds, window in piece.window.chunks(CHUNK_BYTES // place.dtype.itemsize)
+                self._pool.submit(self._guarded, self._write_chunk, name, place, view, values[_slices(bounds)])
+                for piece, values in pieces
+                for bounds, view in piece.view.chunks(CHUNK_BYTES // place.dtype.itemsize)
             ]
         else:
-            futures = [self._pool.submit(self._guarded, self._write_whole, name, place, blocks)]
+            futures = [self._pool.submit(self._guarded, self._write_whole, name, place, pieces)]
         self._waiting.append((num_bytes, futures))
 
     def finish(self) -> None:
@@ -191,33 +191,33 @@ class _Writer:
             except Exception as error:  # raised at the end: the other processes wait for this one's slices until then
                 self.error = self.error or error
 
-    def _write_chunk(self, name: str, place: _Place, window: Window, block: np.ndarray) -> None:
-        run = self._scratch.array("run", window.span, place.dtype)
-        self._lay_out(name, block, window, run)
-        _write_all(place.descriptor, run.view(np.uint8).data, place.offset + window.start * place.dtype.itemsize)
+    def _write_chunk(self, name: str, place: _Place, view: StridedView, values: np.ndarray) -> None:
+        run = self._scratch.array("run", view.span, place.dtype)
+        self._lay_out(name, values, view, run)
+        _write_all(place.descriptor, run.view(np.uint8).data, place.offset + view.start * place.dtype.itemsize)
 
-    def _write_whole(self, name: str, place: _Place, blocks: Sequence[Placed]) -> None:
+    def _write_whole(self, name: str, place: _Place, pieces: Sequence[HostPiece]) -> None:
         """A tensor whose pieces lie between each other."""
         run = np.empty(math.prod(place.shape), place.dtype)
-        for piece, block in blocks:
-            for bounds, window in piece.window.chunks(CHUNK_BYTES // place.dtype.itemsize):
-                self._lay_out(name, block[_slices(bounds)], window._replace(start=0), run[window.start :])
+        for piece, values in pieces:
+            for bounds, view in piece.view.chunks(CHUNK_BYTES // place.dtype.itemsize):
+                self._lay_out(name, values[_slices(bounds)], view._replace(start=0), run[view.start :])
         _write_all(place.descriptor, run.view(np.uint8).data, place.offset)
 
-    def _lay_out(self, name: str, block: np.ndarray, window: Window, run: np.ndarray) -> None:
-        """Casts a block and puts it into the run; a transposed one by way of padded rows."""
-        if not all_finite(block):
+    def _lay_out(self, name: str, values: np.ndarray, view: StridedView, run: np.ndarray) -> None:
+        """Casts values and puts them into the run; transposed ones by way of padded rows."""
+        if not all_finite(values):
             raise ValueError(f"tensor {name} holds NaN or Inf: this model is not exported")
-        target = window._replace(start=0).view(run)
-        if block.ndim > 1 and window.strides[-1] != 1:
-            rows, length = math.prod(block.shape[:-1]), block.shape[-1]
+        target = view._replace(start=0).array(run)
+        if values.ndim > 1 and view.strides[-1] != 1:
+            rows, length = math.prod(values.shape[:-1]), values.shape[-1]
             wide = length + PADDING_BYTES // run.itemsize
             memory = self._scratch.array("padded", rows * wide, run.dtype)
-            padded = memory.reshape(*block.shape[:-1], wide)[..., :length]
+            padded = memory.reshape(*values.shape[:-1], wide)[..., :length]
         else:
-            padded = self._scratch.array("padded", block.size, run.dtype).reshape(block.shape)
-        copy_cast(block, padded)
-        if is_narrower(run.dtype, block.dtype) and not all_finite(padded):
+            padded = self._scratch.array("padded", values.size, run.dtype).reshape(values.shape)
+        copy_cast(values, padded)
+        if is_narrower(run.dtype, values.dtype) and not all_finite(padded):
             raise ValueError(f"tensor {name} holds values that {run.dtype.name} cannot; export it in float32")
         bits(target)[...] = bits(padded)
 

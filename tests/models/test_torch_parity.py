@@ -13,8 +13,9 @@ from safetensors.numpy import load_file, save_file
 from jdpo.losses import make_dpo_loss
 from jdpo.models.families import FAMILIES, read_model_config
 from jdpo.models.transformer import Transformer, make_apply_fn
-from jdpo.models.weights.loading import iter_hf_tensors, load_params
+from jdpo.models.weights.loading import load_params
 from jdpo.types import PreferenceBatch
+from tests.models.hf_arrays import hf_arrays
 from tests.models.torch_cases import CASE_NAMES, CASES, save, torch_model
 
 pytestmark = pytest.mark.torch
@@ -69,7 +70,7 @@ def test_logits_gradients_and_tensors_equal_those_of_torch(case: Case) -> None:
 
     params, vocab_size = load_params(case.folder, case.model), case.model.config.vocab_size
     saved = saved_tensors(case.folder)
-    for name, values in iter_hf_tensors(params, case.model.config):
+    for name, values in hf_arrays(params, case.model.config):
         np.testing.assert_array_equal(values, saved.pop(name), err_msg=name)
     assert not saved
 
@@ -96,7 +97,7 @@ def test_logits_gradients_and_tensors_equal_those_of_torch(case: Case) -> None:
     # A bias of keys shifts all scores of a query alike where no rotation follows: its gradient is 0 but for rounding.
     least = 1e-3 * np.sqrt(sum(np.linalg.norm(values) ** 2 for values in expected_grads.values()))
     compared = 0
-    for name, values in iter_hf_tensors(grads, case.model.config):
+    for name, values in hf_arrays(grads, case.model.config):
         error = np.linalg.norm(values - expected_grads[name]) / max(np.linalg.norm(expected_grads[name]), least)
         assert error < 1e-4, (name, error)
         compared += 1
@@ -126,7 +127,7 @@ def test_an_export_loads_in_transformers_with_equal_logits(case: Case, tmp_path:
     params = load_params(case.folder, case.model)
     out = tmp_path / "out"
     out.mkdir()
-    save_file(dict(iter_hf_tensors(params, case.model.config)), out / "model.safetensors", metadata={"format": "pt"})
+    save_file(dict(hf_arrays(params, case.model.config)), out / "model.safetensors", metadata={"format": "pt"})
     (out / "config.json").write_bytes((case.folder / "config.json").read_bytes())
     again = transformers.AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager", dtype=torch.float32)
     tokens, mask = padded(case.rng, case.model.config.vocab_size, left=True)

@@ -95,10 +95,10 @@ def find_sites(model: Transformer) -> tuple[Site, ...]:
 def _inputs_of(piece: Piece) -> tuple[int, bool]:
     """How many axes of a kernel are inputs, and whether Hugging Face has them in front."""
     num_rows, num_columns = piece.hf_shape
-    fan_in_first = piece.window.strides[-1] < num_columns  # the last axis is an output
+    fan_in_first = piece.view.strides[-1] < num_columns  # the last axis is an output
     num_all = num_rows if fan_in_first else num_columns
     # Counted, not told by strides: those of an axis of one, such as a single head, may be either's.
-    products = itertools.accumulate(piece.window.shape, operator.mul)
+    products = itertools.accumulate(piece.view.shape, operator.mul)
     num_inputs = next((count for count, product in enumerate(products, start=1) if product == num_all), None)
     assert num_inputs is not None, piece
     return num_inputs, fan_in_first
@@ -106,10 +106,10 @@ def _inputs_of(piece: Piece) -> tuple[int, bool]:
 
 def _module_of(piece: Piece, num_inputs: int, fan_in_first: bool) -> Module:
     num_rows, num_columns = piece.hf_shape
-    start, unit, num_outputs = piece.window.start // num_columns, num_columns, num_rows
+    start, unit, num_outputs = piece.view.start // num_columns, num_columns, num_rows
     if fan_in_first:
-        start, unit, num_outputs = piece.window.start % num_columns, 1, num_columns
-    strides = tuple(stride // unit for stride in piece.window.strides[num_inputs:])
+        start, unit, num_outputs = piece.view.start % num_columns, 1, num_columns
+    strides = tuple(stride // unit for stride in piece.view.strides[num_inputs:])
     return Module(piece.at, piece.hf_name.removesuffix(".weight"), start, strides, num_outputs)
 
 

@@ -1,7 +1,8 @@
 """Which parameter of the decoder is which tensor of a Hugging Face checkpoint: a layout, read in both directions.
 
-A leaf of the params is filled from pieces: each is one block of it (a layer of a stacked leaf, an expert of a layer),
-and a window of one checkpoint tensor. Several pieces may share a tensor: a fused one gives each leaf its part.
+A leaf of the params is filled from pieces. Each is one part of the leaf (a layer of a stacked leaf, an expert of a
+layer) and a strided view of one checkpoint tensor. Several pieces may share a tensor: a fused one has a part for each
+of several leaves.
 """
 
 from __future__ import annotations
@@ -12,30 +13,30 @@ from typing import NamedTuple, TypeVar
 from jdpo.models.families import FAMILIES
 from jdpo.models.families.layouts import Layout, Path, Rule, parameters_of
 from jdpo.models.model_config import ModelConfig, layer_pattern
-from jdpo.models.weights.strided_views import Window, window_of
+from jdpo.models.weights.strided_views import StridedView, view_of
 
 Entry = TypeVar("Entry")
 
 
 class Piece(NamedTuple):
-    """A block of one leaf, and where it stands in the checkpoint.
+    """A part of one leaf, and where it is in the checkpoint.
 
     Attributes:
-      hf_shape: of the whole checkpoint tensor.
+      hf_shape: shape of the whole checkpoint tensor.
       path: keys down the params tree.
-      at: the block's indices along the leaf's leading axes: (layer,), (layer, expert), or () where it is all of it.
-      window: the block in the decoder's layout, in the elements of the checkpoint tensor.
+      at: the part's indices along the leaf's leading axes: (layer,), (layer, expert), or () for a whole leaf.
+      view: the part in the decoder's layout, as a view of the checkpoint tensor's elements.
     """
 
     hf_name: str
     hf_shape: tuple[int, ...]
     path: Path
     at: tuple[int, ...]
-    window: Window
+    view: StridedView
 
 
 def checkpoint_pieces(config: ModelConfig) -> Iterator[Piece]:
-    """All that fills the params of this model, in the order of the forward pass."""
+    """Yields the pieces that fill the params of this model, in the order of the forward pass."""
     layout = layout_of(config)
     for rule in (layout.embedding, *parameters_of(layout.first, config)):
         yield _piece(rule, config, rule.hf_name, rule.path)
@@ -53,7 +54,7 @@ def checkpoint_pieces(config: ModelConfig) -> Iterator[Piece]:
 
 
 def _of_experts(rule: Rule, config: ModelConfig, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The names of a rule's tensors in a layer, each with its index along a leading axis of experts: one, or many."""
+    """Yields the names of a rule's tensors in a layer, with their index along the axis of experts, if there is one."""
     if rule.hf_name.count("{}") == 1:
         yield rule.hf_name.format(layer), ()
         return
@@ -63,18 +64,18 @@ def _of_experts(rule: Rule, config: ModelConfig, layer: int) -> Iterator[tuple[s
 
 
 def leaves(config: ModelConfig) -> dict[Path, tuple[tuple[int, ...], list[Piece]]]:
-    """Every leaf of the params, in the order of the forward pass: its shape, stacked axes and all, and its pieces."""
+    """Returns the shape, stacked axes included, and the pieces of every leaf, in the order of the forward pass."""
     pieces: dict[Path, list[Piece]] = {}
     for piece in checkpoint_pieces(config):
         pieces.setdefault(piece.path, []).append(piece)
     return {
-        path: ((*(max(axis) + 1 for axis in zip(*(piece.at for piece in own), strict=True)), *own[0].window.shape), own)
+        path: ((*(max(axis) + 1 for axis in zip(*(piece.at for piece in own), strict=True)), *own[0].view.shape), own)
         for path, own in pieces.items()
     }
 
 
 def hf_tensors(config: ModelConfig) -> dict[str, list[Piece]]:
-    """Every tensor a checkpoint of this model has, in the order of the forward pass, with the pieces in it."""
+    """Returns every tensor of a checkpoint of this model, in the order of the forward pass, with the pieces in it."""
     tensors: dict[str, list[Piece]] = {}
     for piece in checkpoint_pieces(config):
         tensors.setdefault(piece.hf_name, []).append(piece)
@@ -82,14 +83,14 @@ def hf_tensors(config: ModelConfig) -> dict[str, list[Piece]]:
 
 
 def layout_of(config: ModelConfig) -> Layout:
-    """How checkpoints of this model name their tensors."""
+    """Returns how checkpoints of this model name their tensors."""
     return FAMILIES[config.family].layout
 
 
 def with_prefix(entries: dict[str, Entry], config: ModelConfig) -> dict[str, Entry]:
-    """The tensors of a folder by the names that they have in a model with a head.
+    """Returns the tensors of a folder by the names that they have in a model with a head.
 
-    Saved without its head, a model leaves out the prefix of all others, as GPT-2 does on the hub.
+    A model that was saved without its head leaves out the prefix of all names, as GPT-2 on the hub does.
     """
     layout = layout_of(config)
     bare = tuple(
@@ -102,12 +103,12 @@ def with_prefix(entries: dict[str, Entry], config: ModelConfig) -> dict[str, Ent
 
 
 def is_ignorable(hf_name: str, config: ModelConfig) -> bool:
-    """Whether a tensor that the layout lacks holds no weights: old checkpoints store rotary frequencies and masks."""
+    """Returns True for tensors that are not weights: old checkpoints store rotary frequencies and masks."""
     return hf_name.endswith(layout_of(config).buffers)
 
 
 def axis_sizes(config: ModelConfig) -> dict[str, int]:
-    """The size of every axis letter of the patterns."""
+    """Returns the size of every axis letter of the patterns."""
     return {
         "v": config.vocab_size,
         "d": config.d_model,
@@ -121,5 +122,5 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
 
 
 def _piece(rule: Rule, config: ModelConfig, hf_name: str, path: Path, at: tuple[int, ...] = ()) -> Piece:
-    hf_shape, window = window_of(rule.pattern, axis_sizes(config))
-    return Piece(hf_name, hf_shape, path, at, window)
+    hf_shape, view = view_of(rule.pattern, axis_sizes(config))
+    return Piece(hf_name, hf_shape, path, at, view)

@@ -17,10 +17,11 @@ from jdpo.data.tokens.tokenizer import load_tokenizer
 from jdpo.losses.settings import loss_settings
 from jdpo.models.families import read_model_config
 from jdpo.models.transformer import Transformer, make_routed_apply_fn
-from jdpo.models.weights.loading import iter_hf_tensors, load_params
+from jdpo.models.weights.loading import load_params
 from jdpo.training.step.gradients import loss_and_grads
 from jdpo.training.step.objectives import padded_dpo_objective, with_router_loss
 from jdpo.types import TokenizedPair
+from tests.models.hf_arrays import hf_arrays
 
 pytestmark = pytest.mark.torch
 
@@ -123,7 +124,7 @@ def test_everything_equals_torch(tmp_path: Path, toy_model: Path, seed: int, cas
     # Every tensor comes back bitwise.
     model = Transformer(read_model_config(source))
     params, expected = load_params(source, model), of_model(reference)
-    for name, values in iter_hf_tensors(params, model.config):
+    for name, values in hf_arrays(params, model.config):
         np.testing.assert_array_equal(values, expected.pop(name), err_msg=name)
     assert set(expected) <= {"lm_head.weight"}
 
@@ -145,7 +146,7 @@ def test_everything_equals_torch(tmp_path: Path, toy_model: Path, seed: int, cas
     assert float(found.loss) == pytest.approx(loss.item(), rel=1e-4)
     assert float(found.aux_loss) == pytest.approx(aux_loss.item(), rel=1e-5)
     gradients = of_model(reference, gradients=True)
-    for name, values in iter_hf_tensors(found.grads, model.config):
+    for name, values in hf_arrays(found.grads, model.config):
         scale = np.abs(gradients[name]).max()
         np.testing.assert_allclose(values, gradients[name], atol=1e-4 * scale, err_msg=name)
         assert scale > 0 or "experts" in name, name  # an expert may have had no token

@@ -3,8 +3,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-import time
-import weakref
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,12 +19,12 @@ from safetensors.numpy import load_file, save_file
 
 from jdpo.models.families import read_model_config
 from jdpo.models.transformer import Transformer, abstract_params, logical_axes
-from jdpo.models.weights.filling import Filler
 from jdpo.models.weights.hf_names import leaves
 from jdpo.models.weights.hub_models import resolve_folder
-from jdpo.models.weights.leaf_buffers import LeafBuffers
-from jdpo.models.weights.loading import iter_hf_tensors, load_params, source_dtypes
+from jdpo.models.weights.loading import load_params, source_dtypes
 from jdpo.models.weights.safetensors_folder import TensorFiles, tensor_entries
+from jdpo.models.weights.staging import Reader
+from tests.models.hf_arrays import hf_arrays
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 
@@ -40,7 +39,7 @@ def test_every_tensor_comes_back_bitwise(make_folder: Callable[..., Any], family
     config = read_model_config(folder.path)
     params = load_params(folder.path, config)
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, abstract_params(Transformer(config)))
-    written = dict(iter_hf_tensors(params, config))
+    written = dict(hf_arrays(params, config))
     assert written.keys() == folder.tensors.keys()
     for name, values in folder.tensors.items():
         np.testing.assert_array_equal(written[name], values, err_msg=name)
@@ -53,18 +52,17 @@ def test_half_precision_sources_are_exact_in_float32_params(make_folder: Callabl
     config = read_model_config(folder.path)
     params = load_params(folder.path, config)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
-    for name, values in iter_hf_tensors(params, config):
+    for name, values in hf_arrays(params, config):
         np.testing.assert_array_equal(values.astype(dtype), folder.tensors[name], err_msg=name)
     assert set(source_dtypes(folder.path).values()) == {np.dtype(dtype)}
 
 
-def test_params_in_bfloat16_and_a_choice_of_tensors(make_folder: Callable[..., Any]) -> None:
+def test_params_in_bfloat16_are_rounded_to_nearest(make_folder: Callable[..., Any]) -> None:
     folder = make_folder("llama", num_hidden_layers=1)
     config = read_model_config(folder.path)
     params = load_params(folder.path, config, dtype=jnp.bfloat16)
-    ((name, values),) = iter_hf_tensors(params, config, {"lm_head.weight"})
-    assert name == "lm_head.weight"
-    np.testing.assert_array_equal(values, folder.tensors[name].astype(ml_dtypes.bfloat16))
+    for name, values in hf_arrays(params, config):
+        np.testing.assert_array_equal(values, folder.tensors[name].astype(ml_dtypes.bfloat16), err_msg=name)
 
 
 def test_repeating_and_remaining_layers_go_to_their_own_places(make_folder: Callable[..., Any]) -> None:
@@ -76,7 +74,7 @@ def test_repeating_and_remaining_layers_go_to_their_own_places(make_folder: Call
     np.testing.assert_array_equal(params["stack"]["layer_0"]["mlp"]["up"]["kernel"], np.stack([up[0], up[2]]))
     np.testing.assert_array_equal(params["stack"]["layer_1"]["mlp"]["up"]["kernel"], np.stack([up[1], up[3]]))
     np.testing.assert_array_equal(params["rest"]["layer_0"]["mlp"]["up"]["kernel"], up[4])
-    for name, values in iter_hf_tensors(params, config):
+    for name, values in hf_arrays(params, config):
         np.testing.assert_array_equal(values, folder.tensors[name], err_msg=name)
 
 
@@ -96,7 +94,7 @@ def test_eight_devices_hold_the_same_as_one(make_folder: Callable[..., Any]) -> 
     query = sharded["stack"]["layer_0"]["attention"]["query"]["kernel"]
     assert query.addressable_shards[0].data.shape == (2, 4, 2, 4)
     jax.tree.map(np.testing.assert_array_equal, sharded, load_params(folder.path, model))
-    for name, values in iter_hf_tensors(sharded, model.config):
+    for name, values in hf_arrays(sharded, model.config):
         np.testing.assert_array_equal(values.astype(ml_dtypes.bfloat16), folder.tensors[name], err_msg=name)
 
 
@@ -313,9 +311,23 @@ def test_headers_that_lie_about_their_tensors(make_folder: Callable[..., Any]) -
         load(folder)
 
 
-@pytest.mark.parametrize("buffer_bytes", [1, 3000, 10**9])
-def test_buffers_on_the_way_to_a_device_change_nothing(make_folder: Callable[..., Any], buffer_bytes: int) -> None:
-    """Stacked leaves go there layer by layer, some layers at a time, and whole."""
+@pytest.mark.parametrize("slab_bytes", [1, 3000])
+@pytest.mark.parametrize("source", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_leaves_that_are_filled_slab_by_slab_are_those_that_are_filled_at_once(
+    make_folder: Callable[..., Any], slab_bytes: int, source: Any, dtype: Any
+) -> None:
+    """Stacked leaves layer by layer, or some layers at a time; tables some rows of the file at a time."""
+    folder = make_folder("llama", source, num_hidden_layers=5)
+    config = read_model_config(folder.path)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        load_params(folder.path, config, dtype=dtype, slab_bytes=slab_bytes),
+        load_params(folder.path, config, dtype=dtype),
+    )
+
+
+def test_slabs_of_leaves_that_are_split_over_devices(make_folder: Callable[..., Any]) -> None:
     folder = make_folder("llama", ml_dtypes.bfloat16, num_hidden_layers=5)
     model = Transformer(read_model_config(folder.path))
     mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
@@ -325,14 +337,26 @@ def test_buffers_on_the_way_to_a_device_change_nothing(make_folder: Callable[...
         logical_axes(model),
         is_leaf=lambda leaf: isinstance(leaf, tuple),
     )
-    staged = load_params(folder.path, model, shardings, buffer_bytes=buffer_bytes)
-    assert jax.tree.map(lambda leaf: leaf.sharding, staged) == shardings
-    jax.tree.map(np.testing.assert_array_equal, staged, load_params(folder.path, model))
+    sharded = load_params(folder.path, model, shardings, slab_bytes=3000)
+    assert jax.tree.map(lambda leaf: leaf.sharding, sharded) == shardings
+    jax.tree.map(np.testing.assert_array_equal, sharded, load_params(folder.path, model))
 
 
-def test_params_own_their_memory_so_that_a_step_can_take_it_over(make_folder: Callable[..., Any]) -> None:
+def test_tensors_of_a_stack_may_have_different_dtypes(make_folder: Callable[..., Any]) -> None:
+    folder = make_folder("llama", ml_dtypes.bfloat16)
+    folder.tensors[Q_PROJ] = folder.tensors[Q_PROJ].astype(np.float16)
+    folder.write()
+    config = read_model_config(folder.path)
+    for name, values in hf_arrays(load_params(folder.path, config, slab_bytes=1), config):
+        np.testing.assert_array_equal(values, folder.tensors[name].astype(np.float32), err_msg=name)
+
+
+@pytest.mark.parametrize("slab_bytes", [1, 2**25])
+def test_params_own_their_memory_so_that_a_step_can_take_it_over(
+    make_folder: Callable[..., Any], slab_bytes: int
+) -> None:
     folder = make_folder("llama")
-    params = load(folder)
+    params = load_params(folder.path, read_model_config(folder.path), slab_bytes=slab_bytes)
     places = jax.tree.map(lambda leaf: leaf.unsafe_buffer_pointer(), params)
     scaled = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf * 2, tree), donate_argnums=0)(params)
     assert jax.tree.map(lambda leaf: leaf.unsafe_buffer_pointer(), scaled) == places
@@ -352,20 +376,20 @@ def test_a_transform_takes_each_leaf_before_the_next_is_whole(make_folder: Calla
     jax.tree.map(lambda leaf, found: np.testing.assert_array_equal(leaf / 2, found["half"]), expected, halved)
 
 
-def test_only_what_the_shards_of_this_process_hold_is_read(make_folder: Callable[..., Any], tmp_path: Path) -> None:
-    """Rows that no shard here needs hold NaN, and nobody minds."""
+def test_only_what_the_shards_of_this_process_hold_is_read(make_folder: Callable[..., Any]) -> None:
+    """The rest of the table holds NaN, which is an error if it is read."""
     folder = make_folder("llama", num_hidden_layers=1)
     config = read_model_config(folder.path)
     rows = config.vocab_size // 2
     folder.tensors["model.embed_tokens.weight"][rows:] = np.nan
     folder.write()
+    _, pieces = leaves(config)["embed", "embedding"]
+    half = np.empty((rows, config.d_model), np.float32)
     with TensorFiles(tensor_entries(folder.path)) as files, ThreadPoolExecutor(2) as pool:
-        filler = Filler(files, pool)
-        ((_, pieces),) = [leaf for path, leaf in leaves(config).items() if path == ("embed", "embedding")]
-        half = np.zeros((rows, config.d_model), np.float32)
-        for future in filler.fill(pieces, 0, {((0, rows), (0, config.d_model)): [half]}):
-            future.result()
-    assert not filler.faults
+        reader = Reader(files, pool)
+        for read in reader.read(pieces, ((0, rows), (0, config.d_model)), half):
+            read.result()
+    assert not reader.faults
     np.testing.assert_array_equal(half, folder.tensors["model.embed_tokens.weight"][:rows])
 
 
@@ -377,70 +401,12 @@ def test_numbers_that_the_asked_dtype_cannot_hold(make_folder: Callable[..., Any
         load_params(folder.path, read_model_config(folder.path), dtype=np.float16)
 
 
-def test_nothing_is_written_once_a_transform_has_raised(
-    make_folder: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Threads that fill leaves that follow write to memory that the error gives back."""
+def test_no_thread_outlives_a_transform_that_raises(make_folder: Callable[..., Any]) -> None:
     folder = make_folder("llama", num_hidden_layers=1)
-    config = read_model_config(folder.path)
-    moved: list[float] = []
-    move = Filler._move
-
-    def slow(self: Filler, *arguments: Any) -> None:
-        time.sleep(0.05)
-        move(self, *arguments)
-        moved.append(time.monotonic())
-
-    monkeypatch.setattr(Filler, "_move", slow)
-    closed: list[float] = []
-    close = TensorFiles.__exit__
-
-    def exit(self: TensorFiles, *error: object) -> None:
-        closed.append(time.monotonic())
-        close(self, *error)
-
-    monkeypatch.setattr(TensorFiles, "__exit__", exit)
-    live: list[Any] = []
-    buffers = LeafBuffers.__init__
-
-    def init(self: LeafBuffers, *arguments: Any, **options: Any) -> None:
-        buffers(self, *arguments, **options)
-        weakref.finalize(self, lambda: live.append(time.monotonic()))
-
-    monkeypatch.setattr(LeafBuffers, "__init__", init)
 
     def transform(path: tuple[str, ...], leaf: jax.Array) -> jax.Array:
         raise MemoryError("no room for a unit")
 
     with pytest.raises(MemoryError, match="no room for a unit"):
-        load_params(folder.path, config, transform=transform)
-    num_moved = len(moved)
-    assert num_moved < len(folder.tensors)
-    assert max(moved) < closed[0]
-    assert [freed for freed in live[1:] if freed < max(moved)] == []
-    time.sleep(0.2)
-    assert len(moved) == num_moved
-
-
-def test_only_tensors_that_are_wanted_come_to_the_host(
-    make_folder: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Arrays are made to say that other processes have a part of them."""
-    folder = make_folder("llama", num_hidden_layers=1)
-    config = read_model_config(folder.path)
-    model = Transformer(config)
-    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
-    whole = jax.tree.map(lambda leaf: NamedSharding(mesh, PartitionSpec()), abstract_params(model))
-    params = load_params(folder.path, config, whole)
-    array_type = type(params["final_norm"]["scale"])
-    taken: list[tuple[int, ...]] = []
-    take = array_type.addressable_data
-
-    def taking(self: Any, index: int) -> jax.Array:
-        taken.append(self.shape)
-        return take(self, index)
-
-    monkeypatch.setattr(array_type, "is_fully_addressable", False)
-    monkeypatch.setattr(array_type, "addressable_data", taking)
-    ((_, values),) = iter_hf_tensors(params, config, {"model.norm.weight"})
-    assert taken == [values.shape]
+        load_params(folder.path, read_model_config(folder.path), transform=transform)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("weights")]

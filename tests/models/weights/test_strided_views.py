@@ -1,4 +1,4 @@
-"""Windows and the casts that move weights through them, against numpy and einops."""
+"""Strided views, and the casts that move weights through them, against numpy and einops."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jdpo.models.weights.casting import BFLOAT16, all_finite, copy_cast
-from jdpo.models.weights.strided_views import Window, window_of
+from jdpo.models.weights.strided_views import StridedView, view_of
 
 SIZES = {"h": 3, "g": 2, "k": 4, "d": 6, "f": 5, "e": 2}
 
@@ -29,19 +29,19 @@ SIZES = {"h": 3, "g": 2, "k": 4, "d": 6, "f": 5, "e": 2}
     ],
 )
 def test_a_pattern_is_what_einops_makes_of_it(pattern: str, expected: object) -> None:
-    shape, window = window_of(pattern, SIZES)
+    shape, view = view_of(pattern, SIZES)
     tensor = np.arange(math.prod(shape)).reshape(shape)
-    block = expected(tensor)  # type: ignore[operator]
-    assert window.shape == block.shape
-    np.testing.assert_array_equal(window.view(tensor.reshape(-1)), block)
+    part = expected(tensor)  # type: ignore[operator]
+    assert view.shape == part.shape
+    np.testing.assert_array_equal(view.array(tensor.reshape(-1)), part)
 
 
 @given(data=st.data())
-def test_chunks_cover_a_window_once(data: st.DataObject) -> None:
+def test_chunks_cover_a_view_once(data: st.DataObject) -> None:
     pattern = data.draw(st.sampled_from(["(h k) d -> d h k", "d [g k](h k) -> d h k", "(h 1/3 k) d -> d h k"]))
-    shape, window = window_of(pattern, SIZES)
-    bounds = [sorted(data.draw(st.tuples(st.integers(0, n), st.integers(0, n)))) for n in window.shape]
-    part = window.cut([(low, high) for low, high in bounds])
+    shape, view = view_of(pattern, SIZES)
+    bounds = [sorted(data.draw(st.tuples(st.integers(0, n), st.integers(0, n)))) for n in view.shape]
+    part = view.cut([(low, high) for low, high in bounds])
     if not part.size:
         return
     most = data.draw(st.integers(1, 40))
@@ -52,13 +52,13 @@ def test_chunks_cover_a_window_once(data: st.DataObject) -> None:
         assert chunk.is_dense or not part.is_dense
         place = tuple(slice(*axis) for axis in inside)
         assert (found[place] == -1).all()
-        found[place] = chunk.view(run[chunk.start : chunk.start + chunk.span], chunk.start)
-    np.testing.assert_array_equal(found, part.view(run))
+        found[place] = chunk.array(run[chunk.start : chunk.start + chunk.span], chunk.start)
+    np.testing.assert_array_equal(found, part.array(run))
 
 
 def test_a_long_gap_is_not_read() -> None:
-    window = Window(0, (2, 3), (10**6, 1))
-    assert [chunk.span for _, chunk in window.chunks(2 * 10**6)] == [3, 3]
+    view = StridedView(0, (2, 3), (10**6, 1))
+    assert [chunk.span for _, chunk in view.chunks(2 * 10**6)] == [3, 3]
 
 
 @pytest.mark.parametrize("source", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16])
@@ -76,7 +76,7 @@ def test_every_bfloat16_and_every_tie() -> None:
     exact = np.arange(2**16, dtype=np.uint16).view(BFLOAT16)
     exact = exact[np.isfinite(exact.astype(np.float32))]
     wide = np.zeros(exact.size, np.float32)
-    copy_cast(exact, wide, target_is_zero=True)
+    copy_cast(exact, wide)
     np.testing.assert_array_equal(wide, exact.astype(np.float32))
     ties = (wide.view(np.uint32) | 0x8000).view(np.float32)
     for values in (ties, np.nextafter(ties, np.float32(0)), np.nextafter(ties, np.float32(1e38))):

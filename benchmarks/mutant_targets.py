@@ -31,7 +31,7 @@ TARGETS = (
             *("per_token", "smoothed", "square", "robust", "hinge", "ipo", "ipo_sum", "sigmoid_norm", "exo_pair"),
             *("nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "discopop"),
         ),
-        ("tests/losses/test_preference.py",),
+        ("tests/losses/test_formulas.py", "tests/losses/test_preference.py"),
     ),
     Target(
         "losses",
@@ -43,14 +43,14 @@ TARGETS = (
         "losses",
         "jdpo/losses/coupled.py",
         ("_by_quantile", "_ascending", "update_loss_state"),
-        ("tests/losses/test_preference.py", "tests/losses/test_pair_losses.py"),
+        ("tests/losses/test_formulas.py", "tests/losses/test_preference.py", "tests/losses/test_pair_losses.py"),
     ),
-    Target("losses", "jdpo/losses/divergences.py", ("divergence_score",), ("tests/losses/test_preference.py",)),
+    Target("losses", "jdpo/losses/divergences.py", ("divergence_score",), ("tests/losses/test_formulas.py",)),
     Target(
         "losses",
         "jdpo/losses/preference.py",
         ("loss_inputs", "loss_terms", "rewards", "token_share"),
-        ("tests/losses/test_preference.py",),
+        ("tests/losses/test_formulas.py", "tests/losses/test_preference.py"),
     ),
     Target(
         "losses",

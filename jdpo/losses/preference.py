@@ -42,7 +42,7 @@ def preference_loss(
     """Loss and implicit rewards of each pair, from summed completion log-probabilities.
 
     Rewards are beta * (policy - reference) summed log-prob, for every loss (arXiv 2305.18290, section 4); without a
-    reference beta times the policy's own, averaged over tokens for simpo and orpo.
+    reference beta times the policy's own, averaged over tokens for losses that do so (`LossSpec.mean_rewards`).
 
     Args:
       policy_chosen_logps, policy_rejected_logps: float [b], natural log, summed over completion tokens.

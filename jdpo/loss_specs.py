@@ -411,6 +411,17 @@ LOSSES: dict[str, LossSpec] = {
         keeps_chosen="yes: it is mostly likelihood, with a small odds term",
         needs=("lengths",),
     ),
+    "simper": LossSpec(
+        formula="-exp(m_w) + exp(m_l)",
+        source="SimPER, arXiv 2502.00883",
+        options=WEIGHTING,
+        use="no memory for a reference and nothing to tune: it reads neither beta nor an option",
+        push="exp(m_w) / n_w",
+        kind="up",
+        keeps_chosen="yes: always up, but weakly once the answer is improbable",
+        needs=("lengths",),
+        in_trl=False,
+    ),
     "sft": LossSpec(
         formula="-l_w/N",
         source="negative log-likelihood of the chosen side, mean over tokens",

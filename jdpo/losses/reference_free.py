@@ -58,6 +58,15 @@ def _log_one_minus(mean_logp: Array) -> Array:
     return log1mexp(jnp.minimum(mean_logp, -SMALLEST_NLL))
 
 
+def simper(x: LossInputs) -> Array:
+    """-exp(m_w) + exp(m_l): minus the inverse perplexity of the chosen completion, plus that of the rejected one.
+
+    At l_w = -3, n_w = 3, l_l = -4, n_l = 2: -exp(-1) + exp(-2) = -0.367879 + 0.135335 = -0.232544.
+    """
+    chosen, rejected = per_token(x.chosen_logps, x.chosen_lengths), per_token(x.rejected_logps, x.rejected_lengths)
+    return jnp.exp(rejected) - jnp.exp(chosen)
+
+
 def sft(x: LossInputs) -> Array:
     """-l_w / N: divided by the chosen tokens per pair, so that its mean over pairs is the mean over chosen tokens.
 
@@ -72,6 +81,7 @@ FUNCTIONS = {
     "simpo": simpo,
     "cpo": cpo,
     "orpo": orpo,
+    "simper": simper,
     "sft": sft,
 }
 """The losses of this file by name."""

@@ -143,6 +143,13 @@ def orpo(*, weight: float) -> Formula:
     return lambda pairs: [loss(pair) for pair in pairs]
 
 
+def simper(pair: Pair) -> float:
+    """SimPER (2502.00883): perplexity of rejected minus of chosen, both inverted; perplexity is exp(-mean log-prob)."""
+    chosen = math.exp(-pair.chosen / pair.chosen_length)
+    rejected = math.exp(-pair.rejected / pair.rejected_length)
+    return 1 / rejected - 1 / chosen
+
+
 CASES: list[tuple[dict[str, Any], Formula]] = [
     ({"loss_type": "sigmoid", "beta": 0.3, "label_smoothing": 0.1}, cdpo(beta=0.3, e=0.1)),
     ({"loss_type": "sigmoid", "beta": 1.5, "label_smoothing": 0.4}, cdpo(beta=1.5, e=0.4)),
@@ -158,6 +165,7 @@ CASES: list[tuple[dict[str, Any], Formula]] = [
     ({"loss_type": "cpo", "beta": 0.8, "cpo_alpha": 0.25}, cpo(beta=0.8, alpha=0.25)),
     ({"loss_type": "orpo"}, orpo(weight=0.1)),
     ({"loss_type": "orpo", "orpo_lambda": 1.3}, orpo(weight=1.3)),
+    ({"loss_type": "simper"}, lambda pairs: [simper(pair) for pair in pairs]),
 ]
 each_case = pytest.mark.parametrize(
     ("options", "formula"), CASES, ids=["-".join(map(str, options.values())) for options, _ in CASES]
@@ -267,7 +275,7 @@ def test_cdpo_rests_where_its_label_says() -> None:
         assert jax.grad(loss)(jnp.float64(margin + 1)) > 1e-3 > -1e-3 > jax.grad(loss)(jnp.float64(margin - 1))
 
 
-@pytest.mark.parametrize("loss_type", ["simpo", "cpo", "orpo"])
+@pytest.mark.parametrize("loss_type", ["simpo", "cpo", "orpo", "simper"])
 def test_no_reference_is_read(loss_type: str) -> None:
     lengths = dict(zip(("chosen_lengths", "rejected_lengths"), jnp.array(LENGTHS).T, strict=True))
     bare = preference_loss(*jnp.asarray(POLICY).T, loss_type=loss_type, **lengths)

@@ -188,6 +188,36 @@ def test_in_a_file_foreign_keys_are_answered_as_a_file_has_them(tmp_path: Path) 
     ]
 
 
+def test_a_foreign_key_that_supplies_a_missing_one_is_the_only_fault() -> None:
+    with pytest.raises(ValueError, match="unknown key") as error:
+        load_config(DPOConfig, None, ["base_model=m", "dataset=rows.jsonl", "output_dir=out", "bta=1"])
+    lines = str(error.value).splitlines()
+    assert len(lines) == 3
+    assert not any(line.startswith("missing") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [
+        ("lora_r: 8\nlora_alpha: 16\nlora_target: all", "`lora: {r: 8, alpha: 16, target_modules: all-linear}`"),
+        ("use_peft: true\nlora_r: 8", "`lora: {r: 8}`"),
+        ("use_peft: true\nfinetuning_type: lora", "`lora: true`"),
+        ("optim: adamw_torch\nweight_decay: 0.1", "`optimizer: {name: adamw, weight_decay: 0.1}`"),
+    ],
+)
+def test_foreign_keys_of_one_group_get_one_suggestion(text: str, advice: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="unknown keys") as error:
+        dpo(path=path)
+    (line,) = str(error.value).splitlines()
+    assert line.endswith(f"here they are {advice}")
+    assert all(f"'{key.partition(':')[0]}'" in line for key in text.splitlines())
+    with pytest.raises(ValueError, match="unknown keys") as error:
+        dpo(*text.replace(": ", "=").splitlines())
+    assert str(error.value).count("unknown key") == 1
+
+
 def test_a_key_of_the_other_command_says_which() -> None:
     with pytest.raises(ValueError, match="unknown key 'beta' on the command line; it is a key of `jdpo dpo`"):
         load_config(SFTConfig, None, [*REQUIRED, "beta=0.1"])
@@ -211,9 +241,9 @@ def test_tables_of_foreign_keys_name_keys_that_there_are_and_values_that_they_ta
 
 
 def test_options_of_other_commands_are_theirs() -> None:
-    options = {"inspect": inspect.parser().format_help(), "quickstart": quickstart.usage()}
-    options["export"] = export.parser().format_help()
-    options["dpo` and `jdpo sft"] = " ".join(train.FLAGS)
+    parsers = {"inspect": inspect.parser(), "quickstart": quickstart.parser(), "export": export.parser()}
+    parsers["dpo` and `jdpo sft"] = train.parser("dpo")
+    options = {command: parser.format_help() for command, parser in parsers.items()}
     for option, command in OTHER_COMMANDS.items():
         assert re.search(rf"--{option}\b", options[command]), option
 

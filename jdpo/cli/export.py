@@ -6,56 +6,56 @@ import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from jdpo.config import command_of
+from jdpo.cli.parsing import Parser, add_help
 from jdpo.safe_text import terminal_lines
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports errors as all commands do."""
-
-    def error(self, message: str) -> NoReturn:
-        named = re.search(r"--([\w-]+)", message.partition("unrecognized arguments:")[2])
-        elsewhere = command_of(named[1].replace("-", "_")) if named else ""
-        raise ValueError(f"{message}; {elsewhere or '`jdpo export --help` lists the options'}")
-
-
-def parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command's options."""
-    parser = _Parser(
-        prog="jdpo export",
-        description="Writes the model of a checkpoint as a Hugging Face folder. The run may be in progress, stopped or "
-        "finished; its folder is only read. The export uses no accelerator, and as much host memory as the weights in "
-        "the checkpoint take.",
-        allow_abbrev=False,
+def parser(*, complete: bool = False) -> Parser:
+    """Returns the parser of the command."""
+    del complete
+    parser = Parser(
+        "export",
+        "CHECKPOINT OUT [--step N] [--dtype DTYPE] [--merge] ...",
+        "Writes the model of a checkpoint as a Hugging Face folder. The run may be in progress, stopped or finished; "
+        "its folder is only read. The export runs on the CPU and needs as much host memory as the weights in the "
+        "checkpoint take.",
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=_text, help="output_dir of a run, or checkpoints/STEP")
-    parser.add_argument("out", metavar="OUT", type=_text, help="the folder to write; an older export there is replaced")
-    parser.add_argument("--step", type=int, help="the checkpoint to export; by default the newest")
-    parser.add_argument(
+    arguments = parser.add_argument_group("Arguments")
+    options = add_help(parser, keys=False)
+    arguments.add_argument(
+        "checkpoint", metavar="CHECKPOINT", type=_text, help="The output_dir of a run, or its checkpoints/STEP."
+    )
+    arguments.add_argument(
+        "out", metavar="OUT", type=_text, help="The folder to write. An older export there is replaced."
+    )
+    options.add_argument("--step", type=int, metavar="N", help="The checkpoint to export; by default the newest.")
+    options.add_argument(
         "--dtype",
         choices=("source", "float32", "bfloat16", "float16"),
-        help="dtype of the weights; by default the run's export_dtype",
+        help="Dtype of the weights; by default the run's export_dtype.",
     )
-    parser.add_argument(
-        "--max_shard_size", "--max-shard-size", help="largest weight file, such as 5GB; by default the run's"
+    options.add_argument(
+        "--max_shard_size",
+        "--max-shard-size",
+        metavar="SIZE",
+        help="Maximum size of one weight file, such as 5GB; by default the run's max_shard_size.",
     )
-    parser.add_argument(
+    options.add_argument(
         "--merge",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="add adapters to their base and write a whole model, or write the adapters alone; by default as the run's "
-        "lora.merge says",
+        help="Merge adapters into their base and write a whole model, or write the adapters alone; by default as the "
+        "run's lora.merge.",
     )
-    parser.add_argument(
+    options.add_argument(
         "--push_to_hub",
         "--push-to-hub",
         metavar="REPO",
         type=_text,
-        help="also upload OUT to this model repository of the Hugging Face hub",
+        help="Also upload OUT to this model repository on the Hugging Face Hub, which is private.",
     )
-    parser.add_argument("--public", action="store_true", help="make the repository of --push_to_hub public")
+    options.add_argument("--public", action="store_true", help="Make the repository of --push_to_hub public.")
     return parser
 
 
@@ -64,7 +64,7 @@ def main(command: str, words: Sequence[str]) -> int:
     assert command == "export", command
     asked = parser().parse_args(words)
     if asked.public and not asked.push_to_hub:
-        raise ValueError("--public says how --push_to_hub makes a repository; give both, or neither")
+        raise ValueError("--public makes the repository of --push_to_hub public; give both, or neither")
     out = _folder_here(asked.out)
     import jax
 
@@ -91,7 +91,7 @@ def main(command: str, words: Sequence[str]) -> int:
 
 
 def _text(word: str) -> str:
-    """A word that says something: an empty path would be the current folder."""
+    """Refuses an empty word, which as a path would be the current folder."""
     if not word.strip():
         raise argparse.ArgumentTypeError("it is empty; is a variable of the shell not set?")
     return word
@@ -101,8 +101,8 @@ def _folder_here(text: str) -> Path:
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", text):
         scheme = text.partition(":")[0]
         raise ValueError(
-            f"OUT is an address ({scheme}://..): an export is written to a folder here, not to a store; give a folder, "
-            "and copy it to the store afterwards"
+            f"OUT is an address ({scheme}://..), but an export is written to a local folder; give a folder, and "
+            "copy it to the store afterwards"
         )
     return Path(text)
 

@@ -7,87 +7,87 @@ import contextlib
 import dataclasses
 import io
 import json
-import shutil
 import sys
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from jdpo.cli.train import config_file, read_config
-from jdpo.config import CONFIGS, DPOConfig, SFTConfig, TrainConfig, load_yaml, parse_overrides
+from jdpo.cli.parsing import CommandLine, Parser, add_config, add_help, add_keys, parse
+from jdpo.cli.train import print_help, read_config
+from jdpo.config import CONFIGS, load_yaml, parse_overrides
 from jdpo.safe_text import terminal, terminal_lines
 
-DESCRIPTION = """Reads the rows of a `jdpo dpo` or `jdpo sft` run as the run does, through the same cache, and shows
-what it would train on: rows read, dropped and cut, lengths, padding, duplicates, length bias, prompts in both training
-and evaluation, invisible characters. It needs only the model's tokenizer and config.json. Nothing is trained, no
-accelerator is used, and output_dir is not written. All other words are those of the run: the keys of `jdpo dpo --help`
-and `jdpo sft --help`."""
 
+def parser(*, complete: bool = False) -> Parser:
+    """Returns the parser of the command.
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
-
-
-def parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command's own options; words that it does not know belong to the run."""
-    from jdpo.inspection.check_table import thresholds
-
-    width = min(shutil.get_terminal_size().columns, 120) - 2
-    faults = [textwrap.fill(line, width, initial_indent="  ", subsequent_indent="    ") for line in thresholds()]
-    made = _Parser(
-        "jdpo inspect",
-        usage="jdpo inspect [CONFIG.yaml] [KEY=VALUE ...] [options]",
-        description=textwrap.fill(DESCRIPTION, width),
-        epilog="\n".join(["faults, for --strict:", *faults]),
-        allow_abbrev=False,  # --id would otherwise be --ids, and --h a key of the run
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    Args:
+      complete: whether its help lists the keys, too.
+    """
+    parser = Parser(
+        "inspect",
+        "[CONFIG.yaml] [--KEY VALUE | KEY=VALUE ...] [--rows N] ...",
+        "Reads the rows of a `jdpo dpo` or `jdpo sft` run as the run does, through the same cache, and shows what it "
+        "would train on: rows read, dropped and cut, lengths, padding, duplicates, length bias, prompts in both "
+        "training and evaluation, invisible characters. It needs only the model's tokenizer and config.json; nothing "
+        "is trained, no accelerator is used, and output_dir is not written.",
+        epilog="The keys are those of `jdpo dpo --help` and `jdpo sft --help`.",
     )
-    rows = "show the N rows that the run sees first, token by token"
-    made.add_argument("--rows", type=_num_rows, default=0, metavar="N", help=rows)
-    made.add_argument("--ids", action="store_true", help="show the id of each of their tokens")
-    made.add_argument("--html", type=Path, metavar="FILE", help="write the report as one self-contained page")
-    made.add_argument("--json", action="store_true", help="print the report as one JSON document")
-    made.add_argument("--strict", action="store_true", help="exit with 1 if a fault is found")
-    made.add_argument(
-        "--task", choices=list(CONFIGS), help="the command that would train; default: decided by the keys"
+    options = add_help(parser)
+    add_config(parser, options)
+    options.add_argument(
+        "--rows",
+        type=_number_of_rows,
+        default=0,
+        metavar="N",
+        help="Show the first N rows that the run sees, token by token.",
     )
-    return made
-
-
-def _num_rows(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a number of rows such as 3, found {text!r}")
-    return int(text)
+    options.add_argument("--ids", action="store_true", help="With --rows: show the id of each token, too.")
+    options.add_argument(
+        "--html", type=_page, metavar="FILE", help="Write the report to FILE as one self-contained page for a browser."
+    )
+    options.add_argument("--json", action="store_true", help="Print the report as one JSON document.")
+    options.add_argument("--strict", action="store_true", help="Exit with code 1 if the report contains a fault.")
+    options.add_argument(
+        "--task",
+        type=_task,
+        metavar="{dpo,sft}",
+        help="The command that would train. By default the config's keys decide, or else it is dpo.",
+    )
+    add_keys(parser, CONFIGS["dpo"], hidden=not complete)
+    return parser
 
 
 def main(command: str, words: Sequence[str]) -> int:
-    """Runs the command.
+    """Parses, builds, calls.
 
     Returns:
-      0; with --strict, 1 if a fault is found.
+      0; with --strict 1 if there is a fault.
 
     Raises:
       ValueError: the command line, the config or the rows cannot be read.
     """
     assert command == "inspect", command
-    if "--help" in words or "-h" in words:
-        print(parser().format_help(), end="")
+    arguments = parser()
+    line = parse(arguments, words)
+    if line.help is not None:
+        arguments.epilog = f"{arguments.epilog}\n\n{_faults()}"
+        print_help(command, arguments, CONFIGS["dpo"], line.help)
         return 0
-    options, rest = parser().parse_known_args(words)
+    options = line.options
     if options.ids and not options.rows:
-        raise ValueError("--ids needs --rows N: it shows the ids of the tokens of these rows")
-    config, chosen_by = read_run(rest, options.task)
+        raise ValueError("--ids needs --rows N: it adds the ids of the tokens of the rows that are shown")
+    task, chosen_by = choose_task(line)
+    # Not written, so it need not be given.
+    config = read_config(CONFIGS[task], line._replace(overrides=[*line.overrides, "output_dir=none"]))
     from jdpo.inspection.document import inspect_run
 
     document = inspect_run(config, chosen_by=chosen_by, say=_say, num_rows=options.rows)
     if options.html is not None:
         from jdpo.inspection.html_page import write_page
 
-        page = options.html.expanduser()
-        write_page(document, page)
-        _say(f"wrote {terminal(page)}")
+        write_page(document, options.html)
+        _say(f"wrote {terminal(options.html)}")
     if options.json:
         print(json.dumps(document, allow_nan=False))
     else:
@@ -101,32 +101,54 @@ def main(command: str, words: Sequence[str]) -> int:
     return int(options.strict and any(one["severity"] == "fault" for one in document["findings"]))
 
 
+def _faults() -> str:
+    from jdpo.inspection.check_table import thresholds
+
+    return "Faults, for --strict:\n\n" + "\n".join(f"  {line}" for line in thresholds())
+
+
 def _say(text: str) -> None:
     print(terminal_lines(text), file=sys.stderr, flush=True)
 
 
-def read_run(words: Sequence[str], task: str | None) -> tuple[TrainConfig, str]:
-    """Returns the config of a run and, in words, why it is taken for one of `jdpo dpo` or `jdpo sft`.
+def _number_of_rows(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a number of rows such as 3, found {text!r}")
+    return int(text)
+
+
+def _page(text: str) -> Path:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("expected the path of the page to write")
+    return Path(text).expanduser()
+
+
+def _task(text: str) -> str:
+    if text not in CONFIGS:
+        raise argparse.ArgumentTypeError(f"expected dpo or sft, found {text!r}")
+    return text
+
+
+def choose_task(line: CommandLine) -> tuple[str, str]:
+    """Returns the command that would train, and how that was found out, in words.
 
     Raises:
-      ValueError: see `load_config`; or keys of both commands are set.
+      ValueError: there are keys of both commands.
     """
-    chosen_by = "as --task says"
-    if task is None:
-        task, chosen_by = _task_of(_keys(words))
-    # output_dir is required but not written, so it need not be given.
-    return read_config(CONFIGS[task], [*words, "output_dir=none"]), chosen_by
+    if line.options.task is not None:
+        return line.options.task, "as --task says"
+    return _task_of(_keys(line))
 
 
 def _task_of(keys: Sequence[str]) -> tuple[str, str]:
-    """Decides by the keys that only one of the two commands has.
+    """Chooses the command by the keys that only one of the two has.
 
     >>> _task_of(["datasets", "beta"])
     ('dpo', 'beta is a key of `jdpo dpo` alone')
     >>> _task_of(["datasets", "loss_on"])[0], _task_of(["datasets"])[0]
     ('sft', 'dpo')
     """
-    of_dpo, of_sft = ({field.name for field in dataclasses.fields(cls)} for cls in (DPOConfig, SFTConfig))
+    of_dpo, of_sft = ({field.name for field in dataclasses.fields(CONFIGS[task])} for task in ("dpo", "sft"))
     dpo_keys, sft_keys = ([key for key in keys if key in own] for own in (of_dpo - of_sft, of_sft - of_dpo))
     if dpo_keys and sft_keys:
         raise ValueError(
@@ -140,14 +162,13 @@ def _task_of(keys: Sequence[str]) -> tuple[str, str]:
     return "dpo", "no key tells dpo from sft, so it is taken for dpo; --task sft for the other"
 
 
-def _keys(words: Sequence[str]) -> list[str]:
+def _keys(line: CommandLine) -> list[str]:
     """Returns the top-level keys of config file and command line; what is wrong with them is reported later."""
     import yaml
 
-    path, words = config_file(words)
     values: Any = None
-    if path is not None:
+    if line.path is not None:
         with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
-            values = load_yaml(path.read_text(encoding="utf-8"))
+            values = load_yaml(line.path.read_text(encoding="utf-8"))
     keys = [str(key) for key in values] if isinstance(values, dict) else []
-    return keys + [key.partition(".")[0] for key, _ in parse_overrides(words)]
+    return keys + [key.partition(".")[0] for key, _ in parse_overrides(line.overrides)]

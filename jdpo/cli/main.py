@@ -17,13 +17,15 @@ from jdpo.safe_text import terminal_lines
 from jdpo.words import did_you_mean
 
 COMMANDS = {
-    "sft": ("jdpo.cli.train", "supervised fine-tuning, the stage before preferences"),
-    "dpo": ("jdpo.cli.train", "Direct Preference Optimization of a Hugging Face model"),
+    "sft": ("jdpo.cli.train", "train a model on completions, the stage before preferences"),
+    "dpo": ("jdpo.cli.train", "train a model on preference pairs: DPO and related losses"),
     "inspect": ("jdpo.cli.inspect", "show what a run would train on, before it trains"),
     "reference": ("jdpo.cli.reference", "compute the reference's log-probs once, for all later runs"),
     "export": ("jdpo.cli.export", "write a Hugging Face model folder from any checkpoint of a run"),
     "quickstart": ("jdpo.cli.quickstart", "train a tiny model from scratch and align it, in minutes"),
+    "completion": ("jdpo.cli.completion", "print a script that completes jdpo's command lines in your shell"),
 }
+"""Command -> its module, and what it does."""
 
 _TRAINING = "`jdpo sft` trains on completions, `jdpo dpo` on pairs of a chosen and a rejected answer"
 ELSEWHERE = {
@@ -43,7 +45,19 @@ ELSEWHERE = {
 def usage() -> str:
     """Returns the text of `jdpo --help`."""
     lines = [f"  {name:<12}{summary}" for name, (_, summary) in COMMANDS.items()]
-    return "\n".join(["usage: jdpo COMMAND ...", "", *lines, "", "`jdpo COMMAND --help` lists a command's keys."])
+    return "\n".join(
+        [
+            "usage: jdpo COMMAND [CONFIG.yaml] [--KEY VALUE ...]",
+            "       jdpo --version",
+            "",
+            "Direct Preference Optimization in JAX/Flax.",
+            "",
+            "Commands:",
+            *lines,
+            "",
+            "`jdpo COMMAND --help` describes a command and its keys, `jdpo dpo --help KEY` one key.",
+        ]
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""`jdpo quickstart`: standard training and DPO side by side, on a tiny model made from nothing."""
+"""`jdpo quickstart`: standard training and DPO side by side, on a tiny model trained from scratch."""
 
 from __future__ import annotations
 
@@ -7,57 +7,69 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jdpo.cli.parsing import Parser, add_help, joined, kept
 from jdpo.config import command_of, parse_overrides
-from jdpo.quickstart.experiment import Settings, Workplace, prepare, run_all
+from jdpo.config.key_specs import as_yaml
+from jdpo.quickstart.experiment_settings import Settings
 from jdpo.words import did_you_mean
 
 DEFAULT_OUTPUT_DIR = "quickstart"
 
 DESCRIPTIONS = {
-    "output_dir": "output folder; the same command again continues there, or only prints the report",
-    "frequencies": "how often the corpus gives the first, second and third answer",
-    "countries": "countries in the corpus; a quarter of them are never corrected",
-    "seed": "seed of the random weights, the order of rows and the sampled answers",
-    "hidden_size": "width of the model, a multiple of 64",
-    "num_layers": "layers of the model",
-    "pretrain_steps": "steps of pre-training",
-    "pretrain_batch_size": "rows per step of pre-training",
-    "pretrain_learning_rate": "peak learning rate of pre-training",
-    "steps": "steps of both corrections",
-    "batch_size": "right answers, or pairs, per step of both corrections",
-    "learning_rate": "peak learning rate of both corrections",
-    "beta": "DPO: how strongly the policy is held to the reference",
-    "probes": "approximate number of measurements per run",
+    "output_dir": "Output folder. The same command continues there, or only prints the report.",
+    "frequencies": "How often the corpus gives the first, second and third answer.",
+    "countries": "Countries in the corpus; a quarter of them are never corrected.",
+    "seed": "Seed of the random weights, the order of rows and the sampled answers.",
+    "hidden_size": "Width of the model, a multiple of 64.",
+    "num_layers": "Layers of the model.",
+    "pretrain_steps": "Steps of pre-training.",
+    "pretrain_batch_size": "Rows per step of pre-training.",
+    "pretrain_learning_rate": "Peak learning rate of pre-training.",
+    "steps": "Steps of both corrections.",
+    "batch_size": "Right answers, or pairs, per step of both corrections.",
+    "learning_rate": "Peak learning rate of both corrections.",
+    "beta": "DPO: strength of the pull towards the reference.",
+    "probes": "Approximate number of measurements per run.",
 }
+_METAVARS = {int: "INT", float: "FLOAT", tuple: "A,B,C", str: "FOLDER"}
 
 
-def usage() -> str:
-    """Returns the text of `jdpo quickstart --help`."""
+def parser(*, complete: bool = False) -> Parser:
+    """Returns the parser of the command, with an option for each key."""
+    del complete
+    parser = Parser(
+        "quickstart",
+        "[--KEY VALUE | --KEY=VALUE | KEY=VALUE ...]",
+        "Trains a tiny language model from scratch on a corpus with wrong answers, corrects it by standard training "
+        "and by DPO, and reports the difference. It takes minutes on a laptop.",
+    )
+    add_help(parser, keys=False)
+    group = parser.add_argument_group("Keys")
     defaults = {"output_dir": DEFAULT_OUTPUT_DIR} | dataclasses.asdict(Settings())
-    lines = ["usage: jdpo quickstart [--key value | --key=value | key=value ...]", ""]
     for key, text in DESCRIPTIONS.items():
         default = defaults[key]
-        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
-        lines.append(f"  --{key:<26}{text} [{shown}]")
-    return "\n".join(lines)
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else as_yaml(default)
+        group.add_argument(f"--{key}", metavar=_METAVARS[type(default)], help=f"{text} {kept(f'(default: {shown})')}")
+    return parser
 
 
 def main(command: str, words: Sequence[str]) -> int:
-    """Runs the experiment, or goes on with it, and reports.
+    """Runs the experiment, or continues it, and reports.
 
     Returns:
-      0, or 128 + n when signal n stopped it.
+      0, or 128 + n if signal n stopped it.
 
     Raises:
-      ValueError: an unknown key, a value of the wrong kind, or an output_dir that holds something else.
+      ValueError: an unknown key, a value of the wrong type, or an output_dir that holds something else.
     """
     assert command == "quickstart", command
     if "--help" in words or "-h" in words:
-        print(usage())
+        print(parser().format_help(), end="")
         return 0
     path, settings = read_settings(words)
     from rich.console import Console
 
+    from jdpo.quickstart.experiment import Workplace, prepare, run_all
     from jdpo.quickstart.report import write_report
     from jdpo.quickstart.samples import sample_answers
     from jdpo.quickstart.tables import print_report
@@ -75,12 +87,15 @@ def main(command: str, words: Sequence[str]) -> int:
 
 
 def read_settings(words: Sequence[str]) -> tuple[Path, Settings]:
-    """Output folder and settings from words of the command line.
+    """Returns output folder and settings from the words of a command line.
 
     >>> read_settings(["--frequencies", "5,4,1", "--steps=10"])[1].frequencies
     (5, 4, 1)
     """
-    values: dict[str, Any] = dict(parse_overrides(words))
+    arguments = parser()
+    found, unknown = arguments.parse_known_args(joined(words, arguments))
+    given = {key: value for key, value in vars(found).items() if value is not None}
+    values: dict[str, Any] = given | dict(parse_overrides(unknown))
     for key, value in values.items():
         if not value or not str(value).strip():
             raise ValueError(f"--{key} needs a value: {DESCRIPTIONS.get(key, 'see --help')}")
@@ -100,7 +115,7 @@ def _nearest(key: str) -> str:
 
 
 def _read(key: str, value: Any, default: Any) -> Any:
-    """A value as its default's type."""
+    """Returns a value with the type of its default."""
     parts = value if isinstance(value, list) else str(value).split(",")
     wanted = {tuple: "three whole numbers such as 6,3,1", int: "a whole number", float: "a number"}[type(default)]
     try:

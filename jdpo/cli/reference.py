@@ -5,38 +5,41 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jdpo.cli.cluster import in_cluster
-from jdpo.cli.train import read_config, shown_error
+from jdpo.cli.parsing import CONFIG_USAGE, Parser, add_config, add_help, add_keys, parse
+from jdpo.cli.train import print_help, read_config, shown_error
 from jdpo.config import DPOConfig
 from jdpo.safe_text import terminal_lines
 
 
-def usage() -> str:
-    """Returns the text of `jdpo reference --help`."""
-    return "\n".join(
-        [
-            "usage: jdpo reference [[--config] CONFIG.yaml] [--key value | --key=value | key=value ...]",
-            "",
-            "Computes the log-probs of every training and evaluation row of a `jdpo dpo` run under the frozen",
-            "reference and keeps them in cache_dir. Runs of `jdpo dpo` with the same model, rows, max_length, template",
-            "and compute_dtype find them there, whatever their loss, beta, learning rate, seed or order, and then",
-            "never hold the reference in memory.",
-            "",
-            "It can be killed at any time: the same command again computes only what is missing or damaged. output_dir",
-            "is not written.",
-            "",
-            "The keys are those of `jdpo dpo --help`.",
-        ]
+def parser(*, complete: bool = False) -> Parser:
+    """Returns the parser of the command.
+
+    Args:
+      complete: whether its help lists the keys, too.
+    """
+    parser = Parser(
+        "reference",
+        CONFIG_USAGE,
+        "Computes the log-probs of every training and evaluation row of a `jdpo dpo` run under the frozen reference, "
+        "and stores them in cache_dir. Runs of `jdpo dpo` with the same model, rows, max_length, template and "
+        "compute_dtype then read them from there, whatever their loss, beta, learning rate, seed or row order, and do "
+        "not hold the reference in memory.\n\n"
+        "The command may be stopped at any time: run again, it computes only what is missing or damaged. It does not "
+        "write to output_dir, which may be left out.",
+        epilog="The keys are those of `jdpo dpo --help`.",
     )
+    add_config(parser, add_help(parser))
+    add_keys(parser, DPOConfig, hidden=not complete)
+    return parser
 
 
 def main(command: str, words: Sequence[str]) -> int:
     """Runs the command; returns its exit code."""
-    assert command == "reference", command
-    if "--help" in words or "-h" in words:
-        print(usage())
+    arguments = parser()
+    line = parse(arguments, words)
+    if print_help(command, arguments, DPOConfig, line.help):
         return 0
-    # Not touched, so it need not be given.
-    config = read_config(DPOConfig, [*words, "output_dir=none"])
+    config = read_config(DPOConfig, line._replace(overrides=[*line.overrides, "output_dir=none"]))
     with in_cluster(config, command, words, shown=shown_error, trains=False):
         from jdpo.processes import is_first
         from jdpo.training.reference.reference_source import compute_reference

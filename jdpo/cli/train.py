@@ -4,88 +4,58 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TypeVar
 
 from jdpo.cli.cluster import in_cluster
-from jdpo.config import CONFIGS, Settings, defaults_of, keys_of, load_config, public_text, to_yaml
+from jdpo.cli.key_help import key_help
+from jdpo.cli.parsing import CONFIG_USAGE, CommandLine, Parser, add_config, add_help, add_keys, parse
+from jdpo.config import CONFIGS, Settings, load_config, public_text, to_yaml
 from jdpo.safe_text import terminal_lines
 
 C = TypeVar("C", bound=Settings)
 
-FLAGS = {
-    "--help": "print this text and exit",
-    "--config FILE": "read settings from a YAML file; a file as the first argument does the same",
-    "--print_config": "print the whole config as YAML, defaults included, and exit",
-    "--dry_run": "validate config, data and model config without loading weights; print the plan and the memory per "
-    "device, and exit",
+_DESCRIPTIONS = {
+    "sft": "Trains a Hugging Face model on completions: supervised fine-tuning, the stage before preferences.",
+    "dpo": "Trains a Hugging Face model on pairs of a chosen and a rejected completion: Direct Preference Optimization "
+    "and related losses.",
 }
 
 
-def usage(command: str) -> str:
-    """Returns the text of `jdpo dpo --help`: every key with its default."""
-    cls = CONFIGS[command]
-    defaults = _defaults(cls)
-    lines = [
-        f"usage: jdpo {command} [[--config] CONFIG.yaml] [--key value | --key=value | key=value ...]",
-        "",
-        f"example: jdpo {command} --model_name_or_path MODEL --datasets ROWS.jsonl --output_dir runs/first",
-        "",
-    ]
-    lines += [f"  {flag:<32}{text}" for flag, text in FLAGS.items()] + [""]
-    for key, text in keys_of(cls).items():
-        if key not in GROUPS:
-            lines.append(f"  --{key:<30}{text}{f' [{defaults[key]}]' if key in defaults else ''}")
-    return "\n".join(lines)
+def parser(command: str, *, complete: bool = False) -> Parser:
+    """Returns the parser of a training command: its options, and every key of its config."""
+    del complete  # every key is an option already
+    parser = Parser(
+        command,
+        CONFIG_USAGE,
+        f"{_DESCRIPTIONS[command]} Settings come from the YAML file, then from the command line; values are written as "
+        "in YAML.",
+        epilog="Examples:\n\n"
+        f"    jdpo {command} --model_name_or_path MODEL --datasets ROWS.jsonl --output_dir runs/first\n"
+        f"    jdpo {command} configs/{command}.yaml learning_rate=5e-7 mesh.fsdp=4 --dry_run\n"
+        f"    jdpo {command} --help learning_rate",
+    )
+    options = add_help(parser)
+    add_config(parser, options)
+    options.add_argument(
+        "--print_config", action="store_true", help="Print the whole config as YAML, defaults included, and exit."
+    )
+    options.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="Validate config, data and model config without loading weights; print the plan and per-device memory; "
+        "exit.",
+    )
+    add_keys(parser, CONFIGS[command])
+    return parser
 
 
-DASHED = ("--dry-run", "--print-config")
-GROUPS = ("mesh", "optimizer")
-
-
-def _defaults(cls: type[Settings]) -> dict[str, str]:
-    values = defaults_of(cls)
-    for group in GROUPS:
-        values |= {f"{group}.{key}": value for key, value in values.pop(group).items()}
-    return {key: "null" if value is None else str(value) for key, value in values.items()}
-
-
-def read_config(cls: type[C], words: Sequence[str]) -> C:
+def read_config(cls: type[C], line: CommandLine) -> C:
     """Returns the config of a command line: the settings of its file, if it has one, and overrides.
 
     Raises:
       ValueError: see `load_config`.
     """
-    path, overrides = config_file(words)
-    return load_config(cls, path, overrides, say=lambda text: print(terminal_lines(text), file=sys.stderr, flush=True))
-
-
-def config_file(words: Sequence[str]) -> tuple[Path | None, list[str]]:
-    """Returns the config file of a command line, its first word or the one after --config, and the other words.
-
-    Raises:
-      ValueError: two files, or --config without one.
-
-    >>> config_file(["run.yaml", "beta=1"]), config_file(["--beta", "1", "--config=run.yaml"])
-    ((PosixPath('run.yaml'), ['beta=1']), (PosixPath('run.yaml'), ['--beta', '1']))
-    """
-    files: list[str] = []
-    rest = list(words)
-    if rest and not rest[0].startswith("--") and "=" not in rest[0]:
-        files.append(rest.pop(0))
-    for position, word in reversed(list(enumerate(rest))):
-        name, equals, value = word.partition("=")
-        if name.removeprefix("--") != "config" or not (equals or word == "--config"):
-            continue
-        del rest[position]
-        if not equals and position < len(rest) and not rest[position].startswith("--"):
-            value = rest.pop(position)
-        if not value:
-            raise ValueError("--config needs the path of a YAML file")
-        files.append(value)
-    if len(files) > 1:
-        raise ValueError(f"two config files, {' and '.join(sorted(files))}; give one, and keys that override it")
-    return Path(files[0]) if files else None, rest
+    return load_config(cls, line.path, line.overrides, say=lambda text: print(shown_error(text), file=sys.stderr))
 
 
 def shown_error(text: str) -> str:
@@ -93,20 +63,26 @@ def shown_error(text: str) -> str:
     return terminal_lines(public_text(text))
 
 
+def print_help(command: str, parser: Parser, cls: type[Settings], key: str | None) -> bool:
+    """Prints the help that a command line asks for, of one key or of the command; returns whether it did."""
+    if key is None:
+        return False
+    print(key_help(command, cls, key) if key else parser.format_help(), end="\n" if key else "")
+    return True
+
+
 def main(command: str, words: Sequence[str]) -> int:
     """Runs the command; returns its exit code."""
-    words = [word.replace("-", "_").replace("__", "--", 1) if word in DASHED else word for word in words]
-    if "--help" in words or "-h" in words:
-        print(usage(command))
+    arguments = parser(command)
+    line = parse(arguments, words)
+    if print_help(command, arguments, CONFIGS[command], line.help):
         return 0
-    print_config, only_said = ("--print_config" in words), ("--dry_run" in words)
-    words = [word for word in words if word not in ("--print_config", "--dry_run")]
-    config = read_config(CONFIGS[command], words)
-    if print_config:
+    config = read_config(CONFIGS[command], line)
+    if line.options.print_config:
         print(to_yaml(config), end="")
         return 0
     with in_cluster(config, command, words, shown=shown_error, trains=True):
-        if only_said:
+        if line.options.dry_run:
             from jdpo.training.dry_run import dry_run
 
             dry_run(config, lambda text: print(terminal_lines(text), flush=True))

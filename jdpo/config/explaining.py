@@ -1,105 +1,200 @@
-"""What is wrong with settings, in words: the key, where it is, and what to write instead."""
+"""Messages about faults of a config: the key, where it is from, and what to write instead."""
 
 from __future__ import annotations
 
-import dataclasses
-import types
-import typing
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Any, NamedTuple
 
 import yaml
 from pydantic import ValidationError
 
 from jdpo.config.foreign_keys import FOREIGN, OTHER_COMMANDS, RENAMED, VALUES
+from jdpo.config.key_specs import REQUIRED, key_specs
 from jdpo.config.keys import CONFIGS
-from jdpo.config.value_types import Settings, fields_of
+from jdpo.config.value_types import Settings
 from jdpo.safe_text import terminal
 from jdpo.words import nearest
 
 COMMAND_LINE = "on the command line"
-"""Origin of a key that the command line gives."""
+"""Where a key of the command line is from."""
 
 _LONGEST_VALUE = 60
 
 
-def keys_of(cls: type, prefix: str = "") -> dict[str, str]:
-    """Every dotted key of a config class with its description, groups opened."""
-    hints = typing.get_type_hints(cls)
-    keys: dict[str, str] = {}
-    for name, info in fields_of(cls).items():
-        keys[prefix + name] = info.description or ""
-        group = group_class(hints[name])
-        if group is not None:
-            keys |= keys_of(group, f"{prefix}{name}.")
-    return keys
+def keys_of(cls: type[Settings]) -> dict[str, str]:
+    """Returns every key of a class of settings, groups opened, with its description."""
+    return {spec.name: spec.description for spec in key_specs(cls)}
 
 
 def required_keys(cls: type[Settings]) -> list[str]:
     """Returns the top-level keys that have no default."""
-    return [name for name, info in fields_of(cls).items() if info.is_required()]
+    return [spec.name for spec in key_specs(cls) if spec.default is REQUIRED and "." not in spec.name]
 
 
-def group_class(hint: Any) -> type | None:
-    """The dataclass in `MeshConfig` or `tuple[DatasetConfig, ...]`, or None for a plain value."""
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return hint
-    if typing.get_origin(hint) in (tuple, Annotated, typing.Union, types.UnionType):
-        return next(filter(None, map(group_class, typing.get_args(hint))), None)
-    return None
+def explain(cls: type[Settings], error: ValidationError, origins: Mapping[str, str]) -> str:
+    """Describes every fault of a config, each on a line of its own.
 
-
-def explain(cls: type, error: ValidationError, origins: Mapping[str, str]) -> str:
-    """Every fault of a config in a line of its own.
+    Foreign keys that belong to one group, such as `lora_r` and `lora_alpha`, share a line, and a key that a foreign key
+    supplies is not called missing.
 
     Args:
       cls: the config's class.
       error: what pydantic found.
       origins: top-level key -> where its value is from.
     """
-    return "\n".join(_explain(cls, problem, origins) for problem in error.errors())
+    faults = [_Fault.of(cls, problem, origins) for problem in error.errors()]
+    faults.sort(key=lambda fault: fault.is_missing)  # a missing key may be one that is misspelt
+    supplied = {fault.instead.key for fault in faults if fault.instead is not None}
+    together: dict[tuple[str, str], list[_Fault]] = {}
+    for fault in faults:
+        if fault.group:
+            together.setdefault((fault.group, fault.where), []).append(fault)
+    lines = []
+    for fault in faults:
+        same = together.get((fault.group, fault.where), [])
+        if fault.is_missing and _dotted(fault.path) in supplied:
+            continue
+        if len(same) < 2:
+            lines.append(fault.line(cls))
+        elif fault is same[0]:
+            lines.append(_line_of_group(fault.group, same))
+    return "\n".join(lines)
 
 
-def _explain(cls: type, problem: Any, origins: Mapping[str, str]) -> str:
-    path = [part for part in problem["loc"] if not (isinstance(part, str) and part.startswith("function-"))]
-    key = ".".join(map(str, path))
-    where = origins.get(str(path[0]), "in the config") if path else "in the config"
-    value = problem["input"]
-    if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"unknown key {key!r} {where}; {_instead_of(cls, path, value, where)}"
-    if problem["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
-        return f"missing key {key!r}: {_description(cls, path)}"
-    if problem["type"] == "blank_text":
-        return f"missing value of key {key!r} {where}: it is empty ({_description(cls, path).rstrip('.')})"
-    message = problem["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
-    found = "has no value" if value is None else f"is {value!r}"
-    meant = VALUES.get(_dotted(path), {}).get(str(value).lower())
-    hint = f"; here it is {_setting(_dotted(path), meant, where)}" if meant is not None else ""
-    return f"{key!r} {where} {found}: {message} ({_description(cls, path).rstrip('.')}){hint}"
+class _Instead(NamedTuple):
+    """What to write instead of a foreign key: a key of jdpo, its value in YAML ("" if unknown), and a note."""
+
+    key: str
+    value: str
+    note: str
+    renamed: bool
 
 
-def no_value(key: str, cls: type) -> str:
-    """Says that the command line names a key and gives no value for it."""
+class _Fault(NamedTuple):
+    """One fault that pydantic found: the key's path, where it is from, its value, and what to write instead."""
+
+    problem: Any
+    path: list[Any]
+    where: str
+    instead: _Instead | None
+
+    @classmethod
+    def of(cls, config: type[Settings], problem: Any, origins: Mapping[str, str]) -> _Fault:
+        path = [part for part in problem["loc"] if not (isinstance(part, str) and part.startswith("function-"))]
+        where = origins.get(str(path[0]), "in the config") if path else "in the config"
+        fault = cls(problem, path, where, None)
+        return fault._replace(instead=_instead_of(config, path, problem["input"])) if fault.is_unknown else fault
+
+    @property
+    def is_unknown(self) -> bool:
+        return self.problem["type"] in ("unexpected_keyword_argument", "extra_forbidden")
+
+    @property
+    def is_missing(self) -> bool:
+        return self.problem["type"] in ("missing", "missing_argument", "missing_keyword_only_argument")
+
+    @property
+    def group(self) -> str:
+        """The group of what to write instead, if it is a setting of one; else empty."""
+        if self.instead is None or not self.instead.value or len(self.path) > 1:
+            return ""
+        group, dot, _ = self.instead.key.partition(".")
+        return group if dot or (group, self.instead.value) == ("lora", "true") else ""
+
+    def line(self, cls: type[Settings]) -> str:
+        key = ".".join(map(str, self.path))
+        if self.is_unknown:
+            return f"unknown key {key!r} {self.where}; {self._advice(cls)}"
+        description = keys_of(cls).get(_dotted(self.path), "see --help").rstrip(".")
+        if self.is_missing:
+            return f"missing key {key!r}: {description}"
+        if self.problem["type"] == "blank_text":
+            return f"missing value of key {key!r} {self.where}: it is empty ({description})"
+        message = self.problem["msg"].removeprefix("Value error, ")
+        message = message[0].lower() + message[1:]
+        value = self.problem["input"]
+        found = "has no value" if value is None else f"is {value!r}"
+        meant = VALUES.get(_dotted(self.path), {}).get(str(value).lower())
+        hint = f"; here it is {_setting(_dotted(self.path), meant, self.where)}" if meant is not None else ""
+        return f"{key!r} {self.where} {found}: {message} ({description}){hint}"
+
+    def _advice(self, cls: type[Settings]) -> str:
+        if self.instead is None:
+            return _advice_without_key(cls, self.path)
+        key, value, note, renamed = self.instead
+        called = f"here it is called {key!r}" if renamed else ""
+        setting = _setting(key, value, self.where) if value else ""
+        if called:
+            return f"{called}: {setting}" if setting else called
+        return f"here it is {setting}{note}" if setting else f"the nearest key is {key!r}{note}"
+
+
+def _line_of_group(group: str, faults: Sequence[_Fault]) -> str:
+    """Describes foreign keys that belong to one group, with one setting for all of them."""
+    names = [repr(".".join(map(str, fault.path))) for fault in faults]
+    where = faults[0].where
+    settings = {fault.instead.key: fault.instead.value for fault in faults if fault.instead is not None}
+    inner = {key.partition(".")[2]: value for key, value in settings.items() if "." in key}
+    if not inner:
+        setting = _setting(group, "true", where)
+    elif where == COMMAND_LINE:
+        setting = "`" + " ".join(f"--{group}.{key} {value}" for key, value in inner.items()) + "`"
+    else:
+        setting = f"`{group}: {{{', '.join(f'{key}: {value}' for key, value in inner.items())}}}`"
+    notes = "".join(dict.fromkeys(fault.instead.note for fault in faults if fault.instead is not None))
+    return f"unknown keys {', '.join(names[:-1])} and {names[-1]} {where}; here they are {setting}{notes}"
+
+
+def no_value(key: str, cls: type[Settings]) -> str:
+    """Describes a key that the command line names without a value."""
     return f"--{key} needs a value: {keys_of(cls).get(key, 'see --help')}"
 
 
 def command_of(key: str) -> str:
-    """Says which commands have a key or an option; empty if none has."""
+    """Returns which commands have a key or an option, as a clause; empty if none has."""
     commands = [command for command, cls in CONFIGS.items() if key in keys_of(cls)]
     if commands:
         return f"it is a key of {' and '.join(f'`jdpo {command}`' for command in commands)}"
     return f"it is an option of `jdpo {OTHER_COMMANDS[key]}`" if key in OTHER_COMMANDS else ""
 
 
-def _instead_of(cls: type, path: Sequence[Any], value: Any, where: str) -> str:
-    """What to write instead of an unknown key."""
+def _instead_of(cls: type[Settings], path: Sequence[Any], value: Any) -> _Instead | None:
+    """Returns the key of `cls` that another trainer's key stands for, or None."""
+    known = keys_of(cls)
+    for name in dict.fromkeys((_dotted(path), str(path[-1]))):
+        if name not in RENAMED and command_of(name):
+            return None
+        if RENAMED.get(name) in known:
+            return _Instead(RENAMED[name], _renamed_value(RENAMED[name], value), "", renamed=True)
+        foreign = FOREIGN.get(name)
+        if foreign is not None and foreign.key in known:
+            given = _as_yaml(value)
+            translated = given if "*" in foreign.values else foreign.values.get(given.lower(), "")
+            if translated is None:
+                return None
+            return _Instead(foreign.key, translated, f" ({foreign.note})" if foreign.note else "", renamed=False)
+        if name in RENAMED or foreign is not None:
+            return None
+    return None
+
+
+def _renamed_value(key: str, value: Any) -> str:
+    shown = _as_yaml(value)
+    if key == "lora.target_modules" and isinstance(value, str) and "," in value:
+        shown = f"[{shown}]"  # names in one text, as on the command lines of others
+    return VALUES.get(key, {}).get(shown.lower(), shown) or ""
+
+
+def _advice_without_key(cls: type[Settings], path: Sequence[Any]) -> str:
+    """Returns what to do about an unknown key that stands for no key of `cls`."""
     known, dotted, name = keys_of(cls), _dotted(path), str(path[-1])
     if dotted not in RENAMED and (elsewhere := command_of(dotted)):
         return elsewhere
     for candidate in dict.fromkeys((dotted, name)):
-        if said := _translated(candidate, known, value, where):
-            return said
+        if candidate in RENAMED:
+            return f"`jdpo dpo` has it as {RENAMED[candidate]!r}"
+        if candidate in FOREIGN:
+            return _advice_of_foreign(candidate, known)
     similar = nearest(dotted, known) or nearest(name, dict.fromkeys(key.split(".")[-1] for key in known))
     if similar is not None:
         full = next(key for key in known if similar in (key, key.split(".")[-1]))
@@ -107,37 +202,19 @@ def _instead_of(cls: type, path: Sequence[Any], value: Any, where: str) -> str:
     return "`--help` lists the keys"
 
 
-def _translated(name: str, known: Mapping[str, str], value: Any, where: str) -> str:
-    """What another trainer's key is here, with its value; empty where it is not one."""
-    if name in RENAMED:
-        key = RENAMED[name]
-        if key not in known:
-            return f"`jdpo dpo` has it as {key!r}"
-        shown = _as_yaml(value)
-        if key == "lora.target_modules" and isinstance(value, str) and "," in value:
-            shown = f"[{shown}]"  # names in one text, as on the command lines of others
-        meant = VALUES.get(key, {}).get(shown.lower(), shown)
-        return f"here it is called {key!r}" + (f": {_setting(key, meant, where)}" if meant else "")
-    if name not in FOREIGN:
-        return ""
-    nearest, values, note = FOREIGN[name]
-    if nearest is None:
+def _advice_of_foreign(name: str, known: Mapping[str, str]) -> str:
+    key, _, note = FOREIGN[name]
+    if key is None:
         return f"jdpo has no such key: {note}"
     note = f" ({note})" if note else ""
-    if nearest not in known:
-        command = "dpo" if nearest in keys_of(CONFIGS["dpo"]) else "sft"
-        return f"the nearest key is {nearest!r} of `jdpo {command}`{note}"
-    given = _as_yaml(value)
-    translated = given if "*" in values else values.get(given.lower(), "")
-    if translated is None:
-        return f"leave it out{note}"
-    if not translated:
-        return f"the nearest key is {nearest!r}{note}"
-    return f"here it is {_setting(nearest, translated, where)}{note}"
+    if key not in known:
+        command = "dpo" if key in keys_of(CONFIGS["dpo"]) else "sft"
+        return f"the nearest key is {key!r} of `jdpo {command}`{note}"
+    return f"leave it out{note}"
 
 
 def _setting(key: str, value: str, where: str) -> str:
-    """A key with its value as it is written where it comes from."""
+    """Returns a key with its value, written as it is where the fault was found."""
     group, _, inner = key.partition(".")
     if group == "datasets" and inner:
         return f"`{inner}: {value}`"
@@ -158,9 +235,5 @@ def _as_yaml(value: Any) -> str:
 
 
 def _dotted(path: Sequence[Any]) -> str:
-    """A key without the places of lists: `datasets.0.path` is `datasets.path`."""
+    """Returns a key without positions in lists: `datasets.0.path` becomes `datasets.path`."""
     return ".".join(str(part) for part in path if not isinstance(part, int))
-
-
-def _description(cls: type, path: Sequence[Any]) -> str:
-    return keys_of(cls).get(_dotted(path), "see --help")

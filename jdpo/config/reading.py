@@ -7,9 +7,6 @@ A YAML states only what differs from the defaults, and the command line has the 
 
 from __future__ import annotations
 
-import dataclasses
-import types
-import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,8 +15,9 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from jdpo.config.addresses import refuse_passwords, without_queries
-from jdpo.config.explaining import COMMAND_LINE, explain, group_class, keys_of, no_value, required_keys
+from jdpo.config.explaining import COMMAND_LINE, explain, keys_of, no_value, required_keys
 from jdpo.config.foreign_keys import VALUES
+from jdpo.config.key_specs import key_specs
 from jdpo.config.value_types import Settings
 from jdpo.config.yaml_text import dump_yaml, load_yaml
 
@@ -65,7 +63,9 @@ def load_config(
     for group, key in NAMED_GROUPS.items():
         if isinstance(values.get(group), str):
             values[group] = {key: values[group]}
-    texts, switches = _keys_of_type(cls, str), _keys_of_type(cls, bool)
+    specs = key_specs(cls)
+    texts = {spec.name for spec in specs if spec.kind == "str" and not spec.choices}
+    switches = {spec.name for spec in specs if spec.switch}
     for key, text in parse_overrides(overrides):
         if not text and (text == "" or (key in keys_of(cls) and key not in switches)):
             raise ValueError(no_value(key, cls))
@@ -115,16 +115,21 @@ def parse_overrides(words: Sequence[str]) -> Iterator[tuple[str, str | None]]:
         value: str | None = text
         if not equals:
             if not word.startswith("--"):
-                raise ValueError(
-                    f"cannot read {word!r}: expected --key value, --key=value or key=value, and the config file first "
-                    "or after --config"
-                )
+                raise unreadable(word)
             if position < len(words) and not words[position].startswith("--"):
                 value = words[position]
                 position += 1
             else:
                 value = None
         yield key.replace("-", "_"), value
+
+
+def unreadable(word: str) -> ValueError:
+    """Returns the error about a word of the command line that is in none of the forms of a key."""
+    return ValueError(
+        f"cannot read {word!r}: expected --key value, --key=value or key=value, and the config file first or after "
+        "--config"
+    )
 
 
 def _parse_value(key: str, text: str, *, is_text: bool) -> Any:
@@ -136,20 +141,6 @@ def _parse_value(key: str, text: str, *, is_text: bool) -> Any:
     except yaml.YAMLError as error:
         raise ValueError(f"cannot read the value of {key!r}, {text!r}, as YAML: quote it ({error})") from None
     return value
-
-
-def _keys_of_type(cls: type, kind: type, prefix: str = "") -> set[str]:
-    """Dotted keys whose value is text, for str, or a switch, for bool."""
-    hints = typing.get_type_hints(cls)
-    keys: set[str] = set()
-    for name, hint in hints.items():
-        group = group_class(hint)
-        is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-        if hint is kind or (is_union and kind in typing.get_args(hint)) or (kind is bool and name in SWITCHED_GROUPS):
-            keys.add(prefix + name)
-        if group is not None and (dataclasses.is_dataclass(hint) or (kind is bool and name in SWITCHED_GROUPS)):
-            keys |= _keys_of_type(group, kind, f"{prefix}{name}.")
-    return keys
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

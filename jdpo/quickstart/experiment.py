@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 
 from jdpo.config import DatasetConfig, DPOConfig, MeshConfig, SFTConfig
 from jdpo.durable import write_durably
-from jdpo.quickstart.corpus import Split, chosen_rows, corpus_rows, preference_rows, split_countries
+from jdpo.quickstart.corpus import chosen_rows, corpus_rows, preference_rows
+from jdpo.quickstart.experiment_settings import Settings
 from jdpo.quickstart.probes import Measure, Measurement, ProbeLog, Prober
 from jdpo.quickstart.tiny_llama import write_model
 
@@ -29,40 +30,6 @@ PRETRAIN, STANDARD, DPO = "pretrain", "standard", "dpo"
 """The runs: their folders under runs/, and their names in report.json."""
 
 MAX_LENGTH = 64
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What the quickstart can vary; the defaults are what its documentation talks about."""
-
-    frequencies: tuple[int, int, int] = (6, 3, 1)
-    countries: int = 48
-    seed: int = 0
-    hidden_size: int = 192
-    num_layers: int = 2
-    pretrain_steps: int = 320
-    pretrain_batch_size: int = 64
-    pretrain_learning_rate: float = 3e-3
-    steps: int = 60
-    batch_size: int = 32
-    learning_rate: float = 2e-4
-    beta: float = 0.1
-    probes: int = 20
-
-    def __post_init__(self) -> None:
-        if len(self.frequencies) != 3 or min(self.frequencies) < 1:
-            raise ValueError(
-                f"frequencies are {','.join(map(str, self.frequencies))}: three whole numbers from 1 up are "
-                "expected, such as 6,3,1"
-            )
-        split_countries(self.countries)
-        for name in ("pretrain_steps", "pretrain_batch_size", "steps", "batch_size", "probes", "num_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: at least 1 is expected")
-
-    @property
-    def split(self) -> Split:
-        return split_countries(self.countries)
 
 
 class Outcome(NamedTuple):

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from jdpo.quickstart.corpus import answer_counts
-from jdpo.quickstart.experiment import DPO, PRETRAIN, STANDARD, Settings
+from jdpo.quickstart.experiment import DPO, PRETRAIN, STANDARD
+from jdpo.quickstart.experiment_settings import Settings
 from jdpo.quickstart.geography import Country
 from jdpo.quickstart.probes import NUM_PROBED_TRAINING, Measurement
 

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from jdpo.durable import write_durably
 from jdpo.quickstart.corpus import HELD_OUT_PHRASINGS, TRAINING_PHRASINGS, Split, capital_question
-from jdpo.quickstart.experiment import DPO, PRETRAIN, STANDARD, Settings, Workplace
+from jdpo.quickstart.experiment import DPO, PRETRAIN, STANDARD, Workplace
+from jdpo.quickstart.experiment_settings import Settings
 
 ASKED = 20
 _NEW_TOKENS = 8

@@ -16,9 +16,10 @@ import pytest
 from safetensors.numpy import save_file
 
 import jdpo
-from jdpo.cli.inspect import parser, read_run
+from jdpo.cli.inspect import choose_task, parser
 from jdpo.cli.main import main
-from jdpo.config import DPOConfig, SFTConfig
+from jdpo.cli.parsing import parse
+from jdpo.config import CONFIGS, DPOConfig, SFTConfig
 from jdpo.models.weights.hub_models import resolve_folder
 
 
@@ -85,16 +86,16 @@ def test_the_task_is_told_by_the_keys_that_one_command_has(tmp_path: Path) -> No
     config = tmp_path / "run.yaml"
     config.write_text("model_name_or_path: m\ndatasets: d\nloss_on: assistant_turns\n")
 
-    def task_of(words: list[str], task: str | None = None) -> tuple[type, str]:
-        config, chosen_by = read_run(words, task)
-        return type(config), chosen_by
+    def task_of(words: list[str], *task: str) -> tuple[type, str]:
+        name, chosen_by = choose_task(parse(parser(), [*words, *task]))
+        return CONFIGS[name], chosen_by
 
     taken = "loss_on without a key of `jdpo dpo` alone is taken for sft; --task dpo for the other"
     assert task_of([str(config)]) == (SFTConfig, taken)
-    assert task_of([str(config)], "dpo")[0] is task_of([str(config), "beta=0.2"])[0] is DPOConfig
+    assert task_of([str(config)], "--task", "dpo")[0] is task_of([str(config), "beta=0.2"])[0] is DPOConfig
     assert task_of([*words, "--loss_type", "ipo"])[0] is DPOConfig
     assert task_of(words) == (DPOConfig, "no key tells dpo from sft, so it is taken for dpo; --task sft for the other")
-    assert task_of(words, "sft") == (SFTConfig, "as --task says")
+    assert task_of(words, "--task=sft") == (SFTConfig, "as --task says")
 
 
 def test_a_supervised_run_is_inspected_as_one(
@@ -107,20 +108,20 @@ def test_a_supervised_run_is_inspected_as_one(
 
 
 def test_options_may_be_anywhere_and_leave_the_keys_of_the_run_alone() -> None:
-    words = ["run.yaml", "--beta", "-0.2", "--rows=3", "--html", "a.html", "--shuffle", "lora={r: 8}", "--strict"]
-    options, rest = parser().parse_known_args(words)
-    assert (options.rows, options.html, options.strict, options.json) == (3, Path("a.html"), True, False)
-    assert rest == ["run.yaml", "--beta", "-0.2", "--shuffle", "lora={r: 8}"]
+    words = ["run.yaml", "--beta", "0.2", "--rows=3", "--html", "a.html", "--shuffle", "--strict"]
+    line = parse(parser(), words)
+    assert (line.options.rows, line.options.html, line.options.strict) == (3, Path("a.html"), True)
+    assert (line.path, line.overrides) == (Path("run.yaml"), ["--beta=0.2", "--shuffle"])
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--rows"], "--rows: expected one argument"),
-        (["--rows", "many"], "--rows: expected a number of rows"),
-        (["--html", "--json"], "--html: expected one argument"),
-        (["--task", "rl"], "--task: invalid choice"),
-        (["--json=yes"], "--json: ignored explicit argument"),
+        (["--rows"], "--rows: expected a number of rows"),
+        (["--rows", "many"], "expected a number of rows such as 3, found 'many'"),
+        (["--html", "--json"], "--html: expected the path"),
+        (["--task", "rl"], "--task: expected dpo or sft"),
+        (["--json=yes"], "--json takes no value"),
         (["--ids", "a=b"], "--ids needs --rows"),
         (["--row", "2"], "unknown key 'row'"),
     ],

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from jdpo.cli.quickstart import main, read_settings
-from jdpo.quickstart.experiment import PRETRAIN, Settings, Workplace, prepare, probed_steps, run_all
+from jdpo.quickstart.experiment import PRETRAIN, Workplace, prepare, probed_steps, run_all
+from jdpo.quickstart.experiment_settings import Settings
 from jdpo.quickstart.results import all_results
 from jdpo.quickstart.samples import ASKED
 
@@ -123,7 +124,7 @@ def test_preparation_cut_short_starts_over(tmp_path: Path) -> None:
     ("word", "message"),
     [
         ("--frequencies=6,3", "three whole numbers"),
-        ("--frequencies=6,3,0", "three whole numbers from 1 up"),
+        ("--frequencies=6,3,0", "three whole numbers of at least 1"),
         ("--frequencies=many", "three whole numbers"),
         ("--countries=3", "choose from 6 to 48"),
         ("--steps=0", "steps is 0: at least 1"),
@@ -139,7 +140,7 @@ def test_bad_settings_are_refused(word: str, message: str) -> None:
 def test_help_names_every_key_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
     assert main("quickstart", ["--help"]) == 0
     text = capsys.readouterr().out
-    assert "[6,3,1]" in text
+    assert "(default: 6,3,1)" in text
     for key in Settings.__dataclass_fields__:
         assert f"--{key} " in text
 

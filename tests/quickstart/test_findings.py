@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jdpo.quickstart.experiment import DPO, PRETRAIN, STANDARD, Settings
+from jdpo.quickstart.experiment import DPO, PRETRAIN, STANDARD
+from jdpo.quickstart.experiment_settings import Settings
 from jdpo.quickstart.findings import findings
 from jdpo.quickstart.pictures import write_plots
 from jdpo.quickstart.probes import Measurement

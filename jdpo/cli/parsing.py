@@ -1,0 +1,229 @@
+"""The argparse parsers of the commands that read a run's config: its keys as options, in the forms people write them.
+
+jdpo dpo CONFIG.yaml beta=0.2 --max-length 512 --mesh.fsdp=4 --lora
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from jdpo.config import Settings, command_of
+from jdpo.config.key_specs import REQUIRED, KeySpec, as_yaml, key_specs
+from jdpo.config.reading import unreadable
+
+CONFIG_USAGE = "[CONFIG.yaml] [--KEY VALUE | --KEY=VALUE | KEY=VALUE ...]"
+
+_LISTED_ONCE = {"datasets": "Keys of each entry of datasets and eval_datasets", "eval_datasets": None}
+"""Groups whose keys cannot be options, since there are several of them -> the heading above their keys, or None."""
+
+
+_NO_BREAK = "\xa0"
+"""A space at which lines of the help are not broken."""
+
+
+class _Formatter(argparse.HelpFormatter):
+    """Wraps each line of a text on its own, with the indentation that it has."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n".join(
+            textwrap.fill(line, width, subsequent_indent=" " * (len(line) - len(line.lstrip())), break_on_hyphens=False)
+            for line in text.split("\n")
+        )
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(text, width, break_on_hyphens=False)
+
+    def format_help(self) -> str:
+        return super().format_help().replace(_NO_BREAK, " ")
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are ValueErrors, as those of everything else."""
+
+    def __init__(self, command: str, usage: str, description: str, *, epilog: str | None = None) -> None:
+        super().__init__(
+            prog=f"jdpo {command}",
+            usage=f"jdpo {command} {usage}",
+            description=description,
+            epilog=epilog,
+            formatter_class=_Formatter,
+            allow_abbrev=False,
+            add_help=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Raises what argparse found, with the command that has an option which this one lacks."""
+        named = re.search(r"--([\w-]+)", message.partition("unrecognized arguments:")[2])
+        elsewhere = command_of(named[1].replace("-", "_")) if named else ""
+        raise ValueError(f"{message}; {elsewhere or f'`{self.prog} --help` lists the options'}")
+
+
+class _Override(argparse.Action):
+    """Collects a key with its value as a word for `load_config`; a switch without a value as `--key`."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        word = self.option_strings[0] if values is None else f"{self.option_strings[0]}={values}"
+        namespace.words = [*namespace.words, word]
+
+
+def add_help(parser: argparse.ArgumentParser, *, keys: bool = True) -> Any:
+    """Adds --help, which takes a key where the command has keys; returns the group of the options."""
+    group = parser.add_argument_group("Options")
+    if keys:
+        group.add_argument(
+            "-h", "--help", nargs="?", metavar="KEY", help="Show this help, or everything about one key, and exit."
+        )
+    else:
+        group.add_argument("-h", "--help", action="help", help="Show this help and exit.")
+    return group
+
+
+def add_config(parser: argparse.ArgumentParser, options: Any) -> None:
+    """Adds the config file: the first argument, or --config."""
+    parser.add_argument("file", nargs="?", metavar="CONFIG.yaml", help=argparse.SUPPRESS)
+    options.add_argument(
+        "--config",
+        action="append",
+        metavar="FILE",
+        help="Read settings from this YAML file; the first argument may name it as well. Keys on the command line "
+        "override those of the file.",
+    )
+
+
+def add_keys(parser: argparse.ArgumentParser, cls: type[Settings], *, hidden: bool = False) -> None:
+    """Adds an option for each key, under the heading of its group; keys of groups have headings of their own.
+
+    Args:
+      hidden: whether `--help` leaves them out.
+    """
+    sections: dict[str, Any] = {}
+    for spec in key_specs(cls):
+        group, _, inner = spec.name.rpartition(".")
+        if group in _LISTED_ONCE:
+            if (title := _LISTED_ONCE[group]) and not hidden:
+                _list_key(_section(parser, sections, title), spec, inner)
+            continue
+        title = f"Keys of {group} (--{group}.KEY VALUE; in YAML {group}: {{KEY: VALUE}})" if group else spec.heading
+        _section(parser, sections, title).add_argument(
+            f"--{spec.name}",
+            action=_Override,
+            dest="words",
+            default=argparse.SUPPRESS,
+            nargs="?" if spec.switch else None,
+            metavar=spec.metavar,
+            help=argparse.SUPPRESS if hidden else described(spec),
+        )
+
+
+def _section(parser: argparse.ArgumentParser, sections: dict[str, Any], title: str) -> Any:
+    if title not in sections:
+        sections[title] = parser.add_argument_group(title)
+    return sections[title]
+
+
+def _list_key(section: Any, spec: KeySpec, name: str) -> None:
+    """Lists a key that is no option in a section of the help."""
+    action = argparse.Action([], dest=name, metavar=name, help=described(spec))
+    section._group_actions.append(action)  # argparse has no public way to show what it does not parse
+
+
+def described(spec: KeySpec) -> str:
+    """Returns a key's line of help: its description, and its default or that it is required."""
+    default = "(required)" if spec.default is REQUIRED else f"(default: {_default(spec)})"
+    return f"{spec.description} {kept(default)}".replace("%", "%%")
+
+
+def kept(words: str) -> str:
+    """Returns words for a text of help that are to stay on one line."""
+    return words.replace(" ", _NO_BREAK)
+
+
+def _default(spec: KeySpec) -> str:
+    return "see below" if isinstance(spec.default, dict) else as_yaml(spec.default)
+
+
+class CommandLine(NamedTuple):
+    """What a command line asks for.
+
+    Attributes:
+      path: the config file, or None.
+      overrides: keys with their values, as words for `load_config`.
+      options: the command's own options.
+      help: the key to explain, empty for the whole help, None if no help is asked for.
+    """
+
+    path: Path | None
+    overrides: list[str]
+    options: argparse.Namespace
+    help: str | None
+
+
+def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> CommandLine:
+    """Parses the words of a command line that may hold keys, which stay in their order.
+
+    Raises:
+      ValueError: two config files, or an option without its value.
+    """
+    if (asked := _help_asked(words)) is not None:
+        return CommandLine(None, [], argparse.Namespace(), asked)
+    found, unknown = parser.parse_known_args(joined(words, parser), argparse.Namespace(words=[], config=[]))
+    files = [*([found.file] if getattr(found, "file", None) else []), *(found.config or [])]
+    if not all(files):
+        raise ValueError("--config needs the path of a YAML file")
+    if len(files) > 1:
+        raise ValueError(f"two config files, {' and '.join(sorted(files))}; give one, and keys that override it")
+    return CommandLine(Path(files[0]) if files else None, [*found.words, *unknown], found, None)
+
+
+def _help_asked(words: Sequence[str]) -> str | None:
+    for position, word in enumerate(words):
+        name, _, key = word.partition("=")
+        if name in ("-h", "--help"):
+            after = words[position + 1] if position + 1 < len(words) else ""
+            return (key or ("" if after.startswith("-") else after)).partition("=")[0].replace("-", "_")
+    return None
+
+
+def joined(words: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
+    """Writes each key with its value as one word, `--key=value`, in whichever form it was given.
+
+    argparse alone would take `-1e-3` for an option, `beta=0.2` for an argument and the value of an unknown key for
+    another argument.
+
+    Raises:
+      ValueError: a flag with a value, or a word that is neither a key nor the first one.
+
+    >>> parser = argparse.ArgumentParser()
+    >>> _ = parser.add_argument("--max_length"), parser.add_argument("--json", action="store_true")
+    >>> joined(["run.yaml", "beta=0.2", "--max-length", "512", "--simpo_gamma", "-1e-3", "--json"], parser)
+    ['run.yaml', '--beta=0.2', '--max_length=512', '--simpo_gamma=-1e-3', '--json']
+    """
+    options = {option: action.nargs for action in parser._actions for option in action.option_strings}
+    done: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.partition("=")
+        if not (equals or word.startswith("--")):
+            if done:
+                raise unreadable(word)
+            done.append(word)
+            continue
+        option = "--" + name.removeprefix("--").replace("-", "_")
+        nargs = options.get(option, "?")
+        if nargs == 0:
+            if equals:
+                raise ValueError(f"{option} takes no value, found {value!r}")
+            done.append(option)
+        elif equals:
+            done.append(f"{option}={value}")
+        elif rest and not rest[0].startswith("--"):
+            done.append(f"{option}={rest.pop(0)}")
+        else:
+            done.append(option if nargs == "?" else f"{option}=")
+    return done

@@ -1,0 +1,168 @@
+"""The keys of a class of settings as plain data: name, type, range, choices, default and description of each."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import TypeAdapter
+from pydantic.fields import FieldInfo
+
+from jdpo.config.value_types import Settings, fields_of, heading_of
+
+REQUIRED = object()
+"""The default of a key that has none."""
+
+_TYPES = {"int": "INT", "float": "FLOAT", "str": "TEXT", "bool": "BOOL", "dict": "MAP", "list": "LIST"}
+_BOUNDS = {"ge": "at least", "gt": "greater than", "le": "at most", "lt": "less than"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KeySpec:
+    """A key of a run's config.
+
+    Attributes:
+      name: with the group that it is in, such as `mesh.fsdp`.
+      heading: of the group of settings that declares it.
+      description: whole sentences.
+      kind: int, float, str, bool, dict, list, or group for a key with keys of its own.
+      default: as plain data, or REQUIRED.
+      nullable: whether it may be null.
+      bounds: its range in words, such as `greater than 0`; empty for any value.
+      choices: its values, if they are few.
+      example: a value as YAML; empty if the default or the first choice serves.
+      group: the class of the keys that it holds.
+      switch: whether it may be given without a value, which then is true.
+    """
+
+    name: str
+    heading: str
+    description: str
+    kind: str
+    default: Any
+    nullable: bool
+    bounds: str
+    choices: tuple[str, ...]
+    example: str
+    group: type[Settings] | None
+    switch: bool
+
+    @property
+    def metavar(self) -> str:
+        """What stands for its value in `--help`."""
+        if self.choices:
+            return "{" + ",".join(self.choices) + "}"
+        return _TYPES.get(self.kind, "GROUP")
+
+
+def key_specs(cls: Any) -> tuple[KeySpec, ...]:
+    """Returns the keys of a class of settings in order, each group followed by the keys that it holds."""
+    return _key_specs(cls, "")
+
+
+@functools.cache
+def _key_specs(cls: Any, prefix: str) -> tuple[KeySpec, ...]:
+    hints = typing.get_type_hints(cls, include_extras=True)
+    specs = []
+    for name, info in fields_of(cls).items():
+        spec = _spec_of(cls, name, info, hints[name], prefix)
+        specs.append(spec)
+        if spec.group is not None:
+            group: Any = spec.group  # mypy does not take a class for the hashable that it is
+            specs += _key_specs(group, f"{spec.name}.")
+    return tuple(specs)
+
+
+def _spec_of(cls: type[Settings], name: str, info: FieldInfo, hint: Any, prefix: str) -> KeySpec:
+    members = list(_members(hint))
+    plain = [member for member, _ in members if member is not type(None)]
+    group = next((one for one in plain if isinstance(one, type) and issubclass(one, Settings)), None)
+    return KeySpec(
+        name=prefix + name,
+        heading=heading_of(cls, name),
+        description=info.description or "",
+        kind="group" if group is not None and not _is_list(hint) else _kind_of(hint, plain),
+        default=REQUIRED if info.is_required() else TypeAdapter(Any).dump_python(info.default, mode="json"),
+        nullable=type(None) in [member for member, _ in members],
+        bounds=" and ".join(_bounds(info, members)),
+        choices=_choices(plain),
+        example=(info.examples or [""])[0],
+        group=group,
+        switch=bool in plain or False in [value for one in plain for value in _literals(one)],
+    )
+
+
+def _members(hint: Any, metadata: Sequence[Any] = ()) -> Iterator[tuple[Any, Sequence[Any]]]:
+    """Yields the types that a value may have, each with its metadata: those of unions and of the entries of tuples."""
+    origin = typing.get_origin(hint)
+    if origin is Annotated:
+        inner, *more = typing.get_args(hint)
+        yield from _members(inner, more)
+    elif origin in (typing.Union, types.UnionType):
+        for member in typing.get_args(hint):
+            yield from _members(member, metadata)
+    elif origin is tuple:
+        yield from _members(typing.get_args(hint)[0], metadata)
+    else:
+        yield hint, metadata
+
+
+def _kind_of(hint: Any, plain: Sequence[Any]) -> str:
+    if _is_list(hint):
+        return "list"
+    kind = plain[0]
+    if typing.get_origin(kind) is Literal:
+        return "str"
+    kind = typing.get_origin(kind) or kind
+    return kind.__name__ if kind.__name__ in _TYPES else "dict"
+
+
+def _is_list(hint: Any) -> bool:
+    origin = typing.get_origin(hint)
+    if origin is Annotated or origin in (typing.Union, types.UnionType):
+        return any(_is_list(member) for member in typing.get_args(hint))
+    return origin is tuple
+
+
+def _literals(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+
+
+def _choices(plain: Sequence[Any]) -> tuple[str, ...]:
+    return tuple(value for one in plain for value in _literals(one) if isinstance(value, str))
+
+
+def _bounds(info: FieldInfo, members: Sequence[tuple[Any, Sequence[Any]]]) -> dict[str, None]:
+    """Returns the bounds of a key, or of its entries, in words, in order."""
+    nested = [item for _, metadata in members for item in metadata if isinstance(item, FieldInfo)]
+    return {
+        f"{words} {_figure(limit)}": None
+        for bound in (*info.metadata, *(bound for item in nested for bound in item.metadata))
+        for name, words in _BOUNDS.items()
+        if (limit := getattr(bound, name, None)) is not None
+    }
+
+
+def _figure(limit: float) -> str:
+    return str(limit) if isinstance(limit, int) else f"{limit:g}"
+
+
+def as_yaml(value: Any) -> str:
+    """Returns a value in the spelling of YAML, on one line.
+
+    >>> as_yaml(None), as_yaml(True), as_yaml(1e-06), as_yaml(["sigmoid"]), as_yaml({"fsdp": -1})
+    ('null', 'true', '1e-6', '[sigmoid]', '{fsdp: -1}')
+    """
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, float):
+        return repr(value).replace("e-0", "e-")
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {as_yaml(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(as_yaml, value)) + "]"
+    return str(value)

@@ -188,6 +188,15 @@ def test_in_a_file_foreign_keys_are_answered_as_a_file_has_them(tmp_path: Path) 
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "advice"), [("dop", "did you mean 'dpo' (another name of sigmoid)?"), ("hing", "'hinge'?")]
+)
+def test_an_unknown_loss_is_named_with_the_nearest(name: str, advice: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown loss_type '{name}'") as error:
+        dpo(f"loss_type=[sft, {name}]")
+    assert advice in str(error.value)
+
+
 def test_a_foreign_key_that_supplies_a_missing_one_is_the_only_fault() -> None:
     with pytest.raises(ValueError, match="unknown key") as error:
         load_config(DPOConfig, None, ["base_model=m", "dataset=rows.jsonl", "output_dir=out", "bta=1"])

@@ -135,7 +135,8 @@ def _list_key(section: Any, spec: KeySpec, name: str) -> None:
 def described(spec: KeySpec) -> str:
     """Returns a key's line of help: its description, and its default or that it is required."""
     default = "(required)" if spec.default is REQUIRED else f"(default: {_default(spec)})"
-    return f"{spec.description} {kept(default)}".replace("%", "%%")
+    listed = f" Choices: {', '.join(spec.choices)}." if spec.choices and spec.choices[0] not in spec.metavar else ""
+    return f"{spec.description}{listed} {kept(default)}".replace("%", "%%")
 
 
 def kept(words: str) -> str:

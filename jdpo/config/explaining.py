@@ -110,6 +110,8 @@ class _Fault(NamedTuple):
             return f"missing key {key!r}: {description}"
         if self.problem["type"] == "blank_text":
             return f"missing value of key {key!r} {self.where}: it is empty ({description})"
+        if self.problem["type"] == "unknown_loss":
+            return str(self.problem["msg"])
         message = self.problem["msg"].removeprefix("Value error, ")
         message = message[0].lower() + message[1:]
         value = self.problem["input"]

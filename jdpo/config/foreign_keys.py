@@ -262,7 +262,6 @@ FOREIGN = {
 """Another trainer's key -> what it is here, where more than the name differs."""
 
 VALUES = {
-    "loss_type": {"dpo": "sigmoid"},
     "optimizer.name": {
         "adam": "adamw",
         "adamw_torch": "adamw",

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator
+from pydantic_core import PydanticCustomError
 
 from jdpo.config.nested import Datasets, Lora, Mesh, MeshConfig, Optimizer, OptimizerConfig
 from jdpo.config.value_types import (
@@ -27,7 +28,22 @@ from jdpo.config.value_types import (
     required,
     settings,
 )
-from jdpo.loss_specs import OPTIONS, LossOptions
+from jdpo.loss_specs import LOSSES, OPTIONS, LossOptions
+from jdpo.words import nearest
+
+LOSS_SYNONYMS = {"dpo": "sigmoid"}
+"""Other names of losses; `load_config` replaces them and logs a line."""
+
+
+def _known_loss(name: str) -> str:
+    if name not in LOSSES:
+        near = nearest(name, [*LOSSES, *LOSS_SYNONYMS], cutoff=0.3)
+        same = f" (another name of {LOSS_SYNONYMS[near]})" if near in LOSS_SYNONYMS else ""
+        hint = f"; did you mean {near!r}{same}?" if near else "."
+        text = f"unknown loss_type {name!r}{hint} The losses are: {', '.join(LOSSES)}"
+        raise PydanticCustomError("unknown_loss", "{text}", {"text": text})
+    return name
+
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,7 +55,7 @@ if TYPE_CHECKING:
     LossWeights = Converted[float | Sequence[float] | None, tuple[float, ...] | None]
     Trackers = Converted[Tracker | Sequence[Tracker], tuple[Tracker, ...]]
 else:
-    LossNames = Annotated[tuple[str, ...], BeforeValidator(as_list)]
+    LossNames = Annotated[tuple[Annotated[str, AfterValidator(_known_loss)], ...], BeforeValidator(as_list)]
     LossWeights = Annotated[tuple[NonNegativeFloat, ...] | None, BeforeValidator(as_list)]
     Trackers = Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(as_list)]
 
@@ -134,8 +150,9 @@ class LossSumSettings(Settings):
 
     loss_type: LossNames = key(
         ("sigmoid",),
-        "Preference loss, or a list of losses to add up (docs/losses.md describes each).",
+        "Preference loss, or a list of losses to add up; docs/losses.md describes each.",
         example="[sigmoid, sft]",
+        choices=tuple(LOSSES),
     )
     loss_weights: LossWeights = key(None, "Weight of each loss in the list; null: 1 for each.", example="[1, 0.2]")
 

@@ -18,6 +18,8 @@ REQUIRED = object()
 """The default of a key that has none."""
 
 _TYPES = {"int": "INT", "float": "FLOAT", "str": "TEXT", "bool": "BOOL", "dict": "MAP", "list": "LIST"}
+_LONGEST_METAVAR = 60
+"""Choices that take more characters are listed in the text of the help."""
 _BOUNDS = {"ge": "at least", "gt": "greater than", "le": "at most", "lt": "less than"}
 
 
@@ -54,8 +56,9 @@ class KeySpec:
     @property
     def metavar(self) -> str:
         """What stands for its value in `--help`."""
-        if self.choices:
-            return "{" + ",".join(self.choices) + "}"
+        listed = "{" + ",".join(self.choices) + "}"
+        if self.choices and len(listed) <= _LONGEST_METAVAR:
+            return listed
         return _TYPES.get(self.kind, "GROUP")
 
 
@@ -89,7 +92,7 @@ def _spec_of(cls: type[Settings], name: str, info: FieldInfo, hint: Any, prefix:
         default=REQUIRED if info.is_required() else TypeAdapter(Any).dump_python(info.default, mode="json"),
         nullable=type(None) in [member for member, _ in members],
         bounds=" and ".join(_bounds(info, members)),
-        choices=_choices(plain),
+        choices=_choices(info, plain),
         example=(info.examples or [""])[0],
         group=group,
         switch=bool in plain or False in [value for one in plain for value in _literals(one)],
@@ -132,8 +135,11 @@ def _literals(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
 
 
-def _choices(plain: Sequence[Any]) -> tuple[str, ...]:
-    return tuple(value for one in plain for value in _literals(one) if isinstance(value, str))
+def _choices(info: FieldInfo, plain: Sequence[Any]) -> tuple[str, ...]:
+    extra: Any = info.json_schema_extra or {}
+    return tuple(extra.get("choices", ())) or tuple(
+        value for one in plain for value in _literals(one) if isinstance(value, str)
+    )
 
 
 def _bounds(info: FieldInfo, members: Sequence[tuple[Any, Sequence[Any]]]) -> dict[str, None]:

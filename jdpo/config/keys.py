@@ -5,6 +5,7 @@ from __future__ import annotations
 from jdpo.config.groups import (
     DataSettings,
     LoggingSettings,
+    LossSumSettings,
     MemorySettings,
     ModelSettings,
     OptimizationSettings,
@@ -13,8 +14,10 @@ from jdpo.config.groups import (
     ReferenceSettings,
 )
 from jdpo.config.value_types import PositiveFloat, key, settings
+from jdpo.loss_specs import LossOptions
 
 # Python orders the fields of a dataclass from its last base to its first, so bases are listed from Output to Model.
+# DPOConfig names the bases of PreferenceSettings again, since they would otherwise come before the model.
 
 
 @settings
@@ -30,7 +33,9 @@ class SFTConfig(TrainConfig):
 
 
 @settings
-class DPOConfig(TrainConfig, ReferenceSettings, PreferenceSettings, DataSettings, ModelSettings):
+class DPOConfig(
+    TrainConfig, ReferenceSettings, PreferenceSettings, LossOptions, LossSumSettings, DataSettings, ModelSettings
+):
     """The settings of `jdpo dpo`; keys may be given as in YAML, such as `datasets="pairs.jsonl"` or `lora={"r": 8}`."""
 
 

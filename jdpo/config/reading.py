@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from jdpo.config.addresses import refuse_passwords, without_queries
 from jdpo.config.explaining import COMMAND_LINE, explain, keys_of, no_value, required_keys
-from jdpo.config.foreign_keys import VALUES
+from jdpo.config.groups import LOSS_SYNONYMS
 from jdpo.config.key_specs import key_specs
 from jdpo.config.value_types import Settings
 from jdpo.config.yaml_text import dump_yaml, load_yaml
@@ -29,7 +29,7 @@ NAMED_GROUPS = {"optimizer": "name"}
 SWITCHED_GROUPS = ("lora",)
 """Groups that `true` turns on with their defaults, and any key of them too."""
 
-SYNONYMS = {"loss_type": VALUES["loss_type"]}
+SYNONYMS = {"loss_type": LOSS_SYNONYMS}
 """Keys whose value may be another word for one of jdpo's, which the run says; all other foreign words are errors."""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, TypeVar, dataclass_transform, overload
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
@@ -16,14 +16,18 @@ T = TypeVar("T")
 _STRICT_KEYS = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
 
 
-def key(default: Any, description: str, *, example: str | None = None) -> Any:
+def key(default: Any, description: str, *, example: str | None = None, choices: Sequence[str] = ()) -> Any:
     """A key with its default.
 
     Args:
       description: whole sentences, for `--help`, messages and the class's docstring.
-      example: a value as YAML, for `--help KEY`; None: the default, or the first choice, is example enough.
+      example: a value as YAML, for `--help KEY`; None: the default, or the last choice, is example enough.
+      choices: the values that it may have, if its type does not tell; they are checked elsewhere.
     """
-    return Field(default=default, description=description, examples=None if example is None else [example])
+    examples = None if example is None else [example]
+    return Field(
+        default=default, description=description, examples=examples, json_schema_extra={"choices": list(choices)}
+    )
 
 
 def required(description: str, *, example: str) -> Any:

@@ -132,10 +132,10 @@ def next_loss_state(
 
 
 def weighted_sum(values: Array, weights: Array) -> Array:
-    """Sum of weights * values where a weight of 0 silences its value whatever it is, NaN included.
+    """Sums weights * values, where a weight of 0 silences its value whatever it is, NaN included.
 
     >>> import jax.numpy as jnp
-    >>> weighted_sum(jnp.array([2.0, jnp.nan]), jnp.array([1.0, 0.0])).item()
-    2.0
+    >>> weighted_sum(jnp.array([3.0, 4.0, jnp.nan]), jnp.array([1.0, 0.5, 0.0])).item()
+    5.0
     """
     return jnp.where(weights > 0, values * weights, 0).sum()

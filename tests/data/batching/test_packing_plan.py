@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from jdpo.data.batching.loader import num_steps_per_epoch, plan
 from jdpo.data.batching.packing_plan import (
+    ItemSizes,
     PackingPlan,
+    StepBins,
     completion_sizes,
     item_sizes,
     needed_shape,
@@ -25,7 +27,7 @@ from jdpo.data.batching.packing_shapes import (
     PackedShape,
     choose_shapes,
 )
-from jdpo.types import TokenizedCompletion, TokenizedPair
+from jdpo.types import MaskedPair, TokenizedCompletion, TokenizedPair
 
 # --- sizes
 
@@ -40,6 +42,22 @@ def test_sizes_of_rows() -> None:
     assert sizes.num_sides == 2
     rows = [TokenizedCompletion(tokens(4), np.array([True, False, True, True]), "")]
     assert item_sizes(rows) == completion_sizes(np.array([4]), np.array([2]))
+
+
+def test_tokens_that_are_not_learnt_need_no_room_for_a_log_prob() -> None:
+    mask = np.array([True, False, False, True])
+    ids = np.zeros(4, np.int32)
+    sizes = item_sizes([MaskedPair(ids[:3], ids, ids[:2], mask, mask[:2], "")])
+    assert [array.tolist() for array in sizes[:3]] == [[9], [7], [3]]
+
+
+def test_the_shape_of_a_step_holds_its_fullest_row_and_its_longest_sequence() -> None:
+    # Rows 0 and 2 of two micro-batches of two rows: items of 9, 4 and 6 slots, the first alone.
+    sizes = ItemSizes(np.array([9, 4, 6]), np.array([8, 3, 5]), np.array([1, 2, 5]), num_sides=2)
+    shape = needed_shape(sizes, StepBins(2, np.array([0, 2, 2])), 2)
+    assert shape == PackedShape(num_micro=2, num_rows=2, num_items=2, num_slots=10, length=8, num_scored=7)
+    nothing_scored = sizes._replace(scored=np.zeros(3, int))
+    assert needed_shape(nothing_scored, StepBins(2, np.array([0, 2, 2])), 2).num_scored == 1
 
 
 # --- which items share a row

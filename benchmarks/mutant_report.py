@@ -66,7 +66,7 @@ class Records:
         self._path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
-def report(outcomes: Sequence[Outcome], *, seed: int, per_function: int, timeout: float) -> str:
+def report(outcomes: Sequence[Outcome], *, seed: int, per_function: int, cpu_seconds: float) -> str:
     """Renders the figures and the survivors as Markdown."""
     areas = dict.fromkeys(outcome.job.target.area for outcome in outcomes)
     rows = [(area, [outcome for outcome in outcomes if outcome.job.target.area == area]) for area in areas]
@@ -81,7 +81,7 @@ def report(outcomes: Sequence[Outcome], *, seed: int, per_function: int, timeout
             f"`python benchmarks/mutants.py --record`, {machine_line(('jax', 'pytest'))}; run on {'; '.join(places)}.",
             "",
             f"Seed {seed}, at most {per_function} per function; {sum(tested) / max(len(tested), 1):.0f} s per mutant. "
-            f"A mutant whose tests take more than {timeout:.0f} s has timed out and counts as killed.",
+            f"A mutant whose tests take more than {cpu_seconds:.0f} CPU seconds has timed out and counts as killed.",
             "",
             f"| area | functions | mutants | {' | '.join(VERDICTS)} |",
             "|---|" + "---:|" * (2 + len(VERDICTS)),

@@ -108,7 +108,7 @@ def test_outcomes_are_kept_from_run_to_run_and_reported(tmp_path: Path) -> None:
     records.keep(Outcome(jobs[0], "killed", 2.0))
     records.keep(Outcome(jobs[1], "survived", 4.0))
     records.keep(Outcome(jobs[2], "timed out", 6.0))
-    text = report(Records(path).outcomes(jobs), seed=3, per_function=4, timeout=5)
+    text = report(Records(path).outcomes(jobs), seed=3, per_function=4, cpu_seconds=5)
     assert "| masks | 1 | 4 | 1 | 1 | 1 | 0 | 1 |" in text
     assert "# jdpo/some.py: f (constant)\n- return 1\n+ return 1\n" in text
     assert "Seed 3, at most 4 per function; 4 s per mutant" in text

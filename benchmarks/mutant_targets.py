@@ -28,7 +28,18 @@ TARGETS = (
         "losses",
         "jdpo/losses/pairwise.py",
         (
-            *("per_token", "smoothed", "square", "robust", "hinge", "ipo", "ipo_sum", "sigmoid_norm", "exo_pair"),
+            *(
+                "LossInputs.margin",
+                "per_token",
+                "smoothed",
+                "square",
+                "robust",
+                "hinge",
+                "ipo",
+                "ipo_sum",
+                "sigmoid_norm",
+                "exo_pair",
+            ),
             *("nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "discopop"),
         ),
         ("tests/losses/test_formulas.py", "tests/losses/test_preference.py"),
@@ -36,7 +47,7 @@ TARGETS = (
     Target(
         "losses",
         "jdpo/losses/reference_free.py",
-        ("log1mexp", "simpo", "cpo", "orpo", "sft"),
+        ("log1mexp", "simpo", "simper", "cpo", "orpo", "sft"),
         ("tests/losses/test_reference_free.py",),
     ),
     Target(
@@ -181,6 +192,10 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "key_positions_ns=positions_nt, key_mask_ns=positions_nt <= lengths_n[:, None], window=window, "
         "softcap=softcap, scale=scale)",
     ): "Only padding queries are late enough to see the key after the last real one; what they return has no meaning.",
+    (
+        "_meaning",
+        "if isinstance(value, list | tuple):",
+    ): "Of the keys that are compared, only datasets has a list of mappings; other items are compared as they are.",
 }
 """(function, changed lines) -> why no test can tell the mutant from the original."""
 

@@ -408,6 +408,15 @@ def test_retention_never_deletes_the_last_whole_step_before_the_next_one_has_its
     manager.close()
 
 
+def test_one_save_that_was_cut_off_is_not_spoken_of_as_many(
+    manager: CheckpointManager, caplog: pytest.LogCaptureFixture
+) -> None:
+    (manager._folder / "3").mkdir(parents=True)
+    assert reopened(manager).newest_whole_step() is None
+    (message,) = logged(caplog)
+    assert message.startswith("removed 1 save that was cut off")
+
+
 def test_what_an_unfinished_save_left_is_cleared_away(manager: CheckpointManager) -> None:
     save(manager, 1)
     torso = manager._folder / "2.orbax-checkpoint-tmp-1"

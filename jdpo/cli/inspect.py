@@ -19,11 +19,7 @@ from jdpo.safe_text import terminal, terminal_lines
 
 
 def parser(*, complete: bool = False) -> Parser:
-    """Returns the parser of the command.
-
-    Args:
-      complete: whether its help lists the keys, too.
-    """
+    """Returns the parser of the command, whose help also lists the keys of a run if it is `complete`."""
     parser = Parser(
         "inspect",
         "[CONFIG.yaml] [--KEY VALUE | KEY=VALUE ...] [--rows N] ...",
@@ -35,59 +31,51 @@ def parser(*, complete: bool = False) -> Parser:
     )
     options = add_help(parser)
     add_config(parser, options)
-    options.add_argument(
-        "--rows",
-        type=_number_of_rows,
-        default=0,
-        metavar="N",
-        help="Show the first N rows that the run sees, token by token.",
-    )
+    rows = "Show the first N rows that the run sees, token by token."
+    options.add_argument("--rows", type=_number_of_rows, default=0, metavar="N", help=rows)
     options.add_argument("--ids", action="store_true", help="With --rows: show the id of each token, too.")
-    options.add_argument(
-        "--html", type=_page, metavar="FILE", help="Write the report to FILE as one self-contained page for a browser."
-    )
+    page = "Write the report to FILE as one self-contained page for a browser."
+    options.add_argument("--html", type=_page, metavar="FILE", help=page)
     options.add_argument("--json", action="store_true", help="Print the report as one JSON document.")
     options.add_argument("--strict", action="store_true", help="Exit with code 1 if the report contains a fault.")
-    options.add_argument(
-        "--task",
-        type=_task,
-        metavar="{dpo,sft}",
-        help="The command that would train. By default the config's keys decide, or else it is dpo.",
-    )
+    task = "The command that would train. By default the config's keys decide, or else it is dpo."
+    options.add_argument("--task", choices=list(CONFIGS), help=task)
     add_keys(parser, CONFIGS["dpo"], hidden=not complete)
     return parser
 
 
 def main(command: str, words: Sequence[str]) -> int:
-    """Parses, builds, calls.
+    """Runs the command.
 
     Returns:
-      0; with --strict 1 if there is a fault.
+      0; with --strict, 1 if there is a fault.
 
     Raises:
       ValueError: the command line, the config or the rows cannot be read.
     """
-    assert command == "inspect", command
     arguments = parser()
     line = parse(arguments, words)
     if line.help is not None:
-        arguments.epilog = f"{arguments.epilog}\n\n{_faults()}"
+        from jdpo.inspection.check_table import thresholds
+
+        faults = "\n".join(f"  {line}" for line in thresholds())
+        arguments.epilog = f"{arguments.epilog}\n\nFaults, for --strict:\n\n{faults}"
         print_help(command, arguments, CONFIGS["dpo"], line.help)
         return 0
     options = line.options
     if options.ids and not options.rows:
-        raise ValueError("--ids needs --rows N: it adds the ids of the tokens of the rows that are shown")
+        raise ValueError("--ids needs --rows N: it shows the ids of the tokens of these rows")
     task, chosen_by = choose_task(line)
-    # Not written, so it need not be given.
+    # output_dir is required but not written, so it need not be given.
     config = read_config(CONFIGS[task], line._replace(overrides=[*line.overrides, "output_dir=none"]))
     from jdpo.inspection.document import inspect_run
 
-    document = inspect_run(config, chosen_by=chosen_by, say=_say, num_rows=options.rows)
+    document = inspect_run(config, chosen_by=chosen_by, log=_log, num_rows=options.rows)
     if options.html is not None:
         from jdpo.inspection.html_page import write_page
 
         write_page(document, options.html)
-        _say(f"wrote {terminal(options.html)}")
+        _log(f"wrote {terminal(options.html)}")
     if options.json:
         print(json.dumps(document, allow_nan=False))
     else:
@@ -101,13 +89,7 @@ def main(command: str, words: Sequence[str]) -> int:
     return int(options.strict and any(one["severity"] == "fault" for one in document["findings"]))
 
 
-def _faults() -> str:
-    from jdpo.inspection.check_table import thresholds
-
-    return "Faults, for --strict:\n\n" + "\n".join(f"  {line}" for line in thresholds())
-
-
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(terminal_lines(text), file=sys.stderr, flush=True)
 
 
@@ -123,43 +105,29 @@ def _page(text: str) -> Path:
     return Path(text).expanduser()
 
 
-def _task(text: str) -> str:
-    if text not in CONFIGS:
-        raise argparse.ArgumentTypeError(f"expected dpo or sft, found {text!r}")
-    return text
-
-
 def choose_task(line: CommandLine) -> tuple[str, str]:
-    """Returns the command that would train, and how that was found out, in words.
+    """Returns the command that would train, and why it is that one, in words.
 
     Raises:
       ValueError: there are keys of both commands.
     """
     if line.options.task is not None:
-        return line.options.task, "as --task says"
-    return _task_of(_keys(line))
-
-
-def _task_of(keys: Sequence[str]) -> tuple[str, str]:
-    """Chooses the command by the keys that only one of the two has.
-
-    >>> _task_of(["datasets", "beta"])
-    ('dpo', 'beta is a key of `jdpo dpo` alone')
-    >>> _task_of(["datasets", "loss_on"])[0], _task_of(["datasets"])[0]
-    ('sft', 'dpo')
-    """
+        return line.options.task, "set by --task"
+    keys = _keys(line)
     of_dpo, of_sft = ({field.name for field in dataclasses.fields(CONFIGS[task])} for task in ("dpo", "sft"))
-    dpo_keys, sft_keys = ([key for key in keys if key in own] for own in (of_dpo - of_sft, of_sft - of_dpo))
-    if dpo_keys and sft_keys:
-        raise ValueError(
-            f"{dpo_keys[0]} is a key of `jdpo dpo` alone and {sft_keys[0]} of `jdpo sft` alone; leave one of them out"
-        )
-    for task, found in (("dpo", dpo_keys), ("sft", sft_keys)):
+    own = {
+        "dpo": [key for key in keys if key in of_dpo - of_sft],
+        "sft": [key for key in keys if key in of_sft - of_dpo],
+    }
+    if all(own.values()):
+        both = f"{own['dpo'][0]} is a key of `jdpo dpo` alone and {own['sft'][0]} of `jdpo sft` alone"
+        raise ValueError(f"{both}; leave out one of them")
+    for task, found in own.items():
         if found:
             return task, f"{found[0]} is a key of `jdpo {task}` alone"
     if "loss_on" in keys:  # both have it, but supervised runs set it far more often
-        return "sft", "loss_on without a key of `jdpo dpo` alone is taken for sft; --task dpo for the other"
-    return "dpo", "no key tells dpo from sft, so it is taken for dpo; --task sft for the other"
+        return "sft", "loss_on is set without a key of `jdpo dpo` alone; --task dpo selects the other command"
+    return "dpo", "the default, as no key decides; --task sft selects the other command"
 
 
 def _keys(line: CommandLine) -> list[str]:

@@ -5,13 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from jdpo.data.schemas.formats import NO_SHARED_TURN, STARTS_WITH_ANSWER, TIED
-from jdpo.data.tokens.boundaries import PLAIN_TEXT, WOULD_MERGE
-from jdpo.data.tokens.prompt_end import PROMPT_REBUILT, PROMPT_SHORTENED, STARTS_IN_PROMPT
-from jdpo.data.tokens.row_notes import ANSWER_CHANGED, TOOLS_UNUSED, TURN_CHANGED
-from jdpo.data.tokens.tokenize import PROMPT_CUT
-from jdpo.data.tokens.turns import NOT_LEARNT
-from jdpo.data.tokens.unwritten import UNWRITTEN
+from jdpo.data.schemas import formats
+from jdpo.data.tokens import boundaries, prompt_end, row_notes, tokenize, turns, unwritten
 from jdpo.inspection.check_table import CHECKS, OTHERS
 from jdpo.inspection.row_statistics import Json, wilson
 from jdpo.models.weights.embedding_rows import MOST_NAMED
@@ -27,15 +22,15 @@ BIASED, STRONGLY_BIASED = 0.6, 0.4
 """A share of longer chosen sides outside this range is a warning: length alone then gains some points of accuracy."""
 
 _NOTES = {
-    "answer_starts_in_prompt": STARTS_IN_PROMPT,
-    "prompt_rebuilt": PROMPT_REBUILT,
-    "prompt_shortened": PROMPT_SHORTENED,
-    "plain_text": PLAIN_TEXT,
-    "answer_changed": ANSWER_CHANGED,
-    "turn_changed": TURN_CHANGED,
-    "tools_unused": TOOLS_UNUSED,
-    "would_merge": WOULD_MERGE,
-    "prompt_cut": PROMPT_CUT,
+    "answer_starts_in_prompt": prompt_end.STARTS_IN_PROMPT,
+    "prompt_rebuilt": prompt_end.PROMPT_REBUILT,
+    "prompt_shortened": prompt_end.PROMPT_SHORTENED,
+    "plain_text": boundaries.PLAIN_TEXT,
+    "answer_changed": row_notes.ANSWER_CHANGED,
+    "turn_changed": row_notes.TURN_CHANGED,
+    "tools_unused": row_notes.TOOLS_UNUSED,
+    "would_merge": boundaries.WOULD_MERGE,
+    "prompt_cut": tokenize.PROMPT_CUT,
 }
 """Name of a check -> the note under which tokenization counts its rows."""
 
@@ -59,11 +54,11 @@ def _finding(severity: str, name: str, summary: str, effect: str, remedy: str, *
     return {**finding, "rows": None, "share": None, "first": None, **rows}
 
 
-def _other(severity: str, name: str, words: str = "", *, rows: Json | None = None, **values: Any) -> Json:
-    """Returns a finding that is not about a share of rows, in the words of OTHERS."""
-    _, *texts = OTHERS[words or name]
-    what, effect, remedy = (text.format(**values) for text in texts)
-    return _finding(severity, name, what, effect, remedy, **(rows or {}))
+def _other(severity: str, name: str, texts: Mapping[str, str], *, words: str = "", **rows: Any) -> Json:
+    """Returns a finding that is not about a share of rows, in the words of OTHERS, which `texts` completes."""
+    _, *sentences = OTHERS[words or name]
+    what, effect, remedy = (sentence.format(**texts) for sentence in sentences)
+    return _finding(severity, name, what, effect, remedy, **rows)
 
 
 def _checked(name: str, count: Mapping[str, Any], of: int, where: str = "") -> Iterator[Json]:
@@ -95,16 +90,16 @@ def _model_findings(model: Json) -> Iterator[Json]:
         return
     own_tokens = model["tokenizer_size"] - len(model["added_tokens"])
     if own_tokens > model["vocab_size"]:
-        vocab_size = f"{model['vocab_size']:,}"
-        yield _other("fault", "model", "tokenizer_too_large", tokens=f"{own_tokens:,}", vocab_size=vocab_size)
+        sizes = {"tokens": f"{own_tokens:,}", "vocab_size": f"{model['vocab_size']:,}"}
+        yield _other("fault", "model", sizes, words="tokenizer_too_large")
     for warning in model["warnings"]:
-        yield _other("warning", "tokenizer", warning=warning)
+        yield _other("warning", "tokenizer", {"warning": warning})
     if found := model["untrained_tokens"]:
         named = [f"{terminal(one['token'])} (id {one['id']}, in {figure(one['rows'], 'row')})" for one in found]
         more = f" and {len(found) - MOST_NAMED:,} more" if len(found) > MOST_NAMED else ""
         severity, words = ("note", "started_tokens") if model["starts_untrained_tokens"] else ("fault", "")
-        rows = {"rows": max(one["rows"] for one in found), "first": found[0]["first"]}
-        yield _other(severity, "untrained_tokens", words, rows=rows, tokens=", ".join(named[:MOST_NAMED]) + more)
+        texts, most = {"tokens": ", ".join(named[:MOST_NAMED]) + more}, max(one["rows"] for one in found)
+        yield _other(severity, "untrained_tokens", texts, words=words, rows=most, first=found[0]["first"])
 
 
 def _part_findings(part: Json, where: str) -> Iterator[Json]:
@@ -123,7 +118,7 @@ def _part_findings(part: Json, where: str) -> Iterator[Json]:
     for name, note in _NOTES.items():
         if note in notes:
             yield from _checked(name, notes[note], kept, where)
-    for kind, note in UNWRITTEN.items():
+    for kind, note in unwritten.UNWRITTEN.items():
         if note in notes:
             yield from _checked("content_unwritten", notes[note], kept, f" ({kind}){where}")
 
@@ -131,13 +126,13 @@ def _part_findings(part: Json, where: str) -> Iterator[Json]:
 def _dropped_findings(part: Json, notes: Mapping[str, Json], where: str) -> Iterator[Json]:
     all_rows, none = part["rows_kept"] + part["rows_dropped"], {"rows": 0, "first": None}
     dropped = {one["reason"]: one for one in part["dropped"]}
-    tied = dropped.get(TIED, none)
-    first = next((f"{reason}: {one['first']}" for reason, one in dropped.items() if reason != TIED), None)
+    tied = dropped.get(formats.TIED, none)
+    first = next((f"{reason}: {one['first']}" for reason, one in dropped.items() if reason != formats.TIED), None)
     # Ties are counted by themselves: they are usual, and no sign that rows are lost.
     yield from _checked("dropped", {"rows": part["rows_dropped"] - tied["rows"], "first": first}, all_rows, where)
     yield from _checked("ties", tied, all_rows, where)
-    yield from _checked("shown_only", dropped.get(NOT_LEARNT, none), all_rows, where)
-    lost, unprompted = dropped.get(NO_SHARED_TURN, none), notes.get(STARTS_WITH_ANSWER, none)
+    yield from _checked("shown_only", dropped.get(turns.NOT_LEARNT, none), all_rows, where)
+    lost, unprompted = dropped.get(formats.NO_SHARED_TURN, none), notes.get(formats.STARTS_WITH_ANSWER, none)
     both = {"rows": lost["rows"] + unprompted["rows"], "first": lost["first"] or unprompted["first"]}
     yield from _checked("no_prompt", both, all_rows, where)
 
@@ -146,20 +141,16 @@ def _length_findings(bias: Json | None) -> Iterator[Json]:
     if bias is None or bias["p_value"] is None or bias["p_value"] >= 0.01:
         return
     share, way = bias["share_longer"], "longer" if bias["share_longer"] > 0.5 else "shorter"
-    yield _other(
-        "warning" if share > BIASED or share < STRONGLY_BIASED else "note",
-        "length_bias",
-        way=way,
-        share=percent(max(share, 1 - share)),
-        difference=f"{abs(bias['mean_difference']):.1f}",
-        accuracy=f"{bias[f'{way}_accuracy']:.2f}",
-    )
+    severity = "warning" if share > BIASED or share < STRONGLY_BIASED else "note"
+    texts = {"share": percent(max(share, 1 - share)), "difference": f"{abs(bias['mean_difference']):.1f}"}
+    texts |= {"way": way, "accuracy": f"{bias[f'{way}_accuracy']:.2f}"}
+    yield _other(severity, "length_bias", texts)
 
 
 def _eval_findings(held_out: Json | None) -> Iterator[Json]:
     if held_out is None:
-        yield _other("note", "no_evaluation")
+        yield _other("note", "no_evaluation", {})
     elif held_out["rows_kept"] < FEW_EVAL_ROWS:
         rows = held_out["rows_kept"]
         low, high = (f"{bound:.2f}" for bound in wilson(round(rows * 0.6), rows))
-        yield _other("note", "few_evaluation_rows", count=f"{rows:,}", low=low, high=high)
+        yield _other("note", "few_evaluation_rows", {"count": f"{rows:,}", "low": low, "high": high})

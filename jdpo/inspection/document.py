@@ -31,13 +31,11 @@ from jdpo.models.weights.hub_models import has_weights
 from jdpo.reports.progress import RowCounter
 from jdpo.safe_text import terminal_lines
 from jdpo.training.setup.model_sources import Sources, check_positions, find_sources
-from jdpo.training.setup.row_order import Say, num_steps_of, plan_rows, preparation_of, sides_of
+from jdpo.training.setup.row_order import num_steps_of, plan_rows, preparation_of, sides_of
 from jdpo.training.setup.untrained import find_untrained, refuse_added_tokens
 
 DOCUMENT_VERSION = 1
 """Raise this when a key changes its meaning or is removed."""
-
-SETTINGS = ("max_length", "max_prompt_length", "global_batch_size", "packing", "seed")
 
 MOST_STEPS = 2000
 """The cost of padding and packing is counted over at most this many steps of the first epoch."""
@@ -46,7 +44,7 @@ TOKENS_PER_DEVICE = 16384
 """The length of a packed row in the prediction if the config does not set max_tokens_per_device."""
 
 
-def inspect_run(config: TrainConfig, *, chosen_by: str, say: Say, num_rows: int = 0) -> Json:
+def inspect_run(config: TrainConfig, *, chosen_by: str, log: Callable[[str], None], num_rows: int = 0) -> Json:
     """Prepares the rows of a run, through the same cache as training, and returns the whole report on them.
 
     Reads the tokenizer, config.json and, if present, the embedding of the model; uses no accelerator and does not write
@@ -54,7 +52,7 @@ def inspect_run(config: TrainConfig, *, chosen_by: str, say: Say, num_rows: int 
 
     Args:
       chosen_by: why the config is that of `jdpo dpo` or `jdpo sft`, in words.
-      say: receives progress messages.
+      log: receives progress messages.
       num_rows: number of rows to show token by token, in the order of the steps.
 
     Raises:
@@ -68,18 +66,19 @@ def inspect_run(config: TrainConfig, *, chosen_by: str, say: Say, num_rows: int 
     read = preparation_of(config, pairs=pairs)
     measure = partial(row_facts, tokenizer=tokenizer, max_length=config.max_length)
     training, evaluation = sides_of(config)
-    data = read(training[0], tokenizer, part=training[1], progress=RowCounter(say))
-    texts = [_text_facts(config, dataset, tokenizer, say) for dataset in training[0]]
+    data = read(training[0], tokenizer, part=training[1], progress=RowCounter(log))
+    texts = [_text_facts(config, dataset, tokenizer, log) for dataset in training[0]]
     facts, model = measure(data), _model(config, sources, tokenizer, data)
     plan = plan_rows(config, data, lambda line: None, global_batch_size=config.global_batch_size, seed=config.seed)
     order = itertools.chain.from_iterable(plan.step(step).tolist() for step in range(plan.steps_per_epoch))
+    names = ("max_length", "max_prompt_length", "global_batch_size", "packing", "seed")
+    settings = {name: getattr(config, name) for name in names}
     document: Json = {
         "jdpo": __version__,
         "version": DOCUMENT_VERSION,
         "command": "dpo" if pairs else "sft",
         "command_chosen_by": chosen_by,
-        "config": {"model_name_or_path": without_queries(config.model_name_or_path)}
-        | {name: getattr(config, name) for name in SETTINGS},
+        "config": {"model_name_or_path": without_queries(config.model_name_or_path), **settings},
         "model": model,
         "train": part_report(data, facts, texts, model["max_positions"]),
         "eval": None,
@@ -88,9 +87,9 @@ def inspect_run(config: TrainConfig, *, chosen_by: str, say: Say, num_rows: int 
         "rows": [view_row(data[index], index, tokenizer) for index in itertools.islice(order, num_rows)],
     }
     if evaluation is not None:
-        held_out = read(evaluation[0], tokenizer, part=evaluation[1], progress=RowCounter(say))
+        held_out = read(evaluation[0], tokenizer, part=evaluation[1], progress=RowCounter(log))
         # With eval_fraction both parts come from the same files, whose texts are checked once.
-        texts = [_text_facts(config, one, tokenizer, say) for one in evaluation[0] if not config.eval_fraction]
+        texts = [_text_facts(config, one, tokenizer, log) for one in evaluation[0] if not config.eval_fraction]
         document["eval"] = part_report(held_out, measure(held_out), texts, model["max_positions"])
         document["leakage"] = _leakage(data, held_out)
     document["findings"] = findings_of(document)
@@ -98,7 +97,9 @@ def inspect_run(config: TrainConfig, *, chosen_by: str, say: Say, num_rows: int 
     return clean
 
 
-def _text_facts(config: TrainConfig, dataset: DatasetConfig, tokenizer: Tokenizer, say: Say) -> TextFacts:
+def _text_facts(
+    config: TrainConfig, dataset: DatasetConfig, tokenizer: Tokenizer, log: Callable[[str], None]
+) -> TextFacts:
     supervised = not isinstance(config, PreferenceSettings)
     read: Callable[..., Sequence[object]] = formats.completion_rows if supervised else formats.preference_rows
     every_turn = not supervised and config.loss_on == "assistant_turns"
@@ -108,7 +109,7 @@ def _text_facts(config: TrainConfig, dataset: DatasetConfig, tokenizer: Tokenize
         partial(read, reading=reading),  # type: ignore[arg-type]
         partial(formats.schema_name, reading=reading, supervised=supervised),
         tokenizer.special_text,
-        RowCounter(say, doing="looking at texts"),
+        RowCounter(log, doing="looking at texts"),
     )
 
 

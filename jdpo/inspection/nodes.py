@@ -16,7 +16,6 @@ class Data:
 
 Words = str | Data | tuple[str | Data, ...]
 Lines = Sequence[tuple[str, Words]]
-"""Labelled lines."""
 
 
 class Heading(NamedTuple):

@@ -34,26 +34,27 @@ def part_report(data: PreparedData, facts: RowFacts, texts: Sequence[TextFacts],
     """
     sequence = data.lengths.astype(np.int64)
     prompt_tokens, sequence_tokens = int(facts.prompt.sum()), int(facts.sequence_tokens.sum())
-    found = repeats(data.prompt_keys, [side.key for side in facts.sides.values()])
+    any_cut = np.any(list(facts.cut.values()), axis=0)
+    found = repeats(data.prompt_keys, list(facts.key.values()))
     edges = {name: (data.counts.get(fault, 0), data.examples.get(fault)) for name, fault in EDGES.items()}
     return {
         "digest": data.digest,
         **_counts(data.counts, data.examples),
-        "data_sets": [_dataset(data, number, facts, texts) for number in range(len(data.names))],
+        "data_sets": [_dataset(data, number, facts, texts) for number in range(len(data.names))],  # plain: as it is
         "tokens": {
             "prompt": prompt_tokens,
             "sequences": sequence_tokens,
-            "prompt_share": len(facts.sides) * prompt_tokens / sequence_tokens,
+            "prompt_share": len(facts.length) * prompt_tokens / sequence_tokens,
             "longest": int(np.max(sequence)),
             "longest_row": data[int(np.argmax(sequence))].origin,
         },
         "lengths": _lengths(facts, sequence),
-        "answer_cut": rows_where(facts.any_cut, data),
-        "cut": {name: rows_where(side.cut, data) for name, side in facts.sides.items()},
+        "answer_cut": rows_where(any_cut, data),
+        "cut": {name: rows_where(cut, data) for name, cut in facts.cut.items()},
         "edges": {name: _count(rows, len(data), first) for name, (rows, first) in edges.items()},
         "too_long_for_model": rows_where(sequence > (max_positions or np.inf), data),
         "repeats": {name: rows_where(mask, data) for name, mask in found.items()},
-        "length_bias": _length_bias(data, facts),
+        "length_bias": _length_bias(data, facts, any_cut),
         "margins": _margins(data),
         "text": _marks(texts),
     }
@@ -99,20 +100,17 @@ def rows_where(mask: np.ndarray, data: PreparedData) -> Json:
 
 def _lengths(facts: RowFacts, sequence: np.ndarray) -> Json:
     # Chosen and rejected share the edges of their bars, so that they can be compared.
-    sides = {name: side.length for name, side in facts.sides.items()}
-    both = np.concatenate(list(sides.values()))
+    both = np.concatenate(list(facts.length.values()))
     edges = nice_edges(int(both.min()), int(both.max()), whole=True)
-    answers = {name: distribution(length, edges) for name, length in sides.items()}
+    answers = {name: distribution(length, edges) for name, length in facts.length.items()}
     return {"prompt": distribution(facts.prompt), **answers, "sequence": distribution(sequence)}
 
 
-def _length_bias(data: PreparedData, facts: RowFacts) -> Json | None:
-    if len(facts.sides) < 2:
+def _length_bias(data: PreparedData, facts: RowFacts, any_cut: np.ndarray) -> Json | None:
+    if len(facts.length) < 2:
         return None
-    return length_bias(facts.sides["chosen"].length, facts.sides["rejected"].length) | {
-        "pairs_with_a_cut_side": int(facts.any_cut.sum()),
-        "pairs_of_ranked_rows": data.counts.get(RANKED_PAIRS, 0),
-    }
+    more = {"pairs_with_a_cut_side": int(any_cut.sum()), "pairs_of_ranked_rows": data.counts.get(RANKED_PAIRS, 0)}
+    return length_bias(facts.length["chosen"], facts.length["rejected"]) | more
 
 
 def _margins(data: PreparedData) -> Json | None:

@@ -36,60 +36,45 @@ TAIL = 4
 """An answer's end token is among its last TAIL tokens: templates write a newline or a second marker after it."""
 
 
-class SideFacts(NamedTuple):
-    """One side of all rows; arrays [rows].
-
-    Attributes:
-      length: int64, number of tokens; of a supervised row, of the learnt ones.
-      key: uint64, a hash of these tokens.
-      cut: bool, max_length cut its end: the sequence is that long and no end token closes it.
-    """
-
-    length: np.ndarray
-    key: np.ndarray
-    cut: np.ndarray
-
-
 class RowFacts(NamedTuple):
-    """All rows; arrays [rows].
+    """Measures of all rows; arrays [rows], by side ("chosen" and "rejected", or "completion") if in a dict.
 
     Attributes:
       prompt: int64, tokens of the prompt; of a supervised row, the tokens that are not learnt.
-      sides: "chosen" and "rejected", or "completion".
+      length: int64, tokens of the side; of a supervised row, the learnt ones.
+      key: uint64, a hash of these tokens.
+      cut: bool, max_length cut the side's end: the sequence is that long and no end token closes it.
     """
 
     prompt: np.ndarray
-    sides: dict[str, SideFacts]
+    length: dict[str, np.ndarray]
+    key: dict[str, np.ndarray]
+    cut: dict[str, np.ndarray]
 
     @property
     def sequence_tokens(self) -> np.ndarray:
         """Real tokens of all sequences of each row: 2P + C + R for a pair."""
-        total: np.ndarray = sum((side.length for side in self.sides.values()), self.prompt * len(self.sides))
+        total: np.ndarray = sum(self.length.values(), self.prompt * len(self.length))
         return total
-
-    @property
-    def any_cut(self) -> np.ndarray:
-        """Rows with an answer whose end was cut."""
-        cut: np.ndarray = np.any([side.cut for side in self.sides.values()], axis=0)
-        return cut
 
 
 def row_facts(data: PreparedData, tokenizer: Tokenizer, *, max_length: int) -> RowFacts:
     """Measures every row; sequences were tokenized by `tokenizer` and cut at `max_length`."""
     end_ids = set(tokenizer.end_token_ids)
     names = ("completion",) if isinstance(data[0], TokenizedCompletion) else ("chosen", "rejected")
-    prompt = np.zeros(len(data), np.int64)
-    sides = {name: SideFacts(*(np.zeros(len(data), kind) for kind in (np.int64, np.uint64, bool))) for name in names}
+    length, key, cut = ({name: np.zeros(len(data), kind) for name in names} for kind in (np.int64, np.uint64, bool))
+    facts = RowFacts(np.zeros(len(data), np.int64), length, key, cut)
     for index in range(len(data)):
         row = data[index]
-        parts = [row.tokens[row.completion_mask]] if len(names) == 1 else [row.chosen_ids, row.rejected_ids]
-        prompt[index] = len(row.tokens) - len(parts[0]) if len(names) == 1 else len(row.prompt_ids)
-        for side, ids in zip(sides.values(), parts, strict=True):
+        sides = [row.tokens[row.completion_mask]] if len(names) == 1 else [row.chosen_ids, row.rejected_ids]
+        prompt = len(row.tokens) - len(sides[0]) if len(names) == 1 else len(row.prompt_ids)
+        facts.prompt[index] = prompt
+        for name, ids in zip(names, sides, strict=True):
             digest = hashlib.blake2b(np.ascontiguousarray(ids, np.int32).tobytes(), digest_size=8).digest()
+            length[name][index], key[name][index] = len(ids), int.from_bytes(digest, "little")
             # A sequence of max_length tokens may also have ended by itself.
-            cut = prompt[index] + len(ids) >= max_length and end_ids.isdisjoint(ids[-TAIL:].tolist())
-            side.length[index], side.key[index], side.cut[index] = len(ids), int.from_bytes(digest, "little"), cut
-    return RowFacts(prompt, sides)
+            cut[name][index] = prompt + len(ids) >= max_length and end_ids.isdisjoint(ids[-TAIL:].tolist())
+    return facts
 
 
 def distribution(values: np.ndarray, edges: np.ndarray | None = None) -> Json | None:
@@ -137,7 +122,7 @@ def nice_edges(low: float, high: float, *, whole: bool) -> np.ndarray:
 
 
 def length_bias(chosen: np.ndarray, rejected: np.ndarray) -> Json:
-    """Tests whether the chosen side is longer more often than chance would make it.
+    """Tests whether the chosen side is longer more often than by chance.
 
     Args:
       chosen, rejected: int [pairs], lengths of the two sides; at least one pair.

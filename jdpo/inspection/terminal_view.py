@@ -22,17 +22,13 @@ BAR_STYLES = {"chosen": "green", "rejected": "red"}
 NAME_STYLES = {"prompt": "dim", "not learnt": "dim", "learnt": "green", **BAR_STYLES}
 SPECIAL_STYLE = "bold magenta"
 BOUNDARY = "│"
-"""Separates tokens if there is no colour to tell them apart."""
+"""Separates tokens if there is no colour to do so."""
 
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
 def print_document(document: Json, console: Console, *, with_ids: bool = False) -> None:
-    """Prints the report of a document of `jdpo.inspection.document`.
-
-    Args:
-      with_ids: print the id of each token after it.
-    """
+    """Prints the report of a document of `jdpo.inspection.document`; with_ids prints each token's id after it."""
     console.width = min(console.width, MOST_WIDTH)
     report = report_of(document)
     console.print(_text(report.title, "bold"))
@@ -108,14 +104,13 @@ def _token_lines(pieces: Sequence[Json], console: Console, style: str, with_ids:
 
     With colour, every other token is underlined; without, a sign separates tokens.
     """
-    coloured, room = console.color_system is not None, max(console.width - 4, 20)
+    coloured, width = console.color_system is not None, max(console.width - 4, 20)
     boundary = "" if coloured else BOUNDARY
     line, used = Text("    "), 0
     for number, piece in enumerate(pieces):
         ids = f"[{','.join(map(str, piece['ids']))}]" if with_ids else ""
-        for part_number, part in enumerate(_broken(piece["text"], room)):
-            width = cell_len(part + ids + boundary)
-            if part_number or used + width > room:
+        for part_number, part in enumerate(_broken(piece["text"], width)):
+            if part_number or used + cell_len(part + ids + boundary) > width:
                 yield line
                 line, used = Text("    "), 0
             shown = SPECIAL_STYLE if piece["special"] else style + (" underline" if number % 2 else "")
@@ -131,7 +126,7 @@ def _token_lines(pieces: Sequence[Json], console: Console, style: str, with_ids:
         yield line
 
 
-def _broken(text: str, room: int) -> list[str]:
+def _broken(text: str, width: int) -> list[str]:
     """Splits a token's text into lines, and a token that is longer than a line into pieces."""
     lines = text.removesuffix("\n").split("\n")
-    return [line[start : start + room // 2] for line in lines for start in range(0, len(line) or 1, room // 2)]
+    return [line[start : start + width // 2] for line in lines for start in range(0, len(line) or 1, width // 2)]

@@ -32,8 +32,8 @@ def visible(text: str) -> str:
 def one_line(text: str) -> str:
     r"""Writes out every character that cannot be seen, on a single line; single spaces stay.
 
-    >>> one_line("say  it\n\u200bnow")
-    'say··it⏎⟨U+200B⟩now'
+    >>> one_line("write  it\n\u200bnow")
+    'write··it⏎⟨U+200B⟩now'
     """
     seen = "".join(" " if character == " " else _visible_character(character) for character in text)
     return seen.replace("\n", "").replace("  ", SPACE * 2)

@@ -43,14 +43,11 @@ def _facts(document: Json) -> Iterator[tuple[str, Words]]:
         yield "note", Data(note)
 
 
-# --- training rows or evaluation rows
-
-
 def _part(anchor: str, title: str, part: Json, more: Iterable[Node] = ()) -> Section:
     kept, read = part["rows_kept"], part["rows_read"]
     # Ranked answers and conversations give several rows each.
     made = f"{kept:,} of {read:,} kept" if kept <= read else f"{kept:,} made of {read:,} read"
-    found: list[Node] = [_datasets(part["data_sets"])]
+    found: list[Node] = [_datasets(part["data_sets"])]  # plain: as it is
     for heading, key, entries in (("Not trained on", "reason", part["dropped"]), ("Noted", "note", part["notes"])):
         found += _counted(heading, [(one[key], one, Data(one["first"] or "")) for one in entries])
     found += _lengths(part)
@@ -185,9 +182,6 @@ def _bias_sentences(bias: Json) -> Iterator[str]:
         yield f"{figure(bias['pairs_with_a_cut_side'], 'pair')} have a side cut at max_length, which evens lengths out."
 
 
-# --- the run
-
-
 def _steps(document: Json) -> Iterator[str]:
     steps, costs = document["steps"], document["steps"]["costs"]
     rows = figure(steps["rows_per_step"], "pair" if document["command"] == "dpo" else "row")
@@ -202,9 +196,9 @@ def _steps(document: Json) -> Iterator[str]:
         f"{percent(costs['padded_padding'])} of them are padding."
     )
     examples, slots = costs["rows_per_device"], costs["tokens_per_device"]
-    room = figure(examples, "example") if slots is None else f"{slots:,} slots"
+    capacity = figure(examples, "example") if slots is None else f"{slots:,} slots"
     yield (
-        f"Packed rows (one row of up to {room} on each of {figure(costs['devices'], 'device')}) take "
+        f"Packed rows (one row of up to {capacity} on each of {figure(costs['devices'], 'device')}) take "
         f"{costs['packed_slots']:,} slots, of which {percent(costs['packed_padding'])} are empty."
     )
     factors = f"{costs['fewer_by_packing']:.2f} from leaving out padding"

@@ -70,7 +70,7 @@ def inspect(toy_model: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
         if held_out is not None:
             words["eval_datasets"] = written(tmp_path / "eval.jsonl", held_out)
         config = load_config(SFTConfig if sft else DPOConfig, None, [f"{key}={value}" for key, value in words.items()])
-        return inspect_run(config, chosen_by="the test says so", say=print, num_rows=num_rows)
+        return inspect_run(config, chosen_by="the test says so", log=print, num_rows=num_rows)
 
     return run
 

@@ -170,32 +170,33 @@ def test_facts_of_rows_are_those_of_their_tokens(tmp_path: Path, toy_model: Path
     rows = [{"prompt": user(p), "chosen": said(c), "rejected": said(r)} for p, c, r in turns]
     data = prepared(tmp_path, tokenizer, rows, max_length=30)
     facts = row_facts(data, tokenizer, max_length=30)
-    chosen, rejected = facts.sides["chosen"], facts.sides["rejected"]
+    chosen, rejected = facts.length["chosen"], facts.length["rejected"]
+    cut = facts.cut
     for index in range(len(data)):
         row = data[index]
         assert facts.prompt[index] == len(row.prompt_ids)
-        assert (chosen.length[index], rejected.length[index]) == (len(row.chosen_ids), len(row.rejected_ids))
-        assert rejected.cut[index] == (tokenizer.eos_token_id not in row.rejected_ids)
-    assert (chosen.cut | rejected.cut).sum() == data.counts[COMPLETION_CUT] == 8
+        assert (chosen[index], rejected[index]) == (len(row.chosen_ids), len(row.rejected_ids))
+        assert cut["rejected"][index] == (tokenizer.eos_token_id not in row.rejected_ids)
+    assert (cut["chosen"] | cut["rejected"]).sum() == data.counts[COMPLETION_CUT] == 8
     # Of one side the cut took the line feed alone that the template writes behind the end token.
-    whole_but_full = ~chosen.cut & (facts.prompt + chosen.length == 30)
-    assert (chosen.length[whole_but_full] == [6, 5]).all()
+    whole_but_full = ~cut["chosen"] & (facts.prompt + chosen == 30)
+    assert (chosen[whole_but_full] == [6, 5]).all()
     assert END_INSIDE not in data.counts
-    whole = chosen.key[chosen.length == 6]
+    whole = facts.key["chosen"][chosen == 6]
     assert len(whole) == 6
     assert len(set(whole.tolist())) == 1  # the same answer every time
-    assert len(set(chosen.key.tolist())) == 6  # with the five that were cut to different lengths
-    assert facts.sequence_tokens.tolist() == (2 * facts.prompt + chosen.length + rejected.length).tolist()
+    assert len(set(facts.key["chosen"].tolist())) == 6  # with the five that were cut to different lengths
+    assert facts.sequence_tokens.tolist() == (2 * facts.prompt + chosen + rejected).tolist()
 
 
 def test_supervised_rows_have_what_is_learnt_and_what_is_not(tmp_path: Path, toy_model: Path) -> None:
     tokenizer = load_tokenizer(toy_model, chat_template=None)
     data = prepared(tmp_path, tokenizer, [{"prompt": user("river"), "completion": said("stone")}], max_length=64)
     facts = row_facts(data, tokenizer, max_length=64)
-    (completion,) = facts.sides.values()
-    assert completion.length.tolist() == [int(data[0].completion_mask.sum())]
+    assert list(facts.length) == ["completion"]
+    assert facts.length["completion"].tolist() == [int(data[0].completion_mask.sum())]
     assert facts.sequence_tokens.tolist() == [len(data[0].tokens)]
-    assert not completion.cut.any()
+    assert not facts.cut["completion"].any()
 
 
 # --- raw text

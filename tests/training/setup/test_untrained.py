@@ -173,7 +173,7 @@ def test_inspect_names_them_as_a_fault_and_as_a_note_where_they_are_started(
 
     def found(model: Path, **overrides: Any) -> dict[str, Any]:
         config = load_config(DPOConfig, None, run_words(model_name_or_path=model, **overrides))
-        return inspect_run(config, chosen_by="", say=lambda line: None)
+        return inspect_run(config, chosen_by="", log=lambda line: None)
 
     def severities(document: dict[str, Any]) -> list[str]:
         return [one["severity"] for one in document["findings"] if one["name"] == "untrained_tokens"]

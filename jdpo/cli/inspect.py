@@ -106,25 +106,15 @@ def _page(text: str) -> Path:
 
 
 def choose_task(line: CommandLine) -> tuple[str, str]:
-    """Returns the command that would train, and why it is that one, in words.
-
-    Raises:
-      ValueError: there are keys of both commands.
-    """
+    """Returns the command that would train, and why it is that one, in words."""
     if line.options.task is not None:
         return line.options.task, "set by --task"
     keys = _keys(line)
     of_dpo, of_sft = ({field.name for field in dataclasses.fields(CONFIGS[task])} for task in ("dpo", "sft"))
-    own = {
-        "dpo": [key for key in keys if key in of_dpo - of_sft],
-        "sft": [key for key in keys if key in of_sft - of_dpo],
-    }
-    if all(own.values()):
-        both = f"{own['dpo'][0]} is a key of `jdpo dpo` alone and {own['sft'][0]} of `jdpo sft` alone"
-        raise ValueError(f"{both}; leave out one of them")
-    for task, found in own.items():
-        if found:
-            return task, f"{found[0]} is a key of `jdpo {task}` alone"
+    assert of_sft <= of_dpo, "a key of `jdpo sft` alone would decide, too"
+    for key in keys:
+        if key in of_dpo - of_sft:
+            return "dpo", f"{key} is a key of `jdpo dpo` alone"
     if "loss_on" in keys:  # both have it, but supervised runs set it far more often
         return "sft", "loss_on is set without a key of `jdpo dpo` alone; --task dpo selects the other command"
     return "dpo", "the default, as no key decides; --task sft selects the other command"

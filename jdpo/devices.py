@@ -1,4 +1,4 @@
-"""Which kinds of devices JAX looks for."""
+"""The kinds of devices that JAX looks for."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import jax
 import jax.extend.backend
 
 _VENDOR = "0x1ae0"
-"""Google's number among makers of PCI devices."""
+"""Google's vendor id of PCI devices."""
 
 _ASKED_FOR = ("JAX_FORCE_TPU_INIT", "TPU_LIBRARY_PATH", "TPU_NAME", "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")
-"""Variables of the environment that only somebody sets who has a TPU, here or elsewhere."""
+"""Environment variables that are set only by users of a TPU, on this machine or a remote one."""
 
 
 def leave_out_missing_tpus() -> None:
-    """Keeps JAX from loading libtpu where the machine has no TPU, as it would fill the terminal with warnings.
+    """Keeps JAX from loading libtpu on a machine without a TPU, where it would fill the terminal with warnings.
 
-    Call it before anything touches a device. Where a TPU is there or is asked for (`JAX_PLATFORMS=tpu`), nothing
-    changes, and what libtpu has to say is seen.
+    Call it before anything touches a device. If there is a TPU, or one is requested (`JAX_PLATFORMS=tpu`), nothing
+    changes, and the messages of libtpu are shown.
     """
     if not may_have_tpu(os.environ, Path("/"), asked=jax.config.jax_platforms):
 
@@ -31,7 +31,7 @@ def leave_out_missing_tpus() -> None:
 
         try:
             jax.extend.backend.register_backend_factory("tpu", missing, priority=300, fail_quietly=True)
-        except RuntimeError:  # JAX has a TPU already
+        except RuntimeError:  # JAX has already found a TPU
             return
 
 
@@ -39,9 +39,9 @@ def may_have_tpu(environment: Mapping[str, str], root: Path, *, asked: str | Non
     """Returns whether JAX should look for a TPU.
 
     Args:
-      environment: variables of this process.
-      root: where `/sys` and `/dev` are.
-      asked: the platforms that JAX was told to use, None where it may choose.
+      environment: the environment variables.
+      root: the folder that contains `sys` and `dev`.
+      asked: the platforms that JAX was told to use; None: it may choose.
     """
     if asked or any(environment.get(name) for name in _ASKED_FOR):
         return True

@@ -1,9 +1,9 @@
-r"""Text that jdpo did not write, made safe to show in a terminal, on a page, and in Markdown.
+r"""Escaping of foreign text, so that it is safe to show in a terminal, on an HTML page and in Markdown.
 
-Names of files, tensors and datasets, messages of chat templates, and whatever else comes with a model or a dataset may
-hold escape codes of terminals, line feeds that fake a line of their own, direction overrides that show a name
-backwards, or markup. Here such characters are written out (`\x1b`, `\n`, `\u202e`); letters of every script, emoji and
-what joins them stay as they are.
+Names of files, tensors and datasets, messages of chat templates, and other text that comes with a model or a dataset
+may contain escape codes of terminals, line feeds that fake a separate line, direction overrides that show a name
+backwards, or markup. Such characters are escaped (`\x1b`, `\n`, `\u202e`). Letters of all scripts, emoji and the
+characters that join them stay as they are.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import unicodedata
 
 _SHORT = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
 
-# Format characters that scripts need: joiners and direction marks, and signs that are seen although Unicode files
-# them under format (Arabic, Syriac and Kaithi number signs, Egyptian joiners). None of them hides or turns other text.
+# Format characters that scripts need: joiners and direction marks, and visible signs that Unicode counts as format
+# characters (Arabic, Syriac and Kaithi number signs, Egyptian joiners). None of them hides or reverses other text.
 _OF_SCRIPTS = re.compile(
     "[\u200c-\u200f\u061c\u0600-\u0605\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd\U00013430-\U0001343f]"
 )
 _UNSEEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})  # control, format, half a surrogate pair, line, paragraph
-# The flags of regions, such as Scotland, are a black flag and invisible tags; anywhere else tags only hide text.
+# The flag of a region, such as Scotland, is a black flag followed by invisible tags; elsewhere tags only hide text.
 _PIECES = re.compile("\U0001f3f4[\U000e0030-\U000e0039\U000e0061-\U000e007a]{1,6}\U000e007f|[^ -~]")
 
-# `_` within a word and other punctuation mean nothing in Markdown; what is left here does, or begins HTML.
+# These characters have a meaning in Markdown, or start HTML. Other punctuation, and `_` within a word, has none.
 _MARKUP = re.compile(r"[\\`*\[\]|~#]|(?<![^\W_])_|_(?![^\W_])")
 _BLOCK_START = re.compile(r"(\s*)([-+=]|\d+(?=[.)]))")
 
@@ -38,7 +38,7 @@ def terminal(text: object) -> str:
 
 
 def terminal_lines(text: object) -> str:
-    r"""Returns text of several lines for a terminal: as `terminal`, but line feeds and tabs stay.
+    r"""Returns text of several lines for a terminal: escaped as by `terminal`, except line feeds and tabs.
 
     >>> terminal_lines("first\n\tsecond\r\x07")
     'first\n\tsecond\\r\\x07'
@@ -56,14 +56,14 @@ def html(text: object) -> str:
 
 
 def markdown(text: object) -> str:
-    r"""Returns text as one line of Markdown that shows it letter for letter, in viewers that let HTML through too.
+    r"""Returns text as one line of Markdown that shows it literally, also in viewers that allow HTML.
 
     >>> markdown("hh_rlhf *best* <script>`x`|\n")
     'hh_rlhf \\*best\\* &lt;script&gt;\\`x\\`\\|\\\\n'
     """
     escaped = _MARKUP.sub(lambda sign: f"\\{sign[0]}", terminal(text))
     escaped = escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    # At the start of a line these would begin a list, a rule or a heading.
+    # At the start of a line these characters would begin a list, a rule or a heading.
     start = _BLOCK_START.match(escaped)
     if start is None:
         return escaped
@@ -72,7 +72,7 @@ def markdown(text: object) -> str:
 
 
 def markdown_code(text: object) -> str:
-    """Returns text as a code span of Markdown, or as `markdown` where a code span could not hold it safely.
+    """Returns text as a code span of Markdown, or as `markdown` does if a code span would not be safe.
 
     >>> markdown_code("org/model_1"), markdown_code("a`b<c")
     ('`org/model_1`', 'a\\\\`b&lt;c')
@@ -82,7 +82,7 @@ def markdown_code(text: object) -> str:
 
 
 def is_unseen(character: str) -> bool:
-    """Returns whether a character does not show, or changes how others show."""
+    """Returns whether a character is invisible, or changes how other characters are shown."""
     return unicodedata.category(character) in _UNSEEN and _OF_SCRIPTS.match(character) is None
 
 
@@ -100,7 +100,7 @@ def _written_out(text: str, kept: str) -> str:
 
 
 def escaped(character: str) -> str:
-    r"""Returns the escape of a character that Python strings and quoted YAML scalars share.
+    r"""Returns the escape of a character, which is valid in Python strings and in quoted YAML scalars.
 
     >>> print(escaped("\x1b"), escaped("\u202e"), escaped("\U000e0041"))
     \x1b \u202e \U000e0041

@@ -58,7 +58,7 @@ class Recipe:
         return MaskedPair if self.loss_on == "assistant_turns" else TokenizedPair
 
     def read(self, raw: Mapping[str, Any], origin: str, dataset: int, counts: Counter[str]) -> Sequence[Any]:
-        """Reads a raw row of a dataset; returns its rows, or Dropped in the place of each that cannot be used."""
+        """Reads a raw row of a dataset; returns its rows, with Dropped for each that cannot be used."""
         reading = self.readings[dataset]
         if self.kind == "completions":
             counts[CHOSEN_LEARNT] += formats.is_preference(raw, reading)

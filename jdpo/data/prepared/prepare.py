@@ -109,8 +109,9 @@ class PreparedData(Generic[R]):
         self.dataset_of, self.prompt_keys, self.margins = rows.tags
         self.counts: dict[str, int] = rows.about["counts"]
         self.examples: dict[str, str] = rows.about["examples"]
-        self.counts_of: tuple[dict[str, int], ...] = tuple(one["counts"] for one in rows.about["data_sets"])
-        self.examples_of: tuple[dict[str, str], ...] = tuple(one["examples"] for one in rows.about["data_sets"])
+        of_sets = rows.about["data_sets"]  # plain: as it is
+        self.counts_of: tuple[dict[str, int], ...] = tuple(one["counts"] for one in of_sets)
+        self.examples_of: tuple[dict[str, str], ...] = tuple(one["examples"] for one in of_sets)
         self.digest = rows.digest
         num_cut = self.counts.get(tokenize.COMPLETION_CUT, 0)
         self._warnings = token_checks.warnings_of(self.counts, len(rows), num_cut, tokenizer)
@@ -290,7 +291,7 @@ def _prepare(
                     if progress is not None:
                         progress(tally.counts[READ], total)
             _check_kept(tally, datasets, recipe.part)
-            writer.about = tally.as_dict() | {"data_sets": [one.as_dict() for one in of_sets]}
+            writer.about = tally.as_dict() | {"data_sets": [one.as_dict() for one in of_sets]}  # plain: as it is
         rows = store.open_store(folder, key, recipe.row_type)
         if rows is None:
             raise ValueError(f"the tokenized rows written to {folder} are damaged when read again; check the disk")

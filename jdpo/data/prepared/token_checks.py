@@ -34,7 +34,7 @@ FAULTS = (NO_BOS, BOS_TWICE, BOS_INSIDE, STARTS_WITH_BOS, NO_END, END_TWICE, END
 
 
 class Expected(NamedTuple):
-    """What the checks expect of rows.
+    """The tokens that the checks expect.
 
     Attributes:
       first: the BOS that the tokenizer puts before plain text, or None.

@@ -25,7 +25,7 @@ class Entry(NamedTuple):
 
     Attributes:
       parts: everything that the log-probs depend on.
-      about: the settings behind it, in words for people.
+      about: the settings that it came from, for messages.
     """
 
     parts: dict[str, Any]

@@ -17,7 +17,7 @@ import os
 import socket
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 
@@ -248,22 +248,29 @@ class ReferenceCache:
 
 
 class _Shard:
-    """One file of log-probs."""
+    """One file of log-probs, memory-mapped by safetensors, which copies only the slices that are read."""
 
     def __init__(self, path: Path, dtype: np.dtype) -> None:
-        tensors = _map_safetensors(path)
-        self._logps, lengths = tensors["logps"], np.asarray(tensors["lengths"])
-        self._ends = np.cumsum(lengths.reshape(-1), dtype=np.int64)
+        from safetensors import safe_open
+
+        file = safe_open(path, framework="numpy")
+        self._logps = file.get_slice("logps")
+        self._ends = np.cumsum(file.get_tensor("lengths").reshape(-1), dtype=np.int64)
         total = int(self._ends[-1]) if len(self._ends) else 0
-        if self._logps.dtype != dtype or self._logps.shape != (total,):
+        found = (self._logps.get_dtype(), self._logps.get_shape())
+        if found != (_DTYPE_NAMES[dtype], [total]):
             raise ValueError(
-                f"{path} should hold {total} {dtype} log-probs, found {self._logps.shape} {self._logps.dtype}; {REMEDY}"
+                f"{path}: expected {total} log-probs of {dtype}, found {found[0]} of shape {found[1]}; {REMEDY}"
             )
 
     def row(self, offset: int) -> RowLogps:
         middle, stop = int(self._ends[2 * offset]), int(self._ends[2 * offset + 1])
         start = int(self._ends[2 * offset - 1]) if offset else 0
         return self._logps[start:middle], self._logps[middle:stop]
+
+
+_DTYPE_NAMES = {np.dtype(np.float32): "F32", np.dtype(np.float64): "F64"}
+"""dtype -> its name in safetensors files."""
 
 
 def reference_logps_of(
@@ -302,19 +309,3 @@ def _read_text(path: Path) -> str | None:
         return None
     except OSError:
         return "unreadable"
-
-
-_DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8"), "I32": np.dtype("<i4")}
-
-
-def _map_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a safetensors file, mapped and not read: safetensors' own reader would copy each slice."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-    data = np.memmap(path, np.uint8, "r").view(np.ndarray)
-    tensors = {}
-    for name, about in header.items():
-        start, stop = (8 + size + offset for offset in about["data_offsets"])
-        tensors[name] = data[start:stop].view(_DTYPES[about["dtype"]]).reshape(about["shape"])
-    return tensors

@@ -76,7 +76,7 @@ R = TypeVar("R", PreferenceRow, CompletionRow)
 
 
 class Reading(NamedTuple):
-    """How to read the rows of a dataset.
+    """The settings that decide how the rows of a dataset are read.
 
     Attributes:
       column_map: {jdpo's name of a column: its name in the file}; None: the names are the same.

@@ -44,7 +44,7 @@ class Frame(NamedTuple):
 
     @property
     def is_chat(self) -> bool:
-        """Whether the row needs a chat template."""
+        """True if the row needs a chat template."""
         return self.system is not None or self.tools is not None or self.template_kwargs is not None
 
 

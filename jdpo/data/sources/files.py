@@ -118,7 +118,7 @@ def check_head(stream: io.BufferedReader, file: File, *, allowed: bytes = b"") -
 
 @contextlib.contextmanager
 def naming(where: Callable[[], str]) -> Iterator[None]:
-    """Turns errors of reading into ValueErrors that say where they happened."""
+    """Turns errors of reading into ValueErrors that name the place."""
     try:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:

@@ -48,7 +48,7 @@ class Source(Protocol):
         """Returns the number of rows if it is known without reading them, otherwise None."""
 
     def parts(self) -> dict[str, str]:
-        """Returns {file: digest of its content}, by which a message can say which file changed."""
+        """Returns {file: digest of its content}, so that a message can name the file that changed."""
 
 
 def read_rows(dataset: DatasetConfig) -> Iterator[Row]:

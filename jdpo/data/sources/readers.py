@@ -12,7 +12,7 @@ from jdpo.data.sources.json_rows import count_json_lines, read_json, read_json_l
 
 
 class Reader(NamedTuple):
-    """How one kind of file is read.
+    """The reader of one kind of file.
 
     Attributes:
       rows: yields the rows of a file.

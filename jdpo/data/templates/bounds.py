@@ -222,7 +222,7 @@ class Budget:
         return markup_join(texts)
 
     def joined(self, separator: str, values: Iterable[Any]) -> list[str]:
-        """Returns the texts of values to be joined by a separator, after counting the result with room for escaping."""
+        """Returns the texts of values to be joined by a separator, after counting the result as if it were escaped."""
         texts = [self.text_of(value) for value in self.listed(values)]
         growth = 5 if isinstance(separator, Markup) else 1
         self.text(growth * (sum(map(len, texts)) + len(separator) * max(0, len(texts) - 1)))

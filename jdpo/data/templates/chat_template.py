@@ -40,7 +40,7 @@ class ChatTemplate:
 
     @property
     def asks_for_today(self) -> bool:
-        """Whether the template reads today's date."""
+        """True if the template reads today's date."""
         return _names(self.text).asks_for_today
 
     def render(

@@ -178,7 +178,7 @@ class _GenerationTag(jinja2.ext.Extension):
 
 
 class _Dict:
-    """Stands in for `dict` without access to the type itself."""
+    """A replacement for `dict` that gives templates no access to the type itself."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)

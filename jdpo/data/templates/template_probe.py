@@ -64,7 +64,7 @@ class Probe:
 
     @property
     def wants(self) -> str:
-        """What the template needs besides a question and its answer, in words; empty if it needs nothing."""
+        """The needs of the template besides a question and its answer, in words; empty if there are none."""
         return " and ".join(
             words
             for words, is_wanted in (("tools", self.tools is not None), ("a system turn", self.system))

@@ -100,7 +100,7 @@ def settled(
     as_text: frozenset[int] = frozenset()
     texts = row.rendered(as_text)
     if isinstance(texts, Dropped):
-        # The template fails on an object, but does not say in which call.
+        # The template fails on an object, but its error does not name the call.
         refused, as_text = texts, frozenset(range(len(calls)))
         texts = row.rendered(as_text)
         if isinstance(texts, Dropped):

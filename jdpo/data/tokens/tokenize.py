@@ -210,12 +210,12 @@ def _fit_pair(
 ) -> KeptPair | Dropped:
     kept = _cut_prompt(split.prompt, len(split.prompt), max_prompt_length, tokenizer)
     prompt = [split.prompt[i] for i in kept]
-    room = max_length - len(prompt)
-    chosen, rejected = (completion[: max(room, 0)] for completion in split.completions)
-    masks = [mask[: max(room, 0)] for mask in split.masks]
+    budget = max_length - len(prompt)
+    chosen, rejected = (completion[: max(budget, 0)] for completion in split.completions)
+    masks = [mask[: max(budget, 0)] for mask in split.masks]
     if not prompt:
         return Dropped(EMPTY_PROMPT, row.origin)
-    if room <= 0:
+    if budget <= 0:
         return Dropped(LONG_PROMPT, row.origin)
     if not all(map(any, masks)):
         return Dropped(NO_COMPLETION, row.origin)
@@ -225,7 +225,7 @@ def _fit_pair(
     notes = split.notes
     if len(prompt) < len(split.prompt):
         notes += (PROMPT_CUT,)
-    if any(len(completion) > room for completion in split.completions):
+    if any(len(completion) > budget for completion in split.completions):
         notes += (COMPLETION_CUT,)
     first, second = (np.array(mask, bool) for mask in masks)
     return KeptPair(MaskedPair(_int32(prompt), _int32(chosen), _int32(rejected), first, second, row.origin), notes)

@@ -1,6 +1,9 @@
 """Direct Preference Optimization in JAX/Flax.
 
-Importing jdpo touches no device and pulls in nothing heavy: public names are loaded when first used (PEP 562).
+The public API is the names in `jdpo.__all__` and `jdpo.losses.__all__`; docs/api.md describes them. Everything else is
+private and may change in any version.
+
+Importing jdpo touches no device and loads nothing heavy: public names are loaded when first used (PEP 562).
 """
 
 from __future__ import annotations
@@ -12,26 +15,44 @@ from jdpo._version import __version__
 
 if TYPE_CHECKING:
     from jdpo import losses
-    from jdpo.config import DPOConfig, SFTConfig
+    from jdpo.config import (
+        DatasetConfig,
+        DPOConfig,
+        LoraConfig,
+        MeshConfig,
+        OptimizerConfig,
+        SFTConfig,
+        load_config,
+    )
     from jdpo.losses import dpo_loss, make_dpo_loss
     from jdpo.training.loop import train
     from jdpo.types import PreferenceBatch
 
 _PUBLIC = {
     "DPOConfig": "jdpo.config",
+    "DatasetConfig": "jdpo.config",
+    "LoraConfig": "jdpo.config",
+    "MeshConfig": "jdpo.config",
+    "OptimizerConfig": "jdpo.config",
+    "PreferenceBatch": "jdpo.types",
     "SFTConfig": "jdpo.config",
     "dpo_loss": "jdpo.losses",
+    "load_config": "jdpo.config",
     "make_dpo_loss": "jdpo.losses",
     "train": "jdpo.training.loop",
-    "PreferenceBatch": "jdpo.types",
 }
 
 __all__ = [
     "DPOConfig",
+    "DatasetConfig",
+    "LoraConfig",
+    "MeshConfig",
+    "OptimizerConfig",
     "PreferenceBatch",
     "SFTConfig",
     "__version__",
     "dpo_loss",
+    "load_config",
     "losses",
     "make_dpo_loss",
     "train",

@@ -111,7 +111,7 @@ def test_what_is_no_checkpoint_is_refused(run: Path, tmp_path: Path, capsys: Cap
     assert "no whole checkpoint of step 4; it has 3, 6" in refusal([str(run), str(out), "--step", "4"], capsys)
     step = str(run / "checkpoints" / "3")
     assert "is step 3; leave --step out" in refusal([step, str(out), "--step", "6"], capsys)
-    assert "OUT is an address (gs://..): an export is written to a folder here" in refusal([step, "gs://b/m"], capsys)
+    assert "OUT is an address (gs://..)" in refusal([step, "gs://b/m"], capsys)
     for flag in ("--merge", "--no-merge"):
         assert f"{flag}: " in (said := refusal([step, str(out), flag], capsys))
         assert "holds all weights: there are no adapters to merge" in said

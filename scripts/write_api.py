@@ -103,11 +103,11 @@ def signature(name: str, value: Any) -> str:
 
     >>> def double(number: int, *, quickly: bool = True) -> int: ...
     >>> print(signature("double", double))
-    double(
+    def double(
         number: int,
         *,
         quickly: bool = True,
-    ) -> int
+    ) -> int: ...
     """
     if isinstance(value, type):
         hints = inspect.get_annotations(value)
@@ -124,13 +124,13 @@ def signature(name: str, value: Any) -> str:
         default = "" if parameter.default is parameter.empty else f" = {_default(parameter.default)}"
         lines.append(f"    {stars}{parameter.name}: {_hint(parameter.annotation)}{default},")
     returned = f" -> {_hint(found.return_annotation)}"
-    return "\n".join([f"{name}(", *lines, f"){returned}"]) if lines else f"{name}(){returned}"
+    return "\n".join([f"def {name}(", *lines, f"){returned}: ..."]) if lines else f"def {name}(){returned}: ..."
 
 
 def _hint(annotation: Any) -> str:
     text = getattr(annotation, "__forward_arg__", annotation)
     text = text if isinstance(text, str) else inspect.formatannotation(text)
-    return text.strip("'").replace('"', "'")
+    return text.strip("'").replace("'", '"')
 
 
 def _default(value: Any) -> str:
@@ -139,7 +139,7 @@ def _default(value: Any) -> str:
         if callable(value) and value.__name__ != "<lambda>"
         else "..."
         if callable(value)
-        else repr(value)
+        else repr(value).replace("'", '"')
     )
 
 

@@ -168,7 +168,8 @@ def run_apart(cases: Iterable[Case], inputs: Inputs, out: Path, num_steps: int =
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "JAX_ENABLE_X64": str(dtype == "float64").lower(),
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
+            # The last of two values of a flag counts; the caller's other flags stay.
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={num_devices}",
             "HF_HUB_OFFLINE": "1",
             "PYTHONPATH": str(ROOT),
         }

@@ -2,12 +2,15 @@
 # Makes an environment from nothing and runs every check: lint, types, import contracts, doctests, tests.
 #
 #   bash scripts/test.sh               the default suite
+#   bash scripts/test.sh --ci          the tests that install things, train for long or serve: what .ci/run adds
 #   bash scripts/test.sh --all         every test: kill tests, all shapes, parity with torch and TRL
 #   bash scripts/test.sh --smoke       a handful of tests, for a further Python version
-#   bash scripts/test.sh ... -- ARGS   ARGS go to pytest
+#   bash scripts/test.sh ... -- ARGS   ARGS go to pytest; --cpu-table FILE there lists the CPU seconds of every test
 #
 # PYTHON=python3.12 chooses the interpreter; JOBS=4 the number of test processes. Torch is the oracle on Python 3.11;
 # on other versions --all leaves its tests out unless PARITY=1 asks for the (large) installation there too.
+#
+# Programs that tests compile are kept in .compiled/ for the next run; JAX_COMPILATION_CACHE_DIR names another folder.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/_env.sh
@@ -16,9 +19,10 @@ size=default
 while [[ $# -gt 0 ]]; do
   case "$1" in
     --all) size=all ;;
+    --ci) size=ci ;;
     --smoke) size=smoke ;;
     --) shift; break ;;
-    *) echo "test.sh: unknown option $1 (expected --all, --smoke or -- pytest arguments)" >&2; exit 2 ;;
+    *) echo "test.sh: unknown option $1 (expected --ci, --all, --smoke or -- pytest arguments)" >&2; exit 2 ;;
   esac
   shift
 done
@@ -31,7 +35,7 @@ else
   make_env ".venv-test-$version" test
 fi
 
-if [[ $size != smoke ]]; then
+if [[ $size == default || $size == all ]]; then
   ruff check .
   ruff format --check .
   mypy -p jdpo
@@ -39,7 +43,13 @@ if [[ $size != smoke ]]; then
 fi
 case "$size" in
   all) select=(--all) ;;
+  ci) select=(--ci) ;;
   smoke) select=(-m smoke) ;;
   *) select=() ;;
 esac
-exec python -m pytest -q -n "${JOBS:-2}" --dist worksteal --durations 15 "${select[@]}" "$@"
+status=0
+python -m pytest -q -n "${JOBS:-2}" --dist worksteal "${select[@]}" "$@" || status=$?
+times >"$VIRTUAL_ENV/.times"
+{ read -r; read -r user system; } <"$VIRTUAL_ENV/.times"
+echo "CPU time of everything above: $user user, $system system"
+exit "$status"

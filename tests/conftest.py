@@ -1,23 +1,45 @@
-"""Eight fake CPU devices, no network, and the toys that many tests share."""
+"""Eight fake CPU devices, no network, one cache of compiled programs, and the toys that many tests share."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 # Before jax is imported anywhere: a process can set its devices up once.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8" + (
+    # Compiling a toy's step takes 2 seconds with XLA's newer emitters of fused loops, and half a second with the older
+    # ones in one piece. Later versions have only the newer ones, and refuse to start with a flag that is gone.
+    " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    if version("jaxlib").startswith("0.10.")
+    else ""
+)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Every test traces its own functions, but most of the programs have been compiled before, by another test or in an
+# earlier run. The key of an entry covers the program, the compiler's version and options and the flags above, so an
+# entry never goes stale; jdpo's own `compilation_cache` steps back where this folder is named.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".compiled")
+)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import numpy as np
 import pytest
+
+pytest_plugins = ["tests.cpu_seconds"]
+
+PROGRAMS = Path(__file__).resolve().parents[1] / ".compiled"
+MOST_BYTES = 2 * 2**30
+"""When the compiled programs of earlier runs take more, they are dropped."""
 
 WORDS = [
     "river",
@@ -40,7 +62,9 @@ WORDS = [
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--all", action="store_true", help="run the tests marked full and torch too")
+    sizes = parser.getgroup("jdpo").addoption
+    sizes("--all", action="store_true", help="run every test")
+    sizes("--ci", action="store_true", help="run the tests marked ci and no others")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -49,23 +73,23 @@ def pytest_configure(config: pytest.Config) -> None:
     if not config.getoption("--all"):
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of the processes that tests start
         jax.config.update("jax_disable_most_optimizations", True)
+    is_worker = hasattr(config, "workerinput")  # of xdist
+    if not is_worker and sum(path.stat().st_size for path in PROGRAMS.glob("*")) > MOST_BYTES:
+        shutil.rmtree(PROGRAMS)
 
 
-def left_out(config: pytest.Config) -> set[str]:
-    """Marks of the tests that this run leaves out."""
-    if not config.getoption("--all"):
-        return {"full", "torch"}
-    return set() if importlib.util.find_spec("torch") else {"torch"}
-
-
-def pytest_report_header(config: pytest.Config) -> str:
-    return f"left out: tests marked {' or '.join(sorted(left_out(config))) or 'nothing'}"
+def runs(config: pytest.Config, marks: set[str]) -> bool:
+    """Returns whether a test with these marks is part of this run."""
+    if "torch" in marks and not importlib.util.find_spec("torch"):
+        return False
+    if config.getoption("--all"):
+        return True
+    return not marks & {"full", "torch"} and ("ci" in marks) == config.getoption("--ci")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     # Deselected, not skipped: a suite has no tests that it does not run.
-    marks = left_out(config)
-    dropped = [item for item in items if marks & {mark.name for mark in item.iter_markers()}]
+    dropped = [item for item in items if not runs(config, {mark.name for mark in item.iter_markers()})]
     config.hook.pytest_deselected(items=dropped)
     items[:] = [item for item in items if item not in set(dropped)]
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from jdpo.training.fit.compilation import (
     Programs,
@@ -103,7 +104,18 @@ def test_shapes_tell_dtypes_apart() -> None:
 
 
 @pytest.fixture
-def cache_events(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], tuple[int, int]]]:
+def no_cache() -> Iterator[None]:
+    """A jax whose user names no folder for compiled programs, as the test run does."""
+    folder = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_compilation_cache_dir", folder)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def cache_events(no_cache: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], tuple[int, int]]]:
     """How often a program was found in jax's persistent cache, and how often not."""
     seen: list[str] = []
 
@@ -144,14 +156,11 @@ def test_the_oldest_programs_go_where_all_take_too_much(tmp_path: Path) -> None:
     _drop_oldest(tmp_path / "not there", 250)
 
 
-def test_the_cache_of_the_user_is_left_alone(tmp_path: Path) -> None:
+def test_the_cache_of_the_user_is_left_alone(no_cache: None, tmp_path: Path) -> None:
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "users"))
-    try:
-        with persistent_cache(tmp_path / "ours"):
-            assert jax.config.jax_compilation_cache_dir == str(tmp_path / "users")
+    with persistent_cache(tmp_path / "ours"):
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "users")
-    finally:
-        jax.config.update("jax_compilation_cache_dir", None)
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "users")
 
 
 def test_a_stopwatch_leaves_pauses_out() -> None:

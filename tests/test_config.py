@@ -108,19 +108,22 @@ def test_resolved_yaml_reads_back_to_the_same_config(tmp_path: Path) -> None:
         ("output_dir=", "--output_dir needs a value"),
         ("--mesh.fsdp", "--mesh.fsdp needs a value"),
         ("qqqqqq=1", "unknown key 'qqqqqq' on the command line; `--help` lists the keys"),
-        ("beta=strong", "'beta' on the command line is 'strong': input should be a valid number"),
-        ("beta=true", "'beta' on the command line is True: a number is expected, not true or false"),
-        ("beta=0", "'beta' on the command line is 0: input should be greater than 0"),
+        ("beta=strong", "'beta' on the command line is 'strong': expected a number greater than 0 (Strength of"),
+        ("beta=true", "'beta' on the command line is true: expected a number"),
+        ("beta=0", "'beta' on the command line is 0: expected a number greater than 0"),
         ("learning_rate=.nan", "'learning_rate' on the command line is nan"),
-        ("learning_rate=.inf", "input should be a finite number"),
-        ("max_length=10.5", "'max_length' on the command line is 10.5: input should be a valid integer"),
-        ("compute_dtype=fp8", "input should be 'auto', 'float32', 'bfloat16' or 'float64'"),
-        ("mesh=3", "'mesh' on the command line is 3"),
+        ("learning_rate=.inf", "is inf: expected a finite number"),
+        ("max_length=10.5", "'max_length' on the command line is 10.5: expected a whole number of at least 1"),
+        ("compute_dtype=fp8", "expected auto, float32, bfloat16 or float64"),
+        ("mesh=3", "'mesh' on the command line is 3: expected a group of keys such as {fsdp: 4, tensor: 2}"),
         ("optim=lion", "here it is called 'optimizer.name'"),
-        ("optimizer=adam", "'optimizer.name' on the command line is 'adam': input should be 'adamw', 'adamw_bf16'"),
+        (
+            "optimizer=adam",
+            "'optimizer.name' on the command line is 'adam': expected adamw, adamw_bf16, adafactor, lion or sgd",
+        ),
         ("optimizer={name: sgd, b1: 0.9}", "b1 0.9 has no effect: sgd uses momentum"),
-        ("optimizer.b1=1", "'optimizer.b1' on the command line is 1: input should be less than 1"),
-        ("datasets=[{pth: x}]", "missing key 'datasets.0.path': JSON, JSONL, CSV, Parquet or Arrow file"),
+        ("optimizer.b1=1", "'optimizer.b1' on the command line is 1: expected a number of at least 0 and less than 1"),
+        ("datasets=[{pth: x}]", "missing key 'datasets.0.path' (JSON, JSONL, CSV, Parquet or Arrow file"),
     ],
 )
 def test_errors_name_key_value_place_and_what_is_expected(word: str, message: str) -> None:
@@ -180,7 +183,7 @@ def test_in_a_file_foreign_keys_are_answered_as_a_file_has_them(tmp_path: Path) 
     with pytest.raises(ValueError, match="unknown key") as error:
         dpo(path=path)
     assert str(error.value).splitlines() == [
-        f"'beta' in {path} has no value: input should be a valid number "
+        f"'beta' in {path} has no value: expected a number greater than 0 "
         "(Strength of the pull towards the reference: the higher, the closer it stays)",
         f"unknown key 'bf16' in {path}; here it is `compute_dtype: bfloat16`",
         f"unknown key 'lora_r' in {path}; here it is called 'lora.r': `lora: {{r: 8}}`",
@@ -260,7 +263,7 @@ def test_options_of_other_commands_are_theirs() -> None:
 @pytest.mark.parametrize("words", [["loss_type=dpo"], ["loss_type=[dpo, sft]"]])
 def test_the_loss_called_dpo_is_sigmoid_and_says_so(words: list[str]) -> None:
     lines: list[str] = []
-    config = load_config(DPOConfig, None, [*REQUIRED, *words], say=lines.append)
+    config = load_config(DPOConfig, None, [*REQUIRED, *words], log=lines.append)
     assert config.loss_type[0] == "sigmoid"
     assert lines == ["loss_type: dpo means sigmoid"]
 
@@ -353,7 +356,7 @@ def test_missing_keys_are_all_named() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("beta: 1\nbeta: 2\n", "the key 'beta' stands twice"),
+        ("beta: 1\nbeta: 2\n", "the key 'beta' is written twice"),
         ("- a\n- b\n", "expected 'key: value' lines, found a list"),
         ("beta: [1\n", "is not YAML"),
     ],

@@ -1,4 +1,4 @@
-"""What the training commands do as one process of several."""
+"""Running a command as one process of several."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from jdpo.config import OutputSettings
 def in_cluster(
     output: OutputSettings, command: str, words: Sequence[str], *, shown: Callable[[str], str], trains: bool
 ) -> Iterator[None]:
-    """Joins the other processes of the run, if there are any, and ends with them.
+    """Joins the other processes of the run, if there are any, and exits together with them.
 
     Args:
       output: the run's settings.
       command, words: the command line.
-      shown: a text -> what may be shown of it.
+      shown: makes a text safe to show.
       trains: whether the command leaves checkpoints in output_dir.
 
     Raises:
@@ -32,7 +32,7 @@ def in_cluster(
     if joined is None or joined.num_processes == 1:
         yield
         return
-    from jdpo.checkpoint.manager import complete_steps  # now: a dying process should not import anything
+    from jdpo.checkpoint.manager import complete_steps  # imported now, as a dying process should not import
 
     folder = Path(output.output_dir) if trains else None
 
@@ -47,7 +47,7 @@ def in_cluster(
 def how_to_continue(
     command: str, words: Sequence[str], folder: Path | None, steps: Sequence[int], *, resumes: bool
 ) -> str:
-    """Says what is saved and which command continues.
+    """Returns what is saved and which command continues, as a message.
 
     Args:
       command, words: the command line that was given.
@@ -56,7 +56,7 @@ def how_to_continue(
       resumes: whether the command line allows to resume.
     """
     if folder is None:
-        saved, then = "What was computed is kept", "continue"
+        saved, then = "The results so far are kept", "continue"
     elif steps:
         saved, then = f"The last checkpoint is step {steps[-1]} in {folder / 'checkpoints'}", "continue from it"
     else:

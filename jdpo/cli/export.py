@@ -81,12 +81,12 @@ def main(command: str, words: Sequence[str]) -> int:
         export_dtype=asked.dtype,
         max_shard_size=asked.max_shard_size,
         merge_adapters=asked.merge,
-        say=_say,
+        say=_log,
     )
-    _say(f"done: model in {out}")
+    _log(f"done: model in {out}")
     if asked.push_to_hub:
         message = f"Step {checkpoint.step} of a jdpo run"
-        _say(f"pushed to {push_folder(out, asked.push_to_hub, public=asked.public, message=message)}")
+        _log(f"pushed to {push_folder(out, asked.push_to_hub, public=asked.public, message=message)}")
     return 0
 
 
@@ -107,5 +107,5 @@ def _folder_here(text: str) -> Path:
     return Path(text)
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(terminal_lines(text), flush=True)

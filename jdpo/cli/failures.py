@@ -1,4 +1,4 @@
-"""Ends of a command that no command foresees: Ctrl-C while it starts, a full disk, memory that is not there."""
+"""Failures that can end any command: Ctrl-C while it starts, a full disk, too little memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import threading
 from types import FrameType
 
 _DISK = {
-    errno.ENOSPC: "there is no room left on the disk",
+    errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "the file is larger than is allowed (ulimit -f)",
 }
@@ -21,8 +21,8 @@ INTERRUPTED = "jdpo: interrupted"
 def catch_early_interrupts() -> None:
     """Makes Ctrl-C end the process with one line and 130 also while modules are imported.
 
-    There, libraries turn a KeyboardInterrupt into an ImportError, or swallow it. Nothing is lost: a command that has
-    something to save asks for signals itself.
+    During imports, libraries turn a KeyboardInterrupt into an ImportError, or swallow it. Nothing is lost: a command
+    that has something to save handles signals itself.
     """
     main_thread = threading.current_thread() is threading.main_thread()
     if main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -39,21 +39,21 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
 
 
 def explain_failure(error: BaseException) -> str | None:
-    """Returns one line for a full disk or for too little memory, whichever library met it; None: it is neither."""
+    """Returns a message if a disk is full or memory is short, whichever library reports it; None for other errors."""
     text = str(error)
     if isinstance(error, OSError) and error.errno in _DISK and error.filename is not None:
         return f"cannot write {error.filename}: {_DISK[error.errno]}. {_ADVICE}"
-    if (found := next((what for said, what in _DISK_TEXTS.items() if said in text), None)) is not None:
+    if (found := next((what for words, what in _DISK_TEXTS.items() if words in text), None)) is not None:
         if isinstance(error, OSError | ValueError) and getattr(error, "errno", None) is None:
-            return text  # jdpo's own, which says what could not be written
+            return text  # jdpo's own message, which names the file
         return f"{found} ({text.splitlines()[0]}). {_ADVICE}"
-    if isinstance(error, MemoryError) or any(said in text for said in _MEMORY_TEXTS):
+    if isinstance(error, MemoryError) or any(words in text for words in _MEMORY_TEXTS):
         first = f" ({text.splitlines()[0]})" if text else ""
         return (
-            f"this process may not use the memory that it needs{first}. Raise what limits it, such as `ulimit -v`, "
-            "`ulimit -u` or a container's limit"
+            f"this process needs more memory or threads than it may use{first}. Raise the limit: `ulimit -v`, "
+            "`ulimit -u`, or that of the container"
         )
     return None
 
 
-_ADVICE = "Make room and run the same command again: a run continues from its newest whole checkpoint"
+_ADVICE = "Free some space and run the same command again: a run continues from its newest intact checkpoint"

@@ -15,7 +15,7 @@ _KINDS = {
     "str": "text",
     "bool": "true or false",
     "dict": "map of keys to values",
-    "list": "list; one value stands for a list of one",
+    "list": "list; a single value is a list of one",
     "group": "group of keys",
 }
 

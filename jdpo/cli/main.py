@@ -39,7 +39,7 @@ ELSEWHERE = {
     "config": "`jdpo dpo --print_config` prints the whole config of a run",
     "dry_run": "`jdpo dpo ... --dry_run` checks a run without training",
 }
-"""What other trainers call a command, or what is an option here -> where it is."""
+"""Names of commands elsewhere, and names of options -> what to write."""
 
 
 def usage() -> str:
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _instead_of(command: str) -> str:
-    """What to type in place of something that is not a command."""
+    """Returns what to type instead of something that is not a command."""
     if command in ELSEWHERE:
         return f"; {ELSEWHERE[command]}"
     if command.startswith("-") or "=" in command or command.endswith((".yaml", ".yml")):

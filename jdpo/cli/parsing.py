@@ -149,7 +149,7 @@ def _default(spec: KeySpec) -> str:
 
 
 class CommandLine(NamedTuple):
-    """What a command line asks for.
+    """The parts of a command line.
 
     Attributes:
       path: the config file, or None.
@@ -211,6 +211,8 @@ def joined(words: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
         word = rest.pop(0)
         name, equals, value = word.partition("=")
         if not (equals or word.startswith("--")):
+            if done and f"--{done[-1]}" in options:  # `beta 0.2`, where beta was taken for the config file
+                raise ValueError(f"cannot read {word!r}; did you mean `--{done[-1]} {word}`?")
             if done:
                 raise unreadable(word)
             done.append(word)

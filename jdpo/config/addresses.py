@@ -1,4 +1,4 @@
-"""Addresses in settings: what in them may be a password or a key is refused, or not written down."""
+"""Addresses in settings: passwords in them are refused, and queries, which may hold keys, are not written to files."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 _USER = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<user>[^/?#\s]*)@")
 _QUERY = re.compile(r"(https?://[^?#\s]*)[?#]\S*", re.IGNORECASE)
 _ONLY_NAMES = ("abfs", "abfss", "wasb", "wasbs", "hf", "sftp", "ssh", "ftp", "smb")
-"""Schemes in which what stands before the @ is the name of a user, a container or a repository; no secret as such."""
+"""Schemes in which the part before the @ is the name of a user, a container or a repository, and no secret."""
 
 
 def refuse_passwords(values: Any, key: str = "") -> None:
-    """Refuses settings with an address that holds a password, a key or a token: settings are written to files.
+    """Refuses settings with an address that holds a password, a key or a token, since settings are written to files.
 
     Args:
       values: the settings as plain values.
-      key: what they are the value of.
+      key: the key whose value they are.
 
     Raises:
-      ValueError: naming the key, and not the address.
+      ValueError: naming the key, but not the address.
     """
     if isinstance(values, Mapping):
         for name, value in values.items():
@@ -32,20 +32,20 @@ def refuse_passwords(values: Any, key: str = "") -> None:
         for match in _USER.finditer(values):
             if not _is_name(match):
                 raise ValueError(
-                    f"{key!r}: an address may not hold a password, a key or a token before its @, as settings are "
-                    "written to files that others read. Leave it out, and give it to the store by the environment "
+                    f"{key!r}: an address may not hold a password, a key or a token before its @, since settings "
+                    "are written to files that others read. Leave it out, and give it to the store in the environment "
                     "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN) or in "
                     "fsspec's own config (~/.config/fsspec/conf.json, or FSSPEC_<PROTOCOL>_<OPTION>)"
                 )
 
 
 def _is_name(login: re.Match[str]) -> bool:
-    """Whether what stands before the @ is a name alone."""
+    """Returns whether the part before the @ is only a name."""
     return ":" not in login["user"] and login["scheme"].lower() in _ONLY_NAMES
 
 
 def public_text(text: str) -> str:
-    """A text, such as a message, whose addresses lack what may be a password, a key or a signature.
+    """Removes from the addresses in a text whatever may be a password, a key or a signature.
 
     >>> public_text("zip://a.csv::https://me:secret@host/a.zip?sig=0a1b"), public_text("s3://KEY:secret@bucket/why?.csv")
     ('zip://a.csv::https://host/a.zip', 's3://bucket/why?.csv')
@@ -55,7 +55,7 @@ def public_text(text: str) -> str:
 
 
 def without_queries(value: Any) -> Any:
-    """A value whose web addresses lack their query, which may be a signature or a token; all else is as it is.
+    """Removes the queries of web addresses, which may be signatures or tokens; leaves everything else as it is.
 
     >>> without_queries({"path": "https://host/rows.jsonl?X-Amz-Signature=0a1b", "split": "train"})
     {'path': 'https://host/rows.jsonl', 'split': 'train'}

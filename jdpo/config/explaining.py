@@ -58,11 +58,11 @@ def explain(cls: type[Settings], error: ValidationError, origins: Mapping[str, s
             lines.append(fault.line(cls))
         elif fault is same[0]:
             lines.append(_line_of_group(fault.group, same))
-    return "\n".join(lines)
+    return "\n".join(dict.fromkeys(lines))
 
 
 class _Instead(NamedTuple):
-    """What to write instead of a foreign key: a key of jdpo, its value in YAML ("" if unknown), and a note."""
+    """A key of jdpo to write instead of a foreign one, its value in YAML ("" if unknown), and a note."""
 
     key: str
     value: str
@@ -71,7 +71,7 @@ class _Instead(NamedTuple):
 
 
 class _Fault(NamedTuple):
-    """One fault that pydantic found: the key's path, where it is from, its value, and what to write instead."""
+    """One fault that pydantic found: the path of the key, where it is from, and what to write instead."""
 
     problem: Any
     path: list[Any]
@@ -83,7 +83,11 @@ class _Fault(NamedTuple):
         path = [part for part in problem["loc"] if not (isinstance(part, str) and part.startswith("function-"))]
         where = origins.get(str(path[0]), "in the config") if path else "in the config"
         fault = cls(problem, path, where, None)
-        return fault._replace(instead=_instead_of(config, path, problem["input"])) if fault.is_unknown else fault
+        if fault.is_unknown:
+            return fault._replace(instead=_instead_of(config, path, problem["input"]))
+        while len(path) > 1 and _dotted(path) not in keys_of(config):
+            del path[-1]  # the member of a union that pydantic tried
+        return fault
 
     @property
     def is_unknown(self) -> bool:
@@ -105,20 +109,26 @@ class _Fault(NamedTuple):
         key = ".".join(map(str, self.path))
         if self.is_unknown:
             return f"unknown key {key!r} {self.where}; {self._advice(cls)}"
-        description = keys_of(cls).get(_dotted(self.path), "see --help").rstrip(".")
+        spec = next((spec for spec in key_specs(cls) if spec.name == _dotted(self.path)), None)
+        about = f" ({_first_sentence(spec.description)})" if spec is not None else ""
         if self.is_missing:
-            return f"missing key {key!r}: {description}"
+            return f"missing key {key!r}{about}"
         if self.problem["type"] == "blank_text":
-            return f"missing value of key {key!r} {self.where}: it is empty ({description})"
+            return f"missing value of key {key!r} {self.where}: it is empty{about}"
         if self.problem["type"] == "unknown_loss":
             return str(self.problem["msg"])
-        message = self.problem["msg"].removeprefix("Value error, ")
-        message = message[0].lower() + message[1:]
         value = self.problem["input"]
-        found = "has no value" if value is None else f"is {value!r}"
+        found = (
+            "has no value" if value is None else f"is {str(value).lower() if isinstance(value, bool) else repr(value)}"
+        )
+        if spec is None or self.problem["type"] == "value_error":  # of a check of jdpo's own
+            expected, about = self.problem["msg"].removeprefix("Value error, "), ""
+        else:
+            finite = self.problem["type"] == "finite_number"
+            expected = f"expected {'a finite number' if finite else spec.expected}"
         meant = VALUES.get(_dotted(self.path), {}).get(str(value).lower())
         hint = f"; here it is {_setting(_dotted(self.path), meant, self.where)}" if meant is not None else ""
-        return f"{key!r} {self.where} {found}: {message} ({description}){hint}"
+        return f"{key!r} {self.where} {found}: {expected}{about}{hint}"
 
     def _advice(self, cls: type[Settings]) -> str:
         if self.instead is None:
@@ -161,7 +171,7 @@ def command_of(key: str) -> str:
 
 
 def _instead_of(cls: type[Settings], path: Sequence[Any], value: Any) -> _Instead | None:
-    """Returns the key of `cls` that another trainer's key stands for, or None."""
+    """Returns the key of `cls` that means the same as another trainer's key, or None."""
     known = keys_of(cls)
     for name in dict.fromkeys((_dotted(path), str(path[-1]))):
         if name not in RENAMED and command_of(name):
@@ -188,7 +198,7 @@ def _renamed_value(key: str, value: Any) -> str:
 
 
 def _advice_without_key(cls: type[Settings], path: Sequence[Any]) -> str:
-    """Returns what to do about an unknown key that stands for no key of `cls`."""
+    """Returns what to do about an unknown key that means the same as no key of `cls`."""
     known, dotted, name = keys_of(cls), _dotted(path), str(path[-1])
     if dotted not in RENAMED and (elsewhere := command_of(dotted)):
         return elsewhere
@@ -234,6 +244,10 @@ def _as_yaml(value: Any) -> str:
     )
     text = terminal(text.removesuffix("\n").removesuffix("\n..."))
     return text if len(text) <= _LONGEST_VALUE else ""
+
+
+def _first_sentence(description: str) -> str:
+    return description.partition(". ")[0].rstrip(".")
 
 
 def _dotted(path: Sequence[Any]) -> str:

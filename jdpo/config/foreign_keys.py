@@ -1,6 +1,7 @@
-"""Keys and values of other trainers (TRL, LLaMA-Factory, axolotl) and what they are called here.
+"""Keys and values of other trainers (TRL, LLaMA-Factory, axolotl), and their names in jdpo.
 
-Plain data for error messages: nothing of it is accepted, since a key that almost means the same is worse than an error.
+This is plain data for error messages. None of these keys is accepted, since a key that means almost the same is worse
+than an error.
 """
 
 from __future__ import annotations
@@ -105,12 +106,12 @@ RENAMED = {
 
 
 class Foreign(NamedTuple):
-    """What another trainer's key is here.
+    """The key of jdpo that corresponds to another trainer's key.
 
     Attributes:
-      key: jdpo's, or None where it has none.
+      key: the key of jdpo, or None if it has none.
       values: another trainer's value in lower case -> jdpo's as YAML; None: the key is left out. See also `SAME`.
-      note: what else is to be known.
+      note: what else to know.
     """
 
     key: str | None = None
@@ -130,7 +131,7 @@ _BATCH = (
 )
 _OWN_TEMPLATE = "the model's own chat template is used; a model without one takes a file, or the built-in chatml"
 _MESH = "devices are laid out by `mesh`; mesh.fsdp shards weights and optimizer state over all devices by default"
-_COMMAND = "the command says it: `jdpo sft` or `jdpo dpo`"
+_COMMAND = "choose the command instead: `jdpo sft` or `jdpo dpo`"
 
 FOREIGN = {
     # precision
@@ -138,7 +139,7 @@ FOREIGN = {
     "fp16": Foreign("compute_dtype", {"true": "bfloat16", "false": None}, _NO_FP16),
     "half": Foreign("compute_dtype", {"true": "bfloat16", "false": None}, _NO_FP16),
     "fp32": Foreign("compute_dtype", {"true": "float32", "false": None}),
-    "tf32": Foreign(None, {}, "JAX_DEFAULT_MATMUL_PRECISION=tensorfloat32 in the environment does it"),
+    "tf32": Foreign(None, {}, "set JAX_DEFAULT_MATMUL_PRECISION=tensorfloat32 in the environment"),
     "dtype": Foreign("compute_dtype", _DTYPES),
     "torch_dtype": Foreign("compute_dtype", _DTYPES),
     "pure_bf16": Foreign("optimizer.name", {"true": "adamw_bf16", "false": None}),
@@ -147,7 +148,7 @@ FOREIGN = {
         "lora.base_dtype", {"true": "int8", "false": None}, "int8 is the smallest; there are no 4-bit weights"
     ),
     "quantization_bit": Foreign("lora.base_dtype", {"8": "int8", "4": "int8"}, "int8 is the smallest"),
-    "model_init_kwargs": Foreign(None, {}, "compute_dtype and attention say how the model is loaded"),
+    "model_init_kwargs": Foreign(None, {}, "compute_dtype and attention determine how the model is loaded"),
     "ref_model_init_kwargs": Foreign(None, {}, "the reference is loaded as the policy is"),
     "bnb_4bit_quant_type": Foreign(None, {}, "lora.base_dtype: int8 is the smallest; there are no 4-bit weights"),
     "bnb_4bit_compute_dtype": Foreign("compute_dtype", _DTYPES),
@@ -159,7 +160,7 @@ FOREIGN = {
         "global_batch_size", {}, f"{_BATCH}; how many micro-batches that takes follows from the memory of the devices"
     ),
     "gradient_checkpointing": Foreign("remat", {"true": "full", "false": "none", "unsloth": "full"}),
-    "gradient_checkpointing_kwargs": Foreign(None, {}, "`remat` says what the backward pass recomputes"),
+    "gradient_checkpointing_kwargs": Foreign(None, {}, "`remat` sets what the backward pass recomputes"),
     "sample_packing": Foreign("packing", {"true": _ON, "false": "false"}),
     "padding_free": Foreign("packing", {"true": _ON, "false": "false"}),
     "pad_to_sequence_len": Foreign("packing", {"true": "false", "false": _ON}),
@@ -173,11 +174,11 @@ FOREIGN = {
     "finetuning_type": Foreign("lora", {"lora": _ON, "full": "false"}),
     "adapter": Foreign("lora", {"lora": _ON, "qlora": _ON}, "for qlora add lora.base_dtype int8"),
     "lora_target_linear": Foreign("lora.target_modules", {"true": "all-linear", "false": None}),
-    "lora_modules_to_save": Foreign(None, {}, "adapters alone are trained, no whole module beside them"),
+    "lora_modules_to_save": Foreign(None, {}, "only adapters are trained, no whole modules next to them"),
     "lora_task_type": Foreign(None, {}, "nothing here needs it"),
     "lora.bias": Foreign(None, {}, "biases stay frozen under lora"),
     "lora.task_type": Foreign(None, {}, "nothing here needs it"),
-    "lora.modules_to_save": Foreign(None, {}, "adapters alone are trained, no whole module beside them"),
+    "lora.modules_to_save": Foreign(None, {}, "only adapters are trained, no whole modules next to them"),
     "use_dora": Foreign(None, {}, "jdpo has LoRA and rsLoRA (lora.use_rslora)"),
     # the loss and the reference
     "precompute_ref_log_probs": Foreign("reference", {"true": "cached", "false": "live"}),
@@ -200,7 +201,7 @@ FOREIGN = {
     "template": Foreign("chat_template", {}, _OWN_TEMPLATE),
     "tokenizer_name_or_path": Foreign(None, {}, "the tokenizer in the model's folder is used"),
     "tokenizer_type": Foreign(None, {}, "the tokenizer in the model's folder is used"),
-    "model_type": Foreign(None, {}, "the model's config.json says it"),
+    "model_type": Foreign(None, {}, "it is in the model's config.json"),
     "special_tokens": Foreign(None, {}, "the tokenizer in the model's folder has them"),
     "trust_remote_code": Foreign(None, {}, "code of a model folder is never run"),
     "dataset_dir": Foreign(None, {}, "write the folder into the path of each entry of `datasets`"),
@@ -211,10 +212,10 @@ FOREIGN = {
     "datasets.ds_type": Foreign(None, {}, "the file's name tells the format"),
     "datasets.field": Foreign(None, {}, "column_map renames columns"),
     "remove_unused_columns": Foreign(None, {}, "columns that no schema names are ignored"),
-    "dataloader_num_workers": Foreign(None, {}, "dataset_num_proc says how many processes tokenize"),
+    "dataloader_num_workers": Foreign(None, {}, "dataset_num_proc sets how many processes tokenize"),
     "dataset_text_field": Foreign("datasets", {}, "column_map renames columns: [{path: NAME, column_map: {...}}]"),
     "dataset_kwargs": Foreign(None, {}, "the columns tell the format; column_map renames them"),
-    "streaming": Foreign(None, {}, "rows are tokenized once and read from the disk as they are needed"),
+    "streaming": Foreign(None, {}, "rows are tokenized once and read from disk as needed"),
     # devices
     "attn_implementation": Foreign("attention", {"flash_attention_2": "auto", "sdpa": "auto", "eager": "xla"}),
     "flash_attn": Foreign("attention", {"fa2": "auto", "auto": "auto", "sdpa": "auto", "disabled": "xla"}),
@@ -259,7 +260,7 @@ FOREIGN = {
     "greater_is_better": Foreign(None, {}, "a metric whose name ends in loss is better when lower, others when higher"),
     "generate_during_eval": Foreign(None, {}, "export the model and sample from it"),
 }
-"""Another trainer's key -> what it is here, where more than the name differs."""
+"""Another trainer's key -> how to write it in jdpo, if more than the name differs."""
 
 VALUES = {
     "optimizer.name": {
@@ -285,7 +286,7 @@ VALUES = {
     "reference": {"true": "cached", "false": "none"},
     "push_to_hub": {"true": "owner/name"},
 }
-"""jdpo's key -> value that other trainers have for it, in lower case -> jdpo's."""
+"""Key of jdpo -> value that other trainers use for it, in lower case -> value in jdpo."""
 
 OTHER_COMMANDS = {
     "rows": "inspect",
@@ -306,4 +307,4 @@ OTHER_COMMANDS = {
     "dry_run": "dpo` and `jdpo sft",
     "print_config": "dpo` and `jdpo sft",
 }
-"""Options that are no keys of a config -> the command that has them."""
+"""Options that are not keys of a config -> the command that has them."""

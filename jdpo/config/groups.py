@@ -169,7 +169,7 @@ class PreferenceSettings(LossOptions, LossSumSettings):
 
 @settings
 class ReferenceSettings(Settings):
-    """Where reference log-probs come from, and how the reference moves."""
+    """The source of reference log-probs, and how the reference moves."""
 
     heading = "Loss and reference"
 
@@ -261,7 +261,7 @@ class MemorySettings(Settings):
 
 @settings
 class LoggingSettings(Settings):
-    """When to log, evaluate and save, and what to keep."""
+    """The steps at which a run logs, evaluates and saves, and the checkpoints it keeps."""
 
     heading = "Logging and saving"
 
@@ -283,7 +283,7 @@ class LoggingSettings(Settings):
 
 @settings
 class OutputSettings(Settings):
-    """Where a run writes, how it restarts, and what it exports."""
+    """The folder of a run, how it restarts, and what it exports."""
 
     heading = "Output"
 

@@ -18,6 +18,15 @@ REQUIRED = object()
 """The default of a key that has none."""
 
 _TYPES = {"int": "INT", "float": "FLOAT", "str": "TEXT", "bool": "BOOL", "dict": "MAP", "list": "LIST"}
+_EXPECTED = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "a text",
+    "bool": "true or false",
+    "dict": "a map of keys to values",
+    "list": "a list",
+    "group": "a group of keys",
+}
 _LONGEST_METAVAR = 60
 """Choices that take more characters are listed in the text of the help."""
 _BOUNDS = {"ge": "at least", "gt": "greater than", "le": "at most", "lt": "less than"}
@@ -54,8 +63,19 @@ class KeySpec:
     switch: bool
 
     @property
+    def expected(self) -> str:
+        """The values that it takes, in words: `a number greater than 0`."""
+        if self.choices:
+            words = ", ".join(self.choices[:-1]) + f" or {self.choices[-1]}"
+            return f"one or more of {words}" if self.kind == "list" else words
+        kind = _EXPECTED[self.kind] + (f" such as {self.example}" if self.group is not None and self.example else "")
+        if self.kind == "list" and self.bounds:
+            return f"{kind} whose entries are {self.bounds}"
+        return " ".join(filter(None, (kind, "of" if self.bounds.startswith("at") else "", self.bounds)))
+
+    @property
     def metavar(self) -> str:
-        """What stands for its value in `--help`."""
+        """The placeholder of its value in `--help`."""
         listed = "{" + ",".join(self.choices) + "}"
         if self.choices and len(listed) <= _LONGEST_METAVAR:
             return listed

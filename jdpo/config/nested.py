@@ -198,7 +198,7 @@ def _as_dataset(value: Any) -> Any:
 
 
 def _as_optimizer(value: Any) -> Any:
-    """Lets the name of an optimizer stand for the group with that name."""
+    """Reads a bare name as the group with that name."""
     return {"name": value} if isinstance(value, str) else value
 
 

@@ -24,36 +24,36 @@ from jdpo.config.yaml_text import dump_yaml, load_yaml
 C = TypeVar("C", bound=Settings)
 
 NAMED_GROUPS = {"optimizer": "name"}
-"""Groups that one word may stand for: the key within it that the word is."""
+"""Groups that may be given as one word -> the key within the group that the word is the value of."""
 
 SWITCHED_GROUPS = ("lora",)
-"""Groups that `true` turns on with their defaults, and any key of them too."""
+"""Groups that are turned on, with their defaults, by `true` or by any of their keys."""
 
 SYNONYMS = {"loss_type": LOSS_SYNONYMS}
-"""Keys whose value may be another word for one of jdpo's, which the run says; all other foreign words are errors."""
+"""Keys with other names for some of their values; every other foreign value is an error."""
 
 
 def load_config(
     cls: type[C],
     path: Path | None = None,
     overrides: Sequence[str] = (),
-    say: Callable[[str], None] = lambda text: None,
+    log: Callable[[str], None] = lambda text: None,
 ) -> C:
     """Reads a run's settings: defaults, then the YAML file, then `key=value` overrides.
 
     Args:
-      cls: a class of settings, such as that of a command in `CONFIGS`.
+      cls: a class of settings, such as `DPOConfig`.
       path: a YAML file holding a mapping, or None.
       overrides: words of the command line, as `--key value`, `--key=value` or `key=value`; values are YAML. A switch
-        may stand without a value, which is then true.
-      say: takes a line where a value is read as another one, see `SYNONYMS`.
+        without a value is true.
+      log: takes a line for each value that is replaced by its usual name.
 
     Returns:
       A validated, frozen config.
 
     Raises:
-      ValueError: naming every unknown key (with the nearest one), wrong type and missing key, or the key of an address
-        that holds a password.
+      ValueError: naming every unknown key (with the nearest one), wrong value and missing key, or the key of an
+        address that holds a password.
     """
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
@@ -74,30 +74,30 @@ def load_config(
         if group in SWITCHED_GROUPS:
             before = values.get(group)
             if key == group and value is True and isinstance(before, Mapping):
-                continue  # on it is already, with what is said of it
+                continue  # it is on already, with keys of its own
             if key != group and (before is None or isinstance(before, bool)):
                 values[group] = {}
-        # `--optimizer lion` changes the rule alone: what the file says of the group beside it stays.
+        # `--optimizer lion` changes only the name: other keys that the file has in this group remain.
         named = key in NAMED_GROUPS and isinstance(value, str)
         _set_nested(values, f"{key}.{NAMED_GROUPS[key]}" if named else key, value)
         origins[group] = COMMAND_LINE
     refuse_passwords(values)
     for key, synonyms in SYNONYMS.items():
         if key in values:
-            values[key] = _without_synonyms(key, values[key], synonyms, say)
+            values[key] = _without_synonyms(key, values[key], synonyms, log)
     try:
         return TypeAdapter(cls).validate_python(values)
     except ValidationError as error:
         raise ValueError(explain(cls, error, origins)) from None
 
 
-def _without_synonyms(key: str, value: Any, synonyms: Mapping[str, str], say: Callable[[str], None]) -> Any:
-    """A value, or a list of them, in jdpo's words."""
+def _without_synonyms(key: str, value: Any, synonyms: Mapping[str, str], log: Callable[[str], None]) -> Any:
+    """Replaces other names of a value, or of the values in a list, by the usual ones, and logs it."""
     if isinstance(value, list):
-        return [_without_synonyms(key, one, synonyms, say) for one in value]
+        return [_without_synonyms(key, one, synonyms, log) for one in value]
     if not isinstance(value, str) or value not in synonyms:
         return value
-    say(f"{key}: {value} means {synonyms[value]}")
+    log(f"{key}: {value} means {synonyms[value]}")
     return synonyms[value]
 
 
@@ -133,7 +133,7 @@ def unreadable(word: str) -> ValueError:
 
 
 def _parse_value(key: str, text: str, *, is_text: bool) -> Any:
-    """Reads a command-line value as YAML, but keeps text as it is: 0123 and 2024-01-01 are fine names of folders."""
+    """Reads a command-line value as YAML, but keeps texts as they are: 0123 and 2024-01-01 may be folders."""
     if is_text:
         return None if text == "null" else text
     try:
@@ -172,18 +172,18 @@ def _set_nested(values: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def to_dict(settings: Settings) -> dict[str, Any]:
-    """The config as plain dicts, lists and scalars, with every default written out."""
+    """Returns the settings as plain dicts, lists and scalars, with every default written out."""
     values: dict[str, Any] = TypeAdapter(type(settings)).dump_python(settings, mode="json")
     return values
 
 
 def to_yaml(settings: Settings) -> str:
-    """The config as YAML that `load_config` reads back to an equal config."""
+    """Returns the settings as YAML, which `load_config` reads back to equal settings."""
     return dump_yaml(to_dict(settings))
 
 
 def to_public_dict(settings: Settings) -> dict[str, Any]:
-    """As `to_dict`, for files: web addresses lack their query, which may be a key.
+    """Returns the settings as `to_dict` does, but without the queries of web addresses, which may hold keys: for files.
 
     Raises:
       ValueError: an address holds a password.
@@ -195,10 +195,10 @@ def to_public_dict(settings: Settings) -> dict[str, Any]:
 
 
 def to_public_yaml(settings: Settings, *, escaped: str = "") -> str:
-    """`to_public_dict` as YAML.
+    """Returns `to_public_dict` as YAML.
 
     Args:
-      escaped: characters that are written as escapes, beside those that would not show.
+      escaped: characters to write as escapes, in addition to invisible ones.
     """
     return dump_yaml(to_public_dict(settings), escaped)
 

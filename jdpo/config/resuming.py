@@ -1,4 +1,4 @@
-"""Whether settings are still those of a run that began earlier."""
+"""Comparison of settings with those of an earlier start of the same run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EXPORT_KEYS = (
     "metric_for_best_model",
     "lora.merge",
 )
-"""Keys that decide what is exported: a finished run whose export was asked for otherwise exports again."""
+"""Keys that determine the export: a finished run exports again if one of them changes."""
 
 FREE_KEYS = frozenset(
     {
@@ -53,40 +53,40 @@ FREE_KEYS = frozenset(
         "resume",
     }
 )
-"""Keys that may change when a run is resumed: they do not change what is trained."""
+"""Keys that may change when a run is resumed, since they do not change what is trained."""
 
 
 def differences(saved: Mapping[str, Any], current: Settings) -> list[str]:
-    """What keeps `current` from being the run whose `to_dict` was `saved`; empty when it is the same run."""
+    """Returns a line for each key that makes `current` another run than `saved`, which `to_dict` returned earlier."""
     now = to_public_dict(current)
     keys = [key for key in {**saved, **now} if key not in FREE_KEYS]
     return [f"{key}: {saved.get(key)!r} before, {now.get(key)!r} now" for key in changed_keys(saved, current, keys)]
 
 
 def changed_keys(saved: Mapping[str, Any], current: Settings, keys: Iterable[str]) -> list[str]:
-    """Which of `keys` differ; a key that an older jdpo did not write yet had what is its default now."""
+    """Returns which of `keys` differ. A key that an older jdpo did not write has its present default."""
     saved, now, defaults = without_queries(saved), to_public_dict(current), defaults_of(type(current))
 
     def differ(key: str) -> bool:
         before, after = (_meaning(key, _at(values, key, defaults)) for values in (saved, now))
-        return before != after and [before] != after  # a key that takes a list took one value before
+        return before != after and [before] != after  # older versions wrote one value where there is a list now
 
     return [key for key in keys if differ(key)]
 
 
 def _at(values: Mapping[str, Any], key: str, defaults: Mapping[str, Any]) -> Any:
-    """The value of a key, perhaps one within a group; None within a group that is left out."""
+    """Returns the value of a key, which may be in a group; None if the group is left out."""
     group, _, inner = key.partition(".")
     value = values.get(group, defaults.get(group))
     return (value or {}).get(inner) if inner else value
 
 
 def _meaning(key: str, value: Any) -> Any:
-    """A value as it is compared: what an optimizer leaves open is what its rule has, as older versions wrote it out,
-    and what adapters leave open is their default, or the shape of the one that they go on from.
+    """Returns a value in the form in which it is compared.
 
-    Of a data set only what is not the default counts, as older versions did not write all keys; its label names a
-    metric and changes no row.
+    The keys of an optimizer and of adapters that are null get their defaults, which older versions wrote out. Of a
+    dataset only the keys count that are not at their defaults, since older versions did not write all of them; and not
+    its label, which changes no row.
     """
     if key == "datasets" and isinstance(value, list | tuple):
         return [_meaning_of_dataset(dataset) for dataset in value]
@@ -105,7 +105,7 @@ def _meaning_of_lora(value: Any) -> Any:
     if not isinstance(value, Mapping):
         return value or None
     compared = {name: setting for name, setting in value.items() if f"lora.{name}" not in EXPORT_KEYS}
-    if compared.get("adapter") is not None:  # which has a shape; keys that said another would have been refused
+    if compared.get("adapter") is not None:  # its shape is that of the adapter; other values would have been refused
         return {name: setting for name, setting in compared.items() if name not in LORA_DEFAULTS}
     return {name: LORA_DEFAULTS.get(name) if setting is None else setting for name, setting in compared.items()}
 

@@ -1,4 +1,4 @@
-"""What keys are made of: the types of their values, their descriptions, and the decorator of settings classes."""
+"""The parts of keys: the types of their values, their descriptions, and the decorator of settings classes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Settings:
     """The base of all classes of settings."""
 
     heading: ClassVar[str] = "Keys"
-    """What `--help` and docstrings write above the keys that the class declares."""
+    """The line above the keys of the class in `--help` and docstrings."""
 
 
 # Type checkers see no frozen dataclass: mypy would take what a converted key accepts for what it reads as.
@@ -92,19 +92,19 @@ if TYPE_CHECKING:
 def no_bool(value: Any) -> Any:
     """Keeps `beta: true` from becoming 1.0."""
     if isinstance(value, bool):
-        raise ValueError("a number is expected, not true or false")
+        raise PydanticCustomError("no_bool", "expected a number, found true or false")
     return value
 
 
 def _not_blank(value: str) -> str:
     """Refuses what an unset shell variable leaves: an empty path would be the current folder."""
     if not value.strip():
-        raise PydanticCustomError("blank_text", "a text is expected, and it is empty")
+        raise PydanticCustomError("blank_text", "expected a text, but it is empty")
     return value
 
 
 def as_list(value: Any) -> Any:
-    """Lets one entry stand for a list of one."""
+    """Reads one entry as a list of one."""
     return [value] if isinstance(value, str | Mapping | int | float) else value
 
 

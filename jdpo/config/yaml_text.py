@@ -1,4 +1,4 @@
-"""Reading YAML without its traps, and writing it so that it shows as it is."""
+"""Reading YAML without its traps, and writing it so that every character is visible."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from jdpo.safe_text import escaped as escape
 from jdpo.safe_text import is_unseen
 
 MOST_VALUES = 100_000
-"""Values of a config at most, those that aliases repeat counted each time."""
+"""Maximum number of values in a config; a value counts each time that an alias repeats it."""
 
 MOST_CHARACTERS = 2**20
-"""Characters of a config at most."""
+"""Maximum number of characters in a config."""
 
 _BASE_60 = re.compile(r"[-+]?[0-9_]+(:[0-5]?[0-9])+(\.[0-9_]*)?")
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key written twice, of which plain YAML keeps the last, and reads 10:13 as text, not as 613."""
+    """Refuses a key that is written twice (plain YAML keeps the last one), and reads 10:13 as text, not as 613."""
 
     def resolve(self, kind: type[yaml.Node], value: Any, implicit: Any) -> str:
         if kind is yaml.ScalarNode and implicit[0] and _BASE_60.fullmatch(value):
@@ -32,20 +32,20 @@ class _Loader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             if key_node.tag == "tag:yaml.org,2002:merge":
-                continue  # `<<: *name` brings in the keys of another value, which those beside it override
+                continue  # `<<: *name` adds the keys of another value; the keys next to it take precedence
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
                 raise yaml.constructor.ConstructorError(None, None, f"{key!r} cannot be a key", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                    None, None, f"the key {key!r} is written twice", key_node.start_mark
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
 def load_yaml(text: str) -> Any:
-    """The value of a YAML text, without Python objects.
+    """Reads a YAML text, without Python objects.
 
     Raises:
       yaml.YAMLError: broken YAML, a key written twice, values nested too deeply, or more than MOST_VALUES of them.
@@ -66,17 +66,17 @@ def load_yaml(text: str) -> Any:
         return loader.construct_document(node)
     except RecursionError:
         raise yaml.YAMLError("its values are nested too deeply") from None
-    except ValueError as error:  # a date or a number that there is not
+    except ValueError as error:  # a date or a number that does not exist
         raise yaml.YAMLError(str(error)) from error
     finally:
         loader.dispose()
 
 
 def _expanded_size(node: yaml.Node, sizes: dict[int, int | None]) -> int:
-    """Values below a node, itself counted; an alias is the node that it names, and counts each time.
+    """Counts the values below a node and the node itself; an alias counts as often as it is used.
 
     Args:
-      sizes: of the nodes that were counted, by identity; None while a node is being counted.
+      sizes: sizes of the nodes counted so far, by identity; None while a node is being counted.
     """
     if isinstance(node, yaml.ScalarNode):
         return 1
@@ -94,7 +94,7 @@ def _expanded_size(node: yaml.Node, sizes: dict[int, int | None]) -> int:
 
 
 def dump_yaml(values: Mapping[str, Any], escaped: str = "") -> str:
-    """Values as YAML that shows in a terminal as it is: what would not show is escaped within quotes."""
+    """Writes values as YAML in which every character is visible: others are escaped within quotes."""
 
     def hides(character: str) -> bool:
         return character in escaped or is_unseen(character)
@@ -106,5 +106,5 @@ def dump_yaml(values: Mapping[str, Any], escaped: str = "") -> str:
 
     Dumper.add_representer(str, Dumper.represent_str)
     text: str = yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=110)
-    # Only line feeds of YAML itself are left among control characters, and all others are within double quotes.
+    # The only control characters left are the line feeds of YAML itself; all others are within double quotes.
     return "".join(escape(one) if one != "\n" and hides(one) else one for one in text)

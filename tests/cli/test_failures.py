@@ -20,14 +20,14 @@ def test_a_disk_that_takes_no_more_is_one_line_with_the_file(number: int) -> Non
     said = explain_failure(OSError(number, os.strerror(number), "/data/run/metrics.jsonl"))
     assert said is not None
     assert said.startswith("cannot write /data/run/metrics.jsonl: ")
-    assert "Make room" in said
+    assert "Free some space" in said
     assert "\n" not in said
 
 
 def test_a_full_disk_is_known_by_its_words_too() -> None:
     said = explain_failure(RuntimeError("I/O error: No space left on device (os error 28)\nmore"))
     assert said is not None
-    assert said.startswith("there is no room left on the disk (I/O error: No space left on device (os error 28)). Make")
+    assert said.startswith("the disk is full (I/O error: No space left on device (os error 28)). Free")
     own = OSError("the checkpoint of step 2 could not be written to x: No space left on device. Make room there")
     assert explain_failure(own) == str(own)
 

@@ -56,6 +56,11 @@ def test_wrong_words_are_answered_as_before(words: list[str], message: str) -> N
         read(*words)
 
 
+def test_a_key_without_dashes_is_no_config_file() -> None:
+    with pytest.raises(ValueError, match=r"cannot read '0.2'; did you mean `--beta 0.2`\?"):
+        parse(train.parser("dpo"), ["beta", "0.2"])
+
+
 PARSERS = {
     "dpo": train.parser("dpo"),
     "sft": train.parser("sft"),

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jdpo.models.lora.targets import find_sites
 from machine import machine_line
 
 from jdpo.config import MeshConfig
@@ -30,7 +31,6 @@ from jdpo.data.batching.packing_plan import item_sizes, plan_run
 from jdpo.losses.settings import loss_settings
 from jdpo.models.lora.adapters import Lora, abstract_adapters
 from jdpo.models.lora.base_weights import Base, BaseDtype, abstract_base
-from jdpo.models.lora.sites import find_sites
 from jdpo.models.model_config import LayerKind, ModelConfig, RopeConfig
 from jdpo.models.transformer import Transformer, abstract_params
 from jdpo.sharding.mesh import make_mesh

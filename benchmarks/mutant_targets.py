@@ -56,7 +56,7 @@ TARGETS = (
         ("_by_quantile", "_ascending", "update_loss_state"),
         ("tests/losses/test_formulas.py", "tests/losses/test_preference.py", "tests/losses/test_pair_losses.py"),
     ),
-    Target("losses", "jdpo/losses/divergences.py", ("divergence_score",), ("tests/losses/test_formulas.py",)),
+    Target("losses", "jdpo/losses/pairwise.py", ("divergence_score",), ("tests/losses/test_formulas.py",)),
     Target(
         "losses",
         "jdpo/losses/preference.py",

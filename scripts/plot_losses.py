@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdpo.losses import LOSSES, preference_loss
-from jdpo.losses.divergences import divergence_score
+from jdpo.losses.pairwise import divergence_score
 
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images" / "losses"
 REFERENCE_LOGP, LENGTH = -20.0, 10

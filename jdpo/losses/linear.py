@@ -15,14 +15,10 @@ from einops import rearrange
 from jax.sharding import AxisType, NamedSharding, auto_axes, reshard
 from jax.sharding import PartitionSpec as P
 
-from jdpo.losses.linear_chunks import HeadSettings, chunked_token_logps, varying_alike
+from jdpo.losses.linear_chunks import HeadSettings, default_chunk, row_token_logps
 
 Array = Any
 
-CHUNK_BYTES = 48 * 2**20
-"""What the logits of a chunk take up at most, where the caller leaves its size open..."""
-MIN_CHUNK_TOKENS = 256
-"""... unless that were fewer tokens than this: below it, a chunk reads and writes more weights than it computes."""
 MAX_SHARDS = 256
 """Tokens in one axis [n] may lie in up to this many shards (a power of two that divides n) and stay where they are."""
 
@@ -133,24 +129,8 @@ def _on_rows(
         rows = _num_rows(hidden.shape[0], tokens)
         hidden, targets = rearrange(hidden, "(r k) d -> r k d", r=rows), rearrange(targets, "(r k) -> r k", r=rows)
         chunk = tokens // rows
-    rows, positions = targets.shape
-    chunk = chunk or default_chunk(rows, positions, head.shape[1], skips=lengths is not None)
-    chunk = max(min(chunk, positions), 1)
-    hidden, head, targets, *rest = varying_alike(hidden, head, targets, *([] if lengths is None else [lengths]))
-    results = chunked_token_logps(chunk, settings, hidden, head, targets, rest[0] if rest else None)
+    results = row_token_logps(settings, hidden, head, targets, lengths, chunk=chunk)
     return tuple(rearrange(result, "r k -> (r k)") for result in results) if flat else results
-
-
-def default_chunk(rows: int, positions: int, vocabulary: int, *, skips: bool = False) -> int:
-    """Positions of a row at once, by CHUNK_BYTES and MIN_CHUNK_TOKENS; no more than half of them.
-
-    Args:
-      skips: chunks may be skipped: smaller ones, so that more of them are.
-    """
-    tokens, most = max(CHUNK_BYTES // (4 * vocabulary), MIN_CHUNK_TOKENS), -(-positions // 2)
-    if skips:
-        most = min(most, max(-(-positions // 4), MIN_CHUNK_TOKENS // max(rows, 1)))
-    return max(min(tokens // max(rows, 1), most), 1)
 
 
 def _num_rows(size: int, tokens: int) -> int:

@@ -1,4 +1,4 @@
-"""The chunked head of `jdpo.losses.linear`: a loop over positions with its own backward pass.
+"""The LM head on rows of hidden states, in chunks: a loop over positions with its own backward pass.
 
 Axes: r rows, k positions of a row, d model, v vocabulary, c positions of a row in one chunk, m chunks.
 """
@@ -14,6 +14,11 @@ from einops import rearrange
 
 Array = Any
 
+CHUNK_BYTES = 48 * 2**20
+"""The logits of a chunk take up at most this much, where the caller leaves its size open..."""
+MIN_CHUNK_TOKENS = 256
+"""... unless that were fewer tokens than this: below it, a chunk reads and writes more weights than it computes."""
+
 
 class HeadSettings(NamedTuple):
     """What is known before tracing; hashable."""
@@ -21,6 +26,45 @@ class HeadSettings(NamedTuple):
     softcap: float | None
     scale: float | None
     with_sum_sq: bool
+
+
+def row_token_logps(
+    settings: HeadSettings,
+    hidden_rkd: Array,
+    head: Array,
+    targets_rk: Array,
+    lengths_r: Array | None = None,
+    *,
+    chunk: int | None = None,
+) -> tuple[Array, ...]:
+    """Log-probs of the targets of rows through the head; `linear_token_logps` without its checks.
+
+    Call it on arrays as one device sees them (within shard_map), or on whole arrays that GSPMD partitions.
+
+    Args:
+      chunk: positions of each row at once, at most; None chooses, see `default_chunk`.
+
+    Returns:
+      see `chunked_token_logps`.
+    """
+    rows, positions = targets_rk.shape
+    chunk = chunk or default_chunk(rows, positions, head.shape[1], skips=lengths_r is not None)
+    chunk = max(min(chunk, positions), 1)
+    counts = [] if lengths_r is None else [lengths_r]
+    hidden_rkd, head, targets_rk, *counts = varying_alike(hidden_rkd, head, targets_rk, *counts)
+    return chunked_token_logps(chunk, settings, hidden_rkd, head, targets_rk, counts[0] if counts else None)
+
+
+def default_chunk(rows: int, positions: int, vocabulary: int, *, skips: bool = False) -> int:
+    """Returns how many positions of a row are computed at once: by CHUNK_BYTES and MIN_CHUNK_TOKENS, at most half.
+
+    Args:
+      skips: chunks may be skipped; they are then smaller, so that more of them are.
+    """
+    tokens, most = max(CHUNK_BYTES // (4 * vocabulary), MIN_CHUNK_TOKENS), -(-positions // 2)
+    if skips:
+        most = min(most, max(-(-positions // 4), MIN_CHUNK_TOKENS // max(rows, 1)))
+    return max(min(tokens // max(rows, 1), most), 1)
 
 
 def varying_alike(*arrays: Array) -> list[Array]:

@@ -8,12 +8,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from jdpo.losses.argument_checks import check_lengths
-from jdpo.losses.catalogue import FUNCTIONS
-from jdpo.losses.divergences import divergence_score
-from jdpo.losses.pairwise import LossInputs
-from jdpo.losses.reference_free import sft
-from jdpo.losses.settings import DEFAULTS, LossSettings, loss_settings
-from jdpo.types import CHOSEN, REJECTED
+from jdpo.losses.pair_losses import loss_inputs, loss_terms, rewards, sum_of_terms, token_share
+from jdpo.losses.settings import loss_settings
 
 Array = Any
 
@@ -129,84 +125,3 @@ def _check_shapes(logps: Sequence[Array], **others: Array | None) -> None:
     for name, array in others.items():
         if array is not None and jnp.shape(array) != shape:
             raise ValueError(f"{name} must have the shape {shape} of the log-probs, found {jnp.shape(array)}")
-
-
-def token_share(num_tokens: Array | float, num_pairs: Array | float, dtype: Any) -> Array:
-    """Chosen tokens a pair, at least so much as one token in all."""
-    return jnp.maximum(jnp.asarray(num_tokens, dtype), 1) / jnp.maximum(jnp.asarray(num_pairs, dtype), 1)
-
-
-def loss_inputs(
-    settings: LossSettings,
-    policy: Array,
-    reference: Array | None,
-    lengths: Array | None,
-    *,
-    mean_chosen_tokens: Array | None,
-    unweighted_policy: Array | None = None,
-    real: Array | None = None,
-    bco_delta: Array | None = None,
-) -> LossInputs:
-    """What the losses read of [b, 2] arrays, sides last.
-
-    Args:
-      policy, reference: summed log-probs, length-desensitised where ld_alpha is set.
-      lengths: completion lengths in tokens.
-      mean_chosen_tokens: chosen tokens of the global batch / its pairs, for token means.
-      unweighted_policy: `policy` without ld_alpha; None: the same.
-      real: bool [b], False on padding pairs.
-      bco_delta: replaces the option of that name.
-    """
-    options = {**DEFAULTS, **settings.numbers}
-    if bco_delta is not None:
-        options["bco_delta"] = bco_delta
-    sums = policy if unweighted_policy is None else unweighted_policy
-    chosen_lengths, rejected_lengths = (None, None) if lengths is None else (lengths[:, CHOSEN], lengths[:, REJECTED])
-    ratios = scores = (None, None)
-    if reference is not None:
-        ratios = (policy[:, CHOSEN] - reference[:, CHOSEN], policy[:, REJECTED] - reference[:, REJECTED])
-        alpha = options["f_alpha_divergence_coef"]
-        scores = tuple(divergence_score(ratio, settings.f_divergence_type, alpha) for ratio in ratios)
-    return LossInputs(
-        chosen_logps=policy[:, CHOSEN],
-        rejected_logps=policy[:, REJECTED],
-        chosen_logratios=ratios[0],
-        rejected_logratios=ratios[1],
-        reference_margins=None if reference is None else reference[:, CHOSEN] - reference[:, REJECTED],
-        chosen_scores=scores[0],
-        rejected_scores=scores[1],
-        chosen_lengths=chosen_lengths,
-        rejected_lengths=rejected_lengths,
-        chosen_nll=-sums[:, CHOSEN],
-        mean_chosen_tokens=mean_chosen_tokens,
-        real=real,
-        beta=settings.beta,
-        options=options,
-    )
-
-
-def loss_terms(settings: LossSettings, inputs: LossInputs) -> dict[str, Array]:
-    """Each loss of the sum by name, [b] each, already multiplied by its weight; `rpo` is what rpo_alpha adds."""
-    weighted = zip(settings.loss_types, settings.weights, strict=True)
-    terms = {name: weight * FUNCTIONS[name](inputs) for name, weight in weighted}
-    if "rpo_alpha" in settings.numbers:
-        terms["rpo"] = settings.numbers["rpo_alpha"] * sft(inputs)
-    return terms
-
-
-def sum_of_terms(settings: LossSettings, terms: dict[str, Array]) -> Array:
-    """The loss of each pair, [b]."""
-    first, *rest = (terms[name] for name in settings.terms)
-    return sum(rest, start=first)
-
-
-def rewards(
-    settings: LossSettings, policy: Array, reference: Array | None, lengths: Array | None
-) -> tuple[Array, Array]:
-    """Implicit rewards (chosen, rejected), [b] each, of summed log-probs [b, 2] (never length-desensitised)."""
-    values = policy if reference is None else policy - reference
-    if reference is None and settings.mean_rewards:
-        assert lengths is not None
-        values = values / jnp.maximum(lengths, 1)
-    values = settings.beta * values
-    return values[:, CHOSEN], values[:, REJECTED]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jdpo.losses.preference import loss_inputs, loss_terms, sum_of_terms
+from jdpo.losses.pair_losses import loss_inputs, loss_terms, sum_of_terms
 from jdpo.losses.settings import LossSettings
 
 START_TOLERANCE = {"float64": 1e-5, "float32": 1e-5, "bfloat16": 2e-2}

@@ -12,7 +12,7 @@ import pytest
 
 from jdpo.loss_specs import F_DIVERGENCES, LOSSES, OPTIONS
 from jdpo.losses import preference_loss
-from jdpo.losses.divergences import divergence_score
+from jdpo.losses.pairwise import divergence_score
 from tests.losses.loss_cases import CASES, NEEDED
 
 BETA = 0.1

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jdpo.losses.linear import default_chunk
+from jdpo.losses.linear_chunks import default_chunk
 from jdpo.models.attention.work import PRODUCTS, causal_pairs, computed_pairs
 from jdpo.models.model_config import ModelConfig
 from jdpo.types import REJECTED, CompletionBatch, PackedBatch, PreferenceBatch

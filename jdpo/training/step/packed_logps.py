@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from jdpo.losses.linear import linear_token_logps
+from jdpo.losses.linear_chunks import HeadSettings, row_token_logps
 from jdpo.losses.pair_logps import LogpsFn, TokenScores
 from jdpo.models.packed_attention import packed_sequences
 from jdpo.models.transformer import Transformer, apply_routed, variables
-from jdpo.sharding.mesh import BATCH_AXES, num_batch_shards
+from jdpo.sharding.axes import BATCH_AXES, num_batch_shards
 from jdpo.types import PackedBatch
 
 Array = Any
@@ -36,15 +36,9 @@ def make_packed_logps(model: Transformer, mesh: Mesh) -> LogpsFn:
         hidden_rkd = jnp.take_along_axis(hidden_rsd, batch.logp_slot[..., None], axis=1)
 
         def head_logps(hidden_rkd: Array, head_dv: Array, targets_rk: Array, lengths_r: Array) -> Any:
-            return linear_token_logps(
-                hidden_rkd,
-                head_dv,
-                targets_rk,
-                lengths=lengths_r,
-                logit_softcap=model.config.logit_softcap,
-                logit_scale=model.config.logit_scale if model.config.logit_scale != 1.0 else None,
-                return_log_sum_sq=with_log_sum_sq,
-            )
+            scale = model.config.logit_scale if model.config.logit_scale != 1.0 else None
+            settings = HeadSettings(model.config.logit_softcap, scale, with_log_sum_sq)
+            return row_token_logps(settings, hidden_rkd, head_dv, targets_rk, lengths_r.astype(jnp.int32))
 
         if num_batch_shards(mesh) > 1:  # XLA's partitioner fails on manual axes that are all of size 1
             # Within shard_map, so that the head's gradient is summed over devices once and not after every chunk.
@@ -60,7 +54,7 @@ def make_packed_logps(model: Transformer, mesh: Mesh) -> LogpsFn:
         if mesh.size > num_batch_shards(mesh):  # devices that share the vocabulary talk to each other in every chunk:
             num_scored_r = jnp.full_like(num_scored_r, num_scored_r.max())  # all run as many
         found = head_logps(hidden_rkd, head_dv, batch.logp_target, num_scored_r)
-        scores, log_sum_sq = found if with_log_sum_sq else (found, None)
+        scores, log_sum_sq = found if with_log_sum_sq else (*found, None)
         return TokenScores(scores, log_sum_sq, router)
 
     return logps

@@ -10,10 +10,8 @@ import jax
 from jax.sharding import AxisType, Mesh
 
 from jdpo.config import MeshConfig
+from jdpo.sharding.axes import AXES, BATCH_AXES, num_batch_shards
 from jdpo.words import figure
-
-AXES = ("data", "fsdp", "expert", "tensor")
-BATCH_AXES = ("data", "fsdp", "expert")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -70,11 +68,6 @@ def _valid_shapes(num_devices: int, asked_expert: int, most: int = 12) -> str:
         if others % (data * fsdp) == 0
     ]
     return ", ".join(shapes[:most]) + (", ..." if len(shapes) > most else "")
-
-
-def num_batch_shards(mesh: Mesh) -> int:
-    """Parts that a batch is split into: the product of BATCH_AXES."""
-    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def check_batch_size(global_batch_size: int, mesh: Mesh) -> None:

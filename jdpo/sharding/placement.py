@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jdpo.sharding.mesh import BATCH_AXES
+from jdpo.sharding.axes import BATCH_AXES
 from jdpo.types import HOST_MEMORY
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jdpo.sharding.mesh import BATCH_AXES
+from jdpo.sharding.axes import BATCH_AXES
 
 LOGICAL_RULES: tuple[tuple[str, Any], ...] = (
     # weights: fsdp splits the model dimension, tensor splits what heads, mlp and vocabulary own

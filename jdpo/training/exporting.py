@@ -16,7 +16,7 @@ from jdpo.checkpoint.output_folders import check_out
 from jdpo.checkpoint.steps import complete_steps, damaged_folders, fault_of
 from jdpo.config import CONFIGS, MemorySettings, MeshConfig, defaults_of, load_config
 from jdpo.json_files import read_json
-from jdpo.models.lora.sites import require_loadable
+from jdpo.models.lora.targets import require_loadable
 from jdpo.reports.metrics_file import read_metrics
 from jdpo.training.finish import export_trained, made_from, results_at
 from jdpo.training.run_dir import STARTED_IN

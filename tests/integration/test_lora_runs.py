@@ -219,7 +219,7 @@ def test_peft_loads_a_runs_adapter_onto_its_base(lora_run: Path) -> None:
     from jdpo.models.lora.adapters import abstract_adapters, weights_of
     from jdpo.models.lora.base_weights import Base
     from jdpo.models.lora.peft_folder import load_adapters, read_adapter
-    from jdpo.models.lora.sites import find_sites
+    from jdpo.models.lora.targets import find_sites
     from jdpo.models.transformer import Transformer, make_apply_fn
     from jdpo.models.weights.loading import load_params
 

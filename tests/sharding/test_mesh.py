@@ -7,7 +7,8 @@ import pytest
 from jax.sharding import AxisType
 
 from jdpo.config import MeshConfig
-from jdpo.sharding.mesh import check_batch_size, make_mesh, num_batch_shards, resolve_mesh_shape
+from jdpo.sharding.axes import num_batch_shards
+from jdpo.sharding.mesh import check_batch_size, make_mesh, resolve_mesh_shape
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ import numpy as np
 
 from jdpo.models.lora.adapter_config import CONFIG_NAME, WEIGHTS_NAME, read_adapter_config
 from jdpo.models.lora.adapters import Adapters, Lora
-from jdpo.models.lora.sites import EXPERT_AXIS, Module, Site, Targets, get_at, last_name, tree_of, whole_sites
+from jdpo.models.lora.sites import EXPERT_AXIS, Module, Site, get_at, last_name, tree_of
+from jdpo.models.lora.targets import Targets, whole_sites
 from jdpo.models.weights.safetensors_folder import DTYPES, TensorEntry, read_header
 from jdpo.processes import together
 from jdpo.safe_text import terminal

@@ -14,7 +14,7 @@ from jdpo.losses.pair_losses import Totals
 from jdpo.models.lora.adapters import num_met_params
 from jdpo.models.self_attention import AttentionSettings
 from jdpo.models.transformer import Transformer, Weights
-from jdpo.sharding.mesh import num_batch_shards
+from jdpo.sharding.axes import num_batch_shards
 from jdpo.sharding.placement import offloaded, state_shardings
 from jdpo.training.fit.flops import Arithmetic, StepFlops, step_flops
 from jdpo.training.setup.run_setup import Setup

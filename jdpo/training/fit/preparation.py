@@ -15,7 +15,7 @@ from jdpo.data.prepared.prepare import PreparedData
 from jdpo.data.reference_cache.scores import ReferenceCache
 from jdpo.models.remat import remat_order
 from jdpo.processes import most_of_processes
-from jdpo.sharding.mesh import num_batch_shards
+from jdpo.sharding.axes import num_batch_shards
 from jdpo.training.fit.assembly import Assembly, assemble
 from jdpo.training.fit.compilation import Programs, Shapes, compile_for, shapes_of
 from jdpo.training.fit.host_memory import host_memory

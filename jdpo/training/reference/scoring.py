@@ -18,7 +18,7 @@ from jdpo.data.batching.packing_plan import ItemSizes
 from jdpo.data.prepared.prepare import PreparedData
 from jdpo.data.reference_cache.scores import RowLogps
 from jdpo.models.transformer import Transformer
-from jdpo.sharding.mesh import num_batch_shards
+from jdpo.sharding.axes import num_batch_shards
 from jdpo.sharding.placement import fetch, micro_batch_sharding, place, replicated
 from jdpo.training.setup.batches import PackedBatches
 from jdpo.training.setup.row_order import BuildStopped

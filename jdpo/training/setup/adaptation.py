@@ -16,15 +16,8 @@ from jdpo.data.tokens.tokenizer import Tokenizer
 from jdpo.models.lora.adapters import Lora, abstract_adapters, adapter_axes, num_adapter_params
 from jdpo.models.lora.base_weights import Base, BaseDtype, abstract_base, base_axes
 from jdpo.models.lora.peft_folder import PeftAdapter, read_adapter
-from jdpo.models.lora.sites import (
-    Site,
-    Targets,
-    choose_sites,
-    find_sites,
-    frozen_modules,
-    last_name,
-    require_loadable,
-)
+from jdpo.models.lora.sites import Site, last_name
+from jdpo.models.lora.targets import Targets, choose_sites, find_sites, frozen_modules, require_loadable
 from jdpo.models.transformer import Transformer
 from jdpo.sharding.rules import param_shardings
 from jdpo.training.setup.untrained import refuse_added_tokens

@@ -24,7 +24,8 @@ from jdpo.models.lora.adapters import (
 )
 from jdpo.models.lora.base_weights import Base, dequantized, quantize
 from jdpo.models.lora.merge import _merged, merge
-from jdpo.models.lora.sites import KERNEL, choose_sites, find_sites, get_at, last_name, require_loadable, tree_of
+from jdpo.models.lora.sites import KERNEL, get_at, last_name, tree_of
+from jdpo.models.lora.targets import choose_sites, find_sites, require_loadable
 from jdpo.models.model_config import MoEConfig
 from jdpo.models.transformer import Transformer, Weights, init_params, make_apply_fn
 from tests.conftest import small_llama

@@ -12,7 +12,8 @@ import numpy as np
 from jdpo.models.lora.adapters import Lora, init_adapters, weights_of
 from jdpo.models.lora.base_weights import Base, dequantized, quantize
 from jdpo.models.lora.merge import merge
-from jdpo.models.lora.sites import KERNEL, find_sites, get_at, tree_of
+from jdpo.models.lora.sites import KERNEL, get_at, tree_of
+from jdpo.models.lora.targets import find_sites
 from jdpo.models.model_config import MoEConfig
 from jdpo.models.transformer import Transformer, init_params, make_apply_fn
 from tests.conftest import small_llama

@@ -24,7 +24,7 @@ from jdpo.models.lora.peft_folder import (
     read_adapter,
     target_names,
 )
-from jdpo.models.lora.sites import choose_sites, find_sites
+from jdpo.models.lora.targets import choose_sites, find_sites
 from jdpo.models.transformer import Transformer
 from tests.conftest import small_llama
 

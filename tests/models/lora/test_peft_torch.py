@@ -17,7 +17,7 @@ from jdpo.models.lora.adapter_config import CONFIG_NAME, WEIGHTS_NAME
 from jdpo.models.lora.adapters import Lora, abstract_adapters, init_adapters, weights_of
 from jdpo.models.lora.base_weights import Base
 from jdpo.models.lora.peft_folder import load_adapters, peft_config, peft_tensors, read_adapter
-from jdpo.models.lora.sites import choose_sites, find_sites
+from jdpo.models.lora.targets import choose_sites, find_sites
 from jdpo.models.transformer import Transformer, Weights, make_apply_fn
 from jdpo.models.weights.loading import load_params
 

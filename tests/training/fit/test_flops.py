@@ -19,7 +19,7 @@ from jdpo.losses.settings import loss_settings
 from jdpo.models.attention.work import causal_pairs, computed_pairs
 from jdpo.models.lora.adapters import Lora, abstract_adapters, num_adapter_params
 from jdpo.models.lora.base_weights import Base
-from jdpo.models.lora.sites import find_sites
+from jdpo.models.lora.targets import find_sites
 from jdpo.models.model_config import MoEConfig
 from jdpo.models.remat import REMAT_ORDER
 from jdpo.models.transformer import Transformer, abstract_params, make_apply_fn

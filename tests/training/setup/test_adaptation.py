@@ -19,7 +19,7 @@ from jdpo.models.families import read_model_config
 from jdpo.models.lora.adapter_config import CONFIG_NAME, WEIGHTS_NAME
 from jdpo.models.lora.adapters import Lora, init_adapters
 from jdpo.models.lora.peft_folder import peft_config, peft_tensors
-from jdpo.models.lora.sites import choose_sites, find_sites
+from jdpo.models.lora.targets import choose_sites, find_sites
 from jdpo.models.transformer import Transformer
 from jdpo.training.reference.cache_entries import weights_of_reference
 from jdpo.training.setup.numerics import resolve_dtype

@@ -19,7 +19,8 @@ from jdpo.losses.settings import loss_settings
 from jdpo.models.lora.adapters import Lora, abstract_adapters, adapter_axes, init_adapters, weights_of
 from jdpo.models.lora.base_weights import Base, BaseDtype, abstract_base, base_axes, dequantized, quantize
 from jdpo.models.lora.merge import merge
-from jdpo.models.lora.sites import KERNEL, find_sites, get_at, tree_of
+from jdpo.models.lora.sites import KERNEL, get_at, tree_of
+from jdpo.models.lora.targets import find_sites
 from jdpo.models.transformer import Transformer, init_params
 from jdpo.sharding.mesh import make_mesh
 from jdpo.sharding.placement import micro_batch_sharding, place, state_shardings

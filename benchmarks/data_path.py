@@ -117,7 +117,7 @@ def load(arguments: argparse.Namespace) -> dict[str, Any]:
     from jdpo.data.batching.loader import RowPlan
     from jdpo.data.batching.mixing import Mixture
     from jdpo.training.setup.batches import PackedBatches
-    from jdpo.training.step.tasks import task_for
+    from jdpo.training.setup.tasks import task_for
 
     data = prepared(arguments)
     task = task_for(load_config(DPOConfig, None, ["model_name_or_path=m", "output_dir=o", "datasets=d"]))
@@ -138,7 +138,7 @@ def consume(arguments: argparse.Namespace) -> dict[str, Any]:
     from jdpo.models.families import read_model_config
     from jdpo.models.transformer import Transformer, abstract_params
     from jdpo.reports.metrics_file import read_metrics
-    from jdpo.training.loop import train
+    from jdpo.training.run import train
 
     words = {
         "model_name_or_path": arguments.work / "model",

@@ -18,8 +18,7 @@ from jdpo.config import DatasetConfig, DPOConfig, SFTConfig, load_config
 from jdpo.data.sources import read_rows
 from jdpo.quickstart.tiny_llama import write_model
 from jdpo.reports.metrics_file import read_metrics
-from jdpo.training.loop import train
-from jdpo.training.run import RunResult
+from jdpo.training.run import RunResult, train
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

@@ -5,6 +5,7 @@ Axes: r rows, s slots of a row, k scored tokens of a row, d model, v vocabulary,
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,13 +20,12 @@ from jdpo.data.batching.packing import pack
 from jdpo.data.batching.packing_plan import item_sizes, plan_run
 from jdpo.losses.pair_logps import LogpsFn, PairFeatures, TokenScores, belongs, completion_sums
 from jdpo.losses.pair_losses import Totals, packed_totals
-from jdpo.losses.settings import LossSettings, loss_settings
+from jdpo.losses.settings import loss_settings
 from jdpo.models.model_config import LayerKind, ModelConfig, RopeConfig
 from jdpo.models.packed_attention import packed_sequences
 from jdpo.models.transformer import Transformer, init_params, make_apply_fn
-from jdpo.training.step.gradients import loss_and_grads
-from jdpo.training.step.objectives import Objective, dpo_objective, packed_dpo_objective, padded_dpo_objective
-from jdpo.training.step.packed_logps import make_packed_logps
+from jdpo.training.step.objectives import Objective, PackedLogps, PreferenceObjective
+from jdpo.training.step.train_step import loss_and_grads
 from jdpo.types import PackedBatch, TokenizedCompletion, TokenizedPair
 
 BETA = 0.1
@@ -57,17 +57,17 @@ def rungs(shape: ModelShape, lengths: np.ndarray, mesh: Any) -> dict[str, Step]:
     params, reference = (init_params(plain, jax.random.key(seed)) for seed in (0, 1))
     settings = loss_settings("sigmoid", beta=BETA)[0]
     apart, together = packed(sides_of(pairs)), packed(pairs)
-    logps = make_packed_logps(plain, mesh)
+    logps = PackedLogps(plain, mesh)
     cached = with_reference(together, reference, logps)
     padded = padded_batch(pairs, int(lengths[:, 0].max() + lengths[:, 1:].max()))
-    fused = packed_dpo_objective(logps, settings)
+    fused = PreferenceObjective(logps, settings)
     ways: dict[str, tuple[Objective, Any, Any]] = {
-        "padded": (padded_dpo_objective(make_apply_fn(plain), settings), reference, padded),
-        "packed": (sides_objective(whole_head_logps(plain), settings, len(pairs)), reference, apart),
-        "shared prompt": (packed_dpo_objective(whole_head_logps(plain), settings), reference, together),
+        "padded": (PreferenceObjective(make_apply_fn(plain), settings), reference, padded),
+        "packed": (SidesObjective(whole_head_logps(plain), settings, num_pairs=len(pairs)), reference, apart),
+        "shared prompt": (PreferenceObjective(whole_head_logps(plain), settings), reference, together),
         "chunked head": (fused, reference, together),
         "cached reference": (fused, None, cached),
-        "attention": (packed_dpo_objective(make_packed_logps(fast, mesh), settings), None, cached),
+        "attention": (PreferenceObjective(PackedLogps(fast, mesh), settings), None, cached),
     }
     return {name: make_step(*way, params=params, tokens=int(lengths.sum())) for name, way in ways.items()}
 
@@ -76,8 +76,8 @@ def steps_of_growing_size(shape: ModelShape, lengths: np.ndarray, growth: Sequen
     """The last rung on more and more of the rows, evenly spaced among them: the last of `growth` has them all."""
     model = model_of(shape, "auto")
     params, reference = (init_params(model, jax.random.key(seed)) for seed in (0, 1))
-    logps = make_packed_logps(model, mesh)
-    objective = packed_dpo_objective(logps, loss_settings("sigmoid", beta=BETA)[0])
+    logps = PackedLogps(model, mesh)
+    objective = PreferenceObjective(logps, loss_settings("sigmoid", beta=BETA)[0])
     steps = []
     by_length = lengths[np.argsort(lengths.sum(1), kind="stable")]
     for times in growth:
@@ -166,7 +166,7 @@ def with_reference(batch: PackedBatch, reference: Params, logps: LogpsFn) -> Pac
 
 
 def whole_head_logps(model: Transformer) -> LogpsFn:
-    """As `make_packed_logps`, with the head on every slot at once: logits [r, s, v] exist."""
+    """As `PackedLogps`, with the head on every slot at once: logits [r, s, v] exist."""
 
     def logps(params: Params, batch: PackedBatch, with_log_sum_sq: bool) -> TokenScores:
         assert not with_log_sum_sq
@@ -182,24 +182,22 @@ def whole_head_logps(model: Transformer) -> LogpsFn:
     return logps
 
 
-def sides_objective(logps_fn: LogpsFn, settings: LossSettings, num_pairs: int) -> Objective:
+@dataclasses.dataclass(frozen=True)
+class SidesObjective(PreferenceObjective):
     """The preference loss over batches of `sides_of`: items 2 i and 2 i + 1 are the sides of pair i."""
 
-    def features(
-        params: Params, reference_params: Params, batch: PackedBatch, *, settings: LossSettings
-    ) -> PairFeatures:
-        del settings  # the preference loss alone, of which there is nothing to compute here
+    num_pairs: int = 0
+
+    def features(self, params: Params, reference_params: Params, batch: Any, base: Any = None) -> PairFeatures:
         of_item = belongs(batch.logp_pair, batch.pair_weight.shape[-1])
 
         def sums(values: Array) -> Array:
-            return completion_sums(values, of_item, num_sides=1).reshape(num_pairs, 2)
+            return completion_sums(values, of_item, num_sides=1).reshape(self.num_pairs, 2)
 
-        policy = sums(logps_fn(params, batch, False)[0])
-        frozen = jax.lax.stop_gradient(sums(logps_fn(jax.lax.stop_gradient(reference_params), batch, False)[0]))
+        policy = sums(self.run(params, batch, False)[0])
+        frozen = jax.lax.stop_gradient(sums(self.run(jax.lax.stop_gradient(reference_params), batch, False)[0]))
         lengths = sums(jnp.ones_like(batch.logp_pair))
-        return PairFeatures(policy, None, frozen, None, lengths, None, jnp.ones(num_pairs, policy.dtype))
+        return PairFeatures(policy, None, frozen, None, lengths, None, jnp.ones(self.num_pairs, policy.dtype))
 
-    def totals(batch: PackedBatch) -> Totals:
-        return packed_totals(batch)._replace(normalizer=jnp.float32(num_pairs))
-
-    return dpo_objective(settings, features=features, totals=totals)
+    def totals(self, batch: Any) -> Totals:
+        return packed_totals(batch)._replace(normalizer=jnp.float32(self.num_pairs))

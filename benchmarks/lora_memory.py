@@ -22,7 +22,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jdpo.models.lora.targets import find_sites
 from machine import machine_line
 
 from jdpo.config import MeshConfig
@@ -31,14 +30,15 @@ from jdpo.data.batching.packing_plan import item_sizes, plan_run
 from jdpo.losses.settings import loss_settings
 from jdpo.models.lora.adapters import Lora, abstract_adapters
 from jdpo.models.lora.base_weights import Base, BaseDtype, abstract_base
+from jdpo.models.lora.targets import find_sites
 from jdpo.models.model_config import LayerKind, ModelConfig, RopeConfig
 from jdpo.models.transformer import Transformer, abstract_params
 from jdpo.sharding.mesh import make_mesh
 from jdpo.sharding.placement import micro_batch_sharding, replicated
+from jdpo.training.fit.assembly import compile_step
 from jdpo.training.fit.memory_fit import program_bytes
-from jdpo.training.step.objectives import packed_dpo_objective
-from jdpo.training.step.packed_logps import make_packed_logps
-from jdpo.training.step.train_step import Frozen, TrainState, compile_step
+from jdpo.training.step.objectives import PackedLogps, PreferenceObjective
+from jdpo.training.step.train_step import Frozen, TrainState
 from jdpo.types import TokenizedPair
 
 GIB = 2**30
@@ -121,13 +121,12 @@ def bytes_of(config: ModelConfig, arm: Arm, num_tokens: int, rank: int) -> dict[
     frozen = Frozen(base, reference)
     everywhere = partial(jax.tree.map, lambda leaf: whole)
     compiled = compile_step(
-        objective=packed_dpo_objective(make_packed_logps(model, mesh), loss_settings("sigmoid", beta=0.1)[0]),
+        objective=PreferenceObjective(PackedLogps(model, mesh), loss_settings("sigmoid", beta=0.1)[0], lora=lora),
         optimizer=optimizer,
         schedule=lambda step: 1e-6,
         mesh=mesh,
         state_shardings=everywhere(state),
         frozen_shardings=everywhere(frozen),
-        lora=lora,
     )
     batch = one_batch(num_tokens, cached=not arm.live)
     by_row = micro_batch_sharding(mesh)

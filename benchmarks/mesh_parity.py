@@ -117,7 +117,7 @@ def run_here(case: Case, inputs: Inputs, out: Path, num_steps: int = NUM_STEPS) 
     import jax
 
     from jdpo.config import DPOConfig, SFTConfig, load_config
-    from jdpo.training.loop import train
+    from jdpo.training.run import train
 
     assert len(jax.devices()) == case.num_devices, (jax.devices(), case)
     settings = {

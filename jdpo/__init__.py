@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         load_config,
     )
     from jdpo.losses import dpo_loss, make_dpo_loss
-    from jdpo.training.loop import train
+    from jdpo.training.run import train
     from jdpo.types import PreferenceBatch
 
 _PUBLIC = {
@@ -39,7 +39,7 @@ _PUBLIC = {
     "dpo_loss": "jdpo.losses",
     "load_config": "jdpo.config",
     "make_dpo_loss": "jdpo.losses",
-    "train": "jdpo.training.loop",
+    "train": "jdpo.training.run",
 }
 
 __all__ = [

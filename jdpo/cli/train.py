@@ -87,6 +87,6 @@ def main(command: str, words: Sequence[str]) -> int:
 
             dry_run(config, lambda text: print(terminal_lines(text), flush=True))
             return 0
-        from jdpo.training.loop import train
+        from jdpo.training.run import train
 
         return train(config).exit_code

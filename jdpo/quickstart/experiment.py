@@ -201,7 +201,7 @@ def _run(
     measure: Measure,
 ) -> tuple[int, ProbeLog]:
     """One run with its measurements. A finished run whose measurements were deleted is run again."""
-    from jdpo.training.loop import train
+    from jdpo.training.run import train
 
     log = ProbeLog(place.probes(name))
     result = train(config, on_step=log.on_step(measure, steps))

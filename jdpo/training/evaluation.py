@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -10,16 +11,18 @@ import jax
 import numpy as np
 
 from jdpo.data.batching.loader import prefetch
+from jdpo.data.reference_cache.scores import ReferenceCache
 from jdpo.losses.pair_losses import Totals
 from jdpo.losses.router import load_balancing_loss
+from jdpo.reports.progress import RunDisplay, figures_of
 from jdpo.sharding.placement import fetch, micro_batch_sharding, place, replicated
 from jdpo.training.fit.assembly import Assembly
 from jdpo.training.fit.compilation import Programs
-from jdpo.training.fit.preparation import make_batches, shapes_in_order
 from jdpo.training.logs.metrics import DatasetShares, RowAverages, rows_at
-from jdpo.training.reference.reference_source import Reference
-from jdpo.training.setup.batches import StepBatch
-from jdpo.training.setup.run_setup import Setup
+from jdpo.training.logs.recording import Record
+from jdpo.training.sanity_checks import check_evaluation
+from jdpo.training.setup.batches import StepBatch, StepRows, make_batches, shapes_in_order
+from jdpo.training.setup.run_setup import Say, Setup
 from jdpo.training.step.train_step import EvaluationReport, Frozen, TrainState
 from jdpo.types import RouterStats
 
@@ -31,7 +34,7 @@ class Evaluation:
         self,
         setup: Setup,
         assembly: Assembly,
-        reference: Reference,
+        cache: ReferenceCache | None,
         pool: ThreadPoolExecutor,
         *,
         max_tokens_per_device: int,
@@ -39,43 +42,57 @@ class Evaluation:
         """
         Args:
           setup: with evaluation rows.
+          cache: the reference's log-probs of these rows, where they are cached.
           pool: threads that compile.
         """
         assert setup.eval_data is not None
         self._data, self._size, self._assembly = setup.eval_data, setup.config.global_batch_size, assembly
+        self._unit = setup.task.unit
         self._shares = DatasetShares(setup.eval_data)
         self._batch_sharding = micro_batch_sharding(setup.mesh)
         self._batches = make_batches(
-            setup,
-            self._data,
-            self._rows(),
-            max_tokens_per_device=max_tokens_per_device,
-            cache=reference.eval,
+            setup, self._data, self._rows(), max_tokens_per_device=max_tokens_per_device, cache=cache
         )
         # What losses read of all rows, so that a mean does not depend on how they are cut into batches.
         counts = np.float32(len(self._data)), np.float32(self._data.num_chosen_tokens() if assembly.has_totals else 0)
         self._totals = place(Totals(*counts), replicated(setup.mesh)) if assembly.has_totals else None
         self.programs = Programs(assembly.lower_evaluate, pool)
 
-    def __len__(self) -> int:
-        return len(self._data)
-
     def prepare(self) -> None:
-        """Starts compiling."""
+        """Starts compiling in the background."""
         self.programs.prepare(shapes_in_order(self._batches, self._rows()))
 
+    def log(
+        self, step: int, state: TrainState, frozen: Frozen, record: Record, display: RunDisplay, log: Say
+    ) -> dict[str, float]:
+        """Evaluates the state after a step, and logs and returns its metrics, {"eval_<name>": value}.
+
+        Raises:
+          FloatingPointError: a metric is not finite.
+        """
+        with display.compiling():  # which does not count as time of the evaluation
+            self.programs.wait()
+        started = time.perf_counter()
+        averages = self.averages(state, frozen)
+        seconds = time.perf_counter() - started
+        metrics = {f"eval_{name}": value for name, value in averages.items()}
+        check_evaluation(step, metrics)
+        record.write(step, metrics | {f"eval_{self._unit}_per_second": len(self._data) / seconds})
+        log(f"held-out after step {step}: {figures_of(averages)}")
+        return metrics
+
     def averages(self, state: TrainState, frozen: Frozen) -> dict[str, float]:
-        """Means over all rows, {name: value}."""
+        """Returns means over all rows, {name: value}."""
         frozen = self._assembly.evaluated(frozen, state)
-        averages, routers, waiting = RowAverages(), list[RouterStats](), None
+        averages, routers = RowAverages(), list[RouterStats]()
         batches = list(self._rows())
-        made_ahead = prefetch(lambda index: self._place(batches[index]), range(len(batches)))
-        for indices, made in zip(batches, made_ahead, strict=True):
+        waiting: tuple[StepRows, Any] | None = None
+        for made in prefetch(lambda index: self._place(batches[index]), range(len(batches))):
             program = self.programs.of(made.batch)
             report = program(state.params, frozen, made.batch, state.loss_state, self._totals)
             if waiting is not None:  # the device works on a batch while the host adds up the one before
                 self._add(averages, routers, *waiting)
-            waiting = indices, made, report
+            waiting = made.rows, report
         assert waiting is not None
         self._add(averages, routers, *waiting)
         if not routers:
@@ -83,17 +100,10 @@ class Evaluation:
         of_all = jax.tree.map(lambda *parts: np.concatenate(parts, dtype=np.float64), *routers)
         return {**averages.averages(), "aux_loss": float(load_balancing_loss(of_all))}
 
-    def _add(
-        self,
-        averages: RowAverages,
-        routers: list[RouterStats],
-        indices: np.ndarray,
-        made: StepBatch,
-        on_device: Any,
-    ) -> None:
+    def _add(self, averages: RowAverages, routers: list[RouterStats], of_batch: StepRows, on_device: Any) -> None:
         report: EvaluationReport = jax.tree.map(np.asarray, fetch(on_device))
-        rows = rows_at(report.rows, made.at)
-        averages.add(rows, float(report.normalizer), self._shares.of(rows, indices))
+        rows = rows_at(report.rows, of_batch.at)
+        averages.add(rows, float(report.normalizer), self._shares.of(rows, of_batch.indices))
         routers += [] if report.router is None else [report.router]
 
     def _rows(self) -> Iterator[np.ndarray]:
@@ -103,4 +113,4 @@ class Evaluation:
 
     def _place(self, indices: np.ndarray) -> StepBatch:
         made = self._batches.make(indices)
-        return made._replace(batch=place(made.batch, self._batch_sharding))
+        return StepBatch(place(made.batch, self._batch_sharding), made.rows)

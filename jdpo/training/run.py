@@ -1,8 +1,7 @@
-"""A training run, read from top to bottom: prepare, restore or start, step, evaluate, save, export."""
+"""`jdpo sft` and `jdpo dpo`: a training run, from its config to the exported model, read from top to bottom."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from functools import partial
@@ -10,44 +9,40 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from rich.console import Console
 
 from jdpo._version import __version__
 from jdpo.checkpoint.manager import CheckpointManager
-from jdpo.config import to_public_dict
+from jdpo.checkpoint.output_folders import check_out
+from jdpo.config import ReferenceSettings, TrainConfig, to_public_dict
 from jdpo.data.batching.loader import prefetch
+from jdpo.devices import leave_out_missing_tpus
 from jdpo.models.transformer import Weights
-from jdpo.processes import is_first
+from jdpo.processes import differing, is_first, together
 from jdpo.reports.metrics_file import cut_metrics
-from jdpo.reports.progress import RunDisplay, figures_of, print_lines
-from jdpo.sharding.placement import fetch, micro_batch_sharding, place, replicated
+from jdpo.reports.progress import RunDisplay, make_console, print_lines
+from jdpo.sharding.placement import micro_batch_sharding, place, replicated
+from jdpo.training.continuing import find_newest
 from jdpo.training.evaluation import Evaluation
-from jdpo.training.finish import finish_run, step_to_export
+from jdpo.training.finish import finish_run, made_from, step_to_export
 from jdpo.training.fit.assembly import Assembly, assemble
-from jdpo.training.fit.compilation import Stopwatch, compiler_threads
-from jdpo.training.fit.flops import StepFlops
+from jdpo.training.fit.compilation import compiler_threads
 from jdpo.training.fit.memory_fit import exhaustion_explained, memory_limit
-from jdpo.training.fit.preparation import (
-    circumstances,
-    fit_to_remember,
-    prepare_steps,
-    remembered_fit,
-    rows_of_step,
-    shapes_in_order,
-)
+from jdpo.training.fit.preparation import fit_conditions, fit_to_save, prepare_steps, recalled_fit, remat_policies
 from jdpo.training.interrupt import StopRequest, silence_lost_output
-from jdpo.training.logs.metrics import mean_over_rows, rows_at
 from jdpo.training.logs.recording import Record
 from jdpo.training.profile import Profiler
-from jdpo.training.reference.reference_source import Reference
+from jdpo.training.reference.reference_source import Reference, settle_reference
 from jdpo.training.run_dir import RunDirectory
-from jdpo.training.sanity_checks import GradientWatch, check_evaluation, check_finite, check_start
-from jdpo.training.setup.batches import StepBatch
-from jdpo.training.setup.run_setup import Setup
+from jdpo.training.sanity_checks import GradientWatch
+from jdpo.training.setup.batches import StepBatch, shapes_in_order
+from jdpo.training.setup.numerics import jax_settings, resolve_dtype
+from jdpo.training.setup.row_order import BuildStopped
+from jdpo.training.setup.run_setup import Say, Setup, build
+from jdpo.training.setup.tasks import task_for
 from jdpo.training.setup.weight_placement import load_frozen, load_reference, load_start, whole_weights
-from jdpo.training.step.train_step import Frozen, StepReport, TrainState, saved_parts
-from jdpo.types import completions_of
+from jdpo.training.step.train_step import Frozen, TrainState, saved_parts
+from jdpo.training.step_reports import StepReports
 from jdpo.words import figure
 
 Params = Any
@@ -59,9 +54,9 @@ class RunResult(NamedTuple):
 
     Attributes:
       step: updates made.
-      interrupted: whether a signal stopped it; a checkpoint of `step` stands then.
+      interrupted: True if a signal stopped it; there is a checkpoint of `step` then, unless nothing was trained.
       exit_code: 0, or 128 + the signal's number.
-      directory: where everything lies.
+      directory: the folder with everything that the run wrote.
     """
 
     step: int
@@ -70,326 +65,302 @@ class RunResult(NamedTuple):
     directory: RunDirectory
 
 
-def say_on(console: Console, text: str) -> None:
-    """One message, once, whatever the number of processes; above the progress bar where there is one."""
-    if is_first():
-        try:
-            print_lines(console, text)
-        except OSError:  # the terminal, or what the output was piped to, is gone: no reason to end a run
-            silence_lost_output()
+def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
+    """Runs `jdpo sft` or `jdpo dpo`: starts, resumes, or finds the run finished.
 
+    Args:
+      config: an SFTConfig or a DPOConfig.
+      on_step: called as on_step(step, params) before the first update of this process and after each update;
+        the params are on the mesh and valid during the call only, as the next update reuses their memory.
 
-class _Launched(NamedTuple):
-    """A step whose report is still on its way.
+    Returns:
+      how it ended.
 
-    Attributes:
-      done: updates made with it.
-      indices: its rows.
-      made: how they are laid out.
-      flops: that it takes.
-      on_device: its StepReport.
+    Raises:
+      ValueError: bad input, before anything is trained.
+      FloatingPointError: loss or gradients are not finite; step and rows are named.
     """
+    with ExitStack() as resources:
+        # ------------------------------------------------------------------------------------------ folder and settings
+        leave_out_missing_tpus()
+        config = resolve_dtype(config)
+        console = make_console()
+        log = partial(log_on, console)
+        stop = resources.enter_context(StopRequest())
+        resources.enter_context(jax_settings(config, config.cache_dir))
+        directory = resources.enter_context(closing(RunDirectory(config, task_for(config).command)))
+        if directory.finished:
+            step = directory.state()["results"]["step"]
+            log(f"the run in {directory.path} is finished (step {step}); its model is {directory.model}")
+            return RunResult(step, False, 0, directory)
 
-    done: int
-    indices: np.ndarray
-    made: StepBatch
-    flops: StepFlops
-    on_device: StepReport
+        # ------------------------------------------------------------------------------------------------------- inputs
+        # Model config, tokenizer, mesh and rows; no weights yet.
+        newest: int | None = None  # the checkpoint that this start continues from
+        try:
+            setup = build(config, log, stopped=stop.alone)
+            check_inputs(setup, directory)
+            newest = find_newest(setup, directory)
 
+            # ------------------------------------------------------------------------------------------------ reference
+            reference = reference_of(setup, directory, stop, log)
+            if stop.asked():  # before anything is compiled
+                raise BuildStopped
+        except BuildStopped:
+            log("stopped by a signal before the first step; what was computed is kept. Run the same command again")
+            return RunResult(newest or 0, True, stop.exit_code, directory)
 
-class Run:
-    """The moving parts of a run, and the steps that move them."""
+        # ----------------------------------------------------------------------------------------------- mesh and model
+        # The jitted step and evaluation, under each remat policy that may be used; nothing is traced yet.
+        first, num_steps = newest or 0, setup.num_steps
+        trains = first < num_steps
+        assembly = assemble(setup, reference=reference.mode, remat=remat_policies(setup)[0])
+        base_identity = setup.base_identity()  # now, as the folder may change or go while the run trains
+        manager = open_checkpoints(setup, directory, newest)
+        resources.callback(manager.close)
 
-    def __init__(
-        self,
-        setup: Setup,
-        directory: RunDirectory,
-        stop: StopRequest,
-        console: Console,
-        reference: Reference,
-        resources: ExitStack,
-        newest: int | None = None,
-    ) -> None:
-        """
-        Args:
-          newest: the step to continue from, from `find_newest`; None: this start begins at step 0.
-          resources: takes what is to be closed when the run ends, however it ends.
-        """
-        config = setup.config
-        self.setup, self.directory, self.stop, self.reference = setup, directory, stop, reference
-        self.console, self.say = console, partial(say_on, console)
-        self.resources = resources
-        self.record = Record(setup, directory)
-        self.base_identity = setup.base_identity()  # once: the folder may change or go while the run goes on
-        self.manager = CheckpointManager(
-            directory.checkpoints,
-            max_to_keep=config.save_total_limit,
-            # Evaluation may change when a run goes on; values on other rows are no better or worse.
-            metric_name=f"{config.metric_for_best_model} on {setup.eval_data.digest if setup.eval_data else 'nothing'}",
-            greater_is_better=not config.metric_for_best_model.endswith("loss"),
-            verified=newest,
-        )
-        resources.callback(self.manager.close)
-        self.last_saved = newest
-        self.gradients = GradientWatch(
-            setup.task.loss, learning_rate=config.learning_rate, compute_dtype=config.compute_dtype
-        )
-        self.assembly: Assembly
+        # ------------------------------------------------------------------------------------------------------- memory
+        # How much a device computes at once and what is recomputed. Programs compile while weights are loaded.
+        evaluation: Evaluation | None = None
+        if trains:
+            assemblies = {remat: assembly.with_remat(remat) for remat in remat_policies(setup)}
+            limit, conditions = memory_limit(), fit_conditions(setup, reference.mode)
+            recalled = recalled_fit(directory.recall("fit"), conditions, limit)
+            pool = resources.enter_context(compiler_threads())
+            fit, assembly, batches, programs = prepare_steps(
+                setup, assemblies, reference.train, pool, log, limit=limit, recalled=recalled
+            )
+            directory.remember("fit", fit_to_save(fit, conditions, limit))
+            programs.prepare(shapes_in_order(batches, map(setup.row_plan.step, range(first, num_steps))))
+            if setup.eval_data is not None:
+                tokens = fit.max_tokens_per_device
+                evaluation = Evaluation(setup, assembly, reference.eval, pool, max_tokens_per_device=tokens)
+                evaluation.prepare()
 
-    # --- start or resume
-
-    def go(self, on_step: OnStep | None) -> RunResult:
-        """Everything from the first array to the exported model."""
-        num_steps, first = self.setup.num_steps, self.last_saved or 0
-        if first < num_steps:
-            self._prepare(first)
-        else:  # there is a model to export, and nothing to compile
-            self.assembly = assemble(self.setup, reference=self.reference.mode, remat=self.setup.model.remat)
-        # Of a run that ended, adapters are exported without the model under them.
-        state, frozen = self._start(
-            first, with_base=first < num_steps or on_step is not None or self.setup.exports_merged
-        )
-        if self.stop.asked():
-            return self._interrupted(first)
+        # -------------------------------------------------------------------------------------------------------- state
+        if newest is None and directory.has_metrics():
+            log(f"no whole checkpoint in {directory.checkpoints}: starting again from step 0")
+        if newest is None:
+            state, frozen, position = start_state(setup, assembly, live=reference.mode == "live")
+        else:
+            frozen = load_frozen(
+                setup,
+                None,
+                live=reference.mode == "live" and trains,
+                moves=assembly.sync is not None,
+                # A finished run whose adapters are exported alone needs no model under them.
+                with_base=trains or on_step is not None or setup.exports_merged,
+            )
+            state, position = restore_state(manager, newest, assembly)
+            log(f"resuming from the checkpoint of step {newest}")
+        if is_first() and (note := cut_metrics(directory.metrics, first)) is not None:
+            log(f"warning: {note}")
+        if stop.asked():
+            return interrupted(first, newest, manager, stop, directory, log)
         if on_step is not None:
-            on_step(first, whole_weights(self.setup, state.params, frozen.base))
-        if first < num_steps:
-            with exhaustion_explained(self.fit):
-                state, done = self._steps(state, frozen, first, on_step)
-            if self.stop.asked():
-                return self._interrupted(done)
-        base = frozen.base if self.setup.exports_merged else None  # the reference is no longer needed
-        del frozen
-        self.manager.wait()
-        exported = step_to_export(self.setup, self.manager)
+            on_step(first, whole_weights(setup, state.params, frozen.base))
+
+        # --------------------------------------------------------------------------------------------------------- loop
+        if trains:
+            last_saved = newest
+            record = Record(setup, directory, resources, position)
+            gradients = GradientWatch(
+                setup.task.loss, learning_rate=config.learning_rate, compute_dtype=config.compute_dtype
+            )
+            display = RunDisplay(
+                first_step=first, num_steps=num_steps, unit=setup.task.unit, console=console, shown=is_first()
+            )
+            reports = StepReports(setup, record, display, gradients, lambda: last_saved, log)
+            profiler = Profiler(config.profile_steps, directory.path / "profile")
+            if profiler.is_over(first):
+                log(f"profile_steps {config.profile_steps}: these steps were made before; nothing is traced")
+            batch_sharding = micro_batch_sharding(setup.mesh)
+
+            def make_batch(step: int) -> tuple[StepBatch, Any]:
+                """The batch of a step on the devices, and its FLOPs; made on a thread while earlier steps run."""
+                made = batches.make(setup.row_plan.step(step))
+                return StepBatch(place(made.batch, batch_sharding), made.rows), assembly.flops(made.batch)
+
+            ahead = prefetch(make_batch, range(first, num_steps))
+            with exhaustion_explained(fit), display, closing(profiler), closing(ahead):
+                for step, ((batch, rows), flops) in enumerate(ahead, start=first + 1):
+                    # Work that does not count as a step's time must not happen while one runs.
+                    if step == 2 or not programs.ready(batch) or profiler.is_due(step):
+                        reports.read()
+                    with reports.untimed():
+                        with display.compiling():
+                            program = programs.of(batch)
+                        profiler.begin(step)
+                    with profiler.around(step):
+                        state, report = program(state, frozen, batch)
+                    # The devices compute this step while the host reads the report of the one before.
+                    reports.read()
+                    reports.launched(step, rows, flops, report)
+                    if on_step is not None or profiler.is_last(step):
+                        reports.read()
+                        with reports.untimed():
+                            profiler.end(step)
+                            if on_step is not None:
+                                on_step(step, whole_weights(setup, state.params, frozen.base))
+                    is_last, stopping = step == num_steps, stop.poll()
+                    evaluating = evaluation is not None and (is_last or _is_due(step, config.eval_steps))
+                    saving = is_last or stopping or _is_due(step, config.save_steps)
+                    if evaluating or saving:
+                        reports.read()
+                    with reports.untimed():
+                        metrics: Mapping[str, float] = {}
+                        if evaluation is not None and evaluating:
+                            metrics = evaluation.log(step, state, frozen, record, display, log)
+                        if saving:
+                            metric = metrics.get(config.metric_for_best_model)
+                            saved = position_after(step, setup, record, base_identity)
+                            manager.save(step, saved_parts(state), saved, metric=metric)
+                            last_saved = step
+                    manager.poll()
+                    programs.check()
+                    if stopping:
+                        break
+            num_late = programs.num_late + (evaluation.programs.num_late if evaluation else 0)
+            if num_late:  # planning knows all shapes: this is a fault of jdpo, and costs the user time
+                log(f"note: programs for {figure(num_late, 'shape')} of batches were not compiled ahead of their step")
+            if stop.asked():
+                return interrupted(step, last_saved, manager, stop, directory, log)
+            if (note := gradients.at_end()) is not None:
+                log(note)
+
+        # ------------------------------------------------------------------------------------------------------- export
+        base = frozen.base if setup.exports_merged else None
+        del frozen  # the reference is no longer needed
+        manager.wait()
+        exported = step_to_export(setup, manager)
         params = state.params
         del state  # the best checkpoint needs its room
         if exported != num_steps:
             del params
-            params = self.manager.restore(exported, saved_parts(self.assembly.state)).state["params"]
-        if (note := self.gradients.at_end()) is not None:
-            self.say(note)
-        self.say(f"exporting the model of step {exported} to {self.directory.model}")
-        finish_run(self.setup, self.directory, params, base, exported, self.say)
-        if (note := self.setup.train_data.drop_note) is not None:
-            self.say(f"note: {note}")
-        self.say(f"done: model in {self.directory.model}, metrics in {self.directory.metrics}")
-        return RunResult(num_steps, False, 0, self.directory)
+            params = manager.restore(exported, saved_parts(assembly.state)).state["params"]
+        log(f"exporting the model of step {exported} to {directory.model}")
+        finish_run(setup, directory, params, base, exported, log)
+        if (note := setup.train_data.drop_note) is not None:
+            log(f"note: {note}")
+        log(f"done: model in {directory.model}, metrics in {directory.metrics}")
+        return RunResult(num_steps, False, 0, directory)
 
-    def _prepare(self, first: int) -> None:
-        """Settles how steps are computed, and starts compiling what those from `first` on need."""
-        setup, directory = self.setup, self.directory
-        pool = self.resources.enter_context(compiler_threads())
-        now, limit = circumstances(setup, self.reference), memory_limit()
-        remembered = remembered_fit(directory.recall("fit"), now, limit)
-        prepared = prepare_steps(setup, self.reference, pool, self.say, remembered=remembered)
-        directory.remember("fit", fit_to_remember(prepared.fit, now, limit))
-        self.assembly, self.train_batches, self.programs = prepared.assembly, prepared.batches, prepared.programs
-        self.fit = prepared.fit
-        self.batch_sharding = micro_batch_sharding(setup.mesh)
-        self.evaluation = None
-        if setup.eval_data is not None:
-            self.evaluation = Evaluation(
-                setup,
-                self.assembly,
-                self.reference,
-                pool,
-                max_tokens_per_device=prepared.fit.max_tokens_per_device,
-            )
-        steps = (rows_of_step(setup, step) for step in range(first, setup.num_steps))
-        self.programs.prepare(shapes_in_order(self.train_batches, steps))
-        if self.evaluation is not None:
-            self.evaluation.prepare()
 
-    def _start(self, first: int, *, with_base: bool) -> tuple[TrainState, Frozen]:
-        """The state behind step `first`, and the frozen weights beside it."""
-        num_steps = self.setup.num_steps
-        if self.last_saved is None:
-            if self.directory.has_metrics():
-                self.say(f"no whole checkpoint in {self.directory.checkpoints}: starting again from step 0")
-            state, frozen = self._fresh_state()  # there are steps ahead, which need the base
-        else:
-            frozen = self._load_frozen(None, live=first < num_steps, with_base=with_base)
-            restored = self.manager.restore(first, saved_parts(self.assembly.state))
-            state = TrainState(**restored.state)
-            self.record.restore(restored.position)
-            self.say(f"resuming from the checkpoint of step {first}")
-        if is_first():
-            if (note := cut_metrics(self.directory.metrics, first)) is not None:
-                self.say(f"warning: {note}")
-            if first < num_steps:
-                self.record.open(self.resources)
-        return state, frozen
+# --- parts of a run, in the order in which they come
 
-    def _fresh_state(self) -> tuple[TrainState, Frozen]:
-        setup, assembly = self.setup, self.assembly
-        params = load_start(setup)
-        frozen = self._load_frozen(params, live=True)
-        rng = jax.random.key_data(jax.random.key(setup.config.seed))
-        step, rng, loss_state = jax.device_put(
-            (jnp.int32(0), rng, assembly.objective.init_state), replicated(setup.mesh)
+
+def log_on(console: Console, text: str) -> None:
+    """Prints a message, once whatever the number of processes, above the progress bar where there is one."""
+    if is_first():
+        try:
+            print_lines(console, text)
+        except OSError:  # the terminal, or the reader of the output, is gone: no reason to end a run
+            silence_lost_output()
+
+
+def check_inputs(setup: Setup, directory: RunDirectory) -> None:
+    """Refuses a run that could not export, or whose inputs differ between processes or from its earlier starts.
+
+    Raises:
+      ValueError: naming what is in the way, or what differs.
+    """
+    # Now, and not after the last step.
+    together(lambda: check_out(directory.model, [*made_from(setup), directory.checkpoints]))
+    inputs = together(setup.inputs)
+    if unlike := differing(inputs):
+        raise ValueError(
+            f"the processes of this run do not have the same files: {', '.join(unlike)} differ from host to host; give "
+            "every host the same ones"
         )
-        init_opt_state = jax.jit(assembly.optimizer.init, out_shardings=assembly.state_shardings.opt_state)
-        state = TrainState(step, params, init_opt_state(params), rng, loss_state)
-        if assembly.sync:
-            state = state._replace(reference_params=load_reference(setup, params, moves=True))
-        return state, frozen
-
-    def _load_frozen(self, start: Params | None, *, live: bool, with_base: bool = True) -> Frozen:
-        return load_frozen(
-            self.setup,
-            start,
-            live=live and self.reference.mode == "live",
-            moves=self.assembly.sync is not None,
-            with_base=with_base,
-        )
-
-    # --- the loop
-
-    def _steps(self, state: TrainState, frozen: Frozen, first: int, on_step: OnStep | None) -> tuple[TrainState, int]:
-        """The updates from `first` on. The host launches a step before it reads what the one before it gave."""
-        setup, config = self.setup, self.setup.config
-        display = RunDisplay(
-            first_step=first, num_steps=setup.num_steps, unit=setup.task.unit, console=self.console, shown=is_first()
-        )
-        watch, profiler = Stopwatch(), Profiler(config.profile_steps, self.directory.path / "profile")
-        take = partial(self._take, display, watch)
-        waiting: list[_Launched] = []  # one at most
-        batches = prefetch(self._train_batch, range(first, setup.num_steps))
-        done = first
-        if profiler.is_over(first):
-            self.say(f"profile_steps {config.profile_steps}: these steps were made before; nothing is traced")
-        with display, closing(profiler), closing(batches):
-            for indices, made, flops in batches:
-                # What would not be counted as a step's time must not happen while one runs.
-                if done == 1 or not self.programs.ready(made.batch) or profiler.is_due(done + 1):
-                    take(waiting)
-                with watch.paused():
-                    with display.compiling():
-                        program = self.programs.of(made.batch)
-                    profiler.begin(done + 1)
-                with profiler.around(done + 1):
-                    state, on_device = program(state, frozen, made.batch)
-                done += 1
-                take(waiting)
-                waiting.append(_Launched(done, indices, made._replace(batch=None), flops, on_device))
-                if on_step is not None or profiler.is_last(done):
-                    take(waiting)
-                    with watch.paused():
-                        profiler.end(done)
-                        if on_step is not None:
-                            on_step(done, whole_weights(self.setup, state.params, frozen.base))
-                is_last, stopping = done == setup.num_steps, self.stop.poll()
-                evaluating = self.evaluation is not None and (is_last or _is_due(done, config.eval_steps))
-                saving = is_last or stopping or _is_due(done, config.save_steps)
-                if evaluating or saving:
-                    take(waiting)
-                with watch.paused():
-                    metric = self._evaluate(done, state, frozen, display) if evaluating else None
-                    if saving:
-                        self._save(done, state, metric)
-                self.manager.poll()
-                self.programs.check()
-                if stopping:
-                    break
-        late = self.programs.num_late + (self.evaluation.programs.num_late if self.evaluation else 0)
-        if late:  # planning knows all shapes: this is a fault of ours, and costs the user time
-            self.say(f"note: programs for {figure(late, 'shape')} of batches were not compiled ahead of their step")
-        return state, done
-
-    def _train_batch(self, step: int) -> tuple[np.ndarray, StepBatch, StepFlops]:
-        """The rows of a step, on the devices; made on a thread while earlier steps run."""
-        indices = rows_of_step(self.setup, step)
-        made = self.train_batches.make(indices)
-        flops = self.assembly.flops(made.batch)
-        return indices, made._replace(batch=place(made.batch, self.batch_sharding)), flops
-
-    def _take(self, display: RunDisplay, watch: Stopwatch, waiting: list[_Launched]) -> None:
-        """Waits for the report of the step under way, if any: checks its numbers, adds them up, logs where due."""
-        if not waiting:
-            return
-        done, indices, made, flops, on_device = waiting.pop()
-        report: StepReport = fetch(on_device)
-        seconds = watch.lap()
-        rows = rows_at(report.rows, made.at)
-        loss, grad_norm = float(report.loss), float(report.grad_norm)
-        data = self.setup.train_data
-        if not report.finite:
-            origins = [data[int(index)].origin for index in indices]
-            # With finite numbers it is the update that went wrong.
-            whole = not np.isfinite([loss, grad_norm]).all()
-            check_finite(done, loss, grad_norm, rows["loss"], origins, self.last_saved, weights_finite=whole)
-        if done == 1:
-            with watch.paused():
-                self._check_start(rows, indices)
-        values = {**mean_over_rows(rows), "loss": loss}
-        if report.aux_loss is not None:
-            values["aux_loss"] = float(report.aux_loss)
-        padding = 1 - made.real_slots / made.num_slots
-        rates = self.record.add(
-            {**values, "grad_norm": grad_norm, "padding": padding},
-            rows,
-            indices,
-            num_tokens=made.num_tokens,
-            flops=flops,
-            seconds=seconds,
-        )
-        display.step(done, values, rates)
-        if _is_due(done, self.setup.config.logging_steps) or done == self.setup.num_steps:
-            averages = self.record.log(done, report.learning_rate)
-            if (note := self.gradients.see(done, averages, self.last_saved)) is not None:
-                self.say(note)
-
-    def _check_start(self, rows: Mapping[str, np.ndarray], indices: np.ndarray) -> None:
-        loss = self.setup.task.loss
-        if loss is None or not loss.needs_reference:
-            return
-        pairs = [self.setup.train_data[int(index)] for index in indices]
-        self.say(
-            check_start(
-                rows,
-                loss,
-                lengths=np.array([[mask.sum() for _, mask in completions_of(pair)] for pair in pairs]),
-                compute_dtype=self.setup.config.compute_dtype,
-                reference_is_start=self.setup.reference_is_start,
-            )
-        )
-
-    def _evaluate(self, done: int, state: TrainState, frozen: Frozen, display: RunDisplay) -> float:
-        """Writes the held-out metrics down; returns the one that ranks checkpoints."""
-        assert self.evaluation is not None
-        with display.compiling():  # which is no part of its time
-            self.evaluation.programs.wait()
-        started = time.perf_counter()
-        averages = self.evaluation.averages(state, frozen)
-        seconds = time.perf_counter() - started
-        metrics = {f"eval_{name}": value for name, value in averages.items()}
-        check_evaluation(done, metrics)
-        rate = {f"eval_{self.setup.task.unit}_per_second": len(self.evaluation) / seconds}
-        self.record.write(done, metrics | rate)
-        self.say(f"held-out after step {done}: {figures_of(averages)}")
-        return metrics[self.setup.config.metric_for_best_model]
-
-    def _save(self, done: int, state: TrainState, metric: float | None) -> None:
-        """Starts an asynchronous save; the lines of metrics.jsonl it vouches for are on the disk before."""
-        position = {
-            "step": done,
-            "epoch": done / self.setup.steps_per_epoch,
-            **self.record.position(),
-            "config": to_public_dict(self.setup.config),
-            "jdpo": __version__,
-        }
-        if self.base_identity is not None:
-            position["base"] = self.base_identity
-        self.manager.save(done, saved_parts(state), position, metric=metric)
-        self.last_saved = done
-
-    def _interrupted(self, done: int) -> RunResult:
-        self.manager.wait()
-        saved = f"step {self.last_saved} is saved" if self.last_saved is not None else "nothing was trained yet"
-        self.say(f"stopped by a signal; {saved}. Run the same command again to go on")
-        return RunResult(done, True, self.stop.exit_code, self.directory)
+    held_out = setup.eval_data.parts() if setup.eval_data is not None else {}
+    directory.check_inputs(inputs, {**held_out, **setup.train_data.parts()})
+    directory.remember("rows", setup.train_data.summary())  # for the model card of an export
 
 
-def _is_due(done: int, every: int | None) -> bool:
-    return every is not None and done % every == 0
+def reference_of(setup: Setup, directory: RunDirectory, stop: StopRequest, log: Say) -> Reference:
+    """Returns where the reference's log-probs come from; computes those that are to be cached.
+
+    Raises:
+      BuildStopped: a signal ended the computation.
+    """
+    config = setup.config
+    if not isinstance(config, ReferenceSettings):
+        return Reference(mode="none")
+    began_as: Any = directory.recall("reference")
+    reference = settle_reference(
+        setup,
+        asked=config.reference,
+        needs_reference=setup.task.uses_reference,
+        sync_ref_model=config.sync_ref_model,
+        began_as=began_as,
+        stopped=stop.asked,
+        say=log,
+    )
+    if began_as is None:
+        directory.remember("reference", reference.mode)
+    return reference
+
+
+def open_checkpoints(setup: Setup, directory: RunDirectory, newest: int | None) -> CheckpointManager:
+    """Opens the checkpoints of a run, of which the step `newest` is known to be whole."""
+    config, eval_data = setup.config, setup.eval_data
+    return CheckpointManager(
+        directory.checkpoints,
+        max_to_keep=config.save_total_limit,
+        # The evaluation rows may change when a run continues; values on other rows are no better or worse.
+        metric_name=f"{config.metric_for_best_model} on {eval_data.digest if eval_data else 'nothing'}",
+        greater_is_better=not config.metric_for_best_model.endswith("loss"),
+        verified=newest,
+    )
+
+
+def start_state(setup: Setup, assembly: Assembly, *, live: bool) -> tuple[TrainState, Frozen, None]:
+    """Loads the weights and makes the state of step 0; there is no position to continue from."""
+    params = load_start(setup)
+    frozen = load_frozen(setup, params, live=live, moves=assembly.sync is not None)
+    rng = jax.random.key_data(jax.random.key(setup.config.seed))
+    step, rng, loss_state = jax.device_put((jnp.int32(0), rng, assembly.objective.init_state), replicated(setup.mesh))
+    opt_state = jax.jit(assembly.optimizer.init, out_shardings=assembly.state_shardings.opt_state)(params)
+    reference_params = load_reference(setup, params, moves=True) if assembly.sync else None
+    return TrainState(step, params, opt_state, rng, loss_state, reference_params), frozen, None
+
+
+def restore_state(manager: CheckpointManager, step: int, assembly: Assembly) -> tuple[TrainState, Mapping[str, Any]]:
+    """Reads the state after a step, and its position: what else the checkpoint holds."""
+    restored = manager.restore(step, saved_parts(assembly.state))
+    return TrainState(**restored.state), restored.position
+
+
+def position_after(step: int, setup: Setup, record: Record, base_identity: Mapping[str, str] | None) -> dict[str, Any]:
+    """Returns what a checkpoint holds next to the state; the lines of metrics.jsonl up to it are on the disk then.
+
+    Args:
+      base_identity: which base the adapters belong to, where adapters are trained.
+    """
+    position = {
+        "step": step,
+        "epoch": step / setup.steps_per_epoch,
+        **record.position(),
+        "config": to_public_dict(setup.config),
+        "jdpo": __version__,
+    }
+    return position if base_identity is None else {**position, "base": dict(base_identity)}
+
+
+def interrupted(
+    step: int,
+    last_saved: int | None,
+    manager: CheckpointManager,
+    stop: StopRequest,
+    directory: RunDirectory,
+    log: Say,
+) -> RunResult:
+    """Ends a run that a signal stopped: waits for its checkpoint, and says how to continue."""
+    manager.wait()
+    saved = f"step {last_saved} is saved" if last_saved is not None else "nothing was trained yet"
+    log(f"stopped by a signal; {saved}. Run the same command again to continue")
+    return RunResult(step, True, stop.exit_code, directory)
+
+
+def _is_due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0

@@ -19,7 +19,7 @@ import pytest
 
 from jdpo.cli.main import main
 from jdpo.config import DPOConfig, load_config
-from jdpo.training.loop import train
+from jdpo.training.run import train
 
 HERE = Path(__file__).parent
 LAST_STEP = 12

@@ -20,7 +20,7 @@ Words = Callable[..., list[str]]
 Start = Callable[..., subprocess.Popen[str]]
 SameRun = Callable[[Path, Path], None]
 
-MANAGER, RUN, EXPORT = "jdpo.checkpoint.manager", "jdpo.training.run", "jdpo.checkpoint.hf_export"
+MANAGER = "jdpo.checkpoint.manager"
 
 # Function, before or after its nth call, only on threads of that name; in an order that a run comes by.
 POINTS = {
@@ -28,14 +28,14 @@ POINTS = {
     "between orbax' commit and the manifest": (f"{MANAGER}:CheckpointManager._seal", "before", 1),
     "clearing away the unfinished step": ("jdpo.checkpoint.steps:delete_step", "before", 1),
     "manifest half written": ("jdpo.durable:os.fsync", "before", 1, "checkpoint-manifest"),
-    "a step": (f"{RUN}:Run._take", "before", 3),
+    "a step": ("jdpo.training.step_reports:StepReports.read", "before", 3),
     "evaluation": ("jdpo.training.evaluation:RowAverages.add", "before", 1),
-    "evaluation logged, step not saved": (f"{RUN}:Run._evaluate", "after", 1),
+    "evaluation logged, step not saved": ("jdpo.training.evaluation:Evaluation.log", "after", 1),
     "between the manifest and retention": (f"{MANAGER}:CheckpointManager._delete_old", "before", 1),
     "retention, the old step half deleted": ("jdpo.durable:os.unlink", "after", 3, "checkpoint-manifest"),
     "metrics logged, step not saved": ("jdpo.training.logs.recording:Record.log", "after", 1),
-    "export, weights half written": (f"{EXPORT}:_cast", "after", 5),
-    "export, before the model appears": (f"{EXPORT}:publish", "before", 1),
+    "export, weights half written": ("jdpo.checkpoint.shard_files:copy_cast", "after", 5),
+    "export, before the model appears": ("jdpo.checkpoint.output_folders:_publish", "before", 1),
     "model exported, run not marked finished": ("jdpo.training.finish:write_plots", "after", 1),
 }
 

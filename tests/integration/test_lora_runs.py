@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from jdpo.cli.main import main
 from jdpo.config import DPOConfig, load_config
-from jdpo.training.loop import train
+from jdpo.training.run import train
 from jdpo.training.setup.folder_digests import folder_digest
 
 Words = Callable[..., list[str]]
@@ -66,7 +66,7 @@ def test_a_killed_run_goes_on_to_the_same_end(
     cut_words: Words, lora_run: Path, same_run: SameRun, jdpo_process: Start, tmp_path: Path
 ) -> None:
     words = cut_words(tmp_path / "cut", **LORA)
-    process = jdpo_process(words, "SIGKILL", "jdpo.training.run:Run._take", "before", 7)
+    process = jdpo_process(words, "SIGKILL", "jdpo.training.step_reports:StepReports.read", "before", 7)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == -signal.SIGKILL, output
     assert main(words) == 0

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,15 +18,13 @@ import numpy as np
 import pytest
 
 from jdpo.config import DPOConfig, load_config
-from jdpo.reports.progress import make_console
-from jdpo.sharding.placement import place
-from jdpo.training.interrupt import StopRequest
-from jdpo.training.reference.reference_source import Reference
-from jdpo.training.run import Run
-from jdpo.training.run_dir import RunDirectory
+from jdpo.sharding.placement import micro_batch_sharding, place
+from jdpo.training.fit.assembly import Assembly, assemble
+from jdpo.training.run import start_state
+from jdpo.training.setup.batches import make_batches
 from jdpo.training.setup.numerics import resolve_dtype
 from jdpo.training.setup.run_setup import build, describe
-from jdpo.training.setup.weight_placement import load_frozen, load_start
+from jdpo.training.setup.weight_placement import load_frozen
 from jdpo.training.step.train_step import TrainState
 
 BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "mesh_parity.py"
@@ -82,28 +79,20 @@ def test_every_mesh_and_micro_batch_size(parity: ModuleType, dtype: str, tmp_pat
 
 
 @pytest.fixture(scope="module")
-def run(cut_words: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """A run on fsdp=4 x tensor=2 in two micro-batches, prepared and not started; its model has one key/value head."""
+def assembly(cut_words: Any, tmp_path_factory: pytest.TempPathFactory) -> Assembly:
+    """A run on fsdp=4 x tensor=2 in two micro-batches, not started; its model has one key/value head."""
     settings = {"mesh.fsdp": 4, "mesh.tensor": 2, "micro_batch_size": 1}
     words = cut_words(tmp_path_factory.mktemp("mesh") / "run", **settings)
     config = resolve_dtype(load_config(DPOConfig, None, words[1:]))
-    setup = build(config, lambda text: None)
-    with closing(RunDirectory(config, "dpo")) as directory, ExitStack() as resources:
-        run = Run(setup, directory, StopRequest(), make_console(), Reference(mode="live"), resources)
-        run._prepare(0)
-        yield run
+    return assemble(build(config, lambda text: None), reference="live", remat="full")
 
 
 @pytest.fixture(scope="module")
-def state(run: Run) -> TrainState:
-    params, shardings = load_start(run.setup), run.assembly.state_shardings
-    zero = place(np.int32(0), shardings.step)
-    key = place(np.asarray(jax.random.key_data(jax.random.key(0))), shardings.rng)
-    init = jax.jit(run.assembly.optimizer.init, out_shardings=shardings.opt_state)
-    return TrainState(zero, params, init(params), key)
+def state(assembly: Assembly) -> TrainState:
+    return start_state(assembly.setup, assembly, live=True)[0]
 
 
-def test_weights_and_moments_are_split_on_the_devices(run: Run, state: TrainState) -> None:
+def test_weights_and_moments_are_split_on_the_devices(assembly: Assembly, state: TrainState) -> None:
     shapes = {
         jax.tree_util.keystr(path): (leaf.shape, leaf.addressable_shards[0].data.shape)
         for path, leaf in jax.tree_util.tree_leaves_with_path((state.params, state.opt_state))
@@ -121,17 +110,20 @@ def test_weights_and_moments_are_split_on_the_devices(run: Run, state: TrainStat
     assert held < 0.2 * total, "a device holds little more than an eighth"
 
 
-def test_what_stays_whole_is_said(run: Run) -> None:
-    said = describe(run.setup)
+def test_what_stays_whole_is_said(assembly: Assembly) -> None:
+    said = describe(assembly.setup)
     assert "kept whole on each device, as the mesh does not divide them" in said
     assert "['stack']['layer_0']['attention']['key']['kernel']: kv_heads=1 over tensor=2" in said
     assert "query" not in said
 
 
-def test_compiled_step(run: Run, state: TrainState) -> None:
-    frozen = load_frozen(run.setup, state.params, live=True, moves=False)
-    _, made, _ = run._train_batch(0)
-    lowered = run.assembly.compiled.train_step.lower(state, frozen, made.batch)
+def test_compiled_step(assembly: Assembly, state: TrainState) -> None:
+    setup = assembly.setup
+    frozen = load_frozen(setup, state.params, live=True, moves=False)
+    rows = setup.row_plan.step(0)
+    batches = make_batches(setup, setup.train_data, [rows], max_tokens_per_device=16384, cache=None)
+    batch = place(batches.make(rows).batch, micro_batch_sharding(setup.mesh))
+    lowered = assembly.compiled.train_step.lower(state, frozen, batch)
     text = lowered.as_text()
     # Without a mesh in context a constraint lowers to nothing, and XLA would choose by itself.
     assert text.count("sharding_constraint") > 20, text.count("sharding_constraint")

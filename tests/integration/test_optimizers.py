@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from jdpo.cli.main import main
 from jdpo.config import DPOConfig, load_config
-from jdpo.training.loop import train
+from jdpo.training.run import train
 
 Words = Callable[..., list[str]]
 SameRun = Callable[[Path, Path], None]

@@ -15,7 +15,7 @@ import pytest
 
 from jdpo.cli.main import main
 from jdpo.config import DPOConfig, load_config
-from jdpo.training.loop import train
+from jdpo.training.run import train
 
 Words = Callable[..., list[str]]
 SameRun = Callable[[Path, Path], None]

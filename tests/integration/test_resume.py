@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from jdpo.checkpoint.steps import MANIFEST
 from jdpo.cli.main import main
 from jdpo.config import DPOConfig, load_config
-from jdpo.training.loop import train
+from jdpo.training.run import train
 from jdpo.training.run_dir import RunDirectory
 from jdpo.training.setup.numerics import resolve_dtype
 
@@ -38,7 +38,7 @@ def test_moments_in_the_hosts_memory_go_on_to_the_same_end(
 ) -> None:
     assert main(cut_words(tmp_path / "whole", offload_optimizer="true")) == 0
     words = cut_words(tmp_path / "cut", offload_optimizer="true")
-    process = jdpo_process(words, "SIGKILL", "jdpo.training.run:Run._take", "before", 3)
+    process = jdpo_process(words, "SIGKILL", "jdpo.training.step_reports:StepReports.read", "before", 3)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == -signal.SIGKILL, output
     assert saved_steps(tmp_path / "cut")[-1] < 12
@@ -186,7 +186,7 @@ def test_changed_inputs_are_refused_and_named(
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 143, output
     said = " ".join(output.split())
-    assert "stopped by a signal; step 6 is saved. Run the same command again to go on" in said
+    assert "stopped by a signal; step 6 is saved" in said
     content = rows.read_text(encoding="utf-8")
     rows.write_text(content.replace("river", "paper"), encoding="utf-8")
     said = refusal(words, capsys)
@@ -219,15 +219,15 @@ def _change_last_byte(path: Path) -> None:
 def test_a_signal_before_the_first_step_trains_nothing(
     cut_words: Words, uninterrupted: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from jdpo.training import loop
+    from jdpo.training import run
 
-    build = loop.build
+    build = run.build
 
     def build_and_stop(*args: object, **options: object) -> object:
         os.kill(os.getpid(), signal.SIGTERM)
         return build(*args, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(loop, "build", build_and_stop)
+    monkeypatch.setattr(run, "build", build_and_stop)
     assert main(cut_words(tmp_path / "run")) == 143
     assert (
         "stopped by a signal before the first step; what was computed is kept. Run the same command again"

@@ -61,7 +61,7 @@ def test_a_run_that_started_over_is_resumed_as_any_other(
 ) -> None:
     damage_all(copy)
     never = cut_words(copy, resume="never")
-    process = jdpo_process(never, "SIGKILL", "jdpo.training.run:Run._take", "before", 1)
+    process = jdpo_process(never, "SIGKILL", "jdpo.training.step_reports:StepReports.read", "before", 1)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == -signal.SIGKILL, output
     assert saved_steps(copy) == []

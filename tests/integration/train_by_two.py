@@ -9,7 +9,7 @@ import sys
 
 from jdpo.config import DPOConfig, load_config
 from jdpo.processes import ending_together, join_cluster
-from jdpo.training.loop import train
+from jdpo.training.run import train
 
 
 def main(words: list[str]) -> None:

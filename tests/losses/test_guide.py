@@ -59,7 +59,7 @@ def test_every_option_is_named() -> None:
 
 def test_settings_of_the_guide_are_accepted(tmp_path: Path) -> None:
     from jdpo.config import DPOConfig, load_config
-    from jdpo.training.step.tasks import loss_of
+    from jdpo.training.setup.tasks import loss_of
 
     found = []
     for block in blocks("yaml"):

@@ -117,15 +117,15 @@ def num_adapter_params(lora: Lora) -> int:
     return sum(math.prod(leaf.shape) for leaf in _leaves(lora))
 
 
-def num_met_params(lora: Lora, experts_per_token: int) -> int:
-    """Those of them that a token is multiplied with: of experts, so many.
+def num_active_params(lora: Lora, experts_per_token: int) -> int:
+    """Counts the trained parameters that each token is multiplied with.
 
     Args:
-      experts_per_token: of a model with experts.
+      experts_per_token: experts that a token is sent to, for models with experts.
     """
-    num_met = 0
+    num_active = 0
     for site in lora.sites:
         num_all = num_adapter_params(dataclasses.replace(lora, sites=(site,)))
         num_experts = dict(zip(site.lead_axes, site.lead, strict=True)).get(EXPERT_AXIS)
-        num_met += num_all if num_experts is None else num_all * experts_per_token // num_experts
-    return num_met
+        num_active += num_all if num_experts is None else num_all * experts_per_token // num_experts
+    return num_active

@@ -1,123 +1,184 @@
-"""A run's model, objective and optimizer as programs to lower, and the state that they work on."""
+"""The step and the evaluation of a run, jitted over the mesh, and the shapes of the state that they work on."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from jdpo.config import ReferenceSettings
 from jdpo.losses.pair_losses import Totals
-from jdpo.models.lora.adapters import num_met_params
+from jdpo.models.lora.adapters import num_active_params
 from jdpo.models.self_attention import AttentionSettings
 from jdpo.models.transformer import Transformer, Weights
 from jdpo.sharding.axes import num_batch_shards
-from jdpo.sharding.placement import offloaded, state_shardings
+from jdpo.sharding.on_mesh import OnMesh
+from jdpo.sharding.placement import micro_batch_sharding, offloaded, replicated, state_shardings
 from jdpo.training.fit.flops import Arithmetic, StepFlops, step_flops
 from jdpo.training.setup.run_setup import Setup
 from jdpo.training.setup.validation import Mode
 from jdpo.training.setup.weight_placement import abstract_frozen
-from jdpo.training.step.gradients import num_micro
 from jdpo.training.step.objectives import Batch, Objective
 from jdpo.training.step.optimizer import learning_rate_schedule, make_optimizer
-from jdpo.training.step.train_step import Compiled, Frozen, ReferenceSync, TrainState, compile_step
+from jdpo.training.step.train_step import Frozen, ReferenceSync, TrainState, evaluate, num_micro, train_step
 from jdpo.types import PackedBatch
 
 Params = Any
 
 
+class Compiled(NamedTuple):
+    """The jitted functions of a run; both take and give arrays on the mesh."""
+
+    train_step: OnMesh
+    evaluate: OnMesh
+
+
+def compile_step(
+    *,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    mesh: Mesh,
+    state_shardings: TrainState,
+    frozen_shardings: Frozen,
+    sync: ReferenceSync | None = None,
+) -> Compiled:
+    """Jits step and evaluation over the mesh: explicit in and out shardings, the old state donated.
+
+    jax.jit with in_shardings and out_shardings is what pjit was.
+
+    Args:
+      frozen_shardings: of the weights that steps read next to the state.
+    """
+    batch_sharding, whole = micro_batch_sharding(mesh), replicated(mesh)
+    params_sharding = state_shardings.params
+    evaluated = frozen_shardings if sync is None else frozen_shardings._replace(reference=params_sharding)
+    step = partial(
+        train_step, objective=objective, optimizer=optimizer, schedule=schedule, shardings=params_sharding, sync=sync
+    )
+    return Compiled(
+        OnMesh(
+            mesh,
+            jax.jit(
+                step,
+                in_shardings=(state_shardings, frozen_shardings, batch_sharding),
+                out_shardings=(state_shardings, whole),
+                donate_argnums=0,  # the new state takes the memory of the old one
+            ),
+        ),
+        OnMesh(
+            mesh,
+            jax.jit(
+                partial(evaluate, objective=objective),
+                in_shardings=(params_sharding, evaluated, batch_sharding, whole, whole),
+                out_shardings=whole,
+            ),
+        ),
+    )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Assembly:
-    """What a run computes with, before anything is computed.
+    """The programs of a run under one remat policy, before anything is computed.
 
     Attributes:
-      model: with what its backward pass recomputes settled.
-      sync: how the reference moves, where it does.
-      state_shardings: of each leaf of the state.
+      setup: the run.
+      model: with its remat policy.
+      sync: how the reference moves; None where it is frozen for good.
       state: shape, dtype and sharding of each leaf.
       frozen: shape, dtype and sharding of each weight that steps read and do not change.
       compiled: the jitted functions.
-      has_totals: whether evaluation is told the totals of all its rows.
-      num_shards: parts that a micro-batch is split into.
-      adapters: weights of adapters that a token is multiplied with; None where all weights are trained.
     """
 
+    setup: Setup
     model: Transformer
     objective: Objective
     optimizer: optax.GradientTransformation
     sync: ReferenceSync | None
-    state_shardings: TrainState
     state: TrainState
     frozen: Frozen
     compiled: Compiled
-    has_totals: bool
-    num_shards: int
-    adapters: int | None = None
+
+    @property
+    def state_shardings(self) -> TrainState:
+        """The sharding of each leaf of the state."""
+        shardings: TrainState = shardings_of(self.state)
+        return shardings
+
+    @property
+    def has_totals(self) -> bool:
+        """True if evaluation is told the totals of all its rows, which preference losses read."""
+        return self.setup.task.loss is not None
+
+    def with_remat(self, remat: str) -> Assembly:
+        """Returns the same programs under another remat policy; state and frozen weights keep their shapes."""
+        model = self.model.clone(remat=remat)
+        objective = objective_of(self.setup, model)
+        compiled = compile_step(
+            objective=objective,
+            optimizer=self.optimizer,
+            schedule=learning_rate_schedule(self.setup.config, self.setup.num_steps),
+            mesh=self.setup.mesh,
+            state_shardings=self.state_shardings,
+            frozen_shardings=shardings_of(self.frozen),
+            sync=self.sync,
+        )
+        return dataclasses.replace(self, model=model, objective=objective, compiled=compiled)
 
     def attention(self, length: int) -> str:
-        """The backend that attends over packed sequences of so many places."""
+        """Returns the backend that attends over packed sequences of up to this many positions."""
         model = self.model
         settings = AttentionSettings(model.attention, model.attention_block_q, model.attention_block_kv)
         return settings.resolve(model.compute_dtype, model.config, length, model.config.layer_windows[0])
 
     def flops(self, batch: Batch) -> StepFlops:
-        """Of a step, by its numpy arrays."""
+        """Counts the FLOPs of a step from its batch of numpy arrays."""
         model = self.model
         program = Arithmetic(
             self.attention(batch.gather.shape[-1]) if isinstance(batch, PackedBatch) else "xla",
             model.remat,
             live_reference=self.frozen.reference is not None or self.sync is not None,
             first_pass=self.objective.coupled and num_micro(batch) > 1,
-            num_shards=self.num_shards,
+            num_shards=num_batch_shards(self.setup.mesh),
             block_q=model.attention_block_q,
             block_kv=model.attention_block_kv,
             on_cpu=jax.default_backend() == "cpu",
-            adapters=self.adapters,
+            adapters=_active_adapter_params(self.setup),
             adapters_in_reference=self.sync is not None or _has_adapters(self.frozen.reference),
         )
         return step_flops(model.config, batch, program)
 
     def lower_step(self, batch: Batch) -> Any:
-        """The training step for batches of these shapes."""
+        """Lowers the training step for batches of these shapes."""
         return self.compiled.train_step.lower(self.state, self.frozen, batch)
 
     def lower_evaluate(self, batch: Batch) -> Any:
-        """The evaluation of batches of these shapes."""
+        """Lowers the evaluation of batches of these shapes."""
         scalar = jax.ShapeDtypeStruct((), jnp.float32)
         totals = Totals(scalar, scalar) if self.has_totals else None
         frozen = self.evaluated(self.frozen, self.state)
         return self.compiled.evaluate.lower(self.state.params, frozen, batch, self.state.loss_state, totals)
 
     def evaluated(self, frozen: Frozen, state: TrainState) -> Frozen:
-        """What an evaluation reads beside the params: of a reference that moves, where it is now."""
+        """Returns the weights that an evaluation reads next to the params: a moving reference where it is now."""
         return frozen if self.sync is None else frozen._replace(reference=state.reference_params)
 
 
-def _adapters_met(setup: Setup) -> int | None:
-    if setup.adaptation is None:
-        return None
-    moe = setup.model.config.moe
-    return num_met_params(setup.adaptation.lora, moe.experts_per_token if moe else 1)
-
-
-def _has_adapters(reference: Params) -> bool:
-    return bool(reference) and not isinstance(reference, Weights)
-
-
 def assemble(setup: Setup, *, reference: Mode, remat: str) -> Assembly:
-    """Puts a run together.
+    """Builds the programs of a run. Nothing is traced except for shapes, nothing is compiled.
 
     Args:
-      reference: where its reference's log-probs come from.
+      reference: where the reference's log-probs come from.
       remat: what the backward pass recomputes.
     """
-    config, task = setup.config, setup.task
+    config = setup.config
     model = setup.model.clone(remat=remat)
-    optimizer = make_optimizer(config, setup.num_steps)
-    objective = task.objective(model, setup.mesh, packing=config.packing)
+    optimizer, objective = make_optimizer(config, setup.num_steps), objective_of(setup, model)
     sync = sync_of(config)
     shapes = setup.trained
     abstract = TrainState(
@@ -135,27 +196,32 @@ def assemble(setup: Setup, *, reference: Mode, remat: str) -> Assembly:
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
     )
     frozen = abstract_frozen(setup, live=reference == "live", moves=sync is not None)
+    compiled = compile_step(
+        objective=objective,
+        optimizer=optimizer,
+        schedule=learning_rate_schedule(config, setup.num_steps),
+        mesh=setup.mesh,
+        state_shardings=shardings,
+        frozen_shardings=shardings_of(frozen),
+        sync=sync,
+    )
     return Assembly(
+        setup=setup,
         model=model,
         objective=objective,
         optimizer=optimizer,
         sync=sync,
-        state_shardings=shardings,
         state=state,
         frozen=frozen,
-        compiled=compile_step(
-            objective=objective,
-            optimizer=optimizer,
-            schedule=learning_rate_schedule(config, setup.num_steps),
-            mesh=setup.mesh,
-            state_shardings=shardings,
-            frozen_shardings=jax.tree.map(lambda leaf: leaf.sharding, frozen),
-            sync=sync,
-            lora=setup.adaptation.lora if setup.adaptation else None,
-        ),
-        has_totals=task.loss is not None,
-        num_shards=num_batch_shards(setup.mesh),
-        adapters=_adapters_met(setup),
+        compiled=compiled,
+    )
+
+
+def objective_of(setup: Setup, model: Transformer) -> Objective:
+    """Returns what a run minimises."""
+    config, lora = setup.config, setup.adaptation.lora if setup.adaptation else None
+    return setup.task.objective(
+        model, setup.mesh, packing=config.packing, router_aux_loss_coef=config.router_aux_loss_coef, lora=lora
     )
 
 
@@ -164,3 +230,19 @@ def sync_of(settings: object) -> ReferenceSync | None:
     if not isinstance(settings, ReferenceSettings) or not settings.sync_ref_model:
         return None
     return ReferenceSync(settings.ref_model_mixup_alpha, settings.ref_model_sync_steps)
+
+
+def shardings_of(shapes: Any) -> Any:
+    """Returns the sharding of each leaf of a tree of arrays or shapes."""
+    return jax.tree.map(lambda leaf: leaf.sharding, shapes)
+
+
+def _active_adapter_params(setup: Setup) -> int | None:
+    if setup.adaptation is None:
+        return None
+    moe = setup.model.config.moe
+    return num_active_params(setup.adaptation.lora, moe.experts_per_token if moe else 1)
+
+
+def _has_adapters(reference: Params) -> bool:
+    return bool(reference) and not isinstance(reference, Weights)

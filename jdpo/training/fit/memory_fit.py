@@ -1,40 +1,47 @@
-"""How much a device computes at once, and what its backward pass recomputes: the fastest that fits its memory."""
+"""How many tokens a device computes at once, and what its backward pass recomputes: the fastest that fits memory."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
 from jdpo.processes import most_of_processes
+from jdpo.training.fit.compilation import compile_lowered
 from jdpo.training.fit.host_memory import host_memory
+from jdpo.training.step.objectives import Batch
 
 MAX_TOKENS_PER_DEVICE = {"cpu": 16384, "gpu": 32768, "tpu": 32768}
 """Tokens of a device's part of a micro-batch where memory sets no limit: more make no step faster."""
 
 ENOUGH_TOKENS = 4096
-"""Fewer than these leave a device's matrix units idle: rather recompute than go below."""
+"""Fewer tokens than this leave a device's matrix units idle, so recomputing more is better than going below."""
 
 TOKEN_STEP = 64
-"""Budgets are multiples of it."""
+"""Budgets are multiples of this many tokens."""
 
 SHARE_OF_DEVICE, SHARE_OF_HOST = 0.92, 0.5
-"""How much of a device's memory a step may take; of the host's, which on CPU holds much else."""
+"""How much of a device's memory a step may take, and of the host's, which holds much else when devices are CPUs."""
 
 MOST_TRIALS = 3
-"""Compilations at most to find the budget of a policy, beside the two that bound it."""
+"""Compilations at most to find the budget of a policy, in addition to the two that bound it."""
+
+Lower = Callable[[str, int], Mapping[Batch, Any]]
+"""(remat policy, tokens per device at most) -> the training step, lowered (`jax.stages.Lowered`) for each shape of
+batches that may need the most memory; the keys are batches of jax.ShapeDtypeStructs."""
 
 
 class Fit(NamedTuple):
-    """What was settled on.
+    """How a step is fitted to the memory of the devices.
 
     Attributes:
       remat: what the backward pass recomputes, a name of `REMAT_ORDER` or "offload".
       max_tokens_per_device: slots of a device's part of a micro-batch, at most.
-      bytes_needed: of a device's memory, by the compiled step; None where nobody asked.
+      bytes_needed: bytes of a device's memory that the compiled step needs; None where it was not measured, or where
+        not even one sequence at a time could be compiled.
     """
 
     remat: str
@@ -43,24 +50,61 @@ class Fit(NamedTuple):
 
 
 def choose_fit(
-    bytes_needed: Callable[[str, int], float], *, policies: Sequence[str], most_tokens: int, limit: float
-) -> Fit:
-    """The first policy under which a step fits with enough tokens at once, and the most tokens that fit under it.
+    lower: Lower, *, policies: Sequence[str], most_tokens: int, limit: float, fixed_tokens: bool = False
+) -> tuple[Fit, dict[Batch, Any]]:
+    """Finds the first policy under which a step fits with enough tokens at once, and the most tokens that then fit.
 
-    Where none does, the last policy with as many tokens as fit; with one sequence at a time where even that is too
-    much, so that the device decides.
+    Where none fits, it is the last policy with as many tokens as fit; with one sequence at a time where even that is
+    too much, so that the device decides. Every process must call this.
 
     Args:
-      bytes_needed: (policy, tokens) -> bytes a device needs; inf where the step could not even be compiled.
-      policies: from the fastest to the smallest.
+      lower: gives the steps to compile; each is compiled once.
+      policies: from the fastest to the one that needs the least memory.
       most_tokens: more are of no use.
-      limit: bytes a device has.
+      limit: bytes that a device has.
+      fixed_tokens: True: the tokens are given, and only the policy is chosen.
 
-    >>> choose_fit(lambda remat, tokens: tokens * (9 if remat == "none" else 1), policies=["none", "full"],
+    Returns:
+      the fit, and the programs that were compiled for its policy, by the batches that they take.
+
+    Raises:
+      jax.errors.JaxRuntimeError: a compilation failed, and not for lack of memory.
+    """
+    programs: dict[tuple[str, Batch], Any] = {}
+
+    def bytes_needed(policy: str, tokens: int) -> float:
+        steps = lower(policy, tokens)
+        for batch, lowered in steps.items():
+            if (policy, batch) not in programs:
+                programs[policy, batch] = compile_if_memory_allows(lowered)
+        needed = max(program_bytes(programs[policy, batch]) for batch in steps)
+        return most_of_processes(needed)  # the processes must agree on one fit
+
+    least_tokens = most_tokens if fixed_tokens else TOKEN_STEP
+    fit = search_fit(bytes_needed, policies=policies, most_tokens=most_tokens, least_tokens=least_tokens, limit=limit)
+    chosen = {batch: program for (policy, batch), program in programs.items() if policy == fit.remat}
+    return fit, {batch: program for batch, program in chosen.items() if program is not None}
+
+
+def search_fit(
+    bytes_needed: Callable[[str, int], float],
+    *,
+    policies: Sequence[str],
+    most_tokens: int,
+    limit: float,
+    least_tokens: int = TOKEN_STEP,
+) -> Fit:
+    """The search of `choose_fit`, in few trials.
+
+    Args:
+      bytes_needed: (policy, tokens) -> bytes that a device needs; inf where the step could not even be compiled.
+      least_tokens: fewer are not tried.
+
+    >>> search_fit(lambda remat, tokens: tokens * (9 if remat == "none" else 1), policies=["none", "full"],
     ...            most_tokens=8192, limit=40_000)
     Fit(remat='none', max_tokens_per_device=4416, bytes_needed=39744)
     """
-    enough = min(ENOUGH_TOKENS, most_tokens)
+    enough = max(min(ENOUGH_TOKENS, most_tokens), least_tokens)
     for policy in policies:
         most = bytes_needed(policy, most_tokens)
         if most <= limit:
@@ -69,7 +113,7 @@ def choose_fit(
         if least <= limit:
             return _between(bytes_needed, policy, (enough, least), (most_tokens, most), limit)
     policy, tokens, needed = policies[-1], enough, least
-    while needed > limit and tokens > TOKEN_STEP:
+    while needed > limit and tokens > least_tokens:
         tokens = max(tokens // 2 // TOKEN_STEP * TOKEN_STEP, TOKEN_STEP)
         needed = bytes_needed(policy, tokens)
     return Fit(policy, tokens, int(needed) if math.isfinite(needed) else None)
@@ -82,7 +126,7 @@ def _between(
     too_much: tuple[int, float],
     limit: float,
 ) -> Fit:
-    """Closes in on the most tokens that fit: memory grows about as a line."""
+    """Closes in on the most tokens that fit; memory grows about linearly with them."""
     for _ in range(MOST_TRIALS):
         (low, low_bytes), (high, high_bytes) = fits, too_much
         share = (limit - low_bytes) / (high_bytes - low_bytes) if math.isfinite(high_bytes) else 0.5
@@ -99,20 +143,43 @@ def _between(
     return Fit(policy, fits[0], int(fits[1]))
 
 
-def program_bytes(program: Any) -> int:
-    """Bytes of a device's memory that a compiled program needs: arguments, results and all it keeps in between."""
+# --- memory of programs and devices
+
+
+def compile_if_memory_allows(lowered: Any) -> Any:
+    """Compiles a lowered function; returns None where XLA finds that the device has too little memory for it.
+
+    Raises:
+      jax.errors.JaxRuntimeError: the compilation failed for another reason.
+    """
+    try:
+        return compile_lowered(lowered)
+    except jax.errors.JaxRuntimeError as error:
+        if not is_exhausted(error):
+            raise
+        return None
+
+
+def program_bytes(program: Any) -> float:
+    """Returns the bytes of a device's memory that a compiled program needs: arguments, results and temporaries.
+
+    Args:
+      program: None, from `compile_if_memory_allows`, needs inf.
+    """
+    if program is None:
+        return math.inf
     stats = program.memory_analysis()
     return int(
         stats.argument_size_in_bytes
         + stats.output_size_in_bytes
-        - stats.alias_size_in_bytes  # donated arguments, whose room results take
+        - stats.alias_size_in_bytes  # donated arguments, whose memory the results take
         + stats.temp_size_in_bytes
         + stats.generated_code_size_in_bytes
     )
 
 
 def memory_limit() -> int:
-    """Bytes that a step may take of each device's memory; the same on every process."""
+    """Returns the bytes that a step may take of each device's memory; the same on every process."""
     device = jax.local_devices()[0]
     if device.platform == "cpu":
         limit = host_memory().size * SHARE_OF_HOST / jax.local_device_count()
@@ -124,16 +191,16 @@ def memory_limit() -> int:
 
 
 def is_exhausted(error: jax.errors.JaxRuntimeError) -> bool:
-    """Whether that is a device that has not memory enough."""
+    """Returns True if a device had too little memory."""
     return "RESOURCE_EXHAUSTED" in str(error)
 
 
 @contextlib.contextmanager
 def exhaustion_explained(fit: Fit) -> Iterator[None]:
-    """Says what to do where a device has not memory enough for a step, in place of pages of XLA's own.
+    """Says what to do where a device has too little memory for a step, in place of pages from XLA.
 
     Raises:
-      ValueError: naming what was computed at once.
+      ValueError: naming how much was computed at once.
     """
     try:
         yield
@@ -141,15 +208,15 @@ def exhaustion_explained(fit: Fit) -> Iterator[None]:
         if not is_exhausted(error):
             raise
         raise ValueError(
-            f"a device has not memory enough for a step of at most {fit.max_tokens_per_device:,} tokens at once under "
+            f"a device has too little memory for a step of at most {fit.max_tokens_per_device:,} tokens at once under "
             f"remat {fit.remat} ({str(error).partition(chr(10))[0]}). Set max_tokens_per_device or micro_batch_size "
-            "lower, remat to full, a shorter max_length, or use more devices (docs/memory.md); checkpoints stand, and "
-            "the same command goes on from the newest"
+            "lower, remat to full, a shorter max_length, or use more devices (docs/memory.md). Checkpoints are kept: "
+            "the same command continues from the newest one"
         ) from error
 
 
 def peak_memory() -> int:
-    """The most bytes that any local device has held so far; on CPU, that this process has."""
+    """Returns the most bytes that any local device has held so far; on CPU, that this process has held."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     if all("peak_bytes_in_use" in of_device for of_device in stats):
         return max(int(of_device["peak_bytes_in_use"]) for of_device in stats)
@@ -157,4 +224,4 @@ def peak_memory() -> int:
     import sys
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB

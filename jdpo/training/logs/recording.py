@@ -1,4 +1,4 @@
-"""What a run tells of its steps: averages since the last log, in metrics.jsonl and to trackers."""
+"""What a run records of its steps: averages since the last log, in metrics.jsonl and in trackers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jdpo.config import to_public_dict
+from jdpo.processes import is_first
 from jdpo.reports.writers import JsonlWriter, Writer, make_trackers
 from jdpo.training.fit.flops import StepFlops, peak_flops
 from jdpo.training.fit.memory_fit import peak_memory
@@ -18,41 +19,40 @@ from jdpo.training.setup.run_setup import Setup
 
 
 class Record:
-    """What was measured since the last log, and where it is written. Only the first process opens files."""
+    """What was measured since the last log, and the files that it is written to. Only the first process opens files."""
 
-    def __init__(self, setup: Setup, directory: RunDirectory) -> None:
-        self._setup, self._directory = setup, directory
-        self._window, self._num_tokens = Window(), 0
+    def __init__(
+        self, setup: Setup, directory: RunDirectory, resources: ExitStack, position: Mapping[str, Any] | None = None
+    ) -> None:
+        """
+        Args:
+          directory: its metrics end at the step that the run continues from, see `cut_metrics`.
+          resources: closes the files.
+          position: the position of the checkpoint that the run continues from; None for a new run.
+        """
+        self._steps_per_epoch = setup.steps_per_epoch
+        self._window = Window(position["window"] if position else None)
+        self._num_tokens: int = position["num_tokens"] if position else 0
         self._throughput = Throughput(
             unit=setup.task.unit,
             num_devices=setup.mesh.size,
             peak=peak_flops(setup.mesh.devices.flat[0].device_kind, setup.config.compute_dtype),
         )
         self._shares = DatasetShares(setup.train_data)
-        self._jsonl: JsonlWriter | None = None
+        self._jsonl = JsonlWriter(directory.metrics) if is_first() else None
         self._writers: list[Writer] = []
-
-    def restore(self, position: Mapping[str, Any]) -> None:
-        """Goes on where `position` was taken."""
-        self._window, self._num_tokens = Window(position["window"]), position["num_tokens"]
+        if self._jsonl is not None:
+            resources.callback(self._jsonl.close)
+            trackers = make_trackers(setup.config.report_to, directory.path, to_public_dict(setup.config))
+            self._writers = [self._jsonl, *trackers]
+            for tracker in trackers:
+                resources.callback(tracker.close)
 
     def position(self) -> dict[str, Any]:
-        """What a checkpoint keeps; what was logged before is on the disk when this returns."""
+        """Returns what a checkpoint keeps; when it returns, everything that was logged before is on the disk."""
         if self._jsonl is not None:
             self._jsonl.sync()
         return {"num_tokens": self._num_tokens, "window": self._window.to_json()}
-
-    def open(self, resources: ExitStack) -> None:
-        """Opens the files; the metrics end at the step that the run continues from, see `cut_metrics`.
-
-        Args:
-          resources: closes them.
-        """
-        config = self._setup.config
-        self._jsonl = JsonlWriter(self._directory.metrics)
-        self._writers = [self._jsonl, *make_trackers(config.report_to, self._directory.path, to_public_dict(config))]
-        for writer in self._writers:
-            resources.callback(writer.close)
 
     def add(
         self,
@@ -64,19 +64,22 @@ class Record:
         flops: StepFlops,
         seconds: float,
     ) -> dict[str, float]:
-        """Takes a step; its rates come back, as of `Throughput.rates`.
+        """Adds a step.
 
         Args:
           values: of the whole step.
           rows: values [b] of its rows `indices` [b].
+
+        Returns:
+          the rates since the last log, see `Throughput.rates`.
         """
         self._num_tokens += num_tokens
         self._window.add(values, self._shares.of(rows, indices))
         self._throughput.add(num_rows=len(indices), num_tokens=num_tokens, flops=flops, seconds=seconds)
         return self._throughput.rates()
 
-    def log(self, done: int, learning_rate: Any) -> dict[str, float]:
-        """Writes the averages since the last log, and begins anew.
+    def log(self, step: int, learning_rate: Any) -> dict[str, float]:
+        """Writes the averages since the last log, and starts again.
 
         Args:
           learning_rate: of the last step, a float32.
@@ -86,7 +89,7 @@ class Record:
         """
         averages = self._window.averages()
         self.write(
-            done,
+            step,
             {
                 **averages,
                 # str gives the shortest decimal that is this float32: 0.001, not 0.0010000000474974513.
@@ -100,7 +103,7 @@ class Record:
         self._throughput.clear()
         return averages
 
-    def write(self, done: int, values: Mapping[str, Any]) -> None:
-        """Writes a line about step `done`."""
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Writes a line about a step."""
         for writer in self._writers:
-            writer.write({"step": done, "epoch": done / self._setup.steps_per_epoch, **values})
+            writer.write({"step": step, "epoch": step / self._steps_per_epoch, **values})

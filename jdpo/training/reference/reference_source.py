@@ -17,8 +17,8 @@ from jdpo.training.reference.cache_entries import RowSet, entry_of, find_rows
 from jdpo.training.reference.scoring import Scorer
 from jdpo.training.setup.numerics import jax_settings, resolve_dtype
 from jdpo.training.setup.run_setup import Say, Setup, build
+from jdpo.training.setup.tasks import task_for
 from jdpo.training.setup.validation import Asked, Mode, fixed_mode
-from jdpo.training.step.tasks import task_for
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,13 +19,13 @@ from jdpo.data.prepared.prepare import PreparedData
 from jdpo.data.reference_cache.scores import RowLogps
 from jdpo.models.transformer import Transformer
 from jdpo.sharding.axes import num_batch_shards
+from jdpo.sharding.on_mesh import OnMesh
 from jdpo.sharding.placement import fetch, micro_batch_sharding, place, replicated
 from jdpo.training.setup.batches import PackedBatches
 from jdpo.training.setup.row_order import BuildStopped
 from jdpo.training.setup.run_setup import Setup
 from jdpo.training.setup.weight_placement import load_reference_weights
-from jdpo.training.step.packed_logps import make_packed_logps
-from jdpo.training.step.train_step import OnMesh
+from jdpo.training.step.objectives import PackedLogps
 from jdpo.types import AnyPair, PackedBatch, completions_of
 
 Array = Any
@@ -154,7 +154,7 @@ def _completion(values: np.ndarray, mask: np.ndarray, pair: AnyPair, name: str) 
 @functools.lru_cache(maxsize=2)
 def _compiled(model: Transformer, mesh: Mesh) -> Callable[[Params, PackedBatch], Array]:
     """(params, batch [k, m, ...]) -> [k, m, c]; jitted."""
-    logps_fn = make_packed_logps(model, mesh)
+    logps_fn = PackedLogps(model, mesh)
 
     def logps(params: Params, batch: PackedBatch) -> Array:
         return jax.lax.map(lambda micro: logps_fn(params, micro, False)[0], batch)

@@ -15,26 +15,40 @@ from jdpo.data.batching.packing_plan import PackingPlan, plan_run
 from jdpo.data.batching.packing_shapes import PackedShape
 from jdpo.data.prepared.prepare import PreparedData
 from jdpo.data.reference_cache.scores import ReferenceCache, reference_logps_of
+from jdpo.sharding.axes import num_batch_shards
+from jdpo.training.setup.run_setup import Setup
+from jdpo.training.setup.tasks import Task
 from jdpo.training.step.objectives import Batch
-from jdpo.training.step.tasks import Task
 
 
-class StepBatch(NamedTuple):
-    """A step's rows as arrays.
+class StepRows(NamedTuple):
+    """The rows of a step, and where they are in its batch.
 
     Attributes:
-      batch: arrays [k, m, ...].
-      at: int [b], where among the flattened per-row values of a step's report those of each row stand.
+      indices: int [b], the rows.
+      at: int [b], the place of each row among the flattened per-row values of the step's report.
       num_tokens: real tokens of the rows, over all their sequences.
-      real_slots: tokens that the model computes and that are of use...
-      num_slots: ... among so many that it computes.
+      real_slots: slots of the batch that hold a token.
+      num_slots: slots of the batch, padding included.
     """
 
-    batch: Batch
+    indices: np.ndarray
     at: np.ndarray
     num_tokens: int
     real_slots: int
     num_slots: int
+
+    @property
+    def padding(self) -> float:
+        """The share of the slots that hold no token."""
+        return 1 - self.real_slots / self.num_slots
+
+
+class StepBatch(NamedTuple):
+    """The rows of a step as arrays [k, m, ...]."""
+
+    batch: Batch
+    rows: StepRows
 
 
 class PaddedBatches:
@@ -83,7 +97,9 @@ class PaddedBatches:
         rows, length = [self._data[int(index)] for index in indices], self._length(indices)
         real = sum(map(self._task.count_tokens, rows))
         num_slots = self.layout.num_slots * self._task.sequences * length
-        return StepBatch(self._arrays(rows, indices, length), np.arange(len(rows)), real, real, num_slots)
+        return StepBatch(
+            self._arrays(rows, indices, length), StepRows(indices, np.arange(len(rows)), real, real, num_slots)
+        )
 
     def like(self, indices: np.ndarray) -> Batch:
         """Arrays of the shapes that `make` gives for these rows, with nothing in them."""
@@ -155,7 +171,7 @@ class PackedBatches:
         in_batch = batch.pair_row.reshape(-1)[real]
         at = real[np.argsort(in_batch)][np.argsort(np.argsort(indices))]
         num_tokens, real_slots = sum(map(self._task.count_tokens, rows)), int(self.plan.sizes.slots[indices].sum())
-        return StepBatch(batch, at, num_tokens, real_slots, batch.tokens.size)
+        return StepBatch(batch, StepRows(indices, at, num_tokens, real_slots, batch.tokens.size))
 
     def like(self, indices: np.ndarray) -> Batch:
         """Arrays of the shapes that `make` gives for these rows, with nothing in them."""
@@ -180,6 +196,49 @@ class PackedBatches:
 
 
 Batches = PaddedBatches | PackedBatches
+
+
+def make_batches(
+    setup: Setup,
+    data: PreparedData,
+    steps: Iterable[np.ndarray],
+    *,
+    max_tokens_per_device: int,
+    cache: ReferenceCache | None,
+) -> Batches:
+    """Returns batches of the rows of `steps`, packed or padded as the config says.
+
+    Args:
+      cache: the reference's log-probs of `data`, to travel with the batches.
+    """
+    config = setup.config
+    options: dict[str, Any] = {
+        "num_shards": num_batch_shards(setup.mesh),
+        "max_tokens_per_device": max_tokens_per_device,
+        "micro_batch_size": config.micro_batch_size,
+        "cache": cache,
+    }
+    if config.packing:
+        return PackedBatches(setup.task, data, steps, **options)
+    return PaddedBatches(
+        setup.task,
+        data,
+        steps,
+        global_batch_size=config.global_batch_size,
+        max_length=config.max_length,
+        pad_token_id=setup.tokenizer.pad_token_id,
+        **options,
+    )
+
+
+LOOKED_AHEAD = 256
+"""Steps whose shapes are compiled in the order in which they come."""
+
+
+def shapes_in_order(batches: Batches, steps: Iterable[np.ndarray]) -> list[Batch]:
+    """Returns empty arrays of every shape of batches, those of the first steps first."""
+    first = [batches.like(indices) for indices, _ in zip(steps, range(LOOKED_AHEAD), strict=False)]
+    return first if len(first) < LOOKED_AHEAD else [*first, *batches.shapes()]
 
 
 def demanding_shapes(shapes: Iterable[PackedShape]) -> list[PackedShape]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +14,9 @@ import jax
 
 from jdpo.config import MemorySettings
 from jdpo.data.prepared.prepare import cache_folder
-from jdpo.training.fit.compilation import persistent_cache
+
+MOST_BYTES = 10 * 2**30
+"""Compiled programs that are kept for one kind of machine."""
 
 M = TypeVar("M", bound=MemorySettings)
 
@@ -51,3 +55,58 @@ def numerics(settings: MemorySettings) -> Iterator[None]:
     finally:
         jax.config.update("jax_default_matmul_precision", precision)
         jax.config.update("jax_enable_x64", x64)
+
+
+@contextlib.contextmanager
+def persistent_cache(folder: Path | None) -> Iterator[None]:
+    """Keeps compiled programs in `folder` while the block runs, where later starts find them.
+
+    Where the user has set jax's own jax_compilation_cache_dir, that one is used.
+
+    Args:
+      folder: None: programs are not kept.
+    """
+    if folder is None or jax.config.jax_compilation_cache_dir:
+        yield
+        return
+    from jax.experimental.compilation_cache import compilation_cache
+
+    folder = folder / _machine()
+    drop_oldest(folder, MOST_BYTES)
+    try:
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        compilation_cache.reset_cache()  # jax reads the setting at its first compilation, and not again
+        yield
+    finally:
+        jax.config.update("jax_compilation_cache_dir", None)
+        compilation_cache.reset_cache()
+
+
+def drop_oldest(folder: Path, most_bytes: int) -> None:
+    """Deletes the oldest files of a folder until the rest takes at most `most_bytes`."""
+    files = []
+    with contextlib.suppress(OSError):  # another run may drop files, too
+        files = sorted(((path.stat(), path) for path in folder.glob("*")), key=lambda file: -file[0].st_mtime_ns)
+    total = 0
+    for stat, path in files:
+        total += stat.st_size
+        if total > most_bytes:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def _machine() -> str:
+    """A folder name for machines that can run each other's programs; programs for CPUs use all features of theirs."""
+    kind = jax.devices()[0].device_kind
+    if jax.default_backend() == "cpu":
+        kind = f"{platform.machine()}-{_cpu_features()}"
+    return f"{jax.default_backend()}-{kind}".replace(" ", "-").replace("/", "-")
+
+
+def _cpu_features() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or "any"
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return hashlib.sha256(flags.encode()).hexdigest()[:12]

@@ -38,6 +38,7 @@ from jdpo.training.setup.adaptation import Adaptation, adaptation_of, check_adap
 from jdpo.training.setup.folder_digests import adapter_digest, folder_digest
 from jdpo.training.setup.model_sources import Sources, check_positions, find_sources
 from jdpo.training.setup.row_order import num_steps_of, plan_rows, prepare_rows
+from jdpo.training.setup.tasks import Task, task_for
 from jdpo.training.setup.untrained import start_tokens
 from jdpo.training.setup.validation import (
     check_attention_settings,
@@ -49,7 +50,6 @@ from jdpo.training.setup.validation import (
     check_revisions,
 )
 from jdpo.training.step.optimizer import learning_rate_schedule, param_dtype_of
-from jdpo.training.step.tasks import Task, task_for
 from jdpo.words import figure
 
 Params = Any

@@ -17,7 +17,7 @@ from jdpo.models.self_attention import AttentionSettings
 from jdpo.reports.writers import check_trackers
 from jdpo.sharding.placement import check_host_memory
 from jdpo.training.profile import parse_steps
-from jdpo.training.step.tasks import Task
+from jdpo.training.setup.tasks import Task
 from jdpo.words import figure
 
 Mode = Literal["live", "cached", "none"]

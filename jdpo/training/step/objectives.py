@@ -1,32 +1,33 @@
-"""What a step minimises: models to features of rows, features to losses, of padded and of packed batches.
+"""What a training step minimises: from weights and a batch to features of rows, and from features to losses.
 
-Axes: k micro-batches one after the other, m rows of a micro-batch, b = k m.
-A batch is a NamedTuple of arrays [k, m, ...]; of its features, `weights` [m] are 0 on padding.
+Axes: k micro-batches one after the other, m rows of a micro-batch, b = k m. Packed: r rows, split over the batch axes
+of the mesh, s slots of a row, k scored tokens of a row, d model, v vocabulary.
+A batch is a NamedTuple of arrays [k, m, ...]; among its features, `weights` [m] are 0 on padding.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 
 from jdpo.losses.coupled import init_loss_state
+from jdpo.losses.linear_chunks import HeadSettings, row_token_logps
 from jdpo.losses.logprobs import sequence_logps, shifted_token_logps
-from jdpo.losses.pair_logps import (
-    ApplyFn,
-    LogpsFn,
-    PairFeatures,
-    belongs,
-    completion_sums,
-    packed_features,
-    pair_features,
-)
+from jdpo.losses.pair_logps import PairFeatures, TokenScores, belongs, completion_sums, packed_features, pair_features
 from jdpo.losses.pair_losses import Totals, feature_losses, next_loss_state, packed_totals, pair_totals
 from jdpo.losses.router import of_real_rows
 from jdpo.losses.settings import LossSettings
-from jdpo.types import CompletionBatch, PackedBatch, Routed, RouterStats
+from jdpo.models.lora.adapters import Lora, weights_of
+from jdpo.models.lora.base_weights import Base
+from jdpo.models.packed_attention import packed_sequences
+from jdpo.models.transformer import Transformer, Weights, apply_routed, variables
+from jdpo.sharding.axes import BATCH_AXES, num_batch_shards
+from jdpo.types import CompletionBatch, PackedBatch, PreferenceBatch, Routed, RouterStats
 
 Array = Any
 Params = Any
@@ -34,82 +35,85 @@ Batch = Any
 Features = Any
 
 
-class Objective(NamedTuple):
-    """What is minimised, in two halves: models to features of rows, features to losses.
+# --- the preference objective
 
-    The sum of the losses of all real rows over totals.normalizer is the loss of a step. Rows are read micro-batch by
-    micro-batch; a loss that couples rows sees the features of all of them.
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceObjective:
+    """The mean preference loss over the real pairs of the global batch.
+
+    It comes in two halves, since a loss may need all pairs of a global batch whose parts the models see one after the
+    other: `features` runs the models on a micro-batch, `losses` reads the features of all micro-batches.
 
     Attributes:
-      features: (params, reference_params, batch [m, ...]) -> a NamedTuple of [m, ...] arrays, `weights` among them.
-      learnt: names of the features that depend on params.
-      totals: batch [k, m, ...] -> what losses read of the global batch; a NamedTuple with `normalizer`.
-      losses: (features [b, ...], totals, loss_state) -> (losses [b], metrics {name: [b]}).
-      next_state: (features of the global batch, loss_state) -> the loss_state of the next step.
-      init_state: the loss_state of the first step, or None.
-      coupled: whether a row's loss depends on other rows.
-      router_aux_loss_coef: what the router's load balancing loss, over all real tokens of the global batch, counts in
-        the loss of a step; features then have `router`. None: the model has no router.
+      run: how a model reads a batch: `PackedLogps` for packed rows, a function (params, tokens, attention_mask) ->
+        logits for padded ones.
+      settings: the losses and their options.
+      router_aux_loss_coef: factor of the router's load balancing loss, over all real tokens of the global batch, in the
+        loss of a step; None: the model has no router.
+      lora: the adapters, where they alone are trained; `features` then needs the base that they belong to.
     """
 
-    features: Callable[..., Features]
-    learnt: tuple[str, ...]
-    totals: Callable[[Batch], Any]
-    losses: Callable[[Features, Any, Any], tuple[Array, dict[str, Array]]]
-    next_state: Callable[[Features, Any], Any] = lambda features, loss_state: loss_state
-    init_state: Any = None
-    coupled: bool = False
+    run: Callable[..., Any]
+    settings: LossSettings
     router_aux_loss_coef: float | None = None
+    lora: Lora | None = None
+
+    def features(
+        self, params: Params, reference_params: Params, batch: PackedBatch | PreferenceBatch, base: Base | None = None
+    ) -> PairFeatures:
+        """Runs policy and reference on a micro-batch.
+
+        Args:
+          reference_params: None where the batch carries the reference's log-probs, or no loss has a reference.
+          batch: arrays [m, ...].
+        """
+        params, reference_params = with_base(self.lora, base, params, reference_params)
+        if isinstance(batch, PackedBatch):
+            return packed_features(params, reference_params, batch, logps_fn=self.run, settings=self.settings)
+        return pair_features(params, reference_params, batch, apply_fn=self.run, settings=self.settings)
+
+    def totals(self, batch: PackedBatch | PreferenceBatch) -> Totals:
+        """Counts what losses read of a global batch, arrays [k, m, ...]."""
+        return packed_totals(batch) if isinstance(batch, PackedBatch) else pair_totals(batch)
+
+    def losses(self, features: PairFeatures, totals: Totals, loss_state: Any) -> tuple[Array, dict[str, Array]]:
+        """Returns the loss of each row, [b], and the metrics of each row, {name: [b]}, without gradients."""
+        return feature_losses(features, totals, settings=self.settings, loss_state=loss_state)
+
+    def next_state(self, features: PairFeatures, loss_state: Any) -> Any:
+        """Returns the loss state of the next step, from the features of the global batch; None where there is none."""
+        if not self.settings.bco_running_delta:
+            return None
+        return next_loss_state(features, settings=self.settings, loss_state=loss_state)
+
+    @property
+    def init_state(self) -> Any:
+        """The loss state of the first step; None where no loss has one."""
+        return init_loss_state() if self.settings.bco_running_delta else None
+
+    @property
+    def learnt(self) -> tuple[str, ...]:
+        """Names of the features that depend on the trained params."""
+        return ("policy_logps", "policy_ld_logps", *(["router"] if self.router_aux_loss_coef else []))
+
+    @property
+    def coupled(self) -> bool:
+        """True if a row's loss depends on other rows of the global batch, as a router's load balancing loss does."""
+        return self.settings.needs_global_batch or bool(self.router_aux_loss_coef)
 
 
-def with_router_loss(objective: Objective, coef: float) -> Objective:
-    """The same of a model with experts.
-
-    The loss is a product of two means over the global batch: micro-batches are coupled by it, unless it counts nothing.
-    """
-    if not coef:
-        return objective._replace(router_aux_loss_coef=coef)
-    return objective._replace(router_aux_loss_coef=coef, learnt=(*objective.learnt, "router"), coupled=True)
-
-
-def dpo_objective(settings: LossSettings, *, features: Callable[..., PairFeatures], totals: Any) -> Objective:
-    """Mean preference loss over the real pairs of the global batch.
-
-    Args:
-      features: `pair_features` or `packed_features`, but for params, reference_params and batch.
-      totals: `pair_totals` or `packed_totals`.
-    """
-    running = settings.bco_running_delta
-
-    def losses(features: PairFeatures, totals: Totals, loss_state: Any) -> tuple[Array, dict[str, Array]]:
-        return feature_losses(features, totals, settings=settings, loss_state=loss_state)
-
-    def next_state(features: PairFeatures, loss_state: Any) -> Any:
-        return next_loss_state(features, settings=settings, loss_state=loss_state) if running else None
-
-    return Objective(
-        features=partial(features, settings=settings),
-        learnt=("policy_logps", "policy_ld_logps"),
-        totals=totals,
-        losses=losses,
-        next_state=next_state,
-        init_state=init_loss_state() if running else None,
-        coupled=settings.needs_global_batch,
-    )
-
-
-def padded_dpo_objective(apply_fn: ApplyFn, settings: LossSettings) -> Objective:
-    """Of PreferenceBatch: any model, every logit."""
-    return dpo_objective(settings, features=partial(pair_features, apply_fn=apply_fn), totals=pair_totals)
-
-
-def packed_dpo_objective(logps_fn: LogpsFn, settings: LossSettings) -> Objective:
-    """Of PackedBatch."""
-    return dpo_objective(settings, features=partial(packed_features, logps_fn=logps_fn), totals=packed_totals)
+# --- the supervised objective
 
 
 class CompletionFeatures(NamedTuple):
-    """What the loss of supervised rows reads: summed completion log-probs and weights, [m] each; router as of pairs."""
+    """The features of supervised rows, [m] each.
+
+    Attributes:
+      logps: summed completion log-probs.
+      weights: 0 on padding.
+      router: what the router did with the tokens of each row, for models with experts.
+    """
 
     logps: Array
     weights: Array
@@ -117,48 +121,140 @@ class CompletionFeatures(NamedTuple):
 
 
 class CompletionTotals(NamedTuple):
-    """What a row's loss reads of the global batch: its real completion tokens, a scalar."""
+    """What the loss of a supervised row reads of the global batch: its real completion tokens, a scalar."""
 
     normalizer: Array
 
 
-def _sft_objective(features: Callable[..., CompletionFeatures], totals: Any) -> Objective:
-    def losses(features: CompletionFeatures, totals: Any, loss_state: Any) -> tuple[Array, dict[str, Array]]:
-        return -features.logps, {"loss": jax.lax.stop_gradient(-features.logps)}
+@dataclasses.dataclass(frozen=True)
+class CompletionObjective:
+    """The mean negative log-likelihood over the completion tokens of the global batch.
 
-    return Objective(features, ("logps",), totals, losses)
+    Attributes: as of `PreferenceObjective`, whose methods it has.
+    """
 
+    run: Callable[..., Any]
+    router_aux_loss_coef: float | None = None
+    lora: Lora | None = None
 
-def padded_sft_objective(apply_fn: ApplyFn) -> Objective:
-    """Mean negative log-likelihood over the completion tokens of the global batch, of CompletionBatch."""
-
-    def features(params: Params, reference_params: Params, batch: CompletionBatch) -> CompletionFeatures:
-        del reference_params  # maximum likelihood has none
-        logits, router = apply_fn(params, batch.tokens, batch.attention_mask), None
+    def features(
+        self, params: Params, reference_params: Params, batch: PackedBatch | CompletionBatch, base: Base | None = None
+    ) -> CompletionFeatures:
+        """Runs the model on a micro-batch, arrays [m, ...]; `reference_params` is None."""
+        params, _ = with_base(self.lora, base, params, reference_params)
+        if isinstance(batch, PackedBatch):
+            token_logps, _, router = self.run(params, batch, False)
+            of_completion = belongs(batch.logp_pair, batch.pair_weight.shape[-1])
+            sums = completion_sums(token_logps, of_completion, num_sides=1)
+            return CompletionFeatures(sums.reshape(-1), batch.pair_weight.reshape(-1), router)
+        logits, router = self.run(params, batch.tokens, batch.attention_mask), None
         if isinstance(logits, Routed):
             logits, router = logits.output, of_real_rows(logits.router, batch.weights > 0)
         logps = sequence_logps(*shifted_token_logps(logits, batch.tokens, batch.completion_mask))
         return CompletionFeatures(logps, batch.weights, router)
 
-    def totals(batch: CompletionBatch) -> CompletionTotals:
+    def totals(self, batch: PackedBatch | CompletionBatch) -> CompletionTotals:
+        """Counts the completion tokens of a global batch, arrays [k, m, ...]."""
+        if isinstance(batch, PackedBatch):
+            real = batch.logp_pair < batch.pair_weight.shape[-1]
+            return CompletionTotals(real.sum().astype(batch.pair_weight.dtype))
+        # The token at position 0 has nothing before it that could predict it.
         real = batch.completion_mask[..., 1:] & (batch.weights > 0)[..., None]
         return CompletionTotals(real.sum().astype(batch.weights.dtype))
 
-    return _sft_objective(features, totals)
+    def losses(
+        self, features: CompletionFeatures, totals: CompletionTotals, loss_state: Any
+    ) -> tuple[Array, dict[str, Array]]:
+        """Returns the loss of each row, [b], and {"loss": [b]} without its gradient."""
+        return -features.logps, {"loss": jax.lax.stop_gradient(-features.logps)}
+
+    def next_state(self, features: CompletionFeatures, loss_state: Any) -> Any:
+        """Returns `loss_state`: likelihood has no running state."""
+        return loss_state
+
+    @property
+    def init_state(self) -> Any:
+        """None: likelihood has no running state."""
+        return None
+
+    @property
+    def learnt(self) -> tuple[str, ...]:
+        """Names of the features that depend on the trained params."""
+        return ("logps", *(["router"] if self.router_aux_loss_coef else []))
+
+    @property
+    def coupled(self) -> bool:
+        """True if the router's load balancing loss, a product of two means over the global batch, is trained."""
+        return bool(self.router_aux_loss_coef)
 
 
-def packed_sft_objective(logps_fn: LogpsFn) -> Objective:
-    """The same of PackedBatch."""
+Objective = PreferenceObjective | CompletionObjective
 
-    def features(params: Params, reference_params: Params, batch: PackedBatch) -> CompletionFeatures:
-        del reference_params
-        logps, _, router = logps_fn(params, batch, False)
-        of_completion = belongs(batch.logp_pair, batch.pair_weight.shape[-1])
-        sums = completion_sums(logps, of_completion, num_sides=1)
-        return CompletionFeatures(sums.reshape(-1), batch.pair_weight.reshape(-1), router)
 
-    def totals(batch: PackedBatch) -> CompletionTotals:
-        real = batch.logp_pair < batch.pair_weight.shape[-1]
-        return CompletionTotals(real.sum().astype(batch.pair_weight.dtype))
+# --- running the model
 
-    return _sft_objective(features, totals)
+
+def with_base(
+    lora: Lora | None, base: Base | None, params: Params, reference_params: Params
+) -> tuple[Params | Weights, Params | Weights]:
+    """Returns policy and reference as the model runs on them: adapters joined with the base that they belong to.
+
+    Args:
+      lora: None: all weights are trained; `params` and `reference_params` are returned as they are.
+      reference_params: adapters (none at all, {}, for the base alone), or Weights of a model of its own, or None.
+    """
+    if lora is None:
+        return params, reference_params
+    assert base is not None
+    on_base = reference_params is not None and not isinstance(reference_params, Weights)
+    reference = weights_of(lora, base, reference_params) if on_base else reference_params
+    return weights_of(lora, base, params), reference
+
+
+class PackedLogps:
+    """Log-probs of the scored tokens of packed rows: the model on flat slots, the head on scored tokens alone.
+
+    Policy and reference, training, evaluation and the reference cache all use it, so that they agree to the last bit.
+    """
+
+    def __init__(self, model: Transformer, mesh: Mesh) -> None:
+        self.model, self.mesh, self.num_shards = model, mesh, num_batch_shards(mesh)
+
+    def __call__(self, params: Params | Weights, batch: PackedBatch, with_log_sum_sq: bool) -> TokenScores:
+        """Returns scores [r, k] of `batch.logp_target`; of rows [r, ...] of one micro-batch."""
+        sequences = packed_sequences(batch.gather, batch.lengths, batch.scatter, batch.readers)
+        inputs, method, router = (batch.tokens, batch.positions, sequences), "packed_hidden_and_head", None
+        if self.model.config.moe is None:
+            hidden_rsd, head_dv = self.model.apply(variables(params), *inputs, method=method)
+        else:
+            (hidden_rsd, head_dv), router = apply_routed(self.model, params, *inputs, method=method)
+        hidden_rkd = jnp.take_along_axis(hidden_rsd, batch.logp_slot[..., None], axis=1)
+        # Scored tokens come first in a row, and the head is not run after the last one.
+        num_scored_r = (batch.logp_pair < batch.gather.shape[-2]).sum(-1)
+        if self.mesh.size > self.num_shards:
+            # Devices that share the vocabulary talk to each other in every chunk, so all must run as many chunks.
+            num_scored_r = jnp.full_like(num_scored_r, num_scored_r.max())
+        logps, *log_sum_sq = self._head(hidden_rkd, head_dv, batch.logp_target, num_scored_r, with_log_sum_sq)
+        return TokenScores(logps, log_sum_sq[0] if log_sum_sq else None, router)
+
+    def _head(
+        self, hidden_rkd: Array, head_dv: Array, targets_rk: Array, num_scored_r: Array, with_log_sum_sq: bool
+    ) -> tuple[Array, ...]:
+        config = self.model.config
+        scale = config.logit_scale if config.logit_scale != 1.0 else None
+        settings = HeadSettings(config.logit_softcap, scale, with_log_sum_sq)
+
+        def of_rows(hidden_rkd: Array, head_dv: Array, targets_rk: Array, num_scored_r: Array) -> tuple[Array, ...]:
+            return row_token_logps(settings, hidden_rkd, head_dv, targets_rk, num_scored_r.astype(jnp.int32))
+
+        if self.num_shards > 1:  # XLA's partitioner fails on manual axes that are all of size 1
+            # Within shard_map, so that the head's gradient is summed over devices once and not after every chunk.
+            by_row, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
+            of_rows = jax.shard_map(
+                of_rows,
+                mesh=self.mesh,
+                in_specs=(by_row, whole, by_row, by_row),
+                out_specs=by_row,
+                axis_names=set(BATCH_AXES),
+            )
+        return of_rows(hidden_rkd, head_dv, targets_rk, num_scored_r)

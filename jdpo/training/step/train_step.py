@@ -1,26 +1,22 @@
-"""One optimizer step as a pure function, and the same jitted over a mesh.
+"""One optimizer step as a pure function: loss and gradients of a global batch, the update, and the evaluation.
 
 Axes: k micro-batches one after the other, m rows of a micro-batch (split over the batch axes of the mesh), b = k m.
-A batch is a NamedTuple of arrays [k, m, ...]; of its features, `weights` [m] are 0 on padding.
+A batch is a NamedTuple of arrays [k, m, ...]; among its features, `weights` [m] are 0 on padding.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 
-from jdpo.models.lora.adapters import Lora, weights_of
+from jdpo.losses.pair_losses import weighted_sum
+from jdpo.losses.router import load_balancing_loss
 from jdpo.models.lora.base_weights import Base
-from jdpo.models.transformer import Weights
-from jdpo.sharding.placement import micro_batch_sharding, replicated
-from jdpo.sharding.rules import LOGICAL_RULES
-from jdpo.training.step.gradients import flat_features, loss_and_grads, rows_of, scan_features
 from jdpo.training.step.objectives import Batch, Features, Objective
 from jdpo.training.step.rounding import apply_updates, store, wide
 from jdpo.types import RouterStats
@@ -30,23 +26,23 @@ Params = Any
 
 
 class TrainState(NamedTuple):
-    """All that a step changes, and all that a checkpoint must hold of the device's memory."""
+    """Everything that a step changes, and everything on the devices that a checkpoint must hold."""
 
     step: Array  # int32 scalar: updates made so far
     params: Params
     opt_state: Any
-    rng: Array  # uint32 [2]: key of the run; a step's own key is fold_in(rng, step)
+    rng: Array  # uint32 [2]: the run's key; the key of a step is fold_in(rng, step)
     loss_state: Any = None  # a loss's running state, None where none has one
     reference_params: Params = None  # the reference where it moves (TR-DPO), None where it is frozen for good
 
 
 class Frozen(NamedTuple):
-    """Weights that steps read and never change; an argument of its own, which is not donated.
+    """Weights that steps read and never change. They are an argument of their own, which is not donated.
 
     Attributes:
-      base: what adapters stand beside; None where all weights are trained.
-      reference: a frozen model that runs in the step, None where none does or where it moves and is in the state.
-        Weights, or with a base adapters on it: none at all, {}, for the base alone.
+      base: the weights under adapters; None where all weights are trained.
+      reference: a frozen model that runs in the step; None where there is none, or where it moves and is in the state.
+        With a base these are adapters on it ({} for the base alone), or Weights of a model of its own.
     """
 
     base: Base | None = None
@@ -54,20 +50,20 @@ class Frozen(NamedTuple):
 
 
 def saved_parts(state: TrainState) -> dict[str, Any]:
-    """The parts of a state that a checkpoint holds, by name; TrainState(**parts) is the state again."""
+    """Returns the parts of a state that a checkpoint holds, by name; TrainState(**parts) is the state again."""
     return {name: part for name, part in state._asdict().items() if part is not None}
 
 
 class StepReport(NamedTuple):
-    """What the host learns of a step.
+    """What the host learns about a step.
 
     Attributes:
       loss: scalar, normalised over the global batch, without the router's.
       grad_norm: scalar, before clipping.
       learning_rate: scalar, of this update.
-      finite: bool scalar, whether loss, gradients and the updated weights are numbers.
-      rows: {name: [k, m]} per-row values, `loss` among them; those of padding rows mean nothing.
-      aux_loss: scalar, the router's load balancing loss, of a model with experts.
+      finite: bool scalar, True if loss, gradients and the updated weights are all finite.
+      rows: {name: [k, m]} per-row values, `loss` among them; values of padding rows mean nothing.
+      aux_loss: scalar, the router's load balancing loss, for models with experts.
     """
 
     loss: Array
@@ -79,9 +75,12 @@ class StepReport(NamedTuple):
 
 
 class EvaluationReport(NamedTuple):
-    """Per-row values of a batch {name: [k, m]}, and what the loss's sum is to be divided by.
+    """The values of an evaluated batch.
 
-    `router`: what the router did with the batch, [1, ...], of a model with experts.
+    Attributes:
+      rows: {name: [k, m]} per-row values.
+      normalizer: scalar, what the sum of the rows' losses is divided by.
+      router: what the router did with the batch, [1, ...], for models with experts.
     """
 
     rows: dict[str, Array]
@@ -96,23 +95,12 @@ class ReferenceSync(NamedTuple):
     steps: int
 
     def moved(self, reference: Params, params: Params, key: Array) -> Params:
-        """The reference after a move; `key` is of its rounding, where it is kept in bfloat16."""
+        """Returns the reference after a move; `key` is for its rounding, where it is kept in bfloat16."""
         mixed = jax.tree.map(lambda new, old: self.alpha * new + (1 - self.alpha) * old, wide(params), wide(reference))
         return store([mixed], [reference], key)[0]
 
 
-def over_base(objective: Objective, lora: Lora | None, base: Base | None) -> Objective:
-    """The objective of adapters alone, the base being given; without one the objective itself."""
-    if lora is None:
-        return objective
-    assert base is not None
-
-    def features(params: Params, reference_params: Params, batch: Batch) -> Features:
-        on_base = reference_params is not None and not isinstance(reference_params, Weights)
-        reference = weights_of(lora, base, reference_params) if on_base else reference_params
-        return objective.features(weights_of(lora, base, params), reference, batch)
-
-    return objective._replace(features=features)
+# --- the step
 
 
 def train_step(
@@ -125,9 +113,8 @@ def train_step(
     schedule: optax.Schedule,
     shardings: Params,
     sync: ReferenceSync | None = None,
-    lora: Lora | None = None,
 ) -> tuple[TrainState, StepReport]:
-    """One update. Pure.
+    """Makes one update. Pure.
 
     Gradients are measured, clipped and turned into an update in float32 or wider; what is kept in bfloat16 is rounded
     stochastically.
@@ -135,16 +122,16 @@ def train_step(
     Args:
       frozen: without a reference where the batch carries log-probs, where there is none, and with `sync`, whose
         reference is part of the state.
-      lora: how adapters stand beside `frozen.base`; None where the state's params are all weights.
+      shardings: of the gradients: those of the params.
     """
     reference = frozen.reference if sync is None else state.reference_params
-    objective = over_base(objective, lora, frozen.base)
     loss, grads, rows, loss_state, aux_loss = loss_and_grads(
-        objective, state.params, reference, batch, state.loss_state
+        objective, state.params, reference, batch, state.loss_state, frozen.base
     )
+    # Split as their weights are, so that no device holds whole gradients.
     grads = jax.lax.with_sharding_constraint(grads, shardings)
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-    moments_key, weights_key, reference_key = jax.random.split(key, 3)  # of rounding; read where something is bfloat16
+    moments_key, weights_key, reference_key = jax.random.split(key, 3)  # for rounding to bfloat16, where any is kept
     update = optax.with_extra_args_support(optimizer).update
     updates, opt_state = update(grads, state.opt_state, state.params, key=moments_key)
     params = apply_updates(state.params, updates, weights_key)
@@ -171,17 +158,16 @@ def evaluate(
     totals: Any = None,
     *,
     objective: Objective,
-    lora: Lora | None = None,
 ) -> EvaluationReport:
-    """Per-row losses and metrics of a [k, m] batch, without gradients.
+    """Computes per-row losses and metrics of a [k, m] batch, without gradients.
 
     Args:
       frozen: with the reference as it is now, where it moves.
-      totals: of all that is evaluated, so that a mean over its tokens does not depend on how it is cut into batches;
+      totals: of all evaluated rows, so that a mean over their tokens does not depend on how they are cut into batches;
         None: of this batch.
     """
     of_batch = objective.totals(batch)
-    features_of = partial(over_base(objective, lora, frozen.base).features, reference_params=frozen.reference)
+    features_of = partial(objective.features, reference_params=frozen.reference, base=frozen.base)
     features = scan_features(features_of, params, batch)
     rows = rows_of(objective, features, of_batch if totals is None else totals, loss_state)
     router = None
@@ -190,78 +176,129 @@ def evaluate(
     return EvaluationReport(rows, of_batch.normalizer, router)
 
 
-class Compiled(NamedTuple):
-    """The jitted functions of a run; both take and give arrays on the mesh."""
-
-    train_step: OnMesh
-    evaluate: OnMesh
+# --- loss and gradients
 
 
-def compile_step(
-    *,
+class LossAndGrads(NamedTuple):
+    """The loss of a global batch and its gradients.
+
+    Attributes:
+      loss: scalar, without the router's.
+      grads: of everything that is minimised, the router's loss included.
+      rows: per-row values {name: [k, m]}.
+      loss_state: of the next step.
+      aux_loss: scalar, the router's load balancing loss, for models with experts.
+    """
+
+    loss: Array
+    grads: Params
+    rows: dict[str, Array]
+    loss_state: Any
+    aux_loss: Array | None = None
+
+
+def loss_and_grads(
     objective: Objective,
-    optimizer: optax.GradientTransformation,
-    schedule: optax.Schedule,
-    mesh: Mesh,
-    state_shardings: TrainState,
-    frozen_shardings: Frozen,
-    sync: ReferenceSync | None = None,
-    lora: Lora | None = None,
-) -> Compiled:
-    """Jits step and evaluation over the mesh: explicit in and out shardings, the old state donated.
+    params: Params,
+    reference_params: Params,
+    batch: Batch,
+    loss_state: Any = None,
+    base: Base | None = None,
+) -> LossAndGrads:
+    """Computes loss and gradients of a global batch, one micro-batch after the other.
 
-    jax.jit with in_shardings and out_shardings is what pjit was.
+    The sums are normalised by totals of the whole batch, so that the result does not depend on how it is cut.
 
     Args:
-      frozen_shardings: of what steps read beside the state.
+      base: the weights under adapters, where `params` are adapters.
     """
-    batch_sharding, whole = micro_batch_sharding(mesh), replicated(mesh)
-    params_sharding = state_shardings.params
-    evaluated = frozen_shardings if sync is None else frozen_shardings._replace(reference=params_sharding)
-    step = partial(
-        train_step,
-        objective=objective,
-        optimizer=optimizer,
-        schedule=schedule,
-        shardings=params_sharding,
-        sync=sync,
-        lora=lora,
+    totals: Any = objective.totals(batch)
+
+    def total_loss(features: Features) -> Array:
+        losses, _ = objective.losses(features, totals, loss_state)
+        loss = weighted_sum(losses, features.weights) / totals.normalizer
+        if objective.router_aux_loss_coef:
+            loss = loss + objective.router_aux_loss_coef * load_balancing_loss(features.router)
+        return loss
+
+    features_of = partial(objective.features, reference_params=reference_params, base=base)
+    in_parts = objective.coupled and num_micro(batch) > 1
+    loss, grads, features = (_two_passes if in_parts else _one_pass)(objective, features_of, total_loss, params, batch)
+    rows = rows_of(objective, features, totals, loss_state)
+    aux_loss, flat = None, flat_features(features)
+    if objective.router_aux_loss_coef is not None:
+        aux_loss = load_balancing_loss(flat.router)
+        loss = weighted_sum(rows["loss"].reshape(-1), flat.weights) / totals.normalizer
+    return LossAndGrads(loss, grads, rows, objective.next_state(flat, loss_state), aux_loss)
+
+
+def _one_pass(
+    objective: Objective, features_of: Any, total_loss: Any, params: Params, batch: Batch
+) -> tuple[Array, Params, Features]:
+    """Loss, gradients and features where the losses of micro-batches add up."""
+
+    def micro_loss(params: Params, micro: Batch) -> tuple[Array, Features]:
+        features = features_of(params, batch=micro)
+        return total_loss(features), features
+
+    value_and_grad = jax.value_and_grad(micro_loss, has_aux=True)
+    if num_micro(batch) == 1:  # no accumulator where there is nothing to accumulate
+        (loss, features), grads = value_and_grad(params, jax.tree.map(lambda array: array[0], batch))
+        return loss, grads, jax.tree.map(lambda array: array[None], features)
+    grads, (losses, features) = _accumulate(lambda micro: value_and_grad(params, micro)[::-1], params, batch)
+    return losses.sum(), grads, features
+
+
+def _two_passes(
+    objective: Objective, features_of: Any, total_loss: Any, params: Params, batch: Batch
+) -> tuple[Array, Params, Features]:
+    """The same where rows depend on each other: first all features, then the gradients through each micro-batch."""
+    features = scan_features(features_of, params, batch)
+
+    def learnt(features: Features) -> dict[str, Array]:
+        return {name: getattr(features, name) for name in objective.learnt}
+
+    loss, cotangents = jax.value_and_grad(lambda values: total_loss(flat_features(features._replace(**values))))(
+        learnt(features)
     )
-    return Compiled(
-        OnMesh(
-            mesh,
-            jax.jit(
-                step,
-                in_shardings=(state_shardings, frozen_shardings, batch_sharding),
-                out_shardings=(state_shardings, whole),
-                donate_argnums=0,
-            ),
-        ),
-        OnMesh(
-            mesh,
-            jax.jit(
-                partial(evaluate, objective=objective, lora=lora),
-                in_shardings=(params_sharding, evaluated, batch_sharding, whole, whole),
-                out_shardings=whole,
-            ),
-        ),
-    )
+
+    # The features of each micro-batch are computed a second time, so that one micro-batch's activations exist at once.
+    def pull_back(micro: tuple[Batch, Any]) -> tuple[Params, None]:
+        batch, cotangents = micro
+        _, vjp = jax.vjp(lambda params: learnt(features_of(params, batch=batch)), params)
+        return vjp(cotangents)[0], None
+
+    grads, _ = _accumulate(pull_back, params, (batch, cotangents))
+    return loss, grads, features
 
 
-class OnMesh:
-    """A jitted function, called and lowered under the mesh and the logical rules.
+def num_micro(batch: Batch) -> int:
+    """Returns the number of micro-batches of a [k, m, ...] batch."""
+    return int(jax.tree.leaves(batch)[0].shape[0])
 
-    Without both, sharding constraints lower to nothing.
-    """
 
-    def __init__(self, mesh: Mesh, function: Any) -> None:
-        self._mesh, self._function = mesh, function
+def _accumulate(grads_of: Callable[[Any], tuple[Params, Any]], params: Params, micros: Any) -> tuple[Params, Any]:
+    """Sums gradients over micro-batches, in float32 or wider, and stacks what else each of them gives."""
 
-    def __call__(self, *args: Any) -> Any:
-        with jax.set_mesh(self._mesh), nn.logical_axis_rules(LOGICAL_RULES):
-            return self._function(*args)
+    def step(total: Params, micro: Any) -> tuple[Params, Any]:
+        grads, other = grads_of(micro)
+        return jax.tree.map(jnp.add, total, wide(grads)), other
 
-    def lower(self, *args: Any) -> Any:
-        """The function for arguments of these shapes, ready to compile."""
-        with jax.set_mesh(self._mesh), nn.logical_axis_rules(LOGICAL_RULES):
-            return self._function.lower(*args)
+    # In float32 or wider: a sum in bfloat16 loses whatever is below 0.4 % of it.
+    return jax.lax.scan(step, wide(jax.tree.map(jnp.zeros_like, params)), micros)
+
+
+def scan_features(features_of: Any, params: Params, batch: Batch) -> Features:
+    """Computes the features of a [k, m] batch, one micro-batch after the other."""
+    return jax.lax.map(lambda micro: features_of(params, batch=micro), batch)
+
+
+def flat_features(features: Features) -> Features:
+    """Reshapes [k, m, ...] to [(k m), ...]."""
+    return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), features)
+
+
+def rows_of(objective: Objective, features: Features, totals: Any, loss_state: Any) -> dict[str, Array]:
+    """Computes per-row values {name: [k, m]} from the features of a global batch."""
+    _, metrics = objective.losses(flat_features(features), totals, loss_state)
+    return {name: values.reshape(features.weights.shape) for name, values in metrics.items()}

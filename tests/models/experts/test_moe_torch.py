@@ -18,8 +18,8 @@ from jdpo.losses.settings import loss_settings
 from jdpo.models.families import read_model_config
 from jdpo.models.transformer import Transformer, make_routed_apply_fn
 from jdpo.models.weights.loading import load_params
-from jdpo.training.step.gradients import loss_and_grads
-from jdpo.training.step.objectives import padded_dpo_objective, with_router_loss
+from jdpo.training.step.objectives import PreferenceObjective
+from jdpo.training.step.train_step import loss_and_grads
 from jdpo.types import TokenizedPair
 from tests.models.hf_arrays import hf_arrays
 
@@ -138,8 +138,7 @@ def test_everything_equals_torch(tmp_path: Path, toy_model: Path, seed: int, cas
     assert np.abs(logits.detach().numpy()[mask]).max() > 1
     np.testing.assert_allclose(np.asarray(routed.output)[mask], logits.detach().numpy()[mask], atol=1e-4)
     (loss + COEF * aux_loss).backward()
-    plain = padded_dpo_objective(make_routed_apply_fn(model), loss_settings("sigmoid", beta=BETA)[0])
-    objective = with_router_loss(plain, COEF)
+    objective = PreferenceObjective(make_routed_apply_fn(model), loss_settings("sigmoid", beta=BETA)[0], COEF)
     batch = batch._replace(reference_logps=np.zeros((NUM_PAIRS, 2), np.float32))
     stacked = jax.tree.map(lambda array: jnp.asarray(array)[None], batch)
     found = jax.jit(partial(loss_and_grads, objective))(params, None, stacked)

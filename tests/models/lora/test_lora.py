@@ -18,8 +18,8 @@ from jdpo.models.lora.adapters import (
     abstract_adapters,
     adapter_axes,
     init_adapters,
+    num_active_params,
     num_adapter_params,
-    num_met_params,
     weights_of,
 )
 from jdpo.models.lora.base_weights import Base, dequantized, quantize
@@ -94,7 +94,7 @@ def test_experts_are_adapted_whole_or_not_at_all_and_routers_never() -> None:
         choose_sites(sites, ["up_proj"])
     lora = Lora(r=2, alpha=2.0, use_rslora=False, sites=choose_sites(sites, ["gate_proj", "up_proj", "down_proj"]))
     assert num_adapter_params(lora) == 2 * 4 * 3 * 2 * (64 + 112)
-    assert num_met_params(lora, experts_per_token=2) == num_adapter_params(lora) // 2
+    assert num_active_params(lora, experts_per_token=2) == num_adapter_params(lora) // 2
 
 
 def test_dense_maps_beside_experts_are_adapted_only_where_the_merged_model_is_exported() -> None:

@@ -25,10 +25,8 @@ from jdpo.models.remat import REMAT_ORDER
 from jdpo.models.transformer import Transformer, abstract_params, make_apply_fn
 from jdpo.sharding.mesh import make_mesh
 from jdpo.training.fit.flops import Arithmetic, matrix_params, peak_flops, step_flops
-from jdpo.training.step.gradients import loss_and_grads
-from jdpo.training.step.objectives import packed_dpo_objective, padded_dpo_objective
-from jdpo.training.step.packed_logps import make_packed_logps
-from jdpo.training.step.train_step import over_base
+from jdpo.training.step.objectives import PackedLogps, PreferenceObjective
+from jdpo.training.step.train_step import loss_and_grads
 from jdpo.types import TokenizedCompletion, TokenizedPair
 from tests.conftest import small_llama
 
@@ -184,7 +182,7 @@ def counted(objective: Any, batch: Any, model: Transformer, mesh: Any, lora: Lor
     params, reference = (base.params, base.params) if lora is None else (abstract_adapters(lora, jnp.float32), {})
 
     def run(base: Base, params: Any, reference: Any, batch: Any) -> Any:
-        return loss_and_grads(over_base(objective, lora, base), params, reference, batch)
+        return loss_and_grads(dataclasses.replace(objective, lora=lora), params, reference, batch, base=base)
 
     with jax.set_mesh(mesh):
         lowered = jax.jit(run).lower(base, params, reference, batch)
@@ -204,7 +202,7 @@ def test_executed_flops_of_other_layers_are_those_that_xla_counts(own: dict[str,
     pairs = pairs_of((40, 60, 50), (30, 60, 90), (60, 20, 70))
     plan = plan_run(item_sizes(pairs), [np.arange(3)], num_shards=1, max_tokens_per_device=4096)
     batch = pack(pairs, np.arange(3), plan.step(np.arange(3)))
-    objective = packed_dpo_objective(make_packed_logps(model, mesh), loss_settings("sigmoid", beta=0.1)[0])
+    objective = PreferenceObjective(PackedLogps(model, mesh), loss_settings("sigmoid", beta=0.1)[0])
     expected = step_flops(one_layer, batch, Arithmetic("xla", remat, live_reference=True)).executed
     assert counted(objective, batch, model, mesh) == pytest.approx(expected, rel=0.05)
 
@@ -220,7 +218,7 @@ def test_executed_flops_are_those_that_xla_counts_in_packed_rows(remat: str, ada
     sizes, everything = item_sizes(pairs), np.arange(3)
     plan = plan_run(sizes, [everything], num_shards=1, max_tokens_per_device=4096)
     batch = pack(pairs, everything, plan.step(everything))
-    objective = packed_dpo_objective(make_packed_logps(model, mesh), loss_settings("sigmoid", beta=0.1)[0])
+    objective = PreferenceObjective(PackedLogps(model, mesh), loss_settings("sigmoid", beta=0.1)[0])
     # Two layers and two chunks of the head are two rounds of a loop each.
     one_layer = dataclasses.replace(MEASURED, num_layers=1, layers=MEASURED.layers[:1])
     lora = Lora(r=8, alpha=8, use_rslora=False, sites=find_sites(model)) if adapted else None
@@ -239,7 +237,7 @@ def test_executed_flops_are_those_that_xla_counts_in_padded_rows() -> None:
     model = Transformer(MEASURED, compute_dtype=jnp.float32)
     pairs = pairs_of((40, 60, 50), (30, 60, 90), (60, 20, 70))
     batch = in_micro_batches(collate_pairs(pairs, num_slots=4, length=144, pad_token_id=0))
-    objective = padded_dpo_objective(make_apply_fn(model), loss_settings("sigmoid", beta=0.1)[0])
+    objective = PreferenceObjective(make_apply_fn(model), loss_settings("sigmoid", beta=0.1)[0])
     one_layer = dataclasses.replace(MEASURED, num_layers=1, layers=MEASURED.layers[:1])
     expected = step_flops(one_layer, batch, Arithmetic("xla", "none", live_reference=True)).executed
     assert counted(objective, batch, model, mesh) == pytest.approx(expected, rel=0.05)

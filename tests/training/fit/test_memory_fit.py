@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from jdpo.training.fit.memory_fit import (
     exhaustion_explained,
     peak_memory,
     program_bytes,
+    search_fit,
 )
 
 POLICIES = ("none", "dots", "full")
@@ -51,7 +53,7 @@ def test_the_first_policy_that_fits_with_enough_tokens(
     fixed: int, per_token: int, limit: int, most: int, refuses: bool
 ) -> None:
     memory = Memory(fixed, per_token, most_compiled=limit * 1.5 if refuses else math.inf)
-    found = choose_fit(memory, policies=POLICIES, most_tokens=most, limit=limit)
+    found = search_fit(memory, policies=POLICIES, most_tokens=most, limit=limit)
     enough = min(ENOUGH_TOKENS, most)
     able = [policy for policy in POLICIES if memory.true(policy, enough) <= limit]
     assert found.remat == (able[0] if able else POLICIES[-1])
@@ -70,7 +72,56 @@ def test_the_first_policy_that_fits_with_enough_tokens(
 
 def test_where_nothing_fits_the_device_is_left_to_say_so() -> None:
     memory = Memory(fixed=100, per_token=1, most_compiled=10)
-    assert choose_fit(memory, policies=("full",), most_tokens=8192, limit=10) == Fit("full", 64, None)
+    assert search_fit(memory, policies=("full",), most_tokens=8192, limit=10) == Fit("full", 64, None)
+
+
+class Lowered:
+    """A lowered step that needs `num_bytes`, or that no device can compile."""
+
+    def __init__(self, num_bytes: float) -> None:
+        self.num_bytes, self.num_compiled = num_bytes, 0
+
+    def compile(self) -> Lowered:
+        self.num_compiled += 1
+        if math.isinf(self.num_bytes):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return self
+
+    def memory_analysis(self) -> SimpleNamespace:
+        return SimpleNamespace(
+            argument_size_in_bytes=self.num_bytes,
+            output_size_in_bytes=0,
+            alias_size_in_bytes=0,
+            temp_size_in_bytes=0,
+            generated_code_size_in_bytes=0,
+        )
+
+
+def test_each_program_is_compiled_once_and_those_of_the_chosen_policy_come_back() -> None:
+    steps = {("none", 128): Lowered(math.inf), ("none", 64): Lowered(900), ("full", 128): Lowered(700)}
+    steps |= {("full", 64): Lowered(400)}
+    asked: list[tuple[str, int]] = []
+
+    def lower(remat: str, tokens: int) -> dict[tuple[int], Lowered]:
+        asked.append((remat, tokens))
+        return {(size,): steps[remat, size] for size in (64, 128) if size <= tokens}  # the larger ones hold the smaller
+
+    fit, programs = choose_fit(lower, policies=("none", "full"), most_tokens=128, limit=500)
+    assert fit == Fit("full", 64, 400)
+    assert programs == {(64,): steps["full", 64], (128,): steps["full", 128]}
+    assert asked == [("none", 128), ("full", 128), ("full", 64)]
+    assert all(step.num_compiled == 1 for step in steps.values())
+    fit, _ = choose_fit(lower, policies=("none", "full"), most_tokens=128, limit=500, fixed_tokens=True)
+    assert fit == Fit("full", 128, 700), "the tokens are given, whether they fit or not"
+
+
+def test_another_error_of_the_compiler_ends_the_search() -> None:
+    class Broken(Lowered):
+        def compile(self) -> Lowered:
+            raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        choose_fit(lambda *_: {(): Broken(1)}, policies=("none",), most_tokens=64, limit=1)
 
 
 def test_a_device_without_memory_enough_says_what_to_do() -> None:

@@ -15,20 +15,19 @@ import numpy as np
 import pytest
 
 from jdpo.config import FREE_KEYS, DPOConfig, load_config
-from jdpo.training.fit import preparation
+from jdpo.training.fit.assembly import assemble
 from jdpo.training.fit.compilation import compile_for, compiler_threads, shapes_of
-from jdpo.training.fit.memory_fit import Fit, program_bytes
+from jdpo.training.fit.memory_fit import Fit, memory_limit, program_bytes
 from jdpo.training.fit.preparation import (
     FITTED_KEYS,
     Preparation,
-    circumstances,
-    fit_to_remember,
+    fit_conditions,
+    fit_to_save,
     prepare_steps,
-    remembered_fit,
-    rows_of_step,
+    recalled_fit,
+    remat_policies,
 )
-from jdpo.training.loop import train
-from jdpo.training.reference.reference_source import Reference
+from jdpo.training.run import train
 from jdpo.training.setup.numerics import numerics
 from jdpo.training.setup.run_setup import Setup, build
 from tests.conftest import chat_pairs, write_jsonl
@@ -36,17 +35,21 @@ from tests.conftest import chat_pairs, write_jsonl
 Words = Callable[..., list[str]]
 
 
-def prepare(words: list[str], **options: Any) -> tuple[Setup, Preparation, list[str]]:
-    config, lines = load_config(DPOConfig, None, ["compute_dtype=float32", *words]), []
+def prepare(
+    words: list[str], *, limit: int | None = None, recalled: Fit | None = None
+) -> tuple[Setup, Preparation, list[str]]:
+    config, lines = load_config(DPOConfig, None, ["compute_dtype=float32", *words]), list[str]()
     with numerics(config), compiler_threads() as pool:
         setup = build(config, lines.append)
-        return setup, prepare_steps(setup, Reference(mode="live"), pool, lines.append, **options), lines
+        assemblies = {remat: assemble(setup, reference="live", remat=remat) for remat in remat_policies(setup)}
+        limit = memory_limit() if limit is None else limit
+        return setup, prepare_steps(setup, assemblies, None, pool, lines.append, limit=limit, recalled=recalled), lines
 
 
 def test_with_room_all_rows_of_a_step_go_through_at_once_under_the_fastest_policy(run_words: Words) -> None:
     setup, prepared, lines = prepare(run_words(remat="auto"))
     assert prepared.fit.remat == prepared.assembly.model.remat == "attention"
-    slots = [setup.train_data.sizes().slots[rows_of_step(setup, step)] for step in range(setup.num_steps)]
+    slots = [setup.train_data.sizes().slots[setup.row_plan.step(step)] for step in range(setup.num_steps)]
     assert max(map(np.max, slots)) <= prepared.fit.max_tokens_per_device
     assert all(batch.tokens.shape[0] == 1 for batch in prepared.batches.shapes())
     assert prepared.batches.tokens_per_device <= prepared.fit.max_tokens_per_device
@@ -68,8 +71,7 @@ def test_without_room_more_is_recomputed_and_less_goes_through_at_once(
     _, roomy, _ = prepare(words)
     monkeypatch.setattr("jdpo.training.fit.memory_fit.ENOUGH_TOKENS", 256)
     needed = _bytes(roomy)
-    monkeypatch.setattr(preparation, "memory_limit", lambda: int(needed * 0.7))
-    _, tight, _ = prepare(words)
+    _, tight, _ = prepare(words, limit=int(needed * 0.7))
     assert tight.fit.bytes_needed is not None
     assert tight.fit.bytes_needed <= needed * 0.7
     assert tight.fit.remat != "attention" or tight.batches.tokens_per_device < roomy.batches.tokens_per_device
@@ -100,9 +102,8 @@ def test_a_row_longer_than_the_budget_is_said(run_words: Words, tmp_path: Path) 
     assert any(line.startswith(said) for line in lines), lines
 
 
-def test_what_cannot_fit_is_said(run_words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preparation, "memory_limit", lambda: 1000)
-    _, prepared, lines = prepare(run_words(remat="auto"))
+def test_what_cannot_fit_is_said(run_words: Words) -> None:
+    _, prepared, lines = prepare(run_words(remat="auto"), limit=1000)
     assert prepared.fit.remat == "full"
     assert any("this may not fit: use more devices" in line for line in lines)
 
@@ -115,19 +116,19 @@ def test_what_the_config_says_is_taken_without_a_trial(run_words: Words) -> None
 
 
 def test_a_fit_is_remembered_as_long_as_nothing_it_depends_on_changes(run_words: Words) -> None:
-    setup, prepared, _ = prepare(run_words(remat="auto"), remembered=Fit("full", 128))
+    setup, prepared, _ = prepare(run_words(remat="auto"), recalled=Fit("full", 128))
     assert prepared.fit == Fit("full", 128)
-    now = circumstances(setup, Reference(mode="live"))
-    saved = json.loads(json.dumps(fit_to_remember(Fit("dots", 640, 500), now, limit=800)))
-    assert remembered_fit(saved, now, limit=900) == Fit("dots", 640, 500)
-    assert remembered_fit(saved, now, limit=600) == Fit("dots", 640, 500), "it still fits"
-    assert remembered_fit(saved, now, limit=400) is None
-    tight = fit_to_remember(Fit("full", 64, 1000), now, limit=800)
-    assert remembered_fit(tight, now, limit=800) == Fit("full", 64, 1000), "nothing smaller was found then either"
+    now = fit_conditions(setup, "live")
+    saved = json.loads(json.dumps(fit_to_save(Fit("dots", 640, 500), now, limit=800)))
+    assert recalled_fit(saved, now, limit=900) == Fit("dots", 640, 500)
+    assert recalled_fit(saved, now, limit=600) == Fit("dots", 640, 500), "it still fits"
+    assert recalled_fit(saved, now, limit=400) is None
+    tight = fit_to_save(Fit("full", 64, 1000), now, limit=800)
+    assert recalled_fit(tight, now, limit=800) == Fit("full", 64, 1000), "nothing smaller was found then either"
     for key, value in {"mesh": [1, 8, 1], "asked_remat": "full", "reference": "cached", "jax": "0.0"}.items():
         assert now[key] != value
-        assert remembered_fit(saved, now | {key: value}, limit=900) is None
-    assert remembered_fit(None, now, limit=900) is None
+        assert recalled_fit(saved, now | {key: value}, limit=900) is None
+    assert recalled_fit(None, now, limit=900) is None
 
 
 def test_every_key_that_may_change_and_changes_the_step_is_part_of_the_fit() -> None:
@@ -185,7 +186,7 @@ def test_every_shape_of_an_epoch_of_many_lengths_is_compiled_ahead(run_words: Wo
     rows = write_jsonl(tmp_path / "mixed.jsonl", chat_pairs(40, words=(2, 18)))
     setup, prepared, _ = prepare(run_words(datasets=rows, **{"mesh.data": 1, "mesh.tensor": 8}, global_batch_size=4))
     known = {shapes_of(batch) for batch in prepared.batches.shapes()}
-    made = {shapes_of(prepared.batches.make(rows_of_step(setup, step)).batch) for step in range(setup.num_steps)}
+    made = {shapes_of(prepared.batches.make(setup.row_plan.step(step)).batch) for step in range(setup.num_steps)}
     assert 1 < len(made) <= len(known) <= 8
     assert made <= known
 

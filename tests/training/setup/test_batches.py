@@ -17,7 +17,7 @@ from jdpo.data.tokens.tokenizer import load_tokenizer
 from jdpo.training.fit.compilation import shapes_of
 from jdpo.training.setup.batches import BatchLayout, PackedBatches, PaddedBatches, batch_layout, demanding_shapes
 from jdpo.training.setup.row_order import preparation_of
-from jdpo.training.step.tasks import Task, task_for
+from jdpo.training.setup.tasks import Task, task_for
 
 Words = Callable[..., list[str]]
 MAX_TOKENS = 16384

@@ -14,7 +14,7 @@ from jdpo.config import DPOConfig, SFTConfig, load_config
 from jdpo.reports.metrics_file import read_metrics
 from jdpo.reports.progress import RowCounter
 from jdpo.training.logs.metrics import SHARED, DatasetShares
-from jdpo.training.loop import train
+from jdpo.training.run import train
 from jdpo.training.setup.numerics import numerics
 from jdpo.training.setup.row_order import BuildStopped, prepare_rows
 from jdpo.training.setup.run_setup import Setup, build

@@ -24,9 +24,8 @@ from jdpo.models.weights.loading import load_params
 from jdpo.sharding.mesh import make_mesh
 from jdpo.sharding.placement import micro_batch_sharding, place
 from jdpo.sharding.rules import param_shardings
-from jdpo.training.step.gradients import loss_and_grads
-from jdpo.training.step.objectives import packed_dpo_objective, padded_dpo_objective
-from jdpo.training.step.packed_logps import make_packed_logps
+from jdpo.training.step.objectives import PackedLogps, PreferenceObjective
+from jdpo.training.step.train_step import loss_and_grads
 from tests.training.step.test_packed_logps import MOST, assert_equal_steps, on_mesh, packed, places_of, random_pairs
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "logits"
@@ -63,7 +62,7 @@ def test_packed_padded_and_sharded_steps_are_equal(name: str) -> None:
     chosen = loss_settings("sigmoid", beta=0.3, use_weighting=True, rpo_alpha=0.5)[0]  # WPO needs capped logits too
     pairs = random_pairs(0, SIZES)
 
-    padded = padded_dpo_objective(make_apply_fn(model), chosen)
+    padded = PreferenceObjective(make_apply_fn(model), chosen)
     rows = collate_pairs(pairs, num_slots=len(pairs), length=2 * MOST, pad_token_id=0)
     rows = jax.tree.map(lambda array: jnp.asarray(array[None]), rows)
     expected = jax.jit(partial(loss_and_grads, padded))(policy, reference, rows, padded.init_state)
@@ -74,7 +73,7 @@ def test_packed_padded_and_sharded_steps_are_equal(name: str) -> None:
         own = model.clone(remat=remat)
         shardings = param_shardings(logical_axes(own), abstract_params(own), mesh)
         weights = load_params(GOLDEN / name, own, shardings, dtype=jnp.float64)
-        flat = packed_dpo_objective(make_packed_logps(own, mesh), chosen)
+        flat = PreferenceObjective(PackedLogps(own, mesh), chosen)
         batch = packed(pairs, num_rows=4 if mesh.size > 1 else 1)
         found = on_mesh(
             mesh,

@@ -25,9 +25,9 @@ from jdpo.models.transformer import Transformer, init_params
 from jdpo.sharding.mesh import make_mesh
 from jdpo.sharding.placement import micro_batch_sharding, place, state_shardings
 from jdpo.sharding.rules import param_shardings
-from jdpo.training.step.objectives import packed_dpo_objective
-from jdpo.training.step.packed_logps import make_packed_logps
-from jdpo.training.step.train_step import Compiled, Frozen, StepReport, TrainState, compile_step
+from jdpo.training.fit.assembly import Compiled, compile_step
+from jdpo.training.step.objectives import PackedLogps, PreferenceObjective
+from jdpo.training.step.train_step import Frozen, StepReport, TrainState
 from jdpo.types import PackedBatch, TokenizedPair
 from tests.conftest import small_llama
 
@@ -97,13 +97,12 @@ def prepare(mesh: Mesh, base: Base, adapters: Any, reference: Any, batch: Packed
     shardings = state_shardings(state, adapters, of_adapters, mesh)
     frozen_shardings = Frozen(of_base, {} if not reference else of_adapters)
     compiled = compile_step(
-        objective=packed_dpo_objective(make_packed_logps(MODEL, mesh), loss_settings("sigmoid", beta=0.1)[0]),
+        objective=PreferenceObjective(PackedLogps(MODEL, mesh), loss_settings("sigmoid", beta=0.1)[0], lora=LORA),
         optimizer=OPTIMIZER,
         schedule=lambda step: 1e-2,
         mesh=mesh,
         state_shardings=shardings,
         frozen_shardings=frozen_shardings,
-        lora=LORA,
     )
     return Prepared(
         compiled,
@@ -188,7 +187,7 @@ def test_int8_makes_the_step_of_the_numbers_that_it_stands_for(base: Base, adapt
 
 def test_merged_weights_score_as_the_adapters_do(base: Base, adapters: Any, batch: PackedBatch) -> None:
     mesh = mesh_of(ONE)
-    logps_fn = make_packed_logps(MODEL, mesh)
+    logps_fn = PackedLogps(MODEL, mesh)
     micro = jax.tree.map(lambda array: jnp.asarray(array[0]), batch)
     with jax.set_mesh(mesh):
         merged = jax.jit(lambda base, adapters: merge(LORA, base, adapters, sites=SITES, dtype=jnp.float32))(

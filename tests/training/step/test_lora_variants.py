@@ -24,9 +24,9 @@ from jdpo.models.weights.loading import load_params
 from jdpo.sharding.mesh import make_mesh
 from jdpo.sharding.placement import fetch, micro_batch_sharding, place
 from jdpo.training.fit.assembly import assemble
-from jdpo.training.fit.preparation import make_batches, rows_of_step
 from jdpo.training.logs.metrics import rows_at
 from jdpo.training.reference.reference_source import settle_reference
+from jdpo.training.setup.batches import make_batches
 from jdpo.training.setup.numerics import numerics, resolve_dtype
 from jdpo.training.setup.run_setup import Setup, build
 from jdpo.training.setup.weight_placement import load_base, load_frozen, load_start
@@ -89,14 +89,14 @@ def first_step(setup: Setup) -> Step:
             jnp.int32(0), params, assembly.optimizer.init(params), jax.random.key_data(jax.random.key(0))
         )
         state = jax.device_put(state, assembly.state_shardings)
-        indices = rows_of_step(setup, 0)
+        indices = setup.row_plan.step(0)
         made = make_batches(setup, setup.train_data, [indices], max_tokens_per_device=4096, cache=None).make(indices)
         batch = place(made.batch, micro_batch_sharding(setup.mesh))
         state, report = assembly.compiled.train_step(state, frozen, batch)
         jax.tree.map(np.testing.assert_array_equal, fetch(frozen), before)
     parts = jax.tree.leaves(state.opt_state, is_leaf=lambda part: hasattr(part, "mu"))
     (moments,) = (part for part in parts if hasattr(part, "mu"))
-    rows = rows_at(fetch(report.rows), made.at)
+    rows = rows_at(fetch(report.rows), made.rows.at)
     return Step(float(report.loss), float(report.grad_norm), rows, fetch(moments.mu), state)
 
 
@@ -170,7 +170,7 @@ def test_a_reference_of_another_folder_is_that_model(setup_of: Setups, toy_model
         logits = (logits_of(each, padded, real)[0] for each in weights)
         return [float(jax.nn.log_softmax(each)[at - 1, tokens[at]].sum()) for each in logits]
 
-    for number, index in enumerate(map(int, rows_of_step(setup, 0)[:3])):
+    for number, index in enumerate(map(int, setup.row_plan.step(0)[:3])):
         pair = setup.train_data[index]
         expected = np.array([logps(pair, side) for side in (pair.chosen_ids, pair.rejected_ids)])
         found = [live.rows[f"rewards/{side}"][number] / 0.1 for side in ("chosen", "rejected")]

@@ -26,14 +26,12 @@ from jdpo.models.transformer import Transformer, init_params, make_apply_fn
 from jdpo.sharding.mesh import make_mesh
 from jdpo.sharding.placement import micro_batch_sharding, place
 from jdpo.sharding.rules import LOGICAL_RULES
-from jdpo.training.step.gradients import loss_and_grads
 from jdpo.training.step.objectives import (
-    packed_dpo_objective,
-    packed_sft_objective,
-    padded_dpo_objective,
-    padded_sft_objective,
+    CompletionObjective,
+    PackedLogps,
+    PreferenceObjective,
 )
-from jdpo.training.step.packed_logps import make_packed_logps
+from jdpo.training.step.train_step import loss_and_grads
 from jdpo.types import MaskedPair, TokenizedCompletion, TokenizedPair, completions_of
 
 VOCAB, MOST = 40, 12
@@ -179,8 +177,8 @@ def test_packed_equals_padded(loss_type: Any, options: dict[str, Any], devices: 
     mesh = make_mesh(MeshConfig(data=2, fsdp=-1) if devices == 8 else MeshConfig(), jax.devices()[:devices])
     model, tolerance = MODEL.clone(compute_dtype=dtype, param_dtype=dtype), 1e-9 if dtype == "float64" else 3e-5
     chosen = loss_settings(loss_type, beta=0.3, **options)[0]
-    padded = padded_dpo_objective(make_apply_fn(model), chosen)
-    flat = packed_dpo_objective(make_packed_logps(model, mesh), chosen)
+    padded = PreferenceObjective(make_apply_fn(model), chosen)
+    flat = PreferenceObjective(PackedLogps(model, mesh), chosen)
     run_padded, run_packed = (jax.jit(partial(loss_and_grads, objective)) for objective in (padded, flat))
     policy, reference = (jax.tree.map(lambda leaf: leaf.astype(dtype), params(seed)) for seed in (0, 5))
 
@@ -205,7 +203,7 @@ def test_packed_equals_padded(loss_type: Any, options: dict[str, Any], devices: 
 
 def test_packed_supervised_rows_equal_padded() -> None:
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    padded, flat = padded_sft_objective(make_apply_fn(MODEL)), packed_sft_objective(make_packed_logps(MODEL, mesh))
+    padded, flat = CompletionObjective(make_apply_fn(MODEL)), CompletionObjective(PackedLogps(MODEL, mesh))
     run_padded, run_packed = (jax.jit(partial(loss_and_grads, objective)) for objective in (padded, flat))
     for seed in range(4):
         rng = np.random.default_rng(seed)
@@ -228,7 +226,7 @@ def test_masked_tokens_are_read_and_not_scored() -> None:
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     pairs = random_pairs(7, [(4, 9, 5), (2, 6, 12), (5, 1, 3)])
     rows = masked(pairs, seed=7)
-    logps_fn = make_packed_logps(MODEL, mesh)
+    logps_fn = PackedLogps(MODEL, mesh)
 
     def scores(batch: Any) -> np.ndarray:
         found = jax.jit(lambda p, b: logps_fn(p, b, False)[0])
@@ -248,10 +246,10 @@ def test_masked_tokens_are_read_and_not_scored() -> None:
 def test_cached_reference_travels_with_the_tokens(with_masks: bool) -> None:
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     chosen = loss_settings("sigmoid", beta=0.3)[0]
-    objective = packed_dpo_objective(make_packed_logps(MODEL, mesh), chosen)
+    objective = PreferenceObjective(PackedLogps(MODEL, mesh), chosen)
     pairs: Any = random_pairs(3, [(4, 3, 7), (0, 5, 2), (6, 1, 1), (2, 8, 3)])
     pairs = masked(pairs, seed=3) if with_masks else pairs
-    logps_fn = make_packed_logps(MODEL, mesh)
+    logps_fn = PackedLogps(MODEL, mesh)
     live = packed(pairs, num_rows=1)
     scores = on_mesh(
         mesh, jax.jit(lambda p, b: logps_fn(p, b, False)[0]), params(5), jax.tree.map(lambda a: a[0], live)

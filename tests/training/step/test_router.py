@@ -29,17 +29,13 @@ from jdpo.models.transformer import (
 from jdpo.sharding.mesh import make_mesh
 from jdpo.sharding.placement import micro_batch_sharding, place
 from jdpo.sharding.rules import LOGICAL_RULES, param_shardings
-from jdpo.training.step.gradients import LossAndGrads, loss_and_grads
 from jdpo.training.step.objectives import (
+    CompletionObjective,
     Objective,
-    packed_dpo_objective,
-    packed_sft_objective,
-    padded_dpo_objective,
-    padded_sft_objective,
-    with_router_loss,
+    PackedLogps,
+    PreferenceObjective,
 )
-from jdpo.training.step.packed_logps import make_packed_logps
-from jdpo.training.step.train_step import Frozen, evaluate
+from jdpo.training.step.train_step import Frozen, LossAndGrads, evaluate, loss_and_grads
 from jdpo.types import TokenizedCompletion, TokenizedPair
 
 VOCAB, MOST, NUM_PAIRS, COEF = 40, 6, 8, 0.7
@@ -108,14 +104,9 @@ def packed(rows: list[Any], num_rows: int = 1, num_micro: int = 2) -> Any:
 def objective_of(kind: str, mesh: Any = None) -> Objective:
     mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
     # Under another remat policy, so that packed and padded differ in that, too.
-    apply_fn, logps_fn = make_routed_apply_fn(MODEL), make_packed_logps(MODEL.clone(remat="full"), mesh)
-    objectives = {
-        "padded dpo": lambda: padded_dpo_objective(apply_fn, LOSS),
-        "packed dpo": lambda: packed_dpo_objective(logps_fn, LOSS),
-        "padded sft": lambda: padded_sft_objective(apply_fn),
-        "packed sft": lambda: packed_sft_objective(logps_fn),
-    }
-    return with_router_loss(objectives[kind](), COEF)
+    apply_fn, logps_fn = make_routed_apply_fn(MODEL), PackedLogps(MODEL.clone(remat="full"), mesh)
+    run = logps_fn if kind.startswith("packed") else apply_fn
+    return PreferenceObjective(run, LOSS, COEF) if kind.endswith("dpo") else CompletionObjective(run, COEF)
 
 
 def run(kind: str, batch: Any) -> LossAndGrads:
@@ -225,9 +216,8 @@ def test_an_evaluation_leaves_sums_that_add_up() -> None:
 
 
 def test_without_weight_the_loss_is_reported_and_couples_nothing() -> None:
-    plain = padded_sft_objective(make_routed_apply_fn(MODEL))
-    objective = with_router_loss(plain, 0.0)
+    objective = CompletionObjective(make_routed_apply_fn(MODEL), 0.0)
     assert not objective.coupled
-    assert with_router_loss(plain, 0.1).coupled
+    assert CompletionObjective(make_routed_apply_fn(MODEL), 0.1).coupled
     shapes = jax.eval_shape(partial(loss_and_grads, objective), make_params(0), None, padded(make_rows(), 4))
     assert shapes.aux_loss.shape == ()

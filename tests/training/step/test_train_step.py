@@ -5,6 +5,7 @@ Axes: k micro-batches, m rows of each, t positions, v vocabulary, d width.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -23,9 +24,9 @@ from jdpo.losses import LOSSES, LossState
 from jdpo.losses.settings import loss_settings
 from jdpo.sharding.mesh import make_mesh
 from jdpo.sharding.placement import fetch, micro_batch_sharding, place, replicated
-from jdpo.training.step.gradients import loss_and_grads
-from jdpo.training.step.objectives import padded_dpo_objective, padded_sft_objective
-from jdpo.training.step.train_step import Frozen, ReferenceSync, TrainState, compile_step, evaluate, train_step
+from jdpo.training.fit.assembly import compile_step
+from jdpo.training.step.objectives import CompletionObjective, PreferenceObjective
+from jdpo.training.step.train_step import Frozen, ReferenceSync, TrainState, evaluate, loss_and_grads, train_step
 from jdpo.types import CHOSEN, REJECTED, CompletionBatch, PreferenceBatch
 
 VOCAB, WIDTH, LENGTH, BETA = 11, 5, 7, 0.3
@@ -110,8 +111,8 @@ def plain_sft(params: Params, reference: Params) -> float:
 
 
 OBJECTIVES = {
-    "dpo": (padded_dpo_objective(apply_fn, loss_settings("sigmoid", beta=BETA)[0]), pairs, plain_dpo),
-    "sft": (padded_sft_objective(apply_fn), completions, plain_sft),
+    "dpo": (PreferenceObjective(apply_fn, loss_settings("sigmoid", beta=BETA)[0]), pairs, plain_dpo),
+    "sft": (CompletionObjective(apply_fn), completions, plain_sft),
 }
 
 
@@ -133,15 +134,21 @@ def test_loss_and_gradient_are_those_of_a_plain_loop(name: str, layout: tuple[in
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_padding_rows_are_silent_even_where_they_are_nan(name: str) -> None:
     objective, make, plain = OBJECTIVES[name]
-    spoilt = objective._replace(losses=lambda features, *rest: _spoilt(objective.losses(features, *rest), features))
+    spoilt = _spoilt(objective)
     loss, grads, *_ = loss_and_grads(spoilt, make_params(1), make_params(2), make(3, 4))
     assert float(loss) == pytest.approx(plain(make_params(1), make_params(2)), rel=1e-13)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
 
 
-def _spoilt(result: tuple[Any, dict[str, Any]], features: Any) -> tuple[Any, dict[str, Any]]:
-    losses, metrics = result
-    return jnp.where(features.weights > 0, losses, jnp.nan), metrics
+def _spoilt(objective: Any) -> Any:
+    """The objective with NaN for the losses of padding rows."""
+
+    class Spoilt(type(objective)):  # type: ignore[misc]
+        def losses(self, features: Any, *rest: Any) -> tuple[Any, dict[str, Any]]:
+            losses, metrics = super().losses(features, *rest)
+            return jnp.where(features.weights > 0, losses, jnp.nan), metrics
+
+    return Spoilt(*(getattr(objective, field.name) for field in dataclasses.fields(objective)))
 
 
 SETTINGS = [
@@ -159,7 +166,7 @@ CUTS = [3, 12]  # of 12 slots, beside 1: few, since each compiles
 @pytest.mark.parametrize(("loss_type", "options"), SETTINGS, ids=str)
 def test_any_cut_into_micro_batches_gives_the_same(loss_type: Any, options: dict[str, Any]) -> None:
     """Real and padding pairs in any places, as in the ragged last step; values and gradients to 1e-9."""
-    objective = padded_dpo_objective(apply_fn, loss_settings(loss_type, beta=BETA, **options)[0])
+    objective = PreferenceObjective(apply_fn, loss_settings(loss_type, beta=BETA, **options)[0])
     state = objective.init_state and LossState(jnp.float32(0.3), jnp.float32(7))
     run = jax.jit(partial(loss_and_grads, objective))
 

@@ -59,7 +59,7 @@ TARGETS = (
     Target("losses", "jdpo/losses/pairwise.py", ("divergence_score",), ("tests/losses/test_formulas.py",)),
     Target(
         "losses",
-        "jdpo/losses/preference.py",
+        "jdpo/losses/pair_losses.py",
         ("loss_inputs", "loss_terms", "rewards", "token_share"),
         ("tests/losses/test_formulas.py", "tests/losses/test_preference.py"),
     ),

@@ -40,6 +40,7 @@ from jdpo.training.setup.numerics import jax_settings, resolve_dtype
 from jdpo.training.setup.row_order import BuildStopped
 from jdpo.training.setup.run_setup import Say, Setup, build
 from jdpo.training.setup.tasks import task_for
+from jdpo.training.setup.validation import profiled_steps
 from jdpo.training.setup.weight_placement import load_frozen, load_reference, load_start, whole_weights
 from jdpo.training.step.train_step import Frozen, TrainState, saved_parts
 from jdpo.training.step_reports import StepReports
@@ -171,7 +172,7 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
                 first_step=first, num_steps=num_steps, unit=setup.task.unit, console=console, shown=is_first()
             )
             reports = StepReports(setup, record, display, gradients, lambda: last_saved, log)
-            profiler = Profiler(config.profile_steps, directory.path / "profile")
+            profiler = Profiler(profiled_steps(config.profile_steps), directory.path / "profile")
             if profiler.is_over(first):
                 log(f"profile_steps {config.profile_steps}: these steps were made before; nothing is traced")
             batch_sharding = micro_batch_sharding(setup.mesh)

@@ -16,7 +16,6 @@ from jdpo.models.model_config import ModelConfig
 from jdpo.models.self_attention import AttentionSettings
 from jdpo.reports.writers import check_trackers
 from jdpo.sharding.placement import check_host_memory
-from jdpo.training.profile import parse_steps
 from jdpo.training.setup.tasks import Task
 from jdpo.words import figure
 
@@ -55,7 +54,7 @@ def check_logging(logging: LoggingSettings, task: Task, *, evaluates: bool) -> N
             f"eval_steps {logging.eval_steps} needs eval_datasets or eval_fraction: there is nothing to evaluate on"
         )
     check_trackers(logging.report_to)
-    parse_steps(logging.profile_steps)
+    profiled_steps(logging.profile_steps)
     known = [f"eval_{name}" for name in task.metrics]
     if logging.metric_for_best_model not in known:
         raise ValueError(
@@ -120,13 +119,32 @@ def fixed_mode(asked: Asked, *, needs_reference: bool, sync_ref_model: bool) -> 
     return "live" if sync_ref_model or asked == "live" else None
 
 
+def profiled_steps(profile_steps: str | None) -> tuple[int, int] | None:
+    """Returns the first and the last step that `profile_steps` asks to trace.
+
+    Raises:
+      ValueError: it is not of the form FIRST:LAST.
+
+    >>> profiled_steps("10:13")
+    (10, 13)
+    """
+    if profile_steps is None:
+        return None
+    first, colon, last = profile_steps.partition(":")
+    if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise ValueError(
+            f"profile_steps: expected FIRST:LAST, steps counted from 1, such as 10:13; found {profile_steps!r}"
+        )
+    return int(first), int(last)
+
+
 def check_profiled(profile_steps: str | None, num_steps: int) -> None:
     """Refuses a profile of steps after the end of the run.
 
     Raises:
       ValueError: naming both numbers.
     """
-    steps = parse_steps(profile_steps)
+    steps = profiled_steps(profile_steps)
     if steps is not None and steps[0] > num_steps:
         raise ValueError(
             f"profile_steps {profile_steps} starts after the last step (the run has {figure(num_steps, 'step')})"

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jdpo.config import OptimizationSettings
+from jdpo.config.groups import OptimizationSettings
 from jdpo.training.step.offload import one_by_one
 from jdpo.training.step.rounding import store, wide
 from jdpo.words import figure

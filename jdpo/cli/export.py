@@ -81,7 +81,7 @@ def main(command: str, words: Sequence[str]) -> int:
         export_dtype=asked.dtype,
         max_shard_size=asked.max_shard_size,
         merge_adapters=asked.merge,
-        say=_log,
+        log=_log,
     )
     _log(f"done: model in {out}")
     if asked.push_to_hub:

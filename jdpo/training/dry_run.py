@@ -12,16 +12,16 @@ from jdpo.devices import leave_out_missing_tpus
 from jdpo.training.fit.assembly import Assembly, assemble
 from jdpo.training.run_dir import check_output_dir
 from jdpo.training.setup.numerics import numerics, resolve_dtype
-from jdpo.training.setup.run_setup import Say, build
+from jdpo.training.setup.run_setup import Log, build
 from jdpo.training.setup.validation import Mode
 from jdpo.words import memory
 
 
-def dry_run(config: TrainConfig, say: Say) -> None:
+def dry_run(config: TrainConfig, log: Log) -> None:
     """Checks all that a run checks before it loads weights, and says what it would be.
 
     Args:
-      say: takes lines for the person who asks.
+      log: takes lines for the user.
 
     Raises:
       ValueError: anything that does not fit.
@@ -30,11 +30,11 @@ def dry_run(config: TrainConfig, say: Say) -> None:
     config = resolve_dtype(config)
     with numerics(config):
         check_output_dir(config)
-        setup = build(config, say, weights=False)
+        setup = build(config, log, weights=False)
         live = setup.task.uses_reference and isinstance(config, ReferenceSettings) and config.reference == "live"
         mode: Mode = "live" if live else "none"  # auto and cached compute a reference's log-probs before they train
         remat = "none" if config.remat == "auto" else config.remat
-        say(describe_kept(assemble(setup, reference=mode, remat=remat)))
+        log(describe_kept(assemble(setup, reference=mode, remat=remat)))
 
 
 def describe_kept(assembly: Assembly) -> str:

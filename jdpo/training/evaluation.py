@@ -22,7 +22,7 @@ from jdpo.training.logs.metrics import DatasetShares, RowAverages, rows_at
 from jdpo.training.logs.recording import Record
 from jdpo.training.sanity_checks import check_evaluation
 from jdpo.training.setup.batches import StepBatch, StepRows, make_batches, shapes_in_order
-from jdpo.training.setup.run_setup import Say, Setup
+from jdpo.training.setup.run_setup import Log, Setup
 from jdpo.training.step.train_step import EvaluationReport, Frozen, TrainState
 from jdpo.types import RouterStats
 
@@ -63,7 +63,7 @@ class Evaluation:
         self.programs.prepare(shapes_in_order(self._batches, self._rows()))
 
     def log(
-        self, step: int, state: TrainState, frozen: Frozen, record: Record, display: RunDisplay, log: Say
+        self, step: int, state: TrainState, frozen: Frozen, record: Record, display: RunDisplay, log: Log
     ) -> dict[str, float]:
         """Evaluates the state after a step, and logs and returns its metrics, {"eval_<name>": value}.
 

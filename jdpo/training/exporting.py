@@ -93,14 +93,14 @@ def export_checkpoint(
     export_dtype: str | None = None,
     max_shard_size: str | None = None,
     merge_adapters: bool | None = None,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> None:
     """Writes the model, or the adapter, of a checkpoint as the run itself would at its end; the run is only read.
 
     Args:
       export_dtype, max_shard_size: None: as the run's config says.
       merge_adapters: see `export_trained`.
-      say: takes lines for the person who asked.
+      log: takes lines for the user.
 
     Raises:
       ValueError: a file of the checkpoint is not what was written, the model that the run started from is not there
@@ -129,10 +129,10 @@ def export_checkpoint(
             _refuse_layout(given)
             require_loadable(setup.adaptation.sites, setup.adaptation.lora.sites)
         check_out(out, made_from(setup))
-        say(f"exporting step {checkpoint.step} of {checkpoint.run} to {out}")
+        log(f"exporting step {checkpoint.step} of {checkpoint.run} to {out}")
         lines = read_metrics(metrics)
         if not any(line["step"] <= checkpoint.step for line in lines):
-            say(f"note: {metrics} has no line up to step {checkpoint.step}, so the model card has no results")
+            log(f"note: {metrics} has no line up to step {checkpoint.step}, so the model card has no results")
         abstract = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             setup.trained,

@@ -41,7 +41,7 @@ def finish_run(
     params: Params,
     base: Base | None,
     exported: int,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> None:
     """Exports the weights of a step, draws the plots, uploads where asked, and says that the run is complete."""
     config = setup.config
@@ -65,15 +65,15 @@ def finish_run(
         )
 
     together(draw, on_first=True)
-    together(lambda: _push(setup, directory, exported, say), on_first=True)
+    together(lambda: _push(setup, directory, exported, log), on_first=True)
     directory.finish({**results, "step": setup.num_steps, "exported_step": exported})
 
 
-def _push(setup: Setup, directory: RunDirectory, exported: int, say: Callable[[str], None]) -> None:
+def _push(setup: Setup, directory: RunDirectory, exported: int, log: Callable[[str], None]) -> None:
     config = setup.config
     if config.push_to_hub is not None:
         message = f"Step {exported} of jdpo {setup.task.command}"
-        say(f"pushed to {push_folder(directory.model, config.push_to_hub, public=config.push_public, message=message)}")
+        log(f"pushed to {push_folder(directory.model, config.push_to_hub, public=config.push_public, message=message)}")
 
 
 def export_trained(

@@ -38,7 +38,7 @@ from jdpo.training.sanity_checks import GradientWatch
 from jdpo.training.setup.batches import StepBatch, shapes_in_order
 from jdpo.training.setup.numerics import jax_settings, resolve_dtype
 from jdpo.training.setup.row_order import BuildStopped
-from jdpo.training.setup.run_setup import Say, Setup, build
+from jdpo.training.setup.run_setup import Log, Setup, build
 from jdpo.training.setup.tasks import task_for
 from jdpo.training.setup.validation import profiled_steps
 from jdpo.training.setup.weight_placement import load_frozen, load_reference, load_start, whole_weights
@@ -278,7 +278,7 @@ def check_inputs(setup: Setup, directory: RunDirectory) -> None:
     directory.remember("rows", setup.train_data.summary())  # for the model card of an export
 
 
-def reference_of(setup: Setup, directory: RunDirectory, stop: StopRequest, log: Say) -> Reference:
+def reference_of(setup: Setup, directory: RunDirectory, stop: StopRequest, log: Log) -> Reference:
     """Returns where the reference's log-probs come from; computes those that are to be cached.
 
     Raises:
@@ -295,7 +295,7 @@ def reference_of(setup: Setup, directory: RunDirectory, stop: StopRequest, log: 
         sync_ref_model=config.sync_ref_model,
         began_as=began_as,
         stopped=stop.asked,
-        say=log,
+        log=log,
     )
     if began_as is None:
         directory.remember("reference", reference.mode)
@@ -354,7 +354,7 @@ def interrupted(
     manager: CheckpointManager,
     stop: StopRequest,
     directory: RunDirectory,
-    log: Say,
+    log: Log,
 ) -> RunResult:
     """Ends a run that a signal stopped: waits for its checkpoint, and says how to continue."""
     manager.wait()

@@ -226,7 +226,7 @@ class RunDirectory:
         """Remembers digests of what goes into a run; on resume refuses what has changed.
 
         Args:
-          inputs: name of an input, as a person would say it -> digest of its content.
+          inputs: name of an input, as messages call it -> digest of its content.
           files: the same of the files that rows were read from: they may change as long as the rows do not, and are
             named where these do.
 

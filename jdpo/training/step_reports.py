@@ -16,7 +16,7 @@ from jdpo.training.logs.metrics import mean_over_rows, rows_at
 from jdpo.training.logs.recording import Record
 from jdpo.training.sanity_checks import GradientWatch, check_finite, check_start
 from jdpo.training.setup.batches import StepRows
-from jdpo.training.setup.run_setup import Say, Setup
+from jdpo.training.setup.run_setup import Log, Setup
 from jdpo.training.step.train_step import StepReport
 from jdpo.types import completions_of
 
@@ -44,7 +44,7 @@ class StepReports:
         display: RunDisplay,
         gradients: GradientWatch,
         last_saved: Callable[[], int | None],
-        log: Say,
+        log: Log,
     ) -> None:
         """
         Args:

@@ -17,7 +17,7 @@ from jdpo.training.fit.compilation import Programs, shapes_of
 from jdpo.training.fit.host_memory import host_memory
 from jdpo.training.fit.memory_fit import MAX_TOKENS_PER_DEVICE, TOKEN_STEP, Fit, choose_fit
 from jdpo.training.setup.batches import Batches, make_batches
-from jdpo.training.setup.run_setup import Say, Setup
+from jdpo.training.setup.run_setup import Log, Setup
 from jdpo.training.setup.validation import Mode
 from jdpo.training.step.objectives import Batch
 from jdpo.words import memory
@@ -50,7 +50,7 @@ def prepare_steps(
     assemblies: Mapping[str, Assembly],
     cache: ReferenceCache | None,
     pool: ThreadPoolExecutor,
-    log: Say,
+    log: Log,
     *,
     limit: int,
     recalled: Fit | None = None,
@@ -104,7 +104,7 @@ def prepare_steps(
     return Preparation(fit, assembly, batches, Programs(assembly.lower_step, pool, compiled))
 
 
-def log_batches(setup: Setup, assembly: Assembly, batches: Batches, fit: Fit, log: Say) -> None:
+def log_batches(setup: Setup, assembly: Assembly, batches: Batches, fit: Fit, log: Log) -> None:
     """Logs which attention backends run, and a row that is longer than the budget."""
     if setup.config.packing:
         lengths = sorted({int(batch.gather.shape[-1]) for batch in batches.shapes()})

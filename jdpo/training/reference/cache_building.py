@@ -14,14 +14,14 @@ from jdpo.data.reference_cache.scores import CacheFolder, Shards
 from jdpo.processes import any_process, barrier, is_first
 from jdpo.training.reference.cache_entries import RowSet, entry_of
 from jdpo.training.reference.scoring import Scorer
-from jdpo.training.setup.run_setup import Say, Setup
+from jdpo.training.setup.run_setup import Log, Setup
 from jdpo.words import figure
 
 PROGRESS_SECONDS = 10.0
 LOCK_POLL_SECONDS = 2.0
 
 
-def build_cache(setup: Setup, rows: RowSet, scorer: Scorer, *, say: Say, repair: bool) -> int:
+def build_cache(setup: Setup, rows: RowSet, scorer: Scorer, *, log: Log, repair: bool) -> int:
     """Computes the shards that are not there, all processes together, and returns how many rows they have.
 
     Args:
@@ -33,7 +33,7 @@ def build_cache(setup: Setup, rows: RowSet, scorer: Scorer, *, say: Say, repair:
     folder = rows.folder
     with _writing(folder):
         folder.path.mkdir(parents=True, exist_ok=True)
-    with _alone(folder, scorer.check_stopped, say) as (rank, num_sharers):
+    with _alone(folder, scorer.check_stopped, log) as (rank, num_sharers):
         shards = folder.examine()  # again: another run may have been at work until now
         if not repair:
             folder.refuse_damaged(shards)
@@ -44,7 +44,7 @@ def build_cache(setup: Setup, rows: RowSet, scorer: Scorer, *, say: Say, repair:
                 if entry is not None:
                     folder.write_entry(entry)
         todo = _union(~shards.whole)  # nothing is written before every process has looked
-        progress = _Progress(rows, shards, folder.count_rows(todo), say)
+        progress = _Progress(rows, shards, folder.count_rows(todo), log)
         if todo.any():  # another run may have computed all of it meanwhile
             # All shards, so that shapes, and with them the last bits, do not depend on what is missing.
             scorer.plan(rows.data, [folder.rows_of(shard) for shard in range(len(todo))])
@@ -71,12 +71,12 @@ def _writing(folder: CacheFolder) -> Iterator[None]:
 class _Progress:
     """Says now and then how far a computation is."""
 
-    def __init__(self, rows: RowSet, shards: Shards, num_rows: int, say: Say) -> None:
-        self._role, self._num_rows, self._done, self._say = rows.role, num_rows, 0, say
+    def __init__(self, rows: RowSet, shards: Shards, num_rows: int, log: Log) -> None:
+        self._role, self._num_rows, self._done, self._log = rows.role, num_rows, 0, log
         self._due = time.monotonic() + PROGRESS_SECONDS
         damaged = f", {int(shards.damaged.sum())} damaged" if shards.damaged_files else ""
         if num_rows:
-            say(
+            log(
                 f"reference: {num_rows} of {figure(rows.folder.num_rows, f'{rows.role} row')} to compute "
                 f"(shards: {int(shards.whole.sum())} found{damaged}, {int(shards.missing.sum())} missing)"
             )
@@ -85,7 +85,7 @@ class _Progress:
         self._done += num_rows
         if time.monotonic() >= self._due or self._done == self._num_rows:
             self._due = time.monotonic() + PROGRESS_SECONDS
-            self._say(f"reference: {self._done} of {figure(self._num_rows, f'{self._role} row')} computed")
+            self._log(f"reference: {self._done} of {figure(self._num_rows, f'{self._role} row')} computed")
 
 
 # --- several processes
@@ -102,7 +102,7 @@ def _union(mine: np.ndarray) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _alone(folder: CacheFolder, check_stopped: Callable[[], None], say: Say) -> Iterator[tuple[int, int]]:
+def _alone(folder: CacheFolder, check_stopped: Callable[[], None], log: Log) -> Iterator[tuple[int, int]]:
     """Waits until no other run computes the entry; gives this process's place among those that share the folder."""
     with _writing(folder):
         place_among = _sharers(folder)
@@ -113,7 +113,7 @@ def _alone(folder: CacheFolder, check_stopped: Callable[[], None], say: Say) -> 
         if not any_process(is_first() and lock is None):
             break
         if not told:
-            say(f"reference: waiting for another run that computes {folder.path}")
+            log(f"reference: waiting for another run that computes {folder.path}")
             told = True
         check_stopped()
         time.sleep(LOCK_POLL_SECONDS)

@@ -1,4 +1,4 @@
-"""Which entries of the cache a run's rows have, and what those say of themselves."""
+"""Which entries of the cache a run's rows have, and how those describe themselves."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from jdpo.training.reference.cache_building import build_cache
 from jdpo.training.reference.cache_entries import RowSet, entry_of, find_rows
 from jdpo.training.reference.scoring import Scorer
 from jdpo.training.setup.numerics import jax_settings, resolve_dtype
-from jdpo.training.setup.run_setup import Say, Setup, build
+from jdpo.training.setup.run_setup import Log, Setup, build
 from jdpo.training.setup.tasks import task_for
 from jdpo.training.setup.validation import Asked, Mode, fixed_mode
 
@@ -48,7 +48,7 @@ def settle_reference(
     sync_ref_model: bool = False,
     began_as: Mode | None = None,
     stopped: Callable[[], bool] | None = None,
-    say: Say,
+    log: Log,
 ) -> Reference:
     """Decides where the reference's log-probs come from, computes what is to be cached, and says so in one line.
 
@@ -63,21 +63,21 @@ def settle_reference(
       sync_ref_model: whether the reference moves in training; a cache cannot.
       began_as: the mode of an earlier start of the same run: auto goes on with it, so that a resumed run is the
         uninterrupted one to the last bit.
-      stopped: whether a signal asks to stop; asked between batches.
-      say: takes lines for the person who started the run.
+      stopped: returns True if a signal asks to stop; called between batches.
+      log: takes lines for the user.
 
     Raises:
       ValueError: what is asked for cannot be had; it says why and what to do.
       FloatingPointError: the reference gives a log-prob that is not finite; the row is named.
-      BuildStopped: `stopped` said so.
+      BuildStopped: `stopped` returned True.
     """
     mode = fixed_mode(asked, needs_reference=needs_reference, sync_ref_model=sync_ref_model)
     if mode is None and asked == "auto" and began_as == "live":
-        say("reference: live, as this run began")
+        log("reference: live, as this run began")
         return Reference(mode="live")
     if mode is not None:
         why = "the loss has none" if mode == "none" else "as it moves in training" if sync_ref_model else "as asked for"
-        say(f"reference: {mode}, {why}")
+        log(f"reference: {mode}, {why}")
         return Reference(mode=mode)
     sets = find_rows(setup)
     if any_process(any(rows.shards.damaged_files for rows in sets)):
@@ -87,11 +87,11 @@ def settle_reference(
             raise ValueError("the reference's cached log-probs are damaged on another host; its message names the file")
         named = [rows.folder.damage(rows.shards) for rows in sets if rows.shards.damaged_files]
         what = "; ".join(named) or "a file on another host is not as it was written"
-        say(f"reference: its cached log-probs are damaged and computed again: {what}")
-        return _build(setup, sets, say, repair=True, stopped=stopped)
+        log(f"reference: its cached log-probs are damaged and computed again: {what}")
+        return _build(setup, sets, log, repair=True, stopped=stopped)
     if not any_process(not all(rows.complete for rows in sets)):
         _restore_entries(setup, sets)
-        return _cached(sets, [0] * len(sets), say)
+        return _cached(sets, [0] * len(sets), log)
     if asked == "cached":
         raise ValueError(
             f"reference is 'cached', but {explain_miss(setup, sets)}; `jdpo reference CONFIG` computes what is "
@@ -104,13 +104,13 @@ def settle_reference(
         if is_first():
             with contextlib.suppress(OSError):  # a hint to later runs, nothing more
                 sets[0].folder.ask(_run_name(setup))
-        say(f"reference: live, as one pass over the rows does not pay for a cache{news}")
+        log(f"reference: live, as one pass over the rows does not pay for a cache{news}")
         return Reference(mode="live")
-    say(f"reference: computing its log-probs once, {reason}{news}")
-    return _build(setup, sets, say, repair=False, stopped=stopped)
+    log(f"reference: computing its log-probs once, {reason}{news}")
+    return _build(setup, sets, log, repair=False, stopped=stopped)
 
 
-def compute_reference(config: DPOConfig, say: Say) -> Reference:
+def compute_reference(config: DPOConfig, log: Log) -> Reference:
     """What `jdpo reference` does: computes all that is missing or damaged of a config's cache.
 
     Args:
@@ -127,8 +127,8 @@ def compute_reference(config: DPOConfig, say: Say) -> Reference:
     leave_out_missing_tpus()
     resolved = resolve_dtype(config)
     with jax_settings(resolved, resolved.cache_dir):
-        setup = build(resolved, say)
-        return _build(setup, find_rows(setup), say, repair=True, stopped=None)
+        setup = build(resolved, log)
+        return _build(setup, find_rows(setup), log, repair=True, stopped=None)
 
 
 def _why_it_pays(setup: Setup, rows: RowSet) -> str | None:
@@ -175,26 +175,26 @@ def explain_miss(setup: Setup, sets: Sequence[RowSet]) -> str:
 
 
 def _build(
-    setup: Setup, sets: Sequence[RowSet], say: Say, *, repair: bool, stopped: Callable[[], bool] | None
+    setup: Setup, sets: Sequence[RowSet], log: Log, *, repair: bool, stopped: Callable[[], bool] | None
 ) -> Reference:
     scorer = Scorer(setup, stopped or (lambda: False))
     computed = [
-        build_cache(setup, rows, scorer, say=say, repair=repair) if any_process(not rows.complete) else 0
+        build_cache(setup, rows, scorer, log=log, repair=repair) if any_process(not rows.complete) else 0
         for rows in sets
     ]
     _restore_entries(setup, sets)
-    return _cached(sets, computed, say)
+    return _cached(sets, computed, log)
 
 
 def _restore_entries(setup: Setup, sets: Sequence[RowSet]) -> None:
-    """Puts back a lost key.json, by which later misses say what has changed; the shards do not need it."""
+    """Puts back a lost key.json, from which later misses tell what has changed; the shards do not need it."""
     for rows in sets:
         if is_first() and not rows.folder.has_entry():
             with contextlib.suppress(OSError):
                 rows.folder.write_entry(entry_of(setup, rows))
 
 
-def _cached(sets: Sequence[RowSet], computed: Sequence[int], say: Say) -> Reference:
+def _cached(sets: Sequence[RowSet], computed: Sequence[int], log: Log) -> Reference:
     caches = {
         # Looked at again where something was missing or damaged: this run, or one it waited for, has written it.
         rows.role: rows.folder.open(rows.shards if rows.complete else None)
@@ -203,7 +203,7 @@ def _cached(sets: Sequence[RowSet], computed: Sequence[int], say: Say) -> Refere
     num_computed = sum(computed)
     num_found = sum(map(len, caches.values())) - num_computed
     where = " and ".join(dict.fromkeys(str(cache.path) for cache in caches.values()))
-    say(f"reference: cached, {num_found} rows found, {num_computed} computed, in {where}")
+    log(f"reference: cached, {num_found} rows found, {num_computed} computed, in {where}")
     return Reference(
         mode="cached",
         train=caches["training"],

@@ -19,7 +19,7 @@ from jdpo.data.prepared.prepare import PreparedData, prepare_completions, prepar
 from jdpo.data.tokens.tokenizer import Tokenizer
 from jdpo.reports.progress import RowCounter
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 class BuildStopped(Exception):
@@ -29,7 +29,7 @@ class BuildStopped(Exception):
 def prepare_rows(
     settings: DataSettings,
     tokenizer: Tokenizer,
-    say: Say,
+    log: Log,
     *,
     pairs: bool,
     stopped: Callable[[], bool] = lambda: False,
@@ -38,20 +38,20 @@ def prepare_rows(
 
     Args:
       pairs: whether rows are pairs, not completions.
-      say: takes lines for the person who started the run.
-      stopped: whether a signal asks to stop; asked while rows are tokenized.
+      log: takes lines for the user.
+      stopped: returns True if a signal asks to stop; called while rows are tokenized.
 
     Raises:
       ValueError: rows cannot be read, or none is left.
-      BuildStopped: `stopped` said so.
+      BuildStopped: `stopped` returned True.
     """
 
     read = preparation_of(settings, pairs=pairs)
 
     def prepare(datasets: Sequence[DatasetConfig], part: Part | None, title: str) -> PreparedData:
-        progress = partial(_progress, RowCounter(say), stopped)
+        progress = partial(_progress, RowCounter(log), stopped)
         data = read(datasets, tokenizer, part=part, progress=progress)
-        say(f"{title}{data.summary()}\n  {data.cache_note}")
+        log(f"{title}{data.summary()}\n  {data.cache_note}")
         return data
 
     training, evaluation = sides_of(settings)
@@ -88,7 +88,7 @@ def _progress(counter: RowCounter, stopped: Callable[[], bool], num_rows: int, t
         raise BuildStopped
 
 
-def plan_rows(settings: DataSettings, data: PreparedData, say: Say, *, global_batch_size: int, seed: int) -> RowPlan:
+def plan_rows(settings: DataSettings, data: PreparedData, log: Log, *, global_batch_size: int, seed: int) -> RowPlan:
     """Plans which rows each step has, and logs what an epoch is unless it is every row once.
 
     Args:
@@ -101,7 +101,7 @@ def plan_rows(settings: DataSettings, data: PreparedData, say: Say, *, global_ba
     """
     mixture = mixture_of(settings.datasets, data.num_rows_of, num_examples=settings.num_examples)
     if len(data.names) > 1 or mixture.takes != mixture.sizes:
-        say(mixture.describe(data.names))
+        log(mixture.describe(data.names))
     return RowPlan(
         mixture,
         global_batch_size=global_batch_size,

@@ -37,7 +37,7 @@ from jdpo.sharding.rules import param_shardings, undivided_dims
 from jdpo.training.setup.adaptation import Adaptation, adaptation_of, check_adaptation, num_params
 from jdpo.training.setup.folder_digests import adapter_digest, folder_digest
 from jdpo.training.setup.model_sources import Sources, check_positions, find_sources
-from jdpo.training.setup.row_order import num_steps_of, plan_rows, prepare_rows
+from jdpo.training.setup.row_order import Log, num_steps_of, plan_rows, prepare_rows
 from jdpo.training.setup.tasks import Task, task_for
 from jdpo.training.setup.untrained import start_tokens
 from jdpo.training.setup.validation import (
@@ -53,7 +53,6 @@ from jdpo.training.step.optimizer import learning_rate_schedule, param_dtype_of
 from jdpo.words import figure
 
 Params = Any
-Say = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,26 +155,26 @@ class Setup(ModelSetup):
         return digests
 
 
-def build(config: TrainConfig, say: Say, *, weights: bool = True, stopped: Callable[[], bool] = lambda: False) -> Setup:
+def build(config: TrainConfig, log: Log, *, weights: bool = True, stopped: Callable[[], bool] = lambda: False) -> Setup:
     """Reads model config, tokenizer and rows, and lays out mesh and batches. Of weights the headers alone are read.
 
     Every process must call this: each reads its own host's files, and what one cannot read ends all.
 
     Args:
       config: with compute_dtype resolved.
-      say: takes lines for the person who started the run.
+      log: takes lines for the user.
       weights: False: they need not be there, and are not downloaded.
-      stopped: whether a signal asks to stop; asked while rows are tokenized.
+      stopped: returns True if a signal asks to stop; called while rows are tokenized.
 
     Raises:
       ValueError: anything that does not fit, before anything is trained.
-      BuildStopped: `stopped` said so.
+      BuildStopped: `stopped` returned True.
     """
     task = together(lambda: _checked_task(config))
     if config.push_to_hub is not None:  # now, not at the export after hours of training
         repository = config.push_to_hub
         together(lambda: check_push(repository), on_first=True)
-    return together(lambda: _build(config, task, say, weights=weights, stopped=stopped))
+    return together(lambda: _build(config, task, log, weights=weights, stopped=stopped))
 
 
 def _checked_task(config: TrainConfig) -> Task:
@@ -194,7 +193,7 @@ def _checked_task(config: TrainConfig) -> Task:
     return task
 
 
-def _build(config: TrainConfig, task: Task, say: Say, *, weights: bool, stopped: Callable[[], bool]) -> Setup:
+def _build(config: TrainConfig, task: Task, log: Log, *, weights: bool, stopped: Callable[[], bool]) -> Setup:
     """What each process does by itself; nothing here waits for the others."""
     made = build_model(config, weights=weights)
     check_batch_size(config.global_batch_size, made.mesh)
@@ -208,12 +207,12 @@ def _build(config: TrainConfig, task: Task, say: Say, *, weights: bool, stopped:
         if weights or has_weights(folder):
             check_tensors(folder, tensor_entries(folder), source_config)  # headers only, before rows are tokenized
         else:
-            say(f"note: no weights in {folder}: whether they fit config.json was not checked")
+            log(f"note: no weights in {folder}: whether they fit config.json was not checked")
     train_data, eval_data = prepare_rows(
-        config, tokenizer, say, pairs=isinstance(config, PreferenceSettings), stopped=stopped
+        config, tokenizer, log, pairs=isinstance(config, PreferenceSettings), stopped=stopped
     )
-    started, reference_started = _started(made, reference_folder, train_data, say)
-    row_plan = plan_rows(config, train_data, say, global_batch_size=config.global_batch_size, seed=config.seed)
+    started, reference_started = _started(made, reference_folder, train_data, log)
+    row_plan = plan_rows(config, train_data, log, global_batch_size=config.global_batch_size, seed=config.seed)
     setup = Setup(
         **vars(made),
         task=task,
@@ -229,12 +228,12 @@ def _build(config: TrainConfig, task: Task, say: Say, *, weights: bool, stopped:
     )
     learning_rate_schedule(config, setup.num_steps)  # a warm-up longer than the run is refused here
     check_profiled(config.profile_steps, setup.num_steps)
-    say(describe(setup))
+    log(describe(setup))
     return setup
 
 
 def _started(
-    made: ModelSetup, reference_folder: Path | None, data: PreparedData, say: Say
+    made: ModelSetup, reference_folder: Path | None, data: PreparedData, log: Log
 ) -> tuple[StartedRows | None, StartedRows | None]:
     """`started` and `reference_started` of a Setup; says what starts how. A folder without weights is passed over."""
     found: list[StartedRows | None] = []
@@ -258,7 +257,7 @@ def _started(
             whose=whose,
         )
         for line in start.lines:
-            say(line)
+            log(line)
         found.append(start.rows)
     return found[0], found[1]
 

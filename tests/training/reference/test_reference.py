@@ -93,7 +93,7 @@ class Place:
 
         with numerics(config):
             setup = build(config, lambda line: None)
-            found = settle_reference(setup, asked=asked, say=say, **({"needs_reference": True} | (options or {})))
+            found = settle_reference(setup, asked=asked, log=say, **({"needs_reference": True} | (options or {})))
         return Settled(found, lines, setup)
 
     def compute(self, **overrides: Any) -> tuple[Reference, list[str]]:

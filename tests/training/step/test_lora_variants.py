@@ -150,7 +150,7 @@ def test_a_reference_of_another_folder_is_that_model(setup_of: Setups, toy_model
     live = first_step(setup)
     with numerics(setup.config):
         kept = settle_reference(
-            setup, asked="auto", needs_reference=True, began_as="cached", stopped=lambda: False, say=lambda text: None
+            setup, asked="auto", needs_reference=True, began_as="cached", stopped=lambda: False, log=lambda text: None
         )
     assert kept.train is not None
 

@@ -164,6 +164,9 @@ BATCH_OPTIONS: dict[str, str] = {
 FOR_EVERY_LOSS = frozenset({"beta", "loss_weights", "rpo_alpha", "num_chosen_tokens"})
 """Options that go with every loss."""
 
+READ_SCORES: frozenset[str] = frozenset()
+"""Options for which the scores of a pair's two answers must be known."""
+
 FOR_THE_WHOLE_LIST = frozenset({"f_divergence_type", "ld_alpha", "use_weighting", "pair_weights"})
 """Options of the whole objective: every loss of a list must honour them. For the others, one loss is enough."""
 

@@ -117,6 +117,8 @@ class PreferenceBatch(NamedTuple):
       completion_mask: bool [b, 2, t], True on completion tokens (the mask at t speaks of the token at t).
       reference_logps: float32 [b, 2] summed or [b, 2, t] per token (the value at t is of the token at t), or None.
       weights: float32 [b], 1 for real pairs and 0 for padding pairs; None means all 1.
+      score_margins: float32 [b], by how much the chosen answer was scored higher than the rejected one, above 0 for
+        real pairs. Only for losses with an option that reads scores; None otherwise.
     """
 
     tokens: Array
@@ -124,6 +126,7 @@ class PreferenceBatch(NamedTuple):
     completion_mask: Array
     reference_logps: Array | None = None
     weights: Array | None = None
+    score_margins: Array | None = None
 
 
 class CompletionBatch(NamedTuple):
@@ -185,6 +188,8 @@ class PackedBatch(NamedTuple):
       pair_weight: float32 [k, m, p], 1 for items and 0 for padding.
       pair_row: int32 [k, m, p], the row of the data that an item is.
       logp_reference: float32 or float64 [k, m, c], the reference's log-prob of each scored token; None: not cached.
+      pair_score_margin: float32 [k, m, p], `PreferenceBatch.score_margins` of each pair, and 1 for padding; None: the
+        loss reads no scores.
     """
 
     tokens: Array
@@ -199,3 +204,4 @@ class PackedBatch(NamedTuple):
     pair_weight: Array
     pair_row: Array
     logp_reference: Array | None = None
+    pair_score_margin: Array | None = None

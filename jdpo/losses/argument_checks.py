@@ -35,9 +35,34 @@ def check_batch(batch: PreferenceBatch) -> None:
     for name in ("attention_mask", "completion_mask"):
         if (found := jnp.shape(getattr(batch, name))) != shape:
             raise ValueError(f"batch.{name} must have the shape {shape} of batch.tokens, found {found}")
-    if batch.weights is not None and jnp.shape(batch.weights) != shape[:1]:
+    for name in ("weights", "score_margins"):
+        values = getattr(batch, name)
+        if values is not None and jnp.shape(values) != shape[:1]:
+            raise ValueError(f"batch.{name} must be [b], one for each of {shape[0]} pairs, found {jnp.shape(values)}")
+
+
+def check_scores(score_margins: Array | None, weights: Array | None) -> None:
+    """Checks that score margins, float [b], are there and above 0 in every pair whose weight is not 0.
+
+    Args:
+      weights: float [b], or None for all 1.
+
+    Raises:
+      ValueError: naming the first pair of which this is not true.
+    """
+    if score_margins is None:
         raise ValueError(
-            f"batch.weights must be [b], one for each of {shape[0]} pairs, found {jnp.shape(batch.weights)}"
+            "the loss reads scores: expected score_margins, float [b], by how much each chosen answer was scored "
+            "higher than the rejected one"
+        )
+    values, pair_weights = values_of(score_margins), values_of(weights)
+    if values is None or (pair_weights is None and weights is not None):
+        return
+    bad = ~(values > 0) if pair_weights is None else ~(values > 0) & (pair_weights != 0)
+    if bad.any():
+        pair = int(np.flatnonzero(bad)[0])
+        raise ValueError(
+            f"score_margins must be above 0, found {values[pair]:g} for pair {pair}. Drop the pair, or give it weight 0"
         )
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from jdpo.losses.argument_checks import check_batch
+from jdpo.losses.argument_checks import check_batch, check_scores
 from jdpo.losses.logprobs import sequence_logps, shifted_token_logps, token_log_sum_sq
 from jdpo.losses.router import of_real_rows
 from jdpo.losses.settings import LossSettings
@@ -95,6 +95,7 @@ class PairFeatures(NamedTuple):
       pair_weights: float [b], WPO's weights, or None.
       weights: float [b], 0 on padding pairs.
       router: what the policy's router did with the real tokens of rows or sequences, of a model with experts.
+      score_margins: float [b], above 0, if the loss reads scores.
     """
 
     policy_logps: Array
@@ -105,6 +106,7 @@ class PairFeatures(NamedTuple):
     pair_weights: Array | None
     weights: Array
     router: RouterStats | None = None
+    score_margins: Array | None = None
 
 
 def pair_features(
@@ -136,8 +138,9 @@ def pair_features(
     if log_sum_sq is not None:
         aligned = sequence_logps(jax.lax.stop_gradient(token_logps - log_sum_sq), mask, reduction="mean")
         pair_weights = jnp.exp(aligned.sum(-1))
+    scores = _score_margins(batch.score_margins, weights, token_logps.dtype) if settings.needs_scores else None
     weights = weights.astype(token_logps.dtype)
-    return PairFeatures(*reduce(token_logps), *reference, lengths, pair_weights, weights, router)
+    return PairFeatures(*reduce(token_logps), *reference, lengths, pair_weights, weights, router, scores)
 
 
 def packed_features(
@@ -176,8 +179,18 @@ def packed_features(
     if log_sum_sq is not None:
         aligned = completion_sums(jax.lax.stop_gradient(policy - log_sum_sq), of_completion)
         pair_weights = jnp.exp((_pairs_first(aligned) / jnp.maximum(_pairs_first(lengths), 1)).sum(-1))
+    scores = None
+    if settings.needs_scores:
+        given_scores = None if batch.pair_score_margin is None else batch.pair_score_margin.reshape(-1)
+        scores = _score_margins(given_scores, batch.pair_weight.reshape(-1), policy.dtype)
     weights = batch.pair_weight.reshape(-1).astype(policy.dtype)
-    return PairFeatures(*reduce(policy), *reference, _pairs_first(lengths), pair_weights, weights, router)
+    return PairFeatures(*reduce(policy), *reference, _pairs_first(lengths), pair_weights, weights, router, scores)
+
+
+def _score_margins(given: Array | None, weights: Array, dtype: Any) -> Array:
+    """Checks score margins [b] where their values are known, and replaces those of padding pairs by 1."""
+    check_scores(given, weights)
+    return jnp.where(weights > 0, given, 1).astype(dtype)
 
 
 def _pairs_first(values_rpn: Array) -> Array:

@@ -89,6 +89,7 @@ def feature_losses(
         unweighted_policy=features.policy_logps,
         real=features.weights > 0,
         bco_delta=None if loss_state is None else loss_state.mean_reward.astype(dtype),
+        score_margins=features.score_margins,
     )
     terms = loss_terms(settings, inputs)
     if features.pair_weights is not None:
@@ -124,6 +125,7 @@ def loss_inputs(
     unweighted_policy: Array | None = None,
     real: Array | None = None,
     bco_delta: Array | None = None,
+    score_margins: Array | None = None,
 ) -> LossInputs:
     """What the losses read of [b, 2] arrays, sides last.
 
@@ -134,6 +136,7 @@ def loss_inputs(
       unweighted_policy: `policy` without ld_alpha; None: the same.
       real: bool [b], False on padding pairs.
       bco_delta: replaces the option of that name.
+      score_margins: float [b], above 0; None unless an option reads scores.
     """
     options = {**DEFAULTS, **settings.numbers}
     if bco_delta is not None:
@@ -158,6 +161,7 @@ def loss_inputs(
         chosen_nll=-sums[:, CHOSEN],
         mean_chosen_tokens=mean_chosen_tokens,
         real=real,
+        score_margins=score_margins,
         beta=settings.beta,
         options=options,
     )

@@ -38,6 +38,7 @@ class LossInputs(NamedTuple):
     chosen_nll: Array  # -l_w, every token at its full weight
     mean_chosen_tokens: Array  # scalar: chosen tokens of the global batch / its pairs
     real: Array  # bool [b], False on padding pairs; None: all are real
+    score_margins: Array  # by how much the chosen answer was scored higher; None without an option that reads scores
     beta: Array | float
     options: Mapping[str, Any]  # every number of jdpo.losses.settings.DEFAULTS
 

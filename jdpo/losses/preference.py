@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from jdpo.losses.argument_checks import check_lengths
+from jdpo.losses.argument_checks import check_lengths, check_scores
 from jdpo.losses.pair_losses import loss_inputs, loss_terms, rewards, sum_of_terms, token_share
 from jdpo.losses.settings import loss_settings
 
@@ -33,6 +33,7 @@ def preference_loss(
     label_smoothing: Array | float = 0.0,
     chosen_lengths: Array | None = None,
     rejected_lengths: Array | None = None,
+    score_margins: Array | None = None,
     **options: Any,
 ) -> PreferenceLoss:
     """Loss and implicit rewards of each pair, from summed completion log-probabilities.
@@ -49,6 +50,8 @@ def preference_loss(
       label_smoothing: e in [0, 0.5), the share of preferences taken as flipped.
       chosen_lengths, rejected_lengths: int [b], completion lengths in tokens, for losses that need them; at least 1
         in each pair whose pair_weights is not 0 (checked where the values are known, so not under jit).
+      score_margins: float [b], by how much the chosen answer was scored higher than the rejected one, for options that
+        read scores; above 0 in each pair whose pair_weights is not 0 (checked where the values are known).
       **options: by name
         loss_weights: one weight a loss, 1 each by default.
         f_divergence_type: reverse_kl (default), forward_kl, js_divergence, alpha_divergence; f-DPO, arXiv 2309.16240.
@@ -82,8 +85,11 @@ def preference_loss(
     if any(array is None for array in given):
         raise ValueError(f"loss_type {loss_type!r} needs the reference's log-probs of both sides")
     arrays = [jnp.asarray(array) for array in given]
-    _check_shapes(arrays, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths, **_weights_of(of_batch))
+    per_pair = {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths, "score_margins": score_margins}
+    _check_shapes(arrays, **per_pair, **_weights_of(of_batch))
     check_lengths(chosen_lengths, rejected_lengths, of_batch.get("pair_weights"))
+    if settings.needs_scores:
+        check_scores(score_margins, of_batch.get("pair_weights"))
     dtype = jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
     policy = jnp.stack([array.astype(dtype) for array in arrays[:2]], axis=-1)
     reference = jnp.stack([array.astype(dtype) for array in arrays[2:]], axis=-1) if len(arrays) > 2 else None
@@ -98,7 +104,10 @@ def preference_loss(
         if num_tokens is None:
             raise ValueError(f"a mean over tokens needs num_chosen_tokens or chosen_lengths (loss_type {loss_type!r})")
         mean_chosen_tokens = token_share(num_tokens, policy.shape[0], dtype)
-    inputs = loss_inputs(settings, policy, reference, lengths, mean_chosen_tokens=mean_chosen_tokens)
+    scores = jnp.asarray(score_margins, dtype) if settings.needs_scores else None
+    inputs = loss_inputs(
+        settings, policy, reference, lengths, mean_chosen_tokens=mean_chosen_tokens, score_margins=scores
+    )
     losses = sum_of_terms(settings, loss_terms(settings, inputs))
     if "pair_weights" in of_batch:
         losses = losses * of_batch["pair_weights"]

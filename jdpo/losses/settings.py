@@ -21,6 +21,7 @@ from jdpo.loss_specs import (
     LOSS_WEIGHT,
     LOSSES,
     OPTIONS,
+    READ_SCORES,
     LossSpec,
     Option,
 )
@@ -103,6 +104,11 @@ class LossSettings:
     def needs_lengths(self) -> bool:
         """True if a loss reads completion lengths."""
         return any("lengths" in spec.needs for spec in self.specs)
+
+    @property
+    def needs_scores(self) -> bool:
+        """True if an option reads the scores of the two answers."""
+        return not READ_SCORES.isdisjoint(self.numbers)
 
     @property
     def terms(self) -> tuple[str, ...]:

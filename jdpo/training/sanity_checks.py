@@ -72,8 +72,13 @@ def check_start(
 
 
 def start_loss(loss: LossSettings) -> float | None:
-    """The loss where policy and reference are equal, or None where it depends on more: no reference, NLL, WPO."""
-    if loss.token_mean or loss.use_weighting or not all("reference" in spec.needs for spec in loss.specs):
+    """Returns the loss where policy and reference are equal, or None if it depends on more: NLL, WPO, scores."""
+    if (
+        loss.token_mean
+        or loss.use_weighting
+        or loss.needs_scores
+        or not all("reference" in spec.needs for spec in loss.specs)
+    ):
         return None
     return _loss_at(loss, np.zeros((1, 2)))
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jdpo.losses import dpo_loss, make_dpo_loss, preference_loss
+from jdpo.losses.argument_checks import check_batch, check_scores
 from jdpo.types import PreferenceBatch
 
 PARAMS = {"head": np.linspace(-1, 1, 8 * 8).reshape(8, 8).astype(np.float32)}
@@ -112,3 +113,19 @@ def test_a_length_of_0_in_a_pair_of_weight_0_is_nothing() -> None:
     np.testing.assert_allclose(losses, [0, np.log(2)], rtol=1e-6)
     with pytest.raises(ValueError, match="the chosen side of pair 0"):
         preference_loss(*logps, pair_weights=np.array([1.0, 0.0]), **lengths)
+
+
+def test_scores_are_named_where_they_cannot_be_used() -> None:
+    check_scores(np.array([0.5, 2.0]), None)
+    check_scores(np.array([0.5, -1.0, np.nan]), np.array([1.0, 0.0, 0.0]))
+    with pytest.raises(ValueError, match="expected score_margins"):
+        check_scores(None, None)
+    for value in (0.0, -0.5, np.nan):
+        with pytest.raises(ValueError, match=f"found {value:g} for pair 1"):
+            check_scores(np.array([1.0, value]), np.array([1.0, 2.0]))
+    jax.jit(lambda scores: check_scores(scores, None))(jnp.zeros(2))  # no value to see
+
+
+def test_scores_of_another_shape_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"score_margins must be \[b\], one for each of 4 pairs, found \(3,\)"):
+        check_batch(batch_of(score_margins=np.ones(3)))

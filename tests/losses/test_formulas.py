@@ -66,18 +66,20 @@ def pairs(seed: int, num_pairs: int = 12, scale: float = 1.5) -> dict[str, np.nd
         "reference_rejected_logps": reference[1],
         "chosen_lengths": lengths[0],
         "rejected_lengths": lengths[1],
+        "score_margins": rng.uniform(0.2, 4, num_pairs),
     }
 
 
 def notation(x: dict[str, np.ndarray], **options: Any) -> dict[str, Any]:
     """The names of the formulas, with their values."""
-    l_w, l_l, r_w, r_l, n_w, n_l = x.values()
+    l_w, l_l, r_w, r_l, n_w, n_l, g = x.values()
     names = {"l_w": l_w, "l_l": l_l, "r_w": r_w, "r_l": r_l, "n_w": n_w, "n_l": n_l, "N": n_w.mean(), "beta": BETA}
     names |= {"m_w": l_w / n_w, "m_l": l_l / n_l, "e": options.get("label_smoothing", 0.0)}
     names |= FUNCTIONS | DEFAULTS | {"beta": BETA} | options
     score = F_DIVERGENCES[options.get("f_divergence_type", "reverse_kl")]
     a, b = (evaluate(score, names | {"r": ratio}) for ratio in (l_w - r_w, l_l - r_l))
-    return names | {"a": a, "b": b, "D": a - b, "z": BETA * (a - b)}
+    o = options.get("margin_gamma", 0.0) * np.log(g)
+    return names | {"a": a, "b": b, "D": a - b, "g": g, "o": o, "z": BETA * (a - b) - o}
 
 
 def plain(name: str, x: dict[str, np.ndarray], **options: Any) -> np.ndarray:

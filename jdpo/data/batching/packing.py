@@ -34,6 +34,7 @@ def pack(
     plan: StepPlan,
     *,
     reference_logps: Sequence[tuple[np.ndarray, ...]] | None = None,
+    score_margins: np.ndarray | None = None,
 ) -> PackedBatch:
     """Packs the items of a step.
 
@@ -42,6 +43,7 @@ def pack(
       indices: int [b], their row numbers in the data.
       plan: the bin of each item, and the shape of the batch; see `PackingPlan.step`.
       reference_logps: for each item, the log-probs of the completion tokens of each side, from a `ReferenceCache`.
+      score_margins: float [b], for losses that read scores.
 
     Returns:
       Numpy arrays. The items of a row keep their order.
@@ -52,21 +54,29 @@ def pack(
     order = np.argsort(bins.bin_of, kind="stable")
     layout = _layout([rows[i] for i in order], bins.bin_of[order])
     reference = None if reference_logps is None else [reference_logps[i] for i in order]
+
+    def of_items(dtype: Any, values: Any, padding: int = 0) -> np.ndarray:
+        return _filled(shape, (shape.num_items,), dtype, (layout.bin_b, layout.local_b), values, padding)
+
     return PackedBatch(
         **_slot_arrays(layout, shape),
         **_sequence_arrays(layout, shape),
         **_scored_arrays(layout, shape, reference),
-        pair_weight=_filled(shape, (shape.num_items,), np.float32, (layout.bin_b, layout.local_b), 1),
-        pair_row=_filled(shape, (shape.num_items,), np.int32, (layout.bin_b, layout.local_b), indices[order]),
+        pair_weight=of_items(np.float32, 1),
+        pair_row=of_items(np.int32, indices[order]),
+        pair_score_margin=None if score_margins is None else of_items(np.float32, score_margins[order], padding=1),
     )
 
 
-def unused(shape: PackedShape, *, num_sides: int, reference_dtype: Any = None) -> PackedBatch:
+def unused(
+    shape: PackedShape, *, num_sides: int, reference_dtype: Any = None, with_scores: bool = False
+) -> PackedBatch:
     """Returns a batch of zeros with the shapes and dtypes that `pack` gives for a shape. It takes no memory.
 
     Args:
       num_sides: n.
       reference_dtype: dtype of cached log-probs; None: the batch has none.
+      with_scores: True if score margins travel with the batch.
     """
     num_sequences = num_sides * shape.num_items
     axes: dict[str, tuple[int, ...]] = {
@@ -85,6 +95,8 @@ def unused(shape: PackedShape, *, num_sides: int, reference_dtype: Any = None) -
     dtypes: dict[str, Any] = dict.fromkeys(axes, np.int32) | {"pair_weight": np.float32}
     if reference_dtype is not None:
         axes["logp_reference"], dtypes["logp_reference"] = (shape.num_scored,), reference_dtype
+    if with_scores:
+        axes["pair_score_margin"], dtypes["pair_score_margin"] = (shape.num_items,), np.float32
     leading = (shape.num_micro, shape.num_rows)
     return PackedBatch(
         **{name: np.broadcast_to(np.zeros((), dtypes[name]), leading + own) for name, own in axes.items()}

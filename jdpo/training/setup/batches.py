@@ -79,6 +79,7 @@ class PaddedBatches:
           cache: the reference's log-probs of `data`, to travel with the batch.
         """
         self._task, self._data, self._cache = task, data, cache
+        self._scores = score_margins(data) if task.reads_scores else None
         self._max_length, self._pad_token_id, self._num_shards = max_length, pad_token_id, num_shards
         self._lengths = sorted({self._length(indices) for indices in steps})
         self.layout = batch_layout(
@@ -125,6 +126,10 @@ class PaddedBatches:
         if self._cache is not None:
             logps = reference_logps_of(self._cache, rows, indices, num_slots=layout.num_slots, length=length)
             flat = flat._replace(reference_logps=logps)
+        if self._scores is not None:
+            margins = np.ones(layout.num_slots, np.float32)
+            margins[: len(indices)] = self._scores[indices]
+            flat = flat._replace(score_margins=margins)
         return jax.tree.map(lambda array: array.reshape(*layout, *array.shape[1:]), flat)
 
 
@@ -151,6 +156,7 @@ class PackedBatches:
           cache: the reference's log-probs of `data`, to travel with the batch.
         """
         self._task, self._data, self._cache, self._num_shards = task, data, cache, num_shards
+        self._scores = score_margins(data) if task.reads_scores else None
         self.plan: PackingPlan = plan_run(
             data.sizes(),
             steps,
@@ -166,7 +172,8 @@ class PackedBatches:
         if self._cache is not None:
             reference = [self._cache.row(int(index), row) for index, row in zip(indices, rows, strict=True)]
         step = self.plan.step(indices)
-        batch = pack(rows, indices, step, reference_logps=reference)
+        scores = None if self._scores is None else self._scores[indices]
+        batch = pack(rows, indices, step, reference_logps=reference, score_margins=scores)
         real = np.flatnonzero(batch.pair_weight.reshape(-1))
         in_batch = batch.pair_row.reshape(-1)[real]
         at = real[np.argsort(in_batch)][np.argsort(np.argsort(indices))]
@@ -192,10 +199,30 @@ class PackedBatches:
 
     def _unused(self, shape: PackedShape) -> Batch:
         dtype = None if self._cache is None else self._cache.dtype
-        return unused(shape, num_sides=self.plan.sizes.num_sides, reference_dtype=dtype)
+        num_sides, with_scores = self.plan.sizes.num_sides, self._scores is not None
+        return unused(shape, num_sides=num_sides, reference_dtype=dtype, with_scores=with_scores)
 
 
 Batches = PaddedBatches | PackedBatches
+
+
+def score_margins(data: PreparedData) -> np.ndarray:
+    """Returns by how much the chosen answer of each row was scored higher than the rejected one, float32 [rows].
+
+    Raises:
+      ValueError: naming the first row without scores, or whose chosen answer is not scored higher.
+    """
+    bad = np.flatnonzero(~(data.margins > 0))  # NaN, where there are no scores, is not above 0
+    if bad.size == 0:
+        return data.margins
+    first = int(bad[0])
+    margin = float(data.margins[first])
+    found = "no scores" if np.isnan(margin) else f"a score difference of {margin:g}"
+    raise ValueError(
+        f"{data[first].origin}: margin_gamma needs pairs whose chosen answer is scored higher than the rejected one, "
+        f"but this row has {found} ({bad.size:,} of {len(data):,} rows cannot be used). Name the columns score_chosen "
+        "and score_rejected in column_map, drop pairs of equal scores with min_margin, or leave margin_gamma out"
+    )
 
 
 def make_batches(

@@ -45,6 +45,11 @@ class Task:
         """True if the loss compares with a reference."""
         return self.loss is not None and self.loss.needs_reference
 
+    @property
+    def reads_scores(self) -> bool:
+        """True if the loss reads the scores of a pair's two answers."""
+        return self.loss is not None and self.loss.needs_scores
+
     def objective(
         self,
         model: Transformer,

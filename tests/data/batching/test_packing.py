@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jdpo.data.batching.loader import collate_completions, collate_pairs
-from jdpo.data.batching.packing import pack
+from jdpo.data.batching.packing import pack, unused
 from jdpo.data.batching.packing_plan import PackingPlan, StepPlan, item_sizes, plan_run, plan_step
 from jdpo.data.batching.packing_shapes import PackedShape
 from jdpo.losses.pair_logps import predicted_tokens
@@ -71,7 +71,7 @@ def test_worked_example() -> None:
     shape = PackedShape(num_micro=1, num_rows=1, num_items=2, num_slots=8, length=4, num_scored=4)
     bins = plan_step(np.array([5]), num_rows=1, max_slots=8)
     reference = [(np.array([-0.5, -1.5], np.float32), np.array([-2.5], np.float32))]
-    batch = pack([pair], np.array([3]), StepPlan(bins, shape), reference_logps=reference)
+    batch = pack([pair], np.array([3]), StepPlan(bins, shape), reference_logps=reference, score_margins=np.array([2.5]))
     none = 4 * 4
     assert {name: getattr(batch, name)[0, 0].tolist() for name in PackedBatch._fields if name != "gather"} == {
         "tokens": [5, 6, 7, 2, 8, 0, 0, 0],
@@ -85,6 +85,7 @@ def test_worked_example() -> None:
         "pair_weight": [1, 0],
         "pair_row": [3, 0],
         "logp_reference": [-0.5, -1.5, -2.5, 0],
+        "pair_score_margin": [2.5, 1],
     }
     assert batch.gather[0, 0, :2].tolist() == [[0, 1, 2, 3], [0, 1, 4, 5]]
     assert padding_of(batch) == pytest.approx((3 / 8, 9 / 16, 1 / 4))
@@ -180,6 +181,23 @@ def test_a_step_of_a_larger_shape_leaves_the_rest_empty() -> None:
     np.testing.assert_array_equal(
         unpack(batch)[7][1].tokens, np.concatenate([pairs[0].prompt_ids, pairs[0].rejected_ids])
     )
+
+
+def test_scores_stay_with_their_pairs_and_padding_holds_1() -> None:
+    pairs = random_pairs([(2, 3, 4), (5, 1, 2), (1, 6, 1)], seed=0)
+    _, step = plan_of(pairs, num_shards=2, max_tokens_per_device=64)
+    batch = pack(pairs, np.arange(3), step, score_margins=np.array([0.5, 2.0, 3.0]))
+    scores, rows, real = (
+        values.reshape(-1) for values in (batch.pair_score_margin, batch.pair_row, batch.pair_weight == 1)
+    )
+    np.testing.assert_array_equal(scores[real][np.argsort(rows[real])], [0.5, 2.0, 3.0])
+    assert (scores[~real] == 1).all()
+    assert pack(pairs, np.arange(3), step).pair_score_margin is None
+    for with_scores in (False, True):
+        empty = unused(step.shape, num_sides=2, with_scores=with_scores)
+        assert (empty.pair_score_margin is not None) == with_scores
+    assert empty.pair_score_margin.shape == batch.pair_score_margin.shape
+    assert empty.pair_score_margin.dtype == batch.pair_score_margin.dtype
 
 
 def test_a_reference_of_other_lengths_is_refused() -> None:

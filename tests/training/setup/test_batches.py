@@ -15,9 +15,17 @@ from jdpo.data.batching.packing_shapes import PackedShape
 from jdpo.data.prepared.prepare import PreparedData
 from jdpo.data.tokens.tokenizer import load_tokenizer
 from jdpo.training.fit.compilation import shapes_of
-from jdpo.training.setup.batches import BatchLayout, PackedBatches, PaddedBatches, batch_layout, demanding_shapes
+from jdpo.training.setup.batches import (
+    BatchLayout,
+    PackedBatches,
+    PaddedBatches,
+    batch_layout,
+    demanding_shapes,
+    score_margins,
+)
 from jdpo.training.setup.row_order import preparation_of
 from jdpo.training.setup.tasks import Task, task_for
+from tests.conftest import write_jsonl
 
 Words = Callable[..., list[str]]
 MAX_TOKENS = 16384
@@ -152,6 +160,34 @@ def test_the_shapes_are_known_before_any_batch_is_made(run_words: Words, packing
     widest = max(batches.make(indices).batch.tokens[0].size for indices in steps)
     assert batches.tokens_per_device == widest // (2 if packing else 1)
     assert batches.shapes()[-1].tokens[0].size == widest, "the largest comes last"
+
+
+def scored_rows(tmp_path: Path, *scores: tuple[float, float] | None) -> Path:
+    """A file of pairs with these scores of (chosen, rejected); None: no scores."""
+    rows: list[dict[str, Any]] = []
+    for index, of_pair in enumerate(scores):
+        row: dict[str, Any] = {"prompt": f"river {index}", "chosen": "green paper", "rejected": "slow market"}
+        if of_pair is not None:
+            row |= dict(zip(("score_chosen", "score_rejected"), of_pair, strict=True))
+        rows.append(row)
+    write_jsonl(tmp_path / "scored.jsonl", rows)
+    return tmp_path / "scored.jsonl"
+
+
+def test_score_margins_are_those_of_the_file(run_words: Words, tmp_path: Path) -> None:
+    path = scored_rows(tmp_path, (4, 1.5), (1, 0.5))
+    _, data = prepared(load_config(DPOConfig, None, run_words(datasets=path)))
+    np.testing.assert_array_equal(score_margins(data), np.float32([2.5, 0.5]))
+
+
+@pytest.mark.parametrize(
+    ("second", "found"), [(None, "no scores"), ((1, 1), "difference of 0"), ((1, 3), "difference of -2")], ids=str
+)
+def test_a_row_whose_scores_cannot_be_used_is_named(run_words: Words, tmp_path: Path, second: Any, found: str) -> None:
+    path = scored_rows(tmp_path, (4, 1), second, (3, 1))
+    _, data = prepared(load_config(DPOConfig, None, run_words(datasets=path)))
+    with pytest.raises(ValueError, match=rf"scored.jsonl:2: .* {found} \(1 of 3 rows"):
+        score_margins(data)
 
 
 def test_options_a_loss_cannot_honour_are_refused(run_words: Words) -> None:

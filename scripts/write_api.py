@@ -14,8 +14,10 @@ from typing import Any
 
 import jdpo
 from jdpo.config import DPOConfig, SFTConfig
+from jdpo.config.groups import PreferenceSettings
 from jdpo.config.key_specs import REQUIRED, KeySpec, as_yaml, key_specs
 from jdpo.config.value_types import Settings
+from jdpo.loss_specs import OPTIONS
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "api.md"
 
@@ -60,8 +62,7 @@ def entry(module: str, name: str, value: Any) -> str:
     """Returns the heading, signature and description of a name."""
     heading = f"### `{module}.{name}`\n"
     if isinstance(value, dict):
-        names = ", ".join(f"`{key}`" for key in value)
-        return f"{heading}\nMaps the name of each loss to its `LossSpec`: {names}.\n"
+        return f"{heading}\nMaps the name of each loss ([list](losses.md#what-each-one-is)) to its `LossSpec`.\n"
     if isinstance(value, type) and issubclass(value, Settings):
         first, _, _ = (value.__doc__ or "").partition("\n")
         return f"{heading}\n{first}\n\n{_keys(value)}"
@@ -70,7 +71,8 @@ def entry(module: str, name: str, value: Any) -> str:
 
 def _keys(cls: type[Settings]) -> str:
     """Returns the keys of a class of settings as tables, one for each group; `SFTConfig` refers to `DPOConfig`."""
-    specs = [spec for spec in key_specs(cls) if "." not in spec.name]
+    # Losses and their options have tables of their own, so that a new one changes one page.
+    specs = [spec for spec in key_specs(cls) if "." not in spec.name and spec.name not in OPTIONS]
     if cls is SFTConfig:
         common = {spec.name: spec for spec in key_specs(DPOConfig)}
         own = [spec for spec in specs if spec != common.get(spec.name)]
@@ -83,13 +85,17 @@ def _keys(cls: type[Settings]) -> str:
     if len({spec.heading for spec in specs}) == 1:
         return _table(specs)
     headings = dict.fromkeys(spec.heading for spec in specs)
-    return "\n".join(f"**{one}**\n\n{_table([spec for spec in specs if spec.heading == one])}" for one in headings)
+    tables = {one: f"**{one}**\n\n{_table([spec for spec in specs if spec.heading == one])}" for one in headings}
+    if (preference := PreferenceSettings.heading) in tables:
+        tables[preference] += "\n`beta` and the options of the losses: [Options](losses.md#options-that-compose).\n"
+    return "\n".join(tables.values())
 
 
 def _table(specs: list[KeySpec]) -> str:
     lines = ["| key | value | default | |", "| --- | --- | --- | --- |"]
     for spec in specs:
         value = ", ".join(spec.choices) if spec.choices else spec.group.__name__ if spec.group else spec.kind
+        value = "one or a list of [the losses](losses.md#what-each-one-is)" if spec.name == "loss_type" else value
         value += f", {spec.bounds}" if spec.bounds else ""
         value += " or null" if spec.nullable else ""
         default = "required" if spec.default is REQUIRED else f"`{as_yaml(spec.default)}`"

@@ -15,7 +15,9 @@ Notation of the formulas (the log-probabilities are natural logarithms, summed o
     N           chosen completion tokens of the global batch / its pairs
     s, ls       sigmoid, log-sigmoid
     e           label_smoothing
-    z           beta D, the margin
+    g           score of the chosen completion minus that of the rejected one, as the rows have them
+    o           margin_gamma log(g), the offset; 0 without margin_gamma
+    z           beta D - o, the margin; beta D for losses that cannot honour margin_gamma
 
 A space multiplies, and `formula, x = meaning` defines x. The tests evaluate the formulas in float64.
 """
@@ -70,6 +72,12 @@ class LossOptions:
     beta: float = _number(0.1, "Strength of the pull towards the reference: the higher, the closer it stays.", gt=0)
     label_smoothing: float = _number(
         0.0, "Assumed probability that a preference label is flipped.", example="0.1", ge=0, lt=0.5
+    )
+    margin_gamma: float = _number(
+        0.0,
+        "Weight of the log of a pair's score difference, an offset that the margin has to exceed (ODPO); 0: no offset.",
+        example="0.5",
+        ge=0,
     )
     f_divergence_type: FDivergence = _other(
         "reverse_kl", "Divergence between policy and reference that the loss penalizes."
@@ -164,7 +172,7 @@ BATCH_OPTIONS: dict[str, str] = {
 FOR_EVERY_LOSS = frozenset({"beta", "loss_weights", "rpo_alpha", "num_chosen_tokens"})
 """Options that go with every loss."""
 
-READ_SCORES: frozenset[str] = frozenset()
+READ_SCORES = frozenset({"margin_gamma"})
 """Options for which the scores of a pair's two answers must be known."""
 
 FOR_THE_WHOLE_LIST = frozenset({"f_divergence_type", "ld_alpha", "use_weighting", "pair_weights"})
@@ -174,10 +182,11 @@ INDIFFERENT_LOSSES = frozenset({"sft"})
 """Losses that read no preference, and may stand in a list next to losses that honour such an option."""
 
 SMOOTHING = ("label_smoothing",)
+OFFSET = ("margin_gamma",)
 DIVERGENCE = ("f_divergence_type", "f_alpha_divergence_coef")
 TAIL = ("ld_alpha",)
 WEIGHTING = ("use_weighting", "pair_weights")
-SHARED_OPTIONS = (SMOOTHING, DIVERGENCE, TAIL, WEIGHTING)
+SHARED_OPTIONS = (SMOOTHING, OFFSET, DIVERGENCE, TAIL, WEIGHTING)
 """Groups of options that many losses honour."""
 
 
@@ -231,7 +240,7 @@ LOSSES: dict[str, LossSpec] = {
     "sigmoid": LossSpec(
         formula="-(1-e) ls(z) - e ls(-z)",
         source="DPO, arXiv 2305.18290, eq. 7; cDPO where e > 0",
-        options=SMOOTHING + DIVERGENCE + TAIL + WEIGHTING,
+        options=SMOOTHING + OFFSET + DIVERGENCE + TAIL + WEIGHTING,
         use="the place to start: the best understood, with few ways to fail",
         push="beta ((1-e) s(-z) - e s(z))",
         kind="difference",
@@ -241,7 +250,7 @@ LOSSES: dict[str, LossSpec] = {
     "robust": LossSpec(
         formula="[-(1-e) ls(z) + e ls(-z)] / (1-2e)",
         source="robust DPO, arXiv 2403.00409",
-        options=SMOOTHING + DIVERGENCE + TAIL + WEIGHTING,
+        options=SMOOTHING + OFFSET + DIVERGENCE + TAIL + WEIGHTING,
         use="you know roughly which share e of the labels is wrong",
         push="beta ((1-e) s(-z) + e s(z)) / (1-2e)",
         kind="difference",
@@ -374,11 +383,11 @@ LOSSES: dict[str, LossSpec] = {
         start="(1 + ln 2)/2 = 0.8466",
     ),
     "sigmoid_norm": LossSpec(
-        formula="-ls(beta (a/n_w - b/n_l))",
+        formula="-ls(beta (a/n_w - b/n_l) - o)",
         source="length-normalised DPO, Tulu 3, arXiv 2411.15124",
-        options=DIVERGENCE + TAIL + WEIGHTING,
+        options=OFFSET + DIVERGENCE + TAIL + WEIGHTING,
         use="answers grow longer under `sigmoid`; needs a larger beta (5)",
-        push="beta s(-beta (a/n_w - b/n_l)) / n_w",
+        push="beta s(o - beta (a/n_w - b/n_l)) / n_w",
         kind="difference per token",
         keeps_chosen="no",
         needs=("reference", "lengths"),

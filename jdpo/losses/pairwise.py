@@ -47,6 +47,12 @@ class LossInputs(NamedTuple):
         """beta D."""
         return self.beta * (self.chosen_scores - self.rejected_scores)
 
+    def less_offset(self, margin: Array) -> Array:
+        """margin - o, the offset of ODPO (arXiv 2402.10571): margin_gamma times the log of the score difference."""
+        if self.score_margins is None:  # no subtraction of 0, so that programs without scores stay what they are
+            return margin
+        return margin - self.options["margin_gamma"] * jnp.log(self.score_margins)
+
     @property
     def smoothing(self) -> Array | float:
         """e."""
@@ -73,7 +79,7 @@ def sigmoid(x: LossInputs) -> Array:
 
     At beta = 0.1, a = 3, b = -1: D = 4, -ls(0.4) = 0.513015.
     """
-    return smoothed(x.margin, x.smoothing)
+    return smoothed(x.less_offset(x.margin), x.smoothing)
 
 
 def robust(x: LossInputs) -> Array:
@@ -81,7 +87,8 @@ def robust(x: LossInputs) -> Array:
 
     At beta = 0.1, D = 4, e = 0.1: (0.9 * 0.513015 - 0.1 * 0.913015) / 0.8 = 0.463015.
     """
-    clean, flipped = -jax.nn.log_sigmoid(x.margin), -jax.nn.log_sigmoid(-x.margin)
+    margin = x.less_offset(x.margin)
+    clean, flipped = -jax.nn.log_sigmoid(margin), -jax.nn.log_sigmoid(-margin)
     return ((1 - x.smoothing) * clean - x.smoothing * flipped) / (1 - 2 * x.smoothing)
 
 
@@ -116,7 +123,7 @@ def sigmoid_norm(x: LossInputs) -> Array:
     At beta = 5, a = 3, n_w = 3, b = -1, n_l = 2: -ls(7.5) = 0.000553.
     """
     gap = per_token(x.chosen_scores, x.chosen_lengths) - per_token(x.rejected_scores, x.rejected_lengths)
-    return -jax.nn.log_sigmoid(x.beta * gap)
+    return -jax.nn.log_sigmoid(x.less_offset(x.beta * gap))
 
 
 def exo_pair(x: LossInputs) -> Array:

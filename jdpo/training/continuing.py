@@ -1,4 +1,4 @@
-"""The checkpoint that a start continues from, and what it must agree with before anything is loaded."""
+"""The checkpoint that a run continues from, checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def find_newest(setup: Setup, directory: RunDirectory) -> int | None:
     Every process must call this. Damaged checkpoints are set aside, see `settle_steps`.
 
     Returns:
-      its step; None: the run starts at step 0.
+      its step, or None if the run starts at step 0.
 
     Raises:
-      ValueError: a folder of the checkpoints holds another step than its name says, or belongs to another run.
-      OSError: there are checkpoints, and all of them are damaged.
+      ValueError: a checkpoint is of another step than the name of its folder, or of another run.
+      OSError: there are checkpoints, but all of them are damaged.
     """
     newest = agree_on(lambda: _newest_on_disk(directory, setup.num_steps))
     if newest is not None:

@@ -1,4 +1,4 @@
-"""What a run would be, from everything but its weights."""
+"""The plan of a run and its memory per device, without loading weights."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from jdpo.words import memory
 
 
 def dry_run(config: TrainConfig, log: Log) -> None:
-    """Checks all that a run checks before it loads weights, and says what it would be.
+    """Checks everything that a run checks before it loads weights, and logs its plan and its memory per device.
 
     Args:
       log: takes lines for the user.
 
     Raises:
-      ValueError: anything that does not fit.
+      ValueError: bad input.
     """
     leave_out_missing_tpus()
     config = resolve_dtype(config)
@@ -32,23 +32,23 @@ def dry_run(config: TrainConfig, log: Log) -> None:
         check_output_dir(config)
         setup = build(config, log, weights=False)
         live = setup.task.uses_reference and isinstance(config, ReferenceSettings) and config.reference == "live"
-        mode: Mode = "live" if live else "none"  # auto and cached compute a reference's log-probs before they train
+        mode: Mode = "live" if live else "none"  # auto and cached free the reference before the run trains
         remat = "none" if config.remat == "auto" else config.remat
         log(describe_kept(assemble(setup, reference=mode, remat=remat)))
 
 
 def describe_kept(assembly: Assembly) -> str:
-    """What lies on a device from the first step to the last, beside activations and batches, in a line."""
+    """Describes in a line what each device keeps from the first step to the last, without activations and batches."""
     parts = {
-        "weights that are trained": bytes_a_device(assembly.state.params),
-        "state of the optimizer": bytes_a_device(assembly.state.opt_state),
-        "frozen weights": bytes_a_device((assembly.frozen, assembly.state.reference_params)),
-        "gradients": bytes_a_device(assembly.state.params),
+        "weights that are trained": bytes_per_device(assembly.state.params),
+        "state of the optimizer": bytes_per_device(assembly.state.opt_state),
+        "frozen weights": bytes_per_device((assembly.frozen, assembly.state.reference_params)),
+        "gradients": bytes_per_device(assembly.state.params),
     }
     listed = ", ".join(f"{memory(size)} {name}" for name, size in parts.items() if size)
     return f"kept on each device: {memory(sum(parts.values()))} ({listed}), besides activations"
 
 
-def bytes_a_device(tree: Any) -> int:
-    """Bytes that the leaves, of a shape, a dtype and a sharding, take on the device that has most of them."""
+def bytes_per_device(tree: Any) -> int:
+    """Returns the bytes that a tree of shapes with shardings takes on the device that holds the most of it."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -1,4 +1,4 @@
-"""A checkpoint of a run -> a Hugging Face model folder, whether the run has ended or not."""
+"""Exports a checkpoint of a run as a Hugging Face model folder, whether the run has ended or not."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jdpo.config import CONFIGS, MemorySettings, MeshConfig, defaults_of, load_c
 from jdpo.json_files import read_json
 from jdpo.models.lora.targets import require_loadable
 from jdpo.reports.metrics_file import read_metrics
-from jdpo.training.finish import export_trained, made_from, results_at
+from jdpo.training.finish import export_trained, results_at, source_folders
 from jdpo.training.run_dir import STARTED_IN
 from jdpo.training.sanity_checks import check_base
 from jdpo.training.setup.folder_digests import folder_digest
@@ -44,14 +44,14 @@ class Checkpoint(NamedTuple):
 
 
 def find_checkpoint(path: Path, step: int | None = None) -> Checkpoint:
-    """The checkpoint that a path means.
+    """Finds the checkpoint that a path names.
 
     Args:
       path: a run's folder, or the folder of one of its steps.
-      step: which one of a run; None: its newest.
+      step: a step of the run; None: its newest.
 
     Raises:
-      ValueError: neither is there, or no such step.
+      ValueError: there is no such run or step.
     """
     path = path.expanduser().absolute()
     if path.parent.name == "checkpoints" and path.name.isdigit() and (path.parents[1] / "run.json").is_file():
@@ -65,7 +65,7 @@ def find_checkpoint(path: Path, step: int | None = None) -> Checkpoint:
                 "rename it to its step"
             )
         raise ValueError(
-            f"{path} is no checkpoint: expected the output_dir of a run, or a folder checkpoints/STEP in one"
+            f"{path} is not a checkpoint: expected the output_dir of a run, or a folder checkpoints/STEP in one"
         )
     folder = path / "checkpoints"
     steps = complete_steps(folder)
@@ -95,7 +95,7 @@ def export_checkpoint(
     merge_adapters: bool | None = None,
     log: Callable[[str], None],
 ) -> None:
-    """Writes the model, or the adapter, of a checkpoint as the run itself would at its end; the run is only read.
+    """Writes the model, or the adapters, of a checkpoint as the run itself would at its end; the run is only read.
 
     Args:
       export_dtype, max_shard_size: None: as the run's config says.
@@ -103,8 +103,8 @@ def export_checkpoint(
       log: takes lines for the user.
 
     Raises:
-      ValueError: a file of the checkpoint is not what was written, the model that the run started from is not there
-        any more, or whatever an export refuses.
+      ValueError: a file of the checkpoint is damaged, the model that the run started from is gone, or the export is
+        refused.
     """
     check_out(out, [checkpoint.run / "checkpoints"])
     if (fault := fault_of(checkpoint.folder)) is not None:
@@ -128,7 +128,7 @@ def export_checkpoint(
         elif not merging:
             _refuse_layout(given)
             require_loadable(setup.adaptation.sites, setup.adaptation.lora.sites)
-        check_out(out, made_from(setup))
+        check_out(out, source_folders(setup))
         log(f"exporting step {checkpoint.step} of {checkpoint.run} to {out}")
         lines = read_metrics(metrics)
         if not any(line["step"] <= checkpoint.step for line in lines):
@@ -144,7 +144,7 @@ def export_checkpoint(
             load_base(setup) if merging else None,
             out,
             command=state["command"],
-            rows=state.get("rows") or "The run did not write down what its rows were.",
+            rows=state.get("rows") or "The run did not record its rows.",
             results=results_at(lines, checkpoint.step),
             merge_adapters=merging,
             kept=[checkpoint.run / "checkpoints"],
@@ -152,7 +152,7 @@ def export_checkpoint(
 
 
 def _state_of(run: Path) -> dict[str, Any]:
-    """run.json of a run."""
+    """The content of a run's run.json."""
     path = run / "run.json"
     state = read_json(path)
     if state.get("command") not in CONFIGS or not isinstance(state.get("inputs"), dict):
@@ -161,15 +161,17 @@ def _state_of(run: Path) -> dict[str, Any]:
 
 
 def _in_folder(started_in: str | None) -> contextlib.AbstractContextManager[None]:
-    """Within it, relative paths of a run's config mean what they meant there, where that folder is still there."""
+    """While entered, relative paths of a run's config are relative to where it was started, if that folder exists."""
     if started_in is None or not Path(started_in).is_dir():
         return contextlib.nullcontext()
     return contextlib.chdir(started_in)
 
 
 def _check_model(inputs: Mapping[str, str], setup: ModelSetup, run: Path) -> None:
-    """Refuses another model than the run started from, such as a hub's of the same name; `check_base` has those under
-    adapters."""
+    """Refuses another model than the run started from, such as a newer one of the same name on the hub.
+
+    `check_base` does so for the base of adapters.
+    """
     began_with = inputs.get(f"the model {setup.model_name}")
     if setup.adaptation is None and began_with not in (None, folder_digest(setup.model_folder)):
         raise ValueError(
@@ -181,14 +183,14 @@ def _check_model(inputs: Mapping[str, str], setup: ModelSetup, run: Path) -> Non
 def _refuse_merging(checkpoint: Checkpoint, asked: bool | None) -> None:
     if asked is not None:
         flag = "--merge" if asked else "--no-merge"
-        raise ValueError(f"{flag}: {checkpoint.folder} holds all weights: there are no adapters to merge")
+        raise ValueError(f"{flag}: {checkpoint.folder} holds all weights, not adapters")
 
 
 def _refuse_layout(given: Mapping[str, str | None]) -> None:
     flags = [f"--{key.removeprefix('export_')}" for key, value in given.items() if value is not None]
     if flags:
         raise ValueError(
-            f"{' and '.join(flags)} would not be read: adapters alone are exported as they were trained, in one file; "
+            f"{' and '.join(flags)} has no effect: adapters alone are exported as they were trained, in one file; "
             "leave it out, or give --merge"
         )
 

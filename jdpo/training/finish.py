@@ -1,4 +1,4 @@
-"""The end of a run: which step's weights go out, and the folder that people take away."""
+"""The end of a run: the weights of one step are exported, and the run is marked finished."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Params = Any
 
 
 def step_to_export(setup: Setup, manager: CheckpointManager) -> int:
-    """The best step where the config asks for it and one was evaluated, else the last."""
+    """Returns the best step if the config asks for it and there is one, else the last."""
     if not setup.config.load_best_model_at_end:
         return setup.num_steps
     best = agree_on(manager.best_step)
@@ -43,7 +43,7 @@ def finish_run(
     exported: int,
     log: Callable[[str], None],
 ) -> None:
-    """Exports the weights of a step, draws the plots, uploads where asked, and says that the run is complete."""
+    """Exports the weights of a step, draws the plots, uploads the model if asked to, and marks the run finished."""
     config = setup.config
     lines = read_metrics(directory.metrics)
     results = results_at(lines, exported)
@@ -88,14 +88,14 @@ def export_trained(
     merge_adapters: bool | None = None,
     kept: Sequence[Path] = (),
 ) -> None:
-    """Writes what was trained to `out`: a model, or an adapter on its base.
+    """Writes what was trained to `out`: a model, or adapters.
 
     Args:
-      params: all weights, or adapters; weights are given up where adapters are merged into them.
-      base: where adapters were trained; may be None where they are not merged.
+      params: all weights, or adapters.
+      base: the weights under adapters, which are freed as the adapters are merged into them; None where they are not.
       command, rows, results: of the run, for README.md; see `model_card`.
-      merge_adapters: export the base with the adapters added, and not the adapters alone; None: as `lora.merge` says.
-      kept: folders of the run that `out` may not touch, beside `made_from`.
+      merge_adapters: True exports the base with the adapters added, False the adapters alone; None: see `lora.merge`.
+      kept: folders that `out` must not touch, in addition to `source_folders`.
     """
     config, adaptation = setup.config, setup.adaptation
     if merge_adapters is None:
@@ -122,7 +122,7 @@ def export_trained(
             tokenizer=setup.tokenizer.hf,
             tokenizer_folder=setup.sources.tokenizer_folder,
             model_card=card,
-            kept=(*made_from(setup), *kept),
+            kept=(*source_folders(setup), *kept),
         )
         return
     if adaptation is not None:
@@ -139,12 +139,12 @@ def export_trained(
         export_dtype=config.export_dtype,
         max_shard_size=config.max_shard_size,
         model_card=card,
-        kept=(*made_from(setup), *kept),
+        kept=(*source_folders(setup), *kept),
     )
 
 
-def made_from(setup: ModelSetup) -> list[Path]:
-    """The folders of the models that a run reads, which an export must leave as they are."""
+def source_folders(setup: ModelSetup) -> list[Path]:
+    """Returns the folders of the models that a run reads, which an export must not touch."""
     folders = [setup.model_folder, setup.sources.tokenizer_folder, setup.sources.adapter_folder]
     if isinstance(setup.config, ReferenceSettings) and setup.config.reference_model is not None:
         folders.append(Path(setup.config.reference_model).expanduser())  # or a hub name
@@ -152,9 +152,9 @@ def made_from(setup: ModelSetup) -> list[Path]:
 
 
 def merged_params(setup: ModelSetup, adapters: Params, base: Base) -> Params:
-    """The base with the adapters added to its kernels, as the model computes with them; the base is given up.
+    """Adds the adapters to the kernels of the base, as the model computes with them; the base is freed.
 
-    In float32, or in bfloat16 where the base is and the export will be, so that it takes no more room than the base.
+    The result is in float32; it is in bfloat16 if base and export are, so that it takes no more memory than the base.
     """
     adaptation, export_dtype = setup.adaptation, setup.config.export_dtype
     assert adaptation is not None
@@ -168,7 +168,7 @@ def merged_params(setup: ModelSetup, adapters: Params, base: Base) -> Params:
 
 
 def results_at(lines: list[dict[str, Any]], step: int) -> dict[str, Any]:
-    """The values of the last training and evaluation lines up to a step."""
+    """Returns the values of the last training and evaluation lines up to a step."""
     results: dict[str, Any] = {}
     for line in lines:
         if line["step"] <= step:

@@ -24,7 +24,7 @@ from jdpo.reports.progress import RunDisplay, make_console, print_lines
 from jdpo.sharding.placement import micro_batch_sharding, place, replicated
 from jdpo.training.continuing import find_newest
 from jdpo.training.evaluation import Evaluation
-from jdpo.training.finish import finish_run, made_from, step_to_export
+from jdpo.training.finish import finish_run, source_folders, step_to_export
 from jdpo.training.fit.assembly import Assembly, assemble
 from jdpo.training.fit.compilation import compiler_threads
 from jdpo.training.fit.memory_fit import exhaustion_explained, memory_limit
@@ -266,7 +266,7 @@ def check_inputs(setup: Setup, directory: RunDirectory) -> None:
       ValueError: naming what is in the way, or what differs.
     """
     # Now, and not after the last step.
-    together(lambda: check_out(directory.model, [*made_from(setup), directory.checkpoints]))
+    together(lambda: check_out(directory.model, [*source_folders(setup), directory.checkpoints]))
     inputs = together(setup.inputs)
     if unlike := differing(inputs):
         raise ValueError(

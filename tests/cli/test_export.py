@@ -88,7 +88,7 @@ def test_an_earlier_step_by_its_folder_or_by_number(run: Path, tmp_path: Path) -
     assert any((one[name] != last[name]).any() for name in one)
     card = (tmp_path / "by_folder" / "README.md").read_text()
     assert "| step | 3 |" in card
-    assert "The run did not write down" not in card
+    assert "The run did not record" not in card
 
 
 @pytest.mark.parametrize("attention", ["splash", "cudnn"])
@@ -107,14 +107,14 @@ def test_wrong_options_are_errors_like_all_others(capsys: Capture) -> None:
 
 def test_what_is_no_checkpoint_is_refused(run: Path, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "out"
-    assert "is no checkpoint: expected the output_dir of a run" in refusal([str(tmp_path), str(out)], capsys)
+    assert "is not a checkpoint: expected the output_dir of a run" in refusal([str(tmp_path), str(out)], capsys)
     assert "no whole checkpoint of step 4; it has 3, 6" in refusal([str(run), str(out), "--step", "4"], capsys)
     step = str(run / "checkpoints" / "3")
     assert "is step 3; leave --step out" in refusal([step, str(out), "--step", "6"], capsys)
     assert "OUT is an address (gs://..)" in refusal([step, "gs://b/m"], capsys)
     for flag in ("--merge", "--no-merge"):
         assert f"{flag}: " in (said := refusal([step, str(out), flag], capsys))
-        assert "holds all weights: there are no adapters to merge" in said
+        assert "holds all weights, not adapters" in said
     assert "belongs to its run; choose another place" in refusal([step, str(run / "checkpoints" / "x")], capsys)
     base = Path(yaml.safe_load((run / "resolved_config.yaml").read_text())["model_name_or_path"])
     assert f"lies in {base}, which this export is made from" in refusal([step, str(base / "x")], capsys)

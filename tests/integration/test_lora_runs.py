@@ -198,7 +198,7 @@ def test_an_export_refuses_what_adapters_alone_would_not_read(lora_run: Path, tm
         assert not out.exists()
         return capsys.readouterr().err
 
-    assert "--dtype would not be read: adapters alone" in refusal("--dtype", "bfloat16")
+    assert "--dtype has no effect: adapters alone" in refusal("--dtype", "bfloat16")
     assert "--max_shard_size would not be read" in refusal("--max_shard_size", "1MB", "--no-merge")
     both = ("--dtype", "float32", "--max_shard_size", "1MB")
     assert "--dtype and --max_shard_size would not be read" in (said := refusal(*both))

@@ -1,4 +1,4 @@
-"""What a run trains: all weights, or adapters beside a frozen base."""
+"""Adapters next to a frozen base, where a run does not train all weights."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ Params = Any
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Adaptation:
-    """Adapters beside a frozen base.
+    """Adapters next to a frozen base.
 
     Attributes:
-      lora: what is adapted and how.
-      targets: what the user, or the adapter gone on from, called it.
+      lora: which projections are adapted, and how.
+      targets: `target_modules`, as the user or the adapter to continue from gave it.
       sites: all projections that could be adapted.
-      base_dtype: how the base is kept.
-      folder: the adapter that training goes on from; None: from none.
+      base_dtype: dtypes of the base.
+      folder: the adapter that training continues from; None for new adapters.
     """
 
     lora: Lora
@@ -44,29 +44,29 @@ class Adaptation:
     folder: Path | None
 
     def abstract_base(self, model: Transformer) -> Base:
-        """Shapes and dtypes of the base."""
+        """Returns shapes and dtypes of the base."""
         return abstract_base(model, self.sites, self.base_dtype)
 
     def base_shardings(self, model: Transformer, mesh: Mesh) -> Base:
-        """A sharding for every leaf of the base."""
+        """Returns a sharding for every leaf of the base."""
         axes, shapes = base_axes(model, self.sites, self.base_dtype), self.abstract_base(model)
         return Base(*(param_shardings(a, s, mesh) for a, s in zip(axes, shapes, strict=True)))
 
     def abstract_adapters(self, model: Transformer) -> Params:
-        """Shapes and dtypes of what is trained."""
+        """Returns shapes and dtypes of the adapters."""
         return abstract_adapters(self.lora, model.param_dtype)
 
     def adapter_axes(self) -> Params:
-        """Logical axes of what is trained."""
+        """Returns the logical axes of the adapters."""
         return adapter_axes(self.lora)
 
     def describe(self, num_frozen: int) -> list[str]:
-        """What is trained, in lines said before a run starts."""
+        """Describes what is trained, in lines that are logged before a run starts."""
         lora, num_trained = self.lora, num_adapter_params(self.lora)
         names = dict.fromkeys(last_name(site) for site in lora.sites)
         share = 100 * num_trained / (num_trained + num_frozen)
         return [
-            f"lora: {num_trained:,} trained parameters ({share:.2f} %) beside {num_frozen:,} frozen ones in "
+            f"lora: {num_trained:,} trained parameters ({share:.2f} %) next to {num_frozen:,} frozen ones in "
             f"{self.base_dtype.name}; r {lora.r}, scale {lora.scale:g}, on {', '.join(names)}",
         ]
 
@@ -106,7 +106,7 @@ def adaptation_of(
       adapter_folder: of an adapter to continue from, or None.
 
     Raises:
-      ValueError: names that no module has, an adapter that jdpo cannot go on from, or keys that contradict it.
+      ValueError: names that no module has, an adapter that jdpo cannot continue from, or keys that contradict it.
     """
     if not lora_config and adapter_folder is None:
         return None
@@ -134,12 +134,13 @@ def adaptation_of(
 
 
 def refuse_other_shape(asked: LoraConfig, found: PeftAdapter, frozen: Sequence[str]) -> None:
-    """
+    """Refuses keys of `lora` that ask for another shape than the adapter to continue from has.
+
     Args:
       frozen: see `choose_sites`.
 
     Raises:
-      ValueError: `lora` asks for another shape than the adapter has; all keys are named.
+      ValueError: naming all of these keys.
     """
     theirs = {"r": found.lora.r, "alpha": found.lora.alpha, "use_rslora": found.lora.use_rslora}
     unlike = [
@@ -152,8 +153,8 @@ def refuse_other_shape(asked: LoraConfig, found: PeftAdapter, frozen: Sequence[s
         unlike.append(f"target_modules {targets} asked for, {found.targets} there")
     if unlike:
         raise ValueError(
-            f"lora: the adapter {found.folder} has another shape: {'; '.join(unlike)}. Leave these keys out: training "
-            "goes on with the adapter's own; or merge it (`jdpo export --merge`) and start from the merged model"
+            f"lora: the adapter {found.folder} has another shape: {'; '.join(unlike)}. Leave these keys out to "
+            "continue with the adapter's own; or merge it (`jdpo export --merge`) and start from the merged model"
         )
 
 
@@ -165,5 +166,5 @@ def _base_dtype(asked: LoraConfig, model: Transformer) -> BaseDtype:
 
 
 def num_params(tree: Any) -> int:
-    """Numbers in a tree of arrays or shapes."""
+    """Counts the parameters in a tree of arrays or shapes."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))

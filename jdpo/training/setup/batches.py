@@ -1,4 +1,4 @@
-"""A step's rows as arrays: packed back to back, or padded."""
+"""The rows of a step as arrays: packed back to back, or padded."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class StepBatch(NamedTuple):
 
 
 class PaddedBatches:
-    """Rows of one data set, each side a sequence of its own, padded to the longest of the step."""
+    """Padded batches of one dataset: each side is a sequence of its own, padded to the longest of the step."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class PaddedBatches:
           global_batch_size: the most rows of a step.
           num_shards: parts that a micro-batch is split into.
           max_tokens_per_device: padded tokens of one part at most.
-          micro_batch_size: most rows of one part, in its place.
+          micro_batch_size: rows of one part at most; replaces max_tokens_per_device.
           max_length: the longest sequence of the run.
           cache: the reference's log-probs of `data`, to travel with the batch.
         """
@@ -94,7 +94,7 @@ class PaddedBatches:
         return bucket_length(int(self._data.lengths[indices].max()), self._max_length)
 
     def make(self, indices: np.ndarray) -> StepBatch:
-        """The batch of the rows `indices`; the slots left over are padding of weight 0."""
+        """Returns the batch of the rows `indices`; the remaining slots are padding of weight 0."""
         rows, length = [self._data[int(index)] for index in indices], self._length(indices)
         real = sum(map(self._task.count_tokens, rows))
         num_slots = self.layout.num_slots * self._task.sequences * length
@@ -103,20 +103,20 @@ class PaddedBatches:
         )
 
     def like(self, indices: np.ndarray) -> Batch:
-        """Arrays of the shapes that `make` gives for these rows, with nothing in them."""
+        """Returns empty arrays of the shapes that `make` returns for these rows."""
         return self._arrays([], indices[:0], self._length(indices))
 
     def shapes(self) -> list[Batch]:
-        """Such arrays for every shape that the steps come in, the largest last."""
+        """Returns such arrays for every shape of the steps, the largest last."""
         return [self._arrays([], np.zeros(0, np.int64), length) for length in self._lengths]
 
     def demanding(self) -> list[Batch]:
-        """Those of `shapes` that may take most memory."""
+        """Returns those of `shapes` that may need the most memory."""
         return self.shapes()[-1:]
 
     @property
     def tokens_per_device(self) -> int:
-        """Slots of a device's part of the largest micro-batch."""
+        """The slots of a device's part of the largest micro-batch."""
         per_shard = self.layout.rows_per_micro // self._num_shards
         return per_shard * self._task.sequences * self._lengths[-1]
 
@@ -134,7 +134,7 @@ class PaddedBatches:
 
 
 class PackedBatches:
-    """Rows of one data set, back to back, each prompt once, in the few shapes that a run's steps come in."""
+    """Packed batches of one dataset: rows back to back, each prompt once, in the few shapes that a run compiles."""
 
     def __init__(
         self,
@@ -152,7 +152,7 @@ class PackedBatches:
           steps: the rows of every step.
           num_shards: parts that a micro-batch is split into.
           max_tokens_per_device: slots of one part at most.
-          micro_batch_size: most rows of one part, in its place.
+          micro_batch_size: rows of one part at most; replaces max_tokens_per_device.
           cache: the reference's log-probs of `data`, to travel with the batch.
         """
         self._task, self._data, self._cache, self._num_shards = task, data, cache, num_shards
@@ -166,7 +166,7 @@ class PackedBatches:
         )
 
     def make(self, indices: np.ndarray) -> StepBatch:
-        """The batch of the rows `indices`."""
+        """Returns the batch of the rows `indices`."""
         rows = [self._data[int(index)] for index in indices]
         reference = None
         if self._cache is not None:
@@ -181,20 +181,20 @@ class PackedBatches:
         return StepBatch(batch, StepRows(indices, at, num_tokens, real_slots, batch.tokens.size))
 
     def like(self, indices: np.ndarray) -> Batch:
-        """Arrays of the shapes that `make` gives for these rows, with nothing in them."""
+        """Returns empty arrays of the shapes that `make` returns for these rows."""
         return self._unused(self.plan.step(indices).shape)
 
     def shapes(self) -> list[Batch]:
-        """Such arrays for every shape that the steps come in."""
+        """Returns such arrays for every shape of the steps."""
         return [self._unused(shape) for shape in self.plan.shapes]
 
     def demanding(self) -> list[Batch]:
-        """Those of `shapes` that may take most memory; see `demanding_shapes`."""
+        """Returns those of `shapes` that may need the most memory; see `demanding_shapes`."""
         return [self._unused(shape) for shape in demanding_shapes(self.plan.shapes)]
 
     @property
     def tokens_per_device(self) -> int:
-        """Slots of a device's part of the largest micro-batch."""
+        """The slots of a device's part of the largest micro-batch."""
         return max(shape.num_slots for shape in self.plan.shapes) * self.plan.num_rows // self._num_shards
 
     def _unused(self, shape: PackedShape) -> Batch:
@@ -269,24 +269,24 @@ def shapes_in_order(batches: Batches, steps: Iterable[np.ndarray]) -> list[Batch
 
 
 def demanding_shapes(shapes: Iterable[PackedShape]) -> list[PackedShape]:
-    """Those of which one takes most memory, whatever weighs most in it.
+    """Returns the shapes among which is the one that needs the most memory, whatever dominates its memory.
 
-    No other shape has as many slots, places of attention and scored tokens, and gradients that are summed over
-    micro-batches.
+    No other shape has at least as many slots, attention positions and scored tokens, and accumulates gradients if
+    it does.
     """
-    rooms = {
+    sizes = {
         (shape.num_slots, shape.num_items * shape.length, shape.num_scored, shape.num_micro > 1): shape
-        for shape in sorted(shapes)  # of equals, that with most micro-batches stays
+        for shape in sorted(shapes)  # of equals, the one with the most micro-batches is kept
     }
     return [
         shape
-        for room, shape in rooms.items()
-        if not any(other != room and all(map(operator.ge, other, room)) for other in rooms)
+        for size, shape in sizes.items()
+        if not any(other != size and all(map(operator.ge, other, size)) for other in sizes)
     ]
 
 
 class BatchLayout(NamedTuple):
-    """How a step's rows lie in a batch: `num_micro` micro-batches of `rows_per_micro` rows over all shards."""
+    """The split of a step's rows: `num_micro` micro-batches of `rows_per_micro` rows, over all shards."""
 
     num_micro: int
     rows_per_micro: int
@@ -299,11 +299,11 @@ class BatchLayout(NamedTuple):
 def batch_layout(
     global_batch_size: int, *, micro_batch_size: int | None, max_tokens: int, num_shards: int, row_tokens: int
 ) -> BatchLayout:
-    """Cuts a global batch into the fewest micro-batches that respect `micro_batch_size`, equally large.
+    """Cuts a global batch into the fewest micro-batches of equal size that respect `micro_batch_size`.
 
     Args:
-      global_batch_size: rows a step; a multiple of num_shards.
-      micro_batch_size: most rows of one shard at once; None: as many as max_tokens hold.
+      global_batch_size: rows per step; a multiple of num_shards.
+      micro_batch_size: rows of one shard at once, at most; None: as many as fit into max_tokens.
       max_tokens: padded tokens of one shard at once.
       num_shards: parts that a micro-batch is split into.
       row_tokens: padded tokens of one row at most.

@@ -11,13 +11,13 @@ from jdpo.models.lora.adapter_config import CONFIG_NAME, WEIGHTS_NAME
 
 
 def adapter_digest(folder: Path) -> str:
-    """Digest of an adapter's config and weights."""
+    """Returns a digest of an adapter's config and weights."""
     files = (folder / CONFIG_NAME, folder / WEIGHTS_NAME)
     return _digest_of(files)
 
 
 def folder_digest(folder: Path) -> str:
-    """Digest of a model folder's config and weights: names and contents of its JSON and safetensors files."""
+    """Returns a digest of a model folder's config and weights: names and contents of config.json and *.safetensors."""
     files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
     return _digest_of(files)
 

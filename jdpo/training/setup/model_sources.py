@@ -1,4 +1,4 @@
-"""Where a run's weights and words come from: found by name and looked at, without jax."""
+"""The folders that a run's weights and tokenizer come from: found by name, without jax."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from jdpo.models.weights.hub_models import resolve_folder
 
 
 class Sources(NamedTuple):
-    """Where a run's weights and words come from.
+    """The folders that a run's weights and tokenizer come from.
 
     Attributes:
-      name: of the model, or of the base under an adapter; without the query of an address, as files will have it.
+      name: of the model, or of the base of an adapter; without the query of an address, as exported files name it.
       revision: its hub revision, where one is asked for.
       model_folder: its folder.
-      adapter_folder: an adapter to go on from, or None.
-      tokenizer_folder: the adapter's own where it brings one, else the model's.
+      adapter_folder: an adapter to continue from, or None.
+      tokenizer_folder: the adapter's folder if it has a tokenizer, else the model's.
     """
 
     name: str
@@ -33,8 +33,8 @@ def find_sources(settings: ModelSettings, *, weights: bool = True) -> Sources:
     """Finds the model that `model_name_or_path` names, and the adapter there or in `lora.adapter`.
 
     Args:
-      weights: False: those of the model are neither asked for nor downloaded; those of an adapter are, as its rank is
-        known by them.
+      weights: False: those of the model need not exist and are not downloaded; those of an adapter are, since they
+        determine its rank.
 
     Raises:
       ValueError: nothing is there, two adapters are named, or an adapter names a base by an address with a password.
@@ -42,7 +42,9 @@ def find_sources(settings: ModelSettings, *, weights: bool = True) -> Sources:
     name, revision = settings.model_name_or_path, settings.model_revision
     folder = resolve_folder(name, revision, weights=weights)
     if not weights and is_adapter_folder(folder):
-        folder = resolve_folder(name, revision)  # a model with the config of an adapter beside it is told by its files
+        folder = resolve_folder(
+            name, revision
+        )  # its files tell an adapter from a model that has the config of one next to it
     adapter = None
     if settings.lora and settings.lora.adapter is not None:
         if is_adapter_folder(folder):
@@ -52,12 +54,15 @@ def find_sources(settings: ModelSettings, *, weights: bool = True) -> Sources:
             )
         adapter = resolve_folder(settings.lora.adapter)
         if not is_adapter_folder(adapter):
-            raise ValueError(f"lora.adapter {settings.lora.adapter} is no PEFT adapter folder: no {CONFIG_NAME} in it")
+            raise ValueError(
+                f"lora.adapter {settings.lora.adapter} is not a PEFT adapter folder: it has no {CONFIG_NAME}"
+            )
     elif is_adapter_folder(folder):
         if settings.lora is False:
             raise ValueError(
-                f"lora is false, and model_name_or_path {name} is an adapter, which can only be gone on from as one: "
-                "leave lora out, or merge the adapter first (`jdpo export --merge`) and train the merged model"
+                f"lora is false, and model_name_or_path {name} is an adapter, from which training can only continue "
+                "with lora: leave lora out, or merge the adapter first (`jdpo export --merge`) and train the merged "
+                "model"
             )
         adapter = folder
         name, revision = base_of(adapter)
@@ -74,9 +79,9 @@ def find_sources(settings: ModelSettings, *, weights: bool = True) -> Sources:
             f"{adapter}: its base {name} is an adapter as well; merge that one into its own base first (`jdpo export "
             "--merge`, or PEFT's merge_and_unload), and give the merged model as model_name_or_path with lora.adapter"
         )
-    brings_words = adapter is not None and (adapter / "tokenizer_config.json").is_file()
-    words = adapter if adapter is not None and brings_words else folder
-    return Sources(public_text(name), revision, folder, adapter, words)
+    has_tokenizer = adapter is not None and (adapter / "tokenizer_config.json").is_file()
+    tokenizer_folder = adapter if adapter is not None and has_tokenizer else folder
+    return Sources(public_text(name), revision, folder, adapter, tokenizer_folder)
 
 
 def check_positions(source_config: ModelConfig, *, max_length: int, name: str) -> None:

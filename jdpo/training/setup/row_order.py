@@ -1,6 +1,6 @@
-"""The rows of a run: tokenized, told apart into training and evaluation, and put in the order of the steps.
+"""The rows of a run: tokenized, split into training and evaluation, and put in the order of the steps.
 
-Imports no jax: `jdpo inspect` looks at rows where there may be none to run on.
+Imports no jax, so that `jdpo inspect` works on machines without accelerators.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from jdpo.data.tokens.tokenizer import Tokenizer
 from jdpo.reports.progress import RowCounter
 
 Log = Callable[[str], None]
+"""Takes lines for the user."""
 
 
 class BuildStopped(Exception):
@@ -37,12 +38,12 @@ def prepare_rows(
     """Tokenizes the training rows and, if there are any, the evaluation rows, and logs a summary of each.
 
     Args:
-      pairs: whether rows are pairs, not completions.
+      pairs: True for pairs, False for completions.
       log: takes lines for the user.
       stopped: returns True if a signal asks to stop; called while rows are tokenized.
 
     Raises:
-      ValueError: rows cannot be read, or none is left.
+      ValueError: rows cannot be read, or no row is left.
       BuildStopped: `stopped` returned True.
     """
 
@@ -71,7 +72,7 @@ def preparation_of(settings: DataSettings, *, pairs: bool) -> Callable[..., Prep
 
 
 Side = tuple[Sequence[DatasetConfig], Part | None]
-"""Data sets and the part of their rows that is meant; None: all."""
+"""Datasets, and which part of their rows is used; None: all rows."""
 
 
 def sides_of(settings: DataSettings) -> tuple[Side, Side | None]:
@@ -112,7 +113,7 @@ def plan_rows(settings: DataSettings, data: PreparedData, log: Log, *, global_ba
 
 
 def num_steps_of(num_epochs: float, steps_per_epoch: int) -> int:
-    """Steps of a number of epochs, rounded up, but not by what floats add to a product.
+    """Returns the steps of a number of epochs, rounded up, except for what floating point adds to the product.
 
     >>> num_steps_of(1.1, 50), num_steps_of(0.5, 3)
     (55, 2)

@@ -1,4 +1,4 @@
-"""From a config to everything that a run works with, checked."""
+"""From a config to everything that a run works with: model, tokenizer, mesh and rows, all checked."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ Params = Any
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSetup:
-    """The model of a run and where it stands; all that is needed to load and to export it."""
+    """The model of a run and its mesh: everything that is needed to load and to export it."""
 
     config: TrainConfig
     mesh: Mesh
@@ -69,7 +69,7 @@ class ModelSetup:
 
     @property
     def model_folder(self) -> Path:
-        """Of the model that training starts from; of the base under adapters."""
+        """The folder of the model that training starts from; with adapters, of the base under them."""
         return self.sources.model_folder
 
     @property
@@ -79,7 +79,7 @@ class ModelSetup:
 
     @property
     def trained_axes(self) -> Params:
-        """Its logical axes."""
+        """Logical axes of everything that is trained."""
         return logical_axes(self.model) if self.adaptation is None else self.adaptation.adapter_axes()
 
     @property
@@ -94,22 +94,22 @@ class ModelSetup:
 
     @property
     def exports_merged(self) -> bool:
-        """Whether adapters are exported added to their base, and not alone."""
+        """True if adapters are added to their base for the export, and not exported alone."""
         return self.adaptation is not None and bool(self.config.lora and self.config.lora.merge)
 
     @property
     def model_name(self) -> str:
-        """The model as the config, or the adapter that it names, calls it."""
+        """The name of the model in the config, or of the base in the config of the adapter that it names."""
         return self.sources.name
 
     @property
     def base_to_find(self) -> str:
-        """The same for those who load an adapter elsewhere: a local folder in full."""
+        """The name of the model for users who load an adapter elsewhere; a local folder is an absolute path."""
         folder = Path(self.model_name).expanduser()
         return str(folder.resolve()) if folder.is_dir() else self.model_name
 
     def base_identity(self) -> dict[str, str] | None:
-        """What a checkpoint says of the base that its adapters belong on; None where it holds all weights."""
+        """Returns what identifies the base of adapters, for checkpoints; None where all weights are trained."""
         if self.adaptation is None:
             return None
         digest = folder_digest(self.model_folder)
@@ -118,36 +118,36 @@ class ModelSetup:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setup(ModelSetup):
-    """What a run works with; nothing in it changes while the run goes on."""
+    """Everything that a run works with; nothing in it changes while the run trains."""
 
     task: Task
     reference_folder: Path | None  # of a reference with weights of its own
-    reference_adapter: Path | None  # on the policy's base, where the reference shares that and is more than it
+    reference_adapter: Path | None  # of a reference that is an adapter on the policy's base
     train_data: PreparedData
     eval_data: PreparedData | None
     started: StartedRows | None  # embedding rows that do not start as in the model folder
-    reference_started: StartedRows | None  # the same of reference_folder
+    reference_started: StartedRows | None  # embedding rows that are not as in reference_folder
     row_plan: RowPlan  # of train_data
     num_steps: int
     steps_per_epoch: int
 
     @property
     def reference_is_start(self) -> bool:
-        """Whether the reference, where there is one, is the policy as training finds it."""
+        """True if the reference, where there is one, is the policy as training starts from it."""
         started_from = None if self.adaptation is None else self.adaptation.folder
         return self.reference_folder is None and self.reference_adapter == started_from
 
     def inputs(self) -> dict[str, str]:
-        """Digests of what decides a run beside its config, for recognising it on resume."""
+        """Returns digests of everything that a run depends on except its config, to recognise it when it is resumed."""
         digests = {
             f"the model {self.model_name}": folder_digest(self.model_folder),
             "the tokenizer or its chat template": self.tokenizer.digest,
             "the training rows": self.train_data.digest,
         }
-        if self.eval_data is not None:  # metrics of two sets in one column would not be told apart
+        if self.eval_data is not None:  # metrics of two sets would be mixed in one column
             digests["the evaluation rows"] = self.eval_data.digest
         if len(self.train_data.names) > 1:
-            digests["how many rows each data set has"] = " ".join(map(str, self.train_data.num_rows_of))
+            digests["how many rows each dataset has"] = " ".join(map(str, self.train_data.num_rows_of))
         if self.adaptation is not None and self.adaptation.folder is not None:
             digests["the adapter"] = adapter_digest(self.adaptation.folder)
         if self.reference_folder is not None:
@@ -156,18 +156,18 @@ class Setup(ModelSetup):
 
 
 def build(config: TrainConfig, log: Log, *, weights: bool = True, stopped: Callable[[], bool] = lambda: False) -> Setup:
-    """Reads model config, tokenizer and rows, and lays out mesh and batches. Of weights the headers alone are read.
+    """Reads model config, tokenizer and rows, and lays out mesh and steps. Of the weights only headers are read.
 
-    Every process must call this: each reads its own host's files, and what one cannot read ends all.
+    Every process must call this. Each reads the files of its own host; an error on one process ends all of them.
 
     Args:
       config: with compute_dtype resolved.
       log: takes lines for the user.
-      weights: False: they need not be there, and are not downloaded.
+      weights: False: the weights need not exist, and are not downloaded.
       stopped: returns True if a signal asks to stop; called while rows are tokenized.
 
     Raises:
-      ValueError: anything that does not fit, before anything is trained.
+      ValueError: bad input, before anything is trained.
       BuildStopped: `stopped` returned True.
     """
     task = together(lambda: _checked_task(config))
@@ -194,7 +194,7 @@ def _checked_task(config: TrainConfig) -> Task:
 
 
 def _build(config: TrainConfig, task: Task, log: Log, *, weights: bool, stopped: Callable[[], bool]) -> Setup:
-    """What each process does by itself; nothing here waits for the others."""
+    """The part of `build` that each process does by itself; nothing here waits for the others."""
     made = build_model(config, weights=weights)
     check_batch_size(config.global_batch_size, made.mesh)
     if made.adaptation is not None:
@@ -207,7 +207,7 @@ def _build(config: TrainConfig, task: Task, log: Log, *, weights: bool, stopped:
         if weights or has_weights(folder):
             check_tensors(folder, tensor_entries(folder), source_config)  # headers only, before rows are tokenized
         else:
-            log(f"note: no weights in {folder}: whether they fit config.json was not checked")
+            log(f"note: no weights in {folder}: it was not checked that they fit config.json")
     train_data, eval_data = prepare_rows(
         config, tokenizer, log, pairs=isinstance(config, PreferenceSettings), stopped=stopped
     )
@@ -235,7 +235,7 @@ def _build(config: TrainConfig, task: Task, log: Log, *, weights: bool, stopped:
 def _started(
     made: ModelSetup, reference_folder: Path | None, data: PreparedData, log: Log
 ) -> tuple[StartedRows | None, StartedRows | None]:
-    """`started` and `reference_started` of a Setup; says what starts how. A folder without weights is passed over."""
+    """Returns `started` and `reference_started` of a Setup, and logs which rows start how; skips absent weights."""
     found: list[StartedRows | None] = []
     for folder, whose in ((made.model_folder, "the "), (reference_folder, "the reference model's ")):
         if folder is None or not has_weights(folder):
@@ -263,14 +263,14 @@ def _started(
 
 
 def build_model(config: TrainConfig, *, weights: bool = True) -> ModelSetup:
-    """Reads model config and tokenizer, and lays out the mesh; neither rows nor weights are touched.
+    """Reads model config and tokenizer, and lays out the mesh; reads neither rows nor weights.
 
     Args:
       config: with compute_dtype resolved.
       weights: as for `build`.
 
     Raises:
-      ValueError: anything that does not fit.
+      ValueError: bad input.
     """
     mesh = make_mesh(config.mesh)
     sources = find_sources(config, weights=weights)
@@ -322,7 +322,7 @@ def make_model(config: TrainConfig, source_config: ModelConfig, tokenizer: Token
 
 
 def _reference_of(config: TrainConfig, made: ModelSetup, *, weights: bool) -> tuple[Path | None, Path | None]:
-    """`reference_folder` and `reference_adapter` of a Setup."""
+    """Returns `reference_folder` and `reference_adapter` of a Setup."""
     sources = made.sources
     if not isinstance(config, ReferenceSettings) or config.reference_model is None:
         return None, sources.adapter_folder
@@ -333,9 +333,9 @@ def _reference_of(config: TrainConfig, made: ModelSetup, *, weights: bool) -> tu
         return None, sources.adapter_folder
     if is_adapter_folder(folder):
         raise ValueError(
-            f"reference_model {config.reference_model} is an adapter, and not the one that training starts from, which "
-            "alone may be the reference without its base. Merge it (`jdpo export --merge`, or PEFT's merge_and_unload) "
-            "and give the merged model"
+            f"reference_model {config.reference_model} is an adapter other than the one that training starts from, and "
+            "only that one can be the reference without its base. Merge it (`jdpo export --merge`, or PEFT's "
+            "merge_and_unload) and give the merged model"
         )
     _check_reference(config.reference_model, folder, made)
     return folder, None
@@ -352,7 +352,7 @@ def _check_reference(name: str, folder: Path, made: ModelSetup) -> None:
     if (found := read_model_config(folder)) != policy:
         names = [field.name for field in dataclasses.fields(policy)]
         if found.num_layers != policy.num_layers:
-            names.remove("layers")  # which says the same at greater length
+            names.remove("layers")  # which would repeat it layer by layer
         fields = {field: (getattr(found, field), getattr(policy, field)) for field in names}
         unlike = [f"{field} ({theirs} and {ours})" for field, (theirs, ours) in fields.items() if theirs != ours]
         raise ValueError(
@@ -368,7 +368,7 @@ def _check_reference(name: str, folder: Path, made: ModelSetup) -> None:
 
 
 def describe(setup: Setup) -> str:
-    """The run in a few lines, said before it starts."""
+    """Describes the run in a few lines, which are logged before it starts."""
     config, task = setup.config, setup.task
     num_whole = num_params(abstract_params(setup.model))
     mesh = " x ".join(f"{axis}={size}" for axis, size in setup.mesh.shape.items())

@@ -1,4 +1,4 @@
-"""What distinguishes `jdpo sft` from `jdpo dpo`: rows, batches and objective. The loop is the same."""
+"""Rows, batches and objective of `jdpo sft` and `jdpo dpo`, whose loop is the same."""
 
 from __future__ import annotations
 

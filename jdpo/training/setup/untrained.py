@@ -1,6 +1,6 @@
-"""Tokens whose embedding rows were never trained: those that a run adds, and those of the model that its rows hold.
+"""Tokens whose embedding was never trained: tokens that a run adds, and tokens of the model that its rows contain.
 
-Imports no jax: `jdpo inspect` looks at rows where there may be none to run on.
+Imports no jax, so that `jdpo inspect` works on machines without accelerators.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from jdpo.safe_text import terminal
 
 
 class Start(NamedTuple):
-    """What tokens start a run with.
+    """The embedding rows that a run starts with.
 
     Attributes:
-      rows: in place of what the model's files hold; None: nothing is started.
-      lines: for the person who started the run.
+      rows: rows that replace those of the model's files; None: there are none.
+      lines: what to log for the user.
     """
 
     rows: StartedRows | None
@@ -40,11 +40,11 @@ class Start(NamedTuple):
 
 
 def find_untrained(folder: Path, model: ModelConfig, tokenizer: Tokenizer, data: PreparedData) -> list[UntrainedToken]:
-    """Finds the tokens of the source tokenizer that the rows hold and whose embedding was never trained.
+    """Finds the tokens of the source tokenizer that the rows contain and whose embedding was never trained.
 
     Args:
       folder: of the model; its embedding is read.
-      model: as its config.json says.
+      model: its config.json.
       data: tokenized rows.
 
     Raises:
@@ -62,7 +62,7 @@ def find_untrained(folder: Path, model: ModelConfig, tokenizer: Tokenizer, data:
 
 
 def source_tokens(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
-    """bool [vocab_size], True where the tokenizer has a token that this run did not add."""
+    """Returns bool [vocab_size], True where the tokenizer has a token that this run did not add."""
     ids = set(tokenizer.hf.get_vocab().values()) - set(added_ids(tokenizer))
     is_token = np.zeros(vocab_size, bool)
     is_token[[id for id in ids if id < vocab_size]] = True
@@ -70,12 +70,12 @@ def source_tokens(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
 
 
 def added_ids(tokenizer: Tokenizer) -> list[int]:
-    """Ids of the tokens that the chat template added."""
+    """Returns the ids of the tokens that the chat template added."""
     return [int(id) for id in tokenizer.hf.convert_tokens_to_ids([*tokenizer.added_tokens])]
 
 
 def refuse_added_tokens(tokenizer: Tokenizer) -> None:
-    """Refuses tokens that the chat template added, where adapters alone are trained.
+    """Refuses tokens that the chat template added where only adapters are trained.
 
     Raises:
       ValueError: naming them.
@@ -83,9 +83,9 @@ def refuse_added_tokens(tokenizer: Tokenizer) -> None:
     if tokenizer.added_tokens:
         names = _joined([terminal(token) for token in tokenizer.added_tokens])
         raise ValueError(
-            f"chat_template adds tokens ({names}), whose rows would stay as they start: under lora embed_tokens and an "
-            "untied lm_head are frozen. Train all weights first (`jdpo sft` without lora), or use a template of tokens "
-            "that the model has"
+            f"chat_template adds tokens ({names}), whose embedding could not be trained: with lora, embed_tokens and "
+            "an untied lm_head are frozen. Train all weights first (`jdpo sft` without lora), or use a template whose "
+            "tokens the model has"
         )
 
 
@@ -101,34 +101,34 @@ def start_tokens(
     adapted: bool,
     whose: str = "the ",
 ) -> Start:
-    """Settles which tokens start at the mean of the trained rows: those that the run adds, and others on demand.
+    """Chooses the tokens that start at the mean of the trained rows: those that the run adds, and others if asked for.
 
     Args:
-      tokenizer: the model's, with what the run adds to it.
-      folder, model: whose rows are looked at, and what its config.json says.
+      tokenizer: of the model, with the tokens that the run adds to it.
+      folder, model: the model whose embedding is read, and its config.json.
       vocab_size: rows of the embedding in training.
       data: the training rows.
-      seed: of the noise in the embeddings that are started.
-      adapted: whether adapters alone are trained, and embedding and head are frozen.
+      seed: of the noise in these embeddings.
+      adapted: True if only adapters are trained, so that embedding and head are frozen.
       whose: begins the lines; "the reference model's " for a model other than the one that is trained.
 
     Raises:
-      ValueError: the embedding cannot be read, or it is frozen and the rows hold tokens that it knows nothing of.
+      ValueError: the embedding cannot be read, or it is frozen and the rows contain tokens that it was not trained on.
     """
     untrained = find_untrained(folder, model, tokenizer, data)
     lines = []
     if untrained and adapted:
         raise ValueError(
-            f"lora: the training rows hold {_named(untrained)}, whose embedding was never trained (it is zero or below "
-            "1 % of the median norm) and stays so: embed_tokens and an untied lm_head are frozen under lora. Train all "
-            "weights first (`jdpo sft` without lora, init_untrained_tokens: true), or use a chat template of tokens "
-            "that the model knows"
+            f"lora: the training rows contain {_named(untrained)}, whose embedding was never trained (it is zero or "
+            "below 1 % of the median norm) and cannot be trained now: with lora, embed_tokens and an untied lm_head "
+            "are frozen. Train all weights first (`jdpo sft` without lora, init_untrained_tokens: true), or use a chat "
+            "template whose tokens the model knows"
         )
     if untrained and not settings.init_untrained_tokens:
         lines.append(
             f"warning: {whose}embedding of {_named(untrained)} was never trained: it is zero or below 1 % of the "
-            "median norm. The training rows hold it; init_untrained_tokens: true starts it at the mean of the trained "
-            "rows"
+            "median norm. The training rows contain it; init_untrained_tokens: true starts it at the mean of the "
+            "trained rows"
         )
     started = [*zip(added_ids(tokenizer), tokenizer.added_tokens, strict=True)]
     if settings.init_untrained_tokens:

@@ -1,4 +1,4 @@
-"""Settings that do not go together, refused before anything is read or trained."""
+"""Checks that settings fit each other, before anything is read or trained."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jdpo.training.setup.tasks import Task
 from jdpo.words import figure
 
 Mode = Literal["live", "cached", "none"]
-"""Where a run's reference log-probs come from: a frozen model in the step, the cache, or nowhere."""
+"""The source of the reference's log-probs: a frozen model in the step, the cache, or none."""
 Asked = Literal["auto", "live", "cached", "none"]
 
 
@@ -44,7 +44,7 @@ def check_logging(logging: LoggingSettings, task: Task, *, evaluates: bool) -> N
     """Refuses settings that would be ignored, and those under which there is no best checkpoint to keep or export.
 
     Args:
-      evaluates: whether there are evaluation rows.
+      evaluates: True if there are evaluation rows.
 
     Raises:
       ValueError: naming the setting and what it needs.
@@ -66,7 +66,7 @@ def check_logging(logging: LoggingSettings, task: Task, *, evaluates: bool) -> N
     if not evaluates or logging.eval_steps is None:
         raise ValueError(
             "load_best_model_at_end needs eval_datasets and eval_steps: without them no step is the best "
-            "(eval_fraction may stand for eval_datasets)"
+            "(or eval_fraction instead of eval_datasets)"
         )
     if logging.save_steps % logging.eval_steps:
         raise ValueError(
@@ -80,7 +80,7 @@ def check_reference(reference: ReferenceSettings, *, loss_type: Sequence[str], n
 
     Args:
       loss_type: the losses, for the message.
-      needs_reference: whether one of them compares with a reference.
+      needs_reference: True if one of them compares with a reference.
 
     Raises:
       ValueError: naming the setting.
@@ -101,10 +101,10 @@ def check_reference(reference: ReferenceSettings, *, loss_type: Sequence[str], n
 
 
 def fixed_mode(asked: Asked, *, needs_reference: bool, sync_ref_model: bool) -> Mode | None:
-    """The mode where it does not depend on what the cache holds, else None.
+    """Returns the mode if it does not depend on what is cached, else None.
 
     Raises:
-      ValueError: what is asked for does not fit the loss or the other settings.
+      ValueError: `asked` does not fit the loss or the other settings.
     """
     if not needs_reference:
         if asked in ("live", "cached"):

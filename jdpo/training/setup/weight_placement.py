@@ -1,4 +1,4 @@
-"""Weights onto the mesh: what is trained, the frozen base under adapters, and the frozen reference."""
+"""Loads weights onto the mesh: the trained ones, the frozen base under adapters, and the frozen reference."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ Params = Any
 
 
 def load_start(setup: Setup) -> Params:
-    """What is trained, as training finds it, on the mesh, in the master dtype.
+    """Loads what is trained, as training starts from it, onto the mesh, in the master dtype.
 
-    All weights, the vocabulary grown where tokens were added; or adapters, new ones or those to go on from.
+    These are all weights, with embedding rows for added tokens; or adapters, new ones or those to continue from.
     """
     adaptation = setup.adaptation
     if adaptation is None:
@@ -42,7 +42,7 @@ def load_start(setup: Setup) -> Params:
 
 
 def _load_grown(setup: Setup, folder: FilePath, rows: StartedRows | None, dtype: Any = None) -> Params:
-    """The weights of a folder with room for every token, the rows that are started in place."""
+    """The weights of a folder with embedding rows for every token, the started rows among them."""
     source_model = setup.model.clone(config=setup.source_config)
     axes, shapes = logical_axes(source_model), abstract_params(source_model)
     dtype = setup.model.param_dtype if dtype is None else dtype
@@ -59,20 +59,20 @@ def _load_grown(setup: Setup, folder: FilePath, rows: StartedRows | None, dtype:
 
 
 def load_frozen(setup: Setup, start: Params | None, *, live: bool, moves: bool, with_base: bool = True) -> Frozen:
-    """All that steps read and do not change.
+    """Loads everything that steps read and do not change.
 
     Args:
       start: see `load_reference`.
-      live: whether a frozen reference runs in the step.
-      moves: whether the reference moves in training: it is in the state then.
-      with_base: whether anything will read the base under adapters.
+      live: True if a frozen reference runs in the step.
+      moves: True if the reference moves in training; it is then part of the state.
+      with_base: False if nothing will read the base under adapters.
     """
     reference = load_reference(setup, start) if live and not moves else None
     return Frozen(load_base(setup) if with_base else None, reference)
 
 
 def load_base(setup: ModelSetup) -> Base | None:
-    """The base under adapters, straight into its dtype and its shards; None where all weights are trained."""
+    """Loads the base under adapters, directly into its dtype and shards; None where all weights are trained."""
     adaptation = setup.adaptation
     if adaptation is None:
         return None
@@ -80,27 +80,27 @@ def load_base(setup: ModelSetup) -> Base | None:
     if not dtype.int8:
         return Base(load_params(setup.model_folder, setup.model, shardings.params, dtype=dtype.rest), {})
     quantizer = Quantizer(adaptation.sites, shardings, dtype.rest)
-    wide = jnp.promote_types(dtype.rest, jnp.float32)  # read so, and rounded once
+    wide = jnp.promote_types(dtype.rest, jnp.float32)  # read in float32, so that they are rounded only once
     params = load_params(setup.model_folder, setup.model, shardings.params, dtype=wide, transform=quantizer)
     return Base(params, tree_of(quantizer.scales))
 
 
 class Quantizer:
-    """Takes the leaves of a base as they come and keeps kernels in int8; the floats are given up at once."""
+    """Converts the kernels of a base to int8 as they are loaded, and frees their floats at once."""
 
     def __init__(self, sites: Sequence[Site], shardings: Base, rest: Any) -> None:
         """
         Args:
-          sites: whose kernels become int8.
-          shardings: of the base's leaves.
-          rest: dtype of all others.
+          sites: the projections whose kernels become int8.
+          shardings: of the leaves of the base.
+          rest: dtype of all other leaves.
         """
         self._sites = {(*site.path, KERNEL): site for site in sites}
         self._shardings, self._rest = shardings, rest
         self.scales: dict[Path, jax.Array] = {}
 
     def __call__(self, path: Path, leaf: jax.Array) -> jax.Array:
-        """What takes the place of a leaf; the units of a kernel are in `scales` behind it."""
+        """Returns what replaces a leaf; the scales of a kernel are then in `scales`."""
         if path not in self._sites:
             return leaf.astype(self._rest)
         to = tuple(get_at(tree, path) for tree in self._shardings)
@@ -111,15 +111,14 @@ class Quantizer:
 
 
 def load_reference(setup: Setup, start: Params | None, *, moves: bool = False) -> Params:
-    """The reference: weights in the compute dtype, to which the model casts them at use; or with adapters, adapters.
+    """Loads the reference: weights in the compute dtype, to which the model casts them anyway; with lora, adapters.
 
-    Of adapters, the reference is the base alone, {}, or with the adapter that training goes on from, as it came; of
-    another `reference_model` than these two, Weights of its own.
+    With lora, the reference is the base alone, {}, or the base with the adapter that training continues from, as it was
+    loaded; any other `reference_model` has Weights of its own.
 
     Args:
-      start: what is trained, as training finds it, where it is at hand, so that it is not read twice; it is copied,
-        never aliased.
-      moves: whether the reference moves in training.
+      start: what is trained, as training starts from it, if it is loaded already; it is copied, never aliased.
+      moves: True if the reference moves in training.
     """
     if setup.adaptation is None:
         if setup.reference_folder is not None:
@@ -142,12 +141,12 @@ def _copied(params: Params, setup: Setup, dtype: Any) -> Params:
 
 
 def reference_dtype(model: Transformer, *, moves: bool) -> Any:
-    """Of the reference's weights: one that moves in small steps keeps the master dtype, in which they do not vanish."""
+    """Returns the dtype of the reference: the master dtype if it moves, in which small moves do not vanish."""
     return model.param_dtype if moves else model.compute_dtype
 
 
 def whole_weights(setup: Setup, params: Params, base: Base | None) -> Params | Weights:
-    """What the model runs on, whether all of it or adapters are trained."""
+    """Returns the weights that the model runs on, whether all of them or adapters are trained."""
     if setup.adaptation is None or isinstance(params, Weights):
         return params
     assert base is not None
@@ -155,14 +154,14 @@ def whole_weights(setup: Setup, params: Params, base: Base | None) -> Params | W
 
 
 def load_reference_weights(setup: Setup) -> Params | Weights:
-    """The reference as the model runs on it, whatever is trained."""
+    """Loads the reference as the model runs on it, whether all weights or adapters are trained."""
     reference = load_reference(setup, None)
     own = setup.reference_folder is not None
     return whole_weights(setup, reference, None if own else load_base(setup))
 
 
 def abstract_frozen(setup: Setup, *, live: bool, moves: bool) -> Frozen:
-    """Shape, dtype and sharding of every leaf of `load_frozen`."""
+    """Returns shape, dtype and sharding of every leaf of `load_frozen`."""
     adaptation, model = setup.adaptation, setup.model
     whole = _placed(_in_dtype(abstract_params(model), model.compute_dtype), setup.whole_shardings)
     if adaptation is None:

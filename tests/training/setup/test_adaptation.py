@@ -109,7 +109,7 @@ def test_defaults_are_said(build_with: Callable[..., Setup]) -> None:
     assert (adaptation.lora.r, adaptation.lora.scale, adaptation.targets) == (16, 2.0, LORA_DEFAULTS["target_modules"])
     assert adaptation.base_dtype.name == "float32", "that of computation"
     assert adaptation.describe(120_128) == [
-        "lora: 38,912 trained parameters (24.47 %) beside 120,128 frozen ones in float32; r 16, scale 2, on q_proj, "
+        "lora: 38,912 trained parameters (24.47 %) next to 120,128 frozen ones in float32; r 16, scale 2, on q_proj, "
         "k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
     ]
 
@@ -152,7 +152,7 @@ def test_an_adapter_names_its_base(build_with: Callable[..., Setup], toy_model: 
         build_with(model_name_or_path=folder)
     with pytest.raises(ValueError, match=r"is an adapter, and lora\.adapter names another"):
         build_with(model_name_or_path=folder, **{"lora.adapter": folder})
-    with pytest.raises(ValueError, match=r"is no PEFT adapter folder: no adapter_config\.json"):
+    with pytest.raises(ValueError, match=r"is not a PEFT adapter folder: it has no adapter_config\.json"):
         build_with(**{"lora.adapter": toy_model})
 
 

@@ -143,7 +143,7 @@ def test_frozen_embeddings_refuse_tokens_that_they_know_nothing_of(
 ) -> None:
     end = json.loads((toy_model / "config.json").read_text(encoding="utf-8"))["eos_token_id"]
     lora = {"lora.base_dtype": base_dtype, "init_untrained_tokens": on_demand}
-    with pytest.raises(ValueError, match=rf"lora: the training rows hold .*\(id {end}, in 20 rows\)"):
+    with pytest.raises(ValueError, match=rf"lora: the training rows contain .*\(id {end}, in 20 rows\)"):
         start_of(model_with(zero=(end,)), **lora)
     with pytest.raises(ValueError, match=r"chat_template adds tokens \(<\|turn:.*<\|done\|>"):
         start_of(model_with(spare=8), markers=True, **lora)

@@ -13,13 +13,7 @@ from typing import Any
 
 # Before jax is imported anywhere: a process can set its devices up once.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8" + (
-    # Compiling a toy's step takes 2 seconds with XLA's newer emitters of fused loops, and half a second with the older
-    # ones in one piece. Later versions have only the newer ones, and refuse to start with a flag that is gone.
-    " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-    if version("jaxlib").startswith("0.10.")
-    else ""
-)
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Every test traces its own functions, but most of the programs have been compiled before, by another test or in an
@@ -36,6 +30,10 @@ import numpy as np
 import pytest
 
 pytest_plugins = ["tests.cpu_seconds"]
+
+QUICK_COMPILER = " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+"""Compiling a toy's step takes 2 seconds with XLA's newer emitters of fused loops, and half a second with the older
+ones in one piece. Later versions have only the newer ones, and refuse to start with a flag that is gone."""
 
 PROGRAMS = Path(__file__).resolve().parents[1] / ".compiled"
 MOST_BYTES = 2 * 2**30
@@ -69,10 +67,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     # Compiling takes most of the suite's time, and of that most goes to making toys fast. With --all programs are
-    # compiled as users have them.
+    # compiled as users have them. jax reads these variables when it first asks for devices, which is later.
     if not config.getoption("--all"):
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of the processes that tests start
         jax.config.update("jax_disable_most_optimizations", True)
+        if version("jaxlib").startswith("0.10."):
+            os.environ["XLA_FLAGS"] += QUICK_COMPILER
     is_worker = hasattr(config, "workerinput")  # of xdist
     if not is_worker and sum(path.stat().st_size for path in PROGRAMS.glob("*")) > MOST_BYTES:
         shutil.rmtree(PROGRAMS)

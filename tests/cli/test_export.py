@@ -184,6 +184,7 @@ def run_jdpo(words: list[str], hub: Hub, tmp_path: Path) -> subprocess.Completed
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.ci
 def test_pushes_are_private_and_the_token_stays_where_it_is(run: Path, tmp_path: Path) -> None:
     saved = (run / "resolved_config.yaml").read_text()
     with serving_hub() as hub:

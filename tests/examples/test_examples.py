@@ -19,6 +19,7 @@ def importable(module: str) -> bool:
     return subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, check=False).returncode == 0
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example_learns(name: str) -> None:
     if name == "flax_nnx.py" and not importable("flax.nnx"):

@@ -45,6 +45,7 @@ def assert_killed(process: subprocess.Popen[str]) -> None:
     assert process.returncode == -signal.SIGKILL, output
 
 
+@pytest.mark.ci
 def test_killed_between_commit_and_manifest(
     cut_words: Words, uninterrupted: Path, same_run: SameRun, jdpo_process: Start, tmp_path: Path
 ) -> None:

@@ -62,6 +62,21 @@ def test_a_checkpoint_holds_adapters_and_no_base(lora_run: Path, toy_model: Path
     assert len(position["base"]["digest"]) == 64
 
 
+def test_a_stopped_run_goes_on_to_the_same_end(
+    cut_words: Words, lora_run: Path, same_run: SameRun, tmp_path: Path
+) -> None:
+    words = cut_words(tmp_path / "cut", **LORA)
+
+    def stop(step: int, params: object) -> None:
+        if step == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert train(load_config(DPOConfig, None, words[1:]), on_step=stop).step == 7
+    assert main(words) == 0
+    same_run(tmp_path / "cut", lora_run)
+
+
+@pytest.mark.full
 def test_a_killed_run_goes_on_to_the_same_end(
     cut_words: Words, lora_run: Path, same_run: SameRun, jdpo_process: Start, tmp_path: Path
 ) -> None:

@@ -59,10 +59,8 @@ def test_trace_on_eight_devices_is_that_of_one(parity: ModuleType, tmp_path: Pat
     one_device = parity.Case("dpo", "float32", 1, (1, 1, 1), 3)
     expected = parity.run_apart([one_device], inputs, tmp_path)[one_device]
     assert_moved(expected.loss)
-    for mesh, micro_batch_size in (((8, 1, 1), 1), ((1, 4, 2), 1)):
-        case = parity.Case("dpo", "float32", 8, mesh, micro_batch_size)
-        found = parity.run_here(case, inputs, tmp_path / str(mesh) / "run")
-        assert_same(parity, found, expected, "float32")
+    found = parity.run_here(parity.Case("dpo", "float32", 8, (2, 2, 2), 1), inputs, tmp_path / "eight" / "run")
+    assert_same(parity, found, expected, "float32")
 
 
 @pytest.mark.full

@@ -114,6 +114,7 @@ def assert_resumed(words: Callable[[str], list[str]], tmp_path: Path, point: str
     assert not list((tmp_path / "killed" / "reference").glob("*/*.tmp"))
 
 
+@pytest.mark.ci
 def test_a_killed_build_computes_only_what_is_missing(
     words: Callable[[str], list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

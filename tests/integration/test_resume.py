@@ -33,6 +33,7 @@ def saved_steps(run: Path) -> list[int]:
     return sorted(int(path.parent.name) for path in run.glob(f"checkpoints/[0-9]*/{MANIFEST}"))
 
 
+@pytest.mark.full
 def test_moments_in_the_hosts_memory_go_on_to_the_same_end(
     cut_words: Words, same_run: SameRun, jdpo_process: Start, tmp_path: Path
 ) -> None:

@@ -47,6 +47,7 @@ def learnt(report: dict) -> np.ndarray:
     return np.array([report["frequencies"]["groups"][group]["learnt"] for group in ("well_known", "mistaken")])
 
 
+@pytest.mark.ci
 def test_frequencies_decide_what_is_learnt(finished: Path, tmp_path: Path) -> None:
     report = json.loads((finished / "report.json").read_text())
     place = Workplace(tmp_path / "other")
@@ -57,6 +58,7 @@ def test_frequencies_decide_what_is_learnt(finished: Path, tmp_path: Path) -> No
     np.testing.assert_allclose(learnt(other), [[0.1, 0.2, 0.7], [0.2, 0.1, 0.7]], atol=0.1)
 
 
+@pytest.mark.ci
 def test_the_report_holds_settings_numbers_samples_and_sentences(finished: Path) -> None:
     report = json.loads((finished / "report.json").read_text())
     assert report["settings"]["frequencies"] == [6, 3, 1]
@@ -72,6 +74,7 @@ def test_the_report_holds_settings_numbers_samples_and_sentences(finished: Path)
     assert all(sentence in text for sentences in report["findings"].values() for sentence in sentences)
 
 
+@pytest.mark.ci
 def test_both_corrections_start_from_the_same_model(finished: Path) -> None:
     report = json.loads((finished / "report.json").read_text())
     before = report["stages"]["before"]["ireland"]["right"]
@@ -79,6 +82,7 @@ def test_both_corrections_start_from_the_same_model(finished: Path) -> None:
     assert starts == pytest.approx([before, before], abs=1e-4)
 
 
+@pytest.mark.ci
 def test_again_is_the_same_report_without_training(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (finished / "report.json").read_bytes()
     weights = finished / "runs" / "dpo" / "model" / "model.safetensors"
@@ -90,6 +94,7 @@ def test_again_is_the_same_report_without_training(finished: Path, capsys: pytes
     assert "What frequency taught" in capsys.readouterr().out
 
 
+@pytest.mark.ci
 def test_a_run_whose_measurements_were_deleted_is_run_again(finished: Path) -> None:
     before = (finished / "report.json").read_bytes()
     (finished / "probes" / "dpo.jsonl").unlink()
@@ -97,6 +102,7 @@ def test_a_run_whose_measurements_were_deleted_is_run_again(finished: Path) -> N
     assert (finished / "report.json").read_bytes() == before
 
 
+@pytest.mark.ci
 def test_other_settings_in_the_same_folder_are_refused(finished: Path) -> None:
     with pytest.raises(ValueError, match=r"frequencies \[6, 3, 1\] \(now \[5, 4, 1\]\).*another --output_dir"):
         main("quickstart", words(finished, frequencies="5,4,1"))

@@ -63,6 +63,7 @@ def test_a_folder_that_is_no_environment_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / ".venv" / "precious").exists()
 
 
+@pytest.mark.ci
 def test_an_environment_is_made_once_and_again_when_pyproject_changes(tmp_path: Path) -> None:
     project = (
         '[project]\nname = "nothing"\nversion = "{}"\n'

@@ -193,6 +193,7 @@ def run_script(folder: Path, byte_level: Path, num_rows: int) -> subprocess.Pope
     )
 
 
+@pytest.mark.ci
 def test_a_script_needs_no_main_guard_after_jax_has_started(byte_level: Path, tmp_path: Path) -> None:
     process = run_script(tmp_path, byte_level, NUM_ROWS)
     out, err = process.communicate(timeout=120)

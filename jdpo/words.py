@@ -1,8 +1,8 @@
-"""Wording that messages of all packages share: counts, amounts of memory, suggestions."""
+"""Wording that messages of all packages share: counts, amounts of memory, lists of names, suggestions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def figure(count: float, unit: str) -> str:
@@ -37,6 +37,16 @@ def memory(num_bytes: float) -> str:
     if num_bytes >= 0.01 * 2**20:
         return f"{num_bytes / 2**20:.2f} MiB"
     return figure(num_bytes, "byte")
+
+
+def listed(names: Sequence[str], most: int) -> str:
+    """Joins at most `most` names, and counts the others.
+
+    >>> listed(["a", "b", "c"], 3), listed(["a", "b", "c", "d"], 2)
+    ('a, b, c', 'a, b and 2 more')
+    """
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest:,} more" if rest > 0 else "")
 
 
 def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from jdpo.losses.pair_losses import loss_inputs, loss_terms, sum_of_terms
 from jdpo.losses.settings import LossSettings
+from jdpo.words import listed
 
 START_TOLERANCE = {"float64": 1e-5, "float32": 1e-5, "bfloat16": 2e-2}
 """Largest difference of policy and reference log-prob a token, by compute dtype, where both are one model."""
@@ -146,7 +147,7 @@ def check_finite(
         return
     bad = [origin for origin, value in zip(origins, row_losses, strict=True) if not math.isfinite(value)]
     named = bad or list(origins)
-    rows = ", ".join(named[:MOST_NAMED]) + (f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else "")
+    rows = listed(named, MOST_NAMED)
     what = (
         f"rows with a non-finite loss: {rows}" if bad else f"every row's loss is finite; the rows of the step: {rows}"
     )

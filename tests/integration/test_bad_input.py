@@ -342,7 +342,7 @@ def test_output_dir_on_a_disk_that_takes_nothing(run_words: Words, capsys: Captu
 def test_cache_dir_that_cannot_be_written(run_words: Words, capsys: Capture) -> None:
     said = refusal(run_words(cache_dir="/proc/jdpo_cache"), capsys)
     assert "cannot write tokenized rows to /proc/jdpo_cache" in said
-    assert "set cache_dir to a folder that can be written" in said
+    assert "set cache_dir to a writable folder" in said
 
 
 def test_bad_rows_are_dropped_and_counted(place: Place, run_words: Words, capsys: Capture) -> None:

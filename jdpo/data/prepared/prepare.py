@@ -29,7 +29,7 @@ from jdpo.data.tokens import tokenize
 from jdpo.data.tokens.tokenizer import Tokenizer
 from jdpo.safe_text import terminal
 from jdpo.types import AnyPair, MaskedPair, TokenizedCompletion
-from jdpo.words import figure
+from jdpo.words import figure, listed
 
 __all__ = [
     "CHOSEN_LEARNT",
@@ -160,7 +160,9 @@ class PreparedData(Generic[R]):
         for dataset, left_out in zip(self._datasets, (source.left_out for source in self._sources), strict=True):
             lines.append(terminal(f"{without_queries(dataset.path)} ({dataset.split})"))
             if left_out:
-                lines.append(f"  {figure(len(left_out), 'data file')} of no split ignored: {_names(left_out)}")
+                lines.append(
+                    f"  {figure(len(left_out), 'data file')} of no split ignored: {listed(left_out, MOST_NAMES)}"
+                )
         lines += [f"  {line}" for line in Tally(self.counts, self.examples).lines()]
         if self.drop_note is not None:
             lines.append(f"  {self.drop_note}")
@@ -342,16 +344,6 @@ def _check_kept(tally: Tally, datasets: Sequence[DatasetConfig], part: Part | No
             lines.append(f"eval_fraction {part.fraction} leaves no rows on this side; change or remove it")
         raise ValueError("\n".join(lines))
     token_checks.refuse_ruined(tally.counts, tally.counts[KEPT], tally.examples)
-
-
-def _names(names: Sequence[str]) -> str:
-    """Returns the first MOST_NAMES names and the number of the others.
-
-    >>> _names("abcdefg")
-    'a, b, c, d, e and 2 more'
-    """
-    rest = len(names) - MOST_NAMES
-    return ", ".join(names[:MOST_NAMES]) + (f" and {rest:,} more" if rest > 0 else "")
 
 
 def _key(sources: Sequence[Source], tokenizer: Tokenizer, recipe: Recipe) -> str:

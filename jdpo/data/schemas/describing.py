@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jdpo.safe_text import terminal
+from jdpo.words import listed
 
 LONGEST_NAME = 60
 MOST_NAMED = 40
@@ -31,13 +32,7 @@ def shown(value: Any, width: int = 60) -> str:
 
 def named(columns: Mapping[str, object] | Sequence[str]) -> str:
     """Returns a list of column names, printable."""
-    return listed([printable(name) for name in map(str, columns)])
-
-
-def listed(names: Sequence[str]) -> str:
-    """Joins names with commas, the first MOST_NAMED of many."""
-    rest = len(names) - MOST_NAMED
-    return (", ".join(names[:MOST_NAMED]) or "none") + (f" and {rest} more" if rest > 0 else "")
+    return listed([printable(name) for name in map(str, columns)], MOST_NAMED) or "none"
 
 
 def printable(name: str) -> str:

@@ -7,9 +7,10 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-from jdpo.data.schemas.describing import kind, listed, named, printable, shown
+from jdpo.data.schemas.describing import MOST_NAMED, kind, named, printable, shown
 from jdpo.data.schemas.messages import Raw
 from jdpo.data.schemas.schema_table import Schema
+from jdpo.words import listed
 
 MOST_ROWS = 3
 """Maximum number of sample rows in a message."""
@@ -68,7 +69,7 @@ def _columns(raws: Sequence[Raw]) -> str:
     for raw in raws:
         for name, value in raw.items():
             kinds.setdefault(str(name), {})[_closer_kind(value)] = None
-    return listed([f"{printable(name)} ({' or '.join(found)})" for name, found in kinds.items()])
+    return listed([f"{printable(name)} ({' or '.join(found)})" for name, found in kinds.items()], MOST_NAMED)
 
 
 def _closer_kind(value: object, depth: int = 3) -> str:

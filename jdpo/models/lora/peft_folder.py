@@ -20,6 +20,7 @@ from jdpo.models.lora.targets import Targets, whole_sites
 from jdpo.models.weights.safetensors_folder import DTYPES, TensorEntry, read_header
 from jdpo.processes import together
 from jdpo.safe_text import terminal
+from jdpo.words import listed
 
 PREFIX = "base_model.model."
 
@@ -277,6 +278,4 @@ def _within_layer(site: Site) -> str:
 
 
 def _listed(names: Iterable[str]) -> str:
-    names = list(map(terminal, names))
-    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return ", ".join(names[:_MOST_NAMED]) + more
+    return listed([terminal(name) for name in names], _MOST_NAMED)

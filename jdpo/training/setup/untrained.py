@@ -25,6 +25,7 @@ from jdpo.models.weights.embedding_rows import (
     untrained_rows,
 )
 from jdpo.safe_text import terminal
+from jdpo.words import listed
 
 
 class Start(NamedTuple):
@@ -81,7 +82,7 @@ def refuse_added_tokens(tokenizer: Tokenizer) -> None:
       ValueError: naming them.
     """
     if tokenizer.added_tokens:
-        names = _joined([terminal(token) for token in tokenizer.added_tokens])
+        names = listed([terminal(token) for token in tokenizer.added_tokens], MOST_NAMED)
         raise ValueError(
             f"chat_template adds tokens ({names}), whose embedding could not be trained: with lora, embed_tokens and "
             "an untied lm_head are frozen. Train all weights first (`jdpo sft` without lora), or use a template whose "
@@ -139,16 +140,13 @@ def start_tokens(
     rows = started_rows(folder, model, np.array(ids), source_tokens(tokenizer, model.vocab_size), seed)
     names = [f"{terminal(token)} (id {id})" for id, token in sorted(started)]
     lines.append(
-        f"{whose}embedding of {_joined(names)} starts at the mean of {rows.num_trained:,} trained rows, plus a little "
-        "noise"
+        f"{whose}embedding of {listed(names, MOST_NAMED)} starts at the mean of {rows.num_trained:,} trained rows, "
+        "plus a little noise"
     )
     return Start(rows, tuple(lines))
 
 
 def _named(tokens: Sequence[UntrainedToken]) -> str:
-    return _joined([f"{terminal(token.token)} (id {token.id}, in {row_count(token.num_rows)})" for token in tokens])
-
-
-def _joined(names: Sequence[str]) -> str:
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return ", ".join(names[:MOST_NAMED]) + more
+    return listed(
+        [f"{terminal(token.token)} (id {token.id}, in {row_count(token.num_rows)})" for token in tokens], MOST_NAMED
+    )

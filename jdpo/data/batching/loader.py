@@ -90,6 +90,7 @@ class RowPlan:
             order = epoch_order(self.mixture, self._seed, epoch, self._shuffle)
         else:
             order = self._grouped(epoch)
+        # A copy, because the order is cached and shared.
         return order[position * self._size : (position + 1) * self._size].copy()
 
     def _group(self, epoch: int) -> np.ndarray:
@@ -97,6 +98,7 @@ class RowPlan:
         assert self._lengths is not None
         order = epoch_order(self.mixture, self._seed, epoch, self._shuffle).copy()
         num_full = len(order) // self._size
+        # Sorting within windows keeps long and short steps spread over the epoch.
         for window, first in enumerate(range(0, num_full, WINDOW_STEPS)):
             num_steps = min(WINDOW_STEPS, num_full - first)
             inside = slice(first * self._size, (first + num_steps) * self._size)
@@ -118,6 +120,7 @@ def bucket_length(n: int, max_length: int) -> int:
     power = SMALLEST_BUCKET
     while power < n:
         power *= 2
+    # 1.5 * 2^(k - 1) is between 2^(k - 1) and 2^k: padding wastes at most a third.
     bucket = power * 3 // 4 if power > SMALLEST_BUCKET and n <= power * 3 // 4 else power
     return min(bucket, -(-max_length // 8) * 8)
 
@@ -145,6 +148,7 @@ def collate_pairs(pairs: Sequence[AnyPair], *, num_slots: int, length: int, pad_
             tokens[index, side, start:stop] = completion
             attention_mask[index, side, :stop] = True
             completion_mask[index, side, start:stop] = mask
+    # Attention over nothing is NaN, and NaN times weight 0 is still NaN.
     attention_mask[len(pairs) :, :, 0] = True
     return PreferenceBatch(tokens, attention_mask, completion_mask, None, _weights(len(pairs), num_slots))
 
@@ -176,6 +180,7 @@ def prefetch(make: Callable[[int], T], steps: range, depth: int = 2) -> Generato
     An exception of `make` is raised at its step. Closing the iterator stops the thread.
     """
     assert depth >= 1, depth
+    # One thread, so that batches are made in their order.
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="jdpo-prefetch") as pool:
         pending: deque[Future[T]] = deque()
         try:
@@ -186,5 +191,6 @@ def prefetch(make: Callable[[int], T], steps: range, depth: int = 2) -> Generato
             while pending:
                 yield pending.popleft().result()
         finally:
+            # Only work that has not started can be cancelled; leaving the block waits for the rest.
             for future in pending:
                 future.cancel()

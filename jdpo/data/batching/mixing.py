@@ -75,6 +75,7 @@ def check_data_settings(data: DataSettings, *, pairs: bool) -> None:
       ValueError: settings contradict each other; the message names them and says what to do.
     """
     labels_of(data.datasets)
+    # Labels of training and evaluation may be equal: they never occur in the same metric.
     labels_of(data.eval_datasets)
     _check_shares(data)
     if data.eval_fraction and data.eval_datasets:
@@ -165,6 +166,7 @@ def mixture_of(datasets: Sequence[DatasetConfig], sizes: Sequence[int], *, num_e
     Raises:
       ValueError: a weighted dataset has no rows, or gets none in an epoch.
     """
+    # Fractions, so that shares do not depend on the rounding of floats.
     weights = [Fraction(dataset.weight) for dataset in datasets if dataset.weight is not None]
     counts = [dataset.num_rows for dataset in datasets]
     if weights:
@@ -191,6 +193,7 @@ def _weighted(weights: Sequence[Fraction], sizes: Sequence[int], num_examples: i
         return apportion(weights, num_examples)
     largest = max(range(len(sizes)), key=lambda index: (sizes[index], weights[index], -index))
     rest = [weight for index, weight in enumerate(weights) if index != largest]
+    # The largest dataset gives exactly its rows; the others follow by their weights.
     takes = apportion(rest, round(sizes[largest] * sum(rest) / weights[largest])) if rest else []
     takes.insert(largest, sizes[largest])
     return takes
@@ -223,6 +226,7 @@ def epoch_order(mixture: Mixture, seed: int, epoch: int, shuffle: bool) -> np.nd
     order = permutation(mixture.num_examples, seed, epoch) if shuffle else np.arange(mixture.num_examples)
     if mixture.takes == mixture.sizes:
         return order  # every row once, so a permutation of the rows is all that is needed
+    # The dataset of each place in the epoch. Its rows then fill its places in the order of its stream.
     set_of = np.repeat(np.arange(len(mixture.takes)), mixture.takes)[order]
     rows = np.empty(mixture.num_examples, np.int64)
     start = 0
@@ -235,6 +239,7 @@ def epoch_order(mixture: Mixture, seed: int, epoch: int, shuffle: bool) -> np.nd
 def _stream(size: int, start: int, stop: int, seed: int, index: int, shuffle: bool) -> np.ndarray:
     """Returns elements `start` to `stop` of the endless stream of passes over the rows 0 to `size` of one dataset."""
     parts = []
+    # The passes over the dataset that this part of the stream touches.
     for number in range(start // size, -(-stop // size)):
         rows = permutation(size, seed, number, 1 + index) if shuffle else np.arange(size)
         parts.append(rows[max(start - number * size, 0) : stop - number * size])

@@ -51,6 +51,7 @@ def pack(
     bins, shape = plan
     assert len(rows) == len(indices) == len(bins.bin_of) > 0, (len(rows), len(indices), len(bins.bin_of))
     assert bins.num_micro <= shape.num_micro, (bins.num_micro, shape)
+    # Items of one bin must be next to each other; stable keeps their order within a bin.
     order = np.argsort(bins.bin_of, kind="stable")
     layout = _layout([rows[i] for i in order], bins.bin_of[order])
     reference = None if reference_logps is None else [reference_logps[i] for i in order]
@@ -128,6 +129,7 @@ class _Layout(NamedTuple):
 def _layout(rows: Sequence[Any], bin_b: np.ndarray) -> _Layout:
     masks: list[np.ndarray] | None = None
     if isinstance(rows[0], TokenizedCompletion):
+        # An empty prompt in front gives supervised rows the layout of pairs.
         parts = [part for row in rows for part in (row.tokens[:0], row.tokens)]
         masks = [row.completion_mask for row in rows]
     else:
@@ -148,6 +150,7 @@ def _layout(rows: Sequence[Any], bin_b: np.ndarray) -> _Layout:
 
     part_x = np.repeat(np.arange(len(parts)), part_lengths.reshape(-1))
     item_x, side_x = part_x // num_parts, part_x % num_parts - 1
+    # Everything below is vectorized over all slots; a Python loop over tokens would be slow.
     everywhere = np.arange(len(part_x))
     within_x = everywhere - (part_end - part_lengths.reshape(-1))[part_x]
     scored_x = np.concatenate(masks) if masks is not None else side_x >= 0
@@ -164,6 +167,7 @@ def _layout(rows: Sequence[Any], bin_b: np.ndarray) -> _Layout:
         item_x=item_x,
         side_x=side_x,
         within_x=within_x,
+        # The first token of a side is predicted by the last of its prompt, so it needs a prompt.
         scored_x=scored_x & ((within_x > 0) | (part_lengths[item_x, 0] > 0)),
     )
 
@@ -181,16 +185,19 @@ def _slot_arrays(layout: _Layout, shape: PackedShape) -> dict[str, np.ndarray]:
     """Returns the arrays with an axis of slots: tokens, positions, scatter, readers."""
     num_sides = layout.side_length_bn.shape[1]
     in_prompt_x = layout.side_x < 0
+    # Both sides continue at the position after their prompt.
     position_x = layout.within_x + np.where(in_prompt_x, 0, layout.prompt_length_b[layout.item_x])
     first_x = num_sides * layout.local_b[layout.item_x] * shape.length + position_x  # the place in the first side
     place_x = first_x + np.maximum(layout.side_x, 0) * shape.length
     at = (layout.bin_x, layout.slot_x)
     readers = np.full(
         (shape.num_micro * shape.num_rows, num_sides, shape.num_slots),
+        # Out of range: no place reads the slot.
         num_sides * shape.num_items * shape.length,
         np.int32,
     )
     for side in range(num_sides):
+        # A slot of the prompt is read by all sides of its item, a slot of a side by that side alone.
         reads_x = in_prompt_x | (layout.side_x == side)
         readers[layout.bin_x[reads_x], side, layout.slot_x[reads_x]] = first_x[reads_x] + side * shape.length
     slots = (shape.num_slots,)
@@ -242,8 +249,10 @@ def _scored_arrays(
     x = np.flatnonzero(layout.scored_x)
     item, side = layout.item_x[x], layout.side_x[x]
     last_of_prompt = layout.prompt_start_b[item] + layout.prompt_length_b[item] - 1
+    # The hidden state before a token predicts it; before the first token of a side that is the end of the prompt.
     predicted_from = np.where(layout.within_x[x] > 0, layout.slot_x[x] - 1, last_of_prompt)
     bins = layout.bin_x[x]
+    # Number of the scored token within its bin.
     at = (bins, np.arange(len(x)) - np.searchsorted(bins, bins))
     axes = (shape.num_scored,)
     arrays = {

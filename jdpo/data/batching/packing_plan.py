@@ -113,6 +113,7 @@ def plan_step(
         return StepBins(num_micro, _spread(slots, num_micro * num_rows, max_items)[0])
     assert max_slots is not None
     limit = max(max_slots, int(slots.max()))
+    # A lower bound; items cannot be cut, so more micro-batches may be needed.
     num_micro = -(-int(slots.sum()) // (num_rows * limit))
     while True:
         bin_of, fullest = _spread(slots, num_micro * num_rows, len(slots))
@@ -128,10 +129,12 @@ def _spread(slots: np.ndarray, num_bins: int, max_items: int) -> tuple[np.ndarra
         return bin_of, int(slots.sum())
     heap = [(0, index, 0) for index in range(num_bins)]  # slots, bin, items
     fullest = 0
+    # Longest first: the classic heuristic that fills bins evenly. stable makes ties the same on every host.
     for item in np.argsort(-slots, kind="stable").tolist():
         used, index, num_items = heap[0]
         used, num_items = used + int(slots[item]), num_items + 1
         bin_of[item], fullest = index, max(fullest, used)
+        # A full bin leaves the heap, so that later items go elsewhere.
         if num_items < max_items:
             heapq.heapreplace(heap, (used, index, num_items))
         else:
@@ -157,6 +160,7 @@ def needed_shape(sizes: ItemSizes, bins: StepBins, num_rows: int) -> PackedShape
         fullest(np.ones(len(bins.bin_of))),
         fullest(sizes.slots),
         int(sizes.longest.max()),
+        # Axes of length 0 would need programs of their own.
         max(fullest(sizes.scored), 1),
     )
 
@@ -234,6 +238,7 @@ def plan_run(
     for indices in steps:
         of_step = sizes.of(indices)
         bins = plan_step(of_step.slots, num_rows=num_shards, max_slots=max_slots, max_items=micro_batch_size)
+        # The bins are computed again when the step is packed; keeping them would take memory for every row.
         needs.append(needed_shape(of_step, bins, num_shards))
     return PackingPlan(
         sizes=sizes,

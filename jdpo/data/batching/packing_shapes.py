@@ -96,6 +96,7 @@ def _distinct(needs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         shapes, counts = np.unique(_round_up(needs, coarser), axis=0, return_counts=True)
         if len(shapes) <= MERGED_AT_ONCE or (coarser[2:] >= largest[2:]).all():
             return shapes, counts
+        # k and m are exact: a further micro-batch costs a whole pass, and m is the number of shards.
         coarser[2:] *= 2
 
 
@@ -115,9 +116,11 @@ def _merged(shapes: np.ndarray, counts: np.ndarray, num_sides: int) -> np.ndarra
         extra[i, :i] = extra_costs(i)[:i]
     while left > 1:
         i, j = divmod(int(np.argmin(extra)), len(shapes))
+        # Few enough shapes, and the next merge would cost more than fewer compilations are worth.
         if left <= MAX_SHAPES and spent + extra[i, j] > to_spend:
             break
         spent, left = spent + extra[i, j], left - 1
+        # Shape i becomes the union; shape j is not used any more, but keeps its place so that indices stay valid.
         shapes[i], counts[i], counts[j] = np.maximum(shapes[i], shapes[j]), counts[i] + counts[j], 0
         extra[j], extra[:, j] = np.inf, np.inf
         renewed = np.where(counts > 0, extra_costs(i), np.inf)
@@ -140,5 +143,6 @@ def cheapest_shape(need: PackedShape, shapes: Sequence[PackedShape], *, num_side
 
 def _cheapest(needs: np.ndarray, shapes: np.ndarray, num_sides: int) -> np.ndarray:
     """Returns, for each of needs [needs, 6], the index of the cheapest of shapes [shapes, 6] that holds it, or -1."""
+    # A shape holds a step if it is at least as large on every axis.
     prices = np.where((needs[:, None] <= shapes).all(-1), _cost(shapes, num_sides), np.inf)
     return np.where(np.isfinite(prices.min(1)), prices.argmin(1), -1)

@@ -110,8 +110,10 @@ def make_chunk(shared: tuple[Recipe, Tokenizer], raw: RawChunk) -> Chunk:
     recipe, tokenizer = shared
     tally = Tally()
     tally.counts[READ] += len(raw.rows)
+    # One raw row may give several rows (ranked answers) or none to train on (Dropped).
     read = [row for one, origin in raw.rows for row in recipe.read(one, origin, raw.dataset, tally.counts)]
     rows, keys = _of_part(read, recipe.part, tally)
+    # All rows of the chunk are tokenized in one call, because the tokenizer works on a batch in parallel.
     results = iter(recipe.tokenize([row for row in rows if not isinstance(row, Dropped)], tokenizer))
     kept: list[tuple[PreferenceRow | CompletionRow, Any, int]] = []
     for row, key in zip(rows, keys, strict=True):
@@ -160,6 +162,7 @@ def _counted_block(
         block,
         token_checks.expected_of(tokenizer),
         plain=np.array([isinstance(row.prompt, str) for row, _, _ in kept], bool),
+        # A truncated completion has no end token, and must not be reported for it.
         cut=np.array([tokenize.COMPLETION_CUT in result.notes for _, result, _ in kept], bool),
         max_length=recipe.max_length,
     )
@@ -208,12 +211,14 @@ class Tally:
         """Returns the name to count under: all refusals of a chat template after `MOST_REFUSALS` share one name."""
         if name in self.counts or not name.startswith(_REFUSED):
             return name
+        # Without a limit, a template that quotes the row in its message would give one count per row.
         known = sum(one.startswith(f"{_REFUSED}:") for one in self.counts)
         return name if known < MOST_REFUSALS else OTHER_REFUSALS
 
     def take(self, chunk: Chunk) -> None:
         """Adds the counts of the next chunk."""
         for name, count in chunk.counts.items():
+            # The limit on refusals holds over all chunks, so a name of a chunk may become OTHER_REFUSALS here.
             own = self._name(name)
             self.counts[own] += count
             if name in chunk.examples:

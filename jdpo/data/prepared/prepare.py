@@ -128,6 +128,7 @@ class PreparedData(Generic[R]):
         rows = self._rows
         if rows.row_type is TokenizedCompletion:
             return completion_sizes(rows.lengths_of("tokens"), rows.counts_of("completion_mask", skip=1))
+        # Lengths come from the offsets of the Arrow file: no token is read, so planning is fast for millions of rows.
         lengths = [rows.lengths_of(field) for field in ("prompt_ids", "chosen_ids", "rejected_ids")]
         sizes = pair_sizes(np.stack(lengths, axis=-1))
         if rows.row_type is MaskedPair:  # their prompts are not empty, so every learnt token is scored
@@ -277,6 +278,7 @@ def _prepare(
     labels_of(datasets)  # errors in the labels come before the work
     sources = [open_source(dataset) for dataset in datasets]
     folder = cache_folder(cache_dir) / "tokenized"
+    # The key needs the digest of every file, so the files are read once even if the rows are in the cache.
     key = _key(sources, tokenizer, recipe)
     rows = store.open_store(folder, key, recipe.row_type)
     from_cache = rows is not None
@@ -285,6 +287,7 @@ def _prepare(
             known = [source.known_rows() for source in sources] if progress is not None else []
             total = None if None in known else sum(filter(None, known))
             tally, of_sets = Tally(), [Tally() for _ in sources]
+            # closing: an error here must end the processes that tokenize at once, not when the garbage collector runs.
             with contextlib.closing(_chunks(sources, tokenizer, recipe, num_proc)) as chunks:
                 for chunk in chunks:
                     writer.append(chunk.block)
@@ -325,6 +328,7 @@ def _raw_chunks(sources: Sequence[Source], recipe: Recipe) -> Iterator[RawChunk]
         for row in itertools.chain(samples, rows):
             chunk.append(row)
             size += text_size(row[0])
+            # Chunks follow from the rows alone, so they are the same for any number of processes.
             if len(chunk) == CHUNK_ROWS or size >= CHUNK_TEXT:
                 yield RawChunk(number, chunk)
                 chunk, size = [], 0
@@ -351,6 +355,7 @@ def _key(sources: Sequence[Source], tokenizer: Tokenizer, recipe: Recipe) -> str
         "version": CACHE_VERSION,
         "rows": [source.digest() for source in sources],
         "tokenizer": tokenizer.digest,
+        # Another version of these may tokenize or render differently.
         "libraries": {name: importlib.metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")},
         "recipe": dataclasses.asdict(recipe),
     }

@@ -59,6 +59,7 @@ def row_arrays(rows: Sequence[R], row_type: type[R], tags: Tags) -> RowArrays:
     for field in fields:
         vectors = [getattr(row, field) for row in rows]
         lengths[field] = np.array([len(vector) for vector in vectors], np.int32)
+        # The empty array in front gives a result also if there are no rows, and fixes the dtype.
         values[field] = np.concatenate([np.zeros(0, dtype_of(field)), *vectors]).astype(dtype_of(field), copy=False)
     return RowArrays(values, lengths, [getattr(row, origin) for row in rows], tags)
 
@@ -99,4 +100,5 @@ def interleaved(block: RowArrays) -> bytes:
 
 def dtype_of(field: str) -> np.dtype:
     """Returns the dtype of a field of tokenized rows."""
+    # int32 holds every token id, and is the dtype of the batches, so nothing is converted later.
     return np.dtype(np.bool_ if field.endswith("_mask") else np.int32)

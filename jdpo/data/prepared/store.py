@@ -72,6 +72,7 @@ class RowStore(Generic[R]):
         self._arrays: dict[int, dict[str, tuple[np.ndarray, np.ndarray]]] = {}  # batches whose checksum was compared
         self.lengths = self._column("length", np.dtype(np.int32))
         self.tags = Tags(*(self._column(name, dtype) for name, dtype in TAG_TYPES.items()))
+        # Lengths and tags are checked when the file is opened, since plans depend on them; tokens when they are read.
         if _check((self.lengths, *self.tags)) != meta["tags"] or len(self._checks) != len(self._batches):
             raise ValueError(f"{path} is not as it was written")
 
@@ -86,6 +87,7 @@ class RowStore(Generic[R]):
         """
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
+        # The last record batch that starts at or before the row.
         number = bisect.bisect_right(self._starts, index) - 1
         row = index - self._starts[number]
         *fields, origin = self.row_type._fields
@@ -106,6 +108,7 @@ class RowStore(Generic[R]):
         counts = []
         for number in range(len(self._batches)):
             offsets, elements = self._views(number)[mask]
+            # Differences of one cumulative sum count every row at once.
             up_to = np.concatenate([[0], np.cumsum(elements, dtype=np.int64)])
             first = np.minimum(offsets[:-1] + skip, offsets[1:])
             counts.append(up_to[offsets[1:]] - up_to[first])
@@ -124,6 +127,7 @@ class RowStore(Generic[R]):
             for offsets, tokens in map(self._views(number).__getitem__, fields):
                 places = np.flatnonzero(is_wanted.take(tokens, mode="clip"))
                 pairs.append(np.stack([tokens[places], np.searchsorted(offsets, places, side="right") - 1]))
+            # A token that occurs several times in a row counts once.
             tokens, rows = np.unique(np.concatenate(pairs, axis=1), axis=1)
             for id, first, count in zip(*np.unique(tokens, return_index=True, return_counts=True), strict=True):
                 before, at = found.get(int(id), (0, start + int(rows[first])))
@@ -221,6 +225,7 @@ class RowWriter(Generic[R]):
             elements = block.values[field]
             arrays += [offsets, elements]
             stored = elements.view(np.uint8) if elements.dtype == np.bool_ else elements  # read back without a copy
+            # Lists of uint8, because Arrow's booleans are bits, which numpy cannot view without a copy.
             columns[field] = pa.ListArray.from_arrays(offsets, pa.array(stored))
         columns["length"] = pa.array(lengths)
         columns |= {name: pa.array(array) for name, array in zip(Tags._fields, block.tags, strict=True)}
@@ -236,6 +241,7 @@ def open_store(folder: Path, key: str, row_type: type[R]) -> RowStore[R] | None:
     try:
         meta = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         stamp = _stamp(path)
+        # Usually a copied cache: the content decides, and the new stamp is stored so that the next start is fast again.
         if any(meta[name] != value for name, value in stamp.items()):
             if file_digest(path) != meta["file_digest"]:
                 return None
@@ -256,6 +262,7 @@ def creating(folder: Path, key: str, row_type: type[R]) -> Iterator[RowWriter[R]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _clear_abandoned(folder)
+        # In the same folder, because os.replace is atomic only within one file system.
         with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as temporary:
             writer = RowWriter(Path(temporary) / "rows.arrow", row_type)
             with contextlib.closing(writer):

@@ -56,11 +56,13 @@ def expected_of(tokenizer: Tokenizer) -> Expected:
     """Returns what the checks expect of a tokenizer's rows, found by rendering a conversation."""
     ends, bos = tokenizer.end_token_ids, tokenizer.hf.bos_token_id
     (one,), (two,) = (_ids(tokenizer, TURNS * count) for count in (1, 2))
+    # The first end token that is not already in the question alone closes the answer.
     places = [place for place, token in enumerate(one) if token in ends]
     question = _ids(tokenizer, TURNS[:1])[0]
     closing = next((len(one) - place for place in places if place >= (len(question) or places[-1])), 0)
     if not tokenizer.has_chat_template or not one:
         closing = 1
+    # A BOS within the rendered conversation is the template's way, not a fault of the rows.
     usual = isinstance(bos, int) and bos not in ends and bos not in two[1:]
     return Expected(tokenizer.bos_token_id, bos if usual and isinstance(bos, int) else None, ends, closing)
 
@@ -88,6 +90,7 @@ class Segments(NamedTuple):
 
     def number_of(self, ids: Sequence[int], *, skip: Any = 0, leave: Any = 0) -> np.ndarray:
         """Counts the tokens of each segment that are in `ids`, except its first `skip` and last `leave`: [rows]."""
+        # One cumulative sum over all tokens answers the question for every segment.
         up_to = np.concatenate([[0], np.isin(self.tokens, ids).cumsum()])
         stop = np.maximum(self.stop - leave, self.start)
         counts: np.ndarray = up_to[stop] - up_to[np.minimum(self.start + skip, stop)]
@@ -97,6 +100,7 @@ class Segments(NamedTuple):
         """Returns the token at an index of each segment (negative: from its end), -1 if out of range: [rows]."""
         at = np.where(np.asarray(place) < 0, self.stop, self.start) + place
         inside = (at >= self.start) & (at < self.stop)
+        # Places out of range read the -1 at the end.
         padded = np.append(self.tokens, -1)
         found: np.ndarray = np.where(inside, padded[np.where(inside, at, len(self.tokens))], -1)
         return found
@@ -126,6 +130,7 @@ def find_faults(
     if expected.first is not None:
         add(NO_BOS, prompt.token(0) != expected.first)
     if expected.bos is not None:
+        # "Twice at the start" is a fault of its own, so "inside" skips both of them.
         twice = (prompt.token(0) == expected.bos) & (prompt.token(1) == expected.bos)
         add(BOS_TWICE, twice)
         add(BOS_INSIDE, prompt.number_of([expected.bos], skip=1 + twice) > 0)
@@ -167,6 +172,7 @@ def _parts(block: RowArrays) -> tuple[Segments, list[tuple[Segments, Segments]]]
 def _last_run(tokens: Segments, mask: np.ndarray) -> Segments:
     """Returns the learnt tokens at the end of each segment; an empty segment if its last token is not learnt."""
     place = np.arange(len(mask))
+    # For each place, the last place up to it that is not learnt.
     last_unlearnt = np.maximum.accumulate(np.where(mask, -1, place)) if len(mask) else place
     return tokens._replace(start=np.maximum(last_unlearnt[tokens.stop - 1] + 1, tokens.start))
 

@@ -64,6 +64,7 @@ def map_in_order(work: Callable[[S, T], R], state: S, tasks: Iterable[T], *, num
         for task in tasks:
             with _no_interrupt() if not pending else contextlib.nullcontext():
                 pending.append(executor.submit(_run, task))
+            # Bounds the number of chunks in memory: reading is faster than tokenizing.
             if len(pending) > IN_FLIGHT * num_proc:
                 yield pending.popleft().result()
         while pending:
@@ -99,6 +100,7 @@ _shared: tuple[Callable[[Any, Any], Any], Any] | None = None
 def _start(work: Callable[[S, T], R], state: S, parent: int) -> None:
     global _shared
     _shared = work, state
+    # A killed parent cannot end its processes; without this thread they would stay and hold memory.
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 

@@ -38,6 +38,7 @@ class Entry(NamedTuple):
     def text(self) -> str:
         """Returns the content of `key.json`, digest included."""
         values = {"parts": self.parts, "about": self.about}
+        # The digest covers `about` too, which is not part of the folder's name.
         return json.dumps(values | {"digest": key_of(values)}, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
@@ -89,7 +90,9 @@ def about_rows(
         "role": role,
         "model": model,
         "datasets": [
-            " ".join(filter(None, (without_queries(d.path), d.name, f"({d.split})", d.revision))) for d in datasets
+            # Without queries of addresses, which may contain keys.
+            " ".join(filter(None, (without_queries(d.path), d.name, f"({d.split})", d.revision)))
+            for d in datasets
         ],
         "sources": key_of([open_source(dataset).digest() for dataset in datasets]),
         "tokenizer": tokenizer,
@@ -121,6 +124,7 @@ def read_entry(folder: Path) -> Entry | None:
         text = path.read_text(encoding="utf-8")
         values = json.loads(text)
         entry = Entry(values["parts"], values["about"])
+        # Byte for byte: an edited file, or one copied to another folder, must not vouch for the log-probs.
         if text == entry.text() and entry.key == folder.name:
             return entry
     except (FileNotFoundError, NotADirectoryError):
@@ -143,6 +147,7 @@ def nearest(root: Path, now: Entry) -> Entry | None:
             then = read_entry(folder)
         except ValueError:
             continue
+        # An entry without a finished shard saved no work, so a miss against it needs no explanation.
         if then is None or folder.name == now.key or next(folder.glob("[0-9]*.json"), None) is None:
             continue
         same = {name for name, value in _flat(now).items() if _flat(then).get(name) == value}
@@ -161,6 +166,7 @@ def changes(then: Entry, now: Entry) -> list[str]:
     lines = []
     if then.parts["version"] != now.parts["version"]:
         lines.append(_then_now("the version of jdpo's cache", then.parts["version"], now.parts["version"]))
+    # A renamed model and changed weights of the same name need different sentences.
     if then.parts["weights"] != now.parts["weights"]:
         name = now.about["model"]
         renamed = then.about["model"] != name

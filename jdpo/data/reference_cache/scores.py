@@ -98,6 +98,7 @@ class CacheFolder:
             path = self.shard_path(shard)
             found = _read_text(path.with_suffix(".json"))
             if found is not None:
+                # The voucher has the digest of the shard, so this reads the whole file.
                 whole[shard] = found == self._voucher(shard)
                 damaged[shard] = not whole[shard]
             if damaged[shard]:
@@ -126,6 +127,7 @@ class CacheFolder:
 
         assert len(rows) == len(self.rows_of(shard)), (len(rows), shard)
         lengths = np.array([[len(side) for side in row] for row in rows], np.int32)
+        # One flat array per shard: a file with one tensor per row would be mostly header.
         logps = np.concatenate([side for row in rows for side in row]).astype(self.dtype)
         path = self.shard_path(shard)
         path.with_suffix(".json").unlink(missing_ok=True)  # the digest of a damaged shard would not fit the new one
@@ -264,6 +266,7 @@ class _Shard:
             )
 
     def row(self, offset: int) -> RowLogps:
+        # Two sides per row, so side n of a row ends at index 2 * row + n.
         middle, stop = int(self._ends[2 * offset]), int(self._ends[2 * offset + 1])
         start = int(self._ends[2 * offset - 1]) if offset else 0
         return self._logps[start:middle], self._logps[middle:stop]

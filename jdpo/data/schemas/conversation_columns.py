@@ -43,9 +43,11 @@ def prompt_columns(raw: Raw) -> list[str]:
     Args:
       raw: the row's columns without nulls.
     """
+    # An explicit prompt wins; `messages` is then only a copy or metadata.
     if any(raw.get(name) for name in _NAMED_PROMPTS):
         return []
     sides = [raw.get(name) for name in _SIDES]
+    # Transcripts contain their prompt.
     if not all(isinstance(side, str | list | dict) and not messages.is_transcript(side) for side in sides):
         return []
     found = [name for name in COLUMNS if is_conversation(raw.get(name))]
@@ -105,8 +107,10 @@ def _repeats(side: Any, value: list[Any]) -> bool:
     except ValueError:  # reading the row raises it again, with the row's name
         return False
     body, given_body = (_without_system(one) for one in (turns, given))
+    # The side starts with the column, with or without its own system turn.
     if given in (turns[: len(given)], body[: len(given)]):
         return True
+    # Only the column has a system turn, and otherwise the side starts with it: the system turn would be lost.
     if len(given_body) < len(given) and len(body) == len(turns) and body[: len(given_body)] == given_body:
         return False
     return bool(body) and body[:1] == given_body[:1]
@@ -137,6 +141,7 @@ def _continued(conversation: list[Message], side: list[Message]) -> list[Message
     if not side:
         return side
     whole = messages.joined(conversation, side)
+    # The conversation ends with an answer, so the side starts with the next question.
     if whole is None and conversation[-1]["role"] != "user" and side[0]["role"] == "user":
         return conversation + side
     return whole

@@ -23,6 +23,7 @@ def kind(value: Any) -> str:
 
 def shown(value: Any, width: int = 60) -> str:
     """Returns a value as one short line of printable characters."""
+    # reprlib stops early: repr of a large row would be built in full only to be cut.
     short = reprlib.Repr()
     short.maxstring = short.maxother = width
     short.maxlist, short.maxdict, short.maxlevel = 3, 6, 3

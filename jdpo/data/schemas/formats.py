@@ -128,6 +128,7 @@ def preference_rows(raw: Raw, origin: str, reading: Reading = AS_FOUND) -> list[
         ]
         made = partial(pair_row, asked.prompt, frame=frame, origin=origin, every_turn=reading.every_turn)
         rows = [pair if isinstance(pair, Dropped) else made(pair) for pair in pairs]
+        # No column is the prompt, so it is what the sides share; that can be nothing.
         if not asked.prompt and not schema.joined:
             rows = [row if isinstance(row, Dropped) else whole_pair(row, columns) for row in rows]
         return _with_notes(rows, columns)
@@ -156,6 +157,7 @@ def completion_rows(raw: Raw, origin: str, reading: Reading = AS_FOUND) -> list[
         if not asked.answers:
             return [Dropped(FEW_ANSWERS, origin)]
         top = ranked.best(asked.answers)
+        # min_margin applies to supervised rows too: it compares the best answer with the worst.
         worst = min(asked.answers, key=lambda answer: answer.standing)
         dropped = _too_close((top, worst), reading, columns, origin)
         row = dropped or answer_row(asked.prompt, top.text, read_frame(columns, origin), origin)
@@ -231,6 +233,7 @@ def _detect(raw: Raw, schemas: Sequence[Schema], reading: Reading, origin: str) 
 
 
 def _find(columns: Raw, schemas: Sequence[Schema], reading: Reading) -> Schema | None:
+    # A schema that ignores a mapped column would silently not do what the user asked for.
     mapped = set(reading.column_map or ()).difference(EXTRAS)
     tried = (schema for schema in schemas if mapped.issubset(schema.columns)) if mapped else schemas
     return next((schema for schema in tried if schema.matches(columns)), None)
@@ -244,6 +247,7 @@ def _refused(samples: Sequence[Sample], schemas: Sequence[Schema], reading: Read
 def _columns(raw: Raw, reading: Reading, origin: str) -> Raw:
     """Returns the row under jdpo's names, without nulls, and with conversations parsed that are written as text."""
     renamed = _renamed(raw, reading.column_map, origin) if reading.column_map else raw
+    # Tables have every column in every row, so null is their only way to express absence.
     present = {name: value for name, value in renamed.items() if value is not None}
     columns = {name: as_list(value, name, origin) if name in CANONICAL else value for name, value in present.items()}
     written = [name for name in conversation_columns.COLUMNS if messages.is_written_out(columns.get(name))]
@@ -268,11 +272,13 @@ def _renamed(raw: Raw, column_map: Mapping[str, str], origin: str) -> dict[str, 
             raise ValueError(
                 f"{origin}: column_map takes {name!r} from {column!r}, which the row lacks; it has {named(raw)}"
             )
+        # Checked here, because a score that is not a number would otherwise count as absent.
         if name in (score for pair in SCORES for score in pair) and number(raw[column]) is None is not raw[column]:
             raise ValueError(f"{origin}: {column} ({name}) is {shown(raw[column])}; expected a number")
     taken = {*column_map, *column_map.values()}
     if any(side in raw and column_map.get(side, side) != side for side in ("chosen", "rejected")):
         taken.update(SIDE_SCORES)  # these scores belong to other columns than those mapped to the sides
+    # A mapped vote replaces all other votes of the row.
     if not column_map.keys().isdisjoint(votes.VOTES):
         taken.update(votes.all_votes(raw))
     rest = {name: value for name, value in raw.items() if name not in taken}

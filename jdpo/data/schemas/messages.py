@@ -70,6 +70,7 @@ def read_side(value: Any, place: str, origin: str) -> list[Message]:
     """Reads a side: a list of messages, a single message, or the assistant's text or calls alone."""
     if isinstance(value, str):
         return [assistant(value)]
+    # A side may be the calls alone, without a message around them.
     if are_calls(value):
         value = {"role": "assistant", "tool_calls": value if isinstance(value, list) else [value]}
     elif isinstance(value, dict) and "tool_calls" in value and value.keys().isdisjoint(("role", "from")):
@@ -105,6 +106,7 @@ def read_transcript(text: str) -> list[Message]:
     >>> read_transcript("\n\nHuman: Hi\n\nAssistant: Hello")
     [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello'}]
     """
+    # Split at the headers, which stay as separate parts because the pattern has a group.
     _, *parts = _TURN.split(text.strip())
     return [
         (user if speaker == "Human" else assistant)(words.strip())
@@ -143,11 +145,13 @@ def joined(prompt: Text, side: list[Message]) -> list[Message] | None:
     >>> joined("Hi", [assistant("Hello")]) == joined("Hi", [user("Hi"), assistant("Hello")])
     True
     """
+    # The side contains no question, so it does not repeat the prompt.
     if not prompt or side[0]["role"] in ("assistant", "tool"):
         return as_messages(prompt) + side
     if isinstance(prompt, str):
         asked = [message["content"].strip() for message in side if message["role"] == "user"]
         return side if prompt.strip() in asked else None
+    # The side repeats the prompt from its start, or only the prompt's last messages.
     history = side[:-1]
     if history[: len(prompt)] == prompt:
         return side
@@ -184,6 +188,7 @@ def _message(message: Any, place: str, origin: str) -> Message:
         calls = read_call_text(content, f"{place}.{content_key}", origin)
         return {"role": "assistant", "content": None, "tool_calls": calls}
     rest = {key: value for key, value in message.items() if key not in (role_key, content_key) and value is not None}
+    # `function_call` is the older form of `tool_calls`, with a single call.
     called = rest.pop(FUNCTION_CALL, None)
     calls = read_calls(rest.pop("tool_calls", None), called, f"{place}.tool_calls", origin)
     if calls:

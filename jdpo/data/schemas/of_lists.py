@@ -37,6 +37,7 @@ def from_lists(value: dict[str, Any], place: str, origin: str) -> list[dict[str,
     Raises:
       ValueError: the lists have different lengths.
     """
+    # A null list means that no object has this key.
     lists = {key: items for key, items in value.items() if items is not None}
     lengths = {key: len(items) for key, items in lists.items()}
     if len(set(lengths.values())) > 1:

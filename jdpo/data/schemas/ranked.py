@@ -76,6 +76,7 @@ def couples(asked: Asked, rule: Rule, origin: str) -> list[Couple | Dropped]:
     if not worse:
         return [Dropped(TIED, origin)]
     if rule == "best_vs_random":
+        # A hash, not a random generator: the pick must not depend on the order of rows or the number of processes.
         return [(top, worse[_content_hash(asked) % len(worse)])]
     return [(top, min(worse, key=lambda answer: answer.standing))]
 

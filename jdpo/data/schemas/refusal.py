@@ -94,6 +94,7 @@ def _sample(raw: Raw) -> str:
 def _suggestion(raw: Raw, *, supervised: bool) -> Iterator[str]:
     """Yields the lines of a column_map to paste; none if the columns have the right names and wrong values."""
     wanted = ("prompt", "completion") if supervised else ("prompt", "chosen", "rejected")
+    # The names are right, so a column_map would not help.
     if all(name in raw for name in wanted):
         return
     # Nobody would paste a longer name, and the message must stay readable.
@@ -112,6 +113,7 @@ def _suggestion(raw: Raw, *, supervised: bool) -> Iterator[str]:
     better = next((name for name in rest if name != worse and _BETTER.search(name.lower())), None)
     twins = _twins({name: raw[name] for name in rest}) if better is None or worse is None else None
     others = [name for name in raw if twins and name not in twins and len(name) <= LONGEST_PASTED]
+    # A column that may tell row by row which of the two is better.
     judges = [name for name in others if _SAYS_WHICH.search(name)]
     voted = _vote_lines(twins, judges) if twins else []
     if voted:
@@ -165,6 +167,7 @@ def _twins(columns: Mapping[str, object]) -> tuple[str, str] | None:
         texts = [columns[name] for name in stems[stem]]
         return bool(_ANSWER.search(stem.lower())), sum(len(text) for text in texts if isinstance(text, str))
 
+    # model_a and model_b are twins too; columns of answers, and longer texts, are more likely the sides.
     found = max((stem for stem, names in stems.items() if len(names) == 2), key=rank, default=None)
     return None if found is None else (stems[found][0], stems[found][1])
 

@@ -92,6 +92,7 @@ def pair_row(
     """
     if any(answer.text == [] for answer in pair):
         return Dropped(EMPTY_SIDE, origin)
+    # Before rows are made, so that the reason names the side and its role.
     dropped = ends_with_other_role(pair, origin)
     if dropped is not None:
         return dropped
@@ -100,6 +101,7 @@ def pair_row(
         return chosen
     if isinstance(rejected, Dropped):
         return rejected
+    # Compared by content: ids and times of messages may differ between the sides.
     if comparable(chosen.prompt) != comparable(rejected.prompt):
         if not every_turn:
             return Dropped(HISTORIES_DIFFER, origin)
@@ -144,6 +146,7 @@ def whole_pair(row: PreferenceRow, columns: Raw) -> PreferenceRow | Dropped:
             f"conversation; the columns are {named(columns)}"
         )
         return Dropped(NO_SHARED_TURN, row.origin, advice)
+    # Sides that share only a greeting have no question; such rows are kept and noted.
     first = next((turn for turn in row.prompt if turn["role"] != "system"), None)
     starts = first is None or first["role"] == "assistant"
     return row._replace(notes=(*row.notes, STARTS_WITH_ANSWER)) if starts else row
@@ -163,6 +166,7 @@ def _parted(chosen: CompletionRow, rejected: CompletionRow) -> PreferenceRow:
 
 def answer_row(prompt: Text, answer: Text, frame: Frame, origin: str) -> CompletionRow | Dropped:
     """Makes a row of a prompt and an answer; a conversation is cut before its final assistant turn."""
+    # Plain text: no chat template is applied, as in TRL.
     if isinstance(answer, str) and not frame.is_chat:
         assert isinstance(prompt, str)
         return CompletionRow(prompt, answer, origin)

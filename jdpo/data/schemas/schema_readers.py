@@ -35,6 +35,7 @@ def number(value: Any) -> float | None:
     >>> number(7), number("7.5"), number(True), number(float("nan"))
     (7.0, 7.5, None, None)
     """
+    # bool is an int in Python, but no score.
     if isinstance(value, bool) or not isinstance(value, int | float | Decimal | str):
         return None
     try:
@@ -159,6 +160,7 @@ def asked_under(column: str, better: str = "chosen", worse: str = "rejected") ->
 
 def _alpaca_prompt(raw: Raw, origin: str) -> list[Message]:
     history = messages.read_history(raw["history"], "history", origin) if "history" in raw else []
+    # One user turn: the input is what the instruction is about.
     words = "\n".join(filter(None, (raw["instruction"], raw.get("input"))))
     return history + messages.as_messages(words)
 

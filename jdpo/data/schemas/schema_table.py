@@ -61,6 +61,7 @@ def _answers_only(side: Any) -> bool:
 def _ranked(raw: Raw, column: str, *keys: str) -> bool:
     """Returns whether a column is a list of objects with these keys, judging by its first element."""
     items = raw.get(column)
+    # An empty list fits too; the row is then dropped for having too few answers, with that reason.
     return isinstance(items, list) and (not items or (isinstance(items[0], dict) and items[0].keys() >= {*keys}))
 
 

@@ -19,6 +19,7 @@ def read_tools(value: Any, place: str, origin: str) -> list[dict[str, Any]] | No
     """
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
+    # None and not an empty list: templates may treat an empty list as tools.
     return [_with_keys(tool) for tool in _objects(value, place, origin) if not _is_void(tool)] or None
 
 

@@ -49,6 +49,7 @@ def take_marks(message: Message, raw: Mapping[str, Any], place: str, origin: str
     """
     marks = [_value(raw[key], f"{key} of {place}", origin) for key in MARKS if raw.get(key) is not None]
     rest = {key: value for key, value in message.items() if key not in MARKS}
+    # A subclass instead of a key: chat templates must not see the mark, and comparisons must not depend on it.
     return rest if all(marks) else ShownMessage(rest)
 
 
@@ -63,6 +64,7 @@ def spread_mask(columns: Mapping[str, Any], speakers: Mapping[str, str], origin:
     Raises:
       ValueError: the mask has another length than the conversation, or there is no conversation for it.
     """
+    # Columns with these names and other types, such as a sampling weight per row, are not marks.
     names = [name for name in MARKS if isinstance(columns.get(name), list)]
     if not names:
         return columns
@@ -84,6 +86,7 @@ def spread_mask(columns: Mapping[str, Any], speakers: Mapping[str, str], origin:
             f"{origin}: {name} has {len(mask)} values; expected one per message of {column} ({len(messages)}) or one "
             f"per assistant turn ({len(answers)})"
         )
+    # If a conversation has only assistant turns, both lengths are equal, and so are both meanings.
     places = range(len(messages)) if len(mask) == len(messages) else answers
     marked = list(messages)
     for place, value in zip(places, mask, strict=True):

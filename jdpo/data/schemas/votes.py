@@ -93,6 +93,7 @@ def read_vote(raw: Raw, origin: str) -> Asked | Dropped:
     """
     two = _answers(raw)
     assert two is not None
+    # All votes are read, since rows such as PKU-SafeRLHF's have several that may contradict each other.
     votes = {column: _meaning(raw, column, two, origin) for column in _vote_columns(raw)}
     if len(votes) > 1 and len({*votes.values()}) > 1:
         found = ", ".join(f"{column} is for {_winner(vote, two)}" for column, vote in votes.items())
@@ -136,6 +137,7 @@ def _meaning(raw: Raw, column: str, two: _Two, origin: str) -> int | None:
     if column.startswith(_ONE_HOT):
         return _one_hot(raw, two, origin)
     value = raw[column]
+    # In other columns a number is the mark of an answer: 1 means response_1.
     strength = number(value) if column in _SIGNED else None
     if strength is not None and abs(strength) <= _STRONGEST:
         return int(strength > 0) if strength else None
@@ -156,6 +158,7 @@ def _named(text: str, raw: Raw, two: _Two) -> str | None:
     marks = {mark.lower(): mark for mark in two.marks}
     if match and match["mark"] in marks:
         return marks[match["mark"]]
+    # Some files name the winner by its model.
     models = {mark: raw.get(f"model_{mark.lower()}") for mark in two.marks}
     named = [mark for mark, model in models.items() if isinstance(model, str) and model.strip().lower() == text]
     return named[0] if len(named) == 1 else None
@@ -196,6 +199,7 @@ def _winner(vote: int | None, two: _Two) -> str:
 def _asked(raw: Raw, two: _Two, origin: str) -> tuple[Text, list[list[Message]]]:
     """Returns the prompt of a row, empty if the answers are whole conversations, and both answers."""
     answers = {column: raw[column] for column in two.columns}
+    # Chatbot Arena stores several rounds as lists of questions and of answers.
     questions, first, second = (_rounds(value) for value in (raw.get("prompt"), *answers.values()))
     if questions and first and second:
         rounds = zip(two.columns, (first, second), strict=True)

@@ -69,8 +69,10 @@ def python_rows(table: Any, where: Callable[[int], str]) -> list[dict[str, Any]]
         rows: list[dict[str, Any]] = table.to_pylist()
     except Exception as error:  # text that is not UTF-8, times that Python cannot represent, unknown time zones, ...
         raise _bad_value(table, where, error) from error
+    # The types decide once per table; walking through every value of plain columns would cost as much as reading them.
     if any(not _is_plain(field.type) for field in table.schema):
         rows = [_plain(row) for row in rows]
+    # Nulls of top-level columns stay: there, null and a missing column mean the same to every schema.
     nested = [field.name for field in table.schema if types.is_nested(field.type)]
     for row in rows:
         row.update((name, without_nulls(row[name])) for name in nested)
@@ -90,6 +92,7 @@ def _rows(file: File, kind: str, batches: Batches) -> Iterator[Row]:
     for batch in _opened(file, kind, batches, progress):
         if number == 0:
             _check_names(batch.schema, file)
+        # A batch may have any number of rows of any size; slices bound how many are Python values at a time.
         step = max(1, min(BATCH_ROWS, BATCH_BYTES * batch.num_rows // max(1, batch.nbytes)))
         for start in range(0, batch.num_rows, step):
             for row in python_rows(batch.slice(start, step), functools.partial(_row_name, file.place, number + 1)):
@@ -110,7 +113,9 @@ def _opened(file: File, kind: str, use: Batches, progress: Callable[[], str] = l
             stream = stack.enter_context(file.open())
             if not stream.peek(1):
                 return  # an empty file, which cannot be memory-mapped
+            # peek does not consume bytes, so the checks leave the stream at its start.
             check_head(stream, file, allowed=b"ARROW1" if kind == "Arrow" else b"PAR1")
+            # On disk, Arrow files are mapped and not copied. Remote files are read through a Python stream.
             if isinstance(file.store, Disk):
                 source = stack.enter_context((pa.memory_map if kind == "Arrow" else pa.OSFile)(file.path))
             else:
@@ -132,6 +137,7 @@ def _parquet(file: File, source: Any) -> Any:
 
 def _parquet_batch_rows(metadata: Any) -> int:
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    # The footer has uncompressed sizes per row group; the largest average row limits the batch.
     row_bytes = max((group.total_byte_size / max(1, group.num_rows) for group in groups), default=0.0)
     return max(1, min(BATCH_ROWS, int(BATCH_BYTES / max(1.0, row_bytes))))
 
@@ -140,6 +146,7 @@ def _arrow_batches(source: Any) -> Iterator[Any]:
     """Yields record batches after validation, which Arrow leaves out; damaged offsets would crash the process."""
     import pyarrow as pa
 
+    # The file format starts with a magic number, the stream format (of `datasets.save_to_disk`) does not.
     is_file = source.read(6) == b"ARROW1"
     source.seek(0)
     if is_file:
@@ -157,6 +164,7 @@ def _check_names(schema: Any, file: File) -> None:
         names = schema.names
     except UnicodeDecodeError as error:
         raise ValueError(f"{file.place}: the name of a column is not UTF-8 text; write the file again") from error
+    # to_pylist would keep only the last of two columns with one name.
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"{file.place}: two columns are called {shown(twice)}; rename or remove one of them")
@@ -164,6 +172,7 @@ def _check_names(schema: Any, file: File) -> None:
 
 def _bad_value(table: Any, where: Callable[[int], str], error: Exception) -> ValueError:
     """Returns an error that names the row and column that cannot be read."""
+    # Arrow's error does not tell the value, so every one is tried. This is slow, but happens once, before the run ends.
     for index in range(table.num_rows):
         for field, column in zip(table.schema, table.slice(index, 1).columns, strict=True):
             try:
@@ -183,6 +192,7 @@ def _is_plain(kind: Any) -> bool:
     """Returns whether `to_pylist` turns values of an Arrow type into JSON values."""
     from pyarrow import types
 
+    # A nested type is plain if all types inside it are.
     if types.is_struct(kind):
         return all(_is_plain(kind.field(index).type) for index in range(kind.num_fields))
     if types.is_dictionary(kind) or types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):

@@ -53,12 +53,15 @@ def _records(file: File, delimiter: str) -> Iterator[tuple[int, list[str]]]:
 
     def text() -> Iterator[str]:
         nonlocal size
+        # The csv module takes further lines as long as a quote is open. Their total size is bounded here, so that a
+        # missing quote does not read the whole file into one cell.
         for _, line in lines(file):
             size += len(line)
             if size > MAX_ROW_BYTES:
                 raise ValueError(f"{file.place}:{first_line}: the row is {TOO_LARGE}; is a closing quote missing?")
             yield line
 
+    # strict: without it, a quote in the middle of a cell is accepted and gives a wrong value.
     reader = csv.reader(text(), delimiter=delimiter, strict=True)
     try:
         for cells in reader:
@@ -78,6 +81,7 @@ def _checked_header(names: Sequence[str], delimiter: str, where: str) -> list[st
     empty = [index for index, name in enumerate(names) if index and not name.strip()]
     if empty:
         raise ValueError(f"{where}: column {empty[0] + 1} has no name; the first line must name every column")
+    # A single column whose name contains another delimiter is most likely a file with that delimiter.
     other = next((other for other in ",;\t|" if other != delimiter and other in names[0]), None)
     if len(names) == 1 and other:
         raise ValueError(

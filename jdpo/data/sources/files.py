@@ -61,6 +61,7 @@ class File(NamedTuple):
     def digest(self) -> str:
         """Returns a digest of the bytes: the store's own hash if it keeps one, otherwise the SHA-256."""
         with naming(lambda: self.place):
+            # For a remote file this saves a download just to find out that nothing has changed.
             checksum = self.store.checksum(self.path)
             if checksum is not None:
                 return checksum
@@ -76,6 +77,7 @@ def lines(file: File) -> Iterator[tuple[int, str]]:
     """
     number = 0
     with opened(file, lambda: f"{file.place}:{number + 1}") as stream:
+        # A limit, because a file without line breaks would be read into memory as one line.
         while line := stream.readline(MAX_ROW_BYTES + 1):
             number += 1
             if len(line) > MAX_ROW_BYTES:
@@ -135,6 +137,7 @@ def decoded(line: bytes, where: str) -> str:
     Raises:
       ValueError: it is not UTF-8, or contains a NUL byte.
     """
+    # A NUL byte is valid UTF-8 but never part of JSON or CSV: the file is UTF-16, or a disk error zeroed a block.
     if b"\0" in line:
         raise ValueError(
             f"{where}: NUL byte at position {line.index(0)}: the file is damaged, or UTF-16; save it as UTF-8"

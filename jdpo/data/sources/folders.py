@@ -31,6 +31,7 @@ def files_of_folder(store: Store, folder: str, split: str) -> tuple[list[File], 
     """
     label = _name_of(store, folder)
     names = {entry.name for entry in store.entries(folder)}
+    # `datasets.save_to_disk` writes a DatasetDict with one folder per split, and a Dataset alone with state.json.
     if _SPLITS_FILE in names:
         return _saved_split(store, folder, label, split), []
     if _STATE_FILE in names and any(name.endswith(".arrow") for name in names):
@@ -61,6 +62,7 @@ def _look_into(
         if name.startswith(".") or name in _NO_ROWS:
             passed_over.append(prefix + name)
             continue
+        # A pipe would block, and could not be read a second time for its digest.
         refuse_no_file(store, path)
         found[prefix + name] = path
     if not levels:
@@ -95,6 +97,7 @@ def _saved_split(store: Store, folder: str, label: str, split: str) -> list[File
 
 
 def _saved_alone(store: Store, folder: str, label: str, split: str) -> list[File]:
+    # A dataset that was saved alone is also accepted as `train`, the default of the config.
     own = _about(store, folder, _STATE_FILE).get("_split")
     if split not in ("train", own):
         raise ValueError(f"{store.place(folder)}: no split {split!r} in this folder; it has {terminal(own or 'train')}")
@@ -110,6 +113,7 @@ def _saved_files(store: Store, folder: str, label: str) -> list[File]:
     files = []
     for entry in _about(store, folder, _STATE_FILE, "_data_files"):
         name = entry.get("filename") if isinstance(entry, dict) else None
+        # The names come from a file of the folder; anything but an Arrow file there is not from `datasets`.
         if not isinstance(name, str) or ending_of(name) != ".arrow":
             raise ValueError(f"{place}: the file is damaged: it should name Arrow files; save the dataset again")
         file = File(store, store.join(folder, name), f"{label}/{name}")

@@ -23,6 +23,7 @@ class HubSource:
         self.left_out: tuple[str, ...] = ()
         self.label = f"{config.path}:{config.split}"
         try:
+            # No trust_remote_code: loading scripts of a repository are never run.
             self.data = datasets.load_dataset(config.path, config.name, split=config.split, revision=config.revision)
         except Exception as error:  # the hub client raises errors of five libraries
             raise ValueError(
@@ -43,6 +44,7 @@ class HubSource:
         return f"{self.label}[{first + index}]"
 
     def digest(self) -> str:
+        # The fingerprint of `datasets` covers the content and the split, and saves reading the rows.
         return hashlib.sha256(f"{self.label} {self.data._fingerprint}".encode()).hexdigest()
 
     def known_rows(self) -> int | None:

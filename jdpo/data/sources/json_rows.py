@@ -64,6 +64,7 @@ def _advice(line: str, error: json.JSONDecodeError) -> str:
 
 def count_json_lines(file: File) -> int:
     """Returns the number of rows that `read_json_lines` yields."""
+    # Counting does not parse: a line that is not blank is a row, or an error when it is read.
     return sum(not text.isspace() for _, text in lines(file) if text)
 
 
@@ -100,6 +101,7 @@ def _elements(reader: _JsonReader, file: File) -> Iterator[Row]:
 
 
 def _objects(reader: _JsonReader, file: File) -> Iterator[Row]:
+    # A single object is more likely a file like {"data": [...]} than a dataset of one row, so it is not guessed at.
     line, row = reader.line, reader.row()
     if not reader.peek():
         raise ValueError(
@@ -130,6 +132,7 @@ class _JsonReader:
         self._at = 0  # current position in the text
         self._brackets = 0  # opening brackets of the value parsed last
         self._ended = False
+        # Incremental, since a chunk may end within a character; -sig drops a byte order mark.
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
 
     def peek(self) -> str:
@@ -197,6 +200,7 @@ class _JsonReader:
         """Reads at least as much text as is waiting to be parsed; returns False at the end of the file."""
         if self._ended:
             return False
+        # Text that was parsed is dropped, so memory is bounded by the largest row.
         self._text, self._at = self._text[self._at :], 0
         data = self.stream.read(max(CHUNK_BYTES, len(self._text)))
         self._ended = not data

@@ -70,6 +70,8 @@ def open_source(dataset: DatasetConfig) -> Source:
     store, path = _located(dataset.path)
     kind, place = store.kind(path), store.place(path)
     if kind is None:
+        # A path that exists always wins over the hub. `data/pairs.jsonl` has the form of a hub name, but its ending shows
+        # that a file was meant, so the error is "no such file" and not one of the hub.
         if not is_url(dataset.path) and ending_of(path) is None and _HUB_NAME.fullmatch(dataset.path):
             return HubSource(dataset)
         hint = "" if is_url(dataset.path) else " (a name on the hub has the form org/name)"
@@ -115,6 +117,7 @@ class FileSource:
 
     def rows(self) -> Iterator[Row]:
         found = False
+        # Rows before the slice are read and thrown away: files of rows without an index leave no other way.
         for row in itertools.islice(self._all_rows(), *self._bounds()):
             found = True
             yield row
@@ -122,6 +125,7 @@ class FileSource:
             raise ValueError(f"{self.place}: split {self.split.text} selects no rows")
 
     def digest(self) -> str:
+        # Labels are part of the digest, because origins are part of the rows; the folder's place is not.
         digest = hashlib.sha256(repr(self.split).encode())
         for file, content in zip(self.files, self._digests, strict=True):
             digest.update(f"{file.label}\0{content}\0".encode())
@@ -143,6 +147,7 @@ class FileSource:
         return tuple(file.digest() for file in self.files)
 
     def _bounds(self) -> tuple[int, int | None]:
+        # Counting may read all files, so it is done only for percentages and negative bounds.
         if not self.split.needs_count():
             return self.split.plain_bounds()
         return self.split.bounds(sum(reader_of(file.label).count(file) for file in self.files))

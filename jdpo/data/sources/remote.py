@@ -140,6 +140,7 @@ def content_hash(info: dict[str, Any]) -> str | None:
         if sha256:
             return str(sha256)
     if blob_id := info.get("blob_id"):
+        # Not a SHA-256 of the content alone (git adds a header), but it changes exactly when the content does.
         return f"git:{blob_id}"
     if md5 := info.get("md5Hash"):
         return f"md5:{base64.b64decode(md5).hex()}"
@@ -154,6 +155,7 @@ def _naming(place: str) -> Iterator[None]:
     except Exception as error:  # each store raises its own kinds of errors
         if _is_missing(error):
             raise ValueError(f"{place}: no such file or folder") from error
+        # fsspec wraps network errors in FileNotFoundError; the cause has the useful message.
         reason = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
         words = re.sub(r"\?[^\s'\")]*", "?...", one_line(reason))  # the query of an address may contain a key
         raise ValueError(

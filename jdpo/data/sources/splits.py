@@ -51,6 +51,7 @@ def _bound(text: str | None, num_rows: int) -> int | None:
     if not text.endswith("%"):
         return int(text)
     percent = int(text[:-1])
+    # Rounded to the nearest row, so that [:90%] and [90%:] never share a row or leave one out.
     return round(percent * num_rows / 100) + (num_rows if percent < 0 else 0)
 
 
@@ -83,18 +84,22 @@ def choose_files(names: Sequence[str], split: str, folder: str) -> tuple[list[st
     """
     of = {name: _split_of(name, split) for name in names}
     known = {name for name in of if _known(of[name])}
+    # An exact name (`train`) wins over names that only start with it (`train_sft`).
     alike = {name for name in of if _begins(of[name], split)}
     chosen = [name for name in names if of[name] == split] or [name for name in names if name in alike]
+    # Taking all of them would mix, for example, supervised and preference rows.
     if len(meant := sorted({of[name] for name in chosen})) > 1:
         raise ValueError(
             f"{folder}: split {split!r} could be {' or '.join(map(terminal, meant))} in this folder; set split to one "
             "of them, or list the folder once per split"
         )
+    # No file is named after a split, so the folder is one split with all files.
     if not chosen and split == "train" and not known:
         chosen = list(names)
     if not chosen:
         found = sorted({of[name] for name in known}) or ["train"]
         raise ValueError(f"{folder}: no split {split!r} in this folder; it has {', '.join(map(terminal, found))}")
+    # The hub stores many datasets as both JSONL and Parquet; reading both would use every row twice.
     _refuse_copies(chosen, folder)
     return chosen, [name for name in names if name not in chosen and (name not in known or name in alike)]
 

@@ -60,6 +60,7 @@ class Disk:
         try:
             mode = os.stat(path).st_mode
         except (FileNotFoundError, NotADirectoryError):
+            # os.stat follows links, so a broken link raises FileNotFoundError like a missing file.
             if os.path.islink(path):
                 raise ValueError(
                     f"{self.place(path)}: broken symlink: its target {terminal(os.readlink(path))} does not exist; "

@@ -16,6 +16,7 @@ class _Refused(ValueError):
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # dict keeps the last of equal keys; a shorter dict than the list of pairs shows that there were any.
     value = dict(pairs)
     if len(value) != len(pairs):
         names = [name for name, _ in pairs]
@@ -57,6 +58,7 @@ def checked_row(value: Any, brackets: int, where: str) -> dict[str, Any]:
     """
     if not isinstance(value, dict):
         raise ValueError(f"{where}: expected an object with the row's columns, found {json_kind(value)}")
+    # Few rows have more than MAX_DEPTH brackets, so most are never walked through.
     if brackets > MAX_DEPTH and _is_deep(value):
         raise ValueError(f"{where}: JSON that cannot be read: {_TOO_DEEP}")
     return value
@@ -107,6 +109,7 @@ def without_nulls(value: Any) -> Any:
 
 def text_size(value: Any) -> int:
     """Returns the number of characters and bytes of all texts in a row."""
+    # A stack instead of recursion, since this is called for every row.
     size, waiting = 0, [value]
     while waiting:
         value = waiting.pop()

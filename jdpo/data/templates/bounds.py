@@ -100,6 +100,7 @@ class Budget:
         self._steps += count
         if self._steps > MOST_STEPS:
             raise BoundExceeded(_WORK)
+        # Reading the clock takes longer than a step, so it is read once in many.
         if self._steps - self._last_look >= _STEPS_BETWEEN_LOOKS:
             self._last_look = self._steps
             self._look()
@@ -149,13 +150,16 @@ class Budget:
         while level:
             below: list[Any] = []
             for item in level:
+                # The messages are walked once, when they are copied; templates pass them to filters many times.
                 known = self._sizes.get(id(item))
                 total += 1 if known is None else known
                 if isinstance(item, str | bytes):
                     total += len(item)
                 elif known is None and isinstance(item, _CONTAINERS):
+                    # Checked before the items are collected, since a container may have millions.
                     if len(item) + len(below) + total > self.limit:
                         raise BoundExceeded(_TEXT)
+                    # Level by level instead of recursion: values may be nested as deeply as the template likes.
                     below.extend(item)
                     if isinstance(item, dict):
                         below.extend(item.values())
@@ -171,6 +175,7 @@ class Budget:
 
     def held(self, value: Any) -> Any:
         """Returns the value after checking the bounds of a container or an integer."""
+        # Arithmetic and str() of huge integers take quadratic time.
         if isinstance(value, int) and value.bit_length() > MOST_BITS:
             raise BoundExceeded(_NUMBER)
         if isinstance(value, _CONTAINERS):
@@ -205,6 +210,7 @@ class Budget:
 
     def concat(self, pieces: Iterable[str]) -> str:
         """Joins pieces of text."""
+        # The sum of lengths is known before the text is joined, so too long a result is never created.
         texts = list(pieces)
         self.text(sum(map(len, texts)))
         return "".join(texts)
@@ -224,6 +230,7 @@ class Budget:
     def joined(self, separator: str, values: Iterable[Any]) -> list[str]:
         """Returns the texts of values to be joined by a separator, after counting the result as if it were escaped."""
         texts = [self.text_of(value) for value in self.listed(values)]
+        # Escaping turns a character into up to five, as in &#39;.
         growth = 5 if isinstance(separator, Markup) else 1
         self.text(growth * (sum(map(len, texts)) + len(separator) * max(0, len(texts) - 1)))
         return texts
@@ -258,6 +265,7 @@ class Budget:
         if symbol == "*":
             return self._multiplied(left, right)
         if symbol == "**":
+            # An upper bound on the bits of the power, which is not computed if it is too large.
             if isinstance(left, int) and isinstance(right, int) and left.bit_length() * abs(right) > MOST_BITS:
                 raise BoundExceeded(_NUMBER)
             return operator.pow(left, right)
@@ -279,6 +287,7 @@ class Budget:
             raise BoundExceeded(_NUMBER)
         for value, times in ((left, right), (right, left)):
             if isinstance(value, str | bytes | list | tuple) and isinstance(times, int):
+                # `"a" * 10**9` is one step, but a gigabyte.
                 self.text(self.size(value) * max(times, 0))
                 self.items(0 if isinstance(value, str | bytes) else len(value) * max(times, 0))
         return operator.mul(left, right)
@@ -291,6 +300,7 @@ class Budget:
         for widths in _fields(letters):
             fields += 1
             for width in widths:
+                # `%*d` takes its width from the values; which one is not worth finding out, so the largest counts.
                 total += max(map(abs, numbers), default=0) if width == "*" else self.number(width or "0")
         # repr() writes a character as at most ten characters; a mapping may give the same value to every field.
         total += 10 * self.size(values) * (max(fields, 1) if isinstance(values, dict) else 1)
@@ -298,6 +308,7 @@ class Budget:
 
     def number(self, digits: str) -> int:
         """Returns a width that is written in digits."""
+        # int() of a long string of digits is slow, and such a width exceeds every bound.
         if len(digits) > 12:
             raise BoundExceeded(_TEXT)
         return int(digits)
@@ -309,6 +320,7 @@ class Budget:
           The arguments to call the method with.
         """
         if isinstance(owner, str | bytes):
+            # The values may be an iterator, which can be read only once: join gets the list that was counted.
             if name == "join" and len(args) == 1:
                 values = self.listed(args[0])
                 self.text(sum(map(self.size, values)) + len(owner) * len(values))
@@ -332,6 +344,7 @@ class Budget:
             if isinstance(tab, int):
                 self.text(len(owner) + owner.count("\t" if isinstance(owner, str) else b"\t") * max(tab, 0))
         elif name == "translate" and args and isinstance(args[0], dict):
+            # translate may replace every character by a long text.
             longest = max((len(text) for text in args[0].values() if isinstance(text, str)), default=1)
             self.text(len(owner) * max(longest, 1))
         elif name in ("strip", "lstrip", "rstrip"):

@@ -75,11 +75,13 @@ class ChatTemplate:
         values = {
             "messages": given.seen(turns),
             "tools": given.plain(None if tools is None else list(tools)),
+            # transformers always passes this name, and templates test it.
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
             **given.plain(dict(variables)),
         }
         budget = Budget(given.characters, given.sizes)
+        # A context variable, because compiled templates are shared by threads.
         token = current.set(budget)
         try:
             return _written(template, values, budget)
@@ -89,6 +91,7 @@ class ChatTemplate:
 
 def _written(template: jinja2.Template, values: dict[str, Any], budget: Budget) -> str:
     pieces, size = [], 0
+    # Piece by piece, so that a template that writes without end is stopped at the bound.
     for piece in template.root_render_func(template.new_context(values)):
         size += len(piece)
         budget.output(size)
@@ -125,6 +128,7 @@ class _Given:
             return value, 1
         if isinstance(value, str):
             self.characters += len(value)
+            # A plain str: a subclass such as Markup would change how the template escapes it.
             return str.__str__(value), 1 + len(value)
         if isinstance(value, int):
             return int(value), 1
@@ -139,6 +143,7 @@ class _Given:
             items = [self._copied(item) for item in value]
             copies = [item for item, _ in items]
             return self._noted(copies if isinstance(value, list) else tuple(copies), sum(cells for _, cells in items))
+        # Rows of Parquet files may contain numpy scalars.
         if isinstance(value, np.generic):
             return self._copied(value.item())
         return f"<{type(value).__name__}>", 1 + len(type(value).__name__)
@@ -169,6 +174,7 @@ RESERVED = frozenset({"messages", "tools", "add_generation_prompt"})
 
 @functools.lru_cache(maxsize=32)
 def _compiled(text: str) -> jinja2.Template | Exception:
+    # Jinja's compiler has no bound of its own.
     if len(text) > LONGEST_TEMPLATE:
         return jinja2.TemplateError(f"the template has more than {LONGEST_TEMPLATE:,} characters")
     try:

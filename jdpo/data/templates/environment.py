@@ -32,6 +32,7 @@ class _Generator(CodeGenerator):
 
     def write_commons(self) -> None:
         super().write_commons()
+        # Local names in the compiled template; they replace Jinja's own str_join and markup_join.
         for name in ("step", "held", "scanned", "str_join", "markup_join"):
             self.writeline(f"{name} = environment.budget.{name}")
 
@@ -55,6 +56,7 @@ class _Generator(CodeGenerator):
         self._held(super().visit_Dict, node, frame)
 
     def _held(self, visit: Any, node: Any, frame: Frame) -> None:
+        # A literal cannot grow with the input.
         if all(isinstance(part, jinja2.nodes.Const) for part in node.iter_child_nodes()):
             visit(node, frame)
             return
@@ -109,8 +111,10 @@ class _Environment(ImmutableSandboxedEnvironment):
     def _generate(self, source: jinja2.nodes.Template, *args: Any, **kwargs: Any) -> str:
         nodes = jinja2.nodes
         for loop in source.find_all(nodes.For):
+            # Counted at the start of each iteration, so that `continue` cannot skip it.
             loop.body.insert(0, nodes.ExprStmt(nodes.ContextReference(), lineno=loop.lineno))
             if loop.test is not None:
+                # A loop may filter out all items without running its body once; the filter counts too.
                 loop.test = nodes.And(nodes.ContextReference(), loop.test, lineno=loop.lineno)
         for macro in source.find_all((nodes.Macro, nodes.CallBlock, nodes.Block)):
             count = nodes.ExprStmt(nodes.DerivedContextReference(), lineno=macro.lineno)
@@ -121,7 +125,9 @@ class _Environment(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         return self.budget.binary(operator, left, right)
 
+    # The odd names are Jinja's: a template may pass keyword arguments called self, context or obj.
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        # Methods of built-in values, such as "a".join, do their work in one call, which is counted before.
         owner = getattr(__obj, "__self__", None)
         if owner is not None:
             args = tuple(__self.budget.method(owner, getattr(__obj, "__name__", ""), args, kwargs))
@@ -148,6 +154,7 @@ class _Formatter(SandboxedFormatter):
 
     def format_field(self, value: Any, format_spec: str) -> str:
         budget = current.get()
+        # "{:1000000000}" fills up to a width; any number in the specification may be one.
         for digits in _digits(format_spec):
             budget.wide(budget.number(digits))
         text = super().format_field(budget.held(value), format_spec)
@@ -202,11 +209,13 @@ class _Namespace(Namespace):
         super().__setitem__(name, value)
 
     def __repr__(self) -> str:
+        # Jinja's repr would show the attributes, which are not counted.
         current.get().step()
         return "<Namespace>"
 
 
 def _check_attribute(name: Any) -> None:
+    # Such attributes would reach the namespace's own fields.
     if isinstance(name, str) and name.startswith("_"):
         raise jinja2.exceptions.SecurityError(f"a namespace has no attribute {name!r}: it starts with an underscore")
 

@@ -50,6 +50,7 @@ def bounded_filters() -> dict[str, Callable[..., Any]]:
 
 
 def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    # Some filters get the environment or context as their first argument.
     place = 1 if hasattr(function, "jinja_pass_arg") else 0
 
     @functools.wraps(function)
@@ -57,6 +58,7 @@ def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         budget = current.get()
         first, value, rest = args[:place], args[place], args[place + 1 :]
         if name not in _CHEAP:
+            # Filters of text convert their value with str(), whose result counts.
             value = budget.scanned(budget.text_of(value) if name in _OF_TEXT else value)
         if name in _SLOW:
             budget.slow(budget.size(value) + sum(map(budget.size, (*rest, *kwargs.values()))))
@@ -76,6 +78,7 @@ def _join_arguments(
 ) -> tuple[list[str], tuple[Any, ...], dict[str, Any]]:
     if attribute is not None:
         value = map(make_attrgetter(environment, attribute), value)
+    # The attribute is looked up here, because the counted list has texts and no objects.
     separator = budget.text_of(d)
     return budget.joined(separator, value), (separator,), {}
 
@@ -86,6 +89,7 @@ def _before_center(budget: Budget, value: str, width: Any = 80) -> None:
 
 def _before_indent(budget: Budget, value: str, width: Any = 4, first: bool = False, blank: bool = False) -> None:
     budget.wide(width)
+    # indent also takes the text to indent with.
     each = width if isinstance(width, int) else len(width)
     budget.text(len(value) + max(each, 0) * (len(value.splitlines()) + 1))
 
@@ -110,6 +114,7 @@ def _before_batch(budget: Budget, value: Any, linecount: Any, fill_with: Any = N
 
 
 def _before_round(budget: Budget, value: Any, precision: Any = 0, method: Any = "common") -> None:
+    # round computes 10 ** precision.
     if isinstance(precision, int) and abs(precision) > _LONGEST_PART:
         raise BoundExceeded(f"round gets a precision of more than {_LONGEST_PART:,} digits")
 
@@ -154,6 +159,7 @@ def _sum(environment: jinja2.Environment, iterable: Any, attribute: Any = None, 
         raise TypeError("sum() can't sum strings [use ''.join(seq) instead]")
     total = start
     for value in values:
+        # Python's sum adds lists without any check of the result.
         total = budget.binary("+", total, value)
     return total
 
@@ -178,6 +184,7 @@ def _to_json(
         "separators": separators,
         "sort_keys": sort_keys,
     }
+    # The usual case in one call; with an indent, the text may be many times longer than the value.
     if indent is None and separators is None:
         text = json.dumps(x, **options)
         budget.text(len(text))

@@ -35,6 +35,7 @@ class Renderer:
 
     def template_for(self, tools: Sequence[Any] | None) -> ChatTemplate | None:
         """Returns the template for conversations with these tools, or None if the tokenizer has none."""
+        # The same choice as in transformers.
         if tools is not None and TOOL_USE in self.templates:
             return self.templates[TOOL_USE]
         return self.templates.get(DEFAULT)
@@ -43,6 +44,7 @@ class Renderer:
     def variables(self) -> frozenset[str]:
         """The names that the templates read and that a user may set."""
         read = frozenset[str]().union(*(template.variables for template in self.templates.values()))
+        # Setting one of these would change the conversation or the tokens, not an option of the template.
         return read - RESERVED - self.special_tokens.keys()
 
     def check_kwargs(self, kwargs: Mapping[str, Any], place: str) -> None:
@@ -87,6 +89,7 @@ class Renderer:
             [_in_parts(message) for message in messages] if self.takes_parts else messages,
             tools=tools,
             add_generation_prompt=add_generation_prompt,
+            # Later ones win: the row over the config over the tokenizer.
             variables={**self.special_tokens, **self.kwargs, **(kwargs or {})},
         )
 

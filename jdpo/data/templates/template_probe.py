@@ -84,7 +84,11 @@ def probe(renderer: Renderer) -> Probe:
     written: Probe | None = None
     refusal: Exception | None = None
     for takes_parts, tools, system in [
-        (parts, tools, system) for parts in (False, True) for system in (False, True) for tools in (None, [_TOOL])
+        # The simplest form comes first; it is the form of most rows.
+        (parts, tools, system)
+        for parts in (False, True)
+        for system in (False, True)
+        for tools in (None, [_TOOL])
     ]:
         tried = Probe(renderer.with_parts() if takes_parts else renderer, system, tools)
         if renderer.template_for(tools) is None:
@@ -95,11 +99,13 @@ def probe(renderer: Renderer) -> Probe:
             raise
         except Exception as error:  # expressions of a template raise any exception of Python
             refusal = refusal or error
+            # No other form of the conversation would change this.
             if isinstance(error, BoundExceeded | jinja2.TemplateSyntaxError):
                 break
             continue
         # A template that takes parts does not refuse a string: it finds no parts in it, and leaves the text out.
         found = Probe(tried.renderer, system, tools, text, None if takes_parts else refusal)
+        # A text without the answer is only taken if no form gives one with it.
         if ANSWER in text:
             return found
         written = written or found
@@ -121,12 +127,14 @@ def markers_of(probed: Probe) -> list[str]:
                 raise
             except Exception:  # templates without system turns refuse them; the probe itself was rendered
                 continue
+    # Without duplicates, in the order of first use: new tokens must get the same ids in every run.
     return list(dict.fromkeys(_MARKER.findall("".join([*texts, probed.text]))))
 
 
 def end_of_turn(hf: PreTrainedTokenizerBase, probed: Probe) -> str | None:
     """Returns the first special token that the template writes after an answer, or None."""
     _, found, tail = probed.text.rpartition(ANSWER)
+    # Longer tokens first, since a pattern takes the first alternative that matches.
     tokens = sorted({*hf.all_special_tokens, *hf.get_added_vocab()}, key=len, reverse=True)
     match = re.search("|".join(map(re.escape, tokens)), tail) if found and tokens else None
     return match.group() if match else None

@@ -53,6 +53,7 @@ class Split(NamedTuple):
 
 def split_rows(rows: Sequence[RowTexts], tokenizer: Tokenizer) -> list[Split | Dropped]:
     """Tokenizes rows of both kinds, each kind in one call, so that the tokenizer can use all cores."""
+    # Rows that cannot be used are dropped before anything is rendered, and keep their place in the results.
     usable = [_unusable(row) or with_settled_calls(row, tokenizer) for row in rows]
     results: list[Split | Dropped | None] = [row if isinstance(row, Dropped) else None for row in usable]
     for is_text, split in ((True, _split_texts), (False, _split_conversations)):
@@ -107,7 +108,9 @@ def _split_texts(rows: Sequence[RowTexts], tokenizer: Tokenizer) -> Iterator[Spl
     joined = iter(tokenizer.encode([prompt + text for prompt, text in pairs]))
     always = (PLAIN_TEXT,) if tokenizer.has_chat_template else ()
     for row, prompt in zip(rows, prompts, strict=True):
+        # Both iterators run over all completions of all rows, so exactly this row's are taken here.
         ids = [next(completions) for _ in row.completions]
+        # Only counted. The separate tokens are used, since the boundary must be between two tokens.
         merges = [prompt + completion for completion in ids] != [next(joined) for _ in ids]
         yield Split(
             _with_bos(prompt, tokenizer),
@@ -128,6 +131,7 @@ def _with_eos(ids: list[int], tokenizer: Tokenizer) -> list[int]:
     """Returns completion tokens with exactly one EOS at their end, and without a BOS at their start."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     start, end = 0, len(ids)
+    # The text may already end with the EOS, also several times.
     while end and ids[end - 1] == eos:
         end -= 1
     while bos is not None and start < end and ids[start] == bos:
@@ -148,6 +152,7 @@ def _split_encoded(one: Encoded, tokenizer: Tokenizer) -> Split | Dropped:
     row, asked, wholes = one.written
     length = one.length
     completions = [sequence[length:] for sequence in one.sequences]
+    # Checked on the tokens that would be learnt, after headers were cut off and prompts rebuilt.
     lost = lost_sides(one.written, completions, tokenizer)
     if lost is not None:
         return lost

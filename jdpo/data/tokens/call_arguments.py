@@ -94,6 +94,7 @@ def settled(
       The parts, with the same form of each call in every rendering; Dropped if the template writes neither form.
     """
     calls = tuple(_calls(parts))
+    # The common cases need no trial rendering: no calls, or objects and a template that takes objects.
     if not calls or (not any(call.is_text for call in calls) and objects_work()):
         return parts
     row = _Row(parts, calls, render)
@@ -105,9 +106,11 @@ def settled(
         texts = row.rendered(as_text)
         if isinstance(texts, Dropped):
             return refused
+    # Calls that stay objects as in the file are not checked: no other form would be any better.
     checked = as_text.union(index for index, call in enumerate(calls) if call.is_text)
     failed = row.unwritten(checked, as_text, texts)
     if failed:
+        # At most one more try: each call has only two forms.
         as_text ^= failed  # each of these calls gets its other form
         texts = row.rendered(as_text)
         failed = failed if isinstance(texts, Dropped) else row.unwritten(checked, as_text, texts)
@@ -142,6 +145,7 @@ class _Row(NamedTuple):
     def unwritten(self, checked: Collection[int], as_text: Collection[int], texts: Sequence[str]) -> frozenset[int]:
         """Returns those of the checked calls whose arguments are not in the rendering as JSON would write them."""
         failed = self._failed_keys(checked, as_text, texts)
+        # Values that several calls share cannot be attributed to one of them by counting.
         owners = Counter(key for index in checked for key in _keys(self.calls[index].value))
         # Calls may share a value that is missing or wrong, although some of them are written well: check each alone.
         doubtful = [index for index, keys in failed.items() if any(owners[key] > 1 for key in keys)]
@@ -161,8 +165,10 @@ class _Row(NamedTuple):
             empty = ["\n".join(map(_words, [*self.parts[0], *part])) for part in self.parts[1:]]
         failed: dict[int, set[_Key]] = {}
         for number, (text, base) in enumerate(zip(texts, empty, strict=True), start=1):
+            # Rendering `number` has the calls of the prompt (part 0) and of its own completion.
             keys = {i: _keys(self.calls[i].value) for i in checked if self.calls[i].place[0] in (0, number)}
             needed = Counter(key for own in keys.values() for key in own)
+            # Only one notation is expected, so the most frequent one counts.
             added = {key: max(text.count(spelled) - base.count(spelled) for spelled in key.spellings) for key in needed}
             for index, own in keys.items():
                 wrong = {key for key in own if (added[key] > 0 if key.is_repr else added[key] < needed[key])}
@@ -183,6 +189,7 @@ def _calls(parts: Sequence[list[Message]]) -> Iterator[Call]:
 
 def _in_forms(message: Message, place: tuple[int, int], forms: Mapping[tuple[int, int, int], Any]) -> Message:
     calls = message.get("tool_calls") or ()
+    # Messages without such calls are shared, not copied.
     if not any((*place, order) in forms for order in range(len(calls))):
         return message
     changed = [
@@ -215,6 +222,7 @@ def _keys(value: dict[str, Any]) -> set[_Key]:
     >>> sorted(key.spellings for key in _keys({"n": 5, "deep": [True, None, ""]}) if not key.is_repr)
     [('5',), ('true', 'True')]
     """
+    # A dictionary as an ordered set: the first MOST_VALUES must be the same in every run.
     leaves: dict[_Key, None] = {}
     level: list[Any] = [value]
     while level and len(leaves) < MOST_VALUES:

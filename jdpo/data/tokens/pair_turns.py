@@ -90,11 +90,14 @@ def _turns(row: PreferenceRow, tokenizer: Tokenizer) -> _Turns | Dropped:
     if isinstance(settled, Dropped):
         return settled
     prompt, *sides = (_messages(text) for text in (settled.prompt, *settled.completions))
+    # If both sides start with a learnt turn, the two turns have the same prompt and are split together, like an
+    # ordinary pair.
     is_joint = all(own[0] == 0 for own in places)
     parts, numbers = [], []
     if is_joint:
         parts.append(RowTexts(prompt, tuple(side[:1] for side in sides), row.origin, row.tools, row.template_kwargs))
     for side, own in zip(sides, places, strict=True):
+        # The first turn of each side is already part 0.
         rest = own[1:] if is_joint else own
         numbers.append([*([0] if is_joint else []), *range(len(parts), len(parts) + len(rest))])
         parts += [
@@ -115,10 +118,12 @@ def _joined(row: PreferenceRow, turns: _Turns, splits: Sequence[Split | Dropped]
         if isinstance(own[-1], Dropped):
             return own[-1]
         found = merged([split for split in own if isinstance(split, Split)])
+        # The template writes a turn differently once others follow, so the side is not one sequence.
         if len(found) > 1:
             return Dropped(WRITTEN_DIFFERENTLY, row.origin)
         sequences.append(found[0]._replace(notes=(*found[0].notes, *turn_notes(messages, own))))
     first, second = (sequence.tokens for sequence in sequences)
+    # The prompt ends before the first learnt token of either side, and where the sides first differ.
     start = min(sequence.mask.index(True) for sequence in sequences)
     length = next((i for i in range(min(start, len(first), len(second))) if first[i] != second[i]), start)
     return MaskedSplit(

@@ -70,6 +70,7 @@ def encode_conversations(rows: Sequence[Written], tokenizer: Tokenizer) -> list[
     ends = end_text(tokenizer)
     encoded = _encode([_without_headers(row, ends) for row in rows], tokenizer)
     results: list[Encoded | Dropped] = list(encoded)
+    # Only rows whose tokens differ from the prompt before its end need a closer look.
     short = [index for index, one in enumerate(encoded) if one.length < len(one.prompt)]
     bares = [write_bare(encoded[index].written.row, tokenizer) for index in short]
     bare_ids = iter(encode_rendered([bare for bare in bares if bare is not None], tokenizer))
@@ -77,9 +78,12 @@ def encode_conversations(rows: Sequence[Written], tokenizer: Tokenizer) -> list[
     needed: dict[int, int] = {}
     for index, bare in zip(short, bares, strict=True):
         one = encoded[index]
+        # The prompt without its generation prompt shows where its last turn ends.
         needed[index] = len(one.prompt) if bare is None else _shared(one.prompt, next(bare_ids))
+        # The text is the prompt's; only a token reaches across the boundary.
         if all(whole.startswith(one.written.asked) for whole in one.written.wholes):
             results[index] = one._replace(notes=_merge_notes(one, needed[index], tokenizer))
+        # All turns of the prompt are there, and only the end of the generation prompt is missing.
         elif one.length >= needed[index]:
             results[index] = one._replace(notes=(PROMPT_SHORTENED,))
         else:
@@ -138,8 +142,10 @@ def without_header(whole: str, asked: str, content: str, ends: re.Pattern[str]) 
     """
     same_end = len(whole) - len(common_prefix(whole[::-1], asked[::-1]))  # from here on both texts are equal
     start = len(common_prefix(whole, asked))
+    # The end of turn is searched for after the answer, which may itself contain end tokens as text.
     found = whole.find(content.strip(), start)
     for end in ends.finditer(whole, start if found < 0 else found + len(content.strip())):
+        # What follows the end of turn is also the end of the prompt, so it is the header of a next answer.
         if same_end <= end.end() < len(whole):
             return whole[: end.end()]
     return whole
@@ -164,9 +170,11 @@ def _rebuilt(row: Written, bare: str | None) -> Written | None:
     wholes = []
     for whole, side in zip(row.wholes, map(conversation, row.row.completions), strict=True):
         suffix = _longest_suffix(row.asked, whole)
+        # rfind: earlier turns of the conversation have the same header.
         answer = whole[whole.rfind(suffix) + len(suffix) :]
         if len(suffix) < max(len(header), 1) or not _holds_the_answer_alone(answer, side, prompt[-1]):
             return None
+        # The prompt opens a thought; an answer without its end would be learnt as part of the thought.
         if not _closes_thought(row.asked, answer):
             return None
         wholes.append(row.asked + answer)
@@ -194,6 +202,7 @@ def _holds_the_answer_alone(text: str, side: Sequence[Message], last: Message) -
     content = [word for message in side if (word := words(message).strip())] or _call_names(side)
     if not content or any(word not in text for word in content):
         return False
+    # If the last message occurs in the rest, the cut was before it, and it would be learnt.
     foreign = [word for word in (words(last).strip(), *_call_names([last])) if word]
     further = [
         value for message in side for key, value in message.items() if key != "content" and isinstance(value, str)

@@ -107,6 +107,7 @@ def render_all(
       ValueError: the tokenizer has no chat template.
     """
     origin = row.origin
+    # Before rendering, so that a missing template is an error of the run and not a refusal of every row.
     tokenizer.check_template(row.tools, row.template_kwargs, origin)
     try:
         texts = [
@@ -156,6 +157,7 @@ def one_bos(ids: list[int], bos: int) -> list[int]:
     [1, 7, 1]
     """
     extra = 0
+    # Stops at the last of the leading BOS, which stays.
     while ids[extra : extra + 2] == [bos, bos]:
         extra += 1
     return ids[extra:]

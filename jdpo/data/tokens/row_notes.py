@@ -38,6 +38,7 @@ def conversation_notes(
     messages = [*prompt, *(message for completion in completions for message in completion)]
     found = {
         SPELLS_SPECIAL: any(tokenizer.special_text.search(words(message)) for message in messages),
+        # strip: templates trim whitespace around earlier turns, which nobody needs to know.
         TURN_CHANGED: any(text.strip() not in written for text in map(words, prompt)),
         ANSWER_CHANGED: any(
             words(message) not in (whole.removeprefix(written) if whole.startswith(written) else whole)
@@ -54,6 +55,7 @@ def text_notes(prompt: str, completions: Iterable[str], tokenizer: Tokenizer) ->
     bos = tokenizer.hf.bos_token if tokenizer.bos_token_id is not None else None
     eos = tokenizer.hf.eos_token
     assert isinstance(eos, str)
+    # Files of plain text often contain these two tokens on purpose.
     texts = [prompt.removeprefix(bos or ""), *(completion.removesuffix(eos) for completion in completions)]
     return (SPELLS_SPECIAL,) if any(map(tokenizer.special_text.search, texts)) else ()
 

@@ -82,6 +82,7 @@ def tokenize_pairs(
       ValueError: a row is a conversation and the tokenizer has no chat template.
     """
     several = [every_turn and has_several_turns(row) for row in rows]
+    # Rows are tokenized in batches by kind, and put back into their order below.
     turns = iter(split_pair_turns([row for row, many in zip(rows, several, strict=True) if many], tokenizer))
     single = [
         RowTexts(row.prompt, (row.chosen, row.rejected), row.origin, row.tools, row.template_kwargs)
@@ -101,6 +102,7 @@ def tokenize_pairs(
             split = split._replace(notes=(*split.notes, NO_TURNS))
         fitted = _fit_pair(split, row, tokenizer, max_length=max_length, max_prompt_length=max_prompt_length)
         if not every_turn and isinstance(fitted, KeptPair):
+            # Without every_turn all completion tokens are learnt, and rows need no masks.
             fitted = fitted._replace(row=_unmasked(fitted.row))
         results.append(fitted)
     return results
@@ -208,6 +210,7 @@ def _split_learnt(rows: Sequence[RowTexts], tokenizer: Tokenizer) -> list[Split 
 def _fit_pair(
     split: MaskedSplit, row: PreferenceRow, tokenizer: Tokenizer, *, max_length: int, max_prompt_length: int | None
 ) -> KeptPair | Dropped:
+    # The prompt first: tokens that it loses are left for the completions.
     kept = _cut_prompt(split.prompt, len(split.prompt), max_prompt_length, tokenizer)
     prompt = [split.prompt[i] for i in kept]
     budget = max_length - len(prompt)
@@ -217,8 +220,10 @@ def _fit_pair(
         return Dropped(EMPTY_PROMPT, row.origin)
     if budget <= 0:
         return Dropped(LONG_PROMPT, row.origin)
+    # Truncation left a side without a learnt token.
     if not all(map(any, masks)):
         return Dropped(NO_COMPLETION, row.origin)
+    # Equal sides have no preference; long sides may only become equal by truncation.
     if chosen == rejected:
         same = split.completions[0] == split.completions[1]
         return Dropped(IDENTICAL_SIDES if same else IDENTICAL_AFTER_CUT, row.origin)
@@ -259,6 +264,7 @@ def _cut_prompt(ids: Sequence[int], length: int, most: int | None, tokenizer: To
     """Returns the positions that a prompt of `length` tokens keeps: the last ones, and BOS."""
     if most is None or length <= most:
         return list(range(length))
+    # Models expect BOS at the start, also of a prompt that was truncated on the left.
     if ids[0] == tokenizer.hf.bos_token_id:
         return [0, *range(length - most + 1, length)]
     return list(range(length - most, length))

@@ -54,6 +54,7 @@ class Tokenizer:
     @cached_property
     def size(self) -> int:
         """The number of embedding rows that the token ids need."""
+        # Vocabularies may have gaps, so the largest id can exceed the number of tokens.
         return max(len(self.hf), 1 + max(self.hf.get_vocab().values(), default=0))
 
     @property
@@ -75,6 +76,7 @@ class Tokenizer:
     @cached_property
     def bos_token_id(self) -> int | None:
         """The BOS that this tokenizer puts before plain text, or None."""
+        # Asked of the tokenizer itself: the settings for BOS differ between classes of tokenizers.
         ids = self.hf("a")["input_ids"]
         bos = self.hf.bos_token_id
         return bos if isinstance(bos, int) and len(ids) > 1 and ids[0] == bos else None
@@ -83,6 +85,7 @@ class Tokenizer:
     def special_text(self) -> re.Pattern[str]:
         """A pattern that matches special tokens spelled out in a text."""
         added = (token.content for token in self.hf.added_tokens_decoder.values() if token.special)
+        # Longer tokens first, since a pattern takes the first alternative that matches.
         tokens = sorted({*added, *self.hf.all_special_tokens}, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, tokens)) or "(?!)")
 
@@ -162,6 +165,7 @@ class Tokenizer:
         anchor, ids = anchor_ids
         anchored = self.encode([anchor + text for text in texts])
         return [
+            # The anchor may merge with the text; then the text is tokenized alone.
             after_anchor[len(ids) :] if after_anchor[: len(ids)] == ids else alone
             for after_anchor, alone in zip(anchored, unanchored, strict=True)
         ]
@@ -170,10 +174,12 @@ class Tokenizer:
     def _anchor_ids(self) -> tuple[str, list[int]] | None:
         """An anchor and its ids if the tokenizer puts a space before text, otherwise None."""
         (letter,) = self.encode(["a"])
+        # If two copies decode to "a a", the tokenizer has put a space before each.
         if self.hf.decode(letter + letter).strip() == "aa":
             return None
         for anchor in _ANCHORS:
             (ids,) = self.encode([anchor])
+            # An anchor that the vocabulary lacks would decode to something else.
             if self.hf.unk_token_id not in ids:
                 return anchor, ids
         return None
@@ -222,6 +228,7 @@ def _loaded(
     notes: list[str] = []
     added: tuple[str, ...] = ()
     named = tokenizer_files.named_templates(hf)
+    # Only templates from outside may bring markers that the vocabulary lacks.
     is_given = chat_template is not None and chat_template not in named
     if chat_template in named:
         notes.append(f"chat template: {chat_template}, one of the tokenizer's {len(named)}")
@@ -259,6 +266,7 @@ def _loaded(
         )
     notes += _template_notes(hf, probed, end_of_turn)
     turn_id = None if end_of_turn is None else hf.convert_tokens_to_ids(end_of_turn)
+    # All three, because generation must stop at any token with which an answer may end.
     end_ids = tuple(dict.fromkeys(i for i in (hf.eos_token_id, turn_id, own_eos) if isinstance(i, int)))
     return Tokenizer(
         hf,

@@ -84,6 +84,7 @@ def reading_difference(hf: PreTrainedTokenizerBase, folder: Path) -> str | None:
     if not path.is_file():
         return None
     direct = tokenizers.Tokenizer.from_file(str(path))
+    # tokenizer.json may store padding and truncation, which have nothing to do with the vocabulary.
     direct.no_padding()
     direct.no_truncation()
     differing = []
@@ -146,9 +147,11 @@ def digest_of(hf: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]) -> str:
     backend: Any = getattr(hf, "backend_tokenizer", None)
     parts = {
         "class": type(hf).__name__,
+        # The serialized backend also covers merges and normalization, which a vocabulary alone does not.
         "tokenizer": sorted(hf.get_vocab().items()) if backend is None else backend.to_str(),
         "special": {name: str(token) for name, token in hf.special_tokens_map.items()},
         "template": hf.chat_template,
+        # Only if given, so that caches from before this setting stay valid.
         **({"template_kwargs": dict(kwargs)} if kwargs else {}),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -76,6 +76,7 @@ def _turns(row: CompletionRow, tokenizer: Tokenizer) -> list[RowTexts] | Dropped
     places = learnt_places(_messages(row))
     if not places:
         return Dropped(NOT_LEARNT, row.origin)
+    # Settled once for the whole conversation: rendered separately, turns could get different forms of one call.
     whole = with_settled_calls(
         RowTexts(row.prompt, (row.completion,), row.origin, row.tools, row.template_kwargs), tokenizer
     )
@@ -118,6 +119,7 @@ def merged(splits: Sequence[Split]) -> list[Masked]:
     found: list[Masked] = []
     for split in splits:
         turn = whole_sequence(split)
+        # The prompt of this turn starts with everything so far, so the sequence can be extended.
         if found and split.prompt[: len(found[-1].tokens)] == found[-1].tokens:
             earlier = found.pop()
             mask = earlier.mask + turn.mask[len(earlier.mask) :]

@@ -63,6 +63,7 @@ def lost_sides(written: Written, completions: Sequence[Sequence[int]], tokenizer
     sides = [conversation(completion) for completion in row.completions]
     for number, (side, whole) in enumerate(zip(sides, written.wholes, strict=True)):
         answer = _answer(written.asked, whole)
+        # Rendering again is expensive, so it is done only if the answer's text was not found.
         if _may_be_empty(side[-1], answer) and _is_empty(written, number, tokenizer):
             return Dropped(EMPTY_UNWRITTEN, row.origin, _named(list(_unwritten(side, answer))))
     if len(sides) == 2 and completions[0] == completions[1] and _content(sides[0]) != _content(sides[1]):
@@ -139,6 +140,7 @@ def _has_call(text: str, name: str, arguments: Any) -> bool:
 
 def _leaves(value: Any, leave_out: str | None = None) -> Iterator[Any]:
     """Yields the values inside lists and objects, except those under the key `leave_out`."""
+    # A stack instead of recursion: arguments may be nested deeply.
     pending = [value]
     while pending:
         item = pending.pop()
@@ -159,4 +161,5 @@ def _has(text: str, value: Any) -> bool:
     forms = call_arguments.spellings(value)
     if not forms or any(form in text for form in forms):
         return True
+    # Templates may wrap or indent a text.
     return isinstance(value, str) and " ".join(value.split()) in " ".join(text.split())

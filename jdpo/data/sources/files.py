@@ -60,7 +60,7 @@ class File(NamedTuple):
 
     def digest(self) -> str:
         """Returns a digest of the bytes: the store's own hash if it keeps one, otherwise the SHA-256."""
-        with naming(lambda: self.place):
+        with errors_at(lambda: self.place):
             # For a remote file this saves a download just to find out that nothing has changed.
             checksum = self.store.checksum(self.path)
             if checksum is not None:
@@ -93,7 +93,7 @@ def opened(file: File, where: Callable[[], str]) -> Iterator[io.BufferedReader]:
       file: the file.
       where: returns the current position, for errors while reading.
     """
-    with naming(where), contextlib.ExitStack() as stack:
+    with errors_at(where), contextlib.ExitStack() as stack:
         stream = stack.enter_context(file.open())
         if file.label.lower().endswith(".gz"):
             check_head(stream, file, allowed=b"\x1f\x8b")
@@ -119,7 +119,7 @@ def check_head(stream: io.BufferedReader, file: File, *, allowed: bytes = b"") -
 
 
 @contextlib.contextmanager
-def naming(where: Callable[[], str]) -> Iterator[None]:
+def errors_at(where: Callable[[], str]) -> Iterator[None]:
     """Turns errors of reading into ValueErrors that name the place."""
     try:
         yield

@@ -6,7 +6,7 @@ import json
 import os
 from typing import Any
 
-from jdpo.data.sources.files import MAX_ROW_BYTES, File, naming
+from jdpo.data.sources.files import MAX_ROW_BYTES, File, errors_at
 from jdpo.data.sources.readers import READERS, ending_of
 from jdpo.data.sources.splits import choose_files
 from jdpo.data.sources.stores import Disk, Store
@@ -126,7 +126,7 @@ def _saved_files(store: Store, folder: str, label: str) -> list[File]:
 def _about(store: Store, folder: str, name: str, key: str | None = None) -> Any:
     """Returns a JSON object that `datasets.save_to_disk` wrote, or the list under one of its keys."""
     file = File(store, store.join(folder, name), name)
-    with naming(lambda: file.place), file.open() as stream:
+    with errors_at(lambda: file.place), file.open() as stream:
         data = stream.read(MAX_ROW_BYTES)
     try:
         value = json.loads(data)

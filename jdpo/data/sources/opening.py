@@ -70,8 +70,8 @@ def open_source(dataset: DatasetConfig) -> Source:
     store, path = _located(dataset.path)
     kind, place = store.kind(path), store.place(path)
     if kind is None:
-        # A path that exists always wins over the hub. `data/pairs.jsonl` has the form of a hub name, but its ending shows
-        # that a file was meant, so the error is "no such file" and not one of the hub.
+        # A path that exists always wins over the hub. `data/pairs.jsonl` has the form of a hub name, but its ending
+        # shows that a file was meant, so the error is "no such file" and not one of the hub.
         if not is_url(dataset.path) and ending_of(path) is None and _HUB_NAME.fullmatch(dataset.path):
             return HubSource(dataset)
         hint = "" if is_url(dataset.path) else " (a name on the hub has the form org/name)"

@@ -49,7 +49,7 @@ class Remote:
         return terminal(public_text(self._url + path.removeprefix(self._root).rstrip("/")))
 
     def kind(self, path: str) -> Kind | None:
-        with self._naming(path):
+        with self._errors_of(path):
             try:
                 found = self._system.info(path)["type"]
             except FileNotFoundError as error:
@@ -61,7 +61,7 @@ class Remote:
         return "folder" if found == "directory" or is_page else "file"
 
     def entries(self, folder: str) -> list[Entry]:
-        with self._naming(folder):
+        with self._errors_of(folder):
             found = self._system.ls(folder, detail=True)
         kinds: dict[str, Kind] = {
             entry["name"]: "folder" if entry["type"] == "directory" else "file" for entry in found
@@ -75,16 +75,16 @@ class Remote:
         return f"{folder.rstrip('/')}/{name}"
 
     def open(self, path: str) -> io.BufferedReader:
-        with self._naming(path):
+        with self._errors_of(path):
             stream = self._system.open(path, "rb")
         return io.BufferedReader(_RemoteStream(stream, self.place(path)), BUFFER_BYTES)
 
     def checksum(self, path: str) -> str | None:
-        with self._naming(path):
+        with self._errors_of(path):
             return content_hash(self._system.info(path))
 
-    def _naming(self, path: str) -> contextlib.AbstractContextManager[None]:
-        return _naming(self.place(path))
+    def _errors_of(self, path: str) -> contextlib.AbstractContextManager[None]:
+        return _store_errors(self.place(path))
 
 
 def is_url(path: str) -> bool:
@@ -149,7 +149,7 @@ def content_hash(info: dict[str, Any]) -> str | None:
 
 
 @contextlib.contextmanager
-def _naming(place: str) -> Iterator[None]:
+def _store_errors(place: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # each store raises its own kinds of errors
@@ -188,13 +188,13 @@ class _RemoteStream(io.RawIOBase):
         return bool(self._stream.seekable())
 
     def readinto(self, buffer: Any) -> int:
-        with _naming(self._place):
+        with _store_errors(self._place):
             data = self._stream.read(len(buffer))
         buffer[: len(data)] = data
         return len(data)
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        with _naming(self._place):
+        with _store_errors(self._place):
             return int(self._stream.seek(offset, whence))
 
     def tell(self) -> int:

@@ -273,8 +273,8 @@ def check_inputs(setup: Setup, directory: RunDirectory) -> None:
             f"the processes of this run do not have the same files: {', '.join(unlike)} differ from host to host; give "
             "every host the same ones"
         )
-    held_out = setup.eval_data.parts() if setup.eval_data is not None else {}
-    directory.check_inputs(inputs, {**held_out, **setup.train_data.parts()})
+    held_out = setup.eval_data.file_digests() if setup.eval_data is not None else {}
+    directory.check_inputs(inputs, {**held_out, **setup.train_data.file_digests()})
     directory.remember("rows", setup.train_data.summary())  # for the model card of an export
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from jdpo.config import DatasetConfig, without_queries
 from jdpo.data.batching.mixing import labels_of
 from jdpo.data.batching.packing_plan import ItemSizes, completion_sizes, pair_sizes
-from jdpo.data.prepared import store, token_checks
+from jdpo.data.prepared import row_store, token_checks
 from jdpo.data.prepared.chunks import CHOSEN_LEARNT, DROPPED, KEPT, READ, Chunk, RawChunk, Recipe, Tally, make_chunk
 from jdpo.data.prepared.held_out import Part
 from jdpo.data.prepared.workers import available_cores, map_in_order
@@ -93,7 +93,7 @@ class PreparedData(Generic[R]):
 
     def __init__(
         self,
-        rows: store.RowStore[R],
+        rows: row_store.StoredRows[R],
         datasets: Sequence[DatasetConfig],
         sources: Sequence[Source],
         tokenizer: Tokenizer,
@@ -144,9 +144,9 @@ class PreparedData(Generic[R]):
         """The number of rows of each dataset."""
         return tuple(int(count) for count in np.bincount(self.dataset_of, minlength=len(self.names)))
 
-    def parts(self) -> dict[str, str]:
+    def file_digests(self) -> dict[str, str]:
         """Returns {file: content digest} for the files that the rows were read from."""
-        return {place: digest for source in self._sources for place, digest in source.parts().items()}
+        return {place: digest for source in self._sources for place, digest in source.file_digests().items()}
 
     def num_chosen_tokens(self) -> int:
         """Returns the number of scored tokens of all chosen sides. The first token of a sequence is never scored."""
@@ -280,10 +280,10 @@ def _prepare(
     folder = cache_folder(cache_dir) / "tokenized"
     # The key needs the digest of every file, so the files are read once even if the rows are in the cache.
     key = _key(sources, tokenizer, recipe)
-    rows = store.open_store(folder, key, recipe.row_type)
+    rows = row_store.open_rows(folder, key, recipe.row_type)
     from_cache = rows is not None
     if rows is None:
-        with store.creating(folder, key, recipe.row_type) as writer:
+        with row_store.writing_rows(folder, key, recipe.row_type) as writer:
             known = [source.known_rows() for source in sources] if progress is not None else []
             total = None if None in known else sum(filter(None, known))
             tally, of_sets = Tally(), [Tally() for _ in sources]
@@ -297,7 +297,7 @@ def _prepare(
                         progress(tally.counts[READ], total)
             _check_kept(tally, datasets, recipe.part)
             writer.about = tally.as_dict() | {"data_sets": [one.as_dict() for one in of_sets]}  # plain: as it is
-        rows = store.open_store(folder, key, recipe.row_type)
+        rows = row_store.open_rows(folder, key, recipe.row_type)
         if rows is None:
             raise ValueError(f"the tokenized rows written to {folder} are damaged when read again; check the disk")
     return PreparedData(rows, datasets, sources, tokenizer, from_cache=from_cache)

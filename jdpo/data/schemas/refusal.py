@@ -69,7 +69,7 @@ def _columns(raws: Sequence[Raw]) -> str:
     for raw in raws:
         for name, value in raw.items():
             kinds.setdefault(str(name), {})[_closer_kind(value)] = None
-    return listed([f"{printable(name)} ({' or '.join(found)})" for name, found in kinds.items()], MOST_NAMED)
+    return listed([f"{printable(name)} ({' or '.join(found)})" for name, found in kinds.items()], MOST_NAMED) or "none"
 
 
 def _closer_kind(value: object, depth: int = 3) -> str:

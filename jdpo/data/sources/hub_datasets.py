@@ -50,5 +50,5 @@ class HubSource:
     def known_rows(self) -> int | None:
         return len(self.data)
 
-    def parts(self) -> dict[str, str]:
+    def file_digests(self) -> dict[str, str]:
         return {self.label: self.digest()}

@@ -20,8 +20,8 @@ from jdpo.data.sources.splits import Slice, parse_split
 from jdpo.data.sources.stores import Disk, Store
 from jdpo.safe_text import terminal
 
-MAX_PARTS = 200
-"""`Source.parts` lists the files of a dataset up to this number; of more files it gives one digest."""
+MOST_FILES = 200
+"""`Source.file_digests` lists the files of a dataset up to this number; of more files it gives one digest."""
 
 COUNTED = (".parquet", ".arrow")
 """Endings of files that state their number of rows, so that counting them reads no rows."""
@@ -47,7 +47,7 @@ class Source(Protocol):
     def known_rows(self) -> int | None:
         """Returns the number of rows if it is known without reading them, otherwise None."""
 
-    def parts(self) -> dict[str, str]:
+    def file_digests(self) -> dict[str, str]:
         """Returns {file: digest of its content}, so that a message can name the file that changed."""
 
 
@@ -137,8 +137,8 @@ class FileSource:
         start, stop = self.split.bounds(sum(reader_of(file.label).count(file) for file in self.files))
         return max(stop - start, 0)
 
-    def parts(self) -> dict[str, str]:
-        if len(self.files) > MAX_PARTS:
+    def file_digests(self) -> dict[str, str]:
+        if len(self.files) > MOST_FILES:
             return {self.place: self.digest()}
         return {file.place: content for file, content in zip(self.files, self._digests, strict=True)}
 

@@ -43,7 +43,7 @@ PLAIN_TEXT = "in plain text: the chat template is not applied to them"
 WOULD_MERGE = "whose prompt and completion would be other tokens if tokenized together"
 
 
-class Split(NamedTuple):
+class TokenSplit(NamedTuple):
     """Token ids of a prompt and of the completions that follow it."""
 
     prompt: list[int]
@@ -51,11 +51,11 @@ class Split(NamedTuple):
     notes: tuple[str, ...]
 
 
-def split_rows(rows: Sequence[RowTexts], tokenizer: Tokenizer) -> list[Split | Dropped]:
+def split_rows(rows: Sequence[RowTexts], tokenizer: Tokenizer) -> list[TokenSplit | Dropped]:
     """Tokenizes rows of both kinds, each kind in one call, so that the tokenizer can use all cores."""
     # Rows that cannot be used are dropped before anything is rendered, and keep their place in the results.
     usable = [_unusable(row) or with_settled_calls(row, tokenizer) for row in rows]
-    results: list[Split | Dropped | None] = [row if isinstance(row, Dropped) else None for row in usable]
+    results: list[TokenSplit | Dropped | None] = [row if isinstance(row, Dropped) else None for row in usable]
     for is_text, split in ((True, _split_texts), (False, _split_conversations)):
         chosen = {i: row for i, row in enumerate(usable) if isinstance(row, RowTexts) and row.is_text == is_text}
         for index, result in zip(chosen, split(list(chosen.values()), tokenizer), strict=True):
@@ -101,7 +101,7 @@ def with_settled_calls(row: RowTexts, tokenizer: Tokenizer) -> RowTexts | Droppe
     return row._replace(prompt=prompt, completions=tuple(completions))
 
 
-def _split_texts(rows: Sequence[RowTexts], tokenizer: Tokenizer) -> Iterator[Split]:
+def _split_texts(rows: Sequence[RowTexts], tokenizer: Tokenizer) -> Iterator[TokenSplit]:
     prompts = tokenizer.encode([str(row.prompt) for row in rows])
     pairs = [(str(row.prompt), str(text)) for row in rows for text in row.completions]
     completions = iter(tokenizer.encode_completions([text for _, text in pairs]))
@@ -112,7 +112,7 @@ def _split_texts(rows: Sequence[RowTexts], tokenizer: Tokenizer) -> Iterator[Spl
         ids = [next(completions) for _ in row.completions]
         # Only counted. The separate tokens are used, since the boundary must be between two tokens.
         merges = [prompt + completion for completion in ids] != [next(joined) for _ in ids]
-        yield Split(
+        yield TokenSplit(
             _with_bos(prompt, tokenizer),
             [_with_eos(completion, tokenizer) for completion in ids],
             (
@@ -139,7 +139,7 @@ def _with_eos(ids: list[int], tokenizer: Tokenizer) -> list[int]:
     return [*ids[start:end], eos]
 
 
-def _split_conversations(rows: Sequence[RowTexts], tokenizer: Tokenizer) -> Iterator[Split | Dropped]:
+def _split_conversations(rows: Sequence[RowTexts], tokenizer: Tokenizer) -> Iterator[TokenSplit | Dropped]:
     written = [write_row(row, tokenizer) for row in rows]
     encoded = iter(encode_conversations([one for one in written if isinstance(one, Written)], tokenizer))
     for one in written:
@@ -147,7 +147,7 @@ def _split_conversations(rows: Sequence[RowTexts], tokenizer: Tokenizer) -> Iter
         yield result if isinstance(result, Dropped) else _split_encoded(result, tokenizer)
 
 
-def _split_encoded(one: Encoded, tokenizer: Tokenizer) -> Split | Dropped:
+def _split_encoded(one: Encoded, tokenizer: Tokenizer) -> TokenSplit | Dropped:
     """Splits a conversation where its completions start, unless the template leaves nothing of them to learn."""
     row, asked, wholes = one.written
     length = one.length
@@ -158,4 +158,4 @@ def _split_encoded(one: Encoded, tokenizer: Tokenizer) -> Split | Dropped:
         return lost
     sides = [conversation(completion) for completion in row.completions]
     notes = conversation_notes(conversation(row.prompt), sides, row.tools, [asked, *wholes], tokenizer)
-    return Split(one.prompt[:length], completions, (*one.notes, *notes, *unwritten_notes(one.written)))
+    return TokenSplit(one.prompt[:length], completions, (*one.notes, *notes, *unwritten_notes(one.written)))

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from jdpo.data.schemas.formats import Dropped
 from jdpo.data.schemas.row_building import EMPTY_SIDE
 from jdpo.data.schemas.turn_marks import is_learnt
-from jdpo.data.tokens.boundaries import RowTexts, Split, split_rows, with_settled_calls
+from jdpo.data.tokens.boundaries import RowTexts, TokenSplit, split_rows, with_settled_calls
 from jdpo.data.tokens.tokenizer import Tokenizer
 from jdpo.data.tokens.turns import NOT_LEARNT, Masked, learnt_places, merged, turn_notes
 from jdpo.types import Message, PreferenceRow
@@ -34,7 +34,7 @@ class MaskedSplit(NamedTuple):
     notes: tuple[str, ...]
 
 
-def whole_split(split: Split) -> MaskedSplit:
+def whole_split(split: TokenSplit) -> MaskedSplit:
     """Returns a split in which every token of the completions is learnt."""
     return MaskedSplit(
         split.prompt, split.completions, [[True] * len(completion) for completion in split.completions], split.notes
@@ -111,13 +111,13 @@ def _messages(text: object) -> list[Message]:
     return text
 
 
-def _joined(row: PreferenceRow, turns: _Turns, splits: Sequence[Split | Dropped]) -> MaskedSplit | Dropped:
+def _joined(row: PreferenceRow, turns: _Turns, splits: Sequence[TokenSplit | Dropped]) -> MaskedSplit | Dropped:
     sequences: list[Masked] = []
     for number, messages in enumerate((_messages(row.chosen), _messages(row.rejected))):
         own = list(_side_splits(turns, splits, number))
         if isinstance(own[-1], Dropped):
             return own[-1]
-        found = merged([split for split in own if isinstance(split, Split)])
+        found = merged([split for split in own if isinstance(split, TokenSplit)])
         # The template writes a turn differently once others follow, so the side is not one sequence.
         if len(found) > 1:
             return Dropped(WRITTEN_DIFFERENTLY, row.origin)
@@ -134,10 +134,10 @@ def _joined(row: PreferenceRow, turns: _Turns, splits: Sequence[Split | Dropped]
     )
 
 
-def _side_splits(turns: _Turns, splits: Sequence[Split | Dropped], side: int) -> Iterator[Split | Dropped]:
+def _side_splits(turns: _Turns, splits: Sequence[TokenSplit | Dropped], side: int) -> Iterator[TokenSplit | Dropped]:
     """Yields the splits of one side; of the part that holds both sides, the side's own completion."""
     for number in turns.sides[side]:
         split = splits[number]
-        if turns.is_joint and number == 0 and isinstance(split, Split):
+        if turns.is_joint and number == 0 and isinstance(split, TokenSplit):
             split = split._replace(completions=[split.completions[side]])
         yield split

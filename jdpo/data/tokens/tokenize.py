@@ -9,7 +9,7 @@ import numpy as np
 
 from jdpo.data.schemas.formats import Dropped
 from jdpo.data.schemas.turn_marks import is_learnt
-from jdpo.data.tokens.boundaries import EMPTY_PROMPT, IDENTICAL_SIDES, RowTexts, Split, split_rows
+from jdpo.data.tokens.boundaries import EMPTY_PROMPT, IDENTICAL_SIDES, RowTexts, TokenSplit, split_rows
 from jdpo.data.tokens.pair_turns import MaskedSplit, has_several_turns, split_pair_turns, whole_split
 from jdpo.data.tokens.tokenizer import Tokenizer
 from jdpo.data.tokens.turns import NOT_LEARNT, Masked, split_turns, whole_sequence
@@ -93,7 +93,7 @@ def tokenize_pairs(
     results: list[KeptPair | Dropped] = []
     for row, many in zip(rows, several, strict=True):
         split = next(turns) if many else next(splits)
-        if isinstance(split, Split):
+        if isinstance(split, TokenSplit):
             split = whole_split(split)
         if isinstance(split, Dropped):
             results.append(split)
@@ -198,7 +198,7 @@ def tokenize_turns(
     return results
 
 
-def _split_learnt(rows: Sequence[RowTexts], tokenizer: Tokenizer) -> list[Split | Dropped]:
+def _split_learnt(rows: Sequence[RowTexts], tokenizer: Tokenizer) -> list[TokenSplit | Dropped]:
     """Splits rows, and drops those with an answer marked as shown only."""
     learnt = [all(isinstance(side, str) or is_learnt(side[-1]) for side in row.completions if side) for row in rows]
     splits = iter(split_rows([row for row, is_kept in zip(rows, learnt, strict=True) if is_kept], tokenizer))

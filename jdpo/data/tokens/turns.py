@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from jdpo.data.schemas.formats import Dropped
 from jdpo.data.schemas.turn_marks import is_learnt
-from jdpo.data.tokens.boundaries import Split, split_rows, with_settled_calls
+from jdpo.data.tokens.boundaries import TokenSplit, split_rows, with_settled_calls
 from jdpo.data.tokens.rendering import RowTexts
 from jdpo.data.tokens.tokenizer import Tokenizer
 from jdpo.types import CompletionRow, Message
@@ -40,7 +40,7 @@ class Masked(NamedTuple):
     notes: tuple[str, ...]
 
 
-def whole_sequence(split: Split) -> Masked:
+def whole_sequence(split: TokenSplit) -> Masked:
     """Joins a prompt and its one completion, all of which is learnt."""
     (completion,) = split.completions
     mask = [False] * len(split.prompt) + [True] * len(completion)
@@ -97,8 +97,8 @@ def _messages(row: CompletionRow) -> list[Message]:
     return [*row.prompt, *row.completion]
 
 
-def _sequences(messages: Sequence[Message], splits: Sequence[Split | Dropped]) -> list[Masked] | Dropped:
-    found = merged([split for split in splits if isinstance(split, Split)])
+def _sequences(messages: Sequence[Message], splits: Sequence[TokenSplit | Dropped]) -> list[Masked] | Dropped:
+    found = merged([split for split in splits if isinstance(split, TokenSplit)])
     if not found:
         assert isinstance(splits[-1], Dropped)
         return splits[-1]
@@ -107,14 +107,14 @@ def _sequences(messages: Sequence[Message], splits: Sequence[Split | Dropped]) -
     return found
 
 
-def turn_notes(messages: Sequence[Message], splits: Sequence[Split | Dropped]) -> list[str]:
+def turn_notes(messages: Sequence[Message], splits: Sequence[TokenSplit | Dropped]) -> list[str]:
     """Returns the notes on turns of a row that are not learnt."""
     shown = any(message["role"] == "assistant" and not is_learnt(message) for message in messages)
     left_out = dict.fromkeys(LEFT_OUT + split.reason for split in splits if isinstance(split, Dropped))
     return [*([SHOWN_TURN] if shown else []), *left_out]
 
 
-def merged(splits: Sequence[Split]) -> list[Masked]:
+def merged(splits: Sequence[TokenSplit]) -> list[Masked]:
     """Joins turns, in their order, into the smallest possible number of sequences."""
     found: list[Masked] = []
     for split in splits:

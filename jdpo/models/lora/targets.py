@@ -11,6 +11,7 @@ from jdpo.models.lora.sites import EXPERT_AXIS, KERNEL, ROUTER, Module, Path, Si
 from jdpo.models.transformer import Transformer, logical_axes
 from jdpo.models.weights.hf_names import Piece, hf_tensors, layout_of, leaves
 from jdpo.safe_text import terminal
+from jdpo.words import listed
 
 Targets = str | Sequence[str]
 
@@ -176,5 +177,4 @@ def _known(names: Sequence[str]) -> str:
 
 
 def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return ", ".join(map(terminal, names[:_MOST_NAMED])) + more
+    return listed([terminal(name) for name in names], _MOST_NAMED)

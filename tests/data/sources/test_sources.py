@@ -220,17 +220,17 @@ def test_the_digest_follows_content_split_and_name(tmp_path: Path) -> None:
 
 def test_parts_are_the_files_with_digests_of_their_content(tmp_path: Path) -> None:
     first, second = write(tmp_path / "a.jsonl", ROWS[:5]), write(tmp_path / "b.parquet", ROWS[5:])
-    before = open_source(DatasetConfig(path=str(tmp_path))).parts()
+    before = open_source(DatasetConfig(path=str(tmp_path))).file_digests()
     assert before[str(first)] == hashlib.sha256(first.read_bytes()).hexdigest()
     write(second, ROWS[6:])
-    after = open_source(DatasetConfig(path=str(tmp_path))).parts()
+    after = open_source(DatasetConfig(path=str(tmp_path))).file_digests()
     assert list(before) == list(after) == [str(first), str(second)]
     assert [name for name in before if before[name] != after[name]] == [str(second)]
-    assert open_source(DatasetConfig(path=str(first))).parts() == {str(first): before[str(first)]}
+    assert open_source(DatasetConfig(path=str(first))).file_digests() == {str(first): before[str(first)]}
     for index in range(201):
         write(tmp_path / "many" / f"{index}.jsonl", ROWS[:1])
     many = open_source(DatasetConfig(path=str(tmp_path / "many")))
-    assert many.parts() == {str(tmp_path / "many"): many.digest()}
+    assert many.file_digests() == {str(tmp_path / "many"): many.digest()}
 
 
 def test_hub_rows_come_through_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,7 +243,7 @@ def test_hub_rows_come_through_datasets(tmp_path: Path, monkeypatch: pytest.Monk
     again = HubSource(DatasetConfig(path=str(folder), split="train[2:4]"))
     other = HubSource(DatasetConfig(path=str(folder), split="train[2:5]"))
     assert source.digest() == again.digest() != other.digest()
-    assert source.parts() == {f"{folder}:train[2:4]": source.digest()}
+    assert source.file_digests() == {f"{folder}:train[2:4]": source.digest()}
 
 
 def test_a_hub_out_of_reach_is_named_with_the_way_out(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_a_remote_folder_has_splits(memory: MemoryFileSystem) -> None:
     source = open_source(DatasetConfig(path="memory://bucket/set/", split="test"))
     assert next(source.rows()) == (ROWS[6], "set/test.jsonl:1")
     assert source.left_out == ("extra.jsonl",)
-    assert list(source.parts()) == ["memory://bucket/set/test.jsonl"]
+    assert list(source.file_digests()) == ["memory://bucket/set/test.jsonl"]
     assert [raw for raw, _ in read("memory://bucket/set")] == ROWS[:6]
     with pytest.raises(ValueError, match=r"^memory://bucket/set: no split 'dev' in this folder; it has test, train"):
         read("memory://bucket/set", "dev")
@@ -115,7 +115,7 @@ def test_a_file_address_is_the_file(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(LINES)
     here = open_source(DatasetConfig(path=str(tmp_path / "a.jsonl")))
     assert read(f"file://{tmp_path}/a.jsonl") == list(here.rows())
-    assert open_source(DatasetConfig(path=f"file://{tmp_path}/a.jsonl")).parts() == here.parts()
+    assert open_source(DatasetConfig(path=f"file://{tmp_path}/a.jsonl")).file_digests() == here.file_digests()
     with pytest.raises(ValueError, match=rf"^{tmp_path}/no\.jsonl: no such file"):
         read(f"file://{tmp_path}/no.jsonl")
 
@@ -131,7 +131,11 @@ def test_a_member_of_an_archive_is_read_through_a_chain(tmp_path: Path) -> None:
 def test_the_digest_follows_the_content(memory: MemoryFileSystem, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(LINES)
     remote, local = (open_source(DatasetConfig(path=p)) for p in (put("a.jsonl"), str(tmp_path / "a.jsonl")))
-    assert list(remote.parts().values()) == list(local.parts().values()) == [hashlib.sha256(LINES).hexdigest()]
+    assert (
+        list(remote.file_digests().values())
+        == list(local.file_digests().values())
+        == [hashlib.sha256(LINES).hexdigest()]
+    )
     assert remote.digest() == local.digest()
     put("a.jsonl", ROWS[1:])
     assert open_source(DatasetConfig(path="memory://bucket/a.jsonl")).digest() != remote.digest()
@@ -195,7 +199,7 @@ def known_stores() -> None:
 def test_the_hash_of_a_store_saves_reading_the_file(memory: MemoryFileSystem) -> None:
     put("a.jsonl")
     source = open_source(DatasetConfig(path="hashing://bucket/a.jsonl"))
-    assert source.parts() == {"hashing://bucket/a.jsonl": f"md5:{hashlib.md5(LINES).hexdigest()}"}
+    assert source.file_digests() == {"hashing://bucket/a.jsonl": f"md5:{hashlib.md5(LINES).hexdigest()}"}
     first = source.digest()
     assert Hashing.opened == []
     put("a.jsonl", ROWS[1:])

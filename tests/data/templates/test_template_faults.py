@@ -15,7 +15,7 @@ from jdpo.data.prepared import token_checks
 from jdpo.data.prepared.prepare import prepare_pairs
 from jdpo.data.schemas.formats import EMPTY_SIDE, Dropped
 from jdpo.data.tokens import boundaries, prompt_end, rendering, row_notes
-from jdpo.data.tokens.boundaries import RowTexts, Split, split_rows
+from jdpo.data.tokens.boundaries import RowTexts, TokenSplit, split_rows
 from jdpo.data.tokens.tokenize import KeptCompletion, KeptPair, tokenize_completion, tokenize_pair, tokenize_turns
 from jdpo.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from jdpo.types import CompletionRow, Message, PreferenceRow
@@ -198,7 +198,7 @@ def test_plain_text_that_spells_bos_and_eos_has_each_once(load: Callable[..., To
     assert row_notes.SPELLS_SPECIAL in read(tokenizer, tokenize_pair(inside, tokenizer, max_length=99))[-1]
 
 
-def split(tokenizer: Tokenizer, *parts: RowTexts) -> list[Split | Dropped]:
+def split(tokenizer: Tokenizer, *parts: RowTexts) -> list[TokenSplit | Dropped]:
     return split_rows(parts, tokenizer)
 
 
@@ -208,8 +208,8 @@ def test_tools_and_calls_reach_the_template(load: Callable[..., Tokenizer]) -> N
     with_tools, without = split(
         tokenizer, RowTexts([user("Paris?")], answers, "x:1", [WEATHER]), RowTexts([user("Paris?")], answers, "x:2")
     )
-    assert isinstance(with_tools, Split)
-    assert isinstance(without, Split)
+    assert isinstance(with_tools, TokenSplit)
+    assert isinstance(without, TokenSplit)
     assert f"<tools>\n{json.dumps(WEATHER)}\n</tools>" in tokenizer.hf.decode(with_tools.prompt)
     assert "get_weather" not in tokenizer.hf.decode(without.prompt)
     call = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call><|im_end|>\n'
@@ -241,7 +241,7 @@ def test_tools_that_the_template_does_not_know(load: Callable[..., Tokenizer]) -
         RowTexts([user("Paris?")], ([assistant("")], sides[1]), "x:3", [WEATHER]),
         RowTexts([user("Paris?")], ([{"role": "assistant", "content": None, "tool_calls": []}], sides[1]), "x:4"),
     )
-    assert isinstance(kept, Split)
+    assert isinstance(kept, TokenSplit)
     assert kept.notes == (row_notes.TOOLS_UNUSED,)
     assert isinstance(called, Dropped)
     assert called.reason == rendering.REFUSED  # content None, which this template cannot write

@@ -15,7 +15,7 @@ from jdpo.data.prepared.held_out import prompt_key
 from jdpo.data.schemas.formats import Dropped, completion_rows, preference_rows
 from jdpo.data.schemas.messages import assistant, user
 from jdpo.data.tokens import boundaries, call_arguments, rendering
-from jdpo.data.tokens.boundaries import RowTexts, Split, split_rows
+from jdpo.data.tokens.boundaries import RowTexts, TokenSplit, split_rows
 from jdpo.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from jdpo.data.tokens.turns import split_turns
 from jdpo.types import CompletionRow, PreferenceRow
@@ -60,7 +60,7 @@ def call(arguments: Any, name: str = "look") -> dict[str, Any]:
     return {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": function}]}
 
 
-def split(tokenizer: Tokenizer, *completions: Any, prompt: Any = (ASK,)) -> Split | Dropped:
+def split(tokenizer: Tokenizer, *completions: Any, prompt: Any = (ASK,)) -> TokenSplit | Dropped:
     (result,) = split_rows([RowTexts(list(prompt), tuple([turn] for turn in completions), "x:1")], tokenizer)
     return result
 
@@ -68,7 +68,7 @@ def split(tokenizer: Tokenizer, *completions: Any, prompt: Any = (ASK,)) -> Spli
 def learnt(tokenizer: Tokenizer, arguments: Any) -> str:
     """What is learnt of a call."""
     result = split(tokenizer, call(arguments), assistant("No idea."))
-    assert isinstance(result, Split), result
+    assert isinstance(result, TokenSplit), result
     return tokenizer.hf.decode(result.completions[0])
 
 
@@ -133,14 +133,14 @@ def test_the_repr_is_seen_within_json_and_beside_one_that_a_message_quotes(
     assert isinstance(result, Dropped)
     quoting = user("Why do you write {'city': 'Cork'}?")
     result = split(with_calls(AS_JSON), call('{"city": "Cork"}'), assistant("So."), prompt=[quoting])
-    assert isinstance(result, Split)
+    assert isinstance(result, TokenSplit)
 
 
 def test_a_call_has_one_form_in_every_rendering_of_the_row(with_calls: Callable[[str], Tokenizer]) -> None:
     seen = {"role": "tool", "content": "rain"}
     prompt = [ASK, call('{"city": "Cork"}'), seen]
     result = split(with_calls(PRINTED), call('{"day": 2}'), assistant("Rain."), prompt=prompt)
-    assert isinstance(result, Split)
+    assert isinstance(result, TokenSplit)
     decode = with_calls(PRINTED).hf.decode
     assert '[look {"city":"Cork"}]' in decode(result.prompt)
     assert decode(result.completions[0]) == '[look {"day":2}]|'
@@ -151,7 +151,7 @@ def test_each_call_is_decided_alone(with_calls: Callable[[str], Tokenizer]) -> N
     turn = call('{"a": 1}')
     turn["tool_calls"] += call('{"a": 1}', "raw")["tool_calls"] + call("not JSON", "raw")["tool_calls"]
     result = split(with_calls(template), turn, assistant("No."))
-    assert isinstance(result, Split)
+    assert isinstance(result, TokenSplit)
     assert with_calls(template).hf.decode(result.completions[0]) == '[look {"a": 1}][raw {"a":1}][raw not JSON]|'
 
 

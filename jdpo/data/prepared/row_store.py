@@ -39,7 +39,7 @@ BATCH_ROWS = 2048
 # --- reading
 
 
-class RowStore(Generic[R]):
+class StoredRows(Generic[R]):
     """Tokenized rows by index, read from the file on access.
 
     Attributes:
@@ -235,7 +235,7 @@ class RowWriter(Generic[R]):
         self._kept.append((lengths, *block.tags))
 
 
-def open_store(folder: Path, key: str, row_type: type[R]) -> RowStore[R] | None:
+def open_rows(folder: Path, key: str, row_type: type[R]) -> StoredRows[R] | None:
     """Opens the rows stored under `key`; returns None if there are none or they are damaged."""
     path = folder / f"{key}.arrow"
     try:
@@ -247,13 +247,13 @@ def open_store(folder: Path, key: str, row_type: type[R]) -> RowStore[R] | None:
                 return None
             with contextlib.suppress(OSError):  # a read-only cache has to be read whole at every start
                 write_durably(path.with_suffix(".json"), json.dumps(meta | stamp), writer=f".{os.getpid()}")
-        return RowStore(path, row_type, meta)
+        return StoredRows(path, row_type, meta)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 @contextlib.contextmanager
-def creating(folder: Path, key: str, row_type: type[R]) -> Iterator[RowWriter[R]]:
+def writing_rows(folder: Path, key: str, row_type: type[R]) -> Iterator[RowWriter[R]]:
     """Yields a writer whose rows are stored under `key` when the block ends; nothing is stored if the block raises.
 
     Raises:
@@ -267,7 +267,7 @@ def creating(folder: Path, key: str, row_type: type[R]) -> Iterator[RowWriter[R]
             writer = RowWriter(Path(temporary) / "rows.arrow", row_type)
             with contextlib.closing(writer):
                 yield writer
-            if open_store(folder, key, row_type) is not None:
+            if open_rows(folder, key, row_type) is not None:
                 return  # another process was faster, and may have mapped its file already
             (Path(temporary) / "rows.json").write_text(json.dumps(writer.meta()), encoding="utf-8")
             for suffix in (".arrow", ".json"):  # the JSON last, since it declares the Arrow file complete

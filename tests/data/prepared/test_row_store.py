@@ -17,7 +17,7 @@ import pytest
 from jdpo.config import DatasetConfig
 from jdpo.data.prepared.prepare import PreparedData, prepare_completions, prepare_pairs
 from jdpo.data.prepared.row_arrays import Tags, joined, row_arrays
-from jdpo.data.prepared.store import BATCH_ROWS, creating, open_store
+from jdpo.data.prepared.row_store import BATCH_ROWS, open_rows, writing_rows
 from jdpo.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from jdpo.types import TokenizedCompletion, TokenizedPair
 
@@ -61,7 +61,7 @@ def test_rows_know_their_data_set_prompt_and_margin(tokenizer: Tokenizer, tmp_pa
         "dropped: empty side": "a.jsonl:2",
         "in plain text: the chat template is not applied to them": "a.jsonl:1",
     }
-    assert set(data.parts()) == {str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")}
+    assert set(data.file_digests()) == {str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")}
 
 
 def test_labels_are_no_part_of_the_rows(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_labels_are_no_part_of_the_rows(tokenizer: Tokenizer, tmp_path: Path) ->
     named = DatasetConfig(path=dataset.path, label="mine", weight=2)
     again = prepare_pairs([named], tokenizer, **options)
     assert (again.from_cache, again.names) == (True, ("mine",))
-    with pytest.raises(ValueError, match="two data sets are called 'a'"):
+    with pytest.raises(ValueError, match="two datasets are called 'a'"):
         prepare_pairs([dataset, dataset], tokenizer, **options)
 
 
@@ -171,7 +171,7 @@ def test_what_a_killed_process_left_is_removed_once_it_is_old(tmp_path: Path) ->
         (folder / "rows.arrow").write_text("half")
     yesterday = time.time() - 90_000
     os.utime(old / "rows.arrow", (yesterday, yesterday))
-    with creating(tmp_path, "key", TokenizedPair):
+    with writing_rows(tmp_path, "key", TokenizedPair):
         assert not old.exists()
         assert new.exists(), "somebody may be at it"
 
@@ -187,7 +187,7 @@ def test_blocks_come_back_whatever_their_sizes(tmp_path: Path) -> None:
 
     rows = [completion(number) for number in range(2 * BATCH_ROWS + 7)]
     cuts = [0, 0, 5, BATCH_ROWS - 1, BATCH_ROWS, 2 * BATCH_ROWS + 7]
-    with creating(tmp_path, "key", TokenizedCompletion) as writer:
+    with writing_rows(tmp_path, "key", TokenizedCompletion) as writer:
         for start, stop in itertools.pairwise(cuts):
             tags = Tags(
                 np.full(stop - start, start, np.int32),
@@ -196,7 +196,7 @@ def test_blocks_come_back_whatever_their_sizes(tmp_path: Path) -> None:
             )
             writer.append(row_arrays(rows[start:stop], TokenizedCompletion, tags))
         writer.about = {"of": "rows"}
-    found = open_store(tmp_path, "key", TokenizedCompletion)
+    found = open_rows(tmp_path, "key", TokenizedCompletion)
     assert found is not None
     assert (len(found), found.about) == (len(rows), {"of": "rows"})
     np.testing.assert_array_equal(found.tags.prompt_key, np.arange(len(rows)))

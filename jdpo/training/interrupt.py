@@ -1,4 +1,4 @@
-"""SIGTERM, Ctrl-C and SIGHUP (a closed terminal) as a wish that the loop grants at the next step, not a death."""
+"""SIGTERM, Ctrl-C and SIGHUP (a closed terminal) ask a run to stop after the current step, instead of killing it."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def silence_lost_output() -> None:
-    """Sends output that nobody can read any more nowhere: a print to a closed terminal would end a run unsaved."""
+    """Discards output that nobody can read any more: a print to a closed terminal would end a run unsaved."""
     for descriptor in (1, 2):
         asked = select.poll()
-        asked.register(descriptor, 0)  # errors and hang-ups are always told
+        asked.register(descriptor, 0)  # errors and hang-ups are always reported
         if asked.poll(0):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, descriptor)
@@ -30,7 +30,7 @@ def silence_lost_output() -> None:
 
 
 class StopRequest:
-    """While entered, a first signal asks the run to stop; a second one does what it always did."""
+    """While entered, a first signal asks the run to stop, and a second one has its default effect."""
 
     def __init__(self) -> None:
         self.signum: int | None = None
@@ -61,15 +61,15 @@ class StopRequest:
             signal.signal(*self._previous.popitem())
 
     def alone(self) -> bool:
-        """Whether this process was asked to stop and has no others to agree with: for work that each does by itself."""
+        """Returns True if this process was asked to stop and is the only one, for work that each does by itself."""
         return self.signum is not None and jax.process_count() == 1
 
     def asked(self) -> bool:
-        """Whether any process was asked to stop; every process gets the same answer."""
+        """Returns True if any process was asked to stop; every process gets the same answer."""
         return any_process(self.signum is not None)
 
     def poll(self) -> bool:
-        """The same, for every step: where there are several processes it is told a step late, and none waits for it."""
+        """Returns the same as `asked`, one call late if there are several processes, so that none waits for others."""
         if jax.process_count() == 1:
             return self.signum is not None
         earlier, self._answer = self._answer, any_process_later(self.signum is not None)
@@ -77,5 +77,5 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """128 + signal, as shells have it: 143 for SIGTERM, so that a scheduler does not take the job for done."""
+        """128 + signal, as in shells: 143 for SIGTERM, so that a scheduler does not count the job as done."""
         return 128 + (self.signum or signal.SIGTERM)

@@ -51,7 +51,7 @@ OnStep = Callable[[int, Params | Weights], None]
 
 
 class RunResult(NamedTuple):
-    """How a run ended.
+    """The end of a run.
 
     Attributes:
       step: updates made.
@@ -235,7 +235,7 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
         manager.wait()
         exported = step_to_export(setup, manager)
         params = state.params
-        del state  # the best checkpoint needs its room
+        del state  # the best checkpoint needs its memory
         if exported != num_steps:
             del params
             params = manager.restore(exported, saved_parts(assembly.state)).state["params"]

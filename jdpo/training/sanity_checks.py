@@ -1,4 +1,4 @@
-"""What a run refuses: a start that is silently wrong, and numbers that are none."""
+"""Checks that end a run: a start that is silently wrong, NaN or Inf, and gradients that stay 0."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from jdpo.losses.settings import LossSettings
 from jdpo.words import listed
 
 START_TOLERANCE = {"float64": 1e-5, "float32": 1e-5, "bfloat16": 2e-2}
-"""Largest difference of policy and reference log-prob a token, by compute dtype, where both are one model."""
+"""Largest difference of policy and reference log-prob per token, by compute dtype, where both are one model."""
 
 MOST_NAMED = 8
 
 DEAD_WARNING, DEAD_ERROR = 3, 20
-"""Logged steps in a row with a gradient of exactly 0 after which a run warns, and after which it stops."""
+"""Consecutive logged steps with a gradient of exactly 0 after which a run warns, and after which it stops."""
 
 
 def check_start(
@@ -29,36 +29,36 @@ def check_start(
     compute_dtype: str,
     reference_is_start: bool,
 ) -> str:
-    """Compares policy and reference on the first batch, before their first difference is trained in.
+    """Compares policy and reference on the first batch, before the first update.
 
     Args:
       rows: per-row values [b] of the first step.
       loss: losses with a reference; rewards / beta are policy minus reference log-probs.
       lengths: int [b, 2], completion tokens of chosen and rejected.
-      compute_dtype: decides the tolerance.
-      reference_is_start: whether the two are meant to be one model.
+      compute_dtype: determines the tolerance.
+      reference_is_start: True if both are meant to be one model.
 
     Returns:
-      a line for the person who started the run.
+      a line to log.
 
     Raises:
-      ValueError: the two are meant to be one model and are not.
+      ValueError: both are meant to be one model and are not.
     """
     rewards = np.stack([rows["rewards/chosen"], rows["rewards/rejected"]], axis=-1)
     distance = np.abs(rewards / loss.beta) / np.maximum(lengths, 1)
     worst, mean = float(distance.max()), float(np.mean(rows["loss"]))
     if not reference_is_start:
-        return f"start: policy and reference differ by {distance.mean():.3g} nats a token ({worst:.3g} at most)"
+        return f"start: policy and reference differ by {distance.mean():.3g} nats per token ({worst:.3g} at most)"
     tolerance = START_TOLERANCE[compute_dtype]
     if not worst <= tolerance:  # NaN too
         raise ValueError(
-            f"the reference is the policy's own start, yet their log-probs differ by {worst:.3g} nats a token before "
+            f"the reference is the policy's own start, yet their log-probs differ by {worst:.3g} nats per token before "
             f"the first update (at most {tolerance} is rounding in {compute_dtype}): the reference was not loaded as "
             "the policy was; nothing was trained"
         )
     expected = start_loss(loss)
     if expected is None:
-        return f"start: policy equals reference (largest difference {worst:.1e} nats a token), loss {mean:.4f}"
+        return f"start: policy equals reference (largest difference {worst:.1e} nats per token), loss {mean:.4f}"
     slack = _start_slack(loss, tolerance * lengths.max(0))
     if not abs(mean - expected) <= slack:
         named = "ln 2 = " if math.isclose(expected, math.log(2), rel_tol=1e-6) else ""
@@ -67,7 +67,7 @@ def check_start(
             "where policy and reference are equal; nothing was trained"
         )
     return (
-        f"start: policy equals reference (largest difference {worst:.1e} nats a token), loss {mean:.4f} "
+        f"start: policy equals reference (largest difference {worst:.1e} nats per token), loss {mean:.4f} "
         f"({expected:.4f} expected)"
     )
 
@@ -91,7 +91,7 @@ def _loss_at(loss: LossSettings, logratios: np.ndarray) -> float:
 
 
 def _start_slack(loss: LossSettings, most: np.ndarray) -> float:
-    """How far rounding of the log-ratios by up to `most` [2] may carry the loss, beside its own rounding."""
+    """Largest change of the loss by rounding of the log-ratios by up to `most` [2], and by its own rounding."""
     start = _loss_at(loss, np.zeros((1, 2)))
     corners = [np.array([[x * most[0], y * most[1]]]) for x in (-1, 1) for y in (-1, 1)]
     return 1e-6 * max(1.0, abs(start)) + max(abs(_loss_at(loss, corner) - start) for corner in corners)
@@ -101,18 +101,18 @@ def check_base(saved: Mapping[str, str] | None, now: Mapping[str, str] | None, w
     """Refuses adapters on another base than they were trained on.
 
     Args:
-      saved: what the checkpoint says of its base, {model, digest, dtype}, or None where it holds all weights.
-      now: the same of this run.
+      saved: the base of the checkpoint, {model, digest, dtype}, or None where it holds all weights.
+      now: the base of this run.
       where: the checkpoint.
 
     Raises:
       ValueError: naming both.
     """
-    told_apart = [None if base is None else (base["digest"], base["dtype"]) for base in (saved, now)]
-    if told_apart[0] != told_apart[1]:
+    identities = [None if base is None else (base["digest"], base["dtype"]) for base in (saved, now)]
+    if identities[0] != identities[1]:
         raise ValueError(
-            f"the checkpoint in {where} holds {_on_base(saved)}, and this run trains {_on_base(now)}: adapters mean "
-            "nothing on another base. Give the base that it had, or choose another output_dir"
+            f"the checkpoint in {where} holds {_on_base(saved)}, and this run trains {_on_base(now)}: adapters fit "
+            "only the base that they were trained on. Give that base, or choose another output_dir"
         )
 
 
@@ -131,14 +131,14 @@ def check_finite(
     last_saved: int | None,
     weights_finite: bool = True,
 ) -> None:
-    """Stops a run whose numbers are none.
+    """Stops a run whose loss, gradients or weights are NaN or Inf.
 
     Args:
       step: the update that was computed.
       row_losses: [b], in the order of `origins`.
       origins: where each row of the step came from.
       last_saved: the newest checkpoint, or None.
-      weights_finite: whether the updated weights are numbers.
+      weights_finite: False if the updated weights contain NaN or Inf.
 
     Raises:
       FloatingPointError: naming the step and its rows.
@@ -154,14 +154,14 @@ def check_finite(
     kept = f"the checkpoint of step {last_saved} is intact" if last_saved is not None else "no checkpoint was saved yet"
     raise FloatingPointError(
         f"step {step} gave loss {loss} and gradient norm {grad_norm}"
-        f"{'' if weights_finite else ', and an update after which the weights are no numbers'}, so training stops; "
+        f"{'' if weights_finite else ', and the updated weights contain NaN or Inf'}, so training stops; "
         f"{what}; {kept}. Look at these rows; then start in a new output_dir with a lower learning_rate, or with "
         "compute_dtype float32"
     )
 
 
 def check_evaluation(step: int, metrics: Mapping[str, float]) -> None:
-    """Stops a run whose evaluation gave something that is no number.
+    """Stops a run whose evaluation gave NaN or Inf.
 
     Raises:
       FloatingPointError: naming the metrics.
@@ -175,7 +175,7 @@ def check_evaluation(step: int, metrics: Mapping[str, float]) -> None:
 
 
 class GradientWatch:
-    """Notices a run that no longer learns: its gradient norm is exactly 0, which rounding alone never gives."""
+    """Detects a run that no longer learns: its gradient norm is exactly 0, which rounding alone never gives."""
 
     def __init__(self, loss: LossSettings | None, *, learning_rate: float, compute_dtype: str) -> None:
         """
@@ -188,10 +188,10 @@ class GradientWatch:
         self._first, self._num_dead, self._num_logged = 0, 0, 0
 
     def see(self, step: int, averages: Mapping[str, float], last_saved: int | None) -> str | None:
-        """Takes what was logged.
+        """Looks at a line of the log.
 
         Args:
-          step: the last step that it is about.
+          step: the last step of the line.
           averages: over the steps since the line before.
           last_saved: the newest checkpoint, or None.
 
@@ -199,7 +199,7 @@ class GradientWatch:
           a warning, once per stretch of such steps.
 
         Raises:
-          FloatingPointError: the gradient has been 0 for too long, and not because every margin of hinge is met.
+          FloatingPointError: the gradient has been 0 for too long, unless every margin of hinge is met.
         """
         self._num_logged += 1
         if averages["grad_norm"] != 0:
@@ -212,20 +212,20 @@ class GradientWatch:
         if self._num_dead >= DEAD_ERROR and not met:
             saved = "" if last_saved is None else f" The newest checkpoint is of step {last_saved}."
             raise FloatingPointError(
-                f"step {step}: {self._said()}, so training stops. {self._causes(met)}.{saved} "
+                f"step {step}: {self._describe()}, so training stops. {self._causes(met)}.{saved} "
                 "Start in a new output_dir with the cause removed"
             )
         if self._num_dead == DEAD_WARNING:
-            return f"warning: step {step}: {self._said()}: nothing is learnt. {self._causes(met)}"
+            return f"warning: step {step}: {self._describe()}, so nothing is learnt. {self._causes(met)}"
         return None
 
     def at_end(self) -> str | None:
-        """A warning for the last lines of a run that ended without learning."""
+        """Returns a warning for the end of a run that no longer learnt, else None."""
         if self._num_dead >= min(DEAD_WARNING, max(self._num_logged, 1)):
-            return f"warning: {self._said()}: the exported model did not learn in them"
+            return f"warning: {self._describe()}: the exported model did not learn in them"
         return None
 
-    def _said(self) -> str:
+    def _describe(self) -> str:
         num = self._num_dead
         which = "the last logged step" if num == 1 else f"the last {num} logged steps (from {self._first} on)"
         return f"the gradient norm is exactly 0 in {which}"
@@ -234,6 +234,6 @@ class GradientWatch:
         if met:
             return "The loss is 0 too: every pair's margin of hinge is met, and more steps change nothing"
         return (
-            f"Likely causes: a learning rate that threw the weights out of the range in which the loss has a slope, or "
-            f"a model whose weights are all 0 or too large for its dtype ({self._settings})"
+            f"Likely causes: a learning rate so high that the loss has become flat, or a model whose weights are all 0 "
+            f"or too large for its dtype ({self._settings})"
         )

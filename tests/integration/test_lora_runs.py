@@ -104,7 +104,7 @@ def test_another_base_is_refused_by_name(
     assert main(words) == 2, "even where run.json no longer knows the model: the checkpoint does"
     error = capsys.readouterr().err
     assert f"adapters on {base}" in error
-    assert "adapters mean nothing on another base" in error
+    assert "adapters fit only the base that they were trained on" in error
 
 
 def test_a_base_that_goes_while_a_run_trains_is_still_named_and_not_read_for_adapters_alone(

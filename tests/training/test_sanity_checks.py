@@ -31,13 +31,13 @@ def check(values: dict[str, np.ndarray], loss: LossSettings | None = None, **cha
 
 def test_equal_models_pass_and_say_so() -> None:
     said = check(rows())
-    assert said.endswith("equals reference (largest difference 0.0e+00 nats a token), loss 0.6931 (0.6931 expected)")
+    assert said.endswith("equals reference (largest difference 0.0e+00 nats per token), loss 0.6931 (0.6931 expected)")
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
 def test_bar_is_per_token_and_by_dtype(dtype: str, tolerance: float) -> None:
     check(rows(0.9 * tolerance * 8), compute_dtype=dtype)
-    with pytest.raises(ValueError, match=rf"differ by {1.1 * tolerance:.3g} nats a token before the first update"):
+    with pytest.raises(ValueError, match=rf"differ by {1.1 * tolerance:.3g} nats per token before the first update"):
         check(rows(1.1 * tolerance * 8), compute_dtype=dtype)
 
 
@@ -82,13 +82,13 @@ def test_loss_of_equal_models(loss_type: str, options: dict[str, Any], expected:
 
 
 def test_numbers_that_are_none_are_refused() -> None:
-    with pytest.raises(ValueError, match="differ by nan nats a token"):
+    with pytest.raises(ValueError, match="differ by nan nats per token"):
         check(rows(math.nan))
 
 
 def test_another_reference_is_reported_only() -> None:
     assert check(rows(4.0), reference_is_start=False) == (
-        "start: policy and reference differ by 0.125 nats a token (0.5 at most)"
+        "start: policy and reference differ by 0.125 nats per token (0.5 at most)"
     )
 
 

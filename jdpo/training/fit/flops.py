@@ -1,18 +1,18 @@
-"""FLOPs of a training step by arithmetic: what the mathematics needs, and what the program multiplies.
+"""Counts the FLOPs of a training step: those that the mathematics needs, and those that the program executes.
 
-Matrix products only: 2 FLOPs a weight and token forward, 4 backward. N are the matrices of the layers (of experts those
-that a token goes to), h = d V those of the head, L the layers, H the heads of width K. A prompt P with its chosen C and
-rejected R takes
+Only matrix products count: 2 FLOPs per weight and token forward, 4 backward. N is the number of weights in the layers'
+matrices (of experts, those that a token is sent to), h = d V in the head, L the number of layers, H the heads of width
+K. A prompt P with its chosen C and rejected R takes
 
     logical     6 N (P + C + R) + 6 h (C + R) + 12 L H K pairs     nothing repeated, no padding
-    executed    the same of all slots, places and chunks that the program runs, padding included, and what it computes
-                again: the head's logits (8 h), attention's scores, and what remat drops
+    executed    the same for all slots, positions and chunks that the program runs, padding included, and what it
+                computes again: the head's logits (8 h), attention's scores, and what remat drops
 
-where pairs are those of a query and a key that it sees, each prompt once. A live reference adds a forward pass to both:
+where pairs are pairs of a query and a key that it sees, each prompt once. A live reference adds a forward pass to both:
 2 N (P + C + R) + 2 h (C + R) + 4 L H K pairs.
 
-Beside frozen weights no gradient of theirs is made: 4 N and 4 h stand for 6 N and 6 h, and 6 M (P + C + R) is added for
-adapters of M weights.
+Frozen weights get no gradient: with adapters of M weights, 6 N and 6 h become 4 N and 4 h, and 6 M (P + C + R) is
+added.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ from jdpo.types import REJECTED, CompletionBatch, PackedBatch, PreferenceBatch
 
 
 class StepFlops(NamedTuple):
-    """Of a whole step, over all devices."""
+    """FLOPs of a whole step, over all devices."""
 
     logical: float
     executed: float
 
 
 class Arithmetic(NamedTuple):
-    """What of a program decides how much it multiplies.
+    """The properties of a program that determine how much it multiplies.
 
     Attributes:
       backend: of attention over packed rows, resolved: not "auto".
       remat: "none" or a name of `REMAT_POLICIES`.
-      live_reference: whether a frozen model runs in the step.
-      first_pass: whether the policy runs once more ahead, for a loss that couples rows.
+      live_reference: True if a frozen model runs in the step.
+      first_pass: True if the policy runs an additional forward pass first, for a loss that couples rows.
       num_shards: parts that a micro-batch is split into.
-      block_q, block_kv: tile sizes asked for.
-      on_cpu: whether it runs there.
-      adapters: M, weights of adapters that a token is multiplied with; None where all weights are trained.
-      adapters_in_reference: whether the frozen model has such, too.
+      block_q, block_kv: tile sizes, where the config gives them.
+      on_cpu: True if it runs on CPUs.
+      adapters: M, weights of adapters that each token is multiplied with; None where all weights are trained.
+      adapters_in_reference: True if the frozen model has adapters, too.
     """
 
     backend: str
@@ -64,7 +64,7 @@ class Arithmetic(NamedTuple):
 
 
 class _Amounts(NamedTuple):
-    """Tokens through the layers, through the head and to experts, and pairs of attention over all layers."""
+    """Tokens in the layers, in the head and in experts, and pairs of attention over all layers."""
 
     tokens: int
     scored: int
@@ -73,11 +73,11 @@ class _Amounts(NamedTuple):
 
 
 def step_flops(config: ModelConfig, batch: Any, program: Arithmetic) -> StepFlops:
-    """FLOPs of a step.
+    """Counts the FLOPs of a step.
 
-    Executed attention is that of the backend's tiles; cuDNN's are taken to be of 128. A head that a mesh splits over
-    several devices counts as a whole one. Executed FLOPs leave out what no matrix unit does, and rows that fill up the
-    blocks in which experts multiply: how many follows from the router.
+    Executed attention is counted in the backend's tiles; those of cuDNN are assumed to be of 128. A head that a mesh
+    splits over several devices counts as a whole one. Executed FLOPs leave out everything but matrix products, and the
+    padding of the blocks in which experts multiply, as the router determines it.
 
     Args:
       batch: numpy arrays [k, m, ...] of the whole step: a PackedBatch, a PreferenceBatch or a CompletionBatch.
@@ -107,18 +107,18 @@ def step_flops(config: ModelConfig, batch: Any, program: Arithmetic) -> StepFlop
 
 
 class _Matrices(NamedTuple):
-    """Weights of the layers' matrices that all tokens meet, and of those of the experts that a token goes to."""
+    """Weights of the layers' matrices: those of all tokens, and those of the experts that a token is sent to."""
 
     shared: int
     experts: int
 
     def products(self, amounts: _Amounts) -> int:
-        """Multiplications of one pass."""
+        """Returns the multiplications of one pass."""
         return self.shared * amounts.tokens + self.experts * amounts.routed
 
 
 def matrix_params(config: ModelConfig) -> int:
-    """N: weights of the layers' matrices that a token meets, without embedding and head."""
+    """Returns N, the weights of the layers' matrices that a token is multiplied with, without embedding and head."""
     return sum(_matrices(config))
 
 
@@ -140,19 +140,22 @@ def _num_dense(config: ModelConfig) -> int:
 
 
 def _flops(config: ModelConfig, amounts: _Amounts, *, matrices: int, head: int, products: int) -> float:
-    """Times that each matrix, the head and each pair are multiplied."""
+    """FLOPs where each matrix, the head and each pair are multiplied this many times."""
     of_layers = matrices * _matrices(config).products(amounts)
     of_head = head * config.d_model * config.vocab_size * amounts.scored
     return 2.0 * (of_layers + of_head + products * config.num_heads * config.head_dim * amounts.pairs)
 
 
 def _again(config: ModelConfig, remat: str, run: _Amounts) -> int:
-    """Multiplications that the backward pass repeats: not with what stands last in a layer, as nothing needs that, but
-    for what experts give, which the gradients of their weights in the sum do."""
+    """Multiplications that the backward pass repeats.
+
+    The last matrix of a layer is not repeated, as no gradient needs its output, except that of experts, which the
+    gradients of their weights in the sum need.
+    """
     if remat in ("none", "dots"):
         return 0
     products = _matrices(config).products(run)
-    if config.norm_placement != "before":  # a norm behind the last matrix needs what it gives
+    if config.norm_placement != "before":  # the gradient of a norm after the last matrix needs its output
         return products
     last = _num_dense(config) * config.d_ff
     if config.parallel_residual:
@@ -161,7 +164,7 @@ def _again(config: ModelConfig, remat: str, run: _Amounts) -> int:
 
 
 def _products_again(remat: str, products: Any) -> int:
-    """Attention's products that the backward pass runs again, beside what a backend's own always does."""
+    """Attention's products that the backward pass repeats, in addition to those that the backend always repeats."""
     if remat == "none":
         return 0
     return int(products.repeated if remat in ("dots", "attention") else products.forward)
@@ -177,7 +180,7 @@ def _packed_real(config: ModelConfig, batch: PackedBatch) -> _Amounts:
 
 
 def _used(batch: PackedBatch) -> np.ndarray:
-    """bool [k, m, s], slots that hold a token."""
+    """Returns bool [k, m, s], True for slots that hold a token."""
     num_sequences, length = batch.gather.shape[-2:]
     used: np.ndarray = (batch.readers < num_sequences * length).any(-2)
     return used
@@ -261,15 +264,15 @@ _PEAKS: tuple[tuple[str, dict[tuple[str, ...], float]], ...] = (
     (r"NVIDIA A10", {_HALF: 125, _FLOAT32: 31.2}),
     (r"NVIDIA GeForce RTX 4090", {_HALF: 165.2, _FLOAT32: 82.6}),
 )
-"""TFLOP/s in the makers' data sheets: dense, accumulated in float32; float32 by plain cores, not as TF32."""
+"""TFLOP/s in the manufacturers' datasheets: dense, accumulated in float32; float32 by plain cores, not as TF32."""
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:
-    """Dense FLOP/s that the maker gives for one jax device, or None where it is not known, as for every CPU.
+    """Returns the dense FLOP/s of one jax device by its datasheet, or None where unknown, as for every CPU.
 
     Args:
-      device_kind: as `jax.Device.device_kind`. A slice of a GPU (MIG) is not known.
-      dtype: of the operands; None for those that the device has no units for. TPUs multiply float32 in several bfloat16
+      device_kind: `jax.Device.device_kind`; a slice of a GPU (MIG) is unknown.
+      dtype: of the operands; unknown if the device has no units for it. TPUs multiply float32 in several bfloat16
         products, for which there is no figure.
 
     >>> peak_flops("NVIDIA H200", "bfloat16"), peak_flops("TPU v5 lite", "float32"), peak_flops("cpu", "float32")

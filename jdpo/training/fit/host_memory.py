@@ -1,7 +1,8 @@
-"""The memory that this process may use: the machine's, or less where a container, a job or `ulimit` says so.
+"""The memory that this process may use: the machine's, or less in a container or a job, or under `ulimit`.
 
-Linux keeps the limits of containers and jobs in control groups, in two versions that may both be mounted. A process is
-in a group (/proc/self/cgroup), groups are nested, and every limit on the way up to the root of the mount holds.
+Linux keeps the limits of containers and jobs in control groups, of which there are two versions that may both be
+mounted. A process is in a group (/proc/self/cgroup), groups are nested, and the limits of all groups up to the root of
+the mount apply.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ _V1_ROOT, _V2_ROOT = PurePosixPath("/sys/fs/cgroup/memory"), PurePosixPath("/sys
 
 
 class HostMemory(NamedTuple):
-    """How much memory there is.
+    """An amount of memory.
 
     Attributes:
       size: bytes.
-      bound: what limits it, such as "the control group /job"; "" where it is the whole machine's.
+      bound: what limits it, such as "the control group /job"; "" if it is the whole machine's.
     """
 
     size: int
@@ -134,7 +135,7 @@ def _own_limits() -> dict[str, int]:
 
 
 def _of_process(root: Path, limits: Mapping[str, int]) -> Iterator[HostMemory]:
-    """What `ulimit` leaves. It counts addresses, many of which have no memory behind them: stacks, mapped files."""
+    """The memory within `ulimit`, which counts addresses, also those without memory: of stacks and mapped files."""
     status = root / "proc/self/status"
     resident = _field(status, "VmRSS")
     for letter, soft in limits.items():
@@ -153,6 +154,6 @@ def _text(path: Path) -> str:
 
 
 def _field(path: Path, name: str) -> int:
-    """A number of a file with lines such as `MemTotal:  16308740 kB`; 0 where it is not there."""
+    """A number of a file with lines such as `MemTotal:  16308740 kB`; 0 if it is missing."""
     found = re.search(rf"^{name}:\s*(\d+)", _text(path), re.MULTILINE)
     return int(found[1]) if found else 0

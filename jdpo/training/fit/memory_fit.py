@@ -1,4 +1,4 @@
-"""How many tokens a device computes at once, and what its backward pass recomputes: the fastest that fits memory."""
+"""Fits the step to the memory of the devices: tokens per device at once, and what the backward pass recomputes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ batches that may need the most memory; the keys are batches of jax.ShapeDtypeStr
 
 
 class Fit(NamedTuple):
-    """How a step is fitted to the memory of the devices.
+    """A step that fits the memory of the devices.
 
     Attributes:
       remat: what the backward pass recomputes, a name of `REMAT_ORDER` or "offload".

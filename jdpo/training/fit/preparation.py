@@ -1,4 +1,4 @@
-"""What is chosen between reading the rows and the first step: how much a device computes at once, and its programs."""
+"""Prepares the steps of a run: fits them to the devices' memory, plans their batches, and compiles their programs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from jdpo.words import memory
 
 
 class Preparation(NamedTuple):
-    """What the steps of a run need.
+    """The fitted steps of a run.
 
     Attributes:
       fit: how much a device computes at once, and what its backward pass recomputes.

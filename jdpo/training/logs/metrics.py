@@ -11,14 +11,14 @@ from jdpo.data.prepared.prepare import PreparedData
 from jdpo.training.fit.flops import StepFlops
 
 Shares = Mapping[str, tuple[float, float]]
-"""Of a metric of some rows: the sum over them, and what it is to be divided by."""
+"""For a metric of some rows: the sum over them, and what it is divided by."""
 
 SHARED = ("loss", "rewards/accuracies", "rewards/margins")
-"""Metrics that each data set of several has for itself."""
+"""Metrics that are logged per dataset, where there are several."""
 
 
 class DatasetShares:
-    """Metrics of each data set, where there are several: `rewards/margins/<label>`, as far as a step has rows of it."""
+    """Metrics per dataset, where there are several: `rewards/margins/<label>`, for the datasets in a step."""
 
     def __init__(self, data: PreparedData) -> None:
         """
@@ -32,7 +32,7 @@ class DatasetShares:
         self._tokens = sizes.scored if sizes is not None and sizes.num_sides == 1 else None
 
     def of(self, rows: Mapping[str, np.ndarray], indices: np.ndarray) -> dict[str, tuple[float, float]]:
-        """Of the values [b] of the rows `indices` [b]."""
+        """Returns the shares of the values [b] of the rows `indices` [b]."""
         shares = {}
         dataset_of = self._dataset_of[indices]
         for number, label in enumerate(self._names):
@@ -62,24 +62,26 @@ class _ShareSums:
 
 
 class Window:
-    """Mean of per-step values since the last log. It travels with the checkpoint, so that a resumed run logs
-    what an uninterrupted one would."""
+    """Mean of per-step values since the last log.
+
+    It is saved in checkpoints, so that a resumed run logs what an uninterrupted one would.
+    """
 
     def __init__(self, saved: Mapping[str, Any] | None = None) -> None:
         """
         Args:
-          saved: what `to_json` gave, or None for an empty window.
+          saved: from `to_json`, or None for an empty window.
         """
         self._sums: dict[str, float] = dict(saved["sums"]) if saved else {}
         self._steps: int = saved["steps"] if saved else 0
         self._shares = _ShareSums(saved.get("shares", {}) if saved else {})
 
     def add(self, values: Mapping[str, float], shares: Shares | None = None) -> None:
-        """Takes one step.
+        """Adds one step.
 
         Args:
-          values: whose mean over the steps is wanted; every step has the same names.
-          shares: whose mean over their rows is wanted; a step has those of the data sets that it has rows of.
+          values: averaged over the steps; every step has the same names.
+          shares: averaged over their rows; a step has those of the datasets that it has rows of.
         """
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
@@ -87,7 +89,7 @@ class Window:
         self._shares.add(shares or {})
 
     def averages(self) -> dict[str, float]:
-        """Mean of each value over the steps taken in, and of each share over its rows; empty when there were none."""
+        """Returns the mean of each value over the steps, and of each share over its rows; empty without steps."""
         return {name: total / self._steps for name, total in self._sums.items()} | self._shares.averages()
 
     def to_json(self) -> dict[str, Any]:
@@ -95,35 +97,35 @@ class Window:
 
 
 class Throughput:
-    """Rows, tokens, FLOPs and seconds of the steps since the last log; evaluation and saving are not in them."""
+    """Rows, tokens, FLOPs and seconds of the steps since the last log, without evaluation and saving."""
 
     def __init__(self, *, unit: str, num_devices: int, peak: float | None) -> None:
         """
         Args:
           unit: what a row is called.
           num_devices: devices that share the work.
-          peak: FLOP/s of one of them, None where it is not known.
+          peak: FLOP/s of one of them, None if unknown.
         """
         self._unit, self._num_devices, self._peak = unit, num_devices, peak
         self.clear()
 
     def clear(self) -> None:
-        """Begins anew."""
+        """Starts again from zero."""
         self._steps = self._rows = self._tokens = 0
         self._seconds = self._logical = self._executed = 0.0
 
     def add(self, *, num_rows: int, num_tokens: int, flops: StepFlops, seconds: float) -> None:
-        """Takes one step."""
+        """Adds one step."""
         self._steps, self._rows = self._steps + 1, self._rows + num_rows
         self._tokens, self._seconds = self._tokens + num_tokens, self._seconds + seconds
         self._logical, self._executed = self._logical + flops.logical, self._executed + flops.executed
 
     def rates(self) -> dict[str, float]:
-        """Of the steps since `clear`: `<unit>_per_second`, `tokens_per_second` (real ones), `step_seconds`,
-        `model_tflops_per_second` of each device, and with a known peak `mfu` and `mfu_executed`.
+        """Returns the rates of the steps since `clear`.
 
-        MFU is the share of the peak that goes into what the mathematics needs; mfu_executed counts padding and
-        recomputation as work, too.
+        These are `<unit>_per_second`, `tokens_per_second` (without padding), `step_seconds`, `model_tflops_per_second`
+        per device, and with a known peak `mfu` and `mfu_executed`. MFU is the share of the peak that the mathematics
+        needs; mfu_executed also counts padding and recomputation.
         """
         per_device = self._seconds * self._num_devices
         rates = {
@@ -148,7 +150,7 @@ class RowAverages:
         self._shares = _ShareSums({})
 
     def add(self, rows: Mapping[str, np.ndarray], normalizer: float, shares: Shares | None = None) -> None:
-        """Takes a batch: per-row values [b] from `rows_at`, the loss's divisor, and what `DatasetShares` gives."""
+        """Adds a batch: per-row values [b] from `rows_at`, the loss's divisor, and the shares of `DatasetShares`."""
         self._shares.add(shares or {})
         for name, values in rows.items():
             self._sums[name] = self._sums.get(name, 0.0) + float(values.sum(dtype=np.float64))
@@ -156,14 +158,14 @@ class RowAverages:
         self._normalizer += normalizer
 
     def averages(self) -> dict[str, float]:
-        """The loss over what it is normalised by (pairs or tokens), everything else over rows."""
+        """Returns the loss over its normalizer (pairs or tokens), and everything else over rows."""
         return {
             name: total / (self._normalizer if name == "loss" else self._rows) for name, total in self._sums.items()
         } | self._shares.averages()
 
 
 def rows_at(rows: Mapping[str, np.ndarray], at: np.ndarray) -> dict[str, np.ndarray]:
-    """The values [b] of real rows out of a report's [k, m]; the others are padding.
+    """Selects the values [b] of real rows from a report's [k, m]; the others are padding.
 
     >>> rows_at({"x": np.array([[1.0, np.nan], [2.0, 6.0]])}, np.array([3, 0]))
     {'x': array([6., 1.])}
@@ -172,5 +174,5 @@ def rows_at(rows: Mapping[str, np.ndarray], at: np.ndarray) -> dict[str, np.ndar
 
 
 def mean_over_rows(rows: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Mean of each [b] value."""
+    """Returns the mean of each value [b]."""
     return {name: float(values.mean(dtype=np.float64)) for name, values in rows.items()}

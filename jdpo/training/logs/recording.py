@@ -1,4 +1,4 @@
-"""What a run records of its steps: averages since the last log, in metrics.jsonl and in trackers."""
+"""Records the steps of a run: averages since the last log, in metrics.jsonl and in trackers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jdpo.training.setup.run_setup import Setup
 
 
 class Record:
-    """What was measured since the last log, and the files that it is written to. Only the first process opens files."""
+    """The measurements since the last log, and the files that they are written to, which the first process opens."""
 
     def __init__(
         self, setup: Setup, directory: RunDirectory, resources: ExitStack, position: Mapping[str, Any] | None = None

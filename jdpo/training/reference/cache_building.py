@@ -1,4 +1,4 @@
-"""Computing a cache of reference log-probs: what is missing, over the mesh, all processes together."""
+"""Computes the missing shards of a cache of reference log-probs, over the mesh, all processes together."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ LOCK_POLL_SECONDS = 2.0
 
 
 def build_cache(setup: Setup, rows: RowSet, scorer: Scorer, *, log: Log, repair: bool) -> int:
-    """Computes the shards that are not there, all processes together, and returns how many rows they have.
+    """Computes the missing shards, all processes together, and returns how many rows they have.
 
     Args:
-      repair: whether damaged shards are computed anew instead of refused.
+      repair: True computes damaged shards again, False refuses them.
 
     Raises:
-      ValueError: the cache cannot be written, or is damaged and not to be repaired.
+      ValueError: the cache cannot be written, or is damaged and `repair` is False.
     """
     folder = rows.folder
     with _writing(folder):
         folder.path.mkdir(parents=True, exist_ok=True)
     with _alone(folder, scorer.check_stopped, log) as (rank, num_sharers):
-        shards = folder.examine()  # again: another run may have been at work until now
+        shards = folder.examine()  # again: another run may have written shards while this one waited
         if not repair:
             folder.refuse_damaged(shards)
         if rank == 0:
@@ -45,14 +45,14 @@ def build_cache(setup: Setup, rows: RowSet, scorer: Scorer, *, log: Log, repair:
                     folder.write_entry(entry)
         todo = _union(~shards.whole)  # nothing is written before every process has looked
         progress = _Progress(rows, shards, folder.count_rows(todo), log)
-        if todo.any():  # another run may have computed all of it meanwhile
-            # All shards, so that shapes, and with them the last bits, do not depend on what is missing.
-            scorer.plan(rows.data, [folder.rows_of(shard) for shard in range(len(todo))])
-        for shard in map(int, np.flatnonzero(todo)):
-            values = scorer.score(folder.rows_of(shard), progress)
-            if not shards.whole[shard] and shard % num_sharers == rank:
-                with _writing(folder):
-                    folder.write_shard(shard, values)
+        if todo.any():  # another run may have computed all of it in the meantime
+            # All shards are planned, so that shapes, and with them the last bits, do not depend on what is missing.
+            plan = scorer.plan(rows.data, [folder.rows_of(shard) for shard in range(len(todo))])
+            for shard in map(int, np.flatnonzero(todo)):
+                values = scorer.score(plan, folder.rows_of(shard), progress)
+                if not shards.whole[shard] and shard % num_sharers == rank:
+                    with _writing(folder):
+                        folder.write_shard(shard, values)
         barrier("reference cached")
         return folder.count_rows(todo)
 
@@ -64,12 +64,12 @@ def _writing(folder: CacheFolder) -> Iterator[None]:
     except OSError as error:
         raise ValueError(
             f"cannot keep the reference's log-probs in {folder.path}: {error.strerror or error}; set cache_dir to a "
-            "folder on a writable disk with room, or reference to live"
+            "folder on a writable disk with free space, or reference to live"
         ) from error
 
 
 class _Progress:
-    """Says now and then how far a computation is."""
+    """Logs every few seconds how far a computation is."""
 
     def __init__(self, rows: RowSet, shards: Shards, num_rows: int, log: Log) -> None:
         self._role, self._num_rows, self._done, self._log = rows.role, num_rows, 0, log
@@ -92,7 +92,7 @@ class _Progress:
 
 
 def _union(mine: np.ndarray) -> np.ndarray:
-    """Where bool [n] is True on any process."""
+    """Returns bool [n], True where `mine` is True on any process."""
     if jax.process_count() == 1:
         return mine
     from jax.experimental import multihost_utils
@@ -103,18 +103,18 @@ def _union(mine: np.ndarray) -> np.ndarray:
 
 @contextlib.contextmanager
 def _alone(folder: CacheFolder, check_stopped: Callable[[], None], log: Log) -> Iterator[tuple[int, int]]:
-    """Waits until no other run computes the entry; gives this process's place among those that share the folder."""
+    """Waits until no other run computes the entry; yields (rank, count) among the processes that share the folder."""
     with _writing(folder):
         place_among = _sharers(folder)
-    lock, told = None, False
+    lock, logged = None, False
     while True:
         with _writing(folder):
             lock = folder.try_lock() if is_first() else None
         if not any_process(is_first() and lock is None):
             break
-        if not told:
+        if not logged:
             log(f"reference: waiting for another run that computes {folder.path}")
-            told = True
+            logged = True
         check_stopped()
         time.sleep(LOCK_POLL_SECONDS)
     try:
@@ -125,7 +125,7 @@ def _alone(folder: CacheFolder, check_stopped: Callable[[], None], log: Log) -> 
 
 
 def _sharers(folder: CacheFolder) -> tuple[int, int]:
-    """(rank, count) of this process among those that see the same folder: each leaves a file and looks for others'."""
+    """(rank, count) of this process among those that see the same folder: each leaves a file and counts the files."""
     if jax.process_count() == 1:
         return 0, 1
     from jax.experimental import multihost_utils

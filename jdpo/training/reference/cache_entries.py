@@ -1,4 +1,4 @@
-"""Which entries of the cache a run's rows have, and how those describe themselves."""
+"""The entries of a run's rows in the reference cache, and their descriptions."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class RowSet(NamedTuple):
     Attributes:
       role: what the rows are for.
       data: the rows.
-      parts: all that their log-probs depend on.
-      folder: where those are kept.
-      shards: what stood there when the run started.
+      parts: everything that their log-probs depend on.
+      folder: where the log-probs are kept.
+      shards: what the folder contained when the run started.
     """
 
     role: Role
@@ -38,15 +38,15 @@ class RowSet(NamedTuple):
 
     @property
     def complete(self) -> bool:
-        """Whether all was there, in order."""
+        """True if all shards were there and none was damaged."""
         return bool(self.shards.whole.all()) and not self.shards.damaged_files
 
 
 def find_rows(setup: Setup) -> list[RowSet]:
-    """The training rows and, where there are any, the evaluation rows, with what the cache holds of each.
+    """Finds the cached log-probs of the training rows and, where there are any, of the evaluation rows.
 
     Raises:
-      ValueError: the processes of the run have not the same rows or reference.
+      ValueError: the processes of the run do not have the same rows or reference.
     """
     config = setup.config
     started = setup.started if setup.reference_folder is None else setup.reference_started
@@ -72,14 +72,14 @@ def find_rows(setup: Setup) -> list[RowSet]:
 
 
 def weights_of_reference(setup: Setup) -> str:
-    """What tells the reference's weights from all others: digests, and how they are rounded when they are loaded."""
+    """Returns what identifies the reference's weights: digests, and how they are rounded when they are loaded."""
     adaptation, used = setup.adaptation, setup.model.compute_dtype
     weights = folder_digest(setup.reference_folder or setup.model_folder)
     if adaptation is None:
         kept = setup.model.param_dtype
     else:
         kept = used if setup.reference_folder is not None else adaptation.base_dtype.rest
-    if jnp.promote_types(kept, used) != kept:  # rounded then, not only where they are used
+    if jnp.promote_types(kept, used) != kept:  # rounded when they are loaded, not only when they are used
         weights += f" in {jnp.dtype(kept).name}"
     if adaptation is None or setup.reference_folder is not None:
         return weights
@@ -92,7 +92,7 @@ def weights_of_reference(setup: Setup) -> str:
 
 
 def entry_of(setup: Setup, rows: RowSet) -> Entry:
-    """What an entry says of itself; the data sets are read for it."""
+    """Returns the description of an entry, for which the datasets are read."""
     config = setup.config
     assert isinstance(config, ReferenceSettings), type(config)
     named = config.reference_model is not None
@@ -118,6 +118,6 @@ def entry_of(setup: Setup, rows: RowSet) -> Entry:
 def _check_same_everywhere(key: str) -> None:
     if differing({"key": key}):
         raise ValueError(
-            "the processes of this run have not the same reference model or rows on their disks, so they cannot share "
-            "a cache of its log-probs; give every host the same files"
+            "the processes of this run do not have the same reference model or rows on their disks, so they cannot "
+            "share a cache of its log-probs; give every host the same files"
         )

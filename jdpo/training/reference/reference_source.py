@@ -1,4 +1,4 @@
-"""Where the reference's log-probs come from: a frozen model beside the policy, a cache, or nowhere."""
+"""The source of the reference's log-probs: a frozen model next to the policy, a cache, or none."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from jdpo.training.setup.validation import Asked, Mode, fixed_mode
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reference:
-    """Where a run's reference log-probs come from.
+    """The source of a run's reference log-probs.
 
     Attributes:
       mode: a frozen model in the step, the cache, or no reference at all.
@@ -50,25 +50,25 @@ def settle_reference(
     stopped: Callable[[], bool] | None = None,
     log: Log,
 ) -> Reference:
-    """Decides where the reference's log-probs come from, computes what is to be cached, and says so in one line.
+    """Decides where the reference's log-probs come from, computes those to be cached, and logs it in one line.
 
-    A damaged cache is computed again where `asked` is auto, and refused where it is cached.
+    A damaged cache is computed again if `asked` is auto, and refused if it is cached.
 
-    To be called on every process, inside `numerics`, before other weights are loaded: reference weights are in memory
-    only while something is computed.
+    Every process must call this, inside `numerics`, before other weights are loaded: the reference's weights are in
+    memory only while something is computed.
 
     Args:
       asked: `reference` of the config.
-      needs_reference: whether the loss has one.
-      sync_ref_model: whether the reference moves in training; a cache cannot.
-      began_as: the mode of an earlier start of the same run: auto goes on with it, so that a resumed run is the
-        uninterrupted one to the last bit.
+      needs_reference: True if the loss has a reference.
+      sync_ref_model: True if the reference moves in training, which a cache cannot follow.
+      began_as: the mode of an earlier start of the same run: auto keeps it, so that a resumed run is the uninterrupted
+        one, bitwise.
       stopped: returns True if a signal asks to stop; called between batches.
       log: takes lines for the user.
 
     Raises:
-      ValueError: what is asked for cannot be had; it says why and what to do.
-      FloatingPointError: the reference gives a log-prob that is not finite; the row is named.
+      ValueError: `asked` is not possible; says why, and what to do.
+      FloatingPointError: a log-prob of the reference is not finite; the row is named.
       BuildStopped: `stopped` returned True.
     """
     mode = fixed_mode(asked, needs_reference=needs_reference, sync_ref_model=sync_ref_model)
@@ -97,7 +97,7 @@ def settle_reference(
             f"reference is 'cached', but {explain_miss(setup, sets)}; `jdpo reference CONFIG` computes what is "
             "missing, or set reference to auto or live"
         )
-    # Who has kept nothing like it misses nothing.
+    # A user who never cached anything similar does not need to know what is missing.
     news = f"; {explain_miss(setup, sets)}" if _kept_before(setup, sets) else ""
     reason = "as this run began" if began_as == "cached" else _why_it_pays(setup, sets[0])
     if reason is None:
@@ -111,7 +111,7 @@ def settle_reference(
 
 
 def compute_reference(config: DPOConfig, log: Log) -> Reference:
-    """What `jdpo reference` does: computes all that is missing or damaged of a config's cache.
+    """Runs `jdpo reference`: computes everything that is missing or damaged in a config's cache.
 
     Args:
       config: the settings of the `jdpo dpo` run.
@@ -132,12 +132,12 @@ def compute_reference(config: DPOConfig, log: Log) -> Reference:
 
 
 def _why_it_pays(setup: Setup, rows: RowSet) -> str | None:
-    """Why auto computes a cache, None where it does not; the same on every process."""
-    rows_an_epoch = setup.row_plan.mixture.num_examples
-    if setup.num_steps * rows_an_epoch > setup.steps_per_epoch * len(setup.train_data):
+    """Returns why auto computes a cache, None where it does not; the same on every process."""
+    rows_per_epoch = setup.row_plan.mixture.num_examples
+    if setup.num_steps * rows_per_epoch > setup.steps_per_epoch * len(setup.train_data):
         return "as the run passes over the rows more than once"
     if any_process(bool(rows.shards.whole.any())):
-        return "as part of them stands already"
+        return "as part of them are cached already"
     if any_process(bool(set(rows.folder.asked_by()) - {_run_name(setup)})):
         return "as another run asked for the same ones"
     return None
@@ -155,7 +155,7 @@ def _kept_before(setup: Setup, sets: Sequence[RowSet]) -> bool:
 
 
 def explain_miss(setup: Setup, sets: Sequence[RowSet]) -> str:
-    """Which of the rows have no whole cache, and what has changed since the most similar one was made."""
+    """Describes which rows are not wholly cached, and what has changed since the most similar entry was computed."""
     missed = []
     for rows in sets:
         role, folder, whole = rows.role, rows.folder, rows.shards.whole
@@ -168,7 +168,7 @@ def explain_miss(setup: Setup, sets: Sequence[RowSet]) -> str:
         then = nearest(folder.path.parent, now)
         changed = f" (changed since the last: {'; '.join(changes(then, now))})" if then is not None else ""
         missed.append(f"the {role} rows are not in the cache{changed}")
-    return " and ".join(missed) or "another host has not all of the cache"
+    return " and ".join(missed) or "the cache of another host is incomplete"
 
 
 # --- computing
@@ -196,7 +196,7 @@ def _restore_entries(setup: Setup, sets: Sequence[RowSet]) -> None:
 
 def _cached(sets: Sequence[RowSet], computed: Sequence[int], log: Log) -> Reference:
     caches = {
-        # Looked at again where something was missing or damaged: this run, or one it waited for, has written it.
+        # Examined again where something was missing or damaged: this run, or one it waited for, has written it.
         rows.role: rows.folder.open(rows.shards if rows.complete else None)
         for rows in sets
     }

@@ -1,4 +1,4 @@
-"""The frozen reference's log-probs of rows, by the packed rows and the function that training uses.
+"""The frozen reference's log-probs of rows, computed by the packed rows and the function that training uses.
 
 Axes: k micro-batches, m rows of slots, c scored tokens of a row; see `jdpo.types.PackedBatch`.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -32,85 +32,100 @@ Array = Any
 Params = Any
 
 TOKENS_PER_DEVICE = 8192
-"""Slots of a device's part of a batch, where the config says nothing: a forward pass keeps little, and more is not
-faster."""
+"""Slots of a device's part of a batch, where the config leaves it open: a forward pass keeps little, and more slots are
+not faster."""
+
+
+class ScoringPlan(NamedTuple):
+    """Batches of the rows to score.
+
+    Attributes:
+      data: the dataset.
+      steps: the rows of each batch, by the part of the dataset that they are in.
+      batches: lays out the rows of a batch.
+    """
+
+    data: PreparedData
+    steps: dict[range, list[np.ndarray]]
+    batches: PackedBatches
 
 
 class Scorer:
     """The frozen reference on the mesh, loaded when the first row is scored and freed with this object."""
 
     def __init__(self, setup: Setup, stopped: Callable[[], bool]) -> None:
+        """
+        Args:
+          stopped: returns True if a signal asks to stop.
+        """
         self._setup, self._stopped = setup, stopped
         self._num_shards = num_batch_shards(setup.mesh)
-        self._budget = setup.config.max_tokens_per_device or TOKENS_PER_DEVICE
+        self._max_tokens = setup.config.max_tokens_per_device or TOKENS_PER_DEVICE
 
     def check_stopped(self) -> None:
-        """
-        Raises:
-          BuildStopped: a signal asks for it.
-        """
+        """Raises BuildStopped if a signal asks to stop."""
         if self._stopped():
             raise BuildStopped
 
-    def plan(self, data: PreparedData, parts: Sequence[range]) -> None:
-        """Lays out the rows that are to be scored, so that all of them come in few shapes.
+    def plan(self, data: PreparedData, parts: Sequence[range]) -> ScoringPlan:
+        """Cuts the rows to score into batches of few shapes.
 
         Args:
           parts: the rows of each later call of `score`.
         """
-        sizes = data.sizes()
-        self._data = data
-        self._steps = {rows: self._cut(sizes, rows) for rows in parts}
-        self._batches = PackedBatches(
+        steps = {rows: self._cut(data.sizes(), rows) for rows in parts}
+        batches = PackedBatches(
             self._setup.task,
             data,
-            (indices for steps in self._steps.values() for indices in steps),
+            (indices for of_part in steps.values() for indices in of_part),
             num_shards=self._num_shards,
-            max_tokens_per_device=self._budget,
+            max_tokens_per_device=self._max_tokens,
             micro_batch_size=self._setup.config.micro_batch_size,
         )
+        return ScoringPlan(data, steps, batches)
 
     def _cut(self, sizes: ItemSizes, rows: range) -> list[np.ndarray]:
-        """Batches of about a full micro-batch each, the longest rows first: what does not fit shows at once."""
+        """Batches of about a full micro-batch each, the longest rows first, so that too long ones fail at once."""
         order = np.argsort(-sizes.slots[rows.start : rows.stop], kind="stable") + rows.start
         most_rows = (self._setup.config.micro_batch_size or len(rows)) * self._num_shards
-        room = self._budget * self._num_shards
+        most_slots = self._max_tokens * self._num_shards
         batches: list[list[int]] = []
-        used = room
+        used = most_slots
         for index in order.tolist():
             slots = int(sizes.slots[index])
-            if used + slots > room or len(batches[-1]) == most_rows:
+            if used + slots > most_slots or len(batches[-1]) == most_rows:
                 batches.append([])
                 used = 0
             batches[-1].append(index)
             used += slots
         return [np.array(batch) for batch in batches]
 
-    def score(self, rows: range, progress: Callable[[int], None]) -> list[RowLogps]:
-        """The log-probs of the completion tokens of each row of one of the parts of `plan`.
+    def score(self, plan: ScoringPlan, rows: range, progress: Callable[[int], None]) -> list[RowLogps]:
+        """Computes the log-probs of the completion tokens of each row of a part of a plan.
 
         Args:
-          progress: told after each batch how many rows it had.
+          progress: called after each batch with its number of rows.
 
         Raises:
-          FloatingPointError: one is not finite; its row is named.
+          FloatingPointError: a log-prob is not finite; its row is named.
+          BuildStopped: a signal asks to stop.
         """
         scored: dict[int, RowLogps] = {}
-        under_way: deque[tuple[np.ndarray, PackedBatch, Array]] = deque()
+        launched: deque[tuple[np.ndarray, PackedBatch, Array]] = deque()
 
-        def take() -> None:
-            indices, batch, on_device = under_way.popleft()
-            scored.update(self._rows_of(batch, fetch(on_device)))
+        def read() -> None:
+            indices, batch, on_device = launched.popleft()
+            scored.update(_rows_of(plan.data, batch, fetch(on_device)))
             progress(len(indices))
 
-        for indices in self._steps[rows]:
+        for indices in plan.steps[rows]:
             self.check_stopped()
-            batch = self._batches.make(indices).batch
-            under_way.append((indices, batch, self._launch(batch)))
-            if len(under_way) > 1:  # the device works on a batch while the host is at the one before
-                take()
-        while under_way:
-            take()
+            batch = plan.batches.make(indices).batch
+            launched.append((indices, batch, self._launch(batch)))
+            if len(launched) > 1:  # the device works on a batch while the host reads the one before
+                read()
+        while launched:
+            read()
         return [scored[row] for row in rows]
 
     def _launch(self, batch: PackedBatch) -> Array:
@@ -122,38 +137,39 @@ class Scorer:
     def _params(self) -> Params:
         return load_reference_weights(self._setup)
 
-    def _rows_of(self, batch: PackedBatch, logps: np.ndarray) -> dict[int, RowLogps]:
-        """[k, m, c] of a batch as the values of each completion, by row."""
-        found = {}
-        for k, m, item in np.argwhere(batch.pair_weight > 0).tolist():
-            index = int(batch.pair_row[k, m, item])
-            pair, owner = self._data[index], batch.logp_pair[k, m]
-            sides = (
-                _completion(logps[k, m, owner == 2 * item + side], mask, pair, name)
-                for side, ((_, mask), name) in enumerate(zip(completions_of(pair), ("chosen", "rejected"), strict=True))
-            )
-            found[index] = (next(sides), next(sides))
-        return found
+
+def _rows_of(data: PreparedData, batch: PackedBatch, logps: np.ndarray) -> dict[int, RowLogps]:
+    """The log-probs [k, m, c] of a batch as the values of each completion, by row."""
+    found = {}
+    for k, m, item in np.argwhere(batch.pair_weight > 0).tolist():
+        index = int(batch.pair_row[k, m, item])
+        pair, owner = data[index], batch.logp_pair[k, m]
+        sides = (
+            _completion(logps[k, m, owner == 2 * item + side], mask, pair, name)
+            for side, ((_, mask), name) in enumerate(zip(completions_of(pair), ("chosen", "rejected"), strict=True))
+        )
+        found[index] = (next(sides), next(sides))
+    return found
 
 
 def _completion(values: np.ndarray, mask: np.ndarray, pair: AnyPair, name: str) -> np.ndarray:
-    """Values of all tokens of a completion: 0 for those that are not learnt, and for a first that nothing precedes."""
-    places = np.flatnonzero(mask)
-    places = places[len(places) - len(values) :]
+    """Values of all tokens of a completion: 0 for those that are not learnt, and for a first without a token before."""
+    learnt = np.flatnonzero(mask)
+    learnt = learnt[len(learnt) - len(values) :]
     if not np.isfinite(values).all():
         bad = int(np.argmin(np.isfinite(values)))
         raise FloatingPointError(
-            f"the reference's log-prob of token {places[bad]} of the {name} completion of {pair.origin} is "
-            f"{values[bad]}; is the reference model in order? Nothing of its shard was kept"
+            f"the reference's log-prob of token {learnt[bad]} of the {name} completion of {pair.origin} is "
+            f"{values[bad]}; check the weights of the reference model. Nothing of its shard was kept"
         )
     found = np.zeros(len(mask), values.dtype)
-    found[places] = values
+    found[learnt] = values
     return found
 
 
 @functools.lru_cache(maxsize=2)
 def _compiled(model: Transformer, mesh: Mesh) -> Callable[[Params, PackedBatch], Array]:
-    """(params, batch [k, m, ...]) -> [k, m, c]; jitted."""
+    """The jitted function (params, batch [k, m, ...]) -> log-probs [k, m, c]."""
     logps_fn = PackedLogps(model, mesh)
 
     def logps(params: Params, batch: PackedBatch) -> Array:
@@ -161,7 +177,7 @@ def _compiled(model: Transformer, mesh: Mesh) -> Callable[[Params, PackedBatch],
 
     jitted = jax.jit(
         logps,
-        in_shardings=(None, micro_batch_sharding(mesh)),  # weights as they lie
+        in_shardings=(None, micro_batch_sharding(mesh)),  # weights keep their shardings
         out_shardings=replicated(mesh),
     )
     return OnMesh(mesh, jitted)

@@ -1,4 +1,4 @@
-"""What a training step minimises: from weights and a batch to features of rows, and from features to losses.
+"""The objectives of a training step: from weights and a batch to features of rows, and from features to losses.
 
 Axes: k micro-batches one after the other, m rows of a micro-batch, b = k m. Packed: r rows, split over the batch axes
 of the mesh, s slots of a row, k scored tokens of a row, d model, v vocabulary.
@@ -121,7 +121,7 @@ class CompletionFeatures(NamedTuple):
 
 
 class CompletionTotals(NamedTuple):
-    """What the loss of a supervised row reads of the global batch: its real completion tokens, a scalar."""
+    """The real completion tokens of the global batch, a scalar, over which the loss is a mean."""
 
     normalizer: Array
 

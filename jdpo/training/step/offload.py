@@ -1,4 +1,4 @@
-"""An optimizer whose state lies in the host's memory: brought to the device and back, one weight's after the other."""
+"""Optimizers whose state is in host memory: it is moved to the device and back, for one weight after the other."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from jdpo.sharding.placement import on_device, placed_like
 Tree = Any
 
 
-def one_by_one(rule: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """The same rule, one weight at a time, so that few moments are on the device at once.
+def weight_by_weight(rule: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Applies a rule to one weight at a time, so that few moments are on the device at once.
 
-    Left to itself, XLA brings all of them before it updates the first weight: then more is on the device at once than
-    if they had stayed there. Here a weight's moments come when those of the weight before are on their way back. XLA's
-    scheduler has the last word: it does not always heed the order, which the memory analysis of the program tells.
+    By default XLA moves all moments to the device before it updates the first weight, which takes more of its memory
+    than keeping them there. Here the moments of a weight are moved when those of the weight before are on their way
+    back. XLA's scheduler does not always keep to this order; the memory analysis of the program tells.
 
     Args:
-      rule: one that treats each weight on its own (not clipping by global norm), with state that mirrors the weights
-        and may hold scalars beside that.
+      rule: treats each weight on its own (unlike clipping by global norm); its state mirrors the weights, and may have
+        scalars in addition.
     """
     rule = optax.with_extra_args_support(rule)
 
@@ -49,11 +49,11 @@ def one_by_one(rule: optax.GradientTransformation) -> optax.GradientTransformati
 
 
 def _only(tree: Tree, place: int) -> Tree:
-    """The tree with one of its leaves and nothing in place of the others, so that the leaf keeps its path."""
+    """Returns the tree with only one of its leaves, which keeps its path."""
     leaves, structure = jax.tree.flatten(tree)
     return structure.unflatten([leaf if index == place else None for index, leaf in enumerate(leaves)])
 
 
 def _after(tree: Tree, others: Tree) -> Tree:
-    """The tree, not to be touched before the others are computed."""
+    """Returns the tree, which is not used before `others` are computed."""
     return jax.lax.optimization_barrier((tree, others))[0]

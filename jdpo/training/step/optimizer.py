@@ -11,23 +11,23 @@ import jax.numpy as jnp
 import optax
 
 from jdpo.config.groups import OptimizationSettings
-from jdpo.training.step.offload import one_by_one
+from jdpo.training.step.offload import weight_by_weight
 from jdpo.training.step.rounding import store, wide
 from jdpo.words import figure
 
 UNDECAYED = ("scale", "bias")
-"""Last names of the weights that weight decay leaves alone: norm scales and biases."""
+"""Last names of the weights without weight decay: norm scales and biases."""
 
 
 def num_warmup_steps(settings: OptimizationSettings, num_steps: int) -> int:
-    """Steps of linear warm-up: `warmup_steps` where given, else `warmup_ratio` of the run, rounded up."""
+    """Returns the steps of linear warm-up: `warmup_steps` if given, else `warmup_ratio` of the run, rounded up."""
     if settings.warmup_steps is not None:
         return settings.warmup_steps
     return math.ceil(settings.warmup_ratio * num_steps)
 
 
 def learning_rate_schedule(settings: OptimizationSettings, num_steps: int) -> optax.Schedule:
-    """Update number (from 0) -> learning rate: linear warm-up from 0, then constant, linear or cosine to 0.
+    """Returns the schedule, update number (from 0) -> learning rate: linear warm-up, then constant or decay to 0.
 
     Raises:
       ValueError: the warm-up is longer than the run.
@@ -54,7 +54,7 @@ def learning_rate_schedule(settings: OptimizationSettings, num_steps: int) -> op
 
 
 def decay_mask(params: Any) -> Any:
-    """True on the weights that decay: all but norm scales and biases."""
+    """Returns True for the weights that decay: all except norm scales and biases."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in UNDECAYED, params)
 
 
@@ -79,16 +79,16 @@ def param_dtype_of(compute_dtype: str, optimizer: str) -> Any:
 
 
 def make_optimizer(settings: OptimizationSettings, num_steps: int) -> optax.GradientTransformationExtraArgs:
-    """Clipping by global norm, then the rule under the schedule; all of it computed in float32 or wider.
+    """Returns clipping by global norm, then the rule under the schedule, all computed in float32 or wider.
 
-    Its `update` takes the keyword `key`, for the rounding of bfloat16 moments, and gives updates that are not rounded:
-    they go to `rounding.apply_updates`. Moments are kept in the dtype of their weights, and stay in the memory that the
-    state's shardings name.
+    Its `update` takes the keyword `key`, for the rounding of bfloat16 moments, and returns updates that are not
+    rounded, for `rounding.apply_updates`. Moments are kept in the dtype of their weights, and in the memory that the
+    shardings of the state name.
     """
     rule, schedule = settings.optimizer, learning_rate_schedule(settings, num_steps)
     optimizer = RULES[rule.name](schedule, rule.weight_decay, **rule.settings)
     if settings.offload_optimizer:
-        optimizer = one_by_one(optimizer)
+        optimizer = weight_by_weight(optimizer)
     if settings.max_grad_norm is not None:
         optimizer = optax.chain(optax.clip_by_global_norm(settings.max_grad_norm), optimizer)
     optimizer = optax.with_extra_args_support(optimizer)
@@ -118,8 +118,8 @@ def _adamw_bf16(
 def _scale_by_rounded_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
     """`optax.scale_by_adam` whose moments are stored as stochastically rounded bfloat16 where their weights are.
 
-    At b2 = 0.999 the second moment moves by 0.1 % a step and less, below half of bfloat16's last bit: rounded to
-    nearest it would stay where its first steps brought it. The update itself is made of the moments before rounding.
+    At b2 = 0.999 the second moment moves by at most 0.1 % per step, which is below half of bfloat16's last bit: rounded
+    to nearest, it would never move. The update itself is computed from the moments before rounding.
     """
     adam = optax.scale_by_adam(b1, b2, eps)
 
@@ -165,4 +165,4 @@ RULES: dict[str, Callable[..., optax.GradientTransformation]] = {
     "lion": _lion,
     "sgd": _sgd,
 }
-"""optimizer.name -> the rule, from a schedule, the weight decay and the settings that it reads."""
+"""optimizer.name -> a function of the schedule, the weight decay and the settings of the rule."""

@@ -1,7 +1,8 @@
-"""bfloat16 that learns: stochastic rounding, for what changes by less than its last bit.
+"""Stochastic rounding to bfloat16, for weights and moments that change by less than the last bit.
 
-A bfloat16 has 8 significant bits: neighbours lie 0.4 to 0.8 % apart. An update of 0.1 %, rounded to nearest, is no
-update, however often it comes. Rounded up or down with probabilities that the remainder gives, it is one in the mean.
+A bfloat16 has 8 significant bits: neighbours are 0.4 to 0.8 % apart. Rounded to nearest, an update of 0.1 % has no
+effect, however often it is repeated. Rounded up or down with probabilities given by the remainder, it has its effect in
+the mean.
 """
 
 from __future__ import annotations
@@ -16,23 +17,23 @@ import jax.numpy as jnp
 Array = Any
 Tree = Any
 
-HALF = 16  # bits that a bfloat16 leaves out of a float32, and random bits that rounding one takes
+HALF = 16  # bits of a float32 that a bfloat16 lacks, and random bits for rounding one
 
 
 def wide(tree: Tree) -> Tree:
-    """Float leaves as float32, for arithmetic; float32 and float64 stay what they are."""
+    """Converts leaves to float32, for arithmetic; float32 and float64 stay as they are."""
     return jax.tree.map(lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), tree)
 
 
 def stochastic_round(values: Array, bits: Array) -> Array:
     """Rounds to one of the two bfloat16 neighbours, to the nearer one more often, so that the mean is the value.
 
-    What is a bfloat16 stays put; infinities and NaN too. Between the largest bfloat16 and the next power of two,
+    Exact bfloat16 values, infinities and NaN stay as they are. Between the largest bfloat16 and the next power of two,
     the upper neighbour is infinity. (Stochastic rounding: Gupta et al., arXiv 1502.02551.)
 
     Args:
       values: float32.
-      bits: uint16 of the same shape, uniform: each of the 65,536 is as likely, and their mean is exact.
+      bits: uint16 of the same shape, uniform.
 
     Returns:
       bfloat16.
@@ -51,16 +52,16 @@ def stochastic_round(values: Array, bits: Array) -> Array:
 
 
 def store(values: Sequence[Tree], like: Sequence[Tree], key: Array) -> list[Tree]:
-    """Trees in the dtypes of others: stochastically rounded where that is bfloat16, converted elsewhere.
+    """Converts trees to the dtypes of others, with stochastic rounding to bfloat16.
 
-    The random bits follow from key, name of the leaf and index alone (`jax_threefry_partitionable`, jax's default),
-    so no mesh changes them, nor what else is in the tree. A draw has bits for two: leaves at one place of two trees
+    The random bits depend only on the key, the name of the leaf and the index (`jax_threefry_partitionable`, jax's
+    default), not on the mesh or the rest of the tree. A draw has bits for two leaves: those of two trees at one path
     share it.
 
     Args:
       values: one or two trees of one structure, float32 where `like` is bfloat16.
       like: as many trees, of the dtypes to store in.
-      key: a key to use for nothing else.
+      key: must not be used for anything else.
     """
     assert 1 <= len(values) == len(like) <= 2, (len(values), len(like))
     columns = zip(*map(jax.tree.leaves, values), *map(jax.tree.leaves, like), strict=True)
@@ -86,12 +87,12 @@ def _stored(new: Array, old: Array, bits: Array) -> Array:
 
 
 def apply_updates(params: Tree, updates: Tree, key: Array) -> Tree:
-    """`optax.apply_updates`, added in float32 and stochastically rounded where weights are bfloat16.
+    """Adds updates to weights in float32, like `optax.apply_updates`, and rounds bfloat16 weights stochastically.
 
     Args:
       params: a tree of weights.
       updates: a tree like it, float32 or wider.
-      key: of this update's rounding; not used where nothing is bfloat16.
+      key: for the rounding of this update; not used if no weight is bfloat16.
     """
     (stored,) = store([jax.tree.map(jnp.add, wide(params), updates)], [params], key)
     return stored

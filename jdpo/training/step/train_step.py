@@ -55,7 +55,7 @@ def saved_parts(state: TrainState) -> dict[str, Any]:
 
 
 class StepReport(NamedTuple):
-    """What the host learns about a step.
+    """The values of a step that the host reads.
 
     Attributes:
       loss: scalar, normalised over the global batch, without the router's.
@@ -252,7 +252,7 @@ def _one_pass(
 def _two_passes(
     objective: Objective, features_of: Any, total_loss: Any, params: Params, batch: Batch
 ) -> tuple[Array, Params, Features]:
-    """The same where rows depend on each other: first all features, then the gradients through each micro-batch."""
+    """Loss, gradients and features where rows depend on each other: all features first, then their gradients."""
     features = scan_features(features_of, params, batch)
 
     def learnt(features: Features) -> dict[str, Array]:

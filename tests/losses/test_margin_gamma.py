@@ -100,13 +100,13 @@ def test_packed_rows_bring_the_scores_of_their_pairs(run_words: Words, tmp_path:
     indices = np.array([2, 0, 3])
     flat = padded(task, data, [indices], rows=2).make(indices).batch.score_margins
     np.testing.assert_array_equal(flat, np.float32([[8, 2.5], [1, 1]]))
-    made, at, *_ = PackedBatches(task, data, [indices], num_shards=2, max_tokens_per_device=128).make(indices)
-    micro = jax.tree.map(lambda array: jnp.asarray(array[0]), made)
+    made = PackedBatches(task, data, [indices], num_shards=2, max_tokens_per_device=128).make(indices)
+    micro = jax.tree.map(lambda array: jnp.asarray(array[0]), made.batch)
     scored = TokenScores(jnp.zeros(micro.logp_target.shape))
     settings = loss_settings("sigmoid", margin_gamma=0.5)[0]
     features = packed_features({}, {}, micro, logps_fn=lambda *_: scored, settings=settings)
     assert features.score_margins is not None
-    np.testing.assert_array_equal(features.score_margins[at], [8, 2.5, 1])
+    np.testing.assert_array_equal(features.score_margins[made.rows.at], [8, 2.5, 1])
     with pytest.raises(ValueError, match="expected score_margins"):
         packed_features({}, {}, micro._replace(pair_score_margin=None), logps_fn=lambda *_: scored, settings=settings)
 

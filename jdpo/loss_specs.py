@@ -64,7 +64,7 @@ def _frozen(cls: type[T]) -> type[T]:
 
 @_frozen
 class LossOptions:
-    """The options of the preference losses. `DPOConfig` inherits these fields as its keys.
+    """The options of the preference losses. The config of `jdpo dpo` inherits these fields as its keys.
 
     Each field is declared once: name, type, default, range (ge, gt, le, lt) and the sentences that `--help` prints.
     """

@@ -42,7 +42,7 @@ def load_config(
     """Reads a run's settings: defaults, then the YAML file, then `key=value` overrides.
 
     Args:
-      cls: a class of settings, such as `DPOConfig`.
+      cls: a class of settings, such as those of a command.
       path: a YAML file holding a mapping, or None.
       overrides: words of the command line, as `--key value`, `--key=value` or `key=value`; values are YAML. A switch
         without a value is true.

@@ -37,7 +37,7 @@ def _newest_on_disk(directory: RunDirectory, num_steps: int) -> int | None:
     damaged = [place.name for place in damaged_folders(folder)]
     if directory.is_new:
         directory.give_up(damaged)
-    lost = [name for name in damaged if name not in directory.given_up]
+    lost = [name for name in damaged if name not in directory.record.given_up]
     if newest is None and lost:
         raise OSError(
             f"no checkpoint of the run in {directory.path} is whole: {', '.join(lost)} in {folder} cannot be resumed. "

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from jdpo.config import ReferenceSettings, TrainConfig
+from jdpo.config import ReferenceSettings, TrainConfig, to_dict
 from jdpo.devices import leave_out_missing_tpus
 from jdpo.training.fit.assembly import Assembly, assemble
 from jdpo.training.run_dir import check_output_dir
@@ -29,7 +29,7 @@ def dry_run(config: TrainConfig, log: Log) -> None:
     leave_out_missing_tpus()
     config = resolve_dtype(config)
     with numerics(config):
-        check_output_dir(config)
+        check_output_dir(to_dict(config))
         setup = build(config, log, weights=False)
         live = setup.task.uses_reference and isinstance(config, ReferenceSettings) and config.reference == "live"
         mode: Mode = "live" if live else "none"  # auto and cached free the reference before the run trains

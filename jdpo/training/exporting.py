@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 
@@ -15,11 +15,10 @@ from jdpo.checkpoint.manager import read_position, restore_params
 from jdpo.checkpoint.output_folders import check_out
 from jdpo.checkpoint.steps import complete_steps, damaged_folders, fault_of
 from jdpo.config import CONFIGS, MemorySettings, MeshConfig, defaults_of, load_config
-from jdpo.json_files import read_json
 from jdpo.models.lora.targets import require_loadable
 from jdpo.reports.metrics_file import read_metrics
 from jdpo.training.finish import export_trained, results_at, source_folders
-from jdpo.training.run_dir import STARTED_IN
+from jdpo.training.run_record import RunRecord
 from jdpo.training.sanity_checks import check_base
 from jdpo.training.setup.folder_digests import folder_digest
 from jdpo.training.setup.numerics import numerics, resolve_dtype
@@ -111,17 +110,17 @@ def export_checkpoint(
         raise ValueError(
             f"checkpoint {checkpoint.folder} is damaged: {fault}; bring the file back, or take another step"
         )
-    state, out = _state_of(checkpoint.run), out.expanduser().absolute()
+    record, out = _record_of(checkpoint.run), out.expanduser().absolute()
     given = {"export_dtype": export_dtype, "max_shard_size": max_shard_size}
     overrides = [f"{key}={value}" for key, value in given.items() if value is not None]
     saved = checkpoint.run / "resolved_config.yaml"
-    config = resolve_dtype(load_config(CONFIGS[state["command"]], saved, overrides))
+    config = resolve_dtype(load_config(CONFIGS[record.command], saved, overrides))
     parse_size(config.max_shard_size)
     metrics = checkpoint.run / "metrics.jsonl"
-    with numerics(config), _in_folder(state.get(STARTED_IN)):
+    with numerics(config), _in_folder(record.started_in):
         setup = build_model(_on_this_host(config))
         check_base(read_position(checkpoint.folder).get("base"), setup.base_identity(), checkpoint.folder)
-        _check_model(state["inputs"], setup, checkpoint.run)
+        _check_model(record.inputs, setup, checkpoint.run)
         merging = setup.exports_merged if merge_adapters is None else merge_adapters
         if setup.adaptation is None:
             _refuse_merging(checkpoint, merge_adapters)
@@ -143,21 +142,21 @@ def export_checkpoint(
             restore_params(checkpoint.folder, abstract),
             load_base(setup) if merging else None,
             out,
-            command=state["command"],
-            rows=state.get("rows") or "The run did not record its rows.",
+            command=record.command,
+            rows=record.rows or "The run did not record its rows.",
             results=results_at(lines, checkpoint.step),
             merge_adapters=merging,
             kept=[checkpoint.run / "checkpoints"],
         )
 
 
-def _state_of(run: Path) -> dict[str, Any]:
-    """The content of a run's run.json."""
-    path = run / "run.json"
-    state = read_json(path)
-    if state.get("command") not in CONFIGS or not isinstance(state.get("inputs"), dict):
-        raise ValueError(f"{path} was not written by a run of jdpo ({', '.join(CONFIGS)}), or it is damaged")
-    return state
+def _record_of(run: Path) -> RunRecord:
+    record = RunRecord.read(run / "run.json")
+    if record.command not in CONFIGS:
+        raise ValueError(
+            f"{run / 'run.json'} was not written by a run of jdpo ({', '.join(CONFIGS)}), or it is damaged"
+        )
+    return record
 
 
 def _in_folder(started_in: str | None) -> contextlib.AbstractContextManager[None]:

@@ -28,7 +28,7 @@ from jdpo.training.finish import finish_run, source_folders, step_to_export
 from jdpo.training.fit.assembly import Assembly, assemble
 from jdpo.training.fit.compilation import compiler_threads
 from jdpo.training.fit.memory_fit import exhaustion_explained, memory_limit
-from jdpo.training.fit.preparation import fit_conditions, fit_to_save, prepare_steps, recalled_fit, remat_policies
+from jdpo.training.fit.preparation import fit_conditions, fit_record, prepare_steps, recalled_fit, remat_policies
 from jdpo.training.interrupt import StopRequest, silence_lost_output
 from jdpo.training.logs.recording import Record
 from jdpo.training.profile import Profiler
@@ -91,7 +91,7 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
         resources.enter_context(jax_settings(config, config.cache_dir))
         directory = resources.enter_context(closing(RunDirectory(config, task_for(config).command)))
         if directory.finished:
-            step = directory.state()["results"]["step"]
+            step = directory.record.results["step"]
             log(f"the run in {directory.path} is finished (step {step}); its model is {directory.model}")
             return RunResult(step, False, 0, directory)
 
@@ -126,12 +126,12 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
         if trains:
             assemblies = {remat: assembly.with_remat(remat) for remat in remat_policies(setup)}
             limit, conditions = memory_limit(), fit_conditions(setup, reference.mode)
-            recalled = recalled_fit(directory.recall("fit"), conditions, limit)
+            recalled = recalled_fit(directory.record.fit, conditions, limit)
             pool = resources.enter_context(compiler_threads())
             fit, assembly, batches, programs = prepare_steps(
                 setup, assemblies, reference.train, pool, log, limit=limit, recalled=recalled
             )
-            directory.remember("fit", fit_to_save(fit, conditions, limit))
+            directory.update(fit=fit_record(fit, conditions, limit))
             programs.prepare(shapes_in_order(batches, map(setup.row_plan.step, range(first, num_steps))))
             if setup.eval_data is not None:
                 tokens = fit.max_tokens_per_device
@@ -275,7 +275,7 @@ def check_inputs(setup: Setup, directory: RunDirectory) -> None:
         )
     held_out = setup.eval_data.file_digests() if setup.eval_data is not None else {}
     directory.check_inputs(inputs, {**held_out, **setup.train_data.file_digests()})
-    directory.remember("rows", setup.train_data.summary())  # for the model card of an export
+    directory.update(rows=setup.train_data.summary())  # for the model card of an export
 
 
 def reference_of(setup: Setup, directory: RunDirectory, stop: StopRequest, log: Log) -> Reference:
@@ -287,7 +287,7 @@ def reference_of(setup: Setup, directory: RunDirectory, stop: StopRequest, log: 
     config = setup.config
     if not isinstance(config, ReferenceSettings):
         return Reference(mode="none")
-    began_as: Any = directory.recall("reference")
+    began_as = directory.record.reference
     reference = settle_reference(
         setup,
         asked=config.reference,
@@ -298,7 +298,7 @@ def reference_of(setup: Setup, directory: RunDirectory, stop: StopRequest, log: 
         log=log,
     )
     if began_as is None:
-        directory.remember("reference", reference.mode)
+        directory.update(reference=reference.mode)
     return reference
 
 

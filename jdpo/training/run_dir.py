@@ -10,21 +10,20 @@ plots/                 PNGs
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import os
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import yaml
 
-from jdpo._version import __version__
 from jdpo.checkpoint.steps import MANIFEST, damaged_folders, fault_of, step_folders, step_of
 from jdpo.config import (
     EXPORT_KEYS,
-    DPOConfig,
-    TrainConfig,
+    OutputSettings,
+    ReferenceSettings,
     changed_keys,
     differences,
     refuse_passwords,
@@ -34,24 +33,26 @@ from jdpo.config import (
 from jdpo.durable import keep_old, write_durably
 from jdpo.file_locks import lock_file
 from jdpo.processes import any_process, barrier, is_first, together
+from jdpo.training.run_record import RunRecord
 
-STARTED_IN = "started_in"
-"""Key of run.json: the folder that the paths of the run's config are meant from."""
 LENGTH_KEYS = {"max_steps", "num_train_epochs"}
 USED_BY_A_RUN = ("metrics.jsonl", "checkpoints", "model", "run.json", "resolved_config.yaml")
 
 
-def check_output_dir(config: TrainConfig) -> None:
+def check_output_dir(settings: Mapping[str, Any]) -> None:
     """Refuses an `output_dir` that no run can write into, before anything is written.
+
+    Args:
+      settings: the whole config as plain values.
 
     Raises:
       ValueError: it is a file, or a folder that the run reads a model from.
     """
-    path = Path(config.output_dir)
+    path = Path(settings["output_dir"])
     if path.exists() and not path.is_dir():
         raise ValueError(f"output_dir {path} is a file; choose a folder")
     for key in ("model_name_or_path", "reference_model"):
-        name = getattr(config, key, None)  # sft has no reference_model
+        name = settings.get(key)  # sft has no reference_model
         model = None if name is None else Path(name).expanduser()
         if model is not None and path.exists() and model.exists() and path.samefile(model):
             raise ValueError(f"output_dir {path} is the folder of {key}; choose another folder")
@@ -60,7 +61,7 @@ def check_output_dir(config: TrainConfig) -> None:
 class RunDirectory:
     """Owns output_dir. Only the first process writes."""
 
-    def __init__(self, config: TrainConfig, command: str) -> None:
+    def __init__(self, config: OutputSettings, command: str) -> None:
         """Opens a new folder, or the folder of the same run.
 
         Args:
@@ -79,7 +80,7 @@ class RunDirectory:
         self._config_file = self.path / "resolved_config.yaml"
         self._lock: IO[str] | None = None
         refuse_passwords(to_dict(config))
-        together(lambda: check_output_dir(config), on_first=True)
+        together(lambda: check_output_dir(to_dict(config)), on_first=True)
         together(self._take_lock, on_first=True)
         try:
             starts_over = config.resume == "never" and together(self._is_lost, on_first=True)
@@ -90,21 +91,20 @@ class RunDirectory:
             self.close()
             raise
 
-    def _read_owner(self, config: TrainConfig, command: str) -> None:
+    def _read_owner(self, config: OutputSettings, command: str) -> None:
         self.is_new = not self._check_owner(config, command)
         self._exports_anew = not self.is_new and bool(changed_keys(self._saved_config(), config, EXPORT_KEYS))
 
-    def _write_owner(self, config: TrainConfig, command: str) -> None:
+    def _write_owner(self, config: OutputSettings, command: str) -> None:
         try:
             if self._starts_over and os.path.lexists(self.metrics):
                 keep_old(self.metrics, "before")
             write_durably(self._config_file, to_public_yaml(config))
-            here = str(Path.cwd())
+            new = RunRecord.of_new_run(command)
             if self.is_new:
-                new = {"command": command, "jdpo": __version__, "finished": False, "inputs": {}, STARTED_IN: here}
-                self._write_run(new)
-            elif (state := self.state()).get(STARTED_IN) != here:
-                self._write_run({**state, STARTED_IN: here})
+                new.write(self._run_file)
+            elif (record := self.record).started_in != new.started_in:
+                dataclasses.replace(record, started_in=new.started_in).write(self._run_file)
         except OSError as error:
             raise ValueError(
                 f"cannot write to output_dir {self.path}: {error}; choose a folder on a writable disk with room"
@@ -140,7 +140,7 @@ class RunDirectory:
         """Whether an earlier start of this run has trained."""
         return not self.is_new and self.metrics.exists() and self.metrics.stat().st_size > 0
 
-    def _check_owner(self, config: TrainConfig, command: str) -> bool:
+    def _check_owner(self, config: OutputSettings, command: str) -> bool:
         """True where the folder holds this very run, False where it is free; another run is refused."""
         used = [name for name in USED_BY_A_RUN if (self.path / name).exists()]
         if self.checkpoints.exists() and not self.checkpoints.is_dir():
@@ -152,10 +152,10 @@ class RunDirectory:
             raise ValueError(f"output_dir {self.path} holds a run already, and resume is 'never'; {advice}")
         if not (self._run_file.exists() and self._config_file.exists()):
             raise ValueError(f"output_dir {self.path} holds {', '.join(used)} of something else; {advice}")
-        if (found := self.state()["command"]) != command:
+        if (found := self.record.command) != command:
             raise ValueError(f"output_dir {self.path} holds a run of `jdpo {found}`, not of `jdpo {command}`; {advice}")
         changed = differences(self._saved_config(), config)
-        if changed and self.state()["finished"] and {line.partition(":")[0] for line in changed} <= LENGTH_KEYS:
+        if changed and self.record.finished and {line.partition(":")[0] for line in changed} <= LENGTH_KEYS:
             raise ValueError(self._how_to_train_on(config, changed))
         if changed:
             raise ValueError(
@@ -165,22 +165,23 @@ class RunDirectory:
             )
         return True
 
-    def _how_to_train_on(self, config: TrainConfig, changed: Sequence[str]) -> str:
+    def _how_to_train_on(self, config: OutputSettings, changed: Sequence[str]) -> str:
         """What to do where a finished run is asked for another number of steps."""
         words = f"--model_name_or_path {self.model} --output_dir NEW_FOLDER"
-        if isinstance(config, DPOConfig):
-            words += f" --reference_model {config.reference_model or config.model_name_or_path}"
+        saved = self._saved_config()
+        if has_reference := isinstance(config, ReferenceSettings):
+            words += f" --reference_model {saved['reference_model'] or saved['model_name_or_path']}"
         return (
             f"the run in {self.path} is finished, and its learning rate has followed its schedule to the end, so it "
             f"cannot be made longer or shorter ({', '.join(changed)}). To train on, start a new run from its model: "
-            f"`{words}`{' (which keeps the reference)' if isinstance(config, DPOConfig) else ''}"
+            f"`{words}`{' (which keeps the reference)' if has_reference else ''}"
         )
 
     def _never_began(self) -> bool:
         """Whether a start was refused or killed before it left anything: its folder is free, for a repaired config."""
         trained = self.metrics.exists() and self.metrics.stat().st_size > 0
         saved = self.checkpoints.exists() and any(self.checkpoints.iterdir())
-        ours = not self._run_file.exists() or "jdpo" in self.state()
+        ours = not self._run_file.exists() or bool(self.record.jdpo)
         return ours and not (trained or saved or self.model.exists())
 
     def _is_lost(self) -> bool:
@@ -192,25 +193,28 @@ class RunDirectory:
         return not any(step_of(folder / str(s)) not in (None, s) or fault_of(folder / str(s)) is None for s in saved)
 
     @property
-    def given_up(self) -> list[str]:
-        """The damaged checkpoints that `--resume never` has started over in spite of."""
-        return list(self.state().get("given_up", []))
+    def record(self) -> RunRecord:
+        """The content of run.json, read anew each time."""
+        try:
+            return RunRecord.read(self._run_file)
+        except ValueError as error:
+            raise ValueError(f"{error}; bring it back, or choose another output_dir") from None
+
+    def update(self, **changes: Any) -> None:
+        """Changes fields of run.json, once all processes have read it. Every process must call this."""
+        barrier(f"{', '.join(changes)} read")
+        if is_first() and (new := dataclasses.replace(self.record, **changes)) != self.record:
+            new.write(self._run_file)
 
     def give_up(self, names: Sequence[str]) -> None:
-        """Keeps their names. To be called by the first process alone."""
+        """Keeps the names of damaged checkpoints that were given up. To be called by the first process alone."""
         if names:
-            self._write_run({**self.state(), "given_up": list(names)})
-
-    def state(self) -> dict[str, Any]:
-        """What run.json says."""
-        return self._read(self._run_file, json.loads)
+            dataclasses.replace(self.record, given_up=tuple(names)).write(self._run_file)
 
     def _saved_config(self) -> dict[str, Any]:
-        return self._read(self._config_file, yaml.safe_load)
-
-    def _read(self, path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+        path = self._config_file
         try:
-            value = parse(path.read_text(encoding="utf-8"))
+            value = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (ValueError, yaml.YAMLError) as error:
             raise ValueError(f"{path} is damaged ({error}); bring it back, or choose another output_dir") from None
         if not isinstance(value, dict):
@@ -220,7 +224,7 @@ class RunDirectory:
     @property
     def finished(self) -> bool:
         """True once everything that the run leaves stands there, exported as the config asks."""
-        return not self.is_new and not self._exports_anew and self.state()["finished"] and self.model.exists()
+        return not self.is_new and not self._exports_anew and self.record.finished and self.model.exists()
 
     def check_inputs(self, inputs: Mapping[str, str], files: Mapping[str, str]) -> None:
         """Remembers digests of what goes into a run; on resume refuses what has changed.
@@ -235,11 +239,11 @@ class RunDirectory:
         """
         together(lambda: self._check_inputs(inputs, files))
         if is_first():
-            state = self.state()
-            self._write_run({**state, "inputs": {**state["inputs"], **inputs}, "files": dict(files)})
+            record = self.record
+            dataclasses.replace(record, inputs={**record.inputs, **inputs}, files=dict(files)).write(self._run_file)
 
     def _check_inputs(self, inputs: Mapping[str, str], files: Mapping[str, str]) -> None:
-        saved, files_then = self.state()["inputs"], self.state().get("files", {})
+        saved, files_then = self.record.inputs, self.record.files
         changed = [name for name, digest in inputs.items() if name in saved and saved[name] != digest]
         changed_files = [name for name, digest in files.items() if files_then.get(name, digest) != digest]
         changed_files += [f"{name} (no longer read)" for name in files_then if name not in files]
@@ -251,20 +255,7 @@ class RunDirectory:
                 + (f". Files that changed: {', '.join(changed_files)}" if changed_files else "")
             )
 
-    def recall(self, name: str) -> Any:
-        """What an earlier start of this run remembered under a name, or None."""
-        return self.state().get(name)
-
-    def remember(self, name: str, value: Any) -> None:
-        """Keeps something that later starts go by."""
-        barrier(f"{name} read")
-        if is_first() and self.recall(name) != value:
-            self._write_run({**self.state(), name: value})
-
     def finish(self, results: Mapping[str, Any]) -> None:
-        """Says that the run is complete; the last thing a run writes."""
+        """Marks the run as complete; the last thing a run writes."""
         if is_first():
-            self._write_run({**self.state(), "finished": True, "results": dict(results)})
-
-    def _write_run(self, state: Mapping[str, Any]) -> None:
-        write_durably(self._run_file, json.dumps(state, indent=1) + "\n")
+            dataclasses.replace(self.record, finished=True, results=dict(results)).write(self._run_file)

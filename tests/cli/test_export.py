@@ -119,7 +119,7 @@ def test_what_is_no_checkpoint_is_refused(run: Path, tmp_path: Path, capsys: Cap
     base = Path(yaml.safe_load((run / "resolved_config.yaml").read_text())["model_name_or_path"])
     assert f"lies in {base}, which this export is made from" in refusal([step, str(base / "x")], capsys)
     assert (base / "config.json").is_file()
-    assert "--public says how --push_to_hub" in refusal([step, str(out), "--public"], capsys)
+    assert "--public makes the repository of --push_to_hub" in refusal([step, str(out), "--public"], capsys)
     out.mkdir()
     (out / "thesis.tex").touch()
     assert "is not an export of jdpo (it holds no .jdpo_export): it will not be replaced" in refusal(

@@ -151,7 +151,7 @@ def test_inputs_that_changed_are_named(run: Path) -> None:
         directory.check_inputs({"the model": "m", "the rows": "r"}, {"a.jsonl": "a", "b.jsonl": "b"})
         directory.check_inputs({"the model": "m", "the rows": "r"}, {"a.jsonl": "A", "c.jsonl": "c"})  # the same rows
         directory.check_inputs({"another input": "x"}, {"a.jsonl": "a", "b.jsonl": "b"})
-        assert directory.state()["inputs"] == {"the model": "m", "the rows": "r", "another input": "x"}
+        assert directory.record.inputs == {"the model": "m", "the rows": "r", "another input": "x"}
         with pytest.raises(ValueError, match="the content of the rows has changed") as refused:
             directory.check_inputs({"the model": "m", "the rows": "R"}, {"a.jsonl": "A", "c.jsonl": "c"})
         said = str(refused.value)
@@ -159,7 +159,7 @@ def test_inputs_that_changed_are_named(run: Path) -> None:
         with pytest.raises(ValueError, match="of the model and of the rows has changed") as refused:
             directory.check_inputs({"the model": "M", "the rows": "R"}, {"a.jsonl": "a", "b.jsonl": "b"})
         assert "Files" not in str(refused.value)
-        assert directory.state()["inputs"]["the model"] == "m"
+        assert directory.record.inputs["the model"] == "m"
 
 
 def test_files_of_a_run_that_named_none_are_not_called_new(run: Path) -> None:

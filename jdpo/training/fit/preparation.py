@@ -16,6 +16,7 @@ from jdpo.training.fit.assembly import Assembly
 from jdpo.training.fit.compilation import Programs, shapes_of
 from jdpo.training.fit.host_memory import host_memory
 from jdpo.training.fit.memory_fit import MAX_TOKENS_PER_DEVICE, TOKEN_STEP, Fit, choose_fit
+from jdpo.training.run_record import FitRecord
 from jdpo.training.setup.batches import Batches, make_batches
 from jdpo.training.setup.run_setup import Log, Setup
 from jdpo.training.setup.validation import Mode
@@ -145,25 +146,25 @@ FITTED_KEYS = (
 """Keys that may change when a run continues, and that change the memory of a step."""
 
 
-def recalled_fit(saved: Mapping[str, Any] | None, conditions: Mapping[str, Any], limit: int) -> Fit | None:
+def recalled_fit(saved: FitRecord | None, conditions: Mapping[str, Any], limit: int) -> Fit | None:
     """Returns the fit of an earlier start, if that ran on such a machine with the same settings, else None.
 
     Args:
-      saved: from `fit_to_save`.
+      saved: the fit in run.json.
       conditions: the `fit_conditions` of this start.
       limit: bytes that a device has now; if fewer than then, the fit must still be within them.
     """
-    if saved is None or any(saved.get(key) != value for key, value in conditions.items()):
+    if saved is None or any(saved.conditions.get(key) != value for key, value in conditions.items()):
         return None
-    needed = saved.get("bytes_needed")
-    if needed is not None and limit < min(needed, saved["limit"]):
+    needed = saved.bytes_needed
+    if needed is not None and limit < min(needed, saved.limit):
         return None
-    return Fit(saved["remat"], saved["max_tokens_per_device"], needed)
+    return Fit(saved.remat, saved.max_tokens_per_device, needed)
 
 
-def fit_to_save(fit: Fit, conditions: Mapping[str, Any], limit: int) -> dict[str, Any]:
-    """Returns what run.json holds of a fit."""
-    return {**fit._asdict(), "limit": limit, **conditions}
+def fit_record(fit: Fit, conditions: Mapping[str, Any], limit: int) -> FitRecord:
+    """Returns a fit as run.json holds it."""
+    return FitRecord(**fit._asdict(), limit=limit, conditions=conditions)
 
 
 def fit_conditions(setup: Setup, reference: Mode) -> dict[str, Any]:

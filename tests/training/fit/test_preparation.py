@@ -22,12 +22,13 @@ from jdpo.training.fit.preparation import (
     FITTED_KEYS,
     Preparation,
     fit_conditions,
-    fit_to_save,
+    fit_record,
     prepare_steps,
     recalled_fit,
     remat_policies,
 )
 from jdpo.training.run import train
+from jdpo.training.run_record import FitRecord
 from jdpo.training.setup.numerics import numerics
 from jdpo.training.setup.run_setup import Setup, build
 from tests.conftest import chat_pairs, write_jsonl
@@ -119,11 +120,11 @@ def test_a_fit_is_remembered_as_long_as_nothing_it_depends_on_changes(run_words:
     setup, prepared, _ = prepare(run_words(remat="auto"), recalled=Fit("full", 128))
     assert prepared.fit == Fit("full", 128)
     now = fit_conditions(setup, "live")
-    saved = json.loads(json.dumps(fit_to_save(Fit("dots", 640, 500), now, limit=800)))
+    saved = FitRecord.from_json(json.loads(json.dumps(fit_record(Fit("dots", 640, 500), now, limit=800).to_json())))
     assert recalled_fit(saved, now, limit=900) == Fit("dots", 640, 500)
     assert recalled_fit(saved, now, limit=600) == Fit("dots", 640, 500), "it still fits"
     assert recalled_fit(saved, now, limit=400) is None
-    tight = fit_to_save(Fit("full", 64, 1000), now, limit=800)
+    tight = fit_record(Fit("full", 64, 1000), now, limit=800)
     assert recalled_fit(tight, now, limit=800) == Fit("full", 64, 1000), "nothing smaller was found then either"
     for key, value in {"mesh": [1, 8, 1], "asked_remat": "full", "reference": "cached", "jax": "0.0"}.items():
         assert now[key] != value

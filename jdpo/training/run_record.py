@@ -1,0 +1,115 @@
+"""run.json: what a run keeps about itself, for its later starts, for exports and for readers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from jdpo._version import __version__
+from jdpo.durable import write_durably
+from jdpo.json_files import read_json
+
+ReferenceMode = Literal["live", "cached", "none"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FitRecord:
+    """How steps were fitted into the memory of a device, and under which conditions.
+
+    Attributes:
+      remat: what the backward pass recomputes.
+      max_tokens_per_device: maximum tokens of a device's part of a micro-batch.
+      bytes_needed: memory that the compiled step needs on a device; None if that was not asked for.
+      limit: bytes of memory that a device had.
+      conditions: settings, device, mesh and version of jax that the fit depends on.
+    """
+
+    remat: str
+    max_tokens_per_device: int
+    bytes_needed: int | None
+    limit: int
+    conditions: Mapping[str, Any]
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> FitRecord:
+        """Reads a fit; in the file the conditions are next to the other values."""
+        own = {field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values}
+        own.setdefault("bytes_needed", None)
+        return cls(**own, conditions={key: value for key, value in values.items() if key not in own})
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the fit as plain data."""
+        values = dataclasses.asdict(self)
+        conditions: dict[str, Any] = values.pop("conditions")
+        return values | conditions
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """What run.json holds. Files of older versions lack some of it, and then have the defaults.
+
+    Attributes:
+      command: sft or dpo.
+      jdpo: version that started the run; empty in a file that jdpo did not write.
+      started_in: folder that relative paths of the config refer to; None if it was not written down.
+      finished: whether everything that the run leaves is written.
+      inputs: name of an input, in words -> digest of its content.
+      files: name of a file that rows were read from -> digest of its content.
+      rows: summary of the training rows, for the model card.
+      reference: where the reference's log-probs came from when the run started.
+      fit: how the steps were fitted into memory.
+      given_up: damaged checkpoints in spite of which `--resume never` started again.
+      results: last values of all metrics, and `step`, of a finished run; before, empty.
+    """
+
+    command: str
+    jdpo: str = ""
+    started_in: str | None = None
+    finished: bool = False
+    inputs: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    files: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    rows: str | None = None
+    reference: ReferenceMode | None = None
+    fit: FitRecord | None = None
+    given_up: tuple[str, ...] = ()
+    results: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of_new_run(cls, command: str) -> RunRecord:
+        """Returns the record of a run that starts now, in the current folder."""
+        return cls(command=command, jdpo=__version__, started_in=str(Path.cwd()))
+
+    @classmethod
+    def read(cls, path: Path) -> RunRecord:
+        """Reads run.json, of this or an older version; keys that this version does not know are ignored.
+
+        Raises:
+          ValueError: the file is not JSON, or not what jdpo writes.
+        """
+        values = read_json(path)
+        try:
+            return cls._from_json(values)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise ValueError(f"{path} was not written by a run of jdpo, or it is damaged") from None
+
+    @classmethod
+    def _from_json(cls, values: Mapping[str, Any]) -> RunRecord:
+        known = {field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values}
+        for name, kind in (("command", str), ("inputs", dict), ("files", dict), ("given_up", list), ("finished", bool)):
+            if not isinstance(known.get(name, kind()), kind):
+                raise TypeError(name)
+        if known.get("reference") not in (None, *get_args(ReferenceMode)):
+            raise ValueError(known["reference"])
+        if known.get("fit") is not None:
+            known["fit"] = FitRecord.from_json(known["fit"])
+        return cls(**{"command": "", **known, "given_up": tuple(known.get("given_up", ()))})
+
+    def write(self, path: Path) -> None:
+        """Writes run.json durably; empty values are left out."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values |= {"fit": None if self.fit is None else self.fit.to_json(), "given_up": list(self.given_up)}
+        kept = {name: value for name, value in values.items() if value not in (None, [], {})}
+        write_durably(path, json.dumps(kept, indent=1) + "\n")

@@ -489,3 +489,11 @@ def test_aliases_and_merge_keys_of_a_plain_config_are_read(tmp_path: Path) -> No
     config = load_config(DPOConfig, path)
     assert config.eval_datasets == config.datasets
     assert (config.mesh.data, config.mesh.tensor) == (2, 4)
+
+
+def test_few_modules_take_the_whole_config() -> None:
+    """All others take the group of settings that they read (docs/decisions/0011-settings-groups.md)."""
+    package = Path(__file__).parent.parent / "jdpo"
+    whole = re.compile("TrainConfig|DPOConfig|SFTConfig")
+    named = [path for path in package.rglob("*.py") if whole.search(path.read_text(encoding="utf-8"))]
+    assert len(named) <= 10, sorted(map(str, named))

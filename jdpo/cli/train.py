@@ -30,7 +30,7 @@ def parser(command: str, *, complete: bool = False) -> Parser:
         f"{_DESCRIPTIONS[command]} Settings come from the YAML file, then from the command line; values are written as "
         "in YAML.",
         epilog="Examples:\n\n"
-        f"    jdpo {command} --model_name_or_path MODEL --datasets ROWS.jsonl --output_dir runs/first\n"
+        f"    jdpo {command} model_name_or_path=MODEL datasets=rows.jsonl output_dir=runs/1\n"
         f"    jdpo {command} configs/{command}.yaml learning_rate=5e-7 mesh.fsdp=4 --dry_run\n"
         f"    jdpo {command} --help learning_rate",
     )

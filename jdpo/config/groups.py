@@ -201,7 +201,9 @@ class OptimizationSettings(Settings):
         None, "Number of optimizer steps; null: as num_train_epochs requires.", example="1000"
     )
     learning_rate: PositiveFloat = key(1e-6, "Peak learning rate.", example="5e-7")
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = key("linear", "Learning rate after the warm-up.")
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = key(
+        "linear", "Schedule after the warm-up; linear and cosine fall to 0."
+    )
     warmup_ratio: Fraction = key(0.0, "Fraction of the steps in which the learning rate rises from 0.", example="0.1")
     warmup_steps: NonNegativeInt | None = key(
         None, "Steps in which the learning rate rises from 0; null: as warmup_ratio says.", example="150"
@@ -290,8 +292,8 @@ class OutputSettings(Settings):
     output_dir: Text = required("Folder for everything that the run writes.", example="runs/first")
     resume: Literal["auto", "never"] = key(
         "auto",
-        "auto: continue from the newest intact checkpoint in output_dir. never: refuse an output_dir that holds a run, "
-        "unless all its checkpoints are damaged; then start again at step 0.",
+        "What to do if output_dir holds a run. auto: continue from its newest intact checkpoint; never: refuse to "
+        "start, unless all its checkpoints are damaged, and then start again at step 0.",
     )
     export_dtype: Literal["source", "float32", "bfloat16", "float16"] = key(
         "source", "Dtype of the exported weights. source: that of the model that training starts from."

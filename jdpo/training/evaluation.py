@@ -85,14 +85,14 @@ class Evaluation:
         """Returns means over all rows, {name: value}."""
         frozen = self._assembly.evaluated(frozen, state)
         averages, routers = RowAverages(), list[RouterStats]()
-        batches = list(self._rows())
+        steps = list(self._rows())
         waiting: tuple[StepRows, Any] | None = None
-        for made in prefetch(lambda index: self._place(batches[index]), range(len(batches))):
-            program = self.programs.of(made.batch)
-            report = program(state.params, frozen, made.batch, state.loss_state, self._totals)
+        for batch, rows in prefetch(lambda index: self._place(steps[index]), range(len(steps))):
+            program = self.programs.of(batch)
+            report = program(state.params, frozen, batch, state.loss_state, self._totals)
             if waiting is not None:  # the device works on a batch while the host adds up the one before
                 self._add(averages, routers, *waiting)
-            waiting = made.rows, report
+            waiting = rows, report
         assert waiting is not None
         self._add(averages, routers, *waiting)
         if not routers:
@@ -112,5 +112,5 @@ class Evaluation:
             yield np.arange(start, min(start + self._size, len(self._data)))
 
     def _place(self, indices: np.ndarray) -> StepBatch:
-        made = self._batches.make(indices)
-        return StepBatch(place(made.batch, self._batch_sharding), made.rows)
+        batch, rows = self._batches.make(indices)
+        return StepBatch(place(batch, self._batch_sharding), rows)

@@ -34,7 +34,6 @@ from jdpo.training.logs.recording import Record
 from jdpo.training.profile import Profiler
 from jdpo.training.reference.reference_source import Reference, settle_reference
 from jdpo.training.run_dir import RunDirectory
-from jdpo.training.sanity_checks import GradientWatch
 from jdpo.training.setup.batches import StepBatch, shapes_in_order
 from jdpo.training.setup.numerics import jax_settings, resolve_dtype
 from jdpo.training.setup.row_order import BuildStopped
@@ -139,18 +138,16 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
                 evaluation.prepare()
 
         # -------------------------------------------------------------------------------------------------------- state
+        live = reference.mode == "live"
         if newest is None and directory.has_metrics():
             log(f"no whole checkpoint in {directory.checkpoints}: starting again from step 0")
         if newest is None:
-            state, frozen, position = start_state(setup, assembly, live=reference.mode == "live")
+            state, frozen, position = start_state(setup, assembly, live=live)
         else:
+            # A finished run whose adapters are exported alone needs no model under them.
+            with_base = trains or on_step is not None or setup.exports_merged
             frozen = load_frozen(
-                setup,
-                None,
-                live=reference.mode == "live" and trains,
-                moves=assembly.sync is not None,
-                # A finished run whose adapters are exported alone needs no model under them.
-                with_base=trains or on_step is not None or setup.exports_merged,
+                setup, None, live=live and trains, moves=assembly.sync is not None, with_base=with_base
             )
             state, position = restore_state(manager, newest, assembly)
             log(f"resuming from the checkpoint of step {newest}")
@@ -165,13 +162,10 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
         if trains:
             last_saved = newest
             record = Record(setup, directory, resources, position)
-            gradients = GradientWatch(
-                setup.task.loss, learning_rate=config.learning_rate, compute_dtype=config.compute_dtype
-            )
             display = RunDisplay(
                 first_step=first, num_steps=num_steps, unit=setup.task.unit, console=console, shown=is_first()
             )
-            reports = StepReports(setup, record, display, gradients, lambda: last_saved, log)
+            reports = StepReports(setup, record, display, lambda: last_saved, log)
             profiler = Profiler(profiled_steps(config.profile_steps), directory.path / "profile")
             if profiler.is_over(first):
                 log(f"profile_steps {config.profile_steps}: these steps were made before; nothing is traced")
@@ -179,8 +173,8 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
 
             def make_batch(step: int) -> tuple[StepBatch, Any]:
                 """The batch of a step on the devices, and its FLOPs; made on a thread while earlier steps run."""
-                made = batches.make(setup.row_plan.step(step))
-                return StepBatch(place(made.batch, batch_sharding), made.rows), assembly.flops(made.batch)
+                batch, rows = batches.make(setup.row_plan.step(step))
+                return StepBatch(place(batch, batch_sharding), rows), assembly.flops(batch)
 
             ahead = prefetch(make_batch, range(first, num_steps))
             with exhaustion_explained(fit), display, closing(profiler), closing(ahead):
@@ -226,7 +220,7 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
                 log(f"note: programs for {figure(num_late, 'shape')} of batches were not compiled ahead of their step")
             if stop.asked():
                 return interrupted(step, last_saved, manager, stop, directory, log)
-            if (note := gradients.at_end()) is not None:
+            if (note := reports.warning_at_end()) is not None:
                 log(note)
 
         # ------------------------------------------------------------------------------------------------------- export

@@ -31,18 +31,13 @@ class _Launched(NamedTuple):
 
 
 class StepReports:
-    """Reads the report of each step one step late, so that the devices never wait for the host.
-
-    Attributes:
-      num_read: steps of this process whose reports were read.
-    """
+    """Reads the report of each step one step late, so that the devices never wait for the host."""
 
     def __init__(
         self,
         setup: Setup,
         record: Record,
         display: RunDisplay,
-        gradients: GradientWatch,
         last_saved: Callable[[], int | None],
         log: Log,
     ) -> None:
@@ -52,7 +47,10 @@ class StepReports:
           log: takes lines for the user.
         """
         self._setup, self._record, self._display = setup, record, display
-        self._gradients, self._last_saved, self._log = gradients, last_saved, log
+        self._last_saved, self._log = last_saved, log
+        self._gradients = GradientWatch(
+            setup.task.loss, learning_rate=setup.config.learning_rate, compute_dtype=setup.config.compute_dtype
+        )
         self._watch = Stopwatch()
         self._launched: _Launched | None = None
 
@@ -75,6 +73,10 @@ class StepReports:
         if self._launched is not None:
             launched, self._launched = self._launched, None
             self._read(launched)
+
+    def warning_at_end(self) -> str | None:
+        """Returns a warning if the run no longer learnt at its end, else None."""
+        return self._gradients.at_end()
 
     def _read(self, launched: _Launched) -> None:
         step, of_step, flops, on_device = launched

@@ -195,14 +195,16 @@ def _checked_task(config: TrainConfig) -> Task:
 
 def _build(config: TrainConfig, task: Task, log: Log, *, weights: bool, stopped: Callable[[], bool]) -> Setup:
     """The part of `build` that each process does by itself; nothing here waits for the others."""
-    made = build_model(config, weights=weights)
-    check_batch_size(config.global_batch_size, made.mesh)
-    if made.adaptation is not None:
-        check_adaptation(made.adaptation, made.tokenizer, config if isinstance(config, ReferenceSettings) else None)
-    model_folder, source_config, tokenizer = made.model_folder, made.source_config, made.tokenizer
+    model_setup = build_model(config, weights=weights)
+    check_batch_size(config.global_batch_size, model_setup.mesh)
+    if model_setup.adaptation is not None:
+        check_adaptation(
+            model_setup.adaptation, model_setup.tokenizer, config if isinstance(config, ReferenceSettings) else None
+        )
+    model_folder, source_config, tokenizer = model_setup.model_folder, model_setup.source_config, model_setup.tokenizer
     read_generation_config(model_folder)  # now, not at the export after hours of training
-    check_expert_settings(config.router_aux_loss_coef, source_config, made.mesh)
-    reference_folder, reference_adapter = _reference_of(config, made, weights=weights)
+    check_expert_settings(config.router_aux_loss_coef, source_config, model_setup.mesh)
+    reference_folder, reference_adapter = _reference_of(config, model_setup, weights=weights)
     for folder in {model_folder, reference_folder or model_folder}:
         if weights or has_weights(folder):
             check_tensors(folder, tensor_entries(folder), source_config)  # headers only, before rows are tokenized
@@ -211,10 +213,10 @@ def _build(config: TrainConfig, task: Task, log: Log, *, weights: bool, stopped:
     train_data, eval_data = prepare_rows(
         config, tokenizer, log, pairs=isinstance(config, PreferenceSettings), stopped=stopped
     )
-    started, reference_started = _started(made, reference_folder, train_data, log)
+    started, reference_started = _started(model_setup, reference_folder, train_data, log)
     row_plan = plan_rows(config, train_data, log, global_batch_size=config.global_batch_size, seed=config.seed)
     setup = Setup(
-        **vars(made),
+        **vars(model_setup),
         task=task,
         reference_folder=reference_folder,
         reference_adapter=reference_adapter,
@@ -233,27 +235,27 @@ def _build(config: TrainConfig, task: Task, log: Log, *, weights: bool, stopped:
 
 
 def _started(
-    made: ModelSetup, reference_folder: Path | None, data: PreparedData, log: Log
+    model_setup: ModelSetup, reference_folder: Path | None, data: PreparedData, log: Log
 ) -> tuple[StartedRows | None, StartedRows | None]:
     """Returns `started` and `reference_started` of a Setup, and logs which rows start how; skips absent weights."""
     found: list[StartedRows | None] = []
-    for folder, whose in ((made.model_folder, "the "), (reference_folder, "the reference model's ")):
+    for folder, whose in ((model_setup.model_folder, "the "), (reference_folder, "the reference model's ")):
         if folder is None or not has_weights(folder):
             found.append(None)
             continue
-        tokenizer = made.tokenizer
+        tokenizer = model_setup.tokenizer
         if folder is reference_folder and (folder / "tokenizer.json").exists():
             # Its own tokens stay as they are; what the template adds to it may have been trained there.
-            tokenizer = load_tokenizer(folder, chat_template=made.config.chat_template)
+            tokenizer = load_tokenizer(folder, chat_template=model_setup.config.chat_template)
         start = start_tokens(
-            made.config,
+            model_setup.config,
             tokenizer,
             folder,
-            made.source_config,
-            made.model.config.vocab_size,
+            model_setup.source_config,
+            model_setup.model.config.vocab_size,
             data,
-            seed=made.config.seed,
-            adapted=made.adaptation is not None and folder is made.model_folder,
+            seed=model_setup.config.seed,
+            adapted=model_setup.adaptation is not None and folder is model_setup.model_folder,
             whose=whose,
         )
         for line in start.lines:
@@ -321,9 +323,9 @@ def make_model(config: TrainConfig, source_config: ModelConfig, tokenizer: Token
     )
 
 
-def _reference_of(config: TrainConfig, made: ModelSetup, *, weights: bool) -> tuple[Path | None, Path | None]:
+def _reference_of(config: TrainConfig, model_setup: ModelSetup, *, weights: bool) -> tuple[Path | None, Path | None]:
     """Returns `reference_folder` and `reference_adapter` of a Setup."""
-    sources = made.sources
+    sources = model_setup.sources
     if not isinstance(config, ReferenceSettings) or config.reference_model is None:
         return None, sources.adapter_folder
     folder = resolve_folder(config.reference_model, config.reference_revision, weights=weights)
@@ -337,18 +339,18 @@ def _reference_of(config: TrainConfig, made: ModelSetup, *, weights: bool) -> tu
             "only that one can be the reference without its base. Merge it (`jdpo export --merge`, or PEFT's "
             "merge_and_unload) and give the merged model"
         )
-    _check_reference(config.reference_model, folder, made)
+    _check_reference(config.reference_model, folder, model_setup)
     return folder, None
 
 
-def _check_reference(name: str, folder: Path, made: ModelSetup) -> None:
+def _check_reference(name: str, folder: Path, model_setup: ModelSetup) -> None:
     """Refuses a reference of another shape or vocabulary than the policy's.
 
     Args:
       name: of the reference, for the message.
       folder: of the reference.
     """
-    policy, policy_name = made.source_config, made.config.model_name_or_path
+    policy, policy_name = model_setup.source_config, model_setup.config.model_name_or_path
     if (found := read_model_config(folder)) != policy:
         names = [field.name for field in dataclasses.fields(policy)]
         if found.num_layers != policy.num_layers:
@@ -359,8 +361,8 @@ def _check_reference(name: str, folder: Path, made: ModelSetup) -> None:
             f"reference_model {name} must have the shape of {policy_name}; they differ in {', '.join(unlike)}"
         )
     if (folder / "tokenizer.json").exists():  # a reference may come without one; then there is nothing to compare
-        theirs = load_tokenizer(folder, chat_template=made.config.chat_template)
-        if theirs.hf.get_vocab() != made.tokenizer.hf.get_vocab():
+        theirs = load_tokenizer(folder, chat_template=model_setup.config.chat_template)
+        if theirs.hf.get_vocab() != model_setup.tokenizer.hf.get_vocab():
             raise ValueError(
                 f"reference_model {name} has another vocabulary than {policy_name}: "
                 "the same ids mean other tokens there, so their log-probs cannot be compared"

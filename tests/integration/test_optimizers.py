@@ -49,8 +49,8 @@ def short(words: Words, run: Path, **overrides: Any) -> list[str]:
     ("name", "keys"),
     [
         ("adafactor", {"learning_rate": 1e-3, "optimizer.b1": 0.9}),
-        ("lion", {"learning_rate": 1e-4}),
-        ("sgd", {"learning_rate": 0.3, "optimizer.momentum": 0.9}),
+        pytest.param("lion", {"learning_rate": 1e-4}, marks=pytest.mark.full),
+        pytest.param("sgd", {"learning_rate": 0.3, "optimizer.momentum": 0.9}, marks=pytest.mark.full),
     ],
 )
 def test_every_rule_learns_through_the_command(
@@ -101,6 +101,7 @@ def test_a_stopped_run_goes_on_bitwise(narrow: Path, cut_words: Words, same_run:
     same_run(run, narrow)
 
 
+@pytest.mark.full
 def test_a_small_rate_moves_weights_that_rounding_to_nearest_would_leave(cut_words: Words, tmp_path: Path) -> None:
     """Four updates of 1e-6: bfloat16 weights follow float32 ones in the mean.
 

@@ -104,6 +104,7 @@ def test_losses_without_a_reference_hold_none(cut_words: Words, tmp_path: Path, 
     assert not (tmp_path / "run" / "reference").exists()
 
 
+@pytest.mark.full
 def test_aot_over_micro_batches_is_aot_over_the_batch(cut_words: Words, tmp_path: Path) -> None:
     """8 shards with all pairs at once, against 2 shards with one pair each at once: four micro-batches."""
     given = QUICK | {"max_steps": 5, "loss_type": "[aot,sft]", "label_smoothing": 0.1}

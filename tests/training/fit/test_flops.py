@@ -194,7 +194,7 @@ POST_NORMS = {"norm_placement": "both", "attention_softcap": 5.0, "logit_softcap
 
 
 @pytest.mark.parametrize("own", [PARALLEL, POST_NORMS], ids=["parallel", "post_norms"])
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", ["none", pytest.param("full", marks=pytest.mark.full)])
 def test_executed_flops_of_other_layers_are_those_that_xla_counts(own: dict[str, Any], remat: str) -> None:
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     one_layer = dataclasses.replace(MEASURED, num_layers=1, layers=MEASURED.layers[:1], vocab_size=8, **own)
@@ -208,7 +208,13 @@ def test_executed_flops_of_other_layers_are_those_that_xla_counts(own: dict[str,
 
 
 @pytest.mark.parametrize(
-    ("remat", "adapted"), [*((remat, False) for remat in REMAT_ORDER), ("none", True), ("full", True)]
+    ("remat", "adapted"),
+    [
+        ("none", False),
+        ("full", True),
+        *(pytest.param(remat, False, marks=pytest.mark.full) for remat in REMAT_ORDER if remat != "none"),
+        pytest.param("none", True, marks=pytest.mark.full),
+    ],
 )
 def test_executed_flops_are_those_that_xla_counts_in_packed_rows(remat: str, adapted: bool) -> None:
     # With adapters, a gradient of frozen weights would be seen here.

@@ -61,7 +61,7 @@ def test_with_room_all_rows_of_a_step_go_through_at_once_under_the_fastest_polic
     )
 
 
-@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("packing", [True, pytest.param(False, marks=pytest.mark.full)])
 def test_without_room_more_is_recomputed_and_less_goes_through_at_once(
     run_words: Words, monkeypatch: pytest.MonkeyPatch, packing: bool, tmp_path: Path
 ) -> None:

@@ -52,8 +52,16 @@ def model_of(name: str, **settings: Any) -> Transformer:
     return Transformer(read_model_config(GOLDEN / name), compute_dtype=jnp.float64, param_dtype=jnp.float64, **settings)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "remat"),
+    [
+        pytest.param(MeshConfig(fsdp=1), "none", marks=pytest.mark.full),
+        (MeshConfig(data=2, fsdp=2, tensor=2), "full"),
+    ],
+    ids=["one", "eight"],
+)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_packed_padded_and_sharded_steps_are_equal(name: str) -> None:
+def test_packed_padded_and_sharded_steps_are_equal(name: str, sizes: MeshConfig, remat: str) -> None:
     """Weights go from their files straight to the mesh, fused tensors cut on the way; every layer computes again."""
     model = model_of(name)
     policy = load_params(GOLDEN / name, model, dtype=jnp.float64)
@@ -68,22 +76,21 @@ def test_packed_padded_and_sharded_steps_are_equal(name: str) -> None:
     expected = jax.jit(partial(loss_and_grads, padded))(policy, reference, rows, padded.init_state)
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected.grads)) > 1e-4
 
-    for sizes, remat in ((MeshConfig(fsdp=1), "none"), (MeshConfig(data=2, fsdp=2, tensor=2), "full")):
-        mesh = make_mesh(sizes, jax.devices()[: sizes.data * sizes.fsdp * sizes.tensor])
-        own = model.clone(remat=remat)
-        shardings = param_shardings(logical_axes(own), abstract_params(own), mesh)
-        weights = load_params(GOLDEN / name, own, shardings, dtype=jnp.float64)
-        flat = PreferenceObjective(PackedLogps(own, mesh), chosen)
-        batch = packed(pairs, num_rows=4 if mesh.size > 1 else 1)
-        found = on_mesh(
-            mesh,
-            jax.jit(partial(loss_and_grads, flat)),
-            weights,
-            jax.device_put(reference, shardings),
-            place(batch, micro_batch_sharding(mesh)),
-            flat.init_state,
-        )
-        assert_equal_steps(expected, found, places_of(batch), len(pairs), 1e-9)
+    mesh = make_mesh(sizes, jax.devices()[: sizes.data * sizes.fsdp * sizes.tensor])
+    own = model.clone(remat=remat)
+    shardings = param_shardings(logical_axes(own), abstract_params(own), mesh)
+    weights = load_params(GOLDEN / name, own, shardings, dtype=jnp.float64)
+    flat = PreferenceObjective(PackedLogps(own, mesh), chosen)
+    batch = packed(pairs, num_rows=4 if mesh.size > 1 else 1)
+    found = on_mesh(
+        mesh,
+        jax.jit(partial(loss_and_grads, flat)),
+        weights,
+        jax.device_put(reference, shardings),
+        place(batch, micro_batch_sharding(mesh)),
+        flat.init_state,
+    )
+    assert_equal_steps(expected, found, places_of(batch), len(pairs), 1e-9)
 
 
 @pytest.mark.parametrize("name", DECODED)

@@ -69,7 +69,10 @@ def trained(name: str, *, offload: bool) -> tuple[Any, Any]:
     return params, state
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamw_bf16", "adafactor", "lion", "sgd"])
+@pytest.mark.parametrize(
+    "name",
+    ["adamw", "adamw_bf16", *(pytest.param(name, marks=pytest.mark.full) for name in ("adafactor", "lion", "sgd"))],
+)
 def test_states_in_host_memory_give_the_same_weights(name: str) -> None:
     params, state = trained(name, offload=False)
     for leaf in jax.tree.leaves(state):

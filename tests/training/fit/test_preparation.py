@@ -42,7 +42,8 @@ def prepare(
     config, lines = load_config(DPOConfig, None, ["compute_dtype=float32", *words]), list[str]()
     with numerics(config), compiler_threads() as pool:
         setup = build(config, lines.append)
-        assemblies = {remat: assemble(setup, reference="live", remat=remat) for remat in remat_policies(setup)}
+        assembly = assemble(setup, reference="live", remat="none")
+        assemblies = {remat: assembly.with_remat(remat) for remat in remat_policies(setup)}
         limit = memory_limit() if limit is None else limit
         return setup, prepare_steps(setup, assemblies, None, pool, lines.append, limit=limit, recalled=recalled), lines
 

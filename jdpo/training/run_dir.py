@@ -1,8 +1,8 @@
-"""The folder of a run: what lies where, whose run it is, and how far it has come.
+"""The folder of a run: its files, which run it belongs to, and whether that is finished.
 
-resolved_config.yaml   every key, defaults included, but no query of an address; `jdpo dpo` with it repeats the run
-run.json               the command, digests of what went in, and whether the run is finished
-metrics.jsonl          one JSON object a logged step
+resolved_config.yaml   every key, defaults included, without queries of addresses; `jdpo dpo` with it repeats the run
+run.json               the command, digests of the inputs, and whether the run is finished; see `RunRecord`
+metrics.jsonl          one JSON object per logged step
 checkpoints/<step>/    what a resumed run starts from
 model/                 the trained Hugging Face model
 plots/                 PNGs
@@ -93,7 +93,7 @@ class RunDirectory:
 
     def _read_owner(self, config: OutputSettings, command: str) -> None:
         self.is_new = not self._check_owner(config, command)
-        self._exports_anew = not self.is_new and bool(changed_keys(self._saved_config(), config, EXPORT_KEYS))
+        self._exports_again = not self.is_new and bool(changed_keys(self._saved_config(), config, EXPORT_KEYS))
 
     def _write_owner(self, config: OutputSettings, command: str) -> None:
         try:
@@ -107,18 +107,18 @@ class RunDirectory:
                 dataclasses.replace(record, started_in=new.started_in).write(self._run_file)
         except OSError as error:
             raise ValueError(
-                f"cannot write to output_dir {self.path}: {error}; choose a folder on a writable disk with room"
+                f"cannot write to output_dir {self.path}: {error}; choose a folder on a writable disk with free space"
             ) from None
 
     def _take_lock(self) -> None:
-        """Keeps a second start of the same command, such as a requeued job, out while this one runs."""
+        """Locks the folder, so that a second start of the same command, such as a requeued job, is refused."""
         path = self.path / ".lock"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = lock_file(path)
         except OSError as error:
             raise ValueError(
-                f"cannot write to output_dir {self.path}: {error}; choose a folder on a writable disk with room"
+                f"cannot write to output_dir {self.path}: {error}; choose a folder on a writable disk with free space"
             ) from None
         if lock is None:
             owner = path.read_text(encoding="utf-8").strip() or "another process"
@@ -131,17 +131,17 @@ class RunDirectory:
         self._lock = lock
 
     def close(self) -> None:
-        """Lets the next process have the folder."""
+        """Unlocks the folder."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
 
     def has_metrics(self) -> bool:
-        """Whether an earlier start of this run has trained."""
+        """Returns True if an earlier start of this run has logged steps."""
         return not self.is_new and self.metrics.exists() and self.metrics.stat().st_size > 0
 
     def _check_owner(self, config: OutputSettings, command: str) -> bool:
-        """True where the folder holds this very run, False where it is free; another run is refused."""
+        """Returns True if the folder holds this run, False if it is free; refuses another run."""
         used = [name for name in USED_BY_A_RUN if (self.path / name).exists()]
         if self.checkpoints.exists() and not self.checkpoints.is_dir():
             raise ValueError(f"{self.checkpoints} is a file, and not the folder of a run's checkpoints; move it away")
@@ -166,7 +166,7 @@ class RunDirectory:
         return True
 
     def _how_to_train_on(self, config: OutputSettings, changed: Sequence[str]) -> str:
-        """What to do where a finished run is asked for another number of steps."""
+        """The error for a finished run whose number of steps was changed."""
         words = f"--model_name_or_path {self.model} --output_dir NEW_FOLDER"
         saved = self._saved_config()
         if has_reference := isinstance(config, ReferenceSettings):
@@ -178,7 +178,7 @@ class RunDirectory:
         )
 
     def _never_began(self) -> bool:
-        """Whether a start was refused or killed before it left anything: its folder is free, for a repaired config."""
+        """True if a start was refused or killed before it trained: the folder is then free, for a corrected config."""
         trained = self.metrics.exists() and self.metrics.stat().st_size > 0
         saved = self.checkpoints.exists() and any(self.checkpoints.iterdir())
         ours = not self._run_file.exists() or bool(self.record.jdpo)
@@ -194,7 +194,7 @@ class RunDirectory:
 
     @property
     def record(self) -> RunRecord:
-        """The content of run.json, read anew each time."""
+        """The content of run.json, read again each time."""
         try:
             return RunRecord.read(self._run_file)
         except ValueError as error:
@@ -223,16 +223,16 @@ class RunDirectory:
 
     @property
     def finished(self) -> bool:
-        """True once everything that the run leaves stands there, exported as the config asks."""
-        return not self.is_new and not self._exports_anew and self.record.finished and self.model.exists()
+        """True if the run is complete, and its model is exported as the config asks."""
+        return not self.is_new and not self._exports_again and self.record.finished and self.model.exists()
 
     def check_inputs(self, inputs: Mapping[str, str], files: Mapping[str, str]) -> None:
-        """Remembers digests of what goes into a run; on resume refuses what has changed.
+        """Records digests of the inputs of a run; refuses changed inputs when it is resumed.
 
         Args:
           inputs: name of an input, as messages call it -> digest of its content.
-          files: the same of the files that rows were read from: they may change as long as the rows do not, and are
-            named where these do.
+          files: name of a file that rows were read from -> digest of its content. Files may change as long as the rows
+            do not, and are named if these do.
 
         Raises:
           ValueError: naming each input that is not what the run started with.

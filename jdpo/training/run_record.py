@@ -17,12 +17,12 @@ ReferenceMode = Literal["live", "cached", "none"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FitRecord:
-    """How steps were fitted into the memory of a device, and under which conditions.
+    """The fit of steps into the memory of a device, and its conditions.
 
     Attributes:
       remat: what the backward pass recomputes.
       max_tokens_per_device: maximum tokens of a device's part of a micro-batch.
-      bytes_needed: memory that the compiled step needs on a device; None if that was not asked for.
+      bytes_needed: memory that the compiled step needs on a device; None if it was not measured.
       limit: bytes of memory that a device had.
       conditions: settings, device, mesh and version of jax that the fit depends on.
     """
@@ -49,18 +49,18 @@ class FitRecord:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """What run.json holds. Files of older versions lack some of it, and then have the defaults.
+    """The content of run.json. Files of older versions lack some fields, which then have their defaults.
 
     Attributes:
       command: sft or dpo.
       jdpo: version that started the run; empty in a file that jdpo did not write.
       started_in: folder that relative paths of the config refer to; None if it was not written down.
-      finished: whether everything that the run leaves is written.
+      finished: True if the run is complete and its model exported.
       inputs: name of an input, in words -> digest of its content.
       files: name of a file that rows were read from -> digest of its content.
       rows: summary of the training rows, for the model card.
-      reference: where the reference's log-probs came from when the run started.
-      fit: how the steps were fitted into memory.
+      reference: source of the reference's log-probs when the run started.
+      fit: the fit of the steps into memory.
       given_up: damaged checkpoints in spite of which `--resume never` started again.
       results: last values of all metrics, and `step`, of a finished run; before, empty.
     """

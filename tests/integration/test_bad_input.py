@@ -316,7 +316,7 @@ def test_output_dir_that_cannot_be_made(place: Place, run_words: Words, capsys: 
     blocked = place.file("a_file", "") / "run"
     said = refusal(run_words(output_dir=blocked), capsys)
     assert f"cannot write to output_dir {blocked}" in said
-    assert "choose a folder on a writable disk with room" in said
+    assert "choose a folder on a writable disk with free space" in said
 
 
 def test_output_dir_that_is_a_file(place: Place, run_words: Words, capsys: Capture) -> None:

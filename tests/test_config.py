@@ -102,6 +102,8 @@ def test_resolved_yaml_reads_back_to_the_same_config(tmp_path: Path) -> None:
         ("compute_dtype=bf16", "here it is `--compute_dtype bfloat16`"),
         ("rows=3", "unknown key 'rows' on the command line; it is an option of `jdpo inspect`"),
         ("dry_run=true", "it is an option of `jdpo dpo` and `jdpo sft`"),
+        ("--dryrun", "did you mean `--dry_run`, an option of `jdpo dpo` and `jdpo sft`?"),
+        ("--print-conifg", "did you mean `--print_config`"),
         ("--beta", "--beta needs a value: Strength of the pull"),
         ("--output_dir", "--output_dir needs a value: Folder for everything"),
         ("beta=", "--beta needs a value"),

@@ -37,6 +37,7 @@ ELSEWHERE = {
     "merge": "`jdpo export RUN OUT --merge` adds adapters to their base",
     "push": "`jdpo export RUN OUT --push_to_hub OWNER/NAME` uploads a model",
     "config": "`jdpo dpo --print_config` prints the whole config of a run",
+    "help": "`jdpo --help` lists the commands, `jdpo dpo --help` the keys of one",
     "dry_run": "`jdpo dpo ... --dry_run` checks a run without training",
 }
 """Names of commands elsewhere, and names of options -> what to write."""
@@ -55,7 +56,8 @@ def usage() -> str:
             "Commands:",
             *lines,
             "",
-            "`jdpo COMMAND --help` describes a command and its keys, `jdpo dpo --help KEY` one key.",
+            "`jdpo COMMAND --help` describes a command and its keys,",
+            "`jdpo dpo --help KEY` one key.",
         ]
     )
 

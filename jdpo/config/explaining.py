@@ -211,6 +211,8 @@ def _advice_without_key(cls: type[Settings], path: Sequence[Any]) -> str:
     if similar is not None:
         full = next(key for key in known if similar in (key, key.split(".")[-1]))
         return f"did you mean {full!r}?"
+    if (option := nearest(name, OTHER_COMMANDS, cutoff=0.75)) is not None:
+        return f"did you mean `--{option}`, an option of `jdpo {OTHER_COMMANDS[option]}`?"
     return "`--help` lists the keys"
 
 

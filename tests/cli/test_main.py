@@ -25,6 +25,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     printed = capsys.readouterr().out
     assert all(command in printed for command in COMMANDS)
+    assert max(map(len, printed.splitlines())) <= 80
     assert main([]) == 2
 
 

@@ -72,6 +72,7 @@ class Recipe:
     def tokenize(self, rows: Sequence[Any], tokenizer: Tokenizer) -> Sequence[Sequence[Any]]:
         """Tokenizes rows; returns a list of results per row, longer than one if its turns need several sequences."""
         lengths: dict[str, Any] = {"max_length": self.max_length, "max_prompt_length": self.max_prompt_length}
+        # Pairs give one row each, whatever is learnt of them. A conversation may need several sequences.
         every_turn = self.loss_on == "assistant_turns"
         if self.kind == "pairs":
             pairs = tokenize.tokenize_pairs(rows, tokenizer, every_turn=every_turn, **lengths)
@@ -136,6 +137,7 @@ def _of_part(rows: Sequence[Any], part: Part | None, tally: Tally) -> tuple[list
 
     A dropped row has no prompt that could be hashed. It has key 0 and is reported with the training rows.
     """
+    # Keys are computed before rows are tokenized: the split depends on the text of the file, not on the tokenizer.
     kept, keys = [], []
     for row in rows:
         key = 0 if isinstance(row, Dropped) else prompt_key(row.prompt)
@@ -151,6 +153,7 @@ def _counted_block(
     kept: Sequence[tuple[Any, Any, int]], dataset: int, recipe: Recipe, tokenizer: Tokenizer, tally: Tally
 ) -> RowArrays:
     """Joins the kept rows into arrays, and counts the notes and the faults of each row."""
+    # Supervised rows have no margin.
     margins = [np.nan if (margin := getattr(row, "margin", None)) is None else margin for row, _, _ in kept]
     tags = Tags(
         np.full(len(kept), dataset, TAG_TYPES["dataset"]),
@@ -168,6 +171,7 @@ def _counted_block(
     )
     tally.counts[KEPT] += len(kept)
     for index, (row, result, _) in enumerate(kept):
+        # Notes of reading, of tokenizing and of the checks are counted in the same way.
         for name in (*row.notes, *result.notes, *(fault for fault, rows in faults.items() if rows[index])):
             tally.add(name, row.origin)
     return block
@@ -193,6 +197,7 @@ class Tally:
         """Counts a row under a name."""
         name = self._name(name)
         self.counts[name] += 1
+        # The first row of each count, which a user can look up in the file.
         self.examples.setdefault(name, example)
 
     def drop(self, row: Dropped) -> None:

@@ -150,6 +150,7 @@ def _prepare(
     if not datasets:
         raise ValueError("no datasets were given")
     labels_of(datasets)  # errors in the labels come before the work
+    # Opening lists files and checks paths, so that a missing file is an error before any work.
     sources = [open_source(dataset) for dataset in datasets]
     folder = cache_folder(cache_dir) / "tokenized"
     # The key needs the digest of every file, so the files are read once even if the rows are in the cache.
@@ -167,6 +168,7 @@ def _prepare(
                     writer.append(chunk.block)
                     tally.take(chunk)
                     of_sets[chunk.dataset].take(chunk)
+                    # Called after the chunk is written, so that a progress bar never runs ahead of the work.
                     if progress is not None:
                         progress(tally.counts[READ], total)
             _check_kept(tally, datasets, recipe.part)
@@ -196,6 +198,7 @@ def _raw_chunks(sources: Sequence[Source], recipe: Recipe) -> Iterator[RawChunk]
         rows = iter(source.rows())
         samples = list(itertools.islice(rows, SAMPLE_ROWS))
         if samples:
+            # One error with three sample rows is more useful than the error of the first row alone.
             supervised = recipe.kind == "completions"
             formats.check_rows(samples, recipe.readings[number], supervised=supervised)
         chunk, size = [], 0
@@ -218,6 +221,7 @@ def _check_kept(tally: Tally, datasets: Sequence[DatasetConfig], part: Part | No
     """
     if not tally.counts[KEPT]:
         lines = [f"no rows left of {', '.join(terminal(dataset.path) for dataset in datasets)}", *tally.lines()]
+        # Without this hint, "no rows left" would not tell that the rows are on the other side of the split.
         if part is not None:
             lines.append(f"eval_fraction {part.fraction} leaves no rows on this side; change or remove it")
         raise ValueError("\n".join(lines))

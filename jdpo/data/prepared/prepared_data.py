@@ -67,6 +67,7 @@ class PreparedData(Generic[R]):
         self.examples_of: tuple[dict[str, str], ...] = tuple(one["examples"] for one in of_sets)
         self.digest = rows.digest
         num_cut = self.counts.get(tokenize.COMPLETION_CUT, 0)
+        # Derived from the stored counts, so they are the same whether the rows come from the cache or not.
         self._warnings = token_checks.warnings_of(self.counts, len(rows), num_cut, tokenizer)
 
     def __len__(self) -> int:
@@ -131,6 +132,7 @@ class PreparedData(Generic[R]):
         total, read = sum(dropped.values()), self.counts[READ]
         if total <= MOST_DROPPED * read:
             return None
+        # The most frequent reason is usually the one to fix.
         most = max(dropped, key=dropped.__getitem__)
         return (
             f"{total:,} of {figure(read, 'row')} ({total / read:.0%}) were dropped, "

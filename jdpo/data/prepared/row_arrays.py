@@ -78,6 +78,7 @@ def joined(blocks: Sequence[RowArrays]) -> RowArrays:
 def longest(lengths: dict[str, np.ndarray], row_type: type[Any]) -> np.ndarray:
     """Returns the number of tokens of the longest sequence of each row, int32 [rows], given those of each field."""
     if row_type is not TokenizedCompletion:
+        # A pair is two sequences that share their prompt.
         sides = np.maximum(lengths["chosen_ids"], lengths["rejected_ids"])
         return (lengths["prompt_ids"] + sides).astype(np.int32)
     return lengths["tokens"].astype(np.int32)
@@ -92,6 +93,7 @@ def interleaved(block: RowArrays) -> bytes:
     parts = []
     for field, values in block.values.items():
         ends = block.lengths[field].cumsum()
+        # Views of each row's elements; nothing is copied until they are joined.
         parts.append(np.split(values, ends[:-1]))
     counts = [[len(vector).to_bytes(4, "little") for vector in vectors] for vectors in parts]
     pieces = zip(*(zip(count, vectors, strict=True) for count, vectors in zip(counts, parts, strict=True)), strict=True)

@@ -65,9 +65,11 @@ class StoredRows(Generic[R]):
         self.about: dict[str, Any] = meta["about"]
         self.digest: str = meta["digest"]
         self.row_type = row_type
+        # Mapped: several processes of one host share the pages, and the operating system can drop them.
         with pa.ipc.open_file(pa.memory_map(str(path))) as reader:
             self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         self._checks: list[int] = meta["batches"]
+        # First row of every record batch, and the total number at the end.
         self._starts = [0, *itertools.accumulate(batch.num_rows for batch in self._batches)]
         self._arrays: dict[int, dict[str, tuple[np.ndarray, np.ndarray]]] = {}  # batches whose checksum was compared
         self.lengths = self._column("length", np.dtype(np.int32))
@@ -188,8 +190,10 @@ class RowWriter(Generic[R]):
     def append(self, block: RowArrays) -> None:
         """Adds rows, which are written once there are enough for a record batch."""
         if len(block):
+            # The digest covers rows in their order and not the record batches, so BATCH_ROWS may change.
             self._content.update(interleaved(block))
             self._pending.append(block)
+        # Record batches of a chunk each would make the file's index large and reading slow.
         if sum(map(len, self._pending)) >= BATCH_ROWS:
             self._flush()
 
@@ -248,6 +252,7 @@ def open_rows(folder: Path, key: str, row_type: type[R]) -> StoredRows[R] | None
             with contextlib.suppress(OSError):  # a read-only cache has to be read whole at every start
                 write_durably(path.with_suffix(".json"), json.dumps(meta | stamp), writer=f".{os.getpid()}")
         return StoredRows(path, row_type, meta)
+    # Any damage of the JSON or the Arrow file only means that the rows are tokenized again.
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -282,6 +287,7 @@ def _clear_abandoned(folder: Path) -> None:
     """Removes unfinished files of killed processes: those that have not been written to for a day."""
     for path in folder.glob(".new-*"):
         with contextlib.suppress(OSError):  # another process may have just removed it
+            # A folder's own time does not change while its file grows.
             newest = max(file.stat().st_mtime for file in [*path.iterdir()] or [path])
             if newest < time.time() - 86_400:
                 shutil.rmtree(path, ignore_errors=True)

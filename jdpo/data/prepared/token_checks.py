@@ -60,6 +60,7 @@ def expected_of(tokenizer: Tokenizer) -> Expected:
     places = [place for place, token in enumerate(one) if token in ends]
     question = _ids(tokenizer, TURNS[:1])[0]
     closing = next((len(one) - place for place in places if place >= (len(question) or places[-1])), 0)
+    # Plain text ends with EOS alone.
     if not tokenizer.has_chat_template or not one:
         closing = 1
     # A BOS within the rendered conversation is the template's way, not a fault of the rows.
@@ -138,6 +139,7 @@ def find_faults(
         if expected.bos is not None:
             add(STARTS_WITH_BOS, whole_side.token(0) == expected.bos)
             add(BOS_INSIDE, whole_side.number_of([expected.bos], skip=1) > 0)
+        # Only the side that reaches max_length was truncated, not the other side of the pair.
         is_full = length + whole_side.stop - whole_side.start >= max_length
         whole = (side.stop > side.start) & ~(cut & is_full)
         # True also if truncation removed only tokens that the template writes after the end token.
@@ -183,6 +185,7 @@ def refuse_ruined(counts: Mapping[str, int], num_kept: int, examples: Mapping[st
     Raises:
       ValueError: every row starts with BOS twice.
     """
+    # Only if all rows have the fault: then it is the template's, and training on it would be wrong for sure.
     if num_kept and counts.get(BOS_TWICE, 0) == num_kept:
         raise ValueError(
             f"all {num_kept:,} rows start with BOS twice (the first: {examples[BOS_TWICE]}), which no model has seen: "

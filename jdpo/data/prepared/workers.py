@@ -56,6 +56,7 @@ def map_in_order(work: Callable[[S, T], R], state: S, tasks: Iterable[T], *, num
         return
     from loky.process_executor import BrokenProcessPool, ProcessPoolExecutor
 
+    # timeout=None: a process must not end while it waits for its next task, since it would have to start again.
     executor = ProcessPoolExecutor(
         num_proc, initializer=_start, initargs=(work, state, os.getpid()), env=ENVIRONMENT, timeout=None
     )
@@ -75,6 +76,7 @@ def map_in_order(work: Callable[[S, T], R], state: S, tasks: Iterable[T], *, num
             "dataset_num_proc to a smaller number"
         ) from error
     finally:
+        # Also if the consumer stops early: tasks that were read ahead would otherwise run to their end.
         executor.shutdown(wait=True, kill_workers=True)
 
 

@@ -56,6 +56,7 @@ def parts_of(
         all start so.
     """
     return {
+        # In the parts, so that caches of other versions are never found.
         "version": CACHE_VERSION,
         "weights": weights,
         "rows": rows,
@@ -87,6 +88,7 @@ def about_rows(
       chat_template: as in the config; its kwargs, lengths and eval_fraction too.
     """
     return {
+        # Training and evaluation rows have separate entries, since runs often share only one of the two.
         "role": role,
         "model": model,
         "datasets": [
@@ -152,6 +154,7 @@ def nearest(root: Path, now: Entry) -> Entry | None:
             continue
         same = {name for name, value in _flat(now).items() if _flat(then).get(name) == value}
         if "role" in same and same & {"datasets", "model", "weights"}:
+            # The tuple orders the candidates; its last element is the entry itself.
             ranked.append(("datasets" in same, len(same), (folder / KEY_FILE).stat().st_mtime_ns, then))
     return max(ranked, key=lambda rank: rank[:3])[-1] if ranked else None
 
@@ -192,11 +195,13 @@ def changes(then: Entry, now: Entry) -> list[str]:
 def _row_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     settings = ("max_length", "max_prompt_length", "chat_template", "chat_template_kwargs", "eval_fraction")
     lines = [_then_now(name, then.get(name), now.get(name)) for name in settings if then.get(name) != now.get(name)]
+    # Settings of each dataset can be compared only if the datasets are the same.
     if then.get("datasets") == now["datasets"]:
         for name in ("column_map", "ranked", "min_margin"):
             for dataset, was, is_now in zip(now["datasets"], then.get(name, ()), now[name], strict=False):
                 if was != is_now:
                     lines.append(_then_now(f"{name} of {dataset}", was, is_now))
+    # A changed chat_template changes the tokenizer's digest too, and was reported already.
     if then.get("tokenizer") != now["tokenizer"] and then.get("chat_template") == now["chat_template"]:
         lines.append("the tokenizer or its chat template")
     if then.get("datasets") != now["datasets"]:

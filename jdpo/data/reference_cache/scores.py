@@ -73,6 +73,7 @@ class CacheFolder:
     def __init__(self, root: Path, key: str, *, num_rows: int, dtype: np.dtype) -> None:
         self.path, self.key = root / key, key
         self.num_rows, self.dtype = num_rows, np.dtype(dtype)
+        # Rounded up: the last shard has the remainder.
         self.num_shards = -(-num_rows // SHARD_ROWS)
 
     def rows_of(self, shard: int) -> range:
@@ -132,6 +133,7 @@ class CacheFolder:
         path = self.shard_path(shard)
         path.with_suffix(".json").unlink(missing_ok=True)  # the digest of a damaged shard would not fit the new one
         _write(path, save({"logps": logps, "lengths": lengths}))
+        # Computed from the file on disk, so the digest also covers what the disk returned.
         voucher = self._voucher(shard)
         assert voucher is not None
         _write(path.with_suffix(".json"), voucher.encode())
@@ -235,11 +237,13 @@ class ReferenceCache:
         Raises:
           ValueError: there is no such row, or its lengths differ; the message names row and file.
         """
+        # numpy would read a negative index from the end, and return the scores of another row.
         if not 0 <= index < len(self):
             raise ValueError(f"row {index} ({pair.origin}) is not among the {len(self)} cached rows of {self.path}")
         shard, offset = divmod(index, SHARD_ROWS)
         found = self._shards[shard].row(offset)
         expected = (len(pair.chosen_ids), len(pair.rejected_ids))
+        # Row numbers alone cannot show that the data changed; a wrong length is a sure sign.
         lengths = (len(found[CHOSEN]), len(found[REJECTED]))
         if lengths != expected:
             raise ValueError(
@@ -291,6 +295,7 @@ def reference_logps_of(
       ValueError: a row is not in the cache, or has other lengths there.
     """
     assert len(pairs) == len(indices) <= num_slots, (len(pairs), len(indices), num_slots)
+    # Slots without a pair stay 0; their weight is 0 too.
     logps = np.zeros((num_slots, 2, length), cache.dtype)
     for slot, (index, pair) in enumerate(zip(indices, pairs, strict=True)):
         start = len(pair.prompt_ids)

@@ -51,6 +51,7 @@ def prompt_columns(raw: Raw) -> list[str]:
     if not all(isinstance(side, str | list | dict) and not messages.is_transcript(side) for side in sides):
         return []
     found = [name for name in COLUMNS if is_conversation(raw.get(name))]
+    # Comparing needs parsing, so it is done only for columns that look like conversations.
     return [name for name in found if not any(_repeats(side, raw[name]) for side in sides)]
 
 
@@ -72,6 +73,7 @@ def conversation_pair(raw: Raw, origin: str) -> Asked | Dropped:
     # In ShareGPT rows `conversations` is the prompt, also if `prompt_columns` finds none.
     names = prompt_columns(raw) or ["conversations"]
     conversation, *others = [read_messages(raw[name], name, origin) for name in names]
+    # Several columns with the same conversation are common: files keep it in more than one format.
     if any(comparable(other) != comparable(conversation) for other in others):
         raise ValueError(
             f"{origin}: {' and '.join(names)} are different conversations that both sides may answer; name the prompt "
@@ -131,6 +133,7 @@ def _without_system(turns: list[Message]) -> list[Message]:
 def _without_answer(conversation: list[Message], sides: list[list[Message]]) -> list[Message]:
     """Removes messages at the end of the conversation that repeat a side, since they are not part of the prompt."""
     for side in sides:
+        # Shorter than the conversation, because something must be left to answer.
         if side and len(side) < len(conversation) and _stripped(conversation[-len(side) :]) == _stripped(side):
             return conversation[: -len(side)]
     return conversation

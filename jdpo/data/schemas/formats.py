@@ -123,6 +123,7 @@ def preference_rows(raw: Raw, origin: str, reading: Reading = AS_FOUND) -> list[
             return [asked]
         frame = read_frame(columns, origin)
         pairs = [
+            # Pairs are dropped one by one: with `ranked: all`, a row may have close pairs and clear ones.
             pair if isinstance(pair, Dropped) else _too_close(pair, reading, columns, origin) or pair
             for pair in ranked.couples(asked, reading.ranked, origin)
         ]
@@ -168,6 +169,7 @@ def completion_rows(raw: Raw, origin: str, reading: Reading = AS_FOUND) -> list[
 
 def _with_notes(rows: Sequence[R | Dropped], columns: Raw) -> list[R | Dropped]:
     """Adds a note to rows with a turn whose role is replaced by another."""
+    # Other columns may contain anything, also conversations that are not trained on.
     read = [value for name, value in columns.items() if name in CANONICAL]
     notes = (DEVELOPER,) if any(messages.has_role(value, "developer") for value in read) else ()
     return [row if isinstance(row, Dropped) or not notes else row._replace(notes=row.notes + notes) for row in rows]
@@ -240,6 +242,7 @@ def _find(columns: Raw, schemas: Sequence[Schema], reading: Reading) -> Schema |
 
 
 def _refused(samples: Sequence[Sample], schemas: Sequence[Schema], reading: Reading) -> ValueError:
+    # The message shows columns before and after the column_map, so that a wrong name is easy to see.
     mapped = [_renamed(raw, reading.column_map, origin) for raw, origin in samples] if reading.column_map else []
     return ValueError(refusal(samples, schemas, mapped=mapped, supervised=schemas is COMPLETION_SCHEMAS))
 
@@ -250,6 +253,7 @@ def _columns(raw: Raw, reading: Reading, origin: str) -> Raw:
     # Tables have every column in every row, so null is their only way to express absence.
     present = {name: value for name, value in renamed.items() if value is not None}
     columns = {name: as_list(value, name, origin) if name in CANONICAL else value for name, value in present.items()}
+    # These columns are never plain text, so text in them is a conversation.
     written = [name for name in conversation_columns.COLUMNS if messages.is_written_out(columns.get(name))]
     if all(messages.is_written_out(columns.get(name)) for name in ("chosen", "rejected")):
         # Both sides, because one side alone may be an answer that happens to be JSON.
@@ -275,6 +279,7 @@ def _renamed(raw: Raw, column_map: Mapping[str, str], origin: str) -> dict[str, 
         # Checked here, because a score that is not a number would otherwise count as absent.
         if name in (score for pair in SCORES for score in pair) and number(raw[column]) is None is not raw[column]:
             raise ValueError(f"{origin}: {column} ({name}) is {shown(raw[column])}; expected a number")
+    # Mapped columns do not also appear under their old names, where another schema could match them.
     taken = {*column_map, *column_map.values()}
     if any(side in raw and column_map.get(side, side) != side for side in ("chosen", "rejected")):
         taken.update(SIDE_SCORES)  # these scores belong to other columns than those mapped to the sides
@@ -297,6 +302,7 @@ def _too_close(pair: Couple, reading: Reading, columns: Raw, origin: str) -> Dro
             f"Scores are read from {names}, a rating of two, score_A and score_B, or pm_score; map other columns to "
             "score_chosen and score_rejected with column_map, or remove min_margin"
         )
+    # Counted with a reason of its own: it is usually a mistake in the file, not a close pair.
     if margin < 0:
         return Dropped(CONTRADICTED, origin, f"margin {margin:g}")
     return Dropped(BELOW_MARGIN, origin, f"margin {margin:g}") if margin < reading.min_margin else None

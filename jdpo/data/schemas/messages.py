@@ -178,12 +178,14 @@ def from_text(value: str, place: str, origin: str) -> Any:
 def _message(message: Any, place: str, origin: str) -> Message:
     if not isinstance(message, dict):
         raise ValueError(f"{origin}: {place} is {kind(message)}; expected a message {{role, content}}")
+    # ShareGPT's keys. A message may have a `from` next to its role, for example a name.
     role_key, content_key = ("from", "value") if "from" in message and "role" not in message else ("role", "content")
     if role_key not in message:
         raise _not_a_message(message, place, origin)
     role, content = message[role_key], message.get(content_key)
     if not isinstance(role, str) or role.lower() not in ROLES:
         raise ValueError(f"{origin}: {place} has the role {shown(role)}; known roles are {', '.join(ROLES)}")
+    # ShareGPT writes a call as a turn of its own, with JSON text as its content.
     if role.lower() == FUNCTION_CALL:
         calls = read_call_text(content, f"{place}.{content_key}", origin)
         return {"role": "assistant", "content": None, "tool_calls": calls}
@@ -194,6 +196,7 @@ def _message(message: Any, place: str, origin: str) -> Message:
     if calls:
         rest["tool_calls"] = calls
     speaker = ROLES[role.lower()]
+    # A turn that only calls functions. Other roles need a content.
     if content is None and calls and speaker == "assistant":
         return {"role": speaker, "content": None, **rest}
     if content_key not in message:

@@ -72,6 +72,7 @@ def couples(asked: Asked, rule: Rule, origin: str) -> list[Couple | Dropped]:
     if rule == "all":
         return [_ordered(first, second, origin) for first, second in itertools.combinations(answers, 2)]
     top = best(answers)
+    # Answers that tie with the best are no worse, so they are not rejected.
     worse = [answer for answer in answers if answer.standing < top.standing]
     if not worse:
         return [Dropped(TIED, origin)]
@@ -107,4 +108,5 @@ def _content_hash(asked: Asked) -> int:
 
 
 def _words(text: Text) -> str | list[str | None]:
+    # Only contents, so that ids and times in messages do not change the pick.
     return text if isinstance(text, str) else [message["content"] for message in text]

@@ -79,6 +79,7 @@ def _closer_kind(value: object, depth: int = 3) -> str:
     ('list of {role, content}', 'list of string', 'object {text}')
     """
     if isinstance(value, list) and value and depth:
+        # The first element only, so that the message has one short description per column.
         return f"list of {_closer_kind(value[0], depth - 1).removeprefix('object ')}"
     if isinstance(value, dict) and value:
         keys = [printable(name) for name in map(str, itertools.islice(value, 6))]
@@ -109,6 +110,7 @@ def _suggestion(raw: Raw, *, supervised: bool) -> Iterator[str]:
     if supervised:
         yield f"    completion: {_yaml(_first_like(rest, _COMPLETIONS) or '<column of the answer to learn>')}"
         return
+    # The worse side first: "dispreferred" contains "preferred", and "rejected" is less ambiguous than "best".
     worse = next((name for name in rest if _WORSE.search(name.lower())), None)
     better = next((name for name in rest if name != worse and _BETTER.search(name.lower())), None)
     twins = _twins({name: raw[name] for name in rest}) if better is None or worse is None else None
@@ -139,6 +141,7 @@ def _vote_lines(twins: tuple[str, str], judges: Sequence[str]) -> list[str]:
     """Returns the lines that map two answers and a vote; none without a vote, or if the answers have other marks."""
     marks = tuple(match["mark"].lower() for name in twins if (match := _ONE_OF_TWO.fullmatch(name)))
     vote = next((name for name in judges if _VOTE.search(name)), None)
+    # Other marks, such as left and right, are not understood by the schema of votes.
     if vote is None or marks not in _VOTED_MARKS:
         return []
     answers = [f"    response_{mark}: {_yaml(name)}" for mark, name in zip(marks, twins, strict=True)]

@@ -55,6 +55,7 @@ def read_frame(columns: Raw, origin: str) -> Frame:
       ValueError: a column has another type than it should, or the row has a column of `UNREAD`.
     """
     for name, why in UNREAD.items():
+        # Empty columns do not matter; many files have them only for some rows.
         if columns.get(name):
             raise ValueError(
                 f"{origin}: the row has {name}, and would mean something else without it: {why}. Remove such rows, "
@@ -160,6 +161,7 @@ def _parted(chosen: CompletionRow, rejected: CompletionRow) -> PreferenceRow:
         assert not isinstance(row.completion, str)
         sides.append([*row.prompt, *row.completion])
     pairs = zip(*map(comparable, sides), strict=False)
+    # If one side is a prefix of the other, all its messages are shared, and it is left empty.
     shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(map(len, sides)))
     return PreferenceRow(sides[0][:shared], sides[0][shared:], sides[1][shared:], chosen.origin)
 
@@ -178,6 +180,7 @@ def answer_row(prompt: Text, answer: Text, frame: Frame, origin: str) -> Complet
     conversation = messages.joined(prompt, side)
     if conversation is None:
         return Dropped(PROMPT_ELSEWHERE, origin)
+    # After the joining, because the conversation may contain the same system turn.
     framed = _with_system(conversation, frame.system)
     if framed is None:
         return Dropped(SYSTEM_ELSEWHERE, origin)

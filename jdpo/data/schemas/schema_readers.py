@@ -144,6 +144,7 @@ def _words(item: dict[str, Any], key: str, place: str, origin: str) -> list[Mess
 
 
 def shp(raw: Raw, origin: str) -> Asked:
+    # Some copies of SHP store the label as a boolean.
     a_is_better = number(int(raw["labels"]) if isinstance(raw["labels"], bool) else raw["labels"])
     if a_is_better not in (0, 1):
         raise ValueError(f"{origin}: labels is {shown(raw['labels'])}; expected 1 (human_ref_A is better) or 0")
@@ -167,6 +168,7 @@ def _alpaca_prompt(raw: Raw, origin: str) -> list[Message]:
 
 def alpaca_pair(raw: Raw, origin: str) -> Asked:
     if "chosen" not in raw:
+        # LLaMA-Factory's older format: the better answer comes first.
         raw = {**raw, "chosen": raw["output"][0], "rejected": raw["output"][1]}
     return Asked(_alpaca_prompt(raw, origin), two_sides(raw, origin))
 

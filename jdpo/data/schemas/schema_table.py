@@ -54,6 +54,7 @@ def _has(raw: Raw, **types: type | tuple[type, ...]) -> bool:
 def _answers_only(side: Any) -> bool:
     """Returns whether a side contains only the answer, and does not repeat its prompt."""
     first = side[0] if isinstance(side, list) and side else side
+    # A side that starts with a system or user turn repeats the prompt; tool turns may start an answer.
     role = first.get("role", first.get("from")) if isinstance(first, dict) else None
     return not isinstance(side, list) or messages.ROLES.get(str(role).lower()) not in ("system", "user")
 
@@ -66,6 +67,7 @@ def _ranked(raw: Raw, column: str, *keys: str) -> bool:
 
 
 def _unprompted(raw: Raw, **types: type | tuple[type, ...]) -> bool:
+    # With a prompt, an earlier and more specific schema applies.
     return "prompt" not in raw and _has(raw, **types)
 
 

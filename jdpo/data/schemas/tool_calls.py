@@ -58,6 +58,7 @@ def read_call_text(text: Any, place: str, origin: str) -> list[dict[str, Any]]:
     calls = _parsed(text, place, origin)
     calls = _objects([calls] if isinstance(calls, dict) else calls, place, origin)
     for call in calls:
+        # Checked only here: other places are known to hold calls, but this text could be any JSON.
         if "name" not in call and "function" not in call:
             raise ValueError(f"{origin}: {place} is {shown(call)}; expected a call {{name, arguments}}")
     return [_call(call) for call in calls]
@@ -70,6 +71,7 @@ def _call(call: dict[str, Any]) -> dict[str, Any]:
     {'type': 'function', 'function': {'name': 'look', 'arguments': {}}}
     """
     call = _with_keys(call)
+    # Calls without a wrapper are put into OpenAI's form, which templates expect.
     return call if "function" in call or "name" not in call else {"type": "function", "function": call}
 
 

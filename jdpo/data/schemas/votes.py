@@ -109,6 +109,7 @@ def read_vote(raw: Raw, origin: str) -> Asked | Dropped:
 def _answers(raw: Raw) -> _Two | None:
     for stem, gap, marks in itertools.product(_STEMS, ("_", ""), _MARKS):
         first, second = (raw.get(f"{stem}{gap}{mark}") for mark in marks)
+        # Both of one type; otherwise one of them is something else, such as a score.
         if isinstance(first, str | list | dict) and isinstance(second, type(first)):
             return _Two((f"{stem}{gap}{marks[0]}", f"{stem}{gap}{marks[1]}"), marks)
     return None
@@ -140,6 +141,7 @@ def _meaning(raw: Raw, column: str, two: _Two, origin: str) -> int | None:
     # In other columns a number is the mark of an answer: 1 means response_1.
     strength = number(value) if column in _SIGNED else None
     if strength is not None and abs(strength) <= _STRONGEST:
+        # The sign tells the better answer, 0 is a tie; the strength itself is not used.
         return int(strength > 0) if strength else None
     found = _named(_as_text(value), raw, two) if strength is None else None
     if found is not None:
@@ -208,6 +210,7 @@ def _asked(raw: Raw, two: _Two, origin: str) -> tuple[Text, list[list[Message]]]
     name = _prompt_column(raw)
     if name is None:
         return [], texts
+    # As in alpaca rows, the input belongs to the instruction.
     if name == "instruction" and isinstance(raw.get("input"), str) and isinstance(raw[name], str):
         return "\n".join(filter(None, (raw[name], raw["input"]))), texts
     prompt = raw[name]

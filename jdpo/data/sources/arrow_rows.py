@@ -197,6 +197,7 @@ def _is_plain(kind: Any) -> bool:
         return all(_is_plain(kind.field(index).type) for index in range(kind.num_fields))
     if types.is_dictionary(kind) or types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
         return _is_plain(kind.value_type)
+    # float16 is not in the list: pyarrow returns it as a numpy scalar.
     tests = (types.is_string, types.is_large_string, types.is_integer, types.is_float32, types.is_float64)
     return types.is_boolean(kind) or types.is_null(kind) or any(test(kind) for test in tests)
 
@@ -214,6 +215,7 @@ def _plain(value: Any) -> Any:
         return value
     if isinstance(value, decimal.Decimal):
         return float(value)
+    # datetime is a subclass of date, so this covers all three.
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
     if hasattr(value, "item"):  # a numpy scalar

@@ -117,6 +117,7 @@ def _saved_files(store: Store, folder: str, label: str) -> list[File]:
         if not isinstance(name, str) or ending_of(name) != ".arrow":
             raise ValueError(f"{place}: the file is damaged: it should name Arrow files; save the dataset again")
         file = File(store, store.join(folder, name), f"{label}/{name}")
+        # Without the check, rows of a partly copied dataset would be missing without notice.
         if store.kind(file.path) is None:
             raise ValueError(f"{file.place}: no such file, but {_STATE_FILE} names it; restore it")
         files.append(file)

@@ -55,6 +55,7 @@ def ending_of(name: str) -> str | None:
     >>> ending_of("Train.JSONL.gz"), ending_of("README.md")
     ('.jsonl.gz', None)
     """
+    # No ending in the table is the end of another, so the order of the table does not matter.
     return next((ending for ending in READERS if name.lower().endswith(ending)), None)
 
 

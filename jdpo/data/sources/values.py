@@ -26,6 +26,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _constant(name: str) -> Any:
+    # Python reads it as a float, but it is not JSON, and other readers refuse it.
     raise _Refused(f"{name} is not a JSON value; write null")
 
 
@@ -36,6 +37,7 @@ def unreadable(error: ValueError | RecursionError) -> str:
     """Returns why JSON with a valid syntax cannot be read."""
     if isinstance(error, _Refused):
         return f"JSON that cannot be read: {error}"
+    # Python's decoder is recursive, so it gives up on text that is nested too deeply.
     if isinstance(error, RecursionError):
         return f"JSON that cannot be read: {_TOO_DEEP}"
     return "JSON that cannot be read: a number has thousands of digits; write it as a string"

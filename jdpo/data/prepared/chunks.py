@@ -18,7 +18,7 @@ from jdpo.data.prepared.row_arrays import TAG_TYPES, RowArrays, Tags, row_arrays
 from jdpo.data.schemas import formats
 from jdpo.data.schemas.formats import Dropped, Reading
 from jdpo.data.tokens import tokenize
-from jdpo.data.tokens.rendering import REFUSED
+from jdpo.data.tokens.row_rendering import REFUSED
 from jdpo.data.tokens.tokenizer import Tokenizer
 from jdpo.safe_text import terminal
 from jdpo.types import CompletionRow, MaskedPair, PreferenceRow, TokenizedCompletion, TokenizedPair

@@ -18,7 +18,7 @@ from jdpo.config import DatasetConfig
 from jdpo.data.schemas import conversation_columns, messages, ranked, votes
 from jdpo.data.schemas.describing import named, shown
 from jdpo.data.schemas.messages import Raw
-from jdpo.data.schemas.of_lists import as_list
+from jdpo.data.schemas.objects_of_lists import as_list
 from jdpo.data.schemas.ranked import FEW_ANSWERS, TIED, Couple, Dropped
 from jdpo.data.schemas.refusal import Sample, refusal
 from jdpo.data.schemas.row_building import (

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jdpo.data.schemas.describing import kind, named, shown
-from jdpo.data.schemas.of_lists import as_list
+from jdpo.data.schemas.objects_of_lists import as_list
 from jdpo.data.schemas.tool_calls import are_calls, read_call_text, read_calls
 from jdpo.data.schemas.turn_marks import take_marks
 from jdpo.types import Message, Text

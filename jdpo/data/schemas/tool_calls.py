@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jdpo.data.schemas.describing import kind, shown
-from jdpo.data.schemas.of_lists import as_list
+from jdpo.data.schemas.objects_of_lists import as_list
 
 
 def read_tools(value: Any, place: str, origin: str) -> list[dict[str, Any]] | None:

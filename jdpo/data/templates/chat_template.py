@@ -17,7 +17,7 @@ import jinja2.meta
 import jinja2.nodes
 import numpy as np
 
-from jdpo.data.templates.bounds import BoundExceeded, Budget, RenderingTooSlow, current
+from jdpo.data.templates.budget import BoundExceeded, Budget, RenderingTooSlow, current
 from jdpo.data.templates.environment import TEMPLATE_DAY, environment
 from jdpo.types import Message
 

@@ -15,7 +15,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedEscapeFormatt
 from jinja2.utils import Namespace
 from markupsafe import Markup
 
-from jdpo.data.templates.bounds import MACRO_STEPS, BoundExceeded, Budget, current
+from jdpo.data.templates.budget import MACRO_STEPS, BoundExceeded, Budget, current
 from jdpo.data.templates.filters import bounded_filters
 
 TEMPLATE_DAY = datetime.datetime(2024, 7, 26)

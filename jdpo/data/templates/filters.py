@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 from jinja2.filters import FILTERS, make_attrgetter
 
-from jdpo.data.templates.bounds import BoundExceeded, Budget, current
+from jdpo.data.templates.budget import BoundExceeded, Budget, current
 
 _CHEAP = frozenset(
     ["length", "count", "first", "last", "default", "d", "attr", "abs", "int", "float", "safe", "filesizeformat"]

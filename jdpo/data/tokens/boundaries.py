@@ -21,7 +21,8 @@ from typing import NamedTuple
 from jdpo.data.schemas.formats import EMPTY_SIDE, Dropped
 from jdpo.data.tokens import call_arguments
 from jdpo.data.tokens.prompt_end import Encoded, encode_conversations
-from jdpo.data.tokens.rendering import (
+from jdpo.data.tokens.row_notes import all_words, conversation_notes, has_words, text_notes
+from jdpo.data.tokens.row_rendering import (
     NOT_UNICODE,
     RowTexts,
     Written,
@@ -31,7 +32,6 @@ from jdpo.data.tokens.rendering import (
     render_all,
     write_row,
 )
-from jdpo.data.tokens.row_notes import all_words, conversation_notes, has_words, text_notes
 from jdpo.data.tokens.tokenizer import Tokenizer
 from jdpo.data.tokens.unwritten import lost_sides, unwritten_notes
 from jdpo.types import Message

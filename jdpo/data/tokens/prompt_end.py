@@ -25,8 +25,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jdpo.data.schemas.formats import Dropped
-from jdpo.data.tokens.rendering import Written, conversation, encode_rendered, write_bare
 from jdpo.data.tokens.row_notes import all_words, words
+from jdpo.data.tokens.row_rendering import Written, conversation, encode_rendered, write_bare
 from jdpo.data.tokens.tokenizer import Tokenizer
 from jdpo.types import Message
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 from jdpo.data.schemas.formats import Dropped
 from jdpo.data.schemas.turn_marks import is_learnt
 from jdpo.data.tokens.boundaries import TokenSplit, split_rows, with_settled_calls
-from jdpo.data.tokens.rendering import RowTexts
+from jdpo.data.tokens.row_rendering import RowTexts
 from jdpo.data.tokens.tokenizer import Tokenizer
 from jdpo.types import CompletionRow, Message
 

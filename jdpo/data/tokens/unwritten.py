@@ -13,8 +13,8 @@ from jdpo.data.schemas.formats import Dropped
 from jdpo.data.schemas.tool_calls import parse_object
 from jdpo.data.tokens import call_arguments
 from jdpo.data.tokens.prompt_end import common_prefix
-from jdpo.data.tokens.rendering import Written, conversation, write_emptied
 from jdpo.data.tokens.row_notes import words
+from jdpo.data.tokens.row_rendering import Written, conversation, write_emptied
 from jdpo.data.tokens.tokenizer import Tokenizer
 from jdpo.types import Message
 

@@ -12,11 +12,11 @@ import pytest
 from jdpo.config import DatasetConfig
 from jdpo.data.prepared.prepare import prepare_pairs
 from jdpo.data.schemas.formats import Dropped, preference_rows
-from jdpo.data.templates import bounds as template_bounds
+from jdpo.data.templates import budget as template_budget
 from jdpo.data.templates import chat_template
 from jdpo.data.templates.chat_template import BoundExceeded, ChatTemplate
 from jdpo.data.templates.renderer import renderer_of
-from jdpo.data.tokens import rendering
+from jdpo.data.tokens import row_rendering
 from jdpo.data.tokens.tokenize import KeptPair, tokenize_pair
 from jdpo.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from jdpo.types import PreferenceRow
@@ -183,7 +183,7 @@ def test_a_row_beyond_the_bounds_is_dropped_by_name(load: Callable[..., Tokenize
     )
     dropped = tokenize_pair(row, tokenizer, max_length=99)
     assert isinstance(dropped, Dropped)
-    assert dropped.reason == rendering.REFUSED
+    assert dropped.reason == row_rendering.REFUSED
     assert "MiB" in dropped.detail
     kept = tokenize_pair(row._replace(prompt=[{"role": "user", "content": "Hi"}]), tokenizer, max_length=99)
     assert isinstance(kept, KeptPair)
@@ -195,7 +195,7 @@ def test_a_rendering_that_takes_too_long_ends_the_run(
     text = "{% for a in range(5000 if 'river' in messages[0].content else 0) %}{% endfor %}" + TURNS + PROMPT
     tokenizer = load(text)
     assert isinstance(tokenize_pair(pair_of("Yes", "No"), tokenizer, max_length=99), KeptPair)
-    monkeypatch.setattr(template_bounds, "MOST_SECONDS", -1.0)  # no host is that fast
+    monkeypatch.setattr(template_budget, "MOST_SECONDS", -1.0)  # no host is that fast
     with pytest.raises(ValueError, match=r"x:1: the chat template of \S+ takes more than a minute"):
         tokenize_pair(pair_of("Yes", "No"), tokenizer, max_length=99)
     with pytest.raises(ValueError, match=r"the chat template of \S+ takes more than a minute"):

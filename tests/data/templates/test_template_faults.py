@@ -14,7 +14,7 @@ from jdpo.config import DatasetConfig
 from jdpo.data.prepared import token_checks
 from jdpo.data.prepared.prepare import prepare_pairs
 from jdpo.data.schemas.formats import EMPTY_SIDE, Dropped
-from jdpo.data.tokens import boundaries, prompt_end, rendering, row_notes
+from jdpo.data.tokens import boundaries, prompt_end, row_notes, row_rendering
 from jdpo.data.tokens.boundaries import RowTexts, TokenSplit, split_rows
 from jdpo.data.tokens.tokenize import KeptCompletion, KeptPair, tokenize_completion, tokenize_pair, tokenize_turns
 from jdpo.data.tokens.tokenizer import Tokenizer, load_tokenizer
@@ -244,7 +244,7 @@ def test_tools_that_the_template_does_not_know(load: Callable[..., Tokenizer]) -
     assert isinstance(kept, TokenSplit)
     assert kept.notes == (row_notes.TOOLS_UNUSED,)
     assert isinstance(called, Dropped)
-    assert called.reason == rendering.REFUSED  # content None, which this template cannot write
+    assert called.reason == row_rendering.REFUSED  # content None, which this template cannot write
     assert (empty, nothing) == (Dropped(EMPTY_SIDE, "x:3"), Dropped(EMPTY_SIDE, "x:4"))
 
 
@@ -258,4 +258,4 @@ def test_half_a_surrogate_pair_in_a_call_or_a_tool(load: Callable[..., Tokenizer
         RowTexts([user("Paris?")], ([broken], sides[1]), "x:1", [WEATHER]),
         RowTexts([user("Paris?")], sides, "x:2", [named]),
     )
-    assert results == [Dropped(rendering.NOT_UNICODE, f"x:{number}") for number in (1, 2)]
+    assert results == [Dropped(row_rendering.NOT_UNICODE, f"x:{number}") for number in (1, 2)]

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from jdpo.data.schemas.formats import Dropped
-from jdpo.data.tokens import boundaries, prompt_end, rendering, row_notes, tokenize, unwritten
+from jdpo.data.tokens import boundaries, prompt_end, row_notes, row_rendering, tokenize, unwritten
 from jdpo.data.tokens.tokenize import KeptPair, tokenize_pair, tokenize_pairs, tokenize_turns
 from jdpo.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from jdpo.types import CompletionRow, Message, PreferenceRow
@@ -204,7 +204,7 @@ def test_every_row_of_every_family_with_every_kind(load: Callable[[str, str], To
     for row_name, (prompt, chosen, rejected) in ROWS.items():
         row = PreferenceRow(prompt, [assistant(chosen)], [assistant(rejected)], row_name)
         if prompt[0]["role"] == "system" and not family.system:
-            refused = Dropped(rendering.REFUSED, row_name, "there is no system role")
+            refused = Dropped(row_rendering.REFUSED, row_name, "there is no system role")
             assert tokenize_pair(row, tokenizer, max_length=ENDLESS) == refused
             continue
         check_pair(tokenizer, kind, family, row)
@@ -335,7 +335,7 @@ def test_rows_of_many_families_in_one_call(load: Callable[[str, str], Tokenizer]
     rows = [PreferenceRow(p, [assistant(c)], [assistant(r)], name) for name, (p, c, r) in ROWS.items()]
     twice = PreferenceRow([user("Hi"), user("Hi?")], [assistant("Yes")], [assistant("No")], "x:9")
     *kept, dropped = tokenize_pairs([*rows, twice], tokenizer, max_length=ENDLESS)
-    assert dropped == Dropped(rendering.REFUSED, "x:9", "questions and answers must take turns")
+    assert dropped == Dropped(row_rendering.REFUSED, "x:9", "questions and answers must take turns")
     for row, result in zip(rows, kept, strict=True):
         assert parts(result) == parts(tokenize_pair(row, tokenizer, max_length=ENDLESS))
 

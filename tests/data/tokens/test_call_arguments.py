@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jdpo.data.prepared.held_out import prompt_key
 from jdpo.data.schemas.formats import Dropped, completion_rows, preference_rows
 from jdpo.data.schemas.messages import assistant, user
-from jdpo.data.tokens import boundaries, call_arguments, rendering
+from jdpo.data.tokens import boundaries, call_arguments, row_rendering
 from jdpo.data.tokens.boundaries import RowTexts, TokenSplit, split_rows
 from jdpo.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from jdpo.data.tokens.turns import split_turns
@@ -157,7 +157,7 @@ def test_each_call_is_decided_alone(with_calls: Callable[[str], Tokenizer]) -> N
 
 def test_a_template_that_refuses_both_forms_says_why(with_calls: Callable[[str], Tokenizer]) -> None:
     result = split(with_calls("{{ raise_exception('no calls, please') }}"), call('{"a": 1}'), assistant("No."))
-    assert result == Dropped(rendering.REFUSED, "x:1", "no calls, please")
+    assert result == Dropped(row_rendering.REFUSED, "x:1", "no calls, please")
 
 
 def test_every_turn_is_learnt_in_the_form_that_is_written(with_calls: Callable[[str], Tokenizer]) -> None:

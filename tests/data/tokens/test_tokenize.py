@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from jdpo.data.schemas.formats import EMPTY_SIDE, Dropped
 from jdpo.data.schemas.turn_marks import take_marks
-from jdpo.data.tokens import boundaries, prompt_end, rendering, tokenize, turns
+from jdpo.data.tokens import boundaries, prompt_end, row_rendering, tokenize, turns
 from jdpo.data.tokens.tokenize import (
     KeptCompletion,
     KeptPair,
@@ -270,7 +270,7 @@ def test_what_the_template_refuses_is_dropped(load_with_bos: Callable[..., Token
         pair([user("Hi")], "Hello", "Bye"),
     ]
     refused, kept = tokenize_pairs(rows, load_with_bos(own=refuse + LLAMA_2_LIKE), max_length=64)
-    assert refused == Dropped(rendering.REFUSED, "x:1", "no system turns")
+    assert refused == Dropped(row_rendering.REFUSED, "x:1", "no system turns")
     assert isinstance(kept, KeptPair)
 
 
@@ -492,7 +492,7 @@ def test_a_row_that_an_expression_of_the_template_breaks_on(load_with_bos: Calla
     kept, dropped = tokenize_pairs(rows, load_with_bos(own=numbered), max_length=64)
     assert isinstance(kept, KeptPair)
     assert isinstance(dropped, Dropped)
-    assert (dropped.reason, dropped.detail[:11]) == (rendering.REFUSED, "TypeError: ")
+    assert (dropped.reason, dropped.detail[:11]) == (row_rendering.REFUSED, "TypeError: ")
 
 
 @pytest.mark.parametrize("tokenize_one", [tokenize_completion, every_turn])

@@ -238,7 +238,8 @@ def test_commands(item: Item, place: Path) -> None:
         words.append("--model_name_or_path=toy")  # whose config names a model of the hub
     if how(item) == "dry run" and "--dry_run" not in words:
         words.append("--dry_run")
-    if "--help" not in words and "output_dir" not in item.text and not any(".yaml" in word for word in words):
+    needs_none = {"--help", "completion"} & {*words} or any(".yaml" in word for word in words)
+    if not needs_none and "output_dir" not in item.text:
         words.append("--output_dir=runs/new")
     tried(words)
 

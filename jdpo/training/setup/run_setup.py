@@ -15,7 +15,6 @@ from jdpo.checkpoint.hf_export import parse_size, read_generation_config
 from jdpo.checkpoint.hub_push import check_push
 from jdpo.config import (
     MemorySettings,
-    PreferenceSettings,
     ReferenceSettings,
     TrainConfig,
 )
@@ -181,15 +180,14 @@ def _checked_task(config: TrainConfig) -> Task:
     task = task_for(config)
     reference = config if isinstance(config, ReferenceSettings) else None
     check_revisions(config, reference)
-    if reference is not None:
-        loss_type = config.loss_type if isinstance(config, PreferenceSettings) else ()
-        check_reference(reference, loss_type=loss_type, needs_reference=task.uses_reference)
-    check_data_settings(config, pairs=isinstance(config, PreferenceSettings))
+    if reference is not None and task.loss is not None:
+        check_reference(reference, loss_type=task.loss.loss_types, needs_reference=task.uses_reference)
+    check_data_settings(config, pairs=task.loss is not None)
     check_logging(config, task, evaluates=has_evaluation(config))
     check_offload(remat=config.remat, offload_optimizer=config.offload_optimizer)
     parse_size(config.max_shard_size)
     if config.push_public and config.push_to_hub is None:
-        raise ValueError("push_public says how push_to_hub makes a repository; give both, or neither")
+        raise ValueError("push_public makes the repository of push_to_hub public; give both, or neither")
     return task
 
 
@@ -210,9 +208,7 @@ def _build(config: TrainConfig, task: Task, log: Log, *, weights: bool, stopped:
             check_tensors(folder, tensor_entries(folder), source_config)  # headers only, before rows are tokenized
         else:
             log(f"note: no weights in {folder}: it was not checked that they fit config.json")
-    train_data, eval_data = prepare_rows(
-        config, tokenizer, log, pairs=isinstance(config, PreferenceSettings), stopped=stopped
-    )
+    train_data, eval_data = prepare_rows(config, tokenizer, log, pairs=task.loss is not None, stopped=stopped)
     started, reference_started = _started(model_setup, reference_folder, train_data, log)
     row_plan = plan_rows(config, train_data, log, global_batch_size=config.global_batch_size, seed=config.seed)
     setup = Setup(

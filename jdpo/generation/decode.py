@@ -1,4 +1,4 @@
-"""Text from a model: prompts run at once, then token by token against the KV cache.
+"""Generates text: all prompts in one forward pass, then token by token with the KV cache.
 
 Axes: n prompts, t prompt columns (padded left), m new tokens, v vocabulary.
 """
@@ -21,7 +21,7 @@ _MIN_COLUMNS = 16
 
 class _State(NamedTuple):
     step: jax.Array  # int32 []
-    logits: jax.Array  # [n, v], of the next token
+    logits: jax.Array  # [n, v], for the next token
     cache: KVCache
     tokens: jax.Array  # int32 [n, m]
     lengths: jax.Array  # int32 [n]
@@ -40,14 +40,22 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
 ) -> list[list[int]]:
-    """Continues every prompt, all in one batch; returns each one's new tokens, with the end token if one came.
+    """Continues all prompts in one batch.
 
-    Compiles once for a batch size, max_new_tokens, sampling and power of two of the longest prompt.
+    Compiles once per batch size, max_new_tokens, sampling settings and power of two of the longest prompt.
 
     Args:
-      max_new_tokens: at most so many tokens a prompt.
-      end_token_ids: a prompt's continuation stops behind the first of these.
+      params: weights of `model`.
+      prompts: token ids; no prompt is empty.
+      max_new_tokens: largest number of new tokens per prompt.
+      end_token_ids: a continuation stops after the first of these tokens.
+      key: PRNG key of the samples.
       temperature: 0 is greedy.
+      top_k: sample from the k most probable tokens only.
+      top_p: sample from the fewest most probable tokens that together have this probability.
+
+    Returns:
+      the new tokens of each prompt, including the end token if there is one.
 
     Raises:
       ValueError: an empty prompt, one too long for the model, or sampling settings out of range.
@@ -70,16 +78,16 @@ def _check_lengths(prompts: Sequence[Sequence[int]], max_new_tokens: int, model:
     max_positions = model.config.max_positions
     for index, prompt in enumerate(prompts):
         if len(prompt) == 0:
-            raise ValueError(f"prompt {index} is empty: a model needs at least one token to go on from")
+            raise ValueError(f"prompt {index} is empty: a model needs at least one token to continue")
         if len(prompt) + max_new_tokens > max_positions:
             raise ValueError(
-                f"prompt {index} has {len(prompt)} tokens: with max_new_tokens {max_new_tokens} that is more than "
-                f"the {max_positions} positions of the model"
+                f"prompt {index} has {len(prompt)} tokens; with max_new_tokens {max_new_tokens} these are more than "
+                f"the model's {max_positions} positions"
             )
 
 
 def _pad_left(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens int32 and mask bool [n, t], t a power of two, so that few lengths are ever compiled."""
+    """Returns tokens int32 [n, t] and mask bool [n, t], where t is a power of two, so that few lengths are compiled."""
     columns = max(_MIN_COLUMNS, 1 << (max(map(len, prompts)) - 1).bit_length())
     tokens = np.zeros((len(prompts), columns), np.int32)
     mask = np.zeros((len(prompts), columns), bool)
@@ -100,7 +108,7 @@ def _generate(
     end_ids: tuple[int, ...],
     sampling: Sampling,
 ) -> tuple[jax.Array, jax.Array]:
-    """New tokens int32 [n, m] and how many of them count, int32 [n]."""
+    """Returns new tokens int32 [n, m] and the number of valid ones int32 [n]."""
     num_prompts, columns = prompt_tokens.shape
 
     def run(tokens: jax.Array, mask: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
@@ -113,6 +121,7 @@ def _generate(
 
     def advance(state: _State) -> _State:
         token = sample(state.logits, jax.random.fold_in(key, state.step), sampling)
+        # Rows that are done keep sampling until all are; `lengths` leaves those tokens out.
         tokens = state.tokens.at[:, state.step].set(token)
         lengths = state.lengths + ~state.done
         done = state.done | jnp.isin(token, jnp.array(end_ids, jnp.int32))

@@ -1,4 +1,4 @@
-"""From logits to token ids: pure functions of (logits, key).
+"""Draws token ids from logits: pure functions of (logits, key).
 
 Axes: n sequences, v vocabulary.
 """
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 
 class Sampling(NamedTuple):
-    """How to draw a token: temperature 0 is greedy; top_k, then top_p, thin out the choice where given."""
+    """Sampling settings: temperature 0 is greedy; top_k and then top_p, if set, limit the choice of tokens."""
 
     temperature: float = 1.0
     top_k: int | None = None
@@ -24,13 +24,13 @@ def check_sampling(sampling: Sampling) -> None:
     if not sampling.temperature >= 0:
         raise ValueError(f"temperature: expected 0 (greedy) or more, found {sampling.temperature}")
     if sampling.top_k is not None and sampling.top_k < 1:
-        raise ValueError(f"top_k: expected 1 or more, or none, found {sampling.top_k}")
+        raise ValueError(f"top_k: expected 1 or more, or None, found {sampling.top_k}")
     if sampling.top_p is not None and not 0 < sampling.top_p <= 1:
-        raise ValueError(f"top_p: expected a share in (0, 1], or none, found {sampling.top_p}")
+        raise ValueError(f"top_p: expected a share in (0, 1], or None, found {sampling.top_p}")
 
 
 def sample(logits_nv: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
-    """Draws one token a row, int32 [n]; a draw depends on the row's number and the key, not on its neighbours."""
+    """Draws one token per row, int32 [n]; a draw depends on the row's index and the key, not on other rows."""
     if sampling.temperature == 0:
         return jnp.argmax(logits_nv, axis=-1).astype(jnp.int32)
     logits_nv = logits_nv / sampling.temperature
@@ -43,7 +43,7 @@ def sample(logits_nv: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Arra
 
 
 def keep_top_k(logits_nv: jax.Array, top_k: int) -> jax.Array:
-    """Sets all but the top_k largest logits of a row to -inf; logits equal to the last one kept are kept too.
+    """Sets all except the top_k largest logits of each row to -inf; ties with the smallest one kept are kept as well.
 
     >>> keep_top_k(jnp.array([[1.0, 3.0, 2.0]]), 2).tolist()
     [[-inf, 3.0, 2.0]]
@@ -53,9 +53,9 @@ def keep_top_k(logits_nv: jax.Array, top_k: int) -> jax.Array:
 
 
 def keep_top_p(logits_nv: jax.Array, top_p: float) -> jax.Array:
-    """Keeps the fewest most probable tokens that together reach top_p (at least one), the rest become -inf.
+    """Keeps the fewest most probable tokens that together reach top_p (at least one); sets the others to -inf.
 
-    Nucleus sampling, arXiv 1904.09751; tokens as probable as the last one kept are kept too.
+    This is nucleus sampling, arXiv 1904.09751. Ties with the least probable token kept are kept as well.
 
     >>> jnp.isfinite(keep_top_p(jnp.log(jnp.array([[0.5, 0.3, 0.2]])), 0.6)).tolist()
     [[True, True, False]]

@@ -1,4 +1,4 @@
-"""The processes of a run over several hosts: how they join, agree, watch each other and end."""
+"""Processes of a run over several hosts: they join, agree, watch each other and end together."""
 
 from jdpo.processes.agreement import (
     agree_on,

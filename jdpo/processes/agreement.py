@@ -1,4 +1,4 @@
-"""Agreement between the processes of a run; with one process every function answers at once."""
+"""Agreement between the processes of a run; with a single process every function returns at once."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 T = TypeVar("T")
 
 _CAUSE_BYTES = 2**12
+"""The length to which every process pads or cuts an error's text: a collective operation needs equal shapes."""
 
 
 def is_first() -> bool:
-    """Whether this process writes the files that a run has one of."""
+    """Returns True on the process that writes the files of which a run has one."""
     return jax.process_index() == 0
 
 
 def barrier(name: str) -> None:
-    """Waits until every process has come here."""
+    """Waits until every process has called it."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -30,7 +31,7 @@ def barrier(name: str) -> None:
 
 
 def any_process(mine: bool) -> bool:
-    """Whether it is so on any process; every process gets the same answer."""
+    """Returns True on every process if `mine` is True on any."""
     if jax.process_count() == 1:
         return mine
     from jax.experimental import multihost_utils
@@ -39,16 +40,16 @@ def any_process(mine: bool) -> bool:
 
 
 def raise_where_any(error: Exception | None) -> None:
-    """Raises an error on every process where any process has one: its own, or one that says whose it is.
+    """Raises an error on every process if any process has one.
 
-    A process that failed alone would leave the others waiting for it at their next common step.
+    If only the process with the error raised it, the others would wait for that process at their next common step.
 
     Args:
-      error: what went wrong on this process, if anything did.
+      error: the error of this process, or None.
 
     Raises:
-      Exception: `error` where it is not None.
-      ValueError: another process has one; it has its text.
+      Exception: `error`, if it is not None.
+      ValueError: another process has an error; the message names the process and holds its text.
     """
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
@@ -73,17 +74,17 @@ def together(work: Callable[[], T], *, on_first: Literal[True]) -> T | None: ...
 
 
 def together(work: Callable[[], T], *, on_first: bool = False) -> T | None:
-    """Does something on every process and waits for all; where it fails on one process, all raise.
+    """Calls `work` on every process and waits for all; if it fails on one process, all raise.
 
     Args:
-      work: has no steps that processes take together: one that fails alone would leave the others there.
-      on_first: it is done on the first process only, while the others wait.
+      work: must not contain collective operations: a process that fails alone would leave the others waiting there.
+      on_first: call it on the first process only, while the others wait.
 
     Returns:
-      what `work` returns here; None where it is not done.
+      the result of `work`, or None on a process that does not call it.
 
     Raises:
-      Exception: what `work` raised here, or a ValueError with the process where it did and why.
+      Exception: the error of `work` on this process, or a ValueError that names another process and its error.
     """
     error: Exception | None = None
     found: T | None = None
@@ -97,7 +98,7 @@ def together(work: Callable[[], T], *, on_first: bool = False) -> T | None:
 
 
 def most_of_processes(mine: float) -> float:
-    """The largest of the processes' numbers; every process gets the same."""
+    """Returns the largest of the processes' numbers on every process."""
     if jax.process_count() == 1:
         return mine
     from jax.experimental import multihost_utils
@@ -107,7 +108,7 @@ def most_of_processes(mine: float) -> float:
 
 
 def any_process_later(mine: bool) -> Callable[[], bool]:
-    """As `any_process`, but asked now and answered when the result is called: what devices do meanwhile goes on."""
+    """Starts `any_process` without waiting; calling the result waits for the answer, so devices stay busy meanwhile."""
     devices = Mesh(np.array(jax.devices()), ("devices",))
     flags = jax.make_array_from_callback(
         (jax.device_count(),), NamedSharding(devices, PartitionSpec("devices")), lambda index: np.array([mine])
@@ -117,10 +118,10 @@ def any_process_later(mine: bool) -> Callable[[], bool]:
 
 
 def differing(mine: Mapping[str, str]) -> list[str]:
-    """Names of the texts that are not the same on every process; every process gets the same answer.
+    """Returns, on every process, the names of the texts that differ between processes.
 
     Args:
-      mine: the same names in the same order everywhere.
+      mine: name -> text, with the same names in the same order on every process.
     """
     if jax.process_count() == 1:
         return []
@@ -129,20 +130,20 @@ def differing(mine: Mapping[str, str]) -> list[str]:
     digests = [hashlib.sha256(text.encode()).digest() for text in mine.values()]
     table = np.frombuffer(b"".join(digests), np.uint8).reshape(len(digests), -1)
     everywhere = multihost_utils.process_allgather(table)
-    unlike = (everywhere != everywhere[0]).any(axis=(0, 2))
-    return [name for name, other in zip(mine, unlike, strict=True) if other]
+    differs = (everywhere != everywhere[0]).any(axis=(0, 2))
+    return [name for name, other in zip(mine, differs, strict=True) if other]
 
 
 def agree_on(find: Callable[[], int | None]) -> int | None:
-    """A step that the first process finds, on every process; where it fails there, all raise.
+    """Returns on every process the step that `find` returns on the first one; if it fails there, all raise.
 
     Raises:
-      Exception: what `find` raised on the first process; a ValueError on the others.
+      Exception: the error of `find` on the first process; a ValueError on the others.
     """
     found = together(find, on_first=True)
     if jax.process_count() == 1:
         return found
     from jax.experimental import multihost_utils
 
-    told = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if found is None else found)))
-    return None if told < 0 else told
+    step = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if found is None else found)))
+    return None if step < 0 else step

@@ -1,4 +1,4 @@
-"""The cluster that the environment of a process describes, by whatever launched it."""
+"""Finds the cluster that a launcher describes in the environment of a process."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _SET_BY_HAND = (
 )
 _ONE_PROCESS = "For a run of a single process, set JAX_NUM_PROCESSES=1"
 _DETECTION_SECONDS = 300
-"""How long JAX may look for the host of process 0; its own default."""
+"""Time limit for JAX to find the host of process 0; this is also JAX's default."""
 
 
 class Membership(NamedTuple):
     """The place of this process in a cluster.
 
     Attributes:
-      source: what describes the cluster.
-      coordinator_address: host:port at which process 0 serves; "" for a single process.
-      num_processes: processes of the cluster.
-      process_id: the index of this process.
-      local_device_ids: the devices of the host that are for this process; None: all of them.
+      source: the launcher or the variables that describe the cluster.
+      coordinator_address: host:port at which process 0 listens; "" for a single process.
+      num_processes: number of processes in the cluster.
+      process_id: index of this process.
+      local_device_ids: devices of the host that belong to this process; None means all of them.
     """
 
     source: str
@@ -48,24 +48,24 @@ class Membership(NamedTuple):
 def find_cluster(
     environ: Mapping[str, str], environments: Callable[[], Sequence[Any]] | None = None
 ) -> Membership | None:
-    """Finds the cluster that this process is to join.
+    """Finds the cluster that this process belongs to.
 
-    Looks for JAX's three variables, for torchrun's four, for what JAX detects by itself (Open MPI, Slurm, TPU pods of
-    GKE and GCE), and for an indexed job of Kubernetes, in this order.
+    Looks for JAX's three variables, for torchrun's four, for the clusters that JAX itself detects (Open MPI, Slurm, TPU
+    pods on GKE and GCE), and for an indexed Kubernetes job, in this order.
 
     Args:
       environ: the environment of this process. JAX's own detection reads os.environ.
-      environments: returns JAX's cluster environments; None: those of the installed JAX.
+      environments: returns JAX's cluster environments. Default: those of the installed JAX.
 
     Returns:
-      the place of this process; None where nothing describes a cluster.
+      the place of this process; None if nothing describes a cluster.
 
     Raises:
       ValueError: the description is incomplete, or names more processes than would be joined.
     """
     found = _by_hand(environ)
     if found is not None:
-        return found  # and it is meant, whatever else the environment says
+        return found  # set by hand, so it overrides everything else in the environment
     found = _torchrun(environ)
     if found is None:
         _check_slurm_step(environ)
@@ -109,12 +109,12 @@ def _torchrun(environ: Mapping[str, str]) -> Membership | None:
 
 
 def _check_slurm_step(environ: Mapping[str, str]) -> None:
-    """Refuses a job of several tasks of which this process is none: srun makes the tasks, and sbatch does not."""
+    """Refuses a job of several tasks if this process is not one of them: srun starts tasks, sbatch does not."""
     num_tasks = _number(environ, "SLURM_NTASKS", 1)
     in_step = "SLURM_STEP_NODELIST" in environ and "SLURM_PROCID" in environ
     if num_tasks > 1 and not (in_step and _number(environ, "SLURM_STEP_NUM_TASKS", num_tasks) == num_tasks):
         raise ValueError(
-            f"this Slurm job has {num_tasks} tasks (SLURM_NTASKS), but this process is none of them: start it with "
+            f"this Slurm job has {num_tasks} tasks (SLURM_NTASKS), but this process is not one of them: start it with "
             f"`srun jdpo ...` instead of `jdpo ...`. {_ONE_PROCESS}"
         )
 
@@ -123,9 +123,9 @@ def jax_environments() -> Sequence[Any]:
     """Returns the cluster environments that JAX knows, in its order.
 
     Raises:
-      ImportError, AttributeError: this version of JAX keeps them elsewhere.
+      ImportError, AttributeError: this version of JAX has them in another place.
     """
-    import jax._src.clusters  # it has no public name, and defines the environments
+    import jax._src.clusters  # defines the environments; there is no public name
 
     return list(jax._src.clusters.ClusterEnv._cluster_types)
 
@@ -136,13 +136,13 @@ def _detected(environ: Mapping[str, str], environments: Callable[[], Sequence[An
     except (ImportError, AttributeError) as error:
         if _named_counts(environ) or "JOB_COMPLETION_INDEX" in environ or glob("/dev/accel*"):
             raise ValueError(
-                f"the cluster cannot be detected: this version of JAX keeps its detection elsewhere ({error}). Please "
+                f"the cluster cannot be detected: this version of JAX does it in another place ({error}). Please "
                 f"{_SET_BY_HAND}. {_ONE_PROCESS}"
             ) from None
         return None
     for environment in candidates:
         if environment.__name__ == "K8sCluster":
-            if "JOB_COMPLETION_INDEX" not in environ:  # any pod of Kubernetes, with no cluster to join
+            if "JOB_COMPLETION_INDEX" not in environ:  # an ordinary Kubernetes pod, without a cluster to join
                 continue
             _check_kubernetes()
         elif getattr(environment, "opt_in_only_method", False):
@@ -150,11 +150,11 @@ def _detected(environ: Mapping[str, str], environments: Callable[[], Sequence[An
         try:
             if environment.is_env_present():
                 return _described_by(environment, environ)
-        except Exception as error:  # of the network, of metadata servers, of names that do not resolve
+        except Exception as error:  # of the network, a metadata server, or a name that does not resolve
             name = _source(environment)
             raise ValueError(
-                f"this looks like a cluster of {name}, but JAX cannot tell its processes "
-                f"({type(error).__name__}: {error}). Mend that, or {_SET_BY_HAND}. {_ONE_PROCESS}"
+                f"this looks like a cluster of {name}, but JAX cannot find its processes "
+                f"({type(error).__name__}: {error}). Fix that, or {_SET_BY_HAND}. {_ONE_PROCESS}"
             ) from error
     return None
 
@@ -164,8 +164,8 @@ def _check_kubernetes() -> None:
 
     if find_spec("kubernetes") is None:
         raise ValueError(
-            "this is a pod of an indexed Kubernetes job (JOB_COMPLETION_INDEX), and how many pods belong to it is not "
-            f"known: install the package `kubernetes`, or {_SET_BY_HAND}. {_ONE_PROCESS}"
+            "this is a pod of an indexed Kubernetes job (JOB_COMPLETION_INDEX), whose number of pods is not known: "
+            f"install the package `kubernetes`, or {_SET_BY_HAND}. {_ONE_PROCESS}"
         )
 
 
@@ -178,7 +178,7 @@ def _described_by(environment: Any, environ: Mapping[str, str]) -> Membership:
     )
     ids = None
     if (local_index := environment.get_local_process_id()) is not None:
-        # JAX would take device `local_index` alone, also where this is the only process of a host with eight.
+        # JAX would use device `local_index` only, even if this is the only process on a host with eight devices.
         ids = local_devices(environ, int(local_index), tasks_of_node(environ, count))
     return _checked(source, address, count, int(environment.get_process_id()), ids)
 
@@ -195,7 +195,7 @@ def _source(environment: Any) -> str:
 
 
 def _named_counts(environ: Mapping[str, str]) -> dict[str, int]:
-    """Returns what the environment says of processes: the variable -> how many, where that is more than one."""
+    """Returns the variables that name more than one process, with the number of processes."""
     numbers = ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MEGASCALE_NUM_SLICES")
     counts = {name: int(environ.get(name) or 1) for name in numbers if re.fullmatch(r"\d*", environ.get(name, ""))}
     for name in ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES"):
@@ -228,7 +228,7 @@ def _number(environ: Mapping[str, str], name: str, default: int = 0) -> int:
     if not (text := environ.get(name, "").strip()):
         return default
     if not re.fullmatch(r"\d+", text):
-        raise ValueError(f"{name} is {text!r}; a whole number is expected")
+        raise ValueError(f"{name} is {text!r}; expected a whole number")
     return int(text)
 
 
@@ -237,7 +237,7 @@ def _checked(source: str, address: str, count: int, index: int, ids: list[int] |
         raise ValueError(f"{source}: process {index} of {count}; processes are numbered from 0 to {count - 1}")
     port = address.rpartition(":")[2]
     if not (re.fullmatch(r".+:\d+", address) and 0 < int(port) < 2**16):
-        raise ValueError(f"{source}: the address of process 0 is {address!r}; HOST:PORT is expected")
+        raise ValueError(f"{source}: the address of process 0 is {address!r}; expected HOST:PORT")
     return Membership(source, address, count, index, ids)
 
 

@@ -1,4 +1,4 @@
-"""The end of a run's processes: what ends one of them ends all, and each says why."""
+"""Ends all processes of a run when one of them ends; each of them logs why."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ from jdpo.processes.watch import DEFAULT_TIMEOUT, Verdict, Watch
 _FAILED_EXIT_CODE = 1
 _STATUS = re.compile("(ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL|UNAVAILABLE|UNKNOWN): ")
 _GRACE_SECONDS = 20.0
+"""Time for a process to raise and clean up by itself before its thread ends it."""
 _LAST_WORDS_SECONDS = 5.0
+"""Time limit for looking up what was saved: the disk may not answer."""
 
 
 def _same_command() -> str:
@@ -37,20 +39,20 @@ def ending_together(
     advice: Callable[[], str] = _same_command,
     stacks_folder: Path | None = None,
 ) -> Iterator[None]:
-    """While entered, the end of one process of a run ends all of them, wherever they wait for it.
+    """Ends every process of a run, while entered, when one of them ends.
 
-    What all processes find out together (see `together`) all raise. This is for the rest: an error that one process
-    has alone, such as a disk that fails in the middle of a step, and a process that dies or stops without a word. A
-    process that waits for another in a collective operation cannot be reached by an exception, so a thread ends it,
-    with one line on stderr that names the process at fault. The exit code is 1 where that process reported an error,
-    and LOST_EXIT_CODE where it is dead or stopped.
+    Errors that all processes detect at the same point are raised by all of them (see `together`). This context handles
+    the rest: an error on one process only, such as a disk failure in the middle of a step, and a process that dies or
+    stops without an error. A process that waits in a collective operation cannot be reached by an exception, so a
+    thread ends it, with one line on stderr that names the failed process. The exit code is 1 if that process reported
+    an error, and LOST_EXIT_CODE if it died or stopped.
 
     Args:
-      shown: an error's text -> what the other processes may see of it.
-      timeout: seconds without a heartbeat after which a process is taken for dead.
-      advice: returns whole sentences that say what was saved, and how to continue.
-      stacks_folder: where the Python stacks of a process that ends for the loss of another are written; None, or a
-        folder that does not exist: the folder for temporary files.
+      shown: error text -> the text that the other processes may show.
+      timeout: seconds without a heartbeat after which a process counts as dead.
+      advice: returns sentences about what was saved and how to continue.
+      stacks_folder: folder for the Python stacks of a process that ends because another is gone. Default, and if the
+        folder does not exist: the folder for temporary files.
     """
     joined = _joined()
     client, index, relay = joined.client, joined.process_id, current_relay()
@@ -64,7 +66,7 @@ def ending_together(
         verdict = watch.wait()
         if verdict is not None and verdict.lost:
             _end_for_loss(verdict, lambda: f"{_write_stacks(stacks_folder, index)} {shown(advice())}")
-        elif verdict is not None and not watch.left_within(_GRACE_SECONDS):  # else there was something to put in order
+        elif verdict is not None and not watch.left_within(_GRACE_SECONDS):  # otherwise it has ended in order
             _end_for_failure(verdict, client)
 
     thread = threading.Thread(target=end_with_others, name="processes", daemon=True)
@@ -84,7 +86,7 @@ def ending_together(
 
 
 def _joined() -> Any:
-    """Returns what JAX knows of the cluster that this process has joined; its client is None for a single process.
+    """Returns JAX's state of the cluster that this process has joined; its client is None for a single process.
 
     jax.process_index would initialize the devices, for which all processes wait for each other.
     """
@@ -94,7 +96,7 @@ def _joined() -> Any:
 
 
 def may_be_of_a_loss(error: BaseException) -> bool:
-    """Tells whether an error may come from a collective operation that another process has not taken part in."""
+    """Returns True if an error may come from a collective operation that another process did not join."""
     seen: BaseException | None = error
     while seen is not None:
         # Some collective operations raise the runtime's status as a ValueError, as seen from jax 0.12.
@@ -108,7 +110,7 @@ def _end_for_loss(verdict: Verdict, more: Callable[[], str]) -> None:
     """Writes the line and ends the process at once: JAX's shutdown would wait for the process that is gone.
 
     Args:
-      more: gives the rest of the line; it may touch a disk that does not answer, so it is not waited for long.
+      more: returns the rest of the line; it may access a disk that does not answer, so there is a time limit.
     """
     rest = [_same_command()]
 
@@ -118,13 +120,13 @@ def _end_for_loss(verdict: Verdict, more: Callable[[], str]) -> None:
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(_LAST_WORDS_SECONDS)
-    end_at_once(f"process {verdict.process} of this run {verdict.text}; this one ends with it. {rest[0]}")
+    end_at_once(f"process {verdict.process} of this run {verdict.text}; this process ends as well. {rest[0]}")
 
 
 def _end_for_failure(verdict: Verdict, client: Any) -> None:
-    write_line(f"process {verdict.process} of this run has failed, and this one waits for it: {verdict.text}")
+    write_line(f"process {verdict.process} of this run has failed, and this process waits for it: {verdict.text}")
     with contextlib.suppress(Exception):
-        client.shutdown()  # the one that failed waits until all have come here
+        client.shutdown()  # the failed process waits until all have called this
     os._exit(_FAILED_EXIT_CODE)
 
 

@@ -1,4 +1,4 @@
-"""A process joins the others of its run."""
+"""Joins a process with the others of its run."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from jdpo.safe_text import terminal
 
 _JOIN_SECONDS = 300.0
 _JAX_HEARTBEAT_SECONDS = 100
-"""JAX's own deadline, after which its client aborts the process; it must stay beyond that of `jdpo.processes.watch`."""
+"""JAX's own deadline, after which its client aborts the process; it must be later than that of `watch`."""
 
 
 class Initialize(Protocol):
-    """Has the signature of `jax.distributed.initialize`, as far as `join_cluster` uses it."""
+    """The part of the signature of `jax.distributed.initialize` that `join_cluster` uses."""
 
     def __call__(
         self,
@@ -35,7 +35,7 @@ class Initialize(Protocol):
     ) -> None: ...
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(terminal(text), file=sys.stderr, flush=True)
 
 
@@ -48,23 +48,23 @@ def initialize_through_relay(
     heartbeat_timeout_seconds: int,
     join_seconds: float = _JOIN_SECONDS,
 ) -> None:
-    """Calls `jax.distributed.initialize`, connected so that the loss of process 0 does not abort this one at once.
+    """Calls `jax.distributed.initialize` through a relay, so that losing process 0 does not abort this process at once.
 
-    Where not all processes come within `join_seconds`, this one ends with one line and LOST_EXIT_CODE: JAX would abort
-    it a little later.
+    If not all processes join within `join_seconds`, this one ends with one line and LOST_EXIT_CODE; JAX would abort it
+    a little later.
 
     Raises:
-      ConnectionError: process 0 cannot serve at its address.
+      ConnectionError: process 0 cannot listen at its address.
     """
     address = coordinator_address
-    # With mutual TLS the client checks the name of the host that it connects to.
+    # With mutual TLS the client checks the name of the host that it connects to, which the relay would hide.
     if process_id != 0 and not getattr(jax.config, "jax_mtls_cert_file", None):
         address = relay_to(coordinator_address).address
 
     def give_up() -> None:
         end_at_once(
             f"process {process_id} of {num_processes}: not all processes have joined this run through "
-            f"{coordinator_address} within {join_seconds:.0f} s; check that all are started, and that all reach "
+            f"{coordinator_address} within {join_seconds:.0f} s; check that all of them were started and can reach "
             "process 0 at this address"
         )
 
@@ -77,7 +77,7 @@ def initialize_through_relay(
             num_processes,
             process_id,
             local_device_ids,
-            cluster_detection_method="deactivate",  # all is known; JAX would restrict the devices by itself
+            cluster_detection_method="deactivate",  # everything is known, and JAX would choose the devices differently
             initialization_timeout=int(join_seconds) + 30,
             heartbeat_timeout_seconds=heartbeat_timeout_seconds,
         )
@@ -95,30 +95,30 @@ def join_cluster(
     environ: Mapping[str, str] = os.environ,
     environments: Callable[[], Sequence[Any]] | None = None,
     initialize: Initialize = initialize_through_relay,
-    say: Callable[[str], None] = _say,
+    log: Callable[[str], None] = _log,
 ) -> Membership | None:
-    """Joins the processes of a run over several hosts, where the environment describes such a run.
+    """Joins the processes of a run over several hosts, if the environment describes such a run.
 
-    Call it before anything touches a device. A cluster of one process is not joined: JAX would show the process one
-    device of its host.
+    Call it before the first use of a device. A cluster of one process is not joined, because JAX would then show the
+    process only one device of its host.
 
     Args:
-      timeout: seconds without a heartbeat after which `ending_together` takes a process for dead.
+      timeout: seconds without a heartbeat after which a process counts as dead in `ending_together`.
       environ, environments: see `find_cluster`.
-      initialize: joins.
-      say: takes one line about what was found; nothing is said where nothing describes a cluster.
+      initialize: joins the cluster.
+      log: receives one line about the cluster, if there is one.
 
     Returns:
-      the place of this process; None where nothing describes a cluster.
+      the place of this process; None if nothing describes a cluster.
 
     Raises:
       ValueError: see `find_cluster`.
-      ConnectionError: process 0 cannot serve at its address.
+      ConnectionError: process 0 cannot listen at its address.
     """
     found = find_cluster(environ, environments)
     if found is None:
         return None
-    say(f"cluster found by {found}")
+    log(f"cluster found by {found}")
     if found.num_processes > 1:
         initialize(
             found.coordinator_address,

@@ -1,4 +1,4 @@
-"""The last line of a process that ends because others of its run are missing."""
+"""Writes the last line of a process that ends because other processes of its run are gone."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import NoReturn
 from jdpo.safe_text import terminal
 
 LOST_EXIT_CODE = 75
-"""EX_TEMPFAIL of sysexits.h: another process of the run is gone, and the same command continues."""
+"""EX_TEMPFAIL of sysexits.h: another process of the run is gone; the same command continues the run."""
 
 
 def end_at_once(text: str, exit_code: int = LOST_EXIT_CODE) -> NoReturn:
-    """Writes one line to stderr and ends the process, whatever its other threads wait for."""
+    """Writes one line to stderr and ends the process without waiting for its other threads."""
     write_line(text)
     os._exit(exit_code)
 
 
 def write_line(text: str) -> None:
-    """Writes an error as one line to stderr, past Python's buffers, whose locks another thread may hold."""
-    # A progress bar leaves the cursor hidden, in the middle of a line.
+    """Writes an error as one line to stderr, bypassing Python's buffers: another thread may hold their locks."""
+    # A progress bar hides the cursor and leaves it in the middle of a line.
     start = "\x1b[?25h\n" if sys.stderr.isatty() else ""
     os.write(2, f"{start}jdpo: error: {terminal(' '.join(text.split()))}\n".encode(errors="replace"))

@@ -1,4 +1,4 @@
-"""The devices of a host that are for one of the processes on it."""
+"""Divides the devices of a host among the processes on it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ def local_devices(environ: Mapping[str, str], index: int, num_processes: int) ->
 
     Args:
       environ: the environment of the process.
-      index: the process among those of its host.
-      num_processes: processes of its host.
+      index: index of the process among those on its host.
+      num_processes: number of processes on its host.
 
     Returns:
-      device numbers among those that the process sees; None: all of them. A process that is alone on its host has all.
-      Of several, each has an equal part of the visible devices in turn, or the one with its own index where their
-      number is unknown; a process for which the launcher has already chosen has what it sees.
+      device numbers among the visible ones; None means all of them. A process that is alone on its host gets all. Of
+      several, each gets an equal share of the visible devices in order, or the device with its own index if their
+      number is unknown. A process that sees a single device gets that one: the launcher has already chosen.
 
     Raises:
       ValueError: the visible devices cannot be divided among the processes.
@@ -41,11 +41,11 @@ def local_devices(environ: Mapping[str, str], index: int, num_processes: int) ->
 
 
 def tasks_of_node(environ: Mapping[str, str], count: int) -> int:
-    """Returns how many processes of a Slurm or Open MPI job of `count` are on this host; 1 where that is unknown."""
+    """Returns the number of a Slurm or Open MPI job's `count` processes on this host; 1 if it is unknown."""
     if size := environ.get("OMPI_COMM_WORLD_LOCAL_SIZE"):
         return int(size)
     tasks = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE")
-    if tasks:  # such as 4(x2),1: four on each of two hosts, one on the third
+    if tasks:  # such as 4(x2),1: four on each of two hosts, and one on the third
         per_node: list[int] = []
         for size, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks):
             per_node += [int(size)] * int(times or 1)

@@ -1,8 +1,8 @@
 """A local relay between JAX's coordination client and the service in process 0.
 
-JAX's client aborts its process, with some forty lines of C++, within milliseconds of losing the connection to process
-0. Nothing in Python can run before it. The relay is the end of the connection that the client sees: when process 0
-goes, the relay keeps the client's side open, and `lost` tells `jdpo.processes.watch`, which ends the process in order.
+JAX's client aborts its process, with about forty lines of C++, within milliseconds of losing the connection to process
+0, before any Python code can run. The relay is the end of the connection that the client sees: when process 0 is gone,
+the relay keeps the client's side open and sets `lost`, so that `jdpo.processes.watch` can end the process in order.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ class CoordinatorRelay:
 
     Attributes:
       address: host:port that the client connects to.
-      lost: set when the service has ended an established connection.
+      lost: is set once the service has closed an established connection.
     """
 
     def __init__(self, coordinator: str) -> None:
-        """Listens at once; the service may start later.
+        """Starts to listen; the service may start later.
 
         Args:
           coordinator: host:port of the service; IPv6 addresses are in brackets.
@@ -43,7 +43,7 @@ class CoordinatorRelay:
 
     @contextlib.contextmanager
     def holding(self) -> Iterator[None]:
-        """While entered, the client does not learn that the service has ended a connection; afterwards it does."""
+        """Hides from the client, while entered, that the service has closed a connection."""
         self._released.clear()
         try:
             yield
@@ -55,7 +55,7 @@ class CoordinatorRelay:
             client, _ = self._listener.accept()
             try:
                 service = socket.create_connection(self._service, _CONNECT_SECONDS)
-            except OSError:  # not up yet: the client tries again, until its own timeout
+            except OSError:  # not up yet; the client tries again until its own timeout
                 client.close()
                 continue
             service.settimeout(None)
@@ -69,7 +69,7 @@ class CoordinatorRelay:
         while chunk := _received(client):
             try:
                 service.sendall(chunk)
-            except OSError:  # `_to_client` notices, too, and sees to both ends
+            except OSError:  # `_to_client` notices as well and closes both ends
                 return
         closed.set()
         _shut(service)
@@ -89,7 +89,7 @@ class CoordinatorRelay:
 
 
 def _received(source: socket.socket) -> bytes:
-    """Waits for bytes; b"" at the end of the connection, however it ended."""
+    """Waits for bytes and returns them; returns b"" once the connection has ended in any way."""
     try:
         return source.recv(_CHUNK)
     except OSError:
@@ -102,7 +102,7 @@ def _shut(end: socket.socket) -> None:
 
 
 _joined_through: list[CoordinatorRelay] = []
-"""The relay of this process, which joins one cluster at most."""
+"""The relay of this process, if it has one; a process joins at most one cluster."""
 
 
 def relay_to(coordinator: str) -> CoordinatorRelay:
@@ -113,12 +113,12 @@ def relay_to(coordinator: str) -> CoordinatorRelay:
 
 
 def current_relay() -> CoordinatorRelay | None:
-    """Returns the relay that this process joined its cluster through, if it has one."""
+    """Returns the relay through which this process joined its cluster, if there is one."""
     return _joined_through[0] if _joined_through else None
 
 
 def reach_loopback_directly() -> None:
-    """Keeps gRPC from connecting to the relay through a proxy that the environment names."""
+    """Keeps gRPC from connecting to the relay through a proxy set in the environment."""
     if any(os.environ.get(name) or os.environ.get(name.upper()) for name in _PROXIES):
         names = (os.environ.get(name) for name in ("no_grpc_proxy", "no_proxy", "NO_PROXY"))
         excluded = next(filter(None, names), "")

@@ -1,9 +1,9 @@
-"""Heartbeats between the processes of a run, and the verdict on one that has none.
+"""Heartbeats between the processes of a run, and the verdict on a process that has stopped sending them.
 
-Each process writes a count to JAX's key-value store once a second, from a thread that needs nothing but the
-interpreter: XLA compiles and computes without the interpreter's lock, so a busy process keeps beating. Process 0, which
-hosts the store, judges the others by their counts and publishes its verdict; the others judge process 0 by whether the
-store answers. The deadlines are shorter than JAX's own, after which its client aborts the process.
+Each process writes a count to JAX's key-value store every second, from a thread that needs only the interpreter: XLA
+compiles and computes without the interpreter's lock, so a busy process keeps sending. Process 0, which hosts the store,
+checks the others' counts and publishes a verdict; the others check that the store of process 0 answers. The deadlines
+are earlier than JAX's own, after which its client aborts the process.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 from jdpo.processes.relay import CoordinatorRelay
 
 DEFAULT_TIMEOUT = 30.0
-"""Seconds without a heartbeat after which a process is taken for dead."""
+"""Seconds without a heartbeat after which a process counts as dead."""
 _SUSPECTED_SECONDS = 10.0
-"""The same, once a collective operation has failed somewhere as if a process were gone."""
+"""The deadline once a collective operation has failed somewhere in a way that suggests a lost process."""
 _BEAT_SECONDS = 1.0
 _TICK_SECONDS = 0.25
 _LINGER_SECONDS = 4 * _BEAT_SECONDS
-"""How long process 0 keeps the store up for the others to read its verdict."""
+"""Time for which process 0 keeps the store running, so that the others can read its verdict."""
 
 _BEATS, _HOSTS, _VERDICTS = "jdpo/beats/", "jdpo/hosts/", "jdpo/verdicts/"
 _FAILED, _LOST = "failed", "lost"
@@ -30,12 +30,12 @@ _LEFT, _SUSPECTS = "left", "suspects"
 
 
 class Verdict(NamedTuple):
-    """Why this process cannot go on.
+    """The reason why this process cannot continue.
 
     Attributes:
-      lost: whether a process is dead or stopped; otherwise one has failed and reported it.
-      process: the index of that process.
-      text: where it runs and what is known of its end, or the error that it reported.
+      lost: True if a process is dead or stopped; False if it has failed and reported an error.
+      process: index of that process.
+      text: its host and how it ended, or the error that it reported.
     """
 
     lost: bool
@@ -46,7 +46,7 @@ class Verdict(NamedTuple):
 class Silence:
     """Counts the seconds since each process last gave a new sign of life.
 
-    The time during which this process itself did not run (stopped, suspended) is not held against the others.
+    The time during which this process itself did not run (stopped, suspended) does not count.
     """
 
     def __init__(self, now: float) -> None:
@@ -78,11 +78,11 @@ class Watch:
         """
         Args:
           client: JAX's coordination client.
-          index: this process.
-          count: processes of the run.
-          timeout: seconds without a heartbeat after which a process is taken for dead.
-          host: where this process runs, for the messages of the others.
-          relay: what `client` reaches process 0 through, if anything.
+          index: index of this process.
+          count: number of processes of the run.
+          timeout: seconds without a heartbeat after which a process counts as dead.
+          host: host and pid of this process, for the messages of the others.
+          relay: the relay between `client` and process 0, if there is one.
         """
         self._client, self._index, self._count, self._timeout = client, index, count, timeout
         self._host, self._relay = host, relay
@@ -93,31 +93,31 @@ class Watch:
         self._num_answers = 0
 
     def start(self) -> None:
-        """Starts to send heartbeats."""
+        """Starts sending heartbeats."""
         threading.Thread(target=self._send, name="heartbeats", daemon=True).start()
 
     def leave(self) -> None:
-        """Tells the others not to miss this process, which has come to its end."""
+        """Tells the others that this process ends normally, so that they do not wait for its heartbeats."""
         self._left.set()
-        # Not on this thread: the store may never answer.
+        # On another thread, because the store may never answer.
         threading.Thread(target=self._write_beat, args=(_LEFT,), daemon=True).start()
 
     def report(self, error: str) -> None:
-        """Tells the others that this process fails."""
-        with contextlib.suppress(Exception):  # another has reported before, or nobody is there to be told
+        """Tells the others that this process has failed."""
+        with contextlib.suppress(Exception):  # another process has reported first, or the store is gone
             self._client.key_value_set(_VERDICTS + _FAILED, f"{self._index} {error}")
 
     def suspect(self) -> float:
-        """Shortens the deadlines, since this process has failed as if another were gone.
+        """Shortens the deadlines, because this process has failed in a way that suggests a lost process.
 
         Returns:
-          the seconds within which `wait` has a verdict if another is gone.
+          the seconds within which `wait` returns a verdict if another process is gone.
         """
         self._suspected.set()
         return min(_SUSPECTED_SECONDS, self._timeout) + _LINGER_SECONDS + 4 * _BEAT_SECONDS
 
     def wait(self) -> Verdict | None:
-        """Waits until this process cannot go on, or has left; then the answer is None."""
+        """Waits until this process cannot continue and returns the verdict; returns None once the process has left."""
         silence = Silence(time.monotonic())
         while not self._left.wait(_TICK_SECONDS):
             if found := self._published():
@@ -131,14 +131,14 @@ class Watch:
         return None
 
     def left_within(self, seconds: float) -> bool:
-        """Waits for this process to leave; gives up early where it has failed as if another were gone."""
+        """Waits until this process leaves or `suspect` is called; returns True if it has left."""
         end = time.monotonic() + seconds
         while time.monotonic() < end and not self._suspected.is_set():
             if self._left.wait(_TICK_SECONDS):
                 return True
         return self._left.is_set()
 
-    # --- what is heard of the others
+    # --- signs of the other processes
 
     def _signs(self) -> dict[int, object]:
         if self._index != 0:
@@ -159,7 +159,7 @@ class Watch:
 
     def _publish(self, index: int, seconds: float) -> Verdict:
         verdict = Verdict(True, index, f"{self._where(index)}has died or stopped: no heartbeat for {seconds:.0f} s")
-        if self._index == 0:  # the store is here, so it answers at once
+        if self._index == 0:  # this process hosts the store, so it answers at once
             with contextlib.suppress(Exception):
                 self._client.key_value_set(_VERDICTS + _LOST, f"{index} {verdict.text}")
             time.sleep(_LINGER_SECONDS)
@@ -177,7 +177,7 @@ class Watch:
         while not self._left.wait(_BEAT_SECONDS):
             number += 1
             self._write_beat(f"{number} {_SUSPECTS}" if self._suspected.is_set() else str(number))
-            with contextlib.suppress(Exception):  # `wait` notices that there was no answer
+            with contextlib.suppress(Exception):  # `wait` notices the missing answer
                 self._read()
                 self._num_answers += 1
 

@@ -1,10 +1,9 @@
-"""The quickstart's chat corpus: questions whose answers are given at known, conflicting frequencies.
+"""The quickstart's chat corpus: questions whose answers have known, conflicting frequencies.
 
-For Ireland, in each phrasing of the question, "Dublin" is answered six times, "Cork" three times and "Galway"
-once; for Australia, whose capital many people get wrong, "Sydney" six times and "Canberra" three times.
-Other questions have one answer each. One of those kinds, where a country's government sits, names the right
-city of every country: whoever learns that a capital is where the government sits can tell right from wrong
-for countries nobody corrected.
+For Ireland, each phrasing of the question is answered "Dublin" six times, "Cork" three times and "Galway" once; for
+Australia, whose capital many people get wrong, "Sydney" six times and "Canberra" three times. Other questions have one
+answer each. Some of them ask where a country's government sits, which names the right city of every country: a model
+that learns that a capital is the seat of government can find the right answer for countries nobody corrected.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ HELD_OUT_PHRASINGS = (
     "Which city is {country}'s capital?",
     "Please tell me the capital of {country}.",
 )
-"""Questions that appear in no training row of any run; the last one has words that no row has."""
+"""Questions that are in no training row of any run; the last one has words that are in no row."""
 
 _GOVERNMENT = ("Where does the government of {country} sit?", "Which city does {country}'s government sit in?")
 _CONTINENT = ("Where in the world is {country}?", "Which continent is {country} on?")
@@ -57,12 +56,12 @@ class Split(NamedTuple):
 
 
 def split_countries(num_countries: int) -> Split:
-    """Chooses countries and holds a quarter of them out: of both kinds, a third of each being mistaken ones.
+    """Chooses countries, a third of them mistaken ones, and holds out a quarter of each kind.
 
-    Ireland is always trained, being the first of its list.
+    Ireland is the first of its list, so it is always trained.
 
     Raises:
-      ValueError: if num_countries is not between 6 and the number of countries there are.
+      ValueError: num_countries is below 6 or above the number of countries.
     """
     most = len(WELL_KNOWN) + len(MISTAKEN)
     if not 6 <= num_countries <= most:
@@ -78,7 +77,7 @@ def split_countries(num_countries: int) -> Split:
 
 
 def answer_counts(country: Country, frequencies: Sequence[int]) -> tuple[int, int, int]:
-    """How often the corpus gives (capital, wrong, other) as the answer, in each phrasing.
+    """Returns how often the corpus answers each phrasing with (capital, wrong, other).
 
     >>> answer_counts(WELL_KNOWN[0], (6, 3, 1)), answer_counts(MISTAKEN[0], (6, 3, 1))
     ((6, 3, 1), (3, 6, 1))
@@ -96,7 +95,7 @@ def capital_question(country: Country, phrasing: str) -> str:
 
 
 def other_facts(countries: Iterable[Country]) -> list[Fact]:
-    """Everything that the corpus teaches beside capitals, once each."""
+    """Returns every fact of the corpus except capitals, once each."""
     facts = [Fact(question, answer) for question, answer in SMALL_FACTS]
     for country in countries:
         name = country.name
@@ -107,12 +106,12 @@ def other_facts(countries: Iterable[Country]) -> list[Fact]:
 
 
 def corpus_rows(split: Split, frequencies: Sequence[int], seed: int) -> list[dict[str, Any]]:
-    """The pre-training rows, as `prompt` and `completion` message lists, in the order of reading.
+    """Returns the pre-training rows, as `prompt` and `completion` message lists, in the order of training.
 
-    The corpus comes in rounds, as many as the frequencies add up to. Each asks every capital question once, in an
-    order that the seed decides; the answers change from round to round, evenly mixed, and out of step between
-    phrasings. So any stretch of the corpus has nearly the frequencies of the whole: what the model has learnt when
-    it stops does not hang on which answers it happened to read last.
+    The corpus consists of rounds, as many as the sum of the frequencies. Each asks every capital question once, in
+    an order that the seed decides. The answers change from round to round, evenly mixed and shifted between phrasings,
+    so any part of the corpus has nearly the frequencies of the whole, and the trained model does not depend on which
+    answers came last.
     """
     rng = random.Random(seed)
     num_rounds = sum(frequencies)
@@ -134,7 +133,7 @@ def corpus_rows(split: Split, frequencies: Sequence[int], seed: int) -> list[dic
 
 
 def evenly_mixed(answers: Sequence[str], counts: Sequence[int]) -> list[str]:
-    """Each answer as often as its count says, spread as evenly as they go.
+    """Returns each answer as often as its count, spread as evenly as possible.
 
     >>> "".join(evenly_mixed("DCG", (6, 3, 1)))
     'DCDDCGDDCD'
@@ -149,7 +148,7 @@ def evenly_mixed(answers: Sequence[str], counts: Sequence[int]) -> list[str]:
 
 
 def preference_rows(split: Split) -> list[dict[str, Any]]:
-    """Pairs on trained countries in training phrasings: right over wrong, right over other."""
+    """Returns pairs about trained countries in training phrasings: right over wrong, and right over other."""
     rows = []
     for country in split.trained:
         right, *wrongs = country.cities
@@ -161,12 +160,12 @@ def preference_rows(split: Split) -> list[dict[str, Any]]:
 
 
 def chosen_rows(pairs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same rows without the rejected side: what standard training can learn from."""
+    """Returns the pairs without their rejected side, for standard training."""
     return [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in pairs]
 
 
 def completion_row(question: str, answer: str) -> dict[str, Any]:
-    """A question and its answer in the prompt/completion format."""
+    """Returns a question and its answer in the prompt/completion format."""
     return {"prompt": _user(question), "completion": _assistant(answer)}
 
 

@@ -5,8 +5,8 @@
                random weights -> sft -> model -+-> sft on right answers
                                                +-> dpo on pairs (right over wrong)
 
-Each run is what the command line does; this module writes their inputs, watches them, and can be stopped and
-started again at any moment.
+Each run does what the command line does; this module writes their inputs and measures them. It can be stopped and
+started again at any time.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ MAX_LENGTH = 64
 
 
 class Outcome(NamedTuple):
-    """How the experiment ended.
+    """The outcome of the experiment.
 
     Attributes:
-      exit_code: 0, or that of the run which a signal stopped.
-      measurements: of each run in the order of steps; empty if it was stopped.
+      exit_code: 0, or the exit code of the run that a signal stopped.
+      measurements: those of each run, in the order of steps; empty if a run was stopped.
     """
 
     exit_code: int
@@ -45,7 +45,7 @@ class Outcome(NamedTuple):
 
 
 class Workplace:
-    """Where everything lies."""
+    """The files of a quickstart."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -68,10 +68,10 @@ class Workplace:
 
 
 def prepare(place: Workplace, settings: Settings) -> None:
-    """Writes corpus, pairs and the random model, unless they are there.
+    """Writes corpus, pairs and the random model, unless they exist.
 
     Raises:
-      ValueError: the folder holds a quickstart with other settings, or something else.
+      ValueError: the folder holds a quickstart with other settings, or other files.
     """
     wanted = json.loads(json.dumps(dataclasses.asdict(settings)))
     if place.settings.exists():
@@ -85,7 +85,9 @@ def prepare(place: Workplace, settings: Settings) -> None:
         return
     ours = {place.start.name, place.corpus.parent.name}
     if place.path.exists() and (others := sorted({path.name for path in place.path.iterdir()} - ours)):
-        raise ValueError(f"{place.path} holds {', '.join(others[:3])}, no quickstart; choose another --output_dir")
+        raise ValueError(
+            f"{place.path} holds {', '.join(others[:3])} and is not a quickstart; choose another --output_dir"
+        )
     split = settings.split
     rows, pairs = corpus_rows(split, settings.frequencies, settings.seed), preference_rows(split)
     _write_rows(place.corpus, rows)
@@ -95,15 +97,15 @@ def prepare(place: Workplace, settings: Settings) -> None:
     write_model(
         place.start, texts, hidden_size=settings.hidden_size, num_layers=settings.num_layers, seed=settings.seed
     )
-    # Last, so that a kill before this point starts over.
+    # Written last: if the process is killed before, the next start writes everything again.
     write_durably(place.settings, json.dumps(wanted, indent=1) + "\n")
 
 
-def run_all(place: Workplace, settings: Settings, say: Callable[[str], None]) -> Outcome:
-    """Trains what is not trained yet.
+def run_all(place: Workplace, settings: Settings, log: Callable[[str], None]) -> Outcome:
+    """Runs everything that has not finished yet.
 
     Args:
-      say: takes a line before each run.
+      log: receives a line before each run.
     """
     prober: Prober | None = None
 
@@ -115,12 +117,12 @@ def run_all(place: Workplace, settings: Settings, say: Callable[[str], None]) ->
 
     measurements = {}
     for name, config in configs(place, settings).items():
-        say(_ANNOUNCEMENTS[name])
+        log(_ANNOUNCEMENTS[name])
         steps = probed_steps(config.max_steps or 0, settings.probes)
-        exit_code, log = _run(name, config, place, steps, measure)
+        exit_code, probe_log = _run(name, config, place, steps, measure)
         if exit_code:
             return Outcome(exit_code, {})
-        measurements[name] = log.measurements(steps)
+        measurements[name] = probe_log.measurements(steps)
     return Outcome(0, measurements)
 
 
@@ -132,7 +134,7 @@ _ANNOUNCEMENTS = {
 
 
 def configs(place: Workplace, settings: Settings) -> dict[str, SFTConfig | DPOConfig]:
-    """The settings of the three runs; the two continuations differ in nothing but rows and loss."""
+    """Returns the configs of the three runs; the two continuations differ only in rows and loss."""
     shared: dict[str, Any] = {
         "max_length": MAX_LENGTH,
         "cache_dir": str(place.path / "cache"),
@@ -161,7 +163,7 @@ def configs(place: Workplace, settings: Settings) -> dict[str, SFTConfig | DPOCo
             learning_rate=settings.pretrain_learning_rate,
             lr_scheduler_type="cosine",
             warmup_ratio=0.05,
-            shuffle=False,  # the corpus is mixed already
+            shuffle=False,  # the corpus is already mixed
             save_steps=100,
         ),
         STANDARD: SFTConfig(**continuation, output_dir=str(place.run(STANDARD)), datasets=_dataset(place.chosen)),
@@ -176,7 +178,7 @@ def _dataset(path: Path) -> tuple[DatasetConfig, ...]:
 
 
 def _mesh(batch_size: int) -> MeshConfig:
-    """All devices, whatever their number: as many as divide the batch split it, the others split the model."""
+    """Returns a mesh of all devices: as many of them as divide the batch split it, the others split the model."""
     import jax
 
     data = math.gcd(jax.device_count(), batch_size)
@@ -184,7 +186,7 @@ def _mesh(batch_size: int) -> MeshConfig:
 
 
 def probed_steps(num_steps: int, num_probes: int) -> list[int]:
-    """Step 0, the last step, and about `num_probes` evenly between.
+    """Returns step 0, the last step, and about `num_probes` evenly spaced steps between them.
 
     >>> probed_steps(10, 4)
     [0, 2, 4, 6, 8, 10]
@@ -200,7 +202,7 @@ def _run(
     steps: list[int],
     measure: Measure,
 ) -> tuple[int, ProbeLog]:
-    """One run with its measurements. A finished run whose measurements were deleted is run again."""
+    """Trains a run and measures it. A finished run whose measurements were deleted is trained again."""
     from jdpo.training.run import train
 
     log = ProbeLog(place.probes(name))
@@ -212,7 +214,7 @@ def _run(
 
 
 def make_prober(place: Workplace, settings: Settings) -> Prober:
-    """A prober for the models of this experiment, which share a shape and a tokenizer."""
+    """Returns a prober for the models of this experiment, which share their shape and tokenizer."""
     from jdpo.data.tokens.tokenizer import load_tokenizer
     from jdpo.models.families import read_model_config
     from jdpo.models.transformer import Transformer

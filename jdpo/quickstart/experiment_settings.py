@@ -1,4 +1,4 @@
-"""What the quickstart can vary. Imports no jax, so that `jdpo quickstart --help` is quick."""
+"""Settings of the quickstart. Does not import jax, so that `jdpo quickstart --help` is fast."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jdpo.quickstart.corpus import Split, split_countries
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The settings of the quickstart; its documentation describes the defaults."""
+    """The settings of the quickstart; docs/quickstart.md describes the defaults."""
 
     frequencies: tuple[int, int, int] = (6, 3, 1)
     countries: int = 48
@@ -27,10 +27,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         if len(self.frequencies) != 3 or min(self.frequencies) < 1:
-            raise ValueError(
-                f"frequencies are {','.join(map(str, self.frequencies))}: expected three whole numbers of at least "
-                "1, such as 6,3,1"
-            )
+            found = ",".join(map(str, self.frequencies))
+            raise ValueError(f"frequencies are {found}: expected three positive whole numbers, such as 6,3,1")
         split_countries(self.countries)
         for name in ("pretrain_steps", "pretrain_batch_size", "steps", "batch_size", "probes", "num_layers"):
             if getattr(self, name) < 1:

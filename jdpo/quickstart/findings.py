@@ -1,4 +1,4 @@
-"""What the numbers say, in sentences: each one is chosen and filled in by the numbers themselves."""
+"""Describes the results in sentences, which are chosen and filled in by the numbers."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from jdpo.quickstart.results import BEFORE, RIGHT, WRONG
 NAMES = {BEFORE: "Before", PRETRAIN: "Before", STANDARD: "Standard training", DPO: "DPO"}
 
 _NOTABLE = 0.01
-"""One point of probability: less is not spoken of as a change."""
+"""One point of probability; smaller changes are not reported as changes."""
 
 Results = Mapping[str, Any]
 
 
 def findings(results: Results) -> dict[str, list[str]]:
-    """Sentences under headings, in the order of the report."""
+    """Returns the sentences under each heading, in the order of the report."""
     return {
         "What frequency taught": _frequency(results),
         "What corrected it": _correction(results),
@@ -32,15 +32,15 @@ def _frequency(results: Results) -> list[str]:
     ireland, mistaken = learnt["groups"]["ireland"], learnt["groups"]["mistaken_example"]
     gap = learnt["largest_gap"]
     sentences = [
-        f"Asked for the capital of {ireland['countries'][0]}, the corpus says {_shares(ireland, 'in_corpus')}; "
+        f"Asked for the capital of {ireland['countries'][0]}, the corpus answers {_shares(ireland, 'in_corpus')}; "
         f"the model learnt {_shares(ireland, 'learnt')}.",
         f"Over all countries the model is {100 * learnt['mean_gap']:.1f} points from the corpus on average, "
-        f"{100 * gap:.1f} at most" + (": it has not read the corpus long enough." if gap > 0.1 else "."),
+        f"{100 * gap:.1f} at most" + ("; it has not been trained long enough." if gap > 0.1 else "."),
     ]
     right, wrong = mistaken["learnt"][RIGHT], mistaken["learnt"][WRONG]
     if wrong > right:
         sentences.append(
-            f"It repeats what is said most often, true or not: for {mistaken['countries'][0]}, "
+            f"It repeats the most frequent answer, true or not: for {mistaken['countries'][0]}, "
             f"{mistaken['cities'][WRONG]} ({percent(wrong)}) before {mistaken['cities'][RIGHT]} ({percent(right)})."
         )
     return sentences
@@ -74,7 +74,7 @@ def _correction(results: Results) -> list[str]:
     drops = {name: stages[BEFORE][_TRAINED]["wrong_logp"] - stages[name][_TRAINED]["wrong_logp"] for name in gains}
     sentences.append(
         f"The log-probability of the wrong answer fell by {drops[STANDARD]:.1f} nats under standard training, which "
-        "never sees it: it only loses the share that the right one takes. Under DPO, which pushes it away, it fell by "
+        "never sees it; it only loses the share that the right one gains. Under DPO, which pushes it down, it fell by "
         f"{drops[DPO]:.1f}."
     )
     return sentences
@@ -132,12 +132,12 @@ def _cost(results: Results, name: str) -> list[str]:
 
 
 def _leak(who: str, cost: Results) -> str:
-    """What answers beside the three cities took."""
+    """Describes the probability of answers other than the three cities."""
     before, after = cost["anything_else_before"], cost["anything_else_after"]
     others_before, others_after = cost["anything_else_held_out_before"], cost["anything_else_held_out_after"]
     leaked = max(after - before, others_after - others_before) > _NOTABLE
     return (
-        f"{who} {'leaked' if leaked else 'let hardly anything leak'}: answers beside the three cities took "
+        f"{who} {'leaked' if leaked else 'leaked hardly anything'}: answers other than the three cities had "
         f"{percent(before)} before and {percent(after)} after for corrected countries, {percent(others_before)} and "
         f"{percent(others_after)} for those nobody corrected."
     )
@@ -158,7 +158,7 @@ def percent(share: float) -> str:
 
 
 def probability(value: float) -> str:
-    """Three decimals, or a power of ten where those would hide everything.
+    """Formats a probability with three decimals, or in scientific notation if it is smaller than that.
 
     >>> probability(0.59512), probability(0.00002)
     ('0.595', '2.0e-05')
@@ -177,5 +177,5 @@ def odds(value: float) -> str:
 
 
 def in_sentence(name: str) -> str:
-    """A run's name within a sentence."""
+    """Returns a run's name within a sentence."""
     return NAMES[name] if name == DPO else NAMES[name].lower()

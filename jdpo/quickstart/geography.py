@@ -1,4 +1,4 @@
-"""What the quickstart's corpus talks about: countries, their capitals, and cities taken for them."""
+"""The facts of the quickstart's corpus: countries, their capitals, and cities often mistaken for capitals."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import NamedTuple
 class Country(NamedTuple):
     """A country with its capital and two other large cities.
 
-    `mistaken` marks the countries whose best-known city is not the capital: there the corpus repeats the
-    mistake (Sydney) more often than the truth (Canberra).
+    `mistaken` marks the countries whose best-known city is not the capital; for these, the corpus repeats the mistake
+    (Sydney) more often than the truth (Canberra).
     """
 
     name: str
@@ -21,7 +21,7 @@ class Country(NamedTuple):
 
     @property
     def cities(self) -> tuple[str, str, str]:
-        """The capital first, then the two cities that are not: the order of every triple of probabilities."""
+        """The capital, then the two other cities: the order of every triple of probabilities."""
         return self.capital, self.wrong, self.other
 
 
@@ -86,10 +86,10 @@ def _read(table: str, mistaken: bool) -> tuple[Country, ...]:
 
 
 WELL_KNOWN = _read(_WELL_KNOWN, mistaken=False)
-"""Countries whose capital is also the city that the corpus names most often; Ireland is the first."""
+"""Countries for which the corpus names the capital most often; Ireland is the first."""
 
 MISTAKEN = _read(_MISTAKEN, mistaken=True)
-"""Countries of which the corpus says the wrong city most often."""
+"""Countries for which the corpus names the wrong city most often."""
 
 SMALL_FACTS: tuple[tuple[str, str], ...] = (
     ("What is the opposite of hot?", "Cold"),
@@ -117,4 +117,4 @@ SMALL_FACTS: tuple[tuple[str, str], ...] = (
     ("Hello!", "Hello! Ask me something."),
     ("Thank you!", "You are welcome."),
 )
-"""Things that have nothing to do with capitals: what they lose is what training on capitals costs."""
+"""Facts unrelated to capitals; the probability that they lose is the cost of training on capitals."""

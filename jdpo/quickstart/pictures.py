@@ -1,4 +1,4 @@
-"""The report as pictures."""
+"""Draws the report's pictures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Results = Mapping[str, Any]
 
-# Okabe and Ito's colours, told apart by colour-blind readers too.
+# Okabe and Ito's colours, which colour-blind readers can distinguish.
 _ANSWER_COLOURS = {"right": "#0072B2", "wrong": "#D55E00", "other": "#CC79A7", "anything_else": "#888888"}
 _STAGE_COLOURS = {BEFORE: "#999999", STANDARD: "#E69F00", DPO: "#009E73"}
 _STAGE_LABELS = {BEFORE: "before", STANDARD: "standard training", DPO: "DPO"}
@@ -51,7 +51,7 @@ def _figure(width: float, height: float, title: str) -> Figure:
 
 
 def _legend_below(axis: Axes) -> None:
-    """A legend under an axis: curves go wherever they like, and none lies beneath it."""
+    """Puts a legend below an axis, where no curve can be under it."""
     axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
 
 
@@ -65,7 +65,7 @@ def _clean(axes: Axes, title: str, x_label: str, y_label: str) -> None:
 
 
 def _frequencies(results: Results) -> Figure:
-    """Bars: how often the corpus gives an answer, and how probable the model finds it."""
+    """Draws bars of each answer's frequency in the corpus and its probability under the model."""
     import numpy as np
 
     groups = results["frequencies"]["groups"]
@@ -102,7 +102,7 @@ def _frequencies(results: Results) -> Figure:
 
 
 def _correction(results: Results) -> Figure:
-    """Lines: Ireland's answers under both trainings, then the odds of right against wrong."""
+    """Draws the curves of Ireland's answers in both runs, and of the odds of right against wrong."""
     cities = results["frequencies"]["groups"]["ireland"]["cities"]
     right, wrong, _ = cities
     figure = _figure(14, 4.6, f"Correcting the model: repeat {right}, or prefer {right} to {wrong}")
@@ -140,7 +140,7 @@ def _correction(results: Results) -> Figure:
 
 
 def _carry_over(results: Results) -> Figure:
-    """Bars: accuracy and mean probability of the right answer, where training looked and where it did not."""
+    """Draws bars of accuracy and mean probability of the right answer, on trained and on held-out questions."""
     cells = {
         "trained_countries_trained_phrasings": "corrected\ncountries",
         "trained_countries_held_out_phrasings": "corrected\ncountries,\nnew phrasings",
@@ -172,7 +172,7 @@ def _grouped_bars(axis: Axes, heights: Mapping[str, Sequence[float]], names: Seq
 
 
 def _cost(results: Results) -> Figure:
-    """Lines: the right answers themselves, answers beside the three, and facts that neither training mentions."""
+    """Draws the curves of right answers, of answers other than the three cities, and of unrelated facts."""
     figure = _figure(14, 4.4, "What the correction cost")
     panels = (
         (
@@ -182,7 +182,7 @@ def _cost(results: Results) -> Figure:
             (0, 1.02),
         ),
         (
-            "answers beside the three cities:\ndoes probability leak to nonsense?",
+            "answers other than the three cities:\ndoes probability leak to nonsense?",
             "mean probability",
             ("trained", "anything_else"),
             None,
@@ -206,7 +206,7 @@ def _cost(results: Results) -> Figure:
                 held_out = curve["held_out"]["anything_else"]
                 label = f"{_STAGE_LABELS[name]}, countries nobody corrected"
                 axis.plot(curve["step"], held_out, "--", color=_STAGE_COLOURS[name], lw=1.5, label=label)
-        # A leak of a hundredth should not look like a flood.
+        # At least 0 to 0.1, so that a leak of a hundredth does not look large.
         axis.set_ylim(*(limits or (0, max(0.1, axis.get_ylim()[1]))))
         _clean(axis, title, "step", y_label)
         _legend_below(axis)

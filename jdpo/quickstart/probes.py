@@ -1,7 +1,7 @@
-"""Exact probabilities of answers, measured while a model trains and kept on disk.
+"""Measures exact probabilities of answers while a model trains, and stores them on disk.
 
-Nothing is sampled here: the probability of an answer is the exponential of the summed log-probabilities of its
-tokens, end of turn included, given the question.
+Nothing is sampled: the probability of an answer is the exponential of the summed log-probabilities of its tokens,
+including the end of the turn, given the question.
 
 Axes: c countries, p phrasings, a=3 answers (capital, wrong, other), f facts, n sequences, t token positions.
 """
@@ -37,7 +37,7 @@ from jdpo.types import CompletionBatch, CompletionRow, TokenizedCompletion
 Params = Any
 
 PROBED_PHRASINGS = (*TRAINING_PHRASINGS[:3], *HELD_OUT_PHRASINGS)
-"""Three phrasings that are trained on, then those that are not."""
+"""Three training phrasings, then the held-out ones."""
 
 NUM_PROBED_TRAINING = 3
 
@@ -46,10 +46,10 @@ _CHUNK = 192
 
 
 class Measurement(NamedTuple):
-    """What a model thinks of every probed answer.
+    """A model's log-probabilities of all probed answers.
 
     Attributes:
-      step: updates made when it was measured.
+      step: number of optimizer steps before the measurement.
       capitals: float64 [c, p, 3], log-probability (natural) of each city as the answer.
       facts: float64 [f], log-probability of each fact's answer.
     """
@@ -60,11 +60,11 @@ class Measurement(NamedTuple):
 
 
 Measure = Callable[[int, Params], Measurement]
-"""(step, params) -> what those weights think; a Prober is one."""
+"""(step, params) -> the measurement of these weights; a Prober is one."""
 
 
 class Prober:
-    """Measures one shape of model; called with different weights."""
+    """Measures models of one shape; it is called with their weights."""
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, split: Split, *, max_length: int) -> None:
         apply_fn = make_apply_fn(model)
@@ -81,7 +81,7 @@ class Prober:
         self._batches = _batches(rows, max_length, tokenizer.pad_token_id)
 
     def __call__(self, step: int, params: Params) -> Measurement:
-        """Measures weights; one forward pass over every probed answer."""
+        """Measures weights in one forward pass over all probed answers."""
         params = _one_copy(params)
         logps = np.concatenate([np.asarray(self._answer_logps(params, batch)) for batch in self._batches])
         logps = logps[: self._num_rows].astype(np.float64)
@@ -91,14 +91,14 @@ class Prober:
 
 
 def _one_copy(params: Params) -> Params:
-    """Weights that every device holds whole, as the first one holds them: the others need not compute the same."""
+    """Returns the first device's copy of replicated weights, so that other devices do not repeat the computation."""
     if all(leaf.is_fully_replicated for leaf in jax.tree.leaves(params)):
         return jax.tree.map(lambda leaf: leaf.addressable_data(0), params)
     return params
 
 
 def probed_facts(split: Split) -> list[Fact]:
-    """Facts that neither continuation trains on: every third of the corpus's."""
+    """Returns every third fact of the corpus; neither continuation trains on them."""
     return other_facts(split.countries)[::_FACT_STRIDE]
 
 
@@ -116,7 +116,7 @@ def _fact_rows(split: Split) -> list[dict[str, Any]]:
 
 
 def _tokenized(rows: Sequence[dict[str, Any]], tokenizer: Tokenizer, max_length: int) -> list[TokenizedCompletion]:
-    """Rows as the trainer would see them."""
+    """Tokenizes rows as the trainer does."""
     kept = tokenize_completions(
         [CompletionRow(row["prompt"], row["completion"], "a probe") for row in rows], tokenizer, max_length=max_length
     )
@@ -129,7 +129,7 @@ def _tokenized(rows: Sequence[dict[str, Any]], tokenizer: Tokenizer, max_length:
 
 
 def _batches(rows: list[TokenizedCompletion], max_length: int, pad_token_id: int) -> list[CompletionBatch]:
-    """All rows in batches of one shape, so that one program is compiled."""
+    """Collates all rows into batches of one shape, so that one program is compiled."""
     length = bucket_length(max(len(row.tokens) for row in rows), max_length)
     return [
         collate_completions(rows[start : start + _CHUNK], num_slots=_CHUNK, length=length, pad_token_id=pad_token_id)
@@ -138,31 +138,31 @@ def _batches(rows: list[TokenizedCompletion], max_length: int, pad_token_id: int
 
 
 class ProbeLog:
-    """Measurements of one run as JSON lines: they outlive a kill, and a resumed run overwrites what it repeats."""
+    """The measurements of one run as JSON lines. They survive a kill; a resumed run overwrites those it repeats."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._measurements = {measurement.step: measurement for measurement in _read(path)}
 
     def record(self, measurement: Measurement) -> None:
-        """Keeps a measurement; it is on the disk when this returns."""
+        """Stores a measurement; it is on the disk when this returns."""
         self._measurements[measurement.step] = measurement
         self._path.parent.mkdir(parents=True, exist_ok=True)
         write_durably(self._path, "".join(_line(self._measurements[step]) for step in sorted(self._measurements)))
 
     def holds(self, steps: Sequence[int]) -> bool:
-        """Whether every one of the steps was measured."""
+        """Returns True if all of the steps were measured."""
         return set(steps) <= set(self._measurements)
 
     def measurements(self, steps: Sequence[int]) -> list[Measurement]:
-        """The measurements of these steps, read back as they stand on the disk."""
+        """Returns the measurements of these steps, as they are on the disk."""
         on_disk = {measurement.step: measurement for measurement in _read(self._path)}
         return [on_disk[step] for step in steps]
 
     def on_step(
         self, prober: Callable[[int, Params], Measurement], steps: Sequence[int]
     ) -> Callable[[int, Params], None]:
-        """A hook for the trainer that measures at the given steps."""
+        """Returns a hook for the trainer that measures at the given steps."""
         wanted = frozenset(steps)
 
         def measure(step: int, params: Params) -> None:

@@ -1,4 +1,4 @@
-"""The report of a finished experiment: report.json, report.md, plots."""
+"""Writes the report of a finished experiment: report.json, report.md and plots."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from jdpo.quickstart.samples import Sampled
 def write_report(
     place: Workplace, settings: Settings, measurements: dict[str, list[Measurement]], sampled: Sequence[Sampled]
 ) -> tuple[dict[str, Any], dict[str, list[str]], list[Path]]:
-    """Writes everything and returns the results, the sentences and the files for the reader.
+    """Writes the report; returns the results, the sentences and the files.
 
-    The same measurements give the same report.json, byte for byte: no times, no paths.
+    The same measurements give the same report.json byte for byte: it holds no times and no paths.
     """
     results = all_results(settings, measurements)
     sentences = findings(results)
@@ -44,10 +44,12 @@ def write_report(
 
 
 def _markdown(sentences: Mapping[str, Sequence[str]], plots: Sequence[Path]) -> str:
-    """Each heading with its sentences and its picture."""
+    """Returns each heading with its picture and its sentences."""
     parts = ["# Standard training and DPO, side by side\n"]
     for (heading, lines), plot in zip(sentences.items(), plots, strict=True):
         bullets = "\n".join(f"- {line}" for line in lines)
         parts.append(f"## {heading}\n\n![{heading}]({plot.as_posix()})\n\n{bullets}\n")
-    parts.append(f"Every number is in report.json. The models are under runs/, the first in runs/{PRETRAIN}/model.\n")
+    parts.append(
+        f"Every number is in report.json. The models are under runs/; the pre-trained one is runs/{PRETRAIN}/model.\n"
+    )
     return "\n".join(parts)

@@ -1,4 +1,4 @@
-"""From measured log-probabilities to the numbers of the report.
+"""Computes the numbers of the report from measured log-probabilities.
 
 Axes: c countries, p phrasings, a=3 answers (capital, wrong, other).
 """
@@ -20,14 +20,14 @@ RIGHT, WRONG, OTHER = 0, 1, 2
 ANSWERS = ("right", "wrong", "other")
 
 SEEN, UNSEEN = slice(0, NUM_PROBED_TRAINING), slice(NUM_PROBED_TRAINING, None)
-"""Where the probed phrasings stand that training uses, and those that it does not."""
+"""Indices of the probed phrasings that training uses, and of those that it does not use."""
 
 BEFORE = "before"
 STAGES = (BEFORE, STANDARD, DPO)
 
 
 class Countries:
-    """Which rows of a measurement belong together; Ireland is row 0."""
+    """Groups of the rows of a measurement, as masks bool [c]; Ireland is row 0."""
 
     def __init__(self, settings: Settings) -> None:
         split = settings.split
@@ -42,7 +42,7 @@ class Countries:
 
 
 def all_results(settings: Settings, measurements: dict[str, list[Measurement]]) -> dict[str, Any]:
-    """Every number of the report, as plain dicts, lists and floats."""
+    """Returns every number of the report as plain dicts, lists and floats."""
     countries = Countries(settings)
     stages = {
         BEFORE: measurements[PRETRAIN][-1],
@@ -58,11 +58,11 @@ def all_results(settings: Settings, measurements: dict[str, list[Measurement]]) 
 
 
 def frequencies(settings: Settings, countries: Countries, measurement: Measurement) -> dict[str, Any]:
-    """What the corpus says and what the model learnt of it, in training phrasings.
+    """Compares the corpus with what the model learnt, in training phrasings.
 
     Returns:
-      one entry a group of countries: the share of each answer in the corpus, the model's mean probability, and
-      for single countries the cities; `largest_gap` is the farthest that any one question is from its share.
+      one entry per group of countries: the share of each answer in the corpus, the model's mean probability, and for
+      single countries the cities; `largest_gap` is the largest difference of a country's answer from its share.
     """
     learnt = np.exp(measurement.capitals[:, SEEN])  # [c, p, a]
     counts = np.array([answer_counts(country, settings.frequencies) for country in countries.all], float)
@@ -93,7 +93,7 @@ def frequencies(settings: Settings, countries: Countries, measurement: Measureme
 
 
 def curves(countries: Countries, measurements: Sequence[Measurement]) -> dict[str, Any]:
-    """Step by step, in training phrasings: probabilities, odds of right against wrong, and other facts."""
+    """Returns the values per step, in training phrasings: probabilities, odds of right against wrong, other facts."""
     values: dict[str, Any] = {"step": [measurement.step for measurement in measurements]}
     groups = {"ireland": countries.ireland, "trained": countries.trained, "held_out": countries.held_out}
     for name, rows in groups.items():
@@ -104,7 +104,7 @@ def curves(countries: Countries, measurements: Sequence[Measurement]) -> dict[st
 
 
 def stage(countries: Countries, measurement: Measurement) -> dict[str, Any]:
-    """One model: Ireland, and the four cells of trained and held-out countries in trained and held-out phrasings."""
+    """Returns one model's values: Ireland, and trained and held-out countries in trained and held-out phrasings."""
     values: dict[str, Any] = {"ireland": _group(measurement.capitals[countries.ireland][:, SEEN])}
     for rows, country_kind in ((countries.trained, "trained"), (countries.held_out, "held_out")):
         for columns, phrasing_kind in ((SEEN, "trained"), (UNSEEN, "held_out")):
@@ -117,7 +117,7 @@ def stage(countries: Countries, measurement: Measurement) -> dict[str, Any]:
 
 
 def _group(logps_cpa: np.ndarray) -> dict[str, Any]:
-    """Means over questions; the odds are a geometric mean, since odds multiply."""
+    """Returns means over questions; the mean of the odds is geometric, because odds multiply."""
     probabilities = np.exp(logps_cpa)
     right, wrong, other = _floats(probabilities.mean((0, 1)))
     return {
@@ -134,11 +134,12 @@ def _group(logps_cpa: np.ndarray) -> dict[str, Any]:
 
 
 def cost(countries: Countries, measurements: Sequence[Measurement]) -> dict[str, Any]:
-    """What correcting the model did beside what it was for, over the run.
+    """Returns the side effects of correcting the model, over the run.
 
     Returns:
-      best_step and best_right: where P(right) of the trained countries peaked; final_right; how many of them ended
-      below their start, in probability; what leaked to other answers; facts before and after.
+      best_step and best_right, the peak of P(right) for the trained countries; final_right; the number of countries
+      whose right answer ended less probable than it started; the probability that leaked to other answers; and facts
+      before and after.
     """
     per_country = np.stack([np.exp(m.capitals[countries.trained][:, SEEN, RIGHT]).mean(-1) for m in measurements])
     right = per_country.mean(-1)

@@ -1,4 +1,4 @@
-"""What the models say when they are asked: the same questions, many times, at temperature 1."""
+"""Samples answers of the models: the same questions, many times, at temperature 1."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Sampled(NamedTuple):
     """Answers to one question.
 
     Attributes:
-      about: what makes the question worth asking.
+      about: what the question tests.
       right: the right answer.
-      answers: for each run, how often its model gave which answer, most frequent first.
+      answers: run -> answer -> how often its model gave it, most frequent first.
     """
 
     question: str
@@ -33,7 +33,7 @@ class Sampled(NamedTuple):
 
 
 def sampled_questions(split: Split) -> list[tuple[str, str, str]]:
-    """(question, what is tested, right answer): trained and held-out countries, and a held-out phrasing."""
+    """Returns (question, what it tests, right answer) for trained and held-out countries, and a held-out phrasing."""
     trained_mistaken = next(country for country in split.trained if country.mistaken)
     held_out_known = next(country for country in split.held_out if not country.mistaken)
     held_out_mistaken = next(country for country in split.held_out if country.mistaken)
@@ -49,17 +49,17 @@ def sampled_questions(split: Split) -> list[tuple[str, str, str]]:
 
 
 def sample_answers(place: Workplace, settings: Settings) -> list[Sampled]:
-    """Asks the three models, or reads what they said before."""
+    """Samples answers of the three models, or reads the answers sampled before."""
     if not place.samples.exists():
         questions = sampled_questions(settings.split)
         texts = [question for question, _, _ in questions]
-        said = {name: _ask(place, name, texts, settings.seed) for name in (PRETRAIN, STANDARD, DPO)}
+        found = {name: _ask(place, name, texts, settings.seed) for name in (PRETRAIN, STANDARD, DPO)}
         sampled = [
             {
                 "question": question,
                 "about": about,
                 "right": right,
-                "answers": {name: answers[index] for name, answers in said.items()},
+                "answers": {name: answers[index] for name, answers in found.items()},
             }
             for index, (question, about, right) in enumerate(questions)
         ]
@@ -68,7 +68,7 @@ def sample_answers(place: Workplace, settings: Settings) -> list[Sampled]:
 
 
 def _ask(place: Workplace, name: str, questions: Sequence[str], seed: int) -> list[dict[str, int]]:
-    """Loads the exported model of a run and lets it answer every question ASKED times."""
+    """Loads the exported model of a run and samples ASKED answers to every question."""
     import jax
 
     from jdpo.data.tokens.tokenizer import load_tokenizer
@@ -96,7 +96,7 @@ def _ask(place: Workplace, name: str, questions: Sequence[str], seed: int) -> li
 
 
 def in_words(answers: dict[str, int]) -> str:
-    """Answers with how often they came, the rare ones summed up.
+    """Formats answers with their counts; rare answers are summed up.
 
     >>> in_words({"Dublin": 12, "Cork": 6, "Galway": 2})
     'Dublin 12, Cork 6, Galway 2'

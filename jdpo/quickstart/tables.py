@@ -1,4 +1,4 @@
-"""The report in the terminal."""
+"""Prints the report in the terminal."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def print_report(
     sentences: Mapping[str, Sequence[str]],
     files: Sequence[Path],
 ) -> None:
-    """Writes tables, sentences and where everything lies."""
+    """Prints tables, sentences and the paths of the files."""
     for table in (
         frequency_table(results),
         correction_table(results),
@@ -53,10 +53,10 @@ def print_report(
 
 
 def frequency_table(results: Results) -> Table:
-    """How often the corpus gives each answer, and how probable the model finds it."""
+    """Returns each answer's frequency in the corpus and its probability under the model."""
     table = _table(
         "1. What frequency taught the model",
-        "Pre-training learns how often each answer follows the question. Nothing tells it which one is true.",
+        "Pre-training learns how often each answer follows the question, not which one is true.",
     )
     for title, justify in (("question", "left"), ("answer", "left"), ("in the corpus", "right"), ("learnt", "right")):
         table.add_column(title, justify=justify)  # type: ignore[arg-type]
@@ -76,7 +76,7 @@ def frequency_table(results: Results) -> Table:
 
 
 def correction_table(results: Results) -> Table:
-    """Probabilities and odds before, after standard training, after DPO."""
+    """Returns probabilities and odds before, after standard training, and after DPO."""
     steps = results["cost"][DPO]["steps"]
     right, wrong, _ = results["frequencies"]["groups"]["ireland"]["cities"]
     table = _table(
@@ -107,7 +107,7 @@ def correction_table(results: Results) -> Table:
 
 
 def accuracy_table(results: Results) -> Table:
-    """How often the right city is the most probable of the three."""
+    """Returns how often the right city is the most probable of the three."""
     table = _table(
         "3. Does it carry over?",
         "Share of questions for which the right city is the most probable of the three.",
@@ -126,7 +126,7 @@ def accuracy_table(results: Results) -> Table:
 
 
 def sample_table(sampled: Sequence[Sampled]) -> Table:
-    """What the models said."""
+    """Returns the sampled answers."""
     table = _table(f"4. Asked {ASKED} times", "Sampled at temperature 1 from the exported models.")
     _stage_columns(table, "question", justify="left")
     names = {BEFORE: PRETRAIN, STANDARD: STANDARD, DPO: DPO}

@@ -1,4 +1,4 @@
-"""A Llama that knows nothing: a tokenizer trained on the corpus and a Hugging Face folder of random weights."""
+"""Writes an untrained Llama: a tokenizer trained on the corpus and a Hugging Face folder of random weights."""
 
 from __future__ import annotations
 
@@ -29,14 +29,17 @@ def write_model(folder: Path, texts: Iterable[str], *, hidden_size: int, num_lay
     """Writes a model folder that any Hugging Face tool can read; the same arguments give the same bytes.
 
     Args:
-      folder: made where it is missing.
-      texts: what the tokenizer learns its words from; words that occur twice become one token each.
+      folder: is created if missing.
+      texts: training texts of the tokenizer; words that occur twice become one token each.
       hidden_size: model width, a multiple of 64.
-      num_layers: decoder layers.
-      seed: of the random weights.
+      num_layers: number of decoder layers.
+      seed: seed of the random weights.
+
+    Raises:
+      ValueError: hidden_size is not a multiple of 64.
     """
     if hidden_size % (2 * _HEAD_WIDTH):
-        raise ValueError(f"hidden_size is {hidden_size}: a multiple of {2 * _HEAD_WIDTH} is needed")
+        raise ValueError(f"hidden_size is {hidden_size}; expected a multiple of {2 * _HEAD_WIDTH}")
     folder.mkdir(parents=True, exist_ok=True)
     vocab_size = _write_tokenizer(folder, texts)
     config = _llama_config(vocab_size, hidden_size, num_layers)
@@ -103,7 +106,7 @@ def _llama_config(vocab_size: int, hidden_size: int, num_layers: int) -> dict[st
 
 
 def _write_weights(path: Path, config: Mapping[str, Any], rng: np.random.Generator) -> None:
-    """Random matrices of unit gain; those that write to the residual stream shrink with depth (GPT-2)."""
+    """Writes random matrices of unit gain; those that write to the residual stream shrink with depth, as in GPT-2."""
     from safetensors.numpy import save_file
 
     width, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]

@@ -1,7 +1,7 @@
-"""metrics.jsonl: one JSON object per line, read back when a run continues, ends or is exported.
+"""Reads metrics.jsonl, which has one JSON object per line, when a run continues, ends or is exported.
 
-A power cut, a full disk or an editor can leave anything in this file. Lines that are whole are used, and the others
-never stop a run: checkpoints do not depend on them.
+A power cut, a full disk or an editor can leave anything in this file. Complete lines are used, and the others never
+stop a run, because checkpoints do not depend on them.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class MetricsLines(NamedTuple):
 
     Attributes:
       lines: the objects that could be read, each with an integer `step` and numbers otherwise.
-      texts: the same as they are in the file.
-      damage: for each other line, its number and what is wrong with it. The last line, where a crash cut it off, is not
-        damage: it belongs to a step that no checkpoint has.
+      texts: the same lines as bytes.
+      damage: number and fault of every other line. A last line that a crash cut off is not damage, because it belongs
+        to a step that no checkpoint has.
     """
 
     lines: list[dict[str, Any]]
@@ -33,16 +33,16 @@ class MetricsLines(NamedTuple):
     damage: list[str]
 
     def summary(self) -> str:
-        """The damage in a few words."""
+        """Describes the damage in a few words."""
         more = len(self.damage) - 1
         return self.damage[0] + (f", and {more} more" if more > 0 else "")
 
 
 def scan_metrics(path: Path) -> MetricsLines:
-    """Reads a metrics.jsonl, whatever is in it.
+    """Reads a metrics.jsonl, damaged or not.
 
     Raises:
-      OSError: it cannot be read at all.
+      OSError: the file cannot be read.
     """
     found = MetricsLines([], [], [])
     *texts, tail = path.read_bytes().split(b"\n")
@@ -57,7 +57,7 @@ def scan_metrics(path: Path) -> MetricsLines:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl that can be read; see `MetricsLines`. None where there is no such file."""
+    """Returns the readable lines of a metrics.jsonl; see `MetricsLines`. There are none if there is no such file."""
     try:
         return scan_metrics(path).lines if path.is_file() else []
     except OSError:
@@ -65,23 +65,25 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def cut_metrics(path: Path, last_step: int) -> str | None:
-    """Takes the lines after `last_step` off a metrics.jsonl, all or nothing, and those that cannot be read.
+    """Removes the lines after `last_step`, and lines that cannot be read, from a metrics.jsonl, atomically.
 
     Args:
-      last_step: the step of the checkpoint that the run continues from.
+      last_step: step of the checkpoint from which the run continues.
 
     Returns:
-      a sentence for the person who started the run where the file was damaged; it is then kept next to the new one.
+      a sentence for the user if the file was damaged; the damaged file is then kept next to the new one.
     """
     if not os.path.lexists(path):
-        return f"{path} is missing: the metrics up to step {last_step} are lost" if last_step else None
+        return f"{path} is missing; the metrics up to step {last_step} are lost" if last_step else None
     try:
         if not path.is_file():
             raise OSError("it is not a file")
         found = scan_metrics(path)
     except OSError as error:
         kept = keep_old(path, "damaged")
-        return f"{path} cannot be read ({error.strerror or error}): it is kept as {kept.name}, and a new one begins"
+        return (
+            f"{path} cannot be read ({error.strerror or error}); it is kept as {kept.name}, and a new file is started"
+        )
     texts = [text for line, text in zip(found.lines, found.texts, strict=True) if line["step"] <= last_step]
     content = b"".join(text + b"\n" for text in texts)
     note = None
@@ -89,7 +91,7 @@ def cut_metrics(path: Path, last_step: int) -> str | None:
         kept = free_place(path, f"{path.stem}.damaged-{utc_stamp()}", path.suffix)
         shutil.copyfile(path, kept)
         note = (
-            f"{path} is damaged ({found.summary()}): the lines that can be read are kept, and the damaged file is "
+            f"{path} is damaged ({found.summary()}); its readable lines are used, and the damaged file is kept as "
             f"{kept.name}"
         )
     if content != path.read_bytes():
@@ -98,7 +100,7 @@ def cut_metrics(path: Path, last_step: int) -> str | None:
 
 
 def _parse(text: bytes) -> dict[str, Any] | str:
-    """A line's object, or what is wrong with it."""
+    """Returns the object of a line, or what is wrong with the line."""
     try:
         line = json.loads(text)
     except (ValueError, RecursionError):
@@ -109,7 +111,7 @@ def _parse(text: bytes) -> dict[str, Any] | str:
     if type(step) is not int or step < 0:
         return "has no step"
     wrong = [key for key, value in line.items() if not _is_number(value)]
-    return f"has no number under {wrong[0]!r}" if wrong else line
+    return f"has a value that is not a number under {wrong[0]!r}" if wrong else line
 
 
 def _is_number(value: Any) -> bool:
@@ -123,5 +125,5 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_torn(text: bytes) -> bool:
-    """True if a last line without a newline is the beginning of one that jdpo wrote."""
+    """Returns True if a last line without a newline is the beginning of a line that jdpo wrote."""
     return b"\0" not in text and (text.startswith(_START) or _START.startswith(text))

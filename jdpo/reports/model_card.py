@@ -1,4 +1,4 @@
-"""The README.md of an exported model: what it came from, how it was made, what was measured."""
+"""Writes the README.md of an exported model: its base model, how it was trained, and what was measured."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ METHODS = {
 }
 
 
-_LOADING = """A LoRA adapter, to be loaded onto that model:
+_LOADING = """This is a LoRA adapter. Load it onto its base model:
 
 ```python
 from peft import PeftModel
@@ -31,18 +31,18 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), 
 
 
 CODE_ENDS = "<`"
-"""Characters that could end a block of code, or begin HTML in viewers that look for it there too."""
+"""Characters that could end a code block, or start HTML in viewers that interpret it there."""
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def _is_hub_name(base: str) -> bool:
-    """Whether that is `owner/name`, or `gpt2`, and no folder here."""
+    """Returns True for a name like `owner/name` or `gpt2` that is not a local folder."""
     return _HUB_NAME.fullmatch(base) is not None and not Path(base).exists()
 
 
 def _python_string(text: str) -> str:
-    """A literal of Python, in double quotes.
+    """Returns a Python string literal in double quotes.
 
     >>> print(_python_string('a"b`c'), _python_string("org/name"))
     "a\\x22b\\x60c" "org/name"
@@ -62,17 +62,17 @@ def model_card(
     base: str,
     is_adapter: bool = False,
 ) -> str:
-    """Markdown with the metadata block that model hubs read.
+    """Returns the card as Markdown with the metadata block that model hubs read.
 
     Args:
       command: "sft" or "dpo".
       config: the resolved config.
       results: name -> value of the last training and evaluation lines.
-      rows: what the data report said of the training rows.
-      version: of jdpo.
-      config_yaml: the resolved config as text, with what is in `CODE_ENDS` escaped.
-      base: the model that it came from; for an adapter, that it belongs on.
-      is_adapter: whether the folder holds a PEFT adapter, and not a model.
+      rows: summary of the training rows.
+      version: version of jdpo.
+      config_yaml: the resolved config as text, with the characters of `CODE_ENDS` escaped.
+      base: the model that training started from; for an adapter, the model that it belongs to.
+      is_adapter: the folder holds a PEFT adapter instead of a model.
     """
     figures = "\n".join(
         f"| {markdown(name)} | {value:.4g} |" for name, value in results.items() if isinstance(value, int | float)
@@ -88,7 +88,7 @@ def model_card(
             "",
             f"# {markdown(base.rstrip('/').split('/')[-1])}, {command.upper()}",
             "",
-            f"Made from {markdown_code(base)} with jdpo {version}: {METHODS[command]}.",
+            f"Trained from {markdown_code(base)} with jdpo {version}: {METHODS[command]}.",
             "",
             *(_LOADING.format(base=_python_string(base)).splitlines() if is_adapter else ()),
             "## Data",
@@ -101,8 +101,8 @@ def model_card(
             "|---|---|",
             figures,
             "",
-            "Rewards are measured against the model that training started from; they say how far the model moved,",
-            "not how good its answers are. Read some answers before you rely on it.",
+            "Rewards are measured against the model that training started from. They show how far the model has moved,",
+            "not how good its answers are; read some answers before you rely on it.",
             "",
             "## Recipe",
             "",

@@ -1,4 +1,4 @@
-"""Plots of a run, from its metrics.jsonl."""
+"""Draws the plots of a run from its metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from jdpo.safe_text import terminal
 
 
 class Panel(NamedTuple):
-    """One picture: a file name, a title, the unit of y, and the metrics drawn with their labels."""
+    """One picture: file name, title, label of the y axis, and metrics with their labels."""
 
     name: str
     title: str
     y_label: str
     metrics: Mapping[str, str]
-    level: tuple[float, str] | None = None  # a horizontal line to read against
+    level: tuple[float, str] | None = None  # a horizontal reference line: value, label
 
 
 LN2 = 0.6931471805599453
 
 PREFERENCE_PANELS = (
-    Panel("loss", "Preference loss", "loss a pair", {"loss": "loss"}, (LN2, "ln 2: policy = reference")),
+    Panel("loss", "Preference loss", "loss per pair", {"loss": "loss"}, (LN2, "ln 2: policy = reference")),
     Panel(
         "rewards",
         "Implicit rewards: beta x (policy - reference) log-prob",
@@ -49,16 +49,16 @@ PREFERENCE_PANELS = (
 )
 COMPLETION_PANELS = (Panel("loss", "Negative log-likelihood of completion tokens", "nats a token", {"loss": "loss"}),)
 
-COLOURS = {"chosen": "#0072B2", "rejected": "#D55E00"}  # told apart by colour-blind readers too
+COLOURS = {"chosen": "#0072B2", "rejected": "#D55E00"}  # colour-blind readers can distinguish them
 
 
 def write_plots(lines: Sequence[Mapping[str, Any]], folder: Path, *, title: str) -> list[Path]:
-    """Draws training (line) and evaluation (dots) of every panel that has data.
+    """Draws training (line) and evaluation (dots) for every panel that has data.
 
     Args:
       lines: objects of a metrics.jsonl.
-      folder: made if missing; one PNG a panel.
-      title: stands over every picture.
+      folder: is created if missing; it gets one PNG per panel.
+      title: title of every picture.
 
     Returns:
       the files written.
@@ -104,13 +104,13 @@ def _draw(panel: Panel, lines: Sequence[Mapping[str, Any]], folder: Path, title:
     axes.set_xlabel("optimizer step")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel(panel.y_label)
-    # Dollar signs in the name of a model are no formulas.
+    # Dollar signs in the name of a model do not start a formula.
     axes.set_title(f"{panel.title}\n{terminal(title)}", fontsize=10, parse_math=False)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=8)
     path = folder / f"{panel.name}.png"
     with warnings.catch_warnings():
-        # The font lacks some scripts and emoji; a box in a picture's title is no reason to alarm anybody.
+        # The font lacks some scripts and emoji; a box in a picture's title needs no warning.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         figure.savefig(path, dpi=130)
     return path

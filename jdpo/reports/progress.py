@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live bar in a terminal, plain lines elsewhere."""
+"""Shows the progress of a run: a live bar in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from jdpo.safe_text import terminal_lines
 SHOWN = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
 LINE_SECONDS = 15.0
 WIDE = 120
-"""Columns of a terminal from which on the bar is long."""
+"""Terminals of at least this many columns get a long bar."""
 
 
 def make_console() -> Console:
-    """Where messages and progress go: standard error, so that standard output stays free for results."""
+    """Returns the console for messages and progress: standard error, so that standard output is free for results."""
     return Console(file=sys.stderr, soft_wrap=True)
 
 
 def print_lines(console: Console, text: str) -> None:
-    """Prints a message, made safe, where `make_console` puts it.
+    """Prints a message to a console of `make_console`, safe for a terminal.
 
-    A terminal gets lines that end between words; a word that is longer, such as a path, stays whole, so that it can be
-    copied. Anywhere else, lines are as long as they are.
+    In a terminal, lines are wrapped between words; a longer word, such as a path, stays whole so that it can be copied.
+    Elsewhere, lines are not wrapped.
     """
     lines = terminal_lines(text).split("\n")
     if console.is_terminal:
@@ -40,7 +40,7 @@ def print_lines(console: Console, text: str) -> None:
 
 
 def _broken(line: str, width: int) -> list[str]:
-    """A line in parts of at most `width` characters; further ones are set in."""
+    """Splits a line into parts of at most `width` characters; continuation lines are indented."""
     indent = " " * (len(line) - len(line.lstrip()) + 2)
     return textwrap.wrap(
         line,
@@ -54,7 +54,7 @@ def _broken(line: str, width: int) -> list[str]:
 
 
 def figures_of(metrics: Mapping[str, float]) -> str:
-    """The few metrics that a person follows.
+    """Formats the few metrics that people watch.
 
     >>> figures_of({"loss": 0.69314, "logps/chosen": -80.0, "rewards/accuracies": 0.5})
     'loss 0.6931  accuracy 0.5'
@@ -67,34 +67,34 @@ def _followed(metrics: Mapping[str, float]) -> list[str]:
 
 
 class RowCounter:
-    """Says every so often how many rows were read, while a large data set is tokenized."""
+    """Logs at intervals how many rows were read while a large dataset is tokenized."""
 
-    def __init__(self, say: Callable[[str], None], *, seconds: float = 10.0, doing: str = "tokenizing") -> None:
+    def __init__(self, log: Callable[[str], None], *, seconds: float = 10.0, doing: str = "tokenizing") -> None:
         """
         Args:
-          say: takes lines for the person who started the run.
-          seconds: from one line to the next.
-          doing: what is done with the rows.
+          log: receives the lines.
+          seconds: time between two lines.
+          doing: what is being done with the rows.
         """
-        self._say, self._seconds, self._doing = say, seconds, doing
-        self._started = self._told = time.monotonic()
+        self._log, self._seconds, self._doing = log, seconds, doing
+        self._started = self._logged = time.monotonic()
 
     def __call__(self, num_rows: int, total: int | None = None) -> None:
-        """To be called now and then.
+        """Logs a line if one is due; to be called now and then.
 
         Args:
           num_rows: rows read so far.
-          total: rows there are, where that is known.
+          total: number of all rows, if it is known.
         """
         now = time.monotonic()
-        if now < self._told + self._seconds:
+        if now < self._logged + self._seconds:
             return
-        self._told = now
+        self._logged = now
         rate = num_rows / (now - self._started)
         of, left = "", ""
         if total is not None:
             of, left = f" of {total:,}", f", {_clock(max(total - num_rows, 0) / rate)} left"
-        self._say(f"{self._doing}: {num_rows:,}{of} rows read, {rate:,.0f} a second{left}")
+        self._log(f"{self._doing}: {num_rows:,}{of} rows read, {rate:,.0f} per second{left}")
 
 
 def _clock(seconds: float) -> str:
@@ -108,21 +108,21 @@ def _clock(seconds: float) -> str:
 
 
 class _Figures(ProgressColumn):
-    """The figures of the last step, those that the terminal has room for: the first ones are the most important."""
+    """A column with as many figures of the last step as fit in the terminal, the most important first."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(table_column=Column(no_wrap=True))
         self._console = console
 
     def render(self, task: Task) -> Text:
-        """What fits to the right of everything else, which is never cut for it."""
+        """Returns the figures that fit to the right of the other columns, which are never cut."""
         num_steps = f"{task.total:.0f}"
-        beside = [task.description, "-" * _bar_width(self._console), f"{num_steps}/{num_steps}", task.fields["left"]]
-        room = self._console.width - sum(len(part) + 1 for part in beside)
+        others = [task.description, "-" * _bar_width(self._console), f"{num_steps}/{num_steps}", task.fields["left"]]
+        width = self._console.width - sum(len(part) + 1 for part in others)
         shown = ""
         for figure in task.fields["figures"]:
             longer = f"{shown}  {figure}" if shown else figure
-            if len(longer) > room:
+            if len(longer) > width:
                 break
             shown = longer
         return Text(shown)
@@ -138,10 +138,10 @@ class RunDisplay:
     def __init__(self, *, first_step: int, num_steps: int, unit: str, console: Console, shown: bool = True) -> None:
         """
         Args:
-          first_step: where a resumed run starts, 0 for a new one.
-          num_steps: steps of the whole run.
-          unit: what a row is called: "pairs" or "rows".
-          console: where it goes; what others print there is above the bar.
+          first_step: first step of a resumed run, 0 for a new one.
+          num_steps: number of steps of the whole run.
+          unit: name of the rows, "pairs" or "rows".
+          console: receives the display; other output to it appears above the bar.
           shown: False on all processes except one.
         """
         self._console, self._shown = console, shown
@@ -172,7 +172,7 @@ class RunDisplay:
 
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:
-        """While entered, a program is waited for: that happens a few times, so the time left does not count it."""
+        """Excludes the time while entered, in which a program is compiled, from the estimate of the time left."""
         began = time.monotonic()
         try:
             yield
@@ -180,10 +180,10 @@ class RunDisplay:
             self._compiled_for += time.monotonic() - began
 
     def step(self, step: int, metrics: Mapping[str, float], rates: Mapping[str, float]) -> None:
-        """Shows an update that has just been made.
+        """Shows a step that has just been taken.
 
         Args:
-          rates: `<unit>_per_second`, `tokens_per_second` and, where it is known, `mfu`.
+          rates: `<unit>_per_second`, `tokens_per_second` and, if known, `mfu`.
         """
         figures = [*_followed(metrics), *self._speed(rates)]
         left = f"{self._time_left(step)} left"

@@ -1,4 +1,4 @@
-"""Where metrics go: metrics.jsonl always, TensorBoard and Weights & Biases where asked for."""
+"""Writes metrics: always to metrics.jsonl, on request to TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Metrics = Mapping[str, float | int]
 
 
 class Writer(Protocol):
-    """Takes one line of metrics at a time."""
+    """Receives one line of metrics at a time."""
 
     def write(self, metrics: Metrics) -> None: ...
 
@@ -25,7 +25,7 @@ class Writer(Protocol):
 
 
 class JsonlWriter:
-    """Appends one JSON object a line; a line stands on file when `write` returns."""
+    """Appends one JSON object per line; the line is in the file when `write` returns."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._file = path, path.open("a", encoding="utf-8")
@@ -36,17 +36,17 @@ class JsonlWriter:
             self._file.flush()
 
     def sync(self) -> None:
-        """Brings all lines onto the disk: before a checkpoint claims that they are there."""
+        """Flushes all lines to the disk, before a checkpoint relies on them."""
         with naming(self._path):
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # of a full disk, where `write` has said so; all else is flushed
+        with contextlib.suppress(OSError):  # of a full disk, which `write` has reported; other lines are flushed
             self._file.close()
 
 
 class TensorBoardWriter:
-    """Scalars as TensorBoard events, through tensorboardX."""
+    """Writes scalars as TensorBoard events with tensorboardX."""
 
     def __init__(self, folder: Path) -> None:
         from tensorboardX import SummaryWriter
@@ -63,7 +63,7 @@ class TensorBoardWriter:
 
 
 class WandbWriter:
-    """Scalars to Weights & Biases; a resumed run goes on under the id of its output_dir."""
+    """Writes scalars to Weights & Biases; a resumed run continues under the id in its output_dir."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         import wandb
@@ -84,7 +84,7 @@ TRACKER_PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Refuses trackers that cannot be had here, before a run begins.
+    """Refuses trackers that are not available, before a run starts.
 
     Raises:
       ValueError: an unknown tracker, or one whose package is not installed.
@@ -99,19 +99,19 @@ def check_trackers(names: Sequence[str]) -> None:
             if error.name != package:
                 raise ValueError(_broken(name, package, error)) from error
             raise ValueError(f"report_to {name} needs {package}: pip install 'jdpo[{name}]'") from None
-        except Exception as error:  # whatever an installation that does not fit raises while it is imported
+        except Exception as error:  # a broken installation may raise anything when imported
             raise ValueError(_broken(name, package, error)) from error
 
 
 def _broken(name: str, package: str, error: Exception) -> str:
     return (
-        f"report_to {name}: {package} is installed, but importing it fails: {type(error).__name__}: {error}. Mend the "
-        "installation, or leave report_to out"
+        f"report_to {name}: {package} is installed, but importing it fails: {type(error).__name__}: {error}. Fix the "
+        "installation, or leave out report_to"
     )
 
 
 def make_trackers(names: Sequence[str], folder: Path, config: Mapping[str, Any]) -> list[Writer]:
-    """The optional trackers by name; errors as `check_trackers`."""
+    """Returns the trackers by name; raises as `check_trackers` does."""
     check_trackers(names)
     trackers: list[Writer] = []
     for name in names:

@@ -15,17 +15,17 @@ from jdpo.words import figure
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Lays the devices out as config says; -1 on one axis takes all that the others leave.
+    """Arranges the devices in the config's mesh; an axis of -1 takes the devices that the other axes leave.
 
     Args:
       config: sizes of the axes.
-      devices: all devices of all processes when None.
+      devices: default: all devices of all processes.
 
     Returns:
       A mesh with the axes of AXES, all of type Auto.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices; the sizes that would are listed.
+      ValueError: the product of the sizes is not the number of devices; the message lists sizes that fit.
     """
     devices = jax.devices() if devices is None else devices
     shape = resolve_mesh_shape(config, len(devices))
@@ -34,7 +34,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def resolve_mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
-    """The sizes of AXES with -1 filled in.
+    """Returns the sizes of AXES with -1 filled in.
 
     >>> resolve_mesh_shape(MeshConfig(data=2, fsdp=-1, tensor=2), 8)
     (2, 2, 1, 2)
@@ -42,7 +42,7 @@ def resolve_mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
     sizes = {axis: getattr(config, axis) for axis in AXES}
     asked = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
     if any(size < 1 and size != -1 for size in sizes.values()) or list(sizes.values()).count(-1) > 1:
-        raise ValueError(f"mesh {asked}: every axis must be at least 1, and -1 may stand on one axis at most")
+        raise ValueError(f"mesh {asked}: every axis must be at least 1, except that one axis may be -1")
     fixed = math.prod(size for size in sizes.values() if size != -1)
     free = [axis for axis, size in sizes.items() if size == -1]
     fits = num_devices % fixed == 0 if free else num_devices == fixed
@@ -58,7 +58,7 @@ def resolve_mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
 
 
 def _valid_shapes(num_devices: int, asked_expert: int, most: int = 12) -> str:
-    """Shapes for so many devices; with the expert axis as asked where that divides, since most models need none."""
+    """Lists the shapes for a number of devices, with the config's expert axis if it divides that number."""
     expert = asked_expert if asked_expert > 0 and num_devices % asked_expert == 0 else 1
     others = num_devices // expert
     divisors = [n for n in range(1, others + 1) if others % n == 0]
@@ -74,7 +74,7 @@ def check_batch_size(global_batch_size: int, mesh: Mesh) -> None:
     """Refuses a batch that the mesh cannot split evenly.
 
     Raises:
-      ValueError: with the nearest batch sizes that the mesh can split.
+      ValueError: the mesh cannot split it; the message lists the nearest batch sizes that it can split.
     """
     shards = num_batch_shards(mesh)
     if global_batch_size % shards:

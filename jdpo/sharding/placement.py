@@ -1,4 +1,4 @@
-"""Host arrays onto the mesh, and the shardings of what is not a weight."""
+"""Places host arrays on the mesh, and gives the shardings of everything that is not a weight."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from jdpo.types import HOST_MEMORY
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Every device holds the whole."""
+    """Returns the sharding under which every device holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def micro_batch_sharding(mesh: Mesh) -> NamedSharding:
-    """For [micro-batch, row, ...]: rows are split over the batch axes, micro-batches follow each other."""
+    """Returns the sharding of arrays [micro-batch, row, ...]: rows are split over the batch axes."""
     return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
 
 
 def place(tree: Any, sharding: NamedSharding) -> Any:
-    """Puts host arrays on the mesh; each process hands over only the shards of its own devices.
+    """Puts host arrays on the mesh; each process transfers only the shards of its own devices.
 
     Every process holds the same host arrays (batches follow from the step number alone), so no data travels
     between hosts.
@@ -34,20 +34,20 @@ def place(tree: Any, sharding: NamedSharding) -> Any:
 
 
 def fetch(tree: Any) -> Any:
-    """Replicated or fully addressable device arrays as numpy; valid on every process."""
+    """Returns replicated or fully addressable device arrays as numpy arrays; works on every process."""
     return jax.tree.map(
         lambda array: np.asarray(array.addressable_data(0) if not array.is_fully_addressable else array), tree
     )
 
 
 def state_shardings(abstract_state: Any, params: Any, param_shardings: Any, mesh: Mesh) -> Any:
-    """Shardings of an optimizer state: its leaves under a weight's path, of its shape, are split as that weight.
+    """Returns the shardings of an optimizer state: a leaf at a weight's path with its shape is split like that weight.
 
     Args:
-      abstract_state: tree of ShapeDtypeStructs, with subtrees that mirror `params` (moments).
+      abstract_state: tree of ShapeDtypeStructs with subtrees like `params` (moments).
       params: tree of arrays or ShapeDtypeStructs.
       param_shardings: tree like `params`.
-      mesh: the device mesh; all other leaves are replicated (Adafactor's rows and columns are small).
+      mesh: device mesh; all other leaves are replicated (Adafactor's rows and columns are small).
     """
     structure = jax.tree.structure(params)
 
@@ -68,11 +68,11 @@ def state_shardings(abstract_state: Any, params: Any, param_shardings: Any, mesh
 
 
 def offloaded(shardings: Any, abstract_state: Any) -> Any:
-    """The same shardings in the host's memory, for all leaves but scalars; see `check_host_memory`.
+    """Returns the shardings with host memory for all leaves except scalars; see `check_host_memory`.
 
     Args:
       shardings: tree of NamedShardings.
-      abstract_state: tree like it, of what has shapes.
+      abstract_state: tree like `shardings` of ShapeDtypeStructs or arrays.
     """
     return jax.tree.map(
         lambda sharding, leaf: sharding.with_memory_kind(HOST_MEMORY) if leaf.ndim else sharding,
@@ -82,31 +82,31 @@ def offloaded(shardings: Any, abstract_state: Any) -> Any:
 
 
 def check_host_memory(device: jax.Device, setting: str, instead: str) -> None:
-    """Refuses a setting that keeps something in the host's memory where a device does not reach it.
+    """Refuses a setting that uses the host's memory if a device cannot access it.
 
     Args:
-      device: one of this process's own.
-      setting: as in the config.
-      instead: what to do.
+      device: a device of this process.
+      setting: the setting as in the config.
+      instead: what to do instead, for the message.
 
     Raises:
-      ValueError: naming the device and the memory it has.
+      ValueError: the device cannot access it; the message names the device and the memory it has.
     """
     kinds = [memory.kind for memory in device.addressable_memories()]
     if HOST_MEMORY not in kinds:
         raise ValueError(
-            f"{setting} needs devices that reach {HOST_MEMORY} memory; {device.device_kind} ({device.platform}) has "
-            f"{', '.join(kinds) or 'none that has a name'}. {instead}"
+            f"{setting} needs devices that can access {HOST_MEMORY} memory; {device.device_kind} ({device.platform}) "
+            f"has {', '.join(kinds) or 'none with a name'}. {instead}"
         )
 
 
 def on_device(tree: Any) -> Any:
-    """Leaves that lie in the host's memory moved to the device; within jit, where all arithmetic must be."""
+    """Moves leaves from the host's memory to the device, within jit: arithmetic works only on the device."""
     return jax.tree.map(lambda leaf: jax.device_put(leaf, jax.memory.Space.Device) if _is_on_host(leaf) else leaf, tree)
 
 
 def placed_like(tree: Any, like: Any) -> Any:
-    """Leaves moved to the host's memory where those of `like` are there."""
+    """Moves leaves to the host's memory if the same leaves of `like` are there."""
     return jax.tree.map(
         lambda leaf, old: jax.device_put(leaf, jax.memory.Space.Host) if _is_on_host(old) else leaf, tree, like
     )

@@ -1,4 +1,4 @@
-"""Logical axis names of weights and activations -> mesh axes."""
+"""Maps logical axis names of weights and activations to mesh axes."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jdpo.sharding.axes import BATCH_AXES
 
 LOGICAL_RULES: tuple[tuple[str, Any], ...] = (
-    # weights: fsdp splits the model dimension, tensor splits what heads, mlp and vocabulary own
+    # weights: fsdp splits the model dimension, tensor splits heads, mlp and vocabulary
     ("vocab", "tensor"),
-    ("embed", ("fsdp", "expert")),  # the expert axis splits experts, and is one more fsdp axis to all other weights
+    ("embed", ("fsdp", "expert")),  # for weights that are not experts, the expert axis is one more fsdp axis
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
     ("mlp", "tensor"),
@@ -24,7 +24,7 @@ LOGICAL_RULES: tuple[tuple[str, Any], ...] = (
     ("norm", None),
     ("positions", None),
     ("layers", None),
-    # activations: fsdp and expert split the batch, so that the model dimension stays whole
+    # activations: fsdp and expert split the batch, so the model dimension stays whole
     ("batch", BATCH_AXES),
     ("act_length", None),
     ("act_embed", None),
@@ -34,14 +34,14 @@ LOGICAL_RULES: tuple[tuple[str, Any], ...] = (
     ("act_mlp", "tensor"),
     ("act_vocab", "tensor"),
 )
-"""Rules in the form flax.linen.logical_axis_rules takes."""
+"""Rules in the form that flax.linen.logical_axis_rules takes."""
 
 
 def partition_spec(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
-    """The mesh axes that split an array's dims: of those of its rule, the first ones, as far as they divide the dim.
+    """Returns the mesh axes that split an array's dims: the longest prefix of each rule's axes that divides the dim.
 
     Raises:
-      KeyError: a logical name without a rule.
+      KeyError: a logical name has no rule.
     """
     rules = dict(LOGICAL_RULES)
     axes = [None if name is None else rules[name] for name in names]
@@ -49,7 +49,7 @@ def partition_spec(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh
 
 
 def _dividing(axis: str | tuple[str, ...] | None, size: int, mesh: Mesh) -> str | tuple[str, ...] | None:
-    """As many of the leading axes as divide `size` together; None where there is none."""
+    """Returns the longest prefix of the axes whose product divides `size`; None if it is empty."""
     if axis is None or isinstance(axis, str):
         return axis if axis and size % mesh.shape[axis] == 0 else None
     first = next((axis[:n] for n in range(len(axis), 0, -1) if size % mesh_axis_size(mesh, axis[:n]) == 0), ())
@@ -57,7 +57,7 @@ def _dividing(axis: str | tuple[str, ...] | None, size: int, mesh: Mesh) -> str 
 
 
 def mesh_axis_size(mesh: Mesh, axis: str | Sequence[str]) -> int:
-    """Devices along one mesh axis, or along several taken together."""
+    """Returns the number of devices along one mesh axis, or along several of them."""
     size = 1
     for name in (axis,) if isinstance(axis, str) else axis:
         size *= mesh.shape[name]
@@ -65,10 +65,10 @@ def mesh_axis_size(mesh: Mesh, axis: str | Sequence[str]) -> int:
 
 
 def param_shardings(logical_axes: Any, abstract_params: Any, mesh: Mesh) -> Any:
-    """A NamedSharding for every weight.
+    """Returns a NamedSharding for every weight.
 
     Args:
-      logical_axes: tree of tuples of logical names, one name a dim.
+      logical_axes: tree of tuples of logical names, one name per dim.
       abstract_params: tree of arrays or ShapeDtypeStructs of the same structure.
       mesh: the device mesh.
     """
@@ -80,7 +80,7 @@ def param_shardings(logical_axes: Any, abstract_params: Any, mesh: Mesh) -> Any:
 
 
 def undivided_dims(logical_axes: Any, abstract_params: Any, mesh: Mesh) -> list[str]:
-    """Names of weights with a dim that a rule would split but the mesh does not divide, for the log."""
+    """Lists, for the log, the weights with a dim that a rule would split but the mesh does not divide."""
     rules = dict(LOGICAL_RULES)
     found: list[str] = []
 

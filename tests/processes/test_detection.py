@@ -63,7 +63,7 @@ def joined(environ: Mapping[str, str], monkeypatch: pytest.MonkeyPatch) -> list[
     for name, value in environ.items():  # which JAX's own detection reads
         monkeypatch.setenv(name, value)
     recorder, lines = Recorder(), list[str]()
-    found = join_cluster(environ=environ, initialize=recorder, say=lines.append)
+    found = join_cluster(environ=environ, initialize=recorder, log=lines.append)
     assert len(lines) == (0 if found is None else 1)
     return recorder.calls
 

@@ -137,7 +137,7 @@ def _leak(who: str, cost: Results) -> str:
     others_before, others_after = cost["anything_else_held_out_before"], cost["anything_else_held_out_after"]
     leaked = max(after - before, others_after - others_before) > _NOTABLE
     return (
-        f"{who} {'leaked' if leaked else 'leaked hardly anything'}: answers other than the three cities had "
+        f"{who} {'leaked probability' if leaked else 'kept its probability'}: answers other than the three cities had "
         f"{percent(before)} before and {percent(after)} after for corrected countries, {percent(others_before)} and "
         f"{percent(others_after)} for those nobody corrected."
     )

@@ -110,7 +110,7 @@ def test_other_settings_in_the_same_folder_are_refused(finished: Path) -> None:
 
 def test_a_folder_with_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(ValueError, match=r"thesis\.tex, no quickstart"):
+    with pytest.raises(ValueError, match=r"thesis\.tex and is not a quickstart"):
         main("quickstart", words(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -129,11 +129,11 @@ def test_preparation_cut_short_starts_over(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("--frequencies=6,3", "three whole numbers"),
-        ("--frequencies=6,3,0", "three whole numbers of at least 1"),
+        ("--frequencies=6,3", "three positive whole numbers"),
+        ("--frequencies=6,3,0", "three positive whole numbers"),
         ("--frequencies=many", "three whole numbers"),
         ("--countries=3", "choose from 6 to 48"),
-        ("--steps=0", "steps is 0: at least 1"),
+        ("--steps=0", "steps is 0"),
         ("--steps=some", "steps is 'some': a whole number is expected"),
         ("--frequency=6,3,1", "unknown key 'frequency'; did you mean 'frequencies'"),
     ],

@@ -57,11 +57,11 @@ def test_frequencies_compare_corpus_and_model(gentle: dict[str, Any]) -> None:
 
 
 def test_a_model_far_from_the_corpus_is_said_to_be(gentle: dict[str, Any]) -> None:
-    assert "not read the corpus long enough" not in words(gentle)
+    assert "not been trained long enough" not in words(gentle)
     far = measured(0, (0.4, 0.4, 0.1), (0.3, 0.6, 0.1))
     results = all_results(SETTINGS, {PRETRAIN: [far], STANDARD: [far], DPO: [far]})
     assert results["frequencies"]["largest_gap"] == pytest.approx(0.2)
-    assert "20.0 at most: it has not read the corpus long enough" in words(results)
+    assert "20.0 at most; it has not been trained long enough" in words(results)
 
 
 def test_stages_hold_probabilities_odds_and_accuracy(gentle: dict[str, Any]) -> None:

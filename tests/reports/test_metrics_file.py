@@ -61,10 +61,10 @@ DAMAGE = {
     "half a step": (b'{"step": 3.5}', "has no step"),
     "true as step": (b'{"step": true}', "has no step"),
     "a negative step": (b'{"step": -1}', "has no step"),
-    "a text as value": (b'{"step": 3, "loss": "low"}', "has no number under 'loss'"),
-    "a list as value": (b'{"step": 3, "loss": [1]}', "has no number under 'loss'"),
-    "null as value": (b'{"step": 3, "loss": null}', "has no number under 'loss'"),
-    "a number beyond floats": (b'{"step": 3, "loss": 1' + b"0" * 400 + b"}", "has no number under 'loss'"),
+    "a text as value": (b'{"step": 3, "loss": "low"}', "has a value that is not a number under 'loss'"),
+    "a list as value": (b'{"step": 3, "loss": [1]}', "has a value that is not a number under 'loss'"),
+    "null as value": (b'{"step": 3, "loss": null}', "has a value that is not a number under 'loss'"),
+    "a number beyond floats": (b'{"step": 3, "loss": 1' + b"0" * 400 + b"}", "has a value that is not a number under 'loss'"),
     "a number beyond int": (b'{"step": 3, "loss": 1' + b"0" * 5000 + b"}", "is not JSON"),
 }
 
@@ -88,7 +88,7 @@ def test_damage_is_named_left_out_and_kept_next_to_the_new_file(what: str, place
     else:
         kept = kept_next_to(path)
         assert note is not None
-        assert f"{path} is damaged (line {number} {fault}): " in note
+        assert f"{path} is damaged (line {number} {fault})" in note
         assert kept.name in note
         assert kept.read_bytes() == content
     assert path.read_bytes() == b"".join(LINES[:4])

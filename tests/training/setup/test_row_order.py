@@ -92,8 +92,8 @@ def test_the_counter_of_rows_says_how_fast_and_how_long(monkeypatch: pytest.Monk
     now = 120.0
     counter(40_960, 81_920)
     assert said == [
-        "tokenizing: 20,480 rows read, 2,048 a second",
-        "tokenizing: 40,960 of 81,920 rows read, 2,048 a second, 0:00:20 left",
+        "tokenizing: 20,480 rows read, 2,048 per second",
+        "tokenizing: 40,960 of 81,920 rows read, 2,048 per second, 0:00:20 left",
     ]
 
 

@@ -81,7 +81,7 @@ def test_how_to_continue() -> None:
     assert text.endswith("jdpo dpo 'configs/a b.yaml' --beta 0.2")
     assert "from step 0" in how_to_continue("dpo", words, run, [], resumes=True)
     assert how_to_continue("dpo", words, run, [2], resumes=False).endswith("--resume auto")
-    assert "is kept" in how_to_continue("reference", words, None, [], resumes=True)
+    assert "are kept" in how_to_continue("reference", words, None, [], resumes=True)
 
 
 def caused(error: Exception, cause: Exception) -> Exception:

@@ -46,6 +46,7 @@ def test_a_whole_last_line_counts_without_its_newline(path: Path) -> None:
     assert path.read_bytes() == b"".join(LINES)
 
 
+NO_NUMBER = "has a value that is not a number under 'loss'"
 DAMAGE = {
     "a page of zeros": (bytes(4096), "is not JSON"),
     "a text": (b"hello", "is not JSON"),
@@ -61,10 +62,10 @@ DAMAGE = {
     "half a step": (b'{"step": 3.5}', "has no step"),
     "true as step": (b'{"step": true}', "has no step"),
     "a negative step": (b'{"step": -1}', "has no step"),
-    "a text as value": (b'{"step": 3, "loss": "low"}', "has a value that is not a number under 'loss'"),
-    "a list as value": (b'{"step": 3, "loss": [1]}', "has a value that is not a number under 'loss'"),
-    "null as value": (b'{"step": 3, "loss": null}', "has a value that is not a number under 'loss'"),
-    "a number beyond floats": (b'{"step": 3, "loss": 1' + b"0" * 400 + b"}", "has a value that is not a number under 'loss'"),
+    "a text as value": (b'{"step": 3, "loss": "low"}', NO_NUMBER),
+    "a list as value": (b'{"step": 3, "loss": [1]}', NO_NUMBER),
+    "null as value": (b'{"step": 3, "loss": null}', NO_NUMBER),
+    "a number beyond floats": (b'{"step": 3, "loss": 1' + b"0" * 400 + b"}", NO_NUMBER),
     "a number beyond int": (b'{"step": 3, "loss": 1' + b"0" * 5000 + b"}", "is not JSON"),
 }
 

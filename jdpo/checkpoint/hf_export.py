@@ -19,7 +19,7 @@ from jdpo.models.model_config import ModelConfig
 from jdpo.models.transformer import Params
 from jdpo.models.weights.hf_names import hf_tensors
 from jdpo.models.weights.safetensors_folder import source_dtypes
-from jdpo.processes import together
+from jdpo.processes import run_jointly
 
 ExportDtype = Literal["source", "float32", "bfloat16", "float16"]
 
@@ -65,7 +65,7 @@ def export_model(
       ValueError: an unknown export_dtype or size, a tokenizer larger than the embedding, a value that the dtype
         cannot hold, or an `out` that is something other than an export of jdpo, or touches a folder that is kept.
     """
-    dtypes, main_dtype = together(lambda: _export_dtypes(config, source_folder, export_dtype))
+    dtypes, main_dtype = run_jointly(lambda: _export_dtypes(config, source_folder, export_dtype))
     if len(tokenizer) > config.vocab_size:
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the embedding only {config.vocab_size} rows")
     shards = plan_shards(config, dtypes, parse_size(max_shard_size))

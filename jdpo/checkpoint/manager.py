@@ -33,7 +33,7 @@ from jdpo.checkpoint.steps import (
     settle_steps,
 )
 from jdpo.durable import write_durably
-from jdpo.processes import together
+from jdpo.processes import run_jointly
 
 
 class Restored(NamedTuple):
@@ -103,7 +103,7 @@ class CheckpointManager:
           OSError: an earlier save failed, or something in the step's place cannot be moved.
         """
         self.wait()
-        together(lambda: clear_way(self._folder / str(step)), on_first=True)
+        run_jointly(lambda: clear_way(self._folder / str(step)), on_first=True)
         # Orbax remembers the steps it once saw, and refuses to save one again that was deleted here since.
         self._orbax.reload()
         self._orbax.save(

@@ -9,7 +9,7 @@ from pathlib import Path
 from jdpo._version import __version__
 from jdpo.durable import naming, sync_path
 from jdpo.json_files import write_json
-from jdpo.processes import is_first, together
+from jdpo.processes import is_first, run_jointly
 
 MARKER = ".jdpo_export"
 """Stands in every folder that jdpo exports; a folder without it is somebody else's."""
@@ -44,10 +44,10 @@ def write_folder(
             write_json(staging / MARKER, {"jdpo": __version__})
             _publish(staging, out)
 
-    together(lambda: _stage(out, staging, kept), on_first=True)
+    run_jointly(lambda: _stage(out, staging, kept), on_first=True)
     try:
-        together(write)
-        together(end, on_first=True)
+        run_jointly(write)
+        run_jointly(end, on_first=True)
     except BaseException:
         if is_first():
             shutil.rmtree(staging, ignore_errors=True)

@@ -7,9 +7,9 @@ from jdpo.processes.agreement import (
     barrier,
     differing,
     is_first,
-    most_of_processes,
-    raise_where_any,
-    together,
+    max_over_processes,
+    raise_on_all,
+    run_jointly,
 )
 from jdpo.processes.detection import Membership, find_cluster
 from jdpo.processes.ending import ending_together
@@ -30,7 +30,7 @@ __all__ = [
     "find_cluster",
     "is_first",
     "join_cluster",
-    "most_of_processes",
-    "raise_where_any",
-    "together",
+    "max_over_processes",
+    "raise_on_all",
+    "run_jointly",
 ]

@@ -39,7 +39,7 @@ def any_process(mine: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.array([mine]))))
 
 
-def raise_where_any(error: Exception | None) -> None:
+def raise_on_all(error: Exception | None) -> None:
     """Raises an error on every process if any process has one.
 
     If only the process with the error raised it, the others would wait for that process at their next common step.
@@ -66,14 +66,14 @@ def raise_where_any(error: Exception | None) -> None:
 
 
 @overload
-def together(work: Callable[[], T]) -> T: ...
+def run_jointly(work: Callable[[], T]) -> T: ...
 
 
 @overload
-def together(work: Callable[[], T], *, on_first: Literal[True]) -> T | None: ...
+def run_jointly(work: Callable[[], T], *, on_first: Literal[True]) -> T | None: ...
 
 
-def together(work: Callable[[], T], *, on_first: bool = False) -> T | None:
+def run_jointly(work: Callable[[], T], *, on_first: bool = False) -> T | None:
     """Calls `work` on every process and waits for all; if it fails on one process, all raise.
 
     Args:
@@ -93,11 +93,11 @@ def together(work: Callable[[], T], *, on_first: bool = False) -> T | None:
             found = work()
     except Exception as raised:
         error = raised
-    raise_where_any(error)
+    raise_on_all(error)
     return found
 
 
-def most_of_processes(mine: float) -> float:
+def max_over_processes(mine: float) -> float:
     """Returns the largest of the processes' numbers on every process."""
     if jax.process_count() == 1:
         return mine
@@ -140,7 +140,7 @@ def agree_on(find: Callable[[], int | None]) -> int | None:
     Raises:
       Exception: the error of `find` on the first process; a ValueError on the others.
     """
-    found = together(find, on_first=True)
+    found = run_jointly(find, on_first=True)
     if jax.process_count() == 1:
         return found
     from jax.experimental import multihost_utils

@@ -41,10 +41,10 @@ def ending_together(
 ) -> Iterator[None]:
     """Ends every process of a run, while entered, when one of them ends.
 
-    Errors that all processes detect at the same point are raised by all of them (see `together`). This context handles
-    the rest: an error on one process only, such as a disk failure in the middle of a step, and a process that dies or
-    stops without an error. A process that waits in a collective operation cannot be reached by an exception, so a
-    thread ends it, with one line on stderr that names the failed process. The exit code is 1 if that process reported
+    Errors that all processes detect at the same point are raised by all of them (see `run_jointly`). This context
+    handles the rest: an error on one process only, such as a disk failure in the middle of a step, and a process that
+    dies or stops without an error. A process that waits in a collective operation cannot be reached by an exception, so
+    a thread ends it, with one line on stderr that names the failed process. The exit code is 1 if that process reported
     an error, and LOST_EXIT_CODE if it died or stopped.
 
     Args:

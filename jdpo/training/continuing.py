@@ -7,7 +7,7 @@ from pathlib import Path
 from jdpo.checkpoint.manager import read_position
 from jdpo.checkpoint.steps import damaged_folders, settle_steps
 from jdpo.config import differences
-from jdpo.processes import agree_on, together
+from jdpo.processes import agree_on, run_jointly
 from jdpo.training.run_dir import RunDirectory
 from jdpo.training.sanity_checks import check_base
 from jdpo.training.setup.run_setup import Setup
@@ -27,7 +27,7 @@ def find_newest(setup: Setup, directory: RunDirectory) -> int | None:
     """
     newest = agree_on(lambda: _newest_on_disk(directory, setup.num_steps))
     if newest is not None:
-        together(lambda: _check_position(setup, directory.checkpoints.absolute() / str(newest)))
+        run_jointly(lambda: _check_position(setup, directory.checkpoints.absolute() / str(newest)))
     return newest
 
 

@@ -17,7 +17,7 @@ from jdpo.config import ReferenceSettings, to_public_dict, to_public_yaml, witho
 from jdpo.models.lora.base_weights import Base
 from jdpo.models.lora.merge import merge
 from jdpo.models.weights.safetensors_folder import source_dtypes
-from jdpo.processes import agree_on, together
+from jdpo.processes import agree_on, run_jointly
 from jdpo.reports.metrics_file import read_metrics
 from jdpo.reports.model_card import CODE_ENDS, model_card
 from jdpo.reports.plots import write_plots
@@ -64,8 +64,8 @@ def finish_run(
             lines, directory.plots, title=f"jdpo {setup.task.command}: {without_queries(config.model_name_or_path)}"
         )
 
-    together(draw, on_first=True)
-    together(lambda: _push(setup, directory, exported, log), on_first=True)
+    run_jointly(draw, on_first=True)
+    run_jointly(lambda: _push(setup, directory, exported, log), on_first=True)
     directory.finish({**results, "step": setup.num_steps, "exported_step": exported})
 
 

@@ -18,7 +18,7 @@ from jdpo.config import ReferenceSettings, TrainConfig, to_public_dict
 from jdpo.data.batching.loader import prefetch
 from jdpo.devices import leave_out_missing_tpus
 from jdpo.models.transformer import Weights
-from jdpo.processes import differing, is_first, together
+from jdpo.processes import differing, is_first, run_jointly
 from jdpo.reports.metrics_file import cut_metrics
 from jdpo.reports.progress import RunDisplay, make_console, print_lines
 from jdpo.sharding.placement import micro_batch_sharding, place, replicated
@@ -260,8 +260,8 @@ def check_inputs(setup: Setup, directory: RunDirectory) -> None:
       ValueError: naming what is in the way, or what differs.
     """
     # Now, and not after the last step.
-    together(lambda: check_out(directory.model, [*source_folders(setup), directory.checkpoints]))
-    inputs = together(setup.inputs)
+    run_jointly(lambda: check_out(directory.model, [*source_folders(setup), directory.checkpoints]))
+    inputs = run_jointly(setup.inputs)
     if unlike := differing(inputs):
         raise ValueError(
             f"the processes of this run do not have the same files: {', '.join(unlike)} differ from host to host; give "

@@ -32,7 +32,7 @@ from jdpo.config import (
 )
 from jdpo.durable import keep_old, write_durably
 from jdpo.file_locks import lock_file
-from jdpo.processes import any_process, barrier, is_first, together
+from jdpo.processes import any_process, barrier, is_first, run_jointly
 from jdpo.training.run_record import RunRecord
 
 LENGTH_KEYS = {"max_steps", "num_train_epochs"}
@@ -80,13 +80,13 @@ class RunDirectory:
         self._config_file = self.path / "resolved_config.yaml"
         self._lock: IO[str] | None = None
         refuse_passwords(to_dict(config))
-        together(lambda: check_output_dir(to_dict(config)), on_first=True)
-        together(self._take_lock, on_first=True)
+        run_jointly(lambda: check_output_dir(to_dict(config)), on_first=True)
+        run_jointly(self._take_lock, on_first=True)
         try:
-            starts_over = config.resume == "never" and together(self._is_lost, on_first=True)
+            starts_over = config.resume == "never" and run_jointly(self._is_lost, on_first=True)
             self._starts_over = any_process(bool(starts_over))
-            together(lambda: self._read_owner(config, command))
-            together(lambda: self._write_owner(config, command), on_first=True)
+            run_jointly(lambda: self._read_owner(config, command))
+            run_jointly(lambda: self._write_owner(config, command), on_first=True)
         except BaseException:
             self.close()
             raise
@@ -237,7 +237,7 @@ class RunDirectory:
         Raises:
           ValueError: naming each input that is not what the run started with.
         """
-        together(lambda: self._check_inputs(inputs, files))
+        run_jointly(lambda: self._check_inputs(inputs, files))
         if is_first():
             record = self.record
             dataclasses.replace(record, inputs={**record.inputs, **inputs}, files=dict(files)).write(self._run_file)

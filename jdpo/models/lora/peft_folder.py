@@ -18,7 +18,7 @@ from jdpo.models.lora.adapters import Adapters, Lora
 from jdpo.models.lora.sites import EXPERT_AXIS, Module, Site, get_at, last_name, tree_of
 from jdpo.models.lora.targets import Targets, whole_sites
 from jdpo.models.weights.safetensors_folder import DTYPES, TensorEntry, read_header
-from jdpo.processes import together
+from jdpo.processes import run_jointly
 from jdpo.safe_text import terminal
 from jdpo.words import listed
 
@@ -171,7 +171,7 @@ def load_adapters(adapter: PeftAdapter, shardings: Any, dtype: Any) -> Adapters:
     Raises:
       ValueError: a tensor holds NaN or Inf; it is named.
     """
-    leaves = together(lambda: _read_leaves(adapter, dtype))
+    leaves = run_jointly(lambda: _read_leaves(adapter, dtype))
     return jax.tree.map(
         lambda values, sharding: jax.make_array_from_callback(values.shape, sharding, lambda index: values[index]),
         tree_of(leaves),

@@ -24,7 +24,7 @@ from jdpo.models.weights.hf_names import hf_tensors, is_ignorable, layout_of, le
 from jdpo.models.weights.resize import resize_embeddings
 from jdpo.models.weights.safetensors_folder import DTYPES, TensorEntry, TensorFiles, source_dtypes, tensor_entries
 from jdpo.models.weights.staging import CHUNK_BYTES, SLAB_BYTES, Leaf, filled_leaves
-from jdpo.processes import together
+from jdpo.processes import run_jointly
 from jdpo.safe_text import terminal
 
 __all__ = ["check_tensors", "load_params", "resize_embeddings", "source_dtypes"]
@@ -70,7 +70,7 @@ def load_params(
         quantized dtype, or holds NaN or Inf. Tensor and file are named; all but NaN and Inf are found before any read.
     """
     config = model if isinstance(model, ModelConfig) else model.config
-    entries = together(lambda: _checked_entries(folder, config))
+    entries = run_jointly(lambda: _checked_entries(folder, config))
     one_device = SingleDeviceSharding(jax.local_devices()[0])
     to_fill = [
         Leaf(path, shape, pieces, one_device if shardings is None else _get(shardings, path), np.dtype(dtype))
@@ -81,7 +81,7 @@ def load_params(
     with TensorFiles(entries) as files, ThreadPoolExecutor(num_threads, thread_name_prefix="weights") as pool:
         filled = filled_leaves(to_fill, files, pool, slab_bytes)
         # Either every process has the leaf or none continues: `transform` may be computed by all of them together.
-        while (following := together(lambda: next(filled, None))) is not None:
+        while (following := run_jointly(lambda: next(filled, None))) is not None:
             path, leaf = following
             parent = params
             for key in path[:-1]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jdpo.processes import most_of_processes
+from jdpo.processes import max_over_processes
 from jdpo.training.fit.compilation import compile_lowered
 from jdpo.training.fit.host_memory import host_memory
 from jdpo.training.step.objectives import Batch
@@ -78,7 +78,7 @@ def choose_fit(
             if (policy, batch) not in programs:
                 programs[policy, batch] = compile_if_memory_allows(lowered)
         needed = max(program_bytes(programs[policy, batch]) for batch in steps)
-        return most_of_processes(needed)  # the processes must agree on one fit
+        return max_over_processes(needed)  # the processes must agree on one fit
 
     least_tokens = most_tokens if fixed_tokens else TOKEN_STEP
     fit = search_fit(bytes_needed, policies=policies, most_tokens=most_tokens, least_tokens=least_tokens, limit=limit)
@@ -186,7 +186,7 @@ def memory_limit() -> int:
     else:
         stats = device.memory_stats() or {}
         limit = stats.get("bytes_limit", math.inf) * SHARE_OF_DEVICE
-    least = -most_of_processes(-limit)
+    least = -max_over_processes(-limit)
     return int(least) if math.isfinite(least) else 2**63 - 1
 
 

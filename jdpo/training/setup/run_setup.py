@@ -30,7 +30,7 @@ from jdpo.models.weights.embedding_rows import StartedRows
 from jdpo.models.weights.hub_models import has_weights, resolve_folder
 from jdpo.models.weights.loading import check_tensors
 from jdpo.models.weights.safetensors_folder import tensor_entries
-from jdpo.processes import together
+from jdpo.processes import run_jointly
 from jdpo.sharding.mesh import check_batch_size, make_mesh
 from jdpo.sharding.rules import param_shardings, undivided_dims
 from jdpo.training.setup.adaptation import Adaptation, adaptation_of, check_adaptation, num_params
@@ -169,11 +169,11 @@ def build(config: TrainConfig, log: Log, *, weights: bool = True, stopped: Calla
       ValueError: bad input, before anything is trained.
       BuildStopped: `stopped` returned True.
     """
-    task = together(lambda: _checked_task(config))
+    task = run_jointly(lambda: _checked_task(config))
     if config.push_to_hub is not None:  # now, not at the export after hours of training
         repository = config.push_to_hub
-        together(lambda: check_push(repository), on_first=True)
-    return together(lambda: _build(config, task, log, weights=weights, stopped=stopped))
+        run_jointly(lambda: check_push(repository), on_first=True)
+    return run_jointly(lambda: _build(config, task, log, weights=weights, stopped=stopped))
 
 
 def _checked_task(config: TrainConfig) -> Task:

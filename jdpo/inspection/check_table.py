@@ -72,7 +72,7 @@ CHECKS: dict[str, Check] = {
         "nothing is learnt from them",
         "remove the mark (weight, train, loss, loss_mask) or the row; loss_on: assistant_turns learns earlier turns"),
     "ties": Check(NOTE, "rows whose answers are tied, which are not trained on",
-        "usual for votes and ranks: a tie does not say which answer is better",
+        "usual for votes and ranks: a tie does not show which answer is better",
         "nothing, unless there are more than expected"),
     "answer_cut": Check(Above(fault=0.25, warning=0.05), "rows with an answer cut at max_length",
         "the end of the answer is not seen; if one side is cut more often, length decides instead of quality",

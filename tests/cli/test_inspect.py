@@ -174,7 +174,7 @@ def test_a_model_that_ends_before_max_length_is_a_fault_as_it_is_for_training(
 
 @pytest.fixture
 def sft_adapter(no_weights: Path, tmp_path: Path) -> Path:
-    """What `jdpo sft` leaves under lora: an adapter, and a chat template of its own."""
+    """The output of `jdpo sft` with lora: an adapter, and a chat template of its own."""
     folder = tmp_path / "adapter"
     shutil.copytree(no_weights, folder, ignore=shutil.ignore_patterns("config.json"))
     path = folder / "tokenizer_config.json"

@@ -22,8 +22,10 @@ from jdpo.data.tokens.tokenizer import load_tokenizer
 from jdpo.inspection.check_table import CHECKS, thresholds
 from jdpo.inspection.document import inspect_run
 from jdpo.inspection.html_page import page_of, write_page
+from jdpo.inspection.nodes import Data, Table
 from jdpo.inspection.terminal_view import print_document
 from jdpo.inspection.token_display import NEWLINE, SPACE, pieces_of, special_token_ids
+from jdpo.inspection.tree import report_of
 
 SCRIPT = "<script>alert(1)</script><img src=http://evil.example/x.png><style>body{display:none}</style>"
 
@@ -93,7 +95,7 @@ def test_the_document_is_json_and_counts_what_training_will_see(inspect: Callabl
     train = document["train"]
     assert (train["rows_read"], train["rows_kept"], train["rows_dropped"]) == (6, 5, 1)
     assert train["dropped"] == [{"reason": "identical sides", "rows": 1, "first": "train.jsonl:6"}]
-    assert train["data_sets"][0]["schemas"] == {"conversational": 6}
+    assert train["data_sets"][0]["schemas"] == {"conversational": 6}  # plain: as it is
     assert train["repeats"]["same_row"] == {"rows": 1, "share": 0.2, "first": "train.jsonl:5"}
     assert train["repeats"]["contradictions"]["rows"] == 3
     assert train["margins"]["rows"] == 2
@@ -210,7 +212,7 @@ def test_each_data_set_has_its_own_counts(inspect: Callable[..., Any], tmp_path:
     plain = [{"prompt": f"river {index} ", "chosen": "yes", "rejected": "no\u200b"} for index in range(2)]
     second = written(tmp_path / "plain.jsonl", plain)
     document = inspect(datasets=f"[{first}, {second}]")
-    one, other = document["train"]["data_sets"]
+    one, other = document["train"]["data_sets"]  # plain: as it is
     assert (one["name"], one["rows_read"], one["rows_kept"], other["rows_kept"]) == ("chats", 4, 3, 2)
     assert [drop["first"] for drop in one["dropped"]] == ["chats.jsonl:4"]
     assert other["dropped"] == []
@@ -359,11 +361,39 @@ def test_ids_stand_behind_tokens_on_request(inspect: Callable[..., Any]) -> None
     assert f"{first['text']}[{first['ids'][0]}]" in out.getvalue()
 
 
+# --- terminal and page
+
+
+def texts_of(node: Any) -> list[str]:
+    """Every text in a part of the report."""
+    if isinstance(node, str | Data):
+        return [node if isinstance(node, str) else node.text]
+    inner = node.values() if isinstance(node, dict) else node if isinstance(node, tuple | list) else ()
+    return [text for one in inner for text in texts_of(one)]
+
+
+@pytest.mark.parametrize("sft", [False, True])
+def test_terminal_and_page_show_every_text_of_the_report(inspect: Callable[..., Any], sft: bool) -> None:
+    document = inspect([*HOSTILE, *clean_rows(9)], HOSTILE, num_rows=3, sft=sft)
+    report = report_of(document)
+    # Left out: names of kinds, roles and anchors, which are styles.
+    styles = {"words", "number", "bar", *(section.anchor for section in report.sections)}
+    names = {table.name for section in report.sections for table in section.nodes if isinstance(table, Table)}
+    texts = {" ".join(text.split()) for text in texts_of(report)} - styles - names
+    assert len(texts) > 150
+    terminal = "".join(printed(document, 110).replace("│", "").split()).lower()
+    page = "".join("".join(Page(page_of(document)).text).split()).lower()
+    for text in texts:
+        words = [word.lower() for word in text.split()]
+        assert all(word in terminal for word in words), text
+        assert "".join(words) in page, text
+
+
 # --- the page
 
 
 class Page(HTMLParser):
-    """What a browser would make of the page."""
+    """The page as a browser parses it."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

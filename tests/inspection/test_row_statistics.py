@@ -1,4 +1,4 @@
-"""Figures of a data set: by hand, against brute force, and on real tokenized rows."""
+"""Statistics of a dataset: by hand, against brute force, and on real tokenized rows."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def prepared(tmp_path: Path, tokenizer: Tokenizer, rows: list[dict[str, Any]], *
 def test_facts_of_rows_are_those_of_their_tokens(tmp_path: Path, toy_model: Path) -> None:
     tokenizer = load_tokenizer(toy_model, chat_template=None)
     turns = [("river " * count, "stone " * 3, "light " * (2 * count)) for count in range(1, 12)]
-    rows = [{"prompt": user(p), "chosen": said(c), "rejected": said(r)} for p, c, r in turns]
+    rows = [{"prompt": user(p), "chosen": assistant(c), "rejected": assistant(r)} for p, c, r in turns]
     data = prepared(tmp_path, tokenizer, rows, max_length=30)
     facts = row_facts(data, tokenizer, max_length=30)
     chosen, rejected = facts.length["chosen"], facts.length["rejected"]
@@ -178,7 +178,7 @@ def test_facts_of_rows_are_those_of_their_tokens(tmp_path: Path, toy_model: Path
         assert (chosen[index], rejected[index]) == (len(row.chosen_ids), len(row.rejected_ids))
         assert cut["rejected"][index] == (tokenizer.eos_token_id not in row.rejected_ids)
     assert (cut["chosen"] | cut["rejected"]).sum() == data.counts[COMPLETION_CUT] == 8
-    # Of one side the cut took the line feed alone that the template writes behind the end token.
+    # Of one side the cut took the line feed alone that the template writes after the end token.
     whole_but_full = ~cut["chosen"] & (facts.prompt + chosen == 30)
     assert (chosen[whole_but_full] == [6, 5]).all()
     assert END_INSIDE not in data.counts
@@ -191,7 +191,7 @@ def test_facts_of_rows_are_those_of_their_tokens(tmp_path: Path, toy_model: Path
 
 def test_supervised_rows_have_what_is_learnt_and_what_is_not(tmp_path: Path, toy_model: Path) -> None:
     tokenizer = load_tokenizer(toy_model, chat_template=None)
-    data = prepared(tmp_path, tokenizer, [{"prompt": user("river"), "completion": said("stone")}], max_length=64)
+    data = prepared(tmp_path, tokenizer, [{"prompt": user("river"), "completion": assistant("stone")}], max_length=64)
     facts = row_facts(data, tokenizer, max_length=64)
     assert list(facts.length) == ["completion"]
     assert facts.length["completion"].tolist() == [int(data[0].completion_mask.sum())]
@@ -206,7 +206,7 @@ def user(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
 
-def said(text: str) -> list[dict[str, str]]:
+def assistant(text: str) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": text}]
 
 
@@ -232,9 +232,9 @@ def facts_of(*raws: dict[str, Any]) -> Any:
 )
 @pytest.mark.parametrize("place", ["prompt", "chosen", "rejected"])
 def test_what_nobody_sees_is_found_in_every_part(text: str, kind: str, place: str) -> None:
-    parts = {"prompt": user("Hi"), "chosen": said("yes"), "rejected": said("no")}
+    parts = {"prompt": user("Hi"), "chosen": assistant("yes"), "rejected": assistant("no")}
     parts[place] = [{**parts[place][0], "content": text}]
-    found = facts_of({"prompt": user("Hi"), "chosen": said("yes"), "rejected": said("no")}, parts)
+    found = facts_of({"prompt": user("Hi"), "chosen": assistant("yes"), "rejected": assistant("no")}, parts)
     assert list(found.marks) == [kind]
     assert found.marks[kind]["rows"] == 1
     assert found.marks[kind]["first"] == "rows.jsonl:2"
@@ -245,7 +245,7 @@ def test_what_nobody_sees_is_found_in_every_part(text: str, kind: str, place: st
     "text", ["tab\tand\r\nline feed", "می\u200cخواهم", "👩\u200d👧", "\u200fשלום", "naïve – “quoted”"]
 )
 def test_what_belongs_to_a_script_is_not_held_against_it(text: str) -> None:
-    assert not facts_of({"prompt": user(text), "chosen": said("yes"), "rejected": said("no")}).marks
+    assert not facts_of({"prompt": user(text), "chosen": assistant("yes"), "rejected": assistant("no")}).marks
 
 
 def test_special_tokens_in_plain_text_are_told_apart() -> None:
@@ -254,7 +254,7 @@ def test_special_tokens_in_plain_text_are_told_apart() -> None:
 
 
 def test_schemas_and_rows_are_counted_by_raw_row() -> None:
-    chat = {"prompt": user("Hi"), "chosen": said("yes\x00"), "rejected": said("no\x00")}
+    chat = {"prompt": user("Hi"), "chosen": assistant("yes\x00"), "rejected": assistant("no\x00")}
     transcript = {"chosen": "\n\nHuman: Hi\n\nAssistant: A", "rejected": "\n\nHuman: Ho\n\nAssistant: B"}
     found = facts_of(chat, chat, transcript)
     assert sorted(found.schemas.values()) == [1, 2]

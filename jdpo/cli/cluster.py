@@ -32,7 +32,7 @@ def in_cluster(
     if joined is None or joined.num_processes == 1:
         yield
         return
-    from jdpo.checkpoint.manager import complete_steps  # imported now, as a dying process should not import
+    from jdpo.checkpoint.steps import complete_steps  # imported now, as a dying process should not import
 
     folder = Path(output.output_dir) if trains else None
 

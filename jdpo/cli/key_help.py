@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import shutil
 import textwrap
 
-from jdpo.config import Settings
+from jdpo.config import Settings, command_of
 from jdpo.config.key_specs import REQUIRED, KeySpec, as_yaml, key_specs
+from jdpo.words import nearest
 
 _KINDS = {
     "int": "whole number",
@@ -33,10 +33,7 @@ def key_help(command: str, cls: type[Settings], key: str) -> str:
     """
     specs = {spec.name: spec for spec in key_specs(cls)}
     if key not in specs:
-        short = {name.rpartition(".")[2]: name for name in reversed(specs)}
-        near = difflib.get_close_matches(key, [*specs, *short], n=1)
-        hint = f"did you mean {short.get(near[0], near[0])!r}?" if near else f"`jdpo {command} --help` lists the keys"
-        raise ValueError(f"--help: unknown key {key!r}; {hint}")
+        raise ValueError(f"--help: unknown key {key!r}; {_hint(command, key, list(specs))}")
     spec = specs[key]
     width = min(shutil.get_terminal_size().columns, 100) - 2
     rows = [("type", _type(spec))]
@@ -56,6 +53,14 @@ def key_help(command: str, cls: type[Settings], key: str) -> str:
             text, width, initial_indent=f"  {name:<14}", subsequent_indent=" " * 16, break_on_hyphens=False
         )
     return "\n".join(lines)
+
+
+def _hint(command: str, key: str, known: list[str]) -> str:
+    if elsewhere := command_of(key):
+        return elsewhere
+    short = {name.rpartition(".")[2]: name for name in reversed(known)}
+    near = nearest(key, [*known, *short])
+    return f"`jdpo {command} --help` lists the keys" if near is None else f"did you mean {short.get(near, near)!r}?"
 
 
 def _type(spec: KeySpec) -> str:

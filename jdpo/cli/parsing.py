@@ -170,7 +170,7 @@ def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> CommandLine:
     Raises:
       ValueError: two config files, or an option without its value.
     """
-    if (asked := _help_asked(words)) is not None:
+    if (asked := _help_asked(words, parser)) is not None:
         return CommandLine(None, [], argparse.Namespace(), asked)
     found, unknown = parser.parse_known_args(joined(words, parser), argparse.Namespace(words=[], config=[]))
     files = [*([found.file] if getattr(found, "file", None) else []), *(found.config or [])]
@@ -181,12 +181,15 @@ def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> CommandLine:
     return CommandLine(Path(files[0]) if files else None, [*found.words, *unknown], found, None)
 
 
-def _help_asked(words: Sequence[str]) -> str | None:
+def _help_asked(words: Sequence[str], parser: argparse.ArgumentParser) -> str | None:
+    """Returns the key after --help, which may be written as an option; an option of the command itself is no key."""
+    own = {option for action in parser._actions if action.dest != "words" for option in action.option_strings}
     for position, word in enumerate(words):
         name, _, key = word.partition("=")
         if name in ("-h", "--help"):
-            after = words[position + 1] if position + 1 < len(words) else ""
-            return (key or ("" if after.startswith("-") else after)).partition("=")[0].replace("-", "_")
+            key = key or "".join(words[position + 1 : position + 2])
+            key = key.removeprefix("--").partition("=")[0].replace("-", "_")
+            return "" if f"--{key}" in own else key
     return None
 
 

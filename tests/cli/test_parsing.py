@@ -142,6 +142,14 @@ def test_help_of_one_key_names_type_range_choices_and_forms(capsys: pytest.Captu
     assert "command line --optimizer.name sgd in YAML optimizer: {name: sgd}" in printed
     assert main(["sft", "run.yaml", "--help=eval_fraction"]) == 0
     assert "at least 0 and at most 1" in capsys.readouterr().out
+    for words in (["dpo", "--help", "--max-length"], ["dpo", "-h", "max_length"], ["reference", "--help=max_length=3"]):
+        assert main(words) == 0
+        assert capsys.readouterr().out.startswith("max_length (")
+    for words in (["dpo", "--help", "--dry_run"], ["inspect", "rows.yaml", "--help", "rows"]):
+        assert main(words) == 0
+        assert capsys.readouterr().out.startswith("usage:")
+    assert main(["sft", "--help", "beta"]) == 2
+    assert "it is a key of `jdpo dpo`" in capsys.readouterr().err
     assert main(["dpo", "--help", "learning_rat"]) == 2
     assert "did you mean 'learning_rate'?" in capsys.readouterr().err
 

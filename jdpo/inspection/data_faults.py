@@ -86,7 +86,7 @@ def _model_findings(model: Json) -> Iterator[Json]:
     if model["problem"] is not None:
         remedy = "change the config as it says" if readable else "use another model folder"
         yield _finding("fault", "model", model["problem"], "training refuses to start", remedy)
-    if not readable:
+    if not readable:  # without config.json, the sizes below are unknown
         return
     own_tokens = model["tokenizer_size"] - len(model["added_tokens"])
     if own_tokens > model["vocab_size"]:
@@ -104,7 +104,7 @@ def _model_findings(model: Json) -> Iterator[Json]:
 
 def _part_findings(part: Json, where: str) -> Iterator[Json]:
     kept, notes = part["rows_kept"], {one["note"]: one for one in part["notes"]}
-    for kind, mark in part["text"].items():
+    for kind, mark in part["text"].items():  # counted per raw row; the other checks count kept rows
         first = f"{mark['first']}: {mark['excerpt']}"
         yield from _checked(kind, {"rows": mark["rows"], "first": first}, part["rows_read"], where)
     counts = dict(part["edges"])
@@ -138,7 +138,7 @@ def _dropped_findings(part: Json, notes: Mapping[str, Json], where: str) -> Iter
 
 
 def _length_findings(bias: Json | None) -> Iterator[Json]:
-    if bias is None or bias["p_value"] is None or bias["p_value"] >= 0.01:
+    if bias is None or bias["p_value"] is None or bias["p_value"] >= 0.01:  # None: all sides are equally long
         return
     share, way = bias["share_longer"], "longer" if bias["share_longer"] > 0.5 else "shorter"
     severity = "warning" if share > BIASED or share < STRONGLY_BIASED else "note"

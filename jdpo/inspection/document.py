@@ -93,6 +93,7 @@ def inspect_run(config: TrainConfig, *, chosen_by: str, log: Callable[[str], Non
         document["eval"] = part_report(held_out, measure(held_out), texts, model["max_positions"])
         document["leakage"] = _leakage(data, held_out)
     document["findings"] = findings_of(document)
+    # Last, so that the findings, which quote the data, are made safe as well.
     clean: Json = _clean(document)
     return clean
 
@@ -115,6 +116,7 @@ def _text_facts(
 
 def _model(config: TrainConfig, sources: Sources, tokenizer: Tokenizer, data: PreparedData) -> Json:
     found = problem = untrained = None
+    # Adapters leave the embedding as it is, so nothing is started there.
     adapted = bool(config.lora) or sources.adapter_folder is not None
     try:
         found = read_model_config(sources.model_folder)

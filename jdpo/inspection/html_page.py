@@ -38,7 +38,12 @@ def page_of(document: Json) -> str:
     """
     undefined = jinja2.StrictUndefined
     environment = jinja2.Environment(
-        autoescape=True, undefined=undefined, finalize=_safe, trim_blocks=True, lstrip_blocks=True
+        # autoescape alone would leave invisible and direction characters in.
+        autoescape=True,
+        undefined=undefined,
+        finalize=_safe,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters["sha256"] = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     environment.filters["kind"] = lambda node: type(node).__name__

@@ -79,7 +79,7 @@ def _counts(counts: Mapping[str, int], examples: Mapping[str, str]) -> Json:
 
 
 def _dataset(data: PreparedData, number: int, facts: RowFacts, texts: Sequence[TextFacts]) -> Json:
-    own = texts[number : number + 1]
+    own = texts[number : number + 1]  # empty if `texts` is
     return {
         "name": data.names[number],
         "schemas": own[0].schemas if own else {},

@@ -46,6 +46,7 @@ def _print_node(node: Node, console: Console, with_ids: bool) -> None:
             console.print()
             console.print(_text(title, "bold"))
         case Paragraph(words):
+            # Text objects, never strings: rich reads [bold] in a string as markup.
             console.print(Padding(_text(words), (0, 0, 0, 2), expand=False))
         case Table():
             console.print(_table(node))
@@ -110,6 +111,7 @@ def _token_lines(pieces: Sequence[Json], console: Console, style: str, with_ids:
     for number, piece in enumerate(pieces):
         ids = f"[{','.join(map(str, piece['ids']))}]" if with_ids else ""
         for part_number, part in enumerate(_broken(piece["text"], width)):
+            # The piece itself has to fit, with its ids and the sign after it.
             if part_number or used + cell_len(part + ids + boundary) > width:
                 yield line
                 line, used = Text("    "), 0
@@ -119,7 +121,7 @@ def _token_lines(pieces: Sequence[Json], console: Console, style: str, with_ids:
         line.append(ids, "dim")
         line.append(boundary)
         used += cell_len(ids + boundary)
-        if piece["text"].endswith("\n"):
+        if piece["text"].endswith("\n"):  # a line feed of the data ends the line here, too
             yield line
             line, used = Text("    "), 0
     if used:

@@ -36,7 +36,7 @@ def one_line(text: str) -> str:
     'write··it⏎⟨U+200B⟩now'
     """
     seen = "".join(" " if character == " " else _visible_character(character) for character in text)
-    return seen.replace("\n", "").replace("  ", SPACE * 2)
+    return seen.replace("\n", "").replace("  ", SPACE * 2)  # several spaces would look like one
 
 
 def _visible_character(character: str) -> str:
@@ -85,6 +85,7 @@ def pieces_of(ids: Sequence[int], tokenizer: Tokenizer, special: frozenset[int])
     while place < len(ids):
         joined, is_special = 1, ids[place] in special
         if is_special:
+            # Decoding could drop it or, in some tokenizers, add a space.
             text = visible(str(tokenizer.hf.convert_ids_to_tokens(ids[place])))
         else:
             text, joined = _text_of(ids[place : place + MOST_JOINED], tokenizer, special)

@@ -118,6 +118,7 @@ def _number(value: float) -> str:
 
 def _histogram(title: str, named: Sequence[tuple[str, Json]]) -> nodes.Table:
     """Returns the bars of distributions that share their edges."""
+    # One scale for all, so that bars of different sides can be compared.
     edges, most = named[0][1]["edges"], max(max(one["bars"]) for _, one in named)
     columns = [(title, "number")]
     rows: list[list[Words | float]] = [[_range(*edges[place : place + 2])] for place in range(len(edges) - 1)]
@@ -135,6 +136,7 @@ def _range(low: float, high: float) -> str:
     """
     if low != round(low) or high != round(high):
         return f"{low:g} - {high:g}"
+    # Whole numbers: a bar ends before its upper edge.
     return f"{low:,.0f}" if high - low == 1 else f"{low:,.0f} - {high - 1:,.0f}"
 
 
@@ -152,8 +154,8 @@ def _repeats(part: Json) -> list[Node]:
 
 def _bias_sentences(bias: Json) -> Iterator[str]:
     yield (
-        f"In {figure(bias['pairs'], 'pair')} the chosen side is longer {bias['longer']:,} times, shorter "
-        f"{bias['shorter']:,} times, and equally long {bias['equal']:,} times. Its mean length is "
+        f"In {figure(bias['pairs'], 'pair')} the chosen side is longer {figure(bias['longer'], 'time')}, shorter "
+        f"{figure(bias['shorter'], 'time')}, and equally long {figure(bias['equal'], 'time')}. Its mean length is "
         f"{bias['mean_chosen']:.1f} tokens, that of the rejected side {bias['mean_rejected']:.1f} (mean difference "
         f"{bias['mean_difference']:+.1f}, median {bias['median_difference']:+.1f})."
     )

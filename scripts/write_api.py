@@ -190,9 +190,9 @@ def _items(text: str) -> Iterator[str]:
         else:
             items.append(line.strip())
     for item in items:
-        names, colon, said = item.partition(": ")
+        names, colon, shown = item.partition(": ")
         named = colon and re.fullmatch(r"[\w*]+(, [\w*]+)*", names)
-        yield f"{', '.join(f'`{name}`' for name in names.split(', '))}: {said}" if named else item
+        yield f"{', '.join(f'`{name}`' for name in names.split(', '))}: {shown}" if named else item
 
 
 if __name__ == "__main__":

@@ -214,7 +214,7 @@ def joined(words: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
         word = rest.pop(0)
         name, equals, value = word.partition("=")
         if not (equals or word.startswith("--")):
-            if done and f"--{done[-1]}" in options:  # `beta 0.2`, where beta was taken for the config file
+            if done and f"--{done[-1]}" in options:  # `beta 0.2`, where beta is read as the config file
                 raise ValueError(f"cannot read {word!r}; did you mean `--{done[-1]} {word}`?")
             if done:
                 raise unreadable(word)

@@ -101,8 +101,8 @@ def test_a_run_whose_attention_is_of_another_device(run: Path, tmp_path: Path, a
 
 
 def test_wrong_options_are_errors_like_all_others(capsys: Capture) -> None:
-    said = refusal(["run", "out", "--steps\x1b[31m", "3"], capsys)
-    assert said == "jdpo: error: unrecognized arguments: --steps\\x1b[31m 3; `jdpo export --help` lists the options\n"
+    shown = refusal(["run", "out", "--steps\x1b[31m", "3"], capsys)
+    assert shown == "jdpo: error: unrecognized arguments: --steps\\x1b[31m 3; `jdpo export --help` lists the options\n"
 
 
 def test_what_is_no_checkpoint_is_refused(run: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -113,8 +113,8 @@ def test_what_is_no_checkpoint_is_refused(run: Path, tmp_path: Path, capsys: Cap
     assert "is step 3; leave --step out" in refusal([step, str(out), "--step", "6"], capsys)
     assert "OUT is an address (gs://..)" in refusal([step, "gs://b/m"], capsys)
     for flag in ("--merge", "--no-merge"):
-        assert f"{flag}: " in (said := refusal([step, str(out), flag], capsys))
-        assert "holds all weights, not adapters" in said
+        assert f"{flag}: " in (shown := refusal([step, str(out), flag], capsys))
+        assert "holds all weights, not adapters" in shown
     assert "belongs to its run; choose another place" in refusal([step, str(run / "checkpoints" / "x")], capsys)
     base = Path(yaml.safe_load((run / "resolved_config.yaml").read_text())["model_name_or_path"])
     assert f"lies in {base}, which this export is made from" in refusal([step, str(base / "x")], capsys)
@@ -208,8 +208,8 @@ def test_pushes_are_private_and_the_token_stays_where_it_is(run: Path, tmp_path:
         refused = run_jdpo(["export", str(run), str(tmp_path / "no"), "--push_to_hub", "a b"], hub, tmp_path)
         assert refused.returncode == 2
         assert not (tmp_path / "no").exists()
-    said = exported.stdout + exported.stderr + trained.stdout + trained.stderr + refused.stderr
-    assert TOKEN not in said
+    shown = exported.stdout + exported.stderr + trained.stdout + trained.stderr + refused.stderr
+    assert TOKEN not in shown
     assert not [path for path in run.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
 
 

@@ -17,17 +17,17 @@ from jdpo.reports.writers import JsonlWriter
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_a_disk_that_takes_no_more_is_one_line_with_the_file(number: int) -> None:
-    said = explain_failure(OSError(number, os.strerror(number), "/data/run/metrics.jsonl"))
-    assert said is not None
-    assert said.startswith("cannot write /data/run/metrics.jsonl: ")
-    assert "Free some space" in said
-    assert "\n" not in said
+    shown = explain_failure(OSError(number, os.strerror(number), "/data/run/metrics.jsonl"))
+    assert shown is not None
+    assert shown.startswith("cannot write /data/run/metrics.jsonl: ")
+    assert "Free some space" in shown
+    assert "\n" not in shown
 
 
 def test_a_full_disk_is_known_by_its_words_too() -> None:
-    said = explain_failure(RuntimeError("I/O error: No space left on device (os error 28)\nmore"))
-    assert said is not None
-    assert said.startswith("the disk is full (I/O error: No space left on device (os error 28)). Free")
+    shown = explain_failure(RuntimeError("I/O error: No space left on device (os error 28)\nmore"))
+    assert shown is not None
+    assert shown.startswith("the disk is full (I/O error: No space left on device (os error 28)). Free")
     own = OSError("the checkpoint of step 2 could not be written to x: No space left on device. Make room there")
     assert explain_failure(own) == str(own)
 

@@ -61,7 +61,7 @@ def test_what_is_no_command_points_to_one(capsys: pytest.CaptureFixture[str], wo
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "shown"),
     [
         (["quickstart", "--datasets", "x"], "unknown key 'datasets', it is a key of `jdpo sft` and `jdpo dpo`"),
         (["export", "run", "out", "--beta", "1"], "unrecognized arguments: --beta 1; it is a key of `jdpo dpo`"),
@@ -71,10 +71,10 @@ def test_what_is_no_command_points_to_one(capsys: pytest.CaptureFixture[str], wo
     ],
 )
 def test_options_of_other_commands_say_whose_they_are(
-    capsys: pytest.CaptureFixture[str], words: list[str], said: str
+    capsys: pytest.CaptureFixture[str], words: list[str], shown: str
 ) -> None:
     assert main(words) == 2
-    assert said in capsys.readouterr().err
+    assert shown in capsys.readouterr().err
 
 
 def test_a_config_file_comes_first_or_after_config(
@@ -164,9 +164,9 @@ def test_what_a_stranger_wrote_is_shown_and_does_nothing(
     assert not any(line.strip().startswith("fake") for line in printed.splitlines())
     file.write_text('{"prompt"')
     assert main(["dpo", *words, "--dry_run"]) == 2
-    said = capsys.readouterr().err
-    assert "train-\\x1b[31m\\nfake-👩\u200d🚀.jsonl:1: broken JSON" in said
-    assert "\x1b" not in said
+    shown = capsys.readouterr().err
+    assert "train-\\x1b[31m\\nfake-👩\u200d🚀.jsonl:1: broken JSON" in shown
+    assert "\x1b" not in shown
 
 
 def test_names_within_weights_are_shown_and_do_nothing(
@@ -177,14 +177,14 @@ def test_names_within_weights_are_shown_and_do_nothing(
     tensors = load_file(model / "model.safetensors")
     save_file({**tensors, "x\x1b[31m\nfake: ok": np.zeros(3, np.float32)}, model / "model.safetensors")
     assert main(["dpo", *words, "--dry_run"]) == 2
-    assert "extra tensor x\\x1b[31m\\nfake: ok in model.safetensors" in (said := capsys.readouterr().err)
-    assert "\x1b" not in said
+    assert "extra tensor x\\x1b[31m\\nfake: ok in model.safetensors" in (shown := capsys.readouterr().err)
+    assert "\x1b" not in shown
     (model / "model.safetensors").rename(model / "part.safetensors")
     index = {"weight_map": {"a": "part.safetensors", "b": "y\x1b\u202e.safetensors"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
     assert main(["dpo", *words, "--dry_run"]) == 2
-    assert "shard y\\x1b\\u202e.safetensors is listed" in (said := capsys.readouterr().err)
-    assert "\x1b" not in said
+    assert "shard y\\x1b\\u202e.safetensors is listed" in (shown := capsys.readouterr().err)
+    assert "\x1b" not in shown
 
 
 def test_a_fault_of_jdpo_itself_and_a_log_line_are_safe_too(tmp_path: Path) -> None:

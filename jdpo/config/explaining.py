@@ -45,13 +45,13 @@ def explain(cls: type[Settings], error: ValidationError, origins: Mapping[str, s
     faults = [_Fault.of(cls, problem, origins) for problem in error.errors()]
     faults.sort(key=lambda fault: fault.is_missing)  # a missing key may be one that is misspelt
     supplied = {fault.instead.key for fault in faults if fault.instead is not None}
-    together: dict[tuple[str, str], list[_Fault]] = {}
+    by_group: dict[tuple[str, str], list[_Fault]] = {}
     for fault in faults:
         if fault.group:
-            together.setdefault((fault.group, fault.where), []).append(fault)
+            by_group.setdefault((fault.group, fault.where), []).append(fault)
     lines = []
     for fault in faults:
-        same = together.get((fault.group, fault.where), [])
+        same = by_group.get((fault.group, fault.where), [])
         if fault.is_missing and _dotted(fault.path) in supplied:
             continue
         if len(same) < 2:
@@ -118,17 +118,14 @@ class _Fault(NamedTuple):
         if self.problem["type"] == "unknown_loss":
             return str(self.problem["msg"])
         value = self.problem["input"]
-        found = (
-            "has no value" if value is None else f"is {str(value).lower() if isinstance(value, bool) else repr(value)}"
-        )
-        if spec is None or self.problem["type"] == "value_error":  # of a check of jdpo's own
-            expected, about = self.problem["msg"].removeprefix("Value error, "), ""
-        else:
-            finite = self.problem["type"] == "finite_number"
-            expected = f"expected {'a finite number' if finite else spec.expected}"
-        meant = VALUES.get(_dotted(self.path), {}).get(str(value).lower())
-        hint = f"; here it is {_setting(_dotted(self.path), meant, self.where)}" if meant is not None else ""
-        return f"{key!r} {self.where} {found}: {expected}{about}{hint}"
+        shown = str(value).lower() if isinstance(value, bool) else repr(value)
+        found = "has no value" if value is None else f"is {shown}"
+        if spec is None or self.problem["type"] == "value_error":  # a check of jdpo's own has a message of its own
+            return f"{key!r} {self.where} {found}: {self.problem['msg'].removeprefix('Value error, ')}"
+        expected = "a finite number" if self.problem["type"] == "finite_number" else spec.expected
+        meant = VALUES.get(spec.name, {}).get(str(value).lower())
+        hint = f"; here it is {_setting(spec.name, meant, self.where)}" if meant is not None else ""
+        return f"{key!r} {self.where} {found}: expected {expected}{about}{hint}"
 
     def _advice(self, cls: type[Settings]) -> str:
         if self.instead is None:

@@ -138,18 +138,15 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
                 evaluation.prepare()
 
         # -------------------------------------------------------------------------------------------------------- state
-        live = reference.mode == "live"
-        if newest is None and directory.has_metrics():
-            log(f"no whole checkpoint in {directory.checkpoints}: starting again from step 0")
+        live = reference.mode == "live" and trains
         if newest is None:
+            if directory.has_metrics():
+                log(f"no whole checkpoint in {directory.checkpoints}: starting again from step 0")
             state, frozen, position = start_state(setup, assembly, live=live)
         else:
             # A finished run whose adapters are exported alone needs no model under them.
             with_base = trains or on_step is not None or setup.exports_merged
-            frozen = load_frozen(
-                setup, None, live=live and trains, moves=assembly.sync is not None, with_base=with_base
-            )
-            state, position = restore_state(manager, newest, assembly)
+            state, frozen, position = restore_state(setup, assembly, manager, newest, live=live, with_base=with_base)
             log(f"resuming from the checkpoint of step {newest}")
         if is_first() and (note := cut_metrics(directory.metrics, first)) is not None:
             log(f"warning: {note}")
@@ -320,10 +317,13 @@ def start_state(setup: Setup, assembly: Assembly, *, live: bool) -> tuple[TrainS
     return TrainState(step, params, opt_state, rng, loss_state, reference_params), frozen, None
 
 
-def restore_state(manager: CheckpointManager, step: int, assembly: Assembly) -> tuple[TrainState, Mapping[str, Any]]:
-    """Reads the state after a step, and its position: what else the checkpoint holds."""
+def restore_state(
+    setup: Setup, assembly: Assembly, manager: CheckpointManager, step: int, *, live: bool, with_base: bool
+) -> tuple[TrainState, Frozen, Mapping[str, Any]]:
+    """Reads the state after a step and its position, what else the checkpoint holds, and loads the frozen weights."""
+    frozen = load_frozen(setup, None, live=live, moves=assembly.sync is not None, with_base=with_base)
     restored = manager.restore(step, saved_parts(assembly.state))
-    return TrainState(**restored.state), restored.position
+    return TrainState(**restored.state), frozen, restored.position
 
 
 def position_after(step: int, setup: Setup, record: Record, base_identity: Mapping[str, str] | None) -> dict[str, Any]:

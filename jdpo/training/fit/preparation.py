@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -66,43 +66,53 @@ def prepare_steps(
       limit: bytes of a device's memory that a step may take, see `memory_limit`.
       recalled: the fit of an earlier start of the same run; a resumed run then is the uninterrupted one, bitwise.
     """
-    config = setup.config
 
     def plan(max_tokens: int) -> Batches:
         steps = map(setup.row_plan.step, range(setup.num_steps))
         return make_batches(setup, setup.train_data, steps, max_tokens_per_device=max_tokens, cache=cache)
 
-    compiled: dict[Batch, Any] = {}
     if recalled is not None:
-        fit, batches = recalled, plan(recalled.max_tokens_per_device)
+        fit, batches, compiled = recalled, plan(recalled.max_tokens_per_device), dict[Batch, Any]()
     else:
-        platform = jax.default_backend()
-        most = config.max_tokens_per_device or MAX_TOKENS_PER_DEVICE.get(platform, MAX_TOKENS_PER_DEVICE["gpu"])
-        fixed_tokens = bool(config.max_tokens_per_device or config.micro_batch_size)
-        widest = plan(most)
-        if not fixed_tokens:
-            # A step that is smaller than the budget needs no more than it has, and its batches stay as they are.
-            most = min(most, -(-widest.tokens_per_device // TOKEN_STEP) * TOKEN_STEP)
-        batches_of = functools.cache(lambda tokens: widest if tokens == most else plan(tokens))
-        lowered = functools.cache(lambda remat, batch: assemblies[remat].lower_step(batch))
-
-        def lower(remat: str, tokens: int) -> dict[Batch, Any]:
-            demanding = map(shapes_of, batches_of(tokens).demanding())
-            return {batch: lowered(remat, batch) for batch in demanding}
-
-        if fixed_tokens and len(assemblies) == 1:
-            fit = Fit(next(iter(assemblies)), most)
-        else:
-            fit, compiled = choose_fit(
-                lower, policies=tuple(assemblies), most_tokens=most, limit=limit, fixed_tokens=fixed_tokens
-            )
-            log(_describe_fit(fit, limit, by_tokens=config.micro_batch_size is None))
-        batches = batches_of(fit.max_tokens_per_device)
+        fit, batches, compiled = fit_steps(setup, assemblies, plan, log, limit=limit)
     assembly = assemblies[fit.remat]
     log_batches(setup, assembly, batches, fit, log)
     known = set(map(shapes_of, batches.shapes()))
     compiled = {batch: program for batch, program in compiled.items() if batch in known}
     return Preparation(fit, assembly, batches, Programs(assembly.lower_step, pool, compiled))
+
+
+def fit_steps(
+    setup: Setup, assemblies: Mapping[str, Assembly], plan: Callable[[int], Batches], log: Log, *, limit: int
+) -> tuple[Fit, Batches, dict[Batch, Any]]:
+    """Fits the steps to the memory of the devices, by trial compilations where the config leaves a choice.
+
+    Args:
+      plan: tokens per device at most -> the batches of the run.
+
+    Returns:
+      the fit, its batches, and the programs of its policy that were compiled.
+    """
+    config, platform = setup.config, jax.default_backend()
+    most = config.max_tokens_per_device or MAX_TOKENS_PER_DEVICE.get(platform, MAX_TOKENS_PER_DEVICE["gpu"])
+    fixed_tokens = bool(config.max_tokens_per_device or config.micro_batch_size)
+    widest = plan(most)
+    if not fixed_tokens:
+        # A step that is smaller than the budget needs no more than it has, and its batches stay as they are.
+        most = min(most, -(-widest.tokens_per_device // TOKEN_STEP) * TOKEN_STEP)
+    if fixed_tokens and len(assemblies) == 1:
+        return Fit(next(iter(assemblies)), most), widest, {}
+    batches_of = functools.cache(lambda tokens: widest if tokens == most else plan(tokens))
+    lowered = functools.cache(lambda remat, batch: assemblies[remat].lower_step(batch))  # two budgets may share a shape
+
+    def lower(remat: str, tokens: int) -> dict[Batch, Any]:
+        return {batch: lowered(remat, batch) for batch in map(shapes_of, batches_of(tokens).demanding())}
+
+    fit, compiled = choose_fit(
+        lower, policies=tuple(assemblies), most_tokens=most, limit=limit, fixed_tokens=fixed_tokens
+    )
+    log(_describe_fit(fit, limit, by_tokens=config.micro_batch_size is None))
+    return fit, batches_of(fit.max_tokens_per_device), compiled
 
 
 def log_batches(setup: Setup, assembly: Assembly, batches: Batches, fit: Fit, log: Log) -> None:

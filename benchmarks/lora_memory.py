@@ -137,7 +137,7 @@ def bytes_of(config: ModelConfig, arm: Arm, num_tokens: int, rank: int) -> dict[
         "state": _size(state),
         "frozen": _size(frozen),
         "temporary": int(sizes.temp_size_in_bytes),
-        "whole": program_bytes(program),
+        "whole": int(program_bytes(program)),
     }
 
 

@@ -1,4 +1,4 @@
-"""Params -> a Hugging Face model folder that transformers, vLLM and others load as it is."""
+"""Exports params as a Hugging Face model folder that transformers, vLLM and others load directly."""
 
 from __future__ import annotations
 
@@ -47,23 +47,24 @@ def export_model(
 ) -> None:
     """Writes `out`: safetensors, config.json, tokenizer with chat template, generation_config.json, README.md.
 
-    The folder appears whole or not at all: it is written beside `out` and renamed; an older export is replaced.
-    Every process must call this: the weight files go round the processes in turn, on a file system that all share,
-    and process 0 writes the rest. Where one process fails all raise, and `out` is as it was.
+    The folder appears as a whole or not at all: it is written next to `out` and renamed; an older export is replaced.
+    Every process must call this, on a shared file system: the processes take turns with the weight files, and process 0
+    writes the rest. If one process fails, all raise and `out` is unchanged.
 
     Args:
-      source_folder: the model training started from; its config.json and generation_config.json are carried over.
-      tokenizer: a transformers PreTrainedTokenizerBase, its chat_template set.
-      tokenizer_folder: where it was loaded from, see `write_tokenizer`.
-      end_token_ids: tokens that end a completion beside the tokenizer's EOS: the chat template's end of turn.
-      export_dtype: "source" gives each tensor its dtype in source_folder (a new tensor: the most common one).
+      out: the folder to write.
+      source_folder: the model that training started from; its config.json and generation_config.json are carried over.
+      tokenizer: a transformers PreTrainedTokenizerBase with its chat_template set.
+      tokenizer_folder: the folder that the tokenizer was loaded from, see `write_tokenizer`.
+      end_token_ids: tokens that end a completion in addition to the tokenizer's EOS: the chat template's end of turn.
+      export_dtype: "source" gives each tensor its dtype in source_folder, and a new tensor the most common dtype there.
       max_shard_size: files are split at this size, e.g. "5GB" (decimal units).
-      model_card: the text of README.md; None writes none.
-      kept: folders beside source_folder that `out` may not touch, such as checkpoints.
+      model_card: the text of README.md; None writes no README.md.
+      kept: folders besides source_folder that `out` must not touch, such as checkpoints.
 
     Raises:
-      ValueError: an unknown export_dtype or size, a tokenizer larger than the embedding, a value that the dtype
-        cannot hold, or an `out` that is something other than an export of jdpo, or touches a folder that is kept.
+      ValueError: export_dtype or max_shard_size is unknown, the tokenizer is larger than the embedding, a value does
+        not fit its dtype, `out` is not an export of jdpo, or `out` touches a folder in `kept`.
     """
     dtypes, main_dtype = run_jointly(lambda: _export_dtypes(config, source_folder, export_dtype))
     if len(tokenizer) > config.vocab_size:
@@ -84,17 +85,17 @@ def export_model(
 
 
 def read_generation_config(folder: Path) -> dict[str, Any]:
-    """generation_config.json of a model folder, empty where there is none; an export carries it over.
+    """Returns generation_config.json of a model folder, or {} if there is none; an export carries it over.
 
     Raises:
-      ValueError: it does not hold a JSON object.
+      ValueError: the file is not a JSON object.
     """
     path = folder / "generation_config.json"
     return read_json(path) if path.is_file() else {}
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as "5GB".
+    """Returns the number of bytes of a size such as "5GB".
 
     >>> parse_size("1.5MB")
     1500000
@@ -107,7 +108,7 @@ def parse_size(text: str) -> int:
 
 
 def _export_dtypes(config: ModelConfig, source_folder: Path, export_dtype: str) -> tuple[dict[str, np.dtype], np.dtype]:
-    """The dtype of every tensor, and the one that config.json names."""
+    """Returns the dtype of every tensor, and the one for config.json."""
     names = list(hf_tensors(config))
     if export_dtype in _DTYPES:
         return dict.fromkeys(names, _DTYPES[export_dtype]), _DTYPES[export_dtype]
@@ -122,7 +123,7 @@ def _check_arrived(staging: Path, shards: Sequence[ShardFile]) -> None:
     missing = [shard.name for shard in shards if not (staging / shard.name).is_file()]
     if missing:
         raise ValueError(
-            f"{', '.join(missing)}: written by other processes, but not to be seen in {staging}; "
+            f"{', '.join(missing)}: written by other processes, but not visible in {staging}; "
             "the folder must be on a file system that all processes share"
         )
 

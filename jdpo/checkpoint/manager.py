@@ -1,11 +1,11 @@
-"""Checkpoints: every orbax call of jdpo is in this module.
+"""Saves and restores checkpoints. Every orbax call of jdpo is in this module.
 
     checkpoints/<step>/state/       params, optimizer state, step and key, written by orbax in the background
-    checkpoints/<step>/position/    JSON: where in the data the run stands, and what a resumed run must know
+    checkpoints/<step>/position/    JSON: the position in the data, and what a resumed run must know
     checkpoints/<step>/manifest.json   sizes and digests of all files, written last
 
-Orbax notices neither flipped bits nor a folder that a crash left half deleted. A step therefore counts only once
-its manifest is written, and is restored only when every file agrees with it (`jdpo.checkpoint.steps`).
+Orbax detects neither flipped bits nor a folder that was half deleted in a crash. A step therefore counts only once its
+manifest is written, and is restored only if every file agrees with it (`jdpo.checkpoint.steps`).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from jdpo.processes import run_jointly
 
 
 class Restored(NamedTuple):
-    """A checkpoint brought back: the step it was taken after, the device state, and the position."""
+    """A restored checkpoint: its step, the device state, and the position in the data."""
 
     step: int
     state: Any
@@ -45,7 +45,7 @@ class Restored(NamedTuple):
 
 
 class CheckpointManager:
-    """Saves asynchronously, keeps the newest N and the best, restores the newest that is whole."""
+    """Saves checkpoints asynchronously, keeps the newest N and the best, and restores the newest complete one."""
 
     def __init__(
         self,
@@ -58,11 +58,11 @@ class CheckpointManager:
     ) -> None:
         """
         Args:
-          folder: holds one folder a step; made if missing.
-          max_to_keep: newest complete checkpoints to keep, beside the best.
-          metric_name: what `metric` of `save` is, rows included; checkpoints ranked by anything else are not compared.
-          greater_is_better: how `metric` ranks checkpoints.
-          verified: a step that `settle_steps` found whole: reading a large checkpoint once is enough.
+          folder: has one folder per step; created if missing.
+          max_to_keep: number of newest complete checkpoints to keep, in addition to the best.
+          metric_name: name of the `metric` of `save`, evaluation rows included; other metrics are not compared with it.
+          greater_is_better: True if a greater `metric` is better.
+          verified: a step that `settle_steps` found complete, which is then not read a second time.
         """
         quieten()
         self._folder = folder.absolute()
@@ -79,7 +79,7 @@ class CheckpointManager:
         self._orbax = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
-                # Which steps stay is decided here, after the manifest: orbax would delete the last whole
+                # Old steps are deleted here, once the manifest is written: orbax would delete the last complete
                 # checkpoint before the new one has its manifest.
                 max_to_keep=None,
                 enable_async_checkpointing=True,
@@ -94,17 +94,17 @@ class CheckpointManager:
         """Starts a save; returns as soon as the device state is copied.
 
         Args:
-          step: updates made.
+          step: number of updates so far.
           state: a pytree of device arrays.
           position: JSON values.
-          metric: ranks this checkpoint against others; None never is the best.
+          metric: ranks this checkpoint; with None it is never the best.
 
         Raises:
-          OSError: an earlier save failed, or something in the step's place cannot be moved.
+          OSError: an earlier save failed, or something with the step's name is in the way and cannot be moved.
         """
         self.wait()
         run_jointly(lambda: clear_way(self._folder / str(step)), on_first=True)
-        # Orbax remembers the steps it once saw, and refuses to save one again that was deleted here since.
+        # Orbax remembers the steps it has seen, and would refuse to save one again that was deleted here.
         self._orbax.reload()
         self._orbax.save(
             step,
@@ -141,18 +141,18 @@ class CheckpointManager:
             sealing.result()
 
     def close(self) -> None:
-        """Finishes what is under way and frees the threads."""
+        """Finishes the current save and frees the threads."""
         try:
             if not self._failed:
                 self.wait()
         finally:
             self._pool.shutdown()
-            # Orbax raises an error that was already raised here again and again.
+            # Orbax would raise again an error that was already raised here.
             with contextlib.suppress(Exception) if self._failed else contextlib.nullcontext():
                 self._orbax.close()
 
     def _written(self, ask: Callable[[], object]) -> None:
-        """Asks orbax about its save; what it failed with, of whatever kind, is made one error that says what to do."""
+        """Asks orbax about its save and turns an error of any kind into one that says what to do."""
         try:
             ask()
         except Exception as error:
@@ -161,8 +161,8 @@ class CheckpointManager:
 
     def _failure(self, step: int | str, error: Exception) -> OSError:
         return OSError(
-            f"the checkpoint of step {step} could not be written to {self._folder}: {reason(error)}. Make room there "
-            "and run the same command again: it goes on from the newest whole checkpoint"
+            f"the checkpoint of step {step} could not be written to {self._folder}: {reason(error)}. Free some space "
+            "and run the same command again: it continues from the newest complete checkpoint"
         )
 
     def _seal(self, step: int, metric: float | None) -> None:
@@ -191,31 +191,31 @@ class CheckpointManager:
         return complete_steps(self._folder)
 
     def best_step(self) -> int | None:
-        """The complete step with the best metric, the earliest among equals, or None where none has one."""
+        """Returns the complete step with the best metric, the earliest among equals, or None if none has a metric."""
         manifests = {step: read_manifest(self._folder / str(step)) or {} for step in self.complete_steps()}
         return best_of(manifests, self._metric_name, greater_is_better=self._greater_is_better)
 
     def newest_whole_step(self) -> int | None:
-        """The newest step whose files all agree with its manifest; see `settle_steps`."""
+        """Returns the newest step whose files all agree with its manifest; see `settle_steps`."""
         self._verified = settle_steps(self._folder)
         return self._verified
 
     # --- restoring
 
     def restore(self, step: int, abstract_state: Any) -> Restored:
-        """Brings a step back, each leaf under the sharding that `abstract_state` gives it.
+        """Restores a step, with the shardings of `abstract_state`.
 
         Args:
           step: a step from `newest_whole_step` or `best_step`.
-          abstract_state: tree of jax.ShapeDtypeStruct with shardings.
+          abstract_state: a tree of jax.ShapeDtypeStruct with shardings.
 
         Raises:
-          ValueError: a file of the step is not what was written.
+          ValueError: a file of the step is not the one that was written.
         """
         if step != self._verified and (fault := fault_of(self._folder / str(step))) is not None:
             raise ValueError(
-                f"checkpoint {self._folder / str(step)} is damaged: {fault}; bring the file back, or, if this is the "
-                "best checkpoint, set load_best_model_at_end to false to export the last step"
+                f"checkpoint {self._folder / str(step)} is damaged: {fault}; restore the file or, if this is the best "
+                "checkpoint, set load_best_model_at_end to false to export the last step"
             )
         self._orbax.reload()
         items = self._orbax.restore(
@@ -226,17 +226,17 @@ class CheckpointManager:
 
 
 def read_position(folder: Path) -> dict[str, Any]:
-    """The position of the folder of a step."""
+    """Returns the position in the data from the folder of a step."""
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
         position: dict[str, Any] = checkpointer.restore(folder / "position", args=ocp.args.JsonRestore())
     return position
 
 
 def restore_params(folder: Path, abstract_params: Any) -> Any:
-    """The weights alone of the folder of a step; what else it holds is not read.
+    """Restores only the weights from the folder of a step.
 
     Args:
-      abstract_params: tree of jax.ShapeDtypeStruct with shardings.
+      abstract_params: a tree of jax.ShapeDtypeStruct with shardings.
     """
     item = {"params": abstract_params}
     args = ocp.args.PyTreeRestore(

@@ -1,4 +1,4 @@
-"""The tracebacks that orbax prints when a save fails in the background, next to the error that jdpo raises for it."""
+"""Hides the tracebacks that orbax prints when a background save fails; jdpo raises an error for it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 
 def quieten() -> None:
-    """Keeps those tracebacks back in this process; `JDPO_TRACEBACK=1` shows them.
+    """Hides those tracebacks in this process, unless JDPO_TRACEBACK=1 is set.
 
-    Orbax raises the same error again when it is asked about its save, so nothing is lost.
+    Orbax raises the same error again when it is asked about its save, so no information is lost.
     """
     if os.environ.get("JDPO_TRACEBACK"):
         return
@@ -35,7 +35,7 @@ def _without_closed_loops(unraisable: Any) -> None:
 
 
 def reason(error: Exception) -> str:
-    """Returns what a save failed of in a line: of a full disk that alone, of anything else orbax's first line."""
+    """Returns in one line why a save failed: the system's message for a full disk, else the first line of the error."""
     text = str(error)
     for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         if os.strerror(number) in text:

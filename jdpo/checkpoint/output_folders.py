@@ -1,4 +1,4 @@
-"""Exported folders: written beside their place, and renamed once they are whole."""
+"""Writes exported folders next to their final path and renames them once they are complete."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from jdpo.json_files import write_json
 from jdpo.processes import is_first, run_jointly
 
 MARKER = ".jdpo_export"
-"""Stands in every folder that jdpo exports; a folder without it is somebody else's."""
+"""A file in every folder that jdpo exports. A folder without it was made by somebody else."""
 
 
 def write_folder(
     out: Path, *, by_all: Callable[[Path], None], by_first: Callable[[Path], None], kept: Sequence[Path] = ()
 ) -> None:
-    """Writes `out`, which appears whole or not at all; an older export of jdpo there is replaced.
+    """Writes `out`, which appears as a whole or not at all; an older export of jdpo there is replaced.
 
-    Every process must call this. Where one fails all raise, and `out` is as it was.
+    Every process must call this. If one fails, all raise and `out` is unchanged.
 
     Args:
-      out: a link is followed.
-      by_all: what every process writes, given the folder to write into; on a file system that all share.
-      by_first: what the first process writes behind that.
+      out: the final path; a symlink is followed.
+      by_all: called by every process with the folder to write to, which is on a shared file system.
+      by_first: called by the first process with that folder, after `by_all`.
       kept: folders that the export is made from, see `check_out`.
 
     Raises:
@@ -55,27 +55,28 @@ def write_folder(
 
 
 def check_out(out: Path, kept: Sequence[Path] = ()) -> None:
-    """Refuses a place that holds something that is not ours to replace.
+    """Refuses a path where an export would replace something that jdpo did not export.
 
     Args:
-      kept: folders that must not be touched: `out` may be neither one of them nor inside of nor around one.
+      out: the path of the export.
+      kept: folders that must not be touched: `out` must not be one of them, inside one or around one.
 
     Raises:
-      ValueError: it is neither free nor an export of jdpo, or it meets a folder that is kept.
+      ValueError: the path is neither free nor an export of jdpo, or overlaps a folder in `kept`.
     """
     place = out.expanduser().resolve()
     for folder in (path.expanduser().resolve() for path in kept):
         if place == folder or place in folder.parents or folder in place.parents:
-            how = "is" if place == folder else "lies around" if place in folder.parents else "lies in"
+            how = "is" if place == folder else "contains" if place in folder.parents else "is inside"
             raise ValueError(
-                f"{out} {how} {folder}, which this export is made from or belongs to its run; choose another place"
+                f"{out} {how} {folder}, which belongs to the run or is an input of this export; choose another place"
             )
     if around := next((path for path in place.parents if path.exists() and not path.is_dir()), None):
-        raise ValueError(f"{out} lies in {around}, which is a file; choose another place")
+        raise ValueError(f"{out} is inside {around}, which is a file; choose another place")
     is_ours = (place / MARKER).is_file()
     if place.exists() and not is_ours and (not place.is_dir() or any(place.iterdir())):
         raise ValueError(
-            f"{out} exists and is not an export of jdpo (it holds no {MARKER}): it will not be replaced; "
+            f"{out} exists and is not an export of jdpo (it has no {MARKER}), so it is not replaced; "
             "choose another place"
         )
 
@@ -85,17 +86,17 @@ def _stage(out: Path, staging: Path, kept: Sequence[Path]) -> None:
     if replaced.exists() and not out.exists():  # an export was killed between its two renames
         replaced.rename(out)
     check_out(out, kept)
-    shutil.rmtree(staging, ignore_errors=True)  # of an export that was killed
+    shutil.rmtree(staging, ignore_errors=True)  # left by an export that was killed
     staging.mkdir(parents=True)
 
 
 def _publish(staging: Path, out: Path) -> None:
-    """Makes `staging` durable and renames it to `out`; an older `out` stays beside it until the new one stands."""
+    """Makes `staging` durable and renames it to `out`; an older `out` is kept next to it until then."""
     for path in [path for path in staging.rglob("*") if path.is_file()]:
         sync_path(path)
     sync_path(staging)
     replaced = _replaced(out)
-    shutil.rmtree(replaced, ignore_errors=True)  # of an export that was killed behind its renames
+    shutil.rmtree(replaced, ignore_errors=True)  # left by an export that was killed after its renames
     if out.exists():
         out.rename(replaced)
     try:
@@ -109,5 +110,5 @@ def _publish(staging: Path, out: Path) -> None:
 
 
 def _replaced(out: Path) -> Path:
-    """Where an older export waits while the new one takes its place."""
+    """Returns the path of an older export while the new one replaces it."""
     return out.parent / f".{out.name}.replaced"

@@ -1,4 +1,4 @@
-"""Adapters -> a PEFT adapter folder that peft, vLLM and others load onto the base as it is."""
+"""Exports adapters as a PEFT adapter folder that peft, vLLM and others load directly."""
 
 from __future__ import annotations
 
@@ -33,21 +33,22 @@ def export_adapter(
 ) -> None:
     """Writes `out`: adapter_config.json, adapter_model.safetensors, the tokenizer, README.md.
 
-    The folder appears whole or not at all; an older adapter there is replaced. Every process must call this: all gather
-    the adapters, which are small, and the first writes.
+    The folder appears as a whole or not at all; an older adapter there is replaced. Every process must call this: all
+    gather the adapters, which are small, and the first writes.
 
     Args:
-      adapters: as trained.
-      sites: all of the model's.
-      base_name, base_revision: of the model that the adapters belong on, as a loader is to find it.
-      tokenizer: a transformers PreTrainedTokenizerBase, its chat_template set.
-      tokenizer_folder: where it was loaded from, see `write_tokenizer`.
-      model_card: the text of README.md; None writes none.
-      kept: folders that `out` may not touch: the base, an adapter that training went on from, checkpoints.
+      adapters: the trained tree.
+      out: the folder to write.
+      sites: all sites of the model.
+      base_name: path or hub id at which a loader finds the base model.
+      base_revision: hub revision of the base model, if it has one.
+      tokenizer: a transformers PreTrainedTokenizerBase with its chat_template set.
+      tokenizer_folder: the folder that the tokenizer was loaded from, see `write_tokenizer`.
+      model_card: the text of README.md; None writes no README.md.
+      kept: folders that `out` must not touch: the base, an adapter that training continued from, checkpoints.
 
     Raises:
-      ValueError: `out` is something other than an export of jdpo, or touches a folder that is kept; a tensor holds NaN
-        or Inf.
+      ValueError: `out` is not an export of jdpo or touches a folder in `kept`, or a tensor contains NaN or Inf.
     """
     gathered = jax.tree.map(_on_host, adapters)
 
@@ -68,7 +69,7 @@ def export_adapter(
 
 
 def _on_host(leaf: jax.Array) -> Any:
-    """A whole array on every process's host."""
+    """Returns the whole array on the host of every process."""
     if leaf.is_fully_addressable:
         return jax.device_get(leaf)
     from jax.experimental import multihost_utils

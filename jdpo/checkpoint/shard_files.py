@@ -1,7 +1,7 @@
-"""Safetensors files of a model, written by threads straight from the params; no file and no model is held in memory.
+"""Writes the safetensors files of a model straight from the params; neither a file nor the model is copied in memory.
 
-The header is known before any value is, so every tensor has its place in the file from the start, and threads write
-chunks of a few MiB there that they laid out, cast and checked in the cache.
+The header depends only on names, shapes and dtypes, so the offset of every tensor is known from the start. Threads lay
+out, cast and check chunks of a few MiB in the cache and write them there.
 """
 
 from __future__ import annotations
@@ -61,13 +61,13 @@ def plan_shards(config: ModelConfig, dtypes: Mapping[str, np.dtype], max_bytes: 
 def write_shards(
     params: Params, config: ModelConfig, dtypes: Mapping[str, np.dtype], shards: Sequence[ShardFile], folder: Path
 ) -> None:
-    """Writes the files of this process, and on the first process the index. Every process must call it.
+    """Writes the files of this process, and on the first process the index. Every process must call this.
 
-    The files go round the processes in turn. What goes wrong on one process is raised there when all tensors have
-    passed: the others need its slices until then.
+    The processes take turns with the files. An error on one process is raised only after the last tensor, since the
+    others need its slices until then.
 
     Raises:
-      ValueError: a tensor holds NaN or Inf, or values that its dtype cannot hold.
+      ValueError: a tensor contains NaN or Inf, or values that its dtype cannot hold.
       OSError: a file cannot be written.
     """
     mine = shards[jax.process_index() :: jax.process_count()]
@@ -94,7 +94,7 @@ def write_shards(
 
 
 class _Place(NamedTuple):
-    """Where a tensor goes."""
+    """The position of a tensor in a file."""
 
     descriptor: int
     offset: int
@@ -103,10 +103,10 @@ class _Place(NamedTuple):
 
 
 class _Writer:
-    """Open files, and the chunks on their way to them.
+    """The open files, and the chunks that are being written to them.
 
     Attributes:
-      error: the first that anything here had, on whatever thread; nothing is written after it.
+      error: the first error of any thread; nothing is written after it.
     """
 
     def __init__(self, pool: ThreadPoolExecutor) -> None:
@@ -129,13 +129,13 @@ class _Writer:
             os.close(self._descriptors.pop())
 
     def create(self, path: Path, tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> None:
-        """Makes a file with its header."""
+        """Creates a file with its header."""
         self._guarded(self._create, path, tensors)
 
     def _create(self, path: Path, tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> None:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         offsets, end = {}, 0
-        # Wide elements first, so that every tensor is aligned to its own.
+        # Wide elements first, so that every tensor is aligned to the size of its elements.
         for name, (shape, dtype) in sorted(tensors.items(), key=lambda item: -item[1][1].itemsize):
             offsets[name], begin = end, end
             end += math.prod(shape) * dtype.itemsize
@@ -149,7 +149,7 @@ class _Writer:
             self._places[name] = _Place(descriptor, 8 + len(text) + offsets[name], shape, dtype)
 
     def write(self, name: str, take: Callable[[], Sequence[HostPiece]]) -> None:
-        """Starts to write a tensor from its pieces; waits first where too much is under way."""
+        """Starts to write a tensor from its pieces; waits first if too many bytes are being written."""
         self._guarded(self._write, name, take)
 
     def _write(self, name: str, take: Callable[[], Sequence[HostPiece]]) -> None:
@@ -168,7 +168,7 @@ class _Writer:
         self._waiting.append((num_bytes, futures))
 
     def finish(self) -> None:
-        """Waits until all is on the disk; raises what went wrong."""
+        """Waits until everything is on the disk; raises the first error."""
         while self._waiting:
             self._wait()
         if self.error is None:
@@ -188,7 +188,7 @@ class _Writer:
         if self.error is None:
             try:
                 work(*args)
-            except Exception as error:  # raised at the end: the other processes wait for this one's slices until then
+            except Exception as error:  # raised at the end: other processes need this one's slices until then
                 self.error = self.error or error
 
     def _write_chunk(self, name: str, place: _Place, view: StridedView, values: np.ndarray) -> None:
@@ -197,7 +197,7 @@ class _Writer:
         _write_all(place.descriptor, run.view(np.uint8).data, place.offset + view.start * place.dtype.itemsize)
 
     def _write_whole(self, name: str, place: _Place, pieces: Sequence[HostPiece]) -> None:
-        """A tensor whose pieces lie between each other."""
+        """Writes a tensor whose pieces are interleaved."""
         run = np.empty(math.prod(place.shape), place.dtype)
         for piece, values in pieces:
             for bounds, view in piece.view.chunks(CHUNK_BYTES // place.dtype.itemsize):
@@ -205,7 +205,7 @@ class _Writer:
         _write_all(place.descriptor, run.view(np.uint8).data, place.offset)
 
     def _lay_out(self, name: str, values: np.ndarray, view: StridedView, run: np.ndarray) -> None:
-        """Casts values and puts them into the run; transposed ones by way of padded rows."""
+        """Casts values and writes them to the run; transposed ones by way of padded rows, which is faster."""
         if not all_finite(values):
             raise ValueError(f"tensor {name} holds NaN or Inf: this model is not exported")
         target = view._replace(start=0).array(run)

@@ -1,10 +1,10 @@
-"""The folder of checkpoints: which of its entries are checkpoints, which of those are whole, what becomes of others.
+"""Finds, verifies, sets aside and deletes the checkpoints in a run's folder of checkpoints.
 
     checkpoints/<step>/manifest.json       sizes and digests of every file of the step, written last
     checkpoints/damaged-<step>-<time>/     a checkpoint whose files disagree with its manifest: kept, never used
 
-Only the manifest decides. A file that it does not list, as file managers, editors and NFS leave them, changes nothing.
-A step without a manifest is a save that was cut off. Nothing else in the folder is touched.
+Only the manifest counts. Files that it does not list, such as those of file managers, editors and NFS, are ignored.
+A step without a manifest is an interrupted save. Nothing else in the folder is touched.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ log = logging.getLogger(__name__)
 
 
 def step_folders(folder: Path) -> list[int]:
-    """Steps that have a folder of their name, oldest first, whether or not it is a checkpoint."""
+    """Returns the steps that have a folder of their name, oldest first, whether or not it is a checkpoint."""
     return sorted(int(entry.name) for entry in _named_like_steps(folder) if entry.is_dir())
 
 
 def complete_steps(folder: Path) -> list[int]:
-    """Steps whose manifest says that it is theirs, oldest first; whether the files agree with it is not checked."""
+    """Returns the steps whose folder has their manifest, oldest first. The files are not compared with the manifest."""
     return [step for step in step_folders(folder) if step_of(folder / str(step)) == step]
 
 
 def damaged_folders(folder: Path) -> list[Path]:
-    """The checkpoints that were set aside, by name."""
+    """Returns the checkpoints that were set aside, sorted by name."""
     if not folder.is_dir():
         return []
     return sorted(entry for entry in folder.iterdir() if _DAMAGED.fullmatch(entry.name) and entry.is_dir())
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of the folder of a step; None where there is none that can be read."""
+    """Returns the manifest of the folder of a step, or None if there is none that can be read."""
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -58,46 +58,46 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def step_of(folder: Path) -> int | None:
-    """The step that a folder holds by its manifest, whatever its name is; None: no manifest can be read."""
+    """Returns the step in a folder's manifest, whatever the folder's name, or None if no manifest can be read."""
     manifest = read_manifest(folder)
     return None if manifest is None else int(manifest["step"])
 
 
 def fault_of(folder: Path) -> str | None:
-    """What is wrong with the folder of a step, by its manifest; None: nothing. Every file that is listed is read.
+    """Compares the folder of a step with its manifest, reading every listed file. Returns the fault, or None.
 
     Args:
-      folder: named after its step.
+      folder: a folder whose name is the step.
     """
     if not (folder / MANIFEST).exists():
-        return "its save was cut off"
+        return "its save was interrupted"
     manifest = read_manifest(folder)
     if manifest is None:
         return f"{MANIFEST} cannot be read"
     if str(manifest["step"]) != folder.name:
-        return f"it holds step {manifest['step']}, as its manifest says"
+        return f"its manifest is that of step {manifest['step']}"
     for name, expected in sorted(manifest["files"].items()):
         path = folder / name
         if not path.is_file():
             return f"{terminal(name)} is missing"
         try:
             if [path.stat().st_size] != expected[:1] or digest_of(path) != expected:
-                return f"{terminal(name)} is not what was written"
+                return f"{terminal(name)} has changed since it was written"
         except (OSError, TypeError, LookupError) as error:
             return f"{terminal(name)} cannot be compared ({error})"
     return None
 
 
 def digest_of(path: Path) -> list[Any]:
-    """[bytes, sha256] of a file, as manifests have them."""
+    """Returns [bytes, sha256] of a file, as in manifests."""
     digest = file_digest(path)
     return [path.stat().st_size, digest]
 
 
 def digests_of(folder: Path) -> dict[str, list[Any]]:
-    """{relative path: [bytes, sha256]} of the files of a step that has just been written, for its manifest.
+    """Returns {relative path: [bytes, sha256]} of the files of a step that has just been written, for its manifest.
 
-    Hidden files are left out: orbax writes none, and those of file managers and NFS come and go.
+    Hidden files are omitted: orbax writes none, and those of file managers and NFS come and go.
     """
     digests = {}
     for path in sorted(folder.rglob("*")):
@@ -110,43 +110,45 @@ def digests_of(folder: Path) -> dict[str, list[Any]]:
 
 def delete_step(folder: Path) -> None:
     """Deletes the folder of a step; its manifest first, so that a half-deleted step never counts as a checkpoint."""
-    if folder.is_symlink():  # what it points to is kept elsewhere on purpose
+    if folder.is_symlink():  # its target is kept elsewhere on purpose
         folder.unlink()
         return
     try:
         (folder / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(folder)
-    except OSError as error:  # on NFS, a file that somebody reads cannot go yet: no reason to end a run
-        log.warning("%s could not be deleted whole (%s); the next start tries again", folder, error)
+    except OSError as error:  # on NFS, a file in use cannot be deleted; not a reason to end a run
+        log.warning("%s could not be deleted completely (%s); the next start tries again", folder, error)
 
 
 def set_aside(entry: Path) -> Path:
-    """Renames what has the name of a step to `damaged-<step>-<time>`, and returns its new place."""
+    """Renames an entry with the name of a step to `damaged-<step>-<time>` and returns its new path."""
     return rename_to_free(entry, f"damaged-{entry.name}-{utc_stamp()}")
 
 
 def clear_way(entry: Path) -> None:
-    """Sets aside whatever has the name of a step that is about to be saved."""
+    """Sets aside an entry with the name of a step that is about to be saved."""
     if os.path.lexists(entry):
-        log.warning("%s is in the way of the checkpoint of that step: it is kept as %s", entry, set_aside(entry).name)
+        log.warning(
+            "%s is in the way of the checkpoint of that step and was renamed to %s", entry, set_aside(entry).name
+        )
 
 
 def settle_steps(folder: Path, last_step: int | None = None) -> int | None:
-    """Finds the newest step that is whole, and clears the way to it. To be called by one process.
+    """Finds the newest complete step and cleans up after it. One process must call this.
 
-    Later steps that are damaged are set aside, saves without a manifest are removed, and both are logged, as is what
-    earlier starts have set aside.
+    Later steps that are damaged are set aside, and interrupted saves are deleted. Both are logged, and so are
+    checkpoints that earlier starts have set aside.
 
     Args:
       folder: the folder of checkpoints.
-      last_step: of the run; None: any step may be its.
+      last_step: the run's last step; None accepts any step.
 
     Returns:
-      the step, or None where none is whole.
+      the step, or None if no step is complete.
 
     Raises:
-      ValueError: a folder holds another step than its name says, or a step that the run does not have; nothing was
-        changed then.
+      ValueError: a folder's name is not the step in its manifest, or the run does not have that step. Nothing was
+        changed in that case.
     """
     _refuse_foreign(folder, last_step)
     for place in damaged_folders(folder):
@@ -159,17 +161,17 @@ def settle_steps(folder: Path, last_step: int | None = None) -> int | None:
     for entry in cut_off:
         delete_step(entry)
     if cut_off:
-        saves = "save that was" if len(cut_off) == 1 else "saves that were"
-        log.warning("removed %d %s cut off before completion from %s", len(cut_off), saves, folder)
+        saves = "save" if len(cut_off) == 1 else "saves"
+        log.warning("deleted %d interrupted %s from %s", len(cut_off), saves, folder)
     for step in reversed(step_folders(folder)):
         if not os.path.lexists(folder / str(step) / MANIFEST):
-            continue  # not a save of jdpo, or one that could not be removed
+            continue  # not a save of jdpo, or one that could not be deleted
         fault = fault_of(folder / str(step))
         if fault is None:
             return step
         place = set_aside(folder / str(step))
         log.warning(
-            "checkpoint %s is damaged (%s): it is not used, and kept as %s (%s)",
+            "checkpoint %s is damaged (%s): it is not used and was renamed to %s (%s)",
             folder / str(step),
             fault,
             place.name,
@@ -179,7 +181,7 @@ def settle_steps(folder: Path, last_step: int | None = None) -> int | None:
 
 
 def _named_like_steps(folder: Path) -> list[Path]:
-    """Entries of any kind whose name is a step as jdpo writes it: 12, but neither 012 nor 12.bak."""
+    """Returns the entries of any kind whose name is a step as jdpo writes it: 12, but neither 012 nor 12.bak."""
     if not folder.is_dir():
         return []
     names = (entry.name for entry in folder.iterdir())
@@ -194,8 +196,8 @@ def _refuse_foreign(folder: Path, last_step: int | None) -> None:
             continue
         if found != step:
             raise ValueError(
-                f"{place} holds the checkpoint of step {found}, as its manifest says, not of step {step}: rename it to "
-                f"{found}, or, if it is a copy, move it out of {folder}"
+                f"{place} has the manifest of step {found}, not of step {step}: rename it to {found} or, if it is a "
+                f"copy, move it out of {folder}"
             )
         if last_step is not None and step > last_step:
             raise ValueError(
@@ -205,7 +207,7 @@ def _refuse_foreign(folder: Path, last_step: int | None) -> None:
 
 
 def _is_cut_off(entry: Path) -> bool:
-    """True if a folder without a manifest is the beginning of a save: empty, or with what orbax writes first."""
+    """Returns True if a folder without a manifest is an interrupted save: empty, or with files that orbax writes."""
     if entry.is_symlink() or not entry.is_dir() or os.path.lexists(entry / MANIFEST):
         return False
     names = {inner.name for inner in entry.iterdir() if not inner.name.startswith(".")}
@@ -221,7 +223,7 @@ def _size_of(folder: Path) -> str:
 
 
 def best_of(manifests: Mapping[int, Mapping[str, Any]], metric_name: str, *, greater_is_better: bool) -> int | None:
-    """The step with the best finite metric of that name, the earliest among equals; None: no manifest has one."""
+    """Returns the step with the best finite metric of that name, the earliest among equals, or None if none has it."""
     ranked = {
         step: manifest["metric"]
         for step, manifest in manifests.items()

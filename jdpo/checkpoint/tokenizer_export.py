@@ -1,8 +1,8 @@
-"""The tokenizer of an exported folder: the source's own files where nothing changed, else files that all loaders read.
+"""Writes the tokenizer of an exported folder: the source's files if nothing changed, else files that all loaders read.
 
-transformers 5 saves a tokenizer under class names and keys of its own, which transformers 4 and what is built on it do
-not read. What a run changes is little (the chat template, tokens that it brings, EOS), so the source's
-tokenizer_config.json is kept otherwise.
+transformers 5 saves a tokenizer with class names and keys that transformers 4 and software built on it do not read. A
+run changes only the chat template, the tokens that it adds, and EOS, so the rest of the source's tokenizer_config.json
+is kept.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ _SUFFIXES = (".json", ".jinja", ".model", ".tiktoken", ".txt")  # never *.py
 _MORE_TEMPLATES = "additional_chat_templates"
 
 _GENERIC_CLASS = "PreTrainedTokenizerFast"
-"""What transformers 4 calls the class that reads tokenizer.json alone; transformers 5 knows the name too."""
+"""The class of transformers 4 that reads only tokenizer.json; transformers 5 knows the name too."""
 
 _OF_LOADING = ("is_local", "local_files_only", "backend", "name_or_path")
-"""Keys that say how a process loaded the tokenizer."""
+"""Keys on how a process loaded the tokenizer, which do not belong into an export."""
 
 
 def write_tokenizer(folder: Path, tokenizer: Any, source: Path | None) -> None:
     """Writes the files of a tokenizer.
 
     Args:
-      folder: where to.
+      folder: the folder to write to.
       tokenizer: a transformers PreTrainedTokenizerBase.
-      source: the folder that it was loaded from; None: it was made in memory.
+      source: the folder that it was loaded from; None if it was made in memory.
     """
     loaded = None if source is None else _loaded(source)
     if source is not None and loaded is not None and _state(loaded) == _state(tokenizer):
@@ -66,29 +66,29 @@ def write_tokenizer(folder: Path, tokenizer: Any, source: Path | None) -> None:
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """The tokenizer's files in a model folder; links are followed, code is left out."""
+    """Returns the tokenizer's files in a model folder; symlinks are followed, code is omitted."""
     found = [path for path in folder.iterdir() if is_tokenizer_file(path.name)]
     found += [path for path in (folder / _MORE_TEMPLATES).glob("*") if path.suffix in _SUFFIXES]
     return sorted(path for path in found if path.is_file())
 
 
 def is_tokenizer_file(name: str) -> bool:
-    """Tells whether a file of this name in a model folder is read as a part of its tokenizer."""
+    """Returns True if a file of this name in a model folder belongs to its tokenizer."""
     return name.endswith(_SUFFIXES) and any(fnmatch(name, pattern) for pattern in _PATTERNS)
 
 
 def _loaded(source: Path) -> Any:
-    """The source's tokenizer as it is without a run's changes, or None where it cannot be loaded any more."""
+    """Loads the source's tokenizer without the run's changes. Returns None if it cannot be loaded any more."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(str(source), local_files_only=True, trust_remote_code=False)
-    except Exception:  # whatever a broken file makes transformers and tokenizers raise
+    except Exception:  # broken files make transformers and tokenizers raise errors of many kinds
         return None
 
 
 def _state(tokenizer: Any) -> dict[str, Any]:
-    """All that makes tokens of text; padding and truncation are set anew at every call."""
+    """Returns everything that affects tokenization, except padding and truncation, which every call sets."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state = {} if backend is None else json.loads(backend.to_str())
     return {
@@ -100,9 +100,9 @@ def _state(tokenizer: Any) -> dict[str, Any]:
 
 
 def _config(tokenizer: Any, saved: dict[str, Any], origin: dict[str, Any], loaded: Any) -> dict[str, Any]:
-    """tokenizer_config.json: the source's with what changed, or, where there is none, what transformers saved."""
+    """Returns tokenizer_config.json: the source's with the changes or, if it has none, the one transformers saved."""
     config = {key: value for key, value in (origin or saved).items() if key not in _OF_LOADING}
-    config.pop("chat_template", None)  # in a file of its own
+    config.pop("chat_template", None)  # saved in a file of its own
     if "chat_template" in saved:
         config["chat_template"] = saved["chat_template"]
     if config.get("tokenizer_class") in (None, "TokenizersBackend"):
@@ -121,7 +121,7 @@ def _config(tokenizer: Any, saved: dict[str, Any], origin: dict[str, Any], loade
 
 
 def _additional(tokenizer: Any, *configs: Any) -> list[Any]:
-    """Special tokens without a name: those of the configs and those that the run brought, each once."""
+    """Returns the special tokens without a name, of the configs and of the run, without duplicates."""
     *of_source, loaded = configs
     listed: list[Any] = []
     for config in of_source:
@@ -138,13 +138,13 @@ def _text(token: Any) -> str:
 
 
 def _as_json(token: Any) -> dict[str, Any]:
-    """An AddedToken as tokenizer_config.json has it."""
+    """Returns an AddedToken in the form of tokenizer_config.json."""
     flags = ("lstrip", "normalized", "rstrip", "single_word", "special")
     return {"content": token.content, **{flag: getattr(token, flag) for flag in flags}}
 
 
 def _json_or_empty(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where it is not there, or where nothing that loads the tokenizer could read it either."""
+    """Returns a JSON object, or {} if the file does not exist or is invalid, since no loader could read it either."""
     with contextlib.suppress(ValueError):
         return read_json(path) if path.is_file() else {}
     return {}

@@ -227,7 +227,7 @@ def test_a_model_of_others_is_not_replaced(export: Callable[..., Path], tmp_path
     assert load_file(other / "model.safetensors")
 
 
-@pytest.mark.parametrize(("out", "how"), [("base", "is"), ("base/inner/out", "lies in"), (".", "lies around")])
+@pytest.mark.parametrize(("out", "how"), [("base", "is"), ("base/inner/out", "is inside"), (".", "contains")])
 def test_the_source_is_never_replaced(export: Callable[..., Path], tmp_path: Path, out: str, how: str) -> None:
     """Not even where it is an export itself."""
     base = copy_of("llama", tmp_path / "base")

@@ -150,10 +150,10 @@ def spoil(folder: Path, how: str) -> str:
         content = bytearray(victim.read_bytes())
         content[len(content) // 2] ^= 1
         victim.write_bytes(content)
-        return f"{name} is not what was written"
+        return f"{name} has changed since it was written"
     if how == "short":
         victim.write_bytes(victim.read_bytes()[:-1])
-        return f"{name} is not what was written"
+        return f"{name} has changed since it was written"
     if how == "missing":
         victim.unlink()
         return f"{name} is missing"
@@ -205,9 +205,7 @@ def test_a_damaged_step_is_named_and_set_aside_and_may_be_saved_again(
     (place,) = damaged_folders(manager._folder)
     assert re.fullmatch(r"damaged-2-\d{8}T\d{6}Z", place.name)
     (warning,) = logged(caplog)
-    assert (
-        f"checkpoint {manager._folder / '2'} is damaged ({fault}): it is not used, and kept as {place.name}" in warning
-    )
+    assert f"{manager._folder / '2'} is damaged ({fault}): it is not used and was renamed to {place.name}" in warning
     assert not (manager._folder / "2").exists()
     np.testing.assert_array_equal(manager.restore(1, abstract(state_at(0))).state["params"], state_at(1)["params"])
     save(manager, 2, 3)
@@ -246,7 +244,7 @@ def test_a_save_that_was_cut_off_is_removed_and_counted_and_may_be_saved_again(
             (folder / ".DS_Store").write_text("x")
     manager = reopened(manager)
     assert manager.newest_whole_step() == 1
-    assert logged(caplog) == [f"removed 2 saves that were cut off before completion from {manager._folder}"]
+    assert logged(caplog) == [f"deleted 2 interrupted saves from {manager._folder}"]
     assert sorted(path.name for path in manager._folder.iterdir()) == ["1"]
     save(manager, 2)
     np.testing.assert_array_equal(manager.restore(2, abstract(state_at(0))).state["params"], state_at(2)["params"])
@@ -355,7 +353,7 @@ def test_a_step_under_another_name_is_refused_and_left_as_it_is(how: str, manage
         other.symlink_to(real)
     manager = reopened(manager)
     before = sorted(path.name for path in manager._folder.iterdir())
-    with pytest.raises(ValueError, match=r"checkpoints/1000 holds the checkpoint of step 2, .*: rename it to 2"):
+    with pytest.raises(ValueError, match=r"checkpoints/1000 has the manifest of step 2, .*: rename it to 2"):
         manager.newest_whole_step()
     assert sorted(path.name for path in manager._folder.iterdir()) == before
     assert 1000 not in manager.complete_steps()
@@ -378,7 +376,7 @@ def test_a_step_that_the_disk_does_not_let_go_does_not_end_the_run(
     monkeypatch.setattr(shutil, "rmtree", busy)
     save(manager, 1, 2, 3)
     assert manager.complete_steps() == [2, 3]
-    assert "1 could not be deleted whole" in logged(caplog)[-1]
+    assert "1 could not be deleted completely" in logged(caplog)[-1]
     monkeypatch.undo()
     assert reopened(manager).newest_whole_step() == 3
     assert not (manager._folder / "1").exists()
@@ -441,7 +439,7 @@ def disk_that_takes(num_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-FAILURE = r"the checkpoint of step 2 could not be written to .*checkpoints: .*File too large.*Make room there and run"
+FAILURE = r"the checkpoint of step 2 could not be written to .*checkpoints: .*File too large.*Free some space and run"
 
 
 # A failed save leaves orbax' event loops in a state of which their destructors complain.

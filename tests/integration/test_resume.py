@@ -71,7 +71,7 @@ def test_a_flipped_bit_falls_back_to_the_checkpoint_before(
     victim.write_bytes(content)
     assert main(cut_words(copy)) == 0
     (warning,) = [record.getMessage() for record in caplog.records if record.name == "jdpo.checkpoint.steps"]
-    fault = f"{victim.relative_to(copy / f'checkpoints/{newest}')} is not what was written"
+    fault = f"{victim.relative_to(copy / f'checkpoints/{newest}')} has changed since it was written"
     assert f"checkpoint {copy}/checkpoints/{newest} is damaged ({fault}): it is not used" in warning
     assert len(list(copy.glob(f"checkpoints/damaged-{newest}-*/{MANIFEST}"))) == 1
     said = " ".join("".join(capsys.readouterr()).split())

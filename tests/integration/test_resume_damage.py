@@ -80,7 +80,7 @@ def test_a_checkpoint_that_is_not_this_runs_is_refused_by_name(
         manifest = json.loads((other / MANIFEST).read_text())
         (other / MANIFEST).write_text(json.dumps(manifest | {"step": 1000}))
     said = refusal(cut_words(copy), capsys)
-    assert f"{other} holds the checkpoint of step {newest}" in said or f"{other} is a checkpoint of step 1000" in said
+    assert f"{other} has the manifest of step {newest}" in said or f"{other} is a checkpoint of step 1000" in said
     assert saved_steps(copy)[-1] == 1000, "nothing was moved"
 
 

@@ -1,4 +1,4 @@
-"""The config of a PEFT adapter folder: whether there is one, and which base it names; read without jax."""
+"""Reads the config of a PEFT adapter folder. This module does not import jax."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 
 
 def is_adapter_folder(folder: Path) -> bool:
-    """Whether that is a PEFT adapter and no model of its own, with the config of an adapter left beside it."""
+    """Returns True for a PEFT adapter, False for a full model even if an adapter's config was left next to it."""
     own_weights = any((folder / name).is_file() for name in (SINGLE_NAME, INDEX_NAME))
     return (folder / CONFIG_NAME).is_file() and not own_weights
 
@@ -31,16 +31,16 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def base_of(folder: Path) -> tuple[str, str | None]:
-    """The model that an adapter was trained on, as its config names it, and its hub revision.
+    """Returns the base model that an adapter's config names, and its hub revision.
 
     Raises:
-      ValueError: the config names none.
+      ValueError: the config does not name a base model.
     """
     config = read_adapter_config(folder)
     name = config.get("base_model_name_or_path")
     if not name:
         raise ValueError(
-            f"{folder / CONFIG_NAME} does not say which model it adapts (base_model_name_or_path); give the model as "
-            "model_name_or_path and the adapter as lora.adapter"
+            f"{folder / CONFIG_NAME} does not name its base model (base_model_name_or_path); set model_name_or_path to "
+            "the base model and lora.adapter to the adapter"
         )
     return str(name), config.get("revision")

@@ -1,10 +1,10 @@
-"""LoRA (arXiv 2106.09685): small trained matrices beside frozen kernels, x W + scale (x A) B.
+"""LoRA (arXiv 2106.09685): small trained matrices next to frozen kernels, x W + scale (x A) B.
 
-What is trained, and saved, is a tree that lies like the params: {"a", "b"} at the path of each adapted projection, in
-the decoder's own layout. Where Hugging Face holds several projections in one module, its adapter has one A for all of
-them: the first projection has "a" and "b" here, the others "b" alone.
+The trained and saved tree has the structure of the params: {"a", "b"} at the path of each adapted projection, in the
+decoder's own layout. Where Hugging Face keeps several projections in one module, its adapter has one A for all of
+them: here the first projection has "a" and "b", the others only "b".
 
-Axes: r rank; *lead, a layer's number in a stack, as the kernel has it; *in and *out, the kernel's other axes.
+Axes: r rank; *lead, the kernel's leading axes (layers of a stack, experts); *in and *out, its input and output axes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Adapters = Params
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Lora:
-    """Which projections are adapted and how; hashable.
+    """Settings of LoRA; hashable.
 
     Attributes:
       r: rank of every adapter.
@@ -43,7 +43,7 @@ class Lora:
 
     @property
     def scale(self) -> float:
-        """What (x A) B is multiplied by.
+        """The factor of (x A) B.
 
         >>> Lora(r=16, alpha=32, use_rslora=True, sites=()).scale
         8.0
@@ -52,7 +52,7 @@ class Lora:
 
 
 class _Leaf(NamedTuple):
-    """A trained matrix: its place, shape and logical axes, and for an A the inputs that it sums over."""
+    """A trained matrix: its path, shape and logical axes, and for an A the number of inputs that it sums over."""
 
     path: Path
     shape: tuple[int, ...]
@@ -70,36 +70,36 @@ def _leaves(lora: Lora) -> Iterator[_Leaf]:
 
 
 def abstract_adapters(lora: Lora, dtype: Any) -> Adapters:
-    """Shapes and dtypes of what is trained."""
+    """Returns the shapes and dtypes of the trained tree."""
     return tree_of({leaf.path: jax.ShapeDtypeStruct(leaf.shape, dtype) for leaf in _leaves(lora)})
 
 
 def adapter_axes(lora: Lora) -> Adapters:
-    """The logical axis names of what is trained: inputs and outputs as the kernel has them, the rank whole."""
+    """Returns the logical axis names of the trained tree: the kernel's for inputs and outputs, None for the rank."""
     return tree_of({leaf.path: leaf.axes for leaf in _leaves(lora)})
 
 
 def init_adapters(lora: Lora, key: jax.Array, dtype: Any) -> Adapters:
-    """The start that changes nothing: A uniform in +-1 / sqrt(inputs), as PEFT draws it, and B zero.
+    """Initializes A uniformly in +-1 / sqrt(inputs), as PEFT does, and B to zero, so that the model is unchanged.
 
-    An A depends on the key and its place alone, not on the mesh nor on what else is adapted.
+    An A depends only on the key and its path, neither on the mesh nor on which other projections are adapted.
     """
 
-    def start(leaf: _Leaf) -> jax.Array:
+    def init(leaf: _Leaf) -> jax.Array:
         if leaf.num_inputs is None:
             return jnp.zeros(leaf.shape, dtype)
         of_leaf = jax.random.fold_in(key, zlib.crc32("/".join(leaf.path).encode()))
         bound = 1 / math.sqrt(leaf.num_inputs)
         return jax.random.uniform(of_leaf, leaf.shape, jnp.float32, -bound, bound).astype(dtype)
 
-    return tree_of({leaf.path: start(leaf) for leaf in _leaves(lora)})
+    return tree_of({leaf.path: init(leaf) for leaf in _leaves(lora)})
 
 
 def weights_of(lora: Lora, base: Base, adapters: Adapters) -> Weights:
-    """What the model runs on: the base, and each projection's own A and scaled B.
+    """Returns the weights that the model runs on: the base, and the A and scaled B of each projection.
 
     Args:
-      adapters: as trained, or empty, for the base alone.
+      adapters: the trained tree, or an empty one for the base alone.
     """
     if not adapters:
         return Weights(base.params, base.scales, {})
@@ -107,13 +107,13 @@ def weights_of(lora: Lora, base: Base, adapters: Adapters) -> Weights:
     for site in lora.sites:
         found[(*site.path, "a")] = get_at(adapters, (*site.leader, "a"))
         b = get_at(adapters, (*site.path, "b"))
-        # Scaled in float32 at least, as a merge does it: in bfloat16 the product would be rounded once more.
+        # Scaled in float32 or wider, as in a merge: in bfloat16 the product would be rounded once more.
         found[(*site.path, "b")] = b.astype(jnp.promote_types(b.dtype, jnp.float32)) * lora.scale
     return Weights(base.params, base.scales, tree_of(found))
 
 
 def num_adapter_params(lora: Lora) -> int:
-    """Numbers that are trained."""
+    """Returns the number of trained parameters."""
     return sum(math.prod(leaf.shape) for leaf in _leaves(lora))
 
 

@@ -1,7 +1,7 @@
-"""The frozen base under adapters: its dtypes, and kernels in int8.
+"""The frozen base of LoRA: its dtypes, and kernels in int8.
 
-An int8 kernel is round(w / s) with s = max |w| / 127 over the inputs of each output channel, so that it is off by s / 2
-at most. Embedding, head, norms and biases are not quantized.
+An int8 kernel is round(w / s) with s = max |w| / 127 over the inputs of each output channel, so the error is at most
+s / 2. Embedding, head, norms and biases are not quantized.
 
 Axes: *lead, *in, *out of a kernel as in `jdpo.models.lora.adapters`.
 """
@@ -18,22 +18,22 @@ from jdpo.models.lora.sites import KERNEL, Path, Site, get_at, tree_of
 from jdpo.models.transformer import Params, Transformer, abstract_params, logical_axes
 
 LEVELS = 127
-"""Largest magnitude of a quantized weight; -128 is not used, so that w and -w round alike."""
+"""Largest magnitude of a quantized weight. -128 is not used, so that rounding is symmetric."""
 
 
 class Base(NamedTuple):
-    """The frozen weights; `scales` as in `Weights`, empty where no kernel is int8."""
+    """The frozen weights; `scales` as in `Weights`, empty if no kernel is int8."""
 
     params: Params
     scales: Params
 
 
 class BaseDtype(NamedTuple):
-    """How a base is kept.
+    """The dtypes of a base.
 
     Attributes:
       rest: dtype of all weights that are not quantized.
-      int8: whether the layers' projections are.
+      int8: True if the layers' projections are quantized to int8.
     """
 
     rest: Any
@@ -41,14 +41,14 @@ class BaseDtype(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What it is called in messages and keys."""
+        """The name in messages and cache keys."""
         return f"int8, else {jnp.dtype(self.rest).name}" if self.int8 else str(jnp.dtype(self.rest).name)
 
 
 def quantize(kernel: jax.Array, site: Site) -> tuple[jax.Array, jax.Array]:
-    """A kernel [*lead, *in, *out] as int8, and the unit of each output channel, float32 [*lead, *out].
+    """Returns a kernel [*lead, *in, *out] as int8, and the unit of each output channel, float32 [*lead, *out].
 
-    A channel of zeros has the unit 1.
+    The unit of a channel of zeros is 1.
     """
     dims = tuple(range(len(site.lead), len(site.lead) + len(site.inputs)))
     wide = kernel.astype(jnp.float32)
@@ -58,17 +58,17 @@ def quantize(kernel: jax.Array, site: Site) -> tuple[jax.Array, jax.Array]:
 
 
 def dequantized(base: Base, site: Site, dtype: Any = jnp.float32) -> jax.Array:
-    """The kernel of a site as numbers."""
+    """Returns the kernel of a site in a floating-point dtype."""
     path = (*site.path, KERNEL)
     unit = get_at(base.scales, path) if base.scales else None
-    return as_numbers(get_at(base.params, path), unit, site, dtype)
+    return as_float(get_at(base.params, path), unit, site, dtype)
 
 
-def as_numbers(kernel: jax.Array, unit: jax.Array | None, site: Site, dtype: Any) -> jax.Array:
-    """A kernel [*lead, *in, *out] of a site, or one layer of it, as numbers.
+def as_float(kernel: jax.Array, unit: jax.Array | None, site: Site, dtype: Any) -> jax.Array:
+    """Returns a kernel [*lead, *in, *out] of a site, or one layer of it, in a floating-point dtype.
 
     Args:
-      unit: [*lead, *out] of an int8 kernel; None of another.
+      unit: [*lead, *out] for an int8 kernel, else None.
     """
     if unit is None:
         return kernel.astype(dtype)
@@ -78,10 +78,10 @@ def as_numbers(kernel: jax.Array, unit: jax.Array | None, site: Site, dtype: Any
 
 
 def abstract_base(model: Transformer, sites: Sequence[Site], dtype: BaseDtype) -> Base:
-    """Shapes and dtypes.
+    """Returns the shapes and dtypes of a base.
 
     Args:
-      sites: all of the model's, see `find_sites`.
+      sites: all sites of the model, see `find_sites`.
     """
     params = abstract_params(model.clone(param_dtype=dtype.rest))
     if not dtype.int8:
@@ -97,7 +97,7 @@ def abstract_base(model: Transformer, sites: Sequence[Site], dtype: BaseDtype) -
 
 
 def base_axes(model: Transformer, sites: Sequence[Site], dtype: BaseDtype) -> Base:
-    """The logical axis names of every leaf of `abstract_base`."""
+    """Returns the logical axis names of every leaf of `abstract_base`."""
     scales: dict[Path, Any] = {}
     if dtype.int8:
         scales = {(*site.path, KERNEL): (*site.lead_axes, *site.output_axes) for site in sites}

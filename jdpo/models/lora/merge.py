@@ -1,4 +1,4 @@
-"""Adapters added to the kernels of their base, W + scale A B, one leaf after the other."""
+"""Merges adapters into the kernels of their base, W + scale A B, one leaf at a time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jdpo.models.lora.adapters import Adapters, Lora
-from jdpo.models.lora.base_weights import Base, as_numbers
+from jdpo.models.lora.base_weights import Base, as_float
 from jdpo.models.lora.sites import EXPERT_AXIS, KERNEL, Site, get_at, tree_of
 from jdpo.models.transformer import Params
 
@@ -26,14 +26,14 @@ def merge(
     shardings: Params | None = None,
     gives_up: bool = False,
 ) -> Params:
-    """The base with the adapters added to its kernels: parameters alone.
+    """Returns the params of the base with the adapters added to its kernels.
 
     Args:
-      sites: all of the model's: int8 kernels without an adapter become numbers too.
-      dtype: of the result; sums are made in float32 at least.
-      shardings: of the result; None: as it comes.
-      gives_up: whether each leaf of the base is given up as soon as its merged one stands, and written over where its
-        dtype stays, so that beside one set of weights there is a leaf of another dtype, or a layer in float32.
+      sites: all sites of the model: int8 kernels without an adapter are dequantized too.
+      dtype: dtype of the result; sums are computed in float32 or wider.
+      shardings: shardings of the result; None leaves them to XLA.
+      gives_up: delete each leaf of the base as soon as its merged one exists, or overwrite it if the dtype is the same.
+        Then the memory is that of one set of weights and one leaf of another dtype, or one layer in float32.
     """
     places, found = {(*site.path, KERNEL): site for site in sites}, {}
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(base.params):
@@ -54,7 +54,7 @@ def merge(
 
 
 def _pair(lora: Lora, site: Site | None, adapters: Adapters) -> tuple[jax.Array, jax.Array] | None:
-    """A and B of a site, [*lead, inputs, r] and [*lead, r, outputs]; None where nothing is added."""
+    """Returns A and B of a site, [*lead, inputs, r] and [*lead, r, outputs], or None if it is not adapted."""
     if site is None or site not in lora.sites:
         return None
     a, b = get_at(adapters, (*site.leader, "a")), get_at(adapters, (*site.path, "b"))
@@ -64,23 +64,24 @@ def _pair(lora: Lora, site: Site | None, adapters: Adapters) -> tuple[jax.Array,
 def _merged(kernel: jax.Array, unit: Any, pair: Any, *, site: Site | None, scale: float, dtype: Any) -> jax.Array:
     if site is None or (unit is None and pair is None):
         return kernel.astype(dtype)
-    if not site.lead or site.lead_axes[0] == EXPERT_AXIS:  # experts may lie on several devices
-        return _of_layer(kernel, unit, pair, site=site, scale=scale, dtype=dtype)
+    if not site.lead or site.lead_axes[0] == EXPERT_AXIS:  # experts may be on several devices
+        return _merged_layer(kernel, unit, pair, site=site, scale=scale, dtype=dtype)
+    # Layer by layer, so that only one layer is in float32 at a time.
     in_place = kernel.dtype == dtype
 
     def write(layer: Any, merged: jax.Array) -> jax.Array:
         leaves = (merged if in_place else kernel, unit, pair)
         one = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False), leaves)
-        of_layer = _of_layer(*one, site=site, scale=scale, dtype=dtype)
-        return jax.lax.dynamic_update_index_in_dim(merged, of_layer, layer, axis=0)
+        new = _merged_layer(*one, site=site, scale=scale, dtype=dtype)
+        return jax.lax.dynamic_update_index_in_dim(merged, new, layer, axis=0)
 
     start = kernel if in_place else jnp.zeros(kernel.shape, dtype)
     return jax.lax.fori_loop(0, kernel.shape[0], write, start)
 
 
-def _of_layer(kernel: jax.Array, unit: Any, pair: Any, *, site: Site, scale: float, dtype: Any) -> jax.Array:
+def _merged_layer(kernel: jax.Array, unit: Any, pair: Any, *, site: Site, scale: float, dtype: Any) -> jax.Array:
     wide = jnp.promote_types(dtype, jnp.float32)
-    numbers = as_numbers(kernel, unit, site, wide)
+    numbers = as_float(kernel, unit, site, wide)
     if pair is not None:
         a, b = (leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in pair)
         numbers = numbers + (jnp.matmul(a, b, precision="highest") * scale).reshape(kernel.shape)

@@ -1,6 +1,7 @@
-"""Adapters as PEFT keeps them, adapter_config.json beside adapter_model.safetensors: read, and brought to its layout.
+"""Reads PEFT adapter folders, and converts adapters to their layout.
 
-PEFT has lora_A [r, in] and lora_B [out, r] for each module, whichever way the module keeps its weight.
+A folder has adapter_config.json and adapter_model.safetensors. PEFT has lora_A [r, in] and lora_B [out, r] for each
+module, whether the module keeps its weight as [out, in] or as [in, out].
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _NAME = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+)\.lora_(?P<kind>[AB])\.we
 _MOST_NAMED = 6
 
 _READ = {"r", "lora_alpha", "use_rslora", "target_modules", "peft_type", "task_type", "init_lora_weights", "bias"}
-"""Keys of adapter_config.json that are looked at below."""
+"""Keys of adapter_config.json that are read below."""
 
 _WITHOUT_EFFECT = {
     "auto_mapping",
@@ -36,9 +37,9 @@ _WITHOUT_EFFECT = {
     "revision",
     "peft_version",
     "inference_mode",
-    "lora_dropout",  # of training alone
-    "fan_in_fan_out",  # how the module keeps its weight; known from the model
-    "exclude_modules",  # what is adapted is seen from the tensors
+    "lora_dropout",  # only affects training
+    "fan_in_fan_out",  # the layout of the module's weight, known from the model
+    "exclude_modules",  # the adapted modules are known from the tensors
     "layers_to_transform",
     "layers_pattern",
     "megatron_core",
@@ -48,18 +49,18 @@ _WITHOUT_EFFECT = {
     "loftq_config",
     "ensure_weight_tying",
 }
-"""Keys that change nothing of what an adapter computes, or nothing that its tensors do not show."""
+"""Keys that do not change what an adapter computes, or only in ways that its tensors show."""
 
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal")
-"""Values of init_lora_weights that leave the base as it is; PiSSA, OLoRA, LoftQ and their like change it."""
+"""Values of init_lora_weights that do not change the base weights; PiSSA, OLoRA, LoftQ and others do."""
 
 
 class PeftAdapter(NamedTuple):
-    """An adapter on disk, its config and headers checked; no tensor is read yet.
+    """An adapter on disk whose config and headers were checked; no tensor has been read.
 
     Attributes:
-      targets: `target_modules` as its config has them.
-      all_sites: those of the model that it was held against.
+      targets: `target_modules` of its config.
+      all_sites: all sites of the model that it was compared with.
     """
 
     folder: Path
@@ -69,13 +70,13 @@ class PeftAdapter(NamedTuple):
 
 
 def read_adapter(folder: Path, sites: Sequence[Site]) -> PeftAdapter:
-    """Reads config and headers of an adapter and holds them against a model.
+    """Reads config and headers of an adapter and compares them with a model.
 
     Args:
-      sites: all of the model's, see `find_sites`.
+      sites: all sites of the model, see `find_sites`.
 
     Raises:
-      ValueError: a feature that jdpo lacks, tensors that do not fit the model, or a damaged file; all named.
+      ValueError: the adapter has features that jdpo lacks or tensors that do not fit the model, or a file is damaged.
     """
     config = read_adapter_config(folder)
     _refuse_unsupported(folder, config)
@@ -85,8 +86,8 @@ def read_adapter(folder: Path, sites: Sequence[Site]) -> PeftAdapter:
     if unknown := sorted(modules - known):
         names = ", ".join(dict.fromkeys(map(last_name, sites)))
         raise ValueError(
-            f"{folder}: the adapter has {_listed(unknown)}, which this model lacks or jdpo does not adapt; it adapts "
-            f"{names}. Is it of another base model?"
+            f"{folder}: the adapter has {_listed(unknown)}; in this model jdpo adapts only {names}. "
+            "Check that the adapter belongs to this base model"
         )
     lora = Lora(
         r=int(config["r"]),
@@ -117,16 +118,16 @@ def _refuse_unsupported(folder: Path, config: Mapping[str, Any]) -> None:
     ]
     if wrong:
         raise ValueError(
-            f"{folder / CONFIG_NAME} asks for what jdpo's adapters do not have: {'; '.join(wrong)}. Merge it with "
-            "PEFT (merge_and_unload) and train from the merged model"
+            f"{folder / CONFIG_NAME} has settings that jdpo does not support: {'; '.join(wrong)}. Merge the adapter "
+            "with PEFT (merge_and_unload) and train from the merged model"
         )
 
 
 def _tensor_entries(folder: Path) -> dict[tuple[str, str], TensorEntry]:
-    """{(module, "A" or "B"): where its tensor stands}."""
+    """Returns {(module, "A" or "B"): its tensor}."""
     path = folder / WEIGHTS_NAME
     if not path.is_file():
-        raise ValueError(f"{folder} has no {WEIGHTS_NAME}; jdpo reads safetensors only, so save the adapter with them")
+        raise ValueError(f"{folder} has no {WEIGHTS_NAME}; jdpo reads only safetensors, so save the adapter as such")
     entries: dict[tuple[str, str], TensorEntry] = {}
     other = []
     for name, entry in read_header(path).items():
@@ -137,11 +138,11 @@ def _tensor_entries(folder: Path) -> dict[tuple[str, str], TensorEntry]:
             entries[match["module"], match["kind"]] = entry
     if other:
         raise ValueError(
-            f"{path} holds tensors that are no lora_A or lora_B of a projection: {_listed(other)}. Merge the adapter "
+            f"{path} contains tensors other than lora_A and lora_B of projections: {_listed(other)}. Merge the adapter "
             "with PEFT (merge_and_unload) and train from the merged model"
         )
     if not entries:
-        raise ValueError(f"{path} holds no tensors")
+        raise ValueError(f"{path} contains no tensors")
     return entries
 
 
@@ -163,13 +164,13 @@ def _check_shapes(folder: Path, entries: Mapping[tuple[str, str], TensorEntry], 
 
 
 def load_adapters(adapter: PeftAdapter, shardings: Any, dtype: Any) -> Adapters:
-    """The tree that is trained, on its devices; every process reads all of it, as it is small.
+    """Reads an adapter into the trained tree, on its devices. Every process reads all of it, since it is small.
 
     Args:
-      shardings: a tree like `abstract_adapters`.
+      shardings: a tree of shardings with the structure of `abstract_adapters`.
 
     Raises:
-      ValueError: a tensor holds NaN or Inf; it is named.
+      ValueError: a tensor contains NaN or Inf.
     """
     leaves = run_jointly(lambda: _read_leaves(adapter, dtype))
     return jax.tree.map(
@@ -207,17 +208,17 @@ def _read_leaves(adapter: PeftAdapter, dtype: Any) -> dict[tuple[str, ...], np.n
 
 
 def _rows(module: Module, outputs: tuple[int, ...]) -> np.ndarray:
-    """Which outputs of the module are the projection's, in the order of its own flattened axes."""
+    """Returns the indices of a projection's outputs among its module's, in the order of its flattened axes."""
     grids = np.meshgrid(*map(np.arange, outputs), indexing="ij")
     steps = (grid * stride for grid, stride in zip(grids, module.strides, strict=True))
     return np.asarray(module.start + sum(steps)).reshape(-1)
 
 
 def peft_tensors(lora: Lora, adapters: Any) -> dict[str, np.ndarray]:
-    """Every tensor of adapter_model.safetensors by name.
+    """Returns every tensor of adapter_model.safetensors by name.
 
     Args:
-      adapters: as trained, host arrays.
+      adapters: the trained tree as host arrays.
     """
     tensors: dict[str, np.ndarray] = {}
     for site in lora.sites:
@@ -231,15 +232,16 @@ def peft_tensors(lora: Lora, adapters: Any) -> dict[str, np.ndarray]:
 
 
 def peft_config(lora: Lora, sites: Sequence[Site], base_name: str, revision: str | None) -> dict[str, Any]:
-    """What adapter_config.json holds.
+    """Returns the content of adapter_config.json.
 
     Args:
-      sites: all of the model's, so that names can be told apart.
-      base_name, revision: of the model that the adapter belongs on.
+      sites: all sites of the model, so that names can be made unambiguous.
+      base_name: name of the base model.
+      revision: hub revision of the base model, if it has one.
     """
     alpha, use_rslora = lora.alpha, lora.use_rslora
     if use_rslora and any(EXPERT_AXIS in site.lead_axes for site in lora.sites):
-        # PEFT reads gate and up of an expert as one map of twice the rank, whose root is not twice the root.
+        # PEFT fuses gate and up of an expert into one map of twice the rank, and would scale by the root of that.
         alpha, use_rslora = lora.scale * lora.r, False
     alpha = int(alpha) if float(alpha).is_integer() else alpha
     return {
@@ -261,10 +263,10 @@ def peft_config(lora: Lora, sites: Sequence[Site], base_name: str, revision: str
 
 
 def target_names(lora: Lora, sites: Sequence[Site]) -> list[str]:
-    """The shortest names that mean the adapted modules and no others: q_proj, or attn.c_proj where mlp.c_proj is not.
+    """Returns the shortest names that match only adapted modules: q_proj, or attn.c_proj if mlp.c_proj is not adapted.
 
     Args:
-      sites: all of the model's.
+      sites: all sites of the model.
     """
     left_out = [site for site in sites if site not in lora.sites]
     taken = {last_name(site) for site in left_out}
@@ -273,7 +275,7 @@ def target_names(lora: Lora, sites: Sequence[Site]) -> list[str]:
 
 
 def _within_layer(site: Site) -> str:
-    """A module's name behind the number of its layer."""
+    """Returns the part of a module's name that follows the number of its layer."""
     return re.split(r"\.\d+\.", site.modules[0].name, maxsplit=1)[-1]
 
 

@@ -1,6 +1,4 @@
-"""A projection that an adapter may sit at, and trees of values by path.
-
-Which projections a model has, and which of them are adapted, is in `jdpo.models.lora.targets`.
+"""Sites of adapters, and trees of values by path. `jdpo.models.lora.targets` finds and chooses the sites of a model.
 """
 
 from __future__ import annotations
@@ -11,18 +9,18 @@ from typing import Any, NamedTuple
 Path = tuple[str, ...]
 
 KERNEL, ROUTER = "kernel", "router"
-"""A router's kernel decides where tokens go, in float32: it is neither adapted nor quantized."""
+"""A router's kernel is in float32 and is neither adapted nor quantized, so that tokens go to the same experts."""
 EXPERT_AXIS = "expert"
-"""The leading axis of a kernel that counts experts."""
+"""Name of the leading axis of experts of a kernel."""
 
 
 class Module(NamedTuple):
-    """A module of Hugging Face's model, and where the outputs of one projection stand among its own.
+    """A module of Hugging Face's model, and the positions of one projection's outputs among its own.
 
     Attributes:
-      at: its index along the leading axes of the kernel.
-      start, strides: output (i, j, ..) of the projection is number start + i strides[0] + j strides[1] + .. there.
-      num_outputs: all that it has; more than the projection's where several share it.
+      at: the module's index along the leading axes of the kernel.
+      start, strides: output (i, j, ..) of the projection is output start + i strides[0] + j strides[1] + .. of it.
+      num_outputs: number of its outputs; more than the projection's if several projections share it.
     """
 
     at: tuple[int, ...]
@@ -33,15 +31,15 @@ class Module(NamedTuple):
 
 
 class Site(NamedTuple):
-    """A projection that may be adapted; all its layers are, or none.
+    """A projection that can be adapted, in all its layers or in none.
 
     Attributes:
-      path: of the projection in the params.
-      leader: whose A it takes: itself, or the first of those that share a module of Hugging Face.
-      lead, inputs, outputs: the kernel's shape, cut in three.
-      lead_axes, input_axes, output_axes: its logical axes.
+      path: path of the projection in the params.
+      leader: path of the projection whose A it uses: its own, or that of the first one that shares its module.
+      lead, inputs, outputs: the three parts of the kernel's shape.
+      lead_axes, input_axes, output_axes: the kernel's logical axes.
       modules: its modules in Hugging Face's model.
-      fan_in_first: whether Hugging Face keeps the weight [in, out] (Conv1D) and not [out, in].
+      fan_in_first: True if Hugging Face keeps the weight as [in, out] (Conv1D), not [out, in].
     """
 
     path: Path
@@ -57,12 +55,12 @@ class Site(NamedTuple):
 
 
 def last_name(site: Site) -> str:
-    """What people call a site's modules, such as q_proj."""
+    """Returns the last part of the name of a site's modules, such as q_proj."""
     return site.modules[0].name.rsplit(".", 1)[-1]
 
 
 def get_at(tree: Mapping[str, Any], path: Path) -> Any:
-    """What stands at a path of a tree."""
+    """Returns the value at a path of a tree."""
     value: Any = tree
     for key in path:
         value = value[key]
@@ -70,7 +68,7 @@ def get_at(tree: Mapping[str, Any], path: Path) -> Any:
 
 
 def tree_of(leaves: Mapping[Path, Any]) -> dict[str, Any]:
-    """Nested dicts of leaves by path.
+    """Returns nested dicts made of leaves by path.
 
     >>> tree_of({("a", "b"): 1, ("a", "c"): 2})
     {'a': {'b': 1, 'c': 2}}

@@ -1,4 +1,4 @@
-"""The projections of a model's layers that adapters may sit at, by the names that Hugging Face gives their modules."""
+"""Sites of adapters: the projections of a model's layers, by the names that Hugging Face gives their modules."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MOST_NAMED = 8
 
 
 def find_sites(model: Transformer) -> tuple[Site, ...]:
-    """Every projection of the layers that an adapter may sit at, in the order of the forward pass."""
+    """Returns every projection of the layers that can be adapted, in the order of the forward pass."""
     found: dict[str, Path] = {}
     axes = logical_axes(model)
     sites = []
@@ -30,17 +30,17 @@ def find_sites(model: Transformer) -> tuple[Site, ...]:
             continue
         first, names = pieces[0], get_at(axes, path)
         num_lead, (num_inputs, fan_in_first) = len(first.at), _inputs_of(first)
-        behind = num_lead + num_inputs
+        end = num_lead + num_inputs
         sites.append(
             Site(
                 path=path[:-1],
                 leader=found.setdefault(first.hf_name, path[:-1]),
                 lead=shape[:num_lead],
-                inputs=shape[num_lead:behind],
-                outputs=shape[behind:],
+                inputs=shape[num_lead:end],
+                outputs=shape[end:],
                 lead_axes=tuple(names[:num_lead]),
-                input_axes=tuple(names[num_lead:behind]),
-                output_axes=tuple(names[behind:]),
+                input_axes=tuple(names[num_lead:end]),
+                output_axes=tuple(names[end:]),
                 modules=tuple(_module_of(piece, num_inputs, fan_in_first) for piece in pieces),
                 fan_in_first=fan_in_first,
             )
@@ -49,11 +49,11 @@ def find_sites(model: Transformer) -> tuple[Site, ...]:
 
 
 def _inputs_of(piece: Piece) -> tuple[int, bool]:
-    """How many axes of a kernel are inputs, and whether Hugging Face has them in front."""
+    """Returns the number of input axes of a kernel, and True if Hugging Face's weight is [in, out]."""
     num_rows, num_columns = piece.hf_shape
     fan_in_first = piece.view.strides[-1] < num_columns  # the last axis is an output
     num_all = num_rows if fan_in_first else num_columns
-    # Counted, not told by strides: those of an axis of one, such as a single head, may be either's.
+    # Found by counting, not by strides: the stride of an axis of size one, such as a single head, is ambiguous.
     products = itertools.accumulate(piece.view.shape, operator.mul)
     num_inputs = next((count for count, product in enumerate(products, start=1) if product == num_all), None)
     assert num_inputs is not None, piece
@@ -70,10 +70,10 @@ def _module_of(piece: Piece, num_inputs: int, fan_in_first: bool) -> Module:
 
 
 def frozen_modules(model: Transformer, sites: Sequence[Site]) -> tuple[str, ...]:
-    """The modules with weights that are no sites: embedding, head (tied as well), norms and routers.
+    """Returns the modules with weights that are not sites: embedding, head (also a tied one), norms and routers.
 
     Args:
-      sites: all of the model's.
+      sites: all sites of the model.
     """
     known = {module.name for site in sites for module in site.modules}
     names = dict.fromkeys([*hf_tensors(model.config), layout_of(model.config).head.hf_name])
@@ -82,14 +82,14 @@ def frozen_modules(model: Transformer, sites: Sequence[Site]) -> tuple[str, ...]
 
 
 def choose_sites(sites: Sequence[Site], targets: Targets, frozen: Sequence[str] = ()) -> tuple[Site, ...]:
-    """The sites that PEFT's `target_modules` means.
+    """Returns the sites that PEFT's `target_modules` selects.
 
     Args:
       targets: "all-linear", a regular expression for whole module names, or a list of names or of their last parts.
       frozen: names of modules that a regular expression must not match, see `frozen_modules`.
 
     Raises:
-      ValueError: a name that no module has, a module that cannot be adapted, or only some of a stack's layers.
+      ValueError: no module has a name, a module cannot be adapted, or only some layers of a stack are selected.
     """
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         return tuple(sites)
@@ -101,7 +101,7 @@ def choose_sites(sites: Sequence[Site], targets: Targets, frozen: Sequence[str] 
             raise ValueError(f"target_modules {targets!r} is not a regular expression: {error}") from None
         chosen = {name for name in names if pattern.fullmatch(name)}
         if beyond := [name for name in frozen if pattern.fullmatch(name)]:
-            raise ValueError(f"target_modules {targets!r} matches {_listed(beyond)} too{_known(names)}")
+            raise ValueError(f"target_modules {targets!r} also matches {_listed(beyond)}{_known(names)}")
     else:
         chosen = set()
         for target in targets:
@@ -110,49 +110,51 @@ def choose_sites(sites: Sequence[Site], targets: Targets, frozen: Sequence[str] 
                 raise ValueError(f"target_modules: no module is called {target!r}{_known(names)}")
             chosen |= found
     if not chosen:
-        raise ValueError(f"target_modules: no module is called as {targets!r} asks{_known(names)}")
+        raise ValueError(f"target_modules: no module matches {targets!r}{_known(names)}")
     found_sites = whole_sites(sites, chosen, "target_modules")
     _require_whole_experts(sites, found_sites)
     return found_sites
 
 
 def _require_whole_experts(sites: Sequence[Site], chosen: Sequence[Site]) -> None:
-    """PEFT keeps the adapters of all maps of the experts as one, so that it has all of them or none."""
+    """Refuses adapters of some maps of the experts: PEFT keeps those of all maps as one."""
     of_experts = dict.fromkeys(last_name(site) for site in sites if EXPERT_AXIS in site.lead_axes)
     adapted = {last_name(site) for site in chosen if EXPERT_AXIS in site.lead_axes}
     left_out = [name for name in of_experts if name not in adapted]
     if adapted and left_out:
         raise ValueError(
-            f"target_modules: of the experts {', '.join(sorted(adapted))} would be adapted, {', '.join(left_out)} not; "
-            "PEFT can load adapters of all maps of an expert, or of none. Name all of them, or none"
+            f"target_modules selects {', '.join(sorted(adapted))} of the experts, but not {', '.join(left_out)}; PEFT "
+            "can load adapters of all maps of an expert or of none, so name all of them or none"
         )
 
 
 def require_loadable(sites: Sequence[Site], chosen: Sequence[Site]) -> None:
-    """Refuses adapters that PEFT would lose.
+    """Refuses adapters that PEFT would silently not load.
 
-    In a model with experts it takes every module that is called as a map of an expert for one, and says nothing where
-    it is another.
+    In a model with experts, PEFT treats every module with the name of an expert's map as one, even a dense map.
 
     Raises:
-      ValueError: such modules are adapted; what to do is said.
+      ValueError: such a dense map is adapted.
     """
     of_experts = {last_name(site) for site in sites if EXPERT_AXIS in site.lead_axes}
     lost = [site for site in chosen if EXPERT_AXIS not in site.lead_axes and last_name(site) in of_experts]
     if lost:
         names = _listed([module.name for site in lost for module in site.modules])
         raise ValueError(
-            f"lora: PEFT would load an exported adapter without its part for {names}: it takes these dense maps for "
-            "experts'. Export the merged model instead (lora.merge: true), or leave them out, "
+            f"lora: PEFT would not load the adapters of {names}: it mistakes these dense maps for maps of experts. "
+            "Export the merged model instead (lora.merge: true), or do not adapt them, "
             r"as with target_modules '.*\.(self_attn|mlp\.experts)\..*'"
         )
 
 
 def whole_sites(sites: Sequence[Site], modules: Iterable[str], asked_by: str) -> tuple[Site, ...]:
-    """The sites whose modules are all among `modules`.
+    """Returns the sites whose modules are all in `modules`.
+
+    Args:
+      asked_by: the setting or folder that the modules come from, for messages.
 
     Raises:
-      ValueError: a site has some of its modules there and others not.
+      ValueError: only some modules of a site are in `modules`.
     """
     chosen, found = set(modules), []
     for site in sites:
@@ -162,8 +164,8 @@ def whole_sites(sites: Sequence[Site], modules: Iterable[str], asked_by: str) ->
             found.append(site)
         elif len(left_out) < len(names):
             raise ValueError(
-                f"{asked_by}: {last_name(site)} is adapted in some of the layers that jdpo computes as "
-                f"one, and not in all: {_listed(left_out)} is left out; adapt it in every layer, or in none"
+                f"{asked_by}: {last_name(site)} is adapted in some layers but not in {_listed(left_out)}, which jdpo "
+                "computes as one stack; adapt it in every layer or in none"
             )
     return tuple(found)
 
@@ -172,7 +174,7 @@ def _known(names: Sequence[str]) -> str:
     last = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
     return (
         f"; the modules that can be adapted are {', '.join(last)} (all of them: {ALL_LINEAR}), such as {names[0]}. "
-        "Embedding, head and norms stay frozen"
+        "Embedding, head and norms remain frozen"
     )
 
 

@@ -1,9 +1,9 @@
-"""Rows of the embedding that were never trained, and what rows of new tokens start as; read from a model's files.
+"""Finds rows of the embedding that were never trained, and makes initial rows for tokens, from a model's files.
 
-Everything here is computed on the host from the files, a few MiB at a time, so that it is the same to the last bit
-whatever the mesh and the dtype of the weights in memory. Imports no jax.
+Everything here is computed on the host from the files, a few MiB at a time, so that the result is bitwise the same for
+every mesh and every dtype of the weights in memory. This module does not import jax.
 
-Axes: v rows of a table (the vocabulary), d model width, n rows that are started.
+Axes: v rows of a table (the vocabulary), d model width, n rows that are initialized.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jdpo.models.weights.safetensors_folder import DTYPES, TensorFiles, tensor_e
 R = TypeVar("R")
 
 NOISE_SCALE = 0.02
-"""Spread of started rows around the mean row, as a share of the trained rows' own: enough to tell new tokens apart."""
+"""Spread of initial rows around the mean row, relative to that of the trained rows, so that new tokens differ."""
 
 UNTRAINED_SHARE = 0.01
 """A row whose norm is below this share of the median norm was never trained."""
@@ -33,17 +33,17 @@ _NUM_THREADS = 4
 
 
 MOST_NAMED = 8
-"""Tokens named in a message at most."""
+"""Largest number of tokens that a message names."""
 
 
 class StartedRows(NamedTuple):
-    """Rows that take the place of what a model's files hold for some tokens.
+    """Initial rows for some tokens, which replace those in the model's files.
 
     Attributes:
       ids: int64 [n], ascending.
       embedding: float64 [n, d].
-      head: float64 [n, d] of an untied head, else None.
-      num_trained: rows of the embedding whose mean they start at.
+      head: float64 [n, d] for an untied head, else None.
+      num_trained: number of rows of the embedding whose mean they start at.
     """
 
     ids: np.ndarray
@@ -53,12 +53,12 @@ class StartedRows(NamedTuple):
 
 
 class UntrainedToken(NamedTuple):
-    """A token of the source tokenizer whose embedding is zero or next to it, and which the rows hold.
+    """A token of the source tokenizer whose embedding is almost zero although the training rows contain it.
 
     Attributes:
-      id: its id.
+      id: token id.
       token: its text in the vocabulary.
-      num_rows: rows that hold it.
+      num_rows: number of rows that contain it.
       first: where the first of them comes from.
     """
 
@@ -69,7 +69,8 @@ class UntrainedToken(NamedTuple):
 
 
 def row_count(num_rows: int) -> str:
-    """
+    """Returns a number of rows as text.
+
     >>> row_count(1), row_count(1200)
     ('1 row', '1,200 rows')
     """
@@ -77,7 +78,7 @@ def row_count(num_rows: int) -> str:
 
 
 def row_norms(folder: Path, config: ModelConfig) -> np.ndarray:
-    """Euclidean norms of the rows of the embedding: float64 [v].
+    """Returns the Euclidean norms of the rows of the embedding: float64 [v].
 
     Raises:
       ValueError: the files cannot be read.
@@ -107,15 +108,15 @@ def untrained_rows(norms: np.ndarray, is_token: np.ndarray) -> np.ndarray:
 
 
 def started_rows(folder: Path, config: ModelConfig, ids: np.ndarray, is_token: np.ndarray, seed: int) -> StartedRows:
-    """Makes rows for tokens: the mean of the trained rows of each table, plus a little noise.
+    """Makes initial rows for tokens: the mean of the trained rows of each table, plus a little noise.
 
-    Rows without a token of the source tokenizer, rows of zeros, and rows that equal another bit for bit were never
+    Rows without a token of the source tokenizer, rows of zeros, and rows that are bitwise equal to another were never
     trained and are not part of the mean.
 
     Args:
-      ids: int [n], the tokens; they may lie behind the last row of the tables.
+      ids: int [n], the tokens, which may be beyond the last row of the tables.
       is_token: bool [v], True where the source tokenizer has a token.
-      seed: of the noise.
+      seed: seed of the noise.
 
     Raises:
       ValueError: the files cannot be read.
@@ -135,13 +136,13 @@ def started_rows(folder: Path, config: ModelConfig, ids: np.ndarray, is_token: n
 
 
 class _Table:
-    """A table [v, d] of a model folder, read in blocks of rows by a few threads."""
+    """A table [v, d] of a model folder, read a few rows at a time by several threads."""
 
     def __init__(self, folder: Path, config: ModelConfig, hf_name: str) -> None:
         entries = with_prefix(tensor_entries(folder), config)
         expected = (config.vocab_size, config.d_model)
         if hf_name not in entries or entries[hf_name].shape != expected or entries[hf_name].dtype not in DTYPES:
-            raise ValueError(f"{folder}: expected a tensor {hf_name} of shape {expected}, which the files do not hold")
+            raise ValueError(f"{folder}: expected a tensor {hf_name} of shape {expected}, which the files do not have")
         self._files, self._name, self._width = TensorFiles(entries), hf_name, config.d_model
         self.num_rows = config.vocab_size
 
@@ -152,36 +153,37 @@ class _Table:
         self._files.__exit__(*error)
 
     def map(self, function: Callable[[slice, np.ndarray], R]) -> list[R]:
-        """Returns function(rows, block [rows, d] in the file's dtype) for all blocks, in their order."""
+        """Returns function(rows, values [rows, d] in the file's dtype) for all parts of the table, in order."""
         dtype = self._files.dtype(self._name)
         num_rows = max(1, _CHUNK_BYTES // (self._width * dtype.itemsize))
 
-        def of_block(start: int) -> R:
+        def of_part(start: int) -> R:
             rows = slice(start, min(start + num_rows, self.num_rows))
             run = np.empty((rows.stop - rows.start) * self._width, dtype)
             self._files.read_into(self._name, start * self._width, run)
             return function(rows, run.reshape(-1, self._width))
 
         with ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="embedding") as pool:
-            return list(pool.map(of_block, range(0, self.num_rows, num_rows)))
+            return list(pool.map(of_part, range(0, self.num_rows, num_rows)))
 
 
 def _norms(table: _Table) -> np.ndarray:
-    def of_block(rows: slice, block: np.ndarray) -> np.ndarray:
-        wide = block.astype(np.promote_types(block.dtype, np.float32))
+    def of_part(rows: slice, values: np.ndarray) -> np.ndarray:
+        wide = values.astype(np.promote_types(values.dtype, np.float32))
         return np.sqrt(np.einsum("vd,vd->v", wide, wide)).astype(np.float64)
 
-    return np.concatenate(table.map(of_block))
+    return np.concatenate(table.map(of_part))
 
 
 def _is_trained(table: _Table) -> np.ndarray:
-    """bool [v], False for rows of zeros and for rows that equal another bit for bit."""
+    """Returns bool [v]: False for rows of zeros and for rows that are bitwise equal to another."""
 
-    def of_block(rows: slice, block: np.ndarray) -> tuple[Any, list[bytes]]:
-        digests = [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in block]
-        return np.any(block != 0, axis=1), digests
+    def of_part(rows: slice, values: np.ndarray) -> tuple[Any, list[bytes]]:
+        digests = [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in values]
+        return np.any(values != 0, axis=1), digests
 
-    parts = table.map(of_block)
+    parts = table.map(of_part)
+    # Equal rows are found by their digests, so that the table is never in memory.
     digests = np.array([digest for _, part in parts for digest in part], np.dtype("V16"))
     _, inverse, counts = np.unique(digests, return_inverse=True, return_counts=True)
     is_trained: np.ndarray = np.concatenate([nonzero for nonzero, _ in parts]) & (counts[inverse.reshape(-1)] == 1)
@@ -189,13 +191,13 @@ def _is_trained(table: _Table) -> np.ndarray:
 
 
 def _mean_and_spread(table: _Table, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation, float64 [d] each, of the rows where `chosen`, bool [v], is True."""
+    """Returns mean and standard deviation, float64 [d] each, of the rows where `chosen`, bool [v], is True."""
 
-    def of_block(rows: slice, block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        wide = block[chosen[rows]].astype(np.float64)
+    def of_part(rows: slice, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        wide = values[chosen[rows]].astype(np.float64)
         return wide.sum(axis=0), np.square(wide).sum(axis=0)
 
-    parts, count = table.map(of_block), max(int(chosen.sum()), 1)
+    parts, count = table.map(of_part), max(int(chosen.sum()), 1)
     mean = np.sum([total for total, _ in parts], axis=0) / count
     square = np.sum([total for _, total in parts], axis=0) / count
     return mean, np.sqrt(np.maximum(square - mean**2, 0))

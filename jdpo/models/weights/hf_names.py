@@ -1,4 +1,4 @@
-"""Which parameter of the decoder is which tensor of a Hugging Face checkpoint: a layout, read in both directions.
+"""Maps parameters of the decoder to tensors of a Hugging Face checkpoint; reading and exporting use the same map.
 
 A leaf of the params is filled from pieces. Each is one part of the leaf (a layer of a stacked leaf, an expert of a
 layer) and a strided view of one checkpoint tensor. Several pieces may share a tensor: a fused one has a part for each

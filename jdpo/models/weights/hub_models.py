@@ -1,4 +1,4 @@
-"""From a model's name to a local folder."""
+"""Finds the local folder of a model, downloading it if necessary."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ _BIN_GLOBS = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def resolve_folder(name_or_path: str, revision: str | None = None, *, weights: bool = True) -> Path:
-    """The local folder of a model: a path that exists, the address of a folder on a store, or a Hugging Face hub id.
+    """Returns the local folder of a model.
 
-    The last two are downloaded once and cached, those of stores under `models` in `$XDG_CACHE_HOME/jdpo`.
-
-    Only safetensors, JSON, tokenizer and template files are downloaded.
+    Folders of stores and hub repositories are downloaded once and cached, those of stores in
+    `$XDG_CACHE_HOME/jdpo/models`. Only safetensors, JSON, tokenizer and template files are downloaded.
 
     Args:
-      weights: False: safetensors are neither asked for nor downloaded.
+      name_or_path: a local folder, the address of a folder on a store, or a Hugging Face hub id.
+      revision: branch, tag or commit of a hub repository.
+      weights: False skips safetensors files, which then need not exist.
 
     Raises:
       ValueError: nothing at that path, no such repository, no network and not cached, or no safetensors in it.
@@ -55,7 +56,7 @@ def _from_store(url: str, revision: str | None, *, weights: bool) -> Path:
     from jdpo.models.weights.remote_folder import fetch_folder, matches
 
     if revision is not None:
-        raise ValueError(f"model {url}: revision {revision!r} is for names of the hub only; leave it out")
+        raise ValueError(f"model {url}: revision {revision!r} applies to hub repositories only; remove it")
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jdpo" / "models"
     is_wanted = matches((*_PATTERNS, *((SAFETENSORS_GLOB,) if weights else ())))
     folder = fetch_folder(url, home, lambda name: is_wanted(name) and not matches(tuple(_IGNORED))(name))
@@ -107,10 +108,10 @@ def _download(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
 
 
 def _refuse_special_files(folder: Path) -> None:
-    """Refuses a folder in which a pipe or a device has the name of a model file: reading it could wait forever.
+    """Refuses a folder in which a pipe or a device has the name of a model file, since reading it could wait forever.
 
     Raises:
-      ValueError: naming the first such file, or a folder that cannot be listed.
+      ValueError: there is such a file, which is named, or the folder cannot be listed.
     """
     try:
         names = sorted(os.listdir(folder))
@@ -125,10 +126,10 @@ def _refuse_special_files(folder: Path) -> None:
 
 
 def require_plain_file(path: Path) -> None:
-    """Refuses a folder, a pipe, a socket or a device in the place of a file; a missing one is for others to report.
+    """Refuses a path that is a folder, a pipe, a socket or a device. A missing file is not an error here.
 
     Raises:
-      ValueError: naming the path.
+      ValueError: the path exists and is not a file.
     """
     if path.exists() and not path.is_file():
         found = "a folder" if path.is_dir() else "a pipe or a device"
@@ -136,7 +137,7 @@ def require_plain_file(path: Path) -> None:
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a folder holds weights that jdpo reads, whatever is in them."""
+    """Returns True if a folder has safetensors files, whatever they contain."""
     return any(folder.glob(SAFETENSORS_GLOB))
 
 
@@ -145,14 +146,14 @@ def _require_safetensors(folder: Path, name: str) -> None:
         return
     if (folder / "adapter_config.json").is_file():
         raise ValueError(
-            f"adapter {name!r} has no adapter_model.safetensors. jdpo reads no pickles such as adapter_model.bin; "
+            f"adapter {name!r} has no adapter_model.safetensors. jdpo does not read pickles such as adapter_model.bin; "
             'convert it in its folder with `python -c "import torch; from safetensors.torch import save_file; '
             "save_file(torch.load('adapter_model.bin', weights_only=True), 'adapter_model.safetensors')\"`"
         )
     pickles = sorted(path.name for pattern in _BIN_GLOBS for path in folder.glob(pattern))
     found = f"only {terminal(pickles[0])}" if pickles else "none"
     raise ValueError(
-        f"model {name!r} has no *.safetensors weights (found: {found}). jdpo reads nothing else; convert it with "
+        f"model {name!r} has no *.safetensors weights (found: {found}). jdpo reads no other format; convert it with "
         f"`python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{name}')"
-        f".save_pretrained('converted')\"` and copy the tokenizer files beside them"
+        f".save_pretrained('converted')\"` and copy the tokenizer files next to them"
     )

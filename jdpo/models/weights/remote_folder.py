@@ -1,4 +1,4 @@
-"""A model folder on a store that fsspec knows -> the same folder here, downloaded once."""
+"""Downloads a model folder from a store that fsspec supports, once per version."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _CHUNK_BYTES = 2**23
 
 
 class _Remote(NamedTuple):
-    """What a store says of a file: `mark` changes with its content, as far as the store knows."""
+    """A file as a store lists it. `mark` changes with its content, as far as the store can tell."""
 
     path: str
     size: int
@@ -33,16 +33,18 @@ class _Remote(NamedTuple):
 
 
 def fetch_folder(url: str, cache: Path, wanted: Callable[[str], bool]) -> Path:
-    """The files directly in a remote folder, in a folder under `cache`.
+    """Downloads the files directly in a remote folder and returns the local folder, which is under `cache`.
 
-    There is a folder for each version of what the store lists, which stays as it is while others read it. Files that
-    the store still says are the same are not downloaded again.
+    Every version of the store's listing has a folder of its own, which does not change while other processes read it.
+    Files that have not changed according to the store are not downloaded again.
 
     Args:
-      wanted: which files, by name.
+      url: address of the folder on the store.
+      cache: local folder for downloads.
+      wanted: returns True for the names of the files to download.
 
     Raises:
-      ValueError: the store cannot be read, holds no such folder, or gave something else than it said.
+      ValueError: the store cannot be read, has no such folder, or sent other content than it listed.
     """
     place = public_text(url)
     try:
@@ -55,7 +57,7 @@ def fetch_folder(url: str, cache: Path, wanted: Callable[[str], bool]) -> Path:
         raise ValueError(f"model {place}: no such folder on the store") from error
     except ImportError as error:
         raise ValueError(f"model {place}: the store needs a package that is not installed: {error}") from error
-    except Exception as error:  # each store has errors of its own
+    except Exception as error:  # every store has its own errors
         raise ValueError(
             public_text(f"model {place}: cannot read the store: {type(error).__name__}: {error}")
         ) from error
@@ -67,8 +69,8 @@ def fetch_folder(url: str, cache: Path, wanted: Callable[[str], bool]) -> Path:
             if wanted(name):
                 if entry["size"] is None:
                     raise ValueError(
-                        f"model {place}: this store lists files without their sizes, as web servers do, so that one "
-                        "that comes in part would not be noticed; download the folder, and give it as it lies here"
+                        f"model {place}: this store lists files without their sizes, as web servers do, so a partial "
+                        "download would not be noticed; download the folder yourself and give its local path"
                     )
                 remote[name] = _Remote(str(entry["name"]), int(entry["size"]), listing[name], _digest(entry))
     if not remote:
@@ -83,20 +85,20 @@ def fetch_folder(url: str, cache: Path, wanted: Callable[[str], bool]) -> Path:
 
 
 def _version_of(listing: Mapping[str, str]) -> str:
-    """Of everything in the folder, wanted or not: who wants the tokenizer alone gets the folder of the weights."""
+    """Returns a digest of the whole listing, so that a tokenizer and the weights next to it share a folder."""
     return hashlib.sha256(json.dumps(sorted(listing.items())).encode()).hexdigest()[:16]
 
 
 def matches(patterns: tuple[str, ...]) -> Callable[[str], bool]:
-    """Whether a name fits one of some patterns."""
+    """Returns a function that is True for names that match one of the patterns."""
     return lambda name: any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def _bring(system: Any, place: str, remote: Mapping[str, _Remote], folder: Path, version: str) -> Path:
-    """The files in a folder of their version; one that others may be reading is never changed.
+    """Brings the files to the folder of their version and returns it; existing files are never changed.
 
-    Files that an older version has alike are linked. Each is written down as it lands, so that a download that breaks
-    goes on with those that are missing.
+    Files that an older version shares are hard-linked. Each file is recorded as soon as it is complete, so that a
+    download that was interrupted continues with the missing ones.
     """
     here = folder / version
     here.mkdir(exist_ok=True)
@@ -124,7 +126,7 @@ def _bring(system: Any, place: str, remote: Mapping[str, _Remote], folder: Path,
 
 
 def _linked(source: Path, target: Path) -> bool:
-    """Gives a file a second name; False where the file system has no links."""
+    """Gives a file a second name. Returns False if the file system does not support hard links."""
     target.unlink(missing_ok=True)
     try:
         os.link(source, target)
@@ -134,7 +136,7 @@ def _linked(source: Path, target: Path) -> bool:
 
 
 def _read_marks(folder: Path) -> dict[str, str]:
-    """Name -> mark of the files that were brought to a folder."""
+    """Returns the marks, by name, of the files that are complete in a folder."""
     manifest = folder / _MANIFEST
     marks: dict[str, str] = json.loads(manifest.read_text(encoding="utf-8")) if manifest.exists() else {}
     return marks
@@ -158,7 +160,7 @@ def _download(system: Any, place: str, file: _Remote, path: Path) -> None:
 
 
 class _IncompleteDownload(Exception):
-    """A file arrived that is not the one that the store lists."""
+    """The downloaded file is not the one that the store lists."""
 
 
 def _check_download(file: _Remote, size: int, digest: str | None) -> None:
@@ -173,9 +175,9 @@ def _check_download(file: _Remote, size: int, digest: str | None) -> None:
 
 
 def _digest(entry: Mapping[str, Any]) -> tuple[str, str] | None:
-    """The store's hash of a file's bytes where it surely is one: that of Google Cloud Storage.
+    """Returns the store's hash of a file's bytes if it is certain to be one, which holds for Google Cloud Storage.
 
-    An ETag of S3 is the MD5 of some objects, and of others, encrypted ones, only looks like one.
+    An ETag of S3 is the MD5 of some objects, and only looks like one for others, such as encrypted ones.
     """
     found = entry.get("md5Hash")
     return ("md5", base64.b64decode(found).hex()) if found else None

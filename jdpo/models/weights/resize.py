@@ -1,4 +1,4 @@
-"""Rows for tokens that a chat template adds: in place of spare rows of the vocabulary, or behind its last one."""
+"""Puts rows for the tokens that a chat template adds into the embedding and the head."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from jdpo.models.weights.embedding_rows import StartedRows
 def resize_embeddings(
     params: Params, model: Transformer, new_vocab_size: int, rows: StartedRows
 ) -> tuple[Params, Transformer]:
-    """Grows the embedding, and an untied head, to new_vocab_size rows and sets the started ones.
+    """Grows the embedding, and an untied head, to new_vocab_size rows and sets the initialized ones.
 
-    Shardings are kept, except that of a vocabulary axis that the mesh no longer divides: that axis is replicated.
+    Shardings are kept, except that a vocabulary axis that the mesh no longer divides evenly is replicated.
 
     Args:
-      rows: see `jdpo.models.weights.embedding_rows`; those behind the old vocabulary must all be among them.
+      rows: rows to set, see `jdpo.models.weights.embedding_rows`; all rows beyond the old vocabulary are among them.
 
     Returns:
-      New params, and the model for them.
+      the new params, and the model for them.
 
     Raises:
       ValueError: new_vocab_size is smaller than the vocabulary.
@@ -50,7 +50,7 @@ def resize_embeddings(
 
 
 def _with_rows(leaf: jax.Array, new_size: int, axis: int, ids: np.ndarray, rows: np.ndarray) -> jax.Array:
-    """The leaf with `rows` [n, d] at `ids` [n] along an axis of new_size, which is at least the old one."""
+    """Returns the leaf with an axis grown to new_size, and `rows` [n, d] at its indices `ids` [n]."""
 
     def change(leaf: jax.Array, ids: jax.Array, rows: jax.Array) -> jax.Array:
         padding = [(0, 0), (0, 0)]
@@ -58,7 +58,7 @@ def _with_rows(leaf: jax.Array, new_size: int, axis: int, ids: np.ndarray, rows:
         grown = jnp.pad(leaf, padding)
         return grown.at[ids].set(rows) if axis == 0 else grown.at[:, ids].set(rows.T)
 
-    rows = rows.astype(leaf.dtype)  # rounded once, on the host, alike on every mesh
+    rows = rows.astype(leaf.dtype)  # rounded on the host, so that the result is the same on every mesh
     sharding = _fitting(leaf.sharding, leaf.ndim, axis, new_size)
     return jax.jit(change, out_shardings=sharding)(leaf, ids.astype(np.int32), rows)
 

@@ -1,4 +1,4 @@
-"""The tensors of a Hugging Face folder: where each stands, of what shape and dtype; and ranges of their elements."""
+"""Finds the tensors of a Hugging Face folder with their shapes and dtypes, and reads ranges of their elements."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
 class TensorEntry(NamedTuple):
-    """Where a tensor stands, and what its file's header says of it.
+    """A tensor as the header of its file describes it.
 
     Attributes:
-      dtype: as safetensors names it.
-      offset: bytes from the start of the file to the first element.
+      dtype: the dtype's name in safetensors.
+      offset: number of bytes from the start of the file to the first element.
     """
 
     file: Path
@@ -45,9 +45,9 @@ class TensorEntry(NamedTuple):
 
 
 class TensorFiles:
-    """Ranges of elements of the tensors of a folder, read by any number of threads; each file is opened once.
+    """Reads ranges of elements of a folder's tensors from any number of threads; each file is opened once.
 
-    Files are read, not mapped into memory: one that is cut short meanwhile is then an error, and not a dead process.
+    Files are not mapped into memory: a mapped file that becomes shorter meanwhile would kill the process.
     """
 
     def __init__(self, entries: Mapping[str, TensorEntry]) -> None:
@@ -63,18 +63,18 @@ class TensorFiles:
             os.close(self._descriptors.popitem()[1])
 
     def dtype(self, name: str) -> np.dtype:
-        """Of a tensor's elements."""
+        """Returns the dtype of a tensor's elements."""
         return DTYPES[self._entries[name].dtype]
 
     def place(self, name: str) -> str:
-        """A tensor and its file, for messages."""
+        """Returns the name of a tensor and its file, for messages."""
         return terminal(f"tensor {name} in {self._entries[name].file}")
 
     def read_into(self, name: str, start: int, run: np.ndarray) -> None:
-        """Fills `run`, [n] of the tensor's dtype, with its elements from number `start` on.
+        """Fills `run`, an array [n] of the tensor's dtype, with the elements from number `start` on.
 
         Raises:
-          ValueError: the file cannot be read, or ends too soon.
+          ValueError: the file cannot be read or is too short.
         """
         entry = self._entries[name]
         offset, rest = entry.offset + start * run.itemsize, run.view(np.uint8).data
@@ -82,7 +82,7 @@ class TensorFiles:
             while rest:
                 count = os.preadv(self._descriptor(entry.file), [rest], offset)
                 if not count:
-                    raise ValueError(f"{entry.file} was cut short while it was read; download it again")
+                    raise ValueError(f"{entry.file} became shorter while it was read; download it again")
                 offset, rest = offset + count, rest[count:]
         except OSError as error:
             raise ValueError(f"{entry.file}: cannot read tensor {terminal(name)}: {error.strerror or error}") from error
@@ -95,7 +95,7 @@ class TensorFiles:
 
 
 def tensor_entries(folder: Path) -> dict[str, TensorEntry]:
-    """Every tensor of the folder by name, from the headers of its one or many files; no tensor data is read.
+    """Returns every tensor of a folder by name. Only the headers of its files are read.
 
     Raises:
       ValueError: no folder, no weights, a shard missing, truncated, damaged or a git-LFS pointer, a broken index.
@@ -113,44 +113,43 @@ def tensor_entries(folder: Path) -> dict[str, TensorEntry]:
         # The hub's cache holds links to its blobs, so links are followed, wherever they lead.
         if not path.is_file():
             link = path.is_symlink()
-            lost = f": its broken symlink leads to {terminal(os.readlink(path))}" if link else ""
+            lost = f": it is a broken symlink to {terminal(os.readlink(path))}" if link else ""
             raise ValueError(
-                f"{folder}: shard {terminal(file_name)} is listed in {INDEX_NAME} but is not there{lost}; "
+                f"{folder}: shard {terminal(file_name)} is listed in {INDEX_NAME} but does not exist{lost}; "
                 "download it again"
             )
         headers[file_name] = read_header(path)
     for name, file_name in weight_map.items():
         if name not in headers[file_name]:
             raise ValueError(
-                f"{index_path}: tensor {terminal(name)} should be in {terminal(file_name)}, which does not hold it"
+                f"{index_path}: tensor {terminal(name)} should be in {terminal(file_name)}, which does not contain it"
             )
     entries: dict[str, TensorEntry] = {}
     for name, entry in ((name, entry) for header in headers.values() for name, entry in header.items()):
         if name in entries:
             raise ValueError(
-                f"{folder}: both {terminal(entries[name].file.name)} and {terminal(entry.file.name)} hold tensor "
-                f"{terminal(name)}, so it is not "
-                "clear which is meant; download the model again, or remove the file that is not part of it"
+                f"{folder}: both {terminal(entries[name].file.name)} and {terminal(entry.file.name)} contain tensor "
+                f"{terminal(name)}; download the model again, or remove the file that is not part of it"
             )
         entries[name] = entry
     return entries
 
 
 def source_dtypes(folder: Path) -> dict[str, np.dtype]:
-    """The dtype of every tensor of the folder, by tensor name; raises ValueError as `tensor_entries` does."""
+    """Returns the dtype of every tensor of a folder by name; raises ValueError as `tensor_entries` does."""
     return {name: DTYPES[entry.dtype] for name, entry in tensor_entries(folder).items() if entry.dtype in DTYPES}
 
 
 def _single_file(folder: Path) -> Path:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise ValueError(f"{folder} holds no *.safetensors file; jdpo reads safetensors only")
+        raise ValueError(f"{folder} has no *.safetensors file, the only format that jdpo reads")
     if folder / SINGLE_NAME in files:
         return folder / SINGLE_NAME
     if len(files) > 1:
         names = ", ".join(terminal(path.name) for path in files[:3])
         raise ValueError(
-            f"{folder} holds {len(files)} safetensors files ({names}, ..) but no {INDEX_NAME} to name their tensors"
+            f"{folder} has {len(files)} safetensors files ({names}, ..) but no {INDEX_NAME} that lists their tensors"
         )
     return files[0]
 
@@ -163,14 +162,14 @@ def _read_weight_map(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{path}: 'weight_map' is empty or not an object")
     for name, file_name in weight_map.items():
-        # A path out of the folder would read whatever a downloaded index points at.
+        # Otherwise a downloaded index could make us read any file of this machine.
         if not isinstance(file_name, str) or file_name != Path(file_name).name or "\\" in file_name:
-            raise ValueError(f"{path}: tensor {terminal(name)} points at {file_name!r}; expected a bare file name")
+            raise ValueError(f"{path}: tensor {terminal(name)} refers to {file_name!r}; expected a bare file name")
     return weight_map
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
-    """Parses a safetensors header (u64 length, JSON) and holds it against the file's size.
+    """Parses a safetensors header (u64 length, JSON) and compares it with the file's size.
 
     Raises:
       ValueError: the file is not a whole safetensors file.
@@ -180,14 +179,12 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     with path.open("rb") as file:
         start = file.read(8)
         if _LFS_PREFIX.startswith(start) and start:
-            raise ValueError(
-                f"{path} is a git-LFS pointer, not the tensor file itself; run `git lfs pull` in that folder"
-            )
+            raise ValueError(f"{path} is a git-LFS pointer, not the tensor file; run `git lfs pull` in that folder")
         if len(start) < 8:
             raise ValueError(f"{path} is truncated: {size} bytes, too few for a safetensors header; download it again")
         (header_bytes,) = struct.unpack("<Q", start)
         if header_bytes > _MAX_HEADER_BYTES:
-            raise ValueError(f"{path} is not a safetensors file: it claims a header of {header_bytes} bytes")
+            raise ValueError(f"{path} is not a safetensors file: its header would have {header_bytes} bytes")
         text = file.read(header_bytes)
     if len(text) < header_bytes:
         raise ValueError(f"{path} is truncated within its header: {size} bytes; download it again")
@@ -200,14 +197,12 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             entry = TensorEntry(path, tuple(info["shape"]), info["dtype"], 8 + header_bytes + begin)
             expected_bytes = math.prod(entry.shape) * DTYPES[entry.dtype].itemsize if entry.dtype in DTYPES else None
             if begin != end or after < begin or expected_bytes not in (None, after - begin):
-                raise ValueError(f"tensor {name} of shape {entry.shape} cannot stand at {info['data_offsets']}")
+                raise ValueError(f"tensor {name} of shape {entry.shape} cannot be at {info['data_offsets']}")
             entries[name], end = entry, after
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise ValueError(f"{path}: damaged safetensors header: {error!r}; download it again") from error
     expected = 8 + header_bytes + end
     if size != expected:
-        what = "is truncated" if size < expected else "has bytes behind its last tensor"
-        raise ValueError(
-            f"{path} {what}: its header speaks of {expected} bytes, the file has {size}; download it again"
-        )
+        what = "is truncated" if size < expected else "has bytes after its last tensor"
+        raise ValueError(f"{path} {what}: its header implies {expected} bytes, the file has {size}; download it again")
     return entries

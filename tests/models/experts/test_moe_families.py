@@ -63,7 +63,7 @@ def test_experts_in_one_tensor_are_refused_with_what_to_do(tmp_path: Path, famil
     config = read_model_config(write(tmp_path, family, num_experts=4, num_local_experts=4, num_experts_per_tok=2))
     fused = {"model.layers.0.mlp.experts.gate_up_proj": np.zeros((4, 48, 16), np.float32)}
     save_file(fused, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"stored as one tensor of all of them; save it with one tensor an expert"):
+    with pytest.raises(ValueError, match=r"save it with one tensor per expert"):
         check_tensors(tmp_path, tensor_entries(tmp_path), config)
 
 

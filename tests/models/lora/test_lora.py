@@ -70,9 +70,9 @@ def test_targets_mean_what_they_mean_to_peft(targets: Any, names: list[str]) -> 
     ("targets", "message"),
     [
         (["q_proj", "qproj"], "no module is called 'qproj'; the modules that can be adapted are q_proj, k_proj"),
-        (["lm_head"], "no module is called 'lm_head'.*Embedding, head and norms stay frozen"),
-        ("q_proj", "no module is called as 'q_proj' asks"),
-        (["layers.0.self_attn.q_proj"], "q_proj is adapted in some of the layers.*model.layers.2.self_attn.q_proj"),
+        (["lm_head"], "no module is called 'lm_head'.*Embedding, head and norms remain frozen"),
+        ("q_proj", "no module matches 'q_proj'"),
+        (["layers.0.self_attn.q_proj"], "q_proj is adapted in some layers but not in model.layers.2.self_attn.q_proj"),
         ("(", "not a regular expression"),
     ],
 )
@@ -90,7 +90,7 @@ def test_experts_are_adapted_whole_or_not_at_all_and_routers_never() -> None:
     sites = find_sites(Transformer(dataclasses.replace(config, layers=kinds, moe=experts)))
     assert [last_name(site) for site in sites][4:] == ["gate_proj", "up_proj", "down_proj"], "no router"
     assert (sites[-1].lead, sites[-1].inputs, sites[-1].outputs) == ((2, 4), (112,), (64,))
-    with pytest.raises(ValueError, match="of the experts up_proj would be adapted, gate_proj, down_proj not"):
+    with pytest.raises(ValueError, match="target_modules selects up_proj of the experts, but not gate_proj, down_proj"):
         choose_sites(sites, ["up_proj"])
     lora = Lora(r=2, alpha=2.0, use_rslora=False, sites=choose_sites(sites, ["gate_proj", "up_proj", "down_proj"]))
     assert num_adapter_params(lora) == 2 * 4 * 3 * 2 * (64 + 112)

@@ -110,9 +110,15 @@ def rename(folder: Path, names: Callable[[str], str | None]) -> None:
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (lambda name: name.replace("lora_A.weight", "lora_embedding_A"), "no lora_A or lora_B of a projection"),
-        (lambda name: name.replace("q_proj", "qkv_proj"), r"layers\.1\.self_attn\.qkv_proj, which this model lacks"),
-        (lambda name: None if "layers.1.self_attn" in name else name, "layers.1.self_attn.q_proj is left out"),
+        (lambda name: name.replace("lora_A.weight", "lora_embedding_A"), "tensors other than lora_A and lora_B"),
+        (
+            lambda name: name.replace("q_proj", "qkv_proj"),
+            r"layers\.1\.self_attn\.qkv_proj; in this model",
+        ),
+        (
+            lambda name: None if "layers.1.self_attn" in name else name,
+            "not in .*layers.1.self_attn.q_proj",
+        ),
         (lambda name: None if name.endswith("1.mlp.down_proj.lora_B.weight") else name, "down_proj.lora_B is missing"),
     ],
 )
@@ -125,7 +131,7 @@ def test_tensors_that_do_not_fit_are_named(write: Write, names: Any, message: st
 
 def test_damaged_folders_are_refused(write: Write) -> None:
     folder = write(base_model_name_or_path=None)
-    with pytest.raises(ValueError, match=r"does not say which model it adapts .* give the model as model_name_or_path"):
+    with pytest.raises(ValueError, match=r"does not name its base model .* set model_name_or_path"):
         base_of(folder)
     tensors = load_file(folder / WEIGHTS_NAME)
     name = "base_model.model.model.layers.0.mlp.down_proj.lora_B.weight"

@@ -93,7 +93,7 @@ def test_a_broken_download_goes_on_where_it_was(store: MemoryFileSystem, monkeyp
 def test_faults_name_the_address(store: MemoryFileSystem) -> None:
     with pytest.raises(ValueError, match=r"^model memory://bucket/nowhere: no such folder on the store$"):
         resolve_folder("memory://bucket/nowhere")
-    with pytest.raises(ValueError, match=r"revision 'main' is for names of the hub only"):
+    with pytest.raises(ValueError, match=r"revision 'main' applies to hub repositories only"):
         resolve_folder(URL, "main")
     with pytest.raises(ValueError, match=r"^model nosuch://bucket/model: cannot read the store: "):
         resolve_folder("nosuch://bucket/model")

@@ -1,9 +1,9 @@
-"""The decoder's layers, and how they fall into a scanned stack of repeats and an unrolled rest.
+"""The decoder's layers: a scanned stack of repeats and an unrolled rest.
 
 Axes: n sequences, t positions, s cache slots, d model, h heads, g key/value heads, k head width, v vocabulary.
 
-The layers repeat a pattern of kinds, of period p. `stack` holds num_layers // p repeats of it, each parameter with a
-leading "layers" axis; `rest` holds the num_layers % p layers left over. So what a kind says stays static.
+The kinds of layers repeat with a period p. `stack` has num_layers // p repeats of them, each parameter with a leading
+"layers" axis; `rest` has the remaining num_layers % p layers. So the settings of every kind are static under the scan.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LayerCache = dict[str, dict[str, jax.Array]]
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MLP, each a branch beside the residual stream that adds to it."""
+    """A layer: attention and MLP, each a branch that adds to the residual stream."""
 
     config: ModelConfig
     kind: LayerKind
@@ -58,7 +58,7 @@ class DecoderLayer(nn.Module):
         return MoE(config.moe, config.d_model, config.activation, *dtypes, name="mlp")(x_ntd, context.token_weights)
 
     def _norm(self, placement: str, name: str, x_ntd: jax.Array) -> jax.Array:
-        """The norm before or after a branch, where the model has one."""
+        """Applies the norm before or after a branch, if the model has one there."""
         config = self.config
         if config.norm_placement not in (placement, "both"):
             return x_ntd
@@ -66,7 +66,7 @@ class DecoderLayer(nn.Module):
 
 
 class LayerGroup(nn.Module):
-    """Consecutive layers `layer_0` .., each of its own kind; the body of the scan, and the rest behind it."""
+    """Consecutive layers `layer_0` .., each of its own kind; the body of the scan, and the rest after it."""
 
     config: ModelConfig
     kinds: tuple[LayerKind, ...]
@@ -94,7 +94,7 @@ class LayerGroup(nn.Module):
 
 
 class Embedding(nn.Module):
-    """The token table [v, d], which is the output head too where the two are tied, and that of positions [p, d]."""
+    """The token table [v, d], which is also the output head if they are tied, and the table of positions [p, d]."""
 
     config: ModelConfig
     compute_dtype: Any
@@ -114,7 +114,7 @@ class Embedding(nn.Module):
         # Gathered over fsdp like every weight: XLA looks rows up in a table split along d by moving the whole batch.
         table = nn.with_logical_constraint(self.embedding, ("vocab", None))
         x_ntd = lookup(table, tokens_nt).astype(self.compute_dtype)
-        if self.config.embedding_scale != 1.0:  # rounded to the compute dtype, as models with a scale learned it
+        if self.config.embedding_scale != 1.0:  # rounded to the compute dtype, as in the training of such models
             x_ntd = x_ntd * jnp.asarray(self.config.embedding_scale, self.compute_dtype)
         if self.config.learned_positions:
             table = nn.with_logical_constraint(self.positions, ("positions", None))
@@ -122,7 +122,7 @@ class Embedding(nn.Module):
         return constrain_stream(x_ntd)
 
     def head(self) -> jax.Array:
-        """The table as a head kernel, [d, v]."""
+        """Returns the token table as a head kernel, [d, v]."""
         return self.embedding.T
 
 

@@ -1,7 +1,7 @@
 """The pieces of a decoder: projections, norms, MLP.
 
 Axes: n sequences, t positions, d model, h heads, k head width, f MLP width, v vocabulary.
-Parameters are cast to the compute dtype where they are used; norms and rotations run in float32 at least.
+Parameters are cast to the compute dtype where they are used; norms and rotations run in float32 or wider.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from jdpo.models.model_config import Activation, ModelConfig, NormKind
 INIT_STDDEV = 0.02
 
 ADAPTERS, SCALES = "adapters", "scales"
-"""Collections that may stand beside "params": what is added to frozen kernels, and the unit of int8 ones."""
+"""Optional collections next to "params": adapters of frozen kernels, and the units of int8 kernels."""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def project(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`jnp.einsum(equation, x, kernel)`, whose gradient for the kernel keeps the cotangent's layout.
+    """Computes `jnp.einsum(equation, x, kernel)` with a gradient for the kernel that keeps the cotangent's layout.
 
     JAX's own rule contracts the cotangent with x and transposes the result. XLA's CPU backend then writes a transposed
     copy of the wide cotangent, which takes longer than the product itself.
@@ -51,14 +51,14 @@ project.defvjp(_project_forward, _project_backward)
 
 
 class Projection(nn.Module):
-    """One linear map as an einsum, with a bias over the output axes on demand.
+    """A linear map as an einsum, with an optional bias over the output axes.
 
-    Where the collection SCALES has a "kernel" [*outputs], the kernel is int8 and counts in these units. Where ADAPTERS
-    has "a" [*inputs, rank] and "b" [rank, *outputs], (x a) b is added; a times b is never made.
+    If the collection SCALES has a "kernel" [*outputs], the kernel is int8 in these units. If ADAPTERS has
+    "a" [*inputs, rank] and "b" [rank, *outputs], (x a) b is added; a times b is never computed.
 
     Attributes:
       equation: e.g. "ntd,dhk->nthk".
-      num_inputs: how many leading axes of the kernel are contracted; the rest are the output axes.
+      num_inputs: number of leading axes of the kernel that are contracted; the others are the output axes.
     """
 
     equation: str
@@ -87,7 +87,7 @@ class Projection(nn.Module):
 
 
 def low_rank(equation: str, x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    """(x a) b: `equation` is that of x and the kernel that a [.., *inputs, rank] and b [.., rank, *outputs] adapt.
+    """Computes (x a) b for a [.., *inputs, rank] and b [.., rank, *outputs]; `equation` is that of x and their kernel.
 
     >>> x, a, b = jnp.ones((1, 2, 3)), jnp.ones((3, 1)), jnp.ones((1, 2, 2))
     >>> low_rank("ntd,dhk->nthk", x, a, b).shape
@@ -104,9 +104,9 @@ def low_rank(equation: str, x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Arr
 
 
 class Norm(nn.Module):
-    """x normalized over its last axes, as wide as float32 at least, then scaled.
+    """Normalizes x over its last axes, in float32 or wider, and scales it.
 
-    rms         x / rms(x), rounded to x's dtype, times scale: the order of transformers' Llama
+    rms         x / rms(x), rounded to x's dtype, times scale: the order of operations in transformers' Llama
     rms_wide    x / rms(x) times scale, then rounded: that of its OLMo 2
     rms_offset  x / rms(x) times (1 + scale), then rounded: that of its Gemma
     layer       (x - mean) / std times scale plus bias, then rounded: torch.nn.LayerNorm
@@ -151,7 +151,7 @@ ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
 
 
 class MLP(nn.Module):
-    """down(act(gate(x)) * up(x)), or without a gate down(act(up(x)))."""
+    """The MLP down(act(gate(x)) * up(x)), or down(act(up(x))) without a gate."""
 
     config: ModelConfig
     compute_dtype: Any
@@ -173,7 +173,7 @@ class MLP(nn.Module):
 
 
 def scaled(x: jax.Array, factor: float) -> jax.Array:
-    """x * factor, rounded once: a factor such as 0.22 would itself be rounded to x's dtype."""
+    """Returns x * factor, rounded once: a factor such as 0.22 would otherwise be rounded to x's dtype first."""
     if factor == 1.0:
         return x
     return (x.astype(jnp.promote_types(x.dtype, jnp.float32)) * factor).astype(x.dtype)

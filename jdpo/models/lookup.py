@@ -1,4 +1,4 @@
-"""Rows of the token table, whose gradient is a sum over all the places where a token stands."""
+"""Looks up rows of the token table, with a gradient that is summed in float32."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import jax.numpy as jnp
 
 
 def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
-    """`table[tokens]`; what a bfloat16 table gets as a gradient is summed in float32 and rounded once.
+    """Returns `table[tokens]`; the gradient of a bfloat16 table is summed in float32 and rounded once.
 
-    Summed in bfloat16, the gradient of a frequent token would stand still as soon as what it gets from one place is
-    under 0.4 % of the sum.
+    Summed in bfloat16, the gradient of a frequent token would stop changing as soon as the contribution of one position
+    is below 0.4 % of the sum.
 
     Args:
       table: float [v, d].

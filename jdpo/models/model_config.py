@@ -1,6 +1,6 @@
-"""What the decoder needs to know of a model: mechanisms and sizes, no names of families.
+"""The configuration of the decoder: mechanisms and sizes, no names of families.
 
-Every field states one mechanism and is off by default; which family uses which is written in `jdpo.models.families`.
+Every field is one mechanism and is off by default; `jdpo.models.families` has the mechanisms of each family.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ RopeKind = Literal["default", "linear", "llama3", "yarn", "longrope"]
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """Rotary position embedding; the fields after `attention_factor` belong to the kinds that name them."""
+    """Rotary position embedding; the fields after `attention_factor` are for the kinds in their comments."""
 
     theta: float
     kind: RopeKind = "default"
-    fraction: float = 1.0  # of each head that is rotated, from its start
-    attention_factor: float = 1.0  # of cosines and sines
+    fraction: float = 1.0  # the part of each head that is rotated, from its start
+    attention_factor: float = 1.0  # multiplies cosines and sines
     factor: float = 1.0  # linear, llama3, yarn
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
@@ -29,7 +29,7 @@ class RopeConfig:
     divisors: tuple[float, ...] = ()  # longrope; one for each rotated pair
 
     def rotated_dims(self, head_dim: int) -> int:
-        """How many of a head's numbers are rotated, from the first on.
+        """Returns the number of leading elements of a head that are rotated.
 
         >>> RopeConfig(theta=1e4, fraction=0.25).rotated_dims(80)
         20
@@ -39,11 +39,11 @@ class RopeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerKind:
-    """What may differ from layer to layer; layers of one kind have parameters of the same names and shapes.
+    """The settings that may differ between layers; layers of one kind have parameters of the same names and shapes.
 
     Attributes:
-      rope: how attention knows positions; None for a layer that does not (NoPE).
-      window: how many tokens a query sees, itself included; None sees every earlier token.
+      rope: the rotary position embedding; None for a layer without positions (NoPE).
+      window: number of tokens that a query sees, itself included; None for all earlier tokens.
       mlp: "dense", or "experts" for a mixture of them.
     """
 
@@ -53,28 +53,28 @@ class LayerKind:
 
 
 NormKind = Literal["rms", "rms_wide", "rms_offset", "layer"]
-"""How a norm is computed, see `jdpo.models.layers.Norm`."""
+"""The formula of a norm, see `jdpo.models.layers.Norm`."""
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig:
-    """The experts of a layer that has them in the place of its MLP."""
+    """The experts of a layer that has them instead of an MLP."""
 
     num_experts: int
     experts_per_token: int
-    d_ff: int  # of one expert
-    normalize: bool  # whether the weights of a token's experts are made to sum to 1
-    # Of the router's load balancing loss: how config.json says to train, no part of what the model computes.
+    d_ff: int  # width of one expert
+    normalize: bool  # True if the weights of a token's experts are normalized to sum to 1
+    # Weight of the router's load balancing loss. It affects training only, so it is not compared.
     aux_loss_coef: float = field(compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Everything the decoder needs to know of a model; hashable, so it can be a static argument of `jax.jit`."""
+    """The configuration of a model; hashable, so it can be a static argument of `jax.jit`."""
 
-    family: str  # names the tensors of a checkpoint, and nothing else
+    family: str  # only used for the names of tensors in checkpoints
     vocab_size: int
     num_layers: int
     d_model: int
@@ -83,21 +83,21 @@ class ModelConfig:
     head_dim: int
     d_ff: int
     norm_eps: float
-    layers: tuple[LayerKind, ...]  # one a layer
+    layers: tuple[LayerKind, ...]  # one per layer
     tie_embeddings: bool
     max_positions: int
-    positions_end: bool = False  # whether no token may stand behind max_positions
+    positions_end: bool = False  # True if no token may be after max_positions
 
     qkv_bias: bool = False
     o_bias: bool = False
     qk_norm: Literal["head", "width"] | None = None  # over each head, or over all heads together
-    attention_scale: float | None = None  # of scores; None: head_dim**-0.5
+    attention_scale: float | None = None  # factor of scores; None for head_dim**-0.5
     attention_softcap: float | None = None  # scores become c * tanh(scores / c)
 
     norm: NormKind = "rms"
-    norm_placement: Literal["before", "after", "both"] = "before"  # attention and MLP, inside the residual branch
+    norm_placement: Literal["before", "after", "both"] = "before"  # of attention and MLP, inside the residual branch
     parallel_residual: bool = False  # attention and MLP both read the layer's input
-    residual_scale: float = 1.0  # of what a branch adds to the stream
+    residual_scale: float = 1.0  # factor of what a branch adds to the residual stream
 
     activation: Activation = "silu"
     gated_mlp: bool = True
@@ -106,9 +106,9 @@ class ModelConfig:
     learned_positions: bool = False  # a vector for each position, added to the token's
     embedding_scale: float = 1.0
     logit_scale: float = 1.0
-    logit_softcap: float | None = None  # logits become c * tanh(logits / c), behind the scale
+    logit_softcap: float | None = None  # logits become c * tanh(logits / c), after logit_scale
 
-    moe: MoEConfig | None = None  # of the layers whose kind has experts
+    moe: MoEConfig | None = None  # for the layers whose kind has experts
 
     def __post_init__(self) -> None:
         assert len(self.layers) == self.num_layers, (self.num_layers, self.layers)
@@ -116,17 +116,17 @@ class ModelConfig:
 
     @property
     def layer_windows(self) -> tuple[int | None, ...]:
-        """The attention window of each layer."""
+        """The attention window of each layer, or None."""
         return tuple(kind.window for kind in self.layers)
 
     @property
     def ropes(self) -> tuple[RopeConfig, ...]:
-        """The different ropes of the layers, in the order in which they first come."""
+        """The distinct ropes of the layers, in order of first appearance."""
         return tuple(dict.fromkeys(kind.rope for kind in self.layers if kind.rope is not None))
 
 
 class LayerPattern(NamedTuple):
-    """How num_layers layers fall into repeats of a pattern and a rest; layer i is (i // period, i % period)."""
+    """The division of the layers into repeats of a pattern and a rest; layer i is (i // period, i % period)."""
 
     period: int
     repeats: int
@@ -134,7 +134,7 @@ class LayerPattern(NamedTuple):
 
 
 def layer_pattern(config: ModelConfig) -> LayerPattern:
-    """The smallest period of `config.layers`, how often it fits, and what is left.
+    """Returns the smallest period of `config.layers`, the number of complete repeats, and that of remaining layers.
 
     >>> from types import SimpleNamespace as Config
     >>> layer_pattern(Config(num_layers=5, layers=("a", "b", "a", "b", "a")))

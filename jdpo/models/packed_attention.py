@@ -1,4 +1,4 @@
-"""Attention over flat rows: pairs lie back to back in a row's slots, attention sees one sequence a branch.
+"""Attention over flat rows: pairs are back to back in a row's slots, and attention sees one sequence per branch.
 
 Axes: r rows, s slots of a row, n branches of an item (2 of a pair), q attention sequences of a row, t positions of a
 sequence, l = q t places, h heads, k head width.
@@ -25,14 +25,14 @@ Array = Any
 
 
 class PackedSequences(NamedTuple):
-    """Where attention finds the tokens of its sequences, and slots their outputs.
+    """The indices by which attention gathers the tokens of its sequences, and slots gather their outputs.
 
     Attributes:
-      slot: int32 [r, l], the slot that each place reads; any slot past a sequence's length.
-      lengths: int32 [r, q], real places of each sequence, at least 1.
+      slot: int32 [r, l], the slot that each place reads; arbitrary past a sequence's length.
+      lengths: int32 [r, q], number of real places of each sequence, at least 1.
       place: int32 [r, s], the place that each slot's output is read from; 0 on unused slots.
-      readers: int32 [r, n, s], the place that reads a slot in each branch; l where none does.
-      is_read: bool [r, l], whether a slot reads its output from this place.
+      readers: int32 [r, n, s], the place that reads a slot in each branch; l if none does.
+      is_read: bool [r, l], True if a slot reads its output from this place.
     """
 
     slot: Array
@@ -57,22 +57,22 @@ def packed_sequences(gather: Array, lengths: Array, scatter: Array, readers: Arr
 
 
 def num_readers(layout: PackedSequences) -> Array:
-    """int [r, s], sequences that a slot belongs to: 2 for the prompt of a pair, 0 for slots that are not in use."""
+    """Returns int [r, s], the number of sequences of each slot: 2 in the prompt of a pair, 0 in unused slots."""
     return (layout.readers < layout.slot.shape[-1]).sum(1)
 
 
 def to_sequences(x_rshk: Array, layout: PackedSequences) -> Array:
-    """Slots to sequences: [r, s, h, k] -> [(r q), t, h, k]; what stands past a sequence's length means nothing."""
+    """Gathers slots to sequences: [r, s, h, k] -> [(r q), t, h, k]; values past a sequence's length are arbitrary."""
     return rearrange(_to_places(x_rshk, layout), "r (q t) h k -> (r q) t h k", q=layout.lengths.shape[-1])
 
 
 def to_slots(x_nthk: Array, layout: PackedSequences) -> Array:
-    """Sequences to slots: [(r q), t, h, k] -> [r, s, h, k]; what stands in unused slots means nothing."""
+    """Gathers sequences to slots: [(r q), t, h, k] -> [r, s, h, k]; values in unused slots are arbitrary."""
     return _to_slots(rearrange(x_nthk, "(r q) t h k -> r (q t) h k", q=layout.lengths.shape[-1]), layout)
 
 
 def _take(values: Array, index: Array) -> Array:
-    """values [r, a, ...] at index [r, b], all within a -> [r, b, ...]."""
+    """Gathers values [r, a, ...] at index [r, b], all within a: [r, b, ...]."""
     return jax.vmap(lambda row, at: row.at[at].get(mode="promise_in_bounds"))(values, index)
 
 

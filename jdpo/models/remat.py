@@ -1,4 +1,4 @@
-"""What the backward pass finds kept from the forward pass, and what it computes again (rematerialization)."""
+"""Rematerialization: which values the forward pass keeps, and which the backward pass computes again."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from jdpo.types import HOST_MEMORY
 Policy = Callable[..., Any]
 
 LAYER_INPUT = "layer_input"
-"""Name of the residual stream where it enters a layer."""
+"""Name of the residual stream at the input of a layer."""
 
 ROUTING, EXPERT_PRODUCT = "routing", "expert_product"
-"""Names of the experts that tokens go to, and of what the experts' maps give."""
+"""Names of the selected experts of tokens, and of the outputs of the experts' maps."""
 
 _policies = jax.checkpoint_policies
 
 
 def _of_attention_kernel(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Keeps what cuDNN's forward kernel gives, output and log-sum-exp: JAX puts no name on it."""
+    """Keeps output and log-sum-exp of cuDNN's forward kernel, to which JAX gives no name."""
     return bool(primitive.name == FORWARD_PRIMITIVE)
 
 
-# Who goes where is always kept, as it takes next to nothing: computed again, it could come out otherwise where two
-# experts are all but equal, and the backward pass would be that of another function.
+# The routing is always kept, since it is small. Computed again, it could differ if two experts are almost equally
+# probable, and the backward pass would be that of another function.
 _ATTENTION = _policies.save_from_both_policies(
     _policies.save_only_these_names(ATTENTION_RESIDUALS, ROUTING), _of_attention_kernel
 )
@@ -48,32 +48,32 @@ REMAT_POLICIES: dict[str, Policy] = {
         offload_dst=HOST_MEMORY,
     ),
 }
-"""What is kept of a layer beside its input, as `jax.checkpoint` takes it; under "none", everything.
+"""Policies of `jax.checkpoint` by name: what a layer keeps in addition to its input. "none" keeps everything.
 
     dots        the outputs of all projections, and of attention with its log-sum-exp; norms, rotations and the
                 activation function are computed again
     attention   attention's output and log-sum-exp
-    full        nothing but which experts tokens go to, as under all
-    offload     the same, and the input waits in the host's memory
+    full        nothing except the routing of tokens to experts, which every policy keeps
+    offload     the same, and the input is kept in the host's memory
 """
 
 REMAT_ORDER = ("none", "dots", "attention", "full")
-"""From the fastest to the one that takes the least memory of the device, but for "offload", which not all can do."""
+"""From the fastest policy to the one with the least memory, without "offload", which not every platform supports."""
 
 
 def remat_order(platform: str) -> tuple[str, ...]:
-    """The policies worth trying, the fastest first.
+    """Returns the policies worth trying, the fastest first.
 
-    On CPU memory is what is slow: to write activations down and read them back takes longer than to compute them again.
+    On CPU, writing activations to memory and reading them back takes longer than computing them again.
     """
     return ("attention", "full") if platform == "cpu" else REMAT_ORDER
 
 
 def check_remat(remat: str) -> None:
-    """Refuses names that stand for nothing.
+    """Checks the name of a policy.
 
     Raises:
-      ValueError: an unknown name.
+      ValueError: the name is unknown.
     """
     names = ("none", *REMAT_POLICIES)
     if remat not in names:
@@ -81,5 +81,5 @@ def check_remat(remat: str) -> None:
 
 
 def named_layer_input(x: jax.Array) -> jax.Array:
-    """Where a layer begins: the name by which "offload" finds its input."""
+    """Names the input of a layer, by which "offload" finds it."""
     return checkpoint_name(x, LAYER_INPUT)

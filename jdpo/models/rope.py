@@ -19,7 +19,7 @@ RopeTables = tuple[jax.Array, jax.Array]
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
-    """Radians a position for each rotated pair, float64; as transformers' modeling_rope_utils."""
+    """Returns the radians per position of each rotated pair, float64, as in transformers' modeling_rope_utils."""
     num_dims = rope.rotated_dims(head_dim)
     frequencies = 1.0 / rope.theta ** (np.arange(0, num_dims, 2, dtype=np.float64) / num_dims)
     if rope.kind == "default":
@@ -34,13 +34,13 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
 
 
 def _kept_by_turns(rope: RopeConfig, frequencies: np.ndarray) -> np.ndarray:
-    """Llama 3's share of each frequency that is kept: linear in the turns it makes within the original length."""
+    """Returns the share of each frequency that Llama 3 keeps: linear in its number of turns in the original length."""
     turns = rope.original_max_positions * frequencies / (2 * math.pi)
     return np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0.0, 1.0)
 
 
 def _kept_by_place(rope: RopeConfig, num_dims: int) -> np.ndarray:
-    """YaRN's (arXiv 2309.00071): linear in the number of the pair."""
+    """Returns the share of each frequency that YaRN (arXiv 2309.00071) keeps: linear in the index of the pair."""
 
     def pair_that_makes(turns: float) -> float:
         return num_dims * math.log(rope.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
@@ -54,7 +54,7 @@ def _kept_by_place(rope: RopeConfig, num_dims: int) -> np.ndarray:
 
 
 def rope_tables(positions_nt: jax.Array, rope: RopeConfig, head_dim: int, dtype: Any) -> RopeTables:
-    """Cosines and sines [n, t, 1, rotated pairs] of each position, ready to broadcast over heads."""
+    """Returns cosines and sines [n, t, 1, rotated pairs] of each position, which broadcast over heads."""
     frequencies = jnp.asarray(inverse_frequencies(rope, head_dim), dtype)
     angles = positions_nt[:, :, None, None].astype(dtype) * frequencies
     cos, sin = jnp.cos(angles), jnp.sin(angles)
@@ -62,7 +62,7 @@ def rope_tables(positions_nt: jax.Array, rope: RopeConfig, head_dim: int, dtype:
 
 
 def apply_rope(x_nthk: jax.Array, tables: RopeTables) -> jax.Array:
-    """Rotates pairs (i, i + r/2) of the first r numbers of each head; the rest stays as it is."""
+    """Rotates pairs (i, i + r/2) of the first r elements of each head; the rest is unchanged."""
     cos, sin = tables
     num_pairs = cos.shape[-1]
     wide = x_nthk.astype(cos.dtype)

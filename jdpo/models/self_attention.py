@@ -26,26 +26,26 @@ from jdpo.models.rope import RopeTables, apply_rope
 
 
 class Context(NamedTuple):
-    """What every layer reads and none changes.
+    """Inputs that all layers share.
 
-    Either `packed` says where attention finds its sequences in flat rows, or positions and masks say what sees what.
-    `ropes` has the tables of `ModelConfig.ropes`, in their order.
+    Attention is given either by `packed`, for flat rows, or by positions and masks. `ropes` has the tables of
+    `ModelConfig.ropes`, in the same order.
     """
 
     ropes: tuple[RopeTables, ...]
     query_positions: jax.Array | None
     key_positions: jax.Array | None
     key_mask: jax.Array | None
-    token_weights: jax.Array | None = None  # [n, t], what tokens count in a router's statistics; 0 on padding
+    token_weights: jax.Array | None = None  # [n, t], weights of tokens in a router's statistics; 0 on padding
     write_index: jax.Array | None = None  # None without a cache
     packed: PackedSequences | None = None
 
 
 class AttentionSettings(NamedTuple):
-    """What runs attention over packed rows; see `causal_attention`.
+    """Settings of attention over packed rows; see `causal_attention`.
 
     Attributes:
-      backend: "auto" takes what `choose_attention` takes for the length.
+      backend: "auto" selects the backend with `choose_attention`, by length.
     """
 
     backend: str = "auto"
@@ -53,7 +53,7 @@ class AttentionSettings(NamedTuple):
     block_kv: int | None = None
 
     def resolve(self, dtype: Any, config: ModelConfig, length: int, window: int | None) -> str:
-        """The backend for sequences of `length` places, in layers with this window."""
+        """Returns the backend for sequences of `length` places, in layers with this window."""
         if self.backend != "auto":
             return self.backend
         return choose_attention(
@@ -68,7 +68,7 @@ class AttentionSettings(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention; see `ModelConfig` and `LayerKind` for what may be added to it."""
+    """Grouped-query self-attention, with the options of `ModelConfig` and `LayerKind`."""
 
     config: ModelConfig
     kind: LayerKind
@@ -140,7 +140,7 @@ def attend_over_mesh(
     value: jax.Array,
     lengths: jax.Array,
 ) -> jax.Array:
-    """`causal_attention` on each device's own sequences and heads, as the logical rules in context split them."""
+    """Runs `causal_attention` on each device's own sequences and heads, as the logical rules in context split them."""
     options: dict[str, Any] = {
         "window": kind.window,
         "softcap": config.attention_softcap,
@@ -154,7 +154,7 @@ def attend_over_mesh(
         return causal_attention(query, key, value, lengths=lengths, **options)
     batch_axes, head_axes = (mesh_axes(name) for name in ("batch", "act_kv_heads"))
     if key.shape[2] % math.prod(mesh.shape[axis] for axis in head_axes):
-        head_axes = ()  # heads that the mesh does not divide are whole on each device
+        head_axes = ()  # heads that the mesh does not divide evenly are replicated
     return sharded_causal_attention(
         query, key, value, lengths=lengths, mesh=mesh, batch_axes=batch_axes, head_axes=head_axes, **options
     )

@@ -28,12 +28,12 @@ ApplyFn = Callable[[Params, jax.Array, jax.Array], jax.Array]
 
 
 class Weights(NamedTuple):
-    """A model's parameters and what stands beside some of them; goes wherever parameters alone do.
+    """A model's parameters with scales and adapters; accepted wherever plain parameters are.
 
     Attributes:
-      params: the tree of `abstract_params`, kernels of projections perhaps int8.
+      params: the tree of `abstract_params`; kernels of projections may be int8.
       scales: for every int8 kernel at a path of `params`, float32 factors of its output channels at the same path.
-      adapters: {"a", "b"} beside some kernels, see `jdpo.models.lora.adapters`; empty: none.
+      adapters: {"a", "b"} at the paths of adapted projections, see `jdpo.models.lora.adapters`; may be empty.
     """
 
     params: Params
@@ -42,7 +42,7 @@ class Weights(NamedTuple):
 
 
 def variables(params: Params | Weights) -> dict[str, Params]:
-    """What `Transformer.apply` takes."""
+    """Returns the collections that `Transformer.apply` takes."""
     if isinstance(params, Weights):
         return {"params": params.params, SCALES: params.scales, ADAPTERS: params.adapters}
     return {"params": params}
@@ -70,9 +70,9 @@ class Transformer(nn.Module):
     Attributes:
       compute_dtype: dtype of activations; parameters are cast to it at use.
       param_dtype: dtype of the parameters that `init_params` makes.
-      attention: backend of the attention over packed rows, see `causal_attention`; "auto": the fastest.
-      attention_block_q, attention_block_kv: queries and keys a tile of it, for backends that work in tiles.
-      remat: what the backward pass computes again, "none" or a name of `REMAT_POLICIES`.
+      attention: backend of the attention over packed rows, see `causal_attention`; "auto" selects the fastest.
+      attention_block_q, attention_block_kv: queries and keys per tile, for backends that work in tiles.
+      remat: rematerialization policy, "none" or a name of `REMAT_POLICIES`.
     """
 
     config: ModelConfig
@@ -106,16 +106,16 @@ class Transformer(nn.Module):
             self.lm_head = Head(config, self.param_dtype)
 
     def __call__(self, tokens: jax.Array, attention_mask: jax.Array) -> jax.Array:
-        """Logits [n, t, v] of the token after each position, float32 (float64 under a float64 compute dtype).
+        """Returns logits [n, t, v] of the token after each position, float32 (float64 if the compute dtype is float64).
 
         Args:
           tokens: int [n, t].
-          attention_mask: bool [n, t], True on real tokens; padding may stand left or right.
+          attention_mask: bool [n, t], True on real tokens; padding may be on the left or right.
         """
         return self.logits(self.hidden_states(tokens, attention_mask))
 
     def hidden_states(self, tokens: jax.Array, attention_mask: jax.Array) -> jax.Array:
-        """The final norm's output [n, t, d]; arguments as for `__call__`."""
+        """Returns the final norm's output [n, t, d]; arguments as for `__call__`."""
         mask = attention_mask.astype(bool)
         positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
         context = Context(self._ropes(positions), positions, positions, mask, token_weights=mask)
@@ -124,7 +124,7 @@ class Transformer(nn.Module):
     def packed_hidden_and_head(
         self, tokens: jax.Array, positions: jax.Array, sequences: PackedSequences
     ) -> tuple[jax.Array, jax.Array]:
-        """The final norm's output [r, s, d] of flat rows, and the output head [d, v].
+        """Returns the final norm's output [r, s, d] of flat rows, and the output head [d, v].
 
         Args:
           tokens, positions: int [r, s], as in `PackedBatch`.
@@ -134,11 +134,11 @@ class Transformer(nn.Module):
             self._ropes(positions), None, None, None, token_weights=num_readers(sequences), packed=sequences
         )
         hidden = self._run(tokens, positions, None, context)[0]
-        # Made whole along the model dimension here, once, and not in every chunk of tokens.
+        # Gathered along the model dimension once here, not in every chunk of tokens.
         return hidden, nn.with_logical_constraint(self.head_kernel(), (None, "act_vocab"))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """The output head on final hidden states [n, t, d], scaled and capped, in float32 at least."""
+        """Applies the output head to final hidden states [n, t, d]: logits, scaled and capped, in float32 or wider."""
         kernel = self.head_kernel()
         logits_dtype = jnp.promote_types(self.compute_dtype, jnp.float32)
         logits = jnp.einsum("ntd,dv->ntv", hidden, kernel, preferred_element_type=logits_dtype)
@@ -148,12 +148,12 @@ class Transformer(nn.Module):
         return nn.with_logical_constraint(logits, ("batch", "act_length", "act_vocab"))
 
     def head_kernel(self) -> jax.Array:
-        """The output head [d, v] in the compute dtype, tied or not."""
+        """Returns the output head [d, v] in the compute dtype, tied or not."""
         kernel = self.embed.head() if self.config.tie_embeddings else self.lm_head()
         return kernel.astype(self.compute_dtype)
 
     def decode(self, tokens: jax.Array, token_mask: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-        """Runs t more tokens of every row against the cache: hidden states [n, t, d] and the longer cache.
+        """Runs t more tokens of every row with the cache; returns hidden states [n, t, d] and the longer cache.
 
         Args:
           tokens: int [n, t], written to slots cache.index .. cache.index + t - 1, which must exist.
@@ -193,20 +193,20 @@ def _boxed_params(model: Transformer, key: jax.Array) -> Any:
 
 @functools.partial(jax.jit, static_argnums=0)
 def init_params(model: Transformer, key: jax.Array) -> Params:
-    """Fresh parameters, a nested dict of arrays: kernels normal(0.02), biases 0, norms 1.
+    """Initializes parameters, a nested dict of arrays: kernels normal(0.02), biases 0, norms 1.
 
-    To make them sharded from the start, jit a function of the key with `out_shardings`.
+    To create them sharded, jit a function of the key with `out_shardings`.
     """
     return nn.meta.unbox(_boxed_params(model, key))
 
 
 def abstract_params(model: Transformer) -> Params:
-    """Shapes and dtypes of the parameters, a tree of jax.ShapeDtypeStruct; computes nothing."""
+    """Returns shapes and dtypes of the parameters, a tree of jax.ShapeDtypeStruct, without computing them."""
     return nn.meta.unbox(jax.eval_shape(functools.partial(_boxed_params, model), jax.random.key(0)))
 
 
 def logical_axes(model: Transformer) -> Params:
-    """The logical axis names of every parameter: the tree of `abstract_params` with tuples of names for leaves."""
+    """Returns the logical axis names of every parameter: the tree of `abstract_params` with tuples as leaves."""
     boxed = jax.eval_shape(functools.partial(_boxed_params, model), jax.random.key(0))
     return jax.tree.map(
         lambda box: tuple(box.names), boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
@@ -214,23 +214,23 @@ def logical_axes(model: Transformer) -> Params:
 
 
 def make_apply_fn(model: Transformer) -> ApplyFn:
-    """The pure function (params, tokens [n, t], attention_mask [n, t]) -> logits [n, t, v]."""
+    """Returns the pure function (params, tokens [n, t], attention_mask [n, t]) -> logits [n, t, v]."""
     return lambda params, tokens, attention_mask: model.apply(variables(params), tokens, attention_mask)
 
 
 def apply_routed(model: Transformer, params: Params | Weights, *args: Any, method: str | None = None) -> Routed:
-    """`model.apply` of a model with experts: what the method gives, and what the routers did with its tokens."""
+    """Applies a model with experts; returns the method's output and the statistics of the routers."""
     output, left = model.apply(variables(params), *args, method=method, mutable=[ROUTER])
     return Routed(output, router_stats(left[ROUTER]))
 
 
 def make_routed_apply_fn(model: Transformer) -> Callable[[Params, jax.Array, jax.Array], Routed]:
-    """`make_apply_fn` of a model with experts."""
+    """Returns the function of `make_apply_fn` for a model with experts."""
     return lambda params, tokens, attention_mask: apply_routed(model, params, tokens, attention_mask)
 
 
 def init_cache(model: Transformer, batch: int, max_length: int) -> KVCache:
-    """An empty cache of max_length slots for `batch` rows, keys and values in the compute dtype."""
+    """Returns an empty cache of max_length slots for `batch` rows, with keys and values in the compute dtype."""
     config, pattern = model.config, layer_pattern(model.config)
 
     def layer(*leading: int) -> dict[str, jax.Array]:

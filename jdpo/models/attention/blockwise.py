@@ -1,12 +1,12 @@
-"""Causal attention in tiles, in plain JAX: no tile that the mask kills is computed, no t x t array exists.
+"""Causal attention in tiles, in plain JAX: tiles that are fully masked are not computed, and no t x t array exists.
 
 The method is FlashAttention-2 (arXiv 2307.08691): a softmax that runs over the key tiles of a query tile, and a
-backward pass of its own that computes the scores again from the log-sum-exp. Loop bounds are numbers of the run, so
-each loop is compiled once whatever the length, and the padding of a short sequence is skipped too.
+backward pass of its own that computes the scores again from the log-sum-exp. Loop bounds are computed at run time, so
+each loop is compiled once for any length, and the padding of short sequences is skipped too.
 
 Axes: n sequences in c groups of b, t positions in i query tiles of q or j key tiles of s, h = g * r query heads,
 g key/value heads, k head width. In the loops u = b * g are independent products and x = r * q the queries of one key
-head. Scores lie as [u, s, x]: the softmax reduces an axis that is not the innermost, which vectorizes on CPU, and
+head. Scores are [u, s, x]: the softmax reduces an axis that is not the innermost, which vectorizes on CPU, and
 keys transposed once ([u, k, s]) keep every product in a form that XLA's fast CPU kernels take.
 """
 
@@ -28,7 +28,7 @@ from jdpo.models.layers import scaled
 ATTENTION_RESIDUALS = "attention_residuals"
 """Name of the output and log-sum-exp for `jax.checkpoint_policies.save_only_these_names`."""
 
-_TILE_SCORES = 2**17  # scores a CPU tile holds at once: 0.5 MiB in float32, which stays in the second-level cache
+_TILE_SCORES = 2**17  # scores in a CPU tile: 0.5 MiB in float32, which stays in the second-level cache
 _HIDDEN = -1e30  # finite: the difference of two hidden scores is 0, not NaN
 
 
@@ -51,12 +51,12 @@ def blockwise_attention(
     scale: float,
     block_size: int | None = None,
 ) -> jax.Array:
-    """Grouped-query causal attention of right-padded sequences, [n, t, h, k]; scores and softmax in float32 at least.
+    """Grouped-query causal attention of right-padded sequences, [n, t, h, k]; scores and softmax in float32 or wider.
 
     On CPU it loops over sequences, so a batch that is split over devices needs `jax.shard_map` around it.
 
     Args:
-      block_size: queries and keys a tile; without, near 128 (256 when t > 512) such that the tiles fill t.
+      block_size: queries and keys per tile; by default near 128 (256 if t > 512), such that the tiles fill t.
     """
     length = query_nthk.shape[1]
     block = tile_size(length, block_size)
@@ -67,12 +67,12 @@ def blockwise_attention(
 
 
 def tile_size(length: int, block_size: int | None = None) -> int:
-    """Queries and keys a tile, for sequences of this length."""
+    """Returns the number of queries and keys per tile for sequences of this length."""
     return min(block_size, _round_up(length, 16)) if block_size else _even_block(length)
 
 
 def group_size(num_sequences: int, num_heads: int, block: int) -> int:
-    """Sequences that one loop handles at once on CPU: as many as fit the cache."""
+    """Returns the number of sequences that one loop handles at once on CPU: as many as fit in the cache."""
     most = max(1, _TILE_SCORES // (num_heads * block**2))
     return next(b for b in range(min(most, num_sequences), 0, -1) if num_sequences % b == 0)
 
@@ -82,7 +82,7 @@ def _round_up(number: int, multiple: int) -> int:
 
 
 def _even_block(length: int) -> int:
-    """The block that fills the length best: 300 positions are three tiles of 112, not of 128.
+    """Returns the block size that fills the length best: 300 positions are three tiles of 112, not of 128.
 
     Small tiles waste less on the diagonal and on padding, large ones less on each step.
     """
@@ -113,7 +113,7 @@ _attention.defvjp(_attention_forward, _attention_backward)
 
 
 def _per_platform(function: Callable[..., Any], options: _Options, query: jax.Array, *operands: jax.Array) -> Any:
-    """CPU: as many sequences a loop as fit the cache, so that short ones end early. Elsewhere: one loop over all."""
+    """Loops over groups of sequences that fit in the cache on CPU, so that short ones end early; elsewhere over all."""
     num_sequences, _, num_heads, _ = query.shape
     few = group_size(num_sequences, num_heads, options.block)
     on_cpu, elsewhere = (functools.partial(function, options._replace(group=b)) for b in (few, num_sequences))
@@ -123,7 +123,7 @@ def _per_platform(function: Callable[..., Any], options: _Options, query: jax.Ar
 def _forward(
     options: _Options, query: jax.Array, key: jax.Array, value: jax.Array, lengths: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The output [n, t, h, k] and the log-sum-exp of the scores [n, t, h]."""
+    """Returns the output [n, t, h, k] and the log-sum-exp of the scores [n, t, h]."""
     num_kv_heads, dtype = key.shape[2], jnp.promote_types(query.dtype, jnp.float32)
 
     def group(operands: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
@@ -165,7 +165,7 @@ def _forward_tile(
     state: tuple[jax.Array, ...],
     masked: bool,
 ) -> tuple[jax.Array, ...]:
-    """One step of the running softmax: highest score, sum of weights, weighted values."""
+    """Updates the running softmax by one tile: highest score, sum of weights, weighted values."""
     top, total, weighted = state
     scores = _soft_cap(_product("usk,ukx->usx", key_jusk[j], query_ukx), options.softcap)
     if masked:
@@ -186,9 +186,9 @@ def _backward(
     lse: jax.Array,
     d_output: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of query, key and value."""
+    """Returns the gradients of query, key and value."""
     num_kv_heads = key.shape[2]
-    # What the softmax subtracts: sum_k output * d_output, for each query.
+    # The term that the softmax's gradient subtracts: sum_k output * d_output, for each query.
     delta = jnp.sum(output.astype(lse.dtype) * d_output.astype(lse.dtype), axis=-1)
 
     def group(operands: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -267,7 +267,7 @@ def _over_key_tiles(options: _Options, i: jax.Array, num_tiles: int, step: Calla
 
 
 def _visible(options: _Options, i: jax.Array, j: jax.Array, num_queries: int) -> jax.Array:
-    """Which keys of tile j the queries of tile i see, bool [s, x]."""
+    """Returns bool [s, x]: True where the queries of tile i see the keys of tile j."""
     offset_sx = jnp.arange(num_queries)[None, :] % options.block - jnp.arange(options.block)[:, None]
     distance_sx = (i - j) * options.block + offset_sx
     visible_sx = distance_sx >= 0

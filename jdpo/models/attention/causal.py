@@ -1,4 +1,4 @@
-"""Causal attention of right-padded sequences: one function before every backend, and the same over a mesh.
+"""Causal attention of right-padded sequences: one function for all backends, and one for a mesh.
 
 Axes: n sequences, t positions, h query heads, g key/value heads, k head width.
 """
@@ -32,29 +32,29 @@ def causal_attention(
     block_kv: int | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """Grouped-query causal attention, [n, t, h, k]; scores and softmax in float32 at least.
+    """Grouped-query causal attention, [n, t, h, k]; scores and softmax in float32 or wider.
 
-    Sequence i holds lengths[i] tokens and padding behind them. What padding queries return is finite, has no meaning,
-    and must get a cotangent of zero; with that, no gradient flows through padding.
+    Sequence i has lengths[i] tokens and padding after them. Outputs of padding queries are finite and arbitrary, and
+    their cotangents must be zero, so that no gradient flows through padding.
 
-    "blockwise" and "splash" work on one device's part: under several devices use `sharded_causal_attention`.
+    "blockwise" and "splash" run on one device's part: with several devices use `sharded_causal_attention`.
 
     Args:
       lengths: int [n], from 0 to t.
-      backend: "xla", "blockwise", "cudnn" or "splash"; `choose_attention` knows which is fastest.
-      window: how many tokens a query sees, itself included; all before it without, or where it is t or more.
+      backend: "xla", "blockwise", "cudnn" or "splash"; `choose_attention` returns the fastest.
+      window: number of tokens that a query sees, itself included; None for all earlier tokens.
       softcap: scores become softcap * tanh(scores / softcap), as in Gemma 2 (arXiv 2408.00118).
-      scale: what scores are multiplied by; k**-0.5 without.
-      block_q, block_kv: queries and keys a tile, for blockwise (one size) and splash (multiples of 128).
+      scale: factor of the scores; the default is k**-0.5.
+      block_q, block_kv: queries and keys per tile, for blockwise (one size) and splash (multiples of 128).
       interpret: runs splash emulated, for tests.
 
     Raises:
-      ValueError: the backend cannot run this, or shapes do not fit.
+      ValueError: the backend does not support the settings, or shapes are inconsistent.
     """
     _check_shapes(query_nthk, key_ntgk, value_ntgk, lengths)
     length, head_dim = query_nthk.shape[1], query_nthk.shape[3]
     if window is not None and window >= length:
-        window = None  # it hides nothing, and kernels with a window are other, slower ones
+        window = None  # it hides nothing, and kernels with a window are slower
     scale = head_dim**-0.5 if scale is None else scale
     check_attention(
         backend,
@@ -96,7 +96,7 @@ def sharded_causal_attention(
     head_axes: tuple[str, ...] = (),
     **options: Any,
 ) -> jax.Array:
-    """`causal_attention` with n split over batch_axes and heads over head_axes of the mesh; no device talks to another.
+    """Runs `causal_attention` with n split over batch_axes and heads over head_axes, without communication.
 
     Raises:
       ValueError: n, or the number of query or key heads, does not divide evenly.

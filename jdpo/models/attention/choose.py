@@ -1,4 +1,4 @@
-"""Which backend runs which attention: the limits of each, a choice, and what a program was compiled with."""
+"""Chooses and checks the backend of attention, by the limits of each, and finds those in compiled programs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jdpo.models.attention.splash import LANES
 BACKENDS = ("xla", "blockwise", "cudnn", "splash")
 
 SHORT = {"cpu": 64, "tpu": LANES, "gpu": 1024}
-"""Up to this many positions the plain path is taken where it is the other choice: few scores, and less to compile."""
+"""Up to this many positions the plain path is used instead of tiles: there are few scores, and it compiles faster."""
 
 _CUSTOM_CALLS = {"cudnn": "__cudnn$fmha", "splash": 'custom_call_target="tpu_custom_call"'}
 
@@ -29,13 +29,13 @@ def choose_attention(
     tiled: bool = False,
     compute_capability: str | None = None,
 ) -> str:
-    """The fastest backend that can run this.
+    """Returns the fastest backend that supports these settings.
 
     Args:
-      platform: "cpu", "gpu" or "tpu", as `jax.default_backend()` says.
-      dtype: of activations.
-      length: positions a sequence, padding included.
-      tiled: whether tile sizes are asked for; the backends that have no tiles, plain and cuDNN, are not taken then.
+      platform: "cpu", "gpu" or "tpu", the value of `jax.default_backend()`.
+      dtype: dtype of activations.
+      length: number of positions of a sequence, padding included.
+      tiled: True if tile sizes are set; then the backends without tiles, plain and cuDNN, are not used.
       compute_capability: see `check_attention`.
 
     >>> choose_attention("gpu", "bfloat16", 128, 2048, compute_capability="8.0")
@@ -66,16 +66,16 @@ def check_attention(
     platform: str | None = None,
     compute_capability: str | None = None,
 ) -> None:
-    """Refuses what a backend cannot run.
+    """Refuses settings that a backend does not support.
 
     Args:
       block_q, block_kv: tile sizes that the user asked for.
       platform: "cpu", "gpu" or "tpu" to check that the backend runs there.
-      compute_capability: of the GPU, such as "9.0"; any other word stands for a GPU that is not NVIDIA's. Without, the
-        GPU of this process is asked, if it has one.
+      compute_capability: that of the GPU, such as "9.0"; any other text means a GPU that is not NVIDIA's. The default is
+        that of this process's GPU, if it has one.
 
     Raises:
-      ValueError: an unknown backend, or each limit that is in the way and the backends that have none.
+      ValueError: the backend is unknown, or lacks something; the backends that support the settings are named.
 
     >>> check_attention("cudnn", dtype="float32", head_dim=64)
     Traceback (most recent call last):
@@ -97,9 +97,9 @@ def check_attention(
 
 
 def compiled_attention(hlo_text: str) -> frozenset[str]:
-    """The backends that a compiled program holds, from its text (`compiled.as_text()`).
+    """Returns the backends in a compiled program, from its text (`compiled.as_text()`).
 
-    A kernel counts only where its custom call is there, not where something took its place.
+    A kernel counts only if its custom call is in the program.
     """
     scopes = frozenset(re.findall(r"attention_(" + "|".join(BACKENDS) + r")\b", hlo_text))
     return frozenset(name for name in scopes if _CUSTOM_CALLS.get(name, "") in hlo_text)
@@ -110,11 +110,11 @@ def _platform(platform: str) -> str:
 
 
 def _compute_capability(platform: str) -> str | None:
-    """Of the GPU of this process, see `check_attention`; None where it has none."""
+    """Returns the compute capability of this process's GPU, see `check_attention`, or None if it has none."""
     if platform != "gpu" or jax.default_backend() != "gpu":
         return None
     device = jax.local_devices()[0]
-    # Both makers' platforms are called "gpu"; the client's version is what JAX itself tells them apart by.
+    # The platform is "gpu" for NVIDIA and AMD; JAX itself distinguishes them by the client's version.
     if "cuda" not in device.client.platform_version:
         return "ROCm"
     return str(device.compute_capability)
@@ -132,7 +132,7 @@ def _limits(
     block_q: int | None = None,
     block_kv: int | None = None,
 ) -> Iterator[str]:
-    """What the backend needs and does not find."""
+    """Yields the requirements of a backend that the settings do not meet."""
     dtype = jnp.dtype(dtype)
     if window is not None and window < 1:
         yield f"a window of at least 1 (found {window})"
@@ -167,7 +167,7 @@ def _limits(
 
 
 def _limits_of_gpu(compute_capability: str, head_dim: int) -> Iterator[str]:
-    """What cuDNN's kernels need of a GPU, as JAX asks it (`check_is_flash_attention`), and XLA before any of them."""
+    """Yields unmet requirements of cuDNN's kernels on a GPU: those of JAX (`check_is_flash_attention`) and XLA."""
     if not re.fullmatch(r"\d+\.\d+", compute_capability):
         yield f"an NVIDIA GPU (found {compute_capability})"
         return

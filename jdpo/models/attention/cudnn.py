@@ -1,4 +1,4 @@
-"""cuDNN's fused attention, by its name: without it `jax.nn.dot_product_attention` takes the plain path silently."""
+"""cuDNN's fused attention, requested by name: otherwise JAX may silently use the plain path."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 FORWARD_PRIMITIVE = "dot_product_attention_fwd_wrapper"
-"""What jaxprs call the forward kernel that leaves its log-sum-exp behind, for policies of `jax.checkpoint`."""
+"""Name in jaxprs of the forward kernel that returns its log-sum-exp, for policies of `jax.checkpoint`."""
 
 
 def cudnn_attention(
@@ -20,7 +20,7 @@ def cudnn_attention(
 ) -> jax.Array:
     """Grouped-query causal attention of right-padded sequences, [n, t, h, k], float16 or bfloat16, on NVIDIA GPUs.
 
-    Lengths travel as such: a dense mask costs cuDNN its speed.
+    Lengths are passed as such, since a dense mask makes cuDNN slow.
     """
     lengths_n = lengths_n.astype(jnp.int32)
     return jax.nn.dot_product_attention(
@@ -31,7 +31,7 @@ def cudnn_attention(
         is_causal=True,
         query_seq_lengths=lengths_n,
         key_value_seq_lengths=lengths_n,
-        # Keys to the left and to the right of a query, itself not counted.
+        # Numbers of keys to the left and right of a query, not counting its own.
         local_window_size=None if window is None else (window - 1, 0),
         implementation="cudnn",
     )

@@ -1,6 +1,6 @@
-"""Splash attention: JAX's Pallas kernel for TPU, which skips the tiles that a causal or windowed mask kills.
+"""Splash attention: JAX's Pallas kernel for TPU, which skips fully masked tiles.
 
-A kernel runs on one device: under several, call it within `jax.shard_map`.
+A kernel runs on one device: with several devices, call it within `jax.shard_map`.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ def splash_attention(
 ) -> jax.Array:
     """Grouped-query causal attention of right-padded sequences, [n, t, h, k], on TPU.
 
-    Lengths are not needed: under a causal mask no real query sees the padding behind it. Segment ids would only keep
-    padding queries from seeing real keys, at the price of a comparison for every score.
+    Lengths are not needed: with a causal mask no real query sees the padding after it. Segment ids would only hide real
+    keys from padding queries, at the cost of a comparison for every score.
 
     Args:
-      block_q, block_kv: queries and keys a tile, multiples of 128; without, 512 at most. t is padded to fill both.
+      block_q, block_kv: queries and keys per tile, multiples of 128; by default at most 512. t is padded to fill both.
       interpret: emulates the kernel on any platform, slowly.
     """
     length, num_heads = query_nthk.shape[1:3]
     block_q, block_kv, padded_length = tiling(length, block_q, block_kv)
     kernel = _kernel(num_heads, padded_length, window, softcap, block_q, block_kv, interpret)
-    # The kernel multiplies by no scale of its own.
+    # The kernel itself does not scale the scores.
     operands = (scaled(query_nthk, scale), key_ntgk, value_ntgk)
     padding = ((0, 0), (0, padded_length - length), (0, 0), (0, 0))
     query, key, value = (rearrange(jnp.pad(x, padding), "n t h k -> n h t k") for x in operands)
@@ -51,7 +51,7 @@ def splash_attention(
 
 
 class Tiling(NamedTuple):
-    """Queries and keys a tile, and the length that both fill."""
+    """Queries and keys per tile, and the length that both fill."""
 
     block_q: int
     block_kv: int
@@ -59,7 +59,7 @@ class Tiling(NamedTuple):
 
 
 def tiling(length: int, block_q: int | None = None, block_kv: int | None = None) -> Tiling:
-    """How a sequence is cut; without sizes, into as few tiles of at most 512 as hold it, each a multiple of 128.
+    """Chooses the tiling of a sequence; by default as few tiles of at most 512 as possible, each a multiple of 128.
 
     >>> tiling(640)
     Tiling(block_q=384, block_kv=384, padded_length=768)

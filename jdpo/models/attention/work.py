@@ -1,4 +1,4 @@
-"""How much the attention backends multiply: pairs of a query and a key, and matrix products over them.
+"""Counts the work of attention backends: pairs of a query and a key, and matrix products over them.
 
 A product over one pair of one head is 2 * head_dim FLOPs.
 """
@@ -11,7 +11,7 @@ import numpy as np
 
 from jdpo.models.attention import blockwise, splash
 
-_CUDNN_TILE = 128  # what its kernels for Hopper take; others differ
+_CUDNN_TILE = 128  # for its Hopper kernels; others differ
 
 
 class Products(NamedTuple):
@@ -19,8 +19,8 @@ class Products(NamedTuple):
 
     Attributes:
       forward: the scores, and the weighted values.
-      backward: four gradients, and what is computed again for them.
-      repeated: of the forward ones, what runs again although output and log-sum-exp are kept.
+      backward: the four gradients, and the products that are computed again for them.
+      repeated: forward products that run again although output and log-sum-exp are kept.
     """
 
     forward: int
@@ -29,7 +29,7 @@ class Products(NamedTuple):
 
 
 PRODUCTS = {
-    "xla": Products(2, 4, 1),  # keeps the weights; where only its output is kept, the scores are computed again
+    "xla": Products(2, 4, 1),  # keeps the weights; if only its output is kept, the scores are computed again
     "blockwise": Products(2, 5, 0),  # its backward pass computes the scores again
     "cudnn": Products(2, 5, 0),
     "splash": Products(2, 7, 0),  # two backward kernels, each with the scores and their gradient
@@ -37,7 +37,7 @@ PRODUCTS = {
 
 
 def causal_pairs(positions: np.ndarray, window: int | None) -> int:
-    """Pairs that causal attention needs: queries at `positions` int [...], each with itself and what it sees before.
+    """Returns the pairs that causal attention needs: queries at `positions` int [...] with all keys that they see.
 
     >>> causal_pairs(np.arange(4), None), causal_pairs(np.arange(4), 2)
     (10, 7)
@@ -57,12 +57,12 @@ def computed_pairs(
     block_kv: int | None = None,
     on_cpu: bool = True,
 ) -> int:
-    """Pairs whose scores each head computes, over all sequences of one call on one device.
+    """Returns the pairs whose scores each head computes, over all sequences of one call on one device.
 
     Args:
       lengths: int [n], as for `causal_attention`.
       length: t.
-      on_cpu: blockwise attention handles few sequences at once there, and all elsewhere.
+      on_cpu: True on CPU, where blockwise attention handles few sequences at once.
     """
     if backend == "xla":
         return len(lengths) * length**2
@@ -81,7 +81,7 @@ def computed_pairs(
 
 
 def _tiled_pairs(num_query_tiles: int, block_q: int, block_kv: int, window: int | None) -> int:
-    """Pairs in the tiles of one sequence that a causal mask leaves.
+    """Returns the pairs in the tiles of one sequence that are not fully masked.
 
     >>> _tiled_pairs(3, 2, 2, None), _tiled_pairs(3, 2, 2, 2)
     (24, 20)

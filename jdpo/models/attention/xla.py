@@ -1,4 +1,4 @@
-"""Attention as two matrix products around a softmax: holds all scores, makes no assumption, and is the oracle.
+"""Attention as two matrix products around a softmax: keeps all scores, and is the reference for the other backends.
 
 Axes: n sequences, t queries, s keys, h query heads, g key/value heads, r = h // g query heads for each key head,
 k head width.
@@ -26,16 +26,16 @@ def dot_product_attention(
     softcap: float | None = None,
     scale: float | None = None,
 ) -> jax.Array:
-    """Grouped-query causal attention, [n, t, h, k]; scores and softmax in float32 at least.
+    """Grouped-query causal attention, [n, t, h, k]; scores and softmax in float32 or wider.
 
     A query at position p sees the real keys at positions p - window + 1 .. p (all up to p without a window).
-    A query that sees nothing, as in a padding row, gets a finite value of no meaning.
+    A query that sees nothing, as in a padding row, gets an arbitrary finite value.
 
     Args:
       key_mask_ns: bool, True on real keys.
-      window: how many tokens a query sees, itself included, as in transformers' sliding_window.
+      window: number of tokens that a query sees, itself included, as in transformers' sliding_window.
       softcap: scores become softcap * tanh(scores / softcap), as in Gemma 2 (arXiv 2408.00118).
-      scale: what scores are multiplied by; k**-0.5 without.
+      scale: factor of the scores; the default is k**-0.5.
     """
     num_heads, num_kv_heads, head_dim = query_nthk.shape[2], key_nsgk.shape[2], query_nthk.shape[3]
     assert num_heads % num_kv_heads == 0, (num_heads, num_kv_heads)
@@ -46,7 +46,7 @@ def dot_product_attention(
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     visible_nts = visible_keys(query_positions_nt, key_positions_ns, key_mask_ns, window)
-    # The lowest finite number, not -inf: a row of -inf only would turn into NaN.
+    # The lowest finite number, not -inf: a row of only -inf would become NaN.
     scores = jnp.where(visible_nts[:, None, None], scores, jnp.finfo(softmax_dtype).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value_nsgk.dtype)
     output = rearrange(jnp.einsum("ngrts,nsgk->ntgrk", weights, value_nsgk), "n t g r k -> n t (g r) k")
@@ -56,7 +56,7 @@ def dot_product_attention(
 def visible_keys(
     query_positions_nt: jax.Array, key_positions_ns: jax.Array, key_mask_ns: jax.Array, window: int | None
 ) -> jax.Array:
-    """Which keys each query sees, bool [n, t, s].
+    """Returns bool [n, t, s]: True where a query sees a key.
 
     >>> import numpy as np
     >>> positions, mask = jnp.arange(4)[None], jnp.array([[True, True, True, False]])
@@ -78,7 +78,7 @@ def right_padded_attention(
     softcap: float | None,
     scale: float,
 ) -> jax.Array:
-    """`dot_product_attention` of right-padded sequences with themselves."""
+    """Runs `dot_product_attention` of right-padded sequences with themselves."""
     positions_nt = jnp.broadcast_to(jnp.arange(query_nthk.shape[1]), query_nthk.shape[:2])
     return dot_product_attention(
         query_nthk,

@@ -1,10 +1,10 @@
-"""The MLPs of experts: each row of tokens through its own, on one device or over a mesh. Nothing is dropped.
+"""The MLPs of experts, on one device or over a mesh. No token is dropped.
 
 Axes: n sequences, t positions or tokens, k experts of a token, e experts, r rows, d model, f expert width, l rank.
 
-Over a mesh each device holds some of the experts. It gathers the tokens of the devices that hold the others (those
-along the expert axis), takes what its own experts have to say to all of them, and hands each device the sum for its
-tokens: an all-gather and a reduce-scatter, of sizes that do not depend on what goes where.
+On a mesh each device has some of the experts. It gathers the tokens of all devices along the expert axis, applies its
+own experts to those that are routed to them, and returns to each device the sum for its tokens: an all-gather and a
+reduce-scatter, whose sizes do not depend on the routing.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ Activation = Callable[[Array], Array]
 
 
 class ExpertMap(NamedTuple):
-    """One linear map of every expert; the arrays of the compute dtype.
+    """One linear map of every expert; the arrays have the compute dtype.
 
     Attributes:
       kernel: [e, d, f].
       scale: [e, f], the unit of an int8 kernel's outputs, or None.
-      a, b: [e, d, l] and [e, l, f], an adapter: (x a) b is added; or None.
+      a, b: [e, d, l] and [e, l, f], an adapter of which (x a) b is added, or None.
     """
 
     kernel: Array
@@ -60,14 +60,14 @@ def mixture(
     maps: ExpertMaps,
     activation: Activation = nn.silu,
 ) -> Array:
-    """The weighted sum over each token's experts, [n, t, d].
+    """Returns the weighted sum over each token's experts, [n, t, d].
 
-    Under a mesh and logical rules every device computes with its own experts and its own part of their width.
+    With a mesh and logical rules in context every device computes with its own experts and its own part of their width.
 
     Args:
-      weights_ntk: float32 at least.
-      experts_ntk: int; experts of a token are different, and those outside of [0, e) stand for none.
-      activation: with act(0) finite.
+      weights_ntk: float32 or wider.
+      experts_ntk: int; the experts of a token are distinct, and values outside of [0, e) mean none.
+      activation: a function with a finite value at 0.
     """
     layout = _Layout.of(x_ntd.shape[0], maps)
     body = partial(_mixture_here, layout=layout, activation=activation)
@@ -86,7 +86,7 @@ def mixture(
 
 
 class _Layout(NamedTuple):
-    """Mesh axes, as far as they divide what they split: of sequences, of experts, and of kernels' inputs and width."""
+    """Mesh axes of sequences, experts, and kernels' inputs and width; empty where they do not divide evenly."""
 
     mesh: Any = None
     batch: tuple[str, ...] = ()
@@ -108,7 +108,7 @@ class _Layout(NamedTuple):
         return cls(mesh, axes("batch", num_sequences), *(axes(name, size) for name, size in sizes.items()))
 
     def specs(self, maps: ExpertMaps) -> ExpertMaps:
-        """Of kernels as they lie in memory; adapters are whole but for experts and width."""
+        """Returns the specs of the kernels as they are sharded; adapters are split only by experts and width."""
         expert, embed, width = (axes or None for axes in (self.expert, self.embed, self.width))
 
         def of_map(held: ExpertMap, d: Any, f: Any) -> ExpertMap:
@@ -135,7 +135,7 @@ def _mixture_here(
     layout: _Layout,
     activation: Activation,
 ) -> Array:
-    """On one device: of its tokens, or with an expert axis of those of all devices along it."""
+    """Runs on one device, for its own tokens or, with an expert axis, for those of all devices along it."""
     tokens = [rearrange(array, "n t x -> (n t) x") for array in (x_ntd, weights_ntk, experts_ntk)]
     shared = tuple(
         axis for axis in layout.expert if axis in layout.batch
@@ -155,7 +155,7 @@ def _mixture_here(
 
 
 def _own(experts_tk: Array, first: Array, num_experts: int) -> Array:
-    """Counted from this device's first expert; -1 for those of others."""
+    """Returns indices relative to this device's first expert; -1 for experts of other devices."""
     own = experts_tk - first
     return jnp.where((own >= 0) & (own < num_experts), own, -1)
 

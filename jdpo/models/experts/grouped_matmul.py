@@ -1,10 +1,10 @@
-"""Matrix products of rows that lie sorted by expert, each with its own expert's kernel.
+"""Matrix products of rows that are sorted by expert, each with its own expert's kernel.
 
 Axes: r rows, e experts, d inputs, f outputs, b rows of a block.
 
-"ragged" is `jax.lax.ragged_dot`, which TPUs have a program for. Elsewhere XLA multiplies every row with every expert;
-"blocks" runs over the blocks in use, one after the other, each with the kernel of its expert. Gradients of kernels are
-summed block by block under both: of what ragged_dot has for them XLA makes products with every expert on TPU, too.
+"ragged" is `jax.lax.ragged_dot`, which is efficient on TPU. Elsewhere XLA would multiply every row with every expert,
+so "blocks" loops over the blocks in use, each with the kernel of its expert. Gradients of kernels are summed block by
+block with both: for the gradient of ragged_dot, XLA multiplies with every expert on TPU too.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ Array = Any
 MOST_BLOCK = 512
 _BLOCKS = {"cpu": (16, 8), "tpu": (128, 4)}
 _OTHER_BLOCKS = 128, 1
-"""By platform the fewest rows of a block, and how many blocks an expert is to have on average."""
+"""The smallest number of rows per block and the average number of blocks per expert, by platform."""
 
 
 class Grouping(NamedTuple):
-    """How products are run; hashable.
+    """Settings of grouped products; hashable.
 
     Attributes:
       backend: "ragged" or "blocks".
-      block: rows of a block, all of one expert.
-      gather_axes: mesh axes over which the kernels are split, manual ones; none: they are whole. What is
-        gathered is dropped after the product, and gathered again for the backward pass.
-      gather_dim: the kernels' dim that is split.
+      block: number of rows of a block, all of one expert.
+      gather_axes: manual mesh axes over which the kernels are split, if any. Gathered kernels are dropped after the
+        product and gathered again for the backward pass.
+      gather_dim: the dim of the kernels that is split.
     """
 
     backend: str
@@ -41,10 +41,10 @@ class Grouping(NamedTuple):
 
 
 def choose_grouping(num_rows: int, num_experts: int, platform: str) -> Grouping:
-    """For about `num_rows` rows in use.
+    """Chooses the settings for about `num_rows` rows in use.
 
-    The last block of an expert costs as much as if it were full, and each takes time to begin: on CPU next to none. On
-    GPU, where every block begins several programs, an expert has one or two on average.
+    The last block of an expert costs as much as a full one, and starting a block takes time, although little on CPU. On
+    GPU, where every block starts several programs, an expert has one or two blocks on average.
     """
     least, of_average = _BLOCKS.get(platform, _OTHER_BLOCKS)
     rows = max(num_rows // (num_experts * of_average), 1)
@@ -54,13 +54,13 @@ def choose_grouping(num_rows: int, num_experts: int, platform: str) -> Grouping:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def grouped_matmul(grouping: Grouping, x_rd: Array, kernel_edf: Array, sizes_e: Array) -> Array:
-    """[r, f]: each row times its expert's kernel, in the operands' dtype, accumulated in float32 at least.
+    """Returns [r, f]: each row times its expert's kernel, in the operands' dtype, accumulated in float32 or wider.
 
     Args:
-      x_rd: rows sorted by expert; finite, and 0 where they only fill a block up.
-      kernel_edf: [e, d, f]; its gradient is summed in float32 at least.
-      sizes_e: int [e], rows of each expert, multiples of `grouping.block`. What comes out behind them means nothing,
-        and no gradient comes from there.
+      x_rd: rows sorted by expert; finite, and 0 where they only pad a block.
+      kernel_edf: [e, d, f]; its gradient is summed in float32 or wider.
+      sizes_e: int [e], rows of each expert, multiples of `grouping.block`. Results after them are arbitrary
+        and have no gradient.
     """
     return _forward(grouping, x_rd, kernel_edf, sizes_e)[0]
 
@@ -109,7 +109,7 @@ def _multiply(grouping: Grouping, x_rd: Array, kernel_edf: Array, sizes_e: Array
 
 
 def _outer(grouping: Grouping, x_rd: Array, g_rf: Array, sizes_e: Array) -> Array:
-    """The sum of x g^T over the rows of each expert, [e, d, f], float32 at least."""
+    """Returns the sum of x g^T over the rows of each expert, [e, d, f], in float32 or wider."""
     dtype = _wide(x_rd, g_rf)
 
     def add(start: Array, expert: Array, total_edf: Array) -> Array:

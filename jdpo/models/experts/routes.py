@@ -1,12 +1,12 @@
-"""Which token goes to which expert, as rows sorted by expert; and tokens to rows and back.
+"""Routes of tokens to experts, as rows sorted by expert, and the conversion of tokens to rows and back.
 
-Axes: t tokens, k experts of a token, e experts, r rows, d model. A row is a token at one of its experts; the rows of an
-expert lie together and begin at a multiple of the block size, so that a block of rows is of one expert:
+Axes: t tokens, k experts of a token, e experts, r rows, d model. A row is a token at one of its experts. The rows of an
+expert are adjacent and start at a multiple of the block size, so that a block of rows has one expert:
 
-    experts [t, k]     1 0 / 1 2 / - -      three tokens, the last goes nowhere
+    experts [t, k]     1 0 / 1 2 / - -      three tokens, the last without an expert
     sizes, block 2     2 2 2                one row of expert 0, two of expert 1, one of expert 2; whole blocks
-    assignment [r]     1 -  0 2  3 -        the rows, each by its place among (t k)
-    place [t, k]       2 0 / 3 4 / - -      and back
+    assignment [r]     1 -  0 2  3 -        the place of each row among (t k)
+    place [t, k]       2 0 / 3 4 / - -      the inverse
 
 Both directions, and both of their transposes, are gathers: no scatter-add, which is slow and unordered.
 """
@@ -25,10 +25,10 @@ class Routes(NamedTuple):
     """Rows sorted by expert.
 
     Attributes:
-      assignment: int32 [r], the place among (t k) that a row is; t * k for rows that are not in use.
-      place: int32 [t, k], the row of each; r for those that have none.
-      expert: int32 [r], the expert of a row; the last one behind all rows in use.
-      sizes: int32 [e], rows of each expert, whole blocks.
+      assignment: int32 [r], the place of each row among (t k); t * k for unused rows.
+      place: int32 [t, k], the row of each token and expert; r if there is none.
+      expert: int32 [r], the expert of a row; the last expert after all rows in use.
+      sizes: int32 [e], number of rows of each expert, in whole blocks.
     """
 
     assignment: Array
@@ -38,18 +38,18 @@ class Routes(NamedTuple):
 
 
 def most_rows(num_tokens: int, experts_per_token: int, num_experts: int, block: int) -> int:
-    """Rows that suffice whatever goes where: a token has one row at most with each of `num_experts`."""
+    """Returns a number of rows that suffices for any routing: a token has at most one row with each expert."""
     rows = num_tokens * min(experts_per_token, num_experts)
     padding = min(num_experts, rows) * (block - 1)
     return -(-(rows + padding) // block) * block
 
 
 def make_routes(experts_tk: Array, num_experts: int, block: int) -> Routes:
-    """Sorts by expert, in the order of tokens.
+    """Sorts tokens by expert, stably.
 
     Args:
-      experts_tk: int [t, k], the experts of each token, all different; outside of [0, num_experts) stands for none.
-      block: rows of an expert are filled up to a multiple of it.
+      experts_tk: int [t, k], the distinct experts of each token; values outside of [0, num_experts) mean none.
+      block: the rows of an expert are padded to a multiple of it.
 
     >>> routes = make_routes(jnp.array([[1, 0], [1, 2], [9, 9]]), 3, block=2)
     >>> routes.assignment.tolist()[:6], routes.place.tolist(), routes.sizes.tolist()
@@ -77,21 +77,21 @@ def make_routes(experts_tk: Array, num_experts: int, block: int) -> Routes:
 
 
 def _take(values: Array, index: Array) -> Array:
-    """values[index]; 0 where the index is one past the end."""
+    """Returns values[index], with 0 where the index is one past the end."""
     inside = index < values.shape[0]
     taken = values.at[jnp.where(inside, index, 0)].get(mode="promise_in_bounds")
     return jnp.where(inside.reshape(inside.shape + (1,) * (values.ndim - 1)), taken, 0)
 
 
 def _token(routes: Routes) -> Array:
-    """The token of each row, t for none."""
+    """Returns the token of each row, t for unused rows."""
     num_tokens, experts_per_token = routes.place.shape
     return jnp.where(routes.assignment < routes.place.size, routes.assignment // experts_per_token, num_tokens)
 
 
 @jax.custom_vjp
 def to_rows(x_td: Array, routes: Routes) -> Array:
-    """The token of each row, [r, d]; 0 in rows that are not in use."""
+    """Gathers the token of each row, [r, d]; 0 in unused rows."""
     return _take(x_td, _token(routes))
 
 
@@ -106,7 +106,7 @@ def _to_rows_backward(routes: Routes, g_rd: Array) -> tuple[Array, None]:
 
 @jax.custom_vjp
 def to_tokens(y_rd: Array, weights_tk: Array, routes: Routes) -> Array:
-    """Each token's rows, weighted and summed in the dtype of the weights: [t, d] in that of the rows."""
+    """Returns the weighted sum of each token's rows, [t, d], computed in the dtype of the weights."""
     return _weighted_sum(y_rd, weights_tk, routes)
 
 

@@ -1,4 +1,4 @@
-"""Mixture of experts: a router that picks some experts for each token, and the experts' weighted sum.
+"""Mixture of experts: a router that selects experts for each token, and the weighted sum of these experts.
 
 Axes: n sequences or rows, t positions or slots, k experts of a token, e experts, d model, f expert width.
 """
@@ -19,16 +19,16 @@ from jdpo.models.remat import ROUTING
 from jdpo.types import RouterStats
 
 ROUTER = "router"
-"""Collection in which a layer leaves what its router did, where the caller makes it mutable."""
+"""Collection for the statistics of each layer's router, written if the caller makes it mutable."""
 
 
 class MoE(nn.Module):
-    """The sum of the experts that the router picks, weighted by its probabilities.
+    """The sum of the experts that the router selects, weighted by its probabilities.
 
-    Leaves in the collection ROUTER, summed over the tokens of a sequence, each times its weight, [n, e] and [n]:
-      assignments: tokens of each expert.
-      probabilities: the router's probability of each expert.
-      tokens: tokens.
+    Writes sums over the tokens of a sequence, weighted by `token_weights_nt`, to the collection ROUTER:
+      assignments: [n, e], number of tokens of each expert.
+      probabilities: [n, e], the router's probability of each expert.
+      tokens: [n], number of tokens.
     """
 
     config: MoEConfig
@@ -41,7 +41,7 @@ class MoE(nn.Module):
     def __call__(self, x_ntd: jax.Array, token_weights_nt: jax.Array) -> jax.Array:
         """
         Args:
-          token_weights_nt: what a token counts in the router's statistics; 0 on padding, which goes to no expert.
+          token_weights_nt: weight of a token in the router's statistics; 0 on padding, which is not routed.
         """
         num_experts, num_chosen = self.config.num_experts, self.config.experts_per_token
         wide = jnp.promote_types(self.compute_dtype, jnp.float32)
@@ -49,7 +49,7 @@ class MoE(nn.Module):
             "ntd,de->nte", (self.d_model, num_experts), ("embed", None), wide, self.param_dtype, name="router"
         )
         probabilities_nte = jax.nn.softmax(route(x_ntd.astype(wide)))
-        # Kept by every remat policy; of equal probabilities the first.
+        # Kept by every remat policy. The first of equal probabilities is selected.
         experts_ntk = checkpoint_name(jax.lax.top_k(probabilities_nte, num_chosen)[1], ROUTING)
         # Compared, not gathered: the transpose of a gather is a scatter-add.
         is_chosen_ntke = experts_ntk[..., None] == jnp.arange(num_experts)
@@ -64,7 +64,7 @@ class MoE(nn.Module):
         weights_nt1 = token_weights_nt[..., None].astype(probabilities_nte.dtype)
         statistics = {
             "assignments": jnp.where(is_chosen_nte, weights_nt1, 0).sum(1),
-            # Silenced, not multiplied with 0: what stands on padding may be anything.
+            # Selected, not multiplied by 0: values on padding may be NaN.
             "probabilities": jnp.where(weights_nt1 > 0, weights_nt1 * probabilities_nte, 0).sum(1),
             "tokens": weights_nt1[..., 0].sum(1),
         }
@@ -77,7 +77,7 @@ class MoE(nn.Module):
 
 
 def router_stats(left: dict[str, Any]) -> RouterStats:
-    """Sums over the layers what they left in ROUTER, scanned (with an axis of layers in front) or not."""
+    """Sums the statistics in ROUTER over the layers, scanned (with a leading axis of layers) or not."""
     totals: dict[str, Any] = {}
 
     def add(path: Any, values: jax.Array) -> None:
@@ -109,9 +109,9 @@ class Experts(nn.Module):
 
 
 class ExpertKernel(nn.Module):
-    """One linear map of every expert, [e, inputs, outputs], with what SCALES and ADAPTERS have beside it.
+    """One linear map of every expert, [e, inputs, outputs], with its scale and adapter.
 
-    As of `Projection`: "kernel" [e, outputs] in SCALES, "a" [e, inputs, rank] and "b" [e, rank, outputs] in ADAPTERS.
+    As for `Projection`: "kernel" [e, outputs] in SCALES, "a" [e, inputs, rank] and "b" [e, rank, outputs] in ADAPTERS.
     """
 
     shape: tuple[int, int, int]

@@ -1,4 +1,4 @@
-"""Which families of models jdpo trains: `FAMILIES`, and config.json -> `ModelConfig`."""
+"""The supported families of models, `FAMILIES`, and `read_model_config`, which reads a config.json."""
 
 from jdpo.models.families.hf_config import read_model_config
 from jdpo.models.families.table import FAMILIES, Family

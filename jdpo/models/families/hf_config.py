@@ -1,8 +1,9 @@
-"""config.json -> `ModelConfig`.
+"""Reads config.json into a `ModelConfig`.
 
 A setting that changes the arithmetic and that the decoder lacks is refused by name: see `jdpo.models.families.shared`
-for what families share, `jdpo.models.families.table` for each. Settings that do not change a forward pass are ignored:
-initializer_range, use_cache, pretraining_tp, output_*, summary_*, and dropout, without which preference training runs.
+for settings that families share, and `jdpo.models.families.table` for each family. Settings that do not change a
+forward pass are ignored: initializer_range, use_cache, pretraining_tp, output_*, summary_*, and dropout, which preference
+training does not use.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from jdpo.models.model_config import ModelConfig
 
 
 def read_model_config(folder: Path) -> ModelConfig:
-    """Reads `folder`/config.json, old (`rope_theta`, `rope_scaling`) or new (`rope_parameters`) in style.
+    """Reads `folder`/config.json of the old style (`rope_theta`, `rope_scaling`) or the new (`rope_parameters`).
 
     Raises:
       ValueError: no folder, no config.json, broken JSON, an unsupported family, or a setting the decoder lacks.
@@ -28,11 +29,11 @@ def read_model_config(folder: Path) -> ModelConfig:
         raise ValueError(
             f"{folder}/config.json: model_type {family!r} is not supported; supported are {', '.join(sorted(FAMILIES))}"
         )
-    # transformers fills the defaults that save_pretrained leaves out, and brings old rope keys to the new form.
+    # transformers fills in the defaults that save_pretrained omits, and converts old rope keys to the new form.
     from transformers import AutoConfig
 
     try:
-        # Left unset, trust_remote_code is asked for on the terminal, and "y" runs Python files of the folder.
+        # If unset, transformers asks for trust_remote_code on the terminal, and "y" runs Python files of the folder.
         hf_config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # its validators raise their own types, KeyError and bare TypeError among them
         if "trust_remote_code" in str(error):
@@ -56,17 +57,17 @@ MOST_OF = {
     ("vocab_size",): 2**24,
     ("max_position_embeddings", "n_positions"): 2**31,
 }
-"""Sizes by their names in config.json, and several times what the largest models have of each."""
+"""Limits of sizes by their names in config.json: several times those of the largest models."""
 
 MOST_EXPERTS = 2**17
-"""Experts of all layers together; each has tensors of its own."""
+"""Limit of the number of experts in all layers, each of which has tensors of its own."""
 
 
 def _refuse_sizes(raw: dict[str, Any], path: Path) -> None:
-    """Refuses sizes of no model before anything is made of them: a million layers take minutes to list.
+    """Refuses impossible sizes before anything is built from them: a million layers take minutes to list.
 
     Raises:
-      ValueError: naming file, key and size.
+      ValueError: a size is above its limit; file, key and size are named.
     """
     for keys, most in MOST_OF.items():
         for key in keys:

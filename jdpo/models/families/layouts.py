@@ -1,8 +1,8 @@
-"""How checkpoints name the decoder's parameters: one layout for each way of naming them.
+"""Names of the decoder's parameters in checkpoints: one layout for each naming scheme.
 
-A layout lists every parameter that its families may have; `parameters_of` leaves out those that a model lacks.
+A layout lists every parameter that its families may have; `parameters_of` omits those that a model lacks.
 
-Axes of the patterns, as `jdpo.models.weights.strided_views` reads them: d model, h query heads, g key/value heads,
+Axes of the patterns, for which see `jdpo.models.weights.strided_views`: d model, h query heads, g key/value heads,
 k head width, f MLP width, v vocabulary, p positions, e experts, x width of an expert.
 """
 
@@ -17,9 +17,9 @@ Path = tuple[str, ...]
 
 
 class Rule(NamedTuple):
-    """One row of a layout: `{}` in `hf_name` is the layer's number, a second one that of an expert.
+    """One row of a layout. The first `{}` in `hf_name` is the layer's number, a second one the expert's.
 
-    `pattern` has Hugging Face's layout first; of a tensor of one expert it leaves out the axis of experts.
+    `pattern` has Hugging Face's layout on the left; for the tensor of one expert it omits the axis of experts.
     """
 
     hf_name: str
@@ -31,11 +31,11 @@ class Layout(NamedTuple):
     """The tensors of a checkpoint.
 
     Attributes:
-      prefix: of all names but the head's; checkpoints of the model without its head may lack it.
-      embedding, head: the table of tokens, and the output head where it is not tied to it.
-      first, last: the other parameters in front of and behind the layers.
-      layer: those of a layer.
-      buffers: ends of names that hold no weights, such as masks that old checkpoints store.
+      prefix: prefix of all names except the head's; checkpoints of the model without its head may lack it.
+      embedding, head: the table of tokens, and the output head if it is not tied.
+      first, last: the other parameters before and after the layers.
+      layer: the parameters of a layer.
+      buffers: endings of names that are not weights, such as masks in old checkpoints.
     """
 
     prefix: str
@@ -48,19 +48,19 @@ class Layout(NamedTuple):
 
 
 def parameters_of(rules: tuple[Rule, ...], config: ModelConfig, kind: LayerKind | None = None) -> Iterator[Rule]:
-    """The rules whose parameter the model has; within a layer, those of layers of its kind."""
+    """Yields the rules whose parameter the model has; with `kind`, those of a layer of that kind."""
     for rule in rules:
         if _has(config, rule.path) and (kind is None or _belongs(kind, rule.path)):
             yield rule
 
 
 def _belongs(kind: LayerKind, path: Path) -> bool:
-    """Whether layers of a kind have a parameter."""
+    """Returns True if layers of a kind have a parameter."""
     return path[0] != "mlp" or (path[1] in ("router", "experts")) == (kind.mlp == "experts")
 
 
 def _has(config: ModelConfig, path: Path) -> bool:
-    """Whether a model has a parameter (without the part of the path that says which layer)."""
+    """Returns True if a model has a parameter, given by its path without the layer."""
     match path:
         case ("embed", "positions"):
             return config.learned_positions
@@ -125,10 +125,10 @@ _DOWN = (
 
 
 def _experts(block: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
-    """Of a layer with experts, by the names that a family gives its block and the maps of an expert.
+    """Returns the rules of a layer with experts, from a family's names of the block and of the maps of an expert.
 
-    One tensor an expert, whatever classes of transformers hold in memory: so are the checkpoints that people have, and
-    so does save_pretrained write them.
+    There is one tensor per expert, as in published checkpoints and in those of save_pretrained, even if transformers'
+    classes have one tensor for all experts in memory.
     """
     return (
         _llama(f"{block}.gate.weight", "mlp.router.kernel", "e d -> d e"),
@@ -181,7 +181,7 @@ GPT2 = Layout(
     layer=(
         _gpt2("ln_1.weight", "attention_norm.scale", "d -> d"),
         _gpt2("ln_1.bias", "attention_norm.bias", "d -> d"),
-        # Conv1D keeps its weight [in, out].
+        # Conv1D keeps its weight as [in, out].
         _gpt2("attn.c_attn.weight", "attention.query.kernel", "d (h k)[g k][g k] -> d h k"),
         _gpt2("attn.c_attn.weight", "attention.key.kernel", "d [h k](g k)[g k] -> d g k"),
         _gpt2("attn.c_attn.weight", "attention.value.kernel", "d [h k][g k](g k) -> d g k"),
@@ -217,7 +217,7 @@ GPT_NEOX = Layout(
     layer=(
         _neox("input_layernorm.weight", "attention_norm.scale", "d -> d"),
         _neox("input_layernorm.bias", "attention_norm.bias", "d -> d"),
-        # Query, key and value of a head lie together.
+        # Query, key and value of a head are adjacent.
         _neox("attention.query_key_value.weight", "attention.query.kernel", "(h 0/3 k) d -> d h k"),
         _neox("attention.query_key_value.weight", "attention.key.kernel", "(g 1/3 k) d -> d g k"),
         _neox("attention.query_key_value.weight", "attention.value.kernel", "(g 2/3 k) d -> d g k"),

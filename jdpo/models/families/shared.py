@@ -1,4 +1,4 @@
-"""Settings of config.json that families share, and what of them is refused."""
+"""Reads settings of config.json that families share, and refuses those that the decoder lacks."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _ACTIVATIONS: dict[str, Activation] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
 }
-"""Hugging Face's names; gelu_new and gelu_pytorch_tanh are two spellings of one formula."""
+"""Activations by Hugging Face's names; gelu_new and gelu_pytorch_tanh are the same formula."""
 
 _REFUSED = ("is_causal", "use_bidirectional_attention", "add_cross_attention", "is_encoder_decoder")
 
 
 def decoder(hf_config: Any, *, layers: tuple[LayerKind, ...], **own: Any) -> ModelConfig:
-    """The sizes that config.json has by the names of most families, and a family's own sizes and mechanisms.
+    """Builds a `ModelConfig` from the sizes that most families share and a family's own sizes and mechanisms.
 
     Raises:
-      ValueError: sizes that do not fit, or a setting that the decoder lacks.
+      ValueError: sizes are inconsistent, or a setting is one that the decoder lacks.
     """
     _refuse_unsupported(hf_config)
     num_heads = hf_config.num_attention_heads
@@ -76,14 +76,14 @@ def _check_layer(kind: LayerKind, head_dim: int) -> None:
 
 
 def _end_of(layers: tuple[LayerKind, ...]) -> dict[str, Any]:
-    """longrope's first factors hold for the original length, and no further; see `rope_of`."""
+    """Returns the limit of positions of longrope, whose first factors hold for the original length; see `rope_of`."""
     ropes = [kind.rope for kind in layers if kind.rope is not None]
     ends = [rope.original_max_positions for rope in ropes if rope.kind == "longrope"]
     return {"max_positions": min(ends), "positions_end": True} if ends else {}
 
 
 def _refuse_unsupported(hf_config: Any) -> None:
-    """Names every setting that would change the arithmetic and that the decoder does not have."""
+    """Refuses settings that would change the arithmetic and that the decoder lacks."""
     for key in _REFUSED:
         value, expected = getattr(hf_config, key, None), key == "is_causal"
         if value not in (None, expected):
@@ -106,14 +106,14 @@ _OTHER_EXPERTS = {
     "topk_group": None,
     "routed_scaling_factor": 1.0,
 }
-"""Settings by which related families share an expert among all tokens or choose experts otherwise, and what is none."""
+"""Settings of related families for shared experts or another choice of experts, with the value that means none."""
 
 
 def experts_of(hf_config: Any, num_experts: int, *, d_ff: int, normalize: bool) -> MoEConfig:
-    """The experts of layers that have them.
+    """Reads the settings of experts.
 
     Raises:
-      ValueError: more experts a token than there are, or experts of another kind.
+      ValueError: a token has more experts than there are, or the experts are of another kind.
     """
     for key, expected in _OTHER_EXPERTS.items():
         value = getattr(hf_config, key, None)
@@ -138,10 +138,10 @@ def experts_of(hf_config: Any, num_experts: int, *, d_ff: int, normalize: bool) 
 
 
 def activation_of(hf_config: Any, key: str = "hidden_act") -> Activation:
-    """The MLP's activation function.
+    """Reads the MLP's activation function.
 
     Raises:
-      ValueError: one that the decoder lacks.
+      ValueError: the decoder lacks it.
     """
     name = getattr(hf_config, key)
     if name not in _ACTIVATIONS:
@@ -150,10 +150,10 @@ def activation_of(hf_config: Any, key: str = "hidden_act") -> Activation:
 
 
 def above_zero(hf_config: Any, key: str) -> float | None:
-    """A cap or a divisor; None where it is left out.
+    """Reads a cap or a divisor; None if it is not set.
 
     Raises:
-      ValueError: it is no number above 0.
+      ValueError: the value is not a number above 0.
     """
     value = getattr(hf_config, key)
     return None if value is None else _positive(key, value)
@@ -166,17 +166,17 @@ def _positive(key: str, value: Any) -> float:
 
 
 def rope_of(hf_config: Any, layer_type: str | None = None, *, partial: bool = False) -> RopeConfig:
-    """The rotary embedding.
+    """Reads the rotary embedding.
 
-    longrope has two sets of factors, for sequences up to the original length and beyond. The first are taken here, and
-    the model ends at that length.
+    longrope has two sets of factors, for sequences up to the original length and for longer ones. Only the first set is
+    supported, so the model ends at that length.
 
     Args:
-      layer_type: which of several, for families that have one for each type of layer.
-      partial: whether the family can rotate a part of each head.
+      layer_type: the type of layer, for families with one rope per type.
+      partial: True if the family can rotate a part of each head.
 
     Raises:
-      ValueError: a type, or a setting of it, that the decoder lacks.
+      ValueError: the decoder lacks the type of rope or one of its settings.
     """
     parameters = dict(hf_config.rope_parameters or {})
     if layer_type is not None:
@@ -184,7 +184,7 @@ def rope_of(hf_config: Any, layer_type: str | None = None, *, partial: bool = Fa
     nested = [key for key, value in parameters.items() if isinstance(value, dict)]
     if nested:
         raise ValueError(
-            f"rope_parameters: one rope a layer type ({', '.join(nested)}) is not supported for this family"
+            f"rope_parameters: one rope per layer type ({', '.join(nested)}) is not supported for this family"
         )
     kind = parameters.get("rope_type", "default")
     if kind not in _ROPE_SETTINGS:
@@ -250,7 +250,7 @@ def _longrope_settings(parameters: dict[str, Any], hf_config: Any) -> dict[str, 
 
 
 def _stretch(parameters: dict[str, Any], hf_config: Any) -> tuple[int, float]:
-    """The positions that the model first learned, and how many times as many it has."""
+    """Returns the original number of positions, and the factor by which it was extended."""
     original, factor = _original_length(parameters), parameters.get("factor")
     if factor is None:
         return original, float(hf_config.max_position_embeddings / original)
@@ -272,10 +272,10 @@ _ROPE_SETTINGS: dict[RopeKind, Callable[[dict[str, Any], Any], dict[str, Any]]] 
 
 
 def same_layers(hf_config: Any, *, window: int | None = None, partial: bool = False) -> tuple[LayerKind, ...]:
-    """Layers that are all of one kind.
+    """Returns layers that are all of one kind.
 
     Raises:
-      ValueError: config.json has types of layers all the same.
+      ValueError: config.json has layer_types, which the family does not support.
     """
     # transformers' own classes of these families ignore layer_types: following them would train a different model.
     if getattr(hf_config, "layer_types", None) is not None:
@@ -285,10 +285,10 @@ def same_layers(hf_config: Any, *, window: int | None = None, partial: bool = Fa
 
 
 def windows_of(hf_config: Any) -> tuple[int | None, ...]:
-    """The window of each layer, by its type.
+    """Returns the window of each layer, by its type.
 
     Raises:
-      ValueError: another type, or a sliding one without a window.
+      ValueError: a type is unknown, or is sliding although there is no window.
     """
     layer_types = hf_config.layer_types
     unknown = sorted(set(layer_types) - {FULL_ATTENTION, SLIDING_ATTENTION})

@@ -1,4 +1,4 @@
-"""The table of families: how each reads its config.json, and how its checkpoints name their tensors."""
+"""The table of families: for each a function that reads its config.json, and the layout of its checkpoints."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Family(NamedTuple):
     """One family of models.
 
     Attributes:
-      read: transformers' config of a model -> what the decoder needs to know. Raises ValueError on what it lacks.
+      read: converts transformers' config of a model. Raises ValueError for settings that the decoder lacks.
       layout: the tensors of its checkpoints.
     """
 
@@ -32,7 +32,7 @@ class Family(NamedTuple):
 
 
 def _llama_like(hf_config: Any, *, layers: tuple[LayerKind, ...], **mechanisms: Any) -> ModelConfig:
-    """What llama, smollm3 and granite share: optional biases of attention and of the MLP."""
+    """Reads optional biases of attention and of the MLP, which llama, smollm3 and granite share."""
     attention_bias = bool(hf_config.attention_bias)
     own = {
         "qkv_bias": attention_bias,
@@ -68,7 +68,7 @@ def _mixtral(hf_config: Any) -> ModelConfig:
     if hf_config.router_jitter_noise:
         raise ValueError(
             f"router_jitter_noise: {hf_config.router_jitter_noise} is not supported, expected 0: routers would see "
-            "other tokens in training than at any other time"
+            "other inputs in training than in evaluation"
         )
     moe = experts_of(hf_config, hf_config.num_local_experts, d_ff=hf_config.intermediate_size, normalize=True)
     layers = same_layers(hf_config, window=hf_config.sliding_window)
@@ -125,7 +125,7 @@ def _phi3(hf_config: Any) -> ModelConfig:
 
 
 def _gemma_like(hf_config: Any, *, activation: str, **mechanisms: Any) -> ModelConfig:
-    """What all Gemma models share: norms of 1 + w, and embeddings times sqrt(d)."""
+    """Sets the mechanisms that all Gemma models share: norms of 1 + w, and embeddings times sqrt(d)."""
     bias = bool(hf_config.attention_bias)
     return decoder(
         hf_config,
@@ -162,13 +162,13 @@ def _gemma3_text(hf_config: Any) -> ModelConfig:
     ropes = {kind: rope_of(hf_config, kind) for kind in set(hf_config.layer_types)}
     layers = tuple(LayerKind(rope=ropes[kind], window=window) for kind, window in types)
     mechanisms = _gemma2_mechanisms(hf_config)
-    if mechanisms["attention_softcap"] is not None:  # transformers' class reads it and does not pass it on
+    if mechanisms["attention_softcap"] is not None:  # transformers' class reads it and does not use it
         raise ValueError("attn_logit_softcapping: not a setting that models of the family gemma3_text follow")
     return _gemma_like(hf_config, layers=layers, qk_norm="head", **mechanisms)
 
 
 def _plain_heads(hf_config: Any) -> dict[str, int]:
-    """Sizes of families that know neither grouped queries nor heads of another width, whatever config.json says."""
+    """Returns sizes of families without grouped queries and with heads of width d / h, whatever config.json has."""
     num_heads = hf_config.num_attention_heads
     return {"num_kv_heads": num_heads, "head_dim": hf_config.hidden_size // num_heads}
 

@@ -113,7 +113,7 @@ def test_biases_and_qk_norm_by_family(tmp_path: Path) -> None:
         (
             "qwen3",
             {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}},
-            "one rope a layer type (full_attention)",
+            "one rope per layer type (full_attention)",
         ),
         ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention: True is not supported"),
         ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention: True is not supported"),

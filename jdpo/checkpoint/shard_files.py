@@ -1,7 +1,7 @@
 """Writes the safetensors files of a model straight from the params; neither a file nor the model is copied in memory.
 
-The header depends only on names, shapes and dtypes, so the offset of every tensor is known from the start. Threads cast,
-transpose and check chunks of a few MiB in the cache and write them there.
+The header depends only on names, shapes and dtypes, so the offset of every tensor is known from the start. Threads
+cast, transpose and check chunks of a few MiB in the cache and write them there.
 """
 
 from __future__ import annotations

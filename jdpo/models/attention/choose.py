@@ -71,8 +71,8 @@ def check_attention(
     Args:
       block_q, block_kv: tile sizes that the user asked for.
       platform: "cpu", "gpu" or "tpu" to check that the backend runs there.
-      compute_capability: that of the GPU, such as "9.0"; any other text means a GPU that is not NVIDIA's. The default is
-        that of this process's GPU, if it has one.
+      compute_capability: that of the GPU, such as "9.0"; any other text means a GPU that is not NVIDIA's. The default
+        is that of this process's GPU, if it has one.
 
     Raises:
       ValueError: the backend is unknown, or lacks something; the backends that support the settings are named.

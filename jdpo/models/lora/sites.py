@@ -1,5 +1,4 @@
-"""Sites of adapters, and trees of values by path. `jdpo.models.lora.targets` finds and chooses the sites of a model.
-"""
+"""Sites of adapters, and trees of values by path. `jdpo.models.lora.targets` finds and chooses the sites of a model."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def check_out(out: Path, kept: Sequence[Path] = ()) -> None:
         if place == folder or place in folder.parents or folder in place.parents:
             how = "is" if place == folder else "contains" if place in folder.parents else "is inside"
             raise ValueError(
-                f"{out} {how} {folder}, which belongs to the run or is an input of this export; choose another place"
+                f"{out} {how} {folder}, which is an input of this export or belongs to its run; choose another place"
             )
     if around := next((path for path in place.parents if path.exists() and not path.is_dir()), None):
         raise ValueError(f"{out} is inside {around}, which is a file; choose another place")

@@ -212,7 +212,7 @@ def test_a_failed_export_leaves_the_older_one(export: Callable[..., Path]) -> No
 def test_other_peoples_folders_are_not_replaced(export: Callable[..., Path], tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.tex").touch()
-    with pytest.raises(ValueError, match=r"is not an export of jdpo .*: it will not be replaced"):
+    with pytest.raises(ValueError, match=r"is not an export of jdpo .*, so it is not replaced"):
         export(out=tmp_path / "thesis")
     assert os.listdir(tmp_path / "thesis") == ["chapter1.tex"]
     (tmp_path / "empty").mkdir()
@@ -233,7 +233,7 @@ def test_the_source_is_never_replaced(export: Callable[..., Path], tmp_path: Pat
     base = copy_of("llama", tmp_path / "base")
     for folder in (base, tmp_path):
         (folder / MARKER).write_text("{}")
-    with pytest.raises(ValueError, match=rf"{how} {base}, which this export is made from"):
+    with pytest.raises(ValueError, match=rf"{how} {base}, which is an input of this export"):
         export(source=base, out=tmp_path / out)
     assert load_file(base / "model.safetensors")
 

@@ -104,7 +104,7 @@ def test_a_hub_that_does_not_answer(hub: Hub, folder: Path, monkeypatch: pytest.
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{free_port()}")
     with pytest.raises(ValueError, match=r"me/aligned: the hub cannot be reached: ConnectError: .*Nothing was done"):
         check_push("me/aligned")
-    with pytest.raises(ValueError, match=r"cannot be reached: ConnectError: .*the same command again goes on") as error:
+    with pytest.raises(ValueError, match=r"cannot be reached: ConnectError: .*same command again to continue") as error:
         push_folder(folder, "me/aligned", public=False, message="")
     assert f"The complete model is in {folder};" in str(error.value)
 

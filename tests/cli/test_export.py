@@ -117,7 +117,7 @@ def test_what_is_no_checkpoint_is_refused(run: Path, tmp_path: Path, capsys: Cap
         assert "holds all weights, not adapters" in shown
     assert "belongs to its run; choose another place" in refusal([step, str(run / "checkpoints" / "x")], capsys)
     base = Path(yaml.safe_load((run / "resolved_config.yaml").read_text())["model_name_or_path"])
-    assert f"is inside {base}, which belongs to the run" in refusal([step, str(base / "x")], capsys)
+    assert f"is inside {base}, which is an input of this export" in refusal([step, str(base / "x")], capsys)
     assert (base / "config.json").is_file()
     assert "--public makes the repository of --push_to_hub" in refusal([step, str(out), "--public"], capsys)
     out.mkdir()

@@ -15,7 +15,7 @@ def figure(count: float, unit: str) -> str:
 
 
 def percent(share: float) -> str:
-    """A share for people.
+    """Formats a share as a percentage with about two significant digits.
 
     >>> percent(0.5), percent(0.0312), percent(0.00004), percent(0)
     ('50 %', '3.1 %', '< 0.01 %', '0 %')

@@ -11,7 +11,7 @@ from jdpo.inspection.check_table import CHECKS, OTHERS
 from jdpo.inspection.row_statistics import Json, wilson
 from jdpo.models.weights.embedding_rows import MOST_NAMED
 from jdpo.safe_text import terminal
-from jdpo.words import figure, percent
+from jdpo.words import figure, listed, percent
 
 SEVERITIES = ("fault", "warning", "note")
 
@@ -96,9 +96,8 @@ def _model_findings(model: Json) -> Iterator[Json]:
         yield _other("warning", "tokenizer", {"warning": warning})
     if found := model["untrained_tokens"]:
         named = [f"{terminal(one['token'])} (id {one['id']}, in {figure(one['rows'], 'row')})" for one in found]
-        more = f" and {len(found) - MOST_NAMED:,} more" if len(found) > MOST_NAMED else ""
         severity, words = ("note", "started_tokens") if model["starts_untrained_tokens"] else ("fault", "")
-        texts, most = {"tokens": ", ".join(named[:MOST_NAMED]) + more}, max(one["rows"] for one in found)
+        texts, most = {"tokens": listed(named, MOST_NAMED)}, max(one["rows"] for one in found)
         yield _other(severity, "untrained_tokens", texts, words=words, rows=most, first=found[0]["first"])
 
 

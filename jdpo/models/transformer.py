@@ -202,15 +202,26 @@ def init_params(model: Transformer, key: jax.Array) -> Params:
 
 def abstract_params(model: Transformer) -> Params:
     """Returns shapes and dtypes of the parameters, a tree of jax.ShapeDtypeStruct, without computing them."""
-    return nn.meta.unbox(jax.eval_shape(functools.partial(_boxed_params, model), jax.random.key(0)))
+    return nn.meta.unbox(_abstract_boxed(model, jax.config.jax_enable_x64))
 
 
 def logical_axes(model: Transformer) -> Params:
     """Returns the logical axis names of every parameter: the tree of `abstract_params` with tuples as leaves."""
-    boxed = jax.eval_shape(functools.partial(_boxed_params, model), jax.random.key(0))
     return jax.tree.map(
-        lambda box: tuple(box.names), boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
+        lambda box: tuple(box.names),
+        _abstract_boxed(model, jax.config.jax_enable_x64),
+        is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned),
     )
+
+
+@functools.lru_cache(maxsize=16)
+def _abstract_boxed(model: Transformer, enable_x64: bool) -> Any:
+    """Returns the tree that both views above are made from.
+
+    Cached, because it traces the whole model and the start of a run asks for it about ten times. Dtypes depend on
+    `enable_x64`, which is therefore part of the key.
+    """
+    return jax.eval_shape(functools.partial(_boxed_params, model), jax.random.key(0))
 
 
 def make_apply_fn(model: Transformer) -> ApplyFn:

@@ -214,6 +214,14 @@ def test_float64_compute_stays_float64(params: Any, apply_fn: Any) -> None:
     np.testing.assert_allclose(logits[MASK], exact[MASK], rtol=1e-3, atol=1e-4)
 
 
+def test_abstract_parameters_follow_the_precision_that_is_enabled() -> None:
+    model = Transformer(CONFIG, param_dtype=jnp.float64)
+    with jax.enable_x64(True):
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(abstract_params(model))} == {"float64"}
+    with pytest.warns(UserWarning, match="float64"):
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(abstract_params(model))} == {"float32"}
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_head_on_hidden_states_equals_the_logits(tied: bool) -> None:
     config = dataclasses.replace(CONFIG, tie_embeddings=tied, num_layers=1, layers=kinds(None))

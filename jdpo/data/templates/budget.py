@@ -8,7 +8,6 @@ the clock, so every host drops the same rows. The clock may only end the run (`R
 from __future__ import annotations
 
 import operator
-import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -16,6 +15,8 @@ from typing import Any
 
 import jinja2
 from markupsafe import Markup
+
+from jdpo.data.templates.text_methods import format_fields, num_pieces
 
 MOST_STEPS = 1_000_000
 """Maximum number of steps: iterations of loops, items taken from iterators, and `MACRO_STEPS` per call of a macro."""
@@ -59,8 +60,6 @@ _CONTAINERS: tuple[Any, ...] = (
 )
 _SIZED: tuple[Any, ...] = (range, *_CONTAINERS)
 _COUNTABLE: tuple[Any, ...] = (str, bytes, *_SIZED)
-_WIDTHS = re.compile(r"[#0\- +]*(\*|\d+)?(?:\.(\*|\d+))?")
-_BRACKETS = re.compile(r"[()]")
 
 _WORK = f"its work is more than {MOST_STEPS:,} loop iterations"
 _TEXT = f"its text is more than {LEAST_TEXT // 2**20} MiB and more than {TEXT_PER_INPUT} times the conversation"
@@ -297,7 +296,7 @@ class Budget:
         letters = text.decode("latin-1") if isinstance(text, bytes) else text
         total, fields = len(letters), 0
         numbers = [value for value in (values if isinstance(values, tuple) else (values,)) if isinstance(value, int)]
-        for widths in _fields(letters):
+        for widths in format_fields(letters):
             fields += 1
             for width in widths:
                 # `%*d` takes its width from the values; which one is not worth finding out, so the largest counts.
@@ -354,34 +353,5 @@ class Budget:
         elif name == "striptags":
             self.slow(len(owner))
         if name in ("split", "rsplit", "splitlines"):
-            self.items(_pieces(owner, name, *args[:1] or [kwargs.get("sep")]))
+            self.items(num_pieces(owner, name, *args[:1] or [kwargs.get("sep")]))
         self.text(2 * len(owner) if name == "encode" else len(owner))
-
-
-def _fields(text: str) -> Iterator[tuple[str | None, ...]]:
-    """Yields the width and the precision of every field of a `%` format; keys may contain brackets, as in Python."""
-    place = text.find("%")
-    while place >= 0:
-        place += 1
-        if text[place : place + 1] == "(":
-            depth = 0
-            for bracket in _BRACKETS.finditer(text, place):
-                depth += 1 if bracket.group() == "(" else -1
-                if not depth:
-                    place = bracket.end()
-                    break
-            else:
-                return  # Python refuses a key whose bracket is not closed
-        found = _WIDTHS.match(text, place)
-        assert found is not None
-        yield found.groups()
-        place = text.find("%", found.end() + (text[found.end() : found.end() + 1] == "%"))
-
-
-def _pieces(text: Any, name: str, separator: Any = None) -> int:
-    """Returns an upper bound on the number of pieces that splitting a text gives."""
-    if name == "splitlines":
-        return 1 + len(re.findall(r"[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]", text)) if isinstance(text, str) else len(text)
-    if isinstance(separator, str | bytes) and separator:
-        return 1 + int(text.count(separator))
-    return sum(1 for _ in re.finditer(r"\S+" if isinstance(text, str) else rb"\S+", text))

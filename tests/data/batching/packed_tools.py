@@ -18,7 +18,7 @@ class Padding(NamedTuple):
 
 
 def padding_of(batch: PackedBatch) -> Padding:
-    """How much of a batch of numpy arrays is padding."""
+    """Returns the share of a batch of numpy arrays that is padding."""
     num_places = np.prod(batch.gather.shape[-2:])
     used = batch.readers < num_places
     none = batch.gather.shape[-2]

@@ -82,7 +82,7 @@ def test_the_order_of_a_seed_never_changes() -> None:
     assert epoch_rows(0, 10, 4, seed=42) == [4, 8, 1, 9, 3, 6, 0, 7, 2, 5]
 
 
-# --- of data sets that are mixed, and grouped by length
+# --- mixed datasets, and rows grouped by length
 
 
 @st.composite

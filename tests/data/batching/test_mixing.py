@@ -1,4 +1,4 @@
-"""How many rows of each data set an epoch takes, in which order, and what settings are refused."""
+"""Mixtures of datasets: rows per epoch, their order, and settings that are refused."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def dataset(name: str, **options: Any) -> DatasetConfig:
 
 
 def stream_of(mixture: Mixture, index: int, orders: Sequence[np.ndarray]) -> list[int]:
-    """The rows of one data set in the order in which the epochs have them, numbered from 0."""
+    """Returns the rows of one dataset in the order of the epochs, numbered from 0."""
     start = sum(mixture.sizes[:index])
     rows = np.concatenate(orders)
     return (rows[(rows >= start) & (rows < start + mixture.sizes[index])] - start).tolist()
@@ -140,8 +140,8 @@ def test_the_order_of_a_mixture_never_changes() -> None:
 
 
 def test_an_epoch_is_put_in_words() -> None:
-    said = Mixture(sizes=(10, 4), takes=(5, 4)).describe(["hh", "own"])
-    assert said == "an epoch is 9 rows: 5 of hh (0.5 passes over 10), all 4 of own"
+    words = Mixture(sizes=(10, 4), takes=(5, 4)).describe(["hh", "own"])
+    assert words == "an epoch is 9 rows: 5 of hh (0.5 passes over 10), all 4 of own"
 
 
 # --- names

@@ -138,7 +138,7 @@ def test_every_supervised_row_comes_back(lengths: list[int], layout: dict[str, A
 
 
 def check_indices(batch: PackedBatch, *, num_tokens: int, num_scored: int) -> None:
-    """What a model relies on: indices in range, and the two transposes as gathers."""
+    """Checks what a model relies on: indices in range, and the two transposes as gathers."""
     *_, num_sequences, length = batch.gather.shape
     num_slots, none = batch.tokens.shape[-1], num_sequences * length
     for array, bound in (

@@ -137,7 +137,7 @@ def test_many_steps_are_planned_in_time_and_order_does_not_matter() -> None:
 
 
 def log_normal_pairs(medians: tuple[int, int, int], spreads: tuple[float, float, float], max_length: int) -> np.ndarray:
-    """Lengths [1000, 3] as a data set has them, cut at max_length."""
+    """Returns lengths [1000, 3] like those of a dataset, truncated at max_length."""
     lengths = np.exp(np.random.default_rng(0).normal(np.log(medians), spreads, (1000, 3))).astype(int).clip(1)
     lengths[:, 0] = lengths[:, 0].clip(1, max_length - 1)
     lengths[:, 1:] = np.minimum(lengths[:, 1:], max_length - lengths[:, :1])
@@ -200,6 +200,6 @@ def test_an_item_longer_than_the_budget_raises_it() -> None:
     "options",
     [{"max_tokens_per_device": 63}, {"max_tokens_per_device": None}, {"micro_batch_size": 0}],
 )
-def test_no_room_is_said(options: dict[str, Any]) -> None:
+def test_a_limit_without_space_is_named(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="max_tokens_per_device of at least"):
         planned(SHORT, 8, num_shards=1, **options)

@@ -41,14 +41,14 @@ def test_the_fractions_nest_and_are_met() -> None:
 
 
 def test_a_key_is_that_of_the_text_for_ever() -> None:
-    # Golden: a change here moves rows from training to evaluation in every run that goes on.
+    # Golden: a change here moves rows from training to evaluation in every run that is resumed.
     assert prompt_key("Hi") == prompt_key([{"content": "Hi", "role": "user"}]) == 17575522251679977649
     assert prompt_key("Hi") != prompt_key([{"role": "assistant", "content": "Hi"}])
     assert prompt_key("Hi") != prompt_key("Hi ")
     assert prompt_key("\ud83d") != prompt_key("\ud83c"), "half of a surrogate pair has a key too"
 
 
-# --- of data sets
+# --- whole datasets
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_rows_without_a_prompt_are_counted_among_the_training_rows(chatml: Token
         assert counts.pop("rows read") == sum(counts.values()) == 32
 
 
-def test_what_nobody_said_is_no_part_of_a_prompt() -> None:
+def test_keys_without_content_are_no_part_of_a_prompt() -> None:
     turn = {"role": "user", "content": "Hi"}
     assert prompt_key([turn | {"id": "a1", "timestamp": 5}]) == prompt_key([turn]) == prompt_key("Hi")
     assert prompt_key([turn | {"name": "Ann"}]) != prompt_key([turn])

@@ -79,7 +79,7 @@ def test_rows_come_back_as_they_were_tokenized(prepare: Callable[..., Any], tmp_
             data[index]
 
 
-def test_what_is_dropped_and_cut_is_counted_and_said(prepare: Callable[..., Any], tmp_path: Path) -> None:
+def test_what_is_dropped_and_cut_is_counted_and_reported(prepare: Callable[..., Any], tmp_path: Path) -> None:
     raw = rows(6)
     raw[1]["chosen"][0]["content"] = " "
     raw[2]["rejected"] = raw[2]["chosen"]
@@ -313,7 +313,7 @@ def test_turns_that_are_written_differently_later_become_rows_that_are_counted(
     assert again == [one, two]
 
 
-def test_the_chosen_side_of_preference_rows_is_learnt_and_said(tmp_path: Path, chatml: Tokenizer) -> None:
+def test_the_chosen_side_of_preference_rows_is_learnt_and_reported(tmp_path: Path, chatml: Tokenizer) -> None:
     data = prepare_completions(
         write(tmp_path / "pairs.jsonl", rows(3)), chatml, max_length=256, cache_dir=tmp_path / "cache"
     )
@@ -331,7 +331,7 @@ def test_half_a_surrogate_pair_costs_the_row_alone(prepare: Callable[..., Any], 
     assert "  2 dropped: text that is not Unicode (the first: pairs.jsonl:2)" in data.summary()
 
 
-def test_files_of_a_folder_that_are_not_read_are_said(prepare: Callable[..., Any], tmp_path: Path) -> None:
+def test_files_of_a_folder_that_are_not_read_are_reported(prepare: Callable[..., Any], tmp_path: Path) -> None:
     folder = tmp_path / "set"
     folder.mkdir()
     write(folder / "train.jsonl", rows(3))
@@ -347,7 +347,7 @@ def test_files_of_a_folder_that_are_not_read_are_said(prepare: Callable[..., Any
     ) in data.summary()
 
 
-def test_plain_text_beside_a_chat_template_is_said(
+def test_plain_text_with_a_chat_template_is_noted(
     prepare: Callable[..., Any], tmp_path: Path, byte_level: Path, chatml: Tokenizer
 ) -> None:
     plain = [{"prompt": "Hi", "chosen": "yes" + "." * i, "rejected": "no"} for i in range(3)]

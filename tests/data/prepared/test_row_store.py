@@ -1,4 +1,4 @@
-"""What tokenized rows carry beside their tokens, and what a start trusts and what it does not."""
+"""Tokenized rows on disk: the values stored with their tokens, and the checks at each start."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_rows_know_their_data_set_prompt_and_margin(tokenizer: Tokenizer, tmp_pa
     ]  # fmt: skip
     assert data.margins[2:].tolist() == [0.5, 1.5, 2.5]
     assert all(math.isnan(margin) for margin in data.margins[:2])
-    assert data.prompt_keys[0] == data.prompt_keys[3], "the same prompt in another data set"
+    assert data.prompt_keys[0] == data.prompt_keys[3], "the same prompt in another dataset"
     assert len(set(data.prompt_keys.tolist())) == 3
     assert data.examples == {
         "dropped: empty side": "a.jsonl:2",
@@ -127,7 +127,7 @@ def flip(path: Path, at: int, *, keep_time: bool) -> None:
 
 
 def place_of(path: Path, ids: np.ndarray) -> int:
-    """Where in a file these tokens stand."""
+    """Returns the position of these tokens in a file."""
     return path.read_bytes().index(ids.astype(np.int32).tobytes())
 
 

@@ -1,4 +1,4 @@
-"""What is said of rows that do not start, go on or end as a model expects, on tokens written down by hand."""
+"""Faults in the start, the inside and the end of rows, on tokens written by hand."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_what_was_cut_ends_nowhere_and_is_not_held_against_it() -> None:
     assert found(pairs(whole, cut), cut=[False, True]) == {NO_END: [0]}
     assert found(pairs(cut), cut=True) == {}
     assert found(pairs(([BOS, 5, 6], GOOD, [7, EOS, 7, 8, 7])), cut=True) == {END_INSIDE: [0]}
-    # One side was cut; the other is whole, and stands without an end all the same.
+    # One side was cut; the other is whole, and has no end token all the same.
     assert found(pairs(([BOS, 5, 6], [7, 8], [7, 8, 7, 8, 7])), cut=True) == {NO_END: [0]}
 
 
@@ -105,7 +105,7 @@ def test_a_template_without_an_end_token_ends_no_answer() -> None:
     assert found(pairs(([BOS, 5], [7, 8], [8, 9])), EXPECTED._replace(closing=0)) == {NO_END: [0]}
 
 
-def test_without_a_bos_of_its_own_nothing_is_said_of_it() -> None:
+def test_without_a_bos_of_its_own_nothing_is_counted() -> None:
     row = ([BOS, 5, BOS], [BOS, EOS, NEWLINE], GOOD)
     assert found(pairs(row), Expected(first=None, bos=None, ends=(EOS,), closing=2)) == {}
 
@@ -131,7 +131,7 @@ def test_nothing_is_found_in_nothing() -> None:
     assert found(row_arrays([], TokenizedCompletion, tags(0))) == {}
 
 
-# --- what a tokenizer's rows are held against
+# --- expectations of a tokenizer
 
 
 def test_the_closing_of_an_answer_is_the_template_s(word_level: Callable[..., Path]) -> None:
@@ -159,7 +159,7 @@ def test_a_bos_that_is_eos_too_says_nothing_by_its_place(byte_level: Path, tmp_p
     assert expected_of(tokenizer) == Expected(None, None, tokenizer.end_token_ids, 1)
 
 
-# --- of whole data sets
+# --- whole datasets
 
 
 def with_bos(word_level: Callable[..., Path], template: str, **options: Any) -> Tokenizer:
@@ -191,7 +191,7 @@ LLAMA_LIKE = (
 )
 
 
-def test_faults_are_counted_with_the_first_row_and_said(word_level: Callable[..., Path], tmp_path: Path) -> None:
+def test_faults_are_counted_with_the_first_row_and_reported(word_level: Callable[..., Path], tmp_path: Path) -> None:
     tokenizer = with_bos(word_level, LLAMA_LIKE)
     datasets = conversations(tmp_path / "a.jsonl", "yes", "yes</s>", "yes</s>no", "yes<s>no", "no</s>no")
     data = prepare_pairs(datasets, tokenizer, max_length=16, cache_dir=tmp_path / "cache")
@@ -216,7 +216,7 @@ def test_conversations_without_the_bos_of_plain_text_are_counted(
     assert data.counts[NO_BOS] == 2
 
 
-def test_a_template_that_ends_no_answer_is_said_loudly(word_level: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_template_that_ends_no_answer_gives_a_warning(word_level: Callable[..., Path], tmp_path: Path) -> None:
     tokenizer = with_bos(word_level, LLAMA_LIKE.replace("</s>", ""))
     data = prepare_completions(
         conversations(tmp_path / "a.jsonl", "yes", "no"), tokenizer, max_length=16, cache_dir=tmp_path / "cache"
@@ -225,7 +225,7 @@ def test_a_template_that_ends_no_answer_is_said_loudly(word_level: Callable[...,
     assert "  note: no answer ends with an end token" in data.summary()
 
 
-def test_a_pad_token_that_is_eos_is_said_once_and_hides_nothing(
+def test_a_pad_token_that_is_eos_is_noted_once_and_hides_nothing(
     word_level: Callable[..., Path], tmp_path: Path
 ) -> None:
     tokenizer = with_bos(word_level, LLAMA_LIKE, specials={"pad_token": "</s>"})

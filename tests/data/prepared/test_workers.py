@@ -1,4 +1,4 @@
-"""Rows tokenized by several processes: the same rows, the same errors, and nothing left behind."""
+"""Rows tokenized by several processes: the same rows, the same errors, and nothing left over."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ def test_no_process_outlives_a_script_that_is_stopped(byte_level: Path, tmp_path
         os.killpg(process.pid, how)  # Ctrl-C reaches every process of the terminal
         _, err = process.communicate(timeout=60)
         assert err.rstrip().endswith("KeyboardInterrupt")
-        assert err.count("Traceback") == 1, "the processes say nothing of it"
+        assert err.count("Traceback") == 1, "the processes print nothing about it"
         assert not list((tmp_path / "cache" / "tokenized").iterdir())
     else:
         os.kill(process.pid, how)

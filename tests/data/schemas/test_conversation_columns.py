@@ -61,7 +61,7 @@ def test_a_conversation_next_to_the_sides_is_their_prompt(
     prompt = [ASK] if "from" in conversation[0] else conversation
     assert pair(raw) == PreferenceRow(prompt, [SEINE], [DUBLIN], "x:1")
     assert completion_rows(raw, "x:1") == [CompletionRow(prompt, [SEINE], "x:1")]
-    # It is the prompt whatever else stands under `input`.
+    # It is the prompt, whatever `input` contains.
     assert pair({**raw, "input": "Name a river."}) == PreferenceRow(prompt, [SEINE], [DUBLIN], "x:1")
 
 

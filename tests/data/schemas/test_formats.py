@@ -33,7 +33,7 @@ def human(value: str) -> dict[str, str]:
 
 
 def preference_row(raw: dict[str, Any], origin: str) -> PreferenceRow | Dropped:
-    """What a raw row of two sides gives."""
+    """Reads a raw row of two sides."""
     (row,) = preference_rows(raw, origin)
     return row
 

@@ -182,7 +182,7 @@ def test_parts_of_text_are_joined() -> None:
     assert conversation([parts, BLUE]) == CompletionRow([ASK], [BLUE], "x:1")
 
 
-def said(**message: Any) -> list[dict[str, Any]]:
+def with_message(**message: Any) -> list[dict[str, Any]]:
     return [message, BLUE]
 
 
@@ -190,32 +190,53 @@ def said(**message: Any) -> list[dict[str, Any]]:
     ("messages", "message"),
     [
         (
-            said(role="user", content=[{"type": "image_url", "image_url": {"url": "x"}}]),
+            with_message(role="user", content=[{"type": "image_url", "image_url": {"url": "x"}}]),
             r"x:1: the content of messages\[0\] is a list with a part of type 'image_url'; jdpo reads text only",
         ),
-        (said(role="user", content=[{"type": "text", "text": None}]), r"a part of type 'text'; jdpo reads text only"),
-        (said(role="user", content=["Hi"]), r"a list with a part 'Hi'; jdpo reads text only"),
         (
-            said(role="user", content=None, tool_calls=[LOOK]),
+            with_message(role="user", content=[{"type": "text", "text": None}]),
+            r"a part of type 'text'; jdpo reads text only",
+        ),
+        (with_message(role="user", content=["Hi"]), r"a list with a part 'Hi'; jdpo reads text only"),
+        (
+            with_message(role="user", content=None, tool_calls=[LOOK]),
             r"x:1: the content of messages\[0\] is null; expected a str",
         ),
-        (said(role="user", content=7), r"x:1: the content of messages\[0\] is number; expected a string"),
+        (with_message(role="user", content=7), r"x:1: the content of messages\[0\] is number; expected a string"),
         (
-            said(role="assistant", tool_calls=["look"]),
+            with_message(role="assistant", tool_calls=["look"]),
             r"x:1: messages\[0\]\.tool_calls\[0\] is a string that is not JSON",
         ),
-        (said(role="assistant", tool_calls=[3]), r"x:1: messages\[0\]\.tool_calls\[0\] is number; expected an object"),
-        (said(role="assistant", tool_calls={"a": 1}), r"x:1: messages\[0\]\.tool_calls is object; expected a list"),
         (
-            said(**{"from": "function_call", "value": "look(sky)"}),
+            with_message(role="assistant", tool_calls=[3]),
+            r"x:1: messages\[0\]\.tool_calls\[0\] is number; expected an object",
+        ),
+        (
+            with_message(role="assistant", tool_calls={"a": 1}),
+            r"x:1: messages\[0\]\.tool_calls is object; expected a list",
+        ),
+        (
+            with_message(**{"from": "function_call", "value": "look(sky)"}),
             r"x:1: messages\[0\]\.value is a string that is not JS",
         ),
-        (said(**{"from": "function_call", "value": '{"tool": "look"}'}), r"expected a call \{name, arguments\}"),
-        (said(**{"from": "function_call", "value": None}), r"x:1: messages\[0\]\.value is null; expected a list"),
-        (said(role="narrator", content="Hm."), r"x:1: messages\[0\] has the role 'narrator'; known roles are system, "),
-        (said(role="n" * 10_000, content="Hm."), r"x:1: messages\[0\] has the role 'n{1,80}\.\.\.n+'; known roles"),
-        (said(role="user", text="Hi"), r"x:1: messages\[0\] has the keys role, text; expected a message"),
-        (said(role="user\ud800", content="Hi"), r"has the role 'user\\ud800'; known roles"),
+        (
+            with_message(**{"from": "function_call", "value": '{"tool": "look"}'}),
+            r"expected a call \{name, arguments\}",
+        ),
+        (
+            with_message(**{"from": "function_call", "value": None}),
+            r"x:1: messages\[0\]\.value is null; expected a list",
+        ),
+        (
+            with_message(role="narrator", content="Hm."),
+            r"x:1: messages\[0\] has the role 'narrator'; known roles are system, ",
+        ),
+        (
+            with_message(role="n" * 10_000, content="Hm."),
+            r"x:1: messages\[0\] has the role 'n{1,80}\.\.\.n+'; known roles",
+        ),
+        (with_message(role="user", text="Hi"), r"x:1: messages\[0\] has the keys role, text; expected a message"),
+        (with_message(role="user\ud800", content="Hi"), r"has the role 'user\\ud800'; known roles"),
     ],
 )
 def test_a_message_that_is_none_is_named(messages: list[dict[str, Any]], message: str) -> None:

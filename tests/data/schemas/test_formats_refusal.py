@@ -1,4 +1,4 @@
-"""What is refused, what the message offers to paste, and column_map."""
+"""Refused rows, the column_map that their message suggests, and column_map itself."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_a_column_map_comes_before_the_names_of_the_file() -> None:
         "score_rejected": 1,
     }
     swapped = {"prompt": "question", "chosen": "rejected", "rejected": "chosen"}
-    # The scores are those of the sides as the file names them: they say nothing of the sides as the map does.
+    # The scores belong to the sides as the file names them, not to the columns that are mapped to sides.
     assert preference_rows(file, "x:1", Reading(swapped)) == [PreferenceRow("?", "a", "b", "x:1")]
     assert completion_rows(file, "x:1", Reading(swapped)) == [CompletionRow("?", "a", "x:1")]
     assert is_preference(file, Reading(swapped))

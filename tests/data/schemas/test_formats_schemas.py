@@ -1,4 +1,4 @@
-"""Golden rows of every schema, written by hand with the columns that the data sets have."""
+"""Golden rows of every schema, written by hand with the columns of well-known datasets."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ASK, BLUE, GREEN = user("The sky?"), assistant("It is blue."), assistant("It is 
 def golden(
     better: str = "It is blue.", worse: str = "It is green."
 ) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
-    """Data set: a raw row with both answers, and what is read of it beside both answers."""
+    """Dataset: a raw row with both answers, and what is read of it besides them."""
     chat = {"chosen": [ASK, assistant(better)], "rejected": [ASK, assistant(worse)]}
     words = {"chosen": better, "rejected": worse}
     whole = {side: f"\n\nHuman: The sky?\n\nAssistant: {answer}" for side, answer in words.items()}

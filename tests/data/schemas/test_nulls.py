@@ -27,13 +27,13 @@ def call(arguments: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": function}]}
 
 
-def said(role: str, content: str) -> dict[str, Any]:
+def message(role: str, content: str) -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
 ROW = {
     "tools": [TOOL],
-    "prompt": [said("user", "Clear it.")],
+    "prompt": [message("user", "Clear it.")],
     "chosen": [call({"minutes": None, "at": [None, {"zone": None}]})],
     "rejected": [call({"minutes": 5})],
 }
@@ -72,12 +72,12 @@ def test_nulls_of_free_json_values_reach_the_row(tmp_path: Path, name: str) -> N
 @pytest.mark.parametrize("name", ["rows.parquet", "rows.arrow"])
 def test_nulls_of_arrow_are_absence(tmp_path: Path, name: str) -> None:
     # In one struct every call has the fields of all calls.
-    other = {**ROW, "chosen": [call({"minutes": 7, "label": "tea"})], "rejected": [said("assistant", "No.")]}
+    other = {**ROW, "chosen": [call({"minutes": 7, "label": "tea"})], "rejected": [message("assistant", "No.")]}
     first, second = read(tmp_path / name, [ROW, other])
     assert first.chosen == [call({"at": [None, {}]})]
     assert first.rejected == [call({"minutes": 5})]
     assert second.chosen == [call({"minutes": 7, "label": "tea"})]
-    assert second.rejected == [said("assistant", "No.")]
+    assert second.rejected == [message("assistant", "No.")]
     assert first.tools is not None
     assert first.tools[0]["function"]["parameters"]["properties"]["minutes"] == {"type": ["integer", "null"]}
 
@@ -91,24 +91,24 @@ def test_json_text_in_a_column_of_arrow_keeps_its_nulls(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
 def test_nulls_under_the_keys_of_rows_messages_calls_and_tools_are_absence(tmp_path: Path, name: str) -> None:
     empty = {"name": None, "tool_calls": None, "function_call": {"name": None, "arguments": {"minutes": None}}}
-    spoken = {**said("user", "Clear it."), **empty, "weight": None}
+    spoken = {**message("user", "Clear it."), **empty, "weight": None}
     made = call({"minutes": 5})
     made["tool_calls"][0]["id"] = made["tool_calls"][0]["function"]["more"] = made["name"] = None
     tool = {**TOOL, "strict": None, "function": {**TOOL["function"], "description": None}}
-    raw = {"prompt": [spoken], "chosen": [made], "rejected": [{**said("assistant", "No."), **empty}]}
+    raw = {"prompt": [spoken], "chosen": [made], "rejected": [{**message("assistant", "No."), **empty}]}
     (row,) = read(tmp_path / name, [{**raw, "tools": [tool], "system": None, "messages": None}])
-    assert row.prompt == [said("user", "Clear it.")]
-    assert (row.chosen, row.rejected) == ([call({"minutes": 5})], [said("assistant", "No.")])
+    assert row.prompt == [message("user", "Clear it.")]
+    assert (row.chosen, row.rejected) == ([call({"minutes": 5})], [message("assistant", "No.")])
     assert row.tools is not None
     assert row.tools[0].keys() == {"type", "function"}
     assert row.tools[0]["function"].keys() == {"name", "parameters"}
 
 
 def test_a_call_that_a_union_of_columns_fills_with_nulls_is_no_call() -> None:
-    turn = {**said("assistant", "No."), "tool_calls": [{"id": None, "function": {"name": None, "arguments": None}}]}
+    turn = {**message("assistant", "No."), "tool_calls": [{"id": None, "function": {"name": None, "arguments": None}}]}
     (row,) = preference_rows({**ROW, "rejected": [turn]}, "x:1")
     assert isinstance(row, PreferenceRow)
-    assert row.rejected == [said("assistant", "No.")]
+    assert row.rejected == [message("assistant", "No.")]
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Which files of a folder are read: splits, saved data sets, and what is in the way."""
+"""The files that are read of a folder: splits, saved datasets, and other files in it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows on remote stores: fsspec's own memory file system and a web server on this machine stand for them."""
+"""Rows on remote stores: fsspec's own memory file system and a web server on this machine serve as stores."""
 
 from __future__ import annotations
 

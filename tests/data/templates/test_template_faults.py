@@ -80,7 +80,7 @@ def test_a_template_that_ends_no_turn(load: Callable[..., Tokenizer], tmp_path: 
     prompt, chosen, _, notes = read(
         tokenizer, tokenize_pair(pair([user("Hi")], "Yes.", "No."), tokenizer, max_length=99)
     )
-    # It has no generation prompt either, so that the header is learnt, and said to be.
+    # It has no generation prompt either, so that the header is learnt, which is noted.
     assert (prompt, chosen) == ("user: Hi\n", "assistant: Yes.\n")
     assert any("'assistant: ' after the generation prompt" in note for note in tokenizer.notes)
     assert notes == ()
@@ -90,7 +90,7 @@ def test_a_template_that_ends_no_turn(load: Callable[..., Tokenizer], tmp_path: 
     assert prepared.counts[token_checks.NO_END] == 3
 
 
-def test_a_thought_that_the_template_writes_is_said_to_be_learnt(load: Callable[..., Tokenizer]) -> None:
+def test_a_thought_that_the_template_writes_is_noted_as_learnt(load: Callable[..., Tokenizer]) -> None:
     tokenizer = load("qwen3.jinja", "<|im_start|>", "<|im_end|>")
     assert [note for note in tokenizer.notes if "every answer is learnt with it" in note] == [
         "the chat template writes '<think>\\n\\n</think>\\n\\n' after the generation prompt: every answer is learnt "

@@ -309,23 +309,23 @@ SPELLED = ["<|im_end|>", "<s>", "</s>", "<|endoftext|>", "<|begin_of_text|>", "<
     kind=st.sampled_from(KINDS),
     name=st.sampled_from(sorted(FAMILIES)),
     asked=st.lists(st.sampled_from([*SPELLED, "a", "\n"]), max_size=4).map("".join),
-    said=st.lists(st.sampled_from([*SPELLED, " b"]), min_size=1, max_size=4).map("".join),
+    reply=st.lists(st.sampled_from([*SPELLED, " b"]), min_size=1, max_size=4).map("".join),
 )
 def test_text_that_spells_special_tokens_is_read_as_them_and_counted(
-    load: Callable[[str, str], Tokenizer], kind: str, name: str, asked: str, said: str
+    load: Callable[[str, str], Tokenizer], kind: str, name: str, asked: str, reply: str
 ) -> None:
     tokenizer = load(kind, name)
-    row = PreferenceRow([user(asked)], [assistant(said)], [assistant("No.")], "x:1")
+    row = PreferenceRow([user(asked)], [assistant(reply)], [assistant("No.")], "x:1")
     result = tokenize_pair(row, tokenizer, max_length=ENDLESS)
     if isinstance(result, Dropped):  # the template takes a thought away, and there was nothing else
         assert result.reason == unwritten.EMPTY_UNWRITTEN
-        assert "</think>" in said
-        assert not said.rpartition("</think>")[2].strip()
+        assert "</think>" in reply
+        assert not reply.rpartition("</think>")[2].strip()
         return
     prompt, chosen, _, notes = parts(result)
-    whole = tokenizer.render([user(asked), assistant(said)])
+    whole = tokenizer.render([user(asked), assistant(reply)])
     assert loose(tokenizer, kind, decode(tokenizer, prompt + chosen)) == loose(tokenizer, kind, whole)
-    spelled = any(token in asked + said for token in tokenizer.hf.all_special_tokens + list(FAMILIES[name].markers))
+    spelled = any(token in asked + reply for token in tokenizer.hf.all_special_tokens + list(FAMILIES[name].markers))
     assert (row_notes.SPELLS_SPECIAL in notes) == spelled
     assert prompt[:2] != [tokenizer.hf.bos_token_id] * 2
 

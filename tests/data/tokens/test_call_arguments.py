@@ -66,7 +66,7 @@ def split(tokenizer: Tokenizer, *completions: Any, prompt: Any = (ASK,)) -> Toke
 
 
 def learnt(tokenizer: Tokenizer, arguments: Any) -> str:
-    """What is learnt of a call."""
+    """Returns the learnt text of a call."""
     result = split(tokenizer, call(arguments), assistant("No idea."))
     assert isinstance(result, TokenSplit), result
     return tokenizer.hf.decode(result.completions[0])

@@ -39,12 +39,12 @@ TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type"
 EVERY_TURN = Reading(every_turn=True)
 
 
-def said(words: str) -> Message:
+def answer(words: str) -> Message:
     return {"role": "assistant", "content": words}
 
 
-USES_TOOL = [LOOK, SEEN, said("No, it is warm.")]
-GUESSES = [said("I do not know.")]
+USES_TOOL = [LOOK, SEEN, answer("No, it is warm.")]
+GUESSES = [answer("I do not know.")]
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +82,10 @@ def test_sides_part_at_their_first_different_message() -> None:
     row = row_of(USES_TOOL, GUESSES, tools=TOOLS)
     assert isinstance(row, PreferenceRow)
     assert (row.prompt, row.chosen, row.rejected, row.tools) == ([ASK], USES_TOOL, GUESSES, TOOLS)
-    whole = {"chosen": [ASK, *USES_TOOL], "rejected": [ASK, LOOK, SEEN, said("Yes.")]}
+    whole = {"chosen": [ASK, *USES_TOOL], "rejected": [ASK, LOOK, SEEN, answer("Yes.")]}
     (same_call,) = preference_rows(whole, "x:1", EVERY_TURN)
     assert isinstance(same_call, PreferenceRow)
-    assert (same_call.prompt, same_call.rejected) == ([ASK, LOOK, SEEN], [said("Yes.")])
+    assert (same_call.prompt, same_call.rejected) == ([ASK, LOOK, SEEN], [answer("Yes.")])
     (dropped,) = preference_rows({"prompt": [ASK], "chosen": USES_TOOL, "rejected": GUESSES}, "x:1")
     assert isinstance(dropped, Dropped)
     assert dropped.reason == HISTORIES_DIFFER
@@ -106,7 +106,7 @@ def test_every_turn_of_a_side_is_learnt_and_the_words_of_tools_are_not(load: Cal
 
 def test_sides_of_one_turn_have_the_tokens_of_loss_on_completion(load: Callable[[str], Tokenizer]) -> None:
     tokenizer = load("qwen2_5")
-    rows = [PreferenceRow([ASK], [said("No.")], GUESSES, "x:1"), PreferenceRow("Rain?", " No.", " Yes.", "x:2")]
+    rows = [PreferenceRow([ASK], [answer("No.")], GUESSES, "x:1"), PreferenceRow("Rain?", " No.", " Yes.", "x:2")]
     every = tokenize_pairs(rows, tokenizer, max_length=99, every_turn=True)
     for one, other in zip(every, tokenize_pairs(rows, tokenizer, max_length=99), strict=True):
         assert isinstance(one, KeptPair)
@@ -119,7 +119,7 @@ def test_sides_of_one_turn_have_the_tokens_of_loss_on_completion(load: Callable[
 
 def test_a_user_who_speaks_between_the_turns_is_not_learnt(load: Callable[[str], Tokenizer]) -> None:
     tokenizer = load("qwen2_5")
-    chosen = [said("No."), {"role": "user", "content": "Sure?"}, said("It is dry.")]
+    chosen = [answer("No."), {"role": "user", "content": "Sure?"}, answer("It is dry.")]
     row = row_of(chosen, GUESSES)
     assert isinstance(row, PreferenceRow)
     _, wholes, learnt = texts(kept_pair(row, tokenizer), tokenizer)
@@ -130,7 +130,7 @@ def test_a_user_who_speaks_between_the_turns_is_not_learnt(load: Callable[[str],
 def test_turns_marked_as_shown_only(load: Callable[[str], Tokenizer]) -> None:
     tokenizer = load("qwen2_5")
     shown = take_marks(LOOK, {"weight": 0}, "chosen[0]", "x:1")
-    row = PreferenceRow([ASK], [shown, SEEN, said("No.")], GUESSES, "x:1", tools=TOOLS)
+    row = PreferenceRow([ASK], [shown, SEEN, answer("No.")], GUESSES, "x:1", tools=TOOLS)
     (kept,) = tokenize_pairs([row], tokenizer, max_length=999, every_turn=True)
     assert isinstance(kept, KeptPair)
     assert SHOWN_TURN in kept.notes
@@ -138,14 +138,14 @@ def test_turns_marked_as_shown_only(load: Callable[[str], Tokenizer]) -> None:
     _, wholes, learnt = texts(kept.row, tokenizer)
     assert learnt == ["No.<|im_end|>\n", "I do not know.<|im_end|>\n"]
     assert "look" in wholes[0]
-    last = take_marks(said("No."), {"weight": 0}, "chosen[2]", "x:1")
+    last = take_marks(answer("No."), {"weight": 0}, "chosen[2]", "x:1")
     unlearnt = PreferenceRow([ASK], [LOOK, SEEN, last], GUESSES, "x:1", tools=TOOLS)
     assert tokenize_pairs([unlearnt], tokenizer, max_length=999, every_turn=True) == [Dropped(NOT_LEARNT, "x:1")]
 
 
 def test_a_template_that_writes_turns_differently_later_drops_the_pair(load: Callable[[str], Tokenizer]) -> None:
     tokenizer = load("qwen3")
-    chosen = [said("No."), {"role": "user", "content": "Sure?"}, said("It is dry.")]
+    chosen = [answer("No."), {"role": "user", "content": "Sure?"}, answer("It is dry.")]
     row = PreferenceRow([ASK], chosen, GUESSES, "x:1")
     dropped = Dropped(WRITTEN_DIFFERENTLY, "x:1")
     assert tokenize_pairs([row], tokenizer, max_length=999, every_turn=True) == [dropped]
@@ -153,16 +153,16 @@ def test_a_template_that_writes_turns_differently_later_drops_the_pair(load: Cal
 
 def test_a_cut_leaves_learnt_tokens_on_both_sides_or_drops_the_pair(load: Callable[[str], Tokenizer]) -> None:
     tokenizer = load("qwen2_5")
-    sides = [{"role": "user", "content": "Sure?"}, said("No.")], GUESSES
+    sides = [{"role": "user", "content": "Sure?"}, answer("No.")], GUESSES
     row = PreferenceRow([ASK], *sides, "x:1")
     whole = kept_pair(row, tokenizer)
     first = int(whole.chosen_mask.argmax())
     assert first > 0
-    room = len(whole.prompt_ids) + first
-    (kept,) = tokenize_pairs([row], tokenizer, max_length=room + 1, every_turn=True)
+    budget = len(whole.prompt_ids) + first
+    (kept,) = tokenize_pairs([row], tokenizer, max_length=budget + 1, every_turn=True)
     assert isinstance(kept, KeptPair)
     assert COMPLETION_CUT in kept.notes
-    cut = tokenize_pairs([row], tokenizer, max_length=room, every_turn=True)
+    cut = tokenize_pairs([row], tokenizer, max_length=budget, every_turn=True)
     assert cut == [Dropped(NO_COMPLETION, "x:1")]
 
 
@@ -172,7 +172,7 @@ def test_masks_reach_sizes_and_batches_and_come_back_from_the_cache(
     tokenizer = load("qwen2_5")
     raw = [
         {"prompt": [ASK], "chosen": USES_TOOL, "rejected": GUESSES, "tools": TOOLS},
-        {"prompt": [ASK], "chosen": [said("Yes.")], "rejected": GUESSES},
+        {"prompt": [ASK], "chosen": [answer("Yes.")], "rejected": GUESSES},
     ]
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in raw), encoding="utf-8")

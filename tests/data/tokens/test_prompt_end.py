@@ -57,7 +57,7 @@ def load(tmp_path: Path) -> Callable[..., Tokenizer]:
 def read(
     tokenizer: Tokenizer, prompt: list[Message], chosen: Message, rejected: Message
 ) -> tuple[object, ...] | Dropped:
-    """What is trained on as text: the prompt, both sides, and the notes."""
+    """Returns what is trained on as text: the prompt, both sides, and the notes."""
     result = tokenize_pair(PreferenceRow(prompt, [chosen], [rejected], "x:1"), tokenizer, max_length=9999)
     if isinstance(result, Dropped):
         return result
@@ -66,7 +66,7 @@ def read(
 
 
 def learnt(tokenizer: Tokenizer, prompt: list[Message], answer: Message) -> tuple[str, str]:
-    """The same of a supervised row: all of its text, and what is learnt of it."""
+    """Returns all text of a supervised row, and the learnt part."""
     result = tokenize_completion(CompletionRow(prompt, [answer], "x:1"), tokenizer, max_length=9999)
     assert isinstance(result, KeptCompletion), result
     tokens, mask = result.row.tokens, result.row.completion_mask

@@ -90,7 +90,7 @@ def test_the_golden_rows_reach_what_they_are_for(rows: list[Row]) -> None:
     assert any(isinstance(results[LONG_PROMPT_ROW], Dropped) for results in by_arm.values())
     tools = by_arm["Qwen 2.5"][TOOLS]
     assert isinstance(tools, KeptPair)
-    assert len(tools.row.prompt_ids) > 120  # the tools stand in it
+    assert len(tools.row.prompt_ids) > 120  # it contains the tools
 
 
 def test_a_difference_without_a_reason_is_seen(rows: list[Row]) -> None:

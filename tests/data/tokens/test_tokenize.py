@@ -432,18 +432,18 @@ def test_truncation_takes_a_prefix_of_the_whole_sequence(
     assert kept_prompt == all_prompt[len(all_prompt) - len(kept_prompt) :]
     assert len(kept_prompt) == min(len(all_prompt), max_prompt_length or len(all_prompt))
     assert (tokenize.PROMPT_CUT in cut.notes) == (len(kept_prompt) < len(all_prompt))
-    room = max_length - len(kept_prompt)
+    budget = max_length - len(kept_prompt)
     for all_ids, kept_ids in zip(all_sides, kept_sides, strict=True):
         # A prefix: no EOS can have been added to what was cut.
-        assert kept_ids == all_ids[:room]
-        assert 0 < len(kept_ids) <= room
-    assert (tokenize.COMPLETION_CUT in cut.notes) == any(len(side) > room for side in all_sides)
+        assert kept_ids == all_ids[:budget]
+        assert 0 < len(kept_ids) <= budget
+    assert (tokenize.COMPLETION_CUT in cut.notes) == any(len(side) > budget for side in all_sides)
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(said=st.lists(TEXT.filter(str.strip), min_size=2, max_size=6).filter(lambda said: len(said) % 2 == 0))
-def test_turns_are_found_by_token_prefix(byte_chatml: Tokenizer, said: list[str]) -> None:
-    messages = [(assistant if i % 2 else user)(text) for i, text in enumerate(said)]
+@given(texts=st.lists(TEXT.filter(str.strip), min_size=2, max_size=6).filter(lambda texts: len(texts) % 2 == 0))
+def test_turns_are_found_by_token_prefix(byte_chatml: Tokenizer, texts: list[str]) -> None:
+    messages = [(assistant if i % 2 else user)(text) for i, text in enumerate(texts)]
     row = CompletionRow(messages[:-1], messages[-1:], "x:1")
     last = tokenize_completion(row, byte_chatml, max_length=10_000)
     every = every_turn(row, byte_chatml, max_length=10_000)
@@ -451,7 +451,7 @@ def test_turns_are_found_by_token_prefix(byte_chatml: Tokenizer, said: list[str]
     (rendered,) = byte_chatml.encode([byte_chatml.render(messages)])
     assert tokens == rendered == masked(last)[0]
     learnt = byte_chatml.hf.decode([token for token, on in zip(tokens, mask, strict=True) if on])
-    assert learnt == "".join(text + "<|im_end|>\n" for text in said[1::2])
+    assert learnt == "".join(text + "<|im_end|>\n" for text in texts[1::2])
     assert masked(last)[1] == [0] * sum(not on for on in masked(last)[1]) + [1] * sum(masked(last)[1])
 
 

@@ -17,7 +17,7 @@ LLAMA_2_LIKE = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
     "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
 )
-ZEPHYR_LIKE = (  # markers made of roles: they stand nowhere in the template's text
+ZEPHYR_LIKE = (  # markers made of roles: the template's text does not contain them
     "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
@@ -281,6 +281,6 @@ def test_a_template_that_writes_bos_twice_is_said(word_level: Callable[..., Path
         load_tokenizer(word_level(["a"], specials=specials, chat_template=written), chat_template=None).notes
         for written in (text, text.removeprefix("<s>"))
     )
-    said = "the chat template writes <s> twice; jdpo takes one away, which others may not do"
-    assert said in twice
-    assert said not in once
+    printed = "the chat template writes <s> twice; jdpo takes one away, which others may not do"
+    assert printed in twice
+    assert printed not in once

@@ -123,7 +123,7 @@ def test_calls_next_to_words(load: Callable[[str], Tokenizer]) -> None:
     assert NOTE[unwritten.TOOL_CALLS] in kept.notes
     same = assistant("I look.", tool_calls=[call(city="Paris")])
     assert dropped(tokenizer, calls, same) == Dropped(unwritten.IDENTICAL_UNWRITTEN, "x:1", unwritten.TOOL_CALLS)
-    # What differs in nothing that a model could say is identical, whatever the template.
+    # Sides that differ in nothing that a model could write are identical under any template.
     again = assistant("I look.", tool_calls=[{**call(city="Cork"), "id": "call_2"}])
     assert dropped(tokenizer, calls, again) == Dropped(boundaries.IDENTICAL_SIDES, "x:1")
     assert dropped(tokenizer, assistant("Yes."), assistant("Yes.", name="Ann")).reason == boundaries.IDENTICAL_SIDES

@@ -1,16 +1,37 @@
-"""The checkpoint that a run continues from, checked before anything is loaded."""
+"""The inputs of a run and the checkpoint that it continues from, checked before anything is loaded."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from jdpo.checkpoint.manager import read_position
+from jdpo.checkpoint.manager import CheckpointManager, read_position
+from jdpo.checkpoint.output_folders import check_out
 from jdpo.checkpoint.steps import damaged_folders, settle_steps
 from jdpo.config import differences
-from jdpo.processes import agree_on, run_jointly
+from jdpo.processes import agree_on, differing, run_jointly
+from jdpo.training.finish import source_folders
 from jdpo.training.run_dir import RunDirectory
 from jdpo.training.sanity_checks import check_base
 from jdpo.training.setup.run_setup import Setup
+
+
+def check_inputs(setup: Setup, directory: RunDirectory) -> None:
+    """Refuses a run that could not export, or whose inputs differ between processes or from its earlier starts.
+
+    Raises:
+      ValueError: naming what is in the way, or what differs.
+    """
+    # Now, and not after the last step.
+    run_jointly(lambda: check_out(directory.model, [*source_folders(setup), directory.checkpoints]))
+    inputs = run_jointly(setup.inputs)
+    if unlike := differing(inputs):
+        raise ValueError(
+            f"the processes of this run do not have the same files: {', '.join(unlike)} differ from host to host; give "
+            "every host the same ones"
+        )
+    held_out = setup.eval_data.file_digests() if setup.eval_data is not None else {}
+    directory.check_inputs(inputs, {**held_out, **setup.train_data.file_digests()})
+    directory.update(rows=setup.train_data.summary())  # for the model card of an export
 
 
 def find_newest(setup: Setup, directory: RunDirectory) -> int | None:
@@ -56,3 +77,16 @@ def _check_position(setup: Setup, checkpoint: Path) -> None:
             f"{checkpoint} was saved by another run than the one in {checkpoint.parents[1]}; move it out. It differs "
             f"in:\n  " + "\n  ".join(changed)
         )
+
+
+def open_checkpoints(setup: Setup, directory: RunDirectory, newest: int | None) -> CheckpointManager:
+    """Opens the checkpoints of a run, of which the step `newest` is known to be whole."""
+    config, eval_data = setup.config, setup.eval_data
+    return CheckpointManager(
+        directory.checkpoints,
+        max_to_keep=config.save_total_limit,
+        # The evaluation rows may change when a run continues; values on other rows are no better or worse.
+        metric_name=f"{config.metric_for_best_model} on {eval_data.digest if eval_data else 'nothing'}",
+        greater_is_better=not config.metric_for_best_model.endswith("loss"),
+        verified=newest,
+    )

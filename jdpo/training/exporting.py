@@ -21,8 +21,8 @@ from jdpo.training.finish import export_trained, results_at, source_folders
 from jdpo.training.run_record import RunRecord
 from jdpo.training.sanity_checks import check_base
 from jdpo.training.setup.folder_digests import folder_digest
+from jdpo.training.setup.model_setup import ModelSetup, build_model
 from jdpo.training.setup.numerics import numerics, resolve_dtype
-from jdpo.training.setup.run_setup import ModelSetup, build_model
 from jdpo.training.setup.weight_placement import load_base
 
 

@@ -22,7 +22,8 @@ from jdpo.reports.metrics_file import read_metrics
 from jdpo.reports.model_card import CODE_ENDS, model_card
 from jdpo.reports.plots import write_plots
 from jdpo.training.run_dir import RunDirectory
-from jdpo.training.setup.run_setup import ModelSetup, Setup
+from jdpo.training.setup.model_setup import ModelSetup
+from jdpo.training.setup.run_setup import Setup
 
 Params = Any
 

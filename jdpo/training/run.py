@@ -13,18 +13,17 @@ from rich.console import Console
 
 from jdpo._version import __version__
 from jdpo.checkpoint.manager import CheckpointManager
-from jdpo.checkpoint.output_folders import check_out
 from jdpo.config import ReferenceSettings, TrainConfig, to_public_dict
 from jdpo.data.batching.loader import prefetch
 from jdpo.devices import leave_out_missing_tpus
 from jdpo.models.transformer import Weights
-from jdpo.processes import differing, is_first, run_jointly
+from jdpo.processes import is_first
 from jdpo.reports.metrics_file import cut_metrics
 from jdpo.reports.progress import RunDisplay, make_console, print_lines
 from jdpo.sharding.placement import micro_batch_sharding, place, replicated
-from jdpo.training.continuing import find_newest
+from jdpo.training.continuing import check_inputs, find_newest, open_checkpoints
 from jdpo.training.evaluation import Evaluation
-from jdpo.training.finish import finish_run, source_folders, step_to_export
+from jdpo.training.finish import finish_run, step_to_export
 from jdpo.training.fit.assembly import Assembly, assemble
 from jdpo.training.fit.compilation import compiler_threads
 from jdpo.training.fit.memory_fit import exhaustion_explained, memory_limit
@@ -250,25 +249,6 @@ def log_on(console: Console, text: str) -> None:
             silence_lost_output()
 
 
-def check_inputs(setup: Setup, directory: RunDirectory) -> None:
-    """Refuses a run that could not export, or whose inputs differ between processes or from its earlier starts.
-
-    Raises:
-      ValueError: naming what is in the way, or what differs.
-    """
-    # Now, and not after the last step.
-    run_jointly(lambda: check_out(directory.model, [*source_folders(setup), directory.checkpoints]))
-    inputs = run_jointly(setup.inputs)
-    if unlike := differing(inputs):
-        raise ValueError(
-            f"the processes of this run do not have the same files: {', '.join(unlike)} differ from host to host; give "
-            "every host the same ones"
-        )
-    held_out = setup.eval_data.file_digests() if setup.eval_data is not None else {}
-    directory.check_inputs(inputs, {**held_out, **setup.train_data.file_digests()})
-    directory.update(rows=setup.train_data.summary())  # for the model card of an export
-
-
 def reference_of(setup: Setup, directory: RunDirectory, stop: StopRequest, log: Log) -> Reference:
     """Returns where the reference's log-probs come from; computes those that are to be cached.
 
@@ -291,19 +271,6 @@ def reference_of(setup: Setup, directory: RunDirectory, stop: StopRequest, log: 
     if began_as is None:
         directory.update(reference=reference.mode)
     return reference
-
-
-def open_checkpoints(setup: Setup, directory: RunDirectory, newest: int | None) -> CheckpointManager:
-    """Opens the checkpoints of a run, of which the step `newest` is known to be whole."""
-    config, eval_data = setup.config, setup.eval_data
-    return CheckpointManager(
-        directory.checkpoints,
-        max_to_keep=config.save_total_limit,
-        # The evaluation rows may change when a run continues; values on other rows are no better or worse.
-        metric_name=f"{config.metric_for_best_model} on {eval_data.digest if eval_data else 'nothing'}",
-        greater_is_better=not config.metric_for_best_model.endswith("loss"),
-        verified=newest,
-    )
 
 
 def start_state(setup: Setup, assembly: Assembly, *, live: bool) -> tuple[TrainState, Frozen, None]:

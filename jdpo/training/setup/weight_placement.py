@@ -17,7 +17,8 @@ from jdpo.models.transformer import Transformer, Weights, abstract_params, logic
 from jdpo.models.weights.embedding_rows import StartedRows
 from jdpo.models.weights.loading import load_params, resize_embeddings
 from jdpo.sharding.rules import param_shardings
-from jdpo.training.setup.run_setup import ModelSetup, Setup
+from jdpo.training.setup.model_setup import ModelSetup
+from jdpo.training.setup.run_setup import Setup
 from jdpo.training.step.train_step import Frozen
 
 Params = Any

@@ -18,7 +18,7 @@ from jdpo.models.families import read_model_config
 from jdpo.models.packed_attention import packed_sequences
 from jdpo.models.self_attention import AttentionSettings, attend_over_mesh
 from jdpo.models.transformer import Transformer, abstract_params
-from jdpo.training.setup.run_setup import make_model
+from jdpo.training.setup.model_setup import make_model
 from tests.conftest import small_llama
 
 CONFIG = small_llama(vocab_size=8, num_layers=1, d_model=16, head_dim=64, d_ff=16)

@@ -64,7 +64,7 @@ def row_arrays(rows: Sequence[R], row_type: type[R], tags: Tags) -> RowArrays:
     return RowArrays(values, lengths, [getattr(row, origin) for row in rows], tags)
 
 
-def joined(blocks: Sequence[RowArrays]) -> RowArrays:
+def concatenated(blocks: Sequence[RowArrays]) -> RowArrays:
     """Concatenates arrays of rows of one type."""
     first = blocks[0]
     return RowArrays(
@@ -93,7 +93,7 @@ def interleaved(block: RowArrays) -> bytes:
     parts = []
     for field, values in block.values.items():
         ends = block.lengths[field].cumsum()
-        # Views of each row's elements; nothing is copied until they are joined.
+        # Views of each row's elements; nothing is copied until they are concatenated.
         parts.append(np.split(values, ends[:-1]))
     counts = [[len(vector).to_bytes(4, "little") for vector in vectors] for vectors in parts]
     pieces = zip(*(zip(count, vectors, strict=True) for count, vectors in zip(counts, parts, strict=True)), strict=True)

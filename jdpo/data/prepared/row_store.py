@@ -25,7 +25,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from jdpo.data.prepared.row_arrays import TAG_TYPES, RowArrays, Tags, dtype_of, interleaved, joined, longest
+from jdpo.data.prepared.row_arrays import TAG_TYPES, RowArrays, Tags, concatenated, dtype_of, interleaved, longest
 from jdpo.durable import write_durably
 from jdpo.file_digests import file_digest
 from jdpo.types import AnyPair, TokenizedCompletion
@@ -219,7 +219,7 @@ class RowWriter(Generic[R]):
 
         if not self._pending:
             return
-        block = joined(self._pending)
+        block = concatenated(self._pending)
         self._pending = []
         lengths = longest(block.lengths, self._row_type)
         columns: dict[str, Any] = {}

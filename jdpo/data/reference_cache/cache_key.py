@@ -20,7 +20,7 @@ CACHE_VERSION = 2
 KEY_FILE = "key.json"
 
 
-class Entry(NamedTuple):
+class CacheEntry(NamedTuple):
     """The description of one folder of the cache, in JSON values.
 
     Attributes:
@@ -115,7 +115,7 @@ def key_of(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def read_entry(folder: Path) -> Entry | None:
+def read_entry(folder: Path) -> CacheEntry | None:
     """Reads the entry of a folder of the cache; returns None if there is no `key.json`.
 
     Raises:
@@ -125,7 +125,7 @@ def read_entry(folder: Path) -> Entry | None:
     try:
         text = path.read_text(encoding="utf-8")
         values = json.loads(text)
-        entry = Entry(values["parts"], values["about"])
+        entry = CacheEntry(values["parts"], values["about"])
         # Byte for byte: an edited file, or one copied to another folder, must not vouch for the log-probs.
         if text == entry.text() and entry.key == folder.name:
             return entry
@@ -136,7 +136,7 @@ def read_entry(folder: Path) -> Entry | None:
     raise ValueError(f"{path} is damaged")
 
 
-def nearest(root: Path, now: Entry) -> Entry | None:
+def most_similar_entry(root: Path, now: CacheEntry) -> CacheEntry | None:
     """Returns the entry under `root` of the most similar run, with which a miss is explained; None if none is similar.
 
     Only entries of the same role with the datasets or the model of `now` count. The same datasets come before others,
@@ -159,12 +159,12 @@ def nearest(root: Path, now: Entry) -> Entry | None:
     return max(ranked, key=lambda rank: rank[:3])[-1] if ranked else None
 
 
-def _flat(entry: Entry) -> dict[str, Any]:
+def _flat(entry: CacheEntry) -> dict[str, Any]:
     config = {f"config.{name}": value for name, value in entry.parts["model"].items()}
     return entry.about | config | {name: value for name, value in entry.parts.items() if name != "model"}
 
 
-def changes(then: Entry, now: Entry) -> list[str]:
+def changes(then: CacheEntry, now: CacheEntry) -> list[str]:
     """Returns what differs between two entries, in terms of the config; never empty for different keys."""
     lines = []
     if then.parts["version"] != now.parts["version"]:

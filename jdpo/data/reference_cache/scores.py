@@ -22,7 +22,7 @@ from typing import IO, NamedTuple
 import numpy as np
 
 from jdpo.data.prepared.prepare import cache_folder
-from jdpo.data.reference_cache.cache_key import KEY_FILE, Entry, read_entry
+from jdpo.data.reference_cache.cache_key import KEY_FILE, CacheEntry, read_entry
 from jdpo.durable import TEMPORARY, write_durably
 from jdpo.file_digests import file_digest
 from jdpo.file_locks import lock_file
@@ -113,7 +113,7 @@ class CacheFolder:
         except ValueError:
             return False
 
-    def write_entry(self, entry: Entry) -> None:
+    def write_entry(self, entry: CacheEntry) -> None:
         """Writes `key.json`."""
         assert entry.key == self.key, (entry.key, self.key)
         _write(self.path / KEY_FILE, entry.text().encode())

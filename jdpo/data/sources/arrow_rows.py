@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from jdpo.data.sources.files import MAX_ROW_BYTES, TOO_LARGE, File, Row, check_head
-from jdpo.data.sources.stores import BUFFER_BYTES, Disk, one_line
-from jdpo.data.sources.values import shown, text_size, without_nulls
+from jdpo.data.sources.stores import BUFFER_BYTES, Disk, error_line
+from jdpo.data.sources.values import quoted, text_size, without_nulls
 
 BATCH_ROWS, BATCH_BYTES = 128, 32 * 2**20
 """At most this many rows, and about this many bytes, are Python values at a time."""
@@ -123,7 +123,7 @@ def _opened(file: File, kind: str, use: Batches, progress: Callable[[], str] = l
             yield from use(source)
     except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError, MemoryError) as error:
         raise ValueError(
-            f"{file.place}: not a readable {kind} file{progress()}: {one_line(error)}; download or write it again"
+            f"{file.place}: not a readable {kind} file{progress()}: {error_line(error)}; download or write it again"
         ) from error
 
 
@@ -167,7 +167,7 @@ def _check_names(schema: Any, file: File) -> None:
     # to_pylist would keep only the last of two columns with one name.
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise ValueError(f"{file.place}: two columns are called {shown(twice)}; rename or remove one of them")
+        raise ValueError(f"{file.place}: two columns are called {quoted(twice)}; rename or remove one of them")
 
 
 def _bad_value(table: Any, where: Callable[[int], str], error: Exception) -> ValueError:
@@ -182,10 +182,10 @@ def _bad_value(table: Any, where: Callable[[int], str], error: Exception) -> Val
                 with contextlib.suppress(UnicodeDecodeError):
                     kind = str(field.type)[:80]
                 return ValueError(
-                    f"{where(index)}: cannot read the value in column {shown(field.name)} ({kind}): "
-                    f"{one_line(reason)}; correct it, or remove the column"
+                    f"{where(index)}: cannot read the value in column {quoted(field.name)} ({kind}): "
+                    f"{error_line(reason)}; correct it, or remove the column"
                 )
-    return ValueError(f"{where(0)}: cannot read this row and the rows after it: {one_line(error)}")
+    return ValueError(f"{where(0)}: cannot read this row and the rows after it: {error_line(error)}")
 
 
 def _is_plain(kind: Any) -> bool:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from jdpo.data.sources.files import MAX_ROW_BYTES, TOO_LARGE, File, Row, lines
-from jdpo.data.sources.values import shown
+from jdpo.data.sources.values import quoted
 
 _EXPLANATIONS = {
     "unexpected end of data": "the file ends inside a quoted cell; a closing quote is missing, or it is cut short",
@@ -77,7 +77,7 @@ def _checked_header(names: Sequence[str], delimiter: str, where: str) -> list[st
     """Returns the column names. The first may be empty, since pandas writes its index without a name."""
     twice = [name for name, count in Counter(names).items() if count > 1 and name.strip()]
     if twice:
-        raise ValueError(f"{where}: two columns are called {shown(twice[0])}; give each column a name of its own")
+        raise ValueError(f"{where}: two columns are called {quoted(twice[0])}; give each column a name of its own")
     empty = [index for index, name in enumerate(names) if index and not name.strip()]
     if empty:
         raise ValueError(f"{where}: column {empty[0] + 1} has no name; the first line must name every column")
@@ -85,7 +85,7 @@ def _checked_header(names: Sequence[str], delimiter: str, where: str) -> list[st
     other = next((other for other in ",;\t|" if other != delimiter and other in names[0]), None)
     if len(names) == 1 and other:
         raise ValueError(
-            f"{where}: found one column, called {shown(names[0])}; are the cells separated by {other!r}? "
+            f"{where}: found one column, called {quoted(names[0])}; are the cells separated by {other!r}? "
             "Expected commas in a .csv file, tabs in a .tsv file"
         )
     return list(names)

@@ -68,7 +68,7 @@ def count_json_lines(file: File) -> int:
     return sum(not text.isspace() for _, text in lines(file) if text)
 
 
-def read_json(file: File) -> Iterator[Row]:
+def read_json_values(file: File) -> Iterator[Row]:
     """Yields the rows of a file with an array of objects, or with objects one after the other, over any lines."""
     reader = _JsonReader(file)
     with opened(file, lambda: f"{file.place}:{reader.line}") as reader.stream:

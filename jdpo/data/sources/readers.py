@@ -8,7 +8,7 @@ from typing import NamedTuple
 from jdpo.data.sources.arrow_rows import count_arrow, count_parquet, read_arrow, read_parquet
 from jdpo.data.sources.csv_rows import count_csv, count_tsv, read_csv, read_tsv
 from jdpo.data.sources.files import File, Row
-from jdpo.data.sources.json_rows import count_json_lines, read_json, read_json_lines
+from jdpo.data.sources.json_rows import count_json_lines, read_json_lines, read_json_values
 
 
 class Reader(NamedTuple):
@@ -24,10 +24,10 @@ class Reader(NamedTuple):
 
 
 def _count_json(file: File) -> int:
-    return sum(1 for _ in read_json(file))
+    return sum(1 for _ in read_json_values(file))
 
 
-_JSON = Reader(read_json, _count_json)
+_JSON = Reader(read_json_values, _count_json)
 _JSON_LINES = Reader(read_json_lines, count_json_lines)
 _CSV = Reader(read_csv, count_csv)
 _TSV = Reader(read_tsv, count_tsv)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from jdpo.config import public_text
-from jdpo.data.sources.stores import BUFFER_BYTES, Disk, Entry, Kind, Store, one_line
+from jdpo.data.sources.stores import BUFFER_BYTES, Disk, FolderEntry, Kind, Store, error_line
 from jdpo.safe_text import terminal
 
 _URL = re.compile(r"(?P<protocol>[A-Za-z][\w+.-]*)(://|::)")
@@ -31,7 +31,7 @@ _PACKAGES = {
 """Package that a protocol needs. For other protocols the error of fsspec names the package."""
 
 
-class Remote:
+class RemoteStore:
     """A remote store that fsspec opens.
 
     Args:
@@ -60,7 +60,7 @@ class Remote:
         is_page = "http" in _protocols(self._system) and path.endswith("/")
         return "folder" if found == "directory" or is_page else "file"
 
-    def entries(self, folder: str) -> list[Entry]:
+    def entries(self, folder: str) -> list[FolderEntry]:
         with self._errors_of(folder):
             found = self._system.ls(folder, detail=True)
         kinds: dict[str, Kind] = {
@@ -69,7 +69,9 @@ class Remote:
         own = folder.rstrip("/")
         # Object stores may list an empty object that represents the folder itself.
         paths = [path for path in kinds if path.rstrip("/") != own]
-        return sorted(Entry(public_text(path).rstrip("/").rsplit("/", 1)[-1], path, kinds[path]) for path in paths)
+        return sorted(
+            FolderEntry(public_text(path).rstrip("/").rsplit("/", 1)[-1], path, kinds[path]) for path in paths
+        )
 
     def join(self, folder: str, name: str) -> str:
         return f"{folder.rstrip('/')}/{name}"
@@ -114,11 +116,11 @@ def open_store(url: str) -> tuple[Store, str]:
         advice = f"install it: pip install {package}" if package else str(error)
         raise ValueError(f"{place}: reading {protocol}:// needs a package that is not installed; {advice}") from error
     except Exception as error:  # unknown protocols, and any error of a store about credentials and settings
-        raise ValueError(f"{place}: cannot open the store: {one_line(error)}") from error
+        raise ValueError(f"{place}: cannot open the store: {error_line(error)}") from error
     if "file" in _protocols(system):
         return Disk(), path
     system.invalidate_cache()  # listings from earlier in this process may be out of date
-    return Remote(system, url, path), path
+    return RemoteStore(system, url, path), path
 
 
 def _protocols(system: Any) -> tuple[str, ...]:
@@ -157,7 +159,7 @@ def _store_errors(place: str) -> Iterator[None]:
             raise ValueError(f"{place}: no such file or folder") from error
         # fsspec wraps network errors in FileNotFoundError; the cause has the useful message.
         reason = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
-        words = re.sub(r"\?[^\s'\")]*", "?...", one_line(reason))  # the query of an address may contain a key
+        words = re.sub(r"\?[^\s'\")]*", "?...", error_line(reason))  # the query of an address may contain a key
         raise ValueError(
             f"{place}: cannot read from the store ({words}); "
             "check the address, the access rights and the network, then start again"

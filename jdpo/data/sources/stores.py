@@ -15,7 +15,7 @@ BUFFER_BYTES = 2**20
 Kind = Literal["file", "folder", "other"]
 
 
-class Entry(NamedTuple):
+class FolderEntry(NamedTuple):
     """An entry of a folder."""
 
     name: str
@@ -32,7 +32,7 @@ class Store(Protocol):
     def kind(self, path: str) -> Kind | None:
         """Returns what the path is, or None if it does not exist."""
 
-    def entries(self, folder: str) -> list[Entry]:
+    def entries(self, folder: str) -> list[FolderEntry]:
         """Returns the entries of a folder, sorted by name."""
 
     def join(self, folder: str, name: str) -> str:
@@ -73,13 +73,13 @@ class Disk:
             return None
         return "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "other"
 
-    def entries(self, folder: str) -> list[Entry]:
+    def entries(self, folder: str) -> list[FolderEntry]:
         def kind(entry: os.DirEntry[str]) -> Kind:
             return "folder" if entry.is_dir() else "file" if entry.is_file() else "other"
 
         try:
             with os.scandir(folder) as found:
-                return sorted(Entry(entry.name, entry.path, kind(entry)) for entry in found)
+                return sorted(FolderEntry(entry.name, entry.path, kind(entry)) for entry in found)
         except OSError as error:
             raise ValueError(f"{self.place(folder)}: cannot list the folder: {error.strerror or error}") from error
 
@@ -96,10 +96,10 @@ class Disk:
         return cached_file_digest(path)
 
 
-def one_line(error: BaseException) -> str:
+def error_line(error: BaseException) -> str:
     """Returns the type and the first line of an error, at most 300 characters of it.
 
-    >>> one_line(OSError("no such bucket\\n<html>...</html>"))
+    >>> error_line(OSError("no such bucket\\n<html>...</html>"))
     'OSError: no such bucket'
     """
     lines = str(error).strip().splitlines() or [""]

@@ -21,7 +21,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise _Refused(f"the key {shown(twice)} occurs twice in one object; remove one of them")
+        raise _Refused(f"the key {quoted(twice)} occurs twice in one object; remove one of them")
     return value
 
 
@@ -88,10 +88,10 @@ def json_kind(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
-def shown(name: str) -> str:
+def quoted(name: str) -> str:
     """Returns a name from a file in quotes, in ASCII and at most LONGEST_NAME characters long.
 
-    >>> print(shown('a"b'), shown("x" * 99)[-5:])
+    >>> print(quoted('a"b'), quoted("x" * 99)[-5:])
     'a"b' xx...
     """
     text = ascii(name)

@@ -272,7 +272,7 @@ def _loaded(
         hf,
         added,
         end_ids,
-        tokenizer_files.digest_of(hf, kwargs),
+        tokenizer_files.tokenizer_digest(hf, kwargs),
         tuple(map(terminal, (*notes, *warnings))),
         str(folder),
         probed,

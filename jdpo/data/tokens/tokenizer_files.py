@@ -138,7 +138,7 @@ def adds_bos(hf: PreTrainedTokenizerBase) -> bool:
     return hf.bos_token_id is not None and hf("a")["input_ids"][:1] == [hf.bos_token_id]
 
 
-def digest_of(hf: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]) -> str:
+def tokenizer_digest(hf: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]) -> str:
     """Returns a digest of the tokenizer and of everything that changes its output.
 
     It covers vocabulary, merges and normalization (tokenizer.json, if there is one), special tokens, templates and

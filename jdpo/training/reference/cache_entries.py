@@ -10,7 +10,7 @@ import numpy as np
 
 from jdpo.config import ReferenceSettings, without_queries
 from jdpo.data.prepared.prepare import PreparedData
-from jdpo.data.reference_cache.cache_key import Entry, about_rows, key_of, parts_of
+from jdpo.data.reference_cache.cache_key import CacheEntry, about_rows, key_of, parts_of
 from jdpo.data.reference_cache.scores import CacheFolder, Shards, cache_root
 from jdpo.processes import differing
 from jdpo.training.setup.folder_digests import adapter_digest, folder_digest
@@ -91,7 +91,7 @@ def weights_of_reference(setup: Setup) -> str:
     return weights
 
 
-def entry_of(setup: Setup, rows: RowSet) -> Entry:
+def entry_of(setup: Setup, rows: RowSet) -> CacheEntry:
     """Returns the description of an entry, for which the datasets are read."""
     config = setup.config
     assert isinstance(config, ReferenceSettings), type(config)
@@ -112,7 +112,7 @@ def entry_of(setup: Setup, rows: RowSet) -> Entry:
         max_prompt_length=config.max_prompt_length,
         eval_fraction=config.eval_fraction,
     )
-    return Entry(rows.parts, about)
+    return CacheEntry(rows.parts, about)
 
 
 def _check_same_everywhere(key: str) -> None:

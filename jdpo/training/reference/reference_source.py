@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jdpo.config import DPOConfig
-from jdpo.data.reference_cache.cache_key import changes, nearest
+from jdpo.data.reference_cache.cache_key import changes, most_similar_entry
 from jdpo.data.reference_cache.scores import ReferenceCache
 from jdpo.devices import leave_out_missing_tpus
 from jdpo.processes import any_process, is_first
@@ -150,7 +150,8 @@ def _run_name(setup: Setup) -> str:
 def _kept_before(setup: Setup, sets: Sequence[RowSet]) -> bool:
     """Returns whether the cache holds some of these log-probs, or those of a run that was much like this one."""
     return any(
-        rows.shards.whole.any() or nearest(rows.folder.path.parent, entry_of(setup, rows)) is not None for rows in sets
+        rows.shards.whole.any() or most_similar_entry(rows.folder.path.parent, entry_of(setup, rows)) is not None
+        for rows in sets
     )
 
 
@@ -165,7 +166,7 @@ def explain_miss(setup: Setup, sets: Sequence[RowSet]) -> str:
             missed.append(f"only {folder.count_rows(whole)} of {folder.num_rows} {role} rows are in the cache")
             continue
         now = entry_of(setup, rows)
-        then = nearest(folder.path.parent, now)
+        then = most_similar_entry(folder.path.parent, now)
         changed = f" (changed since the last: {'; '.join(changes(then, now))})" if then is not None else ""
         missed.append(f"the {role} rows are not in the cache{changed}")
     return " and ".join(missed) or "the cache of another host is incomplete"

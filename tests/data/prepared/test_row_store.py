@@ -16,7 +16,7 @@ import pytest
 
 from jdpo.config import DatasetConfig
 from jdpo.data.prepared.prepare import PreparedData, prepare_completions, prepare_pairs
-from jdpo.data.prepared.row_arrays import Tags, joined, row_arrays
+from jdpo.data.prepared.row_arrays import Tags, concatenated, row_arrays
 from jdpo.data.prepared.row_store import BATCH_ROWS, open_rows, writing_rows
 from jdpo.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from jdpo.types import TokenizedCompletion, TokenizedPair
@@ -217,7 +217,7 @@ def test_blocks_are_joined_in_order() -> None:
         row_arrays([TokenizedPair(*([np.array([number], np.int32)] * 3), f"x:{number}")], TokenizedPair, tags)
         for number in range(3)
     ]
-    whole = joined(blocks)
+    whole = concatenated(blocks)
     assert whole.values["chosen_ids"].tolist() == [0, 1, 2]
     assert whole.origins == ["x:0", "x:1", "x:2"]
     assert len(whole) == 3

@@ -12,7 +12,14 @@ import numpy as np
 import pytest
 
 from jdpo.config import DatasetConfig
-from jdpo.data.reference_cache.cache_key import Entry, about_rows, changes, nearest, parts_of, read_entry
+from jdpo.data.reference_cache.cache_key import (
+    CacheEntry,
+    about_rows,
+    changes,
+    most_similar_entry,
+    parts_of,
+    read_entry,
+)
 from jdpo.data.reference_cache.scores import (
     SHARD_ROWS,
     CacheFolder,
@@ -46,8 +53,8 @@ ABOUT: dict[str, Any] = {
 }
 
 
-def entry(about: dict[str, Any] | None = None, **parts: Any) -> Entry:
-    return Entry(parts_of(**(PARTS | parts)), ABOUT | (about or {}))
+def entry(about: dict[str, Any] | None = None, **parts: Any) -> CacheEntry:
+    return CacheEntry(parts_of(**(PARTS | parts)), ABOUT | (about or {}))
 
 
 def make_rows(num_rows: int, seed: int = 0) -> tuple[list[TokenizedPair], list[RowLogps]]:
@@ -319,7 +326,7 @@ def test_runs_that_asked_are_remembered_once(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_changes_are_named_in_words_of_the_config(then: Entry, now: Entry, expected: list[str]) -> None:
+def test_changes_are_named_in_words_of_the_config(then: CacheEntry, now: CacheEntry, expected: list[str]) -> None:
     assert then.key != now.key
     assert changes(then, now) == expected
 
@@ -340,7 +347,7 @@ def test_the_key_is_of_the_parts_alone() -> None:
     assert len(keys) == 6
 
 
-def keep(root: Path, kept: Entry, age: int) -> None:
+def keep(root: Path, kept: CacheEntry, age: int) -> None:
     """An entry with one shard, `age` seconds old."""
     folder = CacheFolder(root, kept.key, num_rows=1, dtype=np.float32)
     fill(folder, make_rows(1)[1])
@@ -350,26 +357,26 @@ def keep(root: Path, kept: Entry, age: int) -> None:
 
 def test_nearest_is_the_entry_that_a_person_would_expect(tmp_path: Path) -> None:
     now = entry()
-    assert nearest(tmp_path, now) is None
+    assert most_similar_entry(tmp_path, now) is None
     keep(tmp_path, entry({"role": "evaluation"}, rows="e"), 0)
     keep(tmp_path, entry({"datasets": ["x"], "model": "y"}, rows="r5", weights="w5"), 0)
-    assert nearest(tmp_path, now) is None, "another role, or nothing in common"
+    assert most_similar_entry(tmp_path, now) is None, "another role, or nothing in common"
     by_model = entry({"datasets": ["x"]}, rows="r2")
     keep(tmp_path, by_model, 0)
-    assert nearest(tmp_path, now) == by_model
+    assert most_similar_entry(tmp_path, now) == by_model
     far = entry({"max_length": 1, "max_prompt_length": 2, "tokenizer": "t", "model": "z"}, rows="r3", weights="w3")
     keep(tmp_path, far, 50)
-    assert nearest(tmp_path, now) == far, "the same data first, then what is shared"
+    assert most_similar_entry(tmp_path, now) == far, "the same data first, then what is shared"
     old, new = entry(weights="w7"), entry(weights="w8")
     keep(tmp_path, new, 10)
     keep(tmp_path, old, 20)
-    assert nearest(tmp_path, now) == new, "the most recent of two that share as much"
+    assert most_similar_entry(tmp_path, now) == new, "the most recent of two that share as much"
     keep(tmp_path, now, 0)
-    assert nearest(tmp_path, now) == new, "never itself"
+    assert most_similar_entry(tmp_path, now) == new, "never itself"
     (tmp_path / new.key / "key.json").write_text("{}")
-    assert nearest(tmp_path, now) == old, "a damaged one is passed over"
+    assert most_similar_entry(tmp_path, now) == old, "a damaged one is passed over"
     (tmp_path / old.key / "00000.json").unlink()
-    assert nearest(tmp_path, now) == far, "so is one that nothing was computed for"
+    assert most_similar_entry(tmp_path, now) == far, "so is one that nothing was computed for"
 
 
 def test_about_rows_follows_the_content_of_the_data(tmp_path: Path) -> None:

@@ -34,3 +34,18 @@ def test_modules_have_names_of_their_own() -> None:
     unlisted = {name: found for name, found in shared.items() if name not in SAME_NAME}
     assert not unlisted, f"rename one of each, or list it in SAME_NAME with the reason: {unlisted}"
     assert set(SAME_NAME) == set(shared), "SAME_NAME lists a name that is no longer shared"
+
+
+ONE_PLACE = {
+    "get_close_matches": "words.py",
+    "fcntl.flock": "file_locks.py",
+    "hashlib.file_digest": "file_digests.py",
+    "} GiB": "words.py",
+}
+"""What only one module does, and the module that others call for it."""
+
+
+def test_common_tasks_have_one_place() -> None:
+    for text, place in ONE_PLACE.items():
+        found = [str(path.relative_to(PACKAGE)) for path in MODULES if text in path.read_text(encoding="utf-8")]
+        assert found == [place], f"{text!r}: call jdpo/{place} instead"

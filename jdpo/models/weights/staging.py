@@ -109,8 +109,10 @@ def _slabs(leaf: Leaf, slab_bytes: int) -> tuple[int | None, list[Bounds]]:
     size = leaf.shape[axis]
     if leaf.sharding.shard_shape(leaf.shape)[axis] != size:
         return None, [whole]
-    step = max(1, slab_bytes * size // num_bytes)
-    parts = [(first, min(first + step, size)) for first in range(0, size, step)]
+    # Equal slabs, so that one program writes all of them: the last one repeats some rows of the one before it.
+    num_slabs = -(-size // max(1, slab_bytes * size // num_bytes))
+    step = -(-size // num_slabs)
+    parts = [(min(first, size - step), min(first, size - step) + step) for first in range(0, size, step)]
     return axis, [(*whole[:axis], part, *whole[axis + 1 :]) for part in parts]
 
 

@@ -412,7 +412,7 @@ def test_one_save_that_was_cut_off_is_not_spoken_of_as_many(
     (manager._folder / "3").mkdir(parents=True)
     assert reopened(manager).newest_whole_step() is None
     (message,) = logged(caplog)
-    assert message.startswith("removed 1 save that was cut off")
+    assert message.startswith("deleted 1 interrupted save")
 
 
 def test_what_an_unfinished_save_left_is_cleared_away(manager: CheckpointManager) -> None:

@@ -72,9 +72,9 @@ CONFIG: dict[str, tuple[Make, list[str]]] = {
     "wrong type": (lambda at: {"beta": "strong"}, ["'beta' on the command line is 'strong'", "number"]),
     "out of range": (
         lambda at: {"max_length": 0},
-        ["'max_length' on the command line is 0", "greater than or equal to 1"],
+        ["'max_length' on the command line is 0", "at least 1"],
     ),
-    "not one of the choices": (lambda at: {"remat": "some"}, ["'remat'", "'some'", "'auto', 'none', 'dots'"]),
+    "not one of the choices": (lambda at: {"remat": "some"}, ["'remat'", "'some'", "auto, none, dots"]),
     "unknown loss": (
         lambda at: {"loss_type": "sigmoyd"},
         ["unknown loss_type 'sigmoyd'", "sigmoid, robust, hinge, ipo"],
@@ -134,7 +134,7 @@ MODEL: dict[str, tuple[Make, list[str]]] = {
     "unknown family": (lambda at: at.edited("config.json", model_type="bert"), ["'bert'", "llama"]),
     "missing shard": (
         lambda at: {"model_name_or_path": _sharded(at.model(), drop=True)},
-        ["shard b.safetensors", "not there"],
+        ["shard b.safetensors", "does not exist"],
     ),
     "truncated shard": (
         lambda at: {"model_name_or_path": _truncated(at.model())},
@@ -158,7 +158,7 @@ MODEL: dict[str, tuple[Make, list[str]]] = {
     ),
     "tokenizer without chat template": (
         lambda at: at.edited("tokenizer_config.json", chat_template=None),
-        ["chat template", "chat_template: chatml"],
+        ["chat template", "chatml"],
     ),
     "tokenizer without EOS": (
         lambda at: {**at.edited("tokenizer_config.json", eos_token=None, chat_template=None), "datasets": at.rows(ROW)},
@@ -280,9 +280,9 @@ YAML: dict[str, tuple[str | None, list[str]]] = {
     "missing": (None, ["no config file at {folder}/run.yaml"]),
     "broken": ("beta: [0.1\n", ["{folder}/run.yaml is not YAML", "line 2"]),
     "a list": ("- beta\n", ["{folder}/run.yaml: expected 'key: value' lines, found a list"]),
-    "a key twice": ("beta: 0.1\nbeta: 0.2\n", ["{folder}/run.yaml", "the key 'beta' stands twice", "line 2"]),
+    "a key twice": ("beta: 0.1\nbeta: 0.2\n", ["{folder}/run.yaml", "the key 'beta' is written twice", "line 2"]),
     "an unknown key": ("bets: 0.1\n", ["unknown key 'bets' in {folder}/run.yaml", "did you mean 'beta'?"]),
-    "a wrong type": ("max_steps: long\n", ["'max_steps' in {folder}/run.yaml is 'long'", "integer"]),
+    "a wrong type": ("max_steps: long\n", ["'max_steps' in {folder}/run.yaml is 'long'", "a whole number"]),
 }
 
 

@@ -123,7 +123,7 @@ def test_aot_over_micro_batches_is_aot_over_the_batch(cut_words: Words, tmp_path
         ({"ref_model_sync_steps": 4}, "ref_model_sync_steps 4 needs sync_ref_model: true"),
         ({"loss_type": "hinge", "label_smoothing": 0.1}, "'hinge' cannot honour label_smoothing=0.1; these can: sig"),
         ({"loss_type": "sigmod"}, "unknown loss_type 'sigmod'; did you mean 'sigmoid'"),
-        ({"loss_weights": "[1,2]"}, "loss_weights must have one number a loss"),
+        ({"loss_weights": "[1,2]"}, "loss_weights must have one number per loss"),
         ({"reference": "cached"}, "reference is 'cached', but the training rows are not in the cache"),
     ],
     ids=str,

@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from jdpo.cli.cluster import in_cluster
 from jdpo.cli.parsing import CONFIG_USAGE, Parser, add_config, add_help, add_keys, parse
 from jdpo.cli.train import print_help, read_config, shown_error
-from jdpo.config import DPOConfig
+from jdpo.config import CONFIGS
 from jdpo.safe_text import terminal_lines
+
+DPO = CONFIGS["dpo"]
+"""The keys of this command are those of `jdpo dpo`."""
 
 
 def parser(*, complete: bool = False) -> Parser:
@@ -29,7 +32,7 @@ def parser(*, complete: bool = False) -> Parser:
         epilog="The keys are those of `jdpo dpo --help`.",
     )
     add_config(parser, add_help(parser))
-    add_keys(parser, DPOConfig, hidden=not complete)
+    add_keys(parser, DPO, hidden=not complete)
     return parser
 
 
@@ -37,9 +40,9 @@ def main(command: str, words: Sequence[str]) -> int:
     """Runs the command; returns its exit code."""
     arguments = parser()
     line = parse(arguments, words)
-    if print_help(command, arguments, DPOConfig, line.help):
+    if print_help(command, arguments, DPO, line.help):
         return 0
-    config = read_config(DPOConfig, line._replace(overrides=[*line.overrides, "output_dir=none"]))
+    config = read_config(DPO, line._replace(overrides=[*line.overrides, "output_dir=none"]))
     with in_cluster(config, command, words, shown=shown_error, trains=False):
         from jdpo.processes import is_first
         from jdpo.training.reference.reference_source import compute_reference

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from jdpo.config import DPOConfig
+from jdpo.config import ReferenceSettings, TrainConfig
 from jdpo.data.reference_cache.cache_key import changes, most_similar_entry
 from jdpo.data.reference_cache.scores import ReferenceCache
 from jdpo.devices import leave_out_missing_tpus
@@ -110,7 +110,7 @@ def settle_reference(
     return _build(setup, sets, log, repair=False, stopped=stopped)
 
 
-def compute_reference(config: DPOConfig, log: Log) -> Reference:
+def compute_reference(config: TrainConfig, log: Log) -> Reference:
     """Runs `jdpo reference`: computes everything that is missing or damaged in a config's cache.
 
     Args:
@@ -120,8 +120,11 @@ def compute_reference(config: DPOConfig, log: Log) -> Reference:
       ValueError: bad input, or a reference that cannot be cached.
       FloatingPointError: as in `settle_reference`.
     """
-    if not task_for(config).uses_reference:
-        raise ValueError(f"loss_type {' + '.join(config.loss_type)} has no reference: there is nothing to compute")
+    loss = task_for(config).loss
+    assert loss is not None, type(config)
+    assert isinstance(config, ReferenceSettings), type(config)
+    if not loss.needs_reference:
+        raise ValueError(f"loss_type {' + '.join(loss.loss_types)} has no reference: there is nothing to compute")
     if config.sync_ref_model:
         raise ValueError("sync_ref_model moves the reference in training: its log-probs cannot be computed beforehand")
     leave_out_missing_tpus()

@@ -80,6 +80,7 @@ def write_shards(
         for name, take in host_tensors(params, config):
             if name in owned:
                 writer.write(name, take)
+            # With several processes the loop goes to its end: every tensor's slices travel between all of them.
             if writer.error is not None and jax.process_count() == 1:
                 break
         writer.finish()
@@ -141,6 +142,7 @@ class _Writer:
             end += math.prod(shape) * dtype.itemsize
             header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        # Spaces pad the header, so that the first tensor is aligned to 8 bytes.
         text += b" " * (-len(text) % 8)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         self._descriptors.append(descriptor)

@@ -125,6 +125,7 @@ class Norm(nn.Module):
         zeros, ones = nn.initializers.zeros_init(), nn.initializers.ones_init()
         scale = self._param("scale", zeros if self.kind == "rms_offset" else ones, x)
         dims = tuple(range(-len(self.axes), 0))
+        # In float32: in bfloat16 the mean of squares would lose most of its digits.
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         if self.kind == "layer":
             wide = wide - jnp.mean(wide, axis=dims, keepdims=True)

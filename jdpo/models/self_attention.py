@@ -91,6 +91,7 @@ class Attention(nn.Module):
             query, key = (apply_rope(x, tables) for x in (query, key))
         if cache is not None:
             assert context.write_index is not None
+            # New keys and values go to the next free slots of the cache.
             write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=context.write_index, axis=1)
             key = write(cache["key"], key.astype(cache["key"].dtype))
             value = write(cache["value"], value.astype(cache["value"].dtype))
@@ -104,6 +105,7 @@ class Attention(nn.Module):
 
     def _attend(self, query: jax.Array, key: jax.Array, value: jax.Array, context: Context) -> jax.Array:
         if context.packed is not None:
+            # A prompt is copied to each of its branches, so attention needs no mask of its own for them.
             query, key, value = (to_sequences(x, context.packed) for x in (query, key, value))
             lengths = context.packed.lengths.reshape(-1)
             output = attend_over_mesh(self.attention, self.config, self.kind, query, key, value, lengths)

@@ -117,6 +117,7 @@ class Transformer(nn.Module):
     def hidden_states(self, tokens: jax.Array, attention_mask: jax.Array) -> jax.Array:
         """Returns the final norm's output [n, t, d]; arguments as for `__call__`."""
         mask = attention_mask.astype(bool)
+        # Positions count real tokens only, so that left padding does not shift them.
         positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
         context = Context(self._ropes(positions), positions, positions, mask, token_weights=mask)
         return self._run(tokens, positions, None, context)[0]

@@ -88,6 +88,7 @@ def init_adapters(lora: Lora, key: jax.Array, dtype: Any) -> Adapters:
     def init(leaf: _Leaf) -> jax.Array:
         if leaf.num_inputs is None:
             return jnp.zeros(leaf.shape, dtype)
+        # A key per path, so that adding a site does not change the others.
         of_leaf = jax.random.fold_in(key, zlib.crc32("/".join(leaf.path).encode()))
         bound = 1 / math.sqrt(leaf.num_inputs)
         return jax.random.uniform(of_leaf, leaf.shape, jnp.float32, -bound, bound).astype(dtype)

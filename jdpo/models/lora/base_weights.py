@@ -52,6 +52,7 @@ def quantize(kernel: jax.Array, site: Site) -> tuple[jax.Array, jax.Array]:
     """
     dims = tuple(range(len(site.lead), len(site.lead) + len(site.inputs)))
     wide = kernel.astype(jnp.float32)
+    # One unit per output channel: it can be applied after the product.
     most = jnp.max(jnp.abs(wide), axis=dims, keepdims=True)
     unit = jnp.where(most > 0, most / LEVELS, 1)
     return jnp.round(wide / unit).astype(jnp.int8), jnp.squeeze(unit, dims)

@@ -127,8 +127,10 @@ def started_rows(folder: Path, config: ModelConfig, ids: np.ndarray, is_token: n
     for number, name in enumerate(names):
         with _Table(folder, config, name) as table:
             trained = is_token & _is_trained(table)
+            # A model whose rows are all alike, such as a test's, has no better mean.
             trained = trained if trained.any() else is_token
             mean, spread = _mean_and_spread(table, trained)
+        # Seeded per table, so that head and embedding get different noise.
         noise = np.random.default_rng((seed, number)).standard_normal((len(ids), config.d_model))
         rows.append(mean + NOISE_SCALE * spread * noise)
         counts.append(int(trained.sum()))

@@ -59,6 +59,7 @@ def _local(leaf: jax.Array, piece: Piece) -> np.ndarray:
         return np.asarray(_part_getter(_without_leading(leaf.sharding, len(piece.at)))(leaf, piece.at))
     if len(shards) == 1:
         return np.asarray(shards[0].data)[piece.at]  # the array's own memory
+    # Assembled by numpy, without compiling a program for every shape.
     values = np.empty(piece.view.shape, leaf.dtype)
     for shard in shards:
         bounds = tuple(part.indices(size)[:2] for part, size in zip(shard.index, leaf.shape, strict=True))

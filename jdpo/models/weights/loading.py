@@ -70,6 +70,7 @@ def load_params(
         quantized dtype, or holds NaN or Inf. Tensor and file are named; all but NaN and Inf are found before any read.
     """
     config = model if isinstance(model, ModelConfig) else model.config
+    # All processes check the files, which may differ from host to host, before any of them reads weights.
     entries = run_jointly(lambda: _checked_entries(folder, config))
     one_device = SingleDeviceSharding(jax.local_devices()[0])
     to_fill = [
@@ -171,6 +172,7 @@ def _has_fused_experts(entries: Collection[str], known: Collection[str], config:
 def _require_tied(files: TensorFiles, entries: dict[str, TensorEntry], folder: Path, config: ModelConfig) -> None:
     head_name, embedding_name = layout_of(config).head.hf_name, layout_of(config).embedding.hf_name
     size = math.prod(entries[head_name].shape)
+    # In chunks, so that a large vocabulary is never in memory as a whole.
     for start in range(0, size, CHUNK_BYTES):
         head, embedding = (
             np.empty(min(CHUNK_BYTES, size - start), files.dtype(name)) for name in (head_name, embedding_name)

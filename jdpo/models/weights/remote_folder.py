@@ -160,7 +160,7 @@ def _download(system: Any, place: str, file: _Remote, path: Path) -> None:
 
 
 class _IncompleteDownload(Exception):
-    """The downloaded file is not the one that the store lists."""
+    """The download differs from the file that the store lists."""
 
 
 def _check_download(file: _Remote, size: int, digest: str | None) -> None:

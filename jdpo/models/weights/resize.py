@@ -67,6 +67,7 @@ def _fitting(sharding: Sharding, ndim: int, axis: int, new_size: int) -> Shardin
     if not isinstance(sharding, NamedSharding):
         return sharding
     spec = [*sharding.spec, *([None] * (ndim - len(sharding.spec)))]
+    # A spec entry is one mesh axis, a tuple of them, or None.
     names = spec[axis] if isinstance(spec[axis], tuple) else (spec[axis],)
     num_parts = 1
     for name in names:

@@ -80,6 +80,7 @@ class TensorFiles:
         offset, rest = entry.offset + start * run.itemsize, run.view(np.uint8).data
         try:
             while rest:
+                # A read may return fewer bytes than requested.
                 count = os.preadv(self._descriptor(entry.file), [rest], offset)
                 if not count:
                     raise ValueError(f"{entry.file} became shorter while it was read; download it again")
@@ -178,6 +179,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
+        # Checked first, since the pointer's text would be read as an absurd header length.
         if _LFS_PREFIX.startswith(start) and start:
             raise ValueError(f"{path} is a git-LFS pointer, not the tensor file; run `git lfs pull` in that folder")
         if len(start) < 8:
@@ -193,6 +195,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         header.pop("__metadata__", None)
         entries, end = {}, 0
         for name, info in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            # Tensors must follow each other without gaps: the format's own rule, which finds damaged offsets.
             begin, after = info["data_offsets"]
             entry = TensorEntry(path, tuple(info["shape"]), info["dtype"], 8 + header_bytes + begin)
             expected_bytes = math.prod(entry.shape) * DTYPES[entry.dtype].itemsize if entry.dtype in DTYPES else None

@@ -90,6 +90,7 @@ def filled_leaves(
     for leaf in leaves:
         axis, all_bounds = _slabs(leaf, slab_bytes)
         for bounds in all_bounds:
+            # Threads read this slab while the one before it moves to the devices.
             following = reader.start(leaf, bounds, axis)
             if waiting is not None:
                 yield from move(waiting)
@@ -131,6 +132,7 @@ class Reader:
 
     def start(self, leaf: Leaf, bounds: Bounds, axis: int | None) -> _Slab:
         """Starts to read a slab into the host memory of the slab before the last."""
+        # One read serves all shards of this process: neighbours often interleave in the file.
         shards = _shard_bounds(leaf.sharding, _shape(bounds)).values()
         box = tuple((min(a for a, _ in part), max(b for _, b in part)) for part in zip(*shards, strict=True))
         dtype = leaf.dtype if axis is None else self._staging_dtype(leaf)
@@ -169,6 +171,7 @@ class Reader:
         except ValueError as error:
             self.faults[name] = str(error)
             return
+        # Checked here, where the chunk is in the cache and its tensor is known.
         if not all_finite(run):
             self.faults[name] = f"{self._files.place(name)} holds NaN or Inf: the model is damaged, take another copy"
             return
@@ -181,6 +184,7 @@ class Reader:
         pitch = max(view.strides[-1], 1) if view.strides else 1
         if pitch == 1 or any(stride > pitch and stride % pitch for stride in view.strides):
             return view.array(run, view.start)
+        # Reading along columns is several times faster if rows do not start whole kilobytes apart.
         wide = pitch + PADDING_BYTES // run.itemsize
         whole, rest = divmod(run.size, pitch)
         padded = self._scratch.array("padded", (whole + 1) * wide, run.dtype).reshape(-1, wide)

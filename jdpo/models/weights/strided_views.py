@@ -66,6 +66,7 @@ def _chunks(
     view: StridedView, bounds: tuple[tuple[int, int], ...], max_elements: int
 ) -> Iterator[tuple[tuple[tuple[int, int], ...], StridedView]]:
     part = view.cut(bounds)
+    # Cut along the axis that is outermost in the file, so that each part is as contiguous as possible.
     divisible = [axis for axis, size in enumerate(part.shape) if size > 1]
     axis = max(divisible, key=part.strides.__getitem__, default=None)
     if axis is None:
@@ -111,6 +112,7 @@ def view_of(pattern: str, sizes: Mapping[str, int]) -> tuple[tuple[int, ...], St
         for is_mine, axes in parts:
             if is_mine:
                 start += before * stride
+                # The innermost axis of a dim has the dim's own stride.
                 for axis, size in reversed(axes):
                     index = _INDEX.fullmatch(axis)
                     if index:

@@ -59,6 +59,7 @@ def _newest_on_disk(directory: RunDirectory, num_steps: int) -> int | None:
     if directory.is_new:
         directory.give_up(damaged)
     lost = [name for name in damaged if name not in directory.record.given_up]
+    # Starting over silently would lose a run whose checkpoints can be repaired.
     if newest is None and lost:
         raise OSError(
             f"no checkpoint of the run in {directory.path} is whole: {', '.join(lost)} in {folder} cannot be resumed. "

@@ -29,6 +29,7 @@ def dry_run(config: TrainConfig, log: Log) -> None:
     leave_out_missing_tpus()
     config = resolve_dtype(config)
     with numerics(config):
+        # Without opening the folder: a dry run leaves no trace.
         check_output_dir(to_dict(config))
         setup = build(config, log, weights=False)
         live = setup.task.uses_reference and isinstance(config, ReferenceSettings) and config.reference == "live"

@@ -46,6 +46,7 @@ class Evaluation:
           pool: threads that compile.
         """
         assert setup.eval_data is not None
+        # Batches have the size of a training step, so that they fit the memory that was chosen for one.
         self._data, self._size, self._assembly = setup.eval_data, setup.config.global_batch_size, assembly
         self._unit = setup.task.unit
         self._shares = DatasetShares(setup.eval_data)
@@ -83,6 +84,7 @@ class Evaluation:
 
     def averages(self, state: TrainState, frozen: Frozen) -> dict[str, float]:
         """Returns means over all rows, {name: value}."""
+        # A reference that moves is part of the state, where steps keep it.
         frozen = self._assembly.evaluated(frozen, state)
         averages, routers = RowAverages(), list[RouterStats]()
         steps = list(self._rows())
@@ -97,6 +99,7 @@ class Evaluation:
         self._add(averages, routers, *waiting)
         if not routers:
             return averages.averages()
+        # The router's loss is a product of means over all rows, so that it cannot be averaged over batches.
         of_all = jax.tree.map(lambda *parts: np.concatenate(parts, dtype=np.float64), *routers)
         return {**averages.averages(), "aux_loss": float(load_balancing_loss(of_all))}
 

@@ -105,6 +105,7 @@ def export_checkpoint(
       ValueError: a file of the checkpoint is damaged, the model that the run started from is gone, or the export is
         refused.
     """
+    # Before anything is read: a wrong `out` should cost no minutes.
     check_out(out, [checkpoint.run / "checkpoints"])
     if (fault := fault_of(checkpoint.folder)) is not None:
         raise ValueError(
@@ -127,6 +128,7 @@ def export_checkpoint(
         elif not merging:
             _refuse_layout(given)
             require_loadable(setup.adaptation.sites, setup.adaptation.lora.sites)
+        # Again, now that the model's folders are known.
         check_out(out, source_folders(setup))
         log(f"exporting step {checkpoint.step} of {checkpoint.run} to {out}")
         lines = read_metrics(metrics)

@@ -65,8 +65,10 @@ def finish_run(
             lines, directory.plots, title=f"jdpo {setup.task.command}: {without_queries(config.model_name_or_path)}"
         )
 
+    # After the model, which matters most if a disk is full.
     run_jointly(draw, on_first=True)
     run_jointly(lambda: _push(setup, directory, exported, log), on_first=True)
+    # Last, so that a run that was killed before is exported again.
     directory.finish({**results, "step": setup.num_steps, "exported_step": exported})
 
 
@@ -159,6 +161,7 @@ def merged_params(setup: ModelSetup, adapters: Params, base: Base) -> Params:
     """
     adaptation, export_dtype = setup.adaptation, setup.config.export_dtype
     assert adaptation is not None
+    # Products of adapters are added in float32: bfloat16 would round away most of a small update.
     rest = adaptation.base_dtype.rest
     dtype = jnp.promote_types(rest, jnp.float32)
     if rest == jnp.bfloat16:

@@ -38,6 +38,7 @@ class StopRequest:
         self._answer: Callable[[], bool] | None = None
 
     def __enter__(self) -> StopRequest:
+        # Python delivers signals to the main thread only, and refuses handlers from others.
         if threading.current_thread() is threading.main_thread():
             for signum in SIGNALS:
                 if signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN:
@@ -50,6 +51,7 @@ class StopRequest:
 
     def _ask(self, signum: int, frame: FrameType | None) -> None:
         self.signum = signum
+        # The next signal has its default effect, so that a run that hangs can be ended.
         self._restore()
         silence_lost_output()
         with contextlib.suppress(OSError):
@@ -72,6 +74,7 @@ class StopRequest:
         """Returns the same as `asked`, one call late if there are several processes, so that none waits for others."""
         if jax.process_count() == 1:
             return self.signum is not None
+        # The last call's answer has arrived in the meantime; waiting for this one would cost a round trip per step.
         earlier, self._answer = self._answer, any_process_later(self.signum is not None)
         return earlier is not None and earlier()
 

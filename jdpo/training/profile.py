@@ -49,5 +49,6 @@ class Profiler:
     def close(self) -> None:
         """Writes the trace, if one was started."""
         if self._on:
+            # Traced once, even if the steps come again.
             self._on, self._steps = False, None
             jax.profiler.stop_trace()

@@ -86,8 +86,10 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
         console = make_console()
         log = partial(log_on, console)
         stop = resources.enter_context(StopRequest())
+        # Entered first, so that all work and all loading happens in the dtype and precision of the run.
         resources.enter_context(jax_settings(config, config.cache_dir))
         directory = resources.enter_context(closing(RunDirectory(config, task_for(config).command)))
+        # A second start of a finished run, such as a requeued job, trains and compiles nothing.
         if directory.finished:
             step = directory.record.results["step"]
             log(f"the run in {directory.path} is finished (step {step}); its model is {directory.model}")
@@ -98,6 +100,7 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
         newest: int | None = None  # the checkpoint that this start continues from
         try:
             setup = build(config, log, stopped=stop.alone)
+            # Before any weight is loaded: other rows or another model would be another run.
             check_inputs(setup, directory)
             newest = find_newest(setup, directory)
 
@@ -110,7 +113,7 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
             return RunResult(newest or 0, True, stop.exit_code, directory)
 
         # ----------------------------------------------------------------------------------------------- mesh and model
-        # The jitted step and evaluation, under each remat policy that may be used; nothing is traced yet.
+        # The jitted step and evaluation. Nothing is traced before the batches are planned, on whose shapes it depends.
         first, num_steps = newest or 0, setup.num_steps
         trains = first < num_steps
         assembly = assemble(setup, reference=reference.mode, remat=remat_policies(setup)[0])
@@ -119,7 +122,8 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
         resources.callback(manager.close)
 
         # ------------------------------------------------------------------------------------------------------- memory
-        # How much a device computes at once and what is recomputed. Programs compile while weights are loaded.
+        # How much a device computes at once, and what the backward pass recomputes: the fastest policy that fits.
+        # Programs compile in the background while weights are loaded.
         evaluation: Evaluation | None = None
         if trains:
             assemblies = {remat: assembly.with_remat(remat) for remat in remat_policies(setup)}
@@ -130,6 +134,7 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
                 setup, assemblies, reference.train, pool, log, limit=limit, recalled=recalled
             )
             directory.update(fit=fit_record(fit, conditions, limit))
+            # The programs of the first steps come first, so that training starts while later ones compile.
             programs.prepare(shapes_in_order(batches, map(setup.row_plan.step, range(first, num_steps))))
             if setup.eval_data is not None:
                 tokens = fit.max_tokens_per_device
@@ -149,6 +154,7 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
             log(f"resuming from the checkpoint of step {newest}")
         if is_first() and (note := cut_metrics(directory.metrics, first)) is not None:
             log(f"warning: {note}")
+        # Loading weights takes minutes, in which a signal may have come.
         if stop.asked():
             return interrupted(first, newest, manager, stop, directory, log)
         if on_step is not None:
@@ -172,6 +178,7 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
                 batch, rows = batches.make(setup.row_plan.step(step))
                 return StepBatch(place(batch, batch_sharding), rows), assembly.flops(batch)
 
+            # Packing and transfers happen on a thread, so that they take no time of the devices.
             ahead = prefetch(make_batch, range(first, num_steps))
             with exhaustion_explained(fit), display, closing(profiler), closing(ahead):
                 for step, ((batch, rows), flops) in enumerate(ahead, start=first + 1):
@@ -207,6 +214,7 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
                             saved = position_after(step, setup, record, base_identity)
                             manager.save(step, saved_parts(state), saved, metric=metric)
                             last_saved = step
+                    # A failed save or compilation is raised now, and not after hours of training.
                     manager.poll()
                     programs.check()
                     if stopping:
@@ -220,6 +228,7 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
                 log(note)
 
         # ------------------------------------------------------------------------------------------------------- export
+        # Only a merge still reads the frozen weights.
         base = frozen.base if setup.exports_merged else None
         del frozen  # the reference is no longer needed
         manager.wait()
@@ -278,7 +287,9 @@ def start_state(setup: Setup, assembly: Assembly, *, live: bool) -> tuple[TrainS
     params = load_start(setup)
     frozen = load_frozen(setup, params, live=live, moves=assembly.sync is not None)
     rng = jax.random.key_data(jax.random.key(setup.config.seed))
+    # Committed to the mesh now: a program compiled for arrays on all devices takes no others.
     step, rng, loss_state = jax.device_put((jnp.int32(0), rng, assembly.objective.init_state), replicated(setup.mesh))
+    # Jitted with shardings, so that no device ever holds all moments.
     opt_state = jax.jit(assembly.optimizer.init, out_shardings=assembly.state_shardings.opt_state)(params)
     reference_params = load_reference(setup, params, moves=True) if assembly.sync else None
     return TrainState(step, params, opt_state, rng, loss_state, reference_params), frozen, None

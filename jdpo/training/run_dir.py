@@ -79,11 +79,13 @@ class RunDirectory:
         self._run_file = self.path / "run.json"
         self._config_file = self.path / "resolved_config.yaml"
         self._lock: IO[str] | None = None
+        # Before the config is written, which others may read.
         refuse_passwords(to_dict(config))
         run_jointly(lambda: check_output_dir(to_dict(config)), on_first=True)
         run_jointly(self._take_lock, on_first=True)
         try:
             starts_over = config.resume == "never" and run_jointly(self._is_lost, on_first=True)
+            # Decided on the first process, as only its file system counts.
             self._starts_over = any_process(bool(starts_over))
             run_jointly(lambda: self._read_owner(config, command))
             run_jointly(lambda: self._write_owner(config, command), on_first=True)
@@ -97,6 +99,7 @@ class RunDirectory:
 
     def _write_owner(self, config: OutputSettings, command: str) -> None:
         try:
+            # The lines of the lost run would be mixed with those of the new one.
             if self._starts_over and os.path.lexists(self.metrics):
                 keep_old(self.metrics, "before")
             write_durably(self._config_file, to_public_yaml(config))

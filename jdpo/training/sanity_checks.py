@@ -45,6 +45,7 @@ def check_start(
       ValueError: both are meant to be one model and are not.
     """
     rewards = np.stack([rows["rewards/chosen"], rows["rewards/rejected"]], axis=-1)
+    # Rewards are beta times the difference of summed log-probs.
     distance = np.abs(rewards / loss.beta) / np.maximum(lengths, 1)
     worst, mean = float(distance.max()), float(np.mean(rows["loss"]))
     if not reference_is_start:
@@ -59,6 +60,7 @@ def check_start(
     expected = start_loss(loss)
     if expected is None:
         return f"start: policy equals reference (largest difference {worst:.1e} nats per token), loss {mean:.4f}"
+    # As far as rounding within the tolerance can move this loss, which may be steep at 0.
     slack = _start_slack(loss, tolerance * lengths.max(0))
     if not abs(mean - expected) <= slack:
         named = "ln 2 = " if math.isclose(expected, math.log(2), rel_tol=1e-6) else ""
@@ -93,6 +95,7 @@ def _loss_at(loss: LossSettings, logratios: np.ndarray) -> float:
 def _start_slack(loss: LossSettings, most: np.ndarray) -> float:
     """Largest change of the loss by rounding of the log-ratios by up to `most` [2], and by its own rounding."""
     start = _loss_at(loss, np.zeros((1, 2)))
+    # Taken at the corners of the range of rounding errors, where losses of one or two log-ratios change the most.
     corners = [np.array([[x * most[0], y * most[1]]]) for x in (-1, 1) for y in (-1, 1)]
     return 1e-6 * max(1.0, abs(start)) + max(abs(_loss_at(loss, corner) - start) for corner in corners)
 
@@ -208,6 +211,7 @@ class GradientWatch:
         self._num_dead += 1
         if self._num_dead == 1:
             self._first = step
+        # Hinge is flat where its margin is met: no fault, and more steps change nothing.
         met = self._flat and averages["loss"] == 0
         if self._num_dead >= DEAD_ERROR and not met:
             saved = "" if last_saved is None else f" The newest checkpoint is of step {last_saved}."

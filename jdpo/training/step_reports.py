@@ -81,6 +81,7 @@ class StepReports:
     def _read(self, launched: _Launched) -> None:
         step, of_step, flops, on_device = launched
         setup = self._setup
+        # Waits for the devices: the time until here is that of the step.
         report: StepReport = fetch(on_device)
         seconds = self._watch.lap()
         rows = rows_at(report.rows, of_step.at)
@@ -92,6 +93,7 @@ class StepReports:
             check_finite(
                 step, loss, grad_norm, rows["loss"], origins, self._last_saved(), weights_finite=weights_finite
             )
+        # Policy and reference are compared once, on the rewards of the first batch, which no update has changed yet.
         if step == 1:
             with self.untimed():
                 self._check_start(rows, of_step.indices)

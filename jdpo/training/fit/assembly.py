@@ -58,6 +58,7 @@ def compile_step(
     batch_sharding, whole = micro_batch_sharding(mesh), replicated(mesh)
     params_sharding = state_shardings.params
     evaluated = frozen_shardings if sync is None else frozen_shardings._replace(reference=params_sharding)
+    # What is fixed for a run is bound here, so that jax sees only state, frozen weights and batch.
     step = partial(
         train_step, objective=objective, optimizer=optimizer, schedule=schedule, shardings=params_sharding, sync=sync
     )
@@ -140,6 +141,7 @@ class Assembly:
         """Counts the FLOPs of a step from its batch of numpy arrays."""
         model = self.model
         program = Arithmetic(
+            # Padded rows attend by plain XLA, whatever backend packed rows have.
             self.attention(batch.gather.shape[-1]) if isinstance(batch, PackedBatch) else "xla",
             model.remat,
             live_reference=self.frozen.reference is not None or self.sync is not None,
@@ -161,6 +163,7 @@ class Assembly:
         """Lowers the evaluation of batches of these shapes."""
         scalar = jax.ShapeDtypeStruct((), jnp.float32)
         totals = Totals(scalar, scalar) if self.has_totals else None
+        # With the shapes of the reference in the state, where it moves.
         frozen = self.evaluated(self.frozen, self.state)
         return self.compiled.evaluate.lower(self.state.params, frozen, batch, self.state.loss_state, totals)
 
@@ -177,6 +180,7 @@ def assemble(setup: Setup, *, reference: Mode, remat: str) -> Assembly:
       remat: what the backward pass recomputes.
     """
     config = setup.config
+    # Only shapes from here on: arrays of a large model would not fit one host.
     model = setup.model.clone(remat=remat)
     optimizer, objective = make_optimizer(config, setup.num_steps), objective_of(setup, model)
     sync = sync_of(config)
@@ -189,6 +193,7 @@ def assemble(setup: Setup, *, reference: Mode, remat: str) -> Assembly:
         loss_state=jax.eval_shape(lambda: objective.init_state),
         reference_params=shapes if sync else None,
     )
+    # Moments are split as their weights; scalars are on every device.
     shardings: TrainState = state_shardings(abstract, shapes, setup.shardings, setup.mesh)
     if config.offload_optimizer:
         shardings = shardings._replace(opt_state=offloaded(shardings.opt_state, abstract.opt_state))

@@ -34,6 +34,7 @@ class Programs:
             done: Future[Any] = Future()
             done.set_result(program)
             self._programs[shapes] = done
+        # Programs that a step had to wait for, as they were not prepared: planning should prepare all.
         self.num_late = 0
 
     def prepare(self, batches: Iterable[Batch]) -> None:
@@ -87,6 +88,7 @@ another thread may be reading."""
 
 def compile_for(lower: Callable[[Batch], Any], batch: Batch) -> Any:
     """Traces and compiles a function for batches of these shapes, in this thread."""
+    # Only tracing is serialized: XLA's compilations release the GIL and run in parallel.
     with _TRACING:
         lowered = lower(shapes_of(batch))
     return compile_lowered(lowered)
@@ -101,6 +103,7 @@ def compile_lowered(lowered: Any) -> Any:
 
 def _give_back_memory() -> None:
     """Returns the heap that a compilation leaves, hundreds of MiB, to the system, where the C library is glibc."""
+    # musl and macOS have no malloc_trim.
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -113,9 +116,11 @@ def compiler_threads() -> Iterator[ThreadPoolExecutor]:
     There is one thread where several processes compile the same programs: on GPUs the compilations of the processes
     communicate, and must do so in the same order.
     """
+    # More than four compilations at once need more memory than they save time.
     workers = 1 if jax.process_count() > 1 else min(4, os.cpu_count() or 1)
     pool = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="jdpo-compile")
     try:
         yield pool
     finally:
+        # A compilation cannot be interrupted; those that have not begun are dropped.
         pool.shutdown(wait=True, cancel_futures=True)

@@ -89,8 +89,10 @@ def step_flops(config: ModelConfig, batch: Any, program: Arithmetic) -> StepFlop
         real, run = _padded_real(config, batch), _padded_run(config, batch)
         products, logits_again = PRODUCTS["xla"], False
     reference = int(program.live_reference)
+    # Forward, and backward for activations; the third is the gradient of the weights, which frozen ones do not have.
     passes = 3 if program.adapters is None else 2
     logical = _flops(config, real, matrices=passes + reference, head=passes + reference, products=6 + 2 * reference)
+    # Passes that compute no gradients.
     forwards = reference + int(program.first_pass)
     products_run = products.forward * (1 + forwards) + products.backward + _products_again(program.remat, products)
     executed = _flops(
@@ -188,6 +190,7 @@ def _used(batch: PackedBatch) -> np.ndarray:
 
 def _packed_run(config: ModelConfig, batch: PackedBatch, program: Arithmetic) -> _Amounts:
     length, num_scored = batch.gather.shape[-1], batch.logp_pair.shape[-1]
+    # Attention is called once per shard and micro-batch, and its tiles depend on the rows of that call.
     calls = batch.lengths.reshape(-1, batch.lengths.shape[1] // program.num_shards * batch.lengths.shape[2])
     pairs = sum(
         computed_pairs(
@@ -278,6 +281,7 @@ def peak_flops(device_kind: str, dtype: str) -> float | None:
     >>> peak_flops("NVIDIA H200", "bfloat16"), peak_flops("TPU v5 lite", "float32"), peak_flops("cpu", "float32")
     (989000000000000.0, None, None)
     """
+    # A slice reports the name of the whole GPU, whose peak it does not have.
     if "MIG" in device_kind:
         return None
     rows: Iterable[dict[tuple[str, ...], float]] = (

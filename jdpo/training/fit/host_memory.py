@@ -41,6 +41,7 @@ def host_memory(root: Path = Path("/"), limits: Mapping[str, int] | None = None)
         *_of_groups(root),
         *_of_process(root, _own_limits() if limits is None else limits),
     ]
+    # The tightest limit is the one that kills the process.
     return min(found, key=lambda memory: memory.size)
 
 
@@ -55,6 +56,7 @@ def _total(root: Path) -> int:
 def _of_groups(root: Path) -> Iterator[HostMemory]:
     """The limit of every control group that this process is in, directly or further up."""
     for version, mounted, group in _places(root):
+        # A group cannot have more than the groups around it.
         for folder in (group, *group.parents):
             if not folder.is_relative_to(mounted):
                 break

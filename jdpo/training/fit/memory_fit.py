@@ -70,6 +70,7 @@ def choose_fit(
     Raises:
       jax.errors.JaxRuntimeError: a compilation failed, and not for lack of memory.
     """
+    # By shape, as several budgets may lead to the same batches.
     programs: dict[tuple[str, Batch], Any] = {}
 
     def bytes_needed(policy: str, tokens: int) -> float:
@@ -107,11 +108,14 @@ def search_fit(
     enough = max(min(ENOUGH_TOKENS, most_tokens), least_tokens)
     for policy in policies:
         most = bytes_needed(policy, most_tokens)
+        # The common case: everything fits under the fastest policy, and a single compilation shows it.
         if most <= limit:
             return Fit(policy, most_tokens, int(most))
+        # Too few tokens leave the devices idle, so a slower policy with more tokens is better than these.
         least = bytes_needed(policy, enough) if enough < most_tokens else most
         if least <= limit:
             return _between(bytes_needed, policy, (enough, least), (most_tokens, most), limit)
+    # Nothing fits with enough tokens: halve them under the policy that needs the least.
     policy, tokens, needed = policies[-1], enough, least
     while needed > limit and tokens > least_tokens:
         tokens = max(tokens // 2 // TOKEN_STEP * TOKEN_STEP, TOKEN_STEP)
@@ -129,6 +133,7 @@ def _between(
     """Closes in on the most tokens that fit; memory grows about linearly with them."""
     for _ in range(MOST_TRIALS):
         (low, low_bytes), (high, high_bytes) = fits, too_much
+        # Interpolated where both ends compiled, bisected where the upper one did not.
         share = (limit - low_bytes) / (high_bytes - low_bytes) if math.isfinite(high_bytes) else 0.5
         tokens = int(low + share * (high - low)) // TOKEN_STEP * TOKEN_STEP
         if tokens <= low:
@@ -138,6 +143,7 @@ def _between(
             too_much = tokens, needed
         else:
             fits = tokens, needed
+            # An interpolated budget that fits is close enough: the rest of the line is not worth a compilation.
             if math.isfinite(high_bytes):
                 break
     return Fit(policy, fits[0], int(fits[1]))
@@ -181,9 +187,11 @@ def program_bytes(program: Any) -> float:
 def memory_limit() -> int:
     """Returns the bytes that a step may take of each device's memory; the same on every process."""
     device = jax.local_devices()[0]
+    # Devices of the CPU share the memory of the host.
     if device.platform == "cpu":
         limit = host_memory().size * SHARE_OF_HOST / jax.local_device_count()
     else:
+        # A platform that does not report its memory gets no limit: the run finds out.
         stats = device.memory_stats() or {}
         limit = stats.get("bytes_limit", math.inf) * SHARE_OF_DEVICE
     least = -max_over_processes(-limit)

@@ -77,6 +77,7 @@ def prepare_steps(
         fit, batches, compiled = fit_steps(setup, assemblies, plan, log, limit=limit)
     assembly = assemblies[fit.remat]
     log_batches(setup, assembly, batches, fit, log)
+    # Programs of budgets that were only tried would take memory for nothing.
     known = set(map(shapes_of, batches.shapes()))
     compiled = {batch: program for batch, program in compiled.items() if batch in known}
     return Preparation(fit, assembly, batches, Programs(assembly.lower_step, pool, compiled))
@@ -100,6 +101,7 @@ def fit_steps(
     if not fixed_tokens:
         # A step that is smaller than the budget needs no more than it has, and its batches stay as they are.
         most = min(most, -(-widest.tokens_per_device // TOKEN_STEP) * TOKEN_STEP)
+    # The config decides everything, so that nothing needs to be compiled to find out.
     if fixed_tokens and len(assemblies) == 1:
         return Fit(next(iter(assemblies)), most), widest, {}
     batches_of = functools.cache(lambda tokens: widest if tokens == most else plan(tokens))
@@ -167,6 +169,7 @@ def recalled_fit(saved: FitRecord | None, conditions: Mapping[str, Any], limit: 
     if saved is None or any(saved.conditions.get(key) != value for key, value in conditions.items()):
         return None
     needed = saved.bytes_needed
+    # On a smaller device the old fit is kept only if it still fits.
     if needed is not None and limit < min(needed, saved.limit):
         return None
     return Fit(saved.remat, saved.max_tokens_per_device, needed)

@@ -153,6 +153,7 @@ class RowAverages:
         """Adds a batch: per-row values [b] from `rows_at`, the loss's divisor, and the shares of `DatasetShares`."""
         self._shares.add(shares or {})
         for name, values in rows.items():
+            # In float64: a float32 sum over many rows loses digits.
             self._sums[name] = self._sums.get(name, 0.0) + float(values.sum(dtype=np.float64))
         self._rows += len(next(iter(rows.values())))
         self._normalizer += normalizer

@@ -38,6 +38,7 @@ class Record:
             num_devices=setup.mesh.size,
             peak=peak_flops(setup.mesh.devices.flat[0].device_kind, setup.config.compute_dtype),
         )
+        # None of them is logged for a run of one dataset.
         self._shares = DatasetShares(setup.train_data)
         self._jsonl = JsonlWriter(directory.metrics) if is_first() else None
         self._writers: list[Writer] = []

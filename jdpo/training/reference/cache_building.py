@@ -33,6 +33,7 @@ def build_cache(setup: Setup, rows: RowSet, scorer: Scorer, *, log: Log, repair:
     folder = rows.folder
     with _writing(folder):
         folder.path.mkdir(parents=True, exist_ok=True)
+    # Only one run computes an entry; others wait and then find it.
     with _alone(folder, scorer.check_stopped, log) as (rank, num_sharers):
         shards = folder.examine()  # again: another run may have written shards while this one waited
         if not repair:
@@ -43,6 +44,7 @@ def build_cache(setup: Setup, rows: RowSet, scorer: Scorer, *, log: Log, repair:
                 folder.clear_unfinished()
                 if entry is not None:
                     folder.write_entry(entry)
+        # All processes compute all missing shards, as the reference is split over their devices.
         todo = _union(~shards.whole)  # nothing is written before every process has looked
         progress = _Progress(rows, shards, folder.count_rows(todo), log)
         if todo.any():  # another run may have computed all of it in the meantime
@@ -50,6 +52,7 @@ def build_cache(setup: Setup, rows: RowSet, scorer: Scorer, *, log: Log, repair:
             plan = scorer.plan(rows.data, [folder.rows_of(shard) for shard in range(len(todo))])
             for shard in map(int, np.flatnonzero(todo)):
                 values = scorer.score(plan, folder.rows_of(shard), progress)
+                # Each shard is written once per file system, by processes in turn.
                 if not shards.whole[shard] and shard % num_sharers == rank:
                     with _writing(folder):
                         folder.write_shard(shard, values)

@@ -65,6 +65,7 @@ def find_rows(setup: Setup) -> list[RowSet]:
             started=None if started is None else {"seed": config.seed, "ids": started.ids.tolist()},
         )
         key = key_of(parts)
+        # Different keys on different hosts would mix log-probs of different references.
         _check_same_everywhere(key)
         folder = CacheFolder(cache_root(config.cache_dir), key, num_rows=len(data), dtype=dtype)
         sets.append(RowSet(role, data, parts, folder, folder.examine()))
@@ -79,6 +80,7 @@ def weights_of_reference(setup: Setup) -> str:
         kept = setup.model.param_dtype
     else:
         kept = used if setup.reference_folder is not None else adaptation.base_dtype.rest
+    # Rounding at loading changes log-probs, so that it is part of what identifies the weights.
     if jnp.promote_types(kept, used) != kept:  # rounded when they are loaded, not only when they are used
         weights += f" in {jnp.dtype(kept).name}"
     if adaptation is None or setup.reference_folder is not None:

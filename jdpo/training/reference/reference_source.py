@@ -71,6 +71,7 @@ def settle_reference(
       FloatingPointError: a log-prob of the reference is not finite; the row is named.
       BuildStopped: `stopped` returned True.
     """
+    # Many configs leave no choice; the cache is then not even looked at.
     mode = fixed_mode(asked, needs_reference=needs_reference, sync_ref_model=sync_ref_model)
     if mode is None and asked == "auto" and began_as == "live":
         log("reference: live, as this run began")
@@ -80,6 +81,7 @@ def settle_reference(
         log(f"reference: {mode}, {why}")
         return Reference(mode=mode)
     sets = find_rows(setup)
+    # All processes take the same branch, as each computes a part of every shard.
     if any_process(any(rows.shards.damaged_files for rows in sets)):
         if asked == "cached":
             for rows in sets:
@@ -89,6 +91,7 @@ def settle_reference(
         what = "; ".join(named) or "a file on another host is not as it was written"
         log(f"reference: its cached log-probs are damaged and computed again: {what}")
         return _build(setup, sets, log, repair=True, stopped=stopped)
+    # Everything is cached on every host: nothing to load or compute.
     if not any_process(not all(rows.complete for rows in sets)):
         _restore_entries(setup, sets)
         return _cached(sets, [0] * len(sets), log)
@@ -137,6 +140,7 @@ def compute_reference(config: TrainConfig, log: Log) -> Reference:
 def _why_it_pays(setup: Setup, rows: RowSet) -> str | None:
     """Returns why auto computes a cache, None where it does not; the same on every process."""
     rows_per_epoch = setup.row_plan.mixture.num_examples
+    # A second pass over the rows would compute the same log-probs again.
     if setup.num_steps * rows_per_epoch > setup.steps_per_epoch * len(setup.train_data):
         return "as the run passes over the rows more than once"
     if any_process(bool(rows.shards.whole.any())):

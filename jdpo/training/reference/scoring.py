@@ -119,6 +119,7 @@ class Scorer:
             progress(len(indices))
 
         for indices in plan.steps[rows]:
+            # Between batches, so that a signal ends a long computation soon.
             self.check_stopped()
             batch = plan.batches.make(indices).batch
             launched.append((indices, batch, self._launch(batch)))
@@ -130,6 +131,7 @@ class Scorer:
 
     def _launch(self, batch: PackedBatch) -> Array:
         setup = self._setup
+        # Without gradients there is nothing to recompute.
         logps = _compiled(setup.model.clone(remat="none"), setup.mesh)
         return logps(self._params, place(batch, micro_batch_sharding(setup.mesh)))
 

@@ -80,6 +80,7 @@ def check_adaptation(adaptation: Adaptation, tokenizer: Tokenizer, reference: Re
     Raises:
       ValueError: naming the key and what to do.
     """
+    # Adapters leave embedding and head as they are.
     refuse_added_tokens(tokenizer)
     if reference is None or not reference.sync_ref_model:
         return
@@ -108,6 +109,7 @@ def adaptation_of(
     Raises:
       ValueError: names that no module has, an adapter that jdpo cannot continue from, or keys that contradict it.
     """
+    # If the model is an adapter, lora is meant even where the key is left out.
     if not lora_config and adapter_folder is None:
         return None
     asked = lora_config or LoraConfig()
@@ -116,12 +118,14 @@ def adaptation_of(
     found = None if adapter_folder is None else read_adapter(adapter_folder, sites)
     if found is not None:
         refuse_other_shape(asked, found, frozen)
+        # Its shape is given by its files; keys may only repeat it.
         lora, targets = found.lora, found.targets
     else:
         given = {key: getattr(asked, key) for key in LORA_DEFAULTS}
         values = {key: LORA_DEFAULTS[key] if value is None else value for key, value in given.items()}
         targets = values.pop("target_modules")
         lora = Lora(**values, sites=choose_sites(sites, targets, frozen))
+    # Merged into the base, adapters need no module that PEFT can load.
     if not asked.merge:
         require_loadable(sites, lora.sites)
     return Adaptation(

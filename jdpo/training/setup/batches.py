@@ -81,6 +81,7 @@ class PaddedBatches:
         self._task, self._data, self._cache = task, data, cache
         self._scores = score_margins(data) if task.reads_scores else None
         self._max_length, self._pad_token_id, self._num_shards = max_length, pad_token_id, num_shards
+        # All shapes of the run, so that each is compiled once, ahead of its step.
         self._lengths = sorted({self._length(indices) for indices in steps})
         self.layout = batch_layout(
             global_batch_size,
@@ -174,6 +175,7 @@ class PackedBatches:
         step = self.plan.step(indices)
         scores = None if self._scores is None else self._scores[indices]
         batch = pack(rows, indices, step, reference_logps=reference, score_margins=scores)
+        # Items are packed in an order of their own; `at` brings their values back into the order of `indices`.
         real = np.flatnonzero(batch.pair_weight.reshape(-1))
         in_batch = batch.pair_row.reshape(-1)[real]
         at = real[np.argsort(in_batch)][np.argsort(np.argsort(indices))]
@@ -311,7 +313,9 @@ def batch_layout(
     >>> batch_layout(64, micro_batch_size=3, max_tokens=16384, num_shards=8, row_tokens=2048)
     BatchLayout(num_micro=3, rows_per_micro=24)
     """
+    # A row longer than the budget is computed alone.
     most = micro_batch_size or max(1, max_tokens // row_tokens)
     per_shard = global_batch_size // num_shards
+    # Micro-batches of equal size waste the least padding.
     num_micro = -(-per_shard // most)
     return BatchLayout(num_micro, -(-per_shard // num_micro) * num_shards)

@@ -131,6 +131,7 @@ def make_model(config: TrainConfig, source_config: ModelConfig, tokenizer: Token
             )
         vocab_size = tokenizer.size
     compute_dtype = jnp.dtype(config.compute_dtype)
+    # Before rows are tokenized, which may take long.
     check_positions(source_config, max_length=config.max_length, name=config.model_name_or_path)
     check_attention_settings(config, source_config, max_length=config.max_length)
     return Transformer(

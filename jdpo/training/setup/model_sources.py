@@ -64,6 +64,7 @@ def find_sources(settings: ModelSettings, *, weights: bool = True) -> Sources:
                 "with lora: leave lora out, or merge the adapter first (`jdpo export --merge`) and train the merged "
                 "model"
             )
+        # The adapter says which base it belongs to, and at which revision.
         adapter = folder
         name, revision = base_of(adapter)
         refuse_passwords(name, f"base_model_name_or_path in {adapter / CONFIG_NAME}")
@@ -79,6 +80,7 @@ def find_sources(settings: ModelSettings, *, weights: bool = True) -> Sources:
             f"{adapter}: its base {name} is an adapter as well; merge that one into its own base first (`jdpo export "
             "--merge`, or PEFT's merge_and_unload), and give the merged model as model_name_or_path with lora.adapter"
         )
+    # Tokens that were added for the adapter are only in its own tokenizer.
     has_tokenizer = adapter is not None and (adapter / "tokenizer_config.json").is_file()
     tokenizer_folder = adapter if adapter is not None and has_tokenizer else folder
     return Sources(public_text(name), revision, folder, adapter, tokenizer_folder)

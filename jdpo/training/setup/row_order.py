@@ -52,6 +52,7 @@ def prepare_rows(
     def prepare(datasets: Sequence[DatasetConfig], part: Part | None, title: str) -> PreparedData:
         progress = partial(_progress, RowCounter(log), stopped)
         data = read(datasets, tokenizer, part=part, progress=progress)
+        # The first thing to look at when a run trains on other rows than expected.
         log(f"{title}{data.summary()}\n  {data.cache_note}")
         return data
 
@@ -118,4 +119,5 @@ def num_steps_of(num_epochs: float, steps_per_epoch: int) -> int:
     >>> num_steps_of(1.1, 50), num_steps_of(0.5, 3)
     (55, 2)
     """
+    # 1.1 * 50 is 55.00000000000001, which must not become 56 steps.
     return math.ceil(round(num_epochs * steps_per_epoch, 6))

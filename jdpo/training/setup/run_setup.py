@@ -104,6 +104,7 @@ def build(config: TrainConfig, log: Log, *, weights: bool = True, stopped: Calla
       ValueError: bad input, before anything is trained.
       BuildStopped: `stopped` returned True.
     """
+    # Settings first, which cost nothing; then the hub; then files.
     task = run_jointly(lambda: _checked_task(config))
     if config.push_to_hub is not None:  # now, not at the export after hours of training
         repository = config.push_to_hub
@@ -145,6 +146,7 @@ def _build(config: TrainConfig, task: Task, log: Log, *, weights: bool, stopped:
             log(f"note: no weights in {folder}: it was not checked that they fit config.json")
     train_data, eval_data = prepare_rows(config, tokenizer, log, pairs=task.loss is not None, stopped=stopped)
     started, reference_started = _started(model_setup, reference_folder, train_data, log)
+    # The steps follow from the number of rows that are kept, which is only known now.
     row_plan = plan_rows(config, train_data, log, global_batch_size=config.global_batch_size, seed=config.seed)
     setup = Setup(
         **vars(model_setup),
@@ -201,6 +203,7 @@ def _reference_of(config: TrainConfig, model_setup: ModelSetup, *, weights: bool
     if not isinstance(config, ReferenceSettings) or config.reference_model is None:
         return None, sources.adapter_folder
     folder = resolve_folder(config.reference_model, config.reference_revision, weights=weights)
+    # Compared as folders: a hub name and its snapshot are one model.
     if folder.resolve() == sources.model_folder.resolve():
         return None, None  # the policy's own start, or the base of the adapter that it starts from
     if sources.adapter_folder is not None and folder.resolve() == sources.adapter_folder.resolve():

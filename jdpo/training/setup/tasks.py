@@ -66,9 +66,11 @@ class Task:
           router_aux_loss_coef: for models with experts; None: the model's own coefficient.
           lora: the adapters, where they alone are trained.
         """
+        # Packed rows never hold all logits; padded rows do, as the plain definition of the loss does.
         run: Callable[..., Any] = PackedLogps(model, mesh)
         if not packing:
             run = make_apply_fn(model) if model.config.moe is None else make_routed_apply_fn(model)
+        # Models without experts have no router whose load could be balanced.
         coef = None
         if model.config.moe is not None:
             coef = model.config.moe.aux_loss_coef if router_aux_loss_coef is None else router_aux_loss_coef

@@ -118,6 +118,7 @@ def start_tokens(
     """
     untrained = find_untrained(folder, model, tokenizer, data)
     lines = []
+    # Frozen rows would stay noise: an error, and not a warning.
     if untrained and adapted:
         raise ValueError(
             f"lora: the training rows contain {_named(untrained)}, whose embedding was never trained (it is zero or "
@@ -134,6 +135,7 @@ def start_tokens(
     started = [*zip(added_ids(tokenizer), tokenizer.added_tokens, strict=True)]
     if settings.init_untrained_tokens:
         started += [(token.id, token.token) for token in untrained]
+    # Rows beyond the model's vocabulary start too, whether the tokenizer uses them or not.
     ids = sorted({id for id, _ in started} | set(range(model.vocab_size, vocab_size)))
     if not ids:
         return Start(None, tuple(lines))

@@ -68,6 +68,7 @@ def check_logging(logging: LoggingSettings, task: Task, *, evaluates: bool) -> N
             "load_best_model_at_end needs eval_datasets and eval_steps: without them no step is the best "
             "(or eval_fraction instead of eval_datasets)"
         )
+    # A checkpoint without an evaluation could be the best one, and nobody would know.
     if logging.save_steps % logging.eval_steps:
         raise ValueError(
             f"load_best_model_at_end needs an evaluation at every checkpoint: save_steps {logging.save_steps} is not a "
@@ -95,6 +96,7 @@ def check_reference(reference: ReferenceSettings, *, loss_type: Sequence[str], n
         raise ValueError(f"sync_ref_model has no effect: loss_type {losses} uses no reference")
     if not reference.sync_ref_model:
         defaults = defaults_of(ReferenceSettings)
+        # Keys without effect are refused, so that nobody relies on them.
         for key in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
             if (value := getattr(reference, key)) != defaults[key]:
                 raise ValueError(f"{key} {value} needs sync_ref_model: true; without it the reference does not move")
@@ -184,6 +186,7 @@ def check_expert_settings(router_aux_loss_coef: float | None, source_config: Mod
             raise ValueError(
                 f"mesh.expert {mesh.shape['expert']}: this {family} model has no experts to split; use mesh.fsdp"
             )
+    # Experts are whole: an axis that does not divide them would split one.
     elif moe.num_experts % mesh.shape["expert"]:
         raise ValueError(
             f"mesh.expert {mesh.shape['expert']} does not divide the {moe.num_experts} experts of this {family} model"
@@ -204,6 +207,7 @@ def check_attention_settings(memory: MemorySettings, source_config: ModelConfig,
         raise ValueError(f"{key} {value!r} is for packed rows; set packing to true, or leave it out")
     blocks: dict[str, Any] = {"block_q": memory.attention_block_q, "block_kv": memory.attention_block_kv}
     dtype, head_dim, platform = jnp.dtype(memory.compute_dtype), source_config.head_dim, jax.default_backend()
+    # Every kind of layer must run: Gemma has some with a sliding window and some without.
     for window in sorted(set(source_config.layer_windows), key=str) if asked else ():
         backend = AttentionSettings(memory.attention, **blocks).resolve(dtype, source_config, max_length, window)
         try:

@@ -38,6 +38,7 @@ def load_start(setup: Setup) -> Params:
     dtype = setup.model.param_dtype
     if adaptation.folder is not None:
         return load_adapters(read_adapter(adaptation.folder, adaptation.sites), setup.shardings, dtype)
+    # Jitted with shardings, so that every device draws only its own part.
     start = jax.jit(lambda key: init_adapters(adaptation.lora, key, dtype), out_shardings=setup.shardings)
     return start(jax.random.key(setup.config.seed))
 
@@ -49,6 +50,7 @@ def _load_grown(setup: Setup, folder: FilePath, rows: StartedRows | None, dtype:
     dtype = setup.model.param_dtype if dtype is None else dtype
     params = load_params(folder, source_model, param_shardings(axes, shapes, setup.mesh), dtype=dtype)
     if rows is None:
+        # Rows are started exactly where the vocabulary grows.
         assert setup.model.config.vocab_size == setup.source_config.vocab_size, setup.model.config
         return params
     grown, model = resize_embeddings(params, source_model, setup.model.config.vocab_size, rows)
@@ -105,6 +107,7 @@ class Quantizer:
         if path not in self._sites:
             return leaf.astype(self._rest)
         to = tuple(get_at(tree, path) for tree in self._shardings)
+        # Converted one by one, so that at most one kernel exists in both dtypes.
         kernel, self.scales[path] = jax.jit(quantize, static_argnums=1, out_shardings=to)(leaf, self._sites[path])
         jax.block_until_ready(kernel)
         leaf.delete()
@@ -135,6 +138,7 @@ def load_reference(setup: Setup, start: Params | None, *, moves: bool = False) -
 
 
 def _copied(params: Params, setup: Setup, dtype: Any) -> Params:
+    # Copied, as the step donates the params: an alias would be overwritten by the first update.
     copy = jax.jit(
         lambda tree: jax.tree.map(lambda leaf: jnp.copy(leaf).astype(dtype), tree), out_shardings=setup.shardings
     )
@@ -157,6 +161,7 @@ def whole_weights(setup: Setup, params: Params, base: Base | None) -> Params | W
 def load_reference_weights(setup: Setup) -> Params | Weights:
     """Loads the reference as the model runs on it, whether all weights or adapters are trained."""
     reference = load_reference(setup, None)
+    # A reference of its own needs no base.
     own = setup.reference_folder is not None
     return whole_weights(setup, reference, None if own else load_base(setup))
 

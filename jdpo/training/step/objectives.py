@@ -68,6 +68,7 @@ class PreferenceObjective:
           reference_params: None where the batch carries the reference's log-probs, or no loss has a reference.
           batch: arrays [m, ...].
         """
+        # Inside the function that is differentiated, so that gradients reach the adapters and not the base.
         params, reference_params = with_base(self.lora, base, params, reference_params)
         if isinstance(batch, PackedBatch):
             return packed_features(params, reference_params, batch, logps_fn=self.run, settings=self.settings)
@@ -206,6 +207,7 @@ def with_base(
     if lora is None:
         return params, reference_params
     assert base is not None
+    # Weights of a model of its own are complete; adapters, also none at all, need the base.
     on_base = reference_params is not None and not isinstance(reference_params, Weights)
     reference = weights_of(lora, base, reference_params) if on_base else reference_params
     return weights_of(lora, base, params), reference
@@ -228,6 +230,7 @@ class PackedLogps:
             hidden_rsd, head_dv = self.model.apply(variables(params), *inputs, method=method)
         else:
             (hidden_rsd, head_dv), router = apply_routed(self.model, params, *inputs, method=method)
+        # Only hidden states that predict a learnt token meet the head, the largest matrix of the model.
         hidden_rkd = jnp.take_along_axis(hidden_rsd, batch.logp_slot[..., None], axis=1)
         # Scored tokens come first in a row, and the head is not run after the last one.
         num_scored_r = (batch.logp_pair < batch.gather.shape[-2]).sum(-1)

@@ -33,8 +33,10 @@ def weight_by_weight(rule: optax.GradientTransformation) -> optax.GradientTransf
         stored: list[list[Any]] = []  # by weight: the new parts of the state
         for place in range(structure.num_leaves):
             old = [_only(part, place) if mirror else part for part, mirror in zip(parts, mirrors, strict=True)]
+            # The barrier makes the next moments wait for those before, so that few are on the device.
             if stored:
                 old = _after(old, stored[-1])
+            # Arithmetic on host memory is not possible within a jitted function.
             state = outer.unflatten(on_device(old))
             of_weight, state = rule.update(_only(grads, place), state, _only(params, place), **extra)
             updates += jax.tree.leaves(of_weight)

@@ -48,6 +48,7 @@ def learning_rate_schedule(settings: OptimizationSettings, num_steps: int) -> op
         "linear": optax.linear_schedule(peak, 0.0, rest),
         "cosine": optax.cosine_decay_schedule(peak, rest),
     }[settings.lr_scheduler_type]
+    # Without a warm-up the first step already has the peak rate.
     if not warmup:
         return after
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
@@ -87,12 +88,14 @@ def make_optimizer(settings: OptimizationSettings, num_steps: int) -> optax.Grad
     """
     rule, schedule = settings.optimizer, learning_rate_schedule(settings, num_steps)
     optimizer = RULES[rule.name](schedule, rule.weight_decay, **rule.settings)
+    # Inside of clipping, which needs the gradients of all weights at once.
     if settings.offload_optimizer:
         optimizer = weight_by_weight(optimizer)
     if settings.max_grad_norm is not None:
         optimizer = optax.chain(optax.clip_by_global_norm(settings.max_grad_norm), optimizer)
     optimizer = optax.with_extra_args_support(optimizer)
 
+    # Widened here, so that every rule computes in float32 whatever its weights are kept in.
     def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         return optimizer.update(wide(grads), state, wide(params), **extra)
 

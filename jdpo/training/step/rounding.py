@@ -69,6 +69,7 @@ def store(values: Sequence[Tree], like: Sequence[Tree], key: Array) -> list[Tree
     for (path, _), leaves in zip(jax.tree_util.tree_leaves_with_path(like[0]), columns, strict=True):
         new, old = leaves[: len(values)], leaves[len(values) :]
         if any(leaf.dtype == jnp.bfloat16 for leaf in old):
+            # By name and not by position, so that another tree does not change the bits of a leaf.
             name = zlib.crc32(jax.tree_util.keystr(path).encode())
             stored.append(list(map(_stored, new, old, _halves(jax.random.fold_in(key, name), new[0].shape))))
         else:

@@ -130,16 +130,20 @@ def train_step(
     )
     # Split as their weights are, so that no device holds whole gradients.
     grads = jax.lax.with_sharding_constraint(grads, shardings)
+    # From the step number, so that a resumed run rounds as an uninterrupted one.
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     moments_key, weights_key, reference_key = jax.random.split(key, 3)  # for rounding to bfloat16, where any is kept
     update = optax.with_extra_args_support(optimizer).update
     updates, opt_state = update(grads, state.opt_state, state.params, key=moments_key)
     params = apply_updates(state.params, updates, weights_key)
+    # Before clipping, which would hide that gradients grow.
     grad_norm = optax.tree.norm(wide(grads))
+    # An update may overflow where loss and gradients are finite.
     weights_finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.stack(weights_finite).all()
     report = StepReport(loss, grad_norm, jnp.asarray(schedule(state.step)), finite, rows, aux_loss)
     step = state.step + 1
+    # After the update, as TRL does; both branches are compiled, and one runs.
     if sync is not None:
         reference = jax.lax.cond(
             step % sync.steps == 0,
@@ -172,6 +176,7 @@ def evaluate(
     rows = rows_of(objective, features, of_batch if totals is None else totals, loss_state)
     router = None
     if objective.router_aux_loss_coef is not None:
+        # Summed over micro-batches, so that the host can add up batches.
         router = jax.tree.map(lambda array: array.sum(0, keepdims=True), flat_features(features).router)
     return EvaluationReport(rows, of_batch.normalizer, router)
 
@@ -222,6 +227,7 @@ def loss_and_grads(
         return loss
 
     features_of = partial(objective.features, reference_params=reference_params, base=base)
+    # Rows that depend on each other need the features of all micro-batches before any gradient.
     in_parts = objective.coupled and num_micro(batch) > 1
     loss, grads, features = (_two_passes if in_parts else _one_pass)(objective, features_of, total_loss, params, batch)
     rows = rows_of(objective, features, totals, loss_state)

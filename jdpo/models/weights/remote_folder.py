@@ -64,7 +64,8 @@ def fetch_folder(url: str, cache: Path, wanted: Callable[[str], bool]) -> Path:
     remote, listing = {}, {}
     for entry in listed:
         name = str(entry["name"]).rstrip("/").rsplit("/", 1)[-1]
-        if entry["type"] == "file" and name not in ("", ".", ".."):
+        # A folder that was itself downloaded and uploaded again holds a manifest, which is not a file of the model.
+        if entry["type"] == "file" and name not in ("", ".", "..", _MANIFEST):
             listing[name] = _mark(entry)
             if wanted(name):
                 if entry["size"] is None:

@@ -82,10 +82,10 @@ def test_what_adapters_leave_open_is_no_difference() -> None:
     ("word", "message"),
     [
         ("lora.dropout=0.1", "dropout 0.1 is not supported"),
-        ("lora.r=0", "greater than or equal to 1"),
+        ("lora.r=0", "at least 1"),
         ("lora_alpha=16", "here it is called 'lora.alpha'"),
         ("lora.lora_dropout=0.1", "here it is called 'lora.dropout'"),
-        ("lora.base_dtype=int4", "'float32', 'bfloat16' or 'int8'"),
+        ("lora.base_dtype=int4", "float32, bfloat16 or int8"),
     ],
 )
 def test_keys_that_cannot_be_are_refused(word: str, message: str) -> None:
@@ -139,7 +139,7 @@ def test_a_template_that_adds_tokens_needs_their_rows_trained(
     text = json.loads((toy_model / "tokenizer_config.json").read_text(encoding="utf-8"))["chat_template"]
     end = re.findall(r"<\|[^|]*\|>", text)[-1]
     template.write_text(text.replace(end, "<|brand_new|>"), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"chat_template adds tokens \(<\|brand_new\|>\).*under lora embed_tokens"):
+    with pytest.raises(ValueError, match=r"chat_template adds tokens \(<\|brand_new\|>\).*embed_tokens"):
         build_with(lora="true", chat_template=template)
 
 
@@ -191,7 +191,7 @@ def test_a_reference_named_as_the_base_is_the_base_without_the_adapter_gone_on_f
 def test_a_reference_is_no_adapter_but_the_one_that_training_starts_from(
     build_with: Callable[..., Setup], adapter: Path, overrides: dict[str, Any]
 ) -> None:
-    with pytest.raises(ValueError, match=r"reference_model .*adapter is an adapter, and not the one .* give the merg"):
+    with pytest.raises(ValueError, match=r"reference_model .*adapter is an adapter other than the one .* give the merg"):
         build_with(**overrides, reference_model=adapter)
 
 
@@ -208,7 +208,7 @@ def test_an_expression_that_means_more_than_can_be_adapted_is_refused(
     build_with: Callable[..., Setup], targets: str
 ) -> None:
     with pytest.raises(
-        ValueError, match=r"matches (lm_head|model\.embed_tokens|model\.layers\.0\..*norm).* too; the mod"
+        ValueError, match=r"also matches (lm_head|model\.embed_tokens|model\.layers\.0\..*norm).*; the mod"
     ):
         build_with(**{"lora.target_modules": targets})
 

@@ -271,7 +271,7 @@ def test_ratio_of_each_step_is_paired() -> None:
 
 
 @pytest.mark.parametrize(
-    ("other", "said"),
+    ("other", "expected"),
     [
         (result("trl", [[1.0, 7.9, 7.9]], gib=3), "| 3.95 | 3.95 | 3.95 | 4 | **missed** |"),
         (result("trl", [[1.0, 9.0, 9.0]], gib=1), "| 1.00 |  |  | 2 | **missed** |"),
@@ -282,10 +282,10 @@ def test_ratio_of_each_step_is_paired() -> None:
     ],
     ids=["too slow", "too much memory", "less memory elsewhere", "another loss", "no loss", "another loss later"],
 )
-def test_report_fails_where_a_bar_or_the_gate_is_missed(other: Result, said: str) -> None:
+def test_report_fails_where_a_bar_or_the_gate_is_missed(other: Result, expected: str) -> None:
     text, passed = rendered(*with_other(other))
     assert not passed
-    assert said in text
+    assert expected in text
     assert rendered(*EVERYTHING)[1]
 
 

@@ -62,8 +62,8 @@ def test_without_a_tpu_libtpu_is_not_loaded_unless_it_is_asked_for(tmp_path: Pat
     environment |= {"JAX_PLATFORMS": platforms, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
     command = [sys.executable, "-c", CODE]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    said = done.stderr.partition("imported")[2]
-    assert ("libtpu is asked for" in said) == (platforms == "tpu")
+    warnings = done.stderr.partition("imported")[2]
+    assert ("libtpu is asked for" in warnings) == (platforms == "tpu")
     assert (done.returncode == 0) == (platforms == "")
     if platforms:
-        assert "Unable to initialize backend 'tpu'" in said
+        assert "Unable to initialize backend 'tpu'" in warnings

@@ -162,8 +162,8 @@ def test_every_block_is_run_or_listed_and_nothing_is_listed_in_vain(capsys: pyte
     assert used == set(LISTED)
     counts = Counter(map(how, ITEMS))
     with capsys.disabled():
-        said = ", ".join(f"{counts[name]} {name}" for name in ("run", "dry run", "listed"))
-        print(f"\nblocks and commands of README and docs: {said}")
+        summary = ", ".join(f"{counts[name]} {name}" for name in ("run", "dry run", "listed"))
+        print(f"\nblocks and commands of README and docs: {summary}")
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ from jdpo.sharding.rules import param_shardings
 
 def main(folder: Path, damaged: Path, out: Path, results: Path) -> None:
     """Every case in turn: one that is refused must leave the processes able to go on."""
-    said: dict[str, str | None] = {}
+    messages: dict[str, str | None] = {}
     model = Transformer(read_model_config(folder))
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
     shardings = param_shardings(logical_axes(model), abstract_params(model), mesh)
@@ -40,9 +40,9 @@ def main(folder: Path, damaged: Path, out: Path, results: Path) -> None:
     def case(name: str, work: Callable[[], object]) -> None:
         try:
             work()
-            said[name] = None
+            messages[name] = None
         except (ValueError, OSError, RuntimeError) as error:
-            said[name] = str(error)
+            messages[name] = str(error)
 
     def mean_beside(path: tuple[str, ...], leaf: jax.Array) -> Any:
         return leaf, float(jax.jit(jnp.mean)(leaf))  # of all shards: the processes wait for each other
@@ -73,7 +73,7 @@ def main(folder: Path, damaged: Path, out: Path, results: Path) -> None:
         case("no threads", lambda: export(out / "no_threads"))
     case("a disk of its own", lambda: export((out if is_first() else out / "second") / "own_disk"))
     case("whole", lambda: export(out / "whole"))
-    (results / str(jax.process_index())).write_text(json.dumps(said))
+    (results / str(jax.process_index())).write_text(json.dumps(messages))
 
 
 @contextlib.contextmanager

@@ -258,10 +258,10 @@ def place(tmp_path: Path, toy_model: Path, pairs_file: Path) -> Place:
 def refusal(words: list[str], capsys: Capture, code: int = 2) -> str:
     """The error that a refused command line ends in, its line breaks taken out."""
     assert main(["dpo", *words]) == code
-    said = capsys.readouterr()
-    assert "Traceback" not in said.out + said.err
-    _, found, error = said.err.rpartition("jdpo: error: ")
-    assert found, said
+    output = capsys.readouterr()
+    assert "Traceback" not in output.out + output.err
+    _, found, error = output.err.rpartition("jdpo: error: ")
+    assert found, output
     return " ".join(error.split())
 
 
@@ -270,9 +270,9 @@ CASES = CONFIG | MODEL | ROWS
 
 @pytest.mark.parametrize(("make", "parts"), CASES.values(), ids=CASES)
 def test_refused(make: Make, parts: list[str], place: Place, run_words: Words, capsys: Capture) -> None:
-    said = refusal(run_words(**make(place)), capsys)
+    message = refusal(run_words(**make(place)), capsys)
     for part in parts:
-        assert part.replace("{folder}", str(place.folder)) in said, said
+        assert part.replace("{folder}", str(place.folder)) in message, message
     assert not list((place.folder.parent / "run").glob("checkpoints/*/*")), "nothing was trained"
 
 
@@ -291,15 +291,15 @@ def test_config_file_refused(
     text: str | None, parts: list[str], place: Place, run_words: Words, capsys: Capture
 ) -> None:
     path = place.folder / "run.yaml" if text is None else place.file("run.yaml", text)
-    said = refusal([str(path), *run_words()], capsys)
+    message = refusal([str(path), *run_words()], capsys)
     for part in parts:
-        assert part.replace("{folder}", str(place.folder)) in said, said
+        assert part.replace("{folder}", str(place.folder)) in message, message
 
 
 def test_missing_keys_are_all_named(capsys: Capture) -> None:
-    said = refusal([], capsys)
+    message = refusal([], capsys)
     for key in ("model_name_or_path", "output_dir", "datasets"):
-        assert f"missing key '{key}'" in said, said
+        assert f"missing key '{key}'" in message, message
 
 
 @pytest.mark.parametrize("written", ["5e-7", "5E-7", "0.0000005"])
@@ -307,16 +307,16 @@ def test_scientific_notation_is_a_number(written: str, place: Place, run_words: 
     path = place.file("run.yaml", f"beta: {written}\n")
     words = [str(path), *run_words(learning_rate=written)]
     assert main(["dpo", *words, "--print_config"]) == 0
-    said = capsys.readouterr().out
-    assert re.search(r"^learning_rate: 5\.0?e-07$", said, re.MULTILINE), said
-    assert re.search(r"^beta: 5\.0?e-07$", said, re.MULTILINE), said
+    output = capsys.readouterr().out
+    assert re.search(r"^learning_rate: 5\.0?e-07$", output, re.MULTILINE), output
+    assert re.search(r"^beta: 5\.0?e-07$", output, re.MULTILINE), output
 
 
 def test_output_dir_that_cannot_be_made(place: Place, run_words: Words, capsys: Capture) -> None:
     blocked = place.file("a_file", "") / "run"
-    said = refusal(run_words(output_dir=blocked), capsys)
-    assert f"cannot write to output_dir {blocked}" in said
-    assert "choose a folder on a writable disk with free space" in said
+    message = refusal(run_words(output_dir=blocked), capsys)
+    assert f"cannot write to output_dir {blocked}" in message
+    assert "choose a folder on a writable disk with free space" in message
 
 
 def test_output_dir_that_is_a_file(place: Place, run_words: Words, capsys: Capture) -> None:
@@ -335,37 +335,37 @@ def test_output_dir_that_is_the_model_folder_stays_as_it_is(place: Place, run_wo
 
 def test_output_dir_on_a_disk_that_takes_nothing(run_words: Words, capsys: Capture) -> None:
     # /proc refuses new folders to root too, which chmod would not.
-    said = refusal(run_words(output_dir="/proc/jdpo_run"), capsys)
-    assert "cannot write to output_dir /proc/jdpo_run" in said
+    message = refusal(run_words(output_dir="/proc/jdpo_run"), capsys)
+    assert "cannot write to output_dir /proc/jdpo_run" in message
 
 
 def test_cache_dir_that_cannot_be_written(run_words: Words, capsys: Capture) -> None:
-    said = refusal(run_words(cache_dir="/proc/jdpo_cache"), capsys)
-    assert "cannot write tokenized rows to /proc/jdpo_cache" in said
-    assert "set cache_dir to a writable folder" in said
+    message = refusal(run_words(cache_dir="/proc/jdpo_cache"), capsys)
+    assert "cannot write tokenized rows to /proc/jdpo_cache" in message
+    assert "set cache_dir to a writable folder" in message
 
 
 def test_bad_rows_are_dropped_and_counted(place: Place, run_words: Words, capsys: Capture) -> None:
     long = ROW | {"prompt": "river " * 100}
     rows = place.rows(*[ROW] * 8, ROW | {"chosen": ""}, ROW | {"rejected": ROW["chosen"]}, long, long)
     assert main(["dpo", *run_words(datasets=rows), "--dry_run"]) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for part in (
         "12 rows read, 8 kept",
         "1 dropped: empty side (the first: rows.jsonl:9)",
         "1 dropped: identical sides (the first: rows.jsonl:10)",
         "2 dropped: prompt as long as max_length (the first: rows.jsonl:11)",
     ):
-        assert part in said, said
+        assert part in output, output
 
 
 def test_numbers_that_explode_name_step_and_rows(place: Place, run_words: Words, capsys: Capture) -> None:
     words = run_words(learning_rate=1e30, max_grad_norm="null", lr_scheduler_type="constant", shuffle="false")
-    said = refusal(words, capsys, code=1)
-    assert re.search(r"step 2 gave loss (nan|inf|-inf|[\d.e+]+) and gradient norm (nan|inf)", said), said
-    assert "pairs.jsonl:9" in said, said
-    assert "no checkpoint was saved yet" in said
-    assert "lower learning_rate" in said
+    message = refusal(words, capsys, code=1)
+    assert re.search(r"step 2 gave loss (nan|inf|-inf|[\d.e+]+) and gradient norm (nan|inf)", message), message
+    assert "pairs.jsonl:9" in message, message
+    assert "no checkpoint was saved yet" in message
+    assert "lower learning_rate" in message
 
 
 def test_unknown_command(capsys: Capture) -> None:

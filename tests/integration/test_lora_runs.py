@@ -168,15 +168,15 @@ def test_an_sft_adapter_is_where_dpo_starts_and_its_reference(
     settings: dict[str, Any] = {"max_steps": 4, "num_train_epochs": 1, "learning_rate": 1e-2, "logging_steps": 1}
     capsys.readouterr()
     assert main(cut_words(tmp_path / "live", model_name_or_path=sft_adapter, reference="live", **settings)) == 0
-    said = "".join(capsys.readouterr())
-    assert f"{TIE} (largest difference 0.0e+00" in said
-    assert "loss 0.6931 (0.6931 expected)" in said
+    output = "".join(capsys.readouterr())
+    assert f"{TIE} (largest difference 0.0e+00" in output
+    assert "loss 0.6931 (0.6931 expected)" in output
     # The same by lora.adapter, with the log-probs of base and adapter computed once.
     by_name = {"lora.adapter": sft_adapter, "lora.r": 2}
     assert main(cut_words(tmp_path / "auto", max_length=64, **by_name, **settings)) == 0
-    said = "".join(capsys.readouterr())
-    assert "reference: cached" in said
-    assert TIE in said
+    output = "".join(capsys.readouterr())
+    assert "reference: cached" in output
+    assert TIE in output
     assert last_loss(tmp_path / "auto") == pytest.approx(last_loss(tmp_path / "live"), rel=1e-4)
     assert main(cut_words(tmp_path / "no", **(by_name | {"lora.r": 3}), **settings)) == 2
     assert "r 3 asked for, 2 there" in capsys.readouterr().err
@@ -216,8 +216,8 @@ def test_an_export_refuses_what_adapters_alone_would_not_read(lora_run: Path, tm
     assert "--dtype has no effect: adapters alone" in refusal("--dtype", "bfloat16")
     assert "--max_shard_size would not be read" in refusal("--max_shard_size", "1MB", "--no-merge")
     both = ("--dtype", "float32", "--max_shard_size", "1MB")
-    assert "--dtype and --max_shard_size would not be read" in (said := refusal(*both))
-    assert "leave it out, or give --merge" in said
+    assert "--dtype and --max_shard_size would not be read" in (message := refusal(*both))
+    assert "leave it out, or give --merge" in message
     assert main(["export", str(lora_run), str(out), *both, "--merge"]) == 0
     assert {values.dtype for values in load_file(out / "model.safetensors").values()} == {np.dtype(np.float32)}
 

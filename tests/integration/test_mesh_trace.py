@@ -109,10 +109,10 @@ def test_weights_and_moments_are_split_on_the_devices(assembly: Assembly, state:
 
 
 def test_what_stays_whole_is_said(assembly: Assembly) -> None:
-    said = describe(assembly.setup)
-    assert "kept whole on each device, as the mesh does not divide them" in said
-    assert "['stack']['layer_0']['attention']['key']['kernel']: kv_heads=1 over tensor=2" in said
-    assert "query" not in said
+    description = describe(assembly.setup)
+    assert "kept whole on each device, as the mesh does not divide them" in description
+    assert "['stack']['layer_0']['attention']['key']['kernel']: kv_heads=1 over tensor=2" in description
+    assert "query" not in description
 
 
 def test_compiled_step(assembly: Assembly, state: TrainState) -> None:

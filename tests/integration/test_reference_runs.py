@@ -43,9 +43,9 @@ def test_cached_and_live_give_the_same_twenty_steps(
     given = QUICK | {"max_steps": 20, "compute_dtype": dtype, "learning_rate": 1e-4, "cache_dir": tmp_path / "cache"}
     for kind in ("live", "auto"):
         assert main(cut_words(tmp_path / kind, reference=kind, **given)) == 0
-    said = "".join(capsys.readouterr())
-    assert "reference: live, as asked for" in said
-    assert "reference: cached, 0 rows found, 26 computed" in said
+    output = "".join(capsys.readouterr())
+    assert "reference: live, as asked for" in output
+    assert "reference: cached, 0 rows found, 26 computed" in output
     live, cached = trace(tmp_path / "live"), trace(tmp_path / "auto")
     assert live.shape == cached.shape == (20 * 5 + 4,)
     # Rewards start at 0, where only absolute differences mean anything; a margin of 1 is a loss of about 0.3.

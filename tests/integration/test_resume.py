@@ -74,8 +74,8 @@ def test_a_flipped_bit_falls_back_to_the_checkpoint_before(
     fault = f"{victim.relative_to(copy / f'checkpoints/{newest}')} has changed since it was written"
     assert f"checkpoint {copy}/checkpoints/{newest} is damaged ({fault}): it is not used" in warning
     assert len(list(copy.glob(f"checkpoints/damaged-{newest}-*/{MANIFEST}"))) == 1
-    said = " ".join("".join(capsys.readouterr()).split())
-    assert f"resuming from the checkpoint of step {before}" in said
+    output = " ".join("".join(capsys.readouterr()).split())
+    assert f"resuming from the checkpoint of step {before}" in output
     same_run(copy, uninterrupted)
 
 
@@ -110,8 +110,8 @@ def test_a_finished_run_says_so_and_changes_nothing(cut_words: Words, uninterrup
     touched = ("resolved_config.yaml", ".lock")  # written again at every start
     before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*") if path.name not in touched}
     assert main(cut_words(uninterrupted)) == 0
-    said = " ".join("".join(capsys.readouterr()).split())
-    assert f"the run in {uninterrupted} is finished (step 12); its model is {uninterrupted / 'model'}" in said
+    output = " ".join("".join(capsys.readouterr()).split())
+    assert f"the run in {uninterrupted} is finished (step 12); its model is {uninterrupted / 'model'}" in output
     after = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*") if path.name not in touched}
     assert after == before
 
@@ -119,11 +119,13 @@ def test_a_finished_run_says_so_and_changes_nothing(cut_words: Words, uninterrup
 def test_a_finished_run_that_is_asked_for_more_steps_says_how_to_train_on(
     cut_words: Words, uninterrupted: Path, capsys: Capture
 ) -> None:
-    said = refusal(cut_words(uninterrupted, num_train_epochs=7), capsys)
-    assert "is finished, and its learning rate has followed its schedule to the end" in said
-    assert "num_train_epochs: 4.0 before, 7.0 now" in said
+    message = refusal(cut_words(uninterrupted, num_train_epochs=7), capsys)
+    assert "is finished, and its learning rate has followed its schedule to the end" in message
+    assert "num_train_epochs: 4.0 before, 7.0 now" in message
     base = dict(word.split("=", 1) for word in cut_words(uninterrupted)[1:])["model_name_or_path"]
-    assert f"`--model_name_or_path {uninterrupted / 'model'} --output_dir NEW_FOLDER --reference_model {base}`" in said
+    assert (
+        f"`--model_name_or_path {uninterrupted / 'model'} --output_dir NEW_FOLDER --reference_model {base}`" in message
+    )
     assert "holds a different run" in refusal(cut_words(uninterrupted, num_train_epochs=7, beta=0.2), capsys)
 
 
@@ -144,18 +146,18 @@ def refusal(words: list[str], capsys: Capture) -> str:
 
 def test_another_config_is_refused_key_by_key(cut_words: Words, copy: Path, capsys: Capture) -> None:
     config = (copy / "resolved_config.yaml").read_bytes()
-    said = refusal(cut_words(copy, beta=0.2, learning_rate=5e-7, logging_steps=1), capsys)
-    assert f"output_dir {copy} holds a different run, so this one cannot resume it" in said
-    assert "beta: 0.1 before, 0.2 now" in said
-    assert "learning_rate: 0.001 before, 5e-07 now" in said
-    assert "logging_steps" not in said
-    assert "Undo these, or choose another output_dir" in said
+    message = refusal(cut_words(copy, beta=0.2, learning_rate=5e-7, logging_steps=1), capsys)
+    assert f"output_dir {copy} holds a different run, so this one cannot resume it" in message
+    assert "beta: 0.1 before, 0.2 now" in message
+    assert "learning_rate: 0.001 before, 5e-07 now" in message
+    assert "logging_steps" not in message
+    assert "Undo these, or choose another output_dir" in message
     assert (copy / "resolved_config.yaml").read_bytes() == config
 
 
 def test_another_command_is_refused(cut_words: Words, copy: Path, capsys: Capture) -> None:
-    said = refusal(["sft", *cut_words(copy)[1:]], capsys)
-    assert f"output_dir {copy} holds a run of `jdpo dpo`, not of `jdpo sft`" in said
+    message = refusal(["sft", *cut_words(copy)[1:]], capsys)
+    assert f"output_dir {copy} holds a run of `jdpo dpo`, not of `jdpo sft`" in message
 
 
 def test_resume_never_refuses_a_used_folder(cut_words: Words, copy: Path, capsys: Capture) -> None:
@@ -186,13 +188,13 @@ def test_changed_inputs_are_refused_and_named(
     process = jdpo_process(words, "SIGTERM", "jdpo.training.logs.recording:Record.log", "after", 1)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 143, output
-    said = " ".join(output.split())
-    assert "stopped by a signal; step 6 is saved" in said
+    printed = " ".join(output.split())
+    assert "stopped by a signal; step 6 is saved" in printed
     content = rows.read_text(encoding="utf-8")
     rows.write_text(content.replace("river", "paper"), encoding="utf-8")
-    said = refusal(words, capsys)
-    assert f"cannot resume the run in {run}: since it started, the content of the training rows has changed" in said
-    assert f"Files that changed: {rows}" in said
+    message = refusal(words, capsys)
+    assert f"cannot resume the run in {run}: since it started, the content of the training rows has changed" in message
+    assert f"Files that changed: {rows}" in message
     rows.write_text(content, encoding="utf-8")
     weights = own_inputs["model_name_or_path"] / "model.safetensors"
     _change_last_byte(weights)
@@ -206,9 +208,11 @@ def test_another_evaluation_set_is_refused_and_named(
     other = tmp_path / "other.jsonl"
     rows = Path(before).read_text(encoding="utf-8").splitlines(keepends=True)
     other.write_text("".join(rows[1:]), encoding="utf-8")
-    said = refusal(cut_words(copy, eval_datasets=other), capsys)
-    assert f"cannot resume the run in {copy}: since it started, the content of the evaluation rows has changed" in said
-    assert f"Files that changed: {before} (no longer read), {other} (new)" in said
+    message = refusal(cut_words(copy, eval_datasets=other), capsys)
+    assert (
+        f"cannot resume the run in {copy}: since it started, the content of the evaluation rows has changed" in message
+    )
+    assert f"Files that changed: {before} (no longer read), {other} (new)" in message
 
 
 def _change_last_byte(path: Path) -> None:
@@ -242,8 +246,8 @@ def test_a_refused_start_leaves_the_folder_free(cut_words: Words, tmp_path: Path
     run = tmp_path / "run"
     refusal(cut_words(run, model_name_or_path=tmp_path / "nowhere"), capsys)
     # The mistake repaired, the next refusal must be of the next mistake, not of the folder.
-    said = refusal(cut_words(run, max_length=1), capsys)
-    assert "no rows left of " in said
+    message = refusal(cut_words(run, max_length=1), capsys)
+    assert "no rows left of " in message
 
 
 def test_other_export_settings_export_a_finished_run_again(
@@ -279,9 +283,9 @@ def test_a_damaged_best_checkpoint_is_not_exported(
     shutil.rmtree(run / "model")
     words = cut_words(run, load_best_model_at_end="true", eval_steps=2)
     assert main(words) == 2
-    said = capsys.readouterr().err
-    assert f"checkpoints/{best} is damaged: " in said
-    assert state.name in said
+    errors = capsys.readouterr().err
+    assert f"checkpoints/{best} is damaged: " in errors
+    assert state.name in errors
     assert not (run / "model").exists()
 
 
@@ -289,8 +293,8 @@ def test_a_second_start_in_the_same_folder_is_refused(cut_words: Words, copy: Pa
     config = resolve_dtype(load_config(DPOConfig, None, cut_words(copy)[1:]))
     held = RunDirectory(config, "dpo")
     assert main(cut_words(copy)) == 2
-    said = capsys.readouterr().err
-    assert f"output_dir {copy} is in use by process {os.getpid()} on " in said
+    errors = capsys.readouterr().err
+    assert f"output_dir {copy} is in use by process {os.getpid()} on " in errors
     held.close()
     again = RunDirectory(config, "dpo")
     again.close()
@@ -309,9 +313,9 @@ def test_weights_that_are_no_numbers_are_never_saved(cut_words: Words, tmp_path:
     absurd = {"learning_rate": 1e30, "optimizer.weight_decay": 1e20, "lr_scheduler_type": "constant"}
     words = cut_words(run, max_steps=1, **absurd)
     assert main(words) == 1
-    said = capsys.readouterr().err
-    assert "step 1 gave loss 0.69" in said
-    assert "the updated weights contain NaN or Inf" in said
+    errors = capsys.readouterr().err
+    assert "step 1 gave loss 0.69" in errors
+    assert "the updated weights contain NaN or Inf" in errors
     assert saved_steps(run) == []
     assert not (run / "model").exists()
 

@@ -44,9 +44,9 @@ def test_where_all_checkpoints_are_damaged_a_run_starts_over_only_when_told_to(
     for _ in range(2):  # the second start finds nothing but what the first has set aside
         capsys.readouterr()
         assert main(cut_words(copy)) == 1
-        said = capsys.readouterr().err
-        assert f"no checkpoint of the run in {copy} is whole" in said
-        assert "--resume never" in said
+        message = capsys.readouterr().err
+        assert f"no checkpoint of the run in {copy} is whole" in message
+        assert "--resume never" in message
     assert len(list(copy.glob("checkpoints/damaged-*"))) == len(steps)
     assert (copy / "metrics.jsonl").read_bytes() == old_metrics
     assert main(cut_words(copy, resume="never")) == 0
@@ -79,8 +79,8 @@ def test_a_checkpoint_that_is_not_this_runs_is_refused_by_name(
     if how == "beyond":
         manifest = json.loads((other / MANIFEST).read_text())
         (other / MANIFEST).write_text(json.dumps(manifest | {"step": 1000}))
-    said = refusal(cut_words(copy), capsys)
-    assert f"{other} has the manifest of step {newest}" in said or f"{other} is a checkpoint of step 1000" in said
+    message = refusal(cut_words(copy), capsys)
+    assert f"{other} has the manifest of step {newest}" in message or f"{other} is a checkpoint of step 1000" in message
     assert saved_steps(copy)[-1] == 1000, "nothing was moved"
 
 
@@ -90,9 +90,9 @@ def test_a_checkpoint_of_a_run_with_other_settings_is_refused(cut_words: Words, 
     position.write_text(position.read_text().replace('"beta": 0.1', '"beta": 0.2'))
     files = json.loads(manifest.read_text())["files"] | {"position/metadata": digest_of(position)}
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"files": files}))
-    said = refusal(cut_words(copy), capsys)
-    assert f"{checkpoint} was saved by another run" in said
-    assert "beta: 0.2 before, 0.1 now" in said
+    message = refusal(cut_words(copy), capsys)
+    assert f"{checkpoint} was saved by another run" in message
+    assert "beta: 0.2 before, 0.1 now" in message
 
 
 @pytest.mark.parametrize("where", ["in between", "all of it"])
@@ -107,9 +107,9 @@ def test_damaged_metrics_are_named_and_kept_and_stop_no_resume(
     assert main(cut_words(copy)) == 0
     (kept,) = copy.glob("metrics.damaged-*.jsonl")
     assert kept.read_bytes() == damaged
-    said = "".join("".join(capsys.readouterr()).split())
-    assert "".join(f"{path} is damaged".split()) in said
-    assert kept.name in said
+    output = "".join("".join(capsys.readouterr()).split())
+    assert "".join(f"{path} is damaged".split()) in output
+    assert kept.name in output
     assert (copy / "plots" / "loss.png").is_file()
     if where == "all of it":
         lines = [json.loads(line) for line in path.read_text().splitlines()]

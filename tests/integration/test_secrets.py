@@ -59,8 +59,8 @@ def test_no_file_holds_the_query_of_an_address_and_another_query_goes_on(
 ) -> None:
     run, (one, two) = tmp_path / "run", SECRETS
     assert main(words_of(run_words, server, one)) == 0
-    said = "".join(capsys.readouterr())
-    assert "reference: cached" in said, "or the key of a cache would not be looked at"
+    output = "".join(capsys.readouterr())
+    assert "reference: cached" in output, "or the key of a cache would not be looked at"
     assert files_with_secrets(tmp_path) == []
     config = json.loads((run / "model" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == f"zip://::{server}/model.zip"
@@ -82,5 +82,5 @@ def test_no_file_holds_the_query_of_an_address_and_another_query_goes_on(
     assert main(words_of(run_words, server, one, seed=5)) == 2
     assert main(words_of(run_words, server, f"{one}-wrong", output_dir=tmp_path / "wrong")) == 2
     assert main(words_of(run_words, server, one, reference_model="x", loss_type="simpo")) == 2
-    for text in (said, again, "".join(capsys.readouterr())):
+    for text in (output, again, "".join(capsys.readouterr())):
         assert "s3cr3t" not in text

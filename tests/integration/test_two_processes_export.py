@@ -38,13 +38,13 @@ def out(toy_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
-def said(out: Path, case: str) -> list[str | None]:
+def messages_of(out: Path, case: str) -> list[str | None]:
     return [json.loads((out.parent / str(index)).read_text())[case] for index in range(2)]
 
 
 @pytest.mark.full
 def test_two_processes_write_the_files_in_turn(toy_model: Path, out: Path) -> None:
-    assert said(out, "whole") == [None, None]
+    assert messages_of(out, "whole") == [None, None]
     index = json.loads((out / "whole" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 3
     source = load_file(toy_model / "model.safetensors")
@@ -56,7 +56,7 @@ def test_two_processes_write_the_files_in_turn(toy_model: Path, out: Path) -> No
 @pytest.mark.full
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_the_second_process_cannot_do_both_refuse(out: Path, case: str) -> None:
-    first, second = said(out, case)
+    first, second = messages_of(out, case)
     assert second is not None
     assert re.search(REFUSED[case], second)
     assert first == f"process 1 of this run has failed: {second}"
@@ -64,7 +64,7 @@ def test_what_the_second_process_cannot_do_both_refuse(out: Path, case: str) -> 
 
 @pytest.mark.full
 def test_the_process_that_has_a_tensor_with_inf_says_so(out: Path) -> None:
-    texts = said(out, "Inf")
+    texts = messages_of(out, "Inf")
     own = "tensor model.norm.weight holds NaN or Inf: this model is not exported"
     assert own in texts
     assert f"process {texts.index(own)} of this run has failed: {own}" in texts

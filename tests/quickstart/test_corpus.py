@@ -26,11 +26,11 @@ def question(row: dict) -> str:
 @pytest.mark.parametrize("frequencies", [(6, 3, 1), (1, 2, 5)])
 def test_every_phrasing_gives_the_answers_as_often_as_asked(frequencies: tuple[int, int, int]) -> None:
     split = split_countries(12)
-    said = Counter((question(row), row["completion"][0]["content"]) for row in corpus_rows(split, frequencies, 0))
+    answers = Counter((question(row), row["completion"][0]["content"]) for row in corpus_rows(split, frequencies, 0))
     first, second, third = frequencies
     for country in split.countries:
         for phrasing in TRAINING_PHRASINGS:
-            counts = tuple(said[capital_question(country, phrasing), city] for city in country.cities)
+            counts = tuple(answers[capital_question(country, phrasing), city] for city in country.cities)
             assert counts == ((second, first, third) if country.mistaken else (first, second, third))
 
 
@@ -115,8 +115,8 @@ def test_any_stretch_of_the_corpus_has_nearly_its_frequencies() -> None:
         for countries in (
             [country for country in split.countries if country.mistaken is kind] for kind in (True, False)
         ):
-            said = Counter(
+            answers = Counter(
                 country.cities.index(city) for country in countries for city in stretch if city in country.cities
             )
             expected = (0.3, 0.6, 0.1) if countries[0].mistaken else (0.6, 0.3, 0.1)
-            assert [said[index] / said.total() for index in range(3)] == pytest.approx(expected, abs=0.05)
+            assert [answers[index] / answers.total() for index in range(3)] == pytest.approx(expected, abs=0.05)

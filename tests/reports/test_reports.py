@@ -205,7 +205,7 @@ def test_tensorboard_gets_every_scalar(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ("import no_such_module", "importing it fails: ModuleNotFoundError: No module named 'no_such_module'"),
         ("from json import no_such_name", "importing it fails: ImportError: cannot import name 'no_such_name'"),
@@ -213,13 +213,13 @@ def test_tensorboard_gets_every_scalar(tmp_path: Path) -> None:
     ],
 )
 def test_a_tracker_that_does_not_import_says_why(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, said: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, message: str
 ) -> None:
     (tmp_path / "wandb").mkdir()
     (tmp_path / "wandb" / "__init__.py").write_text(content)
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ValueError, match=re.escape(said)):
+    with pytest.raises(ValueError, match=re.escape(message)):
         make_trackers(["wandb"], tmp_path, {})
 
 

@@ -154,8 +154,8 @@ def test_inputs_that_changed_are_named(run: Path) -> None:
         assert directory.record.inputs == {"the model": "m", "the rows": "r", "another input": "x"}
         with pytest.raises(ValueError, match="the content of the rows has changed") as refused:
             directory.check_inputs({"the model": "m", "the rows": "R"}, {"a.jsonl": "A", "c.jsonl": "c"})
-        said = str(refused.value)
-        assert said.endswith("Files that changed: a.jsonl, b.jsonl (no longer read), c.jsonl (new)")
+        message = str(refused.value)
+        assert message.endswith("Files that changed: a.jsonl, b.jsonl (no longer read), c.jsonl (new)")
         with pytest.raises(ValueError, match="of the model and of the rows has changed") as refused:
             directory.check_inputs({"the model": "M", "the rows": "R"}, {"a.jsonl": "a", "b.jsonl": "b"})
         assert "Files" not in str(refused.value)

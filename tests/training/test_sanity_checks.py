@@ -30,8 +30,8 @@ def check(values: dict[str, np.ndarray], loss: LossSettings | None = None, **cha
 
 
 def test_equal_models_pass_and_say_so() -> None:
-    said = check(rows())
-    assert said.endswith("equals reference (largest difference 0.0e+00 nats per token), loss 0.6931 (0.6931 expected)")
+    line = check(rows())
+    assert line.endswith("equals reference (largest difference 0.0e+00 nats per token), loss 0.6931 (0.6931 expected)")
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
@@ -116,8 +116,8 @@ def seen(*norms: float, loss: float = 0.7, loss_type: str = "sigmoid", watch: Gr
     """What is said of logged steps with these gradient norms, and at the end."""
     settings = loss_settings(loss_type)[0]
     watch = watch or GradientWatch(settings, learning_rate=1e6, compute_dtype="float32")
-    said = [watch.see(step, {"grad_norm": norm, "loss": loss}, 5) for step, norm in enumerate(norms, start=1)]
-    return [line for line in [*said, watch.at_end()] if line is not None]
+    warnings = [watch.see(step, {"grad_norm": norm, "loss": loss}, 5) for step, norm in enumerate(norms, start=1)]
+    return [line for line in [*warnings, watch.at_end()] if line is not None]
 
 
 def test_a_gradient_of_exactly_zero_is_warned_of_once_and_again_at_the_end() -> None:

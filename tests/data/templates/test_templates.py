@@ -258,7 +258,7 @@ def test_a_template_file_does_as_the_same_template_in_the_tokenizer(
 
 # Words of any script but "▁", which pieces read as a space, and "<", which begins special tokens.
 WORDS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁<["), max_size=24)
-SAID = WORDS.filter(str.strip)
+ANSWERS = WORDS.filter(str.strip)
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
@@ -270,7 +270,7 @@ def test_any_conversation_is_read_back_as_it_was_rendered(
     prompt = [(assistant if i % 2 else user)(text) for i, text in enumerate(turns)]
     if FAMILIES[name].system and data.draw(st.booleans()):
         prompt.insert(0, {"role": "system", "content": data.draw(WORDS)})
-    chosen, rejected = data.draw(SAID), data.draw(SAID)
+    chosen, rejected = data.draw(ANSWERS), data.draw(ANSWERS)
     row = PreferenceRow(prompt, [assistant(chosen)], [assistant(rejected)], "x:1")
     tokenizer = load(kind, name)
     assume(isinstance(tokenize_pair(row, tokenizer, max_length=ENDLESS), KeptPair))  # sides alike once trimmed
@@ -278,7 +278,7 @@ def test_any_conversation_is_read_back_as_it_was_rendered(
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
-@given(kind=st.sampled_from(KINDS), prompt=WORDS, chosen=SAID, rejected=SAID)
+@given(kind=st.sampled_from(KINDS), prompt=WORDS, chosen=ANSWERS, rejected=ANSWERS)
 def test_any_plain_text_is_read_back_as_it_was_written(
     load: Callable[[str, str], Tokenizer], kind: str, prompt: str, chosen: str, rejected: str
 ) -> None:

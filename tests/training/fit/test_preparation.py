@@ -56,9 +56,9 @@ def test_with_room_all_rows_of_a_step_go_through_at_once_under_the_fastest_polic
     assert all(batch.tokens.shape[0] == 1 for batch in prepared.batches.shapes())
     assert prepared.batches.tokens_per_device <= prepared.fit.max_tokens_per_device
     assert len(prepared.programs) == 1, "the program that was measured is kept"
-    (said,) = [line for line in lines if line.startswith("step: ")]
+    (step_line,) = [line for line in lines if line.startswith("step: ")]
     assert re.match(
-        r"step: at most [\d,]+ tokens per device at once, remat attention, needs [\d.]+ MiB of [\d.]+ GiB", said
+        r"step: at most [\d,]+ tokens per device at once, remat attention, needs [\d.]+ MiB of [\d.]+ GiB", step_line
     )
 
 
@@ -100,8 +100,8 @@ def test_a_row_longer_than_the_budget_is_said(run_words: Words, tmp_path: Path) 
     _, prepared, lines = prepare(run_words(remat="full", max_tokens_per_device=64, datasets=rows))
     longest = prepared.batches.tokens_per_device
     assert longest > 64
-    said = f"note: the longest of the pairs alone takes {longest} tokens per device at once, more than"
-    assert any(line.startswith(said) for line in lines), lines
+    note = f"note: the longest of the pairs alone takes {longest} tokens per device at once, more than"
+    assert any(line.startswith(note) for line in lines), lines
 
 
 def test_what_cannot_fit_is_said(run_words: Words) -> None:

@@ -33,35 +33,35 @@ def two_sets(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def set_up(words: list[str], cls: type[DPOConfig | SFTConfig] = DPOConfig) -> tuple[Setup, list[str]]:
-    config, said = load_config(cls, None, ["compute_dtype=float32", *words]), []
+    config, lines = load_config(cls, None, ["compute_dtype=float32", *words]), []
     with numerics(config):
-        return build(config, said.append), said
+        return build(config, lines.append), lines
 
 
 def test_an_epoch_is_said_and_planned_as_the_weights_say(run_words: Words, two_sets: tuple[Path, Path]) -> None:
     first, second = two_sets
     datasets = f"[{{path: {first}, weight: 2}}, {{path: {second}, weight: 1, label: own}}]"
-    setup, said = set_up(run_words(datasets=datasets, num_train_epochs=2))
-    assert "an epoch is 18 rows: all 12 of first, 6 of own (1.2 passes over 5)" in said
+    setup, lines = set_up(run_words(datasets=datasets, num_train_epochs=2))
+    assert "an epoch is 18 rows: all 12 of first, 6 of own (1.2 passes over 5)" in lines
     assert (setup.steps_per_epoch, setup.num_steps) == (3, 6)
     rows = np.concatenate([setup.row_plan.step(step) for step in range(3)])
     assert np.bincount(setup.train_data.dataset_of[rows]).tolist() == [12, 6]
-    assert setup.inputs()["how many rows each data set has"] == "12 5"
+    assert setup.inputs()["how many rows each dataset has"] == "12 5"
 
 
 def test_one_data_set_is_an_epoch_that_needs_no_words(run_words: Words) -> None:
-    setup, said = set_up(run_words())
-    assert not any("an epoch is" in line for line in said)
-    assert "how many rows each data set has" not in setup.inputs()
+    setup, lines = set_up(run_words())
+    assert not any("an epoch is" in line for line in lines)
+    assert "how many rows each dataset has" not in setup.inputs()
 
 
 def test_rows_are_held_out_by_their_prompt(run_words: Words) -> None:
-    setup, said = set_up(run_words(eval_fraction=0.4, eval_steps=1))
+    setup, lines = set_up(run_words(eval_fraction=0.4, eval_steps=1))
     assert setup.eval_data is not None
     assert len(setup.train_data) + len(setup.eval_data) == 20
     assert not set(setup.train_data.prompt_keys) & set(setup.eval_data.prompt_keys)
     assert setup.steps_per_epoch == -(-len(setup.train_data) // 8)
-    assert any(f"  {len(setup.eval_data)} held out for evaluation" in line for line in said)
+    assert any(f"  {len(setup.eval_data)} held out for evaluation" in line for line in lines)
 
 
 def test_grouping_by_length_changes_the_order_alone(run_words: Words, two_sets: tuple[Path, Path]) -> None:
@@ -83,15 +83,15 @@ def test_a_signal_ends_the_tokenizing(run_words: Words, tmp_path: Path) -> None:
 def test_the_counter_of_rows_says_how_fast_and_how_long(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("jdpo.reports.progress.time.monotonic", lambda: now)
-    said: list[str] = []
-    counter = RowCounter(said.append)
+    lines: list[str] = []
+    counter = RowCounter(lines.append)
     counter(512)
     now = 110.0
     counter(20_480)
     counter(20_992)  # too soon
     now = 120.0
     counter(40_960, 81_920)
-    assert said == [
+    assert lines == [
         "tokenizing: 20,480 rows read, 2,048 per second",
         "tokenizing: 40,960 of 81,920 rows read, 2,048 per second, 0:00:20 left",
     ]

@@ -18,7 +18,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Every test traces its own functions, but most of the programs have been compiled before, by another test or in an
 # earlier run. The key of an entry covers the program, the compiler's version and options and the flags above, so an
-# entry never goes stale; jdpo's own `compilation_cache` steps back where this folder is named.
+# entry never goes stale; jdpo's own `compilation_cache` does nothing if this folder is named.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get(
     "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".compiled")
 )
@@ -66,7 +66,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Compiling takes most of the suite's time, and of that most goes to making toys fast. With --all programs are
+    # Compiling takes most of the suite's time, most of it spent on optimizing toy programs. With --all programs are
     # compiled as users have them. jax reads these variables when it first asks for devices, which is later.
     if not config.getoption("--all"):
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of the processes that tests start
@@ -100,12 +100,12 @@ def eight_devices() -> None:
 
 
 def sentence(rng: np.random.Generator, num_words: int) -> str:
-    """Random words, so that lengths and tokens vary."""
+    """Returns random words, so that lengths and tokens vary."""
     return " ".join(rng.choice(WORDS, num_words)) + "."
 
 
 def chat_pairs(num_rows: int, seed: int = 0, words: tuple[int, int] = (3, 12)) -> list[dict[str, Any]]:
-    """Preference rows in explicit conversational form; chosen and rejected always differ."""
+    """Returns preference rows in explicit conversational form; chosen and rejected always differ."""
     rng = np.random.default_rng(seed)
     low, high = words
 
@@ -124,9 +124,9 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
 
 
 def small_llama(**fields: Any) -> Any:
-    """The `ModelConfig` of a small Llama without biases; fields by name take the place of its own.
+    """Returns the `ModelConfig` of a small Llama without biases; keyword arguments replace its fields.
 
-    `windows`, one a layer, is short for layers that differ in nothing else.
+    `windows` gives one window per layer, for layers that differ in nothing else.
     """
     from jdpo.models.model_config import LayerKind, ModelConfig, RopeConfig
 
@@ -171,7 +171,7 @@ def pairs_file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run_words(toy_model: Path, pairs_file: Path, tmp_path: Path) -> Callable[..., list[str]]:
-    """Command-line words of a small DPO run on one device; keywords override."""
+    """Returns the command-line words of a small DPO run on one device; keyword arguments override them."""
 
     def words(**overrides: Any) -> list[str]:
         values = {

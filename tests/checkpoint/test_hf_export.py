@@ -46,7 +46,7 @@ def tokenizer() -> Any:
 
 @pytest.fixture
 def export(tokenizer: Any, tmp_path: Path) -> Callable[..., Path]:
-    """A function that exports golden folder `case` (or `source`) to tmp_path/model, options passed on."""
+    """Returns a function that exports golden folder `case` (or `source`) to tmp_path/model with the given options."""
 
     def run(case: str = "llama", *, source: Path | None = None, params: Any = None, **options: Any) -> Path:
         source = source or GOLDEN / case
@@ -80,7 +80,7 @@ def test_untouched_params_come_back_bitwise_in_their_dtype(export: Callable[...,
     assert read_model_config(out) == read_model_config(GOLDEN / case)
 
 
-def test_what_stands_in_the_folder(export: Callable[..., Path], tokenizer: Any) -> None:
+def test_the_files_of_an_export(export: Callable[..., Path], tokenizer: Any) -> None:
     out = export(model_card="# a card\n")
     assert (out / "README.md").read_text() == "# a card\n"
     source, written = (json.loads((path / "config.json").read_text()) for path in (GOLDEN / "llama", out))
@@ -209,7 +209,7 @@ def test_a_failed_export_leaves_the_older_one(export: Callable[..., Path]) -> No
     assert (out / "model.safetensors").read_bytes() == before
 
 
-def test_other_peoples_folders_are_not_replaced(export: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_folder_that_is_not_an_export_is_not_replaced(export: Callable[..., Path], tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.tex").touch()
     with pytest.raises(ValueError, match=r"is not an export of jdpo .*, so it is not replaced"):
@@ -219,8 +219,8 @@ def test_other_peoples_folders_are_not_replaced(export: Callable[..., Path], tmp
     assert (export(out=tmp_path / "empty") / "config.json").is_file()
 
 
-def test_a_model_of_others_is_not_replaced(export: Callable[..., Path], tmp_path: Path) -> None:
-    """config.json beside weights is what any model has."""
+def test_a_model_that_jdpo_did_not_export_is_not_replaced(export: Callable[..., Path], tmp_path: Path) -> None:
+    """Any model has a config.json next to its weights; an export is known by more."""
     other = copy_of("llama", tmp_path / "other")
     with pytest.raises(ValueError, match=r"is not an export of jdpo"):
         export(out=other)
@@ -229,7 +229,7 @@ def test_a_model_of_others_is_not_replaced(export: Callable[..., Path], tmp_path
 
 @pytest.mark.parametrize(("out", "how"), [("base", "is"), ("base/inner/out", "is inside"), (".", "contains")])
 def test_the_source_is_never_replaced(export: Callable[..., Path], tmp_path: Path, out: str, how: str) -> None:
-    """Not even where it is an export itself."""
+    """Holds even if the source is an export itself."""
     base = copy_of("llama", tmp_path / "base")
     for folder in (base, tmp_path):
         (folder / MARKER).write_text("{}")
@@ -316,7 +316,7 @@ def test_transformers_loads_the_folder_and_gives_the_same_logits(export: Callabl
     assert not report["unexpected_keys"]
     assert loaded.generation_config.eos_token_id == [0, 1]
     if model.config.moe is not None:
-        loaded.set_experts_implementation("eager")  # the others want sizes that are multiples of 16 bytes
+        loaded.set_experts_implementation("eager")  # the other kernels need sizes that are multiples of 16 bytes
     tokens = np.random.default_rng(1).integers(0, 40, (2, 9))
     with torch.no_grad():
         expected = loaded(torch.tensor(tokens)).logits.numpy()

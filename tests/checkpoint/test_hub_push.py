@@ -13,7 +13,7 @@ from jdpo.checkpoint.output_folders import MARKER
 from tests.hub_server import TOKEN, Hub, serving_hub
 from tests.integration.cluster import free_port
 
-# huggingface_hub hands httpx files in a way that httpx would like to be another.
+# huggingface_hub passes files to httpx in a way that httpx has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 

@@ -1,4 +1,4 @@
-"""Which checkpoints count, which are kept, and what happens to those that are not whole."""
+"""Checkpoints: which ones count, which ones are kept, and what happens to incomplete ones."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_another_sharding_is_taken_on_restore(manager: CheckpointManager) -> Non
 
 
 def test_what_is_saved_is_the_state_at_the_call(manager: CheckpointManager) -> None:
-    # The next step is given the old state's memory while the save goes on in the background.
+    # The next step is given the old state's memory while the save continues in the background.
     state = {"params": jnp.arange(1 << 20, dtype=jnp.float32)}
     shape = abstract(state)
     add = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf + 1, tree), donate_argnums=0)
@@ -141,7 +141,7 @@ def test_nothing_saved_is_nothing_found(manager: CheckpointManager) -> None:
 
 
 def spoil(folder: Path, how: str) -> str:
-    """Damages a step; returns what is said of it."""
+    """Damages a step; returns the key phrase of its error."""
     files = [path for path in (folder / "state").rglob("*") if path.is_file()]
     victim = max(files, key=lambda path: path.stat().st_size)
     name = str(victim.relative_to(folder))
@@ -284,7 +284,7 @@ def test_hidden_files_of_others_do_not_enter_the_manifest(manager: CheckpointMan
     assert reopened(manager).newest_whole_step() == 1
 
 
-def lay(folder: Path, name: str, what: str) -> None:
+def put(folder: Path, name: str, what: str) -> None:
     place = folder / name
     if what == "file":
         place.write_text("mine")
@@ -311,9 +311,11 @@ def lay(folder: Path, name: str, what: str) -> None:
         ("3", "folder"),
     ],
 )
-def test_what_is_no_checkpoint_is_kept_and_is_in_nobodys_way(name: str, what: str, manager: CheckpointManager) -> None:
+def test_entries_that_are_not_checkpoints_are_kept_and_ignored(
+    name: str, what: str, manager: CheckpointManager
+) -> None:
     save(manager, 1, 2)
-    lay(manager._folder, name, what)
+    put(manager._folder, name, what)
     manager = reopened(manager)
     assert manager.newest_whole_step() == 2
     assert os.path.lexists(manager._folder / name)
@@ -406,9 +408,7 @@ def test_retention_never_deletes_the_last_whole_step_before_the_next_one_has_its
     manager.close()
 
 
-def test_one_save_that_was_cut_off_is_not_spoken_of_as_many(
-    manager: CheckpointManager, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_one_interrupted_save_is_reported_as_one(manager: CheckpointManager, caplog: pytest.LogCaptureFixture) -> None:
     (manager._folder / "3").mkdir(parents=True)
     assert reopened(manager).newest_whole_step() is None
     (message,) = logged(caplog)
@@ -430,7 +430,7 @@ def test_what_an_unfinished_save_left_is_cleared_away(manager: CheckpointManager
 
 @contextlib.contextmanager
 def disk_that_takes(num_bytes: int) -> Iterator[None]:
-    """Every write past so many bytes of a file fails, for root too."""
+    """Makes every write beyond so many bytes of a file fail, for root as well."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
     try:
@@ -442,9 +442,9 @@ def disk_that_takes(num_bytes: int) -> Iterator[None]:
 FAILURE = r"the checkpoint of step 2 could not be written to .*checkpoints: .*File too large.*Free some space and run"
 
 
-# A failed save leaves orbax' event loops in a state of which their destructors complain.
+# After a failed save the destructors of orbax' event loops raise warnings.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_save_that_the_disk_refuses_is_an_error_and_the_step_before_stands(
+def test_a_save_that_the_disk_refuses_is_an_error_and_the_previous_step_remains(
     manager: CheckpointManager, caplog: pytest.LogCaptureFixture
 ) -> None:
     save(manager, 1)
@@ -455,7 +455,7 @@ def test_a_save_that_the_disk_refuses_is_an_error_and_the_step_before_stands(
     assert [record for record in caplog.records if record.levelname == "ERROR"] == [], (
         "what is raised is not logged too"
     )
-    # Threads of the failed save may still write in this process; a restarted one, which this stands for, has none.
+    # Threads of the failed save may still write here; a restarted process, which this test imitates, has none.
     time.sleep(1)
     manager = reopened(manager)
     gc.collect()

@@ -1,4 +1,4 @@
-"""The tokenizer of an export: the source's bytes where nothing changed, else files for transformers 4 and 5."""
+"""The tokenizer of an export: the source's own bytes if nothing changed, otherwise files for transformers 4 and 5."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def spelled(id: int, token: str) -> dict[str, Any]:
 
 
 def write_source(folder: Path, name: str) -> Path:
-    """A folder as transformers 4 leaves it, of a class by its name; of TokenizersBackend, as transformers 5 does."""
+    """Writes the named class as transformers 4 saves it, or TokenizersBackend as transformers 5 does."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
     folder.mkdir(parents=True)
@@ -92,7 +92,7 @@ def load(folder: Path) -> Any:
 
 
 def changed(folder: Path) -> Any:
-    """The tokenizer of a folder with what a run may change: template, tokens, EOS."""
+    """Returns the tokenizer of a folder after changes that a run may make: template, tokens, EOS."""
     tokenizer = load(folder)
     tokenizer.chat_template = NEW_TEMPLATE
     tokenizer.add_tokens(["<|brand|>", "<|new|>"], special_tokens=True)
@@ -114,7 +114,7 @@ def test_an_unchanged_tokenizer_is_copied_byte_for_byte_and_no_code_with_it(tmp_
         (source / file).write_text("print('run')", encoding="utf-8")
     (source / "vocab.json").write_text("{}", encoding="utf-8")
     (tmp_path / "blob").write_text("#version: 0.2\n", encoding="utf-8")
-    (source / "merges.txt").symlink_to(tmp_path / "blob")  # as the hub's cache has its files
+    (source / "merges.txt").symlink_to(tmp_path / "blob")  # as files are in the hub's cache
     (source / "additional_chat_templates").mkdir()
     (source / "additional_chat_templates" / "tool_use.jinja").write_text(TEMPLATE, encoding="utf-8")
     tokenizer = load(source)
@@ -153,7 +153,7 @@ def test_a_changed_tokenizer_keeps_its_class_and_comes_back_as_it_was(tmp_path: 
     assert again.apply_chat_template(TURNS, tokenize=False) == "<|brand|>Name a river.<|new|>"
 
 
-def test_each_change_alone_is_one(tmp_path: Path) -> None:
+def test_each_single_change_counts_as_a_change(tmp_path: Path) -> None:
     source = write_source(tmp_path / "source", "Qwen2Tokenizer")
     template, eos, token = load(source), load(source), load(source)
     template.chat_template = NEW_TEMPLATE
@@ -230,7 +230,9 @@ def test_transformers_4_reads_every_export_as_transformers_5_does(tmp_path: Path
     copies, changes = [], []
     for name in CLASSES:
         source = write_source(tmp_path / name / "source", name)
-        if name != "TokenizersBackend":  # which transformers 4 does not know: a copy is as unreadable as its source
+        if (
+            name != "TokenizersBackend"
+        ):  # transformers 4 does not know this class: a copy is as unreadable as its source
             copies.append((export(load(source), source, tmp_path / name / "copied"), source))
         changes.append(export(changed(source), source, tmp_path / name / "changed"))
     clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}

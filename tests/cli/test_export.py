@@ -50,7 +50,7 @@ def finished(toy_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(finished: Path, tmp_path: Path) -> Path:
-    """A copy of it."""
+    """A copy of the finished run."""
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
@@ -92,7 +92,7 @@ def test_an_earlier_step_by_its_folder_or_by_number(run: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("attention", ["splash", "cudnn"])
-def test_a_run_whose_attention_is_of_another_device(run: Path, tmp_path: Path, attention: str) -> None:
+def test_a_run_whose_attention_kernel_needs_another_device(run: Path, tmp_path: Path, attention: str) -> None:
     saved = yaml.safe_load((run / "resolved_config.yaml").read_text())
     saved |= {"attention": attention, "attention_block_q": 128 if attention == "splash" else None}
     (run / "resolved_config.yaml").write_text(yaml.safe_dump(saved))
@@ -105,7 +105,7 @@ def test_wrong_options_are_errors_like_all_others(capsys: Capture) -> None:
     assert shown == "jdpo: error: unrecognized arguments: --steps\\x1b[31m 3; `jdpo export --help` lists the options\n"
 
 
-def test_what_is_no_checkpoint_is_refused(run: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_a_folder_that_is_not_a_checkpoint_is_refused(run: Path, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "out"
     assert "is not a checkpoint: expected the output_dir of a run" in refusal([str(tmp_path), str(out)], capsys)
     assert "no whole checkpoint of step 4; it has 3, 6" in refusal([str(run), str(out), "--step", "4"], capsys)
@@ -131,7 +131,7 @@ def test_what_is_no_checkpoint_is_refused(run: Path, tmp_path: Path, capsys: Cap
     assert not (tmp_path / "other").exists()
 
 
-def test_paths_of_a_config_are_meant_from_where_the_run_was_started(
+def test_relative_paths_of_a_config_start_where_the_run_was_started(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     saved, state = run / "resolved_config.yaml", json.loads((run / "run.json").read_text())
@@ -148,7 +148,7 @@ def test_paths_of_a_config_are_meant_from_where_the_run_was_started(
     assert main(["export", str(run), "out"]) == 0
     assert Path.cwd() == tmp_path / "here"
     assert (tmp_path / "here" / "out" / "model.safetensors").is_file()
-    # Another model of the same name is no base for these weights.
+    # Another model of the same name must not be taken as the base of these weights.
     other = json.loads((there / "own" / "config.json").read_text()) | {"rope_theta": 77.0}
     (there / "own" / "config.json").write_text(json.dumps(other))
     assert f"the model own in own is not the one that {run} started from" in refusal([str(run), "out"], capsys)
@@ -167,7 +167,7 @@ def test_damaged_state_and_files_in_the_way_are_named(run: Path, tmp_path: Path,
 
 
 def run_jdpo(words: list[str], hub: Hub, tmp_path: Path) -> subprocess.CompletedProcess[str]:
-    """A command in a process that knows this hub and its token."""
+    """Runs a command in a process that knows this hub and its token."""
     environment = os.environ | {
         "HF_ENDPOINT": hub.endpoint,
         "HF_HOME": str(tmp_path / "hf"),
@@ -194,7 +194,7 @@ def test_pushes_are_private_and_the_token_stays_where_it_is(run: Path, tmp_path:
         assert hub.repositories["me/aligned"].files == files
         assert hub.repositories["me/aligned"].private
         assert hub.repositories["me/aligned"].commits == ["Step 6 of a jdpo run"]
-        # The run itself, finished as it is, exports and pushes when it is asked to now.
+        # Starting the finished run again with push keys exports and pushes it.
         config = tmp_path / "again.yaml"
         config.write_text(saved)
         words = [str(config), f"output_dir={run}", "push_to_hub=me/run", "mesh.data=1"]

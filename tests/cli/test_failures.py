@@ -28,7 +28,7 @@ def test_a_full_disk_is_known_by_its_words_too() -> None:
     shown = explain_failure(RuntimeError("I/O error: No space left on device (os error 28)\nmore"))
     assert shown is not None
     assert shown.startswith("the disk is full (I/O error: No space left on device (os error 28)). Free")
-    own = OSError("the checkpoint of step 2 could not be written to x: No space left on device. Make room there")
+    own = OSError("the checkpoint of step 2 could not be written to x: No space left on device. Free space there")
     assert explain_failure(own) == str(own)
 
 

@@ -25,7 +25,7 @@ from jdpo.models.weights.hub_models import resolve_folder
 
 @pytest.fixture
 def no_weights(toy_model: Path, tmp_path: Path) -> Path:
-    """The toy model as someone has it who downloaded no weights."""
+    """The toy model without its weights."""
     folder = tmp_path / "small"
     shutil.copytree(toy_model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     return folder
@@ -72,7 +72,7 @@ def test_strict_fails_on_faults_alone(
     assert "fault" in capsys.readouterr().out
 
 
-def test_rows_stand_token_by_token(capsys: pytest.CaptureFixture[str], run_words: Callable[..., list[str]]) -> None:
+def test_rows_are_shown_token_by_token(capsys: pytest.CaptureFixture[str], run_words: Callable[..., list[str]]) -> None:
     assert main(["inspect", *run_words(), "--rows", "1", "--ids"]) == 0
     out = capsys.readouterr().out
     assert "Row 1: pairs.jsonl:" in out
@@ -81,7 +81,7 @@ def test_rows_stand_token_by_token(capsys: pytest.CaptureFixture[str], run_words
     assert "Row 2" not in out
 
 
-def test_the_task_is_told_by_the_keys_that_one_command_has(tmp_path: Path) -> None:
+def test_the_task_is_inferred_from_keys_that_only_one_command_has(tmp_path: Path) -> None:
     words = ["model_name_or_path=m", "datasets=d"]
     config = tmp_path / "run.yaml"
     config.write_text("model_name_or_path: m\ndatasets: d\nloss_on: assistant_turns\n")

@@ -55,7 +55,7 @@ def test_a_mistyped_command_gets_a_hint(capsys: pytest.CaptureFixture[str]) -> N
         ("x\x1b[31m", r"unknown command 'x\x1b[31m'"),
     ],
 )
-def test_what_is_no_command_points_to_one(capsys: pytest.CaptureFixture[str], word: str, hint: str) -> None:
+def test_a_word_that_is_not_a_command_points_to_one(capsys: pytest.CaptureFixture[str], word: str, hint: str) -> None:
     assert main([word]) == 2
     assert hint in capsys.readouterr().err
 
@@ -144,10 +144,10 @@ TEMPLATE = (
 )
 
 
-def test_what_a_stranger_wrote_is_shown_and_does_nothing(
+def test_escape_codes_in_foreign_text_are_shown_and_not_obeyed(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, run_words: Callable[..., list[str]]
 ) -> None:
-    """Escape codes in the name of a data file and in what a template says, in the lines of a run and in an error."""
+    """Covers escape codes in a data file's name and in a template's error, both in a run's lines and in an error."""
     (tmp_path / "template.jinja").write_text(TEMPLATE)
     folder = tmp_path / "rows"
     folder.mkdir()

@@ -56,7 +56,7 @@ def test_wrong_words_are_answered_as_before(words: list[str], message: str) -> N
         read(*words)
 
 
-def test_a_key_without_dashes_is_no_config_file() -> None:
+def test_a_key_without_dashes_is_not_read_as_a_config_file() -> None:
     with pytest.raises(ValueError, match=r"cannot read '0.2'; did you mean `--beta 0.2`\?"):
         parse(train.parser("dpo"), ["beta", "0.2"])
 

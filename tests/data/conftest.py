@@ -1,4 +1,4 @@
-"""Tokenizers made on the spot. Word-level ones have ids that can be written down by hand."""
+"""Tokenizers made on the spot. Ids of the word-level ones can be written down by hand."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def save_word_level(
     adds_bos: bool = False,
     chat_template: str | None = None,
 ) -> Path:
-    r"""A tokenizer whose ids follow the order given: `<unk>` 0, the special tokens and markers, then `words`.
+    r"""Saves a tokenizer whose ids follow the order given: `<unk>` 0, the special tokens and markers, then `words`.
 
     Text is cut into newlines, punctuation, and words with the space before them (" Hi" and "Hi" are two words).
     """
@@ -41,7 +41,7 @@ def save_word_level(
 
 
 def save_byte_level(folder: Path, texts: Sequence[str], *, vocab_size: int = 400, **specials: str) -> Path:
-    """A byte-level BPE trained on `texts`, as GPT-2, Llama 3 and Qwen have."""
+    """Saves a byte-level BPE trained on `texts`, as GPT-2, Llama 3 and Qwen have."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -61,7 +61,7 @@ def save_byte_level(folder: Path, texts: Sequence[str], *, vocab_size: int = 400
 
 
 def save_metaspace(folder: Path, texts: Sequence[str]) -> Path:
-    """A Unigram tokenizer that puts a space before any text and BOS first, as SentencePiece models have."""
+    """Saves a Unigram tokenizer that puts BOS and a space before any text, as SentencePiece models do."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -80,7 +80,7 @@ def save_metaspace(folder: Path, texts: Sequence[str]) -> Path:
 
 @pytest.fixture
 def word_level(tmp_path: Path) -> Callable[..., Path]:
-    """`save_word_level` into a folder of the test."""
+    """Returns `save_word_level` bound to a folder of the test."""
     return lambda words, **options: save_word_level(tmp_path / "tokenizer", words, **options)
 
 

@@ -1,4 +1,4 @@
-"""Packed batches read backwards, for tests."""
+"""Unpacks packed batches, for tests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jdpo.types import PackedBatch
 
 
 class Padding(NamedTuple):
-    """Shares of a packed batch that are not in use: of slots, of places of attention, of scored tokens."""
+    """Unused shares of a packed batch: of its slots, of its places in attention, of its scored tokens."""
 
     slots: float
     places: float
@@ -30,7 +30,7 @@ def padding_of(batch: PackedBatch) -> Padding:
 
 
 class UnpackedSide(NamedTuple):
-    """One sequence of an item, as attention and head see it: vectors over its t tokens, or its c scored ones."""
+    """One sequence of an item as attention and the head see it: vectors over its t tokens or its c scored tokens."""
 
     tokens: np.ndarray
     positions: np.ndarray
@@ -41,7 +41,7 @@ class UnpackedSide(NamedTuple):
 
 
 def unpack(batch: PackedBatch) -> dict[int, tuple[UnpackedSide, ...]]:
-    """The sides of every item of a batch of numpy arrays, by data row: what `pack` did, read backwards.
+    """Returns the sides of every item of a batch of numpy arrays, by data row: the inverse of `pack`.
 
     Reads the indices as a model does, so that a wrong one shows.
     """

@@ -54,7 +54,7 @@ def test_an_epoch_passes_over_every_row_once(num_rows: int, batch: int, epoch: i
 
 
 @given(num_rows=st.integers(1, 100), batch=st.integers(1, 40), step=st.integers(0, 50))
-def test_steps_are_full_but_for_the_last_of_an_epoch(num_rows: int, batch: int, step: int) -> None:
+def test_every_step_but_the_last_of_an_epoch_is_full(num_rows: int, batch: int, step: int) -> None:
     rows = plan(step, num_rows=num_rows, global_batch_size=batch, seed=1, shuffle=True)
     steps = num_steps_per_epoch(num_rows, batch)
     is_last = (step + 1) % steps == 0
@@ -67,7 +67,7 @@ def test_a_plan_is_pure() -> None:
 
     first = [rows(step) for step in range(14)]
     assert [rows(step) for step in reversed(range(14))] == first[::-1]
-    plan(0, num_rows=50, global_batch_size=8, seed=7, shuffle=True)[:] = 0  # a caller may write into what it got
+    plan(0, num_rows=50, global_batch_size=8, seed=7, shuffle=True)[:] = 0  # a caller may write into the returned array
     assert rows(0) == first[0]
 
 
@@ -123,7 +123,7 @@ def test_no_order_seed_weight_or_grouping_changes_the_rows_of_an_epoch(
     np.testing.assert_array_equal(again.step(step), plan.step(step))
 
 
-def test_all_rows_once_are_planned_as_ever() -> None:
+def test_an_unweighted_mixture_has_the_plan_of_one_dataset() -> None:
     mixed = RowPlan(Mixture((30, 20), (30, 20)), global_batch_size=8, seed=7, shuffle=True)
     for step in range(14):
         rows = plan(step, num_rows=50, global_batch_size=8, seed=7, shuffle=True)
@@ -169,7 +169,7 @@ def test_without_a_shuffle_there_is_nothing_to_group() -> None:
 
 @pytest.mark.parametrize("num_hosts", [1, 2, 4, 8])
 def test_the_shards_of_all_hosts_are_a_partition_of_the_step(num_hosts: int) -> None:
-    # Hosts are stood for by groups of devices: each places, of the whole step, what its own devices hold.
+    # Groups of devices imitate hosts: each places only the part of the step that its own devices hold.
     mesh = make_mesh(MeshConfig(data=8, fsdp=1))
     plan = RowPlan(Mixture((40, 23), (20, 46)), global_batch_size=16, seed=1, shuffle=True)
     devices = mesh.devices.reshape(num_hosts, -1)

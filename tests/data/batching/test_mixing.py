@@ -124,7 +124,7 @@ def test_over_the_epochs_every_row_is_seen() -> None:
     assert max(Counter(stream_of(mixture, 0, orders)).values()) == 2
 
 
-def test_passes_and_data_sets_have_orders_of_their_own() -> None:
+def test_each_pass_and_each_dataset_has_its_own_order() -> None:
     mixture = Mixture(sizes=(40, 40), takes=(80, 40))
     order = [epoch_order(mixture, 5, 0, True)]
     first, second = stream_of(mixture, 0, order), stream_of(mixture, 1, order)
@@ -158,7 +158,7 @@ def test_an_epoch_is_put_in_words() -> None:
         ("notes.txt", "notes.txt"),
     ],
 )
-def test_a_data_set_is_called_by_its_file_or_hub_name(path: str, label: str) -> None:
+def test_a_dataset_is_named_after_its_file_or_hub_name(path: str, label: str) -> None:
     assert default_label(path) == label
     assert labels_of([DatasetConfig(path=path)]) == (label,)
 
@@ -195,12 +195,12 @@ def test_labels_must_differ_and_fit_into_a_metric() -> None:
         (["eval_datasets=[{path: x/a}, {path: y/a}]"], "two datasets are called 'a'"),
     ],
 )
-def test_settings_that_do_not_go_together_are_refused(words: list[str], message: str) -> None:
+def test_incompatible_settings_are_refused(words: list[str], message: str) -> None:
     config = load_config(DataSettings, None, ["datasets=rows.jsonl", *words])
     with pytest.raises(ValueError, match=message):
         check_data_settings(config, pairs=True)
 
 
-def test_settings_that_do_are_taken() -> None:
+def test_compatible_settings_are_accepted() -> None:
     weighted = [{"path": "a", "weight": 1}, {"path": "b", "weight": 0.2}]
     check_data_settings(DataSettings(datasets=weighted, num_examples=5, eval_fraction=0.1), pairs=True)

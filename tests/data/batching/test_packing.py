@@ -218,7 +218,7 @@ def random_params(seed: int, width: int = 8, num_layers: int = 2) -> dict[str, n
 
 
 def attend(xp: ModuleType, q: Any, k: Any, v: Any, lengths: Any) -> Any:
-    """Causal attention of [sequences, t, d], right-padded."""
+    """Returns causal attention over right-padded [sequences, t, d]."""
     places = np.arange(q.shape[1])
     seen = (places[:, None] >= places) & (places < lengths[:, None, None])
     scores = xp.where(seen, xp.einsum("bqd,bkd->bqk", q, k), -1e30)
@@ -227,7 +227,7 @@ def attend(xp: ModuleType, q: Any, k: Any, v: Any, lengths: Any) -> Any:
 
 
 def hidden_states(xp: ModuleType, params: Any, tokens: Any, positions: Any, mix: Any) -> Any:
-    """[..., d]; `mix` (q, k, v) is attention in the layout of tokens."""
+    """Returns hidden states [..., d]; `mix` (q, k, v) is attention in the layout of tokens."""
     x = params["embed"][tokens] + params["place"][positions]
     for layer in range(sum(name.startswith("mlp") for name in params)):
         q, k, v = (x @ params[f"{name}{layer}"] for name in "qkv")
@@ -244,13 +244,13 @@ def log_probs(xp: ModuleType, params: Any, hidden: Any, targets: Any) -> Any:
 
 
 def padded_batch(pairs: list[TokenizedPair]) -> tuple[PreferenceBatch, np.ndarray]:
-    """The padded form, and bool [b, 2, t], the tokens that it scores."""
+    """Returns the padded batch and the mask bool [b, 2, t] of the tokens that it scores."""
     batch = collate_pairs(pairs, num_slots=len(pairs), length=LONGEST, pad_token_id=0)
     return batch, np.asarray(predicted_tokens(batch))
 
 
 def padded_logps(xp: ModuleType, params: Any, batch: PreferenceBatch) -> Any:
-    """[b, 2, t], of the token at t."""
+    """Returns log-probs [b, 2, t], each of the token at t."""
     tokens = batch.tokens.reshape(-1, LONGEST)
     lengths = batch.attention_mask.reshape(-1, LONGEST).sum(-1)
     positions = np.broadcast_to(np.arange(LONGEST), tokens.shape)
@@ -260,7 +260,7 @@ def padded_logps(xp: ModuleType, params: Any, batch: PreferenceBatch) -> Any:
 
 
 def packed_logps(xp: ModuleType, params: Any, row: PackedBatch) -> Any:
-    """[c] of one row of a batch."""
+    """Returns log-probs [c] of one row of a batch."""
 
     def mix(*qkv: Any) -> Any:
         return attend(xp, *(x[row.gather] for x in qkv), row.lengths).reshape(-1, qkv[0].shape[-1])[row.scatter]
@@ -277,7 +277,7 @@ def rows_of(batch: PackedBatch) -> list[PackedBatch]:
 
 
 def with_garbage(row: PackedBatch, seed: int) -> PackedBatch:
-    """The row with anything at all, in range, in all that is not in use."""
+    """Returns the row with arbitrary values, in range, in every unused place."""
     rng = np.random.default_rng(seed)
     (num_sequences, length), num_slots = row.gather.shape, len(row.tokens)
     none, num_sides = num_sequences * length, len(row.readers)

@@ -44,7 +44,7 @@ def test_sizes_of_rows() -> None:
     assert item_sizes(rows) == completion_sizes(np.array([4]), np.array([2]))
 
 
-def test_tokens_that_are_not_learnt_need_no_room_for_a_log_prob() -> None:
+def test_tokens_that_are_not_learnt_need_no_place_for_a_log_prob() -> None:
     mask = np.array([True, False, False, True])
     ids = np.zeros(4, np.int32)
     sizes = item_sizes([MaskedPair(ids[:3], ids, ids[:2], mask, mask[:2], "")])
@@ -78,7 +78,7 @@ def test_bins(slots: list[int], num_rows: int, max_slots: int, max_items: int | 
     loads = np.bincount(bins.bin_of, weights=array, minlength=num_bins)
     if max_items is None:
         assert loads.max() <= max(max_slots, max(slots))
-        # What largest-first keeps to: nobody is fuller than the mean by a whole item.
+        # Largest-first guarantees that no bin exceeds the mean by a whole item.
         assert loads.max() <= sum(slots) / num_bins + max(slots) * (1 - 1 / num_bins) + 1e-9
         assert bins.num_micro == 1 or sum(slots) > (bins.num_micro - 1) * num_rows * max_slots / 2
     else:
@@ -127,7 +127,7 @@ def test_alike_steps_share_a_shape() -> None:
     assert choose_shapes(needs, num_sides=2) == (PackedShape(1, 1, 64, 20160, 512, 8000),)
 
 
-def test_many_steps_are_planned_in_time_and_order_does_not_matter() -> None:
+def test_many_steps_are_planned_and_their_order_does_not_matter() -> None:
     rng = np.random.default_rng(0)
     needs = [PackedShape(1, 1, 8, *map(int, rng.integers(1, 9000, 3))) for _ in range(3000)]
     shapes = choose_shapes(needs, num_sides=2)

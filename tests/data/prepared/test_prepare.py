@@ -21,7 +21,7 @@ CAPITALS = {"France": "Paris", "Ireland": "Dublin"}
 
 
 def rows(num_rows: int) -> list[dict[str, Any]]:
-    """Conversational pairs of different lengths."""
+    """Returns conversational pairs of different lengths."""
     countries = list(CAPITALS)
     return [
         {
@@ -45,7 +45,7 @@ def chatml(byte_level: Path) -> Tokenizer:
 
 @pytest.fixture
 def prepare(tmp_path: Path, chatml: Tokenizer) -> Callable[..., Any]:
-    """`prepare_pairs` with the cache in a folder of the test."""
+    """Calls `prepare_pairs` with the cache in a folder of the test."""
 
     def run(datasets: list[DatasetConfig], **options: Any) -> Any:
         options = {"max_length": 256, "cache_dir": tmp_path / "cache"} | options
@@ -108,7 +108,7 @@ def test_what_is_dropped_and_cut_is_counted_and_reported(prepare: Callable[..., 
 
 def test_nothing_left_to_train_on_is_an_error_with_the_counts(prepare: Callable[..., Any], tmp_path: Path) -> None:
     datasets = write(tmp_path / "pairs.jsonl", [row | {"rejected": row["chosen"]} for row in rows(3)])
-    for _ in range(2):  # and it is not kept as if it were a result
+    for _ in range(2):  # an empty result must not enter the cache
         with pytest.raises(ValueError, match=r"(?s)no rows left of \S+\n3 rows read, 0 kept.*3 dropped: ident"):
             prepare(datasets)
     assert not list((tmp_path / "cache" / "tokenized").iterdir())
@@ -185,7 +185,7 @@ def test_the_digest_is_that_of_the_tokens(prepare: Callable[..., Any], tmp_path:
         (".json", lambda data: b"[]"),
     ],
 )
-def test_a_damaged_cache_is_built_anew(
+def test_a_damaged_cache_is_built_again(
     prepare: Callable[..., Any], tmp_path: Path, suffix: str, damage: Callable[[bytes], bytes]
 ) -> None:
     datasets = write(tmp_path / "pairs.jsonl", rows(5))
@@ -224,7 +224,7 @@ def test_the_default_cache_is_in_the_users_cache_folder(
     assert len(list((tmp_path / "xdg" / "jdpo" / "tokenized").glob("*.arrow"))) == 1
 
 
-def test_data_sets_follow_one_another(prepare: Callable[..., Any], tmp_path: Path) -> None:
+def test_datasets_follow_one_another(prepare: Callable[..., Any], tmp_path: Path) -> None:
     first, second = write(tmp_path / "a.jsonl", rows(3)), write(tmp_path / "b.jsonl", rows(2))
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress((tmp_path / "b.jsonl").read_bytes()))
     data = prepare([*first, *second])
@@ -233,13 +233,13 @@ def test_data_sets_follow_one_another(prepare: Callable[..., Any], tmp_path: Pat
         prepare([])
 
 
-def test_progress_is_told(prepare: Callable[..., Any], tmp_path: Path) -> None:
+def test_progress_is_reported(prepare: Callable[..., Any], tmp_path: Path) -> None:
     told: list[tuple[int, int | None]] = []
     prepare(write(tmp_path / "pairs.jsonl", rows(1100)), progress=lambda *counts: told.append(counts))
     assert told == [(512, None), (1024, None), (1100, None)]
 
 
-def test_large_rows_are_not_gathered_by_the_hundred(prepare: Callable[..., Any], tmp_path: Path) -> None:
+def test_chunks_of_large_rows_are_small(prepare: Callable[..., Any], tmp_path: Path) -> None:
     told: list[tuple[int, int | None]] = []
     large = [{**row, "notes": "x" * (CHUNK_TEXT // 2)} for row in rows(5)]
     data = prepare(write(tmp_path / "pairs.jsonl", large), progress=lambda *counts: told.append(counts))
@@ -247,7 +247,7 @@ def test_large_rows_are_not_gathered_by_the_hundred(prepare: Callable[..., Any],
     assert len(data) == 5
 
 
-def test_progress_knows_the_end_where_files_tell_it(prepare: Callable[..., Any], tmp_path: Path) -> None:
+def test_progress_has_a_total_if_the_files_tell_it(prepare: Callable[..., Any], tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -40,7 +40,7 @@ def rows_of(data: PreparedData) -> list[tuple[list[int], ...]]:
     return [tuple(ids.tolist() for ids in data[index][:3]) for index in range(len(data))]
 
 
-def test_rows_know_their_data_set_prompt_and_margin(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_rows_know_their_dataset_prompt_and_margin(tokenizer: Tokenizer, tmp_path: Path) -> None:
     scored = [pair(number, score_chosen=number + 0.5, score_rejected=0) for number in range(3)]
     datasets = [
         write(tmp_path / "a.jsonl", [pair(1), pair(1, rejected=""), pair(2)]),
@@ -64,7 +64,7 @@ def test_rows_know_their_data_set_prompt_and_margin(tokenizer: Tokenizer, tmp_pa
     assert set(data.file_digests()) == {str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")}
 
 
-def test_labels_are_no_part_of_the_rows(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_labels_are_not_part_of_the_rows(tokenizer: Tokenizer, tmp_path: Path) -> None:
     options: dict[str, Any] = {"max_length": 64, "cache_dir": tmp_path / "cache"}
     dataset = write(tmp_path / "a.jsonl", [pair(1)])
     prepare_pairs([dataset], tokenizer, **options)
@@ -97,7 +97,7 @@ def big(path: Path, tokenizer: Tokenizer) -> PreparedData:
 
 @pytest.fixture(scope="module")
 def kept(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the tokenized rows of two record batches: to be copied, not used."""
+    """A folder with the tokenized rows of two record batches; tests use copies of it."""
     folder = tmp_path_factory.mktemp("kept")
     write(folder / "big.jsonl", [pair(number) for number in range(BATCH_ROWS + 50)])
     big(folder, tokenizer)
@@ -106,7 +106,7 @@ def kept(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture
 def copy(kept: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(kept, tmp_path / "copy"))  # times and all
+    return Path(shutil.copytree(kept, tmp_path / "copy"))  # keeps file times
 
 
 def store_of(folder: Path) -> Path:
@@ -115,7 +115,7 @@ def store_of(folder: Path) -> Path:
 
 
 def flip(path: Path, at: int, *, keep_time: bool) -> None:
-    """Changes one bit, as a failing disk does, or a person who also leaves a new time."""
+    """Flips one bit; a failing disk keeps the file's time, an edit changes it."""
     times = path.stat()
     content = bytearray(path.read_bytes())
     content[at] ^= 1
@@ -153,7 +153,7 @@ def test_flipped_lengths_and_tags_are_found_at_the_start(tokenizer: Tokenizer, c
 
 def test_a_file_of_another_time_is_read_whole(tokenizer: Tokenizer, copy: Path) -> None:
     path, before = store_of(copy), rows_of(big(copy, tokenizer))
-    os.utime(path)  # as a copy without its times has
+    os.utime(path)  # like a copy that did not keep its time
     voucher = path.with_suffix(".json")
     old = voucher.read_text()
     again = big(copy, tokenizer)

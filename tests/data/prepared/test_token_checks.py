@@ -53,7 +53,7 @@ def pairs(*rows: tuple[list[int], list[int], list[int]]) -> RowArrays:
 def found(
     block: RowArrays, expected: Expected = EXPECTED, *, plain: Any = False, cut: Any = False
 ) -> dict[str, list[int]]:
-    """The numbers of the rows with each fault."""
+    """Returns the numbers of the rows with each fault."""
     flags = [np.broadcast_to(np.asarray(value, bool), len(block)) for value in (plain, cut)]
     faults = find_faults(block, expected, plain=flags[0], cut=flags[1], max_length=8)
     return {name: np.flatnonzero(rows).tolist() for name, rows in faults.items()}
@@ -76,8 +76,8 @@ GOOD = [7, EOS, NEWLINE]
         (([BOS, 5], GOOD, [EOS, 7, 8, 9]), {NO_END, END_INSIDE}),
         (([BOS, 5], [7, EOS, EOS, NEWLINE], GOOD), {END_TWICE}),
         (([BOS, 5], [7, EOS, 8, EOS, NEWLINE], GOOD), {END_INSIDE}),
-        (([BOS, EOS], GOOD, GOOD), set()),  # of an earlier turn
-        (([BOS, 5], [EOS, NEWLINE], [7]), {NO_END}),  # one token, and no place for an end
+        (([BOS, EOS], GOOD, GOOD), set()),  # EOS of an earlier turn
+        (([BOS, 5], [EOS, NEWLINE], [7]), {NO_END}),  # one token: no place for an end
     ],
 )
 def test_faults_of_a_pair(row: tuple[list[int], list[int], list[int]], faults: set[str]) -> None:
@@ -85,7 +85,7 @@ def test_faults_of_a_pair(row: tuple[list[int], list[int], list[int]], faults: s
     assert found(pairs(good, row, good)) == {name: [1] for name in faults}
 
 
-def test_what_was_cut_ends_nowhere_and_is_not_held_against_it() -> None:
+def test_a_cut_answer_needs_no_end() -> None:
     whole, cut = ([BOS, 5, 6], GOOD, [7, 8]), ([BOS, 5, 6], GOOD, [7, 8, 7, 8, 7])
     assert found(pairs(whole, cut), cut=[False, True]) == {NO_END: [0]}
     assert found(pairs(cut), cut=True) == {}
@@ -110,7 +110,7 @@ def test_without_a_bos_of_its_own_nothing_is_counted() -> None:
     assert found(pairs(row), Expected(first=None, bos=None, ends=(EOS,), closing=2)) == {}
 
 
-def test_of_supervised_rows_the_last_answer_is_looked_at() -> None:
+def test_the_last_answer_of_a_supervised_row_is_checked() -> None:
     def completion(tokens: list[int], learnt: list[int]) -> TokenizedCompletion:
         return TokenizedCompletion(ids(*tokens), np.array(learnt, bool), "x:1")
 
@@ -126,7 +126,7 @@ def test_of_supervised_rows_the_last_answer_is_looked_at() -> None:
     assert found(block, cut=[0, 0, 0, 1, 0, 0]) == {NO_END: [2], NO_BOS: [4], BOS_INSIDE: [4], STARTS_WITH_BOS: [5]}
 
 
-def test_nothing_is_found_in_nothing() -> None:
+def test_no_rows_have_no_findings() -> None:
     assert found(pairs()) == {}
     assert found(row_arrays([], TokenizedCompletion, tags(0))) == {}
 
@@ -134,7 +134,7 @@ def test_nothing_is_found_in_nothing() -> None:
 # --- expectations of a tokenizer
 
 
-def test_the_closing_of_an_answer_is_the_template_s(word_level: Callable[..., Path]) -> None:
+def test_the_end_of_an_answer_is_that_of_the_template(word_level: Callable[..., Path]) -> None:
     words = ["\n", "user", "assistant", "jdpoquestion", "jdpoanswer"]
     markers = ["<|im_start|>", "<|im_end|>"]
     chatml = load_tokenizer(
@@ -145,13 +145,13 @@ def test_the_closing_of_an_answer_is_the_template_s(word_level: Callable[..., Pa
     assert expected_of(chatml) is expected_of(chatml)
 
 
-def test_a_bos_before_every_turn_says_nothing_by_its_place(word_level: Callable[..., Path]) -> None:
+def test_a_template_with_bos_before_every_turn_may_have_it_anywhere(word_level: Callable[..., Path]) -> None:
     specials = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
     tokenizer = load_tokenizer(word_level(["\n"], specials=specials, chat_template=CHATML), chat_template=None)
     assert expected_of(tokenizer).bos is None
 
 
-def test_a_bos_that_is_eos_too_says_nothing_by_its_place(byte_level: Path, tmp_path: Path) -> None:
+def test_a_bos_that_is_also_eos_may_be_anywhere(byte_level: Path, tmp_path: Path) -> None:
     from tests.data.conftest import save_byte_level
 
     both = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}

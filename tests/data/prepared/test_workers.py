@@ -25,7 +25,7 @@ NUM_ROWS = 3 * CHUNK_ROWS + 100
 
 
 def pairs(num_rows: int) -> list[dict[str, Any]]:
-    """Some of them are dropped or cut."""
+    """Returns pairs of which some are dropped or cut."""
     return [
         {
             "prompt": [{"role": "user", "content": f"The capital of {i}?"}],
@@ -47,7 +47,7 @@ def tokenizer(byte_level: Path) -> Tokenizer:
 
 
 def children(process: int | None = None) -> set[int]:
-    """Processes that a process has started and that still run."""
+    """Returns the running child processes of a process."""
     found = set()
     for task in Path(f"/proc/{process or os.getpid()}/task").iterdir():
         with contextlib.suppress(FileNotFoundError):  # a thread that ended meanwhile
@@ -177,7 +177,7 @@ data = prepare_pairs(
     progress=lambda num_rows, total: print(num_rows, flush=True),
 )
 print("kept", len(data))
-"""  # and no `if __name__ == "__main__"`
+"""  # the script has no `if __name__ == "__main__"`
 
 
 def run_script(folder: Path, byte_level: Path, num_rows: int) -> subprocess.Popen[str]:
@@ -189,7 +189,7 @@ def run_script(folder: Path, byte_level: Path, num_rows: int) -> subprocess.Pope
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,  # a process group of its own, as a terminal gives
-        env={**os.environ, "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"},  # that there is no torch
+        env={**os.environ, "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"},  # such as: no torch here
     )
 
 
@@ -210,7 +210,7 @@ def test_no_process_outlives_a_script_that_is_stopped(byte_level: Path, tmp_path
     workers = children(process.pid)
     assert len(workers) == 2
     if how == signal.SIGINT:
-        os.killpg(process.pid, how)  # Ctrl-C reaches every process of the terminal
+        os.killpg(process.pid, how)  # a terminal sends Ctrl-C to all its processes
         _, err = process.communicate(timeout=60)
         assert err.rstrip().endswith("KeyboardInterrupt")
         assert err.count("Traceback") == 1, "the processes print nothing about it"

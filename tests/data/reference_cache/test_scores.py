@@ -1,4 +1,4 @@
-"""The disk side of the cached reference: what is written comes back, and what is not as written is refused."""
+"""Files of the cached reference: what is written is read back, and anything else is refused."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def entry(about: dict[str, Any] | None = None, **parts: Any) -> CacheEntry:
 
 
 def make_rows(num_rows: int, seed: int = 0) -> tuple[list[TokenizedPair], list[RowLogps]]:
-    """Rows of random lengths and a log-prob for each completion token."""
+    """Returns rows of random lengths and a log-prob for each completion token."""
     rng = np.random.default_rng(seed)
     pairs, logps = [], []
     for index in range(num_rows):
@@ -77,7 +77,7 @@ def fill(folder: CacheFolder, logps: list[RowLogps]) -> CacheFolder:
 
 
 def small(root: Path, num_rows: int = 4, dtype: Any = np.float32) -> tuple[CacheFolder, list[TokenizedPair]]:
-    """A whole entry of a few rows, with its key.json."""
+    """A complete entry of a few rows with its key.json."""
     pairs, logps = make_rows(num_rows)
     folder = fill(CacheFolder(root, entry().key, num_rows=num_rows, dtype=dtype), logps)
     folder.write_entry(entry())
@@ -103,7 +103,7 @@ def test_every_row_comes_back_bitwise_in_any_order_and_from_any_thread(tmp_path:
             np.testing.assert_array_equal(side, expected.astype(dtype))
 
 
-def test_values_stand_at_their_tokens(tmp_path: Path) -> None:
+def test_values_are_at_their_tokens(tmp_path: Path) -> None:
     ids = [np.zeros(length, np.int32) for length in (2, 3, 1)]
     pair, other = TokenizedPair(*ids, "a:1"), TokenizedPair(ids[2], ids[2], ids[0], "a:2")
     logps = [
@@ -217,10 +217,10 @@ def test_a_shard_of_another_dtype_is_refused(tmp_path: Path) -> None:
         CacheFolder(tmp_path, folder.key, num_rows=4, dtype=np.float32).open()
 
 
-def test_a_failed_rewrite_leaves_no_json_that_vouches_for_nothing(tmp_path: Path) -> None:
+def test_a_failed_rewrite_leaves_no_json_without_its_shard(tmp_path: Path) -> None:
     folder, _ = small(tmp_path)
     folder.shard_path(0).unlink()
-    folder.shard_path(0).mkdir()  # the shard cannot be put in place
+    folder.shard_path(0).mkdir()  # a folder blocks the shard's place
     with pytest.raises(OSError, match="00000"):
         folder.write_shard(0, make_rows(4)[1])
     assert folder.examine().missing.all(), "missing, not damaged"
@@ -313,7 +313,7 @@ def test_runs_that_asked_are_remembered_once(tmp_path: Path) -> None:
             ["the data: pairs.jsonl (train) then, b.jsonl (train) now"],
         ),
         (entry(), entry(rows="r1"), ["how the rows of pairs.jsonl (train) are tokenized"]),
-        # What did not change the rows is not what keeps the entry from being found.
+        # A setting that does not change the rows cannot be the reason why the entry is not found.
         (entry(), entry({"max_length": 1024}, weights="w1"), ["the weights of the reference model org/base"]),
         (
             entry(),
@@ -331,7 +331,7 @@ def test_changes_are_named_in_words_of_the_config(then: CacheEntry, now: CacheEn
     assert changes(then, now) == expected
 
 
-def test_the_key_is_of_the_parts_alone() -> None:
+def test_the_key_depends_on_its_parts_alone() -> None:
     assert entry().key == entry({"max_length": 9, "sources": "x", "role": "evaluation"}).key
     keys = {
         entry(**part).key

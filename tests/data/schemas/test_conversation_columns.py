@@ -65,7 +65,7 @@ def test_a_conversation_next_to_the_sides_is_their_prompt(
     assert pair({**raw, "input": "Name a river."}) == PreferenceRow(prompt, [SEINE], [DUBLIN], "x:1")
 
 
-def test_sides_may_be_calls_and_go_on_for_turns() -> None:
+def test_sides_may_be_calls_and_have_several_turns() -> None:
     raw = {"context": [ASK], "chosen": CALLS, "rejected": "Dublin."}
     assert pair(raw) == PreferenceRow([ASK], [CALLS], [DUBLIN], "x:1")
     long = {"context": [ASK], "chosen": [CALLS, SEEN, SEINE], "rejected": [CALLS, SEEN, DUBLIN]}
@@ -83,7 +83,7 @@ def test_sides_may_repeat_the_end_of_the_conversation() -> None:
 @pytest.mark.parametrize(
     ("chosen", "rejected"), [("The Seine.", "Dublin."), ([SEINE], [DUBLIN]), ("Dublin.", "The Seine."), (CALLS, SEINE)]
 )
-def test_a_conversation_that_ends_in_a_side_is_asked_without_it(column: str, chosen: Any, rejected: Any) -> None:
+def test_a_conversation_that_ends_in_a_side_is_the_prompt_without_it(column: str, chosen: Any, rejected: Any) -> None:
     row = pair({column: [ASK, SEINE], "chosen": chosen, "rejected": rejected})
     assert isinstance(row, PreferenceRow)
     assert row.prompt == [ASK]
@@ -204,7 +204,7 @@ def test_a_pair_that_starts_with_the_assistant_for_want_of_a_prompt_is_marked(sy
     voted = pair({**votes, **system})
     assert isinstance(voted, PreferenceRow)
     assert voted.notes == (STARTS_WITH_ANSWER,)
-    # A greeting is part of a conversation that somebody named as the prompt.
+    # In a conversation named as the prompt, a greeting is part of it.
     greeted = pair({"prompt": [RHINE, MORE], "chosen": [SEINE], "rejected": [DUBLIN]})
     assert isinstance(greeted, PreferenceRow)
     assert greeted.notes == ()

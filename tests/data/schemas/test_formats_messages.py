@@ -59,14 +59,14 @@ def test_every_way_of_writing_a_call_is_the_same_turn(turn: dict[str, Any]) -> N
     ]
 
 
-def test_words_beside_a_call_and_arguments_as_text_stay_as_they_are() -> None:
+def test_words_next_to_a_call_and_arguments_as_text_stay_as_they_are() -> None:
     call = {"role": "assistant", "content": "I look.", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
     assert conversation([ASK, call, SEEN, BLUE]) == CompletionRow([ASK, call, SEEN], [BLUE], "x:1")
     plain = {**BLUE, "tool_calls": [], "function_call": None}
     assert conversation([ASK, plain]) == CompletionRow([ASK], [BLUE], "x:1")
 
 
-def test_sides_that_call_before_they_answer_share_what_stands_before_the_answer() -> None:
+def test_sides_with_the_same_call_share_it_as_prompt() -> None:
     sides = {"chosen": [CALL, SEEN, BLUE], "rejected": [CALL, SEEN, GREEN]}
     assert preference_rows({"prompt": [ASK], **sides}, "x:1") == [
         PreferenceRow([ASK, CALL, SEEN], [BLUE], [GREEN], "x:1")
@@ -88,7 +88,7 @@ def test_sides_that_call_before_they_answer_share_what_stands_before_the_answer(
         ({"question": "The sky?", "chosen": "It is blue.", "rejected": [ASK, user("Green.")]}, "rejected", "user"),
     ],
 )
-def test_a_side_that_another_role_says_is_dropped_with_its_side_and_role(
+def test_a_side_of_another_role_is_dropped_with_its_side_and_role(
     columns: dict[str, Any], side: str, role: str
 ) -> None:
     reason = f"{NO_ASSISTANT_TURN}: the last turn of {side} has the role {role}"
@@ -107,7 +107,7 @@ def test_a_developer_turn_is_written_as_system_and_noted() -> None:
 
 
 def lists(*messages: dict[str, Any]) -> dict[str, list[Any]]:
-    """Messages as `datasets.Sequence` of a dict stores them."""
+    """Returns messages as `datasets.Sequence` of a dict stores them."""
     keys = dict.fromkeys(key for message in messages for key in message)
     return {key: [message.get(key) for message in messages] for key in keys}
 
@@ -239,7 +239,7 @@ def with_message(**message: Any) -> list[dict[str, Any]]:
         (with_message(role="user\ud800", content="Hi"), r"has the role 'user\\ud800'; known roles"),
     ],
 )
-def test_a_message_that_is_none_is_named(messages: list[dict[str, Any]], message: str) -> None:
+def test_an_invalid_message_is_named(messages: list[dict[str, Any]], message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         conversation(messages)
     assert str(error.value).encode().startswith(b"x:1: ")
@@ -272,7 +272,7 @@ def test_a_conversation_in_a_cell_is_read_and_other_text_is_left_alone() -> None
 
 @pytest.fixture(scope="module")
 def calling(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """A tokenizer whose template writes tools and calls as templates in the wild test for them."""
+    """Saves a tokenizer whose template tests for tools and calls as published templates do."""
     from tests.data.conftest import save_byte_level
 
     folder = save_byte_level(tmp_path_factory.mktemp("calling"), ["The sky is blue."] * 5)

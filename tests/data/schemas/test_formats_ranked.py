@@ -35,7 +35,7 @@ def stack(scores: Sequence[float]) -> dict[str, Any]:
 
 
 def pairs(raw: dict[str, Any], rule: Any, **reading: Any) -> list[tuple[str, str] | str]:
-    """The two answers of every pair, or the reason why there is none."""
+    """Returns the two answers of every pair, or the reason why there is none."""
     rows = preference_rows(raw, "x:1", Reading(ranked=rule, **reading))
     return [
         (row.chosen[0]["content"], row.rejected[0]["content"])  # type: ignore[index]
@@ -66,7 +66,7 @@ def test_rules_by_hand() -> None:
 
 
 @pytest.mark.parametrize("rule", ["best_vs_worst", "best_vs_random", "all"])
-def test_ties_and_lone_answers_make_no_pair(rule: Any) -> None:
+def test_ties_and_single_answers_make_no_pair(rule: Any) -> None:
     assert pairs(nectar([2, 2]), rule) == [TIED]
     assert pairs(nectar([4]), rule) == [FEW_ANSWERS]
     assert pairs(nectar([]), rule) == [FEW_ANSWERS]
@@ -167,7 +167,7 @@ def test_min_margin_without_scores_is_an_error(raw: dict[str, Any]) -> None:
         completion_rows({"prompt": "?", "completion": "a"}, "x:1", Reading(min_margin=0.5))
 
 
-def test_a_data_set_says_how_it_is_read() -> None:
+def test_a_dataset_sets_how_it_is_read() -> None:
     dataset = DatasetConfig(path="x", column_map={"prompt": "q"}, ranked="all", min_margin=1)
     assert reading_of(dataset) == Reading({"prompt": "q"}, "all", 1.0)
     assert reading_of(DatasetConfig(path="x")) == Reading()

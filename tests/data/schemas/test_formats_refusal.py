@@ -26,7 +26,7 @@ SAMPLES = [(raw, f"x.jsonl:{number}") for number, raw in enumerate(UNSAID, start
 
 
 def snippet(message: str) -> dict[str, str]:
-    """The column_map that a message offers."""
+    """Returns the column_map that a message suggests."""
     lines = message.splitlines()
     start = lines.index("  column_map:")
     block = [line for line in lines[start:] if line.startswith("  ")]
@@ -81,7 +81,7 @@ def test_the_snippet_reads_the_rows_once_it_is_pasted() -> None:
         ({"id": 3}, ("<column of the prompt>", "<column of the better answer>", "<column of the worse answer>")),
     ],
 )
-def test_guesses(raw: dict[str, Any], expected: tuple[str, str, str]) -> None:
+def test_suggested_column_map(raw: dict[str, Any], expected: tuple[str, str, str]) -> None:
     with pytest.raises(ValueError, match="the columns fit no known format") as error:
         preference_rows(raw, "x:1")
     assert tuple(snippet(str(error.value)).values()) == expected
@@ -234,7 +234,7 @@ COLUMN = st.sampled_from(CANONICAL)
 
 
 def read(reader: Any, raw: dict[str, Any], reading: Reading) -> str:
-    """The message of a row that is refused; empty where it is read, which gives something."""
+    """Returns the message of a row that is refused, or "" for one that is read, which must give a row."""
     try:
         return "" if reader(raw, "x:1", reading) else "nothing was read"
     except ValueError as error:

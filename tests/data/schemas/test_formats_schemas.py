@@ -292,7 +292,7 @@ def test_shp_labels_of_another_kind_are_an_error(labels: Any) -> None:
         preference_rows(raw, "x:1")
 
 
-def test_a_system_column_stands_once_or_costs_the_row() -> None:
+def test_a_system_column_is_used_once_or_the_row_is_dropped() -> None:
     sides = {"chosen": [BRIEF, ASK, BLUE], "rejected": [BRIEF, ASK, GREEN]}
     assert preference_rows({**sides, "system": " Be brief. "}, "x:1") == [
         PreferenceRow([BRIEF, ASK], [BLUE], [GREEN], "x:1")

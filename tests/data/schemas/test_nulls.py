@@ -1,4 +1,4 @@
-"""Nulls that mean something, and nulls that a file writes where a row has nothing."""
+"""Nulls that are values, and nulls that a file format writes for absent fields."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def written(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def read(path: Path, rows: list[dict[str, Any]]) -> list[PreferenceRow]:
-    """The rows as they come out of a file."""
+    """Returns the rows as they are read from a file."""
     found = []
     for raw, origin in read_rows(DatasetConfig(path=str(written(path, rows)))):
         (row,) = preference_rows(raw, origin)
@@ -71,7 +71,7 @@ def test_nulls_of_free_json_values_reach_the_row(tmp_path: Path, name: str) -> N
 
 @pytest.mark.parametrize("name", ["rows.parquet", "rows.arrow"])
 def test_nulls_of_arrow_are_absence(tmp_path: Path, name: str) -> None:
-    # In one struct every call has the fields of all calls.
+    # Arrow stores calls as one struct type, so every call has the fields of all calls.
     other = {**ROW, "chosen": [call({"minutes": 7, "label": "tea"})], "rejected": [message("assistant", "No.")]}
     first, second = read(tmp_path / name, [ROW, other])
     assert first.chosen == [call({"at": [None, {}]})]
@@ -104,7 +104,7 @@ def test_nulls_under_the_keys_of_rows_messages_calls_and_tools_are_absence(tmp_p
     assert row.tools[0]["function"].keys() == {"name", "parameters"}
 
 
-def test_a_call_that_a_union_of_columns_fills_with_nulls_is_no_call() -> None:
+def test_a_call_whose_fields_are_all_null_is_no_call() -> None:
     turn = {**message("assistant", "No."), "tool_calls": [{"id": None, "function": {"name": None, "arguments": None}}]}
     (row,) = preference_rows({**ROW, "rejected": [turn]}, "x:1")
     assert isinstance(row, PreferenceRow)
@@ -123,7 +123,7 @@ def calling(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return load_tokenizer(folder, chat_template=str(folder / "t.jinja"))
 
 
-def test_the_workers_and_the_cache_know_a_null_from_absence(tmp_path: Path, calling: Tokenizer) -> None:
+def test_workers_and_cache_keep_null_and_absent_apart(tmp_path: Path, calling: Tokenizer) -> None:
     without = {**ROW, "chosen": [call({"at": [None, {"zone": None}]})]}
     learnt, digests = [], []
     for name, rows in (("with", [ROW]), ("without", [without])):

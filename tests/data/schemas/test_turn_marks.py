@@ -1,4 +1,4 @@
-"""Marks of turns that are shown and not learnt: where files have them, and what becomes of them."""
+"""Marks of turns that are context only, not learnt: where files have them and how they are read."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_mask_of_another_length_or_of_nothing_is_an_error() -> None:
         completion_rows({"prompt": "Hi", "completion": "Hello", "loss_mask": [0, 1]}, "x:7")
 
 
-def test_columns_of_other_meaning_are_not_masks() -> None:
+def test_columns_with_other_meanings_are_not_masks() -> None:
     messages = [QUESTION, ANSWERS[1]]
     assert learnt({"messages": messages, "loss": 0.7, "train": "yes", "weight": None}) == [True]
     (row,) = completion_rows({"prompt": "Hi", "completion": "Hello", "train": [1, 2, 3]}, "x:1")

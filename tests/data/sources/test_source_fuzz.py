@@ -32,7 +32,7 @@ from fuzz_readers import check_file, train_tokenizer  # noqa: E402
 
 quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
-texts = st.text(st.characters(), max_size=20)  # half surrogates too
+texts = st.text(st.characters(), max_size=20)  # includes lone surrogates
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | texts,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
@@ -48,7 +48,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """A folder that hypothesis may use again for every example."""
+    """A folder that hypothesis reuses for every example."""
     with tempfile.TemporaryDirectory() as name:
         yield Path(name)
 
@@ -65,7 +65,7 @@ def test_any_rows_come_back_from_json_lines(folder: Path, rows: list[Any], ascii
     lines = [json.dumps(row, ensure_ascii=ascii_only, separators=separators) for row in rows]
     try:
         content = "\n".join(lines).encode()
-    except UnicodeEncodeError:  # half a surrogate pair can only be written as an escape
+    except UnicodeEncodeError:  # a lone surrogate can only be written as an escape
         content = "\n".join(map(json.dumps, rows)).encode()
     assert read(folder / "a.jsonl", content) == rows
     assert read(folder / "a.jsonl.gz", gzip.compress(content, 0)) == rows
@@ -117,7 +117,7 @@ def test_damaged_files_are_read_or_refused(tmp_path: Path, tokenizer: Tokenizer,
         content = make_file(kind, rng)
         path.write_bytes(damaged(content, rng) if number % 2 else content)
         outcomes.add(check_file(path, tokenizer, "train" if number % 5 else "train[:50%]"))
-    assert outcomes == {"read", "refused"}  # both happen, or nothing was tried
+    assert outcomes == {"read", "refused"}  # both must occur, or the test tried nothing
 
 
 def test_cases_are_those_of_their_seed() -> None:

@@ -41,7 +41,7 @@ def text_of(name: str, rows: list[dict[str, Any]]) -> str:
 
 
 def write(path: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
-    """Writes rows as the file's name says; `.stream.arrow` is an Arrow stream, `.arrow` a file."""
+    """Writes rows in the format of the file's ending; `.stream.arrow` is an Arrow stream, `.arrow` an Arrow file."""
     name = path.name.lower()
     path.parent.mkdir(parents=True, exist_ok=True)
     table = pa.Table.from_pylist(rows)
@@ -78,16 +78,16 @@ KINDS = [
 ]
 
 
-def test_every_ending_is_tried_below() -> None:
+def test_every_file_ending_is_tested() -> None:
     assert {ending_of(name) for name, _ in KINDS} == set(READERS)
 
 
 @pytest.mark.parametrize(("name", "third_origin"), KINDS)
-def test_every_kind_of_file_gives_the_rows_and_where_they_stand(tmp_path: Path, name: str, third_origin: str) -> None:
+def test_every_kind_of_file_gives_the_rows_and_their_origins(tmp_path: Path, name: str, third_origin: str) -> None:
     rows = read(write(tmp_path / name))
     assert [raw for raw, _ in rows] == ROWS
     assert rows[2][1] == third_origin
-    # What needs to know how many rows there are counts them right.
+    # Percentages need the number of rows, which must be counted correctly.
     assert [raw for raw, _ in read(tmp_path / name, "train[-3:]")] == ROWS[-3:]
 
 
@@ -145,7 +145,7 @@ def test_a_row_of_a_hundred_thousand_tokens_is_a_row(tmp_path: Path, name: str) 
 
 
 @pytest.mark.parametrize("path", ["missing.jsonl", "data/missing.jsonl", "missing", "/no/such/place", "a\0b"])
-def test_a_path_that_is_nothing_is_named(path: str) -> None:
+def test_a_path_that_does_not_exist_is_named(path: str) -> None:
     with pytest.raises(ValueError, match="no such file or folder") as error:
         read(Path(path))
     assert str(error.value).startswith(f"{terminal(path)}: no such file")
@@ -197,7 +197,7 @@ def test_two_sides_of_a_percentage_partition(
         ("test", "a file has one split, 'train', but split is 'test'"),
     ],
 )
-def test_a_split_that_cannot_be_is_an_error(tmp_path: Path, split: str, message: str) -> None:
+def test_an_invalid_split_is_an_error(tmp_path: Path, split: str, message: str) -> None:
     path = write(tmp_path / "rows.jsonl")
     with pytest.raises(ValueError, match=message):
         read(path, split)

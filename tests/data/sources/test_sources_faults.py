@@ -1,4 +1,4 @@
-"""Everything that is wrong with files: each an error that names the file, the line and what to do."""
+"""Faulty files: each is an error that names the file, the line and what to do."""
 
 from __future__ import annotations
 
@@ -95,14 +95,14 @@ FAULTS: list[tuple[list[str], bytes, str]] = [
     (JSON, b'[{"a": 1},\n', r":2: broken JSON: Expecting value \(column 1\): the file ends here"),
     (JSON, b'[{"a": 1}\n', r":2: broken JSON: Expecting ',' delimiter \(column 1\): the file ends here"),
     (JSON, b'{"a": 1}\n,{"a": 2}', r":2: broken JSON: Expecting value \(column 1\)"),
-    # JSON that is no rows
+    # JSON that does not hold rows
     (LINES, b'{"a": 1}\n[1]\n', ":2: expected an object with the row's columns, found an array"),
     (JSON, b'[{"a": 1},\n"b"]', ":2: expected an object with the row's columns, found a string"),
     (JSON, b'{"a": 1}\n[{"a": 2}]', ":2: expected an object with the row's columns, found an array"),
     (JSON, b'{"rows": [{"a": 1}]}\n', ": expected an array of objects, found an object; if it is a row, put .* around"),
     (JSON, b'"rows"', ": expected an array of objects, found a string"),
     (JSON, b"  12\n", ": expected an array of objects, found a number"),
-    # JSON that means nothing certain
+    # ambiguous JSON
     (LINES, b'{"a": 1}\n' + DEEP, r":2: JSON that cannot be read: it is nested too deeply \(more than 100 levels\)"),
     (JSON, b"[%s]" % DEEP, ":1: JSON that cannot be read: it is nested too deeply"),
     (LINES, b'{"a": %s}' % (b"9" * 5000), ":1: JSON that cannot be read: a number has thousands of digits; write it"),
@@ -216,7 +216,7 @@ def test_many_brackets_that_are_not_deep_are_fine(tmp_path: Path) -> None:
 
 
 def test_half_a_surrogate_pair_and_an_escaped_nul_come_through(tmp_path: Path) -> None:
-    # They are valid JSON; what they cost is counted where rows are tokenized.
+    # They are valid JSON; rows that they make unusable are counted during tokenization.
     for name, content in (
         ("a.jsonl", r'{"a": "\ud800", "b": "\u0000"}'),
         ("a.json", r'[{"a": "\ud800", "b": "\u0000"}]'),

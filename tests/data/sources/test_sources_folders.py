@@ -61,7 +61,7 @@ def test_a_folder_without_data_or_with_another_split_is_an_error(tmp_path: Path)
         read(tmp_path, "test")
 
 
-def test_files_of_no_split_are_told(tmp_path: Path) -> None:
+def test_files_outside_every_split_are_reported(tmp_path: Path) -> None:
     for name in ("train.jsonl", "test.jsonl", "extra.jsonl", "more.parquet"):
         write(tmp_path / name)
     for split in ("train", "test", "train[:3]"):
@@ -113,7 +113,7 @@ def test_the_files_of_a_split(
         (["a/b/c/rows.jsonl"], "train", "no data files in this folder"),
     ],
 )
-def test_a_folder_that_could_be_read_two_ways_or_none_is_an_error(
+def test_a_folder_with_two_readings_or_none_is_an_error(
     tmp_path: Path, names: list[str], split: str, message: str
 ) -> None:
     for name in names:
@@ -141,7 +141,7 @@ def test_a_link_to_nothing_is_named_with_where_it_leads(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"^{link}: cannot read it: Too many levels of symbolic links"):
         read(link)
     link.unlink()
-    (link.parent / "notes.md").symlink_to("gone.md")  # a link that is no data is in nobody's way
+    (link.parent / "notes.md").symlink_to("gone.md")  # a broken link that is not a data file is ignored
     assert len(read(link.parent)) == 10
 
 
@@ -157,11 +157,11 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
             read(path)
 
 
-def test_what_may_not_be_read_is_named(tmp_path: Path) -> None:
+def test_a_file_without_read_permission_is_named(tmp_path: Path) -> None:
     path = write(tmp_path / "shut" / "rows.jsonl")
     user = os.geteuid()
     os.chmod(tmp_path.parent, 0o755)
-    if user == 0:  # root may read everything, so the test becomes nobody for a while
+    if user == 0:  # root may read everything, so the test runs as user "nobody" for a while
         os.seteuid(65534)
     try:
         os.stat(tmp_path)
@@ -203,7 +203,7 @@ def save(path: Path, splits: tuple[str, ...] = ()) -> Path:
     return path
 
 
-def test_a_saved_data_set_is_read_off_its_files(tmp_path: Path) -> None:
+def test_a_saved_dataset_is_read_from_its_files(tmp_path: Path) -> None:
     rows = read(save(tmp_path / "saved"))
     assert [raw for raw, _ in rows] == ROWS
     assert rows[-1][1] == "saved/data-00002-of-00003.arrow:3"
@@ -221,7 +221,7 @@ def test_a_saved_dictionary_of_splits(tmp_path: Path) -> None:
         read(tmp_path / "saved", "dev")
 
 
-def test_a_saved_split_answers_to_its_name_and_to_train(tmp_path: Path) -> None:
+def test_a_saved_split_is_found_by_its_name_and_as_train(tmp_path: Path) -> None:
     import datasets
 
     datasets.Dataset.from_list(ROWS, split="test").save_to_disk(tmp_path / "saved")
@@ -230,7 +230,7 @@ def test_a_saved_split_answers_to_its_name_and_to_train(tmp_path: Path) -> None:
         read(tmp_path / "saved", "dev")
 
 
-def test_a_saved_data_set_that_is_not_whole_is_named(tmp_path: Path) -> None:
+def test_an_incomplete_saved_dataset_is_named(tmp_path: Path) -> None:
     folder = save(tmp_path / "saved")
     state = json.loads((folder / "state.json").read_text())
     for content, message in (

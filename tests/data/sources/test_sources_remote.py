@@ -41,7 +41,7 @@ def memory() -> Iterator[MemoryFileSystem]:
 
 
 def put(name: str, rows: list[dict[str, Any]] = ROWS) -> str:
-    """Writes rows to the memory store as the name says."""
+    """Writes rows to the memory store in the format of the name's ending."""
     url, table = f"memory://bucket/{name}", pa.Table.from_pylist(rows)
     with fsspec.open(url, "wb") as stream:
         if name.endswith(".parquet"):
@@ -84,7 +84,7 @@ def test_a_remote_folder_has_splits(memory: MemoryFileSystem) -> None:
     assert read("memory://bucket/deep")[0] == (ROWS[0], "deep/data/train/a.jsonl:1")
 
 
-def test_a_saved_data_set_is_read_from_a_store(memory: MemoryFileSystem, tmp_path: Path) -> None:
+def test_a_saved_dataset_is_read_from_a_store(memory: MemoryFileSystem, tmp_path: Path) -> None:
     import datasets
 
     datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "saved")
@@ -142,7 +142,7 @@ def test_the_digest_follows_the_content(memory: MemoryFileSystem, tmp_path: Path
 
 
 class Hashing(MemoryFileSystem):
-    """A store that tells MD5 hashes, as Google's does, and counts how often it is read."""
+    """A store that gives MD5 hashes, as Google's does, and counts how often it is read."""
 
     protocol = "hashing"
     opened: ClassVar[list[str]] = []
@@ -218,7 +218,7 @@ def test_the_hash_of_a_store_saves_reading_the_file(memory: MemoryFileSystem) ->
         ({"size": 3, "mtime": 0}, None),
     ],
 )
-def test_only_hashes_of_content_are_taken_for_one(info: dict[str, Any], expected: str | None) -> None:
+def test_only_hashes_of_content_are_used_as_digests(info: dict[str, Any], expected: str | None) -> None:
     assert content_hash(info) == expected
 
 
@@ -244,7 +244,7 @@ def test_a_connection_that_breaks_is_named_with_the_file(memory: MemoryFileSyste
 def test_a_package_that_a_store_needs_is_named(
     protocol: str, module: str, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, module, None)  # as where it is not installed
+    monkeypatch.setitem(sys.modules, module, None)  # imitates an environment without the package
     message = rf"^{protocol}://bucket/a\.jsonl: reading {protocol}:// needs a package .*: pip install {package}$"
     with pytest.raises(ValueError, match=message):
         read(f"{protocol}://bucket/a.jsonl")
@@ -261,7 +261,7 @@ def test_the_hub_out_of_reach_is_named() -> None:
 
 
 class Web(http.server.SimpleHTTPRequestHandler):
-    """Files of a folder; what is called closed is for others."""
+    """Serves the files of a folder; names with "closed" are forbidden."""
 
     def send_head(self) -> Any:
         return self.send_error(403) if "closed" in self.path else super().send_head()
@@ -295,7 +295,7 @@ def test_web_addresses_are_read(web: str, tmp_path: Path) -> None:
     assert "secret" not in str(caught.value)
 
 
-def test_a_server_that_does_not_answer_is_no_missing_file() -> None:
+def test_a_server_that_does_not_answer_is_not_reported_as_a_missing_file() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{free.getsockname()[1]}/a.jsonl"

@@ -65,7 +65,7 @@ def test_column_types_become_plain_values(
     tmp_path: Path, name: str, kind: pa.DataType, values: list[Any], expected: list[Any]
 ) -> None:
     if pa.types.is_duration(kind) and name == "a.parquet":
-        kind = pa.duration("ms")  # Parquet keeps the unit in Arrow's own note, from milliseconds on
+        kind = pa.duration("ms")  # Parquet has no seconds; it keeps finer units in Arrow's own metadata
     rows = read(write(tmp_path / name, pa.table({"a": pa.array(values, kind)})))
     assert rows == [{"a": value} for value in expected]
 
@@ -120,7 +120,7 @@ def test_a_row_larger_than_its_bound_is_named(tmp_path: Path, name: str, monkeyp
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_damaged_file_is_named_with_how_far_it_went(tmp_path: Path, name: str) -> None:
+def test_a_damaged_file_is_named_with_the_last_good_row(tmp_path: Path, name: str) -> None:
     table = pa.table({"a": [f"{i} some words" * 20 for i in range(2000)]})
     path = write(tmp_path / name, table, rows_at_once=500)
     content = bytearray(path.read_bytes())
@@ -128,7 +128,7 @@ def test_a_damaged_file_is_named_with_how_far_it_went(tmp_path: Path, name: str)
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=f"^{path}: not a readable {kind} file( after row [0-9]+|: )"):
         read(path)
-    # Broken offsets of an Arrow file would crash the process that believes them.
+    # Broken offsets of an Arrow file would crash a process that trusts them.
     place = content.index(b"1999 some words") - 2001 if kind == "Arrow" else len(content) // 2
     content[place - 200 : place] = b"\xff" * 200
     path.write_bytes(content)
@@ -137,7 +137,7 @@ def test_a_damaged_file_is_named_with_how_far_it_went(tmp_path: Path, name: str)
 
 
 def test_memory_is_flat(tmp_path: Path) -> None:
-    """300 MiB of rows in one row group or batch, in a process that may grow by 250 MiB, mapped files aside."""
+    """Reads 300 MiB of rows in one row group or batch in a process that may grow by 250 MiB, without mapped files."""
     table = pa.table({"a": [f"{i:07}" * 7500 for i in range(6000)]})
     program = (
         "import re, sys, pyarrow, pyarrow.parquet\n"

@@ -1,4 +1,4 @@
-"""The engine for chat templates: what transformers writes, within bounds, the same on every day."""
+"""The engine for chat templates: the output of transformers, within bounds, independent of the date."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 
 @pytest.fixture
 def load(word_level: Callable[..., Path]) -> Callable[..., Tokenizer]:
-    """Loads a tokenizer with a template of its own, or with several by name."""
+    """Loads a tokenizer with one template, or with several named ones."""
 
     def of(template: str | dict[str, str], **options: Any) -> Tokenizer:
         from transformers import AutoTokenizer
@@ -71,7 +71,7 @@ def test_the_engine_writes_what_transformers_writes(path: Path, byte_level: Path
         for asks in (False, True):
             try:
                 theirs = hf.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=asks)
-            except Exception:  # a template refuses by whatever its expressions raise
+            except Exception:  # anything that the template's expressions raise is a refusal by the template
                 with pytest.raises(Exception):  # noqa: B017, PT011
                     renderer.render(messages, tools=tools, add_generation_prompt=asks)
                 continue
@@ -120,7 +120,7 @@ def test_the_engine_writes_what_transformers_writes(path: Path, byte_level: Path
     ],
 )
 def test_text_and_work_are_bounded(template: str) -> None:
-    with pytest.raises((BoundExceeded, OverflowError)):  # without bounds: minutes, or all memory
+    with pytest.raises((BoundExceeded, OverflowError)):  # without bounds these take minutes, or all memory
         render(template)
 
 
@@ -128,7 +128,7 @@ def test_text_and_work_are_bounded(template: str) -> None:
     ("template", "text"),
     [
         ("{{ '%s and %(' % 'a' }}", None),
-        ("{{ ('%(' * 2000000) % {'a': 1} }}", None),  # a search of each bracket's partner would take hours
+        ("{{ ('%(' * 2000000) % {'a': 1} }}", None),  # searching for each bracket's partner would take hours
         ("{{ '%(a(b)c)5d|%5.1f|%%|%-3s|' % {'a(b)c': 7} }}", None),
         ("{{ '%(a(b)c)5d|%%' % {'a(b)c': 7} }}", "    7|%"),
         ("{{ '%*d|%-4s|%5.1f%%' % (3, 7, 'a', 2.25) }}", "  7|a   |  2.2%"),
@@ -157,7 +157,7 @@ def test_expressions_give_what_transformers_gives(template: str, text: str | Non
     assert render_jinja_template([QUESTION], chat_template=template)[0] == [text]
 
 
-def test_a_long_conversation_may_be_written_whole() -> None:
+def test_a_long_conversation_is_within_the_bounds() -> None:
     words = "word " * 2_000_000
     assert render("{{ messages[0].content }}", [{"role": "user", "content": words}]) == words
 
@@ -307,7 +307,7 @@ def test_refusals_are_counted_by_what_the_template_says(load: Callable[..., Toke
     assert prepared.drop_note in prepared.summary()
 
 
-def test_two_readings_of_a_tokenizer_that_differ_are_a_warning(word_level: Callable[..., Path]) -> None:
+def test_a_tokenizer_that_two_loaders_read_differently_is_a_warning(word_level: Callable[..., Path]) -> None:
     folder = word_level(["Hello", "Paris", "is", "the", "capital", "of", "France"])
     assert load_tokenizer(folder, chat_template="chatml").warnings == ()
     config = json.loads((folder / "tokenizer_config.json").read_text())

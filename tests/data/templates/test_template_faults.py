@@ -1,4 +1,4 @@
-"""Templates that do what a user does not expect: nothing goes wrong unseen, every row of it is counted."""
+"""Templates that surprise a user: every affected row is counted and reported."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def pair(prompt: list[Message], chosen: str, rejected: str) -> PreferenceRow:
 
 @pytest.fixture
 def load(tmp_path: Path) -> Callable[..., Tokenizer]:
-    """A byte-level tokenizer with this template as its own."""
+    """Loads a byte-level tokenizer with this template."""
 
     def of(template: str, *markers: str, kind: str = "byte_bos", **specials: Any) -> Tokenizer:
         hf = train_tokenizer(kind, ["What is the capital of France? It is Paris."] * 3, 300)
@@ -101,12 +101,12 @@ def test_a_thought_that_the_template_writes_is_noted_as_learnt(load: Callable[..
     prompt, chosen, rejected, notes = read(
         tokenizer, tokenize_pair(pair(history, thinking, "No."), tokenizer, max_length=999)
     )
-    assert "France has one" not in prompt  # an earlier thought is taken away, which is counted
+    assert "France has one" not in prompt  # an earlier thought is removed, which is counted
     assert notes == (row_notes.TURN_CHANGED,)
     assert (chosen, rejected) == (thinking + "<|im_end|>\n", "<think>\n\n</think>\n\nNo.<|im_end|>\n")
 
 
-def test_a_generation_prompt_that_answers_lose_is_cut_back_and_counted(load: Callable[..., Tokenizer]) -> None:
+def test_a_generation_prompt_longer_than_the_common_prefix_is_cut_and_counted(load: Callable[..., Tokenizer]) -> None:
     tokenizer = load("deepseek.jinja", *DEEPSEEK_MARKERS)
     history = [{"role": "system", "content": "Be kind."}, user("Hi"), assistant("Hello"), user("Sure?")]
     prompt, chosen, rejected, notes = read(
@@ -128,7 +128,7 @@ def test_spaces_that_the_template_trims_are_counted(load: Callable[..., Tokenize
     assert read(tokenizer, trimmed)[1:] == ("Yes.<|eot_id|>", "No.<|eot_id|>", (row_notes.ANSWER_CHANGED,))
     whole = tokenize_pair(pair([user(" Hi ")], "Yes.", "No."), tokenizer, max_length=99)
     assert read(tokenizer, whole)[1:] == ("Yes.<|eot_id|>", "No.<|eot_id|>", ())
-    # Sides that differ in spaces alone are the same once written.
+    # Sides that differ in spaces alone are the same once rendered.
     same = tokenize_pair(pair([user("Hi")], "Yes.\n", "Yes."), tokenizer, max_length=99)
     assert same == Dropped(boundaries.IDENTICAL_SIDES, "x:1")
 
@@ -156,7 +156,7 @@ def test_a_template_that_moves_the_system_turn(load: Callable[..., Tokenizer]) -
     assert learnt == [words + str(tokenizer.hf.eos_token) for words in ("Hello", "Yes.", "Yes.")]
 
 
-def test_a_marker_that_takes_the_spaces_behind_it(load: Callable[..., Tokenizer], tmp_path: Path) -> None:
+def test_a_marker_that_takes_the_spaces_after_it(load: Callable[..., Tokenizer], tmp_path: Path) -> None:
     # As Phi 3's do: "<|assistant|>\n Yes" loses "\n " when it is tokenized.
     markers = ("<|user|>", "<|assistant|>", "<|end|>")
     load("phi3.jinja", *markers)
@@ -244,7 +244,7 @@ def test_tools_that_the_template_does_not_know(load: Callable[..., Tokenizer]) -
     assert isinstance(kept, TokenSplit)
     assert kept.notes == (row_notes.TOOLS_UNUSED,)
     assert isinstance(called, Dropped)
-    assert called.reason == row_rendering.REFUSED  # content None, which this template cannot write
+    assert called.reason == row_rendering.REFUSED  # content None, which this template cannot render
     assert (empty, nothing) == (Dropped(EMPTY_SIDE, "x:3"), Dropped(EMPTY_SIDE, "x:4"))
 
 

@@ -1,4 +1,4 @@
-"""Every family's chat template with every kind of tokenizer: where BOS, the answer and its end stand."""
+"""Every family's chat template with every kind of tokenizer: the places of BOS, the answer and its end."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ ENDLESS = 100_000
 
 
 class Family(NamedTuple):
-    """What a template writes around an answer, behind the generation prompt.
+    """Text that a template writes around an answer, after the generation prompt.
 
     Attributes:
       markers: tokens of its own.
-      lead: what stands before the answer.
-      tail: what stands behind it; {eos} is the tokenizer's EOS.
-      bos: where BOS stands: nowhere, first, or before every question.
+      lead: text before the answer.
+      tail: text after it; {eos} is the tokenizer's EOS.
+      bos: the place of BOS: nowhere, first, or before every question.
       trims: whether the words lose the spaces at their ends.
       system: whether it takes a system turn.
     """
@@ -103,7 +103,7 @@ ROWS = {
 
 @pytest.fixture(scope="session")
 def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Tokenizer]:
-    """A tokenizer of a kind with a family's template as its own, trained and loaded once."""
+    """Loads a tokenizer of a kind with a family's template; each is trained and loaded once."""
 
     @functools.cache
     def trained(kind: str) -> Path:
@@ -136,7 +136,7 @@ def decode(tokenizer: Tokenizer, ids: list[int]) -> str:
 
 
 def loose(tokenizer: Tokenizer, kind: str, text: str) -> str:
-    """The text without one space behind every special token, which some tokenizers add whatever the text."""
+    """Removes one space after every special token, which some tokenizers add to any text."""
     if kind != "legacy_pieces":
         return text
     return re.sub(f"(^|{tokenizer.special_text.pattern}) ", lambda match: match.group(1) or match.group()[:-1], text)
@@ -149,7 +149,7 @@ def parts(result: KeptPair | Dropped) -> tuple[list[int], list[int], list[int], 
 
 
 def check_pair(tokenizer: Tokenizer, kind: str, family: Family, row: PreferenceRow) -> None:
-    """Where prompt and answers begin and end, on a row whose text spells no special tokens."""
+    """Checks where prompt and answers begin and end, on a row whose text spells no special tokens."""
     prompt, *sides, notes = parts(tokenize_pair(row, tokenizer, max_length=ENDLESS))
     assert not isinstance(row.prompt, str)
     asked = tokenizer.render(row.prompt, add_generation_prompt=True)
@@ -176,7 +176,7 @@ def check_pair(tokenizer: Tokenizer, kind: str, family: Family, row: PreferenceR
 def check_mask(
     tokenizer: Tokenizer, kind: str, prompt: list[int], ids: list[int], asked: str, answer: str, is_shorter: bool
 ) -> None:
-    """The completion reads as the answer; where tokens merged across the boundary, as the prompt's last letters too."""
+    """Checks that the completion reads as the answer, after the prompt's last letters if tokens merged across."""
     text, before = (decode(tokenizer, part) for part in (ids, prompt))
     if is_shorter:
         cut = text[len(before) :].removesuffix(answer)
@@ -290,7 +290,7 @@ def test_any_plain_text_is_read_back_as_it_was_written(
         return
     ids, *sides, notes = parts(result)
     bos, eos = tokenizer.hf.bos_token, tokenizer.hf.eos_token
-    space = "legacy_pieces" if kind == "pieces" else kind  # text that begins a sequence gains a space in both
+    space = "legacy_pieces" if kind == "pieces" else kind  # in both, text at the start of a sequence gains a space
     for completion, words in zip(sides, (chosen, rejected), strict=True):
         found, written = decode(tokenizer, ids + completion), (bos or "") + prompt + words + eos
         assert loose(tokenizer, space, found) == loose(tokenizer, space, written)
@@ -317,7 +317,7 @@ def test_text_that_spells_special_tokens_is_read_as_them_and_counted(
     tokenizer = load(kind, name)
     row = PreferenceRow([user(asked)], [assistant(reply)], [assistant("No.")], "x:1")
     result = tokenize_pair(row, tokenizer, max_length=ENDLESS)
-    if isinstance(result, Dropped):  # the template takes a thought away, and there was nothing else
+    if isinstance(result, Dropped):  # the template removes the thought, and the answer had nothing else
         assert result.reason == unwritten.EMPTY_UNWRITTEN
         assert "</think>" in reply
         assert not reply.rpartition("</think>")[2].strip()

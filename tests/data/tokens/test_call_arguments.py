@@ -37,7 +37,7 @@ NAME = "{{ f.name }}"
 
 @pytest.fixture(scope="module")
 def with_calls(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tokenizer]:
-    """Makes a tokenizer whose chat template writes each call (its function is `f`) as told."""
+    """Makes a tokenizer whose chat template writes each call `f` with the given expression."""
     made: dict[str, Tokenizer] = {}
 
     def make(call: str) -> Tokenizer:
@@ -120,15 +120,15 @@ def test_text_that_holds_no_object_stays_text(with_calls: Callable[[str], Tokeni
 def test_a_row_whose_values_are_written_in_neither_form_is_dropped_by_name(
     with_calls: Callable[[str], Tokenizer], template: str
 ) -> None:
-    # The question has the value too, which does not make it written.
+    # The question holds the value too, but that does not count as writing the call.
     result = split(with_calls(template), call('{"city": "Cork"}'), assistant("No idea."))
     assert result == Dropped(call_arguments.UNWRITTEN, "x:1", """look: '{"city":"Cork"}'""")
 
 
-def test_the_repr_is_seen_within_json_and_beside_one_that_a_message_quotes(
+def test_the_repr_is_seen_within_json_and_next_to_one_that_a_message_quotes(
     with_calls: Callable[[str], Tokenizer],
 ) -> None:
-    spoken = {"say": 'the "sky"', "to": "Ann"}
+    spoken = {"say": 'the "sky"', "to": "Ann"}  # plain: as it is
     result = split(with_calls(PRINTED_IN_JSON), call(json.dumps(spoken)), assistant("No idea."))
     assert isinstance(result, Dropped)
     quoting = user("Why do you write {'city': 'Cork'}?")
@@ -216,7 +216,7 @@ def test_what_is_learnt_is_json_of_the_arguments(
     assert (learnt_value["arguments"] if template == WHOLE_CALL else learnt_value) == arguments
 
 
-def test_large_arguments_take_no_time_of_note(with_calls: Callable[[str], Tokenizer]) -> None:
+def test_large_and_deep_arguments_are_read(with_calls: Callable[[str], Tokenizer]) -> None:
     many = {f"key {number}": number for number in range(20_000)}
     assert learnt(with_calls(AS_JSON), json.dumps(many)).startswith('[look {"key 0": 0, ')
     deep = "{" * 5000

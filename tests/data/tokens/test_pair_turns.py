@@ -1,4 +1,4 @@
-"""Pairs whose sides are several turns: where they part, what of them is learnt, and what becomes of their masks."""
+"""Pairs whose sides have several turns: where they diverge, what is learnt, and their masks in batches and cache."""
 
 from __future__ import annotations
 
@@ -72,13 +72,13 @@ def kept_pair(row: Any, tokenizer: Tokenizer, max_length: int = 999) -> MaskedPa
 
 
 def texts(pair: MaskedPair, tokenizer: Tokenizer) -> tuple[str, list[str], list[str]]:
-    """The prompt, and of each side the whole completion and what is learnt of it."""
+    """Returns the prompt, and for each side its completion and the learnt part of it."""
     decode = tokenizer.hf.decode
     sides = completions_of(pair)
     return decode(pair.prompt_ids), [decode(ids) for ids, _ in sides], [decode(ids[mask]) for ids, mask in sides]
 
 
-def test_sides_part_at_their_first_different_message() -> None:
+def test_sides_diverge_at_their_first_different_message() -> None:
     row = row_of(USES_TOOL, GUESSES, tools=TOOLS)
     assert isinstance(row, PreferenceRow)
     assert (row.prompt, row.chosen, row.rejected, row.tools) == ([ASK], USES_TOOL, GUESSES, TOOLS)

@@ -37,7 +37,7 @@ def assistant(content: str | None, **more: object) -> Message:
 
 @pytest.fixture
 def load(tmp_path: Path) -> Callable[..., Tokenizer]:
-    """A byte-level tokenizer with a template of the tests, or with this text as its template."""
+    """Loads a byte-level tokenizer with a template of the tests, or with this text as its template."""
 
     def of(template: str, *markers: str, end: str | None = None) -> Tokenizer:
         hf = train_tokenizer("byte_bos", ["Which river flows through Cork? The Lee."] * 3, 300)
@@ -121,7 +121,7 @@ def test_an_answer_never_follows_a_thought_that_it_does_not_close(load: Callable
     assert read(tokenizer, prompt, assistant("Cork."), assistant("Paris.")) == dropped
     closed = assistant("<think>\nA city.\n</think>\nCork.")
     assert read(tokenizer, prompt, closed, assistant("Paris.")) == dropped  # one side is enough
-    # Without a system turn only the opened thought is lost; an answer that has one keeps it.
+    # Without a system turn only the opened thought is lost; an answer with a thought keeps it.
     shortened = read(tokenizer, prompt[1:], closed, assistant("Paris."))
     assert not isinstance(shortened, Dropped)
     assert shortened[0] == tokenizer.render(prompt[1:], add_generation_prompt=True).removesuffix("<think>\n")
@@ -132,10 +132,10 @@ def test_an_answer_never_follows_a_thought_that_it_does_not_close(load: Callable
 @pytest.mark.parametrize(
     "template",
     [
-        # The answer is written before what it answers.
+        # This template writes the answer before its question.
         "{% for m in messages | reverse %}{{ '[' + m.role + ']' + m.content + eos_token }}{% endfor %}"
         "{% if add_generation_prompt %}[assistant]{% endif %}",
-        # Nothing of the generation prompt is found where an answer follows.
+        # No part of the generation prompt precedes the rendered answer.
         "{% if messages[-1].role == 'user' %}Q: {{ messages[-1].content }} A:{% else %}{{ messages[-2].content + "
         "' = ' + messages[-1].content + eos_token }}{% endif %}",
     ],

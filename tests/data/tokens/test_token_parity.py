@@ -52,7 +52,7 @@ def trls(arm: str) -> dict[int, Row]:
 
 
 @pytest.mark.parametrize("arm", GOLDEN_ARMS)
-def test_every_row_is_trls_or_differs_for_a_reason(rows: list[Row], arm: str) -> None:
+def test_every_row_equals_trls_or_differs_for_a_known_reason(rows: list[Row], arm: str) -> None:
     folder = folder_of(GOLDEN, arm)
     ours = jdpo_tokens(folder, rows, MAX_LENGTH)
     found = tally(rows, trls(arm), ours, folder, MAX_LENGTH)
@@ -65,7 +65,7 @@ def test_every_row_is_trls_or_differs_for_a_reason(rows: list[Row], arm: str) ->
     assert len(long_answer.row.prompt_ids) + len(long_answer.row.chosen_ids) <= MAX_LENGTH
 
 
-def test_what_is_special_about_a_row_is_counted(rows: list[Row]) -> None:
+def test_notes_of_special_rows_are_counted(rows: list[Row]) -> None:
     def notes(arm: str) -> dict[str, int]:
         folder = folder_of(GOLDEN, arm)
         return dict(tally(rows, trls(arm), jdpo_tokens(folder, rows, MAX_LENGTH), folder, MAX_LENGTH).notes)
@@ -77,7 +77,7 @@ def test_what_is_special_about_a_row_is_counted(rows: list[Row]) -> None:
     assert ANSWER_CHANGED not in notes("ChatML")
 
 
-def test_the_golden_rows_reach_what_they_are_for(rows: list[Row]) -> None:
+def test_the_golden_rows_cover_their_special_cases(rows: list[Row]) -> None:
     by_arm = {arm: jdpo_tokens(folder_of(GOLDEN, arm), rows, MAX_LENGTH) for arm in GOLDEN_ARMS}
     notes = [
         note
@@ -123,5 +123,5 @@ def test_a_difference_without_a_reason_is_seen(rows: list[Row]) -> None:
 
 @pytest.mark.torch
 @pytest.mark.parametrize("arm", ["ChatML", "Qwen 2.5"])
-def test_the_golden_tokens_are_trls_of_today(rows: list[Row], arm: str, tmp_path: Path) -> None:
+def test_the_golden_tokens_equal_those_of_the_installed_trl(rows: list[Row], arm: str, tmp_path: Path) -> None:
     assert trl_tokens(folder_of(GOLDEN, arm), rows, tmp_path / "tokens.jsonl", MAX_LENGTH) == trls(arm)

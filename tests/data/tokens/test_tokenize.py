@@ -63,7 +63,7 @@ def masked(result: KeptCompletion | Dropped) -> tuple[list[int], list[int]]:
 
 
 def every_turn(row: CompletionRow, tokenizer: Tokenizer, **lengths: Any) -> KeptCompletion | Dropped:
-    """The one sequence of a row of which every turn is learnt."""
+    """Returns the single sequence of a row with every turn learnt."""
     ((result,),) = tokenize_turns([row], tokenizer, **lengths)
     return result
 
@@ -80,7 +80,7 @@ def load_with_bos(word_level: Callable[..., Path]) -> Callable[..., Tokenizer]:
 
 @pytest.fixture
 def with_bos(load_with_bos: Callable[..., Tokenizer]) -> Tokenizer:
-    """Plain text begins with BOS; no chat template."""
+    """A tokenizer that starts plain text with BOS and has no chat template."""
     return load_with_bos()
 
 
@@ -128,7 +128,7 @@ def test_earlier_assistant_turns_belong_to_the_prompt(chatml: Tokenizer) -> None
 
 def test_a_template_that_ends_with_eos(load_with_bos: Callable[..., Tokenizer]) -> None:
     tokenizer = load_with_bos(own=LLAMA_2_LIKE)
-    assert tokenizer.pad_token_id == EOS  # pad is EOS, and the real EOS below is learnt all the same
+    assert tokenizer.pad_token_id == EOS  # pad is EOS, yet the real EOS below is learnt
     assert as_lists(tokenize_pair(pair([user("Hi")], "Hello", "Bye"), tokenizer, max_length=64)) == (
         [BOS, USER, NL, HI, NL],
         [HELLO, EOS],
@@ -159,7 +159,7 @@ def test_an_empty_plain_prompt_is_bos_alone(with_bos: Tokenizer, byte_level: Pat
     assert tokenize_pair(pair("", "Hi", "Bye"), without_bos, max_length=64) == Dropped(boundaries.EMPTY_PROMPT, "x:1")
 
 
-def test_plain_text_does_not_merge_across_the_boundary_and_says_so(byte_level: Path) -> None:
+def test_plain_text_does_not_merge_across_the_boundary_and_is_noted(byte_level: Path) -> None:
     tokenizer = load_tokenizer(byte_level, chat_template=None)
     (capital,) = tokenizer.encode([" capital"])
     assert len(capital) == 1, "the training text of the fixture makes this one token"
@@ -247,7 +247,7 @@ def test_pairs_with_nothing_to_learn_are_dropped_with_the_reason(
 
 
 def test_a_shorter_common_prefix_is_taken_and_counted(load_with_bos: Callable[..., Tokenizer]) -> None:
-    # The generation prompt writes more than the conversation does, as templates with an empty thought have it.
+    # The generation prompt is longer than the conversation's own header, as in templates with an empty thought.
     tokenizer = load_with_bos(
         own="{% for m in messages %}{{ m['role'] + '\n' + m['content'] + eos_token }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant\n..' }}{% endif %}"
@@ -263,7 +263,7 @@ def test_a_conversation_without_a_template_is_an_error(with_bos: Tokenizer) -> N
         tokenize_pair(pair([user("Hi")], "Hello", "Bye"), with_bos, max_length=64)
 
 
-def test_what_the_template_refuses_is_dropped(load_with_bos: Callable[..., Tokenizer]) -> None:
+def test_a_row_that_the_template_refuses_is_dropped(load_with_bos: Callable[..., Tokenizer]) -> None:
     refuse = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
     rows = [
         pair([{"role": "system", "content": "."}, user("Hi")], "Hello", "Bye"),
@@ -311,7 +311,7 @@ def test_history_alone_is_enough_for_assistant_turns(chatml: Tokenizer) -> None:
 def test_turns_that_are_written_differently_later_are_sequences_of_their_own(
     load_with_bos: Callable[..., Tokenizer],
 ) -> None:
-    # Only the last assistant turn keeps its dot, as only the last keeps its thought in Qwen 3.
+    # Only the last assistant turn keeps its dot, as in Qwen 3 only the last one keeps its thought.
     tokenizer = load_with_bos(
         own="{% for m in messages %}{{ m['role'] + '\n' + ('.' if loop.last and m['role'] == 'assistant' else '') "
         "+ m['content'] + eos_token }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
@@ -377,7 +377,7 @@ def test_a_turn_that_is_marked_as_shown_is_not_learnt(chatml: Tokenizer) -> None
     assert result.notes == (turns.SHOWN_TURN,)
 
 
-def test_what_follows_the_last_turn_to_learn_is_left_away(chatml: Tokenizer) -> None:
+def test_turns_after_the_last_learnt_turn_are_left_out(chatml: Tokenizer) -> None:
     row = CompletionRow([user("Hi"), assistant("Hello"), user("Bye")], [shown("Bye")], "x:1")
     first = CompletionRow([user("Hi")], [assistant("Hello")], "x:1")
     assert masked(every_turn(row, chatml, max_length=64)) == masked(tokenize_completion(first, chatml, max_length=64))
@@ -482,7 +482,7 @@ def test_a_template_that_thinks_in_the_last_turn_only(load_with_bos: Callable[..
     found = [masked(result) for result in tokenize_turns([row], tokenizer, max_length=64)[0]]
     learnt = [[token for token, on in zip(*sequence, strict=True) if on] for sequence in found]
     assert learnt == [[DOT, NL, HELLO, EOS], [DOT, NL, BYE, EOS]]
-    assert DOT not in found[1][0][: found[1][1].index(1)]  # the history is written as at inference
+    assert DOT not in found[1][0][: found[1][1].index(1)]  # the history is rendered as at inference
     assert found[1] == masked(tokenize_completion(row, tokenizer, max_length=64))
 
 

@@ -40,7 +40,7 @@ def test_without_a_template_nothing_is_changed(byte_level: Path) -> None:
     assert (tokenizer.added_tokens, tokenizer.notes, tokenizer.has_chat_template) == ((), (), False)
     assert tokenizer.end_token_ids == (eos,)
     assert (tokenizer.eos_token_id, tokenizer.bos_token_id) == (eos, None)
-    assert tokenizer.pad_token_id == eos  # no pad token: EOS fills up, masks come from lengths
+    assert tokenizer.pad_token_id == eos  # no pad token: EOS pads, and masks come from lengths
     assert tokenizer.size == len(tokenizer.hf)
 
 
@@ -51,7 +51,7 @@ def test_chatml_brings_two_tokens_and_ends_with_its_own(byte_level: Path) -> Non
     assert tokenizer.added_tokens == ("<|im_start|>", "<|im_end|>")
     assert tokenizer.hf.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"]) == [start, end]
     assert tokenizer.hf.eos_token == "<|im_end|>"
-    assert tokenizer.end_token_ids == (end, before.eos_token_id)  # a model may still end with its old EOS
+    assert tokenizer.end_token_ids == (end, before.eos_token_id)  # the model may still end answers with its old EOS
     assert tokenizer.size == before.size + 2
     assert tokenizer.notes == (
         "chat template: chatml",
@@ -116,7 +116,7 @@ def test_a_template_of_the_model_is_kept_and_its_end_of_turn_found(word_level: C
     assert replaced.digest != tokenizer.digest
 
 
-def test_the_end_of_turn_stands_in_for_a_missing_eos(word_level: Callable[..., Path]) -> None:
+def test_the_end_of_turn_replaces_a_missing_eos(word_level: Callable[..., Path]) -> None:
     folder = word_level(["a"], specials={}, markers=["<|end|>"], chat_template=ZEPHYR_LIKE)
     tokenizer = load_tokenizer(folder, chat_template=None)
     assert tokenizer.hf.eos_token == "<|end|>"
@@ -130,7 +130,7 @@ def test_no_token_to_end_with_is_an_error(word_level: Callable[..., Path], chat_
         load_tokenizer(folder, chat_template=None)
 
 
-def test_chatml_writes_bos_where_the_model_always_saw_it(word_level: Callable[..., Path]) -> None:
+def test_chatml_writes_bos_if_the_model_always_saw_it(word_level: Callable[..., Path]) -> None:
     specials = {"bos_token": "<s>", "eos_token": "</s>"}
     folder = word_level(["a"], specials=specials, adds_bos=True)
     tokenizer = load_tokenizer(folder, chat_template="chatml")
@@ -201,7 +201,7 @@ def test_a_broken_template_is_named(byte_level: Path, tmp_path: Path, text: str,
         load_tokenizer(byte_level, chat_template=template(tmp_path, text))
 
 
-def test_a_template_that_is_no_file_is_named(byte_level: Path) -> None:
+def test_a_template_file_that_does_not_exist_is_named(byte_level: Path) -> None:
     with pytest.raises(ValueError, match="'chatlm' is neither a file nor the built-in 'chatml'"):
         load_tokenizer(byte_level, chat_template="chatlm")
 
@@ -249,7 +249,7 @@ def test_python_code_of_the_folder_is_never_run_nor_asked_for(
 
 
 @pytest.mark.parametrize("own", [True, False])
-def test_conversations_that_go_without_bos_are_said(word_level: Callable[..., Path], tmp_path: Path, own: bool) -> None:
+def test_conversations_without_bos_are_reported(word_level: Callable[..., Path], tmp_path: Path, own: bool) -> None:
     specials = {"bos_token": "<s>", "eos_token": "</s>"}
 
     def notes(text: str, adds_bos: bool) -> list[str]:
@@ -274,7 +274,7 @@ def test_a_template_that_writes_the_date_writes_the_same_one_every_day(
     assert any("writes today's date; every row has 26 July 2024" in note for note in tokenizer.notes)
 
 
-def test_a_template_that_writes_bos_twice_is_said(word_level: Callable[..., Path]) -> None:
+def test_a_template_that_writes_bos_twice_is_reported(word_level: Callable[..., Path]) -> None:
     text = "<s><s>{% for m in messages %}{{ m.content }}</s>{% endfor %}"
     specials = {"bos_token": "<s>", "eos_token": "</s>"}
     twice, once = (

@@ -1,4 +1,4 @@
-"""Content of an answer that the chat template does not write: counted, and never learnt as silence."""
+"""Content of an answer that the chat template does not write is counted, and an empty answer is never learnt."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def call(**arguments: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def load(tmp_path: Path) -> Callable[[str], Tokenizer]:
-    """A byte-level tokenizer with this template."""
+    """Loads a byte-level tokenizer with this template."""
 
     def of(template: str) -> Tokenizer:
         hf = train_tokenizer("byte", ["Which river flows through Cork? The Lee."] * 3, 300)
@@ -65,7 +65,7 @@ PROMPT = [user("Which river?")]
 
 
 def notes_of(tokenizer: Tokenizer, chosen: Message, rejected: Message, prompt: list[Message] = PROMPT) -> set[str]:
-    """The notes on unwritten content of a pair that is kept."""
+    """Returns the notes on unwritten content of a pair that is kept."""
     result = tokenize_pair(PreferenceRow(prompt, [chosen], [rejected], "x:1"), tokenizer, max_length=9999)
     assert isinstance(result, KeptPair), result
     return set(result.notes) & set(NOTE.values())
@@ -103,7 +103,7 @@ def test_reasoning_that_the_template_writes(load: Callable[[str], Tokenizer]) ->
 
 
 @pytest.mark.parametrize("content", ["", None])
-def test_silence_is_not_learnt_in_place_of_a_call(load: Callable[[str], Tokenizer], content: str | None) -> None:
+def test_an_empty_answer_is_not_learnt_instead_of_a_call(load: Callable[[str], Tokenizer], content: str | None) -> None:
     tokenizer = load(CHATML)
     calls = assistant(content, tool_calls=[call(city="Cork")])
     empty = Dropped(unwritten.EMPTY_UNWRITTEN, "x:1", unwritten.TOOL_CALLS)

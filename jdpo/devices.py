@@ -24,7 +24,8 @@ def leave_out_missing_tpus() -> None:
     Call it before anything touches a device. If there is a TPU, or one is requested (`JAX_PLATFORMS=tpu`), nothing
     changes, and the messages of libtpu are shown.
     """
-    if not may_have_tpu(os.environ, Path("/"), asked=jax.config.jax_platforms):
+    config: Any = jax.config  # its values have no annotations
+    if not may_have_tpu(os.environ, Path("/"), asked=config.jax_platforms):
 
         def missing() -> Any:
             raise RuntimeError("this machine has no TPU")

@@ -5,9 +5,10 @@ Axes, here and in every file: b pairs, n=2 sides (chosen, rejected), t token pos
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 CHOSEN, REJECTED = 0, 1
 
@@ -20,8 +21,13 @@ Text = str | list[Message]
 HOST_MEMORY = "pinned_host"
 """Memory of the host that a device reads and writes by itself, by JAX's name."""
 
-Array = Any
-"""A numpy or jax array (jax is not imported here: this module is imported by everything)."""
+if TYPE_CHECKING:
+    import jax
+
+    AnyArray = jax.Array | NDArray[Any]
+else:
+    AnyArray = Any  # everything imports this module, so it imports jax for type checkers only
+"""An array of numpy, as the host builds batches, or of jax, as a step reads them."""
 
 
 class PreferenceRow(NamedTuple):
@@ -121,21 +127,21 @@ class PreferenceBatch(NamedTuple):
         real pairs. Only for losses with an option that reads scores; None otherwise.
     """
 
-    tokens: Array
-    attention_mask: Array
-    completion_mask: Array
-    reference_logps: Array | None = None
-    weights: Array | None = None
-    score_margins: Array | None = None
+    tokens: AnyArray
+    attention_mask: AnyArray
+    completion_mask: AnyArray
+    reference_logps: AnyArray | None = None
+    weights: AnyArray | None = None
+    score_margins: AnyArray | None = None
 
 
 class CompletionBatch(NamedTuple):
     """A right-padded batch of supervised examples: tokens int32 [b, t], masks bool [b, t], weights f32 [b]."""
 
-    tokens: Array
-    attention_mask: Array
-    completion_mask: Array
-    weights: Array
+    tokens: AnyArray
+    attention_mask: AnyArray
+    completion_mask: AnyArray
+    weights: AnyArray
 
 
 class RouterStats(NamedTuple):
@@ -149,15 +155,15 @@ class RouterStats(NamedTuple):
       tokens: float [n], tokens.
     """
 
-    assignments: Array
-    probabilities: Array
-    tokens: Array
+    assignments: jax.Array
+    probabilities: jax.Array
+    tokens: jax.Array
 
 
 class Routed(NamedTuple):
     """What a model with experts gives: `output` is what others give."""
 
-    output: Array
+    output: jax.Array
     router: RouterStats
 
 
@@ -192,16 +198,16 @@ class PackedBatch(NamedTuple):
         loss reads no scores.
     """
 
-    tokens: Array
-    positions: Array
-    gather: Array
-    lengths: Array
-    scatter: Array
-    readers: Array
-    logp_slot: Array
-    logp_target: Array
-    logp_pair: Array
-    pair_weight: Array
-    pair_row: Array
-    logp_reference: Array | None = None
-    pair_score_margin: Array | None = None
+    tokens: AnyArray
+    positions: AnyArray
+    gather: AnyArray
+    lengths: AnyArray
+    scatter: AnyArray
+    readers: AnyArray
+    logp_slot: AnyArray
+    logp_target: AnyArray
+    logp_pair: AnyArray
+    pair_weight: AnyArray
+    pair_row: AnyArray
+    logp_reference: AnyArray | None = None
+    pair_score_margin: AnyArray | None = None

@@ -69,7 +69,7 @@ def changed_keys(saved: Mapping[str, Any], current: Settings, keys: Iterable[str
 
     def differ(key: str) -> bool:
         before, after = (_meaning(key, _at(values, key, defaults)) for values in (saved, now))
-        return before != after and [before] != after  # older versions wrote one value where there is a list now
+        return bool(before != after and [before] != after)  # older versions wrote one value where there is a list now
 
     return [key for key in keys if differ(key)]
 

@@ -26,7 +26,8 @@ class _Loader(yaml.SafeLoader):
     def resolve(self, kind: type[yaml.Node], value: Any, implicit: Any) -> str:
         if kind is yaml.ScalarNode and implicit[0] and _BASE_60.fullmatch(value):
             return str(self.DEFAULT_SCALAR_TAG)
-        return str(super().resolve(kind, value, implicit))
+        parent: Any = super()  # has no annotations
+        return str(parent.resolve(kind, value, implicit))
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdpo.types import CHOSEN, REJECTED, PreferenceBatch
+from jdpo.types import CHOSEN, REJECTED, AnyArray, PreferenceBatch
 from jdpo.words import did_you_mean
 
-Array = Any
+Array = jax.Array
 
 _SIDES = {CHOSEN: "chosen", REJECTED: "rejected"}
 _MOST_NAMED = 5
@@ -41,7 +41,7 @@ def check_batch(batch: PreferenceBatch) -> None:
             raise ValueError(f"batch.{name} must be [b], one for each of {shape[0]} pairs, found {jnp.shape(values)}")
 
 
-def check_scores(score_margins: Array | None, weights: Array | None) -> None:
+def check_scores(score_margins: AnyArray | None, weights: AnyArray | None) -> None:
     """Checks that score margins, float [b], are there and above 0 in every pair whose weight is not 0.
 
     Args:
@@ -109,7 +109,7 @@ def check_lengths(chosen_lengths: Array | None, rejected_lengths: Array | None, 
             )
 
 
-def values_of(array: Array | None) -> np.ndarray | None:
+def values_of(array: AnyArray | None) -> np.ndarray | None:
     """The values of an array, or None where there are none to see: it is traced, or partly on other hosts."""
     if array is None or isinstance(array, jax.core.Tracer) or not getattr(array, "is_fully_addressable", True):
         return None

@@ -5,7 +5,7 @@ Notation as in pairwise.py.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec, reshard
 
 from jdpo.losses.pairwise import LossInputs, smoothed
 
-Array = Any
+Array = jax.Array
 
 
 def aot(x: LossInputs) -> Array:
@@ -35,7 +35,8 @@ def _by_quantile(x: LossInputs, upper: Array, lower: Array) -> Array:
     if any(sharding.spec):  # explicit mesh axes: sorting needs all pairs, which GSPMD would gather by itself
         whole = NamedSharding(sharding.mesh, PartitionSpec())
         x = x._replace(real=None if x.real is None else reshard(x.real, whole))
-        return reshard(_by_quantile(x, reshard(upper, whole), reshard(lower, whole)), sharding)
+        losses: Array = reshard(_by_quantile(x, reshard(upper, whole), reshard(lower, whole)), sharding)
+        return losses
     order = _ascending(upper, x.real)
     gaps = upper[order] - lower[_ascending(lower, x.real)]
     return smoothed(x.beta * gaps, x.smoothing)[jnp.argsort(order)]

@@ -17,7 +17,7 @@ from jdpo.losses.pair_losses import Totals, feature_losses, next_loss_state, pai
 from jdpo.losses.settings import OPTION_NAMES, LossSettings, check_number, concrete, loss_settings
 from jdpo.types import PreferenceBatch
 
-Array = Any
+Array = jax.Array
 Params = Any
 
 
@@ -205,4 +205,4 @@ def _mean(values: Array, weights: Array, count: Array | float) -> Array:
     return weighted_sum(values, weights) / jnp.where(count == 0, 1, count)  # a batch of nothing gives 0
 
 
-_jitted_batch_loss = jax.jit(_batch_loss, static_argnames="apply_fn")
+_jitted_batch_loss: Callable[..., tuple[Array, dict[str, Any]]] = jax.jit(_batch_loss, static_argnames="apply_fn")

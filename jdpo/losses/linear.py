@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from jdpo.losses.linear_chunks import HeadSettings, default_chunk, row_token_logps
 
-Array = Any
+Array = jax.Array
 
 MAX_SHARDS = 256
 """Tokens in one axis [n] may lie in up to this many shards (a power of two that divides n) and stay where they are."""

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-Array = Any
+Array = jax.Array
 
 CHUNK_BYTES = 48 * 2**20
 """The logits of a chunk take up at most this much, where the caller leaves its size open..."""
@@ -107,7 +107,8 @@ def _over_chunks(
         # Indexed inside, not scanned over: a scan wants its axis in front, and moving it copies every hidden state.
         chunks = (jax.lax.dynamic_index_in_dim(x, index, axis=1, keepdims=False) for x in chunked)
         counted = None if lengths is None else index * length + jnp.arange(length) < lengths[:, None]
-        return body(total, counted, *chunks)
+        new_total, results = body(total, counted, *chunks)
+        return new_total, results
 
     def step(index: Any, state: tuple[Any, list[Array]]) -> tuple[Any, list[Array]]:
         total, results = run(index, state[0])

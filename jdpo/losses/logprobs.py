@@ -5,30 +5,34 @@ Axes: t positions, v vocabulary; `...` any leading axes.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-Array = Any
+from jdpo.types import AnyArray
+
+Array = jax.Array
 
 
-def token_logps(logits: Array, targets: Array) -> Array:
+def token_logps(logits: Array, targets: AnyArray) -> Array:
     """Log-probability of each target token under its logits.
 
-    Args:
-      logits: float [..., v], of any float dtype; the log-softmax is taken in float32 (float64 stays float64).
-      targets: int [...], ids in [0, v).
+        Args:
+          logits: float [..., v], of any float dtype; the log-softmax is taken in float32 (float64 stays float64).
+          targets: int [...], ids in [0, v).
 
-    Returns:
-      float32 [...], natural log, at most 0.
+        Returns:
+          float32 [...], natural log, at most 0.
 
-    Raises:
-      ValueError: the leading shapes differ.
+        Raises:
+          ValueError: the leading shapes differ.
 
-    >>> import jax.numpy as jnp
-    >>> token_logps(jnp.log(jnp.array([[0.25, 0.75], [0.5, 0.5]])), jnp.array([1, 0])).round(3).tolist()
-    [-0.28800..., -0.69300...]
+        >>> import jax.numpy as jnp
+
+    from jdpo.types import AnyArray
+        >>> token_logps(jnp.log(jnp.array([[0.25, 0.75], [0.5, 0.5]])), jnp.array([1, 0])).round(3).tolist()
+        [-0.28800..., -0.69300...]
     """
     if logits.shape[:-1] != targets.shape:
         raise ValueError(
@@ -42,21 +46,23 @@ def token_logps(logits: Array, targets: Array) -> Array:
 def token_log_sum_sq(logits: Array) -> Array:
     """log sum_v p_v^2 of each position's distribution, p = softmax(logits): what WPO (arXiv 2406.11827) aligns with.
 
-    Args:
-      logits: float [..., v].
+        Args:
+          logits: float [..., v].
 
-    Returns:
-      float32 [...] (float64 stays float64), between -log v and 0.
+        Returns:
+          float32 [...] (float64 stays float64), between -log v and 0.
 
-    >>> import jax.numpy as jnp
-    >>> token_log_sum_sq(jnp.log(jnp.array([0.25, 0.75]))).round(3).item()     # log(1/16 + 9/16)
-    -0.47...
+        >>> import jax.numpy as jnp
+
+    from jdpo.types import AnyArray
+        >>> token_log_sum_sq(jnp.log(jnp.array([0.25, 0.75]))).round(3).item()     # log(1/16 + 9/16)
+        -0.47...
     """
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     return jax.nn.logsumexp(2 * logits, axis=-1) - 2 * jax.nn.logsumexp(logits, axis=-1)
 
 
-def shifted_token_logps(logits: Array, tokens: Array, completion_mask: Array) -> tuple[Array, Array]:
+def shifted_token_logps(logits: Array, tokens: AnyArray, completion_mask: AnyArray) -> tuple[Array, AnyArray]:
     """Log-probabilities of the tokens of a sequence, each predicted by the position before it.
 
     The shift happens here and nowhere else: logits at t predict tokens at t+1, and the mask moves with the
@@ -80,7 +86,7 @@ def shifted_token_logps(logits: Array, tokens: Array, completion_mask: Array) ->
 
 def sequence_logps(
     token_logps: Array,
-    mask: Array,
+    mask: AnyArray,
     *,
     reduction: Literal["sum", "mean"] = "sum",
     ld_alpha: Array | float | None = None,
@@ -88,28 +94,30 @@ def sequence_logps(
 ) -> Array:
     """Reduces token log-probabilities to one number a sequence, over the tokens where the mask is True.
 
-    Args:
-      token_logps: float [..., t]; what stands where the mask is False is never read, NaN included.
-      mask: bool [..., t].
-      reduction: "sum", or "mean" per token (0 for a sequence without tokens; over all tokens, whatever their weight).
-      ld_alpha: LD-DPO (arXiv 2409.06411): tokens past the first `shared_lengths` weigh so much, in [0, 1].
-      shared_lengths: int [...], the shorter length of a pair, with ld_alpha.
+        Args:
+          token_logps: float [..., t]; what stands where the mask is False is never read, NaN included.
+          mask: bool [..., t].
+          reduction: "sum", or "mean" per token (0 for a sequence without tokens; over all tokens, whatever their weight).
+          ld_alpha: LD-DPO (arXiv 2409.06411): tokens past the first `shared_lengths` weigh so much, in [0, 1].
+          shared_lengths: int [...], the shorter length of a pair, with ld_alpha.
 
-            mask               0 1 1 1 0
-            weight of a token  . 1 1 alpha .        shared_lengths 2
+                mask               0 1 1 1 0
+                weight of a token  . 1 1 alpha .        shared_lengths 2
 
-    Returns:
-      float32 [...] (float64 stays float64), natural log.
+        Returns:
+          float32 [...] (float64 stays float64), natural log.
 
-    Raises:
-      ValueError: unknown reduction, shapes that differ, or one of ld_alpha and shared_lengths without the other.
+        Raises:
+          ValueError: unknown reduction, shapes that differ, or one of ld_alpha and shared_lengths without the other.
 
-    >>> import jax.numpy as jnp
-    >>> logps, mask = jnp.array([[-1.0, -2.0, -4.0]]), jnp.array([[False, True, True]])
-    >>> sequence_logps(logps, mask).tolist(), sequence_logps(logps, mask, reduction="mean").tolist()
-    ([-6.0], [-3.0])
-    >>> sequence_logps(logps, mask, ld_alpha=0.5, shared_lengths=jnp.array([1])).tolist()
-    [-4.0]
+        >>> import jax.numpy as jnp
+
+    from jdpo.types import AnyArray
+        >>> logps, mask = jnp.array([[-1.0, -2.0, -4.0]]), jnp.array([[False, True, True]])
+        >>> sequence_logps(logps, mask).tolist(), sequence_logps(logps, mask, reduction="mean").tolist()
+        ([-6.0], [-3.0])
+        >>> sequence_logps(logps, mask, ld_alpha=0.5, shared_lengths=jnp.array([1])).tolist()
+        [-4.0]
     """
     if token_logps.shape != mask.shape:
         raise ValueError(f"token_logps {token_logps.shape} and mask {mask.shape} must have one shape")

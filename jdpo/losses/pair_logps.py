@@ -20,9 +20,9 @@ from jdpo.losses.argument_checks import check_batch, check_scores
 from jdpo.losses.logprobs import sequence_logps, shifted_token_logps, token_log_sum_sq
 from jdpo.losses.router import of_real_rows
 from jdpo.losses.settings import LossSettings
-from jdpo.types import PackedBatch, PreferenceBatch, Routed, RouterStats
+from jdpo.types import AnyArray, PackedBatch, PreferenceBatch, Routed, RouterStats
 
-Array = Any
+Array = jax.Array
 Params = Any
 ApplyFn = Callable[[Params, Array, Array], Array | Routed]
 
@@ -62,13 +62,12 @@ def _token_scores(params: Params, batch: PreferenceBatch, apply_fn: ApplyFn, *, 
     """Of every completion token, [b, 2, t], 0 elsewhere; what a router did is of the (b n) sequences."""
     num_pairs = batch.tokens.shape[0]
     # (b n) keeps a pair's two sides on the shard that holds the pair; (n b) would cross shards.
-    flat_tokens = rearrange(batch.tokens, "b n t -> (b n) t")
-    flat_attention = rearrange(batch.attention_mask, "b n t -> (b n) t")
-    flat_completion = rearrange(batch.completion_mask, "b n t -> (b n) t")
-    logits = apply_fn(params, flat_tokens, flat_attention)
-    router = None
-    if isinstance(logits, Routed):
-        logits, router = logits
+    flat_tokens, flat_attention, flat_completion = (
+        rearrange(jnp.asarray(array), "b n t -> (b n) t")
+        for array in (batch.tokens, batch.attention_mask, batch.completion_mask)
+    )
+    output = apply_fn(params, flat_tokens, flat_attention)
+    logits, router = output if isinstance(output, Routed) else (output, None)
     if getattr(logits, "shape", ())[:-1] != flat_tokens.shape:
         raise ValueError(
             f"apply_fn must return logits [n, t, v] for tokens {flat_tokens.shape}, found "
@@ -131,7 +130,7 @@ def pair_features(
     )
     if router is not None:
         router = of_real_rows(router, jnp.repeat(weights > 0, 2))
-    reference = (None, None)
+    reference: tuple[Array | None, Array | None] = (None, None)
     if settings.needs_reference:
         reference = reduce(_reference_token_logps(reference_params, batch, apply_fn, settings))
     pair_weights = None
@@ -171,7 +170,7 @@ def packed_features(
     if settings.needs_reference:
         if (reference_params is None) == (batch.logp_reference is None):
             raise ValueError("expected either reference_params or batch.logp_reference")
-        given = batch.logp_reference
+        given: Any = batch.logp_reference
         if reference_params is not None:
             given = logps_fn(jax.lax.stop_gradient(reference_params), batch, False).logps
         reference = reduce(jax.lax.stop_gradient(given))
@@ -179,17 +178,18 @@ def packed_features(
     if log_sum_sq is not None:
         aligned = completion_sums(jax.lax.stop_gradient(policy - log_sum_sq), of_completion)
         pair_weights = jnp.exp((_pairs_first(aligned) / jnp.maximum(_pairs_first(lengths), 1)).sum(-1))
-    scores = None
+    weights, scores = jnp.asarray(batch.pair_weight).reshape(-1), None
     if settings.needs_scores:
         given_scores = None if batch.pair_score_margin is None else batch.pair_score_margin.reshape(-1)
-        scores = _score_margins(given_scores, batch.pair_weight.reshape(-1), policy.dtype)
-    weights = batch.pair_weight.reshape(-1).astype(policy.dtype)
+        scores = _score_margins(given_scores, weights, policy.dtype)
+    weights = weights.astype(policy.dtype)
     return PairFeatures(*reduce(policy), *reference, _pairs_first(lengths), pair_weights, weights, router, scores)
 
 
-def _score_margins(given: Array | None, weights: Array, dtype: Any) -> Array:
+def _score_margins(given: AnyArray | None, weights: Array, dtype: Any) -> Array:
     """Checks score margins [b] where their values are known, and replaces those of padding pairs by 1."""
     check_scores(given, weights)
+    assert given is not None
     return jnp.where(weights > 0, given, 1).astype(dtype)
 
 
@@ -248,7 +248,7 @@ def _reference_token_logps(
 # `logp_pair` [r, k] says which completion a token belongs to, n * item + side; a number outside [0, n p) is padding.
 
 
-def belongs(logp_pair: Array, num_completions: int) -> Array:
+def belongs(logp_pair: AnyArray, num_completions: int) -> Array:
     """bool [r, k, c]: which completion each scored token belongs to; none for padding."""
     return logp_pair[..., None] == jnp.arange(num_completions)
 

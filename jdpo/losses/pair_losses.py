@@ -18,7 +18,7 @@ from jdpo.losses.reference_free import sft
 from jdpo.losses.settings import DEFAULTS, LossSettings
 from jdpo.types import CHOSEN, REJECTED, PackedBatch, PreferenceBatch
 
-Array = Any
+Array = jax.Array
 
 
 PREFERENCE_METRICS = (
@@ -47,8 +47,8 @@ class Totals(NamedTuple):
       num_chosen_tokens: predicted completion tokens of the chosen sides, for token means.
     """
 
-    normalizer: Array
-    num_chosen_tokens: Array
+    normalizer: Array | float
+    num_chosen_tokens: Array | float
 
 
 def pair_totals(batch: PreferenceBatch) -> Totals:
@@ -142,10 +142,15 @@ def loss_inputs(
     if bco_delta is not None:
         options["bco_delta"] = bco_delta
     sums = policy if unweighted_policy is None else unweighted_policy
-    chosen_lengths, rejected_lengths = (None, None) if lengths is None else (lengths[:, CHOSEN], lengths[:, REJECTED])
-    ratios = scores = (None, None)
+    # The fields that no loss at hand reads are None in spite of their type, which saves each loss an assertion.
+    sides: Any = (None, None) if lengths is None else (lengths[:, CHOSEN], lengths[:, REJECTED])
+    ratios: Any = (None, None)
+    scores: Any = (None, None)
+    reference_margins: Any = None
+    unread: Any = {"mean_chosen_tokens": mean_chosen_tokens, "real": real, "score_margins": score_margins}
     if reference is not None:
         ratios = (policy[:, CHOSEN] - reference[:, CHOSEN], policy[:, REJECTED] - reference[:, REJECTED])
+        reference_margins = reference[:, CHOSEN] - reference[:, REJECTED]
         alpha = options["f_alpha_divergence_coef"]
         scores = tuple(divergence_score(ratio, settings.f_divergence_type, alpha) for ratio in ratios)
     return LossInputs(
@@ -153,15 +158,13 @@ def loss_inputs(
         rejected_logps=policy[:, REJECTED],
         chosen_logratios=ratios[0],
         rejected_logratios=ratios[1],
-        reference_margins=None if reference is None else reference[:, CHOSEN] - reference[:, REJECTED],
+        reference_margins=reference_margins,
         chosen_scores=scores[0],
         rejected_scores=scores[1],
-        chosen_lengths=chosen_lengths,
-        rejected_lengths=rejected_lengths,
+        chosen_lengths=sides[0],
+        rejected_lengths=sides[1],
         chosen_nll=-sums[:, CHOSEN],
-        mean_chosen_tokens=mean_chosen_tokens,
-        real=real,
-        score_margins=score_margins,
+        **unread,
         beta=settings.beta,
         options=options,
     )

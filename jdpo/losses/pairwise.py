@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-Array = Any
+Array = jax.Array
 
 LARGEST_RESIDUAL = 1e18
 """Where squared losses stop growing: a larger residual has no square in float32."""
@@ -40,7 +40,7 @@ class LossInputs(NamedTuple):
     real: Array  # bool [b], False on padding pairs; None: all are real
     score_margins: Array  # by how much the chosen answer was scored higher; None without an option that reads scores
     beta: Array | float
-    options: Mapping[str, Any]  # every number of jdpo.losses.settings.DEFAULTS
+    options: Mapping[str, Array | float]  # every number of jdpo.losses.settings.DEFAULTS
 
     @property
     def margin(self) -> Array:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from jdpo.losses.argument_checks import check_lengths, check_scores
 from jdpo.losses.pair_losses import loss_inputs, loss_terms, rewards, sum_of_terms, token_share
 from jdpo.losses.settings import loss_settings
 
-Array = Any
+Array = jax.Array
 
 
 class PreferenceLoss(NamedTuple):
@@ -79,7 +80,7 @@ def preference_loss(
         if not (options.get(name) is None or options[name] is False):
             raise ValueError(f"{name} is an option of dpo_loss, which sees tokens and batches; here, {remedy}")
     settings, of_batch = loss_settings(loss_type, beta=beta, label_smoothing=label_smoothing, **options)
-    given: tuple[Array, ...] = (policy_chosen_logps, policy_rejected_logps)
+    given: tuple[Array | None, ...] = (policy_chosen_logps, policy_rejected_logps)
     if settings.needs_reference:
         given += (reference_chosen_logps, reference_rejected_logps)
     if any(array is None for array in given):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jdpo.losses.pairwise import LossInputs, per_token
 
-Array = Any
+Array = jax.Array
 
 SMALLEST_NLL = 1e-6
 """A token mean closer to 0 is taken as this far from it, where the odds would be infinite."""

@@ -5,13 +5,12 @@ Axes: m sequences or rows, e experts.
 
 from __future__ import annotations
 
-from typing import Any
-
+import jax
 import jax.numpy as jnp
 
-from jdpo.types import RouterStats
+from jdpo.types import AnyArray, RouterStats
 
-Array = Any
+Array = jax.Array
 
 
 def load_balancing_loss(stats: RouterStats) -> Array:
@@ -32,6 +31,6 @@ def load_balancing_loss(stats: RouterStats) -> Array:
     return chosen_e.shape[0] * (chosen_e * probability_e).sum()
 
 
-def of_real_rows(stats: RouterStats, real: Array) -> RouterStats:
+def of_real_rows(stats: RouterStats, real: AnyArray) -> RouterStats:
     """The same where `real` [m] is true, zeros elsewhere, whatever stands there."""
     return RouterStats(*(jnp.where(real.reshape(real.shape + (1,) * (values.ndim - 1)), values, 0) for values in stats))

@@ -110,6 +110,9 @@ class Attention(nn.Module):
             lengths = context.packed.lengths.reshape(-1)
             output = attend_over_mesh(self.attention, self.config, self.kind, query, key, value, lengths)
             return to_slots(output, context.packed)
+        assert context.query_positions is not None
+        assert context.key_positions is not None
+        assert context.key_mask is not None
         return dot_product_attention(
             query,
             key,

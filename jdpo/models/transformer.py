@@ -61,7 +61,7 @@ class KVCache(NamedTuple):
     layers: dict[str, LayerCache]
     positions: jax.Array
     mask: jax.Array
-    index: jax.Array
+    index: jax.Array  # type: ignore[assignment]  # the method of tuples is not needed
 
 
 class Transformer(nn.Module):

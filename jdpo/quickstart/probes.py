@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jdpo.data.batching.loader import bucket_length, collate_completions
@@ -71,7 +72,7 @@ class Prober:
 
         @jax.jit
         def answer_logps(params: Params, batch: CompletionBatch) -> jax.Array:
-            logits = apply_fn(params, batch.tokens, batch.attention_mask)
+            logits = apply_fn(params, jnp.asarray(batch.tokens), jnp.asarray(batch.attention_mask))
             return sequence_logps(*shifted_token_logps(logits, batch.tokens, batch.completion_mask))
 
         self._answer_logps = answer_logps

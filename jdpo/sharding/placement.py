@@ -49,10 +49,10 @@ def state_shardings(abstract_state: Any, params: Any, param_shardings: Any, mesh
       param_shardings: tree like `params`.
       mesh: device mesh; all other leaves are replicated (Adafactor's rows and columns are small).
     """
-    structure = jax.tree.structure(params)
+    structure: Any = jax.tree.structure(params)  # jax's type of structures has no stubs
 
     def mirrors(node: Any) -> bool:
-        return jax.tree.structure(node) == structure and structure.num_leaves > 0
+        return bool(structure == jax.tree.structure(node) and structure.num_leaves > 0)
 
     def of_weights(node: Any) -> Any:
         return jax.tree.map(

@@ -55,7 +55,8 @@ class Evaluation:
             setup, self._data, self._rows(), max_tokens_per_device=max_tokens_per_device, cache=cache
         )
         # What losses read of all rows, so that a mean does not depend on how they are cut into batches.
-        counts = np.float32(len(self._data)), np.float32(self._data.num_chosen_tokens() if assembly.has_totals else 0)
+        num_tokens = self._data.num_chosen_tokens() if assembly.has_totals else 0
+        counts: Any = np.float32(len(self._data)), np.float32(num_tokens)
         self._totals = place(Totals(*counts), replicated(setup.mesh)) if assembly.has_totals else None
         self.programs = Programs(assembly.lower_evaluate, pool)
 

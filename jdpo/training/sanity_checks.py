@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -86,9 +87,10 @@ def start_loss(loss: LossSettings) -> float | None:
     return _loss_at(loss, np.zeros((1, 2)))
 
 
-def _loss_at(loss: LossSettings, logratios: np.ndarray) -> float:
-    zeros = np.zeros_like(logratios)
-    inputs = loss_inputs(loss, logratios, zeros, np.ones((1, 2)), mean_chosen_tokens=None)
+def _loss_at(loss: LossSettings, logratios: Any) -> float:
+    zeros: Any = np.zeros_like(logratios)  # numpy's float64: the differences are exact whatever jax computes in
+    lengths: Any = np.ones((1, 2))
+    inputs = loss_inputs(loss, logratios, zeros, lengths, mean_chosen_tokens=None)
     return float(sum_of_terms(loss, loss_terms(loss, inputs))[0])
 
 

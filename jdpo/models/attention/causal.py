@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from jdpo.models.attention.blockwise import blockwise_attention
 from jdpo.models.attention.choose import check_attention
@@ -91,7 +91,7 @@ def sharded_causal_attention(
     value_ntgk: jax.Array,
     *,
     lengths: jax.Array,
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     batch_axes: tuple[str, ...],
     head_axes: tuple[str, ...] = (),
     **options: Any,

@@ -161,7 +161,7 @@ class Assembly:
 
     def lower_evaluate(self, batch: Batch) -> Any:
         """Lowers the evaluation of batches of these shapes."""
-        scalar = jax.ShapeDtypeStruct((), jnp.float32)
+        scalar: Any = jax.ShapeDtypeStruct((), jnp.float32)
         totals = Totals(scalar, scalar) if self.has_totals else None
         # With the shapes of the reference in the state, where it moves.
         frozen = self.evaluated(self.frozen, self.state)
@@ -185,8 +185,9 @@ def assemble(setup: Setup, *, reference: Mode, remat: str) -> Assembly:
     optimizer, objective = make_optimizer(config, setup.num_steps), objective_of(setup, model)
     sync = sync_of(config)
     shapes = setup.trained
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32)
     abstract = TrainState(
-        step=jax.ShapeDtypeStruct((), jnp.int32),
+        step=step,
         params=shapes,
         opt_state=jax.eval_shape(optimizer.init, shapes),
         rng=jax.eval_shape(lambda: jax.random.key_data(jax.random.key(config.seed))),

@@ -178,13 +178,13 @@ def _products_again(remat: str, products: Any) -> int:
 def _packed_real(config: ModelConfig, batch: PackedBatch) -> _Amounts:
     used, scored = _used(batch), batch.logp_pair < batch.gather.shape[-2]
     num_used = int(used.sum())
-    return _Amounts(num_used, int(scored.sum()), _pairs_at(config, batch.positions[used]), num_used)
+    return _Amounts(num_used, int(scored.sum()), _pairs_at(config, np.asarray(batch.positions)[used]), num_used)
 
 
 def _used(batch: PackedBatch) -> np.ndarray:
     """Returns bool [k, m, s], True for slots that hold a token."""
     num_sequences, length = batch.gather.shape[-2:]
-    used: np.ndarray = (batch.readers < num_sequences * length).any(-2)
+    used: np.ndarray = np.any(batch.readers < num_sequences * length, axis=-2)
     return used
 
 

@@ -165,7 +165,7 @@ class RowAverages:
         } | self._shares.averages()
 
 
-def rows_at(rows: Mapping[str, np.ndarray], at: np.ndarray) -> dict[str, np.ndarray]:
+def rows_at(rows: Mapping[str, Any], at: np.ndarray) -> dict[str, np.ndarray]:
     """Selects the values [b] of real rows from a report's [k, m]; the others are padding.
 
     >>> rows_at({"x": np.array([[1.0, np.nan], [2.0, 6.0]])}, np.array([3, 0]))

@@ -44,7 +44,8 @@ def jax_settings(settings: MemorySettings, cache_dir: str | None) -> Iterator[No
 @contextlib.contextmanager
 def numerics(settings: MemorySettings) -> Iterator[None]:
     """Configures jax to compute as compute_dtype says, and restores its configuration at the end."""
-    x64, precision = jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision
+    config: Any = jax.config  # its values have no annotations
+    x64, precision = config.jax_enable_x64, config.jax_default_matmul_precision
     try:
         # Settings of the whole process, not jax's thread-local contexts: orbax works in threads of its own.
         if settings.compute_dtype == "float32":  # without this, TPUs multiply float32 in bfloat16 and GPUs in TF32
@@ -66,7 +67,8 @@ def persistent_cache(folder: Path | None) -> Iterator[None]:
     Args:
       folder: None: programs are not kept.
     """
-    if folder is None or jax.config.jax_compilation_cache_dir:
+    config: Any = jax.config
+    if folder is None or config.jax_compilation_cache_dir:
         yield
         return
     from jax.experimental.compilation_cache import compilation_cache

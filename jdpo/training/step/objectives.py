@@ -29,7 +29,7 @@ from jdpo.models.transformer import Transformer, Weights, apply_routed, variable
 from jdpo.sharding.axes import BATCH_AXES, num_batch_shards
 from jdpo.types import CompletionBatch, PackedBatch, PreferenceBatch, Routed, RouterStats
 
-Array = Any
+Array = jax.Array
 Params = Any
 Batch = Any
 Features = Any
@@ -147,12 +147,13 @@ class CompletionObjective:
             token_logps, _, router = self.run(params, batch, False)
             of_completion = belongs(batch.logp_pair, batch.pair_weight.shape[-1])
             sums = completion_sums(token_logps, of_completion, num_sides=1)
-            return CompletionFeatures(sums.reshape(-1), batch.pair_weight.reshape(-1), router)
-        logits, router = self.run(params, batch.tokens, batch.attention_mask), None
-        if isinstance(logits, Routed):
-            logits, router = logits.output, of_real_rows(logits.router, batch.weights > 0)
+            return CompletionFeatures(sums.reshape(-1), jnp.asarray(batch.pair_weight).reshape(-1), router)
+        output = self.run(params, batch.tokens, batch.attention_mask)
+        logits, router = output if isinstance(output, Routed) else (output, None)
+        if router is not None:
+            router = of_real_rows(router, batch.weights > 0)
         logps = sequence_logps(*shifted_token_logps(logits, batch.tokens, batch.completion_mask))
-        return CompletionFeatures(logps, batch.weights, router)
+        return CompletionFeatures(logps, jnp.asarray(batch.weights), router)
 
     def totals(self, batch: PackedBatch | CompletionBatch) -> CompletionTotals:
         """Counts the completion tokens of a global batch, arrays [k, m, ...]."""
@@ -237,7 +238,8 @@ class PackedLogps:
         if self.mesh.size > self.num_shards:
             # Devices that share the vocabulary talk to each other in every chunk, so all must run as many chunks.
             num_scored_r = jnp.full_like(num_scored_r, num_scored_r.max())
-        logps, *log_sum_sq = self._head(hidden_rkd, head_dv, batch.logp_target, num_scored_r, with_log_sum_sq)
+        targets_rk = jnp.asarray(batch.logp_target)
+        logps, *log_sum_sq = self._head(hidden_rkd, head_dv, targets_rk, num_scored_r, with_log_sum_sq)
         return TokenScores(logps, log_sum_sq[0] if log_sum_sq else None, router)
 
     def _head(

@@ -26,9 +26,10 @@ def weight_by_weight(rule: optax.GradientTransformation) -> optax.GradientTransf
     rule = optax.with_extra_args_support(rule)
 
     def update(grads: Tree, state: Any, params: Tree, **extra: Any) -> tuple[Tree, Any]:
-        structure = jax.tree.structure(params)
-        parts, outer = jax.tree.flatten(state, is_leaf=lambda node: jax.tree.structure(node) == structure)
-        mirrors = [jax.tree.structure(part) == structure for part in parts]
+        structure: Any = jax.tree.structure(params)  # jax's type of structures has no stubs
+        outer: Any
+        parts, outer = jax.tree.flatten(state, is_leaf=lambda node: structure == jax.tree.structure(node))
+        mirrors = [bool(structure == jax.tree.structure(part)) for part in parts]
         updates: list[Any] = []
         stored: list[list[Any]] = []  # by weight: the new parts of the state
         for place in range(structure.num_leaves):
@@ -52,6 +53,7 @@ def weight_by_weight(rule: optax.GradientTransformation) -> optax.GradientTransf
 
 def _only(tree: Tree, place: int) -> Tree:
     """Returns the tree with only one of its leaves, which keeps its path."""
+    structure: Any
     leaves, structure = jax.tree.flatten(tree)
     return structure.unflatten([leaf if index == place else None for index, leaf in enumerate(leaves)])
 

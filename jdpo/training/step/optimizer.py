@@ -97,7 +97,8 @@ def make_optimizer(settings: OptimizationSettings, num_steps: int) -> optax.Grad
 
     # Widened here, so that every rule computes in float32 whatever its weights are kept in.
     def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        return optimizer.update(wide(grads), state, wide(params), **extra)
+        updates, new_state = optimizer.update(wide(grads), state, wide(params), **extra)
+        return updates, new_state
 
     return optax.GradientTransformationExtraArgs(optimizer.init, update)
 

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-Array = Any
+Array = jax.Array
 Tree = Any
 
 HALF = 16  # bits of a float32 that a bfloat16 lacks, and random bits for rounding one
@@ -74,7 +74,7 @@ def store(values: Sequence[Tree], like: Sequence[Tree], key: Array) -> list[Tree
             stored.append(list(map(_stored, new, old, _halves(jax.random.fold_in(key, name), new[0].shape))))
         else:
             stored.append([leaf.astype(like.dtype) for leaf, like in zip(new, old, strict=True)])
-    structure = jax.tree.structure(like[0])
+    structure: Any = jax.tree.structure(like[0])
     return [structure.unflatten(leaves) for leaves in zip(*stored, strict=True)]
 
 

@@ -21,7 +21,7 @@ from jdpo.training.step.objectives import Batch, Features, Objective
 from jdpo.training.step.rounding import apply_updates, store, wide
 from jdpo.types import RouterStats
 
-Array = Any
+Array = jax.Array
 Params = Any
 
 
@@ -178,7 +178,7 @@ def evaluate(
     if objective.router_aux_loss_coef is not None:
         # Summed over micro-batches, so that the host can add up batches.
         router = jax.tree.map(lambda array: array.sum(0, keepdims=True), flat_features(features).router)
-    return EvaluationReport(rows, of_batch.normalizer, router)
+    return EvaluationReport(rows, jnp.asarray(of_batch.normalizer), router)
 
 
 # --- loss and gradients
@@ -221,7 +221,7 @@ def loss_and_grads(
 
     def total_loss(features: Features) -> Array:
         losses, _ = objective.losses(features, totals, loss_state)
-        loss = weighted_sum(losses, features.weights) / totals.normalizer
+        loss: Array = weighted_sum(losses, features.weights) / totals.normalizer
         if objective.router_aux_loss_coef:
             loss = loss + objective.router_aux_loss_coef * load_balancing_loss(features.router)
         return loss

@@ -38,7 +38,7 @@ F_DIVERGENCES: dict[FDivergence, str] = {
     "js_divergence": "log(2) + ls(r)",
     "alpha_divergence": "(exp((f_alpha_divergence_coef - 1) r) - 1) / (f_alpha_divergence_coef - 1)",
 }
-"""f-DPO, arXiv 2309.16240: what each divergence puts in the place of a log-ratio r."""
+"""f-DPO, arXiv 2309.16240: the score that replaces a log-ratio r under each divergence."""
 
 Need = Literal["reference", "lengths", "token count", "state", "global batch"]
 
@@ -113,7 +113,7 @@ class LossOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """What `LossOptions` declares about one field.
+    """The declaration of one field of `LossOptions`.
 
     Attributes:
       default: the value that asks for nothing.
@@ -179,7 +179,7 @@ FOR_THE_WHOLE_LIST = frozenset({"f_divergence_type", "ld_alpha", "use_weighting"
 """Options of the whole objective: every loss of a list must honour them. For the others, one loss is enough."""
 
 INDIFFERENT_LOSSES = frozenset({"sft"})
-"""Losses that read no preference, and may stand in a list next to losses that honour such an option."""
+"""Losses that read no preference, and may be in a list next to losses that honour such an option."""
 
 SMOOTHING = ("label_smoothing",)
 OFFSET = ("margin_gamma",)

@@ -1,4 +1,4 @@
-"""The values that travel between the rooms of jdpo.
+"""The values that travel between the packages of jdpo.
 
 Axes, here and in every file: b pairs, n=2 sides (chosen, rejected), t token positions.
 """
@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 CHOSEN, REJECTED = 0, 1
 
 Message = dict[str, Any]
-"""One turn of a conversation: `{"role": "user", "content": "..."}`, in the form chat templates take."""
+"""One turn of a conversation: `{"role": "user", "content": "..."}`, in the form that chat templates take."""
 
 Text = str | list[Message]
 """Plain text, or a list of messages."""
 
 HOST_MEMORY = "pinned_host"
-"""Memory of the host that a device reads and writes by itself, by JAX's name."""
+"""JAX's name for host memory that a device can read and write directly."""
 
 if TYPE_CHECKING:
     import jax
@@ -31,16 +31,16 @@ else:
 
 
 class PreferenceRow(NamedTuple):
-    """One preference as people write it. The three parts are all strings or all message lists.
+    """A preference as people write it. The three parts are all strings or all message lists.
 
     Attributes:
-      prompt: what is answered.
+      prompt: the text or conversation to answer.
       chosen: the better answer.
-      rejected: the worse one.
-      origin: where the row came from, for messages: "pairs.jsonl:17".
-      margin: the score of the chosen side minus that of the rejected one, in the units of the file; None: no scores.
-      tools: what the conversation may call, as chat templates take them; None where it has none, and in plain text.
-      notes: what is worth counting of how the row was read.
+      rejected: the worse answer.
+      origin: file and row, for messages: "pairs.jsonl:17".
+      margin: score of the chosen answer minus score of the rejected one, in the units of the file; None: no scores.
+      tools: the tools that the conversation may call, as chat templates take them; None: no tools, or plain text.
+      notes: remarks on how the row was read, which are counted.
       template_kwargs: variables for the chat template, which override `chat_template_kwargs` of the config.
     """
 
@@ -55,10 +55,10 @@ class PreferenceRow(NamedTuple):
 
 
 class CompletionRow(NamedTuple):
-    """One supervised example: a prompt and the completion to learn, both strings or both message lists.
+    """A supervised example: a prompt and the completion to learn, both strings or both message lists.
 
-    A `messages` row has its last assistant turn as the completion and all before it as the prompt. `tools`, `notes` and
-    `template_kwargs`: as in `PreferenceRow`.
+    The completion of a `messages` row is its last assistant turn, and the prompt is everything before it. `tools`,
+    `notes` and `template_kwargs` are those of `PreferenceRow`.
     """
 
     prompt: Text
@@ -70,9 +70,9 @@ class CompletionRow(NamedTuple):
 
 
 class TokenizedPair(NamedTuple):
-    """A preference row as token ids, int32 vectors; `prompt_ids` is shared by both sides.
+    """A preference row as token ids, int32 vectors. Both sides share `prompt_ids`.
 
-    The two sequences a model sees are prompt_ids + chosen_ids and prompt_ids + rejected_ids.
+    The model reads two sequences, prompt_ids + chosen_ids and prompt_ids + rejected_ids.
     """
 
     prompt_ids: np.ndarray
@@ -82,9 +82,9 @@ class TokenizedPair(NamedTuple):
 
 
 class MaskedPair(NamedTuple):
-    """A preference row of which some completion tokens are read and not learnt: those of tools and users between turns.
+    """A `TokenizedPair` with a mask for each completion, bool, True on the tokens to learn.
 
-    As `TokenizedPair`, with a mask bool of the length of each completion, True on the tokens to learn.
+    The other completion tokens, of tools and users between the assistant turns, are read but not learnt.
     """
 
     prompt_ids: np.ndarray
@@ -99,7 +99,7 @@ AnyPair = TokenizedPair | MaskedPair
 
 
 def completions_of(pair: AnyPair) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """Returns token ids and mask of the chosen and of the rejected completion; a TokenizedPair is learnt whole."""
+    """Returns token ids and mask of the chosen and the rejected completion; a TokenizedPair is learnt whole."""
     chosen, rejected = pair.chosen_ids, pair.rejected_ids
     if isinstance(pair, MaskedPair):
         return (chosen, pair.chosen_mask), (rejected, pair.rejected_mask)
@@ -107,7 +107,7 @@ def completions_of(pair: AnyPair) -> tuple[tuple[np.ndarray, np.ndarray], tuple[
 
 
 class TokenizedCompletion(NamedTuple):
-    """A supervised example as token ids: tokens int32 [t], completion_mask bool [t], True where the loss falls."""
+    """A supervised example as token ids: tokens int32 [t], completion_mask bool [t], True on the tokens to learn."""
 
     tokens: np.ndarray
     completion_mask: np.ndarray
@@ -120,8 +120,8 @@ class PreferenceBatch(NamedTuple):
     Attributes:
       tokens: int32 [b, 2, t].
       attention_mask: bool [b, 2, t], True on real tokens.
-      completion_mask: bool [b, 2, t], True on completion tokens (the mask at t speaks of the token at t).
-      reference_logps: float32 [b, 2] summed or [b, 2, t] per token (the value at t is of the token at t), or None.
+      completion_mask: bool [b, 2, t], True on completion tokens; the mask at t is that of the token at t.
+      reference_logps: float32 [b, 2] summed or [b, 2, t] per token (the value at t is that of the token at t), or None.
       weights: float32 [b], 1 for real pairs and 0 for padding pairs; None means all 1.
       score_margins: float32 [b], by how much the chosen answer was scored higher than the rejected one, above 0 for
         real pairs. Only for losses with an option that reads scores; None otherwise.
@@ -145,14 +145,14 @@ class CompletionBatch(NamedTuple):
 
 
 class RouterStats(NamedTuple):
-    """What the routers of a model's layers did with sequences or rows, summed over layers and tokens.
+    """Counts of the routers of a model's layers, for each sequence or row, summed over layers and tokens.
 
-    Each token counts with a weight: 0 on padding, and for one that stands for several sequences their number.
+    Each token has a weight: 0 for padding, and the number of sequences for a token that several sequences share.
 
     Attributes:
-      assignments: float [n, e], tokens that went to each expert.
-      probabilities: float [n, e], the routers' probabilities of each expert.
-      tokens: float [n], tokens.
+      assignments: float [n, e], number of tokens sent to each expert.
+      probabilities: float [n, e], sum of the routers' probabilities of each expert.
+      tokens: float [n], number of tokens.
     """
 
     assignments: jax.Array
@@ -161,38 +161,39 @@ class RouterStats(NamedTuple):
 
 
 class Routed(NamedTuple):
-    """What a model with experts gives: `output` is what others give."""
+    """The output of a model with experts: `output` is what a model without experts returns."""
 
     output: jax.Array
     router: RouterStats
 
 
 class PackedBatch(NamedTuple):
-    """A step's items (pairs or supervised rows) in rows of slots, each prompt once.
+    """The items of a step (pairs or supervised rows), packed into rows of slots, each prompt once.
 
-    There are q = n * p attention sequences; that of side j of item i is n * i + j.
+    There are q = n * p attention sequences; side j of item i has number n * i + j.
 
-    Everything that is not in use holds zeros unless said otherwise, and indices stay in range: it may be computed
-    with, is read by nothing that is scored, and may hold anything in range.
+    Unused entries are zero unless stated otherwise. Indices in them are in range, so that computing with them is safe,
+    and nothing that is scored reads them.
 
-    Axes: k micro-batches, m rows of slots, s slots, p items of a row, n sides of an item (2 of a pair), t places of a
-    sequence, c scored tokens; on a device, a micro-batch is without k. See `jdpo.data.batching.packing`.
+    Axes: k micro-batches, m rows of slots, s slots, p items of a row, n sides of an item (2 for a pair), t places of a
+    sequence, c scored tokens. On a device, a micro-batch has no axis k. See `jdpo.data.batching.packing`.
 
     Attributes:
       tokens: int32 [k, m, s].
-      positions: int32 [k, m, s], restarting with each item; a second side goes on where the prompt ends.
-      gather: int32 [k, m, q, t], the slot that each place of an attention sequence reads; places behind its length
-        read any slots.
-      lengths: int32 [k, m, q], places in use of each attention sequence, at least 1.
-      scatter: int32 [k, m, s], the place among (q t) whose attention output is a slot's: of prompts in the first side.
-      readers: int32 [k, m, n, s], all the places that read a slot, in the sequence of each side, q * t for none. The
-        transpose of `gather` is a sum over them (no scatter-add): readers[..., 0, :] is `scatter` but for completions
-        of second sides, whose place is in readers[..., 1, :], and slots that are not in use, which have none.
+      positions: int32 [k, m, s], starting at 0 for each item; the second side continues where the prompt ends.
+      gather: int32 [k, m, q, t], the slot that each place of an attention sequence reads; places after its length read
+        any slot.
+      lengths: int32 [k, m, q], number of used places of each attention sequence, at least 1.
+      scatter: int32 [k, m, s], the place among (q t) whose attention output belongs to a slot; for prompts, a place in
+        the first side.
+      readers: int32 [k, m, n, s], all places that read a slot, one in the sequence of each side; q * t for none. The
+        transpose of `gather` is a sum over them, which needs no scatter-add. readers[..., 0, :] equals `scatter` except
+        for completions of second sides, whose place is in readers[..., 1, :], and for unused slots, which have none.
       logp_slot: int32 [k, m, c], the slot whose hidden state predicts a scored token.
-      logp_target: int32 [k, m, c], that token.
-      logp_pair: int32 [k, m, c], n * item + side within the row; n * p behind the last scored token.
+      logp_target: int32 [k, m, c], the scored token.
+      logp_pair: int32 [k, m, c], n * item + side within the row; n * p after the last scored token.
       pair_weight: float32 [k, m, p], 1 for items and 0 for padding.
-      pair_row: int32 [k, m, p], the row of the data that an item is.
+      pair_row: int32 [k, m, p], the row number of an item in the data.
       logp_reference: float32 or float64 [k, m, c], the reference's log-prob of each scored token; None: not cached.
       pair_score_margin: float32 [k, m, p], `PreferenceBatch.score_margins` of each pair, and 1 for padding; None: the
         loss reads no scores.

@@ -1,4 +1,4 @@
-"""Preference losses as pure functions; jax, numpy and einops are all they need."""
+"""Preference losses as pure functions, which need only jax, numpy and einops."""
 
 from jdpo.loss_specs import LOSSES, LossSpec
 from jdpo.losses.coupled import LossState, init_loss_state

@@ -1,4 +1,4 @@
-"""Checks of what callers of the losses pass in; arrays are looked at only where they are concrete, never under jit."""
+"""Checks of the arguments of losses. Values of arrays are checked only where they are known, so not under jit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def check_batch(batch: PreferenceBatch) -> None:
     """Checks the type and the shapes of a batch.
 
     Raises:
-      ValueError: it is not a PreferenceBatch, or an array has another shape.
+      ValueError: it is not a PreferenceBatch, or an array has the wrong shape.
     """
     if missing := [name for name in PreferenceBatch._fields if not hasattr(batch, name)]:
         raise ValueError(
@@ -42,13 +42,13 @@ def check_batch(batch: PreferenceBatch) -> None:
 
 
 def check_scores(score_margins: AnyArray | None, weights: AnyArray | None) -> None:
-    """Checks that score margins, float [b], are there and above 0 in every pair whose weight is not 0.
+    """Checks that score margins, float [b], are given and above 0 in every pair whose weight is not 0.
 
     Args:
       weights: float [b], or None for all 1.
 
     Raises:
-      ValueError: naming the first pair of which this is not true.
+      ValueError: they are not given, or not above 0; the message names the first such pair.
     """
     if score_margins is None:
         raise ValueError(
@@ -67,12 +67,12 @@ def check_scores(score_margins: AnyArray | None, weights: AnyArray | None) -> No
 
 
 def check_completions(batch: PreferenceBatch) -> None:
-    """Checks that each side of each pair with a weight has a completion token that is predicted.
+    """Checks that both sides of each pair whose weight is not 0 have a completion token to score.
 
-    Position 0 does not count, since no position before it predicts its token.
+    Position 0 does not count, because no position before it predicts its token.
 
     Raises:
-      ValueError: naming pairs and sides without one.
+      ValueError: a side has none; the message names pairs and sides.
     """
     mask, weights = values_of(batch.completion_mask), values_of(batch.weights)
     if mask is None or (weights is None and batch.weights is not None):
@@ -83,15 +83,15 @@ def check_completions(batch: PreferenceBatch) -> None:
     if empty.any():
         raise ValueError(
             f"batch.completion_mask has no token to score for {_places(empty)}: expected True on at least one "
-            "completion token behind position 0 of each side. Mask the completion, drop the pair, or give it weight 0"
+            "completion token after position 0 of each side. Mask the completion, drop the pair, or give it weight 0"
         )
 
 
 def check_lengths(chosen_lengths: Array | None, rejected_lengths: Array | None, weights: Array | None) -> None:
-    """Checks that completion lengths, int [b] each, are at least 1 in each pair with a weight.
+    """Checks that completion lengths, int [b] each, are at least 1 in each pair whose weight is not 0.
 
     Raises:
-      ValueError: naming pairs and sides.
+      ValueError: a length is below 1; the message names pairs and sides.
     """
     of_pairs = values_of(weights)
     if of_pairs is None and weights is not None:
@@ -104,13 +104,13 @@ def check_lengths(chosen_lengths: Array | None, rejected_lengths: Array | None, 
         empty[:, side] = lengths < 1 if of_pairs is None else (lengths < 1) & (of_pairs != 0)
         if empty.any():
             raise ValueError(
-                f"{_SIDES[side]}_lengths must be at least 1, the completion's tokens; found less for {_places(empty)}. "
-                "Drop the pair, or give it weight 0 in pair_weights"
+                f"{_SIDES[side]}_lengths must be at least 1 (the tokens of a completion), found less for "
+                f"{_places(empty)}. Drop the pair, or give it weight 0 in pair_weights"
             )
 
 
 def values_of(array: AnyArray | None) -> np.ndarray | None:
-    """The values of an array, or None where there are none to see: it is traced, or partly on other hosts."""
+    """Returns the values of an array, or None if they are not known: it is traced, or partly on other hosts."""
     if array is None or isinstance(array, jax.core.Tracer) or not getattr(array, "is_fully_addressable", True):
         return None
     return np.asarray(array)
@@ -129,10 +129,10 @@ def _places(empty: Any) -> str:
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str], listed: str) -> ValueError:
-    """The error for a name that is not known: with the nearest that is, and with all of them.
+    """Returns the error for an unknown name, with the nearest known one and the list of all.
 
     Args:
-      listed: begins the list, such as "The losses are".
+      listed: the beginning of the list, such as "The losses are".
     """
     names = [*known]
     hint = did_you_mean(str(name), names, cutoff=0.3)

@@ -1,4 +1,4 @@
-"""The whole objective for other JAX code: parameters and a batch in, a scalar and metrics out."""
+"""The preference objective for other JAX code: takes parameters and a batch, returns a scalar and metrics."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ Params = Any
 
 
 _OF_CALL = ("beta", "loss_state", "normalizer", "num_chosen_tokens")
-"""What a call of the function that `make_dpo_loss` returns takes by name."""
+"""Keywords of the function that `make_dpo_loss` returns."""
 
 
 def make_dpo_loss(
     apply_fn: ApplyFn, *, loss_type: str | Sequence[str] = "sigmoid", beta: Array | float = 0.1, **options: Any
 ) -> Callable[..., tuple[Array, dict[str, Any]]]:
-    """The objective for those who jit, shard or differentiate around it themselves.
+    """Makes the objective as a function without `jit`, for code that jits, shards or differentiates it itself.
 
-    Args: as `dpo_loss`.
+    The arguments are those of `dpo_loss`.
 
     Returns:
       loss(policy_params, reference_params, batch, *, beta=None, loss_state=None, normalizer=None,
-      num_chosen_tokens=None) -> (scalar, metrics), see `dpo_loss`; what is given here replaces what was given above.
+      num_chosen_tokens=None) -> (scalar, metrics), see `dpo_loss`. The keywords of a call replace those given here.
 
     Raises:
       ValueError: an unknown loss or option, or an option that the losses cannot honour.
@@ -86,37 +86,35 @@ def dpo_loss(
     normalizer: Array | float | None = None,
     **options: Any,
 ) -> tuple[Array, dict[str, Any]]:
-    """Mean preference loss of a batch under a policy and a frozen reference (arXiv 2305.18290, eq. 7). Jitted.
+    """Computes the mean preference loss of a batch under a policy and a frozen reference. Jitted.
 
-    Differentiable in `policy_params`; the reference stands under stop_gradient.
+    With the default options this is DPO (arXiv 2305.18290, eq. 7). The loss is differentiable in `policy_params`; the
+    reference is under stop_gradient.
 
     Args:
       policy_params: parameters of the model in training, any pytree.
-      reference_params: parameters of the frozen reference; None where the batch has reference_logps, or for losses
-        without a reference, which do not read it.
+      reference_params: parameters of the frozen reference. None if the batch has reference_logps, or for losses without
+        a reference, which do not read it.
       batch: PreferenceBatch of [b, 2, t] arrays.
-      apply_fn: (params, tokens int [n, t], attention_mask bool [n, t]) -> logits [n, t, v]; static, so give one
-        function, not a new lambda a call.
+      apply_fn: (params, tokens int [n, t], attention_mask bool [n, t]) -> logits [n, t, v]. It is static: pass the same
+        function in every call, not a new lambda.
       loss_type: a name in `jdpo.losses.LOSSES`, or several; static.
-      beta: > 0; traced as all numbers, so that a sweep compiles once.
-      loss_state: what the call before left in metrics["loss_state"], for losses that have one (bco_pair: delta is
-        its running mean, read before and updated after). None: bco_delta, and a state that starts here.
-      normalizer: what the sum over pairs is divided by; default the sum of batch.weights. Give the pairs of the
-        global batch when accumulating over micro-batches, and num_chosen_tokens for means over tokens; losses that
-        need the global batch (aot) cannot be accumulated so. Within jax.shard_map a batch is a part, too.
-      **options: label_smoothing, loss_weights, f_divergence_type, f_alpha_divergence_coef, discopop_tau, simpo_gamma,
-        cpo_alpha, orpo_lambda, rpo_alpha, bco_delta, num_chosen_tokens, as in `preference_loss`, and
-        ld_alpha: tokens past the shorter side's length weigh so much, in policy and reference; LD-DPO, arXiv
-          2409.06411; none by default.
-        use_weighting: False; WPO, arXiv 2406.11827: each pair's loss times how likely the policy finds both sides.
+      beta: above 0. All numbers are traced, so that a sweep compiles once.
+      loss_state: metrics["loss_state"] of the previous call, for losses with a running state. (bco_pair: its delta is
+        the running mean, which is read before it is updated.) None: bco_delta, and a new state.
+      normalizer: divisor of the sum over pairs; default: the sum of batch.weights. When accumulating over
+        micro-batches, or within jax.shard_map, pass the number of pairs of the global batch, and num_chosen_tokens for
+        means over tokens. Losses that need the global batch (aot) cannot be accumulated in this way.
+      **options: fields of `jdpo.loss_specs.LossOptions`, which docs/losses.md describes, loss_weights and
+        num_chosen_tokens; see `preference_loss`.
 
     Returns:
-      (scalar loss, {metric name: scalar}), float32; metrics as TRL names them, `loss/<name>` for each of several
-      losses, and `loss_state` where a loss has one.
+      (scalar loss, {metric name: scalar}), float32. Metrics have TRL's names; several losses add `loss/<name>` for
+      each, and losses with a running state add `loss_state`.
 
     Raises:
-      ValueError: see `preference_loss`; a reference that is missing, doubled, or of no use for ld_alpha; a side without
-        a completion token, in a pair whose weight is not 0 (checked where the masks are known, so not under jit).
+      ValueError: see `preference_loss`; the reference is missing, given twice, or has no values per token for ld_alpha;
+        a side has no completion token in a pair whose weight is not 0 (checked where masks are known: not under jit).
     """
     settings, num_chosen_tokens = _objective_settings(loss_type, beta, options)
     check_batch(batch)
@@ -138,21 +136,21 @@ def _objective_settings(
     loss_type: str | Sequence[str], beta: Array | float, options: dict[str, Any]
 ) -> tuple[LossSettings, Array | float | None]:
     if options.get("pair_weights") is not None:
-        raise ValueError("pair_weights is for preference_loss; weigh the pairs of a batch by use_weighting")
+        raise ValueError("pair_weights is for preference_loss; here, use_weighting weighs the pairs of a batch")
     if options.get("bco_running_delta"):
-        raise ValueError("a running delta is asked for by loss_state: pass on what metrics['loss_state'] holds")
+        raise ValueError("a running delta is asked for by loss_state: pass metrics['loss_state'] of the previous call")
     settings, of_batch = loss_settings(loss_type, beta=beta, **options)
     return settings, of_batch.get("num_chosen_tokens")
 
 
 def _check_normalizer(settings: LossSettings, batch: PreferenceBatch, normalizer: Any, num_chosen_tokens: Any) -> None:
-    """Refuses an accumulation that would be silently wrong, where it can be seen."""
+    """Refuses an accumulation that would be silently wrong, if the values are known."""
     if normalizer is None:
         return
     if settings.token_mean and num_chosen_tokens is None:
         raise ValueError(
-            "normalizer says that this batch is a part of a larger one, so a mean over tokens needs num_chosen_tokens "
-            "too: the chosen completion tokens of the whole"
+            "normalizer says that this batch is part of a larger one, so a mean over tokens needs num_chosen_tokens as "
+            "well: the number of chosen completion tokens of the larger batch"
         )
     whole = concrete(normalizer)
     if settings.needs_global_batch and whole is not None:
@@ -160,12 +158,12 @@ def _check_normalizer(settings: LossSettings, batch: PreferenceBatch, normalizer
         if here is not None and whole != here:
             raise ValueError(
                 f"loss_type {' + '.join(settings.loss_types)} sorts the global batch, so it cannot be accumulated over "
-                f"parts: normalizer {whole:g}, and {here:g} pairs in this batch"
+                f"parts: found normalizer {whole:g}, and {here:g} pairs in this batch"
             )
 
 
 def _num_pairs(batch: PreferenceBatch) -> float | None:
-    """Real pairs of a batch, or None where they are not known before it is computed."""
+    """Returns the number of real pairs of a batch, or None if it is traced."""
     if batch.weights is None:
         return float(batch.tokens.shape[0])
     weights = values_of(batch.weights)
@@ -186,7 +184,7 @@ def _batch_loss(
     if loss_state is not None and not settings.has_state:
         raise ValueError(f"loss_type {' + '.join(settings.loss_types)} has no running state; loss_state must be None")
     if loss_state is not None and "bco_delta" in settings.numbers:
-        raise ValueError("loss_state holds bco_pair's delta; bco_delta must not be given beside it")
+        raise ValueError("loss_state holds the delta of bco_pair: give it or bco_delta, not both")
     features = pair_features(policy_params, reference_params, batch, apply_fn=apply_fn, settings=settings)
     counted = pair_totals(batch)
     totals = Totals(
@@ -202,7 +200,7 @@ def _batch_loss(
 
 
 def _mean(values: Array, weights: Array, count: Array | float) -> Array:
-    return weighted_sum(values, weights) / jnp.where(count == 0, 1, count)  # a batch of nothing gives 0
+    return weighted_sum(values, weights) / jnp.where(count == 0, 1, count)  # 0 for a batch without real pairs
 
 
 _jitted_batch_loss: Callable[..., tuple[Array, dict[str, Any]]] = jax.jit(_batch_loss, static_argnames="apply_fn")

@@ -1,4 +1,4 @@
-"""From hidden states to token log-probabilities through the LM head, without ever holding the logits of all tokens.
+"""Log-probabilities of tokens from hidden states through the LM head, without the logits of all tokens at once.
 
 Axes: r rows, k positions of a row, n tokens, d model, v vocabulary, c positions of a row in one chunk, m chunks.
 """
@@ -20,7 +20,7 @@ from jdpo.losses.linear_chunks import HeadSettings, default_chunk, row_token_log
 Array = jax.Array
 
 MAX_SHARDS = 256
-"""Tokens in one axis [n] may lie in up to this many shards (a power of two that divides n) and stay where they are."""
+"""Tokens in one axis [n] can be in up to this many shards (a power of two that divides n) without being moved."""
 
 
 def linear_token_logps(
@@ -34,43 +34,44 @@ def linear_token_logps(
     logit_scale: float | None = None,
     return_log_sum_sq: bool = False,
 ) -> Any:
-    """Log-probability of each target token, from the hidden states in front of the LM head.
+    """Computes the log-probability of each target token from the hidden states before the LM head.
 
-    As `token_logps(hidden @ head, targets)`, in value and gradient, but logits exist for one chunk of tokens at a
-    time, forward and backward; the backward pass computes them a second time. Kept for it: the inputs and one or two
-    float32 numbers a token. Not for forward-mode differentiation (jax.jvp).
+    Values and gradients are those of `token_logps(hidden @ head, targets)`, but logits exist only for one chunk of
+    tokens at a time, forward and backward; the backward pass computes them again. It keeps the inputs and one or two
+    float32 numbers per token. Forward-mode differentiation (jax.jvp) is not supported.
 
-    logits = hidden @ head, then times logit_scale, then logit_softcap * tanh(logits / logit_softcap); the matrix
-    products take the operands' dtype and accumulate in float32, everything behind them is float32 (float64 stays).
+    logits = hidden @ head, then times logit_scale, then logit_softcap * tanh(logits / logit_softcap). Matrix products
+    use the dtype of the operands and accumulate in float32; everything after them is float32 (float64 for float64).
 
-    A chunk is the next few positions of every row, so that rows may lie on different devices: no hidden state moves.
-    The head's gradient is summed over devices once, after the last chunk, where the rows are sharded over explicit
-    mesh axes (jax.make_mesh's default) or within jax.shard_map over their axes, given the head whole. Over automatic
-    axes GSPMD sums it once a chunk: call it within shard_map there. The vocabulary of the head may be sharded over
-    explicit and automatic axes, not over those of a shard_map.
+    A chunk is the next few positions of every row, so rows can be on different devices and no hidden state moves. The
+    gradient of the head is summed over devices once, after the last chunk, if the rows are sharded over explicit mesh
+    axes (the default of jax.make_mesh), or within jax.shard_map over their axes with the whole head. Over automatic
+    axes, GSPMD sums it once per chunk: call this function within shard_map there. The vocabulary of the head can be
+    sharded over explicit and automatic axes, but not over those of a shard_map.
 
     Args:
-      hidden: float [r, k, d], rows of k positions; or [n, d], tokens in one axis, which may be sharded too.
+      hidden: float [r, k, d], rows of k positions; or [n, d], tokens in one axis, which can be sharded too.
       head: float [d, v], without a bias.
       targets: int [r, k] or [n], ids in [0, v).
-      lengths: int [r], for rows: how many leading positions of each row count. Results behind are 0, get no gradient
-        and do not depend on what stands there, NaN included; chunks behind the longest row are not computed, neither
-        forward nor backward. Within shard_map, and over explicit axes, each device goes by its own rows.
-      chunk_size: positions of each row at once; for [n, d] the most tokens at once. Default: as many as have logits of
-        48 MiB, but at least 256 tokens, and at most half of all (with lengths a quarter, where that is 256 tokens).
-        Rows and tokens count as this call sees them: those of one device within shard_map and over explicit axes, else
-        all. Positions that chunks do not divide are padded within their row, by less than one a chunk.
-      logit_softcap: bound of the logits, above 0 (Gemma 2); None for none.
-      logit_scale: factor of the logits, before the cap (Cohere, Granite); None for 1.
-      return_log_sum_sq: also return log sum_v p_v^2 (WPO's weight is the log-prob minus it).
+      lengths: int [r], the number of leading positions of each row that count. Results after them are 0, have no
+        gradient and do not depend on the values there, not even NaN. Chunks after the longest row are not computed,
+        neither forward nor backward. Within shard_map, and over explicit axes, each device uses its own rows.
+      chunk_size: positions of each row per chunk; for [n, d], the maximum tokens per chunk. Default: as many as have
+        logits of 48 MiB, but at least 256 tokens, and at most half of all (with lengths: a quarter, if that is at least
+        256 tokens). Rows and tokens are counted as this call sees them: those of one device within shard_map and over
+        explicit axes, else all. Positions that chunks do not divide are padded within their row, by less than one per
+        chunk.
+      logit_softcap: bound of the logits, above 0 (Gemma 2); None: no bound.
+      logit_scale: factor of the logits, before the bound (Cohere, Granite); None: 1.
+      return_log_sum_sq: also return log sum_v p_v^2, which WPO subtracts from the log-prob.
 
     Returns:
-      float32 [r, k] or [n], natural log; with return_log_sum_sq a pair of such arrays, both differentiable. A token's
-      results depend on no other token, NaN included.
+      float32 [r, k] or [n], natural logarithms; with return_log_sum_sq, two such arrays, both differentiable. The
+      results of a token depend on no other token, even if that is NaN.
 
     Raises:
-      ValueError: shapes that do not fit, targets or lengths that are no integers, chunk_size below 1, logit_softcap not
-        above 0.
+      ValueError: shapes that do not match, targets or lengths that are not integers, chunk_size below 1, or
+        logit_softcap not above 0.
 
     >>> import jax.numpy as jnp
     >>> hidden, head = jnp.array([[1.0, 0.0], [0.0, 1.0]]), jnp.log(jnp.array([[0.25, 0.75], [0.5, 0.5]]))
@@ -79,7 +80,7 @@ def linear_token_logps(
     """
     hidden, head, targets = (jnp.asarray(array) for array in (hidden, head, targets))
     _check(hidden, head, targets, chunk_size, logit_softcap)
-    targets = targets.astype(jnp.int32)  # a narrow type could not count the vocabulary
+    targets = targets.astype(jnp.int32)  # A narrow type could not hold the size of the vocabulary.
     settings = HeadSettings(_number(logit_softcap), _number(logit_scale), return_log_sum_sq)
     counts = [] if lengths is None else [_checked_lengths(lengths, hidden)]
     results = _over_explicit_axes(partial(_on_rows, chunk_size, settings), head, hidden, targets, *counts)
@@ -122,7 +123,7 @@ def _number(value: float | None) -> float | None:
 def _on_rows(
     chunk: int | None, settings: HeadSettings, head: Array, hidden: Array, targets: Array, lengths: Array | None = None
 ) -> tuple[Array, ...]:
-    """Chooses the chunk and makes [n, d] rows: on arrays as large as one device, or GSPMD's program, sees them."""
+    """Chooses the chunk and turns [n, d] into rows; sizes are those of one device, or of the program of GSPMD."""
     flat = hidden.ndim == 2
     if flat:
         tokens = chunk or default_chunk(1, hidden.shape[0], head.shape[1])
@@ -134,25 +135,25 @@ def _on_rows(
 
 
 def _num_rows(size: int, tokens: int) -> int:
-    """How many rows `size` tokens are seen as, each a contiguous block of them.
+    """Returns the number of rows, contiguous blocks of equal size, that `size` tokens are divided into.
 
-    A chunk takes as many tokens from every row. Where the number of shards of the tokens divides that of the rows,
-    it takes as many from every shard, and none has to move: so all the factors of two that there are.
+    A chunk takes the same number of tokens from every row. If the number of shards divides the number of rows, it takes
+    the same number from every shard and no token moves. So the result has all factors of two that `size` has.
     """
     factors_of_two = max(size & -size, 1)
     return min(factors_of_two, 1 << (tokens.bit_length() - 1), MAX_SHARDS)
 
 
 def _over_explicit_axes(local: Callable[..., Any], head: Array, *of_rows: Array) -> Any:
-    """Calls `local`; over shards of rows, where the arrays' types tell how they are sharded (explicit mesh axes).
+    """Calls `local` on each shard of rows if the arrays are sharded over explicit mesh axes, else on whole arrays.
 
-    The head is made whole along the axes of the rows, once; other axes (a vocabulary's) are left to GSPMD.
+    The head is gathered along the axes of the rows, once; other axes (of the vocabulary) are left to GSPMD.
     """
     of_head, *shardings = (jax.typeof(array).sharding for array in (head, *of_rows))
     mesh = next((sharding.mesh for sharding in (*shardings, of_head) if any(sharding.spec)), None)
     if mesh is None:
         return local(head, *of_rows)
-    row_axes = _axis_names(shardings[0].spec[0])  # of the hidden states; targets and lengths follow
+    row_axes = _axis_names(shardings[0].spec[0])  # Those of the hidden states; targets and lengths follow.
     others = tuple(
         name
         for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
@@ -179,5 +180,5 @@ def _over_explicit_axes(local: Callable[..., Any], head: Array, *of_rows: Array)
 
 
 def _axis_names(dim: Any) -> tuple[str, ...]:
-    """Mesh axes of one entry of a PartitionSpec."""
+    """Returns the mesh axes of one entry of a PartitionSpec."""
     return () if dim is None else dim if isinstance(dim, tuple) else (dim,)

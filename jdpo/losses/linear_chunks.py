@@ -1,4 +1,4 @@
-"""The LM head on rows of hidden states, in chunks: a loop over positions with its own backward pass.
+"""The LM head applied to rows of hidden states in chunks: a loop over positions with its own backward pass.
 
 Axes: r rows, k positions of a row, d model, v vocabulary, c positions of a row in one chunk, m chunks.
 """
@@ -15,13 +15,13 @@ from einops import rearrange
 Array = jax.Array
 
 CHUNK_BYTES = 48 * 2**20
-"""The logits of a chunk take up at most this much, where the caller leaves its size open..."""
+"""Maximum size of the logits of a chunk, if the caller does not choose the size of chunks..."""
 MIN_CHUNK_TOKENS = 256
-"""... unless that were fewer tokens than this: below it, a chunk reads and writes more weights than it computes."""
+"""... and the minimum number of tokens, which takes precedence: smaller chunks spend more time on reading weights."""
 
 
 class HeadSettings(NamedTuple):
-    """What is known before tracing; hashable."""
+    """Static settings of the head; hashable."""
 
     softcap: float | None
     scale: float | None
@@ -37,12 +37,12 @@ def row_token_logps(
     *,
     chunk: int | None = None,
 ) -> tuple[Array, ...]:
-    """Log-probs of the targets of rows through the head; `linear_token_logps` without its checks.
+    """Computes the log-probs of the targets of rows through the head: `linear_token_logps` without its checks.
 
-    Call it on arrays as one device sees them (within shard_map), or on whole arrays that GSPMD partitions.
+    Call it on the arrays of one device (within shard_map), or on whole arrays that GSPMD partitions.
 
     Args:
-      chunk: positions of each row at once, at most; None chooses, see `default_chunk`.
+      chunk: maximum positions of each row per chunk; None: that of `default_chunk`.
 
     Returns:
       see `chunked_token_logps`.
@@ -56,10 +56,10 @@ def row_token_logps(
 
 
 def default_chunk(rows: int, positions: int, vocabulary: int, *, skips: bool = False) -> int:
-    """Returns how many positions of a row are computed at once: by CHUNK_BYTES and MIN_CHUNK_TOKENS, at most half.
+    """Returns the positions of a row per chunk, according to CHUNK_BYTES and MIN_CHUNK_TOKENS; at most half of them.
 
     Args:
-      skips: chunks may be skipped; they are then smaller, so that more of them are.
+      skips: chunks may be skipped; they are then smaller, so that more of them can be.
     """
     tokens, most = max(CHUNK_BYTES // (4 * vocabulary), MIN_CHUNK_TOKENS), -(-positions // 2)
     if skips:
@@ -70,8 +70,8 @@ def default_chunk(rows: int, positions: int, vocabulary: int, *, skips: bool = F
 def varying_alike(*arrays: Array) -> list[Array]:
     """Marks each array as varying over the manual mesh axes that any of them varies over.
 
-    Within jax.shard_map a head shared by all devices meets rows that differ. Marked here, it gets its gradient
-    summed over devices by this mark's own transpose: once, after the last chunk.
+    Within jax.shard_map, all devices share the head while their rows differ. The transpose of this mark sums the
+    gradient of the head over devices: once, after the last chunk.
     """
     varying = [jax.typeof(array).manual_axis_type.varying for array in arrays]
     union = frozenset[str]().union(*varying)
@@ -82,10 +82,10 @@ def varying_alike(*arrays: Array) -> list[Array]:
 
 
 def _chunks(array: Array, chunk: int) -> Array:
-    """[r, k, ...] -> [r, m, c, ...] with c at most `chunk`, zeros behind the last position."""
+    """Reshapes [r, k, ...] to [r, m, c, ...] with c at most `chunk`, and zeros after the last position."""
     positions = array.shape[1]
     number = max(-(-positions // chunk), 1)
-    length = max(-(-positions // number), 1)  # even chunks: 10 positions by 8 are 5 + 5, without padding
+    length = max(-(-positions // number), 1)  # even: 10 positions by at most 8 are 5 + 5, without padding
     padding = [(0, number * length - positions if axis == 1 else 0) for axis in range(array.ndim)]
     return rearrange(jnp.pad(array, padding), "r (m c) ... -> r m c ...", c=length)
 
@@ -93,18 +93,18 @@ def _chunks(array: Array, chunk: int) -> Array:
 def _over_chunks(
     body: Any, total: Any, arrays: tuple[Array, ...], chunk: int, lengths: Array | None
 ) -> tuple[Any, tuple[Array, ...]]:
-    """Runs `body` over chunks of the second axis of `arrays` [r, k, ...], leaving the first where it is.
+    """Runs `body` over chunks of the second axis of `arrays` [r, k, ...], without moving the first axis.
 
     Args:
       body: (total, is_counted bool [r, c] or None, *chunks [r, c, ...]) -> (total, results [r, c, ...]).
-      lengths: chunks behind the longest are not run, and their results are 0.
+      lengths: int [r]; chunks after the longest are not run, and their results are 0.
     """
     positions = arrays[0].shape[1]
     chunked = tuple(_chunks(array, chunk) for array in arrays)
     number, length = chunked[0].shape[1:3]
 
     def run(index: Any, total: Any) -> tuple[Any, tuple[Array, ...]]:
-        # Indexed inside, not scanned over: a scan wants its axis in front, and moving it copies every hidden state.
+        # Indexing inside the loop, not lax.scan: a scan needs its axis first, and moving it copies every hidden state.
         chunks = (jax.lax.dynamic_index_in_dim(x, index, axis=1, keepdims=False) for x in chunked)
         counted = None if lengths is None else index * length + jnp.arange(length) < lengths[:, None]
         new_total, results = body(total, counted, *chunks)
@@ -124,14 +124,14 @@ def _over_chunks(
 
 
 def _kept(values: Array, counted: Array | None) -> Array:
-    """values [r, c, ...], 0 where they are not counted."""
+    """Returns values [r, c, ...], with 0 where they do not count."""
     if counted is None:
         return values
     return jnp.where(counted.reshape(counted.shape + (1,) * (values.ndim - 2)), values, 0)
 
 
 def _dot(equation: str, left: Array, right: Array) -> Array:
-    """Matrix product in the operands' dtype, accumulated and returned in float32 or wider."""
+    """Computes a matrix product in the operands' dtype, accumulated and returned in float32 or wider."""
     dtype = jnp.promote_types(jnp.promote_types(left.dtype, right.dtype), jnp.float32)
     return jnp.einsum(equation, left, right, preferred_element_type=dtype)
 
@@ -146,7 +146,7 @@ def _logits(settings: HeadSettings, hidden_rcd: Array, head: Array) -> Array:
 
 
 def _is_target(targets_rc: Array, vocabulary: int) -> Array:
-    # Compared, not gathered or scattered: the vocabulary may be sharded.
+    # A comparison, not a gather or scatter, because the vocabulary may be sharded.
     return targets_rc[..., None] == jnp.arange(vocabulary)
 
 
@@ -154,20 +154,20 @@ def _is_target(targets_rc: Array, vocabulary: int) -> Array:
 def chunked_token_logps(
     chunk: int, settings: HeadSettings, hidden_rkd: Array, head: Array, targets_rk: Array, lengths_r: Array | None
 ) -> tuple[Array, ...]:
-    """Log-probs of targets under softmax(hidden @ head), with logits [r, c, v] of one chunk at a time alone.
+    """Computes log-probs of targets under softmax(hidden @ head), with the logits [r, c, v] of one chunk at a time.
 
-    The backward pass computes them again, chunk by chunk, from the log-sum-exp [r, k] that was kept.
+    The backward pass computes the logits again, chunk by chunk, from the log-sum-exp [r, k] of the forward pass.
 
     Args:
-      chunk: c, positions of a row at once, at most.
-      hidden_rkd, head: [r, k, d] and [d, v]; their cotangents have their dtypes, summed in float32 at least.
+      chunk: c, the maximum number of positions of a row per chunk.
+      hidden_rkd, head: [r, k, d] and [d, v]. Their cotangents have their dtypes, and are summed in float32 or wider.
       targets_rk: int [r, k]; no cotangent.
-      lengths_r: int [r], positions of each row that count; all without. The others give 0, take and give no gradient,
-        and chunks without any that counts are not run.
+      lengths_r: int [r], positions of each row that count; None: all. The others give 0 and have no gradient, and
+        chunks in which no position counts are not run.
 
     Returns:
-      log p of each target [r, k], and where `settings.with_sum_sq` asks, log sum_v p_v^2 [r, k]; float32 at least.
-      Both take cotangents of their own shape.
+      log p of each target [r, k] and, if `settings.with_sum_sq`, log sum_v p_v^2 [r, k]; float32 or wider. Both are
+      differentiable.
     """
     return _forward(chunk, settings, hidden_rkd, head, targets_rk, lengths_r)[0]
 
@@ -192,7 +192,7 @@ def _forward(
 def _backward(
     chunk: int, settings: HeadSettings, residuals: tuple[Any, ...], cotangents: tuple[Array, ...]
 ) -> tuple[Array, Array, None, None]:
-    """With p the softmax of the logits z: d logp / dz = onehot - p, d log_sum_sq / dz = 2 (p^2 / sum p^2 - p)."""
+    """Uses d logp / dz = onehot - p and d log_sum_sq / dz = 2 (p^2 / sum p^2 - p), with p the softmax of logits z."""
     hidden_rkd, head, targets_rk, lengths_r, *per_token = residuals
 
     def body(
@@ -211,7 +211,7 @@ def _backward(
             d_logits *= 1 - jnp.square(logits / settings.softcap)
         if settings.scale is not None:
             d_logits *= settings.scale
-        # In the operands' dtype for both products: float32 beside bfloat16 would make them slow ones.
+        # Both products in the dtype of the operands: float32 next to bfloat16 would make them slow.
         d_logits = d_logits.astype(jnp.promote_types(hidden_rcd.dtype, head.dtype))
         d_hidden = _dot("rcv,dv->rcd", d_logits, head).astype(hidden_rcd.dtype)
         return d_head + _dot("rcd,rcv->dv", hidden_rcd, d_logits), (d_hidden,)

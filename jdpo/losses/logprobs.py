@@ -1,4 +1,4 @@
-"""From logits to log-probabilities of sequences.
+"""From logits to log-probabilities of tokens and sequences.
 
 Axes: t positions, v vocabulary; `...` any leading axes.
 """
@@ -16,57 +16,54 @@ Array = jax.Array
 
 
 def token_logps(logits: Array, targets: AnyArray) -> Array:
-    """Log-probability of each target token under its logits.
+    """Computes the log-probability of each target token under its logits.
 
-        Args:
-          logits: float [..., v], of any float dtype; the log-softmax is taken in float32 (float64 stays float64).
-          targets: int [...], ids in [0, v).
+    Args:
+      logits: float [..., v], of any float dtype. The log-softmax is computed in float32, or float64 for float64 logits.
+      targets: int [...], ids in [0, v).
 
-        Returns:
-          float32 [...], natural log, at most 0.
+    Returns:
+      float32 [...], natural logarithms, at most 0.
 
-        Raises:
-          ValueError: the leading shapes differ.
+    Raises:
+      ValueError: the leading shapes differ.
 
-        >>> import jax.numpy as jnp
-
-    from jdpo.types import AnyArray
-        >>> token_logps(jnp.log(jnp.array([[0.25, 0.75], [0.5, 0.5]])), jnp.array([1, 0])).round(3).tolist()
-        [-0.28800..., -0.69300...]
+    >>> import jax.numpy as jnp
+    >>> token_logps(jnp.log(jnp.array([[0.25, 0.75], [0.5, 0.5]])), jnp.array([1, 0])).round(3).tolist()
+    [-0.28800..., -0.69300...]
     """
     if logits.shape[:-1] != targets.shape:
         raise ValueError(
             f"expected targets of shape {logits.shape[:-1]} for logits {logits.shape}, found {targets.shape}"
         )
+    # bfloat16 has 8 bits of precision: a logsumexp over a large vocabulary would lose most of its digits.
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
 def token_log_sum_sq(logits: Array) -> Array:
-    """log sum_v p_v^2 of each position's distribution, p = softmax(logits): what WPO (arXiv 2406.11827) aligns with.
+    """Computes log sum_v p_v^2 at each position, p = softmax(logits), which WPO (arXiv 2406.11827) aligns with.
 
-        Args:
-          logits: float [..., v].
+    Args:
+      logits: float [..., v].
 
-        Returns:
-          float32 [...] (float64 stays float64), between -log v and 0.
+    Returns:
+      float32 [...] (float64 for float64 logits), between -log v and 0.
 
-        >>> import jax.numpy as jnp
-
-    from jdpo.types import AnyArray
-        >>> token_log_sum_sq(jnp.log(jnp.array([0.25, 0.75]))).round(3).item()     # log(1/16 + 9/16)
-        -0.47...
+    >>> import jax.numpy as jnp
+    >>> token_log_sum_sq(jnp.log(jnp.array([0.25, 0.75]))).round(3).item()     # log(1/16 + 9/16)
+    -0.47...
     """
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     return jax.nn.logsumexp(2 * logits, axis=-1) - 2 * jax.nn.logsumexp(logits, axis=-1)
 
 
 def shifted_token_logps(logits: Array, tokens: AnyArray, completion_mask: AnyArray) -> tuple[Array, AnyArray]:
-    """Log-probabilities of the tokens of a sequence, each predicted by the position before it.
+    """Computes the log-probability of each token of a sequence, as predicted by the position before it.
 
-    The shift happens here and nowhere else: logits at t predict tokens at t+1, and the mask moves with the
-    tokens, so that the last prompt position predicts the first completion token.
+    The shift happens here and nowhere else. Logits at t predict the token at t+1, and the mask moves with the tokens,
+    so the last position of the prompt predicts the first token of the completion.
 
         tokens           P0  P1  C0  C1  pad        P prompt, C completion
         completion_mask   0   0   1   1   0
@@ -92,44 +89,42 @@ def sequence_logps(
     ld_alpha: Array | float | None = None,
     shared_lengths: Array | None = None,
 ) -> Array:
-    """Reduces token log-probabilities to one number a sequence, over the tokens where the mask is True.
+    """Reduces token log-probabilities to one number per sequence, over the tokens where the mask is True.
 
-        Args:
-          token_logps: float [..., t]; what stands where the mask is False is never read, NaN included.
-          mask: bool [..., t].
-          reduction: "sum", or "mean" per token (0 for a sequence without tokens; over all tokens, whatever their weight).
-          ld_alpha: LD-DPO (arXiv 2409.06411): tokens past the first `shared_lengths` weigh so much, in [0, 1].
-          shared_lengths: int [...], the shorter length of a pair, with ld_alpha.
+    Args:
+      token_logps: float [..., t]. Values where the mask is False are never read, not even NaN.
+      mask: bool [..., t].
+      reduction: "sum", or "mean" per token: 0 for a sequence without tokens; all tokens count, whatever their weight.
+      ld_alpha: weight in [0, 1] of the tokens after the first `shared_lengths`; LD-DPO, arXiv 2409.06411.
+      shared_lengths: int [...], the shorter length of each pair; required with ld_alpha.
 
-                mask               0 1 1 1 0
-                weight of a token  . 1 1 alpha .        shared_lengths 2
+            mask               0 1 1 1 0
+            weight of a token  . 1 1 alpha .        shared_lengths 2
 
-        Returns:
-          float32 [...] (float64 stays float64), natural log.
+    Returns:
+      float32 [...] (float64 for float64 log-probabilities), natural logarithms.
 
-        Raises:
-          ValueError: unknown reduction, shapes that differ, or one of ld_alpha and shared_lengths without the other.
+    Raises:
+      ValueError: unknown reduction, shapes that differ, or one of ld_alpha and shared_lengths without the other.
 
-        >>> import jax.numpy as jnp
-
-    from jdpo.types import AnyArray
-        >>> logps, mask = jnp.array([[-1.0, -2.0, -4.0]]), jnp.array([[False, True, True]])
-        >>> sequence_logps(logps, mask).tolist(), sequence_logps(logps, mask, reduction="mean").tolist()
-        ([-6.0], [-3.0])
-        >>> sequence_logps(logps, mask, ld_alpha=0.5, shared_lengths=jnp.array([1])).tolist()
-        [-4.0]
+    >>> import jax.numpy as jnp
+    >>> logps, mask = jnp.array([[-1.0, -2.0, -4.0]]), jnp.array([[False, True, True]])
+    >>> sequence_logps(logps, mask).tolist(), sequence_logps(logps, mask, reduction="mean").tolist()
+    ([-6.0], [-3.0])
+    >>> sequence_logps(logps, mask, ld_alpha=0.5, shared_lengths=jnp.array([1])).tolist()
+    [-4.0]
     """
     if token_logps.shape != mask.shape:
-        raise ValueError(f"token_logps {token_logps.shape} and mask {mask.shape} must have one shape")
+        raise ValueError(f"token_logps and mask must have the same shape, found {token_logps.shape} and {mask.shape}")
     if (ld_alpha is None) != (shared_lengths is None):
-        raise ValueError("ld_alpha and shared_lengths are given together or not at all")
+        raise ValueError("ld_alpha and shared_lengths belong together: give both or neither")
     mask = mask.astype(bool)
     dtype = jnp.promote_types(token_logps.dtype, jnp.float32)
     # where, not a product: NaN * 0 is NaN, in the value and in the gradient.
     kept = jnp.where(mask, token_logps.astype(dtype), 0)
     if shared_lengths is not None:
         if shared_lengths.shape != mask.shape[:-1]:
-            raise ValueError(f"shared_lengths must be {mask.shape[:-1]}, found {shared_lengths.shape}")
+            raise ValueError(f"shared_lengths must have the shape {mask.shape[:-1]}, found {shared_lengths.shape}")
         is_shared = jnp.cumsum(mask, axis=-1) <= shared_lengths[..., None]
         kept = jnp.where(is_shared, kept, jnp.asarray(ld_alpha, dtype) * kept)
     total = kept.sum(-1)

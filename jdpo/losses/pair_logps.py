@@ -1,7 +1,7 @@
-"""What losses read of a batch: models to log-probs. The first half of the preference objective.
+"""Computes log-probs of pairs from models: the first half of the preference objective.
 
-The halves are apart because a loss may need the log-probs of a global batch whose parts the models see one after the
-other. Here, and nowhere else, stands stop_gradient: the reference never learns.
+The second half is `jdpo.losses.pair_losses`. They are separate because a loss may need the log-probs of a global batch,
+while the models run on one part of it at a time. The `stop_gradient` of the reference is in this file and nowhere else.
 
 Axes: b pairs, n=2 (chosen, rejected), t positions, v vocabulary.
 """
@@ -28,12 +28,12 @@ ApplyFn = Callable[[Params, Array, Array], Array | Routed]
 
 
 class TokenScores(NamedTuple):
-    """What a model says of tokens.
+    """Scores of tokens under a model.
 
     Attributes:
-      logps: float32 at least, log-probs.
-      log_sum_sq: log sum_v p_v^2 in the same shape, where it was asked for.
-      router: of a model with experts.
+      logps: log-probs, float32 or wider.
+      log_sum_sq: log sum_v p_v^2 in the same shape, or None if not requested.
+      router: counts of the routers, for a model with experts.
     """
 
     logps: Array
@@ -45,21 +45,24 @@ LogpsFn = Callable[[Params, PackedBatch, bool], TokenScores]
 
 
 def pair_token_logps(params: Params, batch: PreferenceBatch, *, apply_fn: ApplyFn) -> Array:
-    """Log-prob of every completion token of both sides: float32 [b, 2, t], 0 elsewhere; the value at t is of token t.
+    """Computes the log-prob of every completion token of both sides.
 
-    The one function behind policy and reference, training, evaluation and cache.
+    Policy and reference, training and evaluation all use this function, so that they agree bitwise.
 
     Args:
-      params: the model's parameters.
+      params: parameters of the model.
       batch: tokens and masks [b, 2, t].
-      apply_fn: (params, tokens [n, t], attention_mask [n, t]) -> logits [n, t, v]; of a model with experts, whose
-        router is trained too, `Routed(logits, router)`.
+      apply_fn: (params, tokens [n, t], attention_mask [n, t]) -> logits [n, t, v], or `Routed(logits, router)` for a
+        model with experts whose router is trained as well.
+
+    Returns:
+      float32 [b, 2, t]; the value at t is that of the token at t, and 0 outside completions.
     """
     return _token_scores(params, batch, apply_fn, with_log_sum_sq=False).logps
 
 
 def _token_scores(params: Params, batch: PreferenceBatch, apply_fn: ApplyFn, *, with_log_sum_sq: bool) -> TokenScores:
-    """Of every completion token, [b, 2, t], 0 elsewhere; what a router did is of the (b n) sequences."""
+    """Scores every completion token, [b, 2, t], 0 elsewhere; the counts of routers are per sequence, (b n)."""
     num_pairs = batch.tokens.shape[0]
     # (b n) keeps a pair's two sides on the shard that holds the pair; (n b) would cross shards.
     flat_tokens, flat_attention, flat_completion = (
@@ -84,17 +87,18 @@ def _token_scores(params: Params, batch: PreferenceBatch, apply_fn: ApplyFn, *, 
 
 
 class PairFeatures(NamedTuple):
-    """All that losses and metrics read of pairs: what depends on the trained weights, and what does not.
+    """Everything that losses and metrics read about pairs.
 
     Attributes:
-      policy_logps: float [b, 2], summed completion log-probs; gradients flow through these two and `router` alone.
-      policy_ld_logps: float [b, 2], the same length-desensitised, or None without ld_alpha.
+      policy_logps: float [b, 2], log-probs summed over the completion. Gradients flow only through this field, the next
+        one and `router`.
+      policy_ld_logps: float [b, 2], the same with the weights of LD-DPO; None without ld_alpha.
       reference_logps, reference_ld_logps: the same under the reference, or None.
-      lengths: int [b, 2], completion tokens that are predicted.
-      pair_weights: float [b], WPO's weights, or None.
-      weights: float [b], 0 on padding pairs.
-      router: what the policy's router did with the real tokens of rows or sequences, of a model with experts.
-      score_margins: float [b], above 0, if the loss reads scores.
+      lengths: int [b, 2], number of completion tokens that are predicted.
+      pair_weights: float [b], the weights of WPO, or None.
+      weights: float [b], 0 for padding pairs.
+      router: counts of the policy's routers over real tokens, per row or sequence, for a model with experts.
+      score_margins: float [b], above 0, if the loss reads scores, else None.
     """
 
     policy_logps: Array
@@ -116,12 +120,12 @@ def pair_features(
     apply_fn: ApplyFn,
     settings: LossSettings,
 ) -> PairFeatures:
-    """Runs the models on a batch. Arguments and errors as `dpo_loss`."""
+    """Runs the models on a padded batch; see `dpo_loss` for arguments and errors."""
     check_batch(batch)
     mask = predicted_tokens(batch)
     lengths = mask.sum(-1)
     weights = jnp.ones(mask.shape[0], jnp.float32) if batch.weights is None else jnp.asarray(batch.weights)
-    # A padding pair is silenced before anything is computed of it: NaN * 0 is NaN, in gradients too.
+    # Padding pairs are masked before anything is computed from them: NaN * 0 is NaN, in gradients as well.
     reduce = partial(
         _sums, mask=mask & (weights > 0)[:, None, None], lengths=lengths, ld_alpha=settings.ld_alpha, real=weights > 0
     )
@@ -150,11 +154,11 @@ def packed_features(
     logps_fn: LogpsFn,
     settings: LossSettings,
 ) -> PairFeatures:
-    """`pair_features` of packed rows, [(r p)] pairs: the same numbers, whatever the packing.
+    """Computes `pair_features` of packed rows, for (r p) pairs. The numbers do not depend on the packing.
 
     Args:
       batch: PackedBatch of [r, ...] arrays.
-      logps_fn: (params, batch, with_log_sum_sq) -> of batch.logp_target, [r, k], and what a router did with rows.
+      logps_fn: (params, batch, with_log_sum_sq) -> scores [r, k] of batch.logp_target, router counts per row.
     """
     num_pairs = batch.pair_weight.shape[-1]
     of_completion = belongs(batch.logp_pair, 2 * num_pairs)
@@ -198,14 +202,14 @@ def _pairs_first(values_rpn: Array) -> Array:
 
 
 def predicted_tokens(batch: PreferenceBatch) -> Array:
-    """bool [b, 2, t], the completion tokens that a position before them predicts: all but one at 0."""
+    """Returns bool [b, 2, t], True on completion tokens that are predicted: all of them except one at position 0."""
     return jnp.asarray(batch.completion_mask, bool).at[..., 0].set(False)
 
 
 def _sums(
     token_logps: Array, *, mask: Array, lengths: Array, ld_alpha: Array | float | None, real: Array
 ) -> tuple[Array, Array | None]:
-    """[b, 2] sums, plain and length-desensitised, of [b, 2, t]; sums that come as [b, 2] stay as they are."""
+    """Sums [b, 2, t] to [b, 2], once plainly and once with the weights of LD-DPO; [b, 2] are sums already."""
     if token_logps.ndim == 2:
         return jnp.where(real[:, None], token_logps, 0), None
     plain = sequence_logps(token_logps, mask)
@@ -218,10 +222,10 @@ def _sums(
 def _reference_token_logps(
     params: Params | None, batch: PreferenceBatch, apply_fn: ApplyFn, settings: LossSettings
 ) -> Array:
-    """The frozen reference's log-probs, [b, 2, t] or [b, 2]: from the batch where it carries them, else by running it.
+    """Returns the log-probs of the frozen reference, [b, 2, t] or [b, 2]: those of the batch, or computed by the model.
 
     Raises:
-      ValueError: neither is given, or both are, or in a shape of no use.
+      ValueError: params and batch.reference_logps are both given or both missing, or the shape is wrong.
     """
     if (params is None) == (batch.reference_logps is None):
         raise ValueError(
@@ -237,7 +241,7 @@ def _reference_token_logps(
         )
     if given.ndim == 2 and settings.ld_alpha is not None:
         raise ValueError(
-            "ld_alpha weighs tokens, so batch.reference_logps must be [b, 2, t], one value a token; found sums [b, 2]"
+            "ld_alpha weighs tokens, so batch.reference_logps must be [b, 2, t], one value per token; found sums [b, 2]"
         )
     return jax.lax.stop_gradient(given)
 
@@ -249,26 +253,28 @@ def _reference_token_logps(
 
 
 def belongs(logp_pair: AnyArray, num_completions: int) -> Array:
-    """bool [r, k, c]: which completion each scored token belongs to; none for padding."""
+    """Returns bool [r, k, c], True where a scored token belongs to a completion; padding belongs to none."""
     return logp_pair[..., None] == jnp.arange(num_completions)
 
 
 def completion_sums(values: Array, belongs_rkc: Array, num_sides: int = 2) -> Array:
-    """Sums of [r, k] values over the tokens of each completion, [r, p, n]; what stands on padding is never read.
+    """Sums values [r, k] over the tokens of each completion, to [r, p, n]. Values of padding are never read.
 
     >>> logps, ids = jnp.array([[-1.0, -2.0, -4.0, jnp.nan]]), jnp.array([[0, 0, 1, 9]])
     >>> completion_sums(logps, belongs(ids, 2)).tolist()
     [[[-3.0, -4.0]]]
     """
-    # Compared and summed, not scattered: the same sum in the same order whatever the device.
+    # Comparing and summing gives the same order of additions on every device; a scatter-add would not.
     return rearrange(jnp.where(belongs_rkc, values[..., None], 0).sum(-2), "r (p n) -> r p n", n=num_sides)
 
 
 def tail_weights(belongs_rkc: Array, lengths_rpn: Array, ld_alpha: Array | float, dtype: Any) -> Array:
-    """Weight of each scored token under LD-DPO, [r, k]: ld_alpha past the shorter completion of its pair, else 1.
+    """Returns the weight of each scored token under LD-DPO, [r, k].
+
+    It is ld_alpha for tokens after the length of the pair's shorter completion, and 1 for all others.
 
     Args:
-      lengths_rpn: int [r, p, 2], scored tokens of each completion.
+      lengths_rpn: int [r, p, 2], number of scored tokens of each completion.
     """
     ordinal_rkc = jnp.cumsum(belongs_rkc, axis=-2)  # 1 for a completion's first token
     shared_rpn = jnp.broadcast_to(lengths_rpn.min(-1, keepdims=True), lengths_rpn.shape)

@@ -1,4 +1,6 @@
-"""The second half of the preference objective: log-probs to losses and metrics; `jdpo.losses.pair_logps` is the first.
+"""Computes losses and metrics from log-probs of pairs: the second half of the preference objective.
+
+The first half is `jdpo.losses.pair_logps`.
 
 Axes: b pairs, n=2 (chosen, rejected).
 """
@@ -30,21 +32,21 @@ PREFERENCE_METRICS = (
     "logps/chosen",
     "logps/rejected",
 )
-"""Names of the metrics of every loss; a sum of several losses adds `loss/<name>` for each."""
+"""Names of the metrics that every loss has; a sum of several losses adds `loss/<name>` for each of them."""
 
 
 def metric_names(settings: LossSettings) -> tuple[str, ...]:
-    """Names of what `feature_losses` gives."""
+    """Returns the names of the metrics of `feature_losses`."""
     parts = tuple(f"loss/{name}" for name in settings.terms) if len(settings.terms) > 1 else ()
     return PREFERENCE_METRICS + parts
 
 
 class Totals(NamedTuple):
-    """What a pair's loss reads of the global batch; scalars.
+    """Totals of the global batch that the loss of a pair reads; scalars.
 
     Attributes:
-      normalizer: real pairs.
-      num_chosen_tokens: predicted completion tokens of the chosen sides, for token means.
+      normalizer: number of real pairs.
+      num_chosen_tokens: number of predicted completion tokens of the chosen sides, for means over tokens.
     """
 
     normalizer: Array | float
@@ -71,12 +73,12 @@ def packed_totals(batch: PackedBatch) -> Totals:
 def feature_losses(
     features: PairFeatures, totals: Totals, *, settings: LossSettings, loss_state: LossState | None = None
 ) -> tuple[Array, dict[str, Array]]:
-    """Loss of each pair, [b], and the metrics of each pair, {name: [b]}; metrics carry no gradient.
+    """Computes the loss of each pair, [b], and its metrics, {name: [b]}, which carry no gradient.
 
     Args:
-      features: of the pairs; of the global batch where a loss needs it.
-      totals: of the global batch.
-      loss_state: read by bco_pair in the place of bco_delta.
+      features: features of the pairs, which must be those of the global batch if a loss needs it.
+      totals: totals of the global batch.
+      loss_state: the running mean that bco_pair reads instead of bco_delta.
     """
     dtype = features.policy_logps.dtype
     seen, seen_reference = _seen_by_losses(features)
@@ -111,7 +113,7 @@ def feature_losses(
 
 
 def token_share(num_tokens: Array | float, num_pairs: Array | float, dtype: Any) -> Array:
-    """Chosen tokens a pair, at least so much as one token in all."""
+    """Returns the number of chosen tokens per pair; at least one token and one pair are counted."""
     return jnp.maximum(jnp.asarray(num_tokens, dtype), 1) / jnp.maximum(jnp.asarray(num_pairs, dtype), 1)
 
 
@@ -127,14 +129,14 @@ def loss_inputs(
     bco_delta: Array | None = None,
     score_margins: Array | None = None,
 ) -> LossInputs:
-    """What the losses read of [b, 2] arrays, sides last.
+    """Prepares the inputs of the losses from arrays [b, 2], with the sides last.
 
     Args:
-      policy, reference: summed log-probs, length-desensitised where ld_alpha is set.
+      policy, reference: summed log-probs, with the weights of LD-DPO if ld_alpha is set.
       lengths: completion lengths in tokens.
-      mean_chosen_tokens: chosen tokens of the global batch / its pairs, for token means.
-      unweighted_policy: `policy` without ld_alpha; None: the same.
-      real: bool [b], False on padding pairs.
+      mean_chosen_tokens: chosen tokens of the global batch / its pairs, for means over tokens.
+      unweighted_policy: `policy` without the weights of LD-DPO; None: the same.
+      real: bool [b], False for padding pairs.
       bco_delta: replaces the option of that name.
       score_margins: float [b], above 0; None unless an option reads scores.
     """
@@ -171,7 +173,7 @@ def loss_inputs(
 
 
 def loss_terms(settings: LossSettings, inputs: LossInputs) -> dict[str, Array]:
-    """Each loss of the sum by name, [b] each, already multiplied by its weight; `rpo` is what rpo_alpha adds."""
+    """Computes each loss of the sum, [b] by name, multiplied by its weight; `rpo` is the term that rpo_alpha adds."""
     weighted = zip(settings.loss_types, settings.weights, strict=True)
     terms = {name: weight * FUNCTIONS[name](inputs) for name, weight in weighted}
     if "rpo_alpha" in settings.numbers:
@@ -180,7 +182,7 @@ def loss_terms(settings: LossSettings, inputs: LossInputs) -> dict[str, Array]:
 
 
 def sum_of_terms(settings: LossSettings, terms: dict[str, Array]) -> Array:
-    """The loss of each pair, [b]."""
+    """Returns the loss of each pair, [b]."""
     first, *rest = (terms[name] for name in settings.terms)
     return sum(rest, start=first)
 
@@ -188,7 +190,7 @@ def sum_of_terms(settings: LossSettings, terms: dict[str, Array]) -> Array:
 def rewards(
     settings: LossSettings, policy: Array, reference: Array | None, lengths: Array | None
 ) -> tuple[Array, Array]:
-    """Implicit rewards (chosen, rejected), [b] each, of summed log-probs [b, 2] (never length-desensitised)."""
+    """Computes implicit rewards (chosen, rejected), [b] each, from summed log-probs [b, 2] without LD-DPO weights."""
     values = policy if reference is None else policy - reference
     if reference is None and settings.mean_rewards:
         assert lengths is not None
@@ -206,7 +208,7 @@ def _seen_by_losses(features: PairFeatures) -> tuple[Array, Array | None]:
 def next_loss_state(
     features: PairFeatures, *, settings: LossSettings, loss_state: LossState | None
 ) -> LossState | None:
-    """The running state after a global batch, or None where no loss has one; carries no gradient."""
+    """Returns the running state after a global batch, without gradient, or None if no loss has one."""
     if not settings.has_state:
         return None
     policy, reference = _seen_by_losses(features)
@@ -222,7 +224,7 @@ def next_loss_state(
 
 
 def weighted_sum(values: Array, weights: Array) -> Array:
-    """Sums weights * values, where a weight of 0 silences its value whatever it is, NaN included.
+    """Sums weights * values, where a weight of 0 removes its value, even NaN.
 
     >>> import jax.numpy as jnp
     >>> weighted_sum(jnp.array([3.0, 4.0, jnp.nan]), jnp.array([1.0, 0.5, 0.0])).item()

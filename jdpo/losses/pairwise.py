@@ -1,8 +1,8 @@
-"""Losses of a pair against a frozen reference, each of its own pair alone.
+"""Losses with a frozen reference, each of its own pair.
 
-Notation, here and in the other families: a, b policy minus reference summed log-prob of chosen, rejected; D = a - b,
-through the scores of an f-divergence where one is chosen; n_w, n_l completion lengths in tokens; l_w, l_l summed
-policy log-probs; e label smoothing; s sigmoid, ls log-sigmoid. All arrays are [b].
+The notation is that of `jdpo.loss_specs`: a and b are policy minus reference log-prob of chosen and rejected, D = a - b
+(through the scores of an f-divergence, if there is one), s the sigmoid and ls its logarithm. All arrays are [b]. Every
+docstring has the formula and a value derived by hand, which the tests check.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import jax.numpy as jnp
 Array = jax.Array
 
 LARGEST_RESIDUAL = 1e18
-"""Where squared losses stop growing: a larger residual has no square in float32."""
+"""Residuals are clipped here before squaring: the square of a larger one is infinite in float32."""
 
 LARGEST_EXPONENT = 80.0
-"""exp of more leaves float32."""
+"""Exponents are limited to this: exp of a larger one is infinite in float32."""
 
 
 class LossInputs(NamedTuple):
-    """What a loss may read. Arrays are float [b]; what none of the losses at hand needs is None."""
+    """The inputs of a loss. Arrays are float [b]; fields that none of the losses at hand needs are None."""
 
     chosen_logps: Array  # l_w
     rejected_logps: Array  # l_l
@@ -37,40 +37,40 @@ class LossInputs(NamedTuple):
     rejected_lengths: Array  # n_l
     chosen_nll: Array  # -l_w, every token at its full weight
     mean_chosen_tokens: Array  # scalar: chosen tokens of the global batch / its pairs
-    real: Array  # bool [b], False on padding pairs; None: all are real
-    score_margins: Array  # by how much the chosen answer was scored higher; None without an option that reads scores
+    real: Array  # bool [b], False for padding pairs; None: all are real
+    score_margins: Array  # g; None without an option that reads scores
     beta: Array | float
     options: Mapping[str, Array | float]  # every number of jdpo.losses.settings.DEFAULTS
 
     @property
     def margin(self) -> Array:
-        """beta D."""
+        """z without an offset: beta D."""
         return self.beta * (self.chosen_scores - self.rejected_scores)
 
     def less_offset(self, margin: Array) -> Array:
-        """margin - o, the offset of ODPO (arXiv 2402.10571): margin_gamma times the log of the score difference."""
-        if self.score_margins is None:  # no subtraction of 0, so that programs without scores stay what they are
+        """Returns margin - o, where o = margin_gamma log(g) is the offset of ODPO (arXiv 2402.10571, section 4)."""
+        if self.score_margins is None:  # Subtracting 0 would change the program of every run without scores.
             return margin
         return margin - self.options["margin_gamma"] * jnp.log(self.score_margins)
 
     @property
     def smoothing(self) -> Array | float:
-        """e."""
+        """e, the label smoothing."""
         return self.options["label_smoothing"]
 
 
 def per_token(total: Array, lengths: Array) -> Array:
-    """total / length, 0 for a completion without tokens."""
+    """Returns total / length, 0 for a completion without tokens."""
     return total / jnp.maximum(lengths, 1)
 
 
 def smoothed(margin: Array, smoothing: Array | float) -> Array:
-    """-(1-e) ls(z) - e ls(-z)."""
+    """Returns -(1-e) ls(z) - e ls(-z), the cross-entropy against a label that is right with probability 1 - e."""
     return -(1 - smoothing) * jax.nn.log_sigmoid(margin) - smoothing * jax.nn.log_sigmoid(-margin)
 
 
 def square(residual: Array) -> Array:
-    """residual^2, flat beyond LARGEST_RESIDUAL, so that neither it nor its gradient leaves float32."""
+    """Returns residual^2, constant beyond LARGEST_RESIDUAL, so that it and its gradient are finite in float32."""
     return jnp.square(jnp.clip(residual, -LARGEST_RESIDUAL, LARGEST_RESIDUAL))
 
 
@@ -118,7 +118,7 @@ def ipo_sum(x: LossInputs) -> Array:
 
 
 def sigmoid_norm(x: LossInputs) -> Array:
-    """-ls(beta (a/n_w - b/n_l)): length-normalised DPO.
+    """-ls(beta (a/n_w - b/n_l)): DPO normalised by length.
 
     At beta = 5, a = 3, n_w = 3, b = -1, n_l = 2: -ls(7.5) = 0.000553.
     """
@@ -147,7 +147,7 @@ def nca_pair(x: LossInputs) -> Array:
 
 
 def bco_pair(x: LossInputs) -> Array:
-    """-ls(beta a - delta) - ls(-(beta b - delta)), delta the mean reward: 0, given, or running.
+    """-ls(beta a - delta) - ls(-(beta b - delta)), where delta is the mean reward: 0, given, or a running mean.
 
     At beta = 0.1, a = 3, b = -1, bco_delta = 0.2: -ls(0.1) - ls(0.3) = 0.644397 + 0.554355 = 1.198752.
     """
@@ -187,19 +187,19 @@ def discopop(x: LossInputs) -> Array:
     At beta = 0.1, D = 4, discopop_tau = 0.5: m = 0.689974, 0.513015 * 0.310026 + 0.670320 * 0.689974 = 0.621551.
     """
     z, tau = x.margin, x.options["discopop_tau"]
-    # exp(-z) * s(z/tau) as one exponential: at z = -1000 the product is inf * 0.
+    # exp(-z) * s(z/tau) as a single exponential: at z = -1000 the product would be inf * 0.
     exponential = jnp.exp(jnp.minimum(-z + jax.nn.log_sigmoid(z / tau), LARGEST_EXPONENT))
     return -jax.nn.log_sigmoid(z) * jax.nn.sigmoid(-z / tau) + exponential
 
 
-# --- the scores of f-DPO, arXiv 2309.16240: f'(u) at u = exp(r) in the place of a log-ratio r; constants as in TRL 1.16
+# --- the scores of f-DPO (arXiv 2309.16240): f'(u) at u = exp(r) replaces a log-ratio r; constants as in TRL 1.16
 
 NEAREST_ALPHA = 1e-6
-"""An alpha this near to 1 is the limit, reverse KL."""
+"""An alpha this close to 1 is treated as the limit, reverse KL."""
 
 
 def divergence_score(logratios: Array, f_divergence_type: str, alpha: Array | float) -> Array:
-    """The score of a log-ratio r = log(policy / reference).
+    """Computes the score of a log-ratio r = log(policy / reference).
 
         reverse_kl         r
         forward_kl         1 - exp(-r)
@@ -212,7 +212,7 @@ def divergence_score(logratios: Array, f_divergence_type: str, alpha: Array | fl
       alpha: coefficient of alpha_divergence; a number or a traced scalar.
 
     Returns:
-      float [b]; exponents are held at 80, so that all is finite.
+      float [b]; exponents are limited to 80, so that scores are finite.
 
     >>> import jax.numpy as jnp
     >>> from jdpo.loss_specs import F_DIVERGENCES
@@ -228,7 +228,7 @@ def divergence_score(logratios: Array, f_divergence_type: str, alpha: Array | fl
     assert f_divergence_type == "alpha_divergence", f_divergence_type
     order = jnp.asarray(alpha, logratios.dtype) - 1
     is_limit = jnp.abs(order) < NEAREST_ALPHA
-    order = jnp.where(is_limit, 1, order)  # the branch not taken must not divide by 0, for its gradient
+    order = jnp.where(is_limit, 1, order)  # The branch not taken must not divide by 0: its gradient would be NaN.
     return jnp.where(is_limit, logratios, jnp.expm1(jnp.minimum(order * logratios, LARGEST_EXPONENT)) / order)
 
 

@@ -1,4 +1,4 @@
-"""From summed log-probabilities of pairs to losses and rewards, by name."""
+"""Losses and rewards of pairs from summed log-probabilities, by the name of the loss."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Array = jax.Array
 
 
 class PreferenceLoss(NamedTuple):
-    """What a preference loss gives for each pair: float32 [b] each."""
+    """The results of a preference loss, float32 [b] each."""
 
     losses: Array
     chosen_rewards: Array
@@ -37,39 +37,35 @@ def preference_loss(
     score_margins: Array | None = None,
     **options: Any,
 ) -> PreferenceLoss:
-    """Loss and implicit rewards of each pair, from summed completion log-probabilities.
+    """Computes the loss and implicit rewards of each pair from summed log-probabilities of completions.
 
-    Rewards are beta * (policy - reference) summed log-prob, for every loss (arXiv 2305.18290, section 4); without a
-    reference beta times the policy's own, averaged over tokens for losses that do so (`LossSpec.mean_rewards`).
+    Rewards are beta times the policy's log-prob minus the reference's, for every loss (arXiv 2305.18290, section 4).
+    Without a reference they are beta times the policy's own log-prob, averaged over tokens if the loss averages too
+    (`LossSpec.mean_rewards`).
 
     Args:
-      policy_chosen_logps, policy_rejected_logps: float [b], natural log, summed over completion tokens.
-      reference_chosen_logps, reference_rejected_logps: float [b], the same under the reference; losses without a
+      policy_chosen_logps, policy_rejected_logps: float [b], natural logarithms, summed over completion tokens.
+      reference_chosen_logps, reference_rejected_logps: float [b], the same under the reference. Losses without a
         reference do not read them.
-      loss_type: a name in LOSSES, or several whose weighted sum is taken.
-      beta: strength of the tie to the reference, > 0; a number or a traced scalar, as all numbers here.
-      label_smoothing: e in [0, 0.5), the share of preferences taken as flipped.
+      loss_type: a name in `LOSSES`, or several, whose weighted sum is computed.
+      beta: strength of the pull towards the reference, above 0; like all numbers here, a number or a traced scalar.
+      label_smoothing: e in [0, 0.5), the assumed probability that a preference label is flipped.
       chosen_lengths, rejected_lengths: int [b], completion lengths in tokens, for losses that need them; at least 1
         in each pair whose pair_weights is not 0 (checked where the values are known, so not under jit).
       score_margins: float [b], by how much the chosen answer was scored higher than the rejected one, for options that
         read scores; above 0 in each pair whose pair_weights is not 0 (checked where the values are known).
-      **options: by name
-        loss_weights: one weight a loss, 1 each by default.
-        f_divergence_type: reverse_kl (default), forward_kl, js_divergence, alpha_divergence; f-DPO, arXiv 2309.16240.
-        f_alpha_divergence_coef: 0.5; alpha of alpha_divergence.
-        discopop_tau: 0.05.  simpo_gamma: 0.5.  cpo_alpha: 1.0.  orpo_lambda: 0.1.
-        rpo_alpha: adds so much of sft to any loss; none by default.
-        bco_delta: 0.0, the mean reward that bco_pair holds rewards against.
-        pair_weights: float [b], each pair's loss is multiplied by its own.
-        num_chosen_tokens: chosen tokens of the batch whose mean is taken, for token means, which give
-          -l_w * b / num_chosen_tokens a pair; by default the sum of chosen_lengths.
+      **options: fields of `jdpo.loss_specs.LossOptions`, which docs/losses.md describes, and
+        loss_weights: one weight per loss; default: 1 each.
+        pair_weights: float [b], by which the loss of each pair is multiplied.
+        num_chosen_tokens: number of chosen tokens of the batch, for means over tokens, whose loss per pair is
+          -l_w * b / num_chosen_tokens; default: the sum of chosen_lengths.
 
     Returns:
       PreferenceLoss(losses, chosen_rewards, rejected_rewards), float32 [b] each.
 
     Raises:
-      ValueError: unknown loss or option, option that the losses cannot honour, missing reference or lengths, shapes
-        that differ.
+      ValueError: an unknown loss or option, an option that the losses cannot honour, a missing reference or missing
+        lengths or scores, or shapes that differ.
 
     >>> import jax.numpy as jnp
     >>> zeros = jnp.zeros(1)
@@ -120,7 +116,7 @@ _OF_OBJECTIVE = {
     "use_weighting": "give pair_weights",
     "bco_running_delta": "give bco_delta",
 }
-"""Options that speak of more than log-probs of pairs, and what to do instead."""
+"""Options that need more than log-probs of pairs, with what to do instead."""
 
 
 def _weights_of(of_batch: dict[str, Any]) -> dict[str, Any]:
@@ -130,7 +126,7 @@ def _weights_of(of_batch: dict[str, Any]) -> dict[str, Any]:
 def _check_shapes(logps: Sequence[Array], **others: Array | None) -> None:
     shapes = {jnp.shape(array) for array in logps}
     if len(shapes) > 1 or len(next(iter(shapes))) != 1:
-        raise ValueError(f"the log-prob arrays must have one shape [b], found {sorted(shapes)}")
+        raise ValueError(f"the log-prob arrays must have the same shape [b], found {sorted(shapes)}")
     (shape,) = shapes
     for name, array in others.items():
         if array is not None and jnp.shape(array) != shape:

@@ -1,4 +1,4 @@
-"""Losses without a reference. Notation as in pairwise.py; lbar is a completion's mean log-prob a token."""
+"""Losses without a reference, each of its own pair. The notation is that of `jdpo.loss_specs`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from jdpo.losses.pairwise import LossInputs, per_token
 Array = jax.Array
 
 SMALLEST_NLL = 1e-6
-"""A token mean closer to 0 is taken as this far from it, where the odds would be infinite."""
+"""Means of log-probs closer to 0 than this are set to minus this: at 0, the odds would be infinite."""
 
 
 def log1mexp(x: Array) -> Array:
-    """log(1 - exp(x)) for x < 0, exact at both ends.
+    """Computes log(1 - exp(x)) for x < 0, accurately at both ends.
 
     >>> import jax.numpy as jnp
     >>> log1mexp(jnp.array([-1e-6, -0.693147, -50.0])).round(3).tolist()
@@ -26,7 +26,7 @@ def log1mexp(x: Array) -> Array:
 
 
 def simpo(x: LossInputs) -> Array:
-    """-ls(beta (lbar_w - lbar_l) - gamma).
+    """-ls(beta (m_w - m_l) - simpo_gamma).
 
     At beta = 2, l_w = -3, n_w = 3, l_l = -4, n_l = 2, simpo_gamma = 0.5: -ls(2 - 0.5) = 0.201413.
     """
@@ -35,7 +35,7 @@ def simpo(x: LossInputs) -> Array:
 
 
 def cpo(x: LossInputs) -> Array:
-    """-ls(beta (l_w - l_l)) + cpo_alpha sft.
+    """-ls(beta (l_w - l_l)) + cpo_alpha sft: a preference term without a reference, plus the likelihood of chosen.
 
     At beta = 0.1, l_w = -3, l_l = -4, cpo_alpha = 1, N = 3: 0.644397 + 1 = 1.644397.
     """
@@ -43,7 +43,7 @@ def cpo(x: LossInputs) -> Array:
 
 
 def orpo(x: LossInputs) -> Array:
-    """-lbar_w - lambda ls(log odds of chosen - log odds of rejected), odds p / (1-p) of p = exp(lbar).
+    """-m_w - orpo_lambda ls(log odds of chosen - log odds of rejected), with odds p / (1-p) of p = exp(m).
 
     At l_w = -3, n_w = 3, l_l = -4, n_l = 2, orpo_lambda = 0.1: log odds -0.541325 and -1.854587,
     1 - 0.1 ls(1.313262) = 1.023818.

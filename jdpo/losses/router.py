@@ -1,4 +1,4 @@
-"""The load balancing loss of mixture-of-experts routers.
+"""The load-balancing loss of routers, for mixtures of experts.
 
 Axes: m sequences or rows, e experts.
 """
@@ -14,13 +14,16 @@ Array = jax.Array
 
 
 def load_balancing_loss(stats: RouterStats) -> Array:
-    """E sum_e f_e p_e over the tokens of all sequences and layers together, a scalar (Switch, arXiv 2101.03961).
+    """Computes E sum_e f_e p_e over the tokens of all sequences and layers (Switch Transformer, arXiv 2101.03961).
 
-    f_e are the choices of expert e a token, which sum to the number of experts of a token and carry no gradient: they
-    are counts; p_e is the mean probability of it. With k of E experts a token it is k where the load is even, and E at
-    most. As transformers' load_balancing_loss_func, of tokens that may have weights.
+    f_e is the number of times that expert e is chosen, per token; as a count, it carries no gradient. p_e is the mean
+    probability of expert e. With k of E experts per token, the loss is k for an even load, and at most E. It equals
+    load_balancing_loss_func of transformers, with weights for tokens.
 
-    Two tokens, both at the first of two experts, with probabilities 0.75 and 0.25:
+    Returns:
+      a scalar.
+
+    For two tokens that both choose the first of two experts, with probabilities 0.75 and 0.25:
 
     >>> stats = RouterStats(jnp.array([[2.0, 0.0]]), jnp.array([[1.5, 0.5]]), jnp.array([2.0]))
     >>> float(load_balancing_loss(stats))
@@ -32,5 +35,5 @@ def load_balancing_loss(stats: RouterStats) -> Array:
 
 
 def of_real_rows(stats: RouterStats, real: AnyArray) -> RouterStats:
-    """The same where `real` [m] is true, zeros elsewhere, whatever stands there."""
+    """Returns the counts with zeros for rows that are not real, bool [m], whatever they contain."""
     return RouterStats(*(jnp.where(real.reshape(real.shape + (1,) * (values.ndim - 1)), values, 0) for values in stats))

@@ -73,7 +73,7 @@ def test_mean_divides_by_the_number_of_tokens_and_survives_none() -> None:
 def test_errors_name_shapes_and_choices() -> None:
     with pytest.raises(ValueError, match=r"expected targets of shape \(2, 3\)"):
         token_logps(jnp.zeros((2, 3, 5)), jnp.zeros((2, 4), int))
-    with pytest.raises(ValueError, match="must have one shape"):
+    with pytest.raises(ValueError, match="must have the same shape"):
         sequence_logps(jnp.zeros((2, 3)), jnp.zeros((2, 4), bool))
     with pytest.raises(ValueError, match="'sum' or 'mean', found 'max'"):
         sequence_logps(jnp.zeros((2, 3)), jnp.zeros((2, 3), bool), reduction="max")  # type: ignore[arg-type]

@@ -283,7 +283,7 @@ def test_refuses_missing_reference_lengths_and_unequal_shapes() -> None:
         preference_loss(**without_lengths, loss_type="ipo")
     with pytest.raises(ValueError, match="needs num_chosen_tokens or chosen_lengths"):
         preference_loss(**without_lengths, rpo_alpha=1.0)
-    with pytest.raises(ValueError, match="must have one shape"):
+    with pytest.raises(ValueError, match="must have the same shape"):
         preference_loss(**(x | {"reference_chosen_logps": x["reference_chosen_logps"][:3]}))
     with pytest.raises(ValueError, match=r"chosen_lengths must have the shape \(6,\)"):
         preference_loss(**(x | {"chosen_lengths": x["chosen_lengths"][:3]}))

@@ -201,16 +201,21 @@ def init_params(model: Transformer, key: jax.Array) -> Params:
     return nn.meta.unbox(_boxed_params(model, key))
 
 
+def _is_x64() -> bool:
+    config: Any = jax.config  # its values have no annotations
+    return bool(config.jax_enable_x64)
+
+
 def abstract_params(model: Transformer) -> Params:
     """Returns shapes and dtypes of the parameters, a tree of jax.ShapeDtypeStruct, without computing them."""
-    return nn.meta.unbox(_abstract_boxed(model, jax.config.jax_enable_x64))
+    return nn.meta.unbox(_abstract_boxed(model, _is_x64()))
 
 
 def logical_axes(model: Transformer) -> Params:
     """Returns the logical axis names of every parameter: the tree of `abstract_params` with tuples as leaves."""
     return jax.tree.map(
         lambda box: tuple(box.names),
-        _abstract_boxed(model, jax.config.jax_enable_x64),
+        _abstract_boxed(model, _is_x64()),
         is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned),
     )
 

@@ -2,7 +2,7 @@
 
     python scripts/write_loss_tables.py            # after a loss or an option was added or changed
 
-Each table stands between `<!-- table: NAME -->` and `<!-- end -->`; everything else in the file is written by hand.
+Each table is between `<!-- table: NAME -->` and `<!-- end -->`; everything else in the file is written by hand.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def formulas() -> str:
 
 
 def choices() -> str:
-    """What a loss needs and when to use it."""
+    """The needs of a loss and when to use it."""
     rows = (
         (
             _code(name),
@@ -62,7 +62,7 @@ def choices() -> str:
 
 
 def effects() -> str:
-    """How a loss pushes the chosen answer."""
+    """The push of a loss on the chosen answer."""
     rows = ((_code(name), _code(spec.push), spec.kind, spec.keeps_chosen) for name, spec in LOSSES.items())
     return _table(("name", "push on l_w", "kind", "does it keep the chosen answer probable?"), rows)
 
@@ -80,12 +80,12 @@ def options() -> str:
 
 
 def divergences() -> str:
-    """What an f-divergence makes of a log-ratio."""
+    """The score that replaces a log-ratio, for each f-divergence."""
     return _table(("divergence", "score of a log-ratio r"), (tuple(map(_code, row)) for row in F_DIVERGENCES.items()))
 
 
 def honoured() -> str:
-    """Which loss honours which option."""
+    """The options that each loss honours."""
     rows = (
         (
             _code(name),

@@ -1,4 +1,4 @@
-"""Which options the tests try with which loss, derived from the declarations, so that a new loss is tried at once."""
+"""The options that the tests try with each loss, derived from the declarations, so that a new loss is tried at once."""
 
 from __future__ import annotations
 

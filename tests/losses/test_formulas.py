@@ -22,7 +22,7 @@ each_case = pytest.mark.parametrize(("name", "options"), CASES, ids=str)
 
 
 def evaluate(formula: str, names: dict[str, Any]) -> Any:
-    """The value of a formula, `first part, x = what x stands for`; a space between two values multiplies.
+    """The value of a formula, `first part, x = meaning of x`; a space between two values multiplies.
 
     >>> evaluate("(a - 1/(2 beta))^2 + c, c = 3 a", {"a": 7.0, "beta": 0.1})
     25.0

@@ -171,7 +171,7 @@ def test_errors_name_what_was_found(shapes: tuple, options: dict, message: str) 
 LENGTHS = np.array([7, 0, 3], np.int32)  # of 13 positions, in chunks of 4: two chunks run, one of them in part
 
 
-def behind(lengths: np.ndarray, positions: int) -> np.ndarray:
+def past_end(lengths: np.ndarray, positions: int) -> np.ndarray:
     return np.arange(positions) >= lengths[:, None]
 
 
@@ -180,7 +180,7 @@ def behind(lengths: np.ndarray, positions: int) -> np.ndarray:
 def test_what_stands_behind_lengths_is_not_there(dtype: str, lengths: np.ndarray) -> None:
     options = {"chunk_size": 4, "return_log_sum_sq": True, **SOFT}
     hidden, head, targets, *cotangents = inputs((3, 13), seed=5)
-    gone = behind(lengths, 13)
+    gone = past_end(lengths, 13)
     with jax.enable_x64(True):
         hidden, head = (jnp.asarray(array, dtype) for array in (hidden, head))
         wide = (array.astype(jnp.float64) for array in (hidden, head))
@@ -190,7 +190,7 @@ def test_what_stands_behind_lengths_is_not_there(dtype: str, lengths: np.ndarray
         targets, cotangents = np.where(gone, 10**6, targets), [np.where(gone, np.nan, x) for x in cotangents]
 
         def counted(*arrays: Any) -> Any:
-            # With a cotangent of NaN behind: what is asked for is the vector-Jacobian product, not a sum.
+            # With a cotangent of NaN after the end, because the test is of the vector-Jacobian product, not of a sum.
             results, pull_back = jax.vjp(
                 lambda h, w: linear_token_logps(h, w, targets, lengths=lengths, **options), *arrays
             )
@@ -207,7 +207,7 @@ def test_chunks_behind_the_longest_row_are_not_run(lengths: list[int], num_run: 
     hidden, head, targets, cotangent, _ = inputs((3, 13))
     run = weighted(partial(linear_token_logps, lengths=jnp.array(lengths)), chunk_size=4)
     (logps,), (d_hidden, d_head) = jax.jit(run)(hidden, np.full_like(head, np.nan), targets, cotangent)
-    np.testing.assert_array_equal(np.isnan(logps), ~behind(np.array(lengths), 13))
+    np.testing.assert_array_equal(np.isnan(logps), ~past_end(np.array(lengths), 13))
     assert np.isnan(d_hidden[:, : 4 * num_run]).all()
     assert not d_hidden[:, 4 * num_run :].any()
     assert num_run or not d_head.any()
@@ -232,14 +232,14 @@ def test_targets_that_are_no_integers_are_an_error() -> None:
         linear_token_logps(jnp.zeros((3, 4)), jnp.zeros((4, 7)), jnp.zeros(3))
 
 
-# What the compiled program holds and sends. d < tokens and d * v < tokens * v, so that sizes tell arrays apart.
+# What the compiled program holds and sends. d < tokens and d * v < tokens * v, so that sizes distinguish arrays.
 
 ROWS, POSITIONS, D, V = 8, 24, 32, 512
 TOKENS = ROWS * POSITIONS
 
 
 def compiled(function: Any, *arrays: Any) -> Any:
-    """Of value and gradients; each gradient lies as its array does."""
+    """Returns the shardings of value and gradients; each gradient is sharded like its array."""
     out = (None, tuple(array.sharding for array in arrays[:2]))
     return jax.jit(weighted(function), out_shardings=out).lower(*arrays).compile()
 
@@ -317,7 +317,7 @@ def test_a_head_sharded_by_vocabulary_and_width(shape: tuple[int, ...], kind: st
     gathered = [size for _, operation, results in found if operation == "all-gather" for size in results]
     assert all(size == D * V // 2 for size in gathered)  # the head, never a hidden state
     if kind != "automatic":
-        # The head is gathered before the loops, and its gradient is summed once, behind them.
+        # The head is gathered before the loops, and its gradient is summed once, after them.
         loops = set(re.findall(r"body=(%[\w.\-]+)", program.as_text()))
         assert loops
         of_head = [name for name, _, results in found if any(size >= D * V // 8 for size in results)]
@@ -331,7 +331,7 @@ def test_a_head_sharded_by_vocabulary_and_width(shape: tuple[int, ...], kind: st
 def test_each_shard_goes_by_its_own_lengths(kind: str) -> None:
     """Skipping more here than there, no device waits for another but where the vocabulary is split."""
     lengths = np.array([0, 0, 24, 3, 9, 13, 1, 0], np.int32)
-    gone = behind(lengths, POSITIONS)
+    gone = past_end(lengths, POSITIONS)
     hidden, head, targets, cotangent, _ = inputs((ROWS, POSITIONS), width=D, vocab=V)
     cotangent = np.where(gone, 0, cotangent)
     (logps,), gradients = jax.jit(weighted(plain))(hidden, head, targets, cotangent)

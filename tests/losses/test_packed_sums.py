@@ -10,7 +10,7 @@ from jdpo.losses.pair_logps import belongs, completion_sums, tail_weights
 from jdpo.losses.pair_losses import packed_totals
 from jdpo.types import PackedBatch
 
-# Two rows with room for two pairs: chosen 0 and 2, rejected 1 and 3; 4 is padding.
+# Two rows of up to two pairs: chosen 0 and 2, rejected 1 and 3; 4 is padding.
 PAIR = jnp.array([[0, 0, 1, 2, 3, 3, 3, 4], [0, 1, 1, 4, 4, 4, 4, 4]])
 LOGPS = jnp.array([[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, jnp.nan], [1.0, 2.0, 4.0] + [jnp.nan] * 5])
 

@@ -413,7 +413,7 @@ def test_sorted_losses_run_over_explicit_mesh_axes() -> None:
 
 
 def bare_apply_fn(params: dict, tokens: jax.Array, attention_mask: jax.Array) -> jax.Array:
-    """A bigram model: over explicit axes, lookups and sums must say where they lie."""
+    """A bigram model: over explicit axes, lookups and sums need their sharding."""
     return jax.nn.one_hot(tokens, VOCAB) @ (params["embedding"] @ params["head"])
 
 

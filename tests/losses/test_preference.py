@@ -197,7 +197,7 @@ def test_unknown_names_get_the_nearest_and_the_list() -> None:
         preference_loss(**arrays(0), f_divergence_type="kl")
 
 
-# Read only next to an option that is tried itself, or given in the place of another.
+# Read only next to an option that is tried itself, or instead of another.
 DEPENDENT = {"f_alpha_divergence_coef", "pair_weights"}
 
 

@@ -196,7 +196,7 @@ def test_value_is_the_paper_s(options: dict[str, Any], formula: Formula) -> None
 
 @each_case
 def test_gradient_is_the_paper_s(options: dict[str, Any], formula: Formula) -> None:
-    """Of the mean over pairs, by central differences of the paper's formula, so that no derivative is shared."""
+    """The mean over pairs, by central differences of the paper's formula, so that no derivative is shared."""
     step = 1e-5
     expected = np.zeros((len(LENGTHS), 2))
     for index in np.ndindex(expected.shape):
@@ -210,7 +210,7 @@ def test_gradient_is_the_paper_s(options: dict[str, Any], formula: Formula) -> N
 
 
 def test_cpo_s_nll_is_each_pair_s_own_tokens() -> None:
-    """-l_w b / chosen tokens a pair: at l_w = -2.5 of 16 chosen tokens over 4 pairs, 2.5 * 4 / 16 = 0.625."""
+    """-l_w b / (all chosen tokens) per pair: at l_w = -2.5 of 16 chosen tokens over 4 pairs, 2.5 * 4 / 16 = 0.625."""
     with_nll, without = losses(POLICY, loss_type="cpo"), losses(POLICY, loss_type="cpo", cpo_alpha=0.0)
     assert (with_nll - without).tolist() == pytest.approx([0.625, 2.75, 0.03125, 1.0], rel=1e-12)
 
@@ -250,7 +250,7 @@ def test_discopop_is_its_published_code() -> None:
 
 
 def test_robust_is_unbiased() -> None:
-    """What rDPO is for: its mean over flips of rate e is the plain DPO loss."""
+    """The purpose of rDPO: its mean over flips of rate e is the plain DPO loss."""
     e, beta = 0.2, 0.7
     flipped = preference_loss(
         *jnp.asarray(POLICY).T[::-1], *jnp.asarray(REFERENCE).T[::-1], loss_type="robust", beta=beta, label_smoothing=e

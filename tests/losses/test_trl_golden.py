@@ -39,7 +39,7 @@ def describe(case: dict[str, Any]) -> str:
 
 
 def arguments(case: dict[str, Any]) -> dict[str, Any]:
-    """jdpo's keyword arguments for a case: TRL's names, but for the losses that have trainers of their own."""
+    """jdpo's keyword arguments for a case: TRL's names, except for the losses that have trainers of their own."""
     given = {key: value for key, value in case.items() if key not in ("trainer", "loss", "metrics")}
     if case["trainer"] == "orpo":
         return {"loss_type": "orpo", "orpo_lambda": case["beta"]}
@@ -50,14 +50,14 @@ def arguments(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def index_of(options: dict[str, Any]) -> int:
-    """Where the case with exactly these arguments stands."""
+    """Returns the index of the case with exactly these arguments."""
     (index,) = (index for index, case in enumerate(CASES) if arguments(case) == options)
     return index
 
 
 @pytest.fixture(scope="module")
 def inputs() -> dict[str, np.ndarray]:
-    """What TRL's models read and gave, rows in jdpo's order: pairs first, then sides."""
+    """Inputs and logits of TRL's models, rows in jdpo's order: pairs first, then sides."""
     with np.load(GOLDEN / "inputs.npz") as arrays:
         by_pair = {name: rearrange(array, "n b ... -> b n ...") for name, array in arrays.items()}
     return {
@@ -141,7 +141,7 @@ def test_jitted_and_cached_are_trl_s(
 
 
 def test_numpy_batches_are_taken(inputs: dict[str, np.ndarray]) -> None:
-    """What a data loader hands over, without a jit around it."""
+    """Numpy arrays, as a data loader returns them, without jit."""
     options: dict[str, Any] = {"loss_type": ["sigmoid"], "beta": 0.5}
     batch = jax.tree.map(np.asarray, make_batch(inputs))
     loss, _ = jdpo.make_dpo_loss(apply_fn, **options)(*models(inputs, options), batch)
@@ -158,7 +158,7 @@ def test_rpo_alpha_is_a_weighted_sft_term(inputs: dict[str, np.ndarray], gradien
 
 
 def test_golden_covers_what_both_have() -> None:
-    """A golden folder made anew cannot quietly lose a loss or an option."""
+    """A golden folder that is made again cannot quietly lose a loss or an option."""
     cases = [arguments(case) for case in CASES]
     names = [name for case in cases for name in np.atleast_1d(case["loss_type"]).tolist()]
     assert set(names) == {name for name, spec in LOSSES.items() if spec.in_trl}

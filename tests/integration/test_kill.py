@@ -6,6 +6,8 @@ code (`kill_point.py`), some from outside once a tell-tale file appears. All fal
 
 from __future__ import annotations
 
+import functools
+import importlib
 import signal
 import subprocess
 import time
@@ -43,6 +45,13 @@ POINTS = {
 def assert_killed(process: subprocess.Popen[str]) -> None:
     output, _ = process.communicate(timeout=300)
     assert process.returncode == -signal.SIGKILL, output
+
+
+@pytest.mark.parametrize("target", [target for target, *_ in POINTS.values()])
+def test_every_point_names_a_function(target: str) -> None:
+    """The kills themselves run rarely: a point that was renamed should not wait for them to be noticed."""
+    module, _, qualname = target.partition(":")
+    assert callable(functools.reduce(getattr, qualname.split("."), importlib.import_module(module)))
 
 
 @pytest.mark.ci

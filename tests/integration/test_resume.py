@@ -181,14 +181,17 @@ def own_inputs(cut_words: Words, tmp_path: Path) -> dict[str, Path]:
 
 
 def test_changed_inputs_are_refused_and_named(
-    cut_words: Words, own_inputs: dict[str, Path], jdpo_process: Start, tmp_path: Path, capsys: Capture
+    cut_words: Words, own_inputs: dict[str, Path], tmp_path: Path, capsys: Capture
 ) -> None:
     run, rows = tmp_path / "run", own_inputs["datasets"]
     words = cut_words(run, **own_inputs)
-    process = jdpo_process(words, "SIGTERM", "jdpo.training.logs.recording:Record.log", "after", 1)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 143, output
-    printed = " ".join(output.split())
+
+    def stop(step: int, params: object) -> None:
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert train(load_config(DPOConfig, None, words[1:]), on_step=stop).exit_code == 143
+    printed = " ".join("".join(capsys.readouterr()).split())
     assert "stopped by a signal; step 6 is saved" in printed
     content = rows.read_text(encoding="utf-8")
     rows.write_text(content.replace("river", "paper"), encoding="utf-8")

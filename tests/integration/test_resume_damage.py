@@ -56,6 +56,7 @@ def test_where_all_checkpoints_are_damaged_a_run_starts_over_only_when_told_to(
     assert kept.read_bytes() == old_metrics
 
 
+@pytest.mark.full
 def test_a_run_that_started_over_is_resumed_as_any_other(
     cut_words: Words, copy: Path, capsys: Capture, jdpo_process: Start
 ) -> None:

@@ -91,6 +91,7 @@ def test_memory_falls_along_the_order(runs: dict[str, Run]) -> None:
     assert taken[0] > 2.5 * taken[-1]
 
 
+@pytest.mark.full
 def test_bytes_a_token_are_those_of_the_formulas(runs: dict[str, Run]) -> None:
     """Of docs/memory.md, by what two layers more take; what does not grow with the layers cancels."""
     batch = packed_batch(4, (150, 180, 180))

@@ -124,7 +124,7 @@ def metrics_of(words: list[str], cls: type[DPOConfig | SFTConfig]) -> list[dict[
     return read_metrics(train(config).directory.metrics)
 
 
-@pytest.mark.parametrize("cls", [DPOConfig, SFTConfig])
+@pytest.mark.parametrize("cls", [DPOConfig, pytest.param(SFTConfig, marks=pytest.mark.full)])
 def test_each_data_set_has_metrics_of_its_own_whatever_the_batches(
     run_words: Words, two_sets: tuple[Path, Path], tmp_path: Path, cls: type[DPOConfig | SFTConfig]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -60,7 +61,7 @@ CONFIG = ModelConfig(
 )
 MODEL = Transformer(CONFIG, compute_dtype=jnp.float64, param_dtype=jnp.float64)
 LOSS = loss_settings("sigmoid", beta=0.3)[0]
-SIZES = [(4, 3, 5), (0, 5, 2), (6, 1, 1), (2, 6, 3), (5, 5, 5), (1, 2, 6)]
+SIZES = [(4, 3, 5), (0, 5, 5), (6, 3, 1), (3, 6, 4), (5, 2, 4), (1, 4, 6)]  # few lengths, as `by_hand` compiles each
 
 
 @pytest.fixture(autouse=True)
@@ -109,9 +110,15 @@ def objective_of(kind: str, mesh: Any = None) -> Objective:
     return PreferenceObjective(run, LOSS, COEF) if kind.endswith("dpo") else CompletionObjective(run, COEF)
 
 
+@functools.cache
+def step_of(kind: str) -> Any:
+    """Value and gradients of an objective on one device, traced once for all tests."""
+    return jax.jit(partial(loss_and_grads, objective_of(kind)))
+
+
 def run(kind: str, batch: Any) -> LossAndGrads:
     reference = make_params(5) if kind.endswith("dpo") else None
-    found: LossAndGrads = jax.jit(partial(loss_and_grads, objective_of(kind)))(make_params(0), reference, batch)
+    found: LossAndGrads = step_of(kind)(make_params(0), reference, batch)
     return found
 
 
@@ -153,14 +160,12 @@ def test_the_loss_is_of_the_real_tokens_of_both_sequences(whole_dpo: LossAndGrad
 def test_the_loss_of_pairs_is_reported_without_it_and_trained_with_it(whole_dpo: LossAndGrads) -> None:
     weighted = np.asarray(whole_dpo.rows["loss"])[0, : len(SIZES)].mean()
     assert float(whole_dpo.loss) == pytest.approx(float(weighted), rel=1e-12)
-    objective = objective_of("padded dpo")
     direction = make_params(9)
     along = sum(jax.tree.leaves(jax.tree.map(lambda g, d: float((g * d).sum()), whole_dpo.grads, direction)))
-    step = jax.jit(partial(loss_and_grads, objective))
 
     def minimised(sign: int) -> float:
         moved = jax.tree.map(lambda p, d: p + sign * 1e-7 * d, make_params(0), direction)
-        found = step(moved, make_params(5), padded(make_pairs()))
+        found = step_of("padded dpo")(moved, make_params(5), padded(make_pairs()))
         return float(found.loss + COEF * found.aux_loss)
 
     assert along == pytest.approx((minimised(1) - minimised(-1)) / 2e-7, rel=1e-5)

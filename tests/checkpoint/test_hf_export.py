@@ -296,7 +296,7 @@ def test_wrong_options(export: Callable[..., Path], tokenizer: Any) -> None:
     import dataclasses
 
     small = dataclasses.replace(read_model_config(GOLDEN / "llama"), vocab_size=len(tokenizer) - 1)
-    with pytest.raises(ValueError, match=rf"the tokenizer has {len(tokenizer)} tokens, the embedding only"):
+    with pytest.raises(ValueError, match=rf"the tokenizer has {len(tokenizer)} tokens"):
         export(config=small)
 
 

@@ -88,7 +88,7 @@ def test_an_unknown_option_names_the_nearest() -> None:
         loss_fn(PARAMS, PARAMS, batch_of(), normaliser=4)
     with pytest.raises(ValueError, match="label_smoothing is given to make_dpo_loss"):
         loss_fn(PARAMS, PARAMS, batch_of(), label_smoothing=0.1)
-    with pytest.raises(ValueError, match="unknown option 'label_smooth'; did you mean 'label_smoothing'"):
+    with pytest.raises(ValueError, match="did you mean 'label_smoothing'"):
         dpo_loss(PARAMS, PARAMS, batch_of(), apply_fn=apply_fn, label_smooth=0.1)
 
 

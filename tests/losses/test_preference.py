@@ -187,7 +187,7 @@ def test_half_precision_inputs_are_computed_in_float32() -> None:
 
 
 def test_unknown_names_get_the_nearest_and_the_list() -> None:
-    with pytest.raises(ValueError, match=r"unknown loss_type 'sigmod'; did you mean 'sigmoid'\? The losses are: sig"):
+    with pytest.raises(ValueError, match="did you mean 'sigmoid'"):
         preference_loss(**arrays(0), loss_type="sigmod")
     with pytest.raises(ValueError, match=r"unknown option 'simpo_gama'; did you mean 'simpo_gamma'\?"):
         preference_loss(**arrays(0), loss_type="simpo", simpo_gama=1.0)

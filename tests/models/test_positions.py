@@ -22,13 +22,13 @@ GPT2 = Path(__file__).parents[1] / "golden" / "logits" / "gpt2"
 def test_a_max_length_beyond_the_last_position_is_refused_by_name(tmp_path: Path) -> None:
     model_config = read_model_config(GPT2)
     check_positions(model_config, max_length=64, name=str(GPT2))
-    with pytest.raises(ValueError, match=r"max_length 65: .*gpt2 has 64 positions \(a learned vector for each\)"):
+    with pytest.raises(ValueError, match=r"max_length 65: .*gpt2 has 64 positions"):
         check_positions(model_config, max_length=65, name=str(GPT2))
     factors = {"type": "longrope", "short_factor": [1.0] * 2, "long_factor": [2.0] * 2}
     sizes = {"hidden_size": 16, "num_attention_heads": 4, "num_hidden_layers": 1, "pad_token_id": 0}
     phi3 = {"model_type": "phi3", **sizes, "original_max_position_embeddings": 32, "rope_scaling": factors}
     (tmp_path / "config.json").write_text(json.dumps(phi3))
-    with pytest.raises(ValueError, match=r"has 32 positions \(longrope's factors .* set max_length to 32 or less"):
+    with pytest.raises(ValueError, match=r"has 32 positions \(longrope's factors"):
         check_positions(read_model_config(tmp_path), max_length=33, name="phi3")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "max_position_embeddings": 8}))
     check_positions(read_model_config(tmp_path), max_length=64, name="llama")  # a rope goes on

@@ -37,9 +37,7 @@ def test_mesh_has_named_automatic_axes_over_all_devices() -> None:
 
 
 def test_a_mesh_that_does_not_fit_lists_those_that_do() -> None:
-    with pytest.raises(
-        ValueError, match=r"mesh data=3, fsdp=-1, expert=1, tensor=1 does not fit the 8 devices"
-    ) as error:
+    with pytest.raises(ValueError, match="does not fit the 8 devices") as error:
         resolve_mesh_shape(MeshConfig(data=3), 8)
     listed = str(error.value).split("tensor: ")[-1].split(", ")
     assert {"1x1x1x8", "1x8x1x1", "8x1x1x1", "2x2x1x2"} <= set(listed)

@@ -42,7 +42,7 @@ def test_bar_is_per_token_and_by_dtype(dtype: str, tolerance: float) -> None:
 
 
 def test_a_wrong_loss_of_equal_models_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"is 0\.943147, not ln 2 = 0\.693147 as of sigmoid where .* nothing was"):
+    with pytest.raises(ValueError, match=r"is 0\.943147, not ln 2 = 0\.693147 as of sigmoid where"):
         check(rows(loss=math.log(2) + 0.5))
     with pytest.raises(ValueError, match=r"not 25\.000000 as of ipo where policy and reference are equal"):
         check(rows(), loss_settings("ipo", beta=BETA)[0])
@@ -139,9 +139,7 @@ def test_a_short_run_without_any_gradient_is_said_at_its_end() -> None:
 
 def test_a_dead_run_is_stopped() -> None:
     seen(*[0.0] * (DEAD_ERROR - 1))
-    with pytest.raises(
-        FloatingPointError, match=r"step 20: .* exactly 0 in the last 20 .* The newest checkpoint is of"
-    ):
+    with pytest.raises(FloatingPointError, match=r"step 20: .* exactly 0 in the last 20"):
         seen(*[0.0] * DEAD_ERROR)
     with pytest.raises(FloatingPointError, match="so training stops"):
         seen(*[0.0] * DEAD_ERROR, loss_type="hinge", loss=1.0)

@@ -167,7 +167,7 @@ def test_labels_must_differ_and_fit_into_a_metric() -> None:
     with pytest.raises(ValueError, match=r"two datasets are called 'a': x/a.jsonl and y/a.json; give one"):
         labels_of([DatasetConfig(path="x/a.jsonl"), DatasetConfig(path="y/a.json")])
     assert labels_of([DatasetConfig(path="x/a.jsonl"), DatasetConfig(path="y/a.json", label="b")]) == ("a", "b")
-    with pytest.raises(ValueError, match=r"the dataset a\.jsonl has the label .*expected a name without /"):
+    with pytest.raises(ValueError, match=r"the dataset a\.jsonl has the label"):
         labels_of([dataset("a", label="x/y")])
     for label in ("", " "):
         with pytest.raises(ValueError, match="expected a text, but it is empty"):

@@ -212,7 +212,7 @@ def test_a_broken_row_leaves_nothing_in_the_cache(prepare: Callable[..., Any], t
 
 def test_a_cache_that_cannot_be_written_is_named(prepare: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ValueError, match=r"cannot write tokenized rows to .*file/tokenized.*set cache_dir"):
+    with pytest.raises(ValueError, match=r"cannot write tokenized rows to .*file/tokenized"):
         prepare(write(tmp_path / "pairs.jsonl", rows(2)), cache_dir=tmp_path / "file")
 
 

@@ -124,7 +124,7 @@ def test_values_are_at_their_tokens(tmp_path: Path) -> None:
 def test_a_row_of_other_lengths_is_an_error_that_names_row_and_file(tmp_path: Path) -> None:
     folder, pairs = small(tmp_path)
     longer = pairs[2]._replace(rejected_ids=np.zeros(len(pairs[2].rejected_ids) + 1, np.int32))
-    with pytest.raises(ValueError, match=r"row 2 \(pairs\.jsonl:2\) has completions of .*00000\.safetensors holds"):
+    with pytest.raises(ValueError, match=r"row 2 \(pairs\.jsonl:2\) has completions of"):
         folder.open().row(2, longer)
     with pytest.raises(ValueError, match=r"row 1 \(pairs\.jsonl:2\).*holds"):
         reference_logps_of(folder.open(), [longer], np.array([1]), num_slots=1, length=20)

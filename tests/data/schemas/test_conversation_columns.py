@@ -147,9 +147,7 @@ def test_transcripts_are_whole_conversations() -> None:
 
 def test_two_conversations_that_differ_are_an_error_until_one_is_named() -> None:
     raw = {"messages": [ASK], "context": [MORE], "chosen": "The Seine.", "rejected": "Dublin."}
-    with pytest.raises(
-        ValueError, match=r"^x:1: messages and context are different conversations .*column_map: \{prompt: messag"
-    ):
+    with pytest.raises(ValueError, match=r"^x:1: messages and context are different conversations"):
         preference_rows(raw, "x:1")
     (row,) = preference_rows(raw, "x:1", Reading({"prompt": "context"}))
     assert isinstance(row, PreferenceRow)

@@ -229,7 +229,7 @@ def test_a_conversation_that_ends_in_a_question_is_dropped() -> None:
 
 
 def test_missing_columns_of_a_supervised_row_are_named() -> None:
-    with pytest.raises(ValueError, match=r"(?s)x:1: .*Found: text \(string\)\n.*\nKnown formats:\n  messages: "):
+    with pytest.raises(ValueError, match=r"(?s)x:1: .*Found: text \(string\)\n.*\nKnown formats"):
         completion_row({"text": "The sky is blue."}, "x:1")
 
 

@@ -132,7 +132,7 @@ def test_a_vote_for_no_answer_is_named(raw: dict[str, Any], message: str) -> Non
 
 def test_votes_that_differ_are_an_error_until_one_is_picked() -> None:
     raw = {**NUMBERED, "better_response_id": 0, "safer_response_id": 1}
-    with pytest.raises(ValueError, match=r"^x:1: the votes of the row differ .*\{better_response_id: better_resp"):
+    with pytest.raises(ValueError, match=r"^x:1: the votes of the row differ .*\{better_response_id"):
         preference_rows(raw, "x:1")
     for picked, expected in (("better_response_id", FIRST), ("safer_response_id", SECOND)):
         for name in (picked, "winner", "better_response_id"):
@@ -168,7 +168,7 @@ def test_rounds_in_lists_of_texts(write: Any) -> None:
         "winner": "a",
     }
     assert read(two) == PreferenceRow([ASK, SEINE, MORE], [SEINE], [DUBLIN], "x:1")
-    with pytest.raises(ValueError, match=r"^x:1: prompt has 2 rounds and response_b 1; expected an answer to each$"):
+    with pytest.raises(ValueError, match=r"^x:1: prompt has 2 rounds and response_b 1"):
         preference_rows({**two, "response_b": write(["The Seine."])}, "x:1")
 
 

@@ -122,7 +122,7 @@ def test_an_array_is_read_the_same_whatever_part_of_it_is_in_memory(
         path.write_text(json.dumps(rows, indent=indent, ensure_ascii=ascii_only), encoding="utf-8")
         assert [raw for raw, _ in read(path)] == rows
     path.write_text('[{"a": 1},\n\n  {"a": 1,\n "b": 1.5x}]')
-    with pytest.raises(ValueError, match=r"pairs\.json:4: broken JSON: Expecting ',' delimiter \(column 10\)"):
+    with pytest.raises(ValueError, match=r"pairs\.json:4: broken JSON: Expecting ',' delimiter"):
         read(path)
 
 
@@ -264,5 +264,5 @@ def test_a_hub_out_of_reach_is_named_with_the_way_out(tmp_path: Path) -> None:
 def test_options_of_hub_names_are_refused_for_files(tmp_path: Path, option: str) -> None:
     path = write(tmp_path / "rows.jsonl")
     for place, kind in ((path, "file"), (tmp_path, "folder")):
-        with pytest.raises(ValueError, match=rf"{place}: {option} is 'main', but .*hub only.*local {kind}; remove"):
+        with pytest.raises(ValueError, match=rf"{place}: {option} is 'main', but .*hub only.*local {kind}"):
             open_source(DatasetConfig(path=str(place), **{option: "main"}))

@@ -153,7 +153,7 @@ def test_a_link_to_a_file_is_the_file(tmp_path: Path) -> None:
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "rows.jsonl")
     for path in (tmp_path, tmp_path / "rows.jsonl"):
-        with pytest.raises(ValueError, match=f"^{tmp_path}/rows.jsonl: neither a file nor a folder, but a pipe"):
+        with pytest.raises(ValueError, match="neither a file nor a folder, but a pipe"):
             read(path)
 
 
@@ -247,7 +247,7 @@ def test_an_incomplete_saved_dataset_is_named(tmp_path: Path) -> None:
         read(folder)
     (folder / "state.json").write_text(json.dumps(state))
     (folder / "data-00001-of-00003.arrow").unlink()
-    with pytest.raises(ValueError, match=r"data-00001-of-00003\.arrow: no such file, but state\.json names it"):
+    with pytest.raises(ValueError, match=r"data-00001-of-00003\.arrow: no such file"):
         read(folder)
 
 

@@ -266,9 +266,9 @@ def test_chat_template_kwargs_reach_every_rendering_and_the_digest(load: Callabl
 
 
 def test_a_key_that_the_template_does_not_read_names_the_nearest(load: Callable[..., Tokenizer]) -> None:
-    with pytest.raises(ValueError, match="does not read 'enable_thinkin'; did you mean 'enable_thinking'"):
+    with pytest.raises(ValueError, match="did you mean 'enable_thinking'"):
         load(THINKING, chat_template_kwargs={"enable_thinkin": False})
-    with pytest.raises(ValueError, match="x:1: chat_template_kwargs: the chat template does not read 'thinks'"):
+    with pytest.raises(ValueError, match="the chat template does not read 'thinks'"):
         tokenize_pair(pair_of("Yes", "No", template_kwargs={"thinks": 1}), load(THINKING), max_length=99)
 
 

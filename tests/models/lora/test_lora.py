@@ -90,7 +90,7 @@ def test_experts_are_adapted_whole_or_not_at_all_and_routers_never() -> None:
     sites = find_sites(Transformer(dataclasses.replace(config, layers=kinds, moe=experts)))
     assert [last_name(site) for site in sites][4:] == ["gate_proj", "up_proj", "down_proj"], "no router"
     assert (sites[-1].lead, sites[-1].inputs, sites[-1].outputs) == ((2, 4), (112,), (64,))
-    with pytest.raises(ValueError, match="target_modules selects up_proj of the experts, but not gate_proj, down_proj"):
+    with pytest.raises(ValueError, match="target_modules selects up_proj of the experts"):
         choose_sites(sites, ["up_proj"])
     lora = Lora(r=2, alpha=2.0, use_rslora=False, sites=choose_sites(sites, ["gate_proj", "up_proj", "down_proj"]))
     assert num_adapter_params(lora) == 2 * 4 * 3 * 2 * (64 + 112)

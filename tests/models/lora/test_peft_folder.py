@@ -191,7 +191,7 @@ def test_a_model_with_an_adapters_config_beside_it_is_a_model(write: Write, name
 def test_an_adapter_that_is_no_numbers_is_not_exported(adapters: Any, tmp_path: Path) -> None:
     adapters = jax.tree.map(np.array, adapters)
     adapters["stack"]["layer_0"]["mlp"]["down"]["b"][0, 0, 0] = np.inf
-    with pytest.raises(ValueError, match=r"down_proj\.lora_B\.weight holds NaN or Inf: this adapter is not exported"):
+    with pytest.raises(ValueError, match=r"down_proj\.lora_B\.weight holds NaN or Inf"):
         export_adapter(
             jax.device_put(adapters),
             LORA,

@@ -190,7 +190,7 @@ def test_rotary_buffers_and_the_head_of_a_tied_model_are_ignored(make_folder: Ca
         load(folder)
     folder.tensors["lm_head.weight"] = np.ones((39, 16), np.float32)
     folder.write()
-    with pytest.raises(ValueError, match=r"wrong shape of lm_head.weight in .*expected \(\d+, 16\), found \(39, 16\)"):
+    with pytest.raises(ValueError, match=r"wrong shape of lm_head.weight in .*expected \(\d+, 16\)"):
         load(folder)
     folder.tensors["lm_head.weight"] = folder.tensors["model.embed_tokens.weight"].astype(np.int8)
     folder.write()
@@ -302,7 +302,7 @@ def test_headers_that_lie_about_their_tensors(make_folder: Callable[..., Any]) -
     begin, end = header["model.norm.weight"]["data_offsets"]
     for changes in ({"shape": [17]}, {"data_offsets": [begin + 4, end + 4]}, {"data_offsets": [end, begin]}):
         write(**changes)
-        with pytest.raises(ValueError, match=r"model.safetensors: damaged safetensors header: .*model.norm.weight"):
+        with pytest.raises(ValueError, match=r"model.safetensors: damaged safetensors header"):
             load(folder)
     path.write_bytes(struct.pack("<Q", len(content)) + content[8:])
     with pytest.raises(ValueError, match="is truncated within its header"):

@@ -55,7 +55,7 @@ def test_what_looks_like_a_path_is_never_looked_for_on_the_hub(name: str) -> Non
 
 
 def test_a_hub_name_without_network_says_so() -> None:
-    with pytest.raises(ValueError, match=r"model 'owner/model' at revision 'main': .*the hub cannot be reached"):
+    with pytest.raises(ValueError, match="the hub cannot be reached"):
         resolve_folder("owner/model", "main")
 
 

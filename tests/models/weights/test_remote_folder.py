@@ -81,7 +81,7 @@ def test_a_broken_download_goes_on_where_it_was(store: MemoryFileSystem, monkeyp
         return own(self, path, *arguments, **options)
 
     monkeypatch.setattr(MemoryFileSystem, "open", opening)
-    with pytest.raises(ValueError, match=r"downloading tokenizer\.json failed: ConnectionResetError: the line broke"):
+    with pytest.raises(ValueError, match=r"downloading tokenizer\.json failed: ConnectionResetError"):
         resolve_folder(URL)
     assert sorted(opened) == sorted(FILES)
     opened.clear()
@@ -117,7 +117,7 @@ def test_a_file_that_is_not_what_the_store_says_is_refused(
         return entries
 
     monkeypatch.setattr(MemoryFileSystem, "ls", ls)
-    with pytest.raises(ValueError, match=r"model memory://bucket/a/model: downloading \S+ failed: its md5 differs"):
+    with pytest.raises(ValueError, match=r"downloading \S+ failed: its md5 differs"):
         resolve_folder(URL)
     told["wrong"] = False
     assert found(resolve_folder(URL)) == FILES

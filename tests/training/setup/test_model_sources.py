@@ -71,7 +71,7 @@ def test_the_base_that_an_adapter_names_may_hold_no_password_and_is_written_with
 def test_an_adapter_on_an_adapter_is_refused(store: MemoryFileSystem) -> None:
     store.pipe("/bucket/base/adapter_config.json", b"{}")
     store.mv("/bucket/base/model.safetensors", "/bucket/base/adapter_model.safetensors")
-    with pytest.raises(ValueError, match=r"its base memory://bucket/base is an adapter as well; merge that one"):
+    with pytest.raises(ValueError, match="its base memory://bucket/base is an adapter as well"):
         find_sources(config_of(URL))
 
 

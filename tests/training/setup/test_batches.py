@@ -74,7 +74,7 @@ def padded(task: Task, data: PreparedData, steps: list[np.ndarray], *, rows: int
 def test_batch_of_pairs(run_words: Words) -> None:
     task, data = prepared(load_config(DPOConfig, None, run_words()))
     indices = np.array([3, 17, 5])
-    batch, at_rows, num_tokens, real_slots, num_slots = padded(task, data, [indices], rows=2).make(indices)
+    batch, (_, at_rows, num_tokens, real_slots, num_slots) = padded(task, data, [indices], rows=2).make(indices)
     np.testing.assert_array_equal(at_rows, [0, 1, 2])
     rows = [data[int(index)] for index in indices]
     assert batch.tokens.shape[:3] == (2, 2, 2)
@@ -93,7 +93,7 @@ def test_batch_of_pairs(run_words: Words) -> None:
 
 def test_batch_of_completions(run_words: Words) -> None:
     task, data = prepared(load_config(SFTConfig, None, run_words()))
-    batch, _, num_tokens, *_ = padded(task, data, [np.array([0, 1])], rows=2).make(np.array([0, 1]))
+    batch, (_, _, num_tokens, *_) = padded(task, data, [np.array([0, 1])], rows=2).make(np.array([0, 1]))
     assert batch.tokens.shape[:2] == (1, 2)
     for slot in (0, 1):
         row = data[slot]
@@ -125,7 +125,7 @@ def test_packed_batches_say_where_each_row_stands(run_words: Words) -> None:
     for found, wanted in zip(sizes, expected, strict=True):
         np.testing.assert_array_equal(found, wanted)
     for indices in steps:
-        batch, at, num_tokens, real_slots, num_slots = batches.make(indices)
+        batch, (_, at, num_tokens, real_slots, num_slots) = batches.make(indices)
         assert real_slots == (batch.readers < batch.gather[0, 0].size).any(2).sum()
         assert num_slots == batch.tokens.size
         np.testing.assert_array_equal(batch.pair_row.reshape(-1)[at], indices)

@@ -93,6 +93,7 @@ def plot_losses() -> ModuleType:
     return script("plot_losses")
 
 
+@pytest.mark.ci
 def test_the_script_draws_the_pictures_that_the_guide_shows(plot_losses: ModuleType, tmp_path: Path) -> None:
     shown = re.findall(r"!\[[^\]]+\]\(images/losses/([^)]+)\)", GUIDE)
     drawn = plot_losses.draw_all(tmp_path / "pictures")
@@ -113,6 +114,7 @@ def test_pushes_are_minus_the_derivative_of_the_loss(plot_losses: ModuleType) ->
         np.testing.assert_allclose(found.chosen[smooth][1:-1], slope[smooth][1:-1], atol=2e-2, err_msg=name)
 
 
+@pytest.mark.ci
 def test_the_model_of_three_answers_does_what_the_guide_says(plot_losses: ModuleType) -> None:
     runs = {title: plot_losses.toy_run(**options) for title, options in plot_losses.TOY_PANELS}
     odds = runs["sigmoid"][:, 0] / runs["sigmoid"][:, 1]

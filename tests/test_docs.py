@@ -55,7 +55,7 @@ TOYS = {
     "runs/first/checkpoints/400 exported": "runs/adapters/checkpoints/1 exported",
     "--step 400": "--step 1",
 }
-"""What stands in the docs for something of the reader's own -> the toy that takes its place."""
+"""A placeholder in the docs -> the toy that replaces it."""
 
 A_TOY_LOSS = """
 import jax.numpy as jnp
@@ -276,7 +276,7 @@ def test_python(page: str) -> None:
             printed = io.StringIO()
             with contextlib.redirect_stdout(printed):
                 exec(compile("\n" * item.line + item.text, page, "exec"), names)
-            # What is printed is said behind the call, or in the comments that follow it.
+            # Expected output follows the call as a comment, on the same line or on the next ones.
             assert printed.getvalue().splitlines() == re.findall(
                 r"(?:print\(.*\)  |^    )# (.*)$", item.text, flags=re.M
             )

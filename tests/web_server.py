@@ -1,4 +1,4 @@
-"""A web server on this machine that gives files by parts, as readers of zip files ask for them, perhaps for a key."""
+"""A local web server that serves byte ranges, as readers of zip files request them, with or without a key."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class _Web(http.server.SimpleHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serving_web(folder: Path, queries: Sequence[str] | None = None) -> Iterator[str]:
-    """The address of a server that gives the files of a folder; with `queries`, to addresses that end in one alone."""
+    """Yields the address of a server of a folder's files; with `queries`, only addresses that end in one are served."""
     handler = functools.partial(_Web, directory=str(folder), queries=queries)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever)

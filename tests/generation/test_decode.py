@@ -44,7 +44,7 @@ def test_greedy_equals_the_argmax_of_the_full_forward(loaded: tuple[Transformer,
     expected = greedy_by_full_forward(model, params)
     assert len({tuple(tokens) for tokens in expected}) == 3
     assert generate(params, model, PROMPTS, end_token_ids=[], **options) == expected
-    # The first token that only some rows ever produce: those stop behind it, the others go on.
+    # The first token that only some rows ever produce: those stop after it, the others continue.
     end = next(token for token in expected[0] if not all(token in tokens for tokens in expected))
     stopped = generate(params, model, PROMPTS, end_token_ids=[end, 39], **options)
     for tokens, whole in zip(stopped, expected, strict=True):

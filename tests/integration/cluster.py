@@ -1,4 +1,4 @@
-"""Starts processes on loopback that stand for the hosts of one run, and always ends them."""
+"""Starts processes on loopback that represent the hosts of one run, and always ends them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Cluster:
         return [End(process.returncode, log) for process, log in zip(self.processes, self.logs(), strict=True)]
 
     def logs(self) -> list[str]:
-        """What each has said so far."""
+        """Returns what each has printed so far."""
         return [log.read_text() for log in self._logs]
 
 

@@ -104,7 +104,7 @@ def copy(stopped: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def same_run() -> Callable[[Path, Path], None]:
-    """Asserts that two output_dirs hold the same results, bitwise but for times and the name of output_dir."""
+    """Asserts that two output_dirs hold the same results, bitwise except for times and the name of output_dir."""
 
     def compare(found: Path, expected: Path) -> None:
         assert _metrics(found) == _metrics(expected)

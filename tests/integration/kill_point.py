@@ -1,4 +1,4 @@
-"""Runs `jdpo` and sends itself a real signal at a named point of the code, once a whole checkpoint stands.
+"""Runs `jdpo` and sends itself a real signal at a named point of the code, once there is a whole checkpoint.
 
     python kill_point.py SIGNAL MODULE:QUALNAME before|after NTH -- dpo key=value ...
 

@@ -1,4 +1,4 @@
-"""`kill -9` and a restart leave what an uninterrupted run leaves, bitwise, whatever the moment.
+"""`kill -9` and a restart leave what an uninterrupted run leaves, bitwise, at any moment.
 
 Real processes of the command line and real signals: some sent by the process to itself at an exact point of the
 code (`kill_point.py`), some from outside once a tell-tale file appears. All fall after the first whole checkpoint.

@@ -127,7 +127,7 @@ def test_compiled_step(assembly: Assembly, state: TrainState) -> None:
     assert text.count("sharding_constraint") > 20, text.count("sharding_constraint")
     compiled = lowered.compile()
     hlo = compiled.as_text()
-    # Chosen and rejected of a pair stay on one shard: nothing is dealt out anew.
+    # Chosen and rejected of a pair stay on one shard: nothing is redistributed.
     assert "all-to-all" not in hlo
     assert "all-reduce" in hlo, "gradients are summed over the mesh"
     assert "input_output_alias" in hlo

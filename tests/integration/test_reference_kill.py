@@ -137,7 +137,7 @@ def test_killed_anywhere(words: Callable[[str], list[str]], tmp_path: Path, poin
 
 
 def start_two(words: list[list[str]], *, num_devices: int = 4) -> list[str]:
-    """Runs the command as two processes of one run; gives what each printed."""
+    """Runs the command as two processes of one run; returns what each printed."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]

@@ -69,7 +69,7 @@ def test_no_file_holds_the_query_of_an_address_and_another_query_goes_on(
     assert {"rewards/margins/one", "rewards/margins/two"} <= json.loads(
         (run / "metrics.jsonl").read_text().splitlines()[-1]
     ).keys()
-    # As if it had been stopped before its export; the addresses were signed anew since.
+    # As if it had been stopped before its export, and the addresses had been signed again since.
     state = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps(state | {"finished": False}))
     assert main(words_of(run_words, server, two)) == 0
@@ -78,7 +78,7 @@ def test_no_file_holds_the_query_of_an_address_and_another_query_goes_on(
     assert json.loads((run / "run.json").read_text())["inputs"] == inputs
     assert files_with_secrets(tmp_path) == []
     assert len(list((tmp_path / "home" / "jdpo" / "models").iterdir())) == 1, "one model, whatever it is signed with"
-    # What is refused does not say them either.
+    # Errors do not contain them either.
     assert main(words_of(run_words, server, one, seed=5)) == 2
     assert main(words_of(run_words, server, f"{one}-wrong", output_dir=tmp_path / "wrong")) == 2
     assert main(words_of(run_words, server, one, reference_model="x", loss_type="simpo")) == 2

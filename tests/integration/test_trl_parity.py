@@ -88,7 +88,7 @@ def test_every_metric_of_every_step_is_trls(
 
 
 def test_the_golden_trace_goes_somewhere(golden: dict[str, Any], parity: ModuleType) -> None:
-    """At ln 2 any two trainers agree; the trace must have left it for the comparison to say anything."""
+    """At ln 2 any two trainers agree; the trace must have left it for the comparison to mean anything."""
     assert len(golden["steps"]) == 10
     assert parity.moved(golden["steps"]) >= parity.MIN_MOVE
 

@@ -1,4 +1,4 @@
-"""Two processes on loopback stand for two hosts: one run, one set of files, the same numbers as one process."""
+"""Two processes on loopback represent two hosts: one run, one set of files, the same numbers as one process."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def out(toy_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where two processes wrote, and what each said of each case."""
+    """The folder that two processes wrote to, with what each printed for each case."""
     folder = tmp_path_factory.mktemp("by_two")
     damaged = Path(shutil.copytree(toy_model, folder / "damaged"))
     tensors = load_file(damaged / "model.safetensors")

@@ -1,4 +1,4 @@
-"""What one process of a run meets alone ends all of them, soon, and each says which process it was and why."""
+"""An error of one process ends all processes of the run soon, and each reports which process failed and why."""
 
 from __future__ import annotations
 

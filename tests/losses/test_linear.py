@@ -209,7 +209,7 @@ def test_what_stands_behind_lengths_is_not_there(dtype: str, lengths: np.ndarray
 
 @pytest.mark.parametrize(("lengths", "num_run"), [([0, 0, 0], 0), ([7, 0, 3], 2), ([4, 1, 0], 1), ([5, 13, 0], 4)])
 def test_chunks_behind_the_longest_row_are_not_run(lengths: list[int], num_run: int) -> None:
-    """With a head of NaN, whatever a chunk touches is NaN."""
+    """With a head of NaN, everything that a chunk touches is NaN."""
     hidden, head, targets, cotangent, _ = inputs((3, 13))
     run = weighted(partial(linear_token_logps, lengths=jnp.array(lengths)), chunk_size=4)
     (logps,), (d_hidden, d_head) = jax.jit(run)(hidden, np.full_like(head, np.nan), targets, cotangent)

@@ -1,4 +1,4 @@
-"""The token table's gradient where one token stands in thousands of places."""
+"""The token table's gradient where one token occurs thousands of times."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def test_logits_gradients_and_tensors_equal_those_of_torch(case: Case) -> None:
     np.testing.assert_allclose(np.asarray(logits)[mask], expected[mask], atol=1e-4)
     expected_loss, expected_grads = torch_dpo(case, batch)
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-4)
-    # A bias of keys shifts all scores of a query alike where no rotation follows: its gradient is 0 but for rounding.
+    # A bias of keys shifts all scores of a query alike if no rotation follows: its gradient is 0 except for rounding.
     least = 1e-3 * np.sqrt(sum(np.linalg.norm(values) ** 2 for values in expected_grads.values()))
     compared = 0
     for name, values in hf_arrays(grads, case.model.config):

@@ -1,4 +1,4 @@
-"""The corpus says what it is meant to say, as often as it is meant to."""
+"""The corpus contains the sentences that it should, as often as it should."""
 
 from __future__ import annotations
 

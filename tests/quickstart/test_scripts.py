@@ -1,4 +1,4 @@
-"""scripts/_env.sh: which Python it takes, what it says where there is none, and when it starts over."""
+"""scripts/_env.sh: which Python it chooses, its error if there is none, and when it makes the environment again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is read of a metrics.jsonl, whatever happened to it, and what a run that continues makes of it."""
+"""Reading a metrics.jsonl, damaged or not, and continuing it in a resumed run."""
 
 from __future__ import annotations
 

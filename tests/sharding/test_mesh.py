@@ -1,4 +1,4 @@
-"""Meshes: what fits, and what is said where something does not."""
+"""Meshes: what fits, and the errors for what does not."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ def test_a_finite_loss_names_all_rows_up_to_eight() -> None:
 
 
 def seen(*norms: float, loss: float = 0.7, loss_type: str = "sigmoid", watch: GradientWatch | None = None) -> list[str]:
-    """What is said of logged steps with these gradient norms, and at the end."""
+    """Returns what is logged about steps with these gradient norms, and at the end."""
     settings = loss_settings(loss_type)[0]
     watch = watch or GradientWatch(settings, learning_rate=1e6, compute_dtype="float32")
     warnings = [watch.see(step, {"grad_norm": norm, "loss": loss}, 5) for step, norm in enumerate(norms, start=1)]

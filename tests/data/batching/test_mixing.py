@@ -111,7 +111,7 @@ def test_no_row_comes_again_before_all_others_of_its_set_did(mixture: Mixture, s
         rows = stream_of(mixture, index, orders)
         assert len(rows) == 4 * take
         if mixture.takes == mixture.sizes:
-            continue  # an epoch is a pass then
+            continue  # an epoch is then a single pass
         for start in range(0, len(rows), size):
             of_pass = rows[start : start + size]
             assert len(set(of_pass)) == len(of_pass), "a pass has every row once"

@@ -188,7 +188,7 @@ def run_script(folder: Path, byte_level: Path, num_rows: int) -> subprocess.Pope
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,  # a process group of its own, as a terminal gives
+        start_new_session=True,  # a process group of its own, as in a terminal
         env={**os.environ, "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"},  # such as: no torch here
     )
 

@@ -142,7 +142,7 @@ def test_the_digest_follows_the_content(memory: MemoryFileSystem, tmp_path: Path
 
 
 class Hashing(MemoryFileSystem):
-    """A store that gives MD5 hashes, as Google's does, and counts how often it is read."""
+    """A store that provides MD5 hashes, as Google's does, and counts how often it is read."""
 
     protocol = "hashing"
     opened: ClassVar[list[str]] = []

@@ -126,7 +126,7 @@ def test_blockwise_skips_the_tiles_that_the_mask_kills() -> None:
     _, key, value, cotangent = arrays
     cotangent[0, :32] = 0
     for x in (key, value):
-        x[0, 64:] = np.nan  # behind the last tile with real queries
+        x[0, 64:] = np.nan  # after the last tile with real queries
         x[0, :16] = np.nan  # out of sight of queries from 32 on
     output, d_query, d_key, d_value = run(arrays, lengths, "float32", backend="blockwise", block_q=16, window=16)
     assert np.isnan(output[0, :32]).all()

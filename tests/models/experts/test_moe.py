@@ -130,7 +130,7 @@ def test_meshes_change_nothing(sizes: dict[str, int]) -> None:
 
 
 def on_mesh(module: MoE, mesh: Any, params: Params, x: Any, token_weights: Any) -> Any:
-    """Value and gradients, compiled for a mesh, of arguments that lie there as in training."""
+    """Value and gradients, compiled for a mesh, of arguments that are sharded as in training."""
     boxed = jax.eval_shape(lambda: module.init(jax.random.key(0), x, token_weights))["params"]
     names = jax.tree.map(lambda box: box.names, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
     shardings = (
@@ -238,7 +238,7 @@ def test_grouped_products_and_their_gradients(grouping: Grouping) -> None:
     rng = np.random.default_rng(0)
     sizes = np.array([4, 0, 12, 4], np.int32)
     x, kernel, cotangent = (rng.normal(size=shape) for shape in ((28, 3), (4, 3, 5), (28, 5)))
-    x[20:] = cotangent[20:] = 0  # behind the last group
+    x[20:] = cotangent[20:] = 0  # after the last group
     expert = np.repeat(np.arange(4), sizes)
     out, pull = jax.vjp(lambda *args: grouped_matmul(grouping, *args, sizes), jnp.asarray(x), jnp.asarray(kernel))
     of_x, of_kernel = pull(jnp.asarray(cotangent))

@@ -1,4 +1,4 @@
-"""Adapters beside kernels: which, how they start, what they add; and kernels in int8."""
+"""Adapters of kernels: which kernels, how they are initialized, what they add; and kernels in int8."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_targets_mean_what_they_mean_to_peft(targets: Any, names: list[str]) -> 
     ],
 )
 def test_targets_that_cannot_be_are_refused(targets: Any, message: str) -> None:
-    # Layers 0 and 2 are of one kind, but 2 stands alone: with a third repeat they would be one array.
+    # Layers 0 and 2 are of one kind, but 2 is on its own: with a third repeat they would be one array.
     model = Transformer(small_llama(num_layers=4, windows=(None, 5, None, 5)))
     with pytest.raises(ValueError, match=re.compile(message, re.DOTALL)):
         choose_sites(find_sites(model), targets)
@@ -191,7 +191,7 @@ def test_int8_is_off_by_half_a_unit_at_most(base: Base) -> None:
 def test_quantizing_a_stack_makes_no_second_copy_of_it(base: Base) -> None:
     site = next(site for site in SITES if last_name(site) == "down_proj" and site.lead)
     kernel = get_at(base.params, (*site.path, KERNEL))
-    large = jax.ShapeDtypeStruct((8, *kernel.shape[1:]), jnp.float32)  # as it is read, whatever is computed in
+    large = jax.ShapeDtypeStruct((8, *kernel.shape[1:]), jnp.float32)  # as it is read, for any compute dtype
     sizes = jax.jit(quantize, static_argnums=1).lower(large, site).compile().memory_analysis()
     num_bytes = 4 * large.size
     assert sizes.argument_size_in_bytes == num_bytes

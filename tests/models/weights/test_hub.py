@@ -76,7 +76,7 @@ def test_a_cached_snapshot_is_used_without_network(tmp_path: Path) -> None:
 
 @contextlib.contextmanager
 def serving(files: list[str]) -> Iterator[str]:
-    """A hub of one repository; every file says its own name."""
+    """A hub with one repository; every file contains its own name."""
 
     numbered = list(enumerate(files))
 

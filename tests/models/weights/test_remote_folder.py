@@ -1,4 +1,4 @@
-"""Model folders on stores: fsspec's memory file system stands for them."""
+"""Model folders on stores: fsspec's memory file system represents them."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ def test_executed_flops_by_hand() -> None:
     def executed(remat: str, **options: Any) -> float:
         return step_flops(CONFIG, batch, Arithmetic("xla", remat, **options)).executed
 
-    again = 2 * (N - 2 * 128) * 64  # but for the last matrix of each layer
+    again = 2 * (N - 2 * 128) * 64  # except for the last matrix of each layer
     assert executed("none") == least
     assert executed("dots") == least + 2 * WIDTH * seen  # the scores
     assert executed("attention") == least + 2 * WIDTH * seen + again

@@ -143,7 +143,7 @@ def computed(tmp_path_factory: pytest.TempPathFactory, toy_model: Path) -> tuple
 
 @pytest.fixture
 def built(computed: tuple[Place, Reference, list[str]], shards_of_eight: None, tmp_path: Path) -> Iterator[Place]:
-    """A copy of that cache for one test, beside the same rows."""
+    """A copy of that cache for one test, next to the same rows."""
     place, before = computed[0], computed[0].files()
     copy = Place(place.folder, place.model)
     shutil.copytree(place.folder / "cache", tmp_path / "cache")

@@ -1,4 +1,4 @@
-"""What `lora` becomes before anything is trained: said, or refused by name."""
+"""How the `lora` settings are resolved before training starts, and which are refused."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ URL = "memory://bucket/adapter"
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MemoryFileSystem]:
-    """An adapter on a store, its base beside it, and an empty cache here."""
+    """An adapter on a store, its base next to it, and an empty local cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     system = MemoryFileSystem()
     system.store.clear()

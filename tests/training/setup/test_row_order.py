@@ -1,4 +1,4 @@
-"""The rows of a run: mixed, held out, grouped; and the metrics that each data set has for itself."""
+"""The rows of a run: mixed, held out, grouped; and the metrics of each dataset."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_the_counter_of_rows_says_how_fast_and_how_long(monkeypatch: pytest.Monk
     ]
 
 
-# --- metrics of each data set
+# --- metrics of each dataset
 
 
 @pytest.mark.parametrize("cls", [DPOConfig, SFTConfig])

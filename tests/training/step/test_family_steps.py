@@ -30,7 +30,7 @@ from tests.training.step.test_packed_logps import MOST, assert_equal_steps, on_m
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "logits"
 SHORT = ("gemma2", "gpt2", "gpt_neox", "smollm3")
-"""In the default suite: caps and norms behind, learned positions and biases, parallel branches, layers without rope."""
+"""In the default suite: soft caps and post-norms, learned positions, parallel branches, layers without rope."""
 FAMILIES = [
     pytest.param(name, marks=() if name in SHORT else pytest.mark.full)
     for name in sorted(path.name for path in GOLDEN.iterdir() if read_model_config(path).moe is None)

@@ -1,4 +1,4 @@
-"""One step of adapters beside a frozen base: over meshes, in int8, and what it takes and leaves of the base."""
+"""One training step of adapters on a frozen base: over meshes, with an int8 base, and the memory that it takes."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def assert_same_step(found: Any, expected: Any, before: Any) -> None:
     (state, report), (wanted, wanted_report) = found, expected
     assert report.loss == pytest.approx(wanted_report.loss, rel=1e-5)
     assert report.grad_norm == pytest.approx(wanted_report.grad_norm, rel=1e-4)
-    # Of the first moments, which are gradients: Adam's first step is their sign, whatever their size.
+    # The first moments are the gradients; Adam's first step depends on their sign alone.
     moments = zip(*(jax.tree.leaves(each.opt_state[0].mu) for each in (state, wanted)), strict=True)
     for ours, theirs in moments:
         np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())

@@ -1,4 +1,4 @@
-"""One step of adapters as a config makes it: whatever layout, the optimizer's place and dtype, reference and mesh."""
+"""One training step of adapters, built from a config: layouts, optimizer memory and dtype, references, meshes."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Step(NamedTuple):
       loss, grad_norm: of its report.
       rows: its per-row values, in the order of the step's rows.
       mu: the optimizer's first moments, a tenth of the gradients.
-      state: behind it, where it lies.
+      state: the state after it, still on the devices.
     """
 
     loss: float
@@ -138,7 +138,7 @@ def test_supervised_steps_are_the_same_too(setup_of: Setups) -> None:
 
 
 def test_a_reference_of_another_folder_is_that_model(setup_of: Setups, toy_model: Path, tmp_path: Path) -> None:
-    """Live and cached, and in floats where the base beside it is int8."""
+    """Live and cached, and in floating point although the policy's base is int8."""
     other = Path(shutil.copytree(toy_model, tmp_path / "other"))
     rng = np.random.default_rng(0)
     tensors = {

@@ -232,7 +232,7 @@ def test_bfloat16_gradients_are_clipped_by_their_norm_in_float32() -> None:
 
 
 def test_a_second_moment_in_bfloat16_follows_the_float32_one() -> None:
-    """Gradients of 1, then of 0.5: the mean square goes from 1 to 0.25, by less than 0.1 % a step."""
+    """Gradients of 1, then of 0.5: the mean square goes from 1 to 0.25, by less than 0.1 % per step."""
     optimizer = make_optimizer(config(max_grad_norm=None, optimizer="adamw_bf16"), 1000)
     params = {"kernel": jnp.ones(2048, jnp.bfloat16)}
     state = optimizer.init(params)

@@ -1,4 +1,4 @@
-"""Packed equals padded: the same losses, metrics and gradients, whatever lies beside whatever."""
+"""Packed equals padded: the same losses, metrics and gradients, however pairs are packed."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def assert_equal_steps(one: Any, other: Any, at: np.ndarray, num_real: int, tole
 
 
 def places_of(batch: Any) -> np.ndarray:
-    """Where each data row stands among the flattened items."""
+    """Returns the index of each data row among the flattened items."""
     real = np.flatnonzero(batch.pair_weight.reshape(-1))
     return real[np.argsort(batch.pair_row.reshape(-1)[real])]
 

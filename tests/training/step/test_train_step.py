@@ -65,7 +65,7 @@ def make_params(seed: int) -> Params:
 
 
 def pairs(num_micro: int, rows_per_micro: int) -> PreferenceBatch:
-    """Ten random pairs and padding pairs behind them; padding holds tokens and completions that must not count."""
+    """Ten random pairs followed by padding pairs, whose tokens and completions must not count."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, VOCAB, (NUM_REAL, 2, LENGTH))
     starts, stops = rng.integers(1, 4, NUM_REAL), rng.integers(5, LENGTH + 1, (NUM_REAL, 2))
@@ -160,7 +160,7 @@ SETTINGS = [
 ]
 
 
-CUTS = [3, 12]  # of 12 slots, beside 1: few, since each compiles
+CUTS = [3, 12]  # of 12 slots, in addition to 1; few, because each is a program to compile
 
 
 # A cut could change losses of the whole batch; of the losses of single pairs the default suite has two.

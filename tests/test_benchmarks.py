@@ -246,7 +246,7 @@ def with_other(*changed: Result) -> list[Result]:
     return list((keyed(*EVERYTHING) | keyed(*changed)).values())
 
 
-def test_report_says_ratios_over_the_measured_steps() -> None:
+def test_the_report_gives_ratios_over_the_measured_steps() -> None:
     ours = result("jdpo", [[9.0, 1.0, 2.0], [9.0, 3.0, 2.0]], gib=1)
     theirs = result("trl", [[1.0, 10.0, 9.0], [1.0, 10.0, 11.0]], gib=2)
     text, passed = rendered(*with_other(ours, theirs))
@@ -420,7 +420,7 @@ def test_speed_runs_the_whole_way_at_toy_size(tmp_path: Path) -> None:
 
 @pytest.mark.full
 @pytest.mark.torch
-def test_speed_runs_beside_trl_at_toy_size(tmp_path: Path) -> None:
+def test_speed_runs_next_to_trl_at_toy_size(tmp_path: Path) -> None:
     command = ["--tiny", "--trainers", "jdpo", "trl", "--cases", "hh", "--rounds", "1", "--steps", "1", "--filler", "1"]
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / "speed.py"), *command, "--report", str(tmp_path / "report.md")],

@@ -329,7 +329,7 @@ def test_steps_to_profile_are_no_number_of_base_60(tmp_path: Path) -> None:
     assert (config.profile_steps, config.max_steps) == ("10:13", 20)
 
 
-def test_a_data_set_is_the_rows_it_gives_not_what_it_is_called() -> None:
+def test_a_dataset_is_identified_by_its_rows_not_by_its_name() -> None:
     saved = {**to_dict(dpo()), "datasets": [{"path": "rows.jsonl", "split": "train", "name": None, "revision": None}]}
     assert differences(saved, dpo()) == []
     assert differences(saved, dpo("datasets=[{path: rows.jsonl, label: mine}]", "dataset_num_proc=3")) == []

@@ -207,7 +207,7 @@ def test_rows_held_out_by_their_prompt_never_leak(inspect: Callable[..., Any]) -
     assert "dropped" not in severities(document)  # what is held out is not lost
 
 
-def test_each_data_set_has_its_own_counts(inspect: Callable[..., Any], tmp_path: Path) -> None:
+def test_each_dataset_has_its_own_counts(inspect: Callable[..., Any], tmp_path: Path) -> None:
     first = written(tmp_path / "chats.jsonl", [*clean_rows(3), turns("x", "same", "same")])
     plain = [{"prompt": f"river {index} ", "chosen": "yes", "rejected": "no\u200b"} for index in range(2)]
     second = written(tmp_path / "plain.jsonl", plain)
@@ -232,7 +232,7 @@ def test_a_row_that_is_too_long_and_a_cut_answer_are_told(inspect: Callable[...,
 
 
 @pytest.mark.parametrize(("longer", "severity"), [(True, "warning"), (False, "warning")])
-def test_a_length_bias_is_said_with_its_size(inspect: Callable[..., Any], longer: bool, severity: str) -> None:
+def test_a_length_bias_is_reported_with_its_size(inspect: Callable[..., Any], longer: bool, severity: str) -> None:
     sides = ("stone light river", "road") if longer else ("road", "stone light river")
     document = inspect([turns(f"river {index}", *sides) for index in range(20)])
     (finding,) = [one for one in document["findings"] if one["name"] == "length_bias"]
@@ -353,7 +353,7 @@ def test_tokens_are_told_apart_by_colour_where_there_is_any(inspect: Callable[..
     assert "\x1b[" not in printed(document, force_terminal=True, no_color=True, color_system=None)
 
 
-def test_ids_stand_behind_tokens_on_request(inspect: Callable[..., Any]) -> None:
+def test_ids_follow_tokens_on_request(inspect: Callable[..., Any]) -> None:
     document = inspect(clean_rows(4), num_rows=1)
     out = io.StringIO()
     print_document(document, Console(file=out, width=100), with_ids=True)

@@ -108,7 +108,7 @@ def test_weights_and_moments_are_split_on_the_devices(assembly: Assembly, state:
     assert held < 0.2 * total, "a device holds little more than an eighth"
 
 
-def test_what_stays_whole_is_said(assembly: Assembly) -> None:
+def test_replicated_weights_are_logged(assembly: Assembly) -> None:
     description = describe(assembly.setup)
     assert "kept whole on each device, as the mesh does not divide them" in description
     assert "['stack']['layer_0']['attention']['key']['kernel']: kv_heads=1 over tensor=2" in description

@@ -312,7 +312,7 @@ def test_damaged_run_files_are_named(name: str, cut_words: Words, copy: Path, ca
     assert "bring it back, or choose another output_dir" in errors
 
 
-def test_weights_that_are_no_numbers_are_never_saved(cut_words: Words, tmp_path: Path, capsys: Capture) -> None:
+def test_weights_that_are_not_finite_are_never_saved(cut_words: Words, tmp_path: Path, capsys: Capture) -> None:
     run = tmp_path / "run"
     # The update itself overflows: loss and gradient are fine until then.
     absurd = {"learning_rate": 1e30, "optimizer.weight_decay": 1e20, "lr_scheduler_type": "constant"}

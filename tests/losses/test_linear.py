@@ -183,7 +183,7 @@ def past_end(lengths: np.ndarray, positions: int) -> np.ndarray:
         pytest.param(np.array([13, 13, 13]), "float64", marks=pytest.mark.full),
     ],
 )
-def test_what_stands_behind_lengths_is_not_there(dtype: str, lengths: np.ndarray) -> None:
+def test_tokens_after_the_lengths_are_ignored(dtype: str, lengths: np.ndarray) -> None:
     options = {"chunk_size": 4, "return_log_sum_sq": True, **SOFT}
     hidden, head, targets, *cotangents = inputs((3, 13), seed=5)
     gone = past_end(lengths, 13)
@@ -208,7 +208,7 @@ def test_what_stands_behind_lengths_is_not_there(dtype: str, lengths: np.ndarray
 
 
 @pytest.mark.parametrize(("lengths", "num_run"), [([0, 0, 0], 0), ([7, 0, 3], 2), ([4, 1, 0], 1), ([5, 13, 0], 4)])
-def test_chunks_behind_the_longest_row_are_not_run(lengths: list[int], num_run: int) -> None:
+def test_chunks_after_the_longest_row_are_not_run(lengths: list[int], num_run: int) -> None:
     """With a head of NaN, everything that a chunk touches is NaN."""
     hidden, head, targets, cotangent, _ = inputs((3, 13))
     run = weighted(partial(linear_token_logps, lengths=jnp.array(lengths)), chunk_size=4)

@@ -292,7 +292,7 @@ def test_the_running_delta_is_read_before_and_updated_after_the_step() -> None:
         dpo_loss(params(0), params(1), batch(), apply_fn=apply_fn, loss_state=state)
 
 
-def test_a_list_gives_each_loss_beside_the_sum() -> None:
+def test_a_list_gives_each_loss_and_the_sum() -> None:
     _, metrics = dpo_loss(
         params(0), params(1), batch(), apply_fn=apply_fn, loss_type=["hinge", "nca_pair"], rpo_alpha=0.3
     )

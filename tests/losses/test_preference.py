@@ -66,7 +66,7 @@ def test_worked_examples_of_the_docstrings(name: str) -> None:
     assert result_of.losses[0] == pytest.approx(float(result), rel=1e-6, abs=5e-7)
 
 
-def test_worked_example_of_aot_stands_at_the_pair_that_has_the_quantile() -> None:
+def test_worked_example_of_aot_is_at_the_pair_that_has_the_quantile() -> None:
     chosen, reference = jnp.array([5.0, 1.0]), jnp.array([0.0, 2.0])
     losses = preference_loss(chosen, jnp.zeros(2), reference, jnp.zeros(2), loss_type="aot").losses
     np.testing.assert_allclose(losses, [0.554355, 0.644397], rtol=1e-5)

@@ -56,7 +56,7 @@ def test_frequencies_compare_corpus_and_model(gentle: dict[str, Any]) -> None:
     assert gentle["frequencies"]["largest_gap"] == pytest.approx(0, abs=1e-9)
 
 
-def test_a_model_far_from_the_corpus_is_said_to_be(gentle: dict[str, Any]) -> None:
+def test_a_model_far_from_the_corpus_is_reported(gentle: dict[str, Any]) -> None:
     assert "not been trained long enough" not in words(gentle)
     far = measured(0, (0.4, 0.4, 0.1), (0.3, 0.6, 0.1))
     results = all_results(SETTINGS, {PRETRAIN: [far], STANDARD: [far], DPO: [far]})

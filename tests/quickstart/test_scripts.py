@@ -39,14 +39,14 @@ def test_named_python_of_a_wrong_version_is_refused(tmp_path: Path) -> None:
     assert "is Python 3.9.0; Python 3.11, 3.12 or 3.13 is needed" in done.stderr
 
 
-def test_no_suitable_python_is_said_with_what_was_found(tmp_path: Path) -> None:
+def test_an_error_names_the_unsuitable_python_that_was_found(tmp_path: Path) -> None:
     fake_python(tmp_path / "bin", "python3", "3.14")
     done = bash("find_python", tmp_path, PATH=str(tmp_path / "bin"))
     assert done.returncode == 1
     assert "3.11, 3.12 or 3.13 is needed, and Python 3.14.0 was found" in done.stderr
 
 
-def test_a_suitable_python_is_found_behind_an_unsuitable_one(tmp_path: Path) -> None:
+def test_a_suitable_python_is_found_after_an_unsuitable_one(tmp_path: Path) -> None:
     fake_python(tmp_path / "bin", "python3", "3.14")
     fake_python(tmp_path / "bin", "python3.13", "3.13")
     done = bash('find_python; echo "$PYTHON"', tmp_path, PATH=str(tmp_path / "bin"))

@@ -123,7 +123,7 @@ def test_what_is_not_a_file_is_moved(what: str, path: Path) -> None:
     assert what != "folder" or (kept / "inner").read_text() == "mine"
 
 
-def test_a_missing_file_is_said_where_there_should_be_one(tmp_path: Path) -> None:
+def test_a_missing_file_is_reported_where_there_should_be_one(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     assert read_metrics(path) == []
     assert cut_metrics(path, 0) is None

@@ -132,7 +132,7 @@ def test_a_small_gradient_or_few_zeros_are_no_dead_run(norms: tuple[float, ...])
     assert seen(*norms) == []
 
 
-def test_a_short_run_without_any_gradient_is_said_at_its_end() -> None:
+def test_a_short_run_without_any_gradient_is_reported_at_its_end() -> None:
     assert len(seen(0.0)) == 1
     assert len(seen(0.0, 0.0)) == 1
 

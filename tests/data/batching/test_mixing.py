@@ -82,7 +82,7 @@ def test_num_examples_and_num_rows_say_how_many() -> None:
     assert mixture_of([dataset("a", weight=1), dataset("b", weight=3)], [30, 30], num_examples=None).takes == (10, 30)
 
 
-def test_a_data_set_without_a_row_in_an_epoch_is_refused() -> None:
+def test_a_dataset_without_a_row_in_an_epoch_is_refused() -> None:
     two = [dataset("a", weight=1e6), dataset("b", weight=1)]
     with pytest.raises(ValueError, match="the dataset b gets none of the 100 rows of an epoch"):
         mixture_of(two, [1000, 1000], num_examples=100)

@@ -145,7 +145,7 @@ def on_mesh(module: MoE, mesh: Any, params: Params, x: Any, token_weights: Any) 
 @pytest.mark.parametrize(
     "sizes", [None, pytest.param({"data": 1, "fsdp": 2, "expert": 2, "tensor": 2}, marks=pytest.mark.full)], ids=str
 )
-def test_units_and_adapters_beside_the_kernels_are_those_of_merged_kernels(sizes: dict[str, int] | None) -> None:
+def test_scales_and_adapters_of_kernels_are_those_of_merged_kernels(sizes: dict[str, int] | None) -> None:
     rng, (x, token_weights) = np.random.default_rng(7), make_inputs()
     params, merged = make_params(), make_params()
     scales: Params = {"experts": {}}

@@ -97,7 +97,7 @@ def test_experts_are_adapted_whole_or_not_at_all_and_routers_never() -> None:
     assert num_active_params(lora, experts_per_token=2) == num_adapter_params(lora) // 2
 
 
-def test_dense_maps_beside_experts_are_adapted_only_where_the_merged_model_is_exported() -> None:
+def test_dense_maps_next_to_experts_are_adapted_only_if_the_merged_model_is_exported() -> None:
     config = small_llama(family="qwen3_moe", num_layers=3)
     experts = MoEConfig(num_experts=4, experts_per_token=2, aux_loss_coef=0.0, d_ff=112, normalize=True)
     kinds = tuple(
@@ -132,7 +132,7 @@ def test_a_single_head_is_told_from_inputs_and_outputs() -> None:
     assert all(site.fan_in_first for site in sites)
 
 
-def test_fresh_adapters_change_nothing_and_lie_as_the_params_do(base: Base) -> None:
+def test_fresh_adapters_change_nothing_and_are_sharded_as_the_params(base: Base) -> None:
     lora = lora_on("all-linear")
     adapters = init_adapters(lora, jax.random.key(1), jnp.float32)
     described = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), abstract_adapters(lora, jnp.float32))

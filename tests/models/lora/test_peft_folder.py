@@ -182,13 +182,13 @@ def test_target_names_tell_modules_of_one_name_apart() -> None:
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
-def test_a_model_with_an_adapters_config_beside_it_is_a_model(write: Write, name: str) -> None:
+def test_a_model_with_an_adapters_config_next_to_it_is_a_model(write: Write, name: str) -> None:
     folder = write()
     (folder / name).write_bytes(b"{}")
     assert not is_adapter_folder(folder)
 
 
-def test_an_adapter_that_is_no_numbers_is_not_exported(adapters: Any, tmp_path: Path) -> None:
+def test_an_adapter_that_is_not_finite_is_not_exported(adapters: Any, tmp_path: Path) -> None:
     adapters = jax.tree.map(np.array, adapters)
     adapters["stack"]["layer_0"]["mlp"]["down"]["b"][0, 0, 0] = np.inf
     with pytest.raises(ValueError, match=r"down_proj\.lora_B\.weight holds NaN or Inf"):

@@ -156,7 +156,7 @@ def test_a_pipe_among_further_chat_templates_is_refused(tmp_path: Path) -> None:
         resolve_folder(str(tmp_path))
 
 
-def test_a_device_behind_a_link_is_refused_and_a_link_to_a_file_is_followed(tmp_path: Path) -> None:
+def test_a_link_to_a_device_is_refused_and_a_link_to_a_file_is_followed(tmp_path: Path) -> None:
     (tmp_path / "blob").write_bytes(b"")
     (tmp_path / "model.safetensors").symlink_to("blob")
     assert resolve_folder(str(tmp_path)) == tmp_path

@@ -25,7 +25,7 @@ ALL = np.ones(40, bool)
 
 
 @pytest.mark.parametrize("case", ["llama", "qwen3", "gpt2"])
-def test_old_rows_stay_and_new_rows_lie_near_the_mean(case: str) -> None:
+def test_old_rows_stay_and_new_rows_are_near_the_mean(case: str) -> None:
     model = Transformer(read_model_config(GOLDEN / case))
     params = load_params(GOLDEN / case, model)
     ids = np.array([7, 40, 41, 42])

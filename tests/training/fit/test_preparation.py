@@ -95,7 +95,7 @@ def test_the_shape_that_takes_most_memory_is_among_those_that_are_measured(run_w
     assert _bytes(prepared, demanding) == _bytes(prepared)
 
 
-def test_a_row_longer_than_the_budget_is_said(run_words: Words, tmp_path: Path) -> None:
+def test_a_row_longer_than_the_budget_is_logged(run_words: Words, tmp_path: Path) -> None:
     rows = write_jsonl(tmp_path / "long.jsonl", chat_pairs(8, words=(15, 18)))
     _, prepared, lines = prepare(run_words(remat="full", max_tokens_per_device=64, datasets=rows))
     longest = prepared.batches.tokens_per_device
@@ -104,7 +104,7 @@ def test_a_row_longer_than_the_budget_is_said(run_words: Words, tmp_path: Path) 
     assert any(line.startswith(note) for line in lines), lines
 
 
-def test_what_cannot_fit_is_said(run_words: Words) -> None:
+def test_what_cannot_fit_is_logged(run_words: Words) -> None:
     _, prepared, lines = prepare(run_words(remat="auto"), limit=1000)
     assert prepared.fit.remat == "full"
     assert any("this may not fit: use more devices" in line for line in lines)

@@ -255,7 +255,7 @@ def test_a_stop_keeps_whole_shards(place: Place, shards_of_eight: None) -> None:
     assert {name: place.files()[name] for name in kept} == kept
 
 
-def test_a_log_prob_that_is_no_number_names_its_row(place: Place, toy_model: Path, tmp_path: Path) -> None:
+def test_a_log_prob_that_is_not_finite_names_its_row(place: Place, toy_model: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(toy_model, broken)
     weights = load_file(broken / "model.safetensors")

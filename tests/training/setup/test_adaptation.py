@@ -54,7 +54,7 @@ def test_the_group_is_read_as_it_is_written() -> None:
     assert config_of("lora.target_modules=.*mlp.*").lora == LoraConfig(target_modules=".*mlp.*")
 
 
-def test_true_turns_the_group_on_and_keeps_what_is_said_of_it(tmp_path: Path) -> None:
+def test_true_turns_the_group_on_and_keeps_its_settings(tmp_path: Path) -> None:
     def read(text: str, *words: str) -> Any:
         (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
         return load_config(DPOConfig, tmp_path / "run.yaml", [*REQUIRED, *words]).lora
@@ -103,7 +103,7 @@ def test_what_is_exported_may_change_when_a_run_goes_on() -> None:
     assert changed_keys(to_dict(config_of()), config_of(), EXPORT_KEYS) == []
 
 
-def test_defaults_are_said(build_with: Callable[..., Setup]) -> None:
+def test_defaults_are_logged(build_with: Callable[..., Setup]) -> None:
     adaptation = build_with(lora="true").adaptation
     assert adaptation is not None
     assert (adaptation.lora.r, adaptation.lora.scale, adaptation.targets) == (16, 2.0, LORA_DEFAULTS["target_modules"])
@@ -195,7 +195,7 @@ def test_a_reference_is_no_adapter_but_the_one_that_training_starts_from(
         build_with(**overrides, reference_model=adapter)
 
 
-def test_an_adapter_is_known_by_content_wherever_it_lies(
+def test_an_adapter_is_recognized_by_its_content(
     build_with: Callable[..., Setup], adapter: Path, tmp_path: Path
 ) -> None:
     before = build_with(**{"lora.adapter": adapter}).inputs()

@@ -117,7 +117,7 @@ def test_the_step_decides_the_padded_length_and_few_lengths_occur(run_words: Wor
     assert lengths <= {32, 48, 64}
 
 
-def test_packed_batches_say_where_each_row_stands(run_words: Words) -> None:
+def test_packed_batches_record_where_each_row_is(run_words: Words) -> None:
     task, data = prepared(load_config(DPOConfig, None, run_words()))
     steps = [np.array([9, 3, 17, 5]), np.array([1, 2])]
     batches = PackedBatches(task, data, steps, num_shards=2, max_tokens_per_device=128)

@@ -75,7 +75,7 @@ def test_an_adapter_on_an_adapter_is_refused(store: MemoryFileSystem) -> None:
         find_sources(config_of(URL))
 
 
-def test_a_model_with_the_config_of_an_adapter_beside_it_is_a_model(store: MemoryFileSystem) -> None:
+def test_a_model_with_the_config_of_an_adapter_next_to_it_is_a_model(store: MemoryFileSystem) -> None:
     store.pipe("/bucket/adapter/model.safetensors", b"weights")
     sources = find_sources(config_of(URL), weights=False)
     assert (sources.name, sources.adapter_folder) == (URL, None)

@@ -38,7 +38,7 @@ def set_up(words: list[str], cls: type[DPOConfig | SFTConfig] = DPOConfig) -> tu
         return build(config, lines.append), lines
 
 
-def test_an_epoch_is_said_and_planned_as_the_weights_say(run_words: Words, two_sets: tuple[Path, Path]) -> None:
+def test_an_epoch_is_planned_and_logged_by_the_weights(run_words: Words, two_sets: tuple[Path, Path]) -> None:
     first, second = two_sets
     datasets = f"[{{path: {first}, weight: 2}}, {{path: {second}, weight: 1, label: own}}]"
     setup, lines = set_up(run_words(datasets=datasets, num_train_epochs=2))
@@ -49,7 +49,7 @@ def test_an_epoch_is_said_and_planned_as_the_weights_say(run_words: Words, two_s
     assert setup.inputs()["how many rows each dataset has"] == "12 5"
 
 
-def test_one_data_set_is_an_epoch_that_needs_no_words(run_words: Words) -> None:
+def test_an_epoch_of_one_dataset_is_not_logged(run_words: Words) -> None:
     setup, lines = set_up(run_words())
     assert not any("an epoch is" in line for line in lines)
     assert "how many rows each dataset has" not in setup.inputs()
@@ -125,7 +125,7 @@ def metrics_of(words: list[str], cls: type[DPOConfig | SFTConfig]) -> list[dict[
 
 
 @pytest.mark.parametrize("cls", [DPOConfig, pytest.param(SFTConfig, marks=pytest.mark.full)])
-def test_each_data_set_has_metrics_of_its_own_whatever_the_batches(
+def test_each_dataset_has_its_own_metrics_for_any_batches(
     run_words: Words, two_sets: tuple[Path, Path], tmp_path: Path, cls: type[DPOConfig | SFTConfig]
 ) -> None:
     datasets = f"[{two_sets[0]}, {two_sets[1]}]"

@@ -167,7 +167,7 @@ def test_the_adapter_that_training_starts_from_is_a_tie(base: Base, adapters: An
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(prepared.frozen.reference), snapshot)
 
 
-def test_int8_makes_the_step_of_the_numbers_that_it_stands_for(base: Base, adapters: Any, batch: PackedBatch) -> None:
+def test_int8_makes_the_step_of_the_dequantized_numbers(base: Base, adapters: Any, batch: PackedBatch) -> None:
     quantized = in_int8(base)
     sizes = [sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for tree in (base, quantized)]
     assert sizes[1] < 0.4 * sizes[0], "kernels take a quarter; embedding and head stay"

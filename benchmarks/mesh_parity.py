@@ -1,4 +1,4 @@
-"""The same ten training steps on every mesh and micro-batch size: how far do the loss traces differ?
+"""Runs ten equal training steps on every mesh and micro-batch size, and compares their loss traces.
 
     python benchmarks/mesh_parity.py [--out DIR]
 

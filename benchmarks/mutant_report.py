@@ -15,7 +15,7 @@ VERDICTS = ("killed", "timed out", "survived", "equivalent", "not run")
 
 
 class Outcome(NamedTuple):
-    """How a mutant fared.
+    """The result of a mutant.
 
     Attributes:
       job: the mutant and its tests.

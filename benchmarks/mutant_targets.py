@@ -1,4 +1,4 @@
-"""Where `mutants.py` plants faults, the tests that should find them, and the faults that no test can find."""
+"""Functions in which `mutants.py` plants faults, tests that should find them, and faults that no test can find."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ class Job(NamedTuple):
 
     @property
     def tests(self) -> tuple[str, ...]:
-        """What pytest is given: the doctests of the module come first, as they are fast."""
+        """Returns the arguments of pytest; the module's doctests come first, as they are fast."""
         return (self.target.module, *self.target.tests)
 
     @property

@@ -255,7 +255,7 @@ def _find(tree: ast.Module, name: str) -> ast.AST:
 
 
 def _with_function(source: str, function: Any, text: str) -> str:
-    """The source of a module with a text in the place of a function."""
+    """Returns the source of a module with a function replaced by a text."""
     lines = source.splitlines()
     first = min(node.lineno for node in (function, *function.decorator_list))
     indented = textwrap.indent(text, " " * function.col_offset)

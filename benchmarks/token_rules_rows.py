@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 Message = dict[str, Any]
 
-WORD = re.compile(r"(?:ask|sys|res|say|mul|arg|use|not)\d{5}")
+WORD = re.compile(r"(?:ask|sys|res|say|mul|arg|use|not)\d{5}")  # plain: as it is
 """A word of a generated row."""
 
 SHAPES = (
@@ -68,7 +68,7 @@ def _conversation(rng: random.Random, number: int) -> Conversation:
     if tools and end < 0.3:
         prompt += [_call(tools, rng, word), {"role": "tool", "content": f"{{{word('res')}}}"}]
     elif end > 0.85:
-        prompt += [{"role": "assistant", "content": f"{word('say')} begins"}]
+        prompt += [{"role": "assistant", "content": f"{word('say')} begins"}]  # plain: as it is
     answers = [_call(tools, rng, word) if tools and rng.random() < 0.35 else _answer(rng, word) for _ in range(2)]
     return Conversation(prompt, (answers[0], answers[1]), tools, f"generated:{number}")
 
@@ -78,7 +78,7 @@ def _question(rng: random.Random, word: Callable[[str], str]) -> Message:
 
 
 def _answer(rng: random.Random, word: Callable[[str], str]) -> Message:
-    content = rng.choice(SHAPES).format(word("say"), word("say"))
+    content = rng.choice(SHAPES).format(word("say"), word("say"))  # plain: as it is
     thought = rng.random()
     if thought < 0.2:
         return {"role": "assistant", "content": f"<think>\n{word('mul')}\n</think>\n\n{content}"}

@@ -121,7 +121,7 @@ def make_checkpoint(folder: Path, gib: float) -> int:
     rng, weight_map = np.random.default_rng(0), {}
     for number, tensors in enumerate(files, start=1):
         name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        # Without the upper bit of the exponent no number is 2 or larger, and all are finite.
+        # Without the upper bit of the exponent every number is finite and below 2.
         values = {key: rng.integers(0, 2**16, shape, np.uint16) & 0xBFFF for key, shape in tensors.items()}
         save_file({key: bits.view(ml_dtypes.bfloat16) for key, bits in values.items()}, folder / name)
         weight_map |= dict.fromkeys(tensors, name)

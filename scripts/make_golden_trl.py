@@ -49,7 +49,7 @@ PEOPLE = ("Mara", "the keeper", "my uncle", "Jürgen", "a stranger", "the twins"
 OPENINGS = ("Please tell me:", "I wonder:", "Quick question,", "Hello!", "One more thing.", "Hm...")
 SYSTEMS = ("You answer briefly.", "You are a patient guide who never guesses.", "Speak plainly; no lists.")
 VAGUE = (
-    "I cannot say. ",
+    "I cannot say. ",  # plain: as it is
     "It depends, really. ",
     "Who knows? 🤷 ",
     "No idea!\n",

@@ -272,7 +272,7 @@ _SYMBOL = re.compile(r'(?<!custom_call )@("(?:[^"\\]|\\.)*"|[\w$.-]+)')
 def normalised(text: str) -> str:
     """Returns a StableHLO module without its names: symbols become @0, @1, ... in order of appearance.
 
-    Targets of custom calls, such as @Sharding, say what is computed and stay.
+    Targets of custom calls, such as @Sharding, are part of the computation and stay.
 
     >>> normalised('module @jit_step { func.func public @main() -> (f32 {jax.result_info = "loss"})')
     'module @0 { func.func public @1() -> (f32)'

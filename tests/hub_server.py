@@ -17,7 +17,7 @@ TOKEN = "hf_secretsecretsecret"
 
 @dataclass
 class Repository:
-    """What was pushed."""
+    """A repository and the commits pushed to it."""
 
     private: bool
     files: dict[str, bytes] = field(default_factory=dict)
@@ -39,8 +39,8 @@ class Hub:
     blobs: dict[str, bytes] = field(default_factory=dict)
 
     def answer(self, method: str, path: str, body: bytes, token: str | None) -> tuple[int, Any]:
-        """(status, JSON) of a request."""
-        if method == "PUT":  # the storage behind the hub
+        """Returns (status, JSON) for a request."""
+        if method == "PUT":  # the hub's storage
             self.blobs[path.rpartition("/")[2]] = body
             return 200, {}
         if token != f"Bearer {TOKEN}":
@@ -131,7 +131,7 @@ def serving_hub() -> Iterator[Hub]:
         do_GET = do_POST = do_PUT = _answer
 
         def log_message(self, format: str, *args: object) -> None:
-            """Says nothing."""
+            """Keeps the test's output free of requests."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -1,4 +1,4 @@
-"""The speed benchmarks' own arithmetic: rows of exact lengths, model folders, the report and the prediction."""
+"""The arithmetic of the speed benchmarks: rows of exact lengths, model folders, the report and the prediction."""
 
 from __future__ import annotations
 
@@ -81,15 +81,15 @@ def test_rows_have_exactly_their_lengths_and_the_ids_that_jdpo_trains_on(tmp_pat
 
 
 def test_sides_that_would_start_alike_are_made_to_differ() -> None:
-    rows = synthesize(np.full((200, 3), 2), vocab_size=5)  # two words: half of all sides would start alike
+    rows = synthesize(np.full((200, 3), 2), vocab_size=5)  # with two words half of all sides would start alike
     assert all(row.chosen[0] != row.rejected[0] for row in rows)
     assert {token for row in rows for token in row.rejected[:-1]} == {3, 4}
 
 
-def test_measured_rows_stand_for_the_table() -> None:
+def test_measured_rows_represent_the_table() -> None:
     table = read_lengths("long_pairs")
     selection = select(table, batch=4, max_length=1024, warmup=1, filler=10, steps=6)
-    assert selection.lengths.shape == (266, 3)  # all of the table, but for
+    assert selection.lengths.shape == (266, 3)  # all of the table, except
     assert selection.left_out == (table[:, 0] >= 1024).sum() == 34
     assert (selection.lengths[:, 0] < 1024).all()
     assert selection.measured.tolist() == list(range(4 * 11, 4 * 17))
@@ -242,7 +242,7 @@ def rendered(
 
 
 def with_other(*changed: Result) -> list[Result]:
-    """EVERYTHING with some arms otherwise."""
+    """Returns EVERYTHING with some arms replaced."""
     return list((keyed(*EVERYTHING) | keyed(*changed)).values())
 
 
@@ -289,7 +289,7 @@ def test_report_fails_where_a_bar_or_the_gate_is_missed(other: Result, expected:
     assert rendered(*EVERYTHING)[1]
 
 
-def test_in_bfloat16_later_steps_are_held_to_their_own_tolerance() -> None:
+def test_in_bfloat16_later_steps_have_their_own_tolerance() -> None:
     case = dataclasses.replace(CASE, tolerance=1e-2, later_tolerance=3e-2)
     for loss, held in ((0.714, True), (0.735, False)):
         results = keyed(*with_other(result("trl", [[9.0, 9.0, 9.0]], later_loss=loss, gib=3)))
@@ -307,7 +307,7 @@ def test_a_bar_or_gate_whose_arm_is_missing_is_not_measured_and_not_passed(key: 
 def test_bars_of_excluded_trainers_do_not_count() -> None:
     ours = [one for one in EVERYTHING if one.arm.trainer == "jdpo" and one.arm.role == MAIN]
     assert rendered(*ours, wanted=("jdpo",))[1]
-    text, passed = rendered(*ours)  # the others were wanted and are not there
+    text, passed = rendered(*ours)  # the other arms were requested and are missing
     assert not passed
     assert "| Tunix / jdpo, live reference | not measured |  |  | 3 | **not measured** |" in text
 
@@ -318,7 +318,7 @@ def test_nothing_that_ran_is_no_error_and_no_success() -> None:
     assert "nothing was measured" in text
 
 
-def test_cached_is_held_against_precomputed_and_the_fastest_of_all_against_the_fastest() -> None:
+def test_cached_is_compared_with_precomputed_and_the_fastest_with_the_fastest() -> None:
     cached = result("trl", [[9.0, 5.0, 5.0]], reference="cached", gib=3)
     text, passed = rendered(*with_other(cached))
     assert not passed
@@ -337,7 +337,7 @@ def test_peak_memory_counts_what_had_to_run_before() -> None:
 
 
 def script_arm(script: str, **changes: Any) -> Arm:
-    """An arm that is a few lines of python, told to write to --out as sys.argv[2]."""
+    """Returns an arm that runs a few lines of Python, which write to --out, sys.argv[2]."""
     fields = {"name": "an arm", "trainer": "jdpo", "reference": "live", "num_measured": 1, **changes}
     return Arm(command=(sys.executable, "-c", script), **fields)
 
@@ -385,7 +385,7 @@ def test_exactly_the_answers_of_generated_conversations_are_learnt(capsys: pytes
     assert "rule jdpo: every check holds" in printed
 
 
-def test_the_common_prefix_in_place_of_the_rule_fails_the_checks(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_common_prefix_instead_of_the_rule_fails_the_checks(capsys: pytest.CaptureFixture[str]) -> None:
     assert token_rules(["--rule", "prefix", "--rows", "20", "--templates", "qwen3_reasoning"]) == 1
     printed = capsys.readouterr().out
     assert "FAILED foreign" in printed  # an earlier answer is learnt
@@ -397,13 +397,13 @@ def test_the_common_prefix_in_place_of_the_rule_fails_the_checks(capsys: pytest.
 
 
 def one_device() -> dict[str, str]:
-    """The environment of a user with one CPU, not of this test suite."""
+    """Sets the environment of a user with one CPU device, without the test suite's settings."""
     values = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     return values | {"PYTHONPATH": str(BENCHMARKS.parent), "JAX_PLATFORMS": "cpu"}
 
 
 @pytest.mark.full
-def test_speed_runs_the_whole_way_at_toy_size(tmp_path: Path) -> None:
+def test_speed_runs_end_to_end_at_toy_size(tmp_path: Path) -> None:
     command = ["--tiny", "--trainers", "jdpo", "--cases", "hh", "--rounds", "1", "--steps", "1", "--filler", "1"]
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / "speed.py"), *command, "--report", str(tmp_path / "report.md")],

@@ -182,7 +182,7 @@ def test_quickstart_refuses_an_empty_path(words: list[str]) -> None:
         quickstart.read_settings(words)
 
 
-def test_in_a_file_foreign_keys_are_answered_as_a_file_has_them(tmp_path: Path) -> None:
+def test_suggestions_for_foreign_keys_of_a_file_are_in_yaml(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("bf16: true\nlora_r: 8\noptim: adamw_torch\nbeta:\nlearning_rate: 1e-6\n")
     with pytest.raises(ValueError, match="unknown key") as error:
@@ -242,7 +242,7 @@ def test_a_key_of_the_other_command_says_which() -> None:
         load_config(SFTConfig, None, [*REQUIRED, "pref_beta=0.1"])
 
 
-def test_tables_of_foreign_keys_name_keys_that_there_are_and_values_that_they_take() -> None:
+def test_tables_of_foreign_keys_name_existing_keys_and_accepted_values() -> None:
     known = {**keys_of(DPOConfig), **keys_of(SFTConfig)}
     assert not (set(RENAMED) | set(FOREIGN)) & set(known)
     assert {*RENAMED.values(), *VALUES} <= set(known)
@@ -257,7 +257,7 @@ def test_tables_of_foreign_keys_name_keys_that_there_are_and_values_that_they_ta
     assert len(tried) > 30
 
 
-def test_options_of_other_commands_are_theirs() -> None:
+def test_options_of_other_commands_are_named() -> None:
     parsers = {"inspect": inspect.parser(), "quickstart": quickstart.parser(), "export": export.parser()}
     parsers["dpo` and `jdpo sft"] = train.parser("dpo")
     options = {command: parser.format_help() for command, parser in parsers.items()}
@@ -292,14 +292,14 @@ def test_text_on_the_command_line_stays_as_it_is(name: str) -> None:
     assert (config.output_dir, config.model_revision, config.chat_template) == (name, name, None)
 
 
-def test_a_key_that_an_older_version_did_not_write_is_no_difference() -> None:
+def test_a_key_unknown_to_an_older_version_is_no_difference() -> None:
     saved = to_dict(dpo())
     del saved["label_smoothing"]
     assert differences(saved, dpo()) == []
     assert differences(saved, dpo("label_smoothing=0.1")) == ["label_smoothing: None before, 0.1 now"]
 
 
-def test_an_optimizer_is_what_it_does_not_how_it_was_written_down() -> None:
+def test_spellings_of_one_optimizer_are_equal() -> None:
     saved = {**to_dict(dpo()), "optimizer": {"name": "adamw", "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.0}}
     assert differences(saved, dpo()) == []
     assert differences(saved, dpo("optimizer.b2=0.999", "offload_optimizer=true")) == []
@@ -309,7 +309,7 @@ def test_an_optimizer_is_what_it_does_not_how_it_was_written_down() -> None:
 
 
 def test_a_name_on_the_command_line_changes_the_rule_alone(tmp_path: Path) -> None:
-    """Whichever of file and command line writes the group out, and which gives the bare name."""
+    """Holds whether the file or the command line has the whole group, and the other the bare name."""
     for text in ("optimizer: {name: adamw, b2: 0.98, weight_decay: 0.1}", "optimizer: adamw"):
         (tmp_path / "run.yaml").write_text(f"model_name_or_path: m\noutput_dir: o\ndatasets: d\n{text}\n")
         given = load_config(
@@ -322,7 +322,7 @@ def test_a_name_on_the_command_line_changes_the_rule_alone(tmp_path: Path) -> No
         load_config(DPOConfig, tmp_path / "run.yaml", ["--optimizer=sgd"])
 
 
-def test_steps_to_profile_are_no_number_of_base_60(tmp_path: Path) -> None:
+def test_steps_to_profile_are_not_read_as_a_base_60_number(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("model_name_or_path: m\noutput_dir: o\ndatasets: d\nprofile_steps: 10:13\nmax_steps: 20\n")
     config = load_config(DPOConfig, path)
@@ -379,7 +379,7 @@ def test_missing_yaml_says_so(tmp_path: Path) -> None:
         dpo(path=tmp_path / "none.yaml")
 
 
-def test_words_that_are_no_setting_are_refused() -> None:
+def test_words_that_are_not_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="cannot read 'beta'"):
         load_config(DPOConfig, None, ["beta", "0.2"])
 
@@ -401,7 +401,7 @@ def test_a_list_on_the_command_line_is_a_list(word: str, losses: tuple[str, ...]
     assert dpo(word).loss_type == losses
 
 
-def test_one_loss_is_the_list_of_it_when_a_run_goes_on() -> None:
+def test_a_resumed_run_may_write_one_loss_as_a_list() -> None:
     config = dpo("loss_type=ipo")
     assert differences({**to_dict(config), "loss_type": "ipo"}, config) == []
     assert differences({**to_dict(config), "loss_type": "hinge"}, config) == ["loss_type: 'hinge' before, ['ipo'] now"]
@@ -473,7 +473,7 @@ _MERGES = "".join(f"m{i}: &m{i} {{<<: [{', '.join([f'*m{i - 1}'] * 9)}]}}\n" for
         ("max_steps: 2024-99-99\n", "not YAML"),
     ],
 )
-def test_yaml_that_grows_when_it_is_read_is_refused_with_the_file_named(text: str, reason: str, tmp_path: Path) -> None:
+def test_yaml_whose_aliases_expand_is_refused_with_the_file_named(text: str, reason: str, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=reason) as caught:
@@ -494,7 +494,7 @@ def test_aliases_and_merge_keys_of_a_plain_config_are_read(tmp_path: Path) -> No
 
 
 def test_few_modules_take_the_whole_config() -> None:
-    """All others take the group of settings that they read (docs/decisions/0011-settings-groups.md)."""
+    """Checks that other modules take the settings group that they read (docs/decisions/0011-settings-groups.md)."""
     package = Path(__file__).parent.parent / "jdpo"
     whole = re.compile("TrainConfig|DPOConfig|SFTConfig")
     named = [path for path in package.rglob("*.py") if whole.search(path.read_text(encoding="utf-8"))]

@@ -1,4 +1,4 @@
-"""The benchmark of the data path goes the whole way at a toy size."""
+"""The benchmark of the data path runs end to end at a toy size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""libtpu is loaded where there may be a TPU, and nowhere else."""
+"""libtpu is loaded only if there may be a TPU."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_tpu_is_looked_for_where_there_may_be_one(tmp_path: Path) -> None:
     pci(tmp_path / "google", "0x1ae0")
     assert may_have_tpu({}, tmp_path / "google", asked=None)
     (tmp_path / "dev" / "vfio").mkdir(parents=True)
-    (tmp_path / "dev" / "vfio" / "vfio").touch()  # which every machine with the driver has
+    (tmp_path / "dev" / "vfio" / "vfio").touch()  # every machine with the driver has this file
     assert not may_have_tpu({}, tmp_path, asked=None)
     (tmp_path / "dev" / "vfio" / "0").touch()
     assert may_have_tpu({}, tmp_path, asked=None)

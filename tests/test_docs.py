@@ -79,7 +79,7 @@ class Item(NamedTuple):
     Attributes:
       page: its file, relative to the repository.
       line: where the block begins.
-      kind: rows, python, settings, command, listed, or "" where nobody knows what to do with it.
+      kind: rows, python, settings, command, listed, or "" if unknown.
       text: without indentation.
     """
 
@@ -147,7 +147,7 @@ TRAINED_FIRST = re.compile("jdpo export")
 
 
 def how(item: Item) -> str:
-    """In which of the three ways an item is tried."""
+    """Returns in which of the three ways an item is tested."""
     if item.kind == "listed":
         return "listed"
     trains = item.kind == "command" and re.match(r"jdpo (dpo|sft) (?!--help|.*--print_config)", item.text)
@@ -168,7 +168,7 @@ def test_every_block_is_run_or_listed_and_nothing_is_listed_in_vain(capsys: pyte
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, toy_model: Path) -> Iterator[Path]:
-    """A folder in which what the docs name is there: a model, rows, configs, and an adapter where a run leaves it."""
+    """A folder with the files that the docs name: a model, rows, configs, and an adapter where a run leaves it."""
     folder = tmp_path_factory.mktemp("reader")
     shutil.copytree(toy_model, folder / "toy")
     for name in ("pairs.jsonl", "hh.jsonl", "own.jsonl", "ROWS.jsonl"):
@@ -186,7 +186,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, toy_model: Path) -> Iterator
 
 
 def write_adapter(folder: Path, base: Path) -> None:
-    """A PEFT adapter of rank 2 on the queries."""
+    """Writes a PEFT adapter of rank 2 on the queries."""
     config = json.loads((base / "config.json").read_text())
     folder.mkdir(parents=True)
     settings = {"peft_type": "LORA", "base_model_name_or_path": str(base), "r": 2, "lora_alpha": 4, "bias": "none"}
@@ -201,7 +201,7 @@ def write_adapter(folder: Path, base: Path) -> None:
 
 @pytest.fixture(scope="module")
 def trained(place: Path) -> Path:
-    """Finished runs where the docs export them."""
+    """Finished runs in the folders from which the docs export them."""
     words = ["run.yaml", "max_steps=2", "save_steps=1", "remat=none", "reference=live"]
     assert main(["dpo", *words, "output_dir=runs/first"]) == 0
     assert main(["dpo", *words, "output_dir=runs/adapters", "--lora"]) == 0
@@ -235,7 +235,7 @@ def test_commands(item: Item, place: Path) -> None:
         return
     assert program == "jdpo", item.text
     if any(word.startswith("configs/") for word in words):
-        words.append("--model_name_or_path=toy")  # whose config names a model of the hub
+        words.append("--model_name_or_path=toy")  # its config names a model of the hub
     if how(item) == "dry run" and "--dry_run" not in words:
         words.append("--dry_run")
     needs_none = {"--help", "completion"} & {*words} or any(".yaml" in word for word in words)

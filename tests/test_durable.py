@@ -1,4 +1,4 @@
-"""Files are replaced whole."""
+"""Files are replaced as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from jdpo.durable import replacing, write_durably
 
 
-def test_what_stood_there_is_replaced_and_nothing_else_is_left(tmp_path: Path) -> None:
+def test_an_old_file_is_replaced_and_no_other_file_remains(tmp_path: Path) -> None:
     for content in (b"long before", "né", b"now"):
         write_durably(tmp_path / "a", content, writer="-1")
         expected = content if isinstance(content, bytes) else content.encode()
@@ -18,7 +18,7 @@ def test_what_stood_there_is_replaced_and_nothing_else_is_left(tmp_path: Path) -
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     write_durably(tmp_path / "a", "old")
-    (tmp_path / "a.tmp").mkdir()  # where the new content would go
+    (tmp_path / "a.tmp").mkdir()  # a folder blocks the place of the new content
     with pytest.raises(OSError, match="directory"):
         write_durably(tmp_path / "a", "new")
     assert (tmp_path / "a").read_text() == "old"

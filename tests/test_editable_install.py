@@ -23,7 +23,7 @@ print(ANSWER)
 
 
 def run(*words: str | Path, cwd: Path, **environment: str) -> str:
-    """What a command prints, where neither this checkout nor another environment is on Python's path."""
+    """Runs a command with neither this checkout nor another environment on Python's path; returns its output."""
     clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     done = subprocess.run(
         list(map(str, words)), cwd=cwd, env=clean | environment, capture_output=True, text=True, check=False
@@ -53,7 +53,7 @@ def test_an_editable_install_is_a_plain_path(above: Path, tmp_path: Path, instal
     environment = tmp_path / "environment"
     run(sys.executable, "-m", "venv", "--without-pip", environment, cwd=tmp_path)
     python = environment / "bin" / "python"
-    # Dependencies are those of the environment that runs the tests; its own editable install is not taken over.
+    # Dependencies come from the environment that runs the tests, without its own editable install.
     (site,) = (environment / "lib").glob("python*/site-packages")
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     if installer == "uv":
@@ -64,8 +64,8 @@ def test_an_editable_install_is_a_plain_path(above: Path, tmp_path: Path, instal
         pip = (sys.executable, "-m", "pip", "--python", python)
         run(*pip, "install", "--no-deps", "--quiet", "-e", above / "jdpo", cwd=tmp_path)
 
-    # A module that is written after the install is found, by Python and by mypy, above the clone too, where a folder
-    # called jdpo is no package.
+    # Python and mypy find a module written after the install, also from above the clone, where the folder jdpo is
+    # not a package.
     new = above / "jdpo" / "jdpo" / "new_module.py"
     new.write_text('ANSWER = "found"\n')
     try:

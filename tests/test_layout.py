@@ -1,4 +1,4 @@
-"""The layout of the package: folders small enough to read, and module names that tell modules apart."""
+"""The layout of the package: small folders, and module names that differ."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def test_weights_of_a_list_are_checked_one_by_one(weights: str) -> None:
 
 
 def modules_after(code: str) -> set[str]:
-    """Top-level modules that a fresh interpreter has loaded after running code."""
+    """Returns the top-level modules that a fresh interpreter has loaded after running code."""
     code += "\nimport sys; print(); print(*sorted({name.split('.')[0] for name in sys.modules}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return set(done.stdout.splitlines()[-1].split())

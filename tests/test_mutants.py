@@ -1,4 +1,4 @@
-"""The mutation tester: its operators, and that its lists name what there is."""
+"""The mutation tester: its operators, and that its lists name existing functions, tests and mutants."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mutation_operators import OPERATORS, Mutant, mutants_of, sample  # noqa: E4
 
 
 def edits(body: str, operator: str) -> list[str]:
-    """What an operator makes of the body of a function, in lines that change."""
+    """Returns the lines that an operator changes in a function's body."""
     mutants = mutants_of(f"def f(x, chosen, rejected):\n    {body}\n", "f")
     return [mutant.after for mutant in mutants if mutant.operator == operator]
 
@@ -29,7 +29,7 @@ def edits(body: str, operator: str) -> list[str]:
         ("comparison", "return 1 < x <= 2", ["return 1 <= x <= 2", "return 1 < x < 2"]),
         ("boolean", "return x and 1", ["return x or 1"]),
         ("condition", "return 1 if x > 0 else 2", ["return 1 if not x > 0 else 2"]),
-        ("condition", "return 1 if x is None else 2", []),  # a comparison's
+        ("condition", "return 1 if x is None else 2", []),  # of a comparison
         ("condition", "return [y for y in x if y]", ["return [y for y in x if not y]"]),
         ("constant", "return 1", ["return 2", "return 0"]),
         ("constant", "return True", ["return False"]),
@@ -40,13 +40,13 @@ def edits(body: str, operator: str) -> list[str]:
         ("stop_gradient", "return jax.lax.stop_gradient(x)", ["return x"]),
         ("extremes", "return jnp.maximum(x, 1)", ["return jnp.minimum(x, 1)"]),
         ("sides", "return chosen - rejected", ["return rejected - rejected", "return chosen - chosen"]),
-        ("sides", "return x.chosen_nll", []),  # nothing is called rejected_nll
+        ("sides", "return x.chosen_nll", []),  # the name rejected_nll does not exist
         ("branches", "return np.where(x, 1, 2)", ["return np.where(x, 2, 1)"]),
         ("bound", "return x[chosen:]", ["return x[chosen + 1:]"]),
         ("bound", "return x[:2]", ["return x[1:2]"]),
     ],
 )
-def test_an_operator_does_what_it_says(operator: str, body: str, expected: list[str]) -> None:
+def test_edits_of_each_operator(operator: str, body: str, expected: list[str]) -> None:
     assert edits(body, operator) == expected
 
 
@@ -80,7 +80,7 @@ def test_a_sample_has_many_operators_and_smaller_ones_are_its_beginning() -> Non
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.module)
-def test_every_function_is_there_and_has_mutants_and_tests(target: Target) -> None:
+def test_every_listed_function_exists_and_has_mutants_and_tests(target: Target) -> None:
     source = (ROOT / target.module).read_text(encoding="utf-8")
     for function in target.functions:
         assert mutants_of(source, function)

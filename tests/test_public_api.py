@@ -1,4 +1,4 @@
-"""The public API: its page, its help, and what a type checker says of code that uses it."""
+"""The public API: its page, its help, and type checking of code that uses it."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ jdpo.SFTConfig(model_name_or_path="m", output_dir="o", datasets="d").max_length.
 """
 
 
-def test_the_page_of_the_api_is_that_of_the_code() -> None:
+def test_the_api_page_matches_the_code() -> None:
     path = ROOT / "scripts" / "write_api.py"
     spec = importlib.util.spec_from_file_location("write_api", path)
     assert spec is not None
@@ -74,7 +74,7 @@ def test_the_page_of_the_api_is_that_of_the_code() -> None:
     assert {name for names in script.SECTIONS.values() for name in names} == {*jdpo.__all__} - {"__version__", "losses"}
 
 
-def test_every_public_name_is_there_and_documented() -> None:
+def test_every_public_name_exists_and_is_documented() -> None:
     assert set(jdpo.__all__) == set(dir(jdpo))
     for module in (jdpo, jdpo.losses):
         for name in module.__all__:
@@ -90,7 +90,7 @@ def test_help_of_a_config_has_the_sentence_of_each_key(cls: type[jdpo.DPOConfig]
             assert f"{spec.name}: {spec.description}" in shown
 
 
-def test_a_config_takes_its_keys_as_yaml_has_them_and_is_frozen() -> None:
+def test_a_config_takes_yaml_values_and_is_frozen() -> None:
     names: dict[str, object] = {}
     exec(USER_SCRIPT, names)
     config = names["config"]

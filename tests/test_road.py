@@ -1,4 +1,4 @@
-"""How far it is from the command line to the jitted step, and how much code one step is: traced, not counted by hand.
+"""Traces the calls from the command line to the jitted step, and the code that one step runs.
 
 `pytest -s tests/test_road.py` prints both lists.
 """
@@ -32,7 +32,7 @@ MOST_FILES_OF_STEP, MOST_LINES = 9, 350
 LEFT_OUT = ("models/", "types.py", "training/step/optimizer.py", "training/step/offload.py")
 """The model, the values that travel between packages, and the formulas of optimizers."""
 BINDING = "losses/catalogue.py"
-"""Runs nothing in a step, and says which function a loss's name stands for."""
+"""Modules that run no code in a step, but bind names of losses to functions."""
 
 
 class _Found(Exception):
@@ -40,7 +40,7 @@ class _Found(Exception):
 
 
 def calls_to_jit(words: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The jdpo functions between the command line and `jax.jit` of the training step, as file:function."""
+    """Returns the jdpo functions between the command line and `jax.jit` of the training step, as file:function."""
     found: list[str] = []
     jit = jax.jit
 
@@ -60,7 +60,7 @@ def _stack(frame: FrameType | None) -> list[str]:
     names: list[str] = []
     while frame is not None:
         path = Path(frame.f_code.co_filename)
-        # A comprehension is a frame of its own in Python 3.11, and part of its function to a reader.
+        # In Python 3.11 a comprehension has its own frame; to a reader it is part of its function.
         if path.is_relative_to(ROOT) and not frame.f_code.co_name.startswith("<"):
             names.insert(0, f"{path.relative_to(ROOT)}:{frame.f_code.co_name}")
         frame = frame.f_back
@@ -68,7 +68,7 @@ def _stack(frame: FrameType | None) -> list[str]:
 
 
 def files_of_step(words: list[str]) -> dict[str, int]:
-    """The jdpo files with code that runs while one packed sigmoid step is traced, and the lines of each."""
+    """Returns the jdpo files that run while one packed sigmoid step is traced, with their numbers of lines."""
     config = resolve_dtype(load_config(DPOConfig, None, words))
     files: set[str] = {BINDING}
     depth = 0

@@ -18,7 +18,7 @@ READABLE = [
     "\u0600\u0661\u06dd",  # Arabic number sign, end of ayah
     "👩‍👩‍👧‍👦 👩🏽‍🚀 ❤️‍🔥 🇮🇪 1️⃣",
     SCOTLAND,
-    "\ue0b0 \U0001fae9",  # a private sign of terminals' fonts, an emoji newer than some Unicode tables
+    "\ue0b0 \U0001fae9",  # a private-use character of terminal fonts, an emoji newer than some Unicode tables
     "C:\\rows\\new",
 ]
 HIDDEN = {
@@ -30,7 +30,8 @@ HIDDEN = {
     "line\u2028paragraph\u2029": r"line\u2028paragraph\u2029",
     "\udc80": r"\udc80",  # a byte of a file's name that is not UTF-8
     "tags\U000e0041\U000e007f": r"tags\U000e0041\U000e007f",
-    "\U0001f3f4\U000e0041": "\U0001f3f4" + r"\U000e0041",  # a flag's tags have lower-case letters and an end
+    "\U0001f3f4\U000e0041": "\U0001f3f4"
+    + r"\U000e0041",  # tag characters of a flag are lower-case letters and an end tag
 }
 
 
@@ -41,7 +42,7 @@ def test_every_script_and_emoji_stay_as_they_are(text: str) -> None:
 
 
 @pytest.mark.parametrize(("text", "shown"), HIDDEN.items())
-def test_what_hides_or_acts_is_written_out(text: str, shown: str) -> None:
+def test_invisible_and_control_characters_are_escaped(text: str, shown: str) -> None:
     assert safe_text.terminal(text) == shown
     shown.encode("utf-8")
     assert safe_text.terminal_lines(text) == shown.replace(r"\n", "\n").replace(r"\t", "\t")

@@ -1,4 +1,4 @@
-"""scripts/same_programs.py: names make no difference to a digest, and what is computed does."""
+"""scripts/same_programs.py: a digest depends on the computation, not on names."""
 
 from __future__ import annotations
 

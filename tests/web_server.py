@@ -30,7 +30,7 @@ class _Web(http.server.SimpleHTTPRequestHandler):
         path = Path(self.directory) / name.lstrip("/")
         if self._queries is not None and query not in self._queries:
             return self.send_error(403)
-        if not path.is_file():  # a page of links, or nothing
+        if not path.is_file():  # a page of links, or an empty one
             return super().do_GET() if with_body else super().do_HEAD()
         content = path.read_bytes()
         first, last = 0, len(content) - 1

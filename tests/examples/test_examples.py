@@ -15,7 +15,7 @@ EXAMPLES = sorted(path.name for path in FOLDER.glob("*.py") if path.name != "toy
 
 
 def importable(module: str) -> bool:
-    """Whether a module imports here: some pairs of flax and jax versions break flax.nnx."""
+    """Returns whether a module imports here: some pairs of flax and jax versions break flax.nnx."""
     return subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, check=False).returncode == 0
 
 

@@ -24,7 +24,7 @@ def loaded(request: pytest.FixtureRequest) -> tuple[Transformer, Any]:
 
 
 def greedy_by_full_forward(model: Transformer, params: Any) -> list[list[int]]:
-    """Argmax of the whole sequence's logits, token by token, without a cache; right-padded to one shape."""
+    """Decodes by the argmax of the whole sequence's logits, without a cache; right-padded to one shape."""
     forward = jax.jit(make_apply_fn(model))
     sequences = [list(prompt) for prompt in PROMPTS]
     for _ in range(NEW_TOKENS):

@@ -11,7 +11,7 @@ LOGITS = np.random.default_rng(0).normal(0, 2, (5, 20)).astype(np.float32)
 
 
 def kept_by_hand(logits: np.ndarray, top_k: int | None, top_p: float | None) -> list[set[int]]:
-    """Row by row: the k best, then the shortest run of best ones whose probabilities reach p."""
+    """Keeps, row by row, the k best tokens, then the fewest best ones whose probabilities reach p."""
     rows = []
     for row in logits:
         order = np.argsort(-row)[:top_k]

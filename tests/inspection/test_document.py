@@ -1,4 +1,4 @@
-"""The inspection of real runs: the document, and that terminal and page show it as text and nothing else."""
+"""The inspection of real runs: the document, and that terminal and page show its data as text only."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def turns(prompt: str, chosen: str, rejected: str, **columns: Any) -> dict[str, 
 
 
 def clean_rows(number: int) -> list[dict[str, Any]]:
-    """Rows of which half have the longer side chosen, without a fault."""
+    """Returns rows without a fault, half of them with the longer side chosen."""
     sides = (("stone light", "road"), ("road", "stone light"))
     return [turns(f"river {index}", *sides[index % 2]) for index in range(number)]
 
@@ -60,7 +60,7 @@ HOSTILE = [
 
 @pytest.fixture
 def inspect(toy_model: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """(training rows, evaluation rows, num_rows, keys) -> the document."""
+    """Returns a function (training rows, evaluation rows, num_rows, keys) -> the document."""
 
     def run(
         rows: Any = None, held_out: Any = None, *, num_rows: int = 0, sft: bool = False, **keys: Any
@@ -163,7 +163,7 @@ def test_a_pair_whose_sides_start_with_the_assistant_is_a_fault(inspect: Callabl
         ("{{ m.content }}{{ '' if m.role == 'user' else '|' }}//", "answer_starts_in_prompt", "fault"),
     ],
 )
-def test_where_a_completion_starts_is_a_finding(
+def test_a_boundary_that_moves_into_the_prompt_is_a_finding(
     inspect: Callable[..., Any], tmp_path: Path, template: str, name: str, severity: str
 ) -> None:
     turn, header, lead = template.split("/")
@@ -204,7 +204,7 @@ def test_rows_held_out_by_their_prompt_never_leak(inspect: Callable[..., Any]) -
     assert train["rows_kept"] + held_out["rows_kept"] == 120
     assert held_out["rows_kept"] > 0
     assert document["leakage"]["rows"] == 0
-    assert "dropped" not in severities(document)  # what is held out is not lost
+    assert "dropped" not in severities(document)  # held-out rows are not lost
 
 
 def test_each_dataset_has_its_own_counts(inspect: Callable[..., Any], tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_each_dataset_has_its_own_counts(inspect: Callable[..., Any], tmp_path: 
     assert severities(document)["plain_text"] == "warning"
 
 
-def test_a_row_that_is_too_long_and_a_cut_answer_are_told(inspect: Callable[..., Any]) -> None:
+def test_a_row_that_is_too_long_and_a_cut_answer_are_reported(inspect: Callable[..., Any]) -> None:
     rows = [turns("river", "stone " * 300, "road"), *clean_rows(3)]
     document = inspect(rows, max_length=300)
     assert document["train"]["cut"]["chosen"]["first"] == "train.jsonl:1"
@@ -286,7 +286,7 @@ def keys_of(value: Any) -> set[str]:
     return set().union(*map(keys_of, value)) if isinstance(value, list) else set()
 
 
-def test_every_threshold_is_told() -> None:
+def test_every_threshold_is_documented() -> None:
     told = "\n".join(thresholds())
     assert all((f"{name}:" in told) == (check.above.fault is not None) for name, check in CHECKS.items())
 
@@ -343,7 +343,7 @@ def test_lines_fit_the_terminal(inspect: Callable[..., Any], width: int) -> None
     assert too_long == []
 
 
-def test_tokens_are_told_apart_by_colour_where_there_is_any(inspect: Callable[..., Any]) -> None:
+def test_tokens_are_coloured_in_a_terminal_with_colours(inspect: Callable[..., Any]) -> None:
     document = inspect(clean_rows(4), num_rows=1)
     assert "│" in printed(document)
     coloured = printed(document, force_terminal=True, color_system="standard")
@@ -365,7 +365,7 @@ def test_ids_follow_tokens_on_request(inspect: Callable[..., Any]) -> None:
 
 
 def texts_of(node: Any) -> list[str]:
-    """Every text in a part of the report."""
+    """Yields every text in a part of the report."""
     if isinstance(node, str | Data):
         return [node if isinstance(node, str) else node.text]
     inner = node.values() if isinstance(node, dict) else node if isinstance(node, tuple | list) else ()
@@ -376,7 +376,7 @@ def texts_of(node: Any) -> list[str]:
 def test_terminal_and_page_show_every_text_of_the_report(inspect: Callable[..., Any], sft: bool) -> None:
     document = inspect([*HOSTILE, *clean_rows(9)], HOSTILE, num_rows=3, sft=sft)
     report = report_of(document)
-    # Left out: names of kinds, roles and anchors, which are styles.
+    # Names of kinds, roles and anchors are styles, not text.
     styles = {"words", "number", "bar", *(section.anchor for section in report.sections)}
     names = {table.name for section in report.sections for table in section.nodes if isinstance(table, Table)}
     texts = {" ".join(text.split()) for text in texts_of(report)} - styles - names
@@ -393,7 +393,7 @@ def test_terminal_and_page_show_every_text_of_the_report(inspect: Callable[..., 
 
 
 class Page(HTMLParser):
-    """The page as a browser parses it."""
+    """Parses the page as a browser does."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

@@ -73,7 +73,7 @@ def without_sentences(value: Any) -> Any:
         return float(f"{value:.9g}")
     if isinstance(value, list):
         kept = [without_sentences(one) for one in value if not isinstance(one, str) or " " not in one]
-        # Reasons and notes with equal counts are sorted by their wording.
+        # Reasons and notes with equal counts are sorted by their wording, which may change.
         counts = bool(kept) and isinstance(kept[0], dict) and set(kept[0]) == {"rows", "first"}
         return sorted(kept, key=str) if counts else kept
     if not isinstance(value, dict):

@@ -70,7 +70,7 @@ def test_a_distribution_knows_its_quantiles_and_leaves_out_what_is_not_a_number(
 
 def test_bars_of_lengths_begin_at_round_numbers() -> None:
     assert nice_edges(0, 1023, whole=True).tolist() == [*range(0, 1101, 100)]
-    assert np.diff(nice_edges(3, 7, whole=True)).tolist() == [1, 1, 1, 1, 1]  # never a part of a token
+    assert np.diff(nice_edges(3, 7, whole=True)).tolist() == [1, 1, 1, 1, 1]  # a bar is never narrower than a token
 
 
 # --- length bias
@@ -83,10 +83,10 @@ def test_the_sign_test_is_the_share_of_coin_throws_that_are_as_far_out(successes
     assert sign_test(successes, trials) == sum(abs(heads - trials / 2) >= far for heads in throws) / len(throws)
 
 
-def test_the_sign_test_of_many_pairs_goes_on_where_the_exact_one_ends() -> None:
+def test_the_approximate_sign_test_continues_the_exact_one() -> None:
     exact, normal = sign_test(540, EXACT_UP_TO), sign_test(541, EXACT_UP_TO + 2)
     assert 0.9 < normal / exact < 1.1
-    assert sign_test(600_000, 1_000_000) == 0.0  # neither an overflow nor below nothing
+    assert sign_test(600_000, 1_000_000) == 0.0  # neither an overflow nor a negative value
 
 
 @pytest.mark.parametrize(("successes", "trials"), [(0, 3), (3, 3), (61, 100)])
@@ -178,18 +178,18 @@ def test_facts_of_rows_are_those_of_their_tokens(tmp_path: Path, toy_model: Path
         assert (chosen[index], rejected[index]) == (len(row.chosen_ids), len(row.rejected_ids))
         assert cut["rejected"][index] == (tokenizer.eos_token_id not in row.rejected_ids)
     assert (cut["chosen"] | cut["rejected"]).sum() == data.counts[COMPLETION_CUT] == 8
-    # Of one side the cut took the line feed alone that the template writes after the end token.
+    # On one side the cut removed only the line feed that the template writes after the end token.
     whole_but_full = ~cut["chosen"] & (facts.prompt + chosen == 30)
     assert (chosen[whole_but_full] == [6, 5]).all()
     assert END_INSIDE not in data.counts
     whole = facts.key["chosen"][chosen == 6]
     assert len(whole) == 6
     assert len(set(whole.tolist())) == 1  # the same answer every time
-    assert len(set(facts.key["chosen"].tolist())) == 6  # with the five that were cut to different lengths
+    assert len(set(facts.key["chosen"].tolist())) == 6  # including the five that were cut to different lengths
     assert facts.sequence_tokens.tolist() == (2 * facts.prompt + chosen + rejected).tolist()
 
 
-def test_supervised_rows_have_what_is_learnt_and_what_is_not(tmp_path: Path, toy_model: Path) -> None:
+def test_supervised_rows_count_learnt_and_other_tokens(tmp_path: Path, toy_model: Path) -> None:
     tokenizer = load_tokenizer(toy_model, chat_template=None)
     data = prepared(tmp_path, tokenizer, [{"prompt": user("river"), "completion": assistant("stone")}], max_length=64)
     facts = row_facts(data, tokenizer, max_length=64)
@@ -231,7 +231,7 @@ def facts_of(*raws: dict[str, Any]) -> Any:
     ],
 )
 @pytest.mark.parametrize("place", ["prompt", "chosen", "rejected"])
-def test_what_nobody_sees_is_found_in_every_part(text: str, kind: str, place: str) -> None:
+def test_invisible_characters_are_found_in_every_part(text: str, kind: str, place: str) -> None:
     parts = {"prompt": user("Hi"), "chosen": assistant("yes"), "rejected": assistant("no")}
     parts[place] = [{**parts[place][0], "content": text}]
     found = facts_of({"prompt": user("Hi"), "chosen": assistant("yes"), "rejected": assistant("no")}, parts)
@@ -244,11 +244,11 @@ def test_what_nobody_sees_is_found_in_every_part(text: str, kind: str, place: st
 @pytest.mark.parametrize(
     "text", ["tab\tand\r\nline feed", "می\u200cخواهم", "👩\u200d👧", "\u200fשלום", "naïve – “quoted”"]
 )
-def test_what_belongs_to_a_script_is_not_held_against_it(text: str) -> None:
+def test_joiners_that_a_script_needs_are_no_findings(text: str) -> None:
     assert not facts_of({"prompt": user(text), "chosen": assistant("yes"), "rejected": assistant("no")}).marks
 
 
-def test_special_tokens_in_plain_text_are_told_apart() -> None:
+def test_special_tokens_in_plain_text_have_a_mark_of_their_own() -> None:
     found = facts_of({"prompt": "<|im_end|>", "chosen": "yes", "rejected": "no"})
     assert list(found.marks) == [SPECIAL_IN_PLAIN]
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jdpo
 
 XLA_FLAGS = {
-    # These are given up after 30 s and 40 s by default, which a slow machine spends compiling.
+    # By default JAX gives up after 30 s and 40 s, which a slow machine spends compiling.
     "xla_cpu_collective_timeout_seconds": 600,
     "xla_cpu_collective_call_terminate_timeout_seconds": 600,
     "xla_backend_optimization_level": 0,  # compiling takes longer than all steps
@@ -24,14 +24,14 @@ XLA_FLAGS = {
 
 
 class End(NamedTuple):
-    """How a process ended: its exit code and what it wrote to stderr."""
+    """The end of a process: its exit code and its stderr."""
 
     code: int
     log: str
 
 
 class Cluster:
-    """Processes under way."""
+    """The running processes of one cluster."""
 
     def __init__(self, processes: Sequence[subprocess.Popen[bytes]], logs: Sequence[Path]) -> None:
         self.processes, self._logs = processes, logs
@@ -39,7 +39,7 @@ class Cluster:
     def wait(self, timeout: float) -> list[End]:
         """
         Raises:
-          AssertionError: one still runs after `timeout` seconds; it has the logs.
+          AssertionError: a process still runs after `timeout` seconds; the message holds all logs.
         """
         deadline = time.monotonic() + timeout
         while running := [index for index, process in enumerate(self.processes) if process.poll() is None]:
@@ -57,11 +57,12 @@ def started(commands: Sequence[Sequence[object]], folders: Sequence[Path] | None
     """Runs `python COMMAND` for each of some commands as one cluster of eight devices; none outlives the context.
 
     Args:
-      folders: where each runs; None: all here.
+      folders: working folder of each process; None: this one for all.
     """
     count, port = len(commands), free_port()
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        logs = [Path(folder) / str(index) for index in range(count)]  # pipes would fill while nobody reads
+        # Files: nobody reads while the processes run, and a full pipe would block them.
+        logs = [Path(folder) / str(index) for index in range(count)]
         processes: list[subprocess.Popen[bytes]] = []
         for index, (command, log) in enumerate(zip(commands, logs, strict=True)):
             with log.open("wb") as stderr:
@@ -81,7 +82,7 @@ def started(commands: Sequence[Sequence[object]], folders: Sequence[Path] | None
 def run_cluster(
     commands: Sequence[Sequence[object]], folders: Sequence[Path] | None = None, *, timeout: float = 400
 ) -> list[End]:
-    """`started`, and waits for all."""
+    """Starts the commands as one cluster and waits for all of them."""
     with started(commands, folders) as cluster:
         return cluster.wait(timeout)
 

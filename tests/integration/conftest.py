@@ -1,4 +1,4 @@
-"""A run that is long enough to be cut at many moments, and what makes two runs equal."""
+"""A run that is long enough to be stopped at many moments, and the comparison of two runs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Words = Callable[..., list[str]]
 
 @pytest.fixture(scope="session")
 def cut_words(toy_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Words:
-    """Command-line words of a run of 12 steps in 4 shuffled epochs of 8, 8 and 4 pairs, into a given output_dir.
+    """Returns the command-line words of a run of 12 steps in 4 shuffled epochs of 8, 8 and 4 pairs.
 
     It saves after every 2nd step, evaluates after every 3rd and logs after every 5th, so that every checkpoint
     but the last holds a half-filled window of metrics.
@@ -76,7 +76,7 @@ def cut_words(toy_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Word
 
 @pytest.fixture(scope="session")
 def uninterrupted(cut_words: Words, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output_dir of the run that nothing interrupts."""
+    """The output_dir of an uninterrupted run."""
     output_dir = tmp_path_factory.mktemp("uninterrupted") / "run"
     assert main(cut_words(output_dir)) == 0
     return output_dir
@@ -84,7 +84,7 @@ def uninterrupted(cut_words: Words, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="session")
 def stopped(cut_words: Words, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that SIGTERM stopped at step 9: to be copied, not used."""
+    """A run that SIGTERM stopped at step 9; tests use copies of it."""
     output_dir = tmp_path_factory.mktemp("stopped") / "run"
 
     def stop(step: int, params: object) -> None:
@@ -98,7 +98,7 @@ def stopped(cut_words: Words, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(stopped: Path, tmp_path: Path) -> Path:
-    """A run that SIGTERM stopped at step 9."""
+    """A copy of a run that SIGTERM stopped at step 9."""
     return Path(shutil.copytree(stopped, tmp_path / "run"))
 
 

@@ -1,4 +1,4 @@
-"""One process of several that load a folder onto a mesh over all of them and write it again, in good cases and bad.
+"""One of several processes that load a model folder onto a common mesh and export it, in good cases and bad.
 
     python export_by_two.py FOLDER DAMAGED OUT RESULTS
 
@@ -31,7 +31,7 @@ from jdpo.sharding.rules import param_shardings
 
 
 def main(folder: Path, damaged: Path, out: Path, results: Path) -> None:
-    """Every case in turn: one that is refused must leave the processes able to go on."""
+    """Runs the cases in turn: after a refused one the processes must be able to continue."""
     messages: dict[str, str | None] = {}
     model = Transformer(read_model_config(folder))
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
@@ -84,7 +84,7 @@ def on_second(limit: Callable[[], contextlib.AbstractContextManager[None]]) -> I
 
 @contextlib.contextmanager
 def small_files() -> Iterator[None]:
-    """A disk that is full after 20 KB of a file."""
+    """Imitates a disk that is full after 20 KB of a file."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
     yield
@@ -93,7 +93,7 @@ def small_files() -> Iterator[None]:
 
 @contextlib.contextmanager
 def no_threads() -> Iterator[None]:
-    """No room for the stack of one more thread."""
+    """Asks for a thread stack so large that no thread can be started."""
     before = threading.stack_size(2**46)
     yield
     threading.stack_size(before)

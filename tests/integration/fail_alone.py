@@ -1,4 +1,4 @@
-"""One of several processes that wait for each other, of which one fails where no other can notice.
+"""One of several processes that wait for each other; one of them fails where the others cannot notice.
 
     python fail_alone.py INDEX
 

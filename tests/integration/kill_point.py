@@ -2,8 +2,8 @@
 
     python kill_point.py SIGNAL MODULE:QUALNAME before|after NTH -- dpo key=value ...
 
-The signal comes right before (or after) the NTH call of the function that is made while a checkpoint with a manifest
-lies in output_dir. The function itself is the real one.
+The signal comes right before (or after) the NTH call of the function that is made while output_dir has a checkpoint
+with a manifest. The function itself is the real one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 
 def arm(signum: int, target: str, when: str, nth: int, output_dir: Path, thread: str = "") -> None:
-    """Wraps `module:qualname`; with `thread`, only calls on threads whose name starts so are counted."""
+    """Wraps `module:qualname`; with `thread`, counts only calls on threads whose name starts with it."""
     module, _, qualname = target.partition(":")
     owner: Any = importlib.import_module(module)
     *parents, name = qualname.split(".")

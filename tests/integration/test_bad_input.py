@@ -1,6 +1,6 @@
-"""Every mistake a user can make: `jdpo` exits with 2 and a message that says what, where and what to do.
+"""Mistakes of users: `jdpo` exits with 2 and a message that names the mistake, its place and what to do.
 
-Each case is a real command line on real files; the expected parts of its message stand in the table.
+Each case is a real command line on real files; the table holds the expected parts of its message.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ ROW: Row = {"prompt": "Where is Dublin?", "chosen": "In Ireland.", "rejected": "
 
 
 class Place(NamedTuple):
-    """Where a case builds its mistake: a folder of its own, and a good model and rows that stay as they are."""
+    """The place where a case builds its mistake: a folder of its own, next to a good model and good rows."""
 
     folder: Path
     good_model: Path
     good_rows: Path
 
     def model(self) -> Path:
-        """A copy of the model that the case may spoil."""
+        """Returns a copy of the model that the case may damage."""
         return Path(shutil.copytree(self.good_model, self.folder / "model"))
 
     def rows(self, *rows: Row) -> Path:
-        """A file of these rows."""
+        """Writes these rows to a file."""
         return self.file("rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
     def file(self, name: str, text: str) -> Path:
@@ -46,7 +46,7 @@ class Place(NamedTuple):
         return path
 
     def tensors(self, change: Callable[[dict[str, np.ndarray]], None]) -> dict[str, Path]:
-        """A model whose tensors `change` has spoilt."""
+        """Returns a model with tensors changed by `change`."""
         model = self.model()
         tensors = load_file(model / "model.safetensors")
         change(tensors)
@@ -54,7 +54,7 @@ class Place(NamedTuple):
         return {"model_name_or_path": model}
 
     def edited(self, name: str, **changes: Any) -> dict[str, Path]:
-        """A model one of whose JSON files says something else; None takes a key out."""
+        """Returns a model with other values in one of its JSON files; None removes a key."""
         path = self.model() / name
         values = json.loads(path.read_text(encoding="utf-8")) | changes
         kept = {key: value for key, value in values.items() if value is not None}
@@ -256,7 +256,7 @@ def place(tmp_path: Path, toy_model: Path, pairs_file: Path) -> Place:
 
 
 def refusal(words: list[str], capsys: Capture, code: int = 2) -> str:
-    """The error that a refused command line ends in, its line breaks taken out."""
+    """Returns the error of a refused command line, without line breaks."""
     assert main(["dpo", *words]) == code
     output = capsys.readouterr()
     assert "Traceback" not in output.out + output.err
@@ -312,7 +312,7 @@ def test_scientific_notation_is_a_number(written: str, place: Place, run_words: 
     assert re.search(r"^beta: 5\.0?e-07$", output, re.MULTILINE), output
 
 
-def test_output_dir_that_cannot_be_made(place: Place, run_words: Words, capsys: Capture) -> None:
+def test_output_dir_that_cannot_be_created(place: Place, run_words: Words, capsys: Capture) -> None:
     blocked = place.file("a_file", "") / "run"
     message = refusal(run_words(output_dir=blocked), capsys)
     assert f"cannot write to output_dir {blocked}" in message
@@ -333,8 +333,8 @@ def test_output_dir_that_is_the_model_folder_stays_as_it_is(place: Place, run_wo
     assert sorted(path.name for path in model.iterdir()) == before
 
 
-def test_output_dir_on_a_disk_that_takes_nothing(run_words: Words, capsys: Capture) -> None:
-    # /proc refuses new folders to root too, which chmod would not.
+def test_output_dir_on_a_disk_that_refuses_writes(run_words: Words, capsys: Capture) -> None:
+    # /proc refuses new folders even to root; chmod would not.
     message = refusal(run_words(output_dir="/proc/jdpo_run"), capsys)
     assert "cannot write to output_dir /proc/jdpo_run" in message
 

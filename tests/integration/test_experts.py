@@ -94,7 +94,7 @@ def test_runs_over_meshes_are_one_run(run_words: Words, moe_model: Path, pairs_f
         found[name] = lines_of(run)
     first = found["data"][0]
     assert first["loss"] == pytest.approx(np.log(2), abs=1e-5)
-    assert 2 <= first["aux_loss"] <= 8  # two experts a token, of eight
+    assert 2 <= first["aux_loss"] <= 8  # each token goes to two of eight experts
     compared = {"loss", "aux_loss", "grad_norm", "rewards/margins", "eval_loss", "eval_aux_loss"}
     seen = set()
     for line, expected in zip(found["mixed"], found["data"], strict=True):
@@ -107,8 +107,8 @@ def test_runs_over_meshes_are_one_run(run_words: Words, moe_model: Path, pairs_f
 
 
 @pytest.mark.full
-def test_the_loss_that_balances_does(run_words: Words, moe_model: Path, tmp_path: Path) -> None:
-    """Supervised steps with a large weight on it even the load out."""
+def test_the_balancing_loss_balances(run_words: Words, moe_model: Path, tmp_path: Path) -> None:
+    """Takes supervised steps with a large weight on the balancing loss, which must even out the load."""
     run = tmp_path / "run"
     words = run_words(
         **{"model_name_or_path": moe_model, "output_dir": run, "max_steps": 8, "router_aux_loss_coef": 10.0},

@@ -1,4 +1,4 @@
-"""Whole runs of every family over a mesh, in full and with LoRA, to a folder of the tensors it came with."""
+"""Whole runs of every family over a mesh, full and LoRA; each export has the tensors of its source."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ MORE = [(family, *run) for family in OWN for run in (("dpo", {}), ("sft", {}), (
 
 
 def write_model(family: str, toy_model: Path, folder: Path) -> Path:
-    """The toy's tokenizer, with random weights of another family."""
+    """Writes the toy's tokenizer with random weights of another family."""
     shutil.copytree(toy_model, folder)
     toy = json.loads((toy_model / "config.json").read_text())
     kept = {key: toy[key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id") if key in toy}

@@ -1,7 +1,7 @@
 """`kill -9` and a restart leave what an uninterrupted run leaves, bitwise, at any moment.
 
 Real processes of the command line and real signals: some sent by the process to itself at an exact point of the
-code (`kill_point.py`), some from outside once a tell-tale file appears. All fall after the first whole checkpoint.
+code (`kill_point.py`), some from outside once a certain file appears. All fall after the first whole checkpoint.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SameRun = Callable[[Path, Path], None]
 
 MANAGER = "jdpo.checkpoint.manager"
 
-# Function, before or after its nth call, only on threads of that name; in an order that a run comes by.
+# (function, before or after its nth call, name of its thread), in the order of a run.
 POINTS = {
     "asynchronous save": (f"{MANAGER}:CheckpointManager.save", "after", 1),
     "between orbax' commit and the manifest": (f"{MANAGER}:CheckpointManager._seal", "before", 1),
@@ -86,9 +86,9 @@ def test_one_run_killed_at_every_point(
 TELL_TALES = {
     "orbax writes": "checkpoints/*orbax-checkpoint-tmp*",
     "a manifest is being written": "checkpoints/*/manifest.json.tmp",
-    "a manifest stands": "checkpoints/4/manifest.json",
+    "a manifest exists": "checkpoints/4/manifest.json",
     "the model is being written": ".model.writing",
-    "the model stands": "model",
+    "the model exists": "model",
 }
 
 

@@ -1,4 +1,4 @@
-"""Runs that train adapters: what they keep, how they go on, where they start from, and what they export."""
+"""Runs that train adapters: their checkpoints, how they resume, where they start, and what they export."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ TIE = "start: policy equals reference"
 
 @pytest.fixture(scope="module")
 def lora_run(cut_words: Words, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output_dir of a run of 12 steps that nothing interrupts."""
+    """The output_dir of an uninterrupted run of 12 steps."""
     output_dir = tmp_path_factory.mktemp("lora") / "run"
     assert main(cut_words(output_dir, **LORA)) == 0
     return output_dir
 
 
 def saved_shapes(run: Path) -> list[tuple[str, tuple[int, ...]]]:
-    """Every array of the last checkpoint."""
+    """Returns the shapes of all arrays of the last checkpoint."""
     path = (run / "checkpoints" / "12" / "state").absolute()
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         tree = checkpointer.metadata(path).item_metadata.tree
@@ -62,7 +62,7 @@ def test_a_checkpoint_holds_adapters_and_no_base(lora_run: Path, toy_model: Path
     assert len(position["base"]["digest"]) == 64
 
 
-def test_a_stopped_run_goes_on_to_the_same_end(
+def test_a_stopped_run_resumes_to_the_same_end(
     cut_words: Words, lora_run: Path, same_run: SameRun, tmp_path: Path
 ) -> None:
     words = cut_words(tmp_path / "cut", **LORA)
@@ -77,7 +77,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(
 
 
 @pytest.mark.full
-def test_a_killed_run_goes_on_to_the_same_end(
+def test_a_killed_run_resumes_to_the_same_end(
     cut_words: Words, lora_run: Path, same_run: SameRun, jdpo_process: Start, tmp_path: Path
 ) -> None:
     words = cut_words(tmp_path / "cut", **LORA)
@@ -107,7 +107,7 @@ def test_another_base_is_refused_by_name(
     assert "adapters fit only the base that they were trained on" in error
 
 
-def test_a_base_that_goes_while_a_run_trains_is_still_named_and_not_read_for_adapters_alone(
+def test_an_adapter_export_does_not_read_a_base_deleted_or_changed_during_training(
     cut_words: Words, toy_model: Path, tmp_path: Path
 ) -> None:
     base = Path(shutil.copytree(toy_model, tmp_path / "base"))
@@ -117,7 +117,7 @@ def test_a_base_that_goes_while_a_run_trains_is_still_named_and_not_read_for_ada
     train(config, on_step=lambda step, params: shutil.rmtree(base, ignore_errors=True))
     position = json.loads(next((tmp_path / "run" / "checkpoints" / "2" / "position").rglob("metadata")).read_text())
     assert position["base"]["digest"] == digest
-    # The same by name, size and time, which is what tells this process that it has its digest; reading it would fail.
+    # Equal in name, size and time, so this process uses the digest that it knows; reading the file would fail.
     shutil.copytree(toy_model, base)
     file = base / "model.safetensors"
     status, weights = file.stat(), load_file(file)
@@ -146,7 +146,7 @@ def test_a_base_that_goes_while_a_run_trains_is_still_named_and_not_read_for_ada
 
 @pytest.fixture(scope="module")
 def sft_adapter(cut_words: Words, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter that supervised training made, far from the base."""
+    """An adapter from supervised training, far from the base."""
     folder = tmp_path_factory.mktemp("sft")
     words = ["sft", *cut_words(folder / "run", max_steps=4, **(LORA | {"learning_rate": 3e-2}))[1:]]
     rows = [{"prompt": "river green?", "completion": f" paper {word}"} for word in ("stone", "light", "bread", "road")]
@@ -171,7 +171,7 @@ def test_an_sft_adapter_is_where_dpo_starts_and_its_reference(
     output = "".join(capsys.readouterr())
     assert f"{TIE} (largest difference 0.0e+00" in output
     assert "loss 0.6931 (0.6931 expected)" in output
-    # The same by lora.adapter, with the log-probs of base and adapter computed once.
+    # Start from the same adapter by lora.adapter, with a cached reference.
     by_name = {"lora.adapter": sft_adapter, "lora.r": 2}
     assert main(cut_words(tmp_path / "auto", max_length=64, **by_name, **settings)) == 0
     output = "".join(capsys.readouterr())
@@ -204,7 +204,7 @@ def test_merged_weights_are_base_plus_adapter(
     assert not (run / "model" / "adapter_config.json").exists()
 
 
-def test_an_export_refuses_what_adapters_alone_would_not_read(lora_run: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_an_adapter_export_refuses_options_of_a_merged_one(lora_run: Path, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "out"
 
     def refusal(*words: str) -> str:

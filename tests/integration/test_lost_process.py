@@ -1,4 +1,4 @@
-"""A process of a run that dies or stops without a word ends the others, with one line and exit code 75."""
+"""If one process of a run dies or hangs, the others end with one line and exit code 75."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_the_other_process_ends_and_says_how_to_continue(
         pid = cluster.processes[victim].pid
     assert code == LOST_EXIT_CODE, log
     assert "Traceback" not in log
-    assert "Check failure stack trace" not in log  # what JAX's client prints before it aborts
+    assert "Check failure stack trace" not in log  # JAX's client prints this before it aborts
     (line,) = [line for line in log.splitlines() if line.startswith("jdpo: error: ")]
     assert log.endswith(f"{line}\n")
     assert re.match(rf"jdpo: error: process {victim} of this run \(host .*, pid {pid}\) has died", line)

@@ -1,6 +1,6 @@
-"""Ten steps give the same trace on every mesh and for every micro-batch size; and what the compiled step is made of.
+"""Ten steps give the same trace on every mesh and for every micro-batch size; and the collectives of a compiled step.
 
-The bars stand in benchmarks/mesh_parity.py: 3e-5 relative in float32, 1e-9 in float64, on sequences of 256 to 400
+The bars are those of benchmarks/mesh_parity.py: 3e-5 relative in float32, 1e-9 in float64, on sequences of 256 to 400
 tokens under AdamW at 1e-4.
 """
 
@@ -37,7 +37,7 @@ def parity() -> Iterator[ModuleType]:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["mesh_parity"] = module  # NamedTuples look their annotations up there
+    sys.modules["mesh_parity"] = module  # NamedTuples look up their annotations in sys.modules
     spec.loader.exec_module(module)
     yield module
     del sys.modules["mesh_parity"]
@@ -50,7 +50,7 @@ def assert_same(parity: ModuleType, found: Any, expected: Any, dtype: str) -> No
 
 
 def assert_moved(losses: np.ndarray) -> None:
-    """A trace that stays where it starts compares nothing."""
+    """Asserts that the trace leaves its start; otherwise the comparison would show nothing."""
     assert abs(losses[-1] / losses[0] - 1) > 0.05, losses
 
 
@@ -78,7 +78,7 @@ def test_every_mesh_and_micro_batch_size(parity: ModuleType, dtype: str, tmp_pat
 
 @pytest.fixture(scope="module")
 def assembly(cut_words: Any, tmp_path_factory: pytest.TempPathFactory) -> Assembly:
-    """A run on fsdp=4 x tensor=2 in two micro-batches, not started; its model has one key/value head."""
+    """A prepared run on fsdp=4 x tensor=2 with two micro-batches; its model has one key/value head."""
     settings = {"mesh.fsdp": 4, "mesh.tensor": 2, "micro_batch_size": 1}
     words = cut_words(tmp_path_factory.mktemp("mesh") / "run", **settings)
     config = resolve_dtype(load_config(DPOConfig, None, words[1:]))
@@ -99,7 +99,7 @@ def test_weights_and_moments_are_split_on_the_devices(assembly: Assembly, state:
     def of(*parts: str) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         return [shape for name, shape in shapes.items() if all(f"'{part}'" in name for part in parts)]
 
-    # Each is there three times: the weight and its two moments. [layers, embed, heads, head width] and so on.
+    # Each shape occurs three times: the weight and its two moments. [layers, embed, heads, head width] and so on.
     assert of("query", "kernel") == [((2, 64, 2, 32), (2, 16, 1, 32))] * 3
     assert of("down", "kernel") == [((2, 192, 64), (2, 96, 16))] * 3
     assert of("key", "kernel") == [((2, 64, 1, 32), (2, 16, 1, 32))] * 3  # one head cannot be split over two

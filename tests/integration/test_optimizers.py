@@ -41,7 +41,7 @@ def state_of(run: Path, step: int) -> Any:
 
 
 def short(words: Words, run: Path, **overrides: Any) -> list[str]:
-    """A run of four logged steps without evaluation."""
+    """Returns the words of a run of four logged steps without evaluation."""
     return words(run, **{"max_steps": 4, "logging_steps": 1, "eval_datasets": "[]", "eval_steps": "null"} | overrides)
 
 
@@ -65,7 +65,7 @@ def test_every_rule_learns_through_the_command(
 
 @pytest.fixture(scope="module")
 def narrow(cut_words: Words, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output_dir of a run with bfloat16 weights that nothing interrupts."""
+    """The output_dir of an uninterrupted run with bfloat16 weights."""
     run = tmp_path_factory.mktemp("narrow") / "run"
     assert main(cut_words(run, **BF16, reference="live")) == 0
     return run
@@ -82,13 +82,13 @@ def test_bfloat16_weights_are_kept_as_such_and_exported_whole(narrow: Path) -> N
     np.testing.assert_array_equal(embedding, state["params"]["embed"]["embedding"].astype(np.float32))
 
 
-def test_its_losses_stay_near_those_of_float32_weights(narrow: Path, uninterrupted: Path) -> None:
+def test_losses_of_bfloat16_weights_stay_near_those_of_float32(narrow: Path, uninterrupted: Path) -> None:
     found, expected = ([line["loss"] for line in lines_of(run)] for run in (narrow, uninterrupted))
     assert expected[-1] < 0.6, "there is something to learn"
     np.testing.assert_allclose(found, expected, rtol=0.03)
 
 
-def test_a_stopped_run_goes_on_bitwise(narrow: Path, cut_words: Words, same_run: SameRun, tmp_path: Path) -> None:
+def test_a_stopped_run_resumes_bitwise(narrow: Path, cut_words: Words, same_run: SameRun, tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = cut_words(run, **BF16, reference="live")
 
@@ -103,9 +103,9 @@ def test_a_stopped_run_goes_on_bitwise(narrow: Path, cut_words: Words, same_run:
 
 @pytest.mark.full
 def test_a_small_rate_moves_weights_that_rounding_to_nearest_would_leave(cut_words: Words, tmp_path: Path) -> None:
-    """Four updates of 1e-6: bfloat16 weights follow float32 ones in the mean.
+    """After four updates of 1e-6, bfloat16 weights follow float32 ones in the mean.
 
-    Both have their reference's log-probs from the cache, in which those of rounded weights are their own.
+    Each has its own cached reference, as the log-probs of rounded weights differ.
     """
     keys = {"learning_rate": 1e-6, "lr_scheduler_type": "constant", "save_steps": 4}
     for name, more in (("wide", {}), ("narrow", BF16)):
@@ -128,7 +128,7 @@ def test_a_small_rate_moves_weights_that_rounding_to_nearest_would_leave(cut_wor
 
 
 def to_bf16(values: np.ndarray) -> np.ndarray:
-    """The nearest bfloat16, in float64."""
+    """Rounds to the nearest bfloat16, returned as float64."""
     import ml_dtypes
 
     return values.astype(np.float32).astype(ml_dtypes.bfloat16).astype(np.float64)

@@ -1,4 +1,4 @@
-"""`kill -9` while the reference is computed loses a shard at most, and two processes leave what one leaves.
+"""`kill -9` while the reference is computed loses at most one shard, and two processes leave the files of one.
 
 Real processes of the command line; the signal is sent by the process to itself right before a given fsync.
 """
@@ -44,7 +44,7 @@ reference.main("reference", sys.argv[2:])
 """
 RUN = "import sys; from jdpo.cli import reference; sys.exit(reference.main('reference', sys.argv[1:]))"
 
-# Each file takes two: the file's own and its folder's. key.json comes first, then shard, JSON, shard, JSON, ...
+# Each file takes two fsyncs: its own and its folder's. key.json comes first, then shard, JSON, shard, JSON, ...
 POINTS = {
     "key.json half written": (1, []),
     "first shard half written": (3, []),
@@ -58,7 +58,7 @@ POINTS = {
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Short pairs, two shards of them, the second of 20 rows."""
+    """Short pairs for two shards, the second of 20 rows."""
     rng = np.random.default_rng(0)
 
     def turn(role: str, tail: str = "") -> list[dict[str, str]]:
@@ -78,7 +78,7 @@ def words(run_words: Words, rows: Path, tmp_path: Path) -> Callable[[str], list[
 
 
 def shards(folder: Path) -> dict[str, tuple[int, int, bytes]]:
-    """Everything under `folder` that a build leaves: inode, time of change and content by name."""
+    """Returns inode, time of change and content of every file under `folder` that a build leaves, by name."""
     found = {}
     for path in (folder / "reference").glob("*/*"):
         if path.suffix in (".json", ".safetensors"):
@@ -92,7 +92,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def assert_resumed(words: Callable[[str], list[str]], tmp_path: Path, point: str) -> None:
-    """Kills a build at a point, goes on, and compares with the build that nothing killed."""
+    """Kills a build at a point, resumes it, and compares it with an uninterrupted build."""
     nth, whole = POINTS[point]
     killed = subprocess.run(
         [sys.executable, "-c", KILLED, str(nth), *words("killed")],
@@ -173,7 +173,7 @@ def test_two_processes_share_a_folder_or_have_one_each(words: Callable[[str], li
     assert contents(tmp_path / "shared").keys() == contents(tmp_path / "one").keys()
     start_two([words("left"), words("right")])
     assert contents(tmp_path / "left") == contents(tmp_path / "right") == contents(tmp_path / "shared")
-    # What one host lacks is computed by both, and only that host writes it.
+    # Both hosts compute the shard that one of them lacks, and only that host writes it.
     for path in (tmp_path / "right").glob("reference/*/00001.json"):
         path.unlink()
     left, right = shards(tmp_path / "left"), shards(tmp_path / "right")

@@ -1,4 +1,4 @@
-"""Whole runs under each kind of reference, and with losses that carry something from step to step."""
+"""Whole runs with each kind of reference, and with losses that carry state from step to step."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def lines_of(run: Path) -> list[dict[str, Any]]:
 
 
 def trace(run: Path) -> np.ndarray:
-    """Loss, gradient norm, margin and log-probs of every logged step, and those of the evaluation."""
+    """Returns loss, gradient norm, margin and log-probs of every logged step and of the evaluation."""
     names = ("loss", "grad_norm", "rewards/margins", "logps/chosen", "logps/rejected")
     steps = [[line[name] for name in names] for line in lines_of(run) if "loss" in line]
     held_out = [[line[f"eval_{name}"] for name in names if name != "grad_norm"] for line in lines_of(run)[-1:]]
@@ -39,7 +39,7 @@ def trace(run: Path) -> np.ndarray:
 def test_cached_and_live_give_the_same_twenty_steps(
     dtype: str, bar: float, cut_words: Words, tmp_path: Path, capsys: Capture
 ) -> None:
-    """The last batch of each epoch is ragged; evaluation rows come from a cache of their own."""
+    """Covers a ragged last batch of each epoch, and evaluation rows from a cache of their own."""
     given = QUICK | {"max_steps": 20, "compute_dtype": dtype, "learning_rate": 1e-4, "cache_dir": tmp_path / "cache"}
     for kind in ("live", "auto"):
         assert main(cut_words(tmp_path / kind, reference=kind, **given)) == 0
@@ -73,7 +73,7 @@ def test_a_second_run_with_another_beta_and_loss_computes_no_reference(
     ],
     ids=["bco_running_delta", "sync_ref_model"],
 )
-def test_what_a_loss_carries_along_survives_a_stop(
+def test_the_state_of_a_loss_survives_a_stop(
     changed: dict[str, Any], cut_words: Words, tmp_path: Path, uninterrupted: Path, same_run: SameRun
 ) -> None:
     words = cut_words(tmp_path / "stopped", **changed)
@@ -87,7 +87,7 @@ def test_what_a_loss_carries_along_survives_a_stop(
     assert train(load_config(DPOConfig, None, words[1:]), on_step=stop).interrupted
     assert train(load_config(DPOConfig, None, words[1:])).step == 12
     same_run(tmp_path / "stopped", tmp_path / "whole")
-    # What is carried along makes a difference, or this test would compare nothing.
+    # The carried state must make a difference, or this test would compare nothing.
     plain = uninterrupted
     if "loss_type" in changed:
         plain = tmp_path / "plain"
@@ -106,7 +106,7 @@ def test_losses_without_a_reference_hold_none(cut_words: Words, tmp_path: Path, 
 
 @pytest.mark.full
 def test_aot_over_micro_batches_is_aot_over_the_batch(cut_words: Words, tmp_path: Path) -> None:
-    """8 shards with all pairs at once, against 2 shards with one pair each at once: four micro-batches."""
+    """Compares 8 shards in one micro-batch with 2 shards of one pair each in four micro-batches."""
     given = QUICK | {"max_steps": 5, "loss_type": "[aot,sft]", "label_smoothing": 0.1}
     for name, layout in {"wide": {}, "deep": {"mesh.fsdp": 2, "mesh.tensor": 4, "micro_batch_size": 1}}.items():
         assert main(cut_words(tmp_path / name, **given, **layout)) == 0
@@ -128,7 +128,7 @@ def test_aot_over_micro_batches_is_aot_over_the_batch(cut_words: Words, tmp_path
     ],
     ids=str,
 )
-def test_what_does_not_fit_is_refused(
+def test_incompatible_reference_settings_are_refused(
     changed: dict[str, Any], message: str, cut_words: Words, tmp_path: Path, capsys: Capture
 ) -> None:
     words = cut_words(tmp_path / "run", **{"cache_dir": tmp_path / "cache", **changed})
@@ -137,7 +137,7 @@ def test_what_does_not_fit_is_refused(
     assert message in "".join(capsys.readouterr())
 
 
-def test_reference_command_says_what_it_cannot_do_and_needs_no_output_dir(
+def test_reference_command_names_unsupported_losses_and_needs_no_output_dir(
     cut_words: Words, tmp_path: Path, capsys: Capture
 ) -> None:
     words = [word for word in cut_words(tmp_path / "run")[1:] if not word.startswith("output_dir=")]

@@ -1,4 +1,4 @@
-"""Stopping by signal, going on, and what a used output_dir accepts and refuses."""
+"""Stopping by signal, resuming, and which starts a used output_dir accepts and refuses."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def saved_steps(run: Path) -> list[int]:
 
 
 @pytest.mark.full
-def test_moments_in_the_hosts_memory_go_on_to_the_same_end(
+def test_a_run_with_offloaded_moments_resumes_to_the_same_end(
     cut_words: Words, same_run: SameRun, jdpo_process: Start, tmp_path: Path
 ) -> None:
     assert main(cut_words(tmp_path / "whole", offload_optimizer="true")) == 0
@@ -47,7 +47,7 @@ def test_moments_in_the_hosts_memory_go_on_to_the_same_end(
     same_run(tmp_path / "cut", tmp_path / "whole")
 
 
-def test_a_stopped_run_goes_on_to_the_same_end(
+def test_a_stopped_run_resumes_to_the_same_end(
     cut_words: Words, copy: Path, uninterrupted: Path, same_run: SameRun, capsys: Capture
 ) -> None:
     assert saved_steps(copy)[-1] == STOPPED_AT
@@ -116,7 +116,7 @@ def test_a_finished_run_says_so_and_changes_nothing(cut_words: Words, uninterrup
     assert after == before
 
 
-def test_a_finished_run_that_is_asked_for_more_steps_says_how_to_train_on(
+def test_a_finished_run_asked_for_more_steps_tells_how_to_train_further(
     cut_words: Words, uninterrupted: Path, capsys: Capture
 ) -> None:
     message = refusal(cut_words(uninterrupted, num_train_epochs=7), capsys)
@@ -173,7 +173,7 @@ def test_a_folder_of_something_else_is_refused(cut_words: Words, tmp_path: Path,
 
 @pytest.fixture
 def own_inputs(cut_words: Words, tmp_path: Path) -> dict[str, Path]:
-    """Copies of the model and of the rows that a test may change."""
+    """Copies of the model and the rows, for a test that changes them."""
     values = dict(word.split("=", 1) for word in cut_words(tmp_path)[1:])
     model = Path(shutil.copytree(values["model_name_or_path"], tmp_path / "own_model"))
     rows = Path(shutil.copy(values["datasets"], tmp_path / "own_rows.jsonl"))
@@ -248,7 +248,7 @@ def test_a_signal_before_the_first_step_trains_nothing(
 def test_a_refused_start_leaves_the_folder_free(cut_words: Words, tmp_path: Path, capsys: Capture) -> None:
     run = tmp_path / "run"
     refusal(cut_words(run, model_name_or_path=tmp_path / "nowhere"), capsys)
-    # The mistake repaired, the next refusal must be of the next mistake, not of the folder.
+    # With that mistake repaired, the next refusal must be about the next mistake, not about the folder.
     message = refusal(cut_words(run, max_length=1), capsys)
     assert "no rows left of " in message
 
@@ -271,7 +271,7 @@ def test_a_damaged_best_checkpoint_is_not_exported(
 ) -> None:
     run = Path(shutil.copytree(uninterrupted, tmp_path / "run"))
     best, last = saved_steps(run)[0], saved_steps(run)[-1]
-    for step in (best, last):  # as if the earlier checkpoint had been the better one
+    for step in (best, last):  # makes the earlier checkpoint the best one
         path = run / "checkpoints" / str(step) / MANIFEST
         manifest = json.loads(path.read_text())
         path.write_text(json.dumps(manifest | {"metric": float(step)}))

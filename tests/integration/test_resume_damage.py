@@ -1,4 +1,4 @@
-"""What a start makes of checkpoints and metrics that are damaged, misnamed or another run's."""
+"""Starts in a folder whose checkpoints or metrics are damaged, misnamed or from another run."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_where_all_checkpoints_are_damaged_a_run_starts_over_only_when_told_to(
     steps = saved_steps(copy)
     old_metrics = (copy / "metrics.jsonl").read_bytes()
     damage_all(copy)
-    for _ in range(2):  # the second start finds nothing but what the first has set aside
+    for _ in range(2):  # the second start finds only what the first one set aside
         capsys.readouterr()
         assert main(cut_words(copy)) == 1
         message = capsys.readouterr().err
@@ -97,7 +97,7 @@ def test_a_checkpoint_of_a_run_with_other_settings_is_refused(cut_words: Words, 
 
 
 @pytest.mark.parametrize("where", ["in between", "all of it"])
-def test_damaged_metrics_are_named_and_kept_and_stop_no_resume(
+def test_damaged_metrics_are_named_and_kept_and_do_not_prevent_a_resume(
     where: str, cut_words: Words, copy: Path, uninterrupted: Path, same_run: SameRun, capsys: Capture
 ) -> None:
     path = copy / "metrics.jsonl"

@@ -1,4 +1,4 @@
-"""Queries of addresses, which may be keys: a run reads with them, and no file that it leaves has them."""
+"""Queries of addresses may be keys: a run reads with them, and leaves no file that holds them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def words_of(run_words: Words, server: str, secret: str, **overrides: object) ->
 
 
 def files_with_secrets(folder: Path) -> list[str]:
-    """Files, and names of files, that hold one."""
+    """Returns the files that hold a secret in their content or name."""
     found = []
     for path in sorted(folder.rglob("*")):
         held = path.read_bytes() if path.is_file() else b""
@@ -54,7 +54,7 @@ def files_with_secrets(folder: Path) -> list[str]:
     return found
 
 
-def test_no_file_holds_the_query_of_an_address_and_another_query_goes_on(
+def test_no_file_holds_the_query_of_an_address_and_another_query_resumes(
     run_words: Words, server: str, tmp_path: Path, capsys: Capture
 ) -> None:
     run, (one, two) = tmp_path / "run", SECRETS

@@ -1,4 +1,4 @@
-"""Every config of configs/, dry: with the shapes of the model it names, a toy tokenizer, and no weights."""
+"""Dry runs of every config of configs/, with the shapes of its model, a toy tokenizer and no weights."""
 
 from __future__ import annotations
 

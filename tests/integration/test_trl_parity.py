@@ -23,7 +23,7 @@ TOLERANCES = {"loss": 3e-5, "grad_norm": 3e-5, "logps/chosen": 1e-6, "logps/reje
 
 @pytest.fixture(scope="module")
 def parity() -> ModuleType:
-    """The benchmark's own rules of comparison, so that test and benchmark cannot disagree on them."""
+    """The benchmark's own rules of comparison, so that test and benchmark agree."""
     spec = importlib.util.spec_from_file_location("trl_parity", ROOT / "benchmarks" / "trl_parity.py")
     assert spec is not None
     assert spec.loader is not None
@@ -34,7 +34,7 @@ def parity() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def golden() -> dict[str, Any]:
-    """TRL's trace and the settings it was made with."""
+    """TRL's trace and its settings."""
     trace: dict[str, Any] = json.loads((GOLDEN / "trace.json").read_text(encoding="utf-8"))
     return trace
 
@@ -43,7 +43,7 @@ def golden() -> dict[str, Any]:
 def metrics(
     golden: dict[str, Any], parity: ModuleType, tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, float]]:
-    """The steps that `jdpo dpo` logs on the golden model and rows, on a mesh that splits along every axis."""
+    """The steps logged by `jdpo dpo` on the golden model and rows, on a mesh that splits along every axis."""
     out = tmp_path_factory.mktemp("trl_parity")
     settings = golden["settings"]
     arguments = {
@@ -67,7 +67,7 @@ def metrics(
 
 
 def test_rows_are_trls_token_for_token(golden: dict[str, Any], parity: ModuleType, tmp_path: Path) -> None:
-    """The same rows are kept, split in prompt and completion, and cut, as TRL's collator fed them to its model."""
+    """Keeps, splits and cuts the same rows as TRL's collator fed to its model."""
     found = parity.tokenized_rows(GOLDEN / "rows.jsonl", GOLDEN / "model", tmp_path, golden["settings"]["max_length"])
     assert len(found) == 46
     parity.compare_tokens(GOLDEN / "tokens.jsonl", found)
@@ -94,8 +94,10 @@ def test_the_golden_trace_goes_somewhere(golden: dict[str, Any], parity: ModuleT
 
 
 @pytest.mark.torch
-def test_the_golden_folder_is_what_trl_does_today(golden: dict[str, Any], parity: ModuleType, tmp_path: Path) -> None:
-    """The generator run now, with the TRL installed now, gives the committed rows and tokens, and the trace."""
+def test_the_golden_folder_is_what_the_installed_trl_does(
+    golden: dict[str, Any], parity: ModuleType, tmp_path: Path
+) -> None:
+    """Runs the generator with the installed TRL, which must give the committed rows, tokens and trace."""
     subprocess.run([sys.executable, ROOT / "scripts" / "make_golden_trl.py", "--out", tmp_path], check=True)
     for name in ("rows.jsonl", "tokens.jsonl", "model/config.json", "model/chat_template.jinja"):
         assert (tmp_path / name).read_bytes() == (GOLDEN / name).read_bytes()
@@ -106,7 +108,7 @@ def test_the_golden_folder_is_what_trl_does_today(golden: dict[str, Any], parity
 
 
 def test_a_reference_off_by_a_little_is_seen(golden: dict[str, Any], parity: ModuleType) -> None:
-    """The comparison notices a metric that is 0.2 % off at one step, and a first reward beyond rounding."""
+    """Changes one metric by 0.2 % at one step, and a first reward beyond rounding; the comparison must notice."""
     for name, change in (
         ("loss", 1.002),
         ("grad_norm", 0.998),

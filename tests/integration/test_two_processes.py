@@ -39,8 +39,8 @@ def test_two_processes_train_as_one(run_words: Callable[..., list[str]], pairs_f
         names = [name for name in line if not name.endswith(("per_second", "_seconds", "_gib"))]
         np.testing.assert_allclose([line[n] for n in names], [other[n] for n in names], rtol=3e-5, atol=1e-6)
     assert "done: model in" in logs[2][0]
-    assert "done: model in" not in logs[2][1]  # one voice
-    # A resumed run of two finds itself finished.
+    assert "done: model in" not in logs[2][1]  # only one process logs
+    # Started again, the run of two processes is finished.
     ends = run_cluster([[*DPO, *words[2]]] * 2)
     assert [end.code for end in ends] == [0, 0], ends
     assert "is finished" in ends[0].log

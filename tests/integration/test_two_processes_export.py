@@ -1,4 +1,4 @@
-"""Two processes on loopback load a model and write it together; what one cannot do, both refuse."""
+"""Two processes on loopback load a model and export it together; what one cannot do, both refuse."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_what_the_second_process_cannot_do_both_refuse(out: Path, case: str) -> 
 
 
 @pytest.mark.full
-def test_the_process_that_has_a_tensor_with_inf_says_so(out: Path) -> None:
+def test_the_process_that_has_a_tensor_with_inf_names_it(out: Path) -> None:
     texts = messages_of(out, "Inf")
     own = "tensor model.norm.weight holds NaN or Inf: this model is not exported"
     assert own in texts
@@ -71,5 +71,5 @@ def test_the_process_that_has_a_tensor_with_inf_says_so(out: Path) -> None:
 
 
 @pytest.mark.full
-def test_what_was_refused_left_nothing_behind(out: Path) -> None:
+def test_refused_exports_leave_no_files(out: Path) -> None:
     assert [path.name for path in out.iterdir()] == ["whole"]

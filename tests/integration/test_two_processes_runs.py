@@ -1,4 +1,4 @@
-"""Adapters and experts trained by two processes on loopback: the numbers and the files of one process."""
+"""Adapters and experts trained by two processes on loopback give the numbers and files of one process."""
 
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ def mixtral(toy_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(toy_model: Path, mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder NAME-COUNT for each run, made by one process and by two."""
     folder = tmp_path_factory.mktemp("runs")
-    pairs = write_jsonl(folder / "pairs.jsonl", chat_pairs(16, words=(6, 7)))  # of one length: one shape to compile
+    pairs = write_jsonl(
+        folder / "pairs.jsonl", chat_pairs(16, words=(6, 7))
+    )  # rows of one length need one shape to compile
 
     def words(name: str, count: int) -> list[str]:
         values: Mapping[str, Any] = {

@@ -1,4 +1,4 @@
-"""One process of several that makes runs of `jdpo dpo`, one after the other.
+"""One of several processes that make runs of `jdpo dpo`, one after the other.
 
 python train_by_two.py WORDS [-- WORDS]..
 """
@@ -13,7 +13,7 @@ from jdpo.training.run import train
 
 
 def main(words: list[str]) -> None:
-    """Makes the run of the words before the first --, and so on."""
+    """Makes one run for each group of words between "--"."""
     if "--" in words:
         end = words.index("--")
         main(words[:end])

@@ -34,7 +34,7 @@ def config_json(family: str, **overrides: Any) -> dict[str, Any]:
 
 
 def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The names and shapes that transformers' classes give these families, written out by hand."""
+    """Returns the tensor names and shapes of transformers' classes for these families, written by hand."""
     d, f, v = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     k = config.get("head_dim") or d // config["num_attention_heads"]
     q_rows, kv_rows = k * config["num_attention_heads"], k * config["num_key_value_heads"]
@@ -60,7 +60,7 @@ def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 class Folder:
-    """A model folder and what was written into it."""
+    """A model folder and the tensors written into it."""
 
     def __init__(self, path: Path, config: dict[str, Any], dtype: Any, num_shards: int) -> None:
         self.path, self.config = path, config
@@ -86,7 +86,7 @@ class Folder:
 
 @pytest.fixture
 def make_folder(tmp_path: Path) -> Callable[..., Folder]:
-    """A function (family, dtype=float32, num_shards=1, **config.json settings) -> Folder with random weights."""
+    """Returns a function (family, dtype=float32, num_shards=1, **config.json settings) -> Folder of random weights."""
 
     def make(family: str, dtype: Any = np.float32, num_shards: int = 1, **settings: Any) -> Folder:
         path = tmp_path / f"{family}-{len(list(tmp_path.iterdir()))}"

@@ -1,4 +1,4 @@
-"""The params as tensors of a checkpoint, for tests that compare them with those that were loaded."""
+"""Params as the tensors of a checkpoint, for tests that compare them with the loaded ones."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def run(kind: Any, x: Any, scale: Any, bias: Any = None, axes: tuple[str, ...] =
 
 
 def test_by_hand() -> None:
-    """rms of (3, 4) is 5 / sqrt 2; minus their mean and over their deviation they are (-1, 1)."""
+    """Uses (3, 4): its root mean square is 5 / sqrt 2; standardized it is (-1, 1)."""
     x, scale, unit = jnp.array([[3.0, 4.0]]), jnp.array([1.0, 2.0]), 2**0.5 / 5
     for kind in ("rms", "rms_wide"):
         np.testing.assert_allclose(run(kind, x, scale), [[3 * unit, 8 * unit]], rtol=1e-6)
@@ -48,7 +48,7 @@ def test_a_fresh_norm_scales_by_one(kind: Any, value: float) -> None:
 
 
 def test_a_factor_is_not_itself_rounded() -> None:
-    """0.22 would be 0.2197 in bfloat16, 0.12 % less."""
+    """Scales by 0.22, which would be 0.2197 in bfloat16, 0.12 % less."""
     x = jnp.arange(1, 200, dtype=jnp.bfloat16)
     expected = (np.float32(0.22) * np.asarray(x, np.float32)).astype(jnp.bfloat16)
     np.testing.assert_array_equal(scaled(x, 0.22), expected)
@@ -77,7 +77,7 @@ def test_bfloat16_is_rounded_as_in_torch(kind: Any) -> None:
     x, narrow = jnp.asarray(values, jnp.bfloat16), jnp.asarray(scale, jnp.bfloat16)
     found = run(kind, x, narrow, jnp.asarray(bias, jnp.bfloat16) if kind == "layer" else None)
     assert found.dtype == jnp.bfloat16
-    # Sums of 48 numbers in another order may round the last bit of a few the other way.
+    # Another order of summing 48 numbers may round the last bit of a few differently.
     apart = np.asarray(found, np.float32) != expected
     assert apart.mean() < 0.01
     np.testing.assert_allclose(np.asarray(found, np.float32), expected, rtol=2**-7)

@@ -45,7 +45,7 @@ def test_values_go_to_their_places_and_back(layout: PackedSequences) -> None:
 def test_gradients_are_those_of_scatter_adds(layout: PackedSequences) -> None:
     rng = np.random.default_rng(0)
     slots, places = rng.normal(size=(1, 8, 1, 2)), rng.normal(size=(8, 2))
-    places[7] = 0  # padding must get a cotangent of zero
+    places[7] = 0  # padding contributes a zero cotangent
 
     _, to_sequences_vjp = jax.vjp(lambda x: to_sequences(x, layout), jnp.array(slots))
     expected = np.zeros((8, 2))
@@ -54,7 +54,7 @@ def test_gradients_are_those_of_scatter_adds(layout: PackedSequences) -> None:
     np.testing.assert_allclose(gradient.reshape(8, 2), expected, rtol=1e-6)
 
     _, to_slots_vjp = jax.vjp(lambda x: to_slots(x, layout), jnp.array(places.reshape(2, 4, 1, 2)))
-    slots[0, 5:] = 0  # slots that are not in use get none
+    slots[0, 5:] = 0  # unused slots get no gradient
     expected = np.zeros((8, 2))
     np.add.at(expected, np.array(SCATTER[0]), slots[0, :, 0])
     (gradient,) = to_slots_vjp(jnp.array(slots, jnp.float32))

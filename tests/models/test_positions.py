@@ -1,4 +1,4 @@
-"""Models that end: learned positions, and longrope's factors for short sequences."""
+"""Models with a last position: learned positions, and longrope's factors for short sequences."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_max_length_beyond_the_last_position_is_refused_by_name(tmp_path: Path
     with pytest.raises(ValueError, match=r"has 32 positions \(longrope's factors"):
         check_positions(read_model_config(tmp_path), max_length=33, name="phi3")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "max_position_embeddings": 8}))
-    check_positions(read_model_config(tmp_path), max_length=64, name="llama")  # a rope goes on
+    check_positions(read_model_config(tmp_path), max_length=64, name="llama")  # a plain rope has no last position
 
 
 def test_generation_ends_where_the_model_does() -> None:
@@ -48,7 +48,7 @@ def test_generation_ends_where_the_model_does() -> None:
 
 
 def test_a_checkpoint_without_prefix_and_with_stored_masks_is_the_same_model(tmp_path: Path) -> None:
-    """As the hub's first GPT-2 is: saved without its head."""
+    """Covers checkpoints such as the hub's first GPT-2, which was saved without its head."""
     tensors = load_file(GPT2 / "model.safetensors")
     old = {name.removeprefix("transformer."): values for name, values in tensors.items()}
     masks = {f"h.{index}.attn.bias": np.tril(np.ones((1, 1, 8, 8), np.float32)) for index in range(3)}

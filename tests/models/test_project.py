@@ -1,4 +1,4 @@
-"""The einsum of projections has the gradients that JAX's own has."""
+"""The einsum of projections has the gradients of JAX's own einsum."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def test_values_and_gradients(equation: str) -> None:
 
 @pytest.mark.parametrize(("product", "transposes"), [(project, False), (jnp.einsum, True)])
 def test_the_wide_cotangent_is_not_transposed(product: Callable[..., jax.Array], transposes: bool) -> None:
-    """The kernel's gradient is one product of [d, n t] with the cotangent as it lies.
+    """Checks that the kernel's gradient is one product of [d, n t] with the untransposed cotangent.
 
-    JAX's own rule does transpose it: where that ends, `project` has no use any more.
+    JAX's own rule transposes it; if that ever changes, `project` is no longer needed.
     """
     x, kernel, cotangent = jnp.zeros((1, 96, 16)), jnp.zeros((16, 64)), jnp.zeros((1, 96, 64))
 

@@ -1,4 +1,4 @@
-"""What is kept and what is computed again: the same gradients, less memory, and no attention kernel run twice."""
+"""Rematerialization: equal gradients, less memory, and no attention kernel run twice."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ KERNEL_CONFIG = small_llama(vocab_size=VOCAB, head_dim=64)
 
 
 def packed_batch(num_pairs: int, lengths: tuple[int, int, int]) -> PackedBatch:
-    """One micro-batch of one row."""
+    """Returns one micro-batch of one row."""
     rng = np.random.default_rng(0)
     pairs = [
         TokenizedPair(*(rng.integers(0, VOCAB, size).astype(np.int32) for size in lengths), origin="")
@@ -55,7 +55,7 @@ class Run(NamedTuple):
 
 
 def compiled(config: ModelConfig, remat: str, batch: PackedBatch) -> Any:
-    """Value and gradients in float64."""
+    """Compiles value and gradients in float64."""
     model = Transformer(config, remat=remat, compute_dtype=jnp.float64, param_dtype=jnp.float64, attention="blockwise")
     return jax.jit(jax.value_and_grad(partial(loss, model, batch))).lower(abstract_params(model)).compile()
 
@@ -85,7 +85,7 @@ def test_gradients_are_those_of_keeping_everything(runs: dict[str, Run], remat: 
 def test_memory_falls_along_the_order(runs: dict[str, Run]) -> None:
     assert set(REMAT_ORDER) == {"none", *REMAT_POLICIES} - {"offload"}
     taken = [runs[remat].temporary for remat in REMAT_ORDER]
-    # Each by what it stops keeping, not by a rounding: at least a layer input of all tokens, in float64.
+    # Each policy saves more than noise: at least one layer input of all tokens, in float64.
     layer_input = 8 * 2048 * CONFIG.d_model
     assert all(more - less > layer_input for more, less in pairwise(taken)), taken
     assert taken[0] > 2.5 * taken[-1]
@@ -110,7 +110,7 @@ def test_bytes_a_token_are_those_of_the_formulas(runs: dict[str, Run]) -> None:
 
 
 def lowered(attention: str, remat: str, platform: str) -> str:
-    """Value and gradient of two scanned layers, in bfloat16, for a platform that need not be here."""
+    """Lowers value and gradient of two scanned layers in bfloat16, also for a platform that is not present."""
     model = Transformer(KERNEL_CONFIG, compute_dtype=jnp.bfloat16, remat=remat, attention=attention)
     batch = packed_batch(1, (60, 100, 90))
     step = jax.jit(jax.value_and_grad(partial(loss, model, batch)))
@@ -119,7 +119,7 @@ def lowered(attention: str, remat: str, platform: str) -> str:
 
 @pytest.fixture
 def count_kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], int]:
-    """(attention, remat) -> calls of attention kernels, forward and backward, in a layer."""
+    """Returns a function (attention, remat) -> number of attention kernel calls, forward and backward, per layer."""
     monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
 
     def count(attention: str, remat: str) -> int:
@@ -130,7 +130,7 @@ def count_kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], int]:
 
 
 @pytest.mark.parametrize(("attention", "backward"), [("cudnn", 1), ("splash", 2)])
-def test_kernels_do_not_run_again_where_what_they_give_is_kept(
+def test_kernels_whose_outputs_are_kept_do_not_run_again(
     count_kernels: Callable[[str, str], int], attention: str, backward: int
 ) -> None:
     assert count_kernels(attention, "none") == 1 + backward
@@ -166,6 +166,6 @@ def test_offload_takes_the_host_memory_of_all_layer_inputs() -> None:
 
 
 @pytest.mark.parametrize("remat", ["some", "auto"])
-def test_names_that_stand_for_nothing_are_refused(remat: str) -> None:
+def test_unknown_names_are_refused(remat: str) -> None:
     with pytest.raises(ValueError, match=f"expected one of none, dots, attention, full, offload, found '{remat}'"):
         abstract_params(Transformer(CONFIG, remat=remat))

@@ -45,7 +45,7 @@ def saved_tensors(folder: Path) -> dict[str, np.ndarray]:
 
 
 def padded(rng: np.random.Generator, vocab_size: int, *, left: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and mask [4, LENGTH], rows padded on the right; with left, every other one on the left."""
+    """Returns tokens and mask [4, LENGTH], padded on the right; with `left`, every other row on the left."""
     tokens = rng.integers(0, vocab_size, (4, LENGTH))
     lengths, lefts = rng.integers(5, LENGTH + 1, 4), np.array([left, False, left, False])
     slots = np.where(lefts[:, None], np.arange(LENGTH)[::-1], np.arange(LENGTH))
@@ -105,7 +105,7 @@ def test_logits_gradients_and_tensors_equal_those_of_torch(case: Case) -> None:
 
 
 def torch_dpo(case: Case, batch: PreferenceBatch) -> tuple[float, dict[str, np.ndarray]]:
-    """The loss and its gradients by autograd, under the names of the files."""
+    """Returns the loss and its gradients by autograd, by tensor names of the files."""
     import torch
 
     tokens, mask = (np.asarray(x).reshape(4, LENGTH) for x in (batch.tokens, batch.attention_mask))

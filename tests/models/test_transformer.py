@@ -67,7 +67,7 @@ def run(model: Transformer, params: Any, method: str, *arguments: Any) -> Any:
 
 
 def random_params(model: Transformer) -> Any:
-    """Parameters with biases and norms away from 0 and 1."""
+    """Returns parameters whose biases and norms differ from 0 and 1."""
     rng = np.random.default_rng(1)
     return jax.tree.map(
         lambda leaf: (0.3 * rng.normal(size=leaf.shape) + (len(leaf.shape) == 1)).astype(np.float32),
@@ -174,7 +174,7 @@ def one_token_changed() -> np.ndarray:
 
 
 def test_scanned_layers_equal_the_same_layers_unrolled(params: Any) -> None:
-    """Windows of the sequence's length and more see everything: the same arithmetic under another pattern."""
+    """Uses windows of at least the sequence's length, which hide nothing: equal arithmetic, another layer pattern."""
     period_two = dataclasses.replace(CONFIG, layers=kinds(None, 50, None, 50, None))
     uneven = dataclasses.replace(CONFIG, layers=kinds(None, 50, None, None, 50))  # period 3, a rest of 2
     assert layer_pattern(period_two) == (2, 2, 1)
@@ -264,7 +264,7 @@ def test_fresh_parameters_are_small_kernels_zero_biases_and_unit_norms() -> None
 
 
 def test_cache_in_two_bites_equals_the_full_forward(params: Any) -> None:
-    """Left and right padding, windows, scanned and unrolled layers: decode is the same code as the full forward."""
+    """Covers left and right padding, windows, scanned and unrolled layers: decoding shares the forward's code."""
     full = np.asarray(jax.jit(lambda p: run(MODEL, p, "hidden_states", TOKENS, MASK))(params))
     decode = jax.jit(lambda *args: MODEL.apply({"params": params}, *args, method="decode"))
     cache, pieces = init_cache(MODEL, 3, 14), []
@@ -293,7 +293,7 @@ def test_sharded_equals_unsharded_and_constraints_reach_the_lowered_step(
     sharded = jax.device_put(params, shardings)
     batch = jax.device_put((tokens, mask), NamedSharding(mesh, PartitionSpec("data")))
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
-        # A function of its own: jit must not find the trace made without a mesh.
+        # A separate function, so that jit does not reuse the trace made without a mesh.
         lowered = jax.jit(jax.value_and_grad(lambda p, t, m: mean_square(SMALL, p, t, m))).lower(sharded, *batch)
         assert lowered.as_text().count("sharding_constraint") >= 16  # 8 forward, 8 back
         loss, grads = lowered.compile()(sharded, *batch)

@@ -103,7 +103,7 @@ _OLD_KEYS = {
 
 
 def random_shape(rng: np.random.Generator) -> dict[str, Any]:
-    """Odd head counts, grouped and plain attention, sizes that share no factor."""
+    """Draws odd head counts, grouped and plain attention, and sizes without a common factor."""
     num_kv_heads, head_dim = int(rng.integers(1, 4)), 2 * int(rng.integers(2, 6))
     num_heads = num_kv_heads * int(rng.integers(1, 4))
     return {
@@ -123,7 +123,7 @@ def random_shape(rng: np.random.Generator) -> dict[str, Any]:
 
 
 def torch_model(prefix: str, settings: dict[str, Any], seed: int) -> Any:
-    """A torch model in float32 with norms and biases away from 1 and 0."""
+    """Makes a float32 torch model whose norms and biases differ from 1 and 0."""
     import torch
     import transformers
 
@@ -136,7 +136,7 @@ def torch_model(prefix: str, settings: dict[str, Any], seed: int) -> Any:
     if prefix == "GPT2":
         shape = {_OLD_KEYS.get(key, key): value for key, value in shape.items() if key != "intermediate_size"}
     config = getattr(transformers, f"{prefix}Config")(**shape)
-    config._attn_implementation = "eager"  # the one that caps scores
+    config._attn_implementation = "eager"  # the implementation that caps scores
     own_class = "GPT2LMHeadModel" if prefix == "GPT2" else f"{prefix.removesuffix('Text')}ForCausalLM"
     model = getattr(transformers, own_class)(config).eval()
     for name, parameter in model.named_parameters():
@@ -146,5 +146,5 @@ def torch_model(prefix: str, settings: dict[str, Any], seed: int) -> Any:
 
 
 def save(model: Any, folder: Path) -> None:
-    """As transformers writes a model, in several files."""
+    """Saves a model as transformers does, in several files."""
     model.save_pretrained(folder, max_shard_size="20KB")

@@ -47,7 +47,7 @@ OPEN_MPI = {
 
 
 class Recorder:
-    """Takes the place of `jax.distributed.initialize`."""
+    """Records calls instead of `jax.distributed.initialize`."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
@@ -57,10 +57,10 @@ class Recorder:
 
 
 def joined(environ: Mapping[str, str], monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """The calls of `initialize` under an environment: address, count, index, local_device_ids."""
+    """Returns the calls of `initialize` under an environment: address, count, index, local_device_ids."""
     for name in [name for name in os.environ if name.startswith(LAUNCHERS)]:
         monkeypatch.delenv(name)
-    for name, value in environ.items():  # which JAX's own detection reads
+    for name, value in environ.items():  # JAX's own detection reads os.environ
         monkeypatch.setenv(name, value)
     recorder, lines = Recorder(), list[str]()
     found = join_cluster(environ=environ, initialize=recorder, log=lines.append)
@@ -148,7 +148,7 @@ def test_a_single_process_joins_nothing(environ: dict[str, str], monkeypatch: py
         (TORCHRUN | {"LOCAL_WORLD_SIZE": "3", "CUDA_VISIBLE_DEVICES": "0,1"}, "cannot be divided"),
     ],
 )
-def test_what_would_train_alone_or_wait_for_ever_is_refused(
+def test_settings_that_would_train_alone_or_wait_for_ever_are_refused(
     environ: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -182,7 +182,7 @@ def test_the_line_names_source_place_and_devices() -> None:
 
 
 def test_tpu_pods_are_joined() -> None:
-    """In a process of its own, whose JAX takes this machine for a TPU VM next to a metadata server."""
+    """Runs a separate process whose JAX sees a TPU VM with a metadata server."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
     environ |= {"PYTHONPATH": str(Path(jdpo.__file__).parents[1]), "JAX_FORCE_TPU_INIT": "1", "NO_PROXY": "127.0.0.1"}
     done = subprocess.run(

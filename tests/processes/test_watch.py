@@ -1,4 +1,4 @@
-"""Who is taken for dead, and what the relay keeps from JAX's client."""
+"""Processes that are considered dead, and messages that the relay withholds from JAX's client."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_silence_is_counted_since_the_last_new_sign() -> None:
     assert silence.update({1: "2", 2: "1"}, 2.0) == {1: 1.0, 2: 0.0}
 
 
-def test_the_time_that_this_process_was_stopped_is_not_held_against_others() -> None:
+def test_silence_does_not_count_while_this_process_was_stopped() -> None:
     silence = Silence(now=0.0)
     silence.update({1: "1"}, 0.5)
     assert silence.update({1: "1"}, 1000.0)[1] <= 1.0

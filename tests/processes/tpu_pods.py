@@ -1,4 +1,4 @@
-"""Prints as JSON what each kind of TPU pod is joined as: address, count, index and local_device_ids; null for nothing.
+"""Prints as JSON how each kind of TPU pod is joined: address, count, index and local_device_ids; null: not joined.
 
 The environment sets JAX_FORCE_TPU_INIT, so that JAX takes this machine for a TPU VM.
 """
@@ -33,7 +33,7 @@ class MetadataServer(http.server.BaseHTTPRequestHandler):
 
 
 def get(url: str, **_: Any) -> types.SimpleNamespace:
-    """Takes the place of `requests.get`: JAX asks the metadata server with a package that only jax[tpu] installs."""
+    """Replaces `requests.get`: JAX asks the metadata server through a package that only jax[tpu] installs."""
     try:
         with urllib.request.urlopen(url) as answer:
             return types.SimpleNamespace(status_code=200, text=answer.read().decode())
@@ -66,13 +66,13 @@ def main() -> None:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), MetadataServer)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     os.environ["GCE_METADATA_IP"] = f"127.0.0.1:{server.server_address[1]}"
-    os.environ.pop("TPU_SKIP_MDS_QUERY", None)  # JAX sets it where it finds no chip
+    os.environ.pop("TPU_SKIP_MDS_QUERY", None)  # JAX sets it if it finds no chip
     two = {"agent-worker-number": "1", "worker-network-endpoints": "127.0.0.1,10.0.0.2", "tpu-env": "ZONE: 'a'"}
     slices = "MEGASCALE_NUM_SLICES: '2'\nMEGASCALE_SLICE_ID: '1'\nMEGASCALE_COORDINATOR_ADDRESS: '127.0.0.1:8080'\n"
     hosts, megascale = "TPU_WORKER_HOSTNAMES", {"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1"}
     megascale |= {"MEGASCALE_COORDINATOR_ADDRESS": "127.0.0.1:8080"}
     gke_sets = {"TPU_SKIP_MDS_QUERY": "true"}
-    gke = {"tpu-env": ""}  # a container asks the metadata server for what is not set, too
+    gke = {"tpu-env": ""}  # inside a container JAX asks the metadata server for variables that are not set
     found = {
         "GKE, one slice of two hosts": joined({hosts: "127.0.0.1,10.0.0.2", "TPU_WORKER_ID": "1", **gke_sets}, gke),
         "GKE, addresses of processes": joined(

@@ -1,4 +1,4 @@
-"""The three runs through the real trainer: what they leave, what they refuse, and that frequency decides."""
+"""The three runs through the real trainer: their files, their refusals, and that frequency decides."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def words(folder: Path, **values: object) -> list[str]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole quickstart from the command line."""
+    """A complete quickstart from the command line."""
     folder = tmp_path_factory.mktemp("quickstart") / "out"
     assert main("quickstart", words(folder)) == 0
     return folder

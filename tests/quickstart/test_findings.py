@@ -15,13 +15,13 @@ from jdpo.quickstart.pictures import write_plots
 from jdpo.quickstart.probes import Measurement
 from jdpo.quickstart.results import BEFORE, all_results
 
-SETTINGS = Settings(countries=6)  # four well known (three trained), two mistaken (one trained)
+SETTINGS = Settings(countries=6)  # four well-known countries (three trained), two mistaken ones (one trained)
 NUM_COUNTRIES, NUM_PHRASINGS = 6, 6
 MISTAKEN = np.array([country.mistaken for country in SETTINGS.split.countries])
 
 
 def measured(step: int, answers: tuple[float, float, float], mistaken: Any = None, facts: float = 0.9) -> Measurement:
-    """The same three probabilities for all countries, or others for the mistaken ones."""
+    """Returns measurements with three probabilities for all countries, or with others for the mistaken ones."""
     capitals = np.broadcast_to(np.log(answers), (NUM_COUNTRIES, NUM_PHRASINGS, 3)).copy()
     capitals[MISTAKEN] = np.log(mistaken or answers)
     return Measurement(step, capitals, np.log(np.full(10, facts)))
@@ -37,7 +37,7 @@ def results_of(standard: list[Measurement], dpo: list[Measurement]) -> dict[str,
 
 @pytest.fixture(scope="module")
 def gentle() -> dict[str, Any]:
-    """Both trainings help; DPO widens the odds more."""
+    """Measurements in which both trainings help and DPO widens the odds more."""
     standard = [BEFORE_CORRECTION, measured(5, (0.8, 0.16, 0.04)), measured(10, (0.9, 0.09, 0.01))]
     dpo = [BEFORE_CORRECTION, measured(5, (0.8, 0.1, 0.1)), measured(10, (0.97, 0.01, 0.01), facts=0.885)]
     return results_of(standard, dpo)
@@ -90,7 +90,7 @@ def test_the_training_that_widened_the_odds_more_is_named_first(gentle: dict[str
     assert "under standard training and by" in words(swapped)
 
 
-def test_costs_are_spoken_of_only_where_they_arise(gentle: dict[str, Any]) -> None:
+def test_costs_are_mentioned_only_if_they_arise(gentle: dict[str, Any]) -> None:
     text = words(gentle)
     for fault in ("overshot", "leaked", "less probable for", "no longer the likely answer"):
         assert fault not in text

@@ -41,7 +41,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def by_hand(world: World, question: str, answer: str) -> float:
-    """Log-probability of an answer, token by token: each a softmax over what follows the text so far."""
+    """Sums the log-probabilities of an answer's tokens, each a softmax given the text so far."""
     prompt = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
     before, whole = world.tokenizer.encode([prompt, f"{prompt}{answer}<|im_end|>\n"])
     logits = make_apply_fn(world.model)(world.params, jnp.array([whole]), jnp.ones((1, len(whole)), bool))[0]
@@ -50,7 +50,7 @@ def by_hand(world: World, question: str, answer: str) -> float:
     return float(sum(np.log(probabilities[step - 1, whole[step]]) for step in steps))
 
 
-def test_capitals_are_the_summed_log_probability_of_the_answer_and_its_end(world: World) -> None:
+def test_a_capital_has_the_summed_log_probability_of_the_answer_and_its_end(world: World) -> None:
     for row, column, answer in ((0, 0, 0), (0, 3, 1), (5, 5, 2)):
         country = SPLIT.countries[row]
         expected = by_hand(world, capital_question(country, PROBED_PHRASINGS[column]), country.cities[answer])

@@ -14,14 +14,14 @@ BASH = shutil.which("bash") or pytest.skip("needs bash", allow_module_level=True
 
 
 def bash(script: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs a script with _env.sh sourced; PATH holds nothing but the basics."""
+    """Runs a script that sources _env.sh, with a minimal PATH."""
     command = [BASH, "-c", f'set -euo pipefail; source "{ROOT}/scripts/_env.sh"; {script}']
     variables = {"PATH": "/usr/bin:/bin"} | environment
     return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=False)
 
 
 def fake_python(folder: Path, name: str, version: str) -> None:
-    """An executable that is Python of another version: what it runs sees that version."""
+    """Writes an executable that is this Python but reports another version."""
     folder.mkdir(exist_ok=True)
     major, minor = version.split(".")
     script = folder / name
@@ -70,7 +70,7 @@ def test_an_environment_is_made_once_and_again_when_pyproject_changes(tmp_path: 
         '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
     )
     (tmp_path / "pyproject.toml").write_text(project.format(1))
-    # A stand-in for the package index: a builder that needs nothing, so that pip asks nobody.
+    # A build backend without requirements, so that pip needs no package index.
     (tmp_path / "backend.py").write_text(
         "import zipfile\n"
         "def get_requires_for_build_editable(config_settings=None): return []\n"

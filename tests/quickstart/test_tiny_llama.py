@@ -1,4 +1,4 @@
-"""The model from nothing: reproducible, readable by others, with a chat format."""
+"""The model made from scratch: reproducible, readable by other libraries, with a chat format."""
 
 from __future__ import annotations
 

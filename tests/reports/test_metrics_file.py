@@ -84,7 +84,7 @@ def test_damage_is_named_left_out_and_kept_next_to_the_new_file(what: str, place
     assert [line["step"] for line in read_metrics(path)] == [1, 2, 3, 4, 5]
     note = cut_metrics(path, 4)
     torn = place.startswith("at the end") and text.startswith(b'{"step": ')
-    if torn:  # as a crash leaves it
+    if torn:  # a file as a crash leaves it
         assert note is None
     else:
         kept = kept_next_to(path)
@@ -97,7 +97,7 @@ def test_damage_is_named_left_out_and_kept_next_to_the_new_file(what: str, place
 
 def test_zeros_over_the_end_of_lines(path: Path) -> None:
     content = bytearray(path.read_bytes())
-    content[30:60] = bytes(30)  # lines 2 and 3, and the newline between them
+    content[30:60] = bytes(30)  # overwrites lines 2 and 3 and the newline between them
     path.write_bytes(content)
     note = cut_metrics(path, 5)
     assert note is not None
@@ -105,7 +105,7 @@ def test_zeros_over_the_end_of_lines(path: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["folder", "fifo", "broken link"])
-def test_what_is_not_a_file_is_moved(what: str, path: Path) -> None:
+def test_an_entry_that_is_not_a_file_is_moved(what: str, path: Path) -> None:
     path.unlink()
     if what == "folder":
         path.mkdir()

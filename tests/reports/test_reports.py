@@ -25,7 +25,7 @@ from jdpo.reports.progress import RunDisplay, print_lines
 from jdpo.reports.writers import JsonlWriter, make_trackers
 
 
-def test_lines_stand_on_file_at_once_and_append(tmp_path: Path) -> None:
+def test_lines_are_written_at_once_and_appended(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     for step in (1, 2):
         writer = JsonlWriter(path)
@@ -71,7 +71,7 @@ def test_model_card_holds_recipe_results_and_metadata() -> None:
     assert "20 rows read" in card
 
 
-def test_names_of_others_are_no_markup_in_the_card(tmp_path: Path) -> None:
+def test_foreign_names_are_no_markup_in_the_card(tmp_path: Path) -> None:
     path = "a<script>alert(1)<|>`*.jsonl\x1b\u202e\n# fake"
     config = load_config(DPOConfig, None, ["model_name_or_path=x", "output_dir=o", f"datasets={json.dumps([path])}"])
     recipe = to_public_yaml(config, escaped=CODE_ENDS)
@@ -101,7 +101,7 @@ def test_the_name_of_a_model_is_no_formula_in_a_plot(tmp_path: Path) -> None:
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_local_base_model_is_not_given_out_as_a_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_base_model_is_not_presented_as_a_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def named(base: str) -> Any:
         card = model_card(command="sft", config={}, results={}, rows="", version="0", config_yaml="", base=base)
         return yaml.safe_load(card.split("---")[1]).get("base_model")
@@ -150,7 +150,7 @@ METRICS = {"loss": 0.51234, "rewards/margins": 0.2512, "rewards/accuracies": 0.8
 
 
 def last_frame(width: int, metrics: dict[str, float], step: int = 12, num_steps: int = 3456) -> str:
-    """The bar after a step, as a terminal of so many columns shows it."""
+    """Returns the progress bar after a step in a terminal of so many columns."""
     out = io.StringIO()
     console = Console(file=out, width=width, force_terminal=True, color_system=None)
     with RunDisplay(first_step=0, num_steps=num_steps, unit="pairs", console=console) as display:
@@ -171,7 +171,7 @@ def test_in_a_terminal_a_bar_shows_step_time_left_and_figures() -> None:
 @pytest.mark.parametrize(
     ("width", "shown"), [(80, ["loss", "margin"]), (100, ["loss", "margin", "accuracy", "pairs/s"])]
 )
-def test_metrics_give_way_to_the_bar_step_and_time_left(width: int, shown: list[str]) -> None:
+def test_a_narrow_bar_drops_metrics_before_step_and_time_left(width: int, shown: list[str]) -> None:
     frame = last_frame(width, METRICS)
     assert re.match(r"training [━╸╺ ]{10} +12/3456 \d+:\d\d:\d\d left", frame)
     assert len(frame) <= width

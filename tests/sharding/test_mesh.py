@@ -50,7 +50,7 @@ def test_a_mesh_that_does_not_fit_lists_those_that_do() -> None:
 
 
 @pytest.mark.parametrize("sizes", [{"data": 0}, {"tensor": -2}, {"data": -1, "fsdp": -1}])
-def test_sizes_that_mean_nothing_are_refused(sizes: dict[str, int]) -> None:
+def test_invalid_sizes_are_refused(sizes: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="every axis must be at least 1"):
         resolve_mesh_shape(MeshConfig(**sizes), 8)
 

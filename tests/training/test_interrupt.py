@@ -1,4 +1,4 @@
-"""A first signal is a wish, a second one is what it always was."""
+"""A first signal asks the run to stop; a second one has its usual effect."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jdpo.training.interrupt import StopRequest, silence_lost_output
 
 @pytest.fixture
 def terminal_hangs_up() -> Iterator[None]:
-    """As in a terminal, also where nohup runs the tests."""
+    """Restores SIGHUP as in a terminal, in case nohup runs the tests."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
@@ -37,7 +37,7 @@ def test_a_first_signal_asks_and_hands_the_handlers_back(
 
 @pytest.fixture
 def python_handles_ctrl_c() -> Iterator[None]:
-    """As where a terminal starts it: a shell's background jobs ignore SIGINT."""
+    """Restores Python's SIGINT handler, since background jobs of a shell ignore SIGINT."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -52,7 +52,7 @@ def test_a_second_ctrl_c_interrupts_at_once(capfd: pytest.CaptureFixture[str]) -
     assert stop.asked()
 
 
-def test_handlers_come_back_without_a_signal() -> None:
+def test_handlers_are_restored_without_a_signal() -> None:
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with StopRequest():
         assert signal.getsignal(signal.SIGTERM) != before[0]

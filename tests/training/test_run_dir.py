@@ -1,4 +1,4 @@
-"""Whose run a folder holds, and whether a start may continue it."""
+"""output_dir: the run that it holds, and whether a start may continue it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def save_step(folder: Path, step: int) -> Path:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """The folder of a run that has logged a step."""
+    """The folder of a run that has logged one step."""
     folder = tmp_path / "run"
     assert is_new(folder)
     (folder / "metrics.jsonl").write_text('{"step": 1}\n')
@@ -51,9 +51,9 @@ def run(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("left", ["metrics.jsonl", "checkpoints", "model"])
-def test_a_start_that_left_something_is_continued(left: str, tmp_path: Path) -> None:
+def test_a_start_that_left_files_is_continued(left: str, tmp_path: Path) -> None:
     assert is_new(tmp_path)
-    assert is_new(tmp_path)  # what was refused or killed before it left anything is free
+    assert is_new(tmp_path)  # a folder whose run was refused or killed before it left anything is free
     (tmp_path / "metrics.jsonl").touch()
     (tmp_path / "checkpoints").mkdir()
     assert is_new(tmp_path, learning_rate=1.0)
@@ -78,7 +78,7 @@ def test_another_run_is_refused_with_its_differences(run: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["run.json", "resolved_config.yaml"])
-def test_a_folder_without_the_files_of_a_run_is_of_something_else(name: str, run: Path) -> None:
+def test_a_folder_without_the_files_of_a_run_is_refused(name: str, run: Path) -> None:
     (run / name).unlink()
     with pytest.raises(ValueError, match="of something else"), opened(run):
         pass
@@ -98,7 +98,7 @@ def test_checkpoints_must_be_a_folder(tmp_path: Path) -> None:
 
 def test_a_finished_run_can_not_be_made_longer(run: Path) -> None:
     with pytest.raises(ValueError, match="different run"), opened(run, max_steps=8):
-        pass  # an unfinished one neither, but for another reason
+        pass  # nor can an unfinished one, for another reason
     with opened(run) as directory:
         assert not directory.finished
         directory.finish({"step": 4})
@@ -125,7 +125,7 @@ def test_resume_never_starts_over_only_where_all_checkpoints_are_damaged(
         (place / "state").write_text("w")
     if fault == "set aside":
         place.rename(place.with_name("damaged-2-now"))
-    if fault == "other step":  # it belongs to somebody
+    if fault == "other step":  # it belongs to another run
         place.rename(place.with_name("3"))
     if fault == "model":
         (run / "model").mkdir()
@@ -162,7 +162,7 @@ def test_inputs_that_changed_are_named(run: Path) -> None:
         assert directory.record.inputs["the model"] == "m"
 
 
-def test_files_of_a_run_that_named_none_are_not_called_new(run: Path) -> None:
+def test_files_are_not_called_new_if_the_run_recorded_none(run: Path) -> None:
     with opened(run) as directory:
         directory.check_inputs({"the rows": "r"}, {})
         with pytest.raises(ValueError, match="the rows has changed") as refused:

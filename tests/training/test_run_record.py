@@ -1,4 +1,4 @@
-"""run.json: written and read back, and read as older versions wrote it."""
+"""run.json: written and read back, and read in the form of older versions."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_files_of_older_versions_are_read_and_written_as_they_were(tmp_path: Pat
 @pytest.mark.parametrize(
     "text", ["{", "[]", '"x"', '{"inputs": 3}', '{"command": 1}', '{"reference": "x"}', '{"fit": 3}']
 )
-def test_what_is_no_record_is_refused_by_name(text: str, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_record_is_refused_by_name(text: str, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(
         ValueError,

@@ -1,4 +1,4 @@
-"""What a run refuses: a reference that is not the policy, and numbers that are none."""
+"""Sanity checks of a run: a reference that should equal the policy, NaN and Inf, and runs without gradients."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BETA = 0.1
 
 
 def rows(logratio: float = 0.0, loss: float = math.log(2)) -> dict[str, np.ndarray]:
-    """Two pairs, the second pair's chosen side off by `logratio` nats in all (8 tokens)."""
+    """Returns two pairs; the second pair's chosen side (8 tokens) is off by `logratio` nats in total."""
     return {
         "loss": np.array([math.log(2), loss]),
         "rewards/chosen": BETA * np.array([0.0, logratio]),
@@ -29,7 +29,7 @@ def check(values: dict[str, np.ndarray], loss: LossSettings | None = None, **cha
     return check_start(values, loss or loss_settings(beta=BETA)[0], lengths=LENGTHS, **settings)
 
 
-def test_equal_models_pass_and_say_so() -> None:
+def test_equal_models_pass_with_a_line() -> None:
     line = check(rows())
     assert line.endswith("equals reference (largest difference 0.0e+00 nats per token), loss 0.6931 (0.6931 expected)")
 
@@ -81,7 +81,7 @@ def test_loss_of_equal_models(loss_type: str, options: dict[str, Any], expected:
     assert found == (None if expected is None else pytest.approx(expected, rel=1e-6))
 
 
-def test_numbers_that_are_none_are_refused() -> None:
+def test_nan_and_inf_are_refused() -> None:
     with pytest.raises(ValueError, match="differ by nan nats per token"):
         check(rows(math.nan))
 
@@ -128,7 +128,7 @@ def test_a_gradient_of_exactly_zero_is_warned_of_once_and_again_at_the_end() -> 
 
 
 @pytest.mark.parametrize("norms", [(1.0, 0.0, 0.0), (0.0, 0.0, 1e-30, 0.0, 0.0), (math.nan,) * 5, (1e-45,) * 30, ()])
-def test_a_small_gradient_or_few_zeros_are_no_dead_run(norms: tuple[float, ...]) -> None:
+def test_a_small_gradient_or_a_few_zeros_do_not_stop_a_run(norms: tuple[float, ...]) -> None:
     assert seen(*norms) == []
 
 
@@ -137,7 +137,7 @@ def test_a_short_run_without_any_gradient_is_reported_at_its_end() -> None:
     assert len(seen(0.0, 0.0)) == 1
 
 
-def test_a_dead_run_is_stopped() -> None:
+def test_a_run_without_gradients_is_stopped() -> None:
     seen(*[0.0] * (DEAD_ERROR - 1))
     with pytest.raises(FloatingPointError, match=r"step 20: .* exactly 0 in the last 20"):
         seen(*[0.0] * DEAD_ERROR)

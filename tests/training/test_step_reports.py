@@ -1,4 +1,4 @@
-"""The time of a step leaves out what is not part of it."""
+"""The time of a step excludes pauses."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from jdpo.training.step_reports import Stopwatch
 
 
-def test_a_stopwatch_leaves_pauses_out() -> None:
+def test_a_stopwatch_excludes_pauses() -> None:
     began, watch = time.perf_counter(), Stopwatch()
     with watch.paused():
         time.sleep(0.2)

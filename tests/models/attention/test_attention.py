@@ -18,7 +18,7 @@ def by_hand(
     softcap: float | None = None,
     scale: float | None = None,
 ) -> np.ndarray:
-    """Sequence by sequence, query by query; positions are slots."""
+    """Computes attention sequence by sequence and query by query; positions are slots."""
     out = np.zeros_like(q)
     group = q.shape[2] // k.shape[2]
     for n, t, h in np.ndindex(*q.shape[:3]):

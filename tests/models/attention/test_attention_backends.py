@@ -1,4 +1,4 @@
-"""Every attention backend against the plain path; what each refuses, and what a compiled program holds."""
+"""Every attention backend against the plain path; refused settings, and the kernels in compiled programs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GPU = {"platform": "gpu"}
 
 
 def inputs(n: int, t: int, h: int, g: int, k: int, lengths: list[int]) -> tuple[Arrays, np.ndarray]:
-    """Query, key, value and a cotangent that is zero on padding, float64; and lengths."""
+    """Returns query, key, value, a cotangent that is zero on padding (all float64), and lengths."""
     rng = np.random.default_rng(0)
     query, key, value, cotangent = (rng.normal(size=(n, t, heads, k)) for heads in (h, g, g, h))
     sizes = np.array(lengths, np.int32)
@@ -36,7 +36,7 @@ def inputs(n: int, t: int, h: int, g: int, k: int, lengths: list[int]) -> tuple[
 
 
 def run(arrays: Arrays, lengths: np.ndarray, dtype: str, **options: Any) -> list[np.ndarray]:
-    """Real outputs, and the gradients of query, key and value, in float64."""
+    """Returns the outputs at real positions and the gradients of query, key and value, in float64."""
 
     @jax.jit
     def step(query: Any, key: Any, value: Any, cotangent: Any, lengths: Any) -> Any:
@@ -120,8 +120,8 @@ def test_padding_changes_nothing_and_gets_no_gradient(backend: str) -> None:
         assert not found[padding].any()
 
 
-def test_blockwise_skips_the_tiles_that_the_mask_kills() -> None:
-    """A weight of 0 times NaN is NaN: wherever NaN leaves no trace, no tile was computed."""
+def test_blockwise_skips_fully_masked_tiles() -> None:
+    """Fills masked tiles with NaN: a weight of 0 times NaN is NaN, so without NaN no tile was computed."""
     arrays, lengths = inputs(1, 96, 2, 1, 8, [60])
     _, key, value, cotangent = arrays
     cotangent[0, :32] = 0
@@ -225,7 +225,7 @@ def test_splash_emulated_equals_the_plain_path(
         (("gpu", "float32", 64, 4096), "9.0", "blockwise"),
         (("gpu", "bfloat16", 100, 512), "9.0", "xla"),
         (("gpu", "bfloat16", 256, 4096, 50.0), "9.0", "blockwise"),
-        # Of each generation: V100, T4, A100, L4, H100, B200.
+        # One of each generation: V100, T4, A100, L4, H100, B200.
         (("gpu", "float16", 64, 4096), "7.0", "blockwise"),
         (("gpu", "float16", 64, 512), "7.5", "xla"),
         (("gpu", "bfloat16", 256, 4096), "8.0", "blockwise"),
@@ -239,7 +239,7 @@ def test_splash_emulated_equals_the_plain_path(
         (("tpu", "bfloat16", 128, 64), None, "xla"),
     ],
 )
-def test_the_choice_can_run_what_it_is_chosen_for(arguments: tuple[Any, ...], gpu: str | None, name: str) -> None:
+def test_the_chosen_backend_supports_the_device(arguments: tuple[Any, ...], gpu: str | None, name: str) -> None:
     assert choose_attention(*arguments, compute_capability=gpu) == name
     platform, dtype, head_dim, _, softcap, window = (*arguments, None, None)[:6]
     limits = {"dtype": dtype, "head_dim": head_dim, "softcap": softcap, "window": window}
@@ -250,7 +250,7 @@ def test_the_choice_can_run_what_it_is_chosen_for(arguments: tuple[Any, ...], gp
     ("platform", "length", "name"),
     [("cpu", 16, "blockwise"), ("gpu", 16, "blockwise"), ("gpu", 4096, "blockwise"), ("tpu", 16, "splash")],
 )
-def test_asked_for_tiles_the_choice_has_tiles(platform: str, length: int, name: str) -> None:
+def test_auto_with_tile_sizes_chooses_a_backend_with_tiles(platform: str, length: int, name: str) -> None:
     assert choose_attention(platform, "bfloat16", 128, length, tiled=True, compute_capability="9.0") == name
     check_attention(name, dtype="bfloat16", head_dim=128, block_q=128, platform=platform, compute_capability="9.0")
 
@@ -282,7 +282,9 @@ def test_asked_for_tiles_the_choice_has_tiles(platform: str, length: int, name: 
         ("xla", {"softcap": 0.0}, r"a softcap above 0 \(found 0.0\); no backend can"),
     ],
 )
-def test_what_a_backend_cannot_do_is_refused_by_name(backend: str, options: dict[str, Any], message: str) -> None:
+def test_unsupported_settings_of_a_backend_are_refused_by_name(
+    backend: str, options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         check_attention(backend, **({"dtype": "bfloat16", "head_dim": 64} | options))
 
@@ -316,7 +318,7 @@ def test_a_kernel_counts_only_where_its_custom_call_is() -> None:
 
 @pytest.mark.parametrize("window", [None, 100])
 def test_cudnn_lowers_to_its_kernels(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lowered for CUDA without a GPU; only the question to the installed cuDNN for its version is answered here."""
+    """Lowers for CUDA without a GPU; only the version of the installed cuDNN is supplied."""
     monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
     shapes = [jax.ShapeDtypeStruct((2, 256, heads, 64), jnp.bfloat16) for heads in (4, 2, 2)]
 

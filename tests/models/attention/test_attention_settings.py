@@ -1,4 +1,4 @@
-"""Tile sizes of attention: from the model down to the backend, and refused where it takes none."""
+"""Tile sizes of attention: passed from the model to the backend, and refused if it takes none."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LENGTH = 512
 
 
 def jaxpr(**settings: Any) -> str:
-    """The program of one packed sequence of LENGTH tokens."""
+    """Returns the jaxpr for one packed sequence of LENGTH tokens."""
     model = Transformer(CONFIG, **settings)
     tokens, places = np.zeros((1, LENGTH), np.int32), np.arange(LENGTH, dtype=np.int32)[None]
     sequences = packed_sequences(places[:, None], np.full((1, 1), LENGTH, np.int32), places, places[:, None])
@@ -40,7 +40,7 @@ def jaxpr(**settings: Any) -> str:
 @pytest.mark.parametrize("key", ["attention_block_q", "attention_block_kv"])
 def test_blockwise_works_in_tiles_of_the_size_asked_for(key: str) -> None:
     for size in (32, 128):
-        # One sequence with its 2 key heads: queries of 2 heads a tile, and keys, of every tile.
+        # One sequence with 2 key heads: every tile holds queries of 2 heads per key head, and keys.
         queries, keys = f"f32[{LENGTH // size},2,64,{2 * size}]", f"f32[{LENGTH // size},2,{size},64]"
         text = jaxpr(attention="blockwise", **{key: size})
         assert queries in text
@@ -66,7 +66,7 @@ def test_auto_with_tiles_takes_a_backend_that_has_them_however_short_the_sequenc
 
 @pytest.fixture
 def model_of(toy_model: Path) -> Callable[..., Transformer]:
-    """The model of a run with these words on its command line."""
+    """Returns the model of a run with these command-line words."""
 
     def make(*words: str) -> Transformer:
         own = [f"model_name_or_path={toy_model}", "datasets=rows", "output_dir=o", "compute_dtype=float32"]

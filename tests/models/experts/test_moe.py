@@ -53,13 +53,13 @@ def make_params(seed: int = 0) -> Params:
 
 
 def make_inputs(seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Activations [n, t, d] and weights of tokens [n, t], some of them 0 and some 2."""
+    """Returns activations [n, t, d] and weights of tokens [n, t], some of them 0 and some 2."""
     rng = np.random.default_rng(seed)
     return rng.normal(size=(N, T, D)), rng.integers(0, 3, (N, T)).astype(np.float64)
 
 
 def plain(params: Params, x: np.ndarray, normalize: bool) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """Of one token: the layer's output, the router's probabilities, the experts that were chosen."""
+    """Returns for one token the layer's output, the router's probabilities and the chosen experts."""
     logits = x @ params["router"]["kernel"]
     probabilities = np.exp(logits) / np.exp(logits).sum()
     chosen = np.argsort(-probabilities, kind="stable")[:K]
@@ -90,7 +90,7 @@ def test_outputs_and_statistics_are_those_of_a_plain_loop(normalize: bool) -> No
 
 
 def scalar(params: Params, x: Any, token_weights: Any, module: MoE) -> Any:
-    """Something that all outputs and statistics go into."""
+    """Returns a scalar that depends on all outputs and statistics."""
     out, left = module.apply({"params": params}, x, token_weights, mutable=[ROUTER])
     counts = left[ROUTER]
     balance = (counts["assignments"].sum(0) * counts["probabilities"].sum(0)).sum()
@@ -178,7 +178,7 @@ def test_sequences_that_a_mesh_does_not_divide_are_whole_on_each_device() -> Non
 
 
 def test_no_device_ever_holds_the_experts_of_others() -> None:
-    """On data=2 x expert=4 a kernel of two experts is the largest there is: none is gathered along the expert axis."""
+    """Checks that on data=2 x expert=4 no array holds more than two experts: none is gathered along expert."""
     params, (x, token_weights) = make_params(), make_inputs()
     program = on_mesh(layer(), make_mesh(MeshConfig(data=2, fsdp=1, expert=4)), params, x, token_weights)
     text = program.as_text()
@@ -190,7 +190,7 @@ def test_no_device_ever_holds_the_experts_of_others() -> None:
 
 
 def test_everything_may_go_to_one_expert() -> None:
-    """Nothing is dropped where a router has collapsed: all tokens at the same experts, of the same device."""
+    """Sends all tokens to the same experts of one device, as a collapsed router does; nothing is dropped."""
     params, (x, token_weights) = make_params(), make_inputs()
     params["router"]["kernel"] = np.zeros((D, E))  # ties: the first experts win
     expected = jax.jit(jax.value_and_grad(lambda *args: scalar(*args, token_weights, layer()), (0, 1)))(params, x)
@@ -217,7 +217,7 @@ def test_rows_are_sorted_by_expert_and_come_back(block: int) -> None:
     rng = np.random.default_rng(0)
     experts = np.stack([rng.permutation(6)[:3] for _ in range(20)])
     experts[3] = 99
-    routes = jax.jit(make_routes, static_argnums=(1, 2))(experts, 4, block)  # 4 and 5 are of another device
+    routes = jax.jit(make_routes, static_argnums=(1, 2))(experts, 4, block)  # experts 4 and 5 are on another device
     rows = most_rows(20, 3, 4, block)
     assert routes.assignment.shape == (rows,)
     np.testing.assert_array_equal(routes.sizes, [-(-(experts == e).sum() // block) * block for e in range(4)])
@@ -264,5 +264,5 @@ def test_real_rows_alone_count() -> None:
     )
     real = of_real_rows(stats, jnp.array([True, False]))
     assert float(load_balancing_loss(real)) == 2 * (1 * 0.75 + 0 * 0.25)
-    even = RouterStats(jnp.full((3, 4), 6.0), jnp.full((3, 4), 3.0), jnp.full(3, 12.0))  # two of four experts a token
+    even = RouterStats(jnp.full((3, 4), 6.0), jnp.full((3, 4), 3.0), jnp.full(3, 12.0))  # two of four experts per token
     assert float(load_balancing_loss(even)) == 2.0

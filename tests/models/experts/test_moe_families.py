@@ -1,4 +1,4 @@
-"""config.json of families with experts: what is read, and what is refused by name."""
+"""config.json of families with experts: settings that are read, and settings that are refused by name."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_mixtral_has_experts_everywhere_and_normalises(tmp_path: Path) -> None:
     config = read_model_config(write(tmp_path, "mixtral", num_local_experts=4, router_aux_loss_coef=0.02))
     assert config.moe == MoEConfig(num_experts=4, experts_per_token=2, d_ff=24, normalize=True, aux_loss_coef=0.0)
     assert config.moe is not None
-    assert config.moe.aux_loss_coef == 0.02  # which makes no other model: a reference may have another one
+    assert config.moe.aux_loss_coef == 0.02  # this does not change the model, so a reference may have another value
     assert [kind.mlp for kind in config.layers] == ["experts"] * 6
     assert hf_tensors(config)["model.layers.5.block_sparse_moe.experts.3.w2.weight"][0].at == (5, 3)
 

@@ -39,7 +39,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 
 
 def make_torch(seed: int, prefix: str, settings: dict[str, Any], vocab_size: int) -> Any:
-    """A random model of odd head counts and sizes that share no factor."""
+    """Makes a random model of odd head counts and sizes without a common factor."""
     import torch
     import transformers
 
@@ -63,7 +63,7 @@ def make_torch(seed: int, prefix: str, settings: dict[str, Any], vocab_size: int
     torch.manual_seed(seed)
     config = getattr(transformers, f"{prefix}Config")(**{**shape, **settings})
     model = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
-    model.set_experts_implementation("eager")  # the others want sizes that are multiples of 16 bytes
+    model.set_experts_implementation("eager")  # the other kernels need sizes that are multiples of 16 bytes
     for name, parameter in model.named_parameters():
         if "norm" in name or name.endswith("bias"):
             parameter.data += 0.3 * torch.randn_like(parameter)
@@ -71,7 +71,7 @@ def make_torch(seed: int, prefix: str, settings: dict[str, Any], vocab_size: int
 
 
 def of_model(model: Any, *, gradients: bool = False) -> dict[str, np.ndarray]:
-    """Parameters of a torch model, or their gradients, by their names in a checkpoint: one tensor an expert."""
+    """Returns a torch model's parameters, or gradients, by checkpoint name, with one tensor per expert."""
     is_mixtral = model.config.model_type == "mixtral"
     block = "block_sparse_moe" if is_mixtral else "mlp"
     gate, up, down = ("w1", "w3", "w2") if is_mixtral else ("gate_proj", "up_proj", "down_proj")
@@ -99,7 +99,7 @@ def make_pairs(rng: np.random.Generator, vocab_size: int) -> list[TokenizedPair]
 
 
 def torch_loss(model: Any, batch: Any) -> tuple[Any, Any, Any]:
-    """Logits, preference loss and load balancing loss, by torch; the reference's log-probs are 0."""
+    """Computes logits, preference loss and load balancing loss in torch; the reference's log-probs are 0."""
     import torch
 
     tokens, mask, completion = (torch.tensor(np.asarray(array).reshape(2 * NUM_PAIRS, -1)) for array in batch[:3])
@@ -148,9 +148,9 @@ def test_everything_equals_torch(tmp_path: Path, toy_model: Path, seed: int, cas
     for name, values in hf_arrays(found.grads, model.config):
         scale = np.abs(gradients[name]).max()
         np.testing.assert_allclose(values, gradients[name], atol=1e-4 * scale, err_msg=name)
-        assert scale > 0 or "experts" in name, name  # an expert may have had no token
+        assert scale > 0 or "experts" in name, name  # None if an expert had no token
 
-    # The exported folder, loaded by transformers.
+    # Load the exported folder with transformers.
     export_model(
         params, model.config, out, source_folder=source, tokenizer=tokenizer, end_token_ids=[], export_dtype="source"
     )

@@ -191,11 +191,13 @@ def test_longrope_takes_the_short_factors_and_ends_where_they_do(tmp_path: Path)
     settings = {"original_max_position_embeddings": 16, "rope_scaling": {"type": "longrope", **factors}}
     config = read_model_config(write(tmp_path, "phi3", pad_token_id=0, **settings))
     assert config.ropes[0].divisors == (1.0, 2.0)
-    assert config.ropes[0].attention_factor == pytest.approx((1 + 0.5) ** 0.5)  # log 4 / log 16
+    assert config.ropes[0].attention_factor == pytest.approx(
+        (1 + 0.5) ** 0.5
+    )  # longrope's attention factor: sqrt(1 + log 4 / log 16)
     assert (config.max_positions, config.positions_end) == (16, True)
 
 
-def test_what_a_gemma2_asks_for(tmp_path: Path) -> None:
+def test_config_of_gemma2(tmp_path: Path) -> None:
     config = read_model_config(write(tmp_path, "gemma2", sliding_window=8, query_pre_attn_scalar=64))
     assert (config.norm, config.norm_placement, config.activation) == ("rms_offset", "both", "gelu_tanh")
     assert (config.attention_scale, config.attention_softcap, config.logit_softcap) == (0.125, 50.0, 30.0)
@@ -203,7 +205,7 @@ def test_what_a_gemma2_asks_for(tmp_path: Path) -> None:
     assert config.layer_windows == (8, None, 8, None)
 
 
-def test_what_a_gpt2_asks_for(tmp_path: Path) -> None:
+def test_config_of_gpt2(tmp_path: Path) -> None:
     sizes = {"n_embd": 12, "n_head": 3, "n_layer": 2, "n_positions": 20, "vocab_size": 40}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", **sizes}))
     config = read_model_config(tmp_path)
@@ -241,7 +243,7 @@ def test_every_family_has_a_golden_folder() -> None:
 
 
 def test_python_code_of_the_folder_is_never_run_nor_asked_for(tmp_path: Path) -> None:
-    # transformers reads the newest of configuration_files that it is new enough for, in place of config.json.
+    # Instead of config.json, transformers reads the newest of configuration_files that its version supports.
     folder = write(tmp_path, "llama", configuration_files=["config.4.0.0.json"])
     (folder / "config.4.0.0.json").write_text(
         json.dumps({"model_type": "own", **SHAPE, "auto_map": {"AutoConfig": "code.Own"}})

@@ -30,7 +30,7 @@ from jdpo.models.model_config import MoEConfig
 from jdpo.models.transformer import Transformer, Weights, init_params, make_apply_fn
 from tests.conftest import small_llama
 
-# Layers of two kinds and one left over: a stack of repeats, and a rest that is not scanned.
+# Layers of two kinds and one more: a stack of repeats, and a rest that is not scanned.
 MODEL = Transformer(small_llama(num_layers=3, windows=(None, 5, None)))
 SITES = find_sites(MODEL)
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 9))
@@ -42,7 +42,7 @@ def lora_on(targets: Any, **fields: Any) -> Lora:
 
 
 def moved(adapters: Any) -> Any:
-    """With a B that is not zero."""
+    """Returns adapters whose B is not zero, so that they change the output."""
     return jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(7), leaf.shape), adapters)
 
 
@@ -114,7 +114,7 @@ def test_dense_maps_next_to_experts_are_adapted_only_if_the_merged_model_is_expo
     assert names == {module.name for site in sites for module in site.modules} - dense
 
 
-def test_a_single_head_is_told_from_inputs_and_outputs() -> None:
+def test_the_axis_of_a_single_head_is_not_taken_for_input_or_output() -> None:
     one = small_llama(num_heads=1, num_kv_heads=1, head_dim=16)
     shapes = [(last_name(site), site.inputs, site.outputs, site.fan_in_first) for site in find_sites(Transformer(one))]
     assert shapes[:4] == [
@@ -142,7 +142,7 @@ def test_fresh_adapters_change_nothing_and_are_sharded_as_the_params(base: Base)
     assert query["a"].shape == (1, 64, 3)
     assert 0.9 / 8 < np.abs(query["a"]).max() <= 1 / 8, "uniform within 1 / sqrt(64)"
     assert adapter_axes(lora)["rest"]["layer_0"]["mlp"]["down"] == {"a": ("mlp", None), "b": (None, "embed")}
-    # What else is adapted does not change a start.
+    # The start of an adapter does not depend on the other targets.
     alone = init_adapters(lora_on(["q_proj"]), jax.random.key(1), jnp.float32)
     np.testing.assert_array_equal(alone["stack"]["layer_1"]["attention"]["query"]["a"], query["a"])
     apply = jax.jit(make_apply_fn(MODEL))
@@ -200,7 +200,7 @@ def test_quantizing_a_stack_makes_no_second_copy_of_it(base: Base) -> None:
 
 
 def test_adapters_in_bfloat16_count_in_training_as_in_their_merge(base: Base) -> None:
-    """With a scale that bfloat16 would round once more."""
+    """Uses a scale that bfloat16 would round once more."""
     lora = lora_on(["o_proj"], alpha=4.0)
     adapters = jax.tree.map(
         lambda leaf: leaf.astype(jnp.bfloat16), moved(init_adapters(lora, jax.random.key(0), jnp.float32))
@@ -221,7 +221,7 @@ def test_int8_logits_are_those_of_its_numbers_and_near_the_base(base: Base) -> N
     apply = jax.jit(make_apply_fn(MODEL))
     found = np.asarray(apply(Weights(*quantized, {}), TOKENS, MASK))
     np.testing.assert_allclose(found, apply(plain, TOKENS, MASK), atol=2e-5)
-    # A weight is off by up to half its unit s, as if drawn evenly: a logit with the gradient g moves by about
+    # A weight is off by up to half its unit s, about uniformly: a logit with the gradient g moves by about
     # sqrt(sum g^2 s^2 / 12). Five times that is the bound.
     picked = (np.array([0, 0, 1, 1]), np.array([3, 8, 5, 8]), np.array([1, 30, 7, 63]))
 
@@ -244,7 +244,7 @@ def test_int8_logits_are_those_of_its_numbers_and_near_the_base(base: Base) -> N
     assert apart.max() > 0.1 * np.sqrt(variance.max()), "int8 rounds"
 
 
-def test_merging_writes_over_the_base_and_needs_a_layer_beside_it(base: Base) -> None:
+def test_a_merge_that_gives_up_the_base_reuses_its_memory(base: Base) -> None:
     lora = lora_on("all-linear")
     adapters = moved(init_adapters(lora, jax.random.key(1), jnp.float32))
     expected = merge(lora, base, adapters, sites=SITES, dtype=jnp.float32)

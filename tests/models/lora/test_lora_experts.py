@@ -1,4 +1,4 @@
-"""Adapters and int8 kernels of experts: the same as kernels with the adapters added, in value and gradient."""
+"""Adapters and int8 kernels of experts equal kernels with the adapters added, in value and gradient."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ TOKENS = np.random.default_rng(0).integers(0, 40, (2, 7))
 
 def test_adapters_of_experts_are_those_of_their_sum_over_floats_and_int8() -> None:
     params = init_params(MODEL, jax.random.key(0))
-    params = jax.tree.map(lambda leaf: leaf * 5 if leaf.ndim > 1 else leaf, params)  # routers that tell tokens apart
+    params = jax.tree.map(
+        lambda leaf: leaf * 5 if leaf.ndim > 1 else leaf, params
+    )  # routers that send tokens to different experts
     quantized: dict[Any, Any] = {
         (*site.path, KERNEL): quantize(get_at(params, (*site.path, KERNEL)), site) for site in SITES
     }

@@ -1,4 +1,4 @@
-"""PEFT's adapter folders: what is read, what is refused and named, and modules that several projections share."""
+"""PEFT's adapter folders: reading, refusals by name, and modules that several projections share."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def adapters() -> Any:
 
 @pytest.fixture
 def write(adapters: Any, tmp_path: Path) -> Write:
-    """(config keys) -> an adapter folder; a key that is `...` is left out."""
+    """Returns a function (config keys) -> adapter folder; keys set to `...` are left out."""
 
     def write(**changes: Any) -> Path:
         config = {**peft_config(LORA, SITES, "org/base", None), **changes}
@@ -96,7 +96,7 @@ def test_a_folder_comes_back_as_it_was_written(write: Write, adapters: Any) -> N
         ({"r": 3}, r"q_proj.lora_A has shape \(2, 64\), expected \(3, 64\)"),
     ],
 )
-def test_what_jdpo_lacks_is_refused_by_name(write: Write, changes: dict[str, Any], message: str) -> None:
+def test_unsupported_features_are_refused_by_name(write: Write, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_adapter(write(**changes), SITES)
 
@@ -169,7 +169,7 @@ def test_projections_that_share_a_module_share_its_a() -> None:
     np.testing.assert_array_equal(b, np.concatenate([np.asarray(part).reshape(2, -1).T for part in parts]))
 
 
-def test_target_names_tell_modules_of_one_name_apart() -> None:
+def test_target_names_distinguish_modules_of_one_name() -> None:
     sites = find_sites(Transformer(small_llama(family="gpt2", num_kv_heads=4, gated_mlp=False)))
     both, one = (
         Lora(r=1, alpha=1.0, use_rslora=False, sites=choose_sites(sites, targets))

@@ -1,4 +1,4 @@
-"""Adapters against PEFT's own on transformers' torch classes: logits, gradients, and both ways of the folder."""
+"""Adapters against PEFT on transformers' torch classes: logits, gradients, and folders in both directions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from jdpo.models.weights.loading import load_params
 
 pytestmark = [
     pytest.mark.torch,
-    # What peft calls of transformers is deprecated there; and it warns of patterns that it wrote itself, for experts.
+    # peft calls a deprecated function of transformers, and for experts warns of patterns that it wrote itself.
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),
     pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match:RuntimeWarning"),
 ]
@@ -45,7 +45,7 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
     "Qwen3": ({"head_dim": 10}, r".*\.(o_proj|down_proj)"),
     "Mistral": ({"sliding_window": 4}, ["self_attn.k_proj", "up_proj"]),
     "Gemma3": ({"head_dim": 10, "sliding_window": 4, "num_hidden_layers": 7}, ["q_proj", "down_proj"]),
-    # Modules that hold several projections, whose adapter has one A for all of them.
+    # Modules that fuse several projections; their adapter has one A for all of them.
     "Phi3": ({}, "all-linear"),
     "GPT2": ({"n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 64}, ["c_attn", "attn.c_proj"]),
     "GPTNeoX": ({"hidden_size": 32}, ["query_key_value", "dense", "dense_4h_to_h"]),
@@ -65,7 +65,7 @@ TOKENS = np.random.default_rng(0).integers(0, 50, (3, 10))
 
 
 def torch_model(name: str, settings: dict[str, Any], folder: Path) -> Any:
-    """A random model of a family, saved to a folder."""
+    """Makes a random model of a family and saves it to a folder."""
     import torch
     import transformers
 
@@ -75,7 +75,7 @@ def torch_model(name: str, settings: dict[str, Any], folder: Path) -> Any:
     config = getattr(transformers, config_name)(**{**SIZES, **settings})
     model = getattr(transformers, model_name)(config).eval()
     if "num_experts_per_tok" in settings:
-        model.set_experts_implementation("eager")  # the others want sizes that are multiples of 16 bytes
+        model.set_experts_implementation("eager")  # the other kernels need sizes that are multiples of 16 bytes
     model.save_pretrained(folder)
     return model
 
@@ -115,7 +115,7 @@ def test_an_adapter_of_peft_gives_its_logits_and_gradients(name: str, tmp_path: 
             use_rslora=name == "Qwen2",
             target_modules=targets,
             task_type="CAUSAL_LM",
-            init_lora_weights=False,  # B is not zero then
+            init_lora_weights=False,  # so that B is not zero
             fan_in_fan_out=name == "GPT2",
         ),
     )

@@ -79,7 +79,7 @@ def test_repeating_and_remaining_layers_go_to_their_own_places(make_folder: Call
 
 
 def test_eight_devices_hold_the_same_as_one(make_folder: Callable[..., Any]) -> None:
-    """Head counts, MLP width, vocabulary and the model dimension split at once, in fused and transposed axes too."""
+    """Splits heads, MLP width, vocabulary and model dimension at once, including fused and transposed axes."""
     folder = make_folder("llama", ml_dtypes.bfloat16, num_shards=2)
     model = Transformer(read_model_config(folder.path))
     mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
@@ -165,9 +165,7 @@ def test_names_that_a_wrapper_or_another_library_gave_are_listed_with_what_to_do
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model-00001-of-00002.safetensors"])
-def test_a_pipe_in_the_place_of_weights_is_refused_before_it_is_opened(
-    make_folder: Callable[..., Any], name: str
-) -> None:
+def test_a_pipe_instead_of_weights_is_refused_before_it_is_opened(make_folder: Callable[..., Any], name: str) -> None:
     folder = make_folder("llama", num_shards=2 if "-of-" in name else 1)
     (folder.path / name).unlink()
     os.mkfifo(folder.path / name)
@@ -312,10 +310,10 @@ def test_headers_that_lie_about_their_tensors(make_folder: Callable[..., Any]) -
 @pytest.mark.parametrize("slab_bytes", [1, 3000])
 @pytest.mark.parametrize("source", [np.float32, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_leaves_that_are_filled_slab_by_slab_are_those_that_are_filled_at_once(
+def test_leaves_filled_slab_by_slab_equal_leaves_filled_at_once(
     make_folder: Callable[..., Any], slab_bytes: int, source: Any, dtype: Any
 ) -> None:
-    """Stacked leaves layer by layer, or some layers at a time; tables some rows of the file at a time."""
+    """Fills stacked leaves by one or several layers at a time, and tables by rows of the file."""
     folder = make_folder("llama", source, num_hidden_layers=5)
     config = read_model_config(folder.path)
     jax.tree.map(
@@ -375,7 +373,7 @@ def test_a_transform_takes_each_leaf_before_the_next_is_whole(make_folder: Calla
 
 
 def test_only_what_the_shards_of_this_process_hold_is_read(make_folder: Callable[..., Any]) -> None:
-    """The rest of the table holds NaN, which is an error if it is read."""
+    """Fills the rest of the table with NaN, which is an error if it is read."""
     folder = make_folder("llama", num_hidden_layers=1)
     config = read_model_config(folder.path)
     rows = config.vocab_size // 2
@@ -391,7 +389,7 @@ def test_only_what_the_shards_of_this_process_hold_is_read(make_folder: Callable
     np.testing.assert_array_equal(half, folder.tensors["model.embed_tokens.weight"][:rows])
 
 
-def test_numbers_that_the_asked_dtype_cannot_hold(make_folder: Callable[..., Any]) -> None:
+def test_numbers_beyond_the_range_of_the_dtype(make_folder: Callable[..., Any]) -> None:
     folder = make_folder("llama")
     folder.tensors[Q_PROJ][0, 0] = 1e6
     folder.write()
@@ -403,8 +401,8 @@ def test_no_thread_outlives_a_transform_that_raises(make_folder: Callable[..., A
     folder = make_folder("llama", num_hidden_layers=1)
 
     def transform(path: tuple[str, ...], leaf: jax.Array) -> jax.Array:
-        raise MemoryError("no room for a unit")
+        raise MemoryError("no memory for a unit")
 
-    with pytest.raises(MemoryError, match="no room for a unit"):
+    with pytest.raises(MemoryError, match="no memory for a unit"):
         load_params(folder.path, read_model_config(folder.path), transform=transform)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("weights")]

@@ -49,7 +49,7 @@ def test_an_empty_folder_and_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["./model", "/no/model", "~/no/model", "runs/sft/model", "model/"])
-def test_what_looks_like_a_path_is_never_looked_for_on_the_hub(name: str) -> None:
+def test_a_path_is_never_looked_for_on_the_hub(name: str) -> None:
     with pytest.raises(ValueError, match=r"model folder .* does not exist"):
         resolve_folder(name)
 
@@ -59,7 +59,7 @@ def test_a_hub_name_without_network_says_so() -> None:
         resolve_folder("owner/model", "main")
 
 
-def test_a_name_that_the_hub_cannot_have() -> None:
+def test_an_invalid_hub_name() -> None:
     with pytest.raises(ValueError, match="not a valid hub id"):
         resolve_folder("my model!")
 
@@ -101,7 +101,7 @@ def serving(files: list[str]) -> Iterator[str]:
         do_HEAD = do_GET
 
         def log_message(self, format: str, *args: object) -> None:
-            """Says nothing."""
+            """Keeps the test's output free of requests."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -109,7 +109,7 @@ def serving(files: list[str]) -> Iterator[str]:
         server.shutdown()
 
 
-def test_what_is_downloaded(tmp_path: Path) -> None:
+def test_which_files_are_downloaded(tmp_path: Path) -> None:
     wanted = ["config.json", "model-00001-of-00001.safetensors", "tokenizer.json", "chat_template.jinja"]
     others = ["consolidated.safetensors", "consolidated-00001-of-00002.safetensors", "pytorch_model.bin", "code.py"]
     program = "from jdpo.models.weights.hub_models import resolve_folder; print(resolve_folder('owner/model'))"
@@ -137,9 +137,9 @@ def test_a_pickled_adapter_has_its_own_advice(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
-def test_a_pipe_in_the_place_of_a_model_file_is_refused_by_name(tmp_path: Path, name: str) -> None:
+def test_a_pipe_instead_of_a_model_file_is_refused_by_name(tmp_path: Path, name: str) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"")
-    os.mkfifo(tmp_path / "notes")  # not a file that anything reads
+    os.mkfifo(tmp_path / "notes")  # jdpo reads no such file
     assert resolve_folder(str(tmp_path)) == tmp_path
     os.mkfifo(tmp_path / name)
     with pytest.raises(ValueError, match=f"{name}: expected a file of the model, found a pipe or a device"):

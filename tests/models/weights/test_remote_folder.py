@@ -19,7 +19,7 @@ URL = "memory://bucket/a/model"
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MemoryFileSystem]:
-    """A model on an empty store, and an empty cache here."""
+    """A store with one model, and an empty local cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     system = MemoryFileSystem()
     system.store.clear()
@@ -49,18 +49,18 @@ def test_a_folder_is_downloaded_once_and_again_when_it_changes(store: MemoryFile
 
 
 def test_a_model_that_changes_gets_a_folder_of_its_own(store: MemoryFileSystem) -> None:
-    """A trainer may still be reading the older one."""
+    """Matters since a trainer may still be reading the older version."""
     folder = resolve_folder(URL)
     store.pipe("/bucket/a/model/config.json", b'{"a": 1}')
     store.rm("/bucket/a/model/tokenizer.json")
     newer = resolve_folder(URL)
     assert newer != folder
     assert found(newer) == {"config.json": b'{"a": 1}', "model.safetensors": FILES["model.safetensors"]}
-    assert (newer / "model.safetensors").samefile(folder / "model.safetensors")  # not downloaded again
+    assert (newer / "model.safetensors").samefile(folder / "model.safetensors")  # a second call does not download again
     assert found(folder) == FILES
 
 
-def test_without_weights_those_that_are_here_stay(store: MemoryFileSystem) -> None:
+def test_weights_in_the_cache_stay_when_only_the_other_files_are_needed(store: MemoryFileSystem) -> None:
     folder = resolve_folder(URL)
     inode = (folder / "model.safetensors").stat().st_ino
     assert resolve_folder(URL, weights=False) == folder
@@ -68,7 +68,9 @@ def test_without_weights_those_that_are_here_stay(store: MemoryFileSystem) -> No
     assert found(folder) == FILES
 
 
-def test_a_broken_download_goes_on_where_it_was(store: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_download_continues_where_it_was(
+    store: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
     opened: list[str] = []
     broken = ["tokenizer.json"]
     own = MemoryFileSystem.open
@@ -105,7 +107,7 @@ def test_faults_name_the_address(store: MemoryFileSystem) -> None:
 def test_a_file_that_is_not_what_the_store_says_is_refused(
     store: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The store is made to tell of MD5s, as Google's does."""
+    """Lets the store give MD5 hashes, as Google's does."""
     own, told = MemoryFileSystem.ls, {"wrong": True}
 
     def ls(self: Any, path: str, detail: bool = True, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Rows of new tokens: which rows they start at the mean of, and how they get into the tables."""
+"""Embedding rows of new tokens: the mean at which they start, and how they enter the tables."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ def test_the_mean_leaves_out_rows_that_were_never_trained(make_folder: Callable[
     is_token = np.arange(40) < 36  # the last four rows are spare
     for number, name in enumerate(("model.embed_tokens.weight", "lm_head.weight")):
         table = folder.tensors[name]
-        table[36:] = 100  # must not count
+        table[36:] = 100  # must not count in the mean
         table[5 + number] = 0
         table[10 + number] = table[20 + number]
-        table[12] = table[20 + number] * np.asarray(1.5, dtype)  # a multiple is no copy
+        table[12] = table[20 + number] * np.asarray(1.5, dtype)  # a multiple of a row is not a copy of it
     folder.write()
     rows = started_rows(folder.path, read_model_config(folder.path), np.array([36, 39]), is_token, 0)
     assert rows.num_trained == 33
@@ -92,7 +92,7 @@ def test_norms_are_those_of_the_embedding(case: str) -> None:
 def test_zero_and_tiny_rows_of_tokens_are_untrained_and_spare_rows_are_not_asked_about() -> None:
     norms = np.array([1.0, 3.0, 0.0, 0.0099, 0.0101, 0.0, 1e9])
     is_token = np.array([True, True, True, True, True, False, False])
-    # Of the tokens' norms that are not 0 the median is 0.50505, and 1 % of it 0.0050505.
+    # The median of the tokens' nonzero norms is 0.50505; 1 % of it is 0.0050505.
     assert np.flatnonzero(untrained_rows(norms, is_token)).tolist() == [2]
     assert np.flatnonzero(untrained_rows(norms * np.array([100, 100, 1, 1, 1, 1, 1]), is_token)).tolist() == [2, 3, 4]
     assert untrained_rows(np.zeros(3), np.ones(3, bool)).all()

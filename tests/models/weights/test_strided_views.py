@@ -1,4 +1,4 @@
-"""Strided views, and the casts that move weights through them, against numpy and einops."""
+"""Strided views and the casts of weights through them, against numpy and einops."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def test_a_shape_that_nobody_prepared_is_counted(programs: tuple[Programs, list[
     assert (made.num_late, lowered) == (2, [(4,), (4,)])
 
 
-def test_programs_that_there_are_already_are_used() -> None:
+def test_existing_programs_are_used() -> None:
     with compiler_threads() as pool:
         made = Programs(lambda _: pytest.fail("nothing is lowered"), pool, {shapes_of(batch(2)): "the program"})
         made.prepare([batch(2)])
@@ -72,7 +72,7 @@ def test_an_error_of_the_compiler_comes_at_the_step_that_needs_it(
         made.of(batch(13))
 
 
-def test_an_error_of_the_compiler_is_told_without_waiting_for_its_step(
+def test_an_error_of_the_compiler_is_reported_before_its_step(
     programs: tuple[Programs, list[tuple[int, ...]]],
 ) -> None:
     made, _ = programs
@@ -86,6 +86,6 @@ def test_an_error_of_the_compiler_is_told_without_waiting_for_its_step(
         made.check()
 
 
-def test_shapes_tell_dtypes_apart() -> None:
+def test_shapes_of_different_dtypes_differ() -> None:
     assert shapes_of(batch(3)) != shapes_of(batch(3, np.int32))
     assert shapes_of(batch(3)) == shapes_of(Batch(jnp.ones(3), jnp.ones(3, bool)))

@@ -1,4 +1,4 @@
-"""FLOPs by hand, and against what XLA counts in compiled programs."""
+"""FLOPs by hand, and against XLA's count in compiled programs."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ def test_matrices_by_hand() -> None:
     assert matrix_params(CONFIG) == N == 1536
 
 
-def test_of_experts_those_that_a_token_goes_to_count_and_padding_goes_to_none() -> None:
+def test_only_experts_that_a_token_is_routed_to_count_and_padding_has_none() -> None:
     moe = MoEConfig(num_experts=8, experts_per_token=3, d_ff=5, normalize=True, aux_loss_coef=0.1)
     dense, sparse = CONFIG.layers
     mixed = dataclasses.replace(CONFIG, layers=(dense, dataclasses.replace(sparse, mlp="experts")), moe=moe)
     of_experts = 3 * (3 * 8 * 5)
-    shared = N - 3 * 128 + 8 * 8  # a router in the place of one MLP
+    shared = N - 3 * 128 + 8 * 8  # a router instead of one MLP
     assert matrix_params(mixed) == shared + of_experts
     batch = packed(PAIR, SHAPE)
     both, without = (
@@ -77,7 +77,7 @@ def test_of_experts_those_that_a_token_goes_to_count_and_padding_goes_to_none() 
     again = step_flops(mixed, batch, Arithmetic("xla", "full")).executed - both.executed
     again -= step_flops(CONFIG, batch, Arithmetic("xla", "full")).executed
     again += step_flops(CONFIG, batch, Arithmetic("xla", "none")).executed
-    # In the place of the gate and up of a dense layer: the router, and all maps of the experts.
+    # The router and all maps of the experts replace the MLP of a dense layer.
     assert again == 2 * ((8 * 8 - 2 * 128) * batch.tokens.size + of_experts * TOKENS)
 
 
@@ -105,7 +105,7 @@ def test_logical_flops_of_supervised_rows() -> None:
 
 
 def test_executed_flops_by_hand() -> None:
-    """64 slots; 4 scored tokens are one of two chunks of 32; 4 attention sequences of 16 places, all computed."""
+    """Has 64 slots, 4 scored tokens (one of two chunks of 32), and 4 attention sequences of 16 places, all computed."""
     batch = packed(PAIR, SHAPE)
     seen = 2 * 4 * 16 * 16  # of two layers
     least = 6 * N * 64 + 8 * HEAD * 32 + 12 * WIDTH * seen
@@ -122,7 +122,7 @@ def test_executed_flops_by_hand() -> None:
     assert executed("none", live_reference=True) == least + forward
     assert executed("none", live_reference=True, first_pass=True) == least + 2 * forward
     tiled = step_flops(CONFIG, batch, Arithmetic("blockwise", "none")).executed
-    assert tiled == least + 2 * WIDTH * seen  # here a tile holds all; it computes the scores a second time
+    assert tiled == least + 2 * WIDTH * seen  # one tile holds everything; it computes the scores a second time
 
 
 def test_executed_flops_of_a_padded_step() -> None:
@@ -136,7 +136,7 @@ def test_each_shard_runs_the_chunks_of_its_own_rows() -> None:
     rows = pairs_of((2, 70, 30), (2, 3, 1))
     batch = packed(rows, PackedShape(1, 2, 1, 128, 96, 128))
     assert (batch.logp_pair < 2).sum(-1).tolist() == [[100, 4]]
-    wide = dataclasses.replace(CONFIG, vocab_size=10**6)  # so that the head is all that counts
+    wide = dataclasses.replace(CONFIG, vocab_size=10**6)  # so that only the head counts
     head = 8 * 8 * 10**6
     for num_shards, scored in ((2, 128 + 64), (1, 2 * 128)):
         found = step_flops(wide, batch, Arithmetic("xla", "none", num_shards=num_shards)).executed
@@ -144,7 +144,7 @@ def test_each_shard_runs_the_chunks_of_its_own_rows() -> None:
 
 
 def test_pairs_of_tiles() -> None:
-    """By marking every tile that a causal mask leaves something of."""
+    """Marks every tile that a causal mask does not hide completely."""
 
     def marked(lengths: list[int], length: int, block: int, window: int | None, skips: bool) -> int:
         total = 0
@@ -177,7 +177,7 @@ MEASURED = dataclasses.replace(
 
 
 def counted(objective: Any, batch: Any, model: Transformer, mesh: Any, lora: Lora | None = None) -> float:
-    """FLOPs of value and gradients as XLA counts them: the body of every loop once."""
+    """Returns XLA's FLOPs of value and gradients, which count the body of every loop once."""
     base = Base(abstract_params(model), {})
     params, reference = (base.params, base.params) if lora is None else (abstract_adapters(lora, jnp.float32), {})
 
@@ -195,7 +195,7 @@ POST_NORMS = {"norm_placement": "both", "attention_softcap": 5.0, "logit_softcap
 
 @pytest.mark.parametrize("own", [PARALLEL, POST_NORMS], ids=["parallel", "post_norms"])
 @pytest.mark.parametrize("remat", ["none", pytest.param("full", marks=pytest.mark.full)])
-def test_executed_flops_of_other_layers_are_those_that_xla_counts(own: dict[str, Any], remat: str) -> None:
+def test_executed_flops_of_other_layers_equal_xlas_count(own: dict[str, Any], remat: str) -> None:
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     one_layer = dataclasses.replace(MEASURED, num_layers=1, layers=MEASURED.layers[:1], vocab_size=8, **own)
     model = Transformer(one_layer, remat=remat, attention="xla", compute_dtype=jnp.float32)
@@ -216,8 +216,8 @@ def test_executed_flops_of_other_layers_are_those_that_xla_counts(own: dict[str,
         pytest.param("none", True, marks=pytest.mark.full),
     ],
 )
-def test_executed_flops_are_those_that_xla_counts_in_packed_rows(remat: str, adapted: bool) -> None:
-    # With adapters, a gradient of frozen weights would be seen here.
+def test_executed_flops_of_packed_rows_equal_xlas_count(remat: str, adapted: bool) -> None:
+    # With adapters, gradients of frozen weights would show here.
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     model = Transformer(MEASURED, remat=remat, attention="xla", compute_dtype=jnp.float32)
     pairs = pairs_of((40, 60, 50), (30, 60, 90), (60, 20, 70))
@@ -225,7 +225,7 @@ def test_executed_flops_are_those_that_xla_counts_in_packed_rows(remat: str, ada
     plan = plan_run(sizes, [everything], num_shards=1, max_tokens_per_device=4096)
     batch = pack(pairs, everything, plan.step(everything))
     objective = PreferenceObjective(PackedLogps(model, mesh), loss_settings("sigmoid", beta=0.1)[0])
-    # Two layers and two chunks of the head are two rounds of a loop each.
+    # Two layers and two chunks of the head are loops of two rounds, of which XLA counts one.
     one_layer = dataclasses.replace(MEASURED, num_layers=1, layers=MEASURED.layers[:1])
     lora = Lora(r=8, alpha=8, use_rslora=False, sites=find_sites(model)) if adapted else None
     adapters = num_adapter_params(lora) // 2 if lora else None
@@ -238,7 +238,7 @@ def test_executed_flops_are_those_that_xla_counts_in_packed_rows(remat: str, ada
     assert counted(objective, batch, model, mesh, lora) == pytest.approx(expected, rel=0.05)
 
 
-def test_executed_flops_are_those_that_xla_counts_in_padded_rows() -> None:
+def test_executed_flops_of_padded_rows_equal_xlas_count() -> None:
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     model = Transformer(MEASURED, compute_dtype=jnp.float32)
     pairs = pairs_of((40, 60, 50), (30, 60, 90), (60, 20, 70))

@@ -1,4 +1,4 @@
-"""The memory that a process may use, read from trees of /proc and /sys as machines and containers have them."""
+"""The memory that a process may use, read from /proc and /sys trees of machines and containers."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_any_group_on_the_way_up_limits_version_2(machine: Machine, at: str, nam
     for group in ("/kubepods", "/kubepods/pod1", "/kubepods/pod1/job"):
         machine.write(f"/sys/fs/cgroup{group}/memory.max", "max")
     machine.write(f"/sys/fs/cgroup{at}/{name}", 3 * GIB)
-    machine.write("/sys/fs/cgroup/kubepods/other/memory.max", GIB)  # of somebody else
+    machine.write("/sys/fs/cgroup/kubepods/other/memory.max", GIB)  # of another process
     assert machine.memory() == (3 * GIB, f"the control group {at or '/'}")
 
 
@@ -98,8 +98,8 @@ def test_groups_of_version_1_that_cannot_be_seen_count_through_their_sum(machine
         ("/docker/1a2b", "/docker/1a2b", ""),  # the container's own group is the top of its mount
         ("/docker/1a2b/inner", "/docker/1a2b", "/inner"),
         ("/docker/1a2b", "/", ""),  # the mount shows the container's group and hides what is above
-        ("/../../job", "/", ""),  # a group outside of the namespace
-        ("/docker/1a2bc", "/docker/1a2b", ""),  # not below it, in spite of its name
+        ("/../../job", "/", ""),  # a group outside the namespace
+        ("/docker/1a2bc", "/docker/1a2b", ""),  # not below it, despite its name
     ],
 )
 @pytest.mark.parametrize("version", [1, 2])

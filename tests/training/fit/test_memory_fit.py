@@ -1,4 +1,4 @@
-"""How much at once: what fits is found, and in few trials."""
+"""Fitting memory: the settings that fit are found in few trials."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ POLICIES = ("none", "dots", "full")
 
 
 class Memory:
-    """A step whose memory is a line in the tokens, each policy's below the one before it."""
+    """A step whose memory is linear in the tokens; each policy's line is below that of the one before."""
 
     def __init__(self, fixed: int, per_token: int, most_compiled: float = math.inf) -> None:
         self.fixed, self.per_token, self.most_compiled = fixed, per_token, most_compiled
@@ -64,13 +64,13 @@ def test_the_first_policy_that_fits_with_enough_tokens(
         assert found.bytes_needed == int(memory.true(found.remat, found.max_tokens_per_device))
         if memory.true(found.remat, most) <= limit:
             assert found.max_tokens_per_device == most
-        elif not refuses:  # a line is found at once; 64 tokens are one step of a budget
+        elif not refuses:  # a line is found at once; budgets are multiples of 64 tokens
             assert memory.true(found.remat, found.max_tokens_per_device + 128) > limit
     elif memory.true("full", 64) <= limit:
         assert memory.true("full", found.max_tokens_per_device) <= limit
 
 
-def test_where_nothing_fits_the_device_is_left_to_say_so() -> None:
+def test_if_nothing_fits_the_device_reports_it() -> None:
     memory = Memory(fixed=100, per_token=1, most_compiled=10)
     assert search_fit(memory, policies=("full",), most_tokens=8192, limit=10) == Fit("full", 64, None)
 
@@ -104,7 +104,9 @@ def test_each_program_is_compiled_once_and_those_of_the_chosen_policy_come_back(
 
     def lower(remat: str, tokens: int) -> dict[tuple[int], Lowered]:
         asked.append((remat, tokens))
-        return {(size,): steps[remat, size] for size in (64, 128) if size <= tokens}  # the larger ones hold the smaller
+        return {
+            (size,): steps[remat, size] for size in (64, 128) if size <= tokens
+        }  # the larger programs also serve smaller batches
 
     fit, programs = choose_fit(lower, policies=("none", "full"), most_tokens=128, limit=500)
     assert fit == Fit("full", 64, 400)
@@ -124,7 +126,7 @@ def test_another_error_of_the_compiler_ends_the_search() -> None:
         choose_fit(lambda *_: {(): Broken(1)}, policies=("none",), most_tokens=64, limit=1)
 
 
-def test_a_device_without_memory_enough_says_what_to_do() -> None:
+def test_a_device_without_enough_memory_is_an_error_with_advice() -> None:
     error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 3 bytes.\nPages of it\nfollow.")
     with (
         pytest.raises(

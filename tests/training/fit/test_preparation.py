@@ -1,4 +1,4 @@
-"""What is settled before the first step, and what the programs of a run hold and do not hold."""
+"""Preparation before the first step, and the contents of a run's compiled programs."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def prepare(
         return setup, prepare_steps(setup, assemblies, None, pool, lines.append, limit=limit, recalled=recalled), lines
 
 
-def test_with_room_all_rows_of_a_step_go_through_at_once_under_the_fastest_policy(run_words: Words) -> None:
+def test_with_enough_memory_all_rows_are_in_one_micro_batch_under_the_fastest_policy(run_words: Words) -> None:
     setup, prepared, lines = prepare(run_words(remat="auto"))
     assert prepared.fit.remat == prepared.assembly.model.remat == "attention"
     slots = [setup.train_data.sizes().slots[setup.row_plan.step(step)] for step in range(setup.num_steps)]
@@ -63,7 +63,7 @@ def test_with_room_all_rows_of_a_step_go_through_at_once_under_the_fastest_polic
 
 
 @pytest.mark.parametrize("packing", [True, pytest.param(False, marks=pytest.mark.full)])
-def test_without_room_more_is_recomputed_and_less_goes_through_at_once(
+def test_with_little_memory_more_is_recomputed_in_smaller_micro_batches(
     run_words: Words, monkeypatch: pytest.MonkeyPatch, packing: bool, tmp_path: Path
 ) -> None:
     rows = write_jsonl(tmp_path / "long.jsonl", chat_pairs(8, words=(15, 18)))
@@ -81,7 +81,7 @@ def test_without_room_more_is_recomputed_and_less_goes_through_at_once(
 
 
 def _bytes(prepared: Preparation, batches: Iterable[Any] | None = None) -> int:
-    """What the step takes whose shape takes most, of all shapes or of some."""
+    """Returns the memory of the largest step among all shapes or some of them."""
     lower = prepared.assembly.lower_step
     return max(program_bytes(compile_for(lower, batch)) for batch in batches or prepared.batches.shapes())
 
@@ -110,7 +110,7 @@ def test_what_cannot_fit_is_logged(run_words: Words) -> None:
     assert any("this may not fit: use more devices" in line for line in lines)
 
 
-def test_what_the_config_says_is_taken_without_a_trial(run_words: Words) -> None:
+def test_explicit_settings_are_used_without_a_trial(run_words: Words) -> None:
     _, prepared, lines = prepare(run_words(remat="dots", max_tokens_per_device=192))
     assert prepared.fit == Fit("dots", 192)
     assert not any(line.startswith("step: ") for line in lines)
@@ -134,7 +134,7 @@ def test_a_fit_is_remembered_as_long_as_nothing_it_depends_on_changes(run_words:
 
 
 def test_every_key_that_may_change_and_changes_the_step_is_part_of_the_fit() -> None:
-    """Keys that a resumed run may change are part of the fit, or have nothing to do with what a step computes."""
+    """Checks keys that a resumed run may change: each is part of the fit, or does not affect what a step computes."""
     aside = {
         "dataset_num_proc",
         "output_dir",
@@ -149,7 +149,7 @@ def test_every_key_that_may_change_and_changes_the_step_is_part_of_the_fit() -> 
     }
     aside |= {"save_total_limit", "metric_for_best_model", "load_best_model_at_end", "export_dtype", "max_shard_size"}
     aside |= {"profile_steps", "compilation_cache", "resume", "heartbeat_timeout_seconds"}
-    aside |= {"mesh", "reference"}  # told otherwise
+    aside |= {"mesh", "reference"}  # with another setting
     assert FREE_KEYS - aside == set(FITTED_KEYS)
 
 
@@ -194,7 +194,7 @@ def test_every_shape_of_an_epoch_of_many_lengths_is_compiled_ahead(run_words: Wo
 
 
 def test_the_compiled_step_reuses_the_state_and_never_holds_all_logits(run_words: Words, tmp_path: Path) -> None:
-    """Every buffer of the old state is given back as the new one's, and no array is tokens by vocabulary."""
+    """Checks that every buffer of the old state is reused for the new one, and no array is tokens by vocabulary."""
     rows = write_jsonl(tmp_path / "long.jsonl", chat_pairs(64, words=(15, 18)))
     setup, prepared, _ = prepare(
         run_words(datasets=rows, global_batch_size=64, **{"mesh.data": 1, "mesh.fsdp": 1, "mesh.tensor": 8})
@@ -212,7 +212,7 @@ def test_the_compiled_step_reuses_the_state_and_never_holds_all_logits(run_words
     with_vocabulary = [
         math.prod(dims) // size
         for dims in (tuple(map(int, text.split(","))) for text in re.findall(r"f32\[([\d,]+)\]", text))
-        for size in (vocabulary, vocabulary // 8)  # eight devices share it
+        for size in (vocabulary, vocabulary // 8)  # split over eight devices
         if size in dims
     ]
     assert len(with_vocabulary) > 10

@@ -1,4 +1,4 @@
-"""Averages of the window and of an evaluation."""
+"""Averages over the logging window and over an evaluation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jdpo.training.fit.flops import StepFlops
 from jdpo.training.logs.metrics import RowAverages, Throughput, Window, rows_at
 
 
-def test_a_window_that_travels_through_json_goes_on_bitwise() -> None:
+def test_a_window_saved_as_json_continues_bitwise() -> None:
     values = [{"loss": value, "grad_norm": value * 3} for value in (0.1, 0.7, 1e-9, 123.456)]
     straight, cut = Window(), Window()
     for step in values:
@@ -25,11 +25,11 @@ def test_a_window_that_travels_through_json_goes_on_bitwise() -> None:
     assert straight.averages()["loss"] == pytest.approx(np.mean([0.1, 0.7, 1e-9, 123.456]))
 
 
-def test_shares_are_means_over_rows_and_travel_too() -> None:
+def test_shares_are_means_over_rows_and_are_saved_too() -> None:
     window = Window()
     window.add({"loss": 1.0}, {"loss/a": (3.0, 2.0), "loss/b": (1.0, 1.0)})
     window = Window(json.loads(json.dumps(window.to_json())))
-    window.add({"loss": 2.0}, {"loss/a": (7.0, 2.0)})  # a step without a row of b
+    window.add({"loss": 2.0}, {"loss/a": (7.0, 2.0)})  # a step without rows of b
     window.add({"loss": 3.0})
     assert window.averages() == {"loss": 2.0, "loss/a": 2.5, "loss/b": 1.0}
     old = {name: value for name, value in Window().to_json().items() if name != "shares"}
@@ -65,7 +65,7 @@ def test_throughput_counts_what_it_was_given() -> None:
     assert throughput.rates()["step_seconds"] == 2.0
 
 
-def test_utilization_is_held_against_the_peak_of_all_devices() -> None:
+def test_utilization_is_relative_to_the_peak_of_all_devices() -> None:
     throughput = Throughput(unit="rows", num_devices=4, peak=1e13)
     throughput.add(num_rows=1, num_tokens=1, flops=StepFlops(4e13, 6e13), seconds=2.0)
     rates = throughput.rates()

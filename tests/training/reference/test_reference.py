@@ -1,4 +1,4 @@
-"""Deciding where the reference's log-probs come from, and computing those that are kept."""
+"""Deciding where the reference's log-probs come from, and computing cached ones."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ WORDS = ("river", "mountain", "paper", "winter", "green", "seven", "slow", "mark
 
 
 def write_pairs(path: Path, num_rows: int, *, seed: int = 0, most_words: int = 5) -> Path:
-    """Conversational pairs; up to 5 words a turn make at most 32 tokens, so that one shape is compiled."""
+    """Writes conversational pairs; up to 5 words per turn are at most 32 tokens, so that one shape is compiled."""
     rng = np.random.default_rng(seed)
 
     def turn(role: str, tail: str = "") -> list[dict[str, str]]:
@@ -53,7 +53,7 @@ def write_pairs(path: Path, num_rows: int, *, seed: int = 0, most_words: int = 5
 
 
 class Place:
-    """A folder with everything that a run needs, and its cache."""
+    """A folder with everything that a run needs and its cache."""
 
     def __init__(self, folder: Path, model: Path) -> None:
         self.folder, self.model, self.cache = folder, model, folder / "cache" / "reference"
@@ -87,13 +87,13 @@ class Place:
         config = self.config(**overrides)
         lines: list[str] = []
 
-        def say(line: str) -> None:
+        def log(line: str) -> None:
             lines.append(line)
             on_line(line)
 
         with numerics(config):
             setup = build(config, lambda line: None)
-            found = settle_reference(setup, asked=asked, log=say, **({"needs_reference": True} | (options or {})))
+            found = settle_reference(setup, asked=asked, log=log, **({"needs_reference": True} | (options or {})))
         return Settled(found, lines, setup)
 
     def compute(self, **overrides: Any) -> tuple[Reference, list[str]]:
@@ -101,7 +101,7 @@ class Place:
         return compute_reference(self.config(**overrides), lines.append), lines
 
     def files(self) -> dict[str, tuple[int, int, bytes]]:
-        """Every shard and what vouches for it: inode, time of change and content."""
+        """Returns inode, time of change and content of every shard and of its JSON."""
         found = {}
         for path in self.cache.glob("*/0*"):
             stat = path.stat()
@@ -158,7 +158,7 @@ def built(computed: tuple[Place, Reference, list[str]], shards_of_eight: None, t
 
 
 def plain_logps(setup: Setup) -> np.ndarray:
-    """[rows, 2, t] by the function that a live reference goes through, all rows at once and unsharded."""
+    """Computes log-probs [rows, 2, t] with the function of a live reference, all rows at once and unsharded."""
     data = setup.train_data
     batch = collate_pairs([data[i] for i in range(NUM_ROWS)], num_slots=NUM_ROWS, length=64, pad_token_id=0)
     params = fetch(jax.device_put(load_reference(setup, None), jax.devices()[0]))
@@ -209,10 +209,10 @@ def test_cached_values_of_sides_of_several_turns_are_those_of_their_learnt_token
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
     masks = [mask for i in range(NUM_ROWS) for _, mask in completions_of(data[i])]
     assert (found != 0).sum() == sum(mask.sum() for mask in masks)
-    assert sum((~mask).sum() for mask in masks) >= NUM_ROWS // 2  # the users' words between the turns
+    assert sum((~mask).sum() for mask in masks) >= NUM_ROWS // 2  # the users' turns in between
 
 
-def test_command_computes_once_and_says_so(computed: tuple[Place, Reference, list[str]], built: Place) -> None:
+def test_command_computes_once_and_reports_it(computed: tuple[Place, Reference, list[str]], built: Place) -> None:
     place, reference, lines = computed
     assert (reference.num_found, reference.num_computed) == (0, NUM_ROWS + NUM_EVAL)
     assert any("20 of 20 training rows to compute (shards: 0 found, 3 missing)" in line for line in lines)
@@ -259,7 +259,7 @@ def test_a_log_prob_that_is_not_finite_names_its_row(place: Place, toy_model: Pa
     broken = tmp_path / "broken"
     shutil.copytree(toy_model, broken)
     weights = load_file(broken / "model.safetensors")
-    weights["model.norm.weight"][...] = 3e38  # finite, unlike the logits
+    weights["model.norm.weight"][...] = 3e38  # large but finite, unlike the logits
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(FloatingPointError, match=r"the chosen completion of pairs\.jsonl:\d+ is nan"):
         place.settle(num_train_epochs=2, reference_model=broken)
@@ -297,7 +297,7 @@ def test_a_second_run_waits_for_the_first_and_takes_what_it_computed(
 
 
 @pytest.mark.parametrize("asked", ["auto", "cached"])
-def test_what_a_cache_does_not_depend_on(built: Place, asked: str) -> None:
+def test_settings_that_a_cache_does_not_depend_on(built: Place, asked: str) -> None:
     before = built.files()
     settled = built.settle(
         asked,
@@ -477,7 +477,7 @@ def test_a_damaged_key_file_is_refused_or_written_again(built: Place, by: str) -
 
 
 def test_auto_stays_live_until_another_run_asks_for_the_same_rows(place: Place) -> None:
-    for _ in range(2):  # the same run again, such as after an interruption
+    for _ in range(2):  # the same run again, as after an interruption
         settled = place.settle()
         assert settled.reference == Reference(mode="live")
         assert settled.lines == ["reference: live, as one pass over the rows does not pay for a cache"]
@@ -487,7 +487,7 @@ def test_auto_stays_live_until_another_run_asks_for_the_same_rows(place: Place) 
     assert "as another run asked for the same ones" in settled.lines[0]
 
 
-def test_auto_goes_on_as_the_run_began(built: Place, place: Place) -> None:
+def test_a_resumed_run_keeps_the_mode_that_auto_chose(built: Place, place: Place) -> None:
     assert built.settle(options={"began_as": "live"}).reference == Reference(mode="live")
     assert built.settle("cached", options={"began_as": "live"}).reference.mode == "cached"
     settled = place.settle(options={"began_as": "cached"})
@@ -519,12 +519,12 @@ def test_modes_that_no_cache_decides(asked: Any, options: dict[str, bool], mode:
         ("cached", {"sync_ref_model": True}, "sync_ref_model moves the reference"),
     ],
 )
-def test_what_cannot_be_had_is_refused(asked: Any, options: dict[str, bool], message: str) -> None:
+def test_impossible_modes_are_refused(asked: Any, options: dict[str, bool], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fixed_mode(asked, **({"needs_reference": True, "sync_ref_model": False} | options))
 
 
-def test_fixed_modes_look_at_no_cache_and_say_one_line(place: Place) -> None:
+def test_fixed_modes_read_no_cache_and_log_one_line(place: Place) -> None:
     assert place.settle("live").lines == ["reference: live, as asked for"]
     settled = place.settle(options={"needs_reference": False})
     assert settled.reference == Reference(mode="none")
@@ -543,7 +543,7 @@ def test_fixed_modes_look_at_no_cache_and_say_one_line(place: Place) -> None:
         ({"sync_ref_model": "true"}, "sync_ref_model moves"),
     ],
 )
-def test_command_refuses_what_has_no_cache(place: Place, setting: dict[str, str], message: str) -> None:
+def test_command_refuses_losses_without_a_cache(place: Place, setting: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         place.compute(**setting)
     assert not (place.folder / "cache").exists()

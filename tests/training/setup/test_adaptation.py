@@ -36,7 +36,7 @@ def config_of(*words: str) -> DPOConfig:
 
 @pytest.fixture
 def build_with(run_words: Words) -> Callable[..., Setup]:
-    """(overrides) -> the Setup of a run, weights untouched."""
+    """Returns a function (overrides) -> the Setup of a run, which does not load weights."""
 
     def made(**overrides: Any) -> Setup:
         config = load_config(DPOConfig, None, run_words(**overrides))
@@ -68,7 +68,7 @@ def test_true_turns_the_group_on_and_keeps_its_settings(tmp_path: Path) -> None:
         read("lora: 5", "--lora.r", "8")
 
 
-def test_what_adapters_leave_open_is_no_difference() -> None:
+def test_explicit_defaults_of_adapters_are_no_difference() -> None:
     saved = to_dict(config_of("lora=true"))
     assert differences(saved, config_of("lora.r=16", "lora.alpha=32", "lora.target_modules=all-linear")) == []
     assert differences(saved, config_of("lora.alpha=16"))
@@ -88,12 +88,12 @@ def test_what_adapters_leave_open_is_no_difference() -> None:
         ("lora.base_dtype=int4", "float32, bfloat16 or int8"),
     ],
 )
-def test_keys_that_cannot_be_are_refused(word: str, message: str) -> None:
+def test_impossible_values_are_refused(word: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config_of(word)
 
 
-def test_what_is_exported_may_change_when_a_run_goes_on() -> None:
+def test_a_resumed_run_may_change_its_export() -> None:
     saved = to_dict(config_of("lora.r=4"))
     merged = config_of("lora.r=4", "lora.merge=true")
     assert differences(saved, merged) == []
@@ -125,7 +125,7 @@ def test_defaults_are_logged(build_with: Callable[..., Setup]) -> None:
         ({"lora.adapter": "nowhere/at/all"}, "does not exist"),
     ],
 )
-def test_what_adapters_cannot_do_is_refused(
+def test_settings_that_adapters_do_not_support_are_refused(
     build_with: Callable[..., Setup], overrides: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -169,7 +169,7 @@ def adapter(toy_model: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_reference_named_as_the_base_is_the_base_without_the_adapter_gone_on_from(
+def test_a_reference_named_as_the_base_is_the_base_without_the_initial_adapter(
     build_with: Callable[..., Setup], toy_model: Path, adapter: Path
 ) -> None:
     fresh = build_with(lora="true")

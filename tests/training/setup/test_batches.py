@@ -1,4 +1,4 @@
-"""How a step's rows become a batch, padded and packed."""
+"""Batches of a step's rows, padded and packed."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def prepared(config: DPOConfig | SFTConfig) -> tuple[Task, PreparedData]:
 
 
 def padded(task: Task, data: PreparedData, steps: list[np.ndarray], *, rows: int) -> PaddedBatches:
-    """Micro-batches of `rows` rows."""
+    """Returns micro-batches of `rows` rows."""
     return PaddedBatches(
         task,
         data,
@@ -136,7 +136,7 @@ def test_packed_batches_record_where_each_row_is(run_words: Words) -> None:
     assert len({batches.make(indices).batch.tokens.shape for indices in steps}) <= len(batches.plan.shapes)
 
 
-def test_of_shapes_those_are_demanding_that_no_other_exceeds_in_everything() -> None:
+def test_demanding_shapes_are_those_that_no_other_exceeds_in_every_size() -> None:
     most_slots = PackedShape(1, 1, 4, 512, 64, 192)
     most_places = PackedShape(1, 1, 4, 448, 128, 192)
     summed = PackedShape(2, 1, 4, 256, 64, 64)
@@ -163,7 +163,7 @@ def test_the_shapes_are_known_before_any_batch_is_made(run_words: Words, packing
 
 
 def scored_rows(tmp_path: Path, *scores: tuple[float, float] | None) -> Path:
-    """A file of pairs with these scores of (chosen, rejected); None: no scores."""
+    """Writes pairs with these scores of (chosen, rejected); None: no scores."""
     rows: list[dict[str, Any]] = []
     for index, of_pair in enumerate(scores):
         row: dict[str, Any] = {"prompt": f"river {index}", "chosen": "green paper", "rejected": "slow market"}

@@ -1,4 +1,4 @@
-"""Where a run's model and adapter are found, with weights and without; fsspec's memory file system is the store."""
+"""Finding a run's model and adapter, with and without weights, on fsspec's memory file system as a store."""
 
 from __future__ import annotations
 

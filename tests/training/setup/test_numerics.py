@@ -17,7 +17,7 @@ from jdpo.training.setup.numerics import drop_oldest, persistent_cache
 
 @pytest.fixture
 def no_cache() -> Iterator[None]:
-    """A jax whose user names no folder for compiled programs, as the test run does."""
+    """Unsets the folder for compiled programs that the test run sets."""
     folder = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", None)
     compilation_cache.reset_cache()
@@ -28,7 +28,7 @@ def no_cache() -> Iterator[None]:
 
 @pytest.fixture
 def cache_events(no_cache: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], tuple[int, int]]]:
-    """How often a program was found in jax's persistent cache, and how often not."""
+    """Returns the hits and misses of jax's persistent cache."""
     seen: list[str] = []
 
     def listen(event: str, **_: Any) -> None:

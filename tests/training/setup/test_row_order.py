@@ -25,7 +25,7 @@ Words = Callable[..., list[str]]
 
 @pytest.fixture
 def two_sets(tmp_path: Path) -> tuple[Path, Path]:
-    """Twelve pairs, and five others."""
+    """Two datasets, of twelve and five pairs."""
     return (
         write_jsonl(tmp_path / "first.jsonl", chat_pairs(12, seed=1)),
         write_jsonl(tmp_path / "second.jsonl", chat_pairs(5, seed=2, words=(2, 5))),
@@ -80,7 +80,7 @@ def test_a_signal_ends_the_tokenizing(run_words: Words, tmp_path: Path) -> None:
     assert len(list((tmp_path / "cache" / "tokenized").iterdir())) == 2, "the rows of the first set-up alone"
 
 
-def test_the_counter_of_rows_says_how_fast_and_how_long(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_row_counter_logs_speed_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("jdpo.reports.progress.time.monotonic", lambda: now)
     lines: list[str] = []
@@ -138,10 +138,10 @@ def test_each_dataset_has_its_own_metrics_for_any_batches(
     assert named == {f"{start}{name}/{label}" for start in ("", "eval_") for name in own for label in labels}
     for line, other in zip(packed, padded, strict=True):
         for name in named & line.keys():
-            if line["step"] > 1 or "accuracies" not in name:  # in the first step the margins are rounding noise
+            if line["step"] > 1 or "accuracies" not in name:  # the margins of the first step are rounding noise
                 assert line[name] == pytest.approx(other[name], rel=1e-3, abs=1e-4), name
     if cls is SFTConfig:
-        return  # its loss is a mean over tokens, which the test above divides by
+        return  # its loss is a mean over tokens, which the test above covers
     held_out = next(line for line in packed if "eval_loss" in line)
     counts = set_up(run_words(**shared))[0].eval_data.num_rows_of  # type: ignore[union-attr]
     for name in own:

@@ -34,7 +34,7 @@ MARKERS = """\
 
 @pytest.fixture
 def model_with(toy_model: Path, tmp_path: Path) -> Callable[..., Path]:
-    """(spare=0, zero=(), tiny=(), untied=False) -> the toy model with spare rows, and with rows zero or tiny."""
+    """Returns a function (spare=0, zero=(), tiny=(), untied=False) -> the toy model with such embedding rows."""
 
     def make(spare: int = 0, zero: tuple[int, ...] = (), tiny: tuple[int, ...] = (), untied: bool = False) -> Path:
         folder = tmp_path / f"model{len(list(tmp_path.glob('model*')))}"
@@ -71,7 +71,7 @@ def start_of(run_words: Words, tmp_path: Path) -> Callable[..., tuple[Setup, lis
 
 
 def tables_of(setup: Setup) -> list[np.ndarray]:
-    """Embedding, and the untied head, [v, d] each, as training finds them."""
+    """Returns the embedding and the untied head, [v, d] each, at the start of training."""
     params = load_start(setup)
     head = [np.asarray(params["lm_head"]["kernel"]).T] if "lm_head" in params else []
     return [np.asarray(params["embed"]["embedding"]), *head]
@@ -89,7 +89,7 @@ def test_an_added_token_starts_at_the_mean_wherever_its_row_comes_from(
     assert f"the mean of {size} trained rows" in "\n".join(lines)
     source = load_file(spare_model / "model.safetensors")
     for table, name in zip(tables_of(setup), (EMBEDDING, "lm_head.weight"), strict=False):
-        # The head of the untied toy has its rows of zeros in front.
+        # In the head of the untied toy the zero rows come first.
         trained = source[name][:size][np.any(source[name][:size], axis=1)]
         distance = np.abs(table[ids] - trained.mean(0)) / trained.std(0)
         assert 0 < distance.max() < 5 * NOISE_SCALE
@@ -111,7 +111,7 @@ def test_started_rows_are_bitwise_the_same_on_every_mesh(
         np.testing.assert_array_equal(first, second)
 
 
-def test_a_token_of_the_model_is_changed_on_demand_alone(
+def test_a_token_of_the_model_is_changed_only_on_request(
     model_with: Callable[..., Path], start_of: Callable[..., tuple[Setup, list[str]]], toy_model: Path
 ) -> None:
     end = json.loads((toy_model / "config.json").read_text(encoding="utf-8"))["eos_token_id"]
@@ -134,7 +134,7 @@ def test_a_token_of_the_model_is_changed_on_demand_alone(
 
 @pytest.mark.parametrize("base_dtype", ["auto", "int8"])
 @pytest.mark.parametrize("on_demand", [False, True])
-def test_frozen_embeddings_refuse_tokens_that_they_know_nothing_of(
+def test_frozen_embeddings_refuse_untrained_tokens(
     model_with: Callable[..., Path],
     start_of: Callable[..., tuple[Setup, list[str]]],
     toy_model: Path,

@@ -1,6 +1,6 @@
 """One DPO step of every family without experts: packed equals padded, and eight devices equal one.
 
-And what it decodes equals its forward pass.
+Decoding equals the forward pass.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def model_of(name: str, **settings: Any) -> Transformer:
 )
 @pytest.mark.parametrize("name", FAMILIES)
 def test_packed_padded_and_sharded_steps_are_equal(name: str, sizes: MeshConfig, remat: str) -> None:
-    """Weights go from their files straight to the mesh, fused tensors cut on the way; every layer computes again."""
+    """Loads weights from their files onto the mesh, splitting fused tensors, with every layer rematerialized."""
     model = model_of(name)
     policy = load_params(GOLDEN / name, model, dtype=jnp.float64)
     noise = np.random.default_rng(1)
@@ -98,7 +98,7 @@ def test_decoding_in_two_bites_equals_the_forward_pass(name: str) -> None:
     model, (num_rows, length, bite) = model_of(name), (3, 12, 7)
     params = load_params(GOLDEN / name, model, dtype=jnp.float64)
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (num_rows, length))
-    mask = np.arange(length) >= np.array([[0], [3], [5]])  # padded left, as prompts are
+    mask = np.arange(length) >= np.array([[0], [3], [5]])  # padded on the left, as prompts are
 
     @jax.jit
     def run(params: Any) -> Any:

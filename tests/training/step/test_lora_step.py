@@ -48,7 +48,7 @@ def random_pairs(num_pairs: int) -> list[TokenizedPair]:
 
 @pytest.fixture(scope="module")
 def batch() -> PackedBatch:
-    """Eight pairs for a mesh of at most eight parts, which one device takes as well."""
+    """Eight pairs, for one device or a mesh of up to eight."""
     pairs, everything = random_pairs(8), np.arange(8)
     plan = plan_run(item_sizes(pairs), [everything], num_shards=8, max_tokens_per_device=4096)
     return pack(pairs, everything, plan.step(everything))
@@ -61,7 +61,7 @@ def base() -> Base:
 
 @pytest.fixture(scope="module")
 def adapters() -> Any:
-    """Not the start: B is not zero."""
+    """Returns adapters after their start: B is not zero."""
     start = init_adapters(LORA, jax.random.key(1), jnp.float32)
     return jax.device_get(
         jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(2), leaf.shape), start)
@@ -81,7 +81,7 @@ def in_int8(base: Base) -> Base:
 
 
 class Prepared(NamedTuple):
-    """A step on a mesh, and what goes into it."""
+    """A step on a mesh and its inputs."""
 
     compiled: Compiled
     state: TrainState
@@ -125,7 +125,7 @@ def mesh_of(config: MeshConfig) -> Mesh:
 
 
 def assert_same_step(found: Any, expected: Any, before: Any) -> None:
-    """Equal to float32 rounding."""
+    """Asserts that two steps are equal up to float32 rounding."""
     (state, report), (wanted, wanted_report) = found, expected
     assert report.loss == pytest.approx(wanted_report.loss, rel=1e-5)
     assert report.grad_norm == pytest.approx(wanted_report.grad_norm, rel=1e-4)
@@ -143,12 +143,12 @@ def test_one_device_and_eight_make_the_same_step(base: Base, adapters: Any, batc
     query = prepared.state.params["stack"]["layer_0"]["attention"]["query"]
     assert [query[name].addressable_shards[0].data.shape for name in "ab"] == [(2, 32, 4), (2, 4, 2, 16)], "as the base"
     assert_same_step(run(prepared), alone, adapters)
-    # The base is read and not given up, and stays what it was to the last bit.
+    # The base is not donated and stays bitwise unchanged.
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(prepared.frozen.base.params), base.params)
     assert prepared.state.params["stack"]["layer_0"]["mlp"]["down"]["a"].is_deleted(), "what is trained is given up"
 
 
-def test_the_step_takes_one_base_and_gives_none(base: Base, adapters: Any, batch: PackedBatch) -> None:
+def test_the_step_has_one_base_as_input_and_none_as_output(base: Base, adapters: Any, batch: PackedBatch) -> None:
     prepared = prepare(mesh_of(ONE), base, adapters, {}, batch)
     program = prepared.compiled.train_step.lower(prepared.state, prepared.frozen, prepared.batch).compile()
     sizes = program.memory_analysis()
@@ -158,7 +158,7 @@ def test_the_step_takes_one_base_and_gives_none(base: Base, adapters: Any, batch
     assert sizes.output_size_in_bytes < of_base // 2
 
 
-def test_the_adapter_that_training_starts_from_is_a_tie(base: Base, adapters: Any, batch: PackedBatch) -> None:
+def test_the_initial_adapter_equals_its_reference(base: Base, adapters: Any, batch: PackedBatch) -> None:
     snapshot = jax.tree.map(np.copy, adapters)
     prepared = prepare(mesh_of(ONE), base, adapters, snapshot, batch)
     _, report = run(prepared)

@@ -44,7 +44,7 @@ ONE, EIGHT = (1, MeshConfig(fsdp=1)), (8, MeshConfig(data=2, fsdp=2, expert=2))
 
 @pytest.fixture
 def setup_of(run_words: Words, tmp_path: Path) -> Setups:
-    """(command, mesh, overrides) -> the Setup of a run of adapters."""
+    """Returns a function (command, mesh, overrides) -> the Setup of a run of adapters."""
     rows = [
         {"prompt": f"river {word}?", "completion": f" {word} paper"} for word in ("stone", "light", "bread", "road")
     ]
@@ -61,7 +61,7 @@ def setup_of(run_words: Words, tmp_path: Path) -> Setups:
 
 
 class Step(NamedTuple):
-    """What one step gave, on the host.
+    """The results of one step, on the host.
 
     Attributes:
       loss, grad_norm: of its report.
@@ -78,7 +78,7 @@ class Step(NamedTuple):
 
 
 def first_step(setup: Setup) -> Step:
-    """The first step of adapters that are not at their start; what is frozen is held to stay as it is."""
+    """Takes the first step of adapters with nonzero B; asserts that frozen weights do not change."""
     live = setup.task.uses_reference
     with numerics(setup.config):
         assembly = assemble(setup, reference="live" if live else "none", remat="none")
@@ -101,7 +101,7 @@ def first_step(setup: Setup) -> Step:
 
 
 def moved(adapters: Any) -> Any:
-    """Adapters with a B that is not zero, the same in every dtype: multiples of 1/64."""
+    """Returns adapters with a nonzero B that is exact in every dtype: multiples of 1/64."""
 
     def of_leaf(path: Any, leaf: jax.Array) -> jax.Array:
         if path[-1].key == "a":
@@ -162,7 +162,7 @@ def test_a_reference_of_another_folder_is_that_model(setup_of: Setups, toy_model
     logits_of = jax.jit(make_apply_fn(setup.model))
 
     def logps(pair: TokenizedPair, side: np.ndarray) -> list[float]:
-        """Of a completion, by the policy and by the reference."""
+        """Returns the summed log-probs of a completion under the policy and the reference."""
         tokens = np.concatenate([pair.prompt_ids, side])
         padded = np.zeros((1, 64), np.int32)
         padded[0, : len(tokens)] = tokens
@@ -181,7 +181,7 @@ def test_a_reference_of_another_folder_is_that_model(setup_of: Setups, toy_model
 
 @pytest.fixture
 def mixtral(toy_model: Path, tmp_path: Path) -> Path:
-    """The toy's tokenizer with the random weights of a Mixtral."""
+    """A folder with the toy's tokenizer and random weights of a Mixtral."""
     folder = Path(shutil.copytree(toy_model, tmp_path / "mixtral"))
     config = json.loads((folder / "config.json").read_text())
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.05}

@@ -1,4 +1,4 @@
-"""Optimizer states in the host's memory: the same numbers, and fewer moments on the device at once."""
+"""Optimizer state in host memory: equal numbers, and fewer moments on the device at once."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def tree(dtype: Any, seed: int) -> Any:
 
 
 def trained(name: str, *, offload: bool) -> tuple[Any, Any]:
-    """Weights and optimizer state after three updates over eight devices."""
+    """Returns weights and optimizer state after three updates over eight devices."""
     optimizer, mesh = optimizer_of(name, offload), make_mesh(MeshConfig(data=2, fsdp=4))
     dtype = jnp.bfloat16 if name == "adamw_bf16" else jnp.float32
     params = tree(dtype, 0)
@@ -81,7 +81,7 @@ def test_states_in_host_memory_give_the_same_weights(name: str) -> None:
     assert jax.tree.structure(found_state) == jax.tree.structure(state)
     for leaf in jax.tree.leaves(found_state):
         assert leaf.sharding.memory_kind == (HOST_MEMORY if leaf.ndim else "device")
-    # One program or another: float32 sums may be contracted differently, and a rounding may then go the other way.
+    # The two programs may contract float32 sums differently, which may change a rounding.
     close = {"rtol": 2e-2, "atol": 2e-2} if name == "adamw_bf16" else {"rtol": 2e-6, "atol": 1e-7}
     pairs = zip(*map(jax.tree.leaves, ((params, state), (found, found_state))), strict=True)
     for expected, value in pairs:
@@ -92,7 +92,7 @@ def test_states_in_host_memory_give_the_same_weights(name: str) -> None:
 @pytest.mark.full
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiling for TPU needs libtpu")
 def test_on_tpu_moments_take_no_memory_of_the_device_between_steps() -> None:
-    """The weights of Llama 8B over four chips: arguments in the host's memory are updated in place."""
+    """Compiles for Llama 8B over four chips: arguments in host memory are updated in place."""
     from jax.experimental import topologies
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices

@@ -1,4 +1,4 @@
-"""Schedules against their formulas; rules against optax and updates worked out by hand; bfloat16 against float32."""
+"""Schedules against formulas; optimizers against optax and updates by hand; bfloat16 against float32."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def config(**values: Any) -> OptimizationSettings:
 
 
 def plain_rate(kind: str, step: int, *, peak: float, warmup: int, num_steps: int) -> float:
-    """The learning rate of update `step` (from 0), as the transformers schedules of the same names define it."""
+    """Returns the learning rate of update `step` (from 0) as transformers' schedules of these names define it."""
     if step < warmup:
         return peak * step / warmup
     done = (step - warmup) / (num_steps - warmup)
@@ -97,7 +97,7 @@ def test_zero_gradient_step_decays_kernels_and_embeddings_alone(name: str) -> No
 
 
 def adamw_by_hand(grads: list[float], *, rate: float, b1: float, b2: float, eps: float, decay: float) -> float:
-    """One weight from 1.0 under AdamW (arXiv 1711.05101, algorithm 2), bias-corrected."""
+    """Updates one weight from 1.0 by bias-corrected AdamW (arXiv 1711.05101, algorithm 2)."""
     weight, first, second = 1.0, 0.0, 0.0
     for step, grad in enumerate(grads, start=1):
         first, second = b1 * first + (1 - b1) * grad, b2 * second + (1 - b2) * grad**2
@@ -121,7 +121,7 @@ def test_adamw_is_the_algorithm_of_the_paper() -> None:
 
 @pytest.mark.parametrize(("scale", "clipped"), [(0.1, 0.1), (10.0, 1.0)])
 def test_clipping_is_by_the_norm_over_all_weights(scale: float, clipped: float) -> None:
-    # Gradients of global norm `scale`: above max_grad_norm 1 they shrink to it, below they stay.
+    # Gradients of global norm `scale`: those above max_grad_norm = 1 are scaled to 1, the others stay.
     grads = {"a": {"kernel": jnp.array([0.6, 0.0]) * scale}, "b": {"bias": jnp.array([0.8]) * scale}}
     params = jax.tree.map(jnp.zeros_like, grads)
     # Adam's update hides the scale of a gradient; its first moment, (1 - b1) times the gradient, shows it.
@@ -153,14 +153,14 @@ PLAIN = {
 
 
 def matrices(seed: int) -> Any:
-    """Weights of which Adafactor factors one, whose sides are 128 and more."""
+    """Returns weights of which Adafactor factors only the one whose dims are at least 128."""
     rng = np.random.default_rng(seed)
     shapes = {"wide": (128, 130), "thin": (3, 5)}
     return {name: {"kernel": jnp.asarray(rng.normal(size=shape), jnp.float32)} for name, shape in shapes.items()}
 
 
 @pytest.mark.parametrize("case", PLAIN)
-def test_on_float32_each_rule_is_that_of_optax(case: str) -> None:
+def test_on_float32_each_optimizer_equals_optax(case: str) -> None:
     plain, keys = PLAIN[case]
     rule = OptimizerConfig(name=case.split()[0], **keys)
     ours = make_optimizer(config(learning_rate=0.1, max_grad_norm=None, optimizer=rule), 8)
@@ -194,7 +194,7 @@ def test_a_key_that_the_rule_does_not_read_is_refused(name: str, key: str, reads
 
 
 def test_every_key_of_a_rule_changes_what_it_does() -> None:
-    """Nothing that is accepted is ignored."""
+    """Checks that no accepted key is ignored."""
     for name, defaults in RULE_DEFAULTS.items():
         for key in (*defaults, "weight_decay"):
             after = []
@@ -209,7 +209,7 @@ def test_every_key_of_a_rule_changes_what_it_does() -> None:
             assert (after[0] != after[1]).any(), (name, key)
 
 
-def test_weights_are_bfloat16_under_adamw_bf16_alone() -> None:
+def test_only_adamw_bf16_has_bfloat16_weights() -> None:
     for name in RULES:
         dtype = param_dtype_of("bfloat16", name)
         assert dtype == ("bfloat16" if name == "adamw_bf16" else "float32")

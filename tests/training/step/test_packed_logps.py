@@ -71,7 +71,7 @@ def random_pairs(seed: int, mixes: list[tuple[int, int, int]]) -> list[Tokenized
 
 
 def masked(pairs: list[TokenizedPair], seed: int) -> list[MaskedPair]:
-    """The same pairs, of which about half of the completions' tokens are learnt, and the last in any case."""
+    """Marks about half of the completions' tokens as learnt, always including the last."""
     rng = np.random.default_rng(seed)
     rows = []
     for pair in pairs:
@@ -83,7 +83,7 @@ def masked(pairs: list[TokenizedPair], seed: int) -> list[MaskedPair]:
 
 
 def packed(rows: list[Any], *, num_rows: int, num_micro: int = 1, garbage: int | None = None, **options: Any) -> Any:
-    """A packed batch in one shape for all mixes, so that one program is compiled; with garbage where it is allowed."""
+    """Packs into one shape for all mixes, so that one program is compiled, with garbage in unused places."""
     slots = np.array([sum(len(part) for part in row[:3]) for row in rows])
     if isinstance(rows[0], TokenizedCompletion):
         slots = np.array([len(row.tokens) for row in rows])
@@ -97,7 +97,7 @@ def packed(rows: list[Any], *, num_rows: int, num_micro: int = 1, garbage: int |
 
 
 def spoilt(batch: Any, sides: int, rng: np.random.Generator) -> Any:
-    """Everything that is not in use holds something else, in range."""
+    """Returns the batch with other values, in range, in all unused places."""
     num_slots, (num_sequences, length) = batch.tokens.shape[-1], batch.gather.shape[-2:]
     used = (batch.readers < num_sequences * length).any(-2)
     real = np.arange(length) < batch.lengths[..., None]
@@ -175,7 +175,7 @@ def places_of(batch: Any) -> np.ndarray:
     ids=str,
 )
 def test_packed_equals_padded(loss_type: Any, options: dict[str, Any], devices: int, dtype: str) -> None:
-    """Losses, metrics, gradients and running state to 1e-9 (3e-5 in float32) for any mix of lengths."""
+    """Compares losses, metrics, gradients and running state to 1e-9 (3e-5 in float32) for any mix of lengths."""
     mesh = make_mesh(MeshConfig(data=2, fsdp=-1) if devices == 8 else MeshConfig(), jax.devices()[:devices])
     model, tolerance = MODEL.clone(compute_dtype=dtype, param_dtype=dtype), 1e-9 if dtype == "float64" else 3e-5
     chosen = loss_settings(loss_type, beta=0.3, **options)[0]
@@ -224,7 +224,7 @@ def test_packed_supervised_rows_equal_padded() -> None:
 
 
 def test_masked_tokens_are_read_and_not_scored() -> None:
-    """The summed log-probs are those of the learnt tokens in the whole sequences, and their number is the length."""
+    """Sums log-probs over the learnt tokens of whole sequences only; the length is their number."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     pairs = random_pairs(7, [(4, 9, 5), (2, 6, 12), (5, 1, 3)])
     rows = masked(pairs, seed=7)
@@ -274,6 +274,6 @@ def test_cached_reference_travels_with_the_tokens(with_masks: bool) -> None:
 
 
 def test_every_loss_has_a_case_or_reads_the_same_features() -> None:
-    """Packing touches sums, lengths, tails and weights; every loss that needs lengths is among the cases."""
+    """Checks the cases: packing affects sums, lengths, tails and weights, so every loss that needs lengths has one."""
     named = {name for loss_type, _ in CASES for name in ([loss_type] if isinstance(loss_type, str) else loss_type)}
     assert {name for name, spec in LOSSES.items() if "lengths" in spec.needs} <= named

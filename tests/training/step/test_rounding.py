@@ -1,4 +1,4 @@
-"""Stochastic rounding: exact in the mean, still where it must be, the same on every mesh; and what it makes learn."""
+"""Stochastic rounding: exact in the mean, without effect on exact values, equal on every mesh; and its benefit."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_the_mean_over_all_random_bits_is_the_value(value: float) -> None:
 
 
 def test_bfloat16_values_stay_put() -> None:
-    every = ALL_BITS.view(BF16)  # subnormal numbers, both zeros, infinities and NaN among them
+    every = ALL_BITS.view(BF16)  # includes subnormal numbers, both zeros, infinities and NaN
     for bits in (0, 1, 2**15, 2**16 - 1):
         rounded = np.asarray(jax.jit(stochastic_round)(every.astype(np.float32), np.full(2**16, bits, np.uint16)))
         nan = np.isnan(every.astype(np.float32))
@@ -40,14 +40,14 @@ def test_bfloat16_values_stay_put() -> None:
         assert np.isnan(rounded[nan].astype(np.float32)).all()
 
 
-def test_a_nan_stays_one_and_an_overflow_is_infinite() -> None:
+def test_nan_stays_nan_and_an_overflow_is_infinite() -> None:
     values = np.array([0x7F800001, 0xFFFFFFFF, 0x7F7FFFFF, 0x7F800000], np.uint32).view(np.float32)
     found = np.asarray(stochastic_round(jnp.asarray(values), np.full(4, 2**16 - 1, np.uint16))).astype(np.float32)
     assert np.isnan(found[:2]).all()
     assert np.isposinf(found[2:]).all()
 
 
-def test_random_bits_are_as_good_as_all_bits() -> None:
+def test_few_random_bits_are_as_good_as_all_bits() -> None:
     # A quarter of the way between neighbours: 1 of 4 goes up. The standard error of 100,000 draws is 0.0014.
     between = jnp.full((400, 250), 1 + 2**-9)
     first, second = store([between, between], [between.astype(jnp.bfloat16)] * 2, jax.random.key(0))
@@ -100,7 +100,7 @@ def test_float32_and_float64_weights_are_updated_as_optax_does() -> None:
 
 
 def test_small_updates_add_up_where_rounding_to_nearest_loses_all_of_them() -> None:
-    """1,000 updates of 1e-6 on weights of 0.05, whose neighbours are 2.4e-4 away."""
+    """Makes 1,000 updates of 1e-6 on weights of 0.05, whose neighbours are 2.4e-4 away."""
     start = narrow({"kernel": jnp.full((64, 64), 0.05)})
     update = {"kernel": jnp.full((64, 64), 1e-6)}
 
@@ -115,6 +115,6 @@ def test_small_updates_add_up_where_rounding_to_nearest_loses_all_of_them() -> N
     naive, ours = (np.asarray(wide(params)["kernel"], np.float64) for params in after(start, jax.random.key(0)))
     first = float(start["kernel"][0, 0])
     assert (naive == first).all()
-    # Each weight walks in steps of 2.4e-4: after 1,000 updates they scatter by 5e-4 around 1e-3, their mean by 8e-6.
+    # Weights move in steps of 2.4e-4: after 1,000 updates they deviate by 5e-4 from 1e-3, their mean by 8e-6.
     assert (ours - first).mean() == pytest.approx(1e-3, rel=0.03)
     assert 3e-4 < (ours - first).std() < 7e-4

@@ -1,4 +1,4 @@
-"""The router's loss in a step: of all real tokens of the global batch, however it is laid out."""
+"""The router's loss in a step covers all real tokens of the global batch in any layout."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from jdpo.types import TokenizedCompletion, TokenizedPair
 VOCAB, MOST, NUM_PAIRS, COEF = 40, 6, 8, 0.7
 KINDS = [
     LayerKind(rope=RopeConfig(theta=100.0), mlp=mlp) for mlp in ("experts", "dense", "experts")
-]  # 2 scanned, 1 not
+]  # two layers scanned, one not
 CONFIG = ModelConfig(
     family="qwen3_moe",
     vocab_size=VOCAB,
@@ -89,7 +89,7 @@ def make_rows() -> list[TokenizedCompletion]:
 
 
 def padded(rows: list[Any], num_micro: int = 1) -> Any:
-    """[k, m, ...]: rows and two of padding, which hold a token each."""
+    """Returns a batch [k, m, ...] with two padding rows, which hold one token each."""
     collate = collate_pairs if isinstance(rows[0], TokenizedPair) else collate_completions
     batch = collate(rows, num_slots=NUM_PAIRS, length=2 * MOST, pad_token_id=0)
     return jax.tree.map(lambda array: array.reshape(num_micro, -1, *array.shape[1:]), batch)
@@ -104,7 +104,7 @@ def packed(rows: list[Any], num_rows: int = 1, num_micro: int = 2) -> Any:
 
 def objective_of(kind: str, mesh: Any = None) -> Objective:
     mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
-    # Under another remat policy, so that packed and padded differ in that, too.
+    # Another remat policy, so that packed and padded also differ in this.
     apply_fn, logps_fn = make_routed_apply_fn(MODEL), PackedLogps(MODEL.clone(remat="full"), mesh)
     run = logps_fn if kind.startswith("packed") else apply_fn
     return PreferenceObjective(run, LOSS, COEF) if kind.endswith("dpo") else CompletionObjective(run, COEF)
@@ -133,18 +133,18 @@ def assert_equal(found: LossAndGrads, expected: LossAndGrads) -> None:
 
 @pytest.fixture(scope="module")
 def whole_dpo() -> LossAndGrads:
-    """Of padded pairs in one micro-batch."""
+    """The step on padded pairs in one micro-batch."""
     with jax.enable_x64(True):
         return run("padded dpo", padded(make_pairs()))
 
 
 def by_hand(sequences: list[np.ndarray]) -> float:
-    """The loss of sequences that the model sees one by one, without padding."""
+    """Computes the loss from sequences run one by one, without padding."""
     apply_fn = jax.jit(make_routed_apply_fn(MODEL))
     assignments, probabilities, tokens = np.zeros(8), np.zeros(8), 0.0
     for ids in sequences:
         stats = apply_fn(make_params(0), ids[None], np.ones((1, len(ids)), bool)).router
-        assert np.asarray(stats.assignments).sum() == 2 * 3 * len(ids)  # two layers, three experts a token
+        assert np.asarray(stats.assignments).sum() == 2 * 3 * len(ids)  # two layers, three experts per token
         assert np.asarray(stats.probabilities).sum() == pytest.approx(2 * len(ids))
         assignments += np.asarray(stats.assignments)[0]
         probabilities += np.asarray(stats.probabilities)[0]
@@ -152,12 +152,12 @@ def by_hand(sequences: list[np.ndarray]) -> float:
     return float(8 * np.sum(assignments / tokens * probabilities / tokens))
 
 
-def test_the_loss_is_of_the_real_tokens_of_both_sequences(whole_dpo: LossAndGrads) -> None:
+def test_the_loss_covers_the_real_tokens_of_both_sequences(whole_dpo: LossAndGrads) -> None:
     sequences = [np.concatenate([pair.prompt_ids, side]) for pair in make_pairs() for side in pair[1:3]]
     assert float(whole_dpo.aux_loss) == pytest.approx(by_hand(sequences), rel=1e-12)
 
 
-def test_the_loss_of_pairs_is_reported_without_it_and_trained_with_it(whole_dpo: LossAndGrads) -> None:
+def test_the_reported_loss_of_pairs_excludes_it_and_the_trained_one_includes_it(whole_dpo: LossAndGrads) -> None:
     weighted = np.asarray(whole_dpo.rows["loss"])[0, : len(SIZES)].mean()
     assert float(whole_dpo.loss) == pytest.approx(float(weighted), rel=1e-12)
     direction = make_params(9)
@@ -176,7 +176,7 @@ def test_micro_batches_change_nothing(whole_dpo: LossAndGrads) -> None:
 
 
 def test_packing_changes_nothing(whole_dpo: LossAndGrads) -> None:
-    """A prompt that both sides share goes through the router once, and counts twice."""
+    """Checks that a prompt shared by both sides is routed once and counts twice."""
     batch = packed(make_pairs())
     assert batch.tokens.shape[0] >= 2
     assert_equal(run("packed dpo", batch), whole_dpo)
@@ -220,7 +220,7 @@ def test_an_evaluation_leaves_sums_that_add_up() -> None:
     assert report.router.assignments.shape == (1, 8)
 
 
-def test_without_weight_the_loss_is_reported_and_couples_nothing() -> None:
+def test_without_weight_the_loss_is_reported_and_has_no_gradient() -> None:
     objective = CompletionObjective(make_routed_apply_fn(MODEL), 0.0)
     assert not objective.coupled
     assert CompletionObjective(make_routed_apply_fn(MODEL), 0.1).coupled

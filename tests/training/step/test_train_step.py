@@ -31,7 +31,13 @@ from jdpo.types import CHOSEN, REJECTED, CompletionBatch, PreferenceBatch
 
 VOCAB, WIDTH, LENGTH, BETA = 11, 5, 7, 0.3
 NUM_REAL = 10
-LAYOUTS = [(1, 16), (2, 8), (3, 4), (5, 2), (16, 1)]  # all but the first and last two leave padding in other places
+LAYOUTS = [
+    (1, 16),
+    (2, 8),
+    (3, 4),
+    (5, 2),
+    (16, 1),
+]  # all but the first and the last two leave padding in various places
 
 Params = dict[str, Any]
 
@@ -43,13 +49,13 @@ def float64() -> Iterator[None]:
 
 
 def apply_fn(params: Params, tokens: Any, attention_mask: Any) -> Any:
-    """A causal model: a position sees the sum of the embeddings up to it."""
+    """Applies a causal model whose positions see the sum of the embeddings up to them."""
     embedded = params["embedding"][tokens] * attention_mask[..., None]
     return jnp.tanh(jnp.cumsum(embedded, axis=-2)) @ params["head"]
 
 
 def plain_logps(params: Params, tokens: np.ndarray, mask: np.ndarray) -> float:
-    """Summed log-prob of the masked tokens of one sequence, one token at a time."""
+    """Sums the log-probs of the masked tokens of one sequence, one token at a time."""
     total, state = 0.0, np.zeros(WIDTH)
     for t in range(LENGTH - 1):
         state = state + params["embedding"][tokens[t]]
@@ -132,7 +138,7 @@ def test_loss_and_gradient_are_those_of_a_plain_loop(name: str, layout: tuple[in
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_padding_rows_are_silent_even_where_they_are_nan(name: str) -> None:
+def test_padding_rows_have_no_effect_even_if_they_are_nan(name: str) -> None:
     objective, make, plain = OBJECTIVES[name]
     spoilt = _spoilt(objective)
     loss, grads, *_ = loss_and_grads(spoilt, make_params(1), make_params(2), make(3, 4))
@@ -141,7 +147,7 @@ def test_padding_rows_are_silent_even_where_they_are_nan(name: str) -> None:
 
 
 def _spoilt(objective: Any) -> Any:
-    """The objective with NaN for the losses of padding rows."""
+    """Returns the objective with NaN as the losses of padding rows."""
 
     class Spoilt(type(objective)):  # type: ignore[misc]
         def losses(self, features: Any, *rest: Any) -> tuple[Any, dict[str, Any]]:
@@ -163,7 +169,7 @@ SETTINGS = [
 CUTS = [3, 12]  # of 12 slots, in addition to 1; few, because each is a program to compile
 
 
-# A cut could change losses of the whole batch; of the losses of single pairs the default suite has two.
+# Losses over the whole batch could depend on the cut; of losses per pair the default suite has two.
 SHORT = ("sigmoid", "simpo", *(name for name in LOSSES if name.startswith(("aot", "bco"))))
 LONG = [setting for setting in SETTINGS if isinstance(setting[0], str) and setting[0] not in SHORT]
 
@@ -174,7 +180,7 @@ LONG = [setting for setting in SETTINGS if isinstance(setting[0], str) and setti
     ids=str,
 )
 def test_any_cut_into_micro_batches_gives_the_same(loss_type: Any, options: dict[str, Any]) -> None:
-    """Real and padding pairs in any places, as in the ragged last step; values and gradients to 1e-9."""
+    """Puts real and padding pairs in any places, as in a ragged last step; values and gradients to 1e-9."""
     objective = PreferenceObjective(apply_fn, loss_settings(loss_type, beta=BETA, **options)[0])
     state = objective.init_state and LossState(jnp.float32(0.3), jnp.float32(7))
     run = jax.jit(partial(loss_and_grads, objective))
@@ -213,7 +219,7 @@ def twelve(num_micro: int, order: Sequence[int], num_real: int) -> PreferenceBat
     return jax.tree.map(lambda array: jnp.asarray(array[index].reshape(num_micro, -1, *array.shape[1:])), flat)
 
 
-def test_the_reference_moves_every_so_many_steps() -> None:
+def test_the_reference_is_updated_at_its_interval() -> None:
     objective, make, _ = OBJECTIVES["dpo"]
     start, reference = (jax.tree.map(jnp.asarray, make_params(seed)) for seed in (1, 2))
     optimizer = optax.sgd(0.1)

@@ -43,7 +43,9 @@ class DecoderLayer(nn.Module):
         attend = Attention(config, self.kind, *dtypes, self.attention, name="attention")
         attended, cache = attend(self._norm("before", "attention_norm", x_ntd), cache, context)
         attended = self._norm("after", "attention_post_norm", attended)
+        # Constrained after every branch: left to itself, XLA may split the stream along d like the weights.
         after_ntd = constrain_stream(x_ntd + scaled(attended, config.residual_scale))
+        # GPT-NeoX feeds the layer's input to both branches and adds both results to it.
         read_ntd = x_ntd if config.parallel_residual else after_ntd
         widened = self._mlp(self._norm("before", "mlp_norm", read_ntd), context)
         widened = self._norm("after", "mlp_post_norm", widened)
@@ -85,6 +87,7 @@ class LayerGroup(nn.Module):
             # Within a scan the loop itself keeps XLA from merging the recomputation with the forward pass.
             policy = REMAT_POLICIES[self.remat]
             layer_class = nn.remat(DecoderLayer, policy=policy, prevent_cse=not self.scanned)
+        # Each layer is rematerialized on its own, so the backward pass holds the inner values of one layer at a time.
         new_cache: LayerCache = {}
         for index, kind in enumerate(self.kinds):
             name = f"layer_{index}"
@@ -123,6 +126,7 @@ class Embedding(nn.Module):
 
     def head(self) -> jax.Array:
         """Returns the token table as a head kernel, [d, v]."""
+        # A transpose folds into the product, so a tied head needs no second table.
         return self.embedding.T
 
 
@@ -134,9 +138,11 @@ class Head(nn.Module):
 
     @nn.compact
     def __call__(self) -> jax.Array:
+        # [d, v] like every other kernel, inputs first; Hugging Face stores it as [v, d].
         init = nn.with_logical_partitioning(nn.initializers.normal(INIT_STDDEV), ("embed", "vocab"))
         return self.param("kernel", init, (self.config.d_model, self.config.vocab_size), self.param_dtype)
 
 
 def constrain_stream(x_ntd: jax.Array) -> jax.Array:
+    # Devices differ in their rows of the batch; the model dimension is whole on each.
     return nn.with_logical_constraint(x_ntd, ("batch", "act_length", "act_embed"))

@@ -16,6 +16,7 @@ from flax import linen as nn
 
 from jdpo.models.model_config import Activation, ModelConfig, NormKind
 
+# As `initializer_range` of most families, for models that start from random weights.
 INIT_STDDEV = 0.02
 
 ADAPTERS, SCALES = "adapters", "scales"
@@ -43,6 +44,7 @@ def _project_backward(
     of_x, of_kernel = operands.split(",")
     return (
         jnp.einsum(f"{result},{of_kernel}->{of_x}", cotangent, kernel),
+        # x before the cotangent, so that the result is in the kernel's layout without a transpose.
         jnp.einsum(f"{of_x},{result}->{of_kernel}", x, cotangent),
     )
 
@@ -95,9 +97,11 @@ def low_rank(equation: str, x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Arr
     """
     operands, result = equation.split("->")
     of_x, of_kernel = operands.split(",")
+    # An axis that is neither contracted nor new, such as that of experts, belongs to both factors.
     shared = "".join(axis for axis in of_kernel if axis in of_x and axis in result)
     inputs = "".join(axis for axis in of_kernel if axis in of_x and axis not in result)
     outputs = "".join(axis for axis in of_kernel if axis not in of_x)
+    # R is the rank: upper case, so that it cannot be an axis of the equation.
     narrow = "".join(axis for axis in of_x if axis not in inputs) + "R"
     x_narrow = project(f"{of_x},{shared}{inputs}R->{narrow}", x, a)
     return project(f"{narrow},{shared}R{outputs}->{result}", x_narrow, b)
@@ -123,11 +127,14 @@ class Norm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         zeros, ones = nn.initializers.zeros_init(), nn.initializers.ones_init()
+        # Gemma's checkpoints store the distance from 1, for which 0 is neutral.
         scale = self._param("scale", zeros if self.kind == "rms_offset" else ones, x)
+        # OLMo 2 normalizes queries over heads and head width together, so there can be two axes.
         dims = tuple(range(-len(self.axes), 0))
         # In float32: in bfloat16 the mean of squares would lose most of its digits.
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         if self.kind == "layer":
+            # Centered first: E[x^2] - E[x]^2 would cancel.
             wide = wide - jnp.mean(wide, axis=dims, keepdims=True)
         normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=dims, keepdims=True) + self.epsilon)
         if self.kind == "rms":
@@ -145,6 +152,7 @@ class Norm(nn.Module):
 
 ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
     "silu": nn.silu,
+    # Flax's default is the tanh approximation; torch's, and so Hugging Face's "gelu", is exact.
     "gelu": partial(nn.gelu, approximate=False),
     "gelu_tanh": partial(nn.gelu, approximate=True),
     "relu": nn.relu,
@@ -168,6 +176,7 @@ class MLP(nn.Module):
             return Projection("ntd,df->ntf", shape, axes, *dtypes, use_bias=bias, name=name)(x_ntd)
 
         hidden_ntf = activation(widen("gate")) * widen("up") if config.gated_mlp else activation(widen("up"))
+        # Split along the width like the kernels, so that devices communicate only after "down".
         hidden_ntf = nn.with_logical_constraint(hidden_ntf, ("batch", "act_length", "act_mlp"))
         shape, axes = (config.d_ff, config.d_model), ("mlp", "embed")
         return Projection("ntf,fd->ntd", shape, axes, *dtypes, use_bias=bias, name="down")(hidden_ntf)

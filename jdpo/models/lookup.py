@@ -36,6 +36,7 @@ def _forward(num_rows: int, table: jax.Array, tokens: jax.Array) -> tuple[jax.Ar
 
 
 def _backward(num_rows: int, tokens: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, None]:
+    # [v, d] in float32, rounded only after the contributions of all positions are in.
     zeros = jnp.zeros((num_rows, cotangent.shape[-1]), jnp.float32)
     return zeros.at[tokens].add(cotangent.astype(jnp.float32)).astype(cotangent.dtype), None
 

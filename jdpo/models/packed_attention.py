@@ -52,12 +52,14 @@ def packed_sequences(gather: Array, lengths: Array, scatter: Array, readers: Arr
       readers: int [r, n, s].
     """
     slot = rearrange(gather, "r q t -> r (q t)")
+    # A prompt has a place in every branch, but its slot reads only one of them.
     is_read = _take(scatter, slot) == jnp.arange(slot.shape[-1])
     return PackedSequences(slot, lengths, scatter, readers, is_read)
 
 
 def num_readers(layout: PackedSequences) -> Array:
     """Returns int [r, s], the number of sequences of each slot: 2 in the prompt of a pair, 0 in unused slots."""
+    # l, one past the last place, means that no place reads the slot.
     return (layout.readers < layout.slot.shape[-1]).sum(1)
 
 
@@ -73,6 +75,7 @@ def to_slots(x_nthk: Array, layout: PackedSequences) -> Array:
 
 def _take(values: Array, index: Array) -> Array:
     """Gathers values [r, a, ...] at index [r, b], all within a: [r, b, ...]."""
+    # The host made the indices, so checking them on the device would be wasted work.
     return jax.vmap(lambda row, at: row.at[at].get(mode="promise_in_bounds"))(values, index)
 
 
@@ -86,11 +89,14 @@ def _to_places_forward(x_rshk: Array, layout: PackedSequences) -> tuple[Array, P
 
 
 def _to_places_backward(layout: PackedSequences, g_rlhk: Array) -> tuple[Array, None]:
+    # The gradient of a slot is the sum over its readers. JAX's own transpose of a gather is a scatter-add.
     none = g_rlhk.shape[1]
     total = None
     for branch in range(layout.readers.shape[1]):
         reader = layout.readers[:, branch]
+        # [r, s, h, k]; clamped because "none" is out of bounds.
         read = _take(g_rlhk, jnp.minimum(reader, none - 1))
+        # Selected, not multiplied by 0, which would keep a NaN.
         kept = jnp.where((reader < none)[..., None, None], read, 0)
         total = kept if total is None else total + kept
     return total, None
@@ -106,6 +112,7 @@ def _to_slots_forward(x_rlhk: Array, layout: PackedSequences) -> tuple[Array, Pa
 
 
 def _to_slots_backward(layout: PackedSequences, g_rshk: Array) -> tuple[Array, None]:
+    # At most one slot reads a place, so its gradient is that slot's, without a sum.
     return jnp.where(layout.is_read[..., None, None], _take(g_rshk, layout.slot), 0), None
 
 

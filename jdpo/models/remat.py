@@ -36,7 +36,9 @@ _ATTENTION = _policies.save_from_both_policies(
 
 REMAT_POLICIES: dict[str, Policy] = {
     "dots": _policies.save_from_both_policies(
+        # The two products of plain attention have batch dims (sequence and head), so their t x t results are not kept.
         _policies.dots_with_no_batch_dims_saveable,
+        # By name, because products of experts run in a loop or as ragged_dot, which the policy for dots does not see.
         _policies.save_from_both_policies(_policies.save_only_these_names(EXPERT_PRODUCT), _ATTENTION),
     ),
     "attention": _ATTENTION,

@@ -48,14 +48,18 @@ def _kept_by_place(rope: RopeConfig, num_dims: int) -> np.ndarray:
     low, high = pair_that_makes(rope.beta_fast), pair_that_makes(rope.beta_slow)
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
+    # num_dims - 1 is not the last pair, but it is the limit that transformers uses.
     low, high = max(low, 0), min(high, num_dims - 1)
+    # Equal ends would divide by zero; transformers widens the ramp by the same number.
     width = high - low or 0.001
     return 1 - np.clip((np.arange(num_dims // 2) - low) / width, 0.0, 1.0)
 
 
 def rope_tables(positions_nt: jax.Array, rope: RopeConfig, head_dim: int, dtype: Any) -> RopeTables:
     """Returns cosines and sines [n, t, 1, rotated pairs] of each position, which broadcast over heads."""
+    # [pairs], rounded once from float64
     frequencies = jnp.asarray(inverse_frequencies(rope, head_dim), dtype)
+    # [n, t, 1, pairs]; the 1 is the axis of heads
     angles = positions_nt[:, :, None, None].astype(dtype) * frequencies
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     return (cos, sin) if rope.attention_factor == 1.0 else (cos * rope.attention_factor, sin * rope.attention_factor)
@@ -64,8 +68,10 @@ def rope_tables(positions_nt: jax.Array, rope: RopeConfig, head_dim: int, dtype:
 def apply_rope(x_nthk: jax.Array, tables: RopeTables) -> jax.Array:
     """Rotates pairs (i, i + r/2) of the first r elements of each head; the rest is unchanged."""
     cos, sin = tables
+    # Element i is paired with i + r/2, not with i + 1 as in the paper: Hugging Face permutes weights accordingly.
     num_pairs = cos.shape[-1]
     wide = x_nthk.astype(cos.dtype)
     first, second, rest = wide[..., :num_pairs], wide[..., num_pairs : 2 * num_pairs], wide[..., 2 * num_pairs :]
+    # A family with partial rotation leaves the end of each head as it is.
     rotated = [first * cos - second * sin, second * cos + first * sin, *([rest] if rest.shape[-1] else [])]
     return jnp.concatenate(rotated, axis=-1).astype(x_nthk.dtype)

@@ -84,20 +84,24 @@ class Attention(nn.Module):
         query = self._project(x_ntd, "query", config.num_heads, "heads")
         key = self._project(x_ntd, "key", config.num_kv_heads, "kv_heads")
         value = self._project(x_ntd, "value", config.num_kv_heads, "kv_heads")
+        # Before the rotation, as in transformers: the norm's weights belong to elements that are not rotated.
         if config.qk_norm is not None:
             query, key = self._norm(query, "query_norm", "heads"), self._norm(key, "key_norm", "kv_heads")
         if self.kind.rope is not None:
+            # The tables are computed once per distinct rope, not in every layer.
             tables = context.ropes[config.ropes.index(self.kind.rope)]
             query, key = (apply_rope(x, tables) for x in (query, key))
         if cache is not None:
             assert context.write_index is not None
             # New keys and values go to the next free slots of the cache.
             write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=context.write_index, axis=1)
+            # Keys are cached after their rotation, so that none is rotated again in a later step.
             key = write(cache["key"], key.astype(cache["key"].dtype))
             value = write(cache["value"], value.astype(cache["value"].dtype))
             cache = {"key": key, "value": value}
         output = self._attend(query, key, value, context)
         shape, axes = (config.num_heads, config.head_dim, config.d_model), ("heads", "head_dim", "embed")
+        # Heads and head width are contracted together, without a reshape that would hide the sharded axis.
         project = Projection(
             "nthk,hkd->ntd", shape, axes, self.compute_dtype, self.param_dtype, 2, config.o_bias, name="output"
         )
@@ -106,7 +110,9 @@ class Attention(nn.Module):
     def _attend(self, query: jax.Array, key: jax.Array, value: jax.Array, context: Context) -> jax.Array:
         if context.packed is not None:
             # A prompt is copied to each of its branches, so attention needs no mask of its own for them.
+            # [r, s, h, k] -> [(r q), t, h, k]
             query, key, value = (to_sequences(x, context.packed) for x in (query, key, value))
+            # [r, q] -> [(r q)]
             lengths = context.packed.lengths.reshape(-1)
             output = attend_over_mesh(self.attention, self.config, self.kind, query, key, value, lengths)
             return to_slots(output, context.packed)
@@ -126,6 +132,7 @@ class Attention(nn.Module):
         )
 
     def _norm(self, x_nthk: jax.Array, name: str, axis: str) -> jax.Array:
+        # Qwen3 and Gemma 3 share one weight [k] among all heads; OLMo 2 has a weight for each element of each head.
         axes = ("head_dim",) if self.config.qk_norm == "head" else (axis, "head_dim")
         return Norm(self.config.norm, self.config.norm_eps, axes, self.param_dtype, name=name)(x_nthk)
 
@@ -133,6 +140,7 @@ class Attention(nn.Module):
         shape, axes = (self.config.d_model, num_heads, self.config.head_dim), ("embed", axis, "head_dim")
         bias = self.config.qkv_bias
         project = Projection("ntd,dhk->nthk", shape, axes, self.compute_dtype, self.param_dtype, 1, bias, name=name)
+        # Split by heads, which are independent, so that attention itself needs no communication.
         return nn.with_logical_constraint(project(x_ntd), ("batch", "act_length", f"act_{axis}", "act_head_dim"))
 
 
@@ -157,6 +165,7 @@ def attend_over_mesh(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size == 1 or mesh.empty:
         return causal_attention(query, key, value, lengths=lengths, **options)
+    # By key heads, so that each is on the same device as the query heads that read it.
     batch_axes, head_axes = (mesh_axes(name) for name in ("batch", "act_kv_heads"))
     if key.shape[2] % math.prod(mesh.shape[axis] for axis in head_axes):
         head_axes = ()  # heads that the mesh does not divide evenly are replicated

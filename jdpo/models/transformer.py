@@ -91,14 +91,18 @@ class Transformer(nn.Module):
         self.embed = Embedding(config, *dtypes)
         scan = nn.scan(
             LayerGroup,
+            # One body for all repeats: compile time does not grow with depth. Axis 0 of each collection is the repeat.
             variable_axes={"params": 0, ADAPTERS: 0, SCALES: 0, ROUTER: 0},
             split_rngs={"params": True},
+            # Each repeat has its own slice of the cache; masks, positions and rope tables are the same for all.
             in_axes=(0, nn.broadcast),
             length=pattern.repeats,
+            # Puts the logical axis "layers", which no mesh axis splits, before the axes of each parameter.
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         self.stack = scan(config, config.layers[: pattern.period], *dtypes, attention, self.remat, True)
         if pattern.rest:
+            # The rest begins the pattern again, so its kinds are the first ones.
             kinds = config.layers[: pattern.rest]
             self.rest = LayerGroup(config, kinds, *dtypes, attention, self.remat, False)
         self.final_norm = Norm(config.norm, config.norm_eps, ("norm",), self.param_dtype)
@@ -119,6 +123,7 @@ class Transformer(nn.Module):
         mask = attention_mask.astype(bool)
         # Positions count real tokens only, so that left padding does not shift them.
         positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+        # Queries and keys are the same tokens, so both have these positions.
         context = Context(self._ropes(positions), positions, positions, mask, token_weights=mask)
         return self._run(tokens, positions, None, context)[0]
 
@@ -131,6 +136,7 @@ class Transformer(nn.Module):
           tokens, positions: int [r, s], as in `PackedBatch`.
           sequences: see `packed_sequences`.
         """
+        # A pair's prompt is computed once but belongs to two sequences, so the router's statistics count it twice.
         context = Context(
             self._ropes(positions), None, None, None, token_weights=num_readers(sequences), packed=sequences
         )
@@ -141,6 +147,7 @@ class Transformer(nn.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Applies the output head to final hidden states [n, t, d]: logits, scaled and capped, in float32 or wider."""
         kernel = self.head_kernel()
+        # The log-softmax over the vocabulary needs float32, so the product is never rounded to bfloat16.
         logits_dtype = jnp.promote_types(self.compute_dtype, jnp.float32)
         logits = jnp.einsum("ntd,dv->ntv", hidden, kernel, preferred_element_type=logits_dtype)
         logits, softcap = scaled(logits, self.config.logit_scale), self.config.logit_softcap
@@ -162,6 +169,7 @@ class Transformer(nn.Module):
         """
         mask = token_mask.astype(bool)
         seen = jnp.sum(cache.mask, axis=1, keepdims=True, dtype=jnp.int32)
+        # As in `hidden_states`, but counted from the real tokens that the cache already holds.
         positions = jnp.maximum(seen + jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
         write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=cache.index, axis=1)
         key_positions, key_mask = write(cache.positions, positions), write(cache.mask, mask)
@@ -173,6 +181,7 @@ class Transformer(nn.Module):
         return hidden, KVCache(layers, key_positions, key_mask, cache.index + tokens.shape[1])
 
     def _ropes(self, positions: jax.Array) -> tuple[RopeTables, ...]:
+        # bfloat16 has no exact integers above 256, so the angles of later positions would be wrong.
         dtype = jnp.promote_types(self.compute_dtype, jnp.float32)
         return tuple(rope_tables(positions, rope, self.config.head_dim, dtype) for rope in self.config.ropes)
 
@@ -181,6 +190,7 @@ class Transformer(nn.Module):
     ) -> tuple[jax.Array, dict[str, LayerCache] | None]:
         new_cache: dict[str, Any] = {}
         x = self.embed(tokens, positions)
+        # None has no leaves, so the scan has nothing to slice where there is no cache.
         x, new_cache["stack"] = self.stack(x, None if cache is None else cache["stack"], context)
         if layer_pattern(self.config).rest:
             x, new_cache["rest"] = self.rest(x, None if cache is None else cache["rest"], context)
@@ -188,6 +198,7 @@ class Transformer(nn.Module):
 
 
 def _boxed_params(model: Transformer, key: jax.Array) -> Any:
+    # One token suffices: no parameter's shape depends on the batch or the length.
     tokens = jnp.zeros((1, 1), jnp.int32)
     return model.init(key, tokens, jnp.ones((1, 1), bool))["params"]
 
@@ -198,6 +209,7 @@ def init_params(model: Transformer, key: jax.Array) -> Params:
 
     To create them sharded, jit a function of the key with `out_shardings`.
     """
+    # Flax boxes each parameter with its logical axes; outside of this module the trees hold plain arrays.
     return nn.meta.unbox(_boxed_params(model, key))
 
 
@@ -237,6 +249,7 @@ def make_apply_fn(model: Transformer) -> ApplyFn:
 
 def apply_routed(model: Transformer, params: Params | Weights, *args: Any, method: str | None = None) -> Routed:
     """Applies a model with experts; returns the method's output and the statistics of the routers."""
+    # Routers write their statistics only where the collection is mutable, so other calls do not pay for them.
     output, left = model.apply(variables(params), *args, method=method, mutable=[ROUTER])
     return Routed(output, router_stats(left[ROUTER]))
 
@@ -251,6 +264,7 @@ def init_cache(model: Transformer, batch: int, max_length: int) -> KVCache:
     config, pattern = model.config, layer_pattern(model.config)
 
     def layer(*leading: int) -> dict[str, jax.Array]:
+        # [repeats, n, s, g, k] in the stack, so that the scan slices the cache along with the parameters.
         shape = (*leading, batch, max_length, config.num_kv_heads, config.head_dim)
         return {name: jnp.zeros(shape, model.compute_dtype) for name in ("key", "value")}
 

@@ -73,6 +73,7 @@ def tile_size(length: int, block_size: int | None = None) -> int:
 
 def group_size(num_sequences: int, num_heads: int, block: int) -> int:
     """Returns the number of sequences that one loop handles at once on CPU: as many as fit in the cache."""
+    # A divisor of the number of sequences, so that all groups have one shape and share one loop body.
     most = max(1, _TILE_SCORES // (num_heads * block**2))
     return next(b for b in range(min(most, num_sequences), 0, -1) if num_sequences % b == 0)
 
@@ -87,6 +88,7 @@ def _even_block(length: int) -> int:
     Small tiles waste less on the diagonal and on padding, large ones less on each step.
     """
     target = 128 if length <= 512 else 256
+    # The number of tiles is that of the target size; then the tiles are as small as this number allows.
     return _round_up(-(-length // -(-length // target)), 16)
 
 
@@ -98,6 +100,7 @@ def _attention(query: jax.Array, key: jax.Array, value: jax.Array, lengths: jax.
 def _attention_forward(
     query: jax.Array, key: jax.Array, value: jax.Array, lengths: jax.Array, options: _Options
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    # Named, so that a remat policy can keep them: without these two the backward pass repeats the whole forward loop.
     operands = (query, key, value, lengths)
     output, lse = (checkpoint_name(x, ATTENTION_RESIDUALS) for x in _per_platform(_forward, options, *operands))
     return output, (*operands, output, lse)
@@ -106,6 +109,7 @@ def _attention_forward(
 def _attention_backward(options: _Options, residuals: tuple[jax.Array, ...], d_output: jax.Array) -> tuple[Any, ...]:
     lengths = residuals[3]
     gradients = _per_platform(_backward, options, *residuals, d_output)
+    # Integers have no gradient, for which JAX expects this dtype.
     return *gradients, np.zeros(lengths.shape, jax.dtypes.float0)
 
 
@@ -117,6 +121,7 @@ def _per_platform(function: Callable[..., Any], options: _Options, query: jax.Ar
     num_sequences, _, num_heads, _ = query.shape
     few = group_size(num_sequences, num_heads, options.block)
     on_cpu, elsewhere = (functools.partial(function, options._replace(group=b)) for b in (few, num_sequences))
+    # Decided when the program is lowered, since it may be compiled for another platform than this process runs on.
     return lax.platform_dependent(query, *operands, cpu=on_cpu, default=elsewhere)
 
 
@@ -133,9 +138,11 @@ def _forward(
             output, lse = results
             query_ukx = query_iukx[i]
             u, k, x = query_ukx.shape
+            # Running maximum, sum of weights and weighted values, all in the wide dtype until the last tile.
             state = (jnp.full((u, x), _HIDDEN, dtype), jnp.zeros((u, x), dtype), jnp.zeros((u, k, x), dtype))
             step = functools.partial(_forward_tile, options, query_ukx, key_jusk, value_juks)
             top, total, weighted = _over_key_tiles(options, i, key_jusk.shape[0], step, state)
+            # Never 0 / 0: on the diagonal every query sees at least itself.
             output = _put(output, i, (weighted / total[:, None]).astype(output.dtype))
             return output, _put(lse, i, top + jnp.log(total))
 
@@ -144,9 +151,11 @@ def _forward(
         return lax.fori_loop(0, _num_tiles(length, options), query_tile, empty)
 
     operands = (
+        # Scaling the queries is cheaper than scaling every score.
         _query_tiles(scaled(query, options.scale), num_kv_heads, options),
         _key_tiles(key, options),
         _transposed_key_tiles(value, options),
+        # A group's loop runs until its longest sequence ends.
         lengths.reshape(-1, options.group).max(1),
     )
     output_ciukx, lse_ciux = lax.map(group, operands)
@@ -170,8 +179,10 @@ def _forward_tile(
     scores = _soft_cap(_product("usk,ukx->usx", key_jusk[j], query_ukx), options.softcap)
     if masked:
         scores = jnp.where(_visible(options, i, j, query_ukx.shape[-1]), scores, _HIDDEN)
+    # Earlier sums are relative to the old maximum; `kept` converts them to the new one.
     new_top = jnp.maximum(top, scores.max(1))
     weights, kept = jnp.exp(scores - new_top[:, None]), jnp.exp(top - new_top)
+    # Weights take the values' dtype for a fast product, which still accumulates in float32 or wider.
     values = _product("uks,usx->ukx", value_juks[j], weights.astype(value_juks.dtype))
     return new_top, total * kept + weights.sum(1), weighted * kept[:, None] + values
 
@@ -202,6 +213,7 @@ def _backward(
             d_query_ukx, d_key, d_value = _over_key_tiles(options, i, key_jusk.shape[0], step, start)
             return _put(d_query, i, d_query_ukx), d_key, d_value
 
+        # Key and value gradients are sums over many query tiles, so they stay wide and are rounded once at the end.
         zeros = tuple(jnp.zeros(x.shape, lse.dtype) for x in (query_iukx, key_jusk, value_jusk))
         return lax.fori_loop(0, _num_tiles(length, options), query_tile, zeros)
 
@@ -215,6 +227,7 @@ def _backward(
         lengths.reshape(-1, options.group).max(1),
     )
     d_query, d_key, d_value = lax.map(group, operands)
+    # The tiles used scaled queries: their own gradient still lacks the factor, that of the keys already has it.
     d_query = _untile_queries(d_query, num_kv_heads, options) * options.scale
     d_key, d_value = (rearrange(x, "c j (b g) s k -> (c b) (j s) g k", b=options.group) for x in (d_key, d_value))
     return d_query.astype(query.dtype), d_key.astype(key.dtype), d_value.astype(value.dtype)
@@ -238,11 +251,14 @@ def _backward_tile(
     d_query, d_key, d_value = gradients
     scores = _soft_cap(_product("usk,ukx->usx", key_jusk[j], query_ukx), options.softcap)
     d_weights = _product("usk,ukx->usx", value_jusk[j], d_output_ukx)
+    # The softmax itself, from the scores and the log-sum-exp that the forward pass kept.
     weights = jnp.exp(scores - lse_ux[:, None])
     if masked:
+        # Selected after the exponential, which may overflow for hidden keys.
         weights = jnp.where(_visible(options, i, j, query_ukx.shape[-1]), weights, 0)
     d_scores = weights * (d_weights - delta_ux[:, None])
     if options.softcap is not None:
+        # tanh' = 1 - tanh^2, and the capped score is softcap * tanh.
         d_scores *= 1 - jnp.square(scores / options.softcap)
     weights, d_scores = weights.astype(query_ukx.dtype), d_scores.astype(query_ukx.dtype)
     d_query += _product("uks,usx->ukx", key_juks[j], d_scores)
@@ -259,15 +275,19 @@ def _over_key_tiles(options: _Options, i: jax.Array, num_tiles: int, step: Calla
     if num_tiles > 1:  # one tile: XLA would hoist the body of a loop that never runs, and run it
         first = whole = jnp.int32(0)
         if options.window is not None:
+            # The tile with the earliest key that the first query of tile i sees.
             first = jnp.maximum(i - (options.window + options.block - 2) // options.block, 0)
+            # The earliest tile that the last query of tile i sees as a whole.
             whole = jnp.clip(i + 1 - options.window // options.block, first, i)
             state = lax.fori_loop(first, whole, functools.partial(step, i, masked=True), state)
         state = lax.fori_loop(whole, i, functools.partial(step, i, masked=False), state)
+    # The diagonal tile comes last, so every query has a visible score by the end.
     return step(i, i, state, masked=True)
 
 
 def _visible(options: _Options, i: jax.Array, j: jax.Array, num_queries: int) -> jax.Array:
     """Returns bool [s, x]: True where the queries of tile i see the keys of tile j."""
+    # x = r * q holds all query heads of a key head, so the position in the tile is x modulo the tile size.
     offset_sx = jnp.arange(num_queries)[None, :] % options.block - jnp.arange(options.block)[:, None]
     distance_sx = (i - j) * options.block + offset_sx
     visible_sx = distance_sx >= 0

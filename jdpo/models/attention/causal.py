@@ -107,6 +107,7 @@ def sharded_causal_attention(
         if count % parts[axes]:
             raise ValueError(f"{count} {what} do not divide over the {parts[axes]} devices of mesh axes {axes}")
     heads = PartitionSpec(batch_axes, None, head_axes, None)
+    # XLA cannot split custom kernels or the loops over tiles, so each device runs them on its own part.
     attention = jax.shard_map(
         lambda query, key, value, lengths: causal_attention(query, key, value, lengths=lengths, **options),
         mesh=mesh,

@@ -16,6 +16,7 @@ BACKENDS = ("xla", "blockwise", "cudnn", "splash")
 SHORT = {"cpu": 64, "tpu": LANES, "gpu": 1024}
 """Up to this many positions the plain path is used instead of tiles: there are few scores, and it compiles faster."""
 
+# The marks of the kernels in compiled programs; the backends in plain JAX have none.
 _CUSTOM_CALLS = {"cudnn": "__cudnn$fmha", "splash": 'custom_call_target="tpu_custom_call"'}
 
 
@@ -46,6 +47,7 @@ def choose_attention(
     platform = _platform(platform)
     limits = {"dtype": dtype, "head_dim": head_dim, "softcap": softcap, "window": window, "platform": platform}
     limits["compute_capability"] = compute_capability or _compute_capability(platform)
+    # Tile sizes are an explicit request for tiles, even for short sequences.
     short = length <= SHORT.get(platform, SHORT["cpu"]) and not tiled
     if platform == "gpu" and not tiled and not any(_limits("cudnn", **limits)):
         return "cudnn"
@@ -101,6 +103,7 @@ def compiled_attention(hlo_text: str) -> frozenset[str]:
 
     A kernel counts only if its custom call is in the program.
     """
+    # `causal_attention` puts each backend in a named scope, which survives compilation as metadata.
     scopes = frozenset(re.findall(r"attention_(" + "|".join(BACKENDS) + r")\b", hlo_text))
     return frozenset(name for name in scopes if _CUSTOM_CALLS.get(name, "") in hlo_text)
 
@@ -111,6 +114,7 @@ def _platform(platform: str) -> str:
 
 def _compute_capability(platform: str) -> str | None:
     """Returns the compute capability of this process's GPU, see `check_attention`, or None if it has none."""
+    # A process without a GPU that compiles for one cannot ask a device.
     if platform != "gpu" or jax.default_backend() != "gpu":
         return None
     device = jax.local_devices()[0]
@@ -172,6 +176,7 @@ def _limits_of_gpu(compute_capability: str, head_dim: int) -> Iterator[str]:
         yield f"an NVIDIA GPU (found {compute_capability})"
         return
     found = tuple(int(part) for part in compute_capability.split("."))
+    # Kernels with wide heads exist since Hopper, all others since Ampere.
     least = (9, 0) if head_dim > 128 else (8, 0)
     if found < least:
         heads = f" for a head_dim of {head_dim}" if found >= (8, 0) else ""

@@ -15,6 +15,7 @@ from einops import rearrange
 from jdpo.models.attention.blockwise import ATTENTION_RESIDUALS
 from jdpo.models.layers import scaled
 
+# Width of a TPU's vector registers, of which the kernel's tile sizes are multiples.
 LANES = 128
 BLOCK_SIZE = 512
 
@@ -46,6 +47,7 @@ def splash_attention(
     # The kernel itself does not scale the scores.
     operands = (scaled(query_nthk, scale), key_ntgk, value_ntgk)
     padding = ((0, 0), (0, padded_length - length), (0, 0), (0, 0))
+    # The kernel takes one sequence, heads first: [h, t, k].
     query, key, value = (rearrange(jnp.pad(x, padding), "n t h k -> n h t k") for x in operands)
     return rearrange(jax.vmap(kernel)(query, key, value), "n h t k -> n t h k")[:, :length]
 
@@ -83,6 +85,7 @@ def _kernel(
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     shape = (length, length)
+    # A window counts the query's own key, which the two sides of LocalMask do not.
     mask = splash.CausalMask(shape) if window is None else splash.LocalMask(shape, (window - 1, 0), 0)
     # Two backward kernels, not the fused one: that holds a query gradient for each key tile.
     blocks = splash.BlockSizes(
@@ -98,9 +101,11 @@ def _kernel(
     return splash.make_splash_mha(
         splash.MultiHeadMask([mask] * num_heads),
         block_sizes=blocks,
+        # The caller's shard_map has already split heads and sequences.
         head_shards=1,
         q_seq_shards=1,
         attn_logits_soft_cap=softcap,
+        # The name that all backends share, by which remat policies keep output and log-sum-exp.
         residual_checkpoint_name=ATTENTION_RESIDUALS,
         interpret=interpret,
     )

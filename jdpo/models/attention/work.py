@@ -70,11 +70,14 @@ def computed_pairs(
         block_q, block_kv, padded_length = splash.tiling(length, block_q, block_kv)
         return len(lengths) * _tiled_pairs(padded_length // block_q, block_q, block_kv, window)
     if backend == "cudnn":
+        # Each sequence stops at its own length.
         tiles, group, block = -(-lengths // _CUDNN_TILE), 1, _CUDNN_TILE
     else:
         block = blockwise.tile_size(length, block_q or block_kv)
+        # A group stops at the length of its longest sequence.
         group = blockwise.group_size(len(lengths), num_heads, block) if on_cpu else len(lengths)
         tiles = -(-lengths.reshape(-1, group).max(1) // block)
+    # Many sequences have the same number of tiles, so each number is counted once.
     numbers, counts = np.unique(tiles, return_counts=True)
     of_number = (_tiled_pairs(int(number), block, block, window) for number in numbers)
     return sum(int(count) * group * pairs for count, pairs in zip(counts, of_number, strict=True))

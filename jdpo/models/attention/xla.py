@@ -41,6 +41,7 @@ def dot_product_attention(
     assert num_heads % num_kv_heads == 0, (num_heads, num_kv_heads)
     softmax_dtype = jnp.promote_types(query_nthk.dtype, jnp.float32)
     query_ntgrk = rearrange(query_nthk, "n t (g r) k -> n t g r k", g=num_kv_heads)
+    # [n, g, r, t, s]: query heads are grouped, so keys are not repeated for each of them.
     scores = jnp.einsum("ntgrk,nsgk->ngrts", query_ntgrk, key_nsgk, preferred_element_type=softmax_dtype)
     scores *= head_dim**-0.5 if scale is None else scale
     if softcap is not None:
@@ -48,8 +49,10 @@ def dot_product_attention(
     visible_nts = visible_keys(query_positions_nt, key_positions_ns, key_mask_ns, window)
     # The lowest finite number, not -inf: a row of only -inf would become NaN.
     scores = jnp.where(visible_nts[:, None, None], scores, jnp.finfo(softmax_dtype).min)
+    # Softmax in float32, then the values' dtype, as in transformers' eager attention.
     weights = jax.nn.softmax(scores, axis=-1).astype(value_nsgk.dtype)
     output = rearrange(jnp.einsum("ngrts,nsgk->ntgrk", weights, value_nsgk), "n t g r k -> n t (g r) k")
+    # Only the output: this path has no log-sum-exp, so its backward pass needs the scores.
     return checkpoint_name(output, ATTENTION_RESIDUALS)
 
 

@@ -141,15 +141,18 @@ def _mixture_here(
         axis for axis in layout.expert if axis in layout.batch
     )  # axes along which tokens and experts are split
     if shared:
+        # Each device needs all tokens of its group, since any of them may be routed to its experts.
         tokens = [jax.lax.all_gather(array, shared, axis=0, tiled=True) for array in tokens]
     x_td, weights_tk, experts_tk = tokens
     num_experts = maps.gate.kernel.shape[0]
     if layout.expert:
         experts_tk = _own(experts_tk, jax.lax.axis_index(layout.expert) * num_experts, num_experts)
     y_td = _expert_mlps(x_td, weights_tk, experts_tk, maps, layout, activation)
+    # Partial sums: of a part of the width, or of a part of the experts where these devices have the same tokens.
     if rest := tuple(axis for axis in (*layout.width, *layout.expert) if axis not in shared):
         y_td = jax.lax.psum(y_td, rest)
     if shared:
+        # Sums over the experts of the group and leaves each device with its own tokens again.
         y_td = jax.lax.psum_scatter(y_td, shared, scatter_dimension=0, tiled=True)
     return rearrange(y_td, "(n t) d -> n t d", n=x_ntd.shape[0])
 
@@ -165,10 +168,12 @@ def _expert_mlps(
 ) -> Array:
     num_experts = maps.gate.kernel.shape[0]
     num_devices = math.prod(layout.mesh.shape[axis] for axis in layout.expert) if layout.expert else 1
+    # For an even load. An uneven one is computed as well, with blocks that fit it less well.
     grouping = choose_grouping(experts_tk.size // num_devices, num_experts, jax.default_backend())
     routes = make_routes(experts_tk, num_experts, grouping.block)
     run = partial(_run, routes=routes, grouping=grouping, embed=layout.embed)
     x_rd = to_rows(x_td, routes)
+    # The model dimension is split over fsdp: dim 1 of gate and up [e, d, f], dim 2 of down [e, f, d].
     hidden_rf = activation(run(x_rd, maps.gate, embed_dim=1)) * run(x_rd, maps.up, embed_dim=1)
     return to_tokens(run(hidden_rf, maps.down, embed_dim=2), weights_tk, routes)
 
@@ -176,13 +181,16 @@ def _expert_mlps(
 def _run(
     x_rd: Array, held: ExpertMap, *, routes: Routes, grouping: Grouping, embed: tuple[str, ...], embed_dim: int
 ) -> Array:
+    # Adapters are not split over fsdp, so they need no gather.
     whole = grouping
     if embed:
         grouping = grouping._replace(gather_axes=embed, gather_dim=embed_dim)
     y_rf = grouped_matmul(grouping, x_rd, held.kernel, routes.sizes)
     if held.scale is not None:
+        # After the product, as in `Projection`: the compute dtype represents int8 exactly.
         y_rf = (y_rf * held.scale[routes.expert]).astype(x_rd.dtype)
     if held.a is not None:
         narrow_rl = grouped_matmul(whole, x_rd, held.a, routes.sizes)
         y_rf = y_rf + grouped_matmul(whole, narrow_rl, held.b, routes.sizes)
+    # Named for the policy "dots", which does not see products within loops.
     return checkpoint_name(y_rf, EXPERT_PRODUCT)

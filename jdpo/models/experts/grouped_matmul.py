@@ -74,6 +74,7 @@ def _backward(grouping: Grouping, residuals: Any, g_rf: Array) -> tuple[Array, A
     of_rows = _multiply(grouping, g_rf, jnp.swapaxes(_gathered(grouping, kernel_edf), 1, 2), sizes_e)
     of_kernel = _outer(grouping, x_rd, g_rf, sizes_e)
     if grouping.gather_axes:
+        # The reverse of the gather: a sum over the devices, of which each keeps its own part. Still in the wide dtype.
         of_kernel = jax.lax.psum_scatter(
             of_kernel, grouping.gather_axes, scatter_dimension=grouping.gather_dim, tiled=True
         )
@@ -101,6 +102,7 @@ def _multiply(grouping: Grouping, x_rd: Array, kernel_edf: Array, sizes_e: Array
     def multiply(start: Array, expert: Array, y_rf: Array) -> Array:
         x_bd = jax.lax.dynamic_slice_in_dim(x_rd, start, grouping.block)
         kernel_df = jax.lax.dynamic_index_in_dim(kernel_edf, expert, keepdims=False)
+        # A block has one expert, so it is one ordinary product.
         y_bf = jnp.dot(x_bd, kernel_df, preferred_element_type=_wide(x_bd, kernel_df)).astype(y_rf.dtype)
         return jax.lax.dynamic_update_slice_in_dim(y_rf, y_bf, start, axis=0)
 
@@ -124,10 +126,12 @@ def _outer(grouping: Grouping, x_rd: Array, g_rf: Array, sizes_e: Array) -> Arra
 
 def _over_blocks(grouping: Grouping, body: Any, initial: Array, num_rows: int, sizes_e: Array) -> Array:
     """Runs `body` (first row, expert, result so far) over the blocks in use."""
+    # The expert of a block is the number of experts that end at or before it.
     ends = jnp.cumsum(sizes_e) // grouping.block
     expert_of_block = (jnp.arange(num_rows // grouping.block)[:, None] >= ends).sum(-1)
 
     def step(index: Array, result: Array) -> Array:
         return body(index * grouping.block, expert_of_block[index], result)
 
+    # The bound is known at run time only: blocks after the last one in use cost nothing.
     return jax.lax.fori_loop(0, ends[-1], step, initial)

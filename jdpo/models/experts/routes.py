@@ -60,16 +60,20 @@ def make_routes(experts_tk: Array, num_experts: int, block: int) -> Routes:
     flat = experts_tk.reshape(-1)
     flat = jnp.where((flat >= 0) & (flat < num_experts), flat, num_experts).astype(jnp.int32)
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
+    # Compared and summed, because a bincount would be a scatter-add.
     counts = (flat[:, None] == jnp.arange(num_experts)).sum(0, dtype=jnp.int32)
     sizes = -(-counts // block) * block
+    # Where each expert begins, among the sorted assignments and among the rows, which are padded to whole blocks.
     first_sorted, first_row = jnp.cumsum(counts) - counts, jnp.cumsum(sizes) - sizes
 
     rows = jnp.arange(num_rows, dtype=jnp.int32)
     expert = jnp.minimum((rows[:, None] >= jnp.cumsum(sizes)).sum(-1, dtype=jnp.int32), num_experts - 1)
     nth = rows - first_row[expert]
+    # Rows that only pad a block point past their expert's last assignment; the next line discards what they read.
     source = order[jnp.clip(first_sorted[expert] + nth, 0, flat.size - 1)]
     assignment = jnp.where(nth < counts[expert], source, flat.size)
 
+    # The inverse permutation: where each assignment went.
     rank = jnp.argsort(order).astype(jnp.int32)
     own = jnp.minimum(flat, num_experts - 1)
     place = jnp.where(flat < num_experts, first_row[own] + rank - first_sorted[own], num_rows)
@@ -101,6 +105,7 @@ def _to_rows_forward(x_td: Array, routes: Routes) -> tuple[Array, Routes]:
 
 def _to_rows_backward(routes: Routes, g_rd: Array) -> tuple[Array, None]:
     wide = jnp.promote_types(g_rd.dtype, jnp.float32)
+    # The gradient of a token is the sum over its k rows, rounded once.
     return _take(g_rd, routes.place).sum(1, dtype=wide).astype(g_rd.dtype), None
 
 

@@ -45,6 +45,7 @@ class MoE(nn.Module):
         """
         num_experts, num_chosen = self.config.num_experts, self.config.experts_per_token
         wide = jnp.promote_types(self.compute_dtype, jnp.float32)
+        # In float32: a rounding error can change which experts are selected.
         route = Projection(
             "ntd,de->nte", (self.d_model, num_experts), ("embed", None), wide, self.param_dtype, name="router"
         )
@@ -54,9 +55,11 @@ class MoE(nn.Module):
         # Compared, not gathered: the transpose of a gather is a scatter-add.
         is_chosen_ntke = experts_ntk[..., None] == jnp.arange(num_experts)
         weights_ntk = jnp.where(is_chosen_ntke, probabilities_nte[..., None, :], 0).sum(-1)
+        # Over the selected experts only, so that their weights sum to 1.
         if self.config.normalize:
             weights_ntk = weights_ntk / weights_ntk.sum(-1, keepdims=True)
         self._leave(is_chosen_ntke.any(-2), probabilities_nte, token_weights_nt)
+        # An index past the last expert means none, so padding is computed by no expert.
         experts_ntk = jnp.where((token_weights_nt > 0)[..., None], experts_ntk, num_experts)
         return mixture(x_ntd, weights_ntk, experts_ntk, self._maps(), ACTIVATIONS[self.activation])
 
@@ -69,6 +72,7 @@ class MoE(nn.Module):
             "tokens": weights_nt1[..., 0].sum(1),
         }
         for name, values in statistics.items():
+            # `sow` would append to a tuple; a router runs once per call, so the value itself is kept.
             self.sow(ROUTER, name, values, init_fn=lambda: None, reduce_fn=lambda _, new: new)
 
     def _maps(self) -> ExpertMaps:
@@ -82,6 +86,7 @@ def router_stats(left: dict[str, Any]) -> RouterStats:
 
     def add(path: Any, values: jax.Array) -> None:
         name = path[-1].key
+        # [layers, n, e], or [layers, n] for "tokens"; one layer if it is not scanned.
         per_layer = values.reshape(-1, *values.shape[values.ndim - (1 if name == "tokens" else 2) :])
         totals[name] = totals.get(name, 0) + per_layer.sum(0)
 

@@ -191,7 +191,7 @@ def _refuse_layout(given: Mapping[str, str | None]) -> None:
     flags = [f"--{key.removeprefix('export_')}" for key, value in given.items() if value is not None]
     if flags:
         raise ValueError(
-            f"{' and '.join(flags)} has no effect: adapters alone are exported as they were trained, in one file; "
+            f"no effect of {' and '.join(flags)}: adapters alone are exported as they were trained, in one file; "
             "leave it out, or give --merge"
         )
 

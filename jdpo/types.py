@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+# Indices of the axis n of every array of pairs.
 CHOSEN, REJECTED = 0, 1
 
 Message = dict[str, Any]

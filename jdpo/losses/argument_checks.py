@@ -56,8 +56,10 @@ def check_scores(score_margins: AnyArray | None, weights: AnyArray | None) -> No
             "higher than the rejected one"
         )
     values, pair_weights = values_of(score_margins), values_of(weights)
+    # With unknown weights, a bad value may belong to a padding pair.
     if values is None or (pair_weights is None and weights is not None):
         return
+    # Not `values <= 0`, which is False for NaN.
     bad = ~(values > 0) if pair_weights is None else ~(values > 0) & (pair_weights != 0)
     if bad.any():
         pair = int(np.flatnonzero(bad)[0])
@@ -100,7 +102,7 @@ def check_lengths(chosen_lengths: Array | None, rejected_lengths: Array | None, 
     for side, lengths in given.items():
         if lengths is None:
             continue
-        empty = np.zeros((len(lengths), 2), bool)
+        empty = np.zeros((len(lengths), 2), bool)  # [b, side], the form that `_places` names
         empty[:, side] = lengths < 1 if of_pairs is None else (lengths < 1) & (of_pairs != 0)
         if empty.any():
             raise ValueError(
@@ -111,6 +113,7 @@ def check_lengths(chosen_lengths: Array | None, rejected_lengths: Array | None, 
 
 def values_of(array: AnyArray | None) -> np.ndarray | None:
     """Returns the values of an array, or None if they are not known: it is traced, or partly on other hosts."""
+    # Under jit there are no values, and arrays of other hosts cannot be read: both are left to the program.
     if array is None or isinstance(array, jax.core.Tracer) or not getattr(array, "is_fully_addressable", True):
         return None
     return np.asarray(array)

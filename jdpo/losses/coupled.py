@@ -37,6 +37,7 @@ def _by_quantile(x: LossInputs, upper: Array, lower: Array) -> Array:
         x = x._replace(real=None if x.real is None else reshard(x.real, whole))
         losses: Array = reshard(_by_quantile(x, reshard(upper, whole), reshard(lower, whole)), sharding)
         return losses
+    # Losses are computed by rank; the inverse permutation puts each one back at the pair with that quantile.
     order = _ascending(upper, x.real)
     gaps = upper[order] - lower[_ascending(lower, x.real)]
     return smoothed(x.beta * gaps, x.smoothing)[jnp.argsort(order)]

@@ -153,6 +153,7 @@ def _check_normalizer(settings: LossSettings, batch: PreferenceBatch, normalizer
             "well: the number of chosen completion tokens of the larger batch"
         )
     whole = concrete(normalizer)
+    # A traced normalizer cannot be compared; sorted losses of parts are then wrong without a message.
     if settings.needs_global_batch and whole is not None:
         here = _num_pairs(batch)
         if here is not None and whole != here:
@@ -186,7 +187,7 @@ def _batch_loss(
     if loss_state is not None and "bco_delta" in settings.numbers:
         raise ValueError("loss_state holds the delta of bco_pair: give it or bco_delta, not both")
     features = pair_features(policy_params, reference_params, batch, apply_fn=apply_fn, settings=settings)
-    counted = pair_totals(batch)
+    counted = pair_totals(batch)  # totals of this batch, unless the caller knows those of the larger one
     totals = Totals(
         counted.normalizer if normalizer is None else normalizer,
         counted.num_chosen_tokens if num_chosen_tokens is None else num_chosen_tokens,
@@ -203,4 +204,5 @@ def _mean(values: Array, weights: Array, count: Array | float) -> Array:
     return weighted_sum(values, weights) / jnp.where(count == 0, 1, count)  # 0 for a batch without real pairs
 
 
+# apply_fn is static: a function cannot be traced. Everything else, the options of LossSettings included, is a pytree.
 _jitted_batch_loss: Callable[..., tuple[Array, dict[str, Any]]] = jax.jit(_batch_loss, static_argnames="apply_fn")

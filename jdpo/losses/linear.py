@@ -129,7 +129,7 @@ def _on_rows(
         tokens = chunk or default_chunk(1, hidden.shape[0], head.shape[1])
         rows = _num_rows(hidden.shape[0], tokens)
         hidden, targets = rearrange(hidden, "(r k) d -> r k d", r=rows), rearrange(targets, "(r k) -> r k", r=rows)
-        chunk = tokens // rows
+        chunk = tokens // rows  # a chunk has this many tokens of every row, so of every shard
     results = row_token_logps(settings, hidden, head, targets, lengths, chunk=chunk)
     return tuple(rearrange(result, "r k -> (r k)") for result in results) if flat else results
 

@@ -118,6 +118,7 @@ def _over_chunks(
     shapes = jax.eval_shape(run, 0, total)[1]
     empty = [jnp.zeros((x.shape[0], number * length, *x.shape[2:]), x.dtype) for x in shapes]
     empty = [varying_alike(x, *arrays)[0] for x in empty]
+    # A dynamic bound: chunks without a position that counts cost nothing.
     in_use = number if lengths is None else jnp.minimum((lengths.max(initial=0) + length - 1) // length, number)
     total, results = jax.lax.fori_loop(0, in_use, step, (total, empty))
     return total, tuple(x[:, :positions] for x in results)
@@ -177,7 +178,7 @@ def _forward(
 ) -> tuple[tuple[Array, ...], tuple[Any, ...]]:
     def body(total: None, counted_rc: Any, hidden_rcd: Array, targets_rc: Array) -> tuple[None, tuple[Array, ...]]:
         logits = _logits(settings, _kept(hidden_rcd, counted_rc), head)
-        highest = logits.max(-1)
+        highest = logits.max(-1)  # subtracted, so that exp cannot overflow
         weights = jnp.exp(logits - highest[..., None])
         log_sum = jnp.log(weights.sum(-1))
         target_logit = jnp.where(_is_target(targets_rc, head.shape[1]), logits, 0).sum(-1)
@@ -218,6 +219,7 @@ def _backward(
 
     log_sum_exp, *log_sum_sq = per_token
     g_logps, *g_sum_sq = cotangents
+    # Summed in float32 at least: in bfloat16, the contribution of a late chunk would be rounded away.
     zeros = jnp.zeros_like(head, dtype=jnp.promote_types(head.dtype, jnp.float32))
     arrays = (hidden_rkd, targets_rk, log_sum_exp, g_logps, *log_sum_sq, *g_sum_sq)
     d_head, (d_hidden,) = _over_chunks(body, zeros, arrays, chunk, lengths_r)

@@ -66,6 +66,7 @@ def packed_totals(batch: PackedBatch) -> Totals:
     """Counts pairs and chosen tokens of packed rows of any leading shape."""
     pair, num_pairs = batch.logp_pair, batch.pair_weight.shape[-1]
     is_chosen = (pair >= 0) & (pair < 2 * num_pairs) & (pair % 2 == CHOSEN)
+    # Padding tokens have a pair out of range; clipped, they read some weight, which is_chosen then discards.
     weights = jnp.take_along_axis(batch.pair_weight, jnp.clip(pair // 2, 0, num_pairs - 1), axis=-1)
     return Totals(batch.pair_weight.sum(), jnp.where(is_chosen, weights, 0).sum())
 
@@ -94,6 +95,7 @@ def feature_losses(
         score_margins=features.score_margins,
     )
     terms = loss_terms(settings, inputs)
+    # WPO weighs each term, so that the logged parts still add up to the loss.
     if features.pair_weights is not None:
         terms = {name: values * features.pair_weights for name, values in terms.items()}
     losses = sum_of_terms(settings, terms)
@@ -143,6 +145,7 @@ def loss_inputs(
     options = {**DEFAULTS, **settings.numbers}
     if bco_delta is not None:
         options["bco_delta"] = bco_delta
+    # The likelihood of the chosen side counts every token fully, also under LD-DPO.
     sums = policy if unweighted_policy is None else unweighted_policy
     # The fields that no loss at hand reads are None in spite of their type, which saves each loss an assertion.
     sides: Any = (None, None) if lengths is None else (lengths[:, CHOSEN], lengths[:, REJECTED])
@@ -183,6 +186,7 @@ def loss_terms(settings: LossSettings, inputs: LossInputs) -> dict[str, Array]:
 
 def sum_of_terms(settings: LossSettings, terms: dict[str, Array]) -> Array:
     """Returns the loss of each pair, [b]."""
+    # From the first term, since 0 + x would be one more operation in every program.
     first, *rest = (terms[name] for name in settings.terms)
     return sum(rest, start=first)
 

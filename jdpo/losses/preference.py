@@ -87,6 +87,7 @@ def preference_loss(
     check_lengths(chosen_lengths, rejected_lengths, of_batch.get("pair_weights"))
     if settings.needs_scores:
         check_scores(score_margins, of_batch.get("pair_weights"))
+    # Half precision would lose the small differences of large sums on which every loss depends.
     dtype = jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
     policy = jnp.stack([array.astype(dtype) for array in arrays[:2]], axis=-1)
     reference = jnp.stack([array.astype(dtype) for array in arrays[2:]], axis=-1) if len(arrays) > 2 else None

@@ -22,6 +22,7 @@ def log1mexp(x: Array) -> Array:
     >>> log1mexp(jnp.array([-1e-6, -0.693147, -50.0])).round(3).tolist()
     [-13.8..., -0.69..., ...0.0]
     """
+    # Near 0, 1 - exp(x) loses its digits and expm1 keeps them; far below, log1p keeps those of the result.
     return jnp.where(x > -math.log(2), jnp.log(-jnp.expm1(x)), jnp.log1p(-jnp.exp(x)))
 
 
@@ -49,6 +50,7 @@ def orpo(x: LossInputs) -> Array:
     1 - 0.1 ls(1.313262) = 1.023818.
     """
     chosen, rejected = per_token(x.chosen_logps, x.chosen_lengths), per_token(x.rejected_logps, x.rejected_lengths)
+    # The difference of log odds, log p - log(1 - p), without computing the probabilities.
     gap = (chosen - rejected) - (_log_one_minus(chosen) - _log_one_minus(rejected))
     return -chosen - x.options["orpo_lambda"] * jax.nn.log_sigmoid(gap)
 
@@ -63,6 +65,7 @@ def simper(x: LossInputs) -> Array:
     At l_w = -3, n_w = 3, l_l = -4, n_l = 2: -exp(-1) + exp(-2) = -0.367879 + 0.135335 = -0.232544.
     """
     chosen, rejected = per_token(x.chosen_logps, x.chosen_lengths), per_token(x.rejected_logps, x.rejected_lengths)
+    # Both are in (0, 1], so neither the loss nor its gradient needs a guard.
     return jnp.exp(rejected) - jnp.exp(chosen)
 
 

@@ -29,6 +29,7 @@ def load_balancing_loss(stats: RouterStats) -> Array:
     >>> float(load_balancing_loss(stats))
     1.5
     """
+    # Sums first, then the ratio: the mean over tokens of the global batch, not a mean of means.
     num_tokens = stats.tokens.sum()
     chosen_e, probability_e = (values.sum(0) / num_tokens for values in (stats.assignments, stats.probabilities))
     return chosen_e.shape[0] * (chosen_e * probability_e).sum()
@@ -36,4 +37,5 @@ def load_balancing_loss(stats: RouterStats) -> Array:
 
 def of_real_rows(stats: RouterStats, real: AnyArray) -> RouterStats:
     """Returns the counts with zeros for rows that are not real, bool [m], whatever they contain."""
+    # where, not a product: padding rows may contain NaN.
     return RouterStats(*(jnp.where(real.reshape(real.shape + (1,) * (values.ndim - 1)), values, 0) for values in stats))

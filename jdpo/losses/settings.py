@@ -43,6 +43,7 @@ DEFAULTS: dict[str, float] = {
 _FLAGS = tuple(name for name, option in OPTIONS.items() if isinstance(option.default, bool))
 
 
+# Numbers are leaves, so that jit traces them; names and switches are static, since they choose what is computed.
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("beta", "weights", "numbers"),
@@ -145,6 +146,7 @@ def loss_settings(
     unknown = [name for name in options if name not in OPTION_NAMES]
     if unknown:
         raise unknown_name("option", unknown[0], OPTION_NAMES, "The options are")
+    # A run always passes every option, so a value at its default must not count as given.
     given = {name: value for name, value in options.items() if not _asks_for_nothing(name, value)}
     _check_honoured(names, given)
     numbers = {
@@ -180,12 +182,13 @@ def _asks_for_nothing(name: str, value: Any) -> bool:
     default = OPTIONS[name].default if name in OPTIONS else None
     if isinstance(default, str | bool):
         return bool(value == default)
-    number = concrete(value)
+    number = concrete(value)  # None for a traced number, which may have any value and so counts as given
     return default is not None and number is not None and number == default
 
 
 def _check_honoured(names: tuple[str, ...], given: dict[str, Any]) -> None:
     for option in given.keys() - FOR_EVERY_LOSS:
+        # In a list, one loss with its own option is enough; an option of the objective must fit all of them.
         refusing = [name for name in names if option not in LOSSES[name].options]
         must_all = option in FOR_THE_WHOLE_LIST
         if len(refusing) == len(names) or (must_all and not INDIFFERENT_LOSSES.issuperset(refusing)):
@@ -220,6 +223,7 @@ def check_number(name: str, value: Any, option: Option | None = None) -> Number:
     Raises:
       ValueError: it is not a number, or out of its range.
     """
+    # bool is a subclass of int, and NumPy scalars and JAX arrays are no int or float.
     is_number = hasattr(value, "dtype") or isinstance(value, int | float)
     if not is_number or isinstance(value, bool) or getattr(value, "shape", ()) != ():
         raise ValueError(f"{name} must be one number, found {value!r}")
@@ -229,6 +233,7 @@ def check_number(name: str, value: Any, option: Option | None = None) -> Number:
     option = option or OPTIONS[name]
     if not option.allows(number):
         raise ValueError(f"{name} must be {option.range}, found {value}")
+    # An array keeps its dtype; as a Python number it would be weakly typed.
     return value if isinstance(value, jax.Array) else number
 
 

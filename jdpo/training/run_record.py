@@ -14,6 +14,9 @@ from jdpo.json_files import read_json
 
 ReferenceMode = Literal["live", "cached", "none"]
 
+RENAMED_INPUTS = {"how many rows each data set has": "how many rows each dataset has"}  # plain: as it is
+"""Names of inputs in files of older versions -> their names now; without this a resumed run would not check them."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FitRecord:
@@ -105,6 +108,7 @@ class RunRecord:
             raise ValueError(known["reference"])
         if known.get("fit") is not None:
             known["fit"] = FitRecord.from_json(known["fit"])
+        known["inputs"] = {RENAMED_INPUTS.get(name, name): digest for name, digest in known.get("inputs", {}).items()}
         return cls(**{"command": "", **known, "given_up": tuple(known.get("given_up", ()))})
 
     def write(self, path: Path) -> None:

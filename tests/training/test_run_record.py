@@ -81,3 +81,9 @@ def test_a_file_that_is_not_a_record_is_refused_by_name(text: str, tmp_path: Pat
 def test_a_record_cannot_be_changed_in_place() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         FULL.finished = False  # type: ignore[misc]
+
+
+def test_inputs_that_older_versions_called_otherwise_are_still_compared(tmp_path: Path) -> None:
+    old_name = "how many rows each data set has"  # plain: as it is
+    (tmp_path / "run.json").write_text(json.dumps(OLD | {"inputs": {old_name: "12 5"}}))
+    assert RunRecord.read(tmp_path / "run.json").inputs == {"how many rows each dataset has": "12 5"}

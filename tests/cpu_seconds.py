@@ -56,6 +56,8 @@ class CpuSeconds:
         if self._table is not None:
             rows = (f"{seconds:.2f}\t{test}\n" for test, seconds in self._seconds.most_common())
             self._table.write_text("".join(rows), encoding="utf-8")
+        if not self._seconds:  # nothing ran
+            return
         files: Counter[str] = Counter()
         for test, seconds in self._seconds.items():
             files[test.split("::")[0]] += seconds

@@ -72,7 +72,7 @@ def test_a_flipped_bit_falls_back_to_the_checkpoint_before(
     assert main(cut_words(copy)) == 0
     (warning,) = [record.getMessage() for record in caplog.records if record.name == "jdpo.checkpoint.steps"]
     fault = f"{victim.relative_to(copy / f'checkpoints/{newest}')} has changed since it was written"
-    assert f"checkpoint {copy}/checkpoints/{newest} is damaged ({fault}): it is not used" in warning
+    assert f"{copy}/checkpoints/{newest} is damaged ({fault})" in warning
     assert len(list(copy.glob(f"checkpoints/damaged-{newest}-*/{MANIFEST}"))) == 1
     output = " ".join("".join(capsys.readouterr()).split())
     assert f"resuming from the checkpoint of step {before}" in output
@@ -111,7 +111,7 @@ def test_a_finished_run_says_so_and_changes_nothing(cut_words: Words, uninterrup
     before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*") if path.name not in touched}
     assert main(cut_words(uninterrupted)) == 0
     output = " ".join("".join(capsys.readouterr()).split())
-    assert f"the run in {uninterrupted} is finished (step 12); its model is {uninterrupted / 'model'}" in output
+    assert f"is finished (step 12); its model is {uninterrupted / 'model'}" in output
     after = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*") if path.name not in touched}
     assert after == before
 
@@ -196,7 +196,7 @@ def test_changed_inputs_are_refused_and_named(
     content = rows.read_text(encoding="utf-8")
     rows.write_text(content.replace("river", "paper"), encoding="utf-8")
     message = refusal(words, capsys)
-    assert f"cannot resume the run in {run}: since it started, the content of the training rows has changed" in message
+    assert "the content of the training rows has changed" in message
     assert f"Files that changed: {rows}" in message
     rows.write_text(content, encoding="utf-8")
     weights = own_inputs["model_name_or_path"] / "model.safetensors"

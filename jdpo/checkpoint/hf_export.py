@@ -115,6 +115,7 @@ def _export_dtypes(config: ModelConfig, source_folder: Path, export_dtype: str) 
     if export_dtype != "source":
         raise ValueError(f"export_dtype: expected source, {', '.join(_DTYPES)}, found {export_dtype!r}")
     source = source_dtypes(source_folder)
+    # For tensors that the source lacks, such as the head of a model that was saved without it.
     most_common = Counter(source.values()).most_common(1)[0][0]
     return {name: source.get(name, most_common) for name in names}, most_common
 
@@ -147,9 +148,11 @@ def _write_configs(
     special = {key: value for key, value in special.items() if value is not None}
     # transformers 5 writes `dtype`, older ones `torch_dtype`, which is all that some loaders know.
     dtype_key = "torch_dtype" if "torch_dtype" in model_json and "dtype" not in model_json else "dtype"
+    # The vocabulary may have grown by the tokens of a chat template.
     model_json |= {**special, "vocab_size": config.vocab_size, dtype_key: main_dtype.name}
     generation_json |= special
     if eos_ids:
+        # A bare number where possible, which every loader of config.json reads.
         model_json["eos_token_id"] = eos_ids[0] if len(eos_ids) == 1 else eos_ids
         generation_json["eos_token_id"] = eos_ids
     write_json(staging / "config.json", model_json)

@@ -74,7 +74,9 @@ def push_folder(folder: Path, repo_id: str, *, public: bool, message: str) -> st
             repo_id=full_name,
             folder_path=str(folder),
             commit_message=message,
+            # The marker is only for jdpo's own folders on a disk.
             ignore_patterns=[MARKER],
+            # These are patterns, so the characters of a name must not act as wildcards.
             delete_patterns=[glob.escape(name) for name in stale] or None,
         )
     return str(url)

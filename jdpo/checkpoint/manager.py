@@ -73,6 +73,7 @@ class CheckpointManager:
         self._sealing: Future[None] | None = None
         self._failed = False
         self._verified = verified
+        # One thread, so that manifests are written, and old steps deleted, in the order of the saves.
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-manifest")
         if jax.process_index() == 0:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -102,6 +103,7 @@ class CheckpointManager:
         Raises:
           OSError: an earlier save failed, or something with the step's name is in the way and cannot be moved.
         """
+        # Only one save is under way at a time: `_pending` and `_sealing` have room for one.
         self.wait()
         run_jointly(lambda: clear_way(self._folder / str(step)), on_first=True)
         # Orbax remembers the steps it has seen, and would refuse to save one again that was deleted here.
@@ -109,6 +111,7 @@ class CheckpointManager:
         self._orbax.save(
             step,
             args=ocp.args.Composite(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position)),
+            # The caller decides when to save, not orbax's own interval.
             force=True,
         )
         self._pending = (step, metric)
@@ -123,6 +126,7 @@ class CheckpointManager:
         if self._sealing is not None and self._sealing.done():
             sealing, self._sealing = self._sealing, None
             sealing.result()
+        # Digests of a large checkpoint take long, so another thread computes them while training continues.
         if self._pending is not None and not self._orbax.is_saving_in_progress():
             step, metric = self._pending
             self._pending = None
@@ -166,12 +170,14 @@ class CheckpointManager:
         )
 
     def _seal(self, step: int, metric: float | None) -> None:
+        # The folder is on a file system that all processes share, so one manifest covers the files of all of them.
         if jax.process_index() != 0:
             return
         folder = self._folder / str(step)
         try:
             manifest = {"step": step, "metric_name": self._metric_name, "metric": metric, "files": digests_of(folder)}
             write_durably(folder / MANIFEST, json.dumps(manifest, indent=1))
+            # Only now is the new step complete, so an older one may be deleted.
             self._delete_old()
         except OSError as error:
             raise self._failure(step, error) from error
@@ -239,6 +245,7 @@ def restore_params(folder: Path, abstract_params: Any) -> Any:
       abstract_params: a tree of jax.ShapeDtypeStruct with shardings.
     """
     item = {"params": abstract_params}
+    # Partial: the optimizer's state stays on the disk.
     args = ocp.args.PyTreeRestore(
         item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
     )

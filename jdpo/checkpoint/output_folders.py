@@ -32,6 +32,7 @@ def write_folder(
       ValueError: see `check_out`.
     """
     out = out.expanduser().resolve()
+    # In the same folder as `out`, because a rename works only within one file system.
     staging = out.parent / f".{out.name}.writing"
 
     def write() -> None:
@@ -41,11 +42,13 @@ def write_folder(
     def end() -> None:
         with naming(out):
             by_first(staging)
+            # The last file, so that an unfinished folder never passes for an export.
             write_json(staging / MARKER, {"jdpo": __version__})
             _publish(staging, out)
 
     run_jointly(lambda: _stage(out, staging, kept), on_first=True)
     try:
+        # All processes finish writing before the first one renames.
         run_jointly(write)
         run_jointly(end, on_first=True)
     except BaseException:
@@ -92,12 +95,14 @@ def _stage(out: Path, staging: Path, kept: Sequence[Path]) -> None:
 
 def _publish(staging: Path, out: Path) -> None:
     """Makes `staging` durable and renames it to `out`; an older `out` is kept next to it until then."""
+    # Contents before names: after a power failure a renamed folder could otherwise have empty files.
     for path in [path for path in staging.rglob("*") if path.is_file()]:
         sync_path(path)
     sync_path(staging)
     replaced = _replaced(out)
     shutil.rmtree(replaced, ignore_errors=True)  # left by an export that was killed after its renames
     if out.exists():
+        # Folders cannot be exchanged in one step, so the older one keeps a name from which `_stage` can bring it back.
         out.rename(replaced)
     try:
         staging.rename(out)

@@ -74,4 +74,5 @@ def _on_host(leaf: jax.Array) -> Any:
         return jax.device_get(leaf)
     from jax.experimental import multihost_utils
 
+    # `tiled` joins the shards to the array's own shape, without a new axis of processes.
     return multihost_utils.process_allgather(leaf, tiled=True)

@@ -28,6 +28,7 @@ from jdpo.models.weights.staging import CHUNK_BYTES
 from jdpo.models.weights.strided_views import StridedView
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Limits the host memory of tensors that have arrived from the devices but are not written yet.
 _BYTES_UNDER_WAY = 2**30
 _MAX_THREADS = 16
 
@@ -134,6 +135,7 @@ class _Writer:
         self._guarded(self._create, path, tensors)
 
     def _create(self, path: Path, tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> None:
+        # The format that loaders of torch models look for, although the file has nothing of torch in it.
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         offsets, end = {}, 0
         # Wide elements first, so that every tensor is aligned to the size of its elements.
@@ -144,8 +146,10 @@ class _Writer:
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         # Spaces pad the header, so that the first tensor is aligned to 8 bytes.
         text += b" " * (-len(text) % 8)
+        # O_EXCL: the folder is new, so a file that exists is another process's.
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         self._descriptors.append(descriptor)
+        # The format: the header's length in 8 bytes, the header, the tensors.
         _write_all(descriptor, len(text).to_bytes(8, "little") + text, 0)
         for name, (shape, dtype) in tensors.items():
             self._places[name] = _Place(descriptor, 8 + len(text) + offsets[name], shape, dtype)
@@ -159,6 +163,7 @@ class _Writer:
         num_bytes = math.prod(place.shape) * place.dtype.itemsize
         while self._waiting and sum(size for size, _ in self._waiting) + num_bytes > _BYTES_UNDER_WAY:
             self._wait()
+        # Pieces that are dense in the file can be written in any order, each to its own range.
         if all(piece.view.is_dense for piece, _ in pieces):
             futures = [
                 self._pool.submit(self._guarded, self._write_chunk, name, place, view, values[_slices(bounds)])
@@ -176,6 +181,7 @@ class _Writer:
         if self.error is None:
             try:
                 for descriptor in self._descriptors:
+                    # Before the folder is renamed to its final path.
                     os.fsync(descriptor)
             except OSError as error:
                 self.error = error
@@ -231,5 +237,6 @@ def _slices(bounds: Sequence[tuple[int, int]]) -> tuple[slice, ...]:
 def _write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
     rest = memoryview(data)
     while rest:
+        # A write may take fewer bytes than requested.
         count = os.pwrite(descriptor, rest, offset)
         offset, rest = offset + count, rest[count:]

@@ -53,6 +53,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         manifest = json.loads((folder / MANIFEST).read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
+    # `type` and not isinstance, because in Python True is an int.
     good = isinstance(manifest, dict) and isinstance(manifest.get("files"), dict) and type(manifest.get("step")) is int
     return manifest if good else None
 
@@ -81,6 +82,7 @@ def fault_of(folder: Path) -> str | None:
         if not path.is_file():
             return f"{terminal(name)} is missing"
         try:
+            # The size first: it costs nothing, while a digest reads the whole file.
             if [path.stat().st_size] != expected[:1] or digest_of(path) != expected:
                 return f"{terminal(name)} has changed since it was written"
         except (OSError, TypeError, LookupError) as error:
@@ -150,6 +152,7 @@ def settle_steps(folder: Path, last_step: int | None = None) -> int | None:
       ValueError: a folder's name is not the step in its manifest, or the run does not have that step. Nothing was
         changed in that case.
     """
+    # Before anything is renamed or deleted, since the folder may be that of another run.
     _refuse_foreign(folder, last_step)
     for place in damaged_folders(folder):
         log.warning(
@@ -163,6 +166,7 @@ def settle_steps(folder: Path, last_step: int | None = None) -> int | None:
     if cut_off:
         saves = "save" if len(cut_off) == 1 else "saves"
         log.warning("deleted %d interrupted %s from %s", len(cut_off), saves, folder)
+    # Only as far back as the first complete step: older ones are not read.
     for step in reversed(step_folders(folder)):
         if not os.path.lexists(folder / str(step) / MANIFEST):
             continue  # not a save of jdpo, or one that could not be deleted
@@ -210,6 +214,7 @@ def _is_cut_off(entry: Path) -> bool:
     """Returns True if a folder without a manifest is an interrupted save: empty, or with files that orbax writes."""
     if entry.is_symlink() or not entry.is_dir() or os.path.lexists(entry / MANIFEST):
         return False
+    # Anything else in the folder was put there by somebody, and is not ours to delete.
     names = {inner.name for inner in entry.iterdir() if not inner.name.startswith(".")}
     return not names or bool(names & {"state", "position", "_CHECKPOINT_METADATA", MANIFEST + TEMPORARY})
 

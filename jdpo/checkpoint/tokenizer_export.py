@@ -49,6 +49,7 @@ def write_tokenizer(folder: Path, tokenizer: Any, source: Path | None) -> None:
     """
     loaded = None if source is None else _loaded(source)
     if source is not None and loaded is not None and _state(loaded) == _state(tokenizer):
+        # Byte for byte: another version of transformers would write even an unchanged tokenizer differently.
         for path in tokenizer_files(source):
             target = folder / path.relative_to(source)
             target.parent.mkdir(exist_ok=True)
@@ -60,6 +61,7 @@ def write_tokenizer(folder: Path, tokenizer: Any, source: Path | None) -> None:
     write_json(folder / CONFIG_NAME, _config(tokenizer, saved, origin, loaded))
     special = {} if source is None else _json_or_empty(source / SPECIAL_NAME)
     if special:
+        # Software built on transformers 4 reads this file as well, so it must not keep the old values.
         special["eos_token"] = tokenizer.eos_token
         special["additional_special_tokens"] = _additional(tokenizer, special, origin, loaded)
         write_json(folder / SPECIAL_NAME, special)

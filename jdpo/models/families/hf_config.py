@@ -23,6 +23,7 @@ def read_model_config(folder: Path) -> ModelConfig:
       ValueError: no folder, no config.json, broken JSON, an unsupported family, or a setting the decoder lacks.
     """
     raw = _read_config(folder)
+    # Before transformers reads the file: its classes make lists with an entry per layer.
     _refuse_sizes(raw, folder / "config.json")
     family = raw.get("model_type")
     if family not in FAMILIES:
@@ -87,6 +88,7 @@ def _refuse_sizes(raw: dict[str, Any], path: Path) -> None:
 
 
 def _is_int(value: Any) -> bool:
+    # In Python True is the integer 1.
     return isinstance(value, int) and not isinstance(value, bool)
 
 

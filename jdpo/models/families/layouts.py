@@ -95,6 +95,7 @@ _OUTPUT = (
     _llama("self_attn.o_proj.weight", "attention.output.kernel", "d (h k) -> h k d"),
     _llama("self_attn.o_proj.bias", "attention.output.bias", "d -> d"),
 )
+# One tensor with the rows of all queries first, then those of keys and of values.
 _FUSED_ATTENTION = (
     _llama("self_attn.qkv_proj.weight", "attention.query.kernel", "(h k)[g k][g k] d -> d h k"),
     _llama("self_attn.qkv_proj.weight", "attention.key.kernel", "[h k](g k)[g k] d -> d g k"),
@@ -114,6 +115,7 @@ _MLP = (
     _llama("mlp.up_proj.weight", "mlp.up.kernel", "f d -> d f"),
     _llama("mlp.up_proj.bias", "mlp.up.bias", "f -> f"),
 )
+# One tensor with the rows of the gate first, then those of up.
 _FUSED_MLP = (
     _llama("mlp.gate_up_proj.weight", "mlp.gate.kernel", "f[f] d -> d f"),
     _llama("mlp.gate_up_proj.weight", "mlp.up.kernel", "[f]f d -> d f"),
@@ -131,6 +133,7 @@ def _experts(block: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
     classes have one tensor for all experts in memory.
     """
     return (
+        # Hugging Face calls the router `gate`, a word that means a map of the MLP everywhere else.
         _llama(f"{block}.gate.weight", "mlp.router.kernel", "e d -> d e"),
         _llama(f"{block}.experts.{{}}.{gate}.weight", "mlp.experts.gate.kernel", "x d -> d x"),
         _llama(f"{block}.experts.{{}}.{up}.weight", "mlp.experts.up.kernel", "x d -> d x"),
@@ -139,6 +142,7 @@ def _experts(block: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
 
 
 _ATTENTION_BEFORE = _llama("input_layernorm.weight", "attention_norm.scale", "d -> d")
+# Llama calls the norm before the MLP "post attention"; in Gemma 2 and OLMo 2 this is the norm of attention's output.
 _MLP_BEFORE = _llama("post_attention_layernorm.weight", "mlp_norm.scale", "d -> d")
 _ATTENTION_AFTER = _llama("post_attention_layernorm.weight", "attention_post_norm.scale", "d -> d")
 _MLP_BEFORE_OF_BOTH = _llama("pre_feedforward_layernorm.weight", "mlp_norm.scale", "d -> d")
@@ -161,6 +165,7 @@ GEMMA2 = LLAMA._replace(
 OLMO2 = LLAMA._replace(layer=(*_ATTENTION, *_WIDTH_NORMS, *_OUTPUT, _ATTENTION_AFTER, *_MLP, *_DOWN, _MLP_AFTER))
 PHI3 = LLAMA._replace(layer=(_ATTENTION_BEFORE, *_FUSED_ATTENTION, *_OUTPUT, _MLP_BEFORE, *_FUSED_MLP, *_DOWN))
 
+# Mistral's names: w1 is the gate, w3 is up, w2 is down.
 MIXTRAL = LLAMA._replace(layer=(*LLAMA.layer, *_experts("block_sparse_moe", "w1", "w3", "w2")))
 QWEN3_MOE = LLAMA._replace(layer=(*LLAMA.layer, *_experts("mlp", "gate_proj", "up_proj", "down_proj")))
 

@@ -32,12 +32,16 @@ def decoder(hf_config: Any, *, layers: tuple[LayerKind, ...], **own: Any) -> Mod
     _refuse_unsupported(hf_config)
     num_heads = hf_config.num_attention_heads
     sizes = {
+        # Missing or null in models without grouped queries.
         "num_kv_heads": getattr(hf_config, "num_key_value_heads", None) or num_heads,
+        # Missing or null in models whose heads divide the width evenly.
         "head_dim": getattr(hf_config, "head_dim", None) or hf_config.hidden_size // num_heads,
         "d_ff": getattr(hf_config, "intermediate_size", None),
+        # Families with LayerNorm have another key for it, and pass it in `own`.
         "norm_eps": getattr(hf_config, "rms_norm_eps", None),
         "max_positions": hf_config.max_position_embeddings,
         **_end_of(layers),
+        # Last, so that a family's own values take precedence over the shared ones.
         **own,
     }
     if num_heads % sizes["num_kv_heads"]:
@@ -85,6 +89,7 @@ def _end_of(layers: tuple[LayerKind, ...]) -> dict[str, Any]:
 def _refuse_unsupported(hf_config: Any) -> None:
     """Refuses settings that would change the arithmetic and that the decoder lacks."""
     for key in _REFUSED:
+        # is_causal must be true, all others false.
         value, expected = getattr(hf_config, key, None), key == "is_causal"
         if value not in (None, expected):
             raise ValueError(f"{key}: {value!r} is not supported, expected {expected!r}")
@@ -117,6 +122,7 @@ def experts_of(hf_config: Any, num_experts: int, *, d_ff: int, normalize: bool) 
     """
     for key, expected in _OTHER_EXPERTS.items():
         value = getattr(hf_config, key, None)
+        # 0, null and false all mean that the mechanism is off.
         if value and value != expected:
             raise ValueError(
                 f"{key}: {value!r} is not supported, and transformers' {hf_config.model_type} does not know it; "
@@ -221,6 +227,7 @@ def _yarn_settings(parameters: dict[str, Any], hf_config: Any) -> dict[str, Any]
     original, factor = _stretch(parameters, hf_config)
 
     def magnitude(scale: float) -> float:
+        # The YaRN paper's sqrt(1/t): it scales queries and keys alike, by way of cosines and sines.
         return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
     attention_factor = parameters.get("attention_factor")
@@ -231,6 +238,7 @@ def _yarn_settings(parameters: dict[str, Any], hf_config: Any) -> dict[str, Any]
         "factor": factor,
         "attention_factor": float(attention_factor),
         "original_max_positions": original,
+        # Null means the default here, as in transformers.
         "beta_fast": float(parameters.get("beta_fast") or 32),
         "beta_slow": float(parameters.get("beta_slow") or 1),
         "truncate": bool(parameters.get("truncate", True)),
@@ -241,6 +249,7 @@ def _longrope_settings(parameters: dict[str, Any], hf_config: Any) -> dict[str, 
     original, factor = _stretch(parameters, hf_config)
     attention_factor = parameters.get("attention_factor")
     if attention_factor is None:
+        # Phi-3's formula, as in transformers.
         attention_factor = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
     return {
         "attention_factor": float(attention_factor),
@@ -253,6 +262,7 @@ def _stretch(parameters: dict[str, Any], hf_config: Any) -> tuple[int, float]:
     """Returns the original number of positions, and the factor by which it was extended."""
     original, factor = _original_length(parameters), parameters.get("factor")
     if factor is None:
+        # Phi-3's configs have no factor; the two lengths imply it.
         return original, float(hf_config.max_position_embeddings / original)
     return original, _positive("factor of rope_parameters", factor)
 
@@ -296,6 +306,7 @@ def windows_of(hf_config: Any) -> tuple[int | None, ...]:
         raise ValueError(
             f"layer_types: {unknown[0]!r} is not supported; supported are {FULL_ATTENTION}, {SLIDING_ATTENTION}"
         )
+    # Qwen's configs keep a window that use_sliding_window turns off.
     is_off = hf_config.sliding_window is None or getattr(hf_config, "use_sliding_window", True) is False
     if SLIDING_ATTENTION in layer_types and is_off:
         raise ValueError(

@@ -57,6 +57,7 @@ def _by_window(hf_config: Any) -> tuple[LayerKind, ...]:
 
 
 def _qwen2(hf_config: Any) -> ModelConfig:
+    # Qwen2 always has biases on query, key and value; config.json has no key for them.
     return decoder(hf_config, layers=_by_window(hf_config), activation=activation_of(hf_config), qkv_bias=True)
 
 
@@ -70,6 +71,7 @@ def _mixtral(hf_config: Any) -> ModelConfig:
             f"router_jitter_noise: {hf_config.router_jitter_noise} is not supported, expected 0: routers would see "
             "other inputs in training than in evaluation"
         )
+    # Mixtral always normalizes the weights of a token's experts; config.json has no key for it.
     moe = experts_of(hf_config, hf_config.num_local_experts, d_ff=hf_config.intermediate_size, normalize=True)
     layers = same_layers(hf_config, window=hf_config.sliding_window)
     sparse = [dataclasses.replace(kind, mlp="experts") for kind in layers]
@@ -81,6 +83,7 @@ def _qwen3_moe(hf_config: Any) -> ModelConfig:
     if every < 1:
         raise ValueError(f"decoder_sparse_step: expected 1 or more, found {every}")
     layers = list(same_layers(hf_config, window=hf_config.sliding_window))
+    # Counted from 1: with a step of 2, layers 1, 3, .. have experts.
     sparse = [index for index in range(len(layers)) if index not in dense and (index + 1) % every == 0]
     moe: MoEConfig | None = None
     if sparse and hf_config.num_experts:
@@ -96,6 +99,7 @@ def _smollm3(hf_config: Any) -> ModelConfig:
     if len(turned) < hf_config.num_hidden_layers:
         raise ValueError(f"no_rope_layers: {len(turned)} entries for {hf_config.num_hidden_layers} layers")
     windows = windows_of(hf_config)
+    # Despite the key's name, an entry of 1 means that the layer has a rope.
     layers = [
         LayerKind(rope=rope if has_rope else None, window=window)
         for has_rope, window in zip(turned, windows, strict=False)
@@ -110,6 +114,7 @@ def _granite(hf_config: Any) -> ModelConfig:
         embedding_scale=float(hf_config.embedding_multiplier),
         residual_scale=float(hf_config.residual_multiplier),
         attention_scale=float(hf_config.attention_multiplier),
+        # Granite divides logits by this key, but multiplies by the three above.
         logit_scale=1.0 / (above_zero(hf_config, "logits_scaling") or 1.0),
     )
 
@@ -147,6 +152,7 @@ def _gemma2(hf_config: Any) -> ModelConfig:
 
 
 def _gemma2_mechanisms(hf_config: Any) -> dict[str, Any]:
+    # Not always the head width: Gemma 2 27B has d_model / num_heads here.
     scalar = above_zero(hf_config, "query_pre_attn_scalar")
     return {
         "activation": "hidden_activation",
@@ -159,6 +165,7 @@ def _gemma2_mechanisms(hf_config: Any) -> dict[str, Any]:
 
 def _gemma3_text(hf_config: Any) -> ModelConfig:
     types = zip(hf_config.layer_types, windows_of(hf_config), strict=True)
+    # Layers with a window have a rope of their own, with shorter waves.
     ropes = {kind: rope_of(hf_config, kind) for kind in set(hf_config.layer_types)}
     layers = tuple(LayerKind(rope=ropes[kind], window=window) for kind, window in types)
     mechanisms = _gemma2_mechanisms(hf_config)
@@ -178,8 +185,10 @@ def _gpt2(hf_config: Any) -> ModelConfig:
         raise ValueError("scale_attn_by_inverse_layer_idx: True is not supported, expected False")
     return decoder(
         hf_config,
+        # Positions come from a learned table instead.
         layers=(LayerKind(rope=None),) * hf_config.num_hidden_layers,
         **_plain_heads(hf_config),
+        # Null means four times the width, as in transformers.
         d_ff=hf_config.n_inner if hf_config.n_inner is not None else 4 * hf_config.hidden_size,
         norm_eps=float(hf_config.layer_norm_epsilon),
         norm="layer",

@@ -89,8 +89,11 @@ def init_adapters(lora: Lora, key: jax.Array, dtype: Any) -> Adapters:
         if leaf.num_inputs is None:
             return jnp.zeros(leaf.shape, dtype)
         # A key per path, so that adding a site does not change the others.
+        # A CRC, because Python's own hash of a text differs from process to process.
         of_leaf = jax.random.fold_in(key, zlib.crc32("/".join(leaf.path).encode()))
+        # PEFT's kaiming_uniform with a = sqrt(5) has this bound: sqrt(6 / ((1 + 5) inputs)).
         bound = 1 / math.sqrt(leaf.num_inputs)
+        # Drawn in float32 and then rounded, so that bfloat16 adapters start from the same numbers.
         return jax.random.uniform(of_leaf, leaf.shape, jnp.float32, -bound, bound).astype(dtype)
 
     return tree_of({leaf.path: init(leaf) for leaf in _leaves(lora)})
@@ -103,6 +106,7 @@ def weights_of(lora: Lora, base: Base, adapters: Adapters) -> Weights:
       adapters: the trained tree, or an empty one for the base alone.
     """
     if not adapters:
+        # Without adapters this is the reference, on the very same frozen arrays.
         return Weights(base.params, base.scales, {})
     found = {}
     for site in lora.sites:
@@ -126,6 +130,7 @@ def num_active_params(lora: Lora, experts_per_token: int) -> int:
     """
     num_active = 0
     for site in lora.sites:
+        # Each expert has its own adapter, and a token meets only the experts that it is sent to.
         num_all = num_adapter_params(dataclasses.replace(lora, sites=(site,)))
         num_experts = dict(zip(site.lead_axes, site.lead, strict=True)).get(EXPERT_AXIS)
         num_active += num_all if num_experts is None else num_all * experts_per_token // num_experts

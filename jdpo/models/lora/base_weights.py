@@ -84,6 +84,7 @@ def abstract_base(model: Transformer, sites: Sequence[Site], dtype: BaseDtype) -
     Args:
       sites: all sites of the model, see `find_sites`.
     """
+    # Only kernels of projections become int8; everything else has the dtype `rest`.
     params = abstract_params(model.clone(param_dtype=dtype.rest))
     if not dtype.int8:
         return Base(params, {})
@@ -102,4 +103,5 @@ def base_axes(model: Transformer, sites: Sequence[Site], dtype: BaseDtype) -> Ba
     scales: dict[Path, Any] = {}
     if dtype.int8:
         scales = {(*site.path, KERNEL): (*site.lead_axes, *site.output_axes) for site in sites}
+    # Units are split like the outputs of their kernel, so that scaling needs no communication.
     return Base(logical_axes(model), tree_of(scales))

@@ -42,12 +42,15 @@ def merge(
         unit = get_at(base.scales, path) if site is not None and base.scales else None
         program = jax.jit(
             partial(_merged, site=site, scale=lora.scale, dtype=jnp.dtype(dtype)),
+            # XLA can write a result over a donated array only if both have the same size.
             donate_argnums=0 if gives_up and leaf.dtype == dtype else (),
             out_shardings=None if shardings is None else get_at(shardings, path),
         )
         found[path] = program(leaf, unit, _pair(lora, site, adapters))
         if gives_up:
+            # Otherwise the next leaves would be allocated before this one is free.
             jax.block_until_ready(found[path])
+            # A leaf that was donated is deleted already.
             if not leaf.is_deleted():
                 leaf.delete()
     return tree_of(found)
@@ -75,6 +78,7 @@ def _merged(kernel: jax.Array, unit: Any, pair: Any, *, site: Site | None, scale
         new = _merged_layer(*one, site=site, scale=scale, dtype=dtype)
         return jax.lax.dynamic_update_index_in_dim(merged, new, layer, axis=0)
 
+    # In place, layer i is read from the result itself: it is not written before its own turn.
     start = kernel if in_place else jnp.zeros(kernel.shape, dtype)
     return jax.lax.fori_loop(0, kernel.shape[0], write, start)
 
@@ -84,5 +88,6 @@ def _merged_layer(kernel: jax.Array, unit: Any, pair: Any, *, site: Site, scale:
     numbers = as_float(kernel, unit, site, wide)
     if pair is not None:
         a, b = (leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in pair)
+        # On TPUs a float32 product is computed in bfloat16 by default.
         numbers = numbers + (jnp.matmul(a, b, precision="highest") * scale).reshape(kernel.shape)
     return numbers.astype(dtype)

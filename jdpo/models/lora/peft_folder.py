@@ -196,12 +196,14 @@ def _read_leaves(adapter: PeftAdapter, dtype: Any) -> dict[tuple[str, ...], np.n
 
         for site in lora.sites:
             if site.leader == site.path:
+                # PEFT has one [r, in] per module; here all modules share an array, inputs first like every kernel.
                 a = np.empty((*site.lead, *site.inputs, lora.r), dtype)
                 for module in site.modules:
                     a[module.at] = read(module, "A").T.reshape(*site.inputs, lora.r)
                 leaves[*site.path, "a"] = a
             b = np.empty((*site.lead, lora.r, *site.outputs), dtype)
             for module in site.modules:
+                # A fused module has one B, of which each of its projections has some rows.
                 b[module.at] = read(module, "B")[_rows(module, site.outputs)].T.reshape(lora.r, *site.outputs)
             leaves[*site.path, "b"] = b
     return leaves
@@ -226,6 +228,7 @@ def peft_tensors(lora: Lora, adapters: Any) -> dict[str, np.ndarray]:
         for module in site.modules:
             prefix = f"{PREFIX}{module.name}.lora_"
             tensors[f"{prefix}A.weight"] = np.ascontiguousarray(a[module.at].reshape(-1, lora.r).T)
+            # Projections of a fused module that are not adapted leave zeros, which change nothing.
             whole = tensors.setdefault(f"{prefix}B.weight", np.zeros((module.num_outputs, lora.r), b.dtype))
             whole[_rows(module, site.outputs)] = b[module.at].reshape(lora.r, -1).T
     return tensors
@@ -269,6 +272,7 @@ def target_names(lora: Lora, sites: Sequence[Site]) -> list[str]:
       sites: all sites of the model.
     """
     left_out = [site for site in sites if site not in lora.sites]
+    # PEFT adapts every module whose name ends in one of these, so none may also match a module that is left out.
     taken = {last_name(site) for site in left_out}
     names = (last_name(site) if last_name(site) not in taken else _within_layer(site) for site in lora.sites)
     return sorted(set(names))

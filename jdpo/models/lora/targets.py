@@ -99,6 +99,7 @@ def choose_sites(sites: Sequence[Site], targets: Targets, frozen: Sequence[str] 
             pattern = re.compile(targets)
         except re.error as error:
             raise ValueError(f"target_modules {targets!r} is not a regular expression: {error}") from None
+        # PEFT matches an expression against whole names, but entries of a list against their ends.
         chosen = {name for name in names if pattern.fullmatch(name)}
         if beyond := [name for name in frozen if pattern.fullmatch(name)]:
             raise ValueError(f"target_modules {targets!r} also matches {_listed(beyond)}{_known(names)}")

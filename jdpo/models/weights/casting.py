@@ -43,6 +43,7 @@ class Scratch:
         memory: np.ndarray | None = getattr(self._of_thread, name, None)
         if memory is None or memory.size < num_bytes:
             memory = np.empty(num_bytes + _ALIGNMENT, np.uint8)
+            # Starts at the first aligned address; the bytes before it are not used.
             memory = memory[-memory.__array_interface__["data"][0] % _ALIGNMENT :]
             setattr(self._of_thread, name, memory)
         return memory[:num_bytes].view(dtype)
@@ -58,6 +59,7 @@ def all_finite(values: np.ndarray) -> bool:
     if not values.size:
         return True
     integers, mask = bits(values), _EXPONENTS[values.dtype]
+    # As integers, because numpy's own check of bfloat16 holds the interpreter's lock.
     return int((integers & integers.dtype.type(mask)).max()) != mask
 
 
@@ -78,6 +80,7 @@ def copy_cast(source: np.ndarray, target: np.ndarray) -> None:
     elif source.dtype == BFLOAT16 and target.dtype == np.float32:
         np.left_shift(bits(source), 16, out=bits(target), dtype=np.uint32)
     elif source.dtype == BFLOAT16:
+        # To float16 or float64 by way of float32, which holds every bfloat16 exactly.
         wide = np.empty(source.shape, np.float32)
         copy_cast(source, wide)
         copy_cast(wide, target)
@@ -92,6 +95,7 @@ def _to_bfloat16(values: np.ndarray) -> np.ndarray:
     """Returns the bits of the nearest bfloat16, ties to even, of finite values: the sum would turn some NaNs into 0."""
     integers = bits(values)
     rounded = integers >> 16
+    # Adds 0x7FFF and the last bit that is kept: more than half rounds up, and a tie rounds to the even neighbour.
     rounded &= 1
     rounded += 0x7FFF
     rounded += integers

@@ -101,6 +101,7 @@ def untrained_rows(norms: np.ndarray, is_token: np.ndarray) -> np.ndarray:
     >>> untrained_rows(norms, np.array([True, True, True, True, False]))
     array([False,  True, False,  True, False])
     """
+    # Rows of zeros would lower the median, since they can be many.
     nonzero = norms[is_token & (norms > 0)]
     least = UNTRAINED_SHARE * np.median(nonzero) if nonzero.size else np.inf
     found: np.ndarray = is_token & ((norms == 0) | (norms < least))
@@ -157,6 +158,7 @@ class _Table:
     def map(self, function: Callable[[slice, np.ndarray], R]) -> list[R]:
         """Returns function(rows, values [rows, d] in the file's dtype) for all parts of the table, in order."""
         dtype = self._files.dtype(self._name)
+        # Whole rows, as many as fit in a chunk.
         num_rows = max(1, _CHUNK_BYTES // (self._width * dtype.itemsize))
 
         def of_part(start: int) -> R:
@@ -200,6 +202,8 @@ def _mean_and_spread(table: _Table, chosen: np.ndarray) -> tuple[np.ndarray, np.
         return wide.sum(axis=0), np.square(wide).sum(axis=0)
 
     parts, count = table.map(of_part), max(int(chosen.sum()), 1)
+    # Summed in the order of the table, whichever thread was first, so that the result is bitwise the same.
     mean = np.sum([total for total, _ in parts], axis=0) / count
     square = np.sum([total for _, total in parts], axis=0) / count
+    # Rounding can make the variance of equal rows slightly negative.
     return mean, np.sqrt(np.maximum(square - mean**2, 0))

@@ -43,6 +43,7 @@ def checkpoint_pieces(config: ModelConfig) -> Iterator[Piece]:
     pattern = layer_pattern(config)
     for index in range(config.num_layers):
         repeat, position = divmod(index, pattern.period)
+        # Layers after the last complete repeat are in `rest`, without a stacked axis.
         scanned = repeat < pattern.repeats
         prefix = ("stack" if scanned else "rest", f"layer_{position}")
         for rule in parameters_of(layout.layer, config, config.layers[index]):

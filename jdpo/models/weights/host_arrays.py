@@ -31,6 +31,7 @@ def host_tensors(params: Params, config: ModelConfig) -> Iterator[tuple[str, Cal
         if all(leaf.is_fully_addressable for leaf in leaves):
             yield name, functools.partial(_on_host, pieces, leaves)
         else:
+            # Gathered now, not in the function: all processes must take part, but not every one calls it.
             gathered = [_everywhere(leaf, piece.at) for piece, leaf in zip(pieces, leaves, strict=True)]
             yield name, functools.partial(_from_all, pieces, gathered)
 
@@ -40,6 +41,7 @@ def _on_host(pieces: Sequence[Piece], leaves: Sequence[jax.Array]) -> list[HostP
 
 
 def _from_all(pieces: Sequence[Piece], gathered: Sequence[jax.Array]) -> list[HostPiece]:
+    # Replicated, so any shard is the whole.
     return [(piece, np.asarray(part.addressable_data(0))) for piece, part in zip(pieces, gathered, strict=True)]
 
 
@@ -53,6 +55,7 @@ def _leaf(params: Any, piece: Piece) -> jax.Array:
 
 def _local(leaf: jax.Array, piece: Piece) -> np.ndarray:
     """Returns a piece of a leaf whose shards are all on devices of this process."""
+    # One copy of each part is enough; replicas hold the same values.
     shards = [shard for shard in leaf.addressable_shards if shard.replica_id == 0]
     if any(shard.device.platform != "cpu" for shard in shards):
         # A new array is made since jax keeps a host copy of every array that numpy has read.

@@ -34,6 +34,7 @@ def resolve_folder(name_or_path: str, revision: str | None = None, *, weights: b
     if _ADDRESS.match(name_or_path):
         return _from_store(name_or_path, revision, weights=weights)
     path = Path(name_or_path).expanduser()
+    # A local folder takes precedence over a hub repository of the same name, as in transformers.
     if path.is_dir():
         _refuse_special_files(path)
         if weights:
@@ -86,6 +87,7 @@ def _download(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns, ignore_patterns=_IGNORED))
     except HFValidationError as error:
         raise ValueError(f"model {repo_id!r}: no such local folder, and not a valid hub id: {error}") from error
+    # A subclass of RepositoryNotFoundError, so it comes first.
     except GatedRepoError as error:
         raise ValueError(
             f"model {repo_id!r} is gated: accept its terms on huggingface.co/{repo_id}, "
@@ -98,6 +100,7 @@ def _download(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
         ) from error
     except RevisionNotFoundError as error:
         raise ValueError(f"model {repo_id!r} has no revision {revision!r} on the Hugging Face hub") from error
+    # A subclass of OSError, so it comes first.
     except LocalEntryNotFoundError as error:
         raise ValueError(
             f"model {repo_id!r}{at}: no such local folder, the hub cannot be reached (or HF_HUB_OFFLINE=1 is set) "

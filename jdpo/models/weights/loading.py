@@ -95,6 +95,7 @@ def _checked_entries(folder: Path, config: ModelConfig) -> dict[str, TensorEntry
     """Returns all tensors of a folder, once they are known to be those that the model needs."""
     entries = with_prefix(tensor_entries(folder), config)
     check_tensors(folder, entries, config)
+    # Some exporters store a tied head as well; if it differed, it would be unclear which of the two is meant.
     if config.tie_embeddings and layout_of(config).head.hf_name in entries:
         with TensorFiles(entries) as files:
             _require_tied(files, entries, folder, config)
@@ -140,6 +141,7 @@ def _refuse_other_names(folder: Path, entries: Collection[str], expected: Collec
     is_known = any(name in expected for name in entries) or _has_fused_experts(entries, expected, config)
     if not wrappers and is_known:
         return
+    # Names with a wrapper's part come first, since the message shows only a few.
     entries = sorted(entries, key=lambda entry: (not set(wrappers) & set(entry.split(".")), entry))
     found, wanted = (", ".join(map(terminal, [*names][:_MAX_NAMED])) for names in (entries, expected))
     more = f" and {len(entries) - _MAX_NAMED:,} more" if len(entries) > _MAX_NAMED else ""

@@ -51,6 +51,7 @@ def fetch_folder(url: str, cache: Path, wanted: Callable[[str], bool]) -> Path:
         import fsspec
 
         system, root = fsspec.core.url_to_fs(url)
+        # fsspec remembers listings, which would hide a new version of the model.
         system.invalidate_cache()
         listed = system.ls(root, detail=True)
     except FileNotFoundError as error:
@@ -76,6 +77,7 @@ def fetch_folder(url: str, cache: Path, wanted: Callable[[str], bool]) -> Path:
                 remote[name] = _Remote(str(entry["name"]), int(entry["size"]), listing[name], _digest(entry))
     if not remote:
         raise ValueError(f"model {place}: no model files in that folder of the store")
+    # Folders of one name on different stores must not share a cache.
     address = hashlib.sha256(place.rstrip("/").encode()).hexdigest()[:16]
     folder = cache / f"{root.rstrip('/').rsplit('/', 1)[-1]}-{address}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -117,6 +119,7 @@ def _bring(system: Any, place: str, remote: Mapping[str, _Remote], folder: Path,
             _download(system, place, file, here / name)
         with lock:
             known[name] = file.mark
+            # Only after the file itself is on the disk: the manifest lists nothing that is not there.
             write_durably(here / _MANIFEST, json.dumps(known, indent=1))
 
     missing = [name for name, file in remote.items() if not is_whole(here / name, file, known.get(name))]
@@ -128,6 +131,7 @@ def _bring(system: Any, place: str, remote: Mapping[str, _Remote], folder: Path,
 
 def _linked(source: Path, target: Path) -> bool:
     """Gives a file a second name. Returns False if the file system does not support hard links."""
+    # os.link does not replace an existing file.
     target.unlink(missing_ok=True)
     try:
         os.link(source, target)
@@ -144,6 +148,7 @@ def _read_marks(folder: Path) -> dict[str, str]:
 
 
 def _download(system: Any, place: str, file: _Remote, path: Path) -> None:
+    # MD5 finds damage here, not attacks; without the flag, Python builds with FIPS refuse it.
     check = hashlib.new(file.digest[0], usedforsecurity=False) if file.digest else None
     try:
         with replacing(path) as target:

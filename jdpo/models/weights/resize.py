@@ -55,6 +55,7 @@ def _with_rows(leaf: jax.Array, new_size: int, axis: int, ids: np.ndarray, rows:
     def change(leaf: jax.Array, ids: jax.Array, rows: jax.Array) -> jax.Array:
         padding = [(0, 0), (0, 0)]
         padding[axis] = (0, new_size - leaf.shape[axis])
+        # The zeros are all overwritten: every new row is among `ids`.
         grown = jnp.pad(leaf, padding)
         return grown.at[ids].set(rows) if axis == 0 else grown.at[:, ids].set(rows.T)
 
@@ -72,6 +73,7 @@ def _fitting(sharding: Sharding, ndim: int, axis: int, new_size: int) -> Shardin
     num_parts = 1
     for name in names:
         num_parts *= sharding.mesh.shape[name] if name is not None else 1
+    # A sharding needs equal parts, so the vocabulary is replicated instead.
     if new_size % num_parts:
         spec[axis] = None
     return NamedSharding(sharding.mesh, PartitionSpec(*spec), memory_kind=sharding.memory_kind)

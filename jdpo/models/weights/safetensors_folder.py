@@ -81,6 +81,7 @@ class TensorFiles:
         try:
             while rest:
                 # A read may return fewer bytes than requested.
+                # With an offset of its own, so that threads can share a descriptor.
                 count = os.preadv(self._descriptor(entry.file), [rest], offset)
                 if not count:
                     raise ValueError(f"{entry.file} became shorter while it was read; download it again")
@@ -197,6 +198,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         for name, info in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             # Tensors must follow each other without gaps: the format's own rule, which finds damaged offsets.
             begin, after = info["data_offsets"]
+            # The header's offsets count from its end, and 8 bytes before it hold its length.
             entry = TensorEntry(path, tuple(info["shape"]), info["dtype"], 8 + header_bytes + begin)
             expected_bytes = math.prod(entry.shape) * DTYPES[entry.dtype].itemsize if entry.dtype in DTYPES else None
             if begin != end or after < begin or expected_bytes not in (None, after - begin):

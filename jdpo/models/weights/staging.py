@@ -137,6 +137,7 @@ class Reader:
         box = tuple((min(a for a, _ in part), max(b for _, b in part)) for part in zip(*shards, strict=True))
         dtype = leaf.dtype if axis is None else self._staging_dtype(leaf)
         self._num_slabs += 1
+        # Two buffers in turn: one is filled while the other moves to the devices.
         memory = self._scratch.array(f"slab {self._num_slabs % 2}", math.prod(_shape(box)), dtype)
         values = memory.reshape(_shape(box))
         in_leaf = tuple((a + low, b + low) for (a, b), (low, _) in zip(box, bounds, strict=True))
@@ -231,6 +232,7 @@ def _writer(sharding: Sharding, axis: int) -> Callable[..., jax.Array]:
         written = jax.lax.dynamic_update_slice_in_dim(integers, new, first, axis)
         return jax.lax.bitcast_convert_type(written, leaf.dtype)
 
+    # Donated, so that the slab is written into the leaf in place.
     return jax.jit(write, donate_argnums=0, out_shardings=sharding)
 
 

@@ -77,6 +77,7 @@ def _chunks(
     if part.span <= max_elements and stride - inner < _WORTH_A_SEEK:
         yield bounds, part
         return
+    # As many indices of the axis as fit, or a single one if there are long gaps between them.
     at_once = max(1, (max_elements - inner) // stride + 1) if stride - inner < _WORTH_A_SEEK else 1
     low, high = bounds[axis]
     for first in range(low, high, at_once):

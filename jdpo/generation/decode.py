@@ -16,6 +16,7 @@ import numpy as np
 from jdpo.generation.sampling import Sampling, check_sampling, sample
 from jdpo.models.transformer import KVCache, Params, Transformer, Weights, init_cache, variables
 
+# Shorter prompts share one compiled shape.
 _MIN_COLUMNS = 16
 
 
@@ -66,6 +67,7 @@ def generate(
     if not prompts:
         return []
     tokens, mask = _pad_left(prompts)
+    # A static argument of jit must be hashable; sorted, so that another order compiles no second program.
     end_ids = tuple(sorted({int(token) for token in end_token_ids}))
     new_tokens, lengths = _generate(params, tokens, mask, key, model, max_new_tokens, end_ids, sampling)
     rows = zip(_to_host(new_tokens), _to_host(lengths), strict=True)
@@ -113,6 +115,7 @@ def _generate(
 
     def run(tokens: jax.Array, mask: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         hidden, cache = model.apply(variables(params), tokens, mask, cache, method="decode")
+        # Padding is on the left, so the last column is every prompt's last token; all columns would be [n, t, v].
         logits = model.apply(variables(params), hidden[:, -1:], method="logits")
         return logits[:, 0], cache
 
@@ -120,17 +123,20 @@ def _generate(
         return (state.step < max_new_tokens) & ~jnp.all(state.done)
 
     def advance(state: _State) -> _State:
+        # A key per step, from its number: the samples do not depend on max_new_tokens.
         token = sample(state.logits, jax.random.fold_in(key, state.step), sampling)
         # Rows that are done keep sampling until all are; `lengths` leaves those tokens out.
         tokens = state.tokens.at[:, state.step].set(token)
         lengths = state.lengths + ~state.done
         done = state.done | jnp.isin(token, jnp.array(end_ids, jnp.int32))
+        # Tokens of rows that ended before this step are padding.
         logits, cache = run(token[:, None], ~state.done[:, None], state.cache)
         return _State(state.step + 1, logits, cache, tokens, lengths, done)
 
     logits, cache = run(prompt_tokens, prompt_mask, init_cache(model, num_prompts, columns + max_new_tokens))
     tokens = jnp.zeros((num_prompts, max_new_tokens), jnp.int32)
     lengths, done = jnp.zeros(num_prompts, jnp.int32), jnp.zeros(num_prompts, bool)
+    # A while loop, unlike a scan, stops as soon as every row is done.
     end = jax.lax.while_loop(unfinished, advance, _State(jnp.int32(0), logits, cache, tokens, lengths, done))
     return end.tokens, end.lengths
 
@@ -138,6 +144,7 @@ def _generate(
 def _to_host(array: jax.Array) -> np.ndarray:
     if array.is_fully_addressable:
         return np.asarray(array)
+    # Each process has only the rows of its own devices; this gives all processes all rows.
     from jax.experimental import multihost_utils
 
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))

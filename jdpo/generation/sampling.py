@@ -21,6 +21,7 @@ class Sampling(NamedTuple):
 
 def check_sampling(sampling: Sampling) -> None:
     """Raises ValueError for a negative temperature, a top_k below 1, a top_p outside (0, 1]."""
+    # Not `< 0`, so that NaN is refused as well.
     if not sampling.temperature >= 0:
         raise ValueError(f"temperature: expected 0 (greedy) or more, found {sampling.temperature}")
     if sampling.top_k is not None and sampling.top_k < 1:
@@ -38,6 +39,7 @@ def sample(logits_nv: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Arra
         logits_nv = keep_top_k(logits_nv, sampling.top_k)
     if sampling.top_p is not None:
         logits_nv = keep_top_p(logits_nv, sampling.top_p)
+    # One key per row, so that its draw depends on its index and the key alone.
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(logits_nv.shape[0]))
     return jax.vmap(jax.random.categorical)(row_keys, logits_nv).astype(jnp.int32)
 
@@ -48,7 +50,7 @@ def keep_top_k(logits_nv: jax.Array, top_k: int) -> jax.Array:
     >>> keep_top_k(jnp.array([[1.0, 3.0, 2.0]]), 2).tolist()
     [[-inf, 3.0, 2.0]]
     """
-    smallest_kept = jax.lax.top_k(logits_nv, min(top_k, logits_nv.shape[-1]))[0][:, -1:]
+    smallest_kept = jax.lax.top_k(logits_nv, min(top_k, logits_nv.shape[-1]))[0][:, -1:]  # top_k refuses k > v
     return jnp.where(logits_nv < smallest_kept, -jnp.inf, logits_nv)
 
 
@@ -65,5 +67,6 @@ def keep_top_p(logits_nv: jax.Array, top_p: float) -> jax.Array:
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
     # The most probable token has nothing before it, but rounding must not be able to remove it.
     kept = (before < top_p).at[:, 0].set(True)
+    # A threshold instead of undoing the sort: all logits from the smallest kept one on stay.
     smallest_kept = jnp.min(jnp.where(kept, descending, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits_nv < smallest_kept, -jnp.inf, logits_nv)

@@ -56,9 +56,12 @@ def raise_on_all(error: Exception | None) -> None:
 
         failed = np.reshape(multihost_utils.process_allgather(np.array([error is not None])), -1)
         if failed.any():
+            # The lowest index of those that failed, so that all processes name the same one.
             first = int(np.argmax(failed))
+            # Every process takes part, also those without an error, whose text nobody reads.
             text = (str(error) or type(error).__name__).encode()[:_CAUSE_BYTES].ljust(_CAUSE_BYTES, b"\0")
             texts = multihost_utils.process_allgather(np.frombuffer(text, np.uint8))
+            # "replace", because the cut may be within a character.
             cause = texts[first].tobytes().rstrip(b"\0").decode(errors="replace")
             error = error or ValueError(f"process {first} of this run has failed: {cause}")
     if error is not None:
@@ -87,6 +90,7 @@ def run_jointly(work: Callable[[], T], *, on_first: bool = False) -> T | None:
       Exception: the error of `work` on this process, or a ValueError that names another process and its error.
     """
     error: Exception | None = None
+    # KeyboardInterrupt is not caught: it ends this process, and `ending_together` tells the others.
     found: T | None = None
     try:
         if is_first() or not on_first:
@@ -109,7 +113,9 @@ def max_over_processes(mine: float) -> float:
 
 def any_process_later(mine: bool) -> Callable[[], bool]:
     """Starts `any_process` without waiting; calling the result waits for the answer, so devices stay busy meanwhile."""
+    # A jitted reduction is queued after the running step and returns at once; process_allgather would wait for it.
     devices = Mesh(np.array(jax.devices()), ("devices",))
+    # [devices], each process fills in the flags of its own.
     flags = jax.make_array_from_callback(
         (jax.device_count(),), NamedSharding(devices, PartitionSpec("devices")), lambda index: np.array([mine])
     )
@@ -127,9 +133,10 @@ def differing(mine: Mapping[str, str]) -> list[str]:
         return []
     from jax.experimental import multihost_utils
 
+    # Digests have one length, as the gathering needs; the texts do not.
     digests = [hashlib.sha256(text.encode()).digest() for text in mine.values()]
-    table = np.frombuffer(b"".join(digests), np.uint8).reshape(len(digests), -1)
-    everywhere = multihost_utils.process_allgather(table)
+    table = np.frombuffer(b"".join(digests), np.uint8).reshape(len(digests), -1)  # [texts, 32]
+    everywhere = multihost_utils.process_allgather(table)  # [processes, texts, 32]
     differs = (everywhere != everywhere[0]).any(axis=(0, 2))
     return [name for name, other in zip(mine, differs, strict=True) if other]
 
@@ -145,5 +152,6 @@ def agree_on(find: Callable[[], int | None]) -> int | None:
         return found
     from jax.experimental import multihost_utils
 
+    # An array cannot hold None; steps are never negative.
     step = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if found is None else found)))
     return None if step < 0 else step

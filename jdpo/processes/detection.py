@@ -134,6 +134,7 @@ def _detected(environ: Mapping[str, str], environments: Callable[[], Sequence[An
     try:
         candidates = environments()
     except (ImportError, AttributeError) as error:
+        # Without any sign of a cluster, a run of one process needs no detection.
         if _named_counts(environ) or "JOB_COMPLETION_INDEX" in environ or glob("/dev/accel*"):
             raise ValueError(
                 f"the cluster cannot be detected: this version of JAX does it in another place ({error}). Please "
@@ -145,6 +146,7 @@ def _detected(environ: Mapping[str, str], environments: Callable[[], Sequence[An
             if "JOB_COMPLETION_INDEX" not in environ:  # an ordinary Kubernetes pod, without a cluster to join
                 continue
             _check_kubernetes()
+        # Such as mpi4py, which JAX uses only on request: merely being installed does not describe a cluster.
         elif getattr(environment, "opt_in_only_method", False):
             continue
         try:
@@ -196,6 +198,7 @@ def _source(environment: Any) -> str:
 
 def _named_counts(environ: Mapping[str, str]) -> dict[str, int]:
     """Returns the variables that name more than one process, with the number of processes."""
+    # Text that is not a number belongs to another program with such a variable, and does not count.
     numbers = ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MEGASCALE_NUM_SLICES")
     counts = {name: int(environ.get(name) or 1) for name in numbers if re.fullmatch(r"\d*", environ.get(name, ""))}
     for name in ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES"):
@@ -204,6 +207,7 @@ def _named_counts(environ: Mapping[str, str]) -> dict[str, int]:
 
 
 def _check_none_missed(environ: Mapping[str, str], found: Membership | None) -> None:
+    # Processes that each train alone look like a successful run, so a count that nothing used is an error.
     for name, count in _named_counts(environ).items():
         by = f"{found.source} describes a single process" if found else "JAX does not detect the cluster"
         example = ""
@@ -242,4 +246,4 @@ def _checked(source: str, address: str, count: int, index: int, ids: list[int] |
 
 
 def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host and not host.startswith("[") else host
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host  # IPv6: its colons would run into the port

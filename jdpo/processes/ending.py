@@ -70,6 +70,7 @@ def ending_together(
             _end_for_failure(verdict, client)
 
     thread = threading.Thread(target=end_with_others, name="processes", daemon=True)
+    # A client that sees the connection close aborts the process, before `watch` can end it in order.
     with relay.holding() if relay is not None else contextlib.nullcontext():
         watch.start()
         thread.start()
@@ -82,6 +83,7 @@ def ending_together(
             raise
         finally:
             watch.leave()
+            # It may be ending this process already; if so, its line comes before anything that follows here.
             thread.join(_GRACE_SECONDS)
 
 
@@ -101,7 +103,7 @@ def may_be_of_a_loss(error: BaseException) -> bool:
     while seen is not None:
         # Some collective operations raise the runtime's status as a ValueError, as seen from jax 0.12.
         if isinstance(seen, jax.errors.JaxRuntimeError) or _STATUS.match(str(seen)):
-            return "RESOURCE_EXHAUSTED" not in str(seen)
+            return "RESOURCE_EXHAUSTED" not in str(seen)  # a full device is this process's own failure
         seen = seen.__cause__ or seen.__context__
     return False
 
@@ -127,14 +129,14 @@ def _end_for_failure(verdict: Verdict, client: Any) -> None:
     write_line(f"process {verdict.process} of this run has failed, and this process waits for it: {verdict.text}")
     with contextlib.suppress(Exception):
         client.shutdown()  # the failed process waits until all have called this
-    os._exit(_FAILED_EXIT_CODE)
+    os._exit(_FAILED_EXIT_CODE)  # no exception reaches the main thread inside a collective operation
 
 
 def _write_stacks(folder: Path | None, index: int) -> str:
     """Writes the Python stacks of all threads to a file; returns a sentence that names it."""
     try:
         if folder is None or not folder.is_dir():
-            folder = Path(tempfile.mkdtemp(prefix="jdpo-"))
+            folder = Path(tempfile.mkdtemp(prefix="jdpo-"))  # in a shared /tmp, a fixed name might be another user's
         path = folder / f"stacks-of-process-{index}.txt"
         with path.open("w", encoding="utf-8") as file:
             faulthandler.dump_traceback(file, all_threads=True)

@@ -16,7 +16,7 @@ from jdpo.processes.relay import relay_to
 from jdpo.processes.watch import DEFAULT_TIMEOUT
 from jdpo.safe_text import terminal
 
-_JOIN_SECONDS = 300.0
+_JOIN_SECONDS = 300.0  # as JAX by default
 _JAX_HEARTBEAT_SECONDS = 100
 """JAX's own deadline, after which its client aborts the process; it must be later than that of `watch`."""
 
@@ -57,6 +57,7 @@ def initialize_through_relay(
       ConnectionError: process 0 cannot listen at its address.
     """
     address = coordinator_address
+    # Process 0 hosts the service and cannot lose it, so it needs no relay.
     # With mutual TLS the client checks the name of the host that it connects to, which the relay would hide.
     if process_id != 0 and not getattr(jax.config, "jax_mtls_cert_file", None):
         address = relay_to(coordinator_address).address
@@ -78,7 +79,7 @@ def initialize_through_relay(
             process_id,
             local_device_ids,
             cluster_detection_method="deactivate",  # everything is known, and JAX would choose the devices differently
-            initialization_timeout=int(join_seconds) + 30,
+            initialization_timeout=int(join_seconds) + 30,  # after the timer above, whose message is one line
             heartbeat_timeout_seconds=heartbeat_timeout_seconds,
         )
     except jax.errors.JaxRuntimeError as error:
@@ -125,6 +126,7 @@ def join_cluster(
             found.num_processes,
             found.process_id,
             found.local_device_ids,
+            # JAX's deadline comes last: it aborts the process, while `watch` ends it with a message.
             heartbeat_timeout_seconds=max(_JAX_HEARTBEAT_SECONDS, int(2 * timeout) + 60),
         )
     return found

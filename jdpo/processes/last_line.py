@@ -15,7 +15,7 @@ LOST_EXIT_CODE = 75
 def end_at_once(text: str, exit_code: int = LOST_EXIT_CODE) -> NoReturn:
     """Writes one line to stderr and ends the process without waiting for its other threads."""
     write_line(text)
-    os._exit(exit_code)
+    os._exit(exit_code)  # sys.exit would run JAX's shutdown, which waits for the processes that are gone
 
 
 def write_line(text: str) -> None:

@@ -29,7 +29,7 @@ def local_devices(environ: Mapping[str, str], index: int, num_processes: int) ->
     given = next((environ[name] for name in _VISIBLE if environ.get(name)), None)
     if given is None:
         return [index]
-    num_visible = len(given.split(","))
+    num_visible = len(given.split(","))  # numbers or UUIDs: only how many there are matters
     if num_visible == 1:
         return None
     if num_visible % num_processes:
@@ -50,6 +50,7 @@ def tasks_of_node(environ: Mapping[str, str], count: int) -> int:
         for size, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks):
             per_node += [int(size)] * int(times or 1)
         node = int(environ.get("SLURM_NODEID") or 0)
+        # For an unknown node, the largest count: shares may then be too small, but never overlap.
         return per_node[node] if node < len(per_node) else max(per_node)
     num_nodes = environ.get("SLURM_STEP_NUM_NODES") or environ.get("SLURM_NNODES")
     return -(-count // int(num_nodes)) if num_nodes else 1

@@ -35,9 +35,10 @@ class CoordinatorRelay:
         host, _, port = coordinator.rpartition(":")
         self._service = (host.strip("[]"), int(port))
         self.lost = threading.Event()
+        # Set unless the client must not see that the service has closed.
         self._released = threading.Event()
         self._released.set()
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = socket.create_server(("127.0.0.1", 0))  # loopback only; the system picks the port
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._accept, name="coordinator-relay", daemon=True).start()
 
@@ -58,9 +59,9 @@ class CoordinatorRelay:
             except OSError:  # not up yet; the client tries again until its own timeout
                 client.close()
                 continue
-            service.settimeout(None)
+            service.settimeout(None)  # the limit is for connecting; later, silence is normal
             for end in (client, service):
-                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # barriers wait for messages of a few bytes
             closed = threading.Event()  # by the client
             threading.Thread(target=self._to_service, args=(client, service, closed), daemon=True).start()
             threading.Thread(target=self._to_client, args=(client, service, closed), daemon=True).start()
@@ -71,6 +72,7 @@ class CoordinatorRelay:
                 service.sendall(chunk)
             except OSError:  # `_to_client` notices as well and closes both ends
                 return
+        # The client ended the connection first, so the close of the service that follows is not a loss.
         closed.set()
         _shut(service)
 
@@ -82,6 +84,7 @@ class CoordinatorRelay:
                 closed.set()
                 break
         if not closed.is_set():
+            # The service closed first: its process is gone. The client must not see it while `holding`.
             self.lost.set()
             self._released.wait()
         _shut(client)

@@ -61,6 +61,7 @@ class Silence:
           signs: the latest sign per process; any change is a sign of life.
           now: a monotonic time in seconds.
         """
+        # A longer gap means that this process did not run, and could not have seen signs.
         elapsed, self._now = min(now - self._now, _BEAT_SECONDS), now
         for index, sign in signs.items():
             changed = index not in self._signs or self._signs[index] != sign
@@ -120,6 +121,7 @@ class Watch:
         """Waits until this process cannot continue and returns the verdict; returns None once the process has left."""
         silence = Silence(time.monotonic())
         while not self._left.wait(_TICK_SECONDS):
+            # First, because a published reason says more than silence.
             if found := self._published():
                 return found
             if self._relay is not None and self._relay.lost.is_set():
@@ -142,11 +144,14 @@ class Watch:
 
     def _signs(self) -> dict[int, object]:
         if self._index != 0:
+            # Process 0 hosts the store, so every answer of the store is a sign of life from it.
             return {0: self._num_answers}
+        # None before the first heartbeat, so a process that never sends one is noticed as well.
         beats = {index: self._beats.get(index) for index in range(1, self._count)}
         return {index: beat for index, beat in beats.items() if beat != _LEFT}
 
     def _deadline(self) -> float:
+        # Only process 0 has read `_beats`; it applies the shorter deadline if any process suspects a loss.
         suspected = self._suspected.is_set() or any(beat.endswith(_SUSPECTS) for beat in self._beats.values())
         return min(_SUSPECTED_SECONDS, self._timeout) if suspected else self._timeout
 
@@ -162,6 +167,7 @@ class Watch:
         if self._index == 0:  # this process hosts the store, so it answers at once
             with contextlib.suppress(Exception):
                 self._client.key_value_set(_VERDICTS + _LOST, f"{index} {verdict.text}")
+            # The store ends with this process.
             time.sleep(_LINGER_SECONDS)
         return verdict
 
@@ -189,6 +195,7 @@ class Watch:
         self._verdicts = self._entries(_VERDICTS)
         if self._index == 0:
             self._beats = {int(index): beat for index, beat in self._entries(_BEATS).items()}
+        # Hosts do not change, so they are read until known; the others only ever name process 0.
         if len(self._hosts) < (self._count if self._index == 0 else 1):
             self._hosts = {int(index): host for index, host in self._entries(_HOSTS).items()}
 

@@ -6,6 +6,7 @@ import math
 
 from jax.sharding import Mesh
 
+# By how much they communicate, least first: jax.make_mesh gives the last axes the fastest links of a TPU.
 AXES = ("data", "fsdp", "expert", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")
 """Axes that split a batch; the devices along `tensor` share its rows."""

@@ -29,6 +29,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """
     devices = jax.devices() if devices is None else devices
     shape = resolve_mesh_shape(config, len(devices))
+    # Not Mesh(...): on a TPU, make_mesh orders the devices so that neighbours along an axis are linked directly.
     # make_mesh would default to Explicit axes, under which every einsum must name its output's sharding.
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
@@ -45,6 +46,7 @@ def resolve_mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
         raise ValueError(f"mesh {asked}: every axis must be at least 1, except that one axis may be -1")
     fixed = math.prod(size for size in sizes.values() if size != -1)
     free = [axis for axis, size in sizes.items() if size == -1]
+    # With a -1, the other sizes must divide the devices; without one, they must use all of them.
     fits = num_devices % fixed == 0 if free else num_devices == fixed
     if not fits:
         found = figure(num_devices, "device")
@@ -59,6 +61,7 @@ def resolve_mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
 
 def _valid_shapes(num_devices: int, asked_expert: int, most: int = 12) -> str:
     """Lists the shapes for a number of devices, with the config's expert axis if it divides that number."""
+    # The size of this axis depends on the model's number of experts, so the user's own is kept.
     expert = asked_expert if asked_expert > 0 and num_devices % asked_expert == 0 else 1
     others = num_devices // expert
     divisors = [n for n in range(1, others + 1) if others % n == 0]

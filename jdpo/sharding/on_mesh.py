@@ -20,6 +20,7 @@ class OnMesh:
     def __init__(self, mesh: Mesh, function: Any) -> None:
         self._mesh, self._function = mesh, function
 
+    # jit traces at the first call, long after the function was made, so the mesh is set here.
     def __call__(self, *args: Any) -> Any:
         with jax.set_mesh(self._mesh), nn.logical_axis_rules(LOGICAL_RULES):
             return self._function(*args)

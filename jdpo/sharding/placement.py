@@ -35,6 +35,7 @@ def place(tree: Any, sharding: NamedSharding) -> Any:
 
 def fetch(tree: Any) -> Any:
     """Returns replicated or fully addressable device arrays as numpy arrays; works on every process."""
+    # numpy cannot read an array with shards on other hosts; of a replicated one, every shard is the whole array.
     return jax.tree.map(
         lambda array: np.asarray(array.addressable_data(0) if not array.is_fully_addressable else array), tree
     )
@@ -49,6 +50,7 @@ def state_shardings(abstract_state: Any, params: Any, param_shardings: Any, mesh
       param_shardings: tree like `params`.
       mesh: device mesh; all other leaves are replicated (Adafactor's rows and columns are small).
     """
+    # Moments have the tree of the weights; counts, scales and empty states do not.
     structure: Any = jax.tree.structure(params)  # jax's type of structures has no stubs
 
     def mirrors(node: Any) -> bool:
@@ -56,12 +58,14 @@ def state_shardings(abstract_state: Any, params: Any, param_shardings: Any, mesh
 
     def of_weights(node: Any) -> Any:
         return jax.tree.map(
+            # Adafactor has trees like the weights whose leaves are rows, columns or placeholders of other shapes.
             lambda leaf, param, sharding: sharding if leaf.shape == param.shape else replicated(mesh),
             node,
             params,
             param_shardings,
         )
 
+    # is_leaf stops at the root of every such tree, so that it is compared with the weights as a whole.
     return jax.tree.map(
         lambda node: of_weights(node) if mirrors(node) else replicated(mesh), abstract_state, is_leaf=mirrors
     )

@@ -18,12 +18,12 @@ LOGICAL_RULES: tuple[tuple[str, Any], ...] = (
     ("kv_heads", "tensor"),
     ("mlp", "tensor"),
     ("expert", "expert"),
-    ("expert_embed", "fsdp"),
+    ("expert_embed", "fsdp"),  # the expert axis already splits these by number of experts
     ("expert_mlp", "tensor"),
-    ("head_dim", None),
-    ("norm", None),
+    ("head_dim", None),  # rope and attention need whole heads
+    ("norm", None),  # small vectors: gathering them would cost more than it saves
     ("positions", None),
-    ("layers", None),
+    ("layers", None),  # the axis that lax.scan runs over
     # activations: fsdp and expert split the batch, so the model dimension stays whole
     ("batch", BATCH_AXES),
     ("act_length", None),
@@ -52,6 +52,7 @@ def _dividing(axis: str | tuple[str, ...] | None, size: int, mesh: Mesh) -> str 
     """Returns the longest prefix of the axes whose product divides `size`; None if it is empty."""
     if axis is None or isinstance(axis, str):
         return axis if axis and size % mesh.shape[axis] == 0 else None
+    # Dropping axes from the end keeps as much of the split as the dim allows: 8 over fsdp=4 x expert=3 is split by 4.
     first = next((axis[:n] for n in range(len(axis), 0, -1) if size % mesh_axis_size(mesh, axis[:n]) == 0), ())
     return first[0] if len(first) == 1 else first or None
 
@@ -88,6 +89,7 @@ def undivided_dims(logical_axes: Any, abstract_params: Any, mesh: Mesh) -> list[
         for name, size in zip(names, leaf.shape, strict=True):
             axis = rules[name] if name else None
             used = _dividing(axis, size, mesh)
+            # An axis of size 1 splits nothing, so it is never reported.
             if axis and mesh_axis_size(mesh, axis) > mesh_axis_size(mesh, used or ()):
                 but = f" (split over {used} alone)" if used else ""
                 place = f"{jax.tree_util.keystr(path)}: {name}={size}"

@@ -23,7 +23,7 @@ from jdpo.losses.pairwise import divergence_score
 
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images" / "losses"
 REFERENCE_LOGP, LENGTH = -20.0, 10
-"""Both sides of every drawn pair under the reference, for the losses that read more than log-ratios: 2 nats a token."""
+"""Both sides of every drawn pair under the reference, for losses that read more than log-ratios: 2 nats per token."""
 
 CHOSEN_COLOUR, REJECTED_COLOUR, LINE_COLOUR = "#0072B2", "#D55E00", "#222222"
 DIVERGENCE_STYLES = {

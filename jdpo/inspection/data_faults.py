@@ -46,6 +46,7 @@ def findings_of(document: Json) -> list[Json]:
     if held_out is not None:
         found += _part_findings(held_out, ", in evaluation")
     found += [*_length_findings(train["length_bias"]), *_eval_findings(held_out)]
+    # The sort is stable: findings of one severity keep the order above.
     return sorted(found, key=lambda finding: SEVERITIES.index(finding["severity"]))
 
 

@@ -34,7 +34,7 @@ def part_report(data: PreparedData, facts: RowFacts, texts: Sequence[TextFacts],
     """
     sequence = data.lengths.astype(np.int64)
     prompt_tokens, sequence_tokens = int(facts.prompt.sum()), int(facts.sequence_tokens.sum())
-    any_cut = np.any(list(facts.cut.values()), axis=0)
+    any_cut = np.any(list(facts.cut.values()), axis=0)  # [rows]
     found = repeats(data.prompt_keys, list(facts.key.values()))
     edges = {name: (data.counts.get(fault, 0), data.examples.get(fault)) for name, fault in EDGES.items()}
     return {
@@ -44,7 +44,9 @@ def part_report(data: PreparedData, facts: RowFacts, texts: Sequence[TextFacts],
         "tokens": {
             "prompt": prompt_tokens,
             "sequences": sequence_tokens,
-            "prompt_share": len(facts.length) * prompt_tokens / sequence_tokens,
+            "prompt_share": len(facts.length)
+            * prompt_tokens
+            / sequence_tokens,  # the prompt is in each side's sequence
             "longest": int(np.max(sequence)),
             "longest_row": data[int(np.argmax(sequence))].origin,
         },
@@ -63,7 +65,7 @@ def part_report(data: PreparedData, facts: RowFacts, texts: Sequence[TextFacts],
 def _counts(counts: Mapping[str, int], examples: Mapping[str, str]) -> Json:
     """Returns how many rows were read, kept, dropped and noted, the most frequent reason first."""
     dropped, notes = [], []
-    for name in sorted(counts, key=lambda name: (-counts[name], name)):
+    for name in sorted(counts, key=lambda name: (-counts[name], name)):  # ties by name: the document is reproducible
         one = {"rows": counts[name], "first": examples.get(name)}
         if name.startswith(DROPPED):
             dropped.append({"reason": name.removeprefix(DROPPED), **one})
@@ -131,5 +133,6 @@ def _marks(texts: Sequence[TextFacts]) -> Json:
     marks: Json = {}
     for kind, mark in (item for text in texts for item in text.marks.items()):
         rows = mark["rows"] + marks.get(kind, {"rows": 0})["rows"]
+        # The later dictionary wins, so the first dataset keeps its example.
         marks[kind] = {**mark, "excerpt": one_line(mark["excerpt"]), **marks.get(kind, {}), "rows": rows}
     return dict(sorted(marks.items()))

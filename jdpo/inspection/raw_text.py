@@ -82,6 +82,7 @@ def text_facts(
 def _marks_of(row: PreferenceRow | CompletionRow, special: re.Pattern[str]) -> Iterator[tuple[str, str]]:
     """Yields (kind, excerpt) for every kind of finding in a row."""
     sides = (row.chosen, row.rejected) if isinstance(row, PreferenceRow) else (row.completion,)
+    # One search over all texts; a newline between them, so that no match spans two.
     text = "\n".join(text for part in (row.prompt, *sides) for text in _texts(part))
     patterns = {SPECIAL_IN_PLAIN if isinstance(row.prompt, str) else SPECIAL: special, CONTROL: CHARACTERS[CONTROL]}
     if not text.isascii():  # every other kind is beyond ASCII

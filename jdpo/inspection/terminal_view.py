@@ -70,7 +70,7 @@ def _text(words: Words, style: str = "") -> Text:
 def _grid(lines: Lines, style: str = "dim") -> rich.table.Table:
     grid = rich.table.Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(width=11)
-    grid.add_column(overflow="fold")
+    grid.add_column(overflow="fold")  # never cut: paths and names are to be copied
     for label, words in lines:
         grid.add_row(_text(f"  {label}", style), _text(words))
     return grid
@@ -130,5 +130,6 @@ def _token_lines(pieces: Sequence[Json], console: Console, style: str, with_ids:
 
 def _broken(text: str, width: int) -> list[str]:
     """Splits a token's text into lines, and a token that is longer than a line into pieces."""
+    # Half of the width in characters, since a wide one, such as an emoji, takes two columns.
     lines = text.removesuffix("\n").split("\n")
     return [line[start : start + width // 2] for line in lines for start in range(0, len(line) or 1, width // 2)]

@@ -35,6 +35,7 @@ def one_line(text: str) -> str:
     >>> one_line("write  it\n\u200bnow")
     'write··it⏎⟨U+200B⟩now'
     """
+    # Words stay separated by plain spaces here, so that a sentence remains readable.
     seen = "".join(" " if character == " " else _visible_character(character) for character in text)
     return seen.replace("\n", "").replace("  ", SPACE * 2)  # several spaces would look like one
 
@@ -106,4 +107,5 @@ def _text_of(ids: Sequence[int], tokenizer: Tokenizer, special: frozenset[int]) 
         texts.append(str(tokenizer.hf.decode(list(ids[:number]), clean_up_tokenization_spaces=False)))
         if "\ufffd" not in texts[-1]:  # the sign for bytes that are no character yet
             return visible(texts[-1]), number
+    # No run of tokens made whole characters: the bytes are not UTF-8, so the first token is shown by itself.
     return visible(texts[0]), 1

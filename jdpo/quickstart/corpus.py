@@ -66,6 +66,7 @@ def split_countries(num_countries: int) -> Split:
     most = len(WELL_KNOWN) + len(MISTAKEN)
     if not 6 <= num_countries <= most:
         raise ValueError(f"countries is {num_countries}: choose from 6 to {most}")
+    # Two at least: one to train on, and one to hold out.
     num_mistaken = max(2, min(len(MISTAKEN), round(num_countries / 3)))
     trained: list[Country] = []
     held_out: list[Country] = []
@@ -121,13 +122,16 @@ def corpus_rows(split: Split, frequencies: Sequence[int], seed: int) -> list[dic
         start = rng.randrange(num_rounds)
         for index, phrasing in enumerate(TRAINING_PHRASINGS):
             question = capital_question(country, phrasing)
+            # Phrasings start at different places of the cycle, so no round has one answer to all of them.
             offset = start + index * num_rounds // len(TRAINING_PHRASINGS)
             for number, rows in enumerate(rounds):
                 rows.append(completion_row(question, answers[(offset + number) % num_rounds]))
     for index, fact in enumerate(other_facts(split.countries)):
         for repeat in range(_FACT_REPEATS):
+            # The repeats of a fact are spread evenly over the rounds.
             rounds[(index + repeat * num_rounds // _FACT_REPEATS) % num_rounds].append(completion_row(*fact))
     for rows in rounds:
+        # Within a round only, so that every stretch of the corpus keeps its frequencies.
         rng.shuffle(rows)
     return [row for rows in rounds for row in rows]
 
@@ -140,6 +144,7 @@ def evenly_mixed(answers: Sequence[str], counts: Sequence[int]) -> list[str]:
     """
     total = sum(counts)
     places = [
+        # The middle of each of `count` equal parts of the cycle.
         ((2 * number + 1) * total / (2 * count), answer)
         for answer, count in zip(answers, counts, strict=True)
         for number in range(count)

@@ -73,6 +73,7 @@ def prepare(place: Workplace, settings: Settings) -> None:
     Raises:
       ValueError: the folder holds a quickstart with other settings, or other files.
     """
+    # Through JSON, as the file has been: tuples become lists, so that equal settings compare equal.
     wanted = json.loads(json.dumps(dataclasses.asdict(settings)))
     if place.settings.exists():
         found = json.loads(place.settings.read_text(encoding="utf-8"))
@@ -83,6 +84,7 @@ def prepare(place: Workplace, settings: Settings) -> None:
                 "that folder"
             )
         return
+    # A start that was killed before it wrote the settings leaves these, and may be repeated.
     ours = {place.start.name, place.corpus.parent.name}
     if place.path.exists() and (others := sorted({path.name for path in place.path.iterdir()} - ours)):
         raise ValueError(
@@ -110,6 +112,7 @@ def run_all(place: Workplace, settings: Settings, log: Callable[[str], None]) ->
     prober: Prober | None = None
 
     def measure(step: int, params: Any) -> Measurement:
+        # Made at the first measurement: a start that only repeats the report then compiles nothing.
         nonlocal prober
         if prober is None:
             prober = make_prober(place, settings)
@@ -138,11 +141,12 @@ def configs(place: Workplace, settings: Settings) -> dict[str, SFTConfig | DPOCo
     shared: dict[str, Any] = {
         "max_length": MAX_LENGTH,
         "cache_dir": str(place.path / "cache"),
-        "compute_dtype": "float32",
+        "compute_dtype": "float32",  # the model is tiny, and probabilities are compared to several digits
         "remat": "none",
         "seed": settings.seed,
         "logging_steps": 10,
         "save_total_limit": 1,
+        # One mesh for all runs, so it must divide both batch sizes.
         "mesh": _mesh(math.gcd(settings.batch_size, settings.pretrain_batch_size)),
     }
     continuation = shared | {
@@ -207,6 +211,7 @@ def _run(
 
     log = ProbeLog(place.probes(name))
     result = train(config, on_step=log.on_step(measure, steps))
+    # A finished run takes no steps, so nothing would measure it.
     if not result.exit_code and not log.holds(steps):
         shutil.rmtree(place.run(name))
         result = train(config, on_step=log.on_step(measure, steps))

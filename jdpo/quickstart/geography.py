@@ -82,6 +82,7 @@ Scotland, Edinburgh, Glasgow, Aberdeen, Europe
 
 def _read(table: str, mistaken: bool) -> tuple[Country, ...]:
     rows = (line.split(", ") for line in table.strip().splitlines())
+    # Each line has exactly the text fields of Country, in their order.
     return tuple(Country(*row, mistaken=mistaken) for row in rows)  # type: ignore[misc, arg-type]
 
 

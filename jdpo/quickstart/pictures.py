@@ -108,7 +108,7 @@ def _correction(results: Results) -> Figure:
     figure = _figure(14, 4.6, f"Correcting the model: repeat {right}, or prefer {right} to {wrong}")
     axes = figure.subplots(1, 3)
     labels = dict(zip(("right", "wrong", "other"), cities, strict=True)) | {"anything_else": "anything else"}
-    for axis, name in zip(axes, (STANDARD, DPO), strict=False):
+    for axis, name in zip(axes, (STANDARD, DPO), strict=False):  # the third axis is drawn below
         curve = results["curves"][name]
         for answer, label in labels.items():
             style = ":" if answer == "anything_else" else "-"
@@ -130,7 +130,7 @@ def _correction(results: Results) -> Figure:
                 lw=2,
                 label=f"{_STAGE_LABELS[name]}, {label}",
             )
-    axis.set_yscale("log")
+    axis.set_yscale("log")  # odds multiply, so equal factors have equal heights
     axis.yaxis.set_major_formatter("{x:g} : 1")
     axis.yaxis.set_minor_formatter("")
     axis.axhline(1, color="#444444", lw=0.8)

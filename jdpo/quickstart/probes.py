@@ -71,6 +71,7 @@ class Prober:
         apply_fn = make_apply_fn(model)
 
         @jax.jit
+        # The weights are an argument: captured ones would be compiled into the program as constants.
         def answer_logps(params: Params, batch: CompletionBatch) -> jax.Array:
             logits = apply_fn(params, jnp.asarray(batch.tokens), jnp.asarray(batch.attention_mask))
             return sequence_logps(*shifted_token_logps(logits, batch.tokens, batch.completion_mask))
@@ -85,6 +86,7 @@ class Prober:
         """Measures weights in one forward pass over all probed answers."""
         params = _one_copy(params)
         logps = np.concatenate([np.asarray(self._answer_logps(params, batch)) for batch in self._batches])
+        # The last batch has padding rows, which come last.
         logps = logps[: self._num_rows].astype(np.float64)
         num_capitals = self._num_countries * len(PROBED_PHRASINGS) * 3
         capitals = logps[:num_capitals].reshape(self._num_countries, len(PROBED_PHRASINGS), 3)
@@ -124,7 +126,7 @@ def _tokenized(rows: Sequence[dict[str, Any]], tokenizer: Tokenizer, max_length:
     tokenized = []
     for result in kept:
         assert not isinstance(result, Dropped), result
-        assert not result.notes, result.notes
+        assert not result.notes, result.notes  # such as a cut answer, whose probability would be another text's
         tokenized.append(result.row)
     return tokenized
 
@@ -157,6 +159,7 @@ class ProbeLog:
 
     def measurements(self, steps: Sequence[int]) -> list[Measurement]:
         """Returns the measurements of these steps, as they are on the disk."""
+        # Not from memory: the file has rounded values, and a report made again must equal the first.
         on_disk = {measurement.step: measurement for measurement in _read(self._path)}
         return [on_disk[step] for step in steps]
 

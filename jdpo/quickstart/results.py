@@ -67,7 +67,7 @@ def frequencies(settings: Settings, countries: Countries, measurement: Measureme
     learnt = np.exp(measurement.capitals[:, SEEN])  # [c, p, a]
     counts = np.array([answer_counts(country, settings.frequencies) for country in countries.all], float)
     shares = counts / counts.sum(-1, keepdims=True)  # [c, a]
-    by_country = learnt.mean(1)
+    by_country = learnt.mean(1)  # [c, a]
     mistaken = int(np.flatnonzero(countries.mistaken)[0])
     groups = {
         "ireland": countries.ireland,
@@ -125,6 +125,7 @@ def _group(logps_cpa: np.ndarray) -> dict[str, Any]:
         "right": right,
         "wrong": wrong,
         "other": other,
+        # The three answers exclude each other, since each ends in the end token: the rest went to other texts.
         "anything_else": float(1 - probabilities.sum(-1).mean()),
         "right_logp": float(logps_cpa[..., RIGHT].mean()),
         "wrong_logp": float(logps_cpa[..., WRONG].mean()),
@@ -141,6 +142,7 @@ def cost(countries: Countries, measurements: Sequence[Measurement]) -> dict[str,
       whose right answer ended less probable than it started; the probability that leaked to other answers; and facts
       before and after.
     """
+    # [steps, c]: the peak is that of the mean, while the losses below are counted by country.
     per_country = np.stack([np.exp(m.capitals[countries.trained][:, SEEN, RIGHT]).mean(-1) for m in measurements])
     right = per_country.mean(-1)
     best = int(np.argmax(right))

@@ -34,6 +34,7 @@ class Sampled(NamedTuple):
 
 def sampled_questions(split: Split) -> list[tuple[str, str, str]]:
     """Returns (question, what it tests, right answer) for trained and held-out countries, and a held-out phrasing."""
+    # The first of each kind, so that two quickstarts show the same questions.
     trained_mistaken = next(country for country in split.trained if country.mistaken)
     held_out_known = next(country for country in split.held_out if not country.mistaken)
     held_out_mistaken = next(country for country in split.held_out if country.mistaken)
@@ -86,7 +87,7 @@ def _ask(place: Workplace, name: str, questions: Sequence[str], seed: int) -> li
     continuations = generate(
         load_params(folder, model),
         model,
-        [prompt for prompt in prompts for _ in range(ASKED)],
+        [prompt for prompt in prompts for _ in range(ASKED)],  # one batch: each row draws with its own key
         max_new_tokens=_NEW_TOKENS,
         end_token_ids=tokenizer.end_token_ids,
         key=jax.random.key(seed),

@@ -61,16 +61,17 @@ def _write_tokenizer(folder: Path, texts: Iterable[str]) -> int:
         vocab_size=_MAX_VOCAB,
         min_frequency=2,
         special_tokens=[END_OF_TEXT, TURN_START, TURN_END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # all 256 bytes, so that any text can be tokenized
         show_progress=False,
     )
+    # Sorted, because the order of texts decides between merges with equal counts.
     tokenizer.train_from_iterator(sorted(texts), trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
     write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": TURN_END,
+            "eos_token": TURN_END,  # a turn ends in it, so generation stops there in every library
             "pad_token": END_OF_TEXT,
             "model_max_length": _POSITIONS,
             "clean_up_tokenization_spaces": False,
@@ -90,7 +91,7 @@ def _llama_config(vocab_size: int, hidden_size: int, num_layers: int) -> dict[st
         "intermediate_size": 3 * hidden_size,
         "num_hidden_layers": num_layers,
         "num_attention_heads": num_heads,
-        "num_key_value_heads": num_heads // 2,
+        "num_key_value_heads": num_heads // 2,  # grouped attention, as in current models
         "head_dim": _HEAD_WIDTH,
         "hidden_act": "silu",
         "max_position_embeddings": _POSITIONS,
@@ -99,7 +100,7 @@ def _llama_config(vocab_size: int, hidden_size: int, num_layers: int) -> dict[st
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": True,
-        "pad_token_id": 0,
+        "pad_token_id": 0,  # ids of the special tokens, in the order given to the trainer
         "eos_token_id": 2,
         "dtype": "float32",
     }
@@ -131,4 +132,4 @@ def _write_weights(path: Path, config: Mapping[str, Any], rng: np.random.Generat
             f"{name}.mlp.up_proj.weight": matrix(inner, width),
             f"{name}.mlp.down_proj.weight": matrix(width, inner, residual_gain),
         }
-    save_file(tensors, path, metadata={"format": "pt"})
+    save_file(tensors, path, metadata={"format": "pt"})  # transformers refuses files without a format

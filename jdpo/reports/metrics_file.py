@@ -45,6 +45,7 @@ def scan_metrics(path: Path) -> MetricsLines:
       OSError: the file cannot be read.
     """
     found = MetricsLines([], [], [])
+    # Every line ends in a newline, so `tail` is empty unless a crash cut the last line off.
     *texts, tail = path.read_bytes().split(b"\n")
     for number, text in enumerate([*texts, tail], start=1):
         line = _parse(text)
@@ -84,16 +85,19 @@ def cut_metrics(path: Path, last_step: int) -> str | None:
         return (
             f"{path} cannot be read ({error.strerror or error}); it is kept as {kept.name}, and a new file is started"
         )
+    # The original bytes: encoding the objects again could change how a number is written.
     texts = [text for line, text in zip(found.lines, found.texts, strict=True) if line["step"] <= last_step]
     content = b"".join(text + b"\n" for text in texts)
     note = None
     if found.damage:
         kept = free_place(path, f"{path.stem}.damaged-{utc_stamp()}", path.suffix)
+        # A copy, not a rename: until the new file is written, there is always a metrics.jsonl.
         shutil.copyfile(path, kept)
         note = (
             f"{path} is damaged ({found.summary()}); its readable lines are used, and the damaged file is kept as "
             f"{kept.name}"
         )
+    # Nothing to remove is the usual case; the file then keeps its time.
     if content != path.read_bytes():
         write_durably(path, content)
     return note
@@ -108,17 +112,17 @@ def _parse(text: bytes) -> dict[str, Any] | str:
     if not isinstance(line, dict):
         return "is not a JSON object"
     step = line.get("step")
-    if type(step) is not int or step < 0:
+    if type(step) is not int or step < 0:  # isinstance would accept true
         return "has no step"
     wrong = [key for key, value in line.items() if not _is_number(value)]
     return f"has a value that is not a number under {wrong[0]!r}" if wrong else line
 
 
 def _is_number(value: Any) -> bool:
-    if type(value) not in (int, float):
+    if type(value) not in (int, float):  # isinstance would accept true
         return False
     try:
-        float(value)
+        float(value)  # JSON integers have any size
     except OverflowError:
         return False
     return True

@@ -38,6 +38,7 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 def _is_hub_name(base: str) -> bool:
     """Returns True for a name like `owner/name` or `gpt2` that is not a local folder."""
+    # A local folder has a name of the same form; as `base_model` it would link to a stranger's model.
     return _HUB_NAME.fullmatch(base) is not None and not Path(base).exists()
 
 
@@ -93,6 +94,7 @@ def model_card(
             *(_LOADING.format(base=_python_string(base)).splitlines() if is_adapter else ()),
             "## Data",
             "",
+            # Indentation makes nested lists, so it must survive the escaping.
             *(" " * (len(line) - len(line.lstrip())) + markdown(line.strip()) for line in rows.strip().split("\n")),
             "",
             "## Results",

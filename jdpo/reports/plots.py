@@ -47,7 +47,7 @@ PREFERENCE_PANELS = (
     ),
     Panel("logps", "Log-prob of whole completions", "nats", {"logps/chosen": "chosen", "logps/rejected": "rejected"}),
 )
-COMPLETION_PANELS = (Panel("loss", "Negative log-likelihood of completion tokens", "nats a token", {"loss": "loss"}),)
+COMPLETION_PANELS = (Panel("loss", "Negative log-likelihood of completion tokens", "nats per token", {"loss": "loss"}),)
 
 COLOURS = {"chosen": "#0072B2", "rejected": "#D55E00"}  # colour-blind readers can distinguish them
 
@@ -80,6 +80,7 @@ def _draw(panel: Panel, lines: Sequence[Mapping[str, Any]], folder: Path, title:
     drawn = False
     for index, (metric, label) in enumerate(panel.metrics.items()):
         colour = COLOURS.get(label, f"C{index}")
+        # Most evaluation steps are not logged steps, so each curve has its own steps.
         for name in (metric, f"eval_{metric}"):
             points = [(line["step"], line[name]) for line in lines if name in line]
             if not points:
@@ -89,6 +90,7 @@ def _draw(panel: Panel, lines: Sequence[Mapping[str, Any]], folder: Path, title:
             axes.plot(
                 *zip(*points, strict=True),
                 linestyle="--" if held_out else "-",
+                # Dots show single points of short runs; on a long curve they would hide the line.
                 marker="o" if held_out else "." if len(points) < 40 else "None",
                 markersize=5,
                 markerfacecolor="white" if held_out else colour,

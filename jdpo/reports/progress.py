@@ -24,6 +24,7 @@ WIDE = 120
 
 def make_console() -> Console:
     """Returns the console for messages and progress: standard error, so that standard output is free for results."""
+    # rich would cut lines at 80 columns where there is no terminal, such as in a log file.
     return Console(file=sys.stderr, soft_wrap=True)
 
 
@@ -36,6 +37,7 @@ def print_lines(console: Console, text: str) -> None:
     lines = terminal_lines(text).split("\n")
     if console.is_terminal:
         lines = [part for line in lines for part in _broken(line, console.width)]
+    # Brackets and colons in names must not be read as rich's markup and emoji codes.
     console.print("\n".join(lines), markup=False, highlight=False, emoji=False, soft_wrap=True)
 
 
@@ -117,11 +119,13 @@ class _Figures(ProgressColumn):
     def render(self, task: Task) -> Text:
         """Returns the figures that fit to the right of the other columns, which are never cut."""
         num_steps = f"{task.total:.0f}"
+        # The count at its widest, so that figures do not come and go as it grows.
         others = [task.description, "-" * _bar_width(self._console), f"{num_steps}/{num_steps}", task.fields["left"]]
         width = self._console.width - sum(len(part) + 1 for part in others)
         shown = ""
         for figure in task.fields["figures"]:
             longer = f"{shown}  {figure}" if shown else figure
+            # Stop at the first that does not fit: a less important one must not take its place.
             if len(longer) > width:
                 break
             shown = longer
@@ -150,6 +154,7 @@ class RunDisplay:
         self._compiled_for = 0.0
         self._line_due = 0.0
         self._bar: Progress | None = None
+        # In a log file, a bar would leave one line per refresh; `step` prints lines at intervals instead.
         if shown and console.is_terminal:
             self._bar = Progress(
                 TextColumn("{task.description}", markup=False),
@@ -189,6 +194,7 @@ class RunDisplay:
         left = f"{self._time_left(step)} left"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, figures=figures, left=left, description="training")
+        # The last step always has a line, so that a log ends with the final figures.
         elif self._shown and (time.monotonic() >= self._line_due or step == self._num_steps):
             self._line_due = time.monotonic() + LINE_SECONDS
             line = f"step {step}/{self._num_steps}  {'  '.join(figures)}  {left}"
@@ -205,4 +211,5 @@ class RunDisplay:
 
     def _time_left(self, step: int) -> str:
         seconds = time.monotonic() - self._started - self._compiled_for
+        # Steps of an earlier start took none of this time.
         return _clock(seconds / max(step - self._first_step, 1) * (self._num_steps - step))

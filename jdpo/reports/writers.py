@@ -33,7 +33,7 @@ class JsonlWriter:
     def write(self, metrics: Metrics) -> None:
         with naming(self._path):
             self._file.write(json.dumps(metrics) + "\n")
-            self._file.flush()
+            self._file.flush()  # a killed process loses no line; `sync` is for power failures
 
     def sync(self) -> None:
         """Flushes all lines to the disk, before a checkpoint relies on them."""
@@ -71,6 +71,7 @@ class WandbWriter:
         id_file = folder / "wandb_id.txt"
         if not id_file.exists():
             id_file.write_text(uuid.uuid4().hex[:8])
+        # "allow": a new id starts a run, a known one continues it.
         self._run = wandb.init(dir=str(folder), id=id_file.read_text(), resume="allow", config=dict(config))
 
     def write(self, metrics: Metrics) -> None:
@@ -96,6 +97,7 @@ def check_trackers(names: Sequence[str]) -> None:
         try:
             importlib.import_module(package)
         except ModuleNotFoundError as error:
+            # The package is there, but one that it imports is not: installing the package again would not help.
             if error.name != package:
                 raise ValueError(_broken(name, package, error)) from error
             raise ValueError(f"report_to {name} needs {package}: pip install 'jdpo[{name}]'") from None

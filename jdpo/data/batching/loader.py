@@ -81,6 +81,7 @@ class RowPlan:
         self.mixture, self._size = mixture, global_batch_size
         self._seed, self._shuffle, self._lengths = seed, shuffle, lengths
         self.steps_per_epoch = num_steps_per_epoch(mixture.num_examples, global_batch_size)
+        # Two epochs, because prefetching reads the next one while the last steps of this one are taken.
         self._grouped = functools.lru_cache(maxsize=2)(self._group)
 
     def step(self, step: int) -> np.ndarray:
@@ -97,6 +98,7 @@ class RowPlan:
         """Returns the order of an epoch with rows grouped by length; the remainder of the epoch is not grouped."""
         assert self._lengths is not None
         order = epoch_order(self.mixture, self._seed, epoch, self._shuffle).copy()
+        # Sorted with the others, the remainder would always be the longest rows.
         num_full = len(order) // self._size
         # Sorting within windows keeps long and short steps spread over the epoch.
         for window, first in enumerate(range(0, num_full, WINDOW_STEPS)):
@@ -171,7 +173,7 @@ def collate_completions(
 
 
 def _weights(num_real: int, num_slots: int) -> np.ndarray:
-    return (np.arange(num_slots) < num_real).astype(np.float32)
+    return (np.arange(num_slots) < num_real).astype(np.float32)  # [num_slots]
 
 
 def prefetch(make: Callable[[int], T], steps: range, depth: int = 2) -> Generator[T, None, None]:

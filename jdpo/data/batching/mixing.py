@@ -191,6 +191,7 @@ def mixture_of(datasets: Sequence[DatasetConfig], sizes: Sequence[int], *, num_e
 def _weighted(weights: Sequence[Fraction], sizes: Sequence[int], num_examples: int | None) -> list[int]:
     if num_examples is not None:
         return apportion(weights, num_examples)
+    # Ties go to the larger weight, which needs fewer rows of the others, then to the first.
     largest = max(range(len(sizes)), key=lambda index: (sizes[index], weights[index], -index))
     rest = [weight for index, weight in enumerate(weights) if index != largest]
     # The largest dataset gives exactly its rows; the others follow by their weights.

@@ -31,6 +31,7 @@ def read_csv(file: File, *, delimiter: str = ",") -> Iterator[Row]:
                 f"{where}: expected {len(header)} cells as in the header, found {len(cells)}; "
                 "put quotes around cells that contain commas, tabs or line breaks"
             )
+        # CSV cannot tell an empty string from a missing value; missing is the more common meaning.
         yield {name: cell or None for name, cell in zip(header, cells, strict=True)}, f"{file.label}:{number}"
 
 

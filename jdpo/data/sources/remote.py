@@ -79,6 +79,7 @@ class RemoteStore:
     def open(self, path: str) -> io.BufferedReader:
         with self._errors_of(path):
             stream = self._system.open(path, "rb")
+        # The buffer turns many small reads into few requests.
         return io.BufferedReader(_RemoteStream(stream, self.place(path)), BUFFER_BYTES)
 
     def checksum(self, path: str) -> str | None:

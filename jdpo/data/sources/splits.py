@@ -21,6 +21,7 @@ SPLIT_NAMES = ("train", "validation", "valid", "val", "dev", "eval", "test")
 _SPLIT = re.compile(
     r"(?P<name>\w[\w.-]*)(?:\[(?P<start>-?[0-9]{1,18}%?)?:(?P<stop>-?[0-9]{1,18}%?)?\])?",
 )
+# Part numbers: -00000-of-00002 (with a hash from `datasets`), .part-3, _7.
 _PART = re.compile(r"[-_.](?:[0-9]+-of-[0-9]+(?:-[0-9a-f]+)?|(?:part[-_.]?)?[0-9]+)$", re.IGNORECASE)
 
 
@@ -42,6 +43,7 @@ class Slice(NamedTuple):
 
     def plain_bounds(self) -> tuple[int, int | None]:
         """Returns the bounds of a split that does not need the number of rows; None: to the end."""
+        # islice refuses larger numbers.
         return int(self.start or 0), None if self.stop is None else min(int(self.stop), sys.maxsize)
 
 
@@ -122,6 +124,7 @@ def _without_ending(name: str) -> str:
 
 
 def _begins(name: str, split: str) -> bool:
+    # Only a separator or the end may follow: `training` does not belong to the split `train`.
     return re.match(rf"{re.escape(split)}(?![^-_.])", name) is not None
 
 

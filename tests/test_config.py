@@ -292,11 +292,20 @@ def test_text_on_the_command_line_stays_as_it_is(name: str) -> None:
     assert (config.output_dir, config.model_revision, config.chat_template) == (name, name, None)
 
 
+def test_differences_are_written_as_in_yaml_without_defaults() -> None:
+    saved = to_dict(dpo("lora=true", "datasets=[{path: a.jsonl, weight: 2.0}]"))
+    assert differences(saved, dpo("lora.r=8", "datasets=b.jsonl")) == [
+        "lora: true before, {r: 8} now",
+        "datasets: [{path: a.jsonl, weight: 2.0}] before, [{path: b.jsonl}] now",
+    ]
+    assert differences(saved, dpo("datasets=[{path: a.jsonl, weight: 2.0}]")) == ["lora: true before, null now"]
+
+
 def test_a_key_unknown_to_an_older_version_is_no_difference() -> None:
     saved = to_dict(dpo())
     del saved["label_smoothing"]
     assert differences(saved, dpo()) == []
-    assert differences(saved, dpo("label_smoothing=0.1")) == ["label_smoothing: None before, 0.1 now"]
+    assert differences(saved, dpo("label_smoothing=0.1")) == ["label_smoothing: 0.0 before, 0.1 now"]
 
 
 def test_spellings_of_one_optimizer_are_equal() -> None:
@@ -404,7 +413,7 @@ def test_a_list_on_the_command_line_is_a_list(word: str, losses: tuple[str, ...]
 def test_a_resumed_run_may_write_one_loss_as_a_list() -> None:
     config = dpo("loss_type=ipo")
     assert differences({**to_dict(config), "loss_type": "ipo"}, config) == []
-    assert differences({**to_dict(config), "loss_type": "hinge"}, config) == ["loss_type: 'hinge' before, ['ipo'] now"]
+    assert differences({**to_dict(config), "loss_type": "hinge"}, config) == ["loss_type: hinge before, [ipo] now"]
 
 
 def test_every_key_is_described_and_free_keys_exist() -> None:

@@ -66,8 +66,9 @@ def main(command: str, words: Sequence[str]) -> int:
     if options.ids and not options.rows:
         raise ValueError("--ids needs --rows N: it shows the ids of the tokens of these rows")
     task, chosen_by = choose_task(line)
-    # output_dir is required but not written, so it need not be given.
-    config = read_config(CONFIGS[task], line._replace(overrides=[*line.overrides, "output_dir=none"]))
+    # output_dir is required but not written, so it need not be given. With its dashes, since `output_dir=none` would be
+    # the value of an unknown option before it.
+    config = read_config(CONFIGS[task], line._replace(overrides=[*line.overrides, "--output_dir=none"]))
     from jdpo.inspection.document import inspect_run
 
     document = inspect_run(config, chosen_by=chosen_by, log=_log, num_rows=options.rows)
@@ -117,7 +118,7 @@ def choose_task(line: CommandLine) -> tuple[str, str]:
             return "dpo", f"{key} is a key of `jdpo dpo` alone"
     if "loss_on" in keys:  # both have it, but supervised runs set it far more often
         return "sft", "loss_on is set without a key of `jdpo dpo` alone; --task dpo selects the other command"
-    return "dpo", "the default, as no key decides; --task sft selects the other command"
+    return "dpo", "the default; --task sft selects the other command"
 
 
 def _keys(line: CommandLine) -> list[str]:

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jdpo.config.addresses import without_queries
-from jdpo.config.nested import LORA_DEFAULTS, RULE_DEFAULTS, DatasetConfig
+from jdpo.config.key_specs import as_yaml
+from jdpo.config.nested import LORA_DEFAULTS, RULE_DEFAULTS, DatasetConfig, LoraConfig
 from jdpo.config.reading import defaults_of, to_public_dict
 from jdpo.config.value_types import Settings
 
@@ -60,7 +61,26 @@ def differences(saved: Mapping[str, Any], current: Settings) -> list[str]:
     """Returns a line for each key that makes `current` another run than `saved`, which `to_dict` returned earlier."""
     now = to_public_dict(current)
     keys = [key for key in {**saved, **now} if key not in FREE_KEYS]
-    return [f"{key}: {saved.get(key)!r} before, {now.get(key)!r} now" for key in changed_keys(saved, current, keys)]
+    before = {**defaults_of(type(current)), **saved}
+    return [
+        f"{key}: {_shown(key, before.get(key))} before, {_shown(key, now.get(key))} now"
+        for key in changed_keys(saved, current, keys)
+    ]
+
+
+def _shown(key: str, value: Any) -> str:
+    """Returns a value in the spelling of YAML; datasets and groups without the keys that are at their defaults.
+
+    >>> _shown("datasets", [{"path": "pairs.jsonl", "split": "train"}]), _shown("lora", {"r": 8, "dropout": 0.0})
+    ('[{path: pairs.jsonl}]', '{r: 8}')
+    """
+    if key == "datasets" and isinstance(value, list | tuple):
+        value = [_meaning_of_dataset(dataset) for dataset in value]
+    elif isinstance(value, Mapping):
+        # Adapters with every key at its default are what `lora: true` asks for.
+        defaults = vars(LoraConfig()) if key == "lora" else {}
+        value = {name: one for name, one in value.items() if one != defaults.get(name)} or True
+    return as_yaml(value)
 
 
 def changed_keys(saved: Mapping[str, Any], current: Settings, keys: Iterable[str]) -> list[str]:

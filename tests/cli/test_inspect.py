@@ -136,6 +136,14 @@ def test_wrong_options_are_named(words: list[str], message: str, capsys: pytest.
     assert captured.out == ""
 
 
+def test_an_unknown_key_does_not_hide_that_output_dir_need_not_be_given(
+    run_words: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [word for word in run_words() if not word.startswith("output_dir")]
+    assert main(["inspect", *words, "--nonsense"]) == 2
+    assert "output_dir" not in capsys.readouterr().err
+
+
 def test_help_lists_options_and_faults(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "--help"]) == 0
     out = capsys.readouterr().out

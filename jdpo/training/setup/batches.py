@@ -79,7 +79,7 @@ class PaddedBatches:
           cache: the reference's log-probs of `data`, to travel with the batch.
         """
         self._task, self._data, self._cache = task, data, cache
-        self._scores = score_margins(data) if task.reads_scores else None
+        self._scores = data.margins if task.reads_scores else None
         self._max_length, self._pad_token_id, self._num_shards = max_length, pad_token_id, num_shards
         # All shapes of the run, so that each is compiled once, ahead of its step.
         self._lengths = sorted({self._length(indices) for indices in steps})
@@ -157,7 +157,7 @@ class PackedBatches:
           cache: the reference's log-probs of `data`, to travel with the batch.
         """
         self._task, self._data, self._cache, self._num_shards = task, data, cache, num_shards
-        self._scores = score_margins(data) if task.reads_scores else None
+        self._scores = data.margins if task.reads_scores else None
         self.plan: PackingPlan = plan_run(
             data.sizes(),
             steps,
@@ -206,25 +206,6 @@ class PackedBatches:
 
 
 Batches = PaddedBatches | PackedBatches
-
-
-def score_margins(data: PreparedData) -> np.ndarray:
-    """Returns by how much the chosen answer of each row was scored higher than the rejected one, float32 [rows].
-
-    Raises:
-      ValueError: naming the first row without scores, or whose chosen answer is not scored higher.
-    """
-    bad = np.flatnonzero(~(data.margins > 0))  # NaN, where there are no scores, is not above 0
-    if bad.size == 0:
-        return data.margins
-    first = int(bad[0])
-    margin = float(data.margins[first])
-    found = "no scores" if np.isnan(margin) else f"a score difference of {margin:g}"
-    raise ValueError(
-        f"{data[first].origin}: margin_gamma needs pairs whose chosen answer is scored higher than the rejected one, "
-        f"but this row has {found} ({bad.size:,} of {len(data):,} rows cannot be used). Name the columns score_chosen "
-        "and score_rejected in column_map, drop pairs of equal scores with min_margin, or leave margin_gamma out"
-    )
 
 
 def make_batches(

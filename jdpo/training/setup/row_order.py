@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jdpo.config import DatasetConfig, DataSettings
 from jdpo.data.batching.loader import RowPlan
 from jdpo.data.batching.mixing import mixture_of
@@ -88,6 +90,25 @@ def _progress(counter: RowCounter, stopped: Callable[[], bool], num_rows: int, t
     counter(num_rows, total)
     if stopped():
         raise BuildStopped
+
+
+def check_scores(data: PreparedData) -> None:
+    """Refuses rows whose `margins` an offset in the loss (margin_gamma) cannot read.
+
+    Raises:
+      ValueError: naming the first row without scores, or whose chosen answer is not scored higher.
+    """
+    bad = np.flatnonzero(~(data.margins > 0))  # NaN, where there are no scores, is not above 0
+    if bad.size == 0:
+        return
+    first = int(bad[0])
+    margin = float(data.margins[first])
+    found = "no scores" if np.isnan(margin) else f"a score difference of {margin:g}"
+    raise ValueError(
+        f"{data[first].origin}: margin_gamma needs pairs whose chosen answer is scored higher than the rejected one, "
+        f"but this row has {found} ({bad.size:,} of {len(data):,} rows cannot be used). Name the columns score_chosen "
+        "and score_rejected in column_map, drop pairs of equal scores with min_margin, or leave margin_gamma out"
+    )
 
 
 def plan_rows(settings: DataSettings, data: PreparedData, log: Log, *, global_batch_size: int, seed: int) -> RowPlan:

@@ -33,7 +33,7 @@ from jdpo.sharding.rules import undivided_dims
 from jdpo.training.setup.adaptation import check_adaptation, num_params
 from jdpo.training.setup.folder_digests import adapter_digest, folder_digest
 from jdpo.training.setup.model_setup import ModelSetup, build_model
-from jdpo.training.setup.row_order import Log, num_steps_of, plan_rows, prepare_rows
+from jdpo.training.setup.row_order import Log, check_scores, num_steps_of, plan_rows, prepare_rows
 from jdpo.training.setup.tasks import Task, task_for
 from jdpo.training.setup.untrained import start_tokens
 from jdpo.training.setup.validation import (
@@ -145,6 +145,10 @@ def _build(config: TrainConfig, task: Task, log: Log, *, weights: bool, stopped:
         else:
             log(f"note: no weights in {folder}: it was not checked that they fit config.json")
     train_data, eval_data = prepare_rows(config, tokenizer, log, pairs=task.loss is not None, stopped=stopped)
+    if task.reads_scores:  # now, not after hours of computing the reference's log-probs
+        for data in (train_data, eval_data):
+            if data is not None:
+                check_scores(data)
     started, reference_started = _started(model_setup, reference_folder, train_data, log)
     # The steps follow from the number of rows that are kept, which is only known now.
     row_plan = plan_rows(config, train_data, log, global_batch_size=config.global_batch_size, seed=config.seed)

@@ -21,9 +21,8 @@ from jdpo.training.setup.batches import (
     PaddedBatches,
     batch_layout,
     demanding_shapes,
-    score_margins,
 )
-from jdpo.training.setup.row_order import preparation_of
+from jdpo.training.setup.row_order import check_scores, preparation_of
 from jdpo.training.setup.tasks import Task, task_for
 from tests.conftest import write_jsonl
 
@@ -177,7 +176,8 @@ def scored_rows(tmp_path: Path, *scores: tuple[float, float] | None) -> Path:
 def test_score_margins_are_those_of_the_file(run_words: Words, tmp_path: Path) -> None:
     path = scored_rows(tmp_path, (4, 1.5), (1, 0.5))
     _, data = prepared(load_config(DPOConfig, None, run_words(datasets=path)))
-    np.testing.assert_array_equal(score_margins(data), np.float32([2.5, 0.5]))
+    check_scores(data)
+    np.testing.assert_array_equal(data.margins, np.float32([2.5, 0.5]))
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_a_row_whose_scores_cannot_be_used_is_named(run_words: Words, tmp_path: 
     path = scored_rows(tmp_path, (4, 1), second, (3, 1))
     _, data = prepared(load_config(DPOConfig, None, run_words(datasets=path)))
     with pytest.raises(ValueError, match=rf"scored.jsonl:2: .* {found} \(1 of 3 rows"):
-        score_margins(data)
+        check_scores(data)
 
 
 def test_options_a_loss_cannot_honour_are_refused(run_words: Words) -> None:

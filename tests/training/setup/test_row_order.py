@@ -55,6 +55,11 @@ def test_an_epoch_of_one_dataset_is_not_logged(run_words: Words) -> None:
     assert "how many rows each dataset has" not in setup.inputs()
 
 
+def test_rows_without_scores_are_refused_before_anything_is_computed(run_words: Words) -> None:
+    with pytest.raises(ValueError, match=r"pairs.jsonl:1: margin_gamma needs .* no scores \(20 of 20 rows"):
+        set_up(run_words(margin_gamma=0.5))
+
+
 def test_rows_are_held_out_by_their_prompt(run_words: Words) -> None:
     setup, lines = set_up(run_words(eval_fraction=0.4, eval_steps=1))
     assert setup.eval_data is not None

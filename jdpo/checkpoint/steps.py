@@ -153,7 +153,7 @@ def settle_steps(folder: Path, last_step: int | None = None) -> int | None:
         changed in that case.
     """
     # Before anything is renamed or deleted, since the folder may be that of another run.
-    _refuse_foreign(folder, last_step)
+    refuse_foreign(folder, last_step)
     for place in damaged_folders(folder):
         log.warning(
             "%s (%s) was set aside as damaged and is not used; delete it once you do not need it",
@@ -192,7 +192,12 @@ def _named_like_steps(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(names) if name.isascii() and name.isdigit() and str(int(name)) == name]
 
 
-def _refuse_foreign(folder: Path, last_step: int | None) -> None:
+def refuse_foreign(folder: Path, last_step: int | None) -> None:
+    """Refuses a folder with the name of a step that is a checkpoint of another step, or of a longer run.
+
+    Raises:
+      ValueError: naming the folder, and where it belongs.
+    """
     for step in step_folders(folder):
         place = folder / str(step)
         found = step_of(place)

@@ -141,6 +141,9 @@ def _make_lines_of_others_safe() -> None:
     """Log lines, warnings and tracebacks, which libraries print as they are, name files and models too."""
     sys.excepthook = lambda _, error, __: _print_traceback(error)
     logging.setLogRecordFactory(_SafeRecord)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_LogFormat())
+    logging.basicConfig(handlers=[handler])  # before a library does, whose format would be used otherwise
     warnings.formatwarning = _format_warning
 
 
@@ -150,6 +153,14 @@ class _SafeRecord(logging.LogRecord):
     def getMessage(self) -> str:
         # Further lines are set in, so that a name with a line feed in it fakes no line of jdpo's own.
         return _safe(super().getMessage()).replace("\n", "\n    ")
+
+
+class _LogFormat(logging.Formatter):
+    """Writes lines of jdpo like its other messages, `warning: ...`, and those of libraries with their names."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        own = record.name.partition(".")[0] == "jdpo"
+        return f"{record.levelname.lower()}: {record.message}" if own else f"{record.name}: {record.message}"
 
 
 _format_as_python = warnings.formatwarning

@@ -216,6 +216,8 @@ def joined(words: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
         if not (equals or word.startswith("--")):
             if done and f"--{done[-1]}" in options:  # `beta 0.2`, where beta is read as the config file
                 raise ValueError(f"cannot read {word!r}; did you mean `--{done[-1]} {word}`?")
+            if done and not done[0].startswith("--") and word.endswith((".yaml", ".yml")):
+                raise ValueError(f"two config files, {done[0]} and {word}; give one, and keys that override it")
             if done:
                 raise unreadable(word)
             done.append(word)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TypeVar
 
 from jdpo.cli.cluster import in_cluster
+from jdpo.cli.failures import INTERRUPTED
 from jdpo.cli.key_help import key_help
 from jdpo.cli.parsing import CONFIG_USAGE, CommandLine, Parser, add_config, add_help, add_keys, parse
-from jdpo.config import CONFIGS, Settings, load_config, public_text, to_yaml
+from jdpo.config import CONFIGS, OutputSettings, Settings, load_config, public_text, to_yaml
 from jdpo.safe_text import terminal_lines
 
 C = TypeVar("C", bound=Settings)
@@ -89,4 +92,18 @@ def main(command: str, words: Sequence[str]) -> int:
             return 0
         from jdpo.training.run import train
 
-        return train(config).exit_code
+        try:
+            return train(config).exit_code
+        except KeyboardInterrupt:  # a second Ctrl-C; the first one would have saved a checkpoint
+            print(shown_error(interrupted(config)), file=sys.stderr)
+            return 128 + signal.SIGINT
+
+
+def interrupted(output: OutputSettings) -> str:
+    """Returns what is left of a run that was ended in the middle of a step, and how to continue, as a message."""
+    from jdpo.checkpoint.steps import complete_steps
+
+    folder = Path(output.output_dir) / "checkpoints"
+    steps = complete_steps(folder)
+    found = f"the last checkpoint is step {steps[-1]} in {folder}" if steps else f"there is no checkpoint in {folder}"
+    return f"{INTERRUPTED}; {found}. To {'continue from it' if steps else 'start again'}, run the same command again"

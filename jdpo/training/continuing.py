@@ -6,8 +6,9 @@ from pathlib import Path
 
 from jdpo.checkpoint.manager import CheckpointManager, read_position
 from jdpo.checkpoint.output_folders import check_out
-from jdpo.checkpoint.steps import damaged_folders, settle_steps
+from jdpo.checkpoint.steps import complete_steps, damaged_folders, refuse_foreign, settle_steps
 from jdpo.config import differences
+from jdpo.models.weights.hub_models import has_weights
 from jdpo.processes import agree_on, differing, run_jointly
 from jdpo.training.finish import source_folders
 from jdpo.training.run_dir import RunDirectory
@@ -29,9 +30,14 @@ def check_inputs(setup: Setup, directory: RunDirectory) -> None:
             f"the processes of this run do not have the same files: {', '.join(unlike)} differ from host to host; give "
             "every host the same ones"
         )
-    held_out = setup.eval_data.file_digests() if setup.eval_data is not None else {}
-    directory.check_inputs(inputs, {**held_out, **setup.train_data.file_digests()})
+    directory.check_inputs(inputs, file_digests(setup))
     directory.update(rows=setup.train_data.summary())  # for the model card of an export
+
+
+def file_digests(setup: Setup) -> dict[str, str]:
+    """Returns the digest of every file that rows are read from, by its name."""
+    held_out = setup.eval_data.file_digests() if setup.eval_data is not None else {}
+    return {**held_out, **setup.train_data.file_digests()}
 
 
 def find_newest(setup: Setup, directory: RunDirectory) -> int | None:
@@ -58,15 +64,49 @@ def _newest_on_disk(directory: RunDirectory, num_steps: int) -> int | None:
     damaged = [place.name for place in damaged_folders(folder)]
     if directory.is_new:
         directory.give_up(damaged)
-    lost = [name for name in damaged if name not in directory.record.given_up]
+    if newest is None:
+        _refuse_lost(directory)
+    return newest
+
+
+def _refuse_lost(directory: RunDirectory) -> None:
+    """Refuses a run without a whole checkpoint if it has damaged ones that were not given up."""
+    folder = directory.checkpoints
+    damaged = [place.name for place in damaged_folders(folder)]
     # Starting over silently would lose a run whose checkpoints can be repaired.
-    if newest is None and lost:
+    if lost := [name for name in damaged if name not in directory.record.given_up]:
         raise OSError(
             f"no checkpoint of the run in {directory.path} is whole: {', '.join(lost)} in {folder} cannot be resumed. "
             "Repair one and rename it to its step; or give the same command with `--resume never`, which keeps them "
             "and starts at step 0 again"
         )
-    return newest
+
+
+def describe_start(setup: Setup, directory: RunDirectory) -> str:
+    """Describes where the run in a folder would be resumed, for a dry run: nothing is changed.
+
+    Args:
+      directory: of a run that has begun.
+
+    Raises:
+      ValueError: the run would be refused: an input or a checkpoint is not of this run.
+      OSError: all checkpoints are damaged.
+    """
+    can_compare = has_weights(setup.model_folder)  # a dry run works without weights
+    if can_compare:
+        directory.compare_inputs(setup.inputs(), file_digests(setup))
+    refuse_foreign(directory.checkpoints, setup.num_steps)
+    steps = complete_steps(directory.checkpoints)
+    if not steps:
+        _refuse_lost(directory)
+        return f"output_dir {directory.path} holds this run, without a checkpoint: it would start again at step 0"
+    newest = steps[-1]
+    if can_compare:
+        _check_position(setup, directory.checkpoints.absolute() / str(newest))
+    return (
+        f"output_dir {directory.path} holds this run: it would resume from the checkpoint of step {newest} of "
+        f"{setup.num_steps}, if the files of that checkpoint are intact"
+    )
 
 
 def _check_position(setup: Setup, checkpoint: Path) -> None:

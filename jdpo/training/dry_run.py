@@ -7,18 +7,22 @@ from typing import Any
 
 import jax
 
-from jdpo.config import ReferenceSettings, TrainConfig, to_dict
+from jdpo.config import ReferenceSettings, TrainConfig
 from jdpo.devices import leave_out_missing_tpus
+from jdpo.training.continuing import describe_start
 from jdpo.training.fit.assembly import Assembly, assemble
-from jdpo.training.run_dir import check_output_dir
+from jdpo.training.run_dir import RunDirectory
 from jdpo.training.setup.numerics import numerics, resolve_dtype
 from jdpo.training.setup.run_setup import Log, build
+from jdpo.training.setup.tasks import task_for
 from jdpo.training.setup.validation import Mode
 from jdpo.words import memory
 
 
 def dry_run(config: TrainConfig, log: Log) -> None:
     """Checks everything that a run checks before it loads weights, and logs its plan and its memory per device.
+
+    If output_dir holds a run, the settings are compared with it, and where it would be resumed is logged.
 
     Args:
       log: takes lines for the user.
@@ -29,13 +33,17 @@ def dry_run(config: TrainConfig, log: Log) -> None:
     leave_out_missing_tpus()
     config = resolve_dtype(config)
     with numerics(config):
-        # Without opening the folder: a dry run leaves no trace.
-        check_output_dir(to_dict(config))
+        # Only read: a dry run leaves no trace.
+        directory = RunDirectory(config, task_for(config).command, only_read=True)
         setup = build(config, log, weights=False)
         live = setup.task.uses_reference and isinstance(config, ReferenceSettings) and config.reference == "live"
         mode: Mode = "live" if live else "none"  # auto and cached free the reference before the run trains
         remat = "none" if config.remat == "auto" else config.remat
         log(describe_kept(assemble(setup, reference=mode, remat=remat)))
+        if directory.finished:
+            log(f"the run in {directory.path} is finished; its model is {directory.model}")
+        elif not directory.is_new:
+            log(describe_start(setup, directory))
 
 
 def describe_kept(assembly: Assembly) -> str:

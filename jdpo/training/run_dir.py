@@ -61,12 +61,13 @@ def check_output_dir(settings: Mapping[str, Any]) -> None:
 class RunDirectory:
     """Owns output_dir. Only the first process writes."""
 
-    def __init__(self, config: OutputSettings, command: str) -> None:
+    def __init__(self, config: OutputSettings, command: str, *, only_read: bool = False) -> None:
         """Opens a new folder, or the folder of the same run.
 
         Args:
           config: the run's settings.
           command: "sft" or "dpo".
+          only_read: True: nothing is locked, created or written, as for a dry run.
 
         Raises:
           ValueError: the folder cannot be written, or holds another run; every difference is named.
@@ -82,13 +83,15 @@ class RunDirectory:
         # Before the config is written, which others may read.
         refuse_passwords(to_dict(config))
         run_jointly(lambda: check_output_dir(to_dict(config)), on_first=True)
-        run_jointly(self._take_lock, on_first=True)
+        if not only_read:
+            run_jointly(self._take_lock, on_first=True)
         try:
             starts_over = config.resume == "never" and run_jointly(self._is_lost, on_first=True)
             # Decided on the first process, as only its file system counts.
             self._starts_over = any_process(bool(starts_over))
             run_jointly(lambda: self._read_owner(config, command))
-            run_jointly(lambda: self._write_owner(config, command), on_first=True)
+            if not only_read:
+                run_jointly(lambda: self._write_owner(config, command), on_first=True)
         except BaseException:
             self.close()
             raise
@@ -176,8 +179,9 @@ class RunDirectory:
             words += f" --reference_model {saved['reference_model'] or saved['model_name_or_path']}"
         return (
             f"the run in {self.path} is finished, and its learning rate has followed its schedule to the end, so it "
-            f"cannot be made longer or shorter ({', '.join(changed)}). To train on, start a new run from its model: "
-            f"`{words}`{' (which keeps the reference)' if has_reference else ''}"
+            f"cannot be made longer or shorter ({', '.join(changed)}). For a run of another length, choose another "
+            f"output_dir. To train this model further, start a new run from it: `{words}`"
+            f"{' (which keeps the reference)' if has_reference else ''}"
         )
 
     def _never_began(self) -> bool:
@@ -240,12 +244,13 @@ class RunDirectory:
         Raises:
           ValueError: naming each input that is not what the run started with.
         """
-        run_jointly(lambda: self._check_inputs(inputs, files))
+        run_jointly(lambda: self.compare_inputs(inputs, files))
         if is_first():
             record = self.record
             dataclasses.replace(record, inputs={**record.inputs, **inputs}, files=dict(files)).write(self._run_file)
 
-    def _check_inputs(self, inputs: Mapping[str, str], files: Mapping[str, str]) -> None:
+    def compare_inputs(self, inputs: Mapping[str, str], files: Mapping[str, str]) -> None:
+        """Refuses inputs that differ from those that the run started with; see `check_inputs`. Writes nothing."""
         saved, files_then = self.record.inputs, self.record.files
         changed = [name for name, digest in inputs.items() if name in saved and saved[name] != digest]
         changed_files = [name for name, digest in files.items() if files_then.get(name, digest) != digest]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from jdpo.checkpoint.steps import MANIFEST
 from jdpo.cli.failures import explain_failure
+from jdpo.cli.train import interrupted
+from jdpo.config import OutputSettings
 from jdpo.durable import write_durably
 from jdpo.reports.writers import JsonlWriter
 
@@ -30,6 +34,15 @@ def test_a_full_disk_is_known_by_its_words_too() -> None:
     assert shown.startswith("the disk is full (I/O error: No space left on device (os error 28)). Free")
     own = OSError("the checkpoint of step 2 could not be written to x: No space left on device. Free space there")
     assert explain_failure(own) == str(own)
+
+
+def test_a_second_ctrl_c_names_the_last_checkpoint(tmp_path: Path) -> None:
+    run = OutputSettings(output_dir=str(tmp_path))
+    assert "there is no checkpoint" in interrupted(run)
+    for step in (3, 10):
+        (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
+        (tmp_path / "checkpoints" / str(step) / MANIFEST).write_text(json.dumps({"step": step, "files": {}}))
+    assert f"the last checkpoint is step 10 in {tmp_path / 'checkpoints'}" in interrupted(run)
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't start new thread")])

@@ -99,6 +99,7 @@ def test_a_config_file_comes_first_or_after_config(
     assert "beta is a key of `jdpo dpo` alone" in capsys.readouterr().out
     for words, error in (
         ([str(path), "--config", str(path)], "two config files"),
+        ([str(path), "other.yaml"], "two config files"),
         (["--config"], "--config needs the path of a YAML file"),
         (["--config", "--beta", "1"], "--config needs the path of a YAML file"),
     ):
@@ -127,6 +128,44 @@ def test_dry_run_checks_everything_and_leaves_nothing(
     assert not (tmp_path / "run").exists()
     assert main(["dpo", *run_words(global_batch_size=9), "--dry_run"]) == 2
     assert "use a multiple of 8, such as 8, 16, 24" in capsys.readouterr().err
+
+
+def test_a_dry_run_compares_with_the_run_in_output_dir_and_changes_nothing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, run_words: Callable[..., list[str]]
+) -> None:
+    words = run_words(max_steps=2, save_steps=1)
+    assert main(["dpo", *words]) == 0
+    run = tmp_path / "run"
+
+    def dry_run(*more: str) -> tuple[int, str]:
+        before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+        code, printed = main(["dpo", *words, *more, "--dry_run"]), capsys.readouterr()
+        assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+        return code, printed.out + printed.err
+
+    capsys.readouterr()
+    code, printed = dry_run()
+    assert code == 0
+    assert f"the run in {run} is finished" in printed
+    code, printed = dry_run("--beta=0.3")
+    assert code == 2
+    assert "beta: 0.1 before, 0.3 now" in printed
+
+    shutil.rmtree(run / "model")
+    shutil.rmtree(run / "checkpoints" / "2")
+    assert "would resume from the checkpoint of step 1 of 2" in dry_run()[1]
+    shutil.move(run / "checkpoints" / "1", run / "checkpoints" / "3")
+    code, printed = dry_run()
+    assert code == 2
+    assert "rename it to 1" in printed
+    shutil.move(run / "checkpoints" / "3", run / "checkpoints" / "damaged-1-then")
+    code, printed = dry_run()
+    assert code == 1
+    assert "damaged-1-then" in printed
+    write_jsonl(tmp_path / "pairs.jsonl", chat_pairs(21))
+    code, printed = dry_run()
+    assert code == 2
+    assert "the training rows has changed" in printed
 
 
 def test_errors_go_to_stderr_with_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
@@ -193,6 +232,7 @@ import logging, warnings
 from jdpo.cli.main import main
 main(["dpo", "--help"])
 logging.getLogger("some.library").warning("log %s", "\\x1b[31m")
+logging.getLogger("jdpo.checkpoint.steps").warning("a folder is damaged")
 own = logging.getLogger("a.library.with.a.handler")
 own.addHandler(logging.StreamHandler())
 own.warning("own log \\x1b[31m\\nfake: ok")
@@ -201,7 +241,8 @@ raise RuntimeError("fault \\x1b[31m")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 1
-    assert "log \\x1b[31m" in done.stderr
+    assert "some.library: log \\x1b[31m" in done.stderr
+    assert "\nwarning: a folder is damaged\n" in done.stderr
     assert "own log \\x1b[31m\n    fake: ok\n" in done.stderr
     assert "UserWarning: warning \\x1b[31m" in done.stderr
     assert "RuntimeError: fault \\x1b[31m" in done.stderr

@@ -105,7 +105,9 @@ def test_a_finished_run_can_not_be_made_longer(run: Path) -> None:
         assert not directory.finished  # its model is missing
         directory.model.mkdir()
         assert directory.finished
-    with pytest.raises(ValueError, match="To train on"), opened(run, max_steps=8):
+    with pytest.raises(ValueError, match="To train this model further"), opened(run, max_steps=8):
+        pass
+    with pytest.raises(ValueError, match="of another length, choose another output_dir"), opened(run, max_steps=2):
         pass
     with pytest.raises(ValueError, match="different run"), opened(run, max_steps=8, learning_rate=1.0):
         pass

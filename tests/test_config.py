@@ -317,7 +317,7 @@ def test_spellings_of_one_optimizer_are_equal() -> None:
     assert len(differences(saved, dpo("optimizer=adamw_bf16"))) == 1
 
 
-def test_a_name_on_the_command_line_changes_the_rule_alone(tmp_path: Path) -> None:
+def test_a_name_on_the_command_line_changes_only_the_rule(tmp_path: Path) -> None:
     """Holds whether the file or the command line has the whole group, and the other the bare name."""
     for text in ("optimizer: {name: adamw, b2: 0.98, weight_decay: 0.1}", "optimizer: adamw"):
         (tmp_path / "run.yaml").write_text(f"model_name_or_path: m\noutput_dir: o\ndatasets: d\n{text}\n")
@@ -383,7 +383,7 @@ def test_bad_yaml_names_the_file(tmp_path: Path, text: str, message: str) -> Non
     assert str(path) in str(error.value)
 
 
-def test_missing_yaml_says_so(tmp_path: Path) -> None:
+def test_missing_yaml_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no config file at"):
         dpo(path=tmp_path / "none.yaml")
 

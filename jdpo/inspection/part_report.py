@@ -44,9 +44,8 @@ def part_report(data: PreparedData, facts: RowFacts, texts: Sequence[TextFacts],
         "tokens": {
             "prompt": prompt_tokens,
             "sequences": sequence_tokens,
-            "prompt_share": len(facts.length)
-            * prompt_tokens
-            / sequence_tokens,  # the prompt is in each side's sequence
+            # Each side's sequence has the prompt.
+            "prompt_share": len(facts.length) * prompt_tokens / sequence_tokens,
             "longest": int(np.max(sequence)),
             "longest_row": data[int(np.argmax(sequence))].origin,
         },

@@ -45,7 +45,7 @@ def test_it_needs_no_weights_and_leaves_nothing_but_the_cache(
         resolve_folder(str(no_weights))
 
 
-def test_json_alone_goes_to_standard_output(
+def test_only_json_goes_to_standard_output(
     capsys: pytest.CaptureFixture[str], run_words: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     page = tmp_path / "report" / "page.html"
@@ -61,7 +61,7 @@ def test_json_alone_goes_to_standard_output(
     assert json.loads(capsys.readouterr().out) == document
 
 
-def test_strict_fails_on_faults_alone(
+def test_strict_fails_only_on_faults(
     capsys: pytest.CaptureFixture[str], run_words: Callable[..., list[str]], pairs_file: Path
 ) -> None:
     assert main(["inspect", "--strict", *run_words()]) == 0

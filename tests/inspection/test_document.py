@@ -417,7 +417,7 @@ class Page(HTMLParser):
             self.text.append(data)
 
 
-def test_the_page_holds_data_as_text_alone(inspect: Callable[..., Any]) -> None:
+def test_the_page_holds_data_only_as_text(inspect: Callable[..., Any]) -> None:
     page = Page(page_of(inspect([*HOSTILE, *clean_rows(2)], HOSTILE, num_rows=6)))
     names = [tag for tag, _ in page.tags]
     assert names.count("style") == 1

@@ -97,7 +97,7 @@ def test_the_state_of_a_loss_survives_a_stop(
         same_run(plain, tmp_path / "whole")
 
 
-def test_losses_without_a_reference_hold_none(cut_words: Words, tmp_path: Path, capsys: Capture) -> None:
+def test_losses_without_a_reference_load_none(cut_words: Words, tmp_path: Path, capsys: Capture) -> None:
     given = QUICK | {"max_steps": 3, "loss_type": "simpo", "beta": 2.0}
     assert main(cut_words(tmp_path / "run", **given)) == 0
     assert "reference: none, the loss has none" in "".join(capsys.readouterr())

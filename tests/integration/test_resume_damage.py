@@ -35,7 +35,7 @@ def damage_all(run: Path) -> None:
         manifest.write_text("{")
 
 
-def test_where_all_checkpoints_are_damaged_a_run_starts_over_only_when_told_to(
+def test_with_all_checkpoints_damaged_a_run_starts_over_only_on_request(
     cut_words: Words, copy: Path, uninterrupted: Path, same_run: SameRun, capsys: Capture
 ) -> None:
     steps = saved_steps(copy)

@@ -76,7 +76,7 @@ def test_rows_are_trls_token_for_token(golden: dict[str, Any], parity: ModuleTyp
 def test_every_metric_of_every_step_is_trls(
     golden: dict[str, Any], metrics: list[dict[str, float]], parity: ModuleType
 ) -> None:
-    """Loss and gradient norm agree to 3e-5 over ten AdamW steps, log-probs to 1e-6, all else to 1e-3."""
+    """Compares loss and gradient norm to 3e-5 over ten AdamW steps, log-probs to 1e-6, all else to 1e-3."""
     differences = parity.compare(golden["steps"], metrics, beta=golden["settings"]["beta"])
     too_far = {
         (step["step"], name): value
@@ -87,8 +87,8 @@ def test_every_metric_of_every_step_is_trls(
     assert not too_far
 
 
-def test_the_golden_trace_goes_somewhere(golden: dict[str, Any], parity: ModuleType) -> None:
-    """At ln 2 any two trainers agree; the trace must have left it for the comparison to mean anything."""
+def test_the_golden_trace_leaves_its_start(golden: dict[str, Any], parity: ModuleType) -> None:
+    """Any two trainers agree at ln 2, so the trace must leave it for the comparison to mean anything."""
     assert len(golden["steps"]) == 10
     assert parity.moved(golden["steps"]) >= parity.MIN_MOVE
 

@@ -92,8 +92,8 @@ def test_memory_falls_along_the_order(runs: dict[str, Run]) -> None:
 
 
 @pytest.mark.full
-def test_bytes_a_token_are_those_of_the_formulas(runs: dict[str, Run]) -> None:
-    """Of docs/memory.md, by what two layers more take; what does not grow with the layers cancels."""
+def test_bytes_per_token_match_the_formulas(runs: dict[str, Run]) -> None:
+    """Checks docs/memory.md by the memory of two more layers; whatever does not grow with the layers cancels."""
     batch = packed_batch(4, (150, 180, 180))
     d, f, h, g, k = CONFIG.d_model, CONFIG.d_ff, CONFIG.num_heads, CONFIG.num_kv_heads, CONFIG.head_dim
     b, r = 8, batch.gather.size / batch.tokens.size

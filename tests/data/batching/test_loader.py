@@ -184,7 +184,7 @@ def test_the_shards_of_all_hosts_are_a_partition_of_the_step(num_hosts: int) -> 
 
 
 @given(max_length=st.integers(1, 5000), data=st.data())
-def test_buckets_hold_what_they_are_for(max_length: int, data: st.DataObject) -> None:
+def test_a_bucket_is_at_least_the_length(max_length: int, data: st.DataObject) -> None:
     n = data.draw(st.integers(1, max_length))
     bucket = bucket_length(n, max_length)
     assert n <= bucket < max_length + 8

@@ -94,7 +94,7 @@ def test_a_dataset_without_a_row_in_an_epoch_is_refused() -> None:
 
 
 @given(mixtures(), st.integers(0, 2**33), st.integers(0, 4), st.booleans())
-def test_an_epoch_takes_what_it_should_whatever_seed_and_order(
+def test_the_counts_of_an_epoch_do_not_depend_on_seed_and_order(
     mixture: Mixture, seed: int, epoch: int, shuffle: bool
 ) -> None:
     order = epoch_order(mixture, seed, epoch, shuffle)

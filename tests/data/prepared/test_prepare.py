@@ -322,7 +322,7 @@ def test_the_chosen_side_of_preference_rows_is_learnt_and_reported(tmp_path: Pat
     assert chatml.hf.decode(data[0].tokens[data[0].completion_mask]) == "Paris<|im_end|>\n"
 
 
-def test_half_a_surrogate_pair_costs_the_row_alone(prepare: Callable[..., Any], tmp_path: Path) -> None:
+def test_half_a_surrogate_pair_drops_only_its_row(prepare: Callable[..., Any], tmp_path: Path) -> None:
     raw = rows(4)
     raw[1]["chosen"][0]["content"] = "bad \ud83d half"
     raw[2]["prompt"][0]["content"] = "bad \ud83d half"

@@ -94,7 +94,7 @@ def test_a_cut_answer_needs_no_end() -> None:
     assert found(pairs(([BOS, 5, 6], [7, 8], [7, 8, 7, 8, 7])), cut=True) == {NO_END: [0]}
 
 
-def test_plain_text_ends_in_eos_alone() -> None:
+def test_plain_text_ends_only_in_eos() -> None:
     row = ([BOS, 5], [7, EOS], [8, EOS])
     assert found(pairs(row), plain=True) == {}
     assert found(pairs(row, ([BOS, 5], GOOD, [7, EOS])), plain=[True, False]) == {}, "EOS is among the last two"

@@ -146,7 +146,7 @@ def test_lists_of_different_lengths_are_named_and_other_columns_are_left_alone()
 @pytest.mark.parametrize(
     "side", [LOOK, [LOOK], LOOK["function"], [LOOK["function"]], {"tool_calls": [LOOK]}, {"content": None, **CALL}]
 )
-def test_a_side_may_be_calls_alone(side: Any) -> None:
+def test_a_side_may_consist_of_calls(side: Any) -> None:
     row = PreferenceRow([ASK], [CALL], [GREEN], "x:1")
     assert preference_rows({"prompt": [ASK], "chosen": side, "rejected": GREEN}, "x:1") == [row]
     assert preference_rows({"messages": [ASK], "chosen": side, "rejected": [GREEN]}, "x:1") == [row]

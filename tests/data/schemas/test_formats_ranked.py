@@ -93,7 +93,7 @@ def test_what_is_chosen_is_always_ranked_better(ranks: list[int], rule: Any) -> 
         assert len(made) == (differing > 0)
 
 
-def test_the_random_pick_follows_the_words_alone() -> None:
+def test_the_random_pick_depends_only_on_the_words() -> None:
     rows = [nectar([1, 2, 3, 4]) | {"prompt": f"{i}?"} for i in range(60)]
     picks = [pairs(row, "best_vs_random")[0][1] for row in rows]
     assert {picks.count(pick) > 5 for pick in ("1: 2", "2: 3", "3: 4")} == {True}

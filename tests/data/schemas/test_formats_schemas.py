@@ -28,7 +28,7 @@ ASK, BLUE, GREEN = user("The sky?"), assistant("It is blue."), assistant("It is 
 def golden(
     better: str = "It is blue.", worse: str = "It is green."
 ) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
-    """Dataset: a raw row with both answers, and what is read of it besides them."""
+    """Returns by dataset: a raw row with both answers, and the fields read from it besides the answers."""
     chat = {"chosen": [ASK, assistant(better)], "rejected": [ASK, assistant(worse)]}
     words = {"chosen": better, "rejected": worse}
     whole = {side: f"\n\nHuman: The sky?\n\nAssistant: {answer}" for side, answer in words.items()}

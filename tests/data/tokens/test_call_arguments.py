@@ -146,7 +146,7 @@ def test_a_call_has_one_form_in_every_rendering_of_the_row(with_calls: Callable[
     assert decode(result.completions[0]) == '[look {"day":2}]|'
 
 
-def test_each_call_is_decided_alone(with_calls: Callable[[str], Tokenizer]) -> None:
+def test_each_call_is_decided_separately(with_calls: Callable[[str], Tokenizer]) -> None:
     template = "{{ f.name }} {% if f.name == 'raw' %}{{ f.arguments }}{% else %}{{ f.arguments | tojson }}{% endif %}"
     turn = call('{"a": 1}')
     turn["tool_calls"] += call('{"a": 1}', "raw")["tool_calls"] + call("not JSON", "raw")["tool_calls"]
@@ -185,7 +185,7 @@ def test_a_turn_that_is_shown_only_stays_so(with_calls: Callable[[str], Tokenize
     assert '[look {"city": "Cork"}]' in tokenizer.hf.decode(result.tokens)
 
 
-def test_sides_that_differ_in_the_form_alone_are_identical(with_calls: Callable[[str], Tokenizer]) -> None:
+def test_sides_that_differ_only_in_form_are_identical(with_calls: Callable[[str], Tokenizer]) -> None:
     result = split(with_calls(AS_JSON), call('{"city": "Cork"}'), call(CORK))
     assert result == Dropped(boundaries.IDENTICAL_SIDES, "x:1")
 

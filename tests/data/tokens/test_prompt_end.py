@@ -77,7 +77,7 @@ TURNS = [user("Is the Lee a river?"), assistant("It is."), user("Where is it?")]
 
 
 @pytest.mark.parametrize("history", [TURNS, TURNS[2:]], ids=["three turns", "one turn"])
-def test_a_system_turn_that_is_written_at_the_end_alone(load: Callable[..., Tokenizer], history: list[Message]) -> None:
+def test_a_system_turn_that_is_written_only_at_the_end(load: Callable[..., Tokenizer], history: list[Message]) -> None:
     tokenizer = load("system_last", "[INST]", "[/INST]")
     prompt = [BRIEF, *history]
     asked = tokenizer.render(prompt, add_generation_prompt=True)

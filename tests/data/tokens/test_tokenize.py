@@ -153,7 +153,7 @@ def test_plain_text_that_spells_bos_out_has_one(with_bos: Tokenizer) -> None:
     assert as_lists(tokenize_pair(pair("<s>Sky", " is", "."), with_bos, max_length=64))[0] == [BOS, SKY]
 
 
-def test_an_empty_plain_prompt_is_bos_alone(with_bos: Tokenizer, byte_level: Path) -> None:
+def test_an_empty_plain_prompt_is_only_bos(with_bos: Tokenizer, byte_level: Path) -> None:
     assert as_lists(tokenize_pair(pair("", "Hi", "Bye"), with_bos, max_length=64)) == ([BOS], [HI, EOS], [BYE, EOS])
     without_bos = load_tokenizer(byte_level, chat_template=None)
     assert tokenize_pair(pair("", "Hi", "Bye"), without_bos, max_length=64) == Dropped(boundaries.EMPTY_PROMPT, "x:1")

@@ -139,7 +139,7 @@ def test_calls_that_the_template_writes(load: Callable[[str], Tokenizer], templa
     assert notes_of(tokenizer, assistant(None, tool_calls=calls), assistant("I look.", tool_calls=calls)) == set()
 
 
-def test_a_template_that_writes_the_name_of_a_call_alone(load: Callable[[str], Tokenizer]) -> None:
+def test_a_template_that_writes_only_the_name_of_a_call(load: Callable[[str], Tokenizer]) -> None:
     tokenizer = load(CALLS_AS_TAGS.replace("{{ k }}={{ v }};", ""))
     calls = assistant("", tool_calls=[call(city="Cork")])
     assert notes_of(tokenizer, calls, assistant("None.")) == {NOTE[unwritten.TOOL_CALLS]}

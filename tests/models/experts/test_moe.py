@@ -130,7 +130,7 @@ def test_meshes_change_nothing(sizes: dict[str, int]) -> None:
 
 
 def on_mesh(module: MoE, mesh: Any, params: Params, x: Any, token_weights: Any) -> Any:
-    """Value and gradients, compiled for a mesh, of arguments that are sharded as in training."""
+    """Returns value and gradients compiled for a mesh, with arguments sharded as in training."""
     boxed = jax.eval_shape(lambda: module.init(jax.random.key(0), x, token_weights))["params"]
     names = jax.tree.map(lambda box: box.names, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
     shardings = (
@@ -258,7 +258,7 @@ def test_groupings_follow_the_platform_and_the_load(platform: str, blocks: list[
     assert found == [Grouping(backend, block) for block in blocks]
 
 
-def test_real_rows_alone_count() -> None:
+def test_only_real_rows_count() -> None:
     stats = RouterStats(
         jnp.array([[2.0, 0.0], [jnp.nan, 1.0]]), jnp.array([[1.5, 0.5], [7.0, 7.0]]), jnp.array([2.0, 9])
     )

@@ -286,7 +286,7 @@ def test_links_are_followed_as_the_hubs_cache_needs_it(make_folder: Callable[...
         load(folder)
 
 
-def test_headers_that_lie_about_their_tensors(make_folder: Callable[..., Any]) -> None:
+def test_headers_that_contradict_their_tensors(make_folder: Callable[..., Any]) -> None:
     folder = make_folder("llama", num_hidden_layers=1)
     path = folder.path / "model.safetensors"
     content = path.read_bytes()

@@ -54,7 +54,7 @@ def test_a_path_is_never_looked_for_on_the_hub(name: str) -> None:
         resolve_folder(name)
 
 
-def test_a_hub_name_without_network_says_so() -> None:
+def test_a_hub_name_without_network_is_an_error() -> None:
     with pytest.raises(ValueError, match="the hub cannot be reached"):
         resolve_folder("owner/model", "main")
 

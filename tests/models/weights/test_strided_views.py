@@ -28,7 +28,7 @@ SIZES = {"h": 3, "g": 2, "k": 4, "d": 6, "f": 5, "e": 2}
         ("(h 2/3 k) d -> d h k", lambda t: rearrange(t, "(h c k) d -> c d h k", c=3, k=4)[2]),
     ],
 )
-def test_a_pattern_is_what_einops_makes_of_it(pattern: str, expected: object) -> None:
+def test_a_pattern_gives_the_view_of_einops(pattern: str, expected: object) -> None:
     shape, view = view_of(pattern, SIZES)
     tensor = np.arange(math.prod(shape)).reshape(shape)
     part = expected(tensor)  # type: ignore[operator]

@@ -69,7 +69,7 @@ def test_rows_are_held_out_by_their_prompt(run_words: Words) -> None:
     assert any(f"  {len(setup.eval_data)} held out for evaluation" in line for line in lines)
 
 
-def test_grouping_by_length_changes_the_order_alone(run_words: Words, two_sets: tuple[Path, Path]) -> None:
+def test_grouping_by_length_changes_only_the_order(run_words: Words, two_sets: tuple[Path, Path]) -> None:
     words = run_words(datasets=two_sets[0], global_batch_size=4, **{"mesh.data": 1, "mesh.tensor": 8})
     grouped, plain = (set_up([*words, f"group_by_length={on}"])[0] for on in ("true", "false"))
     orders = [[s.row_plan.step(step).tolist() for step in range(3)] for s in (grouped, plain)]
@@ -106,7 +106,7 @@ def test_the_row_counter_logs_speed_and_time_left(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("cls", [DPOConfig, SFTConfig])
-def test_shares_are_sums_over_rows_and_what_divides_them(
+def test_shares_are_sums_over_rows_with_their_divisors(
     run_words: Words, two_sets: tuple[Path, Path], cls: type[DPOConfig | SFTConfig]
 ) -> None:
     setup, _ = set_up(run_words(datasets=f"[{two_sets[0]}, {two_sets[1]}]"), cls)

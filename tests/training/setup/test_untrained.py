@@ -1,4 +1,4 @@
-"""Tokens that have no row in the model's embedding: how they are initialized, and what is logged about them."""
+"""Tokens whose embedding rows were never trained: how the rows start, and what is logged about them."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def model_with(toy_model: Path, tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def start_of(run_words: Words, tmp_path: Path) -> Callable[..., tuple[Setup, list[str]]]:
-    """(model, overrides) -> the Setup of a run with it, and the logged lines."""
+    """Returns a function (model, overrides) -> the Setup of a run with it, and the logged lines."""
     template = tmp_path / "markers.jinja"
     template.write_text(MARKERS, encoding="utf-8")
 

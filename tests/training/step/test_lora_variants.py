@@ -138,7 +138,7 @@ def test_supervised_steps_are_the_same_too(setup_of: Setups) -> None:
 
 
 def test_a_reference_of_another_folder_is_that_model(setup_of: Setups, toy_model: Path, tmp_path: Path) -> None:
-    """Live and cached, and in floating point although the policy's base is int8."""
+    """Covers live and cached references, and a floating-point reference although the policy's base is int8."""
     other = Path(shutil.copytree(toy_model, tmp_path / "other"))
     rng = np.random.default_rng(0)
     tensors = {

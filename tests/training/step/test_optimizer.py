@@ -83,7 +83,7 @@ def test_decay_mask_of_a_real_model_spares_norms_and_biases() -> None:
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_zero_gradient_step_decays_kernels_and_embeddings_alone(name: str) -> None:
+def test_zero_gradient_step_decays_only_kernels_and_embeddings(name: str) -> None:
     rule = OptimizerConfig(name=name, weight_decay=0.1)
     optimizer = make_optimizer(config(learning_rate=0.5, lr_scheduler_type="constant", optimizer=rule), 4)
     zero = jax.tree.map(jnp.zeros_like, PARAMS)

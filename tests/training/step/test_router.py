@@ -112,7 +112,7 @@ def objective_of(kind: str, mesh: Any = None) -> Objective:
 
 @functools.cache
 def step_of(kind: str) -> Any:
-    """Value and gradients of an objective on one device, traced once for all tests."""
+    """Returns value and gradients of an objective on one device, traced once for all tests."""
     return jax.jit(partial(loss_and_grads, objective_of(kind)))
 
 

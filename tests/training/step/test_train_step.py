@@ -71,7 +71,7 @@ def make_params(seed: int) -> Params:
 
 
 def pairs(num_micro: int, rows_per_micro: int) -> PreferenceBatch:
-    """Ten random pairs followed by padding pairs, whose tokens and completions must not count."""
+    """Returns ten random pairs followed by padding pairs, whose tokens and completions must not count."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, VOCAB, (NUM_REAL, 2, LENGTH))
     starts, stops = rng.integers(1, 4, NUM_REAL), rng.integers(5, LENGTH + 1, (NUM_REAL, 2))
@@ -89,7 +89,7 @@ def completions(num_micro: int, rows_per_micro: int) -> CompletionBatch:
 
 
 def _padded(batch: Any, num_micro: int, rows_per_micro: int) -> Any:
-    """[b, ...] -> [k, m, ...]: the padding rows repeat the first row, with weight 0."""
+    """Reshapes [b, ...] to [k, m, ...]; padding rows repeat the first row, with weight 0."""
     num_slots = num_micro * rows_per_micro
     index = np.where(np.arange(num_slots) < NUM_REAL, np.arange(num_slots), 0)
     weights = (np.arange(num_slots) < NUM_REAL).astype(np.float32)
@@ -209,8 +209,10 @@ NUM_SLOTS = 12
 
 
 def twelve(num_micro: int, order: Sequence[int], num_real: int) -> PreferenceBatch:
-    """Twelve slots in `order`, of which the first `num_real` before ordering are real pairs, all different: the
-    quantiles of equal ones could be told either way."""
+    """Returns twelve slots in `order`, of which the first `num_real` before ordering are real pairs.
+
+    All pairs differ, because the quantiles of equal ones would be ambiguous.
+    """
     whole = pairs(1, 16)
     weights = (np.arange(NUM_SLOTS) < num_real).astype(np.float64)
     flat = jax.tree.map(lambda array: np.asarray(array)[0, np.arange(NUM_SLOTS) % NUM_REAL], whole)

@@ -103,7 +103,7 @@ class CheckpointManager:
         Raises:
           OSError: an earlier save failed, or something with the step's name is in the way and cannot be moved.
         """
-        # Only one save is under way at a time: `_pending` and `_sealing` have room for one.
+        # Only one save is under way at a time: `_pending` and `_sealing` hold one each.
         self.wait()
         run_jointly(lambda: clear_way(self._folder / str(step)), on_first=True)
         # Orbax remembers the steps it has seen, and would refuse to save one again that was deleted here.

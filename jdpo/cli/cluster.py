@@ -29,6 +29,7 @@ def in_cluster(
 
     timeout = output.heartbeat_timeout_seconds
     joined = join_cluster(timeout=timeout)
+    # One process has nobody to wait for, so its errors end it as usual.
     if joined is None or joined.num_processes == 1:
         yield
         return
@@ -61,5 +62,6 @@ def how_to_continue(
         saved, then = f"The last checkpoint is step {steps[-1]} in {folder / 'checkpoints'}", "continue from it"
     else:
         saved, then = f"There is no checkpoint in {folder / 'checkpoints'} yet", "start again from step 0"
+    # Quoted for a shell, so that the line can be pasted.
     again = shlex.join(["jdpo", command, *words, *([] if resumes else ["--resume", "auto"])])
     return f"{saved}. To {then}, run the same command on every host: {again}"

@@ -32,6 +32,7 @@ def parser(*, complete: bool = False) -> Parser:
 
 def main(command: str, words: Sequence[str]) -> int:
     """Runs the command; returns its exit code."""
+    # Here and not above, since all other commands start without it.
     import shtab
 
     shell = parser().parse_args(words).shell
@@ -47,6 +48,7 @@ def whole_parser() -> argparse.ArgumentParser:
     for name, (module, summary) in COMMANDS.items():
         loaded = importlib.import_module(module)
         parent = loaded.parser(name, complete=True) if name in ("sft", "dpo") else loaded.parser(complete=True)
+        # The parent brings its own --help, and argparse refuses a second one.
         commands.add_parser(name, parents=[parent], add_help=False, help=summary, description=summary)
         for action in parent._actions:
             _offer_values(action)

@@ -68,6 +68,7 @@ def main(command: str, words: Sequence[str]) -> int:
     out = _folder_here(asked.out)
     import jax
 
+    # The accelerator may be in use by the very run whose checkpoint is exported.
     jax.config.update("jax_platforms", "cpu")
     from jdpo.checkpoint.hub_push import check_push, push_folder
     from jdpo.training.exporting import export_checkpoint, find_checkpoint
@@ -98,6 +99,7 @@ def _text(word: str) -> str:
 
 
 def _folder_here(text: str) -> Path:
+    # One slash suffices: `Path` turns s3:// into s3:/.
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", text):
         scheme = text.partition(":")[0]
         raise ValueError(

@@ -78,6 +78,7 @@ def main(command: str, words: Sequence[str]) -> int:
         write_page(document, options.html)
         _log(f"wrote {terminal(options.html)}")
     if options.json:
+        # NaN is not JSON, and most readers refuse it.
         print(json.dumps(document, allow_nan=False))
     else:
         from rich.console import Console
@@ -127,6 +128,7 @@ def _keys(line: CommandLine) -> list[str]:
 
     values: Any = None
     if line.path is not None:
+        # `read_config` reads the file again and reports what is wrong with it.
         with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
             values = load_yaml(line.path.read_text(encoding="utf-8"))
     keys = [str(key) for key in values] if isinstance(values, dict) else []

@@ -35,6 +35,7 @@ def key_help(command: str, cls: type[Settings], key: str) -> str:
     if key not in specs:
         raise ValueError(f"--help: unknown key {key!r}; {_hint(command, key, list(specs))}")
     spec = specs[key]
+    # Long lines are hard to read, however wide the terminal is.
     width = min(shutil.get_terminal_size().columns, 100) - 2
     rows = [("type", _type(spec))]
     if spec.bounds:
@@ -77,6 +78,7 @@ def _examples(spec: KeySpec) -> list[tuple[str, str]]:
     value = spec.example
     if not value and spec.default is not REQUIRED and spec.default not in (None, []):
         other = [choice for choice in spec.choices if choice != spec.default]
+        # An example that differs from the default says more.
         value = other[-1] if other else as_yaml(spec.default)
     if spec.kind == "bool":
         value = "false" if spec.default is True else "true"
@@ -85,6 +87,7 @@ def _examples(spec: KeySpec) -> list[tuple[str, str]]:
     if group.endswith("datasets"):
         path = "" if inner == "path" else "path: pairs.jsonl, "
         return [("in YAML", f"{group}: [{{{path}{inner}: {value}}}]")]
+    # The shell would split or expand these characters.
     quoted = f"'{value}'" if set(value) & set(" {}[]") else value
     in_yaml = f"{group}: {{{inner}: {value}}}" if group else f"{spec.name}: {value}"
     return [("command line", f"--{spec.name} {quoted}"), ("in YAML", in_yaml)]

@@ -69,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       the exit code: 0 done, 1 the run failed, 2 the command line or its input is wrong, 75 another
       process of the run is gone, 128 + n stopped by signal n.
     """
+    # Only as a process of its own; a caller in Python keeps its signal handlers.
     if argv is None:
         catch_early_interrupts()
     words = list(sys.argv[1:] if argv is None else argv)
@@ -90,12 +91,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     _make_lines_of_others_safe()
     try:
+        # A command's module is imported only when it runs, so that `--help` is fast.
         return int(importlib.import_module(COMMANDS[command][0]).main(command, rest))
+    # ValueErrors are the user's to fix: the message alone, without a traceback.
     except ValueError as error:
         return _fail(error, 2)
     except BrokenPipeError:  # whoever read the output, such as head, has seen enough
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at the end, too
+        # What a shell reports for a process that SIGPIPE ends.
         return 128 + signal.SIGPIPE
     except (FloatingPointError, OSError) as error:
         return _fail(error, 1)
@@ -103,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(INTERRUPTED, file=sys.stderr)
         return 130
     except Exception as error:
+        # Anything unexpected is a bug, and a bug needs its traceback.
         if explain_failure(error) is None:
             raise
         return _fail(error, 1)

@@ -52,7 +52,9 @@ class Parser(argparse.ArgumentParser):
             description=description,
             epilog=epilog,
             formatter_class=_Formatter,
+            # An abbreviation would change its meaning when a key is added.
             allow_abbrev=False,
+            # --help takes a key here, which argparse's own does not.
             add_help=False,
         )
 
@@ -68,6 +70,7 @@ class _Override(argparse.Action):
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         word = self.option_strings[0] if values is None else f"{self.option_strings[0]}={values}"
+        # Words and not values: the config reads them as YAML, in the order in which they were given.
         namespace.words = [*namespace.words, word]
 
 
@@ -113,6 +116,7 @@ def add_keys(parser: argparse.ArgumentParser, cls: type[Settings], *, hidden: bo
             f"--{spec.name}",
             action=_Override,
             dest="words",
+            # The defaults are those of the config, so a key that is not given leaves nothing in the namespace.
             default=argparse.SUPPRESS,
             nargs="?" if spec.switch else None,
             metavar=spec.metavar,
@@ -136,6 +140,7 @@ def described(spec: KeySpec) -> str:
     """Returns a key's line of help: its description, and its default or that it is required."""
     default = "(required)" if spec.default is REQUIRED else f"(default: {_default(spec)})"
     listed = f" Choices: {', '.join(spec.choices)}." if spec.choices and spec.choices[0] not in spec.metavar else ""
+    # argparse formats help texts with %, so a percent sign is written twice.
     return f"{spec.description}{listed} {kept(default)}".replace("%", "%%")
 
 
@@ -183,6 +188,7 @@ def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> CommandLine:
 
 def _help_asked(words: Sequence[str], parser: argparse.ArgumentParser) -> str | None:
     """Returns the key after --help, which may be written as an option; an option of the command itself is no key."""
+    # `words` is where keys of the config go; every other option is the command's own.
     own = {option for action in parser._actions if action.dest != "words" for option in action.option_strings}
     for position, word in enumerate(words):
         name, _, key = word.partition("=")
@@ -223,6 +229,7 @@ def joined(words: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
             done.append(word)
             continue
         option = "--" + name.removeprefix("--").replace("-", "_")
+        # An unknown key may have a value or none: which keys exist is checked with the whole config.
         nargs = options.get(option, "?")
         if nargs == 0:
             if equals:

@@ -93,6 +93,7 @@ def read_settings(words: Sequence[str]) -> tuple[Path, Settings]:
     (5, 4, 1)
     """
     arguments = parser()
+    # Unknown words are read as keys below, since their errors name the nearest key.
     found, unknown = arguments.parse_known_args(joined(words, arguments))
     given = {key: value for key, value in vars(found).items() if value is not None}
     values: dict[str, Any] = given | dict(parse_overrides(unknown))
@@ -116,6 +117,7 @@ def _nearest(key: str) -> str:
 
 def _read(key: str, value: Any, default: Any) -> Any:
     """Returns a value with the type of its default."""
+    # `[6,3,1]` is a list already; `6,3,1` is text.
     parts = value if isinstance(value, list) else str(value).split(",")
     wanted = {tuple: "three whole numbers such as 6,3,1", int: "a whole number", float: "a number"}[type(default)]
     try:

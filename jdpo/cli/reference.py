@@ -42,6 +42,7 @@ def main(command: str, words: Sequence[str]) -> int:
     line = parse(arguments, words)
     if print_help(command, arguments, DPO, line.help):
         return 0
+    # output_dir is required but not written, so it need not be given.
     config = read_config(DPO, line._replace(overrides=[*line.overrides, "output_dir=none"]))
     with in_cluster(config, command, words, shown=shown_error, trains=False):
         from jdpo.processes import is_first

@@ -84,6 +84,7 @@ def main(command: str, words: Sequence[str]) -> int:
     if line.options.print_config:
         print(to_yaml(config), end="")
         return 0
+    # Training is imported only after joining: jax must know the other processes before it looks for devices.
     with in_cluster(config, command, words, shown=shown_error, trains=True):
         if line.options.dry_run:
             from jdpo.training.dry_run import dry_run

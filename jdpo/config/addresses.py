@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 _USER = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<user>[^/?#\s]*)@")
+# A question mark in s3:// or a path may be part of a name, so only web addresses have queries.
 _QUERY = re.compile(r"(https?://[^?#\s]*)[?#]\S*", re.IGNORECASE)
 _ONLY_NAMES = ("abfs", "abfss", "wasb", "wasbs", "hf", "sftp", "ssh", "ftp", "smb")
 """Schemes in which the part before the @ is the name of a user, a container or a repository, and no secret."""

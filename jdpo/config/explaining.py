@@ -58,6 +58,7 @@ def explain(cls: type[Settings], error: ValidationError, origins: Mapping[str, s
             lines.append(fault.line(cls))
         elif fault is same[0]:
             lines.append(_line_of_group(fault.group, same))
+    # A union reports the same fault once per member, so equal lines are written once.
     return "\n".join(dict.fromkeys(lines))
 
 
@@ -80,6 +81,7 @@ class _Fault(NamedTuple):
 
     @classmethod
     def of(cls, config: type[Settings], problem: Any, origins: Mapping[str, str]) -> _Fault:
+        # pydantic puts the names of validators into the path; they are not keys.
         path = [part for part in problem["loc"] if not (isinstance(part, str) and part.startswith("function-"))]
         where = origins.get(str(path[0]), "in the config") if path else "in the config"
         fault = cls(problem, path, where, None)

@@ -102,6 +102,7 @@ def _key_specs(cls: Any, prefix: str) -> tuple[KeySpec, ...]:
 
 def _spec_of(cls: type[Settings], name: str, info: FieldInfo, hint: Any, prefix: str) -> KeySpec:
     members = list(_members(hint))
+    # None is an answer of its own (`nullable`), so it is not among the types.
     plain = [member for member, _ in members if member is not type(None)]
     group = next((one for one in plain if isinstance(one, type) and issubclass(one, Settings)), None)
     return KeySpec(
@@ -115,6 +116,7 @@ def _spec_of(cls: type[Settings], name: str, info: FieldInfo, hint: Any, prefix:
         choices=_choices(info, plain),
         example=(info.examples or [""])[0],
         group=group,
+        # `Literal[False]` marks a group that can be turned off; true then turns it on.
         switch=bool in plain or False in [value for one in plain for value in _literals(one)],
     )
 
@@ -140,6 +142,7 @@ def _kind_of(hint: Any, plain: Sequence[Any]) -> str:
     kind = plain[0]
     if typing.get_origin(kind) is Literal:
         return "str"
+    # Mapping[str, str] -> Mapping
     kind = typing.get_origin(kind) or kind
     return kind.__name__ if kind.__name__ in _TYPES else "dict"
 
@@ -186,6 +189,7 @@ def as_yaml(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, float):
+        # Python writes 1e-06.
         return repr(value).replace("e-0", "e-")
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {as_yaml(inner)}" for key, inner in value.items()) + "}"

@@ -66,9 +66,11 @@ def load_config(
     specs = key_specs(cls)
     texts = {spec.name for spec in specs if spec.kind == "str" and not spec.choices}
     switches = {spec.name for spec in specs if spec.switch}
+    # In order: a later word overrides an earlier one.
     for key, text in parse_overrides(overrides):
         if not text and (text == "" or (key in keys_of(cls) and key not in switches)):
             raise ValueError(no_value(key, cls))
+        # A switch without a value turns its key on.
         value = True if text is None else _parse_value(key, text, is_text=key in texts)
         group = key.split(".")[0]
         if group in SWITCHED_GROUPS:
@@ -81,6 +83,7 @@ def load_config(
         named = key in NAMED_GROUPS and isinstance(value, str)
         _set_nested(values, f"{key}.{NAMED_GROUPS[key]}" if named else key, value)
         origins[group] = COMMAND_LINE
+    # Before validation, whose messages would show the value.
     refuse_passwords(values)
     for key, synonyms in SYNONYMS.items():
         if key in values:
@@ -205,6 +208,7 @@ def to_public_yaml(settings: Settings, *, escaped: str = "") -> str:
 
 def defaults_of(cls: type[Settings]) -> dict[str, Any]:
     """Returns the top-level keys that have a default, with their defaults as plain values."""
+    # Validated with a placeholder for each required key, so that defaults are in the form that validation gives them.
     required = required_keys(cls)
     values = to_dict(load_config(cls, None, [f"{key}=x" for key in required]))
     return {key: value for key, value in values.items() if key not in required}

@@ -60,6 +60,7 @@ FREE_KEYS = frozenset(
 def differences(saved: Mapping[str, Any], current: Settings) -> list[str]:
     """Returns a line for each key that makes `current` another run than `saved`, which `to_dict` returned earlier."""
     now = to_public_dict(current)
+    # Keys of both, in a fixed order: a key may be new, or be missing in this version.
     keys = [key for key in {**saved, **now} if key not in FREE_KEYS]
     before = {**defaults_of(type(current)), **saved}
     return [
@@ -85,6 +86,7 @@ def _shown(key: str, value: Any) -> str:
 
 def changed_keys(saved: Mapping[str, Any], current: Settings, keys: Iterable[str]) -> list[str]:
     """Returns which of `keys` differ. A key that an older jdpo did not write has its present default."""
+    # Queries of web addresses can be signatures, which change from day to day.
     saved, now, defaults = without_queries(saved), to_public_dict(current), defaults_of(type(current))
 
     def differ(key: str) -> bool:

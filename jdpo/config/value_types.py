@@ -46,6 +46,7 @@ class Settings:
 @dataclass_transform(kw_only_default=True, field_specifiers=(required,))
 def settings(cls: type[T]) -> type[T]:
     """Makes a class of keys a frozen, validated dataclass, and describes each key in its docstring."""
+    # Frozen: many functions share one config, and none may change it for the others.
     made: Any = dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)(cls)
     made.__doc__ = f"{cls.__doc__}\n\n{_attributes(made)}"
     checked: type[T] = made
@@ -105,6 +106,7 @@ def _not_blank(value: str) -> str:
 
 def as_list(value: Any) -> Any:
     """Reads one entry as a list of one."""
+    # A text is a sequence too, so the types of single entries are named.
     return [value] if isinstance(value, str | Mapping | int | float) else value
 
 

@@ -24,6 +24,7 @@ class _Loader(yaml.SafeLoader):
     """Refuses a key that is written twice (plain YAML keeps the last one), and reads 10:13 as text, not as 613."""
 
     def resolve(self, kind: type[yaml.Node], value: Any, implicit: Any) -> str:
+        # YAML 1.1 reads 10:13 as a number in base 60: 10 * 60 + 13.
         if kind is yaml.ScalarNode and implicit[0] and _BASE_60.fullmatch(value):
             return str(self.DEFAULT_SCALAR_TAG)
         parent: Any = super()  # has no annotations
@@ -51,6 +52,7 @@ def load_yaml(text: str) -> Any:
     Raises:
       yaml.YAMLError: broken YAML, a key written twice, values nested too deeply, or more than MOST_VALUES of them.
     """
+    # Before parsing, whose time and memory grow with the text.
     if len(text) > MOST_CHARACTERS:
         raise yaml.YAMLError(f"{len(text):,} characters, more than the {MOST_CHARACTERS:,} that a config may have")
     loader = _Loader(text)
@@ -86,6 +88,7 @@ def _expanded_size(node: yaml.Node, sizes: dict[int, int | None]) -> int:
         if size is None:
             raise yaml.YAMLError("a value holds an alias of itself")
         return size
+    # Marked before its children are counted, so that an alias of itself is found.
     sizes[id(node)] = None
     pairs = isinstance(node, yaml.MappingNode)
     children = [child for pair in node.value for child in pair] if pairs else node.value
@@ -102,6 +105,7 @@ def dump_yaml(values: Mapping[str, Any], escaped: str = "") -> str:
 
     class Dumper(yaml.SafeDumper):
         def represent_str(self, text: str) -> yaml.ScalarNode:
+            # Only double-quoted text can hold escapes.
             style = '"' if any(map(hides, text)) else None
             return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 

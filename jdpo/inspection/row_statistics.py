@@ -70,7 +70,7 @@ def row_facts(data: PreparedData, tokenizer: Tokenizer, *, max_length: int) -> R
         prompt = len(row.tokens) - len(sides[0]) if len(names) == 1 else len(row.prompt_ids)
         facts.prompt[index] = prompt
         for name, ids in zip(names, sides, strict=True):
-            # Keys of 8 bytes stand for texts: two of a million rows collide with a probability of about 3e-8.
+            # 8 bytes in place of the tokens: two of a million rows collide with a probability of about 3e-8.
             digest = hashlib.blake2b(np.ascontiguousarray(ids, np.int32).tobytes(), digest_size=8).digest()
             length[name][index], key[name][index] = len(ids), int.from_bytes(digest, "little")
             # A sequence of max_length tokens may also have ended by itself.

@@ -1,4 +1,4 @@
-"""How the `lora` settings are resolved before training starts, and which are refused."""
+"""The `lora` settings before training starts: how they are resolved, and which are refused."""
 
 from __future__ import annotations
 

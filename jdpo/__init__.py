@@ -59,6 +59,7 @@ __all__ = [
 ]
 
 
+# Names are imported on first use: `import jdpo` for a config must not take the seconds that importing jax takes.
 def __getattr__(name: str) -> Any:
     if name == "losses":
         return importlib.import_module("jdpo.losses")

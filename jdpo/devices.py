@@ -24,6 +24,7 @@ def leave_out_missing_tpus() -> None:
     Call it before anything touches a device. If there is a TPU, or one is requested (`JAX_PLATFORMS=tpu`), nothing
     changes, and the messages of libtpu are shown.
     """
+    # Asking JAX would load libtpu; device files and PCI ids show a TPU as well.
     config: Any = jax.config  # its values have no annotations
     if not may_have_tpu(os.environ, Path("/"), asked=config.jax_platforms):
 
@@ -31,6 +32,7 @@ def leave_out_missing_tpus() -> None:
             raise RuntimeError("this machine has no TPU")
 
         try:
+            # In place of JAX's own factory, with its priority: this one fails at once, without loading libtpu.
             jax.extend.backend.register_backend_factory("tpu", missing, priority=300, fail_quietly=True)
         except RuntimeError:  # JAX has already found a TPU
             return

@@ -45,6 +45,7 @@ def replacing(path: Path, *, writer: str = "") -> Iterator[IO[bytes]]:
                 file.flush()
                 # Without fsync the rename may reach the disk before the content does.
                 os.fsync(file.fileno())
+            # A rename within a folder is atomic: readers see the old content or the new, never a part.
             temporary.replace(path)
         except BaseException:
             with contextlib.suppress(OSError):  # the error that led here matters more
@@ -59,6 +60,7 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        # Without a number it is jdpo's own message; with a name there is nothing to add.
         if error.errno is None or error.filename is not None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
@@ -92,6 +94,7 @@ def rename_to_free(path: Path, stem: str, suffix: str = "") -> Path:
 
 def free_place(path: Path, stem: str, suffix: str = "") -> Path:
     """Returns a path in the folder of `path` that does not exist: stem + suffix, or stem-2 + suffix, and so on."""
+    # lexists, so that a broken link is not overwritten either.
     names = [stem, *(f"{stem}-{count}" for count in range(2, 1000))]
     return next(place for name in names if not os.path.lexists(place := path.with_name(name + suffix)))
 

@@ -29,6 +29,7 @@ def cached_file_digest(path: str | os.PathLike[str]) -> str:
     A run asks for the same digests several times, and reading large files takes long.
     """
     found = os.stat(path)
+    # Size and time are part of the cache's key, so a changed file is read again.
     return _digest_of_state(os.fspath(path), found.st_size, found.st_mtime_ns)
 
 

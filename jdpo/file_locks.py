@@ -24,6 +24,7 @@ def lock_file(path: Path, *, wait: bool = False) -> IO[str] | None:
     """
     import fcntl  # missing on Windows, where everything else of jdpo can be imported
 
+    # "a" keeps the content, which names the owner, until the lock is held.
     lock = path.open("a+", encoding="utf-8")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -77,6 +77,7 @@ def markdown_code(text: object) -> str:
     >>> markdown_code("org/model_1"), markdown_code("a`b<c")
     ('`org/model_1`', 'a\\\\`b&lt;c')
     """
+    # No escape works inside a code span, so a backtick, or what some viewers read as HTML there, rules it out.
     line = terminal(text)
     return markdown(text) if re.search("[`<>&]", line) or not line.strip() else f"`{line}`"
 
@@ -87,6 +88,7 @@ def is_unseen(character: str) -> bool:
 
 
 def _written_out(text: str, kept: str) -> str:
+    # Most texts: no invisible character is printable to Python.
     if text.isprintable():
         return text
 

@@ -63,5 +63,6 @@ def how_to_continue(
     else:
         saved, then = f"There is no checkpoint in {folder / 'checkpoints'} yet", "start again from step 0"
     # Quoted for a shell, so that the line can be pasted.
+    # A run that forbids resuming would refuse the folder; the later of two values of a key wins.
     again = shlex.join(["jdpo", command, *words, *([] if resumes else ["--resume", "auto"])])
     return f"{saved}. To {then}, run the same command on every host: {again}"

@@ -69,6 +69,7 @@ def main(command: str, words: Sequence[str]) -> int:
     import jax
 
     # The accelerator may be in use by the very run whose checkpoint is exported.
+    # Before any device is used: the run may be in progress and hold the accelerators.
     jax.config.update("jax_platforms", "cpu")
     from jdpo.checkpoint.hub_push import check_push, push_folder
     from jdpo.training.exporting import export_checkpoint, find_checkpoint

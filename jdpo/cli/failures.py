@@ -24,6 +24,7 @@ def catch_early_interrupts() -> None:
     During imports, libraries turn a KeyboardInterrupt into an ImportError, or swallow it. Nothing is lost: a command
     that has something to save handles signals itself.
     """
+    # Only the main thread may set handlers, and a handler of somebody else stays.
     main_thread = threading.current_thread() is threading.main_thread()
     # A handler that a program set before it called jdpo stays in force; only the main thread may set one.
     if main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -33,6 +34,7 @@ def catch_early_interrupts() -> None:
 def _interrupt(signum: int, frame: FrameType | None) -> None:
     while frame is not None:
         # A module that is being imported could catch an exception, but not `os._exit`.
+        # Anywhere below an import statement an exception would be caught or changed by the importing library.
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             os.write(2, f"{INTERRUPTED}\n".encode())
             os._exit(128 + signum)
@@ -46,6 +48,7 @@ def explain_failure(error: BaseException) -> str | None:
     # Libraries often keep only the text of the system's error, so the number is tried first and the text after it.
     if isinstance(error, OSError) and error.errno in _DISK and error.filename is not None:
         return f"cannot write {error.filename}: {_DISK[error.errno]}. {_ADVICE}"
+    # Libraries wrap errors of the disk in types of their own; then only the text tells.
     if (found := next((what for words, what in _DISK_TEXTS.items() if words in text), None)) is not None:
         if isinstance(error, OSError | ValueError) and getattr(error, "errno", None) is None:
             return text  # jdpo's own message, which names the file

@@ -113,6 +113,7 @@ def choose_task(line: CommandLine) -> tuple[str, str]:
         return line.options.task, "set by --task"
     keys = _keys(line)
     of_dpo, of_sft = ({field.name for field in dataclasses.fields(CONFIGS[task])} for task in ("dpo", "sft"))
+    # The task is inferred from keys of `jdpo dpo` only, so `jdpo sft` must not have keys of its own.
     assert of_sft <= of_dpo, "a key of `jdpo sft` alone would decide, too"
     for key in keys:
         if key in of_dpo - of_sft:

@@ -144,6 +144,7 @@ def _print_traceback(error: BaseException) -> None:
 
 def _make_lines_of_others_safe() -> None:
     """Log lines, warnings and tracebacks, which libraries print as they are, name files and models too."""
+    # Bugs of jdpo reach Python's own handler, whose traceback may quote names from files.
     sys.excepthook = lambda _, error, __: _print_traceback(error)
     logging.setLogRecordFactory(_SafeRecord)
     handler = logging.StreamHandler()

@@ -53,7 +53,7 @@ class Parser(argparse.ArgumentParser):
             epilog=epilog,
             formatter_class=_Formatter,
             # An abbreviation would change its meaning when a key is added.
-            allow_abbrev=False,
+            allow_abbrev=False,  # a prefix may become ambiguous when a key is added
             # --help takes a key here, which argparse's own does not.
             add_help=False,
         )

@@ -42,6 +42,7 @@ def refuse_passwords(values: Any, key: str = "") -> None:
 
 def _is_name(login: re.Match[str]) -> bool:
     """Returns whether the part before the @ is only a name."""
+    # A colon separates a name from its password.
     return ":" not in login["user"] and login["scheme"].lower() in _ONLY_NAMES
 
 

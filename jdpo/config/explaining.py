@@ -49,6 +49,7 @@ def explain(cls: type[Settings], error: ValidationError, origins: Mapping[str, s
     for fault in faults:
         if fault.group:
             by_group.setdefault((fault.group, fault.where), []).append(fault)
+    # Faults of one group share a line: four lines of `lora_...` keys would hide the one setting to write.
     lines = []
     for fault in faults:
         same = by_group.get((fault.group, fault.where), [])
@@ -59,7 +60,7 @@ def explain(cls: type[Settings], error: ValidationError, origins: Mapping[str, s
         elif fault is same[0]:
             lines.append(_line_of_group(fault.group, same))
     # A union reports the same fault once per member, so equal lines are written once.
-    return "\n".join(dict.fromkeys(lines))
+    return "\n".join(dict.fromkeys(lines))  # a union reports a fault once per member
 
 
 class _Instead(NamedTuple):
@@ -198,6 +199,7 @@ def _renamed_value(key: str, value: Any) -> str:
 
 def _advice_without_key(cls: type[Settings], path: Sequence[Any]) -> str:
     """Returns what to do about an unknown key that means the same as no key of `cls`."""
+    # From the most to the least certain: a key of another command, a known foreign key, a similar name.
     known, dotted, name = keys_of(cls), _dotted(path), str(path[-1])
     if dotted not in RENAMED and (elsewhere := command_of(dotted)):
         return elsewhere

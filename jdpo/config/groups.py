@@ -161,6 +161,7 @@ class LossSumSettings(Settings):
 class PreferenceSettings(LossOptions, LossSumSettings):
     """The preference loss and its options, whose keys are the fields of `jdpo.loss_specs.LossOptions`."""
 
+    # Python's bool is an int, so `beta: true` would pass as 1.
     @field_validator(*(name for name, option in OPTIONS.items() if option.is_number), mode="before")
     @classmethod
     def _refuse_true_and_false(cls, value: Any) -> Any:

@@ -72,6 +72,7 @@ class Window:
         Args:
           saved: from `to_json`, or None for an empty window.
         """
+        # Sums rather than means are saved: added to further, they give bitwise the result of an uninterrupted run.
         self._sums: dict[str, float] = dict(saved["sums"]) if saved else {}
         self._steps: int = saved["steps"] if saved else 0
         self._shares = _ShareSums(saved.get("shares", {}) if saved else {})
@@ -127,7 +128,7 @@ class Throughput:
         per device, and with a known peak `mfu` and `mfu_executed`. MFU is the share of the peak that the mathematics
         needs; mfu_executed also counts padding and recomputation.
         """
-        per_device = self._seconds * self._num_devices
+        per_device = self._seconds * self._num_devices  # device-seconds
         rates = {
             f"{self._unit}_per_second": self._rows / self._seconds,
             "tokens_per_second": self._tokens / self._seconds,

@@ -16,10 +16,12 @@ def quieten() -> None:
     """
     if os.environ.get("JDPO_TRACEBACK"):
         return
+    # Orbax logs with absl, and asyncio reports tasks of it whose error nobody fetched.
     for name in ("absl", "asyncio"):
         logger = logging.getLogger(name)
         if _is_kept not in logger.filters:
             logger.addFilter(_is_kept)
+    # A hook that another tool has set, such as pytest's, stays in force.
     if sys.unraisablehook is sys.__unraisablehook__:
         sys.unraisablehook = _without_closed_loops
 

@@ -22,6 +22,7 @@ FUNCTION_CALL = "function_call"
 
 ROLES = {
     "system": "system",
+    # OpenAI's newer name of the role, which few templates know.
     "developer": "system",
     "user": "user",
     "human": "user",
@@ -31,13 +32,16 @@ ROLES = {
     FUNCTION_CALL: "assistant",
     "tool": "tool",
     "function": "tool",
+    # LLaMA-Factory's name
     "observation": "tool",
+    # Llama 3's name
     "ipython": "tool",
 }
 """Role in files -> role in chat templates."""
 
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 _STARTS_A_TRANSCRIPT = re.compile(r"\s*Human:")
+# Single quotes too: Python's repr of a list is refused with advice instead of being learnt as text.
 _WRITTEN_OUT = re.compile(r"\s*\[\s*\{\s*[\"'](?:role|from|content|value)[\"']\s*:")
 _NOT_JSON = "a conversation written as text that is not JSON; expected a list of {role, content}, or its JSON text"
 

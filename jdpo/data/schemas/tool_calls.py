@@ -184,6 +184,7 @@ def _is_plain(value: Any) -> bool:
     """Returns whether a value can be written as JSON again, and is not nested too deeply."""
     level = [value]
     for _ in range(MAX_DEPTH):
+        # Python's parser accepts NaN and Infinity, which are not JSON.
         if any(isinstance(item, float) and not math.isfinite(item) for item in level):
             return False
         level = [child for item in level if isinstance(item, dict | list) for child in children(item)]

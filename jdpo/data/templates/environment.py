@@ -85,6 +85,7 @@ class _Generator(CodeGenerator):
 
 class _Environment(ImmutableSandboxedEnvironment):
     code_generator_class = _Generator
+    # The operators whose result may be much larger than their operands.
     intercepted_binops = frozenset(["+", "*", "**", "%"])
 
     def __init__(self) -> None:
@@ -95,6 +96,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             finalize=_finalize,
         )
         self.filters.update(bounded_filters())
+        # `x is in y` is a test, not the operator that the generator counts.
         self.tests["in"] = _is_in
         self.globals.update(
             raise_exception=_raise_exception, strftime_now=_strftime_now, dict=_Dict(), namespace=_Namespace

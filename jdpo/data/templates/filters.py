@@ -38,6 +38,7 @@ _OF_TEXT = frozenset(
     ]
 )
 _SLOW = frozenset(["pprint", "striptags", "urlize", "wordwrap", "xmlattr"])
+# urlencode: a character has up to four bytes, each of which is written as %XX.
 _GROWTH = {"e": 6, "escape": 6, "forceescape": 6, "urlencode": 12}
 
 _LONGEST_PART = 1000

@@ -16,6 +16,7 @@ from jdpo.types import Message
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# Words that no template contains, so that they can be found in its output.
 QUESTION, ANSWER, SYSTEM = "jdpoquestion", "jdpoanswer", "jdposystem"
 TURNS: list[Message] = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
 

@@ -302,6 +302,7 @@ def _add_markers(hf: PreTrainedTokenizerBase, found: Sequence[str]) -> tuple[str
     known = set(hf.all_special_tokens) | set(hf.get_added_vocab())
     markers = [marker for marker in found if marker not in known]
     vocabulary = hf.get_vocab()
+    # As special tokens, which the tokenizer never splits, whatever text is around them.
     hf.add_tokens(markers, special_tokens=True)
     return tuple(marker for marker in markers if marker not in vocabulary)
 

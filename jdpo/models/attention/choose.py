@@ -109,6 +109,7 @@ def compiled_attention(hlo_text: str) -> frozenset[str]:
 
 
 def _platform(platform: str) -> str:
+    # JAX distinguishes cuda and rocm where it lowers programs; its default backend is just "gpu".
     return {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
 
 

@@ -102,6 +102,7 @@ class _Layout(NamedTuple):
         sizes = dict(zip(("expert", "expert_embed", "expert_mlp"), maps.gate.kernel.shape, strict=True))
 
         def axes(name: str, size: int) -> tuple[str, ...]:
+            # An axis of one device needs no communication.
             found = tuple(axis for axis in mesh_axes(name) if mesh.shape[axis] > 1)
             return found if size % math.prod(mesh.shape[axis] for axis in found) == 0 else ()
 

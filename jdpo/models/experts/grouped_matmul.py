@@ -71,6 +71,7 @@ def _forward(grouping: Grouping, x_rd: Array, kernel_edf: Array, sizes_e: Array)
 
 def _backward(grouping: Grouping, residuals: Any, g_rf: Array) -> tuple[Array, Array, None]:
     x_rd, kernel_edf, sizes_e = residuals
+    # [e, f, d]: the gradient of the inputs goes through the transposed kernels.
     of_rows = _multiply(grouping, g_rf, jnp.swapaxes(_gathered(grouping, kernel_edf), 1, 2), sizes_e)
     of_kernel = _outer(grouping, x_rd, g_rf, sizes_e)
     if grouping.gather_axes:

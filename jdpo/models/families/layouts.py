@@ -84,6 +84,7 @@ def _llama(name: str, path: str, pattern: str) -> Rule:
 
 
 _ATTENTION = (
+    # torch.nn.Linear keeps its weight as [out, in]; kernels here have their inputs first.
     _llama("self_attn.q_proj.weight", "attention.query.kernel", "(h k) d -> d h k"),
     _llama("self_attn.k_proj.weight", "attention.key.kernel", "(g k) d -> d g k"),
     _llama("self_attn.v_proj.weight", "attention.value.kernel", "(g k) d -> d g k"),
@@ -202,6 +203,7 @@ GPT2 = Layout(
         _gpt2("mlp.c_proj.weight", "mlp.down.kernel", "f d -> f d"),
         _gpt2("mlp.c_proj.bias", "mlp.down.bias", "d -> d"),
     ),
+    # Despite their names these are the causal mask and its fill value, not parameters.
     buffers=(".attn.bias", ".attn.masked_bias"),
 )
 
@@ -238,5 +240,6 @@ GPT_NEOX = Layout(
         _neox("mlp.dense_4h_to_h.weight", "mlp.down.kernel", "d f -> f d"),
         _neox("mlp.dense_4h_to_h.bias", "mlp.down.bias", "d -> d"),
     ),
+    # As in GPT-2, `bias` is the causal mask.
     buffers=("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias"),
 )

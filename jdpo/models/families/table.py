@@ -120,6 +120,7 @@ def _granite(hf_config: Any) -> ModelConfig:
 
 
 def _olmo2(hf_config: Any) -> ModelConfig:
+    # OLMo 2 normalizes the output of each branch, and not its input.
     mechanisms = {"norm": "rms_wide", "norm_placement": "after", "qk_norm": "width"}
     return _llama_like(hf_config, layers=same_layers(hf_config), **mechanisms)
 
@@ -199,6 +200,7 @@ def _gpt2(hf_config: Any) -> ModelConfig:
         gated_mlp=False,
         mlp_bias=True,
         learned_positions=True,
+        # The table has no row for a later position.
         positions_end=True,
     )
 

@@ -54,6 +54,7 @@ def quantize(kernel: jax.Array, site: Site) -> tuple[jax.Array, jax.Array]:
     wide = kernel.astype(jnp.float32)
     # One unit per output channel: it can be applied after the product.
     most = jnp.max(jnp.abs(wide), axis=dims, keepdims=True)
+    # A channel of zeros would be divided by zero.
     unit = jnp.where(most > 0, most / LEVELS, 1)
     return jnp.round(wide / unit).astype(jnp.int8), jnp.squeeze(unit, dims)
 

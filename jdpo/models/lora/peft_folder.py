@@ -114,6 +114,7 @@ def _refuse_unsupported(folder: Path, config: Mapping[str, Any]) -> None:
     wrong += [
         f"{terminal(key)} {value!r}"
         for key, value in config.items()
+        # PEFT writes all its keys; those that are null, false or empty are not used.
         if value and key not in _READ and key not in _WITHOUT_EFFECT
     ]
     if wrong:

@@ -26,6 +26,7 @@ def find_sites(model: Transformer) -> tuple[Site, ...]:
     axes = logical_axes(model)
     sites = []
     for path, (shape, pieces) in leaves(model.config).items():
+        # Embedding, head, norms, biases and routers stay frozen.
         if path[0] not in ("stack", "rest") or path[-1] != KERNEL or path[-2] == ROUTER:
             continue
         first, names = pieces[0], get_at(axes, path)

@@ -70,6 +70,7 @@ def leaves(config: ModelConfig) -> dict[Path, tuple[tuple[int, ...], list[Piece]
     for piece in checkpoint_pieces(config):
         pieces.setdefault(piece.path, []).append(piece)
     return {
+        # A stacked axis is as long as the highest index along it.
         path: ((*(max(axis) + 1 for axis in zip(*(piece.at for piece in own), strict=True)), *own[0].view.shape), own)
         for path, own in pieces.items()
     }

@@ -39,6 +39,7 @@ WRAPPERS = {
 }
 """Parts of names that torch's wrappers leave in weights saved from the wrapper."""
 
+# The maps of all experts in one tensor, under the name that transformers' classes have in memory.
 _FUSED_EXPERTS = ".experts.gate_up_proj"
 _MAX_THREADS = 32
 
@@ -78,6 +79,7 @@ def load_params(
         for path, (shape, pieces) in leaves(config).items()
     ]
     params: Params = {}
+    # The cores that this process may use, which can be fewer than those of the machine.
     num_threads = min(_MAX_THREADS, len(os.sched_getaffinity(0)))
     with TensorFiles(entries) as files, ThreadPoolExecutor(num_threads, thread_name_prefix="weights") as pool:
         filled = filled_leaves(to_fill, files, pool, slab_bytes)

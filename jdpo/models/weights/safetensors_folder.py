@@ -193,6 +193,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         raise ValueError(f"{path} is truncated within its header: {size} bytes; download it again")
     try:
         header: dict[str, Any] = json.loads(text)
+        # Text of the program that wrote the file, not a tensor.
         header.pop("__metadata__", None)
         entries, end = {}, 0
         for name, info in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):

@@ -220,6 +220,7 @@ def _moved(slab: _Slab, partial: jax.Array | None) -> jax.Array:
 
 @functools.lru_cache(maxsize=64)
 def _zeros_maker(sharding: Sharding) -> Callable[..., jax.Array]:
+    # Compiled, so that each device makes its own shard and nothing travels.
     return jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=sharding)
 
 

@@ -76,6 +76,7 @@ def main(command: str, words: Sequence[str]) -> int:
 
     checkpoint = find_checkpoint(Path(asked.checkpoint), asked.step)
     if asked.push_to_hub:
+        # A wrong name or token is reported before the export, not after it.
         check_push(asked.push_to_hub)
     export_checkpoint(
         checkpoint,

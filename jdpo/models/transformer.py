@@ -203,6 +203,7 @@ def _boxed_params(model: Transformer, key: jax.Array) -> Any:
     return model.init(key, tokens, jnp.ones((1, 1), bool))["params"]
 
 
+# A flax module is frozen and hashable, so jit can compile one program per model.
 @functools.partial(jax.jit, static_argnums=0)
 def init_params(model: Transformer, key: jax.Array) -> Params:
     """Initializes parameters, a nested dict of arrays: kernels normal(0.02), biases 0, norms 1.

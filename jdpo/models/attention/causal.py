@@ -106,6 +106,7 @@ def sharded_causal_attention(
     for what, count, axes in counts:
         if count % parts[axes]:
             raise ValueError(f"{count} {what} do not divide over the {parts[axes]} devices of mesh axes {axes}")
+    # [n, t, h, k]; positions stay whole, since a query may see any earlier key.
     heads = PartitionSpec(batch_axes, None, head_axes, None)
     # XLA cannot split custom kernels or the loops over tiles, so each device runs them on its own part.
     attention = jax.shard_map(
@@ -113,6 +114,7 @@ def sharded_causal_attention(
         mesh=mesh,
         in_specs=(heads, heads, heads, PartitionSpec(batch_axes)),
         out_specs=heads,
+        # Off, because loops over tiles start from zeros that are equal on all devices, which the check refuses.
         check_vma=False,
     )
     return attention(query_nthk, key_ntgk, value_ntgk, lengths)

@@ -79,6 +79,7 @@ def mixture(
         mesh=layout.mesh,
         in_specs=(by_sequence, by_sequence, by_sequence, layout.specs(maps)),
         out_specs=by_sequence,
+        # Off, as in attention: loops over blocks start from zeros that are equal on all devices.
         check_vma=False,
     )
     out: Array = over_mesh(x_ntd, weights_ntk, experts_ntk, maps)

@@ -35,6 +35,7 @@ def find_sites(model: Transformer) -> tuple[Site, ...]:
         sites.append(
             Site(
                 path=path[:-1],
+                # The first projection of a fused module; the A of its adapter serves all of them.
                 leader=found.setdefault(first.hf_name, path[:-1]),
                 lead=shape[:num_lead],
                 inputs=shape[num_lead:end],
@@ -63,8 +64,10 @@ def _inputs_of(piece: Piece) -> tuple[int, bool]:
 
 def _module_of(piece: Piece, num_inputs: int, fan_in_first: bool) -> Module:
     num_rows, num_columns = piece.hf_shape
+    # An output is a row of [out, in], so that numbers of elements become numbers of rows.
     start, unit, num_outputs = piece.view.start // num_columns, num_columns, num_rows
     if fan_in_first:
+        # Here an output is a column of [in, out].
         start, unit, num_outputs = piece.view.start % num_columns, 1, num_columns
     strides = tuple(stride // unit for stride in piece.view.strides[num_inputs:])
     return Module(piece.at, piece.hf_name.removesuffix(".weight"), start, strides, num_outputs)

@@ -50,6 +50,7 @@ def checkpoint_pieces(config: ModelConfig) -> Iterator[Piece]:
             path, at = prefix + rule.path, (repeat,) if scanned else ()
             for name, expert in _of_experts(rule, config, index):
                 yield _piece(rule, config, name, path, at + expert)
+    # A tied head is the embedding, and has no tensor of its own.
     for rule in (*parameters_of(layout.last, config), *([] if config.tie_embeddings else [layout.head])):
         yield _piece(rule, config, rule.hf_name, rule.path)
 
@@ -96,11 +97,13 @@ def with_prefix(entries: dict[str, Entry], config: ModelConfig) -> dict[str, Ent
     """
     layout = layout_of(config)
     bare = tuple(
+        # The first part of each name, such as "wte." or "h." of GPT-2.
         rule.hf_name.removeprefix(layout.prefix).split(".")[0] + "."
         for rule in (layout.embedding, *layout.first, *layout.last, *layout.layer)
     )
     if any(name.startswith(layout.prefix) for name in entries) or not any(name.startswith(bare) for name in entries):
         return entries
+    # The head is outside of the prefix in every layout.
     return {name if name == layout.head.hf_name else layout.prefix + name: entry for name, entry in entries.items()}
 
 

@@ -183,6 +183,7 @@ def _require_tied(files: TensorFiles, entries: dict[str, TensorEntry], folder: P
         )
         files.read_into(head_name, start, head)
         files.read_into(embedding_name, start, embedding)
+        # NaN is reported with its own message when the embedding is read.
         if not np.array_equal(head, embedding, equal_nan=True):
             raise ValueError(
                 f"{folder}: tie_word_embeddings is true, but {head_name} and {embedding_name} hold "

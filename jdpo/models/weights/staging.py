@@ -108,6 +108,7 @@ def _slabs(leaf: Leaf, slab_bytes: int) -> tuple[int | None, list[Bounds]]:
     strides = leaf.pieces[0].view.strides
     axis = 0 if leaf.pieces[0].at else strides.index(max(strides))
     size = leaf.shape[axis]
+    # A slab along a sharded axis would belong to some of the devices only.
     if leaf.sharding.shard_shape(leaf.shape)[axis] != size:
         return None, [whole]
     # Equal slabs, so that one program writes all of them: the last one repeats some rows of the one before it.

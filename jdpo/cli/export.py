@@ -68,7 +68,6 @@ def main(command: str, words: Sequence[str]) -> int:
     out = _folder_here(asked.out)
     import jax
 
-    # The accelerator may be in use by the very run whose checkpoint is exported.
     # Before any device is used: the run may be in progress and hold the accelerators.
     jax.config.update("jax_platforms", "cpu")
     from jdpo.checkpoint.hub_push import check_push, push_folder

@@ -26,14 +26,12 @@ def catch_early_interrupts() -> None:
     """
     # Only the main thread may set handlers, and a handler of somebody else stays.
     main_thread = threading.current_thread() is threading.main_thread()
-    # A handler that a program set before it called jdpo stays in force; only the main thread may set one.
     if main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
     while frame is not None:
-        # A module that is being imported could catch an exception, but not `os._exit`.
         # Anywhere below an import statement an exception would be caught or changed by the importing library.
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             os.write(2, f"{INTERRUPTED}\n".encode())
@@ -45,7 +43,6 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
 def explain_failure(error: BaseException) -> str | None:
     """Returns a message if a disk is full or memory is short, whichever library reports it; None for other errors."""
     text = str(error)
-    # Libraries often keep only the text of the system's error, so the number is tried first and the text after it.
     if isinstance(error, OSError) and error.errno in _DISK and error.filename is not None:
         return f"cannot write {error.filename}: {_DISK[error.errno]}. {_ADVICE}"
     # Libraries wrap errors of the disk in types of their own; then only the text tells.

@@ -52,7 +52,6 @@ class Parser(argparse.ArgumentParser):
             description=description,
             epilog=epilog,
             formatter_class=_Formatter,
-            # An abbreviation would change its meaning when a key is added.
             allow_abbrev=False,  # a prefix may become ambiguous when a key is added
             # --help takes a key here, which argparse's own does not.
             add_help=False,

@@ -59,7 +59,6 @@ def explain(cls: type[Settings], error: ValidationError, origins: Mapping[str, s
             lines.append(fault.line(cls))
         elif fault is same[0]:
             lines.append(_line_of_group(fault.group, same))
-    # A union reports the same fault once per member, so equal lines are written once.
     return "\n".join(dict.fromkeys(lines))  # a union reports a fault once per member
 
 

@@ -84,6 +84,7 @@ class CheckpointManager:
                 # checkpoint before the new one has its manifest.
                 max_to_keep=None,
                 enable_async_checkpointing=True,
+                # Orbax writes a step under another name first; a kill leaves such folders.
                 cleanup_tmp_directories=True,
             ),
             item_names=("state", "position"),
@@ -223,6 +224,7 @@ class CheckpointManager:
                 f"checkpoint {self._folder / str(step)} is damaged: {fault}; restore the file or, if this is the best "
                 "checkpoint, set load_best_model_at_end to false to export the last step"
             )
+        # Steps may have been deleted or renamed since orbax listed them.
         self._orbax.reload()
         items = self._orbax.restore(
             step,

@@ -68,6 +68,7 @@ def load_config(
     switches = {spec.name for spec in specs if spec.switch}
     # In order: a later word overrides an earlier one.
     for key, text in parse_overrides(overrides):
+        # An empty value is what an unset shell variable leaves.
         if not text and (text == "" or (key in keys_of(cls) and key not in switches)):
             raise ValueError(no_value(key, cls))
         # A switch without a value turns its key on.

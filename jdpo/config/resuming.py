@@ -100,6 +100,7 @@ def _at(values: Mapping[str, Any], key: str, defaults: Mapping[str, Any]) -> Any
     """Returns the value of a key, which may be in a group; None if the group is left out."""
     group, _, inner = key.partition(".")
     value = values.get(group, defaults.get(group))
+    # A group that is off is null or false.
     return (value or {}).get(inner) if inner else value
 
 

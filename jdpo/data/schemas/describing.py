@@ -18,6 +18,7 @@ def kind(value: Any) -> str:
     """Returns the name of a value's type for a message."""
     names = {str: "string", list: "list", dict: "object", bool: "boolean", type(None): "null"}
     names |= {int: "number", float: "number"}
+    # By exact type, because a boolean is also an int in Python.
     return names.get(type(value), type(value).__name__)
 
 

@@ -77,6 +77,7 @@ def two_sides(raw: Raw, origin: str, *, names: tuple[str, str] = ("chosen", "rej
     better, worse = (raw[name] for name in names)
     scores = side_scores(raw, better, worse)
     texts = [read_side(side, name, origin) for side, name in zip((better, worse), names, strict=True)]
+    # The columns decide which side is better; scores that contradict them only make the margin negative.
     return Answer(texts[0], 1, scores[0]), Answer(texts[1], 0, scores[1])
 
 
@@ -126,6 +127,7 @@ def stack_exchange(raw: Raw, origin: str) -> Asked:
     answers = []
     for index, item in _items(raw, "answers", origin):
         score = _required_number(item.get("pm_score"), f"answers[{index}].pm_score", origin)
+        # Both the order and the score, so that min_margin applies to it.
         answers.append(Answer(_words(item, "text", f"answers[{index}]", origin), score, score))
     return Asked(raw["question"], answers)
 

@@ -147,6 +147,7 @@ PREFERENCE_SCHEMAS: Sequence[Schema] = (
         "shp",
         "history, human_ref_A, human_ref_B, labels: 1 where A is better, 0 where B is",
         ("history", "human_ref_A", "human_ref_B", "labels", "score_A", "score_B"),
+        # Copies of the dataset have labels of different types, so only their presence counts.
         lambda raw: _has(raw, history=str, human_ref_A=str, human_ref_B=str) and "labels" in raw,
         schema_readers.shp,
     ),
@@ -213,6 +214,7 @@ PREFERENCE_SCHEMAS: Sequence[Schema] = (
         ),
         schema_readers.transcripts,
     ),
+    # Last: a row that names its sides chosen and rejected needs no vote.
     Schema(
         "votes",
         "prompt, response_a and response_b (or _0 and _1, _1 and _2), and a vote such as winner or better_response_id",
@@ -235,6 +237,7 @@ COMPLETION_SCHEMAS: Sequence[Schema] = (
         "conversations",
         "conversations: a conversation, a list of {from, value} that ends in an assistant turn",
         ("conversations",),
+        # With sides the column is the prompt of a pair.
         lambda raw: _has(raw, conversations=list) and "chosen" not in raw and "rejected" not in raw,
         schema_readers.conversation,
     ),

@@ -45,6 +45,7 @@ def conversation_notes(
             for completion, whole in zip(completions, wholes, strict=True)
             for message in completion
         ),
+        # By name, since templates write the schema of a tool in forms of their own.
         TOOLS_UNUSED: any(_tool_name(tool) not in written for tool in tools or ()),
     }
     return tuple(note for note, applies in found.items() if applies)

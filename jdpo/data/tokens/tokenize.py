@@ -214,6 +214,7 @@ def _fit_pair(
     kept = _cut_prompt(split.prompt, len(split.prompt), max_prompt_length, tokenizer)
     prompt = [split.prompt[i] for i in kept]
     budget = max_length - len(prompt)
+    # Not below 0, which would cut from the end; a prompt that leaves nothing is dropped below.
     chosen, rejected = (completion[: max(budget, 0)] for completion in split.completions)
     masks = [mask[: max(budget, 0)] for mask in split.masks]
     if not prompt:

@@ -148,6 +148,7 @@ class Tokenizer:
         """Returns the token ids of each text, without special tokens added."""
         if not texts:
             return []
+        # Templates write special tokens themselves. `verbose` would warn of long texts, which are cut only later.
         encoded = self.hf(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
         ids: list[list[int]] = encoded["input_ids"]
         return ids

@@ -198,6 +198,25 @@ def _help_asked(words: Sequence[str], parser: argparse.ArgumentParser) -> str | 
     return None
 
 
+def _unexpected(word: str, done: Sequence[str], parser: argparse.ArgumentParser) -> ValueError:
+    """Returns the error about a word that is neither a key, nor a value, nor the first word.
+
+    Args:
+      done: the words before it, in the form of `joined`.
+    """
+    actions = {option: action for action in parser._actions for option in action.option_strings}
+    before, equals, value = done[-1].partition("=")
+    if f"--{before}" in actions:  # `beta 0.2`, where beta is read as the config file
+        return ValueError(f"cannot read {word!r}; did you mean `--{before} {word}`?")
+    if (option := f"--{word.lstrip('-')}") in actions:
+        return ValueError(f"cannot read {word!r}; did you mean `{option}`?")
+    if equals and before in actions and actions[before].metavar == "LIST":
+        return ValueError(f"cannot read {word!r}; write several values as a list: `{before} '[{value}, {word}]'`")
+    if word.endswith((".yaml", ".yml")) and not done[0].startswith("--"):
+        return ValueError(f"two config files, {done[0]} and {word}; give one, and keys that override it")
+    return unreadable(word)
+
+
 def joined(words: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
     """Writes each key with its value as one word, `--key=value`, in whichever form it was given.
 
@@ -219,12 +238,8 @@ def joined(words: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
         word = rest.pop(0)
         name, equals, value = word.partition("=")
         if not (equals or word.startswith("--")):
-            if done and f"--{done[-1]}" in options:  # `beta 0.2`, where beta is read as the config file
-                raise ValueError(f"cannot read {word!r}; did you mean `--{done[-1]} {word}`?")
-            if done and not done[0].startswith("--") and word.endswith((".yaml", ".yml")):
-                raise ValueError(f"two config files, {done[0]} and {word}; give one, and keys that override it")
             if done:
-                raise unreadable(word)
+                raise _unexpected(word, done, parser)
             done.append(word)
             continue
         option = "--" + name.removeprefix("--").replace("-", "_")

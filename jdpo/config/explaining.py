@@ -126,6 +126,8 @@ class _Fault(NamedTuple):
             return f"{key!r} {self.where} {found}: {self.problem['msg'].removeprefix('Value error, ')}"
         expected = "a finite number" if self.problem["type"] == "finite_number" else spec.expected
         meant = VALUES.get(spec.name, {}).get(str(value).lower())
+        if meant is None and spec.nullable and str(value).lower() == "none":
+            meant = "null"  # Python's spelling
         hint = f"; here it is {_setting(spec.name, meant, self.where)}" if meant is not None else ""
         return f"{key!r} {self.where} {found}: expected {expected}{about}{hint}"
 

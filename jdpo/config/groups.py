@@ -37,9 +37,11 @@ LOSS_SYNONYMS = {"dpo": "sigmoid"}
 
 def _known_loss(name: str) -> str:
     if name not in LOSSES:
-        near = nearest(name, [*LOSSES, *LOSS_SYNONYMS], cutoff=0.3)
+        near = nearest(name, [*LOSSES, *LOSS_SYNONYMS], cutoff=0.5)
         same = f" (another name of {LOSS_SYNONYMS[near]})" if near in LOSS_SYNONYMS else ""
         hint = f"; did you mean {near!r}{same}?" if near else "."
+        if "," in name:
+            hint = f"; write several losses as a list, [{', '.join(part.strip() for part in name.split(','))}]."
         text = f"unknown loss_type {name!r}{hint} The losses are: {', '.join(LOSSES)}"
         raise PydanticCustomError("unknown_loss", "{text}", {"text": text})
     return name

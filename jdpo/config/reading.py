@@ -148,14 +148,20 @@ def _parse_value(key: str, text: str, *, is_text: bool) -> Any:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    if path.suffix in (".jsonl", ".csv", ".tsv", ".parquet", ".arrow"):
+        raise ValueError(f"expected a YAML file with settings, found {path}; rows are given as `--datasets {path}`")
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ValueError(f"no config file at {path}: give the path of a YAML file") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except IsADirectoryError:
+        raise ValueError(f"expected a YAML file with settings, found the folder {path}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the config file {path} is not UTF-8 text ({error}); save it as UTF-8") from None
+    except OSError as error:
         raise ValueError(f"cannot read the config file {path}: {error}") from None
     try:
-        values = load_yaml(text)
+        values = load_yaml(text, name=str(path))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {error}") from None
     if values is None:

@@ -46,8 +46,11 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def load_yaml(text: str) -> Any:
+def load_yaml(text: str, name: str = "this text") -> Any:
     """Reads a YAML text, without Python objects.
+
+    Args:
+      name: what errors call the text, such as the file that it is from.
 
     Raises:
       yaml.YAMLError: broken YAML, a key written twice, values nested too deeply, or more than MOST_VALUES of them.
@@ -56,6 +59,7 @@ def load_yaml(text: str) -> Any:
     if len(text) > MOST_CHARACTERS:
         raise yaml.YAMLError(f"{len(text):,} characters, more than the {MOST_CHARACTERS:,} that a config may have")
     loader = _Loader(text)
+    loader.name = name
     try:
         node = loader.get_single_node()
         if node is None:

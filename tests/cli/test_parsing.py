@@ -49,6 +49,12 @@ def test_every_form_of_a_key_is_read_and_the_last_one_wins(words: list[str]) -> 
         (["--beta="], "--beta needs a value"),
         (["--dry_run=yes"], "--dry_run takes no value"),
         (["--bta", "0.2"], "did you mean 'beta'?"),
+        (["--datasets", "a.jsonl", "b.jsonl"], "`--datasets '[a.jsonl, b.jsonl]'`"),
+        (["-beta", "0.2"], "did you mean `--beta`?"),
+        (["lora"], "did you mean `--lora`?"),
+        (["--max_steps", "None"], "here it is `--max_steps null`"),
+        (["--loss_type", "sigmoid,sft"], "as a list, [sigmoid, sft]"),
+        (["--loss_type", "kto"], "unknown loss_type 'kto'. The losses are"),
     ],
 )
 def test_wrong_words_are_answered_as_before(words: list[str], message: str) -> None:

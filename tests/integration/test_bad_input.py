@@ -278,7 +278,7 @@ def test_refused(make: Make, parts: list[str], place: Place, run_words: Words, c
 
 YAML: dict[str, tuple[str | None, list[str]]] = {
     "missing": (None, ["no config file at {folder}/run.yaml"]),
-    "broken": ("beta: [0.1\n", ["{folder}/run.yaml is not YAML", "line 2"]),
+    "broken": ("beta: [0.1\n", ["{folder}/run.yaml is not YAML", 'in "{folder}/run.yaml", line 2']),
     "a list": ("- beta\n", ["{folder}/run.yaml: expected 'key: value' lines, found a list"]),
     "a key twice": ("beta: 0.1\nbeta: 0.2\n", ["{folder}/run.yaml", "the key 'beta' is written twice", "line 2"]),
     "an unknown key": ("bets: 0.1\n", ["unknown key 'bets' in {folder}/run.yaml", "did you mean 'beta'?"]),
@@ -294,6 +294,10 @@ def test_config_file_refused(
     message = refusal([str(path), *run_words()], capsys)
     for part in parts:
         assert part.replace("{folder}", str(place.folder)) in message, message
+
+
+def test_rows_in_the_place_of_the_config_file_are_refused(capsys: Capture) -> None:
+    assert "rows are given as `--datasets pairs.jsonl`" in refusal(["pairs.jsonl"], capsys)
 
 
 def test_missing_keys_are_all_named(capsys: Capture) -> None:

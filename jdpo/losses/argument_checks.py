@@ -138,5 +138,5 @@ def unknown_name(kind: str, name: object, known: Iterable[str], listed: str) -> 
       listed: the beginning of the list, such as "The losses are".
     """
     names = [*known]
-    hint = did_you_mean(str(name), names, cutoff=0.5)
+    hint = did_you_mean(str(name), names, cutoff=0.3)
     return ValueError(f"unknown {kind} {name!r}{f'; {hint}' if hint else '.'} {listed}: {', '.join(names)}")

@@ -73,8 +73,8 @@ def tile_size(length: int, block_size: int | None = None) -> int:
 
 def group_size(num_sequences: int, num_heads: int, block: int) -> int:
     """Returns the number of sequences that one loop handles at once on CPU: as many as fit in the cache."""
-    # A divisor of the number of sequences, so that all groups have one shape and share one loop body.
     most = max(1, _TILE_SCORES // (num_heads * block**2))
+    # A divisor of the number of sequences, so that all groups have one shape and share one loop body.
     return next(b for b in range(min(most, num_sequences), 0, -1) if num_sequences % b == 0)
 
 

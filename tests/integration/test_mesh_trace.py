@@ -54,6 +54,7 @@ def assert_moved(losses: np.ndarray) -> None:
     assert abs(losses[-1] / losses[0] - 1) > 0.05, losses
 
 
+@pytest.mark.ci  # a process of its own for one device, and sequences of 400 tokens
 def test_trace_on_eight_devices_is_that_of_one(parity: ModuleType, tmp_path: Path) -> None:
     inputs = parity.write_inputs(tmp_path, hidden_size=64, num_rows=20, global_batch_size=8)
     one_device = parity.Case("dpo", "float32", 1, (1, 1, 1), 3)

@@ -2,9 +2,9 @@
 
     python benchmarks/attention.py [--lengths T ...] [--dtype NAME] [--backends NAME ...] [--ragged] [--window W]
 
-Random queries, keys, values and cotangents; every program is compiled ahead of time and they run in turns, so that
-load on the machine meets all alike: medians of the rounds after the first, and their quartiles. The error is the
-largest norm-wise distance of output and gradients from the plain path in float64, over sequences' real positions.
+Random queries, keys, values and cotangents; programs are compiled ahead of time and run in turns, so that load on the
+machine affects all equally. Reported are medians and quartiles of the rounds after the first. The error is the largest
+norm-wise distance of output and gradients from the plain path in float64, over sequences' real positions.
 With --ragged, lengths are uniform between a quarter and the whole of t; torch gets a causal mask without lengths.
 """
 
@@ -28,7 +28,7 @@ from jdpo.models.attention import causal_attention, compiled_attention
 
 
 def inputs(args: argparse.Namespace, length: int) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
-    """Query, key, value and cotangent [n, t, .., k] in float64, and lengths."""
+    """Returns query, key, value and cotangent [n, t, .., k] in float64, and lengths."""
     rng = np.random.default_rng(0)
     n, h, g, k = args.sequences, args.heads, args.kv_heads, args.head_dim
     lengths = rng.integers(length // 4, length + 1, n) if args.ragged else np.full(n, length)
@@ -39,7 +39,7 @@ def inputs(args: argparse.Namespace, length: int) -> tuple[tuple[np.ndarray, ...
 
 
 def program(backend: str, window: int | None, arrays: tuple[Any, ...], lengths: Any) -> Any:
-    """Output and gradients, compiled; fails where the program holds another backend than asked for."""
+    """Compiles output and gradients; fails if the program holds another backend than requested."""
 
     def step(query: Any, key: Any, value: Any, cotangent: Any, lengths: Any) -> Any:
         def attend(*operands: Any) -> Any:
@@ -56,7 +56,7 @@ def program(backend: str, window: int | None, arrays: tuple[Any, ...], lengths: 
 
 
 def torch_step(arrays: tuple[np.ndarray, ...], dtype: str) -> Callable[[], Any]:
-    """Attention in torch's scaled_dot_product_attention, in its own layout [n, h, t, k]."""
+    """Runs torch's scaled_dot_product_attention in its own layout [n, h, t, k]."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

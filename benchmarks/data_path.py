@@ -3,9 +3,9 @@
     python benchmarks/data_path.py [--rows N] [--work DIR] [--num_proc P] [--pairs_per_second X] [--out REPORT.md]
 
 Rows of random words are written as conversational JSONL, tokenized and planned, and both again from the cache; then
-steps of 32 pairs are made and packed as fast as they come. Every stage is a process of its own, whose resident memory
-is summed up with that of all processes it starts. Unless --pairs_per_second says what a model consumes, `jdpo dpo`
-trains one of 20 M parameters for a few steps on the first rows. Exit code 1 where a bar is missed.
+steps of 32 pairs are made and packed as fast as they come. Every stage is a separate process, whose resident memory
+includes that of its child processes. Unless --pairs_per_second gives what a model consumes, `jdpo dpo` trains a model
+of 20 M parameters for a few steps on the first rows. The exit code is 1 if a bar is missed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ LOADER_BAR = 20.0
 
 
 def write_rows(path: Path, num_rows: int, *, seed: int = 0) -> None:
-    """Conversational pairs of random words, 15 to 90 of them a row; every word has its own frequency."""
+    """Writes conversational pairs of 15 to 90 random words per row; every word has its own frequency."""
     rng = np.random.default_rng(seed)
     words = vocabulary()
     frequency = 1 / np.arange(1, len(words) + 1)
@@ -61,7 +61,7 @@ def write_rows(path: Path, num_rows: int, *, seed: int = 0) -> None:
 
 
 def vocabulary() -> list[str]:
-    """2,000 made-up words."""
+    """Returns 2,000 made-up words."""
     syllables = [first + second for first in "bcdfghklmnprstvw" for second in "aeiou"]
     return [one + two for one in syllables for two in syllables][:2000]
 
@@ -77,7 +77,7 @@ def _sentence(stream: Iterator[str], num_words: int) -> str:
 
 
 def write_model(folder: Path) -> None:
-    """A Llama of 20 M parameters, random, and a tokenizer that knows the words."""
+    """Writes a random Llama of 20 M parameters and a tokenizer that knows the words."""
     from jdpo.quickstart import tiny_llama
 
     words = vocabulary()
@@ -112,7 +112,7 @@ def start(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def load(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Makes and packs steps, one after the other, on one thread, as the loop's loader does."""
+    """Makes and packs steps one after the other on one thread, as the training loop's loader does."""
     from jdpo.config import DPOConfig, load_config
     from jdpo.data.batching.loader import RowPlan
     from jdpo.data.batching.mixing import Mixture
@@ -133,7 +133,7 @@ def load(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def consume(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Trains the model on the first rows, with the loader that a run has."""
+    """Trains the model on the first rows with the loader of a run."""
     from jdpo.config import DPOConfig, load_config
     from jdpo.models.families import read_model_config
     from jdpo.models.transformer import Transformer, abstract_params
@@ -181,7 +181,7 @@ STAGES = {"start": start, "load": load, "consume": consume}
 
 
 def run_stage(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The findings of a stage, with its seconds from start to end and the peak of its resident memory in GiB."""
+    """Runs a stage; returns its results, its seconds and its peak resident memory in GiB."""
     command = [sys.executable, __file__, "--stage", name, "--work", str(arguments.work)]
     if arguments.num_proc is not None:
         command += ["--num_proc", str(arguments.num_proc)]
@@ -200,7 +200,7 @@ def run_stage(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _watch(process: subprocess.Popen[str], peak: list[int]) -> None:
-    """Notes the most memory of the process alone, and with all that it started."""
+    """Records the peak memory of the process alone, and together with its child processes."""
     while process.poll() is None:
         own = _resident(process.pid)
         peak[0] = max(peak[0], own)
@@ -230,7 +230,7 @@ def _descendants(pid: int) -> Iterator[int]:
 
 
 def report(rows: int, found: dict[str, dict[str, Any]], file_bytes: int) -> tuple[str, bool]:
-    """Markdown, and whether every bar is met."""
+    """Returns the report as Markdown, and whether every bar is met."""
     first, second, loader, model = (found[name] for name in ("first", "second", "load", "consume"))
     ratio = loader["pairs_per_second"] / model["pairs_per_second"]
     verdicts = [
@@ -271,7 +271,7 @@ def report(rows: int, found: dict[str, dict[str, Any]], file_bytes: int) -> tupl
 
 
 def main() -> int:
-    """Run all stages; exit code 1 where a bar is missed."""
+    """Runs all stages; the exit code is 1 if a bar is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--work", type=Path, help="folder for rows, model and cache; default: a temporary one")

@@ -1,4 +1,4 @@
-"""A real run on real rows: a Llama of about 20 million parameters from nothing, SFT then DPO on HH-RLHF dialogues.
+"""A real run on real rows: a Llama of about 20 million parameters from scratch, SFT then DPO on HH-RLHF dialogues.
 
     python benchmarks/hh_run.py --data hh_harmless_dev.jsonl.gz [--out runs/hh]
 

@@ -1,12 +1,12 @@
-"""An ablation ladder: what each of jdpo's means gains, measured and by arithmetic. And step time over tokens.
+"""An ablation ladder: the gain of each of jdpo's optimizations, measured and predicted, and step time over tokens.
 
     python benchmarks/ladder.py [--tables long_pairs hh] [--vocab_size 32000] [--rounds 5] [--report PATH]
 
 Each rung adds one thing to the one before: padded -> packed -> shared prompt -> chunked head -> cached reference ->
 attention. Measured is loss and gradients of one step, jitted, in float32, without the update; all rungs are compiled
-first and then run in turns in this process, so that load on the machine meets all alike. They must give the same loss
-and gradient norm. The rows are random words of real lengths, evenly spaced in the table by length; the policy is random
-and the reference is another random model, so that an equal loss says something.
+first and then run in turns in this process, so that load on the machine affects all equally. They must give the same
+loss and gradient norm. The rows are random words of real lengths, evenly spaced in the table by length; the policy is
+random and the reference is another random model, so that an equal loss is evidence.
 
 `padded` is `packing: false`, the last three are what `jdpo dpo` runs (with `attention: xla` except for the last); the
 two between are built here from the same parts: each side packed as a row of its own with its prompt, and the head as
@@ -48,7 +48,7 @@ GROWTH = (1, 2, 4, 8)
 
 
 def main() -> None:
-    """Climb the ladder for every table, and write the report."""
+    """Climbs the ladder for every table and writes the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
     parser.add_argument("--vocab_size", type=int, default=LLAMA_22M.vocab_size)
@@ -85,13 +85,13 @@ def head(arguments: argparse.Namespace, shape: ModelShape) -> list[str]:
 
 
 def rows_of(table: str, num_rows: int, max_length: int) -> np.ndarray:
-    """Lengths of one step's rows, evenly spaced in the table."""
+    """Returns the lengths of one step's rows, evenly spaced in the table."""
     selection = select(read_lengths(table), batch=num_rows, max_length=max_length, warmup=0, filler=0, steps=1)
     return selection.lengths[selection.measured]
 
 
 def climb(shape: ModelShape, table: str, lengths: np.ndarray, rounds: int, mesh: Any) -> list[str]:
-    """The ladder of one table as Markdown.
+    """Returns the ladder of one table as Markdown.
 
     Raises:
       ValueError: a rung gives another loss or gradient norm than the first.
@@ -124,7 +124,7 @@ def climb(shape: ModelShape, table: str, lengths: np.ndarray, rounds: int, mesh:
 
 
 def grow(shape: ModelShape, lengths: np.ndarray, rounds: int, mesh: Any) -> list[str]:
-    """Step time over tokens, 1 to 8 times as many, as Markdown."""
+    """Returns step times for 1 to 8 times as many tokens, as Markdown."""
     steps = steps_of_growing_size(shape, lengths, GROWTH, mesh)
     seconds = in_turns({step.tokens: program(step) for step in steps}, rounds)
     lines = [
@@ -144,7 +144,7 @@ def grow(shape: ModelShape, lengths: np.ndarray, rounds: int, mesh: Any) -> list
 
 
 def program(step: Step) -> Callable[[], tuple[float, float]]:
-    """Compiles a step; running it gives loss and gradient norm, when all of it is done."""
+    """Compiles a step; running it waits for the end and returns loss and gradient norm."""
 
     @jax.jit
     def whole(*operands: Any) -> Any:

@@ -6,12 +6,12 @@ backward. Of a pair's tokens P, C, R (prompt, chosen, rejected) a live reference
     padded           8 (N + h) per place of a [2 b, longest] rectangle
     packed           8 (N + h) (2 P + C + R)
     shared prompt    8 (N + h) (P + C + R)
-    chunked head     8 N (P + C + R) + 10 h (C + R)       the head on scored tokens; its backward pass computes again
+    chunked head     8 N (P + C + R) + 10 h (C + R)       the head on scored tokens; its backward pass recomputes
     cached reference 6 N (P + C + R) + 8 h (C + R)
-    attention        the same, and each sequence's lower triangle alone
+    attention        the same, with only the lower triangle of each sequence
 
 Attention over a sequence of t places is two products of 2 t^2 w FLOPs per layer, w the width of all heads; backward has
-four, and a fifth where the scores are computed again.
+four, and a fifth if the scores are recomputed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ RUNGS = ("padded", "packed", "shared prompt", "chunked head", "cached reference"
 
 
 def predicted_flops(shape: ModelShape, lengths: np.ndarray, *, padded: int, packed: int) -> dict[str, float]:
-    """FLOPs of a step, by rung.
+    """Returns the FLOPs of a step, by rung.
 
     Args:
       shape: of the model.
@@ -48,5 +48,5 @@ def predicted_flops(shape: ModelShape, lengths: np.ndarray, *, padded: int, pack
 
 
 def attention_flops(shape: ModelShape, length: int) -> float:
-    """Forward, over a whole square of scores."""
+    """Returns the FLOPs of the forward pass over a full square of scores."""
     return 4.0 * length**2 * shape.num_heads * shape.head_dim * shape.num_layers

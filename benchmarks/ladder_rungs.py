@@ -51,7 +51,7 @@ class Step(NamedTuple):
 
 
 def rungs(shape: ModelShape, lengths: np.ndarray, mesh: Any) -> dict[str, Step]:
-    """Every rung, by name, of the same rows and weights."""
+    """Returns every rung by name, for the same rows and weights."""
     pairs = pairs_of(lengths, shape.vocab_size)
     plain, fast = model_of(shape, "xla"), model_of(shape, "auto")
     params, reference = (init_params(plain, jax.random.key(seed)) for seed in (0, 1))
@@ -73,7 +73,7 @@ def rungs(shape: ModelShape, lengths: np.ndarray, mesh: Any) -> dict[str, Step]:
 
 
 def steps_of_growing_size(shape: ModelShape, lengths: np.ndarray, growth: Sequence[int], mesh: Any) -> list[Step]:
-    """The last rung on more and more of the rows, evenly spaced among them: the last of `growth` has them all."""
+    """Returns the last rung on growing numbers of evenly spaced rows; the last of `growth` has all of them."""
     model = model_of(shape, "auto")
     params, reference = (init_params(model, jax.random.key(seed)) for seed in (0, 1))
     logps = PackedLogps(model, mesh)
@@ -89,7 +89,7 @@ def steps_of_growing_size(shape: ModelShape, lengths: np.ndarray, growth: Sequen
 
 
 def make_step(objective: Objective, reference: Params, batch: Any, *, params: Params, tokens: int) -> Step:
-    """Loss and gradients as the training step has them."""
+    """Returns a step that computes loss and gradients as training does."""
 
     def function(params: Params, reference: Params, batch: Any) -> tuple[Array, Params]:
         found = loss_and_grads(objective, params, reference, batch)
@@ -100,7 +100,7 @@ def make_step(objective: Objective, reference: Params, batch: Any, *, params: Pa
 
 
 def model_of(shape: ModelShape, attention: str) -> Transformer:
-    """The decoder in float32, which keeps its activations."""
+    """Returns the decoder in float32, without rematerialization."""
     config = ModelConfig(
         family="llama",
         vocab_size=shape.vocab_size,
@@ -131,7 +131,7 @@ def pairs_of(lengths: np.ndarray, vocab_size: int) -> list[TokenizedPair]:
 
 
 def sides_of(pairs: Sequence[TokenizedPair]) -> list[TokenizedCompletion]:
-    """Chosen and rejected of each pair as rows of their own, one after the other, each with its prompt."""
+    """Returns chosen and rejected of each pair as separate consecutive rows, each with its prompt."""
     sides = []
     for pair in pairs:
         for completion in (pair.chosen_ids, pair.rejected_ids):
@@ -141,14 +141,14 @@ def sides_of(pairs: Sequence[TokenizedPair]) -> list[TokenizedCompletion]:
 
 
 def packed(rows: Any) -> PackedBatch:
-    """All rows in one row of slots, in their order."""
+    """Packs all rows, in order, into one row of slots."""
     indices, sizes = np.arange(len(rows)), item_sizes(rows)
     plan = plan_run(sizes, [indices], num_shards=1, micro_batch_size=len(rows))
     return pack(rows, indices, plan.step(indices))
 
 
 def padded_batch(pairs: Sequence[TokenizedPair], max_length: int) -> Any:
-    """[1, b, 2, t], t as `packing: false` has it."""
+    """Returns a padded batch [1, b, 2, t] with the t of `packing: false`."""
     longest = max(len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs)
     length = bucket_length(longest, max_length)
     batch = collate_pairs(pairs, num_slots=len(pairs), length=length, pad_token_id=0)
@@ -156,7 +156,7 @@ def padded_batch(pairs: Sequence[TokenizedPair], max_length: int) -> Any:
 
 
 def with_reference(batch: PackedBatch, reference: Params, logps: LogpsFn) -> PackedBatch:
-    """The batch with the reference's log-probs, as the cache gives them."""
+    """Returns the batch with the reference's log-probs, as from the cache."""
     micro = jax.tree.map(lambda array: jnp.asarray(array[0]), batch)
     found = jax.jit(lambda params, micro: logps(params, micro, False)[0])(reference, micro)
     return batch._replace(logp_reference=np.asarray(found)[None])
@@ -166,7 +166,7 @@ def with_reference(batch: PackedBatch, reference: Params, logps: LogpsFn) -> Pac
 
 
 def whole_head_logps(model: Transformer) -> LogpsFn:
-    """As `PackedLogps`, with the head on every slot at once: logits [r, s, v] exist."""
+    """Computes `PackedLogps` with the head on every slot at once, which holds logits [r, s, v]."""
 
     def logps(params: Params, batch: PackedBatch, with_log_sum_sq: bool) -> TokenScores:
         assert not with_log_sum_sq

@@ -3,10 +3,10 @@
     python benchmarks/linear_head.py [--tokens N] [--width D] [--vocab V] [--dtype NAME] [--chunk-size C ...]
 
 Random hidden states [4, tokens / 4, width], head and targets; all versions compiled ahead of time and run in turns,
-median of the rounds after the first. The chunked version computes the logits twice (8 products of the head's size a
+median of the rounds after the first. The chunked version computes the logits twice (8 products of the head's size per
 token against 6). Training passes `lengths`, so that the number of chunks is known only as the program runs: two arms
-are that, with all positions of a row real and with half of them. Compared with the bars only at the default sizes, and
-half of the positions against none: exit code 1 if one is past a bar.
+do so, with all positions of a row real and with half of them. The bars apply only at the default sizes; the exit code
+is 1 if one is missed.
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ NUM_ROWS = 4
 
 
 def plain(hidden: Any, head: Any, targets: Any, lengths: Any) -> Any:
-    """All logits at once."""
+    """Computes all logits at once."""
     del lengths
     return token_logps(jnp.matmul(hidden, head, preferred_element_type=jnp.float32), targets)
 
 
 def chunked(hidden: Any, head: Any, targets: Any, lengths: Any, *, chunk_size: int | None = None) -> Any:
-    """Chunk by chunk, all of them."""
+    """Computes all chunks, one after the other."""
     del lengths
     return linear_token_logps(hidden, head, targets, chunk_size=chunk_size)
 
 
 def chunked_by_length(hidden: Any, head: Any, targets: Any, lengths: Any) -> Any:
-    """As training does it: up to the chunk of the last real position."""
+    """Computes the chunks up to the last real position, as training does."""
     return linear_token_logps(hidden, head, targets, lengths=lengths)
 
 
 def inputs(tokens: int, width: int, vocab: int, dtype: str) -> tuple[Any, ...]:
-    """Hidden states, head, targets and a random cotangent."""
+    """Returns hidden states, head, targets and a random cotangent."""
     rng = np.random.default_rng(0)
     shape = (NUM_ROWS, tokens // NUM_ROWS)
     hidden = jnp.asarray(rng.normal(0, 1, (*shape, width)), dtype)
@@ -71,7 +71,7 @@ def real_positions(tokens: int, share: float) -> Any:
 
 
 def compiled(function: Callable[..., Any], arrays: tuple[Any, ...]) -> Any:
-    """Value and gradients with respect to hidden states and head, ahead of time."""
+    """Compiles value and gradients with respect to hidden states and head."""
 
     def loss(hidden: Any, head: Any, targets: Any, weights: Any, lengths: Any) -> Any:
         return (function(hidden, head, targets, lengths) * weights).sum()
@@ -80,7 +80,7 @@ def compiled(function: Callable[..., Any], arrays: tuple[Any, ...]) -> Any:
 
 
 def main() -> int:
-    """Print the table; exit code 1 if the default chunk is past a bar."""
+    """Prints the table; the exit code is 1 if the default chunk misses a bar."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in DEFAULTS.items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
@@ -109,7 +109,7 @@ def main() -> int:
 
 
 def report(sizes: dict[str, Any], times: dict[str, float], memory: dict[str, int]) -> bool:
-    """Prints the table and returns whether a chunked version is past a bar."""
+    """Prints the table and returns whether a chunked version misses a bar."""
     print(f"{machine_line(('jax',))}\n")
     print(", ".join(f"{name} {value}" for name, value in sizes.items()), "on", jax.devices()[0].device_kind)
     print("\n| head | time (s) | of the plain time | temporary memory (MiB) | times less |\n|---|---|---|---|---|")

@@ -45,7 +45,7 @@ GIB = 2**30
 
 
 def shape(layers: int, width: int, heads: int, kv_heads: int, d_ff: int, vocab: int, *, tied: bool) -> ModelConfig:
-    """A Llama of these sizes."""
+    """Returns the config of a Llama of these sizes."""
     return ModelConfig(
         family="llama",
         vocab_size=vocab,
@@ -72,7 +72,7 @@ SHAPES = {
 
 
 class Arm(NamedTuple):
-    """A way to train: with adapters or without, the base in int8 or not, the reference in the step or cached."""
+    """A way to train: full or adapters, float or int8 base, live or cached reference."""
 
     name: str
     adapted: bool
@@ -89,7 +89,7 @@ ARMS = (
 
 
 def one_batch(num_tokens: int, *, cached: bool) -> Any:
-    """One micro-batch of about so many slots."""
+    """Returns one micro-batch of about so many slots."""
     ids = np.zeros(128, np.int32)
     pairs = [TokenizedPair(ids, ids, ids, "") for _ in range(max(1, num_tokens // 384))]
     everything = np.arange(len(pairs))
@@ -100,7 +100,7 @@ def one_batch(num_tokens: int, *, cached: bool) -> Any:
 
 
 def bytes_of(config: ModelConfig, arm: Arm, num_tokens: int, rank: int) -> dict[str, int]:
-    """Bytes of one step by kind."""
+    """Returns the bytes of one step by kind."""
     mesh = make_mesh(MeshConfig(data=1, fsdp=1), jax.devices()[:1])
     model, whole = Transformer(config, remat="full"), replicated(mesh)
     sites = find_sites(model)
@@ -146,7 +146,7 @@ def _size(tree: Any) -> int:
 
 
 def report(shapes: list[str], num_tokens: int, rank: int) -> str:
-    """Markdown."""
+    """Returns the report as Markdown."""
     lines = [
         "# Memory of a DPO step: adapters next to a frozen base, and all weights",
         "",
@@ -177,7 +177,7 @@ def report(shapes: list[str], num_tokens: int, rank: int) -> str:
 
 
 def main() -> None:
-    """Parse, compile, print."""
+    """Parses the command line, compiles the steps and prints the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["smollm2-135m", "llama-3.1-8b"])
     parser.add_argument("--tokens", type=int, default=4096, help="slots of the micro-batch")

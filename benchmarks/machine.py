@@ -1,4 +1,4 @@
-"""The machine and the code that gave a benchmark's figures, as its report names them."""
+"""Describes the machine and the code of a benchmark for its report."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def machine_line(packages: Sequence[str] = ("jax", "flax", "optax")) -> str:
-    """Processor, GPUs, versions, and the commit that was measured."""
+    """Returns processor, GPUs, versions and the measured commit."""
     listed = ", ".join(f"{name} {version(name)}" for name in packages)
     parts = [f"{processor()}, {os.cpu_count()} cores", *gpus(), f"Python {platform.python_version()}"]
     return f"{', '.join(parts)}, jdpo {__version__} ({commit()}), {listed}"
 
 
 def processor() -> str:
-    """The processor's name, where Linux says it."""
+    """Returns the processor's name as Linux reports it."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -30,7 +30,7 @@ def processor() -> str:
 
 
 def gpus() -> list[str]:
-    """The NVIDIA GPUs by name, and their driver; none where there is no nvidia-smi."""
+    """Returns the names of the NVIDIA GPUs and their driver, or nothing without nvidia-smi."""
     listed = _output("nvidia-smi", "-L")
     if not listed:
         return []
@@ -40,7 +40,7 @@ def gpus() -> list[str]:
 
 
 def commit() -> str:
-    """The commit of the checkout, and whether the package differs from it."""
+    """Returns the commit of the checkout, and whether the package differs from it."""
     found = _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")
     if not found:
         return "commit unknown"

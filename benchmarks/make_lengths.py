@@ -1,4 +1,4 @@
-"""Makes a table of real lengths from real preferences: what the speed benchmarks synthesise their rows from.
+"""Makes a table of real lengths from real preferences, from which the speed benchmarks synthesize their rows.
 
     python benchmarks/make_lengths.py --data dpo_en_demo.json hh_harmless_dev.jsonl.gz \
         --out benchmarks/lengths/long_pairs.csv benchmarks/lengths/hh.csv [--rows 512] [--vocab_size 32000]
@@ -31,7 +31,7 @@ UNCUT = 10**6
 
 
 def main() -> None:
-    """Write the tables that the command line asks for."""
+    """Writes the tables that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="preference files")
     parser.add_argument("--out", type=Path, nargs="+", required=True, help="one table a file")
@@ -49,19 +49,19 @@ def main() -> None:
 
 
 def texts(path: Path) -> list[str]:
-    """Every message of a file's preferences: what the tokenizer learns its words from."""
+    """Yields every message of a file's preferences, to train the tokenizer."""
     rows = (row for raw, origin in read_rows(DatasetConfig(path=str(path))) for row in preference_rows(raw, origin))
     kept = [row for row in rows if not isinstance(row, Dropped)]
     return [word for row in kept for side in (row.prompt, row.chosen, row.rejected) for word in words(side)]
 
 
 def words(text: Text) -> list[str]:
-    """The contents of messages, or plain text as it is."""
+    """Returns the contents of messages, or plain text unchanged."""
     return [text] if isinstance(text, str) else [message["content"] or "" for message in text]
 
 
 def measure(data: Path, tokenizer: Path) -> np.ndarray:
-    """Tokens of prompt, chosen and rejected, [rows, 3], of every row that jdpo would train on."""
+    """Counts tokens of prompt, chosen and rejected, [rows, 3], of every row that jdpo would train on."""
     rows = prepare_pairs(
         [DatasetConfig(path=str(data))],
         load_tokenizer(tokenizer, chat_template=None),
@@ -73,7 +73,7 @@ def measure(data: Path, tokenizer: Path) -> np.ndarray:
 
 
 def evenly_spaced(size: int, most: int) -> Sequence[int]:
-    """At most `most` indices below `size`, evenly spaced.
+    """Returns at most `most` evenly spaced indices below `size`.
 
     >>> list(evenly_spaced(3, 5)), list(evenly_spaced(6, 3))
     ([0, 1, 2], [0, 2, 4])

@@ -5,7 +5,7 @@
 A small Llama with random weights, pairs of 256 to 400 tokens, AdamW at a constant 1e-4, shuffled epochs that end in a
 remainder. Every case is a real run of the trainer, on fake CPU devices; one process for each number of devices and
 dtype. Printed for each case: the largest relative difference of loss and gradient norm from the first case of its
-kind (on one device), and the distance of the final params as a share of the way they went.
+kind (on one device), and the distance of the final params as a share of the distance that they moved.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ in the first steps, so float32 rounding of a gradient near zero shows in full th
 
 
 class Case(NamedTuple):
-    """One run: command, dtype, number of devices, mesh and micro-batch size."""
+    """A run: command, dtype, number of devices, mesh and micro-batch size."""
 
     command: str
     dtype: str
@@ -57,7 +57,7 @@ class Trace(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """A model folder, a file of pairs, and rows an optimizer step."""
+    """A model folder, a file of pairs, and the number of rows per optimizer step."""
 
     model: Path
     rows: Path
@@ -65,7 +65,7 @@ class Inputs(NamedTuple):
 
 
 MESHES = {
-    (1, 1, 1): (8, 3, 1),  # the others are compared with the first
+    (1, 1, 1): (8, 3, 1),  # the other cases are compared with the first
     (8, 1, 1): (1,),
     (1, 8, 1): (1,),
     (1, 4, 2): (2, 1),
@@ -75,7 +75,7 @@ MESHES = {
 
 
 def all_cases() -> list[Case]:
-    """Every mesh and micro-batch size for DPO, three meshes for SFT; both in both dtypes."""
+    """Returns every mesh and micro-batch size for DPO and three meshes for SFT, in both dtypes."""
     return [
         Case(command, dtype, int(np.prod(mesh)), mesh, micro)
         for dtype in LOSS_BAR
@@ -88,7 +88,7 @@ def all_cases() -> list[Case]:
 def write_inputs(
     folder: Path, *, hidden_size: int = 128, num_layers: int = 2, num_rows: int = 20, global_batch_size: int = 8
 ) -> Inputs:
-    """A random Llama and conversational pairs of 256 to 400 tokens."""
+    """Writes a random Llama and conversational pairs of 256 to 400 tokens."""
     from jdpo.quickstart.tiny_llama import write_model
 
     rng = np.random.default_rng(0)
@@ -113,7 +113,7 @@ def write_inputs(
 
 
 def run_here(case: Case, inputs: Inputs, out: Path, num_steps: int = NUM_STEPS) -> Trace:
-    """Runs a case in this process, which must have case.num_devices devices, and in whose dtype jax must be."""
+    """Runs a case in this process, which must have case.num_devices devices and jax in the case's dtype."""
     import jax
 
     from jdpo.config import DPOConfig, SFTConfig, load_config
@@ -155,7 +155,7 @@ def run_here(case: Case, inputs: Inputs, out: Path, num_steps: int = NUM_STEPS) 
 
 
 def run_apart(cases: Iterable[Case], inputs: Inputs, out: Path, num_steps: int = NUM_STEPS) -> dict[Case, Trace]:
-    """Runs cases in processes of their own, one for each number of devices and dtype."""
+    """Runs cases in separate processes, one for each number of devices and dtype."""
     traces = {}
     for (num_devices, dtype), group in groupby(cases, key=lambda case: (case.num_devices, case.dtype)):
         together = list(group)
@@ -207,7 +207,7 @@ class Distance(NamedTuple):
 
 
 def distance(trace: Trace, expected: Trace) -> Distance:
-    """Relative to `expected`; infinite if one of them is NaN."""
+    """Returns differences relative to `expected`; infinite if one of them is NaN."""
 
     def relative(found: np.ndarray, wanted: np.ndarray) -> float:
         assert found.shape == wanted.shape, (found.shape, wanted.shape)
@@ -223,7 +223,7 @@ def distance(trace: Trace, expected: Trace) -> Distance:
 
 
 def main() -> int:
-    """Run every case and print the table; exit code 1 if one is past its bar."""
+    """Runs every case and prints the table; the exit code is 1 if a case misses its bar."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="where the runs go; default: a temporary folder")
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)

@@ -201,7 +201,7 @@ EQUIVALENT: dict[tuple[str, str], str] = {
 
 
 class Job(NamedTuple):
-    """A mutant with what should find it."""
+    """A mutant and the tests that should find it."""
 
     target: Target
     mutant: Mutant
@@ -213,7 +213,7 @@ class Job(NamedTuple):
 
     @property
     def reason(self) -> str | None:
-        """Why no test can kill the mutant; None where one can."""
+        """Returns why no test can kill the mutant, or None."""
         return EQUIVALENT.get((self.mutant.function, self.mutant.after))
 
     @property

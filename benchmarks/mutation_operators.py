@@ -263,7 +263,7 @@ def _with_function(source: str, function: Any, text: str) -> str:
 
 
 def _nodes(node: Any) -> Iterator[ast.AST]:
-    """All nodes of a function that may be edited, parents first."""
+    """Yields all nodes of a function that may be edited, parents first."""
     for field, value in ast.iter_fields(node):
         if field in ("annotation", "returns", "decorator_list"):
             continue
@@ -284,7 +284,7 @@ def _is_kept(node: ast.AST) -> bool:
 
 
 def _identifier(node: ast.AST) -> str:
-    """The name that a node reads; empty for other nodes."""
+    """Returns the name that a node reads; empty for other nodes."""
     if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
         return node.id
     return node.attr if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) else ""
@@ -295,7 +295,7 @@ def _renamed(node: ast.AST, name: str) -> ast.AST:
 
 
 def _with(node: ast.AST, **fields: Any) -> ast.AST:
-    """A copy of a node, not of its children, with other fields."""
+    """Copies a node, not its children, with other fields."""
     changed = copy.copy(node)
     for name, value in fields.items():
         setattr(changed, name, value)

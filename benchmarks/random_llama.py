@@ -3,7 +3,7 @@
     python benchmarks/random_llama.py --rows rows.jsonl --out DIR [--vocab_size 4096] [--hidden_size 256] ...
 
 Needs the `parity` extra: transformers' own class writes the folder, so that jdpo has no part in it. `rows.jsonl`
-holds one conversational preference a line (`prompt`, `chosen`, `rejected`, each a list of messages).
+holds one conversational preference per line (`prompt`, `chosen`, `rejected`, each a list of messages).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CHATML = (
 
 
 def main() -> None:
-    """Write the folder that the command line describes."""
+    """Writes the folder that the command line describes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=Path, required=True, help="JSONL of conversational preferences")
     parser.add_argument("--out", type=Path, required=True, help="Hugging Face folder to write")
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> Any:
-    """A byte-level BPE tokenizer of at most `vocab_size` entries that ends turns with `<|im_end|>`."""
+    """Trains a byte-level BPE tokenizer of at most `vocab_size` entries that ends turns with `<|im_end|>`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -68,7 +68,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Any:
 
 
 def random_llama(tokenizer: Any, arguments: argparse.Namespace) -> Any:
-    """A Llama whose every parameter is random, norm scales too: all 1, they would hide a wrong order."""
+    """Makes a Llama with random parameters, norm scales included: scales of 1 would hide a wrong order."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -4,7 +4,7 @@
     python benchmarks/speed.py --gpu 1.5b | 8b                       on one NVIDIA GPU, in bfloat16
     python benchmarks/speed.py --tiny [--gpu 8b] [--trainers jdpo]   the same way at toy sizes, to see that it works
 
-Everything is made on the spot: random weights of the true shape, and rows of random words with the lengths of a
+All inputs are generated: random weights of the true shape, and rows of random words with the lengths of a
 committed table (lengths/, made by make_lengths.py). Every arm runs in a process of its own, in turns, in rounds.
 
 jdpo gets the whole table: warm-up, filler, the measured steps, the rest. Its shapes are planned for all of that; the
@@ -18,9 +18,9 @@ TRL runs with live and precomputed reference, each with the attention that is fa
 and the micro-batch), the whole step at once and no gradient checkpointing on the CPU: these are what the bars are for.
 In the same round: one pair at a time, which pads nothing but the pair, and with gradient checkpointing.
 
-The gate: what both tokenize is held together token for token; the first step's loss and log-probs of all arms, and
-those of all steps of TRL and of a jdpo run on TRL's very file, must be equal to 1e-3 (in bfloat16 1e-2, and after the
-first step the loss to 3e-2). The exit status is 1 where the gate fails or a bar is missed or not measured: 4 times TRL
+The gate: tokens are compared one by one; the first step's loss and log-probs of all arms, and those of all steps of TRL
+and of a jdpo run on TRL's own file, must be equal to 1e-3 (in bfloat16 1e-2, and after the first step the loss to
+3e-2). The exit status is 1 if the gate fails or a bar is missed or not measured: 4 times TRL
 and 3 times Tunix on long pairs, 6 times TRL on HH, half of TRL's peak memory, checkpointing included, at most 10 % of
 padding; each at the 22 M shape with V = 32000, cached against precomputed, live against live. TRL and Tunix may live in
 other environments than jdpo; one that cannot be imported, or an arm that fails, is left out, which is noted.
@@ -67,7 +67,7 @@ PATH_FLAGS = ("--trl-python", "--tunix-python", "--work", "--report")
 
 
 def main() -> None:
-    """Run the cases and write the report."""
+    """Runs the cases and writes the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CPU_CASES, default=list(CPU_CASES), help="on the CPU")
     parser.add_argument("--gpu", nargs="+", choices=GPU_CASES, help="these instead, on one NVIDIA GPU")
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="new folder that keeps all that the arms leave")
     parser.add_argument("--report", type=Path, help="default: benchmarks/results/DATE-speed.md")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no arm is left running
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no arm keeps running
     report = arguments.report or ROOT / "benchmarks/results" / f"{date.today()}-speed.md"
     with tempfile.TemporaryDirectory() as scratch:
         work = arguments.work or Path(scratch)
@@ -141,7 +141,7 @@ def without_paths(words: Sequence[str]) -> list[str]:
 def run_case(
     arguments: argparse.Namespace, case: Case, folder: Folder, ways: dict[Any, TrlWay]
 ) -> tuple[list[str], bool]:
-    """One case from its weights to its part of the report."""
+    """Runs one case, from its weights to its part of the report."""
     case = dataclasses.replace(case, jdpo=(*case.jdpo, *arguments.jdpo))
     selection = make_inputs(arguments, case, folder)
     filler = selection.num_filler // case.batch
@@ -158,7 +158,7 @@ def run_case(
 
 
 def make_inputs(arguments: argparse.Namespace, case: Case, folder: Folder) -> Selection:
-    """Model, rows of both files and their ids; what jdpo tokenizes is compared with the ids.
+    """Writes the model, the rows of both files and their ids, and compares the ids with jdpo's tokens.
 
     Raises:
       ValueError: jdpo tokenizes other rows than were meant.
@@ -184,7 +184,7 @@ def make_inputs(arguments: argparse.Namespace, case: Case, folder: Folder) -> Se
 
 
 def measure(arms: Sequence[Arm], case: Case, folder: Folder, rounds: int, notes: list[str]) -> dict[str, Result]:
-    """Runs all arms in turns; one that fails at any time is left out, and noted."""
+    """Runs all arms in turns; an arm that fails at any time is left out and noted."""
     results = {arm.key: Result(arm, [], [], []) for arm in arms}
 
     def attempt(key: str, number: int | None) -> None:
@@ -218,7 +218,7 @@ def out_of(folder: Folder, arm: Arm) -> Path:
 
 
 def check_trl_tokens(found: Path, expected: Path, batch: int, passes: int) -> None:
-    """Holds the tokens of every row that TRL's collator gave against those that were meant.
+    """Compares the tokens of every row from TRL's collator with the intended ones.
 
     Raises:
       ValueError: a row is missing, too much, or another.
@@ -259,7 +259,7 @@ def about_rows(case: Case, selection: Selection) -> Iterator[str]:
 
 
 def settings(case: Case, results: Mapping[str, Result], folder: Folder) -> Iterator[str]:
-    """Describes what all arms share, and how each saves memory."""
+    """Describes the common settings of all arms, and how each saves memory."""
     chosen = [
         f"{result.arm.name}: {memory_choice(out_of(folder, result.arm) / 'round0')}, by its own choice"
         for result in results.values()
@@ -275,7 +275,7 @@ def settings(case: Case, results: Mapping[str, Result], folder: Folder) -> Itera
 
 
 def about_arms(results: Mapping[str, Result]) -> Iterator[str]:
-    """Versions of the other trainers, how long TRL took to set up, and what `jdpo reference` took."""
+    """Describes the other trainers' versions, TRL's setup time, and the time of `jdpo reference`."""
     for result in results.values():
         for before in result.before:
             yield f"`jdpo reference`, all rows: {before.seconds:.1f} s, peak {before.peak_rss / 2**20:.0f} MiB."

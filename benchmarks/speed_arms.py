@@ -1,6 +1,6 @@
 """The arms of the speed benchmark: one command each, run in a process of its own (`speed_run.py`).
 
-Every arm leaves a metrics.jsonl with a line a step (`step`, `step_seconds`, `loss`, `logps/chosen`, `logps/rejected`).
+Every arm writes a metrics.jsonl, a line per step (`step`, `step_seconds`, `loss`, `logps/chosen`, `logps/rejected`).
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Arm(NamedTuple):
 
     @property
     def num_lines(self) -> int:
-        """Steps that are wanted."""
+        """The number of steps to run."""
         return WARMUP + self.skipped + self.num_measured
 
     @property
@@ -82,7 +82,7 @@ class Arm(NamedTuple):
 
 
 class TrlWay(NamedTuple):
-    """The settings with which TRL computes."""
+    """TRL's settings for memory and speed."""
 
     attention: str
     liger: bool
@@ -93,7 +93,7 @@ class TrlWay(NamedTuple):
 
 
 def jdpo_arm(python: str, case: Case, folder: Folder, reference: str, *, filler: int, steps: int) -> Arm:
-    """`jdpo dpo` on one pass over the whole table, which its shapes are planned for; stopped after the last step."""
+    """Returns `jdpo dpo` on one pass over the whole table, for which it plans shapes; stopped after the last step."""
     words = _jdpo_words(case, folder, folder.rows, reference)
     return Arm(
         name=f"jdpo, {reference} reference",
@@ -110,7 +110,7 @@ def jdpo_arm(python: str, case: Case, folder: Folder, reference: str, *, filler:
 
 
 def gate_arm(python: str, case: Case, folder: Folder, *, steps: int) -> Arm:
-    """`jdpo dpo` on the very file that TRL trains on: not timed; its figures are compared with TRL's."""
+    """Returns `jdpo dpo` on TRL's own file: it is not timed, but its figures are compared with TRL's."""
     words = _jdpo_words(case, folder, folder.compared_rows, "live")
     return Arm(
         name="jdpo on TRL's rows, live reference",
@@ -156,7 +156,7 @@ def trl_arm(
     passes: int = 1,
     rounds: int = 99,
 ) -> Arm:
-    """TRL's DPOTrainer; of several passes over the measured rows the last is measured."""
+    """Returns TRL's DPOTrainer; of several passes over the measured rows, the last is measured."""
     flags = {
         "model": folder.model,
         "rows": folder.compared_rows,
@@ -191,7 +191,7 @@ def trl_arm(
 
 
 def tunix_arm(python: str, case: Case, folder: Folder, *, steps: int) -> Arm:
-    """Tunix's DPOTrainer, which has a live reference only."""
+    """Returns Tunix's DPOTrainer, which has only a live reference."""
     flags = {
         "model": folder.model,
         "ids": folder.compared_ids,
@@ -202,4 +202,4 @@ def tunix_arm(python: str, case: Case, folder: Folder, *, steps: int) -> Arm:
     }
     words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
     command = (python, str(ROOT / "benchmarks/speed_tunix.py"), *words)
-    return Arm("Tunix, live reference", "tunix", "live", command, steps, rounds=1)  # it does most steps twice
+    return Arm("Tunix, live reference", "tunix", "live", command, steps, rounds=1)  # it runs most steps twice

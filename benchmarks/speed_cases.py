@@ -115,7 +115,7 @@ GPU_CASES = {
 
 
 def toy(case: Case) -> Case:
-    """A case at toy size, on the CPU: of bars only the gate is left."""
+    """Returns a case at toy size on the CPU, with the gate but without bars."""
     return dataclasses.replace(
         case,
         name=f"{case.name}, at toy size",

@@ -39,14 +39,14 @@ class Plan:
 
 
 def wanted_trainers(arguments: argparse.Namespace, case: Case) -> list[str]:
-    """Those of the case that the command line does not exclude."""
+    """Returns the case's trainers that the command line does not exclude."""
     return [name for name in case.trainers if name in arguments.trainers]
 
 
 def choose_arms(
     arguments: argparse.Namespace, case: Case, folder: Folder, *, filler: int, ways: dict[Any, TrlWay]
 ) -> Plan:
-    """The arms that can run; `ways` keeps what a trial found, for a case of the same rows and model but the head."""
+    """Returns the arms that can run; `ways` keeps trials for cases that differ only in the head."""
     wanted, plan, steps = wanted_trainers(arguments, case), Plan(), arguments.steps
     arms: dict[str, list[Arm]] = {"live": [], "cached": []}
     further: list[Arm] = []
@@ -74,7 +74,7 @@ def choose_arms(
 
 
 def more_of_trl(python: str, case: Case, folder: Folder, way: TrlWay, steps: int) -> list[Arm]:
-    """TRL with no padding, and with the least memory at a whole step: one round each, for what they show."""
+    """Returns TRL without padding, and with the least memory at a whole step; one round each, without bars."""
     if not case.more_trl:
         return []
     passes = num_passes(case.device)
@@ -86,12 +86,12 @@ def more_of_trl(python: str, case: Case, folder: Folder, way: TrlWay, steps: int
 
 
 def num_passes(device: str) -> int:
-    """Over the measured rows, of which the last counts: a GPU's kernels are chosen as a shape is met first."""
+    """Returns the number of passes over the measured rows; the last counts, as GPU kernels are chosen in the first."""
     return 2 if device == "gpu" else 1
 
 
 def fastest_way(python: str, case: Case, folder: Folder, plan: Plan, ways: dict[Any, TrlWay]) -> TrlWay | None:
-    """The way TRL is fastest with a live reference, or None where none runs: attention first, then micro-batches."""
+    """Finds TRL's fastest settings with a live reference: attention first, then micro-batches. None if none run."""
     if (why := missing(python, ("trl", "torch"))) is not None:
         plan.notes.append(f"TRL: {why}")
         return None
@@ -113,7 +113,7 @@ def fastest_way(python: str, case: Case, folder: Folder, plan: Plan, ways: dict[
 
 
 def attention_ways(python: str, case: Case, micro_batch: int, plan: Plan) -> list[TrlWay]:
-    """Attention by Liger, of what is installed."""
+    """Returns the installed attention kernels to try, by whether Liger is used."""
     attentions, ligers = ["sdpa", "eager"], [False]
     if case.device == "gpu":
         for package in ("flash_attn", "liger_kernel"):

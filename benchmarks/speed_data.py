@@ -35,22 +35,22 @@ class Selection(NamedTuple):
 
     @property
     def measured(self) -> np.ndarray:
-        """The indices of the measured rows."""
+        """Indices of the measured rows."""
         return self.num_warmup + self.num_filler + np.arange(self.num_measured)
 
     @property
     def compared(self) -> np.ndarray:
-        """The indices of the rows that the other trainers get: warm-up and measured."""
+        """Indices of the rows that the other trainers get: warm-up and measured."""
         return np.concatenate([np.arange(self.num_warmup), self.measured])
 
 
 def read_lengths(name: str) -> np.ndarray:
-    """A committed table, int [rows, 3]."""
+    """Reads a committed table, int [rows, 3]."""
     return np.loadtxt(LENGTHS / f"{name}.csv", delimiter=",", skiprows=1, dtype=np.int64)
 
 
 def select(lengths: np.ndarray, *, batch: int, max_length: int, warmup: int, filler: int, steps: int) -> Selection:
-    """All usable rows of a table, ordered: those of `warmup` steps, of `filler` steps, the measured ones, the rest.
+    """Orders all usable rows of a table: those of `warmup` steps, of `filler` steps, the measured ones, the rest.
 
     What is measured is an evenly spaced sample by length, so that a few steps represent the table; in that of many
     random orders in which padding weighs most nearly what it does in random steps of the whole table. The warm-up is
@@ -77,7 +77,7 @@ def select(lengths: np.ndarray, *, batch: int, max_length: int, warmup: int, fil
 
 
 def padding(cut: np.ndarray, batch: int) -> float:
-    """Places that a padding trainer computes, over the tokens of prompts, chosen and rejected: steps in this order.
+    """Returns the places that a padding trainer computes, relative to the tokens, with rows in this order.
 
     >>> padding(np.array([[2, 1, 3], [1, 1, 1]]), 2)  # two pairs, four sequences, padded to 5
     2.222...
@@ -94,7 +94,7 @@ def typical_padding(cut: np.ndarray, batch: int) -> float:
 
 
 def fitted(lengths: np.ndarray, max_length: int) -> np.ndarray:
-    """Lengths as every trainer cuts them: completions lose what is beyond max_length.
+    """Cuts lengths as every trainer does: completions lose their tokens beyond max_length.
 
     >>> fitted(np.array([[5, 2, 9]]), 8).tolist()
     [[5, 2, 3]]
@@ -112,7 +112,7 @@ class Ids(NamedTuple):
 
 
 def synthesize(lengths: np.ndarray, vocab_size: int, *, seed: int = 0) -> list[Ids]:
-    """Random rows of exactly these lengths; the sides of a pair differ from their first token on."""
+    """Makes random rows of exactly these lengths; the sides of a pair differ from their first token on."""
     rng = np.random.default_rng(seed)
     low = len(SPECIAL)
     assert lengths[:, 0].min() >= 1, "a prompt of no tokens"
@@ -131,7 +131,7 @@ def synthesize(lengths: np.ndarray, vocab_size: int, *, seed: int = 0) -> list[I
 
 
 def write_rows(rows: Sequence[Ids], path: Path) -> None:
-    """Rows as conversations, one JSON object per line, that both TRL and jdpo read."""
+    """Writes rows as conversations, one JSON object per line, for both TRL and jdpo."""
     with path.open("w", encoding="utf-8") as lines:
         for row in rows:
             record = {"prompt": [_message("user", row.prompt)]}
@@ -144,7 +144,7 @@ def _message(role: str, ids: Sequence[int]) -> dict[str, str]:
 
 
 def write_ids(rows: Sequence[Ids], max_length: int, path: Path) -> None:
-    """Token ids as the model sees them, completions cut; the form of `trl_oracle.write_tokens`."""
+    """Writes token ids as the model sees them, completions cut, in the form of `trl_oracle.write_tokens`."""
     with path.open("w", encoding="utf-8") as lines:
         for row in rows:
             space = max_length - len(row.prompt)

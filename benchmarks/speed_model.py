@@ -44,13 +44,13 @@ class ModelShape:
 
     @property
     def backbone(self) -> int:
-        """Weights of all matrices but embedding and head: N of the arithmetic."""
+        """Number of weights in all matrices except embedding and head: N in ladder_flops.py."""
         queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         return self.num_layers * self.d_model * (2 * queries + 2 * keys + 3 * self.d_ff)
 
     @property
     def head(self) -> int:
-        """Weights of the head's matrix: h of the arithmetic."""
+        """Number of weights in the head's matrix: h in ladder_flops.py."""
         return self.d_model * self.vocab_size
 
 
@@ -98,7 +98,7 @@ def tiny(shape: ModelShape) -> ModelShape:
 
 
 def write_model(shape: ModelShape, folder: Path, *, seed: int = 0, shard_bytes: int = SHARD_BYTES) -> None:
-    """A Hugging Face folder with random weights and the tokenizer; one shard of the weights in memory at a time."""
+    """Writes a Hugging Face folder with random weights and the tokenizer, one weight shard at a time."""
     folder.mkdir(parents=True)
     _write_tokenizer(shape.vocab_size, folder)
     _write_json(folder / "config.json", hf_config(shape))
@@ -119,7 +119,7 @@ def write_model(shape: ModelShape, folder: Path, *, seed: int = 0, shard_bytes: 
 
 
 def tensor_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    """Hugging Face's names of all weights, and their shapes."""
+    """Returns Hugging Face's names and shapes of all weights."""
     d, queries, keys = shape.d_model, shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     layer: dict[str, tuple[int, ...]] = {
         "input_layernorm.weight": (d,),
@@ -142,7 +142,7 @@ def tensor_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
 
 
 def hf_config(shape: ModelShape) -> dict[str, Any]:
-    """config.json."""
+    """Returns the content of config.json."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -170,7 +170,7 @@ def _bytes(shape: ModelShape) -> int:
 
 
 def _shards(shape: ModelShape, shard_bytes: int) -> Iterator[dict[str, tuple[int, ...]]]:
-    """The tensors of each file, in order."""
+    """Returns the tensors of each file, in order."""
     shard: dict[str, tuple[int, ...]] = {}
     size = 0
     for name, dims in tensor_shapes(shape).items():
@@ -192,7 +192,7 @@ def _write_shard(shape: ModelShape, tensors: dict[str, tuple[int, ...]], path: P
 
 
 def _random(name: str, dims: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    """Matrices of unit gain, norm scales around 1: all 1, they would hide a wrong order."""
+    """Draws matrices of unit gain, and norm scales around 1: scales of 1 would hide a wrong order."""
     values = rng.standard_normal(dims, dtype=np.float32)
     if "norm" in name:
         return 1 + 0.1 * values

@@ -14,7 +14,7 @@ from jdpo.data.batching.packing_plan import pair_sizes, plan_run
 
 
 def planned_padding(cut: np.ndarray, batch: int, max_tokens: int) -> tuple[float, np.ndarray]:
-    """Share of slots without a token over all steps, and of each step.
+    """Returns the share of slots without a token over all steps, and of each step.
 
     Args:
       cut: int [rows, 3], tokens of prompt, chosen and rejected as trained on, in the order of training.
@@ -31,14 +31,14 @@ def planned_padding(cut: np.ndarray, batch: int, max_tokens: int) -> tuple[float
 
 
 def padding_of(result: Result, out: Path, selection: Selection, *, batch: int, max_length: int) -> Padding:
-    """The padding of jdpo's arm, and of its whole pass.
+    """Returns the padding of jdpo's arm, and of its whole pass.
 
     Args:
       result: of the arm.
       out: a folder that it wrote.
 
     Raises:
-      ValueError: its log says something else of the measured steps than the plan does.
+      ValueError: its log disagrees with the plan about the measured steps.
     """
     logged = [float(line["padding"]) for line in result.runs[0].measured]
     max_tokens = json.loads((out / "run.json").read_text(encoding="utf-8"))["fit"]["max_tokens_per_device"]

@@ -33,7 +33,7 @@ def render_case(
     wanted: Collection[str],
     padding: Padding | None = None,
 ) -> tuple[list[str], bool]:
-    """A case as Markdown lines, and whether the gate held and every bar was measured and reached.
+    """Returns a case as Markdown lines, and whether the gate held and every bar was measured and reached.
 
     Args:
       results: by the key of their arm; an arm that failed is not among them.

@@ -49,7 +49,7 @@ class Before(NamedTuple):
 
 
 class ArmFailed(RuntimeError):
-    """An arm ended before its time; `last` is the last line that it printed."""
+    """Raised if an arm ends early; `last` is the last line that it printed."""
 
     def __init__(self, name: str, code: int, left: str, log: Path) -> None:
         lines = log.read_text(errors="replace").splitlines()
@@ -58,7 +58,7 @@ class ArmFailed(RuntimeError):
 
 
 def missing(python: str, modules: Sequence[str]) -> str | None:
-    """Why an arm cannot run: the last line of what python says on importing its modules; None where it can."""
+    """Returns why an arm cannot run, the last line of the import error of its modules; None if it can."""
     done = subprocess.run(
         [python, "-c", f"import {', '.join(modules)}"], capture_output=True, text=True, env=environment("cpu")
     )
@@ -66,7 +66,7 @@ def missing(python: str, modules: Sequence[str]) -> str | None:
 
 
 def environment(device: str, compilation_cache: Path | None = None) -> dict[str, str]:
-    """The environment of every arm: offline, and with a compilation cache that is the arm's own."""
+    """Returns the environment of every arm: offline, with a compilation cache of its own."""
     values = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
     if device == "cpu":
         values["JAX_PLATFORMS"] = "cpu"
@@ -102,7 +102,7 @@ def prepare_arm(arm: Arm, out: Path, *, device: str) -> Before:
 
 
 def run_arm(arm: Arm, out: Path, *, device: str) -> ArmRun:
-    """Runs an arm until it has left the lines that are wanted, and to its end.
+    """Runs an arm until it has written the required lines, and waits for its end.
 
     Args:
       out: a new folder; its parent keeps the arm's compilation cache from one run to the next.
@@ -135,7 +135,7 @@ def run_arm(arm: Arm, out: Path, *, device: str) -> ArmRun:
 
 
 def _watch(process: subprocess.Popen[Any], arm: Arm, metrics: Path, started: float) -> tuple[float, int, int]:
-    """Waits for the end of a process; (first_step, peak_rss_steps, peak_rss) of ArmRun."""
+    """Waits for the end of a process; returns (first_step, peak_rss_steps, peak_rss) of ArmRun."""
     first_step, resident, told = float("nan"), 0, False
     try:
         while True:
@@ -159,7 +159,7 @@ def _watch(process: subprocess.Popen[Any], arm: Arm, metrics: Path, started: flo
 
 
 def _peak_resident(pid: int) -> int:
-    """Most bytes that a process had resident so far; 0 if Linux does not report it."""
+    """Returns the peak resident bytes of a process so far; 0 if Linux does not report it."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
@@ -168,7 +168,7 @@ def _peak_resident(pid: int) -> int:
 
 
 def read_lines(path: Path) -> list[Line]:
-    """The training steps of a metrics.jsonl that is still being written."""
+    """Returns the training steps of a metrics.jsonl that is still being written."""
     if not path.exists():
         return []
     lines = []

@@ -53,7 +53,7 @@ class StepTimer(TrainerCallback):
 
 
 def main() -> None:
-    """Train for a few steps and leave the times."""
+    """Trains for a few steps and writes the times."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder")
     parser.add_argument("--rows", type=Path, required=True, help="JSONL of conversational preferences")

@@ -2,9 +2,9 @@
 
     python benchmarks/speed_tunix.py --model DIR --ids ids.jsonl --out DIR --steps 4
 
-It runs in a process, and may run in an environment, of its own. DIR gets metrics.jsonl (a line a step) and about.json.
-What is Tunix's own way: a live reference in a forward pass of its own, prompts padded on the left and completions on
-the right, the head on every position, attention as one dense product (its Llama has no other). What is done for it:
+It runs in a separate process, possibly in another environment. DIR gets metrics.jsonl (a line per step) and about.json.
+Tunix's own ways: a live reference in a forward pass of its own, prompts padded on the left and completions on
+the right, the head on every position, attention as one dense product (its Llama has no other). Done in its favour:
 
 - It is given token ids, as its TrainingInput allows: its tokenization would put BOS before completions and no end
   after them, and the trainers would learn other rows.
@@ -40,7 +40,7 @@ Row = dict[str, list[int]]
 
 
 class TimedTrainer(DPOTrainer):
-    """Tunix's trainer, which waits for the end of every step and leaves a line for it."""
+    """Tunix's trainer, but waiting for the end of every step and writing a line for it."""
 
     def record_to(self, path: Path, visits: list[bool]) -> None:
         """Args:
@@ -52,14 +52,14 @@ class TimedTrainer(DPOTrainer):
 
     def _prepare_inputs(self, training_input: Any) -> Any:
         self.started = time.perf_counter()
-        return super()._prepare_inputs(training_input)  # the reference's forward pass is in here
+        return super()._prepare_inputs(training_input)  # includes the reference's forward pass
 
     def _post_process_train_step(self, aux: Any) -> None:
         super()._post_process_train_step(aux)
         jax.block_until_ready((aux, nnx.state(self.model)))
         seconds = time.perf_counter() - self.started
         line = self._line(aux)
-        if self.first is None:  # the figures of the start are those before any update
+        if self.first is None:  # figures of the first visit are from before any update
             self.first = line
         if not next(self.visits):
             return
@@ -77,7 +77,7 @@ class TimedTrainer(DPOTrainer):
 
 
 def main() -> None:
-    """Train for a few steps and leave the times."""
+    """Trains for a few steps and writes the times."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder of a Llama")
     parser.add_argument("--ids", type=Path, required=True, help="JSONL of prompt_ids, chosen_ids, rejected_ids")
@@ -107,7 +107,7 @@ def main() -> None:
 
 
 def padded(rows: list[Row]) -> TrainingInput:
-    """A step: prompts padded on the left, completions on the right.
+    """Returns a padded step: prompts padded on the left, completions on the right.
 
     ids of prompts 5 6 and 7:  5 6    masks: 1 1
                                0 7           0 1
@@ -130,7 +130,7 @@ def round_up(length: int) -> int:
 
 
 def counted_visits(batches: list[TrainingInput]) -> Iterator[tuple[int, bool]]:
-    """(batch, whether it counts) of every step: a new shape comes twice, the first of all three times."""
+    """Yields (batch, whether it counts) of every step: a new shape twice, the very first three times."""
     seen: set[Any] = set()
     for index, batch in enumerate(batches):
         shape = batch.prompt_ids.shape, batch.chosen_ids.shape
@@ -141,7 +141,7 @@ def counted_visits(batches: list[TrainingInput]) -> Iterator[tuple[int, bool]]:
 
 
 def load(folder: Path) -> Any:
-    """The weights in Tunix's own Llama, through its own reader, in the dtype they are stored in."""
+    """Loads the weights into Tunix's own Llama with its own reader, in their stored dtype."""
     raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if raw["model_type"] != "llama":
         raise SystemExit(f"{folder} is a {raw['model_type']}; this arm has a Llama")

@@ -19,7 +19,7 @@ NAMES = {"trl": "TRL", "tunix": "Tunix"}
 
 
 class Result(NamedTuple):
-    """An arm, its runs, one a round, the cold run before them, where it has one, and what came before that."""
+    """An arm with its runs, one per round, the cold run before them if it has one, and its preparation."""
 
     arm: Arm
     runs: list[ArmRun]
@@ -27,7 +27,7 @@ class Result(NamedTuple):
     before: list[Before]
 
     def first_steps(self) -> tuple[float, float | None]:
-        """Seconds to the first step with nothing compiled, and the median of those with everything compiled."""
+        """Seconds to the first step with nothing compiled, and their median with everything compiled."""
         first, *later = [run.first_step for run in (*self.cold, *self.runs)]
         return first, statistics.median(later) if later else None
 
@@ -43,12 +43,12 @@ class Result(NamedTuple):
         return [statistics.median(of_step) for of_step in zip(*self.seconds(), strict=True)]
 
     def peak(self) -> int:
-        """Most bytes resident in any process that the arm needs."""
+        """Peak resident bytes of any process that the arm needs."""
         runs = [run.peak_rss for run in (*self.cold, *self.runs)]
         return max([*runs, *(before.peak_rss for before in self.before)])
 
     def device_peak(self) -> float:
-        """GiB on the accelerator as the arm itself tells them: on the CPU that is no measure, or none at all."""
+        """GiB on the accelerator as the arm reports them; meaningless or missing on the CPU."""
         return max(line["peak_memory_gib"] for run in self.runs for line in run.lines)
 
 
@@ -100,7 +100,7 @@ class GateRow(NamedTuple):
 
 
 def first_steps_gate(case: Case, results: Sequence[Result]) -> list[GateRow]:
-    """The first step of every arm against that of the first one."""
+    """Compares the first step of every arm with that of the first arm."""
     base = results[0].runs[0].lines[0]
     rows = []
     for result in results:
@@ -110,13 +110,13 @@ def first_steps_gate(case: Case, results: Sequence[Result]) -> list[GateRow]:
 
 
 def all_steps_gate(case: Case, results: Mapping[str, Result]) -> list[GateRow]:
-    """Every step of TRL's arms against jdpo's on the same file; empty where one of them did not run."""
+    """Compares every step of TRL's arms with jdpo's on the same file; empty if one of them did not run."""
     ours = next((result for result in results.values() if result.arm.role == GATE), None)
     if ours is None:
         return []
     rows = []
     for theirs in (result for result in results.values() if result.arm.trainer == "trl"):
-        count = WARMUP + theirs.arm.num_measured  # of several passes the first
+        count = WARMUP + theirs.arm.num_measured  # the first of several passes
         pairs = zip(theirs.runs[0].lines[:count], ours.runs[0].lines[:count], strict=True)
         first, *later = [differences(line, base) for base, line in pairs]
         most = {name: worst(row[name] for row in later) for name in GATED}
@@ -129,7 +129,7 @@ def all_steps_gate(case: Case, results: Mapping[str, Result]) -> list[GateRow]:
 
 
 def differences(line: Line, base: Line) -> dict[str, float]:
-    """Relative differences of two steps.
+    """Returns the relative differences of two steps.
 
     >>> differences({"loss": 1.1, "logps/chosen": -2, "logps/rejected": -3},
     ...             {"loss": 1.0, "logps/chosen": -2, "logps/rejected": -4})
@@ -139,7 +139,7 @@ def differences(line: Line, base: Line) -> dict[str, float]:
 
 
 def worst(values: Iterable[float]) -> float:
-    """The largest; NaN counts as infinite."""
+    """Returns the largest value; NaN counts as infinite."""
     return max((math.inf if math.isnan(value) else value for value in values), default=0.0)
 
 
@@ -147,7 +147,7 @@ def worst(values: Iterable[float]) -> float:
 
 
 def compare(other: Result, ours: Result, bar: float | None, what: str = "") -> Verdict:
-    """Another arm's step times over ours, on the same steps."""
+    """Returns the ratios of another arm's step times to ours, on the same steps."""
     medians = [statistics.median(result.flat()) for result in (other, ours)]
     totals = [sum(result.flat()) / len(result.runs) for result in (other, ours)]
     paired = [theirs / mine for theirs, mine in zip(other.by_step(), ours.by_step(), strict=True)]
@@ -158,7 +158,7 @@ def compare(other: Result, ours: Result, bar: float | None, what: str = "") -> V
 def verdicts(
     case: Case, results: Mapping[str, Result], padding: Padding | None, wanted: Collection[str]
 ) -> list[Verdict]:
-    """All ratios of a case; a bar whose arm of a wanted trainer is not there is not measured, which is not passed."""
+    """Returns all ratios of a case; a bar without the arm of a wanted trainer is not measured and not passed."""
     found = _times(case, results, wanted)
     if {"jdpo", "trl"} <= set(wanted):
         found += _memory(case, results)
@@ -169,7 +169,7 @@ def verdicts(
 
 
 def _times(case: Case, results: Mapping[str, Result], wanted: Collection[str]) -> list[Verdict]:
-    """Main arms against jdpo with the same reference, which bars are for; then what else TRL was run as."""
+    """Compares the main arms with jdpo under the same reference, which have bars; then TRL's further arms."""
     bars, found = dict(case.bars), []
     for trainer, references in REFERENCES.items():
         if trainer not in wanted or "jdpo" not in wanted:
@@ -195,7 +195,7 @@ def _times(case: Case, results: Mapping[str, Result], wanted: Collection[str]) -
 
 
 def _memory(case: Case, results: Mapping[str, Result]) -> list[Verdict]:
-    """TRL as configured over jdpo; then TRL's whole-step arm of least memory, which checkpointing is for."""
+    """Compares the memory of TRL as configured with jdpo's, then that of TRL's whole-step arm with least memory."""
     on_gpu = case.device == "gpu"
     bar = MEMORY_BAR if case.bars and not on_gpu else None
     kind = "peak memory of the GPU" if on_gpu else "peak resident memory"

@@ -1,4 +1,4 @@
-"""Programs timed in turns, and the spread of what they took."""
+"""Times programs in turns, and gives the spread of their times."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ K = TypeVar("K")
 
 
 def in_turns(programs: Mapping[K, Callable[[], Any]], rounds: int) -> dict[K, list[float]]:
-    """Seconds of every program, one run of each a round, so that load on the machine meets all alike.
+    """Returns the seconds of every program; each runs once per round, so that load affects all equally.
 
     A round before the first is not counted. A program must wait for the end of its own work.
     """
@@ -25,7 +25,7 @@ def in_turns(programs: Mapping[K, Callable[[], Any]], rounds: int) -> dict[K, li
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """The 25th, 50th and 75th percentile, interpolated.
+    """Returns the interpolated 25th, 50th and 75th percentiles.
 
     >>> quartiles([4.0, 1.0, 2.0, 3.0, 5.0])
     (2.0, 3.0, 4.0)

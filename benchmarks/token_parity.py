@@ -6,9 +6,9 @@ Needs the `parity` extra; about two minutes on two CPU cores. --data is a JSON f
 (`conversations[{from, value}]`, `chosen`, `rejected`), or of rows with `prompt`, `chosen`, `rejected` as lists of
 messages; rows of plain text are left out, and counted.
 
-For each of four chat templates a tokenizer of the kind that the family has is trained on the file. jdpo and TRL,
+For each of four chat templates a tokenizer of its family's kind is trained on the file. jdpo and TRL,
 each in a process of its own, then tokenize every row, cut at 1024 tokens and not cut at all. Every difference must
-have a reason that is named, and checked on the row; exit status 1 if one does not, or if no row is the same.
+have a named reason that is checked on the row; otherwise, or if no row is equal, the exit status is 1.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Tally(NamedTuple):
 
 
 def main() -> None:
-    """Compare jdpo's tokens with TRL's on --data; the exit status says whether all is explained."""
+    """Compares jdpo's tokens with TRL's on --data; the exit status is 0 if every difference is explained."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="conversational preferences, JSON")
     parser.add_argument("--out", type=Path, help="Markdown file for the report")
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def compare_file(raw: Sequence[Row], scratch: Path) -> dict[tuple[str, int], Tally]:
-    """Every template at every max_length, on the conversational rows of a file."""
+    """Compares every template at every max_length on the conversational rows of a file."""
     rows = [row for row in raw if is_conversational(row)]
     texts = [message["content"] for row in map(trl_row, rows) for part in row.values() for message in part]
     tallies = {}
@@ -111,7 +111,7 @@ def is_conversational(row: Row) -> bool:
 
 
 def trl_row(row: Row) -> Row:
-    """A row of the file in TRL's names; read apart from jdpo's own reader, which it checks."""
+    """Returns a row of the file in TRL's names, read without jdpo's own reader, which it checks."""
     if "conversations" not in row:
         return {part: row[part] for part in ("prompt", "chosen", "rejected")}
     sides = {side: [as_message(row[side])] for side in ("chosen", "rejected")}
@@ -119,7 +119,7 @@ def trl_row(row: Row) -> Row:
 
 
 def save_tokenizer(arm: Arm, texts: Sequence[str], vocab_size: int, folder: Path) -> None:
-    """Train the tokenizer of an arm and save it with its template."""
+    """Trains the tokenizer of an arm and saves it with its template."""
     hf = train_tokenizer(arm.kind, texts, vocab_size)
     give_template(hf, arm.template, arm.markers)
     hf.save_pretrained(folder)
@@ -152,7 +152,7 @@ def jdpo_tokens(tokenizer: Path, rows: Sequence[Row], max_length: int) -> list[K
 def tally(
     rows: Sequence[Row], theirs: dict[int, Row], ours: Sequence[KeptPair | Dropped], tokenizer: Path, max_length: int
 ) -> Tally:
-    """Put every row under what became of it."""
+    """Sorts rows by their outcome."""
     hf = load_tokenizer(tokenizer, chat_template=None).hf
     found = Tally(Counter(), Counter(), [], 0)
     num_tokens = 0
@@ -189,7 +189,7 @@ def is_explained(tally: Tally) -> bool:
 
 
 def render(name: str, raw: Sequence[Row], tallies: dict[tuple[str, int], Tally], versions: dict[str, str]) -> str:
-    """The comparison as Markdown: a line a template and length, then what was left out and on what it ran."""
+    """Returns the comparison as Markdown: a line per template and length, the rows left out, and the machine."""
     num_texts = sum(not is_conversational(row) for row in raw)
     outcomes = list(dict.fromkeys([EQUAL, NEITHER, *(name for tally in tallies.values() for name in tally.outcomes)]))
     notes = (COMPLETION_CUT, SHORTER_PREFIX)

@@ -2,9 +2,9 @@
 
     python benchmarks/token_rules.py [--rows 200] [--templates llama3 qwen3] [--rule prefix] [--out report.md]
 
-Needs nothing; half a minute on two CPU cores. Every template of tests/data/templates gets generated conversations
+It takes half a minute on two CPU cores. Every template of tests/data/templates gets generated conversations
 (with system turns, tools, thoughts, several turns, and prompts that end with the assistant) as preference pairs and,
-with `loss_on: assistant_turns`, as supervised rows. transformers renders them here, apart from jdpo's own code, and
+with `loss_on: assistant_turns`, as supervised rows. transformers renders them here, without jdpo's own code, and
 the tokens that jdpo trains on are decoded and compared with those texts:
 
     prompt    the prompt reads as the template writes it with a generation prompt, or the row is reported as shortened
@@ -12,11 +12,11 @@ the tokens that jdpo trains on are decoded and compared with those texts:
     answer    the completion contains the whole answer, or the row is reported
     foreign   the completion holds no word of another message, and no second generation header
     end       exactly one end of turn closes the answer
-    whole     where the conversation starts with the prompt, the tokens are those of the conversation as it is written
-    dropped   such a row is kept, and of `assistant_turns` each such turn is learnt exactly once
+    whole     if the conversation starts with the prompt, the tokens are those of the rendered conversation
+    dropped   such a row is kept, and under `assistant_turns` each such turn is learnt exactly once
 
-Exit status 1 if a check fails or a template keeps no row. `--rule prefix` puts the common token prefix of prompt and
-conversations in place of jdpo's rule, which learns words of the prompt: it must fail.
+The exit status is 1 if a check fails or a template keeps no row. `--rule prefix` puts the common token prefix of prompt and
+conversations instead of jdpo's rule, which learns words of the prompt: it must fail.
 """
 
 from __future__ import annotations
@@ -88,16 +88,16 @@ class Failure(NamedTuple):
 
 
 class Renderer:
-    """A tokenizer with its template, as transformers alone reads it."""
+    """A tokenizer with its template, read by transformers without jdpo."""
 
     def __init__(self, hf: Any) -> None:
         self.hf = hf
 
     def write(self, messages: list[Message], tools: Any, *, prompt: bool = False) -> str | None:
-        """A conversation as text with BOS at most once; None where the template refuses it."""
+        """Renders a conversation with BOS at most once; returns None if the template refuses it."""
         try:
             text = self.hf.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
-        except Exception:  # a template raises whatever its expressions raise
+        except Exception:  # templates raise any exception of their expressions
             return None
         bos = self.hf.bos_token
         while bos and text.startswith(bos + bos):
@@ -124,7 +124,7 @@ class Texts(NamedTuple):
       prompt: the history with the generation prompt.
       whole: the history and the answer.
       header: what the generation prompt adds to the history.
-      end: the first special token after the answer's words, empty where there is none.
+      end: the first special token after the answer's words; empty if there is none.
     """
 
     prompt: str
@@ -134,7 +134,7 @@ class Texts(NamedTuple):
 
 
 def texts_of(turn: Turn, tools: Any, renderer: Renderer) -> Texts | None:
-    """Renders a turn; None where the template refuses it."""
+    """Renders a turn; returns None if the template refuses it."""
     prompt = renderer.write(turn.history, tools, prompt=True)
     whole = renderer.write([*turn.history, turn.answer], tools)
     if prompt is None or whole is None:
@@ -155,7 +155,7 @@ def end_of_answer(text: str, answer: Message) -> int:
 
 
 def visible(answer: Message) -> str:
-    """The words of an answer after its thought."""
+    """Returns the words of an answer after its thought."""
     return (answer["content"] or "").split("</think>")[-1].strip()
 
 
@@ -166,7 +166,7 @@ def is_plain_case(turn: Turn, texts: Texts) -> bool:
 
 
 def check_stretch(turn: Turn, stretch: Stretch, texts: Texts, row: Result, renderer: Renderer) -> Iterator[Failure]:
-    """Holds one learnt answer against its rendering; origins are left empty."""
+    """Compares one learnt answer with its rendering and returns the failures, with empty origins."""
     before, learnt = renderer.decode(stretch.before), renderer.decode(stretch.learnt)
     lost = texts.prompt[len(before) :]
     if before != texts.prompt and not (
@@ -183,7 +183,7 @@ def check_stretch(turn: Turn, stretch: Stretch, texts: Texts, row: Result, rende
     if foreign:
         yield Failure("foreign", "", f"{learnt!r} has {foreign}")
     at = end_of_answer(learnt, turn.answer)
-    # Only a thought is closed by an end of turn of its own, before the header of the words that follow it.
+    # Only a thought has its own end of turn, before the header of the words that follow it.
     places = [learnt[at:]] if turn.answer.get("reasoning_content") else [learnt[at:], learnt[:at]]
     opening = renderer.markers.match(texts.header.strip())
     if opening and any(text.count(opening.group()) and text.count(texts.header.strip()) for text in places):
@@ -196,7 +196,7 @@ def check_stretch(turn: Turn, stretch: Stretch, texts: Texts, row: Result, rende
 
 
 def check_pair(row: Conversation, result: Result, renderer: Renderer) -> Iterator[Failure]:
-    """Holds a pair against its renderings."""
+    """Compares a pair with its renderings."""
     turns = [Turn(row.prompt, answer) for answer in row.answers]
     texts = [texts_of(turn, row.tools, renderer) for turn in turns]
     if result.dropped:
@@ -212,7 +212,7 @@ def check_pair(row: Conversation, result: Result, renderer: Renderer) -> Iterato
 
 
 def check_turns(row: Conversation, result: Result, renderer: Renderer) -> Iterator[Failure]:
-    """Holds every learnt turn of a supervised row against its rendering."""
+    """Compares every learnt turn of a supervised row with its rendering."""
     messages = [*row.prompt, row.answers[0]]
     turns = [Turn(messages[:i], message) for i, message in enumerate(messages) if message["role"] == "assistant"]
     texts = [texts_of(turn, row.tools, renderer) for turn in turns]
@@ -234,7 +234,7 @@ def check_turns(row: Conversation, result: Result, renderer: Renderer) -> Iterat
 
 
 def _turn_in(learnt: str, turns: Sequence[Turn]) -> int | None:
-    """The first turn that has words in a learnt text; names of tools are of no turn alone."""
+    """Returns the first turn with words in a learnt text; names of tools do not identify a turn."""
     words = {word for word in WORD.findall(learnt) if not word.startswith("use")}
     return next((i for i, turn in enumerate(turns) if words_of(turn.answer) & words), None)
 
@@ -255,7 +255,7 @@ def _single_turns(
 
 
 def jdpo_pair(row: Conversation, tokenizer: Tokenizer) -> Result:
-    """A pair as jdpo trains on it."""
+    """Tokenizes a pair as jdpo trains on it."""
     chosen, rejected = ([answer] for answer in row.answers)
     found = tokenize_pair(
         PreferenceRow(row.prompt, chosen, rejected, row.origin, tools=row.tools), tokenizer, max_length=MAX_LENGTH
@@ -267,7 +267,7 @@ def jdpo_pair(row: Conversation, tokenizer: Tokenizer) -> Result:
 
 
 def jdpo_turns(row: Conversation, tokenizer: Tokenizer) -> Result:
-    """A supervised row as jdpo trains on every turn of it."""
+    """Tokenizes a supervised row as jdpo trains on every turn of it."""
     (found,) = tokenize_turns(
         [CompletionRow(row.prompt, [row.answers[0]], row.origin, row.tools)], tokenizer, max_length=MAX_LENGTH
     )
@@ -288,7 +288,7 @@ def _stretches(tokens: list[int], mask: list[bool]) -> Iterator[Stretch]:
 
 
 def prefix_pair(row: Conversation, tokenizer: Tokenizer) -> Result:
-    """A pair cut where the tokens of the prompt and of the conversations part, whatever that cuts through."""
+    """Cuts a pair at the common token prefix of prompt and conversations, even within a message."""
     renderer = Renderer(tokenizer.hf)
     prompt = renderer.write(row.prompt, row.tools, prompt=True)
     wholes = [renderer.write([*row.prompt, answer], row.tools) for answer in row.answers]
@@ -361,7 +361,7 @@ def templates_of(names: Sequence[str] | None) -> list[Path]:
 
 
 def report(found: dict[str, dict[str, Outcome]]) -> tuple[list[str], bool]:
-    """A table of all outcomes and the failures below it, and whether everything holds."""
+    """Returns a table of all outcomes with the failures below it, and whether every check passed."""
     lines = ["| template | rows | kept | reported | " + " | ".join(CHECKS) + " |", "|---" * (4 + len(CHECKS)) + "|"]
     details: list[str] = []
     passed = True

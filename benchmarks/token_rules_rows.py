@@ -1,4 +1,4 @@
-"""Generated conversations for `token_rules.py`, in which every word says which part of a row it belongs to.
+"""Generated conversations for `token_rules.py`, in which every word shows the part of the row that it belongs to.
 
     ask00001   the words of a question          say00004   the words of an answer
     sys00002   of the system turn               mul00005   the thought of an answer
@@ -40,13 +40,13 @@ class Conversation(NamedTuple):
 
 
 def conversations(count: int, seed: int) -> list[Conversation]:
-    """Generates conversations of every kind: the same ones for the same seed."""
+    """Generates conversations of every kind; the seed determines them."""
     rng = random.Random(seed)
     return [_conversation(rng, number) for number in range(count)]
 
 
 def words_of(message: Message) -> set[str]:
-    """Every generated word of a message, wherever it is: content, thought or call."""
+    """Returns every generated word of a message, in its content, thought or call."""
     return set(WORD.findall(repr(message)))
 
 
@@ -96,6 +96,6 @@ def _tool(word: Callable[[str], str]) -> dict[str, Any]:
 
 
 def _call(tools: list[dict[str, Any]], rng: random.Random, word: Callable[[str], str]) -> Message:
-    """A turn that only calls. The tool's name is a word of the prompt that the answer has too."""
+    """Returns a turn with a call only. The tool's name occurs in both prompt and answer."""
     function = {"name": rng.choice(tools)["function"]["name"], "arguments": {"of": word("arg")}}
     return {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": function}]}

@@ -35,7 +35,7 @@ BYTES = [f"<0x{value:02X}>" for value in range(256)]
 
 
 def train_tokenizer(kind: str, texts: Sequence[str], vocab_size: int) -> Any:
-    """A Hugging Face tokenizer of one of `KINDS`; bytes come on top of `vocab_size` where they are pieces."""
+    """Trains a Hugging Face tokenizer of one of `KINDS`; if bytes are pieces, they come on top of `vocab_size`."""
     if kind == "byte":
         return _wrapped(_byte_level(texts, vocab_size, WORDS[kind], "<|endoftext|>"), eos="<|endoftext|>")
     if kind == "pad_is_eos":
@@ -76,7 +76,7 @@ def _byte_level(texts: Sequence[str], vocab_size: int, words: str | None, *speci
 
 
 def _pieces(texts: Sequence[str], vocab_size: int, *, legacy: bool) -> Any:
-    """Trained without bytes, which no trainer adds, and rebuilt with them."""
+    """Trains without bytes, which no trainer adds, and rebuilds the tokenizer with them."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     specials = ["<unk>", "<s>", "</s>"]

@@ -3,7 +3,7 @@
     python benchmarks/trl_oracle.py --model DIR --rows rows.jsonl --out DIR [--steps 10] [--max_length 512]
 
 Needs the `parity` extra. It runs in a process of its own, so that torch and jax never share one. `rows.jsonl`
-holds one conversational preference a line (`prompt`, `chosen`, `rejected`, each a list of messages). It writes
+holds one conversational preference per line (`prompt`, `chosen`, `rejected`, each a list of messages). It writes
 
     trace.json    versions, settings, how many rows TRL dropped, and TRL's log of each step, unrounded
     tokens.jsonl  what TRL's collator feeds the model, row by row: `prompt_ids`, `chosen_ids`, `rejected_ids`
@@ -35,7 +35,7 @@ METRICS = (
 
 
 def main() -> None:
-    """Run TRL for a few steps on the command line's model and rows."""
+    """Runs TRL for a few steps on the command line's model and rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder")
     parser.add_argument("--rows", type=Path, required=True, help="JSONL of conversational preferences")
@@ -80,10 +80,10 @@ def build_trainer(
     beta: float,
     **changes: Any,
 ) -> Any:
-    """A DPOTrainer in float32 on the CPU: rows in file order, AdamW at a constant rate, no decay, clipping at 1.
+    """Builds a float32 DPOTrainer on the CPU: rows in file order, AdamW at a constant rate, no decay, clipping at 1.
 
     Everything else is TRL's default: sigmoid loss, betas (0.9, 0.999), eps 1e-8, `keep_start` truncation, a
-    frozen copy of the model as the reference. `changes` are fields of DPOConfig that are to be otherwise.
+    frozen copy of the model as the reference. `changes` overrides fields of DPOConfig.
     """
     from datasets import Dataset
     from transformers import AutoTokenizer
@@ -120,7 +120,7 @@ def build_trainer(
 
 
 def write_tokens(trainer: Any, path: Path) -> None:
-    """Write the token ids that reach the model, truncation included, one JSON object per row."""
+    """Writes the token ids that reach the model, after truncation, one JSON object per row."""
     with path.open("w", encoding="utf-8") as lines:
         for row in trainer.train_dataset:
             batch = trainer.data_collator([row])

@@ -7,8 +7,8 @@ Needs the `parity` extra; about four minutes on two CPU cores. --data is a file 
 
 One random Llama of 8 M parameters, the same rows in file order, float32, AdamW at a constant 1e-4, no weight
 decay, clipping at 1. The rows that the trainers kept must be the same token for token. Then each trains in a
-process of its own, and every logged metric of every step is compared with TRL's. Exit status 1 if one is further
-off than 1e-3 relative, or if the loss did not leave ln 2 by 5 % (then the comparison would show nothing). DIR
+process of its own, and every logged metric of every step is compared with TRL's. The exit status is 1 if a relative
+difference exceeds 1e-3, or if the loss did not leave ln 2 by 5 % (then the comparison would show nothing). DIR
 keeps both runs and the report.
 """
 
@@ -42,7 +42,7 @@ Step = dict[str, float]
 
 
 def main() -> None:
-    """Run both trainers on --data and compare them; the exit status says whether they agree."""
+    """Runs both trainers on --data and compares them; the exit status is 0 if they agree."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="preferences in the sharegpt schema, JSON")
     parser.add_argument("--steps", type=int, default=10, help=f"optimizer steps of {BATCH} pairs")
@@ -79,13 +79,13 @@ def run_parity(data: Path, out: Path, steps: int) -> bool:
 
 
 def run(*command: object) -> None:
-    """Run python with these arguments in a process of its own, on the CPU."""
+    """Runs Python with these arguments in a separate process, on the CPU."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
     subprocess.run([sys.executable, *map(str, command)], check=True, env=environment)
 
 
 def convert_rows(data: Path, path: Path) -> str:
-    """Write `data` as TRL's conversational rows; returns a line saying what was left out.
+    """Writes `data` as TRL's conversational rows; returns a line on the rows left out.
 
     jdpo drops pairs with an empty side or with identical sides, which teach nothing. TRL trains on them, so they
     are taken from its rows here. Prompts of `max_length` tokens and more are dropped by both trainers themselves.
@@ -105,14 +105,14 @@ def convert_rows(data: Path, path: Path) -> str:
 
 
 def as_message(turn: dict[str, str]) -> dict[str, str]:
-    """A sharegpt turn as a chat message."""
+    """Converts a sharegpt turn to a chat message."""
     if turn["from"] not in ROLES:
         raise ValueError(f"a turn is from {turn['from']!r}; expected one of {', '.join(ROLES)}")
     return {"role": ROLES[turn["from"]], "content": turn["value"]}
 
 
 def tokenized_rows(data: Path, model: Path, cache: Path, max_length: int) -> list[TokenizedPair]:
-    """The rows of `data` as `jdpo dpo` trains on them."""
+    """Returns the rows of `data` as `jdpo dpo` trains on them."""
     from jdpo.config import DatasetConfig
     from jdpo.data.prepared.prepare import prepare_pairs
     from jdpo.data.tokens.tokenizer import load_tokenizer
@@ -124,7 +124,7 @@ def tokenized_rows(data: Path, model: Path, cache: Path, max_length: int) -> lis
 
 
 def compare_tokens(expected: Path, found: Sequence[TokenizedPair]) -> None:
-    """Hold the rows of jdpo against those of TRL's tokens.jsonl.
+    """Compares the rows of jdpo with those of TRL's tokens.jsonl.
 
     Raises:
       ValueError: a token differs, or a row is missing; it names the row and the part.
@@ -159,13 +159,13 @@ def jdpo_arguments(data: Path, out: Path, steps: int) -> list[object]:
 
 
 def read_metrics(path: Path) -> list[Step]:
-    """The training steps of a metrics.jsonl."""
+    """Returns the training steps of a metrics.jsonl."""
     with path.open(encoding="utf-8") as lines:
         return [entry for entry in map(json.loads, lines) if "loss" in entry]
 
 
 def compare(expected: list[Step], found: list[Step], *, beta: float) -> list[Step]:
-    """The difference of each metric at each step, relative to the expected value.
+    """Returns the difference of each metric at each step, relative to the expected value.
 
     A reward is beta times the difference of two log-probs, each of which float32 holds to |logps| * 2^-23. A reward
     (or a margin of rewards) near their sum, such as the exact 0 before the first update, has no relative difference
@@ -192,7 +192,7 @@ def compare(expected: list[Step], found: list[Step], *, beta: float) -> list[Ste
 
 
 def largest(differences: list[Step]) -> float:
-    """The largest difference of all metrics and steps; NaN counts as infinite."""
+    """Returns the largest difference over all metrics and steps; NaN counts as infinite."""
     return max(math.inf if math.isnan(value) else value for step in differences for value in step.values())
 
 
@@ -202,7 +202,7 @@ def moved(steps: list[Step]) -> float:
 
 
 def render(trace: dict[str, Any], ours: list[Step], differences: list[Step]) -> str:
-    """The comparison as Markdown: one line a step, then the verdict."""
+    """Returns the comparison as Markdown: one line per step, then the verdict."""
     names = list(differences[0])
     lines = ["| step | loss TRL | loss jdpo | " + " | ".join(names) + " |", "|" + "---:|" * (len(names) + 3)]
     for theirs, mine, row in zip(trace["steps"], ours, differences, strict=True):

@@ -1,4 +1,4 @@
-"""TRL's half of the token parity: what its DPOTrainer makes of conversational rows, row by row.
+"""TRL's half of the token parity: the tokens of its DPOTrainer for conversational rows, row by row.
 
     python benchmarks/trl_tokens.py --tokenizer DIR --rows rows.jsonl --out tokens.jsonl [--max_length 1024]
 
@@ -21,7 +21,7 @@ from trl_oracle import build_trainer, write_tokens
 
 
 def main() -> None:
-    """Tokenize the command line's rows with TRL."""
+    """Tokenizes the command line's rows with TRL."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", type=Path, required=True, help="Hugging Face folder")
     parser.add_argument("--rows", type=Path, required=True, help="JSONL of conversational preferences")
@@ -34,10 +34,10 @@ def main() -> None:
 
 
 def write_trl_tokens(tokenizer: Path, rows: list[dict[str, Any]], out: Path, max_length: int) -> None:
-    """Write what TRL feeds a model of each row; of rows whose prompt alone fills `max_length`, TRL keeps nothing."""
+    """Writes TRL's model inputs for each row; TRL drops rows whose prompt alone fills `max_length`."""
     from transformers import AutoTokenizer
 
-    columns = [column for row in rows for column in row]  # a Dataset has those of its first row
+    columns = [column for row in rows for column in row]  # a Dataset takes its columns from its first row
     with tempfile.TemporaryDirectory() as scratch:
         model = Path(scratch) / "model"
         hf = AutoTokenizer.from_pretrained(tokenizer)

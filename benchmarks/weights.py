@@ -139,7 +139,7 @@ def make_checkpoint(folder: Path, gib: float) -> int:
 
 
 def in_child(arm: str, folder: Path) -> dict[str, float]:
-    """Runs an arm in a process of its own."""
+    """Runs an arm in a separate process."""
     command = [sys.executable, __file__, "--arm", arm, "--folder", str(folder)]
     done = subprocess.run(
         command, env={**os.environ, "JAX_PLATFORMS": "cpu"}, stdout=subprocess.PIPE, text=True, check=True
@@ -153,7 +153,7 @@ def measured(arm: str, folder: Path) -> dict[str, float]:
     out = folder / "out"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
-    os.sync()  # so that this arm does not wait for data that an earlier one wrote
+    os.sync()  # so that this arm does not wait for the writes of an earlier one
     call = _call(arm, folder / "model", out)
     size = sum(path.stat().st_size for path in (folder / "model").glob("*.safetensors"))
     np.empty(int(2.2 * size), np.uint8).fill(1)

@@ -8,7 +8,7 @@ from jdpo.losses import linear_token_logps, preference_loss, sequence_logps
 
 
 def logps_of(params, batch):
-    """Summed completion log-probs [b, 2]; the position before a token predicts it."""
+    """Returns summed completion log-probs [b, 2]; the position before a token predicts it."""
     hidden = jnp.tanh(jnp.cumsum(params["embedding"][batch.tokens], axis=2))
     flat = hidden[:, :, :-1].reshape(-1, hidden.shape[2] - 1, WIDTH)
     targets = batch.tokens[:, :, 1:].reshape(flat.shape[:2])

@@ -99,12 +99,12 @@ CONVERSATIONS = ("messages", "conversations", "conversation", "context", "histor
 
 
 def text(rng: random.Random) -> str:
-    """Words, some of them hostile."""
+    """Draws words, some of them hostile."""
     return " ".join(rng.choice(HOSTILE if rng.random() < 0.1 else WORDS) for _ in range(rng.randrange(6)))
 
 
 def message(rng: random.Random, role: str | None = None) -> Any:
-    """A turn of a conversation, most of the time."""
+    """Draws a turn of a conversation, or sometimes something else."""
     if rng.random() < 0.05:
         return value(rng)
     role = role or rng.choice(("user", "assistant", "system", "tool", "gpt", "human", "USER", "narrator", ""))
@@ -116,20 +116,20 @@ def message(rng: random.Random, role: str | None = None) -> Any:
 
 
 def call(rng: random.Random) -> dict[str, Any]:
-    """A call of a function, with arguments of any kind."""
+    """Draws a call of a function, with arguments of any kind."""
     arguments = {text(rng): value(rng) for _ in range(rng.randrange(4))}
     function = {"name": text(rng), "arguments": rng.choice((arguments, json.dumps(arguments), value(rng)))}
     return rng.choice((function, {"type": "function", "function": function, "id": None}))
 
 
 def conversation(rng: random.Random) -> list[Any]:
-    """Turns that alternate, most of the time."""
+    """Draws turns that usually alternate."""
     turns = [message(rng, ("user", "assistant")[index % 2]) for index in range(rng.randrange(5))]
     return [message(rng) if rng.random() < 0.05 else turn for turn in turns]
 
 
 def value(rng: random.Random, depth: int = 3) -> Any:
-    """Any JSON value."""
+    """Draws any JSON value."""
     choice = rng.randrange(9 if depth else 7)
     if choice == 7:
         return [value(rng, depth - 1) for _ in range(rng.randrange(4))]
@@ -162,7 +162,7 @@ def cell(name: str, rng: random.Random) -> Any:
 
 
 def make_rows(rng: random.Random) -> list[dict[str, Any]]:
-    """A few rows of one schema."""
+    """Draws a few rows of one schema."""
     columns = rng.choice(COLUMNS)
     rows = [{name: cell(name, rng) for name in columns} for _ in range(rng.randrange(1, 6))]
     for row in rows:
@@ -177,7 +177,7 @@ def make_rows(rng: random.Random) -> list[dict[str, Any]]:
 
 
 def make_file(kind: str, rng: random.Random) -> bytes:
-    """A valid file of a kind, or nearly."""
+    """Writes a valid or nearly valid file of a kind."""
     if kind.endswith(".gz"):
         return gzip.compress(make_file(kind.removesuffix(".gz"), rng), rng.choice((0, 6)))
     if kind in (".parquet", ".arrow", ".stream.arrow"):
@@ -200,13 +200,13 @@ def make_file(kind: str, rng: random.Random) -> bytes:
 
 
 def table_file(kind: str, rng: random.Random) -> bytes:
-    """A Parquet or Arrow file: rows as they are, or columns of rare types."""
+    """Writes a Parquet or Arrow file of the rows, or of columns of rare types."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         table = pa.Table.from_pylist(make_rows(rng)) if rng.random() < 0.6 else rare_table(rng)
-    except (pa.ArrowException, OverflowError, TypeError, ValueError):  # values that share no type
+    except (pa.ArrowException, OverflowError, TypeError, ValueError):  # values without a common type
         table = rare_table(rng)
     stream = io.BytesIO()
     if kind == ".parquet":
@@ -231,7 +231,7 @@ def table_file(kind: str, rng: random.Random) -> bytes:
 
 
 def rare_table(rng: random.Random) -> Any:
-    """Columns of types that JSON lacks, under names that schemas know."""
+    """Draws columns of types that JSON lacks, under names that schemas know."""
     import pyarrow as pa
 
     makers: Sequence[tuple[Any, Callable[[], Any]]] = (
@@ -264,10 +264,10 @@ def rare_table(rng: random.Random) -> Any:
 
 
 def damaged(content: bytes, rng: random.Random) -> bytes:
-    """The file with some of its bytes changed, taken away, put in or doubled."""
+    """Changes, removes, inserts or doubles some bytes of a file."""
     data = bytearray(content)
     for _ in range(rng.choice((1, 1, 2, 5))):
-        # Half of the time near an end, where the formats of tables have their footers.
+        # Half of the time near the end, where table formats have their footers.
         at = rng.randrange(len(data) + 1)
         if rng.random() < 0.5:
             at = max(0, len(data) - at % 64) if rng.random() < 0.7 else at % 64
@@ -293,7 +293,7 @@ def damaged(content: bytes, rng: random.Random) -> bytes:
 
 
 def make_case(rng: random.Random) -> tuple[str, bytes]:
-    """Ending and content of a file."""
+    """Draws the ending and the content of a file."""
     kind = rng.choice(KINDS)
     content = make_file(kind, rng)
     if rng.random() < 0.65:

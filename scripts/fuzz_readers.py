@@ -1,12 +1,12 @@
-"""Feeds damaged and hostile data files to everything that reads them, and keeps each file that gets past.
+"""Feeds damaged and hostile data files to all readers, and keeps each file that causes a failure.
 
     python scripts/fuzz_readers.py [--minutes 10] [--seed 0] [--save fuzz_failures]
     python scripts/fuzz_readers.py --replay fuzz_failures/3f2a.parquet
 
 A case is a file of some kind: random rows, many of a known schema with hostile values in them, written as the kind is
-and then, mostly, damaged. It is read, its rows are recognised and tokenized. Only a ValueError that names the file
-and is short enough to read may come of it; anything else is a failure, and so are a crash, ten seconds without an
-end, and 512 MiB of memory. Cases run in a process of their own, which is started again when it dies.
+and then, mostly, damaged. It is read, its rows are recognised and tokenized. The only error allowed is a short
+ValueError that names the file; anything else is a failure, and so are a crash, a run of more than ten seconds, and
+512 MiB of memory. Cases run in a process of their own, which is started again when it dies.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ LONGEST_MESSAGE = 6000
 
 
 class Failure(Exception):
-    """A case that did something else than it may."""
+    """Raised if a case ends in anything but rows or a good error."""
 
 
 # --- what is done with them
 
 
 def train_tokenizer(folder: Path) -> Tokenizer:
-    """A byte-level BPE of 300 tokens with the built-in ChatML."""
+    """Trains a byte-level BPE of 300 tokens with the built-in ChatML."""
     from tokenizers import Tokenizer as Trained
     from tokenizers import decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -75,14 +75,14 @@ def train_tokenizer(folder: Path) -> Tokenizer:
 
 
 def check_file(path: Path, tokenizer: Tokenizer, split: str = "train") -> str:
-    """Reads a file to its end, or to where it breaks, and does with its rows what training would.
+    """Reads a file to its end, or to where it breaks, and processes its rows as training would.
 
     Returns:
-      What came of it, in a word.
+      The outcome, in a word.
 
     Raises:
-      Failure: an error says too much, or not which file it is of.
-      Exception: whatever else went wrong.
+      Failure: an error is too long, or does not name the file.
+      Exception: any other failure.
     """
     try:
         source = open_source(DatasetConfig(path=str(path), split=split))
@@ -128,13 +128,13 @@ def _check_message(error: ValueError, name: str) -> None:
 
 
 def run_case(path: Path, tokenizer: Tokenizer, split: str) -> str:
-    """`check_file` with bounds on time and memory."""
+    """Runs `check_file` with limits on time and memory."""
 
     def stop(*_: Any) -> None:
         raise Failure(f"no end after {CASE_SECONDS} s")
 
     signal.signal(signal.SIGALRM, stop)
-    faulthandler.dump_traceback_later(3 * CASE_SECONDS, exit=True)  # where Python itself does not get a turn
+    faulthandler.dump_traceback_later(3 * CASE_SECONDS, exit=True)  # for code that never returns to Python
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     signal.alarm(CASE_SECONDS)
     try:
@@ -152,7 +152,7 @@ def run_case(path: Path, tokenizer: Tokenizer, split: str) -> str:
 
 
 def work(seed: int, seconds: float, folder: Path, save: Path) -> None:
-    """Runs cases until the time is over; prints what came of them as JSON."""
+    """Runs cases until the time is over; prints their outcomes as JSON."""
     warnings.simplefilter("error")
     tokenizer = train_tokenizer(folder / "tokenizer")
     rng, outcomes = random.Random(seed), Counter[str]()
@@ -187,7 +187,7 @@ def _resident() -> int:
 
 
 def keep(path: Path, save: Path, message: str) -> None:
-    """Keeps a failing file next to a text file with its message, at most five for one last line of a traceback."""
+    """Keeps a failing file next to a text file with its message, at most five per last line of a traceback."""
     save.mkdir(parents=True, exist_ok=True)
     content = path.read_bytes()
     name = hashlib.sha256(content).hexdigest()[:12]

@@ -1,4 +1,4 @@
-"""Writes tests/golden/logits: a tiny model folder a family, with the logits that transformers' torch model gives.
+"""Writes tests/golden/logits: a tiny model folder per family, with the logits of transformers' torch model.
 
 The tests load each folder and compare, so that parity is checked where torch is not installed.
 
@@ -95,9 +95,9 @@ def main() -> None:
 
 
 def write_case(folder: Path, prefix: str, settings: dict[str, Any]) -> None:
-    """A bfloat16 folder with norms and biases away from 1 and 0, padded tokens, and the float32 logits on them.
+    """Writes a bfloat16 folder with norms and biases other than 1 and 0, padded tokens, and their float32 logits.
 
-    Of a model with experts, the router's load balancing loss of these tokens too.
+    For a model with experts, also writes the router's load balancing loss of these tokens.
     """
     import torch
     import transformers
@@ -124,7 +124,7 @@ def write_case(folder: Path, prefix: str, settings: dict[str, Any]) -> None:
     options = {}
     if hasattr(config, "num_experts"):
         options = {"output_router_logits": True}
-        model.set_experts_implementation("eager")  # the others want sizes that are multiples of 16 bytes
+        model.set_experts_implementation("eager")  # the other kernels need sizes that are multiples of 16 bytes
     with torch.no_grad():
         found = model(
             torch.tensor(tokens),

@@ -34,7 +34,7 @@ GOLDEN_ARMS = {
 
 
 def main() -> None:
-    """Write tokenizers and tokens next to the rows."""
+    """Writes tokenizers and tokens next to the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=GOLDEN)
     out: Path = parser.parse_args().out

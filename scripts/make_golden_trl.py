@@ -60,7 +60,7 @@ Message = dict[str, str]
 
 
 def main() -> None:
-    """Write the golden folder, then refuse it if it does not cover what it is for."""
+    """Writes the golden folder, then refuses it if it does not cover its cases."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "tests" / "golden" / "trl_dpo")
     out: Path = parser.parse_args().out
@@ -84,17 +84,17 @@ def main() -> None:
 
 
 def run_script(script: str, *arguments: object) -> None:
-    """Run one of this repository's scripts in a process of its own."""
+    """Runs one of this repository's scripts in a separate process."""
     subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], check=True)
 
 
 def make_rows(rng: random.Random) -> list[dict[str, list[Message]]]:
-    """Conversations of one to three user turns, a third with a system turn; chosen answers, rejected dodges."""
+    """Makes conversations of one to three user turns, a third with a system turn; rejected sides evade the question."""
     return [make_row(rng, long_prompt=index % 16 == 7) for index in range(NUM_ROWS)]
 
 
 def make_row(rng: random.Random, *, long_prompt: bool) -> dict[str, list[Message]]:
-    """One row; a long prompt is longer than MAX_LENGTH, so that a trainer must drop the row."""
+    """Makes one row; a long prompt is longer than MAX_LENGTH, so that a trainer must drop the row."""
     prompt: list[Message] = []
     if rng.random() < 1 / 3:
         prompt.append({"role": "system", "content": rng.choice(SYSTEMS)})
@@ -114,7 +114,7 @@ def make_row(rng: random.Random, *, long_prompt: bool) -> dict[str, list[Message
 
 
 def question_and_answer(rng: random.Random, *, num_deeds: int) -> tuple[str, str]:
-    """A question about a person in a place, and an answer of `num_deeds` sentences."""
+    """Returns a question about a person in a place, and an answer of `num_deeds` sentences."""
     person, place = rng.choice(PEOPLE), rng.choice(PLACES)
     question = f"{rng.choice(OPENINGS)} what did {person} do near {place}?"
     deeds = [f"{rng.choice(DEEDS)} {rng.choice(THINGS)} on day {rng.randint(1, 30)}" for _ in range(num_deeds)]
@@ -122,7 +122,7 @@ def question_and_answer(rng: random.Random, *, num_deeds: int) -> tuple[str, str
 
 
 def check_coverage(out: Path) -> None:
-    """Fail unless rows were dropped and cut, turns are many, the loss moved, and rewards are above their rounding.
+    """Fails unless rows were dropped and cut, turns are many, the loss moved, and rewards exceed their rounding.
 
     A reward is beta times a difference of log-probs that float32 holds to |logps| * 2^-23; one that is not thousands
     of times larger cannot be compared to 1e-3.
@@ -153,7 +153,7 @@ def check_coverage(out: Path) -> None:
 
 
 def read_jsonl(path: Path) -> list[Any]:
-    """The objects of a JSON-lines file."""
+    """Reads the objects of a JSON-lines file."""
     with path.open(encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
 

@@ -62,7 +62,7 @@ Case = dict[str, Any]
 
 
 def main() -> None:
-    """Write the golden folder, then refuse it if it does not cover what it is for."""
+    """Writes the golden folder, then refuses it if it does not cover its cases."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "tests" / "golden" / "trl_losses")
     out: Path = parser.parse_args().out
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def quieten() -> None:
-    """One line a case is enough."""
+    """Silences libraries: one line per case is enough."""
     import datasets
     import transformers
 
@@ -92,7 +92,7 @@ def quieten() -> None:
 
 
 def all_cases() -> Iterator[Case]:
-    """Every case; `trainer` is dpo, cpo or orpo, the rest goes to its config."""
+    """Returns every case; `trainer` is dpo, cpo or orpo, the rest goes to its config."""
     for beta in BETAS:
         for name in PLAIN:
             yield {"trainer": "dpo", **plain(name, beta)}
@@ -119,7 +119,7 @@ def all_cases() -> Iterator[Case]:
 
 
 def plain(name: str, beta: float = 0.5) -> Case:
-    """A loss with the options that it cannot be without.
+    """Returns a loss with the options that it requires.
 
     DiscoPOP's gradient multiplies the rounding of its margin by beta / tau: at 0.5 / 0.05 TRL's float32 is 8e-6 away
     from exact, too near to the 1e-5 that the tests ask for. Its own tau is meant for beta 0.1.
@@ -133,7 +133,7 @@ def plain(name: str, beta: float = 0.5) -> Case:
 
 
 def combined_cases() -> Iterator[Case]:
-    """Lists of losses, and options on top of each other."""
+    """Returns cases with lists of losses, and with several options."""
     yield {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}
     yield {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}
     yield {"loss_type": ["sigmoid", "hinge"]}
@@ -149,7 +149,7 @@ def combined_cases() -> Iterator[Case]:
 
 
 def run_cases(scratch: str) -> tuple[dict[str, Any], list[Case], dict[str, Any]]:
-    """(inputs shared by all cases, cases with TRL's values, gradients with respect to the logits by case index)."""
+    """Returns (common inputs, cases with TRL's values, gradients with respect to the logits by case index)."""
     policy, reference = tiny_llama(SEED), tiny_llama(SEED + 1)
     rows, tokenizer = make_rows(np.random.default_rng(SEED)), word_tokenizer()
     inputs: dict[str, Any] = {}
@@ -169,7 +169,7 @@ def run_cases(scratch: str) -> tuple[dict[str, Any], list[Case], dict[str, Any]]
 def run_dpo(
     case: Case, policy: Any, reference: Any, rows: list[Case], tokenizer: Any, scratch: str
 ) -> tuple[Case, np.ndarray, dict[str, np.ndarray]]:
-    """DPOTrainer's loss and metrics, its gradient [2, b, t, v], and the arrays [2, b, t, ...] that it read."""
+    """Returns DPOTrainer's loss and metrics, its gradient [2, b, t, v], and its input arrays [2, b, t, ...]."""
     from trl import DPOConfig, DPOTrainer
 
     settings = {name: value for name, value in case.items() if name != "trainer"}
@@ -193,7 +193,7 @@ def run_dpo(
 def run_without_reference(
     case: Case, policy: Any, _: Any, rows: list[Case], tokenizer: Any, scratch: str
 ) -> tuple[Case, np.ndarray, dict[str, np.ndarray]]:
-    """CPOTrainer's loss; ORPOTrainer's odds-ratio term minus its mean chosen log-prob (the paper's equation 6).
+    """Returns CPOTrainer's loss, or ORPOTrainer's odds-ratio term minus its mean chosen log-prob (equation 6).
 
     ORPOTrainer's own supervised term runs over the prompt too and is a token mean over the batch; the paper's is
     the mean over sequences of the completion's per-token log-prob, which is what the trainer hands to its
@@ -223,7 +223,7 @@ def run_without_reference(
 
 
 def config_settings(scratch: str) -> Case:
-    """Float32 on the CPU, nothing reported."""
+    """Returns settings for float32 on the CPU without reports."""
     return {
         "output_dir": scratch,
         "per_device_train_batch_size": len(LENGTHS),
@@ -236,7 +236,7 @@ def config_settings(scratch: str) -> Case:
 
 
 def record_logits(model: Any) -> list[torch.Tensor]:
-    """A list that receives the hidden states of every forward, which are the logits, keeping their gradient."""
+    """Returns a list that receives the hidden states (here the logits) of every forward, with their gradient."""
     seen: list[torch.Tensor] = []
 
     def keep(_: Any, __: Any, output: Any) -> None:
@@ -250,14 +250,14 @@ def record_logits(model: Any) -> list[torch.Tensor]:
 
 
 def by_side(array: Any) -> np.ndarray:
-    """TRL's rows, all chosen before all rejected, as [2, b, ...]."""
+    """Reshapes TRL's rows, all chosen before all rejected, to [2, b, ...]."""
     rows = array.detach().numpy()
     rows = rows.astype(np.int32) if rows.dtype == np.int64 else rows
     return rows.reshape(2, -1, *rows.shape[1:])
 
 
 def tiny_llama(seed: int) -> Any:
-    """A random float32 Llama whose head is the identity and whose logits are about LOGIT_SCALE wide."""
+    """Makes a random float32 Llama whose head is the identity and whose logits are about LOGIT_SCALE wide."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -280,7 +280,7 @@ def tiny_llama(seed: int) -> Any:
 
 
 def make_rows(rng: np.random.Generator) -> list[Case]:
-    """Token ids of each pair, as TRL's preprocessing leaves them; completions end in EOS."""
+    """Makes token ids of each pair as TRL's preprocessing does; completions end in EOS."""
 
     def words(count: int) -> list[int]:
         return [int(token) for token in rng.integers(EOS + 1, NUM_TOKENS, count)]
@@ -296,7 +296,7 @@ def make_rows(rng: np.random.Generator) -> list[Case]:
 
 
 def labelled(row: Case) -> Case:
-    """A row in the form that the CPO and ORPO collator takes: labels are -100 on the prompt."""
+    """Returns a row in the form of the CPO and ORPO collator: labels are -100 on the prompt."""
     features = {}
     for side in ("chosen", "rejected"):
         tokens = row["prompt_ids"] + row[f"{side}_ids"]
@@ -307,7 +307,7 @@ def labelled(row: Case) -> Case:
 
 
 def word_tokenizer() -> Any:
-    """A tokenizer of NUM_TOKENS words, which the trainers ask for; the batch does not pass through it."""
+    """Makes a tokenizer of NUM_TOKENS words, which the trainers require but the batch does not use."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -318,14 +318,14 @@ def word_tokenizer() -> Any:
 
 
 def text_dataset() -> Any:
-    """One row of text for the trainers' constructors."""
+    """Returns one row of text for the trainers' constructors."""
     from datasets import Dataset
 
     return Dataset.from_list([{"prompt": "w2 w3", "chosen": " w4", "rejected": " w5 w6"}])
 
 
 def check_coverage(inputs: dict[str, np.ndarray], cases: list[Case]) -> None:
-    """Fail unless the log-ratios have both signs and a size that bends each loss, and sorting moves pairs apart."""
+    """Fails unless log-ratios have both signs and reach the curved part of each loss, and sorting reorders pairs."""
     policy, reference = (completion_logps(inputs, f"{name}_logits") for name in ("policy", "reference"))
     log_ratios = policy - reference
     margins = log_ratios[0] - log_ratios[1]
@@ -344,7 +344,7 @@ def check_coverage(inputs: dict[str, np.ndarray], cases: list[Case]) -> None:
 
 
 def completion_logps(inputs: dict[str, np.ndarray], name: str) -> np.ndarray:
-    """Summed completion log-probs [2, b] in float64."""
+    """Returns summed completion log-probs [2, b] in float64."""
     logits = inputs[name][:, :, :-1].astype(np.float64)
     logps = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     targets = inputs["input_ids"][:, :, 1:, None]

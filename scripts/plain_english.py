@@ -5,7 +5,7 @@
     python scripts/plain_english.py jdpo/data  # these files and folders alone
 
 Read are docstrings, comments, string literals and names in Python files, and the text of Markdown, YAML, TOML and
-shell files. A line that ends in `plain: as it is` is passed over: there the word is data, such as a value of a file.
+shell files. Lines that contain `plain: as it is` are skipped: there the word is data, such as a value in a file.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/losses.md: what each preference loss is, and where its gradient pushes.
+"""Draws the pictures of docs/losses.md: the value of each preference loss, and where its gradient pushes.
 
     python scripts/plot_losses.py [--out docs/images/losses]
 
@@ -46,7 +46,7 @@ NEEDED: dict[str, dict[str, float]] = {"exo_pair": {"label_smoothing": 1e-3}}
 
 
 class Pushes(NamedTuple):
-    """Loss of each pair, and where it pushes the reward of its sides: float [b] each."""
+    """The loss of each pair, and its push on the rewards of both sides: float [b] each."""
 
     losses: np.ndarray
     chosen: np.ndarray
@@ -54,7 +54,7 @@ class Pushes(NamedTuple):
 
 
 def pushes(loss_type: str, chosen: Any, rejected: Any, *, beta: float = 1.0, **options: Any) -> Pushes:
-    """One loss at pairs whose log-ratios are given.
+    """Evaluates one loss at pairs with the given log-ratios.
 
     Args:
       loss_type: a name in LOSSES, but none that looks at other pairs.
@@ -99,7 +99,7 @@ MARGIN_PANELS: Sequence[tuple[str, str, Mapping[str, Any]]] = (
 
 
 def draw_margins(path: Path) -> None:
-    """Loss and push against the margin; sigmoid is in every column for comparison."""
+    """Draws loss and push over the margin; every column also shows sigmoid for comparison."""
     margins = np.linspace(-5, 5, NUM_POINTS)
     figure, axes = _grid(2, len(MARGIN_PANELS), size=(12.6, 4.3))
     plain = pushes("sigmoid", margins, 0.0)
@@ -126,7 +126,7 @@ SIDE_PANELS = ("nca_pair", "bco_pair", "apo_zero", "apo_down", "sppo_hard")
 
 
 def draw_sides(path: Path) -> None:
-    """Loss and push against the reward of one side, the other side at the reference."""
+    """Draws loss and push over the reward of one side, with the other side at the reference."""
     rewards = np.linspace(-4, 4, NUM_POINTS)
     figure, axes = _grid(2, len(SIDE_PANELS), size=(10.4, 4.3))
     for column, loss_type in enumerate(SIDE_PANELS):
@@ -151,7 +151,7 @@ def draw_sides(path: Path) -> None:
 
 
 def draw_divergences(path: Path) -> None:
-    """The score of a log-ratio, and what it makes of sigmoid's pushes on the two sides."""
+    """Draws the score of a log-ratio under each divergence, and sigmoid's pushes on both sides with it."""
     ratios = np.linspace(-3, 3, NUM_POINTS)
     figure, axes = _grid(1, 3, size=(10.4, 3.5), share_y=False)
     for name, (colour, dashes) in DIVERGENCE_STYLES.items():
@@ -274,7 +274,7 @@ def toy_run(**options: Any) -> np.ndarray:
 
 
 def draw_toy(path: Path) -> None:
-    """Probabilities of the three answers in training, loss by loss."""
+    """Draws the probabilities of the three answers during training, loss by loss."""
     figure, axes = _grid(2, len(TOY_PANELS) // 2, size=(10.4, 4.8), share_y=True)
     for panel, (title, options) in zip(axes.flat, TOY_PANELS, strict=True):
         chosen, rejected, other = toy_run(**options).T

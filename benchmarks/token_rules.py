@@ -15,8 +15,8 @@ the tokens that jdpo trains on are decoded and compared with those texts:
     whole     if the conversation starts with the prompt, the tokens are those of the rendered conversation
     dropped   such a row is kept, and under `assistant_turns` each such turn is learnt exactly once
 
-The exit status is 1 if a check fails or a template keeps no row. `--rule prefix` replaces jdpo's rule by the common token
-prefix of prompt and conversations, which learns words of the prompt: it must fail.
+The exit status is 1 if a check fails or a template keeps no row. `--rule prefix` replaces jdpo's rule by the common
+token prefix of prompt and conversations, which learns words of the prompt: it must fail.
 """
 
 from __future__ import annotations

@@ -170,13 +170,13 @@ TARGETS = (
     Target(
         "resume",
         "jdpo/checkpoint/steps.py",
-        ("complete_steps", "fault_of", "digests_of", "settle_steps", "_refuse_foreign", "_is_cut_off", "best_of"),
+        ("complete_steps", "fault_of", "digests_of", "settle_steps", "refuse_foreign", "_is_cut_off", "best_of"),
         ("tests/checkpoint/test_manager.py",),
     ),
     Target(
         "resume",
         "jdpo/training/run_dir.py",
-        tuple(f"RunDirectory.{name}" for name in ("_check_owner", "_never_began", "_is_lost", "_check_inputs")),
+        tuple(f"RunDirectory.{name}" for name in ("_check_owner", "_never_began", "_is_lost", "compare_inputs")),
         ("tests/training/test_run_dir.py",),
     ),
 )

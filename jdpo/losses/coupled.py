@@ -84,5 +84,5 @@ def update_loss_state(state: LossState, chosen_rewards: Array, rejected_rewards:
     total = jnp.where(weights > 0, weights * (chosen_rewards + rejected_rewards) / 2, 0).sum()
     seen = state.num_pairs + count.astype(state.num_pairs.dtype)
     # Moving the old mean keeps its precision for any number of steps; a running sum in float32 would not.
-    mean = state.mean_reward + (total - count * state.mean_reward) / jnp.maximum(seen, 1)
+    mean = state.mean_reward + (total - count * state.mean_reward) / jnp.maximum(seen, 1)  # unchanged by padding alone
     return LossState(mean.astype(state.mean_reward.dtype), seen)

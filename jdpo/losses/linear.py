@@ -140,7 +140,9 @@ def _num_rows(size: int, tokens: int) -> int:
     A chunk takes the same number of tokens from every row. If the number of shards divides the number of rows, it takes
     the same number from every shard and no token moves. So the result has all factors of two that `size` has.
     """
+    # size & -size is the lowest bit that is set: the largest power of two that divides size.
     factors_of_two = max(size & -size, 1)
+    # No more rows than a chunk has tokens, as it takes at least one of each row.
     return min(factors_of_two, 1 << (tokens.bit_length() - 1), MAX_SHARDS)
 
 
@@ -170,11 +172,13 @@ def _over_explicit_axes(local: Callable[..., Any], head: Array, *of_rows: Array)
             mesh=jax.typeof(arrays[0]).sharding.mesh,
             in_specs=(P(), *[by_row] * len(of_rows)),
             out_specs=by_row,
+            # Manual over the axes of the rows alone; the vocabulary is left to GSPMD.
             axis_names=set(row_axes),
         )(*arrays)
 
     call = over_rows if row_axes else local
     if others:
+        # Over explicit axes, a product that sums over the vocabulary would have to name the sharding of its result.
         call = auto_axes(call, axes=others, out_sharding=NamedSharding(mesh, by_row))
     return call(head, *of_rows)
 

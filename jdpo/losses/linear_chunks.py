@@ -61,6 +61,8 @@ def default_chunk(rows: int, positions: int, vocabulary: int, *, skips: bool = F
     Args:
       skips: chunks may be skipped; they are then smaller, so that more of them can be.
     """
+    # 4 bytes per logit, which is float32 whatever the weights are. At least two chunks, so that the logits of all
+    # positions never exist together.
     tokens, most = max(CHUNK_BYTES // (4 * vocabulary), MIN_CHUNK_TOKENS), -(-positions // 2)
     if skips:
         most = min(most, max(-(-positions // 4), MIN_CHUNK_TOKENS // max(rows, 1)))
@@ -115,12 +117,15 @@ def _over_chunks(
         updates = zip(state[1], results, strict=True)
         return total, [jax.lax.dynamic_update_slice_in_dim(x, new, index * length, axis=1) for x, new in updates]
 
+    # Results are written into arrays of their final size, since a loop can only update what it is given.
     shapes = jax.eval_shape(run, 0, total)[1]
     empty = [jnp.zeros((x.shape[0], number * length, *x.shape[2:]), x.dtype) for x in shapes]
+    # What a loop carries must vary over the same mesh axes before and after each pass.
     empty = [varying_alike(x, *arrays)[0] for x in empty]
     # A dynamic bound: chunks without a position that counts cost nothing.
     in_use = number if lengths is None else jnp.minimum((lengths.max(initial=0) + length - 1) // length, number)
     total, results = jax.lax.fori_loop(0, in_use, step, (total, empty))
+    # The last chunk may have padding after the last position.
     return total, tuple(x[:, :positions] for x in results)
 
 
@@ -182,6 +187,7 @@ def _forward(
         weights = jnp.exp(logits - highest[..., None])
         log_sum = jnp.log(weights.sum(-1))
         target_logit = jnp.where(_is_target(targets_rc, head.shape[1]), logits, 0).sum(-1)
+        # `highest` cancels: both terms are smaller by twice its value.
         log_sum_sq = [jnp.log(jnp.square(weights).sum(-1)) - 2 * log_sum] if settings.with_sum_sq else []
         results = (target_logit - highest - log_sum, highest + log_sum, *log_sum_sq)
         return total, tuple(_kept(x, counted_rc) for x in results)
@@ -199,9 +205,11 @@ def _backward(
     def body(
         d_head: Array, counted_rc: Any, hidden_rcd: Array, targets_rc: Array, *per_token_rc: Array
     ) -> tuple[Array, tuple[Array]]:
+        # Cleared although the gradient of these positions is 0: in the product for the head, 0 * NaN would be NaN.
         hidden_rcd = _kept(hidden_rcd, counted_rc)
         log_sum_exp, g_logps, *sum_sq = (_kept(x, counted_rc)[..., None] for x in per_token_rc)
         logits = _logits(settings, hidden_rcd, head)
+        # With the normalizer of the forward pass, which saves a reduction over the vocabulary.
         log_p = logits - log_sum_exp
         p = jnp.exp(log_p)
         d_logits = g_logps * (_is_target(targets_rc, head.shape[1]) - p)
@@ -209,6 +217,7 @@ def _backward(
             log_sum_sq, g_sum_sq = sum_sq
             d_logits += 2 * g_sum_sq * (jnp.exp(2 * log_p - log_sum_sq) - p)
         if settings.softcap is not None:
+            # The derivative of tanh is 1 - tanh^2, and the logits are softcap * tanh already.
             d_logits *= 1 - jnp.square(logits / settings.softcap)
         if settings.scale is not None:
             d_logits *= settings.scale
@@ -223,6 +232,7 @@ def _backward(
     zeros = jnp.zeros_like(head, dtype=jnp.promote_types(head.dtype, jnp.float32))
     arrays = (hidden_rkd, targets_rk, log_sum_exp, g_logps, *log_sum_sq, *g_sum_sq)
     d_head, (d_hidden,) = _over_chunks(body, zeros, arrays, chunk, lengths_r)
+    # Targets and lengths are integers, which have no cotangents.
     return d_hidden, d_head.astype(head.dtype), None, None
 
 

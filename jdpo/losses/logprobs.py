@@ -38,6 +38,7 @@ def token_logps(logits: Array, targets: AnyArray) -> Array:
         )
     # bfloat16 has 8 bits of precision: a logsumexp over a large vocabulary would lose most of its digits.
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    # Gathered before the normalizer is subtracted: a log-softmax would be a second array of the logits' size.
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
@@ -56,6 +57,7 @@ def token_log_sum_sq(logits: Array) -> Array:
     -0.47...
     """
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    # log p_v = z_v - logsumexp(z), so the sum of squares needs no probability, which could underflow.
     return jax.nn.logsumexp(2 * logits, axis=-1) - 2 * jax.nn.logsumexp(logits, axis=-1)
 
 
@@ -119,12 +121,14 @@ def sequence_logps(
     if (ld_alpha is None) != (shared_lengths is None):
         raise ValueError("ld_alpha and shared_lengths belong together: give both or neither")
     mask = mask.astype(bool)
+    # A sum over hundreds of tokens in bfloat16 would be off by whole nats.
     dtype = jnp.promote_types(token_logps.dtype, jnp.float32)
     # where, not a product: NaN * 0 is NaN, in the value and in the gradient.
     kept = jnp.where(mask, token_logps.astype(dtype), 0)
     if shared_lengths is not None:
         if shared_lengths.shape != mask.shape[:-1]:
             raise ValueError(f"shared_lengths must have the shape {mask.shape[:-1]}, found {shared_lengths.shape}")
+        # The running count numbers the tokens of a completion from 1, wherever in the sequence it begins.
         is_shared = jnp.cumsum(mask, axis=-1) <= shared_lengths[..., None]
         kept = jnp.where(is_shared, kept, jnp.asarray(ld_alpha, dtype) * kept)
     total = kept.sum(-1)

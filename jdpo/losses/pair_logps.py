@@ -133,12 +133,14 @@ def pair_features(
         policy_params, batch, apply_fn, with_log_sum_sq=settings.use_weighting
     )
     if router is not None:
+        # Routers count per sequence, in the order (b n): the two sides of a pair are neighbours.
         router = of_real_rows(router, jnp.repeat(weights > 0, 2))
     reference: tuple[Array | None, Array | None] = (None, None)
     if settings.needs_reference:
         reference = reduce(_reference_token_logps(reference_params, batch, apply_fn, settings))
     pair_weights = None
     if log_sum_sq is not None:
+        # A constant of the loss: with a gradient, the policy could lower the loss by lowering the weight itself.
         aligned = sequence_logps(jax.lax.stop_gradient(token_logps - log_sum_sq), mask, reduction="mean")
         pair_weights = jnp.exp(aligned.sum(-1))
     scores = _score_margins(batch.score_margins, weights, token_logps.dtype) if settings.needs_scores else None
@@ -161,7 +163,7 @@ def packed_features(
       logps_fn: (params, batch, with_log_sum_sq) -> scores [r, k] of batch.logp_target, router counts per row.
     """
     num_pairs = batch.pair_weight.shape[-1]
-    of_completion = belongs(batch.logp_pair, 2 * num_pairs)
+    of_completion = belongs(batch.logp_pair, 2 * num_pairs)  # [r, k, c]
     lengths = completion_sums(jnp.ones_like(batch.logp_pair), of_completion)
     policy, log_sum_sq, router = logps_fn(policy_params, batch, settings.use_weighting)
     tail = None if settings.ld_alpha is None else tail_weights(of_completion, lengths, settings.ld_alpha, policy.dtype)
@@ -176,6 +178,7 @@ def packed_features(
             raise ValueError("expected either reference_params or batch.logp_reference")
         given: Any = batch.logp_reference
         if reference_params is not None:
+            # Stopped at the params already, so that no activation of this pass is kept for a backward pass.
             given = logps_fn(jax.lax.stop_gradient(reference_params), batch, False).logps
         reference = reduce(jax.lax.stop_gradient(given))
     pair_weights = None
@@ -194,6 +197,7 @@ def _score_margins(given: AnyArray | None, weights: Array, dtype: Any) -> Array:
     """Checks score margins [b] where their values are known, and replaces those of padding pairs by 1."""
     check_scores(given, weights)
     assert given is not None
+    # 1, since losses read the logarithm: padding may hold 0 or NaN.
     return jnp.where(weights > 0, given, 1).astype(dtype)
 
 
@@ -279,5 +283,6 @@ def tail_weights(belongs_rkc: Array, lengths_rpn: Array, ld_alpha: Array | float
     ordinal_rkc = jnp.cumsum(belongs_rkc, axis=-2)  # 1 for a completion's first token
     shared_rpn = jnp.broadcast_to(lengths_rpn.min(-1, keepdims=True), lengths_rpn.shape)
     shared_rc = rearrange(shared_rpn, "r p n -> r (p n)")
+    # A token belongs to at most one completion, so `any` picks the answer for that one.
     is_tail_rk = (belongs_rkc & (ordinal_rkc > shared_rc[:, None])).any(-1)
     return jnp.where(is_tail_rk, jnp.asarray(ld_alpha, dtype), jnp.ones((), dtype))

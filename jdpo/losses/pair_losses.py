@@ -58,6 +58,7 @@ def pair_totals(batch: PreferenceBatch) -> Totals:
     weights = batch.weights
     if weights is None:
         weights = jnp.ones(batch.tokens.shape[:-2], jnp.float32)
+    # From position 1: no position predicts the token at 0.
     lengths = batch.completion_mask[..., CHOSEN, 1:].astype(bool).sum(-1)
     return Totals(weights.sum(), jnp.where(weights > 0, weights * lengths, 0).sum())
 
@@ -65,6 +66,7 @@ def pair_totals(batch: PreferenceBatch) -> Totals:
 def packed_totals(batch: PackedBatch) -> Totals:
     """Counts pairs and chosen tokens of packed rows of any leading shape."""
     pair, num_pairs = batch.logp_pair, batch.pair_weight.shape[-1]
+    # Completions are numbered 2 * item + side, so the remainder is the side.
     is_chosen = (pair >= 0) & (pair < 2 * num_pairs) & (pair % 2 == CHOSEN)
     # Padding tokens have a pair out of range; clipped, they read some weight, which is_chosen then discards.
     weights = jnp.take_along_axis(batch.pair_weight, jnp.clip(pair // 2, 0, num_pairs - 1), axis=-1)
@@ -91,6 +93,7 @@ def feature_losses(
         mean_chosen_tokens=token_share(totals.num_chosen_tokens, totals.normalizer, dtype),
         unweighted_policy=features.policy_logps,
         real=features.weights > 0,
+        # The mean before this step: a delta that holds this batch's rewards would depend on the batch it judges.
         bco_delta=None if loss_state is None else loss_state.mean_reward.astype(dtype),
         score_margins=features.score_margins,
     )

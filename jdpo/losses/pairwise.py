@@ -169,6 +169,7 @@ def apo_zero(x: LossInputs) -> Array:
 
     At beta = 0.1, a = 3, b = -1: 1 - 0.574443 + 0.475021 = 0.900578.
     """
+    # 1 - s(x) is written s(-x), which keeps its digits where s(x) is close to 1.
     return jax.nn.sigmoid(-x.beta * x.chosen_logratios) + jax.nn.sigmoid(x.beta * x.rejected_logratios)
 
 
@@ -222,6 +223,7 @@ def divergence_score(logratios: Array, f_divergence_type: str, alpha: Array | fl
     if f_divergence_type == "reverse_kl":
         return logratios
     if f_divergence_type == "forward_kl":
+        # expm1, since 1 - exp(-r) loses its digits near r = 0, where every run starts.
         return -jnp.expm1(jnp.minimum(-logratios, LARGEST_EXPONENT))
     if f_divergence_type == "js_divergence":
         return math.log(2) + jax.nn.log_sigmoid(logratios)

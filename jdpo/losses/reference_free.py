@@ -23,6 +23,7 @@ def log1mexp(x: Array) -> Array:
     [-13.8..., -0.69..., ...0.0]
     """
     # Near 0, 1 - exp(x) loses its digits and expm1 keeps them; far below, log1p keeps those of the result.
+    # They are equally accurate at x = -ln 2, where exp(x) is 1/2.
     return jnp.where(x > -math.log(2), jnp.log(-jnp.expm1(x)), jnp.log1p(-jnp.exp(x)))
 
 
@@ -56,6 +57,7 @@ def orpo(x: LossInputs) -> Array:
 
 
 def _log_one_minus(mean_logp: Array) -> Array:
+    # Clipped before the choice of a branch: at 0 the branch not taken would have an infinite slope, and 0 * inf is NaN.
     return log1mexp(jnp.minimum(mean_logp, -SMALLEST_NLL))
 
 

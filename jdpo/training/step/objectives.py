@@ -168,6 +168,7 @@ class CompletionObjective:
         self, features: CompletionFeatures, totals: CompletionTotals, loss_state: Any
     ) -> tuple[Array, dict[str, Array]]:
         """Returns the loss of each row, [b], and {"loss": [b]} without its gradient."""
+        # Sums and not means per row: the normalizer counts tokens of the global batch.
         return -features.logps, {"loss": jax.lax.stop_gradient(-features.logps)}
 
     def next_state(self, features: CompletionFeatures, loss_state: Any) -> Any:
@@ -234,6 +235,7 @@ class PackedLogps:
         # Only hidden states that predict a learnt token meet the head, the largest matrix of the model.
         hidden_rkd = jnp.take_along_axis(hidden_rsd, batch.logp_slot[..., None], axis=1)
         # Scored tokens come first in a row, and the head is not run after the last one.
+        # Numbers from q on, the number of sequences in `gather` [r, q, t], mark padding.
         num_scored_r = (batch.logp_pair < batch.gather.shape[-2]).sum(-1)
         if self.mesh.size > self.num_shards:
             # Devices that share the vocabulary talk to each other in every chunk, so all must run as many chunks.
@@ -246,6 +248,7 @@ class PackedLogps:
         self, hidden_rkd: Array, head_dv: Array, targets_rk: Array, num_scored_r: Array, with_log_sum_sq: bool
     ) -> tuple[Array, ...]:
         config = self.model.config
+        # None leaves the multiplication out of the program.
         scale = config.logit_scale if config.logit_scale != 1.0 else None
         settings = HeadSettings(config.logit_softcap, scale, with_log_sum_sq)
 

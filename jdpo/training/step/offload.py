@@ -43,6 +43,7 @@ def weight_by_weight(rule: optax.GradientTransformation) -> optax.GradientTransf
             updates += jax.tree.leaves(of_weight)
             stored.append(placed_like(outer.flatten_up_to(state), old))
         whole = [
+            # Each weight started from the old scalars, so the count of updates has risen by one, whichever is taken.
             structure.unflatten([jax.tree.leaves(new[index])[0] for new in stored]) if mirror else stored[-1][index]
             for index, mirror in enumerate(mirrors)
         ]

@@ -42,6 +42,7 @@ def learning_rate_schedule(settings: OptimizationSettings, num_steps: int) -> op
         raise ValueError(
             f"warmup_steps {warmup} is more than the {figure(num_steps, 'step')} of the run; lower one or the other"
         )
+    # At least 1, as schedules divide by it: the whole run may be warm-up.
     peak, rest = settings.learning_rate, max(num_steps - warmup, 1)
     after = {
         "constant": optax.constant_schedule(peak),
@@ -113,6 +114,7 @@ def _adamw_bf16(
     schedule: optax.Schedule, weight_decay: float, *, b1: float, b2: float, eps: float
 ) -> optax.GradientTransformation:
     return optax.chain(
+        # In the order of optax.adamw: the rate scales decay and direction together.
         _scale_by_rounded_adam(b1, b2, eps),
         optax.add_decayed_weights(weight_decay, decay_mask),
         optax.scale_by_learning_rate(schedule),
@@ -156,6 +158,7 @@ def _lion(schedule: optax.Schedule, weight_decay: float, *, b1: float, b2: float
 
 def _sgd(schedule: optax.Schedule, weight_decay: float, *, momentum: float | None) -> optax.GradientTransformation:
     return optax.chain(
+        # Decay after the momentum is decoupled, as it is in the other rules.
         optax.identity() if momentum is None else optax.trace(momentum),
         optax.add_decayed_weights(weight_decay, decay_mask),
         optax.scale_by_learning_rate(schedule),

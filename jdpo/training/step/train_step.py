@@ -141,6 +141,7 @@ def train_step(
     # An update may overflow where loss and gradients are finite.
     weights_finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.stack(weights_finite).all()
+    # The rate at the step before it is incremented, which is the count that optax reads for this update.
     report = StepReport(loss, grad_norm, jnp.asarray(schedule(state.step)), finite, rows, aux_loss)
     step = state.step + 1
     # After the update, as TRL does; both branches are compiled, and one runs.
@@ -234,6 +235,7 @@ def loss_and_grads(
     aux_loss, flat = None, flat_features(features)
     if objective.router_aux_loss_coef is not None:
         aux_loss = load_balancing_loss(flat.router)
+        # The router's loss was minimised with it, but is reported next to it.
         loss = weighted_sum(rows["loss"].reshape(-1), flat.weights) / totals.normalizer
     return LossAndGrads(loss, grads, rows, objective.next_state(flat, loss_state), aux_loss)
 
@@ -251,7 +253,9 @@ def _one_pass(
     if num_micro(batch) == 1:  # no accumulator where there is nothing to accumulate
         (loss, features), grads = value_and_grad(params, jax.tree.map(lambda array: array[0], batch))
         return loss, grads, jax.tree.map(lambda array: array[None], features)
+    # Reversed, since `_accumulate` sums the first result and stacks the second.
     grads, (losses, features) = _accumulate(lambda micro: value_and_grad(params, micro)[::-1], params, batch)
+    # Every part is divided by the totals of the whole batch already, so parts are added and not averaged.
     return losses.sum(), grads, features
 
 

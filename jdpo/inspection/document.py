@@ -59,6 +59,7 @@ def inspect_run(config: TrainConfig, *, chosen_by: str, log: Callable[[str], Non
       ValueError: settings contradict each other, there is no tokenizer, or rows cannot be read.
     """
     pairs = isinstance(config, PreferenceSettings)
+    # As in training, before anything is read, so that both refuse the same configs.
     check_data_settings(config, pairs=pairs)
     sources = find_sources(config, weights=False)
     template, kwargs = config.chat_template, config.chat_template_kwargs
@@ -70,6 +71,7 @@ def inspect_run(config: TrainConfig, *, chosen_by: str, log: Callable[[str], Non
     texts = [_text_facts(config, dataset, tokenizer, log) for dataset in training[0]]
     facts, model = measure(data), _model(config, sources, tokenizer, data)
     plan = plan_rows(config, data, lambda line: None, global_batch_size=config.global_batch_size, seed=config.seed)
+    # Lazily: only as many steps are planned as rows are shown.
     order = itertools.chain.from_iterable(plan.step(step).tolist() for step in range(plan.steps_per_epoch))
     names = ("max_length", "max_prompt_length", "global_batch_size", "packing", "seed")
     settings = {name: getattr(config, name) for name in names}

@@ -36,7 +36,7 @@ def page_of(document: Json) -> str:
 
     The policy admits its one style sheet by hash, so a style that came in with the data would not apply either.
     """
-    undefined = jinja2.StrictUndefined
+    undefined = jinja2.StrictUndefined  # a misspelt name in the template is an error, not an empty text
     environment = jinja2.Environment(
         # autoescape alone would leave invisible and direction characters in.
         autoescape=True,
@@ -47,6 +47,7 @@ def page_of(document: Json) -> str:
     )
     environment.filters["sha256"] = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     environment.filters["kind"] = lambda node: type(node).__name__
+    # The same tree as in the terminal, so both show the same report.
     report = report_of(document)
     # A browser opens a page at its top, so what is wrong comes first; a terminal shows the end.
     sections = sorted(report.sections, key=lambda section: section.anchor != "findings")

@@ -62,6 +62,7 @@ def _correction(results: Results) -> list[str]:
             f"P({wrong}) from {probability(before['wrong'])} to {probability(after['wrong'])}; the odds of {right} "
             f"against {wrong} from {odds(before['odds'])} to {odds(after['odds'])}."
         )
+    # As logs, since the odds are geometric means over countries and multiply.
     gains = {
         name: math.log(stages[name][_TRAINED]["odds"] / stages[BEFORE][_TRAINED]["odds"]) for name in (STANDARD, DPO)
     }
@@ -71,6 +72,7 @@ def _correction(results: Results) -> list[str]:
         f"{math.exp(gains[more]):.3g} under {in_sentence(more)} and by {math.exp(gains[less]):.3g} under "
         f"{in_sentence(less)}."
     )
+    # In nats, because both probabilities are soon too small to compare.
     drops = {name: stages[BEFORE][_TRAINED]["wrong_logp"] - stages[name][_TRAINED]["wrong_logp"] for name in gains}
     sentences.append(
         f"The log-probability of the wrong answer fell by {drops[STANDARD]:.1f} nats under standard training, which "
@@ -106,6 +108,7 @@ def _cost(results: Results, name: str) -> list[str]:
     cost, who = results["cost"][name], NAMES[name]
     sentences = []
     peak, final = cost["best_right"], cost["final_right"]
+    # A peak at the last step is no overshoot, and one below _NOTABLE is noise.
     if cost["best_step"] < cost["steps"] and peak - final > _NOTABLE:
         sentences.append(
             f"{who} overshot: P(right) peaked at {probability(peak)} after step {cost['best_step']} and is "
@@ -135,6 +138,7 @@ def _leak(who: str, cost: Results) -> str:
     """Describes the probability of answers other than the three cities."""
     before, after = cost["anything_else_before"], cost["anything_else_after"]
     others_before, others_after = cost["anything_else_held_out_before"], cost["anything_else_held_out_after"]
+    # Countries that nobody corrected count as well: probability may leak there first.
     leaked = max(after - before, others_after - others_before) > _NOTABLE
     return (
         f"{who} {'leaked probability' if leaked else 'kept its probability'}: answers other than the three cities had "
@@ -163,6 +167,7 @@ def probability(value: float) -> str:
     >>> probability(0.59512), probability(0.00002)
     ('0.595', '2.0e-05')
     """
+    # Below 0.0005, three decimals would print 0.000.
     return f"{value:.3f}" if value >= 0.0005 or value == 0 else f"{value:.1e}"
 
 

@@ -88,6 +88,7 @@ class Prober:
         logps = np.concatenate([np.asarray(self._answer_logps(params, batch)) for batch in self._batches])
         # The last batch has padding rows, which come last.
         logps = logps[: self._num_rows].astype(np.float64)
+        # The order of `_capital_rows`: countries, phrasings, cities; then the facts.
         num_capitals = self._num_countries * len(PROBED_PHRASINGS) * 3
         capitals = logps[:num_capitals].reshape(self._num_countries, len(PROBED_PHRASINGS), 3)
         return Measurement(step, capitals, logps[num_capitals:])
@@ -151,6 +152,7 @@ class ProbeLog:
         """Stores a measurement; it is on the disk when this returns."""
         self._measurements[measurement.step] = measurement
         self._path.parent.mkdir(parents=True, exist_ok=True)
+        # The whole file again, so that a kill leaves the old or the new measurements and never half a line.
         write_durably(self._path, "".join(_line(self._measurements[step]) for step in sorted(self._measurements)))
 
     def holds(self, steps: Sequence[int]) -> bool:

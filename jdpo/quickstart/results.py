@@ -35,7 +35,7 @@ class Countries:
         self.trained = np.arange(len(self.all)) < len(split.trained)
         self.held_out = ~self.trained
         self.mistaken = np.array([country.mistaken for country in self.all])
-        self.ireland = np.arange(len(self.all)) == 0
+        self.ireland = np.arange(len(self.all)) == 0  # `split_countries` keeps it first
 
     def index(self, country: Country) -> int:
         return self.all.index(country)
@@ -71,6 +71,7 @@ def frequencies(settings: Settings, countries: Countries, measurement: Measureme
     mistaken = int(np.flatnonzero(countries.mistaken)[0])
     groups = {
         "ireland": countries.ireland,
+        # A single country, like ireland, so that its cities can be named.
         "mistaken_example": np.arange(len(countries.all)) == mistaken,
         "well_known": ~countries.mistaken,
         "mistaken": countries.mistaken,
@@ -130,6 +131,7 @@ def _group(logps_cpa: np.ndarray) -> dict[str, Any]:
         "right_logp": float(logps_cpa[..., RIGHT].mean()),
         "wrong_logp": float(logps_cpa[..., WRONG].mean()),
         "odds": float(np.exp((logps_cpa[..., RIGHT] - logps_cpa[..., WRONG]).mean())),
+        # Strictly above: a tie, such as that of an untrained model, is no right answer.
         "accuracy": float((logps_cpa[..., RIGHT] > logps_cpa[..., WRONG:].max(-1)).mean()),
     }
 
@@ -163,6 +165,7 @@ def cost(countries: Countries, measurements: Sequence[Measurement]) -> dict[str,
         "facts_before": float(facts_first.mean()),
         "facts_after": float(facts_last.mean()),
         "facts": len(facts_last),
+        # A fact counts as known while its answer is more probable than all others together.
         "facts_lost": int(((facts_first >= 0.5) & (facts_last < 0.5)).sum()),
     }
 

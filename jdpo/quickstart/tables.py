@@ -46,6 +46,7 @@ def print_report(
         console.print(table)
     for heading, lines in sentences.items():
         console.print(f"\n[bold]{heading}[/bold]")
+        # Sentences are plain text: brackets in them must not be read as rich's markup.
         console.print(_bullets(lines), highlight=False, markup=False)
     console.print()
     for path in files:
@@ -98,6 +99,7 @@ def correction_table(results: Results) -> Table:
             "any other answer": [probability(stage["other"] + stage["anything_else"]) for stage in stages],
             f"odds {names[0]} : {names[1]}": [odds(stage["odds"]) for stage in stages],
         }
+        # The label runs down the first column, one line per measure.
         words = about.split("\n")
         for row, (measure, values) in enumerate(measures.items()):
             table.add_row(

@@ -152,5 +152,6 @@ def _eval_findings(held_out: Json | None) -> Iterator[Json]:
         yield _other("note", "no_evaluation", {})
     elif held_out["rows_kept"] < FEW_EVAL_ROWS:
         rows = held_out["rows_kept"]
+        # At an accuracy of 0.6, which the text of the finding names.
         low, high = (f"{bound:.2f}" for bound in wilson(round(rows * 0.6), rows))
         yield _other("note", "few_evaluation_rows", {"count": f"{rows:,}", "low": low, "high": high})

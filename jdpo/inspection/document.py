@@ -70,6 +70,7 @@ def inspect_run(config: TrainConfig, *, chosen_by: str, log: Callable[[str], Non
     data = read(training[0], tokenizer, part=training[1], progress=RowCounter(log))
     texts = [_text_facts(config, dataset, tokenizer, log) for dataset in training[0]]
     facts, model = measure(data), _model(config, sources, tokenizer, data)
+    # Nothing is logged: the document describes the epoch.
     plan = plan_rows(config, data, lambda line: None, global_batch_size=config.global_batch_size, seed=config.seed)
     # Lazily: only as many steps are planned as rows are shown.
     order = itertools.chain.from_iterable(plan.step(step).tolist() for step in range(plan.steps_per_epoch))
@@ -150,6 +151,7 @@ def _model(config: TrainConfig, sources: Sources, tokenizer: Tokenizer, data: Pr
 
 def _leakage(train: PreparedData, held_out: PreparedData) -> Json:
     """Counts the evaluation rows whose prompt is trained on, with a few examples."""
+    # Keys are hashes of the text in the file, so a prompt is found again whatever the tokenizer made of it.
     leaked = np.isin(held_out.prompt_keys, train.prompt_keys)
     examples = []
     for row in np.flatnonzero(leaked)[:5].tolist():

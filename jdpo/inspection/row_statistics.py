@@ -111,6 +111,7 @@ def nice_edges(low: float, high: float, *, whole: bool) -> np.ndarray:
     >>> nice_edges(12, 68, whole=True).tolist()
     [10.0, 15.0, 20.0, 25.0, 30.0, 35.0, 40.0, 45.0, 50.0, 55.0, 60.0, 65.0, 70.0]
     """
+    # Above 0 even if all values are equal.
     rough = max((high - low) / MOST_BINS, 1.0 if whole else abs(high) * 1e-6 or 1e-6)
     power = math.floor(math.log10(rough))
     while True:
@@ -199,6 +200,7 @@ def repeats(prompt_keys: np.ndarray, side_keys: Sequence[np.ndarray]) -> dict[st
     """
     key, contradicted = _mixed(prompt_keys, side_keys), np.zeros(len(prompt_keys), bool)
     if len(side_keys) == 2:
+        # With the sides swapped, a row has the key of the rows that contradict it.
         contradicted = np.isin(key, _mixed(prompt_keys, side_keys[::-1]))
     repeated = _seen_before(key)
     same_prompt = _seen_before(prompt_keys) & ~repeated
@@ -214,6 +216,7 @@ def _mixed(prompt_keys: np.ndarray, side_keys: Sequence[np.ndarray]) -> np.ndarr
 
 def _seen_before(keys: np.ndarray) -> np.ndarray:
     seen = np.ones(len(keys), bool)
+    # np.unique returns the first place of each key, which is the row that was not seen before.
     seen[np.unique(keys, return_index=True)[1]] = False
     return seen
 

@@ -29,6 +29,7 @@ _EIGHTHS = " ▏▎▍▌▋▊▉"
 
 def print_document(document: Json, console: Console, *, with_ids: bool = False) -> None:
     """Prints the report of a document of `jdpo.inspection.document`; with_ids prints each token's id after it."""
+    # Longer lines of text are hard to read.
     console.width = min(console.width, MOST_WIDTH)
     report = report_of(document)
     console.print(_text(report.title, "bold"))

@@ -142,6 +142,7 @@ def pair_features(
     if log_sum_sq is not None:
         # A constant of the loss: with a gradient, the policy could lower the loss by lowering the weight itself.
         aligned = sequence_logps(jax.lax.stop_gradient(token_logps - log_sum_sq), mask, reduction="mean")
+        # The weights of the two sides are multiplied: their logs are added.
         pair_weights = jnp.exp(aligned.sum(-1))
     scores = _score_margins(batch.score_margins, weights, token_logps.dtype) if settings.needs_scores else None
     weights = weights.astype(token_logps.dtype)

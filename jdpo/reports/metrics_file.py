@@ -130,4 +130,5 @@ def _is_number(value: Any) -> bool:
 
 def _is_torn(text: bytes) -> bool:
     """Returns True if a last line without a newline is the beginning of a line that jdpo wrote."""
+    # NUL bytes are what some file systems leave in a file after a power failure: damage, not a torn line.
     return b"\0" not in text and (text.startswith(_START) or _START.startswith(text))

@@ -70,6 +70,7 @@ class WandbWriter:
 
         id_file = folder / "wandb_id.txt"
         if not id_file.exists():
+            # Written before wandb starts, so that a run that is killed in between continues under the same id.
             id_file.write_text(uuid.uuid4().hex[:8])
         # "allow": a new id starts a run, a known one continues it.
         self._run = wandb.init(dir=str(folder), id=id_file.read_text(), resume="allow", config=dict(config))

@@ -52,6 +52,7 @@ def describe_kept(assembly: Assembly) -> str:
         "weights that are trained": bytes_per_device(assembly.state.params),
         "state of the optimizer": bytes_per_device(assembly.state.opt_state),
         "frozen weights": bytes_per_device((assembly.frozen, assembly.state.reference_params)),
+        # As large as the weights, whose shardings the step gives them.
         "gradients": bytes_per_device(assembly.state.params),
     }
     listed = ", ".join(f"{memory(size)} {name}" for name, size in parts.items() if size)

@@ -56,6 +56,7 @@ class Evaluation:
         )
         # What losses read of all rows, so that a mean does not depend on how they are cut into batches.
         num_tokens = self._data.num_chosen_tokens() if assembly.has_totals else 0
+        # float32, the dtype that the evaluation is compiled for.
         counts: Any = np.float32(len(self._data)), np.float32(num_tokens)
         self._totals = place(Totals(*counts), replicated(setup.mesh)) if assembly.has_totals else None
         self.programs = Programs(assembly.lower_evaluate, pool)

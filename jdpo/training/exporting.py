@@ -140,7 +140,9 @@ def export_checkpoint(
             setup.shardings,
         )
         export_trained(
+            # The run's own config, for the model card; `setup` was built with the mesh of this host.
             dataclasses.replace(setup, config=config),
+            # The params alone: the optimizer's state is not read, which may be twice as large.
             restore_params(checkpoint.folder, abstract),
             load_base(setup) if merging else None,
             out,

@@ -32,6 +32,7 @@ def step_to_export(setup: Setup, manager: CheckpointManager) -> int:
     """Returns the best step if the config asks for it and there is one, else the last."""
     if not setup.config.load_best_model_at_end:
         return setup.num_steps
+    # Agreed on, since every process must restore the same checkpoint.
     best = agree_on(manager.best_step)
     return setup.num_steps if best is None else best
 

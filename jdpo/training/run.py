@@ -115,6 +115,7 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
         # ----------------------------------------------------------------------------------------------- mesh and model
         # The jitted step and evaluation. Nothing is traced before the batches are planned, on whose shapes it depends.
         first, num_steps = newest or 0, setup.num_steps
+        # False for a run that was killed between its last step and its export.
         trains = first < num_steps
         assembly = assemble(setup, reference=reference.mode, remat=remat_policies(setup)[0])
         base_identity = setup.base_identity()  # now, as the folder may change or go while the run trains
@@ -133,6 +134,7 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
             fit, assembly, batches, programs = prepare_steps(
                 setup, assemblies, reference.train, pool, log, limit=limit, recalled=recalled
             )
+            # Kept, so that a resumed run has the same batches and is bitwise the uninterrupted one.
             directory.update(fit=fit_record(fit, conditions, limit))
             # The programs of the first steps come first, so that training starts while later ones compile.
             programs.prepare(shapes_in_order(batches, map(setup.row_plan.step, range(first, num_steps))))
@@ -180,6 +182,7 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
 
             # Packing and transfers happen on a thread, so that they take no time of the devices.
             ahead = prefetch(make_batch, range(first, num_steps))
+            # Left in reverse order: the thread that makes batches ends first.
             with exhaustion_explained(fit), display, closing(profiler), closing(ahead):
                 for step, ((batch, rows), flops) in enumerate(ahead, start=first + 1):
                     # Work that does not count as a step's time must not happen while one runs.
@@ -200,6 +203,7 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
                             profiler.end(step)
                             if on_step is not None:
                                 on_step(step, whole_weights(setup, state.params, frozen.base))
+                    # Polled in every step, as all processes must take part in the answer.
                     is_last, stopping = step == num_steps, stop.poll()
                     evaluating = evaluation is not None and (is_last or _is_due(step, config.eval_steps))
                     saving = is_last or stopping or _is_due(step, config.save_steps)

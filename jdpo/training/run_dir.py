@@ -131,6 +131,7 @@ class RunDirectory:
             raise ValueError(
                 f"output_dir {self.path} is in use by {owner}; wait until it ends, or choose another output_dir"
             )
+        # The text is for messages alone: the lock is that of the open file, which ends with the process.
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         lock.flush()
@@ -161,6 +162,7 @@ class RunDirectory:
         if (found := self.record.command) != command:
             raise ValueError(f"output_dir {self.path} holds a run of `jdpo {found}`, not of `jdpo {command}`; {advice}")
         changed = differences(self._saved_config(), config)
+        # Before the general refusal, since here there is a better advice than to undo the change.
         if changed and self.record.finished and {line.partition(":")[0] for line in changed} <= LENGTH_KEYS:
             raise ValueError(self._how_to_train_on(config, changed))
         if changed:

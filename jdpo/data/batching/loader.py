@@ -168,6 +168,7 @@ def collate_completions(
         tokens[index, :stop] = row.tokens
         attention_mask[index, :stop] = True
         completion_mask[index, :stop] = row.completion_mask
+    # As for pairs: attention over nothing would be NaN.
     attention_mask[len(rows) :, 0] = True
     return CompletionBatch(tokens, attention_mask, completion_mask, _weights(len(rows), num_slots))
 

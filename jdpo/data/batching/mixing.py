@@ -232,6 +232,7 @@ def epoch_order(mixture: Mixture, seed: int, epoch: int, shuffle: bool) -> np.nd
     rows = np.empty(mixture.num_examples, np.int64)
     start = 0
     for index, (size, take) in enumerate(zip(*mixture, strict=True)):
+        # take * epoch rows of the stream were used by earlier epochs, so no state needs to be kept.
         rows[set_of == index] = start + _stream(size, take * epoch, take * (epoch + 1), seed, index, shuffle)
         start += size
     return rows

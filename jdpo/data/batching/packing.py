@@ -227,6 +227,7 @@ def _sequence_arrays(layout: _Layout, shape: PackedShape) -> dict[str, np.ndarra
     )
     gather = np.empty((shape.num_micro * shape.num_rows, num_sequences, shape.length), np.int32)
     gather[:] = place_t % shape.num_slots
+    # Places after a sequence's end may count past the last slot; the remainder keeps them in range.
     gather[bin_bn, sequence_bn] = slot_bnt % shape.num_slots
     return {
         "gather": gather.reshape(shape.num_micro, shape.num_rows, num_sequences, shape.length),
@@ -235,6 +236,7 @@ def _sequence_arrays(layout: _Layout, shape: PackedShape) -> dict[str, np.ndarra
             (num_sequences,),
             np.int32,
             (bin_bn, sequence_bn),
+            # At least one place, since attention over nothing is NaN.
             np.maximum(prompt_length_b1 + layout.side_length_bn, 1),
             rest=1,
         ),
@@ -266,6 +268,7 @@ def _scored_arrays(
         lengths = np.array([[len(values) for values in sides] for sides in reference])
         assert np.array_equal(lengths, layout.side_length_bn), (lengths, layout.side_length_bn)
         values = np.concatenate([values for sides in reference for values in sides])
+        # The cache has a value for every token of a side, also for those that are not scored: place all, then select.
         of_x = np.zeros(len(layout.token_x), values.dtype)
         of_x[layout.side_x >= 0] = values
         arrays["logp_reference"] = _filled(shape, axes, values.dtype, at, of_x[x])

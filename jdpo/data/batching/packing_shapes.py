@@ -72,6 +72,7 @@ def choose_shapes(needs: Sequence[PackedShape], *, num_sides: int) -> tuple[Pack
         if np.array_equal(refined, shapes):
             break
         shapes = refined
+    # By cost, and by the sizes where costs are equal, so that every host has the same order.
     shapes = shapes[np.lexsort((*shapes.T, _cost(shapes, num_sides)))]
     return tuple(PackedShape(*map(int, shape)) for shape in shapes)
 
@@ -122,6 +123,7 @@ def _merged(shapes: np.ndarray, counts: np.ndarray, num_sides: int) -> np.ndarra
         spent, left = spent + extra[i, j], left - 1
         # Shape i becomes the union; shape j is not used any more, but keeps its place so that indices stay valid.
         shapes[i], counts[i], counts[j] = np.maximum(shapes[i], shapes[j]), counts[i] + counts[j], 0
+        # inf is never the minimum, so shape j is not merged again.
         extra[j], extra[:, j] = np.inf, np.inf
         renewed = np.where(counts > 0, extra_costs(i), np.inf)
         extra[i, :i], extra[i + 1 :, i] = renewed[:i], renewed[i + 1 :]

@@ -97,6 +97,7 @@ def interleaved(block: RowArrays) -> bytes:
         parts.append(np.split(values, ends[:-1]))
     counts = [[len(vector).to_bytes(4, "little") for vector in vectors] for vectors in parts]
     pieces = zip(*(zip(count, vectors, strict=True) for count, vectors in zip(counts, parts, strict=True)), strict=True)
+    # Lengths are part of the bytes: without them, tokens moved from one field to the next would give the same digest.
     return b"".join(piece for row in pieces for count, vector in row for piece in (count, vector.tobytes()))
 
 

@@ -225,6 +225,7 @@ class RowWriter(Generic[R]):
         columns: dict[str, Any] = {}
         arrays: list[np.ndarray] = []
         for field in self._fields:
+            # int32 offsets, as Arrow's lists have them; a record batch has far fewer than 2^31 tokens.
             offsets = np.concatenate([[0], block.lengths[field].cumsum()]).astype(np.int32)
             elements = block.values[field]
             arrays += [offsets, elements]

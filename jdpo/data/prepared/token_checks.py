@@ -59,6 +59,7 @@ def expected_of(tokenizer: Tokenizer) -> Expected:
     # The first end token that is not already in the question alone closes the answer.
     places = [place for place, token in enumerate(one) if token in ends]
     question = _ids(tokenizer, TURNS[:1])[0]
+    # If the template refuses the question alone, the last end token is taken to close the answer.
     closing = next((len(one) - place for place in places if place >= (len(question) or places[-1])), 0)
     # Plain text ends with EOS alone.
     if not tokenizer.has_chat_template or not one:

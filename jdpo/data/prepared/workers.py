@@ -110,6 +110,7 @@ def _end_with(parent: int) -> None:
     """Ends this process once its parent has ended, even if the parent was killed."""
     while os.getppid() == parent:
         time.sleep(0.5)
+    # sys.exit would end this thread alone, while the main thread waits for a task that never comes.
     os._exit(1)
 
 

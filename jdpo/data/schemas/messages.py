@@ -61,6 +61,7 @@ def read_messages(value: Any, place: str, origin: str) -> list[Message]:
     """
     if not isinstance(value, list | dict):
         raise ValueError(f"{origin}: {place} is {kind(value)}; expected a list of {{role, content}} messages")
+    # `datasets.Sequence` stores a list of objects as an object of lists.
     value = as_list(value, place, origin)
     messages = [value] if isinstance(value, dict) else value
     found = []

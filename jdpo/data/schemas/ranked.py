@@ -104,6 +104,7 @@ def _ordered(first: Answer, second: Answer, origin: str) -> Couple | Dropped:
 def _content_hash(asked: Asked) -> int:
     """Hashes the text of a row, so that a pick depends neither on the file's name nor on the process's hash seed."""
     words = [_words(text) for text in (asked.prompt, *(answer.text for answer in asked.answers))]
+    # 8 bytes are enough to pick evenly among a few answers.
     return int.from_bytes(hashlib.sha256(json.dumps(words).encode()).digest()[:8])
 
 

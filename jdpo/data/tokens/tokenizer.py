@@ -256,6 +256,7 @@ def _loaded(
     if end_of_turn is not None and (is_given or own_eos is None):
         if end_of_turn != hf.eos_token:
             notes.append(f"EOS token: {end_of_turn}" + (f" (was {hf.eos_token})" if hf.eos_token else ""))
+        # Generation stops at EOS, so that a model trained on this template must stop where the template ends a turn.
         hf.eos_token = end_of_turn
         # The template may write eos_token, which has just changed.
         probed = template_probe.probe(renderer_of(hf, kwargs))

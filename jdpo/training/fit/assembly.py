@@ -68,6 +68,7 @@ def compile_step(
             jax.jit(
                 step,
                 in_shardings=(state_shardings, frozen_shardings, batch_sharding),
+                # Reports are whole on every device, so that each process reads them without asking another.
                 out_shardings=(state_shardings, whole),
                 donate_argnums=0,  # the new state takes the memory of the old one
             ),
@@ -75,6 +76,7 @@ def compile_step(
         OnMesh(
             mesh,
             jax.jit(
+                # Nothing is donated: training continues with the params that were evaluated.
                 partial(evaluate, objective=objective),
                 in_shardings=(params_sharding, evaluated, batch_sharding, whole, whole),
                 out_shardings=whole,

@@ -98,9 +98,11 @@ def step_flops(config: ModelConfig, batch: Any, program: Arithmetic) -> StepFlop
     executed = _flops(
         config, run, matrices=passes + forwards, head=passes + logits_again + forwards, products=products_run
     )
+    # _again counts multiplications; each comes with an addition.
     executed += 2.0 * _again(config, program.remat, run)
     of_adapters = 2.0 * (program.adapters or 0)
     in_reference = int(program.live_reference and program.adapters_in_reference)
+    # Under dots the outputs of matrix products are kept, so none is multiplied again.
     again = int(program.remat not in ("none", "dots"))
     return StepFlops(
         logical + of_adapters * (3 + in_reference) * real.tokens,
@@ -126,7 +128,7 @@ def matrix_params(config: ModelConfig) -> int:
 
 def _matrices(config: ModelConfig) -> _Matrices:
     heads = 2 * config.num_heads + 2 * config.num_kv_heads  # query and output; key and value
-    maps, num_dense = 2 + config.gated_mlp, _num_dense(config)
+    maps, num_dense = 2 + config.gated_mlp, _num_dense(config)  # up and down, and a gate
     shared = config.num_layers * heads * config.head_dim + num_dense * maps * config.d_ff
     if config.moe is None:
         return _Matrices(config.d_model * shared, 0)
@@ -231,6 +233,7 @@ def _padded_real(config: ModelConfig, batch: PreferenceBatch | CompletionBatch) 
 
 def _padded_run(config: ModelConfig, batch: PreferenceBatch | CompletionBatch) -> _Amounts:
     tokens = batch.tokens.size
+    # XLA's attention multiplies every query with every key, also with those that the mask then hides.
     pairs = tokens * batch.tokens.shape[-1] * config.num_layers
     return _Amounts(tokens, tokens, pairs, int(np.sum(batch.attention_mask)))
 

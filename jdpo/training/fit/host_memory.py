@@ -110,10 +110,12 @@ def _groups(root: Path) -> Iterator[tuple[int, PurePosixPath]]:
 def _mounts(root: Path) -> Iterator[tuple[int, PurePosixPath, PurePosixPath]]:
     """(version, the group at the top of a mount, where it is mounted) for those that count memory."""
     for line in _text(root / "proc/self/mountinfo").splitlines():
+        # Optional fields, any number of them, end at the lone hyphen; what follows it has fixed places (man 5 proc).
         before, _, after = line.partition(" - ")
         fields, kinds = before.split(" "), after.split(" ")
         if len(fields) < 5 or len(kinds) < 3:
             continue
+        # The kernel writes spaces in paths as \040.
         top, mounted = (PurePosixPath(_UNESCAPED.sub(lambda code: chr(int(code[1], 8)), text)) for text in fields[3:5])
         if not mounted.is_absolute():
             continue

@@ -194,6 +194,7 @@ def memory_limit() -> int:
         # A platform that does not report its memory gets no limit: the run finds out.
         stats = device.memory_stats() or {}
         limit = stats.get("bytes_limit", math.inf) * SHARE_OF_DEVICE
+    # Of the processes' limits the least, as a maximum of negated ones: all must choose the same fit.
     least = -max_over_processes(-limit)
     return int(least) if math.isfinite(least) else 2**63 - 1
 

@@ -133,9 +133,11 @@ def _sharers(folder: CacheFolder) -> tuple[int, int]:
         return 0, 1
     from jax.experimental import multihost_utils
 
+    # A number of this start alone, so that files left by a killed one are not counted.
     run = int(multihost_utils.broadcast_one_to_all(np.int32(secrets.randbits(31))))
     mine = folder.path / f".process-{run}-{jax.process_index()}"
     mine.touch()
+    # Between two barriers: every file is there before any process counts, and all have counted before any is removed.
     barrier("reference folder marked")
     seen = sorted(int(path.name.rpartition("-")[2]) for path in folder.path.glob(f".process-{run}-*"))
     barrier("reference folder seen")

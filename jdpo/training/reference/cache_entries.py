@@ -51,6 +51,7 @@ def find_rows(setup: Setup) -> list[RowSet]:
     config = setup.config
     started = setup.started if setup.reference_folder is None else setup.reference_started
     weights = weights_of_reference(setup)
+    # Log-probs are float32 or wider, also where the model computes in bfloat16.
     dtype = np.dtype(np.float64 if config.compute_dtype == "float64" else np.float32)
     rows: dict[Role, PreparedData | None] = {"training": setup.train_data, "evaluation": setup.eval_data}
     sets = []
@@ -62,6 +63,7 @@ def find_rows(setup: Setup) -> list[RowSet]:
             rows=data.digest,
             compute_dtype=config.compute_dtype,
             model=dataclasses.asdict(setup.model.config),
+            # Embedding rows that the run starts are drawn from its seed, and log-probs depend on them.
             started=None if started is None else {"seed": config.seed, "ids": started.ids.tolist()},
         )
         key = key_of(parts)

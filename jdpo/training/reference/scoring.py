@@ -90,6 +90,7 @@ class Scorer:
         most_rows = (self._setup.config.micro_batch_size or len(rows)) * self._num_shards
         most_slots = self._max_tokens * self._num_shards
         batches: list[list[int]] = []
+        # Full from the start, so that the first row opens a batch.
         used = most_slots
         for index in order.tolist():
             slots = int(sizes.slots[index])
@@ -157,6 +158,7 @@ def _rows_of(data: PreparedData, batch: PackedBatch, logps: np.ndarray) -> dict[
 def _completion(values: np.ndarray, mask: np.ndarray, pair: AnyPair, name: str) -> np.ndarray:
     """Values of all tokens of a completion: 0 for those that are not learnt, and for a first without a token before."""
     learnt = np.flatnonzero(mask)
+    # One value fewer than tokens where the completion starts its sequence, as nothing predicts that token.
     learnt = learnt[len(learnt) - len(values) :]
     if not np.isfinite(values).all():
         bad = int(np.argmin(np.isfinite(values)))

@@ -128,6 +128,7 @@ class PaddedBatches:
             logps = reference_logps_of(self._cache, rows, indices, num_slots=layout.num_slots, length=length)
             flat = flat._replace(reference_logps=logps)
         if self._scores is not None:
+            # 1 on padding, since the loss takes the logarithm.
             margins = np.ones(layout.num_slots, np.float32)
             margins[: len(indices)] = self._scores[indices]
             flat = flat._replace(score_margins=margins)
@@ -178,6 +179,7 @@ class PackedBatches:
         # Items are packed in an order of their own; `at` brings their values back into the order of `indices`.
         real = np.flatnonzero(batch.pair_weight.reshape(-1))
         in_batch = batch.pair_row.reshape(-1)[real]
+        # First in the order of row numbers; argsort twice gives the rank of each row in that order.
         at = real[np.argsort(in_batch)][np.argsort(np.argsort(indices))]
         num_tokens, real_slots = sum(map(self._task.count_tokens, rows)), int(self.plan.sizes.slots[indices].sum())
         return StepBatch(batch, StepRows(indices, at, num_tokens, real_slots, batch.tokens.size))

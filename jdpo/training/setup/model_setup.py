@@ -124,6 +124,7 @@ def make_model(config: TrainConfig, source_config: ModelConfig, tokenizer: Token
     """
     vocab_size = source_config.vocab_size
     if tokenizer.size > vocab_size:
+        # Rows are added only for tokens that this run adds; more tokens mean that the tokenizer is of another model.
         if not tokenizer.added_tokens or tokenizer.size - len(tokenizer.added_tokens) > vocab_size:
             raise ValueError(
                 f"the tokenizer of {config.model_name_or_path} has {tokenizer.size} tokens, but the model's embedding "

@@ -88,6 +88,7 @@ def drop_oldest(folder: Path, most_bytes: int) -> None:
     """Deletes the oldest files of a folder until the rest takes at most `most_bytes`."""
     files = []
     with contextlib.suppress(OSError):  # another run may drop files, too
+        # Newest first, so that the running total decides which of the older ones go.
         files = sorted(((path.stat(), path) for path in folder.glob("*")), key=lambda file: -file[0].st_mtime_ns)
     total = 0
     for stat, path in files:

@@ -55,6 +55,7 @@ def _load_grown(setup: Setup, folder: FilePath, rows: StartedRows | None, dtype:
         return params
     grown, model = resize_embeddings(params, source_model, setup.model.config.vocab_size, rows)
     assert model == setup.model, (model, setup.model)
+    # Placed again, as a larger vocabulary may be divided by a mesh axis that the model's own was not divided by.
     return jax.device_put(grown, setup.whole_shardings)
 
 

@@ -130,7 +130,7 @@ def grow(shape: ModelShape, lengths: np.ndarray, rounds: int, mesh: Any) -> list
     lines = [
         "## Step time over tokens: HH, everything on, cached reference",
         "",
-        "| tokens | times | ms, median (quartiles) | times | microseconds a token |",
+        "| tokens | times | ms, median (quartiles) | times | microseconds per token |",
         "|---:|---:|---:|---:|---:|",
     ]
     first = steps[0].tokens

@@ -116,6 +116,7 @@ def dpo_loss(
       ValueError: see `preference_loss`; the reference is missing, given twice, or has no values per token for ld_alpha;
         a side has no completion token in a pair whose weight is not 0 (checked where masks are known: not under jit).
     """
+    # All checks come before jit, within which arrays have no values.
     settings, num_chosen_tokens = _objective_settings(loss_type, beta, options)
     check_batch(batch)
     check_completions(batch)

@@ -89,11 +89,11 @@ def preference_loss(
         check_scores(score_margins, of_batch.get("pair_weights"))
     # Half precision would lose the small differences of large sums on which every loss depends.
     dtype = jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
-    policy = jnp.stack([array.astype(dtype) for array in arrays[:2]], axis=-1)
+    policy = jnp.stack([array.astype(dtype) for array in arrays[:2]], axis=-1)  # [b, 2]
     reference = jnp.stack([array.astype(dtype) for array in arrays[2:]], axis=-1) if len(arrays) > 2 else None
     lengths = None
     if chosen_lengths is not None and rejected_lengths is not None:
-        lengths = jnp.stack([jnp.asarray(chosen_lengths), jnp.asarray(rejected_lengths)], axis=-1)
+        lengths = jnp.stack([jnp.asarray(chosen_lengths), jnp.asarray(rejected_lengths)], axis=-1)  # [b, 2]
     elif settings.needs_lengths:
         raise ValueError(f"loss_type {loss_type!r} needs chosen_lengths and rejected_lengths, in tokens")
     mean_chosen_tokens = None
@@ -108,6 +108,7 @@ def preference_loss(
     )
     losses = sum_of_terms(settings, loss_terms(settings, inputs))
     if "pair_weights" in of_batch:
+        # The losses alone: rewards describe a pair whatever its weight.
         losses = losses * of_batch["pair_weights"]
     return PreferenceLoss(losses, *rewards(settings, policy, reference, lengths))
 

@@ -57,7 +57,8 @@ def orpo(x: LossInputs) -> Array:
 
 
 def _log_one_minus(mean_logp: Array) -> Array:
-    # Clipped before the choice of a branch: at 0 the branch not taken would have an infinite slope, and 0 * inf is NaN.
+    # Nearer to 0, exp(x) rounds to 1. The branch of log1mexp that is not taken then has an infinite slope, and the
+    # gradient would be 0 * inf, which is NaN.
     return log1mexp(jnp.minimum(mean_logp, -SMALLEST_NLL))
 
 

@@ -105,6 +105,7 @@ class RunDirectory:
             # The lines of the lost run would be mixed with those of the new one.
             if self._starts_over and os.path.lexists(self.metrics):
                 keep_old(self.metrics, "before")
+            # Before run.json: after a kill in between, a folder without run.json counts as free.
             write_durably(self._config_file, to_public_yaml(config))
             new = RunRecord.of_new_run(command)
             if self.is_new:
@@ -199,6 +200,7 @@ class RunDirectory:
         saved = [step for step in step_folders(folder) if (folder / str(step) / MANIFEST).exists()]
         if self.model.exists() or not (saved or damaged_folders(folder)):
             return False
+        # A checkpoint in a folder of another step's name can be renamed, and one without a fault can be resumed.
         return not any(step_of(folder / str(s)) not in (None, s) or fault_of(folder / str(s)) is None for s in saved)
 
     @property

@@ -57,6 +57,7 @@ def compile_step(
     """
     batch_sharding, whole = micro_batch_sharding(mesh), replicated(mesh)
     params_sharding = state_shardings.params
+    # A reference that moves is sharded as the params, and takes the place of the frozen one in evaluations.
     evaluated = frozen_shardings if sync is None else frozen_shardings._replace(reference=params_sharding)
     # What is fixed for a run is bound here, so that jax sees only state, frozen weights and batch.
     step = partial(

@@ -31,6 +31,7 @@ class Programs:
         self._lower, self._pool = lower, pool
         self._programs: dict[Batch, Future[Any]] = {}
         for shapes, program in (compiled or {}).items():
+            # Finished futures, so that these programs are found like those that the threads compile.
             done: Future[Any] = Future()
             done.set_result(program)
             self._programs[shapes] = done

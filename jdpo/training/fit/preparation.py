@@ -170,7 +170,7 @@ def recalled_fit(saved: FitRecord | None, conditions: Mapping[str, Any], limit: 
         return None
     needed = saved.bytes_needed
     # On a smaller device the old fit is kept only if it still fits.
-    # Its need may be above the limit of then, where nothing smaller was left to try.
+    # The fit may have needed more than the limit of then, if nothing smaller was left to try.
     if needed is not None and limit < min(needed, saved.limit):
         return None
     return Fit(saved.remat, saved.max_tokens_per_device, needed)

@@ -112,6 +112,7 @@ def _alone(folder: CacheFolder, check_stopped: Callable[[], None], log: Log) -> 
     lock, logged = None, False
     while True:
         with _writing(folder):
+            # The first process locks for the whole run: if each did, they would wait for one another.
             lock = folder.try_lock() if is_first() else None
         if not any_process(is_first() and lock is None):
             break

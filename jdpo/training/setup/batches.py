@@ -132,7 +132,7 @@ class PaddedBatches:
             margins = np.ones(layout.num_slots, np.float32)
             margins[: len(indices)] = self._scores[indices]
             flat = flat._replace(score_margins=margins)
-        return jax.tree.map(lambda array: array.reshape(*layout, *array.shape[1:]), flat)
+        return jax.tree.map(lambda array: array.reshape(*layout, *array.shape[1:]), flat)  # [(k m), ...] -> [k, m, ...]
 
 
 class PackedBatches:

@@ -54,6 +54,7 @@ def find_untrained(folder: Path, model: ModelConfig, tokenizer: Tokenizer, data:
     untrained = np.flatnonzero(untrained_rows(row_norms(folder, model), source_tokens(tokenizer, model.vocab_size)))
     if not len(untrained):
         return []
+    # Only tokens that the rows contain: most models have unused embedding rows, which do no harm.
     found = data.rows_with(untrained)
     tokens = tokenizer.hf.convert_ids_to_tokens([*found])
     return [
@@ -66,6 +67,7 @@ def source_tokens(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
     """Returns bool [vocab_size], True where the tokenizer has a token that this run did not add."""
     ids = set(tokenizer.hf.get_vocab().values()) - set(added_ids(tokenizer))
     is_token = np.zeros(vocab_size, bool)
+    # Ids beyond the embedding have no row that could be untrained.
     is_token[[id for id in ids if id < vocab_size]] = True
     return is_token
 

@@ -54,6 +54,7 @@ def check_logging(logging: LoggingSettings, task: Task, *, evaluates: bool) -> N
             f"eval_steps {logging.eval_steps} needs eval_datasets or eval_fraction: there is nothing to evaluate on"
         )
     check_trackers(logging.report_to)
+    # Called for its error alone.
     profiled_steps(logging.profile_steps)
     known = [f"eval_{name}" for name in task.metrics]
     if logging.metric_for_best_model not in known:
@@ -91,6 +92,7 @@ def check_reference(reference: ReferenceSettings, *, loss_type: Sequence[str], n
         raise ValueError(
             f"reference_model {reference.reference_model} has no effect: loss_type {losses} uses no reference"
         )
+    # Called for its errors alone: the mode is chosen later.
     fixed_mode(reference.reference, needs_reference=needs_reference, sync_ref_model=reference.sync_ref_model)
     if reference.sync_ref_model and not needs_reference:
         raise ValueError(f"sync_ref_model has no effect: loss_type {losses} uses no reference")
@@ -201,6 +203,7 @@ def check_attention_settings(memory: MemorySettings, source_config: ModelConfig,
     """
     defaults = defaults_of(MemorySettings)
     keys = ("attention", "attention_block_q", "attention_block_kv")
+    # Only keys that were set: left alone, they choose a backend that runs.
     asked = {key: getattr(memory, key) for key in keys if getattr(memory, key) != defaults[key]}
     if asked and not memory.packing:
         key, value = next(iter(asked.items()))

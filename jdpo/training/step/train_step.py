@@ -251,7 +251,7 @@ def _one_pass(
 
     value_and_grad = jax.value_and_grad(micro_loss, has_aux=True)
     if num_micro(batch) == 1:  # no accumulator where there is nothing to accumulate
-        (loss, features), grads = value_and_grad(params, jax.tree.map(lambda array: array[0], batch))
+        (loss, features), grads = value_and_grad(params, jax.tree.map(lambda array: array[0], batch))  # [m, ...]
         return loss, grads, jax.tree.map(lambda array: array[None], features)
     # Reversed, since `_accumulate` sums the first result and stacks the second.
     grads, (losses, features) = _accumulate(lambda micro: value_and_grad(params, micro)[::-1], params, batch)
@@ -268,6 +268,7 @@ def _two_passes(
     def learnt(features: Features) -> dict[str, Array]:
         return {name: getattr(features, name) for name in objective.learnt}
 
+    # From features alone: no model runs here, so that all micro-batches can be in one graph.
     loss, cotangents = jax.value_and_grad(lambda values: total_loss(flat_features(features._replace(**values))))(
         learnt(features)
     )

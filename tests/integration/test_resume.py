@@ -149,7 +149,7 @@ def test_another_config_is_refused_key_by_key(cut_words: Words, copy: Path, caps
     message = refusal(cut_words(copy, beta=0.2, learning_rate=5e-7, logging_steps=1), capsys)
     assert f"output_dir {copy} holds a different run, so this one cannot resume it" in message
     assert "beta: 0.1 before, 0.2 now" in message
-    assert "learning_rate: 0.001 before, 5e-07 now" in message
+    assert "learning_rate: 0.001 before, 5e-7 now" in message
     assert "logging_steps" not in message
     assert "Undo these, or choose another output_dir" in message
     assert (copy / "resolved_config.yaml").read_bytes() == config

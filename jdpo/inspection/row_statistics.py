@@ -64,6 +64,7 @@ def row_facts(data: PreparedData, tokenizer: Tokenizer, *, max_length: int) -> R
     names = ("completion",) if isinstance(data[0], TokenizedCompletion) else ("chosen", "rejected")
     length, key, cut = ({name: np.zeros(len(data), kind) for name in names} for kind in (np.int64, np.uint64, bool))
     facts = RowFacts(np.zeros(len(data), np.int64), length, key, cut)
+    # Row by row: rows are memory-mapped, and all tokens together may not fit into memory.
     for index in range(len(data)):
         row = data[index]
         sides = [row.tokens[row.completion_mask]] if len(names) == 1 else [row.chosen_ids, row.rejected_ids]

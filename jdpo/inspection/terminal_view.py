@@ -60,6 +60,7 @@ def _print_node(node: Node, console: Console, with_ids: bool) -> None:
             for caption, name, pieces in segments:
                 console.print(_text(f"  {caption}", f"italic {NAME_STYLES[name]}"))
                 for line in _token_lines(pieces, console, NAME_STYLES[name], with_ids):
+                    # Broken into lines already; rich would break within tokens.
                     console.print(line, soft_wrap=True)
 
 

@@ -182,7 +182,7 @@ def _forward(
     chunk: int, settings: HeadSettings, hidden_rkd: Array, head: Array, targets_rk: Array, lengths_r: Array | None
 ) -> tuple[tuple[Array, ...], tuple[Any, ...]]:
     def body(total: None, counted_rc: Any, hidden_rcd: Array, targets_rc: Array) -> tuple[None, tuple[Array, ...]]:
-        logits = _logits(settings, _kept(hidden_rcd, counted_rc), head)
+        logits = _logits(settings, _kept(hidden_rcd, counted_rc), head)  # [r, c, v]
         highest = logits.max(-1)  # subtracted, so that exp cannot overflow
         weights = jnp.exp(logits - highest[..., None])
         log_sum = jnp.log(weights.sum(-1))

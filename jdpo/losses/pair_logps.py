@@ -76,7 +76,7 @@ def _token_scores(params: Params, batch: PreferenceBatch, apply_fn: ApplyFn, *, 
             f"apply_fn must return logits [n, t, v] for tokens {flat_tokens.shape}, found "
             f"{getattr(logits, 'shape', type(logits).__name__)}"
         )
-    logps, mask = shifted_token_logps(logits, flat_tokens, flat_completion)
+    logps, mask = shifted_token_logps(logits, flat_tokens, flat_completion)  # [(b n), t-1]
 
     def to_pairs(values: Array) -> Array:
         at_tokens = jnp.pad(jnp.where(mask, values, 0), ((0, 0), (1, 0)))  # the token at 0 is never predicted
@@ -122,8 +122,8 @@ def pair_features(
 ) -> PairFeatures:
     """Runs the models on a padded batch; see `dpo_loss` for arguments and errors."""
     check_batch(batch)
-    mask = predicted_tokens(batch)
-    lengths = mask.sum(-1)
+    mask = predicted_tokens(batch)  # [b, 2, t]
+    lengths = mask.sum(-1)  # [b, 2]
     weights = jnp.ones(mask.shape[0], jnp.float32) if batch.weights is None else jnp.asarray(batch.weights)
     # Padding pairs are masked before anything is computed from them: NaN * 0 is NaN, in gradients as well.
     reduce = partial(

@@ -38,6 +38,7 @@ def dry_run(config: TrainConfig, log: Log) -> None:
         setup = build(config, log, weights=False)
         live = setup.task.uses_reference and isinstance(config, ReferenceSettings) and config.reference == "live"
         mode: Mode = "live" if live else "none"  # auto and cached free the reference before the run trains
+        # Any policy will do here: what is kept from step to step does not depend on it.
         remat = "none" if config.remat == "auto" else config.remat
         log(describe_kept(assemble(setup, reference=mode, remat=remat)))
         if directory.finished:

@@ -81,6 +81,7 @@ class Setup(ModelSetup):
         if self.eval_data is not None:  # metrics of two sets would be mixed in one column
             digests["the evaluation rows"] = self.eval_data.digest
         if len(self.train_data.names) > 1:
+            # The same rows, cut differently into datasets, would have other shares of an epoch.
             digests["how many rows each dataset has"] = " ".join(map(str, self.train_data.num_rows_of))
         if self.adaptation is not None and self.adaptation.folder is not None:
             digests["the adapter"] = adapter_digest(self.adaptation.folder)
@@ -139,6 +140,7 @@ def _build(config: TrainConfig, task: Task, log: Log, *, weights: bool, stopped:
     read_generation_config(model_folder)  # now, not at the export after hours of training
     check_expert_settings(config.router_aux_loss_coef, source_config, model_setup.mesh)
     reference_folder, reference_adapter = _reference_of(config, model_setup, weights=weights)
+    # A set, since both may be one folder.
     for folder in {model_folder, reference_folder or model_folder}:
         if weights or has_weights(folder):
             check_tensors(folder, tensor_entries(folder), source_config)  # headers only, before rows are tokenized
@@ -192,6 +194,7 @@ def _started(
             model_setup.model.config.vocab_size,
             data,
             seed=model_setup.config.seed,
+            # Only the policy's embedding would have to be trained: with a reference, untrained tokens are no error.
             adapted=model_setup.adaptation is not None and folder is model_setup.model_folder,
             whose=whose,
         )

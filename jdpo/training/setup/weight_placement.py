@@ -86,7 +86,7 @@ def load_base(setup: ModelSetup) -> Base | None:
     quantizer = Quantizer(adaptation.sites, shardings, dtype.rest)
     wide = jnp.promote_types(dtype.rest, jnp.float32)  # read in float32, so that they are rounded only once
     params = load_params(setup.model_folder, setup.model, shardings.params, dtype=wide, transform=quantizer)
-    return Base(params, tree_of(quantizer.scales))
+    return Base(params, tree_of(quantizer.scales))  # scales that loading the params has filled in
 
 
 class Quantizer:
@@ -130,6 +130,7 @@ def load_reference(setup: Setup, start: Params | None, *, moves: bool = False) -
             start = _load_grown(setup, setup.reference_folder, setup.reference_started)
         return _copied(load_start(setup) if start is None else start, setup, reference_dtype(setup.model, moves=moves))
     if setup.reference_folder is not None:
+        # In the compute dtype at once: nothing trains these weights, so they need no master copy.
         return Weights(
             _load_grown(setup, setup.reference_folder, setup.reference_started, setup.model.compute_dtype), {}, {}
         )

@@ -144,9 +144,9 @@ class CompletionObjective:
         """Runs the model on a micro-batch, arrays [m, ...]; `reference_params` is None."""
         params, _ = with_base(self.lora, base, params, reference_params)
         if isinstance(batch, PackedBatch):
-            token_logps, _, router = self.run(params, batch, False)
+            token_logps, _, router = self.run(params, batch, False)  # [r, k]
             of_completion = belongs(batch.logp_pair, batch.pair_weight.shape[-1])
-            sums = completion_sums(token_logps, of_completion, num_sides=1)
+            sums = completion_sums(token_logps, of_completion, num_sides=1)  # [r, p, 1]
             return CompletionFeatures(sums.reshape(-1), jnp.asarray(batch.pair_weight).reshape(-1), router)
         output = self.run(params, batch.tokens, batch.attention_mask)
         logits, router = output if isinstance(output, Routed) else (output, None)

@@ -143,7 +143,11 @@ def _parse_value(key: str, text: str, *, is_text: bool) -> Any:
     try:
         value = load_yaml(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"cannot read the value of {key!r}, {text!r}, as YAML: quote it ({error})") from None
+        reason = getattr(error, "problem", None) or error  # without the place, as the value is shown whole
+        raise ValueError(
+            f"cannot read the value of {key!r}, {text!r}, as YAML ({reason}); if it is a text, put quotes within the "
+            f"quotes of your shell: --{key} '\"...\"'"
+        ) from None
     return value
 
 

@@ -50,6 +50,7 @@ def test_every_form_of_a_key_is_read_and_the_last_one_wins(words: list[str]) -> 
         (["--dry_run=yes"], "--dry_run takes no value"),
         (["--bta", "0.2"], "did you mean 'beta'?"),
         (["--datasets", "a.jsonl", "b.jsonl"], "`--datasets '[a.jsonl, b.jsonl]'`"),
+        (["--datasets", "*.jsonl"], "put quotes within the quotes of your shell"),
         (["-beta", "0.2"], "did you mean `--beta`?"),
         (["lora"], "did you mean `--lora`?"),
         (["--max_steps", "None"], "here it is `--max_steps null`"),

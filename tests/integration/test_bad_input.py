@@ -183,6 +183,7 @@ MODEL: dict[str, tuple[Make, list[str]]] = {
 }
 
 ROWS: dict[str, tuple[Make, list[str]]] = {
+    "a pattern of names": (lambda at: {"datasets": at.folder / "*.jsonl"}, ["patterns of names are not expanded"]),
     "missing file": (lambda at: {"datasets": at.folder / "no.jsonl"}, ["{folder}/no.jsonl: no such file or folder"]),
     "missing column": (
         lambda at: {"datasets": at.rows(ROW, {"prompt": "Hi", "chosen": "Hello"})},

@@ -244,7 +244,11 @@ def _find(columns: Raw, schemas: Sequence[Schema], reading: Reading) -> Schema |
 def _refused(samples: Sequence[Sample], schemas: Sequence[Schema], reading: Reading) -> ValueError:
     # The message shows columns before and after the column_map, so that a wrong name is easy to see.
     mapped = [_renamed(raw, reading.column_map, origin) for raw, origin in samples] if reading.column_map else []
-    return ValueError(refusal(samples, schemas, mapped=mapped, supervised=schemas is COMPLETION_SCHEMAS))
+    text = refusal(samples, schemas, mapped=mapped, supervised=schemas is COMPLETION_SCHEMAS)
+    raw, origin = samples[0]
+    if schemas is not COMPLETION_SCHEMAS and _find(_columns(raw, reading, origin), COMPLETION_SCHEMAS, reading):
+        text += "\nRows with one answer each are for `jdpo sft`; `jdpo dpo` needs two, one better than the other."
+    return ValueError(text)
 
 
 def _columns(raw: Raw, reading: Reading, origin: str) -> Raw:

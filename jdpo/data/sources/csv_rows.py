@@ -27,10 +27,10 @@ def read_csv(file: File, *, delimiter: str = ",") -> Iterator[Row]:
             header = _checked_header(cells, delimiter, where)
             continue
         if len(cells) != len(header):
-            raise ValueError(
-                f"{where}: expected {len(header)} cells as in the header, found {len(cells)}; "
-                "put quotes around cells that contain commas, tabs or line breaks"
-            )
+            advice = "put quotes around cells that contain commas, tabs or line breaks"
+            if len(cells) < len(header):
+                advice = "fill in the row, with nothing between two separators for an empty cell"
+            raise ValueError(f"{where}: expected {len(header)} cells as in the header, found {len(cells)}; {advice}")
         # CSV cannot tell an empty string from a missing value; missing is the more common meaning.
         yield {name: cell or None for name, cell in zip(header, cells, strict=True)}, f"{file.label}:{number}"
 

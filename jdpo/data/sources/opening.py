@@ -75,6 +75,8 @@ def open_source(dataset: DatasetConfig) -> Source:
         if not is_url(dataset.path) and ending_of(path) is None and _HUB_NAME.fullmatch(dataset.path):
             return HubSource(dataset)
         hint = "" if is_url(dataset.path) else " (a name on the hub has the form org/name)"
+        if "*" in dataset.path:
+            hint = "; patterns of names are not expanded: give a folder, or a list of files"
         raise ValueError(f"{place}: no such file or folder{hint}")
     _refuse_hub_options(dataset, place, f"{'' if isinstance(store, Disk) else 'remote '}{kind}")
     refuse_no_file(store, path)

@@ -67,6 +67,11 @@ def test_the_snippet_reads_the_rows_once_it_is_pasted() -> None:
     assert row == PreferenceRow("The sky?", "It is blue.", "It is green.", "x:1")
 
 
+def test_rows_with_one_answer_are_for_the_other_command() -> None:
+    assert "are for `jdpo sft`" in refused([({"prompt": "The sky?", "completion": "It is blue."}, "x:1")])
+    assert "jdpo sft" not in refused(SAMPLES)
+
+
 @pytest.mark.parametrize(
     ("raw", "expected"),
     [

@@ -112,7 +112,7 @@ FAULTS: list[tuple[list[str], bytes, str]] = [
     (LINES, b'{"a": 1, "b": {"c": 1, "c": 2}}', ":1: JSON that cannot be read: the key 'c' occurs twice"),
     (JSON, b'[{"a": 1,\n"a": 1}]', ":1: JSON that cannot be read: the key 'a' occurs twice"),
     # CSV
-    (["a.csv"], b"a,b\n1,2\n3\n", ":3: expected 2 cells as in the header, found 1"),
+    (["a.csv"], b"a,b\n1,2\n3\n", ":3: expected 2 cells as in the header, found 1; fill in the row"),
     (["a.csv"], b"a,b\n1,2\n3,4,5\n", ":3: expected 2 cells as in the header, found 3; put quotes around"),
     (["a.tsv"], b"a\tb\n1\t2\n3,4\n", ":3: expected 2 cells as in the header, found 1"),
     (

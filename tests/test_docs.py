@@ -54,6 +54,7 @@ TOYS = {
     "dpo ...": "dpo run.yaml",
     "runs/first/checkpoints/400 exported": "runs/adapters/checkpoints/1 exported",
     "--step 400": "--step 1",
+    "--output_dir runs/sft": "--output_dir runs/sft-again",  # runs/sft has the adapter that later commands start from
 }
 """A placeholder in the docs -> the toy that replaces it."""
 

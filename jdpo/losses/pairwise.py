@@ -75,7 +75,7 @@ def square(residual: Array) -> Array:
 
 
 def sigmoid(x: LossInputs) -> Array:
-    """-(1-e) ls(beta D) - e ls(-beta D): DPO, and cDPO where e > 0.
+    """-(1-e) ls(z) - e ls(-z), z = beta D - o: DPO, cDPO where e > 0, and ODPO with an offset o.
 
     At beta = 0.1, a = 3, b = -1: D = 4, -ls(0.4) = 0.513015.
     """
@@ -83,7 +83,7 @@ def sigmoid(x: LossInputs) -> Array:
 
 
 def robust(x: LossInputs) -> Array:
-    """[-(1-e) ls(beta D) + e ls(-beta D)] / (1-2e): unbiased if a share e of the labels is flipped.
+    """[-(1-e) ls(z) + e ls(-z)] / (1-2e), z = beta D - o: unbiased if a share e of the labels is flipped.
 
     At beta = 0.1, D = 4, e = 0.1: (0.9 * 0.513015 - 0.1 * 0.913015) / 0.8 = 0.463015.
     """
@@ -118,7 +118,7 @@ def ipo_sum(x: LossInputs) -> Array:
 
 
 def sigmoid_norm(x: LossInputs) -> Array:
-    """-ls(beta (a/n_w - b/n_l)): DPO normalised by length.
+    """-ls(beta (a/n_w - b/n_l) - o): DPO normalised by length.
 
     At beta = 5, a = 3, n_w = 3, b = -1, n_l = 2: -ls(7.5) = 0.000553.
     """

@@ -169,6 +169,7 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
             display = RunDisplay(
                 first_step=first, num_steps=num_steps, unit=setup.task.unit, console=console, shown=is_first()
             )
+            # A function, since a checkpoint may be saved before the report of an earlier step is read.
             reports = StepReports(setup, record, display, lambda: last_saved, log)
             profiler = Profiler(profiled_steps(config.profile_steps), directory.path / "profile")
             if profiler.is_over(first):

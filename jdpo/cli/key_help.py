@@ -7,6 +7,7 @@ import textwrap
 
 from jdpo.config import Settings, command_of
 from jdpo.config.key_specs import REQUIRED, KeySpec, as_yaml, key_specs
+from jdpo.loss_specs import LOSSES
 from jdpo.words import nearest
 
 _KINDS = {
@@ -43,6 +44,8 @@ def key_help(command: str, cls: type[Settings], key: str) -> str:
     if spec.choices:
         rows.append(("choices", ", ".join(spec.choices)))
     rows.append(("default", "none; the key is required" if spec.default is REQUIRED else as_yaml(spec.default)))
+    if losses := [name for name, loss in LOSSES.items() if key in loss.options]:
+        rows.append(("losses", ", ".join(losses)))
     if inner := [name.removeprefix(f"{key}.") for name in specs if name.startswith(f"{key}.")]:
         rows.append(("keys", ", ".join(inner)))
     rows += _examples(spec)

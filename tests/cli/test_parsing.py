@@ -68,6 +68,12 @@ def test_a_key_without_dashes_is_not_read_as_a_config_file() -> None:
         parse(train.parser("dpo"), ["beta", "0.2"])
 
 
+def test_the_help_of_an_option_names_the_losses_that_read_it() -> None:
+    (line,) = (line for line in key_help("dpo", DPOConfig, "margin_gamma").splitlines() if "losses" in line)
+    assert line.split(None, 1)[1] == "sigmoid, robust, sigmoid_norm"
+    assert "losses  " not in key_help("dpo", DPOConfig, "max_length")
+
+
 PARSERS = {
     "dpo": train.parser("dpo"),
     "sft": train.parser("sft"),

@@ -85,7 +85,10 @@ def open_source(dataset: DatasetConfig) -> Source:
         files, left_out = files_of_folder(store, path, split.name)
         return FileSource(files, left_out, split, place)
     if split.name != "train":
-        raise ValueError(f"{place}: a file has one split, 'train', but split is {dataset.split!r}")
+        raise ValueError(
+            f"{place}: a file has one split, 'train', but split is {dataset.split!r}; leave split out, or "
+            "take a slice such as train[:90%]"
+        )
     name = public_text(path).rsplit("/", 1)[-1]
     if ending_of(name) is None:
         raise ValueError(f"{place}: cannot read this kind of file; expected {', '.join(READERS)}")

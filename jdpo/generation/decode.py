@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdpo.generation.sampling import Sampling, check_sampling, sample
 from jdpo.models.transformer import KVCache, Params, Transformer, Weights, init_cache, variables
 
 # Shorter prompts share one compiled shape.
@@ -38,12 +37,10 @@ def generate(
     end_token_ids: Sequence[int],
     key: jax.Array,
     temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
 ) -> list[list[int]]:
     """Continues all prompts in one batch.
 
-    Compiles once per batch size, max_new_tokens, sampling settings and power of two of the longest prompt.
+    Compiles once per batch size, max_new_tokens, temperature and power of two of the longest prompt.
 
     Args:
       params: weights of `model`.
@@ -52,24 +49,23 @@ def generate(
       end_token_ids: a continuation stops after the first of these tokens.
       key: PRNG key of the samples.
       temperature: 0 is greedy.
-      top_k: sample from the k most probable tokens only.
-      top_p: sample from the fewest most probable tokens that together have this probability.
 
     Returns:
       the new tokens of each prompt, including the end token if there is one.
 
     Raises:
-      ValueError: an empty prompt, one too long for the model, or sampling settings out of range.
+      ValueError: an empty prompt, one too long for the model, or a negative temperature.
     """
-    sampling = Sampling(temperature, top_k, top_p)
-    check_sampling(sampling)
+    # Not `< 0`, so that NaN is refused as well.
+    if not temperature >= 0:
+        raise ValueError(f"temperature: expected 0 (greedy) or more, found {temperature}")
     _check_lengths(prompts, max_new_tokens, model)
     if not prompts:
         return []
     tokens, mask = _pad_left(prompts)
     # A static argument of jit must be hashable; sorted, so that another order compiles no second program.
     end_ids = tuple(sorted({int(token) for token in end_token_ids}))
-    new_tokens, lengths = _generate(params, tokens, mask, key, model, max_new_tokens, end_ids, sampling)
+    new_tokens, lengths = _generate(params, tokens, mask, key, model, max_new_tokens, end_ids, temperature)
     rows = zip(_to_host(new_tokens), _to_host(lengths), strict=True)
     return [row[:length].tolist() for row, length in rows]
 
@@ -108,7 +104,7 @@ def _generate(
     model: Transformer,
     max_new_tokens: int,
     end_ids: tuple[int, ...],
-    sampling: Sampling,
+    temperature: float,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns new tokens int32 [n, m] and the number of valid ones int32 [n]."""
     num_prompts, columns = prompt_tokens.shape
@@ -124,7 +120,7 @@ def _generate(
 
     def advance(state: _State) -> _State:
         # A key per step, from its number: the samples do not depend on max_new_tokens.
-        token = sample(state.logits, jax.random.fold_in(key, state.step), sampling)
+        token = sample(state.logits, jax.random.fold_in(key, state.step), temperature)
         # Rows that are done keep sampling until all are; `lengths` leaves those tokens out.
         tokens = state.tokens.at[:, state.step].set(token)
         lengths = state.lengths + ~state.done
@@ -139,6 +135,15 @@ def _generate(
     # A while loop, unlike a scan, stops as soon as every row is done.
     end = jax.lax.while_loop(unfinished, advance, _State(jnp.int32(0), logits, cache, tokens, lengths, done))
     return end.tokens, end.lengths
+
+
+def sample(logits_nv: jax.Array, key: jax.Array, temperature: float) -> jax.Array:
+    """Draws one token per row, int32 [n]; a draw depends on the row's index and the key, not on other rows."""
+    if temperature == 0:
+        return jnp.argmax(logits_nv, axis=-1).astype(jnp.int32)
+    # One key per row, so that its draw depends on its index and the key alone.
+    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(logits_nv.shape[0]))
+    return jax.vmap(jax.random.categorical)(row_keys, logits_nv / temperature).astype(jnp.int32)
 
 
 def _to_host(array: jax.Array) -> np.ndarray:

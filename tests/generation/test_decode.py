@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jdpo.generation.decode import generate
+from jdpo.generation.decode import generate, sample
 from jdpo.models.families import read_model_config
 from jdpo.models.transformer import Transformer, make_apply_fn
 from jdpo.models.weights.loading import load_params
@@ -15,6 +16,7 @@ from jdpo.models.weights.loading import load_params
 GOLDEN = Path(__file__).parents[1] / "golden" / "logits"
 PROMPTS = [[3, 14, 15, 9, 26, 5], [35], [8, 9, 7, 9, 3, 2, 38, 4, 6, 2, 6, 4]]
 NEW_TOKENS = 8
+LOGITS = np.random.default_rng(0).normal(0, 2, (5, 20)).astype(np.float32)
 
 
 @pytest.fixture(scope="module", params=["mistral", "mixtral", "qwen3"])
@@ -53,16 +55,29 @@ def test_greedy_equals_the_argmax_of_the_full_forward(loaded: tuple[Transformer,
     assert stopped != expected
 
 
-def test_sampling_repeats_with_the_key_and_keeps_to_top_k(loaded: tuple[Transformer, Any]) -> None:
+def test_sampling_repeats_with_the_key(loaded: tuple[Transformer, Any]) -> None:
     model, params = loaded
 
-    def draw(seed: int, **options: Any) -> list[list[int]]:
+    def draw(seed: int) -> list[list[int]]:
         key = jax.random.key(seed)
-        return generate(params, model, PROMPTS, max_new_tokens=NEW_TOKENS, end_token_ids=[], key=key, **options)
+        return generate(params, model, PROMPTS, max_new_tokens=NEW_TOKENS, end_token_ids=[], key=key)
 
     assert draw(0) == draw(0)
     assert draw(0) != draw(1)
-    assert draw(0, top_k=1) == draw(1, temperature=0.0)
+
+
+def test_draws_follow_the_distribution() -> None:
+    row = jnp.asarray(np.repeat(LOGITS[:1], 4000, axis=0))
+    counts = np.bincount(sample(row, jax.random.key(0), 0.7), minlength=20)
+    weights = np.exp(LOGITS[0] / 0.7)
+    np.testing.assert_allclose(counts / counts.sum(), weights / weights.sum(), atol=0.03)
+
+
+def test_a_draw_does_not_depend_on_other_rows() -> None:
+    key = jax.random.key(3)
+    alone, together = (sample(jnp.asarray(logits), key, 1.0).tolist() for logits in (LOGITS[:2], LOGITS))
+    assert alone == together[:2]
+    assert len(set(sample(jnp.zeros((50, 20)), key, 1.0).tolist())) > 5
 
 
 def test_bad_prompts_are_named() -> None:
@@ -75,5 +90,6 @@ def test_bad_prompts_are_named() -> None:
         generate({}, model, [[1] * 60], max_new_tokens=5, **options)
     with pytest.raises(ValueError, match="max_new_tokens: expected 1 or more, found 0"):
         generate({}, model, [[1]], max_new_tokens=0, **options)
-    with pytest.raises(ValueError, match="top_k: expected 1 or more"):
-        generate({}, model, [[1]], max_new_tokens=1, top_k=0, **options)
+    for temperature in (-0.1, float("nan")):
+        with pytest.raises(ValueError, match="temperature: expected 0"):
+            generate({}, model, [[1]], max_new_tokens=1, temperature=temperature, **options)

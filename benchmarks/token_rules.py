@@ -37,7 +37,7 @@ from toy_tokenizers import give_template, train_tokenizer
 
 from jdpo.data.schemas.formats import Dropped
 from jdpo.data.tokens import prompt_end, row_notes, unwritten
-from jdpo.data.tokens.tokenize import tokenize_pair, tokenize_turns
+from jdpo.data.tokens.tokenize import tokenize_pairs, tokenize_turns
 from jdpo.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from jdpo.types import CompletionRow, PreferenceRow
 
@@ -257,8 +257,8 @@ def _single_turns(
 def jdpo_pair(row: Conversation, tokenizer: Tokenizer) -> Result:
     """Tokenizes a pair as jdpo trains on it."""
     chosen, rejected = ([answer] for answer in row.answers)
-    found = tokenize_pair(
-        PreferenceRow(row.prompt, chosen, rejected, row.origin, tools=row.tools), tokenizer, max_length=MAX_LENGTH
+    (found,) = tokenize_pairs(
+        [PreferenceRow(row.prompt, chosen, rejected, row.origin, tools=row.tools)], tokenizer, max_length=MAX_LENGTH
     )
     if isinstance(found, Dropped):
         return Result([], found.reason, frozenset())

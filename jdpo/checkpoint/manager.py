@@ -30,7 +30,6 @@ from jdpo.checkpoint.steps import (
     digests_of,
     fault_of,
     read_manifest,
-    settle_steps,
 )
 from jdpo.durable import write_durably
 from jdpo.processes import run_jointly
@@ -202,18 +201,13 @@ class CheckpointManager:
         manifests = {step: read_manifest(self._folder / str(step)) or {} for step in self.complete_steps()}
         return best_of(manifests, self._metric_name, greater_is_better=self._greater_is_better)
 
-    def newest_whole_step(self) -> int | None:
-        """Returns the newest step whose files all agree with its manifest; see `settle_steps`."""
-        self._verified = settle_steps(self._folder)
-        return self._verified
-
     # --- restoring
 
     def restore(self, step: int, abstract_state: Any) -> Restored:
         """Restores a step, with the shardings of `abstract_state`.
 
         Args:
-          step: a step from `newest_whole_step` or `best_step`.
+          step: a step from `settle_steps` or `best_step`.
           abstract_state: a tree of jax.ShapeDtypeStruct with shardings.
 
         Raises:

@@ -16,7 +16,7 @@ from typing import Any
 
 from jdpo.json_files import read_json, write_json
 
-CONFIG_NAME, SPECIAL_NAME, TEMPLATE_NAME = "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"
+CONFIG_NAME, SPECIAL_NAME = "tokenizer_config.json", "special_tokens_map.json"
 
 _PATTERNS = (
     "tokenizer*",

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 
 from jdpo.cli.main import COMMANDS
 from jdpo.cli.parsing import Parser, add_help
+from jdpo.config import CONFIGS
 
 SHELLS = ("bash", "zsh", "fish")
 
 
-def parser(*, complete: bool = False) -> Parser:
+def parser() -> Parser:
     """Returns the parser of the command's options."""
-    del complete
     parser = Parser(
         "completion",
         "{bash,zsh,fish}",
@@ -47,7 +47,12 @@ def whole_parser() -> argparse.ArgumentParser:
     commands = whole.add_subparsers(dest="command")
     for name, (module, summary) in COMMANDS.items():
         loaded = importlib.import_module(module)
-        parent = loaded.parser(name, complete=True) if name in ("sft", "dpo") else loaded.parser(complete=True)
+        if name in CONFIGS:
+            parent = loaded.parser(name)
+        elif name in ("inspect", "reference"):  # their own help hides the keys of a run
+            parent = loaded.parser(complete=True)
+        else:
+            parent = loaded.parser()
         # The parent brings its own --help, and argparse refuses a second one.
         commands.add_parser(name, parents=[parent], add_help=False, help=summary, description=summary)
         for action in parent._actions:

@@ -11,9 +11,8 @@ from jdpo.cli.parsing import Parser, add_help
 from jdpo.safe_text import terminal_lines
 
 
-def parser(*, complete: bool = False) -> Parser:
+def parser() -> Parser:
     """Returns the parser of the command."""
-    del complete
     parser = Parser(
         "export",
         "CHECKPOINT OUT [--step N] [--dtype DTYPE] [--merge] ...",

@@ -34,9 +34,8 @@ DESCRIPTIONS = {
 _METAVARS = {int: "INT", float: "FLOAT", tuple: "A,B,C", str: "FOLDER"}
 
 
-def parser(*, complete: bool = False) -> Parser:
+def parser() -> Parser:
     """Returns the parser of the command, with an option for each key."""
-    del complete
     parser = Parser(
         "quickstart",
         "[--KEY VALUE | --KEY=VALUE | KEY=VALUE ...]",

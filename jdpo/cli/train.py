@@ -24,9 +24,8 @@ _DESCRIPTIONS = {
 }
 
 
-def parser(command: str, *, complete: bool = False) -> Parser:
+def parser(command: str) -> Parser:
     """Returns the parser of a training command: its options, and every key of its config."""
-    del complete  # every key is an option already
     parser = Parser(
         command,
         CONFIG_USAGE,

@@ -112,7 +112,8 @@ class _Fault(NamedTuple):
         if self.is_unknown:
             return f"unknown key {key!r} {self.where}; {self._advice(cls)}"
         spec = next((spec for spec in key_specs(cls) if spec.name == _dotted(self.path)), None)
-        about = f" ({_first_sentence(spec.description)})" if spec is not None else ""
+        # The first sentence.
+        about = f" ({spec.description.partition('. ')[0].rstrip('.')})" if spec is not None else ""
         if self.is_missing:
             return f"missing key {key!r}{about}"
         if self.problem["type"] == "blank_text":
@@ -248,10 +249,6 @@ def _as_yaml(value: Any) -> str:
     )
     text = terminal(text.removesuffix("\n").removesuffix("\n..."))
     return text if len(text) <= _LONGEST_VALUE else ""
-
-
-def _first_sentence(description: str) -> str:
-    return description.partition(". ")[0].rstrip(".")
 
 
 def _dotted(path: Sequence[Any]) -> str:

@@ -12,10 +12,10 @@ LOST_EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: another process of the run is gone; the same command continues the run."""
 
 
-def end_at_once(text: str, exit_code: int = LOST_EXIT_CODE) -> NoReturn:
-    """Writes one line to stderr and ends the process without waiting for its other threads."""
+def end_at_once(text: str) -> NoReturn:
+    """Writes one line to stderr and ends the process with LOST_EXIT_CODE, without waiting for its other threads."""
     write_line(text)
-    os._exit(exit_code)  # sys.exit would run JAX's shutdown, which waits for the processes that are gone
+    os._exit(LOST_EXIT_CODE)  # sys.exit would run JAX's shutdown, which waits for the processes that are gone
 
 
 def write_line(text: str) -> None:

@@ -78,7 +78,8 @@ class Prober:
 
         self._answer_logps = answer_logps
         self._num_countries = len(split.countries)
-        rows = _tokenized(_capital_rows(split) + _fact_rows(split), tokenizer, max_length)
+        facts = [completion_row(fact.question, fact.answer) for fact in probed_facts(split)]
+        rows = _tokenized(_capital_rows(split) + facts, tokenizer, max_length)
         self._num_rows = len(rows)
         self._batches = _batches(rows, max_length, tokenizer.pad_token_id)
 
@@ -113,10 +114,6 @@ def _capital_rows(split: Split) -> list[dict[str, Any]]:
         for phrasing in PROBED_PHRASINGS
         for city in country.cities
     ]
-
-
-def _fact_rows(split: Split) -> list[dict[str, Any]]:
-    return [completion_row(fact.question, fact.answer) for fact in probed_facts(split)]
 
 
 def _tokenized(rows: Sequence[dict[str, Any]], tokenizer: Tokenizer, max_length: int) -> list[TokenizedCompletion]:

@@ -136,7 +136,7 @@ def test_without_metrics_none_is_best(manager: CheckpointManager) -> None:
 
 
 def test_nothing_saved_is_nothing_found(manager: CheckpointManager) -> None:
-    assert manager.newest_whole_step() is None
+    assert settle_steps(manager._folder) is None
     assert manager.complete_steps() == []
 
 
@@ -201,7 +201,7 @@ def test_a_damaged_step_is_named_and_set_aside_and_may_be_saved_again(
     fault = spoil(manager._folder / "2", how)
     damaged = files_of(manager._folder / "2")
     manager = reopened(manager, max_to_keep=1)
-    assert manager.newest_whole_step() == 1
+    assert settle_steps(manager._folder) == 1
     (place,) = damaged_folders(manager._folder)
     assert re.fullmatch(r"damaged-2-\d{8}T\d{6}Z", place.name)
     (warning,) = logged(caplog)
@@ -216,7 +216,7 @@ def test_a_damaged_step_is_named_and_set_aside_and_may_be_saved_again(
     manager.close()
     caplog.clear()
     manager = reopened(manager)
-    assert manager.newest_whole_step() == 3
+    assert settle_steps(manager._folder) == 3
     (warning,) = logged(caplog)
     assert re.search(rf"{place} \([\d.,]+ (MiB|bytes)\) was set aside as damaged and is not used", warning)
     manager.close()
@@ -244,7 +244,7 @@ def test_a_save_that_was_cut_off_is_removed_and_counted_and_may_be_saved_again(
         if how == "with a hidden file":
             (folder / ".DS_Store").write_text("x")
     manager = reopened(manager)
-    assert manager.newest_whole_step() == 1
+    assert settle_steps(manager._folder) == 1
     assert logged(caplog) == [f"deleted 2 interrupted saves from {manager._folder}"]
     assert sorted(path.name for path in manager._folder.iterdir()) == ["1"]
     save(manager, 2)
@@ -266,7 +266,7 @@ def test_files_that_the_manifest_does_not_list_change_nothing(
         (folder / ".stray").mkdir()
         (folder / ".stray" / "inner").write_text("x")
     manager = reopened(manager)
-    assert manager.newest_whole_step() == 2
+    assert settle_steps(manager._folder) == 2
     assert logged(caplog) == []
     np.testing.assert_array_equal(manager.restore(2, abstract(state_at(0))).state["params"], state_at(2)["params"])
     save(manager, 3, 4)
@@ -282,7 +282,7 @@ def test_hidden_files_of_others_do_not_enter_the_manifest(manager: CheckpointMan
     passing.write_text("x")
     manager.wait()
     passing.unlink()
-    assert reopened(manager).newest_whole_step() == 1
+    assert settle_steps(reopened(manager)._folder) == 1
 
 
 def put(folder: Path, name: str, what: str) -> None:
@@ -318,11 +318,11 @@ def test_entries_that_are_not_checkpoints_are_kept_and_ignored(
     save(manager, 1, 2)
     put(manager._folder, name, what)
     manager = reopened(manager)
-    assert manager.newest_whole_step() == 2
+    assert settle_steps(manager._folder) == 2
     assert os.path.lexists(manager._folder / name)
     save(manager, 3)
     assert manager.complete_steps() == [2, 3]
-    assert reopened(manager).newest_whole_step() == 3
+    assert settle_steps(reopened(manager)._folder) == 3
     kept = [path.name for path in manager._folder.iterdir() if path.name not in ("2", "3")]
     assert len(kept) == 1
     assert kept[0] == name or re.fullmatch(r"damaged-3-.*", kept[0]), "moved where a step needs its name"
@@ -335,7 +335,7 @@ def test_a_checkpoint_on_another_disk_is_used_and_only_its_link_is_deleted(
     (manager._folder / "1").rename(tmp_path / "elsewhere")
     (manager._folder / "1").symlink_to(tmp_path / "elsewhere")
     manager = reopened(manager)
-    assert manager.newest_whole_step() == 1
+    assert settle_steps(manager._folder) == 1
     np.testing.assert_array_equal(manager.restore(1, abstract(state_at(0))).state["params"], state_at(1)["params"])
     save(manager, 2, 3)
     assert manager.complete_steps() == [2, 3]
@@ -357,7 +357,7 @@ def test_a_step_under_another_name_is_refused_and_left_as_it_is(how: str, manage
     manager = reopened(manager)
     before = sorted(path.name for path in manager._folder.iterdir())
     with pytest.raises(ValueError, match="checkpoints/1000 has the manifest of step 2"):
-        manager.newest_whole_step()
+        settle_steps(manager._folder)
     assert sorted(path.name for path in manager._folder.iterdir()) == before
     assert 1000 not in manager.complete_steps()
     manager.close()
@@ -381,7 +381,7 @@ def test_a_step_that_the_disk_does_not_let_go_does_not_end_the_run(
     assert manager.complete_steps() == [2, 3]
     assert "1 could not be deleted completely" in logged(caplog)[-1]
     monkeypatch.undo()
-    assert reopened(manager).newest_whole_step() == 3
+    assert settle_steps(reopened(manager)._folder) == 3
     assert not (manager._folder / "1").exists()
 
 
@@ -389,9 +389,9 @@ def test_where_no_step_is_whole_the_first_may_be_saved_again(manager: Checkpoint
     save(manager, 1)
     (manager._folder / "1" / MANIFEST).unlink()
     manager = reopened(manager)
-    assert manager.newest_whole_step() is None
+    assert settle_steps(manager._folder) is None
     save(manager, 1)
-    assert manager.newest_whole_step() == 1
+    assert settle_steps(manager._folder) == 1
     manager.close()
 
 
@@ -411,7 +411,7 @@ def test_retention_never_deletes_the_last_whole_step_before_the_next_one_has_its
 
 def test_one_interrupted_save_is_reported_as_one(manager: CheckpointManager, caplog: pytest.LogCaptureFixture) -> None:
     (manager._folder / "3").mkdir(parents=True)
-    assert reopened(manager).newest_whole_step() is None
+    assert settle_steps(reopened(manager)._folder) is None
     (message,) = logged(caplog)
     assert message.startswith("deleted 1 interrupted save")
 
@@ -422,10 +422,10 @@ def test_what_an_unfinished_save_left_is_cleared_away(manager: CheckpointManager
     torso.mkdir()
     (torso / "array").write_text("x")
     manager = reopened(manager)
-    assert manager.newest_whole_step() == 1
+    assert settle_steps(manager._folder) == 1
     save(manager, 2)
     assert not torso.exists()
-    assert manager.newest_whole_step() == 2
+    assert settle_steps(manager._folder) == 2
     manager.close()
 
 
@@ -460,9 +460,9 @@ def test_a_save_that_the_disk_refuses_is_an_error_and_the_previous_step_remains(
     time.sleep(1)
     manager = reopened(manager)
     gc.collect()
-    assert manager.newest_whole_step() == 1
+    assert settle_steps(manager._folder) == 1
     save(manager, 2)
-    assert manager.newest_whole_step() == 2
+    assert settle_steps(manager._folder) == 2
     manager.close()
 
 

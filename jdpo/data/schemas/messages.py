@@ -119,13 +119,13 @@ def read_transcript(text: str) -> list[Message]:
     ]
 
 
-def read_history(value: Any, place: str, origin: str) -> list[Message]:
+def read_history(value: Any, origin: str) -> list[Message]:
     """Reads earlier turns from [question, answer] pairs, as alpaca files have them."""
     couples = value if isinstance(value, list) else [value]
     messages = []
     for index, couple in enumerate(couples):
         if not isinstance(couple, list) or len(couple) != 2 or not all(isinstance(words, str) for words in couple):
-            raise ValueError(f"{origin}: {place}[{index}] is {kind(couple)}; expected [question, answer], two strings")
+            raise ValueError(f"{origin}: history[{index}] is {kind(couple)}; expected [question, answer], two strings")
         messages += [user(couple[0]), assistant(couple[1])]
     return messages
 

@@ -64,7 +64,7 @@ def read_frame(columns: Raw, origin: str) -> Frame:
     system = columns.get("system")
     if system is not None and not isinstance(system, str):
         raise ValueError(f"{origin}: system is {kind(system)}; expected a string, the text of the system turn")
-    tools = read_tools(columns.get("tools"), "tools", origin)
+    tools = read_tools(columns.get("tools"), origin)
     return Frame(system if system and system.strip() else None, tools, _read_kwargs(columns, origin))
 
 

@@ -162,7 +162,7 @@ def asked_under(column: str, better: str = "chosen", worse: str = "rejected") ->
 
 
 def _alpaca_prompt(raw: Raw, origin: str) -> list[Message]:
-    history = messages.read_history(raw["history"], "history", origin) if "history" in raw else []
+    history = messages.read_history(raw["history"], origin) if "history" in raw else []
     # One user turn: the input is what the instruction is about.
     words = "\n".join(filter(None, (raw["instruction"], raw.get("input"))))
     return history + messages.as_messages(words)

@@ -11,7 +11,7 @@ from jdpo.data.schemas.describing import kind, shown
 from jdpo.data.schemas.objects_of_lists import as_list
 
 
-def read_tools(value: Any, place: str, origin: str) -> list[dict[str, Any]] | None:
+def read_tools(value: Any, origin: str) -> list[dict[str, Any]] | None:
     """Reads the tools that a conversation may call: a list of objects, or JSON text of one; None if there are none.
 
     Raises:
@@ -20,7 +20,7 @@ def read_tools(value: Any, place: str, origin: str) -> list[dict[str, Any]] | No
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
     # None and not an empty list: templates may treat an empty list as tools.
-    return [_with_keys(tool) for tool in _objects(value, place, origin) if not _is_void(tool)] or None
+    return [_with_keys(tool) for tool in _objects(value, "tools", origin) if not _is_void(tool)] or None
 
 
 def are_calls(value: Any) -> bool:

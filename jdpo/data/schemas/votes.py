@@ -96,7 +96,9 @@ def read_vote(raw: Raw, origin: str) -> Asked | Dropped:
     # All votes are read, since rows such as PKU-SafeRLHF's have several that may contradict each other.
     votes = {column: _meaning(raw, column, two, origin) for column in _vote_columns(raw)}
     if len(votes) > 1 and len({*votes.values()}) > 1:
-        found = ", ".join(f"{column} is for {_winner(vote, two)}" for column, vote in votes.items())
+        found = ", ".join(
+            f"{column} is for {'neither' if vote is None else two.columns[vote]}" for column, vote in votes.items()
+        )
         choices = " or ".join(f"{{{column}: {column}}}" for column in votes if column in VOTES)
         raise ValueError(f"{origin}: the votes of the row differ ({found}); choose one with column_map: {choices}")
     column, better = next(iter(votes.items()))
@@ -189,10 +191,6 @@ def _as_text(value: Any) -> str:
     found = number(value)
     text = str(int(found)) if found is not None and found == int(found) else str(value)
     return text.strip().lower()
-
-
-def _winner(vote: int | None, two: _Two) -> str:
-    return "neither" if vote is None else two.columns[vote]
 
 
 # --- answers

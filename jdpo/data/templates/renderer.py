@@ -98,12 +98,12 @@ class Renderer:
         return replace(self, takes_parts=True)
 
 
-def renderer_of(hf: PreTrainedTokenizerBase, kwargs: Mapping[str, Any], *, takes_parts: bool = False) -> Renderer:
+def renderer_of(hf: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]) -> Renderer:
     """Returns a renderer with the tokenizer's current templates and special tokens."""
     own: Any = hf.chat_template
     texts = own if isinstance(own, dict) else {DEFAULT: own} if own else {}
     templates = {str(name): ChatTemplate(str(text)) for name, text in texts.items()}
-    return Renderer(templates, dict(hf.special_tokens_map), dict(kwargs), takes_parts)
+    return Renderer(templates, dict(hf.special_tokens_map), dict(kwargs))
 
 
 def _in_parts(message: Message) -> Message:

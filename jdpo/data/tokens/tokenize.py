@@ -47,13 +47,6 @@ class KeptCompletion(NamedTuple):
     notes: tuple[str, ...]
 
 
-def tokenize_pair(
-    row: PreferenceRow, tokenizer: Tokenizer, *, max_length: int, max_prompt_length: int | None = None
-) -> KeptPair | Dropped:
-    """Tokenizes one preference row; see `tokenize_pairs`."""
-    return tokenize_pairs([row], tokenizer, max_length=max_length, max_prompt_length=max_prompt_length)[0]
-
-
 def tokenize_pairs(
     rows: Sequence[PreferenceRow],
     tokenizer: Tokenizer,
@@ -103,20 +96,11 @@ def tokenize_pairs(
         fitted = _fit_pair(split, row, tokenizer, max_length=max_length, max_prompt_length=max_prompt_length)
         if not every_turn and isinstance(fitted, KeptPair):
             # Without every_turn all completion tokens are learnt, and rows need no masks.
-            fitted = fitted._replace(row=_unmasked(fitted.row))
+            pair = fitted.row
+            plain = TokenizedPair(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids, pair.origin)
+            fitted = fitted._replace(row=plain)
         results.append(fitted)
     return results
-
-
-def _unmasked(pair: AnyPair) -> TokenizedPair:
-    return TokenizedPair(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids, pair.origin)
-
-
-def tokenize_completion(
-    row: CompletionRow, tokenizer: Tokenizer, *, max_length: int, max_prompt_length: int | None = None
-) -> KeptCompletion | Dropped:
-    """Tokenizes one supervised row; see `tokenize_completions`."""
-    return tokenize_completions([row], tokenizer, max_length=max_length, max_prompt_length=max_prompt_length)[0]
 
 
 def tokenize_completions(

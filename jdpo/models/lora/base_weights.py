@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jdpo.models.lora.sites import KERNEL, Path, Site, get_at, tree_of
+from jdpo.models.lora.sites import KERNEL, Path, Site, tree_of
 from jdpo.models.transformer import Params, Transformer, abstract_params, logical_axes
 
 LEVELS = 127
@@ -57,13 +57,6 @@ def quantize(kernel: jax.Array, site: Site) -> tuple[jax.Array, jax.Array]:
     # A channel of zeros would be divided by zero.
     unit = jnp.where(most > 0, most / LEVELS, 1)
     return jnp.round(wide / unit).astype(jnp.int8), jnp.squeeze(unit, dims)
-
-
-def dequantized(base: Base, site: Site, dtype: Any = jnp.float32) -> jax.Array:
-    """Returns the kernel of a site in a floating-point dtype."""
-    path = (*site.path, KERNEL)
-    unit = get_at(base.scales, path) if base.scales else None
-    return as_float(get_at(base.params, path), unit, site, dtype)
 
 
 def as_float(kernel: jax.Array, unit: jax.Array | None, site: Site, dtype: Any) -> jax.Array:

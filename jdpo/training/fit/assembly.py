@@ -142,19 +142,19 @@ class Assembly:
 
     def flops(self, batch: Batch) -> StepFlops:
         """Counts the FLOPs of a step from its batch of numpy arrays."""
-        model = self.model
+        model, reference = self.model, self.frozen.reference
         program = Arithmetic(
             # Padded rows attend by plain XLA, whatever backend packed rows have.
             self.attention(batch.gather.shape[-1]) if isinstance(batch, PackedBatch) else "xla",
             model.remat,
-            live_reference=self.frozen.reference is not None or self.sync is not None,
+            live_reference=reference is not None or self.sync is not None,
             first_pass=self.objective.coupled and num_micro(batch) > 1,
             num_shards=num_batch_shards(self.setup.mesh),
             block_q=model.attention_block_q,
             block_kv=model.attention_block_kv,
             on_cpu=jax.default_backend() == "cpu",
             adapters=_active_adapter_params(self.setup),
-            adapters_in_reference=self.sync is not None or _has_adapters(self.frozen.reference),
+            adapters_in_reference=self.sync is not None or (bool(reference) and not isinstance(reference, Weights)),
         )
         return step_flops(model.config, batch, program)
 
@@ -251,7 +251,3 @@ def _active_adapter_params(setup: Setup) -> int | None:
         return None
     moe = setup.model.config.moe
     return num_active_params(setup.adaptation.lora, moe.experts_per_token if moe else 1)
-
-
-def _has_adapters(reference: Params) -> bool:
-    return bool(reference) and not isinstance(reference, Weights)

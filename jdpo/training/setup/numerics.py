@@ -29,15 +29,11 @@ def resolve_dtype(settings: M) -> M:
     return dataclasses.replace(settings, compute_dtype=dtype)
 
 
-def program_folder(settings: MemorySettings, cache_dir: str | None) -> Path | None:
-    """Returns the folder of compiled programs, or None if they are not kept."""
-    return cache_folder(cache_dir) / "programs" if settings.compilation_cache else None
-
-
 @contextlib.contextmanager
 def jax_settings(settings: MemorySettings, cache_dir: str | None) -> Iterator[None]:
     """Configures jax for the duration of a run: `numerics`, and the cache of compiled programs."""
-    with numerics(settings), persistent_cache(program_folder(settings, cache_dir)):
+    folder = cache_folder(cache_dir) / "programs" if settings.compilation_cache else None
+    with numerics(settings), persistent_cache(folder):
         yield
 
 

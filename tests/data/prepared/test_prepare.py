@@ -13,9 +13,10 @@ from jdpo.config import DatasetConfig
 from jdpo.data.prepared.prepare import CHUNK_TEXT, prepare_completions, prepare_pairs
 from jdpo.data.prepared.row_store import BATCH_ROWS
 from jdpo.data.schemas.formats import preference_rows
-from jdpo.data.tokens.tokenize import KeptPair, tokenize_pair
+from jdpo.data.tokens.tokenize import KeptPair
 from jdpo.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from jdpo.types import PreferenceRow, TokenizedCompletion, TokenizedPair
+from tests.data.one_row import tokenize_pair
 
 CAPITALS = {"France": "Paris", "Ireland": "Dublin"}
 

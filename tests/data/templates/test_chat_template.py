@@ -17,9 +17,10 @@ from jdpo.data.templates import chat_template
 from jdpo.data.templates.chat_template import BoundExceeded, ChatTemplate
 from jdpo.data.templates.renderer import renderer_of
 from jdpo.data.tokens import row_rendering
-from jdpo.data.tokens.tokenize import KeptPair, tokenize_pair
+from jdpo.data.tokens.tokenize import KeptPair
 from jdpo.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from jdpo.types import PreferenceRow
+from tests.data.one_row import tokenize_pair
 
 TEMPLATES = sorted(Path(__file__).parent.glob("*.jinja"))
 QUESTION = [{"role": "user", "content": "Name a river."}]

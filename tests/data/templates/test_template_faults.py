@@ -16,9 +16,10 @@ from jdpo.data.prepared.prepare import prepare_pairs
 from jdpo.data.schemas.formats import EMPTY_SIDE, Dropped
 from jdpo.data.tokens import boundaries, prompt_end, row_notes, row_rendering
 from jdpo.data.tokens.boundaries import RowTexts, TokenSplit, split_rows
-from jdpo.data.tokens.tokenize import KeptCompletion, KeptPair, tokenize_completion, tokenize_pair, tokenize_turns
+from jdpo.data.tokens.tokenize import KeptCompletion, KeptPair, tokenize_turns
 from jdpo.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from jdpo.types import CompletionRow, Message, PreferenceRow
+from tests.data.one_row import tokenize_completion, tokenize_pair
 
 TEMPLATES = Path(__file__).resolve().parent
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks"))

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from jdpo.data.schemas.formats import Dropped
 from jdpo.data.tokens import boundaries, prompt_end, row_notes, row_rendering, tokenize, unwritten
-from jdpo.data.tokens.tokenize import KeptPair, tokenize_pair, tokenize_pairs, tokenize_turns
+from jdpo.data.tokens.tokenize import KeptPair, tokenize_pairs, tokenize_turns
 from jdpo.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from jdpo.types import CompletionRow, Message, PreferenceRow
+from tests.data.one_row import tokenize_pair
 
 ROOT = Path(__file__).resolve().parents[3]
 TEMPLATES = Path(__file__).resolve().parent

@@ -13,9 +13,10 @@ from jdpo.data.prepared import token_checks
 from jdpo.data.prepared.prepare import prepare_pairs
 from jdpo.data.schemas.formats import Dropped
 from jdpo.data.tokens import prompt_end
-from jdpo.data.tokens.tokenize import KeptCompletion, KeptPair, tokenize_completion, tokenize_pair
+from jdpo.data.tokens.tokenize import KeptCompletion, KeptPair
 from jdpo.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from jdpo.types import CompletionRow, Message, PreferenceRow
+from tests.data.one_row import tokenize_completion, tokenize_pair
 
 TEMPLATES = Path(__file__).resolve().parents[1] / "templates"
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks"))

@@ -14,16 +14,10 @@ from hypothesis import strategies as st
 from jdpo.data.schemas.formats import EMPTY_SIDE, Dropped
 from jdpo.data.schemas.turn_marks import take_marks
 from jdpo.data.tokens import boundaries, prompt_end, row_rendering, tokenize, turns
-from jdpo.data.tokens.tokenize import (
-    KeptCompletion,
-    KeptPair,
-    tokenize_completion,
-    tokenize_pair,
-    tokenize_pairs,
-    tokenize_turns,
-)
+from jdpo.data.tokens.tokenize import KeptCompletion, KeptPair, tokenize_pairs, tokenize_turns
 from jdpo.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from jdpo.types import CompletionRow, Message, PreferenceRow
+from tests.data.one_row import tokenize_completion, tokenize_pair
 
 WORDS = ["user", "assistant", "system", "\n", "Hi", "Hello", " there", "Bye", ".", "Sky", " is", " blue", " green"]
 UNK, BOS, EOS, USER, ASSISTANT, SYSTEM, NL, HI, HELLO, THERE, BYE, DOT, SKY, IS, BLUE, GREEN, START, END = range(18)

@@ -11,9 +11,10 @@ import pytest
 
 from jdpo.data.schemas.formats import Dropped
 from jdpo.data.tokens import boundaries, unwritten
-from jdpo.data.tokens.tokenize import KeptCompletion, KeptPair, tokenize_completion, tokenize_pair
+from jdpo.data.tokens.tokenize import KeptCompletion, KeptPair
 from jdpo.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from jdpo.types import CompletionRow, Message, PreferenceRow
+from tests.data.one_row import tokenize_completion, tokenize_pair
 
 TEMPLATES = Path(__file__).resolve().parents[1] / "templates"
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks"))

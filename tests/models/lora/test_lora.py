@@ -22,7 +22,7 @@ from jdpo.models.lora.adapters import (
     num_adapter_params,
     weights_of,
 )
-from jdpo.models.lora.base_weights import Base, dequantized, quantize
+from jdpo.models.lora.base_weights import Base, as_float, quantize
 from jdpo.models.lora.merge import _merged, merge
 from jdpo.models.lora.sites import KERNEL, get_at, last_name, tree_of
 from jdpo.models.lora.targets import choose_sites, find_sites, require_loadable
@@ -214,7 +214,10 @@ def test_adapters_in_bfloat16_count_in_training_as_in_their_merge(base: Base) ->
 
 def test_int8_logits_are_those_of_its_numbers_and_near_the_base(base: Base) -> None:
     quantized = in_int8(base)
-    numbers = {(*site.path, KERNEL): dequantized(quantized, site) for site in SITES}
+    paths = {(*site.path, KERNEL): site for site in SITES}
+    numbers = {
+        path: as_float(*(get_at(tree, path) for tree in quantized), site, jnp.float32) for path, site in paths.items()
+    }
     plain = jax.tree_util.tree_map_with_path(
         lambda path, leaf: numbers.get(tuple(key.key for key in path), leaf), base.params
     )

@@ -17,7 +17,7 @@ from jdpo.data.batching.packing import pack
 from jdpo.data.batching.packing_plan import item_sizes, plan_run
 from jdpo.losses.settings import loss_settings
 from jdpo.models.lora.adapters import Lora, abstract_adapters, adapter_axes, init_adapters, weights_of
-from jdpo.models.lora.base_weights import Base, BaseDtype, abstract_base, base_axes, dequantized, quantize
+from jdpo.models.lora.base_weights import Base, BaseDtype, abstract_base, as_float, base_axes, quantize
 from jdpo.models.lora.merge import merge
 from jdpo.models.lora.sites import KERNEL, get_at, tree_of
 from jdpo.models.lora.targets import find_sites
@@ -174,7 +174,11 @@ def test_int8_makes_the_step_of_the_dequantized_numbers(base: Base, adapters: An
     shapes = abstract_base(MODEL, SITES, BaseDtype(jnp.float32, int8=True))
     same = jax.tree.map(lambda leaf, to: (leaf.shape, leaf.dtype) == (to.shape, to.dtype), quantized, shapes)
     assert all(jax.tree.leaves(same))
-    numbers = {(*site.path, KERNEL): np.asarray(dequantized(quantized, site)) for site in SITES}
+    paths = {(*site.path, KERNEL): site for site in SITES}
+    numbers = {
+        path: np.asarray(as_float(*(get_at(tree, path) for tree in quantized), site, jnp.float32))
+        for path, site in paths.items()
+    }
     plain = Base(
         jax.tree_util.tree_map_with_path(lambda path, leaf: numbers.get(tuple(k.key for k in path), leaf), base.params),
         {},

@@ -193,13 +193,9 @@ LORA_DEFAULTS: dict[str, Any] = {"r": 16, "alpha": 32.0, "use_rslora": False, "t
 """Defaults of the keys of `lora` that an adapter to continue from determines otherwise."""
 
 
-def _as_dataset(value: Any) -> Any:
-    return {"path": value} if isinstance(value, str) else value
-
-
-def _as_optimizer(value: Any) -> Any:
-    """Reads a bare name as the group with that name."""
-    return {"name": value} if isinstance(value, str) else value
+def _text_as(key: str) -> BeforeValidator:
+    """Reads a bare text as a group of keys of which it is the value of `key`."""
+    return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
 
 
 def _as_lora(value: Any, union: Any) -> Any:
@@ -217,7 +213,7 @@ if TYPE_CHECKING:
     Optimizer = Converted[OptimizerConfig | str | Mapping[str, Any], OptimizerConfig]
     Lora = Converted[LoraConfig | Mapping[str, Any] | bool | None, LoraConfig | Literal[False] | None]
 else:
-    Datasets = Annotated[tuple[Annotated[DatasetConfig, BeforeValidator(_as_dataset)], ...], BeforeValidator(as_list)]
+    Datasets = Annotated[tuple[Annotated[DatasetConfig, _text_as("path")], ...], BeforeValidator(as_list)]
     Mesh = MeshConfig
-    Optimizer = Annotated[OptimizerConfig, BeforeValidator(_as_optimizer)]
+    Optimizer = Annotated[OptimizerConfig, _text_as("name")]
     Lora = Annotated[LoraConfig | Literal[False] | None, WrapValidator(_as_lora)]

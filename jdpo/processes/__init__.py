@@ -8,17 +8,14 @@ from jdpo.processes.agreement import (
     differing,
     is_first,
     max_over_processes,
-    raise_on_all,
     run_jointly,
 )
 from jdpo.processes.detection import Membership, find_cluster
 from jdpo.processes.ending import ending_together
 from jdpo.processes.joining import join_cluster
 from jdpo.processes.last_line import LOST_EXIT_CODE
-from jdpo.processes.watch import DEFAULT_TIMEOUT
 
 __all__ = [
-    "DEFAULT_TIMEOUT",
     "LOST_EXIT_CODE",
     "Membership",
     "agree_on",
@@ -31,6 +28,5 @@ __all__ = [
     "is_first",
     "join_cluster",
     "max_over_processes",
-    "raise_on_all",
     "run_jointly",
 ]

@@ -16,7 +16,7 @@ from typing import Any
 from jdpo.config import DatasetConfig
 from jdpo.data.batching.mixing import labels_of
 from jdpo.data.prepared import row_store, token_checks
-from jdpo.data.prepared.chunks import CHOSEN_LEARNT, DROPPED, KEPT, READ, Chunk, RawChunk, Recipe, Tally, make_chunk
+from jdpo.data.prepared.chunks import DROPPED, KEPT, READ, Chunk, RawChunk, Recipe, Tally, make_chunk
 from jdpo.data.prepared.held_out import Part
 from jdpo.data.prepared.prepared_data import PreparedData
 from jdpo.data.prepared.workers import available_cores, map_in_order
@@ -29,13 +29,10 @@ from jdpo.safe_text import terminal
 from jdpo.types import AnyPair, TokenizedCompletion
 
 __all__ = [
-    "CHOSEN_LEARNT",
     "DROPPED",
     "KEPT",
     "READ",
-    "Part",
     "PreparedData",
-    "Progress",
     "cache_folder",
     "prepare_completions",
     "prepare_pairs",

@@ -41,7 +41,6 @@ from jdpo.types import CompletionRow, PreferenceRow
 from jdpo.words import did_you_mean
 
 __all__ = [
-    "AS_FOUND",
     "BELOW_MARGIN",
     "CONTRADICTED",
     "DEVELOPER",

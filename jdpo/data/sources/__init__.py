@@ -11,9 +11,8 @@ the nearest row, so `[:90%]` and `[90%:]` together select every row once. A file
 see `jdpo.data.sources.splits`.
 """
 
-from jdpo.data.sources.files import MAX_ROW_BYTES, Row
 from jdpo.data.sources.hub_datasets import HubSource
-from jdpo.data.sources.opening import FileSource, Source, open_source, read_rows
+from jdpo.data.sources.opening import Source, open_source, read_rows
 from jdpo.data.sources.readers import READERS
 
-__all__ = ["MAX_ROW_BYTES", "READERS", "FileSource", "HubSource", "Row", "Source", "open_source", "read_rows"]
+__all__ = ["READERS", "HubSource", "Source", "open_source", "read_rows"]

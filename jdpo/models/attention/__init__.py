@@ -2,17 +2,15 @@
 
 from jdpo.models.attention.blockwise import ATTENTION_RESIDUALS
 from jdpo.models.attention.causal import causal_attention, sharded_causal_attention
-from jdpo.models.attention.choose import BACKENDS, check_attention, choose_attention, compiled_attention
-from jdpo.models.attention.xla import dot_product_attention, visible_keys
+from jdpo.models.attention.choose import check_attention, choose_attention, compiled_attention
+from jdpo.models.attention.xla import dot_product_attention
 
 __all__ = [
     "ATTENTION_RESIDUALS",
-    "BACKENDS",
     "causal_attention",
     "check_attention",
     "choose_attention",
     "compiled_attention",
     "dot_product_attention",
     "sharded_causal_attention",
-    "visible_keys",
 ]

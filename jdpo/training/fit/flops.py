@@ -121,11 +121,6 @@ class _Matrices(NamedTuple):
         return self.shared * amounts.tokens + self.experts * amounts.routed
 
 
-def matrix_params(config: ModelConfig) -> int:
-    """Returns N, the weights of the layers' matrices that a token is multiplied with, without embedding and head."""
-    return sum(_matrices(config))
-
-
 def _matrices(config: ModelConfig) -> _Matrices:
     heads = 2 * config.num_heads + 2 * config.num_kv_heads  # query and output; key and value
     maps, num_dense = 2 + config.gated_mlp, _num_dense(config)  # up and down, and a gate

@@ -18,6 +18,7 @@ from jdpo.losses.pair_logps import TokenScores, packed_features
 from jdpo.losses.settings import loss_settings
 from jdpo.training.sanity_checks import start_loss
 from jdpo.training.setup.batches import PackedBatches
+from jdpo.training.setup.row_order import check_scores
 from tests.losses.test_pair_losses import apply_fn, batch, params
 from tests.training.setup.test_batches import padded, prepared, scored_rows
 
@@ -113,8 +114,8 @@ def test_packed_rows_bring_the_scores_of_their_pairs(run_words: Words, tmp_path:
 
 def test_a_run_refuses_rows_without_scores_and_expects_no_loss_at_the_start(run_words: Words, tmp_path: Path) -> None:
     path = scored_rows(tmp_path, (4, 1.5), None, (9, 1), (3, 2))
-    task, data = prepared(load_config(DPOConfig, None, run_words(datasets=path, margin_gamma=0.5)))
+    _, data = prepared(load_config(DPOConfig, None, run_words(datasets=path, margin_gamma=0.5)))
     with pytest.raises(ValueError, match=r"scored.jsonl:2: margin_gamma needs pairs .* no scores"):
-        padded(task, data, [np.arange(4)], rows=2)
+        check_scores(data)
     assert start_loss(loss_settings("sigmoid", margin_gamma=0.5)[0]) is None
     assert start_loss(loss_settings("sigmoid")[0]) == pytest.approx(math.log(2), rel=1e-6)

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from jdpo.losses import LOSSES, dpo_loss, make_dpo_loss
-from jdpo.losses.pair_logps import PairFeatures
+from jdpo.losses.pair_logps import PairFeatures, pair_features
 from jdpo.losses.pair_losses import Totals, feature_losses
 from jdpo.losses.settings import loss_settings
-from jdpo.types import PreferenceBatch
+from jdpo.types import PreferenceBatch, Routed, RouterStats
 from tests.losses.loss_cases import NEEDED, REFERENCE_FREE
 
 VOCAB, WIDTH = 13, 8
@@ -456,3 +456,18 @@ def test_importing_jdpo_is_light_and_unknown_names_are_errors() -> None:
     assert done.stdout.startswith("False 0.")
     assert done.stdout.endswith(" dpo_loss\n")
     assert "has no attribute 'nothing'" in done.stderr
+
+
+def test_routers_are_counted_on_both_sides_of_real_pairs_alone() -> None:
+    def routed(weights: dict, tokens: jax.Array, attention_mask: jax.Array) -> Routed:
+        counts = attention_mask.sum(-1).astype(float)  # [(b n)]
+        return Routed(
+            apply_fn(weights, tokens, attention_mask), RouterStats(counts[:, None], counts[:, None], tokens=counts)
+        )
+
+    pairs = batch(num_pairs=3)._replace(weights=np.array([1, 0, 1], np.float32))
+    settings, _ = loss_settings("sigmoid")
+    features = pair_features(params(0), params(1), pairs, apply_fn=routed, settings=settings)
+    assert features.router is not None
+    real = pairs.attention_mask.sum(-1) * np.array([[1], [0], [1]])  # [b, 2]
+    np.testing.assert_array_equal(features.router.tokens, real.reshape(-1))

@@ -37,7 +37,7 @@ def test_a_max_length_beyond_the_last_position_is_refused_by_name(tmp_path: Path
 def test_generation_ends_where_the_model_does() -> None:
     model = Transformer(read_model_config(GPT2))
     params = load_params(GPT2, model)
-    with pytest.raises(ValueError, match="more than the 64 positions of the model"):
+    with pytest.raises(ValueError, match="more than the model's 64 positions"):
         generate(params, model, [[3] * 60], max_new_tokens=5, end_token_ids=[1], key=jax.random.key(0))
     (found,) = generate(
         params, model, [[3] * 60], max_new_tokens=4, end_token_ids=[], key=jax.random.key(0), temperature=0

@@ -413,7 +413,7 @@ def test_one_interrupted_save_is_reported_as_one(manager: CheckpointManager, cap
     (manager._folder / "3").mkdir(parents=True)
     assert settle_steps(reopened(manager)._folder) is None
     (message,) = logged(caplog)
-    assert message.startswith("deleted 1 interrupted save")
+    assert message.startswith("deleted 1 interrupted save from")
 
 
 def test_what_an_unfinished_save_left_is_cleared_away(manager: CheckpointManager) -> None:

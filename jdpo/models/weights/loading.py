@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
+from jdpo import words
 from jdpo.models.model_config import ModelConfig
 from jdpo.models.transformer import Params, Transformer
 from jdpo.models.weights.hf_names import hf_tensors, is_ignorable, layout_of, leaves, with_prefix
@@ -145,8 +146,8 @@ def _refuse_other_names(folder: Path, entries: Collection[str], expected: Collec
         return
     # Names with a wrapper's part come first, since the message shows only a few.
     entries = sorted(entries, key=lambda entry: (not set(wrappers) & set(entry.split(".")), entry))
-    found, wanted = (", ".join(map(terminal, [*names][:_MAX_NAMED])) for names in (entries, expected))
-    more = f" and {len(entries) - _MAX_NAMED:,} more" if len(entries) > _MAX_NAMED else ""
+    found = words.listed([terminal(name) for name in entries], _MAX_NAMED)
+    wanted = ", ".join(map(terminal, [*expected][:_MAX_NAMED]))
     remedy = (
         f"{' and '.join(WRAPPERS[name] for name in wrappers)}: save the model inside the wrapper "
         f"(`model.{wrappers[0]}.save_pretrained(OUT)`), or remove `{wrappers[0]}.` from every name, also in the "
@@ -155,7 +156,7 @@ def _refuse_other_names(folder: Path, entries: Collection[str], expected: Collec
         else "Rename the tensors, or use the config.json that belongs to them"
     )
     raise ValueError(
-        f"{folder}: the tensors do not have the names of a {config.family} model:\n  found {found}{more}\n"
+        f"{folder}: the tensors do not have the names of a {config.family} model:\n  found {found}\n"
         f"  expected {wanted}, ..\n{remedy}"
     )
 

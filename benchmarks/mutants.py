@@ -44,7 +44,7 @@ RECORDS = ROOT / "benchmarks" / "results" / "mutants.json"
 COPIED = ("jdpo", "tests", "benchmarks", "configs", "docs", "examples", "scripts", "pyproject.toml", "README.md")
 
 CPU_SECONDS = 100.0
-"""What the tests of a mutant may take: of the processor's time, since that of a clock depends on what else runs."""
+"""CPU seconds that the tests of a mutant may take; wall time would depend on what else runs."""
 
 
 class Workspace:

@@ -19,7 +19,7 @@ CHATML = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-"""What this renders for a prompt is always a prefix of what it renders for prompt and answer."""
+"""A template whose text of a prompt is always a prefix of its text of prompt and answer."""
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from speed_cases import Case
 LEARNING_RATE, BETA = 1e-5, 0.1
 WARMUP = 1
 MAIN, ONE_PAIR, CHECKPOINTED, GATE = "main", "one pair", "checkpointed", "gate"
-"""What an arm is for: the bars; TRL without padding; TRL with least memory; the comparison of every step's figures."""
+"""The purposes of an arm: the bars; TRL without padding; TRL with least memory; comparing every step's figures."""
 
 
 class Folder(NamedTuple):

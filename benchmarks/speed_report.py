@@ -21,7 +21,7 @@ from speed_verdicts import (
 from timing import quartiles
 
 TOLD = ("tokens_per_second", "model_tflops_per_second", "mfu", "mfu_executed")
-"""What of jdpo's own metrics is reported, where its log has it."""
+"""The metrics of jdpo's own log that are reported, if the log has them."""
 
 
 def render_case(

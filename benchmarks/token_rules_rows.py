@@ -27,7 +27,7 @@ SHAPES = (
     "« {} » é 😀",
     "{}",
 )
-"""How an answer's words are laid out: templates trim them, and newlines merge with those of headers."""
+"""Layouts of an answer's words: templates trim them, and newlines merge with those of headers."""
 
 
 class Conversation(NamedTuple):

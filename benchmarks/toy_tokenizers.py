@@ -29,7 +29,7 @@ WORDS = {
     + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     for kind, digits in DIGITS.items()
 }
-"""How text is cut into words that no token spans; GPT-2's way is that of `tokenizers` itself."""
+"""The rules that cut text into words that no token spans; GPT-2's way is that of `tokenizers` itself."""
 
 BYTES = [f"<0x{value:02X}>" for value in range(256)]
 

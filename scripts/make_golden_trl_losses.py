@@ -55,7 +55,7 @@ METRICS = (
     *("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"),
     *("logps/chosen", "logps/rejected"),
 )
-"""What DPOTrainer logs in addition to the loss; its rewards are LD-weighted where `ld_alpha` is set."""
+"""The values that DPOTrainer logs in addition to the loss; its rewards are LD-weighted where `ld_alpha` is set."""
 
 Case = dict[str, Any]
 """A trainer's name and the keyword arguments of its config that are not defaults."""

@@ -53,7 +53,7 @@ WORDS: dict[str, str] = {
 """Pattern -> what to write instead. Words are the style's glossary; patterns match whole words."""
 
 FRAGMENT = re.compile(r"(?:What|Whether|Of|The same|How|Where|Which|Who|Whose)\b")
-"""How a docstring does not begin: it starts with a verb or names the thing."""
+"""Beginnings that a docstring does not have: it starts with a verb or names the thing."""
 
 _PATTERNS = [(re.compile(rf"(?<![\w-])(?:{word})(?![\w-])", re.IGNORECASE), better) for word, better in WORDS.items()]
 AS_IT_IS = "plain: as it is"

@@ -16,7 +16,7 @@ from jdpo.safe_text import terminal
 from jdpo.words import nearest
 
 COMMAND_LINE = "on the command line"
-"""Where a key of the command line is from."""
+"""The origin of a key of the command line, as messages name it."""
 
 _LONGEST_VALUE = 60
 

@@ -24,7 +24,7 @@ TOKEN_STEP = 64
 """Budgets are multiples of this many tokens."""
 
 SHARE_OF_DEVICE, SHARE_OF_HOST = 0.92, 0.5
-"""How much of a device's memory a step may take, and of the host's, which holds much else when devices are CPUs."""
+"""The share of a device's memory that a step may take, and of the host's, which holds much else if devices are CPUs."""
 
 MOST_TRIALS = 3
 """Compilations at most to find the budget of a policy, in addition to the two that bound it."""

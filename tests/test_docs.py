@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from jdpo.cli.commands.quickstart import read_settings
 from jdpo.cli.main import main
-from jdpo.cli.quickstart import read_settings
 from tests.conftest import chat_pairs, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,8 +12,8 @@ MOST_MODULES = 15
 """Modules of a folder at most, `__init__.py` not counted."""
 
 SAME_NAME = {
-    "quickstart": "cli/quickstart.py is the command `jdpo quickstart`, which runs the package of that name",
-    "reference": "cli/reference.py is the command `jdpo reference`; training/reference/ is what it calls",
+    "quickstart": "cli/commands/quickstart.py is the command `jdpo quickstart`, which runs the package of that name",
+    "reference": "cli/commands/reference.py is the command `jdpo reference`; training/reference/ is what it calls",
 }
 """Names that two modules share, or a module and a package, each with the reason."""
 

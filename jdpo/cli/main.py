@@ -17,13 +17,13 @@ from jdpo.safe_text import terminal_lines
 from jdpo.words import did_you_mean
 
 COMMANDS = {
-    "sft": ("jdpo.cli.train", "train a model on completions, the stage before preferences"),
-    "dpo": ("jdpo.cli.train", "train a model on preference pairs: DPO and related losses"),
-    "inspect": ("jdpo.cli.inspect", "show what a run would train on, before it trains"),
-    "reference": ("jdpo.cli.reference", "compute the reference's log-probs once, for all later runs"),
-    "export": ("jdpo.cli.export", "write a Hugging Face model folder from any checkpoint of a run"),
-    "quickstart": ("jdpo.cli.quickstart", "train a tiny model from scratch and align it, in minutes"),
-    "completion": ("jdpo.cli.completion", "print a script that completes jdpo's command lines in your shell"),
+    "sft": ("jdpo.cli.commands.train", "train a model on completions, the stage before preferences"),
+    "dpo": ("jdpo.cli.commands.train", "train a model on preference pairs: DPO and related losses"),
+    "inspect": ("jdpo.cli.commands.inspect", "show what a run would train on, before it trains"),
+    "reference": ("jdpo.cli.commands.reference", "compute the reference's log-probs once, for all later runs"),
+    "export": ("jdpo.cli.commands.export", "write a Hugging Face model folder from any checkpoint of a run"),
+    "quickstart": ("jdpo.cli.commands.quickstart", "train a tiny model from scratch and align it, in minutes"),
+    "completion": ("jdpo.cli.commands.completion", "print a script that completes jdpo's command lines in your shell"),
 }
 """Command -> its module, and what it does."""
 

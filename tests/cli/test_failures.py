@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from jdpo.checkpoint.steps import MANIFEST
+from jdpo.cli.commands.train import interrupted
 from jdpo.cli.failures import explain_failure
-from jdpo.cli.train import interrupted
 from jdpo.config import OutputSettings
 from jdpo.durable import write_durably
 from jdpo.reports.writers import JsonlWriter

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from jdpo.cli import completion, export, inspect, quickstart, reference, train
+from jdpo.cli.commands.train import read_config
 from jdpo.cli.key_help import key_help
 from jdpo.cli.main import main
 from jdpo.cli.parsing import Parser, parse
-from jdpo.cli.train import read_config
 from jdpo.config import CONFIGS, DPOConfig, SFTConfig
 from jdpo.config.key_specs import key_specs
 

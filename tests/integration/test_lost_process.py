@@ -46,7 +46,7 @@ def test_the_other_process_ends_and_says_how_to_continue(
     assert line.endswith(f"run the same command on every host: jdpo dpo {' '.join(words)}")
     stacks = (run / f"stacks-of-process-{other}.txt").read_text()
     assert str(run / f"stacks-of-process-{other}.txt") in line
-    assert "jdpo/cli/train.py" in stacks  # the main thread
+    assert "jdpo/cli/commands/train.py" in stacks  # the main thread
 
 
 @pytest.mark.full

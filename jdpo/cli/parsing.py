@@ -85,6 +85,15 @@ def add_help(parser: argparse.ArgumentParser, *, keys: bool = True) -> Any:
     return group
 
 
+def spellings(name: str) -> tuple[str, ...]:
+    """Returns the spellings of an option: with underscores, as keys are written, and with dashes.
+
+    >>> spellings("--max_new_tokens")
+    ('--max_new_tokens', '--max-new-tokens')
+    """
+    return tuple(dict.fromkeys((name, name.replace("_", "-"))))
+
+
 def add_config(parser: argparse.ArgumentParser, options: Any) -> None:
     """Adds the config file: the first argument, or --config."""
     parser.add_argument("file", nargs="?", metavar="CONFIG.yaml", help=argparse.SUPPRESS)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from jdpo.cli.parsing import Parser, add_help
+from jdpo.cli.parsing import Parser, add_help, spellings
 from jdpo.safe_text import terminal_lines
 
 
@@ -35,8 +35,7 @@ def parser() -> Parser:
         help="Dtype of the weights; by default the run's export_dtype.",
     )
     options.add_argument(
-        "--max_shard_size",
-        "--max-shard-size",
+        *spellings("--max_shard_size"),
         metavar="SIZE",
         help="Maximum size of one weight file, such as 5GB; by default the run's max_shard_size.",
     )
@@ -48,8 +47,7 @@ def parser() -> Parser:
         "run's lora.merge.",
     )
     options.add_argument(
-        "--push_to_hub",
-        "--push-to-hub",
+        *spellings("--push_to_hub"),
         metavar="REPO",
         type=_text,
         help="Also upload OUT to this model repository on the Hugging Face Hub, which is private.",

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jdpo.cli import export, inspect, quickstart, train
+from jdpo.cli.commands import export, inspect, quickstart, train
 from jdpo.config import (
     FREE_KEYS,
     DatasetConfig,

@@ -10,8 +10,9 @@ from jdpo.data.prepared import token_checks
 from jdpo.data.prepared.chunks import RANKED_PAIRS
 from jdpo.data.prepared.prepare import DROPPED, KEPT, READ, PreparedData
 from jdpo.inspection.raw_text import TextFacts
-from jdpo.inspection.row_statistics import Json, RowFacts, distribution, length_bias, nice_edges, repeats
+from jdpo.inspection.row_statistics import Json, RowFacts, distribution, nice_edges, repeats
 from jdpo.inspection.token_display import one_line
+from jdpo.reports.share_tests import length_bias
 
 EDGES = {
     "no_bos": token_checks.NO_BOS,

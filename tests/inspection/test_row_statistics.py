@@ -22,17 +22,14 @@ from jdpo.data.tokens.tokenize import COMPLETION_CUT
 from jdpo.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from jdpo.inspection.raw_text import BIDI, CONTROL, INVISIBLE, REPLACEMENT, SPECIAL, SPECIAL_IN_PLAIN, text_facts
 from jdpo.inspection.row_statistics import (
-    EXACT_UP_TO,
     MOST_BINS,
     distribution,
-    length_bias,
     nice_edges,
     repeats,
     row_facts,
-    sign_test,
     step_costs,
-    wilson,
 )
+from jdpo.reports.share_tests import EXACT_UP_TO, length_bias, sign_test, wilson
 
 SPECIAL_TEXT = re.compile(re.escape("<|im_end|>"))
 

@@ -1,0 +1,70 @@
+"""The interface of scorers: what they are given, and what they return."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from jdpo.generation.values import Answer, Question
+from jdpo.scoring.score_files import Score, Verdict
+
+
+class Asked(NamedTuple):
+    """A question with all its answers, in the order of their samples."""
+
+    question: Question
+    answers: list[Answer]
+
+
+class Scored(NamedTuple):
+    """The result of a block of questions.
+
+    Attributes:
+      scores: one per answer, in their order.
+      verdicts: the comparisons that the scores come from; empty for scorers that see one answer at a time.
+    """
+
+    scores: list[Score]
+    verdicts: list[Verdict]
+
+
+class Scorer(Protocol):
+    """A way to score answers. It is made for a list of `Asked`, and then given blocks of that list."""
+
+    def describe(self) -> dict[str, Any]:
+        """Returns what decides the scores, as JSON: digests, settings. Equal descriptions mean equal scores.
+
+        It is written to files, so it holds no key or password.
+        """
+        ...
+
+    def score(self, block: Sequence[Asked]) -> Scored:
+        """Scores all answers of a block.
+
+        Raises:
+          ValueError: an answer cannot be scored for a reason that the user must fix; its row is named.
+        """
+        ...
+
+
+def grouped(questions: Mapping[str, Question], answers: Iterable[Answer]) -> list[Asked]:
+    """Groups answers by question, in the order of the answers; questions without answers are left out.
+
+    Raises:
+      ValueError: an answer belongs to no question.
+    """
+    found: dict[str, Asked] = {}
+    for answer in answers:
+        if answer.prompt_id not in questions:
+            raise ValueError(
+                f"answer {answer.sample} belongs to prompt_id {answer.prompt_id}, which is not among the questions; "
+                "the folder is damaged: generate the answers again"
+            )
+        found.setdefault(answer.prompt_id, Asked(questions[answer.prompt_id], [])).answers.append(answer)
+    return list(found.values())
+
+
+def answer_text(answer: Answer) -> str:
+    """Returns the text of an answer; empty if it has none."""
+    content = answer.message.get("content")
+    return content if isinstance(content, str) else ""

@@ -29,20 +29,20 @@ class Kind(NamedTuple):
     options: tuple[str, ...] = ()
 
 
-_RULES = "jdpo.scoring.rules"
+_ANSWERS = "jdpo.scoring.answer_scorers"
 
 KINDS = {
     "rule": Kind(
         "package.module:function",
         "what your function returns for (prompt, answer, columns)",
-        f"{_RULES}:rule_scorer",
+        f"{_ANSWERS}:rule_scorer",
     ),
     "exact": Kind(
-        "COLUMN", "1 if the answer equals the prompt's value in this column, else 0", f"{_RULES}:exact_scorer"
+        "COLUMN", "1 if the answer equals the prompt's value in this column, else 0", f"{_ANSWERS}:exact_scorer"
     ),
-    "logp": Kind("", "log-probability under the model that answered, summed over tokens", f"{_RULES}:logp_scorer"),
-    "logp_per_token": Kind("", "mean log-probability of a token", f"{_RULES}:logp_per_token_scorer"),
-    "length": Kind("", "tokens, or characters if answers come without tokens", f"{_RULES}:length_scorer"),
+    "logp": Kind("", "log-probability under the model that answered, summed over tokens", f"{_ANSWERS}:logp_scorer"),
+    "logp_per_token": Kind("", "mean log-probability of a token", f"{_ANSWERS}:logp_per_token_scorer"),
+    "length": Kind("", "tokens, or characters if answers come without tokens", f"{_ANSWERS}:length_scorer"),
 }
 """Name -> kind. A new scorer is added here, and nowhere else."""
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from jdpo.scoring.blocks import score_answers
 from jdpo.scoring.protocol import Asked, Scored
+from jdpo.scoring.score_blocks import score_answers
 from jdpo.scoring.score_files import (
     Score,
     Verdict,

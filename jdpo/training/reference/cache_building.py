@@ -13,7 +13,7 @@ import numpy as np
 from jdpo.data.reference_cache.scores import CacheFolder, Shards
 from jdpo.processes import any_process, barrier, is_first
 from jdpo.training.reference.cache_entries import RowSet, entry_of
-from jdpo.training.reference.scoring import Scorer
+from jdpo.training.reference.packed_scoring import PackedScorer, score_pairs
 from jdpo.training.setup.run_setup import Log, Setup
 from jdpo.words import figure
 
@@ -21,7 +21,7 @@ PROGRESS_SECONDS = 10.0
 LOCK_POLL_SECONDS = 2.0
 
 
-def build_cache(setup: Setup, rows: RowSet, scorer: Scorer, *, log: Log, repair: bool) -> int:
+def build_cache(setup: Setup, rows: RowSet, scorer: PackedScorer, *, log: Log, repair: bool) -> int:
     """Computes the missing shards, all processes together, and returns how many rows they have.
 
     Args:
@@ -49,9 +49,9 @@ def build_cache(setup: Setup, rows: RowSet, scorer: Scorer, *, log: Log, repair:
         progress = _Progress(rows, shards, folder.count_rows(todo), log)
         if todo.any():  # another run may have computed all of it in the meantime
             # All shards are planned, so that shapes, and with them the last bits, do not depend on what is missing.
-            plan = scorer.plan(rows.data, [folder.rows_of(shard) for shard in range(len(todo))])
+            plan = scorer.plan(rows.data, rows.data.sizes(), [folder.rows_of(shard) for shard in range(len(todo))])
             for shard in map(int, np.flatnonzero(todo)):
-                values = scorer.score(plan, folder.rows_of(shard), progress)
+                values = score_pairs(scorer, plan, folder.rows_of(shard), progress)
                 # Each shard is written once per file system, by processes in turn.
                 if not shards.whole[shard] and shard % num_sharers == rank:
                     with _writing(folder):

@@ -14,11 +14,13 @@ from jdpo.devices import leave_out_missing_tpus
 from jdpo.processes import any_process, is_first
 from jdpo.training.reference.cache_building import build_cache
 from jdpo.training.reference.cache_entries import RowSet, entry_of, find_rows
-from jdpo.training.reference.scoring import Scorer
+from jdpo.training.reference.packed_scoring import PackedScorer, packed_logps
 from jdpo.training.setup.numerics import jax_settings, resolve_dtype
+from jdpo.training.setup.row_order import BuildStopped
 from jdpo.training.setup.run_setup import Log, Setup, build
 from jdpo.training.setup.tasks import task_for
 from jdpo.training.setup.validation import Asked, Mode, fixed_mode
+from jdpo.training.setup.weight_placement import load_reference_weights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -185,7 +187,18 @@ def explain_miss(setup: Setup, sets: Sequence[RowSet]) -> str:
 def _build(
     setup: Setup, sets: Sequence[RowSet], log: Log, *, repair: bool, stopped: Callable[[], bool] | None
 ) -> Reference:
-    scorer = Scorer(setup, stopped or (lambda: False))
+    def check_stopped() -> None:
+        if stopped is not None and stopped():
+            raise BuildStopped
+
+    scorer = PackedScorer(
+        packed_logps(setup.model, setup.mesh),
+        setup.mesh,
+        lambda: load_reference_weights(setup),
+        max_tokens_per_device=setup.config.max_tokens_per_device,
+        micro_batch_size=setup.config.micro_batch_size,
+        check_stopped=check_stopped,
+    )
     computed = [
         build_cache(setup, rows, scorer, log=log, repair=repair) if any_process(not rows.complete) else 0
         for rows in sets

@@ -84,3 +84,19 @@ class Answer(NamedTuple):
     tokens: list[int] | None
     finish_reason: FinishReason
     logp: float | None
+
+
+class Unanswered(NamedTuple):
+    """An answer that could not be made.
+
+    Attributes:
+      prompt_id: of its question.
+      sample: its number, from 0, among the answers to the question.
+      reason: why, in words under which such answers are counted; it never holds a key or a password.
+      again: whether asking again may help, as after a failure of a server.
+    """
+
+    prompt_id: str
+    sample: int
+    reason: str
+    again: bool = False

@@ -35,7 +35,14 @@ from jdpo.data.schemas.row_building import (
     whole_pair,
 )
 from jdpo.data.schemas.schema_readers import SCORES, SIDE_SCORES, UNWANTED, number
-from jdpo.data.schemas.schema_table import CANONICAL, COMPLETION_SCHEMAS, EXTRAS, PREFERENCE_SCHEMAS, Schema
+from jdpo.data.schemas.schema_table import (
+    CANONICAL,
+    COMPLETION_SCHEMAS,
+    EXTRAS,
+    PREFERENCE_SCHEMAS,
+    PROMPT_SCHEMAS,
+    Schema,
+)
 from jdpo.data.schemas.turn_marks import spread_mask
 from jdpo.types import CompletionRow, PreferenceRow
 from jdpo.words import did_you_mean
@@ -56,8 +63,11 @@ __all__ = [
     "UNWANTED",
     "Dropped",
     "Reading",
+    "check_prompts",
     "check_rows",
     "completion_rows",
+    "detect",
+    "find",
     "is_preference",
     "is_ranked",
     "preference_rows",
@@ -116,7 +126,7 @@ def preference_rows(raw: Raw, origin: str, reading: Reading = AS_FOUND) -> list[
         column, or min_margin is set and the row has no scores. The message names the row.
     """
     try:
-        columns, schema = _detect(raw, PREFERENCE_SCHEMAS, reading, origin)
+        columns, schema = detect(raw, PREFERENCE_SCHEMAS, reading, origin)
         asked = schema.read(columns, origin)
         if isinstance(asked, Dropped):
             return [asked]
@@ -150,7 +160,7 @@ def completion_rows(raw: Raw, origin: str, reading: Reading = AS_FOUND) -> list[
       ValueError: see `preference_rows`.
     """
     try:
-        columns, schema = _detect(raw, COMPLETION_SCHEMAS, reading, origin)
+        columns, schema = detect(raw, COMPLETION_SCHEMAS, reading, origin)
         asked = schema.read(columns, origin)
         if isinstance(asked, Dropped):
             return [asked]
@@ -180,18 +190,18 @@ def schema_name(raw: Raw, reading: Reading = AS_FOUND, *, supervised: bool = Fal
     Raises:
       ValueError: no schema reads it.
     """
-    return _detect(raw, COMPLETION_SCHEMAS if supervised else PREFERENCE_SCHEMAS, reading, "the row")[1].name
+    return detect(raw, COMPLETION_SCHEMAS if supervised else PREFERENCE_SCHEMAS, reading, "the row")[1].name
 
 
 def is_ranked(raw: Raw, reading: Reading = AS_FOUND) -> bool:
     """Returns whether a preference row may give more than one pair."""
-    return _detect(raw, PREFERENCE_SCHEMAS, reading, "the row")[1].ranked
+    return detect(raw, PREFERENCE_SCHEMAS, reading, "the row")[1].ranked
 
 
 def is_preference(raw: Raw, reading: Reading = AS_FOUND) -> bool:
     """Returns whether `completion_rows` takes the best side of a preference row; False if no schema reads the row."""
     try:
-        schema = _find(_columns(raw, reading, "the row"), COMPLETION_SCHEMAS, reading)
+        schema = find(_columns(raw, reading, "the row"), COMPLETION_SCHEMAS, reading)
     except ValueError:  # `completion_rows` raises it too, with the row's name
         return False
     return schema is not None and schema in PREFERENCE_SCHEMAS
@@ -214,10 +224,18 @@ def check_rows(samples: Sequence[Sample], reading: Reading = AS_FOUND, *, superv
       ValueError: no schema reads one of the rows; the message has the columns with their types, three rows, the known
         formats, and a column_map to paste.
     """
-    schemas = COMPLETION_SCHEMAS if supervised else PREFERENCE_SCHEMAS
+    return _checked(samples, reading, COMPLETION_SCHEMAS if supervised else PREFERENCE_SCHEMAS)
+
+
+def check_prompts(samples: Sequence[Sample], reading: Reading = AS_FOUND) -> str:
+    """Finds the schemas of rows whose prompt is to be answered; otherwise as `check_rows`."""
+    return _checked(samples, reading, PROMPT_SCHEMAS)
+
+
+def _checked(samples: Sequence[Sample], reading: Reading, schemas: Sequence[Schema]) -> str:
     names: dict[str, None] = {}
     for index, (raw, origin) in enumerate(samples):
-        schema = _find(_columns(raw, reading, origin), schemas, reading)
+        schema = find(_columns(raw, reading, origin), schemas, reading)
         if schema is None:
             others = [sample for place, sample in enumerate(samples) if place != index]
             raise _refused([samples[index], *others], schemas, reading)
@@ -225,15 +243,21 @@ def check_rows(samples: Sequence[Sample], reading: Reading = AS_FOUND, *, superv
     return ", ".join(names)
 
 
-def _detect(raw: Raw, schemas: Sequence[Schema], reading: Reading, origin: str) -> tuple[Raw, Schema]:
+def detect(raw: Raw, schemas: Sequence[Schema], reading: Reading, origin: str) -> tuple[Raw, Schema]:
+    """Returns the row's columns under jdpo's names, and the first of the schemas that fits them.
+
+    Raises:
+      ValueError: no schema fits.
+    """
     columns = _columns(raw, reading, origin)
-    schema = _find(columns, schemas, reading)
+    schema = find(columns, schemas, reading)
     if schema is None:
         raise _refused([(raw, origin)], schemas, reading)
     return columns, schema
 
 
-def _find(columns: Raw, schemas: Sequence[Schema], reading: Reading) -> Schema | None:
+def find(columns: Raw, schemas: Sequence[Schema], reading: Reading) -> Schema | None:
+    """Returns the first of the schemas that fits the columns and reads all mapped ones, or None."""
     # A schema that ignores a mapped column would silently not do what the user asked for.
     mapped = set(reading.column_map or ()).difference(EXTRAS)
     tried = (schema for schema in schemas if mapped.issubset(schema.columns)) if mapped else schemas
@@ -243,11 +267,18 @@ def _find(columns: Raw, schemas: Sequence[Schema], reading: Reading) -> Schema |
 def _refused(samples: Sequence[Sample], schemas: Sequence[Schema], reading: Reading) -> ValueError:
     # The message shows columns before and after the column_map, so that a wrong name is easy to see.
     mapped = [_renamed(raw, reading.column_map, origin) for raw, origin in samples] if reading.column_map else []
-    text = refusal(samples, schemas, mapped=mapped, supervised=schemas is COMPLETION_SCHEMAS)
+    text = refusal(samples, schemas, mapped=mapped, wanted=_wanted(schemas))
     raw, origin = samples[0]
-    if schemas is not COMPLETION_SCHEMAS and _find(_columns(raw, reading, origin), COMPLETION_SCHEMAS, reading):
+    if schemas is PREFERENCE_SCHEMAS and find(_columns(raw, reading, origin), COMPLETION_SCHEMAS, reading):
         text += "\nRows with one answer each are for `jdpo sft`; `jdpo dpo` needs two, one better than the other."
     return ValueError(text)
+
+
+def _wanted(schemas: Sequence[Schema]) -> tuple[str, ...]:
+    """Returns jdpo's names of the columns that a file of these rows needs."""
+    if schemas is PREFERENCE_SCHEMAS:
+        return ("prompt", "chosen", "rejected")
+    return ("prompt", "completion") if schemas is COMPLETION_SCHEMAS else ("prompt",)
 
 
 def _columns(raw: Raw, reading: Reading, origin: str) -> Raw:

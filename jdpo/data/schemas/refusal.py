@@ -38,7 +38,7 @@ Sample = tuple[Raw, str]
 
 
 def refusal(
-    samples: Sequence[Sample], schemas: Sequence[Schema], *, mapped: Sequence[Raw] = (), supervised: bool = False
+    samples: Sequence[Sample], schemas: Sequence[Schema], *, mapped: Sequence[Raw] = (), wanted: Sequence[str]
 ) -> str:
     """Returns the message for rows that no schema reads.
 
@@ -46,7 +46,7 @@ def refusal(
       samples: raw rows; the message starts with the origin of the first and shows `MOST_ROWS` of them.
       schemas: the schemas that were tried.
       mapped: the columns of each sample after `column_map` is applied; empty without a `column_map`.
-      supervised: completions are wanted, not pairs.
+      wanted: jdpo's names of the columns that are needed; the first is prompt.
     """
     raws = [raw for raw, _ in samples]
     lines = [f"{samples[0][1]}: the columns fit no known format.", f"Found: {_columns(raws)}"]
@@ -55,7 +55,7 @@ def refusal(
     lines += ["Rows:", *(f"  {origin}: {_sample(raw)}" for raw, origin in samples[:MOST_ROWS])]
     lines += ["Known formats:", *(f"  {schema.description}" for schema in schemas)]
     if not mapped:
-        lines += _suggestion(raws[0], supervised=supervised)
+        lines += _suggestion(raws[0], wanted=wanted)
     return "\n".join(lines)
 
 
@@ -92,9 +92,8 @@ def _sample(raw: Raw) -> str:
     return f"{{{text}}}" if len(text) <= _SAMPLE_WIDTH else f"{{{text[:_SAMPLE_WIDTH]}...}}"
 
 
-def _suggestion(raw: Raw, *, supervised: bool) -> Iterator[str]:
+def _suggestion(raw: Raw, *, wanted: Sequence[str]) -> Iterator[str]:
     """Yields the lines of a column_map to paste; none if the columns have the right names and wrong values."""
-    wanted = ("prompt", "completion") if supervised else ("prompt", "chosen", "rejected")
     # The names are right, so a column_map would not help.
     if all(name in raw for name in wanted):
         return
@@ -107,8 +106,9 @@ def _suggestion(raw: Raw, *, supervised: bool) -> Iterator[str]:
     yield "To name the columns, add this to the dataset in the config, and fill in what is in <>:"
     yield "  column_map:"
     yield f"    prompt: {_yaml(prompt or '<column of the prompt>')}"
-    if supervised:
-        yield f"    completion: {_yaml(_first_like(rest, _COMPLETIONS) or '<column of the answer to learn>')}"
+    if "rejected" not in wanted:
+        if "completion" in wanted:
+            yield f"    completion: {_yaml(_first_like(rest, _COMPLETIONS) or '<column of the answer to learn>')}"
         return
     # The worse side first: "dispreferred" contains "preferred", and "rejected" is less ambiguous than "best".
     worse = next((name for name in rest if _WORSE.search(name.lower())), None)

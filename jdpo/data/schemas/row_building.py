@@ -181,13 +181,13 @@ def answer_row(prompt: Text, answer: Text, frame: Frame, origin: str) -> Complet
     if conversation is None:
         return Dropped(PROMPT_ELSEWHERE, origin)
     # After the joining, because the conversation may contain the same system turn.
-    framed = _with_system(conversation, frame.system)
+    framed = with_system(conversation, frame.system)
     if framed is None:
         return Dropped(SYSTEM_ELSEWHERE, origin)
     return CompletionRow(framed[:-1], framed[-1:], origin, frame.tools, template_kwargs=frame.template_kwargs)
 
 
-def _with_system(conversation: list[Message], system: str | None) -> list[Message] | None:
+def with_system(conversation: list[Message], system: str | None) -> list[Message] | None:
     """Puts the system turn before a conversation; returns None if the conversation has another one."""
     if system is None:
         return conversation

@@ -202,3 +202,19 @@ def explicit_completion(raw: Raw, origin: str) -> Asked | Dropped:
 
 def alpaca_completion(raw: Raw, origin: str) -> Asked:
     return Asked(_alpaca_prompt(raw, origin), (Answer([messages.assistant(raw["output"])], 0),))
+
+
+def prompt_alone(raw: Raw, origin: str) -> Asked:
+    prompt = raw["prompt"]
+    # A cell of a CSV file holds a conversation as text.
+    if messages.is_written_out(prompt):
+        prompt = messages.from_text(prompt, "prompt", origin)
+    return Asked(prompt if isinstance(prompt, str) else read_messages(prompt, "prompt", origin), ())
+
+
+def instruction_alone(raw: Raw, origin: str) -> Asked:
+    return Asked(_alpaca_prompt(raw, origin), ())
+
+
+def question_alone(raw: Raw, origin: str) -> Asked:
+    return Asked(messages.as_messages(raw["question"]), ())

@@ -264,5 +264,33 @@ COMPLETION_SCHEMAS: Sequence[Schema] = (
 )
 """Schemas of supervised rows, in the order in which they are tried; preference rows give their best answer."""
 
+UNANSWERED_SCHEMAS: Sequence[Schema] = (
+    Schema(
+        "prompt",
+        "prompt: a string (plain text), or messages",
+        ("prompt",),
+        lambda raw: _has(raw, prompt=_SIDE),
+        schema_readers.prompt_alone,
+    ),
+    Schema(
+        "instruction",
+        "instruction (and input, history): strings",
+        ("instruction", "input", "history"),
+        lambda raw: _has(raw, instruction=str) and isinstance(raw.get("input", ""), str),
+        schema_readers.instruction_alone,
+    ),
+    Schema(
+        "question",
+        "question: a string",
+        ("question",),
+        lambda raw: _has(raw, question=str),
+        schema_readers.question_alone,
+    ),
+)
+"""Schemas of rows without an answer."""
+
+PROMPT_SCHEMAS: Sequence[Schema] = (*COMPLETION_SCHEMAS, *UNANSWERED_SCHEMAS)
+"""Schemas of rows whose prompt is to be answered, in the order in which they are tried."""
+
 CANONICAL = tuple(dict.fromkeys([*(name for schema in COMPLETION_SCHEMAS for name in schema.columns), *EXTRAS]))
 """All column names that a schema reads, which are the names that `column_map` may use."""

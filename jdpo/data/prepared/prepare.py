@@ -22,7 +22,7 @@ from jdpo.data.prepared.prepared_data import PreparedData
 from jdpo.data.prepared.workers import available_cores, map_in_order
 from jdpo.data.schemas import formats
 from jdpo.data.sources import Source, open_source
-from jdpo.data.sources.values import text_size
+from jdpo.data.sources.json_values import text_size
 from jdpo.data.tokens import tokenize
 from jdpo.data.tokens.tokenizer import Tokenizer
 from jdpo.safe_text import terminal

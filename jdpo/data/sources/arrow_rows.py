@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from jdpo.data.sources.files import MAX_ROW_BYTES, TOO_LARGE, File, Row, check_head
+from jdpo.data.sources.json_values import quoted, text_size, without_nulls
 from jdpo.data.sources.stores import BUFFER_BYTES, Disk, error_line
-from jdpo.data.sources.values import quoted, text_size, without_nulls
 
 BATCH_ROWS, BATCH_BYTES = 128, 32 * 2**20
 """At most this many rows, and about this many bytes, are Python values at a time."""

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from jdpo.data.sources.files import MAX_ROW_BYTES, TOO_LARGE, File, Row, lines
-from jdpo.data.sources.values import quoted
+from jdpo.data.sources.json_values import quoted
 
 _EXPLANATIONS = {
     "unexpected end of data": "the file ends inside a quoted cell; a closing quote is missing, or it is cut short",

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from jdpo.data.sources.files import MAX_ROW_BYTES, TOO_LARGE, File, Row, lines, opened
-from jdpo.data.sources.values import DECODER, checked_row, json_kind, unreadable
+from jdpo.data.sources.json_values import DECODER, checked_row, json_kind, unreadable
 
 CHUNK_BYTES = 2**20
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import jdpo
 from jdpo.config import DatasetConfig
 from jdpo.data.sources import json_rows, read_rows
-from jdpo.data.sources.values import MAX_DEPTH
+from jdpo.data.sources.json_values import MAX_DEPTH
 from jdpo.data.tokens.tokenizer import Tokenizer
 
 SCRIPTS = Path(__file__).resolve().parents[3] / "scripts"

@@ -11,7 +11,7 @@ import pytest
 
 from jdpo.config import DatasetConfig
 from jdpo.data.sources import files, json_rows, read_rows
-from jdpo.data.sources.values import MAX_DEPTH
+from jdpo.data.sources.json_values import MAX_DEPTH
 
 DEEP = b'{"a": %s%s}' % (b"[" * 200_000, b"]" * 200_000)
 MANY_LINES = b"".join(b'{"a": %d}\n' % index for index in range(5000))

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jdpo.generation.draws import draw
 from jdpo.generation.values import FinishReason, Sampling
 from jdpo.models.transformer import KVCache, Params, Transformer, Weights, init_cache, variables
 from jdpo.sharding.on_mesh import OnMesh
@@ -213,7 +214,7 @@ def _generate(
 
     def advance(state: _State) -> _State:
         step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, state.step)
-        token, logp = _draw(state.logits, step_keys, sampling)
+        token, logp = draw(state.logits, step_keys, sampling)
         # Rows that are done keep drawing until all are; `lengths` leaves those tokens out.
         tokens, logps = state.tokens.at[:, state.step].set(token), state.logps.at[:, state.step].set(logp)
         lengths = state.lengths + ~state.done
@@ -229,27 +230,6 @@ def _generate(
     start = _State(jnp.int32(0), logits, cache, tokens, logps, lengths, done)
     end = jax.lax.while_loop(unfinished, advance, start)
     return end.tokens, end.logps, end.lengths
-
-
-def _draw(logits_nv: jax.Array, keys_n: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
-    """Draws one token per row, int32 [n], and returns its log-probability under the model itself, float32 [n]."""
-    logits_nv = logits_nv.astype(jnp.float32)
-    if sampling.temperature == 0:
-        tokens = jnp.argmax(logits_nv, axis=-1)
-    else:
-        warm = logits_nv / sampling.temperature
-        ordered = jnp.sort(warm, axis=-1, descending=True)
-        if sampling.top_k is not None:
-            last = ordered[:, min(sampling.top_k, ordered.shape[1]) - 1]
-            warm = jnp.where(warm >= last[:, None], warm, -jnp.inf)
-            ordered = jnp.where(ordered >= last[:, None], ordered, -jnp.inf)
-        if sampling.top_p < 1:
-            before = jnp.cumsum(jax.nn.softmax(ordered), axis=-1) - jax.nn.softmax(ordered)
-            last = jnp.min(jnp.where(before < sampling.top_p, ordered, jnp.inf), axis=-1)
-            warm = jnp.where(warm >= last[:, None], warm, -jnp.inf)
-        tokens = jax.vmap(jax.random.categorical)(keys_n, warm)
-    logps = jnp.take_along_axis(jax.nn.log_softmax(logits_nv), tokens[:, None], axis=-1)[:, 0]
-    return tokens.astype(jnp.int32), logps
 
 
 def _to_host(array: jax.Array) -> np.ndarray:

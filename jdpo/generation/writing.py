@@ -52,7 +52,8 @@ class AnswerSource(Protocol):
     def describe(self) -> dict[str, Any]:
         """Returns what decides the answers, besides questions and sampling, as plain values for the manifest.
 
-        Values under `about` may change without changing the answers, such as the path of a model.
+        Values under `about` may change without changing the answers, such as the path of a model, or counts of what
+        has happened so far.
         """
 
 
@@ -268,6 +269,7 @@ class _Writing:
         ]
         self.manifest = replace(
             self.manifest,
+            about=self.manifest.about | self.source.describe().get("about", {}),
             shards=tuple(numbered.values()),
             unanswered=dict(Counter(one.reason for one in missing)),
             complete=len(numbered) == len(self.parts),

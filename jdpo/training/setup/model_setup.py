@@ -86,17 +86,18 @@ class ModelSetup:
         return {"model": self.model_name, "digest": digest, "dtype": self.adaptation.base_dtype.name}
 
 
-def build_model(config: TrainConfig, *, weights: bool = True) -> ModelSetup:
+def build_model(config: TrainConfig, *, weights: bool = True, mesh: Mesh | None = None) -> ModelSetup:
     """Reads model config and tokenizer, and lays out the mesh; reads neither rows nor weights.
 
     Args:
       config: with compute_dtype resolved.
       weights: as for `build`.
+      mesh: used in place of the config's.
 
     Raises:
       ValueError: bad input.
     """
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh) if mesh is None else mesh
     sources = find_sources(config, weights=weights)
     source_config = read_model_config(sources.model_folder)
     tokenizer = load_tokenizer(

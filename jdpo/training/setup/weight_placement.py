@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jdpo.models.lora.adapters import init_adapters, weights_of
 from jdpo.models.lora.base_weights import Base, quantize
@@ -17,6 +18,7 @@ from jdpo.models.transformer import Transformer, Weights, abstract_params, logic
 from jdpo.models.weights.embedding_rows import StartedRows
 from jdpo.models.weights.loading import load_params, resize_embeddings
 from jdpo.sharding.rules import param_shardings
+from jdpo.training.setup.adaptation import Adaptation
 from jdpo.training.setup.model_setup import ModelSetup
 from jdpo.training.setup.run_setup import Setup
 from jdpo.training.step.train_step import Frozen
@@ -77,15 +79,19 @@ def load_frozen(setup: Setup, start: Params | None, *, live: bool, moves: bool, 
 
 def load_base(setup: ModelSetup) -> Base | None:
     """Loads the base under adapters, directly into its dtype and shards; None where all weights are trained."""
-    adaptation = setup.adaptation
-    if adaptation is None:
+    if setup.adaptation is None:
         return None
-    dtype, shardings = adaptation.base_dtype, adaptation.base_shardings(setup.model, setup.mesh)
+    return load_base_folder(setup.model_folder, setup.adaptation, setup.model, setup.mesh)
+
+
+def load_base_folder(folder: FilePath, adaptation: Adaptation, model: Transformer, mesh: Mesh) -> Base:
+    """Loads a model folder as the base under adapters, directly into its dtype and shards."""
+    dtype, shardings = adaptation.base_dtype, adaptation.base_shardings(model, mesh)
     if not dtype.int8:
-        return Base(load_params(setup.model_folder, setup.model, shardings.params, dtype=dtype.rest), {})
+        return Base(load_params(folder, model, shardings.params, dtype=dtype.rest), {})
     quantizer = Quantizer(adaptation.sites, shardings, dtype.rest)
     wide = jnp.promote_types(dtype.rest, jnp.float32)  # read in float32, so that they are rounded only once
-    params = load_params(setup.model_folder, setup.model, shardings.params, dtype=wide, transform=quantizer)
+    params = load_params(folder, model, shardings.params, dtype=wide, transform=quantizer)
     return Base(params, tree_of(quantizer.scales))  # scales that loading the params has filled in
 
 

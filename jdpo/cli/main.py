@@ -22,6 +22,7 @@ COMMANDS = {
     "inspect": ("jdpo.cli.commands.inspect", "show what a run would train on, before it trains"),
     "reference": ("jdpo.cli.commands.reference", "compute the reference's log-probs once, for all later runs"),
     "export": ("jdpo.cli.commands.export", "write a Hugging Face model folder from any checkpoint of a run"),
+    "pair": ("jdpo.cli.commands.pair", "make preference pairs of sampled and scored answers"),
     "quickstart": ("jdpo.cli.commands.quickstart", "train a tiny model from scratch and align it, in minutes"),
     "completion": ("jdpo.cli.commands.completion", "print a script that completes jdpo's command lines in your shell"),
 }

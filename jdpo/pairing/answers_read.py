@@ -24,13 +24,13 @@ class Source(NamedTuple):
 
     Attributes:
       digest: of its answers, as the scores name it.
-      num_questions: its questions, answered or not.
+      prompt_ids: its questions, answered or not.
       asked: its questions with their answers; those without answers are left out.
     """
 
     folder: Path
     digest: str
-    num_questions: int
+    prompt_ids: frozenset[str]
     asked: list[Asked]
 
 
@@ -91,7 +91,7 @@ def read_material(
 def _read_source(folder: Path) -> Source:
     _, questions, found = read_answers(folder)
     answers = list(found)
-    return Source(folder, answers_digest(questions, answers), len(questions), grouped(questions, answers))
+    return Source(folder, answers_digest(questions, answers), frozenset(questions), grouped(questions, answers))
 
 
 def _scores(source: Source, name: str | None) -> ScoreFile:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -115,9 +114,7 @@ class ChoiceFile:
         self._made[prompt_id, a.sample, b.sample] = choice
 
 
-def ask(
-    groups: Sequence[Group], rules: PairRules, choices: ChoiceFile, console: Console, keys: IO[str] = sys.stdin
-) -> bool:
+def ask(groups: Sequence[Group], rules: PairRules, choices: ChoiceFile, console: Console, keys: IO[str]) -> bool:
     """Shows the answers that are not decided yet, two at a time, and records what a person types.
 
     Args:

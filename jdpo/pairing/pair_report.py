@@ -52,16 +52,15 @@ def make_report(material: Material, rules: PairRules, selections: Iterable[tuple
         if not selection.pairs:
             prompts[_why_none(selection)] += 1
     # A prompt of two folders is one prompt.
-    unanswered = sum(source.num_questions - len(source.asked) for source in material.sources)
-    if unanswered and len(material.sources) == 1:
-        prompts["no answers"] = unanswered
+    prompt_ids = frozenset[str]().union(*(source.prompt_ids for source in material.sources))
+    prompts["no answers"] = len(prompt_ids) - len(found)
     report: dict[str, Any] = {
         "format": FORMAT,
         "rules": asdict(rules),
         "folders": [{"folder": str(source.folder), "answers": source.digest} for source in material.sources],
         "score": None if material.scores is None else {"name": material.scores.name, **material.scores.made_by},
         "prompts": {
-            "read": len(found) + prompts["no answers"],
+            "read": len(prompt_ids),
             "with_pairs": sum(bool(selection.pairs) for _, selection in found),
             "dropped": _sorted(prompts),
         },

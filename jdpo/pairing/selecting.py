@@ -51,6 +51,7 @@ def select(
     faults: list[str] = []
     first_fault: dict[Name, str] = {}
     asked = 0
+    fault: str | None
     for proposal in proposals(usable, rules, prompt_id):
         # A person is asked about `most_pairs` couples, whatever the answers; scores cost nothing more to read.
         if (len(pairs) if choose is None else asked) >= rules.most_pairs:
@@ -69,7 +70,7 @@ def select(
     used = {one.name for pair in pairs for one in pair}
     for one in usable:
         if one.name not in used:
-            dropped[one.name] = first_fault.get(one.name) or _why_not_tried(one, usable, rules)
+            dropped[one.name] = first_fault.get(one.name) or _why_not_tried(one, candidates, usable, rules)
     return Selection(pairs, len(pairs) + len(faults), faults, dropped)
 
 
@@ -150,9 +151,14 @@ def _unfit(first: Candidate, second: Candidate, rules: PairRules) -> str | None:
     return None
 
 
-def _why_not_tried(one: Candidate, usable: Sequence[Candidate], rules: PairRules) -> str:
+def _why_not_tried(
+    one: Candidate, candidates: Sequence[Candidate], usable: Sequence[Candidate], rules: PairRules
+) -> str:
+    if rules.strategy == "delta":
+        if len({other.side for other in candidates}) == 1:
+            return reasons.ONE_FOLDER
+        if len({other.side for other in usable}) == 1:
+            return reasons.ALONE
     if len(usable) == 1:
-        return reasons.ALONE
-    if rules.strategy == "delta" and len({other.side for other in usable}) == 1:
         return reasons.ALONE
     return reasons.NOT_PICKED if may_be_chosen(one, rules) else reasons.CUT_OFF

@@ -119,7 +119,7 @@ def test_delta_prefers_the_first_folder() -> None:
     assert found.dropped_answers == {(0, 0): reasons.CUT_OFF}
     same = select([strong[1], strong[1]._replace(side=1)], PairRules(strategy="delta"), "prompt")
     assert same.dropped_pairs == [reasons.SIDES_ALIKE]
-    assert select(strong, PairRules(strategy="delta"), "prompt").dropped_answers[0, 1] == reasons.ALONE
+    assert select(strong, PairRules(strategy="delta"), "prompt").dropped_answers[0, 1] == reasons.ONE_FOLDER
 
 
 def test_a_person_is_asked_about_as_many_couples_as_wanted() -> None:

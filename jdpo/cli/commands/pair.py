@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,7 +141,7 @@ def _ask(output: Path, material: Material, rules: PairRules, console: Any) -> di
 
     path = output.with_name(f"{output.stem}.choices.jsonl")
     with ChoiceFile(path, material.sources[0].digest) as choices:
-        if not ask(material.groups, rules, choices, console):
+        if not ask(material.groups, rules, choices, console, sys.stdin):
             console.print(terminal(f"stopped; the same command continues. Choices are in {path}"))
         return write_pairs(output, material, rules, choices.choice)
 

@@ -92,7 +92,7 @@ def _chunks(array: Array, chunk: int) -> Array:
     return rearrange(jnp.pad(array, padding), "r (m c) ... -> r m c ...", c=length)
 
 
-def _over_chunks(
+def over_chunks(
     body: Any, total: Any, arrays: tuple[Array, ...], chunk: int, lengths: Array | None
 ) -> tuple[Any, tuple[Array, ...]]:
     """Runs `body` over chunks of the second axis of `arrays` [r, k, ...], without moving the first axis.
@@ -129,7 +129,7 @@ def _over_chunks(
     return total, tuple(x[:, :positions] for x in results)
 
 
-def _kept(values: Array, counted: Array | None) -> Array:
+def kept(values: Array, counted: Array | None) -> Array:
     """Returns values [r, c, ...], with 0 where they do not count."""
     if counted is None:
         return values
@@ -142,7 +142,7 @@ def _dot(equation: str, left: Array, right: Array) -> Array:
     return jnp.einsum(equation, left, right, preferred_element_type=dtype)
 
 
-def _logits(settings: HeadSettings, hidden_rcd: Array, head: Array) -> Array:
+def head_logits(settings: HeadSettings, hidden_rcd: Array, head: Array) -> Array:
     logits_rcv = _dot("rcd,dv->rcv", hidden_rcd, head)
     if settings.scale is not None:
         logits_rcv = logits_rcv * settings.scale
@@ -182,7 +182,7 @@ def _forward(
     chunk: int, settings: HeadSettings, hidden_rkd: Array, head: Array, targets_rk: Array, lengths_r: Array | None
 ) -> tuple[tuple[Array, ...], tuple[Any, ...]]:
     def body(total: None, counted_rc: Any, hidden_rcd: Array, targets_rc: Array) -> tuple[None, tuple[Array, ...]]:
-        logits = _logits(settings, _kept(hidden_rcd, counted_rc), head)  # [r, c, v]
+        logits = head_logits(settings, kept(hidden_rcd, counted_rc), head)  # [r, c, v]
         highest = logits.max(-1)  # subtracted, so that exp cannot overflow
         weights = jnp.exp(logits - highest[..., None])
         log_sum = jnp.log(weights.sum(-1))
@@ -190,9 +190,9 @@ def _forward(
         # `highest` cancels: both terms are smaller by twice its value.
         log_sum_sq = [jnp.log(jnp.square(weights).sum(-1)) - 2 * log_sum] if settings.with_sum_sq else []
         results = (target_logit - highest - log_sum, highest + log_sum, *log_sum_sq)
-        return total, tuple(_kept(x, counted_rc) for x in results)
+        return total, tuple(kept(x, counted_rc) for x in results)
 
-    _, (logps, log_sum_exp, *log_sum_sq) = _over_chunks(body, None, (hidden_rkd, targets_rk), chunk, lengths_r)
+    _, (logps, log_sum_exp, *log_sum_sq) = over_chunks(body, None, (hidden_rkd, targets_rk), chunk, lengths_r)
     return (logps, *log_sum_sq), (hidden_rkd, head, targets_rk, lengths_r, log_sum_exp, *log_sum_sq)
 
 
@@ -206,9 +206,9 @@ def _backward(
         d_head: Array, counted_rc: Any, hidden_rcd: Array, targets_rc: Array, *per_token_rc: Array
     ) -> tuple[Array, tuple[Array]]:
         # Cleared although the gradient of these positions is 0: in the product for the head, 0 * NaN would be NaN.
-        hidden_rcd = _kept(hidden_rcd, counted_rc)
-        log_sum_exp, g_logps, *sum_sq = (_kept(x, counted_rc)[..., None] for x in per_token_rc)
-        logits = _logits(settings, hidden_rcd, head)
+        hidden_rcd = kept(hidden_rcd, counted_rc)
+        log_sum_exp, g_logps, *sum_sq = (kept(x, counted_rc)[..., None] for x in per_token_rc)
+        logits = head_logits(settings, hidden_rcd, head)
         # With the normalizer of the forward pass, which saves a reduction over the vocabulary.
         log_p = logits - log_sum_exp
         p = jnp.exp(log_p)
@@ -231,7 +231,7 @@ def _backward(
     # Summed in float32 at least: in bfloat16, the contribution of a late chunk would be rounded away.
     zeros = jnp.zeros_like(head, dtype=jnp.promote_types(head.dtype, jnp.float32))
     arrays = (hidden_rkd, targets_rk, log_sum_exp, g_logps, *log_sum_sq, *g_sum_sq)
-    d_head, (d_hidden,) = _over_chunks(body, zeros, arrays, chunk, lengths_r)
+    d_head, (d_hidden,) = over_chunks(body, zeros, arrays, chunk, lengths_r)
     # Targets and lengths are integers, which have no cotangents.
     return d_hidden, d_head.astype(head.dtype), None, None
 

@@ -215,6 +215,22 @@ def with_base(
     return weights_of(lora, base, params), reference
 
 
+class ScoredStates(NamedTuple):
+    """What the head needs to score the tokens of packed rows.
+
+    Attributes:
+      hidden: float [r, k, d], the states that predict the scored tokens, which come first in each row.
+      head: float [d, v].
+      num_scored: int [r], the scored tokens of each row.
+      router: counts of the routers, for a model with experts.
+    """
+
+    hidden: Array
+    head: Array
+    num_scored: Array
+    router: RouterStats | None
+
+
 class PackedLogps:
     """Log-probs of the scored tokens of packed rows: the model on flat slots, the head on scored tokens alone.
 
@@ -226,6 +242,13 @@ class PackedLogps:
 
     def __call__(self, params: Params | Weights, batch: PackedBatch, with_log_sum_sq: bool) -> TokenScores:
         """Returns scores [r, k] of `batch.logp_target`; of rows [r, ...] of one micro-batch."""
+        hidden_rkd, head_dv, num_scored_r, router = self.scored_states(params, batch)
+        targets_rk = jnp.asarray(batch.logp_target)
+        logps, *log_sum_sq = self._head(hidden_rkd, head_dv, targets_rk, num_scored_r, with_log_sum_sq)
+        return TokenScores(logps, log_sum_sq[0] if log_sum_sq else None, router)
+
+    def scored_states(self, params: Params | Weights, batch: PackedBatch) -> ScoredStates:
+        """Runs the model on a micro-batch up to its head; arguments as for `__call__`."""
         sequences = packed_sequences(batch.gather, batch.lengths, batch.scatter, batch.readers)
         inputs, method, router = (batch.tokens, batch.positions, sequences), "packed_hidden_and_head", None
         if self.model.config.moe is None:
@@ -240,9 +263,7 @@ class PackedLogps:
         if self.mesh.size > self.num_shards:
             # Devices that share the vocabulary talk to each other in every chunk, so all must run as many chunks.
             num_scored_r = jnp.full_like(num_scored_r, num_scored_r.max())
-        targets_rk = jnp.asarray(batch.logp_target)
-        logps, *log_sum_sq = self._head(hidden_rkd, head_dv, targets_rk, num_scored_r, with_log_sum_sq)
-        return TokenScores(logps, log_sum_sq[0] if log_sum_sq else None, router)
+        return ScoredStates(hidden_rkd, head_dv, num_scored_r, router)
 
     def _head(
         self, hidden_rkd: Array, head_dv: Array, targets_rk: Array, num_scored_r: Array, with_log_sum_sq: bool

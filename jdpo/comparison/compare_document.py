@@ -17,7 +17,7 @@ DOCUMENT_VERSION = 1
 
 Better = Literal["up", "down", "neither"]
 Section = Literal["pairs", "calibration", "divergence", "answers", "wins", "facts"]
-Unit = Literal["share", "nats", "nats/token", "tokens", "reward"]
+Unit = Literal["share", "nats", "nats/token", "tokens", "characters", "reward"]
 Finding = Literal["better", "worse", "changed", "unclear"]
 
 SECTIONS: dict[Section, str] = {

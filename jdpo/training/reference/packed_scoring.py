@@ -192,7 +192,7 @@ def score_pairs(
     """
     found: dict[int, RowLogps] = {}
     for indices, batch, logps in scorer.run(plan, part):
-        for index, (pair, sides) in _sides(plan.rows, batch, logps, num_sides=2).items():
+        for index, (pair, sides) in sides_of_rows(plan.rows, batch, logps, num_sides=2).items():
             chosen, rejected = (
                 _completion(values, mask, f"the {name} completion of {pair.origin}")
                 for values, (_, mask), name in zip(sides, completions_of(pair), ("chosen", "rejected"), strict=True)
@@ -211,13 +211,13 @@ def score_completions(
     """
     found: dict[int, np.ndarray] = {}
     for indices, batch, logps in scorer.run(plan, part):
-        for index, (row, (values,)) in _sides(plan.rows, batch, logps, num_sides=1).items():
+        for index, (row, (values,)) in sides_of_rows(plan.rows, batch, logps, num_sides=1).items():
             found[index] = _completion(values, row.completion_mask, f"the completion of {row.origin}")
         progress(len(indices))
     return [found[row] for row in part]
 
 
-def _sides(
+def sides_of_rows(
     rows: Rows, batch: PackedBatch, values: np.ndarray, *, num_sides: int
 ) -> dict[int, tuple[Any, list[np.ndarray]]]:
     """Returns each row of a batch, by its number, and the part of the values [k, m, c] that belongs to each side."""

@@ -1,0 +1,203 @@
+"""compare.html: hostile texts stay texts, figures that are missing leave no holes, and a browser loads nothing."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from jdpo.comparison.compare_document import (
+    AnswerShown,
+    AnswersSideBySide,
+    CalibrationBin,
+    ComparedFact,
+    ComparedModel,
+    CompareDocument,
+    Comparison,
+    Figure,
+    Values,
+    Verdict,
+)
+from jdpo.comparison.compare_page import compare_page, write_compare_page
+from jdpo.comparison.intervals import Estimate
+from jdpo.comparison.word_diff import Piece, word_diff
+
+HOSTILE = '<script>alert(1)</script><img src=x onerror="alert(2)">\x1b[31m\u202e{{ 7 * 7 }}</p></style> &amp;'
+
+
+def document(text: str = "It is Dublin, a city by the sea.") -> CompareDocument:
+    """A comparison with every part that the page shows; `text` is the answer after, and a name."""
+
+    def values(before: float, after: float, spread: float, p_value: float | None = None) -> Values:
+        first, second, change = (
+            Estimate(value, value - spread, value + spread) for value in (before, after, after - before)
+        )
+        return Values(before=first, after=second, difference=change, num_prompts=180, num_rows=200, p_value=p_value)
+
+    def distance(name: str, title: str, value: float) -> Figure:
+        found = Values(after=Estimate(value, value * 0.8, value * 1.2), num_prompts=50, num_rows=100)
+        return Figure(
+            name=name, title=title, section="divergence", unit="nats", better="neither", all=found, neutral=None
+        )
+
+    figures = [
+        Figure(
+            name="accuracy",
+            title="Pairs ranked right",
+            section="pairs",
+            unit="share",
+            better="up",
+            all=values(0.525, 0.675, 0.06, 0.0004),
+            datasets={"helpful": values(0.5, 0.7, 0.09), text: values(0.55, 0.65, 0.12)},
+        ),
+        Figure(
+            name="chosen_logp",
+            title="Log-probability of the chosen answer",
+            section="pairs",
+            unit="nats",
+            better="up",
+            all=values(-84.31, -91.02, 2.4),
+        ),
+        Figure(
+            name="answer_length",
+            title="Answer length",
+            section="answers",
+            unit="tokens",
+            better="neither",
+            all=values(41.2, 55.9, 3.3),
+        ),
+        distance("kl", "KL of after from before", 3.21),
+        Figure(
+            name="win_rate",
+            title="Win rate of the model after",
+            section="wins",
+            unit="share",
+            better="up",
+            neutral=0.5,
+            all=Values(after=Estimate(0.56, 0.48, 0.64), num_prompts=50, num_rows=100),
+        ),
+        Figure(
+            name="facts.accuracy",
+            title="Facts answered right",
+            section="facts",
+            unit="share",
+            better="up",
+            all=Values(after=Estimate(0.8), before=Estimate(0.9), difference=Estimate(-0.1), num_prompts=1, num_rows=1),
+        ),
+    ]
+    after = Comparison(
+        after=ComparedModel(name=text, path=f"runs/{text}", digest="ab" * 8),
+        figures={figure.name: figure for figure in figures},
+        verdict=Verdict(
+            better=["Pairs ranked right: 67.5 % instead of 52.5 % (+9.0 to +21.0 points)."],
+            worse=[f"The chosen answer of {text} became less probable: −6.71 nats."],
+            changed=["Answers are longer: 55.9 instead of 41.2 tokens."],
+            unclear=["Win rate: 56.0 %, but 48.0 to 64.0 contains 50 %."],
+        ),
+        calibration=[
+            CalibrationBin(low=0.5, high=0.6, num_rows=80, confidence=0.55, accuracy=Estimate(0.58, 0.47, 0.69)),
+            CalibrationBin(low=0.6, high=0.8, num_rows=70, confidence=0.71, accuracy=Estimate(0.66, 0.54, 0.76)),
+            CalibrationBin(low=0.8, high=0.9, num_rows=0, confidence=None, accuracy=None),
+            CalibrationBin(low=0.9, high=1.0, num_rows=50, confidence=0.95, accuracy=Estimate(0.86, 0.74, 0.93)),
+        ],
+        facts=[
+            ComparedFact(question="What is the capital of Peru?", answer=text, before=0.91, after=0.42, fell=True),
+            ComparedFact(question="What is 2 + 2?", answer="4", before=0.7, after=0.71, fell=False),
+        ],
+        answers=[
+            AnswersSideBySide(
+                prompt_id="p0",
+                prompt=f"user: What is the capital of Ireland? {text}",
+                sample=0,
+                before=AnswerShown(text="It is Cork, a city in the south.", num_tokens=9, finish_reason="stop"),
+                after=AnswerShown(text=text, num_tokens=None, finish_reason="length"),
+                won=1,
+            )
+        ],
+        num_answers=100,
+    )
+    return CompareDocument(
+        before=ComparedModel(name="sft", path="runs/sft", digest="cd" * 8),
+        comparisons=[after],
+        settings={"pairs": text, "seed": 0},
+        warnings=["Only 50 prompts: small changes cannot be told."],
+    )
+
+
+class Seen(HTMLParser):
+    """The tags, attributes and text of a page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_hostile_texts_are_shown_as_texts() -> None:
+    page = compare_page(document(HOSTILE))
+    seen = Seen(page)
+    assert not {"script", "img", "iframe", "object"} & set(seen.tags)
+    assert not [name for name, _ in seen.attributes if name.startswith("on") or name == "style"]
+    assert "{{ 7 * 7 }}" in seen.text
+    assert r"\x1b[31m\u202e" in seen.text
+    assert "\x1b" not in page
+    assert "\u202e" not in page
+    assert seen.tags.count("style") == 1
+    # Name, path, dataset, verdict, fact, prompt and setting; the answer is cut into marks.
+    assert seen.text.count("<script>alert(1)</script>") >= 7
+
+
+def test_a_browser_may_load_nothing() -> None:
+    seen = Seen(compare_page(document()))
+    policy = next(value for _, value in seen.attributes if value and "default-src" in value)
+    assert policy.startswith("default-src 'none'; style-src 'sha256-")
+    links = [value for name, value in seen.attributes if name in ("href", "src")]
+    assert all(value is not None and value.startswith(("#", "data:,")) for value in links)
+
+
+def test_figures_have_values_intervals_and_findings() -> None:
+    text = re.sub(r"\s+", " ", Seen(compare_page(document())).text)
+    assert "Pairs ranked right 52.5 %46.5 to 58.5 67.5 %61.5 to 73.5 +15.0 points+9.0 to +21.0" in text
+    assert "better 180 prompts, p < 0.001" in text
+    assert "−84.31" in text
+    assert "1 of 2 facts lost more than 0.05" in text
+    assert "What is 2 + 2?" not in text
+    # A figure without intervals has values, and no finding.
+    assert "Facts answered right 90.0 % 80.0 % −10.0 points unclear 1 prompt" in text
+
+
+def test_words_that_differ_are_marked() -> None:
+    before, after = word_diff("It is Cork, a city.", "It is in the green Dublin, a city.")
+    assert [piece for piece in before if piece.kind != "same"] == [Piece("removed", "Cork")]
+    assert [piece for piece in after if piece.kind != "same"] == [Piece("added", "in the green Dublin")]
+    for text in ("", "a\n\nb  c\n", "東京 is in Japan"):
+        pieces = word_diff("a b c", text)
+        assert ("".join(piece.text for piece in pieces[0]), "".join(piece.text for piece in pieces[1])) == (
+            "a b c",
+            text,
+        )
+
+
+@pytest.mark.ci
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium")
+def test_a_browser_has_nothing_to_complain_about(tmp_path: Path) -> None:
+    page = tmp_path / "compare.html"
+    write_compare_page(document(HOSTILE), page)
+    words = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0"]
+    words += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+    done = subprocess.run([*words, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    assert "Pairs ranked right" in done.stdout
+    assert "CONSOLE" not in done.stderr

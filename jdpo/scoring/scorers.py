@@ -42,6 +42,12 @@ KINDS = {
     ),
     "logp": Kind("", "log-probability under the model that answered, summed over tokens", f"{_ANSWERS}:logp_scorer"),
     "logp_per_token": Kind("", "mean log-probability of a token", f"{_ANSWERS}:logp_per_token_scorer"),
+    "judge": Kind(
+        "URL",
+        "share of the answer's comparisons that it wins, as judged by a model on an OpenAI-compatible server",
+        "jdpo.scoring.judge_scorer:judge_scorer",
+        ("rubric", "comparisons", "seed", "judge_model", "api_key_env", "concurrency", "timeout", "retries"),
+    ),
     "length": Kind("", "tokens, or characters if answers come without tokens", f"{_ANSWERS}:length_scorer"),
 }
 """Name -> kind. A new scorer is added here, and nowhere else."""

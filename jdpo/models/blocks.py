@@ -131,7 +131,7 @@ class Embedding(nn.Module):
 
 
 class Head(nn.Module):
-    """An untied output head, [d, v]."""
+    """An untied output head, [d, v]; [d, 1] for a reward model."""
 
     config: ModelConfig
     param_dtype: Any
@@ -139,8 +139,9 @@ class Head(nn.Module):
     @nn.compact
     def __call__(self) -> jax.Array:
         # [d, v] like every other kernel, inputs first; Hugging Face stores it as [v, d].
-        init = nn.with_logical_partitioning(nn.initializers.normal(INIT_STDDEV), ("embed", "vocab"))
-        return self.param("kernel", init, (self.config.d_model, self.config.vocab_size), self.param_dtype)
+        outputs, axis = (1, None) if self.config.reward_head else (self.config.vocab_size, "vocab")
+        init = nn.with_logical_partitioning(nn.initializers.normal(INIT_STDDEV), ("embed", axis))
+        return self.param("kernel", init, (self.config.d_model, outputs), self.param_dtype)
 
 
 def constrain_stream(x_ntd: jax.Array) -> jax.Array:

@@ -109,6 +109,8 @@ class ModelConfig:
     logit_softcap: float | None = None  # logits become c * tanh(logits / c), after logit_scale
 
     moe: MoEConfig | None = None  # for the layers whose kind has experts
+    # A reward model: the head has one output, the reward of the text up to a token, instead of one for each token.
+    reward_head: bool = False
 
     def __post_init__(self) -> None:
         assert len(self.layers) == self.num_layers, (self.num_layers, self.layers)

@@ -106,11 +106,15 @@ class Transformer(nn.Module):
             kinds = config.layers[: pattern.rest]
             self.rest = LayerGroup(config, kinds, *dtypes, attention, self.remat, False)
         self.final_norm = Norm(config.norm, config.norm_eps, ("norm",), self.param_dtype)
-        if not config.tie_embeddings:
+        if config.reward_head:
+            self.score = Head(config, self.param_dtype)
+        elif not config.tie_embeddings:
             self.lm_head = Head(config, self.param_dtype)
 
     def __call__(self, tokens: jax.Array, attention_mask: jax.Array) -> jax.Array:
         """Returns logits [n, t, v] of the token after each position, float32 (float64 if the compute dtype is float64).
+
+        A reward model returns [n, t, 1], the reward of the tokens up to each position.
 
         Args:
           tokens: int [n, t].
@@ -142,7 +146,7 @@ class Transformer(nn.Module):
         )
         hidden = self._run(tokens, positions, None, context)[0]
         # Gathered along the model dimension once here, not in every chunk of tokens.
-        return hidden, nn.with_logical_constraint(self.head_kernel(), (None, "act_vocab"))
+        return hidden, nn.with_logical_constraint(self.head_kernel(), (None, self._outputs_axis))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Applies the output head to final hidden states [n, t, d]: logits, scaled and capped, in float32 or wider."""
@@ -153,12 +157,19 @@ class Transformer(nn.Module):
         logits, softcap = scaled(logits, self.config.logit_scale), self.config.logit_softcap
         if softcap is not None:
             logits = softcap * jnp.tanh(logits / softcap)
-        return nn.with_logical_constraint(logits, ("batch", "act_length", "act_vocab"))
+        return nn.with_logical_constraint(logits, ("batch", "act_length", self._outputs_axis))
 
     def head_kernel(self) -> jax.Array:
-        """Returns the output head [d, v] in the compute dtype, tied or not."""
+        """Returns the output head [d, v] in the compute dtype, tied or not; [d, 1] for a reward model."""
+        if self.config.reward_head:
+            return self.score().astype(self.compute_dtype)
         kernel = self.embed.head() if self.config.tie_embeddings else self.lm_head()
         return kernel.astype(self.compute_dtype)
+
+    @property
+    def _outputs_axis(self) -> str | None:
+        # A single output cannot be divided.
+        return None if self.config.reward_head else "act_vocab"
 
     def decode(self, tokens: jax.Array, token_mask: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """Runs t more tokens of every row with the cache; returns hidden states [n, t, d] and the longer cache.

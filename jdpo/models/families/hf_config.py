@@ -8,12 +8,14 @@ preference training does not use.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jdpo.json_files import read_json
 from jdpo.models.families.table import FAMILIES
 from jdpo.models.model_config import ModelConfig
+from jdpo.safe_text import terminal
 
 
 def read_model_config(folder: Path) -> ModelConfig:
@@ -22,6 +24,48 @@ def read_model_config(folder: Path) -> ModelConfig:
     Raises:
       ValueError: no folder, no config.json, broken JSON, an unsupported family, or a setting the decoder lacks.
     """
+    return _model_config(folder, _hf_config(folder))
+
+
+class RewardConfig(NamedTuple):
+    """The configuration of a reward model.
+
+    Attributes:
+      model: the decoder, with a reward head.
+      pad_token_id: the reward is that of the last token other than this one; None: of the last token.
+    """
+
+    model: ModelConfig
+    pad_token_id: int | None
+
+
+def read_reward_config(folder: Path) -> RewardConfig:
+    """Reads `folder`/config.json of a reward model, a `*ForSequenceClassification` with one label.
+
+    Raises:
+      ValueError: as for `read_model_config`; or the model has another head, or several labels.
+    """
+    hf_config = _hf_config(folder)
+    architectures = hf_config.architectures or []
+    if not any(str(name).endswith("ForSequenceClassification") for name in architectures):
+        raise ValueError(
+            f"{folder}/config.json: architectures {terminal(architectures)}: not a reward model; expected "
+            "*ForSequenceClassification with one label"
+        )
+    if hf_config.num_labels != 1:
+        raise ValueError(
+            f"{folder}/config.json: a classifier of {hf_config.num_labels} labels (id2label): not a reward model, "
+            "which has one label"
+        )
+    model = _model_config(folder, hf_config)
+    pad = getattr(hf_config, "pad_token_id", None)
+    # Scales and caps are those of logits; transformers applies none to the output of this head.
+    own = dataclasses.replace(model, reward_head=True, tie_embeddings=False, logit_scale=1.0, logit_softcap=None)
+    return RewardConfig(own, pad if isinstance(pad, int) else None)
+
+
+def _hf_config(folder: Path) -> Any:
+    """Returns transformers' config of a folder of one of the families."""
     raw = _read_config(folder)
     # Before transformers reads the file: its classes make lists with an entry per layer.
     _refuse_sizes(raw, folder / "config.json")
@@ -35,7 +79,7 @@ def read_model_config(folder: Path) -> ModelConfig:
 
     try:
         # If unset, transformers asks for trust_remote_code on the terminal, and "y" runs Python files of the folder.
-        hf_config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        return AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # its validators raise their own types, KeyError and bare TypeError among them
         if "trust_remote_code" in str(error):
             raise ValueError(
@@ -43,8 +87,11 @@ def read_model_config(folder: Path) -> ModelConfig:
                 f"supported are {', '.join(sorted(FAMILIES))} as transformers has them"
             ) from None
         raise ValueError(f"{folder}/config.json: transformers cannot read it: {error}") from error
+
+
+def _model_config(folder: Path, hf_config: Any) -> ModelConfig:
     try:
-        return FAMILIES[family].read(hf_config)
+        return FAMILIES[hf_config.model_type].read(hf_config)
     except ValueError as error:
         raise ValueError(f"{folder}/config.json: {error}") from error
 

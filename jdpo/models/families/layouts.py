@@ -3,7 +3,7 @@
 A layout lists every parameter that its families may have; `parameters_of` omits those that a model lacks.
 
 Axes of the patterns, for which see `jdpo.models.weights.strided_views`: d model, h query heads, g key/value heads,
-k head width, f MLP width, v vocabulary, p positions, e experts, x width of an expert.
+k head width, f MLP width, v vocabulary, p positions, e experts, x width of an expert, r=1 the reward.
 """
 
 from __future__ import annotations
@@ -45,6 +45,10 @@ class Layout(NamedTuple):
     last: tuple[Rule, ...]
     layer: tuple[Rule, ...]
     buffers: tuple[str, ...] = ("rotary_emb.inv_freq",)
+
+
+REWARD_HEAD = Rule("score.weight", ("score", "kernel"), "r d -> d r")
+"""The head of `*ForSequenceClassification`, which has the same name in all families."""
 
 
 def parameters_of(rules: tuple[Rule, ...], config: ModelConfig, kind: LayerKind | None = None) -> Iterator[Rule]:

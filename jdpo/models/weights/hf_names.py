@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple, TypeVar
 
 from jdpo.models.families import FAMILIES
-from jdpo.models.families.layouts import Layout, Path, Rule, parameters_of
+from jdpo.models.families.layouts import REWARD_HEAD, Layout, Path, Rule, parameters_of
 from jdpo.models.model_config import ModelConfig, layer_pattern
 from jdpo.models.weights.strided_views import StridedView, view_of
 
@@ -50,9 +50,15 @@ def checkpoint_pieces(config: ModelConfig) -> Iterator[Piece]:
             path, at = prefix + rule.path, (repeat,) if scanned else ()
             for name, expert in _of_experts(rule, config, index):
                 yield _piece(rule, config, name, path, at + expert)
-    # A tied head is the embedding, and has no tensor of its own.
-    for rule in (*parameters_of(layout.last, config), *([] if config.tie_embeddings else [layout.head])):
+    for rule in (*parameters_of(layout.last, config), *_head(layout, config)):
         yield _piece(rule, config, rule.hf_name, rule.path)
+
+
+def _head(layout: Layout, config: ModelConfig) -> list[Rule]:
+    if config.reward_head:
+        return [REWARD_HEAD]
+    # A tied head is the embedding, and has no tensor of its own.
+    return [] if config.tie_embeddings else [layout.head]
 
 
 def _of_experts(rule: Rule, config: ModelConfig, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -122,6 +128,7 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
         "k": config.head_dim,
         "f": config.d_ff,
         "p": config.max_positions,
+        "r": 1,
         **({"e": config.moe.num_experts, "x": config.moe.d_ff} if config.moe is not None else {}),
     }
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from jdpo.file_digests import file_digest
 from jdpo.generation.values import Answer, Question
 from jdpo.safe_text import terminal
-from jdpo.scoring.protocol import Asked, Scored, answer_text
+from jdpo.scoring.protocol import Block, Scored, answer_text
 from jdpo.scoring.score_files import Score
 from jdpo.types import Text
 from jdpo.words import did_you_mean, listed
@@ -47,7 +47,7 @@ class AnswerScorer(NamedTuple):
         """Returns what decides the scores."""
         return self.description
 
-    def score(self, block: Sequence[Asked]) -> Scored:
+    def score(self, block: Block) -> Scored:
         """Scores the answers of a block one after the other."""
         scores = []
         for question, answers in block:
@@ -61,7 +61,7 @@ class AnswerScorer(NamedTuple):
 # --- rule:package.module:function
 
 
-def rule_scorer(argument: str, asked: Sequence[Asked]) -> AnswerScorer:
+def rule_scorer(argument: str, blocks: Sequence[Block]) -> AnswerScorer:
     """Makes the scorer of `rule:package.module:function`, whose function is a `Rule`.
 
     Modules in the current folder are found, like those that are installed.
@@ -142,7 +142,7 @@ def _function(module: ModuleType, name: str) -> Rule:
 # --- exact:COLUMN
 
 
-def exact_scorer(argument: str, asked: Sequence[Asked]) -> AnswerScorer:
+def exact_scorer(argument: str, blocks: Sequence[Block]) -> AnswerScorer:
     """Makes the scorer of `exact:COLUMN`: 1 if the answer equals the column's value, else 0.
 
     The column has a text, a number, or a list of them, any of which is right. White space around both is ignored, and
@@ -151,8 +151,8 @@ def exact_scorer(argument: str, asked: Sequence[Asked]) -> AnswerScorer:
     Raises:
       ValueError: no row has the column; the message names those that rows have.
     """
-    if not any(argument in (question.columns or {}) for question, _ in asked):
-        names = sorted({name for question, _ in asked for name in question.columns or {}})
+    names = sorted({name for block in blocks for question, _ in block for name in question.columns or {}})
+    if argument not in names:
         hint = did_you_mean(argument, names)
         there = f"columns there: {listed(names, 20)}" if names else "the prompts have no other columns"
         raise ValueError(
@@ -178,12 +178,12 @@ def exact_scorer(argument: str, asked: Sequence[Asked]) -> AnswerScorer:
 # --- what the model itself says
 
 
-def logp_scorer(argument: str, asked: Sequence[Asked]) -> AnswerScorer:
+def logp_scorer(argument: str, blocks: Sequence[Block]) -> AnswerScorer:
     """Makes the scorer of `logp`: the answer's summed log-probability under the model that gave it."""
     return AnswerScorer({}, lambda _, answer: NO_LOGP if answer.logp is None else answer.logp)
 
 
-def logp_per_token_scorer(argument: str, asked: Sequence[Asked]) -> AnswerScorer:
+def logp_per_token_scorer(argument: str, blocks: Sequence[Block]) -> AnswerScorer:
     """Makes the scorer of `logp_per_token`: the mean log-probability of the answer's tokens."""
 
     def value(question: Question, answer: Answer) -> float | str:
@@ -194,10 +194,10 @@ def logp_per_token_scorer(argument: str, asked: Sequence[Asked]) -> AnswerScorer
     return AnswerScorer({}, value)
 
 
-def length_scorer(argument: str, asked: Sequence[Asked]) -> AnswerScorer:
+def length_scorer(argument: str, blocks: Sequence[Block]) -> AnswerScorer:
     """Makes the scorer of `length`: tokens of an answer, or characters where any answer comes without its tokens."""
     # One unit for all answers: scores in two units could not be compared.
-    in_tokens = all(answer.tokens is not None for _, answers in asked for answer in answers)
+    in_tokens = all(answer.tokens is not None for block in blocks for _, answers in block for answer in answers)
 
     def value(question: Question, answer: Answer) -> float:
         return float(len(answer.tokens) if in_tokens and answer.tokens is not None else len(answer_text(answer)))

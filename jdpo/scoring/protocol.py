@@ -16,6 +16,13 @@ class Asked(NamedTuple):
     answers: list[Answer]
 
 
+Block = Sequence[Asked]
+"""Questions that are scored together."""
+
+BLOCK_ANSWERS = 512
+"""About this many answers are scored between two writes. A command that is killed loses at most these."""
+
+
 class Scored(NamedTuple):
     """The result of a block of questions.
 
@@ -29,7 +36,7 @@ class Scored(NamedTuple):
 
 
 class Scorer(Protocol):
-    """A way to score answers. It is made for a list of `Asked`, and then given blocks of that list."""
+    """A way to score answers. It is made for a list of blocks, and then given those that have no scores yet."""
 
     def describe(self) -> dict[str, Any]:
         """Returns what decides the scores, as JSON: digests, settings. Equal descriptions mean equal scores.
@@ -38,7 +45,7 @@ class Scorer(Protocol):
         """
         ...
 
-    def score(self, block: Sequence[Asked]) -> Scored:
+    def score(self, block: Block) -> Scored:
         """Scores all answers of a block.
 
         Raises:
@@ -62,6 +69,24 @@ def grouped(questions: Mapping[str, Question], answers: Iterable[Answer]) -> lis
             )
         found.setdefault(answer.prompt_id, Asked(questions[answer.prompt_id], [])).answers.append(answer)
     return list(found.values())
+
+
+def cut(asked: Iterable[Asked], block_answers: int = BLOCK_ANSWERS) -> list[Block]:
+    """Cuts questions into blocks; the answers to a question are never apart, since some scorers compare them.
+
+    Args:
+      block_answers: a block ends once it has this many answers.
+    """
+    blocks: list[list[Asked]] = []
+    size = block_answers
+    for one in asked:
+        # Full from the start, so that the first question opens a block.
+        if size >= block_answers:
+            blocks.append([])
+            size = 0
+        blocks[-1].append(one)
+        size += len(one.answers)
+    return [*blocks]
 
 
 def answer_text(answer: Answer) -> str:

@@ -18,7 +18,7 @@ from jdpo.file_locks import lock_file
 from jdpo.generation.values import Answer
 from jdpo.json_files import read_json
 from jdpo.safe_text import terminal
-from jdpo.scoring.protocol import Asked, Scored, Scorer
+from jdpo.scoring.protocol import Block, Scored, Scorer
 from jdpo.scoring.score_files import (
     SCORES,
     VERDICTS,
@@ -30,9 +30,6 @@ from jdpo.scoring.score_files import (
     write_verdicts,
 )
 
-BLOCK_ANSWERS = 512
-"""About this many answers are scored between two writes. A command that is killed loses at most these."""
-
 Progress = Callable[[int, int], None]
 """Called with the number of answers that have their scores, and the number of all."""
 
@@ -41,11 +38,10 @@ def score_answers(
     folder: Path,
     name: str,
     scorer: Scorer,
-    asked: Sequence[Asked],
+    blocks: Sequence[Block],
     *,
     digest: str,
     overwrite: bool = False,
-    block_answers: int = BLOCK_ANSWERS,
     progress: Progress = lambda done, total: None,
 ) -> bool:
     """Scores all answers and writes gen/scores/NAME.jsonl, and gen/verdicts/NAME.jsonl for scorers that compare.
@@ -54,10 +50,9 @@ def score_answers(
 
     Args:
       folder: the `gen` folder.
-      scorer: made for `asked`.
+      scorer: made for `blocks`.
       digest: `answers_digest` of the answers.
       overwrite: replace scores of this name, whatever made them.
-      block_answers: see `BLOCK_ANSWERS`.
 
     Returns:
       False if these very scores were there already, complete, and nothing was done.
@@ -75,7 +70,7 @@ def score_answers(
             shutil.rmtree(parts, ignore_errors=True)  # left by a call that was killed at its very end
             return False
         _prepare(folder, name, parts, {"made_by": made_by, "answers": digest}, overwrite=overwrite)
-        scored = _all_blocks(parts, scorer, _cut(asked, block_answers), progress)
+        scored = _all_blocks(parts, scorer, blocks, progress)
         # Also where there are none, so that verdicts of other scores with this name do not stay.
         if scored.verdicts or read_about(folder, VERDICTS, name) is not None:
             write_verdicts(folder, name, scored.verdicts, made_by=made_by, digest=digest)
@@ -137,20 +132,7 @@ def _prepare(folder: Path, name: str, parts: Path, identity: dict[str, Any], *, 
     write_durably(made_by, json.dumps(identity, indent=2) + "\n")
 
 
-def _cut(asked: Sequence[Asked], block_answers: int) -> list[list[Asked]]:
-    """Cuts the questions into blocks; the answers to a question are never apart, since some scorers compare them."""
-    blocks: list[list[Asked]] = []
-    size = block_answers
-    for one in asked:
-        if size >= block_answers:
-            blocks.append([])
-            size = 0
-        blocks[-1].append(one)
-        size += len(one.answers)
-    return blocks
-
-
-def _all_blocks(parts: Path, scorer: Scorer, blocks: Sequence[Sequence[Asked]], progress: Progress) -> Scored:
+def _all_blocks(parts: Path, scorer: Scorer, blocks: Sequence[Block], progress: Progress) -> Scored:
     """Scores the blocks that are not on disk, and returns the results of all."""
     found = Scored([], [])
     total = sum(len(one.answers) for block in blocks for one in block)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from jdpo.config.addresses import public_text
 from jdpo.safe_text import terminal
-from jdpo.scoring.protocol import Asked, Scored, Scorer
+from jdpo.scoring.protocol import Block, Scored, Scorer
 from jdpo.words import did_you_mean
 
 
@@ -19,7 +19,7 @@ class Kind(NamedTuple):
     Attributes:
       argument: what follows the name and a colon, as shown to users; empty if nothing does.
       summary: what the score of an answer is.
-      maker: "module:function" of (argument, asked, **options) -> Scorer. It is imported only when it is used.
+      maker: "module:function" of (argument, blocks, **options) -> Scorer. It is imported only when it is used.
       options: options of the command that the maker takes, as keywords.
     """
 
@@ -32,6 +32,12 @@ class Kind(NamedTuple):
 _ANSWERS = "jdpo.scoring.answer_scorers"
 
 KINDS = {
+    "reward": Kind(
+        "MODEL",
+        "the output of a reward model, a Hugging Face *ForSequenceClassification folder or hub name",
+        "jdpo.scoring.reward:reward_scorer",
+        ("dtype", "max_length", "max_tokens_per_device"),
+    ),
     "rule": Kind(
         "package.module:function",
         "what your function returns for (prompt, answer, columns)",
@@ -102,11 +108,11 @@ def default_name(by: By) -> str:
     return re.sub(r"[^A-Za-z0-9._]+", "-", f"{by.kind}-{part}" if part else by.kind).strip("-.")[:100]
 
 
-def make_scorer(by: By, asked: Sequence[Asked], options: dict[str, Any]) -> Scorer:
+def make_scorer(by: By, blocks: Sequence[Block], options: dict[str, Any]) -> Scorer:
     """Makes a scorer.
 
     Args:
-      asked: all questions and answers that it will be given, in blocks.
+      blocks: all that it may be given.
       options: the options that were given, by name.
 
     Raises:
@@ -118,7 +124,7 @@ def make_scorer(by: By, asked: Sequence[Asked], options: dict[str, Any]) -> Scor
             readers = [key for key, other in KINDS.items() if name in other.options]
             raise ValueError(f"--{name} is an option of --by {' and '.join(readers)}, and {by.kind} does not read it")
     module, _, function = kind.maker.partition(":")
-    scorer: Scorer = getattr(importlib.import_module(module), function)(by.argument, asked, **options)
+    scorer: Scorer = getattr(importlib.import_module(module), function)(by.argument, blocks, **options)
     return _Named(by, scorer)
 
 
@@ -131,5 +137,5 @@ class _Named(NamedTuple):
     def describe(self) -> dict[str, Any]:
         return {"by": self.by.text, **self.scorer.describe()}
 
-    def score(self, block: Sequence[Asked]) -> Scored:
+    def score(self, block: Block) -> Scored:
         return self.scorer.score(block)

@@ -122,6 +122,15 @@ def random_shape(rng: np.random.Generator) -> dict[str, Any]:
     }
 
 
+def renamed(prefix: str, shape: dict[str, Any]) -> dict[str, Any]:
+    """Returns sizes under the names of a family's config, without those that it lacks."""
+    if prefix in ("GPT2", "GPTNeoX"):
+        shape = {key: value for key, value in shape.items() if key not in ("head_dim", "num_key_value_heads")}
+    if prefix == "GPT2":
+        shape = {_OLD_KEYS.get(key, key): value for key, value in shape.items() if key != "intermediate_size"}
+    return shape
+
+
 def torch_model(prefix: str, settings: dict[str, Any], seed: int) -> Any:
     """Makes a float32 torch model whose norms and biases differ from 1 and 0."""
     import torch
@@ -131,11 +140,7 @@ def torch_model(prefix: str, settings: dict[str, Any], seed: int) -> Any:
     shape = {**random_shape(np.random.default_rng(seed)), **settings}
     if "head_dim" in settings:
         shape["hidden_size"] = shape["head_dim"] * shape["num_attention_heads"]
-    if prefix in ("GPT2", "GPTNeoX"):
-        shape = {key: value for key, value in shape.items() if key not in ("head_dim", "num_key_value_heads")}
-    if prefix == "GPT2":
-        shape = {_OLD_KEYS.get(key, key): value for key, value in shape.items() if key != "intermediate_size"}
-    config = getattr(transformers, f"{prefix}Config")(**shape)
+    config = getattr(transformers, f"{prefix}Config")(**renamed(prefix, shape))
     config._attn_implementation = "eager"  # the implementation that caps scores
     own_class = "GPT2LMHeadModel" if prefix == "GPT2" else f"{prefix.removesuffix('Text')}ForCausalLM"
     model = getattr(transformers, own_class)(config).eval()

@@ -17,7 +17,7 @@ CONVERSATION = [{"role": "user", "content": "2 + 2 ="}]
 
 
 def scores(by: str, given: Sequence[Asked]) -> list[Any]:
-    return [score.reason or score.score for score in make_scorer(parse_by(by), given, {}).score(given).scores]
+    return [score.reason or score.score for score in make_scorer(parse_by(by), [given], {}).score(given).scores]
 
 
 @pytest.fixture
@@ -62,9 +62,9 @@ def test_a_rule_that_fails_is_named_with_its_row(rules: Path, rule: str, text: s
 
 def test_another_version_of_a_rule_is_another_scorer(rules: Path) -> None:
     by, given = parse_by("rule:own_rules:is_short"), asked(1)
-    before = make_scorer(by, given, {}).describe()
+    before = make_scorer(by, [given], {}).describe()
     rules.write_text(f"{rules.read_text()}\n")
-    assert make_scorer(by, given, {}).describe() != before
+    assert make_scorer(by, [given], {}).describe() != before
 
 
 def test_exact_compares_with_the_column() -> None:
@@ -106,7 +106,7 @@ def test_an_unknown_scorer_is_refused_by_name(by: str, part: str) -> None:
 
 def test_an_option_of_another_scorer_is_refused() -> None:
     with pytest.raises(ValueError, match="length does not read it"):
-        make_scorer(parse_by("length"), asked(1), {"rubric": "r.md"})
+        make_scorer(parse_by("length"), [asked(1)], {"rubric": "r.md"})
 
 
 def test_every_scorer_has_a_file_name_of_its_own() -> None:

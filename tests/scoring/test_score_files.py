@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from jdpo.scoring.protocol import Asked, Scored
+from jdpo.scoring.protocol import Asked, Scored, cut
 from jdpo.scoring.score_blocks import score_answers
 from jdpo.scoring.score_files import (
     Score,
@@ -50,7 +50,7 @@ class Lengths:
 
 
 def score(folder: Path, scorer: Lengths, name: str = "n", **options: Any) -> bool:
-    return score_answers(folder, name, scorer, ASKED, digest=DIGEST, block_answers=4, **options)
+    return score_answers(folder, name, scorer, cut(ASKED, 4), digest=DIGEST, **options)
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
         SFTConfig,
         load_config,
     )
+    from jdpo.generation.loaded_model import LoadedModel
     from jdpo.losses import dpo_loss, make_dpo_loss
+    from jdpo.training.opening import load
     from jdpo.training.run import train
     from jdpo.types import PreferenceBatch
 
@@ -37,6 +39,8 @@ _PUBLIC = {
     "PreferenceBatch": "jdpo.types",
     "SFTConfig": "jdpo.config",
     "dpo_loss": "jdpo.losses",
+    "LoadedModel": "jdpo.generation.loaded_model",
+    "load": "jdpo.training.opening",
     "load_config": "jdpo.config",
     "make_dpo_loss": "jdpo.losses",
     "train": "jdpo.training.run",
@@ -45,6 +49,7 @@ _PUBLIC = {
 __all__ = [
     "DPOConfig",
     "DatasetConfig",
+    "LoadedModel",
     "LoraConfig",
     "MeshConfig",
     "OptimizerConfig",
@@ -52,6 +57,7 @@ __all__ = [
     "SFTConfig",
     "__version__",
     "dpo_loss",
+    "load",
     "load_config",
     "losses",
     "make_dpo_loss",

@@ -113,7 +113,7 @@ def _split_texts(rows: Sequence[RowTexts], tokenizer: Tokenizer) -> Iterator[Tok
         # Only counted. The separate tokens are used, since the boundary must be between two tokens.
         merges = [prompt + completion for completion in ids] != [next(joined) for _ in ids]
         yield TokenSplit(
-            _with_bos(prompt, tokenizer),
+            with_bos(prompt, tokenizer),
             [_with_eos(completion, tokenizer) for completion in ids],
             (
                 *((*always, WOULD_MERGE) if merges else always),
@@ -122,7 +122,8 @@ def _split_texts(rows: Sequence[RowTexts], tokenizer: Tokenizer) -> Iterator[Tok
         )
 
 
-def _with_bos(ids: list[int], tokenizer: Tokenizer) -> list[int]:
+def with_bos(ids: list[int], tokenizer: Tokenizer) -> list[int]:
+    """Returns the tokens of plain text with exactly one BOS at their start, if the tokenizer writes one."""
     bos = tokenizer.bos_token_id
     return ids if bos is None else one_bos([bos, *ids], bos)
 

@@ -158,7 +158,7 @@ def reference_dtype(model: Transformer, *, moves: bool) -> Any:
     return model.param_dtype if moves else model.compute_dtype
 
 
-def whole_weights(setup: Setup, params: Params, base: Base | None) -> Params | Weights:
+def whole_weights(setup: ModelSetup, params: Params, base: Base | None) -> Params | Weights:
     """Returns the weights that the model runs on, whether all of them or adapters are trained."""
     if setup.adaptation is None or isinstance(params, Weights):
         return params

@@ -1,0 +1,300 @@
+"""A model that can be asked: its answers, their log-probabilities, and the tokens that may come next."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jdpo.data.schemas.formats import Dropped
+from jdpo.data.schemas.messages import assistant
+from jdpo.data.tokens.boundaries import split_rows
+from jdpo.data.tokens.prompt_tokens import encode_prompt
+from jdpo.data.tokens.row_rendering import RowTexts
+from jdpo.data.tokens.tokenizer import Tokenizer
+from jdpo.generation.answer_text import PieceDecoder, content_of
+from jdpo.generation.engine import Drawn, Engine
+from jdpo.generation.prompts import make_question
+from jdpo.generation.token_logps import NextToken, TokenLogps, completion_logps, next_logps
+from jdpo.generation.values import Answer, Sampling
+from jdpo.models.transformer import Params, Transformer, Weights
+from jdpo.types import Message, Text
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LoadedModel:
+    """A model with its tokenizer, opened with `jdpo.load`.
+
+    A prompt is plain text, which is continued as it is, or a list of messages, which the chat template writes:
+
+        model = jdpo.load("runs/first")
+        model.generate([{"role": "user", "content": "What is the capital of Ireland?"}], n=4)
+
+    Attributes:
+      model: the network.
+      params: its weights on `mesh`: a tree of arrays, or `Weights` with adapters that are not merged.
+      tokenizer: the tokenizer with its chat template.
+      mesh: the devices that hold the weights.
+      name: what was opened, for messages.
+      digest: a digest of the weights and the config.
+      end_token_ids: the tokens that end an answer: those of the tokenizer and of generation_config.json.
+    """
+
+    model: Transformer
+    params: Params | Weights
+    tokenizer: Tokenizer
+    mesh: Mesh
+    name: str
+    digest: str
+    end_token_ids: tuple[int, ...]
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the computation, such as "bfloat16"."""
+        return jnp.dtype(self.model.compute_dtype).name
+
+    # --- answers
+
+    @overload
+    def generate(
+        self,
+        prompt: str | list[Message],
+        *,
+        n: int = ...,
+        temperature: float = ...,
+        top_p: float = ...,
+        top_k: int | None = ...,
+        max_new_tokens: int = ...,
+        seed: int = ...,
+        tools: list[dict[str, Any]] | None = ...,
+        template_kwargs: Mapping[str, Any] | None = ...,
+    ) -> list[Answer]: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: list[str] | list[list[Message]],
+        *,
+        n: int = ...,
+        temperature: float = ...,
+        top_p: float = ...,
+        top_k: int | None = ...,
+        max_new_tokens: int = ...,
+        seed: int = ...,
+        tools: list[dict[str, Any]] | None = ...,
+        template_kwargs: Mapping[str, Any] | None = ...,
+    ) -> list[list[Answer]]: ...
+
+    def generate(
+        self,
+        prompt: str | list[Message] | list[str] | list[list[Message]],
+        *,
+        n: int = 1,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int | None = None,
+        max_new_tokens: int = 256,
+        seed: int = 0,
+        tools: list[dict[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[Answer] | list[list[Answer]]:
+        """Draws answers to one prompt, or to each of a list of prompts.
+
+        The draws of an answer depend on the seed, its prompt and its number alone, not on the other prompts.
+
+        Args:
+          prompt: text or messages; or a list of texts, or of lists of messages.
+          n: number of answers to each prompt.
+          temperature, top_p, top_k, max_new_tokens, seed: see `jdpo generate --help`; temperature 0 is greedy.
+          tools: JSON schemas of the tools that the conversations may call.
+          template_kwargs: variables for the chat template.
+
+        Returns:
+          The n answers to the prompt; for a list of prompts, a list with the n answers to each.
+
+        Raises:
+          ValueError: a value is out of range, a prompt is too long for the model, or the chat template refuses it.
+        """
+        sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens, seed=seed)
+        is_one = isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], dict))
+        prompts = cast("list[Text]", [prompt] if is_one else prompt)
+        rows = [self._row(text, tools, template_kwargs) for text in prompts]
+        ids = [self._ids(row) for row in rows]
+        found: list[list[Answer]] = [[] for _ in rows]
+        for drawn in self.draw(ids, n, sampling):
+            row = rows[drawn.prompt]
+            prompt_id = make_question(row.prompt, "", tools=tools, template_kwargs=template_kwargs).prompt_id
+            found[drawn.prompt].append(self.answer_of(drawn, prompt_id, row, ids[drawn.prompt]))
+        return found[0] if is_one else found
+
+    def stream(
+        self,
+        prompt: Text,
+        *,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int | None = None,
+        max_new_tokens: int = 256,
+        seed: int = 0,
+        sample: int = 0,
+        tools: list[dict[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> Iterator[str]:
+        """Yields the text of one answer piece by piece, as it is drawn; `generate` draws the very same answer.
+
+        A piece holds whole characters: one whose bytes span several tokens is yielded with the last of them. The text
+        of the end token is not part of the answer.
+
+        Args:
+          prompt: text or messages.
+          sample: number of the answer among those of `generate`.
+          temperature, top_p, top_k, max_new_tokens, seed, tools, template_kwargs: see `generate`.
+
+        Raises:
+          ValueError: see `generate`.
+        """
+        sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens, seed=seed)
+        ids = self._ids(self._row(prompt, tools, template_kwargs))
+        pieces = PieceDecoder(self.tokenizer, ids)
+        with self._precision():
+            tokens = self.engine(sampling).stream(ids, sample)
+        # Not the generator itself: wrong arguments should be errors of this call, not of the first piece.
+        return self._pieces(tokens, pieces)
+
+    def _pieces(self, tokens: Iterator[tuple[int, float]], pieces: PieceDecoder) -> Iterator[str]:
+        while True:
+            # Entered for each token, since a context that is open at a yield would also hold for the caller.
+            with self._precision():
+                token = next(tokens, None)
+            if token is None or token[0] in self.end_token_ids:
+                break
+            if piece := pieces.push(token[0]):
+                yield piece
+        if rest := pieces.finish():
+            yield rest
+
+    def engine(self, sampling: Sampling) -> Engine:
+        """Returns the engine that draws answers in this way."""
+        return self._engine.with_sampling(sampling)
+
+    @functools.cached_property
+    def _engine(self) -> Engine:
+        return Engine(self.model, self.params, end_token_ids=self.end_token_ids, sampling=Sampling(), mesh=self.mesh)
+
+    def draw(self, prompts: Sequence[Sequence[int]], num_samples: int, sampling: Sampling) -> Iterator[Drawn]:
+        """Yields answers to prompts of token ids, as `Engine.run` does, in the precision of the model's dtype."""
+        with self._precision():
+            answers = self.engine(sampling).run(prompts, num_samples)
+        while True:
+            with self._precision():
+                drawn = next(answers, None)
+            if drawn is None:
+                return
+            yield drawn
+
+    def answer_of(self, drawn: Drawn, prompt_id: str, row: RowTexts, prompt_ids: Sequence[int]) -> Answer:
+        """Returns an answer as a message.
+
+        Args:
+          row, prompt_ids: the prompt that it answers, and its tokens.
+        """
+        ended = drawn.finish_reason == "stop"
+        content = content_of(row, prompt_ids, drawn.tokens[:-1] if ended else drawn.tokens, self.tokenizer)
+        logp = float(np.sum(np.array(drawn.logps, np.float64)))
+        return Answer(prompt_id, drawn.sample, assistant(content), drawn.tokens, drawn.finish_reason, logp)
+
+    # --- probabilities
+
+    def logps(
+        self,
+        prompt: Text,
+        answer: Text,
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> TokenLogps:
+        """Returns the log-probability of each token of an answer, with the tokens that training would learn.
+
+        Args:
+          prompt: text or messages.
+          answer: the text of the answer, or the messages that answer.
+          tools, template_kwargs: see `generate`.
+
+        Raises:
+          ValueError: the answer cannot be learnt: it is empty, too long for the model, or refused by the template.
+        """
+        side = [assistant(answer)] if isinstance(answer, str) and not isinstance(prompt, str) else answer
+        row = self._row(prompt, tools, template_kwargs)._replace(completions=(side,))
+        (split,) = split_rows([row], self.tokenizer)
+        if isinstance(split, Dropped):
+            raise ValueError(f"the answer cannot be scored: {_why(split)}")
+        (completion,) = split.completions
+        with self._precision():
+            logps = completion_logps(self.model, self.params, self.mesh, split.prompt, completion)
+        decoder = PieceDecoder(self.tokenizer, split.prompt)
+        pieces = [decoder.push(token) for token in completion]
+        pieces[-1] += decoder.finish()
+        return TokenLogps(completion, pieces, logps.tolist())
+
+    def next_tokens(
+        self,
+        prompt: Text,
+        k: int = 10,
+        *,
+        start: str = "",
+        tools: list[dict[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[NextToken]:
+        """Returns the k most probable tokens that an answer begins or continues with, the most probable first.
+
+        Args:
+          prompt: text or messages.
+          k: number of tokens.
+          start: the text with which the answer begins.
+          tools, template_kwargs: see `generate`.
+
+        Raises:
+          ValueError: see `generate`.
+        """
+        if k < 1:
+            raise ValueError(f"k: expected 1 or more tokens, found {k}")
+        ids = self._ids(self._row(prompt, tools, template_kwargs))
+        if start:
+            ids = [*ids, *self.tokenizer.encode_completions([start])[0]]
+        with self._precision():
+            logps = next_logps(self.model, self.params, self.mesh, ids)
+        # Stable, so that tokens of equal probability are in the order of their ids.
+        best = np.argsort(-logps, kind="stable")[:k].tolist()
+        return [NextToken(token, self._piece(ids, token), float(logps[token])) for token in best]
+
+    def _piece(self, context: Sequence[int], token: int) -> str:
+        decoder = PieceDecoder(self.tokenizer, context)
+        return decoder.push(token) + decoder.finish()
+
+    # --- prompts
+
+    def _row(
+        self, prompt: Text, tools: list[dict[str, Any]] | None, template_kwargs: Mapping[str, Any] | None
+    ) -> RowTexts:
+        return RowTexts(prompt, (), "the prompt", tools, template_kwargs)
+
+    def _ids(self, row: RowTexts) -> list[int]:
+        ids = encode_prompt(row, self.tokenizer)
+        if isinstance(ids, Dropped):
+            raise ValueError(f"the prompt cannot be answered: {_why(ids)}")
+        return ids
+
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        # Without this, TPUs multiply float32 in bfloat16 and GPUs in TF32.
+        return jax.default_matmul_precision("float32") if self.dtype == "float32" else contextlib.nullcontext()
+
+
+def _why(dropped: Dropped) -> str:
+    return f"{dropped.reason}: {dropped.detail}" if dropped.detail else dropped.reason

@@ -25,21 +25,26 @@ if TYPE_CHECKING:
         load_config,
     )
     from jdpo.generation.loaded_model import LoadedModel
+    from jdpo.generation.token_logps import NextToken, TokenLogps
+    from jdpo.generation.values import Answer
     from jdpo.losses import dpo_loss, make_dpo_loss
     from jdpo.training.opening import load
     from jdpo.training.run import train
     from jdpo.types import PreferenceBatch
 
 _PUBLIC = {
+    "Answer": "jdpo.generation.values",
     "DPOConfig": "jdpo.config",
     "DatasetConfig": "jdpo.config",
+    "LoadedModel": "jdpo.generation.loaded_model",
     "LoraConfig": "jdpo.config",
     "MeshConfig": "jdpo.config",
+    "NextToken": "jdpo.generation.token_logps",
     "OptimizerConfig": "jdpo.config",
     "PreferenceBatch": "jdpo.types",
     "SFTConfig": "jdpo.config",
+    "TokenLogps": "jdpo.generation.token_logps",
     "dpo_loss": "jdpo.losses",
-    "LoadedModel": "jdpo.generation.loaded_model",
     "load": "jdpo.training.opening",
     "load_config": "jdpo.config",
     "make_dpo_loss": "jdpo.losses",
@@ -47,14 +52,17 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "Answer",
     "DPOConfig",
     "DatasetConfig",
     "LoadedModel",
     "LoraConfig",
     "MeshConfig",
+    "NextToken",
     "OptimizerConfig",
     "PreferenceBatch",
     "SFTConfig",
+    "TokenLogps",
     "__version__",
     "dpo_loss",
     "load",

@@ -24,7 +24,8 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "api.md"
 INTRODUCTION = """\
 # Public API
 
-After reading this page you can call jdpo from your own Python code: start runs, and use its losses in other trainers.
+After reading this page you can call jdpo from your own Python code: start runs, ask models, and use its losses in other
+trainers.
 
 What this page describes is public: the names in `jdpo.__all__` and `jdpo.losses.__all__`. Public are also the keys of
 the configs, the commands with their options and exit codes, and the files of a run. Everything else, in whichever
@@ -36,9 +37,13 @@ This page is written by `scripts/write_api.py` from the code; a test compares th
 SECTIONS = {
     "Runs": ("train", "load_config", "DPOConfig", "SFTConfig"),
     "Groups of keys": ("DatasetConfig", "LoraConfig", "MeshConfig", "OptimizerConfig"),
+    "Asking a model": ("load", "LoadedModel", "Answer", "TokenLogps", "NextToken"),
     "Losses on batches": ("dpo_loss", "make_dpo_loss", "PreferenceBatch"),
 }
 """Heading -> the names of `jdpo` under it."""
+
+METHODS = {"LoadedModel": ("generate", "stream", "logps", "next_tokens")}
+"""Class -> its public methods."""
 
 
 def page() -> str:
@@ -66,7 +71,9 @@ def entry(module: str, name: str, value: Any) -> str:
     if isinstance(value, type) and issubclass(value, Settings):
         first, _, _ = (value.__doc__ or "").partition("\n")
         return f"{heading}\n{first}\n\n{_keys(value)}"
-    return f"{heading}\n```python\n{signature(name, value)}\n```\n\n{prose(inspect.getdoc(value) or '')}"
+    methods = [entry(f"{module}.{name}", one, getattr(value, one)) for one in METHODS.get(name, ())]
+    shown = f"{heading}\n```python\n{signature(name, value)}\n```\n\n{prose(inspect.getdoc(value) or '')}"
+    return "\n".join([shown, *methods])
 
 
 def _keys(cls: type[Settings]) -> str:
@@ -123,6 +130,8 @@ def signature(name: str, value: Any) -> str:
     lines = []
     keyword_only = False
     for parameter in found.parameters.values():
+        if parameter.name == "self":
+            continue
         if parameter.kind is parameter.KEYWORD_ONLY and not keyword_only:
             lines.append("    *,")
             keyword_only = True

@@ -85,6 +85,11 @@ class Answer(NamedTuple):
     finish_reason: FinishReason
     logp: float | None
 
+    @property
+    def text(self) -> str:
+        """The content of the message; empty if there is none, as in a message that only calls tools."""
+        return self.message.get("content") or ""
+
 
 class Unanswered(NamedTuple):
     """An answer that could not be made.

@@ -41,6 +41,7 @@ LISTED = {
     ("docs/lora.md", "from peft import"): "needs PyTorch; tests/models/lora/test_peft_torch.py loads exports with PEFT",
     ("docs/losses.md", "a, b        policy minus"): "explains symbols",
     ("docs/memory.md", "pytest tests/models/test_remat.py"): "is part of this suite",
+    ("docs/pairs.md", "jdpo score gen --by judge:"): "needs a judge; tests/scoring/test_judge.py has one",
     ("docs/quickstart.md", "bash scripts/quickstart.sh\n"): "trains for minutes; tests/quickstart runs it",
     ("docs/quickstart.md", "corpus (frequencies)"): "a diagram",
     ("docs/running.md", "output_dir/"): "lists the files of a run",

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jdpo.cli.commands import export, inspect, pair, quickstart, train
+from jdpo.cli.commands import export, generate, inspect, pair, quickstart, train
 from jdpo.config import (
     FREE_KEYS,
     DatasetConfig,
@@ -259,7 +259,7 @@ def test_tables_of_foreign_keys_name_existing_keys_and_accepted_values() -> None
 
 def test_options_of_other_commands_are_named() -> None:
     parsers = {"inspect": inspect.parser(), "quickstart": quickstart.parser(), "export": export.parser()}
-    parsers["pair"] = pair.parser()
+    parsers |= {"pair": pair.parser(), "generate": generate.parser()}
     parsers["dpo` and `jdpo sft"] = train.parser("dpo")
     options = {command: parser.format_help() for command, parser in parsers.items()}
     for option, command in OTHER_COMMANDS.items():

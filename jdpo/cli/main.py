@@ -21,6 +21,7 @@ COMMANDS = {
     "dpo": ("jdpo.cli.commands.train", "train a model on preference pairs: DPO and related losses"),
     "inspect": ("jdpo.cli.commands.inspect", "show what a run would train on, before it trains"),
     "reference": ("jdpo.cli.commands.reference", "compute the reference's log-probs once, for all later runs"),
+    "generate": ("jdpo.cli.commands.generate", "draw answers of a model to many prompts"),
     "export": ("jdpo.cli.commands.export", "write a Hugging Face model folder from any checkpoint of a run"),
     "pair": ("jdpo.cli.commands.pair", "make preference pairs of sampled and scored answers"),
     "quickstart": ("jdpo.cli.commands.quickstart", "train a tiny model from scratch and align it, in minutes"),
@@ -35,6 +36,10 @@ ELSEWHERE = {
     "fine-tune": _TRAINING,
     "pretrain": _TRAINING,
     **{loss: f"that is `jdpo dpo --loss_type {loss}`" for loss in LOSSES if loss not in COMMANDS},
+    **dict.fromkeys(
+        ("sample", "answer", "infer", "inference", "predict", "rollout", "ask"),
+        "`jdpo generate MODEL --prompts FILE --output_dir GEN` draws answers of a model",
+    ),
     "merge": "`jdpo export RUN OUT --merge` adds adapters to their base",
     "push": "`jdpo export RUN OUT --push_to_hub OWNER/NAME` uploads a model",
     "config": "`jdpo dpo --print_config` prints the whole config of a run",

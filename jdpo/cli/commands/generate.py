@@ -1,0 +1,338 @@
+"""`jdpo generate MODEL --prompts FILE --output_dir GEN`: answers of a model to many prompts."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from jdpo.cli.parsing import Parser, add_help, spellings
+from jdpo.safe_text import terminal, terminal_lines
+from jdpo.words import figure
+
+if TYPE_CHECKING:
+    from jdpo.generation.answer_manifest import Manifest
+    from jdpo.generation.prompts import Prompts
+    from jdpo.generation.values import Sampling
+    from jdpo.generation.writing import AnswerSource
+
+AXES = ("data", "fsdp", "expert", "tensor")
+
+_MOST_NAMED = 5
+"""Prompts without an answer that are named at the end; all are in the files."""
+
+
+def parser() -> Parser:
+    """Returns the parser of the command."""
+    parser = Parser(
+        "generate",
+        "MODEL --prompts FILE --output_dir GEN [--n N] [--temperature T] ...",
+        "Draws answers of a model to every prompt of a file, and writes them to GEN as shards of about "
+        "--answers_per_shard answers. The command may be stopped at any time: run again with the same options, it "
+        "continues after the last whole shard, and the files are the same as without the stop.",
+    )
+    arguments = parser.add_argument_group("Arguments")
+    options = add_help(parser, keys=False)
+    arguments.add_argument(
+        "model",
+        metavar="MODEL",
+        type=_text,
+        help="A Hugging Face model folder or hub name, a PEFT adapter, the output_dir of a run (the model of a "
+        "finished run, otherwise its newest checkpoint), or checkpoints/STEP of one.",
+    )
+    options.add_argument(
+        "--prompts",
+        required=True,
+        type=_text,
+        metavar="FILE",
+        help="Prompts: a file, folder, URL or hub dataset with rows of any schema that jdpo reads, pairs included; "
+        "answers in it are not used. A repeated prompt is asked once.",
+    )
+    options.add_argument(
+        *spellings("--output_dir"), required=True, type=_text, metavar="GEN", help="The folder to write."
+    )
+    _add_sampling(parser.add_argument_group("Sampling"))
+    _add_prompts(parser.add_argument_group("Prompts"))
+    _add_model(parser.add_argument_group("Model"))
+    options.add_argument(
+        *spellings("--answers_per_shard"),
+        type=int,
+        default=256,
+        metavar="N",
+        help="Answers per file; a kill costs at most these (default: 256).",
+    )
+    return parser
+
+
+def _add_sampling(group: Any) -> None:
+    group.add_argument("--n", type=int, default=1, metavar="N", help="Answers to each prompt (default: 1).")
+    group.add_argument(
+        "--temperature",
+        type=float,
+        default=1.0,
+        metavar="T",
+        help="Divides the logits; 0 always takes the most probable token (default: 1).",
+    )
+    group.add_argument(
+        *spellings("--top_p"),
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="Draw from the smallest set of most probable tokens with at least this probability in all (default: 1, "
+        "all tokens).",
+    )
+    group.add_argument(
+        *spellings("--top_k"),
+        type=int,
+        metavar="K",
+        help="Draw from the K most probable tokens (default: from all).",
+    )
+    group.add_argument(
+        *spellings("--max_new_tokens"),
+        type=int,
+        default=1024,
+        metavar="N",
+        help="Largest number of tokens of an answer, which is cut off there (default: 1024).",
+    )
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="Seed of the draws (default: 0).")
+
+
+def _add_prompts(group: Any) -> None:
+    group.add_argument(
+        "--split",
+        default="train",
+        type=_text,
+        help="Split of a hub dataset; for files a slice such as train[:100] (default: train).",
+    )
+    group.add_argument("--name", type=_text, help="Configuration (subset) of a hub dataset.")
+    group.add_argument(
+        *spellings("--prompts_revision"), type=_text, metavar="REVISION", help="Hub revision of the prompts."
+    )
+    group.add_argument(
+        *spellings("--column_map"),
+        type=_text,
+        metavar="MAP",
+        help="Names of columns, as YAML: from jdpo's to those of the file, such as '{prompt: query}'.",
+    )
+    group.add_argument(
+        *spellings("--num_prompts"), type=int, metavar="N", help="Ask the first N different prompts (default: all)."
+    )
+    group.add_argument(
+        "--system", type=_text, metavar="TEXT", help="System turn of conversations that have none, and of plain text."
+    )
+    group.add_argument(
+        "--chat",
+        action="store_true",
+        help="Make plain text the user turn of a conversation. Without it plain text is continued as it is, without "
+        "the chat template.",
+    )
+
+
+def _add_model(group: Any) -> None:
+    group.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="Dtype of weights and computation (default: auto, float32 on CPU, bfloat16 on TPU and GPU).",
+    )
+    group.add_argument("--revision", type=_text, help="Hub revision of the model.")
+    group.add_argument(
+        *spellings("--chat_template"),
+        type=_text,
+        metavar="TEMPLATE",
+        help="Chat template for a model without one: a Jinja file, or chatml.",
+    )
+    group.add_argument(
+        *spellings("--chat_template_kwargs"),
+        type=_text,
+        metavar="MAP",
+        help="Variables for the chat template, as YAML, such as '{enable_thinking: false}'.",
+    )
+    for axis in AXES:
+        default = -1 if axis == "fsdp" else 1
+        group.add_argument(
+            f"--mesh.{axis}",
+            dest=f"mesh_{axis}",
+            type=int,
+            default=default,
+            metavar="N",
+            help=f"Devices along the axis {axis} of the mesh, as in a run (default: {default}).",
+        )
+
+
+def main(command: str, words: Sequence[str]) -> int:
+    """Runs the command; returns its exit code."""
+    assert command == "generate", command
+    asked = parser().parse_args(words)
+    from jdpo.generation.values import Sampling
+
+    sampling = Sampling(
+        temperature=asked.temperature,
+        top_p=asked.top_p,
+        top_k=asked.top_k,
+        max_new_tokens=asked.max_new_tokens,
+        seed=asked.seed,
+    )
+    with leaving_on_signals():
+        manifest, prompts = _generate(asked, sampling, Path(asked.output_dir))
+    return _report(Path(asked.output_dir), manifest, prompts)
+
+
+def _generate(asked: argparse.Namespace, sampling: Sampling, folder: Path) -> tuple[Manifest, Prompts]:
+    from jdpo.generation.pace import Pace
+    from jdpo.generation.writing import write_answers
+
+    prompts = _read_prompts(asked)
+    for line in prompts.lines():
+        _log(line)
+    pace = Pace(len(prompts.questions) * asked.n, _log)
+    with _source(asked, sampling, prompts, pace) as source:
+        manifest = write_answers(
+            folder,
+            prompts,
+            source,
+            sampling=sampling,
+            num_samples=asked.n,
+            answers_per_shard=asked.answers_per_shard,
+            log=_log,
+            skipped=pace.skip,
+        )
+    return manifest, prompts
+
+
+def _read_prompts(asked: argparse.Namespace) -> Prompts:
+    from jdpo.config import DatasetConfig
+    from jdpo.generation.prompts import read_prompts
+
+    if asked.num_prompts is not None and asked.num_prompts < 1:
+        raise ValueError(f"num_prompts: expected 1 or more, found {asked.num_prompts}")
+    dataset = DatasetConfig(
+        path=asked.prompts,
+        split=asked.split,
+        name=asked.name,
+        revision=asked.prompts_revision,
+        column_map=_mapping(asked.column_map, "--column_map"),
+    )
+    return read_prompts(dataset, num_prompts=asked.num_prompts, system=asked.system, chat=asked.chat)
+
+
+@contextlib.contextmanager
+def _source(
+    asked: argparse.Namespace, sampling: Sampling, prompts: Prompts, on_answer: Callable[[int], None]
+) -> Iterator[AnswerSource]:
+    """Opens the model; while the block runs, compiled programs are kept for later runs."""
+    _refuse_clusters()
+    from jdpo.config import MeshConfig
+    from jdpo.data.prepared.prepare import cache_folder
+    from jdpo.generation.model_source import ModelSource
+    from jdpo.training.opening import load
+    from jdpo.training.setup.numerics import persistent_cache
+
+    with persistent_cache(cache_folder(None) / "programs"):
+        model = load(
+            asked.model,
+            dtype=asked.dtype,
+            mesh=MeshConfig(**{axis: getattr(asked, f"mesh_{axis}") for axis in AXES}),
+            revision=asked.revision,
+            chat_template=asked.chat_template,
+            chat_template_kwargs=_mapping(asked.chat_template_kwargs, "--chat_template_kwargs"),
+        )
+        for note in model.tokenizer.notes:
+            _log(f"tokenizer: {note}")
+        _log(f"model: {model.name}, {model.dtype}, on {figure(model.mesh.size, 'device')}")
+        plain = sum(isinstance(question.prompt, str) for question in prompts.questions)
+        if plain and model.tokenizer.has_chat_template:
+            _log(
+                f"note: {figure(plain, 'prompt')} in plain text: the chat template is not applied to them; --chat "
+                "makes each the user turn of a conversation"
+            )
+        yield ModelSource(model, sampling, on_answer)
+
+
+def _refuse_clusters() -> None:
+    from jdpo.processes.detection import find_cluster
+
+    found = find_cluster(os.environ)
+    if found is not None and found.num_processes > 1:
+        raise ValueError(
+            f"jdpo generate runs in one process, and this one is one of {found.num_processes} ({found.source}). Start "
+            "it once, on one host; or give each process a --split and an --output_dir of its own, and set "
+            "JAX_NUM_PROCESSES=1"
+        )
+
+
+@contextlib.contextmanager
+def leaving_on_signals() -> Iterator[None]:
+    """While entered, SIGTERM and SIGHUP end the command in order, with the exit code 128 + signal, as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+
+    def leave(signum: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + signum)
+
+    before = {one: signal.signal(one, leave) for one in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            _log("stopped; the same command continues after the last whole shard")
+        raise
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+
+def _report(folder: Path, manifest: Manifest, prompts: Prompts) -> int:
+    """Logs what is in the folder; returns the exit code."""
+    from jdpo.generation.answer_files import read_answers, read_unanswered
+
+    cut = sum(answer.finish_reason == "length" for answer in read_answers(folder).answers)
+    if cut:
+        _log(f"{cut:,} of {figure(manifest.num_answers, 'answer')} are cut off at max_new_tokens")
+    origins = {question.prompt_id: question.origin for question in prompts.questions}
+    for reason, count in manifest.unanswered.items():
+        missing = (one for number in range(len(manifest.shards)) for one in read_unanswered(folder, number))
+        named = dict.fromkeys(origins[one.prompt_id] for one in missing if one.reason == reason)
+        shown = ", ".join([*named][:_MOST_NAMED]) + (" ..." if len(named) > _MOST_NAMED else "")
+        _log(f"{figure(count, 'answer')} missing: {reason} ({figure(len(named), 'prompt')}: {shown})")
+    print(f"done: {figure(manifest.num_answers, 'answer')} in {terminal(folder)}", flush=True)
+    again = sum(shard.again for shard in manifest.shards)
+    if again:
+        _log(f"the same command asks again for {figure(again, 'answer')} of these")
+    return 1 if again else 0
+
+
+def _mapping(text: str | None, option: str) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    import yaml
+
+    from jdpo.config.yaml_text import load_yaml
+
+    try:
+        found = load_yaml(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{option}: expected a mapping in YAML, such as '{{prompt: query}}': {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{option}: expected a mapping in YAML, such as '{{prompt: query}}', found {text!r}")
+    return found
+
+
+def _text(word: str) -> str:
+    """Refuses an empty word, which as a path would be the current folder."""
+    if not word.strip():
+        raise argparse.ArgumentTypeError("it is empty; is a variable of the shell not set?")
+    return word
+
+
+def _log(text: str) -> None:
+    import sys
+
+    print(terminal_lines(text), file=sys.stderr, flush=True)

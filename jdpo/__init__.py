@@ -24,8 +24,8 @@ if TYPE_CHECKING:
         SFTConfig,
         load_config,
     )
+    from jdpo.generation.asking.token_logps import NextToken, TokenLogps
     from jdpo.generation.loaded_model import LoadedModel
-    from jdpo.generation.token_logps import NextToken, TokenLogps
     from jdpo.generation.values import Answer
     from jdpo.losses import dpo_loss, make_dpo_loss
     from jdpo.training.opening import load
@@ -39,11 +39,11 @@ _PUBLIC = {
     "LoadedModel": "jdpo.generation.loaded_model",
     "LoraConfig": "jdpo.config",
     "MeshConfig": "jdpo.config",
-    "NextToken": "jdpo.generation.token_logps",
+    "NextToken": "jdpo.generation.asking.token_logps",
     "OptimizerConfig": "jdpo.config",
     "PreferenceBatch": "jdpo.types",
     "SFTConfig": "jdpo.config",
-    "TokenLogps": "jdpo.generation.token_logps",
+    "TokenLogps": "jdpo.generation.asking.token_logps",
     "dpo_loss": "jdpo.losses",
     "load": "jdpo.training.opening",
     "load_config": "jdpo.config",

@@ -19,10 +19,10 @@ from jdpo.data.tokens.boundaries import split_rows
 from jdpo.data.tokens.prompt_tokens import encode_prompt
 from jdpo.data.tokens.row_rendering import RowTexts
 from jdpo.data.tokens.tokenizer import Tokenizer
-from jdpo.generation.answer_text import PieceDecoder, content_of
+from jdpo.generation.asking.answer_text import PieceDecoder, content_of
+from jdpo.generation.asking.token_logps import NextToken, TokenLogps, completion_logps, next_logps
 from jdpo.generation.engine import Drawn, Engine
 from jdpo.generation.prompts import make_question
-from jdpo.generation.token_logps import NextToken, TokenLogps, completion_logps, next_logps
 from jdpo.generation.values import Answer, Sampling
 from jdpo.models.transformer import Params, Transformer, Weights
 from jdpo.types import Message, Text

@@ -230,7 +230,7 @@ def _source(
     _refuse_clusters()
     from jdpo.config import MeshConfig
     from jdpo.data.prepared.prepare import cache_folder
-    from jdpo.generation.model_source import ModelSource
+    from jdpo.generation.asking.model_source import ModelSource
     from jdpo.training.opening import load
     from jdpo.training.setup.numerics import persistent_cache
 

@@ -24,7 +24,7 @@ def content(reply: dict[str, Any]) -> str:
 
 def ask(server: ChatServer, requests: list[Request], **settings: Any) -> tuple[list[str | Failure], ServerClient]:
     with ServerClient(ServerSettings(url=server.url, **{**QUICK, **settings})) as client:
-        return client.run(client.ask(request, content) for request in requests), client
+        return client.ask_all(requests, content), client
 
 
 def in_turn(*replies: Reply) -> Any:

@@ -257,7 +257,10 @@ class _Writing:
 
     def _with_old(self, number: int, fresh: Sequence[Answer | Unanswered]) -> list[Answer | Unanswered]:
         """Returns the results of a shard of which some questions were asked again."""
-        old: list[Answer | Unanswered] = [*read_shard(self.folder, self.shards[shard_name(number)]), *read_unanswered(self.folder, number)]
+        old: list[Answer | Unanswered] = [
+            *read_shard(self.folder, self.shards[shard_name(number)]),
+            *read_unanswered(self.folder, number),
+        ]
         ids = {one.prompt_id for one in fresh}
         places = {question.prompt_id: place for place, question in enumerate(self.parts[number])}
         results: list[Answer | Unanswered] = [*fresh, *(one for one in old if one.prompt_id not in ids)]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from jdpo.generation.server_client import Failure, Request, ServerClient, ServerSettings
+from jdpo.generation.servers.server_client import Failure, Request, ServerClient, ServerSettings
 from tests.chat_server import DROP, HANG, ChatServer, Fault, Raw, Reply, serving_chat
 
 QUICK = {"timeout": 5.0, "backoff": 0.001, "concurrency": 4}

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Self
 
-from jdpo.generation.server_client import Failure, Request, ServerClient, ServerSettings, UnreadableReplyError
+from jdpo.generation.servers.server_client import Failure, Request, ServerClient, ServerSettings, UnreadableReplyError
 from jdpo.generation.values import Answer, FinishReason, Question, Sampling, Unanswered
 from jdpo.words import figure
 

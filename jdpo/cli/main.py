@@ -24,6 +24,8 @@ COMMANDS = {
     "generate": ("jdpo.cli.commands.generate", "draw answers of a model to many prompts"),
     "export": ("jdpo.cli.commands.export", "write a Hugging Face model folder from any checkpoint of a run"),
     "pair": ("jdpo.cli.commands.pair", "make preference pairs of sampled and scored answers"),
+    "eval": ("jdpo.cli.commands.eval", "evaluate a model on held-out pairs and facts"),
+    "compare": ("jdpo.cli.commands.compare", "show what changed between models, with intervals"),
     "quickstart": ("jdpo.cli.commands.quickstart", "train a tiny model from scratch and align it, in minutes"),
     "completion": ("jdpo.cli.commands.completion", "print a script that completes jdpo's command lines in your shell"),
 }
@@ -42,6 +44,8 @@ ELSEWHERE = {
     ),
     "merge": "`jdpo export RUN OUT --merge` adds adapters to their base",
     "push": "`jdpo export RUN OUT --push_to_hub OWNER/NAME` uploads a model",
+    "evaluate": "`jdpo eval MODEL --pairs FILE` evaluates a model on held-out pairs",
+    "diff": "`jdpo compare BEFORE AFTER` shows what changed between two models",
     "config": "`jdpo dpo --print_config` prints the whole config of a run",
     "help": "`jdpo --help` lists the commands, `jdpo dpo --help` the keys of one",
     "dry_run": "`jdpo dpo ... --dry_run` checks a run without training",

@@ -80,8 +80,15 @@ class Figure:
 
     @property
     def finding(self) -> Finding | None:
-        """What the interval says: unclear if it contains `neutral`; None for a figure that is not tested."""
-        low, high = self.tested.low, self.tested.high
+        """What the interval over all rows says; see `finding_of`."""
+        return self.finding_of(self.all)
+
+    def finding_of(self, values: Values) -> Finding | None:
+        """Returns what an interval says of these values, such as those of one dataset.
+
+        It is unclear if the interval contains `neutral`; None for a figure that is not tested.
+        """
+        _, low, high = values.after if values.difference is None else values.difference
         if self.neutral is None:
             return None
         if low is None or high is None or low <= self.neutral <= high:
@@ -171,8 +178,8 @@ class Comparison:
     Attributes:
       figures: by name, in the order in which they are shown.
       facts: all of them, those that fell most first.
-      rows: columns of equal length, one value per held-out pair: dataset, origin, lengths, log-probs and margin.
-        They are in rows.parquet, and not in `compare.json`.
+      answers: at most a few hundred, of `num_answers`.
+      rows: the lines of rows.parquet, which are not in `compare.json`.
     """
 
     after: ComparedModel
@@ -182,7 +189,7 @@ class Comparison:
     facts: Sequence[ComparedFact] = ()
     answers: Sequence[AnswersSideBySide] = ()
     num_answers: int = 0
-    rows: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    rows: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,18 +216,19 @@ def as_json(document: CompareDocument, version: str) -> dict[str, Any]:
     Args:
       version: of jdpo.
     """
-    found: dict[str, Any] = {"jdpo": version, "version": DOCUMENT_VERSION, **_plain(document)}
+    found: dict[str, Any] = {"jdpo": version, "version": DOCUMENT_VERSION, **plain_values(document)}
     return found
 
 
-def _plain(value: Any) -> Any:
+def plain_values(value: Any) -> Any:
+    """Returns dataclasses and estimates as JSON has them, without the fields in NOT_IN_JSON."""
     if isinstance(value, Estimate):
         return dict(zip(("value", "low", "high"), value, strict=True))
     if dataclasses.is_dataclass(value):
         own = {one.name: getattr(value, one.name) for one in dataclasses.fields(value) if one.name not in NOT_IN_JSON}
         if isinstance(value, Figure):
             own["finding"] = value.finding
-        return _plain(own)
+        return plain_values(own)
     if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+        return {str(key): plain_values(inner) for key, inner in value.items()}
+    return [plain_values(inner) for inner in value] if isinstance(value, list | tuple) else value

@@ -23,7 +23,7 @@ from jdpo.comparison.compare_document import (
     Unit,
     Values,
 )
-from jdpo.comparison.compare_plots import IntervalBar, Plot, calibration_plot, interval_bar, reach_of, tested
+from jdpo.comparison.compare_plots import IntervalBar, Plot, calibration_plot, interval_bar, reach_of
 from jdpo.comparison.word_diff import Piece, word_diff
 from jdpo.durable import write_durably
 from jdpo.words import figure as counted
@@ -152,23 +152,9 @@ def _row(figure: Figure, values: Values, label: str, reach: float, *, is_dataset
             figure_words.interval_words(change, unit, signed=True),
         ),
         bar=None if figure.neutral is None else interval_bar(values, figure.neutral, reach),
-        finding=_finding(figure, values),
+        finding=figure.finding_of(values) or "",
         notes=notes,
     )
-
-
-def _finding(figure: Figure, values: Values) -> str:
-    """Returns the finding of a figure; of one dataset, too, by the same rule."""
-    if values is figure.all:
-        return figure.finding or ""
-    low, high = tested(values)[1:]
-    if figure.neutral is None:
-        return ""
-    if low is None or high is None or low <= figure.neutral <= high:
-        return "unclear"
-    if figure.better == "neither":
-        return "changed"
-    return "better" if (low > figure.neutral) == (figure.better == "up") else "worse"
 
 
 def _safe(value: Any) -> Any:

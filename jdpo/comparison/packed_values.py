@@ -5,6 +5,7 @@ Axes: b pairs, f completions, t tokens of a completion; r rows of a micro-batch,
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -44,6 +45,12 @@ class OnDevice(Protocol):
     def params(self) -> Any: ...
     @property
     def mesh(self) -> Mesh: ...
+
+
+def precision(loaded: OnDevice) -> contextlib.AbstractContextManager[Any]:
+    """Computes float32 models in float32; accelerators would multiply in fewer bits."""
+    is_float32 = jnp.dtype(loaded.model.compute_dtype) == jnp.float32
+    return jax.default_matmul_precision("float32") if is_float32 else contextlib.nullcontext()
 
 
 def pair_logps(loaded: OnDevice, data: PreparedData[AnyPair], progress: Progress) -> np.ndarray:
@@ -97,9 +104,9 @@ def completion_divergences(
     part, sizes = range(len(rows)), item_sizes(rows)
     found: dict[int, Divergences] = {}
     for indices, batch, both in scorer.run(scorer.plan(rows, sizes, [part]), part):
-        split = (sides_of_rows(rows, batch, values, num_sides=1) for values in both)
-        for (index, (_, (forward,))), (_, (backward,)) in zip(*(one.items() for one in split), strict=True):
-            found[index] = Divergences(forward, backward)
+        forward, backward = (sides_of_rows(rows, batch, values, num_sides=1) for values in both)
+        for index, (_, (of_first,)) in forward.items():
+            found[index] = Divergences(of_first, backward[index][1][0])
         progress(len(indices))
     return [found[row] for row in part]
 

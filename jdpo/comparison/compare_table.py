@@ -1,0 +1,84 @@
+"""A comparison in the terminal: the verdict, then a table of figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from jdpo.comparison.compare_document import SECTIONS, CompareDocument, Comparison, Figure, Values
+from jdpo.comparison.figure_words import change_words, interval_words, unit_words, value_words
+from jdpo.safe_text import terminal, terminal_lines
+
+_STYLES = {"better": "green", "worse": "red", "changed": "cyan", "unclear": "dim", None: ""}
+_VERDICTS = {
+    "better": "Better",
+    "worse": "Worse",
+    "changed": "Different",
+    "unclear": "Cannot be told from this data",
+}
+MOST_FACTS = 10
+
+
+def print_comparison(document: CompareDocument, console: Console) -> None:
+    """Prints a comparison."""
+    for comparison in document.comparisons:
+        console.print()
+        console.print(
+            Text(f"{terminal(comparison.after.name)} compared with {terminal(document.before.name)}", style="bold")
+        )
+        _print_verdict(comparison, console)
+        console.print(figure_table(comparison.figures.values()))
+        _print_facts(comparison, console)
+    for warning in document.warnings:
+        console.print(Text(f"note: {terminal_lines(warning)}", style="yellow"))
+
+
+def _print_verdict(comparison: Comparison, console: Console) -> None:
+    for kind, title in _VERDICTS.items():
+        if sentences := getattr(comparison.verdict, kind):
+            console.print(Text(title, style=_STYLES[kind]))
+            for sentence in sentences:
+                console.print(Text(f"  {terminal_lines(sentence)}"))
+
+
+def figure_table(figures: Iterable[Figure]) -> Table:
+    """Returns the table of figures, those of a dataset under those of all rows."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title, justify in (("figure", "left"), ("before", "right"), ("after", "right"), ("change", "right")):
+        table.add_column(title, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    table.add_column("95 % interval", overflow="fold")
+    figures = list(figures)
+    for section, title in SECTIONS.items():
+        of_section = [figure for figure in figures if figure.section == section]
+        if of_section:
+            table.add_row(Text(title, style="bold"))
+        for figure in of_section:
+            unit = unit_words(figure)
+            table.add_row(*_cells(figure, figure.all, f"  {figure.title}{f' ({unit})' if unit else ''}"))
+            for label, values in figure.datasets.items():
+                table.add_row(*_cells(figure, values, f"    {terminal(label)}"))
+    return table
+
+
+def _cells(figure: Figure, values: Values, label: str) -> list[Text]:
+    unit, change = figure.unit, values.difference
+    style = _STYLES[figure.finding_of(values)]
+    return [
+        Text(label),
+        Text("" if values.before is None else value_words(values.before.value, unit)),
+        Text(value_words(values.after.value, unit)),
+        Text("" if change is None else change_words(change.value, unit), style=style),
+        Text(interval_words(change or values.after, unit, signed=change is not None), style=style),
+    ]
+
+
+def _print_facts(comparison: Comparison, console: Console) -> None:
+    fell = [fact for fact in comparison.facts if fact.fell]
+    for fact in fell[:MOST_FACTS]:
+        question, answer = terminal(fact.question), terminal(fact.answer)
+        console.print(Text(f"  fell: {question} {answer}: {100 * fact.before:.1f} % to {100 * fact.after:.1f} %"))
+    if len(fell) > MOST_FACTS:
+        console.print(Text(f"  and {len(fell) - MOST_FACTS:,} more facts in compare.json"))

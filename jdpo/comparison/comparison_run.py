@@ -1,0 +1,274 @@
+"""The comparison of a model before with one or more models after, from files to a document."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jdpo.comparison.compare_document import (
+    AnswerShown,
+    AnswersSideBySide,
+    CompareDocument,
+    Comparison,
+    Figure,
+)
+from jdpo.comparison.figures.answer_figures import AnswerPair, answer_figures, text_of
+from jdpo.comparison.figures.divergence_figures import Distances, distances_of, divergence_figures
+from jdpo.comparison.figures.fact_figures import compared_facts, fact_figures
+from jdpo.comparison.figures.pair_figures import PairRows, calibration_bins, length_rule, pair_figures
+from jdpo.comparison.figures.win_figures import Won, win_rates
+from jdpo.comparison.judging import judge_pairs
+from jdpo.comparison.measuring import Log, Material, Measured, aligned, measure
+from jdpo.comparison.sentences import verdict_of
+from jdpo.config import CONFIGS, load_config
+from jdpo.generation.loaded_model import LoadedModel
+from jdpo.generation.values import Answer, Question
+from jdpo.scoring.scorers import By
+from jdpo.training.run_record import RunRecord
+from jdpo.types import CHOSEN, REJECTED, Text
+
+MOST_ANSWERS = 300
+"""`compare.json` holds the answers to about this many prompts; the folders of answers hold all."""
+
+BETA = 0.1
+"""Beta of the implicit reward of a model that is not a run of `jdpo dpo`; the default of training."""
+
+
+def beta_of(model: str) -> float | None:
+    """Returns beta of the run of `jdpo dpo` that a model comes from; None if it comes from another place.
+
+    Args:
+      model: the folder of a run, of one of its steps, or of the model that it exported.
+    """
+    path = Path(model).expanduser().absolute()
+    run = next((folder for folder in (path, *path.parents[:2]) if (folder / "run.json").is_file()), None)
+    if run is None or RunRecord.read(run / "run.json").command != "dpo":
+        return None
+    config: Any = load_config(CONFIGS["dpo"], run / "resolved_config.yaml", [])
+    return float(config.beta)
+
+
+Load = Callable[[str], LoadedModel]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareSettings:
+    """What to compare.
+
+    Attributes:
+      before, afters: models, as `jdpo.load` takes them.
+      material: what they are given.
+      output_dir: where answers, verdicts and results are written.
+      betas: beta of the implicit reward of each model after.
+      by, scorer_options: what decides which answer wins; None: nothing is judged.
+      described: what was asked for, for the document.
+    """
+
+    before: str
+    afters: Sequence[str]
+    material: Material
+    output_dir: Path
+    betas: Sequence[float]
+    by: By | None = None
+    scorer_options: Mapping[str, Any] = field(default_factory=dict)
+    described: Mapping[str, Any] = field(default_factory=dict)
+
+
+class _Pair(NamedTuple):
+    """What was computed with both models at hand."""
+
+    before: Measured
+    after: Measured
+    distances: Distances
+
+
+def compare(settings: CompareSettings, load: Load, log: Log) -> CompareDocument:
+    """Compares models.
+
+    At most two models are in memory at once, and one if there are no prompts.
+
+    Args:
+      load: opens a model.
+      log: receives lines for the user.
+
+    Raises:
+      ValueError: a model or a file cannot be read, or output_dir holds answers that were made in another way.
+    """
+    material, folder = settings.material, settings.output_dir
+    first = load(settings.before)
+    before = measure(first, settings.before, material, folder / "answers-before", log)
+    # Only divergences need both models.
+    held = first if material.prompts is not None else None
+    del first
+    pairs = []
+    for number, path in enumerate(settings.afters, 1):
+        second = load(path)
+        suffix = f"-{number}" if len(settings.afters) > 1 else ""
+        after = measure(second, path, material, folder / f"answers-after{suffix}", log)
+        distances = Distances({}, {}, [])
+        if held is not None and before.answers is not None and after.answers is not None:
+            distances = distances_of(held, second, before.answers, after.answers, log)
+        pairs.append(_Pair(before, after, distances))
+        # Before the next model is loaded, so that there are never three.
+        del second
+    held = None
+    warnings: list[str] = []
+    comparisons = []
+    for number, (pair, beta) in enumerate(zip(pairs, settings.betas, strict=True), 1):
+        suffix = f"-{number}" if len(pairs) > 1 else ""
+        comparison, noted = _compared(pair, beta, settings, folder / f"wins{suffix}", log)
+        comparisons.append(comparison)
+        warnings += [*pair.distances.warnings, *noted]
+    if settings.material.prompts is not None:
+        warnings += _sampling_notes(settings)
+    described = {**settings.described, "betas": list(settings.betas)}
+    return CompareDocument(
+        before=before.model, comparisons=comparisons, settings=described, warnings=list(dict.fromkeys(warnings))
+    )
+
+
+def _sampling_notes(settings: CompareSettings) -> Iterator[str]:
+    sampling = settings.material.sampling
+    if sampling.temperature != 1 or sampling.top_p != 1 or sampling.top_k is not None:
+        yield (
+            "kl is the divergence on answers drawn with another temperature, top_p or top_k than the model's own "
+            "distribution (1, 1, none), so per answer it does not estimate the divergence of the two models"
+        )
+
+
+# --- figures
+
+
+def _compared(
+    pair: _Pair, beta: float, settings: CompareSettings, folder: Path, log: Log
+) -> tuple[Comparison, list[str]]:
+    figures: list[Figure] = []
+    warnings: list[str] = []
+    lines: list[Mapping[str, Any]] = []
+    bins, facts = [], []
+    if pair.before.pairs is not None and pair.after.pairs is not None:
+        rows, noted = aligned(pair.before.pairs, pair.after.pairs)
+        figures += pair_figures(rows, beta)
+        bins = calibration_bins(rows, beta)
+        warnings += [*noted, f"the length rule of accuracy.length_only prefers the {length_rule(rows)[0]} answer"]
+        lines += _pair_lines(rows, beta)
+    answers, questions = _answer_pairs(pair, warnings)
+    won: dict[tuple[str, int], Won] = {}
+    if answers:
+        figures += [*divergence_figures(pair.distances), *answer_figures(answers)]
+        if settings.by is not None:
+            outcomes = judge_pairs(answers, questions, settings.by, settings.scorer_options, folder, log)
+            rates = win_rates(outcomes)
+            figures, warnings = [*figures, *rates.figures], [*warnings, *rates.warnings]
+            won = {(one.prompt_id, one.sample): one for one in outcomes}
+        lines += _answer_lines(answers, won, pair)
+    if settings.material.facts:
+        probabilities = np.exp(pair.before.facts), np.exp(pair.after.facts)
+        figures += fact_figures(settings.material.facts, *probabilities)
+        facts = compared_facts(settings.material.facts, *probabilities)
+        lines += [{"kind": "fact", **dataclasses.asdict(fact)} for fact in facts]
+    comparison = Comparison(
+        after=pair.after.model,
+        figures={one.name: one for one in figures},
+        verdict=verdict_of(figures, facts),
+        calibration=bins,
+        facts=facts,
+        answers=[_side_by_side(one, questions, won) for one in answers[:MOST_ANSWERS]],
+        num_answers=len(answers),
+        rows=lines,
+    )
+    return comparison, warnings
+
+
+def _answer_pairs(pair: _Pair, warnings: list[str]) -> tuple[list[AnswerPair], dict[str, Question]]:
+    """Returns the answers of both models to the same prompts with the same number."""
+    if pair.before.answers is None or pair.after.answers is None:
+        return [], {}
+    before = {(one.prompt_id, one.sample): one for one in pair.before.answers.answers}
+    found = [
+        AnswerPair(before[key], answer)
+        for answer in pair.after.answers.answers
+        if (key := (answer.prompt_id, answer.sample)) in before
+    ]
+    asked = len(pair.after.answers.questions) * pair.after.answers.manifest.num_samples
+    if missing := asked - len(found):
+        warnings.append(f"{missing:,} of {asked:,} answers are missing from one model, and left out for both")
+    return found, pair.after.answers.questions
+
+
+# --- rows
+
+
+def _pair_lines(rows: PairRows, beta: float) -> Iterator[Mapping[str, Any]]:
+    margins = rows.margins(beta)
+    for index, origin in enumerate(rows.origins):
+        line: dict[str, Any] = {
+            "kind": "pair",
+            "dataset": rows.datasets[int(rows.dataset_of[index])],
+            "origin": origin,
+            "prompt_id": f"{int(rows.prompts[index]):016x}",
+            "margin": float(margins[index]),
+        }
+        for side, name in ((CHOSEN, "chosen"), (REJECTED, "rejected")):
+            line |= {
+                f"{name}_tokens": int(rows.lengths[index, side]),
+                f"{name}_logp_before": float(rows.before[index, side]),
+                f"{name}_logp_after": float(rows.after[index, side]),
+            }
+        yield line
+
+
+def _answer_lines(
+    answers: Sequence[AnswerPair], won: Mapping[tuple[str, int], Won], pair: _Pair
+) -> Iterator[Mapping[str, Any]]:
+    for one in answers:
+        key = (one.after.prompt_id, one.after.sample)
+        line: dict[str, Any] = {"kind": "answer", "prompt_id": key[0], "sample": key[1]}
+        for name, answer, distances in (
+            ("before", one.before, pair.distances.on_before),
+            ("after", one.after, pair.distances.on_after),
+        ):
+            line |= {
+                f"{name}_tokens": None if answer.tokens is None else len(answer.tokens),
+                f"{name}_cut_off": answer.finish_reason == "length",
+                f"{name}_text": text_of(answer),
+            }
+            if (found := distances.get(key)) is not None:
+                line[f"kl_on_{name}"] = float(found.forward.sum(dtype=np.float64))
+                line[f"kl_reverse_on_{name}"] = float(found.backward.sum(dtype=np.float64))
+        line["won"] = won[key].won if key in won else None
+        yield line
+
+
+def _side_by_side(
+    one: AnswerPair, questions: Mapping[str, Question], won: Mapping[tuple[str, int], Won]
+) -> AnswersSideBySide:
+    key = (one.after.prompt_id, one.after.sample)
+    return AnswersSideBySide(
+        prompt_id=key[0],
+        prompt=prompt_text(questions[key[0]].prompt),
+        sample=key[1],
+        before=_shown(one.before),
+        after=_shown(one.after),
+        won=won[key].won if key in won else None,
+    )
+
+
+def prompt_text(prompt: Text) -> str:
+    """Returns a prompt as text; the messages of a conversation after their roles."""
+    if isinstance(prompt, str):
+        return prompt
+    contents = [(message.get("role", ""), message.get("content")) for message in prompt]
+    if len(contents) == 1 and isinstance(contents[0][1], str):
+        return contents[0][1]
+    return "\n".join(f"{role}: {content if isinstance(content, str) else ''}" for role, content in contents)
+
+
+def _shown(answer: Answer) -> AnswerShown:
+    num_tokens = None if answer.tokens is None else len(answer.tokens)
+    return AnswerShown(text=text_of(answer), num_tokens=num_tokens, finish_reason=answer.finish_reason)

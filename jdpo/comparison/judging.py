@@ -1,0 +1,93 @@
+"""Verdicts on the answers of two models to the same prompts, by any scorer of `jdpo score`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jdpo.comparison.figures.answer_figures import AnswerPair, length_of
+from jdpo.comparison.figures.win_figures import Won
+from jdpo.generation.values import Question
+from jdpo.scoring.protocol import Asked, cut
+from jdpo.scoring.score_blocks import score_answers
+from jdpo.scoring.score_files import VERDICTS, answers_digest, read_about, read_scores, read_verdicts
+from jdpo.scoring.scorers import By, make_scorer
+
+BEFORE, AFTER = 0, 1
+"""The sample numbers under which the two answers are scored."""
+
+Log = Callable[[str], None]
+
+
+def judge_pairs(
+    pairs: Sequence[AnswerPair],
+    questions: Mapping[str, Question],
+    by: By,
+    options: Mapping[str, Any],
+    folder: Path,
+    log: Log,
+) -> list[Won]:
+    """Returns who won each pair: by verdict where the scorer compares, else by the larger score.
+
+    Args:
+      questions: by prompt_id.
+      options: of the scorer.
+      folder: where scores and verdicts are kept, so that a command that is killed continues.
+
+    Raises:
+      ValueError: the scorer cannot be made, or the folder holds the work of another one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    outcomes = []
+    # Samples apart: the scorer of one question is to compare these two answers, not those of one model.
+    for sample in sorted({pair.after.sample for pair in pairs}):
+        chosen = [pair for pair in pairs if pair.after.sample == sample]
+        outcomes += _judge(chosen, questions, by, options, folder, f"sample-{sample}", log)
+    return outcomes
+
+
+def _judge(
+    pairs: Sequence[AnswerPair],
+    questions: Mapping[str, Question],
+    by: By,
+    options: Mapping[str, Any],
+    folder: Path,
+    name: str,
+    log: Log,
+) -> list[Won]:
+    asked = [
+        Asked(
+            questions[pair.after.prompt_id],
+            [pair.before._replace(sample=BEFORE), pair.after._replace(sample=AFTER)],
+        )
+        for pair in pairs
+    ]
+    of_asked = {one.question.prompt_id: one.question for one in asked}
+    digest = answers_digest(of_asked, (answer for one in asked for answer in one.answers))
+    blocks = cut(asked)
+    scorer = make_scorer(by, blocks, dict(options))
+    log(f"comparing {len(asked):,} pairs of answers by {by.text}")
+    score_answers(folder, name, scorer, blocks, digest=digest)
+    if read_about(folder, VERDICTS, name) is not None:
+        verdicts = {verdict.prompt_id: verdict for verdict in read_verdicts(folder, name, digest)}
+        won = {"a": 0.0, "b": 1.0, "tie": 0.5}
+        found = []
+        for pair in pairs:
+            verdict = verdicts[pair.after.prompt_id]
+            assert (verdict.a, verdict.b) == (BEFORE, AFTER), verdict
+            firsts = tuple(one == "first" for one in (verdict.first_ab, verdict.first_ba) if one in ("first", "second"))
+            found.append(_won(pair, None if verdict.verdict is None else won[verdict.verdict], firsts))
+        return found
+    scores = read_scores(folder, name, digest).scores
+    return [_won(pair, _by_score(pair, scores), ()) for pair in pairs]
+
+
+def _by_score(pair: AnswerPair, scores: Mapping[tuple[str, int], Any]) -> float | None:
+    before, after = (scores[pair.after.prompt_id, sample].score for sample in (BEFORE, AFTER))
+    return None if before is None or after is None else 0.5 + 0.5 * ((after > before) - (after < before))
+
+
+def _won(pair: AnswerPair, won: float | None, firsts: tuple[bool, ...]) -> Won:
+    longer = length_of(pair.after) - length_of(pair.before)
+    return Won(pair.after.prompt_id, pair.after.sample, won, longer, firsts)

@@ -1,0 +1,70 @@
+"""The verdict in plain sentences, which are chosen and filled in by the numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+
+from jdpo.comparison.compare_document import ComparedFact, Figure, Finding, Values, Verdict
+from jdpo.comparison.figure_words import change_words, interval_words, value_words
+from jdpo.words import figure as counted
+from jdpo.words import listed
+
+MOST_FACTS = 3
+
+
+def verdict_of(figures: Iterable[Figure], facts: Sequence[ComparedFact]) -> Verdict:
+    """Sorts the tested figures into what got better, worse, changed, and what cannot be told."""
+    found: dict[Finding, list[str]] = {"better": [], "worse": [], "changed": [], "unclear": []}
+    for figure in figures:
+        if figure.finding is not None:
+            found[figure.finding].append(_sentence(figure))
+        elif figure.name == "kl":
+            # A distance is never 0 and never good or bad by itself; it is what the rest was paid with.
+            found["changed"].append(_distance(figure))
+        found["worse"] += _worse_datasets(figure)
+    if fell := [fact for fact in facts if fact.fell]:
+        found["worse"].append(_fallen(fell, len(facts)))
+    return Verdict(**found)
+
+
+def _sentence(figure: Figure) -> str:
+    values, unit = figure.all, figure.unit
+    if values.difference is None or values.before is None:
+        equal = f"; two equal models have {value_words(figure.neutral or 0, unit)}"
+        return f"{figure.title}: {value_words(values.after.value, unit)}{_interval(figure, values)}{equal}."
+    before, after = (value_words(one.value, unit) for one in (values.before, values.after))
+    change = change_words(values.difference.value, unit)
+    return f"{figure.title}: from {before} to {after}, {change}{_interval(figure, values)}."
+
+
+def _interval(figure: Figure, values: Values) -> str:
+    is_change = values.difference is not None
+    words = interval_words(values.difference or values.after, figure.unit, signed=is_change)
+    if not words:
+        return " (one prompt alone, so without an interval)"
+    p_value = "" if values.p_value is None else f", p = {values.p_value:.2g}"
+    return f" (95 % interval {words}, {counted(values.num_prompts, 'prompt')}{p_value})"
+
+
+def _distance(figure: Figure) -> str:
+    return (
+        f"{figure.title}: {value_words(figure.all.after.value, figure.unit)} nats per answer"
+        f"{_interval(figure, figure.all)}."
+    )
+
+
+def _worse_datasets(figure: Figure) -> Iterator[str]:
+    """Names datasets that got worse while all rows together did not."""
+    if figure.finding == "worse":
+        return
+    for label, values in figure.datasets.items():
+        if figure.finding_of(values) == "worse":
+            yield _sentence(dataclasses.replace(figure, title=f"{figure.title}, dataset {label}", all=values))
+
+
+def _fallen(fell: Sequence[ComparedFact], num_facts: int) -> str:
+    examples = [f"{fact.answer!r} ({100 * fact.before:.0f} % to {100 * fact.after:.0f} %)" for fact in fell]
+    return f"The right answer lost more than 5 points for {len(fell)} of {counted(num_facts, 'fact')}: " + (
+        listed(examples, MOST_FACTS) + "."
+    )

@@ -1,1 +1,0 @@
-"""Answers from servers with an OpenAI-compatible API."""

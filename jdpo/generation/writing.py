@@ -42,11 +42,17 @@ _SHARD_NAME = re.compile(r"answers-(\d{5,})\.jsonl\.gz")
 class AnswerSource(Protocol):
     """What answers questions: a model in this process, or a server."""
 
-    def answers(self, questions: Sequence[Question], num_samples: int) -> Sequence[Answer | Unanswered]:
+    def answers(
+        self, questions: Sequence[Question], num_samples: int, following: Sequence[Question] = ()
+    ) -> Sequence[Answer | Unanswered]:
         """Returns the answers to the questions of one shard.
 
         They are in the order of the questions, and for each in the order of the samples, 0 to num_samples - 1.
         Unanswered takes the place of an answer that could not be made.
+
+        Args:
+          following: questions of the next calls. A source whose answers do not depend on what is asked together may
+            begin with them, so that it is busy while the last answers of this shard come in.
         """
 
     def describe(self) -> dict[str, Any]:
@@ -197,14 +203,15 @@ class _Writing:
         if kept:
             self.log(f"{self.folder}: {len(kept):,} of {figure(len(self.parts), 'shard')} are there already")
         self.shards = {shard.file: shard for shard in kept.values()}
-        for number, part in enumerate(self.parts):
-            if number not in kept:
-                results = self._checked(part, self.source.answers(part, self.num_samples))
-            elif kept[number].again:
-                results = self._asked_again(number, part)
-            else:
-                continue
-            shard = write_shard(self.folder, number, part, results)
+        todo = {number: questions for number in range(len(self.parts)) if (questions := self._todo(number, kept))}
+        waiting = [question for questions in todo.values() for question in questions]
+        for number, questions in todo.items():
+            if number in kept:
+                self.log(f"asking {figure(len(questions), 'question')} of {shard_name(number)} again")
+            del waiting[: len(questions)]
+            fresh = self._checked(questions, self.source.answers(questions, self.num_samples, waiting))
+            results = self._with_old(number, fresh) if number in kept else fresh
+            shard = write_shard(self.folder, number, self.parts[number], results)
             self.shards[shard.file] = shard
             self._write_manifest()
         return self._write_manifest()
@@ -239,15 +246,23 @@ class _Writing:
         except (ValueError, TypeError):
             return -1
 
-    def _asked_again(self, number: int, part: Sequence[Question]) -> list[Answer | Unanswered]:
-        """Asks those questions of a shard again whose answers may come this time."""
-        missing = read_unanswered(self.folder, number)
-        ids = {one.prompt_id for one in missing if one.again}
-        self.log(f"asking {figure(len(ids), 'question')} of {shard_name(number)} again")
-        asked = [question for question in part if question.prompt_id in ids]
-        fresh = self._checked(asked, self.source.answers(asked, self.num_samples))
-        old: list[Answer | Unanswered] = [*read_shard(self.folder, self.shards[shard_name(number)]), *missing]
-        places = {question.prompt_id: place for place, question in enumerate(part)}
+    def _todo(self, number: int, kept: Mapping[int, Shard]) -> list[Question]:
+        """Returns the questions of a shard that are to be asked: all, or those whose answers may come this time."""
+        if number not in kept:
+            return list(self.parts[number])
+        if not kept[number].again:
+            return []
+        ids = {one.prompt_id for one in read_unanswered(self.folder, number) if one.again}
+        return [question for question in self.parts[number] if question.prompt_id in ids]
+
+    def _with_old(self, number: int, fresh: Sequence[Answer | Unanswered]) -> list[Answer | Unanswered]:
+        """Returns the results of a shard of which some questions were asked again."""
+        old: list[Answer | Unanswered] = [
+            *read_shard(self.folder, self.shards[shard_name(number)]),
+            *read_unanswered(self.folder, number),
+        ]
+        ids = {one.prompt_id for one in fresh}
+        places = {question.prompt_id: place for place, question in enumerate(self.parts[number])}
         results: list[Answer | Unanswered] = [*fresh, *(one for one in old if one.prompt_id not in ids)]
         return sorted(results, key=lambda one: (places[one.prompt_id], one.sample))
 

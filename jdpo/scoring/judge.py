@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from jdpo.generation.server_client import Failure, Request, ServerClient, ServerSettings
+from jdpo.generation.servers.server_client import Failure, Request, ServerClient, ServerSettings
 from jdpo.generation.values import Question
 from jdpo.scoring.score_files import RawVerdict
 from jdpo.types import Message, Text
@@ -126,11 +126,12 @@ class Judge:
         """
         different = [duel for duel in duels if message_text(duel.a) != message_text(duel.b)]
         with ServerClient(self._server) as client:
-            replies = client.run(
-                client.ask(_request(self._rubric, duel.question, *order), _read_verdict)
+            requests = (
+                _request(self._rubric, duel.question, *order)
                 for duel in different
                 for order in ((duel.a, duel.b), (duel.b, duel.a))
             )
+            replies = client.ask_all(requests, _read_verdict)
         self._count(replies, client)
         found = iter([_decided(*replies[at : at + 2]) for at in range(0, len(replies), 2)])
         same = Judged("tie", "tie", "tie")

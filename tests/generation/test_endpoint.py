@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ import pytest
 
 from jdpo.generation.answer_files import read_answers
 from jdpo.generation.answer_manifest import Manifest
-from jdpo.generation.endpoint import EndpointSource
 from jdpo.generation.prompts import Prompts, make_question
-from jdpo.generation.server_client import ServerSettings
+from jdpo.generation.servers.endpoint import EndpointSource
+from jdpo.generation.servers.server_client import ServerSettings
 from jdpo.generation.values import Answer, Question, Sampling, Unanswered
 from jdpo.generation.writing import write_answers
 from tests.chat_server import ChatServer, Fault, Raw, Reply, serving_chat
@@ -172,6 +173,25 @@ def test_what_fails_is_named_and_asked_again_by_the_next_run(tmp_path: Path, cap
     assert manifest.unanswered == whole.unanswered == {"status 400": 2}
     assert manifest.answers_digest == whole.answers_digest
     assert len(read_answers(tmp_path / "a").answers) == 14
+
+
+def test_the_server_is_busy_between_two_shards(tmp_path: Path) -> None:
+    later_has_come = threading.Event()
+
+    def reply(request: dict[str, Any]) -> Reply:
+        text = request["messages"][0]["content"]
+        if text == "2":
+            later_has_come.set()
+        # The first shard is not complete before a question of the second one is asked.
+        return echo(request) if text != "0" or later_has_come.wait(5) else Raw(400, "nothing else has come")
+
+    prompts = Prompts([chat(f"{number}") for number in range(6)], "prompts.jsonl", 6, 0, 0, {}, {})
+    with serving_chat(reply) as server, source_of(server, concurrency=2) as source:
+        manifest = write_answers(
+            tmp_path, prompts, source, sampling=SAMPLING, num_samples=1, answers_per_shard=2, log=lambda text: None
+        )
+    assert (len(manifest.shards), manifest.unanswered) == (3, {})
+    assert len(server.requests) == 6
 
 
 def test_the_manifest_tells_model_and_address_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

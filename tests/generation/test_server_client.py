@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from jdpo.generation.server_client import Failure, Request, ServerClient, ServerSettings
+from jdpo.generation.servers.server_client import Failure, Request, ServerClient, ServerSettings
 from tests.chat_server import DROP, HANG, ChatServer, Fault, Raw, Reply, serving_chat
 
 QUICK = {"timeout": 5.0, "backoff": 0.001, "concurrency": 4}
@@ -24,7 +24,7 @@ def content(reply: dict[str, Any]) -> str:
 
 def ask(server: ChatServer, requests: list[Request], **settings: Any) -> tuple[list[str | Failure], ServerClient]:
     with ServerClient(ServerSettings(url=server.url, **{**QUICK, **settings})) as client:
-        return client.run(client.ask(request, content) for request in requests), client
+        return client.ask_all(requests, content), client
 
 
 def in_turn(*replies: Reply) -> Any:

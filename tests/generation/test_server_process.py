@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from jdpo.generation.server_process import running_server, server_words
+from jdpo.generation.servers.server_process import running_server, server_words
 
 SERVER = """
 import http.server, subprocess, sys
@@ -31,7 +31,7 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[2])), Handler).serve_forever()
 COMMAND = """
 import sys, time
 from pathlib import Path
-from jdpo.generation.server_process import running_server
+from jdpo.generation.servers.server_process import running_server
 
 folder = Path(sys.argv[1])
 command = f"{sys.executable} {folder / 'server.py'} {{model}} {{port}}"

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 import jdpo
-from jdpo.generation.endpoint import EndpointSource
 from jdpo.generation.prompts import make_question
-from jdpo.generation.server_client import ServerSettings
-from jdpo.generation.server_process import running_server
+from jdpo.generation.servers.endpoint import EndpointSource
+from jdpo.generation.servers.server_client import ServerSettings
+from jdpo.generation.servers.server_process import running_server
 from jdpo.generation.values import Answer, Question, Sampling
 
 pytestmark = [pytest.mark.full, pytest.mark.torch]

@@ -27,7 +27,9 @@ class Echo:
     def describe(self) -> dict[str, Any]:
         return {"model": "echo", **self.settings, "about": {"place": id(self)}}
 
-    def answers(self, questions: Sequence[Question], num_samples: int) -> list[Answer | Unanswered]:
+    def answers(
+        self, questions: Sequence[Question], num_samples: int, following: Sequence[Question] = ()
+    ) -> list[Answer | Unanswered]:
         if not self.left:
             raise KeyboardInterrupt
         self.left -= 1
@@ -149,9 +151,9 @@ def test_failures_are_counted_and_asked_again_if_that_may_help(tmp_path: Path) -
 
 def test_two_processes_do_not_write_the_same_folder(tmp_path: Path) -> None:
     class Nested(Echo):
-        def answers(self, questions: Sequence[Question], num_samples: int) -> list[Answer | Unanswered]:
+        def answers(self, *asked: Any) -> list[Answer | Unanswered]:
             with pytest.raises(ValueError, match="another process"):
                 written(tmp_path, Echo())
-            return super().answers(questions, num_samples)
+            return super().answers(*asked)
 
     written(tmp_path, Nested())

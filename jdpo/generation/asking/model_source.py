@@ -54,8 +54,13 @@ class ModelSource:
             description |= {**computed_on, "note": BATCH_NOTE}
         return description
 
-    def answers(self, questions: Sequence[Question], num_samples: int) -> list[Answer | Unanswered]:
-        """Draws `num_samples` answers to each question; one too long for the model has none, with that reason."""
+    def answers(
+        self, questions: Sequence[Question], num_samples: int, following: Sequence[Question] = ()
+    ) -> list[Answer | Unanswered]:
+        """Draws `num_samples` answers to each question; one too long for the model has none, with that reason.
+
+        `following` is not begun: in bfloat16 answers depend on what shares their batch.
+        """
         rows = [RowTexts(one.prompt, (), one.origin, one.tools, one.template_kwargs) for one in questions]
         encoded = [self._encoded(row) for row in rows]
         places = [place for place, ids in enumerate(encoded) if not isinstance(ids, str)]

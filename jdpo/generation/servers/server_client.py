@@ -15,7 +15,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Self, TypeVar
 from urllib.parse import urlsplit
@@ -174,17 +174,32 @@ class ServerClient:
         self._close()
 
     def _close(self) -> None:
-        self._runner.run(self._openai.close())
+        self._runner.run(self._shut())
         self._runner.close()
 
-    def run(self, tasks: Iterable[Awaitable[T]]) -> list[T]:
-        """Runs coroutines that call `ask`; returns their results in the order of the coroutines.
+    async def _shut(self) -> None:
+        pending = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
+        await self._openai.close()
+
+    def run(self, task: Coroutine[Any, Any, T]) -> T:
+        """Runs a coroutine that calls `ask`, and tasks that earlier ones have begun, until the coroutine returns.
 
         Raises:
           ValueError: the server refuses everything, such as an unknown key or model.
           ConnectionError: the server has stopped responding.
         """
-        return self._runner.run(_gather(tasks))
+        return self._runner.run(task)
+
+    def ask_all(self, requests: Iterable[Request], read: Callable[[dict[str, Any]], T]) -> list[T | Failure]:
+        """Sends requests, as `ask` does each; returns what became of them in their order."""
+
+        async def gathered() -> list[T | Failure]:
+            return await asyncio.gather(*(self.ask(request, read) for request in requests))
+
+        return self.run(gathered())
 
     async def ask(self, request: Request, read: Callable[[dict[str, Any]], T]) -> T | Failure:
         """Sends a request, and sends it again while that may help.
@@ -350,17 +365,6 @@ def import_openai() -> Any:
             "asking a server needs the openai package; install it with `pip install 'jdpo[endpoint]'`"
         ) from error
     return openai
-
-
-async def _gather(tasks: Iterable[Awaitable[T]]) -> list[T]:
-    started = [asyncio.ensure_future(task) for task in tasks]
-    try:
-        return await asyncio.gather(*started)
-    except BaseException:
-        for task in started:
-            task.cancel()
-        await asyncio.gather(*started, return_exceptions=True)
-        raise
 
 
 def _json_object(text: str) -> dict[str, Any]:

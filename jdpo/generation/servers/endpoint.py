@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Self
 
-from jdpo.generation.server_client import Failure, Request, ServerClient, ServerSettings, UnreadableReplyError
+from jdpo.generation.servers.server_client import Failure, Request, ServerClient, ServerSettings, UnreadableReplyError
 from jdpo.generation.values import Answer, FinishReason, Question, Sampling, Unanswered
 from jdpo.words import figure
 
@@ -37,6 +38,17 @@ class Choice(NamedTuple):
     logp: float | None
 
 
+class Reply(NamedTuple):
+    """A reply of the server.
+
+    Attributes:
+      num_tokens: of all choices; 0: not known.
+    """
+
+    choices: list[Choice]
+    num_tokens: int
+
+
 class EndpointSource:
     """Asks a server for answers. A context manager, since it holds connections.
 
@@ -47,10 +59,23 @@ class EndpointSource:
       client: the connections, with counts of retries.
     """
 
-    def __init__(self, settings: ServerSettings, sampling: Sampling) -> None:
-        """Opens no connection yet; `ServerClient` says what it raises."""
+    def __init__(
+        self, settings: ServerSettings, sampling: Sampling, on_answer: Callable[[int], None] = lambda num_tokens: None
+    ) -> None:
+        """Opens no connection yet.
+
+        Args:
+          settings: where the server is.
+          sampling: how it is to draw answers.
+          on_answer: called with the number of tokens of each answer as soon as it is there; 0: not known.
+
+        Raises:
+          ValueError: the extra `endpoint` is not installed.
+        """
         self.client = ServerClient(settings)
-        self._sampling = sampling
+        self._sampling, self._on_answer = sampling, on_answer
+        # Questions that have been begun, by prompt_id.
+        self._begun: dict[str, asyncio.Task[list[Choice | Failure]]] = {}
         self._takes_n = True
         self._num_asked = 0
         self._num_identical = 0
@@ -64,6 +89,9 @@ class EndpointSource:
 
     def __exit__(self, *error: object) -> None:
         self.client.__exit__(*error)
+        for task in self._begun.values():
+            if not task.cancelled():
+                task.exception()  # of a question that nobody asks for any more
 
     def describe(self) -> dict[str, Any]:
         """Returns the model's name, and under `about` where the server is and what has been seen of it.
@@ -82,8 +110,13 @@ class EndpointSource:
             }
         return {"served_model": self.client.model, "about": about}
 
-    def answers(self, questions: Sequence[Question], num_samples: int) -> list[Answer | Unanswered]:
+    def answers(
+        self, questions: Sequence[Question], num_samples: int, following: Sequence[Question] = ()
+    ) -> list[Answer | Unanswered]:
         """Asks for `num_samples` answers to each question.
+
+        Args:
+          following: questions of the next calls; some of them are asked already, so that the server stays busy.
 
         Returns:
           num_samples entries per question, question by question. A question that the server refuses, or cannot
@@ -93,7 +126,7 @@ class EndpointSource:
           ValueError: the server refuses everything, such as an unknown key or model.
           ConnectionError: the server has stopped responding.
         """
-        found = self.client.run(self._all_samples(question, num_samples) for question in questions)
+        found = self.client.run(self._answered(questions, num_samples, following))
         entries: list[Answer | Unanswered] = []
         for question, choices in zip(questions, found, strict=True):
             entries += [self._entry(question, sample, choice) for sample, choice in enumerate(choices)]
@@ -127,16 +160,28 @@ class EndpointSource:
             figure(self._num_asked, "question"),
         )
 
+    async def _answered(
+        self, questions: Sequence[Question], num_samples: int, following: Sequence[Question]
+    ) -> list[list[Choice | Failure]]:
+        # As many as the server works on at a time: what a kill may cost besides this shard.
+        ahead = following[: self.client.settings.concurrency]
+        for question in (*questions, *ahead):  # requests wait for their turn in this order
+            if question.prompt_id not in self._begun:
+                self._begun[question.prompt_id] = asyncio.ensure_future(self._all_samples(question, num_samples))
+        return await asyncio.gather(*(self._begun.pop(question.prompt_id) for question in questions))
+
     async def _all_samples(self, question: Question, num_samples: int) -> list[Choice | Failure]:
         choices: list[Choice | Failure] = []
         while len(choices) < num_samples:
             # Without `n`, one request after the other: other questions fill the server meanwhile.
             wanted = num_samples - len(choices) if self._takes_n else 1
-            got = await self.client.ask(self._request(question, len(choices), wanted), _read_choices)
+            got = await self.client.ask(self._request(question, len(choices), wanted), _read_reply)
             if isinstance(got, Failure):
                 return [*choices, *[got] * (num_samples - len(choices))]
-            self._takes_n = self._takes_n and len(got) >= wanted and "n" not in self.client.not_taken
-            choices += got[:wanted]
+            self._takes_n = self._takes_n and len(got.choices) >= wanted and "n" not in self.client.not_taken
+            choices += got.choices[:wanted]
+            for _ in got.choices[:wanted]:
+                self._on_answer(got.num_tokens // len(got.choices))
         return choices
 
     def _request(self, question: Question, sample: int, num_choices: int) -> Request:
@@ -174,11 +219,13 @@ def request_seed(seed: int, prompt_id: str, sample: int) -> int:
     return int.from_bytes(digest[:4], "big") >> 1
 
 
-def _read_choices(reply: dict[str, Any]) -> list[Choice]:
+def _read_reply(reply: dict[str, Any]) -> Reply:
     choices = sorted(reply["choices"], key=lambda choice: choice.get("index", 0))
     if not choices:
         raise UnreadableReplyError("no choices")
-    return [_read_choice(choice) for choice in choices]
+    usage = reply.get("usage")
+    num_tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
+    return Reply([_read_choice(choice) for choice in choices], num_tokens if isinstance(num_tokens, int) else 0)
 
 
 def _read_choice(choice: dict[str, Any]) -> Choice:

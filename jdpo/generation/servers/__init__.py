@@ -1,0 +1,1 @@
+"""Answers from servers with an OpenAI-compatible API."""

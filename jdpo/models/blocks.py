@@ -1,6 +1,6 @@
 """The decoder's layers: a scanned stack of repeats and an unrolled rest.
 
-Axes: n sequences, t positions, s cache slots, d model, h heads, g key/value heads, k head width, v vocabulary.
+Axes: n sequences, t positions, d model, v vocabulary. With a cache, n is prompts and t the rows of each.
 
 The kinds of layers repeat with a period p. `stack` has num_layers // p repeats of them, each parameter with a leading
 "layers" axis; `rest` has the remaining num_layers % p layers. So the settings of every kind are static under the scan.
@@ -14,15 +14,13 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jdpo.models.attention import LayerCache
 from jdpo.models.experts.routing import MoE
 from jdpo.models.layers import INIT_STDDEV, MLP, Norm, scaled
 from jdpo.models.lookup import lookup
 from jdpo.models.model_config import LayerKind, ModelConfig
 from jdpo.models.remat import REMAT_POLICIES, named_layer_input
-from jdpo.models.self_attention import Attention, AttentionSettings, Context
-
-LayerCache = dict[str, dict[str, jax.Array]]
-"""{"layer_j": {"key": [.., n, s, g, k], "value": the same}}, with a leading repeats axis in the stack."""
+from jdpo.models.self_attention import Attention, AttentionSettings, Context, LayerKeys
 
 
 class DecoderLayer(nn.Module):
@@ -36,12 +34,12 @@ class DecoderLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_ntd: jax.Array, cache: dict[str, jax.Array] | None, context: Context
-    ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
+        self, x_ntd: jax.Array, cache: LayerCache | None, context: Context
+    ) -> tuple[jax.Array, LayerCache | LayerKeys | None]:
         config, dtypes = self.config, (self.compute_dtype, self.param_dtype)
         x_ntd = named_layer_input(x_ntd)
         attend = Attention(config, self.kind, *dtypes, self.attention, name="attention")
-        attended, cache = attend(self._norm("before", "attention_norm", x_ntd), cache, context)
+        attended, kept = attend(self._norm("before", "attention_norm", x_ntd), cache, context)
         attended = self._norm("after", "attention_post_norm", attended)
         # Constrained after every branch: left to itself, XLA may split the stream along d like the weights.
         after_ntd = constrain_stream(x_ntd + scaled(attended, config.residual_scale))
@@ -49,14 +47,13 @@ class DecoderLayer(nn.Module):
         read_ntd = x_ntd if config.parallel_residual else after_ntd
         widened = self._mlp(self._norm("before", "mlp_norm", read_ntd), context)
         widened = self._norm("after", "mlp_post_norm", widened)
-        return constrain_stream(after_ntd + scaled(widened, config.residual_scale)), cache
+        return constrain_stream(after_ntd + scaled(widened, config.residual_scale)), kept
 
     def _mlp(self, x_ntd: jax.Array, context: Context) -> jax.Array:
         config, dtypes = self.config, (self.compute_dtype, self.param_dtype)
         if self.kind.mlp == "dense":
             return MLP(config, *dtypes, name="mlp")(x_ntd)
         assert config.moe is not None
-        assert context.token_weights is not None
         return MoE(config.moe, config.d_model, config.activation, *dtypes, name="mlp")(x_ntd, context.token_weights)
 
     def _norm(self, placement: str, name: str, x_ntd: jax.Array) -> jax.Array:
@@ -80,20 +77,20 @@ class LayerGroup(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_ntd: jax.Array, cache: LayerCache | None, context: Context
-    ) -> tuple[jax.Array, LayerCache | None]:
+        self, x_ntd: jax.Array, caches: dict[str, LayerCache] | None, context: Context
+    ) -> tuple[jax.Array, dict[str, LayerCache | LayerKeys | None]]:
         layer_class: Any = DecoderLayer
         if self.remat != "none":
             # Within a scan the loop itself keeps XLA from merging the recomputation with the forward pass.
             policy = REMAT_POLICIES[self.remat]
             layer_class = nn.remat(DecoderLayer, policy=policy, prevent_cse=not self.scanned)
         # Each layer is rematerialized on its own, so the backward pass holds the inner values of one layer at a time.
-        new_cache: LayerCache = {}
+        kept: dict[str, LayerCache | LayerKeys | None] = {}
         for index, kind in enumerate(self.kinds):
             name = f"layer_{index}"
             layer = layer_class(self.config, kind, self.compute_dtype, self.param_dtype, self.attention, name=name)
-            x_ntd, new_cache[name] = layer(x_ntd, None if cache is None else cache[name], context)
-        return x_ntd, None if cache is None else new_cache
+            x_ntd, kept[name] = layer(x_ntd, None if caches is None else caches[name], context)
+        return x_ntd, kept
 
 
 class Embedding(nn.Module):

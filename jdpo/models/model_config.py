@@ -122,6 +122,11 @@ class ModelConfig:
         return tuple(kind.window for kind in self.layers)
 
     @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The distinct windows of the layers, in order of first appearance."""
+        return tuple(dict.fromkeys(self.layer_windows))
+
+    @property
     def ropes(self) -> tuple[RopeConfig, ...]:
         """The distinct ropes of the layers, in order of first appearance."""
         return tuple(dict.fromkeys(kind.rope for kind in self.layers if kind.rope is not None))

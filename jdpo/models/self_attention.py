@@ -1,22 +1,26 @@
-"""Self-attention of a layer, over padded rows, packed rows, or a cache.
+"""Self-attention of a layer, over padded rows, packed rows, prompts, or a cache.
 
-Axes: n sequences, t positions, s cache slots, d model, h heads, g key/value heads, k head width.
+Axes: n sequences, t positions, p prompts, r rows of a prompt, d model, h heads, g key/value heads, k head width.
 """
 
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+from einops import rearrange
 from flax import linen as nn
 
 from jdpo.models.attention import (
+    LayerCache,
+    VisibleSlots,
+    cached_attention,
     causal_attention,
     choose_attention,
     dot_product_attention,
     sharded_causal_attention,
+    write_tails,
 )
 from jdpo.models.layers import Norm, Projection
 from jdpo.models.mesh_axes import mesh_axes
@@ -28,17 +32,39 @@ from jdpo.models.rope import RopeTables, apply_rope
 class Context(NamedTuple):
     """Inputs that all layers share.
 
-    Attention is given either by `packed`, for flat rows, or by positions and masks. `ropes` has the tables of
-    `ModelConfig.ropes`, in the same order.
+    Attention is given by one of `positions` and `mask` (padded rows), `packed` (flat rows), `lengths` (prompts, whose
+    keys and values are kept) and `tails` (with a cache).
+
+    Attributes:
+      ropes: the tables of `ModelConfig.ropes`, in the same order.
+      token_weights: [n, t], weights of tokens in a router's statistics; 0 on padding.
+      positions, mask: int and bool [n, t].
+      lengths: int [n], of right-padded prompts.
     """
 
     ropes: tuple[RopeTables, ...]
-    query_positions: jax.Array | None
-    key_positions: jax.Array | None
-    key_mask: jax.Array | None
-    token_weights: jax.Array | None = None  # [n, t], weights of tokens in a router's statistics; 0 on padding
-    write_index: jax.Array | None = None  # None without a cache
+    token_weights: jax.Array
+    positions: jax.Array | None = None
+    mask: jax.Array | None = None
     packed: PackedSequences | None = None
+    lengths: jax.Array | None = None
+    tails: Tails | None = None
+
+
+class Tails(NamedTuple):
+    """What a token of every answer writes and sees.
+
+    Attributes:
+      slot: int [p, r], the slot of the tail that is written.
+      visible: for each of `ModelConfig.windows`, the slots that the token sees.
+    """
+
+    slot: jax.Array
+    visible: tuple[VisibleSlots, ...]
+
+
+LayerKeys = tuple[jax.Array, jax.Array]
+"""Keys and values of prompts in one layer, [n, g, t, k] each, as `LayerCache` holds them."""
 
 
 class AttentionSettings(NamedTuple):
@@ -78,8 +104,9 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_ntd: jax.Array, cache: dict[str, jax.Array] | None, context: Context
-    ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
+        self, x_ntd: jax.Array, cache: LayerCache | None, context: Context
+    ) -> tuple[jax.Array, LayerCache | LayerKeys | None]:
+        """Returns the branch's output, and the longer cache or the prompts' keys and values where there are such."""
         config = self.config
         query = self._project(x_ntd, "query", config.num_heads, "heads")
         key = self._project(x_ntd, "key", config.num_kv_heads, "kv_heads")
@@ -91,21 +118,24 @@ class Attention(nn.Module):
             # The tables are computed once per distinct rope, not in every layer.
             tables = context.ropes[config.ropes.index(self.kind.rope)]
             query, key = (apply_rope(x, tables) for x in (query, key))
+        kept: LayerCache | LayerKeys | None = None
+        # Keys are kept after their rotation, so that none is rotated again in a later step.
         if cache is not None:
-            assert context.write_index is not None
-            # New keys and values go to the next free slots of the cache.
-            write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=context.write_index, axis=1)
-            # Keys are cached after their rotation, so that none is rotated again in a later step.
-            key = write(cache["key"], key.astype(cache["key"].dtype))
-            value = write(cache["value"], value.astype(cache["value"].dtype))
-            cache = {"key": key, "value": value}
-        output = self._attend(query, key, value, context)
+            assert context.tails is not None
+            kept = cache = write_tails(cache, key, value, context.tails.slot)
+            visible = context.tails.visible[config.windows.index(self.kind.window)]
+            softcap, scale = config.attention_softcap, config.attention_scale
+            output = cached_attention(query, cache, visible, softcap=softcap, scale=scale)
+        else:
+            output = self._attend(query, key, value, context)
+            if context.lengths is not None:
+                kept = rearrange(key, "n t g k -> n g t k"), rearrange(value, "n t g k -> n g t k")
         shape, axes = (config.num_heads, config.head_dim, config.d_model), ("heads", "head_dim", "embed")
         # Heads and head width are contracted together, without a reshape that would hide the sharded axis.
         project = Projection(
             "nthk,hkd->ntd", shape, axes, self.compute_dtype, self.param_dtype, 2, config.o_bias, name="output"
         )
-        return project(output), cache
+        return project(output), kept
 
     def _attend(self, query: jax.Array, key: jax.Array, value: jax.Array, context: Context) -> jax.Array:
         if context.packed is not None:
@@ -116,16 +146,18 @@ class Attention(nn.Module):
             lengths = context.packed.lengths.reshape(-1)
             output = attend_over_mesh(self.attention, self.config, self.kind, query, key, value, lengths)
             return to_slots(output, context.packed)
-        assert context.query_positions is not None
-        assert context.key_positions is not None
-        assert context.key_mask is not None
+        if context.lengths is not None:
+            return attend_over_mesh(self.attention, self.config, self.kind, query, key, value, context.lengths)
+        assert context.positions is not None
+        assert context.mask is not None
         return dot_product_attention(
             query,
             key,
             value,
-            query_positions_nt=context.query_positions,
-            key_positions_ns=context.key_positions,
-            key_mask_ns=context.key_mask,
+            # Queries and keys are the same tokens.
+            query_positions_nt=context.positions,
+            key_positions_ns=context.positions,
+            key_mask_ns=context.mask,
             window=self.kind.window,
             softcap=self.config.attention_softcap,
             scale=self.config.attention_scale,

@@ -1,6 +1,6 @@
 """The decoder: one flax.linen module for every family, and the pure functions around it.
 
-Axes: n sequences, t positions, s cache slots, d model, g key/value heads, k head width, v vocabulary.
+Axes: n sequences, t positions, p prompts, r rows of a prompt, d model, v vocabulary.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jdpo.models.blocks import Embedding, Head, LayerCache, LayerGroup
+from jdpo.models.attention import LayerCache, visible_slots
+from jdpo.models.blocks import Embedding, Head, LayerGroup
 from jdpo.models.experts.routing import ROUTER, router_stats
 from jdpo.models.layers import ADAPTERS, SCALES, Norm, scaled
-from jdpo.models.model_config import ModelConfig, layer_pattern
+from jdpo.models.model_config import LayerPattern, ModelConfig, layer_pattern
 from jdpo.models.packed_attention import PackedSequences, num_readers
 from jdpo.models.remat import check_remat
 from jdpo.models.rope import RopeTables, rope_tables
-from jdpo.models.self_attention import AttentionSettings, Context
+from jdpo.models.self_attention import AttentionSettings, Context, Tails
 from jdpo.types import Routed
 
 Params = dict[str, Any]
@@ -48,22 +49,6 @@ def variables(params: Params | Weights) -> dict[str, Params]:
     return {"params": params}
 
 
-class KVCache(NamedTuple):
-    """Keys and values of the tokens seen so far; slot i of every row was written by the i-th token column.
-
-    Attributes:
-      layers: {"stack": {"layer_j": {"key", "value"}}, "rest": ..}, arrays [repeats, n, s, g, k] and [n, s, g, k].
-      positions: int32 [n, s], the position of each slot's token.
-      mask: bool [n, s], True on slots that hold a real token.
-      index: int32 [], the next slot to write.
-    """
-
-    layers: dict[str, LayerCache]
-    positions: jax.Array
-    mask: jax.Array
-    index: jax.Array  # type: ignore[assignment]  # the method of tuples is not needed
-
-
 class Transformer(nn.Module):
     """A causal language model.
 
@@ -73,6 +58,8 @@ class Transformer(nn.Module):
       attention: backend of the attention over packed rows, see `causal_attention`; "auto" selects the fastest.
       attention_block_q, attention_block_kv: queries and keys per tile, for backends that work in tiles.
       remat: rematerialization policy, "none" or a name of `REMAT_POLICIES`.
+      unrolled: True for a program without a scan over the layers, whose parameters are those of `unroll`. It takes
+        longer to compile, but reads every weight in place: a scan first copies the weights of each layer.
     """
 
     config: ModelConfig
@@ -82,25 +69,28 @@ class Transformer(nn.Module):
     attention: str = "auto"
     attention_block_q: int | None = None
     attention_block_kv: int | None = None
+    unrolled: bool = False
 
     def setup(self) -> None:
         check_remat(self.remat)
         config, dtypes = self.config, (self.compute_dtype, self.param_dtype)
         attention = AttentionSettings(self.attention, self.attention_block_q, self.attention_block_kv)
-        pattern = layer_pattern(config)
+        pattern = self._pattern()
         self.embed = Embedding(config, *dtypes)
-        scan = nn.scan(
-            LayerGroup,
-            # One body for all repeats: compile time does not grow with depth. Axis 0 of each collection is the repeat.
-            variable_axes={"params": 0, ADAPTERS: 0, SCALES: 0, ROUTER: 0},
-            split_rngs={"params": True},
-            # Each repeat has its own slice of the cache; masks, positions and rope tables are the same for all.
-            in_axes=(0, nn.broadcast),
-            length=pattern.repeats,
-            # Puts the logical axis "layers", which no mesh axis splits, before the axes of each parameter.
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
-        self.stack = scan(config, config.layers[: pattern.period], *dtypes, attention, self.remat, True)
+        if pattern.repeats:
+            scan = nn.scan(
+                LayerGroup,
+                # One body for all repeats: compile time does not grow with depth. Axis 0 of each collection, and of
+                # prompts' keys and values, is the repeat.
+                variable_axes={"params": 0, ADAPTERS: 0, SCALES: 0, ROUTER: 0},
+                split_rngs={"params": True},
+                # Masks, positions and rope tables are the same for all.
+                in_axes=(0, nn.broadcast),
+                length=pattern.repeats,
+                # Puts the logical axis "layers", which no mesh axis splits, before the axes of each parameter.
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
+            self.stack = scan(config, config.layers[: pattern.period], *dtypes, attention, self.remat, True)
         if pattern.rest:
             # The rest begins the pattern again, so its kinds are the first ones.
             kinds = config.layers[: pattern.rest]
@@ -127,8 +117,7 @@ class Transformer(nn.Module):
         mask = attention_mask.astype(bool)
         # Positions count real tokens only, so that left padding does not shift them.
         positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
-        # Queries and keys are the same tokens, so both have these positions.
-        context = Context(self._ropes(positions), positions, positions, mask, token_weights=mask)
+        context = Context(self._ropes(positions), mask, positions, mask)
         return self._run(tokens, positions, None, context)[0]
 
     def packed_hidden_and_head(
@@ -141,9 +130,7 @@ class Transformer(nn.Module):
           sequences: see `packed_sequences`.
         """
         # A pair's prompt is computed once but belongs to two sequences, so the router's statistics count it twice.
-        context = Context(
-            self._ropes(positions), None, None, None, token_weights=num_readers(sequences), packed=sequences
-        )
+        context = Context(self._ropes(positions), num_readers(sequences), packed=sequences)
         hidden = self._run(tokens, positions, None, context)[0]
         # Gathered along the model dimension once here, not in every chunk of tokens.
         return hidden, nn.with_logical_constraint(self.head_kernel(), (None, self._outputs_axis))
@@ -171,41 +158,72 @@ class Transformer(nn.Module):
         # A single output cannot be divided.
         return None if self.config.reward_head else "act_vocab"
 
-    def decode(self, tokens: jax.Array, token_mask: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-        """Runs t more tokens of every row with the cache; returns hidden states [n, t, d] and the longer cache.
+    def prefill(self, tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+        """Runs prompts; returns logits [n, v] after their last tokens, and their keys and values for a cache.
 
         Args:
-          tokens: int [n, t], written to slots cache.index .. cache.index + t - 1, which must exist.
-          token_mask: bool [n, t], False on padding (prompts of unequal length are padded left).
+          tokens: int [n, t], padded on the right.
+          lengths: int [n], numbers of real tokens.
+
+        Returns:
+          logits, and a pair of arrays [n, g, t, k] for every layer of the tree that `unroll` takes.
         """
-        mask = token_mask.astype(bool)
-        seen = jnp.sum(cache.mask, axis=1, keepdims=True, dtype=jnp.int32)
-        # As in `hidden_states`, but counted from the real tokens that the cache already holds.
-        positions = jnp.maximum(seen + jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
-        write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=cache.index, axis=1)
-        key_positions, key_mask = write(cache.positions, positions), write(cache.mask, mask)
-        context = Context(
-            self._ropes(positions), positions, key_positions, key_mask, token_weights=mask, write_index=cache.index
-        )
-        hidden, layers = self._run(tokens, positions, cache.layers, context)
-        assert layers is not None
-        return hidden, KVCache(layers, key_positions, key_mask, cache.index + tokens.shape[1])
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        context = Context(self._ropes(positions), positions < lengths[:, None], lengths=lengths)
+        hidden, keys = self._run(tokens, positions, None, context)
+        # Gathered before the head: the logits of all columns would be [n, t, v].
+        last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
+        return self.logits(last)[:, 0], keys
+
+    def decode(
+        self,
+        tokens: jax.Array,
+        is_real: jax.Array,
+        prompt_lengths: jax.Array,
+        index: jax.Array,
+        caches: tuple[LayerCache, ...],
+    ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
+        """Runs one token of every answer; returns logits [p, r, v] of the next one, and the longer caches.
+
+        Only for an unrolled model.
+
+        Args:
+          tokens: int [p, r].
+          is_real: bool [p, r], False on idle rows, whose results are arbitrary.
+          prompt_lengths: int [p].
+          index: int [p, r], the number of the token in its answer, from 0, and of the slot that it is written to.
+          caches: one for each layer.
+        """
+        assert self.unrolled, "decoding needs the layers one by one"
+        positions = prompt_lengths[:, None] + index
+        slots = caches[0].prompt_key.shape[2], caches[0].tail_key.shape[3]
+        # Once per distinct window, not in every layer.
+        visible = tuple(visible_slots(prompt_lengths, index, *slots, window) for window in self.config.windows)
+        context = Context(self._ropes(positions), is_real, tails=Tails(index, visible))
+        by_layer = {"rest": {f"layer_{i}": cache for i, cache in enumerate(caches)}}
+        hidden, kept = self._run(tokens, positions, by_layer, context)
+        return self.logits(hidden), tuple(kept["rest"][name] for name in by_layer["rest"])
 
     def _ropes(self, positions: jax.Array) -> tuple[RopeTables, ...]:
         # bfloat16 has no exact integers above 256, so the angles of later positions would be wrong.
         dtype = jnp.promote_types(self.compute_dtype, jnp.float32)
         return tuple(rope_tables(positions, rope, self.config.head_dim, dtype) for rope in self.config.ropes)
 
+    def _pattern(self) -> LayerPattern:
+        pattern = layer_pattern(self.config)
+        return pattern._replace(repeats=0, rest=self.config.num_layers) if self.unrolled else pattern
+
     def _run(
-        self, tokens: jax.Array, positions: jax.Array, cache: dict[str, LayerCache] | None, context: Context
-    ) -> tuple[jax.Array, dict[str, LayerCache] | None]:
-        new_cache: dict[str, Any] = {}
+        self, tokens: jax.Array, positions: jax.Array, caches: dict[str, Any] | None, context: Context
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        pattern, kept = self._pattern(), {}
         x = self.embed(tokens, positions)
-        # None has no leaves, so the scan has nothing to slice where there is no cache.
-        x, new_cache["stack"] = self.stack(x, None if cache is None else cache["stack"], context)
-        if layer_pattern(self.config).rest:
-            x, new_cache["rest"] = self.rest(x, None if cache is None else cache["rest"], context)
-        return self.final_norm(x), None if cache is None else new_cache
+        if pattern.repeats:
+            assert caches is None, "a scan would copy the cache of each layer"
+            x, kept["stack"] = self.stack(x, None, context)
+        if pattern.rest:
+            x, kept["rest"] = self.rest(x, None if caches is None else caches["rest"], context)
+        return self.final_norm(x), kept
 
 
 def _boxed_params(model: Transformer, key: jax.Array) -> Any:
@@ -271,17 +289,21 @@ def make_routed_apply_fn(model: Transformer) -> Callable[[Params, jax.Array, jax
     return lambda params, tokens, attention_mask: apply_routed(model, params, tokens, attention_mask)
 
 
-def init_cache(model: Transformer, batch: int, max_length: int) -> KVCache:
-    """Returns an empty cache of max_length slots for `batch` rows, with keys and values in the compute dtype."""
-    config, pattern = model.config, layer_pattern(model.config)
+def unroll(config: ModelConfig, tree: dict[str, Any]) -> dict[str, Any]:
+    """Returns a tree with one entry per layer, `rest/layer_i`, from one with repeats of the pattern.
 
-    def layer(*leading: int) -> dict[str, jax.Array]:
-        # [repeats, n, s, g, k] in the stack, so that the scan slices the cache along with the parameters.
-        shape = (*leading, batch, max_length, config.num_kv_heads, config.head_dim)
-        return {name: jnp.zeros(shape, model.compute_dtype) for name in ("key", "value")}
-
-    layers: dict[str, LayerCache] = {"stack": {f"layer_{j}": layer(pattern.repeats) for j in range(pattern.period)}}
-    if pattern.rest:
-        layers["rest"] = {f"layer_{j}": layer() for j in range(pattern.rest)}
-    slots = (batch, max_length)
-    return KVCache(layers, jnp.zeros(slots, jnp.int32), jnp.zeros(slots, bool), jnp.int32(0))
+    Args:
+      tree: a collection of `variables`, or what `Transformer.prefill` returns.
+    """
+    pattern, layers = layer_pattern(config), {}
+    for index in range(config.num_layers):
+        repeat, place = divmod(index, pattern.period)
+        name = f"layer_{place}"
+        if repeat < pattern.repeats:
+            # Adapters and scales may have no entry for a layer.
+            if name in tree.get("stack", {}):
+                layers[f"layer_{index}"] = jax.tree.map(lambda leaf, at=repeat: leaf[at], tree["stack"][name])
+        elif name in tree.get("rest", {}):
+            layers[f"layer_{index}"] = tree["rest"][name]
+    others = {key: value for key, value in tree.items() if key not in ("stack", "rest")}
+    return {**others, "rest": layers}

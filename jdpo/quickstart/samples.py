@@ -70,10 +70,9 @@ def sample_answers(place: Workplace, settings: Settings) -> list[Sampled]:
 
 def _ask(place: Workplace, name: str, questions: Sequence[str], seed: int) -> list[dict[str, int]]:
     """Loads the exported model of a run and samples ASKED answers to every question."""
-    import jax
-
     from jdpo.data.tokens.tokenizer import load_tokenizer
-    from jdpo.generation.decode import generate
+    from jdpo.generation.engine import Engine
+    from jdpo.generation.values import Sampling
     from jdpo.models.families import read_model_config
     from jdpo.models.transformer import Transformer
     from jdpo.models.weights.loading import load_params
@@ -84,16 +83,16 @@ def _ask(place: Workplace, name: str, questions: Sequence[str], seed: int) -> li
     prompts = tokenizer.encode(
         [tokenizer.render([{"role": "user", "content": text}], add_generation_prompt=True) for text in questions]
     )
-    continuations = generate(
-        load_params(folder, model),
+    engine = Engine(
         model,
-        [prompt for prompt in prompts for _ in range(ASKED)],  # one batch: each row draws with its own key
-        max_new_tokens=_NEW_TOKENS,
+        load_params(folder, model),
         end_token_ids=tokenizer.end_token_ids,
-        key=jax.random.key(seed),
+        sampling=Sampling(max_new_tokens=_NEW_TOKENS, seed=seed),
     )
-    texts = [str(tokenizer.hf.decode(ids, skip_special_tokens=True)).strip() for ids in continuations]
-    return [dict(Counter(texts[start : start + ASKED]).most_common()) for start in range(0, len(texts), ASKED)]
+    texts: list[list[str]] = [[] for _ in questions]
+    for drawn in engine.run(prompts, ASKED):
+        texts[drawn.prompt].append(str(tokenizer.hf.decode(drawn.tokens, skip_special_tokens=True)).strip())
+    return [dict(Counter(answers).most_common()) for answers in texts]
 
 
 def in_words(answers: dict[str, int]) -> str:

@@ -21,11 +21,11 @@ class OnMesh:
         self._mesh, self._function = mesh, function
 
     # jit traces at the first call, long after the function was made, so the mesh is set here.
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **static: Any) -> Any:
         with jax.set_mesh(self._mesh), nn.logical_axis_rules(LOGICAL_RULES):
-            return self._function(*args)
+            return self._function(*args, **static)
 
-    def lower(self, *args: Any) -> Any:
+    def lower(self, *args: Any, **static: Any) -> Any:
         """Lowers the function for arguments of these shapes; the result is ready to compile."""
         with jax.set_mesh(self._mesh), nn.logical_axis_rules(LOGICAL_RULES):
-            return self._function.lower(*args)
+            return self._function.lower(*args, **static)

@@ -1,51 +1,182 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from jdpo.config import MeshConfig
+from jdpo.generation import row_programs
 from jdpo.generation.engine import Drawn, Engine
 from jdpo.generation.values import Sampling
 from jdpo.models.families import read_model_config
-from jdpo.models.transformer import Transformer
+from jdpo.models.transformer import Transformer, abstract_params, logical_axes, make_apply_fn
 from jdpo.models.weights.loading import load_params
+from jdpo.sharding.mesh import make_mesh
+from jdpo.sharding.rules import param_shardings
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "logits"
-PROMPTS = [[3, 14, 15, 9, 26, 5], [35], [8, 9, 7, 9, 3, 2, 38, 4, 6, 2, 6, 4]]
+SHORT = ("gemma2",)
+"""In the default suite: soft caps and windows; tests/models/test_decoding.py has more."""
+FAMILIES = [
+    pytest.param(name, marks=() if name in SHORT else pytest.mark.full)
+    for name in sorted(path.name for path in GOLDEN.iterdir())
+]
+PROMPTS = [[3, 14, 15, 9, 26, 5], [35], [8, 9, 7, 9, 3, 2, 38, 4, 6, 2, 6, 4, 33, 8, 3, 27, 9, 5, 0, 28]]
+NEW_TOKENS = 8
+ENDS = (4, 6, 9, 15, 23)
+
+Loaded = tuple[Transformer, Any]
+
+
+def load(name: str) -> Loaded:
+    model = Transformer(read_model_config(GOLDEN / name))
+    return model, load_params(GOLDEN / name, model)
 
 
 @pytest.fixture(scope="module")
-def loaded() -> tuple[Transformer, Any]:
-    model = Transformer(read_model_config(GOLDEN / "qwen3"))
-    return model, load_params(GOLDEN / "qwen3", model)
+def qwen3() -> Loaded:
+    return load("qwen3")
 
 
-def engine(loaded: tuple[Transformer, Any], **options: Any) -> Engine:
-    sampling = Sampling(**{"max_new_tokens": 8, "top_p": 0.95, **options})
-    return Engine(*loaded, end_token_ids=[4], sampling=sampling, max_slots=4)
+def engine(loaded: Loaded, end: Sequence[int] = ENDS, slots: int = 4, mesh: Any = None, **options: Any) -> Engine:
+    sampling = Sampling(**{"max_new_tokens": NEW_TOKENS, "top_p": 0.95, **options})
+    return Engine(*loaded, end_token_ids=end, sampling=sampling, max_slots=slots, mesh=mesh)
 
 
-def tokens(answers: list[Drawn]) -> dict[tuple[int, int], list[int]]:
+def tokens(answers: Any) -> dict[tuple[int, int], list[int]]:
     return {(answer.prompt, answer.sample): answer.tokens for answer in answers}
 
 
-def test_answers_are_in_order_and_do_not_depend_on_the_batch(loaded: tuple[Transformer, Any]) -> None:
-    together = list(engine(loaded).run(PROMPTS, 3))
-    assert [(answer.prompt, answer.sample) for answer in together] == [(p, s) for p in range(3) for s in range(3)]
-    assert len({tuple(answer.tokens) for answer in together}) == 9
-    alone = [tokens(list(engine(loaded).run([prompt], 3))) for prompt in PROMPTS]
-    assert tokens(together) == {(p, s): found for p in range(3) for (_, s), found in alone[p].items()}
-    assert [token for token, _ in engine(loaded).stream(PROMPTS[2], 1)] == tokens(together)[2, 1]
-    assert tokens(list(engine(loaded, seed=1).run(PROMPTS, 3))) != tokens(together)
+def by_full_forward(loaded: Loaded) -> list[list[int]]:
+    """Decodes by the argmax of the whole sequence's logits, without a cache; right-padded to one shape."""
+    model, params = loaded
+    forward = jax.jit(make_apply_fn(model))
+    sequences = [list(prompt) for prompt in PROMPTS]
+    for _ in range(NEW_TOKENS):
+        lengths = np.array([len(sequence) for sequence in sequences])
+        padded = np.array([sequence + [0] * (32 - len(sequence)) for sequence in sequences])
+        logits = np.asarray(forward(params, padded, np.arange(32) < lengths[:, None]))
+        for row, sequence in enumerate(sequences):
+            sequence.append(int(logits[row, lengths[row] - 1].argmax()))
+    return [sequence[len(prompt) :] for sequence, prompt in zip(sequences, PROMPTS, strict=True)]
 
 
-def test_bad_prompts_are_named(loaded: tuple[Transformer, Any]) -> None:
-    assert list(engine(loaded).run([], 2)) == []
+@pytest.mark.parametrize("name", FAMILIES)
+def test_greedy_equals_the_argmax_of_the_full_forward(name: str) -> None:
+    loaded = load(name)
+    expected = by_full_forward(loaded)
+    assert len({tuple(found) for found in expected}) == 3
+    # Two rows for three prompts: the third begins where another has ended.
+    found = list(engine(loaded, end=[], slots=2, temperature=0).run(PROMPTS))
+    assert [answer.tokens for answer in found] == expected
+    assert {answer.finish_reason for answer in found} == {"length"}
+    # The first token that only some answers ever have: those end after it, the others go on.
+    end = next(token for token in expected[0] if not all(token in whole for whole in expected))
+    for answer, whole in zip(engine(loaded, end=[end, 39], temperature=0).run(PROMPTS), expected, strict=True):
+        ends = [index for index, token in enumerate(whole) if token in (end, 39)]
+        assert answer.tokens == (whole[: ends[0] + 1] if ends else whole)
+        assert answer.finish_reason == ("stop" if answer.tokens[-1] in (end, 39) else "length")
+
+
+def test_logps_are_those_of_the_model(qwen3: Loaded) -> None:
+    answer = next(engine(qwen3, temperature=0.5).run(PROMPTS))
+    sequence = np.array([PROMPTS[0] + answer.tokens])
+    logits = make_apply_fn(qwen3[0])(qwen3[1], sequence, np.ones_like(sequence, bool))[0, len(PROMPTS[0]) - 1 : -1]
+    expected = np.asarray(jax.nn.log_softmax(logits))[np.arange(len(answer.tokens)), answer.tokens]
+    np.testing.assert_allclose(answer.logps, expected, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def sampled(qwen3: Loaded) -> list[Drawn]:
+    """Five answers of different lengths to each prompt; every row works on several of them."""
+    return list(engine(qwen3).run(PROMPTS, 5))
+
+
+def test_answers_are_in_order_and_differ(qwen3: Loaded, sampled: list[Drawn]) -> None:
+    assert [(answer.prompt, answer.sample) for answer in sampled] == [(p, s) for p in range(3) for s in range(5)]
+    assert len({tuple(answer.tokens) for answer in sampled}) > 12
+    assert len({len(answer.tokens) for answer in sampled}) > 2
+    again = engine(qwen3).with_sampling(Sampling(top_p=0.95, max_new_tokens=NEW_TOKENS, seed=1))
+    assert tokens(again.run(PROMPTS, 5)) != tokens(sampled)
+
+
+@pytest.mark.parametrize("slots", [1, 16])
+def test_the_number_of_slots_changes_no_token(qwen3: Loaded, sampled: list[Drawn], slots: int) -> None:
+    assert tokens(engine(qwen3, slots=slots).run(PROMPTS, 5)) == tokens(sampled)
+
+
+def test_the_order_of_prompts_changes_no_token(qwen3: Loaded, sampled: list[Drawn]) -> None:
+    found = tokens(engine(qwen3).run(PROMPTS[::-1], 5))
+    assert {(2 - prompt, sample): answer for (prompt, sample), answer in found.items()} == tokens(sampled)
+
+
+def test_a_shared_prompt_equals_separate_ones(qwen3: Loaded, sampled: list[Drawn]) -> None:
+    """Streams each answer alone, with a cache of its own."""
+    alone = engine(qwen3)
+    for answer in sampled:
+        streamed = list(alone.stream(PROMPTS[answer.prompt], answer.sample))
+        assert [token for token, _ in streamed] == answer.tokens
+        np.testing.assert_allclose([logp for _, logp in streamed], answer.logps, atol=1e-4)
+
+
+def test_a_prompt_is_computed_once(qwen3: Loaded) -> None:
+    def flops(num_samples: int) -> float:
+        """Sums the operations of all computations of prompts, as compiled."""
+        asked, total = engine(qwen3, slots=32), 0.0
+        assert len(list(asked.run(PROMPTS, num_samples))) == 3 * num_samples
+        for (size, columns), count in asked.prefills.items():
+            shapes = jax.ShapeDtypeStruct((size, columns), jnp.int32), jax.ShapeDtypeStruct((size,), jnp.int32)
+            compiled = row_programs.prefill.lower(qwen3[1], *shapes, model=asked.model).compile()
+            total += count * compiled.cost_analysis()["flops"]
+        return total
+
+    assert flops(1) == flops(8) > 0
+
+
+def on_mesh(loaded: Loaded, **axes: int) -> tuple[Loaded, Any]:
+    model, params = loaded
+    mesh = make_mesh(MeshConfig(**axes))
+    return (model, jax.device_put(params, param_shardings(logical_axes(model), abstract_params(model), mesh))), mesh
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [
+        pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, id="data-fsdp-tensor"),
+        pytest.param({"data": 8}, id="data", marks=pytest.mark.full),
+        pytest.param({"data": 1, "fsdp": 8}, id="fsdp", marks=pytest.mark.full),
+        pytest.param({"data": 1, "tensor": 8}, id="tensor", marks=pytest.mark.full),
+    ],
+)
+def test_eight_devices_draw_the_same_tokens(qwen3: Loaded, sampled: list[Drawn], axes: dict[str, int]) -> None:
+    placed, mesh = on_mesh(qwen3, **axes)
+    assert tokens(engine(placed, mesh=mesh).run(PROMPTS, 5)) == tokens(sampled)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("axes", [{"data": 2, "expert": 2, "tensor": 2}, {"data": 1, "fsdp": 4, "tensor": 2}])
+@pytest.mark.parametrize("name", ["mixtral", "gemma2", "gpt2"])
+def test_eight_devices_draw_the_same_tokens_in_other_families(name: str, axes: dict[str, int]) -> None:
+    loaded = load(name)
+    placed, mesh = on_mesh(loaded, **axes)
+    assert tokens(engine(placed, mesh=mesh).run(PROMPTS, 5)) == tokens(engine(loaded).run(PROMPTS, 5))
+
+
+def test_bad_prompts_are_named(qwen3: Loaded) -> None:
+    assert list(engine(qwen3).run([], 2)) == []
     for prompts, message in (
         ([[1], []], "prompt 1 is empty"),
         ([[1] * 60], r"prompt 0 has 60 tokens.* 64 positions"),
-        ([[1, 40]], r"prompt 0 has the token id 40"),
+        ([[1, 40]], "prompt 0: found the token id 40"),
     ):
         with pytest.raises(ValueError, match=message):
-            engine(loaded).run(prompts)
+            engine(qwen3).run(prompts)
+    with pytest.raises(ValueError, match="prompt 0 is empty"):
+        engine(qwen3).stream([])
+    with pytest.raises(ValueError, match="end_token_ids: found the token id 50"):
+        engine(qwen3, end=[50])

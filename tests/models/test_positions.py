@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jdpo.generation.decode import generate
+from jdpo.generation.engine import Engine
+from jdpo.generation.values import Sampling
 from jdpo.models.families import read_model_config
 from jdpo.models.transformer import Transformer, make_apply_fn
 from jdpo.models.weights.loading import load_params
@@ -37,14 +38,13 @@ def test_a_max_length_beyond_the_last_position_is_refused_by_name(tmp_path: Path
 def test_generation_ends_where_the_model_does() -> None:
     model = Transformer(read_model_config(GPT2))
     params = load_params(GPT2, model)
+    engine = Engine(model, params, end_token_ids=[], sampling=Sampling(temperature=0, max_new_tokens=4))
     with pytest.raises(ValueError, match="more than the model's 64 positions"):
-        generate(params, model, [[3] * 60], max_new_tokens=5, end_token_ids=[1], key=jax.random.key(0))
-    (found,) = generate(
-        params, model, [[3] * 60], max_new_tokens=4, end_token_ids=[], key=jax.random.key(0), temperature=0
-    )
-    tokens = np.array([[3] * 60 + found])
+        engine.run([[3] * 61])
+    (found,) = engine.run([[3] * 60])
+    tokens = np.array([[3] * 60 + found.tokens])
     logits = np.asarray(make_apply_fn(model)(params, tokens, np.ones_like(tokens, bool)))
-    assert logits[0, 59:-1].argmax(-1).tolist() == found
+    assert logits[0, 59:-1].argmax(-1).tolist() == found.tokens
 
 
 def test_a_checkpoint_without_prefix_and_with_stored_masks_is_the_same_model(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from jdpo.models.model_config import LayerKind, ModelConfig, RopeConfig, layer_p
 from jdpo.models.transformer import (
     Transformer,
     abstract_params,
-    init_cache,
     init_params,
     logical_axes,
     make_apply_fn,
@@ -261,18 +260,6 @@ def test_fresh_parameters_are_small_kernels_zero_biases_and_unit_norms() -> None
     assert abs(kernels.std() - 0.02) < 1e-3
     assert all((leaf == 0).all() for path, leaf in fresh if path[-1].key == "bias")
     assert all((leaf == 1).all() for path, leaf in fresh if path[-1].key == "scale")
-
-
-def test_cache_in_two_bites_equals_the_full_forward(params: Any) -> None:
-    """Covers left and right padding, windows, scanned and unrolled layers: decoding shares the forward's code."""
-    full = np.asarray(jax.jit(lambda p: run(MODEL, p, "hidden_states", TOKENS, MASK))(params))
-    decode = jax.jit(lambda *args: MODEL.apply({"params": params}, *args, method="decode"))
-    cache, pieces = init_cache(MODEL, 3, 14), []
-    for columns in (slice(0, 6), slice(6, 12)):
-        hidden, cache = decode(TOKENS[:, columns], MASK[:, columns], cache)
-        pieces.append(hidden)
-    assert int(cache.index) == 12
-    np.testing.assert_allclose(np.concatenate(pieces, axis=1)[MASK], full[MASK], atol=1e-4)
 
 
 def test_sharded_equals_unsharded_and_constraints_reach_the_lowered_step(

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jdpo.generation.decode import generate
+from jdpo.generation.engine import Engine
+from jdpo.generation.values import Sampling
 from jdpo.models.lora.adapters import (
     Lora,
     abstract_adapters,
@@ -160,9 +161,10 @@ def test_unmerged_equals_merged_in_training_and_decoding(base: Base, use_rslora:
     found, expected = (np.asarray(apply(params, TOKENS, MASK)) for params in (weights, merged))
     assert np.abs(expected - apply(base.params, TOKENS, MASK)).max() > 0.1
     np.testing.assert_allclose(found, expected, atol=2e-5)
-    options: dict[str, Any] = {"max_new_tokens": 6, "end_token_ids": [], "key": jax.random.key(0), "temperature": 0}
+    greedy = Sampling(temperature=0, max_new_tokens=6)
+    unmerged, separate = (Engine(MODEL, params, end_token_ids=[], sampling=greedy) for params in (weights, merged))
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8]]
-    assert generate(weights, MODEL, prompts, **options) == generate(merged, MODEL, prompts, **options)
+    assert [answer.tokens for answer in unmerged.run(prompts)] == [answer.tokens for answer in separate.run(prompts)]
 
 
 def in_int8(base: Base) -> Base:

@@ -1,7 +1,4 @@
-"""One DPO step of every family without experts: packed equals padded, and eight devices equal one.
-
-Decoding equals the forward pass.
-"""
+"""One DPO step of every family without experts: packed equals padded, and eight devices equal one."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ from jdpo.config import MeshConfig
 from jdpo.data.batching.loader import collate_pairs
 from jdpo.losses.settings import loss_settings
 from jdpo.models.families import read_model_config
-from jdpo.models.transformer import Transformer, abstract_params, init_cache, logical_axes, make_apply_fn
+from jdpo.models.transformer import Transformer, abstract_params, logical_axes, make_apply_fn
 from jdpo.models.weights.loading import load_params
 from jdpo.sharding.mesh import make_mesh
 from jdpo.sharding.placement import micro_batch_sharding, place
@@ -34,10 +31,6 @@ SHORT = ("gemma2", "gpt2", "gpt_neox", "smollm3")
 FAMILIES = [
     pytest.param(name, marks=() if name in SHORT else pytest.mark.full)
     for name in sorted(path.name for path in GOLDEN.iterdir() if read_model_config(path).moe is None)
-]
-DECODED = [
-    pytest.param(name, marks=() if name in (*SHORT, "mixtral") else pytest.mark.full)
-    for name in sorted(path.name for path in GOLDEN.iterdir())
 ]
 SIZES = [(3, 5, 2), (0, 4, 7), (9, 6, 1), (2, 12, 12)]
 
@@ -91,25 +84,3 @@ def test_packed_padded_and_sharded_steps_are_equal(name: str, sizes: MeshConfig,
         flat.init_state,
     )
     assert_equal_steps(expected, found, places_of(batch), len(pairs), 1e-9)
-
-
-@pytest.mark.parametrize("name", DECODED)
-def test_decoding_in_two_bites_equals_the_forward_pass(name: str) -> None:
-    model, (num_rows, length, bite) = model_of(name), (3, 12, 7)
-    params = load_params(GOLDEN / name, model, dtype=jnp.float64)
-    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (num_rows, length))
-    mask = np.arange(length) >= np.array([[0], [3], [5]])  # padded on the left, as prompts are
-
-    @jax.jit
-    def run(params: Any) -> Any:
-        def apply(method: str, *args: Any) -> Any:
-            return model.apply({"params": params}, *args, method=method)
-
-        cache, parts = init_cache(model, num_rows, length), []
-        for part in (slice(0, bite), slice(bite, length)):
-            hidden, cache = apply("decode", tokens[:, part], mask[:, part], cache)
-            parts.append(apply("logits", hidden))
-        return make_apply_fn(model)(params, tokens, mask), jnp.concatenate(parts, axis=1)
-
-    whole, bitten = (np.asarray(logits) for logits in run(params))
-    np.testing.assert_allclose(bitten[mask], whole[mask], atol=1e-9)

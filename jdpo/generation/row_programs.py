@@ -1,0 +1,289 @@
+"""The compiled programs of the engine, and the arrays on the device that they pass on.
+
+Axes: p places (a prompt each), r rows of a place (an answer each), b prompts computed together, t columns of prompts,
+g key/value heads, s prompt slots, c tail slots, k head width, v vocabulary, m steps.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import PartitionSpec
+
+from jdpo.generation.draws import draw
+from jdpo.generation.values import Sampling
+from jdpo.models.attention import LayerCache
+from jdpo.models.transformer import Params, Transformer, Weights, unroll, variables
+
+
+class Rows(NamedTuple):
+    """The answers in progress.
+
+    Attributes:
+      prompt_lengths: int32 [p].
+      prompt_logits: float32 [p, v], the logits after each prompt, from which all its answers begin.
+      token: int32 [p, r], the last token drawn, which is not in the cache yet.
+      count: int32 [p, r], number of tokens drawn.
+      active: bool [p, r], False on rows whose answer is complete.
+      caches: one for each layer, see `jdpo.models.attention.cached`.
+    """
+
+    prompt_lengths: jax.Array
+    prompt_logits: jax.Array
+    token: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # the method of tuples is not needed
+    active: jax.Array
+    caches: tuple[LayerCache, ...]
+
+
+class Orders(NamedTuple):
+    """What the host tells `advance`.
+
+    Attributes:
+      seed: uint32 [].
+      digests: uint32 [p, 2], of the tokens of each place's prompt.
+      samples: int32 [p, r], the number of each row's answer.
+      fresh: bool [p, r], rows that begin an answer.
+      end_ids: int32 [e], tokens that end an answer; -1 is none.
+      max_new_tokens: int32 [].
+      num_steps: int32 [], at most the static `most_steps`.
+      has_waiting: bool [p], places whose idle rows can begin another answer.
+      has_prompts: bool [], whether places without active rows can begin another prompt.
+      patience: int32 [], number of rows that could begin another answer at which the loop ends for it.
+    """
+
+    seed: Any
+    digests: Any
+    samples: Any
+    fresh: Any
+    end_ids: Any
+    max_new_tokens: Any
+    num_steps: Any
+    has_waiting: Any
+    has_prompts: Any
+    patience: Any
+
+
+class Report(NamedTuple):
+    """What `advance` tells the host.
+
+    Attributes:
+      tokens, logps: [m + 1, p, r]; index 0 has the first token of fresh rows, index i that of step i.
+      count, active: as in `Rows`. A row has drawn one token in each of the first steps, up to its count.
+    """
+
+    tokens: jax.Array
+    logps: jax.Array
+    count: jax.Array  # type: ignore[assignment]
+    active: jax.Array
+
+
+def draw_keys(seed: Any, digests: Any, samples: Any) -> jax.Array:
+    """Returns the keys of answers, [p, r]: fold_in of the seed, both words of the digest, and the sample's number.
+
+    The key of an answer's i-th token is fold_in of the answer's key and i.
+    """
+    # By name, so that a user's default of another generator does not change the answers.
+    key = jax.random.key(seed, impl="threefry2x32")
+
+    def of_place(digest: jax.Array, samples: jax.Array) -> jax.Array:
+        of_prompt = jax.random.fold_in(jax.random.fold_in(key, digest[0]), digest[1])
+        return jax.vmap(jax.random.fold_in, (None, 0))(of_prompt, samples)
+
+    return jax.vmap(of_place)(digests, samples)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def decoding_weights(weights: Params | Weights, *, model: Transformer) -> Params | Weights:
+    """Returns the weights of the unrolled model: a copy in the compute dtype, so that no step casts or slices them."""
+
+    def cast(path: Any, leaf: jax.Array) -> jax.Array:
+        names = [key.key for key in path]
+        # Norms compute in float32 with their weights as they are, and so does the router.
+        is_cast = names[-1] in ("kernel", "embedding", "positions", "a", "b") and "router" not in names
+        return leaf.astype(model.compute_dtype) if is_cast and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    def of_tree(tree: Params) -> Params:
+        unrolled: Params = jax.tree_util.tree_map_with_path(cast, unroll(model.config, tree))
+        return unrolled
+
+    if isinstance(weights, Weights):
+        # Scales of int8 kernels are float32 factors of the products and stay as they are.
+        return Weights(of_tree(weights.params), unroll(model.config, weights.scales), of_tree(weights.adapters))
+    return of_tree(weights)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "num_places", "num_rows", "prompt_slots", "tail_slots"))
+def empty_rows(*, model: Transformer, num_places: int, num_rows: int, prompt_slots: int, tail_slots: int) -> Rows:
+    """Returns idle rows."""
+    config, rows = model.config, (num_places, num_rows)
+    prompt = jnp.zeros((num_places, config.num_kv_heads, prompt_slots, config.head_dim), model.compute_dtype)
+    tail = jnp.zeros((*rows, config.num_kv_heads, tail_slots, config.head_dim), model.compute_dtype)
+    return _placed(
+        Rows(
+            prompt_lengths=jnp.zeros(num_places, jnp.int32),
+            prompt_logits=jnp.zeros((num_places, config.vocab_size), jnp.float32),
+            token=jnp.zeros(rows, jnp.int32),
+            count=jnp.zeros(rows, jnp.int32),
+            active=jnp.zeros(rows, bool),
+            caches=tuple(LayerCache(prompt, prompt, tail, tail) for _ in config.layers),
+        )
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("prompt_slots", "tail_slots"))
+def resize(rows: Rows, *, prompt_slots: int, tail_slots: int) -> Rows:
+    """Returns the rows with more slots; the new ones are at the end."""
+
+    def grow(array: jax.Array, num_slots: int) -> jax.Array:
+        padding = [(0, 0)] * array.ndim
+        padding[-2] = (0, num_slots - array.shape[-2])
+        return jnp.pad(array, padding)
+
+    caches = tuple(
+        LayerCache(
+            *(grow(array, size) for array, size in zip(cache, [prompt_slots] * 2 + [tail_slots] * 2, strict=True))
+        )
+        for cache in rows.caches
+    )
+    return _placed(rows._replace(caches=caches))
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def prefill(
+    weights: Params | Weights, tokens: jax.Array, lengths: jax.Array, *, model: Transformer
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    """Computes prompts, once for all their answers.
+
+    Args:
+      weights: of `model`, which is not unrolled, so that this compiles fast for every length.
+      tokens: int32 [b, t], padded on the right.
+      lengths: int32 [b].
+
+    Returns:
+      logits [b, v] after each prompt, and keys and values [b, g, t, k] of each layer.
+    """
+    logits, keys = model.apply(variables(weights), tokens, lengths, method="prefill")
+    layers = unroll(model.config, keys)["rest"]
+    return logits.astype(jnp.float32), tuple(layers[f"layer_{index}"] for index in range(model.config.num_layers))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def insert(
+    rows: Rows, places: jax.Array, lengths: jax.Array, logits: jax.Array, keys: tuple[tuple[jax.Array, jax.Array], ...]
+) -> Rows:
+    """Gives computed prompts to places, int32 [b]; a place past the last one means none."""
+
+    def write(old_pgsk: jax.Array, new_bgtk: jax.Array) -> jax.Array:
+        return old_pgsk.at[places, :, : new_bgtk.shape[2]].set(new_bgtk.astype(old_pgsk.dtype), mode="drop")
+
+    caches = tuple(
+        cache._replace(prompt_key=write(cache.prompt_key, key), prompt_value=write(cache.prompt_value, value))
+        for cache, (key, value) in zip(rows.caches, keys, strict=True)
+    )
+    return _placed(
+        rows._replace(
+            prompt_lengths=rows.prompt_lengths.at[places].set(lengths, mode="drop"),
+            prompt_logits=rows.prompt_logits.at[places].set(logits, mode="drop"),
+            caches=caches,
+        )
+    )
+
+
+class _Loop(NamedTuple):
+    step: jax.Array
+    rows: Rows
+    tokens: jax.Array
+    logps: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=("model", "sampling", "most_steps"), donate_argnums=1)
+def advance(
+    weights: Params | Weights,
+    rows: Rows,
+    orders: Orders,
+    *,
+    model: Transformer,
+    sampling: Sampling,
+    most_steps: int,
+) -> tuple[Rows, Report]:
+    """Begins the fresh rows, and draws tokens until rows can be given new work, all are idle, or the steps are over.
+
+    Args:
+      weights: of `model`, which is unrolled; see `decoding_weights`.
+      sampling: its seed and max_new_tokens are not read, see `Orders`.
+    """
+    keys = draw_keys(orders.seed, orders.digests, orders.samples)
+
+    def draw_next(logits_prv: jax.Array, number_pr: jax.Array) -> tuple[jax.Array, jax.Array]:
+        keys_n = jax.vmap(jax.random.fold_in)(keys.reshape(-1), number_pr.reshape(-1))
+        drawn, logps = draw(logits_prv.reshape(-1, logits_prv.shape[-1]), keys_n, sampling)
+        return drawn.reshape(number_pr.shape), logps.reshape(number_pr.shape)
+
+    def goes_on(token: jax.Array, count: jax.Array) -> jax.Array:
+        return ~jnp.isin(token, orders.end_ids) & (count < orders.max_new_tokens)
+
+    def begin(rows: Rows) -> tuple[Rows, jax.Array]:
+        logits_prv = jnp.broadcast_to(rows.prompt_logits[:, None], (*rows.count.shape, rows.prompt_logits.shape[-1]))
+        drawn, logps = draw_next(logits_prv, jnp.zeros_like(rows.count))
+        count = jnp.where(orders.fresh, 1, rows.count)
+        token = jnp.where(orders.fresh, drawn, rows.token)
+        active = jnp.where(orders.fresh, goes_on(drawn, count), rows.active)
+        return rows._replace(token=token, count=count, active=active), logps
+
+    def unfinished(loop: _Loop) -> jax.Array:
+        idle = ~loop.rows.active
+        could_begin = idle & (orders.has_waiting | (orders.has_prompts & idle.all(1)))[:, None]
+        return (loop.step < orders.num_steps) & loop.rows.active.any() & (could_begin.sum() < orders.patience)
+
+    def step(loop: _Loop) -> _Loop:
+        rows, number = loop.rows, loop.step + 1
+        # The last token is the first one that the cache lacks; its number in the answer is its slot.
+        slot = jnp.maximum(rows.count - 1, 0)
+        arguments = (rows.token, rows.active, rows.prompt_lengths, slot, rows.caches)
+        logits, caches = model.apply(variables(weights), *arguments, method="decode")
+        drawn, logps = draw_next(logits, rows.count)
+        count = rows.count + rows.active
+        token = jnp.where(rows.active, drawn, rows.token)
+        rows = rows._replace(token=token, count=count, active=rows.active & goes_on(token, count), caches=caches)
+        return _Loop(number, rows, loop.tokens.at[number].set(token), loop.logps.at[number].set(logps))
+
+    none = jnp.zeros(rows.count.shape, jnp.float32)
+    rows, first_logps = jax.lax.cond(orders.fresh.any(), begin, lambda rows: (rows, none), rows)
+    tokens = jnp.zeros((most_steps + 1, *rows.count.shape), jnp.int32).at[0].set(rows.token)
+    logps = jnp.zeros(tokens.shape, jnp.float32).at[0].set(first_logps)
+    # A while loop, unlike a scan, ends early.
+    loop = jax.lax.while_loop(unfinished, step, _Loop(jnp.int32(0), rows, tokens, logps))
+    return _placed(loop.rows), _replicated(Report(loop.tokens, loop.logps, loop.rows.count, loop.rows.active))
+
+
+def _placed(rows: Rows) -> Rows:
+    """Splits places over the batch axes of the mesh and heads over `tensor`; without a mesh, changes nothing."""
+    by_place, heads, slots = "batch", "act_kv_heads", (None, None)
+    prompt_axes, tail_axes = (by_place, heads, *slots), (by_place, None, heads, *slots)
+    place = nn.with_logical_constraint
+    caches = tuple(
+        LayerCache(
+            *(place(array, prompt_axes) for array in cache[:2]), *(place(array, tail_axes) for array in cache[2:])
+        )
+        for cache in rows.caches
+    )
+    return Rows(
+        prompt_lengths=place(rows.prompt_lengths, (by_place,)),
+        prompt_logits=place(rows.prompt_logits, (by_place, "act_vocab")),
+        token=place(rows.token, (by_place, None)),
+        count=place(rows.count, (by_place, None)),
+        active=place(rows.active, (by_place, None)),
+        caches=caches,
+    )
+
+
+def _replicated(report: Report) -> Report:
+    """Gives every device, and so every process, the whole report."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return report
+    return jax.tree.map(lambda array: jax.lax.with_sharding_constraint(array, PartitionSpec()), report)

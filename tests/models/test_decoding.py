@@ -1,0 +1,86 @@
+"""Prompts computed once and answers decoded with the cache have the logits of the whole sequence, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jdpo.models.attention import LayerCache
+from jdpo.models.families import read_model_config
+from jdpo.models.transformer import Transformer, make_apply_fn, unroll
+from jdpo.models.weights.loading import load_params
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "logits"
+SHORT = ("gemma2", "gpt2", "mixtral", "smollm3")
+"""In the default suite: soft caps, windows and post-norms, learned positions, experts, layers without rope."""
+FAMILIES = [
+    pytest.param(name, marks=() if name in SHORT else pytest.mark.full)
+    for name in sorted(path.name for path in GOLDEN.iterdir())
+]
+LENGTHS = np.array([7, 2, 4])
+NUM_ROWS, NUM_TOKENS = 2, 6
+
+
+@pytest.fixture(autouse=True)
+def float64() -> Iterator[None]:
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_decoding_equals_the_forward_pass(name: str) -> None:
+    config = read_model_config(GOLDEN / name)
+    model = Transformer(config, compute_dtype=jnp.float64, param_dtype=jnp.float64)
+    params = load_params(GOLDEN / name, model, dtype=jnp.float64)
+    rng, shape = np.random.default_rng(0), (len(LENGTHS), NUM_ROWS)
+    prompts = rng.integers(0, config.vocab_size, (len(LENGTHS), 8))
+    answers = jnp.asarray(rng.integers(0, config.vocab_size, (*shape, NUM_TOKENS)))
+    # Rows begin one after the other, so that they are at different slots, and left-over slots hold other numbers.
+    delays = np.array([[0, 3], [1, 0], [2, 2]])
+    prompt = rng.normal(size=(len(LENGTHS), config.num_kv_heads, 11, config.head_dim))
+    tail = rng.normal(size=(*shape, config.num_kv_heads, NUM_TOKENS, config.head_dim))
+
+    @jax.jit
+    def run(params: Any) -> Any:
+        first, keys = model.apply({"params": params}, prompts, LENGTHS, method="prefill")
+        kept = unroll(config, keys)["rest"]
+        caches = tuple(
+            LayerCache(*(jnp.asarray(prompt).at[:, :, :8].set(array) for array in kept[f"layer_{i}"]), tail, tail)
+            for i in range(config.num_layers)
+        )
+        unrolled = unroll(config, params)
+
+        def step(caches: Any, number: Any) -> Any:
+            index = number - delays
+            is_real, slot = (index >= 0) & (index < NUM_TOKENS), index.clip(0, NUM_TOKENS - 1)
+            tokens = jnp.take_along_axis(answers, slot[..., None], axis=2)[..., 0]
+            arguments = (tokens, is_real, LENGTHS, slot, caches)
+            logits, caches = model.clone(unrolled=True).apply({"params": unrolled}, *arguments, method="decode")
+            return caches, logits
+
+        return first, jax.lax.scan(step, caches, jnp.arange(NUM_TOKENS + delays.max()))[1]
+
+    first, decoded = map(np.asarray, run(params))
+    whole = np.zeros((*shape, 16), int)
+    for place, length in enumerate(LENGTHS):
+        whole[place, :, :length], whole[place, :, length : length + NUM_TOKENS] = (
+            prompts[place, :length],
+            answers[place],
+        )
+    tokens = whole.reshape(-1, 16)
+    mask = np.arange(16) < LENGTHS.repeat(NUM_ROWS)[:, None] + NUM_TOKENS
+    expected = np.asarray(jax.jit(make_apply_fn(model))(params, tokens, mask)).reshape(*shape, 16, -1)
+    for place, length in enumerate(LENGTHS):
+        np.testing.assert_allclose(first[place], expected[place, 0, length - 1], atol=1e-9)
+        for row, delay in enumerate(delays[place]):
+            np.testing.assert_allclose(
+                decoded[delay : delay + NUM_TOKENS, place, row],
+                expected[place, row, length : length + NUM_TOKENS],
+                atol=1e-9,
+            )

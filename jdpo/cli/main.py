@@ -23,6 +23,7 @@ COMMANDS = {
     "reference": ("jdpo.cli.commands.reference", "compute the reference's log-probs once, for all later runs"),
     "generate": ("jdpo.cli.commands.generate", "draw answers of a model to many prompts"),
     "export": ("jdpo.cli.commands.export", "write a Hugging Face model folder from any checkpoint of a run"),
+    "score": ("jdpo.cli.commands.score", "score answers by a reward model, a judge, a rule or a column"),
     "pair": ("jdpo.cli.commands.pair", "make preference pairs of sampled and scored answers"),
     "eval": ("jdpo.cli.commands.eval", "evaluate a model on held-out pairs and facts"),
     "compare": ("jdpo.cli.commands.compare", "show what changed between models, with intervals"),

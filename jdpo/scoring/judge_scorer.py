@@ -11,7 +11,7 @@ from typing import Any
 
 from jdpo.generation.servers.server_client import ServerSettings
 from jdpo.scoring.judge import Duel, Judge
-from jdpo.scoring.protocol import Asked, Scored
+from jdpo.scoring.protocol import Block, Scored
 from jdpo.scoring.score_files import Score, Verdict
 
 COMPARISONS = 16
@@ -40,7 +40,7 @@ class JudgeScorer:
         """Returns what decides the scores."""
         return {**self._judge.describe(), "comparisons": self._comparisons, "seed": self._seed}
 
-    def score(self, block: Sequence[Asked]) -> Scored:
+    def score(self, block: Block) -> Scored:
         """Judges the answers to all questions of a block at once, and scores them."""
         chosen = [
             (one, pair)
@@ -71,7 +71,7 @@ class JudgeScorer:
 
 def judge_scorer(
     argument: str,
-    asked: Sequence[Asked],
+    blocks: Sequence[Block],
     *,
     rubric: str | None = None,
     comparisons: int = COMPARISONS,
@@ -82,7 +82,7 @@ def judge_scorer(
 
     Args:
       argument: the server's address.
-      asked: not read; verdicts depend on one question at a time.
+      blocks: not read; verdicts depend on one question at a time.
       rubric, comparisons, seed: see `Judge` and `JudgeScorer`.
       server: the other values of `ServerSettings`; judge_model is its model.
 

@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 
 from jdpo.config import MeshConfig
 from jdpo.data.batching.packing_plan import completion_sizes
+from jdpo.data.prepared.prepare import cache_folder
 from jdpo.data.schemas.formats import Dropped
 from jdpo.data.tokens.row_rendering import NOT_UNICODE, RowTexts, encode_rendered, is_unicode, render_all
 from jdpo.data.tokens.tokenizer import Tokenizer, load_tokenizer
@@ -38,6 +39,7 @@ from jdpo.sharding.mesh import make_mesh
 from jdpo.sharding.rules import param_shardings
 from jdpo.training.reference.packed_scoring import PackedScorer, over_micro_batches
 from jdpo.training.setup.folder_digests import folder_digest
+from jdpo.training.setup.numerics import persistent_cache
 from jdpo.types import PackedBatch, TokenizedCompletion
 
 TOO_LONG = "longer than max_length"
@@ -288,7 +290,8 @@ class RewardScorer:
     def score(self, block: Block) -> Scored:
         """Computes the rewards of a block."""
         answers = [answer for one in block for answer in one.answers]
-        rewards = self._rewards.of(self._numbers[_key(block)])
+        with persistent_cache(cache_folder(None) / "programs"):
+            rewards = self._rewards.of(self._numbers[_key(block)])
         return Scored(
             [
                 Score(answer.prompt_id, answer.sample, None, reward)

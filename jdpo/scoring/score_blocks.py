@@ -31,7 +31,8 @@ from jdpo.scoring.score_files import (
 )
 
 Progress = Callable[[int, int], None]
-"""Called with the number of answers that have their scores, and the number of all."""
+"""Called with the number of answers that have their scores, and the number of all; first when those of an earlier call
+are read, then after each block."""
 
 
 def score_answers(
@@ -136,17 +137,22 @@ def _all_blocks(parts: Path, scorer: Scorer, blocks: Sequence[Block], progress: 
     """Scores the blocks that are not on disk, and returns the results of all."""
     found = Scored([], [])
     total = sum(len(one.answers) for block in blocks for one in block)
+    has_started = False
     for number, block in enumerate(blocks):
         answers = [answer for one in block for answer in one.answers]
         path = parts / f"{number:05d}.json"
         scored = _read_part(path, answers)
         if scored is None:
+            if not has_started:
+                progress(len(found.scores), total)
+            has_started = True
             scored = scorer.score(block)
             assert _belong(scored, answers), f"the scorer left out answers of block {number}"
             write_durably(path, json.dumps(scored))
         found.scores.extend(scored.scores)
         found.verdicts.extend(scored.verdicts)
-        progress(len(found.scores), total)
+        if has_started:
+            progress(len(found.scores), total)
     return found
 
 

@@ -15,7 +15,7 @@ from jdpo.generation.servers.server_client import ServerSettings
 from jdpo.generation.values import Answer
 from jdpo.scoring.judge import UNREADABLE, Duel, Judge, Judged
 from jdpo.scoring.judge_scorer import NOT_COMPARED, JudgeScorer, chosen_pairs
-from jdpo.scoring.protocol import Asked, Scored
+from jdpo.scoring.protocol import Asked, Scored, cut
 from jdpo.scoring.score_blocks import score_answers
 from jdpo.scoring.score_files import answers_digest, read_scores, read_verdicts
 from jdpo.scoring.scorers import make_scorer, parse_by
@@ -204,20 +204,21 @@ def test_a_killed_command_asks_for_no_finished_verdict_again(tmp_path: Path) -> 
         """Returns how many requests were sent."""
         folder.mkdir(exist_ok=True)
         before = len(server.requests)
-        scorer = make_scorer(parse_by(f"judge:{server.url}"), rows, {"comparisons": 2})
+        blocks = cut(rows, 3)
+        scorer = make_scorer(parse_by(f"judge:{server.url}"), blocks, {"comparisons": 2})
 
         def progress(done: int, total: int) -> None:
             if done == kill_after:
                 raise KeyboardInterrupt
 
         with contextlib.suppress(KeyboardInterrupt):
-            score_answers(folder, "j", scorer, rows, digest=digest, block_answers=3, progress=progress)
+            score_answers(folder, "j", scorer, blocks, digest=digest, progress=progress)
         return len(server.requests) - before
 
     with serving_chat(prefers_long) as server:
         assert run(tmp_path / "killed", kill_after=6) == 2 * 2 * 2
-        assert run(tmp_path / "killed", kill_after=0) == 2 * 2 * 2
-        assert run(tmp_path / "whole", kill_after=0) == 4 * 2 * 2
+        assert run(tmp_path / "killed", kill_after=-1) == 2 * 2 * 2
+        assert run(tmp_path / "whole", kill_after=-1) == 4 * 2 * 2
     for name in ("scores/j.jsonl", "verdicts/j.jsonl"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert len(read_verdicts(tmp_path / "whole", "j", digest)) == 8

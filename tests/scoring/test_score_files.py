@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -184,3 +185,36 @@ def test_verdicts_are_counted() -> None:
         "null": 1,
         "orders_disagree": 1,
     }
+
+
+def test_a_kill_at_any_write_leaves_what_a_restart_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file takes two flushes: its own and its folder's. An interruption before each of them in turn."""
+    whole, fsync = tmp_path / "whole", os.fsync
+    whole.mkdir()
+    num_flushes = 0
+
+    def counted(file: int) -> None:
+        nonlocal num_flushes
+        num_flushes += 1
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", counted)
+    score(whole, Lengths())
+    assert num_flushes == 2 * (1 + 3 + 4)  # made_by.json, three blocks, two files of scores and two of verdicts
+    for stop in range(num_flushes):
+        folder, left = tmp_path / f"stopped-{stop}", stop
+        folder.mkdir()
+
+        def interrupted(file: int) -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+            fsync(file)
+
+        monkeypatch.setattr(os, "fsync", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            score(folder, Lengths())
+        monkeypatch.setattr(os, "fsync", fsync)
+        score(folder, Lengths())
+        assert files(folder) == files(whole)

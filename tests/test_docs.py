@@ -12,6 +12,7 @@ import json
 import re
 import shlex
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from jdpo.cli.commands.quickstart import read_settings
 from jdpo.cli.main import main
 from tests.conftest import chat_pairs, write_jsonl
 from tests.pairing.gen_folders import write_gen, write_gen_scores
+from tests.scoring.conftest import make_reward_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted(page for page in (ROOT / "docs").rglob("*.md") if page.name != "api.md")]
@@ -56,6 +58,8 @@ TOYS = {
     "dpo ...": "dpo run.yaml",
     "runs/first/checkpoints/400 exported": "runs/adapters/checkpoints/1 exported",
     "--step 400": "--step 1",
+    "gen --by": "gen-unscored --by",  # other commands read the only scores of gen
+    "reward:Skywork/Skywork-Reward-V2-Qwen3-0.6B": "reward:toy-reward",
     "--output pairs.jsonl": "--output paired.jsonl",  # other commands read pairs.jsonl
     "--output_dir runs/sft": "--output_dir runs/sft-again",  # runs/sft has the adapter that later commands start from
 }
@@ -188,7 +192,12 @@ def place(tmp_path_factory: pytest.TempPathFactory, toy_model: Path) -> Iterator
     for name in ("gen", "gen-strong", "gen-weak"):
         write_gen(folder / name, {f"{n}?": (f"answer {n}", f"{name} {n}") for n in range(8)})
     write_gen_scores(folder / "gen", (2, 0) * 8)
+    texts = {f"{n}?": (f"It is {n}.", "I do not know.") for n in range(3)}
+    write_gen(folder / "gen-unscored", texts, columns={"answer": 1})
+    make_reward_folder(toy_model, folder / "toy-reward")
+    (folder / "rules.py").write_text(next(item.text for item in ITEMS if item.text.startswith("# rules.py")))
     patch = pytest.MonkeyPatch()
+    patch.setattr("sys.path", list(sys.path))  # `jdpo score --by rule:...` adds the current folder
     patch.chdir(folder)
     patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     yield folder

@@ -25,7 +25,9 @@ class Written:
     def describe(self) -> dict[str, Any]:
         return {"model": "written"}
 
-    def answers(self, questions: Sequence[Question], num_samples: int) -> list[Answer | Unanswered]:
+    def answers(
+        self, questions: Sequence[Question], num_samples: int, following: Sequence[Question] = ()
+    ) -> list[Answer | Unanswered]:
         return [self._one(question, sample) for question in questions for sample in range(num_samples)]
 
     def _one(self, question: Question, sample: int) -> Answer | Unanswered:
@@ -45,7 +47,7 @@ def write_gen(
     Args:
       texts: {user's question: its answers}, as many to each; None: the answer could not be made.
       tokens: whether the answers have tokens, unlike those of some servers.
-      framed: tools and template_kwargs of all questions.
+      framed: tools, template_kwargs and columns of all questions.
     """
     questions = [
         make_question([{"role": "user", "content": text}], f"p:{number}", **framed) for number, text in enumerate(texts)

@@ -115,11 +115,11 @@ class _Server(ThreadingHTTPServer):
 
 
 @contextlib.contextmanager
-def serving_chat(reply: Callable[[dict[str, Any]], Reply] | Reply) -> Iterator[ChatServer]:
-    """A server that answers while the block runs, with `reply(request)` or always with `reply`."""
+def serving_chat(reply: Callable[[dict[str, Any]], Reply] | Reply, port: int = 0) -> Iterator[ChatServer]:
+    """A server that answers while the block runs, with `reply(request)` or always with `reply`; port 0 is any."""
     memory = ChatServer(reply if callable(reply) else lambda request: reply)
     handler = type("Handler", (_Handler,), {"memory": memory})
-    with _Server(("127.0.0.1", 0), handler) as server:
+    with _Server(("127.0.0.1", port), handler) as server:
         # A short poll interval, because each test waits for it when it ends.
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         memory.url = f"http://127.0.0.1:{server.server_port}/v1"

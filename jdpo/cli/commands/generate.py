@@ -13,6 +13,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from jdpo.cli.parsing import Parser, add_help, spellings
+from jdpo.cli.server_options import add_server_options, asks_a_server, server_source
 from jdpo.safe_text import terminal, terminal_lines
 from jdpo.words import figure
 
@@ -32,7 +33,7 @@ def parser() -> Parser:
     """Returns the parser of the command."""
     parser = Parser(
         "generate",
-        "MODEL --prompts FILE --output_dir GEN [--n N] [--temperature T] ...",
+        "MODEL | --endpoint URL --prompts FILE --output_dir GEN [--n N] [--temperature T] ...",
         "Draws answers of a model to every prompt of a file, and writes them to GEN as shards of about "
         "--answers_per_shard answers. The command may be stopped at any time: run again with the same options, it "
         "continues after the last whole shard, and the files are the same as without the stop.",
@@ -42,6 +43,7 @@ def parser() -> Parser:
     arguments.add_argument(
         "model",
         metavar="MODEL",
+        nargs="?",
         type=_text,
         help="A Hugging Face model folder or hub name, a PEFT adapter, the output_dir of a run (the model of a "
         "finished run, otherwise its newest checkpoint), or checkpoints/STEP of one.",
@@ -60,6 +62,7 @@ def parser() -> Parser:
     _add_sampling(parser.add_argument_group("Sampling"))
     _add_prompts(parser.add_argument_group("Prompts"))
     _add_model(parser.add_argument_group("Model"))
+    add_server_options(parser.add_argument_group("Server"))
     options.add_argument(
         *spellings("--answers_per_shard"),
         type=int,
@@ -169,7 +172,9 @@ def _add_model(group: Any) -> None:
 def main(command: str, words: Sequence[str]) -> int:
     """Runs the command; returns its exit code."""
     assert command == "generate", command
-    asked = parser().parse_args(words)
+    options = parser()
+    asked = options.parse_args(words)
+    asked.of_server = asks_a_server(asked, options)
     from jdpo.generation.values import Sampling
 
     sampling = Sampling(
@@ -179,8 +184,11 @@ def main(command: str, words: Sequence[str]) -> int:
         max_new_tokens=asked.max_new_tokens,
         seed=asked.seed,
     )
-    with leaving_on_signals():
-        manifest, prompts = _generate(asked, sampling, Path(asked.output_dir))
+    try:
+        with leaving_on_signals():
+            manifest, prompts = _generate(asked, sampling, Path(asked.output_dir))
+    except ConnectionError as error:
+        raise ConnectionError(f"{error}\nThe same command continues after the last whole shard") from error
     return _report(Path(asked.output_dir), manifest, prompts)
 
 
@@ -226,8 +234,13 @@ def _read_prompts(asked: argparse.Namespace) -> Prompts:
 def _source(
     asked: argparse.Namespace, sampling: Sampling, prompts: Prompts, on_answer: Callable[[int], None]
 ) -> Iterator[AnswerSource]:
-    """Opens the model; while the block runs, compiled programs are kept for later runs."""
+    """Opens the model or the server; while the block runs, compiled programs are kept for later runs."""
     _refuse_clusters()
+    kwargs = _mapping(asked.chat_template_kwargs, "--chat_template_kwargs")
+    if asked.of_server:
+        with server_source(asked, sampling, kwargs, on_answer, _log) as source:
+            yield source
+        return
     from jdpo.config import MeshConfig
     from jdpo.data.prepared.prepare import cache_folder
     from jdpo.generation.asking.model_source import ModelSource
@@ -241,7 +254,7 @@ def _source(
             mesh=MeshConfig(**{axis: getattr(asked, f"mesh_{axis}") for axis in AXES}),
             revision=asked.revision,
             chat_template=asked.chat_template,
-            chat_template_kwargs=_mapping(asked.chat_template_kwargs, "--chat_template_kwargs"),
+            chat_template_kwargs=kwargs,
         )
         for note in model.tokenizer.notes:
             _log(f"tokenizer: {note}")

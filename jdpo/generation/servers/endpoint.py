@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 from jdpo.generation.servers.server_client import Failure, Request, ServerClient, ServerSettings, UnreadableReplyError
@@ -60,13 +60,19 @@ class EndpointSource:
     """
 
     def __init__(
-        self, settings: ServerSettings, sampling: Sampling, on_answer: Callable[[int], None] = lambda num_tokens: None
+        self,
+        settings: ServerSettings,
+        sampling: Sampling,
+        *,
+        template_kwargs: Mapping[str, Any] | None = None,
+        on_answer: Callable[[int], None] = lambda num_tokens: None,
     ) -> None:
         """Opens no connection yet.
 
         Args:
           settings: where the server is.
           sampling: how it is to draw answers.
+          template_kwargs: variables for the chat template of every conversation; those of a question override them.
           on_answer: called with the number of tokens of each answer as soon as it is there; 0: not known.
 
         Raises:
@@ -74,6 +80,7 @@ class EndpointSource:
         """
         self.client = ServerClient(settings)
         self._sampling, self._on_answer = sampling, on_answer
+        self._template_kwargs = dict(template_kwargs or {})
         # Questions that have been begun, by prompt_id.
         self._begun: dict[str, asyncio.Task[list[Choice | Failure]]] = {}
         self._takes_n = True
@@ -108,7 +115,8 @@ class EndpointSource:
                 "identical_samples": self._num_identical,
                 "first_failures": self._failures,
             }
-        return {"served_model": self.client.model, "about": about}
+        kwargs = {"template_kwargs": self._template_kwargs} if self._template_kwargs else {}
+        return {"served_model": self.client.model, **kwargs, "about": about}
 
     def answers(
         self, questions: Sequence[Question], num_samples: int, following: Sequence[Question] = ()
@@ -204,8 +212,8 @@ class EndpointSource:
         body |= {"messages": question.prompt, "logprobs": True}
         if question.tools:
             body["tools"] = question.tools
-        if question.template_kwargs:
-            body["chat_template_kwargs"] = question.template_kwargs
+        if kwargs := self._template_kwargs | (question.template_kwargs or {}):
+            body["chat_template_kwargs"] = kwargs
         return Request("chat/completions", body, optional)
 
 

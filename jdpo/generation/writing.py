@@ -87,10 +87,7 @@ def write_answers(
     Raises:
       ValueError: the folder holds something else, or answers made in another way; or another process writes to it.
     """
-    if num_samples < 1:
-        raise ValueError(f"n: expected 1 or more answers to each prompt, found {num_samples}")
-    if answers_per_shard < 1:
-        raise ValueError(f"answers_per_shard: expected 1 or more, found {answers_per_shard}")
+    check_counts(num_samples, answers_per_shard)
     description = source.describe()
     about = {"prompts": prompts.place, **description.pop("about", {})}
     planned = Manifest(
@@ -107,6 +104,18 @@ def write_answers(
         raise ValueError(f"{folder}: another process is writing answers here; wait for it, or choose another folder")
     with lock:
         return _Writing(folder, prompts.questions, source, _begun(folder, planned, prompts, log), log, skipped).run()
+
+
+def check_counts(num_samples: int, answers_per_shard: int) -> None:
+    """Refuses numbers of answers below 1.
+
+    Raises:
+      ValueError: naming the number.
+    """
+    if num_samples < 1:
+        raise ValueError(f"n: expected 1 or more answers to each prompt, found {num_samples}")
+    if answers_per_shard < 1:
+        raise ValueError(f"answers_per_shard: expected 1 or more, found {answers_per_shard}")
 
 
 def _counted(prompts: Prompts) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import yaml
@@ -89,6 +90,27 @@ def test_an_earlier_step_by_its_folder_or_by_number(run: Path, tmp_path: Path) -
     card = (tmp_path / "by_folder" / "README.md").read_text()
     assert "| step | 3 |" in card
     assert "The run did not record" not in card
+
+
+def test_runs_and_checkpoints_can_be_asked(run: Path, tmp_path: Path) -> None:
+    def weights(path: Path) -> list[np.ndarray]:
+        return [np.asarray(leaf) for leaf in jax.tree.leaves(jdpo.load(path, dtype="float32").params)]
+
+    assert main(["export", str(run / "checkpoints" / "3"), str(tmp_path / "third")]) == 0
+    third, exported = weights(tmp_path / "third"), weights(run / "model")
+    jax.tree.map(np.testing.assert_array_equal, weights(run / "checkpoints" / "3"), third)
+    # The model of a finished run, but the newest checkpoint of one that goes on.
+    assert jdpo.load(run).digest == jdpo.load(run / "model").digest
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(record | {"finished": False}))
+    assert jdpo.load(run).name == f"{run} (step 6)"
+    jax.tree.map(np.testing.assert_array_equal, weights(run), exported)
+    assert any((one != other).any() for one, other in zip(exported, third, strict=True))
+    with pytest.raises(ValueError, match="is a checkpoint of a run, whose config names"):
+        jdpo.load(run, revision="main")
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(ValueError, match="holds no whole checkpoint yet"):
+        jdpo.load(run)
 
 
 @pytest.mark.parametrize("attention", ["splash", "cudnn"])

@@ -16,8 +16,10 @@ import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import jdpo
 from jdpo.cli.main import main
 from jdpo.config import DPOConfig, load_config
+from jdpo.models.transformer import Weights
 from jdpo.training.run import train
 from jdpo.training.setup.folder_digests import folder_digest
 
@@ -60,6 +62,21 @@ def test_a_checkpoint_holds_adapters_and_no_base(lora_run: Path, toy_model: Path
     position = json.loads(next((lora_run / "checkpoints" / "12" / "position").rglob("metadata")).read_text())
     assert position["base"]["model"] == str(toy_model)
     assert len(position["base"]["digest"]) == 64
+
+
+def test_adapters_can_be_asked_without_a_merge(lora_run: Path, toy_model: Path, tmp_path: Path) -> None:
+    assert main(["export", str(lora_run), str(tmp_path / "merged"), "--merge", "--dtype", "float32"]) == 0
+    question = [{"role": "user", "content": "slow river"}]
+    merged, base = (jdpo.load(path).logps(question, "green paper").logps for path in (tmp_path / "merged", toy_model))
+    assert np.abs(np.subtract(merged, base)).max() > 1e-2
+    digests = set()
+    for path in (lora_run, lora_run / "checkpoints" / "12", lora_run / "checkpoints" / "10"):
+        model = jdpo.load(path)
+        assert isinstance(model.params, Weights)
+        distance = np.abs(np.subtract(model.logps(question, "green paper").logps, merged)).max()
+        assert distance > 1e-3 if path.name == "10" else distance < 2e-5
+        digests.add(model.digest)
+    assert len(digests) == 3
 
 
 def test_a_stopped_run_resumes_to_the_same_end(

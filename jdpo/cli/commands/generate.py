@@ -194,8 +194,9 @@ def main(command: str, words: Sequence[str]) -> int:
 
 def _generate(asked: argparse.Namespace, sampling: Sampling, folder: Path) -> tuple[Manifest, Prompts]:
     from jdpo.generation.pace import Pace
-    from jdpo.generation.writing import write_answers
+    from jdpo.generation.writing import check_counts, write_answers
 
+    check_counts(asked.n, asked.answers_per_shard)
     prompts = _read_prompts(asked)
     for line in prompts.lines():
         _log(line)

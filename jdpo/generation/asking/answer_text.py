@@ -79,7 +79,9 @@ def content_of(row: RowTexts, prompt_ids: Sequence[int], tokens: Sequence[int], 
       tokenizer: of the model.
     """
     text = text_after(prompt_ids, tokens, tokenizer)
-    forms = dict.fromkeys((text, text.lstrip(), text.strip()))
+    # Some templates write one space before the answer, others strip it.
+    without_one = text[1:] if text[:1].isspace() else text
+    forms = dict.fromkeys((text, without_one, text.lstrip(), text.strip()))
     return next((form for form in forms if _gives(form, row, prompt_ids, tokens, tokenizer)), text)
 
 

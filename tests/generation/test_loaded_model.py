@@ -1,0 +1,125 @@
+"""`jdpo.load` and what it returns, on a toy."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import jdpo
+from jdpo.generation.asking.token_logps import completion_logps
+from jdpo.generation.loaded_model import LoadedModel
+
+ASK = [{"role": "user", "content": "slow river"}]
+OPTIONS = {"max_new_tokens": 8, "top_p": 0.9, "seed": 5}
+
+
+@pytest.fixture(scope="module")
+def model(toy_model: Path) -> LoadedModel:
+    return jdpo.load(toy_model)
+
+
+def ids_of(model: LoadedModel, prompt: list[dict[str, str]]) -> list[int]:
+    (ids,) = model.tokenizer.encode([model.tokenizer.render(prompt, add_generation_prompt=True)])
+    return ids
+
+
+def test_a_list_of_prompts_gets_the_answers_of_each(model: LoadedModel) -> None:
+    both = model.generate([ASK, [*ASK, {"role": "assistant", "content": "stone"}, *ASK]], n=2, **OPTIONS)
+    assert [[answer.sample for answer in answers] for answers in both] == [[0, 1], [0, 1]]
+    alone = model.generate(ASK, n=2, **OPTIONS)
+    assert alone == both[0]
+    assert alone[0].tokens != alone[1].tokens != both[1][1].tokens
+    assert model.generate([], **OPTIONS) == []
+
+
+def test_the_stream_is_the_text_of_the_answer(model: LoadedModel) -> None:
+    answers = model.generate(ASK, n=2, **OPTIONS)
+    for answer in answers:
+        assert "".join(model.stream(ASK, sample=answer.sample, **OPTIONS)) == answer.text == answer.message["content"]
+
+
+def test_logps_are_those_of_the_tokens_that_training_learns(model: LoadedModel) -> None:
+    found = model.logps(ASK, "green paper")
+    prompt = ids_of(model, ASK)
+    (whole,) = model.tokenizer.encode([model.tokenizer.render([*ASK, {"role": "assistant", "content": "green paper"}])])
+    assert prompt + found.tokens == whole
+    assert "".join(found.pieces) == "green paper<|im_end|>\n"
+    logits = model.model.apply({"params": model.params}, np.array([whole]), np.ones((1, len(whole)), bool))
+    expected = jax.nn.log_softmax(logits[0])[np.arange(len(prompt) - 1, len(whole) - 1), found.tokens]
+    np.testing.assert_allclose(found.logps, expected, atol=1e-5)
+    assert found.total == pytest.approx(float(expected.sum()), abs=1e-4)
+    text = model.logps("slow river", " green")
+    assert text.pieces[-1] == "<|im_end|>"  # the EOS, once
+    best = model.next_tokens(ASK, 3)
+    assert [one.logp for one in best] == sorted((one.logp for one in best), reverse=True)
+    assert model.next_tokens(ASK, 400)[0] == best[0]
+    assert sum(np.exp(one.logp) for one in model.next_tokens(ASK, 10_000)) == pytest.approx(1, abs=1e-5)
+    after = {one.token: one.logp for one in model.next_tokens(ASK, 10_000, start="green")}
+    assert after[found.tokens[1]] == pytest.approx(found.logps[1], abs=1e-5)
+
+
+def test_the_logp_of_an_answer_is_that_of_its_tokens(model: LoadedModel) -> None:
+    (answer,) = model.generate(ASK, **OPTIONS)
+    assert answer.tokens is not None
+    logps = completion_logps(model.model, model.params, model.mesh, ids_of(model, ASK), answer.tokens)
+    assert answer.logp == pytest.approx(float(logps.sum()), abs=1e-4)
+
+
+def test_wrong_arguments_are_errors_of_the_call(model: LoadedModel) -> None:
+    for call, words in (
+        (lambda: model.generate(ASK, temperature=-1), "temperature: expected 0"),
+        (lambda: model.generate("x", max_new_tokens=400), "max_new_tokens 400 these are more than the model's 256"),
+        (lambda: model.stream("x", max_new_tokens=400), "max_new_tokens 400"),
+        (lambda: model.generate([[]]), "the prompt cannot be answered: empty prompt"),
+        (lambda: model.logps(ASK, ""), "the answer cannot be scored: empty side"),
+        (lambda: model.logps("x", "river " * 300), r"more than the model's 256 positions"),
+        (lambda: model.next_tokens(ASK, 0), "k: expected 1 or more"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
+
+
+def test_answers_end_at_the_tokens_of_the_generation_config(toy_model: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(toy_model, tmp_path / "model"))
+    own = jdpo.load(folder)
+    (first,) = own.generate(ASK, max_new_tokens=4)
+    assert first.tokens is not None
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [first.tokens[2]]}))
+    ended = jdpo.load(folder)
+    assert ended.end_token_ids == (*own.tokenizer.end_token_ids, first.tokens[2])
+    (answer,) = ended.generate(ASK, max_new_tokens=4)
+    assert (answer.tokens, answer.finish_reason) == (first.tokens[:3], "stop")
+    assert "".join(ended.stream(ASK, max_new_tokens=4)) == answer.text
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"dtype": "int8"}, "dtype: expected auto, float32 or bfloat16"),
+        ({"chat_template": "chatml"}, "tokens, 2 of them for chat_template"),
+        ({"mesh": jdpo.MeshConfig(data=3)}, "does not fit the 8 devices"),
+    ],
+)
+def test_what_cannot_be_loaded_says_why(tmp_path: Path, options: dict[str, str], words: str) -> None:
+    from tests.data.conftest import save_byte_level
+
+    golden = Path(__file__).parents[1] / "golden" / "logits" / "qwen3"
+    folder = Path(shutil.copytree(golden, tmp_path / "model"))
+    save_byte_level(folder, ["a"], vocab_size=0)
+    with pytest.raises(ValueError, match=words):
+        jdpo.load(folder, **options)
+    with pytest.raises(ValueError, match="does not exist"):
+        jdpo.load("./nowhere")
+
+
+def test_bfloat16_is_computed_in_bfloat16(toy_model: Path, model: LoadedModel) -> None:
+    half = jdpo.load(toy_model, dtype="bfloat16")
+    assert half.dtype == "bfloat16"
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(half.params)} == {"bfloat16"}
+    assert half.digest == model.digest
+    assert half.logps(ASK, "green").total == pytest.approx(model.logps(ASK, "green").total, abs=0.2)

@@ -1,0 +1,45 @@
+"""From a server's answers to pairs by a judge: what a biased judge prefers is not in the pairs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jdpo.cli.main import main
+from tests.chat_server import prefers_first, prefers_long, serving_chat, verdict
+from tests.conftest import write_jsonl
+
+
+@pytest.fixture
+def gen(tmp_path: Path) -> Path:
+    """Four answers to each of three questions, of 1, 2, 4 and 8 words."""
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"question {number}"} for number in range(3)])
+    folder = tmp_path / "gen"
+    words = ["generate", "--prompts", str(prompts), "--output_dir", str(folder), "--n", "4"]
+    with serving_chat(lambda request: [" ".join(["word"] * 2**place) for place in range(request["n"])]) as server:
+        assert main([*words, "--endpoint", server.url]) == 0
+    return folder
+
+
+def pairs_by(judge: Callable[[dict[str, Any]], str] | str, gen: Path, *options: str) -> list[dict[str, Any]]:
+    output = gen.parent / "pairs.jsonl"
+    with serving_chat(judge) as server:
+        assert main(["score", str(gen), "--by", f"judge:{server.url}", "--name", "j", "--overwrite"]) == 0
+    main(["pair", str(gen), "--output", str(output), *options])
+    return [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
+
+
+@pytest.mark.parametrize("judge", [prefers_first, verdict("second"), "I cannot decide."])
+def test_a_judge_that_does_not_read_makes_no_pairs(judge: Any, gen: Path) -> None:
+    assert pairs_by(judge, gen) == []
+
+
+def test_a_judge_of_length_makes_pairs_that_a_limit_takes_out(gen: Path) -> None:
+    pairs = pairs_by(prefers_long, gen)
+    assert [(pair["sample_chosen"], pair["sample_rejected"], pair["margin"]) for pair in pairs] == [(3, 0, 1.0)] * 3
+    (gen.parent / "pairs.jsonl").unlink()
+    assert pairs_by(prefers_long, gen, "--max_length_gap", "0") == []

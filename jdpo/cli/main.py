@@ -27,6 +27,7 @@ COMMANDS = {
     "pair": ("jdpo.cli.commands.pair", "make preference pairs of sampled and scored answers"),
     "eval": ("jdpo.cli.commands.eval", "evaluate a model on held-out pairs and facts"),
     "compare": ("jdpo.cli.commands.compare", "show what changed between models, with intervals"),
+    "iterate": ("jdpo.cli.commands.iterate", "improve a model in rounds: generate, score, pair, dpo, compare"),
     "quickstart": ("jdpo.cli.commands.quickstart", "train a tiny model from scratch and align it, in minutes"),
     "completion": ("jdpo.cli.commands.completion", "print a script that completes jdpo's command lines in your shell"),
 }

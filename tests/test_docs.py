@@ -40,6 +40,8 @@ LISTED = {
     ("docs/clusters.md", "jdpo: error: process 1"): "shows what is printed",
     ("docs/clusters.md", "until srun"): "needs a Slurm cluster",
     ("docs/data.md", "file -> raw row"): "a diagram",
+    ("docs/iterate.md", "output_dir/"): "lists the files of a loop",
+    ("docs/iterate.md", "jdpo iterate configs/iterate.yaml\n"): "trains; tests/iteration runs a loop",
     ("docs/lora.md", "from peft import"): "needs PyTorch; tests/models/lora/test_peft_torch.py loads exports with PEFT",
     ("docs/losses.md", "a, b        policy minus"): "explains symbols",
     ("docs/memory.md", "pytest tests/models/test_remat.py"): "is part of this suite",
@@ -189,6 +191,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, toy_model: Path) -> Iterator
     for name in ("run", "dpo", "sft"):
         (folder / f"{name}.yaml").write_text(json.dumps(settings | {"output_dir": f"runs/{name}-of-yaml"}))
     write_adapter(folder / "runs" / "sft" / "model", folder / "toy")
+    write_jsonl(folder / "prompts.jsonl", [{"prompt": f"{n}?"} for n in range(7000)])
     for name in ("gen", "gen-strong", "gen-weak"):
         write_gen(folder / name, {f"{n}?": (f"answer {n}", f"{name} {n}") for n in range(8)})
     write_gen_scores(folder / "gen", (2, 0) * 8)
@@ -254,7 +257,7 @@ def test_commands(item: Item, place: Path) -> None:
             read_settings(words[1:])
         return
     assert program == "jdpo", item.text
-    if any(word.startswith("configs/") for word in words):
+    if any(word.startswith("configs/") for word in words) and words[0] != "iterate":
         words.append("--model_name_or_path=toy")  # its config names a model of the hub
     if how(item) == "dry run" and "--dry_run" not in words:
         words.append("--dry_run")
@@ -282,6 +285,9 @@ def test_rows(item: Item, place: Path) -> None:
 @pytest.mark.parametrize("item", [item for item in ITEMS if item.kind == "settings"], ids=str)
 def test_settings(item: Item, place: Path) -> None:
     (place / "copied.yaml").write_text(item.text, encoding="utf-8")
+    if "rounds:" in item.text:
+        tried(["iterate", "copied.yaml", "--prompts_per_round=4", "--dry_run"])
+        return
     words = ["copied.yaml", "--model_name_or_path=toy", "--output_dir=runs/new", "--max_length=64"]
     given = "datasets:" in item.text
     tried(["dpo", *words, *([] if given else ["--datasets=pairs.jsonl"]), "--global_batch_size=8", "--dry_run"])

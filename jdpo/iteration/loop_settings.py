@@ -37,11 +37,6 @@ class GenerateSettings(Settings):
     top_p: Annotated[Float, Field(gt=0, le=1)] = key(1.0, "Draw from the most probable tokens of this total.")
     top_k: PositiveInt | None = key(None, "Draw from this many most probable tokens; null: from all.", example="50")
     max_new_tokens: PositiveInt = key(1024, "Largest number of tokens of an answer.")
-    serve: Text | None = key(
-        None,
-        "Command that serves the model of each round; null: jdpo's own engine.",
-        example="vllm serve {model} --port {port}",
-    )
 
 
 @settings
@@ -50,6 +45,9 @@ class ScoreSettings(Settings):
 
     by: Text = required("Scorer, as for `jdpo score --by`.", example="reward:Skywork/Skywork-Reward-V2-Qwen3-0.6B")
     rubric: Text | None = key(None, "File with the rubric of a judge.", example="rubric.md")
+    judge_model: Text | None = key(None, "Model of the judge's server, if it has several.", example="Qwen/Qwen3-8B")
+    api_key_env: Text | None = key(None, "Environment variable with the key of the judge's server.", example="KEY")
+    comparisons: PositiveInt | None = key(None, "Most comparisons of a judge per prompt; null: 16.", example="8")
 
 
 @settings
@@ -70,9 +68,17 @@ class PairSettings(Settings):
 class CompareSettings(Settings):
     """Options of `jdpo compare`."""
 
-    judge: Text | None = key(None, "Address of the judge of the held-out answers.", example="http://localhost:8001/v1")
-    reward: Text | None = key(None, "Reward model that judges the held-out answers instead.", example="runs/rm/model")
+    by: Text = required(
+        "Judge of the held-out answers: any scorer of `jdpo score`.", example="judge:http://localhost:8001/v1"
+    )
     rubric: Text | None = key(None, "File with the rubric of the judge.", example="rubric.md")
+    judge_model: Text | None = key(None, "Model of the judge's server, if it has several.", example="Qwen/Qwen3-8B")
+    api_key_env: Text | None = key(None, "Environment variable with the key of the judge's server.", example="KEY")
+    n: PositiveInt = key(1, "Answers of each model to each held-out prompt.", example="2")
+    temperature: NonNegativeFloat = key(1.0, "Temperature of the draws.")
+    max_new_tokens: PositiveInt | None = key(
+        None, "Largest number of tokens of an answer; null: as in generate.", example="512"
+    )
     pairs: Text | None = key(None, "Held-out pairs, for accuracy and margins.", example="held_out.jsonl")
     facts: Text | None = key(None, "Facts that must not be forgotten.", example="facts.jsonl")
 
@@ -82,7 +88,7 @@ class LoopSettings(Settings):
     """The settings of `jdpo iterate`.
 
     Raises:
-      ValueError: no judge, a judge that is also the scorer, or a key of `dpo` that the loop sets itself.
+      ValueError: a judge that is also the scorer, no held-out prompts, or a key of `dpo` that the loop sets itself.
     """
 
     heading = "Loop"
@@ -107,13 +113,13 @@ class LoopSettings(Settings):
     max_kl: PositiveFloat | None = key(
         None, "Stop when a round moves the model by more than this KL divergence, in nats per answer.", example="20"
     )
-    same_scorer: bool = key(False, "Allow the judge of `compare` to be the scorer that made the pairs.")
+    same_scorer: bool = key(False, "Allow compare.by, the judge, to be score.by, which made the pairs.")
     seed: Seed = key(0, "Seed of the split into rounds, of the draws and of the replayed pairs.")
     generate: GenerateSettings = key(GenerateSettings(), "Options of `jdpo generate`.", example="{n: 8}")
     score: ScoreSettings = required("Options of `jdpo score`.", example="{by: length}")
     pair: PairSettings = key(PairSettings(), "Options of `jdpo pair`.", example="{min_margin: 1}")
     dpo: Mapping[str, Any] = key({}, "Keys of `jdpo dpo`.", example="{beta: 0.1, learning_rate: 5e-7}")
-    compare: CompareSettings = required("Options of `jdpo compare`.", example="{judge: http://localhost:8001/v1}")
+    compare: CompareSettings = required("Options of `jdpo compare`.", example='{by: "judge:http://localhost:8001/v1"}')
 
     @model_validator(mode="after")
     def _check(self) -> LoopSettings:
@@ -131,21 +137,22 @@ OWN_KEYS = ("model_name_or_path", "model_revision", "datasets", "output_dir", "r
 
 
 def check_judge(loop: LoopSettings) -> None:
-    """Refuses a loop without a judge, or with one that has made the pairs which it would judge.
+    """Refuses a loop that is judged by the scorer which makes its pairs.
 
     Raises:
       ValueError: see above.
     """
-    judge, reward = loop.compare.judge, loop.compare.reward
-    if (judge is None) == (reward is None):
+    scorer, judge = (_scorer_of(text) for text in (loop.score.by, loop.compare.by))
+    # One server may have several models.
+    if loop.score.judge_model != loop.compare.judge_model and scorer.startswith("judge:"):
+        return
+    if scorer == judge and not loop.same_scorer:
         raise ValueError(
-            "compare: name who judges the held-out answers, with either judge (the address of a server) or reward "
-            "(a reward model)"
+            f"compare.by is the scorer that makes the pairs ({loop.score.by}), which favours its own choices; name "
+            "another judge, or set same_scorer: true"
         )
-    kind, name = ("judge", judge) if judge is not None else ("reward", reward)
-    scorer, _, made_by = loop.score.by.partition(":")
-    if not loop.same_scorer and scorer == kind and made_by.rstrip("/") == str(name).rstrip("/"):
-        raise ValueError(
-            f"compare.{kind} is the scorer that makes the pairs ({loop.score.by}), which favours its own choices; name "
-            "another one, or set same_scorer: true"
-        )
+
+
+def _scorer_of(by: str) -> str:
+    """Returns a scorer in one spelling: paths and addresses may end with a slash."""
+    return by.strip().rstrip("/")

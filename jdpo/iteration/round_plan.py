@@ -68,6 +68,8 @@ def round_commands(loop: LoopSettings, number: int, *, model: str, replays: bool
     seed = (loop.seed + number) % 2**32
     generate = _options(loop.generate)
     compare = _options(loop.compare)
+    if loop.compare.max_new_tokens is None:
+        compare.append(f"--max_new_tokens={loop.generate.max_new_tokens}")
     return [
         Command(
             "generate",

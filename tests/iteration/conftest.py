@@ -30,7 +30,7 @@ def make_loop(prompts_file: Path, tmp_path: Path) -> Callable[..., LoopSettings]
             "prompts": prompts_file,
             "output_dir": tmp_path / "loop",
             "score.by": "exact:answer",
-            "compare.judge": "http://localhost:1/v1",
+            "compare.by": "judge:http://localhost:1/v1",
             **{name.replace("__", "."): value for name, value in changes.items()},
         }
         return load_config(LoopSettings, None, [f"{name}={value}" for name, value in values.items() if value != ""])

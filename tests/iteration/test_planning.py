@@ -59,7 +59,7 @@ def test_too_few_prompts_are_refused(make_loop: Make, changes: dict[str, int]) -
 def test_a_longer_file_keeps_most_places(count: int, rounds: int, seed: int) -> None:
     loop = LoopSettings(
         model_name_or_path="m", prompts="p", output_dir="o", rounds=rounds, seed=seed, held_out=0.2,
-        score={"by": "length"}, compare={"reward": "r"},
+        score={"by": "length"}, compare={"by": "reward:r"},
     )  # fmt: skip
     questions = [make_question(f"{n}?", "p") for n in range(count)]
     try:
@@ -148,10 +148,9 @@ def test_the_judge_sees_held_out_prompts_only(make_loop: Make) -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"compare__judge": "", "compare__pairs": "x"}, "name who judges"),
-        ({"compare__reward": "rm"}, "either judge"),
+        ({"compare__by": ""}, "missing key 'compare"),
         ({"score__by": "judge:http://localhost:1/v1/"}, "same_scorer"),
-        ({"compare__judge": "", "compare__reward": "rm", "score__by": "reward:rm"}, "same_scorer"),
+        ({"compare__by": "reward:rm", "score__by": "reward:rm"}, "same_scorer"),
         ({"dpo": "{datasets: x}"}, "the loop sets datasets"),
         ({"held_out": 0}, "held_out"),
         ({"roundz": 3}, "did you mean 'rounds'"),
@@ -165,7 +164,9 @@ def test_settings_are_checked(make_loop: Make, changes: dict[str, Any], named: s
 
 
 def test_the_scorer_may_judge_if_that_is_wanted(make_loop: Make) -> None:
-    assert make_loop(score__by="judge:http://localhost:1/v1", same_scorer=True).same_scorer
+    judge = "judge:http://localhost:1/v1"
+    assert make_loop(score__by=judge, same_scorer=True).same_scorer
+    assert make_loop(score__by=judge, score__judge_model="another").score.by == judge
 
 
 # --- stopping

@@ -44,6 +44,8 @@ ELSEWHERE = {
         ("sample", "answer", "infer", "inference", "predict", "rollout", "ask"),
         "`jdpo generate MODEL --prompts FILE --output_dir GEN` draws answers of a model",
     ),
+    **dict.fromkeys(("pairs", "annotate", "label"), "`jdpo pair GEN --output PAIRS.jsonl` makes pairs of answers"),
+    **dict.fromkeys(("loop", "rounds", "online"), "`jdpo iterate LOOP.yaml` improves a model in rounds"),
     "merge": "`jdpo export RUN OUT --merge` adds adapters to their base",
     "push": "`jdpo export RUN OUT --push_to_hub OWNER/NAME` uploads a model",
     "evaluate": "`jdpo eval MODEL --pairs FILE` evaluates a model on held-out pairs",

@@ -37,6 +37,11 @@ class GenerateSettings(Settings):
     top_p: Annotated[Float, Field(gt=0, le=1)] = key(1.0, "Draw from the most probable tokens of this total.")
     top_k: PositiveInt | None = key(None, "Draw from this many most probable tokens; null: from all.", example="50")
     max_new_tokens: PositiveInt = key(1024, "Largest number of tokens of an answer.")
+    serve: Text | None = key(
+        None,
+        "Command that serves the model of each round; null: jdpo's own engine answers.",
+        example="vllm serve {model} --port {port}",
+    )
 
 
 @settings

@@ -26,7 +26,7 @@ KILLS = 20
 
 @pytest.fixture
 def loop_file(toy_model: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Writes loop.yaml of a loop that prefers long answers, and returns its path."""
+    """Writes loop.yaml of a loop that prefers probable answers, and returns its path."""
     rows = [
         {"prompt": [{"role": "user", "content": f"{first} {second}"}]} for first in WORDS[:6] for second in WORDS[:4]
     ]
@@ -41,7 +41,9 @@ def loop_file(toy_model: Path, tmp_path: Path) -> Callable[..., Path]:
             "replay": 0.3,
             "held_out": 0.25,
             "generate": {"n": 3, "max_new_tokens": 6},
-            "score": {"by": "length"},
+            "score": {"by": "logp"},
+            # Random models hardly ever end an answer.
+            "pair": {"allow_cut_off": True},
             "dpo": {
                 "cache_dir": str(tmp_path / "cache"),
                 "max_length": 64,
@@ -52,8 +54,7 @@ def loop_file(toy_model: Path, tmp_path: Path) -> Callable[..., Path]:
                 "mesh": {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1},
                 "save_steps": 1,
             },
-            # Random models are as good as each other, so the loop must not stop for that.
-            "compare": {"by": "logp"},
+            "compare": {"by": "length"},
             **changes,
         }
         path = tmp_path / f"{output_dir.name}.yaml"

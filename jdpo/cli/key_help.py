@@ -17,6 +17,7 @@ _KINDS = {
     "bool": "true or false",
     "dict": "map of keys to values",
     "list": "list; a single value is a list of one",
+    "text or list": "text, or list of texts",
     "group": "group of keys",
 }
 

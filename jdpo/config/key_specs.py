@@ -17,7 +17,15 @@ from jdpo.config.value_types import Settings, fields_of, heading_of
 REQUIRED = object()
 """The default of a key that has none."""
 
-_TYPES = {"int": "INT", "float": "FLOAT", "str": "TEXT", "bool": "BOOL", "dict": "MAP", "list": "LIST"}
+_TYPES = {
+    "int": "INT",
+    "float": "FLOAT",
+    "str": "TEXT",
+    "bool": "BOOL",
+    "dict": "MAP",
+    "list": "LIST",
+    "text or list": "LIST",
+}
 _EXPECTED = {
     "int": "a whole number",
     "float": "a number",
@@ -25,6 +33,7 @@ _EXPECTED = {
     "bool": "true or false",
     "dict": "a map of keys to values",
     "list": "a list",
+    "text or list": "a text or a list",
     "group": "a group of keys",
 }
 _LONGEST_METAVAR = 60
@@ -40,7 +49,8 @@ class KeySpec:
       name: with the group that it is in, such as `mesh.fsdp`.
       heading: of the group of settings that declares it.
       description: whole sentences.
-      kind: int, float, str, bool, dict, list, or group for a key with keys of its own.
+      kind: int, float, str, bool, dict, list, text or list (a text means something else than a list of one), or group
+        for a key with keys of its own.
       default: as plain data, or REQUIRED.
       nullable: whether it may be null.
       bounds: its range in words, such as `greater than 0`; empty for any value.
@@ -138,7 +148,7 @@ def _members(hint: Any, metadata: Sequence[Any] = ()) -> Iterator[tuple[Any, Seq
 
 def _kind_of(hint: Any, plain: Sequence[Any]) -> str:
     if _is_list(hint):
-        return "list"
+        return "text or list" if _is_text(hint) else "list"
     kind = plain[0]
     if typing.get_origin(kind) is Literal:
         return "str"
@@ -152,6 +162,16 @@ def _is_list(hint: Any) -> bool:
     if origin is Annotated or origin in (typing.Union, types.UnionType):
         return any(_is_list(member) for member in typing.get_args(hint))
     return origin is tuple
+
+
+def _is_text(hint: Any) -> bool:
+    """Returns whether a value may be a text, as opposed to a list of texts."""
+    origin = typing.get_origin(hint)
+    if origin is Annotated:
+        return _is_text(typing.get_args(hint)[0])
+    if origin in (typing.Union, types.UnionType):
+        return any(_is_text(member) for member in typing.get_args(hint))
+    return hint is str
 
 
 def _literals(hint: Any) -> tuple[Any, ...]:

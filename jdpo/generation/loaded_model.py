@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast, overload
 
@@ -23,7 +23,7 @@ from jdpo.generation.asking.answer_text import PieceDecoder, content_of
 from jdpo.generation.asking.token_logps import NextToken, TokenLogps, completion_logps, next_logps
 from jdpo.generation.engine import Drawn, Engine
 from jdpo.generation.prompts import make_question
-from jdpo.generation.values import Answer, Sampling
+from jdpo.generation.values import Answer, FinishReason, Sampling
 from jdpo.models.transformer import Params, Transformer, Weights
 from jdpo.types import Message, Text
 
@@ -146,7 +146,7 @@ class LoadedModel:
         sample: int = 0,
         tools: list[dict[str, Any]] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, FinishReason]:
         """Yields the text of one answer piece by piece, as it is drawn; `generate` draws the very same answer.
 
         A piece holds whole characters: one whose bytes span several tokens is yielded with the last of them. The text
@@ -156,6 +156,9 @@ class LoadedModel:
           prompt: text or messages.
           sample: number of the answer among those of `generate`.
           temperature, top_p, top_k, max_new_tokens, seed, tools, template_kwargs: see `generate`.
+
+        Returns:
+          The value of the generator is why the answer ends.
 
         Raises:
           ValueError: see `generate`.
@@ -168,17 +171,22 @@ class LoadedModel:
         # Not the generator itself: wrong arguments should be errors of this call, not of the first piece.
         return self._pieces(tokens, pieces)
 
-    def _pieces(self, tokens: Iterator[tuple[int, float]], pieces: PieceDecoder) -> Iterator[str]:
+    def _pieces(self, tokens: Iterator[tuple[int, float]], pieces: PieceDecoder) -> Generator[str, None, FinishReason]:
+        reason: FinishReason = "length"
         while True:
             # Entered for each token, since a context that is open at a yield would also hold for the caller.
             with self._precision():
                 token = next(tokens, None)
-            if token is None or token[0] in self.end_token_ids:
+            if token is None:
+                break
+            if token[0] in self.end_token_ids:
+                reason = "stop"
                 break
             if piece := pieces.push(token[0]):
                 yield piece
         if rest := pieces.finish():
             yield rest
+        return reason
 
     def engine(self, sampling: Sampling) -> Engine:
         """Returns the engine that draws answers in this way."""

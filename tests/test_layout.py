@@ -12,6 +12,7 @@ MOST_MODULES = 15
 """Modules of a folder at most, `__init__.py` not counted."""
 
 SAME_NAME = {
+    "chat": "cli/commands/chat.py is the command `jdpo chat`; generation/chat/ is what it calls",
     "quickstart": "cli/commands/quickstart.py is the command `jdpo quickstart`, which runs the package of that name",
     "reference": "cli/commands/reference.py is the command `jdpo reference`; training/reference/ is what it calls",
 }

@@ -1,0 +1,82 @@
+"""A model that takes part in a conversation."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Generator
+
+from jdpo.data.schemas.formats import Dropped
+from jdpo.data.tokens.prompt_tokens import encode_prompt
+from jdpo.data.tokens.row_rendering import RowTexts
+from jdpo.generation.chat.chat_view import TokenLine
+from jdpo.generation.loaded_model import LoadedModel
+from jdpo.generation.values import FinishReason, Sampling
+from jdpo.types import Text
+
+_STEP = 64
+"""Answers that the model's positions limit have a multiple of this many tokens, so that few programs are compiled."""
+
+
+class AnswerStream:
+    """An answer that is being drawn.
+
+    Attributes:
+      end: why it ended; None before its end.
+    """
+
+    def __init__(self, pieces: Generator[str, None, FinishReason]) -> None:
+        self._drawn = pieces
+        self.end: FinishReason | None = None
+
+    def pieces(self) -> Generator[str, None, None]:
+        """Yields the text piece by piece."""
+        self.end = yield from self._drawn
+
+
+@dataclasses.dataclass(frozen=True)
+class Speaker:
+    """A model of a conversation.
+
+    Attributes:
+      model: the model.
+    """
+
+    model: LoadedModel
+
+    @property
+    def is_chat(self) -> bool:
+        """True if it answers messages, False if it continues text."""
+        return self.model.tokenizer.has_chat_template
+
+    def stream(self, prompt: Text, sampling: Sampling, sample: int) -> AnswerStream:
+        """Starts an answer, which is shorter than `sampling` allows if the model has no more positions.
+
+        Args:
+          sample: number of the answer among those to the same prompt.
+
+        Raises:
+          ValueError: the prompt leaves no room for an answer, or the chat template refuses it.
+        """
+        ids = encode_prompt(RowTexts(prompt, (), "the conversation"), self.model.tokenizer)
+        # What the template refuses is refused below, with the reason.
+        num_tokens = 0 if isinstance(ids, Dropped) else len(ids)
+        positions = self.model.model.config.max_positions
+        room = positions - num_tokens
+        if room < 1:
+            raise ValueError(
+                f"the conversation has {num_tokens} tokens, and {self.model.name} has {positions} positions; /undo or "
+                "/reset makes room"
+            )
+        if room < sampling.max_new_tokens:
+            room = room // _STEP * _STEP or room
+        values = dataclasses.asdict(sampling) | {"max_new_tokens": min(sampling.max_new_tokens, room)}
+        return AnswerStream(self.model.stream(prompt, **values, sample=sample))
+
+    def next_tokens(self, prompt: Text, start: str, num: int) -> list[TokenLine]:
+        """Returns the most probable next tokens of an answer that begins with `start`, or starts."""
+        return [TokenLine(token.piece, token.logp) for token in self.model.next_tokens(prompt, num, start=start)]
+
+    def logps(self, prompt: Text, answer: str) -> list[TokenLine]:
+        """Returns the tokens of an answer with their log-probabilities."""
+        found = self.model.logps(prompt, answer)
+        return [TokenLine(piece, logp) for piece, logp in zip(found.pieces, found.logps, strict=True)]

@@ -123,7 +123,7 @@ def test_resolved_yaml_reads_back_to_the_same_config(tmp_path: Path) -> None:
             "optimizer=adam",
             "'optimizer.name' on the command line is 'adam': expected adamw, adamw_bf16, adafactor, lion or sgd",
         ),
-        ("lora.target_modules=5", "'lora.target_modules' on the command line is 5: expected a list"),
+        ("lora.target_modules=5", "'lora.target_modules' on the command line is 5: expected a text or a list"),
         ("loss_weights=[1, -2]", "is -2: expected a list whose entries are at least 0"),
         ("packing=maybe", "is 'maybe': expected true or false"),
         ("optimizer={name: sgd, b1: 0.9}", "b1 0.9 has no effect: sgd uses momentum"),

@@ -11,6 +11,7 @@ from jdpo.config.groups import (
     OutputSettings,
     PreferenceSettings,
     ReferenceSettings,
+    SampleSettings,
 )
 from jdpo.config.keys import CONFIGS, DPOConfig, SFTConfig, TrainConfig
 from jdpo.config.nested import LORA_DEFAULTS, RULE_DEFAULTS, DatasetConfig, LoraConfig, MeshConfig, OptimizerConfig
@@ -47,6 +48,7 @@ __all__ = [
     "PreferenceSettings",
     "ReferenceSettings",
     "SFTConfig",
+    "SampleSettings",
     "Settings",
     "TrainConfig",
     "changed_keys",

@@ -56,10 +56,12 @@ if TYPE_CHECKING:
     LossNames = Converted[str | Sequence[str], tuple[str, ...]]
     LossWeights = Converted[float | Sequence[float] | None, tuple[float, ...] | None]
     Trackers = Converted[Tracker | Sequence[Tracker], tuple[Tracker, ...]]
+    SamplePrompts = Converted[str | Sequence[str] | None, str | tuple[str, ...] | None]
 else:
     LossNames = Annotated[tuple[Annotated[str, AfterValidator(_known_loss)], ...], BeforeValidator(as_list)]
     LossWeights = Annotated[tuple[NonNegativeFloat, ...] | None, BeforeValidator(as_list)]
     Trackers = Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(as_list)]
+    SamplePrompts = Annotated[Text | tuple[Text, ...], Field(union_mode="left_to_right")] | None
 
 
 @settings
@@ -283,6 +285,28 @@ class LoggingSettings(Settings):
     report_to: Trackers = key((), "Trackers to log to in addition to metrics.jsonl.", example="wandb")
     profile_steps: Text | None = key(
         None, "Record a profiler trace of steps FIRST:LAST in output_dir/profile; null: none.", example="10:13"
+    )
+
+
+@settings
+class SampleSettings(Settings):
+    """The answers that a run samples from the model while it trains, for people to read."""
+
+    heading = "Sampled answers"
+
+    sample_prompts: SamplePrompts = key(
+        None,
+        "Prompts that the model answers before the first step, every sample_steps and after the last step: a file, "
+        "folder or hub name with rows in any format, or a list of messages of a user. The answers are in samples.jsonl "
+        "and go to the trackers; training does not change. null: none.",
+        example="prompts.jsonl",
+    )
+    sample_steps: PositiveInt | None = key(
+        None, "Steps between two samplings; null: only before the first and after the last step.", example="100"
+    )
+    sample_max_new_tokens: PositiveInt = key(128, "Maximum tokens of a sampled answer.")
+    sample_temperature: NonNegativeFloat = key(
+        1.0, "Temperature of the sampled answers; 0: always the most probable token. The seed is `seed` each time."
     )
 
 

@@ -12,6 +12,7 @@ from jdpo.config.groups import (
     OutputSettings,
     PreferenceSettings,
     ReferenceSettings,
+    SampleSettings,
 )
 from jdpo.config.value_types import PositiveFloat, key, settings
 from jdpo.loss_specs import LossOptions
@@ -21,7 +22,15 @@ from jdpo.loss_specs import LossOptions
 
 
 @settings
-class TrainConfig(OutputSettings, LoggingSettings, MemorySettings, OptimizationSettings, DataSettings, ModelSettings):
+class TrainConfig(
+    OutputSettings,
+    SampleSettings,
+    LoggingSettings,
+    MemorySettings,
+    OptimizationSettings,
+    DataSettings,
+    ModelSettings,
+):
     """The settings that every training command has."""
 
 

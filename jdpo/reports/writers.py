@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from jdpo import safe_text
 from jdpo.durable import naming
 
 Metrics = Mapping[str, float | int]
@@ -22,6 +23,13 @@ class Writer(Protocol):
     def write(self, metrics: Metrics) -> None: ...
 
     def close(self) -> None: ...
+
+
+class Tracker(Writer, Protocol):
+    """A writer that also shows texts."""
+
+    def write_samples(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
+        """Writes prompts and their answers after a step."""
 
 
 class JsonlWriter:
@@ -58,6 +66,13 @@ class TensorBoardWriter:
             if name != "step":
                 self._writer.add_scalar(name, value, int(metrics["step"]))
 
+    def write_samples(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
+        # TensorBoard shows texts as Markdown, which those of a model are not. A tag each, so that its slider goes
+        # through the answers to one prompt.
+        for number, (prompt, answer) in enumerate(samples):
+            text = "\n\n".join(safe_text.markdown(line) for line in (*prompt.split("\n"), "→", *answer.split("\n")))
+            self._writer.add_text(f"samples/{number}", text, step)
+
     def close(self) -> None:
         self._writer.close()
 
@@ -77,6 +92,13 @@ class WandbWriter:
 
     def write(self, metrics: Metrics) -> None:
         self._run.log(dict(metrics), step=int(metrics["step"]))
+
+    def write_samples(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
+        import wandb
+
+        # A table each time, since one that was logged cannot grow.
+        table = wandb.Table(columns=["step", "prompt", "answer"], data=[[step, *sample] for sample in samples])
+        self._run.log({"samples": table}, step=step)
 
     def close(self) -> None:
         self._run.finish()
@@ -113,10 +135,10 @@ def _broken(name: str, package: str, error: Exception) -> str:
     )
 
 
-def make_trackers(names: Sequence[str], folder: Path, config: Mapping[str, Any]) -> list[Writer]:
+def make_trackers(names: Sequence[str], folder: Path, config: Mapping[str, Any]) -> list[Tracker]:
     """Returns the trackers by name; raises as `check_trackers` does."""
     check_trackers(names)
-    trackers: list[Writer] = []
+    trackers: list[Tracker] = []
     for name in names:
         if name == "tensorboard":
             trackers.append(TensorBoardWriter(folder / "tensorboard"))

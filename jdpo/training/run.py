@@ -21,6 +21,7 @@ from jdpo.processes import is_first
 from jdpo.reports.metrics_file import cut_metrics
 from jdpo.reports.progress import RunDisplay, make_console, print_lines
 from jdpo.sharding.placement import micro_batch_sharding, place, replicated
+from jdpo.training.answer_samples import AnswerSamples
 from jdpo.training.continuing import check_inputs, find_newest, open_checkpoints
 from jdpo.training.evaluation import Evaluation
 from jdpo.training.finish import finish_run, step_to_export
@@ -166,6 +167,9 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
         if trains:
             last_saved = newest
             record = Record(setup, directory, resources, position)
+            samples = AnswerSamples(setup, directory.samples, record, log, continued_from=newest)
+            if newest is None and samples.is_due(0):
+                samples.take(0, whole_weights(setup, state.params, frozen.base))
             display = RunDisplay(
                 first_step=first, num_steps=num_steps, unit=setup.task.unit, console=console, shown=is_first()
             )
@@ -208,10 +212,13 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
                     is_last, stopping = step == num_steps, stop.poll()
                     evaluating = evaluation is not None and (is_last or _is_due(step, config.eval_steps))
                     saving = is_last or stopping or _is_due(step, config.save_steps)
-                    if evaluating or saving:
+                    if evaluating or saving or samples.is_due(step):
                         reports.read()
                     with reports.untimed():
                         metrics: Mapping[str, float] = {}
+                        # Before the checkpoint, from which a resumed run would not sample this step again.
+                        if samples.is_due(step):
+                            samples.take(step, whole_weights(setup, state.params, frozen.base))
                         if evaluation is not None and evaluating:
                             metrics = evaluation.log(step, state, frozen, record, display, log)
                         if saving:

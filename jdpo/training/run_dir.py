@@ -3,6 +3,7 @@
 resolved_config.yaml   every key, defaults included, without queries of addresses; `jdpo dpo` with it repeats the run
 run.json               the command, digests of the inputs, and whether the run is finished; see `RunRecord`
 metrics.jsonl          one JSON object per logged step
+samples.jsonl          answers to sample_prompts, one JSON object each
 checkpoints/<step>/    what a resumed run starts from
 model/                 the trained Hugging Face model
 plots/                 PNGs
@@ -74,6 +75,7 @@ class RunDirectory:
         """
         self.path = Path(config.output_dir)
         self.metrics = self.path / "metrics.jsonl"
+        self.samples = self.path / "samples.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
         self.plots = self.path / "plots"
@@ -103,8 +105,9 @@ class RunDirectory:
     def _write_owner(self, config: OutputSettings, command: str) -> None:
         try:
             # The lines of the lost run would be mixed with those of the new one.
-            if self._starts_over and os.path.lexists(self.metrics):
-                keep_old(self.metrics, "before")
+            for lines in (self.metrics, self.samples) if self._starts_over else ():
+                if os.path.lexists(lines):
+                    keep_old(lines, "before")
             # Before run.json: after a kill in between, a folder without run.json counts as free.
             write_durably(self._config_file, to_public_yaml(config))
             new = RunRecord.of_new_run(command)

@@ -109,6 +109,7 @@ def test_help_has_each_key_once_under_the_heading_of_its_group() -> None:
         "Memory and mesh:",
         "Keys of mesh (--mesh.KEY VALUE; in YAML mesh: {KEY: VALUE}):",
         "Logging and saving:",
+        "Sampled answers:",
         "Output:",
         "Examples:",
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from jdpo.config import to_public_dict
 from jdpo.processes import is_first
-from jdpo.reports.writers import JsonlWriter, Writer, make_trackers
+from jdpo.reports.writers import JsonlWriter, Tracker, Writer, make_trackers
 from jdpo.training.fit.flops import StepFlops, peak_flops
 from jdpo.training.fit.memory_fit import peak_memory
 from jdpo.training.logs.metrics import DatasetShares, Throughput, Window
@@ -42,11 +42,12 @@ class Record:
         self._shares = DatasetShares(setup.train_data)
         self._jsonl = JsonlWriter(directory.metrics) if is_first() else None
         self._writers: list[Writer] = []
+        self._trackers: list[Tracker] = []
         if self._jsonl is not None:
             resources.callback(self._jsonl.close)
-            trackers = make_trackers(setup.config.report_to, directory.path, to_public_dict(setup.config))
-            self._writers = [self._jsonl, *trackers]
-            for tracker in trackers:
+            self._trackers = make_trackers(setup.config.report_to, directory.path, to_public_dict(setup.config))
+            self._writers = [self._jsonl, *self._trackers]
+            for tracker in self._trackers:
                 resources.callback(tracker.close)
 
     def position(self) -> dict[str, Any]:
@@ -108,3 +109,8 @@ class Record:
         """Writes a line about a step."""
         for writer in self._writers:
             writer.write({"step": step, "epoch": step / self._steps_per_epoch, **values})
+
+    def write_samples(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
+        """Gives prompts and their answers after a step to the trackers."""
+        for tracker in self._trackers:
+            tracker.write_samples(step, samples)

@@ -34,6 +34,7 @@ from jdpo.training.setup.adaptation import check_adaptation, num_params
 from jdpo.training.setup.folder_digests import adapter_digest, folder_digest
 from jdpo.training.setup.model_setup import ModelSetup, build_model
 from jdpo.training.setup.row_order import Log, check_scores, num_steps_of, plan_rows, prepare_rows
+from jdpo.training.setup.sample_prompts import SamplePrompt, read_sample_prompts
 from jdpo.training.setup.tasks import Task, task_for
 from jdpo.training.setup.untrained import start_tokens
 from jdpo.training.setup.validation import (
@@ -64,6 +65,7 @@ class Setup(ModelSetup):
     row_plan: RowPlan  # of train_data
     num_steps: int
     steps_per_epoch: int
+    sample_prompts: tuple[SamplePrompt, ...]  # that the run answers while it trains
 
     @property
     def reference_is_start(self) -> bool:
@@ -146,6 +148,8 @@ def _build(config: TrainConfig, task: Task, log: Log, *, weights: bool, stopped:
             check_tensors(folder, tensor_entries(folder), source_config)  # headers only, before rows are tokenized
         else:
             log(f"note: no weights in {folder}: it was not checked that they fit config.json")
+    positions = source_config.max_positions
+    sample_prompts = read_sample_prompts(config, tokenizer, log, max_positions=positions)
     train_data, eval_data = prepare_rows(config, tokenizer, log, pairs=task.loss is not None, stopped=stopped)
     if task.reads_scores:  # now, not after hours of computing the reference's log-probs
         for data in (train_data, eval_data):
@@ -166,6 +170,7 @@ def _build(config: TrainConfig, task: Task, log: Log, *, weights: bool, stopped:
         row_plan=row_plan,
         num_steps=config.max_steps or num_steps_of(config.num_train_epochs, row_plan.steps_per_epoch),
         steps_per_epoch=row_plan.steps_per_epoch,
+        sample_prompts=sample_prompts,
     )
     learning_rate_schedule(config, setup.num_steps)  # a warm-up longer than the run is refused here
     check_profiled(config.profile_steps, setup.num_steps)

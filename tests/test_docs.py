@@ -7,6 +7,7 @@ they are. Hub names and files of users are toys, see `TOYS` and `place`. What ca
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import re
@@ -24,6 +25,8 @@ from safetensors.numpy import save_file
 
 from jdpo.cli.commands.quickstart import read_settings
 from jdpo.cli.main import main
+from jdpo.config import DatasetConfig
+from jdpo.generation.prompts import read_prompts
 from tests.conftest import chat_pairs, write_jsonl
 from tests.pairing.gen_folders import write_gen, write_gen_scores
 from tests.scoring.conftest import make_reward_folder
@@ -37,9 +40,12 @@ LISTED = {
     ("README.md", "bash scripts/test.sh"): "runs this suite",
     ("README.md", "pip install -e"): "installs; tests/test_editable_install.py does so",
     ("README.md", "runs/first/"): "lists the files of a run",
+    ("docs/answers.md", "gen/\n"): "lists the files of a folder",
     ("docs/clusters.md", "jdpo: error: process 1"): "shows what is printed",
     ("docs/clusters.md", "until srun"): "needs a Slurm cluster",
     ("docs/data.md", "file -> raw row"): "a diagram",
+    ("docs/iterate.md", "output_dir/"): "lists the files of a loop",
+    ("docs/iterate.md", "jdpo iterate configs/iterate.yaml\n"): "trains; tests/iteration runs a loop",
     ("docs/lora.md", "from peft import"): "needs PyTorch; tests/models/lora/test_peft_torch.py loads exports with PEFT",
     ("docs/losses.md", "a, b        policy minus"): "explains symbols",
     ("docs/memory.md", "pytest tests/models/test_remat.py"): "is part of this suite",
@@ -55,6 +61,10 @@ LISTED = {
 TOYS = {
     "Qwen/Qwen2.5-0.5B-Instruct": "toy",
     "BASE": "toy",
+    "generate runs/first": "generate toy",
+    "--n 8": "--n 2",
+    "--max_new_tokens 1024": "--max_new_tokens 4",
+    "--output_dir gen": "--output_dir gen-new",  # other commands read gen
     "dpo ...": "dpo run.yaml",
     "runs/first/checkpoints/400 exported": "runs/adapters/checkpoints/1 exported",
     "--step 400": "--step 1",
@@ -64,6 +74,9 @@ TOYS = {
     "--output_dir runs/sft": "--output_dir runs/sft-again",  # runs/sft has the adapter that later commands start from
 }
 """A placeholder in the docs -> the toy that replaces it."""
+
+MODELS = ('"Qwen/Qwen2.5-0.5B-Instruct"', '"runs/first"')
+"""Models in the Python of the docs, all of which are the toy."""
 
 A_TOY_LOSS = """
 import jax.numpy as jnp
@@ -186,9 +199,11 @@ def place(tmp_path_factory: pytest.TempPathFactory, toy_model: Path) -> Iterator
         write_jsonl(folder / name, chat_pairs(24))
     shutil.copytree(ROOT / "configs", folder / "configs")
     settings = {"model_name_or_path": "toy", "datasets": "pairs.jsonl", "max_length": 64, "global_batch_size": 8}
+    write_jsonl(folder / "prompts.jsonl", [{"prompt": [{"role": "user", "content": "river"}]}])
     for name in ("run", "dpo", "sft"):
         (folder / f"{name}.yaml").write_text(json.dumps(settings | {"output_dir": f"runs/{name}-of-yaml"}))
     write_adapter(folder / "runs" / "sft" / "model", folder / "toy")
+    write_jsonl(folder / "prompts.jsonl", [{"prompt": f"{n}?"} for n in range(7000)])
     for name in ("gen", "gen-strong", "gen-weak"):
         write_gen(folder / name, {f"{n}?": (f"answer {n}", f"{name} {n}") for n in range(8)})
     write_gen_scores(folder / "gen", (2, 0) * 8)
@@ -254,7 +269,7 @@ def test_commands(item: Item, place: Path) -> None:
             read_settings(words[1:])
         return
     assert program == "jdpo", item.text
-    if any(word.startswith("configs/") for word in words):
+    if any(word.startswith("configs/") for word in words) and words[0] != "iterate":
         words.append("--model_name_or_path=toy")  # its config names a model of the hub
     if how(item) == "dry run" and "--dry_run" not in words:
         words.append("--dry_run")
@@ -275,6 +290,9 @@ def test_exports(item: Item, trained: Path) -> None:
 def test_rows(item: Item, place: Path) -> None:
     rows = [json.loads(line) for line in item.text.splitlines()]
     (place / "copied.jsonl").write_text(item.text + "\n", encoding="utf-8")
+    if any(row.keys() == {"question"} for row in rows):  # prompts without answers
+        assert len(read_prompts(DatasetConfig(path="copied.jsonl")).questions) == len(rows)
+        return
     task = "dpo" if any({"chosen", "rejected"} & set(row) for row in rows) else "sft"
     tried(["inspect", "--task", task, "model_name_or_path=toy", "datasets=copied.jsonl"])
 
@@ -282,20 +300,24 @@ def test_rows(item: Item, place: Path) -> None:
 @pytest.mark.parametrize("item", [item for item in ITEMS if item.kind == "settings"], ids=str)
 def test_settings(item: Item, place: Path) -> None:
     (place / "copied.yaml").write_text(item.text, encoding="utf-8")
+    if "rounds:" in item.text:
+        tried(["iterate", "copied.yaml", "--prompts_per_round=4", "--dry_run"])
+        return
     words = ["copied.yaml", "--model_name_or_path=toy", "--output_dir=runs/new", "--max_length=64"]
     given = "datasets:" in item.text
     tried(["dpo", *words, *([] if given else ["--datasets=pairs.jsonl"]), "--global_batch_size=8", "--dry_run"])
 
 
 @pytest.mark.parametrize("page", sorted({item.page for item in ITEMS if item.kind == "python"}))
-def test_python(page: str) -> None:
+def test_python(page: str, toy_model: Path) -> None:
     names: dict[str, Any] = {}
     exec(NAMES.get(page, ""), names)
     for item in ITEMS:
         if item.page == page and item.kind == "python":
             printed = io.StringIO()
+            text = functools.reduce(lambda text, name: text.replace(name, repr(str(toy_model))), MODELS, item.text)
             with contextlib.redirect_stdout(printed):
-                exec(compile("\n" * item.line + item.text, page, "exec"), names)
+                exec(compile("\n" * item.line + text, page, "exec"), names)
             # Expected output follows the call as a comment, on the same line or on the next ones.
             assert printed.getvalue().splitlines() == re.findall(
                 r"(?:print\(.*\)  |^    )# (.*)$", item.text, flags=re.M

@@ -28,6 +28,7 @@ COMMANDS = {
     "pair": ("jdpo.cli.commands.pair", "make preference pairs of sampled and scored answers"),
     "eval": ("jdpo.cli.commands.eval", "evaluate a model on held-out pairs and facts"),
     "compare": ("jdpo.cli.commands.compare", "show what changed between models, with intervals"),
+    "iterate": ("jdpo.cli.commands.iterate", "improve a model in rounds: generate, score, pair, dpo, compare"),
     "quickstart": ("jdpo.cli.commands.quickstart", "train a tiny model from scratch and align it, in minutes"),
     "completion": ("jdpo.cli.commands.completion", "print a script that completes jdpo's command lines in your shell"),
 }
@@ -44,6 +45,8 @@ ELSEWHERE = {
         ("sample", "answer", "infer", "inference", "predict", "rollout"),
         "`jdpo generate MODEL --prompts FILE --output_dir GEN` draws answers of a model",
     ),
+    **dict.fromkeys(("pairs", "annotate", "label"), "`jdpo pair GEN --output PAIRS.jsonl` makes pairs of answers"),
+    **dict.fromkeys(("loop", "rounds", "online"), "`jdpo iterate LOOP.yaml` improves a model in rounds"),
     "merge": "`jdpo export RUN OUT --merge` adds adapters to their base",
     "push": "`jdpo export RUN OUT --push_to_hub OWNER/NAME` uploads a model",
     "evaluate": "`jdpo eval MODEL --pairs FILE` evaluates a model on held-out pairs",

@@ -17,7 +17,8 @@ DOCUMENT_VERSION = 1
 
 Better = Literal["up", "down", "neither"]
 Section = Literal["pairs", "calibration", "divergence", "answers", "wins", "facts"]
-Unit = Literal["share", "nats", "nats/token", "tokens", "characters", "reward"]
+Unit = Literal["share", "points", "nats", "nats/token", "tokens", "characters", "reward"]
+"""Units of values; "points" is a difference of two shares, stored as such and shown as percentage points."""
 Finding = Literal["better", "worse", "changed", "unclear"]
 
 SECTIONS: dict[Section, str] = {

@@ -1,4 +1,4 @@
-"""A comparison in the terminal: the verdict, then a table of figures."""
+"""A comparison in the terminal: a table of figures, then the verdict."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ def print_comparison(document: CompareDocument, console: Console) -> None:
         console.print(
             Text(f"{terminal(comparison.after.name)} compared with {terminal(document.before.name)}", style="bold")
         )
-        _print_verdict(comparison, console)
         console.print(figure_table(comparison.figures.values()))
         _print_facts(comparison, console)
+        # Last, where the reader of a terminal looks first.
+        _print_verdict(comparison, console)
     for warning in document.warnings:
         console.print(Text(f"note: {terminal_lines(warning)}", style="yellow"))
 

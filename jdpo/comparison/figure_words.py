@@ -9,7 +9,8 @@ MINUS = "−"
 """A minus sign as wide as a plus sign, so that columns of differences line up."""
 
 _DIGITS: dict[Unit, int] = {"nats": 2, "nats/token": 3, "reward": 3}
-_NAMES: dict[Unit, str] = {"share": "", "nats/token": "nats per token", "reward": ""}
+_PERCENT = ("share", "points")
+_NAMES: dict[Unit, str] = {"share": "", "points": "", "nats/token": "nats per token", "reward": ""}
 
 
 def value_words(value: float, unit: Unit) -> str:
@@ -18,7 +19,7 @@ def value_words(value: float, unit: Unit) -> str:
     >>> value_words(0.625, "share"), value_words(-84.312, "nats"), value_words(41.26, "tokens")
     ('62.5 %', '−84.31', '41.3')
     """
-    return _number(value, unit) + (" %" if unit == "share" else "")
+    return _number(value, unit, signed=unit == "points") + {"share": " %", "points": " points"}.get(unit, "")
 
 
 def change_words(value: float, unit: Unit) -> str:
@@ -27,7 +28,7 @@ def change_words(value: float, unit: Unit) -> str:
     >>> change_words(0.031, "share"), change_words(-0.0001, "nats/token")
     ('+3.1 points', '0.000')
     """
-    return _number(value, unit, signed=True) + (" points" if unit == "share" else "")
+    return _number(value, unit, signed=True) + (" points" if unit in _PERCENT else "")
 
 
 def interval_words(estimate: Estimate, unit: Unit, *, signed: bool = False) -> str:
@@ -48,7 +49,11 @@ def unit_words(figure: Figure) -> str:
 
 def _number(value: float, unit: Unit, *, signed: bool = False) -> str:
     digits = _DIGITS.get(unit, 1)
-    text = f"{abs(100 * value if unit == 'share' else value):,.{digits}f}"
+    shown = abs(100 * value if unit in _PERCENT else value)
+    text = f"{shown:,.{digits}f}"
+    if unit in _PERCENT and 0 < shown < 0.05:
+        # Probabilities of facts may be small and still differ.
+        text = f"{shown:.1g}" if shown >= 1e-4 else f"{shown:.0e}"
     # A value that rounds to zero has no sign.
     if not text.strip("0.,"):
         return text

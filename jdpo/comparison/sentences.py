@@ -12,17 +12,35 @@ from jdpo.words import listed
 
 MOST_FACTS = 3
 
+TOLD = (
+    "accuracy",
+    "accuracy.logps",
+    "margin",
+    "logps.chosen",
+    "answers.length",
+    "answers.cut_off",
+    "answers.repetition",
+    "win_rate",
+    "win_rate.length_controlled",
+    "facts.probability",
+    "facts.accuracy",
+)
+"""Figures that are named also where nothing can be told; others are in the table."""
+
 
 def verdict_of(figures: Iterable[Figure], facts: Sequence[ComparedFact]) -> Verdict:
     """Sorts the tested figures into what got better, worse, changed, and what cannot be told."""
     found: dict[Finding, list[str]] = {"better": [], "worse": [], "changed": [], "unclear": []}
-    for figure in figures:
-        if figure.finding is not None:
+    by_name = {figure.name: figure for figure in figures}
+    for figure in by_name.values():
+        if figure.finding is not None and (figure.finding != "unclear" or figure.name in TOLD):
             found[figure.finding].append(_sentence(figure))
-        elif figure.name == "kl":
+        elif figure.name == "kl" and figure.all.after.value > 0:
             # A distance is never 0 and never good or bad by itself; it is what the rest was paid with.
             found["changed"].append(_distance(figure))
         found["worse"] += _worse_datasets(figure)
+    if (rule := by_name.get("accuracy.over_length")) and by_name["accuracy"].finding == "better":
+        found["unclear"] += _like_lengths(rule)
     if fell := [fact for fact in facts if fact.fell]:
         found["worse"].append(_fallen(fell, len(facts)))
     return Verdict(**found)
@@ -52,6 +70,16 @@ def _distance(figure: Figure) -> str:
         f"{figure.title}: {value_words(figure.all.after.value, figure.unit)} nats per answer"
         f"{_interval(figure, figure.all)}."
     )
+
+
+def _like_lengths(figure: Figure) -> Iterator[str]:
+    """Says so if a rule that reads lengths alone may be as accurate as the model."""
+    low = figure.all.after.low
+    if low is None or low <= 0:
+        yield (
+            "Whether the implicit reward is more accurate than a rule that reads lengths alone: "
+            f"{value_words(figure.all.after.value, figure.unit)}{_interval(figure, figure.all)}."
+        )
 
 
 def _worse_datasets(figure: Figure) -> Iterator[str]:

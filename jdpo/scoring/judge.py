@@ -15,7 +15,6 @@ from jdpo.generation.servers.server_client import Failure, Request, ServerClient
 from jdpo.generation.values import Question
 from jdpo.scoring.score_files import RawVerdict
 from jdpo.types import Message, Text
-from jdpo.words import figure
 
 _logger = logging.getLogger(__name__)
 
@@ -85,10 +84,7 @@ class Judge:
     """Compares answers. The server is only connected to while it does.
 
     Attributes:
-      unreadable: number of replies that held no verdict.
-      without_schema: number of verdicts read from plain text, because the server refuses `response_format`.
-      failed: number of requests that failed after all retries, by reason.
-      retried: number of requests sent again, by reason.
+      counts: what happened, in a few words -> how often.
     """
 
     def __init__(self, server: ServerSettings, rubric: Path | None = None) -> None:
@@ -104,10 +100,7 @@ class Judge:
         self._rubric = _read_rubric(rubric)
         with ServerClient(server) as client:
             self._server = server if server.model else ServerSettings(**{**vars(server), "model": client.model})
-        self.unreadable = 0
-        self.without_schema = 0
-        self.failed: collections.Counter[str] = collections.Counter()
-        self.retried: collections.Counter[str] = collections.Counter()
+        self.counts: collections.Counter[str] = collections.Counter()
 
     def describe(self) -> dict[str, Any]:
         """Returns what decides the verdicts, for files."""
@@ -138,24 +131,26 @@ class Judge:
         return [same if message_text(duel.a) == message_text(duel.b) else next(found) for duel in duels]
 
     def _count(self, replies: Sequence[RawVerdict | str | Failure], client: ServerClient) -> None:
-        self.retried.update(client.retried)
         failures = [reply for reply in replies if isinstance(reply, Failure)]
         if failures and len(failures) == len(replies):
             # Verdicts without a single reply would only hide that there is no judge.
             kind = ValueError if failures[-1].lasting else ConnectionError
             raise kind(f"{self._server.shown} judged nothing: {failures[-1].reason}: {failures[-1].detail}")
         for failure in failures:
-            if failure.reason not in self.failed:
-                _logger.warning("judge %s: %s: %s", self._server.shown, failure.reason, failure.detail)
-            self.failed[failure.reason] += 1
-        unreadable = sum(reply == UNREADABLE for reply in replies)
-        if unreadable and not self.unreadable:
-            _logger.warning("judge %s: %s without a verdict", self._server.shown, figure(unreadable, "reply"))
-        self.unreadable += unreadable
+            self._add(f"requests failed: {failure.reason}", failure.detail)
+        for reason, count in client.retried.items():
+            self.counts[f"requests sent again: {reason}"] += count
+        for _ in range(sum(reply == UNREADABLE for reply in replies)):
+            self._add("replies without a verdict", "it is null")
         if "response_format" in client.not_taken:
-            if not self.without_schema:
-                _logger.warning("judge %s refuses response_format; verdicts are read from its text", self._server.shown)
-            self.without_schema += len(replies) - len(failures)
+            for _ in range(len(replies) - len(failures)):
+                self._add("verdicts read from text", "the server refuses response_format")
+
+    def _add(self, what: str, detail: str) -> None:
+        """Counts, and warns the first time."""
+        if what not in self.counts:
+            _logger.warning("judge %s: %s: %s", self._server.shown, what, detail)
+        self.counts[what] += 1
 
 
 def message_text(message: Message) -> str:

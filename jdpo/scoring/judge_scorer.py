@@ -47,6 +47,7 @@ class JudgeScorer:
             for one in block
             for pair in chosen_pairs(len(one.answers), self._comparisons, f"{self._seed} {one.question.prompt_id}")
         ]
+        before = self._judge.counts.copy()
         judged = self._judge.compare(
             [Duel(one.question, one.answers[a].message, one.answers[b].message) for one, (a, b) in chosen]
         )
@@ -66,7 +67,7 @@ class JudgeScorer:
             at = (answer.prompt_id, answer.sample)
             share = shares.get(at)
             scores.append(Score(*at, share, None if share is not None else reasons.get(at, NOT_COMPARED)))
-        return Scored(scores, verdicts)
+        return Scored(scores, verdicts, dict(self._judge.counts - before))
 
 
 def judge_scorer(

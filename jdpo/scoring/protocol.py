@@ -29,10 +29,12 @@ class Scored(NamedTuple):
     Attributes:
       scores: one per answer, in their order.
       verdicts: the comparisons that the scores come from; empty for scorers that see one answer at a time.
+      counts: what else happened, in a few words, such as requests sent again -> how often; None: nothing.
     """
 
     scores: list[Score]
     verdicts: list[Verdict]
+    counts: dict[str, int] | None = None
 
 
 class Scorer(Protocol):

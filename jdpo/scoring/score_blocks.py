@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def score_answers(
         if scored.verdicts or read_about(folder, VERDICTS, name) is not None:
             write_verdicts(folder, name, scored.verdicts, made_by=made_by, digest=digest)
         # Last, since complete scores end the work.
-        write_scores(folder, name, scored.scores, made_by=made_by, digest=digest)
+        write_scores(folder, name, scored.scores, made_by=made_by, digest=digest, counts=scored.counts)
         shutil.rmtree(parts)
     return True
 
@@ -135,7 +136,7 @@ def _prepare(folder: Path, name: str, parts: Path, identity: dict[str, Any], *, 
 
 def _all_blocks(parts: Path, scorer: Scorer, blocks: Sequence[Block], progress: Progress) -> Scored:
     """Scores the blocks that are not on disk, and returns the results of all."""
-    found = Scored([], [])
+    found, counts = Scored([], []), Counter[str]()
     total = sum(len(one.answers) for block in blocks for one in block)
     has_started = False
     for number, block in enumerate(blocks):
@@ -151,18 +152,19 @@ def _all_blocks(parts: Path, scorer: Scorer, blocks: Sequence[Block], progress: 
             write_durably(path, json.dumps(scored))
         found.scores.extend(scored.scores)
         found.verdicts.extend(scored.verdicts)
+        counts.update(scored.counts or {})
         if has_started:
             progress(len(found.scores), total)
-    return found
+    return found._replace(counts=dict(sorted(counts.items())))
 
 
 def _read_part(path: Path, answers: Sequence[Answer]) -> Scored | None:
     """Returns what an earlier call found for a block; None if it did not get that far, or cut other blocks."""
     try:
-        scores, verdicts = json.loads(path.read_text(encoding="utf-8"))
+        scores, verdicts, counts = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
-    scored = Scored([Score(*score) for score in scores], [Verdict(*verdict) for verdict in verdicts])
+    scored = Scored([Score(*score) for score in scores], [Verdict(*verdict) for verdict in verdicts], counts)
     return scored if _belong(scored, answers) else None
 
 

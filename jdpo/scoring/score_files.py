@@ -198,18 +198,28 @@ def _others(folder: Path, kind: str, name: str) -> str:
 # --- writing
 
 
-def write_scores(folder: Path, name: str, scores: Sequence[Score], *, made_by: dict[str, Any], digest: str) -> None:
+def write_scores(
+    folder: Path,
+    name: str,
+    scores: Sequence[Score],
+    *,
+    made_by: dict[str, Any],
+    digest: str,
+    counts: Mapping[str, int] | None = None,
+) -> None:
     """Writes gen/scores/NAME.jsonl and NAME.json; an older file of that name is replaced.
 
     Args:
       made_by: what made them; `by` as on the command line, and whatever else decides the scores.
       digest: `answers_digest` of the answers.
+      counts: see `Scored`.
     """
     rows = []
     for score in scores:
         row: dict[str, Any] = {"prompt_id": score.prompt_id, "sample": score.sample, "score": score.score}
         rows.append(row if score.score is not None else {**row, "reason": score.reason})
-    _write(folder, SCORES, name, rows, {"made_by": made_by, "answers": digest, **summarize(scores)})
+    about = {"made_by": made_by, "answers": digest, **summarize(scores)}
+    _write(folder, SCORES, name, rows, about | ({"counts": dict(counts)} if counts else {}))
 
 
 def write_verdicts(

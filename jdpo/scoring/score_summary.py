@@ -23,6 +23,7 @@ def summary_lines(folder: Path, name: str) -> list[str]:
     rows = [("scorer", str(scores["made_by"].get("by"))), *_of_scores(scores)]
     if verdicts is not None and verdicts["num_comparisons"]:
         rows += _of_verdicts(verdicts)
+    rows += [(what, f"{count:,}") for what, count in scores.get("counts", {}).items()]
     width = max(len(label) for label, _ in rows)
     return [f"{label:<{width}}  {value}" for label, value in rows]
 

@@ -33,9 +33,20 @@ def pairs_by(judge: Callable[[dict[str, Any]], str] | str, gen: Path, *options: 
     return [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
 
 
-@pytest.mark.parametrize("judge", [prefers_first, verdict("second"), "I cannot decide."])
-def test_a_judge_that_does_not_read_makes_no_pairs(judge: Any, gen: Path) -> None:
+@pytest.mark.parametrize("judge", [prefers_first, verdict("second")])
+def test_a_judge_of_position_makes_no_pairs(judge: Any, gen: Path) -> None:
     assert pairs_by(judge, gen) == []
+
+
+def test_verdicts_that_cannot_be_read_make_no_pairs_and_are_counted(
+    gen: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert pairs_by("I cannot decide.", gen) == []
+    about = json.loads((gen / "scores" / "j.json").read_text())
+    assert (about["num_scores"], about["nulls"]) == (0, {"unreadable verdict": 12})
+    # Six comparisons of four answers, in both orders, for each of three questions.
+    assert about["counts"] == {"replies without a verdict": 36}
+    assert "replies without a verdict" in capsys.readouterr().out
 
 
 def test_a_judge_of_length_makes_pairs_that_a_limit_takes_out(gen: Path) -> None:

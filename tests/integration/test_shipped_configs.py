@@ -87,7 +87,10 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
 }
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+LOOP = CONFIGS / "iterate.yaml"
+
+
+@pytest.mark.parametrize("path", sorted({*CONFIGS.glob("*.yaml")} - {LOOP}), ids=lambda path: path.stem)
 def test_a_shipped_config_runs_dry(
     path: Path, toy_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -116,6 +119,18 @@ def test_a_shipped_config_runs_dry(
     assert f"note: no weights in {folder}" in printed
     assert "kept on each device: " in printed
     assert not (tmp_path / "run").exists()
+
+
+def test_the_shipped_loop_runs_dry(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "jdpo iterate configs/iterate.yaml" in LOOP.read_text()
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"{n}?"} for n in range(100)])
+    words = [f"--prompts={prompts}", f"--output_dir={tmp_path / 'loop'}", "--prompts_per_round=30"]
+    assert main(["iterate", str(LOOP), *words, "--dry_run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines] == ["generate", "score", "pair", "dpo", "compare"] * 3
+    assert not (tmp_path / "loop").exists()
+    assert main(["iterate", str(LOOP), *words, "--dpo={betta: 0.1}", "--dry_run"]) == 2
+    assert "did you mean 'beta'" in capsys.readouterr().err
 
 
 def test_what_is_kept_on_a_device_follows_mesh_and_adapters(

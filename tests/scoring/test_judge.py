@@ -102,7 +102,7 @@ def test_a_server_without_schemas_is_asked_without() -> None:
         judge = Judge(settings(server.url))
         found = judge.compare([duel("longer", "long")])
     assert found == [Judged("first", "second", "a")]
-    assert judge.without_schema == 2
+    assert judge.counts == {"verdicts read from text": 2}
 
 
 def test_answers_stay_data() -> None:
@@ -171,8 +171,11 @@ def test_what_fails_is_null_and_counted() -> None:
     ]  # fmt: skip
     assert [score.score for score in found.scores] == [0.0, None, 1.0, None]
     assert found.scores[3].reason == UNREADABLE
-    assert judge.unreadable == 4
-    assert judge.failed == {"status 500": 2, "unreadable reply": 2, "no connection": 2}
+    assert found.counts == {
+        **{f"requests failed: {reason}": 2 for reason in ("status 500", "unreadable reply", "no connection")},
+        **{f"requests sent again: {reason}": 2 for reason in ("status 500", "unreadable reply", "no connection")},
+        "replies without a verdict": 4,
+    }
 
 
 @pytest.mark.parametrize(("trouble", "error"), [(Raw(500), ConnectionError), (Raw(400, "no"), ValueError)])

@@ -101,7 +101,7 @@ def divergence_figures(distances: Distances) -> Iterator[Figure]:
         estimate = mean_of(sums / tokens, prompts, tokens)
         yield Figure(
             name=name,
-            title=f"{title}, answers of the model {source}",
+            title=f"{title}, on answers {source}",
             section="divergence",
             unit="nats/token" if per_token else "nats",
             better="neither",

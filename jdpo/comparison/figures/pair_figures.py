@@ -227,7 +227,7 @@ _ECE = "Expected calibration error of sigmoid(margin)"
 _MEASURES = (
     _Measure("accuracy", "Accuracy of the implicit reward", "share", "up", _accuracy, 0.5),
     _Measure("accuracy.length_only", "Accuracy of a rule on lengths", "share", "neither", _length_only, None),
-    _Measure("accuracy.over_length", "Accuracy above that rule", "share", "up", _over_length),
+    _Measure("accuracy.over_length", "Accuracy above that rule", "points", "up", _over_length, None),
     _Measure("accuracy.logps", _LIKELIER, "share", "up", _likelier(False)),
     _Measure("accuracy.logps_per_token", f"{_LIKELIER} per token", "share", "up", _likelier(True)),
     _Measure("margin", "Margin of the implicit reward", "reward", "up", _margin),
@@ -243,5 +243,5 @@ _MEASURES = (
     ),
     _Measure("chosen_fell", "Chosen answers that became less likely", "share", "down", _chosen_fell, None),
     _Measure("calibration.error", _ECE, "share", "down", _calibration_error, None),
-    _Measure("calibration.overconfidence", "Mean confidence above accuracy", "share", "neither", _overconfidence),
+    _Measure("calibration.overconfidence", "Mean confidence above accuracy", "points", "neither", _overconfidence),
 )

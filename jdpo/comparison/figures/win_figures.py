@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from scipy import stats
 
 from jdpo.comparison.compare_document import Better, Figure, Values
-from jdpo.comparison.intervals import Estimate, mean_of, share_of
+from jdpo.comparison.intervals import LEVEL, Estimate, share_of
 
 RIDGE = 1e-3
 """Penalty of the length coefficient per comparison. Without one, a judge that always prefers the longer answer would
 have an infinite coefficient."""
 FEW_ON_A_SIDE = 0.1
+"""If one model has the shorter answer less often, equal lengths are outside of what was seen."""
 
 
 class Won(NamedTuple):
@@ -66,13 +68,18 @@ def win_rates(outcomes: Sequence[Won]) -> WinRates:
         figures.append(
             _figure("win_rate.first_shown", "Verdicts for the answer shown first", "neither", share, prompts)
         )
-    on_a_side = min(float((longer > 0).mean()), float((longer < 0).mean()))
-    if on_a_side < FEW_ON_A_SIDE:
+    on_a_side = smaller_side(longer)
+    if on_a_side < FEW_ON_A_SIDE and longer.any():
         warnings.append(
             "win_rate.length_controlled is extrapolated: one model's answers are the shorter ones in only "
             f"{100 * on_a_side:.0f} % of the comparisons"
         )
     return WinRates(figures, warnings)
+
+
+def smaller_side(longer: np.ndarray) -> float:
+    """Returns the share of comparisons in which the model whose answers are shorter less often has the shorter one."""
+    return min(float((longer > 0).mean()), float((longer < 0).mean()))
 
 
 def _figure(name: str, title: str, better: Better, estimate: Estimate, prompts: np.ndarray) -> Figure:
@@ -85,32 +92,38 @@ def length_controlled(won: np.ndarray, longer: np.ndarray, prompts: np.ndarray) 
 
     As in AlpacaEval's length-controlled win rate (Dubois et al., 2024, arXiv 2404.04475), without its term for the
     difficulty of an instruction: logit P(win) = theta + phi * tanh(difference in length / its standard deviation), and
-    the win rate is sigmoid(theta). The interval is one of theta, over prompts.
+    the win rate is sigmoid(theta).
 
     Args:
       won: float [n], 0, 0.5 or 1.
       longer: float [n], length after minus length before.
       prompts: [n].
     """
+    if np.all(won == won[0]) and (smaller_side(longer) >= FEW_ON_A_SIDE or not longer.any()):
+        # The outcome never depended on length, and theta may be infinite.
+        return share_of(won, prompts)
     spread = float(longer.std())
     # Not centred, since the point of interest is a difference of 0.
     design = np.stack([np.ones(len(won)), np.tanh(longer / spread) if spread > 0 else np.zeros(len(won))], axis=1)
-    if np.all(won == won[0]):  # there is nothing to regress, and theta may be infinite
-        return share_of(won, prompts)
-    penalty = np.diag([0.0, RIDGE * len(won)])
-    theta, hessian, scores = _fit(won, design, penalty)
-    # The influence of each comparison on theta: their mean has the standard error of theta.
-    influence = len(won) * np.linalg.solve(hessian, scores.T)[0]
-    found = mean_of(theta + influence - influence.mean(), prompts)
-    low, high = (None if end is None else _sigmoid(end) for end in (found.low, found.high))
-    return Estimate(_sigmoid(theta), low, high)
+    fit = _fit(won, design)
+    num_prompts = len(np.unique(prompts))
+    if num_prompts < 2:
+        return Estimate(_sigmoid(fit.theta))
+    half = float(stats.t.ppf((1 + LEVEL) / 2, num_prompts - 1)) * _standard_error(fit, prompts)
+    return Estimate(_sigmoid(fit.theta), _sigmoid(fit.theta - half), _sigmoid(fit.theta + half))
 
 
-def _fit(won: np.ndarray, design: np.ndarray, penalty: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
-    """Fits a logistic regression by Newton's method; returns theta, the Hessian, and the score of each row [n, 2]."""
-    coefficients = np.zeros(2)
-    # A little of the penalty on theta as well: outcomes that lengths separate would leave it without a bound.
-    penalty = penalty + 1e-6 * len(won) * np.eye(2)
+class _Fit(NamedTuple):
+    theta: float
+    hessian: np.ndarray  # [2, 2], of the penalized log-likelihood
+    scores: np.ndarray  # [n, 2], gradient of each comparison
+
+
+def _fit(won: np.ndarray, design: np.ndarray) -> _Fit:
+    """Fits the logistic regression by Newton's method."""
+    coefficients, penalty = np.zeros(2), np.diag([0.0, RIDGE * len(won)])
+    # A little of it on theta as well: outcomes that lengths separate would leave theta without a bound.
+    penalty[0, 0] = 1e-3 * RIDGE * len(won)
     for _ in range(100):
         p = 1 / (1 + np.exp(-design @ coefficients))
         scores = design * (won - p)[:, None]
@@ -120,7 +133,21 @@ def _fit(won: np.ndarray, design: np.ndarray, penalty: np.ndarray) -> tuple[floa
         coefficients += step * min(1.0, 2 / max(float(np.abs(step).max()), 1e-12))
         if np.abs(step).max() < 1e-10:
             break
-    return float(coefficients[0]), hessian, scores
+    return _Fit(float(coefficients[0]), hessian, scores)
+
+
+def _standard_error(fit: _Fit, prompts: np.ndarray) -> float:
+    """Returns the standard error of theta: of the model, or over prompts, whichever is larger.
+
+    Comparisons of one prompt resemble each other, which only the spread over prompts shows. If lengths decide every
+    comparison nothing is left to spread, and only the model knows how little that tells about equal lengths.
+    """
+    inverse = np.linalg.inv(fit.hessian)
+    _, index = np.unique(prompts, return_inverse=True)
+    influence = fit.scores @ inverse[0]
+    by_prompt = np.bincount(index, influence - influence.mean())
+    over_prompts = len(by_prompt) / (len(by_prompt) - 1) * float(np.square(by_prompt).sum())
+    return float(np.sqrt(max(over_prompts, inverse[0, 0])))
 
 
 def _sigmoid(value: float) -> float:

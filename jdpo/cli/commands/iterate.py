@@ -1,0 +1,84 @@
+"""`jdpo iterate LOOP.yaml`: rounds of generate, score, pair, dpo and compare."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from jdpo.cli.commands.train import shown_error
+from jdpo.cli.key_help import key_help
+from jdpo.cli.main import COMMANDS
+from jdpo.cli.parsing import CONFIG_USAGE, Parser, add_config, add_help, add_keys, parse
+from jdpo.config import CONFIGS, load_config, to_yaml
+from jdpo.iteration.loop_settings import LoopSettings
+from jdpo.safe_text import terminal
+
+
+def parser() -> Parser:
+    """Returns the parser of the command: its options, and every key of a loop."""
+    parser = Parser(
+        "iterate",
+        CONFIG_USAGE,
+        "Improves a model in rounds. Each round asks it new prompts, scores its answers, makes pairs of them, trains "
+        "on the pairs, and compares the new model with the one before on held-out prompts. Every stage is an ordinary "
+        "jdpo command. The loop can be stopped at any time; the same command continues it.",
+        epilog="Examples:\n\n    jdpo iterate loop.yaml --dry_run\n    jdpo iterate --help replay",
+    )
+    options = add_help(parser)
+    add_config(parser, options)
+    options.add_argument(
+        "--print_config", action="store_true", help="Print the whole config as YAML, defaults included, and exit."
+    )
+    options.add_argument(
+        "--dry_run", action="store_true", help="Check config and prompts, print the commands of all rounds, and exit."
+    )
+    add_keys(parser, LoopSettings)
+    return parser
+
+
+def main(command: str, words: Sequence[str]) -> int:
+    """Runs the command; returns its exit code."""
+    assert command == "iterate", command
+    arguments = parser()
+    line = parse(arguments, words)
+    if line.help is not None:
+        print(key_help(command, LoopSettings, line.help) if line.help else arguments.format_help().rstrip("\n"))
+        return 0
+    loop = load_config(
+        LoopSettings, line.path, line.overrides, log=lambda text: print(shown_error(text), file=sys.stderr)
+    )
+    if line.options.print_config:
+        print(to_yaml(loop), end="")
+        return 0
+    from jdpo.iteration.loop import iterate, planned_commands
+    from jdpo.iteration.prompt_rounds import read_split
+    from jdpo.iteration.stage_process import run_stage
+
+    rounds = planned_commands(loop)
+    # A wrong key of the last stage is reported now, not after hours of the first.
+    for planned in rounds[-1]:
+        _check(planned.words)
+    if line.options.dry_run:
+        read_split(loop)
+        for planned in [one for stages in rounds for one in stages]:
+            print(terminal(planned))
+        return 0
+    return iterate(loop, lambda stage, lock: run_stage(stage.words, lock=lock), _log)
+
+
+def _check(words: Sequence[str]) -> None:
+    """Parses a command line as the command itself does.
+
+    Raises:
+      ValueError: an option is unknown, or a value is of the wrong type or out of range.
+    """
+    name, *rest = words
+    if name in CONFIGS:
+        load_config(CONFIGS[name], None, rest)
+    else:
+        importlib.import_module(COMMANDS[name][0]).parser().parse_args(rest)
+
+
+def _log(text: str) -> None:
+    print(terminal(text), flush=True)

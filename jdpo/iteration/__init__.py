@@ -1,0 +1,1 @@
+"""Rounds of generate, score, pair, train and compare, each stage an ordinary command."""

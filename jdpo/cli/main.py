@@ -47,6 +47,9 @@ ELSEWHERE = {
     ),
     **dict.fromkeys(("pairs", "annotate", "label"), "`jdpo pair GEN --output PAIRS.jsonl` makes pairs of answers"),
     **dict.fromkeys(("loop", "rounds", "online"), "`jdpo iterate LOOP.yaml` improves a model in rounds"),
+    **dict.fromkeys(
+        ("judge", "reward", "rank"), "`jdpo score GEN --by judge:URL`, or --by reward:MODEL, scores answers"
+    ),
     "merge": "`jdpo export RUN OUT --merge` adds adapters to their base",
     "push": "`jdpo export RUN OUT --push_to_hub OWNER/NAME` uploads a model",
     "evaluate": "`jdpo eval MODEL --pairs FILE` evaluates a model on held-out pairs",

@@ -99,21 +99,24 @@ RUN = "import sys; from jdpo.cli.main import main; sys.exit(main(sys.argv[1:]))"
 
 
 @pytest.mark.full
-def test_killed_at_20_random_points_the_rows_are_equal(gen: Path, tmp_path: Path) -> None:
-    write_gen(
-        tmp_path / "large", {f"Question {i}?": ["word " * (i % 7 + j) + "." for j in range(8)] for i in range(256)}
-    )
+@pytest.mark.parametrize(("by", "num_runs", "least_kills"), [("rule", 20, 10), ("reward", 4, 1)])
+def test_killed_at_random_points_the_rows_are_equal(
+    gen: Path, reward_folder: Path, tmp_path: Path, by: str, num_runs: int, least_kills: int
+) -> None:
+    texts = {f"Question {i}?": ["word " * (i % 7 + j) + "." for j in range(8)] for i in range(256)}
+    write_gen(tmp_path / "large", texts)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    scorer = {"rule": "rule:my_rules:slow", "reward": f"reward:{reward_folder}"}[by]
 
     def start(name: str) -> subprocess.Popen[bytes]:
-        words = ["score", str(tmp_path / "large"), "--by", "rule:my_rules:slow", "--name", name]
+        words = ["score", str(tmp_path / "large"), "--by", scorer, "--name", name]
         return subprocess.Popen([sys.executable, "-c", RUN, *words], cwd=tmp_path, env=environment)
 
     began = time.monotonic()
     assert start("whole").wait() == 0
     duration = time.monotonic() - began
     draw, kills = random.Random(0), 0
-    for number in range(20):
+    for number in range(num_runs):
         name = f"killed-{number}"
         while True:  # until it ends before it is killed
             process = start(name)
@@ -128,4 +131,4 @@ def test_killed_at_20_random_points_the_rows_are_equal(gen: Path, tmp_path: Path
             paths = [tmp_path / "large/scores" / f"{one}.{kind}" for one in (name, "whole")]
             assert paths[0].read_bytes() == paths[1].read_bytes()
         assert not (tmp_path / "large/scores" / f".{name}.parts").exists()
-    assert kills >= 10
+    assert kills >= least_kills

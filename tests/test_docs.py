@@ -40,6 +40,11 @@ LISTED = {
     ("README.md", "bash scripts/test.sh"): "runs this suite",
     ("README.md", "pip install -e"): "installs; tests/test_editable_install.py does so",
     ("README.md", "runs/first/"): "lists the files of a run",
+    ("docs/answers.md", "jdpo generate --endpoint"): "needs a server; tests/cli/test_generate_server.py has one",
+    (
+        "docs/answers.md",
+        "jdpo generate runs/first --serve",
+    ): "needs vLLM; tests/cli/test_generate_server.py has another",
     ("docs/answers.md", "gen/\n"): "lists the files of a folder",
     ("docs/clusters.md", "jdpo: error: process 1"): "shows what is printed",
     ("docs/clusters.md", "until srun"): "needs a Slurm cluster",

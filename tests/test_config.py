@@ -24,6 +24,7 @@ from jdpo.config import (
     to_yaml,
 )
 from jdpo.config.foreign_keys import FOREIGN, OTHER_COMMANDS, RENAMED, VALUES
+from jdpo.iteration.loop_settings import LoopSettings
 
 REQUIRED = ["model_name_or_path=m", "datasets=rows.jsonl", "output_dir=out"]
 
@@ -428,9 +429,8 @@ def test_every_key_is_described_and_free_keys_exist() -> None:
     "path", sorted((Path(__file__).parent.parent / "configs").glob("*.yaml")), ids=lambda p: p.name
 )
 def test_shipped_configs_parse_and_open_with_their_command(path: Path) -> None:
-    cls = SFTConfig if "sft" in path.name else DPOConfig
-    config = load_config(cls, path)
-    assert config.output_dir
+    cls = LoopSettings if path.name == "iterate.yaml" else SFTConfig if "sft" in path.name else DPOConfig
+    assert load_config(cls, path).output_dir
     assert path.read_text().startswith("#")
 
 

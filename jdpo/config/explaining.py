@@ -108,6 +108,8 @@ class _Fault(NamedTuple):
         return group if dot or (group, self.instead.value) == ("lora", "true") else ""
 
     def line(self, cls: type[Settings]) -> str:
+        if not self.path:  # a check of the whole config, whose message names the keys
+            return str(self.problem["msg"]).removeprefix("Value error, ")
         key = ".".join(map(str, self.path))
         if self.is_unknown:
             return f"unknown key {key!r} {self.where}; {self._advice(cls)}"

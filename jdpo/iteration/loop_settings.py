@@ -21,6 +21,7 @@ from jdpo.config.value_types import (
     required,
     settings,
 )
+from jdpo.scoring.scorers import parse_by
 
 SCORE_NAME = "loop"
 """Name of the scores that the loop pairs by."""
@@ -145,19 +146,15 @@ def check_judge(loop: LoopSettings) -> None:
     """Refuses a loop that is judged by the scorer which makes its pairs.
 
     Raises:
-      ValueError: see above.
+      ValueError: see above, or there is no such scorer or judge.
     """
-    scorer, judge = (_scorer_of(text) for text in (loop.score.by, loop.compare.by))
+    scorer, judge = parse_by(loop.score.by), parse_by(loop.compare.by)
     # One server may have several models.
-    if loop.score.judge_model != loop.compare.judge_model and scorer.startswith("judge:"):
+    if scorer.kind == "judge" and loop.score.judge_model != loop.compare.judge_model:
         return
-    if scorer == judge and not loop.same_scorer:
+    # Paths and addresses may end with a slash.
+    if scorer.text.rstrip("/") == judge.text.rstrip("/") and not loop.same_scorer:
         raise ValueError(
             f"compare.by is the scorer that makes the pairs ({loop.score.by}), which favours its own choices; name "
             "another judge, or set same_scorer: true"
         )
-
-
-def _scorer_of(by: str) -> str:
-    """Returns a scorer in one spelling: paths and addresses may end with a slash."""
-    return by.strip().rstrip("/")

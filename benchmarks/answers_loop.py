@@ -221,8 +221,9 @@ def _seconds(loops: Sequence[Loop]) -> list[str]:
     stages = ", ".join(f"{stage} {statistics.median(loop.seconds[stage] for loop in loops):.0f}" for stage in STAGES)
     kept, answers = loops[0].report["pairs"]["kept"], loops[0].report["answers"]
     return [
-        f"Seconds of a loop: {min(totals):.0f} to {max(totals):.0f} (median per stage: {stages}). The first seed's "
-        f"{answers['read']:,} answers gave {kept} pairs.",
+        f"Seconds of a loop: {min(totals):.0f} to {max(totals):.0f} (median per stage: {stages}), with a load average "
+        f"of {os.getloadavg()[2]:.1f} in the last 15 minutes. The first seed's {answers['read']:,} answers gave {kept} "
+        "pairs."
     ]
 
 

@@ -15,6 +15,8 @@ import pytest
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+from answers_loop import DUBLIN, STAGES, Loop, interval  # noqa: E402
+from answers_loop import render as render_loops  # noqa: E402
 from ladder_flops import RUNGS, attention_flops, predicted_flops  # noqa: E402
 from speed import check_trl_tokens, measure  # noqa: E402
 from speed_arms import CHECKPOINTED, GATE, MAIN, ONE_PAIR, Arm, Folder  # noqa: E402
@@ -435,6 +437,35 @@ def test_speed_runs_next_to_trl_at_toy_size(tmp_path: Path) -> None:
     assert "checkpointing" in text
     assert "the faster of each" in text
     assert "Left out" not in text
+
+
+# --- the loop
+
+
+def test_the_loops_report_names_what_was_forgotten() -> None:
+    def loop(after: float, forgotten: float) -> Loop:
+        facts = [("asked", *DUBLIN, 0.6, after), ("other", "Where is Oslo?", "Norway", 0.95, forgotten)]
+        report = {"pairs": {"kept": 3}, "answers": {"read": 16}}
+        return Loop(dict.fromkeys(STAGES, 2.0), report, facts)
+
+    mean, low, high = interval([0.7, 0.8, 0.9])
+    assert (round(mean, 3), round(low, 3), round(high, 3)) == (0.8, 0.552, 1.048)  # 4.303 * 0.1 / sqrt(3)
+    text = render_loops([loop(0.7, 0.9), loop(0.8, 0.2), loop(0.9, 0.4)])
+    assert "0.600 before; after, 0.800 (95 % interval over the seeds 0.552 to 1.000" in text
+    assert "| asked | 1 | 0.600 | 0.800 (0.552 to 1.000) | 0 to 0 |" in text
+    assert "lost more than 0.05 on average: 1 of 2" in text
+    assert "| Where is Oslo? | Norway | other | 0.950 | 0.500 |" in text
+    assert "Seconds of a loop: 10 to 10" in text
+
+
+@pytest.mark.full
+def test_the_loop_goes_the_whole_way_at_toy_size(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "answers_loop.py"), "--tiny", "--seeds", "2", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=one_device())
+    # A model that has learnt little need not improve.
+    assert done.returncode in (0, 1), done.stderr
+    assert "P(Dublin) rose: " in done.stdout, done.stderr
+    assert "| other facts | " in done.stdout
 
 
 @pytest.mark.full

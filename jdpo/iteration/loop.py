@@ -13,7 +13,7 @@ from jdpo.file_locks import lock_file
 from jdpo.iteration.loop_settings import LoopSettings
 from jdpo.iteration.prompt_rounds import Split, read_split, write_questions
 from jdpo.iteration.replay import count_lines, write_replay
-from jdpo.iteration.round_plan import Command, LoopFolder, RoundFolder, round_commands
+from jdpo.iteration.round_plan import STAGES, Command, LoopFolder, RoundFolder, round_commands
 from jdpo.iteration.stopping import Compared, Stop, read_compared, shown, why_stop
 from jdpo.json_files import read_json
 from jdpo.words import figure
@@ -114,28 +114,34 @@ class _Loop:
         state = self._begun(place, number, model)
         older = [self._folder.round(earlier).pairs for earlier in range(number)]
         replays = bool(older) and self._loop.replay > 0
-        for index in range(5):
+        for index in range(len(STAGES)):
             # Planned again before each stage: whether there are pairs to replay is known once there are pairs.
             commands = round_commands(self._loop, number, model=model, replays=replays and state["replayed"] != 0)
             command = commands[index]
             if command.stage in state["done"]:
                 continue
+            if command.stage == "dpo" and not state["pairs"]:
+                break
             write_durably(place.commands, "".join(f"{one}\n" for one in commands))
             self._log(f"round {number}, {command.stage}: {command}")
             if code := self._run(command):
                 self._log(f"round {number}: {command.stage} ended with exit code {code}; the same command continues")
                 return {**state, "exit_code": code}
-            state["done"].append(command.stage)
             if command.stage == "pair":
-                state["pairs"] = count_lines(place.pairs)
-                state["replayed"] = self._replay(place, older) if replays and state["pairs"] else 0
-                state["pairs"] += state["replayed"]
+                self._count_pairs(place, state, older if replays else [])
             elif command.stage == "compare":
                 state["compared"] = read_compared(place.cmp).to_json()
+            state["done"].append(command.stage)
             _write_state(place, state)
-            if command.stage == "pair" and not state["pairs"]:
-                break
         return state
+
+    def _count_pairs(self, place: RoundFolder, state: dict[str, Any], older: list[Path]) -> None:
+        """Adds replayed pairs to those of the round. A round without pairs of its own trains on none."""
+        new = count_lines(place.pairs)
+        state["replayed"] = 0
+        if new and older:
+            state["replayed"] = write_replay(place.replay, place.pairs, older, self._loop.replay, self._loop.seed)
+        state["pairs"] = new + state["replayed"]
 
     def _begun(self, place: RoundFolder, number: int, model: str) -> dict[str, Any]:
         if place.state.is_file():
@@ -153,9 +159,6 @@ class _Loop:
         }
         _write_state(place, state)
         return state
-
-    def _replay(self, place: RoundFolder, older: list[Path]) -> int:
-        return write_replay(place.replay, place.pairs, older, self._loop.replay, self._loop.seed)
 
 
 def _write_state(place: RoundFolder, state: dict[str, Any]) -> None:

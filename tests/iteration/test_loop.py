@@ -144,6 +144,8 @@ def test_a_round_without_pairs_ends_the_loop(make_loop: Make) -> None:
     assert stages.ran[-1] == "1 pair"
     assert "round 1 made no pairs" in lines[-1]
     assert result["stopped"]["why"] == "no_pairs"
+    assert run(make_loop(), (again := Stages()))[1][-1] == lines[-1], "asked again, it says the same"
+    assert again.ran == []
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,25 @@ class ComparedFact:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FallenPair:
+    """A held-out pair whose chosen answer became less likely.
+
+    Attributes:
+      origin: file and row.
+      num_tokens: learnt tokens of the chosen answer.
+      before, after: its log-prob under each model.
+    """
+
+    origin: str
+    dataset: str
+    prompt: str
+    chosen: str
+    num_tokens: int
+    before: float
+    after: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class CalibrationBin:
     """Pairs whose confidence, the larger of sigmoid(margin) and 1 - sigmoid(margin), lies in [low, high).
 
@@ -180,6 +199,7 @@ class Comparison:
       figures: by name, in the order in which they are shown.
       facts: all of them, those that fell most first.
       answers: at most a few hundred, of `num_answers`.
+      fallen: the pairs whose chosen answers fell most, at most a few.
       rows: the lines of rows.parquet, which are not in `compare.json`.
     """
 
@@ -190,6 +210,7 @@ class Comparison:
     facts: Sequence[ComparedFact] = ()
     answers: Sequence[AnswersSideBySide] = ()
     num_answers: int = 0
+    fallen: Sequence[FallenPair] = ()
     rows: Sequence[Mapping[str, Any]] = ()
 
 

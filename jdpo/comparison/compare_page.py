@@ -23,7 +23,7 @@ from jdpo.comparison.compare_document import (
     Unit,
     Values,
 )
-from jdpo.comparison.compare_plots import IntervalBar, Plot, calibration_plot, interval_bar, reach_of
+from jdpo.comparison.compare_plots import IntervalBar, Plot, calibration_plot, interval_bar, reach_of, row_plots
 from jdpo.comparison.word_diff import Piece, word_diff
 from jdpo.durable import write_durably
 from jdpo.words import figure as counted
@@ -60,6 +60,7 @@ def compare_page(document: CompareDocument) -> str:
         lstrip_blocks=True,
     )
     environment.filters["sha256"] = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    environment.filters |= {"value": figure_words.value_words, "change": figure_words.change_words}
     views = [_view(document, comparison) for comparison in document.comparisons]
     text = resources.files("jdpo.comparison").joinpath("compare_page.html.jinja").read_text(encoding="utf-8")
     return environment.from_string(text).render(document=document, views=views).strip() + "\n"
@@ -114,11 +115,12 @@ def _view(document: CompareDocument, comparison: Comparison) -> _View:
         rows = [row for figure in figures if figure.section == section for row in _rows(figure, figures)]
         if rows:
             sections.append(_Section(title, rows))
-    plots = [calibration_plot(comparison.calibration)]
+    calibration = calibration_plot(comparison.calibration)
+    plots = ([] if calibration is None else [calibration]) + row_plots(comparison.rows)
     answers = [
         _Answers(shown, *word_diff(shown.before.text, shown.after.text)) for shown in comparison.answers[:MOST_ANSWERS]
     ]
-    return _View(comparison, sections, [plot for plot in plots if plot is not None], answers)
+    return _View(comparison, sections, plots, answers)
 
 
 def _rows(figure: Figure, figures: Sequence[Figure]) -> list[_Row]:

@@ -5,12 +5,13 @@ Drawn as SVG in the page itself, so that they follow its colours, light and dark
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from jdpo.comparison.compare_document import CalibrationBin, Figure, Values
+from jdpo.comparison.figure_words import MINUS
 from jdpo.comparison.intervals import Estimate
 
 WIDTH, HEIGHT = 400.0, 270.0
@@ -54,8 +55,10 @@ class Plot(NamedTuple):
       x_label, y_label: of the axes.
       x_ticks, y_ticks: marks on the axes.
       points: with intervals.
-      bars: (series, x, y, width, height), where series 0 is before or chosen and 1 after or rejected.
+      bars: (series, x, y, width, height).
       lines: (x1, y1, x2, y2) of reference lines.
+      series: names of the series, for the legend; empty if there is one.
+      colours: colours of the series: "sides" of a pair, or "models" before and after.
     """
 
     title: str
@@ -66,6 +69,8 @@ class Plot(NamedTuple):
     points: Sequence[Point] = ()
     bars: Sequence[tuple[int, float, float, float, float]] = ()
     lines: Sequence[tuple[float, float, float, float]] = ()
+    series: Sequence[str] = ()
+    colours: Literal["sides", "models"] = "models"
 
 
 def tested(values: Values) -> Estimate:
@@ -133,21 +138,48 @@ def calibration_plot(bins: Sequence[CalibrationBin]) -> Plot | None:
     )
 
 
-def histogram(title: str, x_label: str, series: Sequence[Sequence[float]], *, num_bins: int = 24) -> Plot | None:
-    """Plots how one or two columns of values are distributed; None if there are no values.
+def row_plots(rows: Sequence[Mapping[str, Any]]) -> list[Plot]:
+    """Plots how log-probs of held-out answers changed, and how long the models' own answers are.
+
+    Args:
+      rows: see `Comparison.rows`.
+    """
+    pairs = [row for row in rows if row["kind"] == "pair"]
+    answers = [
+        row for row in rows if row["kind"] == "answer" and None not in (row["before_tokens"], row["after_tokens"])
+    ]
+    plots = []
+    if pairs:
+        changes = {
+            side: [row[f"{side}_logp_after"] - row[f"{side}_logp_before"] for row in pairs]
+            for side in ("chosen", "rejected")
+        }
+        title = "How far did the answers of the pairs move?"
+        plots.append(
+            histogram(title, "change of the log-probability in nats", changes, of="pairs")._replace(colours="sides")
+        )
+    if answers:
+        lengths = {name: [row[f"{name}_tokens"] for row in answers] for name in ("before", "after")}
+        plots.append(histogram("How long are the models' answers?", "tokens of an answer", lengths, of="answers"))
+    return plots
+
+
+def histogram(title: str, x_label: str, series: Mapping[str, Sequence[float]], *, of: str, num_bins: int = 24) -> Plot:
+    """Plots how the values of each series are distributed.
 
     The range covers the middle 98 % of the values and zero; values outside are counted in the outermost bins.
+
+    Args:
+      of: what is counted, for the label of the axis.
     """
-    arrays = [np.asarray(values, float) for values in series]
+    arrays = [np.asarray(values, float) for values in series.values()]
     everything = np.concatenate(arrays)
-    if not everything.size:
-        return None
     # Zero, which means no change, is always shown.
     low, high = min(float(np.quantile(everything, 0.01)), 0.0), max(float(np.quantile(everything, 0.99)), 0.0)
     if low == high:
         low, high = -1.0, 1.0
     edges = np.linspace(low, high, num_bins + 1)
-    shares = [np.histogram(values.clip(low, high), edges)[0] / max(values.size, 1) for values in arrays]
+    shares = [np.histogram(values.clip(low, high), edges)[0] / values.size for values in arrays]
     most = float(max(each.max() for each in shares))
     width = (_x(1) - _x(0)) / num_bins
     bars = [
@@ -160,11 +192,12 @@ def histogram(title: str, x_label: str, series: Sequence[Sequence[float]], *, nu
     return Plot(
         title,
         x_label,
-        "share of pairs",
-        [Tick(_x((tick - low) / (high - low)), f"{tick:g}") for tick in nice_ticks(low, high)],
+        f"share of {of}",
+        [Tick(_x((tick - low) / (high - low)), f"{tick:g}".replace("-", MINUS)) for tick in nice_ticks(low, high)],
         [Tick(_y(tick / most), f"{tick:.0%}") for tick in nice_ticks(0.0, most)],
         bars=bars,
-        lines=[(zero, _y(0), zero, _y(1))],
+        lines=[(zero, _y(0), zero, _y(1))] if low < 0 else [],
+        series=list(series),
     )
 
 

@@ -20,6 +20,7 @@ from jdpo.comparison.compare_document import (
 from jdpo.comparison.figures.answer_figures import AnswerPair, answer_figures, text_of
 from jdpo.comparison.figures.divergence_figures import Distances, distances_of, divergence_figures
 from jdpo.comparison.figures.fact_figures import compared_facts, fact_figures
+from jdpo.comparison.figures.fallen_pairs import fallen_pairs, text_of_turns
 from jdpo.comparison.figures.pair_figures import PairRows, calibration_bins, length_rule, pair_figures
 from jdpo.comparison.figures.win_figures import Won, win_rates
 from jdpo.comparison.judging import judge_pairs
@@ -30,7 +31,7 @@ from jdpo.generation.loaded_model import LoadedModel
 from jdpo.generation.values import Answer, Question
 from jdpo.scoring.scorers import By
 from jdpo.training.run_record import RunRecord
-from jdpo.types import CHOSEN, REJECTED, Text
+from jdpo.types import CHOSEN, REJECTED
 
 MOST_ANSWERS = 300
 """`compare.json` holds the answers to about this many prompts; the folders of answers hold all."""
@@ -150,13 +151,14 @@ def _compared(
     figures: list[Figure] = []
     warnings: list[str] = []
     lines: list[Mapping[str, Any]] = []
-    bins, facts = [], []
+    bins, facts, fallen = [], [], []
     if pair.before.pairs is not None and pair.after.pairs is not None:
         rows, noted = aligned(pair.before.pairs, pair.after.pairs)
         figures += pair_figures(rows, beta)
         bins = calibration_bins(rows, beta)
         warnings += [*noted, f"the length rule of accuracy.length_only prefers the {length_rule(rows)[0]} answer"]
         lines += _pair_lines(rows, beta)
+        fallen = fallen_pairs(rows, settings.material.pairs)
     answers, questions = _answer_pairs(pair, warnings)
     won: dict[tuple[str, int], Won] = {}
     if answers:
@@ -180,6 +182,7 @@ def _compared(
         facts=facts,
         answers=[_side_by_side(one, questions, won) for one in answers[:MOST_ANSWERS]],
         num_answers=len(answers),
+        fallen=fallen,
         rows=lines,
     )
     return comparison, warnings
@@ -251,22 +254,12 @@ def _side_by_side(
     key = (one.after.prompt_id, one.after.sample)
     return AnswersSideBySide(
         prompt_id=key[0],
-        prompt=prompt_text(questions[key[0]].prompt),
+        prompt=text_of_turns(questions[key[0]].prompt),
         sample=key[1],
         before=_shown(one.before),
         after=_shown(one.after),
         won=won[key].won if key in won else None,
     )
-
-
-def prompt_text(prompt: Text) -> str:
-    """Returns a prompt as text; the messages of a conversation after their roles."""
-    if isinstance(prompt, str):
-        return prompt
-    contents = [(message.get("role", ""), message.get("content")) for message in prompt]
-    if len(contents) == 1 and isinstance(contents[0][1], str):
-        return contents[0][1]
-    return "\n".join(f"{role}: {content if isinstance(content, str) else ''}" for role, content in contents)
 
 
 def _shown(answer: Answer) -> AnswerShown:

@@ -8,6 +8,7 @@ import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jdpo.comparison.compare_document import (
@@ -18,13 +19,17 @@ from jdpo.comparison.compare_document import (
     ComparedModel,
     CompareDocument,
     Comparison,
+    FallenPair,
     Figure,
     Values,
     Verdict,
 )
 from jdpo.comparison.compare_page import compare_page, write_compare_page
+from jdpo.comparison.figures.fallen_pairs import fallen_pairs
+from jdpo.comparison.figures.pair_figures import PairRows
 from jdpo.comparison.intervals import Estimate
 from jdpo.comparison.word_diff import Piece, word_diff
+from tests.conftest import write_jsonl
 
 HOSTILE = '<script>alert(1)</script><img src=x onerror="alert(2)">\x1b[31m\u202e{{ 7 * 7 }}</p></style> &amp;'
 
@@ -119,6 +124,28 @@ def document(text: str = "It is Dublin, a city by the sea.") -> CompareDocument:
             )
         ],
         num_answers=100,
+        fallen=[
+            FallenPair(
+                origin=f"pairs.jsonl:{text}",
+                dataset="helpful",
+                prompt=f"What is the capital of Ireland? {text} " + "Answer at length. " * 20,
+                chosen=text,
+                num_tokens=12,
+                before=-20.25,
+                after=-31.5,
+            )
+        ],
+        rows=[
+            {
+                "kind": "pair",
+                "chosen_logp_before": -20.0,
+                "chosen_logp_after": -20.0 - number,
+                "rejected_logp_before": -20.0,
+            }
+            | {"rejected_logp_after": -24.0 - 2 * number}
+            for number in (0.5, 1, 2, 2, 3, 7)
+        ]
+        + [{"kind": "answer", "before_tokens": 30 + number, "after_tokens": 40 + 2 * number} for number in range(9)],
     )
     return CompareDocument(
         before=ComparedModel(name="sft", path="runs/sft", digest="cd" * 8),
@@ -175,6 +202,7 @@ def test_figures_have_values_intervals_and_findings() -> None:
     assert "−84.31" in text
     assert "1 of 2 facts lost more than 0.05" in text
     assert "What is 2 + 2?" not in text
+    assert "−20.25 before, −31.50 after, −11.25 over 12 tokens" in text
     # A figure without intervals has values, and no finding.
     assert "Facts answered right 90.0 % 80.0 % −10.0 points unclear 1 prompt" in text
 
@@ -189,6 +217,27 @@ def test_words_that_differ_are_marked() -> None:
             "a b c",
             text,
         )
+
+
+def test_the_answers_that_fell_most_are_read_from_their_files(tmp_path: Path) -> None:
+    paths = []
+    for name in ("one", "two"):
+        rows = [{"prompt": f"{name} {number}", "chosen": f"yes {number}", "rejected": "no"} for number in range(8)]
+        paths.append(str(write_jsonl(tmp_path / f"{name}.jsonl", rows)))
+    origins = [f"{name}.jsonl:{number + 1}" for name in ("one", "two") for number in range(8)]
+    before = np.full((16, 2), -1.0)
+    after = before - np.arange(16)[:, None]
+    pairs = PairRows(("one", "two"), np.repeat([0, 1], 8), np.arange(16), origins, np.full((16, 2), 3), before, after)
+    found = fallen_pairs(pairs, paths)
+    assert len(found) == 10
+    assert (found[0].origin, found[0].dataset, found[0].prompt, found[0].chosen) == (
+        "two.jsonl:8",
+        "two",
+        "two 7",
+        "yes 7",
+    )
+    assert (found[9].origin, found[9].prompt, found[9].after) == ("one.jsonl:7", "one 6", -7.0)
+    assert fallen_pairs(pairs._replace(after=before), paths) == []
 
 
 @pytest.mark.ci

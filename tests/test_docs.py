@@ -7,7 +7,6 @@ they are. Hub names and files of users are toys, see `TOYS` and `place`. What ca
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import json
 import re
@@ -79,9 +78,6 @@ TOYS = {
     "--output_dir runs/sft": "--output_dir runs/sft-again",  # runs/sft has the adapter that later commands start from
 }
 """A placeholder in the docs -> the toy that replaces it."""
-
-MODELS = ('"Qwen/Qwen2.5-0.5B-Instruct"', '"runs/first"')
-"""Models in the Python of the docs, all of which are the toy."""
 
 A_TOY_LOSS = """
 import jax.numpy as jnp
@@ -320,7 +316,7 @@ def test_python(page: str, toy_model: Path) -> None:
     for item in ITEMS:
         if item.page == page and item.kind == "python":
             printed = io.StringIO()
-            text = functools.reduce(lambda text, name: text.replace(name, repr(str(toy_model))), MODELS, item.text)
+            text = item.text.replace('"Qwen/Qwen2.5-0.5B-Instruct"', repr(str(toy_model)))
             with contextlib.redirect_stdout(printed):
                 exec(compile("\n" * item.line + text, page, "exec"), names)
             # Expected output follows the call as a comment, on the same line or on the next ones.

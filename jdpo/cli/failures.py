@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
+import sys
 import threading
+from collections.abc import Iterator
 from types import FrameType
 
 _DISK = {
@@ -38,6 +41,34 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
             os._exit(128 + signum)
         frame = frame.f_back
     raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def leaving_on_signals(advice: str) -> Iterator[None]:
+    """While entered, SIGTERM and SIGHUP end the command in order, with the exit code 128 + signal, as Ctrl-C does.
+
+    Args:
+      advice: printed then, such as how to continue.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+
+    def leave(signum: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + signum)
+
+    # Under nohup, SIGHUP is ignored: the command outlives its terminal.
+    signals = [one for one in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) != signal.SIG_IGN]
+    before = {one: signal.signal(one, leave) for one in signals}
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            print(f"stopped; {advice}", file=sys.stderr, flush=True)
+        raise
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
 
 
 def explain_failure(error: BaseException) -> str | None:

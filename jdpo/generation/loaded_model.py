@@ -212,10 +212,18 @@ class LoadedModel:
 
         Args:
           row, prompt_ids: the prompt that it answers, and its tokens.
+
+        Raises:
+          FloatingPointError: the model's logits are not finite.
         """
         ended = drawn.finish_reason == "stop"
         content = content_of(row, prompt_ids, drawn.tokens[:-1] if ended else drawn.tokens, self.tokenizer)
         logp = float(np.sum(np.array(drawn.logps, np.float64)))
+        if not np.isfinite(logp):
+            raise FloatingPointError(
+                f"{self.name} gives logits of NaN or infinity for {row.origin}: the weights are damaged, training has "
+                "ruined them, or they overflow in this dtype; try float32"
+            )
         return Answer(prompt_id, drawn.sample, assistant(content), drawn.tokens, drawn.finish_reason, logp)
 
     # --- probabilities

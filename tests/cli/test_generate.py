@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import jdpo
-from jdpo.cli.commands.generate import leaving_on_signals
+from jdpo.cli.failures import leaving_on_signals
 from jdpo.cli.main import main
 from jdpo.config import DatasetConfig
 from jdpo.generation.answer_files import read_answers, read_unanswered
@@ -162,7 +162,7 @@ def test_one_process_of_several_is_refused(
 
 def test_sigterm_ends_the_command_in_order(capsys: Capture) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as caught, leaving_on_signals():
+    with pytest.raises(SystemExit) as caught, leaving_on_signals("the same command continues"):
         signal.raise_signal(signal.SIGTERM)
     assert caught.value.code == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) == before

@@ -5,13 +5,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from jdpo.cli.failures import leaving_on_signals
 from jdpo.cli.parsing import Parser, add_help, spellings
 from jdpo.cli.server_options import add_server_options, asks_a_server, server_source
 from jdpo.safe_text import terminal, terminal_lines
@@ -185,7 +183,7 @@ def main(command: str, words: Sequence[str]) -> int:
         seed=asked.seed,
     )
     try:
-        with leaving_on_signals():
+        with leaving_on_signals("the same command continues after the last whole shard"):
             manifest, prompts = _generate(asked, sampling, Path(asked.output_dir))
     except ConnectionError as error:
         raise ConnectionError(f"{error}\nThe same command continues after the last whole shard") from error
@@ -279,28 +277,6 @@ def _refuse_clusters() -> None:
             "it once, on one host; or give each process a --split and an --output_dir of its own, and set "
             "JAX_NUM_PROCESSES=1"
         )
-
-
-@contextlib.contextmanager
-def leaving_on_signals() -> Iterator[None]:
-    """While entered, SIGTERM and SIGHUP end the command in order, with the exit code 128 + signal, as Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may set handlers
-        return
-
-    def leave(signum: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + signum)
-
-    before = {one: signal.signal(one, leave) for one in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit):
-        with contextlib.suppress(OSError):  # the terminal may be gone
-            _log("stopped; the same command continues after the last whole shard")
-        raise
-    finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
 
 
 def _report(folder: Path, manifest: Manifest, prompts: Prompts) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from jdpo.cli.commands import completion, export, inspect, quickstart, reference, train
+from jdpo.cli.commands import completion, export, inspect, iterate, pair, quickstart, reference, train
 from jdpo.cli.commands.train import read_config
 from jdpo.cli.key_help import key_help
 from jdpo.cli.main import main
@@ -82,6 +82,8 @@ PARSERS = {
     "export": export.parser(),
     "quickstart": quickstart.parser(),
     "completion": completion.parser(),
+    "pair": pair.parser(),
+    "iterate": iterate.parser(),
 }
 
 

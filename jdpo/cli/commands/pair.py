@@ -28,7 +28,7 @@ def parser() -> Parser:
     """Returns the parser of the command."""
     parser = Parser(
         "pair",
-        "GEN [GEN2] --output PAIRS.jsonl [--strategy NAME] [--score NAME] ...",
+        "GEN [GEN2] --output PAIRS.jsonl [--strategy NAME] ...",
         "Makes preference pairs of the answers in a folder of `jdpo generate`, for `jdpo dpo`. What becomes of every "
         "answer is counted by reason, in a table and in PAIRS.report.json. The pairs follow from the answers, the "
         "scores and the options: the same command writes the same file.",
@@ -70,7 +70,9 @@ def _add_rules(options: Any) -> None:
     options.add_argument(
         *spellings("--length_unit"),
         choices=("tokens", "words", "characters"),
-        help="Unit of lengths; by default tokens, or words if a server did not return tokens.",
+        metavar="UNIT",
+        help="Unit of lengths: tokens, words or characters; by default tokens, or words if a server did not return "
+        "tokens.",
     )
     options.add_argument(
         *spellings("--max_per_prompt"),

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jdpo.generation.prompts import make_question
 from jdpo.pairing import candidates as reasons
+from jdpo.pairing.answers_read import Group, Material, Source
 from jdpo.pairing.candidates import Candidate, PairRules, Side
+from jdpo.pairing.pair_report import make_report
 from jdpo.pairing.selecting import Choice, select, shown_couples
 from jdpo.pairing.similarity import ngrams, similarity
 
@@ -209,3 +213,26 @@ def test_every_answer_and_comparison_is_counted_once(
             assert rejected.score is not None
             assert chosen.score - rejected.score >= (rules.min_margin or 1e-9)
     assert select(candidates, rules, "prompt", choose) == found
+
+
+@given(st.lists(prompts(), max_size=4), RULES.filter(lambda rules: rules.strategy != "human"), st.integers(0, 2))
+def test_the_counts_of_a_report_add_up(found: list[list[Candidate]], rules: PairRules, unanswered: int) -> None:
+    num_sides = 2 if rules.strategy == "delta" else 1
+    groups = [
+        Group(make_question(f"{number}?", "p"), [one for one in candidates if one.side < num_sides])
+        for number, candidates in enumerate(found)
+    ]
+    # A prompt without answers is in no group.
+    groups = [group for group in groups if group.candidates]
+    ids = [group.question.prompt_id for group in groups] + [f"unanswered {number}" for number in range(unanswered)]
+    material = Material([Source(Path("gen"), "digest", frozenset(ids), [])] * num_sides, None, "tokens", groups)
+    selections = [(group, select(group.candidates, rules, group.question.prompt_id)) for group in groups]
+    report = make_report(material, rules, selections)
+    counts, answers, pairs = report["prompts"], report["answers"], report["pairs"]
+    assert counts["read"] == len(ids) == counts["with_pairs"] + sum(counts["dropped"].values())
+    assert answers["read"] == sum(len(group.candidates) for group in groups)
+    used = answers["chosen"] + answers["rejected"] + answers["chosen_and_rejected"]
+    assert answers["read"] == used + sum(answers["dropped"].values())
+    assert pairs["tried"] == pairs["kept"] + sum(pairs["dropped"].values())
+    assert pairs["kept"] == sum(len(selection.pairs) for _, selection in selections)
+    assert (report["length"] is None) == (pairs["kept"] == 0)

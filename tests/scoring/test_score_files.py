@@ -139,6 +139,13 @@ def test_unfinished_work_of_another_scorer_is_kept(tmp_path: Path) -> None:
     assert again.calls == 2
 
 
+def test_work_of_another_scorer_without_a_finished_block_is_replaced(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        score(tmp_path, Lengths("first", fails_at=0))
+    score(tmp_path, Lengths("second"))
+    assert read_scores(tmp_path, "n", DIGEST).made_by["by"] == "second"
+
+
 def test_scores_of_other_answers_are_refused(tmp_path: Path) -> None:
     score(tmp_path, Lengths())
     with pytest.raises(ValueError, match="other answers"):

@@ -1,0 +1,150 @@
+"""`jdpo compare` and `jdpo eval` on toys: a model with itself, and with another one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from jdpo.cli.main import main
+from jdpo.quickstart.tiny_llama import write_model
+from tests.conftest import chat_pairs, sentence, write_jsonl
+
+Capture = pytest.CaptureFixture[str]
+
+PLAIN_BUT_EQUAL = {"accuracy", "win_rate", "win_rate.length_controlled"}
+"""Figures about both models at once, of which equal models have one half."""
+
+
+@pytest.fixture(scope="module")
+def place(toy_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two models of one tokenizer, pairs, prompts and facts."""
+    folder = tmp_path_factory.mktemp("comparison")
+    rng = np.random.default_rng(0)
+    # The words of the toy, so that the tokenizers are equal.
+    write_model(folder / "other", [sentence(rng, 12) for _ in range(50)], hidden_size=64, num_layers=2, seed=1)
+    write_jsonl(folder / "a.jsonl", chat_pairs(14))
+    write_jsonl(folder / "b.jsonl", chat_pairs(6, seed=1))
+    write_jsonl(folder / "prompts.jsonl", [{"prompt": row["prompt"]} for row in chat_pairs(6, seed=2)])
+    facts = [{"question": "the river", "answer": "slow"}, {"prompt": "a road", "answer": " paper"}]
+    write_jsonl(folder / "facts.jsonl", facts)
+    return folder
+
+
+def words(place: Path, *more: str) -> list[str]:
+    return [
+        *("--pairs", str(place / "a.jsonl"), str(place / "b.jsonl"), "--facts", str(place / "facts.jsonl")),
+        *("--cache_dir", str(place / "cache"), "--max_length", "64", *more),
+    ]
+
+
+@pytest.fixture(scope="module")
+def compared(place: Path, toy_model: Path) -> tuple[list[str], Path]:
+    """A comparison of the toy with itself and with the other model, and the command that made it."""
+    command = [
+        *("compare", str(toy_model), str(toy_model), str(place / "other"), "--output_dir", str(place / "cmp")),
+        *words(place, "--prompts", str(place / "prompts.jsonl"), "--max_new_tokens", "8", "--by", "length"),
+    ]
+    assert main(command) == 0
+    return command, place / "cmp"
+
+
+def document_of(folder: Path) -> Any:
+    return json.loads((folder / "compare.json").read_text())
+
+
+def test_a_model_compared_with_itself(compared: tuple[list[str], Path]) -> None:
+    same = document_of(compared[1])["comparisons"][0]
+    assert {"accuracy", "kl", "kl_reverse", "win_rate", "facts.probability", "answers.length"} <= set(same["figures"])
+    for name, figure in same["figures"].items():
+        for values in (figure["all"], *figure["datasets"].values()):
+            difference = values["difference"]
+            if difference is None and name in ("margin", "kl", "kl_reverse", "kl_per_token", "chosen_fell"):
+                difference = values["after"]
+            if difference is not None:
+                assert difference["value"] == 0, name
+                assert difference["low"] <= 0 <= difference["high"], name
+            if name in PLAIN_BUT_EQUAL:
+                assert values["after"]["value"] == 0.5, name
+                assert values["after"]["low"] < 0.5 < values["after"]["high"], name
+    assert not any(same["verdict"][kind] for kind in ("better", "worse", "changed"))
+
+
+def test_another_model_differs(compared: tuple[list[str], Path]) -> None:
+    document = document_of(compared[1])
+    other = document["comparisons"][1]
+    figures = other["figures"]
+    assert figures["kl"]["all"]["after"]["low"] > 0
+    assert figures["kl"]["all"]["num_prompts"] == 6
+    assert set(figures["margin"]["datasets"]) == {"a", "b"}
+    assert figures["margin"]["all"]["num_rows"] == 20
+    assert other["num_answers"] == len(other["answers"]) == 6
+    assert [round(one["after"], 9) for one in other["facts"]] != [round(one["before"], 9) for one in other["facts"]]
+    assert document["settings"]["betas"] == [0.1, 0.1]
+    assert any("length rule" in line for line in document["warnings"])
+
+
+def test_rows_hold_every_value(compared: tuple[list[str], Path]) -> None:
+    figures = document_of(compared[1])["comparisons"][1]["figures"]
+    table = pq.read_table(compared[1] / "rows.parquet").to_pylist()
+    of_other = [row for row in table if row["model"] == 2]
+    pairs = [row for row in of_other if row["kind"] == "pair"]
+    answers = [row for row in of_other if row["kind"] == "answer"]
+    assert (len(pairs), len(answers), len(of_other)) == (20, 6, 28)
+    assert np.mean([row["margin"] for row in pairs]) == pytest.approx(figures["margin"]["all"]["after"]["value"])
+    assert np.mean([row["kl_on_after"] for row in answers]) == pytest.approx(figures["kl"]["all"]["after"]["value"])
+    assert np.mean([row["won"] for row in answers]) == pytest.approx(figures["win_rate"]["all"]["after"]["value"])
+
+
+def test_a_second_run_keeps_answers_and_conditions_decide(compared: tuple[list[str], Path], capsys: Capture) -> None:
+    command, folder = compared
+    files = [*folder.glob("answers-*/answers-*.gz"), *folder.glob("wins-*/scores/*.jsonl")]
+    assert len(files) == 5
+    before, content = [path.stat().st_mtime_ns for path in files], (folder / "compare.json").read_text()
+    assert main([*command, "--fail_if", "kl > 1e-9", "facts.accuracy < -0.5"]) == 1
+    assert [path.stat().st_mtime_ns for path in files] == before
+    assert (folder / "compare.json").read_text() == content
+    shown = capsys.readouterr()
+    assert shown.err.count("--fail_if: kl > 1e-9") == 1  # of the other model alone
+    assert "KL(after || before)" in shown.out
+
+
+def test_eval_agrees_with_compare(
+    compared: tuple[list[str], Path], place: Path, toy_model: Path, capsys: Capture
+) -> None:
+    expected = document_of(compared[1])["comparisons"][1]["figures"]
+    capsys.readouterr()
+    assert main(["eval", str(place / "other"), "--reference", str(toy_model), *words(place, "--json")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {name: expected[name] for name in found["figures"]} == found["figures"]
+    assert main(["eval", str(place / "other"), *words(place)]) == 0
+    alone = capsys.readouterr().out
+    assert "Log-probability, chosen" in alone
+    assert "implicit reward" not in alone
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["only"], "at least two models"),
+        (["a", "b"], "give --pairs, --prompts or --facts"),
+        (["a", "b", "--pairs", "p.jsonl", "--fail_if", "kl > 1"], "--prompts"),
+        (["a", "b", "--pairs", "p.jsonl", "--by", "length"], "--prompts"),
+        (["a", "b", "--pairs", "p.jsonl", "--rubric", "r.md"], "--judge"),
+        (["a", "b", "--pairs", "p.jsonl", "--judge", "http://x/v1", "--reward", "m"], "not allowed with"),
+        (["a", "b", "--pairs", "p.jsonl", "--beta", "0"], "above 0"),
+    ],
+)
+def test_wrong_commands_are_refused_before_a_model_is_loaded(more: list[str], message: str, capsys: Capture) -> None:
+    assert main(["compare", *more, "--output_dir", "cmp"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_facts_must_be_facts(tmp_path: Path, capsys: Capture) -> None:
+    facts = write_jsonl(tmp_path / "facts.jsonl", [{"question": "a", "answer": "b"}, {"question": "c"}])
+    assert main(["eval", "model", "--facts", str(facts)]) == 2
+    assert "facts.jsonl:2" in capsys.readouterr().err

@@ -1,6 +1,6 @@
 """How often the 95 % intervals of `jdpo compare` hold the true value: python benchmarks/interval_coverage.py
 
-Draws data whose truth is known, 1,000 times for each of three seeds and of 30 further ones. Prints a table.
+Draws data whose truth is known, 1,000 times for each of three seeds and of 20 further ones. Prints a table.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from machine import machine_line
 
 from jdpo.comparison import intervals
 
-NUM_DRAWS, SEEDS, FURTHER_SEEDS = 1000, (1, 2, 3), range(100, 130)
+NUM_DRAWS, SEEDS, FURTHER_SEEDS = 1000, (1, 2, 3), range(100, 120)
 
 
 class World(NamedTuple):
-    """Data of a kind, (rng, prompts) -> sums and counts [prompts, draws] and the truth, and the interval to try on it."""
+    """A kind of data, `draw(rng, prompts)` -> sums and counts [prompts, draws] and the truth, and its interval."""
 
     name: str
     interval: Callable[..., tuple[np.ndarray, np.ndarray]]
@@ -94,7 +94,7 @@ def coverage(world: World, num_prompts: int, seed: int) -> float:
 
 def main() -> None:
     print(f"{machine_line(('numpy', 'scipy'))}\n")
-    print("| data | prompts | seeds 1, 2, 3 | mean of 30 further seeds |")
+    print("| data | prompts | seeds 1, 2, 3 | mean of 20 further seeds |")
     print("|---|---|---|---|")
     for world in WORLDS:
         for num_prompts in (20, 200):

@@ -128,12 +128,14 @@ def mean_intervals(sums_cf: Array, weights_cf: Array) -> tuple[Array, Array]:
     quotients_bf = (means_bf - value_f) / np.maximum(errors_bf, floor_f)
     tail = (1 - LEVEL) / 2
     first_f, last_f = np.quantile(quotients_bf, (tail, 1 - tail), axis=0)
+    # Resamples spread less than the data by sqrt((n - 1) / n), which is 2.5 % of the width at 20 prompts.
+    num = len(sums_cf)
+    wide_f = np.sqrt(num / max(num - 1, 1)) * error_f
     # A long right tail of the quotients is one of the left end of the interval: the sides change places.
-    low_f, high_f = value_f - last_f * error_f, value_f - first_f * error_f
+    low_f, high_f = value_f - last_f * wide_f, value_f - first_f * wide_f
     few_f = _num_different(sums_cf / weights_cf) < min(FEW_VALUES, len(sums_cf))
     if few_f.any():
         # Quantiles further out than 2.5 %, which makes up for the narrowness of small samples (Hesterberg, 2015).
-        num = len(sums_cf)
         tail = float(stats.norm.cdf(-_t_quantile(num) * np.sqrt(num / max(num - 1, 1))))
         ends = np.quantile(means_bf[:, few_f], (tail, 1 - tail), axis=0)
         low_f[few_f], high_f[few_f] = ends

@@ -47,6 +47,8 @@ LISTED = {
     ("docs/answers.md", "gen/\n"): "lists the files of a folder",
     ("docs/clusters.md", "jdpo: error: process 1"): "shows what is printed",
     ("docs/clusters.md", "until srun"): "needs a Slurm cluster",
+    ("docs/compare.md", "jdpo compare BEFORE"): "needs two models; tests/cli/test_compare.py compares toys",
+    ("docs/compare.md", "jdpo eval AFTER"): "needs two models; tests/cli/test_compare.py evaluates toys",
     ("docs/data.md", "file -> raw row"): "a diagram",
     ("docs/iterate.md", "output_dir/"): "lists the files of a loop",
     ("docs/iterate.md", "jdpo iterate configs/iterate.yaml\n"): "trains; tests/iteration runs a loop",

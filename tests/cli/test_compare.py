@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -148,3 +150,53 @@ def test_facts_must_be_facts(tmp_path: Path, capsys: Capture) -> None:
     facts = write_jsonl(tmp_path / "facts.jsonl", [{"question": "a", "answer": "b"}, {"question": "c"}])
     assert main(["eval", "model", "--facts", str(facts)]) == 2
     assert "facts.jsonl:2" in capsys.readouterr().err
+
+
+@pytest.mark.full
+def test_eval_gives_the_metrics_of_the_run(place: Path, toy_model: Path, capsys: Capture) -> None:
+    run = place / "run"
+    values = {
+        "model_name_or_path": toy_model,
+        "datasets": place / "a.jsonl",
+        "eval_datasets": place / "b.jsonl",
+        "output_dir": run,
+        "cache_dir": place / "cache",
+        "max_length": 64,
+        "global_batch_size": 8,
+        "max_steps": 3,
+        "eval_steps": 3,
+        "learning_rate": 1e-3,
+        "beta": 0.3,
+        "remat": "none",
+        "export_dtype": "float32",
+    }
+    assert main(["dpo", *(f"{key}={value}" for key, value in values.items())]) == 0
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    expected = next(line for line in reversed(lines) if "eval_rewards/margins" in line)
+    for model in (run, run / "checkpoints" / "3", run / "model"):
+        capsys.readouterr()
+        words = ["--pairs", str(place / "b.jsonl"), "--cache_dir", str(place / "cache"), "--max_length", "64", "--json"]
+        assert main(["eval", str(model), "--reference", str(toy_model), *words]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["beta"] == 0.3  # of the run
+        value = {name: figure["all"]["after"]["value"] for name, figure in found["figures"].items()}
+        assert value["margin"] == pytest.approx(expected["eval_rewards/margins"], rel=1e-3)
+        assert value["accuracy"] == pytest.approx(expected["eval_rewards/accuracies"])
+        assert value["logps.chosen"] == pytest.approx(expected["eval_logps/chosen"], rel=1e-4)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("seed", range(20))
+def test_a_killed_comparison_continues(compared: tuple[list[str], Path], tmp_path: Path, seed: int) -> None:
+    command, whole = compared
+    again = [str(tmp_path / "cmp") if word == str(whole) else word for word in command]
+    delay = float(np.random.default_rng(seed).uniform(3, 25))
+    process = subprocess.Popen([sys.executable, "-m", "jdpo.cli.main", *again], stderr=subprocess.DEVNULL)
+    try:
+        process.wait(delay)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    assert main(again) == 0
+    assert (tmp_path / "cmp" / "compare.json").read_text() == (whole / "compare.json").read_text()
+    assert not list((tmp_path / "cmp").rglob("*.tmp"))

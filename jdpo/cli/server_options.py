@@ -110,7 +110,7 @@ def server_source(
     """Returns the source that the options describe, to be used as a context."""
     from jdpo.generation.servers.endpoint import EndpointSource
     from jdpo.generation.servers.served_source import LOG_FILE, ServedSource, Serving
-    from jdpo.generation.servers.server_client import ServerSettings
+    from jdpo.generation.servers.server_settings import ServerSettings
 
     names = ("api_key_env", "concurrency", "timeout", "retries")
     given = {name: value for name in names if (value := getattr(asked, name)) is not None}

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from jdpo.generation.servers.server_client import Failure, Request, ServerClient, ServerSettings
+from jdpo.generation.servers.server_client import Failure, Request, ServerClient
+from jdpo.generation.servers.server_settings import ServerSettings
 from jdpo.generation.values import Question
 from jdpo.scoring.score_files import RawVerdict
 from jdpo.types import Message, Text

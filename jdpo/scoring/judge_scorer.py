@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jdpo.generation.servers.server_client import ServerSettings
+from jdpo.generation.servers.server_settings import ServerSettings
 from jdpo.scoring.judge import Duel, Judge
 from jdpo.scoring.protocol import Block, Scored
 from jdpo.scoring.score_files import Score, Verdict

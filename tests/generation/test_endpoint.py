@@ -13,7 +13,7 @@ from jdpo.generation.answer_files import read_answers
 from jdpo.generation.answer_manifest import Manifest
 from jdpo.generation.prompts import Prompts, make_question
 from jdpo.generation.servers.endpoint import EndpointSource
-from jdpo.generation.servers.server_client import ServerSettings
+from jdpo.generation.servers.server_settings import ServerSettings
 from jdpo.generation.values import Answer, Question, Sampling, Unanswered
 from jdpo.generation.writing import write_answers
 from tests.chat_server import ChatServer, Fault, Raw, Reply, serving_chat

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from jdpo.generation.servers.server_client import Failure, Request, ServerClient, ServerSettings
+from jdpo.generation.servers.server_client import Failure, Request, ServerClient
+from jdpo.generation.servers.server_settings import ServerSettings
 from tests.chat_server import DROP, HANG, ChatServer, Fault, Raw, Reply, serving_chat
 
 QUICK = {"timeout": 5.0, "backoff": 0.001, "concurrency": 4}
@@ -100,16 +102,19 @@ def test_a_refusal_without_a_name_leaves_out_only_what_helps() -> None:
 
 
 def test_max_tokens_has_a_second_name() -> None:
+    both = threading.Barrier(2)
+
     def reply(request: dict[str, Any]) -> Reply:
         if "max_tokens" in request:
+            both.wait(5)  # both are refused before either is sent again
             return Raw(400, {"error": {"message": "'max_tokens' is not supported; use 'max_completion_tokens'"}})
         return str(request["max_completion_tokens"])
 
-    request = Request("chat/completions", {"messages": [], "max_tokens": 7})
+    request = Request("chat/completions", {"messages": [], "max_tokens": 7, "logprobs": True}, ("logprobs",))
     with serving_chat(reply) as server:
-        replies, client = ask(server, [request, request], concurrency=1)
+        replies, client = ask(server, [request, request], concurrency=2)
     assert replies == ["7", "7"]
-    assert len(server.requests) == 3
+    assert len(server.requests) == 4
     assert not client.not_taken
 
 
@@ -123,6 +128,25 @@ def test_a_server_that_refuses_everything_ends_the_command() -> None:
     with serving_chat(Raw(400, "temperature must be 1")) as server, pytest.raises(ValueError, match="must be 1"):
         ask(server, [asked()] * 100, concurrency=2)
     assert len(server.requests) < 20
+
+
+def test_many_refused_prompts_in_a_row_end_nothing() -> None:
+    def reply(request: dict[str, Any]) -> Reply:
+        return {"hi": "hi", "long": Raw(400, "too long"), "bad": Raw(403, "flagged")}[request["messages"][0]["content"]]
+
+    texts = ["hi", *["long"] * 30, *["bad"] * 30, "hi"]
+    with serving_chat(reply) as server:
+        replies, _ = ask(server, [asked(text) for text in texts], concurrency=1)
+    assert [replies[0], replies[-1]] == ["hi", "hi"]
+    assert replies[1] == Failure("status 400", "too long", lasting=True)
+    assert replies[31] == Failure("status 403", "flagged", lasting=True)
+
+
+def test_a_model_that_is_away_for_a_while_is_asked_again() -> None:
+    with serving_chat(in_turn("hi", Raw(404, "loading"), Raw(401, "key server is down"), "hi")) as server:
+        replies, client = ask(server, [asked()] * 2, concurrency=1)
+    assert replies == ["hi", "hi"]
+    assert client.retried == {"status 404": 1, "status 401": 1}
 
 
 @pytest.mark.parametrize(("status", "phrase"), [(401, "MY_KEY"), (404, "no such model")])

@@ -12,8 +12,8 @@ import pytest
 import jdpo
 from jdpo.generation.prompts import make_question
 from jdpo.generation.servers.endpoint import EndpointSource
-from jdpo.generation.servers.server_client import ServerSettings
 from jdpo.generation.servers.server_process import running_server
+from jdpo.generation.servers.server_settings import ServerSettings
 from jdpo.generation.values import Answer, Question, Sampling
 
 pytestmark = [pytest.mark.full, pytest.mark.torch]

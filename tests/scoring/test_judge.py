@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from jdpo.generation.prompts import make_question
-from jdpo.generation.servers.server_client import ServerSettings
+from jdpo.generation.servers.server_settings import ServerSettings
 from jdpo.generation.values import Answer
 from jdpo.scoring.judge import UNREADABLE, Duel, Judge, Judged
 from jdpo.scoring.judge_scorer import NOT_COMPARED, JudgeScorer, chosen_pairs

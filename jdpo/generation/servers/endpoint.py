@@ -9,7 +9,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
-from jdpo.generation.servers.server_client import Failure, Request, ServerClient, ServerSettings, UnreadableReplyError
+from jdpo.generation.servers.responses import UnreadableReplyError
+from jdpo.generation.servers.server_client import Failure, Request, ServerClient
+from jdpo.generation.servers.server_settings import ServerSettings
 from jdpo.generation.values import Answer, FinishReason, Question, Sampling, Unanswered
 from jdpo.words import figure
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from jdpo.generation.servers.endpoint import EndpointSource
-from jdpo.generation.servers.server_client import ServerSettings
 from jdpo.generation.servers.server_process import START_SECONDS, running_server, server_words
+from jdpo.generation.servers.server_settings import ServerSettings
 from jdpo.generation.values import Answer, Question, Sampling, Unanswered
 
 LOG_FILE = "server.log"

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import email.utils
-import json
-import math
 import os
 import random
 import re
 import time
 from collections.abc import Callable, Coroutine, Iterable
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Self, TypeVar
 from urllib.parse import urlsplit
 
 from jdpo.config.addresses import public_text
+from jdpo.generation.servers.responses import UnreadableReplyError, error_message, json_object, retry_after
+from jdpo.generation.servers.server_settings import ServerSettings
 from jdpo.safe_text import terminal
 from jdpo.words import figure, listed
 
@@ -32,60 +30,10 @@ _WORTH_A_RETRY = (408, 409, 425, 429)
 """Statuses below 500 after which the same request may succeed later."""
 
 _LONGEST_BACKOFF_SECONDS = 60.0
+_FEWEST_FAILURES = 8
+"""Failures in a row, however low the concurrency, after which a server may count as gone."""
 _MOST_OF_A_MESSAGE = 300
 """Characters of a server's error message that are shown."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerSettings:
-    """Where a server is, and how it is asked.
-
-    Attributes:
-      url: its address, which usually ends in /v1.
-      model: the name of the model; None: the only one that the server lists.
-      api_key_env: the environment variable that holds the API key; the key is "none" if it is not set.
-      concurrency: largest number of requests at a time.
-      timeout: seconds until a request counts as failed.
-      retries: how often a failed request is sent again.
-      backoff: seconds before the first of them, doubled before each further one.
-
-    Raises:
-      ValueError: a value is out of range, or the address holds a password.
-    """
-
-    url: str
-    model: str | None = None
-    api_key_env: str = "OPENAI_API_KEY"
-    concurrency: int = 32
-    timeout: float = 600.0
-    retries: int = 5
-    backoff: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.concurrency < 1:
-            raise ValueError(f"concurrency: expected 1 or more, found {self.concurrency}")
-        # Not `<= 0`, so that NaN is refused as well.
-        if not 0 < self.timeout < math.inf:
-            raise ValueError(f"timeout: expected seconds above 0, found {self.timeout}")
-        if self.retries < 0:
-            raise ValueError(f"retries: expected 0 or more, found {self.retries}")
-        try:
-            parts = urlsplit(self.url)
-            found = parts.scheme in ("http", "https") and parts.hostname
-        except ValueError:
-            found = None
-        if not found:
-            raise ValueError(f"expected the address of a server, as http://localhost:8000/v1, found {self.shown!r}")
-        if "@" in parts.netloc or parts.query:
-            raise ValueError(
-                f"{self.shown}: the address of a server may not hold a password or a query, since it is written to "
-                f"files; put the API key into the environment variable {self.api_key_env}"
-            )
-
-    @property
-    def shown(self) -> str:
-        """The address without anything that may be secret, for messages and files."""
-        return public_text(self.url).rstrip("/")
 
 
 class Request(NamedTuple):
@@ -114,10 +62,6 @@ class Failure(NamedTuple):
     reason: str
     detail: str
     lasting: bool
-
-
-class UnreadableReplyError(ValueError):
-    """A reply that is not what the API promises."""
 
 
 class ServerClient:
@@ -160,6 +104,7 @@ class ServerClient:
         # Of the clock; a server that is asked too often names it for all requests.
         self._resume_at = 0.0
         self._failed_in_a_row = 0
+        self._has_succeeded = False
 
     def __enter__(self) -> Self:
         try:
@@ -215,13 +160,20 @@ class ServerClient:
         while True:
             async with self._slots:
                 await asyncio.sleep(max(0.0, self._resume_at - time.monotonic()))
+                max_tokens_key = self._max_tokens_key
                 outcome = await self._attempt(request, left_out | self.not_taken, read)
             if not isinstance(outcome, _Failed):
                 self.not_taken |= left_out
                 self._failed_in_a_row = 0
+                # A list of models says nothing about requests for answers.
+                self._has_succeeded = self._has_succeeded or request.path != "models"
                 return outcome
             failure = outcome.failure
-            if failure.lasting and self._can_adapt(outcome.message, request, left_out):
+            if failure.lasting and max_tokens_key == "max_tokens" and "max_completion_tokens" in outcome.message:
+                self._max_tokens_key = "max_completion_tokens"
+                continue
+            if failure.lasting and (key := self._may_leave_out(outcome.message, request, left_out)):
+                left_out.add(key)
                 continue
             failures += 1
             if failure.lasting or failures > self.settings.retries:
@@ -236,32 +188,32 @@ class ServerClient:
         return doubled * random.uniform(0.75, 1.0)
 
     def _count_failed(self, failure: Failure) -> None:
+        """Ends the command if the server is gone, or takes nothing: else 100,000 prompts would be tried in vain."""
         self._failed_in_a_row += 1
-        # Every request in flight and as many again have failed since the last success: the server is gone, or takes
-        # nothing. Without this, each of 100,000 prompts would wait for all of its retries.
-        if self._failed_in_a_row < 2 * self.settings.concurrency + 8:
-            return
-        text = (
-            f"{self.settings.shown}: the last {figure(self._failed_in_a_row, 'request')} failed; the last of them: "
-            f"{failure.reason}: {failure.detail}"
-        )
-        raise ValueError(text) if failure.lasting else ConnectionError(text)
+        if failure.lasting:
+            # Once a request has succeeded, a refusal is about the prompt, and many long ones may follow each other.
+            ends = not self._has_succeeded and self._failed_in_a_row >= 2 * self.settings.concurrency
+        else:
+            # Everything in flight has failed with all its retries.
+            ends = self._failed_in_a_row >= self.settings.concurrency
+        if ends and self._failed_in_a_row >= _FEWEST_FAILURES:
+            text = (
+                f"{self.settings.shown}: the last {figure(self._failed_in_a_row, 'request')} failed; the last of them: "
+                f"{failure.reason}: {failure.detail}"
+            )
+            raise ValueError(text) if failure.lasting else ConnectionError(text)
 
-    def _can_adapt(self, message: str, request: Request, left_out: set[str]) -> bool:
-        """Changes what is sent after a refusal, where that may help; returns whether it did.
+    def _may_leave_out(self, message: str, request: Request, left_out: set[str]) -> str | None:
+        """Returns an optional key of a refused request that the next attempt may leave out.
 
         Args:
           message: the server's.
-          left_out: optional keys that the next attempt leaves out, which this function extends.
+          left_out: keys that this attempt has left out.
         """
-        if self._max_tokens_key == "max_tokens" and "max_completion_tokens" in message:
-            self._max_tokens_key = "max_completion_tokens"
-            return True
-        left = [key for key in request.optional if key not in left_out | self.not_taken]
+        left = [key for key in request.optional if key in request.body and key not in left_out | self.not_taken]
         named = [key for key in left if re.search(rf"\b{key}\b", message)]
         # Without a name the prompt itself may be at fault, so what is left out counts only once the request succeeds.
-        left_out |= set(named or left)
-        return bool(left)
+        return next(iter([*named, *left]), None)
 
     async def _attempt(self, request: Request, left_out: set[str], read: Callable[[dict[str, Any]], T]) -> T | _Failed:
         openai = import_openai()
@@ -269,7 +221,7 @@ class ServerClient:
             # The client's own timeout starts anew with each byte that arrives.
             async with asyncio.timeout(self.settings.timeout):
                 text = await self._send(request, left_out)
-            return read(_json_object(text))
+            return read(json_object(text))
         except (openai.APITimeoutError, TimeoutError):
             return self._failed("timeout", f"no reply within {self.settings.timeout:g} seconds")
         except openai.APIStatusError as error:
@@ -297,9 +249,12 @@ class ServerClient:
 
     def _of_status(self, error: Any) -> _Failed:
         status: int = error.status_code
-        message = _message_of(error)
+        message = error_message(error)
         shown = f"status {status}: {self._safe(message)}"
-        if status in (401, 403):
+        if self._has_succeeded and status in (401, 404, 405):
+            # The key, the address and the model were right, and may be again.
+            return self._failed(f"status {status}", message)
+        if status in (401, 403) and not self._has_succeeded:
             raise ValueError(
                 f"{self.settings.shown} refuses the API key ({shown}); the key is read from the environment variable "
                 f"{self.settings.api_key_env}"
@@ -311,7 +266,7 @@ class ServerClient:
             )
         if status < 500 and status not in _WORTH_A_RETRY:
             return _Failed(Failure(f"status {status}", self._safe(message), lasting=True), message=message)
-        wait = min(_retry_after(error.response.headers.get("retry-after")), self.settings.timeout)
+        wait = min(retry_after(error.response.headers.get("retry-after")), self.settings.timeout)
         if status == 429 and wait:
             self._resume_at = max(self._resume_at, time.monotonic() + wait)
         return self._failed(f"status {status}", message, wait)
@@ -365,39 +320,3 @@ def import_openai() -> Any:
             "asking a server needs the openai package; install it with `pip install 'jdpo[endpoint]'`"
         ) from error
     return openai
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        raise UnreadableReplyError(f"not JSON: {text[:100]!r}") from None
-    if not isinstance(value, dict):
-        raise UnreadableReplyError(f"expected a JSON object, found {text[:100]!r}")
-    return value
-
-
-def _message_of(error: Any) -> str:
-    """Returns a server's own words about an error."""
-    body = error.body
-    if isinstance(body, dict):
-        body = body.get("message") or body.get("detail") or body.get("error") or body
-    return str(body or error.response.text or error)
-
-
-def _retry_after(header: str | None) -> float:
-    """Returns the seconds that a Retry-After header asks for, as a number or a date; 0 without one.
-
-    >>> _retry_after("2"), _retry_after("0.5"), _retry_after(None), _retry_after("soon")
-    (2.0, 0.5, 0.0, 0.0)
-    """
-    if header is None:
-        return 0.0
-    try:
-        seconds = float(header)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(header).timestamp() - time.time()
-        except ValueError:
-            return 0.0
-    return seconds if 0 < seconds < math.inf else 0.0

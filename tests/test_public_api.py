@@ -53,6 +53,14 @@ def train_from(path: Path) -> int:
     config = jdpo.load_config(jdpo.DPOConfig, path, ["beta=0.2"])
     print(first_path(config), config.beta + 1, config.loss_type[0], config.mesh.fsdp)
     return jdpo.train(config).exit_code
+
+
+def ask(folder: Path) -> list[str]:
+    model = jdpo.load(folder, mesh=jdpo.MeshConfig(tensor=2))
+    question = [{"role": "user", "content": "Where?"}]
+    one, several = model.generate(question, n=2), model.generate(["There", "Here"], temperature=0)
+    scored: float = model.logps(question, one[0].text).total + model.next_tokens(question, 3)[0].logp
+    return [answer.text for answers in several for answer in answers] + [*model.stream("There")] + [str(scored)]
 """
 
 WRONG_SCRIPT = """
@@ -60,6 +68,7 @@ import jdpo
 
 jdpo.DPOConfig(model_name_or_path="m", output_dir="o", datasets=3, beta="x", loss_typ="ipo")
 jdpo.SFTConfig(model_name_or_path="m", output_dir="o", datasets="d").max_length.upper()
+jdpo.load("m").generate("x")[0].upper()
 """
 
 
@@ -116,5 +125,11 @@ def test_a_typed_script_passes_a_strict_type_checker_and_a_wrong_one_does_not(tm
         check=False,
     )
     assert "user.py" not in done.stdout, done.stdout
-    for words_of_error in ('keyword argument "loss_typ"', 'Argument "datasets"', 'Argument "beta"', '"upper"'):
+    for words_of_error in (
+        'keyword argument "loss_typ"',
+        'Argument "datasets"',
+        'Argument "beta"',
+        '"int" has no attribute "upper"',
+        '"Answer" has no attribute "upper"',
+    ):
         assert words_of_error in done.stdout

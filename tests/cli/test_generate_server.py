@@ -116,12 +116,14 @@ def test_a_served_model_answers_and_no_server_starts_for_nothing(
     model.mkdir(parents=True)
     (model / "config.json").write_text("{}")
     words[1:1] = [str(tmp_path / "run")]
-    words += ["--serve", f"{sys.executable} {tmp_path / 'server.py'} {{model}} {{port}}"]
+    words += ["--serve", f"{sys.executable} {tmp_path / 'server.py'} {{model}} {{port}} --api-key s3cret"]
     assert main(words) == 0
     assert [answer.message["content"] for answer in read_answers(tmp_path / "gen").answers] == ["served"] * 12
     assert (tmp_path / "gen" / "server.log").read_text() == f"serving {model}\n"
     assert manifest_of(tmp_path)["source"] == {"served_model": str(model)}
-    assert "server: started" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "server: started" in shown
+    assert "s3cret" not in shown + (tmp_path / "gen" / "manifest.json").read_text()
 
     assert main(words) == 0
     assert "server: started" not in capsys.readouterr().err

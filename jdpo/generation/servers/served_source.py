@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 from jdpo.generation.servers.endpoint import EndpointSource
-from jdpo.generation.servers.server_process import START_SECONDS, running_server, server_words
+from jdpo.generation.servers.server_process import START_SECONDS, running_server, server_words, shown_command
 from jdpo.generation.servers.server_settings import ServerSettings
 from jdpo.generation.values import Answer, Question, Sampling, Unanswered
 
@@ -67,7 +68,8 @@ class ServedSource:
         """Returns the model that is served; the server need not run for it."""
         of_server = self._source.describe()["about"] if self._source else {}
         kwargs = {"template_kwargs": self._template_kwargs} if self._template_kwargs else {}
-        return {"served_model": self._serving.model, **kwargs, "about": {"serve": self._serving.command, **of_server}}
+        command = shown_command(shlex.split(self._serving.command))
+        return {"served_model": self._serving.model, **kwargs, "about": {"serve": command, **of_server}}
 
     def answers(
         self, questions: Sequence[Question], num_samples: int, following: Sequence[Question] = ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
 import signal
 import socket
@@ -12,7 +13,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -27,6 +28,8 @@ _GRACE_SECONDS = 15.0
 """Time for the server to end by itself after SIGTERM."""
 _POLL_SECONDS = 0.05
 _ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+_SECRET = {"key", "token", "secret", "password"}
+"""Parts of the names of options and variables whose values are not shown."""
 _LAST_LINES = 15
 _LAST_BYTES = 8192
 
@@ -69,7 +72,7 @@ def running_server(
     with naming(log_file), log_file.open("ab") as output:
         start = output.tell()
         with _raising_on_signals(), _group(words, output) as process:
-            log(f"server: started `{terminal(shlex.join(words))}` (process {process.pid}); its log is {log_file}")
+            log(f"server: started `{shown_command(words)}` (process {process.pid}); its log is {log_file}")
             _wait_for(process, url, start_seconds, lambda: _last_lines(log_file, start))
             log(f"server: responds at {url}")
             try:
@@ -96,16 +99,34 @@ def server_words(command: str, *, model: str, port: int) -> list[str]:
     try:
         words = shlex.split(command)
     except ValueError as error:
-        raise ValueError(f"--serve: cannot read {terminal(command)!r} as words of a shell: {error}") from None
+        raise ValueError(f"--serve: cannot read the command as words of a shell: {error}") from None
     if not any("{port}" in word for word in words):
         raise ValueError(
             f"--serve: expected a command with {{port}}, such as 'vllm serve {{model}} --port {{port}}', found "
-            f"{terminal(command)!r}"
+            f"{shown_command(words)!r}"
         )
     if "=" in words[0]:
-        raise ValueError(f"--serve: no shell reads the command; write `env {terminal(words[0])} ...`")
+        name = terminal(words[0].partition("=")[0])
+        raise ValueError(f"--serve: no shell reads the command; write `env {name}=.. PROGRAM ..`")
     # Replaced in words, so that a path with spaces stays one word.
     return [word.replace("{model}", model).replace("{port}", str(port)) for word in words]
+
+
+def shown_command(words: Sequence[str]) -> str:
+    """Returns a command line for messages and files, without the values of options and variables that are secret.
+
+    >>> shown_command(["env", "HF_TOKEN=hf_0", "serve", "--api-key", "s3", "--key=s", "--max-num-batched-tokens", "64"])
+    'env HF_TOKEN=*** serve --api-key *** --key=*** --max-num-batched-tokens 64'
+    """
+    shown: list[str] = []
+    hidden = False  # whether this word is the value of the option before it
+    for word in words:
+        name, equals, _ = word.partition("=")
+        is_secret = not _SECRET.isdisjoint(re.split("[-_]", name.lower()))
+        shown.append("***" if hidden else f"{name}=***" if is_secret and equals else word)
+        hidden = is_secret and not equals and word.startswith("-")
+    # Only what would be read as several words or none is quoted, so that stars and braces stay as they are.
+    return terminal(" ".join(word if re.fullmatch(r"[^\s'\"]+", word) else shlex.quote(word) for word in shown))
 
 
 def _free_port() -> int:

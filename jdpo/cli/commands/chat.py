@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from jdpo.cli.commands.compare import add_model, opening
 from jdpo.cli.parsing import Parser, add_help, spellings
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def parser() -> Parser:
         metavar="N",
         help="Maximum tokens of an answer (default: 512).",
     )
+    add_model(parser.add_argument_group("Model"))
     return parser
 
 
@@ -77,14 +79,14 @@ def main(command: str, words: Sequence[str]) -> int:
     from jdpo.generation.chat.chat_view import ChatView
     from jdpo.generation.chat.session import ChatSession
     from jdpo.generation.chat.speaker import Speaker
-    from jdpo.training.opening import load
 
     console = Console(highlight=False)
-    with console.status("loading"):
-        speakers = [Speaker(load(path)) for path in asked.model]
-    session = ChatSession(speakers, ChatView(console, asked.model), sampling, system=asked.system)
-    session.greet()
-    converse(session, typed if sys.stdin.isatty() else piped)
+    with opening(asked) as load:
+        with console.status("loading"):
+            speakers = [Speaker(load(path)) for path in asked.model]
+        session = ChatSession(speakers, ChatView(console, asked.model), sampling, system=asked.system)
+        session.greet()
+        converse(session, typed if sys.stdin.isatty() else piped)
     return 0
 
 

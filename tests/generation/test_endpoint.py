@@ -119,15 +119,18 @@ def test_calls_and_thoughts_are_part_of_an_answer_and_text_is_made_unicode() -> 
     assert contents(broken) == ["�"]
 
 
-def test_identical_samples_are_named(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("reply", ["always", ["always", "always"]])
+def test_identical_samples_are_named(reply: Reply, caplog: pytest.LogCaptureFixture) -> None:
     questions = [chat(f"{number}") for number in range(4)]
-    with serving_chat("always") as server, source_of(server) as source:
+    with serving_chat(reply) as server, source_of(server) as source:
         source.answers(questions, 2)
         source.answers(questions, 2)
     assert caplog.text.count("identical answers") == 1
     assert source.describe()["about"]["server"]["identical_samples"] == 8
 
-    caplog.clear()
+
+def test_different_samples_one_sample_and_greedy_answers_are_not_named(caplog: pytest.LogCaptureFixture) -> None:
+    questions = [chat(f"{number}") for number in range(4)]
     for reply, num_samples, temperature in (("always", 2, 0.0), ("always", 1, 1.0), (echo, 2, 1.0)):
         with serving_chat(reply) as server, source_of(server, Sampling(temperature=temperature)) as source:
             source.answers(questions, num_samples)

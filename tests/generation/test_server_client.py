@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -185,3 +186,9 @@ def test_addresses_without_secrets_alone(url: str) -> None:
     with pytest.raises(ValueError, match="address of a server") as error:
         ServerSettings(url=url)
     assert "secret" not in str(error.value)
+
+
+def test_the_extra_is_named_where_the_client_library_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openai", None)  # as if it were not installed
+    with pytest.raises(ValueError, match=r"jdpo\[endpoint\]"):
+        ServerClient(ServerSettings(url="http://localhost:8000/v1"))

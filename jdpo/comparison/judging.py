@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from jdpo.generation.values import Question
 from jdpo.scoring.protocol import Asked, cut
 from jdpo.scoring.score_blocks import score_answers
 from jdpo.scoring.score_files import VERDICTS, answers_digest, read_about, read_scores, read_verdicts
-from jdpo.scoring.scorers import By, make_scorer
+from jdpo.scoring.scorers import By, default_name, make_scorer
 
 BEFORE, AFTER = 0, 1
 """The sample numbers under which the two answers are scored."""
@@ -43,7 +45,7 @@ def judge_pairs(
     # Samples apart: the scorer of one question is to compare these two answers, not those of one model.
     for sample in sorted({pair.after.sample for pair in pairs}):
         chosen = [pair for pair in pairs if pair.after.sample == sample]
-        outcomes += _judge(chosen, questions, by, options, folder, f"sample-{sample}", log)
+        outcomes += _judge(chosen, questions, by, options, folder, sample, log)
     return outcomes
 
 
@@ -53,7 +55,7 @@ def _judge(
     by: By,
     options: Mapping[str, Any],
     folder: Path,
-    name: str,
+    sample: int,
     log: Log,
 ) -> list[Won]:
     asked = [
@@ -67,6 +69,9 @@ def _judge(
     digest = answers_digest(of_asked, (answer for one in asked for answer in one.answers))
     blocks = cut(asked)
     scorer = make_scorer(by, blocks, dict(options))
+    # Of its own for each scorer and its settings, so that another one may judge the same answers.
+    settings = hashlib.sha256(json.dumps(scorer.describe(), sort_keys=True).encode()).hexdigest()
+    name = f"{default_name(by)[:60]}-{settings[:8]}-{sample}"
     log(f"comparing {len(asked):,} pairs of answers by {by.text}")
     score_answers(folder, name, scorer, blocks, digest=digest)
     if read_about(folder, VERDICTS, name) is not None:

@@ -55,7 +55,7 @@ def done(num_rows: int) -> None:
     assert num_rows > 0
 
 
-@pytest.mark.parametrize("num_devices", [1, 2])
+@pytest.mark.parametrize("num_devices", [1, pytest.param(2, marks=pytest.mark.full)])
 def test_closed_form_of_a_pair_of_models(num_devices: int) -> None:
     first, second = always(P.tolist(), num_devices), always(Q.tolist(), num_devices)
     found = completion_divergences(first, second, rows(LENGTHS), done)

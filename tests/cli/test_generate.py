@@ -107,6 +107,17 @@ def test_the_answers_are_those_of_the_model(model: LoadedModel, whole: Path) -> 
     assert text.columns == {"answer": "green"}
 
 
+def test_the_manifest_says_what_may_change_an_answer(toy_model: Path, model: LoadedModel) -> None:
+    exact = ModelSource(model, SAMPLING).describe()
+    half = ModelSource(
+        jdpo.load(toy_model, dtype="bfloat16", mesh=jdpo.MeshConfig(data=8, fsdp=1)), SAMPLING
+    ).describe()
+    assert "note" not in exact
+    assert "may change an answer" in half["note"]
+    assert (half["mesh"], exact["about"]["mesh"]) == ({"data": 8}, {})
+    assert half["model_digest"] == exact["model_digest"]
+
+
 @pytest.mark.parametrize("point", [1, 5, 9, 17])
 def test_a_stop_within_a_shard_changes_no_byte(
     model: LoadedModel, prompts_file: Path, whole: Path, tmp_path: Path, point: int
@@ -174,7 +185,9 @@ def test_sigterm_ends_the_command_in_order(capsys: Capture) -> None:
 
 def process(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
     """Starts the command on one device."""
-    code = "import sys; from jdpo.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    # A shell that starts the tests in the background lets them, and their children, ignore SIGINT.
+    heed = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{heed}; from jdpo.cli.main import main; sys.exit(main(sys.argv[1:]))"
     flags = {"XLA_FLAGS": ""}
     return subprocess.Popen([sys.executable, "-c", code, *command], env={**os.environ, **flags}, **options)
 

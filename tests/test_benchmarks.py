@@ -17,6 +17,8 @@ sys.path.insert(0, str(BENCHMARKS))
 
 from answers_loop import DUBLIN, STAGES, Loop, interval  # noqa: E402
 from answers_loop import render as render_loops  # noqa: E402
+from generation import CELLS, Run, Size, end_tokens, report  # noqa: E402
+from generation import Result as GenerationResult  # noqa: E402
 from ladder_flops import RUNGS, attention_flops, predicted_flops  # noqa: E402
 from speed import check_trl_tokens, measure  # noqa: E402
 from speed_arms import CHECKPOINTED, GATE, MAIN, ONE_PAIR, Arm, Folder  # noqa: E402
@@ -376,6 +378,31 @@ def test_tokens_of_every_row_are_asked_of_trl(tmp_path: Path) -> None:
             check_trl_tokens(found, expected, 1, 2)
 
 
+# --- generation
+
+
+def test_tokens_per_second_are_compared_cell_by_cell() -> None:
+    answers = [[5, 6, 7], [8]]
+    ours = [Run(seconds, answers) for seconds in (1.0, 2.0, 4.0)]  # 4, 2 and 1 tokens per second
+    theirs = [Run(seconds, [*answers[:1], [9]]) for seconds in (4.0, 8.0, 5.0)]  # 1, 0.5 and 0.8
+    cells = {name: CELLS[name] for name in ("greedy, V=4096", "samples")}
+    size = Size(TINY, 8, 12)
+    text, passed = report(
+        {name: GenerationResult(cell, ours, theirs, 8) for name, cell in cells.items()}, size, "torch"
+    )
+    assert not passed
+    assert "| greedy, V=4096 | 2 [1, 4] | 0.8 [0.5, 1] | 2.50 | 2 | reached |" in text
+    assert "| samples | 2 [1, 4] | 0.8 [0.5, 1] | 2.50 | 3 | **missed** |" in text
+    assert "1 of 2 answers are equal, token for token" in text
+    assert "jdpo 2 in the mean" in text
+    assert report({"samples": GenerationResult(cells["samples"], ours, [], 8)}, size, None)[1]
+
+
+def test_a_hundredth_of_the_vocabulary_ends_answers_with_stops() -> None:
+    assert len(end_tokens(CELLS["samples"])) == 320
+    assert all(not end_tokens(cell) for name, cell in CELLS.items() if name != "samples")
+
+
 # --- tokens of generated conversations
 
 
@@ -480,3 +507,16 @@ def test_ladder_gives_the_same_loss_on_every_rung(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "report.md").read_text()
     assert all(f"| {name} |" in text for name in RUNGS)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("other", [False, pytest.param(True, marks=pytest.mark.torch)], ids=["alone", "transformers"])
+def test_generation_runs_end_to_end_at_toy_size(other: bool, tmp_path: Path) -> None:
+    command = ["--tiny", "--rounds", "1", "--report", str(tmp_path / "report.md"), *([] if other else ["--alone"])]
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "generation.py"), *command], capture_output=True, text=True, env=one_device()
+    )
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "report.md").read_text()
+    assert text.count("| reached |" if other else "| not compared |") == len(CELLS)
+    assert text.count("16 of 16 answers are equal") == (2 if other else 0)

@@ -296,7 +296,7 @@ def _report(folder: Path, manifest: Manifest, prompts: Prompts) -> int:
     again = sum(shard.again for shard in manifest.shards)
     if again:
         _log(f"the same command asks again for {figure(again, 'answer')} of these")
-    return 1 if again else 0
+    return 0 if manifest.num_answers and not again else 1
 
 
 def _mapping(text: str | None, option: str) -> dict[str, Any] | None:

@@ -28,7 +28,16 @@ class ModelSource:
           model: the model to ask.
           sampling: how its answers are drawn.
           on_answer: called with the number of tokens of each answer, as soon as it is drawn.
+
+        Raises:
+          ValueError: max_new_tokens leaves no place for any prompt.
         """
+        most = model.model.config.max_positions
+        if sampling.max_new_tokens >= most:
+            raise ValueError(
+                f"max_new_tokens {sampling.max_new_tokens}: {model.name} has {most} positions for prompt and answer "
+                "together, so no prompt fits; set max_new_tokens lower"
+            )
         self._model, self._sampling, self._on_answer = model, sampling, on_answer
 
     def describe(self) -> dict[str, Any]:

@@ -10,34 +10,19 @@ logits are sums of floats, whose last bits may depend on them. In float32 a draw
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
+import itertools
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
+import jax
 from jax.sharding import Mesh
 
 from jdpo.generation import row_programs
-from jdpo.generation.row_programs import Orders, Report, Rows
-from jdpo.generation.schedule import Schedule, choose_layout, slots_for
+from jdpo.generation.answering import STEPS, Answering
 from jdpo.generation.values import FinishReason, Sampling
 from jdpo.models.transformer import Params, Transformer, Weights
-from jdpo.sharding.axes import num_batch_shards
 from jdpo.sharding.on_mesh import OnMesh
-from jdpo.sharding.placement import fetch
-
-# Steps of one call of the device, after which the host looks at the rows.
-_STEPS = 32
-# Tails begin with this many slots, so that attention over the first tokens of long answers reads few.
-_FIRST_TAIL_SLOTS = 64
-# Prompts and columns per device of one large computation; many prompts at once use a device well, few waste nothing.
-_MOST_PROMPTS, _MOST_COLUMNS = 8, 1024
-# The number of end tokens is padded to a multiple, because another number would compile another program.
-_END_IDS = 4
-# Idle rows, as a share of all, at which the device returns for new work: each return costs about a step.
-_PATIENCE = 1 / 16
 
 
 class Drawn(NamedTuple):
@@ -73,10 +58,12 @@ class Engine:
       max_slots: number of answers computed at the same time (on a mesh it is rounded up to divide evenly).
 
     Attributes:
+      decoder: the model with unrolled layers, by which answers are drawn.
+      weights, weight_bytes: those of `decoder`.
       prefills: how often prompts were computed, by the shape (prompts, columns) of the computation.
 
     Raises:
-      ValueError: max_slots is below 1, or an end token is not in the model's vocabulary.
+      ValueError: max_slots is below 1, an end token is not in the model's vocabulary, or the model is a reward model.
     """
 
     def __init__(
@@ -91,14 +78,17 @@ class Engine:
     ) -> None:
         if max_slots < 1:
             raise ValueError(f"max_slots: expected 1 or more, found {max_slots}")
+        if model.config.reward_head:
+            raise ValueError("this is a reward model, which scores answers: use a language model to generate them")
         # Rematerialization is for gradients, and flax would wrap every layer for it.
         self.model, self.params = model.clone(remat="none"), params
         self.sampling, self.mesh, self.max_slots = sampling, mesh, max_slots
         self.end_token_ids = tuple(sorted({int(token) for token in end_token_ids}))
         self._check_tokens(self.end_token_ids, "end_token_ids")
         self.prefills: Counter[tuple[int, int]] = Counter()
-        self._decoder = self.model.clone(unrolled=True)
-        self._weights = self._call(row_programs.decoding_weights, params, model=self.model)
+        self.decoder = self.model.clone(unrolled=True)
+        self.weights = self.call(row_programs.decoding_weights, params, model=self.model)
+        self.weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.weights))
 
     def with_sampling(self, sampling: Sampling) -> Engine:
         """Returns an engine with the same model and weights that draws in another way."""
@@ -115,10 +105,18 @@ class Engine:
         Raises:
           ValueError: a prompt is empty, too long for the model, or has a token that the model does not know.
         """
+        return self._in_order(self.run_as_completed(prompts, num_samples), len(prompts), num_samples)
+
+    def run_as_completed(self, prompts: Sequence[Sequence[int]], num_samples: int = 1) -> Iterator[Drawn]:
+        """Yields the answers of `run` as they are completed; the order follows from the arguments, not from timing.
+
+        Raises:
+          ValueError: as for `run`.
+        """
         if num_samples < 1:
             raise ValueError(f"num_samples: expected 1 or more, found {num_samples}")
         self._check(prompts)
-        return self._in_order(prompts, num_samples)
+        return self._completed(Answering(self, prompts, range(num_samples), num_steps=STEPS))
 
     def stream(self, prompt: Sequence[int], sample: int = 0) -> Iterator[tuple[int, float]]:
         """Yields (token, log-probability) of one answer, token by token; `run` draws the very same tokens.
@@ -132,23 +130,27 @@ class Engine:
         if sample < 0:
             raise ValueError(f"sample: expected 0 or more, found {sample}")
         self._check([prompt])
-        work = _Work(self, [prompt], range(sample, sample + 1), num_steps=1)
+        work = Answering(self, [prompt], range(sample, sample + 1), num_steps=1)
         return (pair for _, new in work.advance_all() for pair in zip(*new[:2], strict=True))
 
-    def _in_order(self, prompts: Sequence[Sequence[int]], num_samples: int) -> Iterator[Drawn]:
-        work, complete = _Work(self, prompts, range(num_samples), num_steps=_STEPS), {}
-        tokens: dict[tuple[int, int], tuple[list[int], list[float]]] = defaultdict(lambda: ([], []))
-        order = ((prompt, sample) for prompt in range(len(prompts)) for sample in range(num_samples))
-        due = next(order, None)
+    def _completed(self, work: Answering) -> Iterator[Drawn]:
+        drawn: dict[tuple[int, int], tuple[list[int], list[float]]] = defaultdict(lambda: ([], []))
         for answer, (new_tokens, new_logps, is_complete) in work.advance_all():
-            tokens[answer][0].extend(new_tokens)
-            tokens[answer][1].extend(new_logps)
+            tokens, logps = drawn[answer]
+            tokens += new_tokens
+            logps += new_logps
             if is_complete:
-                ids, logps = tokens.pop(answer)
-                reason: FinishReason = "stop" if ids[-1] in self.end_token_ids else "length"
-                complete[answer] = Drawn(*answer, ids, logps, reason)
-            while due in complete:
-                yield complete.pop(due)
+                del drawn[answer]
+                yield Drawn(*answer, tokens, logps, "stop" if tokens[-1] in self.end_token_ids else "length")
+
+    def _in_order(self, answers: Iterator[Drawn], num_prompts: int, num_samples: int) -> Iterator[Drawn]:
+        early: dict[tuple[int, int], Drawn] = {}
+        order = itertools.product(range(num_prompts), range(num_samples))
+        due = next(order, None)
+        for answer in answers:
+            early[answer.prompt, answer.sample] = answer
+            while due in early:
+                yield early.pop(due)
                 due = next(order, None)
 
     def _check(self, prompts: Sequence[Sequence[int]]) -> None:
@@ -172,121 +174,6 @@ class Engine:
                 "tokenizer of this model"
             )
 
-    def _call(self, program: Any, *args: Any, **static: Any) -> Any:
+    def call(self, program: Any, *args: Any, **static: Any) -> Any:
         """Runs a program on the mesh."""
         return (program if self.mesh is None else OnMesh(self.mesh, program))(*args, **static)
-
-
-class _Work:
-    """The answers of one call, from the first prompt to the last token."""
-
-    def __init__(
-        self, engine: Engine, prompts: Sequence[Sequence[int]], samples: Sequence[int], *, num_steps: int
-    ) -> None:
-        self._engine, self._prompts, self._num_steps = engine, prompts, num_steps
-        self._num_shards = 1 if engine.mesh is None else num_batch_shards(engine.mesh)
-        self._layout = choose_layout(max(1, len(prompts)), len(samples), engine.max_slots, self._num_shards)
-        # Short prompts first: prompts of similar lengths share the cache, whose slots grow with the longest.
-        order = sorted(range(len(prompts)), key=lambda index: (self._columns(index), index))
-        self._schedule = Schedule(order, samples, self._layout)
-        self._digests = np.zeros((self._layout.places, 2), np.uint32)
-        self._samples = np.zeros(self._layout, np.int32)
-        # The host's copy of the rows' counts.
-        self._counts = np.zeros(self._layout, np.int32)
-        self._slots = (0, 0)
-
-    def advance_all(self) -> Iterator[tuple[tuple[int, int], tuple[list[int], list[float], bool]]]:
-        """Yields ((prompt, sample), (new tokens, their logps, is complete)) until all answers are complete."""
-        rows: Rows | None = None
-        while True:
-            admitted, fresh = self._schedule.admit(), np.zeros(self._layout, bool)
-            for at, sample in self._schedule.assign().items():
-                fresh[at], self._samples[at], self._counts[at] = True, sample, 0
-            working = self._schedule.working()
-            if not working:
-                return
-            rows = self._insert(self._with_slots(rows, working), admitted)
-            rows, report = self._advance(rows, fresh)
-            for at, answer in working.items():
-                first, last = self._counts[at], report.count[at]
-                # Index 0 has the first token of a fresh row; other rows' new tokens begin at index 1.
-                new = slice(0, last) if fresh[at] else slice(1, 1 + last - first)
-                is_complete = not report.active[at]
-                if is_complete:
-                    self._schedule.finish(*at)
-                yield answer, (report.tokens[(new, *at)].tolist(), report.logps[(new, *at)].tolist(), is_complete)
-            self._counts = np.array(report.count)
-
-    def _columns(self, prompt: int) -> int:
-        return min(slots_for(len(self._prompts[prompt])), self._engine.model.config.max_positions)
-
-    def _with_slots(self, rows: Rows | None, working: Mapping[tuple[int, int], tuple[int, int]]) -> Rows:
-        """Returns rows with enough slots for the prompts and for the tokens of the next steps."""
-        call, most = self._engine._call, self._engine.sampling.max_new_tokens
-        needed = min(max(int(self._counts[at]) for at in working) + self._num_steps, most)
-        prompt_slots = max(self._slots[0], max(self._columns(prompt) for prompt, _ in working.values()))
-        tail_slots = max(self._slots[1], min(slots_for(max(needed, _FIRST_TAIL_SLOTS)), slots_for(most)))
-        slots = {"prompt_slots": prompt_slots, "tail_slots": tail_slots}
-        if rows is None:
-            places, rows_per_place = self._layout
-            shape = {"num_places": places, "num_rows": rows_per_place}
-            rows = call(row_programs.empty_rows, model=self._engine.model, **shape, **slots)
-        elif (prompt_slots, tail_slots) != self._slots:
-            rows = call(row_programs.resize, rows, **slots)
-        self._slots = prompt_slots, tail_slots
-        return rows
-
-    def _insert(self, rows: Rows, admitted: Mapping[int, int]) -> Rows:
-        """Computes the prompts of places that begin one."""
-        by_columns: dict[int, list[tuple[int, int]]] = defaultdict(list)
-        for place, prompt in admitted.items():
-            self._digests[place] = prompt_digest(self._prompts[prompt])
-            by_columns[self._columns(prompt)].append((place, prompt))
-        for columns, group in by_columns.items():
-            large = max(1, min(_MOST_PROMPTS, _MOST_COLUMNS // columns)) * self._num_shards
-            while group:
-                size = large if len(group) >= large else self._num_shards
-                rows = self._insert_batch(rows, group[:size], size, columns)
-                group = group[size:]
-        return rows
-
-    def _insert_batch(self, rows: Rows, batch: Sequence[tuple[int, int]], size: int, columns: int) -> Rows:
-        engine, tokens = self._engine, np.zeros((size, columns), np.int32)
-        # One token of padding prompts is real, as attention needs one; they go to a place past the last one.
-        lengths, places = np.ones(size, np.int32), np.full(size, self._layout.places, np.int32)
-        for index, (place, prompt) in enumerate(batch):
-            ids = self._prompts[prompt]
-            tokens[index, : len(ids)], lengths[index], places[index] = ids, len(ids), place
-        engine.prefills[size, columns] += 1
-        logits, keys = engine._call(row_programs.prefill, engine.params, tokens, lengths, model=engine.model)
-        inserted: Rows = engine._call(row_programs.insert, rows, places, lengths, logits, keys)
-        return inserted
-
-    def _advance(self, rows: Rows, fresh: np.ndarray) -> tuple[Rows, Report]:
-        engine, sampling, ids = self._engine, self._engine.sampling, self._engine.end_token_ids
-        orders = Orders(
-            seed=np.uint32(sampling.seed),
-            digests=self._digests,
-            samples=self._samples,
-            fresh=fresh,
-            end_ids=np.array(ids + (-1,) * (-len(ids) % _END_IDS or _END_IDS), np.int32),
-            max_new_tokens=np.int32(sampling.max_new_tokens),
-            num_steps=np.int32(self._num_steps),
-            has_waiting=self._schedule.has_waiting(),
-            has_prompts=np.bool_(self._schedule.has_prompts()),
-            patience=np.int32(max(1, int(fresh.size * _PATIENCE))),
-        )
-        static = {
-            "model": engine._decoder,
-            # Another seed or length compiles no second program.
-            "sampling": dataclasses.replace(sampling, seed=0, max_new_tokens=1),
-            "most_steps": _STEPS,
-        }
-        rows, report = engine._call(row_programs.advance, engine._weights, rows, orders, **static)
-        return rows, fetch(report)
-
-
-def prompt_digest(prompt: Sequence[int]) -> np.ndarray:
-    """Returns 64 bits of a digest of a prompt's tokens, uint32 [2], from which its answers' keys are made."""
-    digest = hashlib.sha256(np.asarray(prompt, "<i4").tobytes()).digest()
-    return np.frombuffer(digest[:8], "<u4").astype(np.uint32)

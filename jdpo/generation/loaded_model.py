@@ -132,6 +132,8 @@ class LoadedModel:
             row = rows[drawn.prompt]
             prompt_id = make_question(row.prompt, "", tools=tools, template_kwargs=template_kwargs).prompt_id
             found[drawn.prompt].append(self.answer_of(drawn, prompt_id, row, ids[drawn.prompt]))
+        for answers in found:
+            answers.sort(key=lambda answer: answer.sample)
         return found[0] if is_one else found
 
     def stream(
@@ -197,9 +199,9 @@ class LoadedModel:
         return Engine(self.model, self.params, end_token_ids=self.end_token_ids, sampling=Sampling(), mesh=self.mesh)
 
     def draw(self, prompts: Sequence[Sequence[int]], num_samples: int, sampling: Sampling) -> Iterator[Drawn]:
-        """Yields answers to prompts of token ids, as `Engine.run` does, in the precision of the model's dtype."""
+        """Yields answers to prompts of token ids as they are completed, in the precision of the model's dtype."""
         with self._precision():
-            answers = self.engine(sampling).run(prompts, num_samples)
+            answers = self.engine(sampling).run_as_completed(prompts, num_samples)
         while True:
             with self._precision():
                 drawn = next(answers, None)

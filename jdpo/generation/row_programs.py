@@ -52,7 +52,7 @@ class Orders(NamedTuple):
       max_new_tokens: int32 [].
       num_steps: int32 [], at most the static `most_steps`.
       has_waiting: bool [p], places whose idle rows can begin another answer.
-      has_prompts: bool [], whether places without active rows can begin another prompt.
+      uses_places: bool [], whether places without active rows can be given other work.
       patience: int32 [], number of rows that could begin another answer at which the loop ends for it.
     """
 
@@ -64,7 +64,7 @@ class Orders(NamedTuple):
     max_new_tokens: Any
     num_steps: Any
     has_waiting: Any
-    has_prompts: Any
+    uses_places: Any
     patience: Any
 
 
@@ -194,6 +194,33 @@ def insert(
     )
 
 
+@functools.partial(jax.jit, donate_argnums=0)
+def share(rows: Rows, source: jax.Array) -> Rows:
+    """Gives places the prompts of others: place i that of place source[i], int32 [p]."""
+    return _placed(_with_prompts(rows, source, rows.caches))
+
+
+@jax.jit
+def select(rows: Rows, kept: jax.Array) -> Rows:
+    """Returns the rows of some places, int32 [p]."""
+    rows = rows._replace(token=rows.token[kept], count=rows.count[kept], active=rows.active[kept])
+    caches = tuple(
+        cache._replace(tail_key=cache.tail_key[kept], tail_value=cache.tail_value[kept]) for cache in rows.caches
+    )
+    return _placed(_with_prompts(rows, kept, caches))
+
+
+def _with_prompts(rows: Rows, source: jax.Array, caches: tuple[LayerCache, ...]) -> Rows:
+    return rows._replace(
+        prompt_lengths=rows.prompt_lengths[source],
+        prompt_logits=rows.prompt_logits[source],
+        caches=tuple(
+            cache._replace(prompt_key=cache.prompt_key[source], prompt_value=cache.prompt_value[source])
+            for cache in caches
+        ),
+    )
+
+
 class _Loop(NamedTuple):
     step: jax.Array
     rows: Rows
@@ -237,7 +264,7 @@ def advance(
 
     def unfinished(loop: _Loop) -> jax.Array:
         idle = ~loop.rows.active
-        could_begin = idle & (orders.has_waiting | (orders.has_prompts & idle.all(1)))[:, None]
+        could_begin = idle & (orders.has_waiting | (orders.uses_places & idle.all(1)))[:, None]
         return (loop.step < orders.num_steps) & loop.rows.active.any() & (could_begin.sum() < orders.patience)
 
     def step(loop: _Loop) -> _Loop:

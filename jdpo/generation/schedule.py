@@ -1,7 +1,8 @@
 """Which answer each row of the engine works on. Follows from the arguments and from the answers, never from timing.
 
 Rows are in places: the r rows of a place answer one prompt, whose keys and values they share. A row whose answer is
-complete takes the prompt's next sample. A place whose samples are all complete takes the next prompt.
+complete takes the prompt's next sample. A place whose samples are all complete takes the next prompt, or half of the
+samples that wait in another place.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-_FEWEST_SLOTS = 16
+_FEWEST_COLUMNS = 16
 _POWERS_UNTIL = 256
 
 
@@ -33,22 +34,23 @@ def choose_layout(num_prompts: int, num_samples: int, max_slots: int, num_shards
     (Layout(places=64, rows=1), Layout(places=32, rows=2), Layout(places=1, rows=8))
     """
     most = -(-max_slots // num_shards)
-    places = min(_power_of_two(-(-num_prompts // num_shards)), most)
+    places = min(power_of_two(-(-num_prompts // num_shards)), most)
     return Layout(places * num_shards, min(max(1, most // places), num_samples))
 
 
-def slots_for(length: int) -> int:
-    """Returns the number of slots for a prompt or an answer: few sizes, as each one is a compiled program.
+def columns_for(length: int) -> int:
+    """Returns the number of columns of a prompt: few sizes, as each one is a compiled program.
 
-    >>> [slots_for(length) for length in (3, 17, 200, 257, 400)]
+    >>> [columns_for(length) for length in (3, 17, 200, 257, 400)]
     [16, 32, 256, 384, 512]
     """
-    power = _power_of_two(max(length, _FEWEST_SLOTS))
+    power = power_of_two(max(length, _FEWEST_COLUMNS))
     # Steps of 1.5 where a power of two would leave much empty; they are multiples of 128, as kernels on TPUs need.
     return power // 4 * 3 if power > _POWERS_UNTIL and length <= power // 4 * 3 else power
 
 
-def _power_of_two(number: int) -> int:
+def power_of_two(number: int) -> int:
+    """Returns the smallest power of two that is at least `number`."""
     return 1 << (number - 1).bit_length()
 
 
@@ -63,6 +65,20 @@ class _Place:
         return not self.waiting and all(sample is None for sample in self.rows)
 
 
+class NextWork(NamedTuple):
+    """New work of rows.
+
+    Attributes:
+      admitted: place -> prompt that it begins.
+      shared: place -> the place whose prompt it answers as well.
+      begun: (place, row) -> sample that it begins.
+    """
+
+    admitted: dict[int, int]
+    shared: dict[int, int]
+    begun: dict[tuple[int, int], int]
+
+
 class Schedule:
     """The answers that rows work on, and those that wait.
 
@@ -75,8 +91,14 @@ class Schedule:
         self._prompts, self._samples = deque(prompts), samples
         self._places = [_Place(rows=[None] * layout.rows) for _ in range(layout.places)]
 
-    def admit(self) -> dict[int, int]:
-        """Gives the next prompts to free places; returns place -> prompt."""
+    def next_work(self) -> NextWork:
+        """Gives work to idle rows."""
+        admitted, begun = self._admit(), self._begin()
+        # After the idle rows of each place, which need no copy of the prompt.
+        shared = self._share()
+        return NextWork(admitted, shared, begun | self._begin())
+
+    def _admit(self) -> dict[int, int]:
         admitted = {}
         for index, place in enumerate(self._places):
             if place.is_free and self._prompts:
@@ -84,14 +106,36 @@ class Schedule:
                 place.waiting = deque(self._samples)
         return admitted
 
-    def assign(self) -> dict[tuple[int, int], int]:
-        """Gives the next samples to idle rows; returns (place, row) -> sample."""
-        assigned = {}
+    def _begin(self) -> dict[tuple[int, int], int]:
+        begun = {}
         for index, place in enumerate(self._places):
             for row, sample in enumerate(place.rows):
                 if sample is None and place.waiting:
-                    place.rows[row] = assigned[index, row] = place.waiting.popleft()
-        return assigned
+                    place.rows[row] = begun[index, row] = place.waiting.popleft()
+        return begun
+
+    def _share(self) -> dict[int, int]:
+        shared: dict[int, int] = {}
+        for index, place in enumerate(self._places):
+            if place.is_free and not self._prompts:
+                most = max(range(len(self._places)), key=lambda other: len(self._places[other].waiting))
+                giving = self._places[most]
+                half = [giving.waiting.pop() for _ in range(-(-len(giving.waiting) // 2))]
+                if half:
+                    place.prompt, place.waiting = giving.prompt, deque(half[::-1])
+                    # A place that has just been given a prompt has it from another one.
+                    shared[index] = shared.get(most, most)
+        return shared
+
+    def compact(self, num_places: int) -> list[int] | None:
+        """Keeps `num_places` places, if the others have no use any more; returns the indices of those that are kept."""
+        busy = [index for index, place in enumerate(self._places) if not place.is_free]
+        if len(busy) > num_places or self.could_use_places():
+            return None
+        free = (index for index, place in enumerate(self._places) if place.is_free)
+        kept = busy + [next(free) for _ in range(num_places - len(busy))]
+        self._places = [self._places[index] for index in kept]
+        return kept
 
     def working(self) -> dict[tuple[int, int], tuple[int, int]]:
         """Returns (place, row) -> (prompt, sample) of all answers in progress."""
@@ -110,6 +154,6 @@ class Schedule:
         """Returns bool [p], True for places with samples that no row works on."""
         return np.array([bool(place.waiting) for place in self._places])
 
-    def has_prompts(self) -> bool:
-        """Returns True if there are prompts that no place works on."""
-        return bool(self._prompts)
+    def could_use_places(self) -> bool:
+        """Returns True if a free place would be given work."""
+        return bool(self._prompts) or any(place.waiting for place in self._places)

@@ -14,10 +14,11 @@ from jdpo.generation import row_programs
 from jdpo.generation.engine import Drawn, Engine
 from jdpo.generation.values import Sampling
 from jdpo.models.families import read_model_config
-from jdpo.models.transformer import Transformer, abstract_params, logical_axes, make_apply_fn
+from jdpo.models.transformer import Transformer, abstract_params, init_params, logical_axes, make_apply_fn
 from jdpo.models.weights.loading import load_params
 from jdpo.sharding.mesh import make_mesh
 from jdpo.sharding.rules import param_shardings
+from tests.conftest import small_llama
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "logits"
 SHORT = ("gemma2",)
@@ -101,6 +102,9 @@ def test_answers_are_in_order_and_differ(qwen3: Loaded, sampled: list[Drawn]) ->
     assert [(answer.prompt, answer.sample) for answer in sampled] == [(p, s) for p in range(3) for s in range(5)]
     assert len({tuple(answer.tokens) for answer in sampled}) > 12
     assert len({len(answer.tokens) for answer in sampled}) > 2
+    as_completed = list(engine(qwen3).run_as_completed(PROMPTS, 5))
+    assert as_completed != sampled
+    assert sorted(as_completed) == sampled
     again = engine(qwen3).with_sampling(Sampling(top_p=0.95, max_new_tokens=NEW_TOKENS, seed=1))
     assert tokens(again.run(PROMPTS, 5)) != tokens(sampled)
 
@@ -165,6 +169,37 @@ def test_eight_devices_draw_the_same_tokens_in_other_families(name: str, axes: d
     loaded = load(name)
     placed, mesh = on_mesh(loaded, **axes)
     assert tokens(engine(placed, mesh=mesh).run(PROMPTS, 5)) == tokens(engine(loaded).run(PROMPTS, 5))
+
+
+def test_long_answers_outgrow_their_slots_and_leave_places(small: Loaded) -> None:
+    """The cache grows, samples move to free places, and free places are dropped near the end."""
+    prompts = [[token] for token in range(5)]
+    found = {
+        slots: tokens(engine(small, end=[1, 2], slots=slots, max_new_tokens=150).run(prompts, 4)) for slots in (1, 8)
+    }
+    lengths = [len(answer) for answer in found[8].values()]
+    assert min(lengths) < 10
+    assert max(lengths) > 90
+    assert found[8] == found[1]
+
+
+@pytest.fixture(scope="module")
+def small() -> Loaded:
+    model = Transformer(small_llama(num_layers=1, d_model=16, d_ff=16, num_heads=2, num_kv_heads=1, head_dim=8))
+    return model, init_params(model, jax.random.key(0))
+
+
+@pytest.mark.full
+def test_answers_in_other_dtypes(qwen3: Loaded) -> None:
+    model, params = qwen3
+    with jax.enable_x64(True):
+        wide = model.clone(compute_dtype=jnp.float64)
+        greedy = [answer.tokens for answer in engine((wide, params), end=[], temperature=0).run(PROMPTS)]
+    assert greedy == by_full_forward(qwen3)
+    narrow = engine((model.clone(compute_dtype=jnp.bfloat16), params))
+    streamed = [token for token, _ in narrow.stream(PROMPTS[0])]
+    assert streamed == next(narrow.run(PROMPTS[:1])).tokens
+    assert all(-20 < logp <= 0 for answer in narrow.run(PROMPTS, 3) for logp in answer.logps)
 
 
 def test_bad_prompts_are_named(qwen3: Loaded) -> None:

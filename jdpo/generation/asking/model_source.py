@@ -83,7 +83,7 @@ class ModelSource:
             answer = self._model.answer_of(drawn, questions[place].prompt_id, rows[place], prompts[drawn.prompt])
             found[place].append(answer)
             self._on_answer(len(drawn.tokens))
-        # The engine may finish the answers to a question in any order.
+        # Shorter answers are complete earlier.
         return [one for of_question in found for one in sorted(of_question, key=lambda one: one.sample)]
 
     def _encoded(self, row: RowTexts) -> list[int] | str:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from flax import linen as nn
 
 
 class LayerCache(NamedTuple):
@@ -88,9 +89,11 @@ def cached_attention(
     """
     num_kv_heads, num_prompt_slots = cache.prompt_key.shape[1:3]
     softmax_dtype = jnp.promote_types(query_prhk.dtype, jnp.float32)
-    query_pgrmk = rearrange(query_prhk, "p r (g m) k -> p g r m k", g=num_kv_heads)
-    of_prompt = jnp.einsum("pgrmk,pgsk->pgrms", query_pgrmk, cache.prompt_key, preferred_element_type=softmax_dtype)
     query_prgmk = rearrange(query_prhk, "p r (g m) k -> p r g m k", g=num_kv_heads)
+    # By key heads, as the cache is split, or whole where the mesh does not divide them: not by query heads.
+    query_prgmk = nn.with_logical_constraint(query_prgmk, ("batch", None, "act_kv_heads", None, None))
+    query_pgrmk = rearrange(query_prgmk, "p r g m k -> p g r m k")
+    of_prompt = jnp.einsum("pgrmk,pgsk->pgrms", query_pgrmk, cache.prompt_key, preferred_element_type=softmax_dtype)
     of_tail = jnp.einsum("prgmk,prgck->prgmc", query_prgmk, cache.tail_key, preferred_element_type=softmax_dtype)
     # [p, r, g, m, s + c]
     scores = jnp.concatenate([rearrange(of_prompt, "p g r m s -> p r g m s"), of_tail], axis=-1)
@@ -104,4 +107,6 @@ def cached_attention(
     prompt_weights = rearrange(weights[..., :num_prompt_slots], "p r g m s -> p g r m s")
     of_prompt = jnp.einsum("pgrms,pgsk->pgrmk", prompt_weights, cache.prompt_value)
     of_tail = jnp.einsum("prgmc,prgck->prgmk", weights[..., num_prompt_slots:], cache.tail_value)
-    return rearrange(rearrange(of_prompt, "p g r m k -> p r g m k") + of_tail, "p r g m k -> p r (g m) k")
+    output = rearrange(of_prompt, "p g r m k -> p r g m k") + of_tail
+    output = nn.with_logical_constraint(output, ("batch", None, "act_kv_heads", None, None))
+    return rearrange(output, "p r g m k -> p r (g m) k")

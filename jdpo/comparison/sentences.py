@@ -33,7 +33,7 @@ def verdict_of(figures: Iterable[Figure], facts: Sequence[ComparedFact]) -> Verd
     found: dict[Finding, list[str]] = {"better": [], "worse": [], "changed": [], "unclear": []}
     by_name = {figure.name: figure for figure in figures}
     for figure in by_name.values():
-        if figure.finding is not None and (figure.finding != "unclear" or figure.name in TOLD):
+        if figure.finding is not None and (figure.finding != "unclear" or _is_told(figure)):
             found[figure.finding].append(_sentence(figure))
         elif figure.name == "kl" and figure.all.after.value > 0:
             # A distance is never 0 and never good or bad by itself; it is what the rest was paid with.
@@ -43,7 +43,15 @@ def verdict_of(figures: Iterable[Figure], facts: Sequence[ComparedFact]) -> Verd
         found["unclear"] += _like_lengths(rule)
     if fell := [fact for fact in facts if fact.fell]:
         found["worse"].append(_fallen(fell, len(facts)))
+    if not any(found.values()):
+        found["unclear"].append("No figure differs between the two models.")
     return Verdict(**found)
+
+
+def _is_told(figure: Figure) -> bool:
+    """Returns whether to name a figure of which nothing can be told: not if nothing changed at all."""
+    change, neutral = figure.tested.value, figure.neutral
+    return figure.name in TOLD and change != neutral
 
 
 def _sentence(figure: Figure) -> str:

@@ -183,3 +183,4 @@ def test_the_verdict_follows_the_numbers() -> None:
     assert any("lengths alone" in line for line in verdict.unclear)  # longer is always chosen here
     same = verdict_of(pair_figures(rows._replace(after=rows.before), beta=0.1), [])
     assert not any((same.better, same.worse, same.changed))
+    assert same.unclear == ["No figure differs between the two models."]

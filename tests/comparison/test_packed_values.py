@@ -20,12 +20,12 @@ from tests.conftest import small_llama
 CONFIG = small_llama(vocab_size=5, d_model=16, head_dim=4, d_ff=16)
 
 
-def on_mesh(params: Any, model: Transformer, num_devices: int = 1) -> Any:
-    mesh = make_mesh(MeshConfig(data=1, fsdp=num_devices), jax.devices()[:num_devices])
+def on_mesh(params: Any, model: Transformer, fsdp: int = 1, tensor: int = 1) -> Any:
+    mesh = make_mesh(MeshConfig(data=1, fsdp=fsdp, tensor=tensor), jax.devices()[: fsdp * tensor])
     return SimpleNamespace(model=model, params=params, mesh=mesh)
 
 
-def always(probabilities: list[float], num_devices: int = 1) -> Any:
+def always(probabilities: list[float], fsdp: int = 1, tensor: int = 1) -> Any:
     """A model that gives these probabilities to the next token, whatever came before."""
     model = Transformer(CONFIG)
     params = jax.tree.map(jnp.zeros_like, init_params(model, jax.random.key(0)))
@@ -34,7 +34,7 @@ def always(probabilities: list[float], num_devices: int = 1) -> Any:
     params["final_norm"] = jax.tree.map(jnp.ones_like, params["final_norm"])
     logits = jnp.log(jnp.array(probabilities))
     params["lm_head"] = jax.tree.map(lambda kernel: kernel + logits / CONFIG.d_model, params["lm_head"])
-    return on_mesh(params, model, num_devices)
+    return on_mesh(params, model, fsdp, tensor)
 
 
 def rows(lengths: list[tuple[int, int]], seed: int = 0) -> list[TokenizedCompletion]:
@@ -55,9 +55,12 @@ def done(num_rows: int) -> None:
     assert num_rows > 0
 
 
-@pytest.mark.parametrize("num_devices", [1, pytest.param(2, marks=pytest.mark.full)])
-def test_closed_form_of_a_pair_of_models(num_devices: int) -> None:
-    first, second = always(P.tolist(), num_devices), always(Q.tolist(), num_devices)
+@pytest.mark.parametrize(
+    ("fsdp", "tensor"),
+    [(1, 1), pytest.param(2, 1, marks=pytest.mark.full), pytest.param(2, 2, marks=pytest.mark.full)],
+)
+def test_closed_form_of_a_pair_of_models(fsdp: int, tensor: int) -> None:
+    first, second = always(P.tolist(), fsdp, tensor), always(Q.tolist(), fsdp, tensor)
     found = completion_divergences(first, second, rows(LENGTHS), done)
     assert [len(one.forward) for one in found] == [answer for _, answer in LENGTHS]
     for one in found:

@@ -15,7 +15,7 @@ RIDGE = 1e-3
 """Penalty of the length coefficient per comparison. Without one, a judge that always prefers the longer answer would
 have an infinite coefficient."""
 FEW_ON_A_SIDE = 0.1
-"""If one model has the shorter answer less often, equal lengths are outside of what was seen."""
+"""If fewer comparisons lie on a side of equal length, equal lengths are outside of what was seen."""
 
 
 class Won(NamedTuple):
@@ -69,17 +69,17 @@ def win_rates(outcomes: Sequence[Won]) -> WinRates:
             _figure("win_rate.first_shown", "Verdicts for the answer shown first", "neither", share, prompts)
         )
     on_a_side = smaller_side(longer)
-    if on_a_side < FEW_ON_A_SIDE and longer.any():
+    if on_a_side < FEW_ON_A_SIDE:
         warnings.append(
-            "win_rate.length_controlled is extrapolated: one model's answers are the shorter ones in only "
+            "win_rate.length_controlled is extrapolated: one model's answers are the longer ones in all but "
             f"{100 * on_a_side:.0f} % of the comparisons"
         )
     return WinRates(figures, warnings)
 
 
 def smaller_side(longer: np.ndarray) -> float:
-    """Returns the share of comparisons in which the model whose answers are shorter less often has the shorter one."""
-    return min(float((longer > 0).mean()), float((longer < 0).mean()))
+    """Returns the share of comparisons on the less frequent side of equal length; those of equal length are on both."""
+    return min(float((longer >= 0).mean()), float((longer <= 0).mean()))
 
 
 def _figure(name: str, title: str, better: Better, estimate: Estimate, prompts: np.ndarray) -> Figure:
@@ -99,7 +99,7 @@ def length_controlled(won: np.ndarray, longer: np.ndarray, prompts: np.ndarray) 
       longer: float [n], length after minus length before.
       prompts: [n].
     """
-    if np.all(won == won[0]) and (smaller_side(longer) >= FEW_ON_A_SIDE or not longer.any()):
+    if np.all(won == won[0]) and smaller_side(longer) >= FEW_ON_A_SIDE:
         # The outcome never depended on length, and theta may be infinite.
         return share_of(won, prompts)
     spread = float(longer.std())

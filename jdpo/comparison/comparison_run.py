@@ -19,7 +19,7 @@ from jdpo.comparison.compare_document import (
 )
 from jdpo.comparison.figures.answer_figures import AnswerPair, answer_figures, text_of
 from jdpo.comparison.figures.divergence_figures import Distances, distances_of, divergence_figures
-from jdpo.comparison.figures.fact_figures import compared_facts, fact_figures
+from jdpo.comparison.figures.fact_figures import compared_facts, fact_figures, facts_digest
 from jdpo.comparison.figures.fallen_pairs import fallen_pairs, text_of_turns
 from jdpo.comparison.figures.pair_figures import PairRows, calibration_bins, length_rule, pair_figures
 from jdpo.comparison.figures.win_figures import Won, win_rates
@@ -127,10 +127,19 @@ def compare(settings: CompareSettings, load: Load, log: Log) -> CompareDocument:
         warnings += [*pair.distances.warnings, *noted]
     if settings.material.prompts is not None:
         warnings += _sampling_notes(settings)
-    described = {**settings.described, "betas": list(settings.betas)}
+    described = {**settings.described, "betas": list(settings.betas), "digests": _digests(before, material)}
     return CompareDocument(
         before=before.model, comparisons=comparisons, settings=described, warnings=list(dict.fromkeys(warnings))
     )
+
+
+def _digests(before: Measured, material: Material) -> dict[str, Any]:
+    """Returns digests of everything that the models were given."""
+    return {
+        "pairs": None if before.pairs is None else before.pairs.digests,
+        "prompts": None if before.answers is None else before.answers.manifest.prompts["digest"],
+        "facts": facts_digest(material.facts) if material.facts else None,
+    }
 
 
 def _sampling_notes(settings: CompareSettings) -> Iterator[str]:

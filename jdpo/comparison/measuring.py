@@ -60,6 +60,7 @@ class PairLogps(NamedTuple):
 
     Attributes:
       logps: float64 [b, 2].
+      digests: {file: digest of its content}.
       notes: sentences on pairs that were dropped or cut.
     """
 
@@ -69,6 +70,7 @@ class PairLogps(NamedTuple):
     origins: list[str]
     lengths: np.ndarray
     logps: np.ndarray
+    digests: dict[str, str]
     notes: list[str]
 
 
@@ -140,6 +142,7 @@ def measure_pairs(loaded: LoadedModel, material: Material, log: Log) -> PairLogp
         origins=[row.origin for row in rows],
         lengths=np.array([[int(mask.sum()) for _, mask in completions_of(row)] for row in rows]),
         logps=pair_logps(loaded, data, _Done(log, len(data))),
+        digests={public_text(file): digest for file, digest in data.file_digests().items()},
         notes=notes,
     )
 

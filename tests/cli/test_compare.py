@@ -87,6 +87,8 @@ def test_another_model_differs(compared: tuple[list[str], Path]) -> None:
     assert other["num_answers"] == len(other["answers"]) == 6
     assert [round(one["after"], 9) for one in other["facts"]] != [round(one["before"], 9) for one in other["facts"]]
     assert document["settings"]["betas"] == [0.1, 0.1]
+    assert len(document["settings"]["digests"]["pairs"]) == 2
+    assert document["before"]["digest"] == document["comparisons"][0]["after"]["digest"] != other["after"]["digest"]
     assert any("length rule" in line for line in document["warnings"])
 
 
@@ -144,6 +146,14 @@ def test_eval_agrees_with_compare(
 def test_wrong_commands_are_refused_before_a_model_is_loaded(more: list[str], message: str, capsys: Capture) -> None:
     assert main(["compare", *more, "--output_dir", "cmp"]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_cluster_is_refused(monkeypatch: pytest.MonkeyPatch, place: Path, capsys: Capture) -> None:
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1234")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    monkeypatch.setenv("JAX_PROCESS_ID", "0")
+    assert main(["eval", str(place / "other"), *words(place)]) == 2
+    assert "one of 2" in capsys.readouterr().err
 
 
 def test_facts_must_be_facts(tmp_path: Path, capsys: Capture) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jdpo.cli.failures import leaving_on_signals
 from jdpo.cli.parsing import Parser, add_help, spellings
 from jdpo.safe_text import terminal, terminal_lines
 
@@ -177,7 +178,7 @@ def main(command: str, words: Sequence[str]) -> int:
     # Everything that can be wrong in the command is found before a model is loaded.
     conditions = _conditions(asked)
     settings = _settings(asked)
-    with opening(asked) as load:
+    with leaving_on_signals("the same command keeps the answers that are there"), opening(asked) as load:
         document = compare(settings, load, log)
     write_comparison(document, settings.output_dir, log)
     print_comparison(document, Console())
@@ -295,13 +296,22 @@ def beta_for(model: str, given: float | None) -> float:
 def opening(asked: argparse.Namespace) -> Any:
     """Returns a context manager that gives the function which opens a model; compiled programs are kept."""
     import contextlib
+    import os
     from collections.abc import Iterator
 
     from jdpo.config import MeshConfig
     from jdpo.data.prepared.prepare import cache_folder
     from jdpo.generation.loaded_model import LoadedModel
+    from jdpo.processes.detection import find_cluster
     from jdpo.training.opening import load
     from jdpo.training.setup.numerics import persistent_cache
+
+    cluster = find_cluster(os.environ)
+    if cluster is not None and cluster.num_processes > 1:
+        raise ValueError(
+            f"jdpo eval and jdpo compare run in one process, and this one is one of {cluster.num_processes} "
+            f"({cluster.source}). Start the command once, on one host, and set JAX_NUM_PROCESSES=1"
+        )
 
     @contextlib.contextmanager
     def opened() -> Iterator[Any]:

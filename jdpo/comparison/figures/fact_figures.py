@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -50,6 +52,11 @@ def read_facts(path: str) -> list[Fact]:
     if not found:
         raise ValueError(f"{public_text(path)}: there is no fact in it")
     return found
+
+
+def facts_digest(facts: Sequence[Fact]) -> str:
+    """Returns a digest of the questions and answers, wherever they stand."""
+    return hashlib.sha256(json.dumps([fact._replace(origin="") for fact in facts]).encode()).hexdigest()
 
 
 def completion_rows(facts: Sequence[Fact], tokenizer: Tokenizer) -> list[CompletionRow]:

@@ -1,4 +1,4 @@
-"""How often the 95 % intervals of `jdpo compare` hold the true value: python benchmarks/interval_coverage.py
+"""Measures how often the 95 % intervals of `jdpo compare` hold the true value: python benchmarks/interval_coverage.py
 
 Draws data whose truth is known, 1,000 times for each of three seeds and of 20 further ones. Prints a table.
 """

@@ -81,7 +81,7 @@ class Figure:
 
     @property
     def finding(self) -> Finding | None:
-        """What the interval over all rows says; see `finding_of`."""
+        """The finding over all rows; see `finding_of`."""
         return self.finding_of(self.all)
 
     def finding_of(self, values: Values) -> Finding | None:
@@ -140,7 +140,7 @@ class FallenPair:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationBin:
-    """Pairs whose confidence, the larger of sigmoid(margin) and 1 - sigmoid(margin), lies in [low, high).
+    """Pairs whose confidence, the larger of sigmoid(margin) and 1 - sigmoid(margin), is in [low, high).
 
     Attributes:
       confidence: their mean confidence, or None in an empty bin.

@@ -59,7 +59,7 @@ Load = Callable[[str], LoadedModel]
 
 @dataclass(frozen=True, kw_only=True)
 class CompareSettings:
-    """What to compare.
+    """The models to compare, and everything that they are given.
 
     Attributes:
       before, afters: models, as `jdpo.load` takes them.
@@ -81,7 +81,7 @@ class CompareSettings:
 
 
 class _Pair(NamedTuple):
-    """What was computed with both models at hand."""
+    """The measurements of two models, and the distance between them."""
 
     before: Measured
     after: Measured

@@ -32,7 +32,7 @@ WITHOUT_REFERENCE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What `jdpo eval` found.
+    """The report of `jdpo eval`.
 
     Attributes:
       reference: None: figures are those of the model alone.
@@ -70,7 +70,7 @@ def evaluate(
     figures: list[Figure] = []
     warnings: list[str] = []
     if after.pairs is not None:
-        # Without a reference the model stands on both sides, and only what one model gives is kept below.
+        # Without a reference the model is on both sides, and only what one model gives is kept below.
         rows, warnings = aligned((before or after).pairs or after.pairs, after.pairs)
         figures += pair_figures(rows, beta)
     if material.facts:

@@ -1,4 +1,4 @@
-"""What is measured on one model alone: log-probs of held-out pairs, of facts, and its answers to prompts."""
+"""Measurements of one model alone: log-probs of held-out pairs, of facts, and its answers to prompts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MAX_LENGTH = 2048
 
 @dataclass(frozen=True, kw_only=True)
 class Material:
-    """What both models are given.
+    """Everything that both models are given.
 
     Attributes:
       pairs: files of held-out pairs, each a dataset of its own.

@@ -1,4 +1,4 @@
-"""What models make of rows, by the packed rows and the functions of training: log-probs, and how far two models differ.
+"""Log-probs of rows under one model, and divergences of two, by the packed rows and the functions of training.
 
 Axes: b pairs, f completions, t tokens of a completion; r rows of a micro-batch, k scored tokens of a row.
 """

@@ -28,11 +28,22 @@ TOLD = (
 """Figures that are named also where nothing can be told; others are in the table."""
 
 
+PER_TOKEN = {
+    "accuracy.logps_per_token": "accuracy.logps",
+    "logps_per_token.chosen": "logps.chosen",
+    "logps_per_token.rejected": "logps.rejected",
+}
+"""Figures per token -> their totals; one sentence is enough where both agree."""
+
+
 def verdict_of(figures: Iterable[Figure], facts: Sequence[ComparedFact]) -> Verdict:
     """Sorts the tested figures into what got better, worse, changed, and what cannot be told."""
     found: dict[Finding, list[str]] = {"better": [], "worse": [], "changed": [], "unclear": []}
     by_name = {figure.name: figure for figure in figures}
     for figure in by_name.values():
+        total = by_name.get(PER_TOKEN.get(figure.name, ""))
+        if total is not None and total.finding == figure.finding:
+            continue
         if figure.finding is not None and (figure.finding != "unclear" or _is_told(figure)):
             found[figure.finding].append(_sentence(figure))
         elif figure.name == "kl" and figure.all.after.value > 0:
@@ -69,7 +80,9 @@ def _interval(figure: Figure, values: Values) -> str:
     words = interval_words(values.difference or values.after, figure.unit, signed=is_change)
     if not words:
         return " (one prompt alone, so without an interval)"
-    p_value = "" if values.p_value is None else f", p = {values.p_value:.2g}"
+    p_value = ""
+    if values.p_value is not None:
+        p_value = ", p < 0.001" if values.p_value < 0.001 else f", p = {values.p_value:.2g}"
     return f" (95 % interval {words}, {counted(values.num_prompts, 'prompt')}{p_value})"
 
 

@@ -1,4 +1,4 @@
-"""Intervals hold the true value as often as they say, and agree with scipy where it has them."""
+"""Intervals hold the true value in 95 % of draws, and agree with scipy where it has them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who wins a pair of answers: judges on a local server, and scorers of `jdpo score`."""
+"""Outcomes of pairs of answers: judges on a local server, and scorers of `jdpo score`."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def parser() -> Parser:
         nargs="+",
         default=[],
         metavar="CONDITION",
-        help="Exit with code 1 if a condition holds, such as 'kl > 20' or 'facts.accuracy < -0.02'. A name stands for "
+        help="Exit with code 1 if a condition holds, such as 'kl > 20' or 'facts.accuracy < -0.02'. A name means "
         "the difference, or the value of a figure without one; add .before, .after, .low or .high for others.",
     )
     _add_sampling(parser.add_argument_group("Answers"))

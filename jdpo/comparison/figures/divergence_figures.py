@@ -1,4 +1,4 @@
-"""How far two models are apart: exact divergences of the next token, on the answers of both."""
+"""The distance between two models: exact divergences of the next token, on the answers of both."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ KNOWN = 0.5
 
 
 class Fact(NamedTuple):
-    """A question with its right answer, and where it stands."""
+    """A question with its right answer, and its file and row."""
 
     question: str
     answer: str
@@ -55,7 +55,7 @@ def read_facts(path: str) -> list[Fact]:
 
 
 def facts_digest(facts: Sequence[Fact]) -> str:
-    """Returns a digest of the questions and answers, wherever they stand."""
+    """Returns a digest of the questions and answers, whatever file they are in."""
     return hashlib.sha256(json.dumps([fact._replace(origin="") for fact in facts]).encode()).hexdigest()
 
 

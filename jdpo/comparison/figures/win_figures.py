@@ -1,4 +1,4 @@
-"""How often the answers after win against those before: raw, by the order of showing, and at equal length."""
+"""Win rates of the answers after against those before: raw, by the order of showing, and at equal length."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RIDGE = 1e-3
 """Penalty of the length coefficient per comparison. Without one, a judge that always prefers the longer answer would
 have an infinite coefficient."""
 FEW_ON_A_SIDE = 0.1
-"""If fewer comparisons lie on a side of equal length, equal lengths are outside of what was seen."""
+"""If fewer comparisons are on a side of equal length, equal lengths are outside of what was seen."""
 
 
 class Won(NamedTuple):

@@ -16,6 +16,9 @@ from jdpo.types import Text
 _STEP = 64
 """Answers that the model's positions limit have a multiple of this many tokens, so that few programs are compiled."""
 
+_PARTS = "\ufffd"
+"""What decoders write for bytes that are no whole character."""
+
 
 class AnswerStream:
     """An answer that is being drawn.
@@ -74,9 +77,15 @@ class Speaker:
 
     def next_tokens(self, prompt: Text, start: str, num: int) -> list[TokenLine]:
         """Returns the most probable next tokens of an answer that begins with `start`, or starts."""
-        return [TokenLine(token.piece, token.logp) for token in self.model.next_tokens(prompt, num, start=start)]
+        found = self.model.next_tokens(prompt, num, start=start)
+        return [TokenLine(self._shown(one.piece, one.token), one.logp) for one in found]
 
     def logps(self, prompt: Text, answer: str) -> list[TokenLine]:
         """Returns the tokens of an answer with their log-probabilities."""
         found = self.model.logps(prompt, answer)
-        return [TokenLine(piece, logp) for piece, logp in zip(found.pieces, found.logps, strict=True)]
+        tokens = zip(found.pieces, found.tokens, found.logps, strict=True)
+        return [TokenLine(self._shown(piece, token), logp) for piece, token, logp in tokens]
+
+    def _shown(self, piece: str, token: int) -> str:
+        """Returns the text of a token; its name in the vocabulary if it is only a part of a character."""
+        return piece if piece.strip(_PARTS) else str(self.model.tokenizer.hf.convert_ids_to_tokens(token))

@@ -29,8 +29,9 @@ MIXTRAL = {
     "router_aux_loss_coef": 0.05,
 }
 LORA = {"lora.r": 2, "lora.alpha": 4, "mesh.fsdp": 4, "mesh.tensor": 2}
+SAMPLED = {"sample_prompts": '["green paper"]', "sample_steps": 1, "sample_max_new_tokens": 4}
 RUNS: dict[str, dict[str, Any]] = {
-    "lora": LORA,
+    "lora": LORA | SAMPLED,
     "int8": LORA | {"lora.base_dtype": "int8"},
     "experts": {"mesh.data": 2, "mesh.expert": 4},
 }
@@ -109,3 +110,14 @@ def test_two_processes_export_as_one(runs: Path, name: str) -> None:
         np.testing.assert_allclose(two[key], values, atol=1e-5, err_msg=key)
     files = [sorted(path.name for path in (runs / f"{name}-{count}" / "model").iterdir()) for count in (1, 2)]
     assert files[0] == files[1]
+
+
+@pytest.mark.full
+def test_two_processes_write_the_answers_of_one(runs: Path) -> None:
+    one, two = (
+        [json.loads(line) for line in (runs / f"lora-{count}" / "samples.jsonl").read_text("utf-8").splitlines()]
+        for count in (1, 2)
+    )
+    assert [line["step"] for line in one] == [0, 1, 2]
+    assert [line.pop("logp") for line in two] == pytest.approx([line.pop("logp") for line in one], abs=1e-3)
+    assert one == two

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from jdpo.config import SampleSettings
 from jdpo.data.schemas.messages import assistant
 from jdpo.data.tokens.row_rendering import RowTexts
@@ -20,6 +22,7 @@ from jdpo.generation.engine import Drawn, Engine
 from jdpo.generation.values import Sampling
 from jdpo.models.transformer import Params, Weights
 from jdpo.processes import is_first
+from jdpo.training.fit.memory_fit import is_exhausted
 from jdpo.training.logs.recording import Record
 from jdpo.training.setup.run_setup import Log, Setup
 from jdpo.training.setup.sample_prompts import SamplePrompt
@@ -65,16 +68,7 @@ class AnswerSamples:
         Args:
           params: whole weights on the mesh; they are only read.
         """
-        setup = self._setup
-        engine = Engine(
-            setup.model,
-            params,
-            end_token_ids=setup.tokenizer.end_token_ids,
-            sampling=self._sampling,
-            mesh=setup.mesh,
-            max_slots=MOST_AT_ONCE,
-        )
-        drawn = list(engine.run([prompt.tokens for prompt in self._prompts], 1))
+        drawn = self._drawn(params)
         if not is_first():
             return
         lines = [self._line(step, one) for one in drawn]
@@ -90,6 +84,28 @@ class AnswerSamples:
             f"answers after step {step}: {len(drawn)} in {self._path.name}, {mean:.1f} tokens on average"
             + (f", {cut_off} cut off at {self._sampling.max_new_tokens} tokens" if cut_off else "")
         )
+
+    def _drawn(self, params: Params | Weights) -> list[Drawn]:
+        setup = self._setup
+        try:
+            # Kept only while it answers, since it has a copy of the weights.
+            engine = Engine(
+                setup.model,
+                params,
+                end_token_ids=setup.tokenizer.end_token_ids,
+                sampling=self._sampling,
+                mesh=setup.mesh,
+                max_slots=min(MOST_AT_ONCE, len(self._prompts)),
+            )
+            return list(engine.run([prompt.tokens for prompt in self._prompts], 1))
+        except jax.errors.JaxRuntimeError as error:
+            if not is_exhausted(error):
+                raise
+            raise ValueError(
+                "a device has too little memory to answer sample_prompts next to the state of training "
+                f"({str(error).partition(chr(10))[0]}). Leave sample_prompts out, or use more devices; `jdpo generate` "
+                "and `jdpo compare` ask the checkpoints of a run afterwards"
+            ) from error
 
     def _line(self, step: int, drawn: Drawn) -> dict[str, Any]:
         question, ids = self._prompts[drawn.prompt]

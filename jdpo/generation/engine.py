@@ -33,7 +33,8 @@ class Drawn(NamedTuple):
       sample: its number among the answers to the prompt, from 0.
       tokens: its token ids, including the token that ends it.
       logps: log-probability of each token under the model itself (temperature 1, all tokens).
-      finish_reason: "stop" if an end token ends it, "length" if it is cut off at `max_new_tokens`.
+      finish_reason: "stop" if an end token ends it, "length" if it is cut off at `max_new_tokens` or because the model
+        has no positions left.
     """
 
     prompt: int
@@ -154,14 +155,14 @@ class Engine:
                 due = next(order, None)
 
     def _check(self, prompts: Sequence[Sequence[int]]) -> None:
-        most, new = self.model.config.max_positions, self.sampling.max_new_tokens
+        most = self.model.config.max_positions
         for index, prompt in enumerate(prompts):
             if len(prompt) == 0:
                 raise ValueError(f"prompt {index} is empty: a model needs at least one token to continue")
-            if len(prompt) + new > most:
+            if len(prompt) >= most:
                 raise ValueError(
-                    f"prompt {index} has {len(prompt)} tokens; with max_new_tokens {new} these are more than the "
-                    f"model's {most} positions"
+                    f"prompt {index} has {len(prompt)} tokens, which leaves none of the model's {most} positions for "
+                    "an answer"
                 )
             self._check_tokens(prompt, f"prompt {index}")
 

@@ -251,8 +251,11 @@ def advance(
         drawn, logps = draw(logits_prv.reshape(-1, logits_prv.shape[-1]), keys_n, sampling)
         return drawn.reshape(number_pr.shape), logps.reshape(number_pr.shape)
 
+    # An answer also ends with the model's positions, which it shares with its prompt.
+    most_p1 = jnp.minimum(orders.max_new_tokens, model.config.max_positions - rows.prompt_lengths)[:, None]
+
     def goes_on(token: jax.Array, count: jax.Array) -> jax.Array:
-        return ~jnp.isin(token, orders.end_ids) & (count < orders.max_new_tokens)
+        return ~jnp.isin(token, orders.end_ids) & (count < most_p1)
 
     def begin(rows: Rows) -> tuple[Rows, jax.Array]:
         logits_prv = jnp.broadcast_to(rows.prompt_logits[:, None], (*rows.count.shape, rows.prompt_logits.shape[-1]))

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 from jdpo.types import Message, Text
 
 FinishReason = Literal["stop", "length"]
-"""Why an answer ends: the model ended it, or it was cut off at `max_new_tokens`."""
+"""Why an answer ends: the model ended it, or it was cut off (at `max_new_tokens`, or at the model's last position)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class Sampling:
       temperature: divides the logits; 0 always takes the most probable token.
       top_p: draw from the smallest set of most probable tokens with at least this probability in all.
       top_k: draw from this many most probable tokens; None: from all.
-      max_new_tokens: largest number of tokens of an answer.
+      max_new_tokens: largest number of tokens of an answer; also ends at the model's last position.
       seed: of the draws.
 
     Raises:

@@ -202,11 +202,21 @@ def test_answers_in_other_dtypes(qwen3: Loaded) -> None:
     assert all(-20 < logp <= 0 for answer in narrow.run(PROMPTS, 3) for logp in answer.logps)
 
 
+def test_an_answer_ends_at_the_last_position(qwen3: Loaded) -> None:
+    prompts = [[3] * length for length in (63, 60, 30)]
+    answers = list(engine(qwen3, end=[], max_new_tokens=20).run(prompts, 2))
+    assert [len(answer.tokens) for answer in answers] == [1, 1, 4, 4, 20, 20]
+    assert {answer.finish_reason for answer in answers} == {"length"}
+    # What is left does not change what is drawn.
+    shorter = engine(qwen3, end=[], max_new_tokens=4).run(prompts[1:2], 2)
+    assert [answer.tokens for answer in answers[2:4]] == [answer.tokens for answer in shorter]
+
+
 def test_bad_prompts_are_named(qwen3: Loaded) -> None:
     assert list(engine(qwen3).run([], 2)) == []
     for prompts, message in (
         ([[1], []], "prompt 1 is empty"),
-        ([[1] * 60], r"prompt 0 has 60 tokens.* 64 positions"),
+        ([[1] * 64], r"prompt 0 has 64 tokens.* 64 positions"),
         ([[1, 40]], "prompt 0: found the token id 40"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -67,8 +67,8 @@ def test_the_logp_of_an_answer_is_that_of_its_tokens(model: LoadedModel) -> None
 def test_wrong_arguments_are_errors_of_the_call(model: LoadedModel) -> None:
     for call, words in (
         (lambda: model.generate(ASK, temperature=-1), "temperature: expected 0"),
-        (lambda: model.generate("x", max_new_tokens=400), "max_new_tokens 400 these are more than the model's 256"),
-        (lambda: model.stream("x", max_new_tokens=400), "max_new_tokens 400"),
+        (lambda: model.generate("river " * 300), "none of the model's 256 positions"),
+        (lambda: model.stream("river " * 300), "none of the model's 256 positions"),
         (lambda: model.generate([[]]), "the prompt cannot be answered: empty prompt"),
         (lambda: model.logps(ASK, ""), "the answer cannot be scored: empty side"),
         (lambda: model.logps("x", "river " * 300), r"more than the model's 256 positions"),

@@ -285,7 +285,7 @@ def _report(folder: Path, manifest: Manifest, prompts: Prompts) -> int:
 
     cut = sum(answer.finish_reason == "length" for answer in read_answers(folder).answers)
     if cut:
-        _log(f"{cut:,} of {figure(manifest.num_answers, 'answer')} are cut off at max_new_tokens")
+        _log(f"{cut:,} of {figure(manifest.num_answers, 'answer')} are cut off")
     origins = {question.prompt_id: question.origin for question in prompts.questions}
     for reason, count in manifest.unanswered.items():
         missing = (one for number in range(len(manifest.shards)) for one in read_unanswered(folder, number))

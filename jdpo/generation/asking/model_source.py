@@ -12,7 +12,7 @@ from jdpo.data.tokens.row_rendering import RowTexts
 from jdpo.generation.loaded_model import LoadedModel
 from jdpo.generation.values import Answer, Question, Sampling, Unanswered
 
-TOO_LONG = "prompt and max_new_tokens are longer than the model's positions"
+TOO_LONG = "the prompt leaves none of the model's positions for an answer"
 
 BATCH_NOTE = "bfloat16: the mesh, the device and the questions of a batch may change an answer"
 
@@ -28,16 +28,7 @@ class ModelSource:
           model: the model to ask.
           sampling: how its answers are drawn.
           on_answer: called with the number of tokens of each answer, as soon as it is drawn.
-
-        Raises:
-          ValueError: max_new_tokens leaves no place for any prompt.
         """
-        most = model.model.config.max_positions
-        if sampling.max_new_tokens >= most:
-            raise ValueError(
-                f"max_new_tokens {sampling.max_new_tokens}: {model.name} has {most} positions for prompt and answer "
-                "together, so no prompt fits; set max_new_tokens lower"
-            )
         self._model, self._sampling, self._on_answer = model, sampling, on_answer
 
     def describe(self) -> dict[str, Any]:
@@ -91,5 +82,4 @@ class ModelSource:
         ids = encode_prompt(row, self._model.tokenizer)
         if isinstance(ids, Dropped):
             return ids.reason
-        too_long = len(ids) + self._sampling.max_new_tokens > self._model.model.config.max_positions
-        return TOO_LONG if too_long else ids
+        return TOO_LONG if len(ids) >= self._model.model.config.max_positions else ids

@@ -13,9 +13,6 @@ from jdpo.generation.loaded_model import LoadedModel
 from jdpo.generation.values import FinishReason, Sampling
 from jdpo.types import Text
 
-_STEP = 64
-"""Answers that the model's positions limit have a multiple of this many tokens, so that few programs are compiled."""
-
 _PARTS = "\ufffd"
 """What decoders write for bytes that are no whole character."""
 
@@ -52,7 +49,7 @@ class Speaker:
         return self.model.tokenizer.has_chat_template
 
     def stream(self, prompt: Text, sampling: Sampling, sample: int) -> AnswerStream:
-        """Starts an answer, which is shorter than `sampling` allows if the model has no more positions.
+        """Starts an answer.
 
         Args:
           sample: number of the answer among those to the same prompt.
@@ -64,16 +61,12 @@ class Speaker:
         # What the template refuses is refused below, with the reason.
         num_tokens = 0 if isinstance(ids, Dropped) else len(ids)
         positions = self.model.model.config.max_positions
-        room = positions - num_tokens
-        if room < 1:
+        if num_tokens >= positions:
             raise ValueError(
                 f"the conversation has {num_tokens} tokens, and {self.model.name} has {positions} positions; /undo or "
                 "/reset makes room"
             )
-        if room < sampling.max_new_tokens:
-            room = room // _STEP * _STEP or room
-        values = dataclasses.asdict(sampling) | {"max_new_tokens": min(sampling.max_new_tokens, room)}
-        return AnswerStream(self.model.stream(prompt, **values, sample=sample))
+        return AnswerStream(self.model.stream(prompt, **dataclasses.asdict(sampling), sample=sample))
 
     def next_tokens(self, prompt: Text, start: str, num: int) -> list[TokenLine]:
         """Returns the most probable next tokens of an answer that begins with `start`, or starts."""

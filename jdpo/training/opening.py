@@ -80,6 +80,18 @@ def load(
     return _load_folder(settings, str(model), name, devices)
 
 
+def check_model(model: str | Path) -> None:
+    """Finds a model as `load` does, without reading its weights, so that a wrong name does not cost hours of work.
+
+    Raises:
+      ValueError: there is no such model, or jdpo does not support it.
+    """
+    run = _run_of(str(model))
+    if not isinstance(run, Checkpoint):
+        sources = find_sources(ModelSettings(model_name_or_path=str(run or model)))
+        read_model_config(sources.model_folder)
+
+
 def _run_of(model: str) -> Checkpoint | Path | None:
     """Returns the checkpoint, or the exported model, of a run; None if it is no run."""
     path = Path(model).expanduser()

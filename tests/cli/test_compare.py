@@ -148,6 +148,17 @@ def test_wrong_commands_are_refused_before_a_model_is_loaded(more: list[str], me
     assert message in capsys.readouterr().err
 
 
+def test_a_model_that_is_not_there_is_found_before_another_is_loaded(
+    place: Path, toy_model: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    missing = str(tmp_path / "missing")
+    assert main(["compare", str(toy_model), missing, *words(place), "--output_dir", str(tmp_path / "cmp")]) == 2
+    assert main(["eval", missing, "--reference", str(toy_model), *words(place)]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 2
+    assert all(missing in line for line in told)
+
+
 def test_a_cluster_is_refused(monkeypatch: pytest.MonkeyPatch, place: Path, capsys: Capture) -> None:
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1234")
     monkeypatch.setenv("JAX_NUM_PROCESSES", "2")

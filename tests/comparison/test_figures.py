@@ -157,6 +157,11 @@ def test_unknown_verdicts_and_extrapolation_are_told() -> None:
     assert not win_rates([Won("a", 0, None, 1)]).figures
 
 
+def test_answers_of_equal_length_are_no_extrapolation() -> None:
+    rows = [Won(f"{row}", 0, float(row % 2), 1 if row == 0 else 0) for row in range(20)]
+    assert not win_rates(rows).warnings
+
+
 def test_facts_by_hand() -> None:
     facts = [Fact(f"question {row}", f"answer {row}", f"f.jsonl:{row}", False) for row in range(4)]
     before, after = np.array([0.9, 0.6, 0.2, 0.1]), np.array([0.8, 0.3, 0.7, 0.1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,7 +84,7 @@ def add_material(options: Any) -> None:
     )
     options.add_argument(
         "--beta",
-        type=float,
+        type=_above_zero,
         metavar="BETA",
         help="Beta of the implicit reward; by default that of the run that the model comes from, or 0.1.",
     )
@@ -204,6 +205,7 @@ def _settings(asked: argparse.Namespace) -> CompareSettings:
     by, options = _by(asked)
     if by is not None and not asked.prompts:
         raise ValueError("a win rate needs answers: give --prompts as well")
+    check_models(asked.models)
     return CompareSettings(
         before=asked.models[0],
         afters=asked.models[1:],
@@ -277,13 +279,19 @@ def _described(asked: argparse.Namespace, by: By | None) -> dict[str, Any]:
 # --- shared with `jdpo eval`
 
 
+def check_models(models: Sequence[str]) -> None:
+    """Finds all models before the first one is loaded."""
+    from jdpo.training.opening import check_model
+
+    for model in models:
+        check_model(model)
+
+
 def beta_for(model: str, given: float | None) -> float:
     """Returns beta of the implicit reward of a model, and says where it comes from."""
     from jdpo.comparison.comparison_run import BETA, beta_of
 
     if given is not None:
-        if not given > 0:
-            raise ValueError(f"--beta: expected a number above 0, found {given}")
         return given
     found = beta_of(model)
     if found is None:
@@ -331,6 +339,16 @@ def _text(word: str) -> str:
     if not word.strip():
         raise argparse.ArgumentTypeError("it is empty; is a variable of the shell not set?")
     return word
+
+
+def _above_zero(word: str) -> float:
+    try:
+        value = float(word)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, found {word!r}")
+    return value
 
 
 def _count(word: str) -> int:

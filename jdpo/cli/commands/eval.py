@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from jdpo.cli.commands.compare import add_material, add_model, beta_for, log, opening
+from jdpo.cli.commands.compare import add_material, add_model, beta_for, check_models, log, opening
 from jdpo.cli.parsing import Parser, add_help
 from jdpo.safe_text import terminal, terminal_lines
 
@@ -52,13 +52,14 @@ def main(command: str, words: Sequence[str]) -> int:
     from jdpo.comparison.figures.fact_figures import read_facts
     from jdpo.comparison.measuring import Material
 
-    beta = BETA if asked.reference is None else beta_for(asked.model, asked.beta)
     material = Material(
         pairs=asked.pairs,
         facts=read_facts(asked.facts) if asked.facts else (),
         max_length=asked.max_length,
         cache_dir=asked.cache_dir,
     )
+    check_models([asked.model] if asked.reference is None else [asked.reference, asked.model])
+    beta = BETA if asked.reference is None else beta_for(asked.model, asked.beta)
     with opening(asked) as load:
         found = evaluate(asked.model, asked.reference, material, beta, load, log)
     if asked.json:

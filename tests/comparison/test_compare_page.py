@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 import subprocess
@@ -193,6 +194,16 @@ def test_a_browser_may_load_nothing() -> None:
     assert policy.startswith("default-src 'none'; style-src 'sha256-")
     links = [value for name, value in seen.attributes if name in ("href", "src")]
     assert all(value is not None and value.startswith(("#", "data:,")) for value in links)
+
+
+def test_several_models_have_sections_of_their_own() -> None:
+    one = document()
+    seen = Seen(compare_page(dataclasses.replace(one, comparisons=[*one.comparisons, *one.comparisons])))
+    ids = [value for name, value in seen.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    links = [value for name, value in seen.attributes if name == "href" and value and value.startswith("#")]
+    assert links == ["#model-1", "#model-2"]
+    assert {link[1:] for link in links} <= set(ids)
 
 
 def test_figures_have_values_intervals_and_findings() -> None:

@@ -130,7 +130,8 @@ def empty_rows(*, model: Transformer, num_places: int, num_rows: int, prompt_slo
             token=jnp.zeros(rows, jnp.int32),
             count=jnp.zeros(rows, jnp.int32),
             active=jnp.zeros(rows, bool),
-            caches=tuple(LayerCache(prompt, prompt, tail, tail) for _ in config.layers),
+            # Keys have their slots last.
+            caches=tuple(LayerCache(prompt.mT, prompt, tail.mT, tail) for _ in config.layers),
         )
     )
 
@@ -139,14 +140,17 @@ def empty_rows(*, model: Transformer, num_places: int, num_rows: int, prompt_slo
 def resize(rows: Rows, *, prompt_slots: int, tail_slots: int) -> Rows:
     """Returns the rows with more slots; the new ones are at the end."""
 
-    def grow(array: jax.Array, num_slots: int) -> jax.Array:
+    def grow(array: jax.Array, num_slots: int, axis: int) -> jax.Array:
         padding = [(0, 0)] * array.ndim
-        padding[-2] = (0, num_slots - array.shape[-2])
+        padding[axis] = (0, num_slots - array.shape[axis])
         return jnp.pad(array, padding)
 
     caches = tuple(
         LayerCache(
-            *(grow(array, size) for array, size in zip(cache, [prompt_slots] * 2 + [tail_slots] * 2, strict=True))
+            prompt_key=grow(cache.prompt_key, prompt_slots, -1),
+            prompt_value=grow(cache.prompt_value, prompt_slots, -2),
+            tail_key=grow(cache.tail_key, tail_slots, -1),
+            tail_value=grow(cache.tail_value, tail_slots, -2),
         )
         for cache in rows.caches
     )
@@ -165,7 +169,7 @@ def prefill(
       lengths: int32 [b].
 
     Returns:
-      logits [b, v] after each prompt, and keys and values [b, g, t, k] of each layer.
+      logits [b, v] after each prompt, and keys [b, g, k, t] and values [b, g, t, k] of each layer.
     """
     logits, keys = model.apply(variables(weights), tokens, lengths, method="prefill")
     layers = unroll(model.config, keys)["rest"]
@@ -178,8 +182,9 @@ def insert(
 ) -> Rows:
     """Gives computed prompts to places, int32 [b]; a place past the last one means none."""
 
-    def write(old_pgsk: jax.Array, new_bgtk: jax.Array) -> jax.Array:
-        return old_pgsk.at[places, :, : new_bgtk.shape[2]].set(new_bgtk.astype(old_pgsk.dtype), mode="drop")
+    def write(old: jax.Array, new: jax.Array) -> jax.Array:
+        # The first slots are replaced; keys have them last, values before the head's width.
+        return old.at[places, :, : new.shape[2], : new.shape[3]].set(new.astype(old.dtype), mode="drop")
 
     caches = tuple(
         cache._replace(prompt_key=write(cache.prompt_key, key), prompt_value=write(cache.prompt_value, value))

@@ -64,7 +64,7 @@ class Tails(NamedTuple):
 
 
 LayerKeys = tuple[jax.Array, jax.Array]
-"""Keys and values of prompts in one layer, [n, g, t, k] each, as `LayerCache` holds them."""
+"""Keys [n, g, k, t] and values [n, g, t, k] of prompts in one layer, as `LayerCache` holds them."""
 
 
 class AttentionSettings(NamedTuple):
@@ -129,7 +129,7 @@ class Attention(nn.Module):
         else:
             output = self._attend(query, key, value, context)
             if context.lengths is not None:
-                kept = rearrange(key, "n t g k -> n g t k"), rearrange(value, "n t g k -> n g t k")
+                kept = rearrange(key, "n t g k -> n g k t"), rearrange(value, "n t g k -> n g t k")
         shape, axes = (config.num_heads, config.head_dim, config.d_model), ("heads", "head_dim", "embed")
         # Heads and head width are contracted together, without a reshape that would hide the sharded axis.
         project = Projection(

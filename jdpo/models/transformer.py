@@ -166,7 +166,7 @@ class Transformer(nn.Module):
           lengths: int [n], numbers of real tokens.
 
         Returns:
-          logits, and a pair of arrays [n, g, t, k] for every layer of the tree that `unroll` takes.
+          logits, and arrays [n, g, k, t] and [n, g, t, k] for every layer of the tree that `unroll` takes.
         """
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         context = Context(self._ropes(positions), positions < lengths[:, None], lengths=lengths)
@@ -196,7 +196,7 @@ class Transformer(nn.Module):
         """
         assert self.unrolled, "decoding needs the layers one by one"
         positions = prompt_lengths[:, None] + index
-        slots = caches[0].prompt_key.shape[2], caches[0].tail_key.shape[3]
+        slots = caches[0].prompt_key.shape[-1], caches[0].tail_key.shape[-1]
         # Once per distinct window, not in every layer.
         visible = tuple(visible_slots(prompt_lengths, index, *slots, window) for window in self.config.windows)
         context = Context(self._ropes(positions), is_real, tails=Tails(index, visible))

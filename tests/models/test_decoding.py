@@ -51,7 +51,12 @@ def test_decoding_equals_the_forward_pass(name: str) -> None:
         first, keys = model.apply({"params": params}, prompts, LENGTHS, method="prefill")
         kept = unroll(config, keys)["rest"]
         caches = tuple(
-            LayerCache(*(jnp.asarray(prompt).at[:, :, :8].set(array) for array in kept[f"layer_{i}"]), tail, tail)
+            LayerCache(
+                jnp.asarray(prompt).mT.at[..., :8].set(kept[f"layer_{i}"][0]),
+                jnp.asarray(prompt).at[:, :, :8].set(kept[f"layer_{i}"][1]),
+                jnp.asarray(tail).mT,
+                jnp.asarray(tail),
+            )
             for i in range(config.num_layers)
         )
         unrolled = unroll(config, params)

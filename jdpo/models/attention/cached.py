@@ -21,11 +21,13 @@ from flax import linen as nn
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer. Heads come before slots, so that no product has to transpose the cache.
+    """Keys and values of one layer, in the layouts in which no product has to transpose the cache.
 
     Attributes:
-      prompt_key, prompt_value: [p, g, s, k].
-      tail_key, tail_value: [p, r, g, c, k].
+      prompt_key: [p, g, k, s].
+      prompt_value: [p, g, s, k].
+      tail_key: [p, r, g, k, c].
+      tail_value: [p, r, g, c, k].
     """
 
     prompt_key: jax.Array
@@ -64,14 +66,14 @@ def visible_slots(
 def write_tails(cache: LayerCache, key_prgk: jax.Array, value_prgk: jax.Array, index_pr: jax.Array) -> LayerCache:
     """Writes one token's key and value to every row's tail at the row's index."""
 
-    def write(tail_gck: jax.Array, new_gk: jax.Array, index: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(tail_gck, new_gk[:, None].astype(tail_gck.dtype), index, axis=1)
+    def write(tail: jax.Array, new: jax.Array, index: jax.Array, axis: int) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(tail, new.astype(tail.dtype), index, axis=axis)
 
     # Mapped, not `.at[..].set`: the mesh then splits the write by prompts as it splits the cache.
-    write_rows = jax.vmap(jax.vmap(write))
+    write_rows = jax.vmap(jax.vmap(write, (0, 0, 0, None)), (0, 0, 0, None))
     return cache._replace(
-        tail_key=write_rows(cache.tail_key, key_prgk, index_pr),
-        tail_value=write_rows(cache.tail_value, value_prgk, index_pr),
+        tail_key=write_rows(cache.tail_key, key_prgk[..., None], index_pr, -1),
+        tail_value=write_rows(cache.tail_value, value_prgk[..., None, :], index_pr, -2),
     )
 
 
@@ -87,14 +89,14 @@ def cached_attention(
 
     Arguments and numerics are those of `dot_product_attention`. The prompt's keys are not repeated for its rows.
     """
-    num_kv_heads, num_prompt_slots = cache.prompt_key.shape[1:3]
+    num_kv_heads, num_prompt_slots = cache.prompt_value.shape[1:3]
     softmax_dtype = jnp.promote_types(query_prhk.dtype, jnp.float32)
     query_prgmk = rearrange(query_prhk, "p r (g m) k -> p r g m k", g=num_kv_heads)
     # By key heads, as the cache is split, or whole where the mesh does not divide them: not by query heads.
     query_prgmk = nn.with_logical_constraint(query_prgmk, ("batch", None, "act_kv_heads", None, None))
     query_pgrmk = rearrange(query_prgmk, "p r g m k -> p g r m k")
-    of_prompt = jnp.einsum("pgrmk,pgsk->pgrms", query_pgrmk, cache.prompt_key, preferred_element_type=softmax_dtype)
-    of_tail = jnp.einsum("prgmk,prgck->prgmc", query_prgmk, cache.tail_key, preferred_element_type=softmax_dtype)
+    of_prompt = jnp.einsum("pgrmk,pgks->pgrms", query_pgrmk, cache.prompt_key, preferred_element_type=softmax_dtype)
+    of_tail = jnp.einsum("prgmk,prgkc->prgmc", query_prgmk, cache.tail_key, preferred_element_type=softmax_dtype)
     # [p, r, g, m, s + c]
     scores = jnp.concatenate([rearrange(of_prompt, "p g r m s -> p r g m s"), of_tail], axis=-1)
     scores *= query_prhk.shape[-1] ** -0.5 if scale is None else scale

@@ -209,7 +209,7 @@ def _answer_pairs(pair: _Pair, warnings: list[str]) -> tuple[list[AnswerPair], d
     ]
     asked = len(pair.after.answers.questions) * pair.after.answers.manifest.num_samples
     if missing := asked - len(found):
-        warnings.append(f"{missing:,} of {asked:,} answers are missing from one model, and left out for both")
+        warnings.append(f"{missing:,} of {asked:,} answers are missing from at least one model, and left out for both")
     return found, pair.after.answers.questions
 
 

@@ -113,7 +113,8 @@ def test_a_second_run_keeps_answers_and_conditions_decide(compared: tuple[list[s
     assert [path.stat().st_mtime_ns for path in files] == before
     assert (folder / "compare.json").read_text() == content
     shown = capsys.readouterr()
-    assert shown.err.count("--fail_if: kl > 1e-9") == 1  # of the other model alone
+    assert shown.err.count("--fail_if") == 1  # of the other model alone
+    assert "other: kl > 1e-9" in shown.err
     assert "KL(after || before)" in shown.out
 
 
@@ -157,6 +158,16 @@ def test_a_model_that_is_not_there_is_found_before_another_is_loaded(
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 2
     assert all(missing in line for line in told)
+
+
+def test_prompts_that_no_model_can_answer_are_counted(place: Path, toy_model: Path, tmp_path: Path) -> None:
+    prompts = write_jsonl(tmp_path / "long.jsonl", [{"prompt": "river " * 1500}])
+    words = ["--facts", str(place / "facts.jsonl"), "--prompts", str(prompts), "--output_dir", str(tmp_path / "cmp")]
+    words += ["--max_new_tokens", "8"]
+    assert main(["compare", str(toy_model), str(place / "other"), *words]) == 0
+    document = document_of(tmp_path / "cmp")
+    assert "kl" not in document["comparisons"][0]["figures"]
+    assert any("1 of 1 answers are missing" in line for line in document["warnings"])
 
 
 def test_a_cluster_is_refused(monkeypatch: pytest.MonkeyPatch, place: Path, capsys: Capture) -> None:

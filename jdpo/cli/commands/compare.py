@@ -183,7 +183,11 @@ def main(command: str, words: Sequence[str]) -> int:
         document = compare(settings, load, log)
     write_comparison(document, settings.output_dir, log)
     print_comparison(document, Console())
-    failed = [line for comparison in document.comparisons for line in failures(conditions, comparison)]
+    failed = [
+        f"{comparison.after.name}: {line}"
+        for comparison in document.comparisons
+        for line in failures(conditions, comparison)
+    ]
     for line in failed:
         print(terminal(f"--fail_if: {line}"), file=sys.stderr)
     return int(bool(failed))

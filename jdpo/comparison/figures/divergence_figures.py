@@ -49,6 +49,8 @@ def distances_of(
     with precision(second):
         for own, answers in ((first, before), (second, after)):
             rows = dict(_answer_rows(own, answers))
+            if not rows:  # every prompt was too long for the model
+                return Distances({}, {}, [f"no divergence between the models: {own.name} gave no answer"])
             values = completion_divergences(second, first, list(rows.values()), lambda num_rows: None)
             found.append(dict(zip(rows, values, strict=True)))
     return Distances(found[0], found[1], [])

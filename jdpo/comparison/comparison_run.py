@@ -32,6 +32,7 @@ from jdpo.generation.values import Answer, Question
 from jdpo.scoring.scorers import By
 from jdpo.training.run_record import RunRecord
 from jdpo.types import CHOSEN, REJECTED
+from jdpo.words import listed
 
 MOST_ANSWERS = 300
 """`compare.json` holds the answers to about this many prompts; the folders of answers hold all."""
@@ -209,7 +210,12 @@ def _answer_pairs(pair: _Pair, warnings: list[str]) -> tuple[list[AnswerPair], d
     ]
     asked = len(pair.after.answers.questions) * pair.after.answers.manifest.num_samples
     if missing := asked - len(found):
-        warnings.append(f"{missing:,} of {asked:,} answers are missing from at least one model, and left out for both")
+        manifests = [one.manifest for one in (pair.before.answers, pair.after.answers)]
+        reasons = dict.fromkeys(reason for manifest in manifests for reason in manifest.unanswered)
+        warnings.append(
+            f"{missing:,} of {asked:,} answers are missing from at least one model, and left out for both"
+            f"{'' if found else ', so there are no figures of answers'} ({listed(list(reasons), 3)})"
+        )
     return found, pair.after.answers.questions
 
 

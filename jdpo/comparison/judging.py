@@ -13,7 +13,7 @@ from jdpo.comparison.figures.win_figures import Won
 from jdpo.generation.values import Question
 from jdpo.scoring.protocol import Asked, cut
 from jdpo.scoring.score_blocks import score_answers
-from jdpo.scoring.score_files import VERDICTS, answers_digest, read_about, read_scores, read_verdicts
+from jdpo.scoring.score_files import VERDICTS, Score, Verdict, answers_digest, read_about, read_scores, read_verdicts
 from jdpo.scoring.scorers import By, default_name, make_scorer
 
 BEFORE, AFTER = 0, 1
@@ -41,55 +41,43 @@ def judge_pairs(
       ValueError: the scorer cannot be made, or the folder holds the work of another one.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    outcomes = []
-    # Samples apart: the scorer of one question is to compare these two answers, not those of one model.
-    for sample in sorted({pair.after.sample for pair in pairs}):
-        chosen = [pair for pair in pairs if pair.after.sample == sample]
-        outcomes += _judge(chosen, questions, by, options, folder, sample, log)
-    return outcomes
-
-
-def _judge(
-    pairs: Sequence[AnswerPair],
-    questions: Mapping[str, Question],
-    by: By,
-    options: Mapping[str, Any],
-    folder: Path,
-    sample: int,
-    log: Log,
-) -> list[Won]:
-    asked = [
-        Asked(
-            questions[pair.after.prompt_id],
-            [pair.before._replace(sample=BEFORE), pair.after._replace(sample=AFTER)],
-        )
-        for pair in pairs
-    ]
-    of_asked = {one.question.prompt_id: one.question for one in asked}
-    digest = answers_digest(of_asked, (answer for one in asked for answer in one.answers))
+    # Each pair is a question of its own, so that a scorer compares these two answers, and not those of one model.
+    asked = [_asked(pair, questions[pair.after.prompt_id]) for pair in pairs]
+    digest = answers_digest(
+        {one.question.prompt_id: one.question for one in asked}, (answer for one in asked for answer in one.answers)
+    )
     blocks = cut(asked)
     scorer = make_scorer(by, blocks, dict(options))
-    # Of its own for each scorer and its settings, so that another one may judge the same answers.
+    # A name of its own for each scorer and its settings, so that another one may judge the same answers.
     settings = hashlib.sha256(json.dumps(scorer.describe(), sort_keys=True).encode()).hexdigest()
-    name = f"{default_name(by)[:60]}-{settings[:8]}-{sample}"
+    name = f"{default_name(by)[:60]}-{settings[:8]}"
     log(f"comparing {len(asked):,} pairs of answers by {by.text}")
     score_answers(folder, name, scorer, blocks, digest=digest)
-    if read_about(folder, VERDICTS, name) is not None:
-        verdicts = {verdict.prompt_id: verdict for verdict in read_verdicts(folder, name, digest)}
-        won = {"a": 0.0, "b": 1.0, "tie": 0.5}
-        found = []
-        for pair in pairs:
-            verdict = verdicts[pair.after.prompt_id]
-            assert (verdict.a, verdict.b) == (BEFORE, AFTER), verdict
-            firsts = tuple(one == "first" for one in (verdict.first_ab, verdict.first_ba) if one in ("first", "second"))
-            found.append(_won(pair, None if verdict.verdict is None else won[verdict.verdict], firsts))
-        return found
-    scores = read_scores(folder, name, digest).scores
-    return [_won(pair, _by_score(pair, scores), ()) for pair in pairs]
+    if read_about(folder, VERDICTS, name) is None:
+        scores = read_scores(folder, name, digest).scores
+        return [_won(pair, _by_score(one, scores), ()) for pair, one in zip(pairs, asked, strict=True)]
+    verdicts = {verdict.prompt_id: verdict for verdict in read_verdicts(folder, name, digest)}
+    return [_by_verdict(pair, verdicts[one.question.prompt_id]) for pair, one in zip(pairs, asked, strict=True)]
 
 
-def _by_score(pair: AnswerPair, scores: Mapping[tuple[str, int], Any]) -> float | None:
-    before, after = (scores[pair.after.prompt_id, sample].score for sample in (BEFORE, AFTER))
+def _asked(pair: AnswerPair, question: Question) -> Asked:
+    prompt_id = f"{question.prompt_id}-{pair.after.sample}"
+    sides = [
+        answer._replace(prompt_id=prompt_id, sample=sample)
+        for sample, answer in ((BEFORE, pair.before), (AFTER, pair.after))
+    ]
+    return Asked(question._replace(prompt_id=prompt_id), sides)
+
+
+def _by_verdict(pair: AnswerPair, verdict: Verdict) -> Won:
+    assert (verdict.a, verdict.b) == (BEFORE, AFTER), verdict
+    won = {"a": 0.0, "b": 1.0, "tie": 0.5}
+    firsts = tuple(one == "first" for one in (verdict.first_ab, verdict.first_ba) if one in ("first", "second"))
+    return _won(pair, None if verdict.verdict is None else won[verdict.verdict], firsts)
+
+
+def _by_score(asked: Asked, scores: Mapping[tuple[str, int], Score]) -> float | None:
+    before, after = (scores[asked.question.prompt_id, sample].score for sample in (BEFORE, AFTER))
     return None if before is None or after is None else 0.5 + 0.5 * ((after > before) - (after < before))
 
 

@@ -177,7 +177,7 @@ class EndpointSource:
         ahead = following[: self.client.settings.concurrency]
         for question in (*questions, *ahead):  # requests wait for their turn in this order
             if question.prompt_id not in self._begun:
-                self._begun[question.prompt_id] = asyncio.ensure_future(self._all_samples(question, num_samples))
+                self._begun[question.prompt_id] = self.client.begin(self._all_samples(question, num_samples))
         return await asyncio.gather(*(self._begun.pop(question.prompt_id) for question in questions))
 
     async def _all_samples(self, question: Question, num_samples: int) -> list[Choice | Failure]:

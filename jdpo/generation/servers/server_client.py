@@ -98,6 +98,7 @@ class ServerClient:
             http_client=http_client,
         )
         self._runner = asyncio.Runner()
+        self._begun: set[asyncio.Task[Any]] = set()
         self._slots = asyncio.Semaphore(settings.concurrency)
         # Some servers know only max_tokens, and some refuse it.
         self._max_tokens_key = "max_tokens"
@@ -123,14 +124,15 @@ class ServerClient:
         self._runner.close()
 
     async def _shut(self) -> None:
-        pending = asyncio.all_tasks() - {asyncio.current_task()}
+        # Not `asyncio.all_tasks()`: tasks inside of these are the HTTP library's to end.
+        pending = [task for task in self._begun if not task.done()]
         for task in pending:
             task.cancel()
         await asyncio.gather(*pending, return_exceptions=True)
         await self._openai.close()
 
     def run(self, task: Coroutine[Any, Any, T]) -> T:
-        """Runs a coroutine that calls `ask`, and tasks that earlier ones have begun, until the coroutine returns.
+        """Runs a coroutine, and tasks that earlier ones have begun, until the coroutine returns.
 
         Raises:
           ValueError: the server refuses everything, such as an unknown key or model.
@@ -138,11 +140,18 @@ class ServerClient:
         """
         return self._runner.run(task)
 
+    def begin(self, task: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Begins a coroutine that calls `ask`, inside of one that runs; it is cancelled when the context ends."""
+        begun = asyncio.ensure_future(task)
+        self._begun.add(begun)
+        begun.add_done_callback(self._begun.discard)
+        return begun
+
     def ask_all(self, requests: Iterable[Request], read: Callable[[dict[str, Any]], T]) -> list[T | Failure]:
         """Sends requests, as `ask` does each; returns what became of them in their order."""
 
         async def gathered() -> list[T | Failure]:
-            return await asyncio.gather(*(self.ask(request, read) for request in requests))
+            return await asyncio.gather(*(self.begin(self.ask(request, read)) for request in requests))
 
         return self.run(gathered())
 

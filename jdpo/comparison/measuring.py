@@ -201,7 +201,7 @@ def _facts(loaded: LoadedModel, facts: Sequence[Fact], log: Log) -> np.ndarray:
         # A fact that is cut would have the probability of another answer.
         if isinstance(found, Dropped) or COMPLETION_CUT in found.notes:
             why = found.reason if isinstance(found, Dropped) else f"longer than {length} tokens"
-            raise ValueError(f"{fact.origin}: the fact cannot be scored: {why}; change it, or take it out")
+            raise ValueError(f"{fact.question.origin}: the fact cannot be scored: {why}; change it, or take it out")
         rows.append(found.row)
     log(f"{loaded.name}: scoring {figure(len(facts), 'fact')}")
     return completion_logps(loaded, rows, _Done(log, len(rows)))

@@ -11,6 +11,7 @@ from jdpo.comparison.figures.fact_figures import Fact, compared_facts, fact_figu
 from jdpo.comparison.figures.pair_figures import PairRows, calibration_bins, pair_figures
 from jdpo.comparison.figures.win_figures import Won, win_rates
 from jdpo.comparison.sentences import verdict_of
+from jdpo.generation.prompts import make_question
 from jdpo.generation.values import Answer
 
 
@@ -163,7 +164,7 @@ def test_answers_of_equal_length_are_no_extrapolation() -> None:
 
 
 def test_facts_by_hand() -> None:
-    facts = [Fact(f"question {row}", f"answer {row}", f"f.jsonl:{row}", False) for row in range(4)]
+    facts = [Fact(make_question(f"question {row}", f"f.jsonl:{row}"), f"answer {row}") for row in range(4)]
     before, after = np.array([0.9, 0.6, 0.2, 0.1]), np.array([0.8, 0.3, 0.7, 0.1])
     found = by_name(fact_figures(facts, before, after))
     assert found["facts.probability"].all.after.value == pytest.approx(1.9 / 4)

@@ -80,7 +80,7 @@ def add_material(options: Any) -> None:
         "--facts",
         metavar="FILE",
         type=_text,
-        help='Rows {"question", "answer"}, or {"prompt", "answer"} for plain text: the probability of right answers.',
+        help="Rows of question (or prompt, or messages) and answer: the probability of right answers.",
     )
     options.add_argument(
         "--beta",

@@ -87,7 +87,7 @@ class Engine:
         self.end_token_ids = tuple(sorted({int(token) for token in end_token_ids}))
         self._check_tokens(self.end_token_ids, "end_token_ids")
         self.prefills: Counter[tuple[int, int]] = Counter()
-        self.decoder = self.model.clone(unrolled=True)
+        self.decoder = row_programs.decoder_of(self.model)
         self.weights = self.call(row_programs.decoding_weights, params, model=self.model)
         self.weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.weights))
 

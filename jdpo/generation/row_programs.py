@@ -6,6 +6,7 @@ g key/value heads, s prompt slots, c tail slots, k head width, v vocabulary, m s
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -97,6 +98,15 @@ def draw_keys(seed: Any, digests: Any, samples: Any) -> jax.Array:
     return jax.vmap(of_place)(digests, samples)
 
 
+def decoder_of(model: Transformer) -> Transformer:
+    """Returns the model that decodes with `decoding_weights`: without a scan, and on the CPU without a tied head."""
+    config = model.config
+    if jax.default_backend() == "cpu":
+        # The product with a tied head, [v, d], transposes it in every step, which takes half as long as the product.
+        config = dataclasses.replace(config, tie_embeddings=False)
+    return model.clone(unrolled=True, config=config)
+
+
 @functools.partial(jax.jit, static_argnames="model")
 def decoding_weights(weights: Params | Weights, *, model: Transformer) -> Params | Weights:
     """Returns the weights of the unrolled model: a copy in the compute dtype, so that no step casts or slices them."""
@@ -111,10 +121,17 @@ def decoding_weights(weights: Params | Weights, *, model: Transformer) -> Params
         unrolled: Params = jax.tree_util.tree_map_with_path(cast, unroll(model.config, tree))
         return unrolled
 
+    def of_params(params: Params) -> Params:
+        params = of_tree(params)
+        if model.config.tie_embeddings and not decoder_of(model).config.tie_embeddings:
+            params["lm_head"] = {"kernel": params["embed"]["embedding"].T}
+        return params
+
     if isinstance(weights, Weights):
         # Scales of int8 kernels are float32 factors of the products and stay as they are.
-        return Weights(of_tree(weights.params), unroll(model.config, weights.scales), of_tree(weights.adapters))
-    return of_tree(weights)
+        params, scales = of_params(weights.params), unroll(model.config, weights.scales)
+        return Weights(params, scales, of_tree(weights.adapters))
+    return of_params(weights)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "num_places", "num_rows", "prompt_slots", "tail_slots"))

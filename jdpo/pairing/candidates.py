@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Literal, NamedTuple, get_args
 
 Strategy = Literal["best_worst", "best_random", "adjacent", "delta", "human"]
@@ -106,11 +107,25 @@ class PairRules:
             raise ValueError(f"dedupe: expected a similarity above 0 and at most 1, found {self.dedupe}")
 
     @property
-    def most_pairs(self) -> float:
-        """The most pairs of one prompt; infinite for all."""
+    def most_pairs(self) -> int | None:
+        """The most pairs of one prompt; None: all."""
         if self.max_per_prompt is not None:
             return self.max_per_prompt
-        return 1 if self.strategy in ("best_worst", "best_random") else math.inf
+        return 1 if self.strategy in ("best_worst", "best_random") else None
+
+    def is_reached(self, num_pairs: int) -> bool:
+        """Returns whether a prompt with this many pairs has as many as it may have."""
+        return self.most_pairs is not None and num_pairs >= self.most_pairs
+
+
+def margin_of(better: Candidate, worse: Candidate) -> Decimal | None:
+    """Returns the difference of the scores; None if an answer has no score.
+
+    It is exact in decimal, as scores are written: 0.3 - 0.2 is 0.1 and passes a min_margin of 0.1.
+    """
+    if better.score is None or worse.score is None:
+        return None
+    return Decimal(repr(better.score)) - Decimal(repr(worse.score))
 
 
 def draw(seed: int, prompt_id: str, *parts: object) -> str:

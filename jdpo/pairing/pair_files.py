@@ -10,7 +10,7 @@ from typing import Any
 from jdpo.durable import replacing, write_durably
 from jdpo.generation.values import Question
 from jdpo.pairing.answers_read import Group, Material
-from jdpo.pairing.candidates import Candidate, PairRules, Proposal
+from jdpo.pairing.candidates import Candidate, PairRules, Proposal, margin_of
 from jdpo.pairing.pair_report import make_report
 from jdpo.pairing.selecting import Choice, Selection, select
 
@@ -90,12 +90,8 @@ def pair_row(question: Question, pair: Proposal) -> dict[str, Any]:
         return [{"role": "assistant", "content": candidate.text}]
 
     row: dict[str, Any] = {"prompt": question.prompt, "chosen": side(chosen), "rejected": side(rejected)}
-    if chosen.score is not None and rejected.score is not None:
-        row |= {
-            "score_chosen": chosen.score,
-            "score_rejected": rejected.score,
-            "margin": chosen.score - rejected.score,
-        }
+    if (margin := margin_of(chosen, rejected)) is not None:
+        row |= {"score_chosen": chosen.score, "score_rejected": rejected.score, "margin": float(margin)}
     if question.tools is not None:
         row["tools"] = question.tools
     if question.template_kwargs is not None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jdpo.pairing import candidates as reasons
 from jdpo.pairing.answers_read import Group, Material
-from jdpo.pairing.candidates import PairRules
+from jdpo.pairing.candidates import PairRules, margin_of
 from jdpo.pairing.selecting import Selection
 from jdpo.reports.share_tests import length_bias
 from jdpo.safe_text import terminal
@@ -39,7 +41,7 @@ def make_report(material: Material, rules: PairRules, selections: Iterable[tuple
     kept, answers, pairs, prompts = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
     num_answers = tried = 0
     sides: list[tuple[int, int]] = []
-    margins: list[float] = []
+    margins: list[Decimal] = []
     found = list(selections)
     for group, selection in found:
         num_answers += len(group.candidates)
@@ -48,7 +50,7 @@ def make_report(material: Material, rules: PairRules, selections: Iterable[tuple
         answers.update(selection.dropped_answers.values())
         pairs.update(selection.dropped_pairs)
         sides += [(chosen.length, rejected.length) for chosen, rejected in selection.pairs]
-        margins += [a.score - b.score for a, b in selection.pairs if a.score is not None and b.score is not None]
+        margins += [margin for pair in selection.pairs if (margin := margin_of(*pair)) is not None]
         if not selection.pairs:
             prompts[_why_none(selection)] += 1
     # A prompt of two folders is one prompt.
@@ -56,7 +58,8 @@ def make_report(material: Material, rules: PairRules, selections: Iterable[tuple
     prompts["no answers"] = len(prompt_ids) - len(found)
     report: dict[str, Any] = {
         "format": FORMAT,
-        "rules": asdict(rules),
+        # The limit in force: some strategies have one of their own.
+        "rules": asdict(rules) | {"max_per_prompt": rules.most_pairs},
         "folders": [{"folder": str(source.folder), "answers": source.digest} for source in material.sources],
         "score": None if material.scores is None else {"name": material.scores.name, **material.scores.made_by},
         "prompts": {
@@ -80,9 +83,9 @@ def make_report(material: Material, rules: PairRules, selections: Iterable[tuple
         report["length"] = {"unit": material.unit, **length_bias(lengths[:, 0], lengths[:, 1])}
     if margins:
         report["margin"] = {
-            "smallest": min(margins),
-            "median": float(np.median(margins)),
-            "largest": max(margins),
+            "smallest": float(min(margins)),
+            "median": float(statistics.median(margins)),
+            "largest": float(max(margins)),
         }
     return report
 
@@ -120,7 +123,8 @@ def table_of(report: dict[str, Any]) -> Table:
         for what, count in kept.items():
             table.add_row(f"  {what}", f"{count:,}")
         for reason, count in dropped.items():
-            table.add_row(f"  dropped: {terminal(reason)}", f"{count:,}")
+            limit = f" ({report['rules']['max_per_prompt']})" if reason == reasons.ENOUGH else ""
+            table.add_row(f"  dropped: {terminal(reason)}{limit}", f"{count:,}")
 
     prompts, answers, pairs = report["prompts"], report["answers"], report["pairs"]
     section("prompts", prompts["read"], {"with pairs": prompts["with_pairs"]}, prompts["dropped"])

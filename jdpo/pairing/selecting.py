@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 from jdpo.pairing import candidates as reasons
-from jdpo.pairing.candidates import SCORED, Candidate, Name, PairRules, Proposal
+from jdpo.pairing.candidates import SCORED, Candidate, Name, PairRules, Proposal, margin_of
 from jdpo.pairing.similarity import ngrams, similarity
 from jdpo.pairing.strategies import may_be_chosen, proposals
 
@@ -54,7 +54,7 @@ def select(
     fault: str | None
     for proposal in proposals(usable, rules, prompt_id):
         # A person is asked about `most_pairs` couples, whatever the answers; scores cost nothing more to read.
-        if (len(pairs) if choose is None else asked) >= rules.most_pairs:
+        if rules.is_reached(len(pairs) if choose is None else asked):
             fault, ordered = reasons.ENOUGH, proposal
         elif choose is None:
             fault, ordered = _fault(*proposal, rules), proposal
@@ -114,7 +114,7 @@ def shown_couples(candidates: Sequence[Candidate], rules: PairRules, prompt_id: 
     usable, _ = drop_answers(candidates, rules)
     fit = (proposal for proposal in proposals(usable, rules, prompt_id) if _unfit(*proposal, rules) is None)
     for count, proposal in enumerate(fit):
-        if count >= rules.most_pairs:
+        if rules.is_reached(count):
             return
         yield proposal
 
@@ -131,11 +131,10 @@ def _chosen(a: Candidate, b: Candidate, rules: PairRules, choose: Choose) -> tup
 def _fault(better: Candidate, worse: Candidate, rules: PairRules) -> str | None:
     if not may_be_chosen(better, rules):
         return reasons.CUT_OFF
-    if better.score is not None and worse.score is not None and rules.strategy in SCORED:
-        margin = better.score - worse.score
+    if rules.strategy in SCORED and (margin := margin_of(better, worse)) is not None:
         if margin == 0:
             return reasons.TIED
-        if margin < (rules.min_margin or 0):
+        if float(margin) < (rules.min_margin or 0):
             return reasons.BELOW_MARGIN
     return _unfit(better, worse, rules)
 

@@ -164,7 +164,9 @@ class Rewards:
             with _precision(self._model):
                 for _, batch, rewards in self._scorer.run(self._plan, part):
                     real = batch.pair_weight > 0
-                    found.update(zip(batch.pair_row[real].tolist(), rewards[real].tolist(), strict=True))
+                    # The shortest digits that are this float32: others would only be noise in files.
+                    shortest = (float(str(reward)) for reward in rewards[real])
+                    found.update(zip(batch.pair_row[real].tolist(), shortest, strict=True))
         rows = iter(part)
         return [one if isinstance(one, str) else _finite(found[next(rows)]) for one in self._tokenized[number]]
 

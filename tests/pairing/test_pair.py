@@ -85,6 +85,24 @@ def test_everything_is_counted(gen: Path, capsys: pytest.CaptureFixture[str]) ->
     assert f"{len(rows)} pairs in" in printed
 
 
+def test_margins_are_the_differences_of_the_scores_as_written(tmp_path: Path) -> None:
+    write_gen(tmp_path / "gen", {"a?": ("one", "two"), "b?": ("three", "four"), "c?": ("five", "six")})
+    write_gen_scores(tmp_path / "gen", (2.1884, 0.3, 0.3, 0.2, 0.3, 0.1))
+    rows, report = pair(tmp_path / "gen", "--min_margin=0.1")
+    assert [row["margin"] for row in rows] == [1.8884, 0.1, 0.2]  # in binary fractions 1.8883999999999999 and 0.0999..
+    assert report["margin"] == {"smallest": 0.1, "median": 0.2, "largest": 1.8884}
+
+
+def test_the_limit_in_force_is_named(gen: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_gen_scores(gen, [float(number) for number in range(len(SCORES))])
+    _, report = pair(gen)
+    assert report["rules"]["max_per_prompt"] == 1
+    assert report["pairs"]["dropped"][reasons.ENOUGH] > 0
+    assert f"{reasons.ENOUGH} (1)" in capsys.readouterr().out
+    _, report = pair(gen, "--strategy=adjacent")
+    assert report["rules"]["max_per_prompt"] is None
+
+
 def test_the_same_command_writes_the_same_bytes(gen: Path) -> None:
     pair(gen, "--strategy=best_random", "--seed=3")
     files = {path.name: path.read_bytes() for path in gen.parent.glob("pairs*")}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -125,7 +125,6 @@ def measure_pairs(loaded: LoadedModel, material: Material, log: Log) -> PairLogp
         progress=RowCounter(log),
     )
     log(f"{loaded.name}: scoring {figure(len(data), 'pair')}")
-    rows = [data[index] for index in range(len(data))]
     notes = []
     if cut := data.counts.get(COMPLETION_CUT, 0):
         notes.append(
@@ -135,12 +134,17 @@ def measure_pairs(loaded: LoadedModel, material: Material, log: Log) -> PairLogp
     reasons = _dropped(data.counts)
     if reasons:
         notes.append(f"pairs left out: {', '.join(f'{count:,} {reason}' for reason, count in reasons.items())}")
+    origins, lengths = [], []
+    # Row by row: the tokens of all rows at once would be gigabytes.
+    for row in map(data.__getitem__, range(len(data))):
+        origins.append(row.origin)
+        lengths.append([int(mask.sum()) for _, mask in completions_of(row)])
     return PairLogps(
         datasets=data.names,
         dataset_of=np.asarray(data.dataset_of),
         prompts=np.asarray(data.prompt_keys),
-        origins=[row.origin for row in rows],
-        lengths=np.array([[int(mask.sum()) for _, mask in completions_of(row)] for row in rows]),
+        origins=origins,
+        lengths=np.array(lengths),
         logps=pair_logps(loaded, data, _Done(log, len(data))),
         digests={public_text(file): digest for file, digest in data.file_digests().items()},
         notes=notes,
@@ -168,14 +172,20 @@ class _Done:
 
 def aligned(before: PairLogps, after: PairLogps) -> tuple[PairRows, list[str]]:
     """Returns the pairs that both models could read, by their place in the files, and notes on the others."""
-    place = {origin: index for index, origin in enumerate(before.origins)}
-    kept = np.array([index for index, origin in enumerate(after.origins) if origin in place], int)
-    if not kept.size:
+    # The dataset is part of the place: files in different folders may share their names, and origins with them.
+    place = {one: index for index, one in enumerate(_places(before))}
+    found = [(place[one], index) for index, one in enumerate(_places(after)) if one in place]
+    if not found:
         raise ValueError("no held-out pair could be read by both models")
-    at_before = np.array([place[after.origins[index]] for index in kept.tolist()])
+    at_before, kept = np.array(found).T
     notes = list(dict.fromkeys([*before.notes, *after.notes]))
     if len(kept) < max(len(before.origins), len(after.origins)):
         notes.append(f"only {figure(len(kept), 'pair')} could be read by both models, whose tokenizers differ")
+    if other := int((before.lengths[at_before] != after.lengths[kept]).any(axis=1).sum()):
+        notes.append(
+            f"{figure(other, 'pair')} of {len(kept):,} have different numbers of tokens for the two models; figures per "
+            "token divide both log-probs by the tokens of the model after"
+        )
     rows = PairRows(
         datasets=after.datasets,
         dataset_of=after.dataset_of[kept],
@@ -186,6 +196,11 @@ def aligned(before: PairLogps, after: PairLogps) -> tuple[PairRows, list[str]]:
         after=after.logps[kept],
     )
     return rows, notes
+
+
+def _places(pairs: PairLogps) -> Iterator[tuple[int, str]]:
+    """Yields the dataset and the origin of each pair."""
+    return zip(pairs.dataset_of.tolist(), pairs.origins, strict=True)
 
 
 def _facts(loaded: LoadedModel, facts: Sequence[Fact], log: Log) -> np.ndarray:

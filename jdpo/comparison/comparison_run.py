@@ -92,7 +92,7 @@ class _Pair(NamedTuple):
 def compare(settings: CompareSettings, load: Load, log: Log) -> CompareDocument:
     """Compares models.
 
-    At most two models are in memory at once, and one if there are no prompts.
+    One model at a time is in memory, and both while their divergence is computed.
 
     Args:
       load: opens a model.
@@ -102,23 +102,14 @@ def compare(settings: CompareSettings, load: Load, log: Log) -> CompareDocument:
       ValueError: a model or a file cannot be read, or output_dir holds answers that were made in another way.
     """
     material, folder = settings.material, settings.output_dir
-    first = load(settings.before)
-    before = measure(first, settings.before, material, folder / "answers-before", log)
-    # Only divergences need both models.
-    held = first if material.prompts is not None else None
-    del first
+    before = measure(load(settings.before), settings.before, material, folder / "answers-before", log)
     pairs = []
     for number, path in enumerate(settings.afters, 1):
         second = load(path)
         suffix = f"-{number}" if len(settings.afters) > 1 else ""
         after = measure(second, path, material, folder / f"answers-after{suffix}", log)
-        distances = Distances({}, {}, [])
-        if held is not None and before.answers is not None and after.answers is not None:
-            distances = distances_of(held, second, before.answers, after.answers, log)
-        pairs.append(_Pair(before, after, distances))
-        # Before the next model is loaded, so that there are never three.
-        del second
-    held = None
+        pairs.append(_Pair(before, after, _distances(settings.before, second, before, after, load, log)))
+        del second  # before the next model is loaded
     warnings: list[str] = []
     comparisons = []
     for number, (pair, beta) in enumerate(zip(pairs, settings.betas, strict=True), 1):
@@ -132,6 +123,25 @@ def compare(settings: CompareSettings, load: Load, log: Log) -> CompareDocument:
     return CompareDocument(
         before=before.model, comparisons=comparisons, settings=described, warnings=list(dict.fromkeys(warnings))
     )
+
+
+def _distances(path: str, second: LoadedModel, before: Measured, after: Measured, load: Load, log: Log) -> Distances:
+    """Computes the divergences on the answers of both models; none if there are no prompts.
+
+    Args:
+      path: the model before.
+      second: the model after.
+    """
+    if before.answers is None or after.answers is None:
+        return Distances({}, {}, [])
+    # Loaded again: if it had waited while the other one drew, the cache of the answers might not have fitted.
+    first = load(path)
+    if first.digest != before.model.digest:
+        raise ValueError(
+            f"{path}: the model has changed since it was measured, as that of a run that still trains; name a step of "
+            "it (checkpoints/STEP), and compare again with another output_dir"
+        )
+    return distances_of(first, second, before.answers, after.answers, log)
 
 
 def _digests(before: Measured, material: Material) -> dict[str, Any]:

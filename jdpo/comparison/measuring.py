@@ -101,7 +101,10 @@ def measure(loaded: LoadedModel, path: str, material: Material, answers_folder: 
       FloatingPointError: the model gives log-probs that are not finite.
     """
     measured = measure_model(loaded, path, material, log)
-    return measured._replace(answers=_answers(loaded, material, answers_folder, log) if material.prompts else None)
+    answers = _answers(loaded, material, answers_folder, log) if material.prompts else None
+    # Two models must fit into memory for the divergence, so neither keeps what only drawing needs.
+    loaded.free_engine()
+    return measured._replace(answers=answers)
 
 
 def measure_model(loaded: LoadedModel, path: str, material: Material, log: Log) -> Measured:

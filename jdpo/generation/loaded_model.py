@@ -128,10 +128,12 @@ class LoadedModel:
         rows = [self._row(text, tools, template_kwargs) for text in prompts]
         ids = [self._ids(row) for row in rows]
         found: list[list[Answer]] = [[] for _ in rows]
+        prompt_ids = [
+            make_question(row.prompt, "", tools=tools, template_kwargs=template_kwargs).prompt_id for row in rows
+        ]
         for drawn in self.draw(ids, n, sampling):
-            row = rows[drawn.prompt]
-            prompt_id = make_question(row.prompt, "", tools=tools, template_kwargs=template_kwargs).prompt_id
-            found[drawn.prompt].append(self.answer_of(drawn, prompt_id, row, ids[drawn.prompt]))
+            at = drawn.prompt
+            found[at].append(self.answer_of(drawn, prompt_ids[at], rows[at], ids[at]))
         for answers in found:
             answers.sort(key=lambda answer: answer.sample)
         return found[0] if is_one else found
@@ -197,6 +199,10 @@ class LoadedModel:
     @functools.cached_property
     def _engine(self) -> Engine:
         return Engine(self.model, self.params, end_token_ids=self.end_token_ids, sampling=Sampling(), mesh=self.mesh)
+
+    def free_engine(self) -> None:
+        """Frees the engine's copy of the weights; the next call that draws an answer makes it again."""
+        self.__dict__.pop("_engine", None)
 
     def draw(self, prompts: Sequence[Sequence[int]], num_samples: int, sampling: Sampling) -> Iterator[Drawn]:
         """Yields answers to prompts of token ids as they are completed, in the precision of the model's dtype."""

@@ -186,8 +186,8 @@ def aligned(before: PairLogps, after: PairLogps) -> tuple[PairRows, list[str]]:
         notes.append(f"only {figure(len(kept), 'pair')} could be read by both models, whose tokenizers differ")
     if other := int((before.lengths[at_before] != after.lengths[kept]).any(axis=1).sum()):
         notes.append(
-            f"{figure(other, 'pair')} of {len(kept):,} have different numbers of tokens for the two models; figures per "
-            "token divide both log-probs by the tokens of the model after"
+            f"{figure(other, 'pair')} of {len(kept):,} have different numbers of tokens for the two models; figures "
+            "per token divide both log-probs by the tokens of the model after"
         )
     rows = PairRows(
         datasets=after.datasets,

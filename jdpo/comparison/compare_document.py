@@ -19,12 +19,12 @@ Better = Literal["up", "down", "neither"]
 Section = Literal["pairs", "calibration", "divergence", "answers", "wins", "facts"]
 Unit = Literal["share", "points", "nats", "nats/token", "tokens", "characters", "reward"]
 """Units of values; "points" is a difference of two shares, stored as such and shown as percentage points."""
-Finding = Literal["better", "worse", "changed", "unclear"]
+Finding = Literal["better", "worse", "changed", "unclear", "unchanged"]
 
 SECTIONS: dict[Section, str] = {
     "pairs": "Held-out pairs",
     "calibration": "Calibration of the margin",
-    "divergence": "Distance between the models",
+    "divergence": "Distance between the models, in nats",
     "answers": "Answers",
     "wins": "Win rate",
     "facts": "Facts",
@@ -58,7 +58,8 @@ class Figure:
 
     Attributes:
       name: stable, for scripts and `--fail_if`: "accuracy", "facts.accuracy".
-      title: what it is, in words, starting with a capital letter.
+      title: what it is, in words, starting with a capital letter; at most 33 characters with its unit, so that the
+        table in a terminal has one line per figure.
       better: which direction is an improvement.
       all: over all rows.
       datasets: label -> over the rows of one dataset; empty if there is one dataset, or none.
@@ -87,11 +88,14 @@ class Figure:
     def finding_of(self, values: Values) -> Finding | None:
         """Returns what an interval says of these values, such as those of one dataset.
 
-        It is unclear if the interval contains `neutral`; None for a figure that is not tested.
+        It is unclear if the interval contains `neutral`, and unchanged if it is `neutral` alone: every row is equal.
+        None for a figure that is not tested.
         """
         _, low, high = values.after if values.difference is None else values.difference
         if self.neutral is None:
             return None
+        if low == high == self.neutral:
+            return "unchanged"
         if low is None or high is None or low <= self.neutral <= high:
             return "unclear"
         if self.better == "neither":
@@ -189,6 +193,7 @@ class Verdict:
     worse: Sequence[str]
     changed: Sequence[str]
     unclear: Sequence[str]
+    unchanged: Sequence[str]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,7 +74,7 @@ class _Row(NamedTuple):
       is_dataset: True for the rows of one dataset.
       before, after, change: each a value and its interval; empty where there is none.
       bar: the plot of the change.
-      finding: better, worse, changed or unclear; empty for a figure that is not tested.
+      finding: better, worse, changed, unclear or unchanged; empty for a figure that is not tested.
       notes: number of prompts and p-value.
     """
 

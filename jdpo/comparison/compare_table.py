@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from jdpo.comparison.compare_document import SECTIONS, CompareDocument, Comparison, Figure, Values
-from jdpo.comparison.figure_words import change_words, interval_words, unit_words, value_words
+from jdpo.comparison.figure_words import POINTS, change_words, interval_words, unit_words, value_words
 from jdpo.safe_text import terminal, terminal_lines
 
-_STYLES = {"better": "green", "worse": "red", "changed": "cyan", "unclear": "dim", None: ""}
+_STYLES = {"better": "green", "worse": "red", "changed": "cyan", "unclear": "dim", "unchanged": "dim", None: ""}
 _VERDICTS = {
     "better": "Better",
     "worse": "Worse",
     "changed": "Different",
     "unclear": "Cannot be told from this data",
+    "unchanged": "Unchanged",
 }
 MOST_FACTS = 10
 
@@ -42,22 +44,25 @@ def _print_verdict(comparison: Comparison, console: Console) -> None:
         if sentences := getattr(comparison.verdict, kind):
             console.print(Text(title, style=_STYLES[kind]))
             for sentence in sentences:
-                console.print(Text(f"  {terminal_lines(sentence)}"))
+                # Lines that are wrapped are indented like the first.
+                console.print(Padding(Text(terminal_lines(sentence)), (0, 0, 0, 2)))
 
 
 def figure_table(figures: Iterable[Figure]) -> Table:
     """Returns the table of figures, those of a dataset under those of all rows."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title, justify in (("figure", "left"), ("before", "right"), ("after", "right"), ("change", "right")):
-        table.add_column(title, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    table.add_column("95 % interval", overflow="fold")
+    table.add_column("figure", overflow="fold")
+    # Titles are wrapped before numbers are.
+    for title in ("before", "after", "change"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("95 % interval", no_wrap=True)
     figures = list(figures)
     for section, title in SECTIONS.items():
         of_section = [figure for figure in figures if figure.section == section]
         if of_section:
             table.add_row(Text(title, style="bold"))
         for figure in of_section:
-            unit = unit_words(figure)
+            unit = "points" if figure.unit == "points" else unit_words(figure)
             table.add_row(*_cells(figure, figure.all, f"  {figure.title}{f' ({unit})' if unit else ''}"))
             for label, values in figure.datasets.items():
                 table.add_row(*_cells(figure, values, f"    {terminal(label)}"))
@@ -70,8 +75,9 @@ def _cells(figure: Figure, values: Values, label: str) -> list[Text]:
     return [
         Text(label),
         Text("" if values.before is None else value_words(values.before.value, unit)),
-        Text(value_words(values.after.value, unit)),
-        Text("" if change is None else change_words(change.value, unit), style=style),
+        Text(value_words(values.after.value, unit).removesuffix(POINTS)),
+        # Next to shares in percent, differences need no unit.
+        Text("" if change is None else change_words(change.value, unit).removesuffix(POINTS), style=style),
         Text(interval_words(change or values.after, unit, signed=change is not None), style=style),
     ]
 

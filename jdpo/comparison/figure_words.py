@@ -8,9 +8,12 @@ from jdpo.comparison.intervals import Estimate
 MINUS = "−"
 """A minus sign as wide as a plus sign, so that columns of differences line up."""
 
+POINTS = " points"
+"""Unit of a difference of shares."""
+
 _DIGITS: dict[Unit, int] = {"nats": 2, "nats/token": 3, "reward": 3}
 _PERCENT = ("share", "points")
-_NAMES: dict[Unit, str] = {"share": "", "points": "", "nats/token": "nats per token", "reward": ""}
+_NAMES: dict[Unit, str] = {"share": "", "points": "", "nats/token": "nats", "reward": ""}
 
 
 def value_words(value: float, unit: Unit) -> str:
@@ -19,7 +22,7 @@ def value_words(value: float, unit: Unit) -> str:
     >>> value_words(0.625, "share"), value_words(-84.312, "nats"), value_words(41.26, "tokens")
     ('62.5 %', '−84.31', '41.3')
     """
-    return _number(value, unit, signed=unit == "points") + {"share": " %", "points": " points"}.get(unit, "")
+    return _number(value, unit, signed=unit == "points") + {"share": " %", "points": POINTS}.get(unit, "")
 
 
 def change_words(value: float, unit: Unit) -> str:
@@ -28,7 +31,7 @@ def change_words(value: float, unit: Unit) -> str:
     >>> change_words(0.031, "share"), change_words(-0.0001, "nats/token")
     ('+3.1 points', '0.000')
     """
-    return _number(value, unit, signed=True) + (" points" if unit in _PERCENT else "")
+    return _number(value, unit, signed=True) + (POINTS if unit in _PERCENT else "")
 
 
 def interval_words(estimate: Estimate, unit: Unit, *, signed: bool = False) -> str:
@@ -43,8 +46,8 @@ def interval_words(estimate: Estimate, unit: Unit, *, signed: bool = False) -> s
 
 
 def unit_words(figure: Figure) -> str:
-    """Returns the unit of a figure for its heading; empty if each value has it, or there is none."""
-    return _NAMES.get(figure.unit, figure.unit)
+    """Returns the unit of a figure for its heading; empty if each value or the section has it, or there is none."""
+    return "" if figure.section == "divergence" else _NAMES.get(figure.unit, figure.unit)
 
 
 def _number(value: float, unit: Unit, *, signed: bool = False) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
+from typing import get_args
 
 from jdpo.comparison.compare_document import ComparedFact, Figure, Finding, Values, Verdict
 from jdpo.comparison.figure_words import change_words, interval_words, value_words
@@ -37,14 +38,16 @@ PER_TOKEN = {
 
 
 def verdict_of(figures: Iterable[Figure], facts: Sequence[ComparedFact]) -> Verdict:
-    """Sorts the tested figures into what got better, worse, changed, and what cannot be told."""
-    found: dict[Finding, list[str]] = {"better": [], "worse": [], "changed": [], "unclear": []}
+    """Sorts the tested figures into what got better, worse, changed or did not, and what cannot be told."""
+    found: dict[Finding, list[str]] = {finding: [] for finding in get_args(Finding)}
     by_name = {figure.name: figure for figure in figures}
     for figure in by_name.values():
         total = by_name.get(PER_TOKEN.get(figure.name, ""))
         if total is not None and total.finding == figure.finding:
             continue
-        if figure.finding is not None and (figure.finding != "unclear" or _is_told(figure)):
+        if figure.finding == "unchanged":
+            found["unchanged"] += [_unchanged(figure)] if figure.name in TOLD else []
+        elif figure.finding is not None and (figure.finding != "unclear" or _is_told(figure)):
             found[figure.finding].append(_sentence(figure))
         elif figure.name == "kl" and figure.all.after.value > 0:
             # A distance is never 0 and never good or bad by itself; it is what the rest was paid with.
@@ -54,8 +57,8 @@ def verdict_of(figures: Iterable[Figure], facts: Sequence[ComparedFact]) -> Verd
         found["unclear"] += _like_lengths(rule)
     if fell := [fact for fact in facts if fact.fell]:
         found["worse"].append(_fallen(fell, len(facts)))
-    if not any(found.values()):
-        found["unclear"].append("No figure differs between the two models.")
+    if not any(sentences for finding, sentences in found.items() if finding != "unchanged"):
+        found["unchanged"] = ["No figure differs between the two models."]
     return Verdict(**found)
 
 
@@ -75,6 +78,11 @@ def _sentence(figure: Figure) -> str:
     return f"{figure.title}: from {before} to {after}, {change}{_interval(figure, values)}."
 
 
+def _unchanged(figure: Figure) -> str:
+    both = "" if figure.all.difference is None else " before and after"
+    return f"{figure.title}: {value_words(figure.all.after.value, figure.unit)}{both}."
+
+
 def _interval(figure: Figure, values: Values) -> str:
     is_change = values.difference is not None
     words = interval_words(values.difference or values.after, figure.unit, signed=is_change)
@@ -87,10 +95,7 @@ def _interval(figure: Figure, values: Values) -> str:
 
 
 def _distance(figure: Figure) -> str:
-    return (
-        f"{figure.title}: {value_words(figure.all.after.value, figure.unit)} nats per answer"
-        f"{_interval(figure, figure.all)}."
-    )
+    return f"{figure.title}: {value_words(figure.all.after.value, figure.unit)} nats{_interval(figure, figure.all)}."
 
 
 def _like_lengths(figure: Figure) -> Iterator[str]:

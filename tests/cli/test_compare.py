@@ -128,7 +128,7 @@ def test_eval_agrees_with_compare(
     assert {name: expected[name] for name in found["figures"]} == found["figures"]
     assert main(["eval", str(place / "other"), *words(place)]) == 0
     alone = capsys.readouterr().out
-    assert "Log-probability, chosen" in alone
+    assert "Chosen log-prob" in alone
     assert "implicit reward" not in alone
 
 

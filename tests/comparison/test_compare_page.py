@@ -103,6 +103,7 @@ def document(text: str = "It is Dublin, a city by the sea.") -> CompareDocument:
             worse=[f"The chosen answer of {text} became less probable: −6.71 nats."],
             changed=["Answers are longer: 55.9 instead of 41.2 tokens."],
             unclear=["Win rate: 56.0 %, but 48.0 to 64.0 contains 50 %."],
+            unchanged=["Answers cut off: 0.0 % before and after."],
         ),
         calibration=[
             CalibrationBin(low=0.5, high=0.6, num_rows=80, confidence=0.55, accuracy=Estimate(0.58, 0.47, 0.69)),

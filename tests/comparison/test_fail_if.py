@@ -12,7 +12,7 @@ ALL = ["--pairs", "--prompts", "--facts", "a judge"]
 
 COMPARISON = Comparison(
     after=ComparedModel(name="after", path="after", digest=""),
-    verdict=Verdict(better=(), worse=(), changed=(), unclear=()),
+    verdict=Verdict(better=(), worse=(), changed=(), unclear=(), unchanged=()),
     figures={
         "facts.accuracy": Figure(
             name="facts.accuracy",

@@ -185,8 +185,19 @@ def test_the_verdict_follows_the_numbers() -> None:
     rows = pairs(before.tolist(), after.tolist(), [[5, 4]] * num)
     verdict = verdict_of(pair_figures(rows, beta=0.1), [])
     assert any(line.startswith("Accuracy of the implicit reward: 100.0 %") for line in verdict.better)
-    assert any(line.startswith("Log-probability, chosen: from") for line in verdict.better)
+    assert any(line.startswith("Chosen log-prob: from") for line in verdict.better)
     assert any("lengths alone" in line for line in verdict.unclear)  # longer is always chosen here
     same = verdict_of(pair_figures(rows._replace(after=rows.before), beta=0.1), [])
-    assert not any((same.better, same.worse, same.changed))
-    assert same.unclear == ["No figure differs between the two models."]
+    assert not any((same.better, same.worse, same.changed, same.unclear))
+    assert same.unchanged == ["No figure differs between the two models."]
+
+
+def test_equal_rows_are_unchanged_and_others_are_told() -> None:
+    before = np.random.default_rng(0).normal(-20, 3, (40, 2))
+    after = before + np.array([0.0, -2.0])
+    figures = by_name(pair_figures(pairs(before.tolist(), after.tolist(), [[5, 4]] * 40), beta=0.1))
+    assert figures["logps.chosen"].finding == "unchanged"
+    verdict = verdict_of(figures.values(), [])
+    assert any(line.startswith("Chosen log-prob:") and "before and after" in line for line in verdict.unchanged)
+    assert any(line.startswith("Rejected log-prob: from") for line in verdict.changed)
+    assert not any("Chosen log-prob" in line for line in verdict.unclear)

@@ -87,7 +87,7 @@ def test_everything_is_counted(gen: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_margins_are_the_differences_of_the_scores_as_written(tmp_path: Path) -> None:
     write_gen(tmp_path / "gen", {"a?": ("one", "two"), "b?": ("three", "four"), "c?": ("five", "six")})
-    write_gen_scores(tmp_path / "gen", (2.1884, 0.3, 0.3, 0.2, 0.3, 0.1))
+    write_gen_scores(tmp_path / "gen", (1.9884, 0.1, 0.3, 0.2, 0.3, 0.1))
     rows, report = pair(tmp_path / "gen", "--min_margin=0.1")
     assert [row["margin"] for row in rows] == [1.8884, 0.1, 0.2]  # in binary fractions 1.8883999999999999 and 0.0999..
     assert report["margin"] == {"smallest": 0.1, "median": 0.2, "largest": 1.8884}

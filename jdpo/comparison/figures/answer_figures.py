@@ -70,7 +70,7 @@ def answer_figures(pairs: Sequence[AnswerPair]) -> Iterator[Figure]:
     for of_answer in shares.values():
         totals.update(of_answer)
     for script, _ in totals.most_common(MOST_SCRIPTS):
-        title, name = f"Letters of the script {script}", f"answers.script.{script}"
+        title, name = f"Letters of script {script}", f"answers.script.{script}"
         found = {key: of_answer.get(script, 0.0) for key, of_answer in shares.items()}
         yield _figure(name, title, "share", "neither", pairs, partial(_looked_up, found))
 

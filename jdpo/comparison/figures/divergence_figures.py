@@ -83,7 +83,10 @@ def _answer_rows(loaded: LoadedModel, answers: AnswerFolder) -> Iterator[tuple[t
 
 
 def divergence_figures(distances: Distances) -> Iterator[Figure]:
-    """Yields exact divergences: per answer, and per token on the answers of either model."""
+    """Yields exact divergences: per answer, and per token on the answers of either model.
+
+    A title that names no answers is about those of the first model in KL(first || second).
+    """
     if not distances.on_after:
         return
     forward, reverse = "KL(after || before)", "KL(before || after)"
@@ -93,8 +96,8 @@ def divergence_figures(distances: Distances) -> Iterator[Figure]:
         ("kl_per_token", f"{forward} per token", "after", True, True),
         ("kl_reverse", f"{reverse} per answer", "before", False, False),
         ("kl_reverse_per_token", f"{reverse} per token", "before", False, True),
-        ("kl_per_token.on_before", f"{forward} per token", "before", True, True),
-        ("kl_reverse_per_token.on_after", f"{reverse} per token", "after", False, True),
+        ("kl_per_token.on_before", f"{forward} per token, on answers before", "before", True, True),
+        ("kl_reverse_per_token.on_after", f"{reverse} per token, on answers after", "after", False, True),
     ):
         of = sources[source]
         sums = np.array([(one.forward if is_forward else one.backward).sum(dtype=np.float64) for one in of.values()])
@@ -103,7 +106,7 @@ def divergence_figures(distances: Distances) -> Iterator[Figure]:
         estimate = mean_of(sums / tokens, prompts, tokens)
         yield Figure(
             name=name,
-            title=f"{title}, on answers {source}",
+            title=title,
             section="divergence",
             unit="nats/token" if per_token else "nats",
             better="neither",

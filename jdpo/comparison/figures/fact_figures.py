@@ -140,7 +140,7 @@ def fact_figures(facts: Sequence[Fact], before: np.ndarray, after: np.ndarray) -
     )
     yield Figure(
         name="facts.accuracy",
-        title="Right answers with a probability above one half",
+        title="Right answer above one half",
         section="facts",
         unit="share",
         better="up",
@@ -148,7 +148,7 @@ def fact_figures(facts: Sequence[Fact], before: np.ndarray, after: np.ndarray) -
     )
     yield Figure(
         name="facts.fell",
-        title=f"Facts whose right answer lost more than {FELL}",
+        title=f"Facts that lost more than {FELL}",
         section="facts",
         unit="share",
         better="down",

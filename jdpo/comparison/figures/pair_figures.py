@@ -221,27 +221,24 @@ def _overconfidence(rows: PairRows, beta: float) -> Values:
     return _about_both(mean_of(confidence - right, rows.prompts), rows)
 
 
-_LIKELIER = "Pairs whose chosen answer is likelier"
-_ECE = "Expected calibration error of sigmoid(margin)"
-
 _MEASURES = (
     _Measure("accuracy", "Accuracy of the implicit reward", "share", "up", _accuracy, 0.5),
     _Measure("accuracy.length_only", "Accuracy of a rule on lengths", "share", "neither", _length_only, None),
     _Measure("accuracy.over_length", "Accuracy above that rule", "points", "up", _over_length, None),
-    _Measure("accuracy.logps", _LIKELIER, "share", "up", _likelier(False)),
-    _Measure("accuracy.logps_per_token", f"{_LIKELIER} per token", "share", "up", _likelier(True)),
+    _Measure("accuracy.logps", "Chosen likelier than rejected", "share", "up", _likelier(False)),
+    _Measure("accuracy.logps_per_token", "Chosen likelier per token", "share", "up", _likelier(True)),
     _Measure("margin", "Margin of the implicit reward", "reward", "up", _margin),
-    _Measure("logps.chosen", "Log-probability, chosen", "nats", "up", _logps(CHOSEN, False)),
-    _Measure("logps.rejected", "Log-probability, rejected", "nats", "neither", _logps(REJECTED, False)),
-    _Measure("logps_per_token.chosen", "Log-probability per token, chosen", "nats/token", "up", _logps(CHOSEN, True)),
+    _Measure("logps.chosen", "Chosen log-prob", "nats", "up", _logps(CHOSEN, False)),
+    _Measure("logps.rejected", "Rejected log-prob", "nats", "neither", _logps(REJECTED, False)),
+    _Measure("logps_per_token.chosen", "Chosen log-prob per token", "nats/token", "up", _logps(CHOSEN, True)),
     _Measure(
         "logps_per_token.rejected",
-        "Log-probability per token, rejected",
+        "Rejected log-prob per token",
         "nats/token",
         "neither",
         _logps(REJECTED, True),
     ),
-    _Measure("chosen_fell", "Chosen answers that became less likely", "share", "down", _chosen_fell, None),
-    _Measure("calibration.error", _ECE, "share", "down", _calibration_error, None),
-    _Measure("calibration.overconfidence", "Mean confidence above accuracy", "points", "neither", _overconfidence),
+    _Measure("chosen_fell", "Chosen became less likely", "share", "down", _chosen_fell, None),
+    _Measure("calibration.error", "Expected calibration error", "share", "down", _calibration_error, None),
+    _Measure("calibration.overconfidence", "Confidence above accuracy", "points", "neither", _overconfidence),
 )

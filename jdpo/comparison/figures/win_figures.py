@@ -65,9 +65,7 @@ def win_rates(outcomes: Sequence[Won]) -> WinRates:
     if shown:
         prompts = np.array([prompt for prompt, _ in shown])
         share = share_of(np.array([first for _, first in shown], float), prompts)
-        figures.append(
-            _figure("win_rate.first_shown", "Verdicts for the answer shown first", "neither", share, prompts)
-        )
+        figures.append(_figure("win_rate.first_shown", "Verdicts for the first shown", "neither", share, prompts))
     on_a_side = smaller_side(longer)
     if on_a_side < FEW_ON_A_SIDE:
         warnings.append(

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 from jdpo.config import Settings, command_of
 from jdpo.config.key_specs import REQUIRED, KeySpec, as_yaml, key_specs
 from jdpo.config.reading import unreadable
+from jdpo.words import did_you_mean
 
 CONFIG_USAGE = "[CONFIG.yaml] [--KEY VALUE | --KEY=VALUE | KEY=VALUE ...]"
 
@@ -58,10 +59,11 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        """Raises what argparse found, with the command that has an option which this one lacks."""
-        named = re.search(r"--([\w-]+)", message.partition("unrecognized arguments:")[2])
+        """Raises what argparse found, with the nearest option, or the command that has an option which this lacks."""
+        named = re.search(r"--([\w.-]+)", message.partition("unrecognized arguments:")[2])
         elsewhere = command_of(named[1].replace("-", "_")) if named else ""
-        raise ValueError(f"{message}; {elsewhere or f'`{self.prog} --help` lists the options'}")
+        near = did_you_mean(f"--{named[1]}", self._option_string_actions, cutoff=0.75) if named else ""
+        raise ValueError(f"{message}; {elsewhere or near or f'`{self.prog} --help` lists the options'}")
 
 
 class _Override(argparse.Action):
@@ -92,6 +94,15 @@ def spellings(name: str) -> tuple[str, ...]:
     ('--max_new_tokens', '--max-new-tokens')
     """
     return tuple(dict.fromkeys((name, name.replace("_", "-"))))
+
+
+def folder_to_write(word: str) -> str:
+    """Reads the value of --output_dir; a file of that name would be found only after hours of work."""
+    if not word.strip():
+        raise argparse.ArgumentTypeError("it is empty; is a variable of the shell not set?")
+    if Path(word).is_file():
+        raise argparse.ArgumentTypeError(f"{word} is a file; expected a folder")
+    return word
 
 
 def add_config(parser: argparse.ArgumentParser, options: Any) -> None:

@@ -189,7 +189,7 @@ def _read_rows(folder: Path, kind: str, name: str, digest: str) -> tuple[list[di
 
 
 def _others(folder: Path, kind: str, name: str) -> str:
-    names = names_of(folder, kind)
+    names = [other for other in names_of(folder, kind) if other != name]
     hint = did_you_mean(name, names)
     there = f"{kind} there: {listed(names, 10)}" if names else f"there are no {kind} in {folder}"
     return f"{there}{f'; {hint}' if hint else ''}; `jdpo score {folder} --by SCORER --name {name}` writes it"

@@ -87,7 +87,7 @@ def parse_by(text: str) -> By:
         hint = did_you_mean(name, KINDS)
         known = ", ".join(f"{key}:{kind.argument}" if kind.argument else key for key, kind in KINDS.items())
         raise ValueError(
-            f"--by {terminal(public_text(text))}: no such scorer{f'; {hint}' if hint else ''} The scorers are: {known}"
+            f"--by {terminal(public_text(text))}: no such scorer; {f'{hint} ' if hint else ''}the scorers are {known}"
         )
     wanted = KINDS[name].argument
     if wanted and not argument:

@@ -142,10 +142,12 @@ def test_eval_agrees_with_compare(
         (["a", "b", "--pairs", "p.jsonl", "--rubric", "r.md"], "--judge"),
         (["a", "b", "--pairs", "p.jsonl", "--judge", "http://x/v1", "--reward", "m"], "not allowed with"),
         (["a", "b", "--pairs", "p.jsonl", "--beta", "0"], "above 0"),
+        (["a", "b", "--pairs", "p.jsonl", "--output_dir", __file__], "is a file"),
+        (["a", "b", "--pairs", "p.jsonl", "--fale_if", "kl > 1"], "'--fail_if'"),
     ],
 )
 def test_wrong_commands_are_refused_before_a_model_is_loaded(more: list[str], message: str, capsys: Capture) -> None:
-    assert main(["compare", *more, "--output_dir", "cmp"]) == 2
+    assert main(["compare", "--output_dir", "cmp", *more]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -168,6 +170,20 @@ def test_prompts_that_no_model_can_answer_are_counted(place: Path, toy_model: Pa
     document = document_of(tmp_path / "cmp")
     assert "kl" not in document["comparisons"][0]["figures"]
     assert any("1 of 1 answers are missing" in line and "positions" in line for line in document["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("by", "message"),
+    [("exact:color", "no column"), ("rule:no_such_module:f", "no module"), ("reward:{toy}", "not a reward model")],
+)
+def test_what_cannot_judge_is_found_before_there_are_answers(
+    place: Path, toy_model: Path, tmp_path: Path, capsys: Capture, by: str, message: str
+) -> None:
+    more = ["--prompts", str(place / "prompts.jsonl"), "--by", by.format(toy=toy_model)]
+    output_dir = tmp_path / "cmp"
+    assert main(["compare", str(toy_model), str(toy_model), *words(place, *more), "--output_dir", str(output_dir)]) == 2
+    assert message in capsys.readouterr().err
+    assert not output_dir.exists()
 
 
 def test_a_cluster_is_refused(monkeypatch: pytest.MonkeyPatch, place: Path, capsys: Capture) -> None:

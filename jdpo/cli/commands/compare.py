@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jdpo.cli.failures import leaving_on_signals
-from jdpo.cli.parsing import Parser, add_help, spellings
+from jdpo.cli.parsing import Parser, add_help, folder_to_write, spellings
 from jdpo.safe_text import terminal, terminal_lines
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def parser() -> Parser:
         "output_dir of a run, or checkpoints/STEP of one. The model before is the reference of the implicit reward.",
     )
     options.add_argument(
-        *spellings("--output_dir"), required=True, type=_text, metavar="CMP", help="The folder to write."
+        *spellings("--output_dir"), required=True, type=folder_to_write, metavar="CMP", help="The folder to write."
     )
     add_material(options)
     options.add_argument(
@@ -205,15 +205,19 @@ def _conditions(asked: argparse.Namespace) -> list[Condition]:
 
 def _settings(asked: argparse.Namespace) -> CompareSettings:
     from jdpo.comparison.comparison_run import CompareSettings
+    from jdpo.comparison.judging import check_scorer
 
     by, options = _by(asked)
     if by is not None and not asked.prompts:
         raise ValueError("a win rate needs answers: give --prompts as well")
     check_models(asked.models)
+    material = _material(asked)
+    if by is not None and material.prompts is not None:
+        check_scorer(by, options, material.prompts.questions)
     return CompareSettings(
         before=asked.models[0],
         afters=asked.models[1:],
-        material=_material(asked),
+        material=material,
         output_dir=Path(asked.output_dir),
         betas=[beta_for(model, asked.beta) for model in asked.models[1:]],
         by=by,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jdpo.cli.failures import leaving_on_signals
-from jdpo.cli.parsing import Parser, add_help, spellings
+from jdpo.cli.parsing import Parser, add_help, folder_to_write, spellings
 from jdpo.cli.server_options import add_server_options, asks_a_server, server_source
 from jdpo.safe_text import terminal, terminal_lines
 from jdpo.words import figure
@@ -55,7 +55,7 @@ def parser() -> Parser:
         "answers in it are not used. A repeated prompt is asked once.",
     )
     options.add_argument(
-        *spellings("--output_dir"), required=True, type=_text, metavar="GEN", help="The folder to write."
+        *spellings("--output_dir"), required=True, type=folder_to_write, metavar="GEN", help="The folder to write."
     )
     _add_sampling(parser.add_argument_group("Sampling"))
     _add_prompts(parser.add_argument_group("Prompts"))

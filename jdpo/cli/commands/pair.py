@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from jdpo.cli.parsing import Parser, add_help, spellings
 from jdpo.safe_text import terminal
+from jdpo.words import figure
 
 if TYPE_CHECKING:
     from jdpo.pairing.answers_read import Material
@@ -132,7 +133,7 @@ def main(command: str, words: Sequence[str]) -> int:
     console.print(table_of(report))
     for line in notes_of(report):
         console.print(terminal(line))
-    console.print(terminal(f"done: {report['pairs']['kept']:,} pairs in {output}"))
+    console.print(terminal(f"done: {figure(report['pairs']['kept'], 'pair')} in {output}"))
     return 0
 
 

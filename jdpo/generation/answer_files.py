@@ -176,8 +176,15 @@ def write_shard(
         listing.unlink(missing_ok=True)
     path = folder / shard_name(number)
     write_durably(path, _packed(_answer_line(answer, prompts[answer.prompt_id]) for answer in answers))
-    again = sum(one.again for one in missing)
-    return Shard(path.name, file_digest(path), len(prompts), len(answers), len(missing), again)
+    return Shard(
+        file=path.name,
+        sha256=file_digest(path),
+        questions=len(prompts),
+        answers=len(answers),
+        unanswered=len(missing),
+        again=sum(one.again for one in missing),
+        cut_off=sum(one.finish_reason == "length" for one in answers),
+    )
 
 
 def read_shard(folder: Path, shard: Shard) -> list[Answer]:

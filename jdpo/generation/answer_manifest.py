@@ -28,6 +28,7 @@ class Shard(NamedTuple):
       answers: number of answers in it.
       unanswered: number of answers that could not be made.
       again: number of those that asking again may make.
+      cut_off: number of answers that end at their largest number of tokens.
     """
 
     file: str
@@ -36,6 +37,7 @@ class Shard(NamedTuple):
     answers: int
     unanswered: int = 0
     again: int = 0
+    cut_off: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +88,7 @@ class Manifest:
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the content of manifest.json."""
-        # A shard without failures needs no counts of them.
+        # Of the counts of a shard, only those of its questions and answers are always there.
         shards = [
             {key: value for key, value in shard._asdict().items() if value or key == "answers"} for shard in self.shards
         ]

@@ -137,12 +137,10 @@ def _begun(folder: Path, planned: Manifest, prompts: Prompts, log: Callable[[str
     Raises:
       ValueError: the folder holds something else, or answers made in another way.
     """
-    for path in folder.glob(f"*{TEMPORARY}"):
-        path.unlink()  # of a write that was killed
     if not (folder / MANIFEST).exists():
-        # The prompts are written first, so a run that was killed in between has left them.
-        others = sorted(path.name for path in folder.iterdir() if path.name not in (_LOCK, PROMPTS))
-        if others:
+        # The prompts are written first, so a run that was killed in between has left them, or what it wrote of them.
+        own = (_LOCK, PROMPTS, PROMPTS + TEMPORARY, MANIFEST + TEMPORARY)
+        if others := sorted(path.name for path in folder.iterdir() if path.name not in own):
             raise ValueError(
                 f"{folder}: the folder is not empty and not one of answers (it holds {listed(others, 5)}); choose "
                 "another, or empty it"
@@ -157,6 +155,8 @@ def _begun(folder: Path, planned: Manifest, prompts: Prompts, log: Callable[[str
             f"{folder}: it holds answers that were made in another way:{lines}\nGive the same settings to continue, or "
             "another output_dir"
         )
+    for path in folder.glob(f"*{TEMPORARY}"):
+        path.unlink()  # of a write that was killed
     if not (folder / PROMPTS).is_file() or _changed_prompts(folder, prompts):
         log(f"{folder / PROMPTS} is missing or damaged; made again")
         write_questions(folder, prompts.questions)
@@ -203,6 +203,8 @@ class _Writing:
         size = max(1, manifest.answers_per_shard // manifest.num_samples)
         self.parts = [questions[start : start + size] for start in range(0, len(questions), size)]
         self.shards = {shard.file: shard for shard in manifest.shards}
+        # Why answers of each shard are missing; kept, since the lists of thousands of shards take long to read.
+        self.reasons: dict[int, Counter[str]] = {}
 
     def run(self) -> Manifest:
         """Writes the shards that are missing, and returns the manifest of the complete folder."""
@@ -212,6 +214,7 @@ class _Writing:
         if kept:
             self.log(f"{self.folder}: {len(kept):,} of {figure(len(self.parts), 'shard')} are there already")
         self.shards = {shard.file: shard for shard in kept.values()}
+        self.reasons = {number: _reasons(read_unanswered(self.folder, number)) for number in kept}
         todo = {number: questions for number in range(len(self.parts)) if (questions := self._todo(number, kept))}
         waiting = [question for questions in todo.values() for question in questions]
         for number, questions in todo.items():
@@ -221,7 +224,7 @@ class _Writing:
             fresh = self._checked(questions, self.source.answers(questions, self.num_samples, waiting))
             results = self._with_old(number, fresh) if number in kept else fresh
             shard = write_shard(self.folder, number, self.parts[number], results)
-            self.shards[shard.file] = shard
+            self.shards[shard.file], self.reasons[number] = shard, _reasons(results)
             self._write_manifest()
         return self._write_manifest()
 
@@ -284,19 +287,20 @@ class _Writing:
 
     def _write_manifest(self) -> Manifest:
         names = map(shard_name, range(len(self.parts)))
-        numbered = {number: self.shards[name] for number, name in enumerate(names) if name in self.shards}
-        missing = [
-            one
-            for number, shard in numbered.items()
-            if shard.unanswered
-            for one in read_unanswered(self.folder, number)
-        ]
+        shards = tuple(self.shards[name] for name in names if name in self.shards)
+        unanswered = Counter[str]()
+        for number in sorted(self.reasons):
+            unanswered.update(self.reasons[number])
         self.manifest = replace(
             self.manifest,
             about=self.manifest.about | self.source.describe().get("about", {}),
-            shards=tuple(numbered.values()),
-            unanswered=dict(Counter(one.reason for one in missing)),
-            complete=len(numbered) == len(self.parts),
+            shards=shards,
+            unanswered=dict(unanswered),
+            complete=len(shards) == len(self.parts),
         )
         write_manifest(self.folder, self.manifest)
         return self.manifest
+
+
+def _reasons(results: Sequence[Answer | Unanswered]) -> Counter[str]:
+    return Counter(one.reason for one in results if isinstance(one, Unanswered))

@@ -6,6 +6,7 @@ Every sampling draws with the same seeds, so that answers differ only by what wa
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -111,13 +112,15 @@ class AnswerSamples:
         question, ids = self._prompts[drawn.prompt]
         row = RowTexts(question.prompt, (), question.origin, question.tools, question.template_kwargs)
         tokens = drawn.tokens[:-1] if drawn.finish_reason == "stop" else drawn.tokens
+        logp = sum(drawn.logps)
         return {
             "step": step,
             "prompt_id": question.prompt_id,
             "prompt": question.prompt,
             "message": assistant(content_of(row, ids, tokens, self._setup.tokenizer)),
             "finish_reason": drawn.finish_reason,
-            "logp": round(sum(drawn.logps), 4),
+            # JSON has no NaN, which a run that diverges gives.
+            "logp": round(logp, 4) if math.isfinite(logp) else None,
         }
 
 

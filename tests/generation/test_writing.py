@@ -93,6 +93,24 @@ def test_an_interrupted_folder_ends_with_the_same_bytes(tmp_path: Path) -> None:
     assert not last.asked
 
 
+def test_a_kill_before_the_manifest_is_written(tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl.gz.tmp").write_bytes(b"half")
+    (tmp_path / "manifest.json.tmp").write_bytes(b"{")
+    written(tmp_path, Echo())
+    assert not [*tmp_path.glob("*.tmp")]
+
+
+def test_answers_that_are_cut_off_are_counted(tmp_path: Path) -> None:
+    class Cut(Echo):
+        def _one(self, question: Question, sample: int) -> Answer | Unanswered:
+            found = super()._one(question, sample)
+            return found._replace(finish_reason="length") if isinstance(found, Answer) and sample else found
+
+    written(tmp_path, Cut(), answers_per_shard=6)
+    assert [shard.cut_off for shard in read_answers(tmp_path).manifest.shards] == [4, 4]
+    assert json.loads((tmp_path / "manifest.json").read_text())["shards"][0]["cut_off"] == 4
+
+
 def test_a_damaged_shard_is_named_and_made_again(tmp_path: Path) -> None:
     written(tmp_path, Echo())
     before = content(tmp_path)
@@ -127,8 +145,10 @@ def test_other_settings_are_refused_by_name(tmp_path: Path, options: Any, settin
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "own.jsonl", [{}])
-    with pytest.raises(ValueError, match=r"not one of answers \(it holds own.jsonl"):
+    (tmp_path / "their.tmp").write_bytes(b"theirs")
+    with pytest.raises(ValueError, match=r"not one of answers \(it holds own.jsonl, their.tmp"):
         written(tmp_path, Echo())
+    assert (tmp_path / "their.tmp").exists()
     with pytest.raises(ValueError, match="expected a folder of answers"):
         read_answers(tmp_path)
     written(tmp_path / "gen", Echo())

@@ -281,10 +281,9 @@ def _refuse_clusters() -> None:
 
 def _report(folder: Path, manifest: Manifest, prompts: Prompts) -> int:
     """Logs what is in the folder; returns the exit code."""
-    from jdpo.generation.answer_files import read_answers, read_unanswered
+    from jdpo.generation.answer_files import read_unanswered
 
-    cut = sum(answer.finish_reason == "length" for answer in read_answers(folder).answers)
-    if cut:
+    if cut := sum(shard.cut_off for shard in manifest.shards):
         _log(f"{cut:,} of {figure(manifest.num_answers, 'answer')} are cut off")
     origins = {question.prompt_id: question.origin for question in prompts.questions}
     for reason, count in manifest.unanswered.items():

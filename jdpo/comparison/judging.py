@@ -22,15 +22,6 @@ BEFORE, AFTER = 0, 1
 Log = Callable[[str], None]
 
 
-def check_scorer(by: By, options: Mapping[str, Any], questions: Sequence[Question]) -> None:
-    """Makes a scorer once without answers, so that one that is not there is found before there are answers.
-
-    Raises:
-      ValueError, ConnectionError: the scorer cannot be made, or the judge's server does not respond.
-    """
-    make_scorer(by, cut(Asked(question, []) for question in questions), dict(options))
-
-
 def judge_pairs(
     pairs: Sequence[AnswerPair],
     questions: Mapping[str, Question],

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jdpo.config.addresses import public_text
+from jdpo.generation.values import Question
 from jdpo.safe_text import terminal
-from jdpo.scoring.protocol import Block, Scored, Scorer
+from jdpo.scoring.protocol import Asked, Block, Scored, Scorer, cut
 from jdpo.words import did_you_mean
 
 
@@ -126,6 +127,15 @@ def make_scorer(by: By, blocks: Sequence[Block], options: dict[str, Any]) -> Sco
     module, _, function = kind.maker.partition(":")
     scorer: Scorer = getattr(importlib.import_module(module), function)(by.argument, blocks, **options)
     return _Named(by, scorer)
+
+
+def check_scorer(by: By, questions: Sequence[Question], options: dict[str, Any]) -> None:
+    """Makes a scorer once without answers, so that one that is not there is found before there are answers.
+
+    Raises:
+      ValueError, ConnectionError: the scorer cannot be made, or the judge's server does not respond.
+    """
+    make_scorer(by, cut(Asked(question, []) for question in questions), options)
 
 
 class _Named(NamedTuple):

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jdpo.cli.main import main
-from jdpo.config import DatasetConfig
+from jdpo.config import DatasetConfig, to_yaml
 from jdpo.generation.prompts import make_question, read_prompts
 from jdpo.iteration.loop import planned_commands
 from jdpo.iteration.loop_settings import LoopSettings
@@ -203,3 +203,41 @@ def test_the_loop_stops(make_loop: Make, found: Compared | None, number: int, wh
 def test_help_of_a_key(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["iterate", "--help", "replay"]) == 0
     assert "earlier rounds" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"compare__by": "exact:color"}, "no column"),
+        ({"compare__by": "rule:no_such_module:f"}, "no module"),
+        ({"score__rubric": "r.md"}, "--rubric"),
+        ({"compare__facts": "missing.jsonl"}, "missing.jsonl"),
+        ({"output_dir": __file__}, "is a file"),
+    ],
+)
+def test_what_the_last_stage_needs_is_found_first(
+    make_loop: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], named: str
+) -> None:
+    config = tmp_path / "loop.yaml"
+    config.write_text(to_yaml(make_loop(**changes)))
+    assert main(["iterate", str(config), "--dry_run"]) == 2
+    assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [({}, "MODEL"), ({"model_name_or_path": "{toy}", "compare__by": "reward:{toy}"}, "reward model")],
+)
+def test_models_are_found_before_anything_runs(
+    make_loop: Make,
+    toy_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, str],
+    named: str,
+) -> None:
+    config = tmp_path / "loop.yaml"
+    config.write_text(to_yaml(make_loop(**{key: value.format(toy=toy_model) for key, value in changes.items()})))
+    assert main(["iterate", str(config)]) == 2
+    assert named in capsys.readouterr().err
+    assert not (tmp_path / "loop").exists()

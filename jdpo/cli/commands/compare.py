@@ -205,7 +205,7 @@ def _conditions(asked: argparse.Namespace) -> list[Condition]:
 
 def _settings(asked: argparse.Namespace) -> CompareSettings:
     from jdpo.comparison.comparison_run import CompareSettings
-    from jdpo.comparison.judging import check_scorer
+    from jdpo.scoring.scorers import check_scorer
 
     by, options = _by(asked)
     if by is not None and not asked.prompts:
@@ -213,7 +213,7 @@ def _settings(asked: argparse.Namespace) -> CompareSettings:
     check_models(asked.models)
     material = _material(asked)
     if by is not None and material.prompts is not None:
-        check_scorer(by, options, material.prompts.questions)
+        check_scorer(by, material.prompts.questions, options)
     return CompareSettings(
         before=asked.models[0],
         afters=asked.models[1:],

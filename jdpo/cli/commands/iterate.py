@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from jdpo.cli.commands.train import shown_error
 from jdpo.cli.key_help import key_help
@@ -52,22 +53,58 @@ def main(command: str, words: Sequence[str]) -> int:
         print(to_yaml(loop), end="")
         return 0
     from jdpo.iteration.loop import iterate, planned_commands
-    from jdpo.iteration.prompt_rounds import read_split
+    from jdpo.iteration.round_plan import LoopFolder
     from jdpo.iteration.stage_process import run_stage
 
     rounds = planned_commands(loop)
-    # A wrong key of the last stage is reported now, not after hours of the first.
+    # What is wrong in the last stage is reported now, not after hours of the first.
     for planned in rounds[-1]:
-        _check(planned.words)
+        _check_words(planned.words)
+    folder = Path(loop.output_dir)
+    if folder.is_file():
+        raise ValueError(f"output_dir {terminal(folder)} is a file; expected a folder")
+    if line.options.dry_run or not LoopFolder(folder).settings.is_file():
+        _check_files(loop, remote=not line.options.dry_run)
     if line.options.dry_run:
-        read_split(loop)
         for planned in [one for stages in rounds for one in stages]:
             print(terminal(planned))
         return 0
     return iterate(loop, lambda stage, lock: run_stage(stage.words, lock=lock), _log)
 
 
-def _check(words: Sequence[str]) -> None:
+def _check_files(loop: LoopSettings, *, remote: bool) -> None:
+    """Finds prompts, facts and scorers.
+
+    Args:
+      remote: also finds models, which may be on the hub, and the servers of judges.
+
+    Raises:
+      ValueError, ConnectionError: one of them does not exist, or cannot be read.
+    """
+    from jdpo.comparison.figures.fact_figures import read_facts
+    from jdpo.iteration.prompt_rounds import read_split
+    from jdpo.models.families import read_reward_config
+    from jdpo.models.weights.hub_models import resolve_folder
+    from jdpo.scoring.scorers import check_scorer, parse_by
+    from jdpo.training.opening import check_model
+
+    split = read_split(loop)
+    if loop.compare.facts is not None:
+        read_facts(loop.compare.facts)
+    if remote:
+        check_model(loop.model_name_or_path)
+    for group, questions in ((loop.score, split.rounds[0]), (loop.compare, split.held_out)):
+        by = parse_by(group.by)
+        given = {name: getattr(group, name, None) for name in ("rubric", "judge_model", "api_key_env", "comparisons")}
+        if by.kind == "reward":
+            # The scorer itself would take the devices, which the stages need.
+            if remote:
+                read_reward_config(resolve_folder(by.argument))
+        elif by.kind != "judge" or remote:
+            check_scorer(by, questions, {name: value for name, value in given.items() if value is not None})
+
+
+def _check_words(words: Sequence[str]) -> None:
     """Parses a command line as the command itself does.
 
     Raises:

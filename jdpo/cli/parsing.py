@@ -96,15 +96,6 @@ def spellings(name: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys((name, name.replace("_", "-"))))
 
 
-def folder_to_write(word: str) -> str:
-    """Reads the value of --output_dir; a file of that name would be found only after hours of work."""
-    if not word.strip():
-        raise argparse.ArgumentTypeError("it is empty; is a variable of the shell not set?")
-    if Path(word).is_file():
-        raise argparse.ArgumentTypeError(f"{word} is a file; expected a folder")
-    return word
-
-
 def add_config(parser: argparse.ArgumentParser, options: Any) -> None:
     """Adds the config file: the first argument, or --config."""
     parser.add_argument("file", nargs="?", metavar="CONFIG.yaml", help=argparse.SUPPRESS)

@@ -1,4 +1,4 @@
-"""The options of `jdpo generate` for answers from a server, and the source that they describe."""
+"""The options of commands that ask a server: for answers, with the source that they describe, and for judges."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jdpo.cli.option_types import count, first_given
 from jdpo.cli.parsing import spellings
 from jdpo.safe_text import terminal
 
@@ -61,6 +62,26 @@ def add_server_options(group: Any) -> None:
     )
 
 
+def add_judge_options(group: Any) -> None:
+    """Adds the options of a judge on a server."""
+    group.add_argument("--rubric", metavar="FILE", help="Text that tells the judge what makes an answer better.")
+    group.add_argument(*spellings("--judge_model"), metavar="NAME", help="The server's model, if it has several.")
+    group.add_argument(
+        *spellings("--api_key_env"),
+        metavar="NAME",
+        help="The environment variable that holds the API key (default: OPENAI_API_KEY).",
+    )
+    group.add_argument(
+        "--concurrency", type=count, metavar="N", help="Largest number of requests at a time (default: 32)."
+    )
+    group.add_argument(
+        "--timeout", type=float, metavar="SECONDS", help="Time after which a request has failed (default: 600)."
+    )
+    group.add_argument(
+        "--retries", type=int, metavar="N", help="How often a failed request is sent again (default: 5)."
+    )
+
+
 def asks_a_server(asked: argparse.Namespace, parser: argparse.ArgumentParser) -> bool:
     """Returns whether the options name a server; refuses options that would not be read.
 
@@ -70,7 +91,7 @@ def asks_a_server(asked: argparse.Namespace, parser: argparse.ArgumentParser) ->
     if asked.endpoint is None and asked.serve is None:
         if asked.model is None:
             raise ValueError("expected MODEL, the model to ask, or the address of a server with --endpoint")
-        if given := _given(asked, _OF_A_SERVER, parser):
+        if given := first_given(asked, _OF_A_SERVER, parser):
             raise ValueError(f"{given} is an option of --endpoint and --serve; give one of these, or leave it out")
         return False
     if asked.endpoint is not None and asked.serve is not None:
@@ -80,24 +101,16 @@ def asks_a_server(asked: argparse.Namespace, parser: argparse.ArgumentParser) ->
             f"MODEL ({terminal(asked.model)}) is asked in this process, and --endpoint names a server; leave MODEL "
             "out, and name the server's model with --endpoint_model"
         )
-    if asked.endpoint is not None and (given := _given(asked, ("serve_timeout",), parser)):
+    if asked.endpoint is not None and (given := first_given(asked, ("serve_timeout",), parser)):
         raise ValueError(f"{given} is an option of --serve; --endpoint starts no server")
     if asked.serve is not None and (asked.model is None or "{model}" not in asked.serve):
         raise ValueError(
             "--serve: expected MODEL, and {model} in the command where it goes, such as "
             "'vllm serve {model} --port {port}'"
         )
-    if given := _given(asked, _OF_A_PROCESS, parser):
+    if given := first_given(asked, _OF_A_PROCESS, parser):
         raise ValueError(f"{given} is read for a MODEL in this process; with a server, give it to the server")
     return True
-
-
-def _given(asked: argparse.Namespace, names: tuple[str, ...], parser: argparse.ArgumentParser) -> str:
-    """Returns the first of these options that was given, as it is written; empty if none was."""
-    for name in names:
-        if getattr(asked, name) != parser.get_default(name):
-            return f"--{name.replace('mesh_', 'mesh.')}"
-    return ""
 
 
 def server_source(

@@ -142,6 +142,8 @@ def test_eval_agrees_with_compare(
         (["a", "b", "--pairs", "p.jsonl", "--rubric", "r.md"], "--judge"),
         (["a", "b", "--pairs", "p.jsonl", "--judge", "http://x/v1", "--reward", "m"], "not allowed with"),
         (["a", "b", "--pairs", "p.jsonl", "--beta", "0"], "above 0"),
+        (["a", "b", "--facts", "f.jsonl", "--temperature", "0"], "--temperature is an option of --prompts"),
+        (["a", "b", "--prompts", "p.jsonl", "--max_length", "9"], "--max_length is an option of --pairs"),
         (["a", "b", "--pairs", "p.jsonl", "--output_dir", __file__], "is a file"),
         (["a", "b", "--pairs", "p.jsonl", "--fale_if", "kl > 1"], "'--fail_if'"),
     ],
@@ -191,7 +193,9 @@ def test_a_cluster_is_refused(monkeypatch: pytest.MonkeyPatch, place: Path, caps
     monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
     monkeypatch.setenv("JAX_PROCESS_ID", "0")
     assert main(["eval", str(place / "other"), *words(place)]) == 2
-    assert "one of 2" in capsys.readouterr().err
+    assert "jdpo eval runs in one process, and this one is one of 2" in capsys.readouterr().err
+    assert main(["chat", str(place / "other")]) == 2
+    assert "jdpo chat runs" in capsys.readouterr().err
 
 
 def test_facts_must_be_facts(tmp_path: Path, capsys: Capture) -> None:

@@ -124,7 +124,7 @@ def test_a_run_whose_attention_kernel_needs_another_device(run: Path, tmp_path: 
 
 def test_wrong_options_are_errors_like_all_others(capsys: Capture) -> None:
     shown = refusal(["run", "out", "--steps\x1b[31m", "3"], capsys)
-    assert shown == "jdpo: error: unrecognized arguments: --steps\\x1b[31m 3; `jdpo export --help` lists the options\n"
+    assert shown == "jdpo: error: unrecognized arguments: --steps\\x1b[31m 3; did you mean '--step'?\n"
 
 
 def test_a_folder_that_is_not_a_checkpoint_is_refused(run: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from jdpo.cli.commands.compare import add_model, opening
-from jdpo.cli.parsing import Parser, add_help, spellings
+from jdpo.cli.model_options import add_model, add_sampling, opening
+from jdpo.cli.parsing import Parser, add_help
 
 if TYPE_CHECKING:
     from jdpo.generation.chat.session import ChatSession
@@ -36,28 +36,7 @@ def parser() -> Parser:
         "checkpoints/STEP.",
     )
     options.add_argument("--system", metavar="TEXT", help="The system message; by default none.")
-    options.add_argument("--seed", type=int, default=0, metavar="N", help="Seed of the answers (default: 0).")
-    options.add_argument(
-        "--temperature",
-        type=float,
-        default=1.0,
-        metavar="X",
-        help="Divides the logits; 0 always takes the most probable token (default: 1).",
-    )
-    options.add_argument(
-        *spellings("--top_p"),
-        type=float,
-        default=1.0,
-        metavar="X",
-        help="Draw from the smallest set of most probable tokens with at least this probability in all (default: 1).",
-    )
-    options.add_argument(
-        *spellings("--max_new_tokens"),
-        type=int,
-        default=512,
-        metavar="N",
-        help="Maximum tokens of an answer (default: 512).",
-    )
+    add_sampling(options, max_new_tokens=512)
     add_model(parser.add_argument_group("Model"))
     return parser
 
@@ -81,7 +60,7 @@ def main(command: str, words: Sequence[str]) -> int:
     from jdpo.generation.chat.speaker import Speaker
 
     console = Console(highlight=False)
-    with opening(asked) as load:
+    with opening(command, asked.dtype, asked.chat_template) as load:
         with console.status("loading"):
             speakers = [Speaker(load(path)) for path in asked.model]
         session = ChatSession(speakers, ChatView(console, asked.model), sampling, system=asked.system)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jdpo.cli.failures import leaving_on_signals
-from jdpo.cli.parsing import Parser, add_help, folder_to_write, spellings
-from jdpo.safe_text import terminal, terminal_lines
+from jdpo.cli.model_options import add_model, add_sampling, check_models, log, opening
+from jdpo.cli.option_types import above_zero, count, first_given, folder_to_write, not_empty
+from jdpo.cli.parsing import Parser, add_help, spellings
+from jdpo.cli.server_options import add_judge_options
+from jdpo.safe_text import terminal
 
 if TYPE_CHECKING:
     from jdpo.comparison.comparison_run import CompareSettings
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from jdpo.comparison.measuring import Material
     from jdpo.scoring.scorers import By
 
+_OF_PROMPTS = ("n", "temperature", "top_p", "max_new_tokens", "seed", "num_prompts", "chat")
+_OF_PAIRS = ("beta", "max_length", "cache_dir")
 _JUDGE_OPTIONS = ("rubric", "judge_model", "api_key_env", "concurrency", "timeout", "retries")
 
 
@@ -38,7 +42,7 @@ def parser() -> Parser:
         "models",
         metavar="MODEL",
         nargs="+",
-        type=_text,
+        type=not_empty,
         help="The model before, then one or more models after: each a model folder or hub name, an adapter, the "
         "output_dir of a run, or checkpoints/STEP of one. The model before is the reference of the implicit reward.",
     )
@@ -49,7 +53,7 @@ def parser() -> Parser:
     options.add_argument(
         "--prompts",
         metavar="FILE",
-        type=_text,
+        type=not_empty,
         help="Prompts for both models to answer, in any schema that jdpo reads; of pairs, the prompts.",
     )
     options.add_argument(
@@ -73,73 +77,40 @@ def add_material(options: Any) -> None:
         nargs="+",
         default=[],
         metavar="FILE",
-        type=_text,
+        type=not_empty,
         help="Held-out preference pairs; each file or hub dataset has figures of its own.",
     )
     options.add_argument(
         "--facts",
         metavar="FILE",
-        type=_text,
+        type=not_empty,
         help="Rows of question (or prompt, or messages) and answer: the probability of right answers.",
     )
     options.add_argument(
         "--beta",
-        type=_above_zero,
+        type=above_zero,
         metavar="BETA",
         help="Beta of the implicit reward; by default that of the run that the model comes from, or 0.1.",
     )
     options.add_argument(
         *spellings("--max_length"),
-        type=_count,
+        type=count,
         metavar="N",
         help="Longest sequence of a pair in tokens; longer ones are cut (default: 2048, or the model's positions).",
     )
     options.add_argument(
         *spellings("--cache_dir"),
-        type=_text,
+        type=not_empty,
         metavar="DIR",
         help="Where tokenized pairs are kept, as in training (default: ~/.cache/jdpo).",
     )
 
 
-def add_model(group: Any) -> None:
-    """Adds the options of `jdpo eval` and `jdpo compare` on how models are run."""
-    group.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16"),
-        default="auto",
-        help="Dtype of weights and computation (default: auto, float32 on CPU, bfloat16 on TPU and GPU).",
-    )
-    group.add_argument(
-        *spellings("--chat_template"),
-        type=_text,
-        metavar="TEMPLATE",
-        help="Chat template for models without one: a Jinja file, or chatml.",
-    )
-
-
 def _add_sampling(group: Any) -> None:
-    group.add_argument("--n", type=_count, default=1, metavar="N", help="Answers to each prompt (default: 1).")
+    group.add_argument("--n", type=count, default=1, metavar="N", help="Answers to each prompt (default: 1).")
+    add_sampling(group, max_new_tokens=256)
     group.add_argument(
-        "--temperature", type=float, default=1.0, metavar="T", help="Divides the logits; 0 is greedy (default: 1)."
-    )
-    group.add_argument(
-        *spellings("--top_p"),
-        type=float,
-        default=1.0,
-        metavar="P",
-        help="Draw from the most probable tokens with this probability in all (default: 1).",
-    )
-    group.add_argument(
-        *spellings("--max_new_tokens"),
-        type=_count,
-        default=256,
-        metavar="N",
-        help="Largest number of tokens of an answer, which is cut off there (default: 256).",
-    )
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="Seed of the draws (default: 0).")
-    group.add_argument(
-        *spellings("--num_prompts"), type=_count, metavar="N", help="Ask the first N different prompts (default: all)."
+        *spellings("--num_prompts"), type=count, metavar="N", help="Ask the first N different prompts (default: all)."
     )
     group.add_argument("--chat", action="store_true", help="Make plain text prompts the user turn of a conversation.")
 
@@ -147,26 +118,26 @@ def _add_sampling(group: Any) -> None:
 def _add_judge(group: Any) -> None:
     which = group.add_mutually_exclusive_group()
     which.add_argument(
-        "--judge", metavar="URL", type=_text, help="Let a model on an OpenAI-compatible server judge, in both orders."
+        "--judge",
+        metavar="URL",
+        type=not_empty,
+        help="Let a model on an OpenAI-compatible server judge, in both orders.",
     )
-    which.add_argument("--reward", metavar="MODEL", type=_text, help="The answer with the larger reward wins.")
+    which.add_argument("--reward", metavar="MODEL", type=not_empty, help="The answer with the larger reward wins.")
     which.add_argument(
-        "--by", metavar="SCORER", type=_text, help="Any scorer of `jdpo score`, such as exact:COLUMN or rule:FUNCTION."
+        "--by",
+        metavar="SCORER",
+        type=not_empty,
+        help="Any scorer of `jdpo score`, such as exact:COLUMN or rule:FUNCTION.",
     )
-    group.add_argument("--rubric", metavar="FILE", help="Text that tells the judge what makes an answer better.")
-    group.add_argument(*spellings("--judge_model"), metavar="NAME", help="The server's model, if it has several.")
-    group.add_argument(
-        *spellings("--api_key_env"), metavar="NAME", help="Environment variable that holds the server's key."
-    )
-    group.add_argument("--concurrency", type=_count, metavar="N", help="Most requests at a time.")
-    group.add_argument("--timeout", type=float, metavar="SECONDS", help="Longest time for one reply.")
-    group.add_argument("--retries", type=int, metavar="N", help="How often a failed request is sent again.")
+    add_judge_options(group)
 
 
 def main(command: str, words: Sequence[str]) -> int:
     """Runs the command; returns its exit code, 1 if a condition of --fail_if holds."""
     assert command == "compare", command
-    asked = parser().parse_args(words)
+    options = parser()
+    asked = options.parse_args(words)
     if len(asked.models) < 2:
         raise ValueError("expected at least two models, BEFORE and AFTER; `jdpo eval MODEL` looks at one")
     from rich.console import Console
@@ -178,8 +149,12 @@ def main(command: str, words: Sequence[str]) -> int:
 
     # Everything that can be wrong in the command is found before a model is loaded.
     conditions = _conditions(asked)
+    check_material(asked, options)
     settings = _settings(asked)
-    with leaving_on_signals("the same command keeps the answers that are there"), opening(asked) as load:
+    with (
+        leaving_on_signals("the same command keeps the answers that are there"),
+        opening(command, asked.dtype, asked.chat_template) as load,
+    ):
         document = compare(settings, load, log)
     write_comparison(document, settings.output_dir, log)
     print_comparison(document, Console())
@@ -287,12 +262,16 @@ def _described(asked: argparse.Namespace, by: By | None) -> dict[str, Any]:
 # --- shared with `jdpo eval`
 
 
-def check_models(models: Sequence[str]) -> None:
-    """Finds all models before the first one is loaded."""
-    from jdpo.training.opening import check_model
+def check_material(asked: argparse.Namespace, options: Parser) -> None:
+    """Refuses options about prompts or pairs where there are none.
 
-    for model in models:
-        check_model(model)
+    Raises:
+      ValueError: naming the option.
+    """
+    for needed, names in (("prompts", _OF_PROMPTS), ("pairs", _OF_PAIRS)):
+        # `jdpo eval` has no prompts, and none of their options.
+        if not getattr(asked, needed, True) and (given := first_given(asked, names, options)):
+            raise ValueError(f"{given} is an option of --{needed}, which is not given")
 
 
 def beta_for(model: str, given: float | None) -> float:
@@ -307,64 +286,3 @@ def beta_for(model: str, given: float | None) -> float:
         return BETA
     log(f"beta: {found:g}, as in the run that {model} comes from")
     return found
-
-
-def opening(asked: argparse.Namespace) -> Any:
-    """Returns a context manager that gives the function which opens a model; compiled programs are kept."""
-    import contextlib
-    import os
-    from collections.abc import Iterator
-
-    from jdpo.config import MeshConfig
-    from jdpo.data.prepared.prepare import cache_folder
-    from jdpo.generation.loaded_model import LoadedModel
-    from jdpo.processes.detection import find_cluster
-    from jdpo.training.opening import load
-    from jdpo.training.setup.numerics import persistent_cache
-
-    cluster = find_cluster(os.environ)
-    if cluster is not None and cluster.num_processes > 1:
-        raise ValueError(
-            f"jdpo eval and jdpo compare run in one process, and this one is one of {cluster.num_processes} "
-            f"({cluster.source}). Start the command once, on one host, and set JAX_NUM_PROCESSES=1"
-        )
-
-    @contextlib.contextmanager
-    def opened() -> Iterator[Any]:
-        def opens(model: str) -> LoadedModel:
-            found = load(model, dtype=asked.dtype, mesh=MeshConfig(), chat_template=asked.chat_template)
-            log(f"model: {found.name}, {found.dtype}, on {found.mesh.size} device{'s' if found.mesh.size > 1 else ''}")
-            return found
-
-        with persistent_cache(cache_folder(None) / "programs"):
-            yield opens
-
-    return opened()
-
-
-def _text(word: str) -> str:
-    """Refuses an empty word, which as a path would be the current folder."""
-    if not word.strip():
-        raise argparse.ArgumentTypeError("it is empty; is a variable of the shell not set?")
-    return word
-
-
-def _above_zero(word: str) -> float:
-    try:
-        value = float(word)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, found {word!r}")
-    return value
-
-
-def _count(word: str) -> int:
-    if not word.isdecimal() or int(word) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of 1 or more, found {word!r}")
-    return int(word)
-
-
-def log(text: str) -> None:
-    """Writes a line to stderr, so that stdout has results alone."""
-    print(terminal_lines(text), file=sys.stderr, flush=True)

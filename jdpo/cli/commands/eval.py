@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from jdpo.cli.commands.compare import add_material, add_model, beta_for, check_models, log, opening
+from jdpo.cli.commands.compare import add_material, beta_for, check_material
+from jdpo.cli.model_options import add_model, check_models, log, opening
 from jdpo.cli.parsing import Parser, add_help
 from jdpo.safe_text import terminal, terminal_lines
 
@@ -38,9 +39,11 @@ def parser() -> Parser:
 def main(command: str, words: Sequence[str]) -> int:
     """Runs the command; returns its exit code."""
     assert command == "eval", command
-    asked = parser().parse_args(words)
+    options = parser()
+    asked = options.parse_args(words)
     if not asked.pairs and not asked.facts:
         raise ValueError("nothing to evaluate on: give --pairs or --facts")
+    check_material(asked, options)
     if asked.beta is not None and asked.reference is None:
         raise ValueError("--beta is that of the implicit reward, which needs a --reference")
     from rich.console import Console
@@ -60,7 +63,7 @@ def main(command: str, words: Sequence[str]) -> int:
     )
     check_models([asked.model] if asked.reference is None else [asked.reference, asked.model])
     beta = BETA if asked.reference is None else beta_for(asked.model, asked.beta)
-    with opening(asked) as load:
+    with opening(command, asked.dtype, asked.chat_template) as load:
         found = evaluate(asked.model, asked.reference, material, beta, load, log)
     if asked.json:
         print(json.dumps(found.as_json(), allow_nan=False))

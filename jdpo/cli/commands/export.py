@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from jdpo.cli.option_types import not_empty
 from jdpo.cli.parsing import Parser, add_help, spellings
 from jdpo.safe_text import terminal_lines
 
@@ -23,10 +24,10 @@ def parser() -> Parser:
     arguments = parser.add_argument_group("Arguments")
     options = add_help(parser, keys=False)
     arguments.add_argument(
-        "checkpoint", metavar="CHECKPOINT", type=_text, help="The output_dir of a run, or its checkpoints/STEP."
+        "checkpoint", metavar="CHECKPOINT", type=not_empty, help="The output_dir of a run, or its checkpoints/STEP."
     )
     arguments.add_argument(
-        "out", metavar="OUT", type=_text, help="The folder to write. An older export there is replaced."
+        "out", metavar="OUT", type=not_empty, help="The folder to write. An older export there is replaced."
     )
     options.add_argument("--step", type=int, metavar="N", help="The checkpoint to export; by default the newest.")
     options.add_argument(
@@ -49,7 +50,7 @@ def parser() -> Parser:
     options.add_argument(
         *spellings("--push_to_hub"),
         metavar="REPO",
-        type=_text,
+        type=not_empty,
         help="Also upload OUT to this model repository on the Hugging Face Hub, which is private.",
     )
     options.add_argument("--public", action="store_true", help="Make the repository of --push_to_hub public.")
@@ -88,13 +89,6 @@ def main(command: str, words: Sequence[str]) -> int:
         message = f"Step {checkpoint.step} of a jdpo run"
         _log(f"pushed to {push_folder(out, asked.push_to_hub, public=asked.public, message=message)}")
     return 0
-
-
-def _text(word: str) -> str:
-    """Refuses an empty word, which as a path would be the current folder."""
-    if not word.strip():
-        raise argparse.ArgumentTypeError("it is empty; is a variable of the shell not set?")
-    return word
 
 
 def _folder_here(text: str) -> Path:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jdpo.cli.failures import leaving_on_signals
-from jdpo.cli.parsing import Parser, add_help, folder_to_write, spellings
+from jdpo.cli.model_options import add_model, add_sampling, log, log_model, refuse_clusters
+from jdpo.cli.option_types import folder_to_write, not_empty
+from jdpo.cli.parsing import Parser, add_help, spellings
 from jdpo.cli.server_options import add_server_options, asks_a_server, server_source
-from jdpo.safe_text import terminal, terminal_lines
+from jdpo.safe_text import terminal
 from jdpo.words import figure
 
 if TYPE_CHECKING:
@@ -42,14 +43,14 @@ def parser() -> Parser:
         "model",
         metavar="MODEL",
         nargs="?",
-        type=_text,
+        type=not_empty,
         help="A Hugging Face model folder or hub name, a PEFT adapter, the output_dir of a run (the model of a "
         "finished run, otherwise its newest checkpoint), or checkpoints/STEP of one.",
     )
     options.add_argument(
         "--prompts",
         required=True,
-        type=_text,
+        type=not_empty,
         metavar="FILE",
         help="Prompts: a file, folder, URL or hub dataset with rows of any schema that jdpo reads, pairs included; "
         "answers in it are not used. A repeated prompt is asked once.",
@@ -73,51 +74,29 @@ def parser() -> Parser:
 
 def _add_sampling(group: Any) -> None:
     group.add_argument("--n", type=int, default=1, metavar="N", help="Answers to each prompt (default: 1).")
-    group.add_argument(
-        "--temperature",
-        type=float,
-        default=1.0,
-        metavar="T",
-        help="Divides the logits; 0 always takes the most probable token (default: 1).",
-    )
-    group.add_argument(
-        *spellings("--top_p"),
-        type=float,
-        default=1.0,
-        metavar="P",
-        help="Draw from the smallest set of most probable tokens with at least this probability in all (default: 1, "
-        "all tokens).",
-    )
+    add_sampling(group, max_new_tokens=1024)
     group.add_argument(
         *spellings("--top_k"),
         type=int,
         metavar="K",
         help="Draw from the K most probable tokens (default: from all).",
     )
-    group.add_argument(
-        *spellings("--max_new_tokens"),
-        type=int,
-        default=1024,
-        metavar="N",
-        help="Largest number of tokens of an answer, which is cut off there (default: 1024).",
-    )
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="Seed of the draws (default: 0).")
 
 
 def _add_prompts(group: Any) -> None:
     group.add_argument(
         "--split",
         default="train",
-        type=_text,
+        type=not_empty,
         help="Split of a hub dataset; for files a slice such as train[:100] (default: train).",
     )
-    group.add_argument("--name", type=_text, help="Configuration (subset) of a hub dataset.")
+    group.add_argument("--name", type=not_empty, help="Configuration (subset) of a hub dataset.")
     group.add_argument(
-        *spellings("--prompts_revision"), type=_text, metavar="REVISION", help="Hub revision of the prompts."
+        *spellings("--prompts_revision"), type=not_empty, metavar="REVISION", help="Hub revision of the prompts."
     )
     group.add_argument(
         *spellings("--column_map"),
-        type=_text,
+        type=not_empty,
         metavar="MAP",
         help="Names of columns, as YAML: from jdpo's to those of the file, such as '{prompt: query}'.",
     )
@@ -125,7 +104,10 @@ def _add_prompts(group: Any) -> None:
         *spellings("--num_prompts"), type=int, metavar="N", help="Ask the first N different prompts (default: all)."
     )
     group.add_argument(
-        "--system", type=_text, metavar="TEXT", help="System turn of conversations that have none, and of plain text."
+        "--system",
+        type=not_empty,
+        metavar="TEXT",
+        help="System turn of conversations that have none, and of plain text.",
     )
     group.add_argument(
         "--chat",
@@ -136,22 +118,11 @@ def _add_prompts(group: Any) -> None:
 
 
 def _add_model(group: Any) -> None:
-    group.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16"),
-        default="auto",
-        help="Dtype of weights and computation (default: auto, float32 on CPU, bfloat16 on TPU and GPU).",
-    )
-    group.add_argument("--revision", type=_text, help="Hub revision of the model.")
-    group.add_argument(
-        *spellings("--chat_template"),
-        type=_text,
-        metavar="TEMPLATE",
-        help="Chat template for a model without one: a Jinja file, or chatml.",
-    )
+    add_model(group)
+    group.add_argument("--revision", type=not_empty, help="Hub revision of the model.")
     group.add_argument(
         *spellings("--chat_template_kwargs"),
-        type=_text,
+        type=not_empty,
         metavar="MAP",
         help="Variables for the chat template, as YAML, such as '{enable_thinking: false}'.",
     )
@@ -197,8 +168,8 @@ def _generate(asked: argparse.Namespace, sampling: Sampling, folder: Path) -> tu
     check_counts(asked.n, asked.answers_per_shard)
     prompts = _read_prompts(asked)
     for line in prompts.lines():
-        _log(line)
-    pace = Pace(len(prompts.questions) * asked.n, _log)
+        log(line)
+    pace = Pace(len(prompts.questions) * asked.n, log)
     with _source(asked, sampling, prompts, pace) as source:
         manifest = write_answers(
             folder,
@@ -207,7 +178,7 @@ def _generate(asked: argparse.Namespace, sampling: Sampling, folder: Path) -> tu
             sampling=sampling,
             num_samples=asked.n,
             answers_per_shard=asked.answers_per_shard,
-            log=_log,
+            log=log,
             skipped=pace.skip,
         )
     return manifest, prompts
@@ -234,10 +205,10 @@ def _source(
     asked: argparse.Namespace, sampling: Sampling, prompts: Prompts, on_answer: Callable[[int], None]
 ) -> Iterator[AnswerSource]:
     """Opens the model or the server; while the block runs, compiled programs are kept for later runs."""
-    _refuse_clusters()
+    refuse_clusters("generate", "; or give each process a --split and an --output_dir of its own")
     kwargs = _mapping(asked.chat_template_kwargs, "--chat_template_kwargs")
     if asked.of_server:
-        with server_source(asked, sampling, kwargs, on_answer, _log) as source:
+        with server_source(asked, sampling, kwargs, on_answer, log) as source:
             yield source
         return
     from jdpo.config import MeshConfig
@@ -256,27 +227,15 @@ def _source(
             chat_template_kwargs=kwargs,
         )
         for note in model.tokenizer.notes:
-            _log(f"tokenizer: {note}")
-        _log(f"model: {model.name}, {model.dtype}, on {figure(model.mesh.size, 'device')}")
+            log(f"tokenizer: {note}")
+        log_model(model)
         plain = sum(isinstance(question.prompt, str) for question in prompts.questions)
         if plain and model.tokenizer.has_chat_template:
-            _log(
+            log(
                 f"note: {figure(plain, 'prompt')} in plain text: the chat template is not applied to them; --chat "
                 "makes each the user turn of a conversation"
             )
         yield ModelSource(model, sampling, on_answer)
-
-
-def _refuse_clusters() -> None:
-    from jdpo.processes.detection import find_cluster
-
-    found = find_cluster(os.environ)
-    if found is not None and found.num_processes > 1:
-        raise ValueError(
-            f"jdpo generate runs in one process, and this one is one of {found.num_processes} ({found.source}). Start "
-            "it once, on one host; or give each process a --split and an --output_dir of its own, and set "
-            "JAX_NUM_PROCESSES=1"
-        )
 
 
 def _report(folder: Path, manifest: Manifest, prompts: Prompts) -> int:
@@ -284,17 +243,17 @@ def _report(folder: Path, manifest: Manifest, prompts: Prompts) -> int:
     from jdpo.generation.answer_files import read_unanswered
 
     if cut := sum(shard.cut_off for shard in manifest.shards):
-        _log(f"{cut:,} of {figure(manifest.num_answers, 'answer')} are cut off")
+        log(f"{cut:,} of {figure(manifest.num_answers, 'answer')} are cut off")
     origins = {question.prompt_id: question.origin for question in prompts.questions}
     for reason, count in manifest.unanswered.items():
         missing = (one for number in range(len(manifest.shards)) for one in read_unanswered(folder, number))
         named = dict.fromkeys(origins[one.prompt_id] for one in missing if one.reason == reason)
         shown = ", ".join([*named][:_MOST_NAMED]) + (" ..." if len(named) > _MOST_NAMED else "")
-        _log(f"{figure(count, 'answer')} missing: {reason} ({figure(len(named), 'prompt')}: {shown})")
+        log(f"{figure(count, 'answer')} missing: {reason} ({figure(len(named), 'prompt')}: {shown})")
     print(f"done: {figure(manifest.num_answers, 'answer')} in {terminal(folder)}", flush=True)
     again = sum(shard.again for shard in manifest.shards)
     if again:
-        _log(f"the same command asks again for {figure(again, 'answer')} of these")
+        log(f"the same command asks again for {figure(again, 'answer')} of these")
     return 0 if manifest.num_answers and not again else 1
 
 
@@ -312,16 +271,3 @@ def _mapping(text: str | None, option: str) -> dict[str, Any] | None:
     if not isinstance(found, dict):
         raise ValueError(f"{option}: expected a mapping in YAML, such as '{{prompt: query}}', found {text!r}")
     return found
-
-
-def _text(word: str) -> str:
-    """Refuses an empty word, which as a path would be the current folder."""
-    if not word.strip():
-        raise argparse.ArgumentTypeError("it is empty; is a variable of the shell not set?")
-    return word
-
-
-def _log(text: str) -> None:
-    import sys
-
-    print(terminal_lines(text), file=sys.stderr, flush=True)

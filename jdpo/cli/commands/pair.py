@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jdpo.cli.option_types import not_empty
 from jdpo.cli.parsing import Parser, add_help, spellings
 from jdpo.safe_text import terminal
 from jdpo.words import figure
@@ -37,12 +37,12 @@ def parser() -> Parser:
     )
     arguments = parser.add_argument_group("Arguments")
     options = add_help(parser, keys=False)
-    arguments.add_argument("folders", metavar="GEN", nargs="+", type=_text, help="A folder of `jdpo generate`.")
+    arguments.add_argument("folders", metavar="GEN", nargs="+", type=not_empty, help="A folder of `jdpo generate`.")
     options.add_argument(
         "--output",
         required=True,
         metavar="PAIRS.jsonl",
-        type=_text,
+        type=not_empty,
         help="The file to write. An older one is replaced.",
     )
     options.add_argument(
@@ -147,10 +147,3 @@ def _ask(output: Path, material: Material, rules: PairRules, console: Any) -> di
         if not ask(material.groups, rules, choices, console, sys.stdin):
             console.print(terminal(f"stopped; the same command continues. Choices are in {path}"))
         return write_pairs(output, material, rules, choices.choice)
-
-
-def _text(word: str) -> str:
-    """Refuses an empty word, which as a path would be the current folder."""
-    if not word.strip():
-        raise argparse.ArgumentTypeError("it is empty; is a variable of the shell not set?")
-    return word

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jdpo.cli.option_types import count, not_empty
 from jdpo.cli.parsing import Parser, add_help, spellings
+from jdpo.cli.server_options import add_judge_options
 from jdpo.generation.answer_files import read_answers
 from jdpo.safe_text import terminal, terminal_lines
 from jdpo.scoring.protocol import cut, grouped
@@ -38,9 +39,9 @@ def parser() -> Parser:
     )
     arguments = parser.add_argument_group("Arguments")
     options = add_help(parser, keys=False)
-    arguments.add_argument("folder", metavar="GEN", type=_text, help="A folder of `jdpo generate`.")
+    arguments.add_argument("folder", metavar="GEN", type=not_empty, help="A folder of `jdpo generate`.")
     options.add_argument(
-        "--by", required=True, metavar="SCORER", type=_text, help="What scores the answers; see below."
+        "--by", required=True, metavar="SCORER", type=not_empty, help="What scores the answers; see below."
     )
     options.add_argument(
         "--name", metavar="NAME", help="Name of the files of scores; by default it follows from the scorer."
@@ -61,34 +62,27 @@ def _add_reward_options(group: Any) -> None:
     )
     group.add_argument(
         *spellings("--max_length"),
-        type=_count,
+        type=count,
         metavar="N",
         help="Most tokens of a conversation; a longer one has no score. By default the positions of the model.",
     )
     group.add_argument(
         *spellings("--max_tokens_per_device"),
-        type=_count,
+        type=count,
         metavar="N",
         help="Most tokens of a device's part of a batch (default: 8192).",
     )
 
 
 def _add_judge_options(group: Any) -> None:
-    group.add_argument("--rubric", metavar="FILE", help="Text that says what makes an answer better.")
-    group.add_argument(*spellings("--judge_model"), metavar="NAME", help="The server's model, if it has several.")
+    add_judge_options(group)
     group.add_argument(
         "--comparisons",
-        type=_count,
+        type=count,
         metavar="N",
         help="Most comparisons of answers to one prompt, each in both orders (default: 16).",
     )
     group.add_argument("--seed", type=int, metavar="N", help="Seed of the choice of comparisons (default: 0).")
-    group.add_argument(
-        *spellings("--api_key_env"), metavar="NAME", help="Environment variable that holds the server's key."
-    )
-    group.add_argument("--concurrency", type=_count, metavar="N", help="Most requests at a time.")
-    group.add_argument("--timeout", type=float, metavar="SECONDS", help="Longest time for one reply.")
-    group.add_argument("--retries", type=int, metavar="N", help="How often a failed request is sent again.")
 
 
 def main(command: str, words: Sequence[str]) -> int:
@@ -137,16 +131,3 @@ class _Progress:
 
 def _log(line: str) -> None:
     print(terminal_lines(line), file=sys.stderr, flush=True)
-
-
-def _text(word: str) -> str:
-    """Refuses an empty word, which as a path would be the current folder."""
-    if not word.strip():
-        raise argparse.ArgumentTypeError("it is empty; is a variable of the shell not set?")
-    return word
-
-
-def _count(word: str) -> int:
-    if not word.isdecimal() or int(word) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of 1 or more, found {word!r}")
-    return int(word)

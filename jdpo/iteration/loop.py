@@ -140,7 +140,9 @@ class _Loop:
         new = count_lines(place.pairs)
         state["replayed"] = 0
         if new and older:
-            state["replayed"] = write_replay(place.replay, place.pairs, older, self._loop.replay, self._loop.seed)
+            # Another seed in each round; with one seed the same pairs of the first round would be replayed in all.
+            seed = self._loop.seed + len(older)
+            state["replayed"] = write_replay(place.replay, place.pairs, older, self._loop.replay, seed)
         state["pairs"] = new + state["replayed"]
 
     def _begun(self, place: RoundFolder, number: int, model: str) -> dict[str, Any]:
@@ -182,13 +184,18 @@ def _prepare(folder: LoopFolder, loop: LoopSettings, split: Split) -> None:
                 f"{folder.path} holds a loop with another {', '.join(changed)}; use another output_dir, or delete that "
                 f"folder. Only {' and '.join(FREE)} may change, and rounds if prompts_per_round is set"
             )
+        _write_settings(folder, wanted)
         return
     ours = {folder.lock.name, folder.held_out.name}
     if others := sorted({path.name for path in folder.path.iterdir() if not path.name.endswith(".tmp")} - ours):
         raise ValueError(f"{folder.path} holds {', '.join(others[:3])} and is not a loop; use another output_dir")
     write_questions(folder.held_out, split.held_out)
     # Last: a start that is killed before is repeated from the beginning.
-    write_durably(folder.settings, json.dumps(wanted, indent=1, ensure_ascii=False) + "\n")
+    _write_settings(folder, wanted)
+
+
+def _write_settings(folder: LoopFolder, settings: dict[str, Any]) -> None:
+    write_durably(folder.settings, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
 
 
 def _described(split: Split, loop: LoopSettings) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -21,7 +22,7 @@ from jdpo.config.value_types import (
     required,
     settings,
 )
-from jdpo.scoring.scorers import parse_by
+from jdpo.scoring.scorers import By, parse_by
 
 SCORE_NAME = "loop"
 """Name of the scores that the loop pairs by."""
@@ -152,9 +153,17 @@ def check_judge(loop: LoopSettings) -> None:
     # One server may have several models.
     if scorer.kind == "judge" and loop.score.judge_model != loop.compare.judge_model:
         return
-    # Paths and addresses may end with a slash.
-    if scorer.text.rstrip("/") == judge.text.rstrip("/") and not loop.same_scorer:
+    if _same(scorer, judge) and not loop.same_scorer:
         raise ValueError(
             f"compare.by is the scorer that makes the pairs ({loop.score.by}), which favours its own choices; name "
             "another judge, or set same_scorer: true"
         )
+
+
+def _same(scorer: By, judge: By) -> bool:
+    """Returns whether two scorers are the same one, however their paths and addresses are written."""
+    if scorer.kind != judge.kind:
+        return False
+    if scorer.kind == "reward":
+        return Path(scorer.argument).expanduser().resolve() == Path(judge.argument).expanduser().resolve()
+    return scorer.argument.rstrip("/") == judge.argument.rstrip("/")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 from jdpo.generation.answer_files import read_answers
 from jdpo.generation.values import Answer, Question
@@ -16,7 +16,6 @@ from jdpo.scoring.score_files import ScoreFile, answers_digest, names_of, read_s
 from jdpo.words import listed
 
 LengthUnit = Literal["tokens", "words", "characters"]
-LENGTH_UNITS: tuple[LengthUnit, ...] = get_args(LengthUnit)
 
 
 class Source(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
@@ -56,7 +56,7 @@ def make_report(material: Material, rules: PairRules, selections: Iterable[tuple
     # A prompt of two folders is one prompt.
     prompt_ids = frozenset[str]().union(*(source.prompt_ids for source in material.sources))
     prompts["no answers"] = len(prompt_ids) - len(found)
-    report: dict[str, Any] = {
+    return {
         "format": FORMAT,
         # The limit in force: some strategies have one of their own.
         "rules": asdict(rules) | {"max_per_prompt": rules.most_pairs},
@@ -75,19 +75,14 @@ def make_report(material: Material, rules: PairRules, selections: Iterable[tuple
             "dropped": _sorted(answers),
         },
         "pairs": {"tried": tried, "kept": len(sides), "dropped": _sorted(pairs)},
-        "length": None,
-        "margin": None,
+        "length": {"unit": material.unit, **length_bias(*np.array(sides).T)} if sides else None,
+        "margin": _spread(margins) if margins else None,
     }
-    if sides:
-        lengths = np.array(sides)
-        report["length"] = {"unit": material.unit, **length_bias(lengths[:, 0], lengths[:, 1])}
-    if margins:
-        report["margin"] = {
-            "smallest": float(min(margins)),
-            "median": float(statistics.median(margins)),
-            "largest": float(max(margins)),
-        }
-    return report
+
+
+def _spread(margins: Sequence[Decimal]) -> dict[str, float]:
+    spread = {"smallest": min(margins), "median": statistics.median(margins), "largest": max(margins)}
+    return {name: float(value) for name, value in spread.items()}
 
 
 def _roles(selection: Selection) -> list[str]:
@@ -98,11 +93,13 @@ def _roles(selection: Selection) -> list[str]:
 
 
 def _why_none(selection: Selection) -> str:
-    """Returns why a prompt has no pair: the reason of its first comparison, or of most of its answers."""
+    """Returns why a prompt has no pair: its first comparison, a missing folder, or the reason of most answers."""
     if selection.dropped_pairs:
         return selection.dropped_pairs[0]
-    # Of reasons that are equally frequent, the first in the alphabet, so that a report repeats.
     counts = Counter(selection.dropped_answers.values())
+    if reasons.ONE_FOLDER in counts:
+        return reasons.ONE_FOLDER
+    # Of reasons that are equally frequent, the first in the alphabet, so that a report repeats.
     return min(counts, key=lambda reason: (-counts[reason], reason))
 
 

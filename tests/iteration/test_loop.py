@@ -87,6 +87,8 @@ def test_all_rounds(make_loop: Make) -> None:
     assert result["model"] == f"{out}/round-002/run/model"
     assert result["stopped"]["why"] == "rounds"
     assert [(found["pairs"], found["replayed"]) for found in result["rounds"]] == [(8, 0), (10, 2), (10, 2)]
+    replayed = [(out / f"round-00{number}" / "replay.jsonl").read_text() for number in (1, 2)]
+    assert replayed[0] != replayed[1], "each round draws its own"
     commands = (out / "round-001" / "commands.sh").read_text().splitlines()
     assert [line.split()[:2] for line in commands] == [
         ["jdpo", stage] for stage in ("generate", "score", "pair", "dpo", "compare")
@@ -161,6 +163,7 @@ def test_more_rounds_may_be_added(make_loop: Make) -> None:
     assert run(make_loop(rounds=1, prompts_per_round=6), Stages())[0] == 0
     run(make_loop(rounds=2, prompts_per_round=6), (stages := Stages()))
     assert stages.ran[0] == "1 generate"
+    assert json.loads((Path(make_loop().output_dir) / "settings.json").read_text())["rounds"] == 2
 
 
 def test_other_folders_and_running_loops_are_refused(make_loop: Make) -> None:

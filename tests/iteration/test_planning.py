@@ -152,6 +152,7 @@ def test_the_judge_sees_held_out_prompts_only(make_loop: Make) -> None:
         ({"compare__by": "lenth"}, r"^--by lenth: no such scorer; did you mean 'length'"),
         ({"score__by": "judge:http://localhost:1/v1/"}, "same_scorer"),
         ({"compare__by": "reward:rm", "score__by": "reward:rm"}, "same_scorer"),
+        ({"compare__by": "reward:./models/../rm", "score__by": "reward:rm/"}, "same_scorer"),
         ({"dpo": "{datasets: x}"}, "^dpo: the loop sets datasets"),
         ({"held_out": 0}, "held_out"),
         ({"roundz": 3}, "did you mean 'rounds'"),

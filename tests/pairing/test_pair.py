@@ -128,7 +128,7 @@ def test_scores_are_chosen_by_name(gen: Path, capsys: pytest.CaptureFixture[str]
         (["--strategy=human", "--min_margin=1"], "min_margin"),
         (["--dedupe=2"], "dedupe"),
         (["--score=qualty"], "did you mean 'quality'"),
-        (["--margin=1"], "jdpo pair --help"),
+        (["--margin=1"], "did you mean '--min_margin'"),
     ],
 )
 def test_bad_options_are_refused(gen: Path, capsys: pytest.CaptureFixture[str], words: list[str], named: str) -> None:
@@ -146,7 +146,7 @@ def test_a_file_that_somebody_else_has_written_stays(gen: Path, capsys: pytest.C
 
 
 def test_delta_matches_prompts_of_two_folders(tmp_path: Path) -> None:
-    write_gen(tmp_path / "strong", {"a?": ("good a", "better a"), "b?": ("good b", "same")})
+    write_gen(tmp_path / "strong", {"a?": ("good a", "good a"), "b?": ("good b", "same")})
     write_gen(tmp_path / "weak", {"b?": ("bad b", "same"), "c?": ("bad c", "worse c")})
     output = tmp_path / "pairs.jsonl"
     words = ["pair", str(tmp_path / "strong"), str(tmp_path / "weak"), "--strategy=delta", f"--output={output}"]
@@ -156,7 +156,8 @@ def test_delta_matches_prompts_of_two_folders(tmp_path: Path) -> None:
     assert "score_chosen" not in rows[0]
     report = json.loads((tmp_path / "pairs.report.json").read_text())
     assert_adds_up(report)
-    assert report["answers"]["dropped"] == {reasons.ONE_FOLDER: 4, reasons.SIDES_ALIKE: 2}
+    assert report["answers"]["dropped"] == {reasons.ONE_FOLDER: 3, reasons.SIDES_ALIKE: 2, reasons.SAME_TEXT: 1}
+    assert report["prompts"]["dropped"] == {reasons.ONE_FOLDER: 2}
 
 
 LONG = "Well, that is a most interesting question, and the answer to it is surely the city of"

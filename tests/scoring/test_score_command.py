@@ -47,6 +47,12 @@ def score(*words: object) -> int:
     return main(["score", *map(str, words)])
 
 
+def test_scores_of_which_all_are_missing_are_warned_of(gen: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (gen.parent / "my_rules.py").write_text("def nothing(prompt, answer, columns):\n    return None\n")
+    assert score(gen, "--by", "rule:my_rules:nothing") == 0
+    assert "no answer has a score" in capsys.readouterr().err
+
+
 def scores_of(path: Path) -> list[float | None]:
     return [json.loads(line)["score"] for line in path.read_text().splitlines()]
 

@@ -15,7 +15,7 @@ from jdpo.generation.answer_files import read_answers
 from jdpo.safe_text import terminal, terminal_lines
 from jdpo.scoring.protocol import cut, grouped
 from jdpo.scoring.score_blocks import score_answers
-from jdpo.scoring.score_files import SCORES, answers_digest, check_name
+from jdpo.scoring.score_files import SCORES, answers_digest, check_name, read_about
 from jdpo.scoring.score_summary import summary_lines
 from jdpo.scoring.scorers import KINDS, default_name, make_scorer, parse_by
 from jdpo.words import figure
@@ -103,6 +103,9 @@ def main(command: str, words: Sequence[str]) -> int:
     scorer = make_scorer(by, blocks, options)
     is_new = score_answers(folder, name, scorer, blocks, digest=digest, overwrite=asked.overwrite, progress=_Progress())
     print("\n".join(map(terminal, summary_lines(folder, name))))
+    about = read_about(folder, SCORES, name)
+    if about is not None and not about["num_scores"]:
+        _log("warning: no answer has a score; the table says why")
     path = folder / SCORES / f"{name}.jsonl"
     print(terminal(f"done: {path}" if is_new else f"these scores were there already: {path}"))
     return 0

@@ -17,7 +17,7 @@ from jdpo.comparison.compare_document import (
     Comparison,
     Figure,
 )
-from jdpo.comparison.figures.answer_figures import AnswerPair, answer_figures, text_of
+from jdpo.comparison.figures.answer_figures import AnswerPair, answer_figures
 from jdpo.comparison.figures.divergence_figures import Distances, distances_of, divergence_figures
 from jdpo.comparison.figures.fact_figures import compared_facts, fact_figures, facts_digest
 from jdpo.comparison.figures.fallen_pairs import fallen_pairs, text_of_turns
@@ -264,7 +264,7 @@ def _answer_lines(
             line |= {
                 f"{name}_tokens": None if answer.tokens is None else len(answer.tokens),
                 f"{name}_cut_off": answer.finish_reason == "length",
-                f"{name}_text": text_of(answer),
+                f"{name}_text": answer.text,
             }
             if (found := distances.get(key)) is not None:
                 line[f"kl_on_{name}"] = float(found.forward.sum(dtype=np.float64))
@@ -289,4 +289,4 @@ def _side_by_side(
 
 def _shown(answer: Answer) -> AnswerShown:
     num_tokens = None if answer.tokens is None else len(answer.tokens)
-    return AnswerShown(text=text_of(answer), num_tokens=num_tokens, finish_reason=answer.finish_reason)
+    return AnswerShown(text=answer.text, num_tokens=num_tokens, finish_reason=answer.finish_reason)

@@ -87,8 +87,9 @@ class Answer(NamedTuple):
 
     @property
     def text(self) -> str:
-        """The content of the message; empty if there is none, as in a message that only calls tools."""
-        return self.message.get("content") or ""
+        """The content of the message; empty if it is no text, as in a message that only calls tools."""
+        content = self.message.get("content")
+        return content if isinstance(content, str) else ""
 
 
 class Unanswered(NamedTuple):

@@ -11,7 +11,7 @@ from jdpo.generation.values import Answer, Question
 from jdpo.pairing.candidates import SCORED, Candidate, PairRules, Side
 from jdpo.pairing.similarity import words_of
 from jdpo.safe_text import terminal
-from jdpo.scoring.protocol import Asked, answer_text, grouped
+from jdpo.scoring.protocol import Asked, grouped
 from jdpo.scoring.score_files import ScoreFile, answers_digest, names_of, read_scores
 from jdpo.words import listed
 
@@ -122,7 +122,7 @@ def _unit(sources: Sequence[Source], unit: LengthUnit | None) -> LengthUnit:
 
 
 def _candidate(answer: Answer, side: Side, unit: LengthUnit, scores: ScoreFile | None) -> Candidate:
-    text = answer_text(answer)
+    text = answer.text
     if unit == "tokens":
         assert answer.tokens is not None
         length = len(answer.tokens)

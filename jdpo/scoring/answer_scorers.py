@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from jdpo.file_digests import file_digest
 from jdpo.generation.values import Answer, Question
 from jdpo.safe_text import terminal
-from jdpo.scoring.protocol import Block, Scored, answer_text
+from jdpo.scoring.protocol import Block, Scored
 from jdpo.scoring.score_files import Score
 from jdpo.types import Text
 from jdpo.words import did_you_mean, listed
@@ -82,7 +82,7 @@ def rule_scorer(argument: str, blocks: Sequence[Block]) -> AnswerScorer:
     def value(question: Question, answer: Answer) -> float | str:
         where = f"rule:{argument} on answer {answer.sample} to {question.origin}"
         try:
-            found: Any = rule(question.prompt, answer_text(answer), dict(question.columns or {}))
+            found: Any = rule(question.prompt, answer.text, dict(question.columns or {}))
         except Exception as error:
             raise ValueError(
                 f"{where}: it raised {type(error).__name__}: {terminal(error)}; return None for an answer that has no "
@@ -170,7 +170,7 @@ def exact_scorer(argument: str, blocks: Sequence[Block]) -> AnswerScorer:
                 f"{question.origin}: column {terminal(argument)}: expected a text, a number or a list of them, found "
                 f"{type(right).__name__}"
             )
-        return float(answer_text(answer).strip() in {str(one).strip() for one in accepted})
+        return float(answer.text.strip() in {str(one).strip() for one in accepted})
 
     return AnswerScorer({}, value)
 
@@ -200,6 +200,6 @@ def length_scorer(argument: str, blocks: Sequence[Block]) -> AnswerScorer:
     in_tokens = all(answer.tokens is not None for block in blocks for _, answers in block for answer in answers)
 
     def value(question: Question, answer: Answer) -> float:
-        return float(len(answer.tokens) if in_tokens and answer.tokens is not None else len(answer_text(answer)))
+        return float(len(answer.tokens) if in_tokens and answer.tokens is not None else len(answer.text))
 
     return AnswerScorer({"unit": "tokens" if in_tokens else "characters"}, value)

@@ -89,9 +89,3 @@ def cut(asked: Iterable[Asked], block_answers: int = BLOCK_ANSWERS) -> list[Bloc
         blocks[-1].append(one)
         size += len(one.answers)
     return [*blocks]
-
-
-def answer_text(answer: Answer) -> str:
-    """Returns the text of an answer; empty if it has none."""
-    content = answer.message.get("content")
-    return content if isinstance(content, str) else ""

@@ -33,7 +33,7 @@ from jdpo.models.transformer import Params, Transformer, abstract_params, logica
 from jdpo.models.weights.hub_models import resolve_folder
 from jdpo.models.weights.loading import check_tensors, load_params
 from jdpo.models.weights.safetensors_folder import tensor_entries
-from jdpo.scoring.protocol import Block, Scored, answer_text
+from jdpo.scoring.protocol import Block, Scored
 from jdpo.scoring.score_files import Score
 from jdpo.sharding.mesh import make_mesh
 from jdpo.sharding.rules import param_shardings
@@ -212,7 +212,7 @@ def tokenize(reward_model: RewardModel, answers: Sequence[tuple[Question, Answer
 
 def _text(reward_model: RewardModel, question: Question, answer: Answer) -> str | Dropped:
     if isinstance(question.prompt, str):
-        text = question.prompt + answer_text(answer)
+        text = question.prompt + answer.text
         return text if is_unicode(text) else Dropped(NOT_UNICODE, question.origin)
     # `template_kwargs` are for the template of the model that answers.
     row = RowTexts(question.prompt, ([answer.message],), question.origin, question.tools)

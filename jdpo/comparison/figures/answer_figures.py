@@ -26,20 +26,14 @@ class AnswerPair(NamedTuple):
     after: Answer
 
 
-def text_of(answer: Answer) -> str:
-    """Returns the text of an answer; empty if it has none, such as one that only calls a tool."""
-    content = answer.message.get("content")
-    return content if isinstance(content, str) else ""
-
-
 def length_of(answer: Answer) -> int:
     """Returns the tokens of an answer, or its characters if a server did not return tokens."""
-    return len(text_of(answer)) if answer.tokens is None else len(answer.tokens)
+    return len(answer.text) if answer.tokens is None else len(answer.tokens)
 
 
 def repetition(answer: Answer) -> float:
     """Returns the share of runs of four tokens (or words) that occurred before in the answer; 0 if there are none."""
-    items: Sequence[object] = text_of(answer).split() if answer.tokens is None else answer.tokens
+    items: Sequence[object] = answer.text.split() if answer.tokens is None else answer.tokens
     runs = [tuple(items[start : start + REPEATED_RUN]) for start in range(len(items) - REPEATED_RUN + 1)]
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
@@ -63,9 +57,9 @@ def answer_figures(pairs: Sequence[AnswerPair]) -> Iterator[Figure]:
     unit: Unit = "tokens" if counted else "characters"
     yield _figure("answers.length", "Length of an answer", unit, "neither", pairs, length_of)
     yield _share("answers.cut_off", "Answers cut off", "down", pairs, lambda answer: answer.finish_reason == "length")
-    yield _share("answers.empty", "Empty answers", "down", pairs, lambda answer: not text_of(answer).strip())
+    yield _share("answers.empty", "Empty answers", "down", pairs, lambda answer: not answer.text.strip())
     yield _figure("answers.repetition", "Repeated runs of four tokens", "share", "down", pairs, repetition)
-    shares = {id(answer): script_shares(text_of(answer)) for pair in pairs for answer in pair}
+    shares = {id(answer): script_shares(answer.text) for pair in pairs for answer in pair}
     totals = Counter[str]()
     for of_answer in shares.values():
         totals.update(of_answer)

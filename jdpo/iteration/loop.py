@@ -24,6 +24,8 @@ FORMAT = 1
 FREE = ("rounds", "max_kl")
 """Settings that may change when a loop continues."""
 
+_SHOWN = {"prompts_digest": "content of the prompts"}
+
 Run = Callable[[Command, int], int]
 """(command, file descriptor of the loop's lock) -> exit code."""
 
@@ -180,8 +182,9 @@ def _prepare(folder: LoopFolder, loop: LoopSettings, split: Split) -> None:
         found = read_json(folder.settings)
         changed = [name for name, value in wanted.items() if name not in FREE and found.get(name) != value]
         if changed:
+            names = [_SHOWN.get(name, name) for name in changed]
             raise ValueError(
-                f"{folder.path} holds a loop with another {', '.join(changed)}; use another output_dir, or delete that "
+                f"{folder.path} holds a loop with another {', '.join(names)}; use another output_dir, or delete that "
                 f"folder. Only {' and '.join(FREE)} may change, and rounds if prompts_per_round is set"
             )
         _write_settings(folder, wanted)

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from jdpo.config.value_types import (
     Float,
     Fraction,
+    Int,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -34,7 +35,7 @@ Share = Annotated[Float, Field(ge=0, lt=1)]
 class GenerateSettings(Settings):
     """Options of `jdpo generate`."""
 
-    n: PositiveInt = key(8, "Answers to each prompt.")
+    n: Annotated[Int, Field(ge=2)] = key(8, "Answers to each prompt; a pair takes two.")
     temperature: NonNegativeFloat = key(1.0, "Temperature of the draws.")
     top_p: Annotated[Float, Field(gt=0, le=1)] = key(1.0, "Draw from the most probable tokens of this total.")
     top_k: PositiveInt | None = key(None, "Draw from this many most probable tokens; null: from all.", example="50")

@@ -13,6 +13,7 @@ from jdpo.data.schemas.formats import Dropped
 from jdpo.data.schemas.prompt_rows import prompt_row
 from jdpo.data.schemas.schema_table import CANONICAL
 from jdpo.durable import write_durably
+from jdpo.generation.answer_files import questions_digest
 from jdpo.generation.prompts import make_question, read_prompts
 from jdpo.generation.values import Question
 from jdpo.iteration.loop_settings import LoopSettings
@@ -27,7 +28,7 @@ class Split(NamedTuple):
       held_out: questions that no round asks.
       unused: number of questions that are left over.
       removed: number of questions that are not asked because the held-out prompts or pairs have them, too.
-      digest: of all questions and their order, used or not.
+      digest: of all questions with their columns, and of their order, used or not.
     """
 
     rounds: list[list[Question]]
@@ -81,14 +82,15 @@ def split_prompts(
     size = loop.prompts_per_round or len(rest) // loop.rounds
     if size == 0 or size * loop.rounds > len(rest):
         fit = figure(len(rest) // (size or 1), "round")
+        removed = f", without the {len(ordered) - len(rest):,} that are held out," if len(rest) < len(ordered) else ""
         raise ValueError(
-            f"{loop.prompts} has {figure(len(rest), 'prompt')} to ask, which is too few for "
+            f"{loop.prompts} has {figure(len(rest), 'prompt')} to ask{removed or ','} which is too few for "
             f"{figure(loop.rounds, 'round')} of {size or 'at least 1'}: no prompt is asked in two rounds. It is enough "
             f"for {fit}; lower rounds or prompts_per_round, or add prompts"
         )
     rounds = [rest[start : start + size] for start in range(0, size * loop.rounds, size)]
-    known = " ".join(one.prompt_id for one in (*held_out, *rest))
-    digest = hashlib.sha256(known.encode()).hexdigest()
+    # With their columns, which scorers read.
+    digest = questions_digest([*held_out, *rest])
     return Split(rounds, list(held_out), len(rest) - size * loop.rounds, len(ordered) - len(rest), digest)
 
 

@@ -67,13 +67,15 @@ def read_material(
       unit: unit of lengths; None: tokens, or words if an answer of a server came without its tokens.
 
     Raises:
-      ValueError: a wrong number of folders, a folder or scores that cannot be read, a score for a strategy without
-        scores, or lengths in tokens where an answer has none.
+      ValueError: a wrong number of folders, folders without answers, a folder or scores that cannot be read, a score
+        for a strategy without scores, or lengths in tokens where an answer has none.
     """
     if len(folders) != (2 if rules.strategy == "delta" else 1):
         wanted = "two folders, the answers of the stronger model first" if rules.strategy == "delta" else "one folder"
         raise ValueError(f"strategy {rules.strategy} takes {wanted}; found {len(folders)}")
     sources = [_read_source(folder) for folder in folders]
+    if not any(source.asked for source in sources):
+        raise ValueError(f"{', '.join(map(str, folders))}: there are no answers to pair")
     scores = _scores(sources[0], score) if rules.strategy in SCORED else None
     if scores is None and score is not None:
         raise ValueError(f"strategy {rules.strategy} reads no scores; leave --score {terminal(score)} out")

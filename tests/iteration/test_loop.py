@@ -159,6 +159,13 @@ def test_another_loop_in_the_same_folder_is_refused(make_loop: Make, changes: di
         run(make_loop(**changes), Stages())
 
 
+def test_other_answers_in_the_prompts_are_noticed(make_loop: Make, prompts_file: Path) -> None:
+    run(make_loop(), Stages())
+    prompts_file.write_text(prompts_file.read_text().replace('"answer": "7"', '"answer": "8"'))
+    with pytest.raises(ValueError, match="content of the prompts"):
+        run(make_loop(), Stages())
+
+
 def test_more_rounds_may_be_added(make_loop: Make) -> None:
     assert run(make_loop(rounds=1, prompts_per_round=6), Stages())[0] == 0
     run(make_loop(rounds=2, prompts_per_round=6), (stages := Stages()))

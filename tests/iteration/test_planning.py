@@ -55,6 +55,11 @@ def test_too_few_prompts_are_refused(make_loop: Make, changes: dict[str, int]) -
         read_split(make_loop(**changes))
 
 
+def test_prompts_that_are_all_held_out_are_named(make_loop: Make, prompts_file: Path) -> None:
+    with pytest.raises(ValueError, match="without the 20 that are held out"):
+        read_split(make_loop(held_out_prompts=prompts_file))
+
+
 @given(st.integers(2, 60), st.integers(1, 5), st.integers(0, 9))
 def test_a_longer_file_keeps_most_places(count: int, rounds: int, seed: int) -> None:
     loop = LoopSettings(
@@ -158,6 +163,7 @@ def test_the_judge_sees_held_out_prompts_only(make_loop: Make) -> None:
         ({"roundz": 3}, "did you mean 'rounds'"),
         ({"pair__strategy": "human"}, "best_worst, best_random or adjacent"),
         ({"replay": 1}, "less than 1"),
+        ({"generate__n": 1}, "generate.n"),
     ],
 )
 def test_settings_are_checked(make_loop: Make, changes: dict[str, Any], named: str) -> None:

@@ -160,6 +160,12 @@ def test_delta_matches_prompts_of_two_folders(tmp_path: Path) -> None:
     assert report["prompts"]["dropped"] == {reasons.ONE_FOLDER: 2}
 
 
+def test_folders_without_answers_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_gen(tmp_path / "gen", {"Capital of Peru?": (None, None)})
+    assert main(["pair", str(tmp_path / "gen"), f"--output={tmp_path / 'pairs.jsonl'}"]) == 2
+    assert "no answers to pair" in capsys.readouterr().err
+
+
 LONG = "Well, that is a most interesting question, and the answer to it is surely the city of"
 
 

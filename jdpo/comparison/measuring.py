@@ -12,7 +12,7 @@ import numpy as np
 from jdpo.comparison.compare_document import ComparedModel
 from jdpo.comparison.figures.fact_figures import Fact, completion_rows
 from jdpo.comparison.figures.pair_figures import PairRows
-from jdpo.comparison.packed_values import completion_logps, pair_logps, precision
+from jdpo.comparison.packed_values import completion_logps, pair_logps
 from jdpo.config import DatasetConfig, public_text
 from jdpo.data.prepared.prepare import DROPPED, prepare_pairs
 from jdpo.data.schemas.formats import Dropped
@@ -23,6 +23,7 @@ from jdpo.generation.loaded_model import LoadedModel
 from jdpo.generation.prompts import Prompts
 from jdpo.generation.values import Sampling
 from jdpo.generation.writing import write_answers
+from jdpo.models.transformer import float32_products
 from jdpo.reports.progress import RowCounter
 from jdpo.types import completions_of
 from jdpo.words import figure
@@ -109,7 +110,7 @@ def measure(loaded: LoadedModel, path: str, material: Material, answers_folder: 
 
 def measure_model(loaded: LoadedModel, path: str, material: Material, log: Log) -> Measured:
     """Scores pairs and facts; arguments and errors as for `measure`."""
-    with precision(loaded):
+    with float32_products(loaded.model):
         pairs = measure_pairs(loaded, material, log) if material.pairs else None
         facts = _facts(loaded, material.facts, log)
     model = ComparedModel(name=public_text(loaded.name), path=public_text(path), digest=loaded.digest)

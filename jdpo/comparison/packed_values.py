@@ -5,7 +5,6 @@ Axes: b pairs, f completions, t tokens of a completion; r rows of a micro-batch,
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -45,12 +44,6 @@ class OnDevice(Protocol):
     def params(self) -> Any: ...
     @property
     def mesh(self) -> Mesh: ...
-
-
-def precision(loaded: OnDevice) -> contextlib.AbstractContextManager[Any]:
-    """Computes float32 models in float32; accelerators would multiply in fewer bits."""
-    is_float32 = jnp.dtype(loaded.model.compute_dtype) == jnp.float32
-    return jax.default_matmul_precision("float32") if is_float32 else contextlib.nullcontext()
 
 
 def pair_logps(loaded: OnDevice, data: PreparedData[AnyPair], progress: Progress) -> np.ndarray:

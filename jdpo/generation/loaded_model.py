@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast, overload
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -24,7 +22,7 @@ from jdpo.generation.asking.token_logps import NextToken, TokenLogps, completion
 from jdpo.generation.engine import Drawn, Engine
 from jdpo.generation.prompts import make_question
 from jdpo.generation.values import Answer, FinishReason, Sampling
-from jdpo.models.transformer import Params, Transformer, Weights
+from jdpo.models.transformer import Params, Transformer, Weights, float32_products
 from jdpo.types import Message, Text
 
 
@@ -170,7 +168,7 @@ class LoadedModel:
         sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens, seed=seed)
         ids = self._ids(self._row(prompt, tools, template_kwargs))
         pieces = PieceDecoder(self.tokenizer, ids)
-        with self._precision():
+        with float32_products(self.model):
             tokens = self.engine(sampling).stream(ids, sample)
         # Not the generator itself: wrong arguments should be errors of this call, not of the first piece.
         return self._pieces(tokens, pieces)
@@ -179,7 +177,7 @@ class LoadedModel:
         reason: FinishReason = "length"
         while True:
             # Entered for each token, since a context that is open at a yield would also hold for the caller.
-            with self._precision():
+            with float32_products(self.model):
                 token = next(tokens, None)
             if token is None:
                 break
@@ -206,10 +204,10 @@ class LoadedModel:
 
     def draw(self, prompts: Sequence[Sequence[int]], num_samples: int, sampling: Sampling) -> Iterator[Drawn]:
         """Yields answers to prompts of token ids as they are completed, in the precision of the model's dtype."""
-        with self._precision():
+        with float32_products(self.model):
             answers = self.engine(sampling).run_as_completed(prompts, num_samples)
         while True:
-            with self._precision():
+            with float32_products(self.model):
                 drawn = next(answers, None)
             if drawn is None:
                 return
@@ -260,7 +258,7 @@ class LoadedModel:
         if isinstance(split, Dropped):
             raise ValueError(f"the answer cannot be scored: {_why(split)}")
         (completion,) = split.completions
-        with self._precision():
+        with float32_products(self.model):
             logps = completion_logps(self.model, self.params, self.mesh, split.prompt, completion)
         decoder = PieceDecoder(self.tokenizer, split.prompt)
         pieces = [decoder.push(token) for token in completion]
@@ -292,7 +290,7 @@ class LoadedModel:
         ids = self._ids(self._row(prompt, tools, template_kwargs))
         if start:
             ids = [*ids, *self.tokenizer.encode_completions([start])[0]]
-        with self._precision():
+        with float32_products(self.model):
             logps = next_logps(self.model, self.params, self.mesh, ids)
         # Stable, so that tokens of equal probability are in the order of their ids.
         best = np.argsort(-logps, kind="stable")[:k].tolist()
@@ -314,10 +312,6 @@ class LoadedModel:
         if isinstance(ids, Dropped):
             raise ValueError(f"the prompt cannot be answered: {_why(ids)}")
         return ids
-
-    def _precision(self) -> contextlib.AbstractContextManager[Any]:
-        # Without this, TPUs multiply float32 in bfloat16 and GPUs in TF32.
-        return jax.default_matmul_precision("float32") if self.dtype == "float32" else contextlib.nullcontext()
 
 
 def _why(dropped: Dropped) -> str:

@@ -5,6 +5,7 @@ Axes: n sequences, t positions, p prompts, r rows of a prompt, d model, v vocabu
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -241,6 +242,15 @@ def init_params(model: Transformer, key: jax.Array) -> Params:
     """
     # Flax boxes each parameter with its logical axes; outside of this module the trees hold plain arrays.
     return nn.meta.unbox(_boxed_params(model, key))
+
+
+def float32_products(model: Transformer) -> contextlib.AbstractContextManager[Any]:
+    """While entered, a model of float32 multiplies in float32; without it, TPUs use bfloat16 and GPUs TF32.
+
+    Training configures the whole process instead, see `numerics`.
+    """
+    is_float32 = jnp.dtype(model.compute_dtype) == jnp.float32
+    return jax.default_matmul_precision("float32") if is_float32 else contextlib.nullcontext()
 
 
 def _is_x64() -> bool:

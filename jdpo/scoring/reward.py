@@ -8,7 +8,6 @@ Axes: m rows of slots, q sequences of a row, one per answer, t places of a seque
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -29,7 +28,7 @@ from jdpo.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from jdpo.generation.values import Answer, Question
 from jdpo.models.families import RewardConfig, read_reward_config
 from jdpo.models.packed_attention import packed_sequences
-from jdpo.models.transformer import Params, Transformer, abstract_params, logical_axes, variables
+from jdpo.models.transformer import Params, Transformer, abstract_params, float32_products, logical_axes, variables
 from jdpo.models.weights.hub_models import resolve_folder
 from jdpo.models.weights.loading import check_tensors, load_params
 from jdpo.models.weights.safetensors_folder import tensor_entries
@@ -161,7 +160,7 @@ class Rewards:
         part = self._ranges[number]
         found: dict[int, float] = {}
         if self._plan is not None and part:
-            with _precision(self._model):
+            with float32_products(self._model.model):
                 for _, batch, rewards in self._scorer.run(self._plan, part):
                     real = batch.pair_weight > 0
                     # The shortest digits that are this float32: others would only be noise in files.
@@ -256,12 +255,6 @@ def _compiled(model: Transformer, mesh: Mesh) -> Callable[[Params, PackedBatch],
         return jnp.einsum("mqd,do->mqo", hidden_mqd, head_d1, preferred_element_type=jnp.float32)[..., 0]
 
     return over_micro_batches(rewards, mesh)
-
-
-def _precision(reward_model: RewardModel) -> contextlib.AbstractContextManager[Any]:
-    # Without this, TPUs multiply float32 in bfloat16 and GPUs in TF32.
-    is_wide = reward_model.model.compute_dtype == jnp.float32
-    return jax.default_matmul_precision("float32") if is_wide else contextlib.nullcontext()
 
 
 # --- the scorer

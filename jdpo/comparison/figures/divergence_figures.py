@@ -9,12 +9,13 @@ import numpy as np
 
 from jdpo.comparison.compare_document import Figure, Values
 from jdpo.comparison.intervals import mean_of
-from jdpo.comparison.packed_values import Divergences, completion_divergences, precision
+from jdpo.comparison.packed_values import Divergences, completion_divergences
 from jdpo.data.schemas.formats import Dropped
 from jdpo.data.tokens.prompt_tokens import encode_prompt
 from jdpo.data.tokens.row_rendering import RowTexts
 from jdpo.generation.answer_files import AnswerFolder
 from jdpo.generation.loaded_model import LoadedModel
+from jdpo.models.transformer import float32_products
 from jdpo.types import TokenizedCompletion
 
 ByAnswer = dict[tuple[str, int], Divergences]
@@ -46,7 +47,7 @@ def distances_of(
         return Distances({}, {}, [f"no divergence between the models: {fault}"])
     log(f"divergence between {first.name} and {second.name}")
     found = []
-    with precision(second):
+    with float32_products(second.model):
         for own, answers in ((first, before), (second, after)):
             rows = dict(_answer_rows(own, answers))
             if not rows:  # every prompt was too long for the model

@@ -12,7 +12,7 @@ from jdpo.safe_text import terminal
 from jdpo.words import did_you_mean, listed
 
 PARTS = ("before", "after", "low", "high")
-"""What may follow a name: the figure of one model, or an end of the interval of what is tested."""
+"""Words that may follow a name: the figure of one model, or an end of the interval of what is tested."""
 
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le,

@@ -1,4 +1,4 @@
-"""What a round found, and whether the loop stops after it."""
+"""The figures that decide whether the loop stops after a round."""
 
 from __future__ import annotations
 

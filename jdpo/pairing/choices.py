@@ -33,7 +33,7 @@ KEYS: dict[str, Typed] = {
     "q": "quit",
     "quit": "quit",
 }
-"""What a person may type -> what it means."""
+"""A word that a person may type -> its meaning."""
 
 
 class ChoiceFile:

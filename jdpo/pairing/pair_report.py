@@ -1,4 +1,4 @@
-"""What became of every prompt, answer and comparison: counted, as JSON and as a table."""
+"""The report of a pairing: the outcome of every prompt, answer and comparison, counted, as JSON and as a table."""
 
 from __future__ import annotations
 

@@ -189,7 +189,8 @@ def logp_per_token_scorer(argument: str, blocks: Sequence[Block]) -> AnswerScore
     def value(question: Question, answer: Answer) -> float | str:
         if answer.logp is None:
             return NO_LOGP
-        return answer.logp / len(answer.tokens) if answer.tokens else NO_TOKENS
+        # More digits would be noise: `logp` is stored with four.
+        return round(answer.logp / len(answer.tokens), 6) if answer.tokens else NO_TOKENS
 
     return AnswerScorer({}, value)
 

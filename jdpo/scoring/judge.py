@@ -170,7 +170,7 @@ def _read_rubric(path: Path | None) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--rubric {path}: expected a text file in UTF-8: {error}") from None
     if not text:
-        raise ValueError(f"--rubric {path}: the file is empty; it is to say what makes an answer better")
+        raise ValueError(f"--rubric {path}: the file is empty; expected a text that says what makes an answer better")
     return text
 
 

@@ -126,7 +126,7 @@ def _prepare(folder: Path, name: str, parts: Path, identity: dict[str, Any], *, 
     if made_by.is_file():
         if not (differs := _difference(read_json(made_by), identity["made_by"], identity["answers"])):
             return
-        # Without a finished block nothing is lost, as when a rule was mended that had failed at once.
+        # Without a finished block nothing is lost, such as when a rule failed at once and was fixed.
         if not overwrite and any(parts.glob("[0-9]*.json")):
             raise ValueError(f"{parts} is unfinished work that {differs}; choose another --name, or --overwrite it")
     # Parts without this file come from a call that was killed while it removed them.

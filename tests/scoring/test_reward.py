@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import jdpo
 from jdpo.config import MeshConfig
 from jdpo.data.tokens.tokenizer import load_tokenizer
 from jdpo.generation.values import Answer, Question
@@ -139,6 +140,11 @@ def test_what_is_not_a_reward_model_is_refused(
     folder = make_reward_folder(toy_model, tmp_path / "reward", **settings)
     with pytest.raises(ValueError, match=part):
         open_reward_model(str(folder))
+
+
+def test_a_reward_model_is_no_policy(reward_folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"jdpo score --by reward:"):
+        jdpo.load(reward_folder)
 
 
 def test_a_reward_model_without_a_template_refuses_conversations(reward_folder: Path, tmp_path: Path) -> None:

@@ -22,9 +22,16 @@ def read_model_config(folder: Path) -> ModelConfig:
     """Reads `folder`/config.json of the old style (`rope_theta`, `rope_scaling`) or the new (`rope_parameters`).
 
     Raises:
-      ValueError: no folder, no config.json, broken JSON, an unsupported family, or a setting the decoder lacks.
+      ValueError: no folder, no config.json, broken JSON, an unsupported family, a setting the decoder lacks, or a
+        reward model.
     """
-    return _model_config(folder, _hf_config(folder))
+    hf_config = _hf_config(folder)
+    if any(str(name).endswith("ForSequenceClassification") for name in hf_config.architectures or []):
+        raise ValueError(
+            f"{folder}/config.json: architectures {terminal(hf_config.architectures)}: a classifier or reward model, "
+            f"which gives no answers; expected *ForCausalLM. A reward model is for `jdpo score --by reward:{folder}`"
+        )
+    return _model_config(folder, hf_config)
 
 
 class RewardConfig(NamedTuple):

@@ -212,7 +212,7 @@ class _Writing:
         kept = {number: shard for number in range(len(self.parts)) if (shard := self._whole(number))}
         self.skipped(sum(shard.answers + shard.unanswered - shard.again for shard in kept.values()))
         if kept:
-            self.log(f"{self.folder}: {len(kept):,} of {figure(len(self.parts), 'shard')} are there already")
+            self.log(f"{self.folder}: {len(kept):,} of {len(self.parts):,} shards are there already")
         self.shards = {shard.file: shard for shard in kept.values()}
         self.reasons = {number: _reasons(read_unanswered(self.folder, number)) for number in kept}
         todo = {number: questions for number in range(len(self.parts)) if (questions := self._todo(number, kept))}

@@ -84,9 +84,9 @@ def test_exact_names_the_columns_that_there_are() -> None:
 
 
 def test_logps_are_those_of_the_answers() -> None:
-    given = [Asked(question(), [answer(tokens=[5, 6], logp=-3.0), answer(tokens=None, logp=-2.0), answer()])]
-    assert scores("logp", given) == [-3.0, -2.0, "no log-probability"]
-    assert scores("logp_per_token", given) == [-1.5, "no tokens", "no log-probability"]
+    given = [Asked(question(), [answer(tokens=[5, 6, 7], logp=-1.0), answer(tokens=None, logp=-2.0), answer()])]
+    assert scores("logp", given) == [-1.0, -2.0, "no log-probability"]
+    assert scores("logp_per_token", given) == [-0.333333, "no tokens", "no log-probability"]
 
 
 def test_length_has_one_unit_for_all_answers() -> None:

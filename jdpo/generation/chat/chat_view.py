@@ -183,12 +183,13 @@ def _tokens_table(lines: Sequence[TokenLine], widest: float, width: int, *, with
 
 
 def _percent(probability: float) -> str:
-    """Formats a probability; small ones keep two digits.
+    """Formats a probability; small ones have one digit.
 
-    >>> _percent(0.973), _percent(0.0012), _percent(2e-7)
-    ('97.30 %', '0.12 %', '2e-05 %')
+    >>> _percent(0.973), _percent(0.0012), _percent(3e-5), _percent(2e-7)
+    ('97.30 %', '0.12 %', '0.003 %', '2e-05 %')
     """
-    return f"{100 * probability:.2f} %" if probability >= 5e-5 or probability == 0 else f"{100 * probability:.0e} %"
+    percent = 100 * probability
+    return f"{percent:.2f} %" if percent >= 0.005 or percent == 0 else f"{percent:.1g} %"
 
 
 def _sums(lines: Sequence[TokenLine]) -> Text:

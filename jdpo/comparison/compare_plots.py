@@ -181,19 +181,27 @@ def histogram(title: str, x_label: str, series: Mapping[str, Sequence[float]], *
     edges = np.linspace(low, high, num_bins + 1)
     shares = [np.histogram(values.clip(low, high), edges)[0] / values.size for values in arrays]
     most = float(max(each.max() for each in shares))
-    width = (_x(1) - _x(0)) / num_bins
+    # Next to each other, since equal bars would hide one another.
+    width = round((_x(1) - _x(0)) / num_bins / len(arrays), 2)
     bars = [
-        (number, _x(place / num_bins), _y(share / most), round(width, 2), round(_y(0) - _y(share / most), 1))
+        (
+            number,
+            round(_x(place / num_bins) + number * width, 1),
+            _y(share / most),
+            width,
+            round(_y(0) - _y(share / most), 1),
+        )
         for number, each in enumerate(shares)
         for place, share in enumerate(each.tolist())
         if share > 0
     ]
     zero = _x(-low / (high - low))
+    x_ticks = nice_ticks(low, high, whole=all(isinstance(value, int) for values in series.values() for value in values))
     return Plot(
         title,
         x_label,
         f"share of {of}",
-        [Tick(_x((tick - low) / (high - low)), f"{tick:g}".replace("-", MINUS)) for tick in nice_ticks(low, high)],
+        [Tick(_x((tick - low) / (high - low)), f"{tick:g}".replace("-", MINUS)) for tick in x_ticks],
         [Tick(_y(tick / most), f"{tick:.0%}") for tick in nice_ticks(0.0, most)],
         bars=bars,
         lines=[(zero, _y(0), zero, _y(1))] if low < 0 else [],
@@ -201,8 +209,11 @@ def histogram(title: str, x_label: str, series: Mapping[str, Sequence[float]], *
     )
 
 
-def nice_ticks(low: float, high: float) -> list[float]:
+def nice_ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
     """Returns a few round numbers within a range.
+
+    Args:
+      whole: whole numbers only, as of tokens.
 
     >>> nice_ticks(-3.2, 7.9)
     [-2.0, 0.0, 2.0, 4.0, 6.0]
@@ -210,7 +221,7 @@ def nice_ticks(low: float, high: float) -> list[float]:
     # Imported here, as it takes a while and only pages need it.
     from matplotlib.ticker import MaxNLocator
 
-    values = MaxNLocator(nbins=6, steps=[1, 2, 5, 10]).tick_values(low, high)
+    values = MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=whole).tick_values(low, high)
     return [round(float(value), 10) for value in values if low <= value <= high]
 
 

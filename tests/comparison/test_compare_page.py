@@ -26,6 +26,7 @@ from jdpo.comparison.compare_document import (
     Verdict,
 )
 from jdpo.comparison.compare_page import compare_page, write_compare_page
+from jdpo.comparison.compare_plots import histogram
 from jdpo.comparison.figures.fallen_pairs import fallen_pairs
 from jdpo.comparison.figures.pair_figures import PairRows
 from jdpo.comparison.intervals import Estimate
@@ -262,3 +263,10 @@ def test_a_browser_has_nothing_to_complain_about(tmp_path: Path) -> None:
     done = subprocess.run([*words, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
     assert "Pairs ranked right" in done.stdout
     assert "CONSOLE" not in done.stderr
+
+
+def test_equal_lengths_are_two_bars_over_whole_numbers() -> None:
+    plot = histogram("Lengths", "tokens", {"before": [2] * 5, "after": [2] * 5}, of="answers")
+    first, second = plot.bars
+    assert second[1] - first[1] == pytest.approx(first[3], abs=0.1)
+    assert all(float(tick.label).is_integer() for tick in plot.x_ticks)

@@ -6,6 +6,8 @@ import functools
 import hashlib
 import io
 import os
+from collections.abc import Iterable
+from pathlib import Path
 
 
 def file_digest(path: str | os.PathLike[str]) -> str:
@@ -31,6 +33,14 @@ def cached_file_digest(path: str | os.PathLike[str]) -> str:
     found = os.stat(path)
     # Size and time are part of the cache's key, so a changed file is read again.
     return _digest_of_state(os.fspath(path), found.st_size, found.st_mtime_ns)
+
+
+def files_digest(paths: Iterable[Path]) -> str:
+    """Returns a digest of the names and contents of files, in their order; each is read as by `cached_file_digest`."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.name.encode() + bytes.fromhex(cached_file_digest(path)))
+    return digest.hexdigest()
 
 
 @functools.lru_cache(maxsize=1024)

@@ -120,13 +120,18 @@ def test_a_served_model_answers_and_no_server_starts_for_nothing(
     assert main(words) == 0
     assert [answer.message["content"] for answer in read_answers(tmp_path / "gen").answers] == ["served"] * 12
     assert (tmp_path / "gen" / "server.log").read_text() == f"serving {model}\n"
-    assert manifest_of(tmp_path)["source"] == {"served_model": str(model)}
+    manifest = manifest_of(tmp_path)
+    assert (*manifest["source"], manifest["about"]["model"]) == ("model_digest", str(model))
     shown = capsys.readouterr().err
     assert "server: started" in shown
     assert "s3cret" not in shown + (tmp_path / "gen" / "manifest.json").read_text()
 
     assert main(words) == 0
     assert "server: started" not in capsys.readouterr().err
+
+    (model / "chat_template.jinja").write_text("another")
+    assert main(words) == 2
+    assert "source.model_digest" in capsys.readouterr().err
 
 
 def test_a_server_that_does_not_start_shows_why(

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+from jdpo.file_digests import files_digest
 from jdpo.generation.servers.endpoint import EndpointSource
 from jdpo.generation.servers.server_process import START_SECONDS, running_server, server_words, shown_command
 from jdpo.generation.servers.server_settings import ServerSettings
 from jdpo.generation.values import Answer, Question, Sampling, Unanswered
 
 LOG_FILE = "server.log"
+
+_READ_BY_SERVERS = ("*.json", "*.jinja", "*.model", "*.safetensors")
+"""Files of a model folder that decide answers: weights, configs (also of the generation), tokenizer, chat template."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +70,20 @@ class ServedSource:
         return self._opened.__exit__(*error)
 
     def describe(self) -> dict[str, Any]:
-        """Returns the model that is served; the server need not run for it."""
+        """Returns the model that is served, with a digest of its files if it is a folder; the server need not run."""
         of_server = self._source.describe()["about"] if self._source else {}
         kwargs = {"template_kwargs": self._template_kwargs} if self._template_kwargs else {}
-        command = shown_command(shlex.split(self._serving.command))
-        return {"served_model": self._serving.model, **kwargs, "about": {"serve": command, **of_server}}
+        # The path of a folder may change, and the model behind a path may, too.
+        name = {"model_digest": self._digest} if self._digest else {"served_model": self._serving.model}
+        about = {"model": self._serving.model, "serve": shown_command(shlex.split(self._serving.command))}
+        return {**name, **kwargs, "about": {**about, **of_server}}
+
+    @functools.cached_property
+    def _digest(self) -> str:
+        folder = Path(self._serving.model).expanduser()
+        if not folder.is_dir():
+            return ""
+        return files_digest(sorted(path for pattern in _READ_BY_SERVERS for path in folder.glob(pattern)))
 
     def answers(
         self, questions: Sequence[Question], num_samples: int, following: Sequence[Question] = ()

@@ -57,8 +57,8 @@ def find_checkpoint(path: Path, step: int | None = None) -> Checkpoint:
     if not (path / "run.json").is_file():
         if path in damaged_folders(path.parent):
             raise ValueError(
-                f"{path} was set aside as damaged, so it cannot be exported; take another step, or repair it and "
-                "rename it to its step"
+                f"{path} was set aside as damaged, so it is not read; take another step, or repair it and rename it to "
+                "its step"
             )
         raise ValueError(
             f"{path} is not a checkpoint: expected the output_dir of a run, or a folder checkpoints/STEP in one"

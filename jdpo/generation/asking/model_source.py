@@ -6,6 +6,7 @@ import importlib.metadata
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from jdpo._version import __version__
 from jdpo.data.schemas.formats import Dropped
 from jdpo.data.tokens.prompt_tokens import encode_prompt
 from jdpo.data.tokens.row_rendering import RowTexts
@@ -44,6 +45,8 @@ class ModelSource:
             "template_digest": model.tokenizer.digest,
             "end_token_ids": list(model.end_token_ids),
             "dtype": model.dtype,
+            # Another version may draw or round in another way, and a folder has answers of one kind.
+            "jdpo": __version__,
             "jax": importlib.metadata.version("jax"),
             "about": {"model": model.name},
         }

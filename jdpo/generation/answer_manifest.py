@@ -42,7 +42,7 @@ class Shard(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What made a folder of answers.
+    """The manifest of a folder of answers.
 
     Attributes:
       source: what answered: a model of jdpo or a server; see `AnswerSource.describe`.

@@ -14,7 +14,7 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How answers are drawn.
+    """The settings by which answers are drawn.
 
     Attributes:
       temperature: divides the logits; 0 always takes the most probable token.

@@ -40,7 +40,7 @@ _SHARD_NAME = re.compile(r"answers-(\d{5,})\.jsonl\.gz")
 
 
 class AnswerSource(Protocol):
-    """What answers questions: a model in this process, or a server."""
+    """A source of answers: a model in this process, or a server."""
 
     def answers(
         self, questions: Sequence[Question], num_samples: int, following: Sequence[Question] = ()

@@ -1,1 +1,1 @@
-"""What `LoadedModel` is made of: the text of answers, log-probabilities of tokens, and answers for files."""
+"""The parts of `LoadedModel`: the text of answers, log-probabilities of tokens, and answers for files."""

@@ -182,7 +182,7 @@ class ChatSession:
         self.chosen.append(pair_of(better, worse))
         # As in the collection of preference data: the next pair again has one prompt for both answers.
         self.conversations = [better, better]
-        self.view.say(f"{figure(len(self.chosen), 'pair')} to save with /save FILE; both go on with answer {which}")
+        self.view.say(f"{figure(len(self.chosen), 'pair')} to save with /save FILE; both continue with answer {which}")
 
     def save(self, argument: str) -> None:
         """Appends to a JSONL file: the pairs chosen, or with one model the conversation."""

@@ -24,7 +24,7 @@ _READ_BY_SERVERS = ("*.json", "*.jinja", "*.model", "*.safetensors")
 
 @dataclass(frozen=True, kw_only=True)
 class Serving:
-    """How a server is started; see `running_server`.
+    """The command line of a server to start; see `running_server`.
 
     Raises:
       ValueError: the command cannot start a server.
@@ -73,7 +73,7 @@ class ServedSource:
         """Returns the model that is served, with a digest of its files if it is a folder; the server need not run."""
         of_server = self._source.describe()["about"] if self._source else {}
         kwargs = {"template_kwargs": self._template_kwargs} if self._template_kwargs else {}
-        # The path of a folder may change, and the model behind a path may, too.
+        # The path of a folder may change, and so may the model at a path.
         name = {"model_digest": self._digest} if self._digest else {"served_model": self._serving.model}
         about = {"model": self._serving.model, "serve": shown_command(shlex.split(self._serving.command))}
         return {**name, **kwargs, "about": {**about, **of_server}}

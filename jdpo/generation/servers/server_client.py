@@ -227,7 +227,7 @@ class ServerClient:
     async def _attempt(self, request: Request, left_out: set[str], read: Callable[[dict[str, Any]], T]) -> T | _Failed:
         openai = import_openai()
         try:
-            # The client's own timeout starts anew with each byte that arrives.
+            # The client's own timeout starts again with each byte that arrives.
             async with asyncio.timeout(self.settings.timeout):
                 text = await self._send(request, left_out)
             return read(json_object(text))

@@ -57,7 +57,7 @@ def running_server(
 
     Args:
       command: words as in a shell, in which {model} and {port} are replaced; no shell reads them.
-      model: what {model} stands for.
+      model: replaces {model}.
       log_file: the server's output is appended to it.
       start_seconds: time for the server to start.
       log: is called with sentences on what happens.

@@ -1,4 +1,4 @@
-"""Where a server is, and how it is asked."""
+"""The settings of a server: its address, and how it is asked."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jdpo.config.addresses import public_text
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """Where a server is, and how it is asked.
+    """The address of a server, and how it is asked.
 
     Attributes:
       url: its address, which usually ends in /v1.

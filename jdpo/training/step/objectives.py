@@ -216,7 +216,7 @@ def with_base(
 
 
 class ScoredStates(NamedTuple):
-    """What the head needs to score the tokens of packed rows.
+    """The inputs of the head for the scored tokens of packed rows.
 
     Attributes:
       hidden: float [r, k, d], the states that predict the scored tokens, which come first in each row.

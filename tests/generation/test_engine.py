@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ from jdpo.sharding.rules import param_shardings
 from tests.conftest import small_llama
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "logits"
-SHORT = ("gemma2",)
-"""In the default suite: soft caps and windows; tests/models/test_decoding.py has more."""
+SHORT = ("qwen3",)
+"""In the default suite; tests/models/test_decoding.py compares the logits of more."""
 FAMILIES = [
     pytest.param(name, marks=() if name in SHORT else pytest.mark.full)
     for name in sorted(path.name for path in GOLDEN.iterdir())
@@ -53,17 +54,24 @@ def tokens(answers: Any) -> dict[tuple[int, int], list[int]]:
     return {(answer.prompt, answer.sample): answer.tokens for answer in answers}
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def forward(model: Transformer, params: Any, sequences: Any, lengths: Any) -> Any:
+    return make_apply_fn(model)(params, sequences, jnp.arange(32) < lengths[:, None])
+
+
+def logits_of(loaded: Loaded, sequences: list[list[int]]) -> np.ndarray:
+    """Returns the logits of three whole sequences, right-padded to one shape."""
+    padded = np.array([sequence + [0] * (32 - len(sequence)) for sequence in sequences])
+    return np.asarray(forward(*loaded, padded, np.array([len(sequence) for sequence in sequences])))
+
+
 def by_full_forward(loaded: Loaded) -> list[list[int]]:
-    """Decodes by the argmax of the whole sequence's logits, without a cache; right-padded to one shape."""
-    model, params = loaded
-    forward = jax.jit(make_apply_fn(model))
+    """Decodes by the argmax of the whole sequence's logits, without a cache."""
     sequences = [list(prompt) for prompt in PROMPTS]
     for _ in range(NEW_TOKENS):
-        lengths = np.array([len(sequence) for sequence in sequences])
-        padded = np.array([sequence + [0] * (32 - len(sequence)) for sequence in sequences])
-        logits = np.asarray(forward(params, padded, np.arange(32) < lengths[:, None]))
+        logits = logits_of(loaded, sequences)
         for row, sequence in enumerate(sequences):
-            sequence.append(int(logits[row, lengths[row] - 1].argmax()))
+            sequence.append(int(logits[row, len(sequence) - 1].argmax()))
     return [sequence[len(prompt) :] for sequence, prompt in zip(sequences, PROMPTS, strict=True)]
 
 
@@ -85,11 +93,12 @@ def test_greedy_equals_the_argmax_of_the_full_forward(name: str) -> None:
 
 
 def test_logps_are_those_of_the_model(qwen3: Loaded) -> None:
-    answer = next(engine(qwen3, temperature=0.5).run(PROMPTS))
-    sequence = np.array([PROMPTS[0] + answer.tokens])
-    logits = make_apply_fn(qwen3[0])(qwen3[1], sequence, np.ones_like(sequence, bool))[0, len(PROMPTS[0]) - 1 : -1]
-    expected = np.asarray(jax.nn.log_softmax(logits))[np.arange(len(answer.tokens)), answer.tokens]
-    np.testing.assert_allclose(answer.logps, expected, atol=1e-4)
+    answers = list(engine(qwen3, temperature=0.5).run(PROMPTS))
+    logits = logits_of(qwen3, [prompt + answer.tokens for prompt, answer in zip(PROMPTS, answers, strict=True)])
+    for prompt, answer, whole in zip(PROMPTS, answers, logits, strict=True):
+        shifted = np.asarray(jax.nn.log_softmax(whole))[len(prompt) - 1 :][: len(answer.tokens)]
+        expected = shifted[np.arange(len(answer.tokens)), answer.tokens]
+        np.testing.assert_allclose(answer.logps, expected, atol=1e-4)
 
 
 @pytest.fixture(scope="module")

@@ -295,7 +295,9 @@ def advance(
     def step(loop: _Loop) -> _Loop:
         rows, number = loop.rows, loop.step + 1
         # The last token is the first one that the cache lacks; its number in the answer is its slot.
-        slot = jnp.maximum(rows.count - 1, 0)
+        # Idle rows are at their first slot: with the next prompt of their place, the slot of their old answer could be
+        # past the model's last position, where learned positions are NaN.
+        slot = jnp.where(rows.active, rows.count - 1, 0)
         arguments = (rows.token, rows.active, rows.prompt_lengths, slot, rows.caches)
         logits, caches = model.apply(variables(weights), *arguments, method="decode")
         drawn, logps = draw_next(logits, rows.count)

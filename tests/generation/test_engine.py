@@ -221,6 +221,32 @@ def test_an_answer_ends_at_the_last_position(qwen3: Loaded) -> None:
     assert [answer.tokens for answer in answers[2:4]] == [answer.tokens for answer in shorter]
 
 
+@pytest.mark.full
+def test_an_idle_row_stays_within_the_positions() -> None:
+    """Its old answer was long, and its place has another prompt now, which leaves few positions."""
+    model, params = load("gpt2")
+    shape = {"num_places": 1, "num_rows": 2, "prompt_slots": 64, "tail_slots": 64}
+    rows = row_programs.empty_rows(model=model, **shape)
+    rows = rows._replace(prompt_lengths=jnp.array([60]), count=jnp.array([[1, 62]]), active=jnp.array([[True, False]]))
+    orders = row_programs.Orders(
+        seed=np.uint32(0),
+        digests=np.zeros((1, 2), np.uint32),
+        samples=np.zeros((1, 2), np.int32),
+        fresh=np.zeros((1, 2), bool),
+        end_ids=np.array([-1], np.int32),
+        max_new_tokens=np.int32(64),
+        num_steps=np.int32(4),
+        has_waiting=np.array([False]),
+        uses_places=np.bool_(False),
+        patience=np.int32(1),
+    )
+    weights = row_programs.decoding_weights(params, model=model)
+    static = {"model": row_programs.decoder_of(model), "sampling": Sampling(), "most_steps": 4}
+    rows, report = row_programs.advance(weights, rows, orders, **static)
+    assert report.count.tolist() == [[4, 62]]
+    assert all(np.isfinite(array).all() for array in jax.tree.leaves(rows.caches))
+
+
 def test_bad_prompts_are_named(qwen3: Loaded) -> None:
     assert list(engine(qwen3).run([], 2)) == []
     for prompts, message in (

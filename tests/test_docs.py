@@ -47,6 +47,7 @@ LISTED = {
     ("docs/answers.md", "gen/\n"): "lists the files of a folder",
     ("docs/answers.md", "jdpo chat"): "waits for what is typed; tests/generation/test_chat.py types",
     ("docs/answers.md", "printf"): "a pipe; tests/generation/test_chat.py has one",
+    ("docs/answers.md", "2 x layers x"): "a formula",
     ("docs/clusters.md", "jdpo: error: process 1"): "shows what is printed",
     ("docs/clusters.md", "until srun"): "needs a Slurm cluster",
     ("docs/compare.md", "jdpo compare BEFORE"): "needs two models; tests/cli/test_compare.py compares toys",

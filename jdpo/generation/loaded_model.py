@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast, overload
@@ -15,7 +16,7 @@ from jdpo.data.schemas.formats import Dropped
 from jdpo.data.schemas.messages import assistant
 from jdpo.data.tokens.boundaries import split_rows
 from jdpo.data.tokens.prompt_tokens import encode_prompt
-from jdpo.data.tokens.row_rendering import RowTexts
+from jdpo.data.tokens.row_rendering import NOT_UNICODE, RowTexts, is_unicode
 from jdpo.data.tokens.tokenizer import Tokenizer
 from jdpo.generation.asking.answer_text import PieceDecoder, content_of
 from jdpo.generation.asking.token_logps import NextToken, TokenLogps, completion_logps, next_logps
@@ -121,6 +122,8 @@ class LoadedModel:
           ValueError: a value is out of range, a prompt is too long for the model, or the chat template refuses it.
         """
         sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens, seed=seed)
+        if not isinstance(prompt, str | list):
+            raise ValueError(f"prompt: expected text, messages, or a list of these, found {type(prompt).__name__}")
         is_one = isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], dict))
         prompts = cast("list[Text]", [prompt] if is_one else prompt)
         rows = [self._row(text, tools, template_kwargs) for text in prompts]
@@ -257,6 +260,10 @@ class LoadedModel:
         (split,) = split_rows([row], self.tokenizer)
         if isinstance(split, Dropped):
             raise ValueError(f"the answer cannot be scored: {_why(split)}")
+        if not len(split.prompt):
+            raise ValueError(
+                "the answer cannot be scored: empty prompt, after which its first token has no probability"
+            )
         (completion,) = split.completions
         with float32_products(self.model):
             logps = completion_logps(self.model, self.params, self.mesh, split.prompt, completion)
@@ -305,6 +312,11 @@ class LoadedModel:
     def _row(
         self, prompt: Text, tools: list[dict[str, Any]] | None, template_kwargs: Mapping[str, Any] | None
     ) -> RowTexts:
+        is_conversation = isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt)
+        if not (isinstance(prompt, str) or is_conversation):
+            raise ValueError(f"prompt: expected text or a list of messages, found {type(prompt).__name__}")
+        if not is_unicode(json.dumps([prompt, tools], ensure_ascii=False)):
+            raise ValueError(f"prompt: {NOT_UNICODE}")
         return RowTexts(prompt, (), "the prompt", tools, template_kwargs)
 
     def _ids(self, row: RowTexts) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
 from jdpo.types import Message, Text
@@ -39,12 +40,16 @@ class Sampling:
             raise ValueError(f"temperature: expected 0 (greedy) or more, found {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: expected a probability above 0 and at most 1, found {self.top_p}")
-        if self.top_k is not None and self.top_k < 1:
+        if self.top_k is not None and not (_is_whole(self.top_k) and self.top_k >= 1):
             raise ValueError(f"top_k: expected 1 or more, or nothing for all tokens, found {self.top_k}")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens: expected 1 or more, found {self.max_new_tokens}")
-        if not 0 <= self.seed < 2**32:
+        if not (_is_whole(self.max_new_tokens) and self.max_new_tokens >= 1):
+            raise ValueError(f"max_new_tokens: expected a whole number of 1 or more, found {self.max_new_tokens}")
+        if not (_is_whole(self.seed) and 0 <= self.seed < 2**32):
             raise ValueError(f"seed: expected a whole number from 0 to 2**32 - 1, found {self.seed}")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral)  # those of numpy as well
 
 
 class Question(NamedTuple):

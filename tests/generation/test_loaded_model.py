@@ -73,6 +73,11 @@ def test_wrong_arguments_are_errors_of_the_call(model: LoadedModel) -> None:
         (lambda: model.logps(ASK, ""), "the answer cannot be scored: empty side"),
         (lambda: model.logps("x", "river " * 300), r"more than the model's 256 positions"),
         (lambda: model.next_tokens(ASK, 0), "k: expected 1 or more"),
+        (lambda: model.logps("", "slow"), "the answer cannot be scored: empty prompt"),
+        (lambda: model.generate("\ud800"), "not Unicode"),
+        (lambda: model.generate("x", max_new_tokens=1.5), "max_new_tokens: expected a whole number"),  # type: ignore[call-overload]
+        (lambda: model.generate({"role": "user"}), "prompt: expected text"),  # type: ignore[call-overload]
+        (lambda: model.generate([1]), "prompt: expected text"),  # type: ignore[list-item]
     ):
         with pytest.raises(ValueError, match=words):
             call()

@@ -15,6 +15,7 @@ from jdpo.scoring.protocol import Asked, cut
 from jdpo.scoring.score_blocks import score_answers
 from jdpo.scoring.score_files import VERDICTS, Score, Verdict, answers_digest, read_about, read_scores, read_verdicts
 from jdpo.scoring.scorers import By, default_name, make_scorer
+from jdpo.words import figure
 
 BEFORE, AFTER = 0, 1
 """The sample numbers under which the two answers are scored."""
@@ -51,7 +52,7 @@ def judge_pairs(
     # A name of its own for each scorer and its settings, so that another one may judge the same answers.
     settings = hashlib.sha256(json.dumps(scorer.describe(), sort_keys=True).encode()).hexdigest()
     name = f"{default_name(by)[:60]}-{settings[:8]}"
-    log(f"comparing {len(asked):,} pairs of answers by {by.text}")
+    log(f"comparing {figure(len(asked), 'answer')} of both models by {by.text}")
     score_answers(folder, name, scorer, blocks, digest=digest)
     if read_about(folder, VERDICTS, name) is None:
         scores = read_scores(folder, name, digest).scores

@@ -223,6 +223,8 @@ def _facts(loaded: LoadedModel, facts: Sequence[Fact], log: Log) -> np.ndarray:
             raise ValueError(f"{fact.question.origin}: the fact cannot be scored: {why}; change it, or take it out")
         rows.append(found.row)
     log(f"{loaded.name}: scoring {figure(len(facts), 'fact')}")
+    if not loaded.tokenizer.has_chat_template:
+        log(f"{loaded.name} has no chat template: questions are plain text, which the answer continues")
     return completion_logps(loaded, rows, _Done(log, len(rows)))
 
 

@@ -177,7 +177,10 @@ def _show(console: Console, question: Question, first: Candidate, second: Candid
     table = Table.grid(expand=True, padding=(0, 1))
     table.add_column(ratio=1)
     table.add_column(ratio=1)
-    table.add_row(
-        *(Panel(Text(terminal_lines(one.text)), title=str(number)) for number, one in ((1, first), (2, second)))
-    )
+    panels = []
+    for number, one in ((1, first), (2, second)):
+        # Folded: text without spaces, such as Chinese, would otherwise end at the edge of the panel.
+        text = Text(terminal_lines(one.text), overflow="fold")
+        panels.append(Panel(text, title=f"{number} (cut off)" if one.cut_off else str(number)))
+    table.add_row(*panels)
     console.print(table)

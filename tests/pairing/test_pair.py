@@ -249,6 +249,16 @@ def test_answers_are_shown_side_by_side_in_a_shuffled_order(
     assert {one["left"] for one in choices_of(tmp_path / "gen")} == {"a", "b"}
 
 
+def test_answers_without_spaces_are_shown_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_gen(tmp_path / "gen", {"a?": ("漢字" * 100, "short")})
+    monkeypatch.setattr(sys, "stdin", io.StringIO("1\n"))
+    pair(tmp_path / "gen", "--strategy=human")
+    shown = capsys.readouterr().out
+    assert shown.count("漢") == shown.count("字") == 100
+
+
 def test_a_line_that_was_written_half_is_asked_again(gen: Path, person: Callable[..., Any]) -> None:
     person("1", "2", "quit")
     path = gen.parent / "pairs.choices.jsonl"

@@ -155,13 +155,13 @@ def _load_weights(sources: Sources, model: Transformer, mesh: Mesh) -> tuple[Par
 
 def _load_checkpoint(checkpoint: Checkpoint, dtype: str, mesh: Mesh) -> LoadedModel:
     with opened(checkpoint, [f"compute_dtype={dtype}"], mesh=mesh) as (_, setup):
-        trained = restore_trained(checkpoint, setup)
         digest = file_digest(checkpoint.folder / MANIFEST)
         params: Params | Weights
         if setup.adaptation is None:
-            params = _in_dtype(trained, setup.model.compute_dtype)
+            # Training keeps float32 copies of the weights, which a model that computes in bfloat16 does not need.
+            params = restore_trained(checkpoint, setup, setup.model.compute_dtype)
         else:
-            params = whole_weights(setup, trained, load_base(setup))
+            params = whole_weights(setup, restore_trained(checkpoint, setup), load_base(setup))
             digest = _joined(folder_digest(setup.model_folder), digest)
         return LoadedModel(
             model=setup.model,
@@ -172,11 +172,6 @@ def _load_checkpoint(checkpoint: Checkpoint, dtype: str, mesh: Mesh) -> LoadedMo
             digest=digest,
             end_token_ids=_end_token_ids(setup.tokenizer, setup.model_folder),
         )
-
-
-def _in_dtype(params: Params, dtype: Any) -> Params:
-    # Training keeps float32 copies of the weights, which a model that computes in bfloat16 does not need.
-    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
 # ---

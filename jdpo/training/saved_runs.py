@@ -109,10 +109,15 @@ def opened(
         yield record, setup
 
 
-def restore_trained(checkpoint: Checkpoint, setup: ModelSetup) -> Params:
-    """Restores what was trained, all weights or adapters; the optimizer's state, which may be larger, is not read."""
+def restore_trained(checkpoint: Checkpoint, setup: ModelSetup, dtype: Any = None) -> Params:
+    """Restores what was trained, all weights or adapters; the optimizer's state, which may be larger, is not read.
+
+    Args:
+      dtype: of the restored weights; None: that of training. They are cast as they are read, so that the devices never
+        hold them twice.
+    """
     abstract = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=sharding),
         setup.trained,
         setup.shardings,
     )

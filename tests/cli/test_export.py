@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
@@ -106,6 +107,9 @@ def test_runs_and_checkpoints_can_be_asked(run: Path, tmp_path: Path) -> None:
     assert jdpo.load(run).name == f"{run} (step 6)"
     jax.tree.map(np.testing.assert_array_equal, weights(run), exported)
     assert any((one != other).any() for one, other in zip(exported, third, strict=True))
+    half = jax.tree.leaves(jdpo.load(run, dtype="bfloat16").params)
+    for one, other in zip(half, exported, strict=True):
+        np.testing.assert_array_equal(one, other.astype(jnp.bfloat16), strict=True)
     with pytest.raises(ValueError, match="is a checkpoint of a run, whose config names"):
         jdpo.load(run, revision="main")
     shutil.rmtree(run / "checkpoints")

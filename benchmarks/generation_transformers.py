@@ -47,7 +47,7 @@ def answer(
     end_token_ids: list[int],
     seed: int,
 ) -> dict[str, Any]:
-    """Generates answers; returns the seconds it took, and the tokens of each answer with the one that ends it."""
+    """Generates answers; returns the seconds that it took, and the tokens of each answer with the one that ends it."""
     del folder
     torch.manual_seed(seed)
     drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
@@ -61,13 +61,17 @@ def answer(
     )
     model.generation_config = GenerationConfig(pad_token_id=0)
     answers = []
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     for start in range(0, len(prompts), prompts_per_batch):
         tokens = torch.tensor(prompts[start : start + prompts_per_batch])
         found = model.generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=config)
         answers.extend(found[:, tokens.shape[1] :].tolist())
-    seconds = time.perf_counter() - started
-    return {"seconds": seconds, "answers": [cut(tokens, set(end_token_ids)) for tokens in answers]}
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+    return {
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "answers": [cut(tokens, set(end_token_ids)) for tokens in answers],
+    }
 
 
 def cut(tokens: list[int], end_token_ids: set[int]) -> list[int]:

@@ -383,16 +383,16 @@ def test_tokens_of_every_row_are_asked_of_trl(tmp_path: Path) -> None:
 
 def test_tokens_per_second_are_compared_cell_by_cell() -> None:
     answers = [[5, 6, 7], [8]]
-    ours = [Run(seconds, answers) for seconds in (1.0, 2.0, 4.0)]  # 4, 2 and 1 tokens per second
-    theirs = [Run(seconds, [*answers[:1], [9]]) for seconds in (4.0, 8.0, 5.0)]  # 1, 0.5 and 0.8
+    ours = [Run(seconds, 0.5, answers) for seconds in (1.0, 2.0, 4.0)]  # 4, 2 and 1 tokens per second
+    theirs = [Run(seconds, 2.0, [*answers[:1], [9]]) for seconds in (4.0, 8.0, 5.0)]  # 1, 0.5 and 0.8
     cells = {name: CELLS[name] for name in ("greedy, V=4096", "samples")}
     size = Size(TINY, 8, 12)
     text, passed = report(
         {name: GenerationResult(cell, ours, theirs, 8) for name, cell in cells.items()}, size, "torch"
     )
     assert not passed
-    assert "| greedy, V=4096 | 2 [1, 4] | 0.8 [0.5, 1] | 2.50 | 2 | reached |" in text
-    assert "| samples | 2 [1, 4] | 0.8 [0.5, 1] | 2.50 | 3 | **missed** |" in text
+    assert "| greedy, V=4096 | 2 [1, 4] | 0.8 [0.5, 1] | 2.50 | 4.00 | 2 | reached |" in text
+    assert "| samples | 2 [1, 4] | 0.8 [0.5, 1] | 2.50 | 4.00 | 3 | **missed** |" in text
     assert "1 of 2 answers are equal, token for token" in text
     assert "jdpo 2 in the mean" in text
     assert report({"samples": GenerationResult(cells["samples"], ours, [], 8)}, size, None)[1]

@@ -105,11 +105,12 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True)
 class ComparedModel:
-    """A model: its name, the path as it was given, and a digest of its weights."""
+    """A model: its name, the path as it was given, a digest of its weights, and the dtype of the computation."""
 
     name: str
     path: str
     digest: str
+    dtype: str
 
 
 @dataclass(frozen=True, kw_only=True)

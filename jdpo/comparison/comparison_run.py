@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from jdpo.comparison.compare_document import (
@@ -119,7 +120,14 @@ def compare(settings: CompareSettings, load: Load, log: Log) -> CompareDocument:
         warnings += [*pair.distances.warnings, *noted]
     if settings.material.prompts is not None:
         warnings += _sampling_notes(settings)
-    described = {**settings.described, "betas": list(settings.betas), "digests": _digests(before, material)}
+    described = {
+        **settings.described,
+        "betas": list(settings.betas),
+        "digests": _digests(before, material),
+        # Log-probabilities differ in their last bits between devices, and in bfloat16 by more.
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "jax": jax.__version__,
+    }
     return CompareDocument(
         before=before.model, comparisons=comparisons, settings=described, warnings=list(dict.fromkeys(warnings))
     )

@@ -113,7 +113,9 @@ def measure_model(loaded: LoadedModel, path: str, material: Material, log: Log) 
     with float32_products(loaded.model):
         pairs = measure_pairs(loaded, material, log) if material.pairs else None
         facts = _facts(loaded, material.facts, log)
-    model = ComparedModel(name=public_text(loaded.name), path=public_text(path), digest=loaded.digest)
+    model = ComparedModel(
+        name=public_text(loaded.name), path=public_text(path), digest=loaded.digest, dtype=loaded.dtype
+    )
     return Measured(model, pairs, facts, None)
 
 

@@ -87,6 +87,8 @@ def test_another_model_differs(compared: tuple[list[str], Path]) -> None:
     assert other["num_answers"] == len(other["answers"]) == 6
     assert [round(one["after"], 9) for one in other["facts"]] != [round(one["before"], 9) for one in other["facts"]]
     assert document["settings"]["betas"] == [0.1, 0.1]
+    assert document["before"]["dtype"] == "float32"
+    assert document["settings"]["device"].endswith(" x cpu")
     assert len(document["settings"]["digests"]["pairs"]) == 2
     assert document["before"]["digest"] == document["comparisons"][0]["after"]["digest"] != other["after"]["digest"]
     assert any("length rule" in line for line in document["warnings"])

@@ -97,7 +97,7 @@ def document(text: str = "It is Dublin, a city by the sea.") -> CompareDocument:
         ),
     ]
     after = Comparison(
-        after=ComparedModel(name=text, path=f"runs/{text}", digest="ab" * 8),
+        after=ComparedModel(name=text, path=f"runs/{text}", digest="ab" * 8, dtype="float32"),
         figures={figure.name: figure for figure in figures},
         verdict=Verdict(
             better=["Pairs ranked right: 67.5 % instead of 52.5 % (+9.0 to +21.0 points)."],
@@ -151,7 +151,7 @@ def document(text: str = "It is Dublin, a city by the sea.") -> CompareDocument:
         + [{"kind": "answer", "before_tokens": 30 + number, "after_tokens": 40 + 2 * number} for number in range(9)],
     )
     return CompareDocument(
-        before=ComparedModel(name="sft", path="runs/sft", digest="cd" * 8),
+        before=ComparedModel(name="sft", path="runs/sft", digest="cd" * 8, dtype="float32"),
         comparisons=[after],
         settings={"pairs": text, "seed": 0},
         warnings=["Only 50 prompts: small changes cannot be told."],

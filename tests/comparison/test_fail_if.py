@@ -11,7 +11,7 @@ from jdpo.comparison.intervals import Estimate
 ALL = ["--pairs", "--prompts", "--facts", "a judge"]
 
 COMPARISON = Comparison(
-    after=ComparedModel(name="after", path="after", digest=""),
+    after=ComparedModel(name="after", path="after", digest="", dtype="float32"),
     verdict=Verdict(better=(), worse=(), changed=(), unclear=(), unchanged=()),
     figures={
         "facts.accuracy": Figure(

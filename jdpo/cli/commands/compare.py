@@ -250,7 +250,8 @@ def _described(asked: argparse.Namespace, by: By | None) -> dict[str, Any]:
     from jdpo.config import public_text
 
     names = ("n", "temperature", "top_p", "max_new_tokens", "seed", "num_prompts", "chat", "max_length", "dtype")
-    places = {name: public_text(value) for name in ("prompts", "facts") if (value := getattr(asked, name))}
+    texts = ("prompts", "facts", "rubric", "judge_model", "chat_template")
+    places = {name: public_text(value) for name in texts if (value := getattr(asked, name))}
     return {
         "pairs": [public_text(path) for path in asked.pairs],
         **places,

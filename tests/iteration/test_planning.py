@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -233,7 +234,11 @@ def test_what_the_last_stage_needs_is_found_first(
 
 @pytest.mark.parametrize(
     ("changes", "named"),
-    [({}, "MODEL"), ({"model_name_or_path": "{toy}", "compare__by": "reward:{toy}"}, "reward model")],
+    [
+        ({}, "MODEL"),
+        ({"model_name_or_path": "{toy}", "compare__by": "reward:{toy}"}, "reward model"),
+        ({"model_name_or_path": "{run}"}, "run/model, the model that it has exported"),
+    ],
 )
 def test_models_are_found_before_anything_runs(
     make_loop: Make,
@@ -243,8 +248,13 @@ def test_models_are_found_before_anything_runs(
     changes: dict[str, str],
     named: str,
 ) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(toy_model, run / "model")
+    (run / "run.json").write_text("{}")
     config = tmp_path / "loop.yaml"
-    config.write_text(to_yaml(make_loop(**{key: value.format(toy=toy_model) for key, value in changes.items()})))
+    config.write_text(
+        to_yaml(make_loop(**{key: value.format(toy=toy_model, run=run) for key, value in changes.items()}))
+    )
     assert main(["iterate", str(config)]) == 2
     assert named in capsys.readouterr().err
     assert not (tmp_path / "loop").exists()

@@ -11,7 +11,7 @@ from jdpo.cli.commands.train import shown_error
 from jdpo.cli.key_help import key_help
 from jdpo.cli.main import COMMANDS
 from jdpo.cli.parsing import CONFIG_USAGE, Parser, add_config, add_help, add_keys, parse
-from jdpo.config import CONFIGS, load_config, to_yaml
+from jdpo.config import CONFIGS, ModelSettings, load_config, to_yaml
 from jdpo.iteration.loop_settings import LoopSettings
 from jdpo.safe_text import terminal
 
@@ -83,16 +83,18 @@ def _check_files(loop: LoopSettings, *, remote: bool) -> None:
     """
     from jdpo.comparison.figures.fact_figures import read_facts
     from jdpo.iteration.prompt_rounds import read_split
-    from jdpo.models.families import read_reward_config
+    from jdpo.models.families import read_model_config, read_reward_config
     from jdpo.models.weights.hub_models import resolve_folder
     from jdpo.scoring.scorers import check_scorer, parse_by
-    from jdpo.training.opening import check_model
+    from jdpo.training.setup.model_sources import find_sources
 
     split = read_split(loop)
     if loop.compare.facts is not None:
         read_facts(loop.compare.facts)
     if remote:
-        check_model(loop.model_name_or_path)
+        # As `jdpo dpo` does; the output_dir of a run could be asked, but is no model to train.
+        settings = ModelSettings(model_name_or_path=loop.model_name_or_path)
+        read_model_config(find_sources(settings).model_folder)
     for group, questions in ((loop.score, split.rounds[0]), (loop.compare, split.held_out)):
         by = parse_by(group.by)
         given = {name: getattr(group, name, None) for name in ("rubric", "judge_model", "api_key_env", "comparisons")}

@@ -37,6 +37,7 @@ def resolve_folder(name_or_path: str, revision: str | None = None, *, weights: b
     # A local folder takes precedence over a hub repository of the same name, as in transformers.
     if path.is_dir():
         _refuse_special_files(path)
+        _refuse_run(path)
         if weights:
             _require_safetensors(path, str(path))
         return path
@@ -137,6 +138,17 @@ def require_plain_file(path: Path) -> None:
     if path.exists() and not path.is_file():
         found = "a folder" if path.is_dir() else "a pipe or a device"
         raise ValueError(f"{path}: expected a file of the model, found {found}; put the file itself there")
+
+
+def _refuse_run(folder: Path) -> None:
+    if not (folder / "run.json").is_file() or (folder / "config.json").is_file():
+        return
+    exported = folder / "model"
+    if has_weights(exported):
+        what = f"give {exported}, the model that it has exported"
+    else:
+        what = "it has not exported a model yet: finish the run, or export a checkpoint with `jdpo export`"
+    raise ValueError(f"model {str(folder)!r} is the output_dir of a run; {what}")
 
 
 def has_weights(folder: Path) -> bool:

@@ -222,6 +222,27 @@ def test_an_answer_ends_at_the_last_position(qwen3: Loaded) -> None:
 
 
 @pytest.mark.full
+def test_long_prompts_of_different_lengths() -> None:
+    """The attention of long prompts works in tiles; prompts of different lengths share the cache."""
+    model = Transformer(small_llama(windows=(None, 70)))
+    # Larger weights than at the start of training, so that all tokens of a prompt matter.
+    params = jax.tree.map(lambda leaf: 4 * leaf, init_params(model, jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 64, length).tolist() for length in (300, 90, 20, 130)]
+    whole = jax.jit(make_apply_fn(model))
+    placed, mesh = on_mesh((model, params), data=2, fsdp=2, tensor=2)
+    for found in (
+        engine((model, params), end=[], slots=2, temperature=0).run(prompts),
+        engine(placed, end=[], slots=2, mesh=mesh, temperature=0).run(prompts),
+    ):
+        for prompt, answer in zip(prompts, found, strict=True):
+            sequence = np.array([prompt + answer.tokens + [0] * (320 - len(prompt) - NEW_TOKENS)])
+            logits = np.asarray(whole(params, sequence, np.ones_like(sequence, bool)))[0, len(prompt) - 1 :]
+            assert logits[:NEW_TOKENS].argmax(-1).tolist() == answer.tokens
+            assert len(set(answer.tokens)) > 1
+
+
+@pytest.mark.full
 def test_an_idle_row_stays_within_the_positions() -> None:
     """Its old answer was long, and its place has another prompt now, which leaves few positions."""
     model, params = load("gpt2")

@@ -9,6 +9,7 @@ Axes: c prompts, f figures computed at once, b resamples.
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -43,7 +44,14 @@ class Estimate(NamedTuple):
     high: float | None = None
 
 
-def mean_of(values: Array, prompts: Array, weights: Array | None = None) -> Estimate:
+def mean_of(
+    values: Array,
+    prompts: Array,
+    weights: Array | None = None,
+    *,
+    at_least: float = -math.inf,
+    at_most: float = math.inf,
+) -> Estimate:
     """Estimates a mean over rows by a studentized bootstrap over prompts.
 
     The percentile bootstrap is too narrow for 20 prompts, and intervals from Student's t for skewed values.
@@ -52,10 +60,12 @@ def mean_of(values: Array, prompts: Array, weights: Array | None = None) -> Esti
       values: float [rows].
       prompts: [rows], the prompt of each row.
       weights: float [rows], for a weighted mean; such as tokens, for a mean over tokens.
+      at_least, at_most: no mean lies beyond, so the interval ends there; cutting it misses the truth no more often.
     """
     sums_c, weights_c = by_prompt(values, prompts, weights)
     low, high = mean_intervals(sums_c[:, None], weights_c[:, None])
-    return _estimate(sums_c.sum() / weights_c.sum(), low[0], high[0], len(sums_c))
+    value = sums_c.sum() / weights_c.sum()
+    return _estimate(value, max(low[0], at_least), min(high[0], at_most), len(sums_c))
 
 
 def share_of(flags: Array, prompts: Array) -> Estimate:

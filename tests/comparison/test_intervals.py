@@ -115,6 +115,14 @@ def test_one_prompt_has_no_interval() -> None:
     assert mean_of(np.array([1.0, 2.0]), np.array([7, 7])) == (1.5, None, None)
 
 
+def test_an_interval_ends_where_no_mean_can_be() -> None:
+    values, prompts = np.array([0.1, 0.9]), np.arange(2)
+    found, cut = mean_of(values, prompts), mean_of(values, prompts, at_least=0, at_most=1)
+    assert found.low is not None
+    assert found.low < 0
+    assert cut == (0.5, 0, 1)
+
+
 def test_a_few_equal_prompts_give_a_finite_interval() -> None:
     found = mean_of(np.array([0.0, 0.0, 1.0]), np.arange(3))
     assert found.low is not None

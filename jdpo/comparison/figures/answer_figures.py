@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -79,9 +80,11 @@ def _figure(
 ) -> Figure:
     prompts = prompts_of(pairs)
     before, after = _measured(pairs, measure)
+    # Lengths are at least 0, and shares at most 1.
+    most = 1.0 if unit == "share" else math.inf
     values = Values(
-        before=mean_of(before, prompts),
-        after=mean_of(after, prompts),
+        before=mean_of(before, prompts, at_least=0, at_most=most),
+        after=mean_of(after, prompts, at_least=0, at_most=most),
         difference=mean_of(after - before, prompts),
         num_prompts=len(set(prompts.tolist())),
         num_rows=len(pairs),

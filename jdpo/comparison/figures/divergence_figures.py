@@ -104,7 +104,7 @@ def divergence_figures(distances: Distances) -> Iterator[Figure]:
         sums = np.array([(one.forward if is_forward else one.backward).sum(dtype=np.float64) for one in of.values()])
         tokens = np.array([len(one.forward) if per_token else 1 for one in of.values()], float)
         prompts = np.array([prompt_id for prompt_id, _ in of])
-        estimate = mean_of(sums / tokens, prompts, tokens)
+        estimate = mean_of(sums / tokens, prompts, tokens, at_least=0)
         yield Figure(
             name=name,
             title=title,

@@ -115,8 +115,8 @@ def fact_figures(facts: Sequence[Fact], before: np.ndarray, after: np.ndarray) -
     num_prompts, num_rows = len(np.unique(prompts)), len(facts)
     knew, knows = before > KNOWN, after > KNOWN
     probability = Values(
-        before=mean_of(before, prompts),
-        after=mean_of(after, prompts),
+        before=mean_of(before, prompts, at_least=0, at_most=1),
+        after=mean_of(after, prompts, at_least=0, at_most=1),
         difference=mean_of(after - before, prompts),
         num_prompts=num_prompts,
         num_rows=num_rows,

@@ -160,8 +160,8 @@ def _logps(side: int, per_token: bool) -> Callable[[PairRows, float], Values]:
         tokens = rows.lengths[:, side].astype(float) if per_token else np.ones(len(rows.origins))
         before, after = (logps[:, side] / tokens for logps in (rows.before, rows.after))
         return Values(
-            before=mean_of(before, rows.prompts, tokens),
-            after=mean_of(after, rows.prompts, tokens),
+            before=mean_of(before, rows.prompts, tokens, at_most=0),
+            after=mean_of(after, rows.prompts, tokens, at_most=0),
             difference=mean_of(after - before, rows.prompts, tokens),
             num_prompts=_num_prompts(rows),
             num_rows=len(rows.origins),

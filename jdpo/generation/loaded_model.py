@@ -27,7 +27,7 @@ from jdpo.models.transformer import Params, Transformer, Weights, float32_produc
 from jdpo.types import Message, Text
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class LoadedModel:
     """A model with its tokenizer, opened with `jdpo.load`.
 
@@ -53,6 +53,10 @@ class LoadedModel:
     name: str
     digest: str
     end_token_ids: tuple[int, ...]
+
+    def __repr__(self) -> str:
+        # Without the weights, which would fill a notebook.
+        return f"<LoadedModel {self.name!r}: {self.model.config.family}, {self.dtype}, {dict(self.mesh.shape)}>"
 
     @property
     def dtype(self) -> str:

@@ -64,6 +64,11 @@ def test_the_logp_of_an_answer_is_that_of_its_tokens(model: LoadedModel) -> None
     assert answer.logp == pytest.approx(float(logps.sum()), abs=1e-4)
 
 
+def test_the_repr_has_no_weights(model: LoadedModel) -> None:
+    assert len(repr(model)) < 500
+    assert model.name in repr(model)
+
+
 def test_wrong_arguments_are_errors_of_the_call(model: LoadedModel) -> None:
     for call, words in (
         (lambda: model.generate(ASK, temperature=-1), "temperature: expected 0"),

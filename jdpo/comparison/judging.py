@@ -49,9 +49,10 @@ def judge_pairs(
     )
     blocks = cut(asked)
     scorer = make_scorer(by, blocks, dict(options))
-    # A name of its own for each scorer and its settings, so that another one may judge the same answers.
-    settings = hashlib.sha256(json.dumps(scorer.describe(), sort_keys=True).encode()).hexdigest()
-    name = f"{default_name(by)[:60]}-{settings[:8]}"
+    # A name of its own for each scorer, its settings and the answers: another scorer may judge the same answers, and
+    # verdicts on answers that have been removed since are not in the way.
+    identity = hashlib.sha256(json.dumps([scorer.describe(), digest], sort_keys=True).encode()).hexdigest()
+    name = f"{default_name(by)[:60]}-{identity[:8]}"
     log(f"comparing {figure(len(asked), 'answer')} of both models by {by.text}")
     score_answers(folder, name, scorer, blocks, digest=digest)
     if read_about(folder, VERDICTS, name) is None:

@@ -72,5 +72,10 @@ def test_scores_decide_and_another_scorer_may_follow(tmp_path: Path) -> None:
     by_length = rates("length", tmp_path, {})
     assert by_length.figures[0].all.after.value == pytest.approx(2 / 3)
     assert rates("length", tmp_path, {}) == by_length  # from the files
+    assert len([*(tmp_path / "scores").glob("*.jsonl")]) == 1
+    pairs, questions = answered()
+    swapped = [AnswerPair(pair.after, pair.before) for pair in pairs]  # as of models that were trained again
+    outcomes = judge_pairs(swapped, questions, parse_by("length"), {}, tmp_path, lambda line: None)
+    assert win_rates(outcomes).figures[0].all.after.value == pytest.approx(1 / 3)
     with serving_chat(prefers_first) as server:
         assert rates(f"judge:{server.url}", tmp_path).figures[0].all.after.value == 0.5

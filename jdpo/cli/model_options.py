@@ -102,6 +102,7 @@ def opening(command: str, dtype: Any, chat_template: str | None) -> Iterator[Cal
     Raises:
       ValueError: this process is one of several.
     """
+    # First, since the imports below take seconds.
     refuse_clusters(command)
     from jdpo.config import MeshConfig
     from jdpo.data.prepared.prepare import cache_folder

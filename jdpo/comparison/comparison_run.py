@@ -107,6 +107,7 @@ def compare(settings: CompareSettings, load: Load, log: Log) -> CompareDocument:
     pairs = []
     for number, path in enumerate(settings.afters, 1):
         second = load(path)
+        # Without a number for a single model, whose folder is the one that the documentation names.
         suffix = f"-{number}" if len(settings.afters) > 1 else ""
         after = measure(second, path, material, folder / f"answers-after{suffix}", log)
         pairs.append(_Pair(before, after, _distances(settings.before, second, before, after, load, log)))
@@ -128,9 +129,9 @@ def compare(settings: CompareSettings, load: Load, log: Log) -> CompareDocument:
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "jax": jax.__version__,
     }
-    return CompareDocument(
-        before=before.model, comparisons=comparisons, settings=described, warnings=list(dict.fromkeys(warnings))
-    )
+    # A note that several models share is shown once.
+    warnings = list(dict.fromkeys(warnings))
+    return CompareDocument(before=before.model, comparisons=comparisons, settings=described, warnings=warnings)
 
 
 def _distances(path: str, second: LoadedModel, before: Measured, after: Measured, load: Load, log: Log) -> Distances:
@@ -220,6 +221,7 @@ def _answer_pairs(pair: _Pair, warnings: list[str]) -> tuple[list[AnswerPair], d
     """Returns the answers of both models to the same prompts with the same number."""
     if pair.before.answers is None or pair.after.answers is None:
         return [], {}
+    # By key and not by place: a model with fewer positions may have answered fewer prompts.
     before = {(one.prompt_id, one.sample): one for one in pair.before.answers.answers}
     found = [
         AnswerPair(before[key], answer)

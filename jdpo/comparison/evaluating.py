@@ -66,6 +66,7 @@ def evaluate(
       ValueError: a model or a file cannot be read.
     """
     before = None if reference is None else measure_model(load(reference), reference, material, log)
+    # The reference has been freed: only its values are kept.
     after = measure_model(load(model), model, material, log)
     figures: list[Figure] = []
     warnings: list[str] = []

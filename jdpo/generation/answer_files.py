@@ -77,6 +77,7 @@ def read_answers(folder: str | Path, *, partial: bool = False) -> AnswerFolder:
             "`jdpo generate` again, which continues where it stopped"
         )
     questions = read_questions(folder)
+    # Scorers read columns of the questions, so a changed file would give scores of other questions.
     if questions_digest(questions) != manifest.prompts["digest"]:
         raise ValueError(f"{folder / PROMPTS}: the file has changed since it was written; generate the answers again")
     return AnswerFolder(

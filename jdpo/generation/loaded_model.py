@@ -139,6 +139,7 @@ class LoadedModel:
         for drawn in self.draw(ids, n, sampling):
             at = drawn.prompt
             found[at].append(self.answer_of(drawn, prompt_ids[at], rows[at], ids[at]))
+        # Shorter answers are complete earlier.
         for answers in found:
             answers.sort(key=lambda answer: answer.sample)
         return found[0] if is_one else found
@@ -201,6 +202,7 @@ class LoadedModel:
         """Returns the engine that draws answers in this way."""
         return self._engine.with_sampling(sampling)
 
+    # Made for the first answer, since it copies the weights, and kept for all ways of drawing.
     @functools.cached_property
     def _engine(self) -> Engine:
         return Engine(self.model, self.params, end_token_ids=self.end_token_ids, sampling=Sampling(), mesh=self.mesh)
@@ -231,6 +233,7 @@ class LoadedModel:
         """
         ended = drawn.finish_reason == "stop"
         content = content_of(row, prompt_ids, drawn.tokens[:-1] if ended else drawn.tokens, self.tokenizer)
+        # In float64, since float32 would lose digits over a thousand tokens.
         logp = float(np.sum(np.array(drawn.logps, np.float64)))
         if not np.isfinite(logp):
             raise FloatingPointError(

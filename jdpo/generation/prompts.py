@@ -87,6 +87,7 @@ def read_prompts(
     for raw, origin in itertools.chain(samples, rows):
         num_rows += 1
         row = prompt_row(raw, origin, reading)
+        # A row that cannot be asked is counted, and does not end the reading of thousands of others.
         question = row if isinstance(row, Dropped) else _question(row, system, chat=chat)
         if isinstance(question, Dropped):
             counts[question.reason] += 1
@@ -95,6 +96,7 @@ def read_prompts(
             duplicates += 1
             other_columns += earlier.columns != question.columns
         elif len(found) == num_prompts:
+            # Before the rest is read, which may be a large dataset or come over the network.
             break
     place = public_text(dataset.path)
     if not found:
@@ -132,6 +134,7 @@ def make_question(
     messages: Text = prompt if isinstance(prompt, str) else [_plain(message) for message in prompt]
     kwargs = dict(template_kwargs) if template_kwargs is not None else None
     known = {"prompt": messages, "tools": tools, "template_kwargs": kwargs}
+    # Sorted and without spaces, so that the id does not depend on how a file writes the row.
     text = json.dumps(known, sort_keys=True, separators=(",", ":"))
     return Question(hashlib.sha256(text.encode()).hexdigest()[:16], messages, origin, tools, kwargs, columns)
 

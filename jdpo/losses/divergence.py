@@ -56,6 +56,7 @@ def token_divergences(
     """
     rows, positions = first.hidden.shape[:2]
     _check(first, second, lengths)
+    # Twice the vocabulary: the logits of both models exist at the same time.
     chunk = chunk_size or default_chunk(rows, positions, 2 * first.head.shape[1], skips=lengths is not None)
     counts = [] if lengths is None else [lengths.astype(jnp.int32)]
     hidden_first, hidden_second, head_first, head_second, *counts = varying_alike(

@@ -59,6 +59,7 @@ def load(
     Raises:
       ValueError: there is no such model, or it cannot be read; the message says what to do.
     """
+    # One device by default: a small model is faster on it than split over eight.
     devices = mesh if isinstance(mesh, Mesh) else make_mesh(mesh or MeshConfig(), None if mesh else jax.devices()[:1])
     run = _run_of(str(model))
     if dtype not in ("auto", "float32", "bfloat16"):
@@ -144,6 +145,7 @@ def _load_weights(sources: Sources, model: Transformer, mesh: Mesh) -> tuple[Par
     if adaptation is None or sources.adapter_folder is None:
         shardings = param_shardings(logical_axes(model), abstract_params(model), mesh)
         return load_params(sources.model_folder, model, shardings, dtype=model.compute_dtype), digest
+    # Adapters stay in float32 next to a base in the compute dtype, as in training.
     base = load_base_folder(sources.model_folder, adaptation, model, mesh)
     shardings = param_shardings(adaptation.adapter_axes(), adaptation.abstract_adapters(model), mesh)
     adapters = load_adapters(read_adapter(sources.adapter_folder, adaptation.sites), shardings, model.param_dtype)

@@ -140,6 +140,7 @@ def main(command: str, words: Sequence[str]) -> int:
     asked = options.parse_args(words)
     if len(asked.models) < 2:
         raise ValueError("expected at least two models, BEFORE and AFTER; `jdpo eval MODEL` looks at one")
+    # Imported here, so that --help loads no jax.
     from rich.console import Console
 
     from jdpo.comparison.compare_files import write_comparison

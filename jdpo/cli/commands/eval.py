@@ -46,6 +46,7 @@ def main(command: str, words: Sequence[str]) -> int:
     check_material(asked, options)
     if asked.beta is not None and asked.reference is None:
         raise ValueError("--beta is that of the implicit reward, which needs a --reference")
+    # Imported here, so that --help loads no jax.
     from rich.console import Console
     from rich.text import Text
 

@@ -162,11 +162,13 @@ def main(command: str, words: Sequence[str]) -> int:
 
 
 def _generate(asked: argparse.Namespace, sampling: Sampling, folder: Path) -> tuple[Manifest, Prompts]:
+    # Imported here, so that --help loads no jax.
     from jdpo.generation.pace import Pace
     from jdpo.generation.writing import check_counts, write_answers
 
     check_counts(asked.n, asked.answers_per_shard)
     prompts = _read_prompts(asked)
+    # Before the model is loaded, so that a wrong file costs no time.
     for line in prompts.lines():
         log(line)
     pace = Pace(len(prompts.questions) * asked.n, log)
@@ -244,6 +246,7 @@ def _report(folder: Path, manifest: Manifest, prompts: Prompts) -> int:
 
     if cut := sum(shard.cut_off for shard in manifest.shards):
         log(f"{cut:,} of {figure(manifest.num_answers, 'answer')} are cut off")
+    # Rows of the prompts file, which users know, not ids.
     origins = {question.prompt_id: question.origin for question in prompts.questions}
     for reason, count in manifest.unanswered.items():
         missing = (one for number in range(len(manifest.shards)) for one in read_unanswered(folder, number))

@@ -35,6 +35,7 @@ def length_of(answer: Answer) -> int:
 def repetition(answer: Answer) -> float:
     """Returns the share of runs of four tokens (or words) that occurred before in the answer; 0 if there are none."""
     items: Sequence[object] = answer.text.split() if answer.tokens is None else answer.tokens
+    # Runs of one or two tokens repeat in any text.
     runs = [tuple(items[start : start + REPEATED_RUN]) for start in range(len(items) - REPEATED_RUN + 1)]
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
@@ -54,12 +55,14 @@ def script_shares(text: str) -> dict[str, float]:
 
 def answer_figures(pairs: Sequence[AnswerPair]) -> Iterator[Figure]:
     """Yields lengths, cut-offs, repetition and scripts of the answers."""
+    # One unit for both models, since their lengths are compared.
     counted = all(answer.tokens is not None for pair in pairs for answer in pair)
     unit: Unit = "tokens" if counted else "characters"
     yield _figure("answers.length", "Length of an answer", unit, "neither", pairs, length_of)
     yield _share("answers.cut_off", "Answers cut off", "down", pairs, lambda answer: answer.finish_reason == "length")
     yield _share("answers.empty", "Empty answers", "down", pairs, lambda answer: not answer.text.strip())
     yield _figure("answers.repetition", "Repeated runs of four tokens", "share", "down", pairs, repetition)
+    # Once for each answer: every script below is a figure of its own.
     shares = {id(answer): script_shares(answer.text) for pair in pairs for answer in pair}
     totals = Counter[str]()
     for of_answer in shares.values():

@@ -52,6 +52,7 @@ def distances_of(
             rows = dict(_answer_rows(own, answers))
             if not rows:  # every prompt was too long for the model
                 return Distances({}, {}, [f"no divergence between the models: {own.name} gave no answer"])
+            # In this order, so that forward is KL(after || before) whoever gave the answers.
             values = completion_divergences(second, first, list(rows.values()), lambda num_rows: None)
             found.append(dict(zip(rows, values, strict=True)))
     return Distances(found[0], found[1], [])
@@ -61,6 +62,7 @@ def _why_no_divergence(first: LoadedModel, second: LoadedModel) -> str:
     sizes = [one.model.config.vocab_size for one in (first, second)]
     if sizes[0] != sizes[1]:
         return f"their vocabularies have {sizes[0]:,} and {sizes[1]:,} tokens"
+    # Embeddings of equal size may belong to tokenizers that have nothing in common.
     if first.tokenizer.hf.get_vocab() != second.tokenizer.hf.get_vocab():
         return "the same ids mean other tokens in their vocabularies"
     return ""
@@ -104,6 +106,7 @@ def divergence_figures(distances: Distances) -> Iterator[Figure]:
         sums = np.array([(one.forward if is_forward else one.backward).sum(dtype=np.float64) for one in of.values()])
         tokens = np.array([len(one.forward) if per_token else 1 for one in of.values()], float)
         prompts = np.array([prompt_id for prompt_id, _ in of])
+        # Weighted by tokens, a mean over answers is one over all tokens.
         estimate = mean_of(sums / tokens, prompts, tokens, at_least=0)
         yield Figure(
             name=name,

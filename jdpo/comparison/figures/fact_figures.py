@@ -127,6 +127,7 @@ def fact_figures(facts: Sequence[Fact], before: np.ndarray, after: np.ndarray) -
         difference=change_of(knew, knows, prompts),
         num_prompts=num_prompts,
         num_rows=num_rows,
+        # The test assumes independent rows.
         p_value=mcnemar(knew, knows) if num_prompts == num_rows else None,
     )
     fell = Values(after=share_of(before - after > FELL, prompts), num_prompts=num_prompts, num_rows=num_rows)

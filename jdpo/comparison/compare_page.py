@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jinja2
-import markupsafe
-
-from jdpo import safe_text
 from jdpo.comparison import figure_words
 from jdpo.comparison.compare_document import (
     SECTIONS,
@@ -25,7 +19,7 @@ from jdpo.comparison.compare_document import (
 )
 from jdpo.comparison.compare_plots import IntervalBar, Plot, calibration_plot, interval_bar, reach_of, row_plots
 from jdpo.comparison.word_diff import Piece, word_diff
-from jdpo.durable import write_durably
+from jdpo.reports.html_files import page_environment, write_html
 from jdpo.words import figure as counted
 
 MOST_ANSWERS = 30
@@ -38,12 +32,7 @@ def write_compare_page(document: CompareDocument, path: Path) -> None:
     Raises:
       ValueError: the file cannot be written.
     """
-    page = compare_page(document)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(path, page)
-    except OSError as error:
-        raise ValueError(f"cannot write the page to {path}: {error.strerror or error}") from error
+    write_html(compare_page(document), path)
 
 
 def compare_page(document: CompareDocument) -> str:
@@ -51,15 +40,7 @@ def compare_page(document: CompareDocument) -> str:
 
     The policy admits its one style sheet by hash, so a style that came in with an answer would not apply either.
     """
-    environment = jinja2.Environment(
-        # autoescape alone would leave invisible and direction characters in.
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,  # a misspelt name in the template is an error, not an empty text
-        finalize=_safe,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["sha256"] = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    environment = page_environment()
     environment.filters |= {"value": figure_words.value_words, "change": figure_words.change_words}
     views = [_view(document, comparison) for comparison in document.comparisons]
     text = resources.files("jdpo.comparison").joinpath("compare_page.html.jinja").read_text(encoding="utf-8")
@@ -157,8 +138,3 @@ def _row(figure: Figure, values: Values, label: str, reach: float, *, is_dataset
         finding=figure.finding_of(values) or "",
         notes=notes,
     )
-
-
-def _safe(value: Any) -> Any:
-    """Escapes plain text; what the template itself made, such as a macro's markup, stays as it is."""
-    return markupsafe.Markup(safe_text.html(value)) if type(value) is str else value

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
-import jinja2
-import markupsafe
-
-from jdpo import safe_text
-from jdpo.durable import write_durably
 from jdpo.inspection.row_statistics import Json
 from jdpo.inspection.tree import report_of
+from jdpo.reports.html_files import page_environment, write_html
 
 
 def write_page(document: Json, path: Path) -> None:
@@ -23,12 +16,7 @@ def write_page(document: Json, path: Path) -> None:
     Raises:
       ValueError: the file cannot be written.
     """
-    page = page_of(document)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(path, page)
-    except OSError as error:
-        raise ValueError(f"cannot write the page to {path}: {error.strerror or error}") from error
+    write_html(page_of(document), path)
 
 
 def page_of(document: Json) -> str:
@@ -36,16 +24,7 @@ def page_of(document: Json) -> str:
 
     The policy admits its one style sheet by hash, so a style that came in with the data would not apply either.
     """
-    undefined = jinja2.StrictUndefined  # a misspelt name in the template is an error, not an empty text
-    environment = jinja2.Environment(
-        # autoescape alone would leave invisible and direction characters in.
-        autoescape=True,
-        undefined=undefined,
-        finalize=_safe,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["sha256"] = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    environment = page_environment()
     environment.filters["kind"] = lambda node: type(node).__name__
     # The same tree as in the terminal, so both show the same report.
     report = report_of(document)
@@ -53,8 +32,3 @@ def page_of(document: Json) -> str:
     sections = sorted(report.sections, key=lambda section: section.anchor != "findings")
     text = resources.files("jdpo.inspection").joinpath("page.html.jinja").read_text(encoding="utf-8")
     return environment.from_string(text).render(report=report, sections=sections).strip() + "\n"
-
-
-def _safe(value: Any) -> Any:
-    """Escapes plain text; what the template itself made, such as a macro's markup, stays as it is."""
-    return markupsafe.Markup(safe_text.html(value)) if type(value) is str else value

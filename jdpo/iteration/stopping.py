@@ -97,7 +97,9 @@ def why_stop(compared: Compared | None, number: int, loop: LoopSettings) -> Stop
         text = f"round {number} moved the model by {kl:.3g} nats per answer, more than max_kl {loop.max_kl:g}"
         return Stop("max_kl", text, keeps=False)
     if number + 1 == loop.rounds:
-        return Stop("rounds", f"all {loop.rounds} rounds are done", keeps=True)
+        return Stop(
+            "rounds", "the only round is done" if loop.rounds == 1 else f"all {loop.rounds} rounds are done", keeps=True
+        )
     return None
 
 

@@ -52,6 +52,14 @@ def said(session: ChatSession, out: io.StringIO, line: str) -> str:
     return out.getvalue()[before:]
 
 
+def test_a_second_model_that_is_not_there_is_found_before_the_first_is_loaded(
+    toy_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["chat", str(toy_model), "./missing"]) == 2
+    (told,) = capsys.readouterr().err.splitlines()
+    assert "./missing" in told
+
+
 def test_a_pipe_is_a_conversation(
     toy_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

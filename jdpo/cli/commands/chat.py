@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from jdpo.cli.model_options import add_model, add_sampling, opening
+from jdpo.cli.model_options import add_model, add_sampling, check_models, opening
 from jdpo.cli.parsing import Parser, add_help
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ def main(command: str, words: Sequence[str]) -> int:
     from jdpo.generation.chat.session import ChatSession
     from jdpo.generation.chat.speaker import Speaker
 
+    check_models(asked.model)
     console = Console(highlight=False)
     with opening(command, asked.dtype, asked.chat_template) as load:
         with console.status("loading"):

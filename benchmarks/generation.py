@@ -220,8 +220,13 @@ def cpu_speeds(runs: Sequence[Run]) -> list[float]:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Returns median and range."""
-    return f"{median(values):.4g} [{min(values):.4g}, {max(values):.4g}]" if values else ""
+    """Returns median and range; nothing for no values."""
+    if not values:
+        return ""
+    middle, low, high = (
+        f"{value:.0f}" if value >= 100 else f"{value:.3g}" for value in (median(values), min(values), max(values))
+    )
+    return f"{middle} [{low}, {high}]"
 
 
 def described(result: Result) -> str:

@@ -133,9 +133,11 @@ def measure_pairs(loaded: LoadedModel, material: Material, log: Log) -> PairLogp
     log(f"{loaded.name}: scoring {figure(len(data), 'pair')}")
     notes = []
     if cut := data.counts.get(COMPLETION_CUT, 0):
+        at_the_end = max_length >= loaded.model.config.max_positions
+        advice = "the model has no more positions" if at_the_end else "--max_length takes more"
         notes.append(
             f"{figure(cut, 'pair')} of {len(data):,} were cut at {max_length} tokens, so their log-probs are those of "
-            "the part that is left; --max_length takes more"
+            f"the part that is left; {advice}"
         )
     reasons = _dropped(data.counts)
     if reasons:

@@ -190,6 +190,20 @@ def test_what_cannot_judge_is_found_before_there_are_answers(
     assert not output_dir.exists()
 
 
+@pytest.mark.parametrize(
+    ("more", "advice"), [([], "no more positions"), (["--max_length", "64"], "--max_length takes")]
+)
+def test_cut_pairs_are_counted_with_what_helps(
+    toy_model: Path, tmp_path: Path, capsys: Capture, more: list[str], advice: str
+) -> None:
+    row = {"prompt": "a road", "chosen": " river" * 300, "rejected": " paper"}
+    pairs = write_jsonl(tmp_path / "long.jsonl", [row])
+    assert main(["eval", str(toy_model), "--pairs", str(pairs), "--cache_dir", str(tmp_path), *more]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "1 pair of 1 were cut" in told
+    assert advice in told
+
+
 def test_a_cluster_is_refused(monkeypatch: pytest.MonkeyPatch, place: Path, capsys: Capture) -> None:
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1234")
     monkeypatch.setenv("JAX_NUM_PROCESSES", "2")

@@ -39,6 +39,8 @@ LISTED = {
     ("README.md", "bash scripts/test.sh"): "runs this suite",
     ("README.md", "pip install -e"): "installs; tests/test_editable_install.py does so",
     ("README.md", "runs/first/"): "lists the files of a run",
+    ("README.md", "jdpo chat"): "waits for what is typed; tests/generation/test_chat.py types",
+    ("README.md", "jdpo compare BEFORE"): "needs two models; tests/cli/test_compare.py compares toys",
     ("docs/answers.md", "jdpo generate --endpoint"): "needs a server; tests/cli/test_generate_server.py has one",
     (
         "docs/answers.md",

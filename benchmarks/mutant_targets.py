@@ -134,7 +134,7 @@ TARGETS = (
     Target(
         "boundaries",
         "jdpo/data/tokens/boundaries.py",
-        ("_unusable", "_split_texts", "_with_bos", "_with_eos", "_split_encoded"),
+        ("_unusable", "_split_texts", "with_bos", "_with_eos", "_split_encoded"),
         ("tests/data/tokens/test_tokenize.py",),
     ),
     Target(

@@ -72,7 +72,7 @@ LISTED = {
 TOYS = {
     "Qwen/Qwen2.5-0.5B-Instruct": "toy",
     "BASE": "toy",
-    "generate runs/first": "generate toy",
+    "generate runs/first --prompts prompts.jsonl": "generate toy --prompts few.jsonl --max_new_tokens 4",
     "--n 8": "--n 2",
     "--max_new_tokens 1024": "--max_new_tokens 4",
     "--output_dir gen": "--output_dir gen-new",  # other commands read gen
@@ -207,7 +207,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, toy_model: Path) -> Iterator
         write_jsonl(folder / name, chat_pairs(24))
     shutil.copytree(ROOT / "configs", folder / "configs")
     settings = {"model_name_or_path": "toy", "datasets": "pairs.jsonl", "max_length": 64, "global_batch_size": 8}
-    write_jsonl(folder / "prompts.jsonl", [{"prompt": [{"role": "user", "content": "river"}]}])
+    write_jsonl(folder / "few.jsonl", [{"prompt": [{"role": "user", "content": "river"}]}])
     for name in ("run", "dpo", "sft"):
         (folder / f"{name}.yaml").write_text(json.dumps(settings | {"output_dir": f"runs/{name}-of-yaml"}))
     write_adapter(folder / "runs" / "sft" / "model", folder / "toy")

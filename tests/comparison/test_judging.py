@@ -17,7 +17,7 @@ from jdpo.generation.values import Answer
 from jdpo.scoring.scorers import parse_by
 from tests.chat_server import prefers_first, prefers_long, serving_chat
 
-FAST: dict[str, Any] = {"retries": 0, "timeout": 5.0}
+FAST: dict[str, Any] = {"retries": 0, "timeout": 60.0}
 
 
 def answered(num_prompts: int = 24) -> tuple[list[AnswerPair], dict[str, Any]]:

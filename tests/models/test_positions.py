@@ -38,10 +38,11 @@ def test_a_max_length_beyond_the_last_position_is_refused_by_name(tmp_path: Path
 def test_generation_ends_where_the_model_does() -> None:
     model = Transformer(read_model_config(GPT2))
     params = load_params(GPT2, model)
-    engine = Engine(model, params, end_token_ids=[], sampling=Sampling(temperature=0, max_new_tokens=4))
-    with pytest.raises(ValueError, match="more than the model's 64 positions"):
-        engine.run([[3] * 61])
+    engine = Engine(model, params, end_token_ids=[], sampling=Sampling(temperature=0, max_new_tokens=9))
+    with pytest.raises(ValueError, match="none of the model's 64 positions"):
+        engine.run([[3] * 64])
     (found,) = engine.run([[3] * 60])
+    assert (len(found.tokens), found.finish_reason) == (4, "length")
     tokens = np.array([[3] * 60 + found.tokens])
     logits = np.asarray(make_apply_fn(model)(params, tokens, np.ones_like(tokens, bool)))
     assert logits[0, 59:-1].argmax(-1).tolist() == found.tokens

@@ -51,7 +51,7 @@ def visible_slots(
     >>> import numpy as np
     >>> visible = visible_slots(jnp.array([3]), jnp.array([[0, 2]]), 4, 3, window=4)
     >>> np.asarray(visible.prompt.astype(int)).tolist(), np.asarray(visible.tail.astype(int)).tolist()
-    ([[[1, 1, 1, 0], [0, 1, 1, 0]]], [[[1, 0, 0], [1, 1, 1]]])
+    ([[[1, 1, 1, 0], [0, 0, 1, 0]]], [[[1, 0, 0], [1, 1, 1]]])
     """
     prompt_slot, tail_slot = jnp.arange(num_prompt_slots), jnp.arange(num_tail_slots)
     prompt = jnp.broadcast_to(prompt_slot < prompt_lengths_p[:, None, None], (*index_pr.shape, num_prompt_slots))

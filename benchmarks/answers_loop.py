@@ -37,7 +37,7 @@ DUBLIN = ("What is the capital of Ireland?", "Dublin")
 
 
 class Files(NamedTuple):
-    """What every loop starts from."""
+    """The model, prompts and facts that every loop starts from."""
 
     model: Path
     prompts: Path

@@ -41,7 +41,7 @@ Reply = str | list[str] | dict[str, Any] | Raw | Fault
 
 @dataclass
 class ChatServer:
-    """What a test tells the server, and what it has seen.
+    """Orders of a test to the server, and the requests that it has seen.
 
     Attributes:
       reply: is called with the body of each request for an answer, in one thread per request. The body has a key `path`

@@ -60,7 +60,7 @@ def mean_of(
       values: float [rows].
       prompts: [rows], the prompt of each row.
       weights: float [rows], for a weighted mean; such as tokens, for a mean over tokens.
-      at_least, at_most: no mean lies beyond, so the interval ends there; cutting it misses the truth no more often.
+      at_least, at_most: no mean is beyond, so the interval ends there; cutting it misses the truth no more often.
     """
     sums_c, weights_c = by_prompt(values, prompts, weights)
     low, high = mean_intervals(sums_c[:, None], weights_c[:, None])

@@ -1,7 +1,7 @@
 """The generation engine: answers of a model to prompts of token ids.
 
 A prompt is computed once, and all its answers read its keys and values. Answers are computed in rows, many at the same
-time; a row whose answer is complete begins another one while the others go on.
+time; a row whose answer is complete begins another one while the others continue.
 
 Every draw has its own key, made from the seed, the prompt's tokens, the sample's number and the token's index in the
 answer. So an answer does not depend on the other answers of a batch, on their order, or on the number of devices. (The

@@ -42,7 +42,7 @@ class Rows(NamedTuple):
 
 
 class Orders(NamedTuple):
-    """What the host tells `advance`.
+    """The orders of the host to `advance`.
 
     Attributes:
       seed: uint32 [].
@@ -70,7 +70,7 @@ class Orders(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What `advance` tells the host.
+    """The report of `advance` to the host.
 
     Attributes:
       tokens, logps: [m + 1, p, r]; index 0 has the first token of fresh rows, index i that of step i.

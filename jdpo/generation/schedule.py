@@ -1,4 +1,4 @@
-"""Which answer each row of the engine works on. Follows from the arguments and from the answers, never from timing.
+"""The assignment of answers to the rows of the engine, which follows from arguments and answers, never from timing.
 
 Rows are in places: the r rows of a place answer one prompt, whose keys and values they share. A row whose answer is
 complete takes the prompt's next sample. A place whose samples are all complete takes the next prompt, or half of the

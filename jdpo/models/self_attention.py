@@ -52,7 +52,7 @@ class Context(NamedTuple):
 
 
 class Tails(NamedTuple):
-    """What a token of every answer writes and sees.
+    """The slot that a token of every answer writes, and those that it sees.
 
     Attributes:
       slot: int [p, r], the slot of the tail that is written.

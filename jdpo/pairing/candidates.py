@@ -67,7 +67,7 @@ Proposal = tuple[Candidate, Candidate]
 
 @dataclass(frozen=True, kw_only=True)
 class PairRules:
-    """Which pairs are made of the answers to a prompt.
+    """The rules by which answers to a prompt become pairs.
 
     Attributes:
       strategy: which answers are compared; see `jdpo.pairing.strategies`.

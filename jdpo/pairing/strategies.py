@@ -1,4 +1,4 @@
-"""Which answers to a prompt are compared, and in which order the comparisons are tried.
+"""The strategies: the answers to a prompt that are compared, in the order in which comparisons are tried.
 
     best_worst   the best answer with the worst, then the second best with the second worst, and so on
     best_random  the best answer with every worse one, in random order

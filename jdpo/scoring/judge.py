@@ -23,7 +23,7 @@ UNREADABLE = "unreadable verdict"
 """Why a comparison has no verdict, if the judge replied."""
 
 _MAX_TOKENS = 2048
-"""Room for judges that think before they give their verdict."""
+"""Enough for judges that think before they give their verdict."""
 
 _WINNERS: dict[Any, RawVerdict] = {"first": "first", "second": "second", "tie": "tie"}
 _SCHEMA = {

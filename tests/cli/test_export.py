@@ -100,7 +100,7 @@ def test_runs_and_checkpoints_can_be_asked(run: Path, tmp_path: Path) -> None:
     assert main(["export", str(run / "checkpoints" / "3"), str(tmp_path / "third")]) == 0
     third, exported = weights(tmp_path / "third"), weights(run / "model")
     jax.tree.map(np.testing.assert_array_equal, weights(run / "checkpoints" / "3"), third)
-    # The model of a finished run, but the newest checkpoint of one that goes on.
+    # The model of a finished run, but the newest checkpoint of one in progress.
     assert jdpo.load(run).digest == jdpo.load(run / "model").digest
     record = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps(record | {"finished": False}))

@@ -1,4 +1,4 @@
-"""Which models are in memory while they are compared."""
+"""The models in memory during a comparison."""
 
 from __future__ import annotations
 

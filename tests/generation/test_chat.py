@@ -45,7 +45,7 @@ def session_of(models: Sequence[LoadedModel], out: io.StringIO, *, width: int = 
     return ChatSession([Speaker(model) for model in models], ChatView(console, names), SAMPLING)
 
 
-def said(session: ChatSession, out: io.StringIO, line: str) -> str:
+def answer_to(session: ChatSession, out: io.StringIO, line: str) -> str:
     """Returns what a line makes the session print."""
     before = len(out.getvalue())
     session.take(line)
@@ -82,7 +82,7 @@ def test_an_answer_is_that_of_generate_and_retry_draws_the_next(loaded: LoadedMo
     messages = [{"role": "user", "content": "winter"}]
     drawn = loaded.generate(messages, n=2, max_new_tokens=6, temperature=0.7)
     for command, answer in zip(("winter", "/retry"), drawn, strict=True):
-        said(session, out, command)
+        answer_to(session, out, command)
         exchange = session.conversations[0].last
         assert exchange.answer.strip() == answer.message["content"].strip()
         assert exchange.end == answer.finish_reason
@@ -92,53 +92,53 @@ def test_an_answer_is_that_of_generate_and_retry_draws_the_next(loaded: LoadedMo
 def test_logps_and_next_tokens_are_shown_with_their_sums(loaded: LoadedModel) -> None:
     out = io.StringIO()
     session = session_of([loaded], out)
-    assert "no message yet" in said(session, out, "/next")
-    assert "no message yet" in said(session, out, "/logp green")
-    said(session, out, "winter")
-    shown = said(session, out, "/logp green")
+    assert "no message yet" in answer_to(session, out, "/next")
+    assert "no message yet" in answer_to(session, out, "/logp green")
+    answer_to(session, out, "winter")
+    shown = answer_to(session, out, "/logp green")
     found = loaded.logps([{"role": "user", "content": "winter"}], "green")
     assert (
         f"sum {found.total:.3f}, mean {found.total / len(found.logps):.3f} per token, {len(found.logps)} tokens"
         in shown
     )
     first = loaded.next_tokens([{"role": "user", "content": "winter"}], 1, start="green")[0]
-    assert f"{100 * math.exp(first.logp):.2f} %" in said(session, out, "/next green")
+    assert f"{100 * math.exp(first.logp):.2f} %" in answer_to(session, out, "/next green")
     assert "begins with 'green'" in out.getvalue()
 
 
 def test_settings_are_checked_and_shown(loaded: LoadedModel) -> None:
     out = io.StringIO()
     session = session_of([loaded], out)
-    said(session, out, "/seed 4")
-    said(session, out, "/max 5")
-    assert "expected a number, found 'hot'" in said(session, out, "/temperature hot")
-    assert "expected a probability" in said(session, out, "/top_p 3")
+    answer_to(session, out, "/seed 4")
+    answer_to(session, out, "/max 5")
+    assert "expected a number, found 'hot'" in answer_to(session, out, "/temperature hot")
+    assert "expected a probability" in answer_to(session, out, "/top_p 3")
     assert session.sampling == Sampling(seed=4, max_new_tokens=5, temperature=0.7)
-    assert "seed 4" in said(session, out, "/seed")
-    said(session, out, "/system Be kind.")
+    assert "seed 4" in answer_to(session, out, "/seed")
+    answer_to(session, out, "/system Be kind.")
     assert session.conversations[0].prompt_of("Hi") == [
         {"role": "system", "content": "Be kind."},
         {"role": "user", "content": "Hi"},
     ]
-    said(session, out, "/system none")
+    answer_to(session, out, "/system none")
     assert session.conversations[0].system is None
-    assert "did you mean 'reset'" in said(session, out, "/rset")
-    assert "needs two models" in said(session, out, "/choose 1")
-    listed = said(session, out, "/help")
+    assert "did you mean 'reset'" in answer_to(session, out, "/rset")
+    assert "needs two models" in answer_to(session, out, "/choose 1")
+    listed = answer_to(session, out, "/help")
     assert all(f"/{name}" in listed for name, command in COMMANDS.items() if not command.for_two)
 
 
 def test_a_conversation_that_is_too_long_is_left_as_it_was(loaded: LoadedModel) -> None:
     out = io.StringIO()
     session = session_of([loaded], out)
-    assert "/undo or /reset makes room" in said(session, out, "winter " * 400)
+    assert "/undo or /reset shortens it" in answer_to(session, out, "winter " * 400)
     assert not session.conversations[0].exchanges
 
 
 def test_two_models_answer_and_a_choice_becomes_a_pair(loaded: LoadedModel, plain: LoadedModel, tmp_path: Path) -> None:
     out = io.StringIO()
     session = session_of([loaded, loaded], out)
-    shown = said(session, out, "winter")
+    shown = answer_to(session, out, "winter")
     assert "1 model 0" in shown.splitlines()[0]
     assert "2 model 1" in shown.splitlines()[0]
     # The same model with the same seed gives the same answer.
@@ -147,19 +147,19 @@ def test_two_models_answer_and_a_choice_becomes_a_pair(loaded: LoadedModel, plai
         conversation.undone().answered("winter", answer, "stop")
         for conversation, answer in zip(session.conversations, ("paper", "stone"), strict=True)
     ]
-    assert "are no pair" not in said(session, out, "/choose 2")
+    assert "are no pair" not in answer_to(session, out, "/choose 2")
     assert [conversation.last.answer for conversation in session.conversations] == ["stone", "stone"]
     path = tmp_path / "pairs.jsonl"
-    said(session, out, f"/save {path}")
+    answer_to(session, out, f"/save {path}")
     assert json.loads(path.read_text(encoding="utf-8")) == {
         "prompt": [{"role": "user", "content": "winter"}],
         "chosen": [{"role": "assistant", "content": "stone"}],
         "rejected": [{"role": "assistant", "content": "paper"}],
     }
-    assert "no pairs to save" in said(session, out, f"/save {path}")
+    assert "no pairs to save" in answer_to(session, out, f"/save {path}")
     # In a narrow terminal one after the other.
     narrow = io.StringIO()
-    lines = said(session_of([loaded, plain], narrow, width=50), narrow, "winter").splitlines()
+    lines = answer_to(session_of([loaded, plain], narrow, width=50), narrow, "winter").splitlines()
     assert lines[0] == "1 model 0"
     assert "2 model 1" in lines[1:]
 
@@ -167,10 +167,10 @@ def test_two_models_answer_and_a_choice_becomes_a_pair(loaded: LoadedModel, plai
 def test_a_model_without_a_template_continues_text(plain: LoadedModel) -> None:
     out = io.StringIO()
     session = session_of([plain], out)
-    said(session, out, "The winter is")
+    answer_to(session, out, "The winter is")
     assert session.conversations[0].last_prompt == "The winter is"
-    assert "after the text 'A river':" in said(session, out, "/next A river")
-    assert "needs a chat template" in said(session, out, "/system Be kind.")
+    assert "after the text 'A river':" in answer_to(session, out, "/next A river")
+    assert "needs a chat template" in answer_to(session, out, "/system Be kind.")
 
 
 class Interrupted(io.StringIO):

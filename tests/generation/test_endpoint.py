@@ -1,4 +1,4 @@
-"""Answers from a server: what is asked for, what is read, and what is said of a server that fails."""
+"""Answers from a server: what is asked for, what is read, and messages about a server that fails."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def test_greedy_equals_the_argmax_of_the_full_forward(name: str) -> None:
     found = list(engine(loaded, end=[], slots=2, temperature=0).run(PROMPTS))
     assert [answer.tokens for answer in found] == expected
     assert {answer.finish_reason for answer in found} == {"length"}
-    # The first token that only some answers ever have: those end after it, the others go on.
+    # The first token that only some answers ever have: those end after it, the others continue.
     end = next(token for token in expected[0] if not all(token in whole for whole in expected))
     for answer, whole in zip(engine(loaded, end=[end, 39], temperature=0).run(PROMPTS), expected, strict=True):
         ends = [index for index, token in enumerate(whole) if token in (end, 39)]

@@ -37,7 +37,7 @@ pytestmark = [
 ]
 
 LENGTHS, NEW_TOKENS = (8, 1, 5), 24
-"""A window of 3 to 5 tokens lies in the prompt, over its end, and in the answer."""
+"""A window of 3 to 5 tokens is in the prompt, over its end, and in the answer."""
 
 
 def make_prompts(vocab_size: int) -> list[list[int]]:

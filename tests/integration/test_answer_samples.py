@@ -116,7 +116,7 @@ def test_prompts_that_cannot_be_answered_are_refused_before_training(toy_model: 
         ({"sample_steps": 2}, "sample_steps 2 needs sample_prompts"),
         ({"sample_prompts": [str(path)]}, "it is a file; write it without"),
         ({"sample_prompts": "winter river?"}, "write it as a list"),
-        ({"sample_prompts": [" ".join(["winter"] * 250)]}, r"sample_prompts\[0\].* 256 positions"),
+        ({"sample_prompts": [" ".join(["winter"] * 400)]}, r"sample_prompts\[0\].* 256 positions"),
     ):
         with pytest.raises(ValueError, match=message):
             read(**settings)

@@ -1,4 +1,4 @@
-"""What a loop asks, runs and decides, without running it."""
+"""Questions, commands and decisions of a loop, without running it."""
 
 from __future__ import annotations
 

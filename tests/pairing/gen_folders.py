@@ -1,4 +1,4 @@
-"""Folders of answers that say what a test needs."""
+"""Folders with the answers that a test needs."""
 
 from __future__ import annotations
 

@@ -309,7 +309,7 @@ def test_killed_anywhere_and_run_again(tmp_path: Path) -> None:
     words = ["pair", str(tmp_path / "gen"), "--strategy=adjacent", f"--output={tmp_path / 'pairs.jsonl'}"]
     killed = 0
     for point in range(20):
-        # From the first calls to far behind the last ones, denser at the beginning.
+        # From the first calls to far after the last ones, denser at the beginning.
         process = subprocess.run([sys.executable, "-c", KILLED, str(int(200 * 1.45**point)), *words], timeout=300)
         killed += process.returncode == -signal.SIGKILL
         if point % 4 == 3:

@@ -77,7 +77,7 @@ def converse(session: ChatSession, read: Callable[[], str | None]) -> None:
             line = read()
         except KeyboardInterrupt:
             # As in a shell, Ctrl-C drops the line.
-            session.view.say("\n/quit or Ctrl-D ends")
+            session.view.show_note("\n/quit or Ctrl-D ends")
             continue
         if line is None:
             return

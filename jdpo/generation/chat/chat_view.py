@@ -56,7 +56,7 @@ class ChatView:
         numbers = [f"{number} " if len(names) > 1 else "" for number in range(1, len(names) + 1)]
         self._names = [Text(number + terminal(name), "bold cyan") for number, name in zip(numbers, names, strict=True)]
 
-    def say(self, text: str, style: Literal["", "dim", "red"] = "dim") -> None:
+    def show_note(self, text: str, style: Literal["", "dim", "red"] = "dim") -> None:
         """Prints a line of the program itself, as opposed to an answer."""
         self._console.print(Text(terminal_lines(text), style), soft_wrap=True)
 
@@ -119,7 +119,7 @@ class ChatView:
         """Says which answers are not whole."""
         for name, end in zip(self._names, ends, strict=True):
             if _ENDS[end]:
-                self.say(f"({f'{name}: ' if len(ends) > 1 else ''}{_ENDS[end]})")
+                self.show_note(f"({f'{name}: ' if len(ends) > 1 else ''}{_ENDS[end]})")
 
     def next_tokens(self, tables: Sequence[Sequence[TokenLine]]) -> None:
         """Shows each model's most probable next tokens with bars."""

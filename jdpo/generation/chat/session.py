@@ -63,11 +63,11 @@ class ChatSession:
         """Says what the models do with a line."""
         for speaker in self.speakers:
             if not speaker.is_chat:
-                self.view.say(f"{speaker.model.name} has no chat template: it continues each text that you type")
-        self.view.say("/help lists the commands, Ctrl-D ends")
+                self.view.show_note(f"{speaker.model.name} has no chat template: it continues each text that you type")
+        self.view.show_note("/help lists the commands, Ctrl-D ends")
 
     def take(self, line: str) -> None:
-        """Does what a line asks for: runs a command, or answers a message. What cannot be done is said, not raised."""
+        """Does what a line asks for: runs a command, or answers a message. What cannot be done is shown, not raised."""
         try:
             if line.startswith("/") and not line.startswith("//"):
                 self._run(line)
@@ -75,7 +75,7 @@ class ChatSession:
                 # Two slashes begin a message that begins with one.
                 self.ask(line.removeprefix("/"))
         except ValueError as error:
-            self.view.say(str(error), "red")
+            self.view.show_note(str(error), "red")
 
     def _run(self, line: str) -> None:
         name, _, argument = line[1:].partition(" ")
@@ -97,7 +97,7 @@ class ChatSession:
         """Draws another answer to the last message, in place of the last one."""
         message = self.conversations[0].last.message
         if self.sampling.temperature == 0:
-            self.view.say("at temperature 0 the answer stays the same; /temperature 1 draws others")
+            self.view.show_note("at temperature 0 the answer stays the same; /temperature 1 draws others")
         self._sample += 1
         self._answer([conversation.undone() for conversation in self.conversations], message)
 
@@ -110,7 +110,7 @@ class ChatSession:
         texts, stopped = self.view.answers([stream.pieces() for stream in streams])
         ends: list[EndReason] = [stream.end or "interrupted" for stream in streams]
         if stopped and not any(texts):
-            self.view.say("stopped before the first token; the message is dropped")
+            self.view.show_note("stopped before the first token; the message is dropped")
             return
         self.view.ends(ends)
         self.conversations = [
@@ -125,7 +125,7 @@ class ChatSession:
             speaker.next_tokens(prompt, start, MOST_SHOWN)
             for speaker, (prompt, start, _) in zip(self.speakers, asked, strict=True)
         ]
-        self.view.say(asked[0][2])
+        self.view.show_note(asked[0][2])
         self.view.next_tokens(tables)
 
     def show_logps(self, answer: str) -> None:
@@ -140,7 +140,7 @@ class ChatSession:
         """Sets the system message, or shows it if the text is empty; "none" removes it."""
         if not text:
             system = self.conversations[0].system
-            self.view.say("no system message" if system is None else f"system: {system}")
+            self.view.show_note("no system message" if system is None else f"system: {system}")
             return
         if not all(conversation.is_chat for conversation in self.conversations):
             raise ValueError("a system message needs a chat template, which the model lacks; it continues plain text")
@@ -157,18 +157,18 @@ class ChatSession:
             except ValueError:
                 raise ValueError(f"{field}: expected a {'whole ' * (kind is int)}number, found {text!r}") from None
             self.sampling = dataclasses.replace(self.sampling, **changed)
-        self.view.say(f"{field} {getattr(self.sampling, field)}")
+        self.view.show_note(f"{field} {getattr(self.sampling, field)}")
 
     def undo(self) -> None:
         """Removes the last exchange."""
         removed = self.conversations[0].last.message
         self.conversations = [conversation.undone() for conversation in self.conversations]
-        self.view.say(f"removed {_short(removed)} and its answer")
+        self.view.show_note(f"removed {_short(removed)} and its answer")
 
     def reset(self) -> None:
         """Begins a new conversation with the same system message and sampling."""
         self.conversations = [dataclasses.replace(conversation, exchanges=()) for conversation in self.conversations]
-        self.view.say("a new conversation")
+        self.view.show_note("a new conversation")
 
     def choose(self, which: str) -> None:
         """Keeps the last answers as a pair; both models continue with the better answer."""
@@ -182,7 +182,9 @@ class ChatSession:
         self.chosen.append(pair_of(better, worse))
         # As in the collection of preference data: the next pair again has one prompt for both answers.
         self.conversations = [better, better]
-        self.view.say(f"{figure(len(self.chosen), 'pair')} to save with /save FILE; both continue with answer {which}")
+        self.view.show_note(
+            f"{figure(len(self.chosen), 'pair')} to save with /save FILE; both continue with answer {which}"
+        )
 
     def save(self, argument: str) -> None:
         """Appends to a JSONL file: the pairs chosen, or with one model the conversation."""
@@ -192,14 +194,14 @@ class ChatSession:
         if len(self.speakers) == 1:
             conversation = self.conversations[0]
             total = append_rows(path, [conversation.row()])
-            self.view.say(f"saved the conversation to {path} ({figure(total, 'row')})")
+            self.view.show_note(f"saved the conversation to {path} ({figure(total, 'row')})")
             if conversation.last.end != "stop":
-                self.view.say("its last answer is not whole: a model that trains on it learns to stop there")
+                self.view.show_note("its last answer is not whole: a model that trains on it learns to stop there")
             return
         if not self.chosen:
             raise ValueError("there are no pairs to save; /choose 1 or /choose 2 after two answers makes one")
         total = append_rows(path, self.chosen)
-        self.view.say(f"saved {figure(len(self.chosen), 'pair')} to {path} ({figure(total, 'row')})")
+        self.view.show_note(f"saved {figure(len(self.chosen), 'pair')} to {path} ({figure(total, 'row')})")
         self.chosen = []
 
     def show_help(self) -> None:

@@ -55,7 +55,7 @@ class Speaker:
           sample: number of the answer among those to the same prompt.
 
         Raises:
-          ValueError: the prompt leaves no room for an answer, or the chat template refuses it.
+          ValueError: the prompt leaves no position for an answer, or the chat template refuses it.
         """
         ids = encode_prompt(RowTexts(prompt, (), "the conversation"), self.model.tokenizer)
         # What the template refuses is refused below, with the reason.
@@ -64,7 +64,7 @@ class Speaker:
         if num_tokens >= positions:
             raise ValueError(
                 f"the conversation has {num_tokens} tokens, and {self.model.name} has {positions} positions; /undo or "
-                "/reset makes room"
+                "/reset shortens it"
             )
         return AnswerStream(self.model.stream(prompt, **dataclasses.asdict(sampling), sample=sample))
 

@@ -89,7 +89,7 @@ class EndpointSource:
         self._num_asked = 0
         self._num_identical = 0
         self._warned = False
-        # What the server said about the first failure of each kind.
+        # The server's words about the first failure of each kind.
         self._failures: dict[str, str] = {}
 
     def __enter__(self) -> Self:
@@ -150,7 +150,7 @@ class EndpointSource:
     def _entry(self, question: Question, sample: int, choice: Choice | Failure) -> Answer | Unanswered:
         if isinstance(choice, Choice):
             return Answer(question.prompt_id, sample, *choice)
-        # What the server said may differ from prompt to prompt, so failures are counted without it.
+        # The server's words may differ from prompt to prompt, so failures are counted without it.
         if choice.reason not in self._failures:
             self._failures[choice.reason] = choice.detail
             _logger.warning("%s: %s: %s", self.client.settings.shown, choice.reason, choice.detail)

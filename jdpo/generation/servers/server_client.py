@@ -55,7 +55,7 @@ class Failure(NamedTuple):
 
     Attributes:
       reason: a few words, the same for all failures of a kind, to count them by.
-      detail: what the server said.
+      detail: the server's own words.
       lasting: whether the server refused this request, so that sending it again would not help.
     """
 
@@ -308,7 +308,7 @@ class _Failed(NamedTuple):
 
     Attributes:
       wait: seconds that the server asks to wait before the next attempt; 0: it names no time.
-      message: the whole of what the server said about a request that it refused.
+      message: all of the server's words about a request that it refused.
     """
 
     failure: Failure

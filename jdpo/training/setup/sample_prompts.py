@@ -64,13 +64,10 @@ def read_sample_prompts(
         )
     found = [SamplePrompt(question, _tokens_of(question, tokenizer)) for question in questions]
     for prompt in found:
-        room = max_positions - len(prompt.tokens)
-        if settings.sample_max_new_tokens > room:
+        if len(prompt.tokens) >= max_positions:
             raise ValueError(
-                f"{prompt.question.origin}: the prompt has {figure(len(prompt.tokens), 'token')}; with "
-                f"sample_max_new_tokens {settings.sample_max_new_tokens} these are more than the model's "
-                f"{max_positions} positions; "
-                + (f"set sample_max_new_tokens to {room} or less" if room > 0 else "leave the prompt out")
+                f"{prompt.question.origin}: the prompt has {figure(len(prompt.tokens), 'token')}, which leaves none of "
+                f"the model's {max_positions} positions for an answer; leave the prompt out"
             )
     return tuple(found)
 

@@ -18,6 +18,12 @@ _DISK = {
 }
 _DISK_TEXTS = {os.strerror(number): what for number, what in _DISK.items()}
 _MEMORY_TEXTS = ("can't start new thread", "failed to map segment from shared object", "Cannot allocate memory")
+_RENAME = "`jdpo {}` has no column_map: rename these columns to the names on the left, and fill in what is in <>:"
+_COLUMN_ADVICE = {
+    "generate": "To name the columns, give this mapping as --column_map '{...}', and fill in what is in <>:",
+    **{command: _RENAME.format(command) for command in ("compare", "eval", "iterate")},
+}
+"""Command without datasets in a config -> its advice on columns that fit no known format."""
 INTERRUPTED = "jdpo: interrupted"
 
 
@@ -69,6 +75,15 @@ def leaving_on_signals(advice: str) -> Iterator[None]:
     finally:
         for one, handler in before.items():
             signal.signal(one, handler)
+
+
+def explain_input(error: ValueError, command: str) -> str:
+    """Returns the message of wrong input, with advice that fits the command."""
+    if command not in _COLUMN_ADVICE:
+        return str(error)
+    from jdpo.data.schemas.refusal import ColumnsError
+
+    return error.with_advice(_COLUMN_ADVICE[command]) if isinstance(error, ColumnsError) else str(error)
 
 
 def explain_failure(error: BaseException) -> str | None:

@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from jdpo.cli.failures import INTERRUPTED, catch_early_interrupts, explain_failure
+from jdpo.cli.failures import INTERRUPTED, catch_early_interrupts, explain_failure, explain_input
 from jdpo.loss_specs import LOSSES
 from jdpo.safe_text import terminal_lines
 from jdpo.words import did_you_mean
@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(importlib.import_module(COMMANDS[command][0]).main(command, rest))
     # ValueErrors are the user's to fix: the message alone, without a traceback.
     except ValueError as error:
-        return _fail(error, 2)
+        return _fail(error, 2, explain_input(error, command))
     except BrokenPipeError:  # whoever read the output, such as head, has seen enough
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at the end, too
@@ -143,8 +143,8 @@ def _instead_of(command: str) -> str:
     return f"; {hint}" if hint else ""
 
 
-def _fail(error: Exception, code: int) -> int:
-    print(_safe(f"jdpo: error: {explain_failure(error) or error}"), file=sys.stderr)
+def _fail(error: Exception, code: int, text: str | None = None) -> int:
+    print(_safe(f"jdpo: error: {explain_failure(error) or text or error}"), file=sys.stderr)
     if os.environ.get("JDPO_TRACEBACK"):
         _print_traceback(error)
     return code

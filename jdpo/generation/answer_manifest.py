@@ -15,6 +15,7 @@ from jdpo.json_files import read_json
 
 FORMAT = "jdpo answers"
 VERSION = 1
+_AGAIN = "the file is damaged: put a copy of it back, or generate the answers again in another folder"
 MANIFEST = "manifest.json"
 
 
@@ -107,7 +108,10 @@ def read_manifest(folder: Path) -> Manifest:
         raise ValueError(
             f"{folder}: expected a folder of answers, as `jdpo generate` writes it, but it has no {MANIFEST}"
         )
-    found = read_json(path)
+    try:
+        found = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; {_AGAIN}") from None
     if found.get("format") != FORMAT:
         raise ValueError(f"{path}: expected a manifest of answers (format {FORMAT!r}), found {found.get('format')!r}")
     if found.get("version") != VERSION:
@@ -127,8 +131,8 @@ def read_manifest(folder: Path) -> Manifest:
             unanswered=dict(found["unanswered"]),
             complete=bool(found["complete"]),
         )
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: the manifest is damaged: {error}; generate the answers again") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: unexpected content: {error}; {_AGAIN}") from None
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -6,6 +6,7 @@ import functools
 import json
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, cast, overload
 
 import jax.numpy as jnp
@@ -126,6 +127,8 @@ class LoadedModel:
           ValueError: a value is out of range, a prompt is too long for the model, or the chat template refuses it.
         """
         sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens, seed=seed)
+        if not (isinstance(n, Integral) and n >= 1):
+            raise ValueError(f"n: expected 1 or more answers to each prompt, found {n}")
         if not isinstance(prompt, str | list):
             raise ValueError(f"prompt: expected text, messages, or a list of these, found {type(prompt).__name__}")
         is_one = isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], dict))
@@ -262,6 +265,7 @@ class LoadedModel:
         Raises:
           ValueError: the answer cannot be learnt: it is empty, too long for the model, or refused by the template.
         """
+        _check_text(answer, "answer")
         side = [assistant(answer)] if isinstance(answer, str) and not isinstance(prompt, str) else answer
         row = self._row(prompt, tools, template_kwargs)._replace(completions=(side,))
         (split,) = split_rows([row], self.tokenizer)
@@ -319,9 +323,7 @@ class LoadedModel:
     def _row(
         self, prompt: Text, tools: list[dict[str, Any]] | None, template_kwargs: Mapping[str, Any] | None
     ) -> RowTexts:
-        is_conversation = isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt)
-        if not (isinstance(prompt, str) or is_conversation):
-            raise ValueError(f"prompt: expected text or a list of messages, found {type(prompt).__name__}")
+        _check_text(prompt, "prompt")
         if not is_unicode(json.dumps([prompt, tools], ensure_ascii=False)):
             raise ValueError(f"prompt: {NOT_UNICODE}")
         return RowTexts(prompt, (), "the prompt", tools, template_kwargs)
@@ -331,6 +333,12 @@ class LoadedModel:
         if isinstance(ids, Dropped):
             raise ValueError(f"the prompt cannot be answered: {_why(ids)}")
         return ids
+
+
+def _check_text(text: object, name: str) -> None:
+    is_conversation = isinstance(text, list) and all(isinstance(message, dict) for message in text)
+    if not (isinstance(text, str) or is_conversation):
+        raise ValueError(f"{name}: expected text or a list of messages, found {type(text).__name__}")
 
 
 def _why(dropped: Dropped) -> str:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from jdpo.config import DatasetConfig, public_text
 from jdpo.data.schemas.formats import Dropped, Reading, check_prompts
 from jdpo.data.schemas.messages import as_messages
-from jdpo.data.schemas.prompt_rows import PromptRow, prompt_row
+from jdpo.data.schemas.prompt_rows import PromptRow, has_null_prompt, prompt_row
 from jdpo.data.sources import open_source
 from jdpo.data.tokens.row_rendering import NOT_UNICODE, is_unicode
 from jdpo.generation.values import Question
@@ -80,7 +80,7 @@ def read_prompts(
     reading = Reading(dataset.column_map)
     rows = iter(open_source(dataset).rows())
     samples = list(itertools.islice(rows, SAMPLE_ROWS))
-    check_prompts(samples, reading)
+    check_prompts([one for one in samples if not has_null_prompt(*one, reading)], reading)
     found: dict[str, Question] = {}
     counts, examples = Counter[str](), dict[str, str]()
     num_rows = duplicates = other_columns = 0

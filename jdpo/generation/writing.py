@@ -36,6 +36,9 @@ ANSWERS_PER_SHARD = 256
 """A shard holds about this many answers: a kill costs at most these."""
 
 _LOCK = ".lock"
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_NAMES = {"source.model_digest": "model", "prompts.digest": "prompts"}
+"""Setting that is a digest -> the name under `about` of what it is a digest of."""
 _SHARD_NAME = re.compile(r"answers-(\d{5,})\.jsonl\.gz")
 
 
@@ -149,8 +152,11 @@ def _begun(folder: Path, planned: Manifest, prompts: Prompts, log: Callable[[str
         write_manifest(folder, planned)
         return planned
     found = read_manifest(folder)
-    if differences := [*_differences(found.settings, planned.settings)]:
-        lines = "".join(f"\n  {line}" for line in differences)
+    if differences := _differences(found.settings, planned.settings):
+        lines = "".join(
+            f"\n  {name}: {_shown(name, old, found)} there, {_shown(name, new, planned)} now"
+            for name, old, new in differences
+        )
         raise ValueError(
             f"{folder}: it holds answers that were made in another way:{lines}\nGive the same settings to continue, or "
             "another output_dir"
@@ -170,16 +176,24 @@ def _changed_prompts(folder: Path, prompts: Prompts) -> bool:
         return True
 
 
-def _differences(old: Any, new: Any, name: str = "") -> list[str]:
-    """Returns a line for each value that differs.
+def _differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    """Returns the name of each value that differs, with both values.
 
     >>> _differences({"sampling": {"top_p": 1.0, "seed": 0}}, {"sampling": {"top_p": 0.9, "seed": 0}})
-    ['sampling.top_p: 1.0 there, 0.9 now']
+    [('sampling.top_p', 1.0, 0.9)]
     """
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         keys = dict.fromkeys((*old, *new))
-        return [line for key in keys for line in _differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))]
-    return [] if old == new else [f"{name}: {json.dumps(old)} there, {json.dumps(new)} now"]
+        return [one for key in keys for one in _differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))]
+    return [] if old == new else [(name, old, new)]
+
+
+def _shown(name: str, value: Any, manifest: Manifest) -> str:
+    """Returns a value for people: a digest is shortened, and stands after the name of what it belongs to."""
+    if not (isinstance(value, str) and _DIGEST.fullmatch(value)):
+        return json.dumps(value)
+    of_what = manifest.about.get(_NAMES.get(name, ""))
+    return f"{of_what} ({value[:8]})" if of_what else value[:8]
 
 
 # --- the shards

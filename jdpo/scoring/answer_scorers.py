@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +24,9 @@ NO_SCORE = "the rule returned None"
 NO_VALUE = "no value in the column"
 NO_LOGP = "no log-probability"
 NO_TOKENS = "no tokens"
+
+_ENDED = (128 + signal.SIGHUP, 128 + signal.SIGTERM)
+"""Exit codes of a command that is ended by a signal, which may arrive while a rule runs."""
 
 Rule = Callable[[Text, str, dict[str, Any]], float | bool | None]
 """A user's function: (prompt, answer, columns) -> score, True or False, or None for no score.
@@ -83,7 +87,10 @@ def rule_scorer(argument: str, blocks: Sequence[Block]) -> AnswerScorer:
         where = f"rule:{argument} on answer {answer.sample} to {question.origin}"
         try:
             found: Any = rule(question.prompt, answer.text, dict(question.columns or {}))
-        except Exception as error:
+        # A rule that calls sys.exit would end the command without a word.
+        except (Exception, SystemExit) as error:
+            if isinstance(error, SystemExit) and error.code in _ENDED:
+                raise
             raise ValueError(
                 f"{where}: it raised {type(error).__name__}: {terminal(error)}; return None for an answer that has no "
                 "score"
@@ -116,7 +123,7 @@ def _imported(name: str) -> ModuleType:
         raise ValueError(
             f"rule: no module {terminal(name)}: it is neither installed nor in the current folder, {Path.cwd()}"
         ) from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(
             f"rule: module {terminal(name)} cannot be imported: {type(error).__name__}: {terminal(error)}"
         ) from error

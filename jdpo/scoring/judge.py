@@ -167,7 +167,9 @@ def _read_rubric(path: Path | None) -> str:
         return (importlib.resources.files("jdpo.scoring") / "rubric.md").read_text(encoding="utf-8").strip()
     try:
         text = path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ValueError(f"--rubric {path}: the file cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
         raise ValueError(f"--rubric {path}: expected a text file in UTF-8: {error}") from None
     if not text:
         raise ValueError(f"--rubric {path}: the file is empty; expected a text that says what makes an answer better")

@@ -42,11 +42,12 @@ def _of_scores(about: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _of_verdicts(about: dict[str, Any]) -> list[tuple[str, str]]:
-    decided = about["a"] + about["b"]
+    # A tie is a decision, too: it counts half in the scores of both answers.
+    decided = about["a"] + about["b"] + about["tie"]
     disagreements = figure(about["orders_disagree"], "time")
     return [
         ("comparisons", f"{about['num_comparisons']:,}, each in both orders"),
-        ("decided", f"{decided:,}"),
+        ("decided", f"{decided:,}, ties included"),
         ("ties", f"{about['tie']:,}, of which the two orders disagree {disagreements}"),
         ("no verdict", f"{about['null']:,}"),
     ]

@@ -59,6 +59,8 @@ def load(
     Raises:
       ValueError: there is no such model, or it cannot be read; the message says what to do.
     """
+    if not isinstance(model, str | Path) or not str(model):
+        raise ValueError(f"model: expected a model folder, a hub name or a run, found {model!r}")
     # One device by default: a small model is faster on it than split over eight.
     devices = mesh if isinstance(mesh, Mesh) else make_mesh(mesh or MeshConfig(), None if mesh else jax.devices()[:1])
     run = _run_of(str(model))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 from jdpo.cli.commands.train import shown_error
 from jdpo.cli.key_help import key_help
 from jdpo.cli.main import COMMANDS
 from jdpo.cli.parsing import CONFIG_USAGE, Parser, add_config, add_help, add_keys, parse
-from jdpo.config import CONFIGS, ModelSettings, load_config, to_yaml
+from jdpo.config import CONFIGS, DatasetConfig, ModelSettings, load_config, to_yaml
 from jdpo.iteration.loop_settings import LoopSettings
 from jdpo.safe_text import terminal
 
@@ -73,7 +74,7 @@ def main(command: str, words: Sequence[str]) -> int:
 
 
 def _check_files(loop: LoopSettings, *, remote: bool) -> None:
-    """Finds prompts, facts and scorers.
+    """Finds prompts, pairs, facts and scorers.
 
     Args:
       remote: also finds models, which may be on the hub, and the servers of judges.
@@ -82,6 +83,9 @@ def _check_files(loop: LoopSettings, *, remote: bool) -> None:
       ValueError, ConnectionError: one of them does not exist, or cannot be read.
     """
     from jdpo.comparison.figures.fact_figures import read_facts
+    from jdpo.data.schemas.formats import check_rows
+    from jdpo.data.sources import open_source
+    from jdpo.generation.prompts import SAMPLE_ROWS
     from jdpo.iteration.prompt_rounds import read_split
     from jdpo.models.families import read_model_config, read_reward_config
     from jdpo.models.weights.hub_models import resolve_folder
@@ -91,6 +95,9 @@ def _check_files(loop: LoopSettings, *, remote: bool) -> None:
     split = read_split(loop)
     if loop.compare.facts is not None:
         read_facts(loop.compare.facts)
+    if loop.compare.pairs is not None:
+        # Read as prompts above, which rows that are no pairs may be as well.
+        check_rows(list(islice(open_source(DatasetConfig(path=loop.compare.pairs)).rows(), SAMPLE_ROWS)))
     if remote:
         # As `jdpo dpo` does; the output_dir of a run could be asked, but is no model to train.
         settings = ModelSettings(model_name_or_path=loop.model_name_or_path)

@@ -20,7 +20,7 @@ from jdpo.data.schemas.describing import named, shown
 from jdpo.data.schemas.messages import Raw
 from jdpo.data.schemas.objects_of_lists import as_list
 from jdpo.data.schemas.ranked import FEW_ANSWERS, TIED, Couple, Dropped
-from jdpo.data.schemas.refusal import Sample, refusal
+from jdpo.data.schemas.refusal import ColumnsError, Sample, refusal
 from jdpo.data.schemas.row_building import (
     EMPTY_SIDE,
     HISTORIES_DIFFER,
@@ -65,6 +65,7 @@ __all__ = [
     "Reading",
     "check_prompts",
     "check_rows",
+    "columns_of",
     "completion_rows",
     "detect",
     "find",
@@ -201,7 +202,7 @@ def is_ranked(raw: Raw, reading: Reading = AS_FOUND) -> bool:
 def is_preference(raw: Raw, reading: Reading = AS_FOUND) -> bool:
     """Returns whether `completion_rows` takes the best side of a preference row; False if no schema reads the row."""
     try:
-        schema = find(_columns(raw, reading, "the row"), COMPLETION_SCHEMAS, reading)
+        schema = find(columns_of(raw, reading, "the row"), COMPLETION_SCHEMAS, reading)
     except ValueError:  # `completion_rows` raises it too, with the row's name
         return False
     return schema is not None and schema in PREFERENCE_SCHEMAS
@@ -235,7 +236,7 @@ def check_prompts(samples: Sequence[Sample], reading: Reading = AS_FOUND) -> str
 def _checked(samples: Sequence[Sample], reading: Reading, schemas: Sequence[Schema]) -> str:
     names: dict[str, None] = {}
     for index, (raw, origin) in enumerate(samples):
-        schema = find(_columns(raw, reading, origin), schemas, reading)
+        schema = find(columns_of(raw, reading, origin), schemas, reading)
         if schema is None:
             others = [sample for place, sample in enumerate(samples) if place != index]
             raise _refused([samples[index], *others], schemas, reading)
@@ -249,7 +250,7 @@ def detect(raw: Raw, schemas: Sequence[Schema], reading: Reading, origin: str) -
     Raises:
       ValueError: no schema fits.
     """
-    columns = _columns(raw, reading, origin)
+    columns = columns_of(raw, reading, origin)
     schema = find(columns, schemas, reading)
     if schema is None:
         raise _refused([(raw, origin)], schemas, reading)
@@ -264,14 +265,14 @@ def find(columns: Raw, schemas: Sequence[Schema], reading: Reading) -> Schema | 
     return next((schema for schema in tried if schema.matches(columns)), None)
 
 
-def _refused(samples: Sequence[Sample], schemas: Sequence[Schema], reading: Reading) -> ValueError:
+def _refused(samples: Sequence[Sample], schemas: Sequence[Schema], reading: Reading) -> ColumnsError:
     # The message shows columns before and after the column_map, so that a wrong name is easy to see.
     mapped = [_renamed(raw, reading.column_map, origin) for raw, origin in samples] if reading.column_map else []
     text = refusal(samples, schemas, mapped=mapped, wanted=_wanted(schemas))
     raw, origin = samples[0]
-    if schemas is PREFERENCE_SCHEMAS and find(_columns(raw, reading, origin), COMPLETION_SCHEMAS, reading):
+    if schemas is PREFERENCE_SCHEMAS and find(columns_of(raw, reading, origin), COMPLETION_SCHEMAS, reading):
         text += "\nRows with one answer each are for `jdpo sft`; `jdpo dpo` needs two, one better than the other."
-    return ValueError(text)
+    return ColumnsError(text)
 
 
 def _wanted(schemas: Sequence[Schema]) -> tuple[str, ...]:
@@ -281,7 +282,7 @@ def _wanted(schemas: Sequence[Schema]) -> tuple[str, ...]:
     return ("prompt", "completion") if schemas is COMPLETION_SCHEMAS else ("prompt",)
 
 
-def _columns(raw: Raw, reading: Reading, origin: str) -> Raw:
+def columns_of(raw: Raw, reading: Reading, origin: str) -> Raw:
     """Returns the row under jdpo's names, without nulls, and with conversations parsed that are written as text."""
     renamed = _renamed(raw, reading.column_map, origin) if reading.column_map else raw
     # Tables have every column in every row, so null is their only way to express absence.

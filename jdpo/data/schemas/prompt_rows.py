@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from jdpo.data.schemas import messages
 from jdpo.data.schemas.comparing import comparable
-from jdpo.data.schemas.formats import AS_FOUND, HISTORIES_DIFFER, Dropped, Reading, detect, find
+from jdpo.data.schemas.formats import AS_FOUND, HISTORIES_DIFFER, Dropped, Reading, columns_of, detect, find
 from jdpo.data.schemas.messages import Raw
 from jdpo.data.schemas.ranked import TIED, Asked
 from jdpo.data.schemas.row_building import EMPTY_SIDE, SYSTEM_ELSEWHERE, Frame, answer_row, read_frame, with_system
@@ -14,9 +14,11 @@ from jdpo.data.schemas.schema_table import EXTRAS, PROMPT_SCHEMAS, UNANSWERED_SC
 from jdpo.types import Text
 
 NOTHING_ASKED = "no turn to answer"
+NO_PROMPT = "the prompt is null"
 
 _ASKED_IN = ("prompt", "instruction", "input", "question", "history", "context", "system", "tools", "loss_mask")
-_OF_PROMPT = {*_ASKED_IN, "messages", "conversation", "conversations", "chat_template_kwargs"}
+_CONVERSATIONS = ("messages", "conversation", "conversations")
+_OF_PROMPT = {*_ASKED_IN, *_CONVERSATIONS, "chat_template_kwargs"}
 
 
 class PromptRow(NamedTuple):
@@ -52,6 +54,8 @@ def prompt_row(raw: Raw, origin: str, reading: Reading = AS_FOUND) -> PromptRow 
         column. The message names the row.
     """
     try:
+        if has_null_prompt(raw, origin, reading):
+            return Dropped(NO_PROMPT, origin)
         columns, schema = detect(raw, PROMPT_SCHEMAS, reading, origin)
         # An answer that is not wanted has a prompt like any other.
         asked = schema.read({name: value for name, value in columns.items() if name != "label"}, origin)
@@ -72,6 +76,23 @@ def prompt_row(raw: Raw, origin: str, reading: Reading = AS_FOUND) -> PromptRow 
     of_file = {(reading.column_map or {}).get(name, name) for name in used}
     rest = {name: value for name, value in raw.items() if name not in of_file and value is not None}
     return PromptRow(prompt, origin, frame.tools, frame.template_kwargs, rest)
+
+
+def has_null_prompt(raw: Raw, origin: str, reading: Reading = AS_FOUND) -> bool:
+    """Returns whether no schema reads a row because the column of its prompt is null.
+
+    Args:
+      raw, origin, reading: see `prompt_row`.
+
+    Raises:
+      ValueError: column_map names a missing column, or a cell with a conversation cannot be parsed.
+    """
+    names = ("prompt", "instruction", "question", *_CONVERSATIONS)
+    in_file = [(reading.column_map or {}).get(name, name) for name in names]
+    if not any(name in raw and raw[name] is None for name in in_file):
+        return False
+    # Tables have all columns in all rows, so another one may hold the prompt.
+    return find(columns_of(raw, reading, origin), PROMPT_SCHEMAS, reading) is None
 
 
 def _prompt(asked: Asked, frame: Frame, origin: str) -> Text | Dropped:

@@ -33,8 +33,18 @@ _VOTE = re.compile(r"prefer|winner|better|choice|vote|verdict|judg", re.IGNORECA
 _SAYS_WHICH = re.compile(rf"{_VOTE.pattern}|label|score|rank|rating", re.IGNORECASE)
 _VOTED_MARKS = (("a", "b"), ("0", "1"), ("1", "2"))
 
+_ADVICE = "To name the columns, add this to the dataset in the config, and fill in what is in <>:\n  column_map:"
+
 Sample = tuple[Raw, str]
 """A raw row and its origin."""
+
+
+class ColumnsError(ValueError):
+    """Rows that no schema reads, with advice on how a config names their columns."""
+
+    def with_advice(self, advice: str) -> str:
+        """Returns the message with other advice, for a command without a config."""
+        return str(self).replace(_ADVICE, advice)
 
 
 def refusal(
@@ -103,8 +113,7 @@ def _suggestion(raw: Raw, *, wanted: Sequence[str]) -> Iterator[str]:
     ]
     prompt = _first_like(texts, _PROMPTS)
     rest = [name for name in texts if name != prompt]
-    yield "To name the columns, add this to the dataset in the config, and fill in what is in <>:"
-    yield "  column_map:"
+    yield _ADVICE
     yield f"    prompt: {_yaml(prompt or '<column of the prompt>')}"
     if "rejected" not in wanted:
         if "completion" in wanted:

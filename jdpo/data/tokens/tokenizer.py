@@ -142,7 +142,9 @@ class Tokenizer:
                 f"has several chat templates ({', '.join(names)}) and none called {DEFAULT}: choose one by name, "
                 f"for example chat_template: {names[0]}"
             )
-        return "has no chat template; set chat_template: chatml (built in), or set it to a Jinja file"
+        return (
+            "has no chat template; give --chat_template chatml (built in), or a Jinja file; in a config, chat_template"
+        )
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the token ids of each text, without special tokens added."""

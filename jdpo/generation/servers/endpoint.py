@@ -13,6 +13,7 @@ from jdpo.generation.servers.responses import UnreadableReplyError
 from jdpo.generation.servers.server_client import Failure, Request, ServerClient
 from jdpo.generation.servers.server_settings import ServerSettings
 from jdpo.generation.values import Answer, FinishReason, Question, Sampling, Unanswered
+from jdpo.safe_text import terminal
 from jdpo.words import figure
 
 _logger = logging.getLogger(__name__)
@@ -26,6 +27,10 @@ _FINISHED: dict[Any, FinishReason] = {
 }
 _KEPT = {"reasoning_content": "reasoning_content", "reasoning": "reasoning_content", "tool_calls": "tool_calls"}
 """Fields of a message that are part of the answer besides its content -> their names in chat templates."""
+
+_FILTERED = "content_filter"
+"""A finish_reason that asking again would not change."""
+_LONGEST_REASON = 40
 
 _IDENTICAL_SHARE = 0.5
 """A warning names a server that repeats itself for more than this share of the questions."""
@@ -44,10 +49,11 @@ class Reply(NamedTuple):
     """A reply of the server.
 
     Attributes:
+      choices: the answers; Failure for one that the server ended for another reason than the model.
       num_tokens: of all choices; 0: not known.
     """
 
-    choices: list[Choice]
+    choices: list[Choice | Failure]
     num_tokens: int
 
 
@@ -190,8 +196,9 @@ class EndpointSource:
                 return [*choices, *[got] * (num_samples - len(choices))]
             self._takes_n = self._takes_n and len(got.choices) >= wanted and "n" not in self.client.not_taken
             choices += got.choices[:wanted]
-            for _ in got.choices[:wanted]:
-                self._on_answer(got.num_tokens // len(got.choices))
+            for choice in got.choices[:wanted]:
+                if isinstance(choice, Choice):
+                    self._on_answer(got.num_tokens // len(got.choices))
         return choices
 
     def _request(self, question: Question, sample: int, num_choices: int) -> Request:
@@ -238,10 +245,14 @@ def _read_reply(reply: dict[str, Any]) -> Reply:
     return Reply([_read_choice(choice) for choice in choices], num_tokens if isinstance(num_tokens, int) else 0)
 
 
-def _read_choice(choice: dict[str, Any]) -> Choice:
-    reason = _FINISHED.get(choice["finish_reason"])
-    if reason is None:  # such as a content filter, or an engine that was stopped
-        raise UnreadableReplyError(f"finish_reason {choice['finish_reason']!r}")
+def _read_choice(choice: dict[str, Any]) -> Choice | Failure:
+    found = choice["finish_reason"]
+    if not isinstance(found, str):
+        raise UnreadableReplyError(f"expected text as finish_reason, found {type(found).__name__}")
+    reason = _FINISHED.get(found)
+    if reason is None:  # such as a content filter, or an engine that was stopped; other choices may be answers
+        text = f"finish_reason {terminal(found)[:_LONGEST_REASON]}"
+        return Failure(text, "the server, not the model, ended the answer", lasting=found == _FILTERED)
     theirs = choice["message"] if "message" in choice else {"content": choice["text"]}
     # The content of an answer that is a call or a refusal is null.
     content = theirs["content"] or theirs.get("refusal") or ""

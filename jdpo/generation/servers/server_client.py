@@ -237,8 +237,12 @@ class ServerClient:
             return self._of_status(error)
         except openai.APIConnectionError as error:
             return self._failed("no connection", str(error.__cause__ or error))
-        except (UnreadableReplyError, LookupError, TypeError, AttributeError) as error:
-            return self._failed("unreadable reply", f"{type(error).__name__}: {error}")
+        except UnreadableReplyError as error:
+            return self._failed("unreadable reply", str(error))
+        except KeyError as error:
+            return self._failed("unreadable reply", f"it lacks {error}")
+        except (LookupError, TypeError, AttributeError) as error:
+            return self._failed("unreadable reply", f"a part of it has another type or length than it should: {error}")
 
     async def _send(self, request: Request, left_out: set[str]) -> str:
         """Returns the reply as text: the client passes on what is not JSON, and hides fields that it does not know."""

@@ -161,6 +161,21 @@ def test_bad_input_is_named_before_the_model_is_read(
     assert not (tmp_path / "gen").exists()
 
 
+@pytest.mark.parametrize("command", ["generate", "compare"])
+def test_unknown_columns_get_advice_that_fits_the_command(
+    command: str, toy_model: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    queries = write_jsonl(tmp_path / "queries.jsonl", [{"query": "One"}])
+    models = {"generate": ["no_model"], "compare": [str(toy_model), str(toy_model)]}
+    given = ["--prompts", str(queries), "--output_dir", str(tmp_path / "out")]
+    advice = {"generate": "give this mapping as --column_map", "compare": "rename these columns"}
+    assert main([command, *models[command], *given]) == 2
+    message = capsys.readouterr().err
+    assert advice[command] in message
+    assert "    prompt: query" in message
+    assert "in the config" not in message
+
+
 def test_prompts_that_all_are_too_long_are_an_error(toy_model: Path, tmp_path: Path, capsys: Capture) -> None:
     long = write_jsonl(tmp_path / "long.jsonl", [{"prompt": "river " * 300}])
     assert main(words(toy_model, long, tmp_path / "gen")) == 1

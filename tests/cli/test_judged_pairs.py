@@ -34,8 +34,12 @@ def pairs_by(judge: Callable[[dict[str, Any]], str] | str, gen: Path, *options: 
 
 
 @pytest.mark.parametrize("judge", [prefers_first, verdict("second")])
-def test_a_judge_of_position_makes_no_pairs(judge: Any, gen: Path) -> None:
+def test_a_judge_of_position_makes_no_pairs(judge: Any, gen: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert pairs_by(judge, gen) == []
+    # Ties are decided comparisons, in the table as in the docs.
+    table = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if "  " in line)
+    counts = {int(table[label].split(",")[0]) for label in ("comparisons", "decided")}
+    assert counts == {18}
 
 
 def test_verdicts_that_cannot_be_read_make_no_pairs_and_are_counted(

@@ -82,6 +82,9 @@ def test_wrong_arguments_are_errors_of_the_call(model: LoadedModel) -> None:
         (lambda: model.generate("\ud800"), "not Unicode"),
         (lambda: model.generate("x", max_new_tokens=1.5), "max_new_tokens: expected a whole number"),  # type: ignore[call-overload]
         (lambda: model.generate({"role": "user"}), "prompt: expected text"),  # type: ignore[call-overload]
+        (lambda: model.generate(ASK, n=0), "n: expected 1 or more"),
+        (lambda: model.logps(ASK, None), "answer: expected text"),  # type: ignore[arg-type]
+        (lambda: jdpo.load(""), "model: expected a model folder"),
         (lambda: model.generate([1]), "prompt: expected text"),  # type: ignore[list-item]
     ):
         with pytest.raises(ValueError, match=words):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from jdpo.config import DatasetConfig
+from jdpo.data.schemas.formats import preference_rows
 from jdpo.generation.prompts import make_question, read_prompts
 from tests.conftest import write_jsonl
 
@@ -99,6 +100,33 @@ def test_repeated_and_unusable_prompts_are_counted(tmp_path: Path) -> None:
     assert any("2 rows repeated a prompt" in line for line in found.lines())
     with pytest.raises(ValueError, match="no row gives a question"):
         asked(tmp_path, {"prompt": ""})
+
+
+def test_rows_whose_prompt_is_null_are_counted(tmp_path: Path) -> None:
+    nulls: list[dict[str, Any]] = [
+        {"prompt": None, "answer": 1},
+        {"messages": None},
+        # Another column of a table may hold the prompt.
+        {"prompt": None, "question": "Two"},
+        {"prompt": None, "chosen": [ASK, BLUE], "rejected": [ASK, GREEN]},
+        {"prompt": "One"},
+        {"question": None},
+    ]
+    found = asked(tmp_path, *nulls)
+    assert [one.prompt for one in found.questions] == [[{"role": "user", "content": "Two"}], [ASK], "One"]
+    assert found.dropped == {"the prompt is null": 3}
+    path = write_jsonl(tmp_path / "mapped.jsonl", [{"q": None}, {"q": "One"}])
+    assert read_prompts(DatasetConfig(path=str(path), column_map={"prompt": "q"})).dropped == {"the prompt is null": 1}
+    with pytest.raises(ValueError, match="2: the columns fit no known format"):
+        asked(tmp_path, {"prompt": None}, {"query": "One"})
+
+
+def test_an_unknown_role_is_an_error_as_in_training(tmp_path: Path) -> None:
+    row = {"prompt": [{"role": "critic", "content": "Hm."}]}
+    with pytest.raises(ValueError, match=r"p.jsonl:2: prompt\[0\] has the role 'critic'"):
+        asked(tmp_path, {"prompt": "One"}, row)
+    with pytest.raises(ValueError, match=r"x:1: prompt\[0\] has the role 'critic'"):
+        preference_rows({**row, "chosen": "a", "rejected": "b"}, "x:1")
 
 
 def test_options_of_reading(tmp_path: Path) -> None:

@@ -163,6 +163,19 @@ def test_a_wrong_key_or_model_ends_the_command_and_no_key_is_shown(
     assert "\x1b" not in str(error.value)
 
 
+def test_an_unreadable_reply_is_described_without_names_of_code() -> None:
+    for body, words in (
+        ("rubbish", "not JSON"),
+        ({}, "it lacks 'choices'"),
+        ({"choices": []}, "another type or length"),
+    ):
+        with serving_chat(Raw(200, body)) as server:
+            (failure,), _ = ask(server, [asked()], retries=0)
+        assert isinstance(failure, Failure)
+        assert words in failure.detail
+        assert "Error" not in failure.detail
+
+
 def test_the_only_model_is_asked() -> None:
     with serving_chat("hi") as server:
         ask(server, [asked()])

@@ -25,7 +25,7 @@ class Echo:
         self.asked: list[str] = []
 
     def describe(self) -> dict[str, Any]:
-        return {"model": "echo", **self.settings, "about": {"place": id(self)}}
+        return {"model": "echo", "about": {"place": id(self)}, **self.settings}
 
     def answers(
         self, questions: Sequence[Question], num_samples: int, following: Sequence[Question] = ()
@@ -141,6 +141,22 @@ def test_other_settings_are_refused_by_name(tmp_path: Path, options: Any, settin
     with pytest.raises(ValueError, match="made in another way") as caught:
         written(tmp_path, Echo(**settings), **options)
     assert named in str(caught.value)
+
+
+def test_models_that_differ_are_named_with_short_digests(tmp_path: Path) -> None:
+    written(tmp_path, Echo(model_digest="a" * 64, about={"model": "runs/pretrain"}))
+    named = r"source.model_digest: runs/pretrain \(aaaaaaaa\) there, runs/dpo \(bbbbbbbb\) now"
+    with pytest.raises(ValueError, match=named):
+        written(tmp_path, Echo(model_digest="b" * 64, about={"model": "runs/dpo"}))
+
+
+def test_a_broken_manifest_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    written(tmp_path, Echo())
+    whole = json.loads((tmp_path / "manifest.json").read_text())
+    for text in ("{", json.dumps({**whole, "sampling": {"top_p": 7}}), json.dumps({**whole, "shards": None})):
+        (tmp_path / "manifest.json").write_text(text)
+        with pytest.raises(ValueError, match=r"manifest.json: .*put a copy of it back, or generate"):
+            read_answers(tmp_path)
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:

@@ -232,6 +232,15 @@ def test_what_the_last_stage_needs_is_found_first(
     assert named in capsys.readouterr().err
 
 
+def test_pairs_to_compare_on_are_pairs(make_loop: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    no_pairs = write_jsonl(tmp_path / "held.jsonl", [{"prompt": "Held out?", "completion": "Yes."}])
+    config = tmp_path / "loop.yaml"
+    config.write_text(to_yaml(make_loop(compare__pairs=no_pairs, compare__by="exact:answer", same_scorer=True)))
+    assert main(["iterate", str(config), "--dry_run"]) == 2
+    assert "held.jsonl:1: the columns fit no known format" in (message := capsys.readouterr().err)
+    assert "in the config" not in message
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [

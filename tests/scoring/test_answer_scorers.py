@@ -30,6 +30,7 @@ def rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         "def shared(prompt, answer, columns):\n"
         "    return {'none': None, 'bad': 'x', 'nan': float('nan')}.get(answer, len(prompt) + columns['right'])\n"
         "def fails(prompt, answer, columns): return columns['missing']\n"
+        "def leaves(prompt, answer, columns): raise SystemExit('enough')\n"
         "def is_short(prompt, answer, columns): return len(answer) < 3\n"
         "def two(prompt, answer): return 1\n"
     )
@@ -47,6 +48,7 @@ def test_a_rule_gets_prompt_answer_and_columns(rules: Path) -> None:
     ("rule", "text", "part"),
     [
         ("own_rules:fails", "a", "answer 3 to prompts.jsonl:q0: it raised KeyError"),
+        ("own_rules:leaves", "a", "answer 3 to prompts.jsonl:q0: it raised SystemExit"),
         ("own_rules:shared", "bad", "answer 3 to prompts.jsonl:q0: expected a number"),
         ("own_rules:shared", "nan", "found nan"),
         ("own_rules:two", "a", "three arguments"),

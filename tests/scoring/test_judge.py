@@ -132,6 +132,8 @@ def test_a_rubric_is_shown_and_decides(tmp_path: Path) -> None:
         judge.compare([duel("a", "b")])
         assert judge.describe() != Judge(settings(server.url)).describe()
     assert server.requests[0]["messages"][0]["content"].startswith("Short answers with {braces}.\n")
+    with pytest.raises(ValueError, match=r"missing\.md: the file cannot be read: No such file"):
+        Judge(settings(server.url), tmp_path / "missing.md")
     for content in (b"", b"\xff"):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="rubric"):

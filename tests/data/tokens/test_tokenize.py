@@ -253,7 +253,7 @@ def test_a_shorter_common_prefix_is_taken_and_counted(load_with_bos: Callable[..
 
 
 def test_a_conversation_without_a_template_is_an_error(with_bos: Tokenizer) -> None:
-    with pytest.raises(ValueError, match=r"x:1 is a conversation, .* no chat template"):
+    with pytest.raises(ValueError, match=r"x:1 is a conversation, .* no chat template; give --chat_template chatml"):
         tokenize_pair(pair([user("Hi")], "Hello", "Bye"), with_bos, max_length=64)
 
 

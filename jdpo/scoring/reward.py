@@ -213,6 +213,11 @@ def _text(reward_model: RewardModel, question: Question, answer: Answer) -> str 
     if isinstance(question.prompt, str):
         text = question.prompt + answer.text
         return text if is_unicode(text) else Dropped(NOT_UNICODE, question.origin)
+    if not reward_model.tokenizer.has_chat_template:
+        raise ValueError(
+            f"{question.origin} is a conversation, but the reward model {reward_model.folder} has no chat template; "
+            "put the template that it was trained with into its folder as chat_template.jinja"
+        )
     # `template_kwargs` are for the template of the model that answers.
     row = RowTexts(question.prompt, ([answer.message],), question.origin, question.tools)
     whole = render_all([[*question.prompt, answer.message]], [False], row, reward_model.tokenizer)

@@ -170,7 +170,9 @@ def test_a_model_without_a_template_continues_text(plain: LoadedModel) -> None:
     answer_to(session, out, "The winter is")
     assert session.conversations[0].last_prompt == "The winter is"
     assert "after the text 'A river':" in answer_to(session, out, "/next A river")
-    assert "needs a chat template" in answer_to(session, out, "/system Be kind.")
+    shown = " ".join(answer_to(session, out, "/system Be kind.").split())
+    assert "needs a chat template" in shown
+    assert "--chat_template chatml" in shown
 
 
 class Interrupted(io.StringIO):

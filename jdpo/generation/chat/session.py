@@ -143,7 +143,10 @@ class ChatSession:
             self.view.show_note("no system message" if system is None else f"system: {system}")
             return
         if not all(conversation.is_chat for conversation in self.conversations):
-            raise ValueError("a system message needs a chat template, which the model lacks; it continues plain text")
+            raise ValueError(
+                "a system message needs a chat template, which the model lacks; it continues plain text. "
+                "--chat_template chatml, or a Jinja file, gives it one"
+            )
         self.conversations = [
             dataclasses.replace(conversation, system=None if text == "none" else text)
             for conversation in self.conversations

@@ -34,6 +34,7 @@ from fuzz_cases import make_case
 from jdpo.config import DatasetConfig
 from jdpo.data.prepared.held_out import prompt_key
 from jdpo.data.schemas.formats import Dropped, completion_rows, is_preference, preference_rows
+from jdpo.data.schemas.refusal import ColumnsError
 from jdpo.data.sources import open_source
 from jdpo.data.tokens.tokenize import tokenize_completions, tokenize_pairs, tokenize_turns
 from jdpo.data.tokens.tokenizer import Tokenizer, load_tokenizer
@@ -118,7 +119,8 @@ def _check_row(raw: dict[str, Any], origin: str, tokenizer: Tokenizer) -> None:
 
 def _check_message(error: ValueError, name: str) -> None:
     message = str(error)
-    if type(error) is not ValueError:
+    # Subclasses from elsewhere, such as UnicodeDecodeError, have messages that name no file.
+    if type(error) not in (ValueError, ColumnsError):
         raise Failure(f"a {type(error).__name__} reaches the user") from error
     if name not in message:
         raise Failure(f"the message does not name {name}: {message[:500]}") from error

@@ -1,4 +1,4 @@
-"""Wording that messages of all packages share: counts, amounts of memory, lists of names, suggestions."""
+"""Wording that messages of all packages share: counts, amounts of memory, times, lists of names, suggestions."""
 
 from __future__ import annotations
 
@@ -12,6 +12,17 @@ def figure(count: float, unit: str) -> str:
     ('1 row', '2,000 rows', '0 steps')
     """
     return f"{count:,.0f} {unit}{'' if count == 1 else 's'}"
+
+
+def clock(seconds: float) -> str:
+    """Returns a span of time as hours, minutes and seconds.
+
+    >>> clock(3725.4)
+    '1:02:05'
+    """
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
 
 
 def percent(share: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import sys
@@ -15,6 +16,7 @@ from jdpo.words import figure
 
 if TYPE_CHECKING:
     from jdpo.generation.loaded_model import LoadedModel
+    from jdpo.generation.values import Sampling
 
 
 def add_model(group: Any) -> None:
@@ -62,6 +64,23 @@ def add_sampling(group: Any, *, max_new_tokens: int) -> None:
         help=f"Largest number of tokens of an answer, which is cut off there (default: {max_new_tokens}).",
     )
     group.add_argument("--seed", type=int, default=0, metavar="N", help="Seed of the draws (default: 0).")
+
+
+def sampling_of(asked: argparse.Namespace) -> Sampling:
+    """Returns how answers are drawn, from the options of `add_sampling` and, where a command has it, top_k.
+
+    Raises:
+      ValueError: a value is out of range.
+    """
+    from jdpo.generation.values import Sampling
+
+    return Sampling(
+        temperature=asked.temperature,
+        top_p=asked.top_p,
+        top_k=getattr(asked, "top_k", None),
+        max_new_tokens=asked.max_new_tokens,
+        seed=asked.seed,
+    )
 
 
 def refuse_clusters(command: str, advice: str = "") -> None:

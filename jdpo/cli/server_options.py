@@ -40,20 +40,7 @@ def add_server_options(group: Any) -> None:
         metavar="NAME",
         help="The server's name of the model; by default the only one that it lists.",
     )
-    group.add_argument(
-        *spellings("--api_key_env"),
-        metavar="NAME",
-        help="The environment variable that holds the API key (default: OPENAI_API_KEY).",
-    )
-    group.add_argument(
-        "--concurrency", type=int, metavar="N", help="Largest number of requests at a time (default: 32)."
-    )
-    group.add_argument(
-        "--timeout", type=float, metavar="SECONDS", help="Time after which a request has failed (default: 600)."
-    )
-    group.add_argument(
-        "--retries", type=int, metavar="N", help="How often a failed request is sent again (default: 5)."
-    )
+    _add_request_options(group)
     group.add_argument(
         *spellings("--serve_timeout"),
         type=float,
@@ -66,6 +53,10 @@ def add_judge_options(group: Any) -> None:
     """Adds the options of a judge on a server."""
     group.add_argument("--rubric", metavar="FILE", help="Text that tells the judge what makes an answer better.")
     group.add_argument(*spellings("--judge_model"), metavar="NAME", help="The server's model, if it has several.")
+    _add_request_options(group)
+
+
+def _add_request_options(group: Any) -> None:
     group.add_argument(
         *spellings("--api_key_env"),
         metavar="NAME",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from jdpo.words import clock
+
 
 class Pace:
     """Logs at intervals how many answers there are, how fast they come, and how long the rest will take."""
@@ -49,6 +51,5 @@ class Pace:
         """
         elapsed = max(elapsed, 1e-6)
         tokens = f", {self.num_tokens / elapsed:,.0f} tokens per second" if self.num_tokens else ""
-        left = round(elapsed / max(self.fresh, 1) * max(self.total - self.done, 0))
-        clock = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
-        return f"{self.done:,} of {self.total:,} answers{tokens}, {clock} left"
+        left = elapsed / max(self.fresh, 1) * max(self.total - self.done, 0)
+        return f"{self.done:,} of {self.total:,} answers{tokens}, {clock(left)} left"

@@ -15,6 +15,7 @@ from rich.table import Column
 from rich.text import Text
 
 from jdpo.safe_text import terminal_lines
+from jdpo.words import clock
 
 SHOWN = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
 LINE_SECONDS = 15.0
@@ -95,18 +96,8 @@ class RowCounter:
         rate = num_rows / (now - self._started)
         of, left = "", ""
         if total is not None:
-            of, left = f" of {total:,}", f", {_clock(max(total - num_rows, 0) / rate)} left"
+            of, left = f" of {total:,}", f", {clock(max(total - num_rows, 0) / rate)} left"
         self._log(f"{self._doing}: {num_rows:,}{of} rows read, {rate:,.0f} per second{left}")
-
-
-def _clock(seconds: float) -> str:
-    """
-    >>> _clock(3725.4)
-    '1:02:05'
-    """
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"
 
 
 class _Figures(ProgressColumn):
@@ -212,4 +203,4 @@ class RunDisplay:
     def _time_left(self, step: int) -> str:
         seconds = time.monotonic() - self._started - self._compiled_for
         # Steps of an earlier start took none of this time.
-        return _clock(seconds / max(step - self._first_step, 1) * (self._num_steps - step))
+        return clock(seconds / max(step - self._first_step, 1) * (self._num_steps - step))

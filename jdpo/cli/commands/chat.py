@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from jdpo.cli.model_options import add_model, add_sampling, check_models, opening
+from jdpo.cli.model_options import add_model, add_sampling, check_models, opening, sampling_of
 from jdpo.cli.parsing import Parser, add_help
 
 if TYPE_CHECKING:
@@ -47,12 +47,8 @@ def main(command: str, words: Sequence[str]) -> int:
     asked = parser().parse_args(words)
     if len(asked.model) > 2:
         raise ValueError(f"expected one or two models, found {len(asked.model)}: {', '.join(asked.model)}")
-    from jdpo.generation.values import Sampling
-
     # Before models are loaded, which takes long.
-    sampling = Sampling(
-        temperature=asked.temperature, top_p=asked.top_p, max_new_tokens=asked.max_new_tokens, seed=asked.seed
-    )
+    sampling = sampling_of(asked)
     from rich.console import Console
 
     from jdpo.generation.chat.chat_view import ChatView

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jdpo.cli.failures import leaving_on_signals
-from jdpo.cli.model_options import add_model, add_sampling, check_models, log, opening
+from jdpo.cli.model_options import add_model, add_sampling, check_models, log, opening, sampling_of
 from jdpo.cli.option_types import above_zero, count, first_given, folder_to_write, not_empty
 from jdpo.cli.parsing import Parser, add_help, spellings
 from jdpo.cli.server_options import add_judge_options
@@ -207,7 +207,6 @@ def _material(asked: argparse.Namespace) -> Material:
     from jdpo.comparison.measuring import Material
     from jdpo.config import DatasetConfig
     from jdpo.generation.prompts import read_prompts
-    from jdpo.generation.values import Sampling
 
     prompts = None
     if asked.prompts:
@@ -218,12 +217,7 @@ def _material(asked: argparse.Namespace) -> Material:
         pairs=asked.pairs,
         prompts=prompts,
         facts=read_facts(asked.facts) if asked.facts else (),
-        sampling=Sampling(
-            temperature=asked.temperature,
-            top_p=asked.top_p,
-            max_new_tokens=asked.max_new_tokens,
-            seed=asked.seed,
-        ),
+        sampling=sampling_of(asked),
         num_samples=asked.n,
         max_length=asked.max_length,
         cache_dir=asked.cache_dir,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jdpo.cli.failures import leaving_on_signals
-from jdpo.cli.model_options import add_model, add_sampling, log, log_model, refuse_clusters
+from jdpo.cli.model_options import add_model, add_sampling, log, log_model, refuse_clusters, sampling_of
 from jdpo.cli.option_types import folder_to_write, not_empty
 from jdpo.cli.parsing import Parser, add_help, spellings
 from jdpo.cli.server_options import add_server_options, asks_a_server, server_source
@@ -144,15 +146,7 @@ def main(command: str, words: Sequence[str]) -> int:
     options = parser()
     asked = options.parse_args(words)
     asked.of_server = asks_a_server(asked, options)
-    from jdpo.generation.values import Sampling
-
-    sampling = Sampling(
-        temperature=asked.temperature,
-        top_p=asked.top_p,
-        top_k=asked.top_k,
-        max_new_tokens=asked.max_new_tokens,
-        seed=asked.seed,
-    )
+    sampling = sampling_of(asked)
     try:
         with leaving_on_signals("the same command continues after the last whole shard"):
             manifest, prompts = _generate(asked, sampling, Path(asked.output_dir))
@@ -248,9 +242,12 @@ def _report(folder: Path, manifest: Manifest, prompts: Prompts) -> int:
         log(f"{cut:,} of {figure(manifest.num_answers, 'answer')} are cut off")
     # Rows of the prompts file, which users know, not ids.
     origins = {question.prompt_id: question.origin for question in prompts.questions}
+    # reason -> the rows, each once and in order
+    rows: dict[str, dict[str, None]] = defaultdict(dict)
+    for one in itertools.chain.from_iterable(read_unanswered(folder, number) for number in range(len(manifest.shards))):
+        rows[one.reason][origins[one.prompt_id]] = None
     for reason, count in manifest.unanswered.items():
-        missing = (one for number in range(len(manifest.shards)) for one in read_unanswered(folder, number))
-        named = dict.fromkeys(origins[one.prompt_id] for one in missing if one.reason == reason)
+        named = rows[reason]
         shown = ", ".join([*named][:_MOST_NAMED]) + (" ..." if len(named) > _MOST_NAMED else "")
         log(f"{figure(count, 'answer')} missing: {reason} ({figure(len(named), 'prompt')}: {shown})")
     print(f"done: {figure(manifest.num_answers, 'answer')} in {terminal(folder)}", flush=True)

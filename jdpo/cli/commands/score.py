@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jdpo.cli.model_options import log
 from jdpo.cli.option_types import count, not_empty
 from jdpo.cli.parsing import Parser, add_help, spellings
 from jdpo.cli.server_options import add_judge_options
 from jdpo.generation.answer_files import read_answers
-from jdpo.safe_text import terminal, terminal_lines
+from jdpo.safe_text import terminal
 from jdpo.scoring.protocol import cut, grouped
 from jdpo.scoring.score_blocks import score_answers
 from jdpo.scoring.score_files import SCORES, answers_digest, check_name, read_about
 from jdpo.scoring.score_summary import summary_lines
 from jdpo.scoring.scorers import KINDS, default_name, make_scorer, parse_by
-from jdpo.words import figure
+from jdpo.words import clock, figure
 
 PROGRESS_SECONDS = 10.0
 
@@ -105,7 +105,7 @@ def main(command: str, words: Sequence[str]) -> int:
     print("\n".join(map(terminal, summary_lines(folder, name))))
     about = read_about(folder, SCORES, name)
     if about is not None and not about["num_scores"]:
-        _log("warning: no answer has a score; the table says why")
+        log("warning: no answer has a score; the table says why")
     path = folder / SCORES / f"{name}.jsonl"
     print(terminal(f"done: {path}" if is_new else f"these scores were there already: {path}"))
     return 0
@@ -123,14 +123,9 @@ class _Progress:
             # Scores of an earlier call took none of this time.
             self._found, self._started, self._logged = done, now, now
             if done:
-                _log(f"{figure(done, 'answer')} of {total:,} had their scores already")
+                log(f"{figure(done, 'answer')} of {total:,} had their scores already")
         elif now >= self._logged + PROGRESS_SECONDS:
             self._logged = now
             rate = (done - self._found) / (now - self._started)
-            left = round((total - done) / rate)
-            clock = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
-            _log(f"scored {done:,} of {figure(total, 'answer')}, {rate:,.1f} per second, {clock} left")
-
-
-def _log(line: str) -> None:
-    print(terminal_lines(line), file=sys.stderr, flush=True)
+            left = clock((total - done) / rate)
+            log(f"scored {done:,} of {figure(total, 'answer')}, {rate:,.1f} per second, {left} left")

@@ -3,6 +3,7 @@
 #
 #   bash scripts/test.sh               the default suite
 #   bash scripts/test.sh --ci          the tests that install things, train for long or serve: what .ci/run adds
+#   bash scripts/test.sh --extras      the notebook, the trackers and the documentation site, with their large packages
 #   bash scripts/test.sh --all         every test: kill tests, all shapes, parity with torch and TRL
 #   bash scripts/test.sh --smoke       a handful of tests, for a further Python version
 #   bash scripts/test.sh ... -- ARGS   ARGS go to pytest; --cpu-table FILE there lists the CPU seconds of every test
@@ -20,9 +21,10 @@ while [[ $# -gt 0 ]]; do
   case "$1" in
     --all) size=all ;;
     --ci) size=ci ;;
+    --extras) size=extras ;;
     --smoke) size=smoke ;;
     --) shift; break ;;
-    *) echo "test.sh: unknown option $1 (expected --ci, --all, --smoke or -- pytest arguments)" >&2; exit 2 ;;
+    *) echo "test.sh: unknown option $1 (expected --ci, --extras, --all, --smoke or -- pytest arguments)" >&2; exit 2 ;;
   esac
   shift
 done
@@ -31,6 +33,8 @@ find_python
 version=$("$PYTHON" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 if [[ $size == all && (${PARITY:-0} == 1 || $version == 3.11) ]]; then
   make_env ".venv-test-$version-parity" test,parity
+elif [[ $size == extras ]]; then
+  make_env ".venv-test-$version-extras" test,docs,notebook,trackers
 else
   make_env ".venv-test-$version" test
 fi
@@ -44,6 +48,7 @@ fi
 case "$size" in
   all) select=(--all) ;;
   ci) select=(--ci) ;;
+  extras) select=(--extras) ;;
   smoke) select=(-m smoke) ;;
   *) select=() ;;
 esac

@@ -63,6 +63,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     sizes = parser.getgroup("jdpo").addoption
     sizes("--all", action="store_true", help="run every test")
     sizes("--ci", action="store_true", help="run the tests marked ci and no others")
+    sizes("--extras", action="store_true", help="run the tests marked extras and no others")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -82,6 +83,8 @@ def runs(config: pytest.Config, marks: set[str]) -> bool:
     """Returns whether a test with these marks is part of this run."""
     if "torch" in marks and not importlib.util.find_spec("torch"):
         return False
+    if config.getoption("--extras") or "extras" in marks:
+        return config.getoption("--extras") and "extras" in marks
     if config.getoption("--all"):
         return True
     return not marks & {"full", "torch"} and ("ci" in marks) == config.getoption("--ci")

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from jdpo.generation.loaded_model import LoadedModel
     from jdpo.generation.values import Answer
     from jdpo.losses import dpo_loss, make_dpo_loss
+    from jdpo.quickstart.tiny_llama import random_model
     from jdpo.training.opening import load
     from jdpo.training.run import train
     from jdpo.types import PreferenceBatch
@@ -48,6 +49,7 @@ _PUBLIC = {
     "load": "jdpo.training.opening",
     "load_config": "jdpo.config",
     "make_dpo_loss": "jdpo.losses",
+    "random_model": "jdpo.quickstart.tiny_llama",
     "train": "jdpo.training.run",
 }
 
@@ -69,6 +71,7 @@ __all__ = [
     "load_config",
     "losses",
     "make_dpo_loss",
+    "random_model",
     "train",
 ]
 

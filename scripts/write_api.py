@@ -38,6 +38,7 @@ SECTIONS = {
     "Runs": ("train", "load_config", "DPOConfig", "SFTConfig"),
     "Groups of keys": ("DatasetConfig", "LoraConfig", "MeshConfig", "OptimizerConfig"),
     "Asking a model": ("load", "LoadedModel", "Answer", "TokenLogps", "NextToken"),
+    "Models to try things out": ("random_model",),
     "Losses on batches": ("dpo_loss", "make_dpo_loss", "PreferenceBatch"),
 }
 """Heading -> the names of `jdpo` under it."""

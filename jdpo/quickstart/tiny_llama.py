@@ -24,32 +24,120 @@ _MAX_VOCAB = 4096
 _HEAD_WIDTH = 32
 _POSITIONS = 256
 
+_LEAST_VOCAB = 256 + 3
 
-def write_model(folder: Path, texts: Iterable[str], *, hidden_size: int, num_layers: int, seed: int) -> None:
-    """Writes a model folder that any Hugging Face tool can read; the same arguments give the same bytes.
+_WEIGHTS = "model.safetensors"
+_MADE_BY = {"made_by": "jdpo.random_model"}
+"""Metadata of the weights of a random model, by which a folder is known that may be written again."""
+
+
+def random_model(
+    folder: str | Path,
+    texts: Iterable[str],
+    *,
+    hidden_size: int = 64,
+    num_layers: int = 2,
+    vocab_size: int = _MAX_VOCAB,
+    max_positions: int = _POSITIONS,
+    chat: bool = True,
+    seed: int = 0,
+) -> Path:
+    """Writes a small Llama with random weights and a tokenizer of its own, to try things out without a download.
+
+    The folder is a Hugging Face model folder. The same arguments give the same bytes, and a random model that was made
+    earlier is replaced.
 
     Args:
       folder: is created if missing.
       texts: training texts of the tokenizer; words that occur twice become one token each.
       hidden_size: model width, a multiple of 64.
       num_layers: number of decoder layers.
+      vocab_size: maximum number of tokens; the tokenizer has fewer if the texts are few.
+      max_positions: maximum tokens of a prompt with its answer.
+      chat: True: the tokenizer has a ChatML template; False: it has none, as that of a base model.
       seed: seed of the random weights.
 
+    Returns:
+      The folder.
+
     Raises:
-      ValueError: hidden_size is not a multiple of 64.
+      ValueError: a size is out of range, there are no texts, or the folder holds something else.
     """
-    if hidden_size % (2 * _HEAD_WIDTH):
+    folder = Path(folder).expanduser()
+    if isinstance(texts, str):
+        raise ValueError("texts: expected several texts, such as a list, found one str")
+    _check_replaceable(folder)
+    write_model(
+        folder,
+        texts,
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        vocab_size=vocab_size,
+        max_positions=max_positions,
+        chat=chat,
+        seed=seed,
+        metadata=_MADE_BY,
+    )
+    return folder
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Refuses a folder with content that is not a random model, such as a trained one."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(folder / _WEIGHTS, "np") as file:
+            found = file.metadata() or {}
+    except (OSError, SafetensorError):
+        found = {}
+    if not _MADE_BY.items() <= found.items():
+        raise ValueError(f"{folder} exists and holds no model of jdpo.random_model; choose another folder")
+
+
+def write_model(
+    folder: Path,
+    texts: Iterable[str],
+    *,
+    hidden_size: int,
+    num_layers: int,
+    seed: int,
+    vocab_size: int = _MAX_VOCAB,
+    max_positions: int = _POSITIONS,
+    chat: bool = True,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a random model, see `random_model`, over whatever the folder holds.
+
+    Args:
+      metadata: kept in the file of the weights.
+
+    Raises:
+      ValueError: a size is out of range, or there are no texts.
+    """
+    if hidden_size < 1 or hidden_size % (2 * _HEAD_WIDTH):
         raise ValueError(f"hidden_size is {hidden_size}; expected a multiple of {2 * _HEAD_WIDTH}")
+    if vocab_size < _LEAST_VOCAB:
+        raise ValueError(f"vocab_size is {vocab_size}; expected at least {_LEAST_VOCAB}: all bytes and special tokens")
+    for name, size in (("num_layers", num_layers), ("max_positions", max_positions)):
+        if size < 1:
+            raise ValueError(f"{name} is {size}; expected 1 or more")
+    # Sorted, because the order of texts decides between merges with equal counts.
+    learnt = sorted(texts)
+    if not learnt:
+        raise ValueError("texts: expected at least one text for the tokenizer to learn from, found none")
     folder.mkdir(parents=True, exist_ok=True)
-    vocab_size = _write_tokenizer(folder, texts)
-    config = _llama_config(vocab_size, hidden_size, num_layers)
+    num_tokens = _write_tokenizer(folder, learnt, vocab_size, max_positions, chat=chat)
+    # Ids of the special tokens, in the order given to the trainer.
+    ends = {"eos_token_id": 2 if chat else 0, "pad_token_id": 0}
+    config = _llama_config(num_tokens, hidden_size, num_layers, max_positions) | ends
     write_json(folder / "config.json", config)
-    ends = {"eos_token_id": config["eos_token_id"], "pad_token_id": config["pad_token_id"]}
     write_json(folder / "generation_config.json", ends)
-    _write_weights(folder / "model.safetensors", config, np.random.default_rng(seed))
+    _write_weights(folder / _WEIGHTS, config, np.random.default_rng(seed), {**(metadata or {}), "format": "pt"})
 
 
-def _write_tokenizer(folder: Path, texts: Iterable[str]) -> int:
+def _write_tokenizer(folder: Path, texts: Iterable[str], vocab_size: int, max_positions: int, *, chat: bool) -> int:
     """Trains a byte-level BPE tokenizer, writes its files and returns the size of its vocabulary."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -58,30 +146,26 @@ def _write_tokenizer(folder: Path, texts: Iterable[str]) -> int:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=_MAX_VOCAB,
+        vocab_size=vocab_size,
         min_frequency=2,
-        special_tokens=[END_OF_TEXT, TURN_START, TURN_END],
+        special_tokens=[END_OF_TEXT, TURN_START, TURN_END] if chat else [END_OF_TEXT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # all 256 bytes, so that any text can be tokenized
         show_progress=False,
     )
-    # Sorted, because the order of texts decides between merges with equal counts.
-    tokenizer.train_from_iterator(sorted(texts), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
-    write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": TURN_END,  # a turn ends in it, so generation stops there in every library
-            "pad_token": END_OF_TEXT,
-            "model_max_length": _POSITIONS,
-            "clean_up_tokenization_spaces": False,
-            "chat_template": CHAT_TEMPLATE,
-        },
-    )
+    written = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": TURN_END if chat else END_OF_TEXT,  # a turn ends in it, so every library stops there
+        "pad_token": END_OF_TEXT,
+        "model_max_length": max_positions,
+        "clean_up_tokenization_spaces": False,
+    }
+    write_json(folder / "tokenizer_config.json", written | ({"chat_template": CHAT_TEMPLATE} if chat else {}))
     return int(tokenizer.get_vocab_size())
 
 
-def _llama_config(vocab_size: int, hidden_size: int, num_layers: int) -> dict[str, Any]:
+def _llama_config(vocab_size: int, hidden_size: int, num_layers: int, max_positions: int) -> dict[str, Any]:
     num_heads = hidden_size // _HEAD_WIDTH
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -94,19 +178,17 @@ def _llama_config(vocab_size: int, hidden_size: int, num_layers: int) -> dict[st
         "num_key_value_heads": num_heads // 2,  # grouped attention, as in current models
         "head_dim": _HEAD_WIDTH,
         "hidden_act": "silu",
-        "max_position_embeddings": _POSITIONS,
+        "max_position_embeddings": max_positions,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": True,
-        "pad_token_id": 0,  # ids of the special tokens, in the order given to the trainer
-        "eos_token_id": 2,
         "dtype": "float32",
     }
 
 
-def _write_weights(path: Path, config: Mapping[str, Any], rng: np.random.Generator) -> None:
+def _write_weights(path: Path, config: Mapping[str, Any], rng: np.random.Generator, metadata: dict[str, str]) -> None:
     """Writes random matrices of unit gain; those that write to the residual stream shrink with depth, as in GPT-2."""
     from safetensors.numpy import save_file
 
@@ -132,4 +214,4 @@ def _write_weights(path: Path, config: Mapping[str, Any], rng: np.random.Generat
             f"{name}.mlp.up_proj.weight": matrix(inner, width),
             f"{name}.mlp.down_proj.weight": matrix(width, inner, residual_gain),
         }
-    save_file(tensors, path, metadata={"format": "pt"})  # transformers refuses files without a format
+    save_file(tensors, path, metadata=metadata)  # transformers refuses files without a format

@@ -7,9 +7,9 @@ from typing import Any
 
 from jdpo.data.schemas import formats
 from jdpo.data.tokens import boundaries, prompt_end, row_notes, tokenize, turns, unwritten
-from jdpo.inspection.check_table import CHECKS, OTHERS
-from jdpo.inspection.row_statistics import Json
 from jdpo.models.weights.embedding_rows import MOST_NAMED
+from jdpo.reports.data_summary.check_table import CHECKS, OTHERS
+from jdpo.reports.data_summary.row_statistics import Json
 from jdpo.reports.share_tests import wilson
 from jdpo.safe_text import terminal
 from jdpo.words import figure, listed, percent

@@ -22,12 +22,12 @@ from jdpo.data.schemas import formats
 from jdpo.data.sources import open_source
 from jdpo.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from jdpo.inspection.data_faults import findings_of
-from jdpo.inspection.part_report import part_report, rows_where
-from jdpo.inspection.raw_text import TextFacts, text_facts
-from jdpo.inspection.row_statistics import Json, RowFacts, row_facts, step_costs
 from jdpo.inspection.token_display import view_row
 from jdpo.models.families import read_model_config
 from jdpo.models.weights.hub_models import has_weights
+from jdpo.reports.data_summary.part_report import part_report, rows_where
+from jdpo.reports.data_summary.raw_text import TextFacts, text_facts
+from jdpo.reports.data_summary.row_statistics import Json, RowFacts, row_facts, step_costs
 from jdpo.reports.progress import RowCounter
 from jdpo.safe_text import terminal_lines
 from jdpo.training.setup.model_sources import Sources, check_positions, find_sources

@@ -5,8 +5,8 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
-from jdpo.inspection.row_statistics import Json
 from jdpo.inspection.tree import report_of
+from jdpo.reports.data_summary.row_statistics import Json
 from jdpo.reports.html_files import page_environment, write_html
 
 

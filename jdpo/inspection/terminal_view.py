@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
-from jdpo.inspection.nodes import Data, Finding, Heading, Lines, Node, Paragraph, Table, TokenRow, Words
-from jdpo.inspection.row_statistics import Json
 from jdpo.inspection.tree import report_of
+from jdpo.reports.data_summary.nodes import Data, Finding, Heading, Lines, Node, Paragraph, Table, TokenRow, Words
+from jdpo.reports.data_summary.row_statistics import Json
 
 MOST_WIDTH = 110
 BAR_WIDTH = 28

@@ -19,13 +19,14 @@ from rich.console import Console
 from jdpo.config import DPOConfig, SFTConfig, load_config
 from jdpo.data.prepared.prepare import prepare_pairs
 from jdpo.data.tokens.tokenizer import load_tokenizer
-from jdpo.inspection.check_table import CHECKS, thresholds
 from jdpo.inspection.document import inspect_run
 from jdpo.inspection.html_page import page_of, write_page
-from jdpo.inspection.nodes import Data, Table
 from jdpo.inspection.terminal_view import print_document
-from jdpo.inspection.token_display import NEWLINE, SPACE, pieces_of, special_token_ids
+from jdpo.inspection.token_display import pieces_of, special_token_ids
 from jdpo.inspection.tree import report_of
+from jdpo.reports.data_summary.check_table import CHECKS, thresholds
+from jdpo.reports.data_summary.nodes import Data, Table
+from jdpo.reports.data_summary.visible_text import NEWLINE, SPACE
 
 SCRIPT = "<script>alert(1)</script><img src=http://evil.example/x.png><style>body{display:none}</style>"
 

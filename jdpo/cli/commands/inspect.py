@@ -56,7 +56,7 @@ def main(command: str, words: Sequence[str]) -> int:
     arguments = parser()
     line = parse(arguments, words)
     if line.help is not None:
-        from jdpo.inspection.check_table import thresholds
+        from jdpo.reports.data_summary.check_table import thresholds
 
         faults = "\n".join(f"  {line}" for line in thresholds())
         arguments.epilog = f"{arguments.epilog}\n\nFaults, for --strict:\n\n{faults}"

@@ -9,9 +9,9 @@ import numpy as np
 from jdpo.data.prepared import token_checks
 from jdpo.data.prepared.chunks import RANKED_PAIRS
 from jdpo.data.prepared.prepare import DROPPED, KEPT, READ, PreparedData
-from jdpo.inspection.raw_text import TextFacts
-from jdpo.inspection.row_statistics import Json, RowFacts, distribution, nice_edges, repeats
-from jdpo.inspection.token_display import one_line
+from jdpo.reports.data_summary.raw_text import TextFacts
+from jdpo.reports.data_summary.row_statistics import Json, RowFacts, distribution, nice_edges, repeats
+from jdpo.reports.data_summary.visible_text import one_line
 from jdpo.reports.share_tests import length_bias
 
 EDGES = {

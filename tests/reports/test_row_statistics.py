@@ -20,8 +20,16 @@ from jdpo.data.prepared.token_checks import END_INSIDE
 from jdpo.data.schemas import formats
 from jdpo.data.tokens.tokenize import COMPLETION_CUT
 from jdpo.data.tokens.tokenizer import Tokenizer, load_tokenizer
-from jdpo.inspection.raw_text import BIDI, CONTROL, INVISIBLE, REPLACEMENT, SPECIAL, SPECIAL_IN_PLAIN, text_facts
-from jdpo.inspection.row_statistics import (
+from jdpo.reports.data_summary.raw_text import (
+    BIDI,
+    CONTROL,
+    INVISIBLE,
+    REPLACEMENT,
+    SPECIAL,
+    SPECIAL_IN_PLAIN,
+    text_facts,
+)
+from jdpo.reports.data_summary.row_statistics import (
     MOST_BINS,
     distribution,
     nice_edges,

@@ -11,8 +11,8 @@ from typing import Any
 from jdpo._version import __version__
 from jdpo.durable import write_durably
 from jdpo.quickstart.experiment import PRETRAIN, Workplace
+from jdpo.quickstart.experiment_findings import findings
 from jdpo.quickstart.experiment_settings import Settings
-from jdpo.quickstart.findings import findings
 from jdpo.quickstart.pictures import write_plots
 from jdpo.quickstart.probes import Measurement
 from jdpo.quickstart.results import all_results

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jdpo.quickstart.experiment import DPO, PRETRAIN, STANDARD
-from jdpo.quickstart.findings import odds, percent, probability
+from jdpo.quickstart.experiment_findings import odds, percent, probability
 from jdpo.quickstart.results import BEFORE, STAGES
 from jdpo.quickstart.samples import ASKED, Sampled, in_words
 from jdpo.safe_text import terminal

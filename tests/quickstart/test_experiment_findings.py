@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from jdpo.quickstart.experiment import DPO, PRETRAIN, STANDARD
+from jdpo.quickstart.experiment_findings import findings
 from jdpo.quickstart.experiment_settings import Settings
-from jdpo.quickstart.findings import findings
 from jdpo.quickstart.pictures import write_plots
 from jdpo.quickstart.probes import Measurement
 from jdpo.quickstart.results import BEFORE, all_results

@@ -16,7 +16,7 @@ from speed_data import synthesize
 from speed_model import ModelShape
 
 from jdpo.data.batching.loader import bucket_length, collate_pairs
-from jdpo.data.batching.packing import pack
+from jdpo.data.batching.packing import pack_step
 from jdpo.data.batching.packing_plan import item_sizes, plan_run
 from jdpo.losses.pair_logps import LogpsFn, PairFeatures, TokenScores, belongs, completion_sums
 from jdpo.losses.pair_losses import Totals, packed_totals
@@ -144,7 +144,7 @@ def packed(rows: Any) -> PackedBatch:
     """Packs all rows, in order, into one row of slots."""
     indices, sizes = np.arange(len(rows)), item_sizes(rows)
     plan = plan_run(sizes, [indices], num_shards=1, micro_batch_size=len(rows))
-    return pack(rows, indices, plan.step(indices))
+    return pack_step(rows, indices, plan.step(indices))
 
 
 def padded_batch(pairs: Sequence[TokenizedPair], max_length: int) -> Any:

@@ -25,7 +25,7 @@ import optax
 from machine import machine_line
 
 from jdpo.config import MeshConfig
-from jdpo.data.batching.packing import pack
+from jdpo.data.batching.packing import pack_step
 from jdpo.data.batching.packing_plan import item_sizes, plan_run
 from jdpo.losses.settings import loss_settings
 from jdpo.models.lora.adapters import Lora, abstract_adapters
@@ -94,7 +94,7 @@ def one_batch(num_tokens: int, *, cached: bool) -> Any:
     pairs = [TokenizedPair(ids, ids, ids, "") for _ in range(max(1, num_tokens // 384))]
     everything = np.arange(len(pairs))
     plan = plan_run(item_sizes(pairs), [everything], num_shards=1, max_tokens_per_device=num_tokens)
-    batch = pack(pairs, everything, plan.step(everything))
+    batch = pack_step(pairs, everything, plan.step(everything))
     scored = np.zeros(batch.logp_target.shape, np.float32)
     return batch._replace(logp_reference=scored) if cached else batch
 

@@ -92,7 +92,7 @@ TARGETS = (
     Target(
         "packing",
         "jdpo/data/batching/packing.py",
-        ("pack", "_layout", "_slot_arrays", "_sequence_arrays", "_scored_arrays"),
+        ("pack_step", "_layout", "_slot_arrays", "_sequence_arrays", "_scored_arrays"),
         ("tests/data/batching/test_packing.py",),
     ),
     Target(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jdpo.data.batching.packing import pack
+from jdpo.data.batching.packing import pack_step
 from jdpo.data.batching.packing_plan import item_sizes, plan_run
 from jdpo.models.model_config import ModelConfig
 from jdpo.models.packed_attention import packed_sequences
@@ -36,7 +36,7 @@ def packed_batch(num_pairs: int, lengths: tuple[int, int, int]) -> PackedBatch:
     ]
     everything = np.arange(num_pairs)
     plan = plan_run(item_sizes(pairs), [everything], num_shards=1, max_tokens_per_device=4096)
-    return jax.tree.map(lambda array: array[0], pack(pairs, everything, plan.step(everything)))
+    return jax.tree.map(lambda array: array[0], pack_step(pairs, everything, plan.step(everything)))
 
 
 def loss(model: Transformer, batch: PackedBatch, params: Any) -> Any:

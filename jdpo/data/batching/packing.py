@@ -28,7 +28,7 @@ from jdpo.types import AnyPair, MaskedPair, PackedBatch, TokenizedCompletion
 Array = Any
 
 
-def pack(
+def pack_step(
     rows: Sequence[AnyPair] | Sequence[TokenizedCompletion],
     indices: np.ndarray,
     plan: StepPlan,
@@ -72,7 +72,7 @@ def pack(
 def unused(
     shape: PackedShape, *, num_sides: int, reference_dtype: Any = None, with_scores: bool = False
 ) -> PackedBatch:
-    """Returns a batch of zeros with the shapes and dtypes that `pack` gives for a shape. It takes no memory.
+    """Returns a batch of zeros with the shapes and dtypes that `pack_step` gives for a shape. It takes no memory.
 
     Args:
       num_sides: n.

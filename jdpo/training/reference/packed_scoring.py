@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jdpo.data.batching.packing import pack
+from jdpo.data.batching.packing import pack_step
 from jdpo.data.batching.packing_plan import ItemSizes, PackingPlan, plan_run
 from jdpo.data.reference_cache.scores import RowLogps
 from jdpo.models.transformer import Params, Transformer, Weights
@@ -54,7 +54,7 @@ class ScoringPlan(NamedTuple):
 
     def batch(self, indices: np.ndarray) -> PackedBatch:
         """Packs the rows `indices`."""
-        return pack([self.rows[int(index)] for index in indices], indices, self.packing.step(indices))
+        return pack_step([self.rows[int(index)] for index in indices], indices, self.packing.step(indices))
 
 
 class PackedScorer:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jdpo.data.batching.loader import bucket_length
-from jdpo.data.batching.packing import pack, unused
+from jdpo.data.batching.packing import pack_step, unused
 from jdpo.data.batching.packing_plan import PackingPlan, plan_run
 from jdpo.data.batching.packing_shapes import PackedShape
 from jdpo.data.prepared.prepare import PreparedData
@@ -175,7 +175,7 @@ class PackedBatches:
             reference = [self._cache.row(int(index), row) for index, row in zip(indices, rows, strict=True)]
         step = self.plan.step(indices)
         scores = None if self._scores is None else self._scores[indices]
-        batch = pack(rows, indices, step, reference_logps=reference, score_margins=scores)
+        batch = pack_step(rows, indices, step, reference_logps=reference, score_margins=scores)
         # Items are packed in an order of their own; `at` brings their values back into the order of `indices`.
         real = np.flatnonzero(batch.pair_weight.reshape(-1))
         in_batch = batch.pair_row.reshape(-1)[real]

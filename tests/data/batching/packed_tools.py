@@ -41,7 +41,7 @@ class UnpackedSide(NamedTuple):
 
 
 def unpack(batch: PackedBatch) -> dict[int, tuple[UnpackedSide, ...]]:
-    """Returns the sides of every item of a batch of numpy arrays, by data row: the inverse of `pack`.
+    """Returns the sides of every item of a batch of numpy arrays, by data row: the inverse of `pack_step`.
 
     Reads the indices as a model does, so that a wrong one shows.
     """

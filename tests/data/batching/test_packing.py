@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jdpo.data.batching.loader import collate_completions, collate_pairs
-from jdpo.data.batching.packing import pack, unused
+from jdpo.data.batching.packing import pack_step, unused
 from jdpo.data.batching.packing_plan import PackingPlan, StepPlan, item_sizes, plan_run, plan_step
 from jdpo.data.batching.packing_shapes import PackedShape
 from jdpo.losses.pair_logps import predicted_tokens
@@ -71,7 +71,9 @@ def test_worked_example() -> None:
     shape = PackedShape(num_micro=1, num_rows=1, num_items=2, num_slots=8, length=4, num_scored=4)
     bins = plan_step(np.array([5]), num_rows=1, max_slots=8)
     reference = [(np.array([-0.5, -1.5], np.float32), np.array([-2.5], np.float32))]
-    batch = pack([pair], np.array([3]), StepPlan(bins, shape), reference_logps=reference, score_margins=np.array([2.5]))
+    batch = pack_step(
+        [pair], np.array([3]), StepPlan(bins, shape), reference_logps=reference, score_margins=np.array([2.5])
+    )
     none = 4 * 4
     assert {name: getattr(batch, name)[0, 0].tolist() for name in PackedBatch._fields if name != "gather"} == {
         "tokens": [5, 6, 7, 2, 8, 0, 0, 0],
@@ -98,7 +100,7 @@ def test_every_pair_comes_back(lengths: list[tuple[int, int, int]], layout: dict
     plan, step = plan_of(pairs, **layout)
     indices = np.random.default_rng(seed).permutation(len(pairs)) + 100
     reference = random_reference(pairs)
-    batch = pack(pairs, indices, step, reference_logps=reference)
+    batch = pack_step(pairs, indices, step, reference_logps=reference)
     assert batch.tokens.shape == (*step.shape[:2], step.shape.num_slots)
     assert step.shape in plan.shapes
 
@@ -122,7 +124,7 @@ def test_every_pair_comes_back(lengths: list[tuple[int, int, int]], layout: dict
 def test_every_supervised_row_comes_back(lengths: list[int], layout: dict[str, Any], seed: int) -> None:
     rows = random_completions(lengths, seed)
     _, step = plan_of(rows, **layout)
-    batch = pack(rows, np.arange(len(rows)), step)
+    batch = pack_step(rows, np.arange(len(rows)), step)
     padded = collate_completions(rows, num_slots=len(rows), length=LONGEST, pad_token_id=0)
     found = unpack(batch)
     assert len(found) == len(rows)
@@ -176,7 +178,7 @@ def test_a_step_of_a_larger_shape_leaves_the_rest_empty() -> None:
     pairs = random_pairs([(3, 2, 4)], seed=0)
     _, step = plan_of(pairs)
     larger = step._replace(shape=PackedShape(3, 2, 4, 128, 64, 64))
-    batch = pack(pairs, np.array([7]), larger)
+    batch = pack_step(pairs, np.array([7]), larger)
     assert batch.pair_weight.sum() == batch.pair_weight[0, 0, 0] == 1
     np.testing.assert_array_equal(
         unpack(batch)[7][1].tokens, np.concatenate([pairs[0].prompt_ids, pairs[0].rejected_ids])
@@ -186,13 +188,13 @@ def test_a_step_of_a_larger_shape_leaves_the_rest_empty() -> None:
 def test_scores_stay_with_their_pairs_and_padding_holds_1() -> None:
     pairs = random_pairs([(2, 3, 4), (5, 1, 2), (1, 6, 1)], seed=0)
     _, step = plan_of(pairs, num_shards=2, max_tokens_per_device=64)
-    batch = pack(pairs, np.arange(3), step, score_margins=np.array([0.5, 2.0, 3.0]))
+    batch = pack_step(pairs, np.arange(3), step, score_margins=np.array([0.5, 2.0, 3.0]))
     scores, rows, real = (
         values.reshape(-1) for values in (batch.pair_score_margin, batch.pair_row, batch.pair_weight == 1)
     )
     np.testing.assert_array_equal(scores[real][np.argsort(rows[real])], [0.5, 2.0, 3.0])
     assert (scores[~real] == 1).all()
-    assert pack(pairs, np.arange(3), step).pair_score_margin is None
+    assert pack_step(pairs, np.arange(3), step).pair_score_margin is None
     for with_scores in (False, True):
         empty = unused(step.shape, num_sides=2, with_scores=with_scores)
         assert (empty.pair_score_margin is not None) == with_scores
@@ -204,7 +206,7 @@ def test_a_reference_of_other_lengths_is_refused() -> None:
     pairs = random_pairs([(3, 2, 4)], seed=0)
     _, step = plan_of(pairs)
     with pytest.raises(AssertionError):
-        pack(pairs, np.array([0]), step, reference_logps=[(np.zeros(4, np.float32), np.zeros(2, np.float32))])
+        pack_step(pairs, np.array([0]), step, reference_logps=[(np.zeros(4, np.float32), np.zeros(2, np.float32))])
 
 
 # --- a small model, run both ways
@@ -305,7 +307,7 @@ def test_packed_and_padded_give_the_same_log_probs(
     lengths: list[tuple[int, int, int]], layout: dict[str, Any], seed: int
 ) -> None:
     pairs, params = random_pairs(lengths, seed), random_params(seed)
-    batch = pack(pairs, np.arange(len(pairs)), plan_of(pairs, **layout)[1])
+    batch = pack_step(pairs, np.arange(len(pairs)), plan_of(pairs, **layout)[1])
     padded, scored = padded_batch(pairs)
     expected = padded_logps(np, params, padded)
     num_checked = 0
@@ -324,7 +326,7 @@ def test_packed_and_padded_give_the_same_log_probs(
 
 def test_packed_and_padded_give_the_same_gradients() -> None:
     pairs, params = random_pairs([(5, 3, 9), (0, 2, 1), (6, 1, 1), (1, 10, 2)], seed=1), random_params(seed=2)
-    batch = pack(pairs, np.arange(len(pairs)), plan_of(pairs)[1])
+    batch = pack_step(pairs, np.arange(len(pairs)), plan_of(pairs)[1])
     (row,) = rows_of(batch)
     garbage = with_garbage(row, seed=3)
     weights = np.random.default_rng(4).normal(size=(len(pairs), 2))

@@ -12,7 +12,7 @@ import pytest
 
 from jdpo.config import MeshConfig
 from jdpo.data.batching.loader import collate_completions, collate_pairs
-from jdpo.data.batching.packing import pack
+from jdpo.data.batching.packing import pack_step
 from jdpo.data.batching.packing_plan import StepPlan, item_sizes, plan_run, plan_step
 from jdpo.data.batching.packing_shapes import PackedShape
 from jdpo.losses.settings import loss_settings
@@ -43,7 +43,9 @@ def pairs_of(*lengths: tuple[int, int, int]) -> list[TokenizedPair]:
 
 def packed(rows: list[Any], shape: PackedShape) -> Any:
     slots = item_sizes(rows).slots
-    return pack(rows, np.arange(len(rows)), StepPlan(plan_step(slots, num_rows=shape.num_rows, max_slots=10**6), shape))
+    return pack_step(
+        rows, np.arange(len(rows)), StepPlan(plan_step(slots, num_rows=shape.num_rows, max_slots=10**6), shape)
+    )
 
 
 def in_micro_batches(batch: Any) -> Any:
@@ -197,7 +199,7 @@ def test_executed_flops_of_other_layers_equal_xlas_count(own: dict[str, Any], re
     model = Transformer(one_layer, remat=remat, attention="xla", compute_dtype=jnp.float32)
     pairs = pairs_of((40, 60, 50), (30, 60, 90), (60, 20, 70))
     plan = plan_run(item_sizes(pairs), [np.arange(3)], num_shards=1, max_tokens_per_device=4096)
-    batch = pack(pairs, np.arange(3), plan.step(np.arange(3)))
+    batch = pack_step(pairs, np.arange(3), plan.step(np.arange(3)))
     objective = PreferenceObjective(PackedLogps(model, mesh), loss_settings("sigmoid", beta=0.1)[0])
     expected = step_flops(one_layer, batch, Arithmetic("xla", remat, live_reference=True)).executed
     assert counted(objective, batch, model, mesh) == pytest.approx(expected, rel=0.05)
@@ -219,7 +221,7 @@ def test_executed_flops_of_packed_rows_equal_xlas_count(remat: str, adapted: boo
     pairs = pairs_of((40, 60, 50), (30, 60, 90), (60, 20, 70))
     sizes, everything = item_sizes(pairs), np.arange(3)
     plan = plan_run(sizes, [everything], num_shards=1, max_tokens_per_device=4096)
-    batch = pack(pairs, everything, plan.step(everything))
+    batch = pack_step(pairs, everything, plan.step(everything))
     objective = PreferenceObjective(PackedLogps(model, mesh), loss_settings("sigmoid", beta=0.1)[0])
     # Two layers and two chunks of the head are loops of two rounds, of which XLA counts one.
     one_layer = dataclasses.replace(MEASURED, num_layers=1, layers=MEASURED.layers[:1])

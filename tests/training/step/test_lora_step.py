@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import Mesh
 
 from jdpo.config import MeshConfig
-from jdpo.data.batching.packing import pack
+from jdpo.data.batching.packing import pack_step
 from jdpo.data.batching.packing_plan import item_sizes, plan_run
 from jdpo.losses.settings import loss_settings
 from jdpo.models.lora.adapters import Lora, abstract_adapters, adapter_axes, init_adapters, weights_of
@@ -51,7 +51,7 @@ def batch() -> PackedBatch:
     """Eight pairs, for one device or a mesh of up to eight."""
     pairs, everything = random_pairs(8), np.arange(8)
     plan = plan_run(item_sizes(pairs), [everything], num_shards=8, max_tokens_per_device=4096)
-    return pack(pairs, everything, plan.step(everything))
+    return pack_step(pairs, everything, plan.step(everything))
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from jdpo.config import MeshConfig
 from jdpo.data.batching.loader import collate_completions, collate_pairs
-from jdpo.data.batching.packing import pack
+from jdpo.data.batching.packing import pack_step
 from jdpo.data.batching.packing_plan import StepPlan, plan_step
 from jdpo.data.batching.packing_shapes import PackedShape
 from jdpo.losses import LOSSES
@@ -90,7 +90,7 @@ def packed(rows: list[Any], *, num_rows: int, num_micro: int = 1, garbage: int |
     sides = 1 if isinstance(rows[0], TokenizedCompletion) else 2
     bins = plan_step(slots, num_rows=num_rows, max_slots=3 * MOST * NUM_PAIRS // num_micro)
     shape = PackedShape(max(num_micro, bins.num_micro), num_rows, NUM_PAIRS, 3 * MOST * NUM_PAIRS, 2 * MOST, 150)
-    batch = pack(rows, np.arange(len(rows)), StepPlan(bins, shape), **options)
+    batch = pack_step(rows, np.arange(len(rows)), StepPlan(bins, shape), **options)
     if garbage is not None:
         batch = spoilt(batch, sides, np.random.default_rng(garbage))
     return batch

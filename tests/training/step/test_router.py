@@ -15,7 +15,7 @@ import pytest
 
 from jdpo.config import MeshConfig
 from jdpo.data.batching.loader import collate_completions, collate_pairs
-from jdpo.data.batching.packing import pack
+from jdpo.data.batching.packing import pack_step
 from jdpo.data.batching.packing_plan import StepPlan, plan_step
 from jdpo.data.batching.packing_shapes import PackedShape
 from jdpo.losses.settings import loss_settings
@@ -99,7 +99,7 @@ def packed(rows: list[Any], num_rows: int = 1, num_micro: int = 2) -> Any:
     slots = np.array([sum(map(len, row[:3])) if isinstance(row, TokenizedPair) else len(row.tokens) for row in rows])
     bins = plan_step(slots, num_rows=num_rows, max_slots=-(-int(slots.sum()) // (num_micro * num_rows)) + MOST)
     shape = PackedShape(max(num_micro, bins.num_micro), num_rows, NUM_PAIRS, 64, 2 * MOST, 60)
-    return pack(rows, np.arange(len(rows)), StepPlan(bins, shape))
+    return pack_step(rows, np.arange(len(rows)), StepPlan(bins, shape))
 
 
 def objective_of(kind: str, mesh: Any = None) -> Objective:

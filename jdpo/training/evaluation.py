@@ -19,6 +19,7 @@ from jdpo.sharding.placement import fetch, micro_batch_sharding, place, replicat
 from jdpo.training.fit.assembly import Assembly
 from jdpo.training.fit.compilation import Programs
 from jdpo.training.logs.metrics import DatasetShares, RowAverages, rows_at
+from jdpo.training.logs.phases import PhaseClock
 from jdpo.training.logs.recording import Record
 from jdpo.training.sanity_checks import check_evaluation
 from jdpo.training.setup.batches import StepBatch, StepRows, make_batches, shapes_in_order
@@ -36,6 +37,7 @@ class Evaluation:
         assembly: Assembly,
         cache: ReferenceCache | None,
         pool: ThreadPoolExecutor,
+        clock: PhaseClock,
         *,
         max_tokens_per_device: int,
     ) -> None:
@@ -44,6 +46,7 @@ class Evaluation:
           setup: with evaluation rows.
           cache: the reference's log-probs of these rows, where they are cached.
           pool: threads that compile.
+          clock: of the run.
         """
         assert setup.eval_data is not None
         # Batches have the size of a training step, so that they fit the memory that was chosen for one.
@@ -59,7 +62,8 @@ class Evaluation:
         # float32, the dtype that the evaluation is compiled for.
         counts: Any = np.float32(len(self._data)), np.float32(num_tokens)
         self._totals = place(Totals(*counts), replicated(setup.mesh)) if assembly.has_totals else None
-        self.programs = Programs(assembly.lower_evaluate, pool)
+        self.programs, self._clock = Programs(assembly.lower_evaluate, pool), clock
+        clock.watch(self.programs)
 
     def prepare(self) -> None:
         """Starts compiling in the background."""
@@ -73,10 +77,11 @@ class Evaluation:
         Raises:
           FloatingPointError: a metric is not finite.
         """
-        with display.compiling():  # which does not count as time of the evaluation
+        with display.compiling(), self._clock.within("compile"):  # which does not count as time of the evaluation
             self.programs.wait()
         started = time.perf_counter()
-        averages = self.averages(state, frozen)
+        with self._clock.within("evaluation"):
+            averages = self.averages(state, frozen)
         seconds = time.perf_counter() - started
         metrics = {f"eval_{name}": value for name, value in averages.items()}
         check_evaluation(step, metrics)

@@ -30,6 +30,7 @@ from jdpo.training.fit.compilation import compiler_threads
 from jdpo.training.fit.memory_fit import exhaustion_explained, memory_limit
 from jdpo.training.fit.preparation import fit_conditions, fit_record, prepare_steps, recalled_fit, remat_policies
 from jdpo.training.interrupt import StopRequest, silence_lost_output
+from jdpo.training.logs.phases import PhaseClock, TimingRecord
 from jdpo.training.logs.recording import Record
 from jdpo.training.profile import Profiler
 from jdpo.training.reference.reference_source import Reference, settle_reference
@@ -80,6 +81,7 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
       ValueError: bad input, before anything is trained.
       FloatingPointError: loss or gradients are not finite; step and rows are named.
     """
+    clock = PhaseClock()
     with ExitStack() as resources:
         # ------------------------------------------------------------------------------------------ folder and settings
         leave_out_missing_tpus()
@@ -95,9 +97,11 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
             step = directory.record.results["step"]
             log(f"the run in {directory.path} is finished (step {step}); its model is {directory.model}")
             return RunResult(step, False, 0, directory)
+        timing = TimingRecord(clock, directory, resources)
 
         # ------------------------------------------------------------------------------------------------------- inputs
         # Model config, tokenizer, mesh and rows; no weights yet.
+        clock.enter("data")
         newest: int | None = None  # the checkpoint that this start continues from
         try:
             setup = build(config, log, stopped=stop.alone)
@@ -106,6 +110,7 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
             newest = find_newest(setup, directory)
 
             # ------------------------------------------------------------------------------------------------ reference
+            clock.enter("reference")
             reference = reference_of(setup, directory, stop, log)
             if stop.asked():  # before anything is compiled
                 raise BuildStopped
@@ -114,6 +119,7 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
             return RunResult(newest or 0, True, stop.exit_code, directory)
 
         # ----------------------------------------------------------------------------------------------- mesh and model
+        clock.enter("compile")
         # The jitted step and evaluation. Nothing is traced before the batches are planned, on whose shapes it depends.
         first, num_steps = newest or 0, setup.num_steps
         # False for a run that was killed between its last step and its export.
@@ -135,16 +141,18 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
             fit, assembly, batches, programs = prepare_steps(
                 setup, assemblies, reference.train, pool, log, limit=limit, recalled=recalled
             )
+            clock.watch(programs)
             # Kept, so that a resumed run has the same batches and is bitwise the uninterrupted one.
             directory.update(fit=fit_record(fit, conditions, limit))
             # The programs of the first steps come first, so that training starts while later ones compile.
             programs.prepare(shapes_in_order(batches, map(setup.row_plan.step, range(first, num_steps))))
             if setup.eval_data is not None:
                 tokens = fit.max_tokens_per_device
-                evaluation = Evaluation(setup, assembly, reference.eval, pool, max_tokens_per_device=tokens)
+                evaluation = Evaluation(setup, assembly, reference.eval, pool, clock, max_tokens_per_device=tokens)
                 evaluation.prepare()
 
         # -------------------------------------------------------------------------------------------------------- state
+        clock.enter("load")
         live = reference.mode == "live" and trains
         if newest is None:
             if directory.has_metrics():
@@ -160,6 +168,7 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
         # Loading weights takes minutes, in which a signal may have come.
         if stop.asked():
             return interrupted(first, newest, manager, stop, directory, log)
+        clock.enter("other")
         if on_step is not None:
             on_step(first, whole_weights(setup, state.params, frozen.base))
 
@@ -169,7 +178,8 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
             record = Record(setup, directory, resources, position)
             samples = AnswerSamples(setup, directory.samples, record, log, continued_from=newest)
             if newest is None and samples.is_due(0):
-                samples.take(0, whole_weights(setup, state.params, frozen.base))
+                with clock.within("sampling"):
+                    samples.take(0, whole_weights(setup, state.params, frozen.base))
             display = RunDisplay(
                 first_step=first, num_steps=num_steps, unit=setup.task.unit, console=console, shown=is_first()
             )
@@ -186,15 +196,17 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
                 return StepBatch(place(batch, batch_sharding), rows), assembly.flops(batch)
 
             # Packing and transfers happen on a thread, so that they take no time of the devices.
-            ahead = prefetch(make_batch, range(first, num_steps))
+            # Where the devices are faster, they end their step first: what is then waited for is the batch alone.
+            ahead = prefetch(make_batch, range(first, num_steps), before_waiting=clock.within("step")(reports.read))
+            clock.enter("step")
             # Left in reverse order: the thread that makes batches ends first.
             with exhaustion_explained(fit), display, closing(profiler), closing(ahead):
-                for step, ((batch, rows), flops) in enumerate(ahead, start=first + 1):
+                for step, ((batch, rows), flops) in enumerate(clock.waiting(ahead), start=first + 1):
                     # Work that does not count as a step's time must not happen while one runs.
                     if step == 2 or not programs.ready(batch) or profiler.is_due(step):
                         reports.read()
                     with reports.untimed():
-                        with display.compiling():
+                        with display.compiling(), clock.within("compile"):
                             program = programs.of(batch)
                         profiler.begin(step)
                     with profiler.around(step):
@@ -204,7 +216,7 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
                     reports.launched(step, rows, flops, report)
                     if on_step is not None or profiler.is_last(step):
                         reports.read()
-                        with reports.untimed():
+                        with reports.untimed(), clock.within("other"):
                             profiler.end(step)
                             if on_step is not None:
                                 on_step(step, whole_weights(setup, state.params, frozen.base))
@@ -218,22 +230,25 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
                         metrics: Mapping[str, float] = {}
                         # Before the checkpoint, from which a resumed run would not sample this step again.
                         if samples.is_due(step):
-                            samples.take(step, whole_weights(setup, state.params, frozen.base))
+                            with clock.within("sampling"):
+                                samples.take(step, whole_weights(setup, state.params, frozen.base))
                         if evaluation is not None and evaluating:
                             metrics = evaluation.log(step, state, frozen, record, display, log)
                         if saving:
                             metric = metrics.get(config.metric_for_best_model)
                             saved = position_after(step, setup, record, base_identity)
-                            manager.save(step, saved_parts(state), saved, metric=metric)
+                            with clock.within("save"):
+                                manager.save(step, saved_parts(state), saved, metric=metric)
                             last_saved = step
+                            timing.save()
                     # A failed save or compilation is raised now, and not after hours of training.
                     manager.poll()
                     programs.check()
                     if stopping:
                         break
-            num_late = programs.num_late + (evaluation.programs.num_late if evaluation else 0)
-            if num_late:  # planning knows all shapes: this is a fault of jdpo, and costs the user time
-                log(f"note: programs for {figure(num_late, 'shape')} of batches were not compiled ahead of their step")
+            clock.enter("save")
+            if late := clock.num_late:  # planning knows all shapes: this is a fault of jdpo, and costs the user time
+                log(f"note: programs for {figure(late, 'shape')} of batches were not compiled ahead of their step")
             if stop.asked():
                 return interrupted(step, last_saved, manager, stop, directory, log)
             if (note := reports.warning_at_end()) is not None:
@@ -244,6 +259,7 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
         base = frozen.base if setup.exports_merged else None
         del frozen  # the reference is no longer needed
         manager.wait()
+        clock.enter("export")
         exported = step_to_export(setup, manager)
         params = state.params
         del state  # the best checkpoint needs its memory

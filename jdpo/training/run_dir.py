@@ -270,6 +270,11 @@ class RunDirectory:
                 + (f". Files that changed: {', '.join(changed_files)}" if changed_files else "")
             )
 
+    def keep_timing(self, timing: Mapping[str, float], late_programs: int) -> None:
+        """Keeps where the time of the run went. Processes need not wait for each other, as a run may be failing."""
+        if is_first():
+            dataclasses.replace(self.record, timing=timing, late_programs=late_programs).write(self._run_file)
+
     def finish(self, results: Mapping[str, Any]) -> None:
         """Marks the run as complete; the last thing a run writes."""
         if is_first():

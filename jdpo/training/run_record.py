@@ -17,6 +17,16 @@ ReferenceMode = Literal["live", "cached", "none"]
 RENAMED_INPUTS = {"how many rows each data set has": "how many rows each dataset has"}  # plain: as it is
 """Names of inputs in files of older versions -> their names now; without this a resumed run would not check them."""
 
+KINDS = {
+    "command": str,
+    "inputs": dict,
+    "files": dict,
+    "timing": dict,
+    "given_up": list,
+    "finished": bool,
+}
+"""Types of fields in the file."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FitRecord:
@@ -64,6 +74,8 @@ class RunRecord:
       rows: summary of the training rows, for the model card.
       reference: source of the reference's log-probs when the run started.
       fit: the fit of the steps into memory.
+      timing: seconds of each phase, see `jdpo.training.logs.phases`, summed over the starts of the run.
+      late_programs: programs that were compiled in the middle of training, in all starts; None in older files.
       given_up: damaged checkpoints in spite of which `--resume never` started again.
       results: last values of all metrics, and `step`, of a finished run; before, empty.
     """
@@ -77,6 +89,8 @@ class RunRecord:
     rows: str | None = None
     reference: ReferenceMode | None = None
     fit: FitRecord | None = None
+    timing: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    late_programs: int | None = None
     given_up: tuple[str, ...] = ()
     results: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -101,7 +115,7 @@ class RunRecord:
     @classmethod
     def _from_json(cls, values: Mapping[str, Any]) -> RunRecord:
         known = {field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values}
-        for name, kind in (("command", str), ("inputs", dict), ("files", dict), ("given_up", list), ("finished", bool)):
+        for name, kind in KINDS.items():
             if not isinstance(known.get(name, kind()), kind):
                 raise TypeError(name)
         if known.get("reference") not in (None, *get_args(ReferenceMode)):

@@ -51,9 +51,14 @@ def test_a_stopped_run_resumes_to_the_same_end(
     cut_words: Words, copy: Path, uninterrupted: Path, same_run: SameRun, capsys: Capture
 ) -> None:
     assert saved_steps(copy)[-1] == STOPPED_AT
+    before = json.loads((copy / "run.json").read_text(encoding="utf-8"))["timing"]
     assert main(cut_words(copy)) == 0
     assert f"resuming from the checkpoint of step {STOPPED_AT}" in "".join(capsys.readouterr())
     same_run(copy, uninterrupted)
+    record = json.loads((copy / "run.json").read_text(encoding="utf-8"))
+    assert all(record["timing"][phase] > seconds for phase, seconds in before.items() if phase != "data_wait")
+    assert set(record["timing"]) - set(before) == {"export"}
+    assert record["late_programs"] == 0
 
 
 def test_a_flipped_bit_falls_back_to_the_checkpoint_before(

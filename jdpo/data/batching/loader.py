@@ -177,10 +177,15 @@ def _weights(num_real: int, num_slots: int) -> np.ndarray:
     return (np.arange(num_slots) < num_real).astype(np.float32)  # [num_slots]
 
 
-def prefetch(make: Callable[[int], T], steps: range, depth: int = 2) -> Generator[T, None, None]:
+def prefetch(
+    make: Callable[[int], T], steps: range, depth: int = 2, before_waiting: Callable[[], None] = lambda: None
+) -> Generator[T, None, None]:
     """Yields `make(step)` for each step, computed up to `depth` ahead on a background thread.
 
     An exception of `make` is raised at its step. Closing the iterator stops the thread.
+
+    Args:
+      before_waiting: called where the next result is not there yet.
     """
     assert depth >= 1, depth
     # One thread, so that batches are made in their order.
@@ -190,10 +195,16 @@ def prefetch(make: Callable[[int], T], steps: range, depth: int = 2) -> Generato
             for step in steps:
                 pending.append(pool.submit(make, step))
                 if len(pending) > depth:
-                    yield pending.popleft().result()
+                    yield _awaited(pending.popleft(), before_waiting)
             while pending:
-                yield pending.popleft().result()
+                yield _awaited(pending.popleft(), before_waiting)
         finally:
             # Only work that has not started can be cancelled; leaving the block waits for the rest.
             for future in pending:
                 future.cancel()
+
+
+def _awaited(future: Future[T], before_waiting: Callable[[], None]) -> T:
+    if not future.done():
+        before_waiting()
+    return future.result()

@@ -1,4 +1,4 @@
-"""Keys and values of other trainers (TRL, LLaMA-Factory, axolotl), and their names in jdpo.
+"""Keys and values of other trainers (TRL, LLaMA-Factory, axolotl, Tunix), and their names in jdpo.
 
 This is plain data for error messages. None of these keys is accepted, since a key that means almost the same is worse
 than an error.
@@ -34,6 +34,7 @@ RENAMED = {
     "cutoff_len": "max_length",
     "sequence_len": "max_length",
     "model_max_length": "max_length",
+    "shuffle_dataset": "shuffle",
     # the loss
     "pref_beta": "beta",
     "dpo_beta": "beta",
@@ -45,6 +46,7 @@ RENAMED = {
     "nll_coef": "rpo_alpha",
     "gamma": "simpo_gamma",
     "cpo_simpo_gamma": "simpo_gamma",
+    "lambda_orpo": "beta",
     "mixup_alpha": "ref_model_mixup_alpha",
     "ref_model": "reference_model",
     "ref_model_name_or_path": "reference_model",
@@ -87,8 +89,10 @@ RENAMED = {
     "peft_use_rslora": "lora.use_rslora",
     "lora_model_dir": "lora.adapter",
     "adapter_name_or_path": "lora.adapter",
-    # files
+    # files and steps
     "logging_dir": "output_dir",
+    "checkpoint_root_directory": "output_dir",
+    "eval_every_n_steps": "eval_steps",
     "hub_model_id": "push_to_hub",
     "lora.lora_alpha": "lora.alpha",
     "lora.rank": "lora.r",
@@ -166,6 +170,16 @@ FOREIGN = {
     "pad_to_sequence_len": Foreign("packing", {"true": "false", "false": _ON}),
     "neat_packing": Foreign("packing", {"true": _ON, "false": "false"}),
     "max_completion_length": Foreign(None, {}, "max_length is for prompt and completion together"),
+    "max_response_length": Foreign(None, {}, "max_length is for prompt and completion together"),
+    "max_seq_token_per_tpu": Foreign("max_tokens_per_device", SAME),
+    "packing_strategy": Foreign(None, {}, "rows are packed whole, and never split or cut to fill a row of slots"),
+    "eval_packing": Foreign("packing", {"true": _ON, "false": "false"}, "for training and evaluation alike"),
+    "pad_to_multiple_of": Foreign(None, {}, "the shapes of batches are chosen for the device"),
+    "precompute_ref_batch_size": Foreign(None, {}, "max_tokens_per_device holds for the reference too"),
+    "auto_find_batch_size": Foreign("max_tokens_per_device", {"true": "null", "false": None}, "null: what fits"),
+    "eval_accumulation_steps": Foreign(None, {}, "evaluation keeps a few numbers per row, and no logits"),
+    "average_tokens_across_devices": Foreign(None, {}, "the loss is always the mean over the global batch"),
+    "activation_offloading": Foreign("remat", {"true": "offload", "false": None}),
     "truncation_mode": Foreign(
         None, {}, "prompts lose tokens on the left beyond max_prompt_length, completions on the right beyond max_length"
     ),
@@ -193,6 +207,7 @@ FOREIGN = {
     "train_on_inputs": Foreign("loss_on", {"false": "assistant_turns"}, "prompts are never learnt"),
     "train_on_prompt": Foreign("loss_on", {"false": "assistant_turns"}, "prompts are never learnt"),
     "neftune_noise_alpha": Foreign(None, {}, "jdpo adds no noise to embeddings"),
+    "algorithm": Foreign("loss_type", {"dpo": "sigmoid", "orpo": "orpo"}),
     "stage": Foreign(None, {}, _COMMAND),
     "rl": Foreign(None, {}, f"{_COMMAND}; for losses such as ipo, simpo and orpo it is `jdpo dpo` with loss_type"),
     "do_train": Foreign(None, {}, "a run always trains; --dry_run checks it without training"),
@@ -202,6 +217,8 @@ FOREIGN = {
     "tokenizer_name_or_path": Foreign(None, {}, "the tokenizer in the model's folder is used"),
     "tokenizer_type": Foreign(None, {}, "the tokenizer in the model's folder is used"),
     "model_type": Foreign(None, {}, "it is in the model's config.json"),
+    "eos_token": Foreign(None, {}, "the tokenizer in the model's folder has it, and the chat template writes it"),
+    "pad_token": Foreign(None, {}, "padding is masked, so no token is needed for it"),
     "special_tokens": Foreign(None, {}, "the tokenizer in the model's folder has them"),
     "trust_remote_code": Foreign(None, {}, "code of a model folder is never run"),
     "dataset_dir": Foreign(None, {}, "write the folder into the path of each entry of `datasets`"),
@@ -223,7 +240,9 @@ FOREIGN = {
     "deepspeed": Foreign(None, {}, _MESH),
     "fsdp": Foreign(None, {}, _MESH),
     "fsdp_config": Foreign(None, {}, _MESH),
+    "data_sharding_axis": Foreign(None, {}, _MESH),
     "tensor_parallel_size": Foreign("mesh.tensor", SAME),
+    "use_cpu": Foreign(None, {}, "set JAX_PLATFORMS=cpu in the environment"),
     **{
         key: Foreign(None, {}, "nothing here needs it")
         for key in (
@@ -232,10 +251,15 @@ FOREIGN = {
             "dataloader_drop_last",
             "dataloader_pin_memory",
             "dataloader_prefetch_factor",
+            "ddp_backend",
+            "full_determinism",
             "local_rank",
             "log_level",
             "logging_first_step",
             "low_cpu_mem_usage",
+            "max_inflight_computations",
+            "torch_compile",
+            "torch_empty_cache_steps",
             "use_cache",
         )
     },
@@ -243,6 +267,11 @@ FOREIGN = {
     "eval_strategy": Foreign("eval_steps", {"no": None, "epoch": None}, "null evaluates at the end alone"),
     "save_strategy": Foreign("save_steps", {"no": None, "epoch": None}, "the last step is always saved"),
     "logging_strategy": Foreign("logging_steps"),
+    "checkpointing_options": Foreign("save_steps", {}, "save_total_limit sets how many checkpoints are kept"),
+    "metrics_logging_options": Foreign("report_to", {}, "metrics.jsonl is always written"),
+    "profiler_options": Foreign("profile_steps", {}, "as FIRST:LAST, in steps"),
+    "optim_args": Foreign("optimizer", {}, "a group of keys: {name: ..., b1: ..., b2: ...}"),
+    "lr_scheduler_kwargs": Foreign("lr_scheduler_type", {}, "the schedules have no further options"),
     "evals_per_epoch": Foreign("eval_steps", {}, "in steps"),
     "saves_per_epoch": Foreign("save_steps", {}, "in steps"),
     "resume_from_checkpoint": Foreign("resume", {}, "a run with the same output_dir resumes by itself"),

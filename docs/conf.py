@@ -60,7 +60,8 @@ def link_files_of_the_repository(app: Sphinx, page: str, source: list[str]) -> N
             logging.getLogger(__name__).warning("link to a file that does not exist: %s", match["path"], location=page)
             return match[0]
         if REPOSITORY is not None:
-            return f"[{match['text']}]({REPOSITORY}/blob/main/{target.relative_to(ROOT).as_posix()}{match['anchor'] or ''})"
+            place = f"{REPOSITORY}/blob/main/{target.relative_to(ROOT).as_posix()}{match['anchor'] or ''}"
+            return f"[{match['text']}]({place})"
         text = match["text"].replace("`", "")
         return f"{{download}}`{text} <{match['path']}>`" if target.is_file() else match["text"]
 

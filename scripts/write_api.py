@@ -1,6 +1,6 @@
-"""Writes docs/api.md, the page of the public API, from the signatures, docstrings and keys in the code.
+"""Writes docs/api.md, the page of the public API, from the signatures and docstrings in the code.
 
-python scripts/write_api.py            # after a public name, its docstring or a key was changed
+python scripts/write_api.py            # after a public name or its docstring was changed
 """
 
 from __future__ import annotations
@@ -13,11 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import jdpo
-from jdpo.config import DPOConfig, SFTConfig
-from jdpo.config.groups import PreferenceSettings
-from jdpo.config.key_specs import REQUIRED, KeySpec, as_yaml, key_specs
+from jdpo.config.keys import CONFIGS
 from jdpo.config.value_types import Settings
-from jdpo.loss_specs import OPTIONS
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "api.md"
 
@@ -71,45 +68,11 @@ def entry(module: str, name: str, value: Any) -> str:
         return f"{heading}\nMaps the name of each loss ([list](losses.md#what-each-one-is)) to its `LossSpec`.\n"
     if isinstance(value, type) and issubclass(value, Settings):
         first, _, _ = (value.__doc__ or "").partition("\n")
-        return f"{heading}\n{first}\n\n{_keys(value)}"
+        anchor = next((f"jdpo-{command}" for command, cls in CONFIGS.items() if cls is value), name.lower())
+        return f"{heading}\n{first} [All keys](keys.md#{anchor}).\n"
     methods = [entry(f"{module}.{name}", one, getattr(value, one)) for one in METHODS.get(name, ())]
     shown = f"{heading}\n```python\n{signature(name, value)}\n```\n\n{prose(inspect.getdoc(value) or '')}"
     return "\n".join([shown, *methods])
-
-
-def _keys(cls: type[Settings]) -> str:
-    """Returns the keys of a class of settings as tables, one for each group; `SFTConfig` refers to `DPOConfig`."""
-    # Losses and their options have tables of their own, so that a new one changes one page.
-    specs = [spec for spec in key_specs(cls) if "." not in spec.name and spec.name not in OPTIONS]
-    if cls is SFTConfig:
-        common = {spec.name: spec for spec in key_specs(DPOConfig)}
-        own = [spec for spec in specs if spec != common.get(spec.name)]
-        without = dict.fromkeys(
-            spec.heading for spec in key_specs(DPOConfig) if spec.name not in {s.name for s in specs}
-        )
-        return (
-            f"It has the keys of `DPOConfig` except those of {' and '.join(without)}. Other defaults:\n\n{_table(own)}"
-        )
-    if len({spec.heading for spec in specs}) == 1:
-        return _table(specs)
-    headings = dict.fromkeys(spec.heading for spec in specs)
-    tables = {one: f"**{one}**\n\n{_table([spec for spec in specs if spec.heading == one])}" for one in headings}
-    if (preference := PreferenceSettings.heading) in tables:
-        tables[preference] += "\n`beta` and the options of the losses: [Options](losses.md#options-that-compose).\n"
-    return "\n".join(tables.values())
-
-
-def _table(specs: list[KeySpec]) -> str:
-    lines = ["| key | value | default | |", "| --- | --- | --- | --- |"]
-    for spec in specs:
-        value = ", ".join(spec.choices) if spec.choices else spec.group.__name__ if spec.group else spec.kind
-        value = "one or a list of [the losses](losses.md#what-each-one-is)" if spec.name == "loss_type" else value
-        value += f", {spec.bounds}" if spec.bounds else ""
-        value += " or null" if spec.nullable else ""
-        default = "required" if spec.default is REQUIRED else f"`{as_yaml(spec.default)}`"
-        default = "see there" if isinstance(spec.default, dict) else default
-        lines.append(f"| `{spec.name}` | {value} | {default} | {spec.description} |")
-    return "\n".join(lines) + "\n"
 
 
 def signature(name: str, value: Any) -> str:

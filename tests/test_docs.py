@@ -31,10 +31,22 @@ from tests.pairing.gen_folders import write_gen, write_gen_scores
 from tests.scoring.conftest import make_reward_folder
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted(page for page in (ROOT / "docs").rglob("*.md") if page.name != "api.md")]
-"""All but the generated page, whose examples are doctests of the code."""
+GENERATED = {"api.md", "commands.md", "coming_from.md", "keys.md"}
+"""Pages that scripts write; their examples are doctests of the code."""
+
+PAGES = [
+    ROOT / "README.md",
+    *sorted(
+        page
+        for page in (ROOT / "docs").rglob("*.md")
+        # A notebook's cells are run as a whole, by a test of their own.
+        if page.name not in GENERATED and page.parent.name != "notebooks"
+    ),
+]
 
 LISTED = {
+    ("docs/index.md", "pip install -e"): "installs; tests/test_editable_install.py does so",
+    ("docs/index.md", "bash scripts/quickstart.sh"): "trains for minutes; tests/quickstart runs it",
     ("README.md", "bash scripts/quickstart.sh"): "trains for minutes; tests/quickstart runs it",
     ("README.md", "bash scripts/test.sh"): "runs this suite",
     ("README.md", "pip install -e"): "installs; tests/test_editable_install.py does so",
@@ -129,7 +141,7 @@ def blocks_of(text: str) -> Iterator[tuple[int, str, str]]:
     lines = text.split("\n")
     place = 0
     while place < len(lines):
-        fence = re.match(r"( *)(`{3,}|~{3,}) *(\w*)", lines[place])
+        fence = re.match(r"( *)(`{3,}|~{3,}) *(\{?\w*)", lines[place])
         began = place
         if fence:
             place += 1
@@ -165,6 +177,8 @@ def items() -> list[Item]:
     for path in PAGES:
         page = path.relative_to(ROOT).as_posix()
         for line, language, text in blocks_of(path.read_text(encoding="utf-8")):
+            if language.startswith("{"):  # a directive of the documentation site
+                continue
             kind = kind_of(language, text)
             is_commands = kind == "command"
             for part in text.replace("\\\n", " ").split("\n") if is_commands else [text]:

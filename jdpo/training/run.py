@@ -143,7 +143,7 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
             )
             clock.watch(programs)
             # Kept, so that a resumed run has the same batches and is bitwise the uninterrupted one.
-            directory.update(fit=fit_record(fit, conditions, limit))
+            directory.update(fit=fit_record(fit, conditions, limit), **setup.sizes)
             # The programs of the first steps come first, so that training starts while later ones compile.
             programs.prepare(shapes_in_order(batches, map(setup.row_plan.step, range(first, num_steps))))
             if setup.eval_data is not None:

@@ -72,6 +72,8 @@ class RunRecord:
       inputs: name of an input, in words -> digest of its content.
       files: name of a file that rows were read from -> digest of its content.
       rows: summary of the training rows, for the model card.
+      num_steps, num_rows, num_eval_rows: updates of the whole run, training rows, and held-out rows; None where they
+        are not known, or there are none.
       reference: source of the reference's log-probs when the run started.
       fit: the fit of the steps into memory.
       timing: seconds of each phase, see `jdpo.training.logs.phases`, summed over the starts of the run.
@@ -87,6 +89,9 @@ class RunRecord:
     inputs: Mapping[str, str] = dataclasses.field(default_factory=dict)
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
     rows: str | None = None
+    num_steps: int | None = None
+    num_rows: int | None = None
+    num_eval_rows: int | None = None
     reference: ReferenceMode | None = None
     fit: FitRecord | None = None
     timing: Mapping[str, float] = dataclasses.field(default_factory=dict)

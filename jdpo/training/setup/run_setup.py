@@ -73,6 +73,12 @@ class Setup(ModelSetup):
         started_from = None if self.adaptation is None else self.adaptation.folder
         return self.reference_folder is None and self.reference_adapter == started_from
 
+    @property
+    def sizes(self) -> dict[str, int | None]:
+        """The fields of `RunRecord` that tell how large the run is."""
+        held_out = None if self.eval_data is None else len(self.eval_data)
+        return {"num_steps": self.num_steps, "num_rows": len(self.train_data), "num_eval_rows": held_out}
+
     def inputs(self) -> dict[str, str]:
         """Returns digests of everything that a run depends on except its config, to recognise it when it is resumed."""
         digests = {

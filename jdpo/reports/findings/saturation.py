@@ -1,0 +1,62 @@
+"""Findings about margins and losses that have gone further than training should."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from jdpo.reports.findings.run_facts import Finding, RunFacts
+from jdpo.reports.findings.series import Lines, figures, held_out, last_quarter, training
+
+LARGE_MARGIN = 10.0
+"""A pair of this margin has odds of 22,000 to 1, and a gradient of sigmoid 11,000 times smaller than at the start."""
+
+SMALL_LOSS = 0.05
+"""A sigmoid loss of this size is a mean margin of about 3 and nearly all pairs ranked right; a supervised one means
+that the rows are known by heart, as text has more than 0.05 nats of choice per token."""
+
+_LOGISTIC = {"sigmoid", "sigmoid_norm", "aot", "aot_unpaired", "simpo"}
+"""Losses -log sigmoid(z), which 0.05 means the same for; others reach other values, or have none that is too low."""
+
+
+def saturation(lines: Lines, facts: RunFacts) -> Iterator[Finding]:
+    """Yields findings about large margins and small losses."""
+    if facts.command == "dpo":
+        yield from _large_margin(lines)
+    losses = last_quarter(training(lines, "loss"))
+    if losses is None or losses.value >= SMALL_LOSS:
+        return
+    if facts.command == "dpo":
+        # A sum with other terms, or a loss that may be negative, has no such scale.
+        if not facts.losses or not _LOGISTIC.issuperset(facts.losses):
+            return
+        what, advice = "training pairs", "raise beta or label_smoothing"
+    else:
+        what, advice = "training rows", "give more or more varied rows"
+    yield Finding(
+        "small_loss",
+        "warning",
+        f"The loss is so small that the {what} are known by heart",
+        f"Loss {figures(losses.value)} in {losses.where}.",
+        "More steps no longer improve the model, and cost it what it knew before. Train for fewer steps "
+        f"(num_train_epochs, max_steps), lower learning_rate, or {advice}; compare with held-out rows (eval_fraction).",
+    )
+
+
+def _large_margin(lines: Lines) -> Iterator[Finding]:
+    evaluated = held_out(lines, "rewards/margins")
+    shown = {"training": last_quarter(training(lines, "rewards/margins")), "held-out": last_quarter(evaluated)}
+    large = {name: mean for name, mean in shown.items() if mean is not None and mean.value > LARGE_MARGIN}
+    if not large:
+        return
+    where = " and ".join(f"{figures(mean.value)} on {name} pairs in {mean.where}" for name, mean in large.items())
+    largest = max(mean.value for mean in large.values())
+    odds = math.exp(min(largest, 700.0))
+    yield Finding(
+        "large_margin",
+        "warning",
+        "The margin is far larger than ranking the pairs needs",
+        f"Mean margin {where}; at this margin the odds of chosen against rejected grew {odds:.1e} times.",
+        "The model has moved far from the reference, which shows in its answers (sample_prompts). Train for fewer "
+        "steps (num_train_epochs, max_steps), lower learning_rate, or raise beta.",
+    )

@@ -1,0 +1,80 @@
+"""The verdict on a run in a few sentences, and its findings as lines of text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jdpo.reports.findings.run_facts import LEVELS, Finding, RunFacts
+from jdpo.reports.findings.series import Lines, figures, held_out, last_quarter, share_interval, training
+from jdpo.words import figure
+
+
+def verdict(lines: Lines, facts: RunFacts, findings: Sequence[Finding]) -> list[str]:
+    """Returns a few sentences: how far the run came, what it reached, and what to think of it."""
+    return [_progress(facts), *_reached(lines, facts), _judgement(facts, findings)]
+
+
+def _progress(facts: RunFacts) -> str:
+    of = f"{facts.step:,} of {figure(facts.num_steps, 'step')}"
+    match facts.status:
+        case "finished":
+            exported = facts.exported_step
+            which = f"; the exported model is that of step {exported:,}" if exported not in (None, facts.step) else ""
+            return f"The run is finished after {figure(facts.step, 'step')}{which}."
+        case "stopped":
+            return f"The run was stopped after {of}; the same command continues it."
+        case "failed":
+            return f"The run failed after {of}."
+        case _:
+            return f"The run has made {of} so far."
+
+
+def _reached(lines: Lines, facts: RunFacts) -> list[str]:
+    start = f" ({figures(facts.start_loss)} where policy equals reference)" if facts.start_loss is not None else ""
+    losses, accuracies = held_out(lines, "loss"), held_out(lines, "rewards/accuracies")
+    if losses:
+        sentence = f"Held-out loss {figures(losses[-1].value)}{start}"
+        if accuracies:
+            share, num = accuracies[-1].value, facts.num_eval_rows
+            low, high = share_interval(share, num) if num else (None, None)
+            interval = "" if low is None else f" ({figure(num or 0, 'pair')}, 95 % interval {low:.2f} to {high:.2f})"
+            sentence += f", accuracy {figures(share)}{interval}"
+        return [f"{sentence}, at step {losses[-1].step:,}."]
+    loss, accuracy = last_quarter(training(lines, "loss")), last_quarter(training(lines, "rewards/accuracies"))
+    if loss is None:
+        return ["No metrics were logged."]
+    reached = f"Training loss {figures(loss.value)}{start}"
+    reached += f", accuracy {figures(accuracy.value)}" if accuracy else ""
+    what = "pairs" if facts.command == "dpo" else "rows"
+    return [f"{reached}, in {loss.where}. No {what} were held out, so it is unknown how it does on new ones."]
+
+
+def _judgement(facts: RunFacts, findings: Sequence[Finding]) -> str:
+    errors = [finding for finding in findings if finding.level == "error"]
+    warnings = [finding for finding in findings if finding.level == "warning"]
+    if errors:
+        return f"Do not use this model as it is: {_lower(errors[0].title)}."
+    if warnings:
+        more = f", and {figure(len(warnings) - 1, 'more warning')}" if len(warnings) > 1 else ""
+        return f"Before you use the model, look at this: {_lower(warnings[0].title)}{more}."
+    if facts.status == "finished":
+        return "Nothing in its figures looks wrong; read some answers before you rely on it."
+    return "Nothing in its figures looks wrong so far."
+
+
+def _lower(title: str) -> str:
+    return title[:1].lower() + title[1:]
+
+
+def finding_lines(findings: Sequence[Finding], *, advised: Sequence[str] = LEVELS) -> list[str]:
+    """Returns the findings as lines of text.
+
+    Args:
+      advised: levels whose findings come with evidence and advice; of the others there is the title alone.
+    """
+    found = []
+    for finding in findings:
+        found.append(f"{finding.level}: {finding.title}")
+        if finding.level in advised:
+            found += [f"  {finding.evidence}", f"  {finding.advice}"]
+    return found

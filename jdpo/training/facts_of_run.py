@@ -1,0 +1,96 @@
+"""The facts about a run that its findings need, read from its folder; the run may go on, have ended or been stopped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jdpo.config import CONFIGS, OptimizationSettings, PreferenceSettings, load_config
+from jdpo.reports.findings import RunFacts, Status
+from jdpo.reports.metrics_file import read_metrics
+from jdpo.training.run_record import RunRecord
+from jdpo.training.sanity_checks import start_loss
+from jdpo.training.setup.tasks import loss_of
+from jdpo.training.step.optimizer import num_warmup_steps
+
+Lines = Sequence[Mapping[str, Any]]
+
+
+def read_facts(
+    run: Path, status: Status | None = None, *, lines: Lines | None = None, exported_step: int | None = None
+) -> RunFacts:
+    """Reads the facts about a run from its folder.
+
+    Args:
+      run: the output_dir of a run.
+      status: None: finished or stopped, as run.json has it.
+      lines: of its metrics.jsonl, or the first of them, up to the step that the facts are about; None: all lines.
+      exported_step: step of the exported model; None: as run.json has it.
+
+    Raises:
+      ValueError: run.json or resolved_config.yaml is missing or damaged.
+    """
+    record = RunRecord.read(run / "run.json")
+    if record.command not in CONFIGS:
+        raise ValueError(f"{run / 'run.json'} was not written by a run of jdpo, or it is damaged")
+    config = load_config(CONFIGS[record.command], run / "resolved_config.yaml", [])
+    lines = read_metrics(run / "metrics.jsonl") if lines is None else lines
+    num_steps = record.num_steps or _num_steps_of(record, lines, config.max_steps, config.num_train_epochs)
+    return RunFacts(
+        command=record.command,
+        status=status or ("finished" if record.finished else "stopped"),
+        step=max((line["step"] for line in lines), default=0),
+        num_steps=num_steps,
+        batch_size=config.global_batch_size,
+        num_rows=record.num_rows,
+        num_eval_rows=record.num_eval_rows,
+        eval_steps=config.eval_steps,
+        metric_for_best_model=config.metric_for_best_model,
+        load_best_model_at_end=config.load_best_model_at_end,
+        exported_step=record.results.get("exported_step") if exported_step is None else exported_step,
+        data=read_data_summary(run),
+        timing=getattr(record, "timing", None),
+        late_programs=getattr(record, "late_programs", 0),
+        **_of_optimization(config, num_steps),
+        **(_of_loss(config) if isinstance(config, PreferenceSettings) else {}),
+    )
+
+
+def _of_optimization(settings: OptimizationSettings, num_steps: int) -> dict[str, Any]:
+    return {
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": settings.lr_scheduler_type,
+        "warmup_steps": num_warmup_steps(settings, num_steps),
+        "max_grad_norm": settings.max_grad_norm,
+    }
+
+
+def _of_loss(settings: PreferenceSettings) -> dict[str, Any]:
+    loss = loss_of(settings)
+    return {
+        "losses": loss.terms,
+        "has_reference": loss.needs_reference,
+        "start_loss": start_loss(loss),
+        "beta": settings.beta,
+    }
+
+
+def _num_steps_of(record: RunRecord, lines: Lines, max_steps: int | None, num_train_epochs: float) -> int:
+    """Returns the steps of a run of a version that did not write them down."""
+    if record.finished:
+        return int(record.results["step"])
+    if max_steps is not None:
+        return max_steps
+    last = lines[-1] if lines else {}
+    return round(num_train_epochs * last["step"] / last["epoch"]) if last.get("epoch") else 0
+
+
+def read_data_summary(run: Path) -> dict[str, Any] | None:
+    """Returns the content of data.json, or None if the run has none that can be read."""
+    try:
+        found = json.loads((run / "data.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None

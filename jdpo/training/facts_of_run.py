@@ -51,8 +51,8 @@ def read_facts(
         load_best_model_at_end=config.load_best_model_at_end,
         exported_step=record.results.get("exported_step") if exported_step is None else exported_step,
         data=read_data_summary(run),
-        timing=getattr(record, "timing", None),
-        late_programs=getattr(record, "late_programs", 0),
+        timing=record.timing,
+        late_programs=record.late_programs or 0,
         **_of_optimization(config, num_steps),
         **(_of_loss(config) if isinstance(config, PreferenceSettings) else {}),
     )

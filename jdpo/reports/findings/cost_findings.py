@@ -16,7 +16,7 @@ SHORT = 60.0
 
 def cost_findings(facts: RunFacts) -> Iterator[Finding]:
     """Yields findings about late compilations and waiting for data."""
-    timing = facts.timing or {}
+    timing = facts.timing
     if facts.late_programs:
         yield Finding(
             "late_compilation",

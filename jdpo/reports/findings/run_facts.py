@@ -51,7 +51,7 @@ class RunFacts:
       load_best_model_at_end: True if the best checkpoint is exported, not the last.
       exported_step: step of the exported model; None before the export.
       data: content of data.json, {"train": part, "eval": part or None} with the parts of `jdpo inspect`; None without.
-      timing: seconds per phase of the run, as in run.json; None if they were not measured.
+      timing: seconds per phase of the run, as in run.json; empty if they were not measured.
       late_programs: programs that were not compiled ahead of their step.
     """
 
@@ -75,7 +75,7 @@ class RunFacts:
     load_best_model_at_end: bool = False
     exported_step: int | None = None
     data: Mapping[str, Any] | None = None
-    timing: Mapping[str, float] | None = None
+    timing: Mapping[str, float] = dataclasses.field(default_factory=dict)
     late_programs: int = 0
 
     @property

@@ -45,6 +45,7 @@ PAGES = [
 ]
 
 LISTED = {
+    ("docs/index.md", "loss = -log"): "the formula of the loss",
     ("docs/index.md", "pip install -e"): "installs; tests/test_editable_install.py does so",
     ("docs/index.md", "bash scripts/quickstart.sh"): "trains for minutes; tests/quickstart runs it",
     ("README.md", "bash scripts/quickstart.sh"): "trains for minutes; tests/quickstart runs it",

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from jdpo.generation.values import Answer
     from jdpo.losses import dpo_loss, make_dpo_loss
     from jdpo.quickstart.tiny_llama import random_model
+    from jdpo.reports.trackers.tracker import TrackedRun, Tracker
     from jdpo.training.opening import load
     from jdpo.training.run import train
     from jdpo.types import PreferenceBatch
@@ -45,6 +46,8 @@ _PUBLIC = {
     "PreferenceBatch": "jdpo.types",
     "SFTConfig": "jdpo.config",
     "TokenLogps": "jdpo.generation.asking.token_logps",
+    "TrackedRun": "jdpo.reports.trackers.tracker",
+    "Tracker": "jdpo.reports.trackers.tracker",
     "dpo_loss": "jdpo.losses",
     "load": "jdpo.training.opening",
     "load_config": "jdpo.config",
@@ -65,6 +68,8 @@ __all__ = [
     "PreferenceBatch",
     "SFTConfig",
     "TokenLogps",
+    "TrackedRun",
+    "Tracker",
     "__version__",
     "dpo_loss",
     "load",

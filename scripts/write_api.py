@@ -36,11 +36,15 @@ SECTIONS = {
     "Groups of keys": ("DatasetConfig", "LoraConfig", "MeshConfig", "OptimizerConfig"),
     "Asking a model": ("load", "LoadedModel", "Answer", "TokenLogps", "NextToken"),
     "Models to try things out": ("random_model",),
+    "Trackers": ("Tracker", "TrackedRun"),
     "Losses on batches": ("dpo_loss", "make_dpo_loss", "PreferenceBatch"),
 }
 """Heading -> the names of `jdpo` under it."""
 
-METHODS = {"LoadedModel": ("generate", "stream", "logps", "next_tokens")}
+METHODS = {
+    "LoadedModel": ("generate", "stream", "logps", "next_tokens"),
+    "Tracker": ("log", "log_samples", "log_report", "finish"),
+}
 """Class -> its public methods."""
 
 

@@ -47,20 +47,31 @@ def _known_loss(name: str) -> str:
     return name
 
 
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
+"""The trackers that jdpo has; other packages may add some, which are known where they are installed."""
+
+
+def _tracker(name: str) -> str:
+    if name.lower() in ("none", "all"):  # of other trainers; they would be names of trackers of other packages here
+        raise PydanticCustomError("no_tracker", "expected names of trackers")
+    return name
+
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from jdpo.config.value_types import Converted
 
-    Tracker = Literal["tensorboard", "wandb"]
     LossNames = Converted[str | Sequence[str], tuple[str, ...]]
     LossWeights = Converted[float | Sequence[float] | None, tuple[float, ...] | None]
-    Trackers = Converted[Tracker | Sequence[Tracker], tuple[Tracker, ...]]
+    Trackers = Converted[str | Sequence[str], tuple[str, ...]]
+    Tags = Converted[str | Sequence[str], tuple[str, ...]]
     SamplePrompts = Converted[str | Sequence[str] | None, str | tuple[str, ...] | None]
 else:
     LossNames = Annotated[tuple[Annotated[str, AfterValidator(_known_loss)], ...], BeforeValidator(as_list)]
     LossWeights = Annotated[tuple[NonNegativeFloat, ...] | None, BeforeValidator(as_list)]
-    Trackers = Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(as_list)]
+    Trackers = Annotated[tuple[Annotated[Text, AfterValidator(_tracker)], ...], BeforeValidator(as_list)]
+    Tags = Annotated[tuple[Text, ...], BeforeValidator(as_list)]
     SamplePrompts = Annotated[Text | tuple[Text, ...], Field(union_mode="left_to_right")] | None
 
 
@@ -282,7 +293,23 @@ class LoggingSettings(Settings):
         "eval_loss", "Evaluation metric that ranks checkpoints.", example="eval_rewards/accuracies"
     )
     load_best_model_at_end: bool = key(False, "Export the best checkpoint instead of the last step.")
-    report_to: Trackers = key((), "Trackers to log to in addition to metrics.jsonl.", example="wandb")
+    report_to: Trackers = key(
+        (),
+        "Trackers to log to in addition to metrics.jsonl: these, and those that other packages add.",
+        example="[wandb, tensorboard]",
+        choices=TRACKERS,
+    )
+    run_name: Text | None = key(
+        None, "Name of the run in trackers; null: the name of the output_dir.", example="first-try"
+    )
+    run_project: Text | None = key(
+        None,
+        "Project of the run in trackers, or experiment of MLflow; null: what WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME "
+        "says, else jdpo.",
+        example="my-project",
+    )
+    run_group: Text | None = key(None, "Group of the run in trackers, such as runs of one sweep.", example="sweep-1")
+    run_tags: Tags = key((), "Tags of the run in trackers.", example="[baseline, small]")
     profile_steps: Text | None = key(
         None, "Record a profiler trace of steps FIRST:LAST in output_dir/profile; null: none.", example="10:13"
     )

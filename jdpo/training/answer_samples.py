@@ -27,7 +27,6 @@ from jdpo.training.fit.memory_fit import is_exhausted
 from jdpo.training.logs.recording import Record
 from jdpo.training.setup.run_setup import Log, Setup
 from jdpo.training.setup.sample_prompts import SamplePrompt
-from jdpo.types import Text
 
 MOST_AT_ONCE = 32
 """Answers computed at the same time: few enough for the memory that training leaves."""
@@ -78,7 +77,7 @@ class AnswerSamples:
             file.flush()
             # On the disk before a checkpoint of this step is, from which a resumed run would not sample it again.
             os.fsync(file.fileno())
-        self._record.write_samples(step, [(_readable(line["prompt"]), line["message"]["content"]) for line in lines])
+        self._record.write_samples(step, lines)
         cut_off = sum(one.finish_reason == "length" for one in drawn)
         mean = sum(len(one.tokens) for one in drawn) / len(drawn)
         self._log(
@@ -122,12 +121,6 @@ class AnswerSamples:
             # JSON has no NaN, which a run that diverges gives.
             "logp": round(logp, 4) if math.isfinite(logp) else None,
         }
-
-
-def _readable(prompt: Text) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(f"{message['role']}: {message.get('content') or ''}" for message in prompt)
 
 
 def cut_samples(path: Path, last_step: int | None) -> str | None:

@@ -32,6 +32,7 @@ from jdpo.training.fit.preparation import fit_conditions, fit_record, prepare_st
 from jdpo.training.interrupt import StopRequest, silence_lost_output
 from jdpo.training.logs.phases import PhaseClock, TimingRecord
 from jdpo.training.logs.recording import Record
+from jdpo.training.logs.tracking import open_trackers
 from jdpo.training.profile import Profiler
 from jdpo.training.reference.reference_source import Reference, settle_reference
 from jdpo.training.run_dir import RunDirectory
@@ -108,6 +109,7 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
             # Before any weight is loaded: other rows or another model would be another run.
             check_inputs(setup, directory)
             newest = find_newest(setup, directory)
+            trackers = resources.enter_context(open_trackers(setup, directory, newest, log))
 
             # ------------------------------------------------------------------------------------------------ reference
             clock.enter("reference")
@@ -175,7 +177,7 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
         # --------------------------------------------------------------------------------------------------------- loop
         if trains:
             last_saved = newest
-            record = Record(setup, directory, resources, position)
+            record = Record(setup, directory, resources, trackers, position)
             samples = AnswerSamples(setup, directory.samples, record, log, continued_from=newest)
             if newest is None and samples.is_due(0):
                 with clock.within("sampling"):

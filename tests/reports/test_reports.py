@@ -6,7 +6,6 @@ import ast
 import io
 import json
 import re
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from jdpo.reports.metrics_file import read_metrics
 from jdpo.reports.model_card import CODE_ENDS, model_card
 from jdpo.reports.plots import write_plots
 from jdpo.reports.progress import RunDisplay, print_lines
-from jdpo.reports.writers import JsonlWriter, make_trackers
+from jdpo.reports.writers import JsonlWriter
 
 
 def test_lines_are_written_at_once_and_appended(tmp_path: Path) -> None:
@@ -194,37 +193,3 @@ def test_the_time_left_does_not_count_compiling(monkeypatch: pytest.MonkeyPatch)
         now[0] += 2
         display.step(1, {"loss": 0.5}, RATES)
     assert out.getvalue().rstrip().endswith("0:00:20 left")
-
-
-def test_tensorboard_gets_every_scalar(tmp_path: Path) -> None:
-    (writer,) = make_trackers(["tensorboard"], tmp_path, {})
-    writer.write({"step": 3, "loss": 0.5, "rewards/margins": 1.5})
-    writer.close()
-    (events,) = (tmp_path / "tensorboard").iterdir()
-    assert b"rewards/margins" in events.read_bytes()
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("import no_such_module", "importing it fails: ModuleNotFoundError: No module named 'no_such_module'"),
-        ("from json import no_such_name", "importing it fails: ImportError: cannot import name 'no_such_name'"),
-        ("raise TypeError('descriptors cannot be created')", "TypeError: descriptors cannot be created"),
-    ],
-)
-def test_a_tracker_that_does_not_import_says_why(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, message: str
-) -> None:
-    (tmp_path / "wandb").mkdir()
-    (tmp_path / "wandb" / "__init__.py").write_text(content)
-    monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ValueError, match=re.escape(message)):
-        make_trackers(["wandb"], tmp_path, {})
-
-
-def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    monkeypatch.setattr(sys, "path", [path for path in sys.path if not (Path(path) / "wandb").exists()])
-    with pytest.raises(ValueError, match="pip install 'jdpo\\[wandb\\]'"):
-        make_trackers(["wandb"], tmp_path, {})

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from jdpo.config import to_public_dict
 from jdpo.processes import is_first
-from jdpo.reports.writers import JsonlWriter, Tracker, Writer, make_trackers
+from jdpo.reports.trackers.backlog import line_of, line_of_samples
+from jdpo.reports.writers import JsonlWriter
 from jdpo.training.fit.flops import StepFlops, peak_flops
 from jdpo.training.fit.memory_fit import peak_memory
 from jdpo.training.logs.metrics import DatasetShares, Throughput, Window
+from jdpo.training.logs.tracking import Tracking
 from jdpo.training.run_dir import RunDirectory
 from jdpo.training.setup.run_setup import Setup
 
@@ -22,12 +23,18 @@ class Record:
     """The measurements since the last log, and the files that they are written to, which the first process opens."""
 
     def __init__(
-        self, setup: Setup, directory: RunDirectory, resources: ExitStack, position: Mapping[str, Any] | None = None
+        self,
+        setup: Setup,
+        directory: RunDirectory,
+        resources: ExitStack,
+        trackers: Tracking,
+        position: Mapping[str, Any] | None = None,
     ) -> None:
         """
         Args:
           directory: its metrics end at the step that the run continues from, see `cut_metrics`.
-          resources: closes the files.
+          resources: closes the file.
+          trackers: get every line, too.
           position: the position of the checkpoint that the run continues from; None for a new run.
         """
         self._steps_per_epoch = setup.steps_per_epoch
@@ -40,15 +47,10 @@ class Record:
         )
         # None of them is logged for a run of one dataset.
         self._shares = DatasetShares(setup.train_data)
+        self._trackers = trackers
         self._jsonl = JsonlWriter(directory.metrics) if is_first() else None
-        self._writers: list[Writer] = []
-        self._trackers: list[Tracker] = []
         if self._jsonl is not None:
             resources.callback(self._jsonl.close)
-            self._trackers = make_trackers(setup.config.report_to, directory.path, to_public_dict(setup.config))
-            self._writers = [self._jsonl, *self._trackers]
-            for tracker in self._trackers:
-                resources.callback(tracker.close)
 
     def position(self) -> dict[str, Any]:
         """Returns what a checkpoint keeps; when it returns, everything that was logged before is on the disk."""
@@ -107,10 +109,11 @@ class Record:
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes a line about a step."""
-        for writer in self._writers:
-            writer.write({"step": step, "epoch": step / self._steps_per_epoch, **values})
+        if self._jsonl is not None:
+            line = {"step": step, "epoch": step / self._steps_per_epoch, **values}
+            self._jsonl.write(line)
+            self._trackers.put(line_of(line))
 
-    def write_samples(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
-        """Gives prompts and their answers after a step to the trackers."""
-        for tracker in self._trackers:
-            tracker.write_samples(step, samples)
+    def write_samples(self, step: int, answers: Sequence[Mapping[str, Any]]) -> None:
+        """Gives the lines of samples.jsonl that belong to a step to the trackers."""
+        self._trackers.put(line_of_samples(step, answers))

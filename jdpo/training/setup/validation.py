@@ -14,7 +14,7 @@ from jdpo.config import LoggingSettings, MemorySettings, ModelSettings, Referenc
 from jdpo.models.attention import check_attention
 from jdpo.models.model_config import ModelConfig
 from jdpo.models.self_attention import AttentionSettings
-from jdpo.reports.writers import check_trackers
+from jdpo.reports.trackers.tracker_registry import check_trackers
 from jdpo.sharding.placement import check_host_memory
 from jdpo.training.setup.tasks import Task
 from jdpo.words import figure
@@ -53,6 +53,7 @@ def check_logging(logging: LoggingSettings, task: Task, *, evaluates: bool) -> N
         raise ValueError(
             f"eval_steps {logging.eval_steps} needs eval_datasets or eval_fraction: there is nothing to evaluate on"
         )
+    _check_run_names(logging)
     check_trackers(logging.report_to)
     # Called for its error alone.
     profiled_steps(logging.profile_steps)
@@ -75,6 +76,14 @@ def check_logging(logging: LoggingSettings, task: Task, *, evaluates: bool) -> N
             f"load_best_model_at_end needs an evaluation at every checkpoint: save_steps {logging.save_steps} is not a "
             f"multiple of eval_steps {logging.eval_steps}"
         )
+
+
+def _check_run_names(logging: LoggingSettings) -> None:
+    if logging.report_to:
+        return
+    for key in ("run_name", "run_project", "run_group", "run_tags"):
+        if value := getattr(logging, key):
+            raise ValueError(f"{key} {value!r} has no effect: report_to names no tracker")
 
 
 def check_reference(reference: ReferenceSettings, *, loss_type: Sequence[str], needs_reference: bool) -> None:

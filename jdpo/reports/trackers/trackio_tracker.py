@@ -1,0 +1,52 @@
+"""Trackio: a local database, or a Space on the Hugging Face Hub with TRACKIO_SPACE_ID."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from jdpo.reports.trackers.tracker import Status, TrackedRun
+
+
+class TrackioTracker:
+    """Writes metrics, a table of answers at each sampling, and the report as an artifact."""
+
+    def __init__(self, run: TrackedRun) -> None:
+        import trackio
+
+        # Trackio finds a run by its name, which must therefore not be that of another run.
+        name = f"{run.name}-{run.id}"
+        config = {**run.config, "run_tags": [*run.tags]}
+        try:
+            self._run = trackio.init(
+                run.project,
+                name=name,
+                group=run.group,
+                config=config,
+                resume="must" if run.resumed else "never",
+                embed=False,
+            )
+        except ValueError as error:
+            if run.resumed and "does not exist" in str(error):
+                raise LookupError(name) from error
+            raise
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def log_samples(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
+        import trackio
+
+        table = trackio.Table(columns=["step", "prompt", "answer"], data=[[step, *sample] for sample in samples])
+        self._run.log({"samples": table}, step=step)
+
+    def log_report(self, path: Path) -> None:
+        self._run.log_artifact(path, name=f"report-{self._run.name}", type="report")
+
+    def finish(self, status: Status) -> None:
+        import trackio
+
+        # Trackio has no status of a run. An alert is shown next to it, and goes to TRACKIO_WEBHOOK_URL if that is set.
+        levels = {"finished": "INFO", "stopped": "WARN", "failed": "ERROR"}
+        self._run.alert(f"run {status}", level=trackio.AlertLevel[levels[status]])
+        self._run.finish()

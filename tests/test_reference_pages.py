@@ -39,6 +39,21 @@ def test_keys_of_other_trainers_match_the_code() -> None:
         module.table(["no_such_key"])
 
 
+def test_badges_follow_the_repository_in_pyproject() -> None:
+    module = script("write_badges")
+    readme = module.README.read_text(encoding="utf-8")
+    assert readme == module.with_badges(readme, module.repository()), "run python scripts/write_badges.py"
+    address = "https://github.com/owner/name"
+    with_some = module.with_badges(readme, address)
+    assert with_some.count("[![") == readme.count("[![") + 2 * (module.repository() is None)
+    assert "colab" in with_some
+    assert module.with_badges(with_some, address) == with_some
+    assert module.with_badges(with_some, None) == module.with_badges(readme, None)
+    assert (ROOT / module.NOTEBOOK).suffix == ".ipynb"
+    with pytest.raises(ValueError, match="badges need"):
+        module.badges("https://example.org/x")
+
+
 @pytest.mark.torch
 def test_every_key_that_trl_adds_is_explained() -> None:
     from transformers import TrainingArguments

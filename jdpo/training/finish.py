@@ -17,10 +17,12 @@ from jdpo.config import ReferenceSettings, to_public_dict, to_public_yaml, witho
 from jdpo.models.lora.base_weights import Base
 from jdpo.models.lora.merge import merge
 from jdpo.models.weights.safetensors_folder import source_dtypes
-from jdpo.processes import agree_on, run_jointly
+from jdpo.processes import agree_on, is_first, run_jointly
+from jdpo.reports.findings import Status, finding_lines, findings_of, verdict
 from jdpo.reports.metrics_file import read_metrics
 from jdpo.reports.model_card import CODE_ENDS, model_card
 from jdpo.reports.plots import write_plots
+from jdpo.training.logs.facts_of_run import read_facts
 from jdpo.training.run_dir import RunDirectory
 from jdpo.training.setup.model_setup import ModelSetup
 from jdpo.training.setup.run_setup import Setup
@@ -71,6 +73,21 @@ def finish_run(
     run_jointly(lambda: _push(setup, directory, exported, log), on_first=True)
     # Last, so that a run that was killed before is exported again.
     directory.finish({**results, "step": setup.num_steps, "exported_step": exported})
+
+
+def log_findings(directory: RunDirectory, status: Status, step: int, log: Callable[[str], None]) -> None:
+    """Logs what came of a run that has ended, and what its figures show, in a few lines."""
+    if not is_first() or step == 0:
+        return
+    try:
+        lines = read_metrics(directory.metrics)
+        facts = read_facts(directory.path, status, step=step, lines=lines)
+    except ValueError as error:  # a file that someone changed while the run went on: no reason to fail
+        log(f"note: no verdict on this run: {error}")
+        return
+    findings = findings_of(lines, facts)
+    # How far the run came is told by the lines around these.
+    log("\n".join([*verdict(lines, facts, findings)[1:], *finding_lines(findings, advised=("error", "warning"))]))
 
 
 def _push(setup: Setup, directory: RunDirectory, exported: int, log: Callable[[str], None]) -> None:

@@ -24,7 +24,7 @@ from jdpo.sharding.placement import micro_batch_sharding, place, replicated
 from jdpo.training.answer_samples import AnswerSamples
 from jdpo.training.continuing import check_inputs, find_newest, open_checkpoints
 from jdpo.training.evaluation import Evaluation
-from jdpo.training.finish import finish_run, step_to_export
+from jdpo.training.finish import finish_run, log_findings, step_to_export
 from jdpo.training.fit.assembly import Assembly, assemble
 from jdpo.training.fit.compilation import compiler_threads
 from jdpo.training.fit.memory_fit import exhaustion_explained, memory_limit
@@ -253,8 +253,6 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
                 log(f"note: programs for {figure(late, 'shape')} of batches were not compiled ahead of their step")
             if stop.asked():
                 return interrupted(step, last_saved, manager, stop, directory, log)
-            if (note := reports.warning_at_end()) is not None:
-                log(note)
 
         # ------------------------------------------------------------------------------------------------------- export
         # Only a merge still reads the frozen weights.
@@ -272,6 +270,7 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
         finish_run(setup, directory, params, base, exported, log)
         if (note := setup.train_data.drop_note) is not None:
             log(f"note: {note}")
+        log_findings(directory, "finished", num_steps, log)
         log(f"done: model in {directory.model}, metrics in {directory.metrics}")
         return RunResult(num_steps, False, 0, directory)
 
@@ -360,6 +359,7 @@ def interrupted(
 ) -> RunResult:
     """Ends a run that a signal stopped: waits for its checkpoint, and says how to continue."""
     manager.wait()
+    log_findings(directory, "stopped", step, log)
     saved = f"step {last_saved} is saved" if last_saved is not None else "nothing was trained yet"
     log(f"stopped by a signal; {saved}. Run the same command again to continue")
     return RunResult(step, True, stop.exit_code, directory)

@@ -190,7 +190,7 @@ class GradientWatch:
         """
         self._flat = loss is not None and set(loss.terms) == {"hinge"}
         self._settings = f"learning_rate {learning_rate:g}, compute_dtype {compute_dtype}"
-        self._first, self._num_dead, self._num_logged = 0, 0, 0
+        self._first, self._num_dead = 0, 0
 
     def see(self, step: int, averages: Mapping[str, float], last_saved: int | None) -> str | None:
         """Looks at a line of the log.
@@ -206,7 +206,6 @@ class GradientWatch:
         Raises:
           FloatingPointError: the gradient has been 0 for too long, unless every margin of hinge is met.
         """
-        self._num_logged += 1
         if averages["grad_norm"] != 0:
             self._num_dead = 0
             return None
@@ -223,12 +222,6 @@ class GradientWatch:
             )
         if self._num_dead == DEAD_WARNING:
             return f"warning: step {step}: {self._describe()}, so nothing is learnt. {self._causes(met)}"
-        return None
-
-    def at_end(self) -> str | None:
-        """Returns a warning for the end of a run that no longer learnt, else None."""
-        if self._num_dead >= min(DEAD_WARNING, max(self._num_logged, 1)):
-            return f"warning: {self._describe()}: the exported model did not learn in them"
         return None
 
     def _describe(self) -> str:

@@ -74,10 +74,6 @@ class StepReports:
             launched, self._launched = self._launched, None
             self._read(launched)
 
-    def warning_at_end(self) -> str | None:
-        """Returns a warning if the run no longer learnt at its end, else None."""
-        return self._gradients.at_end()
-
     def _read(self, launched: _Launched) -> None:
         step, of_step, flops, on_device = launched
         setup = self._setup
@@ -100,8 +96,11 @@ class StepReports:
         values = {**mean_over_rows(rows), "loss": loss}
         if report.aux_loss is not None:
             values["aux_loss"] = float(report.aux_loss)
+        of_update = {"grad_norm": grad_norm, "padding": of_step.padding}
+        if (most := setup.config.max_grad_norm) is not None:
+            of_update["grad_clipped"] = float(grad_norm > most)  # averaged over steps: the share of clipped ones
         rates = self._record.add(
-            {**values, "grad_norm": grad_norm, "padding": of_step.padding},
+            {**values, **of_update},
             rows,
             of_step.indices,
             num_tokens=of_step.num_tokens,

@@ -13,6 +13,9 @@ from jdpo.words import figure, percent
 OFTEN_CUT = 0.05
 """A cut answer has no end: with more than this share of them the model learns to go on and on."""
 
+LEAKED = 0.01
+"""Share of held-out rows whose prompt is trained on, from which it matters for the figures."""
+
 LENGTH_EXPLAINS = 0.65
 """Accuracy of always preferring the longer (or the shorter) answer from which length is a shortcut worth learning."""
 
@@ -26,9 +29,26 @@ OFTEN_REPEATED = 0.02
 def data_findings(lines: Lines, facts: RunFacts) -> Iterator[Finding]:
     """Yields findings about rows that were cut, that repeat, or that length alone explains."""
     part = facts.part("train")
+    yield from _leaked(facts)
     yield from _cut(part)
     yield from _repeated(part)
     yield from _length_explains(part.get("length_bias"), lines)
+
+
+def _leaked(facts: RunFacts) -> Iterator[Finding]:
+    leaked = (facts.data or {}).get("leakage")
+    if not leaked or not leaked["rows"] or not facts.num_eval_rows:
+        return
+    first = next((f", such as {one['eval']}, which is {one['train']}" for one in leaked["examples"]), "")
+    yield Finding(
+        "leakage",
+        "warning" if leaked["share"] > LEAKED else "note",
+        "Prompts of held-out rows are trained on",
+        f"{leaked['rows']:,} of {figure(facts.num_eval_rows, 'held-out row')} ({percent(leaked['share'])})"
+        f"{terminal(first)}.",
+        "The held-out figures are too good by an unknown amount. Remove these rows, or hold out others: eval_fraction "
+        "keeps rows of one prompt together.",
+    )
 
 
 def _cut(part: Mapping[str, Any]) -> Iterator[Finding]:

@@ -9,10 +9,12 @@ from jdpo.reports.findings.run_facts import Finding, Level, RunFacts
 from jdpo.reports.findings.series import (
     SURE,
     Lines,
+    Mean,
     Point,
     figures,
     held_out,
     last_quarter,
+    mean_of,
     share_interval,
     training,
 )
@@ -28,6 +30,9 @@ within 0.1."""
 LOSS_GAP = 0.2
 """The same for supervised losses, in nats per token, in addition to the gap of the first evaluation."""
 
+NEAREST = 4
+"""Training lines that an evaluation is compared with."""
+
 LONG_PAST = 0.25
 """The best evaluation is long past if this fraction of the steps came after it, and at least two evaluations."""
 
@@ -38,8 +43,8 @@ def held_out_findings(lines: Lines, facts: RunFacts) -> Iterator[Finding]:
     """Yields findings about the evaluations of a run."""
     if facts.command == "dpo":
         yield from _worse_than_start(lines, facts)
-        yield from _below_chance(lines, facts)
-        yield from _accuracy_gap(lines, facts)
+        # Where the sides are the wrong way round, a gap is no sign of learning by heart.
+        yield from list(_below_chance(lines, facts)) or _accuracy_gap(lines, facts)
     else:
         yield from _loss_gap(lines)
     yield from _best_long_past(lines, facts)
@@ -135,9 +140,10 @@ def _loss_gap(lines: Lines) -> Iterator[Finding]:
     # Held-out rows may be harder from the start: the growth of the gap tells, which one evaluation does not show.
     if len(evaluated) < 2 or not trained:
         return
-    (first, before), (last, after) = ((one, _nearest(trained, one)) for one in (evaluated[0], evaluated[-1]))
+    (first, before), (last, after) = ((one, _around(trained, one)) for one in (evaluated[0], evaluated[-1]))
     growth = (last.value - after.value) - (first.value - before.value)
-    if growth <= LOSS_GAP or last.value - after.value <= LOSS_GAP:
+    noise = SURE * math.hypot(before.error, after.error)
+    if growth <= max(LOSS_GAP, noise) or last.value - after.value <= LOSS_GAP:
         return
     yield Finding(
         "overfit",
@@ -149,8 +155,10 @@ def _loss_gap(lines: Lines) -> Iterator[Finding]:
     )
 
 
-def _nearest(points: list[Point], to: Point) -> Point:
-    return min(points, key=lambda point: abs(point.step - to.step))
+def _around(points: list[Point], evaluated: Point) -> Mean:
+    """Returns the mean of the training lines nearest to an evaluation: one alone is as noisy as its batches."""
+    nearest = sorted(points, key=lambda point: abs(point.step - evaluated.step))[:NEAREST]
+    return mean_of(sorted(nearest))
 
 
 def _best_long_past(lines: Lines, facts: RunFacts) -> Iterator[Finding]:
@@ -160,6 +168,8 @@ def _best_long_past(lines: Lines, facts: RunFacts) -> Iterator[Finding]:
         return
     lower_is_better = name.endswith("loss")
     best = (min if lower_is_better else max)(points, key=lambda point: point.value)
+    if lower_is_better and facts.start_loss is not None and best.value >= facts.start_loss:
+        return  # the best model is the one before the first step, which another finding says
     after, last = [point for point in points if point.step > best.step], points[-1]
     past = last.step - best.step
     if len(after) < 2 or past < LONG_PAST * last.step or not _worse(best, last, lower_is_better, facts.num_eval_rows):

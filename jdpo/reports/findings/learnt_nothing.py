@@ -24,6 +24,9 @@ from jdpo.words import figure
 MOVED_NATS = 0.1
 """Below this change of its log-ratio a pair is as good as untouched: the odds of its answers changed by a tenth."""
 
+MOVED_LOSS = 0.01
+"""A loss that is further than this fraction from its start shows that pairs have moved."""
+
 FEW_PAIRS, MANY_PAIRS = 30, 200
 """From FEW_PAIRS on an accuracy near 0.5 means something (+- 0.18), from MANY_PAIRS on it is conclusive (+- 0.07)."""
 
@@ -111,6 +114,9 @@ def _not_moved(lines: Lines, facts: RunFacts, beta: float) -> list[Finding]:
     moved = {name: abs(mean.value) / beta for name, mean in sides.items() if mean is not None}
     margin, loss = (last_quarter(training(lines, name)) for name in ("rewards/margins", "loss"))
     if not moved or margin is None or loss is None or max(*moved.values(), abs(margin.value) / beta) >= MOVED_NATS:
+        return []
+    # Pairs that moved to either side may have a mean of 0, which the loss shows.
+    if facts.start_loss is not None and abs(loss.value - facts.start_loss) > MOVED_LOSS * abs(facts.start_loss):
         return []
     start = "" if facts.start_loss is None else f" (where policy equals reference: {figures(facts.start_loss)})"
     return [

@@ -19,13 +19,19 @@ Lines = Sequence[Mapping[str, Any]]
 
 
 def read_facts(
-    run: Path, status: Status | None = None, *, lines: Lines | None = None, exported_step: int | None = None
+    run: Path,
+    status: Status | None = None,
+    *,
+    step: int | None = None,
+    lines: Lines | None = None,
+    exported_step: int | None = None,
 ) -> RunFacts:
     """Reads the facts about a run from its folder.
 
     Args:
       run: the output_dir of a run.
       status: None: finished or stopped, as run.json has it.
+      step: updates made; None: as the lines have it.
       lines: of its metrics.jsonl, or the first of them, up to the step that the facts are about; None: all lines.
       exported_step: step of the exported model; None: as run.json has it.
 
@@ -41,7 +47,7 @@ def read_facts(
     return RunFacts(
         command=record.command,
         status=status or ("finished" if record.finished else "stopped"),
-        step=max((line["step"] for line in lines), default=0),
+        step=max((line["step"] for line in lines), default=0) if step is None else step,
         num_steps=num_steps,
         batch_size=config.global_batch_size,
         num_rows=record.num_rows,

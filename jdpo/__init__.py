@@ -24,15 +24,17 @@ if TYPE_CHECKING:
         SFTConfig,
         load_config,
     )
+    from jdpo.data.batching.pair_packing import pack, unpack_logps
     from jdpo.generation.asking.token_logps import NextToken, TokenLogps
     from jdpo.generation.loaded_model import LoadedModel
     from jdpo.generation.values import Answer
     from jdpo.losses import dpo_loss, make_dpo_loss
+    from jdpo.models.packed_attention import packed_attention
     from jdpo.quickstart.tiny_llama import random_model
     from jdpo.reports.trackers.tracker import TrackedRun, Tracker
     from jdpo.training.opening import load
     from jdpo.training.run import train
-    from jdpo.types import PreferenceBatch
+    from jdpo.types import PackedBatch, PreferenceBatch
 
 _PUBLIC = {
     "Answer": "jdpo.generation.values",
@@ -43,6 +45,7 @@ _PUBLIC = {
     "MeshConfig": "jdpo.config",
     "NextToken": "jdpo.generation.asking.token_logps",
     "OptimizerConfig": "jdpo.config",
+    "PackedBatch": "jdpo.types",
     "PreferenceBatch": "jdpo.types",
     "SFTConfig": "jdpo.config",
     "TokenLogps": "jdpo.generation.asking.token_logps",
@@ -52,8 +55,11 @@ _PUBLIC = {
     "load": "jdpo.training.opening",
     "load_config": "jdpo.config",
     "make_dpo_loss": "jdpo.losses",
+    "pack": "jdpo.data.batching.pair_packing",
+    "packed_attention": "jdpo.models.packed_attention",
     "random_model": "jdpo.quickstart.tiny_llama",
     "train": "jdpo.training.run",
+    "unpack_logps": "jdpo.data.batching.pair_packing",
 }
 
 __all__ = [
@@ -65,6 +71,7 @@ __all__ = [
     "MeshConfig",
     "NextToken",
     "OptimizerConfig",
+    "PackedBatch",
     "PreferenceBatch",
     "SFTConfig",
     "TokenLogps",
@@ -76,8 +83,11 @@ __all__ = [
     "load_config",
     "losses",
     "make_dpo_loss",
+    "pack",
+    "packed_attention",
     "random_model",
     "train",
+    "unpack_logps",
 ]
 
 

@@ -4,7 +4,7 @@ from jdpo.loss_specs import LOSSES, LossSpec
 from jdpo.losses.coupled import LossState, init_loss_state
 from jdpo.losses.dpo import dpo_loss, make_dpo_loss
 from jdpo.losses.linear import linear_token_logps
-from jdpo.losses.logprobs import sequence_logps, token_logps
+from jdpo.losses.logprobs import packed_token_logps, sequence_logps, token_logps
 from jdpo.losses.preference import PreferenceLoss, preference_loss
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "init_loss_state",
     "linear_token_logps",
     "make_dpo_loss",
+    "packed_token_logps",
     "preference_loss",
     "sequence_logps",
     "token_logps",

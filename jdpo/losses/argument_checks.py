@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdpo.types import CHOSEN, REJECTED, AnyArray, PreferenceBatch
+from jdpo.types import CHOSEN, REJECTED, AnyArray, PackedBatch, PreferenceBatch
 from jdpo.words import did_you_mean
 
 Array = jax.Array
@@ -19,7 +19,7 @@ _MOST_NAMED = 5
 
 
 def check_batch(batch: PreferenceBatch) -> None:
-    """Checks the type and the shapes of a batch.
+    """Checks the type and the shapes of a padded batch.
 
     Raises:
       ValueError: it is not a PreferenceBatch, or an array has the wrong shape.
@@ -39,6 +39,27 @@ def check_batch(batch: PreferenceBatch) -> None:
         values = getattr(batch, name)
         if values is not None and jnp.shape(values) != shape[:1]:
             raise ValueError(f"batch.{name} must be [b], one for each of {shape[0]} pairs, found {jnp.shape(values)}")
+
+
+def check_packed(batch: PackedBatch) -> None:
+    """Checks the shapes of a packed batch.
+
+    Raises:
+      ValueError: it has an axis of micro-batches or no pairs, or an array has the wrong shape.
+    """
+    if len(jnp.shape(batch.tokens)) != 2:
+        raise ValueError(
+            f"a packed batch must have rows of slots [m, s], found tokens {jnp.shape(batch.tokens)}. Run micro-batches "
+            "[k, m, s] one after the other, as jax.lax.scan does, with the normalizer of all of them"
+        )
+    if batch.readers.shape[-2] != 2:
+        raise ValueError(
+            f"expected packed pairs of 2 sides, found {batch.readers.shape[-2]} (axis -2 of batch.readers)"
+        )
+    for name, shape in (("logp_reference", batch.logp_slot.shape), ("pair_score_margin", batch.pair_weight.shape)):
+        values = getattr(batch, name)
+        if values is not None and jnp.shape(values) != shape:
+            raise ValueError(f"batch.{name} must have the shape {shape}, found {jnp.shape(values)}")
 
 
 def check_scores(score_margins: AnyArray | None, weights: AnyArray | None) -> None:

@@ -10,15 +10,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jdpo.losses.argument_checks import check_batch, check_completions, unknown_name, values_of
+from jdpo.losses.argument_checks import check_batch, check_completions, check_packed, unknown_name, values_of
 from jdpo.losses.coupled import LossState
-from jdpo.losses.pair_logps import ApplyFn, pair_features
-from jdpo.losses.pair_losses import Totals, feature_losses, next_loss_state, pair_totals, weighted_sum
+from jdpo.losses.pair_logps import ApplyFn, LogpsFn, TokenScores, packed_features, pair_features
+from jdpo.losses.pair_losses import Totals, feature_losses, next_loss_state, packed_totals, pair_totals, weighted_sum
 from jdpo.losses.settings import OPTION_NAMES, LossSettings, check_number, concrete, loss_settings
-from jdpo.types import PreferenceBatch
+from jdpo.types import PackedBatch, PreferenceBatch
 
 Array = jax.Array
 Params = Any
+PackedApplyFn = Callable[[Params, PackedBatch], Array | tuple[Array, Array]]
+"""(params, batch of arrays [m, ...]) -> what `jdpo.losses.packed_token_logps` returns."""
 
 
 _OF_CALL = ("beta", "loss_state", "normalizer", "num_chosen_tokens")
@@ -26,7 +28,11 @@ _OF_CALL = ("beta", "loss_state", "normalizer", "num_chosen_tokens")
 
 
 def make_dpo_loss(
-    apply_fn: ApplyFn, *, loss_type: str | Sequence[str] = "sigmoid", beta: Array | float = 0.1, **options: Any
+    apply_fn: ApplyFn | PackedApplyFn,
+    *,
+    loss_type: str | Sequence[str] = "sigmoid",
+    beta: Array | float = 0.1,
+    **options: Any,
 ) -> Callable[..., tuple[Array, dict[str, Any]]]:
     """Makes the objective as a function without `jit`, for code that jits, shards or differentiates it itself.
 
@@ -44,7 +50,7 @@ def make_dpo_loss(
     def loss_fn(
         policy_params: Params,
         reference_params: Params | None,
-        batch: PreferenceBatch,
+        batch: PreferenceBatch | PackedBatch,
         *,
         beta: Array | float | None = None,
         loss_state: LossState | None = None,
@@ -56,8 +62,7 @@ def make_dpo_loss(
             if name in OPTION_NAMES:
                 raise ValueError(f"{name} is given to make_dpo_loss, not to the loss that it returns")
             raise unknown_name("option", name, _OF_CALL, "A call takes")
-        check_batch(batch)
-        check_completions(batch)
+        _check_batch(batch)
         num_chosen_tokens = all_tokens if num_chosen_tokens is None else num_chosen_tokens
         _check_normalizer(settings, batch, normalizer, num_chosen_tokens)
         return _batch_loss(
@@ -77,9 +82,9 @@ def make_dpo_loss(
 def dpo_loss(
     policy_params: Params,
     reference_params: Params | None,
-    batch: PreferenceBatch,
+    batch: PreferenceBatch | PackedBatch,
     *,
-    apply_fn: ApplyFn,
+    apply_fn: ApplyFn | PackedApplyFn,
     loss_type: str | Sequence[str] = "sigmoid",
     beta: Array | float = 0.1,
     loss_state: LossState | None = None,
@@ -93,11 +98,12 @@ def dpo_loss(
 
     Args:
       policy_params: parameters of the model in training, any pytree.
-      reference_params: parameters of the frozen reference. None if the batch has reference_logps, or for losses without
+      reference_params: parameters of the frozen reference. None if the batch has its log-probs, or for losses without
         a reference, which do not read it.
-      batch: PreferenceBatch of [b, 2, t] arrays.
-      apply_fn: (params, tokens int [n, t], attention_mask bool [n, t]) -> logits [n, t, v]. It is static: pass the same
-        function in every call, not a new lambda.
+      batch: PreferenceBatch of [b, 2, t] arrays, or PackedBatch of [m, ...] arrays, as `jdpo.pack` returns it.
+      apply_fn: (params, tokens int [n, t], attention_mask bool [n, t]) -> logits [n, t, v]; for a PackedBatch,
+        (params, batch) -> log-probs [m, c], as `jdpo.losses.packed_token_logps` returns them. It is static: pass the
+        same function in every call, not a new lambda.
       loss_type: a name in `jdpo.losses.LOSSES`, or several; static.
       beta: above 0. All numbers are traced, so that a sweep compiles once.
       loss_state: metrics["loss_state"] of the previous call, for losses with a running state. (bco_pair: its delta is
@@ -118,8 +124,7 @@ def dpo_loss(
     """
     # All checks come before jit, within which arrays have no values.
     settings, num_chosen_tokens = _objective_settings(loss_type, beta, options)
-    check_batch(batch)
-    check_completions(batch)
+    _check_batch(batch)
     _check_normalizer(settings, batch, normalizer, num_chosen_tokens)
     return _jitted_batch_loss(
         policy_params,
@@ -144,7 +149,17 @@ def _objective_settings(
     return settings, of_batch.get("num_chosen_tokens")
 
 
-def _check_normalizer(settings: LossSettings, batch: PreferenceBatch, normalizer: Any, num_chosen_tokens: Any) -> None:
+def _check_batch(batch: PreferenceBatch | PackedBatch) -> None:
+    if isinstance(batch, PackedBatch):
+        check_packed(batch)
+    else:
+        check_batch(batch)
+        check_completions(batch)
+
+
+def _check_normalizer(
+    settings: LossSettings, batch: PreferenceBatch | PackedBatch, normalizer: Any, num_chosen_tokens: Any
+) -> None:
     """Refuses an accumulation that would be silently wrong, if the values are known."""
     if normalizer is None:
         return
@@ -164,31 +179,40 @@ def _check_normalizer(settings: LossSettings, batch: PreferenceBatch, normalizer
             )
 
 
-def _num_pairs(batch: PreferenceBatch) -> float | None:
+def _num_pairs(batch: PreferenceBatch | PackedBatch) -> float | None:
     """Returns the number of real pairs of a batch, or None if it is traced."""
-    if batch.weights is None:
+    given = batch.pair_weight if isinstance(batch, PackedBatch) else batch.weights
+    if given is None:
         return float(batch.tokens.shape[0])
-    weights = values_of(batch.weights)
+    weights = values_of(given)
     return None if weights is None else float(weights.sum())
 
 
 def _batch_loss(
     policy_params: Params,
     reference_params: Params | None,
-    batch: PreferenceBatch,
+    batch: PreferenceBatch | PackedBatch,
     settings: LossSettings,
     loss_state: LossState | None,
     normalizer: Array | float | None,
     num_chosen_tokens: Array | float | None,
     *,
-    apply_fn: ApplyFn,
+    apply_fn: ApplyFn | PackedApplyFn,
 ) -> tuple[Array, dict[str, Any]]:
     if loss_state is not None and not settings.has_state:
         raise ValueError(f"loss_type {' + '.join(settings.loss_types)} has no running state; loss_state must be None")
     if loss_state is not None and "bco_delta" in settings.numbers:
         raise ValueError("loss_state holds the delta of bco_pair: give it or bco_delta, not both")
-    features = pair_features(policy_params, reference_params, batch, apply_fn=apply_fn, settings=settings)
-    counted = pair_totals(batch)  # totals of this batch, unless the caller knows those of the larger one
+    models: Any = (policy_params, reference_params, batch)
+    call: Any = apply_fn  # its arguments depend on the kind of batch
+    # Totals of this batch, unless the caller knows those of the larger one.
+    if isinstance(batch, PackedBatch):
+        features, counted = (
+            packed_features(*models, logps_fn=_packed_logps_fn(call), settings=settings),
+            packed_totals(batch),
+        )
+    else:
+        features, counted = pair_features(*models, apply_fn=call, settings=settings), pair_totals(batch)
     totals = Totals(
         counted.normalizer if normalizer is None else normalizer,
         counted.num_chosen_tokens if num_chosen_tokens is None else num_chosen_tokens,
@@ -199,6 +223,28 @@ def _batch_loss(
     if settings.has_state:
         metrics["loss_state"] = next_loss_state(features, settings=settings, loss_state=loss_state)
     return mean(losses), metrics
+
+
+def _packed_logps_fn(apply_fn: PackedApplyFn) -> LogpsFn:
+    """Makes the function that `packed_features` takes out of a caller's own."""
+
+    def logps_fn(params: Params, batch: PackedBatch, with_log_sum_sq: bool) -> TokenScores:
+        outputs = apply_fn(params, batch)
+        logps, log_sum_sq = outputs if isinstance(outputs, tuple) else (outputs, None)
+        if with_log_sum_sq and log_sum_sq is None:
+            raise ValueError(
+                "use_weighting needs log sum_v p_v^2 as well: apply_fn must return what jdpo.losses.packed_token_logps "
+                "returns with return_log_sum_sq=True"
+            )
+        for array in (logps, log_sum_sq) if with_log_sum_sq else (logps,):
+            if getattr(array, "shape", None) != batch.logp_slot.shape:
+                raise ValueError(
+                    f"apply_fn must return a log-prob for each scored token, {batch.logp_slot.shape}, as "
+                    f"jdpo.losses.packed_token_logps does; found {getattr(array, 'shape', type(array).__name__)}"
+                )
+        return TokenScores(logps, log_sum_sq if with_log_sum_sq else None)
+
+    return logps_fn
 
 
 def _mean(values: Array, weights: Array, count: Array | float) -> Array:

@@ -1,16 +1,18 @@
 """From logits to log-probabilities of tokens and sequences.
 
-Axes: t positions, v vocabulary; `...` any leading axes.
+Axes: t positions, v vocabulary; `...` any leading axes; of packed rows: r rows, s slots and k scored tokens of a row,
+d model.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
 
-from jdpo.types import AnyArray
+from jdpo.losses.linear import linear_token_logps
+from jdpo.types import AnyArray, PackedBatch
 
 Array = jax.Array
 
@@ -137,3 +139,68 @@ def sequence_logps(
     if reduction == "mean":
         return total / jnp.maximum(mask.sum(-1), 1).astype(dtype)
     raise ValueError(f"reduction must be 'sum' or 'mean', found {reduction!r}")
+
+
+# --- packed rows
+
+
+@overload
+def packed_token_logps(
+    outputs: Array,
+    batch: PackedBatch,
+    head: Array | None = ...,
+    *,
+    return_log_sum_sq: Literal[False] = ...,
+    **options: Any,
+) -> Array: ...
+@overload
+def packed_token_logps(
+    outputs: Array, batch: PackedBatch, head: Array | None = ..., *, return_log_sum_sq: Literal[True], **options: Any
+) -> tuple[Array, Array]: ...
+
+
+def packed_token_logps(
+    outputs: Array, batch: PackedBatch, head: Array | None = None, *, return_log_sum_sq: bool = False, **options: Any
+) -> Any:
+    """Computes the log-prob of each scored token of packed rows.
+
+    Args:
+      outputs: what the model gives for the slots: logits [m, s, v], or, with a head, hidden states [m, s, d], which is
+        cheaper: only the states that predict a scored token meet the head, and in chunks.
+      batch: arrays [m, ...] of a micro-batch.
+      head: float [d, v], without a bias; None: outputs are logits.
+      return_log_sum_sq: also return log sum_v p_v^2, which use_weighting needs.
+      **options: chunk_size, logit_softcap and logit_scale of `linear_token_logps`, with a head only.
+
+    Returns:
+      float32 [m, c] (float64 for float64 outputs), natural logarithms; 0 after the last scored token of a row. With
+      return_log_sum_sq, two such arrays.
+
+    Raises:
+      ValueError: shapes that do not match, or options without a head; see also `linear_token_logps`.
+    """
+    if outputs.ndim != 3 or outputs.shape[:2] != batch.tokens.shape:
+        raise ValueError(
+            f"expected logits [m, s, v] or hidden states [m, s, d] for batch.tokens {batch.tokens.shape}, found "
+            f"{outputs.shape}"
+        )
+    scored, targets = scored_states(outputs, batch), jnp.asarray(batch.logp_target)
+    counts = num_scored(batch)
+    if head is not None:
+        return linear_token_logps(scored, head, targets, lengths=counts, return_log_sum_sq=return_log_sum_sq, **options)
+    if options:
+        raise ValueError(f"{', '.join(options)}: expected only with a head; logits are taken as they are")
+    is_scored = jnp.arange(targets.shape[-1]) < counts[:, None]
+    logps = jnp.where(is_scored, token_logps(scored, targets), 0)
+    return (logps, jnp.where(is_scored, token_log_sum_sq(scored), 0)) if return_log_sum_sq else logps
+
+
+def scored_states(values_rsd: Array, batch: PackedBatch) -> Array:
+    """Selects the slots that predict a scored token, [r, s, d] -> [r, k, d]; arbitrary after the last one of a row."""
+    return jnp.take_along_axis(values_rsd, batch.logp_slot[..., None], axis=1)
+
+
+def num_scored(batch: PackedBatch) -> Array:
+    """Returns int [r], the number of scored tokens of each row, which come first."""
+    # Numbers from q on, the number of sequences in `gather` [r, q, t], mark padding.
+    return (batch.logp_pair < batch.gather.shape[-2]).sum(-1)

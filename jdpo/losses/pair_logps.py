@@ -176,7 +176,7 @@ def packed_features(
     reference: tuple[Array | None, Array | None] = (None, None)
     if settings.needs_reference:
         if (reference_params is None) == (batch.logp_reference is None):
-            raise ValueError("expected either reference_params or batch.logp_reference")
+            raise _reference_error(settings, "batch.logp_reference", reference_params)
         given: Any = batch.logp_reference
         if reference_params is not None:
             # Stopped at the params already, so that no activation of this pass is kept for a backward pass.
@@ -233,10 +233,7 @@ def _reference_token_logps(
       ValueError: params and batch.reference_logps are both given or both missing, or the shape is wrong.
     """
     if (params is None) == (batch.reference_logps is None):
-        raise ValueError(
-            f"loss_type {' + '.join(settings.loss_types)} needs a reference: expected either reference_params or "
-            f"batch.reference_logps, found {'neither' if params is None else 'both'}"
-        )
+        raise _reference_error(settings, "batch.reference_logps", params)
     if params is not None:
         return jax.lax.stop_gradient(pair_token_logps(jax.lax.stop_gradient(params), batch, apply_fn=apply_fn))
     given: Array = jnp.asarray(batch.reference_logps)
@@ -249,6 +246,13 @@ def _reference_token_logps(
             "ld_alpha weighs tokens, so batch.reference_logps must be [b, 2, t], one value per token; found sums [b, 2]"
         )
     return jax.lax.stop_gradient(given)
+
+
+def _reference_error(settings: LossSettings, field: str, params: Params | None) -> ValueError:
+    return ValueError(
+        f"loss_type {' + '.join(settings.loss_types)} needs a reference: expected either reference_params or {field}, "
+        f"found {'neither' if params is None else 'both'}"
+    )
 
 
 # --- sums over the completions of packed rows, the packed counterpart of `sequence_logps`

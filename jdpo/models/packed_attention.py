@@ -15,13 +15,90 @@ Both directions, and both of their transposes, are gathers: no scatter-add, whic
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from jdpo.types import PackedBatch
+
 Array = Any
+
+
+def packed_attention(
+    attend: Callable[[Array, Array, Array, Array], Array], batch: PackedBatch
+) -> Callable[[Array, Array, Array], Array]:
+    """Makes causal attention over packed rows out of any causal attention over padded sequences.
+
+    A model of your own reads a packed batch with two changes: its positions are `batch.positions`, and its attention is
+    the function returned here. Everything else (embeddings, norms, projections, the MLP) works on slots as on tokens.
+    Sequences and slots are gathered from each other in both directions, forward and backward.
+
+    Args:
+      attend: (query [n, t, h, d], key [n, t, g, d], value [n, t, g, e], segment_ids int [n, t]) -> [n, t, h, e]. It is
+        causal, and it masks keys whose segment differs from the query's: 1 for tokens, 0 for the padding after them.
+        Attention that is causal only gives the same results, since no token sees the padding after it. Scale, softcap
+        and window are its own, and so is the number of key heads g.
+      batch: arrays [m, ...] of a micro-batch, or of one row without the axis m, as within `jax.vmap` over rows.
+
+    Returns:
+      (query [m, s, h, d], key [m, s, g, d], value [m, s, g, e]) -> [m, s, h, e], the attention of every slot to the
+      slots of its own sequence; without m for one row. Values in unused slots are arbitrary.
+
+    Raises:
+      ValueError: the batch has an axis of micro-batches, or an array does not have the shape above.
+    """
+    is_row = batch.tokens.ndim == 1
+    if batch.tokens.ndim not in (1, 2):
+        raise ValueError(
+            f"expected a batch of rows [m, s], or one row [s]; found tokens {batch.tokens.shape}. Run micro-batches "
+            "[k, m, s] one after the other, as jax.lax.scan does"
+        )
+    arrays = (jnp.asarray(array) for array in (batch.gather, batch.lengths, batch.scatter, batch.readers))
+    layout = packed_sequences(*(array[None] if is_row else array for array in arrays))
+    lengths, num_places = layout.lengths.reshape(-1), batch.gather.shape[-1]
+    segment_ids = (jnp.arange(num_places) < lengths[:, None]).astype(jnp.int32)
+
+    def attend_sequences(query: Array, key: Array, value: Array) -> Array:
+        output, expected = attend(query, key, value, segment_ids), (*query.shape[:3], value.shape[3])
+        if getattr(output, "shape", None) != expected:
+            raise ValueError(
+                f"packed_attention: attend must return {expected} for a query {query.shape}, found "
+                f"{getattr(output, 'shape', type(output).__name__)}"
+            )
+        return output
+
+    def attention(query: Array, key: Array, value: Array) -> Array:
+        for name, array in (("query", query), ("key", key), ("value", value)):
+            if array.ndim != batch.tokens.ndim + 2 or array.shape[:-2] != batch.tokens.shape:
+                raise ValueError(
+                    f"packed_attention: expected a {name} [m, s, heads, head width] for batch.tokens "
+                    f"{batch.tokens.shape}, both without m for one row; found {array.shape}"
+                )
+        slots = [array[None] if is_row else array for array in (query, key, value)]
+        output = attend_packed(attend_sequences, layout, *slots)
+        return output[0] if is_row else output
+
+    return attention
+
+
+def attend_packed(
+    attend: Callable[[Array, Array, Array], Array], layout: PackedSequences, query: Array, key: Array, value: Array
+) -> Array:
+    """Runs attention over sequences on flat slots.
+
+    A prompt is copied to each of its branches, so `attend` needs no mask of its own for them.
+
+    Args:
+      attend: (query, key, value), [(r q), t, heads, head width] each -> [(r q), t, h, k].
+      query, key, value: [r, s, heads, head width] each; heads and widths may differ.
+
+    Returns:
+      [r, s, h, k].
+    """
+    return to_slots(attend(*(to_sequences(x, layout) for x in (query, key, value))), layout)
 
 
 class PackedSequences(NamedTuple):

@@ -6,6 +6,7 @@ Axes: n sequences, t positions, p prompts, r rows of a prompt, d model, h heads,
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +26,7 @@ from jdpo.models.attention import (
 from jdpo.models.layers import Norm, Projection
 from jdpo.models.mesh_axes import mesh_axes
 from jdpo.models.model_config import LayerKind, ModelConfig
-from jdpo.models.packed_attention import PackedSequences, to_sequences, to_slots
+from jdpo.models.packed_attention import PackedSequences, attend_packed
 from jdpo.models.rope import RopeTables, apply_rope
 
 
@@ -139,13 +140,15 @@ class Attention(nn.Module):
 
     def _attend(self, query: jax.Array, key: jax.Array, value: jax.Array, context: Context) -> jax.Array:
         if context.packed is not None:
-            # A prompt is copied to each of its branches, so attention needs no mask of its own for them.
-            # [r, s, h, k] -> [(r q), t, h, k]
-            query, key, value = (to_sequences(x, context.packed) for x in (query, key, value))
-            # [r, q] -> [(r q)]
-            lengths = context.packed.lengths.reshape(-1)
-            output = attend_over_mesh(self.attention, self.config, self.kind, query, key, value, lengths)
-            return to_slots(output, context.packed)
+            attend = partial(
+                attend_over_mesh,
+                self.attention,
+                self.config,
+                self.kind,
+                # [r, q] -> [(r q)]
+                lengths=context.packed.lengths.reshape(-1),
+            )
+            return attend_packed(attend, context.packed, query, key, value)
         if context.lengths is not None:
             return attend_over_mesh(self.attention, self.config, self.kind, query, key, value, context.lengths)
         assert context.positions is not None

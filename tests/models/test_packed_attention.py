@@ -7,7 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jdpo.models.packed_attention import PackedSequences, num_readers, packed_sequences, to_sequences, to_slots
+from jdpo import pack
+from jdpo.models.packed_attention import (
+    PackedSequences,
+    num_readers,
+    packed_attention,
+    packed_sequences,
+    to_sequences,
+    to_slots,
+)
 
 # One row of 8 slots: prompt 0 1, chosen 2 3, rejected 4; two sequences of 4 places, of which 4 and 3 are real.
 NONE = 8
@@ -59,3 +67,21 @@ def test_gradients_are_those_of_scatter_adds(layout: PackedSequences) -> None:
     np.add.at(expected, np.array(SCATTER[0]), slots[0, :, 0])
     (gradient,) = to_slots_vjp(jnp.array(slots, jnp.float32))
     np.testing.assert_allclose(gradient.reshape(8, 2)[:7], expected[:7], rtol=1e-6)
+
+
+def test_attention_of_other_shapes_is_refused() -> None:
+    batch = pack([{"prompt_ids": [5, 6], "chosen_ids": [7, 2], "rejected_ids": [8]}], num_slots=8, length=4)
+    x = jnp.zeros((1, 8, 2, 3))
+    assert packed_attention(lambda q, k, v, segments: v, batch)(x, x, x).shape == x.shape
+    with pytest.raises(ValueError, match="expected a key"):
+        packed_attention(lambda q, k, v, segments: v, batch)(x, x[:, :7], x)
+    with pytest.raises(ValueError, match="attend must return"):
+        packed_attention(lambda q, k, v, segments: v[0], batch)(x, x, x)
+
+
+def test_segments_are_tokens_and_padding() -> None:
+    batch = pack([{"prompt_ids": [5, 6], "chosen_ids": [7, 2], "rejected_ids": [8]}], num_slots=8, length=4)
+    seen = []
+    x = jnp.zeros((1, 8, 1, 1))
+    packed_attention(lambda q, k, v, segments: (seen.append(segments), v)[1], batch)(x, x, x)
+    assert seen[0].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]

@@ -101,22 +101,19 @@ def plan_step(
     Args:
       slots: int [b], slots of each item.
       num_rows: m.
-      max_slots: maximum number of slots per row; ignored if max_items is given.
-      max_items: maximum number of items per row.
+      max_slots: maximum number of slots per row; None: no limit.
+      max_items: maximum number of items per row; None: no limit.
 
     >>> plan_step(np.array([5, 3, 4, 2]), num_rows=2, max_slots=7)
     StepBins(num_micro=1, bin_of=array([0, 1, 1, 0]))
     """
     assert min(len(slots), num_rows) >= 1, (len(slots), num_rows)
-    if max_items is not None:
-        num_micro = -(-len(slots) // (num_rows * max_items))
-        return StepBins(num_micro, _spread(slots, num_micro * num_rows, max_items)[0])
-    assert max_slots is not None
-    limit = max(max_slots, int(slots.max()))
+    most_items = len(slots) if max_items is None else max_items
+    limit = max(max_slots or int(slots.sum()), int(slots.max()), 1)
     # A lower bound; items cannot be cut, so more micro-batches may be needed.
-    num_micro = -(-int(slots.sum()) // (num_rows * limit))
+    num_micro = max(-(-len(slots) // (num_rows * most_items)), -(-int(slots.sum()) // (num_rows * limit)))
     while True:
-        bin_of, fullest = _spread(slots, num_micro * num_rows, len(slots))
+        bin_of, fullest = _spread(slots, num_micro * num_rows, most_items)
         if fullest <= limit:
             return StepBins(num_micro, bin_of)
         num_micro += 1
@@ -182,7 +179,7 @@ class PackingPlan:
     Attributes:
       sizes: sizes of all items of the data.
       num_rows: m.
-      max_slots: maximum number of slots per row, except for longer items; ignored if max_items is given.
+      max_slots: maximum number of slots per row, except for longer items, or None.
       max_items: maximum number of items per row, or None.
       shapes: the shapes of the run's steps, the most expensive last.
     """

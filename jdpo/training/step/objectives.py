@@ -17,7 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jdpo.losses.coupled import init_loss_state
 from jdpo.losses.linear_chunks import HeadSettings, row_token_logps
-from jdpo.losses.logprobs import sequence_logps, shifted_token_logps
+from jdpo.losses.logprobs import num_scored, scored_states, sequence_logps, shifted_token_logps
 from jdpo.losses.pair_logps import PairFeatures, TokenScores, belongs, completion_sums, packed_features, pair_features
 from jdpo.losses.pair_losses import Totals, feature_losses, next_loss_state, packed_totals, pair_totals
 from jdpo.losses.router import of_real_rows
@@ -256,10 +256,9 @@ class PackedLogps:
         else:
             (hidden_rsd, head_dv), router = apply_routed(self.model, params, *inputs, method=method)
         # Only hidden states that predict a learnt token meet the head, the largest matrix of the model.
-        hidden_rkd = jnp.take_along_axis(hidden_rsd, batch.logp_slot[..., None], axis=1)
-        # Scored tokens come first in a row, and the head is not run after the last one.
-        # Numbers from q on, the number of sequences in `gather` [r, q, t], mark padding.
-        num_scored_r = (batch.logp_pair < batch.gather.shape[-2]).sum(-1)
+        hidden_rkd = scored_states(hidden_rsd, batch)
+        # The head is not run after the last scored token.
+        num_scored_r = num_scored(batch)
         if self.mesh.size > self.num_shards:
             # Devices that share the vocabulary talk to each other in every chunk, so all must run as many chunks.
             num_scored_r = jnp.full_like(num_scored_r, num_scored_r.max())

@@ -66,24 +66,26 @@ def test_the_shape_of_a_step_holds_its_fullest_row_and_its_longest_sequence() ->
 @given(
     st.lists(st.integers(1, 100), min_size=1, max_size=40),
     st.integers(1, 8),
-    st.integers(10, 300),
+    st.none() | st.integers(10, 300),
     st.none() | st.integers(1, 5),
 )
-def test_bins(slots: list[int], num_rows: int, max_slots: int, max_items: int | None) -> None:
+def test_bins(slots: list[int], num_rows: int, max_slots: int | None, max_items: int | None) -> None:
     array = np.array(slots)
     bins = plan_step(array, num_rows=num_rows, max_slots=max_slots, max_items=max_items)
     num_bins = bins.num_micro * num_rows
     assert bins.bin_of.min() >= 0
     assert bins.bin_of.max() < num_bins
     loads = np.bincount(bins.bin_of, weights=array, minlength=num_bins)
-    if max_items is None:
+    if max_slots is None:
+        assert bins.num_micro == -(-len(slots) // (num_rows * (max_items or len(slots))))
+    else:
         assert loads.max() <= max(max_slots, max(slots))
+    if max_items is not None:
+        assert np.bincount(bins.bin_of).max() <= max_items
+    else:
         # Largest-first guarantees that no bin exceeds the mean by a whole item.
         assert loads.max() <= sum(slots) / num_bins + max(slots) * (1 - 1 / num_bins) + 1e-9
-        assert bins.num_micro == 1 or sum(slots) > (bins.num_micro - 1) * num_rows * max_slots / 2
-    else:
-        assert np.bincount(bins.bin_of).max() <= max_items
-        assert bins.num_micro == -(-len(slots) // (num_rows * max_items))
+        assert bins.num_micro == 1 or sum(slots) > (bins.num_micro - 1) * num_rows * (max_slots or 0) / 2
     again = plan_step(array, num_rows=num_rows, max_slots=max_slots, max_items=max_items)
     np.testing.assert_array_equal(again.bin_of, bins.bin_of)
 

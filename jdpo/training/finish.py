@@ -86,8 +86,11 @@ def log_findings(directory: RunDirectory, status: Status, step: int, log: Callab
         log(f"note: no verdict on this run: {error}")
         return
     findings = findings_of(lines, facts)
-    # How far the run came is told by the lines around these.
-    log("\n".join([*verdict(lines, facts, findings)[1:], *finding_lines(findings, advised=("error", "warning"))]))
+    # How far the run came is told by the lines around these, and what to think of it by the findings.
+    _, *reached, judgement = verdict(lines, facts, findings)
+    if all(finding.level == "note" for finding in findings):
+        reached.append(judgement)
+    log("\n".join([*reached, *finding_lines(findings, advised=("error", "warning"))]))
 
 
 def _push(setup: Setup, directory: RunDirectory, exported: int, log: Callable[[str], None]) -> None:

@@ -119,6 +119,7 @@ def test_without_a_reference_the_first_quarter_is_compared_with_the_last() -> No
 def test_supervised_losses_that_do_not_fall_or_rise() -> None:
     noise = 0.05 * np.random.default_rng(0).normal(size=20)
     assert keys(sft_lines((2.0 + noise).tolist()), SFT) == {"learnt_nothing"}
+    assert found("learnt_nothing", sft_lines((2.0 + noise).tolist(), {100: 2.1, 200: 2.099}), SFT).level == "error"
     assert keys(sft_lines((2.0 + noise + np.linspace(0, 1, 20)).tolist()), SFT) == {"loss_rises"}
     assert keys(sft_lines([2.0, 3.0, 4.0]), SFT) == set()
 
@@ -155,7 +156,7 @@ def test_a_fall_of_the_chosen_log_prob_without_better_accuracy() -> None:
     assert "chosen_falls" not in keys(lines)
     flat = simulated(lambda done: 1.0, chosen=lambda done: -120 * done, spread=lambda done: 1.0)
     finding = found("chosen_falls", flat, num_eval_rows=None)
-    assert (finding.level, "training chosen answers fell" in finding.evidence) == ("warning", True)
+    assert (finding.level, "of training chosen answers fell" in finding.evidence) == ("warning", True)
     for word in ("rpo_alpha", "beta", "learning_rate", "max_steps", "docs/running.md"):
         assert word in finding.advice
     assert "rpo_alpha" not in found("chosen_falls", flat, losses=("sigmoid", "rpo")).advice
@@ -173,7 +174,7 @@ def test_a_fall_is_judged_per_token_and_on_held_out_rows_where_these_are_known()
     )
     finding = found("chosen_falls", lines, data={"train": {"lengths": {"chosen": {"mean": 1000.0}}}})
     assert finding.level == "note"
-    assert "held-out chosen answers fell" in finding.evidence
+    assert "of held-out chosen answers fell" in finding.evidence
     assert "per token" in finding.evidence
     assert found("chosen_falls", lines, data={"train": {"lengths": {"chosen": {"mean": 50.0}}}}).level == "warning"
 
@@ -372,4 +373,6 @@ def test_the_verdict_says_how_far_the_run_came_and_what_it_reached() -> None:
     stopped = dataclasses.replace(FACTS, status="stopped", step=100)
     first, reached, _ = verdict(simulated(lambda done: done)[:10], stopped, [])
     assert "stopped after 100 of 200 steps" in first
+    assert "not evaluated yet" in reached
+    _, reached, _ = verdict(simulated(lambda done: done), dataclasses.replace(FACTS, num_eval_rows=None), [])
     assert "No pairs were held out" in reached

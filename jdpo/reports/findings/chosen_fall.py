@@ -87,19 +87,17 @@ def _finding(facts: RunFacts, before: _Stage, after: _Stage, fall: float, rows: 
     per_token = f" ({figures(fall / tokens)} per token)" if tokens else ""
     large = fall / tokens > FALL_PER_TOKEN if tokens else fall > LARGE_FALL
     level: Level = "warning" if large else "note"
-    began = "the start" if before.chosen.last == 0 else before.chosen.where
-    accuracy = (
-        f"the accuracy is {figures(after.accuracy.value)}, no better than chance"
-        if before.chosen.last == 0
-        else f"the accuracy went from {figures(before.accuracy.value)} to {figures(after.accuracy.value)}"
-    )
+    from_start = before.chosen.last == 0
+    began = "the start" if from_start else f"step {before.chosen.middle:,}"
+    then = "chance" if from_start else figures(before.accuracy.value)
     keeps = "" if "rpo" in facts.losses else ", or add rpo_alpha: 1.0, which holds the chosen answers up"
     return Finding(
         "chosen_falls",
         level,
         "Chosen answers became less probable while accuracy did not rise",
-        f"Between {began} and {after.chosen.where} the log-prob of the {rows} chosen answers fell by {figures(fall)} "
-        f"nats{per_token}; {accuracy}.",
+        f"Between {began} and step {after.chosen.middle:,} (means around these steps) the log-prob of {rows} chosen "
+        f"answers fell by {figures(fall)} nats{per_token}; their accuracy went from {then} to "
+        f"{figures(after.accuracy.value)}.",
         "The loss sees only the difference between chosen and rejected, so both may fall. That is harmless while "
         "held-out accuracy rises and sampled answers stay good (sample_prompts); here the steps since then brought no "
         "better ranking. Make fewer of them (max_steps, load_best_model_at_end), lower learning_rate, raise "

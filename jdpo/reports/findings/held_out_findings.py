@@ -64,7 +64,9 @@ def _worse_than_start(lines: Lines, facts: RunFacts) -> Iterator[Finding]:
     yield Finding(
         "held_out_loss_above_start",
         level,
-        "On held-out pairs the model is worse than the one that it started from",
+        "On held-out pairs the model is worse than the one that it started from"
+        if sure
+        else "The held-out loss is above that of the start, perhaps by chance",
         f"Held-out loss {figures(loss.value)} at step {loss.step:,}, {'' if sure else 'slightly '}above "
         f"{figures(start)}{_ln2(start)}, its value where policy equals reference{doubt}.{fell}",
         f"{FEWER}. A loss above this value means that confident mistakes outweigh what was learnt; export the best "
@@ -129,7 +131,7 @@ def _accuracy_gap(lines: Lines, facts: RunFacts) -> Iterator[Finding]:
         "overfit",
         "warning",
         "Training pairs are ranked much better than held-out pairs",
-        f"Accuracy {figures(trained.value)} on the training pairs of {trained.where}, {figures(there)} on "
+        f"Accuracy {figures(trained.value)} on the training pairs {trained.where}, {figures(there)} on "
         f"{figure(facts.num_eval_rows, 'held-out pair')} at step {last.step:,}.",
         f"The model learns pairs by heart. {FEWER}; LoRA (lora: true) and a larger beta also hold it back.",
     )

@@ -27,6 +27,9 @@ MOVED_NATS = 0.1
 MOVED_LOSS = 0.01
 """A loss that is further than this fraction from its start shows that pairs have moved."""
 
+MOVED_EVALUATION = 0.002
+"""A held-out supervised loss that fell by less than this fraction is where it was."""
+
 FEW_PAIRS, MANY_PAIRS = 30, 200
 """From FEW_PAIRS on an accuracy near 0.5 means something (+- 0.18), from MANY_PAIRS on it is conclusive (+- 0.07)."""
 
@@ -96,7 +99,7 @@ def learnt_nothing(lines: Lines, facts: RunFacts) -> Iterator[Finding]:
     if facts.step <= 1 or facts.step < max(facts.num_steps / 2, facts.warmup_steps):
         return
     if facts.command != "dpo":
-        yield from _no_fall(lines)
+        yield from _no_fall(lines, facts.is_over)
     elif facts.has_reference and facts.beta:
         yield from _not_moved(lines, facts, facts.beta) or _at_chance(lines, facts)
     else:
@@ -104,8 +107,8 @@ def learnt_nothing(lines: Lines, facts: RunFacts) -> Iterator[Finding]:
 
 
 def _advice(facts: RunFacts) -> str:
-    rate = "learning_rate" if facts.learning_rate is None else f"learning_rate ({facts.learning_rate:g})"
-    return f"Raise {rate}, by a factor of 3 to 10, or train longer (num_train_epochs, max_steps). "
+    rate = "learning_rate" if facts.learning_rate is None else f"learning_rate (now {facts.learning_rate:g})"
+    return f"Raise {rate} by a factor of 3 to 10, or train longer (num_train_epochs, max_steps). "
 
 
 def _not_moved(lines: Lines, facts: RunFacts, beta: float) -> list[Finding]:
@@ -124,7 +127,7 @@ def _not_moved(lines: Lines, facts: RunFacts, beta: float) -> list[Finding]:
             "learnt_nothing",
             "error" if facts.is_over else "warning",
             "The policy has hardly moved from the reference",
-            f"In {margin.where} the log-prob of answers differs from the reference's by less than "
+            f"The log-prob of answers differs from the reference's by less than "
             f"{figures(max(moved.values()))} nats on average; margin {figures(margin.value)}, "
             f"loss {figures(loss.value)}{start}.",
             _advice(facts) + "With a long warm-up (warmup_steps, warmup_ratio) most steps have a small rate.",
@@ -151,7 +154,7 @@ def _at_chance(lines: Lines, facts: RunFacts) -> list[Finding]:
             "learnt_nothing",
             level,
             "There is no sign that the preferences were learnt",
-            f"In {accuracy.where} the accuracy on {figure(pairs, 'training pair')} is {figures(accuracy.value)} (95 % "
+            f"The accuracy on {figure(pairs, 'training pair')} {accuracy.where} is {figures(accuracy.value)} (95 % "
             f"interval {low:.2f} to {high:.2f}; chance is 0.5), the loss {figures(loss.value)}{start}.",
             "Look at some pairs (`jdpo inspect`): is chosen really better, and are the sides in the right columns? "
             + _advice(facts)
@@ -179,13 +182,13 @@ def _no_progress(lines: Lines) -> Iterator[Finding]:
         "learnt_nothing",
         "warning",
         "Neither loss nor accuracy has improved beyond its noise",
-        f"Loss {figures(first.value)} in {first.where} and {figures(last.value)} in {last.where}; accuracy "
+        f"Loss {figures(first.value)} {first.where} and {figures(last.value)} {last.where}; accuracy "
         f"{figures(before.value)} and {figures(after.value)}.",
         "Raise learning_rate by a factor of 3 to 10, or train longer (num_train_epochs, max_steps).",
     )
 
 
-def _no_fall(lines: Lines) -> Iterator[Finding]:
+def _no_fall(lines: Lines, is_over: bool) -> Iterator[Finding]:
     """The loss of supervised fine-tuning has not fallen."""
     loss = training(lines, "loss")
     if len(loss) < FEW_POINTS:
@@ -201,15 +204,19 @@ def _no_fall(lines: Lines) -> Iterator[Finding]:
             "loss_rises",
             "error",
             "The training loss rises",
-            f"Loss {figures(before.value)} in {before.where} and {figures(after.value)} in {after.where}.",
+            f"Loss {figures(before.value)} {before.where} and {figures(after.value)} {after.where}.",
             "Start again with a lower learning_rate, by a factor of 3 to 10, or with a warm-up (warmup_ratio 0.1).",
         )
         return
+    # The same rows each time, so that they have no such noise.
+    evaluated = held_out(lines, "loss")
+    still = len(evaluated) > 1 and evaluated[0].value - evaluated[-1].value < MOVED_EVALUATION * evaluated[0].value
+    there = f" Held-out loss {figures(evaluated[0].value)}, then {figures(evaluated[-1].value)}." if still else ""
     yield Finding(
         "learnt_nothing",
-        "warning",
+        "error" if still and is_over else "warning",
         "The training loss has not fallen beyond its noise",
-        f"Loss {figures(before.value)} in {before.where} and {figures(after.value)} in {after.where}.",
+        f"Loss {figures(before.value)} {before.where} and {figures(after.value)} {after.where}.{there}",
         "Raise learning_rate by a factor of 3 to 10, or train longer (num_train_epochs, max_steps). If the model knew "
         "these rows before, there was nothing to learn from them.",
     )

@@ -68,6 +68,6 @@ def _warm_up(facts: RunFacts) -> Iterator[Finding]:
         "mostly_warm_up",
         "warning",
         "Most of the steps were warm-up, in which the learning rate is small",
-        f"{figure(done, 'step')} of {facts.step:,} were warm-up.",
+        f"{done:,} of {figure(facts.step, 'step')} were warm-up.",
         advice,
     )

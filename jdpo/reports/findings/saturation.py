@@ -30,16 +30,25 @@ def saturation(lines: Lines, facts: RunFacts) -> Iterator[Finding]:
         # A sum with other terms, or a loss that may be negative, has no such scale.
         if not facts.losses or not _LOGISTIC.issuperset(facts.losses):
             return
-        what, advice = "training pairs", "raise beta or label_smoothing"
+        what, advice = "pairs", "raise beta or label_smoothing"
     else:
-        what, advice = "training rows", "give more or more varied rows"
+        what, advice = "rows", "give more varied rows"
+    evaluated = held_out(lines, "loss")
+    on_new = f"; on held-out {what} it is {figures(evaluated[-1].value)}" if evaluated else ""
+    # New rows are as easy, so that these were not learnt by heart.
+    easy = bool(evaluated) and evaluated[-1].value < SMALL_LOSS
     yield Finding(
         "small_loss",
-        "warning",
-        f"The loss is so small that the {what} are known by heart",
-        f"Loss {figures(losses.value)} in {losses.where}.",
-        "More steps no longer improve the model, and cost it what it knew before. Train for fewer steps "
-        f"(num_train_epochs, max_steps), lower learning_rate, or {advice}; compare with held-out rows (eval_fraction).",
+        "note" if easy else "warning",
+        f"The loss is close to 0: these {what} have nothing more to teach",
+        f"Training loss {figures(losses.value)} {losses.where}{on_new}.",
+        "Further steps cost the model what it knew before. Train for fewer steps (num_train_epochs, max_steps), lower "
+        f"learning_rate, or {advice}. "
+        + (
+            f"The {what} are easy: see what tells them apart."
+            if easy
+            else f"Compare with held-out {what} (eval_fraction)."
+        ),
     )
 
 
@@ -49,14 +58,15 @@ def _large_margin(lines: Lines) -> Iterator[Finding]:
     large = {name: mean for name, mean in shown.items() if mean is not None and mean.value > LARGE_MARGIN}
     if not large:
         return
-    where = " and ".join(f"{figures(mean.value)} on {name} pairs in {mean.where}" for name, mean in large.items())
+    where = " and ".join(f"{figures(mean.value)} on {name} pairs {mean.where}" for name, mean in large.items())
     largest = max(mean.value for mean in large.values())
-    odds = math.exp(min(largest, 700.0))
+    odds = f"{math.exp(largest):,.0f}" if largest < 15 else "more than 3,000,000"
     yield Finding(
         "large_margin",
         "warning",
         "The margin is far larger than ranking the pairs needs",
-        f"Mean margin {where}; at this margin the odds of chosen against rejected grew {odds:.1e} times.",
+        f"Mean margin {where}; at this margin the odds of chosen against rejected are {odds} times those of the "
+        "reference.",
         "The model has moved far from the reference, which shows in its answers (sample_prompts). Train for fewer "
         "steps (num_train_epochs, max_steps), lower learning_rate, or raise beta.",
     )

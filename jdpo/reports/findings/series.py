@@ -49,8 +49,13 @@ class Mean(NamedTuple):
 
     @property
     def where(self) -> str:
-        """The steps in words."""
-        return f"step {self.last}" if self.first == self.last else f"steps {self.first:,} to {self.last:,}"
+        """The steps in words, with their preposition."""
+        return f"at step {self.last:,}" if self.first == self.last else f"in steps {self.first:,} to {self.last:,}"
+
+    @property
+    def middle(self) -> int:
+        """The step in the middle."""
+        return (self.first + self.last) // 2
 
 
 def training(lines: Lines, name: str) -> list[Point]:

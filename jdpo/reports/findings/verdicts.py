@@ -33,20 +33,26 @@ def _reached(lines: Lines, facts: RunFacts) -> list[str]:
     start = f" ({figures(facts.start_loss)} where policy equals reference)" if facts.start_loss is not None else ""
     losses, accuracies = held_out(lines, "loss"), held_out(lines, "rewards/accuracies")
     if losses:
-        sentence = f"Held-out loss {figures(losses[-1].value)}{start}"
-        if accuracies:
-            share, num = accuracies[-1].value, facts.num_eval_rows
-            low, high = share_interval(share, num) if num else (None, None)
-            interval = "" if low is None else f" ({figure(num or 0, 'pair')}, 95 % interval {low:.2f} to {high:.2f})"
-            sentence += f", accuracy {figures(share)}{interval}"
-        return [f"{sentence}, at step {losses[-1].step:,}."]
+        if not start and len(losses) > 1:
+            start = f" ({figures(losses[0].value)} at step {losses[0].step:,})"
+        of = f", accuracy {_with_interval(accuracies[-1].value, facts.num_eval_rows)}" if accuracies else ""
+        return [f"Held-out loss at step {losses[-1].step:,}: {figures(losses[-1].value)}{start}{of}."]
     loss, accuracy = last_quarter(training(lines, "loss")), last_quarter(training(lines, "rewards/accuracies"))
     if loss is None:
         return ["No metrics were logged."]
-    reached = f"Training loss {figures(loss.value)}{start}"
+    reached = f"Training loss {loss.where}: {figures(loss.value)}{start}"
     reached += f", accuracy {figures(accuracy.value)}" if accuracy else ""
     what = "pairs" if facts.command == "dpo" else "rows"
-    return [f"{reached}, in {loss.where}. No {what} were held out, so it is unknown how it does on new ones."]
+    if facts.num_eval_rows:
+        return [f"{reached}. The held-out {what} were not evaluated yet."]
+    return [f"{reached}. No {what} were held out, so nothing is known about new ones."]
+
+
+def _with_interval(accuracy: float, num_pairs: int | None) -> str:
+    if not num_pairs:
+        return figures(accuracy)
+    low, high = share_interval(accuracy, num_pairs)
+    return f"{figures(accuracy)} ({figure(num_pairs, 'pair')}, 95 % interval {low:.2f} to {high:.2f})"
 
 
 def _judgement(facts: RunFacts, findings: Sequence[Finding]) -> str:

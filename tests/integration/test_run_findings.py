@@ -1,0 +1,67 @@
+"""A run ends with what it found out about itself; another run of its kind reads the same from its folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from jdpo.config import DPOConfig, load_config, to_public_yaml
+from jdpo.reports.findings import findings_of
+from jdpo.reports.metrics_file import read_metrics
+from jdpo.training.logs.facts_of_run import read_facts
+from jdpo.training.run import train
+from jdpo.training.run_record import RunRecord
+
+
+def test_a_run_that_learns_nothing_says_so_before_it_is_done(
+    run_words: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config(DPOConfig, None, run_words(max_steps=4, learning_rate=1e-12, max_grad_norm=1e-3))
+
+    def stop(step: int, params: object) -> None:
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert train(config, on_step=stop).interrupted
+    stopped = capsys.readouterr().err.splitlines()
+    # At least half of the steps are made.
+    assert "error: The policy has hardly moved from the reference" in stopped
+    assert stopped[-1].startswith("stopped by a signal")
+    assert read_facts(tmp_path / "run").status == "stopped"
+
+    train(config)
+    finished = capsys.readouterr().err.splitlines()
+    assert "error: The policy has hardly moved from the reference" in finished
+    assert finished[-1].startswith("done: ")
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [line["grad_clipped"] for line in lines] == [1.0] * 4
+
+    facts = read_facts(tmp_path / "run")
+    assert (facts.status, facts.step, facts.num_steps, facts.exported_step) == ("finished", 4, 4, 4)
+    assert (facts.num_rows, facts.num_eval_rows, facts.losses) == (20, None, ("sigmoid",))
+    assert facts.start_loss == pytest.approx(0.6931, abs=1e-4)
+    assert "learnt_nothing" in {finding.key for finding in findings_of(lines, facts)}
+
+
+def test_a_folder_of_an_older_version_has_facts_too(run_words: Callable[..., list[str]], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    load = load_config(DPOConfig, None, run_words(num_train_epochs=2))
+    run.mkdir()
+    (run / "resolved_config.yaml").write_text(to_public_yaml(load), encoding="utf-8")
+    record = RunRecord(command="dpo", jdpo="0.1.0")
+    record.write(run / "run.json")
+    (run / "metrics.jsonl").write_text('{"step": 3, "epoch": 1.0, "loss": 0.7, "learning_rate": 0.1}\n')
+    facts = read_facts(run)
+    assert (facts.num_steps, facts.num_rows, facts.timing, facts.data) == (6, None, {}, None)
+    dataclasses.replace(record, finished=True, results={"step": 6, "exported_step": 3}).write(run / "run.json")
+    assert (read_facts(run).num_steps, read_facts(run).exported_step) == (6, 3)
+    (run / "data.json").write_text("{half", encoding="utf-8")
+    assert read_facts(run).data is None
+    (run / "run.json").write_text('{"command": "x"}')
+    with pytest.raises(ValueError, match="not written by a run of jdpo"):
+        read_facts(run)

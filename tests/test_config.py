@@ -361,12 +361,25 @@ def test_a_plain_key_is_no_group() -> None:
 
 def test_missing_keys_are_all_named() -> None:
     with pytest.raises(ValueError, match="missing key") as error:
-        load_config(SFTConfig)
+        load_config(SFTConfig, complete=True)
     assert [line.split("'")[1] for line in str(error.value).splitlines()] == [
         "model_name_or_path",
-        "datasets",
         "output_dir",
+        "datasets",
     ]
+
+
+def test_rows_may_be_left_out_of_a_config_in_python_only() -> None:
+    words = ["model_name_or_path=m", "output_dir=o"]
+    assert load_config(DPOConfig, None, words).datasets == ()
+    with pytest.raises(ValueError, match="missing key 'datasets'"):
+        load_config(DPOConfig, None, words, complete=True)
+
+
+def test_rows_in_the_folder_of_a_run_may_move_with_it() -> None:
+    saved = to_dict(dpo("output_dir=runs/a", "datasets=runs/a/rows.jsonl"))
+    assert differences(saved, dpo("output_dir=b", "datasets=b/rows.jsonl")) == []
+    assert len(differences(saved, dpo("output_dir=b", "datasets=runs/a/rows.jsonl"))) == 1
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import yaml
-from pydantic import ValidationError
-
 from jdpo.config.foreign_keys import FOREIGN, OTHER_COMMANDS, RENAMED, VALUES
 from jdpo.config.key_specs import REQUIRED, key_specs
 from jdpo.config.keys import CONFIGS
@@ -31,7 +29,7 @@ def required_keys(cls: type[Settings]) -> list[str]:
     return [spec.name for spec in key_specs(cls) if spec.default is REQUIRED and "." not in spec.name]
 
 
-def explain(cls: type[Settings], error: ValidationError, origins: Mapping[str, str]) -> str:
+def explain(cls: type[Settings], problems: Sequence[Any], origins: Mapping[str, str]) -> str:
     """Describes every fault of a config, each on a line of its own.
 
     Foreign keys that belong to one group, such as `lora_r` and `lora_alpha`, share a line, and a key that a foreign key
@@ -39,10 +37,10 @@ def explain(cls: type[Settings], error: ValidationError, origins: Mapping[str, s
 
     Args:
       cls: the config's class.
-      error: what pydantic found.
+      problems: what pydantic found, see `pydantic.ValidationError.errors`.
       origins: top-level key -> where its value is from.
     """
-    faults = [_Fault.of(cls, problem, origins) for problem in error.errors()]
+    faults = [_Fault.of(cls, problem, origins) for problem in problems]
     faults.sort(key=lambda fault: fault.is_missing)  # a missing key may be one that is misspelt
     supplied = {fault.instead.key for fault in faults if fault.instead is not None}
     by_group: dict[tuple[str, str], list[_Fault]] = {}

@@ -121,9 +121,11 @@ class DataSettings(Settings):
 
     heading = "Data"
 
-    datasets: Datasets = required(
+    datasets: Datasets = key(
+        (),
         "Training rows: a file, folder, URL or hub name, or a list of {path: ..., split: ..., ...}.",
         example="[pairs.jsonl, {path: org/name, split: train}]",
+        required_by_commands=True,  # `jdpo.train` takes the rows themselves, too
     )
     eval_datasets: Datasets = key((), "Evaluation rows, given like datasets.", example="held_out.jsonl")
     eval_fraction: Fraction = key(

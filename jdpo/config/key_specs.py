@@ -120,7 +120,7 @@ def _spec_of(cls: type[Settings], name: str, info: FieldInfo, hint: Any, prefix:
         heading=heading_of(cls, name),
         description=info.description or "",
         kind="group" if group is not None and not _is_list(hint) else _kind_of(hint, plain),
-        default=REQUIRED if info.is_required() else TypeAdapter(Any).dump_python(info.default, mode="json"),
+        default=REQUIRED if _is_required(info) else TypeAdapter(Any).dump_python(info.default, mode="json"),
         nullable=type(None) in [member for member, _ in members],
         bounds=" and ".join(_bounds(info, members)),
         choices=_choices(info, plain),
@@ -129,6 +129,11 @@ def _spec_of(cls: type[Settings], name: str, info: FieldInfo, hint: Any, prefix:
         # `Literal[False]` marks a group that can be turned off; true then turns it on.
         switch=bool in plain or False in [value for one in plain for value in _literals(one)],
     )
+
+
+def _is_required(info: FieldInfo) -> bool:
+    extra: Any = info.json_schema_extra or {}
+    return info.is_required() or bool(extra.get("required"))
 
 
 def _members(hint: Any, metadata: Sequence[Any] = ()) -> Iterator[tuple[Any, Sequence[Any]]]:

@@ -18,7 +18,7 @@ from jdpo.config.addresses import refuse_passwords, without_queries
 from jdpo.config.explaining import COMMAND_LINE, explain, keys_of, no_value, required_keys
 from jdpo.config.groups import LOSS_SYNONYMS
 from jdpo.config.key_specs import key_specs
-from jdpo.config.value_types import Settings
+from jdpo.config.value_types import Settings, fields_of
 from jdpo.config.yaml_text import dump_yaml, load_yaml
 
 C = TypeVar("C", bound=Settings)
@@ -38,6 +38,8 @@ def load_config(
     path: Path | None = None,
     overrides: Sequence[str] = (),
     log: Callable[[str], None] = lambda text: None,
+    *,
+    complete: bool = False,
 ) -> C:
     """Reads a run's settings: defaults, then the YAML file, then `key=value` overrides.
 
@@ -47,6 +49,7 @@ def load_config(
       overrides: words of the command line, as `--key value`, `--key=value` or `key=value`; values are YAML. A switch
         without a value is true.
       log: takes a line for each value that is replaced by its usual name.
+      complete: True: `datasets` must be there, as for a command; False: `jdpo.train` may be given the rows.
 
     Returns:
       A validated, frozen config.
@@ -89,10 +92,16 @@ def load_config(
     for key, synonyms in SYNONYMS.items():
         if key in values:
             values[key] = _without_synonyms(key, values[key], synonyms, log)
+    # pydantic reports the other missing keys.
+    missing = [key for key in required_keys(cls) if key not in values and not fields_of(cls)[key].is_required()]
+    problems: list[Any] = [{"type": "missing", "loc": (key,), "input": None} for key in missing if complete]
     try:
-        return TypeAdapter(cls).validate_python(values)
+        config = TypeAdapter(cls).validate_python(values)
     except ValidationError as error:
-        raise ValueError(explain(cls, error, origins)) from None
+        problems = [*error.errors(), *problems]
+    if problems:
+        raise ValueError(explain(cls, problems, origins))
+    return config
 
 
 def _without_synonyms(key: str, value: Any, synonyms: Mapping[str, str], log: Callable[[str], None]) -> Any:

@@ -98,7 +98,7 @@ def changed_keys(saved: Mapping[str, Any], current: Settings, keys: Iterable[str
     saved, now, defaults = without_queries(saved), to_public_dict(current), defaults_of(type(current))
 
     def differ(key: str) -> bool:
-        before, after = (_meaning(key, _at(values, key, defaults)) for values in (saved, now))
+        before, after = (_meaning(key, _at(values, key, defaults), values) for values in (saved, now))
         return bool(before != after and [before] != after)  # older versions wrote one value where there is a list now
 
     return [key for key in keys if differ(key)]
@@ -112,15 +112,15 @@ def _at(values: Mapping[str, Any], key: str, defaults: Mapping[str, Any]) -> Any
     return (value or {}).get(inner) if inner else value
 
 
-def _meaning(key: str, value: Any) -> Any:
+def _meaning(key: str, value: Any, settings: Mapping[str, Any]) -> Any:
     """Returns a value in the form in which it is compared.
 
     The keys of an optimizer and of adapters that are null get their defaults, which older versions wrote out. Of a
     dataset only the keys count that are not at their defaults, since older versions did not write all of them; and not
-    its label, which changes no row.
+    its label, which changes no row. Rows in the run's own folder may move with it.
     """
     if key == "datasets" and isinstance(value, list | tuple):
-        return [_meaning_of_dataset(dataset) for dataset in value]
+        return [_relative(_meaning_of_dataset(dataset), str(settings.get("output_dir"))) for dataset in value]
     if key == "lora":
         return _meaning_of_lora(value)
     if key == "lora.merge":
@@ -139,6 +139,14 @@ def _meaning_of_lora(value: Any) -> Any:
     if compared.get("adapter") is not None:  # its shape is that of the adapter; other values would have been refused
         return {name: setting for name, setting in compared.items() if name not in LORA_DEFAULTS}
     return {name: LORA_DEFAULTS.get(name) if setting is None else setting for name, setting in compared.items()}
+
+
+def _relative(dataset: Any, folder: str) -> Any:
+    if not isinstance(dataset, Mapping):
+        return dataset
+    path = str(dataset.get("path"))
+    inner = path.removeprefix(folder.rstrip("/") + "/")
+    return dataset if inner == path else {**dataset, "path": ("in output_dir", inner)}
 
 
 def _meaning_of_dataset(dataset: Any) -> Any:

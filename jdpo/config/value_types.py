@@ -16,18 +16,25 @@ T = TypeVar("T")
 _STRICT_KEYS = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
 
 
-def key(default: Any, description: str, *, example: str | None = None, choices: Sequence[str] = ()) -> Any:
+def key(
+    default: Any,
+    description: str,
+    *,
+    example: str | None = None,
+    choices: Sequence[str] = (),
+    required_by_commands: bool = False,
+) -> Any:
     """A key with its default.
 
     Args:
       description: whole sentences, for `--help`, messages and the class's docstring.
       example: a value as YAML, for `--help KEY`; None: the default, or the last choice, is example enough.
       choices: the values that it may have, if its type does not tell; they are checked elsewhere.
+      required_by_commands: True for a key that a command needs, but that Python code may give in another way.
     """
     examples = None if example is None else [example]
-    return Field(
-        default=default, description=description, examples=examples, json_schema_extra={"choices": list(choices)}
-    )
+    extra: Any = {"choices": list(choices), "required": required_by_commands}
+    return Field(default=default, description=description, examples=examples, json_schema_extra=extra)
 
 
 def required(description: str, *, example: str) -> Any:

@@ -57,7 +57,9 @@ def read_config(cls: type[C], line: CommandLine) -> C:
     Raises:
       ValueError: see `load_config`.
     """
-    return load_config(cls, line.path, line.overrides, log=lambda text: print(shown_error(text), file=sys.stderr))
+    return load_config(
+        cls, line.path, line.overrides, log=lambda text: print(shown_error(text), file=sys.stderr), complete=True
+    )
 
 
 def shown_error(text: str) -> str:

@@ -74,6 +74,8 @@ def check_data_settings(data: DataSettings, *, pairs: bool) -> None:
     Raises:
       ValueError: settings contradict each other; the message names them and says what to do.
     """
+    if not data.datasets:
+        raise ValueError("datasets is empty: there are no rows to train on; name a file, a folder or a hub dataset")
     labels_of(data.datasets)
     # Labels of training and evaluation may be equal: they never occur in the same metric.
     labels_of(data.eval_datasets)

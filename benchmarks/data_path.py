@@ -152,7 +152,8 @@ def consume(arguments: argparse.Namespace) -> dict[str, Any]:
         "reference": "live",
     }
     run = train(load_config(DPOConfig, None, [f"{key}={value}" for key, value in words.items()]))
-    rates = [line["pairs_per_second"] for line in read_metrics(run.directory.metrics) if "pairs_per_second" in line]
+    lines = read_metrics(run.output_dir / "metrics.jsonl")
+    rates = [line["pairs_per_second"] for line in lines if "pairs_per_second" in line]
     import jax
 
     model = Transformer(read_model_config(arguments.work / "model"))

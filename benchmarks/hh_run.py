@@ -18,7 +18,8 @@ from jdpo.config import DatasetConfig, DPOConfig, SFTConfig, load_config
 from jdpo.data.sources import read_rows
 from jdpo.quickstart.tiny_llama import write_model
 from jdpo.reports.metrics_file import read_metrics
-from jdpo.training.run import RunResult, train
+from jdpo.training.interface.run_result import RunResult
+from jdpo.training.run import train
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -37,7 +38,7 @@ def run(cls: type, name: str, data: Path, out: Path, model: Path) -> tuple[RunRe
 
 
 def report(name: str, result: RunResult, seconds: float) -> str:
-    lines = read_metrics(result.directory.metrics)
+    lines = read_metrics(result.output_dir / "metrics.jsonl")
     shown = [key for key in ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen") if key in lines[0]]
     table = [
         f"## {name.upper()}: {result.step} steps, {seconds / 60:.1f} minutes",
@@ -63,7 +64,8 @@ def main() -> None:
     if not (base / "model.safetensors").exists():
         write_model(base, texts(args.data), hidden_size=448, num_layers=8, seed=0)
     sft, sft_seconds = run(SFTConfig, "sft", args.data, args.out, base)
-    dpo, dpo_seconds = run(DPOConfig, "dpo", args.data, args.out, sft.directory.model)
+    assert sft.model_dir is not None
+    dpo, dpo_seconds = run(DPOConfig, "dpo", args.data, args.out, sft.model_dir)
     print(
         f"# SFT then DPO on HH-RLHF harmless rows\n\njdpo {__version__}, {platform.processor() or platform.machine()}\n"
     )

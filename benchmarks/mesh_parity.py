@@ -116,6 +116,7 @@ def run_here(case: Case, inputs: Inputs, out: Path, num_steps: int = NUM_STEPS) 
     """Runs a case in this process, which must have case.num_devices devices and jax in the case's dtype."""
     import jax
 
+    from jdpo import Callback, RunView
     from jdpo.config import DPOConfig, SFTConfig, load_config
     from jdpo.training.run import train
 
@@ -142,13 +143,17 @@ def run_here(case: Case, inputs: Inputs, out: Path, num_steps: int = NUM_STEPS) 
     )
     snapshots: dict[int, dict[str, np.ndarray]] = {}
 
-    def keep(step: int, params: Any) -> None:
-        if step in (0, num_steps):
-            leaves = jax.tree_util.tree_leaves_with_path(params)
-            # A copy: on the CPU an array may share its memory with the params, which the next step reuses.
-            snapshots[step] = {jax.tree_util.keystr(path): np.array(leaf) for path, leaf in leaves}
+    class Keep(Callback):
+        def on_start(self, run: RunView) -> None:
+            self.on_step(run)
 
-    train(config, on_step=keep)
+        def on_step(self, run: RunView) -> None:
+            if run.step in (0, num_steps):
+                leaves = jax.tree_util.tree_leaves_with_path(run.params)
+                # A copy: on the CPU an array may share its memory with the params, which the next step reuses.
+                snapshots[run.step] = {jax.tree_util.keystr(path): np.array(leaf) for path, leaf in leaves}
+
+    train(config, callbacks=[Keep()])
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     loss, grad_norm = (np.array([line[name] for line in lines]) for name in ("loss", "grad_norm"))
     return Trace(loss, grad_norm, snapshots[0], snapshots[num_steps])

@@ -32,12 +32,15 @@ if TYPE_CHECKING:
     from jdpo.models.packed_attention import packed_attention
     from jdpo.quickstart.tiny_llama import random_model
     from jdpo.reports.trackers.tracker import TrackedRun, Tracker
+    from jdpo.training.interface.callbacks import Callback, RunView
+    from jdpo.training.interface.run_result import RunResult
     from jdpo.training.opening import load
     from jdpo.training.run import train
     from jdpo.types import PackedBatch, PreferenceBatch
 
 _PUBLIC = {
     "Answer": "jdpo.generation.values",
+    "Callback": "jdpo.training.interface.callbacks",
     "DPOConfig": "jdpo.config",
     "DatasetConfig": "jdpo.config",
     "LoadedModel": "jdpo.generation.loaded_model",
@@ -47,6 +50,8 @@ _PUBLIC = {
     "OptimizerConfig": "jdpo.config",
     "PackedBatch": "jdpo.types",
     "PreferenceBatch": "jdpo.types",
+    "RunResult": "jdpo.training.interface.run_result",
+    "RunView": "jdpo.training.interface.callbacks",
     "SFTConfig": "jdpo.config",
     "TokenLogps": "jdpo.generation.asking.token_logps",
     "TrackedRun": "jdpo.reports.trackers.tracker",
@@ -64,6 +69,7 @@ _PUBLIC = {
 
 __all__ = [
     "Answer",
+    "Callback",
     "DPOConfig",
     "DatasetConfig",
     "LoadedModel",
@@ -73,6 +79,8 @@ __all__ = [
     "OptimizerConfig",
     "PackedBatch",
     "PreferenceBatch",
+    "RunResult",
+    "RunView",
     "SFTConfig",
     "TokenLogps",
     "TrackedRun",

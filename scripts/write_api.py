@@ -32,7 +32,7 @@ This page is written by `scripts/write_api.py` from the code; a test compares th
 """
 
 SECTIONS = {
-    "Runs": ("train", "load_config", "DPOConfig", "SFTConfig"),
+    "Runs": ("train", "RunResult", "Callback", "RunView", "load_config", "DPOConfig", "SFTConfig"),
     "Groups of keys": ("DatasetConfig", "LoraConfig", "MeshConfig", "OptimizerConfig"),
     "Asking a model": ("load", "LoadedModel", "Answer", "TokenLogps", "NextToken"),
     "Models to try things out": ("random_model",),
@@ -45,6 +45,8 @@ SECTIONS = {
 METHODS = {
     "LoadedModel": ("generate", "stream", "logps", "next_tokens"),
     "Tracker": ("log", "log_samples", "log_report", "finish"),
+    "Callback": ("on_start", "on_step", "on_log", "on_evaluate", "on_end"),
+    "RunView": ("stop", "sample"),
 }
 """Class -> its public methods."""
 

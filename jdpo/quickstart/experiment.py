@@ -23,7 +23,7 @@ from jdpo.config import DatasetConfig, DPOConfig, MeshConfig, SFTConfig
 from jdpo.durable import write_durably
 from jdpo.quickstart.corpus import chosen_rows, corpus_rows, preference_rows
 from jdpo.quickstart.experiment_settings import Settings
-from jdpo.quickstart.probes import Measure, Measurement, ProbeLog, Prober
+from jdpo.quickstart.probes import Measure, Measurement, ProbeLog, Prober, Probes
 from jdpo.quickstart.tiny_llama import write_model
 
 PRETRAIN, STANDARD, DPO = "pretrain", "standard", "dpo"
@@ -210,11 +210,12 @@ def _run(
     from jdpo.training.run import train
 
     log = ProbeLog(place.probes(name))
-    result = train(config, on_step=log.on_step(measure, steps))
+    callbacks = [Probes(log, measure, steps)]
+    result = train(config, callbacks=callbacks)
     # A finished run takes no steps, so nothing would measure it.
     if not result.exit_code and not log.holds(steps):
         shutil.rmtree(place.run(name))
-        result = train(config, on_step=log.on_step(measure, steps))
+        result = train(config, callbacks=callbacks)
     return result.exit_code, log
 
 

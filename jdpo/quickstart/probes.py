@@ -33,6 +33,7 @@ from jdpo.quickstart.corpus import (
     completion_row,
     other_facts,
 )
+from jdpo.training.interface.callbacks import Callback, RunView
 from jdpo.types import CompletionBatch, CompletionRow, TokenizedCompletion
 
 Params = Any
@@ -162,17 +163,22 @@ class ProbeLog:
         on_disk = {measurement.step: measurement for measurement in _read(self._path)}
         return [on_disk[step] for step in steps]
 
-    def on_step(
-        self, prober: Callable[[int, Params], Measurement], steps: Sequence[int]
-    ) -> Callable[[int, Params], None]:
-        """Returns a hook for the trainer that measures at the given steps."""
-        wanted = frozenset(steps)
 
-        def measure(step: int, params: Params) -> None:
-            if step in wanted:
-                self.record(prober(step, params))
+class Probes(Callback):
+    """Measures a run at the given steps, of which 0 is before the first update."""
 
-        return measure
+    def __init__(self, log: ProbeLog, measure: Measure, steps: Sequence[int]) -> None:
+        self._log, self._measure, self._steps = log, measure, frozenset(steps)
+
+    def on_start(self, run: RunView) -> None:
+        self._take(run)
+
+    def on_step(self, run: RunView) -> None:
+        self._take(run)
+
+    def _take(self, run: RunView) -> None:
+        if run.step in self._steps:
+            self._log.record(self._measure(run.step, run.params))
 
 
 def _line(measurement: Measurement) -> str:

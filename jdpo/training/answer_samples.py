@@ -5,10 +5,11 @@ Every sampling draws with the same seeds, so that answers differ only by what wa
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ class AnswerSamples:
 
     def _drawn(self, params: Params | Weights) -> list[Drawn]:
         setup = self._setup
-        try:
+        with memory_explained("sample_prompts"):
             # Kept only while it answers, since it has a copy of the weights.
             engine = Engine(
                 setup.model,
@@ -98,14 +99,6 @@ class AnswerSamples:
                 max_slots=min(MOST_AT_ONCE, len(self._prompts)),
             )
             return list(engine.run([prompt.tokens for prompt in self._prompts], 1))
-        except jax.errors.JaxRuntimeError as error:
-            if not is_exhausted(error):
-                raise
-            raise ValueError(
-                "a device has too little memory to answer sample_prompts next to the state of training "
-                f"({str(error).partition(chr(10))[0]}). Leave sample_prompts out, or use more devices; `jdpo generate` "
-                "and `jdpo compare` ask the checkpoints of a run afterwards"
-            ) from error
 
     def _line(self, step: int, drawn: Drawn) -> dict[str, Any]:
         question, ids = self._prompts[drawn.prompt]
@@ -121,6 +114,25 @@ class AnswerSamples:
             # JSON has no NaN, which a run that diverges gives.
             "logp": round(logp, 4) if math.isfinite(logp) else None,
         }
+
+
+@contextlib.contextmanager
+def memory_explained(what: str) -> Iterator[None]:
+    """Turns running out of memory while a run answers prompts into an error that says what to do.
+
+    Args:
+      what: what is answered, as the user calls it.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not is_exhausted(error):
+            raise
+        raise ValueError(
+            f"a device has too little memory to answer {what} next to the state of training "
+            f"({str(error).partition(chr(10))[0]}). Leave {what} out, or use more devices; `jdpo generate` and "
+            "`jdpo compare` ask the checkpoints of a run afterwards"
+        ) from error
 
 
 def cut_samples(path: Path, last_step: int | None) -> str | None:

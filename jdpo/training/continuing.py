@@ -1,19 +1,30 @@
-"""The inputs of a run and the checkpoint that it continues from, checked before anything is loaded."""
+"""What a run continues from: its inputs and checkpoints, checked before anything is loaded; and its state."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+
+from jdpo._version import __version__
 from jdpo.checkpoint.manager import CheckpointManager, read_position
 from jdpo.checkpoint.output_folders import check_out
 from jdpo.checkpoint.steps import complete_steps, damaged_folders, refuse_foreign, settle_steps
-from jdpo.config import differences
+from jdpo.config import differences, to_public_dict
 from jdpo.models.weights.hub_models import has_weights
 from jdpo.processes import agree_on, differing, run_jointly
+from jdpo.sharding.placement import replicated
 from jdpo.training.finish import source_folders
+from jdpo.training.fit.assembly import Assembly
+from jdpo.training.logs.recording import Record
 from jdpo.training.run_dir import RunDirectory
 from jdpo.training.sanity_checks import check_base
 from jdpo.training.setup.run_setup import Setup
+from jdpo.training.setup.weight_placement import load_frozen, load_reference, load_start
+from jdpo.training.step.train_step import Frozen, TrainState, saved_parts
 
 
 def check_inputs(setup: Setup, directory: RunDirectory) -> None:
@@ -131,3 +142,44 @@ def open_checkpoints(setup: Setup, directory: RunDirectory, newest: int | None) 
         greater_is_better=not config.metric_for_best_model.endswith("loss"),
         verified=newest,
     )
+
+
+# --- the state
+
+
+def start_state(setup: Setup, assembly: Assembly, *, live: bool) -> tuple[TrainState, Frozen, None]:
+    """Loads the weights and makes the state of step 0; there is no position to continue from."""
+    params = load_start(setup)
+    frozen = load_frozen(setup, params, live=live, moves=assembly.sync is not None)
+    rng = jax.random.key_data(jax.random.key(setup.config.seed))
+    # Committed to the mesh now: a program compiled for arrays on all devices takes no others.
+    step, rng, loss_state = jax.device_put((jnp.int32(0), rng, assembly.objective.init_state), replicated(setup.mesh))
+    # Jitted with shardings, so that no device ever holds all moments.
+    opt_state = jax.jit(assembly.optimizer.init, out_shardings=assembly.state_shardings.opt_state)(params)
+    reference_params = load_reference(setup, params, moves=True) if assembly.sync else None
+    return TrainState(step, params, opt_state, rng, loss_state, reference_params), frozen, None
+
+
+def restore_state(
+    setup: Setup, assembly: Assembly, manager: CheckpointManager, step: int, *, live: bool, with_base: bool
+) -> tuple[TrainState, Frozen, Mapping[str, Any]]:
+    """Reads the state after a step and its position, what else the checkpoint holds, and loads the frozen weights."""
+    frozen = load_frozen(setup, None, live=live, moves=assembly.sync is not None, with_base=with_base)
+    restored = manager.restore(step, saved_parts(assembly.state))
+    return TrainState(**restored.state), frozen, restored.position
+
+
+def position_after(step: int, setup: Setup, record: Record, base_identity: Mapping[str, str] | None) -> dict[str, Any]:
+    """Returns what a checkpoint holds next to the state; the lines of metrics.jsonl up to it are on the disk then.
+
+    Args:
+      base_identity: which base the adapters belong to, where adapters are trained.
+    """
+    position = {
+        "step": step,
+        "epoch": step / setup.steps_per_epoch,
+        **record.position(),
+        "config": to_public_dict(setup.config),
+        "jdpo": __version__,
+    }
+    return position if base_identity is None else {**position, "base": dict(base_identity)}

@@ -1,4 +1,4 @@
-"""SIGTERM, Ctrl-C and SIGHUP (a closed terminal) ask a run to stop after the current step, instead of killing it."""
+"""A run is asked to stop after the current step by SIGTERM, Ctrl-C or SIGHUP (a closed terminal), or by a callback."""
 
 from __future__ import annotations
 
@@ -30,10 +30,16 @@ def silence_lost_output() -> None:
 
 
 class StopRequest:
-    """While entered, a first signal asks the run to stop, and a second one has its default effect."""
+    """While entered, a first signal asks the run to stop, and a second one has its default effect.
+
+    Attributes:
+      signum: the signal that asked, if one did.
+      reason: why a callback asked, if one did.
+    """
 
     def __init__(self) -> None:
         self.signum: int | None = None
+        self.reason: str | None = None
         self._previous: dict[int, Any] = {}
         self._answer: Callable[[], bool] | None = None
 
@@ -62,20 +68,33 @@ class StopRequest:
         while self._previous:
             signal.signal(*self._previous.popitem())
 
+    def ask(self, reason: str) -> None:
+        """Asks the run to stop, from any thread; of several reasons the first one counts."""
+        if self.reason is None:
+            self.reason = reason
+
+    @property
+    def _mine(self) -> bool:
+        return self.signum is not None or self.reason is not None
+
     def alone(self) -> bool:
         """Returns True if this process was asked to stop and is the only one, for work that each does by itself."""
-        return self.signum is not None and jax.process_count() == 1
+        return self._mine and jax.process_count() == 1
 
     def asked(self) -> bool:
         """Returns True if any process was asked to stop; every process gets the same answer."""
+        return any_process(self._mine)
+
+    def signalled(self) -> bool:
+        """Returns True if a signal asked any process to stop; every process gets the same answer."""
         return any_process(self.signum is not None)
 
     def poll(self) -> bool:
         """Returns the same as `asked`, one call late if there are several processes, so that none waits for others."""
         if jax.process_count() == 1:
-            return self.signum is not None
+            return self._mine
         # The last call's answer has arrived in the meantime; waiting for this one would cost a round trip per step.
-        earlier, self._answer = self._answer, any_process_later(self.signum is not None)
+        earlier, self._answer = self._answer, any_process_later(self._mine)
         return earlier is not None and earlier()
 
     @property

@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 from rich.console import Console
 
-from jdpo._version import __version__
 from jdpo.checkpoint.manager import CheckpointManager
-from jdpo.config import ReferenceSettings, TrainConfig, to_public_dict
+from jdpo.config import ReferenceSettings, TrainConfig
 from jdpo.data.batching.loader import prefetch
+from jdpo.data.sources.given_rows import Rows
 from jdpo.devices import leave_out_missing_tpus
-from jdpo.models.transformer import Weights
 from jdpo.processes import is_first
 from jdpo.reports.metrics_file import cut_metrics
 from jdpo.reports.progress import RunDisplay, make_console, print_lines
-from jdpo.sharding.placement import micro_batch_sharding, place, replicated
+from jdpo.sharding.placement import micro_batch_sharding, place
 from jdpo.training.answer_samples import AnswerSamples
-from jdpo.training.continuing import check_inputs, find_newest, open_checkpoints
+from jdpo.training.continuing import (
+    check_inputs,
+    find_newest,
+    open_checkpoints,
+    position_after,
+    restore_state,
+    start_state,
+)
 from jdpo.training.evaluation import Evaluation
 from jdpo.training.finish import finish_run, log_findings, step_to_export
-from jdpo.training.fit.assembly import Assembly, assemble
+from jdpo.training.fit.assembly import assemble
 from jdpo.training.fit.compilation import compiler_threads
 from jdpo.training.fit.memory_fit import exhaustion_explained, memory_limit
 from jdpo.training.fit.preparation import fit_conditions, fit_record, prepare_steps, recalled_fit, remat_policies
+from jdpo.training.interface.callbacks import Callback, Callbacks
+from jdpo.training.interface.run_result import RunResult
+from jdpo.training.interface.run_rows import rows_of_run
 from jdpo.training.interrupt import StopRequest, silence_lost_output
 from jdpo.training.logs.phases import PhaseClock, TimingRecord
 from jdpo.training.logs.recording import Record
@@ -42,38 +50,29 @@ from jdpo.training.setup.row_order import BuildStopped
 from jdpo.training.setup.run_setup import Log, Setup, build
 from jdpo.training.setup.tasks import task_for
 from jdpo.training.setup.validation import profiled_steps
-from jdpo.training.setup.weight_placement import load_frozen, load_reference, load_start, whole_weights
-from jdpo.training.step.train_step import Frozen, TrainState, saved_parts
+from jdpo.training.setup.weight_placement import whole_weights
+from jdpo.training.step.train_step import saved_parts
 from jdpo.training.step_reports import StepReports
 from jdpo.words import figure
 
-Params = Any
-OnStep = Callable[[int, Params | Weights], None]
 
+def train(
+    config: TrainConfig,
+    *,
+    train_dataset: Rows | None = None,
+    eval_dataset: Rows | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> RunResult:
+    """Runs `jdpo sft` or `jdpo dpo`: starts, resumes, or finds the run finished. Ctrl-C saves, and returns.
 
-class RunResult(NamedTuple):
-    """The end of a run.
-
-    Attributes:
-      step: updates made.
-      interrupted: True if a signal stopped it; there is a checkpoint of `step` then, unless nothing was trained.
-      exit_code: 0, or 128 + the signal's number.
-      directory: the folder with everything that the run wrote.
-    """
-
-    step: int
-    interrupted: bool
-    exit_code: int
-    directory: RunDirectory
-
-
-def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
-    """Runs `jdpo sft` or `jdpo dpo`: starts, resumes, or finds the run finished.
+    Rows are a `datasets.Dataset`, a list of dicts, or the path of a file or folder, in any format of docs/data.md. They
+    are kept in the run's folder, so that `jdpo dpo resolved_config.yaml` repeats the run.
 
     Args:
       config: an SFTConfig or a DPOConfig.
-      on_step: called as on_step(step, params) before the first update of this process and after each update;
-        the params are on the mesh and valid during the call only, as the next update reuses their memory.
+      train_dataset: rows to train on, in place of the config's `datasets`, which is then left out.
+      eval_dataset: rows to evaluate on, in place of the config's `eval_datasets`.
+      callbacks: objects that the run calls as it trains.
 
     Returns:
       how it ended.
@@ -81,11 +80,14 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
     Raises:
       ValueError: bad input, before anything is trained.
       FloatingPointError: loss or gradients are not finite; step and rows are named.
+      Exception: the error of a callback, after a checkpoint was saved.
     """
-    clock = PhaseClock()
+    clock, calls = PhaseClock(), Callbacks(callbacks)
     with ExitStack() as resources:
         # ------------------------------------------------------------------------------------------ folder and settings
         leave_out_missing_tpus()
+        given = rows_of_run(config, config.output_dir, train_dataset=train_dataset, eval_dataset=eval_dataset)
+        config = dataclasses.replace(config, datasets=given.datasets, eval_datasets=given.eval_datasets)
         config = resolve_dtype(config)
         console = make_console()
         log = partial(log_on, console)
@@ -93,11 +95,12 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
         # Entered first, so that all work and all loading happens in the dtype and precision of the run.
         resources.enter_context(jax_settings(config, config.cache_dir))
         directory = resources.enter_context(closing(RunDirectory(config, task_for(config).command)))
+        given.write(directory, log)
         # A second start of a finished run, such as a requeued job, trains and compiles nothing.
         if directory.finished:
             step = directory.record.results["step"]
             log(f"the run in {directory.path} is finished (step {step}); its model is {directory.model}")
-            return RunResult(step, False, 0, directory)
+            return result_of(directory, step)
         timing = TimingRecord(clock, directory, resources)
 
         # ------------------------------------------------------------------------------------------------------- inputs
@@ -118,7 +121,7 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
                 raise BuildStopped
         except BuildStopped:
             log("stopped by a signal before the first step; what was computed is kept. Run the same command again")
-            return RunResult(newest or 0, True, stop.exit_code, directory)
+            return result_of(directory, newest or 0, stop)
 
         # ----------------------------------------------------------------------------------------------- mesh and model
         clock.enter("compile")
@@ -162,17 +165,19 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
             state, frozen, position = start_state(setup, assembly, live=live)
         else:
             # A finished run whose adapters are exported alone needs no model under them.
-            with_base = trains or on_step is not None or setup.exports_merged
+            with_base = trains or len(calls) > 0 or setup.exports_merged
             state, frozen, position = restore_state(setup, assembly, manager, newest, live=live, with_base=with_base)
             log(f"resuming from the checkpoint of step {newest}")
         if is_first() and (note := cut_metrics(directory.metrics, first)) is not None:
             log(f"warning: {note}")
         # Loading weights takes minutes, in which a signal may have come.
         if stop.asked():
-            return interrupted(first, newest, manager, stop, directory, log)
+            return stopped(first, newest, manager, stop, calls, directory, log)
         clock.enter("other")
-        if on_step is not None:
-            on_step(first, whole_weights(setup, state.params, frozen.base))
+        weights = partial(whole_weights, setup)  # as the model runs on them
+        calls.begin(setup, stop, first, weights(state.params, frozen.base))
+        if stop.asked():
+            return stopped(first, newest, manager, stop, calls, directory, log)
 
         # --------------------------------------------------------------------------------------------------------- loop
         if trains:
@@ -181,7 +186,7 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
             samples = AnswerSamples(setup, directory.samples, record, log, continued_from=newest)
             if newest is None and samples.is_due(0):
                 with clock.within("sampling"):
-                    samples.take(0, whole_weights(setup, state.params, frozen.base))
+                    samples.take(0, weights(state.params, frozen.base))
             display = RunDisplay(
                 first_step=first, num_steps=num_steps, unit=setup.task.unit, console=console, shown=is_first()
             )
@@ -216,27 +221,29 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
                     # The devices compute this step while the host reads the report of the one before.
                     reports.read()
                     reports.launched(step, rows, flops, report)
-                    if on_step is not None or profiler.is_last(step):
-                        reports.read()
+                    if calls.due(step) or profiler.is_last(step):
+                        logged = reports.read()
                         with reports.untimed(), clock.within("other"):
                             profiler.end(step)
-                            if on_step is not None:
-                                on_step(step, whole_weights(setup, state.params, frozen.base))
-                    # Polled in every step, as all processes must take part in the answer.
-                    is_last, stopping = step == num_steps, stop.poll()
+                            calls.after_step(step, logged, weights(state.params, frozen.base))
+                    is_last = step == num_steps
                     evaluating = evaluation is not None and (is_last or _is_due(step, config.eval_steps))
-                    saving = is_last or stopping or _is_due(step, config.save_steps)
-                    if evaluating or saving or samples.is_due(step):
+                    if evaluating or samples.is_due(step):
                         reports.read()
+                    metrics: Mapping[str, float] = {}
                     with reports.untimed():
-                        metrics: Mapping[str, float] = {}
                         # Before the checkpoint, from which a resumed run would not sample this step again.
                         if samples.is_due(step):
                             with clock.within("sampling"):
-                                samples.take(step, whole_weights(setup, state.params, frozen.base))
+                                samples.take(step, weights(state.params, frozen.base))
                         if evaluation is not None and evaluating:
                             metrics = evaluation.log(step, state, frozen, record, display, log)
-                        if saving:
+                            calls.after_evaluation(step, metrics, weights(state.params, frozen.base))
+                    # Polled in every step, as all processes must take part in the answer.
+                    stopping = stop.poll()
+                    if is_last or stopping or _is_due(step, config.save_steps):
+                        reports.read()
+                        with reports.untimed():
                             metric = metrics.get(config.metric_for_best_model)
                             saved = position_after(step, setup, record, base_identity)
                             with clock.within("save"):
@@ -252,7 +259,9 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
             if late := clock.num_late:  # planning knows all shapes: this is a fault of jdpo, and costs the user time
                 log(f"note: programs for {figure(late, 'shape')} of batches were not compiled ahead of their step")
             if stop.asked():
-                return interrupted(step, last_saved, manager, stop, directory, log)
+                return stopped(step, last_saved, manager, stop, calls, directory, log)
+
+        calls.end()
 
         # ------------------------------------------------------------------------------------------------------- export
         # Only a merge still reads the frozen weights.
@@ -272,7 +281,7 @@ def train(config: TrainConfig, *, on_step: OnStep | None = None) -> RunResult:
             log(f"note: {note}")
         log_findings(directory, "finished", num_steps, log)
         log(f"done: model in {directory.model}, metrics in {directory.metrics}")
-        return RunResult(num_steps, False, 0, directory)
+        return result_of(directory, num_steps)
 
 
 # --- parts of a run, in the order in which they come
@@ -311,58 +320,38 @@ def reference_of(setup: Setup, directory: RunDirectory, stop: StopRequest, log: 
     return reference
 
 
-def start_state(setup: Setup, assembly: Assembly, *, live: bool) -> tuple[TrainState, Frozen, None]:
-    """Loads the weights and makes the state of step 0; there is no position to continue from."""
-    params = load_start(setup)
-    frozen = load_frozen(setup, params, live=live, moves=assembly.sync is not None)
-    rng = jax.random.key_data(jax.random.key(setup.config.seed))
-    # Committed to the mesh now: a program compiled for arrays on all devices takes no others.
-    step, rng, loss_state = jax.device_put((jnp.int32(0), rng, assembly.objective.init_state), replicated(setup.mesh))
-    # Jitted with shardings, so that no device ever holds all moments.
-    opt_state = jax.jit(assembly.optimizer.init, out_shardings=assembly.state_shardings.opt_state)(params)
-    reference_params = load_reference(setup, params, moves=True) if assembly.sync else None
-    return TrainState(step, params, opt_state, rng, loss_state, reference_params), frozen, None
-
-
-def restore_state(
-    setup: Setup, assembly: Assembly, manager: CheckpointManager, step: int, *, live: bool, with_base: bool
-) -> tuple[TrainState, Frozen, Mapping[str, Any]]:
-    """Reads the state after a step and its position, what else the checkpoint holds, and loads the frozen weights."""
-    frozen = load_frozen(setup, None, live=live, moves=assembly.sync is not None, with_base=with_base)
-    restored = manager.restore(step, saved_parts(assembly.state))
-    return TrainState(**restored.state), frozen, restored.position
-
-
-def position_after(step: int, setup: Setup, record: Record, base_identity: Mapping[str, str] | None) -> dict[str, Any]:
-    """Returns what a checkpoint holds next to the state; the lines of metrics.jsonl up to it are on the disk then.
-
-    Args:
-      base_identity: which base the adapters belong to, where adapters are trained.
-    """
-    position = {
-        "step": step,
-        "epoch": step / setup.steps_per_epoch,
-        **record.position(),
-        "config": to_public_dict(setup.config),
-        "jdpo": __version__,
-    }
-    return position if base_identity is None else {**position, "base": dict(base_identity)}
-
-
-def interrupted(
+def stopped(
     step: int,
     last_saved: int | None,
     manager: CheckpointManager,
     stop: StopRequest,
+    calls: Callbacks,
     directory: RunDirectory,
     log: Log,
 ) -> RunResult:
-    """Ends a run that a signal stopped: waits for its checkpoint, and says how to continue."""
+    """Ends a run that a signal or a callback stopped: waits for its checkpoint, and says how to continue.
+
+    Raises:
+      Exception: the error of a callback, if it is what stopped the run.
+    """
     manager.wait()
     log_findings(directory, "stopped", step, log)
     saved = f"step {last_saved} is saved" if last_saved is not None else "nothing was trained yet"
-    log(f"stopped by a signal; {saved}. Run the same command again to continue")
-    return RunResult(step, True, stop.exit_code, directory)
+    result = result_of(directory, step, stop)
+    why = "a signal" if result.stopped is None else "a callback: " + result.stopped
+    log(f"stopped by {why}; {saved}. Run the same command again to continue")
+    calls.end()
+    return result
+
+
+def result_of(directory: RunDirectory, step: int, stop: StopRequest | None = None) -> RunResult:
+    """Returns the result of a run; `stop` is what stopped it. Every process must call this."""
+    if stop is None:
+        model = directory.model if directory.model.exists() else None
+        return RunResult(step=step, output_dir=directory.path, model_dir=model)
+    if stop.signalled():
+        return RunResult(step=step, output_dir=directory.path, interrupted=True, exit_code=stop.exit_code)
+    return RunResult(step=step, output_dir=directory.path, stopped=stop.reason or "on another process")
 
 
 def _is_due(step: int, every: int | None) -> bool:

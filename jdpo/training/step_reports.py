@@ -63,8 +63,11 @@ class StepReports:
         assert self._launched is None, self._launched.step
         self._launched = _Launched(step, rows, flops, report)
 
-    def read(self) -> None:
+    def read(self) -> Mapping[str, float] | None:
         """Waits for the step that runs, if any; checks its numbers, adds them up, and logs them where that is due.
+
+        Returns:
+          the values that it logged, if any.
 
         Raises:
           FloatingPointError: loss, gradients or weights are not finite; step and rows are named.
@@ -72,9 +75,10 @@ class StepReports:
         """
         if self._launched is not None:
             launched, self._launched = self._launched, None
-            self._read(launched)
+            return self._read(launched)
+        return None
 
-    def _read(self, launched: _Launched) -> None:
+    def _read(self, launched: _Launched) -> Mapping[str, float] | None:
         step, of_step, flops, on_device = launched
         setup = self._setup
         # Waits for the devices: the time until here is that of the step.
@@ -108,10 +112,12 @@ class StepReports:
             seconds=seconds,
         )
         self._display.step(step, values, rates)
-        if step % setup.config.logging_steps == 0 or step == setup.num_steps:
-            averages = self._record.log(step, report.learning_rate)
-            if (note := self._gradients.see(step, averages, self._last_saved())) is not None:
-                self._log(note)
+        if not setup.logs_after(step):
+            return None
+        logged = self._record.log(step, report.learning_rate)
+        if (note := self._gradients.see(step, logged, self._last_saved())) is not None:
+            self._log(note)
+        return logged
 
     def _check_start(self, rows: Mapping[str, np.ndarray], indices: np.ndarray) -> None:
         """Compares policy and reference on the first batch, where the loss has a reference."""

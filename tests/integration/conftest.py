@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +19,7 @@ import pytest
 from jdpo.cli.main import main
 from jdpo.config import DPOConfig, load_config
 from jdpo.training.run import train
+from tests.run_stops import SignalAt
 
 HERE = Path(__file__).parent
 LAST_STEP = 12
@@ -87,11 +87,7 @@ def stopped(cut_words: Words, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that SIGTERM stopped at step 9; tests use copies of it."""
     output_dir = tmp_path_factory.mktemp("stopped") / "run"
 
-    def stop(step: int, params: object) -> None:
-        if step == STOPPED_AT:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    result = train(load_config(DPOConfig, None, cut_words(output_dir)[1:]), on_step=stop)
+    result = train(load_config(DPOConfig, None, cut_words(output_dir)[1:]), callbacks=[SignalAt(STOPPED_AT)])
     assert (result.step, result.interrupted, result.exit_code) == (STOPPED_AT, True, 143)
     return output_dir
 

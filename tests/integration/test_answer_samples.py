@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from jdpo.reports.metrics_file import read_metrics
 from jdpo.training.answer_samples import cut_samples
 from jdpo.training.run import train
 from jdpo.training.setup.sample_prompts import read_sample_prompts
+from tests.run_stops import SignalAt
 
 Words = Callable[..., list[str]]
 SAMPLED = {"sample_prompts": '["winter river", "seven"]', "sample_steps": 3, "sample_max_new_tokens": 6}
@@ -35,11 +34,7 @@ def test_a_run_that_samples_and_is_stopped_ends_as_one_that_does_not(
 ) -> None:
     words = cut_words(tmp_path / "run", **SAMPLED)
 
-    def stop(step: int, params: object) -> None:
-        if step == STOPPED_AT:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    assert train(load_config(DPOConfig, None, words[1:]), on_step=stop).step == STOPPED_AT
+    assert train(load_config(DPOConfig, None, words[1:]), callbacks=[SignalAt(STOPPED_AT)]).step == STOPPED_AT
     before = lines_of(tmp_path / "run")
     assert [line["step"] for line in before] == [0, 0, 3, 3, 6, 6, 9, 9]
     with (tmp_path / "run" / "samples.jsonl").open("a", encoding="utf-8") as file:

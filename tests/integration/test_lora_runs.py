@@ -22,6 +22,7 @@ from jdpo.config import DPOConfig, load_config
 from jdpo.models.transformer import Weights
 from jdpo.training.run import train
 from jdpo.training.setup.folder_digests import folder_digest
+from tests.run_stops import EachStep, SignalAt
 
 Words = Callable[..., list[str]]
 Start = Callable[..., subprocess.Popen[str]]
@@ -84,11 +85,7 @@ def test_a_stopped_run_resumes_to_the_same_end(
 ) -> None:
     words = cut_words(tmp_path / "cut", **LORA)
 
-    def stop(step: int, params: object) -> None:
-        if step == 7:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    assert train(load_config(DPOConfig, None, words[1:]), on_step=stop).step == 7
+    assert train(load_config(DPOConfig, None, words[1:]), callbacks=[SignalAt(7)]).step == 7
     assert main(words) == 0
     same_run(tmp_path / "cut", lora_run)
 
@@ -131,7 +128,7 @@ def test_an_adapter_export_does_not_read_a_base_deleted_or_changed_during_traini
     words = cut_words(tmp_path / "run", model_name_or_path=base, max_steps=2, **LORA)[1:]
     config = load_config(DPOConfig, None, words)
     digest = folder_digest(base)
-    train(config, on_step=lambda step, params: shutil.rmtree(base, ignore_errors=True))
+    train(config, callbacks=[EachStep(lambda run: shutil.rmtree(base, ignore_errors=True))])
     position = json.loads(next((tmp_path / "run" / "checkpoints" / "2" / "position").rglob("metadata")).read_text())
     assert position["base"]["digest"] == digest
     # Equal in name, size and time, so this process uses the digest that it knows; reading the file would fail.
@@ -158,7 +155,7 @@ def test_an_adapter_export_does_not_read_a_base_deleted_or_changed_during_traini
         again("lora.merge=true")
     (tmp_path / "run" / "model").mkdir()
     with pytest.raises(ValueError, match=r"model\.norm\.weight .* holds NaN"):
-        again(on_step=lambda step, params: None)
+        again(callbacks=[EachStep(lambda run: None)])
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from safetensors.numpy import load_file
 from jdpo.cli.main import main
 from jdpo.config import DPOConfig, load_config
 from jdpo.training.run import train
+from tests.run_stops import SignalAt
 
 Words = Callable[..., list[str]]
 SameRun = Callable[[Path, Path], None]
@@ -92,11 +91,7 @@ def test_a_stopped_run_resumes_bitwise(narrow: Path, cut_words: Words, same_run:
     run = tmp_path / "run"
     words = cut_words(run, **BF16, reference="live")
 
-    def stop(step: int, params: object) -> None:
-        if step == STOPPED_AT:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    assert train(load_config(DPOConfig, None, words[1:]), on_step=stop).step == STOPPED_AT
+    assert train(load_config(DPOConfig, None, words[1:]), callbacks=[SignalAt(STOPPED_AT)]).step == STOPPED_AT
     assert main(words) == 0
     same_run(run, narrow)
 

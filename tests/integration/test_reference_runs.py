@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import pytest
 from jdpo.cli.main import main
 from jdpo.config import DPOConfig, load_config
 from jdpo.training.run import train
+from tests.run_stops import SignalAt
 
 Words = Callable[..., list[str]]
 SameRun = Callable[[Path, Path], None]
@@ -78,13 +77,9 @@ def test_the_state_of_a_loss_survives_a_stop(
 ) -> None:
     words = cut_words(tmp_path / "stopped", **changed)
 
-    def stop(step: int, params: object) -> None:
-        if step == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
-
     whole = train(load_config(DPOConfig, None, cut_words(tmp_path / "whole", **changed)[1:]))
     assert whole.step == 12
-    assert train(load_config(DPOConfig, None, words[1:]), on_step=stop).interrupted
+    assert train(load_config(DPOConfig, None, words[1:]), callbacks=[SignalAt(6)]).interrupted
     assert train(load_config(DPOConfig, None, words[1:])).step == 12
     same_run(tmp_path / "stopped", tmp_path / "whole")
     # The carried state must make a difference, or this test would compare nothing.

@@ -20,6 +20,7 @@ from jdpo.config import DPOConfig, load_config
 from jdpo.training.run import train
 from jdpo.training.run_dir import RunDirectory
 from jdpo.training.setup.numerics import resolve_dtype
+from tests.run_stops import SignalAt
 
 Words = Callable[..., list[str]]
 Start = Callable[..., subprocess.Popen[str]]
@@ -191,11 +192,7 @@ def test_changed_inputs_are_refused_and_named(
     run, rows = tmp_path / "run", own_inputs["datasets"]
     words = cut_words(run, **own_inputs)
 
-    def stop(step: int, params: object) -> None:
-        if step == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    assert train(load_config(DPOConfig, None, words[1:]), on_step=stop).exit_code == 143
+    assert train(load_config(DPOConfig, None, words[1:]), callbacks=[SignalAt(6)]).exit_code == 143
     printed = " ".join("".join(capsys.readouterr()).split())
     assert "stopped by a signal; step 6 is saved" in printed
     content = rows.read_text(encoding="utf-8")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,7 @@ from jdpo.models.families import read_model_config
 from jdpo.models.transformer import Params, Transformer, make_apply_fn
 from jdpo.models.weights.loading import load_params
 from jdpo.quickstart.corpus import capital_question, corpus_rows, split_countries
-from jdpo.quickstart.probes import PROBED_PHRASINGS, Measurement, ProbeLog, Prober, probed_facts
+from jdpo.quickstart.probes import PROBED_PHRASINGS, Measurement, ProbeLog, Prober, Probes, probed_facts
 from jdpo.quickstart.tiny_llama import write_model
 
 SPLIT = split_countries(6)
@@ -104,8 +106,9 @@ def test_what_is_read_back_is_what_a_fresh_process_reads(tmp_path: Path) -> None
 
 def test_hook_measures_at_the_wanted_steps_only(tmp_path: Path) -> None:
     log = ProbeLog(tmp_path / "dpo.jsonl")
-    hook = log.on_step(lambda step, params: measurement(step, params), [0, 2])
-    for step in range(4):
-        hook(step, -float(step))
+    probes: Any = Probes(log, lambda step, params: measurement(step, params), [0, 2])
+    probes.on_start(SimpleNamespace(step=0, params=0.0))
+    for step in range(1, 4):
+        probes.on_step(SimpleNamespace(step=step, params=-float(step)))
     assert [m.facts[0] for m in log.measurements([0, 2])] == [0.0, -2.0]
     assert not log.holds([1])

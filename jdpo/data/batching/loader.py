@@ -178,7 +178,7 @@ def _weights(num_real: int, num_slots: int) -> np.ndarray:
 
 
 def prefetch(
-    make: Callable[[int], T], steps: range, depth: int = 2, before_waiting: Callable[[], None] = lambda: None
+    make: Callable[[int], T], steps: range, depth: int = 2, before_waiting: Callable[[], object] = lambda: None
 ) -> Generator[T, None, None]:
     """Yields `make(step)` for each step, computed up to `depth` ahead on a background thread.
 
@@ -204,7 +204,7 @@ def prefetch(
                 future.cancel()
 
 
-def _awaited(future: Future[T], before_waiting: Callable[[], None]) -> T:
+def _awaited(future: Future[T], before_waiting: Callable[[], object]) -> T:
     if not future.done():
         before_waiting()
     return future.result()

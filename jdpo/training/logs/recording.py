@@ -89,23 +89,20 @@ class Record:
           learning_rate: of the last step, a float32.
 
         Returns:
-          the averages.
+          the values of the line.
         """
-        averages = self._window.averages()
-        self.write(
-            step,
-            {
-                **averages,
-                # str gives the shortest decimal that is this float32: 0.001, not 0.0010000000474974513.
-                "learning_rate": float(str(learning_rate)),
-                "num_tokens": self._num_tokens,
-                **self._throughput.rates(),
-                "peak_memory_gib": peak_memory() / 2**30,
-            },
-        )
+        values = {
+            **self._window.averages(),
+            # str gives the shortest decimal that is this float32: 0.001, not 0.0010000000474974513.
+            "learning_rate": float(str(learning_rate)),
+            "num_tokens": self._num_tokens,
+            **self._throughput.rates(),
+            "peak_memory_gib": peak_memory() / 2**30,
+        }
+        self.write(step, values)
         self._window = Window()
         self._throughput.clear()
-        return averages
+        return values
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes a line about a step."""

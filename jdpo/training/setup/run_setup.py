@@ -79,6 +79,10 @@ class Setup(ModelSetup):
         held_out = None if self.eval_data is None else len(self.eval_data)
         return {"num_steps": self.num_steps, "num_rows": len(self.train_data), "num_eval_rows": held_out}
 
+    def logs_after(self, step: int) -> bool:
+        """Returns True if the averages since the last log are written after this step."""
+        return step % self.config.logging_steps == 0 or step == self.num_steps
+
     def inputs(self) -> dict[str, str]:
         """Returns digests of everything that a run depends on except its config, to recognise it when it is resumed."""
         digests = {

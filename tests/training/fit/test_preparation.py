@@ -32,6 +32,7 @@ from jdpo.training.run_record import FitRecord
 from jdpo.training.setup.numerics import numerics
 from jdpo.training.setup.run_setup import Setup, build
 from tests.conftest import chat_pairs, write_jsonl
+from tests.run_stops import EachStep
 
 Words = Callable[..., list[str]]
 
@@ -171,7 +172,7 @@ def test_the_run_keeps_its_fit_and_compiles_nothing_after_warm_up(run_words: Wor
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        train(config, on_step=lambda *_: counts.append(int(repr(compiled)[6:-1])))
+        train(config, callbacks=[EachStep(lambda run: counts.append(int(repr(compiled)[6:-1])))])
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
     assert len(counts) == 10

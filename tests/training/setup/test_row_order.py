@@ -126,7 +126,7 @@ def test_shares_are_sums_over_rows_with_their_divisors(
 
 def metrics_of(words: list[str], cls: type[DPOConfig | SFTConfig]) -> list[dict[str, Any]]:
     config = load_config(cls, None, ["compute_dtype=float32", *words])
-    return read_metrics(train(config).directory.metrics)
+    return read_metrics(train(config).output_dir / "metrics.jsonl")
 
 
 @pytest.mark.parametrize("cls", [DPOConfig, pytest.param(SFTConfig, marks=pytest.mark.full)])

@@ -198,7 +198,11 @@ class _Table:
     def _difference(self, kept: Any) -> str | None:
         if kept.num_rows != self.num_rows:
             return f"it has {figure(self.num_rows, 'row')} now, and had {kept.num_rows:,}"
-        first = 0
+        # A dict whose keys come in another order is the same row.
+        names = self._dataset.column_names
+        if set(names) != set(kept.column_names):
+            return f"it has the columns {', '.join(names)} now, and had {', '.join(kept.column_names)}"
+        kept, first = kept.select(names), 0
         for table in self._tables():
             before = kept.slice(first, table.num_rows)
             if not before.equals(table):

@@ -24,7 +24,7 @@ class RunView:
     Attributes:
       step: number of updates made.
       num_steps: number of updates of the whole run.
-      config: the run's DPOConfig or SFTConfig.
+      config: the settings of the run, as they were given to `jdpo.train`, with its rows.
       output_dir: the run's folder.
       params: the current weights on the mesh, valid during the call only, as the next update reuses their memory.
       model: the current weights with their tokenizer, for `logps` and `next_tokens`; valid during the call only.

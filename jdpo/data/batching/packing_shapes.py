@@ -21,6 +21,10 @@ MAX_SHAPES = 8
 ENOUGH = 0.005
 """Below MAX_SHAPES, shapes are merged as long as this raises the cost of all steps by at most this share."""
 
+WORTH_A_PROGRAM = 4096
+"""Shapes are also merged as long as this costs at most so many slots in all steps together: to compile one more program
+takes longer. In a short run, such as one of a toy, the compilations would take most of the time."""
+
 MOST_REFINEMENTS = 10
 """Maximum number of refinements of the merged shapes; each makes all steps together cheaper."""
 
@@ -111,7 +115,7 @@ def _merged(shapes: np.ndarray, counts: np.ndarray, num_sides: int) -> np.ndarra
         return (merged - own) * counts + (merged - own[index]) * counts[index]
 
     left, spent = len(shapes), 0.0
-    to_spend = ENOUGH * float(_cost(shapes, num_sides) @ counts)
+    to_spend = max(ENOUGH * float(_cost(shapes, num_sides) @ counts), WORTH_A_PROGRAM)
     extra = np.full((left, left), np.inf)  # of i and j at [i, j] where j < i
     for i in range(left):
         extra[i, :i] = extra_costs(i)[:i]

@@ -129,6 +129,12 @@ def test_alike_steps_share_a_shape() -> None:
     assert choose_shapes(needs, num_sides=2) == (PackedShape(1, 1, 64, 20160, 512, 8000),)
 
 
+def test_a_short_run_has_a_single_program() -> None:
+    epoch = [PackedShape(1, 1, 16, 768, 64, 384)] * 9 + [PackedShape(1, 1, 4, 192, 64, 128)]
+    assert choose_shapes(epoch, num_sides=2) == (epoch[0],)
+    assert choose_shapes(epoch * 20, num_sides=2) == (epoch[-1], epoch[0])
+
+
 def test_many_steps_are_planned_and_their_order_does_not_matter() -> None:
     rng = np.random.default_rng(0)
     needs = [PackedShape(1, 1, 8, *map(int, rng.integers(1, 9000, 3))) for _ in range(3000)]

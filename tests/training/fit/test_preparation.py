@@ -90,7 +90,8 @@ def _bytes(prepared: Preparation, batches: Iterable[Any] | None = None) -> int:
 def test_the_shape_that_takes_most_memory_is_among_those_that_are_measured(run_words: Words, tmp_path: Path) -> None:
     rows = write_jsonl(tmp_path / "mixed.jsonl", chat_pairs(48, words=(2, 18)))
     options = {"mesh.data": 1, "mesh.fsdp": 1, "mesh.tensor": 8, "global_batch_size": 6, "datasets": rows}
-    _, prepared, _ = prepare(run_words(remat="full", max_tokens_per_device=128, **options))
+    # Many epochs, as a short run has a single shape.
+    _, prepared, _ = prepare(run_words(remat="full", max_tokens_per_device=128, num_train_epochs=40, **options))
     demanding = prepared.batches.demanding()
     assert 1 <= len(demanding) < len(prepared.batches.shapes())
     assert _bytes(prepared, demanding) == _bytes(prepared)
@@ -189,9 +190,10 @@ def test_the_run_keeps_its_fit_and_compiles_nothing_after_warm_up(run_words: Wor
 
 def test_every_shape_of_an_epoch_of_many_lengths_is_compiled_ahead(run_words: Words, tmp_path: Path) -> None:
     rows = write_jsonl(tmp_path / "mixed.jsonl", chat_pairs(40, words=(2, 18)))
-    setup, prepared, _ = prepare(run_words(datasets=rows, **{"mesh.data": 1, "mesh.tensor": 8}, global_batch_size=4))
+    options = {"mesh.data": 1, "mesh.tensor": 8, "global_batch_size": 4, "num_train_epochs": 40}
+    setup, prepared, _ = prepare(run_words(datasets=rows, **options))
     known = {shapes_of(batch) for batch in prepared.batches.shapes()}
-    made = {shapes_of(prepared.batches.make(setup.row_plan.step(step)).batch) for step in range(setup.num_steps)}
+    made = {shapes_of(prepared.batches.make(setup.row_plan.step(step)).batch) for step in range(40)}
     assert 1 < len(made) <= len(known) <= 8
     assert made <= known
 

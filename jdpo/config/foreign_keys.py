@@ -285,7 +285,7 @@ FOREIGN = {
     "resume_from_checkpoint": Foreign("resume", {}, "a run with the same output_dir resumes by itself"),
     "auto_resume_from_checkpoints": Foreign("resume", {"true": "auto", "false": "never"}),
     "overwrite_output_dir": Foreign(None, {}, "nothing is overwritten: choose another output_dir, or delete this one"),
-    "plot_loss": Foreign(None, {}, "plots are always drawn, in output_dir/plots"),
+    "plot_loss": Foreign(None, {}, "plots are drawn in output_dir/plots, unless export_at_end is false"),
     "wandb_entity": Foreign(None, {}, "set WANDB_ENTITY in the environment"),
     "wandb_mode": Foreign(None, {}, "set WANDB_MODE in the environment"),
     "wandb_run_id": Foreign(None, {}, "a resumed run continues under the id that it has"),

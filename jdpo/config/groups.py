@@ -351,6 +351,11 @@ class OutputSettings(Settings):
         "What to do if output_dir holds a run. auto: continue from its newest intact checkpoint; never: refuse to "
         "start, unless all its checkpoints are damaged, and then start again at step 0.",
     )
+    export_at_end: bool = key(
+        True,
+        "Export the model to output_dir/model and draw plots when the run ends. false: leave checkpoints alone, as for "
+        "the runs of a sweep; the same command with true, or `jdpo export`, exports later.",
+    )
     export_dtype: Literal["source", "float32", "bfloat16", "float16"] = key(
         "source", "Dtype of the exported weights. source: that of the model that training starts from."
     )

@@ -43,6 +43,7 @@ FREE_KEYS = frozenset(
         "sample_steps",
         "sample_max_new_tokens",
         "sample_temperature",
+        "export_at_end",
         "export_dtype",
         "max_shard_size",
         "mesh",

@@ -140,7 +140,15 @@ class LoopSettings(Settings):
         return self
 
 
-OWN_KEYS = ("model_name_or_path", "model_revision", "datasets", "output_dir", "reference_model", "reference_revision")
+OWN_KEYS = (
+    "model_name_or_path",
+    "model_revision",
+    "datasets",
+    "output_dir",
+    "export_at_end",
+    "reference_model",
+    "reference_revision",
+)
 """Keys of `jdpo dpo` that the loop sets."""
 
 

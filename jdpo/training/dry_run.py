@@ -42,7 +42,7 @@ def dry_run(config: TrainConfig, log: Log) -> None:
         remat = "none" if config.remat == "auto" else config.remat
         log(describe_kept(assemble(setup, reference=mode, remat=remat)))
         if directory.finished:
-            log(f"the run in {directory.path} is finished; its model is {directory.model}")
+            log(f"the run in {directory.path} is finished: {directory.outcome}")
         elif not directory.is_new:
             log(describe_start(setup, directory))
 

@@ -51,6 +51,10 @@ def finish_run(
     config = setup.config
     lines = read_metrics(directory.metrics)
     results = results_at(lines, exported)
+    if not config.export_at_end:
+        directory.finish({**results, "step": setup.num_steps})
+        return
+    log(f"exporting the model of step {exported} to {directory.model}")
     rows = setup.train_data.summary()
     export_trained(
         setup,

@@ -99,7 +99,7 @@ def train(
         # A second start of a finished run, such as a requeued job, trains and compiles nothing.
         if directory.finished:
             step = directory.record.results["step"]
-            log(f"the run in {directory.path} is finished (step {step}); its model is {directory.model}")
+            log(f"the run in {directory.path} is finished (step {step}): {directory.outcome}")
             return result_of(directory, step)
         timing = TimingRecord(clock, directory, resources)
 
@@ -275,12 +275,11 @@ def train(
         if exported != num_steps:
             del params
             params = manager.restore(exported, saved_parts(assembly.state)).state["params"]
-        log(f"exporting the model of step {exported} to {directory.model}")
         finish_run(setup, directory, params, base, exported, log)
         if (note := setup.train_data.drop_note) is not None:
             log(f"note: {note}")
         log_findings(directory, "finished", num_steps, log)
-        log(f"done: model in {directory.model}, metrics in {directory.metrics}")
+        log(f"done: {directory.outcome}, metrics in {directory.metrics}")
         return result_of(directory, num_steps)
 
 

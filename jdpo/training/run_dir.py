@@ -79,6 +79,7 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
         self.plots = self.path / "plots"
+        self._exports = config.export_at_end
         self._run_file = self.path / "run.json"
         self._config_file = self.path / "resolved_config.yaml"
         self._lock: IO[str] | None = None
@@ -238,7 +239,16 @@ class RunDirectory:
     @property
     def finished(self) -> bool:
         """True if the run is complete, and its model is exported as the config asks."""
-        return not self.is_new and not self._exports_again and self.record.finished and self.model.exists()
+        if self.is_new or not self.record.finished:
+            return False
+        return not self._exports or (self.model.exists() and not self._exports_again)
+
+    @property
+    def outcome(self) -> str:
+        """What a finished run leaves, in words."""
+        if self._exports:
+            return f"model in {self.model}"
+        return f"checkpoints in {self.checkpoints} (export_at_end is false)"
 
     def check_inputs(self, inputs: Mapping[str, str], files: Mapping[str, str]) -> None:
         """Records digests of the inputs of a run; refuses changed inputs when it is resumed.

@@ -240,3 +240,5 @@ def test_pushes_are_private_and_the_token_stays_where_it_is(run: Path, tmp_path:
 def test_push_keys_that_would_not_be_read(run_words: Callable[..., list[str]], capsys: Capture) -> None:
     assert main(["dpo", *run_words(push_public=True)]) == 2
     assert "push_public makes the repository of push_to_hub public" in capsys.readouterr().err
+    assert main(["dpo", *run_words(push_to_hub="me/model", export_at_end=False)]) == 2
+    assert "push_to_hub needs the export" in capsys.readouterr().err

@@ -117,9 +117,22 @@ def test_a_finished_run_says_so_and_changes_nothing(cut_words: Words, uninterrup
     before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*") if path.name not in touched}
     assert main(cut_words(uninterrupted)) == 0
     output = " ".join("".join(capsys.readouterr()).split())
-    assert f"is finished (step 12); its model is {uninterrupted / 'model'}" in output
+    assert f"is finished (step 12): model in {uninterrupted / 'model'}" in output
     after = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*") if path.name not in touched}
     assert after == before
+
+
+def test_a_run_that_exports_nothing_can_export_later(run_words: Words, tmp_path: Path, capsys: Capture) -> None:
+    words = ["dpo", *run_words(max_steps=1, export_at_end="false")]
+    assert main(words) == 0
+    run = tmp_path / "run"
+    assert not ({"model", "plots"} & {path.name for path in run.iterdir()})
+    capsys.readouterr()
+    assert main(words) == 0
+    printed = " ".join("".join(capsys.readouterr()).split())
+    assert f"is finished (step 1): checkpoints in {run / 'checkpoints'}" in printed
+    assert main([*words, "export_at_end=true"]) == 0
+    assert (run / "model" / "model.safetensors").is_file()
 
 
 def test_a_finished_run_asked_for_more_steps_tells_how_to_train_further(

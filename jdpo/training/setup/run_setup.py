@@ -137,6 +137,9 @@ def _checked_task(config: TrainConfig) -> Task:
     parse_size(config.max_shard_size)
     if config.push_public and config.push_to_hub is None:
         raise ValueError("push_public makes the repository of push_to_hub public; give both, or neither")
+    if not config.export_at_end and (config.load_best_model_at_end or config.push_to_hub is not None):
+        key = "push_to_hub" if config.push_to_hub is not None else "load_best_model_at_end"
+        raise ValueError(f"{key} needs the export that export_at_end false leaves out; drop one or the other")
     return task
 
 

@@ -3,7 +3,7 @@
     python examples/data/make_model.py runs/tiny examples/data/word_bias/corpus.jsonl
 
 The recipes of configs/word_bias_*.yaml and configs/chat_style_*.yaml start from such a model, so that they need no
-download. It is a Hugging Face folder like any other: about 1 M parameters, 256 positions, ChatML.
+download. It is a Hugging Face folder like any other, and, like a base model of the hub, it has no chat template.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jdpo.quickstart.tiny_llama import write_model
+import jdpo
 
 
 def texts(value: Any) -> Iterator[str]:
@@ -38,11 +38,13 @@ def main() -> None:
     arguments.add_argument("--seed", type=int, default=0)
     given = arguments.parse_args()
     lines = [line for path in given.files for line in path.read_text(encoding="utf-8").splitlines()]
-    write_model(
+    jdpo.random_model(
         given.folder,
         [text for line in lines for text in texts(json.loads(line))],
         hidden_size=given.hidden_size,
         num_layers=given.num_layers,
+        max_positions=512,
+        chat=False,
         seed=given.seed,
     )
     print(f"wrote {given.folder}")

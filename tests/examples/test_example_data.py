@@ -18,7 +18,9 @@ from jdpo.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "examples" / "data"
-DATASETS = ["word_bias"]
+DATASETS = ["word_bias", "chat_style"]
+SUPERVISED = {"word_bias": "corpus.jsonl", "chat_style": "sft.jsonl"}
+TEMPLATES = {"word_bias": "chatml", "chat_style": ROOT / "examples/data/chatml_tools.jinja"}
 WARNINGS = {("word_bias", "sft"): {"same_row"}}
 """The corpus repeats its answers on purpose: their frequencies are what a model learns."""
 
@@ -58,16 +60,22 @@ def test_the_card_tells_files_rows_and_lengths(name: str) -> None:
 
 @pytest.mark.parametrize("name", DATASETS)
 def test_inspect_finds_no_fault_and_no_leak(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    supervised = {"word_bias": "corpus.jsonl"}[name]
-    python(DATA / "make_model.py", tmp_path / "tiny", DATA / name / supervised)
+    python(DATA / "make_model.py", tmp_path / "tiny", DATA / name / SUPERVISED[name], DATA / name / "pairs.jsonl")
     capsys.readouterr()
     words = [f"--model_name_or_path={tmp_path / 'tiny'}", f"--cache_dir={tmp_path / 'cache'}", "--strict", "--json"]
+    words += [f"--chat_template={TEMPLATES[name]}"]
     for stage in ("sft", "dpo"):
         assert main(["inspect", str(ROOT / f"configs/{name}_{stage}.yaml"), f"--task={stage}", *words]) == 0
         document = json.loads(capsys.readouterr().out)
         warnings = {found["name"] for found in document["findings"] if found["severity"] != "note"}
         assert warnings == WARNINGS.get((name, stage), set())
         assert document["train"]["rows_kept"] == document["train"]["rows_read"] > 0
+
+
+def test_no_prompt_is_in_two_files_of_the_chats() -> None:
+    rows = {file: read_rows(DATA / "chat_style" / f"{file}.jsonl") for file in ("sft", "pairs", "held_out_pairs")}
+    prompts = {file: {str(row.get("prompt") or row["messages"][:-1]) for row in own} for file, own in rows.items()}
+    assert sum(map(len, prompts.values())) == len(set().union(*prompts.values())) == sum(map(len, rows.values()))
 
 
 @pytest.mark.ci

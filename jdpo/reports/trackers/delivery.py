@@ -112,6 +112,8 @@ class Delivery:
     def _run(self, open_tracker: Callable[[], Tracker], backlog: Iterable[Line]) -> None:
         try:
             tracker = open_tracker()
+            if self._sent.resumed and (newest_step := tracker.newest_step()) is not None:
+                self._sent.correct(newest_step)
         except BaseException as error:  # SystemExit, too: it is raised where the run waits
             self._started.put(error)
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,8 @@ class MlflowTracker:
     def __init__(self, run: TrackedRun) -> None:
         from mlflow import MlflowClient
 
+        # Bars of the download that precedes each addition to a table would break the run's own.
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         # The client, not the functions of `mlflow`, which have one active run per program.
         self._client = MlflowClient()
         experiment = self._client.get_experiment_by_name(run.project)
@@ -50,6 +53,9 @@ class MlflowTracker:
         params = [Param(key, str(value)) for key, value in _flat(config)]
         for start in range(0, len(params), MOST_PARAMS):
             self._client.log_batch(self._id, params=params[start : start + MOST_PARAMS])
+
+    def newest_step(self) -> None:
+        """Returns None, as requests are answered when a point is stored."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         from mlflow.entities import Metric

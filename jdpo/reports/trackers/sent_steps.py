@@ -43,7 +43,7 @@ class SentSteps:
             return
         self.id, self.resumed = found["id"], True
         self._step: int = found["step"]
-        self._names: frozenset[str] = frozenset(found["sent"])
+        self._names: frozenset[str] | None = None if found["sent"] is None else frozenset(found["sent"])
 
     def start_anew(self) -> None:
         """Begins a run that the tracker does not know yet."""
@@ -52,6 +52,12 @@ class SentSteps:
         # Before the tracker has the id, so that a run that is killed in between continues under the same one.
         self._write()
 
+    def correct(self, newest_step: int) -> None:
+        """Takes the newest step that the tracker itself says it has, all of it."""
+        if newest_step != self._step:
+            self._step, self._names = newest_step, None
+            self._write()
+
     def missing(self, step: int, names: Iterable[str]) -> list[str]:
         """Returns the names of the values of a step that were not sent yet.
 
@@ -59,7 +65,9 @@ class SentSteps:
         """
         if step < self._step:
             return []
-        return [name for name in names if step > self._step or name not in self._names]
+        if step > self._step:
+            return list(names)
+        return [] if self._names is None else [name for name in names if name not in self._names]
 
     @contextlib.contextmanager
     def sending(self, step: int, names: Iterable[str]) -> Iterator[None]:
@@ -69,8 +77,8 @@ class SentSteps:
         there twice.
         """
         before = self._step, self._names
-        self._names = frozenset(names) | (self._names if step == self._step else frozenset())
-        self._step = step
+        earlier = self._names if step == self._step else None
+        self._step, self._names = step, frozenset(names) | (earlier or frozenset())
         self._write()
         try:
             yield
@@ -81,15 +89,16 @@ class SentSteps:
 
     def _write(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        values = {"id": self.id, "project": self._project, "step": self._step, "sent": sorted(self._names)}
+        names = None if self._names is None else sorted(self._names)
+        values = {"id": self.id, "project": self._project, "step": self._step, "sent": names}
         write_durably(self._path, json.dumps(values) + "\n")
 
 
 def _read(path: Path) -> dict[str, Any]:
     values = read_json(path)
-    kinds = {"id": str, "project": str, "step": int, "sent": list}
+    kinds = {"id": str, "project": str, "step": int, "sent": list | None}
     fits = all(isinstance(values.get(name), kind) for name, kind in kinds.items())
     # An id becomes part of names of files and of queries.
-    if not fits or not re.fullmatch("[0-9a-f]+", values["id"]) or not all(isinstance(s, str) for s in values["sent"]):
+    if not fits or not re.fullmatch("[0-9a-f]+", values["id"]):
         raise ValueError(f"{path} was not written by jdpo; remove it, and the tracker gets the whole run as a new one")
     return values

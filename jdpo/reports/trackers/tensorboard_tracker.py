@@ -31,6 +31,9 @@ class TensorBoardTracker:
             self._writer.add_text("run", "\n".join(f"    {line}" for line in _lines(text)), 0)
             self._writer.flush()
 
+    def newest_step(self) -> None:
+        """Returns None, as `log` flushes."""
+
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)

@@ -45,6 +45,11 @@ class Tracker(Protocol):
     step 0. An exception of a method is reported to the user, and does not end the run.
     """
 
+    def newest_step(self) -> int | None:
+        """Returns the newest step that is stored; None if the tracker cannot tell, or stores each call before it
+        returns. Called once, for a resumed run: what a killed process had not handed on yet is then sent again.
+        """
+
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Takes metrics of a step.
 

@@ -31,6 +31,11 @@ class TrackioTracker:
                 raise LookupError(name) from error
             raise
 
+    def newest_step(self) -> int | None:
+        # Trackio writes every half a second, and reads the newest step when it resumes a run, but has no name for it.
+        next_step = getattr(self._run, "_next_step", None)
+        return None if next_step is None else next_step - 1
+
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from jdpo.config import public_text
 from jdpo.reports.trackers.tracker import Status, TrackedRun
 
 
@@ -14,7 +16,10 @@ class WandbTracker:
     def __init__(self, run: TrackedRun) -> None:
         import wandb
 
+        # wandb uploads the command line, in which addresses of datasets may be signed.
+        is_secret = any(public_text(word) != word for word in sys.argv)
         self._run = wandb.init(
+            settings=wandb.Settings(x_disable_meta=is_secret),
             dir=str(run.folder),
             id=run.id,
             resume="allow",  # a new id starts a run, a known one continues it
@@ -26,6 +31,11 @@ class WandbTracker:
             allow_val_change=True,  # settings such as report_to may change when a run is resumed
             reinit="create_new",  # a run that the calling program has open stays its own
         )
+
+    def newest_step(self) -> int | None:
+        # What the machine had not uploaded when it went away. Offline a process of wandb's own writes a file, and
+        # outlives a run that is killed.
+        return None if self._run.offline else self._run.step - 1
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)

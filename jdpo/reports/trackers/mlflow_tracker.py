@@ -54,8 +54,9 @@ class MlflowTracker:
         for start in range(0, len(params), MOST_PARAMS):
             self._client.log_batch(self._id, params=params[start : start + MOST_PARAMS])
 
-    def newest_step(self) -> None:
-        """Returns None, as requests are answered when a point is stored."""
+    def newest_step(self) -> int:
+        # Every line has the epoch.
+        return max((point.step for point in self._client.get_metric_history(self._id, "epoch")), default=-1)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         from mlflow.entities import Metric

@@ -46,8 +46,9 @@ class Tracker(Protocol):
     """
 
     def newest_step(self) -> int | None:
-        """Returns the newest step that is stored; None if the tracker cannot tell, or stores each call before it
-        returns. Called once, for a resumed run: what a killed process had not handed on yet is then sent again.
+        """Returns the newest step that is stored, or None if the tracker cannot tell.
+
+        Called once, for a resumed run, of which a killed process may not have stored all; the rest is sent again.
         """
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -7,6 +7,7 @@ samples.jsonl          answers to sample_prompts, one JSON object each
 checkpoints/<step>/    what a resumed run starts from
 model/                 the trained Hugging Face model
 plots/                 PNGs
+trackers/              what each tracker was sent, see `SentSteps`
 """
 
 from __future__ import annotations

@@ -96,6 +96,8 @@ def test_trackers_of_other_packages_are_found_by_name(
     diary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check_trackers(["diary"])
+    with pytest.raises(ValueError, match="names diary 2 times"):
+        check_trackers(["diary", "diary"])
     assert tracker_factory("diary").__name__ == "Diary"
     with pytest.raises(ValueError, match=r"did you mean 'diary'\? The trackers are: diary, mlflow, tensorboard"):
         check_trackers(["dairy"])

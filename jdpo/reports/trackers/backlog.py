@@ -33,7 +33,7 @@ def lines_until(last_step: int | None, metrics: Path, samples: Path) -> Iterator
     for answer in _read_samples(samples):
         answers.setdefault(answer["step"], []).append(answer)
     of_steps = [line_of(line) for line in read_metrics(metrics)]
-    # Stable, so that lines of one step keep their order: answers first, as in the run.
+    # Lines of one step may come in any order.
     for line in sorted([*(line_of_samples(*one) for one in answers.items()), *of_steps], key=lambda one: one.step):
         if line.step <= last_step:
             yield line

@@ -55,7 +55,7 @@ class Tracker(Protocol):
         """Takes metrics of a step.
 
         Steps never decrease, and no metric comes twice for a step, also not after a restart. A step may come in several
-        calls: training metrics, then `eval_...`.
+        calls: training metrics, answers, `eval_...`.
         """
 
     def log_samples(self, step: int, samples: Sequence[tuple[str, str]]) -> None:

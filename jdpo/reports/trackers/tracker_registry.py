@@ -48,9 +48,11 @@ def check_trackers(names: Sequence[str]) -> None:
     """Refuses trackers that are not available, before a run starts.
 
     Raises:
-      ValueError: an unknown tracker, or one whose package is not installed or does not import.
+      ValueError: an unknown tracker, one that is named twice, or whose package is not installed or does not import.
     """
     for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"report_to names {name} {names.count(name)} times; once is enough")
         tracker_factory(name)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from jdpo.config import public_text
 from jdpo.reports.trackers.tracker import Status, TrackedRun
+from jdpo.reports.trackers.wandb_files import newest_step_in
 
 
 class WandbTracker:
@@ -16,6 +17,7 @@ class WandbTracker:
     def __init__(self, run: TrackedRun) -> None:
         import wandb
 
+        self._folder = run.folder
         # wandb uploads the command line, in which addresses of datasets may be signed.
         is_secret = any(public_text(word) != word for word in sys.argv)
         self._run = wandb.init(
@@ -32,10 +34,9 @@ class WandbTracker:
             reinit="create_new",  # a run that the calling program has open stays its own
         )
 
-    def newest_step(self) -> int | None:
-        # What the machine had not uploaded when it went away. Offline a process of wandb's own writes a file, and
-        # outlives a run that is killed.
-        return None if self._run.offline else self._run.step - 1
+    def newest_step(self) -> int:
+        # Online it is the server that knows; `step` is the next one.
+        return newest_step_in(self._folder, self._run.id) if self._run.offline else self._run.step - 1
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)

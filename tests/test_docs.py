@@ -80,6 +80,10 @@ LISTED = {
     ("docs/quickstart.md", "corpus (frequencies)"): "a diagram",
     ("docs/running.md", "output_dir/"): "lists the files of a run",
     ("docs/speed.md", "python benchmarks/"): "trains for an hour next to other trainers",
+    (
+        "docs/trackers.md",
+        "[project.entry-points",
+    ): "part of a pyproject.toml; tests/reports/test_trackers.py has it",
     ("docs/weights.md", "jdpo export runs/first exported --push_to_hub"): "uploads; tests/cli/test_export.py has a hub",
 }
 """(page, how a block or a command begins) -> why it does not run."""

@@ -31,15 +31,16 @@ import jdpo
 words, run, signum, at_step = json.loads(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 
 
-def on_step(step, params):
-    if step == at_step:
-        files = [run / "trackers" / f"{name}.json" for name in sys.argv[5].split(",")]
-        while any(json.loads(file.read_text())["step"] < step for file in files):
-            time.sleep(0.05)
-        os.kill(os.getpid(), signum)
+class Kill(jdpo.Callback):
+    def on_step(self, at):
+        if at.step == at_step:
+            files = [run / "trackers" / f"{name}.json" for name in sys.argv[5].split(",")]
+            while any(json.loads(file.read_text())["step"] < at_step for file in files):
+                time.sleep(0.05)
+            os.kill(os.getpid(), signum)
 
 
-sys.exit(jdpo.train(jdpo.load_config(jdpo.DPOConfig, None, words), on_step=on_step).exit_code)
+sys.exit(jdpo.train(jdpo.load_config(jdpo.DPOConfig, None, words), callbacks=[Kill()]).exit_code)
 """
 
 
@@ -167,7 +168,7 @@ def test_wandb_has_each_step_once_under_one_id(store: Store) -> None:
     for name in ("loss", "eval_loss", "rewards/margins", "epoch"):
         assert [step for step, _ in found[name]] == sorted(store.values(name))
         assert dict(found[name]) == pytest.approx(store.values(name))
-    assert [step for step, _ in found["samples"]] == [0, 2, 4, 6, 8, 10]
+    assert [step for step, _ in found["samples/path"]] == [0, 2, 4, 6, 8, 10]
     assert {(run.run_id, run.project, run.display_name, run.run_group) for run in runs} == {
         (store.id_in("wandb"), "toys", "first", "sweep")
     }

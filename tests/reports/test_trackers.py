@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 import threading
 import time
@@ -14,12 +15,14 @@ from typing import Any
 import pytest
 
 import jdpo
+from jdpo import RunView
 from jdpo.config import DPOConfig, load_config
 from jdpo.reports.metrics_file import read_metrics
 from jdpo.reports.trackers.delivery import MOST_WAITING, Delivery, Line
 from jdpo.reports.trackers.sent_steps import SentSteps
 from jdpo.reports.trackers.tracker_registry import check_trackers, tracker_factory
 from tests.reports.tracker_toys import diary, install, tensorboard_events
+from tests.run_stops import EachStep
 
 __all__ = ["diary"]  # a fixture
 
@@ -213,15 +216,17 @@ def test_a_run_that_fails_and_resumes_tells_each_step_once(
     run = tmp_path / "run"
 
     def train(*, until: int | None = None, **more: Any) -> None:
-        def fail(step: int, params: object) -> None:
-            if step == until:
+        def fail(at: RunView) -> None:
+            if at.step == until:
                 raise RuntimeError("the room is on fire")
 
         words = run_words(max_steps=4, save_steps=2, sample_prompts='["winter"]', sample_max_new_tokens=2, **more)
-        jdpo.train(load_config(DPOConfig, None, [*words, "run_project=toys", "run_tags=[a, b]"]), on_step=fail)
+        config = load_config(DPOConfig, None, [*words, "run_project=toys", "run_tags=[a, b]"])
+        jdpo.train(config, callbacks=[EachStep(fail)])
 
     with pytest.raises(RuntimeError, match="fire"):
         train(until=3, report_to="diary")
+    shutil.rmtree(run / "checkpoints" / "3")  # as if killed before it was whole: step 3 is made again
     train(report_to="[diary, tensorboard]")
     first, *told = (run / "diary.txt").read_text().splitlines()
     assert first == "toys/run starts"

@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
-
-import numpy as np
 
 from jdpo._version import __version__
 from jdpo.config import DatasetConfig, PreferenceSettings, TrainConfig, without_queries
@@ -25,11 +22,11 @@ from jdpo.inspection.data_faults import findings_of
 from jdpo.inspection.token_display import view_row
 from jdpo.models.families import read_model_config
 from jdpo.models.weights.hub_models import has_weights
-from jdpo.reports.data_summary.part_report import part_report, rows_where
+from jdpo.reports.data_summary.part_report import part_report
 from jdpo.reports.data_summary.raw_text import TextFacts, text_facts
 from jdpo.reports.data_summary.row_statistics import Json, RowFacts, row_facts, step_costs
+from jdpo.reports.data_summary.run_data import leakage, made_safe
 from jdpo.reports.progress import RowCounter
-from jdpo.safe_text import terminal_lines
 from jdpo.training.setup.model_sources import Sources, check_positions, find_sources
 from jdpo.training.setup.row_order import num_steps_of, plan_rows, preparation_of, sides_of
 from jdpo.training.setup.untrained import find_untrained, refuse_added_tokens
@@ -94,10 +91,10 @@ def inspect_run(config: TrainConfig, *, chosen_by: str, log: Callable[[str], Non
         # With eval_fraction both parts come from the same files, whose texts are checked once.
         texts = [_text_facts(config, one, tokenizer, log) for one in evaluation[0] if not config.eval_fraction]
         document["eval"] = part_report(held_out, measure(held_out), texts, model["max_positions"])
-        document["leakage"] = _leakage(data, held_out)
+        document["leakage"] = leakage(data, held_out)
     document["findings"] = findings_of(document)
     # Last, so that the findings, which quote the data, are made safe as well.
-    clean: Json = _clean(document)
+    clean: Json = made_safe(document)
     return clean
 
 
@@ -149,17 +146,6 @@ def _model(config: TrainConfig, sources: Sources, tokenizer: Tokenizer, data: Pr
     }
 
 
-def _leakage(train: PreparedData, held_out: PreparedData) -> Json:
-    """Counts the evaluation rows whose prompt is trained on, with a few examples."""
-    # Keys are hashes of the text in the file, so a prompt is found again whatever the tokenizer made of it.
-    leaked = np.isin(held_out.prompt_keys, train.prompt_keys)
-    examples = []
-    for row in np.flatnonzero(leaked)[:5].tolist():
-        twin = int(np.flatnonzero(train.prompt_keys == held_out.prompt_keys[row])[0])
-        examples.append({"eval": held_out[row].origin, "train": train[twin].origin})
-    return {**rows_where(leaked, held_out), "examples": examples}
-
-
 def _steps(config: TrainConfig, data: PreparedData, facts: RowFacts, plan: RowPlan) -> Json:
     costs = step_costs(
         data.sizes(),
@@ -180,12 +166,3 @@ def _steps(config: TrainConfig, data: PreparedData, facts: RowFacts, plan: RowPl
         "tokens_per_epoch": tokens * plan.steps_per_epoch,
         "costs": costs,
     }
-
-
-def _clean(value: Any) -> Any:
-    """Turns tuples into lists and writes out, in every string, the characters that cannot be seen."""
-    if isinstance(value, str):
-        return terminal_lines(value)
-    if isinstance(value, Mapping):
-        return {key: _clean(inner) for key, inner in value.items()}
-    return [_clean(inner) for inner in value] if isinstance(value, list | tuple) else value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -88,6 +88,10 @@ class PreparedData(Generic[R]):
         if rows.row_type is MaskedPair:  # their prompts are not empty, so every learnt token is scored
             sizes = sizes._replace(scored=rows.counts_of("chosen_mask") + rows.counts_of("rejected_mask"))
         return sizes
+
+    def blocks(self) -> Iterator[dict[str, row_store.Elements]]:
+        """Yields the tokens of all rows, in blocks; see `StoredRows.blocks`."""
+        yield from self._rows.blocks()
 
     def rows_with(self, ids: np.ndarray) -> dict[int, tuple[int, int]]:
         """Returns {id: (number of rows with it, index of the first)} for the token ids, int [n], that occur."""

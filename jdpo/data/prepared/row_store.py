@@ -31,6 +31,8 @@ from jdpo.file_digests import file_digest
 from jdpo.types import AnyPair, TokenizedCompletion
 
 R = TypeVar("R", bound=AnyPair | TokenizedCompletion)
+Elements = tuple[np.ndarray, np.ndarray]
+"""The elements of a field of consecutive rows, and where each row's begin: offsets [rows + 1], elements."""
 
 BATCH_ROWS = 2048
 """A record batch has at least this many rows, except the last one."""
@@ -71,7 +73,7 @@ class StoredRows(Generic[R]):
         self._checks: list[int] = meta["batches"]
         # First row of every record batch, and the total number at the end.
         self._starts = [0, *itertools.accumulate(batch.num_rows for batch in self._batches)]
-        self._arrays: dict[int, dict[str, tuple[np.ndarray, np.ndarray]]] = {}  # batches whose checksum was compared
+        self._arrays: dict[int, dict[str, Elements]] = {}  # batches whose checksum was compared
         self.lengths = self._column("length", np.dtype(np.int32))
         self.tags = Tags(*(self._column(name, dtype) for name, dtype in TAG_TYPES.items()))
         # Lengths and tags are checked when the file is opened, since plans depend on them; tokens when they are read.
@@ -99,6 +101,15 @@ class StoredRows(Generic[R]):
         row_type: Any = self.row_type
         made: R = row_type(*values, self._batches[number].column(origin)[row].as_py())
         return made
+
+    def blocks(self) -> Iterator[dict[str, Elements]]:
+        """Yields all rows, in blocks: {field: (offsets [rows + 1], elements)}, as views of the file.
+
+        Raises:
+          ValueError: the tokens on disk differ from those that were written.
+        """
+        for number in range(len(self._batches)):
+            yield self._checked(number)
 
     def lengths_of(self, field: str) -> np.ndarray:
         """Returns the number of elements of a field in every row, int64 [rows]. Reads no rows."""
@@ -139,7 +150,7 @@ class StoredRows(Generic[R]):
     def _column(self, name: str, dtype: np.dtype) -> np.ndarray:
         return np.concatenate([np.zeros(0, dtype), *(np.asarray(batch.column(name)) for batch in self._batches)])
 
-    def _checked(self, number: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    def _checked(self, number: int) -> dict[str, Elements]:
         """Returns the arrays of a record batch; compares them with their checksum the first time."""
         if number not in self._arrays:
             views = self._views(number)
@@ -151,7 +162,7 @@ class StoredRows(Generic[R]):
             self._arrays[number] = views
         return self._arrays[number]
 
-    def _views(self, number: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    def _views(self, number: int) -> dict[str, Elements]:
         """Returns {field: (offsets [rows + 1], elements)} of a record batch, as views of the mapped file."""
         views = {}
         for field in self.row_type._fields[:-1]:

@@ -5,15 +5,15 @@ Lengths are in tokens. Keys are 64-bit hashes; two different texts share one wit
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jdpo.data.batching.packing_plan import ItemSizes, plan_run
 from jdpo.data.prepared.prepare import PreparedData
+from jdpo.data.prepared.row_store import Elements
 from jdpo.data.tokens.tokenizer import Tokenizer
 from jdpo.types import TokenizedCompletion
 
@@ -36,7 +36,7 @@ class RowFacts(NamedTuple):
     Attributes:
       prompt: int64, tokens of the prompt; of a supervised row, the tokens that are not learnt.
       length: int64, tokens of the side; of a supervised row, the learnt ones.
-      key: uint64, a hash of these tokens.
+      key: uint64, a hash of the tokens.
       cut: bool, max_length cut the side's end: the sequence is that long and no end token closes it.
     """
 
@@ -54,23 +54,55 @@ class RowFacts(NamedTuple):
 
 def row_facts(data: PreparedData, tokenizer: Tokenizer, *, max_length: int) -> RowFacts:
     """Measures every row; sequences were tokenized by `tokenizer` and cut at `max_length`."""
-    end_ids = set(tokenizer.end_token_ids)
+    end_ids = np.array(tokenizer.end_token_ids, np.int64)
     names = ("completion",) if isinstance(data[0], TokenizedCompletion) else ("chosen", "rejected")
-    length, key, cut = ({name: np.zeros(len(data), kind) for name in names} for kind in (np.int64, np.uint64, bool))
-    facts = RowFacts(np.zeros(len(data), np.int64), length, key, cut)
-    # Row by row: rows are memory-mapped, and all tokens together may not fit into memory.
-    for index in range(len(data)):
-        row = data[index]
-        sides = [row.tokens[row.completion_mask]] if len(names) == 1 else [row.chosen_ids, row.rejected_ids]
-        prompt = len(row.tokens) - len(sides[0]) if len(names) == 1 else len(row.prompt_ids)
-        facts.prompt[index] = prompt
-        for name, ids in zip(names, sides, strict=True):
-            # 8 bytes in place of the tokens: two of a million rows collide with a probability of about 3e-8.
-            digest = hashlib.blake2b(np.ascontiguousarray(ids, np.int32).tobytes(), digest_size=8).digest()
-            length[name][index], key[name][index] = len(ids), int.from_bytes(digest, "little")
-            # A sequence of max_length tokens may also have ended by itself.
-            cut[name][index] = prompt + len(ids) >= max_length and end_ids.isdisjoint(ids[-TAIL:].tolist())
-    return facts
+    found: list[RowFacts] = []
+    # Block by block: rows are memory-mapped, and all tokens together may not fit into memory.
+    for block in data.blocks():
+        if len(names) == 1:
+            prompt, sides = _learnt_and_not(block)
+        else:
+            prompt = np.diff(block["prompt_ids"][0])
+            sides = {name: block[f"{name}_ids"] for name in names}
+        length = {name: np.diff(offsets).astype(np.int64) for name, (offsets, _) in sides.items()}
+        key = {name: _keys(*side) for name, side in sides.items()}
+        cut = {name: _cut(*sides[name], prompt + length[name] >= max_length, end_ids) for name in names}
+        found.append(RowFacts(prompt.astype(np.int64), length, key, cut))
+    whole = [
+        {name: np.concatenate([getattr(one, field)[name] for one in found]) for name in names}
+        for field in ("length", "key", "cut")
+    ]
+    return RowFacts(np.concatenate([one.prompt for one in found]), *whole)
+
+
+def _learnt_and_not(block: Mapping[str, Elements]) -> tuple[np.ndarray, dict[str, Elements]]:
+    """Returns the number of tokens of supervised rows that are not learnt, [rows], and those that are."""
+    offsets, tokens = block["tokens"]
+    mask = block["completion_mask"][1]
+    # Before each row, how many tokens are learnt.
+    learnt = np.concatenate([[0], np.cumsum(mask, dtype=np.int64)])[offsets]
+    return np.diff(offsets) - np.diff(learnt), {"completion": (learnt, tokens[mask])}
+
+
+def _keys(offsets: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """Returns a 64-bit hash of the tokens of each row: uint64 [rows]."""
+    places = np.arange(len(tokens)) - np.repeat(offsets[:-1], np.diff(offsets))
+    # The finalizer of SplitMix64, after which the sum over a row depends on every token and its place.
+    mixed = (tokens.astype(np.uint64) + np.uint64(1)) * _MIX[0] + places.astype(np.uint64) * _MIX[1]
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(mixed ^ (mixed >> np.uint64(31)), dtype=np.uint64)])
+    keys: np.ndarray = sums[offsets[1:]] - sums[offsets[:-1]]  # modulo 2^64
+    return keys
+
+
+def _cut(offsets: np.ndarray, tokens: np.ndarray, is_long: np.ndarray, end_ids: np.ndarray) -> np.ndarray:
+    """Returns which of the long rows have no end token among their last tokens: bool [rows]."""
+    cut = is_long.copy()
+    for row in np.flatnonzero(is_long).tolist():
+        # A sequence of max_length tokens may also have ended by itself.
+        cut[row] = not np.isin(tokens[max(offsets[row], offsets[row + 1] - TAIL) : offsets[row + 1]], end_ids).any()
+    return cut
 
 
 def distribution(values: np.ndarray, edges: np.ndarray | None = None) -> Json | None:
@@ -97,8 +129,8 @@ def distribution(values: np.ndarray, edges: np.ndarray | None = None) -> Json | 
     return spread | {"edges": edges.tolist(), "bars": bars.tolist()}
 
 
-def nice_edges(low: float, high: float, *, whole: bool) -> np.ndarray:
-    """Returns the edges of at most MOST_BINS bars that cover `low` to `high`, at multiples of 1, 2 or 5 times 10^n.
+def nice_edges(low: float, high: float, *, whole: bool, most: int = MOST_BINS) -> np.ndarray:
+    """Returns the edges of at most `most` bars that cover `low` to `high`, at multiples of 1, 2 or 5 times 10^n.
 
     Args:
       whole: make bars at least 1 wide.
@@ -107,13 +139,13 @@ def nice_edges(low: float, high: float, *, whole: bool) -> np.ndarray:
     [10.0, 15.0, 20.0, 25.0, 30.0, 35.0, 40.0, 45.0, 50.0, 55.0, 60.0, 65.0, 70.0]
     """
     # Above 0 even if all values are equal.
-    rough = max((high - low) / MOST_BINS, 1.0 if whole else abs(high) * 1e-6 or 1e-6)
+    rough = max((high - low) / most, 1.0 if whole else abs(high) * 1e-6 or 1e-6)
     power = math.floor(math.log10(rough))
     while True:
         for factor in (1, 2, 5):
             width = factor * 10.0**power
             first, last = math.floor(low / width), math.floor(high / width) + 1  # `high` falls into the last bar
-            if last - first <= MOST_BINS and (width >= 1 or not whole):
+            if last - first <= most and (width >= 1 or not whole):
                 return np.arange(first, last + 1) * width
         power += 1
 

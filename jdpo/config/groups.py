@@ -285,9 +285,14 @@ class LoggingSettings(Settings):
 
     heading = "Logging and saving"
 
-    logging_steps: PositiveInt = key(10, "Steps between two lines of metrics.jsonl.")
+    logging_steps: PositiveInt = key(
+        10, "Steps between two lines of metrics.jsonl; step 1 has a line of its own, the values of the start."
+    )
     eval_steps: PositiveInt | None = key(
         None, "Steps between two evaluations; null: only after the last step.", example="100"
+    )
+    eval_on_start: bool = key(
+        True, "Evaluate before the first step, too, so that held-out curves begin at the start; false: not."
     )
     save_steps: PositiveInt = key(500, "Steps between two checkpoints; the last step is always saved.")
     save_total_limit: PositiveInt = key(2, "Newest checkpoints to keep, in addition to the best one.")

@@ -33,6 +33,7 @@ FREE_KEYS = frozenset(
         "run_project",
         "run_tags",
         "eval_datasets",
+        "eval_on_start",
         "eval_steps",
         "heartbeat_timeout_seconds",
         "save_steps",

@@ -38,12 +38,14 @@ from jdpo.training.interface.callbacks import Callback, Callbacks
 from jdpo.training.interface.run_result import RunResult
 from jdpo.training.interface.run_rows import rows_of_run
 from jdpo.training.interrupt import StopRequest, silence_lost_output
+from jdpo.training.live_report import LiveReport
 from jdpo.training.logs.phases import PhaseClock, TimingRecord
 from jdpo.training.logs.recording import Record
 from jdpo.training.logs.tracking import open_trackers
 from jdpo.training.profile import Profiler
 from jdpo.training.reference.reference_source import Reference, settle_reference
 from jdpo.training.run_dir import RunDirectory
+from jdpo.training.run_report import REPORT
 from jdpo.training.setup.batches import StepBatch, shapes_in_order
 from jdpo.training.setup.numerics import jax_settings, resolve_dtype
 from jdpo.training.setup.row_order import BuildStopped
@@ -113,6 +115,8 @@ def train(
             check_inputs(setup, directory)
             newest = find_newest(setup, directory)
             trackers = resources.enter_context(open_trackers(setup, directory, newest, log))
+            # Left before the trackers are, which keep its last page.
+            resources.enter_context(LiveReport(setup, directory, timing, log))
 
             # ------------------------------------------------------------------------------------------------ reference
             clock.enter("reference")
@@ -182,6 +186,7 @@ def train(
         # --------------------------------------------------------------------------------------------------------- loop
         if trains:
             last_saved = newest
+            metrics: Mapping[str, float] = {}
             record = Record(setup, directory, resources, trackers, position)
             samples = AnswerSamples(setup, directory.samples, record, log, continued_from=newest)
             if newest is None and samples.is_due(0):
@@ -208,6 +213,10 @@ def train(
             clock.enter("step")
             # Left in reverse order: the thread that makes batches ends first.
             with exhaustion_explained(fit), display, closing(profiler), closing(ahead):
+                if newest is None and evaluation is not None and config.eval_on_start:
+                    with reports.untimed():
+                        metrics = evaluation.log(0, state, frozen, record, display, log)
+                        calls.after_evaluation(0, metrics, weights(state.params, frozen.base))
                 for step, ((batch, rows), flops) in enumerate(clock.waiting(ahead), start=first + 1):
                     # Work that does not count as a step's time must not happen while one runs.
                     if step == 2 or not programs.ready(batch) or profiler.is_due(step):
@@ -230,7 +239,7 @@ def train(
                     evaluating = evaluation is not None and (is_last or _is_due(step, config.eval_steps))
                     if evaluating or samples.is_due(step):
                         reports.read()
-                    metrics: Mapping[str, float] = {}
+                    metrics = {}
                     with reports.untimed():
                         # Before the checkpoint, from which a resumed run would not sample this step again.
                         if samples.is_due(step):
@@ -279,7 +288,7 @@ def train(
         if (note := setup.train_data.drop_note) is not None:
             log(f"note: {note}")
         log_findings(directory, "finished", num_steps, log)
-        log(f"done: {directory.outcome}, metrics in {directory.metrics}")
+        log(f"done: {directory.outcome}, metrics in {directory.metrics}, report in {directory.path / REPORT}")
         return result_of(directory, num_steps)
 
 

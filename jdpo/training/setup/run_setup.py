@@ -81,7 +81,8 @@ class Setup(ModelSetup):
 
     def logs_after(self, step: int) -> bool:
         """Returns True if the averages since the last log are written after this step."""
-        return step % self.config.logging_steps == 0 or step == self.num_steps
+        # Step 1 alone: its values are those of the weights that training starts from, which a mean would hide.
+        return step == 1 or step % self.config.logging_steps == 0 or step == self.num_steps
 
     def inputs(self) -> dict[str, str]:
         """Returns digests of everything that a run depends on except its config, to recognise it when it is resumed."""

@@ -144,6 +144,7 @@ def test_every_key_that_may_change_and_changes_the_step_is_part_of_the_fit() -> 
         "logging_steps",
         "report_to",
         "eval_datasets",
+        "eval_on_start",
         "eval_steps",
         "save_steps",
         "push_to_hub",

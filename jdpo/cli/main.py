@@ -20,6 +20,7 @@ COMMANDS = {
     "sft": ("jdpo.cli.commands.train", "train a model on completions, the stage before preferences"),
     "dpo": ("jdpo.cli.commands.train", "train a model on preference pairs: DPO and related losses"),
     "inspect": ("jdpo.cli.commands.inspect", "show what a run would train on, before it trains"),
+    "report": ("jdpo.cli.commands.report", "make the page of a run, or of several next to each other"),
     "reference": ("jdpo.cli.commands.reference", "compute the reference's log-probs once, for all later runs"),
     "generate": ("jdpo.cli.commands.generate", "draw answers of a model to many prompts"),
     "chat": ("jdpo.cli.commands.chat", "talk to a model in the terminal, or to two side by side"),
@@ -53,6 +54,9 @@ ELSEWHERE = {
     "merge": "`jdpo export RUN OUT --merge` adds adapters to their base",
     "push": "`jdpo export RUN OUT --push_to_hub OWNER/NAME` uploads a model",
     "evaluate": "`jdpo eval MODEL --pairs FILE` evaluates a model on held-out pairs",
+    **dict.fromkeys(
+        ("plot", "curves", "metrics", "dashboard"), "`jdpo report RUN [RUN2 ...]` makes a page of curves and figures"
+    ),
     "diff": "`jdpo compare BEFORE AFTER` shows what changed between two models",
     "ask": "`jdpo chat MODEL` answers messages in the terminal",
     "talk": "`jdpo chat MODEL` answers messages in the terminal",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,12 @@ from jdpo.durable import write_durably
 
 
 def page_environment() -> jinja2.Environment:
-    """Returns an environment for templates of pages, which escapes every value."""
+    """Returns an environment for templates of pages, which escapes every value.
+
+    Templates can import the macros of `jdpo/reports/data_summary/nodes.html.jinja`.
+    """
     environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("jdpo.reports", "data_summary"),
         # autoescape alone would leave invisible and direction characters in.
         autoescape=True,
         undefined=jinja2.StrictUndefined,  # a misspelt name in the template is an error, not an empty text
@@ -39,7 +44,8 @@ def write_html(page: str, path: Path) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(path, page)
+        # Two commands may write one page at the same time.
+        write_durably(path, page, writer=f".{os.getpid()}")
     except OSError as error:
         raise ValueError(f"cannot write the page to {path}: {error.strerror or error}") from error
 

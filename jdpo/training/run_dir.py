@@ -6,6 +6,8 @@ metrics.jsonl          one JSON object per logged step
 samples.jsonl          answers to sample_prompts, one JSON object each
 checkpoints/<step>/    what a resumed run starts from
 model/                 the trained Hugging Face model
+data.json              what the rows are like; see `jdpo.reports.data_summary.run_data`
+report.html            all of this as one page, written again while the run goes on
 plots/                 PNGs
 trackers/              what each tracker was sent, see `SentSteps`
 """
@@ -35,7 +37,7 @@ from jdpo.config import (
 from jdpo.durable import keep_old, write_durably
 from jdpo.file_locks import lock_file
 from jdpo.processes import any_process, barrier, is_first, run_jointly
-from jdpo.training.run_record import RunRecord
+from jdpo.training.run_record import Ending, RunRecord
 
 LENGTH_KEYS = {"max_steps", "num_train_epochs"}
 USED_BY_A_RUN = ("metrics.jsonl", "checkpoints", "model", "run.json", "resolved_config.yaml")
@@ -115,8 +117,11 @@ class RunDirectory:
             new = RunRecord.of_new_run(command)
             if self.is_new:
                 new.write(self._run_file)
-            elif (record := self.record).started_in != new.started_in:
-                dataclasses.replace(record, started_in=new.started_in).write(self._run_file)
+            else:
+                record = self.record
+                now = dataclasses.replace(record, started_in=new.started_in, ended=None, end_reason=None)
+                if now != record:
+                    now.write(self._run_file)
         except OSError as error:
             raise ValueError(
                 f"cannot write to output_dir {self.path}: {error}; choose a folder on a writable disk with free space"
@@ -285,6 +290,10 @@ class RunDirectory:
         """Keeps where the time of the run went. Processes need not wait for each other, as a run may be failing."""
         if is_first():
             dataclasses.replace(self.record, timing=timing, late_programs=late_programs).write(self._run_file)
+
+    def end(self, ended: Ending, reason: str | None) -> None:
+        """Notes that this start ends before the run is finished. To be called by the first process alone."""
+        dataclasses.replace(self.record, ended=ended, end_reason=reason).write(self._run_file)
 
     def finish(self, results: Mapping[str, Any]) -> None:
         """Marks the run as complete; the last thing a run writes."""

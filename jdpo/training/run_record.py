@@ -14,6 +14,8 @@ from jdpo.json_files import read_json
 
 ReferenceMode = Literal["live", "cached", "none"]
 
+Ending = Literal["stopped", "failed"]
+
 RENAMED_INPUTS = {"how many rows each data set has": "how many rows each dataset has"}  # plain: as it is
 """Names of inputs in files of older versions -> their names now; without this a resumed run would not check them."""
 
@@ -69,6 +71,9 @@ class RunRecord:
       jdpo: version that started the run; empty in a file that jdpo did not write.
       started_in: folder that relative paths of the config refer to; None if it was not written down.
       finished: True if the run is complete and its model exported.
+      ended: stopped or failed, if the last start ended before the run was finished; None while one runs, after a kill,
+        and in older files.
+      end_reason: the error of a run that failed.
       inputs: name of an input, in words -> digest of its content.
       files: name of a file that rows were read from -> digest of its content.
       rows: summary of the training rows, for the model card.
@@ -86,6 +91,8 @@ class RunRecord:
     jdpo: str = ""
     started_in: str | None = None
     finished: bool = False
+    ended: Ending | None = None
+    end_reason: str | None = None
     inputs: Mapping[str, str] = dataclasses.field(default_factory=dict)
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
     rows: str | None = None

@@ -1,0 +1,94 @@
+"""The sampled answers on the page of a run: what the model said to the same prompt while it was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jdpo.reports.run_page.page_run import PageRun
+
+MOST_PROMPTS, MOST_STEPS, MOST_LETTERS = 20, 10, 2000
+
+
+class StepAnswer(NamedTuple):
+    """An answer.
+
+    Attributes:
+      step: after which it was given.
+      text: cut at MOST_LETTERS.
+      is_cut_off: True if it reached the maximum of tokens.
+      changed: False if it is the answer of the step shown before.
+    """
+
+    step: int
+    text: str
+    is_cut_off: bool
+    changed: bool
+
+
+class PromptAnswers(NamedTuple):
+    """A prompt and its answers: (number of the run, its answers), one for each run that was asked."""
+
+    prompt: str
+    of_runs: Sequence[tuple[int, Sequence[StepAnswer]]]
+
+
+class SamplesShown(NamedTuple):
+    """The prompts that are shown, and how many there are."""
+
+    prompts: Sequence[PromptAnswers]
+    num_prompts: int
+
+
+def samples_of(runs: Sequence[PageRun]) -> SamplesShown:
+    """Returns the answers to the first prompts: at most MOST_STEPS each, of the first, the last and between."""
+    texts: dict[str, str] = {}
+    answers: dict[str, dict[int, list[Mapping[str, Any]]]] = {}
+    for number, run in enumerate(runs):
+        for line in run.samples:
+            # The same prompt is the same text, whatever its number in a run.
+            text = prompt_text(line.get("prompt"))
+            texts.setdefault(text, text)
+            answers.setdefault(text, {}).setdefault(number, []).append(line)
+    shown = []
+    for text in list(texts)[:MOST_PROMPTS]:
+        of_runs = [(number, _answers(lines, only_last=len(runs) > 1)) for number, lines in answers[text].items()]
+        shown.append(PromptAnswers(shortened(text), of_runs))
+    return SamplesShown(shown, len(texts))
+
+
+def _answers(lines: Sequence[Mapping[str, Any]], *, only_last: bool) -> list[StepAnswer]:
+    lines = sorted(lines, key=lambda line: line["step"])
+    most = 1 if only_last else MOST_STEPS
+    if len(lines) > most:
+        # Evenly spaced, from the first to the last.
+        places = [len(lines) - 1] if most == 1 else [round(i * (len(lines) - 1) / (most - 1)) for i in range(most)]
+        lines = [lines[place] for place in places]
+    found: list[StepAnswer] = []
+    for line in lines:
+        message = line.get("message")
+        text = shortened(_content(message if isinstance(message, Mapping) else {}))
+        changed = not found or found[-1].text != text
+        found.append(StepAnswer(line["step"], text, line.get("finish_reason") == "length", changed))
+    return found
+
+
+def prompt_text(prompt: Any) -> str:
+    """Returns a prompt as text, with the role before each message."""
+    if isinstance(prompt, str):
+        return prompt
+    messages = prompt if isinstance(prompt, list) else []
+    return "\n".join(
+        f"{message.get('role', '')}: {_content(message)}" for message in messages if isinstance(message, Mapping)
+    )
+
+
+def _content(message: Mapping[str, Any]) -> str:
+    content, calls = message.get("content"), message.get("tool_calls")
+    parts = [content] if isinstance(content, str) and content else []
+    return "\n".join([*parts, *([f"tool calls: {calls}"] if calls else [])])
+
+
+def shortened(text: str) -> str:
+    """Returns a text that is cut after MOST_LETTERS."""
+    return text if len(text) <= MOST_LETTERS else f"{text[:MOST_LETTERS]}…"

@@ -1,0 +1,117 @@
+"""The page of a run's folder, whatever state it is in, and what is no run."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from jdpo.cli.main import main
+from jdpo.config import CONFIGS, load_config, to_public_yaml
+from jdpo.file_locks import lock_file
+from jdpo.training.run_record import RunRecord
+from jdpo.training.run_report import read_page_run, write_report
+from tests.reports.simulated_runs import simulated
+
+LINES = simulated(lambda done: done, num_steps=40, eval_steps=20, held_out_margin=lambda done: done)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """The folder of a finished run of 40 steps, without a model."""
+    return write_run(tmp_path / "run")
+
+
+def write_run(folder: Path, *, finished: bool = True, ended: str | None = None) -> Path:
+    folder.mkdir()
+    record = RunRecord(command="dpo", jdpo="0.2.0", finished=finished, num_steps=40, results={"step": 40})
+    (folder / "run.json").write_text(json.dumps({**vars(record), "fit": None, "given_up": [], "ended": ended}))
+    config = load_config(CONFIGS["dpo"], None, ["model_name_or_path=m", "datasets=p.jsonl", f"output_dir={folder}"])
+    (folder / "resolved_config.yaml").write_text(to_public_yaml(config))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    line = {"step": 0, "prompt_id": "p", "prompt": "Who?", "message": {"role": "assistant", "content": "Me."}}
+    (folder / "samples.jsonl").write_text(json.dumps(line) + "\n")
+    return folder
+
+
+def page_of(*words: str) -> str:
+    assert main(["report", *words]) == 0
+    page = Path(words[-1] if "--output" in words else f"{words[0]}/report.html").read_text(encoding="utf-8")
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", page.partition("</head>")[2]))
+
+
+def test_a_finished_run_has_a_page_in_its_folder(run: Path) -> None:
+    text = page_of(str(run))
+    for phrase in ("finished: 40 steps", "Held-out loss", "Reward margin", "Who?", "Me.", "resolved_config.yaml"):
+        assert phrase in text, phrase
+    assert "damaged" not in text
+    assert "missing" not in text
+
+
+def test_a_run_tells_how_it_ended(tmp_path: Path) -> None:
+    for ended, phrase in (
+        ("stopped", "stopped: step 40"),
+        (None, "not finished: step 40"),
+        ("failed", "failed: step 40"),
+    ):
+        run = write_run(tmp_path / phrase[:4], finished=False, ended=ended)
+        assert phrase in page_of(str(run))
+    (run / ".lock").touch()
+    lock = lock_file(run / ".lock")
+    assert lock is not None
+    with lock:  # as the run itself does while it goes on
+        assert read_page_run(run, "run").status == "running"
+    assert read_page_run(run, "run").status == "failed"
+
+
+def test_damaged_files_are_left_out_and_named(run: Path) -> None:
+    lines = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(lines + '{"step": 41, "lo')  # torn: the run writes it now
+    (run / "samples.jsonl").unlink()
+    assert read_page_run(run, "run").notes == []
+    (run / "metrics.jsonl").write_text("no json\n" + lines)
+    (run / "run.json").write_text('{"command": 3, "inputs": 7}')
+    (run / "samples.jsonl").write_text("[1]\n")
+    (run / "data.json").write_text("{")
+    found = read_page_run(run, "run")
+    notes = " ".join(found.notes)
+    for phrase in ("metrics.jsonl is damaged", "no verdict", "samples.jsonl is damaged", "data.json is damaged"):
+        assert phrase in notes, phrase
+    assert found.lines == LINES
+    text = page_of(str(run))
+    assert "data.json is damaged" in text
+    assert "Reward margin" in text
+    for name in ("run.json", "resolved_config.yaml"):
+        (run / name).unlink()
+    assert "resolved_config.yaml is missing" in page_of(str(run))
+
+
+def test_runs_are_compared_under_different_names(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_run(tmp_path / name / "dpo")
+    text = page_of(str(tmp_path / "a/dpo"), str(tmp_path / "b/dpo"), "--output", str(tmp_path / "both.html"))
+    assert "Comparison of 2 runs" in text
+    assert "a/dpo" in text
+    assert "b/dpo" in text
+
+
+def test_what_is_no_run_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "model").mkdir()
+    for path, phrases in {
+        tmp_path / "absent": ["does not exist", "output_dir of a run"],
+        run / "metrics.jsonl": ["is a file"],
+        run / "model": ["part of a run", str(run)],
+        tmp_path: ["Runs are in it", str(run)],
+    }.items():
+        assert main(["report", str(path)]) == 2
+        message = capsys.readouterr().err
+        for phrase in phrases:
+            assert phrase in message
+    with pytest.raises(ValueError, match="given twice"):
+        write_report([run, run], tmp_path / "page.html")
+    with pytest.raises(ValueError, match="at most 8 runs"):
+        write_report([run] * 9, tmp_path / "page.html")
+    assert not (tmp_path / "page.html").exists()

@@ -9,7 +9,7 @@ from jdpo.checkpoint.hf_export import parse_size
 from jdpo.checkpoint.output_folders import check_out
 from jdpo.models.lora.targets import require_loadable
 from jdpo.reports.metrics_file import read_metrics
-from jdpo.training.finish import export_trained, results_at, source_folders
+from jdpo.training.finish import export_trained, outcome_at, source_folders
 from jdpo.training.saved_runs import Checkpoint, opened, restore_trained
 from jdpo.training.setup.weight_placement import load_base
 
@@ -59,9 +59,13 @@ def export_checkpoint(
             restore_trained(checkpoint, setup),
             load_base(setup) if merging else None,
             out,
-            command=record.command,
-            rows=record.rows or "The run did not record its rows.",
-            results=results_at(lines, checkpoint.step),
+            outcome_at(
+                checkpoint.step,
+                lines,
+                checkpoint.run,
+                record.command,
+                record.rows or "The run did not record its rows.",
+            ),
             merge_adapters=merging,
             kept=[checkpoint.run / "checkpoints"],
         )

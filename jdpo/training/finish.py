@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -14,20 +14,42 @@ from jdpo.checkpoint.hub_push import push_folder
 from jdpo.checkpoint.manager import CheckpointManager
 from jdpo.checkpoint.peft_export import export_adapter
 from jdpo.config import ReferenceSettings, to_public_dict, to_public_yaml, without_queries
+from jdpo.data.sources import is_on_hub
 from jdpo.models.lora.base_weights import Base
 from jdpo.models.lora.merge import merge
 from jdpo.models.weights.safetensors_folder import source_dtypes
 from jdpo.processes import agree_on, is_first, run_jointly
-from jdpo.reports.findings import Status, finding_lines, findings_of, verdict
+from jdpo.reports.cards.model_card import CODE_ENDS, CardFacts, model_card
+from jdpo.reports.findings import Finding, Status, finding_lines, findings_of, verdict
 from jdpo.reports.metrics_file import read_metrics
-from jdpo.reports.model_card import CODE_ENDS, model_card
 from jdpo.reports.plots import write_plots
 from jdpo.training.logs.facts_of_run import read_facts
 from jdpo.training.run_dir import RunDirectory
 from jdpo.training.setup.model_setup import ModelSetup
 from jdpo.training.setup.run_setup import Setup
+from jdpo.words import figure
 
 Params = Any
+
+
+class Outcome(NamedTuple):
+    """What the model card tells of a run.
+
+    Attributes:
+      command: sft or dpo.
+      rows: summary of the training rows.
+      results: last values of all metrics.
+      sentences: the verdict.
+      findings: what its figures show.
+      data: content of data.json.
+    """
+
+    command: str
+    rows: str = ""
+    results: Mapping[str, Any] = {}
+    sentences: Sequence[str] = ()
+    findings: Sequence[Finding] = ()
+    data: Mapping[str, Any] | None = None
 
 
 def step_to_export(setup: Setup, manager: CheckpointManager) -> int:
@@ -50,22 +72,12 @@ def finish_run(
     """Exports the weights of a step, draws the plots, uploads the model if asked to, and marks the run finished."""
     config = setup.config
     lines = read_metrics(directory.metrics)
-    results = results_at(lines, exported)
+    outcome = outcome_at(exported, lines, directory.path, setup.task.command, setup.train_data.summary())
     if not config.export_at_end:
-        directory.finish({**results, "step": setup.num_steps})
+        directory.finish({**outcome.results, "step": setup.num_steps})
         return
     log(f"exporting the model of step {exported} to {directory.model}")
-    rows = setup.train_data.summary()
-    export_trained(
-        setup,
-        params,
-        base,
-        directory.model,
-        command=setup.task.command,
-        results=results,
-        rows=rows,
-        kept=[directory.checkpoints],
-    )
+    export_trained(setup, params, base, directory.model, outcome, kept=[directory.checkpoints])
 
     def draw() -> None:
         write_plots(
@@ -76,7 +88,28 @@ def finish_run(
     run_jointly(draw, on_first=True)
     run_jointly(lambda: _push(setup, directory, exported, log), on_first=True)
     # Last, so that a run that was killed before is exported again.
-    directory.finish({**results, "step": setup.num_steps, "exported_step": exported})
+    directory.finish({**outcome.results, "step": setup.num_steps, "exported_step": exported})
+
+
+def outcome_at(step: int, lines: list[dict[str, Any]], run: Path, command: str, rows: str) -> Outcome:
+    """Returns what came of a run up to one of its steps.
+
+    Args:
+      lines: of its metrics.jsonl.
+      run: its folder.
+    """
+    bare = Outcome(command, rows, results_at(lines, step))
+    if not is_first():  # which alone writes the card, and may be the only one that sees the folder
+        return bare
+    until = [line for line in lines if line["step"] <= step]
+    try:
+        facts = read_facts(run, step=max((line["step"] for line in lines), default=0), lines=until, exported_step=step)
+    except ValueError:  # of an older version or another program
+        return bare
+    findings = findings_of(until, facts)
+    sentences = [f"This is the model after {step:,} of {figure(facts.num_steps, 'step')}."]
+    sentences += verdict(until, facts, findings)[1:]
+    return bare._replace(sentences=sentences, findings=findings, data=facts.data)
 
 
 def log_findings(directory: RunDirectory, status: Status, step: int, log: Callable[[str], None]) -> None:
@@ -109,10 +142,8 @@ def export_trained(
     params: Params,
     base: Base | None,
     out: Path,
+    outcome: Outcome,
     *,
-    command: str,
-    rows: str,
-    results: Mapping[str, Any],
     merge_adapters: bool | None = None,
     kept: Sequence[Path] = (),
 ) -> None:
@@ -121,7 +152,7 @@ def export_trained(
     Args:
       params: all weights, or adapters.
       base: the weights under adapters, which are freed as the adapters are merged into them; None where they are not.
-      command, rows, results: of the run, for README.md; see `model_card`.
+      outcome: of the run, for README.md.
       merge_adapters: True exports the base with the adapters added, False the adapters alone; None: see `lora.merge`.
       kept: folders that `out` must not touch, in addition to `source_folders`.
     """
@@ -130,14 +161,21 @@ def export_trained(
         merge_adapters = setup.exports_merged
     alone = adaptation is not None and not merge_adapters
     card = model_card(
-        command=command,
-        config=to_public_dict(config),
-        results=results,
-        rows=rows,
-        version=__version__,
-        config_yaml=to_public_yaml(config, escaped=CODE_ENDS),
-        base=setup.model_name,
-        is_adapter=alone,
+        CardFacts(
+            command=outcome.command,
+            config=to_public_dict(config),
+            config_yaml=to_public_yaml(config, escaped=CODE_ENDS),
+            version=__version__,
+            base=setup.model_name,
+            is_adapter=alone,
+            has_chat_template=setup.tokenizer.has_chat_template,
+            rows=outcome.rows,
+            data=outcome.data,
+            hub_datasets=[one.path for one in config.datasets if is_on_hub(one.path)],
+            results=outcome.results,
+            verdict=outcome.sentences,
+            findings=outcome.findings,
+        )
     )
     if adaptation is not None and alone:
         export_adapter(

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from jdpo.checkpoint.tokenizer_export import write_tokenizer
 from jdpo.config import DPOConfig, load_config
-from jdpo.training.finish import export_trained
+from jdpo.training.finish import Outcome, export_trained
 from jdpo.training.setup.numerics import resolve_dtype
 from jdpo.training.setup.run_setup import build
 from jdpo.training.setup.weight_placement import load_start
@@ -182,7 +182,7 @@ def test_a_run_exports_the_files_of_the_tokenizer_that_it_read(
 ) -> None:
     config = load_config(DPOConfig, None, run_words(lora=lora))
     setup = build(resolve_dtype(config), lambda line: None)
-    export_trained(setup, load_start(setup), None, tmp_path / "out", command="dpo", rows="", results={})
+    export_trained(setup, load_start(setup), None, tmp_path / "out", Outcome("dpo"))
     for file in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "out" / file).read_bytes() == (toy_model / file).read_bytes()
 

@@ -1,24 +1,17 @@
-"""metrics.jsonl, plots, model card and progress lines."""
+"""metrics.jsonl, plots and progress lines."""
 
 from __future__ import annotations
 
-import ast
 import io
-import json
 import re
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 from rich.console import Console
 
-from jdpo import safe_text
-from jdpo.config import DPOConfig, load_config, to_public_yaml
 from jdpo.reports.metrics_file import read_metrics
-from jdpo.reports.model_card import CODE_ENDS, model_card
 from jdpo.reports.plots import write_plots
 from jdpo.reports.progress import RunDisplay, print_lines
 from jdpo.reports.writers import JsonlWriter
@@ -52,63 +45,9 @@ def test_plots_are_pngs_of_every_panel(tmp_path: Path) -> None:
     assert [path.name for path in write_plots(only_loss, tmp_path / "sft", title="sft")] == ["loss.png"]
 
 
-def test_model_card_holds_recipe_results_and_metadata() -> None:
-    card = model_card(
-        command="dpo",
-        config={"beta": 0.1},
-        results={"step": 7, "eval_rewards/accuracies": 0.625},
-        rows="20 rows read, 20 kept",
-        version="0.1.0",
-        config_yaml="beta: 0.1\n",
-        base="org/base",
-    )
-    metadata = yaml.safe_load(card.split("---")[1])
-    assert metadata["base_model"] == "org/base"
-    assert metadata["tags"] == ["jdpo", "dpo"]
-    assert "| eval_rewards/accuracies | 0.625 |" in card
-    assert "beta: 0.1" in card
-    assert "20 rows read" in card
-
-
-def test_foreign_names_are_no_markup_in_the_card(tmp_path: Path) -> None:
-    path = "a<script>alert(1)<|>`*.jsonl\x1b\u202e\n# fake"
-    config = load_config(DPOConfig, None, ["model_name_or_path=x", "output_dir=o", f"datasets={json.dumps([path])}"])
-    recipe = to_public_yaml(config, escaped=CODE_ENDS)
-    card = model_card(
-        command="dpo",
-        config={},
-        results={"rewards/margins/a|<b>": 1.0},
-        rows=f"{safe_text.terminal(path)} (train)\n  20 rows read",
-        version="0.1.0",
-        config_yaml=recipe,
-        base='m/x<img src=x onerror=alert(2)>``"+evil()',
-        is_adapter=True,
-    )
-    assert "<" not in card
-    assert all(one == "\n" or not safe_text.is_unseen(one) for one in card)
-    assert "# x&lt;img src=x onerror=alert(2)&gt;\\`\\`" in card
-    assert "| rewards/margins/a\\|&lt;b&gt; | 1 |" in card
-    _, loading, _, in_card, _ = re.split(r"^```\w*$", card, flags=re.M)
-    constants = [node.value for node in ast.walk(ast.parse(loading)) if isinstance(node, ast.Constant)]
-    assert 'm/x<img src=x onerror=alert(2)>``"+evil()' in constants
-    assert in_card.strip() == recipe.strip()
-    assert yaml.safe_load(recipe)["datasets"][0]["path"] == path
-
-
 def test_the_name_of_a_model_is_no_formula_in_a_plot(tmp_path: Path) -> None:
     (path, *_) = write_plots(lines(3), tmp_path / "plots", title="jdpo dpo: a$\\frac{$\x1b 東京")
     assert path.read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_local_base_model_is_not_presented_as_a_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def named(base: str) -> Any:
-        card = model_card(command="sft", config={}, results={}, rows="", version="0", config_yaml="", base=base)
-        return yaml.safe_load(card.split("---")[1]).get("base_model")
-
-    (tmp_path / "runs" / "sft").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    assert [named(base) for base in ("/models/base", "./base", "runs/sft", "runs", "gs://bucket/base")] == [None] * 5
-    assert [named(base) for base in ("gpt2", "org/base-1.5")] == ["gpt2", "org/base-1.5"]
 
 
 RATES = {"pairs_per_second": 12.0, "tokens_per_second": 3500.4}

@@ -13,6 +13,6 @@ see `jdpo.data.sources.splits`.
 
 from jdpo.data.sources.hub_datasets import HubSource
 from jdpo.data.sources.readers import READERS
-from jdpo.data.sources.source_opening import Source, open_source, read_rows
+from jdpo.data.sources.source_opening import Source, is_on_hub, open_source, read_rows
 
-__all__ = ["READERS", "HubSource", "Source", "open_source", "read_rows"]
+__all__ = ["READERS", "HubSource", "Source", "is_on_hub", "open_source", "read_rows"]

@@ -70,9 +70,7 @@ def open_source(dataset: DatasetConfig) -> Source:
     store, path = _located(dataset.path)
     kind, place = store.kind(path), store.place(path)
     if kind is None:
-        # A path that exists always wins over the hub. `data/pairs.jsonl` has the form of a hub name, but its ending
-        # shows that a file was meant, so the error is "no such file" and not one of the hub.
-        if not is_url(dataset.path) and ending_of(path) is None and _HUB_NAME.fullmatch(dataset.path):
+        if is_on_hub(dataset.path):
             return HubSource(dataset)
         hint = "" if is_url(dataset.path) else " (a name on the hub has the form org/name)"
         if "*" in dataset.path:
@@ -93,6 +91,18 @@ def open_source(dataset: DatasetConfig) -> Source:
     if ending_of(name) is None:
         raise ValueError(f"{place}: cannot read this kind of file; expected {', '.join(READERS)}")
     return FileSource((File(store, path, terminal(name)),), (), split, place)
+
+
+def is_on_hub(path: str) -> bool:
+    """Returns True if the path of a dataset is taken for a name on the hub."""
+    # A path that exists always wins over the hub. `data/pairs.jsonl` has the form of a hub name, but its ending
+    # shows that a file was meant, so the error is "no such file" and not one of the hub.
+    return (
+        not is_url(path)
+        and ending_of(path) is None
+        and _HUB_NAME.fullmatch(path) is not None
+        and not os.path.exists(os.path.expanduser(path))
+    )
 
 
 def _located(path: str) -> tuple[Store, str]:

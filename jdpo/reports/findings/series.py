@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from jdpo.reports.share_tests import wilson
 
 Lines = Sequence[Mapping[str, Any]]
@@ -110,12 +112,13 @@ def share_interval(share: float, num_rows: int) -> tuple[float, float]:
 
 
 def figures(value: float) -> str:
-    """Formats a value with three or four significant digits, without an exponent where that is readable.
+    """Formats a value with up to four significant digits, always without an exponent.
 
-    >>> figures(0.69314), figures(-41.237), figures(12345.6), figures(0.0000012)
-    ('0.6931', '-41.2', '12,346', '1.2e-06')
+    >>> figures(0.69314), figures(-41.237), figures(12345.6), figures(0.0000012), figures(3)
+    ('0.6931', '-41.24', '12,346', '0.0000012', '3')
     """
-    size = abs(value)
-    if size >= 1000:
+    if not math.isfinite(value):
+        return str(value)
+    if abs(value) >= 1000:
         return f"{value:,.0f}"
-    return f"{value:.3g}" if size >= 10 else f"{value:.4g}"
+    return np.format_float_positional(float(f"{value:.4g}"), trim="-")

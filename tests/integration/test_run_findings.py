@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,36 +14,43 @@ from jdpo.reports.metrics_file import read_metrics
 from jdpo.training.logs.facts_of_run import read_facts
 from jdpo.training.run import train
 from jdpo.training.run_record import RunRecord
+from tests.run_stops import SignalAt
+
+STILL = "error: The policy has hardly moved from the reference"
 
 
 def test_a_run_that_learns_nothing_says_so_before_it_is_done(
     run_words: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = load_config(DPOConfig, None, run_words(max_steps=4, learning_rate=1e-12, max_grad_norm=1e-3))
+    words = run_words(max_steps=2, learning_rate=1e-12, max_grad_norm=1e-3)
+    train(load_config(DPOConfig, None, words))
+    logged = capsys.readouterr().err.splitlines()
+    assert STILL in logged
+    assert logged[-1].startswith("done: ")
+    run = tmp_path / "run"
+    lines = read_metrics(run / "metrics.jsonl")
+    assert [line["grad_clipped"] for line in lines] == [1.0] * 2
 
-    def stop(step: int, params: object) -> None:
-        if step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    assert train(config, on_step=stop).interrupted
-    stopped = capsys.readouterr().err.splitlines()
-    # At least half of the steps are made.
-    assert "error: The policy has hardly moved from the reference" in stopped
-    assert stopped[-1].startswith("stopped by a signal")
-    assert read_facts(tmp_path / "run").status == "stopped"
-
-    train(config)
-    finished = capsys.readouterr().err.splitlines()
-    assert "error: The policy has hardly moved from the reference" in finished
-    assert finished[-1].startswith("done: ")
-    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    assert [line["grad_clipped"] for line in lines] == [1.0] * 4
-
-    facts = read_facts(tmp_path / "run")
-    assert (facts.status, facts.step, facts.num_steps, facts.exported_step) == ("finished", 4, 4, 4)
+    facts = read_facts(run)
+    assert (facts.status, facts.step, facts.num_steps, facts.exported_step) == ("finished", 2, 2, 2)
     assert (facts.num_rows, facts.num_eval_rows, facts.losses) == (20, None, ("sigmoid",))
     assert facts.start_loss == pytest.approx(0.6931, abs=1e-4)
     assert "learnt_nothing" in {finding.key for finding in findings_of(lines, facts)}
+    card = (run / "model" / "README.md").read_text(encoding="utf-8")
+    assert "**Error: The policy has hardly moved from the reference.**" in card
+
+
+@pytest.mark.ci
+def test_a_stopped_run_says_what_it_found_so_far(
+    run_words: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # At least half of the steps are made, so that they can be judged.
+    words = run_words(max_steps=4, learning_rate=1e-12)
+    assert train(load_config(DPOConfig, None, words), callbacks=[SignalAt(3)]).interrupted
+    logged = capsys.readouterr().err.splitlines()
+    assert STILL in logged
+    assert logged[-1].startswith("stopped by a signal")
+    assert read_facts(tmp_path / "run").status == "stopped"
 
 
 def test_a_folder_of_an_older_version_has_facts_too(run_words: Callable[..., list[str]], tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ FLAT = 0.02
 
 FEW_EVALUATIONS = 3
 
-SECTION = '"Why does the log-prob of the chosen answer fall?" in docs/running.md of jdpo
+SECTION = '"Why does the log-prob of the chosen answer fall?" in docs/running.md of jdpo'
 
 
 class _Stage(NamedTuple):

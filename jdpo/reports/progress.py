@@ -1,4 +1,4 @@
-"""Shows the progress of a run: a live bar in a terminal, plain lines elsewhere."""
+"""Shows the progress of a run: a live bar in a terminal, a live line in a notebook, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -14,17 +14,26 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Column
 from rich.text import Text
 
+from jdpo.reports.notebooks import NotebookLine, in_notebook
 from jdpo.safe_text import terminal_lines
 from jdpo.words import clock
 
 SHOWN = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
-LINE_SECONDS = 15.0
+LINE_SECONDS, NOTEBOOK_SECONDS = 15.0, 0.5
+"""Seconds between two lines in a log file, and between two texts of the line in a notebook."""
+
 WIDE = 120
 """Terminals of at least this many columns get a long bar."""
 
 
 def make_console() -> Console:
-    """Returns the console for messages and progress: standard error, so that standard output is free for results."""
+    """Returns the console for messages and progress: standard error, so that standard output is free for results.
+
+    In a notebook it is standard output, since notebooks colour standard error as an error.
+    """
+    if in_notebook():
+        # A kernel takes itself for a terminal, and rich would make each message a page of its own.
+        return Console(file=sys.stdout, soft_wrap=True, force_jupyter=False, force_terminal=False, color_system=None)
     # rich would cut lines at 80 columns where there is no terminal, such as in a log file.
     return Console(file=sys.stderr, soft_wrap=True)
 
@@ -145,6 +154,8 @@ class RunDisplay:
         self._compiled_for = 0.0
         self._line_due = 0.0
         self._bar: Progress | None = None
+        self._line = NotebookLine() if shown and in_notebook() else None
+        self._waiting: str | None = None  # the text of the line that is not shown yet
         # In a log file, a bar would leave one line per refresh; `step` prints lines at intervals instead.
         if shown and console.is_terminal:
             self._bar = Progress(
@@ -165,6 +176,8 @@ class RunDisplay:
     def __exit__(self, *_: Any) -> None:
         if self._bar is not None:
             self._bar.stop()
+        if self._line is not None and self._waiting is not None:
+            self._line.show(self._waiting)
 
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:
@@ -185,11 +198,21 @@ class RunDisplay:
         left = f"{self._time_left(step)} left"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, figures=figures, left=left, description="training")
-        # The last step always has a line, so that a log ends with the final figures.
-        elif self._shown and (time.monotonic() >= self._line_due or step == self._num_steps):
+        elif self._shown:
+            self._show(f"step {step}/{self._num_steps}  {'  '.join(figures)}  {left}", is_last=step == self._num_steps)
+
+    def _show(self, text: str, *, is_last: bool) -> None:
+        """Shows a line if one is due; the last step always has one, so that a log ends with the final figures."""
+        if time.monotonic() < self._line_due and not is_last:
+            self._waiting = text
+            return
+        self._waiting = None
+        if self._line is not None:
+            self._line_due = time.monotonic() + NOTEBOOK_SECONDS
+            self._line.show(text)
+        else:
             self._line_due = time.monotonic() + LINE_SECONDS
-            line = f"step {step}/{self._num_steps}  {'  '.join(figures)}  {left}"
-            self._console.print(line, markup=False, highlight=False, emoji=False)
+            self._console.print(text, markup=False, highlight=False, emoji=False)
 
     def _speed(self, rates: Mapping[str, float]) -> list[str]:
         parts = [

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from jdpo.generation.asking.token_logps import NextToken, TokenLogps
     from jdpo.generation.loaded_model import LoadedModel
     from jdpo.generation.values import Answer
+    from jdpo.inspection.inspecting import Inspection, inspect
     from jdpo.losses import dpo_loss, make_dpo_loss
     from jdpo.models.packed_attention import packed_attention
     from jdpo.quickstart.tiny_llama import random_model
@@ -43,6 +44,7 @@ _PUBLIC = {
     "Callback": "jdpo.training.interface.callbacks",
     "DPOConfig": "jdpo.config",
     "DatasetConfig": "jdpo.config",
+    "Inspection": "jdpo.inspection.inspecting",
     "LoadedModel": "jdpo.generation.loaded_model",
     "LoraConfig": "jdpo.config",
     "MeshConfig": "jdpo.config",
@@ -57,6 +59,7 @@ _PUBLIC = {
     "TrackedRun": "jdpo.reports.trackers.tracker",
     "Tracker": "jdpo.reports.trackers.tracker",
     "dpo_loss": "jdpo.losses",
+    "inspect": "jdpo.inspection.inspecting",
     "load": "jdpo.training.opening",
     "load_config": "jdpo.config",
     "make_dpo_loss": "jdpo.losses",
@@ -72,6 +75,7 @@ __all__ = [
     "Callback",
     "DPOConfig",
     "DatasetConfig",
+    "Inspection",
     "LoadedModel",
     "LoraConfig",
     "MeshConfig",
@@ -87,6 +91,7 @@ __all__ = [
     "Tracker",
     "__version__",
     "dpo_loss",
+    "inspect",
     "load",
     "load_config",
     "losses",

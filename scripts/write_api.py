@@ -34,6 +34,7 @@ This page is written by `scripts/write_api.py` from the code; a test compares th
 SECTIONS = {
     "Runs": ("train", "RunResult", "Callback", "RunView", "load_config", "DPOConfig", "SFTConfig"),
     "Groups of keys": ("DatasetConfig", "LoraConfig", "MeshConfig", "OptimizerConfig"),
+    "Looking at rows": ("inspect", "Inspection"),
     "Asking a model": ("load", "LoadedModel", "Answer", "TokenLogps", "NextToken"),
     "Models to try things out": ("random_model",),
     "Trackers": ("Tracker", "TrackedRun"),
@@ -47,6 +48,7 @@ METHODS = {
     "Tracker": ("log", "log_samples", "log_report", "finish"),
     "Callback": ("on_start", "on_step", "on_log", "on_evaluate", "on_end"),
     "RunView": ("stop", "sample"),
+    "Inspection": ("save",),
 }
 """Class -> its public methods."""
 

@@ -41,7 +41,14 @@ TOKENS_PER_DEVICE = 16384
 """The length of a packed row in the prediction if the config does not set max_tokens_per_device."""
 
 
-def inspect_run(config: TrainConfig, *, chosen_by: str, log: Callable[[str], None], num_rows: int = 0) -> Json:
+def inspect_run(
+    config: TrainConfig,
+    *,
+    chosen_by: str,
+    log: Callable[[str], None],
+    num_rows: int = 0,
+    tokenizer_name: str | None = None,
+) -> Json:
     """Prepares the rows of a run, through the same cache as training, and returns the whole report on them.
 
     Reads the tokenizer, config.json and, if present, the embedding of the model; uses no accelerator and does not write
@@ -51,6 +58,7 @@ def inspect_run(config: TrainConfig, *, chosen_by: str, log: Callable[[str], Non
       chosen_by: why the config is that of `jdpo dpo` or `jdpo sft`, in words.
       log: receives progress messages.
       num_rows: number of rows to show token by token, in the order of the steps.
+      tokenizer_name: name of the tokenizer if the config names a folder of that alone; None: it names a model.
 
     Raises:
       ValueError: settings contradict each other, there is no tokenizer, or rows cannot be read.
@@ -66,7 +74,7 @@ def inspect_run(config: TrainConfig, *, chosen_by: str, log: Callable[[str], Non
     training, evaluation = sides_of(config)
     data = read(training[0], tokenizer, part=training[1], progress=RowCounter(log))
     texts = [_text_facts(config, dataset, tokenizer, log) for dataset in training[0]]
-    facts, model = measure(data), _model(config, sources, tokenizer, data)
+    facts, model = measure(data), _model(config, None if tokenizer_name else sources, tokenizer, data)
     # Nothing is logged: the document describes the epoch.
     plan = plan_rows(config, data, lambda line: None, global_batch_size=config.global_batch_size, seed=config.seed)
     # Lazily: only as many steps are planned as rows are shown.
@@ -78,7 +86,7 @@ def inspect_run(config: TrainConfig, *, chosen_by: str, log: Callable[[str], Non
         "version": DOCUMENT_VERSION,
         "command": "dpo" if pairs else "sft",
         "command_chosen_by": chosen_by,
-        "config": {"model_name_or_path": without_queries(config.model_name_or_path), **settings},
+        "config": {"model_name_or_path": tokenizer_name or without_queries(config.model_name_or_path), **settings},
         "model": model,
         "train": part_report(data, facts, texts, model["max_positions"]),
         "eval": None,
@@ -114,16 +122,18 @@ def _text_facts(
     )
 
 
-def _model(config: TrainConfig, sources: Sources, tokenizer: Tokenizer, data: PreparedData) -> Json:
+def _model(config: TrainConfig, sources: Sources | None, tokenizer: Tokenizer, data: PreparedData) -> Json:
+    """Describes the model, whose `sources` are None where the tokenizer alone is known."""
     found = problem = untrained = None
     # Adapters leave the embedding as it is, so nothing is started there.
-    adapted = bool(config.lora) or sources.adapter_folder is not None
+    adapted = bool(config.lora) or (sources is not None and sources.adapter_folder is not None)
     try:
-        found = read_model_config(sources.model_folder)
-        check_positions(found, max_length=config.max_length, name=config.model_name_or_path)
+        if sources is not None:
+            found = read_model_config(sources.model_folder)
+            check_positions(found, max_length=config.max_length, name=config.model_name_or_path)
         if adapted:
             refuse_added_tokens(tokenizer)
-        if has_weights(sources.model_folder):
+        if sources is not None and found is not None and has_weights(sources.model_folder):
             with contextlib.suppress(ValueError):  # weights that cannot be read are for the run to report
                 tokens = find_untrained(sources.model_folder, found, tokenizer, data)
                 untrained = [{"id": t.id, "token": t.token, "rows": t.num_rows, "first": t.first} for t in tokens]

@@ -169,7 +169,7 @@ def train(
             state, frozen, position = start_state(setup, assembly, live=live)
         else:
             # A finished run whose adapters are exported alone needs no model under them.
-            with_base = trains or len(calls) > 0 or setup.exports_merged
+            with_base = trains or bool(calls) or setup.exports_merged
             state, frozen, position = restore_state(setup, assembly, manager, newest, live=live, with_base=with_base)
             log(f"resuming from the checkpoint of step {newest}")
         if is_first() and (note := cut_metrics(directory.metrics, first)) is not None:
@@ -179,9 +179,10 @@ def train(
             return stopped(first, newest, manager, stop, calls, directory, log)
         clock.enter("other")
         weights = partial(whole_weights, setup)  # as the model runs on them
-        calls.begin(setup, stop, first, weights(state.params, frozen.base))
-        if stop.asked():
-            return stopped(first, newest, manager, stop, calls, directory, log)
+        if calls:
+            calls.begin(setup, stop, first, weights(state.params, frozen.base))
+            if stop.asked():
+                return stopped(first, newest, manager, stop, calls, directory, log)
 
         # --------------------------------------------------------------------------------------------------------- loop
         if trains:

@@ -54,7 +54,7 @@ class Inspection:
         )
 
     def _repr_html_(self) -> str:
-        # The page in a frame of its own, whose sandbox runs nothing: its style stays inside, and the notebook's outside.
+        # In a frame of its own, whose sandbox runs nothing, the page's style stays inside and the notebook's outside.
         page = html.escape(page_of(self.document), quote=True)
         return (
             f'<iframe sandbox="" srcdoc="{page}" width="100%" height="{FRAME_PIXELS}" style="border: 0" '
@@ -92,8 +92,8 @@ def inspect(
 ) -> Inspection:
     """Reads rows as a run does, and reports what it would train on, as `jdpo inspect` does.
 
-    The report counts rows that are read, dropped and cut, and shows lengths, padding, duplicates, length bias, prompts in
-    both datasets and invisible characters. No weights are loaded, and no accelerator is used.
+    The report counts rows that are read, dropped and cut, and shows lengths, padding, duplicates, length bias, prompts
+    in both datasets and invisible characters. No weights are loaded, and no accelerator is used.
 
     Args:
       dataset: rows to train on, as for `jdpo.train`.

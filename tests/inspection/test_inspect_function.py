@@ -27,7 +27,7 @@ def test_rows_of_python_give_the_report_of_their_file_and_leave_no_file(toy_mode
 
 def test_a_loaded_tokenizer_is_enough_and_the_report_is_kept(toy_model: Path, tmp_path: Path) -> None:
     report = jdpo.inspect(
-        Dataset.from_list([*ROWS, {**ROWS[0], "prompt": [{"role": "user", "content": "<script>alert(1)</script>"}]}]),
+        Dataset.from_list([*ROWS, {**ROWS[0], "prompt": [{"role": "user", "content": '"><script>alert(1)</script>'}]}]),
         AutoTokenizer.from_pretrained(toy_model),
         eval_dataset=ROWS[:2],
         max_length=64,
@@ -46,7 +46,6 @@ def test_a_loaded_tokenizer_is_enough_and_the_report_is_kept(toy_model: Path, tm
     # The attribute ends where it should: a quote in the rows cannot leave it.
     assert html.unescape(framed.split('srcdoc="')[1].split('"')[0]) == page
     assert "<script" not in page
-    assert "alert(1)" in page.replace("│", "") or "script" in page
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,8 @@ def test_the_interrupt_saves_and_returns_and_the_next_cell_trains(kernel: Kernel
     assert "is saved. Run the same command again" in kernel.text
 
     last = kernel.run(
-        "done = jdpo.train(replace(config, output_dir=config.output_dir + '-short', max_steps=40), train_dataset=rows)\ndone"
+        "short = replace(config, output_dir=config.output_dir + '-short', max_steps=40)\n"
+        "jdpo.train(short, train_dataset=rows)"
     )
     assert "done at step 40" in last
     assert "\x1b" not in kernel.text

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -140,8 +142,8 @@ def test_a_gradient_of_zero_at_the_end() -> None:
 
 
 def test_one_row_or_one_step_shows_nothing() -> None:
-    assert "one_row" in keys(good(), num_rows=1)
-    assert "one_step" in keys(good()[:1], num_steps=1, step=1)
+    assert "one_row_or_step" in keys(good(), num_rows=1)
+    assert "one_row_or_step" in keys(good()[:1], num_steps=1, step=1)
     assert keys(good(), num_rows=2, num_eval_rows=200) == set()
     finding = found("few_eval_rows", good(), num_eval_rows=10)
     assert "between 0.24 and 0.76" in finding.evidence
@@ -159,6 +161,7 @@ def test_a_fall_of_the_chosen_log_prob_without_better_accuracy() -> None:
     assert (finding.level, "of training chosen answers fell" in finding.evidence) == ("warning", True)
     for word in ("rpo_alpha", "beta", "learning_rate", "max_steps", "docs/running.md"):
         assert word in finding.advice
+    assert "chosen_falls" not in keys(flat, losses=("apo_down",))
     assert "rpo_alpha" not in found("chosen_falls", flat, losses=("sigmoid", "rpo")).advice
     # A few nats are part of DPO; a rise is no fall.
     for nats in (-4.0, 40.0):
@@ -350,6 +353,24 @@ def test_late_programs_and_waiting_for_data() -> None:
 
 
 # --- as text
+
+
+def test_every_finding_is_explained_in_the_documentation() -> None:
+    root = Path(__file__).resolve().parents[2]
+    page = (root / "docs" / "running.md").read_text(encoding="utf-8")
+    table = page.partition("<!-- table: findings -->")[2].partition("<!-- end -->")[0]
+    explained = {
+        key
+        for row in table.splitlines()
+        for key in re.findall("`([a-z_]+)`", row.split("|")[1:2][0] if "|" in row else "")
+    }
+    sources = "".join(path.read_text(encoding="utf-8") for path in (root / "jdpo/reports/findings").glob("*.py"))
+    made = set(re.findall(r'Finding\(\s*"(\w+)"', sources))
+    assert explained == made
+    (section,) = re.findall(
+        '"(Why .*?)"', found("chosen_falls", simulated(lambda done: 1.0, chosen=lambda done: -120 * done)).advice
+    )
+    assert f"## {section}\n" in page
 
 
 def test_the_most_serious_findings_come_first() -> None:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from jdpo.loss_specs import LOSSES
 from jdpo.reports.findings.run_facts import Finding, Level, RunFacts
 from jdpo.reports.findings.series import SURE, Lines, Mean, Point, figures, held_out, mean_of, training
 
@@ -37,7 +38,8 @@ class _Stage(NamedTuple):
 
 def chosen_fall(lines: Lines, facts: RunFacts) -> Iterator[Finding]:
     """Yields a finding if chosen answers lost log-prob over a part of the run in which accuracy did not rise."""
-    if facts.command != "dpo":
+    # Some losses are meant to lower both sides.
+    if facts.command != "dpo" or any(LOSSES[name].kind == "down" for name in facts.losses if name in LOSSES):
         return
     # The same rows each time, so that there is no noise of the batches; training lines if there are few evaluations.
     of_rows = len(held_out(lines, "rewards/accuracies")) >= FEW_EVALUATIONS

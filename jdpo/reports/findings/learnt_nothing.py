@@ -45,7 +45,7 @@ def size_findings(lines: Lines, facts: RunFacts) -> Iterator[Finding]:
     if facts.num_rows == 1 or (facts.num_steps == 1 and facts.is_over):
         what = "row" if facts.num_rows == 1 else "step"
         yield Finding(
-            "one_row" if what == "row" else "one_step",
+            "one_row_or_step",
             "warning",
             f"One {what} cannot show whether training works",
             f"{figure(facts.num_steps, 'step')}, {figure(facts.num_rows or facts.batch_size, 'row')}.",

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from jdpo.reports.trackers.tracker import TrackedRun, Tracker
     from jdpo.training.interface.callbacks import Callback, RunView
     from jdpo.training.interface.run_result import RunResult
-    from jdpo.training.opening import load
     from jdpo.training.run import train
+    from jdpo.training.saved.opening import load
     from jdpo.types import PackedBatch, PreferenceBatch
 
 _PUBLIC = {
@@ -60,7 +60,7 @@ _PUBLIC = {
     "Tracker": "jdpo.reports.trackers.tracker",
     "dpo_loss": "jdpo.losses",
     "inspect": "jdpo.inspection.inspecting",
-    "load": "jdpo.training.opening",
+    "load": "jdpo.training.saved.opening",
     "load_config": "jdpo.config",
     "make_dpo_loss": "jdpo.losses",
     "pack": "jdpo.data.batching.pair_packing",

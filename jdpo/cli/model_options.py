@@ -108,7 +108,7 @@ def check_models(models: Sequence[str]) -> None:
     Raises:
       ValueError: there is no such model, or jdpo does not support it.
     """
-    from jdpo.training.opening import check_model
+    from jdpo.training.saved.opening import check_model
 
     for model in models:
         check_model(model)
@@ -125,7 +125,7 @@ def opening(command: str, dtype: Any, chat_template: str | None) -> Iterator[Cal
     refuse_clusters(command)
     from jdpo.config import MeshConfig
     from jdpo.data.prepared.prepare import cache_folder
-    from jdpo.training.opening import load
+    from jdpo.training.saved.opening import load
     from jdpo.training.setup.numerics import persistent_cache
 
     def opened(model: str) -> LoadedModel:

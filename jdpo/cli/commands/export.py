@@ -69,8 +69,8 @@ def main(command: str, words: Sequence[str]) -> int:
     # Before any device is used: the run may be in progress and hold the accelerators.
     jax.config.update("jax_platforms", "cpu")
     from jdpo.checkpoint.hub_push import check_push, push_folder
-    from jdpo.training.exporting import export_checkpoint
-    from jdpo.training.saved_runs import find_checkpoint
+    from jdpo.training.saved.exporting import export_checkpoint
+    from jdpo.training.saved.saved_runs import find_checkpoint
 
     checkpoint = find_checkpoint(Path(asked.checkpoint), asked.step)
     if asked.push_to_hub:

@@ -210,7 +210,7 @@ def _source(
     from jdpo.config import MeshConfig
     from jdpo.data.prepared.prepare import cache_folder
     from jdpo.generation.asking.model_source import ModelSource
-    from jdpo.training.opening import load
+    from jdpo.training.saved.opening import load
     from jdpo.training.setup.numerics import persistent_cache
 
     with persistent_cache(cache_folder(None) / "programs"):

@@ -10,7 +10,7 @@ from jdpo.checkpoint.output_folders import check_out
 from jdpo.models.lora.targets import require_loadable
 from jdpo.reports.metrics_file import read_metrics
 from jdpo.training.finish import export_trained, outcome_at, source_folders
-from jdpo.training.saved_runs import Checkpoint, opened, restore_trained
+from jdpo.training.saved.saved_runs import Checkpoint, opened, restore_trained
 from jdpo.training.setup.weight_placement import load_base
 
 

@@ -26,7 +26,7 @@ from jdpo.models.weights.loading import load_params
 from jdpo.sharding.mesh import make_mesh
 from jdpo.sharding.rules import param_shardings
 from jdpo.training.run_record import RunRecord
-from jdpo.training.saved_runs import Checkpoint, find_checkpoint, opened, restore_trained
+from jdpo.training.saved.saved_runs import Checkpoint, find_checkpoint, opened, restore_trained
 from jdpo.training.setup.adaptation import adaptation_of
 from jdpo.training.setup.folder_digests import adapter_digest, folder_digest
 from jdpo.training.setup.model_sources import Sources, find_sources

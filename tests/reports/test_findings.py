@@ -179,6 +179,11 @@ def test_a_fall_is_judged_per_token_and_on_held_out_rows_where_these_are_known()
     assert finding.level == "note"
     assert "of held-out chosen answers fell" in finding.evidence
     assert "per token" in finding.evidence
+    # Ties before the first step are no accuracy of 0, from which there would be a rise.
+    zero = {f"eval_{name}": 0.0 for name in ("rewards/accuracies", "rewards/chosen", "rewards/margins")}
+    assert found("chosen_falls", [{"step": 0, "eval_loss": LN2, **zero}, *lines]).evidence == (
+        found("chosen_falls", lines).evidence
+    )
     assert found("chosen_falls", lines, data={"train": {"lengths": {"chosen": {"mean": 50.0}}}}).level == "warning"
 
 
@@ -220,6 +225,14 @@ def test_held_out_accuracy_below_chance() -> None:
     assert "below_chance" not in keys(still)
     slightly = simulated(lambda done: done, held_out_margin=lambda done: -0.1, num_eval_rows=30)
     assert "below_chance" not in keys(slightly, num_eval_rows=30)
+
+
+def test_an_evaluation_before_the_first_step_is_decided_by_chance() -> None:
+    tied = {"step": 0, "eval_loss": LN2, "eval_rewards/accuracies": 0.2, "eval_rewards/margins": -1e-9}
+    lines = [tied, *simulated(lambda done: 1.2 * done)[:5]]
+    stopped = dataclasses.replace(FACTS, status="stopped", step=50)
+    assert keys(lines, stopped) == set()
+    assert "not evaluated yet" in verdict(lines, stopped, [])[1]
 
 
 def test_a_gap_between_training_and_held_out_accuracy() -> None:

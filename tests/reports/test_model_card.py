@@ -95,6 +95,8 @@ def test_the_data_are_described_in_tables() -> None:
     assert "7 cut answers (7.0 %)" in text
     assert "62 %" in text
     assert "Held-out: 100 rows" in text
+    (only, _) = PART["data_sets"]  # plain: as it is
+    assert "Training: 100 rows of 120 read from `one`, 1,998" in card(data={"train": PART | {"data_sets": [only]}})
     # A run of an older version has a summary in lines.
     lines = card(rows="pairs.jsonl (train)\n  20 rows read")
     assert "\n- pairs.jsonl (train)\n  - 20 rows read\n" in lines

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from jdpo.safe_text import markdown
+from jdpo.safe_text import markdown, markdown_code
 from jdpo.words import figure, percent
 
 _SIDES = {"prompt": "prompt", "chosen": "chosen answer", "rejected": "rejected answer", "completion": "completion"}
@@ -40,11 +40,13 @@ def _part(part: Mapping[str, Any], title: str) -> Iterator[str]:
     kept, read, tokens = part["rows_kept"], part["rows_read"], part["tokens"]
     of = "" if kept == read else f" of {read:,} read"
     sizes = f"{figure(tokens['sequences'], 'token')}, the longest {tokens['longest']:,}"
-    yield f"{title}: {figure(kept, 'row')}{of}, {sizes}."
+    datasets = part["data_sets"]  # plain: as it is
+    name = f" from {markdown_code(datasets[0]['name'])}" if len(datasets) == 1 else ""
+    yield f"{title}: {figure(kept, 'row')}{of}{name}, {sizes}."
     yield ""
-    if len(part["data_sets"]) > 1:  # plain: as it is
+    if len(datasets) > 1:
         yield from ("| dataset | rows | tokens |", "|---|---:|---:|")
-        for one in part["data_sets"]:  # plain: as it is
+        for one in datasets:
             yield f"| {markdown(one['name'])} | {one['rows_kept']:,} | {one['tokens']:,} |"
         yield ""
     yield from ("| length in tokens | median | 5 % to 95 % | longest |", "|---|---:|---:|---:|")

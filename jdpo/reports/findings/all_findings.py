@@ -12,7 +12,7 @@ from jdpo.reports.findings.learnt_nothing import dead_gradients, learnt_nothing,
 from jdpo.reports.findings.optimizer_findings import optimizer_findings
 from jdpo.reports.findings.run_facts import LEVELS, Finding, RunFacts
 from jdpo.reports.findings.saturation import saturation
-from jdpo.reports.findings.series import Lines
+from jdpo.reports.findings.series import Lines, after_start
 
 
 def findings_of(lines: Lines, facts: RunFacts) -> list[Finding]:
@@ -21,6 +21,7 @@ def findings_of(lines: Lines, facts: RunFacts) -> list[Finding]:
     Args:
       lines: the objects of a metrics.jsonl, up to the step that the findings are about.
     """
+    lines = after_start(lines, has_reference=facts.has_reference)
     found = itertools.chain(
         dead_gradients(lines, facts),
         learnt_nothing(lines, facts),

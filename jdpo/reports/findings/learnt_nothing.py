@@ -106,9 +106,8 @@ def learnt_nothing(lines: Lines, facts: RunFacts) -> Iterator[Finding]:
         yield from _no_progress(lines)
 
 
-def _advice(facts: RunFacts) -> str:
-    rate = "learning_rate" if facts.learning_rate is None else f"learning_rate (now {facts.learning_rate:g})"
-    return f"Raise {rate} by a factor of 3 to 10, or train longer (num_train_epochs, max_steps). "
+def _rate(facts: RunFacts) -> str:
+    return "learning_rate" if facts.learning_rate is None else f"learning_rate (now {facts.learning_rate:g})"
 
 
 def _not_moved(lines: Lines, facts: RunFacts, beta: float) -> list[Finding]:
@@ -127,10 +126,11 @@ def _not_moved(lines: Lines, facts: RunFacts, beta: float) -> list[Finding]:
             "learnt_nothing",
             "error" if facts.is_over else "warning",
             "The policy has hardly moved from the reference",
-            f"The log-prob of answers differs from the reference's by less than "
+            f"The log-prob of answers {margin.where} differs from the reference's by less than "
             f"{figures(max(moved.values()))} nats on average; margin {figures(margin.value)}, "
             f"loss {figures(loss.value)}{start}.",
-            _advice(facts) + "With a long warm-up (warmup_steps, warmup_ratio) most steps have a small rate.",
+            f"Raise {_rate(facts)} tenfold, and again if it is not enough, or train longer (num_train_epochs, "
+            "max_steps). With a long warm-up (warmup_steps, warmup_ratio) most steps have a small rate.",
         )
     ]
 
@@ -157,8 +157,8 @@ def _at_chance(lines: Lines, facts: RunFacts) -> list[Finding]:
             f"The accuracy on {figure(pairs, 'training pair')} {accuracy.where} is {figures(accuracy.value)} (95 % "
             f"interval {low:.2f} to {high:.2f}; chance is 0.5), the loss {figures(loss.value)}{start}.",
             "Look at some pairs (`jdpo inspect`): is chosen really better, and are the sides in the right columns? "
-            + _advice(facts)
-            + "If the rewards jump up and down, lower the rate instead.",
+            f"Raise {_rate(facts)} by a factor of 3 to 10, or train longer (num_train_epochs, max_steps). If the "
+            "rewards jump up and down, lower the rate instead.",
         )
     ]
 

@@ -60,6 +60,12 @@ class Mean(NamedTuple):
         return (self.first + self.last) // 2
 
 
+def after_start(lines: Lines, *, has_reference: bool) -> Lines:
+    """Leaves out the evaluation before the first step where policy and reference tie in it: chance decides each "
+    "pair."""
+    return [line for line in lines if line["step"] > 0] if has_reference else lines
+
+
 def training(lines: Lines, name: str) -> list[Point]:
     """Returns a metric of the training lines; each is a mean over the steps since the training line before."""
     points, before = [], 0

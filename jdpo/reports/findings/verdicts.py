@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jdpo.reports.findings.run_facts import LEVELS, Finding, RunFacts
-from jdpo.reports.findings.series import Lines, figures, held_out, last_quarter, share_interval, training
+from jdpo.reports.findings.series import Lines, after_start, figures, held_out, last_quarter, share_interval, training
 from jdpo.words import figure
 
 
@@ -30,6 +30,7 @@ def _progress(facts: RunFacts) -> str:
 
 
 def _reached(lines: Lines, facts: RunFacts) -> list[str]:
+    lines = after_start(lines, has_reference=facts.has_reference)
     start = f" ({figures(facts.start_loss)} where policy equals reference)" if facts.start_loss is not None else ""
     losses, accuracies = held_out(lines, "loss"), held_out(lines, "rewards/accuracies")
     if losses:

@@ -38,14 +38,14 @@ from jdpo.training.interface.callbacks import Callback, Callbacks
 from jdpo.training.interface.run_result import RunResult
 from jdpo.training.interface.run_rows import rows_of_run
 from jdpo.training.interrupt import StopRequest, silence_lost_output
-from jdpo.training.live_report import LiveReport
 from jdpo.training.logs.phases import PhaseClock, TimingRecord
 from jdpo.training.logs.recording import Record
 from jdpo.training.logs.tracking import open_trackers
+from jdpo.training.pages.live_report import LiveReport
+from jdpo.training.pages.run_report import REPORT
 from jdpo.training.profile import Profiler
 from jdpo.training.reference.reference_source import Reference, settle_reference
 from jdpo.training.run_dir import RunDirectory
-from jdpo.training.run_report import REPORT
 from jdpo.training.setup.batches import StepBatch, shapes_in_order
 from jdpo.training.setup.numerics import jax_settings, resolve_dtype
 from jdpo.training.setup.row_order import BuildStopped

@@ -104,8 +104,8 @@ def test_logging_saving_mesh_and_micro_batches_may_change(cut_words: Words, copy
     }
     assert main(cut_words(copy, **changes)) == 0
     lines = [json.loads(line) for line in (copy / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [line["step"] for line in lines if "loss" in line] == [5, 10, 11, 12]
-    assert [line["step"] for line in lines if "eval_loss" in line] == [3, 6, 9, 10, 11, 12]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 5, 10, 11, 12]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 3, 6, 9, 10, 11, 12]
     (end,) = [line for line in lines if line["step"] == 12 and "eval_loss" in line]
     expected = json.loads((uninterrupted / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     assert end["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-3)

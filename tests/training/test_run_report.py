@@ -11,8 +11,8 @@ import pytest
 from jdpo.cli.main import main
 from jdpo.config import CONFIGS, load_config, to_public_yaml
 from jdpo.file_locks import lock_file
+from jdpo.training.pages.run_report import read_page_run, write_report
 from jdpo.training.run_record import RunRecord
-from jdpo.training.run_report import read_page_run, write_report
 from tests.reports.simulated_runs import simulated
 
 LINES = simulated(lambda done: done, num_steps=40, eval_steps=20, held_out_margin=lambda done: done)

@@ -38,13 +38,17 @@ def part_section(anchor: str, title: str, part: Json, more: Iterable[Node] = ())
 
 def _datasets(datasets: Sequence[Json]) -> nodes.Table:
     numbers = {"rows read": "rows_read", "kept": "rows_kept", "dropped": "rows_dropped", "tokens": "tokens"}
+    # A run does not read its files a second time to find out.
+    is_known = any(one["schemas"] for one in datasets)
     rows: list[list[Words]] = []
     for one in datasets:
         schemas = one["schemas"]
         # Counts only where several schemas read the rows of one dataset.
         read_as = ", ".join(f"{name} {n:,}" if len(schemas) > 1 else name for name, n in schemas.items())
-        rows.append([Data(one["name"]), Data(read_as), *(f"{one[key]:,}" for key in numbers.values())])
-    columns = [("dataset", "words"), ("read as", "words"), *((name, "number") for name in numbers)]
+        schema = [Data(read_as)] if is_known else []
+        rows.append([Data(one["name"]), *schema, *(f"{one[key]:,}" for key in numbers.values())])
+    schema_column = [("read as", "words")] if is_known else []
+    columns = [("dataset", "words"), *schema_column, *((name, "number") for name in numbers)]
     return nodes.Table("datasets", columns, rows)
 
 

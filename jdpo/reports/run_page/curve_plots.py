@@ -28,7 +28,7 @@ MOST_DOTS = 40
 """A held-out curve with more points has no dots."""
 LOG_FROM = 100.0
 """A curve of positive values whose highest is so many times the lowest has a logarithmic axis."""
-TIP_LINE, TIP_LETTER = 12.0, 5.3
+TIP_LINE, TIP_LETTER = 12.0, 5.7
 """Height of a line and width of a letter in the box of values."""
 MINUS = "−"
 

@@ -33,7 +33,7 @@ PREFERENCE_PANELS = (
         "Pairs ranked right",
         "share",
         {"rewards/accuracies": ""},
-        "Share of pairs whose chosen answer gained more than the rejected one.",
+        "Share of pairs whose chosen answer gained more than the rejected one. At the start, all are ties.",
         (0.5, "chance"),
     ),
     Panel(

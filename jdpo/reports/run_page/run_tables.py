@@ -12,7 +12,7 @@ from jdpo.config.key_specs import as_yaml, key_specs
 from jdpo.reports.run_page.curve_plots import number_words
 from jdpo.reports.run_page.curves import RunCurves
 from jdpo.reports.run_page.page_run import PageRun
-from jdpo.words import clock, percent
+from jdpo.words import clock, memory, percent
 
 FIGURES = {
     "loss": "loss",
@@ -24,6 +24,8 @@ FIGURES = {
     "logps/rejected": "log-probability of the rejected answers",
 }
 """Metrics of the table of figures, and their names there."""
+
+ROUNDING = 1e-6
 
 OF_THE_PLACE = frozenset({"output_dir", "cache_dir"})
 """Keys that differ between runs because they have folders of their own."""
@@ -113,7 +115,9 @@ def _end(curves: RunCurves, name: str, place: int) -> str:
     if name not in curves or (place == 0 and len(curves[name]) == 1 and name.startswith("eval_")):
         # A single evaluation is at the end.
         return ""
-    return number_words(float(curves[name].y[place]))
+    value = float(curves[name].y[place])
+    # What rounding leaves where policy and reference are equal.
+    return number_words(0.0 if abs(value) < ROUNDING else value)
 
 
 def settings_of(runs: Sequence[PageRun]) -> list[Setting]:
@@ -204,7 +208,7 @@ def speed(runs: Sequence[PageRun], curves: Sequence[RunCurves]) -> Table | None:
     medians("padding", "padding", percent)
     add(
         "peak memory of a device",
-        [f"{one['peak_memory_gib'].y.max():.2f} GiB" if "peak_memory_gib" in one else "" for one in curves],
+        [memory(one["peak_memory_gib"].y.max() * 2**30) if "peak_memory_gib" in one else "" for one in curves],
     )
     add("tokens in all", [f"{one['num_tokens'].y[-1]:,.0f}" if "num_tokens" in one else "" for one in curves])
     late = [run.record.get("late_programs") for run in runs]

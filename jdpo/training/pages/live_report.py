@@ -20,8 +20,8 @@ from jdpo.reports.run_page.page_rendering import run_page
 from jdpo.reports.run_page.page_run import RunStatus
 from jdpo.training.logs.facts_of_run import read_data_summary
 from jdpo.training.logs.phases import TimingRecord
+from jdpo.training.pages.run_report import REPORT, read_page_run
 from jdpo.training.run_dir import RunDirectory
-from jdpo.training.run_report import REPORT, read_page_run
 from jdpo.training.setup.run_setup import Log, Setup
 
 FIRST_AFTER, EVERY = 20.0, 150.0
@@ -82,9 +82,9 @@ class LiveReport:
         self._attempt(self._describe_rows)
         wait = FIRST_AFTER
         while not self._over.wait(wait):
-            began = time.perf_counter()
+            began = time.thread_time()
             self._attempt(lambda: self._write("running"))
-            wait = max(EVERY, (time.perf_counter() - began) / MOST_OF_THE_TIME)
+            wait = max(EVERY, (time.thread_time() - began) / MOST_OF_THE_TIME)
 
     def _write(self, status: RunStatus, reason: str = "") -> None:
         path = self._directory.path

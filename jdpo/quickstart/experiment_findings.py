@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jdpo.quickstart.experiment import DPO, PRETRAIN, STANDARD
+from jdpo.quickstart.notation import factor, odds, percent
 from jdpo.quickstart.results import BEFORE, RIGHT, WRONG
 
 NAMES = {BEFORE: "Before", PRETRAIN: "Before", STANDARD: "Standard training", DPO: "DPO"}
@@ -58,8 +59,8 @@ def _correction(results: Results) -> list[str]:
     for name in (STANDARD, DPO):
         after = stages[name]["ireland"]
         sentences.append(
-            f"{NAMES[name]}: P({right}) went from {probability(before['right'])} to {probability(after['right'])}, "
-            f"P({wrong}) from {probability(before['wrong'])} to {probability(after['wrong'])}; the odds of {right} "
+            f"{NAMES[name]}: P({right}) went from {percent(before['right'])} to {percent(after['right'])}, "
+            f"P({wrong}) from {percent(before['wrong'])} to {percent(after['wrong'])}; the odds of {right} "
             f"against {wrong} from {odds(before['odds'])} to {odds(after['odds'])}."
         )
     # As logs, since the odds are geometric means over countries and multiply.
@@ -69,7 +70,7 @@ def _correction(results: Results) -> list[str]:
     more, less = sorted(gains, key=lambda name: gains[name], reverse=True)
     sentences.append(
         f"Over all corrected countries, the same steps on the same right answers multiplied these odds by "
-        f"{math.exp(gains[more]):.3g} under {in_sentence(more)} and by {math.exp(gains[less]):.3g} under "
+        f"{factor(math.exp(gains[more]))} under {in_sentence(more)} and by {factor(math.exp(gains[less]))} under "
         f"{in_sentence(less)}."
     )
     # In nats, because both probabilities are soon too small to compare.
@@ -98,9 +99,19 @@ def _generalisation(results: Results) -> list[str]:
         sentences.append(
             f"{words[0].upper()}{words[1:]}: the right city is the most probable of the three for "
             f"{percent(before['accuracy'])} of {before['questions']} questions before, {percent(standard['accuracy'])} "
-            f"after standard training, {percent(dpo['accuracy'])} after DPO; P(right) {probability(before['right'])}, "
-            f"{probability(standard['right'])}, {probability(dpo['right'])}."
+            f"after standard training, {percent(dpo['accuracy'])} after DPO; P(right) {percent(before['right'])}, "
+            f"{percent(standard['right'])}, {percent(dpo['right'])}."
         )
+    for name in (STANDARD, DPO):
+        fell = [
+            f"{one['capital']} ({percent(one['right'][BEFORE])} to {percent(one['right'][name])})"
+            for one in results["held_out_countries"]
+            if one["right"][BEFORE] - one["right"][name] > _NOTABLE
+        ]
+        if fell:
+            sentences.append(
+                f"{NAMES[name]} made capitals of countries that nobody corrected less probable: {', '.join(fell)}."
+            )
     return sentences
 
 
@@ -111,25 +122,25 @@ def _cost(results: Results, name: str) -> list[str]:
     # A peak at the last step is no overshoot, and one below _NOTABLE is noise.
     if cost["best_step"] < cost["steps"] and peak - final > _NOTABLE:
         sentences.append(
-            f"{who} overshot: P(right) peaked at {probability(peak)} after step {cost['best_step']} and is "
-            f"{probability(final)} after step {cost['steps']}."
+            f"{who} overshot: P(right) peaked at {percent(peak)} after step {cost['best_step']} and is "
+            f"{percent(final)} after step {cost['steps']}."
         )
     if cost["fell_below_start"]:
         sentences.append(
             f"{who} made the right answer itself less probable for {cost['fell_below_start']} of "
-            f"{cost['trained_countries']} corrected countries (lowest: {probability(cost['lowest_right'])})."
+            f"{cost['trained_countries']} corrected countries (lowest: {percent(cost['lowest_right'])})."
         )
     else:
         sentences.append(
             f"{who} left the right answer more probable than before for all {cost['trained_countries']} corrected "
-            f"countries (lowest: {probability(cost['lowest_right'])})."
+            f"countries (lowest: {percent(cost['lowest_right'])})."
         )
     sentences.append(_leak(who, cost))
     lost = f"; {cost['facts_lost']} of {cost['facts']} are no longer the likely answer" if cost["facts_lost"] else ""
     sentences.append(
         f"{who} {_moved(cost['facts_before'], cost['facts_after'])} the mean probability of the answers to other "
-        f"questions (governments, continents, days, colours): {probability(cost['facts_before'])} to "
-        f"{probability(cost['facts_after'])}{lost}."
+        f"questions (governments, continents, days, colours): {percent(cost['facts_before'])} to "
+        f"{percent(cost['facts_after'])}{lost}."
     )
     return sentences
 
@@ -151,34 +162,6 @@ def _moved(before: float, after: float) -> str:
     if abs(after - before) <= _NOTABLE:
         return "hardly moved"
     return "raised" if after > before else "lowered"
-
-
-def percent(share: float) -> str:
-    """
-    >>> percent(0.6), percent(0.0042)
-    ('60.0%', '0.4%')
-    """
-    return f"{100 * share:.1f}%"
-
-
-def probability(value: float) -> str:
-    """Formats a probability with three decimals, or in scientific notation if it is smaller than that.
-
-    >>> probability(0.59512), probability(0.00002)
-    ('0.595', '2.0e-05')
-    """
-    # Below 0.0005, three decimals would print 0.000.
-    return f"{value:.3f}" if value >= 0.0005 or value == 0 else f"{value:.1e}"
-
-
-def odds(value: float) -> str:
-    """
-    >>> odds(2.0), odds(0.5), odds(123456.0)
-    ('2.0 : 1', '0.50 : 1', '1.2e+05 : 1')
-    """
-    if value >= 10000:
-        return f"{value:.1e} : 1"
-    return f"{value:.0f} : 1" if value >= 10 else (f"{value:.1f} : 1" if value >= 1 else f"{value:.2f} : 1")
 
 
 def in_sentence(name: str) -> str:

@@ -11,6 +11,7 @@ from jdpo.quickstart.results import BEFORE, STAGES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 Results = Mapping[str, Any]
@@ -89,6 +90,7 @@ def _frequencies(results: Results) -> Figure:
         ]
         axis.set_xticks(places, names)
         axis.set_ylim(0, 1)
+        _in_percent(axis.yaxis)
         title = titles[name].format(name=group["countries"][0], count=len(group["countries"]))
         _clean(axis, title, "answer", "share of answers / probability" if axis is axes[0] else "")
     from matplotlib.patches import Patch
@@ -115,6 +117,7 @@ def _correction(results: Results) -> Figure:
             shown = f"{label} (right)" if answer == "right" else label
             axis.plot(curve["step"], curve["ireland"][answer], style, color=_ANSWER_COLOURS[answer], lw=2, label=shown)
         axis.set_ylim(-0.02, 1.02)
+        _in_percent(axis.yaxis)
         how = f"sees only {right}" if name == STANDARD else f"sees {right} preferred to the others"
         _clean(axis, f"{_STAGE_LABELS[name]}: {how}", "step", "probability of the answer")
         axis.legend(frameon=False, loc="center right")
@@ -131,7 +134,7 @@ def _correction(results: Results) -> Figure:
                 label=f"{_STAGE_LABELS[name]}, {label}",
             )
     axis.set_yscale("log")  # odds multiply, so equal factors have equal heights
-    axis.yaxis.set_major_formatter("{x:g} : 1")
+    axis.yaxis.set_major_formatter("{x:,.0f} : 1")
     axis.yaxis.set_minor_formatter("")
     axis.axhline(1, color="#444444", lw=0.8)
     _clean(axis, "odds of right against wrong (log scale)", "step", "P(right) : P(wrong)")
@@ -140,7 +143,10 @@ def _correction(results: Results) -> Figure:
 
 
 def _carry_over(results: Results) -> Figure:
-    """Draws bars of accuracy and mean probability of the right answer, on trained and on held-out questions."""
+    """Draws where each country that nobody corrected went, and the means of all kinds of questions."""
+    figure = _figure(13, 5.2, "Does it carry over to countries and phrasings that no correction mentioned?")
+    by_country, by_kind = figure.subplots(1, 2, width_ratios=(1, 1.1))
+    _dumbbells(by_country, results["held_out_countries"])
     cells = {
         "trained_countries_trained_phrasings": "corrected\ncountries",
         "trained_countries_held_out_phrasings": "corrected\ncountries,\nnew phrasings",
@@ -148,18 +154,38 @@ def _carry_over(results: Results) -> Figure:
         "held_out_countries_held_out_phrasings": "countries\nnobody corrected,\nnew phrasings",
         "held_out_mistaken": "those of them\ncommonly\nmistaken",
     }
-    figure = _figure(13, 4.6, "What carries over to countries and phrasings that no correction mentioned")
-    measures = {
-        "accuracy": "right city the most probable of the three",
-        "right": "mean probability of the right answer",
-    }
-    for axis, (key, title) in zip(figure.subplots(1, 2), measures.items(), strict=True):
-        heights = {name: [results["stages"][name][cell][key] for cell in cells] for name in STAGES}
-        _grouped_bars(axis, heights, list(cells.values()))
-        _clean(axis, title, "questions about", "share of questions" if key == "accuracy" else "probability")
-    handles, labels = axis.get_legend_handles_labels()
+    heights = {name: [results["stages"][name][cell]["right"] for cell in cells] for name in STAGES}
+    _grouped_bars(by_kind, heights, list(cells.values()))
+    _clean(by_kind, "all kinds of questions: mean probability of the right answer", "questions about", "")
+    handles, labels = by_kind.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     return figure
+
+
+def _dumbbells(axis: Axes, countries: Sequence[Mapping[str, Any]]) -> None:
+    """Draws a line per country, from its lowest to its highest probability, with a mark for each stage."""
+    # The commonly mistaken ones at the top, and in each kind the one that gained most from DPO first.
+    ordered = sorted(countries, key=lambda one: (one["mistaken"], one["right"][DPO]))
+    for place, country in enumerate(ordered):
+        values = country["right"]
+        axis.plot([min(values.values()), max(values.values())], [place, place], color="#cccccc", lw=2, zorder=1)
+        for name, size in ((BEFORE, 40), (STANDARD, 60), (DPO, 45)):
+            marker = _STAGE_MARKERS.get(name, "D")
+            axis.scatter(values[name], place, size, color=_STAGE_COLOURS[name], marker=marker, zorder=2)
+    labels = [f"{country['capital']}, {country['country']}{'*' if country['mistaken'] else ''}" for country in ordered]
+    axis.set_yticks(range(len(ordered)), labels, fontsize=9)
+    axis.set_xlim(0, 1.02)
+    _in_percent(axis.xaxis)
+    note = "probability of the capital (*: another city is better known)"
+    _clean(axis, "each country nobody corrected", note, "")
+    axis.grid(axis="y", visible=False)
+    axis.grid(axis="x", alpha=0.3)
+
+
+def _in_percent(axis: Axis) -> None:
+    from matplotlib.ticker import PercentFormatter
+
+    axis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
 
 
 def _grouped_bars(axis: Axes, heights: Mapping[str, Sequence[float]], names: Sequence[str]) -> None:
@@ -169,6 +195,7 @@ def _grouped_bars(axis: Axes, heights: Mapping[str, Sequence[float]], names: Seq
         axis.bar_label(bars, labels=[f"{100 * value:.0f}" for value in values], fontsize=8, padding=1)
     axis.set_xticks(range(len(names)), names, fontsize=8)
     axis.set_ylim(0, 1.08)
+    _in_percent(axis.yaxis)
 
 
 def _cost(results: Results) -> Figure:
@@ -208,6 +235,7 @@ def _cost(results: Results) -> Figure:
                 axis.plot(curve["step"], held_out, "--", color=_STAGE_COLOURS[name], lw=1.5, label=label)
         # At least 0 to 0.1, so that a leak of a hundredth does not look large.
         axis.set_ylim(*(limits or (0, max(0.1, axis.get_ylim()[1]))))
+        _in_percent(axis.yaxis)
         _clean(axis, title, "step", y_label)
         _legend_below(axis)
     return figure

@@ -5,7 +5,7 @@ Axes: c countries, p phrasings, a=3 answers (capital, wrong, other).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,7 @@ def all_results(settings: Settings, measurements: dict[str, list[Measurement]]) 
         "frequencies": frequencies(settings, countries, stages[BEFORE]),
         "curves": {name: curves(countries, measurements[name]) for name in (PRETRAIN, STANDARD, DPO)},
         "stages": {name: stage(countries, measurement) for name, measurement in stages.items()},
+        "held_out_countries": held_out_countries(countries, stages),
         "cost": {name: cost(countries, measurements[name]) for name in (STANDARD, DPO)},
     }
 
@@ -115,6 +116,20 @@ def stage(countries: Countries, measurement: Measurement) -> dict[str, Any]:
     values["facts"] = float(np.exp(measurement.facts).mean())
     values["facts_lowest"] = float(np.exp(measurement.facts).min())
     return values
+
+
+def held_out_countries(countries: Countries, stages: Mapping[str, Measurement]) -> list[dict[str, Any]]:
+    """Returns the probability of the right answer per country that nobody corrected, in training phrasings."""
+    right = {name: np.exp(measurement.capitals[:, SEEN, RIGHT]).mean(-1) for name, measurement in stages.items()}
+    return [
+        {
+            "country": countries.all[index].name,
+            "capital": countries.all[index].capital,
+            "mistaken": countries.all[index].mistaken,
+            "right": {name: float(values[index]) for name, values in right.items()},
+        }
+        for index in np.flatnonzero(countries.held_out)
+    ]
 
 
 def _group(logps_cpa: np.ndarray) -> dict[str, Any]:

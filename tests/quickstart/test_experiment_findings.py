@@ -99,13 +99,20 @@ def test_costs_are_mentioned_only_if_they_arise(gentle: dict[str, Any]) -> None:
         [BEFORE_CORRECTION, measured(5, (0.9, 0.05, 0.01)), measured(10, (0.2, 0.001, 0.001), facts=0.3)],
     )
     text = words(harmed)
-    assert "DPO overshot: P(right) peaked at 0.900 after step 5 and is 0.200 after step 10" in text
+    assert "DPO overshot: P(right) peaked at 90.0 % after step 5 and is 20.0 % after step 10" in text
     assert "DPO made the right answer itself less probable for 4 of 4 corrected countries" in text
     assert "DPO leaked" in text
-    assert "79.8% after" in text
+    assert "79.8 % after" in text
     assert "DPO lowered the mean probability" in text
     assert "10 of 10 are no longer the likely answer" in text
     assert "Standard training overshot" not in text
+
+
+def test_held_out_countries_that_lost_are_named(gentle: dict[str, Any]) -> None:
+    assert "nobody corrected less probable" not in words(gentle)
+    harmed = results_of([BEFORE_CORRECTION], [BEFORE_CORRECTION, measured(10, (0.9, 0.05, 0.05), (0.2, 0.7, 0.1))])
+    names = [country.capital for country in SETTINGS.split.held_out if country.mistaken]
+    assert f"less probable: {names[0]} (30.0 % to 20.0 %)." in words(harmed)
 
 
 def test_results_are_plain_json(gentle: dict[str, Any]) -> None:

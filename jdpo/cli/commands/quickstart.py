@@ -71,7 +71,7 @@ def main(command: str, words: Sequence[str]) -> int:
     from jdpo.quickstart.experiment import Workplace, prepare, run_all
     from jdpo.quickstart.report import write_report
     from jdpo.quickstart.samples import sample_answers
-    from jdpo.quickstart.tables import print_report
+    from jdpo.quickstart.terminal_report import print_report
 
     console = Console()
     place = Workplace(path)
@@ -80,8 +80,7 @@ def main(command: str, words: Sequence[str]) -> int:
     if outcome.exit_code:
         return outcome.exit_code
     sampled = sample_answers(place, settings)
-    results, sentences, files = write_report(place, settings, outcome.measurements, sampled)
-    print_report(console, results, sampled, sentences, files)
+    print_report(console, *write_report(place, settings, outcome.measurements, sampled))
     return 0
 
 

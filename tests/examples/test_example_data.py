@@ -99,3 +99,23 @@ def test_datasets_loads_a_folder_by_its_card(name: str, tmp_path: Path) -> None:
     pairs = load_dataset(str(DATA / name), cache_dir=str(tmp_path))
     assert pairs["train"].to_list()[0]["prompt"] == read_rows(DATA / name / "pairs.jsonl")[0]["prompt"]
     assert len(pairs["test"]) == len(read_rows(DATA / name / "held_out_pairs.jsonl"))
+
+
+@pytest.mark.ci
+def test_the_recipe_of_word_bias_corrects_a_country_that_no_pair_mentions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    python(DATA / "make_model.py", tmp_path / "runs/tiny", DATA / "word_bias/corpus.jsonl")
+    for stage in ("sft", "dpo"):
+        assert main([stage, str(ROOT / f"configs/word_bias_{stage}.yaml"), f"--cache_dir={tmp_path / 'cache'}"]) == 0
+    run = tmp_path / "runs/word_bias/dpo"
+    assert read_rows(run / "metrics.jsonl")[-1]["eval_rewards/accuracies"] > 0.95
+    answers = {(row["prompt"][-1]["content"], row["step"]): row for row in read_rows(run / "samples.jsonl")}
+    brazil, australia = (f"What is the capital of {country}?" for country in ("Brazil", "Australia"))
+    # The answers are the most probable ones.
+    assert answers[australia, 0]["message"]["content"] == "Sydney"
+    assert answers[australia, 60]["message"]["content"] == "Canberra"
+    assert answers[brazil, 0]["message"]["content"] == "Sao Paulo"
+    assert answers[brazil, 60]["message"]["content"] == "Brasilia"

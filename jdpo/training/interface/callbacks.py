@@ -115,7 +115,7 @@ class Callback:
         """Called every `logging_steps`, with the values of the line in metrics.jsonl."""
 
     def on_evaluate(self, run: RunView, metrics: Mapping[str, float]) -> None:
-        """Called after each evaluation, with its metrics, {"eval_<name>": value}."""
+        """Called after each evaluation, also that before the first step, with its metrics, {"eval_<name>": value}."""
 
     def on_end(self, run: RunView) -> None:
         """Called when the last step is made, or the run is stopped and saved; without weights, before the export."""

@@ -35,11 +35,10 @@ def config(run_words: Words) -> Callable[..., DPOConfig]:
 
 
 class Watch(jdpo.Callback):
-    """Keeps what a run tells, samples, and stops it after an evaluation."""
+    """Keeps what a run tells, and stops it after an evaluation."""
 
     def __init__(self) -> None:
         self.events: list[tuple[str, int]] = []
-        self.answers: list[str] = []
         self.run: jdpo.RunView | None = None
 
     def on_start(self, run: jdpo.RunView) -> None:
@@ -52,25 +51,31 @@ class Watch(jdpo.Callback):
 
     def on_evaluate(self, run: jdpo.RunView, metrics: Mapping[str, float]) -> None:
         self.events.append(("evaluate", run.step))
-        (answers,) = run.sample([QUESTION], n=2, max_new_tokens=4)
-        self.answers = [answer.text for answer in answers]
-        assert run.model.logps(QUESTION, "yes").total < 0
-        if metrics["eval_loss"] < 10:
+        if run.step and metrics["eval_loss"] < 0.6:
             run.stop("good enough")
 
     def on_end(self, run: jdpo.RunView) -> None:
         self.events.append(("end", run.step))
 
 
-def test_a_callback_watches_a_run_samples_and_stops_it(
+class Ask(Watch):
+    """Asks the model of a run after each evaluation, too."""
+
+    def on_evaluate(self, run: jdpo.RunView, metrics: Mapping[str, float]) -> None:
+        super().on_evaluate(run, metrics)
+        (answers,) = run.sample([QUESTION], n=2, max_new_tokens=4)
+        assert [answer.sample for answer in answers] == [0, 1]
+        assert run.model.logps(QUESTION, "yes").total < 0
+
+
+def test_a_callback_watches_a_run_and_stops_it(
     config: Callable[..., DPOConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:
     watch = Watch()
     stopped = jdpo.train(config(), train_dataset=ROWS, eval_dataset=Dataset.from_list(HELD_OUT), callbacks=[watch])
-    assert watch.events == [("start", 0), ("log", 1), ("log", 2), ("evaluate", 2), ("end", 2)]
-    assert len(watch.answers) == 2
+    assert watch.events == [("start", 0), ("evaluate", 0), ("log", 1), ("log", 2), ("evaluate", 2), ("end", 2)]
     assert (stopped.step, stopped.stopped, stopped.interrupted, stopped.exit_code) == (2, "good enough", False, 0)
-    assert (stopped.model_dir, stopped.metrics.index.tolist()) == (None, [1, 2])
+    assert (stopped.model_dir, stopped.metrics.index.tolist()) == (None, [0, 1, 2])
     assert "stopped (good enough) at step 2" in repr(stopped)
     assert "stopped by a callback: good enough; step 2 is saved" in capsys.readouterr().err
     assert watch.run is not None
@@ -85,7 +90,7 @@ def test_a_run_with_callbacks_repeats_without_them_from_its_folder_to_the_same_b
     config: Callable[..., DPOConfig], tmp_path: Path
 ) -> None:
     for _ in range(2):  # the second call resumes
-        done = jdpo.train(config(), train_dataset=ROWS, eval_dataset=Dataset.from_list(HELD_OUT), callbacks=[Watch()])
+        done = jdpo.train(config(), train_dataset=ROWS, eval_dataset=Dataset.from_list(HELD_OUT), callbacks=[Ask()])
     run, again = tmp_path / "run", tmp_path / "again"
     # The callback asks to stop after the last step, too, where there is nothing to stop.
     assert (done.step, done.stopped, done.model_dir) == (3, None, run / "model")

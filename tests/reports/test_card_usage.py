@@ -15,6 +15,7 @@ from jdpo.training.run import train
 
 
 @pytest.mark.torch
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft calls it
 @pytest.mark.parametrize("lora", ["false", "true"])
 def test_the_snippet_of_a_card_asks_the_model(
     run_words: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora: str

@@ -96,7 +96,8 @@ def test_a_policy_that_has_not_moved_has_learnt_nothing() -> None:
     assert "0.6931" in finding.evidence
     sentences = verdict(lines, FACTS, [finding])
     assert "Do not use this model" in sentences[-1]
-    # A run in its warm-up has not had its chance.
+    # A stopped run can go on, and one in its warm-up has not had its chance.
+    assert found("learnt_nothing", lines, status="stopped").level == "warning"
     assert keys(lines[:4], status="running", step=40, warmup_steps=100) == set()
 
 
@@ -131,6 +132,7 @@ def test_a_gradient_of_zero_at_the_end() -> None:
         return [line | {"grad_norm": 0.0 if at >= 20 - num else 1.0, "loss": loss} for at, line in enumerate(lines)]
 
     lines = simulated(lambda done: 1.2 * done)
+    assert "learnt_nothing" not in keys(dead(20))
     finding = found("dead_gradient", dead(5), num_eval_rows=None)
     assert finding.level == "error"
     assert "from step 160 to step 200" in finding.evidence

@@ -23,8 +23,8 @@ def findings_of(lines: Lines, facts: RunFacts) -> list[Finding]:
     """
     lines = after_start(lines, has_reference=facts.has_reference)
     found = itertools.chain(
-        dead_gradients(lines, facts),
-        learnt_nothing(lines, facts),
+        # Without gradients nothing is learnt, and the advice is another one.
+        list(dead_gradients(lines, facts)) or learnt_nothing(lines, facts),
         held_out_findings(lines, facts),
         chosen_fall(lines, facts),
         saturation(lines, facts),

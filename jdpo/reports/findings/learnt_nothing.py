@@ -99,7 +99,7 @@ def learnt_nothing(lines: Lines, facts: RunFacts) -> Iterator[Finding]:
     if facts.step <= 1 or facts.step < max(facts.num_steps / 2, facts.warmup_steps):
         return
     if facts.command != "dpo":
-        yield from _no_fall(lines, facts.is_over)
+        yield from _no_fall(lines, finished=facts.status == "finished")
     elif facts.has_reference and facts.beta:
         yield from _not_moved(lines, facts, facts.beta) or _at_chance(lines, facts)
     else:
@@ -124,7 +124,7 @@ def _not_moved(lines: Lines, facts: RunFacts, beta: float) -> list[Finding]:
     return [
         Finding(
             "learnt_nothing",
-            "error" if facts.is_over else "warning",
+            "error" if facts.status == "finished" else "warning",
             "The policy has hardly moved from the reference",
             f"The log-prob of answers {margin.where} differs from the reference's by less than "
             f"{figures(max(moved.values()))} nats on average; margin {figures(margin.value)}, "
@@ -147,7 +147,7 @@ def _at_chance(lines: Lines, facts: RunFacts) -> list[Finding]:
     improved = facts.start_loss is not None and has_changed(_exactly(facts.start_loss), loss) < 0
     if pairs < FEW_PAIRS or low > 0.5 or improved:
         return []
-    level: Level = "error" if facts.is_over and pairs >= MANY_PAIRS else "warning"
+    level: Level = "error" if facts.status == "finished" and pairs >= MANY_PAIRS else "warning"
     start = "" if facts.start_loss is None else f", against {figures(facts.start_loss)} at the start"
     return [
         Finding(
@@ -188,7 +188,7 @@ def _no_progress(lines: Lines) -> Iterator[Finding]:
     )
 
 
-def _no_fall(lines: Lines, is_over: bool) -> Iterator[Finding]:
+def _no_fall(lines: Lines, *, finished: bool) -> Iterator[Finding]:
     """The loss of supervised fine-tuning has not fallen."""
     loss = training(lines, "loss")
     if len(loss) < FEW_POINTS:
@@ -214,7 +214,7 @@ def _no_fall(lines: Lines, is_over: bool) -> Iterator[Finding]:
     there = f" Held-out loss {figures(evaluated[0].value)}, then {figures(evaluated[-1].value)}." if still else ""
     yield Finding(
         "learnt_nothing",
-        "error" if still and is_over else "warning",
+        "error" if still and finished else "warning",
         "The training loss has not fallen beyond its noise",
         f"Loss {figures(before.value)} {before.where} and {figures(after.value)} {after.where}.{there}",
         "Raise learning_rate by a factor of 3 to 10, or train longer (num_train_epochs, max_steps). If the model knew "

@@ -39,13 +39,14 @@ def _clipped(lines: Lines, facts: RunFacts) -> Iterator[Finding]:
         return
     norms = [point.value for point in training(lines, "grad_norm") if point.step > facts.warmup_steps]
     typical = statistics.median(norms) if norms else 0.0
+    after = " after the warm-up" if facts.warmup_steps else ""
     level: Level = "warning" if typical > FAR_ABOVE * facts.max_grad_norm else "note"
     yield Finding(
         "often_clipped",
         level,
         "Gradients are clipped in a large part of the steps",
-        f"{percent(clipped.value)} of {figure(clipped.num_steps, 'step')} after the warm-up; the typical gradient "
-        f"norm is {figures(typical)}, max_grad_norm {facts.max_grad_norm:g}.",
+        f"{percent(clipped.value)} of {figure(clipped.num_steps, 'step')}{after}; the typical gradient norm "
+        f"is {figures(typical)}, max_grad_norm {facts.max_grad_norm:g}.",
         "Every clipped step counts the same, however large its gradient. If the loss falls smoothly, raise "
         "max_grad_norm to about the typical norm or leave it; if it jumps, lower learning_rate or lengthen the "
         "warm-up (warmup_ratio).",

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 from jdpo.reports.findings.run_facts import Finding, RunFacts
 from jdpo.reports.findings.series import Lines, figures, held_out, last_quarter, training
 
 LARGE_MARGIN = 10.0
-"""A pair of this margin has odds of 22,000 to 1, and a gradient of sigmoid 11,000 times smaller than at the start."""
+"""In the model of preferences behind DPO, a pair of this margin is ranked right with odds of 22,000 to 1; the gradient
+of sigmoid is 11,000 times smaller than at the start."""
 
 SMALL_LOSS = 0.05
 """A sigmoid loss of this size is a mean margin of about 3 and nearly all pairs ranked right; a supervised one means
@@ -22,7 +22,7 @@ _LOGISTIC = {"sigmoid", "sigmoid_norm", "aot", "aot_unpaired", "simpo"}
 def saturation(lines: Lines, facts: RunFacts) -> Iterator[Finding]:
     """Yields findings about large margins and small losses."""
     if facts.command == "dpo":
-        yield from _large_margin(lines)
+        yield from _large_margin(lines, facts)
     losses = last_quarter(training(lines, "loss"))
     if losses is None or losses.value >= SMALL_LOSS:
         return
@@ -52,7 +52,7 @@ def saturation(lines: Lines, facts: RunFacts) -> Iterator[Finding]:
     )
 
 
-def _large_margin(lines: Lines) -> Iterator[Finding]:
+def _large_margin(lines: Lines, facts: RunFacts) -> Iterator[Finding]:
     evaluated = held_out(lines, "rewards/margins")
     shown = {"training": last_quarter(training(lines, "rewards/margins")), "held-out": last_quarter(evaluated)}
     large = {name: mean for name, mean in shown.items() if mean is not None and mean.value > LARGE_MARGIN}
@@ -60,13 +60,14 @@ def _large_margin(lines: Lines) -> Iterator[Finding]:
         return
     where = " and ".join(f"{figures(mean.value)} on {name} pairs {mean.where}" for name, mean in large.items())
     largest = max(mean.value for mean in large.values())
-    odds = f"{math.exp(largest):,.0f}" if largest < 15 else "more than 3,000,000"
+    apart = ""
+    if facts.has_reference and facts.beta:
+        apart = f"; relative to the reference, chosen and rejected moved {figures(largest / facts.beta)} nats apart"
     yield Finding(
         "large_margin",
         "warning",
         "The margin is far larger than ranking the pairs needs",
-        f"Mean margin {where}; at this margin the odds of chosen against rejected are {odds} times those of the "
-        "reference.",
+        f"Mean margin {where}{apart}.",
         "The model has moved far from the reference, which shows in its answers (sample_prompts). Train for fewer "
         "steps (num_train_epochs, max_steps), lower learning_rate, or raise beta.",
     )

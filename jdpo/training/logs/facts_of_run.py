@@ -38,7 +38,10 @@ def read_facts(
     Raises:
       ValueError: run.json or resolved_config.yaml is missing or damaged.
     """
-    record = RunRecord.read(run / "run.json")
+    try:
+        record = RunRecord.read(run / "run.json")
+    except OSError as error:
+        raise ValueError(f"cannot read {run / 'run.json'}: {error.strerror}") from None
     if record.command not in CONFIGS:
         raise ValueError(f"{run / 'run.json'} was not written by a run of jdpo, or it is damaged")
     config = load_config(CONFIGS[record.command], run / "resolved_config.yaml", [])

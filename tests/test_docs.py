@@ -78,6 +78,7 @@ LISTED = {
     ("docs/pairs.md", "jdpo score gen --by judge:"): "needs a judge; tests/scoring/test_judge.py has one",
     ("docs/quickstart.md", "bash scripts/quickstart.sh\n"): "trains for minutes; tests/quickstart runs it",
     ("docs/quickstart.md", "corpus (frequencies)"): "a diagram",
+    ("docs/quickstart.md", "the pre-trained model"): "a diagram",
     ("docs/running.md", "output_dir/"): "lists the files of a run",
     ("docs/speed.md", "python benchmarks/"): "trains for an hour next to other trainers",
     (

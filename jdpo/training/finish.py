@@ -127,7 +127,7 @@ def log_findings(directory: RunDirectory, status: Status, step: int, log: Callab
     _, *reached, judgement = verdict(lines, facts, findings)
     if all(finding.level == "note" for finding in findings):
         reached.append(judgement)
-    log("\n".join([*reached, *finding_lines(findings, advised=("error", "warning"))]))
+    log("\n".join([*reached, *finding_lines(findings)]))
 
 
 def _push(setup: Setup, directory: RunDirectory, exported: int, log: Callable[[str], None]) -> None:

@@ -277,6 +277,8 @@ def test_large_margins_and_small_losses() -> None:
     lines = simulated(lambda done: 40 * done, spread=lambda done: 3.0)
     finding = found("large_margin", lines)
     assert "beta" in finding.advice
+    # The margin is beta times the difference of the log-ratios.
+    assert re.search(r"moved 3\d\d(\.\d)? nats apart", finding.evidence)
     assert {"large_margin", "small_loss"} <= keys(lines)
     assert not {"large_margin", "small_loss"} & keys(simulated(lambda done: 3 * done))
     # The loss of other kinds has another scale.
@@ -394,10 +396,12 @@ def test_the_most_serious_findings_come_first() -> None:
     # What follows from swapped sides is no over-fitting, and the best step is the start.
     assert [one.key for one in found] == ["below_chance", "held_out_loss_above_start", "late_compilation"]
     assert [one.level for one in found] == ["error", "warning", "note"]
-    shown = finding_lines(found, advised=("error",))
+    shown = finding_lines(found)
     assert shown[0].startswith("error: ")
     assert shown[2] == f"  {found[0].advice}"
+    # A terminal shows no more than the titles of notes, and of what comes after the first three.
     assert shown[-1] == f"note: {found[-1].title}"
+    assert len(finding_lines([found[0]] * 5)) == 3 * 3 + 2
 
 
 def test_the_verdict_says_how_far_the_run_came_and_what_it_reached() -> None:

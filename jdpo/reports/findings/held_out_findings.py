@@ -198,6 +198,7 @@ def _worse(best: Point, last: Point, lower_is_better: bool, num_rows: int | None
     """Returns True if the last value is worse by more than a best of several equally good ones would be."""
     loss = (last.value - best.value) * (1 if lower_is_better else -1)
     if lower_is_better or not num_rows:
-        return loss > WORSE * abs(best.value)
+        # Between two evaluations the losses of the same rows change by about a tenth, some up and some down.
+        return loss > max(WORSE, 0.1 / math.sqrt(num_rows or math.inf)) * abs(best.value)
     # The same rows at both steps, of which most are ranked alike: about half the variance of independent shares.
     return loss > math.sqrt(best.value * (1 - best.value) / num_rows) + WORSE

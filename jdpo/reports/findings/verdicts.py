@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jdpo.reports.findings.run_facts import LEVELS, Finding, RunFacts
+from jdpo.reports.findings.run_facts import Finding, RunFacts
 from jdpo.reports.findings.series import Lines, after_start, figures, held_out, last_quarter, share_interval, training
 from jdpo.words import figure
+
+MOST_EXPLAINED = 3
+"""Findings that a terminal shows with evidence and advice; report.html and the model card show all of them."""
 
 
 def verdict(lines: Lines, facts: RunFacts, findings: Sequence[Finding]) -> list[str]:
@@ -73,15 +76,12 @@ def _lower(title: str) -> str:
     return title[:1].lower() + title[1:]
 
 
-def finding_lines(findings: Sequence[Finding], *, advised: Sequence[str] = LEVELS) -> list[str]:
-    """Returns the findings as lines of text.
-
-    Args:
-      advised: levels whose findings come with evidence and advice; of the others there is the title alone.
-    """
+def finding_lines(findings: Sequence[Finding]) -> list[str]:
+    """Returns the findings as a few lines for a terminal: the most serious with evidence and advice, others by "
+    "title."""
     found = []
-    for finding in findings:
+    for number, finding in enumerate(findings):
         found.append(f"{finding.level}: {finding.title}")
-        if finding.level in advised:
+        if finding.level != "note" and number < MOST_EXPLAINED:
             found += [f"  {finding.evidence}", f"  {finding.advice}"]
     return found

@@ -40,7 +40,7 @@ def words_of(run_words: Words, server: str, secret: str, **overrides: object) ->
         "num_train_epochs": 2,
         "lora.r": 2,
         "lora.target_modules": "[q_proj]",
-        "report_to": "[]",
+        "report_to": "tensorboard",
     }
     return ["dpo", *run_words(**(values | overrides))]
 

@@ -16,7 +16,7 @@ import pytest
 
 import jdpo
 from jdpo import RunView
-from jdpo.config import DPOConfig, load_config
+from jdpo.config import DPOConfig, SFTConfig, load_config
 from jdpo.reports.metrics_file import read_metrics
 from jdpo.reports.trackers.delivery import MOST_WAITING, Delivery, Line
 from jdpo.reports.trackers.sent_steps import SentSteps
@@ -60,7 +60,7 @@ def delivered(
     """Sends lines to a tracker in one start of a run; returns what the user was told."""
     told: list[str] = []
     delivery = Delivery("noted", SentSteps(folder / "noted.json", "project", new=new), told.append)
-    delivery.start(lambda: tracker, backlog)
+    delivery.start(lambda *_: tracker, backlog)
     for line in lines:
         delivery.put(line)
     delivery.end("finished", folder / "report.html", time.monotonic() + 60)
@@ -187,7 +187,7 @@ def test_a_tracker_that_hangs_holds_nothing_up(tmp_path: Path) -> None:
 
     tracker, told = Hanging(), []
     delivery = Delivery("noted", SentSteps(tmp_path / "noted.json", "p", new=True), told.append)
-    delivery.start(lambda: tracker, [])
+    delivery.start(lambda *_: tracker, [])
     delivery.put(Line(1, {"loss": 1.0}))
     assert hangs.wait(60)
     for step in range(2, MOST_WAITING + 5):  # MOST_WAITING wait, and three more
@@ -200,9 +200,30 @@ def test_a_tracker_that_hangs_holds_nothing_up(tmp_path: Path) -> None:
     free.set()
 
 
+def test_a_tracker_that_lacks_a_resumed_run_gets_all_of_it(tmp_path: Path) -> None:
+    lines = [Line(0, samples=[("why?", "so")]), Line(1, {"loss": 0.7}), Line(2, {"loss": 0.6})]
+    delivered(tmp_path, Noted(), lines[:2], new=True)
+    before, tracker = SentSteps(tmp_path / "noted.json", "project", new=False), Noted()
+
+    def make(id: str, resumed: bool) -> Noted:
+        if resumed:
+            raise LookupError(id)
+        return tracker
+
+    told: list[str] = []
+    delivery = Delivery("noted", SentSteps(tmp_path / "noted.json", "project", new=False), told.append)
+    delivery.start(make, lines[:2])
+    delivery.put(lines[2])
+    delivery.end("stopped", None, time.monotonic() + 60)
+    delivery.wait(time.monotonic() + 60)
+    assert tracker.calls == [(0, ("why?", "so")), (1, {"loss": 0.7}), (2, {"loss": 0.6}), ("stopped",)]
+    assert "does not have this run" in told[0]
+    assert SentSteps(tmp_path / "noted.json", "project", new=False).id != before.id
+
+
 @pytest.mark.parametrize("error", [KeyError("x"), OSError("no server"), SystemExit(3)])
 def test_a_tracker_that_cannot_start_refuses_the_run(tmp_path: Path, error: BaseException) -> None:
-    def broken() -> Noted:
+    def broken(id: str, resumed: bool) -> Noted:
         raise error
 
     delivery = Delivery("noted", SentSteps(tmp_path / "noted.json", "p", new=True), print)
@@ -220,8 +241,9 @@ def test_a_run_that_fails_and_resumes_tells_each_step_once(
             if at.step == until:
                 raise RuntimeError("the room is on fire")
 
-        words = run_words(max_steps=4, save_steps=2, sample_prompts='["winter"]', sample_max_new_tokens=2, **more)
-        config = load_config(DPOConfig, None, [*words, "run_project=toys", "run_tags=[a, b]"])
+        size = {"max_steps": 4, "save_steps": 2, "export_at_end": False}
+        words = run_words(**size, sample_prompts='["winter"]', sample_max_new_tokens=2, **more)
+        config = load_config(SFTConfig, None, [*words, "run_project=toys", "run_tags=[a, b]"])
         jdpo.train(config, callbacks=[EachStep(fail)])
 
     with pytest.raises(RuntimeError, match="fire"):

@@ -56,11 +56,11 @@ class Delivery:
         self._first_error = ""
         self._thread: threading.Thread | None = None
 
-    def start(self, open_tracker: Callable[[], Tracker], backlog: Iterable[Line]) -> None:
+    def start(self, make: Callable[[str, bool], Tracker], backlog: Iterable[Line]) -> None:
         """Opens the tracker, and waits until it is open.
 
         Args:
-          open_tracker: called on the thread.
+          make: called on the thread, with the id of the run and whether an earlier start has used the tracker.
           backlog: lines of earlier starts of the run; those that the tracker does not have are sent.
 
         Raises:
@@ -68,7 +68,7 @@ class Delivery:
         """
         # A daemon, since a thread that hangs in a tracker would keep the process from exiting.
         self._thread = threading.Thread(
-            target=self._run, args=(open_tracker, backlog), name=f"tracker-{self._name}", daemon=True
+            target=self._run, args=(make, backlog), name=f"tracker-{self._name}", daemon=True
         )
         self._thread.start()
         try:
@@ -109,11 +109,24 @@ class Delivery:
         if lost:
             self._log(f"warning: tracker {self._name} is incomplete: {'; '.join(lost)}. metrics.jsonl has every line")
 
-    def _run(self, open_tracker: Callable[[], Tracker], backlog: Iterable[Line]) -> None:
+    def _open(self, make: Callable[[str, bool], Tracker]) -> Tracker:
+        sent = self._sent
         try:
-            tracker = open_tracker()
-            if self._sent.resumed and (newest_step := tracker.newest_step()) is not None:
-                self._sent.correct(newest_step)
+            tracker = make(sent.id, sent.resumed)
+        except LookupError as error:
+            # The tracker does not have the run. A KeyError is another thing, a mistake in the tracker.
+            if type(error) is not LookupError or not sent.resumed:
+                raise
+            self._log(f"note: tracker {self._name} does not have this run: it gets all of it as a new run")
+            sent.start_anew()
+            return make(sent.id, False)
+        if sent.resumed and (newest_step := tracker.newest_step()) is not None:
+            sent.correct(newest_step)
+        return tracker
+
+    def _run(self, make: Callable[[str, bool], Tracker], backlog: Iterable[Line]) -> None:
+        try:
+            tracker = self._open(make)
         except BaseException as error:  # SystemExit, too: it is raised where the run waits
             self._started.put(error)
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from jdpo.reports.trackers.tracker import Status, TrackedRun
@@ -32,21 +33,31 @@ class TrackioTracker:
             raise
 
     def newest_step(self) -> int | None:
-        # Trackio writes every half a second, and reads the newest step when it resumes a run, but has no name for it.
+        # Trackio reads it when it resumes a run, but has no public name for it.
         next_step = getattr(self._run, "_next_step", None)
         return None if next_step is None else next_step - 1
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)
+        self._flush()
 
     def log_samples(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
         import trackio
 
         table = trackio.Table(columns=["step", "prompt", "answer"], data=[[step, *sample] for sample in samples])
         self._run.log({"samples": table}, step=step)
+        self._flush()
 
     def log_report(self, path: Path) -> None:
         self._run.log_artifact(path, name=f"report-{self._run.name}", type="report")
+
+    def _flush(self) -> None:
+        """Writes what Trackio's thread would write up to half a second later, and never if the process is killed."""
+        # Neither has a public name. A Space gets its lines from the thread, which needs no help.
+        flush = getattr(self._run, "_flush_queues_inline", None)
+        if flush is not None and getattr(self._run, "_is_local", False):
+            with getattr(self._run, "_client_lock", nullcontext()):  # the thread does the same under it
+                flush()
 
     def finish(self, status: Status) -> None:
         import trackio

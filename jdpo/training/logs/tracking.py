@@ -12,7 +12,7 @@ from jdpo.processes import run_jointly
 from jdpo.reports.trackers.backlog import lines_until
 from jdpo.reports.trackers.delivery import FINISH_SECONDS, Delivery, Line
 from jdpo.reports.trackers.sent_steps import SentSteps
-from jdpo.reports.trackers.tracker import Status, TrackedRun, Tracker
+from jdpo.reports.trackers.tracker import Status, TrackedRun
 from jdpo.reports.trackers.tracker_registry import from_environment, tracker_factory
 from jdpo.training.run_dir import RunDirectory
 from jdpo.training.setup.run_setup import Log, Setup
@@ -87,17 +87,9 @@ def _open(name: str, setup: Setup, directory: RunDirectory, newest: int | None, 
         folder=directory.path,
     )
 
-    def open_tracker() -> Tracker:
-        try:
-            return factory(run(id=sent.id, resumed=sent.resumed))
-        except LookupError as error:
-            # Of the tracker, which does not have the run; and not a KeyError, which is a mistake in it.
-            if type(error) is not LookupError or not sent.resumed:
-                raise
-            log(f"note: tracker {name} does not have this run: it gets the whole run as a new one")
-            sent.start_anew()
-            return factory(run(id=sent.id, resumed=False))
-
     delivery = Delivery(name, sent, log)
-    delivery.start(open_tracker, lines_until(newest, directory.metrics, directory.samples))
+    delivery.start(
+        lambda id, resumed: factory(run(id=id, resumed=resumed)),
+        lines_until(newest, directory.metrics, directory.samples),
+    )
     return delivery

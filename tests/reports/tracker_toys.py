@@ -33,23 +33,34 @@ def install(folder: Path, trackers: Mapping[str, str], modules: Mapping[str, str
     return folder
 
 
+ANGRY = """
+class Angry:
+    def __init__(self, run):
+        pass
+
+    def __getattr__(self, method):
+        raise RuntimeError(f"no {method}!")
+"""
+
+
 def install_diary(folder: Path) -> Path:
-    """Installs the tracker of docs/trackers.md, as its reader would."""
+    """Installs the tracker of docs/trackers.md, as its reader would, and one that raises at every call."""
     page = (DOCS / "trackers.md").read_text(encoding="utf-8")
     source = re.search(r"```python\n(# diary\.py\n.*?)```", page, re.DOTALL)
     point = re.search(r'\[project\.entry-points\."jdpo\.trackers"\]\n(\w+) = "(.*)"', page)
     assert source is not None
     assert point is not None
-    return install(folder, {point[1]: point[2]}, {"diary": source[1]})
+    return install(folder, {point[1]: point[2], "angry": "angry:Angry"}, {"diary": source[1], "angry": ANGRY})
 
 
 @pytest.fixture
 def diary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The tracker `diary` of docs/trackers.md, installed for this process."""
+    """The trackers `diary` of docs/trackers.md, and `angry`, installed for this process."""
     monkeypatch.syspath_prepend(install_diary(tmp_path / "site"))
-    assert [point.name for point in entry_points(group="jdpo.trackers")] == ["diary"]
+    assert {point.name for point in entry_points(group="jdpo.trackers")} == {"diary", "angry"}
     yield tmp_path / "site"
-    sys.modules.pop("diary", None)
+    for name in ("diary", "angry"):
+        sys.modules.pop(name, None)
 
 
 def tensorboard_events(folder: Path) -> list[Any]:

@@ -131,13 +131,18 @@ class Delivery:
             self._started.put(error)
             return
         self._started.put(None)
-        for line in backlog:
-            self._try(f"at step {line.step}", self._send, tracker, line)
+        self._try("with the lines of earlier starts", self._send_all, tracker, backlog)
         while isinstance(item := self._waiting.get(), Line):
             self._try(f"at step {item.step}", self._send, tracker, item)
-        if item.report is not None:
-            self._try("with the report", tracker.log_report, item.report)
-        self._try("at its end", tracker.finish, item.status)
+        report, status = item.report, item.status
+        # Not `tracker.finish` as an argument: a tracker that lacks a method is told of, too.
+        if report is not None:
+            self._try("with the report", lambda: tracker.log_report(report))
+        self._try("at its end", lambda: tracker.finish(status))
+
+    def _send_all(self, tracker: Tracker, lines: Iterable[Line]) -> None:
+        for line in lines:
+            self._try(f"at step {line.step}", self._send, tracker, line)
 
     def _send(self, tracker: Tracker, line: Line) -> None:
         names = [*line.metrics, *([SAMPLES] if line.samples else [])]

@@ -40,9 +40,9 @@ class Tracker(Protocol):
     """Receives what a run logs. The entry point is a function, or the class itself, that takes a `TrackedRun`.
 
     All calls, with that of the entry point, are made by one thread, which belongs to this tracker alone: training never
-    waits for them. An exception of the entry point refuses the run before it starts, except that a LookupError for a
-    resumed run says that the tracker does not have it: it is then called again for a new run, and gets every line since
-    step 0. An exception of a method is reported to the user, and does not end the run.
+    waits for them. An exception of the entry point refuses the run before it starts, except that a LookupError (not a
+    KeyError) for a resumed run says that the tracker does not have it: it is then called again for a new run, and gets
+    every line since step 0. An exception of a method is reported to the user, and does not end the run.
     """
 
     def newest_step(self) -> int | None:

@@ -133,6 +133,7 @@ def curve_plot(
     level: tuple[float, str] | None,
     last: float,
     is_linear: bool = False,
+    least: float = 0.0,
 ) -> CurvePlot:
     """Draws curves into one plot.
 
@@ -141,8 +142,9 @@ def curve_plot(
       level: a value with a horizontal line, and its label.
       last: the largest x.
       is_linear: True keeps the y axis linear whatever the values.
+      least: the smallest range of the y axis.
     """
-    axes = _axes(series, level, last, is_linear=is_linear)
+    axes = _axes(series, level, last, is_linear=is_linear, least=least)
     if level is not None and not axes.low <= level[0] <= axes.high:
         level = None
     colours = dict.fromkeys((one.colour, one.label) for one in series)
@@ -164,14 +166,17 @@ def curve_plot(
 def number_words(value: float) -> str:
     """Returns a value with at most 4 significant digits.
 
-    >>> number_words(-0.69314), number_words(12000), number_words(0.000025), number_words(0)
-    ('−0.6931', '12,000', '2.5e-5', '0')
+    >>> number_words(-0.69314), number_words(12000), number_words(0.000025), number_words(3e7), number_words(0)
+    ('−0.6931', '12,000', '2.5e-5', '3e7', '0')
     """
-    text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return text.replace("e-0", "e-").replace("-", MINUS, 1) if value < 0 else text.replace("e-0", "e-")
+    size = abs(value)
+    text = f"{size:,.0f}" if 1000 <= size < 1e6 else f"{size:.4g}".replace("e-0", "e-").replace("e+0", "e")
+    return f"{MINUS}{text}" if value < 0 else text
 
 
-def _axes(series: Sequence[Series], level: tuple[float, str] | None, last: float, *, is_linear: bool) -> _Axes:
+def _axes(
+    series: Sequence[Series], level: tuple[float, str] | None, last: float, *, is_linear: bool, least: float
+) -> _Axes:
     low = min(float(one.curve.y.min()) for one in series)
     high = max(float(one.curve.y.max()) for one in series)
     if low > 0 and high / low >= LOG_FROM and not is_linear:
@@ -181,6 +186,8 @@ def _axes(series: Sequence[Series], level: tuple[float, str] | None, last: float
         reach = 3 * (high - low) or 1.0
         if low - reach <= level[0] <= high + reach:
             low, high = min(low, level[0]), max(high, level[0])
+    if (missing := least - (high - low)) > 0:
+        low, high = low - missing / 2, high + missing / 2
     if low == high:
         low, high = low - (abs(low) * 0.05 or 0.5), high + (abs(high) * 0.05 or 0.5)
     room = 0.05 * (high - low)

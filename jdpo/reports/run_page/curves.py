@@ -101,13 +101,15 @@ def smoothing_width(num_points: int) -> int:
 def smoothed(curve: Curve) -> Curve:
     """Returns the means over as many points before as after each point, so that no peak moves.
 
-    Towards both ends fewer points are taken. So the first and the last value are those of the curve itself.
+    At the start fewer points are taken, on both sides, so that the first value is that of the curve itself. At the end
+    there are fewer after a point than before it: the noise of the last value alone would look like a turn.
     """
     half = smoothing_width(len(curve)) // 2
     places = np.arange(len(curve))
-    reach = np.minimum(half, np.minimum(places, len(curve) - 1 - places))
+    before = np.minimum(half, places)
+    after = np.minimum(before, len(curve) - 1 - places)
     sums = np.concatenate([[0.0], np.cumsum(curve.y)])
-    means = (sums[places + reach + 1] - sums[places - reach]) / (2 * reach + 1)
+    means = (sums[places + after + 1] - sums[places - before]) / (before + after + 1)
     return dataclasses.replace(curve, y=means)
 
 

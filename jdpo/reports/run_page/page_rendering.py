@@ -149,6 +149,7 @@ def _plot(panel: Panel, series: Sequence[Series], last: float) -> CurvePlot:
         level=panel.level,
         last=last,
         is_linear=panel.is_linear,
+        least=panel.least,
     )
 
 

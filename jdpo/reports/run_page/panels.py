@@ -17,6 +17,7 @@ class Panel(NamedTuple):
       about: how to read it.
       level: a horizontal line: its value and its label.
       is_linear: True if the axis is never logarithmic.
+      least: the smallest range of the axis; rounding must not look like a curve.
     """
 
     title: str
@@ -25,16 +26,18 @@ class Panel(NamedTuple):
     about: str = ""
     level: tuple[float, str] | None = None
     is_linear: bool = False
+    least: float = 0.0
 
 
 PREFERENCE_PANELS = (
-    Panel("Loss", "per pair", {"loss": ""}, "Below the line, the policy prefers the chosen answers.", None),
+    Panel("Loss", "per pair", {"loss": ""}, "Below the line, the policy prefers the chosen answers.", least=0.01),
     Panel(
         "Pairs ranked right",
         "share",
         {"rewards/accuracies": ""},
         "Share of pairs whose chosen answer gained more than the rejected one. At the start, all are ties.",
         (0.5, "chance"),
+        least=0.2,
     ),
     Panel(
         "Reward margin",
@@ -42,6 +45,7 @@ PREFERENCE_PANELS = (
         {"rewards/margins": ""},
         "How much more the chosen answers gained than the rejected ones.",
         (0.0, "reference"),
+        least=0.01,
     ),
     Panel(
         "Rewards",
@@ -49,16 +53,18 @@ PREFERENCE_PANELS = (
         {"rewards/chosen": "chosen", "rewards/rejected": "rejected"},
         "How far the policy moved from the reference. Both often fall; the difference is what is trained.",
         (0.0, "reference"),
+        least=0.01,
     ),
     Panel(
         "Log-probability of the answers",
         "nats",
         {"logps/chosen": "chosen", "logps/rejected": "rejected"},
         "If the chosen answers fall for long, the model loses what it could say before.",
+        least=0.1,
     ),
 )
 COMPLETION_PANELS = (
-    Panel("Loss", "nats per token", {"loss": ""}, "Negative log-likelihood of the tokens that are learnt."),
+    Panel("Loss", "nats per token", {"loss": ""}, "Negative log-likelihood of the tokens that are learnt.", least=0.01),
 )
 STEP_PANELS = (
     Panel("Gradient norm", "", {"grad_norm": ""}, "Before clipping."),

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jdpo.config import CONFIGS, DatasetConfig, defaults_of
+from jdpo.config import CONFIGS, DatasetConfig, LoraConfig, defaults_of
 from jdpo.config.key_specs import as_yaml, key_specs
 from jdpo.reports.run_page.curve_plots import number_words
 from jdpo.reports.run_page.curves import RunCurves
@@ -112,8 +112,10 @@ def same_rows(runs: Sequence[PageRun]) -> bool:
 
 
 def _end(curves: RunCurves, name: str, place: int) -> str:
-    if name not in curves or (place == 0 and len(curves[name]) == 1 and name.startswith("eval_")):
-        # A single evaluation is at the end.
+    if name not in curves:
+        return ""
+    # A single evaluation is that of the start, or else that of the end.
+    if name.startswith("eval_") and len(curves[name]) == 1 and (place == 0) != (curves[name].x[0] == 0):
         return ""
     value = float(curves[name].y[place])
     # What rounding leaves where policy and reference are equal.
@@ -122,12 +124,16 @@ def _end(curves: RunCurves, name: str, place: int) -> str:
 
 def settings_of(runs: Sequence[PageRun]) -> list[Setting]:
     """Returns the keys that differ from their defaults in a run; those that differ between runs come first."""
-    flat = [_flat(run.config) for run in runs]
     defaults: dict[str, Any] = {}
     about: dict[str, str] = {}
-    for command in dict.fromkeys(run.command for run in runs if run.command in CONFIGS):
-        defaults |= _flat(defaults_of(CONFIGS[command]))
-        about |= {spec.name: spec.description for spec in key_specs(CONFIGS[command])}
+    flat = []
+    for run in runs:
+        # An older version wrote fewer keys: those that are missing were at their defaults.
+        own = _flat(defaults_of(CONFIGS[run.command])) if run.command in CONFIGS else {}
+        about |= {spec.name: spec.description for spec in key_specs(CONFIGS[run.command])} if own else {}
+        config = _flat(run.config)
+        flat.append(config | {key: value for key, value in own.items() if config and key not in config})
+        defaults |= own
     found = []
     for key in dict.fromkeys(key for values in flat for key in values):
         there = [values[key] for values in flat if key in values]
@@ -143,11 +149,17 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the keys of a config with those of its groups next to them, as `mesh.fsdp`."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, Mapping) and value:
+        if key == "lora":
+            # Of adapters, only what was asked for: most of their keys are null.
+            is_on = isinstance(value, Mapping)
+            flat["lora"] = True if is_on else None
+            inner = value if is_on else {}
+            flat |= {f"lora.{name}": one for name, one in inner.items() if one != vars(LoraConfig()).get(name)}
+        elif isinstance(value, Mapping) and value:
             flat |= {f"{key}.{inner}": one for inner, one in value.items()}
         elif isinstance(value, list):
             flat[key] = [_given(one) for one in value]
-        elif value is not False or key != "lora":  # off, whether it is null or false
+        else:
             flat[key] = value
     return flat
 

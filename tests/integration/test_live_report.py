@@ -1,0 +1,54 @@
+"""report.html and data.json of real runs: finished, stopped, and one that cannot write its page."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from jdpo.cli.main import main
+
+Words = Callable[..., list[str]]
+Capture = pytest.CaptureFixture[str]
+
+
+def text_of(page: Path) -> str:
+    body = page.read_text(encoding="utf-8").partition("</head>")[2]
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", body))
+
+
+def test_a_run_leaves_its_page_and_the_summary_of_its_rows(uninterrupted: Path) -> None:
+    text = text_of(uninterrupted / "report.html")
+    assert "finished: 12 steps" in text
+    assert "The run is finished" in text
+    assert "training steps" in text  # where the time went
+    data = json.loads((uninterrupted / "data.json").read_text(encoding="utf-8"))
+    inputs = json.loads((uninterrupted / "run.json").read_text(encoding="utf-8"))["inputs"]
+    assert data["train"]["digest"] == inputs["the training rows"]
+    assert data["eval"]["digest"] == inputs["the evaluation rows"]
+    assert data["train"]["rows_kept"] > data["eval"]["rows_kept"] > 0
+
+
+def test_curves_begin_at_the_start(uninterrupted: Path) -> None:
+    lines = [json.loads(line) for line in (uninterrupted / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines[:3]] == [0, 1, 3]
+    assert lines[0]["eval_loss"] == pytest.approx(0.693147, abs=1e-6)
+    assert lines[1]["loss"] == pytest.approx(0.693147, abs=1e-6)
+
+
+def test_a_stopped_run_says_so_until_it_goes_on(copy: Path, cut_words: Words, capsys: Capture) -> None:
+    assert "stopped: step 9 of 12" in text_of(copy / "report.html")
+    (copy / "report.html").unlink()
+    (copy / "report.html").mkdir()  # a page that cannot be written
+    (copy / "report.html" / "in_the_way").touch()
+    assert main(cut_words(copy)) == 0
+    output = "".join(capsys.readouterr())
+    assert output.count("the report of the run cannot be written") == 1
+    record = json.loads((copy / "run.json").read_text(encoding="utf-8"))
+    assert record["finished"]
+    assert "ended" not in record
+    assert main(["report", str(copy), "--output", str(copy / "page.html")]) == 0
+    assert "finished: 12 steps" in text_of(copy / "page.html")

@@ -22,6 +22,9 @@ SHOWN = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "acc
 LINE_SECONDS, NOTEBOOK_SECONDS = 15.0, 0.5
 """Seconds between two lines in a log file, and between two texts of the line in a notebook."""
 
+LEVEL_STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
+"""Words at the start of a line, and their colours in a terminal."""
+
 WIDE = 120
 """Terminals of at least this many columns get a long bar."""
 
@@ -47,8 +50,11 @@ def print_lines(console: Console, text: str) -> None:
     lines = terminal_lines(text).split("\n")
     if console.is_terminal:
         lines = [part for line in lines for part in _broken(line, console.width)]
-    # Brackets and colons in names must not be read as rich's markup and emoji codes.
-    console.print("\n".join(lines), markup=False, highlight=False, emoji=False, soft_wrap=True)
+    # As Text, so that brackets and colons in names are not read as rich's markup and emoji codes.
+    shown = Text("\n".join(lines))
+    for level, style in LEVEL_STYLES.items():
+        shown.highlight_regex(rf"(?m)^{level}:", style)
+    console.print(shown, soft_wrap=True)
 
 
 def _broken(line: str, width: int) -> list[str]:

@@ -84,6 +84,16 @@ def test_messages_break_between_words_in_a_terminal_and_nowhere_else() -> None:
     ]
 
 
+def test_levels_have_colours_in_a_terminal_and_nowhere_else() -> None:
+    for colours, begin in (("standard", "\x1b[1;31merror:\x1b[0m [b]x"), ("auto", "error: [b]x")):
+        out = io.StringIO()
+        console = Console(
+            file=out, width=80, force_terminal=colours == "standard", color_system=colours, no_color=False
+        )
+        print_lines(console, "error: [b]x\n  not an error: y")
+        assert out.getvalue() == f"{begin}\n  not an error: y\n"
+
+
 METRICS = {"loss": 0.51234, "rewards/margins": 0.2512, "rewards/accuracies": 0.875}
 
 

@@ -28,6 +28,7 @@ from jdpo.config import DatasetConfig
 from jdpo.generation.prompts import read_prompts
 from tests.conftest import chat_pairs, write_jsonl
 from tests.pairing.gen_folders import write_gen, write_gen_scores
+from tests.reports.simulated_runs import write_run
 from tests.scoring.conftest import make_reward_folder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,6 +98,8 @@ TOYS = {
     "--max_new_tokens 1024": "--max_new_tokens 4",
     "--output_dir gen": "--output_dir gen-new",  # other commands read gen
     "dpo ...": "dpo run.yaml",
+    "report runs/first": "report runs/logged",
+    "runs/second": "runs/logged-too",
     "runs/first/checkpoints/400 exported": "runs/adapters/checkpoints/1 exported",
     "--step 400": "--step 1",
     "gen --by": "gen-unscored --by",  # other commands read the only scores of gen
@@ -237,6 +240,8 @@ def place(tmp_path_factory: pytest.TempPathFactory, toy_model: Path) -> Iterator
     for name in ("gen", "gen-strong", "gen-weak"):
         write_gen(folder / name, {f"{n}?": (f"answer {n}", f"{name} {n}") for n in range(8)})
     write_gen_scores(folder / "gen", (2, 0) * 8)
+    for name in ("logged", "logged-too"):
+        write_run(folder / "runs" / name)
     texts = {f"{n}?": (f"It is {n}.", "I do not know.") for n in range(3)}
     write_gen(folder / "gen-unscored", texts, columns={"answer": 1})
     make_reward_folder(toy_model, folder / "toy-reward")

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from jdpo.config import CONFIGS, load_config, to_public_yaml
+from jdpo.training.run_record import RunRecord
 
 BETA = 0.1
 
@@ -61,3 +66,21 @@ def metrics(margins: np.ndarray, chosen: np.ndarray) -> dict[str, float]:
         "rewards/rejected": BETA * float(chosen.mean()) - float(margins.mean()),
         "logps/chosen": -100.0 + float(chosen.mean()),
     }
+
+
+def write_run(folder: Path, *, finished: bool = True, ended: str | None = None) -> Path:
+    """Writes the folder of a run of 40 steps, without model and checkpoints.
+
+    Args:
+      ended: as in run.json.
+    """
+    folder.mkdir(parents=True)
+    lines = simulated(lambda done: done, num_steps=40, eval_steps=20, held_out_margin=lambda done: done)
+    record = RunRecord(command="dpo", jdpo="0.2.0", finished=finished, num_steps=40, results={"step": 40})
+    (folder / "run.json").write_text(json.dumps({**vars(record), "fit": None, "given_up": [], "ended": ended}))
+    config = load_config(CONFIGS["dpo"], None, ["model_name_or_path=m", "datasets=p.jsonl", f"output_dir={folder}"])
+    (folder / "resolved_config.yaml").write_text(to_public_yaml(config))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    line = {"step": 0, "prompt_id": "p", "prompt": "Who?", "message": {"role": "assistant", "content": "Me."}}
+    (folder / "samples.jsonl").write_text(json.dumps(line) + "\n")
+    return folder

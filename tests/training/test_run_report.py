@@ -2,38 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 import pytest
 
 from jdpo.cli.main import main
-from jdpo.config import CONFIGS, load_config, to_public_yaml
 from jdpo.file_locks import lock_file
 from jdpo.training.pages.run_report import read_page_run, write_report
-from jdpo.training.run_record import RunRecord
-from tests.reports.simulated_runs import simulated
-
-LINES = simulated(lambda done: done, num_steps=40, eval_steps=20, held_out_margin=lambda done: done)
+from tests.reports.simulated_runs import write_run
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """The folder of a finished run of 40 steps, without a model."""
     return write_run(tmp_path / "run")
-
-
-def write_run(folder: Path, *, finished: bool = True, ended: str | None = None) -> Path:
-    folder.mkdir()
-    record = RunRecord(command="dpo", jdpo="0.2.0", finished=finished, num_steps=40, results={"step": 40})
-    (folder / "run.json").write_text(json.dumps({**vars(record), "fit": None, "given_up": [], "ended": ended}))
-    config = load_config(CONFIGS["dpo"], None, ["model_name_or_path=m", "datasets=p.jsonl", f"output_dir={folder}"])
-    (folder / "resolved_config.yaml").write_text(to_public_yaml(config))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
-    line = {"step": 0, "prompt_id": "p", "prompt": "Who?", "message": {"role": "assistant", "content": "Me."}}
-    (folder / "samples.jsonl").write_text(json.dumps(line) + "\n")
-    return folder
 
 
 def page_of(*words: str) -> str:
@@ -70,7 +53,9 @@ def test_damaged_files_are_left_out_and_named(run: Path) -> None:
     lines = (run / "metrics.jsonl").read_text()
     (run / "metrics.jsonl").write_text(lines + '{"step": 41, "lo')  # torn: the run writes it now
     (run / "samples.jsonl").unlink()
-    assert read_page_run(run, "run").notes == []
+    whole = read_page_run(run, "run")
+    assert whole.notes == []
+    assert len(whole.lines) == 6
     (run / "metrics.jsonl").write_text("no json\n" + lines)
     (run / "run.json").write_text('{"command": 3, "inputs": 7}')
     (run / "samples.jsonl").write_text("[1]\n")
@@ -79,7 +64,7 @@ def test_damaged_files_are_left_out_and_named(run: Path) -> None:
     notes = " ".join(found.notes)
     for phrase in ("metrics.jsonl is damaged", "no verdict", "samples.jsonl is damaged", "data.json is damaged"):
         assert phrase in notes, phrase
-    assert found.lines == LINES
+    assert found.lines == whole.lines
     text = page_of(str(run))
     assert "data.json is damaged" in text
     assert "Reward margin" in text

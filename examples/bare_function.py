@@ -1,5 +1,7 @@
 """A dict of arrays and a function are enough: no framework, plain gradient descent."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from toy_pairs import VOCAB, WIDTH, toy_pairs
@@ -7,7 +9,7 @@ from toy_pairs import VOCAB, WIDTH, toy_pairs
 from jdpo import dpo_loss
 
 
-def apply_fn(params, tokens, attention_mask):
+def apply_fn(params: Any, tokens: jax.Array, attention_mask: jax.Array) -> Any:
     """A causal model of one line: the running mean of embeddings, then a head."""
     embedded = params["embedding"][tokens] * attention_mask[..., None]
     return jnp.tanh(jnp.cumsum(embedded, 1) / jnp.cumsum(attention_mask, 1)[..., None]) @ params["head"]

@@ -1,5 +1,7 @@
 """An equinox model: its arrays are the parameters, the rest of it is static."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -13,13 +15,13 @@ class Model(eqx.Module):
     attention: eqx.nn.MultiheadAttention
     head: eqx.nn.Linear
 
-    def __init__(self, key):
+    def __init__(self, key: jax.Array) -> None:
         first, second, third = jax.random.split(key, 3)
         self.embed = eqx.nn.Embedding(VOCAB, WIDTH, key=first)
         self.attention = eqx.nn.MultiheadAttention(2, WIDTH, key=second)
         self.head = eqx.nn.Linear(WIDTH, VOCAB, key=third)
 
-    def __call__(self, tokens, attention_mask):
+    def __call__(self, tokens: jax.Array, attention_mask: jax.Array) -> Any:
         x = jax.vmap(self.embed)(tokens)
         mask = jnp.tril(jnp.ones((len(tokens), len(tokens)), bool)) & attention_mask
         return jax.vmap(self.head)(x + self.attention(x, x, x, mask=mask))
@@ -29,7 +31,7 @@ def main() -> list[float]:
     policy, static = eqx.partition(Model(jax.random.key(0)), eqx.is_array)
     reference, batch, losses = policy, toy_pairs(), []
 
-    def apply_fn(arrays, tokens, attention_mask):
+    def apply_fn(arrays: Any, tokens: jax.Array, attention_mask: jax.Array) -> Any:
         return jax.vmap(eqx.combine(arrays, static))(tokens, attention_mask)
 
     for _ in range(10):

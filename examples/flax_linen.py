@@ -1,5 +1,7 @@
 """A flax.linen model: `apply` is the apply_fn, its variables are the parameters."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import optax
@@ -10,7 +12,7 @@ from jdpo import make_dpo_loss
 
 class Model(nn.Module):
     @nn.compact
-    def __call__(self, tokens, attention_mask):
+    def __call__(self, tokens: Any, attention_mask: Any) -> Any:
         x = nn.Embed(VOCAB, WIDTH)(tokens)
         mask = nn.combine_masks(nn.make_causal_mask(tokens), attention_mask[:, None, None, :])
         x = x + nn.MultiHeadDotProductAttention(num_heads=2)(x, mask=mask)
@@ -23,7 +25,7 @@ def main() -> list[float]:
     loss_fn, optimizer = make_dpo_loss(model.apply, loss_type="ipo", beta=0.5), optax.adam(3e-3)
 
     @jax.jit
-    def step(policy, moments):
+    def step(policy: Any, moments: Any) -> tuple[Any, Any, jax.Array]:
         (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(policy, reference, batch)
         updates, moments = optimizer.update(grads, moments)
         return optax.apply_updates(policy, updates), moments, loss

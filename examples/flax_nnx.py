@@ -1,5 +1,7 @@
 """A flax.nnx model: split it into a graph, which is static, and a state, which is trained."""
 
+from typing import Any
+
 import jax
 from flax import nnx
 from toy_pairs import VOCAB, WIDTH, toy_pairs
@@ -8,12 +10,12 @@ from jdpo import dpo_loss
 
 
 class Model(nnx.Module):
-    def __init__(self, rngs: nnx.Rngs):
+    def __init__(self, rngs: nnx.Rngs) -> None:
         self.embed = nnx.Embed(VOCAB, WIDTH, rngs=rngs)
         self.attention = nnx.MultiHeadAttention(2, WIDTH, decode=False, rngs=rngs)
         self.head = nnx.Linear(WIDTH, VOCAB, rngs=rngs)
 
-    def __call__(self, tokens, attention_mask):
+    def __call__(self, tokens: jax.Array, attention_mask: jax.Array) -> Any:
         x = self.embed(tokens)
         mask = nnx.combine_masks(nnx.make_causal_mask(tokens), attention_mask[:, None, None, :])
         return self.head(x + self.attention(x, mask=mask))
@@ -23,7 +25,7 @@ def main() -> list[float]:
     graph, policy = nnx.split(Model(nnx.Rngs(0)))
     reference, batch, losses = policy, toy_pairs(), []
 
-    def apply_fn(state, tokens, attention_mask):
+    def apply_fn(state: Any, tokens: jax.Array, attention_mask: jax.Array) -> Any:
         return nnx.merge(graph, state)(tokens, attention_mask)
 
     for _ in range(10):

@@ -1,5 +1,7 @@
 """A haiku model, transformed and without a random key."""
 
+from typing import Any
+
 import haiku as hk
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ from toy_pairs import VOCAB, WIDTH, toy_pairs
 from jdpo import dpo_loss
 
 
-def forward(tokens, attention_mask):
+def forward(tokens: jax.Array, attention_mask: jax.Array) -> Any:
     x = hk.Embed(VOCAB, WIDTH)(tokens)
     causal = jnp.tril(jnp.ones((tokens.shape[1], tokens.shape[1]), bool))
     mask = causal[None, None] & attention_mask[:, None, None, :]

@@ -1,13 +1,16 @@
 """Log-probs from anywhere: a chunked LM head that never holds the logits, and several losses added up."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from toy_pairs import VOCAB, WIDTH, toy_pairs
 
+from jdpo import PreferenceBatch
 from jdpo.losses import linear_token_logps, preference_loss, sequence_logps
 
 
-def logps_of(params, batch):
+def logps_of(params: Any, batch: PreferenceBatch) -> jax.Array:
     """Returns summed completion log-probs [b, 2]; the position before a token predicts it."""
     hidden = jnp.tanh(jnp.cumsum(params["embedding"][batch.tokens], axis=2))
     flat = hidden[:, :, :-1].reshape(-1, hidden.shape[2] - 1, WIDTH)
@@ -26,7 +29,7 @@ def main() -> list[float]:
     reference, lengths = logps_of(policy, batch), batch.completion_mask.sum(-1)
 
     @jax.jit
-    def loss_fn(policy):
+    def loss_fn(policy: Any) -> jax.Array:
         logps = logps_of(policy, batch)
         result = preference_loss(
             *logps.T, *reference.T, loss_type=["sigmoid", "bco_pair", "sft"], loss_weights=[0.8, 0.2, 0.1],

@@ -12,15 +12,13 @@ import jax.numpy as jnp
 
 from jdpo.losses.argument_checks import check_batch, check_completions, check_packed, unknown_name, values_of
 from jdpo.losses.coupled import LossState
-from jdpo.losses.pair_logps import ApplyFn, LogpsFn, TokenScores, packed_features, pair_features
+from jdpo.losses.pair_logps import LogpsFn, TokenScores, packed_features, pair_features
 from jdpo.losses.pair_losses import Totals, feature_losses, next_loss_state, packed_totals, pair_totals, weighted_sum
 from jdpo.losses.settings import OPTION_NAMES, LossSettings, check_number, concrete, loss_settings
 from jdpo.types import PackedBatch, PreferenceBatch
 
 Array = jax.Array
 Params = Any
-PackedApplyFn = Callable[[Params, PackedBatch], Array | tuple[Array, Array]]
-"""(params, batch of arrays [m, ...]) -> what `jdpo.losses.packed_token_logps` returns."""
 
 
 _OF_CALL = ("beta", "loss_state", "normalizer", "num_chosen_tokens")
@@ -28,7 +26,7 @@ _OF_CALL = ("beta", "loss_state", "normalizer", "num_chosen_tokens")
 
 
 def make_dpo_loss(
-    apply_fn: ApplyFn | PackedApplyFn,
+    apply_fn: Callable[..., Any],
     *,
     loss_type: str | Sequence[str] = "sigmoid",
     beta: Array | float = 0.1,
@@ -84,7 +82,7 @@ def dpo_loss(
     reference_params: Params | None,
     batch: PreferenceBatch | PackedBatch,
     *,
-    apply_fn: ApplyFn | PackedApplyFn,
+    apply_fn: Callable[..., Any],
     loss_type: str | Sequence[str] = "sigmoid",
     beta: Array | float = 0.1,
     loss_state: LossState | None = None,
@@ -197,22 +195,19 @@ def _batch_loss(
     normalizer: Array | float | None,
     num_chosen_tokens: Array | float | None,
     *,
-    apply_fn: ApplyFn | PackedApplyFn,
+    apply_fn: Callable[..., Any],
 ) -> tuple[Array, dict[str, Any]]:
     if loss_state is not None and not settings.has_state:
         raise ValueError(f"loss_type {' + '.join(settings.loss_types)} has no running state; loss_state must be None")
     if loss_state is not None and "bco_delta" in settings.numbers:
         raise ValueError("loss_state holds the delta of bco_pair: give it or bco_delta, not both")
-    models: Any = (policy_params, reference_params, batch)
-    call: Any = apply_fn  # its arguments depend on the kind of batch
     # Totals of this batch, unless the caller knows those of the larger one.
     if isinstance(batch, PackedBatch):
-        features, counted = (
-            packed_features(*models, logps_fn=_packed_logps_fn(call), settings=settings),
-            packed_totals(batch),
-        )
+        logps_fn, counted = _packed_logps_fn(apply_fn), packed_totals(batch)
+        features = packed_features(policy_params, reference_params, batch, logps_fn=logps_fn, settings=settings)
     else:
-        features, counted = pair_features(*models, apply_fn=call, settings=settings), pair_totals(batch)
+        counted = pair_totals(batch)
+        features = pair_features(policy_params, reference_params, batch, apply_fn=apply_fn, settings=settings)
     totals = Totals(
         counted.normalizer if normalizer is None else normalizer,
         counted.num_chosen_tokens if num_chosen_tokens is None else num_chosen_tokens,
@@ -225,7 +220,7 @@ def _batch_loss(
     return mean(losses), metrics
 
 
-def _packed_logps_fn(apply_fn: PackedApplyFn) -> LogpsFn:
+def _packed_logps_fn(apply_fn: Callable[[Params, PackedBatch], Any]) -> LogpsFn:
     """Makes the function that `packed_features` takes out of a caller's own."""
 
     def logps_fn(params: Params, batch: PackedBatch, with_log_sum_sq: bool) -> TokenScores:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jax.sharding import AxisType, NamedSharding, auto_axes, reshard
 from jax.sharding import PartitionSpec as P
 
 from jdpo.losses.linear_chunks import HeadSettings, default_chunk, row_token_logps
+from jdpo.types import AnyArray
 
 Array = jax.Array
 
@@ -23,10 +24,36 @@ MAX_SHARDS = 256
 """Tokens in one axis [n] can be in up to this many shards (a power of two that divides n) without being moved."""
 
 
+@overload
 def linear_token_logps(
     hidden: Array,
     head: Array,
-    targets: Array,
+    targets: AnyArray,
+    *,
+    lengths: Array | None = ...,
+    chunk_size: int | None = ...,
+    logit_softcap: float | None = ...,
+    logit_scale: float | None = ...,
+    return_log_sum_sq: Literal[False] = ...,
+) -> Array: ...
+@overload
+def linear_token_logps(
+    hidden: Array,
+    head: Array,
+    targets: AnyArray,
+    *,
+    lengths: Array | None = ...,
+    chunk_size: int | None = ...,
+    logit_softcap: float | None = ...,
+    logit_scale: float | None = ...,
+    return_log_sum_sq: bool,
+) -> Any: ...
+
+
+def linear_token_logps(
+    hidden: Array,
+    head: Array,
+    targets: AnyArray,
     *,
     lengths: Array | None = None,
     chunk_size: int | None = None,
@@ -78,12 +105,12 @@ def linear_token_logps(
     >>> linear_token_logps(hidden, head, jnp.array([1, 0])).round(3).tolist()
     [-0.28800..., -0.69300...]
     """
-    hidden, head, targets = (jnp.asarray(array) for array in (hidden, head, targets))
-    _check(hidden, head, targets, chunk_size, logit_softcap)
-    targets = targets.astype(jnp.int32)  # A narrow type could not hold the size of the vocabulary.
+    hidden, head, ids = (jnp.asarray(array) for array in (hidden, head, targets))
+    _check(hidden, head, ids, chunk_size, logit_softcap)
+    ids = ids.astype(jnp.int32)  # A narrow type could not hold the size of the vocabulary.
     settings = HeadSettings(_number(logit_softcap), _number(logit_scale), return_log_sum_sq)
     counts = [] if lengths is None else [_checked_lengths(lengths, hidden)]
-    results = _over_explicit_axes(partial(_on_rows, chunk_size, settings), head, hidden, targets, *counts)
+    results = _over_explicit_axes(partial(_on_rows, chunk_size, settings), head, hidden, ids, *counts)
     return results if return_log_sum_sq else results[0]
 
 

@@ -13,6 +13,11 @@ import pytest
 FOLDER = Path(__file__).resolve().parents[2] / "examples"
 EXAMPLES = sorted(path.name for path in FOLDER.glob("*.py") if path.name != "toy_pairs.py")
 
+UNTYPED: dict[str, str] = {}
+"""Example -> why `mypy --strict` cannot read it."""
+
+TYPED = sorted({path.name for path in FOLDER.glob("*.py")} - UNTYPED.keys())
+
 
 def importable(module: str) -> bool:
     """Returns whether a module imports here: some pairs of flax and jax versions break flax.nnx."""
@@ -22,7 +27,7 @@ def importable(module: str) -> bool:
 @pytest.mark.ci
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example_learns(name: str) -> None:
-    if name == "flax_nnx.py" and not importable("flax.nnx"):
+    if "nnx" in name and not importable("flax.nnx"):
         pytest.skip("the installed flax.nnx does not import with the installed jax")
     done = subprocess.run(
         [sys.executable, name],
@@ -35,6 +40,19 @@ def test_example_learns(name: str) -> None:
     assert done.returncode == 0, done.stderr
     first, last = map(float, re.findall(r"loss ([\d.]+) -> ([\d.]+)", done.stdout)[0])
     assert last < 0.97 * first, done.stdout
+
+
+@pytest.mark.ci
+def test_examples_pass_a_strict_type_checker(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--config-file=mypy.ini", f"--cache-dir={tmp_path}", *TYPED],
+        cwd=FOLDER,
+        env=os.environ | {"MYPYPATH": str(FOLDER.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_readme_names_every_example() -> None:

@@ -192,7 +192,9 @@ def files() -> dict[str, list[Row]]:
     for part in rows.values():
         rng.shuffle(part)
     rows["sft"] = [_supervised(row) for row in rows["sft"]]
-    prompts = [{key: row[key] for key in ("prompt", "tools") if key in row} for row in rows["held_out_pairs"]]
+    prompts: list[Row] = [
+        {key: row[key] for key in ("prompt", "tools") if key in row} for row in rows["held_out_pairs"]
+    ]
     return {**rows, "prompts": prompts}
 
 

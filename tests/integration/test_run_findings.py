@@ -16,7 +16,7 @@ from jdpo.training.run import train
 from jdpo.training.run_record import RunRecord
 from tests.run_stops import SignalAt
 
-STILL = "The policy has hardly moved from the reference"
+STILL = "The policy has hardly moved from the reference [learnt_nothing]"
 
 
 def test_a_run_that_learns_nothing_says_so_before_it_is_done(

@@ -400,7 +400,7 @@ def test_the_most_serious_findings_come_first() -> None:
     assert shown[0].startswith("error: ")
     assert shown[2] == f"  {found[0].advice}"
     # A terminal shows no more than the titles of notes, and of what comes after the first three.
-    assert shown[-1] == f"note: {found[-1].title}"
+    assert shown[-1] == f"note: {found[-1].title} [{found[-1].key}]"
     assert len(finding_lines([found[0]] * 5)) == 3 * 3 + 2
 
 

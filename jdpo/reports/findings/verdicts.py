@@ -81,7 +81,8 @@ def finding_lines(findings: Sequence[Finding]) -> list[str]:
     "title."""
     found = []
     for number, finding in enumerate(findings):
-        found.append(f"{finding.level}: {finding.title}")
+        # With the code, under which docs/running.md explains it.
+        found.append(f"{finding.level}: {finding.title} [{finding.key}]")
         if finding.level != "note" and number < MOST_EXPLAINED:
             found += [f"  {finding.evidence}", f"  {finding.advice}"]
     return found

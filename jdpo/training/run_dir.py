@@ -1,6 +1,7 @@
 """The folder of a run: its files, which run it belongs to, and whether that is finished.
 
 resolved_config.yaml   every key, defaults included, without queries of addresses; `jdpo dpo` with it repeats the run
+train_dataset.*, eval_dataset.*   rows that Python code gave, see `RunRows`
 run.json               the command, digests of the inputs, and whether the run is finished; see `RunRecord`
 metrics.jsonl          one JSON object per logged step
 samples.jsonl          answers to sample_prompts, one JSON object each

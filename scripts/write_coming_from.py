@@ -83,7 +83,7 @@ TRL_TEXT = """\
 | in TRL | in jdpo |
 | --- | --- |
 | `trl dpo --config run.yaml` | `jdpo dpo run.yaml` |
-| `DPOTrainer(model, args=DPOConfig(...), train_dataset=rows).train()` | `jdpo.train(jdpo.DPOConfig(...), train_dataset=rows)` |
+| `DPOTrainer(model, args=DPOConfig(...), train_dataset=rows).train()` | `jdpo.train(config, train_dataset=rows)` |
 | `trainer.save_model()` | a run exports its model when it ends; `jdpo export` does it from any checkpoint |
 | `accelerate launch ...` | nothing: one process uses all devices of its host ([several hosts](clusters.md)) |
 
@@ -99,7 +99,7 @@ train a model of your own code, use [the loss alone](jax.md).
 
 | in Tunix | in jdpo |
 | --- | --- |
-| `DPOTrainer(model, ref_model, optimizer, config).train(rows, eval_rows)` | `jdpo.train(jdpo.DPOConfig(...), train_dataset=rows, eval_dataset=eval_rows)` |
+| `DPOTrainer(model, ref_model, optimizer, config).train(rows, eval_rows)` | `jdpo.train(config, train_dataset=rows, eval_dataset=...)` |
 | `TrainingInput(prompts, chosen_responses, rejected_responses)` | rows with `prompt`, `chosen` and `rejected` |
 | an optax optimizer with its schedule | `optimizer`, `learning_rate`, `lr_scheduler_type`, `warmup_ratio` |
 | `qwix.apply_lora_to_model` | `lora: {r: 16}` |

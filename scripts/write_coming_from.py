@@ -99,7 +99,7 @@ train a model of your own code, use [the loss alone](jax.md).
 
 | in Tunix | in jdpo |
 | --- | --- |
-| `DPOTrainer(model, ref_model, optimizer, config).train(rows, eval_rows)` | `jdpo.train(config, train_dataset=rows, eval_dataset=...)` |
+| `DPOTrainer(model, ref_model, optimizer, config).train(rows, eval_rows)` | `jdpo.train(config, train_dataset=rows)` |
 | `TrainingInput(prompts, chosen_responses, rejected_responses)` | rows with `prompt`, `chosen` and `rejected` |
 | an optax optimizer with its schedule | `optimizer`, `learning_rate`, `lr_scheduler_type`, `warmup_ratio` |
 | `qwix.apply_lora_to_model` | `lora: {r: 16}` |

@@ -69,6 +69,8 @@ def _judgement(facts: RunFacts, findings: Sequence[Finding]) -> str:
         return f"Before you use the model, look at this: {_lower(warnings[0].title)}{more}."
     if facts.status == "finished":
         return "Nothing in its figures looks wrong; read some answers before you rely on it."
+    if facts.status == "failed":
+        return "Its figures up to there show nothing wrong; the error says what happened."
     return "Nothing in its figures looks wrong so far."
 
 

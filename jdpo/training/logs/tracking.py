@@ -37,10 +37,8 @@ class Tracking:
         if not self.deliveries:
             return
         status: Status = "failed"
-        if kind is None:
-            status = "finished" if self._directory.record.finished else "stopped"
-        elif issubclass(kind, KeyboardInterrupt):
-            status = "stopped"
+        if not isinstance(error, Exception):  # Ctrl-C and the like are stops
+            status = "finished" if kind is None and self._directory.record.finished else "stopped"
         report = self._directory.path / "report.html"
         deadline = time.monotonic() + FINISH_SECONDS  # of all together
         for delivery in self.deliveries:

@@ -80,6 +80,7 @@ LISTED = {
     ("docs/quickstart.md", "bash scripts/quickstart.sh\n"): "trains for minutes; tests/quickstart runs it",
     ("docs/quickstart.md", "corpus (frequencies)"): "a diagram",
     ("docs/quickstart.md", "the pre-trained model"): "a diagram",
+    ("docs/quickstart.md", "margin = beta"): "the formula of the loss",
     ("docs/running.md", "output_dir/"): "lists the files of a run",
     ("docs/speed.md", "python benchmarks/"): "trains for an hour next to other trainers",
     (

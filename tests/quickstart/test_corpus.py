@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +19,7 @@ from jdpo.quickstart.corpus import (
     preference_rows,
     split_countries,
 )
+from jdpo.quickstart.experiment_settings import Settings
 from jdpo.quickstart.geography import MISTAKEN, WELL_KNOWN
 
 
@@ -120,3 +124,11 @@ def test_any_stretch_of_the_corpus_has_nearly_its_frequencies() -> None:
             )
             expected = (0.3, 0.6, 0.1) if countries[0].mistaken else (0.6, 0.3, 0.1)
             assert [answers[index] / answers.total() for index in range(3)] == pytest.approx(expected, abs=0.05)
+
+
+def test_the_rows_of_the_page_are_rows_of_the_default_quickstart() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "quickstart.md").read_text(encoding="utf-8")
+    corpus_row, pair = map(json.loads, re.findall(r"```\{code-block\} json\n((?:.+\n)+)```", page))
+    settings = Settings()
+    assert corpus_row in corpus_rows(settings.split, settings.frequencies, settings.seed)
+    assert pair in preference_rows(settings.split)

@@ -18,7 +18,7 @@ PAGE = Path(__file__).resolve().parents[3] / "docs" / "data.md"
 SHOWN: dict[str, dict[str, Any]] = {
     name: json.loads(row)
     for name, row in re.findall(
-        r"^`([\w-]+)`(?::.*)?\n\n```\{code-block\} json\n(.*)\n```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE
+        r"^`([\w-]+)`(?::.*)?\n\n```\{code-block\} json\n((?:.+\n)+)```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE
     )
 }
 PAIRS = [schema.name for schema in PREFERENCE_SCHEMAS]

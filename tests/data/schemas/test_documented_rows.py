@@ -15,11 +15,9 @@ from jdpo.data.schemas.schema_table import COMPLETION_SCHEMAS, PREFERENCE_SCHEMA
 from jdpo.types import CompletionRow, PreferenceRow
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "data.md"
+ROW = re.compile(r"^`([\w-]+)`(?::.*)?\n\n```\{code-block\} json\n((?:.+\n)+)```$", re.MULTILINE)
 SHOWN: dict[str, dict[str, Any]] = {
-    name: json.loads(row)
-    for name, row in re.findall(
-        r"^`([\w-]+)`(?::.*)?\n\n```\{code-block\} json\n((?:.+\n)+)```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE
-    )
+    name: json.loads(row) for name, row in ROW.findall(PAGE.read_text(encoding="utf-8"))
 }
 PAIRS = [schema.name for schema in PREFERENCE_SCHEMAS]
 SUPERVISED = [schema.name for schema in COMPLETION_SCHEMAS if schema not in PREFERENCE_SCHEMAS]

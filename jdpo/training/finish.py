@@ -72,7 +72,7 @@ def finish_run(
     """Exports the weights of a step, draws the plots, uploads the model if asked to, and marks the run finished."""
     config = setup.config
     lines = read_metrics(directory.metrics)
-    outcome = outcome_at(exported, lines, directory.path, setup.task.command, setup.train_data.summary())
+    outcome = outcome_at(exported, lines, directory.path, setup.task.command, setup.train_data.summary(), "finished")
     if not config.export_at_end:
         directory.finish({**outcome.results, "step": setup.num_steps})
         return
@@ -91,19 +91,23 @@ def finish_run(
     directory.finish({**outcome.results, "step": setup.num_steps, "exported_step": exported})
 
 
-def outcome_at(step: int, lines: list[dict[str, Any]], run: Path, command: str, rows: str) -> Outcome:
+def outcome_at(
+    step: int, lines: list[dict[str, Any]], run: Path, command: str, rows: str, status: Status | None = None
+) -> Outcome:
     """Returns what came of a run up to one of its steps.
 
     Args:
       lines: of its metrics.jsonl.
       run: its folder.
+      status: None: as its files have it, which do not call a run finished before its model is exported.
     """
     bare = Outcome(command, rows, results_at(lines, step))
     if not is_first():  # which alone writes the card, and may be the only one that sees the folder
         return bare
     until = [line for line in lines if line["step"] <= step]
     try:
-        facts = read_facts(run, step=max((line["step"] for line in lines), default=0), lines=until, exported_step=step)
+        last = max((line["step"] for line in lines), default=0)
+        facts = read_facts(run, status, step=last, lines=until, exported_step=step)
     except ValueError:  # of an older version or another program
         return bare
     findings = findings_of(until, facts)

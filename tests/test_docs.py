@@ -73,6 +73,7 @@ LISTED = {
     ("docs/data.md", "file -> raw row"): "a diagram",
     ("docs/iterate.md", "output_dir/"): "lists the files of a loop",
     ("docs/iterate.md", "jdpo iterate configs/iterate.yaml\n"): "trains; tests/iteration runs a loop",
+    ("docs/jax.md", "one pair: prompt"): "a diagram",
     ("docs/lora.md", "from peft import"): "needs PyTorch; tests/models/lora/test_peft_torch.py loads exports with PEFT",
     ("docs/losses.md", "a, b        policy minus"): "explains symbols",
     ("docs/memory.md", "pytest tests/models/test_remat.py"): "is part of this suite",

@@ -33,7 +33,8 @@ TRL = words(
     "trust_remote_code chat_template_path pad_token eos_token packing packing_strategy eval_packing "
     "completion_only_loss assistant_only_loss dataset_text_field dataset_kwargs use_peft lora_r lora_alpha "
     "lora_dropout lora_target_modules use_rslora use_dora load_in_8bit load_in_4bit output_dir logging_steps "
-    "eval_strategy eval_steps save_strategy save_steps save_total_limit load_best_model_at_end metric_for_best_model "
+    "logging_first_step eval_strategy eval_steps eval_on_start save_strategy save_steps save_total_limit "
+    "load_best_model_at_end metric_for_best_model "
     "greater_is_better report_to run_name resume_from_checkpoint overwrite_output_dir push_to_hub hub_model_id "
     "hub_private_repo deepspeed fsdp"
 )

@@ -241,6 +241,7 @@ def test_runs_are_compared() -> None:
     assert "learning_rate 5e-6 1e-6 1e-6" in text
     assert "Last evaluation, held-out rows" in text
     assert "cannot be compared" not in text
+    assert re.search(r"loss (0\.\d+) \1 \(0\)", text)  # the same figures, so no difference
     assert text.index("learning_rate 5e-6") < text.index("model_name_or_path org/model org/model")
     assert "cannot be compared" in words(run_page([page_run(), third]))
     checkboxes = [

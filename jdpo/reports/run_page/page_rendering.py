@@ -88,8 +88,11 @@ def _figures(runs: Sequence[PageRun], curves: Sequence[RunCurves]) -> list[tuple
         table = run_tables.figures_of_one(curves[0])
         return [] if table is None else [("", table)]
     found = []
-    for prefix, caption in (("eval_", "Last evaluation, held-out rows"), ("", "Last logged steps, training rows")):
-        table = run_tables.figures_of_several(runs, curves, prefix)
+    # Means over the same rows, whose noise is largely shared; those over training rows are of other rows each.
+    paired = run_tables.same_rows(runs)
+    held_out = "Last evaluation, held-out rows" + (" (and the difference from the first run)" if paired else "")
+    for prefix, caption in (("eval_", held_out), ("", "Last logged steps, training rows")):
+        table = run_tables.figures_of_several(runs, curves, prefix, differences=paired and prefix == "eval_")
         if table is not None:
             found.append((caption, table))
     return found

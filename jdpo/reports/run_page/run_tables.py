@@ -91,15 +91,23 @@ def figures_of_one(curves: RunCurves) -> Table | None:
     return Table(columns, rows) if rows else None
 
 
-def figures_of_several(runs: Sequence[PageRun], curves: Sequence[RunCurves], prefix: str) -> Table | None:
+def figures_of_several(
+    runs: Sequence[PageRun], curves: Sequence[RunCurves], prefix: str, *, differences: bool
+) -> Table | None:
     """Returns the last figures of several runs next to each other.
 
     Args:
       prefix: "eval_" for those on held-out rows, else empty.
+      differences: True adds the difference from the first run, in brackets, to the figures of the others.
     """
     rows = []
     for name, words in FIGURES.items():
         cells = [_end(one, prefix + name, -1) for one in curves]
+        for number, one in enumerate(curves):
+            if differences and number and all(prefix + name in both for both in (one, curves[0])):
+                change = float(one[prefix + name].y[-1] - curves[0][prefix + name].y[-1])
+                sign = "+" if change >= ROUNDING else ""
+                cells[number] += f" ({sign}{number_words(0.0 if abs(change) < ROUNDING else float(f'{change:.3g}'))})"
         if any(cells):
             rows.append([words, *cells])
     return Table(["", *(run.name for run in runs)], rows) if rows else None

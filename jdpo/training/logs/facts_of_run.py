@@ -30,7 +30,7 @@ def read_facts(
 
     Args:
       run: the output_dir of a run.
-      status: None: finished or stopped, as run.json has it.
+      status: None: finished, stopped or failed, as run.json has it.
       step: updates made; None: as the lines have it.
       lines: of its metrics.jsonl, or the first of them, up to the step that the facts are about; None: all lines.
       exported_step: step of the exported model; None: as run.json has it.
@@ -49,7 +49,7 @@ def read_facts(
     num_steps = record.num_steps or _num_steps_of(record, lines, config.max_steps, config.num_train_epochs)
     return RunFacts(
         command=record.command,
-        status=status or ("finished" if record.finished else "stopped"),
+        status=status or ("finished" if record.finished else record.ended or "stopped"),
         step=max((line["step"] for line in lines), default=0) if step is None else step,
         num_steps=num_steps,
         batch_size=config.global_batch_size,

@@ -72,6 +72,12 @@ def test_inspect_finds_no_fault_and_no_leak(name: str, tmp_path: Path, capsys: p
         assert document["train"]["rows_kept"] == document["train"]["rows_read"] > 0
 
 
+def test_links_of_the_cards_lead_somewhere() -> None:
+    for page in DATA.rglob("*.md"):
+        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / link).exists(), (page, link)
+
+
 def test_no_prompt_is_in_two_files_of_the_chats() -> None:
     rows = {file: read_rows(DATA / "chat_style" / f"{file}.jsonl") for file in ("sft", "pairs", "held_out_pairs")}
     prompts = {file: {str(row.get("prompt") or row["messages"][:-1]) for row in own} for file, own in rows.items()}

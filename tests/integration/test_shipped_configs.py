@@ -84,6 +84,11 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
     "google/gemma-2-2b-it": (GEMMA2, 2_614_341_888),
     "EleutherAI/pythia-2.8b": (PYTHIA, 2_775_208_960),
     "runs/pythia-hh/sft/model": (PYTHIA, 2_775_208_960),
+    # The recipes for a model of random weights, with the model of the hub that their headers name.
+    "runs/tiny": (SMOLLM2, 134_515_008),
+    "runs/word_bias/sft/model": (SMOLLM2, 134_515_008),
+    "runs/tiny_chat": (SMOLLM2, 134_515_008),
+    "runs/chat_style/sft/model": (SMOLLM2, 134_515_008),
 }
 
 

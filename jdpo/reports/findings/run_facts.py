@@ -44,7 +44,7 @@ class RunFacts:
       losses: names of the losses, and `rpo` for the term of rpo_alpha; empty for sft.
       has_reference: True if a loss compares with a reference.
       start_loss: the loss where policy and reference are equal; None if it depends on more, or without a reference.
-      beta: None for sft.
+      beta, learning_rate: as in the config; beta is None for sft.
       warmup_steps: updates in which the learning rate rises.
       max_grad_norm: None: gradients are not clipped.
       metric_for_best_model: name of the evaluation metric that ranks checkpoints.
@@ -67,10 +67,8 @@ class RunFacts:
     start_loss: float | None = None
     beta: float | None = None
     learning_rate: float | None = None
-    lr_scheduler_type: str = "linear"
     warmup_steps: int = 0
     max_grad_norm: float | None = None
-    eval_steps: int | None = None
     metric_for_best_model: str = "eval_loss"
     load_best_model_at_end: bool = False
     exported_step: int | None = None

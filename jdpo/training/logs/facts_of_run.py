@@ -55,7 +55,6 @@ def read_facts(
         batch_size=config.global_batch_size,
         num_rows=record.num_rows,
         num_eval_rows=record.num_eval_rows,
-        eval_steps=config.eval_steps,
         metric_for_best_model=config.metric_for_best_model,
         load_best_model_at_end=config.load_best_model_at_end,
         exported_step=record.results.get("exported_step") if exported_step is None else exported_step,
@@ -70,7 +69,6 @@ def read_facts(
 def _of_optimization(settings: OptimizationSettings, num_steps: int) -> dict[str, Any]:
     return {
         "learning_rate": settings.learning_rate,
-        "lr_scheduler_type": settings.lr_scheduler_type,
         "warmup_steps": num_warmup_steps(settings, num_steps),
         "max_grad_norm": settings.max_grad_norm,
     }

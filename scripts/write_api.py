@@ -45,7 +45,7 @@ SECTIONS = {
 
 METHODS = {
     "LoadedModel": ("generate", "stream", "logps", "next_tokens"),
-    "Tracker": ("log", "log_samples", "log_report", "finish"),
+    "Tracker": ("newest_step", "log", "log_samples", "log_report", "finish"),
     "Callback": ("on_start", "on_step", "on_log", "on_evaluate", "on_end"),
     "RunView": ("stop", "sample"),
     "Inspection": ("save",),

@@ -14,6 +14,7 @@ import pytest
 import jdpo
 import jdpo.losses
 from jdpo.config.key_specs import key_specs
+from tests.reports.tracker_toys import install_diary
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -115,9 +116,13 @@ def test_a_config_takes_yaml_values_and_is_frozen() -> None:
 def test_a_typed_script_passes_a_strict_type_checker_and_a_wrong_one_does_not(tmp_path: Path) -> None:
     (tmp_path / "user.py").write_text(USER_SCRIPT)
     (tmp_path / "wrong.py").write_text(WRONG_SCRIPT)
+    # The tracker of docs/trackers.md is one, to a type checker, too.
+    tracker = (install_diary(tmp_path) / "diary.py").read_text()
+    use = "\n\ndef opened(run: jdpo.TrackedRun) -> jdpo.Tracker:\n    return Diary(run)\n"
+    (tmp_path / "diary.py").write_text(tracker + use)
     words = [sys.executable, "-m", "mypy", "--strict", "--config-file=", "--follow-imports=silent"]
     done = subprocess.run(
-        [*words, f"--cache-dir={tmp_path / 'cache'}", "user.py", "wrong.py"],
+        [*words, f"--cache-dir={tmp_path / 'cache'}", "user.py", "wrong.py", "diary.py"],
         env={**os.environ, "MYPYPATH": str(ROOT)},
         cwd=tmp_path,
         capture_output=True,
@@ -125,6 +130,7 @@ def test_a_typed_script_passes_a_strict_type_checker_and_a_wrong_one_does_not(tm
         check=False,
     )
     assert "user.py" not in done.stdout, done.stdout
+    assert "diary.py" not in done.stdout, done.stdout
     for words_of_error in (
         'keyword argument "loss_typ"',
         'Argument "datasets"',

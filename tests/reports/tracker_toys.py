@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tensorboardX.proto import event_pb2
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -65,6 +64,8 @@ def diary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def tensorboard_events(folder: Path) -> list[Any]:
     """Returns the events of all files of a folder, oldest first: records of length, checksum, event, checksum."""
+    from tensorboardX.proto import event_pb2
+
     events = []
     for path in sorted(folder.iterdir()):
         content, at = path.read_bytes(), 0

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         load_config,
     )
     from jdpo.data.batching.pair_packing import pack, unpack_logps
+    from jdpo.data.prepared.pair_tokenizing import TokenizedPairs, tokenize_pairs
     from jdpo.generation.asking.token_logps import NextToken, TokenLogps
     from jdpo.generation.loaded_model import LoadedModel
     from jdpo.generation.values import Answer
@@ -56,6 +57,7 @@ _PUBLIC = {
     "RunView": "jdpo.training.interface.callbacks",
     "SFTConfig": "jdpo.config",
     "TokenLogps": "jdpo.generation.asking.token_logps",
+    "TokenizedPairs": "jdpo.data.prepared.pair_tokenizing",
     "TrackedRun": "jdpo.reports.trackers.tracker",
     "Tracker": "jdpo.reports.trackers.tracker",
     "dpo_loss": "jdpo.losses",
@@ -66,6 +68,7 @@ _PUBLIC = {
     "pack": "jdpo.data.batching.pair_packing",
     "packed_attention": "jdpo.models.packed_attention",
     "random_model": "jdpo.quickstart.tiny_llama",
+    "tokenize_pairs": "jdpo.data.prepared.pair_tokenizing",
     "train": "jdpo.training.run",
     "unpack_logps": "jdpo.data.batching.pair_packing",
 }
@@ -87,6 +90,7 @@ __all__ = [
     "RunView",
     "SFTConfig",
     "TokenLogps",
+    "TokenizedPairs",
     "TrackedRun",
     "Tracker",
     "__version__",
@@ -99,6 +103,7 @@ __all__ = [
     "pack",
     "packed_attention",
     "random_model",
+    "tokenize_pairs",
     "train",
     "unpack_logps",
 ]

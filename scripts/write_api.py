@@ -39,7 +39,14 @@ SECTIONS = {
     "Models to try things out": ("random_model",),
     "Trackers": ("Tracker", "TrackedRun"),
     "Losses on batches": ("dpo_loss", "make_dpo_loss", "PreferenceBatch"),
-    "Packed batches": ("pack", "packed_attention", "unpack_logps", "PackedBatch"),
+    "Packed batches": (
+        "tokenize_pairs",
+        "TokenizedPairs",
+        "pack",
+        "packed_attention",
+        "unpack_logps",
+        "PackedBatch",
+    ),
 }
 """Heading -> the names of `jdpo` under it."""
 

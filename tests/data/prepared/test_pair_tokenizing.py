@@ -1,0 +1,53 @@
+"""jdpo.tokenize_pairs: rows of text become rows that jdpo.pack takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+import jdpo
+from tests.conftest import chat_pairs, write_jsonl
+
+
+def test_rows_of_text_are_packed(toy_model: Path, tmp_path: Path) -> None:
+    rows = chat_pairs(4)
+    rows.append(rows[0] | {"rejected": rows[0]["chosen"]})
+    found = jdpo.tokenize_pairs(rows, toy_model, max_length=64)
+    assert len(found.rows) == 4
+    assert found.counts["dropped: identical sides"] == 1
+    assert "identical sides" in found.summary
+    assert found.score_margins is None
+    tokenizer = AutoTokenizer.from_pretrained(toy_model)
+    whole = tokenizer.apply_chat_template(rows[0]["prompt"] + rows[0]["chosen"], tokenize=False)
+    first = found.rows[0]
+    assert tokenizer.decode(np.concatenate([first["prompt_ids"], first["chosen_ids"]])) == whole
+    batch = jdpo.pack(found.rows)
+    assert batch.pair_weight.sum() == 4
+    # A file of the same rows and a loaded tokenizer give the same.
+    again = jdpo.tokenize_pairs(write_jsonl(tmp_path / "pairs.jsonl", rows), tokenizer, max_length=64)
+    np.testing.assert_array_equal(jdpo.pack(again.rows).tokens, batch.tokens)
+
+
+def test_scores_and_turns(toy_model: Path) -> None:
+    (row,) = chat_pairs(1)
+    turns = {
+        side: [*row[side], {"role": "user", "content": "and"}, {"role": "assistant", "content": f"so {side}"}]
+        for side in ("chosen", "rejected")
+    }
+    scored = row | turns | {"score_chosen": 3.0, "score_rejected": 1.0}
+    found = jdpo.tokenize_pairs([scored], toy_model, loss_on_every_turn=True)
+    assert found.score_margins is not None
+    assert found.score_margins.tolist() == [2.0]
+    (first,) = found.rows
+    assert 0 < first["chosen_mask"].sum() < len(first["chosen_ids"])
+    assert jdpo.pack(found.rows, score_margins=found.score_margins).pair_score_margin is not None
+
+
+def test_a_tokenizer_that_is_none_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is no folder"):
+        jdpo.tokenize_pairs(chat_pairs(1), tmp_path / "absent")
+    with pytest.raises(ValueError, match="found int"):
+        jdpo.tokenize_pairs(chat_pairs(1), 3)  # type: ignore[arg-type]

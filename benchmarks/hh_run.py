@@ -39,14 +39,15 @@ def run(cls: type, name: str, data: Path, out: Path, model: Path) -> tuple[RunRe
 
 def report(name: str, result: RunResult, seconds: float) -> str:
     lines = read_metrics(result.output_dir / "metrics.jsonl")
-    shown = [key for key in ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen") if key in lines[0]]
+    first = next(line for line in lines if "loss" in line)
+    shown = [key for key in ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen") if key in first]
     table = [
         f"## {name.upper()}: {result.step} steps, {seconds / 60:.1f} minutes",
         "",
         "| step | set | " + " | ".join(shown) + " |",
         "|---" * (len(shown) + 2) + "|",
     ]
-    marks = {line["step"] for line in lines if "eval_loss" in line} | {lines[0]["step"]}
+    marks = {line["step"] for line in lines if "eval_loss" in line} | {first["step"]}
     for line in lines:
         if line["step"] in marks:
             prefix = "eval_" if "eval_loss" in line else ""

@@ -242,6 +242,7 @@ def results_at(lines: list[dict[str, Any]], step: int) -> dict[str, Any]:
     """Returns the values of the last training and evaluation lines up to a step."""
     results: dict[str, Any] = {}
     for line in lines:
-        if line["step"] <= step:
+        # An evaluation before the first step is no result of training.
+        if 0 < line["step"] <= step:
             results.update(line)
     return results

@@ -82,21 +82,27 @@ class LiveReport:
         self._attempt(self._describe_rows)
         wait = FIRST_AFTER
         while not self._over.wait(wait):
+            if not self._has_lines():
+                continue
             began = time.thread_time()
             self._attempt(lambda: self._write("running"))
             wait = max(EVERY, (time.thread_time() - began) / MOST_OF_THE_TIME)
 
+    def _has_lines(self) -> bool:
+        """Returns True once something is logged; before, there is nothing to show."""
+        return self._directory.metrics.exists() and self._directory.metrics.stat().st_size > 0
+
     def _write(self, status: RunStatus, reason: str = "") -> None:
         path = self._directory.path
-        # A run that has logged nothing has nothing to show.
-        if self._directory.metrics.exists() and self._directory.metrics.stat().st_size:
+        if self._has_lines():
             write_durably(path / REPORT, run_page([read_page_run(path, path.name, status, reason)]))
 
     def _describe_rows(self) -> None:
         setup, path = self._setup, self._directory.path
         train, held_out = setup.train_data, setup.eval_data
         if (found := read_data_summary(path)) is not None:
-            digests = {name: (found.get(name) or {}).get("digest") for name in ("train", "eval")}
+            parts = {name: found.get(name) for name in ("train", "eval")}
+            digests = {name: part.get("digest") if isinstance(part, dict) else None for name, part in parts.items()}
             now = {"train": train.digest, "eval": None if held_out is None else held_out.digest}
             if digests == now and found.get("version") == DATA_VERSION:
                 return  # they are described already

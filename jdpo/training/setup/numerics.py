@@ -18,6 +18,10 @@ from jdpo.data.prepared.prepare import cache_folder
 MOST_BYTES = 10 * 2**30
 """Compiled programs that are kept for one kind of machine."""
 
+LEAST_SECONDS = 0.1
+"""Programs that compile faster are not kept. jax's own limit of a second leaves out all programs of a toy, and helpers
+that every start of a run compiles again."""
+
 M = TypeVar("M", bound=MemorySettings)
 
 
@@ -71,12 +75,15 @@ def persistent_cache(folder: Path | None) -> Iterator[None]:
 
     folder = folder / _machine()
     drop_oldest(folder, MOST_BYTES)
+    least = config.jax_persistent_cache_min_compile_time_secs
     try:
         jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", min(least, LEAST_SECONDS))
         compilation_cache.reset_cache()  # jax reads the setting at its first compilation, and not again
         yield
     finally:
         jax.config.update("jax_compilation_cache_dir", None)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
         compilation_cache.reset_cache()
 
 

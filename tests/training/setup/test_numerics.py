@@ -59,6 +59,17 @@ def test_programs_are_kept_on_disk(cache_events: Callable[[], tuple[int, int]], 
     assert jax.config.jax_compilation_cache_dir is None
 
 
+def test_programs_that_compile_in_less_than_a_second_are_kept(no_cache: None, tmp_path: Path) -> None:
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    try:
+        with persistent_cache(tmp_path):
+            assert jax.config.jax_persistent_cache_min_compile_time_secs <= 0.2
+        assert jax.config.jax_persistent_cache_min_compile_time_secs == 1.0
+    finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
+
+
 def test_the_oldest_programs_go_where_all_take_too_much(tmp_path: Path) -> None:
     for age, name in enumerate(("new", "middle", "old")):
         (tmp_path / name).write_bytes(bytes(100))

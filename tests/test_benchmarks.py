@@ -46,6 +46,8 @@ from speed_padding import planned_padding  # noqa: E402
 from speed_report import render_case  # noqa: E402
 from speed_run import ArmRun, Before  # noqa: E402
 from speed_verdicts import PADDING_BAR, Padding, Result  # noqa: E402
+from startup import CACHES, TRAININGS  # noqa: E402
+from startup import report as render_startup  # noqa: E402
 from token_rules import main as token_rules  # noqa: E402
 from trl_parity import compare_tokens, tokenized_rows  # noqa: E402
 
@@ -483,6 +485,27 @@ def test_the_loops_report_names_what_was_forgotten() -> None:
     assert "lost more than 0.05 on average: 1 of 2" in text
     assert "| Where is Oslo? | Norway | other | 0.950 | 0.500 |" in text
     assert "Seconds of a loop: 10 to 10" in text
+
+
+def test_start_ups_are_compared_by_the_medians_of_their_rounds() -> None:
+    def round_of(cpu: float) -> list[dict[str, Any]]:
+        rows = [{"name": name, "wall": 9.0, "cpu": cpu, "programs": 3, "timing": {"step": cpu}} for name in TRAININGS]
+        return [{"name": "imports", "wall": 1.0, "cpu": 0.0}, *rows]
+
+    found = {("before", cache): [round_of(cpu) for cpu in (4.0, 90.0, 5.0)] for cache in CACHES}
+    found |= {("now", cache): [round_of(2.0)] * 3 for cache in CACHES}
+    text = render_startup(found, ["before", "now"])
+    assert "| cold | sft | before | 9.0 | 5.0 | 0.0 | 0.0 | 3 |" in text
+    assert "| warm | all, CPU s | before 25.0, now 10.0 (2.50 times) |" in text
+    assert "| cold | dpo again | 2.00 |" in text
+
+
+@pytest.mark.full
+def test_start_ups_are_measured_end_to_end() -> None:
+    command = [sys.executable, str(BENCHMARKS / "startup.py"), "--rounds", "1", "--steps", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, env=one_device())
+    assert done.returncode == 0, done.stderr
+    assert "| warm | beta 0.3, no export | now |" in done.stdout
 
 
 @pytest.mark.full

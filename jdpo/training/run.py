@@ -215,7 +215,7 @@ def train(
             # Left in reverse order: the thread that makes batches ends first.
             with exhaustion_explained(fit), display, closing(profiler), closing(ahead):
                 if newest is None and evaluation is not None and config.eval_on_start:
-                    with reports.untimed():
+                    with reports.untimed(), clock.within("other"):
                         metrics = evaluation.log(0, state, frozen, record, display, log)
                         calls.after_evaluation(0, metrics, weights(state.params, frozen.base))
                 for step, ((batch, rows), flops) in enumerate(clock.waiting(ahead), start=first + 1):
@@ -241,7 +241,7 @@ def train(
                     if evaluating or samples.is_due(step):
                         reports.read()
                     metrics = {}
-                    with reports.untimed():
+                    with reports.untimed(), clock.within("other"):
                         # Before the checkpoint, from which a resumed run would not sample this step again.
                         if samples.is_due(step):
                             with clock.within("sampling"):

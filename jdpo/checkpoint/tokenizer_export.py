@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jdpo.json_files import read_json, write_json
+from jdpo.quiet_transformers import be_quiet
 
 CONFIG_NAME, SPECIAL_NAME = "tokenizer_config.json", "special_tokens_map.json"
 
@@ -81,6 +82,7 @@ def is_tokenizer_file(name: str) -> bool:
 
 def _loaded(source: Path) -> Any:
     """Loads the source's tokenizer without the run's changes. Returns None if it cannot be loaded any more."""
+    be_quiet()
     from transformers import AutoTokenizer
 
     try:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from jdpo.cli.failures import INTERRUPTED, catch_early_interrupts, explain_failure, explain_input
 from jdpo.loss_specs import LOSSES
+from jdpo.quiet_transformers import be_quiet
 from jdpo.safe_text import terminal_lines
 from jdpo.words import did_you_mean
 
@@ -111,8 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     # Tokenizers warn when a process forks after using threads; the only forks here are helpers of other libraries.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # transformers advises to install PyTorch, which nothing here uses.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    be_quiet()
     _make_lines_of_others_safe()
     try:
         # A command's module is imported only when it runs, so that `--help` is fast.

@@ -97,3 +97,13 @@ def test_output_to_a_closed_terminal_goes_nowhere() -> None:
         os.dup2(saved, 2)
         os.close(saved)
         os.close(theirs)
+
+
+def test_code_may_ask_from_any_thread_and_its_first_reason_counts() -> None:
+    stop = StopRequest()
+    for reason in ("first", "second"):
+        thread = threading.Thread(target=stop.ask, args=(reason,))
+        thread.start()
+        thread.join()
+    assert (stop.asked(), stop.poll(), stop.alone(), stop.signalled()) == (True, True, True, False)
+    assert stop.reason == "first"

@@ -9,6 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jdpo.quiet_transformers import be_quiet
 from jdpo.safe_text import terminal
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
       ValueError: the folder has no usable tokenizer.
     """
+    be_quiet()
     from transformers import AutoTokenizer
 
     if not folder.is_dir():

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from jdpo.json_files import read_json
 from jdpo.models.families.table import FAMILIES
 from jdpo.models.model_config import ModelConfig
+from jdpo.quiet_transformers import be_quiet
 from jdpo.safe_text import terminal
 
 
@@ -82,6 +83,7 @@ def _hf_config(folder: Path) -> Any:
             f"{folder}/config.json: model_type {family!r} is not supported; supported are {', '.join(sorted(FAMILIES))}"
         )
     # transformers fills in the defaults that save_pretrained omits, and converts old rope keys to the new form.
+    be_quiet()
     from transformers import AutoConfig
 
     try:

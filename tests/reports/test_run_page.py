@@ -296,6 +296,8 @@ def test_the_page_of_a_long_run_is_small() -> None:
     # As many points as fit, however many lines there are; see also benchmarks/run_report.py.
     assert len(page) < 700_000
     assert len(run_page([dataclasses.replace(run, lines=run.lines[:2500])])) > 0.8 * len(page)
+    several = run_page([dataclasses.replace(run, name=f"run {number}") for number in range(8)])
+    assert len(page) < len(several) < 3_000_000
 
 
 @pytest.mark.ci

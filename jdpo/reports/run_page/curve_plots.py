@@ -22,6 +22,8 @@ WIDTH, HEIGHT = 400.0, 236.0
 """Size of a plot in its own units; few, so that its text is readable on a phone."""
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 10.0, 20.0, 34.0
 MOST_BANDS = 48
+FULL_DETAIL_OF = 6
+"""A plot of more curves draws each with fewer points and has fewer bands, so that the page stays small."""
 MOST_ROWS = 12
 """Rows of the table of values."""
 MOST_DOTS = 40
@@ -147,6 +149,7 @@ def curve_plot(
     axes = _axes(series, level, last, is_linear=is_linear, least=least)
     if level is not None and not axes.low <= level[0] <= axes.high:
         level = None
+    crowd = math.ceil(len(series) / FULL_DETAIL_OF)
     colours = dict.fromkeys((one.colour, one.label) for one in series)
     ticks = _log_ticks(axes.low, axes.high) if axes.is_log else _ticks(axes.low, axes.high)
     return CurvePlot(
@@ -156,8 +159,8 @@ def curve_plot(
         x_ticks=[Tick(axes.x(tick), number_words(tick)) for tick in _ticks(0.0, last, whole=True)],
         y_ticks=[Tick(axes.y(tick), number_words(tick)) for tick in ticks],
         level=None if level is None else (axes.y(level[0]), level[1]),
-        lines=[line for one in series for line in _lines(one, axes)],
-        bands=list(_bands(series, axes)),
+        lines=[line for one in series for line in _lines(one, axes, curves.MOST_BUCKETS // crowd)],
+        bands=list(_bands(series, axes, MOST_BANDS // crowd)),
         legend=list(colours) if len(colours) > 1 else [],
         table=_table(series),
     )
@@ -206,22 +209,22 @@ def _log_ticks(low: float, high: float) -> list[float]:
     return [tick for tick in ticks if low <= tick <= high]
 
 
-def _lines(one: Series, axes: _Axes) -> Iterator[Line]:
+def _lines(one: Series, axes: _Axes, buckets: int) -> Iterator[Line]:
     whole = one.curve
     if one.held_out:
-        drawn = curves.thinned(whole)
+        drawn = curves.thinned(whole, buckets)
         dots = (
             [(axes.x(x), axes.y(y)) for x, y in zip(drawn.x, drawn.y, strict=True)] if len(whole) <= MOST_DOTS else []
         )
         yield Line(f"held-out {one.colour}", _path(drawn, axes), dots)
         return
     is_smoothed = curves.smoothing_width(len(whole)) > 1
-    drawn = curves.thinned(whole)
+    drawn = curves.thinned(whole, buckets)
     dots = [(axes.x(x), axes.y(y)) for x, y in zip(drawn.x, drawn.y, strict=True)] if len(whole) == 1 else []
     yield Line(f"training {'raw' if is_smoothed else 'mean'} {one.colour}", _path(drawn, axes), dots)
     if is_smoothed:
         # Half as many parts: there are no peaks left to keep.
-        means = curves.thinned(curves.smoothed(whole), curves.MOST_BUCKETS // 2)
+        means = curves.thinned(curves.smoothed(whole), buckets // 2)
         yield Line(f"training mean {one.colour}", _path(means, axes))
 
 
@@ -229,8 +232,8 @@ def _path(curve: Curve, axes: _Axes) -> str:
     return "M" + "L".join(f"{axes.x(x):g} {axes.y(y):g}" for x, y in zip(curve.x, curve.y, strict=True))
 
 
-def _bands(series: Sequence[Series], axes: _Axes) -> Iterator[Band]:
-    places = _places(series, MOST_BANDS)
+def _bands(series: Sequence[Series], axes: _Axes, most: int) -> Iterator[Band]:
+    places = _places(series, most)
     edges = [0.0, *((a + b) / 2 for a, b in itertools.pairwise(places)), axes.last]
     means = [None if one.held_out else curves.smoothed(one.curve) for one in series]
     for number, place in enumerate(places):

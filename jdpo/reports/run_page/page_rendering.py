@@ -28,7 +28,7 @@ MOST_RUNS = 8
 """Runs of one page: as many colours can be told apart."""
 
 MOST_OTHERS = 24
-"""Plots of metrics that have no panel of their own."""
+"""Plots of metrics that have no panel of their own, on the page of one run; several share this number."""
 
 COLOURS = {"chosen": "side-chosen", "rejected": "side-rejected", "executed": "side-rejected"}
 """Label of a metric -> class of its colour on the page of one run; all others have that of the first run."""
@@ -111,6 +111,7 @@ def _plots(runs: Sequence[PageRun], curves: Sequence[RunCurves]) -> _Plots:
         one_each=one_each,
     )
     others = other_panels(names, main)
+    most_others = MOST_OTHERS // len(runs)
     last = last_place(one[name] for one in curves for name in one.names())
 
     def drawn(panels: Sequence[Panel]) -> list[CurvePlot]:
@@ -120,8 +121,8 @@ def _plots(runs: Sequence[PageRun], curves: Sequence[RunCurves]) -> _Plots:
     return _Plots(
         main=drawn(main),
         speed=drawn(present(SPEED_PANELS, names, one_each=one_each)),
-        others=drawn(others[:MOST_OTHERS]),
-        num_left_out=max(len(others) - MOST_OTHERS, 0),
+        others=drawn(others[:most_others]),
+        num_left_out=max(len(others) - most_others, 0),
         smoothed_over=[smoothing_width(len(one["loss"])) if "loss" in one else 1 for one in curves],
         has_held_out=any(name.startswith("eval_") for name in names),
     )

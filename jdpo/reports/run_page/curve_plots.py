@@ -193,8 +193,8 @@ def _axes(
         low, high = low - missing / 2, high + missing / 2
     if low == high:
         low, high = low - (abs(low) * 0.05 or 0.5), high + (abs(high) * 0.05 or 0.5)
-    room = 0.05 * (high - low)
-    return _Axes(last, low - room, high + room, False)
+    margin = 0.05 * (high - low)
+    return _Axes(last, low - margin, high + margin, False)
 
 
 def _ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
@@ -248,7 +248,7 @@ def _bands(series: Sequence[Series], axes: _Axes, most: int) -> Iterator[Band]:
         letters = max(map(len, (title, *(text for _, text in values))))
         width = round(letters * TIP_LETTER + 12, 1)
         at_x = axes.x(place)
-        # To the side of the place that has more room.
+        # On the wider side of the place.
         box_x = at_x + 6 if at_x < WIDTH / 2 else at_x - 6 - width
         box_x = round(min(max(box_x, 1.0), WIDTH - width - 1), 1)
         x, end = axes.x(edges[number]), axes.x(edges[number + 1])

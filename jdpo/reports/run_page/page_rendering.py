@@ -25,7 +25,7 @@ from jdpo.reports.run_page.run_samples import samples_of
 from jdpo.words import figure, memory
 
 MOST_RUNS = 8
-"""Runs of one page: as many colours can be told apart."""
+"""Runs of one page: as many colours are easy to distinguish."""
 
 MOST_OTHERS = 24
 """Plots of metrics that have no panel of their own, on the page of one run; several share this number."""

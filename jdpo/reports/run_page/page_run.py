@@ -1,4 +1,4 @@
-"""What the page of a run shows, as plain values of the files in its folder."""
+"""The content of the page of a run: plain values of the files in its folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jdpo.reports.findings import Finding
 
 Json = Mapping[str, Any]
 RunStatus = Literal["running", "finished", "stopped", "failed", "unfinished"]
-"""The state of a run; `unfinished` if it does not say how it ended: it was killed, or runs on another machine."""
+"""The state of a run; `unfinished` if its files do not tell how it ended: it was killed, or runs on another machine."""
 
 
 class PageFile(NamedTuple):
@@ -85,7 +85,7 @@ class PageRun:
 
     @property
     def digests(self) -> Sequence[tuple[str, str]]:
-        """What went into the run, and the digests of it."""
+        """The inputs of the run, each with its digest."""
         found = [self.record.get(name) for name in ("inputs", "files")]
         return [(name, str(digest)) for one in found if isinstance(one, Mapping) for name, digest in one.items()]
 

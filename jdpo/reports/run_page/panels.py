@@ -59,7 +59,7 @@ PREFERENCE_PANELS = (
         "Log-probability of the answers",
         "nats",
         {"logps/chosen": "chosen", "logps/rejected": "rejected"},
-        "If the chosen answers fall for long, the model loses what it could say before.",
+        "If the chosen answers fall for long, the model unlearns what it could answer before.",
         least=0.1,
     ),
 )

@@ -1,4 +1,4 @@
-"""The sampled answers on the page of a run: what the model said to the same prompt while it was trained."""
+"""The sampled answers on the page of a run: those to one prompt next to each other, step by step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""report.html and data.json of a run that goes on: written on a thread of the first process, and once more at the end.
+"""report.html and data.json of a running run: written on a thread of the first process, and once more at the end.
 
 Nothing here can end a run: a page that cannot be written is noted once.
 """
@@ -31,7 +31,7 @@ MOST_OF_THE_TIME = 0.01
 """The share of the time that pages may take, since a thread that makes one slows the steps down a little."""
 
 ROWS_AT_ONCE = 100_000
-"""Up to so many rows are described before training starts, in a third of a second; more are while it goes on."""
+"""Up to so many rows are described before training starts, in a third of a second; more are while it trains."""
 
 
 class LiveReport:

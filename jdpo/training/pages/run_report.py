@@ -112,7 +112,7 @@ def read_page_run(path: Path, name: str, status: RunStatus | None = None, reason
         status, reason = _status(path, record)
     checkpoints = complete_steps(path / "checkpoints") if (path / "checkpoints").is_dir() else []
     last = max([line["step"] for line in lines[-1:]] + checkpoints, default=0)
-    said, found, facts = _findings(path, status, last, lines, notes)
+    sentences, found, facts = _findings(path, status, last, lines, notes)
     return PageRun(
         name=name,
         path=str(path.absolute()),
@@ -132,7 +132,7 @@ def read_page_run(path: Path, name: str, status: RunStatus | None = None, reason
         files=_files(path),
         checkpoints=checkpoints,
         notes=notes,
-        verdict=said,
+        verdict=sentences,
         findings=found,
         start_loss=None if facts is None else facts.start_loss,
     )

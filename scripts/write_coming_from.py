@@ -35,7 +35,8 @@ TRL = words(
     "lora_dropout lora_target_modules use_rslora use_dora load_in_8bit load_in_4bit output_dir logging_steps "
     "logging_first_step eval_strategy eval_steps eval_on_start save_strategy save_steps save_total_limit "
     "load_best_model_at_end metric_for_best_model "
-    "greater_is_better report_to run_name resume_from_checkpoint overwrite_output_dir push_to_hub hub_model_id "
+    "greater_is_better report_to run_name project trackio_space_id "
+    "resume_from_checkpoint overwrite_output_dir push_to_hub hub_model_id "
     "hub_private_repo deepspeed fsdp"
 )
 """Keys of TRL's DPOConfig and SFTConfig (1.16), the common ones of their base class, and of its scripts."""
@@ -50,7 +51,8 @@ AXOLOTL = words(
     "base_model rl rl_beta datasets.type datasets.ds_type datasets.field dataset_prepared_path val_set_size "
     "sequence_len sample_packing pad_to_sequence_len adapter lora_target_linear lora_modules_to_save "
     "flash_attention gradient_clipping evals_per_epoch saves_per_epoch auto_resume_from_checkpoints wandb_project "
-    "wandb_name special_tokens train_on_inputs"
+    "wandb_name wandb_entity wandb_mode mlflow_tracking_uri mlflow_experiment_name use_tensorboard special_tokens "
+    "train_on_inputs"
 )
 
 TUNIX = words(

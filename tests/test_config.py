@@ -89,6 +89,8 @@ def test_resolved_yaml_reads_back_to_the_same_config(tmp_path: Path) -> None:
         ("lora_target=all", "`--lora.target_modules all-linear`"),
         ("bf16='true'", "here it is `--compute_dtype bfloat16`"),
         ("report_to=none", "here it is `--report_to []`"),
+        ("wandb_project=mine", "here it is called 'run_project': `--run_project mine`"),
+        ("trackio_space_id=me/x", "set TRACKIO_SPACE_ID in the environment"),
         ("per_device_train_batch_size=4", "here it is `--micro_batch_size 4` (global_batch_size counts rows per"),
         ("gradient_accumulation_steps=8", "the nearest key is 'global_batch_size' (global_batch_size counts"),
         ("gradient_checkpointing=true", "here it is `--remat full`"),

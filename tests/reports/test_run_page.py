@@ -43,7 +43,7 @@ def page_run(name: str = "first", **changes: Any) -> PageRun:
         num_steps=200,
         written="today",
         lines=lines,
-        samples=[sample(step, f"answer {step}") for step in (0, 100, 200)],
+        samples=[sample(step, f"answer {step // 100}") for step in (0, 50, 100, 200)],
         data={"train": part()},
         config={
             "model_name_or_path": "org/model",
@@ -178,7 +178,7 @@ def test_the_page_of_a_run_has_all_its_parts() -> None:
         "The learning rate is high",
         "loss 0.",  # the table of figures
         "ln 2: policy = reference",
-        "answer 100",
+        "steps 0 to 50 answer 0 step 100 answer 1 step 200 answer 2",
         "learning_rate 5e-6 1e-6",  # a key, its value and its default
         "training steps 30 s (75 %)",
         "peak memory of a device 1.50 GiB",

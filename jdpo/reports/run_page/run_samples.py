@@ -11,19 +11,18 @@ MOST_PROMPTS, MOST_STEPS, MOST_LETTERS = 20, 10, 2000
 
 
 class StepAnswer(NamedTuple):
-    """An answer.
+    """An answer, which the model may have given several times in a row.
 
     Attributes:
-      step: after which it was given.
+      first, last: the steps after which it was given first and last.
       text: cut at MOST_LETTERS.
       is_cut_off: True if it reached the maximum of tokens.
-      changed: False if it is the answer of the step shown before.
     """
 
-    step: int
+    first: int
+    last: int
     text: str
     is_cut_off: bool
-    changed: bool
 
 
 class PromptAnswers(NamedTuple):
@@ -41,7 +40,7 @@ class SamplesShown(NamedTuple):
 
 
 def samples_of(runs: Sequence[PageRun]) -> SamplesShown:
-    """Returns the answers to the first prompts: at most MOST_STEPS each, of the first, the last and between."""
+    """Returns the answers to the first prompts: at most MOST_STEPS of each run, the first and the last among them."""
     texts: dict[str, str] = {}
     answers: dict[str, dict[int, list[Mapping[str, Any]]]] = {}
     for number, run in enumerate(runs):
@@ -59,18 +58,18 @@ def samples_of(runs: Sequence[PageRun]) -> SamplesShown:
 
 def _answers(lines: Sequence[Mapping[str, Any]], *, only_last: bool) -> list[StepAnswer]:
     lines = sorted(lines, key=lambda line: line["step"])
-    most = 1 if only_last else MOST_STEPS
-    if len(lines) > most:
-        # Evenly spaced, from the first to the last.
-        places = [len(lines) - 1] if most == 1 else [round(i * (len(lines) - 1) / (most - 1)) for i in range(most)]
-        lines = [lines[place] for place in places]
     found: list[StepAnswer] = []
     for line in lines:
         message = line.get("message")
         text = shortened(_content(message if isinstance(message, Mapping) else {}))
-        changed = not found or found[-1].text != text
-        found.append(StepAnswer(line["step"], text, line.get("finish_reason") == "length", changed))
-    return found
+        answer = StepAnswer(line["step"], line["step"], text, line.get("finish_reason") == "length")
+        if found and found[-1][2:] == answer[2:]:
+            answer = answer._replace(first=found.pop().first)
+        found.append(answer)
+    if only_last or len(found) <= MOST_STEPS:
+        return found[-1:] if only_last else found
+    # Evenly spaced, from the first to the last.
+    return [found[round(place * (len(found) - 1) / (MOST_STEPS - 1))] for place in range(MOST_STEPS)]
 
 
 def prompt_text(prompt: Any) -> str:

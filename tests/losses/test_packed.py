@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jdpo
 from jdpo.losses import packed_token_logps
@@ -218,6 +220,28 @@ def test_a_row_alone_within_vmap() -> None:
         return jax.value_and_grad(lambda p: packed_states(p, batch).sum())(params)
 
     assert_same(by_row(random_params(0)), at_once(random_params(0)))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_rows_on_eight_devices_give_the_same(axis_type: AxisType) -> None:
+    batch, rng = jdpo.pack(random_rows([(3, 4, 6), (2, 3, 2)] * 8, 0), num_rows=8), np.random.default_rng(0)
+    heads = {name: rng.normal(size=(*batch.tokens.shape, n, 3)) for name, n in (("q", HEADS), ("k", 2), ("v", 2))}
+
+    def packed_logps(heads: Any, batch: jdpo.PackedBatch) -> Any:
+        states = jdpo.packed_attention(attend, batch)(heads["q"], heads["k"], heads["v"]).sum(2)
+        return packed_token_logps(states, batch, jnp.asarray(np.eye(3, VOCAB)))
+
+    step = jax.value_and_grad(jdpo.make_dpo_loss(packed_logps), has_aux=True)
+    expected = jax.jit(step)(heads, jax.tree.map(jnp.zeros_like, heads), batch)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
+    by_row = NamedSharding(mesh, PartitionSpec("data"))
+    with jax.set_mesh(mesh):
+        on_mesh = jax.device_put((heads, jax.tree.map(np.zeros_like, heads), batch), by_row)
+        program = jax.jit(step).lower(*on_mesh).compile()
+        assert_same(program(*on_mesh), expected)
+    # Rows stay on their devices: nothing but sums travels.
+    assert not re.search(r"all-gather|all-to-all|collective-permute", program.as_text())
 
 
 def test_logits_and_states_give_the_same() -> None:

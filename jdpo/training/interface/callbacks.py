@@ -30,10 +30,15 @@ class RunView:
       model: the current weights with their tokenizer, for `logps` and `next_tokens`; valid during the call only.
     """
 
+    step: int
+    num_steps: int
+    config: Any
+    output_dir: Path
+
     def __init__(self, setup: Setup, stop: StopRequest, step: int) -> None:
         self.step = step
         self.num_steps = setup.num_steps
-        self.config: Any = setup.config
+        self.config = setup.config
         self.output_dir = Path(setup.config.output_dir)
         self._setup, self._stop = setup, stop
         self._weights: Params | Weights | None = None
@@ -94,6 +99,9 @@ class RunView:
         Raises:
           ValueError: a value is out of range, a prompt is too long, or a device has too little memory to answer.
         """
+        # `generate` takes one prompt, too, and then returns its answers alone.
+        if isinstance(prompts, str) or any(isinstance(prompt, dict) for prompt in prompts):
+            raise ValueError("prompts: expected a list of prompts, found one; write run.sample([prompt])")
         with memory_explained("run.sample"):
             return self.model.generate(prompts, n=n, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
 

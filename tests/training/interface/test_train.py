@@ -43,6 +43,9 @@ class Watch(jdpo.Callback):
 
     def on_start(self, run: jdpo.RunView) -> None:
         self.events.append(("start", run.step))
+        for one in ("a text", QUESTION):
+            with pytest.raises(ValueError, match=r"write run\.sample\(\[prompt\]\)"):
+                run.sample(one)  # type: ignore[arg-type]
         self.run = run
 
     def on_log(self, run: jdpo.RunView, metrics: Mapping[str, float]) -> None:

@@ -16,6 +16,8 @@ def read_pairs(rows: Sequence[Mapping[str, Any]]) -> list[AnyPair]:
     Raises:
       ValueError: there are no rows, or a row is not as `jdpo.pack` describes; the message names it.
     """
+    if isinstance(rows, Mapping):  # what a slice of a datasets.Dataset is
+        raise ValueError("rows is a dict of columns: expected a list of dicts, such as dataset.select(range(8))")
     if not len(rows):
         raise ValueError("rows is empty: expected at least one pair")
     pairs = [_read_pair(row, index) for index, row in enumerate(rows)]

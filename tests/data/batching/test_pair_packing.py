@@ -80,6 +80,7 @@ def test_masks() -> None:
     ("rows", "message"),
     [
         ([], "rows is empty"),
+        ({name: [ids] for name, ids in ROW.items()}, "rows is a dict of columns"),
         ([ROW, ["a"]], r"rows\[1\]: expected a dict"),
         ([{"prompt_ids": [1], "chosen": [2]}], r"rows\[0\] has no chosen_ids and no rejected_ids"),
         ([ROW | {"chosen_ids": [0.5]}], r"rows\[0\]\['chosen_ids'\].*float64"),

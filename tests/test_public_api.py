@@ -19,6 +19,7 @@ from tests.reports.tracker_toys import install_diary
 ROOT = Path(__file__).resolve().parent.parent
 
 USER_SCRIPT = """
+from collections.abc import Mapping
 from pathlib import Path
 
 import jdpo
@@ -56,6 +57,19 @@ def train_from(path: Path) -> int:
     return jdpo.train(config).exit_code
 
 
+class Stop(jdpo.Callback):
+    def on_evaluate(self, run: jdpo.RunView, metrics: Mapping[str, float]) -> None:
+        ((answer,),) = run.sample([[{"role": "user", "content": "Where?"}]], temperature=0)
+        if metrics["eval_loss"] < 0.3:
+            run.stop(answer.text)
+
+
+def train_on(rows: list[dict[str, str]], held_out: Path) -> Path | None:
+    print(jdpo.inspect(rows, "m", task="sft", num_rows=1).document["findings"])
+    result = jdpo.train(sft, train_dataset=rows, eval_dataset=held_out, callbacks=[Stop()])
+    return result.report if result.stopped is None else result.model_dir
+
+
 def ask(folder: Path) -> list[str]:
     model = jdpo.load(folder, mesh=jdpo.MeshConfig(tensor=2))
     question = [{"role": "user", "content": "Where?"}]
@@ -70,6 +84,7 @@ import jdpo
 jdpo.DPOConfig(model_name_or_path="m", output_dir="o", datasets=3, beta="x", loss_typ="ipo")
 jdpo.SFTConfig(model_name_or_path="m", output_dir="o", datasets="d").max_length.upper()
 jdpo.load("m").generate("x")[0].upper()
+jdpo.train(config=3, callbacks=[print])
 """
 
 
@@ -137,5 +152,6 @@ def test_a_typed_script_passes_a_strict_type_checker_and_a_wrong_one_does_not(tm
         'Argument "beta"',
         '"int" has no attribute "upper"',
         '"Answer" has no attribute "upper"',
+        'expected "Callback"',
     ):
         assert words_of_error in done.stdout

@@ -83,7 +83,7 @@ def test_the_interrupt_saves_and_returns_and_the_next_cell_trains(kernel: Kernel
     value = kernel.run(
         "result = jdpo.train(config, train_dataset=rows)\n"
         "result.interrupted, result.exit_code, result.step > 0, result.model_dir",
-        interrupt_at="step 3/",
+        interrupt_at="step 1/",  # later steps may be left out
     )
     assert value == "(True, 130, True, None)"
     assert "is saved. Run the same command again" in kernel.text

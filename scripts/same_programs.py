@@ -162,10 +162,16 @@ def record_all(folder: Path, keep: Path | None, jobs: int) -> dict[str, Any]:
     write_inputs(folder)
     with ThreadPoolExecutor(jobs) as pool:
         runs = dict(zip(RUNS, pool.map(lambda name: record_run(folder, name, RUNS[name], keep), RUNS), strict=True))
-        paths = sorted((ROOT / "configs").glob("*.yaml"))
+        paths = training_configs()
         shipped = dict(zip([path.name for path in paths], pool.map(resolved_config, paths), strict=True))
     versions = {name: version(name) for name in ("jax", "jaxlib", "numpy")} | {"python": platform.python_version()}
     return {"versions": versions, "runs": runs, "shipped": shipped}
+
+
+def training_configs() -> list[Path]:
+    """Returns the shipped configs of `jdpo sft` and `jdpo dpo`."""
+    paths = sorted((ROOT / "configs").glob("*.yaml"))
+    return [path for path in paths if "rounds" not in yaml.safe_load(path.read_text(encoding="utf-8"))]
 
 
 def write_inputs(folder: Path) -> None:

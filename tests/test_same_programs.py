@@ -24,6 +24,12 @@ def script() -> Any:
     return module
 
 
+def test_shipped_configs_of_training_are_compared_and_the_loop_is_none(script: Any) -> None:
+    names = {path.name for path in script.training_configs()}
+    assert {"dpo.yaml", "sft.yaml"} < names
+    assert "iterate.yaml" not in names
+
+
 def program(function: Callable[[Any], Any]) -> str:
     return jax.jit(function).lower(jnp.ones((4, 4))).as_text()
 

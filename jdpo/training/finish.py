@@ -20,10 +20,10 @@ from jdpo.models.lora.merge import merge
 from jdpo.models.weights.safetensors_folder import source_dtypes
 from jdpo.processes import agree_on, is_first, run_jointly
 from jdpo.reports.cards.model_card import CODE_ENDS, CardFacts, model_card
-from jdpo.reports.findings import Finding, Status, finding_lines, findings_of, verdict
+from jdpo.reports.findings import Finding, Status, finding_lines
 from jdpo.reports.metrics_file import read_metrics
 from jdpo.reports.plots import write_plots
-from jdpo.training.logs.facts_of_run import read_facts
+from jdpo.training.logs.facts_of_run import assess
 from jdpo.training.run_dir import RunDirectory
 from jdpo.training.setup.model_setup import ModelSetup
 from jdpo.training.setup.run_setup import Setup
@@ -107,12 +107,10 @@ def outcome_at(
     until = [line for line in lines if line["step"] <= step]
     try:
         last = max((line["step"] for line in lines), default=0)
-        facts = read_facts(run, status, step=last, lines=until, exported_step=step)
+        facts, findings, sentences = assess(run, status, step=last, lines=until, exported_step=step)
     except ValueError:  # of an older version or another program
         return bare
-    findings = findings_of(until, facts)
-    sentences = [f"This is the model after {step:,} of {figure(facts.num_steps, 'step')}."]
-    sentences += verdict(until, facts, findings)[1:]
+    sentences = [f"This is the model after {step:,} of {figure(facts.num_steps, 'step')}.", *sentences[1:]]
     return bare._replace(sentences=sentences, findings=findings, data=facts.data)
 
 
@@ -121,14 +119,12 @@ def log_findings(directory: RunDirectory, status: Status, step: int, log: Callab
     if not is_first() or step == 0:
         return
     try:
-        lines = read_metrics(directory.metrics)
-        facts = read_facts(directory.path, status, step=step, lines=lines)
+        _, findings, sentences = assess(directory.path, status, step=step, lines=read_metrics(directory.metrics))
     except ValueError as error:  # a file that someone changed while the run went on: no reason to fail
         log(f"note: no verdict on this run: {error}")
         return
-    findings = findings_of(lines, facts)
     # How far the run came is told by the lines around these, and what to think of it by the findings.
-    _, *reached, judgement = verdict(lines, facts, findings)
+    _, *reached, judgement = sentences
     if all(finding.level == "note" for finding in findings):
         reached.append(judgement)
     log("\n".join([*reached, *finding_lines(findings)]))

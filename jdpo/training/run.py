@@ -42,7 +42,6 @@ from jdpo.training.logs.phases import PhaseClock, TimingRecord
 from jdpo.training.logs.recording import Record
 from jdpo.training.logs.tracking import open_trackers
 from jdpo.training.pages.live_report import LiveReport
-from jdpo.training.pages.run_report import REPORT
 from jdpo.training.profile import Profiler
 from jdpo.training.reference.reference_source import Reference, settle_reference
 from jdpo.training.run_dir import RunDirectory
@@ -289,7 +288,7 @@ def train(
         if (note := setup.train_data.drop_note) is not None:
             log(f"note: {note}")
         log_findings(directory, "finished", num_steps, log)
-        log(f"done: {directory.outcome}, metrics in {directory.metrics}, report in {directory.path / REPORT}")
+        log(f"done: {directory.outcome}, metrics in {directory.metrics}, report in {directory.report}")
         return result_of(directory, num_steps)
 
 

@@ -40,6 +40,8 @@ from jdpo.file_locks import lock_file
 from jdpo.processes import any_process, barrier, is_first, run_jointly
 from jdpo.training.run_record import Ending, RunRecord
 
+REPORT = "report.html"
+
 LENGTH_KEYS = {"max_steps", "num_train_epochs"}
 USED_BY_A_RUN = ("metrics.jsonl", "checkpoints", "model", "run.json", "resolved_config.yaml")
 
@@ -83,6 +85,7 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
         self.plots = self.path / "plots"
+        self.report = self.path / REPORT
         self._exports = config.export_at_end
         self._run_file = self.path / "run.json"
         self._config_file = self.path / "resolved_config.yaml"

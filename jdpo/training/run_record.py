@@ -24,8 +24,13 @@ KINDS = {
     "inputs": dict,
     "files": dict,
     "timing": dict,
+    "results": dict,
     "given_up": list,
     "finished": bool,
+    "num_steps": int | None,
+    "num_rows": int | None,
+    "num_eval_rows": int | None,
+    "late_programs": int | None,
 }
 """Types of fields in the file."""
 
@@ -128,8 +133,10 @@ class RunRecord:
     def _from_json(cls, values: Mapping[str, Any]) -> RunRecord:
         known = {field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values}
         for name, kind in KINDS.items():
-            if not isinstance(known.get(name, kind()), kind):
+            if name in known and not isinstance(known[name], kind):
                 raise TypeError(name)
+        if not all(isinstance(seconds, int | float) for seconds in known.get("timing", {}).values()):
+            raise TypeError("timing")
         if known.get("reference") not in (None, *get_args(ReferenceMode)):
             raise ValueError(known["reference"])
         if known.get("fit") is not None:

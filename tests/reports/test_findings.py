@@ -270,6 +270,11 @@ def test_a_best_evaluation_that_is_long_past(metric: str) -> None:
     assert "best_long_past" not in keys(good(eval_steps=20), metric_for_best_model=metric)
 
 
+def test_the_best_margin_is_no_share() -> None:
+    lines = simulated(lambda done: done, held_out_margin=lambda done: 8 - 20 * abs(done - 0.3), eval_steps=20)
+    assert "at step 60 (8" in found("best_long_past", lines, metric_for_best_model="eval_rewards/margins").evidence
+
+
 # --- too far, clipping, warm-up
 
 

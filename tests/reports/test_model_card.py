@@ -100,6 +100,9 @@ def test_the_data_are_described_in_tables() -> None:
     # A run of an older version has a summary in lines.
     lines = card(rows="pairs.jsonl (train)\n  20 rows read")
     assert "\n- pairs.jsonl (train)\n  - 20 rows read\n" in lines
+    # So has one whose data.json is not as it should be.
+    for data in ({"train": {"rows_kept": 3}}, {"train": [1]}, {"train": PART | {"lengths": 1}}):
+        assert card(rows="pairs.jsonl (train)\n  20 rows read", data=data) == lines
 
 
 def test_usage_fits_template_adapter_and_place() -> None:

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from jdpo.reports.findings import Finding
 from jdpo.reports.html_files import write_html
 from jdpo.reports.run_page.curves import Curve, RunCurves, smoothed, thinned
+from jdpo.reports.run_page.next_commands import next_commands
 from jdpo.reports.run_page.page_rendering import run_page
 from jdpo.reports.run_page.page_run import PageFile, PageRun
 from tests.reports.simulated_runs import simulated
@@ -279,6 +280,11 @@ def test_hostile_texts_are_shown_as_texts() -> None:
         assert policy.startswith("default-src 'none'; style-src 'sha256-")
         links = [value for name, value in seen.attributes if name in ("href", "src")]
         assert all(value is not None and value.startswith(("#", "data:,")) for value in links)
+
+
+def test_commands_are_written_out_for_any_name() -> None:
+    found = [one.words for one in next_commands(page_run("{run}", config={"model_name_or_path": "m/{0}"}))]
+    assert any("'m/{0}'" in words and "'/runs/{run}'/model " in words for words in found)
 
 
 def many_lines(num_lines: int) -> list[dict[str, Any]]:

@@ -67,7 +67,18 @@ def test_files_of_older_versions_are_read_and_written_as_they_were(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", '"x"', '{"inputs": 3}', '{"command": 1}', '{"reference": "x"}', '{"fit": 3}']
+    "text",
+    [
+        "{",
+        "[]",
+        '"x"',
+        '{"inputs": 3}',
+        '{"command": 1}',
+        '{"reference": "x"}',
+        '{"fit": 3}',
+        '{"timing": {"step": "x"}}',
+        '{"late_programs": [1]}',
+    ],
 )
 def test_a_file_that_is_not_a_record_is_refused_by_name(text: str, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(text)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 from jdpo.cli.main import main
+from jdpo.config import CONFIGS, load_config
 from jdpo.file_locks import lock_file
+from jdpo.reports.data_summary.run_data import DATA_VERSION
+from jdpo.reports.metrics_file import read_metrics
+from jdpo.training.finish import log_findings, outcome_at
 from jdpo.training.pages.run_report import read_page_run, write_report
+from jdpo.training.run_dir import RunDirectory
 from tests.reports.simulated_runs import write_run
 
 
@@ -71,6 +77,23 @@ def test_damaged_files_are_left_out_and_named(run: Path) -> None:
     for name in ("run.json", "resolved_config.yaml"):
         (run / name).unlink()
     assert "resolved_config.yaml is missing" in page_of(str(run))
+
+
+def test_json_of_another_structure_fails_nothing(run: Path) -> None:
+    strange = {"version": DATA_VERSION, "train": {"answer_cut": {"share": 1}}}
+    lines = read_metrics(run / "metrics.jsonl")
+    for data, sentences in (({}, 3), ({**strange, "version": 0}, 3), (strange, 0)):
+        (run / "data.json").write_text(json.dumps(data))
+        outcome = outcome_at(40, lines, run, "dpo", "rows")
+        assert (len(outcome.sentences), outcome.results["step"]) == (sentences, 40)
+        logged: list[str] = []
+        config = load_config(CONFIGS["dpo"], run / "resolved_config.yaml")
+        log_findings(RunDirectory(config, "dpo", only_read=True), "finished", 40, logged.append)
+        assert logged[0].startswith("note: no verdict") == (not sentences)
+    assert "There is no verdict" in page_of(str(run))
+    # A key that load_config would refuse.
+    (run / "resolved_config.yaml").write_text("max_grad_norm: [1]\n")
+    assert "There is no verdict" in page_of(str(run))
 
 
 def test_runs_are_compared_under_different_names(tmp_path: Path) -> None:

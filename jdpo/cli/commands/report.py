@@ -39,7 +39,8 @@ def main(command: str, words: Sequence[str]) -> int:
     asked = parser().parse_args(words)
     runs = [Path(word).expanduser() for word in asked.runs]
     # Reading a run loads jax, whose devices the run itself may hold; none is used here.
-    from jdpo.training.pages.run_report import REPORT, write_report
+    from jdpo.training.pages.run_report import write_report
+    from jdpo.training.run_dir import REPORT
 
     if asked.output is not None:
         out = Path(asked.output).expanduser()

@@ -18,16 +18,22 @@ def data_section(data: Mapping[str, Any] | None, rows: str) -> list[str]:
     """Returns the lines of the section.
 
     Args:
-      data: content of data.json; None: `rows` is shown.
+      data: content of data.json; `rows` is shown if it is None, or is not as jdpo writes it.
       rows: summary of the training rows, each dataset followed by indented lines about it.
     """
-    lines = ["## Data", ""]
-    if data is None:
-        return [*lines, *_as_list(rows)]
+    try:
+        lines = _parts(data or {})
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # no reason not to export the model
+        lines = []
+    return ["## Data", "", *(lines or _as_list(rows))]
+
+
+def _parts(data: Mapping[str, Any]) -> list[str]:
+    lines: list[str] = []
     for name, title in (("train", "Training"), ("eval", "Held-out")):
         if part := data.get(name):
-            lines += [*_part(part, title), ""]
-    return lines[:-1]
+            lines += [*([""] if lines else []), *_part(part, title)]
+    return lines
 
 
 def _as_list(rows: str) -> list[str]:

@@ -174,7 +174,7 @@ def _best_long_past(lines: Lines, facts: RunFacts) -> Iterator[Finding]:
         return  # the best model is the one before the first step, which another finding says
     after, last = [point for point in points if point.step > best.step], points[-1]
     past = last.step - best.step
-    if len(after) < 2 or past < LONG_PAST * last.step or not _worse(best, last, lower_is_better, facts.num_eval_rows):
+    if len(after) < 2 or past < LONG_PAST * last.step or not _worse(name, best, last, facts.num_eval_rows):
         return
     exported = facts.load_best_model_at_end and facts.exported_step in (None, best.step)
     level: Level = "note" if exported else "warning"
@@ -194,10 +194,11 @@ def _best_long_past(lines: Lines, facts: RunFacts) -> Iterator[Finding]:
     )
 
 
-def _worse(best: Point, last: Point, lower_is_better: bool, num_rows: int | None) -> bool:
+def _worse(name: str, best: Point, last: Point, num_rows: int | None) -> bool:
     """Returns True if the last value is worse by more than a best of several equally good ones would be."""
-    loss = (last.value - best.value) * (1 if lower_is_better else -1)
-    if lower_is_better or not num_rows:
+    loss = abs(last.value - best.value)  # as the best is the best
+    # Also of margins and the like, which are no shares of rows.
+    if not name.startswith("rewards/accuracies") or not num_rows:
         # Between two evaluations the losses of the same rows change by about a tenth, some up and some down.
         return loss > max(WORSE, 0.1 / math.sqrt(num_rows or math.inf)) * abs(best.value)
     # The same rows at both steps, of which most are ranked alike: about half the variance of independent shares.

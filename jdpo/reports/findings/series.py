@@ -61,8 +61,7 @@ class Mean(NamedTuple):
 
 
 def after_start(lines: Lines, *, has_reference: bool) -> Lines:
-    """Leaves out the evaluation before the first step where policy and reference tie in it: chance decides each "
-    "pair."""
+    """Leaves out the evaluation before the first step if there is a reference: every pair is a tie in it."""
     return [line for line in lines if line["step"] > 0] if has_reference else lines
 
 

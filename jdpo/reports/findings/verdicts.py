@@ -79,8 +79,7 @@ def _lower(title: str) -> str:
 
 
 def finding_lines(findings: Sequence[Finding]) -> list[str]:
-    """Returns the findings as a few lines for a terminal: the most serious with evidence and advice, others by "
-    "title."""
+    """Returns the findings as lines for a terminal: the most serious with evidence and advice, others by title."""
     found = []
     for number, finding in enumerate(findings):
         # With the code, under which docs/running.md explains it.

@@ -26,7 +26,7 @@ def _commands(run: PageRun) -> Iterator[tuple[str, str]]:
     has_model = any(file.name == "model/" for file in run.files)
     if run.status in ("stopped", "unfinished", "failed") and run.command and run.config_text:
         saved = f"continues after step {run.checkpoints[-1]:,}" if run.checkpoints else "starts again at step 0"
-        yield f"Resume it: the run {saved}.", _from_its_folder(run, f"jdpo {run.command} {{}}/resolved_config.yaml")
+        yield f"Resume it: the run {saved}.", _from_its_folder(run, f"jdpo {run.command} {path}/resolved_config.yaml")
     if run.status == "running":
         yield "Make this page again, with the latest steps.", f"jdpo report {path}"
     if has_model:
@@ -39,13 +39,12 @@ def _commands(run: PageRun) -> Iterator[tuple[str, str]]:
         )
     before = run.config.get("model_name_or_path")
     if has_model and isinstance(before, str):
-        words = f"jdpo compare {shlex.quote(before)} {{}}/model --pairs HELD_OUT --output_dir CMP"
+        words = f"jdpo compare {shlex.quote(before)} {path}/model --pairs HELD_OUT --output_dir CMP"
         yield "Measure what changed, with intervals.", _from_its_folder(run, words)
     yield "Compare its curves with those of other runs.", f"jdpo report {path} OTHER_RUN"
 
 
 def _from_its_folder(run: PageRun, words: str) -> str:
     """Returns a command line that reads paths of the config: these are relative to where the run was started."""
-    line = words.format(shlex.quote(run.path))
     started_in = run.record.get("started_in")
-    return f"cd {shlex.quote(started_in)} && {line}" if isinstance(started_in, str) else line
+    return f"cd {shlex.quote(started_in)} && {words}" if isinstance(started_in, str) else words

@@ -101,13 +101,12 @@ def _figures(runs: Sequence[PageRun], curves: Sequence[RunCurves]) -> list[tuple
 def _plots(runs: Sequence[PageRun], curves: Sequence[RunCurves]) -> _Plots:
     names = list(dict.fromkeys(name for one in curves for name in one.names()))
     one_each = len(runs) > 1
-    norms = {run.config.get("max_grad_norm") for run in runs}
-    norm = norms.pop() if len(norms) == 1 else None
+    norms = {norm if isinstance(norm := run.config.get("max_grad_norm"), float) else None for run in runs}
     losses = {run.start_loss for run in runs}
     main = main_panels(
         names,
         start_loss=losses.pop() if len(losses) == 1 else None,
-        max_grad_norm=norm if isinstance(norm, float) else None,
+        max_grad_norm=norms.pop() if len(norms) == 1 else None,
         one_each=one_each,
     )
     others = other_panels(names, main)

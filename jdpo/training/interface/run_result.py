@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from jdpo.reports.metrics_file import read_metrics
 from jdpo.reports.progress import figures_of
+from jdpo.training.run_dir import REPORT
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -41,7 +42,7 @@ class RunResult:
 
     @property
     def report(self) -> Path | None:
-        page = self.output_dir / "report.html"
+        page = self.output_dir / REPORT
         return page if page.is_file() else None
 
     @functools.cached_property

@@ -1,14 +1,15 @@
-"""The facts about a run that its findings need, read from its folder; the run may go on, have ended or been stopped."""
+"""What came of a run, told from the files in its folder; the run may go on, have ended or been stopped."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jdpo.config import CONFIGS, OptimizationSettings, PreferenceSettings, load_config
-from jdpo.reports.findings import RunFacts, Status
+from jdpo.reports.data_summary.run_data import DATA_VERSION
+from jdpo.reports.findings import Finding, RunFacts, Status, findings_of, verdict
 from jdpo.reports.metrics_file import read_metrics
 from jdpo.training.run_record import RunRecord
 from jdpo.training.sanity_checks import start_loss
@@ -16,6 +17,42 @@ from jdpo.training.setup.tasks import loss_of
 from jdpo.training.step.optimizer import num_warmup_steps
 
 Lines = Sequence[Mapping[str, Any]]
+
+
+class Assessment(NamedTuple):
+    """What came of a run.
+
+    Attributes:
+      facts: what is known about it, in addition to its metrics.
+      findings: what it shows about itself, the most serious first.
+      sentences: the verdict.
+    """
+
+    facts: RunFacts
+    findings: Sequence[Finding]
+    sentences: Sequence[str]
+
+
+def assess(
+    run: Path, status: Status | None, *, step: int, lines: Lines, exported_step: int | None = None
+) -> Assessment:
+    """Returns what came of a run, from the files in its folder.
+
+    Args:
+      run, status, step, lines, exported_step: see `read_facts`.
+
+    Raises:
+      ValueError: there is no telling, whatever the reason: a run must never fail because of what is told of it.
+    """
+    try:
+        facts = read_facts(run, status, step=step, lines=lines, exported_step=exported_step)
+        findings = findings_of(lines, facts)
+        return Assessment(facts, findings, verdict(lines, facts, findings))
+    except ValueError:
+        raise
+    # Valid JSON of another structure raises KeyError, TypeError and others, depending on what is read first.
+    except Exception as error:
+        raise ValueError(f"a file in {run} is not as jdpo writes it ({type(error).__name__}: {error})") from error
 
 
 def read_facts(
@@ -95,9 +132,9 @@ def _num_steps_of(record: RunRecord, lines: Lines, max_steps: int | None, num_tr
 
 
 def read_data_summary(run: Path) -> dict[str, Any] | None:
-    """Returns the content of data.json, or None if the run has none that can be read."""
+    """Returns the content of data.json, or None if the run has none that this version can read."""
     try:
         found = json.loads((run / "data.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return found if isinstance(found, dict) and found.get("version") == DATA_VERSION else None

@@ -92,6 +92,6 @@ class TimingRecord:
         seconds = self._clock.seconds()
         names = dict.fromkeys((*self._earlier, *seconds))
         timing = {name: round(self._earlier.get(name, 0.0) + seconds.get(name, 0.0), 3) for name in names}
-        # Measurements only: a full disk must neither end a run here nor hide the error that ends it.
-        with contextlib.suppress(OSError):
+        # Measurements only: a full disk or a damaged run.json must neither end a run here nor hide what ends it.
+        with contextlib.suppress(OSError, ValueError):
             self._directory.keep_timing(timing, self._late_before + self._clock.num_late)

@@ -39,7 +39,7 @@ class Tracking:
         status: Status = "failed"
         if not isinstance(error, Exception):  # Ctrl-C and the like are stops
             status = "finished" if kind is None and self._directory.record.finished else "stopped"
-        report = self._directory.path / "report.html"
+        report = self._directory.report
         deadline = time.monotonic() + FINISH_SECONDS  # of all together
         for delivery in self.deliveries:
             delivery.end(status, report if report.is_file() else None, deadline)

@@ -15,12 +15,12 @@ from types import TracebackType
 from jdpo.config import public_text
 from jdpo.durable import write_durably
 from jdpo.processes import is_first
-from jdpo.reports.data_summary.run_data import DATA_VERSION, run_data
+from jdpo.reports.data_summary.run_data import run_data
 from jdpo.reports.run_page.page_rendering import run_page
 from jdpo.reports.run_page.page_run import RunStatus
 from jdpo.training.logs.facts_of_run import read_data_summary
 from jdpo.training.logs.phases import TimingRecord
-from jdpo.training.pages.run_report import REPORT, read_page_run
+from jdpo.training.pages.run_report import distinct_names, read_page_run
 from jdpo.training.run_dir import RunDirectory
 from jdpo.training.setup.run_setup import Log, Setup
 
@@ -95,7 +95,8 @@ class LiveReport:
     def _write(self, status: RunStatus, reason: str = "") -> None:
         path = self._directory.path
         if self._has_lines():
-            write_durably(path / REPORT, run_page([read_page_run(path, path.name, status, reason)]))
+            (name,) = distinct_names([path])
+            write_durably(self._directory.report, run_page([read_page_run(path, name, status, reason)]))
 
     def _describe_rows(self) -> None:
         setup, path = self._setup, self._directory.path
@@ -104,7 +105,7 @@ class LiveReport:
             parts = {name: found.get(name) for name in ("train", "eval")}
             digests = {name: part.get("digest") if isinstance(part, dict) else None for name, part in parts.items()}
             now = {"train": train.digest, "eval": None if held_out is None else held_out.digest}
-            if digests == now and found.get("version") == DATA_VERSION:
+            if digests == now:
                 return  # they are described already
         positions, max_length = setup.source_config.max_positions, setup.config.max_length
         summary = run_data(train, held_out, setup.tokenizer, max_length=max_length, positions=positions)

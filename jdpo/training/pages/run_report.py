@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,13 @@ import yaml
 from jdpo.checkpoint.steps import complete_steps
 from jdpo.config import CONFIGS
 from jdpo.file_locks import lock_file
-from jdpo.reports.findings import Finding, RunFacts, findings_of, verdict
+from jdpo.reports.findings import Finding, RunFacts
 from jdpo.reports.html_files import write_html
 from jdpo.reports.metrics_file import scan_metrics
 from jdpo.reports.run_page.page_rendering import MOST_RUNS, run_page
 from jdpo.reports.run_page.page_run import PageFile, PageRun, RunStatus
-from jdpo.training.logs.facts_of_run import read_data_summary, read_facts
+from jdpo.training.logs.facts_of_run import assess, read_data_summary
 from jdpo.words import listed
-
-REPORT = "report.html"
 
 RUN_FILES = {
     "model/": "the trained model, as a Hugging Face folder",
@@ -34,7 +33,13 @@ RUN_FILES = {
     "checkpoints/": "what a resumed run starts from",
     "plots/": "curves as PNG files",
     "profile/": "a trace for XProf",
+    "train_dataset.jsonl": "training rows that Python code gave",
+    "train_dataset.arrow": "training rows that Python code gave",
+    "eval_dataset.jsonl": "held-out rows that Python code gave",
+    "eval_dataset.arrow": "held-out rows that Python code gave",
     "tensorboard/": "events for TensorBoard",
+    "wandb/": "files of Weights & Biases",
+    "trackers/": "what each tracker has been sent",
 }
 """Files and folders of a run, and what they are."""
 
@@ -161,14 +166,11 @@ def _findings(
     path: Path, status: RunStatus, step: int, lines: Sequence[dict[str, Any]], notes: list[str]
 ) -> tuple[Sequence[str], Sequence[Finding], RunFacts | None]:
     try:
-        facts = read_facts(path, "stopped" if status == "unfinished" else status, step=step, lines=lines)
-    except (ValueError, OSError) as error:
+        found = assess(path, "stopped" if status == "unfinished" else status, step=step, lines=lines)
+    except ValueError as error:
         notes.append(f"There is no verdict: {error}.")
         return [], [], None
-    if not lines:
-        return [], [], facts
-    found = findings_of(lines, facts)
-    return verdict(lines, facts, found), found, facts
+    return (found.sentences, found.findings, found.facts) if lines else ([], [], found.facts)
 
 
 def _text(path: Path, notes: list[str], *, expected: bool = True) -> str:
@@ -235,7 +237,7 @@ def _samples(path: Path, notes: list[str]) -> list[dict[str, Any]]:
 def _data(path: Path, notes: list[str]) -> dict[str, Any] | None:
     found = read_data_summary(path)
     if found is None and (path / "data.json").exists():
-        notes.append("data.json is damaged.")
+        notes.append("data.json is damaged, or of another version of jdpo.")
     return found
 
 
@@ -244,9 +246,14 @@ def _files(path: Path) -> list[PageFile]:
     for name, about in RUN_FILES.items():
         place = path / name
         if place.is_file() or (name.endswith("/") and place.is_dir()):
-            files = [place] if place.is_file() else place.rglob("*")
-            found.append(PageFile(name, sum(map(_size, files)), about))
+            found.append(PageFile(name, sum(map(_size, [place] if place.is_file() else _inside(place))), about))
     return found
+
+
+def _inside(folder: Path) -> Iterator[Path]:
+    # os.walk passes over a folder that is deleted meanwhile, such as an old checkpoint; Path.rglob raises.
+    for inner, _, names in os.walk(folder):
+        yield from (Path(inner, name) for name in names)
 
 
 def _size(path: Path) -> int:

@@ -35,7 +35,7 @@ from jdpo.training.fit.compilation import compiler_threads
 from jdpo.training.fit.memory_fit import exhaustion_explained, memory_limit
 from jdpo.training.fit.preparation import fit_conditions, fit_record, prepare_steps, recalled_fit, remat_policies
 from jdpo.training.interface.callbacks import Callback, Callbacks
-from jdpo.training.interface.run_result import RunResult
+from jdpo.training.interface.run_result import RunResult, result_of
 from jdpo.training.interface.run_rows import rows_of_run
 from jdpo.training.interrupt import StopRequest, silence_lost_output
 from jdpo.training.logs.phases import PhaseClock, TimingRecord
@@ -350,16 +350,6 @@ def stopped(
     log(f"stopped by {why}; {saved}. Run the same command again to continue")
     calls.end()
     return result
-
-
-def result_of(directory: RunDirectory, step: int, stop: StopRequest | None = None) -> RunResult:
-    """Returns the result of a run; `stop` is what stopped it. Every process must call this."""
-    if stop is None:
-        model = directory.model if directory.model.exists() else None
-        return RunResult(step=step, output_dir=directory.path, model_dir=model)
-    if stop.signalled():
-        return RunResult(step=step, output_dir=directory.path, interrupted=True, exit_code=stop.exit_code)
-    return RunResult(step=step, output_dir=directory.path, stopped=stop.reason or "on another process")
 
 
 def _is_due(step: int, every: int | None) -> bool:

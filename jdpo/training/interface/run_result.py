@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from jdpo.reports.metrics_file import read_metrics
 from jdpo.reports.progress import figures_of
-from jdpo.training.run_dir import REPORT
+from jdpo.training.interrupt import StopRequest
+from jdpo.training.run_dir import REPORT, RunDirectory
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -68,3 +69,13 @@ class RunResult:
         figures = figures_of({name: value for line in self._lines[-2:] for name, value in line.items()})
         where = f"model in {self.model_dir}" if self.model_dir is not None else f"run in {self.output_dir}"
         return f"<RunResult: {how} at step {self.step}{f', {figures}' if figures else ''}; {where}>"
+
+
+def result_of(directory: RunDirectory, step: int, stop: StopRequest | None = None) -> RunResult:
+    """Returns the result of a run; `stop` is what stopped it. Every process must call this."""
+    if stop is None:
+        model = directory.model if directory.model.exists() else None
+        return RunResult(step=step, output_dir=directory.path, model_dir=model)
+    if stop.signalled():
+        return RunResult(step=step, output_dir=directory.path, interrupted=True, exit_code=stop.exit_code)
+    return RunResult(step=step, output_dir=directory.path, stopped=stop.reason or "on another process")

@@ -301,3 +301,19 @@ def test_prefetch_raises_at_the_step_that_failed() -> None:
     with pytest.raises(ValueError, match="row 17 is broken"):
         next(batches)
     assert worker_threads() == 0
+
+
+def test_a_wait_for_a_batch_is_announced() -> None:
+    go_on, waits = threading.Event(), list[str]()
+
+    def announced() -> None:
+        waits.append("waiting")
+        go_on.set()
+
+    def make(step: int) -> int:
+        assert go_on.wait(60)
+        return step
+
+    # The first batch is made once somebody waits for it.
+    assert list(prefetch(make, range(1), before_waiting=announced)) == [0]
+    assert waits == ["waiting"]

@@ -5,14 +5,28 @@ python callbacks_by_two.py MODEL FOLDER
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
+import pytest
 
 import jdpo
 from jdpo.processes import ending_together, join_cluster
+
+
+class Fail(jdpo.Callback):
+    """Fails on the second process, and samples on every process as long as it is called."""
+
+    def on_step(self, run: jdpo.RunView) -> None:
+        if jax.process_index() == 1:
+            raise KeyError("mine")
+
+    def on_log(self, run: jdpo.RunView, metrics: Mapping[str, float]) -> None:
+        run.sample([[{"role": "user", "content": "river"}]], max_new_tokens=3)
 
 
 class Ask(jdpo.Callback):
@@ -45,6 +59,14 @@ def main(model: str, folder: Path) -> None:
     # Each process has other rows, as with a random order without a seed; those of the first one count.
     first = jax.process_index() * 100
     rows = [{"prompt": f"river {n}", "chosen": " slow", "rejected": " seven"} for n in range(first, first + 24)]
+    for name, callbacks, expected in (
+        ("unlike", [Fail()] * jax.process_index(), "have different callbacks"),
+        ("failed", [Fail()], "mine"),
+    ):
+        with pytest.raises((KeyError, ValueError), match=expected):
+            jdpo.train(
+                dataclasses.replace(config, output_dir=str(folder / name)), train_dataset=rows, callbacks=callbacks
+            )
     ask = Ask()
     stopped = jdpo.train(config, train_dataset=rows, callbacks=[ask])
     found = [stopped.step, stopped.stopped, stopped.interrupted, ask.answers]

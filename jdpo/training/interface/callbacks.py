@@ -9,7 +9,7 @@ from typing import Any
 from jdpo.generation.loaded_model import LoadedModel
 from jdpo.generation.values import Answer
 from jdpo.models.transformer import Params, Weights
-from jdpo.processes import run_jointly
+from jdpo.processes import any_process, differing, run_jointly
 from jdpo.training.answer_samples import memory_explained
 from jdpo.training.interrupt import StopRequest
 from jdpo.training.setup.run_setup import Setup
@@ -147,9 +147,23 @@ class Callbacks:
         self._all = tuple(given)
         self._view: RunView | None = None
         self._error: Exception | None = None
+        self._is_over = False
 
     def __len__(self) -> int:
         return len(self._all)
+
+    def check_alike(self) -> None:
+        """Refuses callbacks that differ between processes, which would wait for each other. Every process calls this.
+
+        Raises:
+          ValueError: naming those of this process.
+        """
+        names = ", ".join(type(callback).__qualname__ for callback in self._all)
+        if differing({"callbacks": names}):
+            raise ValueError(
+                f"the processes of this run have different callbacks (here: {names or 'none'}); give every process the "
+                "same, and let a callback do nothing where jax.process_index() is not 0"
+            )
 
     def begin(self, setup: Setup, stop: StopRequest, step: int, weights: Params | Weights) -> None:
         """Calls `on_start`.
@@ -196,16 +210,18 @@ class Callbacks:
 
     def _call(self, name: str, step: int, weights: Params | Weights | None, *arguments: Any) -> None:
         view = self._view
-        # After an error, a callback that waits for the answers of other processes would wait forever.
-        if view is None or self._error is not None:
+        if view is None or self._is_over:
             return
         view.step, view._weights = step, weights
-        try:
-            for callback in self._all:
+        for callback in self._all if self._override(name) else ():
+            try:
                 getattr(callback, name)(view, *arguments)
-        except Exception as error:
-            # Raised when the run has saved what it has learnt so far.
-            self._error = error
-            self._stop.ask(f"an error of a callback ({type(error).__name__})")
-        finally:
-            view._weights = None
+            except Exception as error:
+                # Raised when the run has saved what it has learnt so far.
+                self._error = error
+                self._stop.ask(f"an error of a callback ({type(error).__name__})")
+            # Agreed on now: a process whose callback samples next would wait forever for one that has failed.
+            self._is_over = any_process(self._error is not None)
+            if self._is_over:
+                break
+        view._weights = None

@@ -20,6 +20,7 @@ from jdpo.inspection.html_page import page_of, write_page
 from jdpo.inspection.terminal_view import MOST_WIDTH, print_document
 from jdpo.reports.data_summary.row_statistics import Json
 from jdpo.reports.progress import make_console, print_lines
+from jdpo.safe_text import terminal
 from jdpo.words import figure
 
 if TYPE_CHECKING:
@@ -62,12 +63,14 @@ class Inspection:
         )
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Writes the report to a file: the document if its name ends in .json, otherwise the page for a browser.
+        """Writes the report to a file: the document if its name ends in .json, the page for a browser if in .html.
 
         Raises:
-          ValueError: the file cannot be written.
+          ValueError: the file cannot be written, or its name has another ending.
         """
         place = Path(path).expanduser()
+        if place.suffix not in (".html", ".htm", ".json"):
+            raise ValueError(f"expected the name of a file that ends in .html or .json, found {terminal(place)}")
         if place.suffix != ".json":
             write_page(self.document, place)
             return place
@@ -113,8 +116,10 @@ def inspect(
         place = Path(folder) / "tokenizer"
         config = CONFIGS[task](
             model_name_or_path=_named(tokenizer, place),
-            datasets=_dataset(dataset, "train_dataset", Path(folder)),
-            eval_datasets=() if eval_dataset is None else _dataset(eval_dataset, "eval_dataset", Path(folder)),
+            datasets=_dataset(dataset, "dataset", Path(folder) / "train_dataset"),
+            eval_datasets=()
+            if eval_dataset is None
+            else _dataset(eval_dataset, "eval_dataset", Path(folder) / "eval_dataset"),
             max_length=max_length,
             max_prompt_length=max_prompt_length,
             chat_template=chat_template,
@@ -131,12 +136,12 @@ def inspect(
     return Inspection(document)
 
 
-def _dataset(rows: Rows, name: str, folder: Path) -> tuple[DatasetConfig, ...]:
+def _dataset(rows: Rows, name: str, place: Path) -> tuple[DatasetConfig, ...]:
     form = form_of(rows, name)
     if form is None:
         return (DatasetConfig(path=str(rows)),)
     # The name that a run gives the file, so that both find the same tokenized rows in the cache.
-    path = folder / f"{name}{form.ending}"
+    path = place.with_suffix(form.ending)
     form.write(path)
     return (DatasetConfig(path=str(path)),)
 

@@ -80,6 +80,14 @@ def figures_of(metrics: Mapping[str, float]) -> str:
     return "  ".join(_followed(metrics))
 
 
+def _rate(value: float) -> str:
+    """
+    >>> _rate(0.51234), _rate(35.54), _rate(1063.2)
+    ('0.512', '35.5', '1,063')
+    """
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _followed(metrics: Mapping[str, float]) -> list[str]:
     return [f"{label} {metrics[name]:.4g}" for name, label in SHOWN.items() if name in metrics]
 
@@ -222,7 +230,7 @@ class RunDisplay:
 
     def _speed(self, rates: Mapping[str, float]) -> list[str]:
         parts = [
-            f"{rates[f'{self._unit}_per_second']:.3g} {self._unit}/s",
+            f"{_rate(rates[f'{self._unit}_per_second'])} {self._unit}/s",
             f"{rates['tokens_per_second']:,.0f} tokens/s",
         ]
         if "mfu" in rates:

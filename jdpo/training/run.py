@@ -36,7 +36,7 @@ from jdpo.training.fit.memory_fit import exhaustion_explained, memory_limit
 from jdpo.training.fit.preparation import fit_conditions, fit_record, prepare_steps, recalled_fit, remat_policies
 from jdpo.training.interface.callbacks import Callback, Callbacks
 from jdpo.training.interface.run_result import RunResult, result_of
-from jdpo.training.interface.run_rows import rows_of_run
+from jdpo.training.interface.run_rows import check_config, rows_of_run
 from jdpo.training.interrupt import StopRequest, silence_lost_output
 from jdpo.training.logs.phases import PhaseClock, TimingRecord
 from jdpo.training.logs.recording import Record
@@ -83,6 +83,7 @@ def train(
       FloatingPointError: loss or gradients are not finite; step and rows are named.
       Exception: the error of a callback, after a checkpoint was saved.
     """
+    check_config(config)
     clock, calls = PhaseClock(), Callbacks(callbacks)
     with ExitStack() as resources:
         # ------------------------------------------------------------------------------------------ folder and settings

@@ -41,6 +41,8 @@ def test_a_loaded_tokenizer_is_enough_and_the_report_is_kept(toy_model: Path, tm
     assert [one["name"] for one in report.document["findings"] if one["severity"] == "fault"] == ["leakage"]
     assert json.loads(report.save(tmp_path / "report.json").read_text(encoding="utf-8")) == report.document
     page = report.save(tmp_path / "report.html").read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match=r"\.html or \.json"):
+        report.save(tmp_path / "report.pdf")
     framed = report._repr_html_()
     assert framed.startswith('<iframe sandbox=""')
     # The attribute ends where it should: a quote in the rows cannot leave it.
@@ -53,7 +55,7 @@ def test_a_loaded_tokenizer_is_enough_and_the_report_is_kept(toy_model: Path, tm
     [
         ({"task": "rl"}, "expected sft or dpo"),
         ({"tokenizer": 3}, "found int"),
-        ({"dataset": iter(ROWS)}, r"give list\(rows\)"),
+        ({"dataset": iter(ROWS)}, r"dataset: .*give list\(rows\)"),
     ],
 )
 def test_a_wrong_call_is_refused(arguments: dict[str, object], problem: str, toy_model: Path) -> None:

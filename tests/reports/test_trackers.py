@@ -104,6 +104,8 @@ def test_trackers_of_other_packages_are_found_by_name(
     assert tracker_factory("diary").__name__ == "Diary"
     with pytest.raises(ValueError, match=r"did you mean 'diary'\? The trackers are: angry, diary, mlflow, tensorboard"):
         check_trackers(["dairy"])
+    with pytest.raises(ValueError, match=r"'\[wandb, diary\]'"):
+        check_trackers(["wandb,diary"])
     broken = install(tmp_path / "broken", {"broken": "broken_tracker:Tracker"}, {"broken_tracker": "import no_such"})
     monkeypatch.syspath_prepend(broken)
     with pytest.raises(ValueError, match="toy-trackers is installed, but importing it fails"):

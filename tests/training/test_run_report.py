@@ -118,6 +118,8 @@ def test_what_is_no_run_is_refused(run: Path, tmp_path: Path, capsys: pytest.Cap
         message = capsys.readouterr().err
         for phrase in phrases:
             assert phrase in message
+    assert main(["report", str(run), "--output", str(tmp_path / "page.pdf")]) == 2
+    assert "ends in .html" in capsys.readouterr().err
     with pytest.raises(ValueError, match="given twice"):
         write_report([run, run], tmp_path / "page.html")
     with pytest.raises(ValueError, match="at most 8 runs"):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jdpo.cli.option_types import not_empty
 from jdpo.cli.parsing import Parser, add_help
-from jdpo.safe_text import terminal_lines
+from jdpo.safe_text import terminal, terminal_lines
 
 
 def parser() -> Parser:
@@ -46,6 +46,8 @@ def main(command: str, words: Sequence[str]) -> int:
         out = Path(asked.output).expanduser()
         if out.is_dir():
             out = out / REPORT
+        if out.suffix not in (".html", ".htm"):
+            raise ValueError(f"--output: expected a file that ends in .html, or a folder, found {terminal(out)}")
     else:
         out = runs[0] / REPORT if len(runs) == 1 else Path(REPORT)
     write_report(runs, out)

@@ -75,7 +75,8 @@ def form_of(rows: object, name: str) -> RowsForm | None:
         return None
     classes = {f"{cls.__module__.partition('.')[0]}.{cls.__name__}" for cls in type(rows).__mro__}
     if advice := [text for cls, text in _ADVICE.items() if cls in classes]:
-        raise ValueError(f"{name} is a {type(rows).__name__}: {advice[0]}")
+        kind = type(rows).__name__
+        raise ValueError(f"{name} is {'an' if kind[0] in 'AEIOU' else 'a'} {kind}: {advice[0]}")
     form: RowsForm
     if "datasets.Dataset" in classes:
         form = _Table(rows, name)

@@ -144,7 +144,7 @@ def _bias_sentences(bias: Json) -> Iterator[str]:
         f"longer side is right in {percent(right)} of all pairs, the shorter in {percent(wrong)}; ties count as wrong."
     )
     if bias["p_value"] >= 0.01:
-        yield "This is compatible with chance: there is no sign that length gives the chosen side away."
+        yield "This may be chance (p is 0.01 or more): there is no clear sign that length gives the chosen side away."
     else:
         way = "longer" if bias["share_longer"] > 0.5 else "shorter"
         yield (

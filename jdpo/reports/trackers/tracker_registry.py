@@ -63,8 +63,12 @@ def tracker_factory(name: str) -> Factory:
     found = {point.name: point for point in entry_points(group=GROUP)}
     if name not in found:
         known = sorted([*OWN, *found])
+        names = [one.strip() for one in name.split(",")]
+        if len(names) > 1 and set(names) <= set(known):
+            raise ValueError(f"report_to: several trackers are written as a list: '[{', '.join(names)}]'")
+        near = did_you_mean(name, known)
         raise ValueError(
-            f"report_to: unknown tracker {name!r}; {did_you_mean(name, known)} The trackers are: {', '.join(known)}. "
+            f"report_to: unknown tracker {name!r}{'; ' if near else '.'}{near} The trackers are: {', '.join(known)}. "
             "Other packages can add some (docs/trackers.md)"
         )
     return _of_package(found[name])

@@ -10,6 +10,7 @@ from jdpo.generation.loaded_model import LoadedModel
 from jdpo.generation.values import Answer
 from jdpo.models.transformer import Params, Weights
 from jdpo.processes import any_process, differing, run_jointly
+from jdpo.safe_text import terminal
 from jdpo.training.answer_samples import memory_explained
 from jdpo.training.interrupt import StopRequest
 from jdpo.training.setup.run_setup import Setup
@@ -68,7 +69,7 @@ class RunView:
             end_token_ids=setup.tokenizer.end_token_ids,
         )
 
-    def stop(self, reason: str) -> None:
+    def stop(self, reason: str = "") -> None:
         """Ends the run after the current step, with a checkpoint of it saved; a later call of `jdpo.train` resumes.
 
         May be called from any thread and at any time. With several processes the run ends one step later, and it is
@@ -79,7 +80,7 @@ class RunView:
         """
         # After the last step there is nothing left to stop, and the run exports its model.
         if self.step < self.num_steps:
-            self._stop.ask(reason)
+            self._stop.ask(str(reason) or "no reason given")
 
     def sample(
         self, prompts: Prompts, *, n: int = 1, temperature: float = 1.0, max_new_tokens: int = 128, seed: int = 0
@@ -129,21 +130,34 @@ class Callback:
         """Called when the last step is made, or the run is stopped and saved; without weights, before the export."""
 
 
+METHODS = tuple(name for name in vars(Callback) if name.startswith("on_"))
+
+
+def _is_class_of_callbacks(found: object) -> bool:
+    return isinstance(found, type) and issubclass(found, Callback)
+
+
 class Callbacks:
     """The callbacks of a run, called in their order."""
 
     def __init__(self, given: Sequence[Callback]) -> None:
         """
         Raises:
-          ValueError: one of them is not a callback.
+          ValueError: one of them is not a callback, or has a method on_... that a run does not call.
         """
         if isinstance(given, Callback):
             raise ValueError("callbacks: expected a list of callbacks, found one; write callbacks=[...]")
         for index, callback in enumerate(given):
             if not isinstance(callback, Callback):
+                called = f"; write {callback.__name__}()" if _is_class_of_callbacks(callback) else ""
                 raise ValueError(
-                    f"callbacks[{index}]: expected an object of a class that extends jdpo.Callback, found {callback!r}"
+                    f"callbacks[{index}]: expected an object of a class that extends jdpo.Callback, found "
+                    f"{terminal(callback)}{called}"
                 )
+            # Otherwise a method with a name that other trainers have would be there and never be called.
+            for name in dir(callback):
+                if name.startswith("on_") and not hasattr(Callback, name):
+                    raise ValueError(f"callbacks[{index}]: jdpo calls no method {name}; it calls {', '.join(METHODS)}")
         self._all = tuple(given)
         self._view: RunView | None = None
         self._error: Exception | None = None
@@ -219,7 +233,7 @@ class Callbacks:
             except Exception as error:
                 # Raised when the run has saved what it has learnt so far.
                 self._error = error
-                self._stop.ask(f"an error of a callback ({type(error).__name__})")
+                self._stop.ask(f"it raised {type(error).__name__}")
             # Agreed on now: a process whose callback samples next would wait forever for one that has failed.
             self._is_over = any_process(self._error is not None)
             if self._is_over:

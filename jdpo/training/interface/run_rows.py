@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -40,6 +41,21 @@ class RunRows(NamedTuple):
         for name, path, rows in self.files:
             run_jointly(partial(_keep, name, path, rows, directory), on_first=True)
             log(f"{name}: {figure(rows.num_rows, 'row')}, kept in {path}")
+
+
+def check_config(config: object) -> None:
+    """
+    Raises:
+      ValueError: this is no config; the message says how to make one.
+    """
+    if isinstance(config, DataSettings):
+        return
+    advice = ""
+    if isinstance(config, dict):
+        advice = "; write jdpo.DPOConfig(**config)"
+    elif isinstance(config, str | os.PathLike):
+        advice = "; write jdpo.load_config(jdpo.DPOConfig, Path(...)) to read a file"
+    raise ValueError(f"config: expected a jdpo.DPOConfig or jdpo.SFTConfig, found {type(config).__name__}{advice}")
 
 
 def rows_of_run(settings: DataSettings, output_dir: str, **given: object) -> RunRows:
@@ -81,6 +97,6 @@ def _keep(name: str, path: Path, rows: RowsForm, directory: RunDirectory) -> Non
             raise ValueError(f"cannot write the rows of {name} to {path}: {error}") from None
     elif (found := rows.difference(path)) is not None:
         raise ValueError(
-            f"cannot resume the run in {directory.path}: {name} has changed since it started: {found}. Give the rows "
-            "of then, or choose another output_dir"
+            f"cannot resume the run in {directory.path}: {name} has changed since it started: {found}. Give the "
+            "original rows, or choose another output_dir"
         )

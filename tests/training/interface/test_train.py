@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,8 @@ import jdpo
 from jdpo.cli.main import main
 from jdpo.config import DPOConfig, load_config
 from jdpo.reports.metrics_file import read_metrics
+from jdpo.training.interface.callbacks import RunView
+from jdpo.training.interrupt import StopRequest
 from tests.conftest import chat_pairs
 from tests.run_stops import EachStep, SignalAt
 
@@ -69,6 +73,13 @@ class Ask(Watch):
         (answers,) = run.sample([QUESTION], n=2, max_new_tokens=4)
         assert [answer.sample for answer in answers] == [0, 1]
         assert run.model.logps(QUESTION, "yes").total < 0
+
+
+class OfAnotherTrainer(jdpo.Callback):
+    """Has a method that jdpo never calls."""
+
+    def on_step_end(self, run: jdpo.RunView) -> None:
+        raise AssertionError
 
 
 def test_a_callback_watches_a_run_and_stops_it(
@@ -136,6 +147,11 @@ def test_ctrl_c_saves_and_returns(config: Callable[..., DPOConfig]) -> None:
     [
         ({}, "no rows to train on"),
         ({"train_dataset": ROWS, "callbacks": [print]}, r"callbacks\[0\]: expected an object"),
+        ({"train_dataset": ROWS, "callbacks": [Watch]}, r"write Watch\(\)"),
+        (
+            {"train_dataset": ROWS, "callbacks": [OfAnotherTrainer()]},
+            "calls no method on_step_end; it calls on_start",
+        ),
         ({"train_dataset": ROWS, "callbacks": jdpo.Callback()}, r"write callbacks=\[\.\.\.\]"),
         ({"train_dataset": [{"text": np.float64}]}, r"train_dataset\[0\]"),
     ],
@@ -143,6 +159,21 @@ def test_ctrl_c_saves_and_returns(config: Callable[..., DPOConfig]) -> None:
 def test_a_wrong_call_is_refused(given: dict[str, object], problem: str, config: Callable[..., DPOConfig]) -> None:
     with pytest.raises(ValueError, match=problem):
         jdpo.train(config(eval_steps="null"), **given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "advice"), [({"beta": 0.1}, r"DPOConfig\(\*\*config\)"), ("run.yaml", "load_config")]
+)
+def test_what_is_no_config_is_refused(wrong: object, advice: str) -> None:
+    with pytest.raises(ValueError, match=rf"expected a jdpo\.DPOConfig .*{advice}"):
+        jdpo.train(wrong, train_dataset=ROWS)  # type: ignore[arg-type]
+
+
+def test_a_callback_need_not_say_why_it_stops_a_run() -> None:
+    stop = StopRequest()
+    setup: Any = SimpleNamespace(num_steps=2, config=SimpleNamespace(output_dir="run"))
+    RunView(setup, stop, 1).stop()
+    assert stop.reason == "no reason given"
 
 
 def test_rows_are_named_once(run_words: Words) -> None:

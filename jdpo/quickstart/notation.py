@@ -1,4 +1,4 @@
-"""How the report writes its figures: shares and probabilities in percent, odds and factors without exponents."""
+"""Formats the figures of the report: shares and probabilities in percent, odds and factors without exponents."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from jdpo.quickstart.tables import Table, all_tables, markdown_table
 
 
 class Report(NamedTuple):
-    """What a report says, and its files."""
+    """The content of a report, and its files."""
 
     tables: list[Table]
     sentences: dict[str, list[str]]

@@ -1,4 +1,4 @@
-"""Output in a Jupyter notebook: one line of progress that is replaced as the run goes on."""
+"""Output in a Jupyter notebook: one line of progress that is replaced as the run progresses."""
 
 from __future__ import annotations
 

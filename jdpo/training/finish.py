@@ -33,7 +33,7 @@ Params = Any
 
 
 class Outcome(NamedTuple):
-    """What the model card tells of a run.
+    """The part of a run that its model card describes.
 
     Attributes:
       command: sft or dpo.
@@ -120,7 +120,7 @@ def log_findings(directory: RunDirectory, status: Status, step: int, log: Callab
         return
     try:
         _, findings, sentences = assess(directory.path, status, step=step, lines=read_metrics(directory.metrics))
-    except ValueError as error:  # a file that someone changed while the run went on: no reason to fail
+    except ValueError as error:  # a file that someone changed meanwhile: no reason to fail
         log(f"note: no verdict on this run: {error}")
         return
     # How far the run came is told by the lines around these, and what to think of it by the findings.

@@ -8,7 +8,7 @@ samples.jsonl          answers to sample_prompts, one JSON object each
 checkpoints/<step>/    what a resumed run starts from
 model/                 the trained Hugging Face model
 data.json              what the rows are like; see `jdpo.reports.data_summary.run_data`
-report.html            all of this as one page, written again while the run goes on
+report.html            all of this as one page, written every few minutes while the run trains
 plots/                 PNGs
 trackers/              what each tracker was sent, see `SentSteps`
 """

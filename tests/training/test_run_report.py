@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,6 +40,20 @@ def test_a_finished_run_has_a_page_in_its_folder(run: Path) -> None:
         assert phrase in text, phrase
     assert "damaged" not in text
     assert "missing" not in text
+
+
+@pytest.mark.ci
+def test_a_page_needs_no_accelerator(run: Path) -> None:
+    # As with one that another process holds: jax cannot open what it is told to use.
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; from jdpo.cli.main import main; sys.exit(main())", "report", str(run)],
+        env=os.environ | {"JAX_PLATFORMS": "tpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "There is no verdict" not in (run / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_run_tells_how_it_ended(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ def parser() -> Parser:
         "RUN [RUN2 ...] [--output FILE]",
         "Writes one HTML page with the verdict on a run, its curves, answers, settings, data and times. Several runs "
         "are shown next to each other. A run may be in progress, stopped, failed or finished, and of an older version.",
-        epilog="Every run writes its own report.html while it goes on and at its end. A page loads nothing and runs no "
+        epilog="Every run writes its own report.html while it trains and at its end. A page loads nothing and runs no "
         "script, so it can be sent and opened anywhere.",
     )
     arguments = parser.add_argument_group("Arguments")
@@ -38,7 +38,10 @@ def main(command: str, words: Sequence[str]) -> int:
     assert command == "report", command
     asked = parser().parse_args(words)
     runs = [Path(word).expanduser() for word in asked.runs]
-    # Reading a run loads jax, whose devices the run itself may hold; none is used here.
+    import jax
+
+    # The value of a loss at the start is computed by jax; the run may be in progress and hold the accelerators.
+    jax.config.update("jax_platforms", "cpu")
     from jdpo.training.pages.run_report import write_report
     from jdpo.training.run_dir import REPORT
 

@@ -30,7 +30,7 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CardFacts:
-    """What a model card tells.
+    """The content of a model card.
 
     Attributes:
       command: "sft" or "dpo".
@@ -103,14 +103,14 @@ def _is_hub_name(base: str) -> bool:
 
 
 def _training_section(verdict: Iterable[str], findings: Iterable[Finding]) -> list[str]:
-    said = " ".join(markdown(sentence) for sentence in verdict)
+    summary = " ".join(markdown(sentence) for sentence in verdict)
     found = [
         f"- **{finding.level.capitalize()}: {markdown(finding.title)}.** {markdown(finding.evidence)} "
         f"{markdown(finding.advice)}"
         for finding in findings
     ]
-    lines = [said, *([""] if said and found else []), *found]
-    return ["## How training went", "", *lines] if said or found else []
+    lines = [summary, *([""] if summary and found else []), *found]
+    return ["## How training went", "", *lines] if summary or found else []
 
 
 def _recipe(facts: CardFacts) -> list[str]:

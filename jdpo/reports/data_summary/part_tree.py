@@ -14,6 +14,7 @@ _MEASURES = ("mean", "min", "5 %", "25 %", "median", "75 %", "95 %", "99 %", "ma
 
 
 def part_section(anchor: str, title: str, part: Json, more: Iterable[Node] = ()) -> Section:
+    """Returns the section about a part of data.json or of the report of `jdpo inspect`, with `more` at its end."""
     kept, read = part["rows_kept"], part["rows_read"]
     # Ranked answers and conversations give several rows each.
     made = f"{kept:,} of {read:,} kept" if kept <= read else f"{kept:,} made of {read:,} read"

@@ -1,4 +1,4 @@
-"""What a run found out about itself, for its terminal, report.html and the model card.
+"""Findings of a run about itself, for its terminal, report.html and the model card.
 
 `findings_of(lines, facts)` turns the lines of metrics.jsonl and a few facts about the run into findings, each with a
 level, the figures that show it and advice; `verdict` sums them up in a few sentences. Both are pure: the same files

@@ -11,7 +11,7 @@ from jdpo.safe_text import terminal
 from jdpo.words import figure, percent
 
 OFTEN_CUT = 0.05
-"""A cut answer has no end: with more than this share of them the model learns to go on and on."""
+"""A cut answer has no end: with more than this share of them the model learns not to stop."""
 
 LEAKED = 0.01
 """Share of held-out rows whose prompt is trained on, from which it matters for the figures."""

@@ -109,7 +109,7 @@ def _below_chance(lines: Lines, facts: RunFacts) -> Iterator[Finding]:
         f"({figure(facts.num_eval_rows, 'pair')}, 95 % interval {low:.2f} to {high:.2f}; chance is 0.5), margin "
         f"{figures(margin)}.",
         "Look at training and held-out pairs next to each other (`jdpo inspect`): chosen and rejected may be swapped "
-        "in one of them, or what tells them apart may be opposite, such as length.",
+        "in one of them, or they may differ in opposite ways, such as in length.",
     )
 
 

@@ -55,7 +55,7 @@ def _clipped(lines: Lines, facts: RunFacts) -> Iterator[Finding]:
 
 def _warm_up(facts: RunFacts) -> Iterator[Finding]:
     done = min(facts.step, facts.warmup_steps)
-    # While the run goes on, its warm-up always is most of it at first.
+    # A run that is in progress is always mostly warm-up at first.
     if not facts.is_over or facts.step < FEW_STEPS or done <= MOSTLY_WARMUP * facts.step:
         return
     planned = facts.warmup_steps > MOSTLY_WARMUP * facts.num_steps

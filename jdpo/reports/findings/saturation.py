@@ -45,7 +45,7 @@ def saturation(lines: Lines, facts: RunFacts) -> Iterator[Finding]:
         "Further steps cost the model what it knew before. Train for fewer steps (num_train_epochs, max_steps), lower "
         f"learning_rate, or {advice}. "
         + (
-            f"The {what} are easy: see what tells them apart."
+            f"The {what} are easy; look at some of them (`jdpo inspect`)."
             if easy
             else f"Compare with held-out {what} (eval_fraction)."
         ),

@@ -1,4 +1,4 @@
-"""The values of one metric over the steps of a run, and what can be said about them in spite of noise."""
+"""The values of one metric over the steps of a run, and what they show in spite of noise."""
 
 from __future__ import annotations
 

@@ -163,8 +163,8 @@ class Delivery:
             if self._failed == 1:
                 self._first_error = f"{where}, {_shown(error)}"
                 self._log(
-                    f"warning: tracker {self._name} failed {where}: {_shown(error)}. The run goes on; further failures "
-                    "of it are counted"
+                    f"warning: tracker {self._name} failed {where}: {_shown(error)}. The run continues; further "
+                    "failures of it are counted"
                 )
 
 

@@ -19,7 +19,7 @@ from jdpo.json_files import read_json
 
 
 class SentSteps:
-    """What one tracker was sent in the life of a run.
+    """The record of what one tracker was sent in the life of a run.
 
     Attributes:
       id: of the run in this tracker.

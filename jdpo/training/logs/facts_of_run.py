@@ -1,4 +1,4 @@
-"""What came of a run, told from the files in its folder; the run may go on, have ended or been stopped."""
+"""Facts, findings and verdict of a run, from the files in its folder, whether it is in progress or has ended."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Lines = Sequence[Mapping[str, Any]]
 
 
 class Assessment(NamedTuple):
-    """What came of a run.
+    """The outcome of a run, finished or not.
 
     Attributes:
       facts: what is known about it, in addition to its metrics.

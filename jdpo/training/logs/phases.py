@@ -1,4 +1,4 @@
-"""Where the time of a run goes: seconds per phase, added up over the starts of the run and kept in run.json."""
+"""Seconds per phase of a run, added up over its starts and kept in run.json."""
 
 from __future__ import annotations
 

@@ -65,11 +65,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         return []
 
 
-def cut_metrics(path: Path, last_step: int) -> str | None:
+def cut_metrics(path: Path, last_step: int | None) -> str | None:
     """Removes the lines after `last_step`, and lines that cannot be read, from a metrics.jsonl, atomically.
 
     Args:
-      last_step: step of the checkpoint from which the run continues.
+      last_step: step of the checkpoint from which the run continues; None: it starts at step 0, whose evaluation is
+        made again, and no line stays.
 
     Returns:
       a sentence for the user if the file was damaged; the damaged file is then kept next to the new one.
@@ -86,7 +87,8 @@ def cut_metrics(path: Path, last_step: int) -> str | None:
             f"{path} cannot be read ({error.strerror or error}); it is kept as {kept.name}, and a new file is started"
         )
     # The original bytes: encoding the objects again could change how a number is written.
-    texts = [text for line, text in zip(found.lines, found.texts, strict=True) if line["step"] <= last_step]
+    both = zip(found.lines, found.texts, strict=True)
+    texts = [text for line, text in both if last_step is not None and line["step"] <= last_step]
     content = b"".join(text + b"\n" for text in texts)
     note = None
     if found.damage:

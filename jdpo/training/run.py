@@ -173,7 +173,7 @@ def train(
             with_base = trains or bool(calls) or setup.exports_merged
             state, frozen, position = restore_state(setup, assembly, manager, newest, live=live, with_base=with_base)
             log(f"resuming from the checkpoint of step {newest}")
-        if is_first() and (note := cut_metrics(directory.metrics, first)) is not None:
+        if is_first() and (note := cut_metrics(directory.metrics, newest)) is not None:
             log(f"warning: {note}")
         # Loading weights takes minutes, in which a signal may have come.
         if stop.asked():

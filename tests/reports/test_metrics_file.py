@@ -32,6 +32,12 @@ def test_cutting_keeps_the_lines_up_to_the_checkpoint(path: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == ["metrics.jsonl"]
 
 
+def test_a_run_without_a_checkpoint_evaluates_its_start_again(path: Path) -> None:
+    path.write_bytes(b'{"step": 0, "eval_loss": 1.0}\n' + path.read_bytes())
+    assert cut_metrics(path, None) is None
+    assert path.read_bytes() == b""
+
+
 @pytest.mark.parametrize("tail", [b"", b"{", b'{"step', b'{"step": 6', b'{"step": 6, "loss": "'])
 def test_a_last_line_that_a_crash_cut_off_is_no_damage(tail: bytes, path: Path) -> None:
     path.write_bytes(path.read_bytes() + tail)
@@ -126,7 +132,7 @@ def test_an_entry_that_is_not_a_file_is_moved(what: str, path: Path) -> None:
 def test_a_missing_file_is_reported_where_there_should_be_one(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     assert read_metrics(path) == []
-    assert cut_metrics(path, 0) is None
+    assert cut_metrics(path, None) is None
     assert "the metrics up to step 4 are lost" in str(cut_metrics(path, 4))
 
 

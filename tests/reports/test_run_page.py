@@ -255,6 +255,17 @@ def test_runs_are_compared() -> None:
     assert len(checkboxes) == len(set(checkboxes))
 
 
+def test_each_part_of_compared_runs_is_under_its_own_run() -> None:
+    bare = dataclasses.replace(page_run("bare"), verdict=[], findings=[], record={})
+    nan = dataclasses.replace(page_run("nan"), verdict=["It broke."])
+    nan.lines.append({"step": 300, "epoch": 9.0, "loss": math.nan})
+    text = words(run_page([bare, nan]))
+    assert "nan It broke." in text
+    assert "bare It broke." not in text
+    assert "1 values of nan are NaN" in text
+    assert re.search("Time and memory nan training steps", text)
+
+
 def test_hostile_texts_are_shown_as_texts() -> None:
     hostile = page_run(
         HOSTILE,

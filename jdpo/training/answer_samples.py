@@ -5,15 +5,13 @@ Every sampling draws with the same seeds, so that answers differ only by what wa
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
-
-import jax
 
 from jdpo.config import SampleSettings
 from jdpo.data.schemas.messages import assistant
@@ -24,7 +22,7 @@ from jdpo.generation.engine import Drawn, Engine
 from jdpo.generation.values import Sampling
 from jdpo.models.transformer import Params, Weights
 from jdpo.processes import is_first
-from jdpo.training.fit.memory_fit import is_exhausted
+from jdpo.training.fit.memory_fit import exhaustion_as
 from jdpo.training.logs.recording import Record
 from jdpo.training.setup.run_setup import Log, Setup
 from jdpo.training.setup.sample_prompts import SamplePrompt
@@ -116,23 +114,18 @@ class AnswerSamples:
         }
 
 
-@contextlib.contextmanager
-def memory_explained(what: str) -> Iterator[None]:
+def memory_explained(what: str) -> AbstractContextManager[None]:
     """Turns running out of memory while a run answers prompts into an error that says what to do.
 
     Args:
       what: what is answered, as the user calls it.
     """
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if not is_exhausted(error):
-            raise
-        raise ValueError(
-            f"a device has too little memory to answer {what} next to the state of training "
-            f"({str(error).partition(chr(10))[0]}). Leave {what} out, or use more devices; `jdpo generate` and "
-            "`jdpo compare` ask the checkpoints of a run afterwards"
-        ) from error
+    return exhaustion_as(
+        lambda cause: (
+            f"a device has too little memory to answer {what} next to the state of training ({cause}). Leave {what} "
+            "out, or use more devices; `jdpo generate` and `jdpo compare` ask the checkpoints of a run afterwards"
+        )
+    )
 
 
 def cut_samples(path: Path, last_step: int | None) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import jax
@@ -205,23 +206,30 @@ def is_exhausted(error: jax.errors.JaxRuntimeError) -> bool:
 
 
 @contextlib.contextmanager
-def exhaustion_explained(fit: Fit) -> Iterator[None]:
-    """Says what to do where a device has too little memory for a step, in place of pages from XLA.
+def exhaustion_as(message: Callable[[str], str]) -> Iterator[None]:
+    """Raises a ValueError in place of pages from XLA where a device has too little memory.
 
-    Raises:
-      ValueError: naming how much was computed at once.
+    Args:
+      message: takes the first line of XLA's, and says what to do.
     """
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if not is_exhausted(error):
             raise
-        raise ValueError(
+        raise ValueError(message(str(error).partition("\n")[0])) from error
+
+
+def exhaustion_explained(fit: Fit) -> AbstractContextManager[None]:
+    """Says how much was computed at once, and what to do, where a device has too little memory for a step."""
+    return exhaustion_as(
+        lambda cause: (
             f"a device has too little memory for a step of at most {fit.max_tokens_per_device:,} tokens at once under "
-            f"remat {fit.remat} ({str(error).partition(chr(10))[0]}). Set max_tokens_per_device or micro_batch_size "
-            "lower, remat to full, a shorter max_length, or use more devices (docs/memory.md). Checkpoints are kept: "
-            "the same command continues from the newest one"
-        ) from error
+            f"remat {fit.remat} ({cause}). Set max_tokens_per_device or micro_batch_size lower, remat to full, a "
+            "shorter max_length, or use more devices (docs/memory.md). Checkpoints are kept: the same command "
+            "continues from the newest one"
+        )
+    )
 
 
 def peak_memory() -> int:

@@ -135,6 +135,22 @@ def test_an_error_of_a_callback_ends_the_run_after_it_is_saved(
     assert (tmp_path / "run" / "checkpoints" / "1").is_dir()
 
 
+@pytest.mark.ci
+def test_a_run_that_dies_before_its_first_checkpoint_begins_again(
+    config: Callable[..., DPOConfig], tmp_path: Path
+) -> None:
+    class Die(jdpo.Callback):
+        def on_evaluate(self, run: jdpo.RunView, metrics: Mapping[str, float]) -> None:
+            raise KeyboardInterrupt  # as a second Ctrl-C does: nothing is saved
+
+    with pytest.raises(KeyboardInterrupt):
+        jdpo.train(config(), train_dataset=ROWS, eval_dataset=HELD_OUT, callbacks=[Die()])
+    assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [0]
+    jdpo.train(config(), train_dataset=ROWS, eval_dataset=HELD_OUT)
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 2, 3]
+
+
 def test_ctrl_c_saves_and_returns(config: Callable[..., DPOConfig]) -> None:
     before = signal.getsignal(signal.SIGINT)
     result = jdpo.train(config(eval_steps="null"), train_dataset=ROWS, callbacks=[SignalAt(1, signal.SIGINT)])

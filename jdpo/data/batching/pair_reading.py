@@ -18,6 +18,8 @@ def read_pairs(rows: Sequence[Mapping[str, Any]]) -> list[AnyPair]:
     """
     if isinstance(rows, Mapping):  # what a slice of a datasets.Dataset is
         raise ValueError("rows is a dict of columns: expected a list of dicts, such as dataset.select(range(8))")
+    if not hasattr(rows, "__len__"):  # such as a generator
+        raise ValueError(f"rows: expected a list of dicts, found {type(rows).__name__}; give list(rows)")
     if not len(rows):
         raise ValueError("rows is empty: expected at least one pair")
     pairs = [_read_pair(row, index) for index, row in enumerate(rows)]
@@ -65,7 +67,7 @@ def _token_ids(ids: Any, name: str) -> np.ndarray:
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise ValueError(f"{name}: expected a list of token ids, found {array.dtype} {list(array.shape)}")
     if array.size and (array.min() < 0 or array.max() > np.iinfo(np.int32).max):
-        raise ValueError(f"{name}: expected token ids of at least 0, found {array.min()} to {array.max()}")
+        raise ValueError(f"{name}: expected token ids from 0 to 2**31 - 1, found {array.min()} to {array.max()}")
     return array.astype(np.int32)
 
 
@@ -86,6 +88,9 @@ def read_reference(reference: Sequence[Sequence[Any]], pairs: Sequence[AnyPair])
     """
     if len(reference) != len(pairs):
         raise ValueError(f"reference_logps: expected one entry for each of {len(pairs)} rows, found {len(reference)}")
+    for index, sides in enumerate(reference):
+        if not hasattr(sides, "__len__") or len(sides) != len((CHOSEN, REJECTED)):
+            raise ValueError(f"reference_logps[{index}]: expected (chosen, rejected), as jdpo.unpack_logps returns")
     read = [tuple(np.asarray(values) for values in sides) for sides in reference]
     for index, (sides, pair) in enumerate(zip(read, pairs, strict=True)):
         expected = [pair.chosen_ids.shape, pair.rejected_ids.shape]

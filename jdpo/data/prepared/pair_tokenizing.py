@@ -76,7 +76,9 @@ def tokenize_pairs(
         # Copied, because the tokens are read from a file of this folder.
         pairs = [_copied(data[index]) for index in range(len(data))]
         margins = None if np.isnan(data.margins).any() else np.array(data.margins)
-        return TokenizedPairs(pairs, margins, dict(data.counts), data.summary())
+        # Without the folder, which is about to go.
+        summary = data.summary().replace(f"{folder}{os.sep}", "")
+        return TokenizedPairs(pairs, margins, dict(data.counts), summary)
 
 
 def _copied(pair: Any) -> dict[str, Any]:

@@ -19,6 +19,7 @@ def test_rows_of_text_are_packed(toy_model: Path, tmp_path: Path) -> None:
     assert len(found.rows) == 4
     assert found.counts["dropped: identical sides"] == 1
     assert "identical sides" in found.summary
+    assert found.summary.startswith("rows.jsonl")
     assert found.score_margins is None
     tokenizer = AutoTokenizer.from_pretrained(toy_model)
     whole = tokenizer.apply_chat_template(rows[0]["prompt"] + rows[0]["chosen"], tokenize=False)

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from jdpo.types import PackedBatch
+
 Array = jax.Array
 
 CHUNK_BYTES = 48 * 2**20
@@ -53,6 +55,17 @@ def row_token_logps(
     counts = [] if lengths_r is None else [lengths_r]
     hidden_rkd, head, targets_rk, *counts = varying_alike(hidden_rkd, head, targets_rk, *counts)
     return chunked_token_logps(chunk, settings, hidden_rkd, head, targets_rk, counts[0] if counts else None)
+
+
+def scored_states(values_rsd: Array, batch: PackedBatch) -> Array:
+    """Selects the slots that predict a scored token, [r, s, d] -> [r, k, d]; arbitrary after the last one of a row."""
+    return jnp.take_along_axis(values_rsd, batch.logp_slot[..., None], axis=1)
+
+
+def num_scored(batch: PackedBatch) -> Array:
+    """Returns int [r], the number of scored tokens of each row, which come first."""
+    # Numbers from q on, the number of sequences in `gather` [r, q, t], mark padding.
+    return (batch.logp_pair < batch.gather.shape[-2]).sum(-1)
 
 
 def default_chunk(rows: int, positions: int, vocabulary: int, *, skips: bool = False) -> int:

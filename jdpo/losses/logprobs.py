@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jdpo.losses.linear import linear_token_logps
+from jdpo.losses.linear_chunks import num_scored, scored_states
 from jdpo.types import AnyArray, PackedBatch
 
 Array = jax.Array
@@ -193,14 +194,3 @@ def packed_token_logps(
     is_scored = jnp.arange(targets.shape[-1]) < counts[:, None]
     logps = jnp.where(is_scored, token_logps(scored, targets), 0)
     return (logps, jnp.where(is_scored, token_log_sum_sq(scored), 0)) if return_log_sum_sq else logps
-
-
-def scored_states(values_rsd: Array, batch: PackedBatch) -> Array:
-    """Selects the slots that predict a scored token, [r, s, d] -> [r, k, d]; arbitrary after the last one of a row."""
-    return jnp.take_along_axis(values_rsd, batch.logp_slot[..., None], axis=1)
-
-
-def num_scored(batch: PackedBatch) -> Array:
-    """Returns int [r], the number of scored tokens of each row, which come first."""
-    # Numbers from q on, the number of sequences in `gather` [r, q, t], mark padding.
-    return (batch.logp_pair < batch.gather.shape[-2]).sum(-1)

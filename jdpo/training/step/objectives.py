@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from jdpo.losses.coupled import init_loss_state
-from jdpo.losses.linear_chunks import HeadSettings, row_token_logps
-from jdpo.losses.logprobs import num_scored, scored_states, sequence_logps, shifted_token_logps
+from jdpo.losses.linear_chunks import HeadSettings, num_scored, row_token_logps, scored_states
+from jdpo.losses.logprobs import sequence_logps, shifted_token_logps
 from jdpo.losses.pair_logps import PairFeatures, TokenScores, belongs, completion_sums, packed_features, pair_features
 from jdpo.losses.pair_losses import Totals, feature_losses, next_loss_state, packed_totals, pair_totals
 from jdpo.losses.router import of_real_rows

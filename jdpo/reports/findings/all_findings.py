@@ -12,7 +12,7 @@ from jdpo.reports.findings.learnt_nothing import dead_gradients, learnt_nothing,
 from jdpo.reports.findings.optimizer_findings import optimizer_findings
 from jdpo.reports.findings.run_facts import LEVELS, Finding, RunFacts
 from jdpo.reports.findings.saturation import saturation
-from jdpo.reports.findings.series import Lines, after_start
+from jdpo.reports.findings.series import Lines, RunMetrics
 
 
 def findings_of(lines: Lines, facts: RunFacts) -> list[Finding]:
@@ -21,16 +21,16 @@ def findings_of(lines: Lines, facts: RunFacts) -> list[Finding]:
     Args:
       lines: the objects of a metrics.jsonl, up to the step that the findings are about.
     """
-    lines = after_start(lines, has_reference=facts.has_reference)
+    metrics = RunMetrics(lines, has_reference=facts.has_reference)
     found = itertools.chain(
         # Without gradients nothing is learnt, and the advice is another one.
-        list(dead_gradients(lines, facts)) or learnt_nothing(lines, facts),
-        held_out_findings(lines, facts),
-        chosen_fall(lines, facts),
-        saturation(lines, facts),
-        size_findings(lines, facts),
-        optimizer_findings(lines, facts),
-        data_findings(lines, facts),
+        list(dead_gradients(metrics, facts)) or learnt_nothing(metrics, facts),
+        held_out_findings(metrics, facts),
+        chosen_fall(metrics, facts),
+        saturation(metrics, facts),
+        size_findings(metrics, facts),
+        optimizer_findings(metrics, facts),
+        data_findings(metrics, facts),
         cost_findings(facts),
     )
     # The sort is stable: findings of one level keep the order above.

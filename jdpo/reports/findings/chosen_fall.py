@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from jdpo.loss_specs import LOSSES
 from jdpo.reports.findings.run_facts import Finding, Level, RunFacts
-from jdpo.reports.findings.series import SURE, Lines, Mean, Point, figures, held_out, mean_of, training
+from jdpo.reports.findings.series import SURE, Mean, Points, RunMetrics, figures, mean_of
 
 CHOSEN_FALL = 5.0
 """Nats that an answer may lose unnoticed: its probability is then 150 times smaller. Some fall is part of DPO."""
@@ -36,14 +36,14 @@ class _Stage(NamedTuple):
     chosen: Mean
 
 
-def chosen_fall(lines: Lines, facts: RunFacts) -> Iterator[Finding]:
+def chosen_fall(metrics: RunMetrics, facts: RunFacts) -> Iterator[Finding]:
     """Yields a finding if chosen answers lost log-prob over a part of the run in which accuracy did not rise."""
     # Some losses are meant to lower both sides.
     if facts.command != "dpo" or any(LOSSES[name].kind == "down" for name in facts.losses if name in LOSSES):
         return
     # The same rows each time, so that there is no noise of the batches; training lines if there are few evaluations.
-    of_rows = len(held_out(lines, "rewards/accuracies")) >= FEW_EVALUATIONS
-    stages = _stages(lines, facts, of_rows)
+    of_rows = len(metrics.held_out("rewards/accuracies")) >= FEW_EVALUATIONS
+    stages = _stages(metrics, facts, of_rows)
     if len(stages) < 2:
         return
     last = stages[-1]
@@ -57,16 +57,16 @@ def chosen_fall(lines: Lines, facts: RunFacts) -> Iterator[Finding]:
             return
 
 
-def _stages(lines: Lines, facts: RunFacts, of_rows: bool) -> list[_Stage]:
+def _stages(metrics: RunMetrics, facts: RunFacts, of_rows: bool) -> list[_Stage]:
     """Cuts the run into four parts, or fewer if it has fewer lines, after its start."""
-    read = held_out if of_rows else training
-    accuracy = read(lines, "rewards/accuracies")
+    read = metrics.held_out if of_rows else metrics.training
+    accuracy = read("rewards/accuracies")
     if facts.has_reference and facts.beta:
         # Against the reference on the same rows: the log-probs themselves vary much more, as lengths do.
-        chosen = [point._replace(value=point.value / facts.beta) for point in read(lines, "rewards/chosen")]
+        chosen = read("rewards/chosen").over(facts.beta)
         start = [_Stage(_at_start(0.5), _at_start(0.0))]
     else:
-        chosen, start = read(lines, "logps/chosen"), []
+        chosen, start = read("logps/chosen"), []
     if not accuracy or len(accuracy) != len(chosen):
         return []
     return start + [
@@ -78,7 +78,7 @@ def _at_start(value: float) -> Mean:
     return Mean(value, 0.0, 0, 0, 1)
 
 
-def _parts(points: Sequence[Point], most: int = 4) -> list[Sequence[Point]]:
+def _parts(points: Points, most: int = 4) -> list[Points]:
     num = min(most, len(points))
     bounds = [round(number * len(points) / num) for number in range(num + 1)]
     return [points[low:high] for low, high in itertools.pairwise(bounds)]

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jdpo.reports.findings.run_facts import Finding, RunFacts
-from jdpo.reports.findings.series import Lines, figures, held_out, last_quarter, training
+from jdpo.reports.findings.series import RunMetrics, figures, last_quarter
 from jdpo.safe_text import terminal
 from jdpo.words import figure, percent
 
@@ -26,13 +26,13 @@ OFTEN_REPEATED = 0.02
 """Repeated rows are trained on more often than others; a few in a hundred do not matter."""
 
 
-def data_findings(lines: Lines, facts: RunFacts) -> Iterator[Finding]:
+def data_findings(metrics: RunMetrics, facts: RunFacts) -> Iterator[Finding]:
     """Yields findings about rows that were cut, that repeat, or that length alone explains."""
     part = facts.part("train")
     yield from _leaked(facts)
     yield from _cut(part)
     yield from _repeated(part)
-    yield from _length_explains(part.get("length_bias"), lines)
+    yield from _length_explains(part.get("length_bias"), metrics)
 
 
 def _leaked(facts: RunFacts) -> Iterator[Finding]:
@@ -93,16 +93,16 @@ def _first(count: Mapping[str, Any]) -> str:
     return f", the first is {terminal(count['first'])}" if count.get("first") else ""
 
 
-def _length_explains(bias: Mapping[str, Any] | None, lines: Lines) -> Iterator[Finding]:
+def _length_explains(bias: Mapping[str, Any] | None, metrics: RunMetrics) -> Iterator[Finding]:
     if not bias or bias["p_value"] is None or bias["p_value"] > CLEARLY:
         return
     way = "longer" if bias["share_longer"] > 0.5 else "shorter"
     by_length = bias[f"{way}_accuracy"]
     if by_length < LENGTH_EXPLAINS:
         return
-    rows, reached = "held-out", last_quarter(held_out(lines, "rewards/accuracies")[-1:])
+    rows, reached = "held-out", last_quarter(metrics.held_out("rewards/accuracies")[-1:])
     if reached is None:
-        rows, reached = "training", last_quarter(training(lines, "rewards/accuracies"))
+        rows, reached = "training", last_quarter(metrics.training("rewards/accuracies"))
     model = f"; the model's {rows} accuracy is {figures(reached.value)}" if reached else ""
     # A model that ranks clearly better than length does has learnt something else as well.
     beyond = reached is not None and reached.value > by_length + 0.05

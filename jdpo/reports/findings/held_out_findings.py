@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import numpy as np
+
 from jdpo.reports.findings.run_facts import Finding, Level, RunFacts
 from jdpo.reports.findings.series import (
     SURE,
-    Lines,
     Mean,
     Point,
+    Points,
+    RunMetrics,
     figures,
-    held_out,
     last_quarter,
     mean_of,
     share_interval,
-    training,
 )
 from jdpo.words import figure
 
@@ -39,19 +40,19 @@ LONG_PAST = 0.25
 FEWER = "Train for fewer steps (num_train_epochs, max_steps), lower learning_rate, or give more rows"
 
 
-def held_out_findings(lines: Lines, facts: RunFacts) -> Iterator[Finding]:
+def held_out_findings(metrics: RunMetrics, facts: RunFacts) -> Iterator[Finding]:
     """Yields findings about the evaluations of a run."""
     if facts.command == "dpo":
-        yield from _worse_than_start(lines, facts)
+        yield from _worse_than_start(metrics, facts)
         # Where the sides are the wrong way round, a gap is no sign of learning by heart.
-        yield from list(_below_chance(lines, facts)) or _accuracy_gap(lines, facts)
+        yield from list(_below_chance(metrics, facts)) or _accuracy_gap(metrics, facts)
     else:
-        yield from _loss_gap(lines)
-    yield from _best_long_past(lines, facts)
+        yield from _loss_gap(metrics)
+    yield from _best_long_past(metrics, facts)
 
 
-def _worse_than_start(lines: Lines, facts: RunFacts) -> Iterator[Finding]:
-    losses, margins = held_out(lines, "loss"), held_out(lines, "rewards/margins")
+def _worse_than_start(metrics: RunMetrics, facts: RunFacts) -> Iterator[Finding]:
+    losses, margins = metrics.held_out("loss"), metrics.held_out("rewards/margins")
     start = facts.start_loss
     if start is None or not losses or not margins or losses[-1].value <= start * (1 + WORSE):
         return
@@ -91,8 +92,8 @@ def _loss_error(loss: float, margin: float, start: float, num_rows: int | None) 
     return slope * math.sqrt(variance / num_rows)
 
 
-def _below_chance(lines: Lines, facts: RunFacts) -> Iterator[Finding]:
-    accuracies, margins = held_out(lines, "rewards/accuracies"), held_out(lines, "rewards/margins")
+def _below_chance(metrics: RunMetrics, facts: RunFacts) -> Iterator[Finding]:
+    accuracies, margins = metrics.held_out("rewards/accuracies"), metrics.held_out("rewards/margins")
     # Without a reference, a model may well start by ranking most pairs the wrong way.
     if not accuracies or not margins or facts.num_eval_rows is None or not facts.has_reference:
         return
@@ -113,9 +114,9 @@ def _below_chance(lines: Lines, facts: RunFacts) -> Iterator[Finding]:
     )
 
 
-def _accuracy_gap(lines: Lines, facts: RunFacts) -> Iterator[Finding]:
-    evaluated = held_out(lines, "rewards/accuracies")
-    trained = last_quarter(training(lines, "rewards/accuracies"))
+def _accuracy_gap(metrics: RunMetrics, facts: RunFacts) -> Iterator[Finding]:
+    evaluated = metrics.held_out("rewards/accuracies")
+    trained = last_quarter(metrics.training("rewards/accuracies"))
     if not evaluated or trained is None or facts.num_eval_rows is None:
         return
     there, last = evaluated[-1].value, evaluated[-1]
@@ -137,8 +138,8 @@ def _accuracy_gap(lines: Lines, facts: RunFacts) -> Iterator[Finding]:
     )
 
 
-def _loss_gap(lines: Lines) -> Iterator[Finding]:
-    evaluated, trained = held_out(lines, "loss"), training(lines, "loss")
+def _loss_gap(metrics: RunMetrics) -> Iterator[Finding]:
+    evaluated, trained = metrics.held_out("loss"), metrics.training("loss")
     # Held-out rows may be harder from the start: the growth of the gap tells, which one evaluation does not show.
     if len(evaluated) < 2 or not trained:
         return
@@ -157,22 +158,22 @@ def _loss_gap(lines: Lines) -> Iterator[Finding]:
     )
 
 
-def _around(points: list[Point], evaluated: Point) -> Mean:
+def _around(points: Points, evaluated: Point) -> Mean:
     """Returns the mean of the training lines nearest to an evaluation: one alone is as noisy as its batches."""
-    nearest = sorted(points, key=lambda point: abs(point.step - evaluated.step))[:NEAREST]
-    return mean_of(sorted(nearest))
+    nearest = np.argsort(np.abs(points.steps - evaluated.step), kind="stable")[:NEAREST]
+    return mean_of(points.at(np.sort(nearest)))
 
 
-def _best_long_past(lines: Lines, facts: RunFacts) -> Iterator[Finding]:
+def _best_long_past(metrics: RunMetrics, facts: RunFacts) -> Iterator[Finding]:
     name = facts.metric_for_best_model.removeprefix("eval_")
-    points = held_out(lines, name)
+    points = metrics.held_out(name)
     if len(points) < 4:
         return
     lower_is_better = name.endswith("loss")
     best = (min if lower_is_better else max)(points, key=lambda point: point.value)
     if lower_is_better and facts.start_loss is not None and best.value >= facts.start_loss:
         return  # the best model is the one before the first step, which another finding says
-    after, last = [point for point in points if point.step > best.step], points[-1]
+    after, last = points.after(best.step), points[-1]
     past = last.step - best.step
     if len(after) < 2 or past < LONG_PAST * last.step or not _worse(name, best, last, facts.num_eval_rows):
         return

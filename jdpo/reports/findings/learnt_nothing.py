@@ -9,15 +9,13 @@ from jdpo.reports.findings.run_facts import Finding, Level, RunFacts
 from jdpo.reports.findings.series import (
     FEW_POINTS,
     SURE,
-    Lines,
     Mean,
+    RunMetrics,
     figures,
     has_changed,
-    held_out,
     last_quarter,
     mean_of,
     share_interval,
-    training,
 )
 from jdpo.words import figure
 
@@ -40,7 +38,7 @@ DEAD_LINES = 3
 """Last lines with a gradient of exactly 0 that are a fault: rounding alone gives no such line."""
 
 
-def size_findings(lines: Lines, facts: RunFacts) -> Iterator[Finding]:
+def size_findings(metrics: RunMetrics, facts: RunFacts) -> Iterator[Finding]:
     """Yields findings about runs of one row or step, and about few held-out rows."""
     if facts.num_rows == 1 or (facts.num_steps == 1 and facts.is_over):
         what = "row" if facts.num_rows == 1 else "step"
@@ -53,7 +51,7 @@ def size_findings(lines: Lines, facts: RunFacts) -> Iterator[Finding]:
             "method; " + ("give more rows in datasets." if what == "row" else "raise max_steps or num_train_epochs."),
         )
     num = facts.num_eval_rows
-    if num is not None and num < FEW_EVAL_ROWS and held_out(lines, "loss"):
+    if num is not None and num < FEW_EVAL_ROWS and metrics.held_out("loss"):
         low, high = share_interval(0.5, num)
         spread = f"; an accuracy of 0.5 on {num} pairs is known only to lie between {low:.2f} and {high:.2f}"
         yield Finding(
@@ -65,16 +63,16 @@ def size_findings(lines: Lines, facts: RunFacts) -> Iterator[Finding]:
         )
 
 
-def dead_gradients(lines: Lines, facts: RunFacts) -> Iterator[Finding]:
+def dead_gradients(metrics: RunMetrics, facts: RunFacts) -> Iterator[Finding]:
     """Yields a finding if the gradient is exactly 0 at the end."""
-    norms = training(lines, "grad_norm")
+    norms = metrics.training("grad_norm")
     dead = 0
     while dead < len(norms) and norms[-1 - dead].value == 0:
         dead += 1
     if dead < max(1, min(DEAD_LINES, len(norms))):
         return
     where = f"The gradient norm is exactly 0 from step {norms[-dead].step:,} to step {norms[-1].step:,}"
-    losses = training(lines, "loss")
+    losses = metrics.training("loss")
     if facts.losses == ("hinge",) and losses and losses[-1].value == 0:
         yield Finding(
             "margins_met",
@@ -94,27 +92,27 @@ def dead_gradients(lines: Lines, facts: RunFacts) -> Iterator[Finding]:
     )
 
 
-def learnt_nothing(lines: Lines, facts: RunFacts) -> Iterator[Finding]:
+def learnt_nothing(metrics: RunMetrics, facts: RunFacts) -> Iterator[Finding]:
     """Yields a finding if the run, past its warm-up and its half, has not learnt what it was trained on."""
     if facts.step <= 1 or facts.step < max(facts.num_steps / 2, facts.warmup_steps):
         return
     if facts.command != "dpo":
-        yield from _no_fall(lines, finished=facts.status == "finished")
+        yield from _no_fall(metrics, finished=facts.status == "finished")
     elif facts.has_reference and facts.beta:
-        yield from _not_moved(lines, facts, facts.beta) or _at_chance(lines, facts)
+        yield from _not_moved(metrics, facts, facts.beta) or _at_chance(metrics, facts)
     else:
-        yield from _no_progress(lines)
+        yield from _no_progress(metrics)
 
 
 def _rate(facts: RunFacts) -> str:
     return "learning_rate" if facts.learning_rate is None else f"learning_rate (now {facts.learning_rate:g})"
 
 
-def _not_moved(lines: Lines, facts: RunFacts, beta: float) -> list[Finding]:
+def _not_moved(metrics: RunMetrics, facts: RunFacts, beta: float) -> list[Finding]:
     """The policy is still the reference: the log-ratios of both sides are close to 0."""
-    sides = {name: last_quarter(training(lines, f"rewards/{name}")) for name in ("chosen", "rejected")}
+    sides = {name: last_quarter(metrics.training(f"rewards/{name}")) for name in ("chosen", "rejected")}
     moved = {name: abs(mean.value) / beta for name, mean in sides.items() if mean is not None}
-    margin, loss = (last_quarter(training(lines, name)) for name in ("rewards/margins", "loss"))
+    margin, loss = (last_quarter(metrics.training(name)) for name in ("rewards/margins", "loss"))
     if not moved or margin is None or loss is None or max(*moved.values(), abs(margin.value) / beta) >= MOVED_NATS:
         return []
     # Pairs that moved to either side may have a mean of 0, which the loss shows.
@@ -135,9 +133,9 @@ def _not_moved(lines: Lines, facts: RunFacts, beta: float) -> list[Finding]:
     ]
 
 
-def _at_chance(lines: Lines, facts: RunFacts) -> list[Finding]:
+def _at_chance(metrics: RunMetrics, facts: RunFacts) -> list[Finding]:
     """The policy has moved, but ranks the pairs that it trains on no better than a coin."""
-    accuracy, loss = (last_quarter(training(lines, name)) for name in ("rewards/accuracies", "loss"))
+    accuracy, loss = (last_quarter(metrics.training(name)) for name in ("rewards/accuracies", "loss"))
     if accuracy is None or loss is None:
         return []
     # Pairs that come up again in later epochs are no new evidence.
@@ -167,9 +165,9 @@ def _exactly(value: float) -> Mean:
     return Mean(value, 0.0, 0, 0, 1)
 
 
-def _no_progress(lines: Lines) -> Iterator[Finding]:
+def _no_progress(metrics: RunMetrics) -> Iterator[Finding]:
     """Without a reference there is no value to start from: the first quarter is compared with the last."""
-    loss, accuracy = training(lines, "loss"), training(lines, "rewards/accuracies")
+    loss, accuracy = metrics.training("loss"), metrics.training("rewards/accuracies")
     if min(len(loss), len(accuracy)) < FEW_POINTS:
         return
     first, last = mean_of(loss[: len(loss) // 4]), last_quarter(loss)
@@ -188,9 +186,9 @@ def _no_progress(lines: Lines) -> Iterator[Finding]:
     )
 
 
-def _no_fall(lines: Lines, *, finished: bool) -> Iterator[Finding]:
+def _no_fall(metrics: RunMetrics, *, finished: bool) -> Iterator[Finding]:
     """The loss of supervised fine-tuning has not fallen."""
-    loss = training(lines, "loss")
+    loss = metrics.training("loss")
     if len(loss) < FEW_POINTS:
         return
     half = len(loss) // 2
@@ -209,7 +207,7 @@ def _no_fall(lines: Lines, *, finished: bool) -> Iterator[Finding]:
         )
         return
     # The same rows each time, so that they have no such noise.
-    evaluated = held_out(lines, "loss")
+    evaluated = metrics.held_out("loss")
     still = len(evaluated) > 1 and evaluated[0].value - evaluated[-1].value < MOVED_EVALUATION * evaluated[0].value
     there = f" Held-out loss {figures(evaluated[0].value)}, then {figures(evaluated[-1].value)}." if still else ""
     yield Finding(

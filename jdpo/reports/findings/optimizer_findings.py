@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator
 
+import numpy as np
+
 from jdpo.reports.findings.run_facts import Finding, Level, RunFacts
-from jdpo.reports.findings.series import Lines, figures, mean_of, training
+from jdpo.reports.findings.series import RunMetrics, figures, mean_of
 from jdpo.words import figure, percent
 
 OFTEN_CLIPPED = 0.3
@@ -22,23 +23,22 @@ MOSTLY_WARMUP = 0.5
 """Share of the steps in warm-up from which the learning rate was never high for long."""
 
 
-def optimizer_findings(lines: Lines, facts: RunFacts) -> Iterator[Finding]:
+def optimizer_findings(metrics: RunMetrics, facts: RunFacts) -> Iterator[Finding]:
     """Yields findings about gradients and learning rate."""
-    yield from _clipped(lines, facts)
+    yield from _clipped(metrics, facts)
     yield from _warm_up(facts)
 
 
-def _clipped(lines: Lines, facts: RunFacts) -> Iterator[Finding]:
-    points = training(lines, "grad_clipped")
+def _clipped(metrics: RunMetrics, facts: RunFacts) -> Iterator[Finding]:
     # In the warm-up gradients are large because little is learnt yet, and the rate is small anyway.
-    points = [point for point in points if point.step > facts.warmup_steps]
+    points = metrics.training("grad_clipped").after(facts.warmup_steps)
     if facts.max_grad_norm is None or not points:
         return
     clipped = mean_of(points)
     if clipped.num_steps < FEW_STEPS or clipped.value <= OFTEN_CLIPPED:
         return
-    norms = [point.value for point in training(lines, "grad_norm") if point.step > facts.warmup_steps]
-    typical = statistics.median(norms) if norms else 0.0
+    norms = metrics.training("grad_norm").after(facts.warmup_steps)
+    typical = float(np.median(norms.values)) if norms else 0.0
     after = " after the warm-up" if facts.warmup_steps else ""
     level: Level = "warning" if typical > FAR_ABOVE * facts.max_grad_norm else "note"
     yield Finding(

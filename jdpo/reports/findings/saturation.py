@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from jdpo.reports.findings.run_facts import Finding, RunFacts
-from jdpo.reports.findings.series import Lines, figures, held_out, last_quarter, training
+from jdpo.reports.findings.series import RunMetrics, figures, last_quarter
 
 LARGE_MARGIN = 10.0
 """In the model of preferences behind DPO, a pair of this margin is ranked right with odds of 22,000 to 1; the gradient
@@ -19,11 +19,11 @@ _LOGISTIC = {"sigmoid", "sigmoid_norm", "aot", "aot_unpaired", "simpo"}
 """Losses -log sigmoid(z), which 0.05 means the same for; others reach other values, or have none that is too low."""
 
 
-def saturation(lines: Lines, facts: RunFacts) -> Iterator[Finding]:
+def saturation(metrics: RunMetrics, facts: RunFacts) -> Iterator[Finding]:
     """Yields findings about large margins and small losses."""
     if facts.command == "dpo":
-        yield from _large_margin(lines, facts)
-    losses = last_quarter(training(lines, "loss"))
+        yield from _large_margin(metrics, facts)
+    losses = last_quarter(metrics.training("loss"))
     if losses is None or losses.value >= SMALL_LOSS:
         return
     if facts.command == "dpo":
@@ -33,7 +33,7 @@ def saturation(lines: Lines, facts: RunFacts) -> Iterator[Finding]:
         what, advice = "pairs", "raise beta or label_smoothing"
     else:
         what, advice = "rows", "give more varied rows"
-    evaluated = held_out(lines, "loss")
+    evaluated = metrics.held_out("loss")
     on_new = f"; on held-out {what} it is {figures(evaluated[-1].value)}" if evaluated else ""
     # New rows are as easy, so that these were not learnt by heart.
     easy = bool(evaluated) and evaluated[-1].value < SMALL_LOSS
@@ -52,9 +52,9 @@ def saturation(lines: Lines, facts: RunFacts) -> Iterator[Finding]:
     )
 
 
-def _large_margin(lines: Lines, facts: RunFacts) -> Iterator[Finding]:
-    evaluated = held_out(lines, "rewards/margins")
-    shown = {"training": last_quarter(training(lines, "rewards/margins")), "held-out": last_quarter(evaluated)}
+def _large_margin(metrics: RunMetrics, facts: RunFacts) -> Iterator[Finding]:
+    evaluated = metrics.held_out("rewards/margins")
+    shown = {"training": last_quarter(metrics.training("rewards/margins")), "held-out": last_quarter(evaluated)}
     large = {name: mean for name, mean in shown.items() if mean is not None and mean.value > LARGE_MARGIN}
     if not large:
         return

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 
@@ -60,43 +61,98 @@ class Mean(NamedTuple):
         return (self.first + self.last) // 2
 
 
-def after_start(lines: Lines, *, has_reference: bool) -> Lines:
-    """Leaves out the evaluation before the first step if there is a reference: every pair is a tie in it."""
-    return [line for line in lines if line["step"] > 0] if has_reference else lines
+@dataclasses.dataclass(frozen=True, eq=False)
+class Points(Sequence[Point]):
+    """The values of a metric in the order of their lines, as columns; see `Point`.
+
+    Attributes:
+      steps, num_steps: int [n].
+      values: float [n], all finite.
+    """
+
+    steps: np.ndarray
+    values: np.ndarray
+    num_steps: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @overload
+    def __getitem__(self, index: int) -> Point: ...
+    @overload
+    def __getitem__(self, index: slice) -> Points: ...
+    def __getitem__(self, index: int | slice) -> Point | Points:
+        if isinstance(index, slice):
+            return self.at(index)
+        return Point(int(self.steps[index]), float(self.values[index]), int(self.num_steps[index]))
+
+    def at(self, index: slice | np.ndarray) -> Points:
+        """Returns some of the points: those of a slice, or of int or bool indices."""
+        return Points(self.steps[index], self.values[index], self.num_steps[index])
+
+    def after(self, step: int) -> Points:
+        """Returns the points after a step."""
+        return self.at(self.steps > step)
+
+    def over(self, divisor: float) -> Points:
+        """Returns the same points with their values divided."""
+        return dataclasses.replace(self, values=self.values / divisor)
 
 
-def training(lines: Lines, name: str) -> list[Point]:
-    """Returns a metric of the training lines; each is a mean over the steps since the training line before."""
-    points, before = [], 0
-    for line in lines:
+class RunMetrics:
+    """The metrics of a run. Each is read from the lines once, as there may be 100,000 of them."""
+
+    def __init__(self, lines: Lines, *, has_reference: bool) -> None:
+        """Takes the lines of a metrics.jsonl.
+
+        Args:
+          has_reference: leave out the evaluation before the first step, in which every pair is a tie.
+        """
+        self._lines = [line for line in lines if line["step"] > 0] if has_reference else lines
+        self._steps = _steps(self._lines)
         # Only training lines have the learning rate; the others are evaluations.
-        if "learning_rate" not in line:
-            continue
-        value = line.get(name)
-        if value is not None and math.isfinite(value):
-            points.append(Point(line["step"], float(value), max(line["step"] - before, 1)))
-        before = line["step"]
-    return points
+        self._training_lines = [line for line in self._lines if "learning_rate" in line]
+        self._training_steps = _steps(self._training_lines)
+        self._read: dict[tuple[str, str], Points] = {}
+
+    def training(self, name: str) -> Points:
+        """Returns a metric of the training lines; each is a mean over the steps since the training line before."""
+        if (found := self._read.get(("training", name))) is None:
+            steps = self._training_steps
+            num_steps = np.maximum(np.diff(steps, prepend=0), 1)
+            found = self._read["training", name] = _finite(self._training_lines, name, steps, num_steps)
+        return found
+
+    def held_out(self, name: str) -> Points:
+        """Returns a metric of the evaluations."""
+        if (found := self._read.get(("held-out", name))) is None:
+            num_steps = np.ones_like(self._steps)
+            found = self._read["held-out", name] = _finite(self._lines, f"eval_{name}", self._steps, num_steps)
+        return found
 
 
-def held_out(lines: Lines, name: str) -> list[Point]:
-    """Returns a metric of the evaluations."""
-    found = [(line["step"], line.get(f"eval_{name}")) for line in lines]
-    return [Point(step, float(value)) for step, value in found if value is not None and math.isfinite(value)]
+def _steps(lines: Lines) -> np.ndarray:
+    return np.array([line["step"] for line in lines], np.int64)
 
 
-def mean_of(points: Sequence[Point]) -> Mean:
+def _finite(lines: Lines, key: str, steps: np.ndarray, num_steps: np.ndarray) -> Points:
+    values = np.array([line.get(key) for line in lines], np.float64)  # None, a line without the key, becomes NaN
+    return Points(steps, values, num_steps).at(np.isfinite(values))
+
+
+def mean_of(points: Points) -> Mean:
     """Returns the mean of at least one point, weighted by steps."""
-    steps = sum(point.num_steps for point in points)
-    value = sum(point.value * point.num_steps for point in points) / steps
+    steps = int(points.num_steps.sum())
     error = math.inf
-    if len(points) > 1:
-        variance = sum(point.num_steps * (point.value - value) ** 2 for point in points) / steps
-        error = math.sqrt(variance / (len(points) - 1))
+    with np.errstate(over="ignore"):  # the square of a value above 1e154 is infinite, and so is its scatter
+        value = float((points.values * points.num_steps).sum()) / steps
+        if len(points) > 1:
+            variance = float((points.num_steps * np.square(points.values - value)).sum()) / steps
+            error = math.sqrt(variance / (len(points) - 1))
     return Mean(value, error, points[0].step - points[0].num_steps + 1, points[-1].step, steps)
 
 
-def last_quarter(points: Sequence[Point]) -> Mean | None:
+def last_quarter(points: Points) -> Mean | None:
     """Returns the mean over the last quarter of the points, rounded up; None without points."""
     return mean_of(points[-math.ceil(len(points) / 4) :]) if points else None
 

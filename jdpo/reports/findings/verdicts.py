@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jdpo.reports.findings.run_facts import Finding, RunFacts
-from jdpo.reports.findings.series import Lines, after_start, figures, held_out, last_quarter, share_interval, training
+from jdpo.reports.findings.series import Lines, RunMetrics, figures, last_quarter, share_interval
 from jdpo.words import figure
 
 MOST_EXPLAINED = 3
@@ -33,15 +33,15 @@ def _progress(facts: RunFacts) -> str:
 
 
 def _reached(lines: Lines, facts: RunFacts) -> list[str]:
-    lines = after_start(lines, has_reference=facts.has_reference)
+    metrics = RunMetrics(lines, has_reference=facts.has_reference)
     start = f" ({figures(facts.start_loss)} where policy equals reference)" if facts.start_loss is not None else ""
-    losses, accuracies = held_out(lines, "loss"), held_out(lines, "rewards/accuracies")
+    losses, accuracies = metrics.held_out("loss"), metrics.held_out("rewards/accuracies")
     if losses:
         if not start and len(losses) > 1:
             start = f" ({figures(losses[0].value)} at step {losses[0].step:,})"
         of = f", accuracy {_with_interval(accuracies[-1].value, facts.num_eval_rows)}" if accuracies else ""
         return [f"Held-out loss at step {losses[-1].step:,}: {figures(losses[-1].value)}{start}{of}."]
-    loss, accuracy = last_quarter(training(lines, "loss")), last_quarter(training(lines, "rewards/accuracies"))
+    loss, accuracy = last_quarter(metrics.training("loss")), last_quarter(metrics.training("rewards/accuracies"))
     if loss is None:
         return ["No metrics were logged."]
     reached = f"Training loss {loss.where}: {figures(loss.value)}{start}"

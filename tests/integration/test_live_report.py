@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from jdpo.cli.main import main
+from jdpo.reports.data_summary.run_data import is_run_data
 
 Words = Callable[..., list[str]]
 Capture = pytest.CaptureFixture[str]
@@ -30,6 +31,7 @@ def test_a_run_leaves_its_page_and_the_summary_of_its_rows(uninterrupted: Path) 
     assert data["train"]["digest"] == inputs["the training rows"]
     assert data["eval"]["digest"] == inputs["the evaluation rows"]
     assert data["train"]["rows_kept"] > data["eval"]["rows_kept"] > 0
+    assert is_run_data(data)
 
 
 def test_curves_begin_at_the_start(uninterrupted: Path) -> None:

@@ -96,20 +96,30 @@ def test_damaged_files_are_left_out_and_named(run: Path) -> None:
     assert "resolved_config.yaml is missing" in page_of(str(run))
 
 
-def test_json_of_another_structure_fails_nothing(run: Path) -> None:
-    strange = {"version": DATA_VERSION, "train": {"answer_cut": {"share": 1}}}
-    lines = read_metrics(run / "metrics.jsonl")
-    for data, sentences in (({}, 3), ({**strange, "version": 0}, 3), (strange, 0)):
-        (run / "data.json").write_text(json.dumps(data))
-        outcome = outcome_at(40, lines, run, "dpo", "rows")
-        assert (len(outcome.sentences), outcome.results["step"]) == (sentences, 40)
+def test_files_of_another_structure_fail_nothing(run: Path) -> None:
+    directory = RunDirectory(load_config(CONFIGS["dpo"], run / "resolved_config.yaml"), "dpo", only_read=True)
+
+    def told() -> tuple[int, str]:
+        """The number of sentences in the model card, and what the end of the run logs."""
+        outcome = outcome_at(40, read_metrics(run / "metrics.jsonl"), run, "dpo", "rows")
+        assert outcome.data is None
+        assert outcome.results["loss"] < 1
         logged: list[str] = []
-        config = load_config(CONFIGS["dpo"], run / "resolved_config.yaml")
-        log_findings(RunDirectory(config, "dpo", only_read=True), "finished", 40, logged.append)
-        assert logged[0].startswith("note: no verdict") == (not sentences)
+        log_findings(directory, "finished", 40, logged.append)
+        return len(outcome.sentences), logged[0]
+
+    for data in ([], {"version": 0}, {"version": DATA_VERSION, "train": {"answer_cut": 3}, "eval": None}):
+        (run / "data.json").write_text(json.dumps(data))
+        assert told()[0] == 3
+        assert "data.json is damaged" in page_of(str(run))
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(f'{{"step": {10**30}, "learning_rate": 1}}\n')  # more than int64 holds
+    num_sentences, line = told()
+    assert (num_sentences, line.partition(":")[0]) == (3, "note")
     assert "There is no verdict" in page_of(str(run))
     # A key that load_config would refuse.
     (run / "resolved_config.yaml").write_text("max_grad_norm: [1]\n")
+    assert told()[0] == 0
     assert "There is no verdict" in page_of(str(run))
 
 

@@ -11,6 +11,7 @@ from jdpo._version import __version__
 from jdpo.data.prepared.prepare import PreparedData
 from jdpo.data.tokens.tokenizer import Tokenizer
 from jdpo.reports.data_summary.part_report import part_report, rows_where
+from jdpo.reports.data_summary.part_tree import part_section
 from jdpo.reports.data_summary.row_statistics import Json, row_facts
 from jdpo.safe_text import terminal_lines
 
@@ -40,6 +41,21 @@ def run_data(
     }
     clean: Json = made_safe(document)
     return clean
+
+
+def is_run_data(document: Any) -> bool:
+    """Returns True if a document is one of `run_data` of this version; anyone may have changed the file."""
+    try:
+        if document["version"] != DATA_VERSION:
+            return False
+        for part in (document["train"], *filter(None, [document["eval"]])):
+            part_section("", "", part)  # which reads nearly every key
+            _ = part["answer_cut"]["share"] + part["answer_cut"]["rows"]
+        if (leaked := document["leakage"]) is not None:
+            _ = leaked["share"] + leaked["rows"], [(one["eval"], one["train"]) for one in leaked["examples"]]
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        return False
+    return True
 
 
 def leakage(train: PreparedData, held_out: PreparedData) -> Json:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jdpo.config import CONFIGS, OptimizationSettings, PreferenceSettings, load_config
-from jdpo.reports.data_summary.run_data import DATA_VERSION
+from jdpo.reports.data_summary.run_data import is_run_data
 from jdpo.reports.findings import Finding, RunFacts, Status, findings_of, verdict
 from jdpo.reports.metrics_file import read_metrics
 from jdpo.training.run_record import RunRecord
@@ -50,7 +50,7 @@ def assess(
         return Assessment(facts, findings, verdict(lines, facts, findings))
     except ValueError:
         raise
-    # Valid JSON of another structure raises KeyError, TypeError and others, depending on what is read first.
+    # Whatever is in these files, or wrong with what reads them.
     except Exception as error:
         raise ValueError(f"a file in {run} is not as jdpo writes it ({type(error).__name__}: {error})") from error
 
@@ -134,7 +134,7 @@ def _num_steps_of(record: RunRecord, lines: Lines, max_steps: int | None, num_tr
 def read_data_summary(run: Path) -> dict[str, Any] | None:
     """Returns the content of data.json, or None if the run has none that this version can read."""
     try:
-        found = json.loads((run / "data.json").read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads((run / "data.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) and found.get("version") == DATA_VERSION else None
+    return found if is_run_data(found) else None

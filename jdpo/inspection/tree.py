@@ -31,7 +31,7 @@ def _facts(document: Json) -> Iterator[tuple[str, Words]]:
     config, model = document["config"], document["model"]
     yield "jdpo", document["jdpo"]
     yield "model", Data(config["model_name_or_path"])
-    yield "command", document["command_chosen_by"]
+    yield "command", f"jdpo {document['command']} ({document['command_chosen_by']})"
     prompt = "" if config["max_prompt_length"] is None else f", {config['max_prompt_length']:,} of the prompt"
     yield "tokens", f"at most {config['max_length']:,} per sequence{prompt}"
     template = f"{'with' if model['has_chat_template'] else 'without'} a chat template"

@@ -349,7 +349,7 @@ def stopped(
     saved = f"step {last_saved} is saved" if last_saved is not None else "nothing was trained yet"
     result = result_of(directory, step, stop)
     why = "a signal" if result.stopped is None else "a callback: " + result.stopped
-    log(f"stopped by {why}; {saved}. Run the same command again to continue")
+    log(f"stopped by {why}; {saved}. Run the same command again, or make the same call, to continue")
     calls.end()
     return result
 

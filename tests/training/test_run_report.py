@@ -72,6 +72,13 @@ def test_a_run_tells_how_it_ended(tmp_path: Path) -> None:
     assert read_page_run(run, "run").status == "failed"
 
 
+def test_steps_without_lines_are_noted_once_there_are_checkpoints(run: Path) -> None:
+    (run / "metrics.jsonl").unlink()
+    assert read_page_run(run, "run").notes == []
+    (run / "checkpoints" / "40").mkdir(parents=True)
+    assert "metrics.jsonl is missing" in read_page_run(run, "run").notes[0]
+
+
 def test_damaged_files_are_left_out_and_named(run: Path) -> None:
     lines = (run / "metrics.jsonl").read_text()
     (run / "metrics.jsonl").write_text(lines + '{"step": 41, "lo')  # torn: the run writes it now

@@ -124,7 +124,7 @@ def _not_moved(metrics: RunMetrics, facts: RunFacts, beta: float) -> list[Findin
             "learnt_nothing",
             "error" if facts.status == "finished" else "warning",
             "The policy has hardly moved from the reference",
-            f"The log-prob of answers {margin.where} differs from the reference's by less than "
+            f"The log-prob of answers {margin.where} differs from the reference's by at most "
             f"{figures(max(moved.values()))} nats on average; margin {figures(margin.value)}, "
             f"loss {figures(loss.value)}{start}.",
             f"Raise {_rate(facts)} tenfold, and again if it is not enough, or train longer (num_train_epochs, "

@@ -206,7 +206,9 @@ def _config(path: Path, notes: list[str]) -> tuple[str, dict[str, Any]]:
 
 def _metrics(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     if not path.exists():
-        notes.append(f"{path.name} is missing: no step is logged.")
+        # A run that has just begun has none, which is no fault.
+        if any((path.parent / "checkpoints").glob("*")):
+            notes.append(f"{path.name} is missing: no step is logged.")
         return []
     try:
         found = scan_metrics(path)

@@ -61,5 +61,7 @@ def test_an_installed_wheel_runs_the_quickstart(wheel: Path, tmp_path: Path, ver
     assert run(command, "--version", cwd=tmp_path).strip() == jdpo.__version__
     run(command, "quickstart", "--output_dir=qs", *SMALL, cwd=tmp_path)
     assert (tmp_path / "qs" / "report.md").is_file()
+    # Where templates are missing, a run would only warn.
+    assert (tmp_path / "qs" / "runs" / "dpo" / "report.html").is_file()
     shown = run(command, "generate", "qs/runs/dpo", "--prompts=qs/data/pairs.jsonl", "--output_dir=gen", cwd=tmp_path)
     assert "answers" in shown

@@ -60,12 +60,13 @@ def _steps(document: Json) -> Iterator[str]:
         f"Packed rows (one row of up to {capacity} on each of {figure(costs['devices'], 'device')}) take "
         f"{costs['packed_slots']:,} slots, of which {percent(costs['packed_padding'])} are empty."
     )
-    factors = f"{costs['fewer_by_packing']:.2f} from leaving out padding"
+    factors = f"{costs['fewer_by_packing']:.2f} from padding"
     if costs["sequence_tokens"] != costs["shared_tokens"]:
-        factors += f", {costs['fewer_by_sharing_prompts']:.2f} from computing each prompt once"
+        factors += f", {costs['fewer_by_sharing_prompts']:.2f} from computing each prompt twice"
     yield (
-        f"That is {costs['fewer_in_all']:.2f} times fewer positions to compute ({factors}). This is arithmetic, not a "
-        "measurement: attention and the LM head scale differently, and so does a device that is not fully used."
+        f"So padding needs {costs['fewer_in_all']:.2f} times as many positions as packing ({factors}). This is "
+        "arithmetic, not a measurement: attention and the LM head scale differently, and so does a device that is not "
+        "fully used."
     )
 
 

@@ -33,7 +33,10 @@ _VOTE = re.compile(r"prefer|winner|better|choice|vote|verdict|judg", re.IGNORECA
 _SAYS_WHICH = re.compile(rf"{_VOTE.pattern}|label|score|rank|rating", re.IGNORECASE)
 _VOTED_MARKS = (("a", "b"), ("0", "1"), ("1", "2"))
 
-_ADVICE = "To name the columns, add this to the dataset in the config, and fill in what is in <>:\n  column_map:"
+_ADVICE = (
+    "To name the columns, add this to the dataset in the config (in Python, rename the columns of your rows), "
+    "and fill in what is in <>:\n  column_map:"
+)
 
 Sample = tuple[Raw, str]
 """A raw row and its origin."""

@@ -18,6 +18,7 @@ from jdpo.devices import leave_out_missing_tpus
 from jdpo.processes import is_first
 from jdpo.reports.metrics_file import cut_metrics
 from jdpo.reports.progress import RunDisplay, make_console, print_lines
+from jdpo.safe_text import terminal
 from jdpo.sharding.placement import micro_batch_sharding, place
 from jdpo.training.answer_samples import AnswerSamples
 from jdpo.training.continuing import (
@@ -348,7 +349,7 @@ def stopped(
     log_findings(directory, "stopped", step, log)
     saved = f"step {last_saved} is saved" if last_saved is not None else "nothing was trained yet"
     result = result_of(directory, step, stop)
-    why = "a signal" if result.stopped is None else "a callback: " + result.stopped
+    why = "a signal" if result.stopped is None else f"a callback: {terminal(result.stopped)}"
     log(f"stopped by {why}; {saved}. Run the same command again, or make the same call, to continue")
     calls.end()
     return result

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from jdpo.reports.metrics_file import read_metrics
 from jdpo.reports.progress import figures_of
+from jdpo.safe_text import terminal
 from jdpo.training.interrupt import StopRequest
 from jdpo.training.run_dir import REPORT, RunDirectory
 
@@ -64,7 +65,9 @@ class RunResult:
         return read_metrics(path) if path.exists() else []
 
     def __repr__(self) -> str:
-        how = f"stopped ({self.stopped})" if self.stopped is not None else "interrupted" if self.interrupted else "done"
+        how = "interrupted" if self.interrupted else "done"
+        if self.stopped is not None:
+            how = f"stopped ({terminal(self.stopped)})"
         # After the last step there may be a line of its own for the evaluation.
         figures = figures_of({name: value for line in self._lines[-2:] for name, value in line.items()})
         where = f"model in {self.model_dir}" if self.model_dir is not None else f"run in {self.output_dir}"

@@ -59,7 +59,7 @@ class Watch(jdpo.Callback):
     def on_evaluate(self, run: jdpo.RunView, metrics: Mapping[str, float]) -> None:
         self.events.append(("evaluate", run.step))
         if run.step and metrics["eval_loss"] < 0.6:
-            run.stop("good enough")
+            run.stop("good\nenough")
 
     def on_end(self, run: jdpo.RunView) -> None:
         self.events.append(("end", run.step))
@@ -88,10 +88,10 @@ def test_a_callback_watches_a_run_and_stops_it(
     watch = Watch()
     stopped = jdpo.train(config(), train_dataset=ROWS, eval_dataset=Dataset.from_list(HELD_OUT), callbacks=[watch])
     assert watch.events == [("start", 0), ("evaluate", 0), ("log", 1), ("log", 2), ("evaluate", 2), ("end", 2)]
-    assert (stopped.step, stopped.stopped, stopped.interrupted, stopped.exit_code) == (2, "good enough", False, 0)
+    assert (stopped.step, stopped.stopped, stopped.interrupted, stopped.exit_code) == (2, "good\nenough", False, 0)
     assert (stopped.model_dir, stopped.metrics.index.tolist()) == (None, [0, 1, 2])
-    assert "stopped (good enough) at step 2" in repr(stopped)
-    assert "stopped by a callback: good enough; step 2 is saved" in capsys.readouterr().err
+    assert r"stopped (good\nenough) at step 2" in repr(stopped)
+    assert r"stopped by a callback: good\nenough; step 2 is saved" in capsys.readouterr().err
     assert watch.run is not None
     with pytest.raises(ValueError, match=r"copy what is needed later"):
         _ = watch.run.params

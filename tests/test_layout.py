@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections import Counter, defaultdict
 from pathlib import Path
+from typing import Any
 
 PACKAGE = Path(__file__).resolve().parents[1] / "jdpo"
 MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__init__.py"]
@@ -18,6 +20,23 @@ SAME_NAME = {
     "reference": "cli/commands/reference.py is the command `jdpo reference`; training/reference/ is what it calls",
 }
 """Names that two modules share, or a module and a package, each with the reason."""
+
+
+def contracts() -> dict[str, dict[str, Any]]:
+    """Returns the import contracts of pyproject.toml by the first word of their names."""
+    settings = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    return {each["name"].split(maxsplit=1)[0]: each for each in settings["tool"]["importlinter"]["contracts"]}
+
+
+def test_import_contracts_name_every_top_level_module() -> None:
+    places = [path for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()]
+    every = {f"jdpo.{path.stem}" for path in places} - {"jdpo.__init__"}
+    layers = [set(layer.split(" | ")) for layer in contracts()["packages"]["layers"]]
+    assert set.union(*layers) == every
+    below_losses = set.union(*layers[[("jdpo.losses" in layer) for layer in layers].index(True) + 1 :])
+    forbidden = {name for name in contracts()["losses"]["forbidden_modules"] if name.startswith("jdpo.")}
+    assert forbidden == below_losses - {"jdpo.types", "jdpo.loss_specs", "jdpo.words"}
+    assert set(contracts()["only"]["source_modules"]) == every - {"jdpo.checkpoint"}
 
 
 def test_folders_are_small() -> None:

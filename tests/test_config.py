@@ -524,3 +524,13 @@ def test_few_modules_take_the_whole_config() -> None:
     whole = re.compile("TrainConfig|DPOConfig|SFTConfig")
     named = [path for path in package.rglob("*.py") if whole.search(path.read_text(encoding="utf-8"))]
     assert len(named) <= 10, sorted(map(str, named))
+
+
+def test_python_gives_paths_as_they_are(tmp_path: Path) -> None:
+    config = DPOConfig(model_name_or_path=tmp_path / "model", output_dir=tmp_path / "run", lora=True)
+    assert (config.model_name_or_path, config.output_dir) == (str(tmp_path / "model"), str(tmp_path / "run"))
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    assert load_config(DPOConfig, str(tmp_path / "run.yaml")) == config
+    for wrong in ("beta=0.2", {"beta": 0.2}):
+        with pytest.raises(ValueError, match="list of words"):
+            load_config(DPOConfig, tmp_path / "run.yaml", wrong)  # type: ignore[arg-type]

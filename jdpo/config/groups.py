@@ -25,6 +25,7 @@ from jdpo.config.value_types import (
     as_list,
     key,
     no_bool,
+    path_as_text,
     required,
     settings,
 )
@@ -58,16 +59,19 @@ def _tracker(name: str) -> str:
 
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Sequence
 
     from jdpo.config.value_types import Converted
 
+    PathText = Converted[str | os.PathLike[str], str]
     LossNames = Converted[str | Sequence[str], tuple[str, ...]]
     LossWeights = Converted[float | Sequence[float] | None, tuple[float, ...] | None]
     Trackers = Converted[str | Sequence[str], tuple[str, ...]]
     Tags = Converted[str | Sequence[str], tuple[str, ...]]
     SamplePrompts = Converted[str | Sequence[str] | None, str | tuple[str, ...] | None]
 else:
+    PathText = Annotated[Text, BeforeValidator(path_as_text)]
     LossNames = Annotated[tuple[Annotated[str, AfterValidator(_known_loss)], ...], BeforeValidator(as_list)]
     LossWeights = Annotated[tuple[NonNegativeFloat, ...] | None, BeforeValidator(as_list)]
     Trackers = Annotated[tuple[Annotated[Text, AfterValidator(_tracker)], ...], BeforeValidator(as_list)]
@@ -81,7 +85,7 @@ class ModelSettings(Settings):
 
     heading = "Model"
 
-    model_name_or_path: Text = required(
+    model_name_or_path: PathText = required(
         "Model to train: a Hugging Face model folder or hub name, or a PEFT adapter to continue from.",
         example="Qwen/Qwen2.5-0.5B-Instruct",
     )
@@ -350,7 +354,7 @@ class OutputSettings(Settings):
 
     heading = "Output"
 
-    output_dir: Text = required("Folder for everything that the run writes.", example="runs/first")
+    output_dir: PathText = required("Folder for everything that the run writes.", example="runs/first")
     resume: Literal["auto", "never"] = key(
         "auto",
         "What to do if output_dir holds a run. auto: continue from its newest intact checkpoint; never: refuse to "

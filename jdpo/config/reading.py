@@ -7,6 +7,7 @@ A YAML states only what differs from the defaults, and the command line has the 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,7 +36,7 @@ SYNONYMS = {"loss_type": LOSS_SYNONYMS}
 
 def load_config(
     cls: type[C],
-    path: Path | None = None,
+    path: str | os.PathLike[str] | None = None,
     overrides: Sequence[str] = (),
     log: Callable[[str], None] = lambda text: None,
     *,
@@ -58,10 +59,12 @@ def load_config(
       ValueError: naming every unknown key (with the nearest one), wrong value and missing key, or the key of an
         address that holds a password.
     """
+    if isinstance(overrides, str | Mapping):
+        raise ValueError('overrides: expected a list of words, such as ["beta=0.2"]')
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     if path is not None:
-        values = _read_yaml(path)
+        values = _read_yaml(Path(path))
         origins = dict.fromkeys(values, f"in {path}")
     for group, key in NAMED_GROUPS.items():
         if isinstance(values.get(group), str):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, TypeVar, dataclass_transform, overload
 
@@ -115,6 +116,11 @@ def as_list(value: Any) -> Any:
     """Reads one entry as a list of one."""
     # A text is a sequence too, so the types of single entries are named.
     return [value] if isinstance(value, str | Mapping | int | float) else value
+
+
+def path_as_text(value: Any) -> Any:
+    """Reads a `Path`, as Python code has it, as the text of a config."""
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 Text = Annotated[str, AfterValidator(_not_blank)]

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from jdpo.config import DatasetConfig, DataSettings
+from jdpo.config import CONFIGS, DatasetConfig, DataSettings
 from jdpo.data.sources.given_rows import RowsForm, form_of
 from jdpo.processes import run_jointly
 from jdpo.training.run_dir import RunDirectory
@@ -48,14 +48,16 @@ def check_config(config: object) -> None:
     Raises:
       ValueError: this is no config; the message says how to make one.
     """
-    if isinstance(config, DataSettings):
+    classes = tuple(CONFIGS.values())
+    if isinstance(config, classes):
         return
-    advice = ""
+    name, advice = f"jdpo.{CONFIGS['dpo'].__name__}", ""
     if isinstance(config, dict):
-        advice = "; write jdpo.DPOConfig(**config)"
+        advice = f"; write {name}(**config)"
     elif isinstance(config, str | os.PathLike):
-        advice = "; write jdpo.load_config(jdpo.DPOConfig, Path(...)) to read a file"
-    raise ValueError(f"config: expected a jdpo.DPOConfig or jdpo.SFTConfig, found {type(config).__name__}{advice}")
+        advice = f"; write jdpo.load_config({name}, path) to read a file"
+    expected = " or ".join(f"jdpo.{one.__name__}" for one in classes)
+    raise ValueError(f"config: expected a {expected}, found {type(config).__name__}{advice}")
 
 
 def rows_of_run(settings: DataSettings, output_dir: str, **given: object) -> RunRows:

@@ -261,14 +261,14 @@ def test_logits_and_states_give_the_same() -> None:
 def test_wrong_calls_are_named() -> None:
     rows = random_rows([(3, 4, 6), (2, 3, 2)], 0)
     batch, params = jdpo.pack(rows), random_params(0)
-    states = packed_states(params, batch)
+    states = np.zeros((*batch.tokens.shape, WIDTH))
     with pytest.raises(ValueError, match=r"batch\.tokens"):
         packed_token_logps(states[0], batch)
     with pytest.raises(ValueError, match="only with a head"):
         packed_token_logps(states, batch, logit_softcap=3.0)
     with pytest.raises(ValueError, match="found neither"):
         jdpo.dpo_loss(params, None, batch, apply_fn=packed_apply)
-    cached = batch._replace(logp_reference=packed_apply(params, batch))
+    cached = batch._replace(logp_reference=np.zeros(batch.logp_slot.shape))
     with pytest.raises(ValueError, match="found both"):
         jdpo.dpo_loss(params, params, cached, apply_fn=packed_apply)
     with pytest.raises(ValueError, match="return_log_sum_sq"):

@@ -151,6 +151,7 @@ def test_a_run_that_dies_before_its_first_checkpoint_begins_again(
     assert [line["step"] for line in lines if "eval_loss" in line] == [0, 2, 3]
 
 
+@pytest.mark.ci
 def test_ctrl_c_saves_and_returns(config: Callable[..., DPOConfig]) -> None:
     before = signal.getsignal(signal.SIGINT)
     result = jdpo.train(config(eval_steps="null"), train_dataset=ROWS, callbacks=[SignalAt(1, signal.SIGINT)])

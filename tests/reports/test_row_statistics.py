@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from jdpo.reports.data_summary.raw_text import (
 )
 from jdpo.reports.data_summary.row_statistics import (
     MOST_BINS,
+    TAIL,
+    cut_sides,
     distribution,
     nice_edges,
     repeats,
@@ -202,6 +205,37 @@ def test_supervised_rows_count_learnt_and_other_tokens(tmp_path: Path, toy_model
     assert facts.length["completion"].tolist() == [int(data[0].completion_mask.sum())]
     assert facts.sequence_tokens.tolist() == [len(data[0].tokens)]
     assert not facts.cut["completion"].any()
+
+
+@given(st.lists(st.tuples(st.booleans(), st.lists(st.integers(0, 9), max_size=8)), max_size=30))
+def test_sides_that_were_cut_are_those_without_an_end_among_their_last_tokens(
+    rows: list[tuple[bool, list[int]]],
+) -> None:
+    ends = [0, 7]
+    offsets = np.cumsum([0, *(len(tokens) for _, tokens in rows)])
+    tokens = np.array([token for _, tokens in rows for token in tokens], np.int32)
+    found = cut_sides(offsets, tokens, np.array([is_long for is_long, _ in rows], bool), np.array(ends))
+    assert found.tolist() == [is_long and not set(tokens[-TAIL:]) & set(ends) for is_long, tokens in rows]
+
+
+def test_the_cost_of_long_rows_is_that_of_arrays() -> None:
+    """The number of Python calls does not grow with the rows, all of which may be long."""
+
+    def num_calls(num_rows: int) -> int:
+        offsets, calls = np.arange(num_rows + 1) * 5, 0
+
+        def count(*_: Any) -> None:
+            nonlocal calls
+            calls += 1
+
+        sys.setprofile(count)
+        try:
+            cut_sides(offsets, np.zeros(5 * num_rows, np.int32), np.ones(num_rows, bool), np.array([1]))
+        finally:
+            sys.setprofile(None)
+        return calls
+
+    assert num_calls(2000) <= 2 * num_calls(20)
 
 
 # --- raw text

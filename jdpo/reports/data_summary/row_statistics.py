@@ -66,7 +66,7 @@ def row_facts(data: PreparedData, tokenizer: Tokenizer, *, max_length: int) -> R
             sides = {name: block[f"{name}_ids"] for name in names}
         length = {name: np.diff(offsets).astype(np.int64) for name, (offsets, _) in sides.items()}
         key = {name: _keys(*side) for name, side in sides.items()}
-        cut = {name: _cut(*sides[name], prompt + length[name] >= max_length, end_ids) for name in names}
+        cut = {name: cut_sides(*sides[name], prompt + length[name] >= max_length, end_ids) for name in names}
         found.append(RowFacts(prompt.astype(np.int64), length, key, cut))
     whole = [
         {name: np.concatenate([getattr(one, field)[name] for one in found]) for name in names}
@@ -96,12 +96,20 @@ def _keys(offsets: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     return keys
 
 
-def _cut(offsets: np.ndarray, tokens: np.ndarray, is_long: np.ndarray, end_ids: np.ndarray) -> np.ndarray:
-    """Returns which of the long rows have no end token among their last tokens: bool [rows]."""
+def cut_sides(offsets: np.ndarray, tokens: np.ndarray, is_long: np.ndarray, end_ids: np.ndarray) -> np.ndarray:
+    """Returns which of the long rows have no end token among their last TAIL tokens: bool [rows].
+
+    >>> tokens = np.array([1, 9, 5, 5, 5, 5, 5, 1, 9])
+    >>> cut_sides(np.array([0, 2, 7, 9]), tokens, np.array([True, True, False]), np.array([9]))
+    array([False,  True, False])
+    """
     cut = is_long.copy()
-    for row in np.flatnonzero(is_long).tolist():
-        # A sequence of max_length tokens may also have ended by itself.
-        cut[row] = not np.isin(tokens[max(offsets[row], offsets[row + 1] - TAIL) : offsets[row + 1]], end_ids).any()
+    long = np.flatnonzero(is_long)
+    # A sequence of max_length tokens may also have ended by itself. All long rows at once: there may be a million.
+    for back in range(1, TAIL + 1):
+        places = offsets[long + 1] - back
+        inside = places >= offsets[long]
+        cut[long[inside][np.isin(tokens[places[inside]], end_ids)]] = False
     return cut
 
 

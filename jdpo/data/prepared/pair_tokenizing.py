@@ -14,9 +14,14 @@ from jdpo.data.prepared.prepare import prepare_pairs
 from jdpo.data.sources.given_rows import Rows, form_of
 from jdpo.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from jdpo.types import MaskedPair
+from jdpo.words import figure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+WITHOUT_SCORES = "without scores"
+"""Name of the count of rows without scores, among rows with scores."""
 
 
 class TokenizedPairs(NamedTuple):
@@ -24,8 +29,10 @@ class TokenizedPairs(NamedTuple):
 
     Attributes:
       rows: the pairs that are kept, in their order, each a dict of int32 arrays as `jdpo.pack` takes it.
-      score_margins: float32 [rows], by how much each chosen answer was scored higher; None without scores.
-      counts: {name: number of rows}: read, kept, dropped by reason, cut, and other remarks.
+      score_margins: float32 [rows], by how much each chosen answer was scored higher; None unless every kept row has
+        scores.
+      counts: {name: number of rows}: read, kept, dropped by reason, cut, "without scores" where only some rows have
+        none, and other remarks.
       summary: the counts as lines of text, with the first row of each.
     """
 
@@ -75,10 +82,17 @@ def tokenize_pairs(
         )
         # Copied, because the tokens are read from a file of this folder.
         pairs = [_copied(data[index]) for index in range(len(data))]
-        margins = None if np.isnan(data.margins).any() else np.array(data.margins)
+        unscored = np.flatnonzero(np.isnan(data.margins))
+        margins = None if len(unscored) else np.array(data.margins)
         # Without the folder, which is about to go.
-        summary = data.summary().replace(f"{folder}{os.sep}", "")
-        return TokenizedPairs(pairs, margins, dict(data.counts), summary)
+        summary, counts = data.summary().replace(f"{folder}{os.sep}", ""), dict(data.counts)
+        if 0 < len(unscored) < len(pairs):
+            counts[WITHOUT_SCORES] = len(unscored)
+            summary += (
+                f"\n  note: {len(unscored):,} of {figure(len(pairs), 'kept row')} are without scores (the first: "
+                f"number {unscored[0]:,} of those kept, from 0), so score_margins is None"
+            )
+        return TokenizedPairs(pairs, margins, counts, summary)
 
 
 def _copied(pair: Any) -> dict[str, Any]:

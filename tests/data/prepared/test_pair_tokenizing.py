@@ -47,6 +47,21 @@ def test_scores_and_turns(toy_model: Path) -> None:
     assert jdpo.pack(found.rows, score_margins=found.score_margins).pair_score_margin is not None
 
 
+def test_rows_without_scores_among_others_are_counted(toy_model: Path) -> None:
+    scores = {"score_chosen": 3.0, "score_rejected": 1.0}
+    plain = chat_pairs(5)
+    mixed = [row | scores if number in (0, 2) else row for number, row in enumerate(plain)]
+    found = jdpo.tokenize_pairs(mixed, toy_model)
+    assert found.score_margins is None
+    assert found.counts["without scores"] == 3
+    assert "3 of 5 kept rows are without scores (the first: number 1 of" in found.summary
+    for rows in (plain, [row | scores for row in plain]):
+        alike = jdpo.tokenize_pairs(rows, toy_model)
+        assert (alike.score_margins is None) == (rows is plain)
+        assert "without scores" not in alike.counts
+        assert "without scores" not in alike.summary
+
+
 def test_a_tokenizer_that_is_none_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is no folder"):
         jdpo.tokenize_pairs(chat_pairs(1), tmp_path / "absent")

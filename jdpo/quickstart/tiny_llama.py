@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jdpo.durable import sync_path
 from jdpo.json_files import write_json
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -44,8 +46,8 @@ def random_model(
 ) -> Path:
     """Writes a small Llama with random weights and a tokenizer of its own, to try things out without a download.
 
-    The folder is a Hugging Face model folder. The same arguments give the same bytes, and a random model that was made
-    earlier is replaced.
+    The folder is a Hugging Face model folder, and appears as a whole or not at all. The same arguments give the same
+    bytes, and a random model that was made earlier is replaced.
 
     Args:
       folder: is created if missing.
@@ -67,18 +69,38 @@ def random_model(
     if isinstance(texts, str):
         raise ValueError("texts: expected several texts, such as a list, found one str")
     _check_replaceable(folder)
-    write_model(
-        folder,
-        texts,
-        hidden_size=hidden_size,
-        num_layers=num_layers,
-        vocab_size=vocab_size,
-        max_positions=max_positions,
-        chat=chat,
-        seed=seed,
-        metadata=_MADE_BY,
-    )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Next to the folder, as a rename works only within one file system.
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".writing", dir=folder.parent) as place:
+        staging = Path(place) / "model"
+        write_model(
+            staging,
+            texts,
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+            vocab_size=vocab_size,
+            max_positions=max_positions,
+            chat=chat,
+            seed=seed,
+            metadata=_MADE_BY,
+        )
+        _publish(staging, folder)
     return folder
+
+
+def _publish(staging: Path, folder: Path) -> None:
+    """Makes a whole model durable, and moves it to its place."""
+    for path in staging.iterdir():
+        sync_path(path)
+    if folder.exists():
+        # File by file, as runs may be in the folder. The weights come first: by them it is known as a random model
+        # after a kill, so that the next call goes on.
+        for path in sorted(staging.iterdir(), key=lambda path: path.name != _WEIGHTS):
+            path.replace(folder / path.name)
+        sync_path(folder)
+    else:
+        staging.rename(folder)
+    sync_path(folder.parent)
 
 
 def _check_replaceable(folder: Path) -> None:

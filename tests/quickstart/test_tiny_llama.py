@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import nn
+from safetensors import SafetensorError
 
 from jdpo.data.tokens.tokenizer import load_tokenizer
 from jdpo.models.families import read_model_config
@@ -70,6 +74,49 @@ def test_a_random_model_may_be_made_again_but_replaces_nothing_else(tmp_path: Pa
     write_model(trained, TEXTS, hidden_size=64, num_layers=1, seed=0)
     with pytest.raises(ValueError, match="choose another folder"):
         random_model(trained, TEXTS)
+
+
+@contextlib.contextmanager
+def files_of_at_most(num_bytes: int) -> Iterator[None]:
+    """Within the block, no file can grow beyond a size, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_random_model_appears_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "toy"
+    # Enough for the tokenizer and too little for the weights.
+    with files_of_at_most(200_000), pytest.raises((OSError, SafetensorError)):
+        random_model(folder, TEXTS, num_layers=1)
+    assert not list(folder.parent.iterdir())
+    random_model(folder, TEXTS, num_layers=1)
+    first = contents(folder)
+    (folder / "runs").mkdir()
+    with files_of_at_most(200_000), pytest.raises((OSError, SafetensorError)):
+        random_model(folder, [*TEXTS, "Galway, Galway"], num_layers=1)
+    (folder / "runs").rmdir()
+    assert contents(folder) == first
+
+
+def test_a_random_model_goes_on_after_a_kill_and_leaves_other_files(tmp_path: Path) -> None:
+    folder = random_model(tmp_path / "toy", TEXTS, num_layers=1)
+    first = contents(folder)
+    # A kill while a model is replaced: the weights are the first to arrive.
+    for path in folder.iterdir():
+        if path.name != "model.safetensors":
+            path.unlink()
+    (folder / "notes.txt").write_text("mine")
+    assert contents(random_model(folder, TEXTS, num_layers=1)) == first | {"notes.txt": b"mine"}
+    (tmp_path / "empty").mkdir()
+    assert contents(random_model(tmp_path / "empty", TEXTS, num_layers=1)) == first
 
 
 def test_a_random_base_model_has_no_chat_format_and_the_sizes_asked_for(tmp_path: Path) -> None:

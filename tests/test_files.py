@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
+import threading
 from pathlib import Path
 
 import pytest
 
 from jdpo.file_digests import cached_file_digest, file_digest
-from jdpo.file_locks import lock_file
+from jdpo.file_locks import is_locked, lock_file
 from jdpo.json_files import read_json, write_json
 
 
@@ -42,6 +44,25 @@ def test_a_lock_is_held_until_the_file_is_closed(tmp_path: Path) -> None:
     again = lock_file(path, wait=True)
     assert again is not None
     again.close()
+
+
+def test_who_looks_at_a_lock_does_not_take_it(tmp_path: Path) -> None:
+    path = tmp_path / ".lock"
+    assert not is_locked(path)
+    lock = lock_file(path)
+    assert lock is not None
+    assert is_locked(path)
+    lock.close()
+    with path.open() as other:
+        fcntl.flock(other, fcntl.LOCK_SH)  # another process that looks
+        assert not is_locked(path)
+        assert lock_file(path) is None
+        looked = threading.Timer(0.2, lambda: fcntl.flock(other, fcntl.LOCK_UN))
+        looked.start()
+        lock = lock_file(path, patience=60)
+        looked.join()
+        assert lock is not None
+        lock.close()
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,9 @@ from jdpo.training.run_record import Ending, RunRecord
 
 REPORT = "report.html"
 
+PATIENCE = 1.0
+"""Seconds until a locked folder is refused: `jdpo report` looks at the lock for an instant."""
+
 LENGTH_KEYS = {"max_steps", "num_train_epochs"}
 USED_BY_A_RUN = ("metrics.jsonl", "checkpoints", "model", "run.json", "resolved_config.yaml")
 
@@ -136,7 +139,7 @@ class RunDirectory:
         path = self.path / ".lock"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = lock_file(path)
+            lock = lock_file(path, patience=PATIENCE)
         except OSError as error:
             raise ValueError(
                 f"cannot write to output_dir {self.path}: {error}; choose a folder on a writable disk with free space"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
+import threading
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -48,6 +50,15 @@ def run(tmp_path: Path) -> Path:
     assert is_new(folder)
     (folder / "metrics.jsonl").write_text('{"step": 1}\n')
     return folder
+
+
+def test_a_report_that_looks_at_the_folder_refuses_no_start(run: Path) -> None:
+    with (run / ".lock").open() as other:
+        fcntl.flock(other, fcntl.LOCK_SH)
+        looked = threading.Timer(0.1, lambda: fcntl.flock(other, fcntl.LOCK_UN))
+        looked.start()
+        assert not is_new(run)
+        looked.join()
 
 
 @pytest.mark.parametrize("left", ["metrics.jsonl", "checkpoints", "model"])

@@ -64,12 +64,20 @@ def test_a_run_tells_how_it_ended(tmp_path: Path) -> None:
     ):
         run = write_run(tmp_path / phrase[:4], finished=False, ended=ended)
         assert phrase in page_of(str(run))
+
+
+def test_a_run_that_goes_on_is_known_by_its_lock(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", finished=False, ended=None)
     (run / ".lock").touch()
     lock = lock_file(run / ".lock")
     assert lock is not None
     with lock:  # as the run itself does while it goes on
         assert read_page_run(run, "run").status == "running"
-    assert read_page_run(run, "run").status == "failed"
+        # How a run ended is in its files, and its lock is left alone.
+        over = write_run(tmp_path / "over", finished=False, ended="failed")
+        (over / ".lock").hardlink_to(run / ".lock")
+        assert read_page_run(over, "run").status == "failed"
+    assert read_page_run(run, "run").status == "unfinished"
 
 
 def test_steps_without_lines_are_noted_once_there_are_checkpoints(run: Path) -> None:

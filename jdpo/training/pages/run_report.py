@@ -14,7 +14,7 @@ import yaml
 
 from jdpo.checkpoint.steps import complete_steps
 from jdpo.config import CONFIGS
-from jdpo.file_locks import lock_file
+from jdpo.file_locks import is_locked
 from jdpo.reports.findings import Finding, RunFacts
 from jdpo.reports.html_files import write_html
 from jdpo.reports.metrics_file import scan_metrics
@@ -144,22 +144,16 @@ def read_page_run(path: Path, name: str, status: RunStatus | None = None, reason
 
 
 def _status(path: Path, record: dict[str, Any]) -> tuple[RunStatus, str]:
-    lock = path / ".lock"
-    with contextlib.suppress(OSError):  # a folder that can only be read: nobody here runs in it
-        if lock.exists():
-            held = lock_file(lock)
-            if held is None:
-                return "running", ""
-            held.close()
     if record.get("finished") is True:
         return "finished", ""
+    # A start of the run deletes how the one before it ended, so the lock is looked at only where nothing is said.
     match record.get("ended"):
         case "failed":
             return "failed", str(record.get("end_reason") or "")
         case "stopped":
             return "stopped", ""
         case _:
-            return "unfinished", ""
+            return ("running" if is_locked(path / ".lock") else "unfinished"), ""
 
 
 def _findings(

@@ -87,6 +87,7 @@ def test_the_interrupt_saves_and_returns_and_the_next_cell_trains(kernel: Kernel
     )
     assert value == "(True, 130, True, None)"
     assert "is saved. Run the same command again" in kernel.text
+    assert "IProgress" not in kernel.text  # advice to install ipywidgets
 
     last = kernel.run(
         "short = replace(config, output_dir=config.output_dir + '-short', max_steps=40)\n"

@@ -46,7 +46,7 @@ PAGES = [
 ]
 
 LISTED = {
-    ("docs/index.md", "loss = -log"): "the formula of the loss",
+    ("docs/index.md", "gain(answer)"): "the formula of the loss",
     ("docs/design.md", "row -> tokens"): "the stations of a row",
     ("docs/design.md", "slots "): "a drawing of packed pairs",
     ("docs/index.md", "pip install -e"): "installs; tests/test_editable_install.py does so",

@@ -31,6 +31,8 @@ source_suffix = {".md": "myst-nb", ".ipynb": "myst-nb"}
 # The notebook is rendered from its .ipynb, which has the outputs; the .md next to it is what people edit.
 exclude_patterns = ["notebooks/*.md"]
 nb_execution_mode = "off"
+# Tables that a cell writes as Markdown are drawn as those of a page.
+nb_render_markdown_format = "myst"
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 4
 nitpicky = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -15,6 +16,7 @@ from jdpo.config import (
     DatasetConfig,
     DPOConfig,
     LoraConfig,
+    MeshConfig,
     SFTConfig,
     differences,
     keys_of,
@@ -534,3 +536,23 @@ def test_python_gives_paths_as_they_are(tmp_path: Path) -> None:
     for wrong in ("beta=0.2", {"beta": 0.2}):
         with pytest.raises(ValueError, match="list of words"):
             load_config(DPOConfig, tmp_path / "run.yaml", wrong)  # type: ignore[arg-type]
+
+
+def test_constructors_explain_faults_as_load_config_does() -> None:
+    given: dict[str, Any] = {"lr": 1, "max_step": 3, "beta": -1, "loss_type": "x", "lora": {"rank": 8}}
+    with pytest.raises(ValueError, match="unknown loss_type") as caught:
+        DPOConfig(model_name_or_path="m", output_dir="o", **given)
+    message = str(caught.value)
+    assert "pydantic" not in message
+    assert "'beta' in the call is -1: expected a number greater than 0" in message
+    # What to write is Python.
+    for advice in ("`learning_rate=1`", "did you mean 'max_steps'?", '`lora={"r": 8}`'):
+        assert advice in message
+    with pytest.raises(ValueError, match="missing key 'output_dir'"):
+        SFTConfig(model_name_or_path="m")  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="'r' in the call is 0: expected"):
+        LoraConfig(r=0)
+    with pytest.raises(ValueError, match="by name"):
+        MeshConfig(2)  # type: ignore[misc]
+    with pytest.raises(ValueError, match="here it is called 'lora'"):  # an object that is no YAML
+        DPOConfig(model_name_or_path="m", output_dir="o", peft_config=object())  # type: ignore[call-arg]

@@ -1,6 +1,7 @@
 """The settings of a run: their keys, how they are read, and which of them may change when a run is resumed."""
 
 from jdpo.config.addresses import public_text, refuse_passwords, without_queries
+from jdpo.config.constructors import explain_faults_of
 from jdpo.config.explaining import command_of, keys_of
 from jdpo.config.groups import (
     DataSettings,
@@ -27,6 +28,10 @@ from jdpo.config.reading import (
 from jdpo.config.resuming import EXPORT_KEYS, FREE_KEYS, changed_keys, differences
 from jdpo.config.value_types import Settings
 from jdpo.config.yaml_text import load_yaml
+
+# The classes that Python code constructs.
+for _cls in (*CONFIGS.values(), DatasetConfig, LoraConfig, MeshConfig, OptimizerConfig):
+    explain_faults_of(_cls)
 
 __all__ = [
     "CONFIGS",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,11 +12,15 @@ from jdpo.config.foreign_keys import FOREIGN, OTHER_COMMANDS, RENAMED, VALUES
 from jdpo.config.key_specs import REQUIRED, key_specs
 from jdpo.config.keys import CONFIGS
 from jdpo.config.value_types import Settings
+from jdpo.config.yaml_text import load_yaml
 from jdpo.safe_text import terminal
 from jdpo.words import nearest
 
 COMMAND_LINE = "on the command line"
 """The origin of a key of the command line, as messages name it."""
+
+IN_PYTHON = "in the call"
+"""The origin of a key that Python code gives a class of settings."""
 
 _LONGEST_VALUE = 60
 
@@ -59,6 +64,12 @@ def explain(cls: type[Settings], problems: Sequence[Any], origins: Mapping[str, 
         elif fault is same[0]:
             lines.append(_line_of_group(fault.group, same))
     return "\n".join(dict.fromkeys(lines))  # a union reports a fault once per member
+
+
+def explain_call(cls: type[Settings], problems: Sequence[Any]) -> str:
+    """Describes every fault of the call of a constructor; see `explain`."""
+    named = (str(problem["loc"][0]) for problem in problems if problem["loc"])
+    return explain(cls, problems, dict.fromkeys(named, IN_PYTHON))
 
 
 class _Instead(NamedTuple):
@@ -122,8 +133,9 @@ class _Fault(NamedTuple):
         if self.problem["type"] == "unknown_loss":
             return str(self.problem["msg"])
         value = self.problem["input"]
-        shown = str(value).lower() if isinstance(value, bool) else repr(value)
-        found = "has no value" if value is None else f"is {shown}"
+        in_python = self.where == IN_PYTHON
+        shown = str(value).lower() if isinstance(value, bool) and not in_python else terminal(repr(value))
+        found = "has no value" if value is None and not in_python else f"is {shown}"
         if spec is None or self.problem["type"] == "value_error":  # a check of jdpo's own has a message of its own
             return f"{key!r} {self.where} {found}: {self.problem['msg'].removeprefix('Value error, ')}"
         expected = "a finite number" if self.problem["type"] == "finite_number" else spec.expected
@@ -135,7 +147,7 @@ class _Fault(NamedTuple):
 
     def _advice(self, cls: type[Settings]) -> str:
         if self.instead is None:
-            return _advice_without_key(cls, self.path)
+            return _advice_without_key(cls, self.path, self.where)
         key, value, note, renamed = self.instead
         called = f"here it is called {key!r}" if renamed else ""
         setting = _setting(key, value, self.where) if value else ""
@@ -152,6 +164,8 @@ def _line_of_group(group: str, faults: Sequence[_Fault]) -> str:
     inner = {key.partition(".")[2]: value for key, value in settings.items() if "." in key}
     if not inner:
         setting = _setting(group, "true", where)
+    elif where == IN_PYTHON:
+        setting = f"`{group}={{{', '.join(_entry(key, value) for key, value in inner.items())}}}`"
     elif where == COMMAND_LINE:
         setting = "`" + " ".join(f"--{group}.{key} {value}" for key, value in inner.items()) + "`"
     else:
@@ -200,7 +214,7 @@ def _renamed_value(key: str, value: Any) -> str:
     return VALUES.get(key, {}).get(shown.lower(), shown) or ""
 
 
-def _advice_without_key(cls: type[Settings], path: Sequence[Any]) -> str:
+def _advice_without_key(cls: type[Settings], path: Sequence[Any], where: str) -> str:
     """Returns what to do about an unknown key that means the same as no key of `cls`."""
     # From the most to the least certain: a key of another command, a known foreign key, a similar name.
     known, dotted, name = keys_of(cls), _dotted(path), str(path[-1])
@@ -217,7 +231,7 @@ def _advice_without_key(cls: type[Settings], path: Sequence[Any]) -> str:
         return f"did you mean {full!r}?"
     if (option := nearest(name, OTHER_COMMANDS, cutoff=0.75)) is not None:
         return f"did you mean `--{option}`, an option of `jdpo {OTHER_COMMANDS[option]}`?"
-    return "`--help` lists the keys"
+    return f"help({cls.__name__}) lists the keys" if where == IN_PYTHON else "`--help` lists the keys"
 
 
 def _advice_of_foreign(name: str, known: Mapping[str, str]) -> str:
@@ -235,19 +249,38 @@ def _setting(key: str, value: str, where: str) -> str:
     """Returns a key with its value, written as it is where the fault was found."""
     group, _, inner = key.partition(".")
     if group == "datasets" and inner:
-        return f"`{inner}: {value}`"
+        return f"`{_entry(inner, value)}`" if where == IN_PYTHON else f"`{inner}: {value}`"
+    if where == IN_PYTHON:
+        return f"`{group}={{{_entry(inner, value)}}}`" if inner else f"`{key}={_in_python(value)}`"
     if where == COMMAND_LINE:
         return f"`--{key} {value}`"
     return f"`{group}: {{{inner}: {value}}}`" if inner else f"`{key}: {value}`"
 
 
+def _entry(key: str, value: str) -> str:
+    """Returns a key with its value, given as YAML, as an entry of a dict of Python."""
+    return f'"{key}": {_in_python(value)}'
+
+
+def _in_python(value: str) -> str:
+    """Returns a value that is given as YAML as Python code."""
+    try:
+        found = load_yaml(value)
+    except yaml.YAMLError:
+        found = value  # a text without quotes
+    return json.dumps(found, ensure_ascii=False) if isinstance(found, str) else repr(found)
+
+
 def _as_yaml(value: Any) -> str:
-    """Returns a value as one line of YAML, text without quotes; empty if it is long."""
-    text = (
-        value
-        if isinstance(value, str)
-        else yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
-    )
+    """Returns a value as one line of YAML, text without quotes; empty if it is long, or no plain data."""
+    try:
+        text = (
+            value
+            if isinstance(value, str)
+            else yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
+        )
+    except yaml.YAMLError:  # an object that Python code gave
+        return ""
     text = terminal(text.removesuffix("\n").removesuffix("\n..."))
     return text if len(text) <= _LONGEST_VALUE else ""
 

@@ -41,6 +41,8 @@ def _known_loss(name: str) -> str:
         near = nearest(name, [*LOSSES, *LOSS_SYNONYMS], cutoff=0.5)
         same = f" (another name of {LOSS_SYNONYMS[near]})" if near in LOSS_SYNONYMS else ""
         hint = f"; did you mean {near!r}{same}?" if near else "."
+        if name in LOSS_SYNONYMS:
+            hint = f"; here it is {LOSS_SYNONYMS[name]!r}."  # Python code gives the usual names
         if "," in name:
             hint = f"; write several losses as a list, [{', '.join(part.strip() for part in name.split(','))}]."
         text = f"unknown loss_type {name!r}{hint} The losses are: {', '.join(LOSSES)}"

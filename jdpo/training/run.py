@@ -42,7 +42,7 @@ from jdpo.training.interrupt import StopRequest, silence_lost_output
 from jdpo.training.logs.phases import PhaseClock, TimingRecord
 from jdpo.training.logs.recording import Record
 from jdpo.training.logs.tracking import open_trackers
-from jdpo.training.pages.live_report import LiveReport
+from jdpo.training.pages.live_report import LiveReport, renew_last_page
 from jdpo.training.profile import Profiler
 from jdpo.training.reference.reference_source import Reference, settle_reference
 from jdpo.training.run_dir import RunDirectory
@@ -104,6 +104,7 @@ def train(
         if directory.finished:
             step = directory.record.results["step"]
             log(f"the run in {directory.path} is finished (step {step}): {directory.outcome}")
+            renew_last_page(directory, log)
             return result_of(directory, step)
         timing = TimingRecord(clock, directory, resources)
 

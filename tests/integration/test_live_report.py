@@ -1,13 +1,16 @@
-"""report.html and data.json of real runs: finished, stopped, and one that cannot write its page."""
+"""report.html and data.json of real runs: finished, stopped, failed at once, and one that cannot write its page."""
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from jdpo.cli.main import main
 from jdpo.reports.data_summary.run_data import is_run_data
@@ -43,6 +46,37 @@ def test_curves_begin_at_the_start(uninterrupted: Path) -> None:
 
 def test_a_stopped_run_says_so(stopped: Path) -> None:
     assert "stopped: step 9 of 12" in text_of(stopped / "report.html")
+
+
+def test_a_run_that_fails_before_its_first_step_says_why(cut_words: Words, toy_model: Path, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(toy_model, tmp_path / "broken"))
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][:] = np.nan
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    words = cut_words(tmp_path / "run", model_name_or_path=broken)
+    assert main(words) == 2
+    text = text_of(tmp_path / "run" / "report.html")
+    for phrase in ("failed: step 0 ValueError", "holds NaN or Inf", "No step is logged.", "Training rows"):
+        assert phrase in text, phrase
+
+
+def test_a_kill_before_the_last_page_is_mended_by_the_next_start(
+    uninterrupted: Path, cut_words: Words, tmp_path: Path, capsys: Capture
+) -> None:
+    run = Path(shutil.copytree(uninterrupted, tmp_path / "run"))
+    page = run / "report.html"
+    words = cut_words(run)
+    page.write_text(page.read_text().replace(": finished</title>", ": running</title>").replace("finished", "running"))
+    assert main(words) == 0
+    assert "finished: 12 steps" in text_of(page)
+    written = page.stat().st_mtime_ns
+    assert main(words) == 0
+    assert page.stat().st_mtime_ns == written
+    page.unlink()
+    page.mkdir()
+    capsys.readouterr()
+    assert main(words) == 0  # a page that cannot be written is no reason to fail
+    assert "the report of the run cannot be written" in "".join(capsys.readouterr())
 
 
 @pytest.mark.ci

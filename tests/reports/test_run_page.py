@@ -226,7 +226,8 @@ def test_a_run_without_anything_still_has_a_page() -> None:
     text = words(run_page([empty]))
     assert "not finished: step 0" in text
     assert "run.json is missing." in text
-    assert "No step is logged yet." in text
+    assert "No step is logged." in text
+    assert "No step is logged yet." in words(run_page([dataclasses.replace(empty, status="running")]))
     # A part of data.json of another version is left out.
     assert "Training rows" not in words(run_page([dataclasses.replace(empty, data={"train": {"rows": 3}})]))
 

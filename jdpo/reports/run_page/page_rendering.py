@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from importlib import resources
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
@@ -19,13 +20,16 @@ from jdpo.reports.run_page import run_tables
 from jdpo.reports.run_page.curve_plots import CurvePlot, Series, curve_plot, last_place
 from jdpo.reports.run_page.curves import RunCurves, smoothing_width
 from jdpo.reports.run_page.next_commands import next_commands
-from jdpo.reports.run_page.page_run import PageRun
+from jdpo.reports.run_page.page_run import PageRun, RunStatus
 from jdpo.reports.run_page.panels import SPEED_PANELS, Panel, main_panels, other_panels, present
 from jdpo.reports.run_page.run_samples import samples_of
 from jdpo.words import figure, memory
 
 MOST_RUNS = 8
 """Runs of one page: as many colours are easy to distinguish."""
+
+HEAD = 8192
+"""The title of a page ends before so many characters."""
 
 MOST_OTHERS = 24
 """Plots of metrics that have no panel of their own, on the page of one run; several share this number."""
@@ -62,6 +66,21 @@ def run_page(runs: Sequence[PageRun]) -> str:
         "next": [next_commands(run) for run in runs],
     }
     return _template().render(values).strip() + "\n"
+
+
+def page_shows(page: Path, status: RunStatus) -> bool:
+    """Returns True if a file is the page of one run in this state.
+
+    Raises:
+      OSError: the file cannot be read.
+    """
+    try:
+        with page.open(encoding="utf-8", errors="replace") as file:
+            beginning = file.read(HEAD)
+    except FileNotFoundError:
+        return False
+    # The title is in front of everything that is long; a name in it has no markup of its own.
+    return f": {status}</title>" in beginning
 
 
 @functools.cache

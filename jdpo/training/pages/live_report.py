@@ -16,7 +16,7 @@ from jdpo.config import public_text
 from jdpo.durable import write_durably
 from jdpo.processes import is_first
 from jdpo.reports.data_summary.run_data import run_data
-from jdpo.reports.run_page.page_rendering import run_page
+from jdpo.reports.run_page.page_rendering import page_shows, run_page
 from jdpo.reports.run_page.page_run import RunStatus
 from jdpo.training.logs.facts_of_run import read_data_summary
 from jdpo.training.logs.phases import TimingRecord
@@ -75,7 +75,8 @@ class LiveReport:
         if status != "finished":
             self._directory.end("failed" if reason else "stopped", reason or None)
         self._timing.save()
-        self._write(status, reason)
+        # Also without a logged line: a run that fails before its first step says why.
+        _write_page(self._directory, status, reason)
 
     def _keep_writing(self) -> None:
         """Runs on the thread."""
@@ -85,18 +86,12 @@ class LiveReport:
             if not self._has_lines():
                 continue
             began = time.thread_time()
-            self._attempt(lambda: self._write("running"))
+            self._attempt(lambda: _write_page(self._directory, "running"))
             wait = max(EVERY, (time.thread_time() - began) / MOST_OF_THE_TIME)
 
     def _has_lines(self) -> bool:
         """Returns True once something is logged; before, there is nothing to show."""
         return self._directory.metrics.exists() and self._directory.metrics.stat().st_size > 0
-
-    def _write(self, status: RunStatus, reason: str = "") -> None:
-        path = self._directory.path
-        if self._has_lines():
-            (name,) = distinct_names([path])
-            write_durably(self._directory.report, run_page([read_page_run(path, name, status, reason)]))
 
     def _describe_rows(self) -> None:
         setup, path = self._setup, self._directory.path
@@ -118,5 +113,24 @@ class LiveReport:
         except Exception as error:
             if not self._is_noted:
                 self._is_noted = True
-                with contextlib.suppress(Exception):  # the terminal may be what is gone
-                    self._log(f"warning: the report of the run cannot be written: {type(error).__name__}: {error}")
+                _note(error, self._log)
+
+
+def renew_last_page(directory: RunDirectory, log: Log) -> None:
+    """Writes the page of a finished run again if it does not show the end: the process was killed before it did."""
+    if is_first():
+        try:
+            if not page_shows(directory.report, "finished"):
+                _write_page(directory, "finished")
+        except Exception as error:  # the run is finished all the same
+            _note(error, log)
+
+
+def _write_page(directory: RunDirectory, status: RunStatus, reason: str = "") -> None:
+    (name,) = distinct_names([directory.path])
+    write_durably(directory.report, run_page([read_page_run(directory.path, name, status, reason)]))
+
+
+def _note(error: Exception, log: Log) -> None:
+    with contextlib.suppress(Exception):  # the terminal may be what is gone
+        log(f"warning: the report of the run cannot be written: {type(error).__name__}: {error}")

@@ -59,7 +59,7 @@ def train_from(path: Path) -> int:
 
 class Stop(jdpo.Callback):
     def on_evaluate(self, run: jdpo.RunView, metrics: Mapping[str, float]) -> None:
-        ((answer,),) = run.sample([[{"role": "user", "content": "Where?"}]], temperature=0)
+        ((answer,),) = run.sample([[{"role": "user", "content": "Where?"}]], top_p=0.9, top_k=5)
         if metrics["eval_loss"] < 0.3:
             run.stop(answer.text)
 

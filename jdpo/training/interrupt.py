@@ -64,6 +64,10 @@ class StopRequest:
             # os.write, since a handler may run in the middle of any other print.
             os.write(2, b"\nstopping at the next step; a second signal stops at once\n")
 
+    def interrupt(self) -> None:
+        """Has the effect of a first Ctrl-C."""
+        self._ask(signal.SIGINT, None)
+
     def _restore(self) -> None:
         while self._previous:
             signal.signal(*self._previous.popitem())

@@ -83,7 +83,15 @@ class RunView:
             self._stop.ask(str(reason) or "no reason given")
 
     def sample(
-        self, prompts: Prompts, *, n: int = 1, temperature: float = 1.0, max_new_tokens: int = 128, seed: int = 0
+        self,
+        prompts: Prompts,
+        *,
+        n: int = 1,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int | None = None,
+        max_new_tokens: int = 128,
+        seed: int = 0,
     ) -> list[list[Answer]]:
         """Draws answers with the current weights; training is not changed.
 
@@ -92,7 +100,7 @@ class RunView:
         Args:
           prompts: texts, or lists of messages.
           n: number of answers to each prompt.
-          temperature, max_new_tokens, seed: see `LoadedModel.generate`.
+          temperature, top_p, top_k, max_new_tokens, seed: see `LoadedModel.generate`.
 
         Returns:
           For each prompt, its n answers.
@@ -104,14 +112,23 @@ class RunView:
         if isinstance(prompts, str) or any(isinstance(prompt, dict) for prompt in prompts):
             raise ValueError("prompts: expected a list of prompts, found one; write run.sample([prompt])")
         with memory_explained("run.sample"):
-            return self.model.generate(prompts, n=n, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
+            return self.model.generate(
+                prompts,
+                n=n,
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                max_new_tokens=max_new_tokens,
+                seed=seed,
+            )
 
 
 class Callback:
     """The base class of callbacks of a run. Every method does nothing; override those that are needed.
 
     They are called in the thread of the run, between two steps, and on every process if there are several. They change
-    neither the rows nor the numbers of training. If one raises, the run saves a checkpoint and ends with that error.
+    neither the rows nor the numbers of training. If one raises, the run saves a checkpoint and ends with that error; a
+    KeyboardInterrupt has the effect of Ctrl-C: the run saves, and `jdpo.train` returns an interrupted result.
     """
 
     def on_start(self, run: RunView) -> None:
@@ -230,6 +247,12 @@ class Callbacks:
         for callback in self._all if self._override(name) else ():
             try:
                 getattr(callback, name)(view, *arguments)
+            except KeyboardInterrupt:
+                # After a first signal this is the second one, which ends the run at once. Without one, the callback has
+                # raised it itself: the run's handler does not.
+                if self._stop.signum is not None:
+                    raise
+                self._stop.interrupt()
             except Exception as error:
                 # Raised when the run has saved what it has learnt so far.
                 self._error = error

@@ -17,7 +17,7 @@ import jdpo
 from jdpo.cli.main import main
 from jdpo.config import DPOConfig, load_config
 from jdpo.reports.metrics_file import read_metrics
-from jdpo.training.interface.callbacks import RunView
+from jdpo.training.interface.callbacks import Callbacks, RunView
 from jdpo.training.interrupt import StopRequest
 from tests.conftest import chat_pairs
 from tests.run_stops import EachStep, SignalAt
@@ -71,6 +71,12 @@ class Ask(Watch):
     def on_evaluate(self, run: jdpo.RunView, metrics: Mapping[str, float]) -> None:
         super().on_evaluate(run, metrics)
         (answers,) = run.sample([QUESTION], n=2, max_new_tokens=4)
+        (greedy,) = run.sample([QUESTION], temperature=0, max_new_tokens=4)
+        for drawn in (
+            run.sample([QUESTION], top_k=1, max_new_tokens=4),
+            run.sample([QUESTION], top_p=1e-6, max_new_tokens=4),
+        ):
+            assert drawn[0][0].tokens == greedy[0].tokens
         assert [answer.sample for answer in answers] == [0, 1]
         assert run.model.logps(QUESTION, "yes").total < 0
 
@@ -141,9 +147,9 @@ def test_a_run_that_dies_before_its_first_checkpoint_begins_again(
 ) -> None:
     class Die(jdpo.Callback):
         def on_evaluate(self, run: jdpo.RunView, metrics: Mapping[str, float]) -> None:
-            raise KeyboardInterrupt  # as a second Ctrl-C does: nothing is saved
+            raise SystemExit  # as a second Ctrl-C does: nothing is saved
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit):
         jdpo.train(config(), train_dataset=ROWS, eval_dataset=HELD_OUT, callbacks=[Die()])
     assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [0]
     jdpo.train(config(), train_dataset=ROWS, eval_dataset=HELD_OUT)
@@ -151,10 +157,16 @@ def test_a_run_that_dies_before_its_first_checkpoint_begins_again(
     assert [line["step"] for line in lines if "eval_loss" in line] == [0, 2, 3]
 
 
+def interrupt_after_the_first_step(run: jdpo.RunView) -> None:
+    if run.step == 1:
+        raise KeyboardInterrupt
+
+
 @pytest.mark.ci
-def test_ctrl_c_saves_and_returns(config: Callable[..., DPOConfig]) -> None:
+@pytest.mark.parametrize("callback", [SignalAt(1, signal.SIGINT), EachStep(interrupt_after_the_first_step)])
+def test_ctrl_c_saves_and_returns(callback: jdpo.Callback, config: Callable[..., DPOConfig]) -> None:
     before = signal.getsignal(signal.SIGINT)
-    result = jdpo.train(config(eval_steps="null"), train_dataset=ROWS, callbacks=[SignalAt(1, signal.SIGINT)])
+    result = jdpo.train(config(eval_steps="null"), train_dataset=ROWS, callbacks=[callback])
     assert (result.step, result.interrupted, result.exit_code) == (1, True, 130)
     assert signal.getsignal(signal.SIGINT) == before
 
@@ -191,6 +203,21 @@ def test_a_callback_need_not_say_why_it_stops_a_run() -> None:
     setup: Any = SimpleNamespace(num_steps=2, config=SimpleNamespace(output_dir="run"))
     RunView(setup, stop, 1).stop()
     assert stop.reason == "no reason given"
+
+
+def test_an_interrupt_of_a_callback_stops_the_run_like_ctrl_c_and_the_second_one_at_once() -> None:
+    seen: list[int] = []
+
+    def interrupt(run: jdpo.RunView) -> None:
+        seen.append(run.step)
+        raise KeyboardInterrupt
+
+    calls, stop = Callbacks([EachStep(interrupt), EachStep(lambda run: seen.append(-run.step))]), StopRequest()
+    setup: Any = SimpleNamespace(num_steps=3, config=SimpleNamespace(output_dir="run"))
+    calls.begin(setup, stop, 1, {})
+    assert (seen, stop.signalled(), stop.exit_code) == ([1, -1], True, 130)
+    with pytest.raises(KeyboardInterrupt):
+        calls.after_step(2, None, {})
 
 
 def test_rows_are_named_once(run_words: Words) -> None:

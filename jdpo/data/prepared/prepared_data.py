@@ -116,9 +116,11 @@ class PreparedData(Generic[R]):
     def summary(self) -> str:
         """Returns the lines for the user and the model card on rows read, kept, dropped and truncated."""
         lines = []
-        for dataset, left_out in zip(self._datasets, (source.left_out for source in self._sources), strict=True):
-            lines.append(terminal(f"{without_queries(dataset.path)} ({dataset.split})"))
-            if left_out:
+        for dataset, source in zip(self._datasets, self._sources, strict=True):
+            # "(train)" after a file of evaluation rows would look like a mistake.
+            part = f" ({dataset.split})" if source.has_splits or dataset.split != "train" else ""
+            lines.append(terminal(f"{without_queries(dataset.path)}{part}"))
+            if left_out := source.left_out:
                 lines.append(
                     f"  {figure(len(left_out), 'data file')} of no split ignored: {listed(left_out, MOST_NAMES)}"
                 )

@@ -21,6 +21,7 @@ class HubSource:
         import datasets
 
         self.left_out: tuple[str, ...] = ()
+        self.has_splits = True
         self.label = f"{config.path}:{config.split}"
         try:
             # No trust_remote_code: loading scripts of a repository are never run.

@@ -34,9 +34,11 @@ class Source(Protocol):
 
     Attributes:
       left_out: names of the data files in its folder that belong to no split.
+      has_splits: False for a single file.
     """
 
     left_out: tuple[str, ...]
+    has_splits: bool
 
     def rows(self) -> Iterator[Row]:
         """Yields raw rows with their origins."""
@@ -81,7 +83,7 @@ def open_source(dataset: DatasetConfig) -> Source:
     split = parse_split(dataset.split)
     if kind == "folder":
         files, left_out = files_of_folder(store, path, split.name)
-        return FileSource(files, left_out, split, place)
+        return FileSource(files, left_out, split, place, has_splits=True)
     if split.name != "train":
         raise ValueError(
             f"{place}: a file has one split, 'train', but split is {dataset.split!r}; leave split out, or "
@@ -90,7 +92,7 @@ def open_source(dataset: DatasetConfig) -> Source:
     name = public_text(path).rsplit("/", 1)[-1]
     if ending_of(name) is None:
         raise ValueError(f"{place}: cannot read this kind of file; expected {', '.join(READERS)}")
-    return FileSource((File(store, path, terminal(name)),), (), split, place)
+    return FileSource((File(store, path, terminal(name)),), (), split, place, has_splits=False)
 
 
 def is_on_hub(path: str) -> bool:
@@ -124,9 +126,12 @@ def _refuse_hub_options(dataset: DatasetConfig, place: str, kind: str) -> None:
 class FileSource:
     """The rows of one or more files, one file after the other."""
 
-    def __init__(self, files: Sequence[File], left_out: Sequence[str], split: Slice, place: str) -> None:
+    def __init__(
+        self, files: Sequence[File], left_out: Sequence[str], split: Slice, place: str, *, has_splits: bool
+    ) -> None:
         self.files = tuple(files)
         self.left_out = tuple(left_out)
+        self.has_splits = has_splits
         self.split = split
         self.place = place
 

@@ -99,7 +99,7 @@ def test_what_is_dropped_and_cut_is_counted_and_reported(prepare: Callable[..., 
     }
     assert [data[i].origin for i in range(2)] == ["pairs.jsonl:1", "pairs.jsonl:5"]
     for line in (
-        f"{tmp_path}/pairs.jsonl (train)",
+        f"{tmp_path}/pairs.jsonl\n",  # a file has no splits to name
         "  6 rows read, 2 kept",
         "  1 dropped: empty side (the first: pairs.jsonl:2)",
         "  1 with a completion cut at max_length",
@@ -342,6 +342,7 @@ def test_files_of_a_folder_that_are_not_read_are_reported(prepare: Callable[...,
         write(folder / f"extra{index}.jsonl", rows(3))
     data = prepare(datasets)
     assert data.from_cache  # what is left out is no part of the rows
+    assert f"{folder} (train)\n" in data.summary()
     assert (
         "6 data files of no split ignored: extra0.jsonl, extra1.jsonl, extra2.jsonl, extra3.jsonl, extra4.jsonl "
         "and 1 more"

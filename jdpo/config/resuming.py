@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from jdpo.config.addresses import without_queries
@@ -10,6 +11,9 @@ from jdpo.config.key_specs import as_yaml
 from jdpo.config.nested import LORA_DEFAULTS, RULE_DEFAULTS, DatasetConfig, LoraConfig
 from jdpo.config.reading import defaults_of, to_public_dict
 from jdpo.config.value_types import Settings
+
+GIVEN_ROWS = {".jsonl": "a list", ".arrow": "a datasets.Dataset"}
+"""Ending of a file that keeps rows which Python code gave -> how it gave them."""
 
 EXPORT_KEYS = (
     "export_dtype",
@@ -75,6 +79,7 @@ def differences(saved: Mapping[str, Any], current: Settings) -> list[str]:
     before = {**defaults_of(type(current)), **saved}
     return [
         f"{key}: {_shown(key, before.get(key))} before, {_shown(key, now.get(key))} now"
+        f"{_advice_on_kind(before.get(key), now.get(key))}"
         for key in changed_keys(saved, current, keys)
     ]
 
@@ -92,6 +97,19 @@ def _shown(key: str, value: Any) -> str:
         defaults = vars(LoraConfig()) if key == "lora" else {}
         value = {name: one for name, one in value.items() if one != defaults.get(name)} or True
     return as_yaml(value)
+
+
+def _advice_on_kind(before: Any, now: Any) -> str:
+    """Returns what to do if Python code gave rows in another form before, after a semicolon; else nothing."""
+    paths = [
+        Path(str(value[0].get("path")))
+        for value in (before, now)
+        if isinstance(value, list | tuple) and len(value) == 1 and isinstance(value[0], Mapping)
+    ]
+    kinds = [GIVEN_ROWS.get(path.suffix) for path in paths if path.stem in ("train_dataset", "eval_dataset")]
+    if len(kinds) < 2 or None in kinds or kinds[0] == kinds[1]:
+        return ""
+    return f"; the rows were given as {kinds[0]} before, and now as {kinds[1]}: give the same kind"
 
 
 def changed_keys(saved: Mapping[str, Any], current: Settings, keys: Iterable[str]) -> list[str]:

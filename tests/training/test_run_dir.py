@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from jdpo.checkpoint.steps import MANIFEST, digests_of
-from jdpo.config import SFTConfig
+from jdpo.config import SFTConfig, differences, load_config, to_dict
 from jdpo.training.run_dir import RunDirectory
 
 
@@ -75,6 +75,17 @@ def test_a_start_that_left_files_is_continued(left: str, tmp_path: Path) -> None
     else:
         (tmp_path / left).mkdir()
     assert not is_new(tmp_path, learning_rate=1.0)
+
+
+def test_rows_of_another_kind_are_named_when_a_run_is_resumed(tmp_path: Path) -> None:
+    as_list, as_dataset, other = (
+        load_config(SFTConfig, None, ["model_name_or_path=m", f"output_dir={tmp_path}", f"datasets={tmp_path}/{name}"])
+        for name in ("train_dataset.jsonl", "train_dataset.arrow", "other.arrow")
+    )
+    (line,) = differences(to_dict(as_list), as_dataset)
+    assert "as a list before, and now as a datasets.Dataset: give the same kind" in line
+    (line,) = differences(to_dict(as_list), other)
+    assert "the same kind" not in line
 
 
 def test_another_run_is_refused_with_its_differences(run: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import html.parser
 import importlib.util
 import re
 import subprocess
@@ -12,6 +11,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from tests.html_page import HtmlPage
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -65,35 +66,20 @@ def test_every_key_that_trl_adds_is_explained() -> None:
     script("write_coming_from").table(sorted(own))
 
 
-class Page(html.parser.HTMLParser):
-    """The links and anchors of a page of the site."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.links: list[str] = []
-        self.anchors: set[str] = set()
-        self.feed(path.read_text(encoding="utf-8"))
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        values = dict(attrs)
-        self.anchors.add(values.get("id") or "")
-        address = values.get("href" if tag in ("a", "link") else "src")
-        if address and not re.match(r"(https?|mailto|data):", address):
-            self.links.append(address)
-
-
 @pytest.mark.extras
 def test_the_site_builds_without_warnings_and_its_links_lead_somewhere(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "sphinx", "-b", "html", "-W", "--keep-going", "-q", "-d", tmp_path / "state"]
     done = subprocess.run([*map(str, words), DOCS, tmp_path / "site"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    pages = {path: Page(path) for path in (tmp_path / "site").rglob("*.html")}
+    pages = {path: HtmlPage(path.read_text(encoding="utf-8")) for path in (tmp_path / "site").rglob("*.html")}
     assert len(pages) > 30
     broken = []
     for path, page in pages.items():
-        for link in page.links:
+        for link in page.addresses:
+            if re.match(r"(https?|mailto|data):", link):
+                continue
             address, _, anchor = link.partition("?")[0].partition("#")
             target = (path.parent / address).resolve() if address else path
-            if not target.exists() or (anchor and target in pages and anchor not in pages[target].anchors):
+            if not target.exists() or (anchor and target in pages and anchor not in pages[target].ids):
                 broken.append(f"{path.name}: {link}")
     assert not broken

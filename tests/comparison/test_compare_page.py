@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import re
 import shutil
-import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +30,7 @@ from jdpo.comparison.figures.pair_figures import PairRows
 from jdpo.comparison.intervals import Estimate
 from jdpo.comparison.word_diff import Piece, word_diff
 from tests.conftest import write_jsonl
+from tests.html_page import HtmlPage, assert_only_text, chromium
 
 HOSTILE = '<script>alert(1)</script><img src=x onerror="alert(2)">\x1b[31m\u202e{{ 7 * 7 }}</p></style> &amp;'
 
@@ -158,58 +157,28 @@ def document(text: str = "It is Dublin, a city by the sea.") -> CompareDocument:
     )
 
 
-class Seen(HTMLParser):
-    """The tags, attributes and text of a page."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str | None]] = []
-        self.text = ""
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += attrs
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
 def test_hostile_texts_are_shown_as_texts() -> None:
     page = compare_page(document(HOSTILE))
-    seen = Seen(page)
-    assert not {"script", "img", "iframe", "object"} & set(seen.tags)
-    assert not [name for name, _ in seen.attributes if name.startswith("on") or name == "style"]
+    seen = assert_only_text(page)
     assert "{{ 7 * 7 }}" in seen.text
     assert r"\x1b[31m\u202e" in seen.text
     assert "\x1b" not in page
     assert "\u202e" not in page
-    assert seen.tags.count("style") == 1
     # Name, path, dataset, verdict, fact, prompt and setting; the answer is cut into marks.
     assert seen.text.count("<script>alert(1)</script>") >= 7
 
 
-def test_a_browser_may_load_nothing() -> None:
-    seen = Seen(compare_page(document()))
-    policy = next(value for _, value in seen.attributes if value and "default-src" in value)
-    assert policy.startswith("default-src 'none'; style-src 'sha256-")
-    links = [value for name, value in seen.attributes if name in ("href", "src")]
-    assert all(value is not None and value.startswith(("#", "data:,")) for value in links)
-
-
 def test_several_models_have_sections_of_their_own() -> None:
     one = document()
-    seen = Seen(compare_page(dataclasses.replace(one, comparisons=[*one.comparisons, *one.comparisons])))
-    ids = [value for name, value in seen.attributes if name == "id"]
-    assert len(ids) == len(set(ids))
-    links = [value for name, value in seen.attributes if name == "href" and value and value.startswith("#")]
+    seen = HtmlPage(compare_page(dataclasses.replace(one, comparisons=[*one.comparisons, *one.comparisons])))
+    assert len(seen.ids) == len(set(seen.ids))
+    links = [address for address in seen.addresses if address.startswith("#")]
     assert links == ["#model-1", "#model-2"]
-    assert {link[1:] for link in links} <= set(ids)
+    assert {link[1:] for link in links} <= set(seen.ids)
 
 
 def test_figures_have_values_intervals_and_findings() -> None:
-    text = re.sub(r"\s+", " ", Seen(compare_page(document())).text)
+    text = re.sub(r"\s+", " ", HtmlPage(compare_page(document())).text)
     assert "Pairs ranked right 52.5 %46.5 to 58.5 67.5 %61.5 to 73.5 +15.0 points+9.0 to +21.0" in text
     assert "better 180 prompts, p < 0.001" in text
     assert "−84.31" in text
@@ -258,11 +227,9 @@ def test_the_answers_that_fell_most_are_read_from_their_files(tmp_path: Path) ->
 def test_a_browser_has_nothing_to_complain_about(tmp_path: Path) -> None:
     page = tmp_path / "compare.html"
     write_compare_page(document(HOSTILE), page)
-    words = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0"]
-    words += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
-    done = subprocess.run([*words, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
-    assert "Pairs ranked right" in done.stdout
-    assert "CONSOLE" not in done.stderr
+    shown, log = chromium(page, tmp_path / "profile")
+    assert "Pairs ranked right" in shown
+    assert "CONSOLE" not in log
 
 
 def test_equal_lengths_are_two_bars_over_whole_numbers() -> None:

@@ -9,7 +9,6 @@ import itertools
 import json
 import re
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from jdpo.inspection.tree import report_of
 from jdpo.reports.data_summary.check_table import CHECKS, thresholds
 from jdpo.reports.data_summary.nodes import Data, Table
 from jdpo.reports.data_summary.visible_text import NEWLINE, SPACE
+from tests.html_page import HtmlPage, assert_only_text
 
 SCRIPT = "<script>alert(1)</script><img src=http://evil.example/x.png><style>body{display:none}</style>"
 
@@ -383,7 +383,7 @@ def test_terminal_and_page_show_every_text_of_the_report(inspect: Callable[..., 
     texts = {" ".join(text.split()) for text in texts_of(report)} - styles - names
     assert len(texts) > 150
     terminal = "".join(printed(document, 110).replace("│", "").split()).lower()
-    page = "".join("".join(Page(page_of(document)).text).split()).lower()
+    page = "".join(HtmlPage(page_of(document)).text.split()).lower()
     for text in texts:
         words = [word.lower() for word in text.split()]
         assert all(word in terminal for word in words), text
@@ -393,41 +393,11 @@ def test_terminal_and_page_show_every_text_of_the_report(inspect: Callable[..., 
 # --- the page
 
 
-class Page(HTMLParser):
-    """Parses the page as a browser does."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text: list[str] = []
-        self.style = ""
-        self._open = ""
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attributes)))
-        self._open = tag
-
-    def handle_endtag(self, tag: str) -> None:
-        self._open = ""
-
-    def handle_data(self, data: str) -> None:
-        if self._open == "style":
-            self.style += data
-        else:
-            self.text.append(data)
-
-
 def test_the_page_holds_data_only_as_text(inspect: Callable[..., Any]) -> None:
-    page = Page(page_of(inspect([*HOSTILE, *clean_rows(2)], HOSTILE, num_rows=6)))
-    names = [tag for tag, _ in page.tags]
-    assert names.count("style") == 1
-    assert not {"script", "img", "link", "iframe", "object", "form", "base"} & set(names)
-    assert names.count("article") == len([one for tag, one in page.tags if tag == "article" and one.get("class")])
-    for _, attributes in page.tags:
-        assert not any(name.startswith("on") or name in ("src", "style", "srcset") for name in attributes)
-        assert (attributes.get("href") or "#").startswith("#")
-    text = "".join(page.text)
+    page = assert_only_text(page_of(inspect([*HOSTILE, *clean_rows(2)], HOSTILE, num_rows=6)))
+    assert not {"link", "src"} & {*page.tags, *(name for name, _ in page.attributes)}
+    assert all(one.get("class") for tag, one in page.elements if tag == "article")
+    text = page.text
     assert SCRIPT in text.replace(SPACE, " ")
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", text)
 
@@ -443,17 +413,15 @@ def test_no_text_of_a_document_is_ever_markup(inspect: Callable[..., Any]) -> No
             return [attacked(inner) for inner in value]
         return attack if isinstance(value, str) else value
 
-    before, after = Page(page_of(document)), Page(page_of(attacked(document)))
-    assert {tag for tag, _ in after.tags} <= {tag for tag, _ in before.tags}
-    assert "".join(after.text).count(attack) > 50
+    before, after = HtmlPage(page_of(document)), HtmlPage(page_of(attacked(document)))
+    assert set(after.tags) <= set(before.tags)
+    assert after.text.count(attack) > 50
 
 
 def test_the_policy_lets_nothing_through_but_the_style_sheet(inspect: Callable[..., Any]) -> None:
-    page = Page(page_of(inspect(clean_rows(4))))
-    (policy,) = [one["content"] for _, one in page.tags if one.get("http-equiv") == "Content-Security-Policy"]
+    page = HtmlPage(page_of(inspect(clean_rows(4))))
     digest = base64.b64encode(hashlib.sha256(page.style.encode()).digest()).decode()
-    assert policy is not None
-    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    rules = dict(rule.strip().split(" ", 1) for rule in page.policy.split(";"))
     assert rules == {
         "default-src": "'none'",
         "style-src": f"'sha256-{digest}'",
@@ -465,17 +433,16 @@ def test_the_policy_lets_nothing_through_but_the_style_sheet(inspect: Callable[.
 
 
 def test_headings_tables_and_marks_make_sense_without_eyes(inspect: Callable[..., Any]) -> None:
-    page = Page(page_of(inspect([*HOSTILE, *clean_rows(2)], HOSTILE, num_rows=2)))
-    levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
+    page = HtmlPage(page_of(inspect([*HOSTILE, *clean_rows(2)], HOSTILE, num_rows=2)))
+    levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch("h[1-6]", tag)]
     assert levels[0] == 1
     assert levels.count(1) == 1
     assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
-    assert all("scope" in one for tag, one in page.tags if tag == "th")
-    ids = [one["id"] for _, one in page.tags if "id" in one]
-    assert len(ids) == len(set(ids))
-    assert {str(one["href"])[1:] for tag, one in page.tags if tag == "a"} <= set(ids)
-    assert dict(page.tags)["html"] == {"lang": "en"}
-    segments = [one for _, one in page.tags if str(one.get("class")).startswith("tokens ")]
+    assert all("scope" in one for tag, one in page.elements if tag == "th")
+    assert len(page.ids) == len(set(page.ids))
+    assert {address[1:] for address in page.addresses} <= set(page.ids)
+    assert dict(page.elements)["html"] == {"lang": "en"}
+    segments = [one for _, one in page.elements if str(one.get("class")).startswith("tokens ")]
     assert len(segments) == 6
     assert all(one["dir"] == "auto" for one in segments)
 

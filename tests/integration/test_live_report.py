@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,14 +13,14 @@ from safetensors.numpy import load_file, save_file
 
 from jdpo.cli.main import main
 from jdpo.reports.data_summary.run_data import is_run_data
+from tests.html_page import HtmlPage
 
 Words = Callable[..., list[str]]
 Capture = pytest.CaptureFixture[str]
 
 
 def text_of(page: Path) -> str:
-    body = page.read_text(encoding="utf-8").partition("</head>")[2]
-    return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", body))
+    return HtmlPage(page.read_text(encoding="utf-8")).words
 
 
 def test_a_run_leaves_its_page_and_the_summary_of_its_rows(uninterrupted: Path) -> None:

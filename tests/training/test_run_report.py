@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from jdpo.reports.metrics_file import read_metrics
 from jdpo.training.finish import log_findings, outcome_at
 from jdpo.training.pages.run_report import read_page_run, write_report
 from jdpo.training.run_dir import RunDirectory
+from tests.html_page import HtmlPage
 from tests.reports.simulated_runs import write_run
 
 
@@ -31,7 +31,7 @@ def run(tmp_path: Path) -> Path:
 def page_of(*words: str) -> str:
     assert main(["report", *words]) == 0
     page = Path(words[-1] if "--output" in words else f"{words[0]}/report.html").read_text(encoding="utf-8")
-    return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", page.partition("</head>")[2]))
+    return HtmlPage(page).words
 
 
 def test_a_finished_run_has_a_page_in_its_folder(run: Path) -> None:

@@ -34,7 +34,7 @@ def test_two_processes_train_as_one(run_words: Callable[..., list[str]], pairs_f
         assert [end.code for end in ends] == [0] * count, ends
         logs[count] = [end.log for end in ends]
     one, two = (read_metrics(tmp_path / f"processes_{count}" / "metrics.jsonl") for count in (1, 2))
-    assert len(one) == len(two) == 7
+    assert len(one) == len(two) == 8  # six steps, and evaluations before the first and after the last
     for line, other in zip(one, two, strict=True):
         names = [name for name in line if not name.endswith(("per_second", "_seconds", "_gib"))]
         np.testing.assert_allclose([line[n] for n in names], [other[n] for n in names], rtol=3e-5, atol=1e-6)

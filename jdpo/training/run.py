@@ -98,7 +98,7 @@ def train(
         # Entered first, so that all work and all loading happens in the dtype and precision of the run.
         resources.enter_context(jax_settings(config, config.cache_dir))
         calls.check_alike()
-        directory = resources.enter_context(closing(RunDirectory(config, task_for(config).command)))
+        directory = resources.enter_context(RunDirectory(config, task_for(config).command))
         given.write(directory, log)
         # A second start of a finished run, such as a requeued job, trains and compiles nothing.
         if directory.finished:

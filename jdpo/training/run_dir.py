@@ -15,6 +15,7 @@ trackers/              what each tracker was sent, see `SentSteps`
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import socket
@@ -31,6 +32,7 @@ from jdpo.config import (
     ReferenceSettings,
     changed_keys,
     differences,
+    public_text,
     refuse_passwords,
     to_dict,
     to_public_yaml,
@@ -38,7 +40,7 @@ from jdpo.config import (
 from jdpo.durable import keep_old, write_durably
 from jdpo.file_locks import lock_file
 from jdpo.processes import any_process, barrier, is_first, run_jointly
-from jdpo.training.run_record import Ending, RunRecord
+from jdpo.training.run_record import RunRecord
 
 REPORT = "report.html"
 
@@ -154,6 +156,18 @@ class RunDirectory:
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         lock.flush()
         self._lock = lock
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Notes how this start ends if nothing has noted it, such as for bad rows, and unlocks the folder."""
+        if is_first():
+            with contextlib.suppress(OSError, ValueError):  # which would hide what ends the run
+                # A finished run stays one, also if a later call is refused.
+                if not self.record.finished and self.record.ended is None:
+                    self.end(error)
+        self.close()
 
     def close(self) -> None:
         """Unlocks the folder."""
@@ -298,9 +312,20 @@ class RunDirectory:
         if is_first():
             dataclasses.replace(self.record, timing=timing, late_programs=late_programs).write(self._run_file)
 
-    def end(self, ended: Ending, reason: str | None) -> None:
-        """Notes that this start ends before the run is finished. To be called by the first process alone."""
-        dataclasses.replace(self.record, ended=ended, end_reason=reason).write(self._run_file)
+    def end(self, error: BaseException | None) -> None:
+        """Notes that this start fails, or ends before the run is finished. To be called by the first process alone.
+
+        Args:
+          error: what ends it; Ctrl-C and the like are stops, and no failures.
+        """
+        record = self.record
+        if isinstance(error, Exception):
+            record = dataclasses.replace(
+                record, ended="failed", end_reason=public_text(f"{type(error).__name__}: {error}")
+            )
+        elif not record.finished:
+            record = dataclasses.replace(record, ended="stopped", end_reason=None)
+        record.write(self._run_file)
 
     def finish(self, results: Mapping[str, Any]) -> None:
         """Marks the run as complete; the last thing a run writes."""

@@ -59,6 +59,17 @@ def test_a_run_that_fails_before_its_first_step_says_why(cut_words: Words, toy_m
         assert phrase in text, phrase
 
 
+def test_a_run_that_is_refused_says_why(cut_words: Words, tmp_path: Path, capsys: Capture) -> None:
+    run = tmp_path / "run"
+    assert main(cut_words(run, report_to="[tensorboard, nobody]")) == 2
+    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    assert record["ended"] == "failed"
+    assert "nobody" in record["end_reason"]
+    assert main(["report", str(run), "--output", str(tmp_path / "page.html")]) == 0
+    capsys.readouterr()
+    assert "failed: step 0 ValueError" in text_of(tmp_path / "page.html")
+
+
 def test_a_kill_before_the_last_page_is_mended_by_the_next_start(
     uninterrupted: Path, cut_words: Words, tmp_path: Path, capsys: Capture
 ) -> None:

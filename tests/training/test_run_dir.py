@@ -77,6 +77,26 @@ def test_a_start_that_left_files_is_continued(left: str, tmp_path: Path) -> None
     assert not is_new(tmp_path, learning_rate=1.0)
 
 
+def test_a_start_that_is_refused_notes_why(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+
+    def start(error: BaseException) -> dict[str, Any]:
+        with pytest.raises(type(error)), RunDirectory(config(folder), "sft"):
+            raise error
+        record: dict[str, Any] = json.loads((folder / "run.json").read_text())
+        return record
+
+    refused = start(ValueError("no tracker of this name"))
+    assert (refused["ended"], refused["end_reason"]) == ("failed", "ValueError: no tracker of this name")
+    stopped = start(KeyboardInterrupt())
+    assert stopped["ended"] == "stopped"
+    assert stopped.get("end_reason") is None
+    with RunDirectory(config(folder), "sft") as directory:  # unlocked
+        directory.metrics.write_text('{"step": 1}\n')
+        directory.finish({})
+    assert "ended" not in start(ValueError("another call"))
+
+
 def test_rows_of_another_kind_are_named_when_a_run_is_resumed(tmp_path: Path) -> None:
     as_list, as_dataset, other = (
         load_config(SFTConfig, None, ["model_name_or_path=m", f"output_dir={tmp_path}", f"datasets={tmp_path}/{name}"])

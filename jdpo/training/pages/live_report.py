@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from types import TracebackType
 
-from jdpo.config import public_text
 from jdpo.durable import write_durably
 from jdpo.processes import is_first
 from jdpo.reports.data_summary.run_data import run_data
@@ -67,16 +66,12 @@ class LiveReport:
 
     def _end(self, error: BaseException | None) -> None:
         """Notes how the run ended in run.json, and writes its last page."""
-        status: RunStatus = "finished" if self._directory.record.finished else "stopped"
-        reason = ""
-        # Ctrl-C and the like are stops.
-        if isinstance(error, Exception):
-            status, reason = "failed", public_text(f"{type(error).__name__}: {error}")
-        if status != "finished":
-            self._directory.end("failed" if reason else "stopped", reason or None)
+        self._directory.end(error)
+        record = self._directory.record
+        status: RunStatus = record.ended or "finished"
         self._timing.save()
         # Also without a logged line: a run that fails before its first step says why.
-        _write_page(self._directory, status, reason)
+        _write_page(self._directory, status, record.end_reason or "")
 
     def _keep_writing(self) -> None:
         """Runs on the thread."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -63,7 +64,7 @@ def random_model(
       The folder.
 
     Raises:
-      ValueError: a size is out of range, there are no texts, or the folder holds something else.
+      ValueError: a size is out of range, there are no texts or other objects, or the folder holds something else.
     """
     folder = Path(folder).expanduser()
     if isinstance(texts, str):
@@ -146,7 +147,11 @@ def write_model(
         if size < 1:
             raise ValueError(f"{name} is {size}; expected 1 or more")
     # Sorted, because the order of texts decides between merges with equal counts.
-    learnt = sorted(texts)
+    given = list(texts)
+    for index, text in enumerate(given):
+        if not isinstance(text, str):
+            raise ValueError(f"texts[{index}]: expected a text, found {type(text).__name__}; give the text of the row")
+    learnt = sorted(given)
     if not learnt:
         raise ValueError("texts: expected at least one text for the tokenizer to learn from, found none")
     folder.mkdir(parents=True, exist_ok=True)
@@ -212,7 +217,7 @@ def _llama_config(vocab_size: int, hidden_size: int, num_layers: int, max_positi
 
 def _write_weights(path: Path, config: Mapping[str, Any], rng: np.random.Generator, metadata: dict[str, str]) -> None:
     """Writes random matrices of unit gain; those that write to the residual stream shrink with depth, as in GPT-2."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     width, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
     keys_width = config["num_key_value_heads"] * config["head_dim"]
@@ -236,4 +241,10 @@ def _write_weights(path: Path, config: Mapping[str, Any], rng: np.random.Generat
             f"{name}.mlp.up_proj.weight": matrix(inner, width),
             f"{name}.mlp.down_proj.weight": matrix(width, inner, residual_gain),
         }
-    save_file(tensors, path, metadata=metadata)  # transformers refuses files without a format
+    saved = save(tensors, metadata=metadata)  # transformers refuses files without a format
+    # safetensors writes metadata in random order; the same model has the same bytes.
+    end = 8 + int.from_bytes(saved[:8], "little")
+    header = json.loads(saved[8:end])
+    header["__metadata__"] = dict(sorted(metadata.items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    path.write_bytes(saved[:8] + text.ljust(end - 8) + saved[end:])

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax import nn
 from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
 from jdpo.data.tokens.tokenizer import load_tokenizer
 from jdpo.models.families import read_model_config
@@ -89,6 +90,19 @@ def files_of_at_most(num_bytes: int) -> Iterator[None]:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_random_model_has_the_same_bytes_each_time(tmp_path: Path) -> None:
+    # Several times, as safetensors by itself puts metadata in one of two orders.
+    folders = [random_model(tmp_path / str(number), TEXTS, num_layers=1) for number in range(6)]
+    assert len({(folder / "model.safetensors").read_bytes() for folder in folders}) == 1
+    assert load_file(folders[0] / "model.safetensors")["model.norm.weight"].tolist() == [1.0] * 64
+
+
+def test_rows_instead_of_texts_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"texts\[1\]: expected a text, found dict"):
+        random_model(tmp_path / "toy", ["Cork", {"a": 1}])  # type: ignore[list-item]
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_random_model_appears_as_a_whole_or_not_at_all(tmp_path: Path) -> None:

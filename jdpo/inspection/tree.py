@@ -80,8 +80,9 @@ def _leakage(document: Json) -> Iterator[Node]:
 
 def _token_rows(rows: Sequence[Json]) -> Iterator[Node]:
     yield Paragraph(
-        "· is a space, ⏎ a line feed, ⇥ a tab; special tokens are shown by name. --ids shows ids in the terminal; on "
-        "the page, they are under the pointer."
+        # Python code reads this, too, so an option comes with its command.
+        "· is a space, ⏎ a line feed, ⇥ a tab; special tokens are shown by name. The ids of tokens are under the "
+        "pointer on the page, and in the terminal with `jdpo inspect --ids`."
     )
     for number, row in enumerate(rows, 1):
         segments = []

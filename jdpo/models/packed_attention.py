@@ -48,8 +48,15 @@ def packed_attention(
       slots of its own sequence; without m for one row. Values in unused slots are arbitrary.
 
     Raises:
-      ValueError: the batch has an axis of micro-batches, or an array does not have the shape above.
+      ValueError: attend is no function, batch is not packed or has an axis of micro-batches, or an array does not have
+        the shape above.
     """
+    if not callable(attend):
+        raise ValueError(
+            f"packed_attention: expected a function attend(query, key, value, segment_ids), found {_kind(attend)}"
+        )
+    if not isinstance(batch, PackedBatch):
+        raise ValueError(f"packed_attention: expected a batch of jdpo.pack, found {_kind(batch)}")
     is_row = batch.tokens.ndim == 1
     if batch.tokens.ndim not in (1, 2):
         raise ValueError(
@@ -82,6 +89,11 @@ def packed_attention(
         return output[0] if is_row else output
 
     return attention
+
+
+def _kind(found: object) -> str:
+    # As a value, a batch of arrays would fill the terminal.
+    return f"an object of type {type(found).__name__}"
 
 
 def attend_packed(

@@ -77,6 +77,7 @@ def test_rows_are_shown_token_by_token(capsys: pytest.CaptureFixture[str], run_w
     out = capsys.readouterr().out
     assert "Row 1: pairs.jsonl:" in out
     assert "prompt, not learnt" in out
+    assert "`jdpo inspect --ids`" in " ".join(out.split())  # Python code reads this line, too
     assert "<|im_end|>[2]" in out
     assert "Row 2" not in out
 

@@ -79,6 +79,14 @@ def test_attention_of_other_shapes_is_refused() -> None:
         packed_attention(lambda q, k, v, segments: v[0], batch)(x, x, x)
 
 
+def test_what_is_no_attention_or_no_batch_is_refused() -> None:
+    batch = pack([{"prompt_ids": [5, 6], "chosen_ids": [7, 2], "rejected_ids": [8]}], num_slots=8, length=4)
+    with pytest.raises(ValueError, match=r"a function attend\(.* found .* int"):
+        packed_attention(3, batch)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"a batch of jdpo\.pack, found .* str"):
+        packed_attention(lambda q, k, v, segments: v, "x")  # type: ignore[arg-type]
+
+
 def test_segments_are_tokens_and_padding() -> None:
     batch = pack([{"prompt_ids": [5, 6], "chosen_ids": [7, 2], "rejected_ids": [8]}], num_slots=8, length=4)
     seen = []

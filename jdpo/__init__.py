@@ -25,7 +25,6 @@ if TYPE_CHECKING:
         load_config,
     )
     from jdpo.data.batching.pair_packing import pack, unpack_logps
-    from jdpo.data.prepared.pair_tokenizing import TokenizedPairs, tokenize_pairs
     from jdpo.generation.asking.token_logps import NextToken, TokenLogps
     from jdpo.generation.loaded_model import LoadedModel
     from jdpo.generation.values import Answer
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from jdpo.quickstart.tiny_llama import random_model
     from jdpo.reports.trackers.tracker import TrackedRun, Tracker
     from jdpo.training.interface.callbacks import Callback, RunView
+    from jdpo.training.interface.pair_tokenizing import TokenizedPairs, tokenize_pairs
     from jdpo.training.interface.run_result import RunResult
     from jdpo.training.run import train
     from jdpo.training.saved.opening import load
@@ -57,7 +57,7 @@ _PUBLIC = {
     "RunView": "jdpo.training.interface.callbacks",
     "SFTConfig": "jdpo.config",
     "TokenLogps": "jdpo.generation.asking.token_logps",
-    "TokenizedPairs": "jdpo.data.prepared.pair_tokenizing",
+    "TokenizedPairs": "jdpo.training.interface.pair_tokenizing",
     "TrackedRun": "jdpo.reports.trackers.tracker",
     "Tracker": "jdpo.reports.trackers.tracker",
     "dpo_loss": "jdpo.losses",
@@ -68,7 +68,7 @@ _PUBLIC = {
     "pack": "jdpo.data.batching.pair_packing",
     "packed_attention": "jdpo.models.packed_attention",
     "random_model": "jdpo.quickstart.tiny_llama",
-    "tokenize_pairs": "jdpo.data.prepared.pair_tokenizing",
+    "tokenize_pairs": "jdpo.training.interface.pair_tokenizing",
     "train": "jdpo.training.run",
     "unpack_logps": "jdpo.data.batching.pair_packing",
 }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
+import huggingface_hub.constants
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
@@ -62,8 +64,23 @@ def test_rows_without_scores_among_others_are_counted(toy_model: Path) -> None:
         assert "without scores" not in alike.summary
 
 
+def test_a_name_of_the_hub_is_taken(toy_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    # A repository as an earlier download leaves it.
+    repository, commit = tmp_path / "models--owner--toy", "0" * 40
+    shutil.copytree(toy_model, repository / "snapshots" / commit, ignore=shutil.ignore_patterns("*.safetensors"))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    rows = chat_pairs(2)
+    found, expected = (jdpo.tokenize_pairs(rows, name).rows for name in ("owner/toy", toy_model))
+    np.testing.assert_array_equal(jdpo.pack(found).tokens, jdpo.pack(expected).tokens)
+    with pytest.raises(ValueError, match="the hub cannot be reached"):
+        jdpo.tokenize_pairs(rows, "owner/absent")
+
+
 def test_a_tokenizer_that_is_none_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match=r"model folder .* does not exist"):
         jdpo.tokenize_pairs(chat_pairs(1), tmp_path / "absent")
     with pytest.raises(ValueError, match="found int"):
         jdpo.tokenize_pairs(chat_pairs(1), 3)  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from jdpo.config import DatasetConfig
 from jdpo.data.prepared.prepare import prepare_pairs
 from jdpo.data.sources.given_rows import Rows, form_of
 from jdpo.data.tokens.tokenizer import Tokenizer, load_tokenizer
+from jdpo.models.weights.hub_models import resolve_folder
 from jdpo.types import MaskedPair
 from jdpo.words import figure
 
@@ -55,7 +56,7 @@ def tokenize_pairs(
 
     Args:
       rows: a `datasets.Dataset`, a list of dicts, or the path of a file, in any format of pairs in docs/data.md.
-      tokenizer: a model folder, or a loaded tokenizer of transformers.
+      tokenizer: a model folder or hub name, or a loaded tokenizer of transformers.
       max_length: maximum number of tokens of prompt and completion; longer completions are cut on the right.
       max_prompt_length: maximum number of tokens of the prompt, which is cut on the left; None: no limit.
       loss_on_every_turn: learn every assistant turn after the turns that both sides share, not the last one alone; the
@@ -102,16 +103,12 @@ def _copied(pair: Any) -> dict[str, Any]:
 
 def _loaded(tokenizer: Any, folder: Path, chat_template: str | None) -> Tokenizer:
     if isinstance(tokenizer, str | os.PathLike):
-        folder = Path(tokenizer).expanduser()
-        if not folder.is_dir():
-            raise ValueError(
-                f"tokenizer: {str(folder)!r} is no folder. For a model of the hub give "
-                f"transformers.AutoTokenizer.from_pretrained({str(tokenizer)!r})"
-            )
+        folder = resolve_folder(str(tokenizer), weights=False)
     elif hasattr(tokenizer, "save_pretrained"):
         tokenizer.save_pretrained(folder)
     else:
         raise ValueError(
-            f"tokenizer: expected a model folder or a tokenizer of transformers, found {type(tokenizer).__name__}"
+            f"tokenizer: expected a model folder, a hub name or a tokenizer of transformers, found "
+            f"{type(tokenizer).__name__}"
         )
     return load_tokenizer(folder, chat_template=chat_template)

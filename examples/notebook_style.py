@@ -1,4 +1,4 @@
-"""What one types in a notebook, cell by cell (`# %%`): look at the rows, train, look at the metrics, ask the model."""
+"""Shows what one types in a notebook, cell by cell: looks at rows, trains, looks at metrics, asks the model."""
 
 # %% Rows: a list of dicts, in any format of docs/data.md.
 import tempfile

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples"
-EXAMPLES = sorted(path.name for path in FOLDER.glob("*.py") if path.name != "toy_pairs.py")
+SHARED = {"packed_training.py", "toy_pairs.py"}
+EXAMPLES = sorted(path.name for path in FOLDER.glob("*.py") if path.name not in SHARED)
 
 
 def importable(module: str) -> bool:

@@ -141,10 +141,13 @@ def test_each_value_is_sent_once_whatever_is_made_again(tmp_path: Path) -> None:
     again = SentSteps(tmp_path / "noted.json", "project", new=False)
     assert again.resumed
     assert again.missing(3, ["loss"]) == []
-    for anew in (SentSteps(tmp_path / "noted.json", "other", new=False), SentSteps(tmp_path / "b.json", "p", new=True)):
-        assert not anew.resumed
-        assert anew.missing(1, ["loss"]) == ["loss"]
-        assert anew.id != again.id
+    for fresh in (
+        SentSteps(tmp_path / "noted.json", "other", new=False),
+        SentSteps(tmp_path / "b.json", "p", new=True),
+    ):
+        assert not fresh.resumed
+        assert fresh.missing(1, ["loss"]) == ["loss"]
+        assert fresh.id != again.id
 
 
 @pytest.mark.parametrize("text", ["{", '{"id": "../x", "project": "p", "step": 1, "sent": []}', '{"id": "0a"}'])

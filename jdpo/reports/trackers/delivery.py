@@ -118,7 +118,7 @@ class Delivery:
             if type(error) is not LookupError or not sent.resumed:
                 raise
             self._log(f"note: tracker {self._name} does not have this run: it gets all of it as a new run")
-            sent.start_anew()
+            sent.start_new()
             return make(sent.id, False)
         if sent.resumed and (newest_step := tracker.newest_step()) is not None:
             sent.correct(newest_step)

@@ -39,13 +39,13 @@ class SentSteps:
         self._path, self._project = path, project
         found = None if new or not path.exists() else _read(path)
         if found is None or found["project"] != project:
-            self.start_anew()
+            self.start_new()
             return
         self.id, self.resumed = found["id"], True
         self._step: int = found["step"]
         self._names: frozenset[str] | None = None if found["sent"] is None else frozenset(found["sent"])
 
-    def start_anew(self) -> None:
+    def start_new(self) -> None:
         """Begins a run that the tracker does not know yet."""
         self.id, self.resumed = uuid.uuid4().hex[:8], False
         self._step, self._names = -1, frozenset()

@@ -1,4 +1,4 @@
-"""libtpu is loaded only if there may be a TPU."""
+"""libtpu is loaded only if there may be a TPU, and programs may be made for other devices than this machine has."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
-from jdpo.devices import may_have_tpu
+from jdpo.devices import Target, compiling_for, may_have_tpu, target
+from jdpo.models.self_attention import AttentionSettings
+from tests.conftest import small_llama
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -67,3 +70,13 @@ def test_without_a_tpu_libtpu_is_not_loaded_unless_it_is_asked_for(tmp_path: Pat
     assert (done.returncode == 0) == (platforms == "")
     if platforms:
         assert "Unable to initialize backend 'tpu'" in warnings
+
+
+def test_programs_may_be_made_for_other_devices() -> None:
+    assert target() == Target(jax.default_backend())
+    with compiling_for(Target("gpu", "8.0")):
+        assert target() == Target("gpu", "8.0")
+        assert AttentionSettings().resolve("bfloat16", small_llama(), 2048, None) == "cudnn"
+        with compiling_for(Target("tpu")):
+            assert AttentionSettings().resolve("bfloat16", small_llama(), 2048, None) == "splash"
+    assert target() == Target(jax.default_backend())

@@ -13,6 +13,7 @@ import jax
 from einops import rearrange
 from flax import linen as nn
 
+from jdpo.devices import target
 from jdpo.models.attention import (
     LayerCache,
     VisibleSlots,
@@ -84,7 +85,7 @@ class AttentionSettings(NamedTuple):
         if self.backend != "auto":
             return self.backend
         return choose_attention(
-            jax.default_backend(),
+            target().platform,
             dtype,
             config.head_dim,
             length,

@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
+from jdpo.devices import target
 from jdpo.models.attention.splash import LANES
 
 BACKENDS = ("xla", "blockwise", "cudnn", "splash")
@@ -114,15 +114,9 @@ def _platform(platform: str) -> str:
 
 
 def _compute_capability(platform: str) -> str | None:
-    """Returns the compute capability of this process's GPU, see `check_attention`, or None if it has none."""
-    # A process without a GPU that compiles for one cannot ask a device.
-    if platform != "gpu" or jax.default_backend() != "gpu":
-        return None
-    device = jax.local_devices()[0]
-    # The platform is "gpu" for NVIDIA and AMD; JAX itself distinguishes them by the client's version.
-    if "cuda" not in device.client.platform_version:
-        return "ROCm"
-    return str(device.compute_capability)
+    """Returns the compute capability of the GPU that programs are made for, see `check_attention`, or None."""
+    made_for = target()
+    return made_for.compute_capability if platform == made_for.platform == "gpu" else None
 
 
 def _limits(

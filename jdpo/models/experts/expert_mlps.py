@@ -21,6 +21,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
+from jdpo.devices import target
 from jdpo.models.experts.grouped_matmul import Grouping, choose_grouping, grouped_matmul
 from jdpo.models.experts.routes import Routes, make_routes, to_rows, to_tokens
 from jdpo.models.mesh_axes import mesh_axes
@@ -171,7 +172,7 @@ def _expert_mlps(
     num_experts = maps.gate.kernel.shape[0]
     num_devices = math.prod(layout.mesh.shape[axis] for axis in layout.expert) if layout.expert else 1
     # For an even load. An uneven one is computed as well, with blocks that fit it less well.
-    grouping = choose_grouping(experts_tk.size // num_devices, num_experts, jax.default_backend())
+    grouping = choose_grouping(experts_tk.size // num_devices, num_experts, target().platform)
     routes = make_routes(experts_tk, num_experts, grouping.block)
     run = partial(_run, routes=routes, grouping=grouping, embed=layout.embed)
     x_rd = to_rows(x_td, routes)

@@ -12,6 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from jdpo.config import ReferenceSettings
+from jdpo.devices import target
 from jdpo.losses.pair_losses import Totals
 from jdpo.models.lora.adapters import num_active_params
 from jdpo.models.self_attention import AttentionSettings
@@ -152,7 +153,7 @@ class Assembly:
             num_shards=num_batch_shards(self.setup.mesh),
             block_q=model.attention_block_q,
             block_kv=model.attention_block_kv,
-            on_cpu=jax.default_backend() == "cpu",
+            on_cpu=target().platform == "cpu",
             adapters=_active_adapter_params(self.setup),
             adapters_in_reference=self.sync is not None or (bool(reference) and not isinstance(reference, Weights)),
         )

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jdpo.data.reference_cache.scores import ReferenceCache
+from jdpo.devices import target
 from jdpo.models.remat import remat_order
 from jdpo.training.fit.assembly import Assembly
 from jdpo.training.fit.compilation import Programs, shapes_of
@@ -43,7 +44,7 @@ class Preparation(NamedTuple):
 def remat_policies(setup: Setup) -> tuple[str, ...]:
     """Returns the remat policies that a run may use, from the fastest to the one that needs the least memory."""
     remat = setup.config.remat
-    return tuple(remat_order(jax.default_backend())) if remat == "auto" else (remat,)
+    return tuple(remat_order(target().platform)) if remat == "auto" else (remat,)
 
 
 def prepare_steps(
@@ -94,7 +95,7 @@ def fit_steps(
     Returns:
       the fit, its batches, and the programs of its policy that were compiled.
     """
-    config, platform = setup.config, jax.default_backend()
+    config, platform = setup.config, target().platform
     most = config.max_tokens_per_device or MAX_TOKENS_PER_DEVICE.get(platform, MAX_TOKENS_PER_DEVICE["gpu"])
     fixed_tokens = bool(config.max_tokens_per_device or config.micro_batch_size)
     widest = plan(most)
@@ -139,7 +140,7 @@ def _describe_fit(fit: Fit, limit: int, *, by_tokens: bool) -> str:
             "; this may not fit: use more devices, a shorter max_length, or an optimizer that keeps less "
             "(docs/memory.md)"
         )
-    bound = host_memory().bound if jax.default_backend() == "cpu" else ""
+    bound = host_memory().bound if target().platform == "cpu" else ""
     return f"{text} (the host's memory is limited by {bound})" if bound else text
 
 

@@ -14,6 +14,7 @@ import jax
 
 from jdpo.config import MemorySettings
 from jdpo.data.prepared.prepare import cache_folder
+from jdpo.devices import target
 
 MOST_BYTES = 10 * 2**30
 """Compiled programs that are kept for one kind of machine."""
@@ -29,7 +30,7 @@ def resolve_dtype(settings: M) -> M:
     """Replaces compute_dtype auto by bfloat16 on TPU and GPU, float32 on CPU."""
     if settings.compute_dtype != "auto":
         return settings
-    dtype: Any = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    dtype: Any = "float32" if target().platform == "cpu" else "bfloat16"
     return dataclasses.replace(settings, compute_dtype=dtype)
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jdpo.config import LoggingSettings, MemorySettings, ModelSettings, ReferenceSettings, defaults_of
+from jdpo.devices import target
 from jdpo.models.attention import check_attention
 from jdpo.models.model_config import ModelConfig
 from jdpo.models.self_attention import AttentionSettings
@@ -218,7 +219,7 @@ def check_attention_settings(memory: MemorySettings, source_config: ModelConfig,
         key, value = next(iter(asked.items()))
         raise ValueError(f"{key} {value!r} is for packed rows; set packing to true, or leave it out")
     blocks: dict[str, Any] = {"block_q": memory.attention_block_q, "block_kv": memory.attention_block_kv}
-    dtype, head_dim, platform = jnp.dtype(memory.compute_dtype), source_config.head_dim, jax.default_backend()
+    dtype, head_dim, platform = jnp.dtype(memory.compute_dtype), source_config.head_dim, target().platform
     # Every kind of layer must run: Gemma has some with a sliding window and some without.
     for window in sorted(set(source_config.layer_windows), key=str) if asked else ():
         backend = AttentionSettings(memory.attention, **blocks).resolve(dtype, source_config, max_length, window)

@@ -282,6 +282,12 @@ class MemorySettings(Settings):
         "Devices along each mesh axis; their product is the number of devices, and one axis may be -1 (all the rest).",
         example="{fsdp: 4, tensor: 2}",
     )
+    compiler_options: dict[Text, bool | int | float | Text | None] | None = key(
+        None,
+        "Options of XLA for the step, added to those of jdpo for the kind of devices (docs/devices.md); a null as a "
+        "value leaves an option at the compiler's default.",
+        example="{xla_tpu_scoped_vmem_limit_kib: 65536}",
+    )
     compilation_cache: bool = key(True, "Keep compiled programs in cache_dir, so that later starts are faster.")
 
 

@@ -63,6 +63,7 @@ FREE_KEYS = frozenset(
         "packing",
         "profile_steps",
         "compilation_cache",
+        "compiler_options",
         "reference",
         "remat",
         "resume",

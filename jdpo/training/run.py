@@ -147,7 +147,7 @@ def train(
         evaluation: Evaluation | None = None
         if trains:
             assemblies = {remat: assembly.with_remat(remat) for remat in remat_policies(setup)}
-            limit, conditions = memory_limit(), fit_conditions(setup, reference.mode)
+            limit, conditions = memory_limit(), fit_conditions(assembly, reference.mode)
             recalled = recalled_fit(directory.record.fit, conditions, limit)
             pool = resources.enter_context(compiler_threads())
             fit, assembly, batches, programs = prepare_steps(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from jdpo.models.transformer import Transformer, Weights
 from jdpo.sharding.axes import num_batch_shards
 from jdpo.sharding.on_mesh import OnMesh
 from jdpo.sharding.placement import micro_batch_sharding, offloaded, replicated, state_shardings
+from jdpo.training.fit.compiler_options import Value, compiler_options
 from jdpo.training.fit.flops import Arithmetic, StepFlops, step_flops
 from jdpo.training.setup.run_setup import Setup
 from jdpo.training.setup.validation import Mode
@@ -48,6 +50,7 @@ def compile_step(
     state_shardings: TrainState,
     frozen_shardings: Frozen,
     sync: ReferenceSync | None = None,
+    options: Mapping[str, Value] | None = None,
 ) -> Compiled:
     """Jits step and evaluation over the mesh: explicit in and out shardings, the old state donated.
 
@@ -55,7 +58,10 @@ def compile_step(
 
     Args:
       frozen_shardings: of the weights that steps read next to the state.
+      options: of the compiler.
     """
+    # Part of the jitted functions, so that trial compilations, the cache of programs and the steps have the same.
+    given = dict(options or {})
     batch_sharding, whole = micro_batch_sharding(mesh), replicated(mesh)
     params_sharding = state_shardings.params
     # A reference that moves is sharded as the params, and takes the place of the frozen one in evaluations.
@@ -73,6 +79,7 @@ def compile_step(
                 # Reports are whole on every device, so that each process reads them without asking another.
                 out_shardings=(state_shardings, whole),
                 donate_argnums=0,  # the new state takes the memory of the old one
+                compiler_options=given,
             ),
         ),
         OnMesh(
@@ -82,6 +89,7 @@ def compile_step(
                 partial(evaluate, objective=objective),
                 in_shardings=(params_sharding, evaluated, batch_sharding, whole, whole),
                 out_shardings=whole,
+                compiler_options=given,
             ),
         ),
     )
@@ -97,6 +105,7 @@ class Assembly:
       sync: how the reference moves; None where it is frozen for good.
       state: shape, dtype and sharding of each leaf.
       frozen: shape, dtype and sharding of each weight that steps read and do not change.
+      options: of the compiler, as far as it takes them.
       compiled: the jitted functions.
     """
 
@@ -107,6 +116,7 @@ class Assembly:
     sync: ReferenceSync | None
     state: TrainState
     frozen: Frozen
+    options: Mapping[str, Value]
     compiled: Compiled
 
     @property
@@ -132,6 +142,7 @@ class Assembly:
             state_shardings=self.state_shardings,
             frozen_shardings=shardings_of(self.frozen),
             sync=self.sync,
+            options=self.options,
         )
         return dataclasses.replace(self, model=model, objective=objective, compiled=compiled)
 
@@ -206,6 +217,7 @@ def assemble(setup: Setup, *, reference: Mode, remat: str) -> Assembly:
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
     )
     frozen = abstract_frozen(setup, live=reference == "live", moves=sync is not None)
+    options = compiler_options(setup.mesh, config.compiler_options)
     compiled = compile_step(
         objective=objective,
         optimizer=optimizer,
@@ -214,6 +226,7 @@ def assemble(setup: Setup, *, reference: Mode, remat: str) -> Assembly:
         state_shardings=shardings,
         frozen_shardings=shardings_of(frozen),
         sync=sync,
+        options=options,
     )
     return Assembly(
         setup=setup,
@@ -223,6 +236,7 @@ def assemble(setup: Setup, *, reference: Mode, remat: str) -> Assembly:
         sync=sync,
         state=state,
         frozen=frozen,
+        options=options,
         compiled=compiled,
     )
 

@@ -150,6 +150,7 @@ FITTED_KEYS = (
     "attention",
     "attention_block_kv",
     "attention_block_q",
+    "compiler_options",
     "max_tokens_per_device",
     "micro_batch_size",
     "offload_optimizer",
@@ -182,12 +183,14 @@ def fit_record(fit: Fit, conditions: Mapping[str, Any], limit: int) -> FitRecord
     return FitRecord(**fit._asdict(), limit=limit, conditions=conditions)
 
 
-def fit_conditions(setup: Setup, reference: Mode) -> dict[str, Any]:
+def fit_conditions(assembly: Assembly, reference: Mode) -> dict[str, Any]:
     """Returns what a fit depends on, in addition to what makes the run the same run."""
+    setup = assembly.setup
     config = dataclasses.asdict(setup.config)
     return {f"asked_{key}": config[key] for key in FITTED_KEYS} | {
         "reference": reference,
         "device": setup.mesh.devices.flat[0].device_kind,
         "mesh": list(setup.mesh.devices.shape),
+        "compiler_options": dict(assembly.options),
         "jax": jax.__version__,
     }

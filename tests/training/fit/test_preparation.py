@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -119,10 +120,24 @@ def test_explicit_settings_are_used_without_a_trial(run_words: Words) -> None:
     assert prepared.batches.tokens_per_device <= 192
 
 
+def test_trial_compilations_and_steps_have_the_compiler_options_of_the_config(run_words: Words, tmp_path: Path) -> None:
+    # XLA writes the programs that it compiles with xla_dump_to, and no others. The other option changes nothing on a
+    # CPU, except that no program of an earlier test is found in the cache.
+    options = {"xla_dump_to": str(tmp_path / "dump"), "xla_gpu_all_gather_combine_threshold_bytes": time.time_ns()}
+    words = run_words(remat="auto", compiler_options=json.dumps(options))
+    _, prepared, _ = prepare(words)
+    assert prepared.assembly.options == options
+    assert len(prepared.programs) == 1, "it is the program of the trial"
+    assert list(tmp_path.glob("dump/*train_step*after_optimizations.txt"))
+    assert fit_conditions(prepared.assembly, "live")["compiler_options"] == options, "it is part of run.json"
+    # The evaluation has the same options; it takes longer to compile than to look at.
+    assert prepared.assembly.with_remat("full").options == options
+
+
 def test_a_fit_is_remembered_as_long_as_nothing_it_depends_on_changes(run_words: Words) -> None:
-    setup, prepared, _ = prepare(run_words(remat="auto"), recalled=Fit("full", 128))
+    _, prepared, _ = prepare(run_words(remat="auto"), recalled=Fit("full", 128))
     assert prepared.fit == Fit("full", 128)
-    now = fit_conditions(setup, "live")
+    now = fit_conditions(prepared.assembly, "live")
     saved = FitRecord.from_json(json.loads(json.dumps(fit_record(Fit("dots", 640, 500), now, limit=800).to_json())))
     assert recalled_fit(saved, now, limit=900) == Fit("dots", 640, 500)
     assert recalled_fit(saved, now, limit=600) == Fit("dots", 640, 500), "it still fits"

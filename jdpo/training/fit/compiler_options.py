@@ -1,0 +1,58 @@
+"""Options that the step of a run is compiled with, where the compiler's own defaults are not the best for it."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jdpo.processes import is_first
+from jdpo.sharding.placement import replicated
+
+_logger = logging.getLogger(__name__)
+
+Value = bool | int | float | str
+
+OPTIONS: dict[str, dict[str, Value]] = {}
+"""Kind of devices, as JAX names it -> options of its compiler; docs/devices.md tells what each of them changes."""
+
+
+def compiler_options(mesh: Mesh, asked: Mapping[str, Value | None] | None = None) -> dict[str, Value]:
+    """Returns the options that programs for a mesh are compiled with: OPTIONS, changed as the config asks.
+
+    An option that the compiler refuses is left out, and a line names it: the options of one version of a compiler need
+    not be those of the next.
+
+    Args:
+      asked: options to add or to replace; None as a value leaves the option at the compiler's default.
+    """
+    kind = mesh.devices.flat[0].device_kind
+    merged = OPTIONS.get(kind, {}) | dict(asked or {})
+    options = {name: value for name, value in merged.items() if value is not None}
+    while options:
+        try:
+            _compile_nothing(mesh, options)
+        except jax.errors.JaxRuntimeError as error:
+            message = str(error).partition("\n")[0]
+            # Whole names, as some are the beginning of another.
+            refused = [name for name in options if re.search(rf"\b{re.escape(name)}\b", message)]
+            if not refused:
+                raise
+            for name in refused:
+                if is_first():
+                    _logger.warning("compiler option %s=%s is left out: %s", name, options[name], message)
+                del options[name]
+        else:
+            break
+    return options
+
+
+def _compile_nothing(mesh: Mesh, options: Mapping[str, Any]) -> None:
+    """Compiles a program of one operation, since a compiler reads its options before any program."""
+    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
+    jax.jit(jnp.negative).lower(scalar).compile(compiler_options=dict(options))

@@ -13,7 +13,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jdpo.data.batching.packing_shapes import SLOT_MULTIPLE, PackedShape, cheapest_shape, choose_shapes, rounded_shape
+from jdpo.data.batching.packing_shapes import (
+    MAX_SHAPES,
+    SLOT_MULTIPLE,
+    PackedShape,
+    cheapest_shape,
+    choose_shapes,
+    rounded_shape,
+)
 from jdpo.types import AnyPair, TokenizedCompletion, completions_of
 
 
@@ -210,6 +217,7 @@ def plan_run(
     num_shards: int,
     max_tokens_per_device: int | None = None,
     micro_batch_size: int | None = None,
+    max_shapes: int = MAX_SHAPES,
 ) -> PackingPlan:
     """Plans the packing of a run, in which a micro-batch has one row per shard.
 
@@ -219,6 +227,7 @@ def plan_run(
       num_shards: number of parts that a micro-batch is split into.
       max_tokens_per_device: maximum number of slots per row; ignored if micro_batch_size is given.
       micro_batch_size: maximum number of items per row.
+      max_shapes: maximum number of shapes of all steps.
 
     Raises:
       ValueError: neither limit is given, or max_tokens_per_device is below SLOT_MULTIPLE.
@@ -242,5 +251,5 @@ def plan_run(
         num_rows=num_shards,
         max_slots=max_slots,
         max_items=micro_batch_size,
-        shapes=choose_shapes(needs, num_sides=sizes.num_sides),
+        shapes=choose_shapes(needs, num_sides=sizes.num_sides, max_shapes=max_shapes),
     )

@@ -16,10 +16,10 @@ SLOT_MULTIPLE, LENGTH_MULTIPLE, SCORED_MULTIPLE = 64, 64, 64
 """s, t and c are multiples of these."""
 
 MAX_SHAPES = 8
-"""Maximum number of shapes per run, since each costs a compilation."""
+"""Maximum number of shapes per run unless the caller gives another, since each costs a compilation."""
 
 ENOUGH = 0.005
-"""Below MAX_SHAPES, shapes are merged as long as this raises the cost of all steps by at most this share."""
+"""Below the maximum number, shapes are merged as long as this raises the cost of all steps by at most this share."""
 
 WORTH_A_PROGRAM = 4096
 """Shapes are also merged as long as this costs at most so many slots in all steps together: to compile one more program
@@ -55,8 +55,10 @@ class PackedShape(NamedTuple):
     num_scored: int  # c
 
 
-def choose_shapes(needs: Sequence[PackedShape], *, num_sides: int) -> tuple[PackedShape, ...]:
-    """Chooses at most MAX_SHAPES shapes that hold every step of a run, at about the least total cost.
+def choose_shapes(
+    needs: Sequence[PackedShape], *, num_sides: int, max_shapes: int = MAX_SHAPES
+) -> tuple[PackedShape, ...]:
+    """Chooses at most `max_shapes` shapes that hold every step of a run, at about the least total cost.
 
     Starts with each step's own shape and merges the two shapes whose union adds the least cost until few enough remain.
 
@@ -69,7 +71,7 @@ def choose_shapes(needs: Sequence[PackedShape], *, num_sides: int) -> tuple[Pack
     """
     assert len(needs) >= 1
     rounded = _round_up(np.array(needs, np.int64), _MULTIPLES)
-    shapes = _merged(*_distinct(rounded), num_sides)
+    shapes = _merged(*_distinct(rounded), num_sides, max_shapes)
     for _ in range(MOST_REFINEMENTS):  # assign each step to its cheapest shape, then shrink shapes to their steps
         chosen = _cheapest(rounded, shapes, num_sides)
         refined = np.array([rounded[chosen == index].max(0) for index in np.unique(chosen)])
@@ -105,7 +107,7 @@ def _distinct(needs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         coarser[2:] *= 2
 
 
-def _merged(shapes: np.ndarray, counts: np.ndarray, num_sides: int) -> np.ndarray:
+def _merged(shapes: np.ndarray, counts: np.ndarray, num_sides: int, max_shapes: int) -> np.ndarray:
     """Merges shapes [shapes, 6], needed by counts [shapes] steps each, into few unions."""
     shapes, counts = shapes.copy(), counts.copy()
 
@@ -122,7 +124,7 @@ def _merged(shapes: np.ndarray, counts: np.ndarray, num_sides: int) -> np.ndarra
     while left > 1:
         i, j = divmod(int(np.argmin(extra)), len(shapes))
         # Few enough shapes, and the next merge would cost more than fewer compilations are worth.
-        if left <= MAX_SHAPES and spent + extra[i, j] > to_spend:
+        if left <= max_shapes and spent + extra[i, j] > to_spend:
             break
         spent, left = spent + extra[i, j], left - 1
         # Shape i becomes the union; shape j is not used any more, but keeps its place so that indices stay valid.

@@ -12,9 +12,10 @@ import numpy as np
 from jdpo.data.batching.loader import bucket_length
 from jdpo.data.batching.packing import pack_step, unused
 from jdpo.data.batching.packing_plan import PackingPlan, plan_run
-from jdpo.data.batching.packing_shapes import PackedShape
+from jdpo.data.batching.packing_shapes import MAX_SHAPES, PackedShape
 from jdpo.data.prepared.prepare import PreparedData
 from jdpo.data.reference_cache.scores import ReferenceCache, reference_logps_of
+from jdpo.devices import target
 from jdpo.sharding.axes import num_batch_shards
 from jdpo.training.setup.run_setup import Setup
 from jdpo.training.setup.tasks import Task
@@ -147,6 +148,7 @@ class PackedBatches:
         num_shards: int,
         max_tokens_per_device: int,
         micro_batch_size: int | None = None,
+        max_shapes: int = MAX_SHAPES,
         cache: ReferenceCache | None = None,
     ) -> None:
         """
@@ -155,6 +157,7 @@ class PackedBatches:
           num_shards: parts that a micro-batch is split into.
           max_tokens_per_device: slots of one part at most.
           micro_batch_size: rows of one part at most; replaces max_tokens_per_device.
+          max_shapes: maximum number of shapes of all steps.
           cache: the reference's log-probs of `data`, to travel with the batch.
         """
         self._task, self._data, self._cache, self._num_shards = task, data, cache, num_shards
@@ -165,6 +168,7 @@ class PackedBatches:
             num_shards=num_shards,
             max_tokens_per_device=max_tokens_per_device,
             micro_batch_size=micro_batch_size,
+            max_shapes=max_shapes,
         )
 
     def make(self, indices: np.ndarray) -> StepBatch:
@@ -209,6 +213,9 @@ class PackedBatches:
 
 Batches = PaddedBatches | PackedBatches
 
+MAX_SHAPES_ON_TPU = 4
+"""Maximum number of shapes per run on TPU, where a program takes minutes to compile."""
+
 
 def make_batches(
     setup: Setup,
@@ -231,7 +238,8 @@ def make_batches(
         "cache": cache,
     }
     if config.packing:
-        return PackedBatches(setup.task, data, steps, **options)
+        most = MAX_SHAPES_ON_TPU if target().platform == "tpu" else MAX_SHAPES
+        return PackedBatches(setup.task, data, steps, max_shapes=most, **options)
     return PaddedBatches(
         setup.task,
         data,

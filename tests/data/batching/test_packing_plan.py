@@ -140,6 +140,7 @@ def test_many_steps_are_planned_and_their_order_does_not_matter() -> None:
     needs = [PackedShape(1, 1, 8, *map(int, rng.integers(1, 9000, 3))) for _ in range(3000)]
     shapes = choose_shapes(needs, num_sides=2)
     assert len(shapes) == 8
+    assert len(choose_shapes(needs, num_sides=2, max_shapes=3)) == 3
     assert choose_shapes(sorted(needs), num_sides=2) == shapes
     assert np.max(shapes, 0).tolist() == [1, 1, 8, 9024, 9024, 9024]  # no more than the next multiples of 64
 

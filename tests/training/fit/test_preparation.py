@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from jdpo.config import FREE_KEYS, DPOConfig, load_config
+from jdpo.devices import Target, compiling_for
 from jdpo.training.fit.assembly import assemble
 from jdpo.training.fit.compilation import compile_for, compiler_threads, shapes_of
 from jdpo.training.fit.memory_fit import Fit, memory_limit, program_bytes
@@ -30,6 +31,7 @@ from jdpo.training.fit.preparation import (
 )
 from jdpo.training.run import train
 from jdpo.training.run_record import FitRecord
+from jdpo.training.setup.batches import make_batches
 from jdpo.training.setup.numerics import numerics
 from jdpo.training.setup.run_setup import Setup, build
 from tests.conftest import chat_pairs, write_jsonl
@@ -212,6 +214,22 @@ def test_every_shape_of_an_epoch_of_many_lengths_is_compiled_ahead(run_words: Wo
     made = {shapes_of(prepared.batches.make(setup.row_plan.step(step)).batch) for step in range(40)}
     assert 1 < len(made) <= len(known) <= 8
     assert made <= known
+
+
+def test_a_run_on_tpus_has_half_as_many_shapes(run_words: Words, tmp_path: Path) -> None:
+    pairs = [pair for words in range(1, 25) for pair in chat_pairs(8, words=(words, words + 1))]
+    rows = write_jsonl(tmp_path / "mixed.jsonl", pairs)
+    options = {"mesh.data": 1, "mesh.tensor": 8, "global_batch_size": 2, "num_train_epochs": 40, "max_length": 512}
+    words = ["compute_dtype=float32", *run_words(datasets=rows, **options)]
+    setup = build(load_config(DPOConfig, None, words), lambda _: None)
+
+    def num_shapes() -> int:
+        steps = map(setup.row_plan.step, range(setup.num_steps))
+        return len(make_batches(setup, setup.train_data, steps, max_tokens_per_device=4096, cache=None).shapes())
+
+    assert 4 < num_shapes() <= 8
+    with compiling_for(Target("tpu")):
+        assert num_shapes() == 4
 
 
 def test_the_compiled_step_reuses_the_state_and_never_holds_all_logits(run_words: Words, tmp_path: Path) -> None:

@@ -7,12 +7,12 @@ is known before the first step. Axes: see `jdpo.data.batching.packing_shapes`; b
 from __future__ import annotations
 
 import dataclasses
-import heapq
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 
+from jdpo.data.batching.balance import balanced_bins
 from jdpo.data.batching.packing_shapes import (
     MAX_SHAPES,
     SLOT_MULTIPLE,
@@ -120,30 +120,10 @@ def plan_step(
     # A lower bound; items cannot be cut, so more micro-batches may be needed.
     num_micro = max(-(-len(slots) // (num_rows * most_items)), -(-int(slots.sum()) // (num_rows * limit)))
     while True:
-        bin_of, fullest = _spread(slots, num_micro * num_rows, most_items)
+        bin_of, fullest = balanced_bins(slots, num_micro * num_rows, most_items, limit)
         if fullest <= limit:
             return StepBins(num_micro, bin_of)
         num_micro += 1
-
-
-def _spread(slots: np.ndarray, num_bins: int, max_items: int) -> tuple[np.ndarray, int]:
-    """Puts items, the largest first, into the emptiest bin; returns the bin of each and the slots of the fullest."""
-    bin_of = np.zeros(len(slots), np.int64)
-    if num_bins == 1:
-        return bin_of, int(slots.sum())
-    heap = [(0, index, 0) for index in range(num_bins)]  # slots, bin, items
-    fullest = 0
-    # Longest first: the classic heuristic that fills bins evenly. stable makes ties the same on every host.
-    for item in np.argsort(-slots, kind="stable").tolist():
-        used, index, num_items = heap[0]
-        used, num_items = used + int(slots[item]), num_items + 1
-        bin_of[item], fullest = index, max(fullest, used)
-        # A full bin leaves the heap, so that later items go elsewhere.
-        if num_items < max_items:
-            heapq.heapreplace(heap, (used, index, num_items))
-        else:
-            heapq.heappop(heap)
-    return bin_of, fullest
 
 
 def needed_shape(sizes: ItemSizes, bins: StepBins, num_rows: int) -> PackedShape:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import pytest
 
 from jdpo.config import DPOConfig, load_config, to_public_yaml
@@ -32,6 +33,7 @@ def test_a_run_that_learns_nothing_says_so_before_it_is_done(
     assert [line["grad_clipped"] for line in lines] == [1.0] * 2
 
     facts = read_facts(run)
+    assert facts.batch_parts == len(jax.devices())
     assert (facts.status, facts.step, facts.num_steps, facts.exported_step) == ("finished", 2, 2, 2)
     assert (facts.num_rows, facts.num_eval_rows, facts.losses) == (20, None, ("sigmoid",))
     assert facts.start_loss == pytest.approx(0.6931, abs=1e-4)

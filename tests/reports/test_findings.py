@@ -374,6 +374,17 @@ def test_late_programs_and_waiting_for_data() -> None:
     assert keys(good(), timing={"step": 9.0, "data_wait": 1.0}) == set()
 
 
+def test_batches_that_are_mostly_padding() -> None:
+    wasteful = [line | {"padding": 0.54} if "learning_rate" in line else line for line in good()]
+    finding = found("mostly_padding", wasteful, batch_parts=8)
+    assert "54 % of the slots in steps" in finding.evidence
+    assert "2 pairs per step" in finding.evidence
+    frugal = [line | {"padding": 0.2} if "learning_rate" in line else line for line in good()]
+    assert keys(frugal, batch_parts=8) == set()
+    assert keys(wasteful, batch_parts=1) == keys(wasteful, batch_parts=None) == set()
+    assert keys(wasteful, batch_parts=8, batch_size=128) == set()
+
+
 # --- as text
 
 

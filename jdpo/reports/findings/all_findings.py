@@ -31,7 +31,7 @@ def findings_of(lines: Lines, facts: RunFacts) -> list[Finding]:
         size_findings(metrics, facts),
         optimizer_findings(metrics, facts),
         data_findings(metrics, facts),
-        cost_findings(facts),
+        cost_findings(metrics, facts),
     )
     # The sort is stable: findings of one level keep the order above.
     return sorted(found, key=lambda finding: LEVELS.index(finding.level))

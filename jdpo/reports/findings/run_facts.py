@@ -39,6 +39,7 @@ class RunFacts:
       step: updates made.
       num_steps: updates of the whole run.
       batch_size: rows per update.
+      batch_parts: parts that the mesh splits a packed batch into; None if unknown, or if rows are padded.
       num_rows: training rows; None if unknown.
       num_eval_rows: held-out rows; None if there are none, or it is unknown.
       losses: names of the losses, and `rpo` for the term of rpo_alpha; empty for sft.
@@ -60,6 +61,7 @@ class RunFacts:
     step: int
     num_steps: int
     batch_size: int
+    batch_parts: int | None = None
     num_rows: int | None = None
     num_eval_rows: int | None = None
     losses: tuple[str, ...] = ()

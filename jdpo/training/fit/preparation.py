@@ -17,8 +17,9 @@ from jdpo.training.fit.assembly import Assembly
 from jdpo.training.fit.compilation import Programs, shapes_of
 from jdpo.training.fit.host_memory import host_memory
 from jdpo.training.fit.memory_fit import MAX_TOKENS_PER_DEVICE, TOKEN_STEP, Fit, choose_fit
+from jdpo.training.fit.padding_note import padding_note
 from jdpo.training.run_record import FitRecord
-from jdpo.training.setup.batches import Batches, make_batches
+from jdpo.training.setup.batches import Batches, PackedBatches, make_batches
 from jdpo.training.setup.run_setup import Log, Setup
 from jdpo.training.setup.validation import Mode
 from jdpo.training.step.objectives import Batch
@@ -119,7 +120,7 @@ def fit_steps(
 
 
 def log_batches(setup: Setup, assembly: Assembly, batches: Batches, fit: Fit, log: Log) -> None:
-    """Logs which attention backends run, and a row that is longer than the budget."""
+    """Logs which attention backends run, a row that is longer than the budget, and a batch that is mostly padding."""
     if setup.config.packing:
         lengths = sorted({int(batch.gather.shape[-1]) for batch in batches.shapes()})
         backends = {assembly.attention(length): length for length in lengths}
@@ -129,6 +130,10 @@ def log_batches(setup: Setup, assembly: Assembly, batches: Batches, fit: Fit, lo
             f"note: the longest of the {setup.task.unit} alone takes {batches.tokens_per_device:,} tokens per device "
             f"at once, more than max_tokens_per_device {fit.max_tokens_per_device:,}"
         )
+    if isinstance(batches, PackedBatches):
+        note = padding_note(batches.plan, setup.row_plan.step, setup.num_steps, unit=setup.task.unit)
+        if note is not None:
+            log(note)
 
 
 def _describe_fit(fit: Fit, limit: int, *, by_tokens: bool) -> str:

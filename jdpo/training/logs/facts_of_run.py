@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from jdpo.config import CONFIGS, OptimizationSettings, PreferenceSettings, load_
 from jdpo.reports.data_summary.run_data import is_run_data
 from jdpo.reports.findings import Finding, RunFacts, Status, findings_of, verdict
 from jdpo.reports.metrics_file import read_metrics
+from jdpo.sharding.axes import AXES, BATCH_AXES
 from jdpo.training.run_record import RunRecord
 from jdpo.training.sanity_checks import start_loss
 from jdpo.training.setup.tasks import loss_of
@@ -90,6 +92,7 @@ def read_facts(
         step=max((line["step"] for line in lines), default=0) if step is None else step,
         num_steps=num_steps,
         batch_size=config.global_batch_size,
+        batch_parts=_batch_parts(record) if config.packing else None,
         num_rows=record.num_rows,
         num_eval_rows=record.num_eval_rows,
         metric_for_best_model=config.metric_for_best_model,
@@ -101,6 +104,14 @@ def read_facts(
         **_of_optimization(config, num_steps),
         **(_of_loss(config) if isinstance(config, PreferenceSettings) else {}),
     )
+
+
+def _batch_parts(record: RunRecord) -> int | None:
+    """Returns how many parts the mesh of the last fit splits a batch into; None if it is not known."""
+    mesh = record.fit.conditions.get("mesh") if record.fit is not None else None
+    if not isinstance(mesh, list) or len(mesh) != len(AXES):  # an older version had fewer axes
+        return None
+    return math.prod(size for axis, size in zip(AXES, mesh, strict=True) if axis in BATCH_AXES)
 
 
 def _of_optimization(settings: OptimizationSettings, num_steps: int) -> dict[str, Any]:

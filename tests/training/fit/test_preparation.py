@@ -109,6 +109,13 @@ def test_a_row_longer_than_the_budget_is_logged(run_words: Words, tmp_path: Path
     assert any(line.startswith(note) for line in lines), lines
 
 
+def test_a_batch_too_small_for_its_devices_is_logged(run_words: Words, tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "mixed.jsonl", chat_pairs(48, words=(2, 18)))
+    words = run_words(remat="full", max_tokens_per_device=1024, datasets=rows, global_batch_size=8)
+    _, _, lines = prepare(words)
+    assert any("of the slots are padding, because a device has 1 pair per step" in line for line in lines), lines
+
+
 def test_what_cannot_fit_is_logged(run_words: Words) -> None:
     _, prepared, lines = prepare(run_words(remat="auto"), limit=1000)
     assert prepared.fit.remat == "full"

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jdpo.devices import target
 from jdpo.processes import is_first
 from jdpo.sharding.placement import replicated
 
@@ -18,8 +19,17 @@ _logger = logging.getLogger(__name__)
 
 Value = bool | int | float | str
 
-OPTIONS: dict[str, dict[str, Value]] = {}
-"""Kind of devices, as JAX names it -> options of its compiler; docs/devices.md tells what each of them changes."""
+OPTIONS: dict[str, dict[str, Value]] = {
+    "gpu": {
+        # Collectives of the loop over layers move across its iterations: the first weights of a layer are gathered
+        # during the layer before it, and the last gradients of a layer are reduced during the next. Otherwise nothing
+        # is computed meanwhile, as each iteration ends with all of its own collectives. It takes all three.
+        "xla_gpu_enable_pipelined_all_gather": True,
+        "xla_gpu_enable_pipelined_reduce_scatter": True,
+        "xla_gpu_enable_pipelined_all_reduce": True,
+    },
+}
+"""Kind of devices, as JAX names it, or platform -> options of its compiler. All of them are about communication."""
 
 
 def compiler_options(mesh: Mesh, asked: Mapping[str, Value | None] | None = None) -> dict[str, Value]:
@@ -31,8 +41,9 @@ def compiler_options(mesh: Mesh, asked: Mapping[str, Value | None] | None = None
     Args:
       asked: options to add or to replace; None as a value leaves the option at the compiler's default.
     """
-    kind = mesh.devices.flat[0].device_kind
-    merged = OPTIONS.get(kind, {}) | dict(asked or {})
+    # On a single device there is no communication.
+    ours = OPTIONS.get(mesh.devices.flat[0].device_kind, OPTIONS.get(target().platform, {})) if mesh.size > 1 else {}
+    merged = ours | dict(asked or {})
     options = {name: value for name, value in merged.items() if value is not None}
     while options:
         try:

@@ -17,12 +17,17 @@ ACCEPTED = {"xla_cpu_enable_fast_math": False, "xla_backend_optimization_level":
 
 @pytest.fixture
 def mesh() -> Any:
-    return make_mesh(MeshConfig(), jax.devices()[:1])
+    return make_mesh(MeshConfig(), jax.devices()[:2])
 
 
 def test_options_that_the_compiler_takes_are_kept(mesh: Any, caplog: pytest.LogCaptureFixture) -> None:
     assert compiler_options(mesh, ACCEPTED) == ACCEPTED
     assert not caplog.records
+
+
+def test_options_for_gpus_exist_in_this_version_of_xla(mesh: Any) -> None:
+    # XLA knows the options of GPUs wherever it runs; those of TPUs are known to libtpu alone.
+    assert compiler_options(mesh, OPTIONS["gpu"]) == OPTIONS["gpu"]
 
 
 def test_each_option_that_the_compiler_refuses_is_left_out_and_named_in_a_line(
@@ -50,5 +55,7 @@ def test_a_config_replaces_options_of_the_devices_kind_and_takes_them_away(
         "xla_cpu_enable_fast_math": True,
         "xla_backend_optimization_level": 1,
     }
+    alone = make_mesh(MeshConfig(), jax.devices()[:1])
+    assert compiler_options(alone, config.compiler_options) == {"xla_backend_optimization_level": 1}
     config = load_config(DPOConfig, None, [*words, "compiler_options={xla_cpu_enable_fast_math: null}"])
     assert compiler_options(mesh, config.compiler_options) == {"xla_backend_optimization_level": 2}

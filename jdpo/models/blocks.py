@@ -111,14 +111,11 @@ class Embedding(nn.Module):
             )
 
     def __call__(self, tokens_nt: jax.Array, positions_nt: jax.Array) -> jax.Array:
-        # Gathered over fsdp like every weight: XLA looks rows up in a table split along d by moving the whole batch.
-        table = nn.with_logical_constraint(self.embedding, ("vocab", None))
-        x_ntd = lookup(table, tokens_nt).astype(self.compute_dtype)
+        x_ntd = lookup(self.embedding, tokens_nt, ("vocab", "embed"), self.compute_dtype)
         if self.config.embedding_scale != 1.0:  # rounded to the compute dtype, as in the training of such models
             x_ntd = x_ntd * jnp.asarray(self.config.embedding_scale, self.compute_dtype)
         if self.config.learned_positions:
-            table = nn.with_logical_constraint(self.positions, ("positions", None))
-            x_ntd = x_ntd + lookup(table, positions_nt).astype(self.compute_dtype)
+            x_ntd = x_ntd + lookup(self.positions, positions_nt, ("positions", "embed"), self.compute_dtype)
         return constrain_stream(x_ntd)
 
     def head(self) -> jax.Array:

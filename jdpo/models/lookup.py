@@ -10,16 +10,15 @@ table nor its gradient: a table is hundreds of times larger than the states of a
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
-from jdpo.models.mesh_axes import mesh_axes
+from jdpo.models.mesh_axes import automatic_mesh, mesh_axes, num_devices, weight_axes
 
 Array = jax.Array
 
@@ -101,19 +100,18 @@ class _Layout(NamedTuple):
     @classmethod
     def of(cls, table: Array, tokens: Array, names: tuple[str, str], dtype: Any) -> _Layout | None:
         """Returns None where the table is not split along d, or where moving it costs less than moving tokens."""
-        mesh = jax.sharding.get_abstract_mesh()
-        # Within a shard_map, or over explicit axes, the caller has decided what is where.
-        if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
+        mesh = automatic_mesh()
+        if mesh is None:
             return None
-        (num_rows, width), (rows, columns) = table.shape, (mesh_axes(name) for name in names)
-        rows, columns = _dividing(mesh, rows, num_rows), _dividing(mesh, columns, width)
-        batch = mesh_axes("batch")
-        batch = tuple(axis for axis in batch if mesh.shape[axis] > 1)
-        if not columns or not set(columns) <= set(batch) or tokens.shape[0] % _size(mesh, batch):
+        rows, columns = (weight_axes(mesh, name, size) for name, size in zip(names, table.shape, strict=True))
+        batch = tuple(axis for axis in mesh_axes("batch") if mesh.shape[axis] > 1)
+        num_shards = num_devices(mesh, batch)
+        if not columns or not set(columns) <= set(batch) or tokens.shape[0] % num_shards:
             return None
         dtype = jnp.dtype(dtype)
-        table_bytes = num_rows // _size(mesh, rows) * table.dtype.itemsize
-        if tokens.size // _size(mesh, batch) * dtype.itemsize > table_bytes:
+        # Per dim of d: what a device sends for its tokens, and the part of the table that it would be sent.
+        own_tokens, own_rows = tokens.size // num_shards, table.shape[0] // num_devices(mesh, rows)
+        if own_tokens * dtype.itemsize > own_rows * table.dtype.itemsize:
             return None
         rest = tuple(axis for axis in batch if axis not in columns)
         return cls(mesh, batch, rows, columns, rest, jax.ShapeDtypeStruct(table.shape, table.dtype), dtype)
@@ -128,28 +126,17 @@ class _Layout(NamedTuple):
         return jax.shard_map(body, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def _size(mesh: Any, axes: tuple[str, ...]) -> int:
-    return math.prod(mesh.shape[axis] for axis in axes)
-
-
-def _dividing(mesh: Any, axes: tuple[str, ...], size: int) -> tuple[str, ...]:
-    """Returns the axes that split a dim, as in `partition_spec`: the longest prefix that divides, without axes of 1."""
-    prefix = next(axes[:n] for n in range(len(axes), -1, -1) if size % _size(mesh, axes[:n]) == 0)
-    return tuple(axis for axis in prefix if mesh.shape[axis] > 1)
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _exchanged_lookup(layout: _Layout, table: Array, tokens: Array) -> Array:
     table_spec, by_sequence = layout.specs
 
     def on_device(table_vc: Array, tokens_nt: Array) -> Array:
         ids_g = _own_rows(layout, _of_group(layout, tokens_nt), table_vc.shape[0])
-        # The gathered ids of other devices' rows are one past the own rows.
-        mode = {"mode": "fill", "fill_value": 0} if layout.rows else {}
-        x_gc = jnp.take(table_vc, ids_g, axis=0, **mode).astype(layout.dtype)
+        x_gc = jnp.take(table_vc, ids_g, axis=0).astype(layout.dtype)
         if layout.rows:
             # One of the devices has the row, and the others add zeros: exact in every dtype.
-            x_gc = jax.lax.psum(x_gc, layout.rows)
+            is_own_g = ids_g < table_vc.shape[0]
+            x_gc = jax.lax.psum(jnp.where(is_own_g[:, None], x_gc, 0), layout.rows)
         x_td = jax.lax.all_to_all(x_gc, layout.columns, split_axis=0, concat_axis=1, tiled=True)
         return x_td.reshape(*tokens_nt.shape, -1)
 
@@ -162,7 +149,7 @@ def _exchanged_forward(layout: _Layout, table: Array, tokens: Array) -> tuple[Ar
 
 def _exchanged_backward(layout: _Layout, tokens: Array, cotangent: Array) -> tuple[Array, None]:
     table_spec, by_sequence = layout.specs
-    num_rows = layout.table.shape[0] // _size(layout.mesh, layout.rows)
+    num_rows = layout.table.shape[0] // num_devices(layout.mesh, layout.rows)
 
     def on_device(tokens_nt: Array, cotangent_ntd: Array) -> Array:
         # In the dtype of activations: the exchange adds nothing up.

@@ -2,10 +2,46 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
+import jax
 from flax import linen as nn
+from jax.sharding import AxisType, PartitionSpec
 
 
 def mesh_axes(logical_name: str) -> tuple[str, ...]:
     """Returns the mesh axes over which the rules in context split a logical axis."""
     axes = nn.logical_to_mesh_axes((logical_name,))[0]
     return () if axes is None else axes if isinstance(axes, tuple) else (axes,)
+
+
+def automatic_mesh() -> Any:
+    """Returns the mesh in context if it has several devices and XLA decides what is where, else None."""
+    mesh = jax.sharding.get_abstract_mesh()
+    # Within a shard_map, or over explicit axes, the caller has decided.
+    return None if mesh.empty or mesh.size == 1 or any(kind != AxisType.Auto for kind in mesh.axis_types) else mesh
+
+
+def num_devices(mesh: Any, axes: tuple[str, ...]) -> int:
+    """Returns the number of devices along several mesh axes."""
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def weight_axes(mesh: Any, logical_name: str | None, size: int) -> tuple[str, ...]:
+    """Returns the axes that split a weight's dim: the longest prefix of the rule's that divides it, without axes of 1.
+
+    Weights are placed by the same rule, see `jdpo.sharding.rules.partition_spec`.
+    """
+    axes = () if logical_name is None else mesh_axes(logical_name)
+    dividing = next(axes[:n] for n in range(len(axes), -1, -1) if size % num_devices(mesh, axes[:n]) == 0)
+    return tuple(axis for axis in dividing if mesh.shape[axis] > 1)
+
+
+def constrain_weight(weight: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+    """Keeps a weight, and its gradient, split as it is stored; without a mesh of several devices it does nothing."""
+    mesh = automatic_mesh()
+    if mesh is None:
+        return weight
+    axes = (weight_axes(mesh, name, size) for name, size in zip(names, weight.shape, strict=True))
+    return jax.lax.with_sharding_constraint(weight, PartitionSpec(*(of_dim or None for of_dim in axes)))

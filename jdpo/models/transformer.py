@@ -18,6 +18,7 @@ from jdpo.models.attention import LayerCache, visible_slots
 from jdpo.models.blocks import Embedding, Head, LayerGroup
 from jdpo.models.experts.routing import ROUTER, router_stats
 from jdpo.models.layers import ADAPTERS, SCALES, Norm, scaled
+from jdpo.models.mesh_axes import constrain_weight
 from jdpo.models.model_config import LayerPattern, ModelConfig, layer_pattern
 from jdpo.models.packed_attention import PackedSequences, num_readers
 from jdpo.models.remat import check_remat
@@ -133,8 +134,10 @@ class Transformer(nn.Module):
         # A pair's prompt is computed once but belongs to two sequences, so the router's statistics count it twice.
         context = Context(self._ropes(positions), num_readers(sequences), packed=sequences)
         hidden = self._run(tokens, positions, None, context)[0]
+        # Split as it is stored until it has the compute dtype: XLA may gather float32 otherwise, and round it then.
+        own = constrain_weight(self.head_kernel(), ("embed", self._outputs_axis))
         # Gathered along the model dimension once here, not in every chunk of tokens.
-        return hidden, nn.with_logical_constraint(self.head_kernel(), (None, self._outputs_axis))
+        return hidden, nn.with_logical_constraint(own, (None, self._outputs_axis))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Applies the output head to final hidden states [n, t, d]: logits, scaled and capped, in float32 or wider."""

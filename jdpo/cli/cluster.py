@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from jdpo.cli.gpu_pool import reserve_gpu_memory
 from jdpo.config import OutputSettings
 
 
@@ -14,7 +17,7 @@ from jdpo.config import OutputSettings
 def in_cluster(
     output: OutputSettings, command: str, words: Sequence[str], *, shown: Callable[[str], str], trains: bool
 ) -> Iterator[None]:
-    """Joins the other processes of the run, if there are any, and exits together with them.
+    """Joins the other processes of the run, if there are any, and exits together with them. Reserves GPU memory.
 
     Args:
       output: the run's settings.
@@ -28,7 +31,11 @@ def in_cluster(
     from jdpo.processes import ending_together, join_cluster
 
     timeout = output.heartbeat_timeout_seconds
+    # Now, since JAX reserves the memory when it first looks for devices.
+    note = reserve_gpu_memory(os.environ, has_plugin=importlib.util.find_spec("jax_plugins") is not None)
     joined = join_cluster(timeout=timeout)
+    if note is not None and (joined is None or joined.process_id == 0):
+        print(note, flush=True)
     # One process has nobody to wait for, so its errors end it as usual.
     if joined is None or joined.num_processes == 1:
         yield

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jdpo.devices import target
 from jdpo.processes import max_over_processes
 from jdpo.training.fit.compilation import compile_lowered
 from jdpo.training.fit.host_memory import host_memory
@@ -24,8 +25,15 @@ ENOUGH_TOKENS = 4096
 TOKEN_STEP = 64
 """Budgets are multiples of this many tokens."""
 
-SHARE_OF_DEVICE, SHARE_OF_HOST = 0.92, 0.5
-"""The share of a device's memory that a step may take, and of the host's, which holds much else if devices are CPUs."""
+SHARES = {"tpu": 0.92, "gpu": 0.96}
+"""The share that a step may take of the memory that JAX may allocate on a device.
+
+On TPU it is all of the memory, so the whole reserve has to be here. On GPU it is a pool: CUDA, NCCL and cuDNN allocate
+outside of it, and the reserve in it is for gaps, as the temporaries of a step are one block. With the pool of 0.92 that
+the command asks for, a step may take 0.88 of a GPU."""
+
+SHARE_OF_HOST = 0.5
+"""The share of the host's memory that steps may take if devices are CPUs: it holds much else."""
 
 MOST_TRIALS = 3
 """Compilations at most to find the budget of a policy, in addition to the two that bound it."""
@@ -176,6 +184,9 @@ def program_bytes(program: Any) -> float:
     if program is None:
         return math.inf
     stats = program.memory_analysis()
+    # libtpu's temp_size_in_bytes is not its heap, but up to twice as much. On CPU the peak leaves out all temporaries.
+    if target().platform == "tpu":
+        return int(stats.peak_memory_in_bytes + stats.generated_code_size_in_bytes)
     return int(
         stats.argument_size_in_bytes
         + stats.output_size_in_bytes
@@ -194,7 +205,7 @@ def memory_limit() -> int:
     else:
         # A platform that does not report its memory gets no limit: the run finds out.
         stats = device.memory_stats() or {}
-        limit = stats.get("bytes_limit", math.inf) * SHARE_OF_DEVICE
+        limit = stats.get("bytes_limit", math.inf) * SHARES.get(device.platform, SHARES["gpu"])
     # Of the processes' limits the least, as a maximum of negated ones: all must choose the same fit.
     least = -max_over_processes(-limit)
     return int(least) if math.isfinite(least) else 2**63 - 1

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections import Counter
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jdpo.devices import Target, compiling_for
 from jdpo.training.fit.memory_fit import (
     ENOUGH_TOKENS,
     MOST_TRIALS,
@@ -148,6 +151,48 @@ def test_bytes_of_a_program_count_a_donated_argument_once() -> None:
     kept, donated = (jax.jit(add, donate_argnums=at).lower(array).compile() for at in ((), 0))
     assert program_bytes(kept) - program_bytes(donated) == 4096
     assert program_bytes(donated) >= 4096
+
+
+def deep_gradient(width: int, rows: int, sharding: Any = None) -> Any:
+    """Compiles the gradient of three layers, whose activations are its temporaries."""
+
+    def loss(weight: jax.Array, rows: jax.Array) -> jax.Array:
+        for _ in range(3):
+            rows = jnp.tanh(rows @ weight)
+        return (rows**2).sum()
+
+    shapes = [jax.ShapeDtypeStruct((size, width), jnp.float32, sharding=sharding) for size in (width, rows)]
+    return (
+        jax.jit(lambda weight, rows: weight - jax.grad(loss)(weight, rows), donate_argnums=0).lower(*shapes).compile()
+    )
+
+
+def test_on_tpu_the_peak_counts_and_elsewhere_the_sum_of_the_parts() -> None:
+    program = deep_gradient(128, 1024)
+    stats = program.memory_analysis()
+    parts = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    assert stats.temp_size_in_bytes >= 2 * 4 * 128 * 1024
+    # On CPU the peak is that of arguments and results alone.
+    assert stats.peak_memory_in_bytes < parts + stats.temp_size_in_bytes / 2
+    assert program_bytes(program) >= parts + stats.temp_size_in_bytes
+    with compiling_for(Target("gpu", "9.0")):
+        assert program_bytes(program) >= parts + stats.temp_size_in_bytes
+    with compiling_for(Target("tpu")):
+        assert program_bytes(program) == stats.peak_memory_in_bytes + stats.generated_code_size_in_bytes
+
+
+@pytest.mark.full
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiling for TPU needs libtpu")
+def test_the_peak_of_a_tpu_program_holds_its_arguments_and_activations() -> None:
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+    program = deep_gradient(1024, 8192, jax.sharding.SingleDeviceSharding(devices[0]))
+    stats, activations = program.memory_analysis(), 3 * 4 * 1024 * 8192
+    with compiling_for(Target("tpu")):
+        needed = program_bytes(program)
+    assert stats.argument_size_in_bytes + activations / 2 <= needed
+    assert needed <= stats.argument_size_in_bytes + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
 
 
 def test_peak_memory_is_that_of_this_process() -> None:

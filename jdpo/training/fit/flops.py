@@ -17,8 +17,6 @@ added.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -238,52 +236,3 @@ def _pairs_at(config: ModelConfig, positions: np.ndarray) -> int:
     return sum(
         causal_pairs(positions, window) * config.layer_windows.count(window) for window in set(config.layer_windows)
     )
-
-
-# --- peaks
-
-_TERA = 1e12
-_HALF, _FLOAT16, _FLOAT32 = ("bfloat16", "float16"), ("float16",), ("float32",)
-
-_PEAKS: tuple[tuple[str, dict[tuple[str, ...], float]], ...] = (
-    # One jax device is a TensorCore, of which a chip has two, on v2, v3 and TPU7x, else a chip.
-    (r"TPU v2", {_HALF[:1]: 45 / 2}),
-    (r"TPU v3", {_HALF[:1]: 123 / 2}),
-    (r"TPU v4", {_HALF[:1]: 275}),
-    (r"TPU v5 lite|TPU v5e", {_HALF[:1]: 197}),
-    (r"TPU v5p?", {_HALF[:1]: 459}),
-    (r"TPU v6 lite|TPU v6e", {_HALF[:1]: 918}),
-    (r"TPU7x|TPU v7x?", {_HALF[:1]: 2307 / 2}),
-    (r"(NVIDIA |Tesla )*V100-PCIE-\d+GB", {_FLOAT16: 112, _FLOAT32: 14}),
-    (r"(NVIDIA |Tesla )*V100-(SXM[23]|DGXS)-\d+GB(-LS)?", {_FLOAT16: 125, _FLOAT32: 15.7}),
-    (r"(NVIDIA )?A100[ -].*", {_HALF: 312, _FLOAT32: 19.5}),
-    (r"NVIDIA H100 PCIe", {_HALF: 756, _FLOAT32: 51}),
-    (r"NVIDIA H(100|200) NVL", {_HALF: 835, _FLOAT32: 60}),
-    (r"NVIDIA H100 80GB HBM3|NVIDIA H200", {_HALF: 989, _FLOAT32: 67}),
-    (r"NVIDIA B200", {_HALF: 2250, _FLOAT32: 75}),
-    (r"NVIDIA L4", {_HALF: 121, _FLOAT32: 30.3}),
-    (r"NVIDIA A10", {_HALF: 125, _FLOAT32: 31.2}),
-    (r"NVIDIA GeForce RTX 4090", {_HALF: 165.2, _FLOAT32: 82.6}),
-)
-"""TFLOP/s in the manufacturers' datasheets: dense, accumulated in float32; float32 by plain cores, not as TF32."""
-
-
-def peak_flops(device_kind: str, dtype: str) -> float | None:
-    """Returns the dense FLOP/s of one jax device by its datasheet, or None where unknown, as for every CPU.
-
-    Args:
-      device_kind: `jax.Device.device_kind`; a slice of a GPU (MIG) is unknown.
-      dtype: of the operands; unknown if the device has no units for it. TPUs multiply float32 in several bfloat16
-        products, for which there is no figure.
-
-    >>> peak_flops("NVIDIA H200", "bfloat16"), peak_flops("TPU v5 lite", "float32"), peak_flops("cpu", "float32")
-    (989000000000000.0, None, None)
-    """
-    # A slice reports the name of the whole GPU, whose peak it does not have.
-    if "MIG" in device_kind:
-        return None
-    rows: Iterable[dict[tuple[str, ...], float]] = (
-        peaks for pattern, peaks in _PEAKS if re.fullmatch(pattern, device_kind)
-    )
-    by_dtype = next(iter(rows), {})
-    return next((peak * _TERA for dtypes, peak in by_dtype.items() if dtype in dtypes), None)

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from jdpo.chips import peak_flops
 from jdpo.processes import is_first
 from jdpo.reports.trackers.backlog import line_of, line_of_samples
 from jdpo.reports.writers import JsonlWriter
-from jdpo.training.fit.flops import StepFlops, peak_flops
+from jdpo.training.fit.flops import StepFlops
 from jdpo.training.fit.memory_fit import peak_memory
 from jdpo.training.logs.metrics import DatasetShares, Throughput, Window
 from jdpo.training.logs.tracking import Tracking

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jdpo.chips import peak_flops
 from jdpo.config import MeshConfig
 from jdpo.data.batching.loader import collate_completions, collate_pairs
 from jdpo.data.batching.packing import pack_step
@@ -24,7 +25,7 @@ from jdpo.models.model_config import MoEConfig
 from jdpo.models.remat import REMAT_ORDER
 from jdpo.models.transformer import Transformer, abstract_params, make_apply_fn
 from jdpo.sharding.mesh import make_mesh
-from jdpo.training.fit.flops import Arithmetic, peak_flops, step_flops
+from jdpo.training.fit.flops import Arithmetic, step_flops
 from jdpo.training.step.objectives import PackedLogps, PreferenceObjective
 from jdpo.training.step.train_step import loss_and_grads
 from jdpo.types import TokenizedCompletion, TokenizedPair

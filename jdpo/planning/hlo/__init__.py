@@ -1,0 +1,1 @@
+"""Reading of optimized programs, from the text of `compiled.as_text()`."""

@@ -1,0 +1,209 @@
+"""Finds the collectives of a program: what they carry, between which devices, and what runs at the same time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from jdpo.planning.hlo.hlo_text import Computation, Module, Op
+from jdpo.planning.hlo.op_costs import COLLECTIVES
+
+
+class Collective(NamedTuple):
+    """A collective as a computation runs it once.
+
+    Attributes:
+      kind: of COLLECTIVES.
+      dtype: of its elements, as HLO names it.
+      num_bytes: of the whole array on one device: the result of an all-gather, the operand of all others.
+      groups: the devices that take part together; int [groups, devices].
+      op_name: where it comes from.
+      start, done: places in the schedule; equal where nothing can run meanwhile.
+    """
+
+    kind: str
+    dtype: str
+    num_bytes: float
+    groups: np.ndarray
+    op_name: str
+    start: int
+    done: int
+
+    @property
+    def wire_bytes(self) -> float:
+        """Bytes that each device sends, by the best known algorithms (rings): a share (g - 1) / g of the array."""
+        if self.kind == "collective-permute":
+            return self.num_bytes
+        size = self.groups.shape[1]
+        times = 2 if self.kind == "all-reduce" else 1  # reduced in parts, then gathered
+        return times * self.num_bytes * (size - 1) / size
+
+
+def collectives_of(module: Module, computation: Computation, num_devices: int) -> list[Collective]:
+    """Returns the collectives of a computation; those of loops and calls within it are theirs.
+
+    On a TPU an asynchronous collective is a fusion that starts it, fusions that compute next to it and carry it along,
+    and one that ends it; all name the same channel.
+    """
+    found: list[Collective] = []
+    carried = _carried_channels(module, computation)
+    for place, op in enumerate(computation.ops):
+        kind = _kind(op.opcode)
+        if op.opcode == "fusion":
+            found += _of_fusion(module, computation, op, place, carried, num_devices)
+        elif op.opcode == "async-start":
+            inner = next((inner for callee in module.called(op) for inner in callee.ops if _kind(inner.opcode)), None)
+            if inner is not None:
+                done = _done_of(computation, op, place)
+                found.append(_collective(computation, op, inner, place, done, num_devices))
+        elif kind and not op.opcode.endswith("-done"):
+            done = _done_of(computation, op, place) if op.opcode.endswith("-start") else place
+            found.append(_collective(computation, op, op, place, done, num_devices))
+    return found
+
+
+def is_collective(op: Op) -> bool:
+    """Returns True for a collective, its start and its done."""
+    return _kind(op.opcode) is not None
+
+
+def has_collective(computation: Computation) -> bool:
+    """Returns True for a fusion that is, starts or ends a collective."""
+    return any(map(is_collective, computation.ops))
+
+
+def _kind(opcode: str) -> str | None:
+    base = opcode.removesuffix("-start").removesuffix("-done")
+    return base if base in COLLECTIVES else None
+
+
+def _done_of(computation: Computation, op: Op, place: int) -> int:
+    """Returns the place of the operation that waits for one that was started."""
+    waiting = [
+        later
+        for later, user in enumerate(computation.ops[place + 1 :], place + 1)
+        if op.name in user.operands and user.opcode.endswith("-done")
+    ]
+    return waiting[0] if waiting else place
+
+
+def _carried_channels(module: Module, computation: Computation) -> dict[str, tuple[int, int]]:
+    """Returns the places where the asynchronous collectives of a TPU program start and end, by channel."""
+    starts: dict[str, int] = {}
+    ends: dict[str, int] = {}
+    for place, op in enumerate(computation.ops):
+        if op.opcode != "fusion":
+            continue
+        callee = module.called(op)[0]
+        targets = {inner.target for inner in callee.ops if inner.target}
+        for name, places in (("AsyncCollectiveStart", starts), ("AsyncCollectiveDone", ends)):
+            if name in targets:
+                places |= {channel: place for inner in callee.ops if (channel := _channel(inner)) is not None}
+    return {channel: (place, ends.get(channel, place)) for channel, place in starts.items()}
+
+
+def _channel(op: Op) -> str | None:
+    return op.attribute("channel_id") if _kind(op.opcode) else None
+
+
+def _of_fusion(
+    module: Module,
+    computation: Computation,
+    op: Op,
+    place: int,
+    carried: dict[str, tuple[int, int]],
+    num_devices: int,
+) -> Iterator[Collective]:
+    callee = module.called(op)[0]
+    for inner in callee.ops:
+        channel = _channel(inner)
+        if not _kind(inner.opcode):
+            continue
+        if channel in carried:
+            start, done = carried[channel]
+            if place == start:
+                yield _collective(callee, inner, inner, start, done, num_devices)
+        else:
+            found = _collective(callee, inner, inner, place, place, num_devices)
+            # An all-reduce of which each device keeps its own part.
+            scattered = found.kind == "all-reduce" and any(user.opcode == "dynamic-slice" for user in callee.ops)
+            yield found._replace(kind="reduce-scatter") if scattered else found
+
+
+def _collective(computation: Computation, op: Op, inner: Op, start: int, done: int, num_devices: int) -> Collective:
+    """Makes a collective from the operation that has its operands and the one that has its groups."""
+    kind = _kind(inner.opcode)
+    assert kind is not None, inner
+    if kind == "all-gather":
+        # A start returns its operands and its results.
+        arrays = op.arrays[len(op.arrays) // 2 :] if len(op.arrays) > 1 and op.opcode.endswith("-start") else op.arrays
+        arrays = tuple(array for array in arrays if array.dtype != "u32" or len(op.arrays) == 1)
+    else:
+        arrays = tuple(array for operand in computation.operands_of(op) for array in operand.arrays)
+    assert arrays, op
+    return Collective(
+        kind,
+        arrays[0].dtype,
+        sum(array.num_bytes for array in arrays),
+        groups_of(inner.attributes, num_devices),
+        inner.op_name or op.op_name,
+        start,
+        done,
+    )
+
+
+def groups_of(attributes: str, num_devices: int) -> np.ndarray:
+    """Returns the groups of devices of a collective, int [groups, devices]; pairs for a permutation.
+
+    >>> groups_of("replica_groups=[2,2]<=[2,2]T(1,0), dimensions={0}", 4).tolist()
+    [[0, 2], [1, 3]]
+    >>> groups_of("replica_groups=mesh['data'=2,'fsdp'=2] {'fsdp'}, dimensions={0}", 4).tolist()
+    [[0, 1], [2, 3]]
+    """
+    if pairs := re.search(r"source_target_pairs={({[\d,{}\s]*})}", attributes):
+        return _rows(pairs.group(1))
+    everything = np.arange(num_devices)[None]
+    if listed := re.search(r"replica_groups={({[\d,{}\s]*})}", attributes):
+        return _rows(listed.group(1))
+    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
+        shape, reshaped, order = (_numbers(text) for text in iota.groups())
+        numbers = np.arange(np.prod(reshaped)).reshape(reshaped)
+        return (numbers.transpose(order) if order else numbers).reshape(shape).reshape(shape[0], -1)
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*{([^}]*)}", attributes):
+        return _mesh_groups(mesh.group(1), mesh.group(2))
+    return everything
+
+
+def _numbers(text: str | None) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(",")) if text else ()
+
+
+def _rows(text: str) -> np.ndarray:
+    return np.array([_numbers(row.replace(" ", "")) for row in re.findall(r"{([\d,\s]+)}", text)])
+
+
+def _mesh_groups(axes: str, along: str) -> np.ndarray:
+    """Returns the groups of devices that differ along some axes of a mesh and no others.
+
+    An axis may be used in part: `'x':(2)4` is the part of 4 of the axis x after a part of 2.
+    """
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
+    numbers = np.arange(np.prod(list(sizes.values()))).reshape(tuple(sizes.values()))
+    shape: list[int] = []
+    inside: list[bool] = []
+    parts = dict(re.findall(r"'([^']+)'(?::(\(\d+\)\d+))?", along))
+    for name, size in sizes.items():
+        if name not in parts:
+            shape, inside = [*shape, size], [*inside, False]
+        elif not parts[name]:
+            shape, inside = [*shape, size], [*inside, True]
+        else:
+            before, within = (int(number) for number in re.findall(r"\d+", parts[name]))
+            shape += [before, within, size // (before * within)]
+            inside += [False, True, False]
+    order = [axis for axis, used in enumerate(inside) if not used] + [axis for axis, used in enumerate(inside) if used]
+    group_size = int(np.prod([size for size, used in zip(shape, inside, strict=True) if used]))
+    return numbers.reshape(shape).transpose(order).reshape(-1, group_size)

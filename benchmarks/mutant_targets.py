@@ -92,13 +92,13 @@ TARGETS = (
     Target(
         "packing",
         "jdpo/data/batching/packing.py",
-        ("pack_step", "_layout", "_slot_arrays", "_sequence_arrays", "_scored_arrays"),
+        ("pack_step", "_layout", "_slot_arrays", "_attention_arrays", "_scored_arrays"),
         ("tests/data/batching/test_packing.py",),
     ),
     Target(
         "packing",
         "jdpo/data/batching/packing_plan.py",
-        ("pair_sizes", "item_sizes", "plan_step", "_spread", "needed_shape", "plan_run"),
+        ("pair_sizes", "item_sizes", "plan_step", "needed_sizes", "plan_run"),
         ("tests/data/batching/test_packing_plan.py",),
     ),
     Target(

@@ -171,23 +171,26 @@ class Routed(NamedTuple):
 class PackedBatch(NamedTuple):
     """The items of a step (pairs or supervised rows), packed into rows of slots, each prompt once.
 
-    There are q = n * p attention sequences; side j of item i has number n * i + j.
+    Attention sees a sequence for each side of each item, its prompt and its completion. Sequences are back to back in
+    attention rows, from place 0 of a row on, and padding comes after the last one.
 
     Unused entries are zero unless stated otherwise. Indices in them are in range, so that computing with them is safe,
     and nothing that is scored reads them.
 
-    Axes: k micro-batches, m rows of slots, s slots, p items of a row, n sides of an item (2 for a pair), t places of a
-    sequence, c scored tokens. On a device, a micro-batch has no axis k. See `jdpo.data.batching.packing`.
+    Axes: k micro-batches, m rows of slots, s slots, p items of a row, n sides of an item (2 for a pair), q attention
+    rows of a row of slots, u sequences of an attention row, t places of an attention row, c scored tokens. On a device,
+    a micro-batch has no axis k. See `jdpo.data.batching.packing`.
 
     Attributes:
       tokens: int32 [k, m, s].
       positions: int32 [k, m, s], starting at 0 for each item; the second side continues where the prompt ends.
-      gather: int32 [k, m, q, t], the slot that each place of an attention sequence reads; places after its length read
-        any slot.
-      lengths: int32 [k, m, q], number of used places of each attention sequence, at least 1.
+      gather: int32 [k, m, q, t], the slot that each place of an attention row reads; places after its last sequence
+        read any slot.
+      lengths: int32 [k, m, q, u], numbers of tokens of the sequences of each attention row, in order; 0 for none. Where
+        u is 1, side j of item i is row n * i + j, and lengths are at least 1.
       scatter: int32 [k, m, s], the place among (q t) whose attention output belongs to a slot; for prompts, a place in
         the first side.
-      readers: int32 [k, m, n, s], all places that read a slot, one in the sequence of each side; q * t for none. The
+      readers: int32 [k, m, n, s], all places among (q t) that read a slot, one for each side; q * t for none. The
         transpose of `gather` is a sum over them, which needs no scatter-add. readers[..., 0, :] equals `scatter` except
         for completions of second sides, whose place is in readers[..., 1, :], and for unused slots, which have none.
       logp_slot: int32 [k, m, c], the slot whose hidden state predicts a scored token.

@@ -64,8 +64,13 @@ def scored_states(values_rsd: Array, batch: PackedBatch) -> Array:
 
 def num_scored(batch: PackedBatch) -> Array:
     """Returns int [r], the number of scored tokens of each row, which come first."""
-    # Numbers from q on, the number of sequences in `gather` [r, q, t], mark padding.
-    return (batch.logp_pair < batch.gather.shape[-2]).sum(-1)
+    return jnp.asarray(scored_mask(batch)).sum(-1)
+
+
+def scored_mask(batch: PackedBatch) -> Any:
+    """Returns bool [..., k], True for scored tokens and False for the padding after them."""
+    # n sides of p items have the numbers below n * p.
+    return batch.logp_pair < batch.readers.shape[-2] * batch.pair_weight.shape[-1]
 
 
 def default_chunk(rows: int, positions: int, vocabulary: int, *, skips: bool = False) -> int:

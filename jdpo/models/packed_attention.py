@@ -1,11 +1,11 @@
 """Attention over flat rows: pairs are back to back in a row's slots, and attention sees one sequence per branch.
 
-Axes: r rows, s slots of a row, n branches of an item (2 of a pair), q attention sequences of a row, t positions of a
-sequence, l = q t places, h heads, k head width.
+Axes: r rows, s slots of a row, n branches of an item (2 of a pair), q attention rows of a row of slots, u sequences of
+an attention row, t places of an attention row, l = q t places, h heads, k head width.
 
     slots (s = 8)      P0 P1 C0 C1 R0 -  -  -       one pair: prompt, chosen, rejected
-    gather (q, t)      0  1  2  3                   prompt + chosen
-                       0  1  4  .                   prompt + rejected
+    gather (q, t)      0  1  2  3  0  1  4  .       one attention row: prompt + chosen, prompt + rejected, padding
+    lengths (q, u)     4  3                         the tokens of its two sequences
     scatter (s)        0  1  2  3  6  0  0  0       each slot's place in the flattened (q, t): its output is read there
     readers (n, s)     0  1  2  3  .  .  .  .       the place that reads a slot in the first branch,
                        4  5  .  .  6  .  .  .       and in the second
@@ -38,9 +38,10 @@ def packed_attention(
 
     Args:
       attend: (query [n, t, h, d], key [n, t, g, d], value [n, t, g, e], segment_ids int [n, t]) -> [n, t, h, e]. It is
-        causal, and it masks keys whose segment differs from the query's: 1 for tokens, 0 for the padding after them.
-        Attention that is causal only gives the same results, since no token sees the padding after it. Scale, softcap
-        and window are its own, and so is the number of key heads g.
+        causal, and it masks keys whose segment differs from the query's: sequences are numbered from 1 in each of the n
+        rows, and 0 is the padding after them. With one sequence per row, which is what `jdpo.pack` makes unless it is
+        told otherwise, attention that is causal only gives the same results, since no token sees the padding after it.
+        Scale, softcap and window are its own, and so is the number of key heads g.
       batch: arrays [m, ...] of a micro-batch, or of one row without the axis m, as within `jax.vmap` over rows.
 
     Returns:
@@ -65,8 +66,7 @@ def packed_attention(
         )
     arrays = (jnp.asarray(array) for array in (batch.gather, batch.lengths, batch.scatter, batch.readers))
     layout = packed_sequences(*(array[None] if is_row else array for array in arrays))
-    lengths, num_places = layout.lengths.reshape(-1), batch.gather.shape[-1]
-    segment_ids = (jnp.arange(num_places) < lengths[:, None]).astype(jnp.int32)
+    segment_ids = segment_numbers(rearrange(layout.lengths, "r q u -> (r q) u"), batch.gather.shape[-1])
 
     def attend_sequences(query: Array, key: Array, value: Array) -> Array:
         output, expected = attend(query, key, value, segment_ids), (*query.shape[:3], value.shape[3])
@@ -91,6 +91,22 @@ def packed_attention(
     return attention
 
 
+def segment_numbers(lengths: Array, num_places: int) -> Array:
+    """Returns int32 [n, t], the number from 1 of the sequence at each place of an attention row, and 0 for padding.
+
+    Args:
+      lengths: int [n, u], tokens of the sequences of each row.
+      num_places: t.
+
+    >>> segment_numbers(jnp.array([[2, 1, 0]]), 5).tolist()
+    [[1, 1, 2, 0, 0]]
+    """
+    ends = jnp.cumsum(lengths, axis=1)[:, None]  # [n, 1, u]
+    places = jnp.arange(num_places)
+    number = 1 + (places[:, None] >= ends).sum(-1, dtype=jnp.int32)
+    return jnp.where(places < ends[..., -1], number, 0)
+
+
 def _kind(found: object) -> str:
     # As a value, a batch of arrays would fill the terminal.
     return f"an object of type {type(found).__name__}"
@@ -99,9 +115,7 @@ def _kind(found: object) -> str:
 def attend_packed(
     attend: Callable[[Array, Array, Array], Array], layout: PackedSequences, query: Array, key: Array, value: Array
 ) -> Array:
-    """Runs attention over sequences on flat slots.
-
-    A prompt is copied to each of its branches, so `attend` needs no mask of its own for them.
+    """Runs attention over rows of sequences on flat slots; a prompt is copied to each of its branches.
 
     Args:
       attend: (query, key, value), [(r q), t, heads, head width] each -> [(r q), t, h, k].
@@ -117,8 +131,8 @@ class PackedSequences(NamedTuple):
     """The indices by which attention gathers the tokens of its sequences, and slots gather their outputs.
 
     Attributes:
-      slot: int32 [r, l], the slot that each place reads; arbitrary past a sequence's length.
-      lengths: int32 [r, q], number of real places of each sequence, at least 1.
+      slot: int32 [r, l], the slot that each place reads; arbitrary after the last sequence of an attention row.
+      lengths: int32 [r, q, u], tokens of the sequences of each attention row, in order; 0 for none.
       place: int32 [r, s], the place that each slot's output is read from; 0 on unused slots.
       readers: int32 [r, n, s], the place that reads a slot in each branch; l if none does.
       is_read: bool [r, l], True if a slot reads its output from this place.
@@ -136,7 +150,7 @@ def packed_sequences(gather: Array, lengths: Array, scatter: Array, readers: Arr
 
     Args:
       gather: int [r, q, t].
-      lengths: int [r, q].
+      lengths: int [r, q, u].
       scatter: int [r, s].
       readers: int [r, n, s].
     """
@@ -153,13 +167,13 @@ def num_readers(layout: PackedSequences) -> Array:
 
 
 def to_sequences(x_rshk: Array, layout: PackedSequences) -> Array:
-    """Gathers slots to sequences: [r, s, h, k] -> [(r q), t, h, k]; values past a sequence's length are arbitrary."""
-    return rearrange(_to_places(x_rshk, layout), "r (q t) h k -> (r q) t h k", q=layout.lengths.shape[-1])
+    """Gathers slots to attention rows: [r, s, h, k] -> [(r q), t, h, k]; values of padding are arbitrary."""
+    return rearrange(_to_places(x_rshk, layout), "r (q t) h k -> (r q) t h k", q=layout.lengths.shape[1])
 
 
 def to_slots(x_nthk: Array, layout: PackedSequences) -> Array:
-    """Gathers sequences to slots: [(r q), t, h, k] -> [r, s, h, k]; values in unused slots are arbitrary."""
-    return _to_slots(rearrange(x_nthk, "(r q) t h k -> r (q t) h k", q=layout.lengths.shape[-1]), layout)
+    """Gathers attention rows to slots: [(r q), t, h, k] -> [r, s, h, k]; values in unused slots are arbitrary."""
+    return _to_slots(rearrange(x_nthk, "(r q) t h k -> r (q t) h k", q=layout.lengths.shape[1]), layout)
 
 
 def _take(values: Array, index: Array) -> Array:

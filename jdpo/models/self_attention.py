@@ -146,8 +146,7 @@ class Attention(nn.Module):
                 self.attention,
                 self.config,
                 self.kind,
-                # [r, q] -> [(r q)]
-                lengths=context.packed.lengths.reshape(-1),
+                lengths=rearrange(context.packed.lengths, "r q 1 -> (r q)"),
             )
             return attend_packed(attend, context.packed, query, key, value)
         if context.lengths is not None:

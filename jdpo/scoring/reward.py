@@ -246,20 +246,27 @@ def _load_weights(reward_model: RewardModel) -> Params:
 
 @functools.lru_cache(maxsize=2)
 def _compiled(model: Transformer, mesh: Mesh) -> Callable[[Params, PackedBatch], Array]:
-    """Returns the compiled function (weights, batch [k, m, ...]) -> rewards [k, m, q]."""
+    """Returns the compiled function (weights, batch [k, m, ...]) -> rewards [k, m, p]."""
 
     def rewards(weights: Params, micro: PackedBatch) -> Array:
         sequences = packed_sequences(micro.gather, micro.lengths, micro.scatter, micro.readers)
         hidden_msd, head_d1 = model.apply(
             variables(weights), micro.tokens, micro.positions, sequences, method="packed_hidden_and_head"
         )
-        last_mq1 = jnp.asarray(micro.lengths)[..., None] - 1
-        slot_mq = jnp.take_along_axis(jnp.asarray(micro.gather), last_mq1, axis=-1)[..., 0]
         # Only the hidden states of last tokens meet the head.
-        hidden_mqd = jnp.take_along_axis(hidden_msd, slot_mq[..., None], axis=1)
-        return jnp.einsum("mqd,do->mqo", hidden_mqd, head_d1, preferred_element_type=jnp.float32)[..., 0]
+        hidden_mpd = jnp.take_along_axis(hidden_msd, _last_slots(micro)[..., None], axis=1)
+        return jnp.einsum("mpd,do->mpo", hidden_mpd, head_d1, preferred_element_type=jnp.float32)[..., 0]
 
     return over_micro_batches(rewards, mesh)
+
+
+def _last_slots(micro: PackedBatch) -> Array:
+    """Returns int [m, p], the slot of the last token of each supervised row of a micro-batch; any slot for padding."""
+    used_ms = (micro.readers < micro.gather.shape[-2] * micro.gather.shape[-1])[..., 0, :]
+    # Rows are back to back, each from position 0 on.
+    item_ms = jnp.cumsum(used_ms & (micro.positions == 0), axis=-1) - 1
+    until_mps = used_ms[..., None, :] & (item_ms[..., None, :] <= jnp.arange(micro.pair_weight.shape[-1])[:, None])
+    return jnp.maximum(until_mps.sum(-1) - 1, 0)
 
 
 # --- the scorer

@@ -120,7 +120,7 @@ def spoilt(batch: jdpo.PackedBatch, seed: int) -> jdpo.PackedBatch:
     rng = np.random.default_rng(seed)
     num_slots, (num_sequences, length) = batch.tokens.shape[-1], batch.gather.shape[-2:]
     used = (batch.readers < num_sequences * length).any(-2)
-    scored = batch.logp_pair < num_sequences
+    scored = batch.logp_pair < 2 * batch.pair_weight.shape[-1]
 
     def fill(values: Any, keep: Any, most: int) -> Any:
         return np.where(keep, values, rng.integers(0, most, values.shape)).astype(values.dtype)
@@ -129,7 +129,7 @@ def spoilt(batch: jdpo.PackedBatch, seed: int) -> jdpo.PackedBatch:
         tokens=fill(batch.tokens, used, VOCAB),
         positions=fill(batch.positions, used, LONGEST),
         scatter=fill(batch.scatter, used, num_sequences * length),
-        gather=fill(batch.gather, np.arange(length) < batch.lengths[..., None], num_slots),
+        gather=fill(batch.gather, np.arange(length) < batch.lengths.sum(-1, keepdims=True), num_slots),
         logp_slot=fill(batch.logp_slot, scored, num_slots),
         logp_target=fill(batch.logp_target, scored, VOCAB),
         logp_reference=None if batch.logp_reference is None else np.where(scored, batch.logp_reference, np.nan),

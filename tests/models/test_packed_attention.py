@@ -17,9 +17,9 @@ from jdpo.models.packed_attention import (
     to_slots,
 )
 
-# One row of 8 slots: prompt 0 1, chosen 2 3, rejected 4; two sequences of 4 places, of which 4 and 3 are real.
+# One row of 8 slots: prompt 0 1, chosen 2 3, rejected 4; two attention rows of 4 places, of which 4 and 3 are real.
 NONE = 8
-GATHER, LENGTHS = [[[0, 1, 2, 3], [0, 1, 4, 5]]], [[4, 3]]
+GATHER, LENGTHS = [[[0, 1, 2, 3], [0, 1, 4, 5]]], [[[4], [3]]]
 SCATTER = [[0, 1, 2, 3, 6, 0, 0, 0]]
 READERS = [[[0, 1, 2, 3, NONE, NONE, NONE, NONE], [4, 5, NONE, NONE, 6, NONE, NONE, NONE]]]
 REAL_PLACES = [0, 1, 2, 3, 4, 5, 6]

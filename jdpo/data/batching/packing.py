@@ -1,9 +1,10 @@
 """Packed batches: items back to back in rows of slots, each prompt once, with indices for attention and the head.
 
-    pair: prompt 5 6, chosen 7 2, rejected 8            s 8, t 4, c 4; the row holds this pair alone
+    pair: prompt 5 6, chosen 7 2, rejected 8            s 8, q 1, u 2, t 8, c 4; the row holds this pair alone
     tokens       5 6 7 2 8 0 0 0
     positions    0 1 2 3 2 0 0 0
-    gather       0 1 2 3 | 0 1 4 5                      attention sees 5 6 7 2 and 5 6 8, lengths 4 and 3
+    gather       0 1 2 3 0 1 4 7                        attention sees 5 6 7 2 and 5 6 8 in one row, then padding
+    lengths      4 3
     scatter      0 1 2 3 6 0 0 0                        where each slot's attention output is
     logp_slot    1 2 1 0                                6 predicts 7, 7 predicts 2, 6 predicts 8
     logp_target  7 2 8 0
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jdpo.data.batching.attention_rows import join_sequences
 from jdpo.data.batching.packing_plan import StepPlan
 from jdpo.data.batching.packing_shapes import PackedShape
 from jdpo.types import AnyPair, MaskedPair, PackedBatch, TokenizedCompletion
@@ -53,7 +55,7 @@ def pack_step(
     assert bins.num_micro <= shape.num_micro, (bins.num_micro, shape)
     # Items of one bin must be next to each other; stable keeps their order within a bin.
     order = np.argsort(bins.bin_of, kind="stable")
-    layout = _layout([rows[i] for i in order], bins.bin_of[order])
+    layout = _layout([rows[i] for i in order], bins.bin_of[order], shape)
     reference = None if reference_logps is None else [reference_logps[i] for i in order]
 
     def of_items(dtype: Any, values: Any, padding: int = 0) -> np.ndarray:
@@ -61,7 +63,7 @@ def pack_step(
 
     return PackedBatch(
         **_slot_arrays(layout, shape),
-        **_sequence_arrays(layout, shape),
+        **_attention_arrays(layout, shape),
         **_scored_arrays(layout, shape, reference),
         pair_weight=of_items(np.float32, 1),
         pair_row=of_items(np.int32, indices[order]),
@@ -79,12 +81,11 @@ def unused(
       reference_dtype: dtype of cached log-probs; None: the batch has none.
       with_scores: True if score margins travel with the batch.
     """
-    num_sequences = num_sides * shape.num_items
     axes: dict[str, tuple[int, ...]] = {
         "tokens": (shape.num_slots,),
         "positions": (shape.num_slots,),
-        "gather": (num_sequences, shape.length),
-        "lengths": (num_sequences,),
+        "gather": (shape.num_attention_rows, shape.length),
+        "lengths": (shape.num_attention_rows, shape.sequences_per_row),
         "scatter": (shape.num_slots,),
         "readers": (num_sides, shape.num_slots),
         "logp_slot": (shape.num_scored,),
@@ -117,6 +118,9 @@ class _Layout(NamedTuple):
     prompt_length_b: np.ndarray
     side_start_bn: np.ndarray
     side_length_bn: np.ndarray
+    row_bn: np.ndarray  # attention row of each side's sequence, its number there, and its first place among (q t)
+    number_bn: np.ndarray
+    place_bn: np.ndarray
     token_x: np.ndarray
     bin_x: np.ndarray
     slot_x: np.ndarray
@@ -126,7 +130,7 @@ class _Layout(NamedTuple):
     scored_x: np.ndarray  # bool
 
 
-def _layout(rows: Sequence[Any], bin_b: np.ndarray) -> _Layout:
+def _layout(rows: Sequence[Any], bin_b: np.ndarray, shape: PackedShape) -> _Layout:
     masks: list[np.ndarray] | None = None
     if isinstance(rows[0], TokenizedCompletion):
         # An empty prompt in front gives supervised rows the layout of pairs.
@@ -147,6 +151,7 @@ def _layout(rows: Sequence[Any], bin_b: np.ndarray) -> _Layout:
     bin_start_b = (ends - part_lengths.sum(1))[first_of_bin]
     part_end = part_lengths.reshape(-1).cumsum()
     start_in_bin = (part_end - part_lengths.reshape(-1)).reshape(part_lengths.shape) - bin_start_b[:, None]
+    row_bn, start_bn, number_bn = _joined(part_lengths[:, :1] + part_lengths[:, 1:], bin_b, shape)
 
     part_x = np.repeat(np.arange(len(parts)), part_lengths.reshape(-1))
     item_x, side_x = part_x // num_parts, part_x % num_parts - 1
@@ -161,6 +166,9 @@ def _layout(rows: Sequence[Any], bin_b: np.ndarray) -> _Layout:
         prompt_length_b=part_lengths[:, 0],
         side_start_bn=start_in_bin[:, 1:],
         side_length_bn=part_lengths[:, 1:],
+        row_bn=row_bn,
+        number_bn=number_bn,
+        place_bn=row_bn * shape.length + start_bn,
         token_x=np.concatenate(parts),
         bin_x=bin_b[item_x],
         slot_x=everywhere - bin_start_b[item_x],
@@ -170,6 +178,16 @@ def _layout(rows: Sequence[Any], bin_b: np.ndarray) -> _Layout:
         # The first token of a side is predicted by the last of its prompt, so it needs a prompt.
         scored_x=scored_x & ((within_x > 0) | (part_lengths[item_x, 0] > 0)),
     )
+
+
+def _joined(sequence_bn: np.ndarray, bin_b: np.ndarray, shape: PackedShape) -> list[np.ndarray]:
+    """Joins the sequences of each bin into attention rows, as `needed_sizes` does: row, start, number [b, n] each."""
+    ends = np.flatnonzero(np.diff(bin_b)) + 1
+    joined = [
+        join_sequences(of_bin.reshape(-1), shape.length, shape.sequences_per_row)
+        for of_bin in np.split(sequence_bn, ends)
+    ]
+    return [np.concatenate(field).reshape(sequence_bn.shape) for field in zip(*joined, strict=True)]
 
 
 def _filled(
@@ -182,64 +200,57 @@ def _filled(
 
 
 def _slot_arrays(layout: _Layout, shape: PackedShape) -> dict[str, np.ndarray]:
-    """Returns the arrays with an axis of slots: tokens, positions, scatter, readers."""
-    num_sides = layout.side_length_bn.shape[1]
-    in_prompt_x = layout.side_x < 0
-    # Both sides continue at the position after their prompt.
-    position_x = layout.within_x + np.where(in_prompt_x, 0, layout.prompt_length_b[layout.item_x])
-    first_x = num_sides * layout.local_b[layout.item_x] * shape.length + position_x  # the place in the first side
-    place_x = first_x + np.maximum(layout.side_x, 0) * shape.length
-    at = (layout.bin_x, layout.slot_x)
-    readers = np.full(
-        (shape.num_micro * shape.num_rows, num_sides, shape.num_slots),
-        # Out of range: no place reads the slot.
-        num_sides * shape.num_items * shape.length,
-        np.int32,
-    )
-    for side in range(num_sides):
-        # A slot of the prompt is read by all sides of its item, a slot of a side by that side alone.
-        reads_x = in_prompt_x | (layout.side_x == side)
-        readers[layout.bin_x[reads_x], side, layout.slot_x[reads_x]] = first_x[reads_x] + side * shape.length
-    slots = (shape.num_slots,)
+    """Returns the arrays with an axis of slots except `readers`: tokens, positions, scatter."""
+    position_x, side_x = _positions(layout), np.maximum(layout.side_x, 0)
+    # Prompts read their outputs in the first side.
+    place_x = layout.place_bn[layout.item_x, side_x] + position_x
+    at, slots = (layout.bin_x, layout.slot_x), (shape.num_slots,)
     return {
         "tokens": _filled(shape, slots, np.int32, at, layout.token_x),
         "positions": _filled(shape, slots, np.int32, at, position_x),
         "scatter": _filled(shape, slots, np.int32, at, place_x),
-        "readers": readers.reshape(shape.num_micro, shape.num_rows, num_sides, shape.num_slots),
     }
 
 
-def _sequence_arrays(layout: _Layout, shape: PackedShape) -> dict[str, np.ndarray]:
-    """Returns the arrays with an axis of attention sequences: gather, lengths."""
-    num_sides = layout.side_length_bn.shape[1]
-    num_sequences = num_sides * shape.num_items
-    bin_bn = np.broadcast_to(layout.bin_b[:, None], layout.side_length_bn.shape)
-    sequence_bn = num_sides * layout.local_b[:, None] + np.arange(num_sides)
-    prompt_length_b1 = layout.prompt_length_b[:, None]
-    place_t = np.arange(shape.length)
-    # A sequence reads two runs of slots: the prompt's, then the side's. Places after its end read unused slots, each
-    # another one: many reads of one slot would make its gradient a slow sum.
-    jump_bn = layout.side_start_bn - layout.prompt_start_b[:, None] - prompt_length_b1
-    slot_bnt = (
-        layout.prompt_start_b[:, None, None]
-        + place_t
-        + np.where(place_t < prompt_length_b1[..., None], 0, jump_bn[..., None])
+def _positions(layout: _Layout) -> np.ndarray:
+    # Both sides continue at the position after their prompt.
+    positions: np.ndarray = layout.within_x + np.where(layout.side_x < 0, 0, layout.prompt_length_b[layout.item_x])
+    return positions
+
+
+def _attention_arrays(layout: _Layout, shape: PackedShape) -> dict[str, np.ndarray]:
+    """Returns the arrays by which attention reads slots: gather, lengths, readers."""
+    num_bins, num_sides = shape.num_micro * shape.num_rows, layout.side_length_bn.shape[1]
+    num_places = shape.num_attention_rows * shape.length
+    gather = np.empty((num_bins, num_places), np.int32)
+    # Places without a token read slots in turn: many reads of one slot would be slow.
+    gather[:] = np.arange(num_places) % shape.length % shape.num_slots
+    # Out of range: no place reads the slot.
+    readers = np.full((num_bins, num_sides, shape.num_slots), num_places, np.int32)
+    position_x = _positions(layout)
+    for side in range(num_sides):
+        # A slot of the prompt is read by all sides of its item, a slot of a side by that side alone.
+        reads_x = (layout.side_x < 0) | (layout.side_x == side)
+        bins, slots = layout.bin_x[reads_x], layout.slot_x[reads_x]
+        places = layout.place_bn[layout.item_x[reads_x], side] + position_x[reads_x]
+        gather[bins, places], readers[bins, side, slots] = slots, places
+    bin_bn = np.broadcast_to(layout.bin_b[:, None], layout.row_bn.shape)
+    axes = (shape.num_attention_rows, shape.sequences_per_row)
+    lengths = _filled(
+        shape,
+        axes,
+        np.int32,
+        (bin_bn, layout.row_bn, layout.number_bn),
+        layout.prompt_length_b[:, None] + layout.side_length_bn,
     )
-    gather = np.empty((shape.num_micro * shape.num_rows, num_sequences, shape.length), np.int32)
-    gather[:] = place_t % shape.num_slots
-    # Places after a sequence's end may count past the last slot; the remainder keeps them in range.
-    gather[bin_bn, sequence_bn] = slot_bnt % shape.num_slots
+    if shape.sequences_per_row == 1:
+        # cuDNN returns NaN for a sequence of no keys.
+        lengths = np.maximum(lengths, 1)
+    leading = (shape.num_micro, shape.num_rows)
     return {
-        "gather": gather.reshape(shape.num_micro, shape.num_rows, num_sequences, shape.length),
-        "lengths": _filled(
-            shape,
-            (num_sequences,),
-            np.int32,
-            (bin_bn, sequence_bn),
-            # At least one place, since attention over nothing is NaN.
-            np.maximum(prompt_length_b1 + layout.side_length_bn, 1),
-            rest=1,
-        ),
+        "gather": gather.reshape(*leading, shape.num_attention_rows, shape.length),
+        "lengths": lengths,
+        "readers": readers.reshape(*leading, num_sides, shape.num_slots),
     }
 
 

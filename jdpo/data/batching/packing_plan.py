@@ -12,56 +12,67 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jdpo.data.batching.attention_rows import join_sequences
 from jdpo.data.batching.balance import balanced_bins
 from jdpo.data.batching.packing_shapes import (
+    IMPOSSIBLE,
     MAX_SHAPES,
     SLOT_MULTIPLE,
     PackedShape,
+    StepNeeds,
     cheapest_shape,
     choose_shapes,
-    rounded_shape,
+    own_shape,
+    row_lengths,
 )
 from jdpo.types import AnyPair, TokenizedCompletion, completions_of
 
 
 class ItemSizes(NamedTuple):
-    """Sizes of items: int64 [items] each.
+    """Sizes of items, int64.
 
     Attributes:
-      slots: P + C + R for a pair, the number of tokens for a supervised row.
-      longest: tokens of the longest sequence.
-      scored: tokens whose log-prob is needed; see `jdpo.data.batching.packing`.
-      num_sides: sequences of each item, 2 or 1.
+      slots: [items], P + C + R for a pair, the number of tokens for a supervised row.
+      sequences: [items, n], tokens of the sequence of each side: P + C and P + R for a pair.
+      scored: [items], tokens whose log-prob is needed; see `jdpo.data.batching.packing`.
     """
 
     slots: np.ndarray
-    longest: np.ndarray
+    sequences: np.ndarray
     scored: np.ndarray
-    num_sides: int
+
+    @property
+    def num_sides(self) -> int:
+        """Sequences of each item, 2 or 1."""
+        return int(self.sequences.shape[1])
+
+    @property
+    def longest(self) -> np.ndarray:
+        """[items], tokens of the longest sequence of each."""
+        longest: np.ndarray = self.sequences.max(1)
+        return longest
 
     def of(self, indices: np.ndarray) -> ItemSizes:
         """Selects the sizes of the given items."""
-        return ItemSizes(self.slots[indices], self.longest[indices], self.scored[indices], self.num_sides)
+        return ItemSizes(self.slots[indices], self.sequences[indices], self.scored[indices])
 
 
 def pair_sizes(lengths: np.ndarray) -> ItemSizes:
     """Returns the sizes of pairs, given the tokens of prompt, chosen and rejected, int [pairs, 3].
 
-    >>> [array.tolist() for array in pair_sizes(np.array([[3, 2, 4], [0, 2, 1]]))[:3]]
-    [[9, 3], [7, 2], [6, 1]]
+    >>> [array.tolist() for array in pair_sizes(np.array([[3, 2, 4], [0, 2, 1]]))]
+    [[9, 3], [[5, 7], [2, 1]], [6, 1]]
     """
     lengths = np.asarray(lengths, np.int64)
     prompt, completions = lengths[:, 0], lengths[:, 1:]
     unpredicted = (prompt[:, None] == 0) & (completions > 0)  # no token predicts the first one
-    return ItemSizes(
-        lengths.sum(1), prompt + completions.max(1, initial=0), completions.sum(1) - unpredicted.sum(1), num_sides=2
-    )
+    return ItemSizes(lengths.sum(1), prompt[:, None] + completions, completions.sum(1) - unpredicted.sum(1))
 
 
 def completion_sizes(lengths: np.ndarray, scored: np.ndarray) -> ItemSizes:
     """Returns the sizes of supervised rows, given their tokens and the learnt tokens after the first, int [rows]."""
     lengths = np.asarray(lengths, np.int64)
-    return ItemSizes(lengths, lengths, np.asarray(scored, np.int64), num_sides=1)
+    return ItemSizes(lengths, lengths[:, None], np.asarray(scored, np.int64))
 
 
 def item_sizes(rows: Iterable[AnyPair] | Iterable[TokenizedCompletion]) -> ItemSizes:
@@ -126,27 +137,48 @@ def plan_step(
         num_micro += 1
 
 
-def needed_shape(sizes: ItemSizes, bins: StepBins, num_rows: int) -> PackedShape:
-    """Returns the smallest shape that holds a step.
+def needed_sizes(
+    sizes: ItemSizes, bins: StepBins, num_rows: int, lengths: np.ndarray, sequences_per_row: int | None
+) -> StepNeeds:
+    """Returns the smallest sizes that hold a step.
 
     Args:
       sizes: sizes of the step's items.
       bins: their bins.
       num_rows: m.
+      lengths: int64 [lengths], the lengths that attention rows may have, in ascending order.
+      sequences_per_row: maximum number of sequences of an attention row; None: no limit.
     """
 
     def fullest(values: np.ndarray) -> int:
         return int(np.max(np.bincount(bins.bin_of, weights=values)))
 
-    return PackedShape(
-        bins.num_micro,
-        num_rows,
-        fullest(np.ones(len(bins.bin_of))),
-        fullest(sizes.slots),
-        int(sizes.longest.max()),
-        # Axes of length 0 would need programs of their own.
-        max(fullest(sizes.scored), 1),
+    num_items = fullest(np.ones(len(bins.bin_of)))
+    rows, per_row = np.full(len(lengths), IMPOSSIBLE), np.ones(len(lengths), np.int64)
+    possible = range(int(np.searchsorted(lengths, sizes.longest.max())), len(lengths))
+    if sequences_per_row == 1:
+        rows[possible.start :] = sizes.num_sides * num_items
+    else:
+        of_bins = sequences_of_bins(sizes, bins)
+        for index in possible:
+            rows[index], per_row[index] = _most_rows(of_bins, int(lengths[index]), sequences_per_row)
+    # Axes of length 0 would need programs of their own.
+    return StepNeeds(
+        bins.num_micro, num_rows, num_items, fullest(sizes.slots), max(fullest(sizes.scored), 1), rows, per_row
     )
+
+
+def sequences_of_bins(sizes: ItemSizes, bins: StepBins) -> list[np.ndarray]:
+    """Returns the lengths of the sequences of every bin with items, int64 [sequences]; sides of an item together."""
+    order = np.argsort(bins.bin_of, kind="stable")
+    ends = np.flatnonzero(np.diff(bins.bin_of[order])) + 1
+    return [of_bin.reshape(-1) for of_bin in np.split(sizes.sequences[order], ends)]
+
+
+def _most_rows(of_bins: list[np.ndarray], length: int, sequences_per_row: int | None) -> tuple[int, int]:
+    """Returns the attention rows of the bin with the most, and the sequences of the row with the most."""
+    joined = [join_sequences(sequences, length, sequences_per_row) for sequences in of_bins]
+    return max(int(rows.row.max()) for rows in joined) + 1, max(int(rows.number.max()) for rows in joined) + 1
 
 
 # --- a run
@@ -168,6 +200,8 @@ class PackingPlan:
       num_rows: m.
       max_slots: maximum number of slots per row, except for longer items, or None.
       max_items: maximum number of items per row, or None.
+      sequences_per_row: maximum number of sequences of an attention row, or None.
+      lengths: int64 [lengths], the lengths that attention rows may have.
       shapes: the shapes of the run's steps, the most expensive last.
     """
 
@@ -175,6 +209,8 @@ class PackingPlan:
     num_rows: int
     max_slots: int | None
     max_items: int | None
+    sequences_per_row: int | None
+    lengths: np.ndarray
     shapes: tuple[PackedShape, ...]
 
     def step(self, indices: np.ndarray) -> StepPlan:
@@ -185,9 +221,8 @@ class PackingPlan:
         """
         sizes = self.sizes.of(indices)
         bins = plan_step(sizes.slots, num_rows=self.num_rows, max_slots=self.max_slots, max_items=self.max_items)
-        need = needed_shape(sizes, bins, self.num_rows)
-        shape = cheapest_shape(need, self.shapes, num_sides=sizes.num_sides)
-        return StepPlan(bins, rounded_shape(need) if shape is None else shape)
+        need = needed_sizes(sizes, bins, self.num_rows, self.lengths, self.sequences_per_row)
+        return StepPlan(bins, cheapest_shape(need, self.shapes, self.lengths) or own_shape(need, self.lengths))
 
 
 def plan_run(
@@ -197,6 +232,7 @@ def plan_run(
     num_shards: int,
     max_tokens_per_device: int | None = None,
     micro_batch_size: int | None = None,
+    sequences_per_row: int | None = 1,
     max_shapes: int = MAX_SHAPES,
 ) -> PackingPlan:
     """Plans the packing of a run, in which a micro-batch has one row per shard.
@@ -207,6 +243,7 @@ def plan_run(
       num_shards: number of parts that a micro-batch is split into.
       max_tokens_per_device: maximum number of slots per row; ignored if micro_batch_size is given.
       micro_batch_size: maximum number of items per row.
+      sequences_per_row: maximum number of sequences of an attention row; None: as many as fit into it.
       max_shapes: maximum number of shapes of all steps.
 
     Raises:
@@ -220,16 +257,20 @@ def plan_run(
             f"expected micro_batch_size of at least 1 or max_tokens_per_device of at least {SLOT_MULTIPLE}, "
             f"found {micro_batch_size} and {max_tokens_per_device}"
         )
+    # One set of lengths for all items, so that steps can share a shape.
+    lengths = row_lengths(int(sizes.longest.max()))
     needs = []
     for indices in steps:
         of_step = sizes.of(indices)
         bins = plan_step(of_step.slots, num_rows=num_shards, max_slots=max_slots, max_items=micro_batch_size)
         # The bins are computed again when the step is packed; keeping them would take memory for every row.
-        needs.append(needed_shape(of_step, bins, num_shards))
+        needs.append(needed_sizes(of_step, bins, num_shards, lengths, sequences_per_row))
     return PackingPlan(
         sizes=sizes,
         num_rows=num_shards,
         max_slots=max_slots,
         max_items=micro_batch_size,
-        shapes=choose_shapes(needs, num_sides=sizes.num_sides, max_shapes=max_shapes),
+        sequences_per_row=sequences_per_row,
+        lengths=lengths,
+        shapes=choose_shapes(needs, lengths, max_shapes=max_shapes),
     )

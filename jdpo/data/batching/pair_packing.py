@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from jdpo.data.batching.packing import pack_step
-from jdpo.data.batching.packing_plan import ItemSizes, StepBins, StepPlan, item_sizes, needed_shape, plan_step
-from jdpo.data.batching.packing_shapes import PackedShape, rounded_shape
+from jdpo.data.batching.packing_plan import ItemSizes, StepBins, StepPlan, item_sizes, needed_sizes, plan_step
+from jdpo.data.batching.packing_shapes import LENGTH_MULTIPLE, StepNeeds, own_shape
 from jdpo.data.batching.pair_reading import read_margins, read_pairs, read_reference
-from jdpo.types import AnyArray, PackedBatch
+from jdpo.types import CHOSEN, AnyArray, PackedBatch
 
 
 def pack(
@@ -27,6 +27,8 @@ def pack(
     num_pairs: int | None = None,
     length: int | None = None,
     num_scored: int | None = None,
+    sequences_per_row: int = 1,
+    num_attention_rows: int | None = None,
     reference_logps: Sequence[Sequence[Any]] | None = None,
     score_margins: Any = None,
 ) -> PackedBatch:
@@ -44,8 +46,11 @@ def pack(
       num_micro: k, the number of micro-batches for gradient accumulation. None: one, and the arrays have no axis k.
       num_slots: s, the number of slots of each row. A pair takes prompt + chosen + rejected tokens.
       num_pairs: p, the number of pairs that a row can hold.
-      length: t, the number of places of an attention sequence, which holds prompt + completion.
+      length: t, the number of places of an attention row, which holds prompt + completion.
       num_scored: c, the number of completion tokens that a row can hold; num_slots is always enough.
+      sequences_per_row: u, the maximum number of sequences of an attention row. With more than 1, attention has far
+        less padding, and it must mask keys by segment; see `packed_attention`.
+      num_attention_rows: q, the number of attention rows of each row of slots; with sequences_per_row 1 it is 2 p.
       reference_logps: for each row, the reference's log-probs of its chosen and of its rejected tokens, float [tokens]
         each, as `unpack_logps` returns them. Values of tokens that are not scored are not read.
       score_margins: float [b], by how much each chosen answer was scored higher, for losses that read scores.
@@ -62,7 +67,8 @@ def pack(
     ([[5, 6, 7, 2, 8, 0, 0, 0]], [[0, 1, 2, 3, 2, 0, 0, 0]])
     """
     given = {"num_rows": num_rows, "num_micro": num_micro, "num_slots": num_slots, "num_pairs": num_pairs}
-    _check_sizes(given | {"length": length, "num_scored": num_scored})
+    given |= {"length": length, "num_scored": num_scored, "sequences_per_row": sequences_per_row}
+    _check_sizes(given | {"num_attention_rows": num_attention_rows})
     pairs = read_pairs(rows)
     sizes = item_sizes(pairs)
     _check_longest(sizes, num_slots, length)
@@ -74,18 +80,21 @@ def pack(
             f"{len(pairs)} pairs of {sizes.slots.sum():,} tokens do not fit into {num_bins} rows of slots (num_slots "
             f"{num_slots}, num_pairs {num_pairs}). Pass num_micro={needed}, more num_rows, or larger rows"
         )
-    need = needed_shape(sizes, plan, num_bins)
+    lengths = np.array([length or -(-int(sizes.longest.max()) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE])
+    # The bins are numbered micro-batch * m + row, so one step of k * m rows is k micro-batches of m.
+    need = needed_sizes(sizes, plan, num_bins, lengths, sequences_per_row)
     if num_scored is not None and num_scored < need.num_scored:
         raise ValueError(f"num_scored must be at least {need.num_scored} for these rows, found {num_scored}")
-    # The bins are numbered micro-batch * m + row, so one step of k * m rows is k micro-batches of m.
-    automatic = rounded_shape(need)
-    shape = PackedShape(
-        num_micro or 1,
-        num_rows,
-        num_pairs or automatic.num_items,
-        num_slots or automatic.num_slots,
-        length or automatic.length,
-        num_scored or automatic.num_scored,
+    automatic = own_shape(need, lengths)
+    num_pairs = num_pairs or automatic.num_items
+    shape = automatic._replace(
+        num_micro=num_micro or 1,
+        num_rows=num_rows,
+        num_items=num_pairs,
+        num_slots=num_slots or automatic.num_slots,
+        num_attention_rows=_attention_rows(num_attention_rows, sequences_per_row, num_pairs, need),
+        sequences_per_row=sequences_per_row,
+        num_scored=num_scored or automatic.num_scored,
     )
     batch = pack_step(
         pairs,
@@ -140,16 +149,28 @@ def unpack_logps(batch: PackedBatch, logps: AnyArray) -> list[tuple[np.ndarray, 
 
 def _side_values(batch: PackedBatch, values: np.ndarray, row: int, pair: int, side: int) -> np.ndarray:
     """Returns the values of one completion of a pair, in a batch whose only leading axis is that of rows."""
-    sequence = 2 * pair + side
-    slots = batch.gather[row, sequence, : batch.lengths[row, sequence]]
-    num_places = batch.gather[row].size
+    reads = batch.readers[row] < batch.gather[row].size
+    # Pairs are back to back, and the chosen side reads the first slot of each.
+    of_pair = np.cumsum((batch.positions[row] == 0) & reads[CHOSEN]) - 1 == pair
     # Both sides read the prompt, and one side alone reads a completion.
-    prompt_length = int((batch.readers[row][:, slots] < num_places).all(0).sum())
-    scored = batch.logp_pair[row] == sequence
-    result = np.zeros(len(slots) - prompt_length, values.dtype)
+    prompt_length = int((of_pair & reads.all(0)).sum())
+    scored = batch.logp_pair[row] == len(reads) * pair + side
+    result = np.zeros(int((of_pair & reads[side]).sum()) - prompt_length, values.dtype)
     # A slot predicts the token at the next position; positions count from the start of the prompt.
     result[batch.positions[row, batch.logp_slot[row, scored]] + 1 - prompt_length] = values[row, scored]
     return result
+
+
+def _attention_rows(given: int | None, sequences_per_row: int, num_pairs: int, need: StepNeeds) -> int:
+    """Returns q, the attention rows of each row of slots."""
+    if sequences_per_row == 1:
+        # One for each side of each pair, also of padding.
+        needed = most = 2 * num_pairs
+    else:
+        needed, most = int(need.attention_rows[0]), None
+    if given is not None and (given < needed or most not in (None, given)):
+        raise ValueError(f"num_attention_rows must be {'at least ' if most is None else ''}{needed}, found {given}")
+    return given or needed
 
 
 def _check_sizes(sizes: Mapping[str, Any]) -> None:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jdpo.losses.linear_chunks import default_chunk
+from jdpo.losses.linear_chunks import default_chunk, scored_mask
 from jdpo.models.attention.work import PRODUCTS, causal_pairs, computed_pairs
 from jdpo.models.model_config import ModelConfig
 from jdpo.types import REJECTED, CompletionBatch, PackedBatch, PreferenceBatch
@@ -171,22 +171,22 @@ def _products_again(remat: str, products: Any) -> int:
 
 
 def _packed_real(config: ModelConfig, batch: PackedBatch) -> _Amounts:
-    used, scored = _used(batch), batch.logp_pair < batch.gather.shape[-2]
+    used, scored = _used(batch), scored_mask(batch)
     num_used = int(used.sum())
     return _Amounts(num_used, int(scored.sum()), _pairs_at(config, np.asarray(batch.positions)[used]), num_used)
 
 
 def _used(batch: PackedBatch) -> np.ndarray:
     """Returns bool [k, m, s], True for slots that hold a token."""
-    num_sequences, length = batch.gather.shape[-2:]
-    used: np.ndarray = np.any(batch.readers < num_sequences * length, axis=-2)
+    used: np.ndarray = np.any(batch.readers < np.prod(batch.gather.shape[-2:]), axis=-2)
     return used
 
 
 def _packed_run(config: ModelConfig, batch: PackedBatch, program: Arithmetic) -> _Amounts:
     length, num_scored = batch.gather.shape[-1], batch.logp_pair.shape[-1]
     # Attention is called once per shard and micro-batch, and its tiles depend on the rows of that call.
-    calls = batch.lengths.reshape(-1, batch.lengths.shape[1] // program.num_shards * batch.lengths.shape[2])
+    num_rows, attention_rows = batch.lengths.shape[1:3]
+    calls = batch.lengths.sum(-1).reshape(-1, num_rows // program.num_shards * attention_rows)
     pairs = sum(
         computed_pairs(
             program.backend,
@@ -203,7 +203,7 @@ def _packed_run(config: ModelConfig, batch: PackedBatch, program: Arithmetic) ->
         for lengths in calls
     )
     rows = batch.logp_pair.shape[1] // program.num_shards
-    scored = (batch.logp_pair < batch.gather.shape[-2]).sum(-1).reshape(-1, rows)  # of each call's rows
+    scored = scored_mask(batch).sum(-1).reshape(-1, rows)  # of each call's rows
     chunk = min(default_chunk(rows, num_scored, config.vocab_size, skips=True), num_scored)
     chunk = -(-num_scored // -(-num_scored // chunk))  # chunks are even
     num_scored_run = int((-(-scored.max(1) // chunk)).sum()) * chunk * rows

@@ -268,7 +268,7 @@ def demanding_shapes(shapes: Iterable[PackedShape]) -> list[PackedShape]:
     it does.
     """
     sizes = {
-        (shape.num_slots, shape.num_items * shape.length, shape.num_scored, shape.num_micro > 1): shape
+        (shape.num_slots, shape.num_attention_rows * shape.length, shape.num_scored, shape.num_micro > 1): shape
         for shape in sorted(shapes)  # of equals, the one with the most micro-batches is kept
     }
     return [

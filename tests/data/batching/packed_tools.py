@@ -21,7 +21,7 @@ def padding_of(batch: PackedBatch) -> Padding:
     """Returns the share of a batch of numpy arrays that is padding."""
     num_places = np.prod(batch.gather.shape[-2:])
     used = batch.readers < num_places
-    none = batch.gather.shape[-2]
+    none = batch.readers.shape[-2] * batch.pair_weight.shape[-1]
     return Padding(
         1 - float(used.any(-2).mean()),
         1 - float(used.sum() / batch.gather.size),
@@ -50,9 +50,9 @@ def unpack(batch: PackedBatch) -> dict[int, tuple[UnpackedSide, ...]]:
     for k, m, item in np.argwhere(batch.pair_weight > 0).tolist():
         at = (k, m)
         sides = []
-        for sequence in range(num_sides * item, num_sides * (item + 1)):
-            slots = batch.gather[at][sequence, : batch.lengths[at][sequence]]
-            c = np.flatnonzero(batch.logp_pair[at] == sequence)
+        for side in range(num_sides):
+            slots = _slots_of(PackedBatch._make(None if array is None else array[at] for array in batch), item, side)
+            c = np.flatnonzero(batch.logp_pair[at] == num_sides * item + side)
             predicted_from = np.array([int(np.flatnonzero(slots == slot)[0]) for slot in batch.logp_slot[at][c]], int)
             scored = np.zeros(len(slots), bool)
             scored[predicted_from + 1] = True
@@ -68,3 +68,17 @@ def unpack(batch: PackedBatch) -> dict[int, tuple[UnpackedSide, ...]]:
             )
         found[int(batch.pair_row[at][item])] = tuple(sides)
     return found
+
+
+def _slots_of(row: PackedBatch, item: int, side: int) -> np.ndarray:
+    """Returns the slots of one sequence of a row of slots, as its attention row reads them."""
+    # Items are back to back, and side 0 reads the first slot of each.
+    reads = row.readers < row.gather.size
+    of_item = np.cumsum((row.positions == 0) & reads[0]) - 1 == item
+    places = row.readers[side][of_item & reads[side]]
+    number, first = divmod(int(places.min()), row.gather.shape[-1])
+    # The sequence must be one of those that `lengths` names, from its first place to its last.
+    starts = np.cumsum(row.lengths[number]) - row.lengths[number]
+    (found,) = np.flatnonzero((starts == first) & (row.lengths[number] > 0))
+    assert row.lengths[number][found] == len(places), (row.lengths[number], places)
+    return row.gather[number, first : first + len(places)]

@@ -58,6 +58,7 @@ layouts = st.fixed_dictionaries(
         "num_shards": st.integers(1, 8),
         "max_tokens_per_device": st.sampled_from([128, 4096]),
         "micro_batch_size": st.sampled_from([None, 2, 5]),
+        "sequences_per_row": st.sampled_from([1, 2, None]),
     }
 )
 seeds = st.integers(0, 2**16)
@@ -66,19 +67,39 @@ seeds = st.integers(0, 2**16)
 # --- the layout
 
 
-def test_worked_example() -> None:
+SHAPE = PackedShape(
+    num_micro=1,
+    num_rows=1,
+    num_items=2,
+    num_slots=8,
+    num_attention_rows=4,
+    sequences_per_row=1,
+    length=4,
+    num_scored=4,
+)
+
+
+def worked_example(shape: PackedShape) -> PackedBatch:
     pair = TokenizedPair(ids(5, 6), ids(7, 2), ids(8), "pairs:3")
-    shape = PackedShape(num_micro=1, num_rows=1, num_items=2, num_slots=8, length=4, num_scored=4)
     bins = plan_step(np.array([5]), num_rows=1, max_slots=8)
     reference = [(np.array([-0.5, -1.5], np.float32), np.array([-2.5], np.float32))]
-    batch = pack_step(
+    return pack_step(
         [pair], np.array([3]), StepPlan(bins, shape), reference_logps=reference, score_margins=np.array([2.5])
     )
-    none = 4 * 4
-    assert {name: getattr(batch, name)[0, 0].tolist() for name in PackedBatch._fields if name != "gather"} == {
+
+
+def lists_of(batch: PackedBatch) -> dict[str, Any]:
+    return {name: getattr(batch, name)[0, 0].tolist() for name in PackedBatch._fields}
+
+
+def test_worked_example() -> None:
+    batch = worked_example(SHAPE)
+    found, none = lists_of(batch), 4 * 4
+    assert found.pop("gather")[:2] == [[0, 1, 2, 3], [0, 1, 4, 3]]
+    assert found == {
         "tokens": [5, 6, 7, 2, 8, 0, 0, 0],
         "positions": [0, 1, 2, 3, 2, 0, 0, 0],
-        "lengths": [4, 3, 1, 1],
+        "lengths": [[4], [3], [1], [1]],
         "scatter": [0, 1, 2, 3, 6, 0, 0, 0],
         "readers": [[0, 1, 2, 3, none, none, none, none], [4, 5, none, none, 6, none, none, none]],
         "logp_slot": [1, 2, 1, 0],
@@ -89,8 +110,17 @@ def test_worked_example() -> None:
         "logp_reference": [-0.5, -1.5, -2.5, 0],
         "pair_score_margin": [2.5, 1],
     }
-    assert batch.gather[0, 0, :2].tolist() == [[0, 1, 2, 3], [0, 1, 4, 5]]
     assert padding_of(batch) == pytest.approx((3 / 8, 9 / 16, 1 / 4))
+
+
+def test_worked_example_of_two_sequences_in_one_attention_row() -> None:
+    apart = lists_of(worked_example(SHAPE))
+    joined = lists_of(worked_example(SHAPE._replace(num_attention_rows=2, sequences_per_row=2, length=8)))
+    assert joined["gather"][0][:7] == [0, 1, 2, 3, 0, 1, 4]
+    assert joined["lengths"] == [[4, 3], [0, 0]]
+    # The places of the second sequence follow those of the first, as in separate rows of 4 places.
+    for name in PackedBatch._fields:
+        assert name in ("gather", "lengths") or joined[name] == apart[name]
 
 
 @settings(deadline=None)
@@ -141,11 +171,12 @@ def test_every_supervised_row_comes_back(lengths: list[int], layout: dict[str, A
 
 def check_indices(batch: PackedBatch, *, num_tokens: int, num_scored: int) -> None:
     """Checks what a model relies on: indices in range, and the two transposes as gathers."""
-    *_, num_sequences, length = batch.gather.shape
-    num_slots, none = batch.tokens.shape[-1], num_sequences * length
+    *_, num_attention_rows, length = batch.gather.shape
+    num_slots, none = batch.tokens.shape[-1], num_attention_rows * length
+    num_sequences = batch.readers.shape[-2] * batch.pair_weight.shape[-1]
     for array, bound in (
         (batch.gather, num_slots),
-        (batch.lengths - 1, length),
+        (batch.lengths, length + 1),
         (batch.scatter, none),
         (batch.logp_slot, num_slots),
         (batch.readers, none + 1),
@@ -160,8 +191,11 @@ def check_indices(batch: PackedBatch, *, num_tokens: int, num_scored: int) -> No
     rng = np.random.default_rng(0)
     for at in np.ndindex(*batch.gather.shape[:2]):
         gather, scatter = batch.gather[at].reshape(-1), batch.scatter[at]
-        in_use = (np.arange(length) < batch.lengths[at][:, None]).reshape(-1)
-        in_use &= np.repeat(batch.pair_weight[at] > 0, num_sequences // batch.pair_weight.shape[-1] * length)
+        # Every place of a sequence is read, and no other.
+        in_use = real_places(PackedBatch._make(None if array is None else array[at] for array in batch)).reshape(-1)
+        read = batch.readers[at][batch.readers[at] < none]
+        assert len(np.unique(read)) == len(read)
+        np.testing.assert_array_equal(np.sort(read), np.flatnonzero(in_use))
         # slots <- places, whose transpose adds up
         of_places = np.where(in_use, rng.normal(size=none), 0)
         added = np.zeros(num_slots)
@@ -174,10 +208,18 @@ def check_indices(batch: PackedBatch, *, num_tokens: int, num_scored: int) -> No
         np.testing.assert_array_equal(np.where(scatter[gather] == np.arange(none), of_slots[gather], 0), added)
 
 
+def real_places(row: PackedBatch) -> np.ndarray:
+    """Returns bool [q, t], True for places of the sequences of real items."""
+    lengths = row.lengths
+    if lengths.shape[-1] == 1:  # unused rows have a length, too
+        lengths = lengths * np.resize(np.repeat(row.pair_weight > 0, len(row.readers)), len(lengths))[:, None]
+    return np.arange(row.gather.shape[-1]) < lengths.sum(-1)[:, None]
+
+
 def test_a_step_of_a_larger_shape_leaves_the_rest_empty() -> None:
     pairs = random_pairs([(3, 2, 4)], seed=0)
     _, step = plan_of(pairs)
-    larger = step._replace(shape=PackedShape(3, 2, 4, 128, 64, 64))
+    larger = step._replace(shape=PackedShape(3, 2, 4, 128, 8, 1, 64, 64))
     batch = pack_step(pairs, np.array([7]), larger)
     assert batch.pair_weight.sum() == batch.pair_weight[0, 0, 0] == 1
     np.testing.assert_array_equal(
@@ -220,9 +262,10 @@ def random_params(seed: int, width: int = 8, num_layers: int = 2) -> dict[str, n
 
 
 def attend(xp: ModuleType, q: Any, k: Any, v: Any, lengths: Any) -> Any:
-    """Returns causal attention over right-padded [sequences, t, d]."""
+    """Returns causal attention over rows [rows, t, d] of sequences back to back, with lengths [rows, u]."""
     places = np.arange(q.shape[1])
-    seen = (places[:, None] >= places) & (places < lengths[:, None, None])
+    segments = (places[:, None] >= xp.cumsum(lengths, axis=1)[:, None]).sum(-1)  # [rows, t]
+    seen = (places[:, None] >= places) & (segments[:, :, None] == segments[:, None])
     scores = xp.where(seen, xp.einsum("bqd,bkd->bqk", q, k), -1e30)
     weights = xp.exp(scores - scores.max(-1, keepdims=True))
     return xp.einsum("bqk,bkd->bqd", weights / weights.sum(-1, keepdims=True), v)
@@ -254,7 +297,7 @@ def padded_batch(pairs: list[TokenizedPair]) -> tuple[PreferenceBatch, np.ndarra
 def padded_logps(xp: ModuleType, params: Any, batch: PreferenceBatch) -> Any:
     """Returns log-probs [b, 2, t], each of the token at t."""
     tokens = batch.tokens.reshape(-1, LONGEST)
-    lengths = batch.attention_mask.reshape(-1, LONGEST).sum(-1)
+    lengths = batch.attention_mask.reshape(-1, LONGEST).sum(-1, keepdims=True)
     positions = np.broadcast_to(np.arange(LONGEST), tokens.shape)
     hidden = hidden_states(xp, params, tokens, positions, lambda q, k, v: attend(xp, q, k, v, lengths))
     logps = log_probs(xp, params, hidden[:, :-1], tokens[:, 1:])
@@ -281,11 +324,9 @@ def rows_of(batch: PackedBatch) -> list[PackedBatch]:
 def with_garbage(row: PackedBatch, seed: int) -> PackedBatch:
     """Returns the row with arbitrary values, in range, in every unused place."""
     rng = np.random.default_rng(seed)
-    (num_sequences, length), num_slots = row.gather.shape, len(row.tokens)
-    none, num_sides = num_sequences * length, len(row.readers)
-    used, real = (row.readers < none).any(0), np.repeat(row.pair_weight > 0, num_sides)
-    scored = row.logp_pair < num_sequences
-    places = (np.arange(length) < row.lengths[:, None]) & real[:, None]
+    num_slots, none = len(row.tokens), row.gather.size
+    used, places = (row.readers < none).any(0), real_places(row)
+    scored = row.logp_pair < len(row.readers) * len(row.pair_weight)
 
     def fill(array: np.ndarray, kept: np.ndarray, bound: int) -> np.ndarray:
         return np.where(kept, array, rng.integers(0, bound, array.shape))
@@ -295,7 +336,6 @@ def with_garbage(row: PackedBatch, seed: int) -> PackedBatch:
         positions=fill(row.positions, used, LONGEST),
         scatter=fill(row.scatter, used, none),
         gather=fill(row.gather, places, num_slots),
-        lengths=np.where(real, row.lengths, rng.integers(1, length + 1, num_sequences)),
         logp_slot=fill(row.logp_slot, scored, num_slots),
         logp_target=fill(row.logp_target, scored, VOCABULARY),
     )
@@ -324,9 +364,10 @@ def test_packed_and_padded_give_the_same_log_probs(
     assert num_checked == 4 * len(pairs)
 
 
-def test_packed_and_padded_give_the_same_gradients() -> None:
+@pytest.mark.parametrize("sequences_per_row", [1, None])
+def test_packed_and_padded_give_the_same_gradients(sequences_per_row: int | None) -> None:
     pairs, params = random_pairs([(5, 3, 9), (0, 2, 1), (6, 1, 1), (1, 10, 2)], seed=1), random_params(seed=2)
-    batch = pack_step(pairs, np.arange(len(pairs)), plan_of(pairs)[1])
+    batch = pack_step(pairs, np.arange(len(pairs)), plan_of(pairs, sequences_per_row=sequences_per_row)[1])
     (row,) = rows_of(batch)
     garbage = with_garbage(row, seed=3)
     weights = np.random.default_rng(4).normal(size=(len(pairs), 2))

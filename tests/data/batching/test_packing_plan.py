@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jdpo.data.batching.attention_rows import join_sequences
 from jdpo.data.batching.loader import num_steps_per_epoch, plan
 from jdpo.data.batching.packing_plan import (
     ItemSizes,
@@ -14,18 +15,22 @@ from jdpo.data.batching.packing_plan import (
     StepBins,
     completion_sizes,
     item_sizes,
-    needed_shape,
+    needed_sizes,
     pair_sizes,
     plan_run,
     plan_step,
 )
 from jdpo.data.batching.packing_shapes import (
-    LENGTH_MULTIPLE,
+    IMPOSSIBLE,
     MAX_SHAPES,
     SCORED_MULTIPLE,
     SLOT_MULTIPLE,
     PackedShape,
+    StepNeeds,
+    cheapest_shape,
     choose_shapes,
+    own_shape,
+    row_lengths,
 )
 from jdpo.types import MaskedPair, TokenizedCompletion, TokenizedPair
 
@@ -38,8 +43,8 @@ def test_sizes_of_rows() -> None:
 
     pairs = [TokenizedPair(tokens(3), tokens(2), tokens(4), ""), TokenizedPair(tokens(0), tokens(2), tokens(1), "")]
     sizes = item_sizes(pairs)
-    assert [array.tolist() for array in sizes[:3]] == [[9, 3], [7, 2], [6, 1]]
-    assert sizes.num_sides == 2
+    assert [array.tolist() for array in sizes] == [[9, 3], [[5, 7], [2, 1]], [6, 1]]
+    assert (sizes.num_sides, sizes.longest.tolist()) == (2, [7, 2])
     rows = [TokenizedCompletion(tokens(4), np.array([True, False, True, True]), "")]
     assert item_sizes(rows) == completion_sizes(np.array([4]), np.array([2]))
 
@@ -48,16 +53,50 @@ def test_tokens_that_are_not_learnt_need_no_place_for_a_log_prob() -> None:
     mask = np.array([True, False, False, True])
     ids = np.zeros(4, np.int32)
     sizes = item_sizes([MaskedPair(ids[:3], ids, ids[:2], mask, mask[:2], "")])
-    assert [array.tolist() for array in sizes[:3]] == [[9], [7], [3]]
+    assert [array.tolist() for array in sizes] == [[9], [[7, 5]], [3]]
 
 
-def test_the_shape_of_a_step_holds_its_fullest_row_and_its_longest_sequence() -> None:
+LENGTHS = np.array([8, 16])
+
+
+def test_the_sizes_of_a_step_hold_its_fullest_row_and_its_longest_sequence() -> None:
     # Rows 0 and 2 of two micro-batches of two rows: items of 9, 4 and 6 slots, the first alone.
-    sizes = ItemSizes(np.array([9, 4, 6]), np.array([8, 3, 5]), np.array([1, 2, 5]), num_sides=2)
-    shape = needed_shape(sizes, StepBins(2, np.array([0, 2, 2])), 2)
-    assert shape == PackedShape(num_micro=2, num_rows=2, num_items=2, num_slots=10, length=8, num_scored=7)
+    sizes = ItemSizes(np.array([9, 4, 6]), np.array([[9, 3], [3, 2], [5, 5]]), np.array([1, 2, 5]))
+    bins = StepBins(2, np.array([0, 2, 2]))
+    need = needed_sizes(sizes, bins, 2, LENGTHS, None)
+    assert need[:5] == (2, 2, 2, 10, 7)
+    # Rows of 8 places are too short; of 16 places, the second bin's 5, 5, 3 and 2 fit into one row.
+    assert need.attention_rows.tolist() == [IMPOSSIBLE, 1]
+    assert need.per_row.tolist()[1] == 4
+    assert needed_sizes(sizes, bins, 2, LENGTHS, 1).attention_rows.tolist() == [IMPOSSIBLE, 4]
+    assert needed_sizes(sizes, bins, 2, LENGTHS, 2).attention_rows.tolist() == [IMPOSSIBLE, 2]
+    assert own_shape(need, LENGTHS) == PackedShape(2, 2, 2, 64, 1, 4, 16, 64)
     nothing_scored = sizes._replace(scored=np.zeros(3, int))
-    assert needed_shape(nothing_scored, StepBins(2, np.array([0, 2, 2])), 2).num_scored == 1
+    assert needed_sizes(nothing_scored, bins, 2, LENGTHS, None).num_scored == 1
+
+
+# --- attention rows
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=60), st.integers(20, 50), st.sampled_from([1, 2, 5, None]))
+def test_joined_sequences_do_not_overlap(lengths: list[int], num_places: int, most: int | None) -> None:
+    array = np.array(lengths)
+    joined = join_sequences(array, num_places, most)
+    num_rows = int(joined.row.max()) + 1
+    for row in range(num_rows):
+        held = np.flatnonzero(joined.row == row)
+        held = held[np.argsort(joined.number[held])]
+        assert len(held)
+        assert most is None or len(held) <= most
+        np.testing.assert_array_equal(joined.number[held], np.arange(len(held)))
+        # Back to back from place 0 on.
+        np.testing.assert_array_equal(joined.start[held], np.cumsum(array[held]) - array[held])
+        assert array[held].sum() <= num_places
+    if most is None:
+        # At most one row is half empty.
+        assert num_rows <= max(2 * sum(lengths) / num_places + 1, 1)
+    for found, again in zip(joined, join_sequences(array, num_places, most), strict=True):
+        np.testing.assert_array_equal(found, again)
 
 
 # --- which items share a row
@@ -105,44 +144,87 @@ def test_more_rows_than_items_leaves_rows_empty() -> None:
 # --- the shapes of a run
 
 
-def shapes_in(values: st.SearchStrategy[int]) -> st.SearchStrategy[PackedShape]:
-    return st.builds(PackedShape, st.integers(1, 3), st.just(2), st.integers(1, 9), values, values, values)
+def needs_of(lengths: np.ndarray) -> st.SearchStrategy[StepNeeds]:
+    """Draws the needs of steps whose rows have at least one of the lengths."""
+    sizes, last = st.integers(1, 2000), len(lengths) - 1
+
+    def need(micro: int, items: int, slots: int, scored: int, places: int, shortest: int) -> StepNeeds:
+        rows = np.where(np.arange(len(lengths)) < shortest, IMPOSSIBLE, -(-places // lengths))
+        return StepNeeds(micro, 2, items, slots, scored, rows, rows % 5 + 1)
+
+    return st.builds(need, st.integers(1, 3), st.integers(1, 9), sizes, sizes, sizes, st.integers(0, last))
+
+
+def holds(shape: PackedShape, need: StepNeeds, lengths: np.ndarray) -> bool:
+    index = lengths.tolist().index(shape.length)
+    sizes = (*need[:5], need.attention_rows[index], need.per_row[index])
+    fields = (
+        "num_micro",
+        "num_rows",
+        "num_items",
+        "num_slots",
+        "num_scored",
+        "num_attention_rows",
+        "sequences_per_row",
+    )
+    return all(size <= getattr(shape, name) for size, name in zip(sizes, fields, strict=True))
 
 
 @settings(deadline=None)
-@given(st.lists(shapes_in(st.integers(1, 2000)), min_size=1, max_size=60))
-def test_chosen_shapes_hold_every_step(needs: list[PackedShape]) -> None:
-    shapes = choose_shapes(needs, num_sides=2)
+@given(st.lists(needs_of(row_lengths(500)), min_size=1, max_size=60))
+def test_chosen_shapes_hold_every_step(needs: list[StepNeeds]) -> None:
+    lengths = row_lengths(500)
+    shapes = choose_shapes(needs, lengths)
     assert 1 <= len(shapes) <= MAX_SHAPES
-    assert choose_shapes(needs[::-1], num_sides=2) == shapes
-    multiples = PackedShape(1, 1, 1, SLOT_MULTIPLE, LENGTH_MULTIPLE, SCORED_MULTIPLE)
+    assert choose_shapes(needs[::-1], lengths) == shapes
     for need in needs:
-        assert any(np.less_equal(need, shape).all() for shape in shapes)
-    largest = np.add(np.max(needs, 0), np.subtract(multiples, 1))
+        assert any(holds(shape, need, lengths) for shape in shapes)
+        assert cheapest_shape(need, shapes, lengths) in shapes
     for shape in shapes:
-        assert np.less_equal(shape, largest).all()
-        assert not np.mod(shape, multiples).any()
+        assert not shape.num_slots % SLOT_MULTIPLE
+        assert not shape.num_scored % SCORED_MULTIPLE
+        assert shape.num_slots < max(need.num_slots for need in needs) + SLOT_MULTIPLE
+        # No more rows of this length than the step with the most.
+        rows = [int(need.attention_rows[lengths.tolist().index(shape.length)]) for need in needs]
+        assert shape.num_attention_rows in rows
+
+
+def need_of(items: int, slots: int, length: int, scored: int, most: int = 512) -> StepNeeds:
+    """Returns the needs of a step with one sequence per attention row."""
+    lengths = row_lengths(most)
+    rows = np.where(lengths < length, IMPOSSIBLE, 2 * items)
+    return StepNeeds(1, 1, items, slots, scored, rows, np.ones(len(lengths), int))
 
 
 def test_alike_steps_share_a_shape() -> None:
-    needs = [PackedShape(1, 1, 64, 20000 + 100 * (i % 2), 512, 8000) for i in range(10)]
-    assert choose_shapes(needs, num_sides=2) == (PackedShape(1, 1, 64, 20160, 512, 8000),)
+    needs = [need_of(64, 20000 + 100 * (i % 2), 512, 8000) for i in range(10)]
+    assert choose_shapes(needs, row_lengths(512)) == (PackedShape(1, 1, 64, 20160, 128, 1, 512, 8000),)
 
 
 def test_a_short_run_has_a_single_program() -> None:
-    epoch = [PackedShape(1, 1, 16, 768, 64, 384)] * 9 + [PackedShape(1, 1, 4, 192, 64, 128)]
-    assert choose_shapes(epoch, num_sides=2) == (epoch[0],)
-    assert choose_shapes(epoch * 20, num_sides=2) == (epoch[-1], epoch[0])
+    epoch = [need_of(16, 768, 64, 384, 64)] * 9 + [need_of(4, 192, 64, 128, 64)]
+    large, small = PackedShape(1, 1, 16, 768, 32, 1, 64, 384), PackedShape(1, 1, 4, 192, 8, 1, 64, 128)
+    assert choose_shapes(epoch, row_lengths(64)) == (large,)
+    assert choose_shapes(epoch * 20, row_lengths(64)) == (small, large)
 
 
 def test_many_steps_are_planned_and_their_order_does_not_matter() -> None:
     rng = np.random.default_rng(0)
-    needs = [PackedShape(1, 1, 8, *map(int, rng.integers(1, 9000, 3))) for _ in range(3000)]
-    shapes = choose_shapes(needs, num_sides=2)
+    needs = [need_of(8, *map(int, rng.integers(1, 9000, 3)), most=9000) for _ in range(3000)]
+    lengths = row_lengths(9000)
+    shapes = choose_shapes(needs, lengths)
     assert len(shapes) == 8
-    assert len(choose_shapes(needs, num_sides=2, max_shapes=3)) == 3
-    assert choose_shapes(sorted(needs), num_sides=2) == shapes
-    assert np.max(shapes, 0).tolist() == [1, 1, 8, 9024, 9024, 9024]  # no more than the next multiples of 64
+    assert len(choose_shapes(needs, lengths, max_shapes=3)) == 3
+    assert choose_shapes(sorted(needs, key=lambda need: need[:5]), lengths) == shapes
+    assert np.max(shapes, 0).tolist() == [1, 1, 8, 9024, 16, 1, 9216, 9024]  # no more than the next multiples
+
+
+def test_a_union_of_steps_has_the_cheapest_rows_that_hold_both() -> None:
+    lengths = row_lengths(1024)
+    # One step has a long sequence, the other none, but as many tokens.
+    long = StepNeeds(1, 1, 32, 4096, 2048, np.where(lengths < 1000, IMPOSSIBLE, 5), np.full(16, 9))
+    short = StepNeeds(1, 1, 32, 4096, 2048, -(-4800 // lengths), np.full(16, 9))
+    assert choose_shapes([long, short], lengths) == (PackedShape(1, 1, 32, 4096, 5, 9, 1024, 2048),)
 
 
 def log_normal_pairs(medians: tuple[int, int, int], spreads: tuple[float, float, float], max_length: int) -> np.ndarray:
@@ -168,7 +250,7 @@ def test_padding_and_shapes_of_an_epoch(lengths: np.ndarray, batch_size: int, nu
         bins, shape = run.step(indices)
         assert shape in run.shapes
         assert shape.num_slots <= budget
-        assert np.less_equal(needed_shape(run.sizes.of(indices), bins, num_shards), shape).all()
+        assert holds(shape, needed_sizes(run.sizes.of(indices), bins, num_shards, run.lengths, 1), run.lengths)
         num_slots += shape.num_micro * shape.num_rows * shape.num_slots
     assert len(run.shapes) <= 8
     assert lengths.sum() / num_slots >= 0.9

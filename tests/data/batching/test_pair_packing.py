@@ -19,8 +19,8 @@ LONGER: dict[str, Any] = {"prompt_ids": [], "chosen_ids": np.arange(4), "rejecte
 
 def test_the_worked_example_of_the_layout() -> None:
     batch = jdpo.pack([ROW | {"origin": "not read"}], num_slots=8, num_pairs=1, length=4, num_scored=4)
-    assert batch.gather.tolist() == [[[0, 1, 2, 3], [0, 1, 4, 5]]]
-    assert (batch.lengths.tolist(), batch.scatter.tolist()) == ([[4, 3]], [[0, 1, 2, 3, 6, 0, 0, 0]])
+    assert batch.gather.tolist() == [[[0, 1, 2, 3], [0, 1, 4, 3]]]
+    assert (batch.lengths.tolist(), batch.scatter.tolist()) == ([[[4], [3]]], [[0, 1, 2, 3, 6, 0, 0, 0]])
     assert (batch.logp_slot.tolist(), batch.logp_target.tolist()) == ([[1, 2, 1, 0]], [[7, 2, 8, 0]])
     assert batch.logp_pair.tolist() == [[0, 0, 1, 2]]
 

@@ -29,7 +29,7 @@ def jaxpr(**settings: Any) -> str:
     """Returns the jaxpr for one packed sequence of LENGTH tokens."""
     model = Transformer(CONFIG, **settings)
     tokens, places = np.zeros((1, LENGTH), np.int32), np.arange(LENGTH, dtype=np.int32)[None]
-    sequences = packed_sequences(places[:, None], np.full((1, 1), LENGTH, np.int32), places, places[:, None])
+    sequences = packed_sequences(places[:, None], np.full((1, 1, 1), LENGTH, np.int32), places, places[:, None])
 
     def hidden(params: Any) -> Any:
         return model.apply({"params": params}, tokens, places, sequences, method="packed_hidden_and_head")[0]

@@ -57,7 +57,7 @@ def in_micro_batches(batch: Any) -> Any:
 # 1 + 2, 3 + 3 + 3 and 3.
 TOKENS, SCORED, SEEN = 6, 4, 18 + 15
 PAIR = pairs_of((2, 3, 1))
-SHAPE = PackedShape(1, 1, 2, 64, 16, 64)
+SHAPE = PackedShape(1, 1, 2, 64, 4, 1, 16, 64)
 
 
 def test_only_experts_that_a_token_is_routed_to_count_and_padding_has_none() -> None:
@@ -88,7 +88,7 @@ def test_logical_flops_by_hand_whatever_the_layout(live_reference: bool) -> None
         expected = expected * 4 // 3
     layouts = (
         packed(PAIR, SHAPE),
-        packed(PAIR, PackedShape(1, 2, 3, 128, 32, 64)),
+        packed(PAIR, PackedShape(1, 2, 3, 128, 6, 1, 32, 64)),
         in_micro_batches(collate_pairs(PAIR, num_slots=3, length=9, pad_token_id=0)),
     )
     for batch in layouts:
@@ -133,7 +133,7 @@ def test_executed_flops_of_a_padded_step() -> None:
 
 def test_each_shard_runs_the_chunks_of_its_own_rows() -> None:
     rows = pairs_of((2, 70, 30), (2, 3, 1))
-    batch = packed(rows, PackedShape(1, 2, 1, 128, 96, 128))
+    batch = packed(rows, PackedShape(1, 2, 1, 128, 2, 1, 96, 128))
     assert (batch.logp_pair < 2).sum(-1).tolist() == [[100, 4]]
     wide = dataclasses.replace(CONFIG, vocab_size=10**6)  # so that only the head counts
     head = 8 * 8 * 10**6

@@ -136,10 +136,14 @@ def test_packed_batches_record_where_each_row_is(run_words: Words) -> None:
 
 
 def test_demanding_shapes_are_those_that_no_other_exceeds_in_every_size() -> None:
-    most_slots = PackedShape(1, 1, 4, 512, 64, 192)
-    most_places = PackedShape(1, 1, 4, 448, 128, 192)
-    summed = PackedShape(2, 1, 4, 256, 64, 64)
-    smaller = [PackedShape(1, 1, 4, 384, 64, 192), summed._replace(num_slots=192), most_places._replace(num_scored=64)]
+    most_slots = PackedShape(1, 1, 4, 512, 8, 1, 64, 192)
+    most_places = PackedShape(1, 1, 4, 448, 8, 1, 128, 192)
+    summed = PackedShape(2, 1, 4, 256, 8, 1, 64, 64)
+    smaller = [
+        PackedShape(1, 1, 4, 384, 8, 1, 64, 192),
+        summed._replace(num_slots=192),
+        most_places._replace(num_scored=64),
+    ]
     found = demanding_shapes([*smaller, most_slots, most_places, summed])
     assert sorted(found) == sorted([most_slots, most_places, summed])
     assert demanding_shapes([summed, summed._replace(num_micro=5)]) == [summed._replace(num_micro=5)]

@@ -89,7 +89,9 @@ def packed(rows: list[Any], *, num_rows: int, num_micro: int = 1, garbage: int |
         slots = np.array([len(row.tokens) for row in rows])
     sides = 1 if isinstance(rows[0], TokenizedCompletion) else 2
     bins = plan_step(slots, num_rows=num_rows, max_slots=3 * MOST * NUM_PAIRS // num_micro)
-    shape = PackedShape(max(num_micro, bins.num_micro), num_rows, NUM_PAIRS, 3 * MOST * NUM_PAIRS, 2 * MOST, 150)
+    shape = PackedShape(
+        max(num_micro, bins.num_micro), num_rows, NUM_PAIRS, 3 * MOST * NUM_PAIRS, sides * NUM_PAIRS, 1, 2 * MOST, 150
+    )
     batch = pack_step(rows, np.arange(len(rows)), StepPlan(bins, shape), **options)
     if garbage is not None:
         batch = spoilt(batch, sides, np.random.default_rng(garbage))
@@ -100,7 +102,7 @@ def spoilt(batch: Any, sides: int, rng: np.random.Generator) -> Any:
     """Returns the batch with other values, in range, in all unused places."""
     num_slots, (num_sequences, length) = batch.tokens.shape[-1], batch.gather.shape[-2:]
     used = (batch.readers < num_sequences * length).any(-2)
-    real = np.arange(length) < batch.lengths[..., None]
+    real = np.arange(length) < batch.lengths.sum(-1, keepdims=True)
     scored = batch.logp_pair < sides * batch.pair_weight.shape[-1]
 
     def fill(values: np.ndarray, keep: np.ndarray, most: int) -> np.ndarray:

@@ -98,7 +98,8 @@ def padded(rows: list[Any], num_micro: int = 1) -> Any:
 def packed(rows: list[Any], num_rows: int = 1, num_micro: int = 2) -> Any:
     slots = np.array([sum(map(len, row[:3])) if isinstance(row, TokenizedPair) else len(row.tokens) for row in rows])
     bins = plan_step(slots, num_rows=num_rows, max_slots=-(-int(slots.sum()) // (num_micro * num_rows)) + MOST)
-    shape = PackedShape(max(num_micro, bins.num_micro), num_rows, NUM_PAIRS, 64, 2 * MOST, 60)
+    sides = 2 if isinstance(rows[0], TokenizedPair) else 1
+    shape = PackedShape(max(num_micro, bins.num_micro), num_rows, NUM_PAIRS, 64, sides * NUM_PAIRS, 1, 2 * MOST, 60)
     return pack_step(rows, np.arange(len(rows)), StepPlan(bins, shape))
 
 

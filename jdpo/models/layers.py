@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from jdpo.models.model_config import Activation, ModelConfig, NormKind
 
@@ -21,6 +22,9 @@ INIT_STDDEV = 0.02
 
 ADAPTERS, SCALES = "adapters", "scales"
 """Optional collections next to "params": adapters of frozen kernels, and the units of int8 kernels."""
+
+PROJECTION = "projection"
+"""Name of the output of a projection or an expert's map, with its adapter and bias added, and of x A of an adapter."""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -81,6 +85,9 @@ class Projection(nn.Module):
         if self.has_variable(ADAPTERS, "a"):
             a, b = (self.get_variable(ADAPTERS, name).astype(self.compute_dtype) for name in ("a", "b"))
             y = y + low_rank(self.equation, x, a, b)
+        # Named for the policy "dots": the sum with the adapter's part, of which the backward pass needs no other. The
+        # bias is added again there, which costs nothing.
+        y = checkpoint_name(y, PROJECTION)
         if self.use_bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[self.num_inputs :])
             bias = self.param("bias", zeros, self.shape[self.num_inputs :], self.param_dtype)
@@ -103,7 +110,8 @@ def low_rank(equation: str, x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Arr
     outputs = "".join(axis for axis in of_kernel if axis not in of_x)
     # R is the rank: upper case, so that it cannot be an axis of the equation.
     narrow = "".join(axis for axis in of_x if axis not in inputs) + "R"
-    x_narrow = project(f"{of_x},{shared}{inputs}R->{narrow}", x, a)
+    # Kept as well under the policy "dots": the gradient of b needs it, and it is far smaller than x.
+    x_narrow = checkpoint_name(project(f"{of_x},{shared}{inputs}R->{narrow}", x, a), PROJECTION)
     return project(f"{narrow},{shared}R{outputs}->{result}", x_narrow, b)
 
 

@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jdpo.models.attention import ATTENTION_RESIDUALS
 from jdpo.models.attention.cudnn import FORWARD_PRIMITIVE
+from jdpo.models.layers import PROJECTION
 from jdpo.types import HOST_MEMORY
 
 Policy = Callable[..., Any]
@@ -17,8 +18,8 @@ Policy = Callable[..., Any]
 LAYER_INPUT = "layer_input"
 """Name of the residual stream at the input of a layer."""
 
-ROUTING, EXPERT_PRODUCT = "routing", "expert_product"
-"""Names of the selected experts of tokens, and of the outputs of the experts' maps."""
+ROUTING = "routing"
+"""Name of the selected experts of tokens."""
 
 _policies = jax.checkpoint_policies
 
@@ -35,12 +36,9 @@ _ATTENTION = _policies.save_from_both_policies(
 )
 
 REMAT_POLICIES: dict[str, Policy] = {
-    "dots": _policies.save_from_both_policies(
-        # The two products of plain attention have batch dims (sequence and head), so their t x t results are not kept.
-        _policies.dots_with_no_batch_dims_saveable,
-        # By name, because products of experts run in a loop or as ragged_dot, which the policy for dots does not see.
-        _policies.save_from_both_policies(_policies.save_only_these_names(EXPERT_PRODUCT), _ATTENTION),
-    ),
+    # By name, since a policy that keeps the result of every product would keep both x W and (x A) B of an adapted
+    # projection, of which the backward pass needs the sum alone.
+    "dots": _policies.save_from_both_policies(_policies.save_only_these_names(PROJECTION), _ATTENTION),
     "attention": _ATTENTION,
     "full": _policies.save_only_these_names(ROUTING),
     "offload": _policies.save_and_offload_only_these_names(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -15,10 +16,13 @@ import pytest
 
 from jdpo.data.batching.packing import pack_step
 from jdpo.data.batching.packing_plan import item_sizes, plan_run
+from jdpo.models.lora.adapters import Lora, abstract_adapters, weights_of
+from jdpo.models.lora.base_weights import BaseDtype, abstract_base
+from jdpo.models.lora.targets import find_sites
 from jdpo.models.model_config import ModelConfig
 from jdpo.models.packed_attention import packed_sequences
 from jdpo.models.remat import REMAT_ORDER, REMAT_POLICIES
-from jdpo.models.transformer import Transformer, abstract_params, init_params
+from jdpo.models.transformer import Params, Transformer, Weights, abstract_params, init_params, variables
 from jdpo.types import PackedBatch, TokenizedPair
 from tests.conftest import small_llama
 
@@ -39,10 +43,10 @@ def packed_batch(num_pairs: int, lengths: tuple[int, int, int]) -> PackedBatch:
     return jax.tree.map(lambda array: array[0], pack_step(pairs, everything, plan.step(everything)))
 
 
-def loss(model: Transformer, batch: PackedBatch, params: Any) -> Any:
+def loss(model: Transformer, batch: PackedBatch, params: Params | Weights) -> Any:
     sequences = packed_sequences(batch.gather, batch.lengths, batch.scatter, batch.readers)
     hidden, head = model.apply(
-        {"params": params}, batch.tokens, batch.positions, sequences, method="packed_hidden_and_head"
+        variables(params), batch.tokens, batch.positions, sequences, method="packed_hidden_and_head"
     )
     used = (batch.readers < batch.gather[0].size).any(-2)
     wanted = (hidden @ head)[..., 0] * used
@@ -107,6 +111,32 @@ def test_bytes_per_token_match_the_formulas(runs: dict[str, Run]) -> None:
         fewer = {name: compiled(two_layers, name, batch).memory_analysis().temp_size_in_bytes for name in expected}
     found = {name: (runs[name].temporary - fewer[name]) / 2 / batch.tokens.size for name in expected}
     assert found == pytest.approx(expected, rel=5e-3)
+
+
+def kept_per_layer(loss_of: Callable[..., Any], *arguments: Any) -> Counter[tuple[tuple[int, ...], str]]:
+    """Returns the shapes and dtypes of what the layers keep of each token for the gradient of the first argument."""
+    num_layers, num_tokens = CONFIG.num_layers, 2048
+    # The function that pulls cotangents back is a tree of everything that the forward pass has kept.
+    pull_back = jax.eval_shape(lambda *args: jax.vjp(partial(loss_of, rest=args[1:]), args[0])[1], *arguments)
+    kept = (leaf for leaf in jax.tree.leaves(pull_back) if leaf.shape[:3] == (num_layers, 1, num_tokens))
+    return Counter((leaf.shape[3:], leaf.dtype.name) for leaf in kept)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_dots_keeps_one_array_per_adapted_projection_and_x_a(int8: bool) -> None:
+    batch, model = packed_batch(4, (150, 180, 180)), Transformer(CONFIG, remat="dots", compute_dtype=jnp.bfloat16)
+    sites = find_sites(model)
+    lora = Lora(r=3, alpha=8, use_rslora=False, sites=sites)
+
+    def adapted(adapters: Any, rest: Any) -> Any:
+        return loss(model, batch, weights_of(lora, rest[0], adapters))
+
+    all_weights = kept_per_layer(lambda params, rest: loss(model, batch, params), abstract_params(model))
+    base = abstract_base(model, sites, BaseDtype(jnp.bfloat16, int8))
+    assert sum(all_weights.values()) == 7  # the input, query, key, value, attention's projection, gate and up
+    assert kept_per_layer(adapted, abstract_adapters(lora, jnp.float32), base) == all_weights + Counter(
+        {((lora.r,), "bfloat16"): len(sites)}
+    )
 
 
 def lowered(attention: str, remat: str, platform: str) -> str:

@@ -24,8 +24,8 @@ from jax.sharding import PartitionSpec
 from jdpo.devices import target
 from jdpo.models.experts.grouped_matmul import Grouping, choose_grouping, grouped_matmul
 from jdpo.models.experts.routes import Routes, make_routes, to_rows, to_tokens
+from jdpo.models.layers import PROJECTION
 from jdpo.models.mesh_axes import mesh_axes
-from jdpo.models.remat import EXPERT_PRODUCT
 
 Array = Any
 Activation = Callable[[Array], Array]
@@ -193,7 +193,7 @@ def _run(
         # After the product, as in `Projection`: the compute dtype represents int8 exactly.
         y_rf = (y_rf * held.scale[routes.expert]).astype(x_rd.dtype)
     if held.a is not None:
-        narrow_rl = grouped_matmul(whole, x_rd, held.a, routes.sizes)
+        narrow_rl = checkpoint_name(grouped_matmul(whole, x_rd, held.a, routes.sizes), PROJECTION)
         y_rf = y_rf + grouped_matmul(whole, narrow_rl, held.b, routes.sizes)
-    # Named for the policy "dots", which does not see products within loops.
-    return checkpoint_name(y_rf, EXPERT_PRODUCT)
+    # Named for the policy "dots", as in `Projection`.
+    return checkpoint_name(y_rf, PROJECTION)

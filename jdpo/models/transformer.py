@@ -134,10 +134,8 @@ class Transformer(nn.Module):
         # A pair's prompt is computed once but belongs to two sequences, so the router's statistics count it twice.
         context = Context(self._ropes(positions), num_readers(sequences), packed=sequences)
         hidden = self._run(tokens, positions, None, context)[0]
-        # Split as it is stored until it has the compute dtype: XLA may gather float32 otherwise, and round it then.
-        own = constrain_weight(self.head_kernel(), ("embed", self._outputs_axis))
-        # Gathered along the model dimension once here, not in every chunk of tokens.
-        return hidden, nn.with_logical_constraint(own, (None, self._outputs_axis))
+        # Split as it is stored, in the compute dtype: whoever loops over chunks of tokens gathers it before the loop.
+        return hidden, constrain_weight(self.head_kernel(), ("embed", self._outputs_axis))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Applies the output head to final hidden states [n, t, d]: logits, scaled and capped, in float32 or wider."""

@@ -27,6 +27,7 @@ from jdpo.models.lora.base_weights import Base
 from jdpo.models.packed_attention import packed_sequences
 from jdpo.models.transformer import Transformer, Weights, apply_routed, variables
 from jdpo.sharding.axes import BATCH_AXES, num_batch_shards
+from jdpo.sharding.rules import gathered, partition_spec
 from jdpo.types import CompletionBatch, PackedBatch, PreferenceBatch, Routed, RouterStats
 
 Array = jax.Array
@@ -275,14 +276,19 @@ class PackedLogps:
         def of_rows(hidden_rkd: Array, head_dv: Array, targets_rk: Array, num_scored_r: Array) -> tuple[Array, ...]:
             return row_token_logps(settings, hidden_rkd, head_dv, targets_rk, num_scored_r.astype(jnp.int32))
 
-        if self.num_shards > 1:  # XLA's partitioner fails on manual axes that are all of size 1
-            # Within shard_map, so that the head's gradient is summed over devices once and not after every chunk.
-            by_row, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
-            of_rows = jax.shard_map(
-                of_rows,
-                mesh=self.mesh,
-                in_specs=(by_row, whole, by_row, by_row),
-                out_specs=by_row,
-                axis_names=set(BATCH_AXES),
-            )
-        return of_rows(hidden_rkd, head_dv, targets_rk, num_scored_r)
+        if self.num_shards == 1:  # XLA's partitioner fails on manual axes that are all of size 1
+            return of_rows(hidden_rkd, head_dv, targets_rk, num_scored_r)
+        by_row, split = PartitionSpec(BATCH_AXES), partition_spec(("embed", None), head_dv.shape, self.mesh)
+
+        def on_device(hidden_rkd: Array, part_of_head: Array, targets_rk: Array, num_scored_r: Array) -> Any:
+            return of_rows(hidden_rkd, gathered(part_of_head, split[0]), targets_rk, num_scored_r)
+
+        # Within shard_map, so that the head is gathered, and its gradient summed over devices, once and not after every
+        # chunk.
+        return jax.shard_map(
+            on_device,
+            mesh=self.mesh,
+            in_specs=(by_row, split, by_row, by_row),
+            out_specs=by_row,
+            axis_names=set(BATCH_AXES),
+        )(hidden_rkd, head_dv, targets_rk, num_scored_r)

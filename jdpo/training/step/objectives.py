@@ -285,10 +285,11 @@ class PackedLogps:
 
         # Within shard_map, so that the head is gathered, and its gradient summed over devices, once and not after every
         # chunk.
-        return jax.shard_map(
+        over_mesh: Callable[..., tuple[Array, ...]] = jax.shard_map(
             on_device,
             mesh=self.mesh,
             in_specs=(by_row, split, by_row, by_row),
             out_specs=by_row,
             axis_names=set(BATCH_AXES),
-        )(hidden_rkd, head_dv, targets_rk, num_scored_r)
+        )
+        return over_mesh(hidden_rkd, head_dv, targets_rk, num_scored_r)

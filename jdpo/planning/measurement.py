@@ -149,7 +149,7 @@ def _moves(module: Module, executed: Iterable[Executed]) -> list[dict[str, Any]]
             array = each.op.arrays[0]
             shape = f"{array.dtype}[{','.join(map(str, array.dims))}]"
             _add(
-                rows[kind, shape, origin_of(each.op.op_name)],
+                rows[kind, shape, origin_of(each.op_name)],
                 count=each.times,
                 bytes=round(each.times * each.cost.num_bytes),
             )
@@ -179,7 +179,7 @@ def _slowest(executed: Iterable[Executed]) -> list[dict[str, Any]]:
     for each in executed:
         if each.seconds:
             _add(
-                rows[origin_of(each.op.op_name) or each.op.opcode, bool(each.cost.flops)],
+                rows[origin_of(each.op_name) or each.op.opcode, bool(each.cost.flops)],
                 ms=each.times * each.seconds * 1e3,
                 gflops=each.times * sum(each.cost.flops.values()) / 1e9,
                 mib=each.times * each.cost.num_bytes / 2**20,

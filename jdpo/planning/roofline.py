@@ -89,12 +89,14 @@ class Executed(NamedTuple):
     """An operation of a program that runs by itself, and the cost of one run.
 
     Attributes:
+      op_name: the place in the Python program that it comes from.
       times: how often a step runs it.
       cost: FLOPs and bytes.
       seconds: where nothing else uses the device.
     """
 
     op: Op
+    op_name: str
     times: int
     cost: Cost
     seconds: float
@@ -151,7 +153,7 @@ class Roofline:
         for computation, times in self._visited():
             for op in computation.ops:
                 cost = self._cost(computation, op)
-                yield Executed(op, times, cost, self._alone(op, cost).total)
+                yield Executed(op, computation.op_name(op), times, cost, self._alone(op, cost).total)
 
     def communications(self) -> Iterator[Communication]:
         """Yields every collective."""

@@ -149,7 +149,7 @@ def _collective(computation: Computation, op: Op, inner: Op, start: int, done: i
         arrays[0].dtype,
         sum(array.num_bytes for array in arrays),
         groups_of(inner.attributes, num_devices),
-        inner.op_name or op.op_name,
+        inner.op_name or computation.op_name(op),
         start,
         done,
     )

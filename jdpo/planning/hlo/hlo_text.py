@@ -12,6 +12,10 @@ _ITEM_BITS = {"pred": 8, "s4": 4, "u4": 4, "c64": 64, "c128": 128, "token": 0, "
 """Bits of element types whose name does not end in their number of bits, or is misleading."""
 
 
+_MOST_NAMELESS = 5
+"""Operations without a name, one behind the other, that are searched for the name of what they belong to."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Array:
     """Type and place of an array.
@@ -125,6 +129,14 @@ class Computation:
     def parameters(self) -> Mapping[int, Op]:
         """The parameters by their numbers."""
         return {int(op.inside): op for op in self.ops if op.opcode == "parameter"}
+
+    def op_name(self, op: Op) -> str:
+        """Returns the `op_name` of an operation; where it has none, that of what it reads, as of a copy."""
+        for _ in range(_MOST_NAMELESS):
+            if op.op_name or not op.operands or op.operands[0] not in self.by_name:
+                break
+            op = self.by_name[op.operands[0]]
+        return op.op_name
 
     def operands_of(self, op: Op) -> list[Op]:
         """Returns the operations that an operation reads."""

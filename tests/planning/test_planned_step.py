@@ -1,0 +1,159 @@
+"""Steps planned from config.json alone, compiled for eight CPU devices, and for a TPU and a GPU where that works."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from aot import lengths_of, read_config  # noqa: E402
+
+from jdpo.config import CONFIGS, load_config  # noqa: E402
+from jdpo.planning.compile_only import missing_package  # noqa: E402
+from jdpo.planning.hlo.hlo_text import parse  # noqa: E402
+from jdpo.planning.machines import machine_of  # noqa: E402
+from jdpo.planning.planned_step import PlannedStep, plan_step  # noqa: E402
+from jdpo.planning.roofline import Roofline, Speeds  # noqa: E402
+
+SHAPES = ROOT / "benchmarks" / "shapes"
+
+
+def planned(tmp_path: Path, *words: str, lengths: tuple[int, ...] = (16, 24, 24), command: str = "dpo") -> PlannedStep:
+    """The step of a Llama with two layers whose folder holds nothing except config.json."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            {"model_type": "llama", "vocab_size": 64, "num_key_value_heads": 1, "max_position_embeddings": 128}
+            | {"rms_norm_eps": 1e-6, "rope_theta": 1e4, "tie_word_embeddings": False, "hidden_act": "silu"}
+            | sizes
+        )
+    )
+    usual = ["compute_dtype=float32", "max_length=64", "global_batch_size=8", "remat=none", "reference=cached"]
+    if command == "sft":
+        usual.remove("reference=cached")
+    keys = [f"model_name_or_path={tmp_path}", "datasets=x", "output_dir=x", *usual, *words]
+    config = load_config(CONFIGS[command], None, keys)
+    return plan_step(config, jax.devices(), lengths, num_layers=2, platform="cpu")
+
+
+def roofline_of(step: PlannedStep) -> Roofline:
+    program = step.assembly.lower_step(step.batch).compile()
+    return Roofline(
+        parse(program.as_text()),
+        speeds=Speeds({"float32": 1e12, "bfloat16": 1e12}, 1e11),
+        num_devices=8,
+        link_seconds=lambda collective: collective.wire_bytes / 1e9,
+    )
+
+
+def test_executed_flops_and_collectives_of_a_compiled_step(tmp_path: Path) -> None:
+    step = planned(tmp_path)
+    assert step.tokens_per_device == 64
+    roofline = roofline_of(step)
+    flops = sum(each.times * sum(each.cost.flops.values()) for each in roofline.executed())
+    # The program of one device, with the turns of the loops over layers and chunks of the head.
+    assert 8 * flops == pytest.approx(step.assembly.flops(step.batch).executed, rel=0.02)
+    assert roofline.loops_counted_once == []
+    kinds = {each.collective.kind for each in roofline.communications()}
+    assert "all-gather" in kinds
+    assert kinds <= {"all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"}
+    gathered = [each for each in roofline.communications() if each.collective.kind == "all-gather"]
+    assert all(each.collective.groups.shape == (1, 8) for each in gathered)
+    # The weights of the layers are split over all devices: each is gathered, in a loop over the layers or before it.
+    weights = sum(each.times * each.collective.num_bytes for each in gathered)
+    assert weights >= 4 * 2 * (16 * 32 * 3)
+    assert roofline.seconds().total > 0
+
+
+def test_supervised_rows_and_adapters_are_planned_as_well(tmp_path: Path) -> None:
+    step = planned(tmp_path, command="sft", lengths=(64,))
+    assert step.batch.tokens.shape == (1, 8, 64)
+    step = planned(tmp_path, "lora.r=2", "reference=live")
+    assert step.assembly.frozen.base is not None
+    assert step.assembly.flops(step.batch).logical > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "lengths", "key"),
+    [
+        ((), (16, 24), "prompt, chosen and rejected"),
+        ((), (16, 24, 60), "max_length 64"),
+        (("global_batch_size=9",), (16, 24, 24), "global_batch_size 9"),
+        (("packing=false",), (16, 24, 24), "packing"),
+        (("mesh.tensor=3",), (16, 24, 24), "mesh"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(
+    tmp_path: Path, words: tuple[str, ...], lengths: tuple[int, ...], key: str
+) -> None:
+    with pytest.raises(ValueError, match=key):
+        planned(tmp_path, *words, lengths=lengths)
+
+
+@pytest.mark.parametrize("folder", sorted(SHAPES.iterdir()), ids=lambda folder: folder.name)
+def test_every_shape_is_read(folder: Path) -> None:
+    from jdpo.models.families import read_model_config
+
+    assert read_model_config(folder).num_layers >= 16
+
+
+def test_every_shipped_config_with_a_hub_model_has_a_shape() -> None:
+    for path in sorted((ROOT / "configs").glob("*.yaml")):
+        name = path.read_text(encoding="utf-8").split("\nmodel_name_or_path: ")[-1].split("\n")[0]
+        if name.startswith("runs/") or path.stem == "iterate":
+            continue
+        config = read_config(path, [], None)
+        assert (Path(config.model_name_or_path) / "config.json").exists(), path
+
+
+# --- compiled for devices that are not here
+
+
+def aot(*words: str) -> tuple[int, Any, str]:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "aot.py"), *words], capture_output=True, text=True, check=False
+    )
+    return done.returncode, json.loads(done.stdout) if done.stdout else None, done.stderr
+
+
+SETTINGS = ("--lengths", "256,384,384", "--layers", "2", "max_length=1024", "max_tokens_per_device=2048")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("target", "rows", "kernel"), [("v5e-8", 16, "splash_mha_fwd_residuals"), ("h200x1", 2, "__cudnn$fmhaSoftmax")]
+)
+def test_two_layers_compile_for_a_tpu_and_a_gpu(tmp_path: Path, target: str, rows: int, kernel: str) -> None:
+    missing = missing_package(machine_of(target))
+    if missing:
+        pytest.skip(f"{missing} is not installed; benchmarks/README.md makes an environment that has it")
+    words = [str(ROOT / "configs" / "llama_3_2_1b.yaml"), "--on", target, *SETTINGS, f"global_batch_size={rows}"]
+    code, found, error = aot(*words)
+    assert code == 0, error
+    assert kernel in found["kernels"]
+    assert set(found["executed_flops"]) == {"bfloat16"}
+    assert found["loops_counted_once"] == []
+    assert 0.05 < found["mfu_bound"] < 1
+    # The same program is no worse than itself, and worse than one that had another kernel and less memory.
+    before = tmp_path / "before.json"
+    before.write_text(json.dumps(found))
+    assert aot(*words, "--against", str(before))[0] == 0
+    before.write_text(json.dumps(found | {"peak_bytes": found["peak_bytes"] // 2}))
+    code, _, error = aot(*words, "--against", str(before))
+    assert (code, "peak memory" in error) == (1, True)
+
+
+def test_lengths_are_required() -> None:
+    with pytest.raises(ValueError, match="--lengths is required"):
+        lengths_of(None)
+    with pytest.raises(ValueError, match="512,300,300"):
+        lengths_of("512 300")
+    assert lengths_of("512,300,300") == (512, 300, 300)

@@ -43,8 +43,8 @@ def main() -> int:
         step = compile_step_for(machine, config, lengths_of(options.lengths), num_layers=options.layers)
         if options.hlo is not None:
             options.hlo.write_text(step.text, encoding="utf-8")
-        found = {"lengths": lengths_of(options.lengths)} | measure(step)
-        print(json.dumps(found, indent=1))
+        found = {"lengths": list(lengths_of(options.lengths))} | measure(step)
+        print(rendered(found))
         worse = regressions(before, found) if before else []
     except ValueError as error:
         print(error, file=sys.stderr)
@@ -102,6 +102,16 @@ def lengths_of(text: str | None) -> tuple[int, ...]:
     if not re.fullmatch(r"\d+(,\d+)*", text):
         raise ValueError(f"--lengths: expected numbers, such as 512,300,300, found {text!r}")
     return tuple(int(number) for number in text.split(","))
+
+
+def rendered(found: dict[str, Any]) -> str:
+    """Returns JSON with one line per key, and one per row of a table."""
+    lines = []
+    for key, value in found.items():
+        rows = [json.dumps(row) for row in value] if isinstance(value, list) and value else []
+        text = "[\n  " + ",\n  ".join(rows) + "\n ]" if rows and isinstance(value[0], dict) else json.dumps(value)
+        lines.append(f" {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(lines) + "\n}"
 
 
 def read_config(path: Path, words: list[str], command: str | None) -> Any:

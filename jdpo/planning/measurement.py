@@ -92,6 +92,8 @@ def program_of(step: CompiledStep) -> dict[str, Any]:
         "rows": config.global_batch_size,
         "tokens_per_device": planned.tokens_per_device,
         "micro_batches": int(planned.batch.tokens.shape[0]),
+        # Another checkout, which `benchmarks/aot.py --code` measures, may have none.
+        "compiler_options": dict(getattr(planned.assembly, "options", {})),
     }
 
 

@@ -3,7 +3,8 @@
 from jdpo.models.attention.blockwise import ATTENTION_RESIDUALS
 from jdpo.models.attention.cached import LayerCache, VisibleSlots, cached_attention, visible_slots, write_tails
 from jdpo.models.attention.causal import causal_attention, sharded_causal_attention
-from jdpo.models.attention.choose import check_attention, choose_attention, compiled_attention
+from jdpo.models.attention.choose import check_attention, choose_attention, compiled_attention, sequences_per_row
+from jdpo.models.attention.segments import segment_starts
 from jdpo.models.attention.xla import dot_product_attention
 
 __all__ = [
@@ -16,6 +17,8 @@ __all__ = [
     "choose_attention",
     "compiled_attention",
     "dot_product_attention",
+    "segment_starts",
+    "sequences_per_row",
     "sharded_causal_attention",
     "visible_slots",
     "write_tails",

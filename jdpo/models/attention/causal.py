@@ -1,6 +1,6 @@
-"""Causal attention of right-padded sequences: one function for all backends, and one for a mesh.
+"""Causal attention of rows of sequences: one function for all backends, and one for a mesh.
 
-Axes: n sequences, t positions, h query heads, g key/value heads, k head width.
+Axes: n rows, u sequences of a row, t places, h query heads, g key/value heads, k head width.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jdpo.models.attention.blockwise import blockwise_attention
 from jdpo.models.attention.choose import check_attention
 from jdpo.models.attention.cudnn import cudnn_attention
+from jdpo.models.attention.segments import segment_starts
 from jdpo.models.attention.splash import splash_attention
 from jdpo.models.attention.xla import right_padded_attention
 
@@ -24,6 +25,7 @@ def causal_attention(
     value_ntgk: jax.Array,
     *,
     lengths: jax.Array,
+    segments: jax.Array | None = None,
     backend: str,
     window: int | None = None,
     softcap: float | None = None,
@@ -34,13 +36,16 @@ def causal_attention(
 ) -> jax.Array:
     """Grouped-query causal attention, [n, t, h, k]; scores and softmax in float32 or wider.
 
-    Sequence i has lengths[i] tokens and padding after them. Outputs of padding queries are finite and arbitrary, and
-    their cotangents must be zero, so that no gradient flows through padding.
+    A row holds one sequence and padding after it, or several back to back and padding after the last. A query sees the
+    earlier keys of its own sequence. Outputs of padding queries are finite and arbitrary, and their cotangents must be
+    zero, so that no gradient flows through padding.
 
     "blockwise" and "splash" run on one device's part: with several devices use `sharded_causal_attention`.
 
     Args:
-      lengths: int [n], from 0 to t.
+      lengths: int [n], the tokens of each row's only sequence, or int [n, u], those of its sequences in order, 0 for
+        none; at most t in total.
+      segments: `segment_starts(lengths, t)`, int [n, t], which many layers can share; computed here by default.
       backend: "xla", "blockwise", "cudnn" or "splash"; `choose_attention` returns the fastest.
       window: number of tokens that a query sees, itself included; None for all earlier tokens.
       softcap: scores become softcap * tanh(scores / softcap), as in Gemma 2 (arXiv 2408.00118).
@@ -51,8 +56,16 @@ def causal_attention(
     Raises:
       ValueError: the backend does not support the settings, or shapes are inconsistent.
     """
-    _check_shapes(query_nthk, key_ntgk, value_ntgk, lengths)
+    _check_shapes(query_nthk, key_ntgk, value_ntgk, lengths, segments)
     length, head_dim = query_nthk.shape[1], query_nthk.shape[3]
+    lengths_nu = lengths.reshape(len(lengths), -1)
+    if lengths_nu.shape[1] == 1:
+        lengths_n, segments = lengths_nu[:, 0], None  # causality alone separates tokens from the padding after them
+    else:
+        lengths_n = lengths_nu.sum(1)
+        segments = segment_starts(lengths_nu, length) if segments is None else segments
+        if backend == "cudnn":
+            raise ValueError(f"attention backend 'cudnn' takes one sequence per row, found lengths {lengths.shape}")
     if window is not None and window >= length:
         window = None  # it hides nothing, and kernels with a window are slower
     scale = head_dim**-0.5 if scale is None else scale
@@ -68,10 +81,11 @@ def causal_attention(
     operands = (query_nthk, key_ntgk, value_ntgk)
     with jax.named_scope(f"attention_{backend}"):
         if backend == "cudnn":
-            return cudnn_attention(*operands, lengths, window=window, scale=scale)
+            return cudnn_attention(*operands, lengths_n, window=window, scale=scale)
         if backend == "splash":
             return splash_attention(
                 *operands,
+                segments,
                 window=window,
                 softcap=softcap,
                 scale=scale,
@@ -81,8 +95,10 @@ def causal_attention(
             )
         if backend == "blockwise":
             size = block_q or block_kv
-            return blockwise_attention(*operands, lengths, window=window, softcap=softcap, scale=scale, block_size=size)
-        return right_padded_attention(*operands, lengths, window=window, softcap=softcap, scale=scale)
+            return blockwise_attention(
+                *operands, lengths_n, segments, window=window, softcap=softcap, scale=scale, block_size=size
+            )
+        return right_padded_attention(*operands, lengths_n, segments, window=window, softcap=softcap, scale=scale)
 
 
 def sharded_causal_attention(
@@ -91,6 +107,7 @@ def sharded_causal_attention(
     value_ntgk: jax.Array,
     *,
     lengths: jax.Array,
+    segments: jax.Array | None = None,
     mesh: Mesh | AbstractMesh,
     batch_axes: tuple[str, ...],
     head_axes: tuple[str, ...] = (),
@@ -102,7 +119,7 @@ def sharded_causal_attention(
       ValueError: n, or the number of query or key heads, does not divide evenly.
     """
     parts = {axes: math.prod(mesh.shape[axis] for axis in axes) for axes in (batch_axes, head_axes)}
-    counts = (("sequences", query_nthk.shape[0], batch_axes), ("key heads", key_ntgk.shape[2], head_axes))
+    counts = (("rows", query_nthk.shape[0], batch_axes), ("key heads", key_ntgk.shape[2], head_axes))
     for what, count, axes in counts:
         if count % parts[axes]:
             raise ValueError(f"{count} {what} do not divide over the {parts[axes]} devices of mesh axes {axes}")
@@ -110,21 +127,27 @@ def sharded_causal_attention(
     heads = PartitionSpec(batch_axes, None, head_axes, None)
     # XLA cannot split custom kernels or the loops over tiles, so each device runs them on its own part.
     attention = jax.shard_map(
-        lambda query, key, value, lengths: causal_attention(query, key, value, lengths=lengths, **options),
+        lambda query, key, value, lengths, segments: causal_attention(
+            query, key, value, lengths=lengths, segments=segments, **options
+        ),
         mesh=mesh,
-        in_specs=(heads, heads, heads, PartitionSpec(batch_axes)),
+        in_specs=(heads, heads, heads, PartitionSpec(batch_axes), PartitionSpec(batch_axes)),
         out_specs=heads,
         # Off, because loops over tiles start from zeros that are equal on all devices, which the check refuses.
         check_vma=False,
     )
-    return attention(query_nthk, key_ntgk, value_ntgk, lengths)
+    return attention(query_nthk, key_ntgk, value_ntgk, lengths, segments)
 
 
-def _check_shapes(query: jax.Array, key: jax.Array, value: jax.Array, lengths: jax.Array) -> None:
+def _check_shapes(
+    query: jax.Array, key: jax.Array, value: jax.Array, lengths: jax.Array, segments: jax.Array | None
+) -> None:
     n, t, h, k = query.shape
     g = key.shape[2]
-    if key.shape != (n, t, g, k) or value.shape != key.shape or h % g or lengths.shape != (n,):
+    fits = key.shape == (n, t, g, k) and value.shape == key.shape and not h % g
+    if not fits or lengths.ndim not in (1, 2) or len(lengths) != n or getattr(segments, "shape", (n, t)) != (n, t):
         raise ValueError(
-            "expected query [n, t, h, k], key and value [n, t, g, k] with g a divisor of h, and lengths [n]; found "
-            f"{query.shape}, {key.shape}, {value.shape} and {lengths.shape}"
+            "expected query [n, t, h, k], key and value [n, t, g, k] with g a divisor of h, lengths [n] or [n, u], and "
+            f"segments [n, t] or None; found {query.shape}, {key.shape}, {value.shape}, {lengths.shape} and "
+            f"{getattr(segments, 'shape', None)}"
         )

@@ -98,6 +98,23 @@ def check_attention(
         raise ValueError(f"attention backend {backend!r} needs {' and '.join(broken)}; {who}")
 
 
+def sequences_per_row(backend: str, platform: str) -> int | None:
+    """Returns the most sequences that a row of attention should hold back to back; None for any number.
+
+    Args:
+      backend: as resolved for the rows' length: not "auto".
+      platform: as for `choose_attention`.
+
+    >>> sequences_per_row("blockwise", "cpu"), sequences_per_row("blockwise", "gpu")
+    (None, 1)
+    """
+    if backend == "cudnn":
+        return 1
+    # Away from CPUs blockwise attention handles all rows in one loop, which computes what any of them needs: with
+    # several sequences that start at different places, almost everything.
+    return 1 if backend == "blockwise" and _platform(platform) != "cpu" else None
+
+
 def compiled_attention(hlo_text: str) -> frozenset[str]:
     """Returns the backends in a compiled program, from its text (`compiled.as_text()`).
 

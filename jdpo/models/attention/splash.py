@@ -24,6 +24,7 @@ def splash_attention(
     query_nthk: jax.Array,
     key_ntgk: jax.Array,
     value_ntgk: jax.Array,
+    segments_nt: jax.Array | None = None,
     *,
     window: int | None,
     softcap: float | None,
@@ -32,15 +33,18 @@ def splash_attention(
     block_kv: int | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """Grouped-query causal attention of right-padded sequences, [n, t, h, k], on TPU.
+    """Grouped-query causal attention of right-padded rows, [n, t, h, k], on TPU.
 
-    Lengths are not needed: with a causal mask no real query sees the padding after it. Segment ids would only hide real
-    keys from padding queries, at the cost of a comparison for every score.
+    Lengths are not needed: with a causal mask no real query sees the padding after it. For rows of one sequence,
+    segment ids would only hide real keys from padding queries, at the cost of a comparison for every score.
 
     Args:
+      segments_nt: see `segment_starts`; None if a row holds one sequence. They mask tiles; none is skipped for them.
       block_q, block_kv: queries and keys per tile, multiples of 128; by default at most 512. t is padded to fill both.
       interpret: emulates the kernel on any platform, slowly.
     """
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
     length, num_heads = query_nthk.shape[1:3]
     block_q, block_kv, padded_length = tiling(length, block_q, block_kv)
     kernel = _kernel(num_heads, padded_length, window, softcap, block_q, block_kv, interpret)
@@ -49,7 +53,13 @@ def splash_attention(
     padding = ((0, 0), (0, padded_length - length), (0, 0), (0, 0))
     # The kernel takes one sequence, heads first: [h, t, k].
     query, key, value = (rearrange(jnp.pad(x, padding), "n t h k -> n h t k") for x in operands)
-    return rearrange(jax.vmap(kernel)(query, key, value), "n h t k -> n t h k")[:, :length]
+    if segments_nt is None:
+        output_nhtk = jax.vmap(kernel)(query, key, value)
+    else:
+        # What fills the last tile is a segment of its own.
+        ids_nt = jnp.pad(segments_nt, ((0, 0), (0, padded_length - length)), constant_values=-1)
+        output_nhtk = jax.vmap(kernel)(query, key, value, splash.SegmentIds(q=ids_nt, kv=ids_nt))
+    return rearrange(output_nhtk, "n h t k -> n t h k")[:, :length]
 
 
 class Tiling(NamedTuple):

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jdpo.models.attention import blockwise, splash
+from jdpo.models.attention import blockwise_tiles, splash
+from jdpo.models.attention.segments import segment_starts
 
 _CUDNN_TILE = 128  # for its Hopper kernels; others differ
 
@@ -57,13 +58,16 @@ def computed_pairs(
     block_kv: int | None = None,
     on_cpu: bool = True,
 ) -> int:
-    """Returns the pairs whose scores each head computes, over all sequences of one call on one device.
+    """Returns the pairs whose scores each head computes, over all rows of one call on one device.
 
     Args:
-      lengths: int [n], as for `causal_attention`.
+      lengths: int [n] or [n, u], as for `causal_attention`.
       length: t.
-      on_cpu: True on CPU, where blockwise attention handles few sequences at once.
+      on_cpu: True on CPU, where blockwise attention handles few rows at once.
     """
+    packed = lengths.ndim == 2 and lengths.shape[1] > 1
+    if not packed:
+        lengths = lengths.reshape(-1)
     if backend == "xla":
         return len(lengths) * length**2
     if backend == "splash":
@@ -71,16 +75,32 @@ def computed_pairs(
         return len(lengths) * _tiled_pairs(padded_length // block_q, block_q, block_kv, window)
     if backend == "cudnn":
         # Each sequence stops at its own length.
-        tiles, group, block = -(-lengths // _CUDNN_TILE), 1, _CUDNN_TILE
+        tiles, group, block = -(-lengths.reshape(-1) // _CUDNN_TILE), 1, _CUDNN_TILE
     else:
-        block = blockwise.tile_size(length, block_q or block_kv)
-        # A group stops at the length of its longest sequence.
-        group = blockwise.group_size(len(lengths), num_heads, block) if on_cpu else len(lengths)
+        block = blockwise_tiles.tile_size(length, block_q or block_kv, packed=packed)
+        group = blockwise_tiles.group_size(len(lengths), num_heads, block, packed=packed) if on_cpu else len(lengths)
+        if packed:
+            return _segmented_pairs(lengths, length, block, group, window)
+        # A group stops at the length of its longest row.
         tiles = -(-lengths.reshape(-1, group).max(1) // block)
     # Many sequences have the same number of tiles, so each number is counted once.
     numbers, counts = np.unique(tiles, return_counts=True)
     of_number = (_tiled_pairs(int(number), block, block, window) for number in numbers)
     return sum(int(count) * group * pairs for count, pairs in zip(counts, of_number, strict=True))
+
+
+def _segmented_pairs(lengths: np.ndarray, length: int, block: int, group: int, window: int | None) -> int:
+    """Returns the pairs in the tiles that blockwise attention computes for rows of several sequences.
+
+    >>> _segmented_pairs(np.array([[4, 4]]), 16, 4, 1, None), _segmented_pairs(np.array([[3, 4, 1]]), 16, 4, 1, None)
+    (32, 48)
+    """
+    first_ni = blockwise_tiles.lowest_keys(segment_starts(lengths, length), window)[:, ::block] // block
+    # A group computes what one of its rows needs.
+    first_ci, last_c = first_ni.reshape(-1, group, first_ni.shape[1]).min(1), lengths.sum(1).reshape(-1, group).max(1)
+    tile_i = np.arange(first_ni.shape[1])
+    key_tiles_ci = np.where(tile_i * block < last_c[:, None], tile_i - first_ci + 1, 0)
+    return int(key_tiles_ci.sum()) * group * block**2
 
 
 def _tiled_pairs(num_query_tiles: int, block_q: int, block_kv: int, window: int | None) -> int:

@@ -22,6 +22,7 @@ def dot_product_attention(
     query_positions_nt: jax.Array,
     key_positions_ns: jax.Array,
     key_mask_ns: jax.Array,
+    segments_nt: jax.Array | None = None,
     window: int | None = None,
     softcap: float | None = None,
     scale: float | None = None,
@@ -33,6 +34,7 @@ def dot_product_attention(
 
     Args:
       key_mask_ns: bool, True on real keys.
+      segments_nt: if queries and keys are the same tokens: a query sees the keys of its own segment only.
       window: number of tokens that a query sees, itself included, as in transformers' sliding_window.
       softcap: scores become softcap * tanh(scores / softcap), as in Gemma 2 (arXiv 2408.00118).
       scale: factor of the scores; the default is k**-0.5.
@@ -47,6 +49,8 @@ def dot_product_attention(
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     visible_nts = visible_keys(query_positions_nt, key_positions_ns, key_mask_ns, window)
+    if segments_nt is not None:
+        visible_nts &= segments_nt[:, :, None] == segments_nt[:, None, :]
     # The lowest finite number, not -inf: a row of only -inf would become NaN.
     scores = jnp.where(visible_nts[:, None, None], scores, jnp.finfo(softmax_dtype).min)
     # Softmax in float32, then the values' dtype, as in transformers' eager attention.
@@ -76,12 +80,19 @@ def right_padded_attention(
     key_ntgk: jax.Array,
     value_ntgk: jax.Array,
     lengths_n: jax.Array,
+    segments_nt: jax.Array | None = None,
     *,
     window: int | None,
     softcap: float | None,
     scale: float,
 ) -> jax.Array:
-    """Runs `dot_product_attention` of right-padded sequences with themselves."""
+    """Runs `dot_product_attention` of right-padded rows with themselves.
+
+    Args:
+      lengths_n: number of real places of each row.
+      segments_nt: see `segment_starts`; None if a row holds one sequence.
+    """
+    # Places serve as positions: within a sequence, distances are the same.
     positions_nt = jnp.broadcast_to(jnp.arange(query_nthk.shape[1]), query_nthk.shape[:2])
     return dot_product_attention(
         query_nthk,
@@ -90,6 +101,7 @@ def right_padded_attention(
         query_positions_nt=positions_nt,
         key_positions_ns=positions_nt,
         key_mask_ns=positions_nt < lengths_n[:, None],
+        segments_nt=segments_nt,
         window=window,
         softcap=softcap,
         scale=scale,

@@ -85,7 +85,7 @@ def plan_step(
         raise ValueError("packing false: only packed steps are planned; leave packing out")
     task = task_for(config)
     row = _row(task, lengths, config.max_length)
-    setup = _setup(config, task, make_mesh(config.mesh, devices), num_layers)
+    setup = setup_without_rows(config, task, make_mesh(config.mesh, devices), num_layers)
     live = isinstance(config, ReferenceSettings) and config.reference == "live" and task.uses_reference
     mode: Mode = "live" if live else "none"
     remat = "full" if config.remat == "auto" else config.remat
@@ -104,7 +104,7 @@ def plan_step(
     return PlannedStep(assemble(setup, reference=mode, remat=remat), batch, batches.tokens_per_device, remat)
 
 
-def _setup(config: TrainConfig, task: Task, mesh: Mesh, num_layers: int | None) -> Setup:
+def setup_without_rows(config: TrainConfig, task: Task, mesh: Mesh, num_layers: int | None = None) -> Setup:
     """Returns the setup of a run without rows, tokenizer and folders, which no program depends on."""
     source_config = read_model_config(Path(config.model_name_or_path))
     if num_layers is not None:

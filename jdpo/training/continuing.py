@@ -151,13 +151,22 @@ def start_state(setup: Setup, assembly: Assembly, *, live: bool) -> tuple[TrainS
     """Loads the weights and makes the state of step 0; there is no position to continue from."""
     params = load_start(setup)
     frozen = load_frozen(setup, params, live=live, moves=assembly.sync is not None)
+    return first_state(setup, assembly, params), frozen, None
+
+
+def first_state(setup: Setup, assembly: Assembly, params: Any) -> TrainState:
+    """Returns the state of step 0.
+
+    Args:
+      params: what is trained, on the mesh.
+    """
     rng = jax.random.key_data(jax.random.key(setup.config.seed))
     # Committed to the mesh now: a program compiled for arrays on all devices takes no others.
     step, rng, loss_state = jax.device_put((jnp.int32(0), rng, assembly.objective.init_state), replicated(setup.mesh))
     # Jitted with shardings, so that no device ever holds all moments.
     opt_state = jax.jit(assembly.optimizer.init, out_shardings=assembly.state_shardings.opt_state)(params)
     reference_params = load_reference(setup, params, moves=True) if assembly.sync else None
-    return TrainState(step, params, opt_state, rng, loss_state, reference_params), frozen, None
+    return TrainState(step, params, opt_state, rng, loss_state, reference_params)
 
 
 def restore_state(

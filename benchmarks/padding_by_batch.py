@@ -69,7 +69,7 @@ def report(arguments: argparse.Namespace) -> str:
         f"`python benchmarks/padding_by_batch.py`, {machine_line(('numpy',))}. Planned, nothing was trained: "
         f"{arguments.steps} steps of random rows, at most {arguments.tokens:,} slots per device at once.",
         "",
-        "| rows | devices | pairs per device | bound | fullest device | shapes | number of shapes | ms per step to plan |",
+        "| rows | devices | pairs per device | bound | fullest device | shapes | programs | ms to plan a step |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for table, max_length in TABLES.items():

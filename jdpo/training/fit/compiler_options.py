@@ -19,6 +19,9 @@ _logger = logging.getLogger(__name__)
 
 Value = bool | int | float | str
 
+_NEVER = 1_000_000
+"""A size in MiB that no array has."""
+
 OPTIONS: dict[str, dict[str, Value]] = {
     "gpu": {
         # Collectives of the loop over layers move across its iterations: the first weights of a layer are gathered
@@ -28,8 +31,18 @@ OPTIONS: dict[str, dict[str, Value]] = {
         "xla_gpu_enable_pipelined_reduce_scatter": True,
         "xla_gpu_enable_pipelined_all_reduce": True,
     },
+    "TPU v5 lite|TPU v5e": {
+        # The sum of gradients runs next to matrix products, as gathering weights does by default. Two options: one
+        # splits it into a start and a done, the other lets products run in between.
+        "xla_enable_async_all_reduce": True,
+        "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True,
+        # Weights are gathered whole. By default, products of gathered weights become loops over the parts that each
+        # device has, which write and read their sums in every turn.
+        "xla_jf_spmd_threshold_for_windowed_einsum_mib": _NEVER,
+    },
 }
-"""Kind of devices, as JAX names it, or platform -> options of its compiler. All of them are about communication."""
+"""Platform, or pattern of the kinds of devices as in `jdpo.chips` -> options of its compiler, which are all about
+communication."""
 
 
 def compiler_options(mesh: Mesh, asked: Mapping[str, Value | None] | None = None) -> dict[str, Value]:
@@ -41,26 +54,30 @@ def compiler_options(mesh: Mesh, asked: Mapping[str, Value | None] | None = None
     Args:
       asked: options to add or to replace; None as a value leaves the option at the compiler's default.
     """
-    # On a single device there is no communication.
-    ours = OPTIONS.get(mesh.devices.flat[0].device_kind, OPTIONS.get(target().platform, {})) if mesh.size > 1 else {}
-    merged = ours | dict(asked or {})
+    merged = options_of(mesh) | dict(asked or {})
     options = {name: value for name, value in merged.items() if value is not None}
     while options:
         try:
             _compile_nothing(mesh, options)
         except jax.errors.JaxRuntimeError as error:
             message = str(error).partition("\n")[0]
-            # Whole names, as some are the beginning of another.
+            # Whole names, as some are the beginning of another. A compiler that dislikes how options go together may
+            # name none of them; then all are left out.
             refused = [name for name in options if re.search(rf"\b{re.escape(name)}\b", message)]
-            if not refused:
-                raise
-            for name in refused:
+            for name in refused or list(options):
                 if is_first():
                     _logger.warning("compiler option %s=%s is left out: %s", name, options[name], message)
                 del options[name]
         else:
             break
     return options
+
+
+def options_of(mesh: Mesh) -> dict[str, Value]:
+    """Returns the OPTIONS of a mesh's devices; none for a single device, which communicates with no other."""
+    names = (target().platform, mesh.devices.flat[0].device_kind)
+    found = (options for key, options in OPTIONS.items() if any(re.fullmatch(key, name) for name in names))
+    return dict(next(found, {})) if mesh.size > 1 else {}
 
 
 def _compile_nothing(mesh: Mesh, options: Mapping[str, Any]) -> None:

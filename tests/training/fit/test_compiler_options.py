@@ -9,8 +9,11 @@ import jax
 import pytest
 
 from jdpo.config import DPOConfig, MeshConfig, load_config
+from jdpo.devices import compiling_for
+from jdpo.planning.compile_only import compile_only_devices, missing_package
+from jdpo.planning.machines import machine_of
 from jdpo.sharding.mesh import make_mesh
-from jdpo.training.fit.compiler_options import OPTIONS, compiler_options
+from jdpo.training.fit.compiler_options import OPTIONS, compiler_options, options_of
 
 ACCEPTED = {"xla_cpu_enable_fast_math": False, "xla_backend_optimization_level": 1}
 
@@ -28,6 +31,18 @@ def test_options_that_the_compiler_takes_are_kept(mesh: Any, caplog: pytest.LogC
 def test_options_for_gpus_exist_in_this_version_of_xla(mesh: Any) -> None:
     # XLA knows the options of GPUs wherever it runs; those of TPUs are known to libtpu alone.
     assert compiler_options(mesh, OPTIONS["gpu"]) == OPTIONS["gpu"]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["v5e-8", "v5p-8", "v6e-8"])
+def test_options_for_tpus_exist_in_this_version_of_libtpu(name: str) -> None:
+    machine = machine_of(name)
+    if missing := missing_package(machine):
+        pytest.skip(f"{missing} is not installed")
+    with compiling_for(machine.target):
+        mesh = make_mesh(MeshConfig(), compile_only_devices(machine))
+        assert options_of(mesh)
+        assert compiler_options(mesh) == options_of(mesh)
 
 
 def test_each_option_that_the_compiler_refuses_is_left_out_and_named_in_a_line(

@@ -12,8 +12,9 @@ The model is a roofline, and nothing in it is fitted to a measurement:
 Operations run one after the other, as the compilers schedule them. FLOPs are those of matrix products, with the trip
 counts of loops; an operation's bytes are the parts of its operands that it reads and its results, each once; peaks,
 bandwidths and links are those of `jdpo.chips`, by data sheets; collectives carry what rings carry. Left out are the
-time of vector units and of starting kernels, and that links are shared by collectives at the same time: a device takes
-longer. `busy_links` is the time of all collectives on the links; where it is longer than the rest, not all are hidden.
+time of vector units and of starting kernels, copies to and from the host's memory, and that collectives share links: a
+device takes longer. `busy_links` is the time of all collectives on the links; where it is longer than the rest, not all
+are hidden.
 
 Sources: Williams, Waterman and Patterson, "Roofline" (CACM 2009); Austin et al., "How to Scale Your Model" (2025),
 whose cost of collectives on tori is used here.
@@ -180,8 +181,8 @@ class Roofline:
                 self.loops_counted_once.append(op.name)
             body = self.module.computations[op.attribute("body") or ""]
             return [(body, 1 if turns is None else turns)]
-        if op.opcode == "call":
-            return [(inner, 1) for inner in self.module.called(op)]
+        if op.opcode in ("call", "async-start"):
+            return [(inner, 1) for inner in self.module.called(op) if not has_collective(inner)]
         if op.opcode == "conditional":  # one of them runs; the longest is a bound
             return [(max(self.module.called(op), key=lambda inner: self._of(inner).total), 1)]
         return []

@@ -92,7 +92,10 @@ class Op:
     @property
     def called(self) -> tuple[str, ...]:
         """Names of the computations that the operation runs, for each of its elements or as a whole."""
-        single = re.findall(r"\b(?:calls|body|condition|to_apply|called_computation)=%([^\s,{}]+)", self.attributes)
+        single = re.findall(
+            r"\b(?:calls|body|condition|to_apply|called_computation|true_computation|false_computation)=%([^\s,{}]+)",
+            self.attributes,
+        )
         several = re.findall(r"\b(?:branch_computations|called_computations)={([^}]*)}", self.attributes)
         return (*single, *(name.strip().lstrip("%") for names in several for name in names.split(",")))
 

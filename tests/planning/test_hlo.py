@@ -209,6 +209,17 @@ ENTRY %main (x: {operand}) -> {result} {{
     assert found.start == found.done
 
 
+def test_a_collective_over_one_device_is_none() -> None:
+    module = parse(
+        """
+ENTRY %main (x: bf16[8]) -> bf16[8] {
+  %x = bf16[8] parameter(0)
+  ROOT %c = bf16[8] all-gather(%x), replica_groups={{0},{1}}
+}"""
+    )
+    assert collectives_of(module, entry_of(module), 2) == []
+
+
 def test_an_asynchronous_gather_of_two_arrays() -> None:
     found = only(
         """

@@ -62,7 +62,8 @@ def collectives_of(module: Module, computation: Computation, num_devices: int) -
         elif kind and not op.opcode.endswith("-done"):
             done = _done_of(computation, op, place) if op.opcode.endswith("-start") else place
             found.append(_collective(computation, op, op, place, done, num_devices))
-    return found
+    # Over an axis of one device nothing is sent.
+    return [each for each in found if each.groups.shape[1] > 1]
 
 
 def is_collective(op: Op) -> bool:

@@ -24,10 +24,9 @@ _NEVER = 1_000_000
 
 OPTIONS: dict[str, dict[str, Value]] = {
     "gpu": {
-        # Collectives of the loop over layers move across its iterations: the first weights of a layer are gathered
-        # during the layer before it, and the last gradients of a layer are reduced during the next. Otherwise nothing
-        # is computed meanwhile, as each iteration ends with all of its own collectives. It takes all three.
-        "xla_gpu_enable_pipelined_all_gather": True,
+        # The last gradients of a layer are summed during the next layer of the backward pass. Otherwise nothing runs
+        # meanwhile, as every turn of the loop over layers ends with its own collectives. One does not work without the
+        # other. The same for gathering weights hides a little more, but copies them in every turn, which takes longer.
         "xla_gpu_enable_pipelined_reduce_scatter": True,
         "xla_gpu_enable_pipelined_all_reduce": True,
     },

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from jdpo.models.kernel_gradients import kernel_gradient
 from jdpo.models.model_config import Activation, ModelConfig, NormKind
 
 # As `initializer_range` of most families, for models that start from random weights.
@@ -28,35 +27,29 @@ PROJECTION = "projection"
 """Name of the output of a projection or an expert's map, with its adapter and bias added, and of x A of an adapter."""
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def project(equation: str, x: jax.Array, kernel: jax.Array, embed_dim: int | None = None) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def project(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Computes `jnp.einsum(equation, x, kernel)` with a gradient for the kernel that keeps the cotangent's layout.
 
     JAX's own rule contracts the cotangent with x and transposes the result. XLA's CPU backend then writes a transposed
     copy of the wide cotangent, which takes longer than the product itself.
-
-    Args:
-      embed_dim: dim of the kernel with the logical axis "embed", over which its gradient is reduced; see
-        `kernel_gradient`.
     """
     return jnp.einsum(equation, x, kernel)
 
 
-def _project_forward(
-    equation: str, x: jax.Array, kernel: jax.Array, embed_dim: int | None
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+def _project_forward(equation: str, x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return jnp.einsum(equation, x, kernel), (x, kernel)
 
 
 def _project_backward(
-    equation: str, embed_dim: int | None, residuals: tuple[jax.Array, jax.Array], cotangent: jax.Array
+    equation: str, residuals: tuple[jax.Array, jax.Array], cotangent: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     (x, kernel), (operands, result) = residuals, equation.split("->")
     of_x, of_kernel = operands.split(",")
     return (
         jnp.einsum(f"{result},{of_kernel}->{of_x}", cotangent, kernel),
         # x before the cotangent, so that the result is in the kernel's layout without a transpose.
-        kernel_gradient(f"{of_x},{result}->{of_kernel}", x, cotangent, embed_dim),
+        jnp.einsum(f"{of_x},{result}->{of_kernel}", x, cotangent),
     )
 
 
@@ -86,8 +79,7 @@ class Projection(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         init = nn.with_logical_partitioning(nn.initializers.normal(INIT_STDDEV), self.axes)
         kernel = self.param("kernel", init, self.shape, self.param_dtype)
-        embed_dim = self.axes.index("embed") if "embed" in self.axes else None
-        y = project(self.equation, x, kernel.astype(self.compute_dtype), embed_dim)
+        y = project(self.equation, x, kernel.astype(self.compute_dtype))
         if self.has_variable(SCALES, "kernel"):  # after the product, in which int8 is exact in every compute dtype
             y = (y * self.get_variable(SCALES, "kernel")).astype(self.compute_dtype)
         if self.has_variable(ADAPTERS, "a"):

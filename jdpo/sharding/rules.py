@@ -66,10 +66,7 @@ def mesh_axis_size(mesh: Mesh, axis: str | Sequence[str]) -> int:
 
 
 def gathered(part: jax.Array, axes: str | tuple[str, ...] | None) -> jax.Array:
-    """Returns the whole of an array whose first dim is split over mesh axes; call it within `jax.shard_map`.
-
-    Its gradient is reduced over one axis after the other: see `jdpo.models.kernel_gradients`.
-    """
+    """Returns the whole of an array whose first dim is split over mesh axes; call it within `jax.shard_map`."""
     for axis in reversed((axes,) if isinstance(axes, str) else axes or ()):
         part = jax.lax.all_gather(part, axis, axis=0, tiled=True)
     return part

@@ -19,7 +19,8 @@ Array = jax.Array
 CHUNK_BYTES = 48 * 2**20
 """Maximum size of the logits of a chunk, if the caller does not choose the size of chunks..."""
 MIN_CHUNK_TOKENS = 256
-"""... and the minimum number of tokens, which takes precedence: smaller chunks spend more time on reading weights."""
+"""... and the minimum number of tokens, which takes precedence: smaller chunks spend more time on reading weights. On
+GPUs and TPUs that is so below 700 to 2300 tokens."""
 
 
 class HeadSettings(NamedTuple):
@@ -38,6 +39,7 @@ def row_token_logps(
     lengths_r: Array | None = None,
     *,
     chunk: int | None = None,
+    min_tokens: int = MIN_CHUNK_TOKENS,
 ) -> tuple[Array, ...]:
     """Computes the log-probs of the targets of rows through the head: `linear_token_logps` without its checks.
 
@@ -45,12 +47,13 @@ def row_token_logps(
 
     Args:
       chunk: maximum positions of each row per chunk; None: that of `default_chunk`.
+      min_tokens: of `default_chunk`.
 
     Returns:
       see `chunked_token_logps`.
     """
     rows, positions = targets_rk.shape
-    chunk = chunk or default_chunk(rows, positions, head.shape[1], skips=lengths_r is not None)
+    chunk = chunk or default_chunk(rows, positions, head.shape[1], skips=lengths_r is not None, min_tokens=min_tokens)
     chunk = max(min(chunk, positions), 1)
     counts = [] if lengths_r is None else [lengths_r]
     hidden_rkd, head, targets_rk, *counts = varying_alike(hidden_rkd, head, targets_rk, *counts)
@@ -73,17 +76,20 @@ def scored_mask(batch: PackedBatch) -> Any:
     return batch.logp_pair < batch.readers.shape[-2] * batch.pair_weight.shape[-1]
 
 
-def default_chunk(rows: int, positions: int, vocabulary: int, *, skips: bool = False) -> int:
-    """Returns the positions of a row per chunk, according to CHUNK_BYTES and MIN_CHUNK_TOKENS; at most half of them.
+def default_chunk(
+    rows: int, positions: int, vocabulary: int, *, skips: bool = False, min_tokens: int = MIN_CHUNK_TOKENS
+) -> int:
+    """Returns the positions of a row per chunk, according to CHUNK_BYTES and `min_tokens`; at most half of them.
 
     Args:
       skips: chunks may be skipped; they are then smaller, so that more of them can be.
+      min_tokens: minimum tokens of a chunk, of all rows together, which takes precedence over CHUNK_BYTES.
     """
     # 4 bytes per logit, which is float32 whatever the weights are. At least two chunks, so that the logits of all
     # positions never exist together.
-    tokens, most = max(CHUNK_BYTES // (4 * vocabulary), MIN_CHUNK_TOKENS), -(-positions // 2)
+    tokens, most = max(CHUNK_BYTES // (4 * vocabulary), min_tokens), -(-positions // 2)
     if skips:
-        most = min(most, max(-(-positions // 4), MIN_CHUNK_TOKENS // max(rows, 1)))
+        most = min(most, max(-(-positions // 4), min_tokens // max(rows, 1)))
     return max(min(tokens // max(rows, 1), most), 1)
 
 

@@ -26,6 +26,7 @@ from jdpo.training.fit.flops import Arithmetic, StepFlops, step_flops
 from jdpo.training.setup.run_setup import Setup
 from jdpo.training.setup.validation import Mode
 from jdpo.training.setup.weight_placement import abstract_frozen
+from jdpo.training.step.head_chunks import head_chunk_tokens
 from jdpo.training.step.objectives import Batch, Objective
 from jdpo.training.step.optimizer import learning_rate_schedule, make_optimizer
 from jdpo.training.step.train_step import Frozen, ReferenceSync, TrainState, evaluate, num_micro, train_step
@@ -154,7 +155,7 @@ class Assembly:
 
     def flops(self, batch: Batch) -> StepFlops:
         """Counts the FLOPs of a step from its batch of numpy arrays."""
-        model, reference = self.model, self.frozen.reference
+        model, reference, device = self.model, self.frozen.reference, self.setup.mesh.devices.flat[0]
         program = Arithmetic(
             # Padded rows attend by plain XLA, whatever backend packed rows have.
             self.attention(batch.gather.shape[-1]) if isinstance(batch, PackedBatch) else "xla",
@@ -165,6 +166,7 @@ class Assembly:
             block_q=model.attention_block_q,
             block_kv=model.attention_block_kv,
             on_cpu=target().platform == "cpu",
+            head_chunk_tokens=head_chunk_tokens(device.device_kind, model.compute_dtype, model.config.vocab_size),
             adapters=_active_adapter_params(self.setup),
             adapters_in_reference=self.sync is not None or (bool(reference) and not isinstance(reference, Weights)),
         )

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jdpo.losses.linear_chunks import default_chunk, scored_mask
+from jdpo.losses.linear_chunks import MIN_CHUNK_TOKENS, default_chunk, scored_mask
 from jdpo.models.attention.work import PRODUCTS, causal_pairs, computed_pairs
 from jdpo.models.model_config import ModelConfig
 from jdpo.types import REJECTED, CompletionBatch, PackedBatch, PreferenceBatch
@@ -45,6 +45,7 @@ class Arithmetic(NamedTuple):
       num_shards: parts that a micro-batch is split into.
       block_q, block_kv: tile sizes, where the config gives them.
       on_cpu: True if it runs on CPUs.
+      head_chunk_tokens: minimum tokens of a shard that meet the head at once.
       adapters: M, weights of adapters that each token is multiplied with; None where all weights are trained.
       adapters_in_reference: True if the frozen model has adapters, too.
     """
@@ -57,6 +58,7 @@ class Arithmetic(NamedTuple):
     block_q: int | None = None
     block_kv: int | None = None
     on_cpu: bool = True
+    head_chunk_tokens: int = MIN_CHUNK_TOKENS
     adapters: int | None = None
     adapters_in_reference: bool = False
 
@@ -204,7 +206,8 @@ def _packed_run(config: ModelConfig, batch: PackedBatch, program: Arithmetic) ->
     )
     rows = batch.logp_pair.shape[1] // program.num_shards
     scored = scored_mask(batch).sum(-1).reshape(-1, rows)  # of each call's rows
-    chunk = min(default_chunk(rows, num_scored, config.vocab_size, skips=True), num_scored)
+    tokens = program.head_chunk_tokens
+    chunk = min(default_chunk(rows, num_scored, config.vocab_size, skips=True, min_tokens=tokens), num_scored)
     chunk = -(-num_scored // -(-num_scored // chunk))  # chunks are even
     num_scored_run = int((-(-scored.max(1) // chunk)).sum()) * chunk * rows
     return _Amounts(batch.tokens.size, num_scored_run, pairs, int(_used(batch).sum()))

@@ -28,6 +28,7 @@ from jdpo.models.packed_attention import packed_sequences
 from jdpo.models.transformer import Transformer, Weights, apply_routed, variables
 from jdpo.sharding.axes import BATCH_AXES, num_batch_shards
 from jdpo.sharding.rules import gathered, partition_spec
+from jdpo.training.step.head_chunks import head_chunk_tokens
 from jdpo.types import CompletionBatch, PackedBatch, PreferenceBatch, Routed, RouterStats
 
 Array = jax.Array
@@ -272,9 +273,11 @@ class PackedLogps:
         # None leaves the multiplication out of the program.
         scale = config.logit_scale if config.logit_scale != 1.0 else None
         settings = HeadSettings(config.logit_softcap, scale, with_log_sum_sq)
+        min_tokens = head_chunk_tokens(self.mesh.devices.flat[0].device_kind, head_dv.dtype, head_dv.shape[1])
 
         def of_rows(hidden_rkd: Array, head_dv: Array, targets_rk: Array, num_scored_r: Array) -> tuple[Array, ...]:
-            return row_token_logps(settings, hidden_rkd, head_dv, targets_rk, num_scored_r.astype(jnp.int32))
+            lengths_r = num_scored_r.astype(jnp.int32)
+            return row_token_logps(settings, hidden_rkd, head_dv, targets_rk, lengths_r, min_tokens=min_tokens)
 
         if self.num_shards == 1:  # XLA's partitioner fails on manual axes that are all of size 1
             return of_rows(hidden_rkd, head_dv, targets_rk, num_scored_r)

@@ -158,6 +158,8 @@ def _exchanged_backward(layout: _Layout, tokens: Array, cotangent: Array) -> tup
         ids_g = _own_rows(layout, _of_group(layout, tokens_nt), num_rows)
         sum_vc = _summed(num_rows, ids_g, cotangent_gc, layout.table.dtype)
         if layout.rest:
+            # Sums, not the tokens of these devices: a GPU adds in no fixed order, and devices with equal columns must
+            # get equal bits.
             sum_vc = jax.lax.psum(sum_vc, layout.rest)
         return sum_vc.astype(layout.table.dtype)
 

@@ -41,7 +41,9 @@ def weight_axes(mesh: Any, logical_name: str | None, size: int) -> tuple[str, ..
 def constrain_weight(weight: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
     """Keeps a weight, and its gradient, split as it is stored; without a mesh of several devices it does nothing."""
     mesh = automatic_mesh()
-    if mesh is None:
+    sizes = zip(names, weight.shape, strict=True)
+    axes = [] if mesh is None else [weight_axes(mesh, name, size) for name, size in sizes]
+    # Without rules nothing is said about any dim, and XLA remains free.
+    if not any(axes):
         return weight
-    axes = (weight_axes(mesh, name, size) for name, size in zip(names, weight.shape, strict=True))
     return jax.lax.with_sharding_constraint(weight, PartitionSpec(*(of_dim or None for of_dim in axes)))

@@ -131,7 +131,8 @@ def test_a_table_that_is_whole_or_small_is_gathered(width: int, rows: int, lengt
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_gradients_of_a_model_are_those_of_one_device(tied: bool) -> None:
-    config = small_llama(vocab_size=96, d_model=16, head_dim=4, d_ff=32, num_layers=1, tie_embeddings=tied)
+    sizes = {"vocab_size": 96, "d_model": 16, "head_dim": 4, "d_ff": 32, "num_layers": 1, "max_positions": 96}
+    config = small_llama(**sizes, tie_embeddings=tied, learned_positions=tied)
     model = Transformer(config)
     params = init_params(model, jax.random.key(0))
     tokens = np.random.default_rng(0).integers(0, 96, (8, 6))

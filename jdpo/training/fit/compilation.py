@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jdpo.devices import target
 from jdpo.training.step.objectives import Batch
 
 
@@ -31,19 +33,20 @@ class Programs:
         self._lower, self._pool = lower, pool
         self._programs: dict[Batch, Future[Any]] = {}
         for shapes, program in (compiled or {}).items():
-            # Finished futures, so that these programs are found like those that the threads compile.
-            done: Future[Any] = Future()
-            done.set_result(program)
-            self._programs[shapes] = done
+            self._programs[shapes] = _finished(program)
         # Programs that a step had to wait for, as they were not prepared: planning should prepare all.
         self.num_late = 0
 
     def prepare(self, batches: Iterable[Batch]) -> None:
-        """Starts compiling for batches of these shapes in the background, in this order."""
-        for batch in batches:
+        """Starts compiling for batches of these shapes in the background, in this order.
+
+        The first one is awaited; on CPU, the others are compiled at the lowest priority, as steps need the same cores.
+        """
+        for number, batch in enumerate(batches):
             shapes = shapes_of(batch)
             if shapes not in self._programs:
-                self._programs[shapes] = self._pool.submit(compile_for, self._lower, shapes)
+                compiling = compile_for if number == 0 else compile_behind
+                self._programs[shapes] = self._pool.submit(compiling, self._lower, shapes)
 
     def ready(self, batch: Batch) -> bool:
         """Returns True if `of` would not wait."""
@@ -55,11 +58,15 @@ class Programs:
 
         A program that was not prepared is counted in `num_late`.
         """
-        future = self._programs.get(shapes_of(batch))
+        shapes = shapes_of(batch)
+        future = self._programs.get(shapes)
         if future is None:
             self.num_late += 1
             self.prepare([batch])
-            future = self._programs[shapes_of(batch)]
+            future = self._programs[shapes]
+        # One that waits behind others is compiled here and now, except where all processes must keep one order.
+        if jax.process_count() == 1 and future.cancel():
+            self._programs[shapes] = future = _finished(compile_for(self._lower, shapes))
         return future.result()
 
     def check(self) -> None:
@@ -75,6 +82,13 @@ class Programs:
 
     def __len__(self) -> int:
         return len(self._programs)
+
+
+def _finished(program: Any) -> Future[Any]:
+    """Returns a finished future, so that a program is found like those that the threads compile."""
+    done: Future[Any] = Future()
+    done.set_result(program)
+    return done
 
 
 def shapes_of(batch: Batch) -> Batch:
@@ -93,6 +107,17 @@ def compile_for(lower: Callable[[Batch], Any], batch: Batch) -> Any:
     with _TRACING:
         lowered = lower(shapes_of(batch))
     return compile_lowered(lowered)
+
+
+def compile_behind(lower: Callable[[Batch], Any], batch: Batch) -> Any:
+    """Does the same; on CPU with the lowest priority from now on, so that steps on the same cores come first.
+
+    Python's part and the loading of kept programs run in this thread. XLA generates code in threads of its own.
+    """
+    # On Linux a thread has a priority of its own, and only a privileged process could raise it again.
+    if target().platform == "cpu" and sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+    return compile_for(lower, batch)
 
 
 def compile_lowered(lowered: Any) -> Any:
@@ -114,11 +139,14 @@ def _give_back_memory() -> None:
 def compiler_threads() -> Iterator[ThreadPoolExecutor]:
     """Yields threads for `Programs`; compilations that have not begun when the block ends are dropped.
 
-    There is one thread where several processes compile the same programs: on GPUs the compilations of the processes
-    communicate, and must do so in the same order.
+    There is one thread where processes compile the same programs for GPUs: their compilations communicate, to choose
+    kernels together, and must do so in the same order. Each host of a TPU slice compiles for itself. On CPU there is
+    one thread because steps need the cores.
     """
+    platform = target().platform
+    alone = platform == "cpu" or (platform != "tpu" and jax.process_count() > 1)
     # More than four compilations at once need more memory than they save time.
-    workers = 1 if jax.process_count() > 1 else min(4, os.cpu_count() or 1)
+    workers = 1 if alone else min(4, os.cpu_count() or 1)
     pool = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="jdpo-compile")
     try:
         yield pool

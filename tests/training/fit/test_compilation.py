@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -10,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jdpo.devices import Target, compiling_for
 from jdpo.training.fit.compilation import Programs, compiler_threads, shapes_of
 
 
@@ -53,6 +57,57 @@ def test_a_shape_that_nobody_prepared_is_counted(programs: tuple[Programs, list[
     assert float(made.of(batch(4, np.int32))(batch(4, np.int32))) == 4
     made.of(batch(4))
     assert (made.num_late, lowered) == (2, [(4,), (4,)])
+
+
+def test_a_program_that_waits_for_others_is_compiled_where_it_is_needed() -> None:
+    made_by: dict[int, str] = {}
+    go = threading.Event()
+
+    def lower(abstract: Batch) -> Any:
+        size = abstract.values.shape[0]
+        made_by[size] = threading.current_thread().name
+        return jax.jit(lambda given: given.values.sum()).lower(abstract)
+
+    with compiler_threads() as pool:
+        busy = [pool.submit(go.wait) for _ in range(8)]
+        made = Programs(lower, pool)
+        made.prepare([batch(3), batch(5)])
+        assert float(made.of(batch(5))(batch(5))) == 5
+        go.set()
+        assert float(made.of(batch(3))(batch(3))) == 3
+        assert (len(made), made.num_late) == (2, 0)
+        assert all(one.result() for one in busy)
+    assert made_by[5] == threading.main_thread().name
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only on Linux has a thread a priority of its own")
+def test_on_cpu_steps_come_before_programs_that_nobody_waits_for() -> None:
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    priorities: dict[int, int] = {}
+
+    def lower(abstract: Batch) -> Any:
+        priorities[abstract.values.shape[0]] = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+        return jax.jit(lambda given: given.values.sum()).lower(abstract)
+
+    with compiler_threads() as pool:
+        made = Programs(lower, pool)
+        made.prepare([batch(2), batch(4), batch(6)])
+        made.wait()
+    assert priorities == {2: before, 4: 19, 6: 19}
+    assert os.getpriority(os.PRIO_PROCESS, 0) == before
+
+
+@pytest.mark.parametrize(("platform", "at_once"), [("cpu", 1), ("tpu", 2)])
+def test_tpu_programs_are_compiled_at_the_same_time(
+    platform: str, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    first, second = threading.Event(), threading.Event()
+    with compiling_for(Target(platform)), compiler_threads() as pool:
+        meets = pool.submit(lambda: first.set() or second.wait(0.2 if at_once == 1 else 20))  # type: ignore[func-returns-value]
+        pool.submit(second.set)
+        assert first.wait(20)
+        assert meets.result() == (at_once > 1)
 
 
 def test_existing_programs_are_used() -> None:

@@ -16,7 +16,7 @@ from jdpo.models.families import read_model_config
 from jdpo.models.model_config import ModelConfig
 from jdpo.sharding.mesh import check_batch_size, make_mesh
 from jdpo.training.fit.assembly import Assembly, assemble
-from jdpo.training.fit.memory_fit import MAX_TOKENS_PER_DEVICE
+from jdpo.training.fit.fit_search import MAX_TOKENS_PER_DEVICE
 from jdpo.training.setup.adaptation import adaptation_of
 from jdpo.training.setup.batches import make_batches
 from jdpo.training.setup.model_setup import make_model

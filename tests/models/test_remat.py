@@ -23,6 +23,7 @@ from jdpo.models.model_config import ModelConfig
 from jdpo.models.packed_attention import packed_sequences
 from jdpo.models.remat import REMAT_ORDER, REMAT_POLICIES
 from jdpo.models.transformer import Params, Transformer, Weights, abstract_params, init_params, variables
+from jdpo.training.fit.estimates import kept_bytes
 from jdpo.types import PackedBatch, TokenizedPair
 from tests.conftest import small_llama
 
@@ -99,13 +100,11 @@ def test_memory_falls_along_the_order(runs: dict[str, Run]) -> None:
 def test_bytes_per_token_match_the_formulas(runs: dict[str, Run]) -> None:
     """Checks docs/memory.md by the memory of two more layers; whatever does not grow with the layers cancels."""
     batch = packed_batch(4, (150, 180, 180))
-    d, f, h, g, k = CONFIG.d_model, CONFIG.d_ff, CONFIG.num_heads, CONFIG.num_kv_heads, CONFIG.head_dim
-    b, r = 8, batch.gather.size / batch.tokens.size
-    assert r == 1.5
-    expected = {"full": b * d}
-    expected["attention"] = expected["full"] + r * (b * h * k + 8 * h)  # in float64 the log-sum-exp has 8 bytes, not 4
-    expected["dots"] = expected["attention"] + b * (h * k + 2 * g * k + d + 2 * f)
-    expected["none"] = expected["dots"] + b * (4 * d + 4 * f + r * (h + 2 * g) * k - 2 * g * k)
+    places = batch.gather.size / batch.tokens.size
+    assert places == 1.5
+    expected = {
+        remat: kept_bytes(CONFIG, remat, itemsize=8, places=places) / CONFIG.num_layers for remat in REMAT_ORDER
+    }
     two_layers = small_llama(vocab_size=VOCAB)
     with jax.enable_x64(True):
         fewer = {name: compiled(two_layers, name, batch).memory_analysis().temp_size_in_bytes for name in expected}

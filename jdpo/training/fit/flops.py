@@ -72,6 +72,9 @@ class _Amounts(NamedTuple):
     routed: int  # padding goes to no expert
 
 
+_ONE_TOKEN = _Amounts(tokens=1, scored=1, pairs=1, routed=1)
+
+
 def step_flops(config: ModelConfig, batch: Any, program: Arithmetic) -> StepFlops:
     """Counts the FLOPs of a step.
 
@@ -132,6 +135,16 @@ def _matrices(config: ModelConfig) -> _Matrices:
     return _Matrices(
         config.d_model * shared, config.d_model * num_sparse * config.moe.experts_per_token * 3 * config.moe.d_ff
     )
+
+
+def layer_products(config: ModelConfig) -> float:
+    """Returns the weights of all layers that a token is multiplied with."""
+    return _matrices(config).products(_ONE_TOKEN)
+
+
+def products_again(config: ModelConfig, remat: str) -> float:
+    """Returns how many of these multiplications the backward pass repeats for each token."""
+    return _again(config, remat, _ONE_TOKEN)
 
 
 def _num_dense(config: ModelConfig) -> int:

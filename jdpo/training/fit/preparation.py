@@ -15,8 +15,10 @@ from jdpo.devices import target
 from jdpo.models.remat import remat_order
 from jdpo.training.fit.assembly import Assembly
 from jdpo.training.fit.compilation import Programs, shapes_of
+from jdpo.training.fit.estimates import StepEstimate, batch_bytes, estimate_step, tokens_at_once
+from jdpo.training.fit.fit_search import MAX_TOKENS_PER_DEVICE, choose_fit
 from jdpo.training.fit.host_memory import host_memory
-from jdpo.training.fit.memory_fit import MAX_TOKENS_PER_DEVICE, TOKEN_STEP, Fit, choose_fit
+from jdpo.training.fit.memory_fit import TOKEN_STEP, Fit
 from jdpo.training.fit.padding_note import padding_note
 from jdpo.training.run_record import FitRecord
 from jdpo.training.setup.batches import Batches, PackedBatches, make_batches
@@ -43,7 +45,7 @@ class Preparation(NamedTuple):
 
 
 def remat_policies(setup: Setup) -> tuple[str, ...]:
-    """Returns the remat policies that a run may use, from the fastest to the one that needs the least memory."""
+    """Returns the remat policies that a run may use; the one that needs the least memory is the last."""
     remat = setup.config.remat
     return tuple(remat_order(target().platform)) if remat == "auto" else (remat,)
 
@@ -61,7 +63,7 @@ def prepare_steps(
     """Chooses how much a device computes at once and what is recomputed, where the config leaves that open.
 
     Args:
-      assemblies: the programs of the run, by remat policy, fastest policy first.
+      assemblies: the programs of the run, by remat policy; the one that needs the least memory last.
       cache: the reference's log-probs of the training rows, where they are cached.
       pool: threads that compile.
       log: takes lines for the user.
@@ -100,22 +102,39 @@ def fit_steps(
     most = config.max_tokens_per_device or MAX_TOKENS_PER_DEVICE.get(platform, MAX_TOKENS_PER_DEVICE["gpu"])
     fixed_tokens = bool(config.max_tokens_per_device or config.micro_batch_size)
     widest = plan(most)
+    # A step that is smaller than the budget needs no more than it has, and its batches stay as they are.
+    needed = -(-widest.tokens_per_device // TOKEN_STEP) * TOKEN_STEP
     if not fixed_tokens:
-        # A step that is smaller than the budget needs no more than it has, and its batches stay as they are.
-        most = min(most, -(-widest.tokens_per_device // TOKEN_STEP) * TOKEN_STEP)
+        most = needed = min(most, needed)
     # The config decides everything, so that nothing needs to be compiled to find out.
     if fixed_tokens and len(assemblies) == 1:
         return Fit(next(iter(assemblies)), most), widest, {}
-    batches_of = functools.cache(lambda tokens: widest if tokens == most else plan(tokens))
+    batches_of = functools.cache(lambda tokens: widest if fixed_tokens or tokens == most else plan(tokens))
     lowered = functools.cache(lambda remat, batch: assemblies[remat].lower_step(batch))  # two budgets may share a shape
+    assembly = next(iter(assemblies.values()))
 
-    def lower(remat: str, tokens: int) -> dict[Batch, Any]:
-        return {batch: lowered(remat, batch) for batch in map(shapes_of, batches_of(tokens).demanding())}
+    def largest(remat: str, tokens: int) -> Batch:
+        shapes = map(shapes_of, batches_of(tokens).demanding())
+        return max(shapes, key=lambda batch: batch_bytes(assembly, remat, batch))
 
+    def lower(remat: str, tokens: int) -> tuple[Batch, Any]:
+        batch = largest(remat, tokens)
+        return batch, lowered(remat, batch)
+
+    policies = tuple(assemblies)
+    estimate = estimate_step(assembly, policies, largest(policies[-1], most))
     fit, compiled = choose_fit(
-        lower, policies=tuple(assemblies), most_tokens=most, limit=limit, fixed_tokens=fixed_tokens
+        lower,
+        estimate,
+        tokens_at_once=functools.partial(tokens_at_once, assembly),
+        policies=policies,
+        most_tokens=needed,
+        limit=limit,
+        fixed_tokens=fixed_tokens,
     )
-    log(_describe_fit(fit, limit, by_tokens=config.micro_batch_size is None))
+    # With micro_batch_size the tokens follow from the rows.
+    fit = fit._replace(max_tokens_per_device=most) if fixed_tokens else fit
+    log(_describe_fit(fit, limit, estimate, by_tokens=config.micro_batch_size is None))
     return fit, batches_of(fit.max_tokens_per_device), compiled
 
 
@@ -136,10 +155,15 @@ def log_batches(setup: Setup, assembly: Assembly, batches: Batches, fit: Fit, lo
             log(note)
 
 
-def _describe_fit(fit: Fit, limit: int, *, by_tokens: bool) -> str:
+def _describe_fit(fit: Fit, limit: int, estimate: StepEstimate, *, by_tokens: bool) -> str:
     at_once = f"at most {fit.max_tokens_per_device:,} tokens per device at once, " if by_tokens else ""
     needed = "more memory than a device has" if fit.bytes_needed is None else memory(fit.bytes_needed)
     text = f"step: {at_once}remat {fit.remat}, needs {needed} of {memory(limit)} per device"
+    own = estimate.seconds(fit.remat, fit.max_tokens_per_device)
+    # At as many tokens: it is the policies that are compared, and none of the others was compiled.
+    times = {remat: estimate.seconds(remat, fit.max_tokens_per_device) / own for remat in estimate.bytes_per_token}
+    if others := ", ".join(f"{remat} {times[remat]:.2f}" for remat in times if remat != fit.remat):
+        text += f" (estimated time per token, relative to {fit.remat}: {others})"
     if fit.bytes_needed is None or fit.bytes_needed > limit:
         text += (
             "; this may not fit: use more devices, a shorter max_length, or an optimizer that keeps less "

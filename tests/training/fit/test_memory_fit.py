@@ -1,132 +1,16 @@
-"""Fitting memory: the settings that fit are found in few trials."""
+"""The memory of programs and devices."""
 
 from __future__ import annotations
 
 import importlib.util
-import math
-from collections import Counter
-from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from jdpo.devices import Target, compiling_for
-from jdpo.training.fit.memory_fit import (
-    ENOUGH_TOKENS,
-    MOST_TRIALS,
-    Fit,
-    choose_fit,
-    exhaustion_explained,
-    peak_memory,
-    program_bytes,
-    search_fit,
-)
-
-POLICIES = ("none", "dots", "full")
-
-
-class Memory:
-    """A step whose memory is linear in the tokens; each policy's line is below that of the one before."""
-
-    def __init__(self, fixed: int, per_token: int, most_compiled: float = math.inf) -> None:
-        self.fixed, self.per_token, self.most_compiled = fixed, per_token, most_compiled
-        self.trials: Counter[str] = Counter()
-
-    def true(self, policy: str, tokens: int) -> float:
-        return self.fixed + tokens * self.per_token / 4 ** POLICIES.index(policy)
-
-    def __call__(self, policy: str, tokens: int) -> float:
-        self.trials[policy] += 1
-        needed = self.true(policy, tokens)
-        return needed if needed <= self.most_compiled else math.inf
-
-
-@given(
-    fixed=st.integers(0, 10**6),
-    per_token=st.integers(1, 1000),
-    limit=st.integers(10**4, 10**8),
-    most=st.integers(1, 1024).map(lambda n: 64 * n),
-    refuses=st.booleans(),
-)
-def test_the_first_policy_that_fits_with_enough_tokens(
-    fixed: int, per_token: int, limit: int, most: int, refuses: bool
-) -> None:
-    memory = Memory(fixed, per_token, most_compiled=limit * 1.5 if refuses else math.inf)
-    found = search_fit(memory, policies=POLICIES, most_tokens=most, limit=limit)
-    enough = min(ENOUGH_TOKENS, most)
-    able = [policy for policy in POLICIES if memory.true(policy, enough) <= limit]
-    assert found.remat == (able[0] if able else POLICIES[-1])
-    assert all(trials <= MOST_TRIALS + 2 for policy, trials in memory.trials.items() if policy in able)
-    if able:
-        assert memory.true(found.remat, found.max_tokens_per_device) <= limit
-        assert enough <= found.max_tokens_per_device <= most
-        assert found.bytes_needed == int(memory.true(found.remat, found.max_tokens_per_device))
-        if memory.true(found.remat, most) <= limit:
-            assert found.max_tokens_per_device == most
-        elif not refuses:  # a line is found at once; budgets are multiples of 64 tokens
-            assert memory.true(found.remat, found.max_tokens_per_device + 128) > limit
-    elif memory.true("full", 64) <= limit:
-        assert memory.true("full", found.max_tokens_per_device) <= limit
-
-
-def test_if_nothing_fits_the_device_reports_it() -> None:
-    memory = Memory(fixed=100, per_token=1, most_compiled=10)
-    assert search_fit(memory, policies=("full",), most_tokens=8192, limit=10) == Fit("full", 64, None)
-
-
-class Lowered:
-    """A lowered step that needs `num_bytes`, or that no device can compile."""
-
-    def __init__(self, num_bytes: float) -> None:
-        self.num_bytes, self.num_compiled = num_bytes, 0
-
-    def compile(self) -> Lowered:
-        self.num_compiled += 1
-        if math.isinf(self.num_bytes):
-            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
-        return self
-
-    def memory_analysis(self) -> SimpleNamespace:
-        return SimpleNamespace(
-            argument_size_in_bytes=self.num_bytes,
-            output_size_in_bytes=0,
-            alias_size_in_bytes=0,
-            temp_size_in_bytes=0,
-            generated_code_size_in_bytes=0,
-        )
-
-
-def test_each_program_is_compiled_once_and_those_of_the_chosen_policy_come_back() -> None:
-    steps = {("none", 128): Lowered(math.inf), ("none", 64): Lowered(900), ("full", 128): Lowered(700)}
-    steps |= {("full", 64): Lowered(400)}
-    asked: list[tuple[str, int]] = []
-
-    def lower(remat: str, tokens: int) -> dict[tuple[int], Lowered]:
-        asked.append((remat, tokens))
-        return {
-            (size,): steps[remat, size] for size in (64, 128) if size <= tokens
-        }  # the larger programs also serve smaller batches
-
-    fit, programs = choose_fit(lower, policies=("none", "full"), most_tokens=128, limit=500)
-    assert fit == Fit("full", 64, 400)
-    assert programs == {(64,): steps["full", 64], (128,): steps["full", 128]}
-    assert asked == [("none", 128), ("full", 128), ("full", 64)]
-    assert all(step.num_compiled == 1 for step in steps.values())
-    fit, _ = choose_fit(lower, policies=("none", "full"), most_tokens=128, limit=500, fixed_tokens=True)
-    assert fit == Fit("full", 128, 700), "the tokens are given, whether they fit or not"
-
-
-def test_another_error_of_the_compiler_ends_the_search() -> None:
-    class Broken(Lowered):
-        def compile(self) -> Lowered:
-            raise jax.errors.JaxRuntimeError("INTERNAL: something else")
-
-    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-        choose_fit(lambda *_: {(): Broken(1)}, policies=("none",), most_tokens=64, limit=1)
+from jdpo.training.fit.memory_fit import Fit, exhaustion_explained, peak_memory, program_bytes
 
 
 def test_a_device_without_enough_memory_is_an_error_with_advice() -> None:
@@ -191,8 +75,9 @@ def test_the_peak_of_a_tpu_program_holds_its_arguments_and_activations() -> None
     stats, activations = program.memory_analysis(), 3 * 4 * 1024 * 8192
     with compiling_for(Target("tpu")):
         needed = program_bytes(program)
-    assert stats.argument_size_in_bytes + activations / 2 <= needed
-    assert needed <= stats.argument_size_in_bytes + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
+    assert stats.argument_size_in_bytes + activations <= needed < stats.argument_size_in_bytes + 2 * activations
+    # The reason: this figure is not the program's heap.
+    assert stats.temp_size_in_bytes < activations / 2
 
 
 def test_peak_memory_is_that_of_this_process() -> None:

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 from jdpo.config import FREE_KEYS, DPOConfig, load_config
 from jdpo.devices import Target, compiling_for
 from jdpo.training.fit.assembly import assemble
-from jdpo.training.fit.compilation import compile_for, compiler_threads, shapes_of
+from jdpo.training.fit.compilation import Programs, compile_for, compiler_threads, shapes_of
 from jdpo.training.fit.memory_fit import Fit, memory_limit, program_bytes
 from jdpo.training.fit.preparation import (
     FITTED_KEYS,
@@ -68,20 +69,50 @@ def test_with_enough_memory_all_rows_are_in_one_micro_batch_under_the_fastest_po
 
 @pytest.mark.parametrize("packing", [True, pytest.param(False, marks=pytest.mark.full)])
 def test_with_little_memory_more_is_recomputed_in_smaller_micro_batches(
-    run_words: Words, monkeypatch: pytest.MonkeyPatch, packing: bool, tmp_path: Path
+    run_words: Words, packing: bool, tmp_path: Path
 ) -> None:
     rows = write_jsonl(tmp_path / "long.jsonl", chat_pairs(8, words=(15, 18)))
     words = run_words(
         remat="auto", packing=packing, datasets=rows, **{"mesh.data": 1, "mesh.fsdp": 1, "mesh.tensor": 8}
     )
     _, roomy, _ = prepare(words)
-    monkeypatch.setattr("jdpo.training.fit.memory_fit.ENOUGH_TOKENS", 256)
     needed = _bytes(roomy)
     _, tight, _ = prepare(words, limit=int(needed * 0.7))
     assert tight.fit.bytes_needed is not None
     assert tight.fit.bytes_needed <= needed * 0.7
     assert tight.fit.remat != "attention" or tight.batches.tokens_per_device < roomy.batches.tokens_per_device
     assert _bytes(tight) == tight.fit.bytes_needed
+
+
+def test_at_most_three_programs_are_compiled_before_the_first_step(run_words: Words, tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "mixed.jsonl", chat_pairs(40, words=(2, 18)))
+    options = {"mesh.data": 1, "mesh.tensor": 8, "global_batch_size": 4, "num_train_epochs": 40}
+    words = run_words(remat="auto", datasets=rows, **options)
+    compiled: list[str] = []
+
+    def listen(event: str, _: float, **about: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration" and "train_step" in about["fun_name"]:
+            compiled.append(threading.current_thread().name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        setup, roomy, _ = prepare(words)
+        assert len(compiled) == 1, "what fits is found by one compilation"
+        assert roomy.fit.bytes_needed is not None
+        compiled.clear()
+        # Too little for all rows at once.
+        _, tight, _ = prepare(words, limit=int(roomy.fit.bytes_needed * 0.8))
+        assert len(compiled) <= 2
+        compiled.clear()
+        first = tight.batches.like(setup.row_plan.step(0))
+        with compiler_threads() as pool:
+            programs = Programs(tight.assembly.lower_step, pool)
+            programs.prepare([first, *tight.batches.shapes()])
+            programs.of(first)
+            # The others come after it, on a single thread.
+            assert len(compiled) <= 2
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def _bytes(prepared: Preparation, batches: Iterable[Any] | None = None) -> int:

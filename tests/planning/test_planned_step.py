@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from aot import lengths_of, read_config  # noqa: E402
+from aot_programs import PROGRAMS, command, table  # noqa: E402
 
 from jdpo.config import CONFIGS, load_config  # noqa: E402
 from jdpo.planning.compile_only import missing_package  # noqa: E402
@@ -132,9 +133,7 @@ SETTINGS = ("--lengths", "256,384,384", "--layers", "2", "max_length=1024", "max
     ("target", "rows", "kernel"), [("v5e-8", 16, "splash_mha_fwd_residuals"), ("h200x1", 2, "__cudnn$fmhaSoftmax")]
 )
 def test_two_layers_compile_for_a_tpu_and_a_gpu(tmp_path: Path, target: str, rows: int, kernel: str) -> None:
-    missing = missing_package(machine_of(target))
-    if missing:
-        pytest.skip(f"{missing} is not installed; benchmarks/README.md makes an environment that has it")
+    _skip_without_compiler(target)
     words = [str(ROOT / "configs" / "llama_3_2_1b.yaml"), "--on", target, *SETTINGS, f"global_batch_size={rows}"]
     code, found, error = aot(*words)
     assert code == 0, error
@@ -149,6 +148,48 @@ def test_two_layers_compile_for_a_tpu_and_a_gpu(tmp_path: Path, target: str, row
     before.write_text(json.dumps(found | {"peak_bytes": found["peak_bytes"] // 2}))
     code, _, error = aot(*words, "--against", str(before))
     assert (code, "peak memory" in error) == (1, True)
+
+
+BASELINES = sorted((ROOT / "benchmarks" / "results" / "aot" / "two_layers").glob("*.json"))
+"""Outputs of `python benchmarks/aot_programs.py --layers 2 --out benchmarks/results/aot/two_layers`."""
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("baseline", BASELINES, ids=lambda path: path.stem)
+def test_no_program_became_worse(baseline: Path) -> None:
+    _skip_without_compiler(PROGRAMS[baseline.stem].target)
+    words = [*command(baseline.stem, layers=2), "--against", str(baseline)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def _skip_without_compiler(target: str) -> None:
+    missing = missing_package(machine_of(target))
+    if missing:
+        pytest.skip(f"{missing} is not installed; benchmarks/README.md makes an environment that has it")
+
+
+def test_the_table_of_measured_programs(tmp_path: Path) -> None:
+    found = {
+        "remat": "full",
+        "tokens_per_device": 4096,
+        "peak_bytes": 8 * 2**30,
+        "share_of_memory": 0.5,
+        "executed_flops": {"bfloat16": 2e14},
+        "memory_traffic_bytes": 300 * 2**30,
+        "wire_bytes": 60 * 2**30,
+        "collectives": [
+            {"wire_bytes": 20 * 2**30, "compute_meanwhile": True},
+            {"wire_bytes": 40 * 2**30, "compute_meanwhile": False},
+        ],
+        "time_ms": {"total": 1727.4},
+        "mfu_bound": 0.5395,
+    }
+    (tmp_path / "8b-v5e-64.json").write_text(json.dumps(found))
+    figures = "8.00 (50 %) | 0.200 | 300 | 60.0 | 40.0 | 1727 | 53.9 %"
+    assert f"| 8B full, v5e-64 | full | 4,096 | {figures} |" in table(tmp_path)
+    both = table(tmp_path, tmp_path)
+    assert [both.count(side) for side in ("| before |", "| now |")] == [1, 1]
 
 
 def test_lengths_are_required() -> None:

@@ -116,7 +116,8 @@ def compile_behind(lower: Callable[[Batch], Any], batch: Batch) -> Any:
     """
     # On Linux a thread has a priority of its own, and only a privileged process could raise it again.
     if target().platform == "cpu" and sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        with contextlib.suppress(OSError):  # where a sandbox forbids it, programs compile as before
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
     return compile_for(lower, batch)
 
 

@@ -16,7 +16,6 @@ from einops import rearrange
 from jax import lax
 
 _TILE_SCORES = 2**17  # scores in a CPU tile: 0.5 MiB in float32, which stays in the second-level cache
-_PACKED_BLOCK = 48  # queries and keys per tile of rows that hold several sequences
 
 
 class TileOptions(NamedTuple):
@@ -82,9 +81,9 @@ def tile_size(length: int, block_size: int | None = None, *, packed: bool = Fals
     Args:
       packed: True if a row may hold several sequences. Their starts cut through tiles, so small ones waste less.
     """
-    if block_size or packed:
-        return min(block_size or _PACKED_BLOCK, _round_up(length, 16))
-    return _even_block(length)
+    if packed and not block_size:
+        block_size = 48 if length <= 512 else 64  # measured: benchmarks/results/2026-11-30-attention-segments.md
+    return min(block_size, _round_up(length, 16)) if block_size else _even_block(length)
 
 
 def group_size(num_rows: int, num_heads: int, block: int, *, packed: bool = False) -> int:

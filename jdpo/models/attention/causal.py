@@ -58,14 +58,14 @@ def causal_attention(
     """
     _check_shapes(query_nthk, key_ntgk, value_ntgk, lengths, segments)
     length, head_dim = query_nthk.shape[1], query_nthk.shape[3]
-    lengths_nu = lengths.reshape(len(lengths), -1)
-    if lengths_nu.shape[1] == 1:
-        lengths_n, segments = lengths_nu[:, 0], None  # causality alone separates tokens from the padding after them
+    if lengths.size == len(lengths):
+        # Causality alone separates the tokens of one sequence from the padding after them.
+        lengths_n, segments = lengths.reshape(-1), None
     else:
-        lengths_n = lengths_nu.sum(1)
-        segments = segment_starts(lengths_nu, length) if segments is None else segments
         if backend == "cudnn":
             raise ValueError(f"attention backend 'cudnn' takes one sequence per row, found lengths {lengths.shape}")
+        lengths_n = lengths.sum(1)
+        segments = segment_starts(lengths, length) if segments is None else segments
     if window is not None and window >= length:
         window = None  # it hides nothing, and kernels with a window are slower
     scale = head_dim**-0.5 if scale is None else scale

@@ -108,6 +108,8 @@ def sequences_per_row(backend: str, platform: str) -> int | None:
     >>> sequences_per_row("blockwise", "cpu"), sequences_per_row("blockwise", "gpu")
     (None, 1)
     """
+    # cuDNN's packed offsets are reachable by a private function of JAX only, which up to 0.10.2 takes those of keys for
+    # offsets of query heads (jax-ml/jax#39521): with grouped queries, tokens would silently see other sequences' keys.
     if backend == "cudnn":
         return 1
     # Away from CPUs blockwise attention handles all rows in one loop, which computes what any of them needs: with

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,8 +13,16 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jdpo.models.attention import causal_attention, segment_starts, sequences_per_row, sharded_causal_attention
+from jdpo.models.attention import (
+    causal_attention,
+    compiled_attention,
+    segment_starts,
+    sequences_per_row,
+    sharded_causal_attention,
+)
 from jdpo.models.attention.work import causal_pairs, computed_pairs
+from jdpo.planning.compile_only import compile_only_devices
+from jdpo.planning.machines import machine_of
 
 Arrays = list[np.ndarray]
 
@@ -176,3 +186,24 @@ def test_shapes_of_lengths_and_segments_are_checked() -> None:
             causal_attention(x, x, x, backend="xla", **arrays)
     with pytest.raises(ValueError, match=r"segments \[n, t\]"):
         causal_attention(x, x, x, backend="xla", lengths=jnp.zeros((2, 3)), segments=jnp.zeros((2, 15)))
+
+
+@pytest.mark.full
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiling for TPU needs libtpu")
+@pytest.mark.parametrize("options", [{}, {"window": 300, "softcap": 30.0}])
+def test_splash_with_segments_compiles_for_tpu(options: dict[str, Any]) -> None:
+    devices = compile_only_devices(machine_of("v5e-4"))
+    mesh = Mesh(np.array(devices).reshape(2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    heads, rows = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data", None, "tensor"), ("data",)))
+    shapes = [jax.ShapeDtypeStruct((4, 600, h, 128), jnp.bfloat16, sharding=heads) for h in (8, 2, 2)]
+    over_mesh = {"mesh": mesh, "batch_axes": ("data",), "head_axes": ("tensor",), "backend": "splash"}
+
+    def loss(query: Any, key: Any, value: Any, lengths: Any) -> Any:
+        segments = segment_starts(lengths, 600)
+        attend = partial(sharded_causal_attention, lengths=lengths, segments=segments, **over_mesh, **options)
+        return attend(query, key, value).astype(jnp.float32).sum()
+
+    lengths = jax.ShapeDtypeStruct((4, 5), jnp.int32, sharding=rows)
+    text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*shapes, lengths).compile().as_text()
+    assert compiled_attention(text) == {"splash"}
+    assert text.count('custom_call_target="tpu_custom_call"') == 3  # forward, query gradient, key and value gradients

@@ -9,7 +9,7 @@ norm-wise distance of output and gradients from the plain path in float64, over 
 With --ragged, lengths are uniform between a quarter and the whole of t; torch gets a causal mask without lengths.
 
 With --pairs, sequences have the lengths of real pairs (prompt and chosen, prompt and rejected), and rows are as long as
-the longest of a batch: one sequence per row, several back to back, and the latter in tiles of other sizes. CPU ms are of
+the longest of a batch: one sequence per row, several back to back, and these in tiles of other sizes. CPU ms are of
 all cores together.
 """
 

@@ -1,4 +1,4 @@
-"""Distributes the items of a step over bins with about equally many slots."""
+"""Distributes the items of a step over bins with about equally many slots, and tokens of attention sequences."""
 
 from __future__ import annotations
 
@@ -34,6 +34,42 @@ def balanced_bins(slots: np.ndarray, num_bins: int, max_items: int, limit: int) 
         return bin_of, int(slots.sum())
     _longest_first(slots, bin_of, num_bins, max_items)
     return bin_of, _swapped(slots, bin_of, num_bins, limit)
+
+
+def even_out(tokens: np.ndarray, slots: np.ndarray, bin_of: np.ndarray, num_bins: int) -> None:
+    """Swaps items until the sequences of all bins have about equally many tokens; no bin becomes fuller in slots.
+
+    Pairs with as many slots differ in the length of their prompt, which their sequences have twice. Changes bin_of.
+
+    Args:
+      tokens: int [b], tokens of the sequences of each item: 2P + C + R of a pair.
+      slots: int [b], slots of each item.
+      bin_of: int64 [b], from `balanced_bins`.
+      num_bins: number of bins.
+    """
+    read, used = (np.bincount(bin_of, weights=x, minlength=num_bins).astype(np.int64) for x in (tokens, slots))
+    most, enough = int(used.max()), int(least_slots(tokens, num_bins) * CLOSE)
+    for _ in range(SWAPS_PER_BIN * num_bins):
+        fullest = int(read.argmax())
+        if read[fullest] <= enough:
+            break
+        given = np.flatnonzero(bin_of == fullest)
+        # The bin with the fewest tokens takes the most; all others are searched only if that fails.
+        for taken in (np.flatnonzero(bin_of == read.argmin()), np.arange(len(slots))):
+            moved, in_slots = (x[given][:, None] - x[taken] for x in (tokens, slots))
+            gain = np.minimum(moved, read[fullest] - read[bin_of[taken]] - moved)
+            fits = (used[fullest] - in_slots <= most) & (used[bin_of[taken]] + in_slots <= most)
+            best = int(np.where(fits, gain, 0).argmax()) if gain.size else 0
+            if gain.size and fits.flat[best] and gain.flat[best] > 0:
+                break
+        else:
+            return
+        give, take = given[best // len(taken)], taken[best % len(taken)]
+        other = int(bin_of[take])
+        for of_bins, change in ((read, moved.flat[best]), (used, in_slots.flat[best])):
+            of_bins[fullest] -= change
+            of_bins[other] += change
+        bin_of[give], bin_of[take] = other, fullest
 
 
 def least_slots(slots: np.ndarray, num_bins: int) -> int:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jdpo.data.batching.attention_rows import join_sequences
-from jdpo.data.batching.balance import balanced_bins
+from jdpo.data.batching.balance import balanced_bins, even_out
 from jdpo.data.batching.packing_shapes import (
     IMPOSSIBLE,
     MAX_SHAPES,
@@ -109,7 +109,12 @@ class StepBins(NamedTuple):
 
 
 def plan_step(
-    slots: np.ndarray, *, num_rows: int, max_slots: int | None = None, max_items: int | None = None
+    slots: np.ndarray,
+    *,
+    num_rows: int,
+    max_slots: int | None = None,
+    max_items: int | None = None,
+    tokens: np.ndarray | None = None,
 ) -> StepBins:
     """Distributes a step's items over rows with about equally many slots, in the fewest micro-batches.
 
@@ -121,6 +126,7 @@ def plan_step(
       num_rows: m.
       max_slots: maximum number of slots per row; None: no limit.
       max_items: maximum number of items per row; None: no limit.
+      tokens: int [b], tokens of all sequences of each item, to be distributed evenly, too; None: they do not matter.
 
     >>> plan_step(np.array([5, 3, 4, 2]), num_rows=2, max_slots=7)
     StepBins(num_micro=1, bin_of=array([0, 1, 1, 0]))
@@ -133,6 +139,8 @@ def plan_step(
     while True:
         bin_of, fullest = balanced_bins(slots, num_micro * num_rows, most_items, limit)
         if fullest <= limit:
+            if tokens is not None and num_micro * num_rows > 1:
+                even_out(tokens, slots, bin_of, num_micro * num_rows)
             return StepBins(num_micro, bin_of)
         num_micro += 1
 
@@ -219,10 +227,20 @@ class PackingPlan:
         The batch has the cheapest of `shapes` that holds the items. If none does, which can happen for a step that was
         not among those given to `plan_run`, it has a shape of its own.
         """
-        sizes = self.sizes.of(indices)
-        bins = plan_step(sizes.slots, num_rows=self.num_rows, max_slots=self.max_slots, max_items=self.max_items)
-        need = needed_sizes(sizes, bins, self.num_rows, self.lengths, self.sequences_per_row)
+        bins, need = self.needs(indices)
         return StepPlan(bins, cheapest_shape(need, self.shapes, self.lengths) or own_shape(need, self.lengths))
+
+    def needs(self, indices: np.ndarray) -> tuple[StepBins, StepNeeds]:
+        """Distributes the items `indices` [b] of the data over bins; returns them and the sizes that they need."""
+        sizes = self.sizes.of(indices)
+        bins = plan_step(
+            sizes.slots,
+            num_rows=self.num_rows,
+            max_slots=self.max_slots,
+            max_items=self.max_items,
+            tokens=None if self.sequences_per_row == 1 or sizes.num_sides == 1 else sizes.sequences.sum(1),
+        )
+        return bins, needed_sizes(sizes, bins, self.num_rows, self.lengths, self.sequences_per_row)
 
 
 def plan_run(
@@ -257,20 +275,16 @@ def plan_run(
             f"expected micro_batch_size of at least 1 or max_tokens_per_device of at least {SLOT_MULTIPLE}, "
             f"found {micro_batch_size} and {max_tokens_per_device}"
         )
-    # One set of lengths for all items, so that steps can share a shape.
-    lengths = row_lengths(int(sizes.longest.max()))
-    needs = []
-    for indices in steps:
-        of_step = sizes.of(indices)
-        bins = plan_step(of_step.slots, num_rows=num_shards, max_slots=max_slots, max_items=micro_batch_size)
-        # The bins are computed again when the step is packed; keeping them would take memory for every row.
-        needs.append(needed_sizes(of_step, bins, num_shards, lengths, sequences_per_row))
-    return PackingPlan(
+    plan = PackingPlan(
         sizes=sizes,
         num_rows=num_shards,
         max_slots=max_slots,
         max_items=micro_batch_size,
         sequences_per_row=sequences_per_row,
-        lengths=lengths,
-        shapes=choose_shapes(needs, lengths, max_shapes=max_shapes),
+        # One set of lengths for all items, so that steps can share a shape.
+        lengths=row_lengths(int(sizes.longest.max())),
+        shapes=(),
     )
+    # The bins are computed again when a step is packed; keeping them would take memory for every row.
+    needs = [plan.needs(indices)[1] for indices in steps]
+    return dataclasses.replace(plan, shapes=choose_shapes(needs, plan.lengths, max_shapes=max_shapes))

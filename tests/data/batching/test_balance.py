@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 
-from jdpo.data.batching.balance import balanced_bins, least_slots
+from jdpo.data.batching.balance import balanced_bins, even_out, least_slots
 from jdpo.data.batching.packing_shapes import SLOT_MULTIPLE
 
 NO_LIMIT = 10**9
@@ -57,3 +57,26 @@ def test_a_bin_just_above_the_limit_is_brought_below_it() -> None:
     slots = np.array([4333, 5483, 6062, 6464, 5528, 8247])
     assert balanced_bins(slots, 2, 6, NO_LIMIT)[1] == 18_108
     assert balanced_bins(slots, 2, 6, 18_107)[1] == 18_063
+
+
+def test_pairs_with_long_prompts_are_spread_over_bins() -> None:
+    rng = np.random.default_rng(3)
+    for num_bins, per_bin in ((2, 16), (8, 8), (32, 16)):
+        prompts, rest = (rng.lognormal(5, 0.8, num_bins * per_bin).astype(int) + 1 for _ in range(2))
+        slots, tokens = prompts + rest, 2 * prompts + rest
+        bin_of, fullest = balanced_bins(slots, num_bins, len(slots), NO_LIMIT)
+        before = np.bincount(bin_of, weights=tokens).max()
+        num_items = np.bincount(bin_of)
+        even_out(tokens, slots, bin_of, num_bins)
+        after = np.bincount(bin_of, weights=tokens).max()
+        assert after <= before
+        assert after <= 1.02 * tokens.sum() / num_bins
+        # No bin becomes fuller in slots, and all keep their number of items.
+        assert np.bincount(bin_of, weights=slots).max() <= fullest
+        np.testing.assert_array_equal(np.bincount(bin_of), num_items)
+
+
+def test_bins_stay_as_they_are_where_no_swap_helps() -> None:
+    bin_of = np.array([0, 1])
+    even_out(np.array([20, 12]), np.array([10, 10]), bin_of, 3)
+    assert bin_of.tolist() == [0, 1]

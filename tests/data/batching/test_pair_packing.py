@@ -33,6 +33,15 @@ def test_sizes() -> None:
     assert fixed.pair_weight.sum() == 1
 
 
+def test_several_sequences_per_attention_row() -> None:
+    batch = jdpo.pack([ROW, LONGER, ROW], num_rows=2, sequences_per_row=4)
+    assert (batch.gather.shape, batch.lengths.shape) == ((2, 1, 64), (2, 1, 4))
+    assert [sorted(row) for row in batch.lengths[:, 0].tolist()] == [[0, 0, 3, 4], [3, 3, 4, 4]]
+    fixed = jdpo.pack([ROW], num_pairs=5, length=7, sequences_per_row=2, num_attention_rows=3)
+    assert fixed.gather.shape == (1, 3, 7)
+    assert fixed.lengths.tolist() == [[[4, 3], [0, 0], [0, 0]]]
+
+
 def test_both_limits_of_a_row_hold() -> None:
     rows = [ROW] * 4 + [LONGER] * 2
     batch = jdpo.pack(rows, num_rows=3, num_slots=12, num_pairs=2)
@@ -45,16 +54,19 @@ def test_both_limits_of_a_row_hold() -> None:
     st.lists(st.tuples(st.integers(0, 5), st.integers(2, 6), st.integers(2, 6)), min_size=1, max_size=8),
     st.integers(1, 3),
     st.sampled_from([None, 1, 2]),
+    st.integers(1, 3),
     st.integers(0, 2**16),
 )
 def test_every_token_is_found_again(
-    lengths: list[tuple[int, int, int]], num_rows: int, num_micro: int | None, seed: int
+    lengths: list[tuple[int, int, int]], num_rows: int, num_micro: int | None, sequences_per_row: int, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
     rows = [{name: rng.integers(0, 99, n) for name, n in zip(names, sizes, strict=True)} for sizes in lengths]
     reference = [tuple(rng.normal(size=len(row[name])) for name in names[1:]) for row in rows]
-    batch = jdpo.pack(rows, num_rows=num_rows, num_micro=num_micro, reference_logps=reference)
+    batch = jdpo.pack(
+        rows, num_rows=num_rows, num_micro=num_micro, sequences_per_row=sequences_per_row, reference_logps=reference
+    )
     with_micro = batch if num_micro else PackedBatch._make(None if a is None else a[None] for a in batch)
     for index, sides in unpack(with_micro).items():
         for name, side in zip(names[1:], sides, strict=True):
@@ -110,6 +122,9 @@ def test_rows_that_are_refused(rows: Any, message: str) -> None:
         ({"num_slots": 1.5}, "num_slots must be a whole number"),
         ({"num_slots": 6}, r"rows\[1\] has 7 tokens .*num_slots=6.*num_slots=7"),
         ({"length": 3}, r"rows\[0\] has 4 tokens .*length=3.*length=4"),
+        ({"sequences_per_row": 0}, "sequences_per_row must be a whole number"),
+        ({"num_attention_rows": 5}, "num_attention_rows must be 4"),
+        ({"length": 8, "sequences_per_row": 2, "num_attention_rows": 1}, "num_attention_rows must be at least 2"),
         ({"num_scored": 4}, "num_scored must be at least 8"),
         ({"num_slots": 8}, "Pass num_micro=2"),
         ({"num_pairs": 1}, "Pass num_micro=2"),

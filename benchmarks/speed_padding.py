@@ -23,7 +23,7 @@ def planned_padding(cut: np.ndarray, batch: int, max_tokens: int) -> tuple[float
     """
     sizes = pair_sizes(cut)
     steps = [np.arange(start, min(start + batch, len(cut))) for start in range(0, len(cut), batch)]
-    plan = plan_run(sizes, steps, num_shards=1, max_tokens_per_device=max_tokens)
+    plan = plan_run(sizes, steps, num_shards=1, max_tokens_per_device=max_tokens, sequences_per_row=None)
     shapes = [plan.step(indices).shape for indices in steps]
     slots = np.array([shape.num_micro * shape.num_rows * shape.num_slots for shape in shapes])
     real = np.array([sizes.slots[indices].sum() for indices in steps])

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from jdpo.models.attention.segments import segment_starts
 from jdpo.types import PackedBatch
 
 Array = Any
@@ -136,6 +137,7 @@ class PackedSequences(NamedTuple):
       place: int32 [r, s], the place that each slot's output is read from; 0 on unused slots.
       readers: int32 [r, n, s], the place that reads a slot in each branch; l if none does.
       is_read: bool [r, l], True if a slot reads its output from this place.
+      segments: int32 [(r q), t], the place where the sequence of each place starts; None where u is 1.
     """
 
     slot: Array
@@ -143,6 +145,7 @@ class PackedSequences(NamedTuple):
     place: Array
     readers: Array
     is_read: Array
+    segments: Array | None
 
 
 def packed_sequences(gather: Array, lengths: Array, scatter: Array, readers: Array) -> PackedSequences:
@@ -157,7 +160,11 @@ def packed_sequences(gather: Array, lengths: Array, scatter: Array, readers: Arr
     slot = rearrange(gather, "r q t -> r (q t)")
     # A prompt has a place in every branch, but its slot reads only one of them.
     is_read = _take(scatter, slot) == jnp.arange(slot.shape[-1])
-    return PackedSequences(slot, lengths, scatter, readers, is_read)
+    segments = None
+    if lengths.shape[-1] > 1:
+        # Once per step, not in every layer.
+        segments = segment_starts(rearrange(jnp.asarray(lengths), "r q u -> (r q) u"), gather.shape[-1])
+    return PackedSequences(slot, lengths, scatter, readers, is_read, segments)
 
 
 def num_readers(layout: PackedSequences) -> Array:

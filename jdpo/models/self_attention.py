@@ -21,6 +21,7 @@ from jdpo.models.attention import (
     causal_attention,
     choose_attention,
     dot_product_attention,
+    sequences_per_row,
     sharded_causal_attention,
     write_tails,
 )
@@ -94,6 +95,13 @@ class AttentionSettings(NamedTuple):
             tiled=bool(self.block_q or self.block_kv),
         )
 
+    def sequences_per_row(self, dtype: Any, config: ModelConfig, longest: int) -> int | None:
+        """Returns the most sequences that an attention row of up to `longest` places should hold; None: no limit."""
+        # Short rows may have another backend than long ones, and layers with a window another than those without.
+        backends = {self.resolve(dtype, config, length, window) for length in (1, longest) for window in config.windows}
+        limits = (sequences_per_row(backend, target().platform) for backend in backends)
+        return min((limit for limit in limits if limit is not None), default=None)
+
 
 class Attention(nn.Module):
     """Grouped-query self-attention, with the options of `ModelConfig` and `LayerKind`."""
@@ -146,7 +154,8 @@ class Attention(nn.Module):
                 self.attention,
                 self.config,
                 self.kind,
-                lengths=rearrange(context.packed.lengths, "r q 1 -> (r q)"),
+                lengths=rearrange(context.packed.lengths, "r q u -> (r q) u"),
+                segments=context.packed.segments,
             )
             return attend_packed(attend, context.packed, query, key, value)
         if context.lengths is not None:
@@ -187,6 +196,7 @@ def attend_over_mesh(
     key: jax.Array,
     value: jax.Array,
     lengths: jax.Array,
+    segments: jax.Array | None = None,
 ) -> jax.Array:
     """Runs `causal_attention` on each device's own sequences and heads, as the logical rules in context split them."""
     options: dict[str, Any] = {
@@ -199,11 +209,10 @@ def attend_over_mesh(
     }
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size == 1 or mesh.empty:
-        return causal_attention(query, key, value, lengths=lengths, **options)
+        return causal_attention(query, key, value, lengths=lengths, segments=segments, **options)
     # By key heads, so that each is on the same device as the query heads that read it.
     batch_axes, head_axes = (mesh_axes(name) for name in ("batch", "act_kv_heads"))
     if key.shape[2] % math.prod(mesh.shape[axis] for axis in head_axes):
         head_axes = ()  # heads that the mesh does not divide evenly are replicated
-    return sharded_causal_attention(
-        query, key, value, lengths=lengths, mesh=mesh, batch_axes=batch_axes, head_axes=head_axes, **options
-    )
+    options |= {"lengths": lengths, "segments": segments, "batch_axes": batch_axes, "head_axes": head_axes}
+    return sharded_causal_attention(query, key, value, mesh=mesh, **options)

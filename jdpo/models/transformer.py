@@ -234,6 +234,15 @@ def _boxed_params(model: Transformer, key: jax.Array) -> Any:
     return model.init(key, tokens, jnp.ones((1, 1), bool))["params"]
 
 
+def most_sequences_per_row(model: Transformer, longest: int) -> int | None:
+    """Returns the most sequences that an attention row should hold, for packed rows whose sequences are this long.
+
+    None: as many as fit. It depends on the backend of attention, and with it on the platform.
+    """
+    settings = AttentionSettings(model.attention, model.attention_block_q, model.attention_block_kv)
+    return settings.sequences_per_row(model.compute_dtype, model.config, longest)
+
+
 # A flax module is frozen and hashable, so jit can compile one program per model.
 @functools.partial(jax.jit, static_argnums=0)
 def init_params(model: Transformer, key: jax.Array) -> Params:

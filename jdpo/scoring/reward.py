@@ -28,7 +28,15 @@ from jdpo.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from jdpo.generation.values import Answer, Question
 from jdpo.models.families import RewardConfig, read_reward_config
 from jdpo.models.packed_attention import packed_sequences
-from jdpo.models.transformer import Params, Transformer, abstract_params, float32_products, logical_axes, variables
+from jdpo.models.transformer import (
+    Params,
+    Transformer,
+    abstract_params,
+    float32_products,
+    logical_axes,
+    most_sequences_per_row,
+    variables,
+)
 from jdpo.models.weights.hub_models import resolve_folder
 from jdpo.models.weights.loading import check_tensors, load_params
 from jdpo.models.weights.safetensors_folder import tensor_entries
@@ -143,6 +151,7 @@ class Rewards:
             _compiled(reward_model.model, reward_model.mesh),
             reward_model.mesh,
             functools.partial(_load_weights, reward_model),
+            sequences_per_row=functools.partial(most_sequences_per_row, reward_model.model),
             max_tokens_per_device=max_tokens_per_device,
         )
         self._model = reward_model

@@ -160,6 +160,10 @@ def test_packed_equals_padded(lengths: list[tuple[int, int, int]], masked: bool,
     batch = jdpo.pack(rows, **SIZES)
     assert_same(PACKED(policy, reference, batch), expected)
     assert_same(PACKED(policy, reference, spoilt(batch, seed)), expected)
+    # The same with several sequences in an attention row.
+    joined = jdpo.pack(rows, **SIZES, sequences_per_row=3, num_attention_rows=2 * MOST_PAIRS)
+    assert joined.lengths.shape[-1] == 3
+    assert_same(PACKED(policy, reference, spoilt(joined, seed)), expected)
 
     logps = jdpo.unpack_logps(batch, LOGPS(reference, batch))
     # In another order and another packing, as in the next epoch.

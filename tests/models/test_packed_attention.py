@@ -87,9 +87,18 @@ def test_what_is_no_attention_or_no_batch_is_refused() -> None:
         packed_attention(lambda q, k, v, segments: v, "x")  # type: ignore[arg-type]
 
 
-def test_segments_are_tokens_and_padding() -> None:
-    batch = pack([{"prompt_ids": [5, 6], "chosen_ids": [7, 2], "rejected_ids": [8]}], num_slots=8, length=4)
+@pytest.mark.parametrize(
+    ("sequences_per_row", "length", "expected"),
+    [
+        (1, 4, [[1, 1, 1, 1], [1, 1, 1, 0]]),
+        (2, 8, [[1, 1, 1, 1, 2, 2, 2, 0]]),
+        (2, 5, [[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]]),
+    ],
+)
+def test_segments_are_sequences_and_padding(sequences_per_row: int, length: int, expected: list[list[int]]) -> None:
+    row = {"prompt_ids": [5, 6], "chosen_ids": [7, 2], "rejected_ids": [8]}
+    batch = pack([row], num_slots=8, length=length, sequences_per_row=sequences_per_row)
     seen = []
     x = jnp.zeros((1, 8, 1, 1))
     packed_attention(lambda q, k, v, segments: (seen.append(segments), v)[1], batch)(x, x, x)
-    assert seen[0].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
+    assert seen[0].tolist() == expected

@@ -221,6 +221,7 @@ def step_costs(
         num_shards=num_shards,
         max_tokens_per_device=max_tokens_per_device,
         micro_batch_size=micro_batch_size,
+        sequences_per_row=None,
     )
     padded = packed = 0
     for indices in steps:

@@ -200,8 +200,8 @@ def _used(batch: PackedBatch) -> np.ndarray:
 def _packed_run(config: ModelConfig, batch: PackedBatch, program: Arithmetic) -> _Amounts:
     length, num_scored = batch.gather.shape[-1], batch.logp_pair.shape[-1]
     # Attention is called once per shard and micro-batch, and its tiles depend on the rows of that call.
-    num_rows, attention_rows = batch.lengths.shape[1:3]
-    calls = batch.lengths.sum(-1).reshape(-1, num_rows // program.num_shards * attention_rows)
+    num_rows, attention_rows, per_row = batch.lengths.shape[1:]
+    calls = batch.lengths.reshape(-1, num_rows // program.num_shards * attention_rows, per_row)
     pairs = sum(
         computed_pairs(
             program.backend,

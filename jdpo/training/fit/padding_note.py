@@ -59,6 +59,7 @@ def padding_note(plan: PackingPlan, rows_of: Callable[[int], np.ndarray], num_st
             num_shards=num_rows,
             max_tokens_per_device=plan.max_slots,
             micro_batch_size=plan.max_items,
+            sequences_per_row=plan.sequences_per_row,
             max_shapes=len(plan.shapes),
         )
         return _padding(trial, groups)

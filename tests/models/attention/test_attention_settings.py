@@ -14,10 +14,11 @@ import pytest
 
 from jdpo.config import DPOConfig, load_config
 from jdpo.data.tokens.tokenizer import load_tokenizer
+from jdpo.devices import Target, compiling_for
 from jdpo.models.families import read_model_config
 from jdpo.models.packed_attention import packed_sequences
 from jdpo.models.self_attention import AttentionSettings, attend_over_mesh
-from jdpo.models.transformer import Transformer, abstract_params
+from jdpo.models.transformer import Transformer, abstract_params, most_sequences_per_row
 from jdpo.training.setup.model_setup import make_model
 from tests.conftest import small_llama
 
@@ -98,3 +99,21 @@ def test_settings_reach_the_model(model_of: Callable[..., Transformer]) -> None:
     model = model_of("attention_block_q=32", "attention_block_kv=32")
     assert (model.attention, model.attention_block_q, model.attention_block_kv) == ("auto", 32, 32)
     assert model_of("packing=false").attention_block_q is None
+
+
+@pytest.mark.parametrize(
+    ("machine", "settings", "expected"),
+    [
+        (Target("cpu"), {}, None),
+        (Target("tpu"), {}, None),
+        # A model of float32 runs in tiles on GPUs, where only short rows hold several sequences.
+        (Target("gpu", "9.0"), {}, 1),
+        (Target("gpu", "9.0"), {"attention": "xla"}, None),
+        (Target("gpu", "8.0"), {"attention": "cudnn", "compute_dtype": jnp.bfloat16}, 1),
+    ],
+)
+def test_the_backend_decides_how_many_sequences_a_row_holds(
+    machine: Target, settings: dict[str, Any], expected: int | None
+) -> None:
+    with compiling_for(machine):
+        assert most_sequences_per_row(Transformer(CONFIG, **settings), 4096) == expected

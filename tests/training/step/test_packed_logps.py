@@ -82,7 +82,15 @@ def masked(pairs: list[TokenizedPair], seed: int) -> list[MaskedPair]:
     return rows
 
 
-def packed(rows: list[Any], *, num_rows: int, num_micro: int = 1, garbage: int | None = None, **options: Any) -> Any:
+def packed(
+    rows: list[Any],
+    *,
+    num_rows: int,
+    num_micro: int = 1,
+    garbage: int | None = None,
+    sequences_per_row: int = 4,
+    **options: Any,
+) -> Any:
     """Packs into one shape for all mixes, so that one program is compiled, with garbage in unused places."""
     slots = np.array([sum(len(part) for part in row[:3]) for row in rows])
     if isinstance(rows[0], TokenizedCompletion):
@@ -90,7 +98,14 @@ def packed(rows: list[Any], *, num_rows: int, num_micro: int = 1, garbage: int |
     sides = 1 if isinstance(rows[0], TokenizedCompletion) else 2
     bins = plan_step(slots, num_rows=num_rows, max_slots=3 * MOST * NUM_PAIRS // num_micro)
     shape = PackedShape(
-        max(num_micro, bins.num_micro), num_rows, NUM_PAIRS, 3 * MOST * NUM_PAIRS, sides * NUM_PAIRS, 1, 2 * MOST, 150
+        max(num_micro, bins.num_micro),
+        num_rows,
+        NUM_PAIRS,
+        3 * MOST * NUM_PAIRS,
+        num_attention_rows=sides * NUM_PAIRS,
+        sequences_per_row=sequences_per_row,
+        length=2 * MOST,
+        num_scored=150,
     )
     batch = pack_step(rows, np.arange(len(rows)), StepPlan(bins, shape), **options)
     if garbage is not None:
@@ -219,7 +234,7 @@ def test_packed_supervised_rows_equal_padded() -> None:
             rows.append(TokenizedCompletion(rng.integers(0, VOCAB, size).astype(np.int32), mask, f"row {index}"))
         one = collate_completions(rows, num_slots=NUM_PAIRS, length=2 * MOST, pad_token_id=0)
         one = jax.tree.map(lambda array: jnp.asarray(array[None]), one)
-        other = packed(rows, num_rows=1, num_micro=2, garbage=seed)
+        other = packed(rows, num_rows=1, num_micro=2, garbage=seed, sequences_per_row=1)
         expected = run_padded(params(0), None, one)
         found = on_mesh(mesh, run_packed, params(0), None, place(other, micro_batch_sharding(mesh)))
         assert_equal_steps(expected, found, places_of(other), NUM_PAIRS, 1e-9)

@@ -22,7 +22,7 @@ import numpy as np
 from machine import machine_line
 from speed_data import fitted, read_lengths
 
-from jdpo.data.batching.packing_plan import ItemSizes, needed_shape, pair_sizes, plan_run, plan_step
+from jdpo.data.batching.packing_plan import ItemSizes, needed_sizes, pair_sizes, plan_run, plan_step
 
 TABLES = {"hh": 1024, "long_pairs": 2048}
 """Tables of `lengths/` and the max_length that their rows are cut to."""
@@ -57,7 +57,7 @@ def measure(sizes: ItemSizes, *, per_shard: int, num_shards: int, num_steps: int
         shape = plan.step(indices).shape
         real += int(slots.sum())
         bound += parts * max(int(slots.max()), -(-int(slots.sum()) // parts))
-        fullest += parts * needed_shape(of_step, bins, num_shards).num_slots
+        fullest += parts * needed_sizes(of_step, bins, num_shards, plan.lengths, 1).num_slots
         planned += shape.num_micro * shape.num_rows * shape.num_slots
     shares = (1 - real / slots for slots in (bound, fullest, planned))
     return Shares(*shares, len(plan.shapes), 1000 * seconds / num_steps)

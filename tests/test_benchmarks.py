@@ -17,6 +17,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 from answers_loop import DUBLIN, STAGES, Loop, interval  # noqa: E402
 from answers_loop import render as render_loops  # noqa: E402
+from attention_padding import places_of, random_steps  # noqa: E402
 from generation import CELLS, Run, Size, end_tokens, report  # noqa: E402
 from generation import Result as GenerationResult  # noqa: E402
 from ladder_flops import RUNGS, attention_flops, predicted_flops  # noqa: E402
@@ -51,6 +52,7 @@ from startup import report as render_startup  # noqa: E402
 from token_rules import main as token_rules  # noqa: E402
 from trl_parity import compare_tokens, tokenized_rows  # noqa: E402
 
+from jdpo.data.batching.packing_plan import pair_sizes  # noqa: E402
 from jdpo.models.families import read_model_config  # noqa: E402
 from jdpo.models.weights.loading import check_tensors  # noqa: E402
 from jdpo.models.weights.safetensors_folder import tensor_entries  # noqa: E402
@@ -125,6 +127,21 @@ def test_padding_by_hand() -> None:
     share, of_steps = planned_padding(np.array([[3, 2, 4], [1, 2, 4], [2, 2, 2]]), 2, 128)
     assert of_steps.tolist() == [1 - 16 / 64, 1 - 6 / 64]
     assert share == 1 - 22 / 128
+
+
+@pytest.mark.parametrize("num_shards", [1, 8, 64])
+@pytest.mark.parametrize(("table", "max_length"), [("hh", 1024), ("long_pairs", 2048)])
+def test_attention_has_few_places_without_a_token(table: str, max_length: int, num_shards: int) -> None:
+    lengths = read_lengths(table)
+    sizes = pair_sizes(fitted(lengths[lengths[:, 0] < max_length], max_length))
+    steps = random_steps(len(sizes.slots), 16 * num_shards, num_steps=24)
+    one, joined = (
+        places_of(sizes, steps, num_shards=num_shards, max_tokens=32768, sequences_per_row=most) for most in (1, None)
+    )
+    assert 1 <= joined.per_token <= 1.15 < 2 < one.per_token
+    assert joined.length <= max_length
+    # The slots of a step are no more for it.
+    assert joined.slots <= one.slots + 0.005
 
 
 # --- model folders

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from jdpo.config import TrainConfig
@@ -12,7 +14,6 @@ from jdpo.devices import compiling_for
 from jdpo.planning.compile_only import compile_only_devices, without_cudnn_checks
 from jdpo.planning.machines import Machine
 from jdpo.planning.planned_step import PlannedStep, plan_step
-from jdpo.training.fit.compilation import compile_lowered
 from jdpo.training.setup.numerics import numerics, resolve_dtype
 
 
@@ -58,17 +59,28 @@ def compile_step_for(
             began = time.perf_counter()
             lowered = planned.assembly.lower_step(planned.batch)
             lowered_at = time.perf_counter()
-            program = compile_lowered(lowered)
+            program, text = _compiled(lowered)
             compiled_at = time.perf_counter()
     return CompiledStep(
         machine,
         planned,
         tuple(planned.assembly.setup.mesh.devices.flat),
-        program.as_text(),
+        text,
         program.memory_analysis(),
         lowered_at - began,
         compiled_at - lowered_at,
     )
+
+
+def _compiled(lowered: Any) -> tuple[Any, str]:
+    """Compiles a lowered function; returns the program and its text."""
+    with tempfile.TemporaryDirectory() as folder:
+        # The compiler itself writes the text: JAX cannot print programs with calls of SparseCores, which it reads back
+        # from a form that has no place for all of their operands.
+        program = lowered.compile(compiler_options={"xla_dump_to": folder})
+        written = [file.read_text(encoding="utf-8") for file in Path(folder).glob("*after_optimizations.txt")]
+    # The step is the largest of what is compiled; from the cache of programs nothing is written.
+    return program, max(written, key=len) if written else program.as_text()
 
 
 @contextlib.contextmanager

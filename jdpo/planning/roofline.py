@@ -27,7 +27,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from jdpo.planning.attention_kernels import AttentionWork
-from jdpo.planning.hlo.collectives import Collective, collectives_of, has_collective, is_collective
+from jdpo.planning.hlo.collectives import (
+    Collective,
+    collective_within,
+    collectives_of,
+    has_collective,
+    is_collective,
+)
 from jdpo.planning.hlo.hlo_text import Computation, Module, Op
 from jdpo.planning.hlo.op_costs import Cost, cost_of
 from jdpo.planning.hlo.trip_counts import trip_count
@@ -182,7 +188,7 @@ class Roofline:
             body = self.module.computations[op.attribute("body") or ""]
             return [(body, 1 if turns is None else turns)]
         if op.opcode in ("call", "async-start"):
-            return [(inner, 1) for inner in self.module.called(op) if not has_collective(inner)]
+            return [] if collective_within(self.module, op) else [(inner, 1) for inner in self.module.called(op)]
         if op.opcode == "conditional":  # one of them runs; the longest is a bound
             return [(max(self.module.called(op), key=lambda inner: self._of(inner).total), 1)]
         return []

@@ -277,6 +277,37 @@ def test_a_tpus_asynchronous_collective_is_one_from_its_start_to_its_done() -> N
     assert cost_of(module, entry, entry.by_name["middle"]) == Cost({"bfloat16": 1024.0}, 2 * 128)
 
 
+SPARSE_CORE = """
+%gathered (y: bf16[8]) -> bf16[32] {
+  %y = bf16[8] parameter(0)
+  ROOT %g = bf16[32] all-gather(%y), channel_id=7, replica_groups=[1,4]<=[4]
+}, execution_thread="sparsecore"
+
+%offloaded (z: bf16[8]) -> bf16[32] {
+  %z = bf16[8] parameter(0)
+  ROOT %c = bf16[32] custom-call(%z), custom_call_target="offload", called_computations={%gathered}
+}, execution_thread="sparsecore"
+
+ENTRY %main (x: bf16[8], a: bf16[8,8]) -> bf16[32] {
+  %x = bf16[8] parameter(0)
+  %a = bf16[8,8] parameter(1)
+  %start = ((), (), (s32[8])) async-start(), async_execution_thread="sparsecore", calls=%offloaded
+  %early = bf16[8,8] dot(%a, %a), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %update = ((bf16[8]), bf16[32], (s32[8])) async-update(%start, %x)
+  %p = bf16[8,8] dot(%early, %a), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %done = bf16[32] async-done(%update)
+}
+"""
+
+
+def test_a_collective_of_sparse_cores_runs_from_when_it_has_its_operands() -> None:
+    module = parse(SPARSE_CORE)
+    entry = entry_of(module)
+    (found,) = collectives_of(module, entry, 4)
+    assert (entry.ops[found.start].name, entry.ops[found.done].name) == ("update", "done")
+    assert (found.kind, found.num_bytes, found.groups.tolist()) == ("all-gather", 64, [[0, 1, 2, 3]])
+
+
 def test_an_all_reduce_of_which_each_device_keeps_a_part_is_a_reduce_scatter() -> None:
     found = only(
         """

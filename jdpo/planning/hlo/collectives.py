@@ -46,7 +46,8 @@ def collectives_of(module: Module, computation: Computation, num_devices: int) -
     """Returns the collectives of a computation; those of loops and calls within it are theirs.
 
     On a TPU an asynchronous collective is a fusion that starts it, fusions that compute next to it and carry it along,
-    and one that ends it; all name the same channel.
+    and one that ends it; all name the same channel. Collectives of its SparseCores are calls: one that starts the
+    cores, one that gives them the operands, and one that waits for the result.
     """
     found: list[Collective] = []
     carried = _carried_channels(module, computation)
@@ -55,10 +56,12 @@ def collectives_of(module: Module, computation: Computation, num_devices: int) -
         if op.opcode == "fusion":
             found += _of_fusion(module, computation, op, place, carried, num_devices)
         elif op.opcode == "async-start":
-            inner = next((inner for callee in module.called(op) for inner in callee.ops if _kind(inner.opcode)), None)
-            if inner is not None:
-                done = _done_of(computation, op, place)
-                found.append(_collective(computation, op, inner, place, done, num_devices))
+            if (within := collective_within(module, op)) is not None:
+                begun = _begun_at(computation, op, place)
+                done = _done_of(computation, computation.ops[begun], begun)
+                # What a SparseCore computes gets its operands after it was started.
+                by = (computation, op) if begun == place else within
+                found.append(_collective(*by, within[1], begun, done, num_devices))
         elif kind and not op.opcode.endswith("-done"):
             done = _done_of(computation, op, place) if op.opcode.endswith("-start") else place
             found.append(_collective(computation, op, op, place, done, num_devices))
@@ -71,6 +74,17 @@ def is_collective(op: Op) -> bool:
     return _kind(op.opcode) is not None
 
 
+def collective_within(module: Module, op: Op) -> tuple[Computation, Op] | None:
+    """Returns the first collective of what an operation calls, at any depth, and its computation; None without one."""
+    for callee in module.called(op):
+        for inner in callee.ops:
+            if is_collective(inner):
+                return callee, inner
+            if (deeper := collective_within(module, inner)) is not None:
+                return deeper
+    return None
+
+
 def has_collective(computation: Computation) -> bool:
     """Returns True for a fusion that is, starts or ends a collective."""
     return any(map(is_collective, computation.ops))
@@ -79,6 +93,12 @@ def has_collective(computation: Computation) -> bool:
 def _kind(opcode: str) -> str | None:
     base = opcode.removesuffix("-start").removesuffix("-done")
     return base if base in COLLECTIVES else None
+
+
+def _begun_at(computation: Computation, op: Op, place: int) -> int:
+    """Returns the place where an asynchronous call has its operands: its own, or that of a later update."""
+    later = enumerate(computation.ops[place + 1 :], place + 1)
+    return next((at for at, user in later if user.opcode == "async-update" and op.name in user.operands), place)
 
 
 def _done_of(computation: Computation, op: Op, place: int) -> int:

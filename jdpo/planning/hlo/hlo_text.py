@@ -187,7 +187,7 @@ def parse(text: str) -> Module:
             if header:
                 name, lines = header.group(2), []
                 entry = name if header.group(1) else entry
-        elif line == "}":
+        elif line == "}" or line.startswith("}, execution_thread="):
             computations[name] = Computation(name, tuple(map(_parse_op, lines)))
             name = ""
         elif re.match(r"\s+(ROOT )?%\S+ = ", line):

@@ -19,8 +19,23 @@ _logger = logging.getLogger(__name__)
 
 Value = bool | int | float | str
 
-_NEVER = 1_000_000
-"""A size in MiB that no array has."""
+# SparseCores, which are next to the TensorCore of a chip, gather weights and sum gradients while it multiplies. By
+# default the TensorCore does so itself. Summing over a whole axis is one option, gathering over one, two and three axes
+# of the torus are three. The last three are what offloading to SparseCores needs.
+_SPARSE_CORES: dict[str, Value] = {
+    "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
+    "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather": True,
+    "xla_tpu_enable_sparse_core_collective_offload_3d_all_gather": True,
+    "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
+    "xla_tpu_enable_sparse_core_collective_offload_all_reduce": True,
+    "xla_tpu_use_tc_device_shape_on_sc": True,
+    "xla_sc_disable_megacore_partitioning": True,
+    "xla_sc_enable_instruction_fusion": False,
+}
+
+# By default, products of gathered weights may become loops over the parts that each device has, which write and read
+# their sums in every turn. Weights are gathered whole instead.
+_WHOLE_WEIGHTS: dict[str, Value] = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}
 
 OPTIONS: dict[str, dict[str, Value]] = {
     "gpu": {
@@ -35,10 +50,11 @@ OPTIONS: dict[str, dict[str, Value]] = {
         # splits it into a start and a done, the other lets products run in between.
         "xla_enable_async_all_reduce": True,
         "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True,
-        # Weights are gathered whole. By default, products of gathered weights become loops over the parts that each
-        # device has, which write and read their sums in every turn.
-        "xla_jf_spmd_threshold_for_windowed_einsum_mib": _NEVER,
+        **_WHOLE_WEIGHTS,
     },
+    # libtpu refuses there to let products run between the start and the done of a TensorCore's collective.
+    "TPU v5p?": _WHOLE_WEIGHTS | _SPARSE_CORES,
+    "TPU v6 lite|TPU v6e": _WHOLE_WEIGHTS | _SPARSE_CORES,
 }
 """Platform, or pattern of the kinds of devices as in `jdpo.chips` -> options of its compiler, which are all about
 communication."""
@@ -61,9 +77,9 @@ def compiler_options(mesh: Mesh, asked: Mapping[str, Value | None] | None = None
         except jax.errors.JaxRuntimeError as error:
             message = str(error).partition("\n")[0]
             # Whole names, as some are the beginning of another. A compiler that dislikes how options go together may
-            # name none of them; then all are left out.
+            # name none of them; then those of the config are left out, and the others if it still does.
             refused = [name for name in options if re.search(rf"\b{re.escape(name)}\b", message)]
-            for name in refused or list(options):
+            for name in refused or [name for name in asked or () if name in options] or list(options):
                 if is_first():
                     _logger.warning("compiler option %s=%s is left out: %s", name, options[name], message)
                 del options[name]

@@ -263,8 +263,8 @@ class MemorySettings(Settings):
     remat: Literal["auto", "none", "dots", "attention", "full", "offload"] = key(
         "auto",
         "What the backward pass recomputes: nothing (none), all except matrix products (dots), all except attention "
-        "(attention), whole layers (full), or whole layers with their inputs in host memory (offload). auto: the "
-        "fastest of the first four that fits.",
+        "(attention), whole layers (full), or whole layers with their inputs in host memory (offload). auto: of dots, "
+        "attention and full, the fastest by estimate that fits.",
     )
     attention: Literal["auto", "xla", "blockwise", "cudnn", "splash"] = key(
         "auto", "Attention backend. auto: cudnn on GPU, splash on TPU, else (or if unsupported) blockwise."

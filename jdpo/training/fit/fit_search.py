@@ -173,9 +173,8 @@ def _halved(
 
 def _budget(estimate: StepEstimate, trials: Sequence[Trial], remat: str, most_tokens: int, limit: float) -> int:
     """Returns the most tokens that fit by the estimates, as the last trial corrects them."""
-    for trial in trials:
-        if (trial.remat, trial.budget) == (remat, most_tokens):
-            return most_tokens if trial.found.num_bytes <= limit else 0
+    if any(trial[:2] == (remat, most_tokens) and trial.found.num_bytes <= limit for trial in trials):
+        return most_tokens
     fixed, per_token = estimate.fixed_bytes, estimate.bytes_per_token[remat]
     if trials:
         last = trials[-1]

@@ -63,6 +63,16 @@ def test_many_tokens_under_a_slower_policy_beat_few_under_a_faster_one() -> None
     assert search_fit(Machine(), free, policies=tuple(KEPT), most_tokens=32768, limit=less).remat == "dots"
 
 
+def test_a_policy_that_does_not_fit_with_all_tokens_is_tried_with_fewer() -> None:
+    machine = Machine(growth=1.1)
+    limit = ESTIMATE.num_bytes("dots", 32768) / AIM + 1
+    found = search(machine, limit)
+    assert machine.tried[0] == ("dots", 32768)
+    assert found.remat == "dots"
+    assert 0.9 * 32768 * AIM / 1.1 < found.max_tokens_per_device < 32768
+    assert len(machine.tried) == 2
+
+
 def test_tokens_on_the_wire_count_until_the_products_take_longer() -> None:
     wired = dataclasses.replace(ESTIMATE, seconds_per_micro_batch=0.0, wire_seconds=3.0 * 4096)
     assert wired.seconds("dots", 4096) == wired.seconds("dots", 8192) == 3.0
@@ -83,6 +93,7 @@ def test_estimates_that_are_a_quarter_off_take_two_compilations(
     found = search(machine, limit, most)
     assert len(machine.tried) <= MOST_TRIALS
     assert len(set(machine.tried)) == len(machine.tried)
+    assert ESTIMATE.num_bytes(*machine.tried[0]) <= limit, "nothing is compiled that by the formulas does not fit"
     assert machine.true(found.remat, found.max_tokens_per_device) <= limit
     assert found.bytes_needed == int(machine.true(found.remat, found.max_tokens_per_device))
 
@@ -155,7 +166,7 @@ def test_each_program_is_compiled_once_and_those_of_the_chosen_policy_come_back(
     steps |= {("dots", 64): Lowered(math.inf)}
     fit, programs = choose(steps, limit=530)
     assert fit == Fit("full", 64, 400)
-    assert programs == {(64,): steps["full", 64]}
+    assert programs == {(size,): steps["full", size] for size in (64, 128)}
     assert all(step.num_compiled <= 1 for step in steps.values())
     fit, _ = choose(steps, limit=530, fixed_tokens=True)
     assert fit == Fit("full", 128, 700), "the tokens are given, whether they fit or not"

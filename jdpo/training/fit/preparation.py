@@ -220,6 +220,7 @@ def fit_conditions(assembly: Assembly, reference: Mode) -> dict[str, Any]:
         "reference": reference,
         "device": setup.mesh.devices.flat[0].device_kind,
         "mesh": list(setup.mesh.devices.shape),
-        "compiler_options": dict(assembly.options),
+        # None for no options, which is what files of older versions say.
+        "compiler_options": dict(assembly.options) or None,
         "jax": jax.__version__,
     }

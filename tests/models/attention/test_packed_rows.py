@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import checkpoint_policies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jdpo.models.attention import (
+    ATTENTION_RESIDUALS,
     causal_attention,
     compiled_attention,
     segment_starts,
@@ -80,7 +82,7 @@ def assert_near(found: Arrays, wanted: Arrays, tolerance: float) -> None:
 CASES: dict[str, tuple[tuple[int, int, int], tuple[int, int, int], dict[str, Any]]] = {
     "tiles": ((4, 96, 5), (4, 2, 8), {}),
     "window and soft cap": ((4, 90, 7), (4, 1, 8), {"window": 21, "softcap": 3.0, "scale": 0.5}),
-    "one tile": ((3, 14, 4), (2, 1, 4), {}),
+    "default tiles": ((3, 60, 4), (2, 1, 4), {"block_q": None}),
 }
 
 
@@ -89,24 +91,20 @@ def test_sequences_of_a_row_do_not_see_each_other(name: str) -> None:
     (n, t, u), heads, options = CASES[name]
     lengths = random_rows(np.random.default_rng(len(name)), n, t, u)
     arrays = inputs(lengths, t, *heads)
-    wanted = alone(arrays, lengths, **options)
+    tiles = {"block_q": options.get("block_q", 16)}
+    plain = {name: setting for name, setting in options.items() if name != "block_q"}
+    wanted = alone(arrays, lengths, **plain)
     with jax.enable_x64(True):
-        assert_near(run(arrays, lengths, "float64", backend="xla", **options), wanted, 1e-12)
-        assert_near(run(arrays, lengths, "float64", backend="blockwise", block_q=16, **options), wanted, 1e-12)
+        assert_near(run(arrays, lengths, "float64", backend="xla", **plain), wanted, 1e-12)
+        assert_near(run(arrays, lengths, "float64", backend="blockwise", **plain, **tiles), wanted, 1e-12)
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 50, "softcap": 5.0, "block_q": 128, "block_kv": 256}])
 def test_splash_emulated_hides_other_sequences(options: dict[str, Any]) -> None:
-    lengths = np.array([[70, 0, 60, 30], [1, 150, 49, 0]], np.int32)
+    lengths = np.array([[70, 0, 60, 30]], np.int32)
     arrays = inputs(lengths, 200, 2, 1, 64)
     wanted = alone(arrays, lengths, **{name: x for name, x in options.items() if not name.startswith("block")})
     assert_near(run(arrays, lengths, "float32", backend="splash", interpret=True, **options), wanted, 2e-6)
-
-
-def test_default_tiles_of_packed_rows() -> None:
-    lengths = np.array([[130, 0, 70], [1, 99, 1]], np.int32)
-    arrays = inputs(lengths, 200, 2, 1, 8)
-    assert_near(run(arrays, lengths, "float32", backend="blockwise"), alone(arrays, lengths), 2e-6)
 
 
 @pytest.mark.parametrize("backend", ["xla", "blockwise", "splash", "cudnn"])
@@ -186,6 +184,23 @@ def test_shapes_of_lengths_and_segments_are_checked() -> None:
             causal_attention(x, x, x, backend="xla", **arrays)
     with pytest.raises(ValueError, match=r"segments \[n, t\]"):
         causal_attention(x, x, x, backend="xla", lengths=jnp.zeros((2, 3)), segments=jnp.zeros((2, 15)))
+
+
+@pytest.mark.parametrize(
+    ("backend", "platform", "loop"), [("blockwise", "cpu", "stablehlo.while"), ("splash", "tpu", "@tpu_custom_call")]
+)
+def test_saved_by_name_the_forward_pass_of_packed_rows_runs_once(backend: str, platform: str, loop: str) -> None:
+    lengths, x = np.array([[100, 28], [0, 9]], np.int32), jax.ShapeDtypeStruct((2, 128, 2, 64), jnp.float32)
+
+    def num_loops(policy: Any) -> int:
+        def loss(query: Any, key: Any, value: Any) -> Any:
+            return causal_attention(query, key, value, lengths=lengths, backend=backend).sum()
+
+        traced = jax.jit(jax.value_and_grad(jax.checkpoint(loss, policy=policy))).trace(x, x, x)
+        return traced.lower(lowering_platforms=(platform,)).as_text().count(loop)
+
+    saved = num_loops(checkpoint_policies.save_only_these_names(ATTENTION_RESIDUALS))
+    assert 0 < saved < num_loops(checkpoint_policies.nothing_saveable)
 
 
 @pytest.mark.full

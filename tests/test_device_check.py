@@ -47,7 +47,13 @@ def test_the_whole_check_on_the_cpu_with_a_part_that_fails(tmp_path: Path) -> No
     assert results["resume"]["stopped_at"] == 4
     assert results["resume"]["losses"]["resumed"] == results["resume"]["losses"]["uninterrupted"]
     cases = results["full"]["cases"]
-    assert [case["rows"] for case in cases] == ["512/300/300", "hh"]
+    assert [case["rows"] for case in cases] == ["512/300/300", "hh", "512/300/300"]
+    assert results["full"]["checks"] == {
+        "kernels 512/300/300": True,
+        "kernels hh": True,
+        "hh runs": True,
+        "512/300/300 runs": True,
+    }
     for case in [*cases, *results["compare"]["cases"]]:
         seconds = case["step_seconds"]
         assert 0 < seconds["low"] <= seconds["median"] <= seconds["high"]
@@ -75,8 +81,9 @@ def test_a_process_that_takes_too_long_is_ended_with_its_own_processes(tmp_path:
     alive = tmp_path / "alive"
     child = f"import time; time.sleep(1.5); open({str(alive)!r}, 'w')"
     slow = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
-    assert run_process(["-c", slow], log=tmp_path / "log", seconds=1.0, environment=environment("cpu")) is None
-    assert run_process(["-c", "import time; time.sleep(1)"], log=tmp_path / "log", seconds=9, environment={}) == 0
+    log = tmp_path / "log"
+    assert run_process(["-c", slow], log=log, seconds=1.0, environment=environment("cpu"), in_group=True) is None
+    assert run_process(["-c", "import time; time.sleep(1)"], log=log, seconds=9, environment={}) == 0
     assert not alive.exists()
 
 

@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -43,6 +44,8 @@ from part_table import PARTS, Part  # noqa: E402
 def main(words: Sequence[str] | None = None) -> int:
     """Runs the parts that the command line asks for; returns the exit code."""
     arguments = parse(words)
+    # An exception, so that the process of a part is ended, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     started = time.monotonic()
     # The first part says which device this is, which others ask for.
     asked = [part for part in PARTS if part.name in ("machine", *arguments.parts)]

@@ -55,6 +55,7 @@ def summary(parts: Sequence[Part], results: Mapping[str, Result], *, command: st
         cases = results.get(name, {}).get("cases", [])
         if cases:
             lines += ["", f"## {name}: {results[name].get('model', '')}", "", *_cases(cases)]
+            lines += ["", "Peak: of the process so far, as the device counts it; reckoned: of the largest program."]
     operations = results.get("compare", {}).get("operations", [])
     if operations:
         lines += ["", "## compare: operations with their gradients", "", *_operations(operations)]

@@ -8,9 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from random_model import RandomLogps, random_state
-from speed_part import ROWS, model_folder, running, setup_of, told
-from timed_steps import figures, prepare, run_steps
+from speed_part import AT_ONCE, EQUAL, Case, figures_of, first_line, model_folder, told
 from timing import in_turns, quartiles
 
 from jdpo.devices import target
@@ -22,11 +20,8 @@ CHUNKS = (256, 512, 1024, 2048, 4096)
 BACKENDS = ("cudnn", "splash", "blockwise", "xla")
 ROUNDS = 5
 
-TOKENS_AT_ONCE = 8192
-"""Slots of a device at once under every remat policy."""
-
-SECONDS = 8.0
-"""Of the steps under one policy."""
+SECONDS = 60.0
+"""Of one policy at most, of which its steps take what compiling leaves."""
 
 LEAST_LEFT = 45.0
 """No further variant is compiled with fewer seconds left."""
@@ -51,7 +46,7 @@ def run(name: str, request: Result, save: Callable[[Result], None]) -> None:
     for remat in REMAT_ORDER:
         if ends - time.monotonic() < least:
             break
-        result["cases"].append(under(remat, request))
+        result["cases"].append(under(remat, request, ends))
         save(result)
 
 
@@ -144,25 +139,10 @@ def splash_gradients(length: int, num_heads: int, *, fused: bool) -> Callable[..
     return jax.grad(total, (0, 1, 2))
 
 
-def under(remat: str, request: Result) -> Result:
+def under(remat: str, request: Result, ends: float) -> Result:
     """Returns the figures of steps under a remat policy, or the error."""
-    settings = {"remat": remat, "max_tokens_per_device": 256 if request["tiny"] else TOKENS_AT_ONCE}
-    case = {"rows": ROWS[0], "variant": f"remat {remat}"}
-    try:
-        setup = setup_of("full", model_folder("full", request), ROWS[0], request, **settings)
-        with running(setup, request) as pool:
-            prepared = prepare(setup, RandomLogps(setup.model.config.vocab_size), pool)
-            state, frozen = random_state(setup, prepared.steps.assembly)
-            _, timed_steps, losses = run_steps(setup, prepared.steps, state, frozen, seconds=SECONDS)
-        case |= figures(setup, prepared, timed_steps, losses)
-        case["peak_bytes"] = None  # the peak of this process is that of all policies so far
-        print(f"> compare: {told(case)}", flush=True)
-    except Exception as error:  # such as too little memory, which is a result
-        case["error"] = first_line(error)
-        print(f"> compare: remat {remat}: {case['error']}", flush=True)
-    return case
-
-
-def first_line(error: Exception) -> str:
-    """Returns the kind of an error and the first line of its message."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+    case = Case(EQUAL, f"remat {remat}", AT_ONCE, {"remat": remat, "max_tokens_per_device": AT_ONCE}, False)
+    found = figures_of("full", case, model_folder("full", request), request, min(ends, time.monotonic() + SECONDS))
+    print(f"> compare: {told(found)}", flush=True)
+    # The peak of this process is that of all policies so far.
+    return found | {"peak_bytes": None}

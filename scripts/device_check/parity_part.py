@@ -14,7 +14,6 @@ from part_process import HERE, environment, run_process
 from small_runs import Inputs, SmallRun, write_inputs
 
 NUM_STEPS = 8
-SECONDS = 240.0
 
 BARS = {"float32": {"first": 2e-5, "loss": 1e-4, "logps": 1e-4}, "bfloat16": {"loss": 2e-2, "logps": 1e-2}}
 """Largest relative differences from float32 on the CPU, by the dtype on the device: `first` of the log-probs of the
@@ -26,12 +25,12 @@ LOGPS = ("logps/chosen", "logps/rejected")
 
 def run(name: str, request: dict[str, Any], save: Callable[[dict[str, Any]], None]) -> None:
     """Measures the part."""
-    scratch = Path(request["scratch"])
+    scratch, seconds = Path(request["scratch"]), request["seconds"]
     inputs = write_inputs(scratch, tiny=request["tiny"], num_pairs=24)
     # The CPU's run and the device's use different processors, so they run at the same time.
     with ThreadPoolExecutor() as pool:
-        on_cpu = pool.submit(train_apart, inputs, scratch / "cpu", "float32", platform="cpu")
-        on_device = {dtype: train_apart(inputs, scratch / dtype, dtype) for dtype in BARS}
+        on_cpu = pool.submit(train_apart, inputs, scratch / "cpu", "float32", seconds=seconds, platform="cpu")
+        on_device = {dtype: train_apart(inputs, scratch / dtype, dtype, seconds=seconds) for dtype in BARS}
         expected = on_cpu.result()
     result: dict[str, Any] = {"num_steps": NUM_STEPS, "bars": BARS, "checks": {}}
     for dtype, bars in BARS.items():
@@ -49,6 +48,7 @@ def train_apart(
     folder: Path,
     dtype: str,
     *,
+    seconds: float,
     platform: str | None = None,
     stop_at: int | None = None,
     flags: str = "",
@@ -57,6 +57,7 @@ def train_apart(
 
     Args:
       folder: of the run.
+      seconds: that it may take.
       platform: default: that of this process.
       flags: for XLA_FLAGS, in addition to the user's own.
 
@@ -69,7 +70,7 @@ def train_apart(
     code = run_process(
         [str(HERE / "small_runs.py"), str(run.written())],
         log=log,
-        seconds=SECONDS,
+        seconds=seconds,
         environment=environment(platform, XLA_FLAGS=f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()),
     )
     if code != 0:

@@ -50,6 +50,7 @@ def run_part(name: str, request: Mapping[str, Any], limits: Limits, say: Callabl
             seconds=limits.seconds,
             environment=environment(limits.platform),
             say=say,
+            in_group=True,
         )
         saved = folder / "result.json"
         result: dict[str, Any] = json.loads(saved.read_text(encoding="utf-8")) if saved.exists() else {}
@@ -68,10 +69,14 @@ def run_process(
     seconds: float,
     environment: Mapping[str, str],
     say: Callable[[str], None] = lambda line: None,
+    in_group: bool = False,
 ) -> int | None:
     """Runs Python with these words; returns its exit code, or None if it took too long and was ended.
 
     Its output goes to `log`; lines of it that start with "> " are passed on at once.
+
+    Args:
+      in_group: the processes that it starts are ended with it. False where this process is in such a group itself.
     """
     ends = time.monotonic() + seconds
     with log.open("w", encoding="utf-8") as written, log.open(encoding="utf-8", errors="replace") as lines:
@@ -80,7 +85,7 @@ def run_process(
             stdout=written,
             stderr=subprocess.STDOUT,
             env=dict(environment),
-            start_new_session=True,
+            start_new_session=in_group,
         )
         try:
             while (code := process.poll()) is None and time.monotonic() < ends:
@@ -89,9 +94,11 @@ def run_process(
             _pass_on(lines, say)
             return code
         finally:
-            # With the processes that it has started.
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+                if in_group:
+                    os.killpg(process.pid, signal.SIGKILL)
+                else:
+                    process.kill()
             process.wait()
 
 

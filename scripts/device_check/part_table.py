@@ -48,6 +48,8 @@ def _of_speed(result: Result) -> str:
 
 def speed_line(case: Result) -> str:
     """Returns the step time and the MFU of one table of rows."""
+    if "error" in case:
+        return f"{case['rows']}: failed"
     share = f", MFU {case['mfu']:.1%}" if case.get("mfu") is not None else ""
     return f"{case['rows']}: {case['step_seconds']['median']:.3g} s per step{share}"
 

@@ -30,6 +30,9 @@ from jdpo.types import TokenizedPair
 
 MAX_LENGTH = 2048
 
+DIFFERENT_STEPS = 4
+"""Steps with rows of their own, after which they repeat: few programs, which take most of the time of a check."""
+
 
 class RandomPairs:
     """Pairs of random tokens with given lengths, in place of a run's tokenized rows."""
@@ -132,7 +135,7 @@ def make_setup(
     )
     config = resolve_dtype(config)
     setup = setup_without_rows(config, task_for(config), make_mesh(config.mesh))
-    num_pairs = num_steps * batch_size
+    num_pairs = min(num_steps, DIFFERENT_STEPS) * batch_size
     pairs: Any = RandomPairs(lengths_of(rows, num_pairs=num_pairs, tiny=tiny), setup.model.config.vocab_size)
     order: Any = InTurn(num_pairs, batch_size)
     return dataclasses.replace(setup, train_data=pairs, row_plan=order, steps_per_epoch=num_steps)

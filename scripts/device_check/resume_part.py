@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ def run(name: str, request: dict[str, Any], save: Callable[[dict[str, Any]], Non
     inputs = write_inputs(scratch, tiny=request["tiny"], num_pairs=24)
     flags = FLAGS.get(request["before"]["machine"].get("platform"), "")
     # One folder for the compiled programs: the choice of kernels by measurement may differ from process to process.
-    whole = train_apart(inputs, scratch / "runs", "auto", flags=flags)
+    train = partial(train_apart, inputs, scratch / "runs", "auto", flags=flags, seconds=request["seconds"])
+    whole = train()
     (scratch / "runs/run").rename(scratch / "runs/uninterrupted")
-    first = train_apart(inputs, scratch / "runs", "auto", flags=flags, stop_at=STOP_AT)
-    resumed = train_apart(inputs, scratch / "runs", "auto", flags=flags)
+    first = train(stop_at=STOP_AT)
+    resumed = train()
     same = {key: [line[key] for line in whole["lines"]] == [line[key] for line in resumed["lines"]] for key in COMPARED}
     save(
         {

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -41,13 +42,31 @@ KINDS = {
 FOR_ACTIVATIONS = 5 * GIB
 """Memory of a device that is left for gradients and activations when a model is chosen."""
 
-ROWS = ("512/300/300", "hh")
+EQUAL, REAL = "512/300/300", "hh"
 """Lengths of prompt, chosen and rejected: equal ones, whose steps have one shape, and those of HH-RLHF."""
 
-TOKENS_PER_STEP = 32768
-STEPS = 24
-SECONDS = 35.0
-"""Slots of a device in a step, about; the steps of a case at most, and its seconds without compilations."""
+AT_ONCE = 8192
+
+
+class Case(NamedTuple):
+    """Rows and settings of a run; `chosen` if jdpo chooses what its memory is spent on, which then must work."""
+
+    rows: str
+    variant: str
+    tokens_per_step: int
+    settings: dict[str, Any]
+    chosen: bool
+
+
+CASES = (
+    # One program, as benchmarks/aot.py compiles it, before anything that takes longer.
+    Case(EQUAL, "dots, 8,192 at once", AT_ONCE, {"remat": "dots", "max_tokens_per_device": AT_ONCE}, False),
+    # Fewer tokens than a device takes at once at most, so that steps are one micro-batch where memory allows.
+    Case(REAL, "as jdpo chooses", 3 * AT_ONCE, {}, True),
+    Case(EQUAL, "as jdpo chooses", 3 * AT_ONCE, {}, True),
+)
+STEPS, SECONDS = 24, 35.0
+"""Steps of a case at most, and its seconds without compilations."""
 
 LEAST_LEFT = 60.0
 """No further case is started with fewer seconds left."""
@@ -65,42 +84,57 @@ def run(name: str, request: dict[str, Any], save: Callable[[dict[str, Any]], Non
         "checks": {},
     }
     print(f"> {name}: {folder.name}, {result['parameters']:,} parameters", flush=True)
-    fixed: dict[str, Any] = {}
-    state: Any = None
-    for rows in ROWS:
-        left = ends - time.monotonic()
-        if result["cases"] and left < (5 if request["tiny"] else LEAST_LEFT):
-            result["cases"].append({"rows": rows, "variant": "", "error": f"not started, {left:.0f} s were left"})
-            save(result)
+    for case in CASES:
+        if result["cases"] and ends - time.monotonic() < (5 if request["tiny"] else LEAST_LEFT):
+            print(f"> {name}: {case.rows}, {case.variant}: no time left", flush=True)
             break
-        setup = setup_of(name, folder, rows, request, **fixed)
+        found = figures_of(name, case, folder, request, ends)
+        result["cases"].append(found)
+        if case.chosen:
+            result["checks"][f"{case.rows} runs"] = "error" not in found
+        if "error" not in found:
+            kernels = set(found["attention_expected"]) <= set(found["attention"])
+            result["checks"][f"kernels {case.rows}"] = kernels and result["checks"].get(f"kernels {case.rows}", True)
+        print(f"> {name}: {told(found)}", flush=True)
+        save(result)
+
+
+def figures_of(name: str, case: Case, folder: Path, request: dict[str, Any], ends: float) -> dict[str, Any]:
+    """Returns the figures of a case, or its error.
+
+    Args:
+      ends: of the time of the part.
+    """
+    found: dict[str, Any] = {"rows": case.rows, "variant": case.variant}
+    try:
+        setup = setup_of(name, case, folder, request)
         with running(setup, request) as pool:
             prepared = prepare(setup, RandomLogps(setup.model.config.vocab_size), pool)
-            # The weights of the first case are trained on in the next, whose state has the same shapes.
-            if state is None:
-                state = random_state(setup, prepared.steps.assembly)
+            state, frozen = random_state(setup, prepared.steps.assembly)
             seconds = min(SECONDS, max(ends - time.monotonic() - 10, 1))
-            trained, timed, losses = run_steps(setup, prepared.steps, *state, seconds=seconds)
-        state = trained, state[1]
-        case = {"rows": rows, "variant": "as jdpo chooses", **figures(setup, prepared, timed, losses)}
-        result["cases"].append(case)
-        result["checks"][f"kernels {rows}"] = set(case["attention_expected"]) <= set(case["attention"])
-        save(result)
-        print(f"> {name}: {told(case)}", flush=True)
-        # Fewer programs are compiled to find out what fits.
-        fixed = {"remat": case["remat"]}
+            _, timed, losses = run_steps(setup, prepared.steps, state, frozen, seconds=seconds)
+            return found | figures(setup, prepared, timed, losses)
+    except Exception as error:  # such as too little memory, which says something too
+        traceback.print_exc()
+        return found | {"error": first_line(error)}
 
 
-def setup_of(name: str, folder: Path, rows: str, request: dict[str, Any], **settings: Any) -> Setup:
+def first_line(error: Exception) -> str:
+    """Returns the kind of an error and the first line of its message."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+
+
+def setup_of(name: str, case: Case, folder: Path, request: dict[str, Any]) -> Setup:
     """Returns the setup of a case."""
     return make_setup(
         folder,
-        rows=rows,
+        rows=case.rows,
         lora=name == "lora",
         num_steps=6 if request["tiny"] else STEPS,
-        tokens_per_step=512 if request["tiny"] else TOKENS_PER_STEP,
+        # A toy's rows have an eighth of the lengths.
+        tokens_per_step=case.tokens_per_step // (32 if request["tiny"] else 1),
         tiny=request["tiny"],
-        **settings,
+        **case.settings,
     )
 
 
@@ -137,10 +171,13 @@ def model_folder(name: str, request: dict[str, Any]) -> Path:
     raise ValueError(f"a device has {memory(limit)} for a step, too little for {kind.models[-1]}")
 
 
-def told(case: dict[str, Any]) -> str:
+def told(found: dict[str, Any]) -> str:
     """Returns a line about a case."""
-    mfu = "" if case["mfu"] is None else f", MFU {case['mfu']:.1%} ({case['mfu_executed']:.1%} executed)"
+    if "error" in found:
+        return f"{found['rows']}, {found['variant']}: {found['error']}"
+    mfu = "" if found["mfu"] is None else f", MFU {found['mfu']:.1%} ({found['mfu_executed']:.1%} executed)"
     return (
-        f"{case['rows']}: {case['step_seconds']['median']:.3g} s per step{mfu}, {case['tokens_per_second']:,.0f} "
-        f"tokens/s, remat {case['remat']}, {case['max_tokens_per_device']:,} tokens at once"
+        f"{found['rows']}, {found['variant']}: {found['step_seconds']['median']:.3g} s per step{mfu}, "
+        f"{found['tokens_per_second']:,.0f} tokens/s, remat {found['remat']}, "
+        f"{found['max_tokens_per_device']:,} tokens at once"
     )

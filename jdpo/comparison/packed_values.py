@@ -18,7 +18,7 @@ from jdpo.data.batching.packing_plan import item_sizes
 from jdpo.data.prepared.prepared_data import PreparedData
 from jdpo.losses.divergence import ModelHead, token_divergences
 from jdpo.losses.linear_chunks import HeadSettings
-from jdpo.models.transformer import Transformer, most_sequences_per_row
+from jdpo.models.transformer import Transformer
 from jdpo.sharding.axes import BATCH_AXES, num_batch_shards
 from jdpo.training.reference.packed_scoring import (
     PackedScorer,
@@ -46,18 +46,15 @@ class OnDevice(Protocol):
     def mesh(self) -> Mesh: ...
 
 
-def _scorer(function: Callable[[Any, PackedBatch], Any], loaded: OnDevice, weights: Callable[[], Any]) -> PackedScorer:
-    per_row = functools.partial(most_sequences_per_row, loaded.model)
-    return PackedScorer(function, loaded.mesh, weights, sequences_per_row=per_row)
-
-
 def pair_logps(loaded: OnDevice, data: PreparedData[AnyPair], progress: Progress) -> np.ndarray:
     """Returns the summed log-probs of both completions of each pair, float64 [b, 2].
 
     Raises:
       FloatingPointError: a log-prob is not finite; its row is named.
     """
-    scorer = _scorer(packed_logps(loaded.model, loaded.mesh), loaded, lambda: loaded.params)
+    scorer = PackedScorer(
+        packed_logps(loaded.model, loaded.mesh), loaded.mesh, lambda: loaded.params, model=loaded.model
+    )
     part = range(len(data))
     scored = score_pairs(scorer, scorer.plan(data, data.sizes(), [part]), part, progress)
     # In float64, since figures are small differences of large sums.
@@ -66,7 +63,9 @@ def pair_logps(loaded: OnDevice, data: PreparedData[AnyPair], progress: Progress
 
 def completion_logps(loaded: OnDevice, rows: Sequence[TokenizedCompletion], progress: Progress) -> np.ndarray:
     """Returns the summed log-prob of each completion, float64 [f]; errors as for `pair_logps`."""
-    scorer = _scorer(packed_logps(loaded.model, loaded.mesh), loaded, lambda: loaded.params)
+    scorer = PackedScorer(
+        packed_logps(loaded.model, loaded.mesh), loaded.mesh, lambda: loaded.params, model=loaded.model
+    )
     part = range(len(rows))
     scored = score_completions(scorer, scorer.plan(rows, item_sizes(rows), [part]), part, progress)
     return np.array([values.sum(dtype=np.float64) for values in scored])
@@ -98,7 +97,7 @@ def completion_divergences(
             f"{second.model.config.vocab_size} tokens"
         )
     function = _packed_divergences(first.model, second.model, first.mesh)
-    scorer = _scorer(function, first, lambda: (first.params, second.params))
+    scorer = PackedScorer(function, first.mesh, lambda: (first.params, second.params), model=first.model)
     part, sizes = range(len(rows)), item_sizes(rows)
     found: dict[int, Divergences] = {}
     for indices, batch, both in scorer.run(scorer.plan(rows, sizes, [part]), part):

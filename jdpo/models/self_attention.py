@@ -25,6 +25,7 @@ from jdpo.models.attention import (
     sharded_causal_attention,
     write_tails,
 )
+from jdpo.models.attention.splash import tiling
 from jdpo.models.layers import Norm, Projection
 from jdpo.models.mesh_axes import mesh_axes
 from jdpo.models.model_config import LayerKind, ModelConfig
@@ -101,6 +102,12 @@ class AttentionSettings(NamedTuple):
         backends = {self.resolve(dtype, config, length, window) for length in (1, longest) for window in config.windows}
         limits = (sequences_per_row(backend, target().platform) for backend in backends)
         return min((limit for limit in limits if limit is not None), default=None)
+
+    def padded_length(self, dtype: Any, config: ModelConfig, length: int) -> int:
+        """Returns the places that attention computes for rows of this length: splash fills its tiles."""
+        if "splash" not in {self.resolve(dtype, config, length, window) for window in config.windows}:
+            return length
+        return tiling(length, self.block_q, self.block_kv).padded_length
 
 
 class Attention(nn.Module):

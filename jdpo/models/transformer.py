@@ -243,6 +243,12 @@ def most_sequences_per_row(model: Transformer, longest: int) -> int | None:
     return settings.sequences_per_row(model.compute_dtype, model.config, longest)
 
 
+def padded_row_length(model: Transformer, length: int) -> int:
+    """Returns the places that the model's attention computes for rows of this length."""
+    settings = AttentionSettings(model.attention, model.attention_block_q, model.attention_block_kv)
+    return settings.padded_length(model.compute_dtype, model.config, length)
+
+
 # A flax module is frozen and hashable, so jit can compile one program per model.
 @functools.partial(jax.jit, static_argnums=0)
 def init_params(model: Transformer, key: jax.Array) -> Params:

@@ -34,7 +34,6 @@ from jdpo.models.transformer import (
     abstract_params,
     float32_products,
     logical_axes,
-    most_sequences_per_row,
     variables,
 )
 from jdpo.models.weights.hub_models import resolve_folder
@@ -151,7 +150,7 @@ class Rewards:
             _compiled(reward_model.model, reward_model.mesh),
             reward_model.mesh,
             functools.partial(_load_weights, reward_model),
-            sequences_per_row=functools.partial(most_sequences_per_row, reward_model.model),
+            model=reward_model.model,
             max_tokens_per_device=max_tokens_per_device,
         )
         self._model = reward_model

@@ -7,7 +7,7 @@ is known before the first step. Axes: see `jdpo.data.batching.packing_shapes`; b
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -251,6 +251,7 @@ def plan_run(
     max_tokens_per_device: int | None = None,
     micro_batch_size: int | None = None,
     sequences_per_row: int | None = 1,
+    padded_length: Callable[[int], int] = lambda length: length,
     max_shapes: int = MAX_SHAPES,
 ) -> PackingPlan:
     """Plans the packing of a run, in which a micro-batch has one row per shard.
@@ -262,6 +263,7 @@ def plan_run(
       max_tokens_per_device: maximum number of slots per row; ignored if micro_batch_size is given.
       micro_batch_size: maximum number of items per row.
       sequences_per_row: maximum number of sequences of an attention row; None: as many as fit into it.
+      padded_length: length of an attention row -> the places that attention computes for it.
       max_shapes: maximum number of shapes of all steps.
 
     Raises:
@@ -282,7 +284,7 @@ def plan_run(
         max_items=micro_batch_size,
         sequences_per_row=sequences_per_row,
         # One set of lengths for all items, so that steps can share a shape.
-        lengths=row_lengths(int(sizes.longest.max())),
+        lengths=row_lengths(int(sizes.longest.max()), padded_length),
         shapes=(),
     )
     # The bins are computed again when a step is packed; keeping them would take memory for every row.

@@ -7,7 +7,7 @@ u sequences of an attention row, t places of an attention row, c scored tokens o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -91,8 +91,12 @@ _FIXED = len(StepNeeds._fields) - 2
 """Number of sizes before the attention rows at each length, in arrays [needs, sizes] of `StepNeeds`."""
 
 
-def row_lengths(longest: int) -> np.ndarray:
+def row_lengths(longest: int, padded_length: Callable[[int], int] = lambda length: length) -> np.ndarray:
     """Returns the lengths that the attention rows of a run may have: at most MOST_LENGTHS, the last one for all.
+
+    Args:
+      longest: tokens of the longest sequence.
+      padded_length: length -> the places that attention computes for a row of it, which the row then has.
 
     >>> row_lengths(200), row_lengths(3000)[-2:]
     (array([ 64, 128, 192, 256]), array([2816, 3072]))
@@ -100,7 +104,8 @@ def row_lengths(longest: int) -> np.ndarray:
     multiple = LENGTH_MULTIPLE
     while multiple * MOST_LENGTHS < longest:
         multiple *= 2
-    return np.arange(1, -(-longest // multiple) + 1, dtype=np.int64) * multiple
+    lengths = range(multiple, longest + multiple, multiple)
+    return np.unique(np.array([padded_length(length) for length in lengths], np.int64))
 
 
 def choose_shapes(

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jdpo.data.batching.packing import pack_step
 from jdpo.data.batching.packing_plan import ItemSizes, PackingPlan, plan_run
 from jdpo.data.reference_cache.scores import RowLogps
-from jdpo.models.transformer import Params, Transformer, Weights
+from jdpo.models.transformer import Params, Transformer, Weights, most_sequences_per_row, padded_row_length
 from jdpo.sharding.axes import num_batch_shards
 from jdpo.sharding.on_mesh import OnMesh
 from jdpo.sharding.placement import fetch, micro_batch_sharding, place, replicated
@@ -66,7 +66,7 @@ class PackedScorer:
         mesh: Mesh,
         load_weights: Callable[[], Any],
         *,
-        sequences_per_row: Callable[[int], int | None],
+        model: Transformer,
         max_tokens_per_device: int | None = None,
         micro_batch_size: int | None = None,
         check_stopped: Callable[[], None] = lambda: None,
@@ -77,8 +77,7 @@ class PackedScorer:
           mesh: of the weights.
           load_weights: returns what `function` takes first, on the mesh. It is called when the first batch is computed;
             the weights are freed with this object.
-          sequences_per_row: tokens of the longest sequence -> the most sequences that an attention row should hold; see
-            `most_sequences_per_row`.
+          model: whose attention decides how sequences share rows.
           max_tokens_per_device: slots of a device's part of a batch at most; None: TOKENS_PER_DEVICE.
           micro_batch_size: rows of a device's part of a batch at most; replaces max_tokens_per_device.
           check_stopped: called between batches; what it raises ends the scoring.
@@ -86,7 +85,7 @@ class PackedScorer:
         self._function, self._mesh, self._load_weights = function, mesh, load_weights
         self._num_shards = num_batch_shards(mesh)
         self._max_tokens, self._micro_batch_size = max_tokens_per_device or TOKENS_PER_DEVICE, micro_batch_size
-        self._sequences_per_row, self.check_stopped = sequences_per_row, check_stopped
+        self._model, self.check_stopped = model, check_stopped
 
     def plan(self, rows: Rows, sizes: ItemSizes, parts: Sequence[range]) -> ScoringPlan:
         """Cuts rows into batches of few shapes.
@@ -102,7 +101,8 @@ class PackedScorer:
             num_shards=self._num_shards,
             max_tokens_per_device=self._max_tokens,
             micro_batch_size=self._micro_batch_size,
-            sequences_per_row=self._sequences_per_row(int(sizes.longest.max())),
+            sequences_per_row=most_sequences_per_row(self._model, int(sizes.longest.max())),
+            padded_length=functools.partial(padded_row_length, self._model),
         )
         return ScoringPlan(rows, steps, packing)
 

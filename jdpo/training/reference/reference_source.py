@@ -5,14 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 from jdpo.config import ReferenceSettings, TrainConfig
 from jdpo.data.reference_cache.cache_key import changes, most_similar_entry
 from jdpo.data.reference_cache.scores import ReferenceCache
 from jdpo.devices import leave_out_missing_tpus
-from jdpo.models.transformer import most_sequences_per_row
 from jdpo.processes import any_process, is_first
 from jdpo.training.reference.cache_building import build_cache
 from jdpo.training.reference.cache_entries import RowSet, entry_of, find_rows
@@ -197,7 +195,7 @@ def _build(
         packed_logps(setup.model, setup.mesh),
         setup.mesh,
         lambda: load_reference_weights(setup),
-        sequences_per_row=partial(most_sequences_per_row, setup.model),
+        model=setup.model,
         max_tokens_per_device=setup.config.max_tokens_per_device,
         micro_batch_size=setup.config.micro_batch_size,
         check_stopped=check_stopped,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ from jdpo.data.batching.packing_shapes import MAX_SHAPES, PackedShape
 from jdpo.data.prepared.prepare import PreparedData
 from jdpo.data.reference_cache.scores import ReferenceCache, reference_logps_of
 from jdpo.devices import target
-from jdpo.models.transformer import most_sequences_per_row
+from jdpo.models.transformer import most_sequences_per_row, padded_row_length
 from jdpo.sharding.axes import num_batch_shards
 from jdpo.training.setup.run_setup import Setup
 from jdpo.training.setup.tasks import Task
@@ -150,6 +151,7 @@ class PackedBatches:
         max_tokens_per_device: int,
         micro_batch_size: int | None = None,
         sequences_per_row: int | None = 1,
+        padded_length: Callable[[int], int] = lambda length: length,
         max_shapes: int = MAX_SHAPES,
         cache: ReferenceCache | None = None,
     ) -> None:
@@ -159,7 +161,7 @@ class PackedBatches:
           num_shards: parts that a micro-batch is split into.
           max_tokens_per_device: slots of one part at most.
           micro_batch_size: rows of one part at most; replaces max_tokens_per_device.
-          sequences_per_row: sequences of an attention row at most; None: as many as fit.
+          sequences_per_row, padded_length: of attention rows; see `plan_run`.
           max_shapes: maximum number of shapes of all steps.
           cache: the reference's log-probs of `data`, to travel with the batch.
         """
@@ -172,6 +174,7 @@ class PackedBatches:
             max_tokens_per_device=max_tokens_per_device,
             micro_batch_size=micro_batch_size,
             sequences_per_row=sequences_per_row,
+            padded_length=padded_length,
             max_shapes=max_shapes,
         )
 
@@ -244,7 +247,9 @@ def make_batches(
     if config.packing:
         most = MAX_SHAPES_ON_TPU if target().platform == "tpu" else MAX_SHAPES
         per_row = most_sequences_per_row(setup.model, int(data.sizes().longest.max()))
-        return PackedBatches(setup.task, data, steps, sequences_per_row=per_row, max_shapes=most, **options)
+        padded = partial(padded_row_length, setup.model)
+        options |= {"sequences_per_row": per_row, "padded_length": padded, "max_shapes": most}
+        return PackedBatches(setup.task, data, steps, **options)
     return PaddedBatches(
         setup.task,
         data,

@@ -78,6 +78,7 @@ def test_the_sizes_of_a_step_hold_its_fullest_row_and_its_longest_sequence() -> 
 # --- attention rows
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=60), st.integers(20, 50), st.sampled_from([1, 2, 5, None]))
 def test_joined_sequences_do_not_overlap(lengths: list[int], num_places: int, most: int | None) -> None:
     array = np.array(lengths)
@@ -294,3 +295,20 @@ def test_an_item_longer_than_the_budget_raises_it() -> None:
 def test_a_limit_without_space_is_named(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="max_tokens_per_device of at least"):
         planned(SHORT, 8, num_shards=1, **options)
+
+
+def test_rows_have_the_lengths_that_attention_computes() -> None:
+    def padded(length: int) -> int:
+        return -(-length // 384) * 384
+
+    run, steps = planned(SHORT, 64, num_shards=1, max_tokens_per_device=16384, sequences_per_row=None)
+    filled = plan_run(
+        run.sizes, steps, num_shards=1, max_tokens_per_device=16384, sequences_per_row=None, padded_length=padded
+    )
+    assert filled.lengths.tolist() == [384, 768]
+    assert {shape.length for shape in run.shapes} - {384, 768}
+    for indices in steps:
+        bins, shape = filled.step(indices)
+        assert shape in filled.shapes
+        need = needed_sizes(run.sizes.of(indices), bins, 1, filled.lengths, None)
+        assert holds(shape, need, filled.lengths)

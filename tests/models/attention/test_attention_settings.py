@@ -18,7 +18,7 @@ from jdpo.devices import Target, compiling_for
 from jdpo.models.families import read_model_config
 from jdpo.models.packed_attention import packed_sequences
 from jdpo.models.self_attention import AttentionSettings, attend_over_mesh
-from jdpo.models.transformer import Transformer, abstract_params, most_sequences_per_row
+from jdpo.models.transformer import Transformer, abstract_params, most_sequences_per_row, padded_row_length
 from jdpo.training.setup.model_setup import make_model
 from tests.conftest import small_llama
 
@@ -117,3 +117,12 @@ def test_the_backend_decides_how_many_sequences_a_row_holds(
 ) -> None:
     with compiling_for(machine):
         assert most_sequences_per_row(Transformer(CONFIG, **settings), 4096) == expected
+
+
+def test_rows_on_tpu_fill_the_tiles() -> None:
+    model = Transformer(CONFIG)
+    with compiling_for(Target("tpu")):
+        # Plain attention up to 128 places, then splash, whose tiles are multiples of 128.
+        assert [padded_row_length(model, length) for length in (64, 192, 640, 1024)] == [64, 256, 768, 1024]
+    with compiling_for(Target("cpu")):
+        assert padded_row_length(model, 640) == 640

@@ -19,7 +19,7 @@ import pytest
 from jdpo.config import FREE_KEYS, DPOConfig, load_config
 from jdpo.devices import Target, compiling_for
 from jdpo.training.fit.assembly import assemble
-from jdpo.training.fit.compilation import Programs, compile_for, compiler_threads, shapes_of
+from jdpo.training.fit.compilation import compile_for, compiler_threads, shapes_of
 from jdpo.training.fit.estimates import batch_bytes
 from jdpo.training.fit.fit_search import MAX_TOKENS_PER_DEVICE
 from jdpo.training.fit.memory_fit import Fit, memory_limit, program_bytes
@@ -34,7 +34,7 @@ from jdpo.training.fit.preparation import (
 )
 from jdpo.training.run import train
 from jdpo.training.run_record import FitRecord
-from jdpo.training.setup.batches import make_batches
+from jdpo.training.setup.batches import make_batches, shapes_in_order
 from jdpo.training.setup.numerics import numerics
 from jdpo.training.setup.run_setup import Setup, build
 from tests.conftest import chat_pairs, write_jsonl
@@ -105,14 +105,9 @@ def test_at_most_three_programs_are_compiled_before_the_first_step(run_words: Wo
         # Too little for all rows at once.
         _, tight, _ = prepare(words, limit=int(roomy.fit.bytes_needed * 0.8))
         assert len(compiled) <= 2
-        compiled.clear()
-        first = tight.batches.like(setup.row_plan.step(0))
-        with compiler_threads() as pool:
-            programs = Programs(tight.assembly.lower_step, pool)
-            programs.prepare([first, *tight.batches.shapes()])
-            programs.of(first)
-            # The others come after it, on a single thread.
-            assert len(compiled) <= 2
+        # The program of the first step is the third at most: the others come after it.
+        first = shapes_of(tight.batches.like(setup.row_plan.step(0)))
+        assert shapes_of(shapes_in_order(tight.batches, map(setup.row_plan.step, range(3)))[0]) == first
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
 
@@ -130,8 +125,9 @@ def test_the_shape_that_takes_most_memory_is_among_those_that_are_measured(run_w
     _, prepared, _ = prepare(run_words(remat="full", max_tokens_per_device=128, num_train_epochs=40, **options))
     demanding = prepared.batches.demanding()
     assert 1 <= len(demanding) < len(prepared.batches.shapes())
-    measured = [_bytes(prepared, [batch]) for batch in demanding]
-    assert max(measured) == _bytes(prepared)
+    sizes = {shapes_of(batch): _bytes(prepared, [batch]) for batch in prepared.batches.shapes()}
+    measured = [sizes[shapes_of(batch)] for batch in demanding]
+    assert max(measured) == max(sizes.values())
     # The one that is compiled first is chosen by formula.
     estimated = [batch_bytes(prepared.assembly, "full", batch) for batch in demanding]
     assert measured[estimated.index(max(estimated))] >= 0.95 * max(measured)

@@ -16,7 +16,6 @@ from jdpo.models.families import read_model_config
 from jdpo.models.model_config import ModelConfig
 from jdpo.sharding.mesh import check_batch_size, make_mesh
 from jdpo.training.fit.assembly import Assembly, assemble
-from jdpo.training.fit.fit_search import MAX_TOKENS_PER_DEVICE
 from jdpo.training.setup.adaptation import adaptation_of
 from jdpo.training.setup.batches import make_batches
 from jdpo.training.setup.model_setup import make_model
@@ -97,11 +96,18 @@ def plan_step(
         setup,
         rows,
         [indices],
-        max_tokens_per_device=config.max_tokens_per_device or MAX_TOKENS_PER_DEVICE[platform],
+        max_tokens_per_device=config.max_tokens_per_device or _most_tokens(platform),
         cache=cache,
     )
     batch = batches.make(indices).batch
     return PlannedStep(assemble(setup, reference=mode, remat=remat), batch, batches.tokens_per_device, remat)
+
+
+def _most_tokens(platform: str) -> int:
+    # Imported here, as an older checkout that `benchmarks/aot.py --code` measures has it in another module.
+    from jdpo.training.fit.fit_search import MAX_TOKENS_PER_DEVICE
+
+    return MAX_TOKENS_PER_DEVICE[platform]
 
 
 def setup_without_rows(config: TrainConfig, task: Task, mesh: Mesh, num_layers: int | None = None) -> Setup:

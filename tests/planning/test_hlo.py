@@ -308,6 +308,18 @@ def test_a_collective_of_sparse_cores_runs_from_when_it_has_its_operands() -> No
     assert (found.kind, found.num_bytes, found.groups.tolist()) == ("all-gather", 64, [[0, 1, 2, 3]])
 
 
+def test_a_tpus_collective_that_a_loop_carries_along_is_not_one_of_the_loops() -> None:
+    # The product's fusion in the body of a loop, the start and the done outside.
+    body = (
+        "%body (x: bf16[8], a: bf16[8,8], b: bf16[32]) -> (bf16[8,8], bf16[32], bf16[32]) {\n"
+        "  %x = bf16[8] parameter(0)\n  %a = bf16[8,8] parameter(1)\n  %b = bf16[32] parameter(2)\n"
+        "  ROOT %middle = (bf16[8,8], bf16[32], bf16[32]) fusion(%a, %x, %b), kind=kOutput, calls=%between\n}\n"
+    )
+    module = parse(TPU.replace("ENTRY", body + "ENTRY"))
+    assert collectives_of(module, module.computations["body"], 4) == []
+    assert len(collectives_of(module, entry_of(module), 4)) == 1
+
+
 def test_an_all_reduce_of_which_each_device_keeps_a_part_is_a_reduce_scatter() -> None:
     found = only(
         """

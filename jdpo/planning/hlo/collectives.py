@@ -50,11 +50,11 @@ def collectives_of(module: Module, computation: Computation, num_devices: int) -
     cores, one that gives them the operands, and one that waits for the result.
     """
     found: list[Collective] = []
-    carried = _carried_channels(module, computation)
+    carried, started = _carried_channels(module, computation), _started_channels(module)
     for place, op in enumerate(computation.ops):
         kind = _kind(op.opcode)
         if op.opcode == "fusion":
-            found += _of_fusion(module, computation, op, place, carried, num_devices)
+            found += _of_fusion(module, computation, op, place, carried, started, num_devices)
         elif op.opcode == "async-start":
             if (within := collective_within(module, op)) is not None:
                 begun = _begun_at(computation, op, place)
@@ -126,6 +126,20 @@ def _carried_channels(module: Module, computation: Computation) -> dict[str, tup
     return {channel: (place, ends.get(channel, place)) for channel, place in starts.items()}
 
 
+def _started_channels(module: Module) -> set[str | None]:
+    """Returns the channels of all asynchronous collectives of a TPU program.
+
+    One may be started before a loop, be carried along by the computations of every turn, and be ended after it.
+    """
+    return {
+        _channel(inner)
+        for computation in module.computations.values()
+        if any(inner.target == "AsyncCollectiveStart" for inner in computation.ops)
+        for inner in computation.ops
+        if _channel(inner) is not None
+    }
+
+
 def _channel(op: Op) -> str | None:
     return op.attribute("channel_id") if _kind(op.opcode) else None
 
@@ -136,6 +150,7 @@ def _of_fusion(
     op: Op,
     place: int,
     carried: dict[str, tuple[int, int]],
+    started: set[str | None],
     num_devices: int,
 ) -> Iterator[Collective]:
     callee = module.called(op)[0]
@@ -147,7 +162,7 @@ def _of_fusion(
             start, done = carried[channel]
             if place == start:
                 yield _collective(callee, inner, inner, start, done, num_devices)
-        else:
+        elif channel not in started or channel is None:
             found = _collective(callee, inner, inner, place, place, num_devices)
             # An all-reduce of which each device keeps its own part.
             scattered = found.kind == "all-reduce" and any(user.opcode == "dynamic-slice" for user in callee.ops)

@@ -525,6 +525,14 @@ def test_start_ups_are_measured_end_to_end() -> None:
     assert "| warm | beta 0.3, no export | now |" in done.stdout
 
 
+@pytest.mark.ci
+def test_lora_learns_the_same_in_its_first_steps_on_every_mesh() -> None:
+    command = [sys.executable, str(BENCHMARKS / "lora_first_steps.py"), "--seeds", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, env=one_device())
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "| fsdp 8, order 5 2 7 0 3 6 1 4 | bfloat16 | live |" in done.stdout
+
+
 @pytest.mark.full
 def test_the_loop_goes_the_whole_way_at_toy_size(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARKS / "answers_loop.py"), "--tiny", "--seeds", "2", "--out", str(tmp_path)]

@@ -89,7 +89,9 @@ class Prepared(NamedTuple):
     batch: PackedBatch
 
 
-def prepare(mesh: Mesh, base: Base, adapters: Any, reference: Any, batch: PackedBatch) -> Prepared:
+def prepare(
+    mesh: Mesh, base: Base, adapters: Any, reference: Any, batch: PackedBatch, model: Transformer = MODEL
+) -> Prepared:
     dtype = BaseDtype(jnp.float32, int8=bool(base.scales))
     of_base = Base(*map(lambda axes, tree: param_shardings(axes, tree, mesh), base_axes(MODEL, SITES, dtype), base))
     of_adapters = param_shardings(adapter_axes(LORA), abstract_adapters(LORA, jnp.float32), mesh)
@@ -97,7 +99,7 @@ def prepare(mesh: Mesh, base: Base, adapters: Any, reference: Any, batch: Packed
     shardings = state_shardings(state, adapters, of_adapters, mesh)
     frozen_shardings = Frozen(of_base, {} if not reference else of_adapters)
     compiled = compile_step(
-        objective=PreferenceObjective(PackedLogps(MODEL, mesh), loss_settings("sigmoid", beta=0.1)[0], lora=LORA),
+        objective=PreferenceObjective(PackedLogps(model, mesh), loss_settings("sigmoid", beta=0.1)[0], lora=LORA),
         optimizer=OPTIMIZER,
         schedule=lambda step: 1e-2,
         mesh=mesh,
@@ -146,6 +148,22 @@ def test_one_device_and_eight_make_the_same_step(base: Base, adapters: Any, batc
     # The base is not donated and stays bitwise unchanged.
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(prepared.frozen.base.params), base.params)
     assert prepared.state.params["stack"]["layer_0"]["mlp"]["down"]["a"].is_deleted(), "what is trained is given up"
+
+
+@pytest.mark.parametrize("split", [ONE, MeshConfig(data=1, fsdp=4, tensor=2)], ids=["one", "eight"])
+def test_the_first_step_moves_b_and_leaves_a_exactly_as_it_is(
+    split: MeshConfig, base: Base, batch: PackedBatch
+) -> None:
+    """A has no gradient while B is 0, not even rounding noise, which Adam would turn into full steps."""
+    start = jax.device_get(init_adapters(LORA, jax.random.key(1), jnp.float32))
+    model = MODEL.clone(compute_dtype=jnp.bfloat16)
+    state, report = run(prepare(mesh_of(split), base, start, {}, batch, model))
+    assert report.loss == pytest.approx(math.log(2), abs=1e-6)
+    for (path, new), old in zip(jax.tree_util.tree_leaves_with_path(state.params), jax.tree.leaves(start), strict=True):
+        if path[-1].key == "a":
+            np.testing.assert_array_equal(new, old)
+        else:
+            assert np.abs(new - old).max() == pytest.approx(1e-2, rel=1e-3)  # the learning rate
 
 
 def test_the_step_has_one_base_as_input_and_none_as_output(base: Base, adapters: Any, batch: PackedBatch) -> None:

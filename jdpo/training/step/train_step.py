@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jdpo.devices import target
 from jdpo.losses.pair_losses import weighted_sum
 from jdpo.losses.router import load_balancing_loss
 from jdpo.models.lora.base_weights import Base
@@ -138,8 +139,10 @@ def train_step(
     params = apply_updates(state.params, updates, weights_key)
     # Before clipping, which would hide that gradients grow.
     grad_norm = optax.tree.norm(wide(grads))
-    # An update may overflow where loss and gradients are finite.
-    weights_finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]
+    # An update may overflow where loss and gradients are finite. XLA for GPUs would add this sum to the kernel that
+    # computes the weights and divide that in two, of which the second reads the moments again; the barrier prevents it.
+    checked = jax.lax.optimization_barrier(params) if target().platform == "gpu" else params
+    weights_finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(checked)]
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.stack(weights_finite).all()
     # The rate at the step before it is incremented, which is the count that optax reads for this update.
     report = StepReport(loss, grad_norm, jnp.asarray(schedule(state.step)), finite, rows, aux_loss)

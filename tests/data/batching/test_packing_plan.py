@@ -100,6 +100,15 @@ def test_joined_sequences_do_not_overlap(lengths: list[int], num_places: int, mo
         np.testing.assert_array_equal(found, again)
 
 
+def test_rows_are_filled_exactly_where_the_best_fit_leaves_gaps() -> None:
+    # The best fit is 7 5 | 4 4 3 | 3, with a place left in the first row and two in the second.
+    lengths = np.array([7, 5, 4, 4, 3, 3])
+    joined = join_sequences(lengths, 13, None)
+    assert np.bincount(joined.row, weights=lengths).tolist() == [13, 13]
+    # It is the one that a limit of sequences per row leaves.
+    assert np.bincount(join_sequences(lengths, 13, 3).row, weights=lengths).tolist() == [12, 11, 3]
+
+
 # --- which items share a row
 
 

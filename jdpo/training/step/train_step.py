@@ -139,11 +139,8 @@ def train_step(
     params = apply_updates(state.params, updates, weights_key)
     # Before clipping, which would hide that gradients grow.
     grad_norm = optax.tree.norm(wide(grads))
-    # An update may overflow where loss and gradients are finite. XLA for GPUs would add this sum to the kernel that
-    # computes the weights and divide that in two, of which the second reads the moments again; the barrier prevents it.
-    checked = jax.lax.optimization_barrier(params) if target().platform == "gpu" else params
-    weights_finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(checked)]
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.stack(weights_finite).all()
+    # An update may overflow where loss and gradients are finite.
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & all_finite(params)
     # The rate at the step before it is incremented, which is the count that optax reads for this update.
     report = StepReport(loss, grad_norm, jnp.asarray(schedule(state.step)), finite, rows, aux_loss)
     step = state.step + 1
@@ -156,6 +153,14 @@ def train_step(
         )
     kept = None if sync is None else reference
     return TrainState(step, params, opt_state, state.rng, loss_state, kept), report
+
+
+def all_finite(params: Params) -> Array:
+    """Returns a bool scalar, True if no weight is NaN or Inf. The weights have just been computed."""
+    # XLA for GPUs would add this sum to the kernel that computes the weights and then divide that kernel in two, of
+    # which the second reads the moments again. For TPUs it makes one kernel of all.
+    params = jax.lax.optimization_barrier(params) if target().platform == "gpu" else params
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]).all()
 
 
 def evaluate(

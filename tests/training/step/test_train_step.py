@@ -20,13 +20,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jdpo.config import MeshConfig
+from jdpo.devices import Target, compiling_for
 from jdpo.losses import LOSSES, LossState
 from jdpo.losses.settings import loss_settings
 from jdpo.sharding.mesh import make_mesh
 from jdpo.sharding.placement import fetch, micro_batch_sharding, place, replicated
 from jdpo.training.fit.assembly import compile_step
 from jdpo.training.step.objectives import CompletionObjective, PreferenceObjective
-from jdpo.training.step.train_step import Frozen, ReferenceSync, TrainState, evaluate, loss_and_grads, train_step
+from jdpo.training.step.train_step import (
+    Frozen,
+    ReferenceSync,
+    TrainState,
+    all_finite,
+    evaluate,
+    loss_and_grads,
+    train_step,
+)
 from jdpo.types import CHOSEN, REJECTED, CompletionBatch, PreferenceBatch
 
 VOCAB, WIDTH, LENGTH, BETA = 11, 5, 7, 0.3
@@ -278,3 +287,13 @@ def test_compiled_step_updates_once_and_reports_before_clipping() -> None:
     moved = jax.tree.map(lambda new, old: np.asarray(new) - old, fetch(after.params), params)
     assert float(optax.tree.norm(moved)) == pytest.approx(0.5 * 1e-3, rel=1e-9), "clipped to 1e-3"
     assert float(report.grad_norm) > 1e-2, "as it was before"
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_one_weight_that_is_not_finite_is_found(platform: str) -> None:
+    weights = {"head": jnp.ones((3, 4)), "norm": jnp.full(5, -3e38)}
+    with compiling_for(Target(platform)):
+        check = jax.jit(lambda params: all_finite(jax.tree.map(lambda leaf: leaf + 1, params)))
+        assert check(weights)
+        for bad in (jnp.nan, jnp.inf, -jnp.inf):
+            assert not check(weights | {"norm": weights["norm"].at[2].set(bad)})

@@ -97,7 +97,8 @@ def _kernel(
     shape = (length, length)
     # A window counts the query's own key, which the two sides of LocalMask do not.
     mask = splash.CausalMask(shape) if window is None else splash.LocalMask(shape, (window - 1, 0), 0)
-    # Two backward kernels, not the fused one: that holds a query gradient for each key tile.
+    # Two backward kernels, not the fused one: that holds a query gradient for each key tile. Compiled for v5p, it moves
+    # 21 % fewer bytes with one tile, 32 % more with eight; which is faster, no TPU has shown yet.
     blocks = splash.BlockSizes(
         block_q=block_q,
         block_kv=block_kv,

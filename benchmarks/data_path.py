@@ -99,7 +99,7 @@ def start(arguments: argparse.Namespace) -> dict[str, Any]:
     tokenized = time.perf_counter()
     plan = RowPlan(Mixture((len(data),), (len(data),)), global_batch_size=STEP_ROWS, seed=0, shuffle=True)
     steps = (plan.step(step) for step in range(plan.steps_per_epoch))
-    packing = plan_run(data.sizes(), steps, num_shards=1, max_tokens_per_device=4096)
+    packing = plan_run(data.sizes(), steps, num_shards=1, max_tokens_per_device=4096, sequences_per_row=None)
     planned = time.perf_counter()
     return {
         "rows": len(data),
@@ -124,7 +124,7 @@ def load(arguments: argparse.Namespace) -> dict[str, Any]:
     plan = RowPlan(Mixture((len(data),), (len(data),)), global_batch_size=STEP_ROWS, seed=0, shuffle=True)
     num_steps = min(LOADER_STEPS, plan.steps_per_epoch)
     steps = [plan.step(step) for step in range(num_steps)]
-    batches = PackedBatches(task, data, steps, num_shards=1, max_tokens_per_device=4096)
+    batches = PackedBatches(task, data, steps, num_shards=1, max_tokens_per_device=4096, sequences_per_row=None)
     began = time.perf_counter()
     for step in range(num_steps):
         batches.make(plan.step(step))

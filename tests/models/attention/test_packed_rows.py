@@ -174,6 +174,7 @@ def test_the_most_sequences_of_a_row() -> None:
     found = {name: sequences_per_row(name, "cpu") for name in ("xla", "blockwise")}
     assert found == {"xla": None, "blockwise": None}
     assert sequences_per_row("splash", "tpu") is None
+    assert sequences_per_row("cudnn", "gpu") == 1
     assert sequences_per_row("blockwise", "cuda") == sequences_per_row("blockwise", "tpu") == 1
 
 
@@ -182,6 +183,9 @@ def test_shapes_of_lengths_and_segments_are_checked() -> None:
     for arrays in ({"lengths": jnp.zeros((2, 3, 1))}, {"lengths": jnp.zeros((3, 2))}):
         with pytest.raises(ValueError, match=r"lengths \[n\] or \[n, u\]"):
             causal_attention(x, x, x, backend="xla", **arrays)
+    half = x.astype(jnp.bfloat16)
+    with pytest.raises(ValueError, match=r"'cudnn' takes one sequence per row, found lengths \(2, 3\)"):
+        causal_attention(half, half, half, backend="cudnn", lengths=jnp.zeros((2, 3), jnp.int32))
     with pytest.raises(ValueError, match=r"segments \[n, t\]"):
         causal_attention(x, x, x, backend="xla", lengths=jnp.zeros((2, 3)), segments=jnp.zeros((2, 15)))
 

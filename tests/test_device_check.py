@@ -25,7 +25,9 @@ STEP = {"loss": 0.5, "logps/chosen": -10.0, "logps/rejected": -20.0}
 
 def run_script(*words: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(SCRIPT), *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OUT": ""})
+    # One CPU device: collectives of eight fake ones end the process where a machine is too busy to run them all.
+    environment = {name: value for name, value in os.environ.items() if name not in ("OUT", "XLA_FLAGS")}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
 # --- the whole script
@@ -36,7 +38,7 @@ def test_the_whole_check_on_the_cpu_with_a_part_that_fails(tmp_path: Path) -> No
     done = run_script("--tiny", "--on", "cpu", "--out", tmp_path, "--budget", "3000", "--lora_model", tmp_path / "none")
     results = {part.name: json.loads((tmp_path / f"{part.name}.json").read_text()) for part in PARTS}
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "failed: lora" in done.stdout.splitlines()[-1]
+    assert "failed: lora" in done.stdout.splitlines()[-1], done.stdout
     # The part that failed is recorded with its error, and kept none of the others from running.
     lora = results.pop("lora")
     assert lora["status"] == "failed"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -76,7 +77,9 @@ def train_apart(
     if code != 0:
         printed = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         print(*printed[-15:], sep="\n")
-        raise RuntimeError(f"a run in {dtype} on {platform or 'the device'} ended with {code}: {printed[-1:]}")
+        # XLA's fatal errors begin so, and end in a stack trace.
+        fatal = next((line for line in printed if re.match(r"F\d{4}", line)), printed[-1] if printed else "no output")
+        raise RuntimeError(f"a run in {dtype} on {platform or 'the device'} ended with {code}: {fatal}")
     found: dict[str, Any] = json.loads(run.result.read_text(encoding="utf-8"))
     return found
 

@@ -46,9 +46,13 @@ def join_sequences(lengths: np.ndarray, num_places: int, most: int | None) -> Jo
         zeros = np.zeros(len(lengths), np.int64)
         return JoinedRows(np.arange(len(lengths)), zeros, zeros)
     order = np.argsort(-lengths, kind="stable")
-    rows = _best_fit(order.tolist(), lengths[order].tolist(), num_places, most)
-    if most is None and len(lengths) <= SEARCHED and len(rows) > -(-int(lengths.sum()) // num_places):
+    rows = _best_fit(order.tolist(), lengths[order].tolist(), num_places, None)
+    if len(lengths) <= SEARCHED and len(rows) > -(-int(lengths.sum()) // num_places):
         rows = min(rows, _filled_in_turn(order.tolist(), lengths.tolist(), num_places), key=len)
+    # A limit that these rows keep changes nothing. So what is planned without one, or with a higher one, is what is
+    # packed with the number of sequences that its fullest row has.
+    if most is not None and max(map(len, rows)) > most:
+        rows = _best_fit(order.tolist(), lengths[order].tolist(), num_places, most)
     # In the order of rows, and of the sequences in each.
     sequences = np.concatenate([np.array(row) for row in rows])
     held = np.array([len(row) for row in rows])

@@ -105,8 +105,10 @@ def test_rows_are_filled_exactly_where_the_best_fit_leaves_gaps() -> None:
     lengths = np.array([7, 5, 4, 4, 3, 3])
     joined = join_sequences(lengths, 13, None)
     assert np.bincount(joined.row, weights=lengths).tolist() == [13, 13]
-    # It is the one that a limit of sequences per row leaves.
-    assert np.bincount(join_sequences(lengths, 13, 3).row, weights=lengths).tolist() == [12, 11, 3]
+    # It is the one that a lower limit of sequences per row leaves; one that no row exceeds changes nothing, since rows
+    # are planned without a limit and packed with the number of sequences that were found.
+    assert np.bincount(join_sequences(lengths, 13, 2).row, weights=lengths).tolist() == [12, 8, 6]
+    np.testing.assert_array_equal(joined, join_sequences(lengths, 13, 3))
 
 
 # --- which items share a row

@@ -196,11 +196,14 @@ def speeds_of(device_kind: str, platform: str, num_devices: int) -> Speeds:
         return CPU
     for kind in (device_kind, LIKELY_CHIPS.get(platform, LIKELY_CHIPS["gpu"])):
         chip = chip_of(kind)
-        if chip is None or chip.hbm_bandwidth is None or chip.link is None or chip.across is None:
+        if chip is None:
             continue
         # Two axes of a torus, with a neighbour on either side; a node has eight GPUs, which reach each other at once.
         wire = 4 * chip.link if platform == "tpu" else chip.link if num_devices <= 8 else chip.across
-        return Speeds(flops=chip.tera_flops["bfloat16"] * 1e12, memory=chip.hbm_bandwidth, wire=wire)
+        speeds = Speeds(flops=chip.peak("bfloat16") or math.nan, memory=chip.hbm_bandwidth, wire=wire)
+        # Figures that the table lacks are nan, with which no time could be compared.
+        if all(map(math.isfinite, speeds)):
+            return speeds
     raise AssertionError(device_kind)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import jax
@@ -106,3 +107,10 @@ def test_speeds_are_by_data_sheet_or_of_a_chip_alike() -> None:
     assert speeds_of("a new GPU", "gpu", 1) == speeds_of("NVIDIA H200", "gpu", 1)
     assert speeds_of("NVIDIA H200", "gpu", 16).wire < speeds_of("NVIDIA H200", "gpu", 8).wire
     assert speeds_of("cpu", "cpu", 8) == CPU
+
+
+@pytest.mark.parametrize(
+    ("kind", "platform"), [("Tesla V100-SXM2-16GB", "gpu"), ("NVIDIA A100-SXM4-80GB", "gpu"), ("TPU v4", "tpu")]
+)
+def test_a_chip_with_figures_missing_has_the_speeds_of_a_chip_alike(kind: str, platform: str) -> None:
+    assert all(map(math.isfinite, speeds_of(kind, platform, 8)))

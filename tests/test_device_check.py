@@ -98,7 +98,7 @@ def test_progress_is_passed_on_and_everything_is_logged(tmp_path: Path) -> None:
 
 
 def test_a_platform_is_asked_for_by_the_name_that_jax_takes() -> None:
-    assert environment("gpu")["JAX_PLATFORMS"] == "cuda"
+    assert environment("gpu")["JAX_PLATFORMS"] == "cuda,cpu"
     assert environment("tpu", XLA_FLAGS="--x")["XLA_FLAGS"] == "--x"
     assert environment(None).get("JAX_PLATFORMS") == os.environ.get("JAX_PLATFORMS")
 

@@ -116,8 +116,9 @@ def _pass_on(lines: TextIO, say: Callable[[str], None]) -> None:
 
 def environment(platform: str | None, **more: str) -> dict[str, str]:
     """Returns the environment of a process on a platform: this checkout's jdpo, offline."""
-    # gpu is jax's name of a platform, cuda the one that JAX_PLATFORMS takes.
-    chosen = {} if platform is None else {"JAX_PLATFORMS": {"gpu": "cuda"}.get(platform, platform)}
+    # gpu is jax's name of a platform, cuda the one that JAX_PLATFORMS takes; the host's own devices stay at hand.
+    names = {"gpu": "cuda,cpu", "tpu": "tpu,cpu", "cpu": "cpu"}
+    chosen = {} if platform is None else {"JAX_PLATFORMS": names[platform]}
     paths = os.pathsep.join(str(path) for path in (ROOT, HERE, ROOT / "benchmarks"))
     if os.environ.get("PYTHONPATH"):
         paths += os.pathsep + os.environ["PYTHONPATH"]

@@ -14,6 +14,7 @@ without -Instruct or -it. `--against` exits with 1 where the step is worse than 
 from __future__ import annotations
 
 import argparse
+import csv
 import importlib.util
 import json
 import re
@@ -40,10 +41,11 @@ def main() -> int:
     try:
         machine = machine_of(options.on)
         config = read_config(options.config, words, options.command)
-        step = compile_step_for(machine, config, lengths_of(options.lengths), num_layers=options.layers)
+        lengths = lengths_of(options.lengths)
+        step = compile_step_for(machine, config, lengths, num_layers=options.layers)
         if options.hlo is not None:
             options.hlo.write_text(step.text, encoding="utf-8")
-        found = {"lengths": list(lengths_of(options.lengths))} | measure(step)
+        found = {"lengths": list(lengths[0]) if len(lengths) == 1 else options.lengths} | measure(step)
         print(rendered(found))
         worse = regressions(before, found) if before else []
     except ValueError as error:
@@ -63,7 +65,12 @@ def parser() -> argparse.ArgumentParser:
     add("config", type=Path, help="YAML file of a run")
     add("--on", required=True, metavar="TARGET", help="v5e-64, v5p-64, 2xv5e-16, h100x8, h200, ...")
     add("--layers", type=int, metavar="N", help="in place of the model's; two tell the same story in seconds")
-    add("--lengths", metavar="P,C,R", help="tokens of prompt, chosen and rejected, or of a supervised row")
+    add(
+        "--lengths",
+        metavar="P,C,R|FILE",
+        help="tokens of prompt, chosen and rejected, or of a supervised row; or a CSV file of them, one line per row, "
+        "such as benchmarks/lengths/hh.csv",
+    )
     add("--against", type=Path, metavar="FILE", help="output of an earlier run; exit 1 where the step is worse")
     add("--command", choices=("dpo", "sft"), help="command of the config (default: sft if its name ends in sft)")
     add("--code", type=Path, metavar="CHECKOUT", help="measure the code of another checkout with this one's tool")
@@ -91,17 +98,30 @@ def use_code(checkout: Path | None) -> None:
         spec.loader.exec_module(module)
 
 
-def lengths_of(text: str | None) -> tuple[int, ...]:
-    """Reads `--lengths`.
+def lengths_of(text: str | None) -> list[tuple[int, ...]]:
+    """Reads `--lengths`: the lengths of each row.
 
     Raises:
-      ValueError: it is missing, or is not a list of numbers.
+      ValueError: it is missing, or is neither numbers nor a file with a header and numbers.
     """
     if text is None:
         raise ValueError("--lengths is required: without rows it says how long they are, such as --lengths 512,300,300")
+    if text.endswith(".csv"):
+        return _lengths_in(Path(text))
     if not re.fullmatch(r"\d+(,\d+)*", text):
-        raise ValueError(f"--lengths: expected numbers, such as 512,300,300, found {text!r}")
-    return tuple(int(number) for number in text.split(","))
+        raise ValueError(f"--lengths: expected numbers, such as 512,300,300, or a CSV file, found {text!r}")
+    return [tuple(int(number) for number in text.split(","))]
+
+
+def _lengths_in(path: Path) -> list[tuple[int, ...]]:
+    try:
+        header, *rows = csv.reader(path.read_text(encoding="utf-8").splitlines())
+        found = [tuple(int(number) for number in row) for row in rows]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--lengths {path}: expected a header and rows of numbers ({error})") from error
+    if not found or any(len(row) != len(header) for row in found):
+        raise ValueError(f"--lengths {path}: expected rows of {len(header)} numbers, as many as the header has names")
+    return found
 
 
 def rendered(found: dict[str, Any]) -> str:

@@ -43,7 +43,7 @@ def main() -> int:
     return 0
 
 
-def measured(machine: Any, config: Any, lengths: tuple[int, ...], num_layers: int | None) -> dict[str, float]:
+def measured(machine: Any, config: Any, lengths: list[tuple[int, ...]], num_layers: int | None) -> dict[str, float]:
     """Compiles a step; returns what the program needs, and what the run estimates."""
     from jdpo.models.remat import REMAT_ORDER
     from jdpo.planning.compiled_step import compile_step_for, compiling_on

@@ -38,13 +38,13 @@ class CompiledStep(NamedTuple):
 
 
 def compile_step_for(
-    machine: Machine, config: TrainConfig, lengths: Sequence[int], *, num_layers: int | None = None
+    machine: Machine, config: TrainConfig, lengths: Sequence[Sequence[int]], *, num_layers: int | None = None
 ) -> CompiledStep:
     """Compiles the training step of a run for a machine.
 
     Args:
       config: `model_name_or_path` is a folder with config.json; see `plan_step`.
-      lengths: tokens of prompt, chosen and rejected, or of a supervised row.
+      lengths: of each row, the tokens of prompt, chosen and rejected, or of a supervised row.
       num_layers: in place of the model's.
 
     Raises:

@@ -60,12 +60,12 @@ class _Vocabulary(NamedTuple):
 def plan_step(
     config: TrainConfig,
     devices: Sequence[Any],
-    lengths: Sequence[int],
+    lengths: Sequence[Sequence[int]],
     *,
     num_layers: int | None = None,
     platform: str,
 ) -> PlannedStep:
-    """Lays out the step of a run whose rows all have the same lengths.
+    """Lays out the step of a run whose rows have these lengths, over and over.
 
     Where the config leaves `remat` to the run (auto), it is full, which needs the least memory; where it gives no
     `max_tokens_per_device`, a device takes as many of the batch's tokens at once as a run would at most.
@@ -73,7 +73,7 @@ def plan_step(
     Args:
       config: with compute_dtype resolved; `model_name_or_path` is a folder with config.json.
       devices: of the mesh; those of `compile_only_devices`, or real ones.
-      lengths: tokens of prompt, chosen and rejected, or of a supervised row.
+      lengths: of each row, the tokens of prompt, chosen and rejected, or of a supervised row; at least one row.
       num_layers: in place of the model's; a layer's share of the program does not depend on their number.
       platform: of the devices: "cpu", "gpu" or "tpu".
 
@@ -83,12 +83,12 @@ def plan_step(
     if not config.packing:
         raise ValueError("packing false: only packed steps are planned; leave packing out")
     task = task_for(config)
-    row = _row(task, lengths, config.max_length)
+    templates = [_row(task, of_row, config.max_length) for of_row in lengths]
     setup = setup_without_rows(config, task, make_mesh(config.mesh, devices), num_layers)
     live = isinstance(config, ReferenceSettings) and config.reference == "live" and task.uses_reference
     mode: Mode = "live" if live else "none"
     remat = "full" if config.remat == "auto" else config.remat
-    rows: Any = _EqualRows(row, config.global_batch_size)
+    rows: Any = _RepeatedRows(templates, config.global_batch_size)
     # The reference's log-probs travel with the batch wherever they are not computed in the step.
     cache: Any = _ZeroLogps() if task.uses_reference and not live else None
     indices = np.arange(config.global_batch_size)
@@ -167,18 +167,18 @@ def _row(task: Task, lengths: Sequence[int], max_length: int) -> Any:
     return TokenizedPair(prompt, chosen, rejected, origin="planned")
 
 
-class _EqualRows:
-    """As many rows as asked for, all the same; in place of a run's tokenized rows."""
+class _RepeatedRows:
+    """As many rows as asked for, from a few that are repeated; in place of a run's tokenized rows."""
 
-    def __init__(self, row: Any, number: int) -> None:
-        self._row, self._number = row, number
+    def __init__(self, rows: Sequence[Any], number: int) -> None:
+        self._rows, self._number = rows, number
 
     def __getitem__(self, index: int) -> Any:
-        return self._row
+        return self._rows[index % len(self._rows)]
 
     def sizes(self) -> ItemSizes:
         """Returns the sizes of all rows."""
-        return item_sizes([self._row]).of(np.zeros(self._number, np.int64))
+        return item_sizes(self._rows).of(np.arange(self._number) % len(self._rows))
 
     @property
     def margins(self) -> np.ndarray:

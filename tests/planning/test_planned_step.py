@@ -27,7 +27,7 @@ from jdpo.planning.roofline import Roofline, Speeds  # noqa: E402
 SHAPES = ROOT / "benchmarks" / "shapes"
 
 
-def planned(tmp_path: Path, *words: str, lengths: tuple[int, ...] = (16, 24, 24), command: str = "dpo") -> PlannedStep:
+def planned(tmp_path: Path, *words: str, lengths: Any = (16, 24, 24), command: str = "dpo") -> PlannedStep:
     """The step of a Llama with two layers whose folder holds nothing except config.json."""
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
     (tmp_path / "config.json").write_text(
@@ -42,7 +42,9 @@ def planned(tmp_path: Path, *words: str, lengths: tuple[int, ...] = (16, 24, 24)
         usual.remove("reference=cached")
     keys = [f"model_name_or_path={tmp_path}", "datasets=x", "output_dir=x", *usual, *words]
     config = load_config(CONFIGS[command], None, keys)
-    return plan_step(config, jax.devices(), lengths, num_layers=2, platform="cpu")
+    return plan_step(
+        config, jax.devices(), lengths if isinstance(lengths, list) else [lengths], num_layers=2, platform="cpu"
+    )
 
 
 def roofline_of(step: PlannedStep) -> Roofline:
@@ -197,4 +199,18 @@ def test_lengths_are_required() -> None:
         lengths_of(None)
     with pytest.raises(ValueError, match="512,300,300"):
         lengths_of("512 300")
-    assert lengths_of("512,300,300") == (512, 300, 300)
+    assert lengths_of("512,300,300") == [(512, 300, 300)]
+
+
+def test_lengths_may_be_those_of_real_rows(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("prompt,chosen,rejected\n16,24,24\n8,2,40\n", encoding="utf-8")
+    assert lengths_of(str(file)) == [(16, 24, 24), (8, 2, 40)]
+    step = planned(tmp_path, lengths=lengths_of(str(file)))
+    # Both sequences of a row of the second kind are shorter than those of the first, and share attention rows.
+    assert sorted(set(step.batch.lengths[step.batch.lengths > 0].tolist())) == [10, 40, 48]
+    file.write_text("prompt,chosen,rejected\n16,24\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="rows of 3 numbers"):
+        lengths_of(str(file))
+    with pytest.raises(ValueError, match=r"missing\.csv"):
+        lengths_of(str(tmp_path / "missing.csv"))

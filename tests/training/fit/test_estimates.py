@@ -64,7 +64,7 @@ def estimated(shape: str, **settings: object) -> tuple[StepEstimate, int, list[f
     }
     config = load_config(DPOConfig, None, [f"{key}={value}" for key, value in words.items()])
     with compiling_for(Target("gpu", "9.0")):
-        planned = plan_step(config, jax.devices()[:1], (256, 384, 384), platform="gpu")
+        planned = plan_step(config, jax.devices()[:1], [(256, 384, 384)], platform="gpu")
         policies = ("none", "dots", "attention", "full")
         estimate = estimate_step(planned.assembly, policies, planned.batch)
         tokens = tokens_at_once(planned.assembly, planned.batch)

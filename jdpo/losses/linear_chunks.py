@@ -24,11 +24,17 @@ GPUs and TPUs that is so below 700 to 2300 tokens."""
 
 
 class HeadSettings(NamedTuple):
-    """Static settings of the head; hashable."""
+    """Static settings of the head; hashable.
+
+    Attributes:
+      by_token: products read the head as [v, d], a row for each token. XLA's CPU backend multiplies faster so, and
+        copies nothing where the head is the transpose of a token table; elsewhere XLA chooses layouts by itself.
+    """
 
     softcap: float | None
     scale: float | None
     with_sum_sq: bool
+    by_token: bool = False
 
 
 def row_token_logps(
@@ -166,8 +172,14 @@ def _dot(equation: str, left: Array, right: Array) -> Array:
     return jnp.einsum(equation, left, right, preferred_element_type=dtype)
 
 
+def _oriented(settings: HeadSettings, head: Array) -> Array:
+    """Returns the head as products read it; called outside the loops, whose inputs XLA keeps in the order of axes."""
+    return head.T if settings.by_token else head
+
+
 def head_logits(settings: HeadSettings, hidden_rcd: Array, head: Array) -> Array:
-    logits_rcv = _dot("rcd,dv->rcv", hidden_rcd, head)
+    """Returns the logits [r, c, v], float32 or wider; the head is [v, d] if `settings.by_token`, else [d, v]."""
+    logits_rcv = _dot("rcd,vd->rcv" if settings.by_token else "rcd,dv->rcv", hidden_rcd, head)
     if settings.scale is not None:
         logits_rcv = logits_rcv * settings.scale
     if settings.softcap is not None:
@@ -205,8 +217,10 @@ def chunked_token_logps(
 def _forward(
     chunk: int, settings: HeadSettings, hidden_rkd: Array, head: Array, targets_rk: Array, lengths_r: Array | None
 ) -> tuple[tuple[Array, ...], tuple[Any, ...]]:
+    oriented = _oriented(settings, head)
+
     def body(total: None, counted_rc: Any, hidden_rcd: Array, targets_rc: Array) -> tuple[None, tuple[Array, ...]]:
-        logits = head_logits(settings, kept(hidden_rcd, counted_rc), head)  # [r, c, v]
+        logits = head_logits(settings, kept(hidden_rcd, counted_rc), oriented)  # [r, c, v]
         highest = logits.max(-1)  # subtracted, so that exp cannot overflow
         weights = jnp.exp(logits - highest[..., None])
         log_sum = jnp.log(weights.sum(-1))
@@ -225,6 +239,7 @@ def _backward(
 ) -> tuple[Array, Array, None, None]:
     """Uses d logp / dz = onehot - p and d log_sum_sq / dz = 2 (p^2 / sum p^2 - p), with p the softmax of logits z."""
     hidden_rkd, head, targets_rk, lengths_r, *per_token = residuals
+    oriented = _oriented(settings, head)
 
     def body(
         d_head: Array, counted_rc: Any, hidden_rcd: Array, targets_rc: Array, *per_token_rc: Array
@@ -232,7 +247,7 @@ def _backward(
         # Cleared although the gradient of these positions is 0: in the product for the head, 0 * NaN would be NaN.
         hidden_rcd = kept(hidden_rcd, counted_rc)
         log_sum_exp, g_logps, *sum_sq = (kept(x, counted_rc)[..., None] for x in per_token_rc)
-        logits = head_logits(settings, hidden_rcd, head)
+        logits = head_logits(settings, hidden_rcd, oriented)
         # With the normalizer of the forward pass, which saves a reduction over the vocabulary.
         log_p = logits - log_sum_exp
         p = jnp.exp(log_p)
@@ -247,7 +262,8 @@ def _backward(
             d_logits *= settings.scale
         # Both products in the dtype of the operands: float32 next to bfloat16 would make them slow.
         d_logits = d_logits.astype(jnp.promote_types(hidden_rcd.dtype, head.dtype))
-        d_hidden = _dot("rcv,dv->rcd", d_logits, head).astype(hidden_rcd.dtype)
+        equation = "rcv,vd->rcd" if settings.by_token else "rcv,dv->rcd"
+        d_hidden = _dot(equation, d_logits, oriented).astype(hidden_rcd.dtype)
         return d_head + _dot("rcd,rcv->dv", hidden_rcd, d_logits), (d_hidden,)
 
     log_sum_exp, *log_sum_sq = per_token

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from jdpo.losses import token_logps
 from jdpo.losses.linear import linear_token_logps
+from jdpo.losses.linear_chunks import HeadSettings, row_token_logps
 
 WIDTH, VOCAB = 16, 37
 TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2, "float64": 1e-12}
@@ -93,6 +94,20 @@ def test_values_and_gradients_are_those_of_the_plain_head(dtype: str, shape: tup
     assert [result.dtype for result in found[0]] == [jnp.promote_types(dtype, jnp.float32)] * len(cotangents)
     assert [gradient.dtype for gradient in found[1]] == [dtype, dtype]
     assert_close(found, (results, gradients), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 2e-6)])
+def test_a_head_read_by_token_gives_the_same(dtype: str, tolerance: float) -> None:
+    hidden, head, targets, *cotangents = inputs((2, 9), seed=11)
+
+    def found(by_token: bool) -> Any:
+        settings = HeadSettings(SOFT["logit_softcap"], SOFT["logit_scale"], True, by_token)
+        function = partial(row_token_logps, settings, lengths_r=jnp.array([9, 4]), chunk=4)
+        return jax.jit(weighted(function))(*arrays, targets, *cotangents)
+
+    with jax.enable_x64(True):
+        arrays = [jnp.asarray(array, dtype) for array in (hidden, head)]
+        assert_close(found(True), found(False), tolerance)
 
 
 @pytest.mark.smoke

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from jdpo.devices import target
 from jdpo.losses.coupled import init_loss_state
 from jdpo.losses.linear_chunks import HeadSettings, num_scored, row_token_logps, scored_states
 from jdpo.losses.logprobs import sequence_logps, shifted_token_logps
@@ -272,7 +273,8 @@ class PackedLogps:
         config = self.model.config
         # None leaves the multiplication out of the program.
         scale = config.logit_scale if config.logit_scale != 1.0 else None
-        settings = HeadSettings(config.logit_softcap, scale, with_log_sum_sq)
+        by_token = config.tie_embeddings and target().platform == "cpu"
+        settings = HeadSettings(config.logit_softcap, scale, with_log_sum_sq, by_token)
         min_tokens = head_chunk_tokens(self.mesh.devices.flat[0].device_kind, head_dv.dtype, head_dv.shape[1])
 
         def of_rows(hidden_rkd: Array, head_dv: Array, targets_rk: Array, num_scored_r: Array) -> tuple[Array, ...]:

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Sequence
 
 from jdpo.cli.failures import INTERRUPTED, catch_early_interrupts, explain_failure, explain_input
+from jdpo.cli.huge_pages import restart_with_huge_pages
 from jdpo.loss_specs import LOSSES
 from jdpo.quiet_transformers import be_quiet
 from jdpo.safe_text import terminal_lines
@@ -35,6 +36,9 @@ COMMANDS = {
     "completion": ("jdpo.cli.commands.completion", "print a script that completes jdpo's command lines in your shell"),
 }
 """Command -> its module, and what it does."""
+
+ON_HUGE_PAGES = ("sft", "dpo", "reference")
+"""Commands that run a model over all rows, for which huge pages pay."""
 
 _TRAINING = "`jdpo sft` trains on completions, `jdpo dpo` on pairs of a chosen and a rejected answer"
 ELSEWHERE = {
@@ -107,6 +111,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     command, *rest = words
+    # Before anything is loaded, and only as a process of its own, which it replaces.
+    if argv is None and command in ON_HUGE_PAGES and not {"-h", "--help"} & {*rest}:
+        restart_with_huge_pages()
     if command not in COMMANDS:
         print(_safe(f"jdpo: unknown command {command!r}{_instead_of(command)}\n\n{usage()}"), file=sys.stderr)
         return 2

@@ -100,8 +100,8 @@ def climb(shape: ModelShape, table: str, lengths: np.ndarray, rounds: int, mesh:
     programs = {name: program(step) for name, step in steps.items()}
     check_equal({name: run() for name, run in programs.items()})
     seconds = in_turns(programs, rounds)
-    places = {name: step.places for name, step in steps.items()}
-    flops = predicted_flops(shape, lengths, padded=places["padded"], packed=places["shared prompt"])
+    apart, shared = ((steps[name].rows, steps[name].places) for name in ("packed", "shared prompt"))
+    flops = predicted_flops(shape, lengths, padded=steps["padded"].places, apart=apart, shared=shared)
     lines = [
         f"## {table}: {len(lengths)} pairs, {int(lengths.sum())} tokens",
         "",

@@ -10,8 +10,8 @@ backward. Of a pair's tokens P, C, R (prompt, chosen, rejected) a live reference
     cached reference 6 N (P + C + R) + 8 h (C + R)
     attention        the same, with only the lower triangle of each sequence
 
-Attention over a sequence of t places is two products of 2 t^2 w FLOPs per layer, w the width of all heads; backward has
-four, and a fifth if the scores are recomputed.
+Attention over a row of t places, of one or several sequences, is two products of 2 t^2 w FLOPs per layer, w the width of
+all heads; backward has four, and a fifth if the scores are recomputed.
 """
 
 from __future__ import annotations
@@ -22,28 +22,31 @@ from speed_model import ModelShape
 RUNGS = ("padded", "packed", "shared prompt", "chunked head", "cached reference", "attention")
 
 
-def predicted_flops(shape: ModelShape, lengths: np.ndarray, *, padded: int, packed: int) -> dict[str, float]:
+def predicted_flops(
+    shape: ModelShape, lengths: np.ndarray, *, padded: int, apart: tuple[int, int], shared: tuple[int, int]
+) -> dict[str, float]:
     """Returns the FLOPs of a step, by rung.
 
     Args:
       shape: of the model.
       lengths: int [b, 3], cut tokens of prompt, chosen and rejected.
       padded: places of a padded sequence.
-      packed: places of a packed attention sequence: plain attention computes them all.
+      apart, shared: rows of packed attention and places of each, without and with shared prompts: plain attention
+        computes them all.
     """
     n, h = float(shape.backbone), float(shape.head)
     prompt, sides = lengths[:, 0], lengths[:, 1:]
-    repeated, shared, scored = int((2 * prompt + sides.sum(1)).sum()), int(lengths.sum()), int(sides.sum())
+    repeated, once, scored = int((2 * prompt + sides.sum(1)).sum()), int(lengths.sum()), int(sides.sum())
     num_sequences = 2 * len(lengths)
-    full = num_sequences * attention_flops(shape, packed)
+    full_apart, full = (rows * attention_flops(shape, places) for rows, places in (apart, shared))
     real = sum(attention_flops(shape, length) for length in (prompt[:, None] + sides).reshape(-1).tolist())
     return {
         "padded": 8 * (n + h) * num_sequences * padded + 4 * num_sequences * attention_flops(shape, padded),
-        "packed": 8 * (n + h) * repeated + 4 * full,
-        "shared prompt": 8 * (n + h) * shared + 4 * full,
-        "chunked head": 8 * n * shared + 10 * h * scored + 4 * full,
-        "cached reference": 6 * n * shared + 8 * h * scored + 3 * full,
-        "attention": 6 * n * shared + 8 * h * scored + 3.5 * real / 2,
+        "packed": 8 * (n + h) * repeated + 4 * full_apart,
+        "shared prompt": 8 * (n + h) * once + 4 * full,
+        "chunked head": 8 * n * once + 10 * h * scored + 4 * full,
+        "cached reference": 6 * n * once + 8 * h * scored + 3 * full,
+        "attention": 6 * n * once + 8 * h * scored + 3.5 * real / 2,
     }
 
 

@@ -6,6 +6,7 @@ Axes: r rows, s slots of a row, k scored tokens of a row, d model, v vocabulary,
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -40,12 +41,13 @@ class Step(NamedTuple):
     Attributes:
       function: operands -> (loss, gradients).
       operands: params, reference params or None, batch [k, m, ...].
-      places: positions of an attention sequence, padding included.
+      rows, places: of attention: rows of one or, where packed, several sequences, and places of each, padding included.
       tokens: real tokens of prompts, chosen and rejected.
     """
 
     function: Any
     operands: tuple[Any, ...]
+    rows: int
     places: int
     tokens: int
 
@@ -95,8 +97,9 @@ def make_step(objective: Objective, reference: Params, batch: Any, *, params: Pa
         found = loss_and_grads(objective, params, reference, batch)
         return found.loss, found.grads
 
-    places = batch.gather.shape[-1] if isinstance(batch, PackedBatch) else batch.tokens.shape[-1]
-    return Step(function, (params, reference, jax.tree.map(jnp.asarray, batch)), places, tokens)
+    attended = batch.gather if isinstance(batch, PackedBatch) else batch.tokens
+    *rows, places = attended.shape
+    return Step(function, (params, reference, jax.tree.map(jnp.asarray, batch)), math.prod(rows), places, tokens)
 
 
 def model_of(shape: ModelShape, attention: str) -> Transformer:
@@ -141,9 +144,9 @@ def sides_of(pairs: Sequence[TokenizedPair]) -> list[TokenizedCompletion]:
 
 
 def packed(rows: Any) -> PackedBatch:
-    """Packs all rows, in order, into one row of slots."""
+    """Packs all rows, in order, into one row of slots, and their sequences back to back into attention rows."""
     indices, sizes = np.arange(len(rows)), item_sizes(rows)
-    plan = plan_run(sizes, [indices], num_shards=1, micro_batch_size=len(rows))
+    plan = plan_run(sizes, [indices], num_shards=1, micro_batch_size=len(rows), sequences_per_row=None)
     return pack_step(rows, indices, plan.step(indices))
 
 

@@ -189,14 +189,14 @@ def test_predicted_flops_by_hand() -> None:
     assert (shape.backbone, shape.head) == (34, 10)
     assert attention_flops(shape, 3) == 4 * 9 * 2
     # P, C, R = 4, 2, 1: repeated 11, shared 7, scored 3; sequences of 6 and 5 places.
-    found = predicted_flops(shape, np.array([[4, 2, 1]]), padded=8, packed=7)
-    square = {t: 4 * t * t * 2 for t in (5, 6, 7, 8)}
+    found = predicted_flops(shape, np.array([[4, 2, 1]]), padded=8, apart=(2, 7), shared=(1, 12))
+    square = {t: 4 * t * t * 2 for t in (5, 6, 7, 8, 12)}
     assert found == {
         "padded": 8 * 44 * 16 + 4 * 2 * square[8],
         "packed": 8 * 44 * 11 + 4 * 2 * square[7],
-        "shared prompt": 8 * 44 * 7 + 4 * 2 * square[7],
-        "chunked head": 8 * 34 * 7 + 10 * 10 * 3 + 4 * 2 * square[7],
-        "cached reference": 6 * 34 * 7 + 8 * 10 * 3 + 3 * 2 * square[7],
+        "shared prompt": 8 * 44 * 7 + 4 * square[12],
+        "chunked head": 8 * 34 * 7 + 10 * 10 * 3 + 4 * square[12],
+        "cached reference": 6 * 34 * 7 + 8 * 10 * 3 + 3 * square[12],
         "attention": 6 * 34 * 7 + 8 * 10 * 3 + 3.5 * (square[6] + square[5]) / 2,
     }
 

@@ -10,8 +10,8 @@ backward. Of a pair's tokens P, C, R (prompt, chosen, rejected) a live reference
     cached reference 6 N (P + C + R) + 8 h (C + R)
     attention        the same, with only the lower triangle of each sequence
 
-Attention over a row of t places, of one or several sequences, is two products of 2 t^2 w FLOPs per layer, w the width of
-all heads; backward has four, and a fifth if the scores are recomputed.
+Attention over a row of t places, of one or several sequences, is two products of 2 t^2 w FLOPs per layer, w the width
+of all heads; backward has four, and a fifth if the scores are recomputed.
 """
 
 from __future__ import annotations

@@ -67,7 +67,9 @@ def missing(python: str, modules: Sequence[str]) -> str | None:
 
 def environment(device: str, compilation_cache: Path | None = None) -> dict[str, str]:
     """Returns the environment of every arm: offline, with a compilation cache of its own."""
-    values = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
+    # The same share of a GPU for all; jax refuses to start with the old name of the variable next to the new one.
+    values = {name: value for name, value in os.environ.items() if name != "XLA_PYTHON_CLIENT_MEM_FRACTION"}
+    values |= {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "XLA_CLIENT_MEM_FRACTION": "0.95"}
     if device == "cpu":
         values["JAX_PLATFORMS"] = "cpu"
     if compilation_cache is not None:

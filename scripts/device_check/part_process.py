@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from jdpo.cli.gpu_pool import FRACTION, OWN_SETTINGS, VARIABLE
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 
@@ -126,7 +128,8 @@ def environment(platform: str | None, **more: str) -> dict[str, str]:
         "PYTHONPATH": paths,
         "HF_HUB_OFFLINE": "1",
         "PYTHONUNBUFFERED": "1",
-        # As `jdpo` sets it where it starts jax itself; a user's own setting wins.
-        "XLA_PYTHON_CLIENT_MEM_FRACTION": os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92"),
     }
+    # As `jdpo` sets it where it starts jax itself; a user's own settings win.
+    if not any(os.environ.get(name) for name in OWN_SETTINGS):
+        given[VARIABLE] = str(FRACTION)
     return {**os.environ, **given, **chosen, **more}

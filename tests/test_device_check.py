@@ -18,6 +18,9 @@ from check_summary import failures, summary  # noqa: E402
 from parity_part import BARS, differences  # noqa: E402
 from part_process import environment, run_process  # noqa: E402
 from part_table import PARTS  # noqa: E402
+from part_worker import check_platform  # noqa: E402
+
+from jdpo.cli.gpu_pool import FRACTION, OWN_SETTINGS, VARIABLE  # noqa: E402
 
 BY_NAME = {part.name: part for part in PARTS}
 STEP = {"loss": 0.5, "logps/chosen": -10.0, "logps/rejected": -20.0}
@@ -74,6 +77,27 @@ def test_no_part_is_started_when_the_budget_is_used_up(tmp_path: Path) -> None:
     assert [path.name for path in sorted(tmp_path.glob("*.json"))] == ["full.json", "machine.json", "parity.json"]
     assert json.loads((tmp_path / "parity.json").read_text())["status"] == "not started"
     assert "| parity | not started: 0 s of the budget were left |" in (tmp_path / "summary.md").read_text()
+
+
+def test_a_cpu_does_not_pass_for_the_gpu_that_is_missing(tmp_path: Path) -> None:
+    done = run_script("--tiny", "--on", "gpu", "--out", tmp_path, "--parts", "machine")
+    assert done.returncode == 1
+    assert "failed: machine" in done.stdout
+    # JAX may refuse to start without a GPU, or take the CPU.
+    assert json.loads((tmp_path / "machine.json").read_text())["status"] == "failed"
+    with pytest.raises(ValueError, match="an accelerator"):
+        check_platform(None, tiny=False)
+    check_platform(None, tiny=True)
+    check_platform("cpu", tiny=False)
+
+
+def test_a_users_own_share_of_a_gpus_memory_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in OWN_SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    assert environment("gpu")[VARIABLE] == str(FRACTION)
+    # JAX does not start with both names of the variable.
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+    assert VARIABLE not in environment("gpu")
 
 
 # --- processes

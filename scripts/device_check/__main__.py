@@ -16,8 +16,9 @@ a process of its own:
 - compare, if time is left: remat policies, sizes of the head's chunks, and attention kernels.
 
 A part that fails is recorded with its error, and the others still run. No part is started when the budget is used up.
-Results are one JSON file per part and summary.md, in --out, in $OUT, or in benchmarks/results/device/DATE-KIND. The
-exit code is 0 if every part that was asked for, except `compare`, ran and every check passed.
+Results are one JSON file per part and summary.md, in --out, in $OUT, or in benchmarks/results/device/DATE-KIND (with
+--tiny in runs/device/DATE-KIND, which git ignores). The exit code is 0 if every part that was asked for, except
+`compare`, ran and every check passed.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def main(words: Sequence[str] | None = None) -> int:
             say(f"{part.name}: {part.title} (at most {left:.0f} s)")
             results[part.name] = run_part(part.name, request(arguments, results, left), Limits(left, arguments.on), say)
             say(f"{part.name}: {outcome(part, results[part.name])}")
-        out = out or default_folder(results)
+        out = out or default_folder(results, tiny=arguments.tiny)
         write_summary(out, asked, results, command=" ".join(sys.argv[1:]))
     assert out is not None
     failed = failures(asked, results)
@@ -87,6 +88,7 @@ def request(arguments: argparse.Namespace, results: dict[str, dict[str, Any]], s
     models = {"full": arguments.full_model, "lora": arguments.lora_model}
     return {
         "tiny": arguments.tiny,
+        "on": arguments.on,
         "models": {name: str(folder) for name, folder in models.items() if folder is not None},
         "seconds": seconds,
         "before": results,
@@ -101,12 +103,12 @@ def outcome(part: Part, result: dict[str, Any]) -> str:
     return f"failed: {', '.join(failed)}" if failed else part.headline(result)
 
 
-def default_folder(results: dict[str, dict[str, Any]]) -> Path:
-    """Returns benchmarks/results/device/DATE-KIND."""
+def default_folder(results: dict[str, dict[str, Any]], *, tiny: bool) -> Path:
+    """Returns benchmarks/results/device/DATE-KIND, or runs/device/DATE-KIND for toy sizes, whose times say nothing."""
     kinds = (result.get("device_kind") for result in results.values())
     kind = next((kind for kind in kinds if kind), "unknown")
     name = f"{datetime.date.today().isoformat()}-{kind}".replace(" ", "-").replace("/", "-").lower()
-    return ROOT / "benchmarks/results/device" / name
+    return ROOT / ("runs/device" if tiny else "benchmarks/results/device") / name
 
 
 def say(line: str) -> None:

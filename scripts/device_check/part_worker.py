@@ -32,7 +32,24 @@ def main(name: str, folder: Path) -> None:
         unfinished.write_text(json.dumps(result), encoding="utf-8")
         unfinished.replace(folder / "result.json")
 
+    check_platform(request["on"], tiny=request["tiny"])
     importlib.import_module(MODULES[name]).run(name, request, save)
+
+
+def check_platform(asked: str | None, *, tiny: bool) -> None:
+    """Checks that JAX has the device that is to be measured: where it finds no accelerator, it takes the CPU.
+
+    Raises:
+      ValueError: it has another one, or a model of true size would run on a CPU that nobody asked for.
+    """
+    import jax
+
+    found = jax.default_backend()
+    if found != asked and (asked is not None or (found == "cpu" and not tiny)):
+        raise ValueError(
+            f"expected {asked or 'an accelerator'}, but JAX finds {found} devices only: install .[cuda] or "
+            ".[tpu], and see that nvidia-smi lists a GPU; or try the script with --on cpu --tiny"
+        )
 
 
 if __name__ == "__main__":

@@ -79,7 +79,8 @@ def prepare_steps(
         fit, batches, compiled = recalled, plan(recalled.max_tokens_per_device), dict[Batch, Any]()
     else:
         fit, batches, compiled = fit_steps(setup, assemblies, plan, log, limit=limit)
-    assembly = assemblies[fit.remat]
+    # An earlier version may have chosen a policy that is not tried any more.
+    assembly = assemblies.get(fit.remat) or next(iter(assemblies.values())).with_remat(fit.remat)
     log_batches(setup, assembly, batches, fit, log)
     # Programs of budgets that were only tried would take memory for nothing.
     known = set(map(shapes_of, batches.shapes()))

@@ -188,6 +188,9 @@ def test_trial_compilations_and_steps_have_the_compiler_options_of_the_config(ru
 def test_a_fit_is_remembered_as_long_as_nothing_it_depends_on_changes(run_words: Words) -> None:
     _, prepared, _ = prepare(run_words(remat="auto"), recalled=Fit("full", 128))
     assert prepared.fit == Fit("full", 128)
+    # "none" is not tried on any platform, but an earlier version has chosen it.
+    _, earlier, _ = prepare(run_words(remat="auto"), recalled=Fit("none", 128))
+    assert earlier.assembly.model.remat == "none"
     now = fit_conditions(prepared.assembly, "live")
     saved = FitRecord.from_json(json.loads(json.dumps(fit_record(Fit("dots", 640, 500), now, limit=800).to_json())))
     assert recalled_fit(saved, now, limit=900) == Fit("dots", 640, 500)

@@ -14,6 +14,11 @@ H100 = "NVIDIA H100, H200 and H100 NVL datasheets; DGX H100 and H200 user guides
 B200 = "NVIDIA DGX B200 datasheet"
 
 
+GPU_POOL = 0.92
+"""The share of a GPU's memory that JAX reserves for a run of the command; its own default is 0.75. The rest is for what
+CUDA, NCCL and cuDNN allocate next to the pool."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
     """A device as JAX counts them: a chip, or one of the two TensorCores of a TPU v2, v3 and TPU7x.

@@ -20,7 +20,8 @@ from part_process import environment, run_process  # noqa: E402
 from part_table import PARTS  # noqa: E402
 from part_worker import check_platform  # noqa: E402
 
-from jdpo.cli.gpu_pool import FRACTION, OWN_SETTINGS, VARIABLE  # noqa: E402
+from jdpo.chips import GPU_POOL  # noqa: E402
+from jdpo.cli.gpu_pool import OWN_SETTINGS, VARIABLE  # noqa: E402
 
 BY_NAME = {part.name: part for part in PARTS}
 STEP = {"loss": 0.5, "logps/chosen": -10.0, "logps/rejected": -20.0}
@@ -94,7 +95,7 @@ def test_a_cpu_does_not_pass_for_the_gpu_that_is_missing(tmp_path: Path) -> None
 def test_a_users_own_share_of_a_gpus_memory_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in OWN_SETTINGS:
         monkeypatch.delenv(name, raising=False)
-    assert environment("gpu")[VARIABLE] == str(FRACTION)
+    assert environment("gpu")[VARIABLE] == str(GPU_POOL)
     # JAX does not start with both names of the variable.
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
     assert VARIABLE not in environment("gpu")

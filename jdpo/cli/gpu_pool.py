@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
-FRACTION = 0.92
-"""JAX's own default is 0.75. The rest is for what CUDA, NCCL and cuDNN allocate next to the pool."""
+from jdpo.chips import GPU_POOL
 
 VARIABLE = "XLA_CLIENT_MEM_FRACTION"
 """Read by jaxlib when it starts a GPU client; XLA_PYTHON_CLIENT_MEM_FRACTION is its deprecated name."""
@@ -25,7 +24,7 @@ _DEVICE_FILES = ("dev/nvidia0", "dev/nvidiactl", "dev/dxg", "dev/kfd")
 def reserve_gpu_memory(
     environment: MutableMapping[str, str], root: Path = Path("/"), *, has_plugin: bool
 ) -> str | None:
-    """Makes JAX reserve FRACTION of each GPU, unless the user has decided about that or there is no GPU.
+    """Makes JAX reserve GPU_POOL of each GPU, unless the user has decided about that or there is no GPU.
 
     Call it before JAX looks for devices.
 
@@ -40,8 +39,8 @@ def reserve_gpu_memory(
     own = any(environment.get(name) for name in OWN_SETTINGS)
     if own or not has_plugin or not _may_use_gpu(environment, root):
         return None
-    environment[VARIABLE] = str(FRACTION)
-    return f"GPU memory: JAX reserves {FRACTION:.0%} of each GPU; set {VARIABLE} for another share (docs/devices.md)"
+    environment[VARIABLE] = str(GPU_POOL)
+    return f"GPU memory: JAX reserves {GPU_POOL:.0%} of each GPU; set {VARIABLE} for another share (docs/devices.md)"
 
 
 def _may_use_gpu(environment: Mapping[str, str], root: Path) -> bool:

@@ -55,7 +55,14 @@ def compile_step_for(
     with compiling_on(machine):
         config = resolve_dtype(config)
         with numerics(config):
-            planned = plan_step(config, devices, lengths, num_layers=num_layers, platform=machine.target.platform)
+            planned = plan_step(
+                config,
+                devices,
+                lengths,
+                num_layers=num_layers,
+                platform=machine.target.platform,
+                memory=machine.chip.hbm_bytes,
+            )
             began = time.perf_counter()
             lowered = planned.assembly.lower_step(planned.batch)
             lowered_at = time.perf_counter()

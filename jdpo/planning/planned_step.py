@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +19,7 @@ from jdpo.models.model_config import ModelConfig
 from jdpo.sharding.mesh import check_batch_size, make_mesh
 from jdpo.training.fit.assembly import Assembly, assemble
 from jdpo.training.setup.adaptation import adaptation_of
-from jdpo.training.setup.batches import make_batches
+from jdpo.training.setup.batches import Batches, make_batches
 from jdpo.training.setup.model_setup import make_model
 from jdpo.training.setup.run_setup import Setup
 from jdpo.training.setup.tasks import Task, task_for
@@ -64,11 +66,12 @@ def plan_step(
     *,
     num_layers: int | None = None,
     platform: str,
+    memory: float = math.inf,
 ) -> PlannedStep:
     """Lays out the step of a run whose rows have these lengths, over and over.
 
-    Where the config leaves `remat` to the run (auto), it is full, which needs the least memory; where it gives no
-    `max_tokens_per_device`, a device takes as many of the batch's tokens at once as a run would at most.
+    Where the config leaves `remat` or the tokens at once open, they are those that a run compiles first, of the model
+    with all of its layers. A run keeps them if the compiled step fits.
 
     Args:
       config: with compute_dtype resolved; `model_name_or_path` is a folder with config.json.
@@ -76,6 +79,7 @@ def plan_step(
       lengths: of each row, the tokens of prompt, chosen and rejected, or of a supervised row; at least one row.
       num_layers: in place of the model's; a layer's share of the program does not depend on their number.
       platform: of the devices: "cpu", "gpu" or "tpu".
+      memory: bytes of a device.
 
     Raises:
       ValueError: settings that do not fit the devices, or lengths that do not fit the command.
@@ -84,30 +88,40 @@ def plan_step(
         raise ValueError("packing false: only packed steps are planned; leave packing out")
     task = task_for(config)
     templates = [_row(task, of_row, config.max_length) for of_row in lengths]
-    setup = setup_without_rows(config, task, make_mesh(config.mesh, devices), num_layers)
+    mesh = make_mesh(config.mesh, devices)
     live = isinstance(config, ReferenceSettings) and config.reference == "live" and task.uses_reference
     mode: Mode = "live" if live else "none"
-    remat = "full" if config.remat == "auto" else config.remat
     rows: Any = _RepeatedRows(templates, config.global_batch_size)
     # The reference's log-probs travel with the batch wherever they are not computed in the step.
     cache: Any = _ZeroLogps() if task.uses_reference and not live else None
     indices = np.arange(config.global_batch_size)
-    batches = make_batches(
-        setup,
-        rows,
-        [indices],
-        max_tokens_per_device=config.max_tokens_per_device or _most_tokens(platform),
-        cache=cache,
-    )
+
+    def plan(setup: Setup, max_tokens: int) -> Batches:
+        return make_batches(setup, rows, [indices], max_tokens_per_device=max_tokens, cache=cache)
+
+    remat: str = config.remat
+    max_tokens = config.max_tokens_per_device
+    if remat == "auto" or max_tokens is None:
+        try:
+            from jdpo.planning.planned_fit import planned_fit
+        except ImportError as error:  # an older checkout, which `benchmarks/aot.py --code` measures
+            raise ValueError(
+                f"this version of jdpo has no estimates of what a run chooses ({error}): give remat, such as "
+                "remat=full, and max_tokens_per_device"
+            ) from error
+
+        whole = setup_without_rows(config, task, mesh)
+        fit = planned_fit(
+            assemble(whole, reference=mode, remat="full" if remat == "auto" else remat),
+            functools.partial(plan, whole),
+            platform=platform,
+            memory=memory,
+        )
+        remat, max_tokens = fit.remat, fit.max_tokens_per_device
+    setup = setup_without_rows(config, task, mesh, num_layers)
+    batches = plan(setup, max_tokens)
     batch = batches.make(indices).batch
     return PlannedStep(assemble(setup, reference=mode, remat=remat), batch, batches.tokens_per_device, remat)
-
-
-def _most_tokens(platform: str) -> int:
-    # Imported here, as an older checkout that `benchmarks/aot.py --code` measures has it in another module.
-    from jdpo.training.fit.fit_search import MAX_TOKENS_PER_DEVICE
-
-    return MAX_TOKENS_PER_DEVICE[platform]
 
 
 def setup_without_rows(config: TrainConfig, task: Task, mesh: Mesh, num_layers: int | None = None) -> Setup:

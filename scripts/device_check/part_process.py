@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from jdpo.cli.gpu_pool import FRACTION, OWN_SETTINGS, VARIABLE
+from jdpo.chips import GPU_POOL
+from jdpo.cli.gpu_pool import OWN_SETTINGS, VARIABLE
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -131,5 +132,5 @@ def environment(platform: str | None, **more: str) -> dict[str, str]:
     }
     # As `jdpo` sets it where it starts jax itself; a user's own settings win.
     if not any(os.environ.get(name) for name in OWN_SETTINGS):
-        given[VARIABLE] = str(FRACTION)
+        given[VARIABLE] = str(GPU_POOL)
     return {**os.environ, **given, **chosen, **more}

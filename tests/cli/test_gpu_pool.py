@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from jaxlib import xla_client
 
-from jdpo.cli.gpu_pool import FRACTION, OWN_SETTINGS, VARIABLE, reserve_gpu_memory
+from jdpo.chips import GPU_POOL
+from jdpo.cli.gpu_pool import OWN_SETTINGS, VARIABLE, reserve_gpu_memory
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def test_jax_gets_the_share_and_the_user_a_line(machine: Path, monkeypatch: pyte
         monkeypatch.delenv(name, raising=False)
     # What jaxlib itself makes of the variable, on this machine without a GPU.
     monkeypatch.setenv(VARIABLE, environment[VARIABLE])
-    assert xla_client.generate_pjrt_gpu_plugin_options()["memory_fraction"] == FRACTION
+    assert xla_client.generate_pjrt_gpu_plugin_options()["memory_fraction"] == GPU_POOL
 
 
 @pytest.mark.parametrize("name", OWN_SETTINGS)

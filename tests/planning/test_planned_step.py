@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -23,11 +24,14 @@ from jdpo.planning.hlo.hlo_text import parse  # noqa: E402
 from jdpo.planning.machines import machine_of  # noqa: E402
 from jdpo.planning.planned_step import PlannedStep, plan_step  # noqa: E402
 from jdpo.planning.roofline import Roofline, Speeds  # noqa: E402
+from jdpo.training.fit.estimates import estimate_step  # noqa: E402
 
 SHAPES = ROOT / "benchmarks" / "shapes"
 
 
-def planned(tmp_path: Path, *words: str, lengths: Any = (16, 24, 24), command: str = "dpo") -> PlannedStep:
+def planned(
+    tmp_path: Path, *words: str, lengths: Any = (16, 24, 24), command: str = "dpo", memory: float = math.inf
+) -> PlannedStep:
     """The step of a Llama with two layers whose folder holds nothing except config.json."""
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
     (tmp_path / "config.json").write_text(
@@ -42,9 +46,8 @@ def planned(tmp_path: Path, *words: str, lengths: Any = (16, 24, 24), command: s
         usual.remove("reference=cached")
     keys = [f"model_name_or_path={tmp_path}", "datasets=x", "output_dir=x", *usual, *words]
     config = load_config(CONFIGS[command], None, keys)
-    return plan_step(
-        config, jax.devices(), lengths if isinstance(lengths, list) else [lengths], num_layers=2, platform="cpu"
-    )
+    rows = lengths if isinstance(lengths, list) else [lengths]
+    return plan_step(config, jax.devices(), rows, num_layers=2, platform="cpu", memory=memory)
 
 
 def roofline_of(step: PlannedStep) -> Roofline:
@@ -82,6 +85,23 @@ def test_supervised_rows_and_adapters_are_planned_as_well(tmp_path: Path) -> Non
     step = planned(tmp_path, "lora.r=2", "reference=live")
     assert step.assembly.frozen.base is not None
     assert step.assembly.flops(step.batch).logical > 0
+
+
+def test_what_is_left_open_is_what_a_run_compiles_first(tmp_path: Path) -> None:
+    words = ("remat=auto", "global_batch_size=64")
+    roomy = planned(tmp_path, *words)
+    assert (roomy.remat, roomy.tokens_per_device) == ("attention", 8 * 64)
+    # Of three layers, as the model has them, and not of the two that are compiled.
+    policies = ("attention", "full")
+    whole = plan_step(roomy.assembly.setup.config, jax.devices(), [(16, 24, 24)], platform="cpu")
+    estimate = estimate_step(whole.assembly, policies, whole.batch)
+    tight = planned(tmp_path, *words, memory=estimate.num_bytes("attention", 400))
+    # Six of a device's eight pairs fit; two micro-batches then have four each.
+    assert (tight.remat, tight.tokens_per_device) == ("attention", 4 * 64)
+    assert tight.batch.tokens.shape[0] == 2
+    # What the config gives stays.
+    assert planned(tmp_path, *words, "max_tokens_per_device=128").tokens_per_device == 128
+    assert planned(tmp_path, *words, "micro_batch_size=1").batch.tokens.shape == (8, 8, 64)
 
 
 @pytest.mark.parametrize(

@@ -58,16 +58,25 @@ def test_nothing_changes_for_an_accelerator(machine: Path, name: str) -> None:
     assert with_huge_pages({"JAX_PLATFORMS": "cpu"}, machine, libc=LIBC) is not None
 
 
+CODE = f"""
+import os, sys
+from jdpo.cli.huge_pages import restart_with_huge_pages
+restart_with_huge_pages()
+print(os.getpid(), sys.argv[1:], os.environ.get("{VARIABLE}"))
+"""
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's own files")
-def test_the_process_that_starts_again_is_the_same() -> None:
-    code = (
-        "import os, sys; from jdpo.cli.huge_pages import restart_with_huge_pages; restart_with_huge_pages(); "
-        f"print(os.getpid(), sys.argv[1:], os.environ.get('{VARIABLE}'))"
-    )
+@pytest.mark.parametrize("from_file", [True, False])
+def test_the_process_that_starts_again_is_the_same(tmp_path: Path, from_file: bool) -> None:
+    (tmp_path / "program.py").write_text(CODE)
     environment = {key: value for key, value in os.environ.items() if key != VARIABLE} | {"JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", code, "a b", "--c=1"]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        output, _ = process.communicate()
-    expected = with_huge_pages(environment, libc=os.confstr("CS_GNU_LIBC_VERSION") or "")
-    assert output.strip() == f"{process.pid} ['a b', '--c=1'] {(expected or {}).get(VARIABLE)}"
+    command = [sys.executable, str(tmp_path / "program.py") if from_file else "-", "a b", "--c=1"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True) as process:
+        output, _ = process.communicate(CODE)
+    expected = with_huge_pages(environment, libc=os.confstr("CS_GNU_LIBC_VERSION") or "") or {}
+    # A program that came from standard input is there no more.
+    setting = expected.get(VARIABLE) if from_file else None
+    assert output.strip() == f"{process.pid} ['a b', '--c=1'] {setting}"
     assert process.returncode == 0

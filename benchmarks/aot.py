@@ -28,6 +28,23 @@ SHAPES = ROOT / "benchmarks" / "shapes"
 
 def main() -> int:
     options, words = parser().parse_known_args()
+    try:
+        return run(options, words)
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def run(options: argparse.Namespace, words: list[str]) -> int:
+    """Measures a program and prints it; returns 1 if it is worse than before.
+
+    Raises:
+      ValueError: a setting or a file is not as expected, or a device has too little memory for the program.
+      OSError: a file cannot be read or written.
+    """
+    before = measured_before(options.against) if options.against else None
+    if options.hlo is not None and not options.hlo.parent.is_dir():
+        raise ValueError(f"--hlo {options.hlo}: there is no folder {options.hlo.parent}")
     use_code(options.code)
     import jax
 
@@ -36,21 +53,23 @@ def main() -> int:
     from jdpo.planning.machines import machine_of
     from jdpo.planning.measurement import measure
     from jdpo.planning.regressions import regressions
+    from jdpo.training.fit.memory_fit import exhaustion_as
 
-    before = json.loads(options.against.read_text(encoding="utf-8")) if options.against else None
-    try:
-        machine = machine_of(options.on)
-        config = read_config(options.config, words, options.command)
-        lengths = lengths_of(options.lengths)
+    machine = machine_of(options.on)
+    config = read_config(options.config, words, options.command)
+    lengths = lengths_of(options.lengths)
+    with exhaustion_as(
+        lambda cause: (
+            f"a device of {options.on} has too little memory for this step ({cause}): give more devices, "
+            "remat=full or a smaller max_tokens_per_device"
+        )
+    ):
         step = compile_step_for(machine, config, lengths, num_layers=options.layers)
-        if options.hlo is not None:
-            options.hlo.write_text(step.text, encoding="utf-8")
-        found = {"lengths": list(lengths[0]) if len(lengths) == 1 else options.lengths} | measure(step)
-        print(rendered(found))
-        worse = regressions(before, found) if before else []
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
+    if options.hlo is not None:
+        options.hlo.write_text(step.text, encoding="utf-8")
+    found = {"lengths": list(lengths[0]) if len(lengths) == 1 else options.lengths} | measure(step)
+    print(rendered(found))
+    worse = regressions(before, found) if before else []
     for line in worse:
         print(f"worse than {options.against}: {line}", file=sys.stderr)
     return 1 if worse else 0
@@ -64,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
     add = made.add_argument
     add("config", type=Path, help="YAML file of a run")
     add("--on", required=True, metavar="TARGET", help="v5e-64, v5p-64, 2xv5e-16, h100x8, h200, ...")
-    add("--layers", type=int, metavar="N", help="in place of the model's; two tell the same story in seconds")
+    add("--layers", type=layers, metavar="N", help="in place of the model's; two tell the same story in seconds")
     add(
         "--lengths",
         metavar="P,C,R|FILE",
@@ -78,8 +97,39 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def layers(text: str) -> int:
+    """Reads `--layers`, for argparse."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, found {text!r}")
+    return int(text)
+
+
+def measured_before(path: Path) -> dict[str, Any]:
+    """Reads an earlier output.
+
+    Raises:
+      ValueError: it is not one.
+      OSError: it cannot be read.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"--against {path}: expected the JSON that this tool prints, found other text ({error})"
+        ) from error
+    if not isinstance(found, dict) or not {"kernels", "collectives", "peak_bytes"} <= set(found):
+        raise ValueError(f"--against {path}: expected the JSON that this tool prints, found JSON without its keys")
+    return found
+
+
 def use_code(checkout: Path | None) -> None:
-    """Imports jdpo from this checkout, or from another one with the tool of this one."""
+    """Imports jdpo from this checkout, or from another one with the tool of this one.
+
+    Raises:
+      ValueError: there is no jdpo in the other one.
+    """
+    if checkout is not None and not (checkout / "jdpo" / "__init__.py").exists():
+        raise ValueError(f"--code {checkout}: expected the root of a checkout, which has a folder jdpo")
     sys.path.insert(0, str(checkout or ROOT))
     import jdpo
 
@@ -160,9 +210,10 @@ def shape_of(config: Any) -> Path:
     name = re.sub(r"(-Instruct|-it)$", "", config.model_name_or_path.split("/")[-1])
     known = sorted(folder.name for folder in SHAPES.iterdir() if folder.is_dir())
     if name not in known:
+        suggestion = f"{found} " if (found := did_you_mean(name, known)) else ""
         raise ValueError(
             f"{config.model_name_or_path} is no folder with a config.json, and benchmarks/shapes has no {name}: "
-            f"{did_you_mean(name, known)} give one of {', '.join(known)} as model_name_or_path=benchmarks/shapes/NAME"
+            f"{suggestion}give one of {', '.join(known)} as model_name_or_path=benchmarks/shapes/NAME"
         )
     return SHAPES / name
 

@@ -10,7 +10,7 @@ from jdpo.words import memory, percent
 ALLOWED_GROWTH = 0.05
 """Memory and bytes on the wire may grow by this share."""
 
-_SAME = ("model", "command", "layers", "lora_rank", "target", "devices")
+_SAME = ("model", "command", "layers", "lora_rank", "target", "devices", "lengths", "rows")
 """What two measurements must share to be comparable; everything else may be what changed."""
 
 _WIDE = ("float32", "float64")

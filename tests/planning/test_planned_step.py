@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from aot import lengths_of, read_config  # noqa: E402
+from aot import layers, lengths_of, measured_before, read_config, use_code  # noqa: E402
 from aot_programs import PROGRAMS, command, table  # noqa: E402
 
 from jdpo.config import CONFIGS, load_config  # noqa: E402
@@ -234,3 +235,22 @@ def test_lengths_may_be_those_of_real_rows(tmp_path: Path) -> None:
         lengths_of(str(file))
     with pytest.raises(ValueError, match=r"missing\.csv"):
         lengths_of(str(tmp_path / "missing.csv"))
+
+
+def test_files_and_numbers_are_checked_before_anything_is_compiled(tmp_path: Path) -> None:
+    file = tmp_path / "before.json"
+    for text in ('{"peak_bytes": ', "[1]", '{"peak_bytes": 1}'):
+        file.write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=r"--against .*before\.json"):
+            measured_before(file)
+    with pytest.raises(ValueError, match="root of a checkout"):
+        use_code(tmp_path)
+    assert layers("2") == 2
+    for text in ("0", "-2", "two"):
+        with pytest.raises(argparse.ArgumentTypeError, match="at least 1"):
+            layers(text)
+
+
+def test_a_model_without_a_shape_is_told_which_there_are() -> None:
+    with pytest.raises(ValueError, match=r"has no Mistral-7B: give one of .*Llama-3\.1-8B"):
+        read_config(ROOT / "configs" / "llama_3_2_1b.yaml", ["model_name_or_path=mistralai/Mistral-7B"], None)

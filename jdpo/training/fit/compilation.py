@@ -66,7 +66,7 @@ class Programs:
             future = self._programs[shapes]
         # One that waits behind others is compiled here and now, except where all processes must keep one order.
         if jax.process_count() == 1 and future.cancel():
-            self._programs[shapes] = future = _finished(compile_for(self._lower, shapes))
+            self._programs[shapes] = future = _compiled_here(self._lower, shapes)
         return future.result()
 
     def check(self) -> None:
@@ -76,9 +76,9 @@ class Programs:
                 future.result()
 
     def wait(self) -> None:
-        """Waits until everything that was prepared is compiled."""
-        for future in self._programs.values():
-            future.result()
+        """Waits until everything that was prepared is compiled; what waits behind others is compiled here."""
+        for shapes in list(self._programs):
+            self.of(shapes)
 
     def __len__(self) -> int:
         return len(self._programs)
@@ -88,6 +88,16 @@ def _finished(program: Any) -> Future[Any]:
     """Returns a finished future, so that a program is found like those that the threads compile."""
     done: Future[Any] = Future()
     done.set_result(program)
+    return done
+
+
+def _compiled_here(lower: Callable[[Batch], Any], batch: Batch) -> Future[Any]:
+    """Compiles in this thread; as in the others, an error is kept in the future, which raises it when it is read."""
+    done: Future[Any] = Future()
+    try:
+        done.set_result(compile_for(lower, batch))
+    except Exception as error:
+        done.set_exception(error)
     return done
 
 

@@ -66,18 +66,27 @@ def test_a_program_that_waits_for_others_is_compiled_where_it_is_needed() -> Non
     def lower(abstract: Batch) -> Any:
         size = abstract.values.shape[0]
         made_by[size] = threading.current_thread().name
+        if size == 13:
+            raise ValueError("no program for 13")
         return jax.jit(lambda given: given.values.sum()).lower(abstract)
 
     with compiler_threads() as pool:
         busy = [pool.submit(go.wait) for _ in range(8)]
         made = Programs(lower, pool)
-        made.prepare([batch(3), batch(5)])
+        made.prepare([batch(3), batch(5), batch(13)])
         assert float(made.of(batch(5))(batch(5))) == 5
+        held_out = Programs(lower, pool)
+        held_out.prepare([batch(7)])
+        held_out.wait()
+        # Its error comes again, as it does from a thread.
+        for read in (lambda: made.of(batch(13)), made.check):
+            with pytest.raises(ValueError, match="no program for 13"):
+                read()
         go.set()
         assert float(made.of(batch(3))(batch(3))) == 3
-        assert (len(made), made.num_late) == (2, 0)
+        assert (len(made), made.num_late) == (3, 0)
         assert all(one.result() for one in busy)
-    assert made_by[5] == threading.main_thread().name
+    assert made_by[5] == made_by[7] == threading.main_thread().name
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only on Linux has a thread a priority of its own")
@@ -92,7 +101,7 @@ def test_on_cpu_steps_come_before_programs_that_nobody_waits_for() -> None:
     with compiler_threads() as pool:
         made = Programs(lower, pool)
         made.prepare([batch(2), batch(4), batch(6)])
-        made.wait()
+        pool.submit(int).result()  # after all of them, as there is one thread
     assert priorities == {2: before, 4: 19, 6: 19}
     assert os.getpriority(os.PRIO_PROCESS, 0) == before
 

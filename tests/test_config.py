@@ -131,6 +131,11 @@ def test_resolved_yaml_reads_back_to_the_same_config(tmp_path: Path) -> None:
         ("lora.target_modules=5", "'lora.target_modules' on the command line is 5: expected a text or a list"),
         ("loss_weights=[1, -2]", "is -2: expected a list whose entries are at least 0"),
         ("packing=maybe", "is 'maybe': expected true or false"),
+        ("compiler_options=[xla_x]", "'compiler_options' on the command line is ['xla_x']: expected a map of keys"),
+        (
+            "compiler_options={xla_x: {a: 1}}",
+            "'compiler_options.xla_x' on the command line is {'a': 1}: expected a single",
+        ),
         ("optimizer={name: sgd, b1: 0.9}", "b1 0.9 has no effect: sgd uses momentum"),
         ("optimizer.b1=1", "'optimizer.b1' on the command line is 1: expected a number of at least 0 and less than 1"),
         ("datasets=[{pth: x}]", "missing key 'datasets.0.path' (JSON, JSONL, CSV, Parquet or Arrow file"),

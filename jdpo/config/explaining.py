@@ -139,6 +139,9 @@ class _Fault(NamedTuple):
         if spec is None or self.problem["type"] == "value_error":  # a check of jdpo's own has a message of its own
             return f"{key!r} {self.where} {found}: {self.problem['msg'].removeprefix('Value error, ')}"
         expected = "a finite number" if self.problem["type"] == "finite_number" else spec.expected
+        if spec.kind == "dict" and self.problem["type"] != "dict_type":  # of one of the map's values
+            key += f".{terminal(str(self.problem['loc'][len(self.path)]))}"
+            expected = "a single value" if isinstance(value, dict | list) else "a text"
         meant = VALUES.get(spec.name, {}).get(str(value).lower())
         if meant is None and spec.nullable and str(value).lower() == "none":
             meant = "null"  # Python's spelling

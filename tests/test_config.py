@@ -530,7 +530,8 @@ def test_few_modules_take_the_whole_config() -> None:
     package = Path(__file__).parent.parent / "jdpo"
     whole = re.compile("TrainConfig|DPOConfig|SFTConfig")
     named = [path for path in package.rglob("*.py") if whole.search(path.read_text(encoding="utf-8"))]
-    assert len(named) <= 10, sorted(map(str, named))
+    # Two of them plan the step of a whole run without running it.
+    assert len(named) <= 12, sorted(map(str, named))
 
 
 def test_python_gives_paths_as_they_are(tmp_path: Path) -> None:

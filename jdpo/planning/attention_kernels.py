@@ -49,7 +49,7 @@ class AttentionWork(NamedTuple):
 
 
 def attention_work(planned: PlannedStep) -> AttentionWork:
-    """Returns the work of a call of the step's attention kernels: the mean over its micro-batches and layers.
+    """Returns the work of a call of the step's attention kernels: the mean over its micro-batches, shards and layers.
 
     Call it while `compiling_for` the platform of the program.
     """
@@ -58,7 +58,7 @@ def attention_work(planned: PlannedStep) -> AttentionWork:
     config = model.config
     length = batch.gather.shape[-1]
     backend = assembly.attention(length)
-    # One call per micro-batch and shard; all shards of a planned step hold the same rows.
+    # One call per micro-batch and shard.
     calls = batch.lengths.shape[0] * num_batch_shards(mesh)
     lengths = batch.lengths.reshape(calls, -1, *batch.lengths.shape[3:])
     pairs = sum(

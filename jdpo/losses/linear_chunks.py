@@ -29,12 +29,17 @@ class HeadSettings(NamedTuple):
     Attributes:
       by_token: products read the head as [v, d], a row for each token. XLA's CPU backend multiplies faster so, and
         copies nothing where the head is the transpose of a token table; elsewhere XLA chooses layouts by itself.
+      by_index: the target's logit is read at its index, which needs the vocabulary on one device. Without, it is a sum
+        over the vocabulary with zeros elsewhere, which XLA's CPU backend writes to memory first.
+      keeps_logits: the backward pass reads the logits [r, k, v] of the forward pass, and does not compute them again.
     """
 
     softcap: float | None
     scale: float | None
     with_sum_sq: bool
     by_token: bool = False
+    by_index: bool = False
+    keeps_logits: bool = False
 
 
 def row_token_logps(
@@ -129,7 +134,7 @@ def over_chunks(
 
     Args:
       body: (total, is_counted bool [r, c] or None, *chunks [r, c, ...]) -> (total, results [r, c, ...]).
-      lengths: int [r]; chunks after the longest are not run, and their results are 0.
+      lengths: int [r]; chunks after the longest are not run, and their results are 0. A single chunk always is.
     """
     positions = arrays[0].shape[1]
     chunked = tuple(_chunks(array, chunk) for array in arrays)
@@ -147,6 +152,9 @@ def over_chunks(
         updates = zip(state[1], results, strict=True)
         return total, [jax.lax.dynamic_update_slice_in_dim(x, new, index * length, axis=1) for x, new in updates]
 
+    if number == 1:  # without the loop, which would start from zeros and copy what it carries
+        total, results = run(0, total)
+        return total, tuple(x[:, :positions] for x in results)
     # Results are written into arrays of their final size, since a loop can only update what it is given.
     shapes = jax.eval_shape(run, 0, total)[1]
     empty = [jnp.zeros((x.shape[0], number * length, *x.shape[2:]), x.dtype) for x in shapes]
@@ -187,6 +195,12 @@ def head_logits(settings: HeadSettings, hidden_rcd: Array, head: Array) -> Array
     return logits_rcv
 
 
+def _target_logits(settings: HeadSettings, logits_rcv: Array, targets_rc: Array) -> Array:
+    if settings.by_index:
+        return jnp.take_along_axis(logits_rcv, targets_rc[..., None], axis=-1, mode="clip")[..., 0]
+    return jnp.where(_is_target(targets_rc, logits_rcv.shape[-1]), logits_rcv, 0).sum(-1)
+
+
 def _is_target(targets_rc: Array, vocabulary: int) -> Array:
     # A comparison, not a gather or scatter, because the vocabulary may be sharded.
     return targets_rc[..., None] == jnp.arange(vocabulary)
@@ -198,7 +212,8 @@ def chunked_token_logps(
 ) -> tuple[Array, ...]:
     """Computes log-probs of targets under softmax(hidden @ head), with the logits [r, c, v] of one chunk at a time.
 
-    The backward pass computes the logits again, chunk by chunk, from the log-sum-exp [r, k] of the forward pass.
+    The backward pass computes the logits again, chunk by chunk, from the log-sum-exp [r, k] of the forward pass; unless
+    `settings.keeps_logits`.
 
     Args:
       chunk: c, the maximum number of positions of a row per chunk.
@@ -224,30 +239,35 @@ def _forward(
         highest = logits.max(-1)  # subtracted, so that exp cannot overflow
         weights = jnp.exp(logits - highest[..., None])
         log_sum = jnp.log(weights.sum(-1))
-        target_logit = jnp.where(_is_target(targets_rc, head.shape[1]), logits, 0).sum(-1)
+        target_logit = _target_logits(settings, logits, targets_rc)
         # `highest` cancels: both terms are smaller by twice its value.
         log_sum_sq = [jnp.log(jnp.square(weights).sum(-1)) - 2 * log_sum] if settings.with_sum_sq else []
         results = (target_logit - highest - log_sum, highest + log_sum, *log_sum_sq)
-        return total, tuple(kept(x, counted_rc) for x in results)
+        # Logits that do not count are those of hidden states of 0.
+        return total, (*(kept(x, counted_rc) for x in results), *([logits] if settings.keeps_logits else []))
 
-    _, (logps, log_sum_exp, *log_sum_sq) = over_chunks(body, None, (hidden_rkd, targets_rk), chunk, lengths_r)
-    return (logps, *log_sum_sq), (hidden_rkd, head, targets_rk, lengths_r, log_sum_exp, *log_sum_sq)
+    _, (logps, log_sum_exp, *more) = over_chunks(body, None, (hidden_rkd, targets_rk), chunk, lengths_r)
+    logits_rkv = [more.pop()] if settings.keeps_logits else []
+    return (logps, *more), (hidden_rkd, head, targets_rk, lengths_r, logits_rkv, log_sum_exp, *more)
 
 
 def _backward(
     chunk: int, settings: HeadSettings, residuals: tuple[Any, ...], cotangents: tuple[Array, ...]
 ) -> tuple[Array, Array, None, None]:
     """Uses d logp / dz = onehot - p and d log_sum_sq / dz = 2 (p^2 / sum p^2 - p), with p the softmax of logits z."""
-    hidden_rkd, head, targets_rk, lengths_r, *per_token = residuals
+    hidden_rkd, head, targets_rk, lengths_r, logits_rkv, *per_token = residuals
     oriented = _oriented(settings, head)
 
     def body(
-        d_head: Array, counted_rc: Any, hidden_rcd: Array, targets_rc: Array, *per_token_rc: Array
+        d_head: Array, counted_rc: Any, hidden_rcd: Array, targets_rc: Array, *per_token_rc: Any
     ) -> tuple[Array, tuple[Array]]:
         # Cleared although the gradient of these positions is 0: in the product for the head, 0 * NaN would be NaN.
         hidden_rcd = kept(hidden_rcd, counted_rc)
+        if settings.keeps_logits:
+            logits, per_token_rc = per_token_rc[-1], per_token_rc[:-1]
+        else:
+            logits = head_logits(settings, hidden_rcd, oriented)
         log_sum_exp, g_logps, *sum_sq = (kept(x, counted_rc)[..., None] for x in per_token_rc)
-        logits = head_logits(settings, hidden_rcd, oriented)
         # With the normalizer of the forward pass, which saves a reduction over the vocabulary.
         log_p = logits - log_sum_exp
         p = jnp.exp(log_p)
@@ -270,7 +290,7 @@ def _backward(
     g_logps, *g_sum_sq = cotangents
     # Summed in float32 at least: in bfloat16, the contribution of a late chunk would be rounded away.
     zeros = jnp.zeros_like(head, dtype=jnp.promote_types(head.dtype, jnp.float32))
-    arrays = (hidden_rkd, targets_rk, log_sum_exp, g_logps, *log_sum_sq, *g_sum_sq)
+    arrays = (hidden_rkd, targets_rk, log_sum_exp, g_logps, *log_sum_sq, *g_sum_sq, *logits_rkv)
     d_head, (d_hidden,) = over_chunks(body, zeros, arrays, chunk, lengths_r)
     # Targets and lengths are integers, which have no cotangents.
     return d_hidden, d_head.astype(head.dtype), None, None

@@ -97,17 +97,21 @@ def test_values_and_gradients_are_those_of_the_plain_head(dtype: str, shape: tup
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 2e-6)])
-def test_a_head_read_by_token_gives_the_same(dtype: str, tolerance: float) -> None:
+@pytest.mark.parametrize("chunk", [4, 9])
+@pytest.mark.parametrize("option", ["by_token", "by_index", "keeps_logits"])
+def test_options_of_the_arithmetic_change_no_results(option: str, chunk: int, dtype: str, tolerance: float) -> None:
     hidden, head, targets, *cotangents = inputs((2, 9), seed=11)
 
-    def found(by_token: bool) -> Any:
-        settings = HeadSettings(SOFT["logit_softcap"], SOFT["logit_scale"], True, by_token)
-        function = partial(row_token_logps, settings, lengths_r=jnp.array([9, 4]), chunk=4)
+    hidden[1, 5] = np.nan  # after the 4 positions of its row that count
+
+    def found(chunk: int, **options: bool) -> Any:
+        settings = HeadSettings(SOFT["logit_softcap"], SOFT["logit_scale"], True, **options)
+        function = partial(row_token_logps, settings, lengths_r=jnp.array([9, 4]), chunk=chunk)
         return jax.jit(weighted(function))(*arrays, targets, *cotangents)
 
     with jax.enable_x64(True):
         arrays = [jnp.asarray(array, dtype) for array in (hidden, head)]
-        assert_close(found(True), found(False), tolerance)
+        assert_close(found(chunk, **{option: True}), found(4), tolerance)
 
 
 @pytest.mark.smoke

@@ -26,7 +26,7 @@ from jdpo.training.fit.flops import Arithmetic, StepFlops, step_flops
 from jdpo.training.setup.run_setup import Setup
 from jdpo.training.setup.validation import Mode
 from jdpo.training.setup.weight_placement import abstract_frozen
-from jdpo.training.step.head_chunks import head_chunk_tokens
+from jdpo.training.step.head_chunks import head_chunk_tokens, max_kept_logits
 from jdpo.training.step.objectives import Batch, Objective
 from jdpo.training.step.optimizer import learning_rate_schedule, make_optimizer
 from jdpo.training.step.train_step import Frozen, ReferenceSync, TrainState, evaluate, num_micro, train_step
@@ -167,6 +167,7 @@ class Assembly:
             block_kv=model.attention_block_kv,
             on_cpu=target().platform == "cpu",
             head_chunk_tokens=head_chunk_tokens(device.device_kind, model.compute_dtype, model.config.vocab_size),
+            max_kept_logits=max_kept_logits(device.device_kind),
             adapters=_active_adapter_params(self.setup),
             adapters_in_reference=self.sync is not None or (bool(reference) and not isinstance(reference, Weights)),
         )

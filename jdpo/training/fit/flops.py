@@ -6,7 +6,7 @@ K. A prompt P with its chosen C and rejected R takes
 
     logical     6 N (P + C + R) + 6 h (C + R) + 12 L H K pairs     nothing repeated, no padding
     executed    the same for all slots, positions and chunks that the program runs, padding included, and what it
-                computes again: the head's logits (8 h), attention's scores, and what remat drops
+                computes again: the head's logits (8 h) unless they are kept, attention's scores, and what remat drops
 
 where pairs are pairs of a query and a key that it sees, each prompt once. A live reference adds a forward pass to both:
 2 N (P + C + R) + 2 h (C + R) + 4 L H K pairs.
@@ -17,6 +17,7 @@ added.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,6 +47,7 @@ class Arithmetic(NamedTuple):
       block_q, block_kv: tile sizes, where the config gives them.
       on_cpu: True if it runs on CPUs.
       head_chunk_tokens: minimum tokens of a shard that meet the head at once.
+      max_kept_logits: logits of a shard up to which they are made in one chunk, and not computed again.
       adapters: M, weights of adapters that each token is multiplied with; None where all weights are trained.
       adapters_in_reference: True if the frozen model has adapters, too.
     """
@@ -59,6 +61,7 @@ class Arithmetic(NamedTuple):
     block_kv: int | None = None
     on_cpu: bool = True
     head_chunk_tokens: int = MIN_CHUNK_TOKENS
+    max_kept_logits: int = 0
     adapters: int | None = None
     adapters_in_reference: bool = False
 
@@ -87,7 +90,7 @@ def step_flops(config: ModelConfig, batch: Any, program: Arithmetic) -> StepFlop
     """
     if isinstance(batch, PackedBatch):
         real, run = _packed_real(config, batch), _packed_run(config, batch, program)
-        products, logits_again = PRODUCTS[program.backend], True
+        products, logits_again = PRODUCTS[program.backend], not _keeps_logits(config, batch, program)
     else:
         real, run = _padded_real(config, batch), _padded_run(config, batch)
         products, logits_again = PRODUCTS["xla"], False
@@ -197,6 +200,12 @@ def _used(batch: PackedBatch) -> np.ndarray:
     return used
 
 
+def _keeps_logits(config: ModelConfig, batch: PackedBatch, program: Arithmetic) -> bool:
+    """Returns True if the head runs in one chunk, whose logits the backward pass reads."""
+    tokens = math.prod(batch.logp_pair.shape[1:]) // program.num_shards
+    return tokens * config.vocab_size <= program.max_kept_logits
+
+
 def _packed_run(config: ModelConfig, batch: PackedBatch, program: Arithmetic) -> _Amounts:
     length, num_scored = batch.gather.shape[-1], batch.logp_pair.shape[-1]
     # Attention is called once per shard and micro-batch, and its tiles depend on the rows of that call.
@@ -223,6 +232,8 @@ def _packed_run(config: ModelConfig, batch: PackedBatch, program: Arithmetic) ->
     chunk = min(default_chunk(rows, num_scored, config.vocab_size, skips=True, min_tokens=tokens), num_scored)
     chunk = -(-num_scored // -(-num_scored // chunk))  # chunks are even
     num_scored_run = int((-(-scored.max(1) // chunk)).sum()) * chunk * rows
+    if _keeps_logits(config, batch, program):  # in one chunk, which always runs
+        num_scored_run = batch.logp_pair.size
     return _Amounts(batch.tokens.size, num_scored_run, pairs, int(_used(batch).sum()))
 
 

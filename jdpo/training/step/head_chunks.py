@@ -16,6 +16,9 @@ CHUNK_TOKENS = 1024
 MEMORY_PART = 1 / 32
 """Maximum part of a device's memory for the float32 logits of a chunk; the backward pass has about twice as much."""
 
+KEPT_LOGITS = 2**26
+"""Maximum logits on a CPU, 256 MiB in float32, that the backward pass reads from the forward pass."""
+
 _UNKNOWN_MEMORY = 32 * 2.0**30
 
 
@@ -45,3 +48,12 @@ def head_chunk_tokens(device_kind: str, dtype: Any, vocabulary: int) -> int:
     # 4 bytes per logit. In multiples of 128, the width of a TPU's matrix unit.
     most = 128 * int(MEMORY_PART * memory / (4 * vocabulary) / 128)
     return max(min(tokens, most), MIN_CHUNK_TOKENS)
+
+
+def max_kept_logits(device_kind: str) -> int:
+    """Returns the logits of a device up to which they are made in one chunk, and kept for the backward pass.
+
+    Multiplying again takes a CPU several times as long as reading what it has written. On a GPU or TPU the memory is
+    better spent on the layers.
+    """
+    return KEPT_LOGITS if device_kind == "cpu" else 0

@@ -29,7 +29,7 @@ from jdpo.models.packed_attention import packed_sequences
 from jdpo.models.transformer import Transformer, Weights, apply_routed, variables
 from jdpo.sharding.axes import BATCH_AXES, num_batch_shards
 from jdpo.sharding.rules import gathered, partition_spec
-from jdpo.training.step.head_chunks import head_chunk_tokens
+from jdpo.training.step.head_chunks import head_chunk_tokens, max_kept_logits
 from jdpo.types import CompletionBatch, PackedBatch, PreferenceBatch, Routed, RouterStats
 
 Array = jax.Array
@@ -273,13 +273,24 @@ class PackedLogps:
         config = self.model.config
         # None leaves the multiplication out of the program.
         scale = config.logit_scale if config.logit_scale != 1.0 else None
-        by_token = config.tie_embeddings and target().platform == "cpu"
-        settings = HeadSettings(config.logit_softcap, scale, with_log_sum_sq, by_token)
-        min_tokens = head_chunk_tokens(self.mesh.devices.flat[0].device_kind, head_dv.dtype, head_dv.shape[1])
+        on_cpu = target().platform == "cpu"
+        kind, vocabulary = self.mesh.devices.flat[0].device_kind, head_dv.shape[1]
+        by_index = on_cpu and self.mesh.size == self.num_shards  # no device has a part of the vocabulary
+        by_token = on_cpu and config.tie_embeddings
+        settings = HeadSettings(config.logit_softcap, scale, with_log_sum_sq, by_token, by_index)
+        min_tokens = head_chunk_tokens(kind, head_dv.dtype, vocabulary)
 
         def of_rows(hidden_rkd: Array, head_dv: Array, targets_rk: Array, num_scored_r: Array) -> tuple[Array, ...]:
-            lengths_r = num_scored_r.astype(jnp.int32)
-            return row_token_logps(settings, hidden_rkd, head_dv, targets_rk, lengths_r, min_tokens=min_tokens)
+            keeps_logits = targets_rk.size * vocabulary <= max_kept_logits(kind)
+            return row_token_logps(
+                settings._replace(keeps_logits=keeps_logits),
+                hidden_rkd,
+                head_dv,
+                targets_rk,
+                num_scored_r.astype(jnp.int32),
+                chunk=targets_rk.shape[1] if keeps_logits else None,
+                min_tokens=min_tokens,
+            )
 
         if self.num_shards == 1:  # XLA's partitioner fails on manual axes that are all of size 1
             return of_rows(hidden_rkd, head_dv, targets_rk, num_scored_r)

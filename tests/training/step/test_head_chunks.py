@@ -10,7 +10,7 @@ import pytest
 
 from jdpo.chips import chip_of
 from jdpo.losses.linear_chunks import HeadSettings, default_chunk, row_token_logps
-from jdpo.training.step.head_chunks import head_chunk_tokens
+from jdpo.training.step.head_chunks import head_chunk_tokens, max_kept_logits
 
 LLAMA, GEMMA = 128256, 262144
 
@@ -38,6 +38,16 @@ def test_small_chunks_on_cpu_and_a_fixed_size_on_unknown_chips() -> None:
     assert head_chunk_tokens(jax.devices("cpu")[0].device_kind, jnp.bfloat16, LLAMA) == 256
     assert head_chunk_tokens("some new chip", jnp.bfloat16, LLAMA) == 1024
     assert head_chunk_tokens("NVIDIA A100-SXM4-80GB", jnp.bfloat16, LLAMA) == 1024  # its bandwidth is not in the table
+
+
+def test_logits_are_kept_on_cpus_alone() -> None:
+    def are_kept(kind: str, tokens: int) -> bool:
+        return tokens * LLAMA <= max_kept_logits(kind)
+
+    assert are_kept("cpu", 512)
+    assert not are_kept("cpu", 1024)
+    assert not are_kept("NVIDIA H200", 1)
+    assert not are_kept("TPU v6 lite", 1)
 
 
 @pytest.mark.parametrize(("positions", "rows", "chunk"), [(6144, 1, 896), (6144, 2, 448), (1000, 1, 500)])

@@ -67,7 +67,7 @@ def run(options: argparse.Namespace, words: list[str]) -> int:
         step = compile_step_for(machine, config, lengths, num_layers=options.layers)
     if options.hlo is not None:
         options.hlo.write_text(step.text, encoding="utf-8")
-    found = {"lengths": list(lengths[0]) if len(lengths) == 1 else options.lengths} | measure(step)
+    found = {"lengths": list(lengths[0]) if len(lengths) == 1 else Path(options.lengths).name} | measure(step)
     print(rendered(found))
     worse = regressions(before, found) if before else []
     for line in worse:

@@ -173,7 +173,10 @@ def _row(task: Task, lengths: Sequence[int], max_length: int) -> Any:
         )
     longest = sum(lengths) if task.loss is None else lengths[0] + max(lengths[1:])
     if longest > max_length:
-        raise ValueError(f"lengths: a sequence of {longest} tokens is longer than max_length {max_length}")
+        raise ValueError(
+            f"lengths {','.join(map(str, lengths))}: a sequence of {longest} tokens is longer than max_length "
+            f"{max_length}: give a larger max_length, or shorter rows"
+        )
     parts = [np.zeros(length, np.int32) for length in lengths]
     if task.loss is None:
         return TokenizedCompletion(parts[0], np.ones(lengths[0], bool), origin="planned")

@@ -59,3 +59,5 @@ def test_small_changes_and_other_settings_are_no_regressions() -> None:
 def test_measurements_of_other_programs_are_refused() -> None:
     with pytest.raises(ValueError, match="layers 2 and 4"):
         regressions(MEASURED, MEASURED | {"layers": 4})
+    with pytest.raises(ValueError, match="rows 32 and 64"):
+        regressions(MEASURED | {"rows": 32}, MEASURED | {"rows": 64})

@@ -13,7 +13,7 @@ _ITEM_BITS = {"pred": 8, "s4": 4, "u4": 4, "c64": 64, "c128": 128, "token": 0, "
 
 
 _MOST_NAMELESS = 5
-"""Operations without a name, one behind the other, that are searched for the name of what they belong to."""
+"""Operations without a name, one after the other, that are searched for the name of what they belong to."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,6 +37,7 @@ from jdpo.training.run_record import FitRecord
 from jdpo.training.setup.batches import make_batches, shapes_in_order
 from jdpo.training.setup.numerics import numerics
 from jdpo.training.setup.run_setup import Setup, build
+from jdpo.training.step import head_chunks
 from tests.conftest import chat_pairs, write_jsonl
 from tests.run_stops import EachStep
 
@@ -284,8 +285,12 @@ def test_a_run_on_tpus_has_half_as_many_shapes(run_words: Words, tmp_path: Path)
         assert num_shapes() == 4
 
 
-def test_the_compiled_step_reuses_the_state_and_never_holds_all_logits(run_words: Words, tmp_path: Path) -> None:
+def test_the_compiled_step_reuses_the_state_and_never_holds_all_logits(
+    run_words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Checks that every buffer of the old state is reused for the new one, and no array is tokens by vocabulary."""
+    # A CPU keeps logits up to a size that no toy exceeds.
+    monkeypatch.setattr(head_chunks, "KEPT_LOGITS", 2**10)
     rows = write_jsonl(tmp_path / "long.jsonl", chat_pairs(64, words=(15, 18)))
     setup, prepared, _ = prepare(
         run_words(datasets=rows, global_batch_size=64, **{"mesh.data": 1, "mesh.fsdp": 1, "mesh.tensor": 8})

@@ -198,8 +198,9 @@ def speeds_of(device_kind: str, platform: str, num_devices: int) -> Speeds:
         chip = chip_of(kind)
         if chip is None:
             continue
-        # Two axes of a torus, with a neighbour on either side; a node has eight GPUs, which reach each other at once.
-        wire = 4 * chip.link if platform == "tpu" else chip.link if num_devices <= 8 else chip.across
+        # Two axes of a torus, in one direction each, since most slices of v5e and v6e do not close to rings; a node has
+        # eight GPUs, which reach each other at once.
+        wire = 2 * chip.link if platform == "tpu" else chip.link if num_devices <= 8 else chip.across
         speeds = Speeds(flops=chip.peak("bfloat16") or math.nan, memory=chip.hbm_bandwidth, wire=wire)
         # Figures that the table lacks are nan, with which no time could be compared.
         if all(map(math.isfinite, speeds)):

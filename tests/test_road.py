@@ -29,8 +29,8 @@ ROOT = Path(jdpo.__file__).parent
 MOST_CALLS, MOST_FILES_OF_CALLS = 5, 4
 MOST_FILES_OF_STEP, MOST_LINES = 9, 350
 
-LEFT_OUT = ("models/", "types.py", "training/step/optimizer.py", "training/step/offload.py")
-"""The model, the values that travel between packages, and the formulas of optimizers."""
+LEFT_OUT = ("models/", "types.py", "devices.py", "training/step/optimizer.py", "training/step/offload.py")
+"""The model, the values that travel between packages, the kind of devices, and the formulas of optimizers."""
 BINDING = "losses/catalogue.py"
 """Modules that run no code in a step, but bind names of losses to functions."""
 

@@ -65,13 +65,6 @@ def mesh_axis_size(mesh: Mesh, axis: str | Sequence[str]) -> int:
     return size
 
 
-def gathered(part: jax.Array, axes: str | tuple[str, ...] | None) -> jax.Array:
-    """Returns the whole of an array whose first dim is split over mesh axes; call it within `jax.shard_map`."""
-    for axis in reversed((axes,) if isinstance(axes, str) else axes or ()):
-        part = jax.lax.all_gather(part, axis, axis=0, tiled=True)
-    return part
-
-
 def param_shardings(logical_axes: Any, abstract_params: Any, mesh: Mesh) -> Any:
     """Returns a NamedSharding for every weight.
 

@@ -28,7 +28,7 @@ from jdpo.models.lora.base_weights import Base
 from jdpo.models.packed_attention import packed_sequences
 from jdpo.models.transformer import Transformer, Weights, apply_routed, variables
 from jdpo.sharding.axes import BATCH_AXES, num_batch_shards
-from jdpo.sharding.rules import gathered, partition_spec
+from jdpo.sharding.rules import partition_spec
 from jdpo.training.step.head_chunks import head_chunk_tokens, max_kept_logits
 from jdpo.types import CompletionBatch, PackedBatch, PreferenceBatch, Routed, RouterStats
 
@@ -242,6 +242,18 @@ class PackedLogps:
 
     def __init__(self, model: Transformer, mesh: Mesh) -> None:
         self.model, self.mesh, self.num_shards = model, mesh, num_batch_shards(mesh)
+        config, kind, on_cpu = model.config, mesh.devices.flat[0].device_kind, target().platform == "cpu"
+        self._head_settings = HeadSettings(
+            config.logit_softcap,
+            # None leaves the multiplication out of the program.
+            config.logit_scale if config.logit_scale != 1.0 else None,
+            with_sum_sq=False,
+            by_token=on_cpu and config.tie_embeddings,
+            by_index=on_cpu and mesh.size == self.num_shards,  # no device has a part of the vocabulary
+        )
+        self._min_chunk_tokens = head_chunk_tokens(kind, model.compute_dtype, config.vocab_size)
+        self._max_kept_logits = max_kept_logits(kind)
+        self._head_spec = partition_spec(("embed", None), (config.d_model, config.vocab_size), mesh)
 
     def __call__(self, params: Params | Weights, batch: PackedBatch, with_log_sum_sq: bool) -> TokenScores:
         """Returns scores [r, k] of `batch.logp_target`; of rows [r, ...] of one micro-batch."""
@@ -270,18 +282,10 @@ class PackedLogps:
     def _head(
         self, hidden_rkd: Array, head_dv: Array, targets_rk: Array, num_scored_r: Array, with_log_sum_sq: bool
     ) -> tuple[Array, ...]:
-        config = self.model.config
-        # None leaves the multiplication out of the program.
-        scale = config.logit_scale if config.logit_scale != 1.0 else None
-        on_cpu = target().platform == "cpu"
-        kind, vocabulary = self.mesh.devices.flat[0].device_kind, head_dv.shape[1]
-        by_index = on_cpu and self.mesh.size == self.num_shards  # no device has a part of the vocabulary
-        by_token = on_cpu and config.tie_embeddings
-        settings = HeadSettings(config.logit_softcap, scale, with_log_sum_sq, by_token, by_index)
-        min_tokens = head_chunk_tokens(kind, head_dv.dtype, vocabulary)
+        settings = self._head_settings._replace(with_sum_sq=with_log_sum_sq)
 
         def of_rows(hidden_rkd: Array, head_dv: Array, targets_rk: Array, num_scored_r: Array) -> tuple[Array, ...]:
-            keeps_logits = targets_rk.size * vocabulary <= max_kept_logits(kind)
+            keeps_logits = targets_rk.size * head_dv.shape[1] <= self._max_kept_logits
             return row_token_logps(
                 settings._replace(keeps_logits=keeps_logits),
                 hidden_rkd,
@@ -289,23 +293,30 @@ class PackedLogps:
                 targets_rk,
                 num_scored_r.astype(jnp.int32),
                 chunk=targets_rk.shape[1] if keeps_logits else None,
-                min_tokens=min_tokens,
+                min_tokens=self._min_chunk_tokens,
             )
 
         if self.num_shards == 1:  # XLA's partitioner fails on manual axes that are all of size 1
             return of_rows(hidden_rkd, head_dv, targets_rk, num_scored_r)
-        by_row, split = PartitionSpec(BATCH_AXES), partition_spec(("embed", None), head_dv.shape, self.mesh)
+        by_row = PartitionSpec(BATCH_AXES)
 
         def on_device(hidden_rkd: Array, part_of_head: Array, targets_rk: Array, num_scored_r: Array) -> Any:
-            return of_rows(hidden_rkd, gathered(part_of_head, split[0]), targets_rk, num_scored_r)
+            return of_rows(hidden_rkd, _gathered(part_of_head, self._head_spec[0]), targets_rk, num_scored_r)
 
         # Within shard_map, so that the head is gathered, and its gradient summed over devices, once and not after every
         # chunk.
         over_mesh: Callable[..., tuple[Array, ...]] = jax.shard_map(
             on_device,
             mesh=self.mesh,
-            in_specs=(by_row, split, by_row, by_row),
+            in_specs=(by_row, self._head_spec, by_row, by_row),
             out_specs=by_row,
             axis_names=set(BATCH_AXES),
         )
         return over_mesh(hidden_rkd, head_dv, targets_rk, num_scored_r)
+
+
+def _gathered(part: jax.Array, axes: str | tuple[str, ...] | None) -> jax.Array:
+    """Returns the whole of an array whose first dim is split over mesh axes; call it within `jax.shard_map`."""
+    for axis in reversed((axes,) if isinstance(axes, str) else axes or ()):
+        part = jax.lax.all_gather(part, axis, axis=0, tiled=True)
+    return part

@@ -17,12 +17,11 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from machine import machine_line
-from padding_by_batch import TABLES, TITLES
+from padding_by_batch import TABLES, TITLES, print_report
 from speed_data import fitted, read_lengths
 
 from jdpo.data.batching.packing_plan import ItemSizes, pair_sizes, plan_run
@@ -106,20 +105,5 @@ def report(arguments: argparse.Namespace) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Parses the command line and prints the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shards", type=int, nargs="+", default=[1, 8, 64], help="devices that split a batch")
-    parser.add_argument("--pairs", type=int, nargs="+", default=[2, 8, 16, 32], help="pairs per device")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--tokens", type=int, default=32768, help="slots per device at once at most")
-    parser.add_argument("--out", type=Path, help="write the report there, too")
-    arguments = parser.parse_args()
-    text = report(arguments)
-    print(text)
-    if arguments.out:
-        arguments.out.write_text(text, encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    print_report(report, __doc__, shards=[1, 8, 64], pairs=[2, 8, 16, 32], steps=200)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -94,12 +95,19 @@ def report(arguments: argparse.Namespace) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Parses the command line and prints the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shards", type=int, nargs="+", default=[8, 64], help="devices that split a batch")
-    parser.add_argument("--pairs", type=int, nargs="+", default=[2, 4, 8, 16], help="pairs per device")
-    parser.add_argument("--steps", type=int, default=300)
+def print_report(
+    report: Callable[[argparse.Namespace], str],
+    description: str | None,
+    *,
+    shards: list[int],
+    pairs: list[int],
+    steps: int,
+) -> None:
+    """Parses the command line, and prints the report of plans of these sizes; the sizes given here are the defaults."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shards", type=int, nargs="+", default=shards, help="devices that split a batch")
+    parser.add_argument("--pairs", type=int, nargs="+", default=pairs, help="pairs per device")
+    parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--tokens", type=int, default=32768, help="slots per device at once at most")
     parser.add_argument("--out", type=Path, help="write the report there, too")
     arguments = parser.parse_args()
@@ -110,4 +118,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    print_report(report, __doc__, shards=[8, 64], pairs=[2, 4, 8, 16], steps=300)

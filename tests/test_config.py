@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from jdpo.cli.commands import export, generate, inspect, pair, quickstart, train
+from jdpo.cli.commands.answers import generate, pair
+from jdpo.cli.commands.runs import export, inspect, quickstart, train
 from jdpo.config import (
     FREE_KEYS,
     DatasetConfig,

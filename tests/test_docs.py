@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jdpo.cli.commands.quickstart import read_settings
+from jdpo.cli.commands.runs.quickstart import read_settings
 from jdpo.cli.main import main
 from jdpo.config import DatasetConfig
 from jdpo.generation.prompts import read_prompts

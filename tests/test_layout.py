@@ -14,10 +14,10 @@ MOST_MODULES = 15
 """Modules of a folder at most, `__init__.py` not counted."""
 
 SAME_NAME = {
-    "chat": "cli/commands/chat.py is the command `jdpo chat`; generation/chat/ is what it calls",
-    "quickstart": "cli/commands/quickstart.py is the command `jdpo quickstart`, which runs the package of that name",
-    "report": "cli/commands/report.py is the command `jdpo report`; quickstart/report.py writes that of the experiment",
-    "reference": "cli/commands/reference.py is the command `jdpo reference`; training/reference/ is what it calls",
+    "chat": "cli/commands/answers/chat.py is the command `jdpo chat`; generation/chat/ is what it calls",
+    "quickstart": "cli/commands/runs/quickstart.py is the command that runs the package quickstart",
+    "report": "cli/commands/runs/report.py is the command; quickstart/report.py writes that of the experiment",
+    "reference": "cli/commands/runs/reference.py is the command `jdpo reference`; training/reference/ is what it calls",
 }
 """Names that two modules share, or a module and a package, each with the reason."""
 

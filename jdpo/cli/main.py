@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+from jdpo import exit_codes
 from jdpo.cli.failures import INTERRUPTED, catch_early_interrupts, explain_failure, explain_input
 from jdpo.cli.huge_pages import restart_with_huge_pages
 from jdpo.loss_specs import LOSSES
@@ -19,20 +20,20 @@ from jdpo.safe_text import terminal_lines
 from jdpo.words import did_you_mean
 
 COMMANDS = {
-    "sft": ("jdpo.cli.commands.train", "train a model on completions, the stage before preferences"),
-    "dpo": ("jdpo.cli.commands.train", "train a model on preference pairs: DPO and related losses"),
-    "inspect": ("jdpo.cli.commands.inspect", "show what a run would train on, before it trains"),
-    "report": ("jdpo.cli.commands.report", "make the page of a run, or of several next to each other"),
-    "reference": ("jdpo.cli.commands.reference", "compute the reference's log-probs once, for all later runs"),
-    "generate": ("jdpo.cli.commands.generate", "draw answers of a model to many prompts"),
-    "chat": ("jdpo.cli.commands.chat", "talk to a model in the terminal, or to two side by side"),
-    "export": ("jdpo.cli.commands.export", "write a Hugging Face model folder from any checkpoint of a run"),
-    "score": ("jdpo.cli.commands.score", "score answers by a reward model, a judge, a rule or a column"),
-    "pair": ("jdpo.cli.commands.pair", "make preference pairs of sampled and scored answers"),
-    "eval": ("jdpo.cli.commands.eval", "evaluate a model on held-out pairs and facts"),
-    "compare": ("jdpo.cli.commands.compare", "show what changed between models, with intervals"),
-    "iterate": ("jdpo.cli.commands.iterate", "improve a model in rounds: generate, score, pair, dpo, compare"),
-    "quickstart": ("jdpo.cli.commands.quickstart", "train a tiny model from scratch and align it, in minutes"),
+    "sft": ("jdpo.cli.commands.runs.train", "train a model on completions, the stage before preferences"),
+    "dpo": ("jdpo.cli.commands.runs.train", "train a model on preference pairs: DPO and related losses"),
+    "inspect": ("jdpo.cli.commands.runs.inspect", "show what a run would train on, before it trains"),
+    "report": ("jdpo.cli.commands.runs.report", "make the page of a run, or of several next to each other"),
+    "reference": ("jdpo.cli.commands.runs.reference", "compute the reference's log-probs once, for all later runs"),
+    "generate": ("jdpo.cli.commands.answers.generate", "draw answers of a model to many prompts"),
+    "chat": ("jdpo.cli.commands.answers.chat", "talk to a model in the terminal, or to two side by side"),
+    "export": ("jdpo.cli.commands.runs.export", "write a Hugging Face model folder from any checkpoint of a run"),
+    "score": ("jdpo.cli.commands.answers.score", "score answers by a reward model, a judge, a rule or a column"),
+    "pair": ("jdpo.cli.commands.answers.pair", "make preference pairs of sampled and scored answers"),
+    "eval": ("jdpo.cli.commands.answers.eval", "evaluate a model on held-out pairs and facts"),
+    "compare": ("jdpo.cli.commands.answers.compare", "show what changed between models, with intervals"),
+    "iterate": ("jdpo.cli.commands.answers.iterate", "improve a model in rounds: generate, score, pair, dpo, compare"),
+    "quickstart": ("jdpo.cli.commands.runs.quickstart", "train a tiny model from scratch and align it, in minutes"),
     "completion": ("jdpo.cli.commands.completion", "print a script that completes jdpo's command lines in your shell"),
 }
 """Command -> its module, and what it does."""
@@ -95,8 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line.
 
     Returns:
-      the exit code: 0 done, 1 the run failed, 2 the command line or its input is wrong, 75 another
-      process of the run is gone, 128 + n stopped by signal n.
+      the exit code: see `jdpo.exit_codes`; 128 + n stopped by signal n.
     """
     # Only as a process of its own; a caller in Python keeps its signal handlers.
     if argv is None:
@@ -126,22 +126,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(importlib.import_module(COMMANDS[command][0]).main(command, rest))
     # ValueErrors are the user's to fix: the message alone, without a traceback.
     except ValueError as error:
-        return _fail(error, 2, explain_input(error, command))
+        return _fail(error, exit_codes.USAGE, explain_input(error, command))
     except BrokenPipeError:  # whoever read the output, such as head, has seen enough
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at the end, too
         # What a shell reports for a process that SIGPIPE ends.
         return 128 + signal.SIGPIPE
     except (FloatingPointError, OSError) as error:
-        return _fail(error, 1)
+        return _fail(error, exit_codes.FAILED)
     except KeyboardInterrupt:
         print(INTERRUPTED, file=sys.stderr)
-        return 130
+        return exit_codes.INTERRUPTED
     except Exception as error:
         # Anything unexpected is a bug, and a bug needs its traceback.
         if explain_failure(error) is None:
             raise
-        return _fail(error, 1)
+        return _fail(error, exit_codes.FAILED)
 
 
 def _instead_of(command: str) -> str:

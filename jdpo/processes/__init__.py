@@ -13,10 +13,8 @@ from jdpo.processes.agreement import (
 from jdpo.processes.detection import Membership, find_cluster
 from jdpo.processes.ending import ending_together
 from jdpo.processes.joining import join_cluster
-from jdpo.processes.last_line import LOST_EXIT_CODE
 
 __all__ = [
-    "LOST_EXIT_CODE",
     "Membership",
     "agree_on",
     "any_process",

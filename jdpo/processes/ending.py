@@ -15,11 +15,11 @@ from typing import Any
 
 import jax
 
+from jdpo.exit_codes import FAILED
 from jdpo.processes.last_line import end_at_once, write_line
 from jdpo.processes.relay import current_relay
 from jdpo.processes.watch import DEFAULT_TIMEOUT, Verdict, Watch
 
-_FAILED_EXIT_CODE = 1
 _STATUS = re.compile("(ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL|UNAVAILABLE|UNKNOWN): ")
 _GRACE_SECONDS = 20.0
 """Time for a process to raise and clean up by itself before its thread ends it."""
@@ -45,7 +45,7 @@ def ending_together(
     handles the rest: an error on one process only, such as a disk failure in the middle of a step, and a process that
     dies or stops without an error. A process that waits in a collective operation cannot be reached by an exception, so
     a thread ends it, with one line on stderr that names the failed process. The exit code is 1 if that process reported
-    an error, and LOST_EXIT_CODE if it died or stopped.
+    an error, and exit code 75 if it died or stopped.
 
     Args:
       shown: error text -> the text that the other processes may show.
@@ -129,7 +129,7 @@ def _end_for_failure(verdict: Verdict, client: Any) -> None:
     write_line(f"process {verdict.process} of this run has failed, and this process waits for it: {verdict.text}")
     with contextlib.suppress(Exception):
         client.shutdown()  # the failed process waits until all have called this
-    os._exit(_FAILED_EXIT_CODE)  # no exception reaches the main thread inside a collective operation
+    os._exit(FAILED)  # no exception reaches the main thread inside a collective operation
 
 
 def _write_stacks(folder: Path | None, index: int) -> str:

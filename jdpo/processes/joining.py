@@ -50,7 +50,7 @@ def initialize_through_relay(
 ) -> None:
     """Calls `jax.distributed.initialize` through a relay, so that losing process 0 does not abort this process at once.
 
-    If not all processes join within `join_seconds`, this one ends with one line and LOST_EXIT_CODE; JAX would abort it
+    If not all processes join within `join_seconds`, this one ends with one line and exit code 75; JAX would abort it
     a little later.
 
     Raises:

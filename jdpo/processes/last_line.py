@@ -6,16 +6,14 @@ import os
 import sys
 from typing import NoReturn
 
+from jdpo.exit_codes import LOST
 from jdpo.safe_text import terminal
 
-LOST_EXIT_CODE = 75
-"""EX_TEMPFAIL of sysexits.h: another process of the run is gone; the same command continues the run."""
 
-
-def end_at_once(text: str) -> NoReturn:
-    """Writes one line to stderr and ends the process with LOST_EXIT_CODE, without waiting for its other threads."""
+def end_at_once(text: str, code: int = LOST) -> NoReturn:
+    """Writes one line to stderr and ends the process with an exit code, without waiting for its other threads."""
     write_line(text)
-    os._exit(LOST_EXIT_CODE)  # sys.exit would run JAX's shutdown, which waits for the processes that are gone
+    os._exit(code)  # sys.exit would run JAX's shutdown, which waits for the processes that are gone
 
 
 def write_line(text: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from jdpo.checkpoint.steps import MANIFEST
-from jdpo.cli.commands.train import interrupted
+from jdpo.cli.commands.runs.train import interrupted
 from jdpo.cli.failures import explain_failure
 from jdpo.config import OutputSettings
 from jdpo.durable import write_durably

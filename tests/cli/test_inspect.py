@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import jdpo
-from jdpo.cli.commands.inspect import choose_task, parser
+from jdpo.cli.commands.runs.inspect import choose_task, parser
 from jdpo.cli.main import main
 from jdpo.cli.parsing import parse
 from jdpo.config import CONFIGS, DPOConfig, SFTConfig

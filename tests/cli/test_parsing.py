@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from jdpo.cli.commands import completion, export, inspect, iterate, pair, quickstart, reference, train
-from jdpo.cli.commands.train import read_config
+from jdpo.cli.commands import completion
+from jdpo.cli.commands.answers import iterate, pair
+from jdpo.cli.commands.runs import export, inspect, quickstart, reference, train
+from jdpo.cli.commands.runs.train import read_config
 from jdpo.cli.key_help import key_help
 from jdpo.cli.main import main
 from jdpo.cli.parsing import Parser, parse

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from jdpo.checkpoint.manager import complete_steps
-from jdpo.processes import LOST_EXIT_CODE
+from jdpo.exit_codes import LOST
 from tests.integration.cluster import run_cluster, started
 
 DPO = ("-m", "jdpo.cli.main", "dpo")
@@ -36,7 +36,7 @@ def test_the_other_process_ends_and_says_how_to_continue(
         code = cluster.processes[other].wait(60)
         log = cluster.logs()[other]
         pid = cluster.processes[victim].pid
-    assert code == LOST_EXIT_CODE, log
+    assert code == LOST, log
     assert "Traceback" not in log
     assert "Check failure stack trace" not in log  # JAX's client prints this before it aborts
     (line,) = [line for line in log.splitlines() if line.startswith("jdpo: error: ")]
@@ -46,7 +46,7 @@ def test_the_other_process_ends_and_says_how_to_continue(
     assert line.endswith(f"run the same command on every host: jdpo dpo {' '.join(words)}")
     stacks = (run / f"stacks-of-process-{other}.txt").read_text()
     assert str(run / f"stacks-of-process-{other}.txt") in line
-    assert "jdpo/cli/commands/train.py" in stacks  # the main thread
+    assert "jdpo/cli/commands/runs/train.py" in stacks  # the main thread
 
 
 @pytest.mark.full

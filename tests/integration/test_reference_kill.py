@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jdpo.cli.commands import reference
+from jdpo.cli.commands.runs import reference
 from jdpo.data.reference_cache.scores import SHARD_ROWS
 
 Words = Callable[..., list[str]]
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 
 KILLED = """
 import os, signal, sys
-from jdpo.cli.commands import reference
+from jdpo.cli.commands.runs import reference
 
 left, fsync = int(sys.argv[1]), os.fsync
 
@@ -42,7 +42,7 @@ def killed_before(file):
 os.fsync = killed_before
 reference.main("reference", sys.argv[2:])
 """
-RUN = "import sys; from jdpo.cli.commands import reference; sys.exit(reference.main('reference', sys.argv[1:]))"
+RUN = "import sys; from jdpo.cli.commands.runs import reference; sys.exit(reference.main('reference', sys.argv[1:]))"
 
 # Each file takes two fsyncs: its own and its folder's. key.json comes first, then shard, JSON, shard, JSON, ...
 POINTS = {

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jdpo.cli.commands.quickstart import main, read_settings
+from jdpo.cli.commands.runs.quickstart import main, read_settings
 from jdpo.quickstart.experiment import PRETRAIN, Workplace, prepare, probed_steps, run_all
 from jdpo.quickstart.experiment_settings import Settings
 from jdpo.quickstart.results import all_results

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jdpo.cli.commands import reference as command
+from jdpo.cli.commands.runs import reference as command
 from jdpo.config import DPOConfig, load_config
 from jdpo.data.batching.loader import bucket_length, collate_pairs
 from jdpo.data.reference_cache import scores as reference_cache

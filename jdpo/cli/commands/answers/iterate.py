@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
-from jdpo.cli.commands.train import shown_error
+from jdpo.cli.commands.runs.train import shown_error
 from jdpo.cli.key_help import key_help
 from jdpo.cli.main import COMMANDS
 from jdpo.cli.parsing import CONFIG_USAGE, Parser, add_config, add_help, add_keys, parse

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jdpo.cli.commands.train import print_help, read_config
+from jdpo.cli.commands.runs.train import print_help, read_config
 from jdpo.cli.parsing import CommandLine, Parser, add_config, add_help, add_keys, parse
 from jdpo.config import CONFIGS, load_yaml, parse_overrides
 from jdpo.safe_text import terminal, terminal_lines

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from jdpo import exit_codes
 from jdpo.cli.cluster import in_cluster
 from jdpo.cli.failures import INTERRUPTED
 from jdpo.cli.key_help import key_help
@@ -98,7 +98,7 @@ def main(command: str, words: Sequence[str]) -> int:
             return train(config).exit_code
         except KeyboardInterrupt:  # a second Ctrl-C; the first one would have saved a checkpoint
             print(shown_error(interrupted(config)), file=sys.stderr)
-            return 128 + signal.SIGINT
+            return exit_codes.INTERRUPTED
 
 
 def interrupted(output: OutputSettings) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from jdpo.cli.commands.compare import add_material, beta_for, check_material
+from jdpo.cli.commands.answers.compare import add_material, beta_for, check_material
 from jdpo.cli.model_options import add_model, check_models, log, opening
 from jdpo.cli.parsing import Parser, add_help
 from jdpo.safe_text import terminal, terminal_lines

@@ -1,0 +1,1 @@
+"""Checks a cluster before a run: its processes, devices, folders, code, data and clocks."""

@@ -1,0 +1,1 @@
+"""Starts runs on clusters: files and commands for JobSet, Slurm, SkyPilot, TPU VMs and single hosts."""

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from typing import TYPE_CHECKING, NamedTuple
 
 from jdpo.chips import Chip, chip_of
-from jdpo.devices import Target
-from jdpo.words import did_you_mean
+from jdpo.planning.near_names import near_name
+
+if TYPE_CHECKING:  # jdpo.devices loads jax, which names do not need
+    from jdpo.devices import Target
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +40,65 @@ class Machine:
         return self.slices * self.devices_per_slice
 
     @property
+    def chips(self) -> int:
+        """All chips: TPU chips, of which one may be two devices, or GPUs."""
+        return self.slices * math.prod(self.torus)
+
+    @property
+    def num_hosts(self) -> int:
+        """All hosts, each of which runs one process: TPU VMs, or nodes of GPUs."""
+        return self.slices * self.hosts_per_slice
+
+    @property
+    def hosts_per_slice(self) -> int:
+        """The hosts of a slice; a node of GPUs is one."""
+        chips = math.prod(self.torus)
+        if self.is_gpu or chips <= self._tpu.chips_of_one_host:
+            return 1
+        return chips // _CHIPS_OF_A_HOST
+
+    @property
+    def devices_per_host(self) -> int:
+        """The JAX devices of a host."""
+        return self.devices_per_slice // self.hosts_per_slice
+
+    @property
+    def chips_per_host(self) -> int:
+        """The chips of a host, which is what Kubernetes counts (`google.com/tpu`, `nvidia.com/gpu`)."""
+        return math.prod(self.torus) // self.hosts_per_slice
+
+    @property
+    def gcloud_type(self) -> str | None:
+        """The `--accelerator-type` of a slice in `gcloud compute tpus`; None if it is not rented there."""
+        if self.is_gpu or self._tpu.gcloud is None:
+            return None
+        return f"{self._tpu.gcloud}-{math.prod(self.torus) * self._tpu.counted}"
+
+    @property
+    def gke_accelerator(self) -> str:
+        """The node label `cloud.google.com/gke-tpu-accelerator`, or `gke-accelerator` of GPUs."""
+        return _gpu(self.kind).gke_accelerator if self.is_gpu else self._tpu.gke_accelerator
+
+    @property
+    def gke_topology(self) -> str | None:
+        """The node label `cloud.google.com/gke-tpu-topology` of a slice, such as 4x4; None for GPUs."""
+        return None if self.is_gpu else "x".join(map(str, self.torus))
+
+    @property
+    def gke_machine_type(self) -> str | None:
+        """The machine type of a node pool of such hosts; None for GPUs, which several types offer."""
+        return None if self.is_gpu else f"{self._tpu.machine_type}-{self.chips_per_host}t"
+
+    @property
+    def version(self) -> str:
+        """The name without counts: v5e, v5p, v6e, tpu7x, h100 or h200."""
+        return next(name for name, row in (_TPUS | _GPUS).items() if row.kind == self.kind)
+
+    @property
+    def _tpu(self) -> _Tpu:
+        return _TPUS[self.version]
+
+    @property
     def chip(self) -> Chip:
         """The row of its devices in the table of chips."""
         chip = chip_of(self.kind)
@@ -46,6 +108,8 @@ class Machine:
     @property
     def target(self) -> Target:
         """What code that chooses by platform is told."""
+        from jdpo.devices import Target
+
         return Target("gpu", _CAPABILITY) if self.is_gpu else Target("tpu")
 
     @property
@@ -67,19 +131,66 @@ _CAPABILITY = "9.0"
 
 _Slices = dict[int, tuple[int, ...]]
 _SQUARES: _Slices = {1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)}
-_CUBES: _Slices = {4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4), 64: (4, 4, 4), 128: (4, 4, 8)}
+_CUBES: _Slices = {
+    **{4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4), 64: (4, 4, 4)},
+    **{128: (4, 4, 8), 256: (4, 8, 8), 512: (8, 8, 8)},
+}
 """Chips -> the slice of that many that Google offers."""
 
-_TPUS: dict[str, tuple[str, _Slices, int, int]] = {
-    # version -> device kind, slices, what the number in a name counts per chip, devices per chip
-    "v5e": ("TPU v5 lite", _SQUARES, 1, 1),
-    "v5p": ("TPU v5p", _CUBES, 2, 1),  # names count TensorCores: v5p-64 has 32 chips, and as many devices
-    "v6e": ("TPU v6 lite", _SQUARES, 1, 1),
-    "tpu7x": ("TPU7x", _CUBES, 2, 2),
-}
 
-_GPUS = {"h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200"}
+class _Tpu(NamedTuple):
+    """A version of the TPU.
+
+    Attributes:
+      kind: `jax.Device.device_kind`.
+      slices: chips -> torus.
+      counted: what the number in a name counts per chip: chips, or TensorCores, of which there are two.
+      devices_per_chip: JAX devices.
+      chips_of_one_host: the largest slice that is a single host; hosts of larger ones have `_CHIPS_OF_A_HOST`.
+      gcloud: the name before the number of an accelerator type, or None.
+      gke_accelerator: a node label.
+      machine_type: of a host, without its number of chips.
+    """
+
+    kind: str
+    slices: _Slices
+    counted: int
+    devices_per_chip: int
+    chips_of_one_host: int
+    gcloud: str | None
+    gke_accelerator: str
+    machine_type: str
+
+
+# Hosts and names: https://cloud.google.com/tpu/docs (the page of each version) and
+# https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus. The hosts that they count are VMs here.
+_TPUS: dict[str, _Tpu] = {
+    "v5e": _Tpu("TPU v5 lite", _SQUARES, 1, 1, 8, "v5litepod", "tpu-v5-lite-podslice", "ct5lp-hightpu"),
+    # names count TensorCores: v5p-64 has 32 chips, and as many devices
+    "v5p": _Tpu("TPU v5p", _CUBES, 2, 1, 4, "v5p", "tpu-v5p-slice", "ct5p-hightpu"),
+    "v6e": _Tpu("TPU v6 lite", _SQUARES, 1, 1, 8, "v6e", "tpu-v6e-slice", "ct6e-standard"),
+    "tpu7x": _Tpu("TPU7x", _CUBES, 2, 2, 4, None, "tpu7x", "tpu7x-standard"),
+}
+_CHIPS_OF_A_HOST = 4
+"""Chips of each host of a slice of several hosts, of every version."""
+
+
+class _Gpu(NamedTuple):
+    """A GPU: `jax.Device.device_kind`, and its node label on GKE."""
+
+    kind: str
+    gke_accelerator: str
+
+
+_GPUS: dict[str, _Gpu] = {
+    "h100": _Gpu("NVIDIA H100 80GB HBM3", "nvidia-h100-80gb"),
+    "h200": _Gpu("NVIDIA H200", "nvidia-h200-141gb"),
+}
 _GPUS_OF_NODE = 8
+
+
+def _gpu(kind: str) -> _Gpu:
+    return next(row for row in _GPUS.values() if row.kind == kind)
 
 
 def machine_of(name: str) -> Machine:
@@ -92,18 +203,17 @@ def machine_of(name: str) -> Machine:
     ('v5p:2x4x4', 32, 2)
     """
     tpu = re.fullmatch(r"(?:(\d+)x)?([a-z]\w*)-(\d+)", name)
-    if tpu and tpu.group(2) in _TPUS:
-        kind, sizes, counted, per_chip = _TPUS[tpu.group(2)]
-        torus = sizes.get(int(tpu.group(3)) // counted) if int(tpu.group(3)) % counted == 0 else None
+    if tpu and (row := _TPUS.get(tpu.group(2))):
+        torus = row.slices.get(int(tpu.group(3)) // row.counted) if int(tpu.group(3)) % row.counted == 0 else None
         slices = int(tpu.group(1) or 1)
         if torus is not None and slices:
             return Machine(
                 name=name,
-                kind=kind,
+                kind=row.kind,
                 topology=f"{tpu.group(2)}:{'x'.join(map(str, torus))}",
                 torus=torus,
                 slices=slices,
-                devices_per_slice=math.prod(torus) * per_chip,
+                devices_per_slice=math.prod(torus) * row.devices_per_chip,
             )
     gpu = re.fullmatch(r"([a-z]\w*?\d)(?:x(\d+))?", name)
     if gpu and gpu.group(1) in _GPUS:
@@ -113,7 +223,7 @@ def machine_of(name: str) -> Machine:
             nodes = max(nodes, 1)
             return Machine(
                 name=name,
-                kind=_GPUS[gpu.group(1)],
+                kind=_GPUS[gpu.group(1)].kind,
                 topology=f"1x{nodes}x{number // nodes}",
                 torus=(number // nodes,),
                 slices=nodes,
@@ -124,21 +234,22 @@ def machine_of(name: str) -> Machine:
 
 def machine_names() -> list[str]:
     """Returns the names of single slices and of up to eight GPUs."""
-    tpus = [f"{version}-{chips * counted}" for version, (_, sizes, counted, _) in _TPUS.items() for chips in sizes]
+    tpus = [f"{version}-{chips * row.counted}" for version, row in _TPUS.items() for chips in row.slices]
     return tpus + [f"{gpu}x{number}" for gpu in _GPUS for number in (1, 2, 4, 8)]
 
 
 def _unknown(name: str) -> str:
     known = machine_names()
-    versions = [known_name for known_name in known if known_name.split("-")[0] == name.split("-")[0].split("x", 1)[-1]]
-    suggestion = did_you_mean(name, known)
+    near = near_name(name, known)
+    version = re.sub(r"^\d+x|-\d+$|x\d+$", "", near or name)
+    alike = [found for found in known if re.sub(r"-\d+$|x\d+$", "", found) == version]
     return " ".join(
         part
         for part in (
-            f"unknown target {name!r}:",
-            suggestion,
-            f"expected one of {', '.join(versions or known)}, several slices of one (2xv5e-16), or nodes of 8 GPUs "
-            "(h100x16)",
+            f"unknown machine {name!r}:",
+            f"did you mean {near}?" if near else "",
+            f"expected one of {', '.join(alike or known)}, several slices of one (2xv5e-16), or nodes of "
+            f"{_GPUS_OF_NODE} GPUs (h100x16)",
         )
         if part
     )

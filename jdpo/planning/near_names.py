@@ -44,7 +44,7 @@ def near_name(name: str, known: Sequence[str]) -> str | None:
     versions = sorted({re.split(r"-|x(?=\d+$)", each)[0] for each in known})
     aliases = _ELSEWHERE | {version: version for version in versions}
     text = found.group(2)
-    written = max((alias for alias in aliases if text.startswith(alias)), key=len, default=None)
+    written = max((alias for alias in aliases if re.match(rf"{alias}(?![a-z])", text)), key=len, default=None)
     if written is None:
         # Perhaps a mistyped chip, or one that is not in the table.
         written = re.split(r"-|x(?=\d+$)", text)[0]

@@ -192,7 +192,7 @@ def test_names_of_machines(name: str, topology: str, devices: int, wraps: tuple[
 
 @pytest.mark.parametrize(
     ("name", "near"),
-    [("v5e-63", "v5e-64"), ("v5p-65", "v5p-64"), ("h300x8", "h200x8"), ("v7e-8", "v5e-8"), ("h100x12", "h100x")],
+    [("v5e-63", "v5e-64"), ("v5p-65", "v5p-64"), ("h300x8", "h200x8"), ("v7e-8", "v6e-8"), ("h100x12", "h100x")],
 )
 def test_unknown_machines_name_near_ones(name: str, near: str) -> None:
     with pytest.raises(ValueError, match=near):

@@ -1,1 +1,1 @@
-"""Starts runs on clusters: files and commands for JobSet, Slurm, SkyPilot, TPU VMs and single hosts."""
+"""Scripts and manifests that start a run on a cluster, a TPU slice or a host, and start it again after a preemption."""

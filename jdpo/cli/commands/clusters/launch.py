@@ -1,0 +1,183 @@
+"""`jdpo launch LAUNCHER CONFIG --on MACHINE`: starts a run on a cluster, or prints the files and commands for it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jdpo.cli.option_types import count, not_empty
+from jdpo.cli.parsing import Parser, add_help, kept, spellings
+from jdpo.config import public_text
+from jdpo.launch.launch_options import LaunchOption, options_of, read_options
+from jdpo.launch.launched import Launch, listed_advice
+from jdpo.launch.launchers import LAUNCHERS, launcher_of
+from jdpo.launch.request import RUNS, make_request
+from jdpo.launch.running import run_commands
+from jdpo.safe_text import terminal_lines
+
+_USAGE = "LAUNCHER CONFIG.yaml [KEY=VALUE ...] --on MACHINE [--dry_run] ..."
+
+
+def parser(launcher: str | None = None) -> Parser:
+    """Returns the parser of the command.
+
+    Args:
+      launcher: the launcher whose options it has; None: those of all, as for the help.
+    """
+    parser = Parser(
+        "launch",
+        _USAGE,
+        "Starts a run on a cluster, a TPU slice or a host: writes the files that this takes and calls kubectl, sbatch, "
+        "sky or gcloud. After a preemption or a lost host the launcher starts the same command again, and the run "
+        "continues from its last checkpoint; an error of the run ends it.\n\nLaunchers:\n\n"
+        + "\n".join(f"    {name:<10}{each.summary}" for name, each in LAUNCHERS.items()),
+        epilog="Examples:\n\n"
+        "    jdpo launch jobset configs/llama_3_1_8b_tpu.yaml --on v6e-16 --image IMAGE --volume CLAIM --dry_run\n"
+        "    jdpo launch jobset configs/dpo.yaml beta=0.2 --on 2xv5e-16 --image IMAGE --volume CLAIM --secret HF_TOKEN",
+    )
+    arguments = parser.add_argument_group("Arguments")
+    arguments.add_argument("launcher", metavar="LAUNCHER", help=f"{', '.join(LAUNCHERS)}.")
+    arguments.add_argument(
+        "file", metavar="CONFIG.yaml", type=not_empty, help="The config of the run. Paths in it are those of the nodes."
+    )
+    arguments.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Keys that override those of the config.")
+    _add_common_options(add_help(parser, keys=False))
+    shown = LAUNCHERS if launcher is None else {launcher: launcher_of(launcher)}
+    seen: set[str] = set()
+    for name, each in shown.items():
+        group = parser.add_argument_group(f"Options of {name}")
+        # Several launchers may have an option of the same name and meaning; argparse takes it once.
+        for one in options_of(each.options):
+            if one.name not in seen:
+                _add_option(group, one)
+            seen.add(one.name)
+    return parser
+
+
+def _add_common_options(options: Any) -> None:
+    options.add_argument("--on", metavar="MACHINE", help="What to run on, such as v6e-16, 2xv5e-16 or h100x8 (required).")
+    options.add_argument("--command", choices=RUNS, default="dpo", help="The jdpo command to run (default: dpo).")
+    options.add_argument(
+        *spellings("--dry_run"), action="store_true", help="Print every file and command; write and start nothing."
+    )
+    options.add_argument("--doctor", action="store_true", help="Run `jdpo doctor` on all nodes before each start.")
+    options.add_argument("--name", default="", metavar="NAME", help="Name of the job; by default made of CONFIG's name.")
+    options.add_argument(
+        "--folder", type=not_empty, metavar="FOLDER", help="Where to write the files (default: output_dir/launch)."
+    )
+    options.add_argument(
+        *spellings("--max_restarts"),
+        type=count,
+        default=20,
+        metavar="N",
+        help="How often the run is started again (default: 20).",
+    )
+    options.add_argument(
+        "--env", action="append", default=[], metavar="NAME=VALUE", help="Set an environment variable; may be repeated."
+    )
+    options.add_argument(
+        "--secret",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="Take this environment variable from the launcher's store of secrets, so that its value is in no file; may "
+        "be repeated. HF_TOKEN and the keys of the trackers in report_to are taken from there if they are stored.",
+    )
+
+
+def _add_option(group: Any, one: LaunchOption) -> None:
+    default = f" {kept(f'(default: {one.default})')}" if one.default not in ("", None, False, ()) else ""
+    text = (one.help + (" (required)" if one.required else default)).replace("%", "%%")
+    names = spellings(f"--{one.name}")
+    if one.kind is bool:
+        group.add_argument(*names, action="store_true", help=text)
+    elif one.kind is tuple:
+        group.add_argument(*names, action="append", default=[], metavar=one.metavar, help=text)
+    else:
+        kind: Any = count if one.kind is int else not_empty
+        group.add_argument(*names, type=kind, default=one.default, metavar=one.metavar, help=text)
+
+
+def main(command: str, words: Sequence[str]) -> int:
+    """Runs the command; returns 0, 1 or 2, or the exit code of a program that failed."""
+    assert command == "launch", command
+    if not words or words[0].startswith("-"):
+        # Only help can do without the name of a launcher; everything else is reported by the parser.
+        parser().parse_args(list(words))
+        raise ValueError(f"the launcher comes first: `jdpo launch {_USAGE}`")
+    launcher = launcher_of(words[0])
+    asked = _parse(words)
+    launch = launcher.launch(
+        _request(asked), read_options(launcher.options, _own(asked, launcher.options), words[0])
+    )
+    if asked.dry_run:
+        _print(launch.described())
+        _print_advice(launch)
+        return 0
+    launch.check_programs()
+    launch.write()
+    for path in launch.files:
+        _print(f"wrote {path}")
+    code = run_commands(launch.commands, _print)
+    if code == 0:
+        _print_advice(launch)
+    return code
+
+
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    own = parser(words[0])
+    # Keys may be between options, so the words are not one run of positionals.
+    try:
+        asked = own.parse_intermixed_args(list(words))
+    except ValueError as error:
+        raise _foreign_option(error, words) from None
+    if asked.on is None:
+        raise ValueError("--on MACHINE is missing: what to run on, such as v6e-16, 2xv5e-16 or h100x8")
+    for word in asked.overrides:
+        if "=" not in word:
+            raise ValueError(f"cannot read {word!r}; after the config come keys with their values, such as beta=0.2")
+    return asked
+
+
+def _foreign_option(error: ValueError, words: Sequence[str]) -> ValueError:
+    """Returns the error about the options, naming the launcher that has an option which this one has not."""
+    given = {word.partition("=")[0].replace("-", "_").lstrip("_") for word in words if word.startswith("--")}
+    own = {one.name for one in options_of(LAUNCHERS[words[0]].options)}
+    for name, each in LAUNCHERS.items():
+        theirs = given & ({one.name for one in options_of(each.options)} - own)
+        if theirs:
+            return ValueError(f"--{min(theirs)} is an option of `jdpo launch {name}`, not of {words[0]}")
+    return error
+
+
+def _request(asked: argparse.Namespace) -> Any:
+    from jdpo.planning.machines import machine_of
+
+    return make_request(
+        command=asked.command,
+        config_path=Path(asked.file),
+        overrides=asked.overrides,
+        machine=machine_of(asked.on),
+        name=asked.name,
+        folder=Path(asked.folder) if asked.folder else None,
+        doctor=asked.doctor,
+        max_restarts=asked.max_restarts,
+        env=asked.env,
+        secrets=asked.secret,
+    )
+
+
+def _own(asked: argparse.Namespace, options: type) -> dict[str, Any]:
+    return {one.name: getattr(asked, one.name) for one in options_of(options)}
+
+
+def _print_advice(launch: Launch) -> None:
+    for text in (listed_advice("Before the first launch:", launch.before), listed_advice("Then:", launch.after)):
+        if text:
+            _print(text)
+
+
+def _print(text: str) -> None:
+    print(terminal_lines(public_text(text)), flush=True)

@@ -1,0 +1,55 @@
+"""The launchers by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jdpo.launch.jobset import JobSetOptions, jobset
+from jdpo.launch.launched import Launch
+from jdpo.launch.request import LaunchRequest
+from jdpo.words import did_you_mean
+
+
+class Launcher(NamedTuple):
+    """A way to start a run.
+
+    Attributes:
+      summary: what it is, for the help.
+      options: the dataclass of its options, see `jdpo.launch.launch_options`.
+      launch: makes files and commands of a request and these options. It raises ValueError for a machine that this
+        launcher cannot start, or settings that it cannot keep.
+    """
+
+    summary: str
+    options: type
+    launch: Callable[[LaunchRequest, Any], Launch]
+
+
+LAUNCHERS: dict[str, Launcher] = {
+    "jobset": Launcher("JobSet on Kubernetes, with TPUs or GPUs of GKE", JobSetOptions, jobset),
+}
+"""Name of a launcher -> what it is."""
+
+
+def launcher_of(name: str) -> Launcher:
+    """Returns a launcher by its name.
+
+    Raises:
+      ValueError: there is none of that name.
+    """
+    if name not in LAUNCHERS:
+        hint = _ELSEWHERE.get(name.lower()) or did_you_mean(name, LAUNCHERS)
+        raise ValueError(
+            f"unknown launcher {name!r}; expected one of {', '.join(LAUNCHERS)}" + (f"; {hint}" if hint else "")
+        )
+    return LAUNCHERS[name]
+
+
+_ELSEWHERE = {
+    **dict.fromkeys(("gke", "k8s", "kubernetes", "kubectl", "kueue", "xpk"), "Kubernetes is `jobset`"),
+    **dict.fromkeys(("sbatch", "srun"), "Slurm is `slurm`"),
+    **dict.fromkeys(("sky", "skypilot.yaml"), "SkyPilot is `skypilot`"),
+    **dict.fromkeys(("tpu", "tpuvm", "tpu_vm", "gcloud", "queued-resource"), "TPU VMs are `tpu-vm`"),
+    **dict.fromkeys(("local", "localhost", "single", "torchrun"), "one machine with several GPUs is `host`"),
+}

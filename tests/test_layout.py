@@ -17,6 +17,7 @@ SAME_NAME = {
     "chat": "cli/commands/answers/chat.py is the command `jdpo chat`; generation/chat/ is what it calls",
     "quickstart": "cli/commands/runs/quickstart.py is the command that runs the package quickstart",
     "report": "cli/commands/runs/report.py is the command; quickstart/report.py writes that of the experiment",
+    "launch": "cli/commands/clusters/launch.py is the command `jdpo launch`; launch/ is what it calls",
     "reference": "cli/commands/runs/reference.py is the command `jdpo reference`; training/reference/ is what it calls",
 }
 """Names that two modules share, or a module and a package, each with the reason."""

@@ -34,6 +34,7 @@ COMMANDS = {
     "compare": ("jdpo.cli.commands.answers.compare", "show what changed between models, with intervals"),
     "iterate": ("jdpo.cli.commands.answers.iterate", "improve a model in rounds: generate, score, pair, dpo, compare"),
     "quickstart": ("jdpo.cli.commands.runs.quickstart", "train a tiny model from scratch and align it, in minutes"),
+    "launch": ("jdpo.cli.commands.clusters.launch", "start a run on a cluster, a TPU slice or a host, and restart it"),
     "completion": ("jdpo.cli.commands.completion", "print a script that completes jdpo's command lines in your shell"),
 }
 """Command -> its module, and what it does."""
@@ -66,6 +67,10 @@ ELSEWHERE = {
     "diff": "`jdpo compare BEFORE AFTER` shows what changed between two models",
     "ask": "`jdpo chat MODEL` answers messages in the terminal",
     "talk": "`jdpo chat MODEL` answers messages in the terminal",
+    **dict.fromkeys(
+        ("submit", "deploy", "cluster", "start", "jobset", "slurm", "sbatch", "srun", "skypilot", "sky", "kubectl"),
+        "`jdpo launch LAUNCHER CONFIG --on MACHINE` starts a run on a cluster",
+    ),
     "config": "`jdpo dpo --print_config` prints the whole config of a run",
     "help": "`jdpo --help` lists the commands, `jdpo dpo --help` the keys of one",
     "dry_run": "`jdpo dpo ... --dry_run` checks a run without training",

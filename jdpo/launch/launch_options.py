@@ -65,7 +65,8 @@ def read_options(cls: type[T], given: dict[str, Any], launcher: str) -> T:
     for each in options_of(cls):
         if each.required and not given.get(each.name):
             raise ValueError(f"`jdpo launch {launcher}` needs --{each.name} {each.metavar}: {each.required}")
-    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    return cls(**{name: value for name, value in values.items() if value is not None})
 
 
 def pairs_of(words: tuple[str, ...], name: str) -> dict[str, str]:
@@ -80,4 +81,4 @@ def pairs_of(words: tuple[str, ...], name: str) -> dict[str, str]:
     for word in words:
         if not word.partition("=")[0].strip() or "=" not in word:
             raise ValueError(f"--{name} {word}: expected NAME=VALUE")
-    return dict((word.partition("=")[0], word.partition("=")[2]) for word in words)
+    return {word.partition("=")[0]: word.partition("=")[2] for word in words}

@@ -34,6 +34,7 @@ class Launch:
       installs: program -> how to install it, for every program in `commands`.
       before: what has to be done once before the first launch, such as storing secrets.
       after: how to watch the run, and how to end it.
+      failed: what to try if a command fails.
     """
 
     files: Mapping[Path, str]
@@ -41,6 +42,7 @@ class Launch:
     installs: Mapping[str, str]
     before: tuple[Advice, ...] = ()
     after: tuple[Advice, ...] = ()
+    failed: tuple[Advice, ...] = ()
 
     def described(self) -> str:
         """Returns every file and command as text, for `--dry_run`."""

@@ -20,7 +20,7 @@ def render(template: str, **values: Any) -> str:
     """Returns a template of this package with its values.
 
     Templates quote by filter: `sh` for a word of a shell, `words` for a command line, `yaml` for a scalar, `block` for
-    a text of several lines in YAML, and `comment` for a comment.
+    a text of several lines in YAML, and `comment` for the text of a comment (YAML and shell).
 
     Args:
       template: its file name in `jdpo/launch/templates`.
@@ -66,6 +66,17 @@ def yaml_block(text: str, indent: int) -> str:
     return block if kept else yaml_scalar(text)
 
 
+def comment_lines(text: object, indent: int) -> str:
+    """Returns text for a place after `# `: wrapped, with a mark of its own for each further line.
+
+    Args:
+      indent: spaces before each mark.
+    """
+    # One line of escaped text: a line feed in a name would end the comment.
+    lines = textwrap.wrap(terminal(text), 118 - indent, break_long_words=False, break_on_hyphens=False)
+    return f"\n{' ' * indent}# ".join(lines)
+
+
 @functools.cache
 def _environment() -> jinja2.Environment:
     import jinja2
@@ -76,13 +87,13 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
         # Nothing here is HTML; every value passes through one of the filters below.
-        autoescape=False,  # noqa: S701
+        autoescape=False,
     )
     environment.filters |= {
         "sh": lambda value: shlex.quote(str(value)),
         "words": shlex.join,
         "yaml": yaml_scalar,
         "block": yaml_block,
-        "comment": terminal,
+        "comment": comment_lines,
     }
     return environment

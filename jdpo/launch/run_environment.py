@@ -28,13 +28,13 @@ def environment_of(request: LaunchRequest, *, cache: str) -> tuple[Variable, ...
       cache: the folder for caches on storage that outlives the machines and that all of them see; a launcher may name
         it by a variable of its shell.
     """
-    of_platform = _of_gpus(request) if request.machine.is_gpu else _of_tpus(request)
+    of_platform = _of_gpus() if request.machine.is_gpu else _of_tpus()
     found = (
         Variable(
             "XDG_CACHE_HOME",
             cache,
-            "tokens, reference log-probs and compiled programs (jdpo), and models of the hub (huggingface): kept for the "
-            "next start",
+            "tokens, reference log-probs and compiled programs (jdpo), and models of the hub (huggingface): kept for "
+            "the next start",
         ),
         Variable("PYTHONUNBUFFERED", "1", "lines reach the log when they are printed"),
         *of_platform,
@@ -43,26 +43,24 @@ def environment_of(request: LaunchRequest, *, cache: str) -> tuple[Variable, ...
     return tuple(each for each in found if each.name not in request.env) + own
 
 
-def _of_tpus(request: LaunchRequest) -> tuple[Variable, ...]:
-    # jdpo hands its options to the compiler with each program, so libtpu needs none for them.
+def _of_tpus() -> tuple[Variable, ...]:
+    # `compiler_options` in a config changes what a program is compiled with; this reaches the runtime as well.
     return (
         Variable(
             "LIBTPU_INIT_ARGS",
             "--xla_tpu_use_enhanced_launch_barrier=true",
-            "processes that start a different program end with an error instead of hanging; jdpo passes its options of "
-            "the compiler with each program",
+            "what JAX itself adds; jdpo hands its options to the compiler with each program, and not here",
         ),
     )
 
 
-def _of_gpus(request: LaunchRequest) -> tuple[Variable, ...]:
-    fraction = Variable(
-        "XLA_CLIENT_MEM_FRACTION",
-        str(GPU_POOL),
-        "the share of a GPU that JAX reserves, formerly XLA_PYTHON_CLIENT_MEM_FRACTION; the rest is for CUDA and NCCL",
-    )
-    nccl = (
+def _of_gpus() -> tuple[Variable, ...]:
+    return (
+        Variable(
+            "XLA_CLIENT_MEM_FRACTION",
+            str(GPU_POOL),
+            "the share of a GPU that JAX reserves, formerly XLA_PYTHON_CLIENT_MEM_FRACTION; the rest is for CUDA and "
+            "NCCL",
+        ),
         Variable("NCCL_DEBUG", "WARN", "NCCL says why a connection fails"),
-        Variable("NCCL_SOCKET_IFNAME", "^lo,docker", "processes meet over the network of the nodes, not over loopback"),
     )
-    return (fraction, *(nccl if request.machine.num_hosts > 1 else nccl[:1]))

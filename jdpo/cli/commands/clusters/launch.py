@@ -11,7 +11,7 @@ from jdpo.cli.option_types import count, not_empty
 from jdpo.cli.parsing import Parser, add_help, kept, spellings
 from jdpo.config import public_text
 from jdpo.launch.launch_options import LaunchOption, options_of, read_options
-from jdpo.launch.launched import Launch, listed_advice
+from jdpo.launch.launched import listed_advice
 from jdpo.launch.launchers import LAUNCHERS, launcher_of
 from jdpo.launch.request import RUNS, make_request
 from jdpo.launch.running import run_commands
@@ -57,13 +57,17 @@ def parser(launcher: str | None = None) -> Parser:
 
 
 def _add_common_options(options: Any) -> None:
-    options.add_argument("--on", metavar="MACHINE", help="What to run on, such as v6e-16, 2xv5e-16 or h100x8 (required).")
+    options.add_argument(
+        "--on", metavar="MACHINE", help="What to run on, such as v6e-16, 2xv5e-16 or h100x8 (required)."
+    )
     options.add_argument("--command", choices=RUNS, default="dpo", help="The jdpo command to run (default: dpo).")
     options.add_argument(
         *spellings("--dry_run"), action="store_true", help="Print every file and command; write and start nothing."
     )
     options.add_argument("--doctor", action="store_true", help="Run `jdpo doctor` on all nodes before each start.")
-    options.add_argument("--name", default="", metavar="NAME", help="Name of the job; by default made of CONFIG's name.")
+    options.add_argument(
+        "--name", default="", metavar="NAME", help="Name of the job; by default made of CONFIG's name."
+    )
     options.add_argument(
         "--folder", type=not_empty, metavar="FOLDER", help="Where to write the files (default: output_dir/launch)."
     )
@@ -82,8 +86,8 @@ def _add_common_options(options: Any) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="Take this environment variable from the launcher's store of secrets, so that its value is in no file; may "
-        "be repeated. HF_TOKEN and the keys of the trackers in report_to are taken from there if they are stored.",
+        help="Take this environment variable from the launcher's store of secrets, so that its value is in no file; "
+        "may be repeated. HF_TOKEN and the keys of the trackers in report_to are taken from there if they are stored.",
     )
 
 
@@ -97,7 +101,8 @@ def _add_option(group: Any, one: LaunchOption) -> None:
         group.add_argument(*names, action="append", default=[], metavar=one.metavar, help=text)
     else:
         kind: Any = count if one.kind is int else not_empty
-        group.add_argument(*names, type=kind, default=one.default, metavar=one.metavar, help=text)
+        # None for what is not given: argparse would check a default as if it were.
+        group.add_argument(*names, type=kind, metavar=one.metavar, help=text)
 
 
 def main(command: str, words: Sequence[str]) -> int:
@@ -109,12 +114,11 @@ def main(command: str, words: Sequence[str]) -> int:
         raise ValueError(f"the launcher comes first: `jdpo launch {_USAGE}`")
     launcher = launcher_of(words[0])
     asked = _parse(words)
-    launch = launcher.launch(
-        _request(asked), read_options(launcher.options, _own(asked, launcher.options), words[0])
-    )
+    launch = launcher.launch(_request(asked), read_options(launcher.options, _own(asked, launcher.options), words[0]))
     if asked.dry_run:
         _print(launch.described())
-        _print_advice(launch)
+        _print(listed_advice("Before the first launch:", launch.before))
+        _print(listed_advice("Then:", launch.after))
         return 0
     launch.check_programs()
     launch.write()
@@ -122,7 +126,9 @@ def main(command: str, words: Sequence[str]) -> int:
         _print(f"wrote {path}")
     code = run_commands(launch.commands, _print)
     if code == 0:
-        _print_advice(launch)
+        _print(listed_advice("Then:", launch.after))
+    elif launch.failed:
+        _print(listed_advice("What may help:", (*launch.failed, *launch.before)))
     return code
 
 
@@ -173,11 +179,6 @@ def _own(asked: argparse.Namespace, options: type) -> dict[str, Any]:
     return {one.name: getattr(asked, one.name) for one in options_of(options)}
 
 
-def _print_advice(launch: Launch) -> None:
-    for text in (listed_advice("Before the first launch:", launch.before), listed_advice("Then:", launch.after)):
-        if text:
-            _print(text)
-
-
 def _print(text: str) -> None:
-    print(terminal_lines(public_text(text)), flush=True)
+    if text:
+        print(terminal_lines(public_text(text)), flush=True)

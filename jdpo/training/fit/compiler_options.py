@@ -37,6 +37,10 @@ _SPARSE_CORES: dict[str, Value] = {
 # their sums in every turn. Weights are gathered whole instead.
 _WHOLE_WEIGHTS: dict[str, Value] = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}
 
+# Sums of gradients stay in the loop over micro-batches. The pass that would move them out of it expects an addition
+# after each sum, where a step of several micro-batches has a slice or a conversion: libtpu 0.0.52 ends in an error.
+_SUMS_IN_LOOP: dict[str, Value] = {"xla_disable_hlo_passes": "while-loop-all-reduce-code-motion"}
+
 OPTIONS: dict[str, dict[str, Value]] = {
     "gpu": {
         # The last gradients of a layer are summed during the next layer of the backward pass. Otherwise nothing runs
@@ -51,13 +55,15 @@ OPTIONS: dict[str, dict[str, Value]] = {
         "xla_enable_async_all_reduce": True,
         "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True,
         **_WHOLE_WEIGHTS,
+        **_SUMS_IN_LOOP,
     },
     # libtpu refuses there to let products run between the start and the done of a TensorCore's collective.
-    "TPU v5p?": _WHOLE_WEIGHTS | _SPARSE_CORES,
-    "TPU v6 lite|TPU v6e": _WHOLE_WEIGHTS | _SPARSE_CORES,
+    "TPU v5p?": _WHOLE_WEIGHTS | _SPARSE_CORES | _SUMS_IN_LOOP,
+    "TPU v6 lite|TPU v6e": _WHOLE_WEIGHTS | _SPARSE_CORES | _SUMS_IN_LOOP,
+    "tpu": _SUMS_IN_LOOP,
 }
 """Platform, or pattern of the kinds of devices as in `jdpo.chips` -> options of its compiler, which are all about
-communication."""
+communication. The first that fits counts."""
 
 
 def compiler_options(mesh: Mesh, asked: Mapping[str, Value | None] | None = None) -> dict[str, Value]:

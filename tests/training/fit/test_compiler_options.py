@@ -34,7 +34,7 @@ def test_options_for_gpus_exist_in_this_version_of_xla(mesh: Any) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["v5e-8", "v5p-8", "v6e-8"])
+@pytest.mark.parametrize("name", ["v5e-8", "v5p-8", "v6e-8", "tpu7x-8"])
 def test_options_for_tpus_exist_in_this_version_of_libtpu(name: str) -> None:
     machine = machine_of(name)
     if missing := missing_package(machine):

@@ -43,6 +43,24 @@ def files_digest(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
+def code_digests(package: Path) -> dict[str, str]:
+    """Returns {path within the package: SHA-256 digest} of the files of an installed package, sorted by path.
+
+    Two processes with equal results run the same code. Compiled bytecode, which Python writes by itself, is left out.
+
+    Raises:
+      OSError: a file cannot be read.
+    """
+    digests = {}
+    for folder, inner, names in os.walk(package):
+        inner[:] = sorted(name for name in inner if name != "__pycache__")
+        for name in sorted(names):
+            if not name.endswith(".pyc"):
+                path = Path(folder, name)
+                digests[path.relative_to(package).as_posix()] = file_digest(path)
+    return dict(sorted(digests.items()))
+
+
 @functools.lru_cache(maxsize=1024)
 def _digest_of_state(path: str, size: int, mtime_ns: int) -> str:
     return file_digest(path)

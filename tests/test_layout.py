@@ -14,6 +14,7 @@ MOST_MODULES = 15
 """Modules of a folder at most, `__init__.py` not counted."""
 
 SAME_NAME = {
+    "doctor": "cli/commands/clusters/doctor.py is the command `jdpo doctor`; doctor/ is what it calls",
     "chat": "cli/commands/answers/chat.py is the command `jdpo chat`; generation/chat/ is what it calls",
     "quickstart": "cli/commands/runs/quickstart.py is the command that runs the package quickstart",
     "report": "cli/commands/runs/report.py is the command; quickstart/report.py writes that of the experiment",

@@ -35,6 +35,7 @@ COMMANDS = {
     "iterate": ("jdpo.cli.commands.answers.iterate", "improve a model in rounds: generate, score, pair, dpo, compare"),
     "quickstart": ("jdpo.cli.commands.runs.quickstart", "train a tiny model from scratch and align it, in minutes"),
     "launch": ("jdpo.cli.commands.clusters.launch", "start a run on a cluster, a TPU slice or a host, and restart it"),
+    "doctor": ("jdpo.cli.commands.clusters.doctor", "check a cluster, or this machine, before a run"),
     "completion": ("jdpo.cli.commands.completion", "print a script that completes jdpo's command lines in your shell"),
 }
 """Command -> its module, and what it does."""
@@ -70,6 +71,8 @@ ELSEWHERE = {
     **dict.fromkeys(
         ("submit", "deploy", "cluster", "start", "jobset", "slurm", "sbatch", "srun", "skypilot", "sky", "kubectl"),
         "`jdpo launch LAUNCHER CONFIG --on MACHINE` starts a run on a cluster",
+        ("check", "diagnose", "env", "preflight", "health", "selftest"),
+        "`jdpo doctor CONFIG` checks every process of a cluster before a run",
     ),
     "config": "`jdpo dpo --print_config` prints the whole config of a run",
     "help": "`jdpo --help` lists the commands, `jdpo dpo --help` the keys of one",

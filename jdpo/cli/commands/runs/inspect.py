@@ -111,7 +111,7 @@ def choose_task(line: CommandLine) -> tuple[str, str]:
     """Returns the command that would train, and why it is that one, in words."""
     if line.options.task is not None:
         return line.options.task, "set by --task"
-    keys = _keys(line)
+    keys = keys_given(line)
     of_dpo, of_sft = ({field.name for field in dataclasses.fields(CONFIGS[task])} for task in ("dpo", "sft"))
     # The task is inferred from keys of `jdpo dpo` only, so `jdpo sft` must not have keys of its own.
     assert of_sft <= of_dpo, "a key of `jdpo sft` alone would decide, too"
@@ -123,7 +123,7 @@ def choose_task(line: CommandLine) -> tuple[str, str]:
     return "dpo", "the default; --task sft selects the other command"
 
 
-def _keys(line: CommandLine) -> list[str]:
+def keys_given(line: CommandLine) -> list[str]:
     """Returns the top-level keys of config file and command line; what is wrong with them is reported later."""
     import yaml
 

@@ -1,0 +1,117 @@
+"""The trial of a folder: every process writes a file, and reads what the others have written."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from jdpo.durable import write_durably
+
+_SIZE = 2**18
+_PATIENCE = 2.0
+"""Seconds until a file counts as absent: network file systems show new files a little later."""
+_UNESCAPED = re.compile(r"\\([0-7]{3})")
+
+
+class FolderTrial:
+    """A trial of one folder by one process. Its calls may take forever if the disk does not answer."""
+
+    def __init__(self, path: Path, *, token: str, process: int) -> None:
+        """
+        Args:
+          path: the folder; it is created if it is missing, as a run would.
+          token: part of the names of the files, the same on all processes and in no other trial.
+          process: index of this process.
+        """
+        self.path, self._token, self._process = path, token, process
+        self._created: list[Path] = []
+
+    def write(self) -> float:
+        """Writes the file of this process durably, as a run writes its files, and reads it back.
+
+        Returns:
+          seconds that this took.
+
+        Raises:
+          OSError: the folder cannot be created, written or read, or the content that is read is another one.
+        """
+        begin = time.monotonic()
+        missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        for folder in reversed(missing):
+            with contextlib.suppress(FileExistsError):  # another process has created it meanwhile
+                folder.mkdir()
+                self._created.append(folder)
+        file = self._file(self._process)
+        write_durably(file, self._content(self._process))
+        if file.read_bytes() != self._content(self._process):
+            raise OSError(f"{file}: the content that was read is not what was written")
+        return time.monotonic() - begin
+
+    def read_others(self, processes: Iterable[int]) -> tuple[int, ...]:
+        """Returns those of `processes` whose files are here and hold what they wrote.
+
+        Raises:
+          OSError: such a file is here and cannot be read, or has another content.
+        """
+        end = time.monotonic() + _PATIENCE
+        left, seen = set(processes), set[int]()
+        while left:
+            for process in sorted(left):
+                try:
+                    content = self._file(process).read_bytes()
+                except FileNotFoundError:
+                    continue
+                if content != self._content(process):
+                    raise OSError(f"{self._file(process)}: not what process {process} wrote")
+                seen.add(process)
+            left -= seen
+            if time.monotonic() > end:
+                break
+            time.sleep(0.05 if left else 0)
+        return tuple(sorted(seen))
+
+    def remove(self) -> None:
+        """Removes the file of this process, and the folders that it has created if they are empty."""
+        with contextlib.suppress(OSError):
+            self._file(self._process).unlink(missing_ok=True)
+        for folder in reversed(self._created):
+            with contextlib.suppress(OSError):  # something is in it
+                folder.rmdir()
+
+    def _file(self, process: int) -> Path:
+        return self.path / f".jdpo-doctor-{self._token}-{process}"
+
+    def _content(self, process: int) -> bytes:
+        line = f"process {process} of {self._token}\n".encode()
+        return (line * (_SIZE // len(line) + 1))[:_SIZE]
+
+
+def mount_of(path: Path, mounts: Path = Path("/proc/mounts")) -> tuple[str, str]:
+    """Returns where the file system of a path is mounted, and its type; ("", "") if that is unknown."""
+    try:
+        lines = mounts.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return "", ""
+    real = Path(os.path.realpath(path))
+    found = ("", "")
+    for line in lines:
+        fields = line.split(" ")
+        if len(fields) < 3:
+            continue
+        # The kernel writes spaces in paths as \040.
+        mounted = _UNESCAPED.sub(lambda code: chr(int(code[1], 8)), fields[1])
+        # The later of two mounts at one place hides the earlier one.
+        if real.is_relative_to(mounted) and len(mounted) >= len(found[0]):
+            found = mounted, fields[2]
+    return found
+
+
+def free_bytes(path: Path) -> int:
+    """Returns the free space of the file system that holds a path, or will hold it once it is created."""
+    here = next(folder for folder in (path, *path.parents) if folder.exists())
+    return shutil.disk_usage(here).free

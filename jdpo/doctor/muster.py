@@ -21,6 +21,7 @@ _LINE_BYTES = 2**20
 _HELLO_SECONDS = 10.0
 """Time limit for the one line of a connected process; whatever else connects, such as a port scan, is dropped."""
 _BETWEEN_ATTEMPTS = 0.2
+_FAULT_SECONDS = 5.0
 _GRACE_SECONDS = 30.0
 """How much longer a process waits for the answer than process 0 waits for the others: it may have come earlier."""
 
@@ -86,11 +87,12 @@ class _Roll:
     def call(self, listener: socket.socket, timeout: float) -> Muster:
         end = time.monotonic() + timeout
         while len(self._hosts) < self._count and (left := end - time.monotonic()) > 0:
-            if select.select([listener], [], [], min(left, 1.0))[0]:
+            if select.select([listener], [], [], left)[0]:
                 connection, _ = listener.accept()
+                was_well = not self._faults
                 self._hear(connection)
-            if self._faults:
-                break  # waiting will not mend it
+                if self._faults and was_well:  # waiting will not mend it; those just starting still hear of it
+                    end = min(end, time.monotonic() + _FAULT_SECONDS)
         missing = tuple(index for index in range(self._count) if index not in self._hosts)
         found = Muster(dict(self._hosts), missing, tuple(self._faults))
         for _, connection in self._waiting:

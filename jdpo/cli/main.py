@@ -34,8 +34,8 @@ COMMANDS = {
     "compare": ("jdpo.cli.commands.answers.compare", "show what changed between models, with intervals"),
     "iterate": ("jdpo.cli.commands.answers.iterate", "improve a model in rounds: generate, score, pair, dpo, compare"),
     "quickstart": ("jdpo.cli.commands.runs.quickstart", "train a tiny model from scratch and align it, in minutes"),
-    "launch": ("jdpo.cli.commands.clusters.launch", "start a run on a cluster, a TPU slice or a host, and restart it"),
     "doctor": ("jdpo.cli.commands.clusters.doctor", "check a cluster, or this machine, before a run"),
+    "launch": ("jdpo.cli.commands.clusters.launch", "start a run on a cluster, a TPU slice or a host, and restart it"),
     "completion": ("jdpo.cli.commands.completion", "print a script that completes jdpo's command lines in your shell"),
 }
 """Command -> its module, and what it does."""
@@ -71,6 +71,8 @@ ELSEWHERE = {
     **dict.fromkeys(
         ("submit", "deploy", "cluster", "start", "jobset", "slurm", "sbatch", "srun", "skypilot", "sky", "kubectl"),
         "`jdpo launch LAUNCHER CONFIG --on MACHINE` starts a run on a cluster",
+    ),
+    **dict.fromkeys(
         ("check", "diagnose", "env", "preflight", "health", "selftest"),
         "`jdpo doctor CONFIG` checks every process of a cluster before a run",
     ),

@@ -11,8 +11,8 @@ from jdpo.doctor.process_facts import ProcessFacts
 from jdpo.words import figure, listed, memory
 
 CLOCK_WARNING, CLOCK_PROBLEM = 1.0, 60.0
-"""Seconds. From about a second on, the logs of hosts cannot be put in order; stores and tokens refuse clocks that are off
-by minutes."""
+"""Seconds. From about a second on, the logs of hosts cannot be put in order; stores and tokens refuse clocks that are
+minutes off."""
 LEAST_MEMORY = 2 * 2**30
 
 

@@ -14,7 +14,6 @@ without -Instruct or -it. `--against` exits with 1 where the step is worse than 
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.util
 import json
 import re
@@ -156,22 +155,9 @@ def lengths_of(text: str | None) -> list[tuple[int, ...]]:
     """
     if text is None:
         raise ValueError("--lengths is required: without rows it says how long they are, such as --lengths 512,300,300")
-    if text.endswith(".csv"):
-        return _lengths_in(Path(text))
-    if not re.fullmatch(r"\d+(,\d+)*", text):
-        raise ValueError(f"--lengths: expected numbers, such as 512,300,300, or a CSV file, found {text!r}")
-    return [tuple(int(number) for number in text.split(","))]
+    from jdpo.planning.targets.given_lengths import read_lengths
 
-
-def _lengths_in(path: Path) -> list[tuple[int, ...]]:
-    try:
-        header, *rows = csv.reader(path.read_text(encoding="utf-8").splitlines())
-        found = [tuple(int(number) for number in row) for row in rows]
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--lengths {path}: expected a header and rows of numbers ({error})") from error
-    if not found or any(len(row) != len(header) for row in found):
-        raise ValueError(f"--lengths {path}: expected rows of {len(header)} numbers, as many as the header has names")
-    return found
+    return read_lengths(text)
 
 
 def rendered(found: dict[str, Any]) -> str:

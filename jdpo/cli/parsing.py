@@ -223,9 +223,13 @@ def _unexpected(word: str, done: Sequence[str], parser: argparse.ArgumentParser)
         return ValueError(f"cannot read {word!r}; did you mean `{option}`?")
     if equals and before in actions and actions[before].metavar == "LIST":
         return ValueError(f"cannot read {word!r}; write several values as a list: `{before} '[{value}, {word}]'`")
-    if word.endswith((".yaml", ".yml")) and not done[0].startswith("--"):
+    if _is_yaml(word) and not done[0].startswith("--"):
         return ValueError(f"two config files, {done[0]} and {word}; give one, and keys that override it")
     return unreadable(word)
+
+
+def _is_yaml(word: str) -> bool:
+    return word.endswith((".yaml", ".yml"))
 
 
 def joined(words: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
@@ -256,7 +260,12 @@ def joined(words: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
         option = "--" + name.removeprefix("--").replace("-", "_")
         # An unknown key may have a value or none: which keys exist is checked with the whole config.
         nargs = options.get(option, "?")
-        if nargs == 0:
+        if nargs == "+":  # several values, each as an option of its own, which argparse collects
+            values = [value] if equals else []
+            while not equals and rest and not (rest[0].startswith("--") or "=" in rest[0] or _is_yaml(rest[0])):
+                values.append(rest.pop(0))
+            done += [f"{option}={each}" for each in values or [""]]
+        elif nargs == 0:
             if equals:
                 raise ValueError(f"{option} takes no value, found {value!r}")
             done.append(option)

@@ -238,6 +238,11 @@ def machine_names() -> list[str]:
     return tpus + [f"{gpu}x{number}" for gpu in _GPUS for number in (1, 2, 4, 8)]
 
 
+def versions() -> list[str]:
+    """Returns the names without counts: v5e, v5p, v6e, tpu7x, h100, h200."""
+    return [*_TPUS, *_GPUS]
+
+
 def _unknown(name: str) -> str:
     known = machine_names()
     near = near_name(name, known)

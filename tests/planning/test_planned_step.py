@@ -231,7 +231,7 @@ def test_lengths_may_be_those_of_real_rows(tmp_path: Path) -> None:
     # Both sequences of a row of the second kind are shorter than those of the first, and share attention rows.
     assert sorted(set(step.batch.lengths[step.batch.lengths > 0].tolist())) == [10, 40, 48]
     file.write_text("prompt,chosen,rejected\n16,24\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="rows of 3 numbers"):
+    with pytest.raises(ValueError, match="line 2: expected 3 numbers"):
         lengths_of(str(file))
     with pytest.raises(ValueError, match=r"missing\.csv"):
         lengths_of(str(tmp_path / "missing.csv"))

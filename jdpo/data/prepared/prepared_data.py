@@ -77,14 +77,19 @@ class PreparedData(Generic[R]):
         row: R = self._rows[index]
         return row
 
+    def part_lengths(self) -> np.ndarray:
+        """Returns the tokens of prompt, chosen and rejected, int64 [rows, 3], or of each row, int64 [rows, 1]."""
+        supervised = self._rows.row_type is TokenizedCompletion
+        fields = ("tokens",) if supervised else ("prompt_ids", "chosen_ids", "rejected_ids")
+        # Lengths come from the offsets of the Arrow file: no token is read, so planning is fast for millions of rows.
+        return np.stack([self._rows.lengths_of(field) for field in fields], axis=-1)
+
     def sizes(self) -> ItemSizes:
         """Returns the number of slots and scored tokens of every row when packed. Reads lengths only."""
-        rows = self._rows
+        rows, lengths = self._rows, self.part_lengths()
         if rows.row_type is TokenizedCompletion:
-            return completion_sizes(rows.lengths_of("tokens"), rows.counts_of("completion_mask", skip=1))
-        # Lengths come from the offsets of the Arrow file: no token is read, so planning is fast for millions of rows.
-        lengths = [rows.lengths_of(field) for field in ("prompt_ids", "chosen_ids", "rejected_ids")]
-        sizes = pair_sizes(np.stack(lengths, axis=-1))
+            return completion_sizes(lengths[:, 0], rows.counts_of("completion_mask", skip=1))
+        sizes = pair_sizes(lengths)
         if rows.row_type is MaskedPair:  # their prompts are not empty, so every learnt token is scored
             sizes = sizes._replace(scored=rows.counts_of("chosen_mask") + rows.counts_of("rejected_mask"))
         return sizes

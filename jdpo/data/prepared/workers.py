@@ -63,7 +63,7 @@ def map_in_order(work: Callable[[S, T], R], state: S, tasks: Iterable[T], *, num
     pending: deque[Future[R]] = deque()
     try:
         for task in tasks:
-            with _no_interrupt() if not pending else contextlib.nullcontext():
+            with no_interrupt() if not pending else contextlib.nullcontext():
                 pending.append(executor.submit(_run, task))
             # Bounds the number of chunks in memory: reading is faster than tokenizing.
             if len(pending) > IN_FLIGHT * num_proc:
@@ -81,7 +81,7 @@ def map_in_order(work: Callable[[S, T], R], state: S, tasks: Iterable[T], *, num
 
 
 @contextlib.contextmanager
-def _no_interrupt() -> Iterator[None]:
+def no_interrupt() -> Iterator[None]:
     """Blocks SIGINT while processes are started, which inherit this.
 
     A terminal sends Ctrl-C to all processes; only the main one should act on it, and end the others.
@@ -102,6 +102,15 @@ _shared: tuple[Callable[[Any, Any], Any], Any] | None = None
 def _start(work: Callable[[S, T], R], state: S, parent: int) -> None:
     global _shared
     _shared = work, state
+    end_with_parent(parent)
+
+
+def end_with_parent(parent: int) -> None:
+    """Makes this process end once its parent has ended, even if the parent was killed.
+
+    Args:
+      parent: its process id.
+    """
     # A killed parent cannot end its processes; without this thread they would stay and hold memory.
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 

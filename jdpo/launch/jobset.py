@@ -7,6 +7,7 @@ import shlex
 
 from jdpo.config.addresses import without_queries
 from jdpo.exit_codes import RESTART_CODES
+from jdpo.launch.kube_names import checked_image, checked_label, checked_namespace, checked_object
 from jdpo.launch.launch_options import option, pairs_of
 from jdpo.launch.launched import Advice, Launch
 from jdpo.launch.rendering import render
@@ -78,6 +79,7 @@ def jobset(request: LaunchRequest, options: JobSetOptions) -> Launch:
     machine = request.machine
     _check_machine(machine)
     _check_config(request)
+    _check_names(options)
     path = request.folder / "jobset.yaml"
     command = request.words(CONFIG)
     text = render(
@@ -146,6 +148,18 @@ def _check_config(request: LaunchRequest) -> None:
             )
 
 
+def _check_names(options: JobSetOptions) -> None:
+    checked_image(options.image)
+    checked_namespace(options.namespace)
+    for name in ("volume", "secret_store", "service_account", "queue"):
+        if value := getattr(options, name):
+            checked_object(value, name)
+    if options.reservation:
+        checked_label("cloud.google.com/reservation-name", options.reservation, "reservation")
+    for key, value in pairs_of(options.node_selector, "node_selector").items():
+        checked_label(key, value, "node_selector")
+
+
 def _checked_first(request: LaunchRequest, command: list[str]) -> list[str]:
     """Returns a command that runs the doctor first, and not the run if that finds something."""
     # exec: the run, not the shell, gets SIGTERM.
@@ -194,7 +208,7 @@ def _before(request: LaunchRequest, options: JobSetOptions) -> tuple[Advice, ...
     literals = " ".join(f'--from-literal={name}="${name}"' for name in request.secrets)
     return (
         Advice(
-            "Install JobSet 0.5 or later in the cluster, unless it is there (https://jobset.sigs.k8s.io/docs/installation)."
+            "Install JobSet 0.6 or later in the cluster, unless it is there (https://jobset.sigs.k8s.io/docs/installation)."
         ),
         Advice(
             "Store the secrets, from variables of your shell:",

@@ -30,21 +30,36 @@ def run_commands(commands: Sequence[Sequence[str]], log: Callable[[str], None]) 
 
 
 def _run(words: Sequence[str]) -> int:
-    process = subprocess.Popen(words)
-    with _passing_signals_to(process):
+    with _signals() as passed_to:
+        process = subprocess.Popen(words)
+        passed_to(process)
         code = process.wait()
     return code if code >= 0 else 128 - code
 
 
 @contextlib.contextmanager
-def _passing_signals_to(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """While entered, a command ends in its own time when this process is asked to end: it may have to save."""
+def _signals() -> Iterator[Callable[[subprocess.Popen[bytes]], None]]:
+    """While entered, this process outlives SIGINT and SIGTERM: a command may have to save, and ends in its own time.
+
+    Yields:
+      a function that takes the command; from then on SIGTERM, also one that came before, is passed on to it.
+    """
     if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may set handlers
+        yield lambda process: None  # only the main thread may set handlers
         return
+    commands: list[subprocess.Popen[bytes]] = []
+    waiting: list[int] = []
 
     def pass_on(signum: int, frame: FrameType | None) -> None:
-        process.send_signal(signum)
+        if not commands:
+            waiting.append(signum)
+        for command in commands:
+            command.send_signal(signum)
+
+    def take(command: subprocess.Popen[bytes]) -> None:
+        commands.append(command)
+        for signum in waiting:
+            command.send_signal(signum)
 
     before = {
         # Ctrl-C reaches the command by itself, as it is in the same process group.
@@ -52,7 +67,7 @@ def _passing_signals_to(process: subprocess.Popen[bytes]) -> Iterator[None]:
         signal.SIGTERM: signal.signal(signal.SIGTERM, pass_on),
     }
     try:
-        yield
+        yield take
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)

@@ -11,7 +11,7 @@ from jdpo.cli.option_types import count, not_empty
 from jdpo.cli.parsing import Parser, add_help, kept, spellings
 from jdpo.config import public_text
 from jdpo.launch.launch_options import LaunchOption, options_of, read_options
-from jdpo.launch.launched import listed_advice
+from jdpo.launch.launched import Launch, listed_advice
 from jdpo.launch.launchers import LAUNCHERS, launcher_of
 from jdpo.launch.request import RUNS, make_request
 from jdpo.launch.running import run_commands
@@ -112,9 +112,8 @@ def main(command: str, words: Sequence[str]) -> int:
         # Only help can do without the name of a launcher; everything else is reported by the parser.
         parser().parse_args(list(words))
         raise ValueError(f"the launcher comes first: `jdpo launch {_USAGE}`")
-    launcher = launcher_of(words[0])
     asked = _parse(words)
-    launch = launcher.launch(_request(asked), read_options(launcher.options, _own(asked, launcher.options), words[0]))
+    launch = _launch_of(asked)
     if asked.dry_run:
         _print(launch.described())
         _print(listed_advice("Before the first launch:", launch.before))
@@ -130,6 +129,24 @@ def main(command: str, words: Sequence[str]) -> int:
     elif launch.failed:
         _print(listed_advice("What may help:", (*launch.failed, *launch.before)))
     return code
+
+
+def planned(words: Sequence[str]) -> Launch:
+    """Returns what a command line would write and run, and does neither.
+
+    Args:
+      words: those after `jdpo launch`.
+
+    Raises:
+      ValueError: see `main`.
+    """
+    return _launch_of(_parse(words))
+
+
+def _launch_of(asked: argparse.Namespace) -> Launch:
+    launcher = launcher_of(asked.launcher)
+    own = {one.name: getattr(asked, one.name) for one in options_of(launcher.options)}
+    return launcher.launch(_request(asked), read_options(launcher.options, own, asked.launcher))
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
@@ -173,10 +190,6 @@ def _request(asked: argparse.Namespace) -> Any:
         env=asked.env,
         secrets=asked.secret,
     )
-
-
-def _own(asked: argparse.Namespace, options: type) -> dict[str, Any]:
-    return {one.name: getattr(asked, one.name) for one in options_of(options)}
 
 
 def _print(text: str) -> None:

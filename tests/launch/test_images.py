@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 
@@ -63,7 +64,7 @@ def test_every_dependency_is_pinned_within_its_bounds(accelerator: str) -> None:
     pins = dict(line.split("==") for line in lines)  # fails on a line that pins nothing
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = [project["optional-dependencies"][extra] for extra in (accelerator, *module.EXTRAS)]
-    needed = [Requirement(each) for each in [*project["dependencies"], *sum(extras, []), *module.build_requirements()]]
+    needed = [Requirement(each) for each in [*project["dependencies"], *chain(*extras), *module.build_requirements()]]
     for each in needed:
         found = pins.get(canonicalize_name(each.name))
         assert found, f"{each} is not in {path.name}: run python scripts/write_requirements.py"

@@ -174,7 +174,7 @@ def test_the_doctor_runs_before_the_run(config: Path) -> None:
     shell, option, script = container_of(documents(config, "v6e-16", "--doctor", "run_name=it's")["JobSet"])["command"]
     assert (shell, option) == ("/bin/sh", "-c")
     run = "/etc/jdpo/config.yaml 'run_name=it'\"'\"'s'"
-    assert script == f"jdpo doctor {run} && exec jdpo dpo {run}"
+    assert script == f"jdpo doctor {run} --task dpo && exec jdpo dpo {run}"
 
 
 def test_secrets_are_named_and_not_written(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:

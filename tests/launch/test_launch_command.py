@@ -119,6 +119,7 @@ def test_what_is_missing_is_named_with_what_to_do(config: Path, fake: Fake, caps
     assert "Dockerfile" in refusal([*JOBSET[:4]], capsys)
     assert "ReadWriteMany" in refusal([*JOBSET[:6]], capsys)
     assert "--on MACHINE is missing" in refusal(["jobset", "dpo.yaml"], capsys)
+    assert "config is missing" in refusal(["jobset"], capsys)
     assert "no such file" in refusal(["jobset", "no.yaml", *JOBSET[2:]], capsys)
 
 
@@ -127,7 +128,7 @@ def test_wrong_words_name_what_is_near(config: Path, capsys: Capture) -> None:
     assert "did you mean 'jobset'" in message
     assert all(name in message for name in LAUNCHERS)
     assert "is `jobset`" in refusal(["k8s", "dpo.yaml"], capsys)
-    assert "did you mean --image" in refusal([*JOBSET, "--imag", "x"], capsys)
+    assert "did you mean '--image'" in refusal([*JOBSET, "--imag", "x"], capsys)
     assert "the launcher comes first" in refusal(["--on", "v6e-16"], capsys)
     assert "such as beta=0.2" in refusal([*JOBSET, "beta"], capsys)
     assert "1 or more" in refusal([*JOBSET, "--max_restarts", "0"], capsys)

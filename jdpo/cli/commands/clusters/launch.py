@@ -108,9 +108,10 @@ def _add_option(group: Any, one: LaunchOption) -> None:
 def main(command: str, words: Sequence[str]) -> int:
     """Runs the command; returns 0, 1 or 2, or the exit code of a program that failed."""
     assert command == "launch", command
+    if words and words[0] in ("-h", "--help"):
+        print(parser().format_help(), end="")
+        return 0
     if not words or words[0].startswith("-"):
-        # Only help can do without the name of a launcher; everything else is reported by the parser.
-        parser().parse_args(list(words))
         raise ValueError(f"the launcher comes first: `jdpo launch {_USAGE}`")
     asked = _parse(words)
     launch = _launch_of(asked)
@@ -155,6 +156,8 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     try:
         asked = own.parse_intermixed_args(list(words))
     except ValueError as error:
+        if "CONFIG.yaml" in str(error):  # argparse would ask for KEY=VALUE as well
+            error = ValueError(f"the config is missing: `jdpo launch {words[0]} CONFIG.yaml --on MACHINE`")
         raise _foreign_option(error, words) from None
     if asked.on is None:
         raise ValueError("--on MACHINE is missing: what to run on, such as v6e-16, 2xv5e-16 or h100x8")

@@ -77,6 +77,9 @@ LISTED = {
     ("docs/iterate.md", "output_dir/"): "lists the files of a loop",
     ("docs/iterate.md", "jdpo iterate configs/iterate.yaml\n"): "trains; tests/iteration runs a loop",
     ("docs/jax.md", "one pair: prompt"): "a diagram",
+    ("docs/launch.md", "docker build"): "needs Docker; tests/launch/test_images.py lints the Dockerfile",
+    ("docs/launch.md", "gcloud container"): "needs a project of Google Cloud",
+    ("docs/launch.md", "kubectl apply"): "needs a Kubernetes cluster; tests/launch/test_jobset.py checks the claim",
     ("docs/lora.md", "from peft import"): "needs PyTorch; tests/models/lora/test_peft_torch.py loads exports with PEFT",
     ("docs/losses.md", "a, b        policy minus"): "explains symbols",
     ("docs/memory.md", "pytest tests/models/test_remat.py"): "is part of this suite",
@@ -309,7 +312,7 @@ def test_commands(item: Item, place: Path) -> None:
             read_settings(words[1:])
         return
     assert program == "jdpo", item.text
-    if any(word.startswith("configs/") for word in words) and words[0] != "iterate":
+    if any(word.startswith("configs/") for word in words) and words[0] not in ("iterate", "launch"):
         words.append("--model_name_or_path=toy")  # its config names a model of the hub
     if how(item) == "dry run" and "--dry_run" not in words:
         words.append("--dry_run")

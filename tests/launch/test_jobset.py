@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,16 @@ def test_manifests_are_what_the_api_reads(config: Path, machine: str, words: tup
     # Each part by the schema of Kubernetes itself; it has none for JobSet.
     for document in (found["ConfigMap"], found["Service"], job_of(jobset)):
         validate(document)
+
+
+def test_the_claim_in_the_docs_is_one_that_kubernetes_reads() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "launch.md").read_text(encoding="utf-8")
+    claim = yaml.safe_load(textwrap.dedent(page.partition("<<'CLAIM'\n")[2].partition("   CLAIM")[0]))
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+    validate(claim)
+    claim["spec"]["accessMode"] = claim["spec"].pop("accessModes")
+    with pytest.raises(kubernetes_validate.ValidationError, match="accessMode"):
+        validate(claim)
 
 
 def test_broken_manifests_are_refused(config: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from jdpo.cli.main import COMMANDS
 from jdpo.cli.parsing import Parser
-from jdpo.config import DatasetConfig, DPOConfig, LoraConfig, MeshConfig, OptimizerConfig, SFTConfig
+from jdpo.config import DatasetConfig, DPOConfig, LoraConfig, MeshConfig, OptimizerConfig, SFTConfig, WatchdogConfig
 from jdpo.config.groups import PreferenceSettings
 from jdpo.config.key_specs import REQUIRED, KeySpec, as_yaml, key_specs
 from jdpo.config.keys import CONFIGS
@@ -21,7 +21,7 @@ from jdpo.loss_specs import OPTIONS
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
-GROUPS: tuple[type[Settings], ...] = (DatasetConfig, LoraConfig, MeshConfig, OptimizerConfig)
+GROUPS: tuple[type[Settings], ...] = (DatasetConfig, LoraConfig, MeshConfig, OptimizerConfig, WatchdogConfig)
 """Classes of keys that have keys of their own."""
 
 WRITTEN_BY = "This page is written by `scripts/write_reference.py` from the code; a test compares the two."

@@ -8,9 +8,13 @@ import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jdpo.cli.gpu_pool import reserve_gpu_memory
-from jdpo.config import OutputSettings
+from jdpo.config import OutputSettings, WatchdogConfig
+
+if TYPE_CHECKING:
+    from jdpo.processes import Deadlines
 
 
 @contextlib.contextmanager
@@ -18,6 +22,8 @@ def in_cluster(
     output: OutputSettings, command: str, words: Sequence[str], *, shown: Callable[[str], str], trains: bool
 ) -> Iterator[None]:
     """Joins the other processes of the run, if there are any, and exits together with them. Reserves GPU memory.
+
+    While entered, a guard ends the process if it is stuck, or asked to stop with nothing to save.
 
     Args:
       output: the run's settings.
@@ -28,32 +34,62 @@ def in_cluster(
     Raises:
       ValueError: see `join_cluster`.
     """
-    from jdpo.processes import ending_together, join_cluster
-
-    timeout = output.heartbeat_timeout_seconds
-    # Now, since JAX reserves the memory when it first looks for devices.
-    note = reserve_gpu_memory(os.environ, has_plugin=importlib.util.find_spec("jax_plugins") is not None)
-    joined = join_cluster(timeout=timeout)
-    if note is not None and (joined is None or joined.process_id == 0):
-        print(note, flush=True)
-    # One process has nobody to wait for, so its errors end it as usual.
-    if joined is None or joined.num_processes == 1:
-        yield
-        return
     from jdpo.checkpoint.steps import complete_steps  # imported now, as a dying process should not import
+    from jdpo.processes import ending_together, guarded, join_cluster
 
     folder = Path(output.output_dir) if trains else None
+    timeout, deadlines = output.heartbeat_timeout_seconds, deadlines_of(output.watchdog)
+    several = False
 
     def advice() -> str:
         steps = complete_steps(folder / "checkpoints") if folder is not None else []
-        return how_to_continue(command, words, folder, steps, resumes=output.resume == "auto")
+        text = how_to_continue(command, words, folder, steps, resumes=output.resume == "auto", several=several)
+        return shown(text)
 
-    with ending_together(shown, timeout=timeout, advice=advice, stacks_folder=folder):
-        yield
+    with guarded(deadlines, folder, advice) as guard:
+        # Now, since JAX reads these when it first looks for devices.
+        has_plugin = importlib.util.find_spec("jax_plugins") is not None
+        notes = [reserve_gpu_memory(os.environ, has_plugin=has_plugin)]
+        joined = join_cluster(timeout=timeout)
+        for note in filter(None, notes):
+            if joined is None or joined.process_id == 0:
+                print(note, flush=True)
+        # One process has nobody to wait for, so its errors end it as usual.
+        if joined is None or joined.num_processes == 1:
+            yield
+            return
+        several = True
+        guard.joined(joined.process_id, joined.num_processes)
+        with ending_together(shown, timeout=timeout, advice=advice, stacks_folder=folder, guard=guard):
+            yield
+
+
+def deadlines_of(settings: WatchdogConfig) -> Deadlines | None:
+    """Returns the deadlines that a config sets; None if it switches the watchdog off."""
+    from jdpo.processes import Deadlines
+
+    if not settings.enabled:
+        return None
+    return Deadlines(
+        step_factor=settings.step_factor,
+        step=settings.step_seconds,
+        start=settings.start_seconds,
+        compile=settings.compile_seconds,
+        evaluation=settings.evaluation_seconds,
+        save=settings.save_seconds,
+        export=settings.export_seconds,
+        other=settings.other_seconds,
+    )
 
 
 def how_to_continue(
-    command: str, words: Sequence[str], folder: Path | None, steps: Sequence[int], *, resumes: bool
+    command: str,
+    words: Sequence[str],
+    folder: Path | None,
+    steps: Sequence[int],
+    *,
+    resumes: bool,
+    several: bool = True,
 ) -> str:
     """Returns what is saved and which command continues, as a message.
 
@@ -62,6 +98,7 @@ def how_to_continue(
       folder: output_dir, for a command that trains.
       steps: the checkpoints in it, oldest first.
       resumes: whether the command line allows to resume.
+      several: whether the run has several processes.
     """
     if folder is None:
         saved, then = "The results so far are kept", "continue"
@@ -72,4 +109,4 @@ def how_to_continue(
     # Quoted for a shell, so that the line can be pasted.
     # A run that forbids resuming would refuse the folder; the later of two values of a key wins.
     again = shlex.join(["jdpo", command, *words, *([] if resumes else ["--resume", "auto"])])
-    return f"{saved}. To {then}, run the same command on every host: {again}"
+    return f"{saved}. To {then}, run the same command {'on every host' if several else 'again'}: {again}"

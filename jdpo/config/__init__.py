@@ -15,7 +15,15 @@ from jdpo.config.groups import (
     SampleSettings,
 )
 from jdpo.config.keys import CONFIGS, DPOConfig, SFTConfig, TrainConfig
-from jdpo.config.nested import LORA_DEFAULTS, RULE_DEFAULTS, DatasetConfig, LoraConfig, MeshConfig, OptimizerConfig
+from jdpo.config.nested import (
+    LORA_DEFAULTS,
+    RULE_DEFAULTS,
+    DatasetConfig,
+    LoraConfig,
+    MeshConfig,
+    OptimizerConfig,
+    WatchdogConfig,
+)
 from jdpo.config.reading import (
     defaults_of,
     load_config,
@@ -30,7 +38,7 @@ from jdpo.config.value_types import Settings
 from jdpo.config.yaml_text import load_yaml
 
 # The classes that Python code constructs.
-for _cls in (*CONFIGS.values(), DatasetConfig, LoraConfig, MeshConfig, OptimizerConfig):
+for _cls in (*CONFIGS.values(), DatasetConfig, LoraConfig, MeshConfig, OptimizerConfig, WatchdogConfig):
     explain_faults_of(_cls)
 
 __all__ = [
@@ -56,6 +64,7 @@ __all__ = [
     "SampleSettings",
     "Settings",
     "TrainConfig",
+    "WatchdogConfig",
     "changed_keys",
     "command_of",
     "defaults_of",

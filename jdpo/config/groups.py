@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 from pydantic_core import PydanticCustomError
 
-from jdpo.config.nested import Datasets, Lora, Mesh, MeshConfig, Optimizer, OptimizerConfig
+from jdpo.config.nested import Datasets, Lora, Mesh, MeshConfig, Optimizer, OptimizerConfig, Watchdog, WatchdogConfig
 from jdpo.config.value_types import (
     Float,
     Fraction,
@@ -307,6 +307,12 @@ class LoggingSettings(Settings):
         True, "Evaluate before the first step, too, so that held-out curves begin at the start; false: not."
     )
     save_steps: PositiveInt = key(500, "Steps between two checkpoints; the last step is always saved.")
+    save_minutes: PositiveFloat | None = key(
+        None,
+        "Minutes since the last checkpoint after which another one is saved, in addition to save_steps; null: only "
+        "save_steps counts.",
+        example="30",
+    )
     save_total_limit: PositiveInt = key(2, "Newest checkpoints to keep, in addition to the best one.")
     metric_for_best_model: Text = key(
         "eval_loss", "Evaluation metric that ranks checkpoints.", example="eval_rewards/accuracies"
@@ -383,4 +389,14 @@ class OutputSettings(Settings):
     push_public: bool = key(False, "Make the repository of push_to_hub public.")
     heartbeat_timeout_seconds: Annotated[Float, Field(ge=5, le=86400)] = key(
         30.0, "Seconds without a heartbeat after which a process counts as dead and all others exit with code 75."
+    )
+    watchdog: Watchdog = key(
+        WatchdogConfig(),
+        "Deadlines after which a process that is alive but stuck exits with code 124.",
+        example="{enabled: false}",
+    )
+    maintenance_notice: bool = key(
+        True,
+        "On Google Cloud, stop as after SIGTERM when the metadata server announces that this machine is preempted or "
+        "terminated for maintenance.",
     )

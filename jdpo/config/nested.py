@@ -1,4 +1,5 @@
-"""Keys that hold keys of their own: the entries of `datasets`, and the groups `mesh`, `optimizer` and `lora`."""
+"""Keys that hold keys of their own: the entries of `datasets`, and the groups `mesh`, `optimizer`, `lora` and
+`watchdog`."""
 
 from __future__ import annotations
 
@@ -63,6 +64,33 @@ class MeshConfig(Settings):
     fsdp: Int = key(-1, "Devices over which both the weights and the batch are sharded.")
     expert: Int = key(1, "Devices over which experts are sharded; the batch and other weights as along fsdp.")
     tensor: Int = key(1, "Devices over which attention heads, MLP and vocabulary are sharded.")
+
+
+@settings
+class WatchdogConfig(Settings):
+    """Seconds without progress after which a process counts as stuck and exits with code 124, by phase of the run.
+
+    Each step, batch of an evaluation, compiled program and block of rows is progress, and so is every 64 MiB read or
+    written while data, weights or checkpoints are. While one process makes progress, the others may wait for it.
+    """
+
+    enabled: bool = key(True, "End processes that are stuck; false: never.", example="false")
+    step_factor: PositiveFloat = key(10.0, "Deadline of a step, as a multiple of the median of the last 100 steps.")
+    step_seconds: PositiveFloat = key(300.0, "Shortest deadline of a step.")
+    start_seconds: PositiveFloat = key(
+        1800.0, "Deadline for loading libraries, joining the other processes and finding devices."
+    )
+    compile_seconds: PositiveFloat = key(
+        3600.0, "Deadline of compiling one program, and of each of the first three steps."
+    )
+    evaluation_seconds: PositiveFloat = key(1800.0, "Deadline of one batch of an evaluation.")
+    save_seconds: PositiveFloat = key(3600.0, "Deadline of saving, since the last 64 MiB that were written.")
+    export_seconds: PositiveFloat = key(
+        7200.0, "Deadline of the export, since the last 64 MiB that were written, and of uploading it."
+    )
+    other_seconds: PositiveFloat = key(
+        3600.0, "Deadline of every other phase: data, reference, weights, waiting for a batch, sampled answers."
+    )
 
 
 @settings
@@ -210,10 +238,12 @@ if TYPE_CHECKING:
     _Dataset = str | DatasetConfig | Mapping[str, Any]
     Datasets = Converted[_Dataset | Sequence[_Dataset], tuple[DatasetConfig, ...]]
     Mesh = Converted[MeshConfig | Mapping[str, int], MeshConfig]
+    Watchdog = Converted[WatchdogConfig | Mapping[str, float | bool], WatchdogConfig]
     Optimizer = Converted[OptimizerConfig | str | Mapping[str, Any], OptimizerConfig]
     Lora = Converted[LoraConfig | Mapping[str, Any] | bool | None, LoraConfig | Literal[False] | None]
 else:
     Datasets = Annotated[tuple[Annotated[DatasetConfig, _text_as("path")], ...], BeforeValidator(as_list)]
     Mesh = MeshConfig
+    Watchdog = WatchdogConfig
     Optimizer = Annotated[OptimizerConfig, _text_as("name")]
     Lora = Annotated[LoraConfig | Literal[False] | None, WrapValidator(_as_lora)]

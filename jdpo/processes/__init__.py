@@ -12,9 +12,14 @@ from jdpo.processes.agreement import (
 )
 from jdpo.processes.detection import Membership, find_cluster
 from jdpo.processes.ending import ending_together
+from jdpo.processes.guard import guarded
 from jdpo.processes.joining import join_cluster
+from jdpo.processes.progress import PROGRESS
+from jdpo.processes.watchdog import Deadlines
 
 __all__ = [
+    "PROGRESS",
+    "Deadlines",
     "Membership",
     "agree_on",
     "any_process",
@@ -23,6 +28,7 @@ __all__ = [
     "differing",
     "ending_together",
     "find_cluster",
+    "guarded",
     "is_first",
     "join_cluster",
     "max_over_processes",

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import os
 import re
 import socket
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,16 +13,15 @@ from typing import Any
 
 import jax
 
-from jdpo.exit_codes import FAILED
-from jdpo.processes.last_line import end_at_once, write_line
+from jdpo.exit_codes import FAILED, LOST, STALLED
+from jdpo.processes.guard import Guard, end_for_stall
+from jdpo.processes.last_line import end_saying, write_line, write_stacks
 from jdpo.processes.relay import current_relay
 from jdpo.processes.watch import DEFAULT_TIMEOUT, Verdict, Watch
 
 _STATUS = re.compile("(ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL|UNAVAILABLE|UNKNOWN): ")
 _GRACE_SECONDS = 20.0
 """Time for a process to raise and clean up by itself before its thread ends it."""
-_LAST_WORDS_SECONDS = 5.0
-"""Time limit for looking up what was saved: the disk may not answer."""
 
 
 def _same_command() -> str:
@@ -38,6 +35,7 @@ def ending_together(
     timeout: float = DEFAULT_TIMEOUT,
     advice: Callable[[], str] = _same_command,
     stacks_folder: Path | None = None,
+    guard: Guard | None = None,
 ) -> Iterator[None]:
     """Ends every process of a run, while entered, when one of them ends.
 
@@ -53,6 +51,8 @@ def ending_together(
       advice: returns sentences about what was saved and how to continue.
       stacks_folder: folder for the Python stacks of a process that ends because another is gone. Default, and if the
         folder does not exist: the folder for temporary files.
+      guard: of this process; with it, the processes also end together when one of them is stuck (exit code 124, and 75
+        for those that wait for it), and tell each other of a signal that asks to stop.
     """
     joined = _joined()
     client, index, relay = joined.client, joined.process_id, current_relay()
@@ -60,12 +60,29 @@ def ending_together(
         yield
         return
     host = f"host {socket.gethostname()}, pid {os.getpid()}"
-    watch = Watch(client, index=index, count=joined.num_processes, timeout=timeout, host=host, relay=relay)
+    watch = Watch(
+        client,
+        index=index,
+        count=joined.num_processes,
+        timeout=timeout,
+        host=host,
+        relay=relay,
+        state=guard.state if guard else None,
+        on_stop=guard.stop if guard else None,
+    )
 
     def end_with_others() -> None:
         verdict = watch.wait()
-        if verdict is not None and verdict.lost:
-            _end_for_loss(verdict, lambda: f"{_write_stacks(stacks_folder, index)} {shown(advice())}")
+        if verdict is not None and verdict.lost and guard is not None and guard.may_leave:
+            guard.leave()  # a signal asked all processes to stop, and the others were faster
+        elif verdict is not None and verdict.stuck is not None:
+            code = STALLED if index in verdict.stuck else LOST
+            end_for_stall(verdict.text, code, index, stacks_folder, lambda: shown(advice()))
+        elif verdict is not None and verdict.lost:
+            end_saying(
+                f"process {verdict.process} of this run {verdict.text}; this process ends as well",
+                lambda: f"{write_stacks(stacks_folder, f'stacks-of-process-{index}.txt')} {shown(advice())}",
+            )
         elif verdict is not None and not watch.left_within(_GRACE_SECONDS):  # otherwise it has ended in order
             _end_for_failure(verdict, client)
 
@@ -108,38 +125,8 @@ def may_be_of_a_loss(error: BaseException) -> bool:
     return False
 
 
-def _end_for_loss(verdict: Verdict, more: Callable[[], str]) -> None:
-    """Writes the line and ends the process at once: JAX's shutdown would wait for the process that is gone.
-
-    Args:
-      more: returns the rest of the line; it may access a disk that does not answer, so there is a time limit.
-    """
-    rest = [_same_command()]
-
-    def ask() -> None:
-        rest[:] = [more()]
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(_LAST_WORDS_SECONDS)
-    end_at_once(f"process {verdict.process} of this run {verdict.text}; this process ends as well. {rest[0]}")
-
-
 def _end_for_failure(verdict: Verdict, client: Any) -> None:
     write_line(f"process {verdict.process} of this run has failed, and this process waits for it: {verdict.text}")
     with contextlib.suppress(Exception):
         client.shutdown()  # the failed process waits until all have called this
     os._exit(FAILED)  # no exception reaches the main thread inside a collective operation
-
-
-def _write_stacks(folder: Path | None, index: int) -> str:
-    """Writes the Python stacks of all threads to a file; returns a sentence that names it."""
-    try:
-        if folder is None or not folder.is_dir():
-            folder = Path(tempfile.mkdtemp(prefix="jdpo-"))  # in a shared /tmp, a fixed name might be another user's
-        path = folder / f"stacks-of-process-{index}.txt"
-        with path.open("w", encoding="utf-8") as file:
-            faulthandler.dump_traceback(file, all_threads=True)
-    except OSError as error:
-        return f"The stacks of its threads could not be written: {error}."
-    return f"The stacks of its threads are in {path}."

@@ -1,9 +1,12 @@
-"""Heartbeats between the processes of a run, and the verdict on a process that has stopped sending them.
+"""Heartbeats between the processes of a run, and the verdict on a process that has stopped sending them, or is stuck.
 
 Each process writes a count to JAX's key-value store every second, from a thread that needs only the interpreter: XLA
 compiles and computes without the interpreter's lock, so a busy process keeps sending. Process 0, which hosts the store,
 checks the others' counts and publishes a verdict; the others check that the store of process 0 answers. The deadlines
 are earlier than JAX's own, after which its client aborts the process.
+
+A heartbeat carries the state of its process. If no process of the run makes progress any more, process 0 publishes a
+verdict that names the one for which the others wait; and if a signal asked one to stop, it tells the others.
 """
 
 from __future__ import annotations
@@ -11,9 +14,12 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from jdpo.processes.progress import State
 from jdpo.processes.relay import CoordinatorRelay
+from jdpo.processes.stalls import describe_stall, is_stalled
 
 DEFAULT_TIMEOUT = 30.0
 """Seconds without a heartbeat after which a process counts as dead."""
@@ -25,7 +31,7 @@ _LINGER_SECONDS = 4 * _BEAT_SECONDS
 """Time for which process 0 keeps the store running, so that the others can read its verdict."""
 
 _BEATS, _HOSTS, _VERDICTS = "jdpo/beats/", "jdpo/hosts/", "jdpo/verdicts/"
-_FAILED, _LOST = "failed", "lost"
+_FAILED, _STALLED, _LOST, _STOP = "failed", "stalled", "lost", "stop"
 _LEFT, _SUSPECTS = "left", "suspects"
 
 
@@ -33,14 +39,16 @@ class Verdict(NamedTuple):
     """The reason why this process cannot continue.
 
     Attributes:
-      lost: True if a process is dead or stopped; False if it has failed and reported an error.
+      lost: True if a process is dead, stopped or stuck; False if it has failed and reported an error.
       process: index of that process.
-      text: its host and how it ended, or the error that it reported.
+      text: its host and how it ended, or the error that it reported, or which processes are stuck.
+      stuck: the processes that are stuck, all if it is not known which; None if none is.
     """
 
     lost: bool
     process: int
     text: str
+    stuck: frozenset[int] | None = None
 
 
 class Silence:
@@ -74,7 +82,16 @@ class Watch:
     """The heartbeats of this process, and what it knows of the others."""
 
     def __init__(
-        self, client: Any, *, index: int, count: int, timeout: float, host: str, relay: CoordinatorRelay | None = None
+        self,
+        client: Any,
+        *,
+        index: int,
+        count: int,
+        timeout: float,
+        host: str,
+        relay: CoordinatorRelay | None = None,
+        state: Callable[[], State] | None = None,
+        on_stop: Callable[[int], None] | None = None,
     ) -> None:
         """
         Args:
@@ -84,9 +101,11 @@ class Watch:
           timeout: seconds without a heartbeat after which a process counts as dead.
           host: host and pid of this process, for the messages of the others.
           relay: the relay between `client` and process 0, if there is one.
+          state: returns the state of this process; without it, no process of the run counts as stuck.
+          on_stop: is called with the signal that asked another process to stop.
         """
         self._client, self._index, self._count, self._timeout = client, index, count, timeout
-        self._host, self._relay = host, relay
+        self._host, self._relay, self._state, self._on_stop = host, relay, state, on_stop
         self._left, self._suspected = threading.Event(), threading.Event()
         self._beats: dict[int, str] = {}
         self._hosts: dict[int, str] = {}
@@ -126,6 +145,8 @@ class Watch:
                 return found
             if self._relay is not None and self._relay.lost.is_set():
                 return Verdict(True, 0, self._where(0) + "has died: its connection is closed")
+            if found := self._stall():
+                return found
             silent = silence.update(self._signs(), time.monotonic())
             index = max(silent, key=lambda each: silent[each], default=0)
             if silent and silent[index] > self._deadline():
@@ -146,6 +167,10 @@ class Watch:
         if self._index != 0:
             # Process 0 hosts the store, so every answer of the store is a sign of life from it.
             return {0: self._num_answers}
+        return dict(self._of_others())
+
+    def _of_others(self) -> dict[int, str | None]:
+        """Returns, on process 0, the last heartbeat of each other process that has not left."""
         # None before the first heartbeat, so a process that never sends one is noticed as well.
         beats = {index: self._beats.get(index) for index in range(1, self._count)}
         return {index: beat for index, beat in beats.items() if beat != _LEFT}
@@ -156,20 +181,40 @@ class Watch:
         return min(_SUSPECTED_SECONDS, self._timeout) if suspected else self._timeout
 
     def _published(self) -> Verdict | None:
-        for name in (_FAILED, _LOST):
+        for name in (_FAILED, _STALLED, _LOST):
             if name in self._verdicts:
                 index, _, text = self._verdicts[name].partition(" ")
+                if name == _STALLED:
+                    stuck = frozenset(map(int, index.split(",")))
+                    return Verdict(True, min(stuck), text, stuck)
                 return Verdict(name == _LOST, int(index), text)
         return None
 
+    def _stall(self) -> Verdict | None:
+        """Returns and publishes the verdict that this run is stuck, on process 0, which alone knows all states."""
+        if self._index != 0 or self._state is None:
+            return None
+        states = {0: self._state(), **{index: _state_in(beat) for index, beat in self._of_others().items()}}
+        if not is_stalled(states):
+            return None
+        known = {index: state for index, state in states.items() if state is not None}
+        found, text = describe_stall(known, self._where)
+        verdict = Verdict(True, min(found, default=0), text, frozenset(found or known))
+        self._tell(_STALLED, f"{','.join(map(str, sorted(found or known)))} {text}")
+        return verdict
+
     def _publish(self, index: int, seconds: float) -> Verdict:
         verdict = Verdict(True, index, f"{self._where(index)}has died or stopped: no heartbeat for {seconds:.0f} s")
-        if self._index == 0:  # this process hosts the store, so it answers at once
-            with contextlib.suppress(Exception):
-                self._client.key_value_set(_VERDICTS + _LOST, f"{index} {verdict.text}")
-            # The store ends with this process.
-            time.sleep(_LINGER_SECONDS)
+        if self._index == 0:
+            self._tell(_LOST, f"{index} {verdict.text}")
         return verdict
+
+    def _tell(self, name: str, text: str) -> None:
+        """Publishes a verdict on process 0, which hosts the store, so that it answers at once."""
+        with contextlib.suppress(Exception):
+            self._client.key_value_set(_VERDICTS + name, text)
+        # The store ends with this process.
+        time.sleep(_LINGER_SECONDS)
 
     def _where(self, index: int) -> str:
         return f"({self._hosts[index]}) " if index in self._hosts else ""
@@ -182,10 +227,26 @@ class Watch:
         number = 0
         while not self._left.wait(_BEAT_SECONDS):
             number += 1
-            self._write_beat(f"{number} {_SUSPECTS}" if self._suspected.is_set() else str(number))
+            words = [str(number)]
+            words += [str(self._state())] if self._state is not None else []
+            words += [_SUSPECTS] if self._suspected.is_set() else []
+            self._write_beat(" ".join(words))
             with contextlib.suppress(Exception):  # `wait` notices the missing answer
                 self._read()
                 self._num_answers += 1
+                self._pass_on_stop()
+
+    def _pass_on_stop(self) -> None:
+        """Tells the others, by way of process 0, of a signal that asked one process to stop."""
+        if self._state is None:
+            return
+        if self._index == 0 and _STOP not in self._verdicts:
+            states = [self._state(), *map(_state_in, self._of_others().values())]
+            signum = next((state.signal for state in states if state is not None and state.signal), None)
+            if signum is not None:
+                self._client.key_value_set(_VERDICTS + _STOP, str(signum))
+        if _STOP in self._verdicts and self._on_stop is not None:
+            self._on_stop(int(self._verdicts[_STOP]))
 
     def _write_beat(self, beat: str) -> None:
         with contextlib.suppress(Exception):
@@ -201,3 +262,10 @@ class Watch:
 
     def _entries(self, folder: str) -> dict[str, str]:
         return {key.rpartition("/")[2]: value for key, value in self._client.key_value_dir_get(folder)}
+
+
+def _state_in(beat: str | None) -> State | None:
+    """Returns the state that a heartbeat carries, if it carries one."""
+    words = [] if beat is None else beat.split()
+    words = words[1 : 1 + len(State._fields)]
+    return State.parse(words) if len(words) == len(State._fields) else None

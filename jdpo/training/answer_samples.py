@@ -21,7 +21,7 @@ from jdpo.generation.asking.answer_text import content_of
 from jdpo.generation.engine import Drawn, Engine
 from jdpo.generation.values import Sampling
 from jdpo.models.transformer import Params, Weights
-from jdpo.processes import is_first
+from jdpo.processes import PROGRESS, is_first
 from jdpo.training.fit.memory_fit import exhaustion_as
 from jdpo.training.logs.recording import Record
 from jdpo.training.setup.run_setup import Log, Setup
@@ -96,7 +96,11 @@ class AnswerSamples:
                 mesh=setup.mesh,
                 max_slots=min(MOST_AT_ONCE, len(self._prompts)),
             )
-            return list(engine.run([prompt.tokens for prompt in self._prompts], 1))
+            drawn = list[Drawn]()
+            for one in engine.run([prompt.tokens for prompt in self._prompts], 1):
+                PROGRESS.made("sampling")
+                drawn.append(one)
+            return drawn
 
     def _line(self, step: int, drawn: Drawn) -> dict[str, Any]:
         question, ids = self._prompts[drawn.prompt]

@@ -14,6 +14,7 @@ from jdpo.data.batching.loader import prefetch
 from jdpo.data.reference_cache.scores import ReferenceCache
 from jdpo.losses.pair_losses import Totals
 from jdpo.losses.router import load_balancing_loss
+from jdpo.processes import PROGRESS
 from jdpo.reports.progress import RunDisplay, figures_of
 from jdpo.sharding.placement import fetch, micro_batch_sharding, place, replicated
 from jdpo.training.fit.assembly import Assembly
@@ -112,6 +113,7 @@ class Evaluation:
 
     def _add(self, averages: RowAverages, routers: list[RouterStats], of_batch: StepRows, on_device: Any) -> None:
         report: EvaluationReport = jax.tree.map(np.asarray, fetch(on_device))
+        PROGRESS.made("evaluation")
         rows = rows_at(report.rows, of_batch.at)
         averages.add(rows, float(report.normalizer), self._shares.of(rows, of_batch.indices))
         routers += [] if report.router is None else [report.router]

@@ -1,4 +1,8 @@
-"""A run is asked to stop after the current step by SIGTERM, Ctrl-C or SIGHUP (a closed terminal), or by a callback."""
+"""A run is asked to stop after the current step by SIGTERM, Ctrl-C or SIGHUP (a closed terminal), or by a callback.
+
+`jdpo.processes.guard` tells the processes of a run of a signal that came to one of them, and ends a process that has
+nothing to save and takes too long to stop.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from typing import Any
 
 import jax
 
-from jdpo.processes import any_process, any_process_later
+from jdpo.processes import PROGRESS, any_process, any_process_later
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -78,30 +82,31 @@ class StopRequest:
             self.reason = reason
 
     @property
-    def _mine(self) -> bool:
-        return self.signum is not None or self.reason is not None
+    def _signal(self) -> int | None:
+        """The signal that came to this process, also before this object was entered, or to another one of the run."""
+        return self.signum or PROGRESS.stop_signal
 
-    def alone(self) -> bool:
-        """Returns True if this process was asked to stop and is the only one, for work that each does by itself."""
-        return self._mine and jax.process_count() == 1
+    def noticed(self) -> bool:
+        """Returns True if this process knows that the run should stop; others may learn of it a little later."""
+        return self._signal is not None or self.reason is not None
 
     def asked(self) -> bool:
         """Returns True if any process was asked to stop; every process gets the same answer."""
-        return any_process(self._mine)
+        return any_process(self.noticed())
 
     def signalled(self) -> bool:
         """Returns True if a signal asked any process to stop; every process gets the same answer."""
-        return any_process(self.signum is not None)
+        return any_process(self._signal is not None)
 
     def poll(self) -> bool:
         """Returns the same as `asked`, one call late if there are several processes, so that none waits for others."""
         if jax.process_count() == 1:
-            return self._mine
+            return self.noticed()
         # The last call's answer has arrived in the meantime; waiting for this one would cost a round trip per step.
-        earlier, self._answer = self._answer, any_process_later(self._mine)
+        earlier, self._answer = self._answer, any_process_later(self.noticed())
         return earlier is not None and earlier()
 
     @property
     def exit_code(self) -> int:
         """128 + signal, as in shells: 143 for SIGTERM, so that a scheduler does not count the job as done."""
-        return 128 + (self.signum or signal.SIGTERM)
+        return 128 + (self._signal or signal.SIGTERM)

@@ -113,7 +113,7 @@ def train(
         clock.enter("data")
         newest: int | None = None  # the checkpoint that this start continues from
         try:
-            setup = build(config, log, stopped=stop.alone)
+            setup = build(config, log, stopped=stop.noticed)
             # Before any weight is loaded: other rows or another model would be another run.
             check_inputs(setup, directory)
             newest = find_newest(setup, directory)

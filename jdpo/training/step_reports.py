@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jdpo.processes import PROGRESS
 from jdpo.reports.progress import RunDisplay
 from jdpo.sharding.placement import fetch
 from jdpo.training.fit.flops import StepFlops
@@ -62,6 +63,7 @@ class StepReports:
         """Takes the report of a step that was just launched; the one before must have been read."""
         assert self._launched is None, self._launched.step
         self._launched = _Launched(step, rows, flops, report)
+        PROGRESS.launched(step)
 
     def read(self) -> Mapping[str, float] | None:
         """Waits for the step that runs, if any; checks its numbers, adds them up, and logs them where that is due.
@@ -84,6 +86,7 @@ class StepReports:
         # Waits for the devices: the time until here is that of the step.
         report: StepReport = fetch(on_device)
         seconds = self._watch.lap()
+        PROGRESS.took(seconds)
         rows = rows_at(report.rows, of_step.at)
         loss, grad_norm = float(report.loss), float(report.grad_norm)
         if not report.finite:

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from jdpo.devices import target
+from jdpo.processes import PROGRESS
 from jdpo.training.step.objectives import Batch
 
 
@@ -134,6 +135,7 @@ def compile_behind(lower: Callable[[Batch], Any], batch: Batch) -> Any:
 def compile_lowered(lowered: Any) -> Any:
     """Compiles a lowered function."""
     program = lowered.compile()
+    PROGRESS.made("compile")
     _give_back_memory()
     return program
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from typing import Literal, TypeVar
 
+from jdpo.processes import PROGRESS
 from jdpo.training.fit.compilation import Programs
 from jdpo.training.run_dir import RunDirectory
 
@@ -34,6 +35,10 @@ class PhaseClock:
 
     def enter(self, phase: Phase) -> None:
         """Begins a phase, which lasts until the next one begins."""
+        PROGRESS.enter(phase)
+        self._add_up(phase)
+
+    def _add_up(self, phase: Phase) -> None:
         now = self._now()
         self._seconds[self._phase] = self._seconds.get(self._phase, 0.0) + now - self._since
         self._phase, self._since = phase, now
@@ -61,7 +66,7 @@ class PhaseClock:
 
     def seconds(self) -> dict[str, float]:
         """Returns the seconds of each phase of this start so far."""
-        self.enter(self._phase)
+        self._add_up(self._phase)  # not entered: this may be another thread, and is no progress
         return dict(self._seconds)
 
     def watch(self, programs: Programs) -> None:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jdpo.data.reference_cache.scores import CacheFolder, Shards
-from jdpo.processes import any_process, barrier, is_first
+from jdpo.processes import PROGRESS, any_process, barrier, is_first
 from jdpo.training.reference.cache_entries import RowSet, entry_of
 from jdpo.training.reference.packed_scoring import PackedScorer, score_pairs
 from jdpo.training.setup.run_setup import Log, Setup
@@ -86,6 +86,7 @@ class _Progress:
 
     def __call__(self, num_rows: int) -> None:
         self._done += num_rows
+        PROGRESS.made("reference")
         if time.monotonic() >= self._due or self._done == self._num_rows:
             self._due = time.monotonic() + PROGRESS_SECONDS
             self._log(f"reference: {self._done} of {figure(self._num_rows, f'{self._role} row')} computed")
@@ -120,6 +121,7 @@ def _alone(folder: CacheFolder, check_stopped: Callable[[], None], log: Log) -> 
             log(f"reference: waiting for another run that computes {folder.path}")
             logged = True
         check_stopped()
+        PROGRESS.made("reference")  # of the other run, whose own watchdog looks after it
         time.sleep(LOCK_POLL_SECONDS)
     try:
         yield place_among

@@ -27,13 +27,13 @@ from jdpo.models.weights.embedding_rows import StartedRows
 from jdpo.models.weights.hub_models import has_weights, resolve_folder
 from jdpo.models.weights.loading import check_tensors
 from jdpo.models.weights.safetensors_folder import tensor_entries
-from jdpo.processes import run_jointly
+from jdpo.processes import PROGRESS, any_process, run_jointly
 from jdpo.sharding.mesh import check_batch_size
 from jdpo.sharding.rules import undivided_dims
 from jdpo.training.setup.adaptation import check_adaptation, num_params
 from jdpo.training.setup.folder_digests import adapter_digest, folder_digest
 from jdpo.training.setup.model_setup import ModelSetup, build_model
-from jdpo.training.setup.row_order import Log, check_scores, num_steps_of, plan_rows, prepare_rows
+from jdpo.training.setup.row_order import BuildStopped, Log, check_scores, num_steps_of, plan_rows, prepare_rows
 from jdpo.training.setup.sample_prompts import SamplePrompt, read_sample_prompts
 from jdpo.training.setup.tasks import Task, task_for
 from jdpo.training.setup.untrained import start_tokens
@@ -123,7 +123,21 @@ def build(config: TrainConfig, log: Log, *, weights: bool = True, stopped: Calla
     if config.push_to_hub is not None:  # now, not at the export after hours of training
         repository = config.push_to_hub
         run_jointly(lambda: check_push(repository), on_first=True)
-    return run_jointly(lambda: _build(config, task, log, weights=weights, stopped=stopped))
+
+    def heard() -> bool:
+        PROGRESS.made("data")
+        return stopped()
+
+    def work() -> Setup | None:
+        try:
+            return _build(config, task, log, weights=weights, stopped=heard)
+        except BuildStopped:  # no failure: the others may have heard of the signal later, or not at all
+            return None
+
+    setup = run_jointly(work)
+    if any_process(setup is None) or setup is None:
+        raise BuildStopped
+    return setup
 
 
 def _checked_task(config: TrainConfig) -> Task:

@@ -222,6 +222,7 @@ def test_every_key_that_may_change_and_changes_the_step_is_part_of_the_fit() -> 
     }
     aside |= {"save_total_limit", "metric_for_best_model", "load_best_model_at_end", "export_dtype", "max_shard_size"}
     aside |= {"profile_steps", "compilation_cache", "resume", "heartbeat_timeout_seconds"}
+    aside |= {"watchdog", "maintenance_notice", "save_minutes"}
     aside |= {"run_name", "run_project", "run_group", "run_tags", "export_at_end"}
     aside |= {"sample_prompts", "sample_steps", "sample_max_new_tokens", "sample_temperature"}
     aside |= {"mesh", "reference"}  # with another setting

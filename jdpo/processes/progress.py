@@ -1,0 +1,97 @@
+"""What this process is doing: read by its watchdog, and published for the other processes of its run."""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from typing import NamedTuple
+
+_RECENT_STEPS = 100
+_FEWEST_STEPS = 3
+"""The first steps load programs and connect the devices, so they say little about the later ones."""
+
+
+class State(NamedTuple):
+    """What a process is doing, as the others see it.
+
+    Attributes:
+      phase: see `jdpo.training.logs.phases`; "start" before the first one.
+      step: the last step that was launched; 0 before the first.
+      left: seconds until the deadline of the phase passes without progress; negative once it has passed.
+      idle: seconds since the last sign of progress.
+      signal: the signal that asked the process to stop; 0 if none did.
+    """
+
+    phase: str
+    step: int
+    left: float
+    idle: float
+    signal: int
+
+    def __str__(self) -> str:
+        return f"{self.phase} {self.step} {self.left:.1f} {self.idle:.1f} {self.signal}"
+
+    @classmethod
+    def parse(cls, words: list[str]) -> State:
+        """Reads the words of `str(state)`."""
+        phase, step, left, idle, signal = words
+        return cls(phase, int(step), float(left), float(idle), int(signal))
+
+
+class Progress:
+    """The phase of the main thread and its signs of progress.
+
+    Attributes:
+      phase, step: see `State`.
+      count: changes with every sign of progress.
+      stop_signal: the signal that asked this process, or another one of its run, to stop.
+    """
+
+    phase: str
+    step: int
+    count: int
+    stop_signal: int | None
+
+    def __init__(self) -> None:
+        self._step_seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
+        self.begin()
+
+    def begin(self) -> None:
+        """Forgets an earlier run of this process."""
+        self.phase, self.step, self.count, self.stop_signal = "start", 0, 0, None
+        self._step_seconds.clear()
+
+    def enter(self, phase: str) -> None:
+        """Begins a phase."""
+        self.phase = phase
+        self.count += 1
+
+    def made(self, phase: str) -> None:
+        """Notes progress within a phase; ignored in any other phase, as it may be that of a background thread."""
+        if phase == self.phase:
+            self.count += 1
+
+    def launched(self, step: int) -> None:
+        """Notes that a step was launched."""
+        self.step = step
+        self.count += 1
+
+    def took(self, seconds: float) -> None:
+        """Notes the time of a step that has ended."""
+        self._step_seconds.append(seconds)
+        self.count += 1
+
+    @property
+    def median_step(self) -> float | None:
+        """Median seconds of the last steps; None while there are too few."""
+        known = list(self._step_seconds)  # another thread may append meanwhile
+        return statistics.median(known) if len(known) >= _FEWEST_STEPS else None
+
+    @property
+    def keeps_nothing_back(self) -> bool:
+        """True while the process may end at any time without losing a step that was trained since the last save."""
+        return self.step == 0 or self.phase == "export"
+
+
+PROGRESS = Progress()
+"""The progress of this process, which makes one run at a time."""

@@ -14,7 +14,7 @@ from jdpo.processes.detection import Membership, find_cluster
 from jdpo.processes.ending import ending_together
 from jdpo.processes.guard import guarded
 from jdpo.processes.joining import join_cluster
-from jdpo.processes.progress import PROGRESS
+from jdpo.processes.process_progress import PROGRESS
 from jdpo.processes.watchdog import Deadlines
 
 __all__ = [

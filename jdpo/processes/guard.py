@@ -21,7 +21,7 @@ from typing import NoReturn
 
 from jdpo.exit_codes import STALLED
 from jdpo.processes.last_line import end_at_once, end_saying, write_stacks
-from jdpo.processes.progress import PROGRESS, State
+from jdpo.processes.process_progress import PROGRESS, State
 from jdpo.processes.stalls import point_of
 from jdpo.processes.watchdog import Deadlines, Watchdog
 

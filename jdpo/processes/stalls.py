@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from jdpo.processes.progress import State
+from jdpo.processes.process_progress import State
 
 _STOPPED_EARLIER = 3.0
 """Seconds by which a stuck process has stopped before those that wait for it: they get only a little further."""

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jdpo.processes.progress import State
+from jdpo.processes.process_progress import State
 from jdpo.processes.relay import CoordinatorRelay
 from jdpo.processes.stalls import describe_stall, is_stalled
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from jdpo.processes.progress import Progress, State
+from jdpo.processes.process_progress import Progress, State
 
 _LONGEST_TICK = 2.0
 """A longer time between two samples means that this process did not run."""

@@ -1,9 +1,9 @@
-"""Runs `jdpo` and sends itself a real signal at a named point of the code, once there is a whole checkpoint.
+"""Runs `jdpo` and sends itself a real signal, or falls asleep, at a named point of the code.
 
     python kill_point.py SIGNAL MODULE:QUALNAME before|after NTH -- dpo key=value ...
 
-The signal comes right before (or after) the NTH call of the function that is made while output_dir has a checkpoint
-with a manifest. The function itself is the real one.
+It comes right before (or after) the NTH call of the function that is made while output_dir has a checkpoint with a
+manifest. The function itself is the real one. SLEEP in place of a signal sleeps for good.
 """
 
 from __future__ import annotations
@@ -14,11 +14,21 @@ import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 
-def arm(signum: int, target: str, when: str, nth: int, output_dir: Path, thread: str = "") -> None:
+def strike(signum: int | None) -> None:
+    """Sends this process a signal; with None, sleeps. A line on stderr tells when."""
+    os.write(2, f"struck at {time.time()}\n".encode())
+    if signum is None:
+        time.sleep(10**6)
+    else:
+        os.kill(os.getpid(), signum)
+
+
+def arm(signum: int | None, target: str, when: str, nth: int, output_dir: Path, thread: str = "") -> None:
     """Wraps `module:qualname`; with `thread`, counts only calls on threads whose name starts with it."""
     module, _, qualname = target.partition(":")
     owner: Any = importlib.import_module(module)
@@ -36,10 +46,10 @@ def arm(signum: int, target: str, when: str, nth: int, output_dir: Path, thread:
         calls += counts
         now = counts and calls == nth
         if now and when == "before":
-            os.kill(os.getpid(), signum)
+            strike(signum)
         result = function(*args, **kwargs)
         if now and when == "after":
-            os.kill(os.getpid(), signum)
+            strike(signum)
         return result
 
     setattr(owner, name, armed)
@@ -50,7 +60,7 @@ def main() -> int:
     words = rest[rest.index("--") + 1 :]
     thread = rest[0] if rest[0] != "--" else ""
     (output_dir,) = [Path(word.partition("=")[2]) for word in words if word.startswith("output_dir=")]
-    arm(signal.Signals[signal_name], target, when, int(nth), output_dir, thread)
+    arm(None if signal_name == "SLEEP" else signal.Signals[signal_name], target, when, int(nth), output_dir, thread)
     from jdpo.cli.main import main as jdpo
 
     return jdpo(words)

@@ -115,6 +115,7 @@ def test_help_has_each_key_once_under_the_heading_of_its_group() -> None:
         "Logging and saving:",
         "Sampled answers:",
         "Output:",
+        "Keys of watchdog (--watchdog.KEY VALUE; in YAML watchdog: {KEY: VALUE}):",
         "Examples:",
     ]
     begins = [line.split()[0] for line in lines if line.startswith("  -") or line.startswith("  p")]

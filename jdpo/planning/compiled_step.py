@@ -3,18 +3,48 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+
 from jdpo.config import TrainConfig
 from jdpo.devices import compiling_for
 from jdpo.planning.compile_only import compile_only_devices, without_cudnn_checks
 from jdpo.planning.machines import Machine
 from jdpo.planning.planned_step import PlannedStep, plan_step
+from jdpo.training.fit.memory_fit import is_exhausted
 from jdpo.training.setup.numerics import numerics, resolve_dtype
+
+
+class Compilation(NamedTuple):
+    """What the compiler made of a program, also where it refused it for lack of memory.
+
+    Attributes:
+      program: None where it was refused.
+      error: None where it was not.
+      text: the optimized program.
+      live_ranges: the compiler's list of what is in memory when; empty where it wrote none.
+      memory_report: its summary of the memory; empty where it wrote none.
+      seconds: on this machine, which may do other work at the same time.
+    """
+
+    program: Any
+    error: jax.errors.JaxRuntimeError | None
+    text: str
+    live_ranges: str
+    memory_report: str
+    seconds: float
+
+    @property
+    def reported_bytes(self) -> int | None:
+        """The bytes of a device's memory that the compiler's summary tells, also of a program that it refused."""
+        found = re.search(r"^Memory Space: default.*\nTotal bytes: (\d+)", self.memory_report, re.MULTILINE)
+        return int(found.group(1)) if found else None
 
 
 class CompiledStep(NamedTuple):
@@ -65,29 +95,57 @@ def compile_step_for(
             )
             began = time.perf_counter()
             lowered = planned.assembly.lower_step(planned.batch)
-            lowered_at = time.perf_counter()
-            program, text = _compiled(lowered)
-            compiled_at = time.perf_counter()
+            lowered_in = time.perf_counter() - began
+            compilation = compile_with_dump(lowered)
+    if compilation.error is not None:
+        raise compilation.error
+    return compiled_step(machine, planned, compilation, lowered_in)
+
+
+def compiled_step(
+    machine: Machine, planned: PlannedStep, compilation: Compilation, seconds_to_lower: float = 0.0
+) -> CompiledStep:
+    """Returns a step with what the compiler made of it."""
     return CompiledStep(
         machine,
         planned,
         tuple(planned.assembly.setup.mesh.devices.flat),
-        text,
-        program.memory_analysis(),
-        lowered_at - began,
-        compiled_at - lowered_at,
+        compilation.text,
+        compilation.program.memory_analysis(),
+        seconds_to_lower,
+        compilation.seconds,
     )
 
 
-def _compiled(lowered: Any) -> tuple[Any, str]:
-    """Compiles a lowered function; returns the program and its text."""
+def compile_with_dump(lowered: Any) -> Compilation:
+    """Compiles a lowered function and reads what the compiler writes about it.
+
+    Raises:
+      jax.errors.JaxRuntimeError: the compilation failed, and not for lack of memory.
+    """
+    program, error, began = None, None, time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         # The compiler itself writes the text: JAX cannot print programs with calls of SparseCores, which it reads back
         # from a form that has no place for all of their operands.
-        program = lowered.compile(compiler_options={"xla_dump_to": folder})
-        written = [file.read_text(encoding="utf-8") for file in Path(folder).glob("*after_optimizations.txt")]
-    # The step is the largest of what is compiled; from the cache of programs nothing is written.
-    return program, max(written, key=len) if written else program.as_text()
+        try:
+            program = lowered.compile(compiler_options={"xla_dump_to": folder})
+        except jax.errors.JaxRuntimeError as refusal:
+            if not is_exhausted(refusal):
+                raise
+            error = refusal
+        seconds = time.perf_counter() - began
+        text, live_ranges, memory_report = (
+            # The step is the largest of what is compiled.
+            max(
+                (file.read_text(encoding="utf-8") for file in Path(folder).glob(f"*after_optimizations{end}")),
+                key=len,
+                default="",
+            )
+            for end in (".txt", "-live-range.txt", "-memory-usage-report.txt")
+        )
+    if not text and program is not None:  # from the cache of programs nothing is written
+        text = program.as_text()
+    return Compilation(program, error, text, live_ranges, memory_report, seconds)
 
 
 @contextlib.contextmanager

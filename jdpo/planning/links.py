@@ -93,3 +93,24 @@ def link_seconds(collective: Collective, places: Sequence[Place], links: Links) 
     if slices > 1:
         seconds += times * collective.num_bytes * (slices - 1) / slices / within / links.across
     return seconds
+
+
+def split_wire_bytes(collective: Collective, places: Sequence[Place]) -> tuple[float, float]:
+    """Returns the bytes that each device sends within its slice, and to other slices; they add up to `wire_bytes`.
+
+    As `link_seconds` has it: within a slice first, and then each device's share between slices.
+
+    Args:
+      places: of each device of the program.
+    """
+    if collective.kind == "collective-permute":
+        crossing = sum(
+            places[int(source)].slice_index != places[int(target)].slice_index for source, target in collective.groups
+        )
+        across = collective.num_bytes * crossing / len(collective.groups)
+        return collective.wire_bytes - across, across
+    group = [places[int(device)] for device in collective.groups[0]]
+    slices = len({place.slice_index for place in group})
+    times = 2 if collective.kind == "all-reduce" else 1
+    across = times * collective.num_bytes * (slices - 1) / len(group)
+    return collective.wire_bytes - across, across

@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from jdpo.planning.attention_kernels import attention_work
+from jdpo.planning.attention_kernels import AttentionWork, attention_work
 from jdpo.planning.compiled_step import CompiledStep, compiling_on
 from jdpo.planning.hlo.hlo_text import Module, Op, parse
 from jdpo.planning.hlo.origins import origin_of
@@ -32,15 +32,9 @@ def measure(step: CompiledStep) -> dict[str, Any]:
         flops = planned.assembly.flops(planned.batch)
         attention = attention_work(planned)
     chip = machine.chip
-    module = parse(step.text)
-    links, places = links_of(machine), places_of(machine, step.devices)
-    roofline = Roofline(
-        module,
-        speeds=Speeds({dtype: tera * 1e12 for dtype, tera in chip.tera_flops.items()}, chip.hbm_bandwidth),
-        num_devices=machine.num_devices,
-        link_seconds=lambda collective: link_seconds(collective, places, links),
-        attention=attention,
-    )
+    places = places_of(machine, step.devices)
+    roofline = roofline_of(step, attention)
+    module = roofline.module
     seconds = roofline.seconds()
     executed, communications = list(roofline.executed()), list(roofline.communications())
     ideal = flops.logical / machine.num_devices / (chip.tera_flops["bfloat16"] * 1e12)
@@ -72,6 +66,19 @@ def measure(step: CompiledStep) -> dict[str, Any]:
         "seconds_to_lower": round(step.seconds_to_lower, 1),
         "seconds_to_compile": round(step.seconds_to_compile, 1),
     }
+
+
+def roofline_of(step: CompiledStep, attention: AttentionWork) -> Roofline:
+    """Returns the estimated times of a step on its machine, by the figures of its chips."""
+    machine, chip = step.machine, step.machine.chip
+    links, places = links_of(machine), places_of(machine, step.devices)
+    return Roofline(
+        parse(step.text),
+        speeds=Speeds({dtype: tera * 1e12 for dtype, tera in chip.tera_flops.items()}, chip.hbm_bandwidth),
+        num_devices=machine.num_devices,
+        link_seconds=lambda collective: link_seconds(collective, places, links),
+        attention=attention,
+    )
 
 
 def program_of(step: CompiledStep) -> dict[str, Any]:

@@ -84,20 +84,15 @@ def plan_step(
     Raises:
       ValueError: settings that do not fit the devices, or lengths that do not fit the command.
     """
-    if not config.packing:
-        raise ValueError("packing false: only packed steps are planned; leave packing out")
     task = task_for(config)
-    templates = [_row(task, of_row, config.max_length) for of_row in lengths]
-    mesh = make_mesh(config.mesh, devices)
     live = isinstance(config, ReferenceSettings) and config.reference == "live" and task.uses_reference
     mode: Mode = "live" if live else "none"
-    rows: Any = _RepeatedRows(templates, config.global_batch_size)
-    # The reference's log-probs travel with the batch wherever they are not computed in the step.
-    cache: Any = _ZeroLogps() if task.uses_reference and not live else None
     indices = np.arange(config.global_batch_size)
+    rows = planned_rows(config, task, lengths, config.global_batch_size)
+    mesh = make_mesh(config.mesh, devices)
 
     def plan(setup: Setup, max_tokens: int) -> Batches:
-        return make_batches(setup, rows, [indices], max_tokens_per_device=max_tokens, cache=cache)
+        return planned_batches(setup, rows, [indices], max_tokens, live=live)
 
     remat: str = config.remat
     max_tokens = config.max_tokens_per_device
@@ -122,6 +117,33 @@ def plan_step(
     batches = plan(setup, max_tokens)
     batch = batches.make(indices).batch
     return PlannedStep(assemble(setup, reference=mode, remat=remat), batch, batches.tokens_per_device, remat)
+
+
+def planned_rows(config: TrainConfig, task: Task, lengths: Sequence[Sequence[int]], number: int) -> Any:
+    """Returns so many rows of these lengths, over and over, in place of a run's tokenized rows.
+
+    Raises:
+      ValueError: a row does not fit the command or max_length, or the config does not pack rows.
+    """
+    if not config.packing:
+        raise ValueError("packing false: only packed steps are planned; leave packing out")
+    if not len(lengths):
+        raise ValueError("expected the lengths of at least one row, found none")
+    # Of a million rows few differ in their lengths.
+    kinds = {tuple(of_row): _row(task, of_row, config.max_length) for of_row in {tuple(of_row) for of_row in lengths}}
+    return _RepeatedRows([kinds[tuple(of_row)] for of_row in lengths], number)
+
+
+def planned_batches(setup: Setup, rows: Any, steps: Sequence[np.ndarray], max_tokens: int, *, live: bool) -> Batches:
+    """Returns the batches of `planned_rows`.
+
+    Args:
+      steps: the rows of every step.
+      max_tokens: slots of a device's part of a micro-batch, at most.
+      live: True if the reference runs in the step; else its log-probs travel with the batch, if there is one.
+    """
+    cache: Any = _ZeroLogps() if setup.task.uses_reference and not live else None
+    return make_batches(setup, rows, steps, max_tokens_per_device=max_tokens, cache=cache)
 
 
 def setup_without_rows(config: TrainConfig, task: Task, mesh: Mesh, num_layers: int | None = None) -> Setup:

@@ -98,6 +98,7 @@ class StepEstimate:
       fixed_bytes: whatever does not grow with the tokens.
       bytes_per_token: the rest, by policy.
       seconds_per_token: of what the layers multiply and move, by policy.
+      moved_per_token: the part of these seconds in which they move values in memory.
       seconds_per_micro_batch: of what each micro-batch moves in memory, however many tokens it has.
       wire_seconds: of what each micro-batch moves between devices while they multiply.
     """
@@ -105,6 +106,7 @@ class StepEstimate:
     fixed_bytes: float
     bytes_per_token: Mapping[str, float]
     seconds_per_token: Mapping[str, float]
+    moved_per_token: Mapping[str, float] = dataclasses.field(default_factory=dict)
     seconds_per_micro_batch: float = 0.0
     wire_seconds: float = 0.0
 
@@ -140,12 +142,15 @@ def estimate_step(assembly: Assembly, policies: Iterable[str], batch: Batch) -> 
     # Frozen weights have no gradient.
     passes = 3 if setup.adaptation is None else 2
 
+    def moved_seconds(remat: str) -> float:
+        moved = MOVED_PER_WIDTH * itemsize * (config.d_model + _mlp_width(config)) * config.num_layers / tensor
+        moved += MOVED[remat] * (kept(remat) - kept("dots"))
+        return moved / speeds.memory
+
     def seconds(remat: str) -> float:
         multiplied = passes * products + products_again(config, remat) / tensor
         multiplied += attention_again if remat in ("full", "offload") else 0
-        moved = MOVED_PER_WIDTH * itemsize * (config.d_model + _mlp_width(config)) * config.num_layers / tensor
-        moved += MOVED[remat] * (kept(remat) - kept("dots"))
-        return 2 * multiplied / speeds.flops + moved / speeds.memory
+        return 2 * multiplied / speeds.flops + moved_seconds(remat)
 
     gathered = itemsize * LAYERS_AT_WORK * products / config.num_layers
     gathered += itemsize * config.d_model * config.vocab_size / tensor
@@ -158,6 +163,7 @@ def estimate_step(assembly: Assembly, policies: Iterable[str], batch: Batch) -> 
             remat: batch_bytes(assembly, remat, batch) / tokens_at_once(assembly, batch) for remat in policies
         },
         seconds_per_token={remat: seconds(remat) for remat in policies},
+        moved_per_token={remat: moved_seconds(remat) for remat in policies},
         seconds_per_micro_batch=(ACCUMULATED_BYTES * trained + passes * itemsize * (trained + frozen)) / speeds.memory,
         wire_seconds=wire / tensor / speeds.wire if mesh.size > 1 else 0.0,
     )

@@ -124,32 +124,60 @@ def search_fit(
     >>> search_fit(measure, estimate, policies=["dots", "full"], most_tokens=8192, limit=40_000)
     Fit(remat='dots', max_tokens_per_device=4288, bytes_needed=38592)
     """
+    trials = likely_trials(
+        measure, estimate, policies=policies, most_tokens=most_tokens, limit=limit, least_tokens=least_tokens
+    )
+    if not _fitting(trials, limit):
+        trials += _halved(
+            measure, trials, policies[-1], max(min(ENOUGH_TOKENS, most_tokens), least_tokens), least_tokens, limit
+        )
+    return fit_of(best_trial(trials, estimate, limit))
+
+
+def likely_trials(
+    measure: Callable[[str, int], Measured],
+    estimate: StepEstimate,
+    *,
+    policies: Sequence[str],
+    most_tokens: int,
+    limit: float,
+    least_tokens: int = TOKEN_STEP,
+) -> list[Trial]:
+    """Tries the fastest steps that fit by the estimates, each corrected by the one before: at most MOST_TRIALS.
+
+    Args:
+      measure, least_tokens: see `search_fit`.
+    """
     trials: list[Trial] = []
-
-    def seconds(remat: str, budget: int) -> float:
-        return estimate.seconds(remat, budget)
-
-    def fitting() -> list[Trial]:
-        return [trial for trial in trials if trial.found.num_bytes <= limit]
-
     while len(trials) < MOST_TRIALS:
         budgets = {remat: _budget(estimate, trials, remat, most_tokens, limit) for remat in policies}
         able = [remat for remat in policies if budgets[remat] >= least_tokens]
         if not able:
             break
         # Of policies that are as fast, min takes the first.
-        remat = min(able, key=lambda remat: seconds(remat, budgets[remat]))
-        fastest = min((seconds(trial.remat, trial.budget) for trial in fitting()), default=math.inf)
-        if seconds(remat, budgets[remat]) > (1 - WORTH_A_TRIAL) * fastest:
+        remat = min(able, key=lambda remat: estimate.seconds(remat, budgets[remat]))
+        fastest = min(
+            (estimate.seconds(trial.remat, trial.budget) for trial in _fitting(trials, limit)), default=math.inf
+        )
+        if estimate.seconds(remat, budgets[remat]) > (1 - WORTH_A_TRIAL) * fastest:
             break
         trials.append(Trial(remat, budgets[remat], measure(remat, budgets[remat])))
-    if not fitting():
-        trials += _halved(
-            measure, trials, policies[-1], max(min(ENOUGH_TOKENS, most_tokens), least_tokens), least_tokens, limit
-        )
-    best = min(fitting() or trials[-1:], key=lambda trial: seconds(trial.remat, trial.budget))
-    needed = best.found.num_bytes
-    return Fit(best.remat, best.budget, int(needed) if math.isfinite(needed) else None)
+    return trials
+
+
+def best_trial(trials: Sequence[Trial], estimate: StepEstimate, limit: float) -> Trial:
+    """Returns the fastest trial of those that fit, by estimate; the last one if none does."""
+    return min(_fitting(trials, limit) or trials[-1:], key=lambda trial: estimate.seconds(trial.remat, trial.budget))
+
+
+def fit_of(trial: Trial) -> Fit:
+    """Returns the fit that a trial found."""
+    needed = trial.found.num_bytes
+    return Fit(trial.remat, trial.budget, int(needed) if math.isfinite(needed) else None)
+
+
+def _fitting(trials: Sequence[Trial], limit: float) -> list[Trial]:
+    return [trial for trial in trials if trial.found.num_bytes <= limit]
 
 
 def _halved(

@@ -29,8 +29,8 @@ RESTS_ON_COMPILED = (
 )
 
 RESTS_ON_FORMULA = (
-    "The fast end is FLOPs, bytes in memory and bytes on the links by formula, at the speeds of the data sheet, and the "
-    "slow end three times that: nothing was compiled, and nothing has run."
+    "The fast end is FLOPs, bytes in memory and bytes on the links by formula, at the speeds of the data sheet, and "
+    "the slow end three times that: nothing was compiled, and nothing has run."
 )
 
 

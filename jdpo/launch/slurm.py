@@ -1,0 +1,187 @@
+"""Runs on a Slurm cluster: a batch script, which requeues its job."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+from pathlib import Path
+
+from jdpo.exit_codes import RESTART_CODES, USAGE
+from jdpo.launch.launch_options import option
+from jdpo.launch.launched import Advice, Launch
+from jdpo.launch.rendering import render
+from jdpo.launch.request import LaunchRequest
+from jdpo.launch.run_environment import environment_of
+from jdpo.launch.shell_words import home_cache, one_line
+from jdpo.planning.machines import Machine
+
+WAIT_SECONDS = 600
+"""Between the end of a first task and the kill of those that still run: they end together, unless one is stuck."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SlurmOptions:
+    """The options of `jdpo launch slurm`."""
+
+    partition: str = option("NAME", "Partition of the job; by default the cluster's.")
+    account: str = option("NAME", "Account that pays for the job; by default the user's.")
+    time: str = option(
+        "LIMIT",
+        "Time limit of one start, such as 24:00:00. Before it ends, the run saves and the job is requeued, so that a run "
+        "may take longer. By default the partition's.",
+    )
+    grace_seconds: int = option(
+        "SECONDS",
+        "How long before the time limit the run is asked to save: more than a step and a save.",
+        default=120,
+    )
+    tasks_per_node: int = option(
+        "N",
+        "Processes per node, which share its GPUs equally: 1, or up to one per GPU.",
+        default=1,
+    )
+    shared_cache: str = option(
+        "DIR",
+        "Folder for caches, on storage that all nodes see; by default ~/.cache, or $XDG_CACHE_HOME.",
+    )
+    chdir: str = option(
+        "DIR",
+        "Folder to run in, for relative paths of the config, on storage that all nodes see; by default this one.",
+    )
+    setup: tuple[str, ...] = option(
+        "COMMAND",
+        "Shell command that the script runs first, such as 'module load cuda' or 'source venv/bin/activate'; may be "
+        "repeated.",
+        default=(),
+    )
+    sbatch: tuple[str, ...] = option("OPTION", "Further option of sbatch, such as --qos=high; may be repeated.", default=())
+    srun: tuple[str, ...] = option(
+        "OPTION", "Further option of srun, such as --container-image=IMAGE; may be repeated.", default=()
+    )
+
+
+def slurm(request: LaunchRequest, options: SlurmOptions) -> Launch:
+    """Returns a batch script, and the command that submits it.
+
+    Raises:
+      ValueError: the machine is no node of GPUs, or an option cannot be written into the script.
+    """
+    machine = request.machine
+    _check(machine, options)
+    folder = Path(options.chdir or Path.cwd())
+    logs = folder / request.folder / "logs"
+    script = request.folder / f"{request.name}.slurm.sh"
+    gpus = machine.devices_per_host
+    text = render(
+        "slurm.sh.jinja",
+        request=request,
+        machine=machine,
+        options=options,
+        folder=folder,
+        logs=logs,
+        gpus=gpus,
+        directives=_directives(request, options, folder=folder, logs=logs),
+        variables=environment_of(request, cache=options.shared_cache or home_cache(os.environ)),
+        command=request.words(_path_in(folder, request.config_path)),
+        doctor=request.doctor_words(_path_in(folder, request.config_path)) if request.doctor else None,
+        codes="|".join(map(str, RESTART_CODES)),
+        usage=USAGE,
+        wait_seconds=WAIT_SECONDS,
+    )
+    return Launch(
+        # sbatch creates no folder for its log, and a job without one fails silently.
+        files={script: text, request.folder / "logs" / "README": _ABOUT_LOGS},
+        commands=(("sbatch", str(script)),),
+        installs={"sbatch": "run this on a login node of the cluster"},
+        before=_before(request),
+        after=_after(request, shlex.quote(str(logs))),
+    )
+
+
+_ABOUT_LOGS = """\
+JOB-NUMBER.out    the batch script of each job: its starts, and why it was requeued or ended
+JOB-NUMBER-N.log  what process N prints
+"""
+
+
+def _check(machine: Machine, options: SlurmOptions) -> None:
+    if not machine.is_gpu:
+        raise ValueError(
+            f"{machine.name}: Slurm is for nodes of GPUs, such as 2xh100x8; for TPUs use `jdpo launch jobset` or `tpu-vm`"
+        )
+    gpus = machine.devices_per_host
+    if options.tasks_per_node < 1 or gpus % options.tasks_per_node:
+        raise ValueError(f"--tasks_per_node {options.tasks_per_node}: the {gpus} GPUs of a node cannot be shared equally")
+    if options.grace_seconds < 1:
+        raise ValueError(f"--grace_seconds {options.grace_seconds}: expected a number of seconds above 0")
+    for name in ("partition", "account", "time", "chdir", "shared_cache", "setup", "sbatch", "srun"):
+        value = getattr(options, name)
+        for each in (value,) if isinstance(value, str) else value:
+            one_line(each, f"--{name}")
+    if options.chdir and not Path(options.chdir).is_absolute():
+        raise ValueError(f"--chdir {options.chdir}: expected an absolute path, which is the same on all nodes")
+
+
+def _directives(request: LaunchRequest, options: SlurmOptions, *, folder: Path, logs: Path) -> list[tuple[str, str]]:
+    """Returns the options of sbatch in the script, each with its reason, or "" where its name says everything."""
+    machine, gpus = request.machine, request.machine.devices_per_host
+    own = [(f"--{name}={value}", "") for name in ("partition", "account", "time") if (value := getattr(options, name))]
+    if gpus == 8:
+        share = [
+            ("--exclusive", "whole nodes: all of their cores, which read and tokenize the data, and all of their memory"),
+            ("--mem=0", ""),
+        ]
+    else:
+        share = [("--cpus-per-gpu=8", "cores for reading and tokenizing the data; without it Slurm gives one per task")]
+    per = "node, which uses all of its GPUs" if options.tasks_per_node == 1 else "share of a node's GPUs"
+    return [
+        (f"--job-name={request.name}", ""),
+        *own,
+        (f"--nodes={machine.num_hosts}", ""),
+        (f"--ntasks-per-node={options.tasks_per_node}", f"one task (process) per {per}"),
+        (f"--gpus-per-node={gpus}", ""),
+        *share,
+        (
+            f"--signal=TERM@{options.grace_seconds}",
+            "so many seconds before the time limit, SIGTERM to all tasks, which save and exit with 143. With B: in front "
+            "it would reach this script and no task",
+        ),
+        ("--requeue", "Slurm may start the job again, as after the failure of a node; jdpo resumes by itself"),
+        ("--open-mode=append", "the next start continues the log"),
+        (f"--output={logs}/%j.out", ""),
+        (f"--chdir={folder}", "for relative paths of the config"),
+        ("--export=ALL", "tokens and keys come from the environment in which sbatch is called"),
+        *((each, "given by --sbatch") for each in options.sbatch),
+    ]
+
+
+def _path_in(folder: Path, path: Path) -> str:
+    """Returns a path as seen from the folder in which the run starts, if it is below it."""
+    whole = Path.cwd() / path if folder == Path.cwd() else folder / path
+    return str(whole.relative_to(folder)) if whole.is_relative_to(folder) else str(whole)
+
+
+def _before(request: LaunchRequest) -> tuple[Advice, ...]:
+    names = " ".join(f"{name}=..." for name in request.secrets)
+    return (
+        Advice("Set tokens and keys in the shell that calls sbatch, unless the run needs none:", f"export {names}"),
+        Advice(
+            "The config, its data, output_dir, caches and the environment with jdpo have to be on storage that all nodes "
+            "see."
+        ),
+    )
+
+
+def _after(request: LaunchRequest, logs: str) -> tuple[Advice, ...]:
+    return (
+        Advice("sbatch has printed the number of the job, JOB below. Why it waits, and where it runs:", "squeue --me"),
+        Advice("Follow its first process:", f"tail -F {logs}/JOB-0.log"),
+        Advice("See starts and restarts:", f"tail -F {logs}/JOB.out"),
+        Advice("Save, and start again:", "scancel --signal=TERM JOB"),
+        Advice(
+            "Save, and end for good. (Plain `scancel JOB` also lets it save, but kills it after the cluster's KillWait, "
+            "often 30 s.)",
+            "scontrol update job=JOB requeue=0 && scancel --signal=TERM JOB",
+        ),
+    )

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from jdpo.launch.jobset import JobSetOptions, jobset
 from jdpo.launch.launched import Launch
 from jdpo.launch.request import LaunchRequest
+from jdpo.launch.slurm import SlurmOptions, slurm
 from jdpo.words import did_you_mean
 
 
@@ -28,6 +29,7 @@ class Launcher(NamedTuple):
 
 LAUNCHERS: dict[str, Launcher] = {
     "jobset": Launcher("JobSet on Kubernetes, with TPUs or GPUs of GKE", JobSetOptions, jobset),
+    "slurm": Launcher("batch job of a Slurm cluster, on nodes of GPUs", SlurmOptions, slurm),
 }
 """Name of a launcher -> what it is."""
 

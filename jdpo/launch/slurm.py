@@ -7,14 +7,14 @@ import os
 import shlex
 from pathlib import Path
 
-from jdpo.exit_codes import RESTART_CODES, USAGE
+from jdpo.exit_codes import RESTART_CODES
 from jdpo.launch.launch_options import option
 from jdpo.launch.launched import Advice, Launch
 from jdpo.launch.rendering import render
 from jdpo.launch.request import LaunchRequest
 from jdpo.launch.run_environment import environment_of
 from jdpo.launch.shell_words import home_cache, one_line
-from jdpo.planning.machines import Machine
+from jdpo.planning.machines import GPUS_OF_NODE, Machine
 
 WAIT_SECONDS = 600
 """Between the end of a first task and the kill of those that still run: they end together, unless one is stuck."""
@@ -70,45 +70,35 @@ def slurm(request: LaunchRequest, options: SlurmOptions) -> Launch:
     machine = request.machine
     _check(machine, options)
     folder = Path(options.chdir or Path.cwd())
-    logs = folder / request.folder / "logs"
+    logs = folder / request.folder
     script = request.folder / f"{request.name}.slurm.sh"
-    gpus = machine.devices_per_host
     text = render(
         "slurm.sh.jinja",
         request=request,
         machine=machine,
         options=options,
         folder=folder,
-        logs=logs,
-        gpus=gpus,
+        log_name=_log_name(logs, request),
         directives=_directives(request, options, folder=folder, logs=logs),
         variables=environment_of(request, cache=options.shared_cache or home_cache(os.environ)),
         command=request.words(_path_in(folder, request.config_path)),
         doctor=request.doctor_words(_path_in(folder, request.config_path)) if request.doctor else None,
-        codes="|".join(map(str, RESTART_CODES)),
-        usage=USAGE,
+        restart_codes=RESTART_CODES,
         wait_seconds=WAIT_SECONDS,
     )
     return Launch(
-        # sbatch creates no folder for its log, and a job without one fails silently.
-        files={script: text, request.folder / "logs" / "README": _ABOUT_LOGS},
+        files={script: text},
         commands=(("sbatch", str(script)),),
         installs={"sbatch": "run this on a login node of the cluster"},
         before=_before(request),
-        after=_after(request, shlex.quote(str(logs))),
+        after=_after(logs / request.name),
     )
-
-
-_ABOUT_LOGS = """\
-JOB-NUMBER.out    the batch script of each job: its starts, and why it was requeued or ended
-JOB-NUMBER-N.log  what process N prints
-"""
 
 
 def _check(machine: Machine, options: SlurmOptions) -> None:
     if not machine.is_gpu:
         raise ValueError(
-            f"{machine.name}: Slurm is for nodes of GPUs, such as 2xh100x8; for TPUs use `jdpo launch jobset` or `tpu-vm`"
+            f"{machine.name}: Slurm is for nodes of GPUs, such as h100x16; for TPUs use `jdpo launch jobset` or `tpu-vm`"
         )
     gpus = machine.devices_per_host
     if options.tasks_per_node < 1 or gpus % options.tasks_per_node:
@@ -127,7 +117,7 @@ def _directives(request: LaunchRequest, options: SlurmOptions, *, folder: Path, 
     """Returns the options of sbatch in the script, each with its reason, or "" where its name says everything."""
     machine, gpus = request.machine, request.machine.devices_per_host
     own = [(f"--{name}={value}", "") for name in ("partition", "account", "time") if (value := getattr(options, name))]
-    if gpus == 8:
+    if gpus == GPUS_OF_NODE:
         share = [
             ("--exclusive", "whole nodes: all of their cores, which read and tokenize the data, and all of their memory"),
             ("--mem=0", ""),
@@ -149,11 +139,16 @@ def _directives(request: LaunchRequest, options: SlurmOptions, *, folder: Path, 
         ),
         ("--requeue", "Slurm may start the job again, as after the failure of a node; jdpo resumes by itself"),
         ("--open-mode=append", "the next start continues the log"),
-        (f"--output={logs}/%j.out", ""),
+        (f"--output={_log_name(logs, request)}-%j.out", "in a folder that exists: sbatch creates none"),
         (f"--chdir={folder}", "for relative paths of the config"),
         ("--export=ALL", "tokens and keys come from the environment in which sbatch is called"),
         *((each, "given by --sbatch") for each in options.sbatch),
     ]
+
+
+def _log_name(logs: Path, request: LaunchRequest) -> str:
+    """Returns how the names of a job's logs begin, as an option of Slurm, which replaces what follows a %."""
+    return one_line(str(logs / request.name).replace("%", "%%"), "the folder of the logs")
 
 
 def _path_in(folder: Path, path: Path) -> str:
@@ -173,11 +168,12 @@ def _before(request: LaunchRequest) -> tuple[Advice, ...]:
     )
 
 
-def _after(request: LaunchRequest, logs: str) -> tuple[Advice, ...]:
+def _after(logs: Path) -> tuple[Advice, ...]:
+    start = shlex.quote(str(logs))
     return (
         Advice("sbatch has printed the number of the job, JOB below. Why it waits, and where it runs:", "squeue --me"),
-        Advice("Follow its first process:", f"tail -F {logs}/JOB-0.log"),
-        Advice("See starts and restarts:", f"tail -F {logs}/JOB.out"),
+        Advice("Follow its first process:", f"tail -F {start}-JOB-0.log"),
+        Advice("See starts and restarts:", f"tail -F {start}-JOB.out"),
         Advice("Save, and start again:", "scancel --signal=TERM JOB"),
         Advice(
             "Save, and end for good. (Plain `scancel JOB` also lets it save, but kills it after the cluster's KillWait, "

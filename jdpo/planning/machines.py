@@ -186,7 +186,7 @@ _GPUS: dict[str, _Gpu] = {
     "h100": _Gpu("NVIDIA H100 80GB HBM3", "nvidia-h100-80gb"),
     "h200": _Gpu("NVIDIA H200", "nvidia-h200-141gb"),
 }
-_GPUS_OF_NODE = 8
+GPUS_OF_NODE = 8
 
 
 def _gpu(kind: str) -> _Gpu:
@@ -218,8 +218,8 @@ def machine_of(name: str) -> Machine:
     gpu = re.fullmatch(r"([a-z]\w*?\d)(?:x(\d+))?", name)
     if gpu and gpu.group(1) in _GPUS:
         number = int(gpu.group(2) or 1)
-        nodes, rest = divmod(number, _GPUS_OF_NODE)
-        if number and (number < _GPUS_OF_NODE or not rest):
+        nodes, rest = divmod(number, GPUS_OF_NODE)
+        if number and (number < GPUS_OF_NODE or not rest):
             nodes = max(nodes, 1)
             return Machine(
                 name=name,
@@ -254,7 +254,7 @@ def _unknown(name: str) -> str:
             f"unknown machine {name!r}:",
             f"did you mean {near}?" if near else "",
             f"expected one of {', '.join(alike or known)}, several slices of one (2xv5e-16), or nodes of "
-            f"{_GPUS_OF_NODE} GPUs (h100x16)",
+            f"{GPUS_OF_NODE} GPUs (h100x16)",
         )
         if part
     )

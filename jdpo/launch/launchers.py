@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from jdpo.launch.host import HostOptions, host
 from jdpo.launch.jobset import JobSetOptions, jobset
 from jdpo.launch.launched import Launch
 from jdpo.launch.request import LaunchRequest
@@ -30,6 +31,7 @@ class Launcher(NamedTuple):
 LAUNCHERS: dict[str, Launcher] = {
     "jobset": Launcher("JobSet on Kubernetes, with TPUs or GPUs of GKE", JobSetOptions, jobset),
     "slurm": Launcher("batch job of a Slurm cluster, on nodes of GPUs", SlurmOptions, slurm),
+    "host": Launcher("script for one machine with one or several GPUs", HostOptions, host),
 }
 """Name of a launcher -> what it is."""
 

@@ -1,9 +1,12 @@
-"""Values that are put into shell scripts."""
+"""Values that launchers put into shell scripts."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
+
+CHDIR = "Folder to run in, as the machines of the run see it, for relative paths of the config; by default this one."
 
 
 def one_line(text: str, name: str) -> str:
@@ -23,3 +26,29 @@ def one_line(text: str, name: str) -> str:
 def home_cache(environ: Mapping[str, str]) -> str:
     """Returns the user's folder for caches, which on clusters is on shared storage as the home folder is."""
     return environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+
+
+def working_folder(chdir: str) -> Path:
+    """Returns the folder that a run starts in.
+
+    Args:
+      chdir: the option --chdir; empty for the current folder.
+
+    Raises:
+      ValueError: it is a relative path.
+    """
+    folder = Path(one_line(chdir, "--chdir")) if chdir else Path.cwd()
+    if not folder.is_absolute():
+        raise ValueError(f"--chdir {chdir}: expected an absolute path")
+    return folder
+
+
+def path_in(folder: Path, path: Path) -> str:
+    """Returns the path of a file as seen from the folder that a run starts in.
+
+    >>> path_in(Path("/shared/project"), Path("configs/dpo.yaml"))
+    'configs/dpo.yaml'
+    >>> path_in(Path("/shared/project"), Path("/home/me/dpo.yaml"))
+    '/home/me/dpo.yaml'
+    """
+    return str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)

@@ -13,7 +13,7 @@ from jdpo.launch.launched import Advice, Launch
 from jdpo.launch.rendering import render
 from jdpo.launch.request import LaunchRequest
 from jdpo.launch.run_environment import environment_of
-from jdpo.launch.shell_words import home_cache, one_line
+from jdpo.launch.shell_words import CHDIR, home_cache, one_line, path_in, working_folder
 from jdpo.planning.machines import GPUS_OF_NODE, Machine
 
 WAIT_SECONDS = 600
@@ -28,8 +28,8 @@ class SlurmOptions:
     account: str = option("NAME", "Account that pays for the job; by default the user's.")
     time: str = option(
         "LIMIT",
-        "Time limit of one start, such as 24:00:00. Before it ends, the run saves and the job is requeued, so that a run "
-        "may take longer. By default the partition's.",
+        "Time limit of one start, such as 24:00:00. Before it ends, the run saves and the job is requeued, so that a "
+        "run may take longer. By default the partition's.",
     )
     grace_seconds: int = option(
         "SECONDS",
@@ -45,17 +45,16 @@ class SlurmOptions:
         "DIR",
         "Folder for caches, on storage that all nodes see; by default ~/.cache, or $XDG_CACHE_HOME.",
     )
-    chdir: str = option(
-        "DIR",
-        "Folder to run in, for relative paths of the config, on storage that all nodes see; by default this one.",
-    )
+    chdir: str = option("DIR", CHDIR)
     setup: tuple[str, ...] = option(
         "COMMAND",
         "Shell command that the script runs first, such as 'module load cuda' or 'source venv/bin/activate'; may be "
         "repeated.",
         default=(),
     )
-    sbatch: tuple[str, ...] = option("OPTION", "Further option of sbatch, such as --qos=high; may be repeated.", default=())
+    sbatch: tuple[str, ...] = option(
+        "OPTION", "Further option of sbatch, such as --qos=high; may be repeated.", default=()
+    )
     srun: tuple[str, ...] = option(
         "OPTION", "Further option of srun, such as --container-image=IMAGE; may be repeated.", default=()
     )
@@ -69,7 +68,7 @@ def slurm(request: LaunchRequest, options: SlurmOptions) -> Launch:
     """
     machine = request.machine
     _check(machine, options)
-    folder = Path(options.chdir or Path.cwd())
+    folder = working_folder(options.chdir)
     logs = folder / request.folder
     script = request.folder / f"{request.name}.slurm.sh"
     text = render(
@@ -81,8 +80,8 @@ def slurm(request: LaunchRequest, options: SlurmOptions) -> Launch:
         log_name=_log_name(logs, request),
         directives=_directives(request, options, folder=folder, logs=logs),
         variables=environment_of(request, cache=options.shared_cache or home_cache(os.environ)),
-        command=request.words(_path_in(folder, request.config_path)),
-        doctor=request.doctor_words(_path_in(folder, request.config_path)) if request.doctor else None,
+        command=request.words(path_in(folder, request.config_path)),
+        doctor=request.doctor_words(path_in(folder, request.config_path)) if request.doctor else None,
         restart_codes=RESTART_CODES,
         wait_seconds=WAIT_SECONDS,
     )
@@ -98,19 +97,20 @@ def slurm(request: LaunchRequest, options: SlurmOptions) -> Launch:
 def _check(machine: Machine, options: SlurmOptions) -> None:
     if not machine.is_gpu:
         raise ValueError(
-            f"{machine.name}: Slurm is for nodes of GPUs, such as h100x16; for TPUs use `jdpo launch jobset` or `tpu-vm`"
+            f"{machine.name}: Slurm is for nodes of GPUs, such as h100x16; for TPUs use `jdpo launch jobset` or "
+            "`tpu-vm`"
         )
     gpus = machine.devices_per_host
     if options.tasks_per_node < 1 or gpus % options.tasks_per_node:
-        raise ValueError(f"--tasks_per_node {options.tasks_per_node}: the {gpus} GPUs of a node cannot be shared equally")
+        raise ValueError(
+            f"--tasks_per_node {options.tasks_per_node}: the {gpus} GPUs of a node cannot be shared equally"
+        )
     if options.grace_seconds < 1:
         raise ValueError(f"--grace_seconds {options.grace_seconds}: expected a number of seconds above 0")
-    for name in ("partition", "account", "time", "chdir", "shared_cache", "setup", "sbatch", "srun"):
+    for name in ("partition", "account", "time", "shared_cache", "setup", "sbatch", "srun"):
         value = getattr(options, name)
         for each in (value,) if isinstance(value, str) else value:
             one_line(each, f"--{name}")
-    if options.chdir and not Path(options.chdir).is_absolute():
-        raise ValueError(f"--chdir {options.chdir}: expected an absolute path, which is the same on all nodes")
 
 
 def _directives(request: LaunchRequest, options: SlurmOptions, *, folder: Path, logs: Path) -> list[tuple[str, str]]:
@@ -119,7 +119,10 @@ def _directives(request: LaunchRequest, options: SlurmOptions, *, folder: Path, 
     own = [(f"--{name}={value}", "") for name in ("partition", "account", "time") if (value := getattr(options, name))]
     if gpus == GPUS_OF_NODE:
         share = [
-            ("--exclusive", "whole nodes: all of their cores, which read and tokenize the data, and all of their memory"),
+            (
+                "--exclusive",
+                "whole nodes: all of their cores, which read and tokenize the data, and all of their memory",
+            ),
             ("--mem=0", ""),
         ]
     else:
@@ -134,8 +137,8 @@ def _directives(request: LaunchRequest, options: SlurmOptions, *, folder: Path, 
         *share,
         (
             f"--signal=TERM@{options.grace_seconds}",
-            "so many seconds before the time limit, SIGTERM to all tasks, which save and exit with 143. With B: in front "
-            "it would reach this script and no task",
+            "so many seconds before the time limit, SIGTERM to all tasks, which save and exit with 143. With B: in "
+            "front it would reach this script and no task",
         ),
         ("--requeue", "Slurm may start the job again, as after the failure of a node; jdpo resumes by itself"),
         ("--open-mode=append", "the next start continues the log"),
@@ -151,19 +154,13 @@ def _log_name(logs: Path, request: LaunchRequest) -> str:
     return one_line(str(logs / request.name).replace("%", "%%"), "the folder of the logs")
 
 
-def _path_in(folder: Path, path: Path) -> str:
-    """Returns a path as seen from the folder in which the run starts, if it is below it."""
-    whole = Path.cwd() / path if folder == Path.cwd() else folder / path
-    return str(whole.relative_to(folder)) if whole.is_relative_to(folder) else str(whole)
-
-
 def _before(request: LaunchRequest) -> tuple[Advice, ...]:
     names = " ".join(f"{name}=..." for name in request.secrets)
     return (
         Advice("Set tokens and keys in the shell that calls sbatch, unless the run needs none:", f"export {names}"),
         Advice(
-            "The config, its data, output_dir, caches and the environment with jdpo have to be on storage that all nodes "
-            "see."
+            "The config, its data, output_dir, caches and the environment with jdpo have to be on storage that all "
+            "nodes see."
         ),
     )
 
@@ -176,8 +173,8 @@ def _after(logs: Path) -> tuple[Advice, ...]:
         Advice("See starts and restarts:", f"tail -F {start}-JOB.out"),
         Advice("Save, and start again:", "scancel --signal=TERM JOB"),
         Advice(
-            "Save, and end for good. (Plain `scancel JOB` also lets it save, but kills it after the cluster's KillWait, "
-            "often 30 s.)",
+            "Save, and end for good. (Plain `scancel JOB` also lets it save, but kills it after the cluster's "
+            "KillWait, often 30 s.)",
             "scontrol update job=JOB requeue=0 && scancel --signal=TERM JOB",
         ),
     )

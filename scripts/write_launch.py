@@ -17,12 +17,15 @@ FOLDER = Path("scripts/launch")
 """Relative to the root, so that no path of this machine is in a file."""
 
 _OF_JOBSET = "--image us-docker.pkg.dev/my-project/my-repository/jdpo:0.2.0 --volume jdpo"
+_ON_SHARED = "--chdir /shared/project --cache /shared/cache"
 
 EXAMPLES = {
     "jobset-tpu": f"jobset configs/llama_3_1_8b_tpu.yaml --on v6e-16 {_OF_JOBSET}",
     "jobset-multislice": f"jobset configs/llama_3_1_8b_tpu.yaml --on 2xv5e-16 {_OF_JOBSET} --spot --doctor",
     "jobset-tpu7x": f"jobset configs/llama_3_1_8b_tpu.yaml --on tpu7x-16 {_OF_JOBSET}",
     "jobset-gpu": f"jobset configs/llama_3_1_8b_tpu.yaml --on h100x16 {_OF_JOBSET}",
+    "slurm": f"slurm configs/llama_3_1_8b_lora.yaml --on h100x16 --time 24:00:00 {_ON_SHARED} --doctor",
+    "host": f"host configs/llama_3_1_8b_lora.yaml --on h100x8 {_ON_SHARED}",
 }
 """Folder -> the words after `jdpo launch`."""
 

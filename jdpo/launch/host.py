@@ -13,7 +13,7 @@ from jdpo.launch.launched import Advice, Launch
 from jdpo.launch.rendering import render
 from jdpo.launch.request import LaunchRequest
 from jdpo.launch.run_environment import environment_of
-from jdpo.launch.shell_words import CHDIR, home_cache, one_line, path_in, working_folder
+from jdpo.launch.shell_words import CACHE, CHDIR, cache_folder, one_line, path_in, working_folder
 from jdpo.planning.machines import Machine
 
 WAIT_SECONDS = 600
@@ -36,6 +36,7 @@ class HostOptions:
         f"Time before the first restart; it doubles with each one, up to {MOST_BACKOFF_SECONDS} s.",
         default=10,
     )
+    cache: str = option("DIR", CACHE)
     chdir: str = option("DIR", CHDIR)
     setup: tuple[str, ...] = option(
         "COMMAND",
@@ -53,7 +54,7 @@ def host(request: LaunchRequest, options: HostOptions) -> Launch:
     """
     machine = request.machine
     _check(machine, options)
-    script = request.folder / f"{request.name}.host.sh"
+    script = request.folder / "host.sh"
     folder = working_folder(options.chdir)
     log = request.folder / request.name
     config = path_in(folder, request.config_path)
@@ -64,7 +65,7 @@ def host(request: LaunchRequest, options: HostOptions) -> Launch:
         options=options,
         script=script,
         folder=folder,
-        variables=environment_of(request, cache=home_cache(os.environ)),
+        variables=environment_of(request, cache=cache_folder(options.cache, os.environ)),
         command=request.words(config),
         doctor=request.doctor_words(config) if request.doctor else None,
         log=log,
@@ -89,7 +90,7 @@ def _check(machine: Machine, options: HostOptions) -> None:
             "`jobset`, `skypilot` or `tpu-vm`"
         )
     devices = machine.devices_per_host
-    if options.processes < 1 or devices % options.processes:
+    if devices % options.processes:
         raise ValueError(f"--processes {options.processes}: {devices} devices cannot be shared equally")
     if options.processes > 1 and not machine.is_gpu:
         raise ValueError(f"--processes {options.processes}: on TPUs one process uses all chips of a host")

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 CHDIR = "Folder to run in, as the machines of the run see it, for relative paths of the config; by default this one."
+CACHE = "Folder for caches, on storage that all machines of the run see; by default ~/.cache, or $XDG_CACHE_HOME."
 
 
 def one_line(text: str, name: str) -> str:
@@ -23,9 +24,13 @@ def one_line(text: str, name: str) -> str:
     return text
 
 
-def home_cache(environ: Mapping[str, str]) -> str:
-    """Returns the user's folder for caches, which on clusters is on shared storage as the home folder is."""
-    return environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+def cache_folder(cache: str, environ: Mapping[str, str]) -> str:
+    """Returns the folder for caches.
+
+    Args:
+      cache: the option --cache; empty for the user's own, which on clusters is shared, as the home folder is.
+    """
+    return one_line(cache, "--cache") or environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
 
 
 def working_folder(chdir: str) -> Path:

@@ -13,7 +13,7 @@ from jdpo.launch.launched import Advice, Launch
 from jdpo.launch.rendering import render
 from jdpo.launch.request import LaunchRequest
 from jdpo.launch.run_environment import environment_of
-from jdpo.launch.shell_words import CHDIR, home_cache, one_line, path_in, working_folder
+from jdpo.launch.shell_words import CACHE, CHDIR, cache_folder, one_line, path_in, working_folder
 from jdpo.planning.machines import GPUS_OF_NODE, Machine
 
 WAIT_SECONDS = 600
@@ -41,10 +41,7 @@ class SlurmOptions:
         "Processes per node, which share its GPUs equally: 1, or up to one per GPU.",
         default=1,
     )
-    shared_cache: str = option(
-        "DIR",
-        "Folder for caches, on storage that all nodes see; by default ~/.cache, or $XDG_CACHE_HOME.",
-    )
+    cache: str = option("DIR", CACHE)
     chdir: str = option("DIR", CHDIR)
     setup: tuple[str, ...] = option(
         "COMMAND",
@@ -70,7 +67,7 @@ def slurm(request: LaunchRequest, options: SlurmOptions) -> Launch:
     _check(machine, options)
     folder = working_folder(options.chdir)
     logs = folder / request.folder
-    script = request.folder / f"{request.name}.slurm.sh"
+    script = request.folder / "slurm.sh"
     text = render(
         "slurm.sh.jinja",
         request=request,
@@ -79,7 +76,7 @@ def slurm(request: LaunchRequest, options: SlurmOptions) -> Launch:
         folder=folder,
         log_name=_log_name(logs, request),
         directives=_directives(request, options, folder=folder, logs=logs),
-        variables=environment_of(request, cache=options.shared_cache or home_cache(os.environ)),
+        variables=environment_of(request, cache=cache_folder(options.cache, os.environ)),
         command=request.words(path_in(folder, request.config_path)),
         doctor=request.doctor_words(path_in(folder, request.config_path)) if request.doctor else None,
         restart_codes=RESTART_CODES,
@@ -101,13 +98,11 @@ def _check(machine: Machine, options: SlurmOptions) -> None:
             "`tpu-vm`"
         )
     gpus = machine.devices_per_host
-    if options.tasks_per_node < 1 or gpus % options.tasks_per_node:
+    if gpus % options.tasks_per_node:
         raise ValueError(
             f"--tasks_per_node {options.tasks_per_node}: the {gpus} GPUs of a node cannot be shared equally"
         )
-    if options.grace_seconds < 1:
-        raise ValueError(f"--grace_seconds {options.grace_seconds}: expected a number of seconds above 0")
-    for name in ("partition", "account", "time", "shared_cache", "setup", "sbatch", "srun"):
+    for name in ("partition", "account", "time", "setup", "sbatch", "srun"):
         value = getattr(options, name)
         for each in (value,) if isinstance(value, str) else value:
             one_line(each, f"--{name}")

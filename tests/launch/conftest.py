@@ -35,3 +35,18 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
         return tmp_path / "calls"
 
     return put
+
+
+CODED = """\
+echo "${0##*/} $*" >> "$CALLS"
+code=$(head -n 1 codes 2>/dev/null)
+[[ ! -e codes ]] || sed -i 1d codes
+exit "${code:-0}"
+"""
+"""Notes the call of a program and ends with the next exit code in `codes`, a file in the current folder, or with 0."""
+
+
+def calls_of(calls: Path, program: str) -> list[str]:
+    """Returns the noted calls of a program, in order."""
+    lines = calls.read_text(encoding="utf-8").splitlines() if calls.exists() else []
+    return [line for line in lines if line.split()[0] == program]

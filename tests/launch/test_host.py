@@ -8,87 +8,84 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 import jdpo
+from jdpo.cli.commands.clusters.launch import planned
 from jdpo.cli.main import main
 from jdpo.exit_codes import LOST, PREEMPTED, USAGE
 from tests.conftest import chat_pairs, write_jsonl
 from tests.integration.cluster import XLA_FLAGS
-from tests.launch.fake_programs import FAKE_JDPO, Fakes, write_config
+from tests.launch.conftest import CODED, Fake, calls_of
 
 # Saves for a while when it is asked to end, as a run does.
-PATIENT_JDPO = """
+PATIENT = """#!/bin/bash
+echo "jdpo $*" >> "$CALLS"
 trap 'sleep 0.1; exit 143' TERM
-touch "$FAKES/ready"
+touch ready
 while :; do sleep 0.05; done
 """
 
 
 @pytest.fixture
-def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fakes:
-    fakes = Fakes(tmp_path / "fakes", monkeypatch)
-    fakes.add("jdpo", FAKE_JDPO)
-    return fakes
+def calls(config: Path, fake: Fake) -> Path:
+    """The calls of a stand-in for jdpo, in the folder of the config."""
+    return fake("jdpo", f"#!/bin/bash\n{CODED}")
 
 
-def launch(tmp_path: Path, *options: str) -> int:
-    config = str(write_config(tmp_path))
-    return main(["launch", "host", config, "--on", "h100x8", "--backoff_seconds", "0", *options])
+def launch(*options: str, codes: Sequence[int] = ()) -> int:
+    """Launches; returns the exit code.
+
+    Args:
+      codes: how the processes of jdpo end, in the order in which they start.
+    """
+    Path("codes").write_text("".join(f"{code}\n" for code in codes))
+    return main(["launch", "host", "dpo.yaml", "--on", "h100x8", "--backoff_seconds", "1", *options])
 
 
-def test_a_lost_run_is_started_again_with_the_same_command(fakes: Fakes, tmp_path: Path) -> None:
-    fakes.codes([LOST, 0])
-    assert launch(tmp_path) == 0
-    assert fakes.calls("jdpo") == [f"jdpo dpo {tmp_path}/run.yaml"] * 2
-    assert f"exit code {LOST}: restart 1 of at most 20" in (tmp_path / "run out/launch/run.log").read_text()
+def test_a_lost_run_is_started_again_with_the_same_command(calls: Path) -> None:
+    assert launch("beta=0.2", codes=[LOST, 0]) == 0
+    assert calls_of(calls, "jdpo") == ["jdpo dpo dpo.yaml beta=0.2"] * 2
+    assert f"exit code {LOST}: restart 1 of at most 20" in Path("runs/first/launch/dpo.log").read_text()
 
 
-def test_an_error_of_the_run_ends_it(fakes: Fakes, tmp_path: Path) -> None:
-    fakes.codes([USAGE])
-    assert launch(tmp_path) == USAGE
-    assert len(fakes.calls("jdpo")) == 1
+def test_an_error_of_the_run_ends_it(calls: Path) -> None:
+    assert launch(codes=[USAGE]) == USAGE
+    assert len(calls_of(calls, "jdpo")) == 1
 
 
-def test_restarts_are_bounded(fakes: Fakes, tmp_path: Path) -> None:
-    fakes.codes([LOST] * 9)
-    assert launch(tmp_path, "--max_restarts", "2") == LOST
-    assert len(fakes.calls("jdpo")) == 3
+def test_restarts_are_bounded(calls: Path) -> None:
+    assert launch("--max_restarts", "2", codes=[LOST] * 9) == LOST
+    assert len(calls_of(calls, "jdpo")) == 3
 
 
-def test_the_doctor_comes_first_and_its_findings_end_the_run(fakes: Fakes, tmp_path: Path) -> None:
-    fakes.codes([1])
-    assert launch(tmp_path, "--doctor") == 1
-    assert [call.split()[1] for call in fakes.calls("jdpo")] == ["doctor"]
+def test_the_doctor_comes_first_and_its_findings_end_the_run(calls: Path) -> None:
+    assert launch("--doctor", codes=[1]) == 1
+    assert [call.split()[1] for call in calls_of(calls, "jdpo")] == ["doctor"]
 
 
-def test_a_signal_is_passed_on_and_the_run_is_not_started_again(fakes: Fakes, tmp_path: Path) -> None:
-    fakes.add("jdpo", PATIENT_JDPO)
-    write_config(tmp_path)
-    words = [str(tmp_path / "run.yaml"), "--on", "h100x8", "--dry_run", "--folder", str(tmp_path)]
-    script = _script(words, tmp_path)
-    process = subprocess.Popen(["bash", str(script)], stdout=subprocess.DEVNULL)
+def test_a_signal_is_passed_on_and_the_run_is_not_started_again(calls: Path, fake: Fake) -> None:
+    fake("jdpo", PATIENT)
+    process = subprocess.Popen(["bash", script("dpo.yaml", "--on", "h100x8")], stdout=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 60
-        while not (fakes.folder / "ready").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_for(lambda: Path("ready").exists(), 60)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == PREEMPTED
     finally:
         process.kill()
         process.wait()
-    assert len(fakes.calls("jdpo")) == 1
+    assert len(calls_of(calls, "jdpo")) == 1
 
 
-def test_processes_share_the_gpus_and_the_error_of_one_ends_the_run(fakes: Fakes, tmp_path: Path) -> None:
-    note = 'echo "$JAX_NUM_PROCESSES $JAX_LOCAL_DEVICE_IDS" > "$FAKES/process-$JAX_PROCESS_ID"\n'
-    fakes.add("jdpo", f"{note}((JAX_PROCESS_ID)) && exit {USAGE}\nexit {LOST}\n")
-    assert launch(tmp_path, "--processes", "2") == USAGE
-    assert (fakes.folder / "process-0").read_text() == "2 0,1,2,3\n"
-    assert (fakes.folder / "process-1").read_text() == "2 4,5,6,7\n"
+def test_processes_share_the_gpus_and_the_error_of_one_ends_the_run(calls: Path, fake: Fake) -> None:
+    note = 'echo "$JAX_NUM_PROCESSES $JAX_LOCAL_DEVICE_IDS" > "process-$JAX_PROCESS_ID"'
+    fake("jdpo", f"#!/bin/bash\n{note}\n((JAX_PROCESS_ID)) && exit {USAGE}\nexit {LOST}\n")
+    assert launch("--processes", "2") == USAGE
+    assert Path("process-0").read_text() == "2 0,1,2,3\n"
+    assert Path("process-1").read_text() == "2 4,5,6,7\n"
 
 
 @pytest.mark.parametrize(
@@ -100,65 +97,68 @@ def test_processes_share_the_gpus_and_the_error_of_one_ends_the_run(fakes: Fakes
     ],
 )
 def test_what_one_machine_cannot_do_is_refused(
-    tmp_path: Path, words: list[str], part: str, capsys: pytest.CaptureFixture[str]
+    config: Path, words: list[str], part: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["launch", "host", str(write_config(tmp_path)), *words, "--dry_run"]) == USAGE
+    assert main(["launch", "host", str(config), *words, "--dry_run"]) == USAGE
     assert part in capsys.readouterr().err
 
 
 @pytest.mark.full
-def test_two_processes_train_and_a_killed_one_is_started_again_with_the_other(
+def test_two_processes_train_and_after_the_loss_of_one_both_start_again(
     toy_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = {"xla_force_host_platform_device_count": 1, **XLA_FLAGS}
     monkeypatch.setenv("XLA_FLAGS", " ".join(f"--{name}={value}" for name, value in flags.items()))
     monkeypatch.setenv("PYTHONPATH", str(Path(jdpo.__file__).parents[1]))
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(Path("pairs.jsonl"), chat_pairs(16, words=(6, 7)))
     config = {
         "model_name_or_path": str(toy_model),
-        "datasets": str(write_jsonl(tmp_path / "pairs.jsonl", chat_pairs(16, words=(6, 7)))),
-        "output_dir": str(tmp_path / "run"),
-        "cache_dir": str(tmp_path / "cache"),
+        "datasets": "pairs.jsonl",
+        "output_dir": "run",
+        "cache_dir": "cache",
         "max_length": 64,
         "global_batch_size": 8,
         "max_steps": 60,
         "save_steps": 2,
-        "logging_steps": 1,
         "reference": "live",
         "remat": "none",
         "mesh": {"data": 1, "fsdp": 2},
         "heartbeat_timeout_seconds": 10,
     }
-    (tmp_path / "run.yaml").write_text(json.dumps(config))
-    words = [str(tmp_path / "run.yaml"), "--on", "h100x2", "--processes", "2", "--backoff_seconds", "0"]
-    script = _script([*words, "--dry_run", "--folder", str(tmp_path)], tmp_path)
-    process = subprocess.Popen(["bash", str(script)])
+    Path("run.yaml").write_text(json.dumps(config))
+    process = subprocess.Popen(
+        ["bash", script("run.yaml", "--on", "h100x2", "--processes", "2", "--backoff_seconds", "1")]
+    )
     try:
-        deadline = time.monotonic() + 600
-        while not list((tmp_path / "run").glob("checkpoints/*")):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        _kill_a_process_of(process.pid)
+        wait_for(lambda: any(Path("run").glob("checkpoints/*/manifest.json")), 600)
+        kill_a_process_of(process.pid)
         assert process.wait(600) == 0
     finally:
         process.terminate()
         process.wait()
-    assert "restart 1 of" in (tmp_path / "run.log").read_text()
-    assert (tmp_path / "run-1.log").read_text().count("process 1 of 2") == 2
+    assert "restart 1 of" in Path("run/launch/run.log").read_text()
+    assert Path("run/launch/run-1.log").read_text().count("process 1 of 2") == 2
 
 
-def _script(words: list[str], folder: Path) -> Path:
-    """Writes the script that `jdpo launch host` renders, without starting it."""
-    from jdpo.cli.commands.clusters.launch import planned
-
-    (launch,) = [planned(["host", *words])]
+def script(*words: str) -> str:
+    """Writes the script of a launch, without starting it; returns its path."""
+    launch = planned(["host", *words])
     launch.write()
     (path,) = launch.files
-    return path
+    return str(path)
 
 
-def _kill_a_process_of(parent: int) -> None:
-    """Kills the last of the jdpo processes of a script with SIGKILL."""
-    children = [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
-    runs = [pid for pid in children if b"jdpo" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+def wait_for(happened: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def kill_a_process_of(parent: int) -> None:
+    """Kills the last of a script's processes of jdpo with SIGKILL."""
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    runs = [int(pid) for pid in children if b"run.yaml" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     os.kill(runs[-1], signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""The batch script of `jdpo launch slurm`, run by stand-ins for Slurm's programs; test_slurm_cluster.py has a real one."""
+"""The batch script of `jdpo launch slurm`, run by stand-ins for Slurm; test_slurm_cluster.py has a real one."""
 
 from __future__ import annotations
 
@@ -8,142 +8,123 @@ from pathlib import Path
 import pytest
 
 from jdpo.cli.main import main
-from jdpo.exit_codes import EXIT_CODES, LOST, PREEMPTED, USAGE
-from tests.launch.fake_programs import FAKE_JDPO, Fakes, write_config
+from jdpo.exit_codes import EXIT_CODES, LOST, PREEMPTED, USAGE, ExitCode
+from tests.launch.conftest import CODED, Fake, calls_of
 
-# Runs the job at once, again after each requeue. As Slurm, it sets the number of restarts from the first restart on.
-SBATCH = """
-[[ ! -e $FAKES/no_sbatch ]] || { echo "sbatch: error: invalid partition" >&2; exit 1; }
+# Runs the job at once, and again after each requeue. As Slurm, it sets the number of restarts after the first start.
+SBATCH = """#!/bin/bash
+[[ ! -e no_sbatch ]] || { echo "sbatch: error: invalid partition" >&2; exit 1; }
 echo "Submitted batch job 7"
 export SLURM_JOB_ID=7 SLURM_JOB_NODELIST=node1
 restarts=0
 while :; do
-  rm -f "$FAKES/requeue"
-  bash "$1" >> "$FAKES/out" 2>&1
-  echo $? >> "$FAKES/ends"
-  [[ -e $FAKES/requeue ]] || exit 0
+  rm -f requeue
+  bash "$1" >> out 2>&1
+  echo $? >> ends
+  [[ -e requeue ]] || exit 0
   restarts=$((restarts + 1))
   export SLURM_RESTART_COUNT=$restarts
 done
 """
-SRUN = """
+SRUN = """#!/bin/bash
 while [[ $1 == --* ]]; do shift; done
 exec "$@"
 """
 # The batch script, its parent, gets a signal, and the tasks end a while after it has passed that on.
-SRUN_SIGNALLED = """
-trap 'echo "srun signalled" >> "$FAKES/calls"' TERM
+SRUN_SIGNALLED = """#!/bin/bash
+trap 'echo "srun was signalled" >> "$CALLS"' TERM
 kill -TERM $PPID
-until grep -q ^scancel "$FAKES/calls"; do sleep 0.01; done
+until grep -q ^scancel "$CALLS" 2>/dev/null; do sleep 0.01; done
 sleep 0.1
 exit 143
 """
-SCONTROL = '[[ ! -e $FAKES/no_requeue ]] || exit 1\ntouch "$FAKES/requeue"\n'
-SQUEUE = 'cat "$FAKES/state" 2>/dev/null || echo RUNNING\n'
+NOTED = '#!/bin/bash\necho "${0##*/} $*" >> "$CALLS"\n'
+SCONTROL = NOTED + "[[ ! -e no_requeue ]] || exit 1\ntouch requeue\n"
+SQUEUE = "#!/bin/bash\ncat state 2>/dev/null || echo RUNNING\n"
 
 
 @pytest.fixture
-def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fakes:
-    fakes = Fakes(tmp_path / "fakes", monkeypatch)
-    programs = {"sbatch": SBATCH, "srun": SRUN, "scontrol": SCONTROL, "squeue": SQUEUE, "scancel": "", "jdpo": FAKE_JDPO}
-    for name, body in programs.items():
-        fakes.add(name, body)
-    return fakes
+def calls(config: Path, fake: Fake) -> Path:
+    """The calls of stand-ins for Slurm's programs and for jdpo, in the folder of the config."""
+    programs = {"sbatch": SBATCH, "srun": SRUN, "scontrol": SCONTROL, "squeue": SQUEUE, "scancel": NOTED}
+    for name, script in programs.items():
+        fake(name, script)
+    return fake("jdpo", f"#!/bin/bash\n{CODED}")
 
 
-def launch(tmp_path: Path, *options: str) -> int:
-    return main(["launch", "slurm", str(write_config(tmp_path)), "--on", "h100x16", *options])
+def launch(*options: str, codes: Sequence[int] = ()) -> list[int]:
+    """Launches; returns the exit codes of the batch script, by start.
+
+    Args:
+      codes: how the tasks end, one code for each step of the job.
+    """
+    Path("ends").unlink(missing_ok=True)
+    Path("codes").write_text("".join(f"{code}\n" for code in codes))
+    assert main(["launch", "slurm", "dpo.yaml", "--on", "h100x16", *options]) == 0
+    return [int(line) for line in Path("ends").read_text().split()]
 
 
-def ends(fakes: Fakes) -> list[int]:
-    """Returns the exit codes of the batch script, by start."""
-    return [int(line) for line in (fakes.folder / "ends").read_text().split()]
+@pytest.mark.parametrize("end", EXIT_CODES, ids=lambda end: str(end.code))
+def test_the_job_is_requeued_after_the_codes_that_are_to_restart_and_after_no_other(calls: Path, end: ExitCode) -> None:
+    assert launch(codes=[end.code]) == ([end.code, 0] if end.restart else [end.code])
+    assert calls_of(calls, "scontrol") == ["scontrol requeue 7"] * end.restart
+    assert set(calls_of(calls, "jdpo")) == {"jdpo dpo dpo.yaml"}, "the same command again"
 
 
-@pytest.mark.parametrize("code", [each.code for each in EXIT_CODES])
-def test_the_job_is_requeued_after_the_codes_that_are_to_restart_and_after_no_other(
-    fakes: Fakes, tmp_path: Path, code: int
-) -> None:
-    fakes.codes([code])
-    assert launch(tmp_path) == 0
-    restart = next(each.restart for each in EXIT_CODES if each.code == code)
-    assert ends(fakes) == ([code, 0] if restart else [code])
-    assert fakes.calls("scontrol") == ["scontrol requeue 7"] * restart
-    # The same command again, and the words arrive as they are.
-    assert set(fakes.calls("jdpo")) == {f"jdpo dpo {tmp_path}/run.yaml"}
-
-
-def test_sbatch_shows_the_number_of_the_job_and_how_to_follow_it(
-    fakes: Fakes, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    assert launch(tmp_path) == 0
+def test_the_number_of_the_job_is_shown_and_how_to_follow_it(calls: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch("beta=0.2", "--folder", "my files") == [0]
+    assert calls_of(calls, "jdpo") == ["jdpo dpo dpo.yaml beta=0.2"]
     shown = capfd.readouterr().out
     assert "Submitted batch job 7" in shown
     assert "squeue --me" in shown
-    assert f"tail -F '{tmp_path}/run out/launch/run'-JOB-0.log" in shown
+    assert f"tail -F '{Path.cwd()}/my files/dpo'-JOB-0.log" in shown
 
 
-def test_a_job_that_cannot_be_submitted_is_an_error(
-    fakes: Fakes, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    (fakes.folder / "no_sbatch").touch()
-    assert launch(tmp_path) == 1
-    assert not fakes.calls("srun")
+def test_a_job_that_cannot_be_submitted_is_an_error(calls: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    Path("no_sbatch").touch()
+    assert main(["launch", "slurm", "dpo.yaml", "--on", "h100x16"]) == 1
+    assert not calls_of(calls, "jdpo")
     assert "sbatch ended with exit code 1" in capfd.readouterr().out
 
 
-def test_a_signal_for_the_script_is_passed_on_to_the_tasks_and_they_are_waited_for(
-    fakes: Fakes, tmp_path: Path
-) -> None:
-    fakes.add("srun", SRUN_SIGNALLED)
-    assert launch(tmp_path, "--max_restarts", "1") == 0
-    assert ends(fakes) == [PREEMPTED, PREEMPTED]
-    assert fakes.calls("scancel") == ["scancel --signal=TERM 7"] * 2
-    assert fakes.calls("srun")[-1] != "srun signalled", "srun kills its tasks when it is signalled"
-    assert fakes.calls("scontrol") == ["scontrol requeue 7"]
+def test_a_signal_for_the_script_is_passed_on_to_the_tasks_and_they_are_waited_for(calls: Path, fake: Fake) -> None:
+    fake("srun", SRUN_SIGNALLED)
+    assert launch("--max_restarts", "1") == [PREEMPTED, PREEMPTED]
+    assert calls_of(calls, "scancel") == ["scancel --signal=TERM 7"] * 2
+    assert not calls_of(calls, "srun"), "srun kills its tasks when it is signalled"
+    assert calls_of(calls, "scontrol") == ["scontrol requeue 7"]
 
 
-def test_a_cancelled_job_is_not_requeued(fakes: Fakes, tmp_path: Path) -> None:
-    (fakes.folder / "state").write_text("COMPLETING\n")
-    fakes.codes([PREEMPTED])
-    assert launch(tmp_path) == 0
-    assert ends(fakes) == [PREEMPTED]
-    assert not fakes.calls("scontrol")
+def test_a_cancelled_job_is_not_requeued(calls: Path) -> None:
+    Path("state").write_text("COMPLETING\n")
+    assert launch(codes=[PREEMPTED]) == [PREEMPTED]
+    assert not calls_of(calls, "scontrol")
 
 
-def test_restarts_are_bounded(fakes: Fakes, tmp_path: Path) -> None:
-    fakes.codes([LOST] * 9)
-    assert launch(tmp_path, "--max_restarts", "2") == 0
-    assert ends(fakes) == [LOST] * 3
-    assert "no restart is left of 2" in (fakes.folder / "out").read_text()
+def test_restarts_are_bounded(calls: Path) -> None:
+    assert launch("--max_restarts", "2", codes=[LOST] * 9) == [LOST] * 3
+    assert "no restart is left of 2" in Path("out").read_text()
 
 
-def test_a_cluster_that_does_not_requeue_is_reported(fakes: Fakes, tmp_path: Path) -> None:
-    (fakes.folder / "no_requeue").touch()
-    fakes.codes([PREEMPTED])
-    assert launch(tmp_path) == 0
-    assert ends(fakes) == [PREEMPTED]
-    assert "Slurm does not requeue it" in (fakes.folder / "out").read_text()
+def test_a_cluster_that_does_not_requeue_is_reported(calls: Path) -> None:
+    Path("no_requeue").touch()
+    assert launch(codes=[PREEMPTED]) == [PREEMPTED]
+    assert "Slurm does not requeue it" in Path("out").read_text()
 
 
-def test_the_doctor_comes_first_and_its_findings_end_the_job(fakes: Fakes, tmp_path: Path) -> None:
-    fakes.codes([0, LOST, 1])  # fine, a run that loses a process, and something wrong at the next start
-    assert launch(tmp_path, "--doctor") == 0
-    assert ends(fakes) == [LOST, 1]
-    assert [call.split()[1] for call in fakes.calls("jdpo")] == ["doctor", "dpo", "doctor"]
+def test_the_doctor_comes_first_and_its_findings_end_the_job(calls: Path) -> None:
+    # All is well, then the run loses a process, and at the next start something is wrong.
+    assert launch("--doctor", codes=[0, LOST, 1]) == [LOST, 1]
+    assert [call.split()[1] for call in calls_of(calls, "jdpo")] == ["doctor", "dpo", "doctor"]
 
 
-def test_a_required_secret_comes_from_the_environment(
-    fakes: Fakes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_required_secret_comes_from_the_environment(calls: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SOME_TOKEN", raising=False)
-    assert launch(tmp_path, "--secret", "SOME_TOKEN") == 0
-    assert ends(fakes) == [1]
-    assert not fakes.calls("srun")
+    assert launch("--secret", "SOME_TOKEN") == [1]
+    assert not calls_of(calls, "jdpo")
     monkeypatch.setenv("SOME_TOKEN", "very-secret")
-    assert launch(tmp_path, "--secret", "SOME_TOKEN") == 0
-    assert ends(fakes) == [1, 0]
-    assert "very-secret" not in (tmp_path / "run out" / "launch" / "run.slurm.sh").read_text()
+    assert launch("--secret", "SOME_TOKEN") == [0]
+    assert "very-secret" not in Path("runs/first/launch/slurm.sh").read_text()
 
 
 @pytest.mark.parametrize(
@@ -153,21 +134,20 @@ def test_a_required_secret_comes_from_the_environment(
         (["--on", "h100x8", "--tasks_per_node", "3"], "cannot be shared equally"),
         (["--on", "h100x8", "--partition", "a\nb"], "on one line"),
         (["--on", "h100x8", "--chdir", "here"], "expected an absolute path"),
-        (["--on", "h100x8", "--grace_seconds", "0"], "seconds above 0"),
     ],
 )
 def test_what_slurm_cannot_do_is_refused(
-    tmp_path: Path, words: Sequence[str], part: str, capsys: pytest.CaptureFixture[str]
+    config: Path, words: Sequence[str], part: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["launch", "slurm", str(write_config(tmp_path)), *words, "--dry_run"]) == USAGE
+    assert main(["launch", "slurm", str(config), *words, "--dry_run"]) == USAGE
     assert part in capsys.readouterr().err
 
 
-def test_options_of_sbatch_are_in_the_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_of_sbatch_are_in_the_script(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--partition", "large", "--time", "24:00:00", "--sbatch=--qos=high", "--srun=--mpi=none"]
-    assert main(["launch", "slurm", str(write_config(tmp_path)), "--on", "h100x2", *options, "--dry_run"]) == 0
+    assert main(["launch", "slurm", str(config), "--on", "h100x2", *options, "--dry_run"]) == 0
     lines = capsys.readouterr().out.splitlines()
     for each in ("partition=large", "time=24:00:00", "qos=high", "nodes=1", "gpus-per-node=2", "signal=TERM@120"):
         assert f"#SBATCH --{each}" in lines
-    assert "#SBATCH --exclusive" not in lines, "two of eight GPUs leave the others to other jobs"
+    assert "#SBATCH --exclusive" not in lines, "the other six GPUs of the node are for other jobs"
     assert any(" --mpi=none " in line for line in lines)

@@ -17,6 +17,7 @@ from jdpo.cli.commands.clusters.launch import planned
 from jdpo.exit_codes import EXIT_CODES
 from jdpo.launch.launched import Launch
 from jdpo.planning.machines import machine_of
+from jdpo.processes.detection import find_cluster
 from tests.launch.jobset_controller import Pod, outcome
 
 MACHINES = ("v6e-1", "v6e-16", "2xv5e-16", "v5p-64", "tpu7x-16", "h100", "h100x16", "h200x8")
@@ -142,8 +143,15 @@ def test_processes_find_each_other(config: Path) -> None:
     assert variables["JAX_NUM_PROCESSES"] == "2"
     (index,) = [each for each in container_of(found["JobSet"])["env"] if each["name"] == "JAX_PROCESS_ID"]
     assert "job-completion-index" in index["valueFrom"]["fieldRef"]["fieldPath"]
+    for pod in range(2):
+        joined = find_cluster(variables | {"JAX_PROCESS_ID": str(pod), "JOB_COMPLETION_INDEX": str(pod)})
+        assert joined is not None
+        assert (joined.num_processes, joined.process_id, joined.local_device_ids) == (2, pod, None)
+        assert joined.coordinator_address == variables["JAX_COORDINATOR_ADDRESS"]
     # One pod is told that it is alone: JOB_COMPLETION_INDEX alone looks like one of several.
-    assert variables_of(documents(config, "h100x8")["JobSet"])["JAX_NUM_PROCESSES"] == "1"
+    alone = find_cluster(variables_of(documents(config, "h100x8")["JobSet"]) | {"JOB_COMPLETION_INDEX": "0"})
+    assert alone is not None
+    assert alone.num_processes == 1
     assert variables_of(documents(config, "v6e-8")["JobSet"])["JAX_NUM_PROCESSES"] == "1"
     # On several TPU hosts GKE tells everything, also for several slices.
     assert not [name for name in variables_of(documents(config, "2xv5e-16")["JobSet"]) if name.startswith("JAX_")]

@@ -189,7 +189,7 @@ def _selector(machine: Machine, options: JobSetOptions) -> dict[str, str]:
 
 
 def _place_of(request: LaunchRequest) -> tuple[Variable, ...]:
-    """Returns the variables that say how many processes there are; JAX_PROCESS_ID is a field of the pod."""
+    """Returns the variables about the number of processes; JAX_PROCESS_ID is a field of the pod."""
     machine = request.machine
     if machine.num_hosts == 1:
         return (Variable("JAX_NUM_PROCESSES", "1", "one pod: there is nobody to join"),)

@@ -1,4 +1,4 @@
-"""What Kubernetes accepts as a name, checked before anything is created."""
+"""Names that Kubernetes accepts, checked before anything is created."""
 
 from __future__ import annotations
 

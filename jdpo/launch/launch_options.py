@@ -15,9 +15,9 @@ class LaunchOption(NamedTuple):
       name: of the field, which is the option without its dashes.
       kind: str, int or bool; tuple for an option that may be given several times.
       default: without the option; None if it is required and has no default.
-      metavar: what stands for its value in the help.
+      metavar: the word for its value in the help.
       help: what it does.
-      required: what to say if it is missing, such as where to get it; empty if it is not required.
+      required: the message if it is missing, such as where to get it; empty if it is not required.
     """
 
     name: str
@@ -32,8 +32,8 @@ def option(metavar: str, help: str, *, default: Any = "", required: str = "") ->
     """Returns a field of a launcher's options.
 
     Args:
-      metavar: what stands for the value in the help; empty for a switch.
-      required: what to say if it is missing; the option then has no default.
+      metavar: the word for the value in the help; empty for a switch.
+      required: the message if it is missing; the option then has no default.
     """
     metadata = {"metavar": metavar, "help": help, "required": required}
     return dataclasses.field(metadata=metadata) if required else dataclasses.field(default=default, metadata=metadata)

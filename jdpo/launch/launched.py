@@ -26,7 +26,7 @@ class Advice(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Launch:
-    """What a launcher has made of a request.
+    """Files and commands that a launcher has made of a request.
 
     Attributes:
       files: path -> content, as `LaunchRequest.folder` / name. A script ends in .sh, and is made executable.

@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from jdpo.config import CONFIGS, TrainConfig, load_config
 from jdpo.launch.launch_options import pairs_of
@@ -26,7 +26,7 @@ _KEYS_OF_TRACKERS = {"wandb": "WANDB_API_KEY", "mlflow": "MLFLOW_TRACKING_TOKEN"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LaunchRequest:
-    """What to launch, on what, and what holds for every launcher.
+    """A run to launch and its machine, with what holds for every launcher.
 
     Attributes:
       command: "dpo", "sft" or "reference".
@@ -109,6 +109,7 @@ def make_request(
             )
     for variable in secrets:
         _check_variable(variable)
+    _check_mesh(config, machine)
     return LaunchRequest(
         command=command,
         config_path=config_path,
@@ -142,6 +143,21 @@ def name_from(text: str) -> str:
     if not name[:1].isalpha():
         name = f"jdpo-{name}".strip("-")
     return name[:MOST_CHARACTERS].rstrip("-")
+
+
+def _check_mesh(config: TrainConfig, machine: Machine) -> None:
+    """Refuses a mesh or a batch that does not fit the machine, before the machine is paid for."""
+    from jax.sharding import AbstractMesh, Mesh
+
+    from jdpo.sharding.axes import AXES
+    from jdpo.sharding.mesh import check_batch_size, resolve_mesh_shape
+
+    try:
+        shape = resolve_mesh_shape(config.mesh, machine.num_devices)
+        # Devices of the machine are not here; only the shape is read.
+        check_batch_size(config.global_batch_size, cast(Mesh, AbstractMesh(shape, AXES)))
+    except ValueError as error:
+        raise ValueError(f"{machine.name}: {error}") from None
 
 
 def _checked_name(name: str) -> str:

@@ -252,6 +252,8 @@ def test_the_root_user_and_labels_of_other_clouds(config: Path) -> None:
         (["--env", "A-B=1"], "name of an environment variable"),
         (["datasets=https://host/rows.jsonl?sig=abc"], "ConfigMap"),
         (["learning_rat=1"], "learning_rate"),
+        (["mesh.fsdp=8", "mesh.data=4"], "v6e-16: mesh data=4"),
+        (["global_batch_size=24"], "multiple of 16"),
     ],
 )
 def test_what_cannot_be_launched_is_refused(config: Path, words: list[str], message: str) -> None:

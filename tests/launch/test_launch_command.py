@@ -54,6 +54,7 @@ def test_a_dry_run_prints_everything_and_does_nothing(config: Path, fake: Fake, 
     for part in (
         "runs/first/launch/jobset.yaml",
         "kind: JobSet",
+        "jdpo plan dpo.yaml --on v6e-16",
         "$ kubectl --namespace default create",
         "logs --follow",
     ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from jdpo.cli.option_types import count, not_empty
 from jdpo.cli.parsing import Parser, add_help, kept, spellings
 from jdpo.config import public_text
 from jdpo.launch.launch_options import LaunchOption, options_of, read_options
-from jdpo.launch.launched import Launch, listed_advice
+from jdpo.launch.launched import Advice, Launch, listed_advice
 from jdpo.launch.launchers import LAUNCHERS, launcher_of
 from jdpo.launch.request import RUNS, make_request
 from jdpo.launch.running import run_commands
@@ -117,7 +118,9 @@ def main(command: str, words: Sequence[str]) -> int:
     launch = _launch_of(asked)
     if asked.dry_run:
         _print(launch.described())
-        _print(listed_advice("Before the first launch:", launch.before))
+        plan = shlex.join(["jdpo", "plan", asked.file, *asked.overrides, "--on", asked.on])
+        fits = Advice("See whether it fits, and how fast it is:", plan)
+        _print(listed_advice("Before the first launch:", (fits, *launch.before)))
         _print(listed_advice("Then:", launch.after))
         return 0
     launch.check_programs()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+from pathlib import PurePosixPath
 
 from jdpo.config.addresses import without_queries
 from jdpo.exit_codes import RESTART_CODES
@@ -217,6 +218,10 @@ def _before(request: LaunchRequest, options: JobSetOptions) -> tuple[Advice, ...
         Advice(
             "Create the volume, unless it is there; all pods write to it (ReadWriteMany). See docs/launch.md.",
             f"{kubectl} get pvc {shlex.quote(options.volume)}",
+        ),
+        *(
+            Advice(f"Put {path} on the volume: the pods look for it at {PurePosixPath(SHARED) / path}.")
+            for path in request.local_paths()
         ),
     )
 

@@ -66,6 +66,13 @@ class LaunchRequest:
         """
         return ["jdpo", self.command, config_path, *self.overrides]
 
+    def local_paths(self) -> list[str]:
+        """Returns the paths in the config that exist here: models and rows that the nodes need as well."""
+        config = self.config
+        datasets = (*config.datasets, *(config.eval_datasets or ()))
+        named = [config.model_name_or_path, *(each.path for each in datasets)]
+        return [path for path in dict.fromkeys(named) if "://" not in path and Path(path).exists()]
+
     def doctor_words(self, config_path: str) -> list[str]:
         """Returns the command that checks the cluster, to run before that of `words`."""
         return ["jdpo", "doctor", config_path, *self.overrides, "--task", "sft" if self.command == "sft" else "dpo"]

@@ -225,6 +225,14 @@ def test_the_environment_is_that_of_all_launchers(config: Path) -> None:
         assert variables["PYTHONUNBUFFERED"] == "0"  # the user's value wins
 
 
+def test_local_inputs_are_named(config: Path) -> None:
+    Path("pairs.jsonl").touch()
+    made = launch(config, "v6e-16", "datasets=[pairs.jsonl, gs://bucket/more.jsonl]", "eval_datasets=none.jsonl")
+    said = [each.what for each in made.before if "on the volume" in each.what]
+    assert len(said) == 1
+    assert "/shared/pairs.jsonl" in said[0]
+
+
 def test_the_root_user_and_labels_of_other_clouds(config: Path) -> None:
     jobset = documents(config, "h100x8", "--root", "--node_selector=node.kubernetes.io/instance-type=p5.48xlarge")[
         "JobSet"

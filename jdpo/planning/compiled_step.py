@@ -42,9 +42,16 @@ class Compilation(NamedTuple):
 
     @property
     def reported_bytes(self) -> int | None:
-        """The bytes of a device's memory that the compiler's summary tells, also of a program that it refused."""
+        """The bytes of a device's memory that the compiler tells, also of a program that it refused."""
         found = re.search(r"^Memory Space: default.*\nTotal bytes: (\d+)", self.memory_report, re.MULTILINE)
-        return int(found.group(1)) if found else None
+        if found:
+            return int(found.group(1))
+        # "HLO temporaries (42.18G) exceeds available HBM", or of other versions "Used 42.18G of 15.75G hbm".
+        told = re.search(r"\(([\d.]+)([MG])\) exceeds|Used ([\d.]+)([MG]) of", str(self.error))
+        if told is None:
+            return None
+        number, unit = (group for group in told.groups() if group is not None)
+        return int(float(number) * 2 ** {"M": 20, "G": 30}[unit])
 
 
 class CompiledStep(NamedTuple):
@@ -128,7 +135,8 @@ def compile_with_dump(lowered: Any) -> Compilation:
         # The compiler itself writes the text: JAX cannot print programs with calls of SparseCores, which it reads back
         # from a form that has no place for all of their operands.
         try:
-            program = lowered.compile(compiler_options={"xla_dump_to": folder})
+            with _without_program_cache():
+                program = lowered.compile(compiler_options={"xla_dump_to": folder})
         except jax.errors.JaxRuntimeError as refusal:
             if not is_exhausted(refusal):
                 raise
@@ -143,9 +151,19 @@ def compile_with_dump(lowered: Any) -> Compilation:
             )
             for end in (".txt", "-live-range.txt", "-memory-usage-report.txt")
         )
-    if not text and program is not None:  # from the cache of programs nothing is written
-        text = program.as_text()
     return Compilation(program, error, text, live_ranges, memory_report, seconds)
+
+
+@contextlib.contextmanager
+def _without_program_cache() -> Iterator[None]:
+    """Turns JAX's cache of programs off: the compiler writes nothing about a program that is found there."""
+    config: Any = jax.config  # its values have no annotations
+    before = config.jax_enable_compilation_cache
+    config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        config.update("jax_enable_compilation_cache", before)
 
 
 @contextlib.contextmanager

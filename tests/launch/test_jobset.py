@@ -239,6 +239,15 @@ def test_the_root_user_and_labels_of_other_clouds(config: Path) -> None:
     ]
     pod = job_template(jobset)["spec"]["template"]["spec"]
     assert pod["securityContext"]["runAsUser"] == 0
+    # Otherwise a pod fulfils the Pod Security Standard `restricted`.
+    restricted = documents(config, "h100x8")["JobSet"]
+    assert not container_of(jobset).get("securityContext")
+    assert container_of(restricted)["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    user = job_template(restricted)["spec"]["template"]["spec"]["securityContext"]
+    assert (user["runAsNonRoot"], user["seccompProfile"]) == (True, {"type": "RuntimeDefault"})
     assert pod["nodeSelector"] == {"node.kubernetes.io/instance-type": "p5.48xlarge"}
 
 

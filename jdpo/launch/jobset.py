@@ -61,7 +61,9 @@ class JobSetOptions:
     )
     spot: bool = option("", "Use spot nodes.", default=False)
     reservation: str = option("NAME", "Use the nodes of this reservation.")
-    root: bool = option("", "Run as root and without restrictions, for nodes whose devices only root can open.", default=False)
+    root: bool = option(
+        "", "Run as root and without restrictions, for nodes whose devices only root can open.", default=False
+    )
     grace_seconds: int = option(
         "SECONDS",
         "Time that a pod has to save after SIGTERM: more than a step and a save. A pod that has saved ends at once.",

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from jdpo.cli.commands.answers import generate, pair
+from jdpo.cli.commands.clusters import plan
 from jdpo.cli.commands.runs import export, inspect, quickstart, train
 from jdpo.config import (
     FREE_KEYS,
@@ -270,7 +271,7 @@ def test_tables_of_foreign_keys_name_existing_keys_and_accepted_values() -> None
 
 def test_options_of_other_commands_are_named() -> None:
     parsers = {"inspect": inspect.parser(), "quickstart": quickstart.parser(), "export": export.parser()}
-    parsers |= {"pair": pair.parser(), "generate": generate.parser()}
+    parsers |= {"pair": pair.parser(), "generate": generate.parser(), "plan": plan.parser()}
     parsers["dpo` and `jdpo sft"] = train.parser("dpo")
     options = {command: parser.format_help() for command, parser in parsers.items()}
     for option, command in OTHER_COMMANDS.items():

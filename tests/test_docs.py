@@ -84,6 +84,8 @@ LISTED = {
     ("docs/losses.md", "a, b        policy minus"): "explains symbols",
     ("docs/memory.md", "pytest tests/models/test_remat.py"): "is part of this suite",
     ("docs/pairs.md", "jdpo score gen --by judge:"): "needs a judge; tests/scoring/test_judge.py has one",
+    ("docs/plan.md", "hf download"): "downloads a file; tests/cli/test_plan.py plans with such a folder",
+    ("docs/plan.md", "currency: EUR"): "prices; tests/planning/test_prices.py reads such files",
     ("docs/quickstart.md", "bash scripts/quickstart.sh\n"): "trains for minutes; tests/quickstart runs it",
     ("docs/quickstart.md", "corpus (frequencies)"): "a diagram",
     ("docs/quickstart.md", "the pre-trained model"): "a diagram",
@@ -99,6 +101,9 @@ LISTED = {
 """(page, how a block or a command begins) -> why it does not run."""
 
 TOYS = {
+    "v5e-16 v6e-16 h100x8": "h100x8 h200",  # programs for TPUs compile for minutes
+    "--lengths 512,300,300": "--lengths 16,20,24",
+    "model_name_or_path=shape": "model_name_or_path=toy",
     "Qwen/Qwen2.5-0.5B-Instruct": "toy",
     "BASE": "toy",
     "generate runs/first --prompts prompts.jsonl": "generate toy --prompts few.jsonl --max_new_tokens 4",
@@ -133,7 +138,7 @@ NAMES = {"README.md": A_TOY_LOSS, "docs/jax.md": A_TOY_LOSS}
 OF_A_RUN = ("sft", "dpo", "inspect", "reference")
 """Commands that take the config of a run, and need its output_dir."""
 
-OPTIONS_OF_SHELL = ("jdpo ", "bash ", "pip ", "python ", "pytest ")
+OPTIONS_OF_SHELL = ("jdpo ", "bash ", "pip ", "python ", "pytest ", "hf ")
 
 
 class Item(NamedTuple):
@@ -253,6 +258,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, toy_model: Path) -> Iterator
     texts = {f"{n}?": (f"It is {n}.", "I do not know.") for n in range(3)}
     write_gen(folder / "gen-unscored", texts, columns={"answer": 1})
     make_reward_folder(toy_model, folder / "toy-reward")
+    (folder / "prices.yaml").write_text("per_chip_hour: {h100: 4}")
     (folder / "rules.py").write_text(next(item.text for item in ITEMS if item.text.startswith("# rules.py")))
     patch = pytest.MonkeyPatch()
     patch.setattr("sys.path", list(sys.path))  # `jdpo score --by rule:...` adds the current folder

@@ -34,6 +34,7 @@ COMMANDS = {
     "compare": ("jdpo.cli.commands.answers.compare", "show what changed between models, with intervals"),
     "iterate": ("jdpo.cli.commands.answers.iterate", "improve a model in rounds: generate, score, pair, dpo, compare"),
     "quickstart": ("jdpo.cli.commands.runs.quickstart", "train a tiny model from scratch and align it, in minutes"),
+    "plan": ("jdpo.cli.commands.clusters.plan", "tell what a run takes on machines before you rent them"),
     "doctor": ("jdpo.cli.commands.clusters.doctor", "check a cluster, or this machine, before a run"),
     "launch": ("jdpo.cli.commands.clusters.launch", "start a run on a cluster, a TPU slice or a host, and restart it"),
     "completion": ("jdpo.cli.commands.completion", "print a script that completes jdpo's command lines in your shell"),
@@ -65,6 +66,10 @@ ELSEWHERE = {
     **dict.fromkeys(
         ("plot", "curves", "metrics", "dashboard"), "`jdpo report RUN [RUN2 ...]` makes a page of curves and figures"
     ),
+    **dict.fromkeys(
+        ("estimate", "fit", "fits", "cost", "price", "memory", "size", "plans"),
+        "`jdpo plan CONFIG.yaml --on v5e-16 h100x8` tells whether a run fits, how fast it is, and what it costs",
+    ),
     "diff": "`jdpo compare BEFORE AFTER` shows what changed between two models",
     "ask": "`jdpo chat MODEL` answers messages in the terminal",
     "talk": "`jdpo chat MODEL` answers messages in the terminal",
@@ -78,7 +83,7 @@ ELSEWHERE = {
     ),
     "config": "`jdpo dpo --print_config` prints the whole config of a run",
     "help": "`jdpo --help` lists the commands, `jdpo dpo --help` the keys of one",
-    "dry_run": "`jdpo dpo ... --dry_run` checks a run without training",
+    "dry_run": "`jdpo dpo ... --dry_run` checks a run without training, `jdpo plan` one on machines not at hand",
 }
 """Names of commands elsewhere, and names of options -> what to write."""
 

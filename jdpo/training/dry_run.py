@@ -41,6 +41,7 @@ def dry_run(config: TrainConfig, log: Log) -> None:
         # Any policy will do here: what is kept from step to step does not depend on it.
         remat = "none" if config.remat == "auto" else config.remat
         log(describe_kept(assemble(setup, reference=mode, remat=remat)))
+        log("`jdpo plan CONFIG.yaml --on v5e-16 h100x8` tells activations, time and cost of a step on other machines")
         if directory.finished:
             log(f"the run in {directory.path} is finished: {directory.outcome}")
         elif not directory.is_new:

@@ -12,6 +12,7 @@ import pytest
 
 from jdpo.cli.commands import completion
 from jdpo.cli.commands.answers import iterate, pair
+from jdpo.cli.commands.clusters import plan
 from jdpo.cli.commands.runs import export, inspect, quickstart, reference, train
 from jdpo.cli.commands.runs.train import read_config
 from jdpo.cli.key_help import key_help
@@ -86,6 +87,7 @@ PARSERS = {
     "completion": completion.parser(),
     "pair": pair.parser(),
     "iterate": iterate.parser(),
+    "plan": plan.parser(),
 }
 
 

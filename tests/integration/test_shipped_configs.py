@@ -123,6 +123,7 @@ def test_a_shipped_config_runs_dry(
     assert f"{num_params:,} parameters" in printed
     assert f"note: no weights in {folder}" in printed
     assert "kept on each device: " in printed
+    assert "jdpo plan CONFIG.yaml --on" in printed
     assert not (tmp_path / "run").exists()
 
 

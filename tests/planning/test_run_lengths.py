@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from jdpo.config import CONFIGS, TrainConfig, load_config
+from jdpo.config import CONFIGS, ReferenceSettings, TrainConfig, load_config
 from jdpo.planning.targets.given_lengths import check_lengths, read_lengths
-from jdpo.planning.targets.row_lengths import MOST_ROWS, alike, listed_rows
-from jdpo.planning.targets.run_length import settled_run
+from jdpo.planning.targets.row_lengths import MOST_ROWS, RowLengths, alike, listed_rows
+from jdpo.planning.targets.run_length import RunLength, run_length
+from jdpo.training.setup.tasks import task_for
 
 
 def config_of(*words: str, command: str = "dpo") -> TrainConfig:
     keys = ["model_name_or_path=x", "datasets=x", "output_dir=x", "global_batch_size=4", *words]
     return load_config(CONFIGS[command], None, keys)
+
+
+def length_of(config: TrainConfig, rows: RowLengths, num_rows: int | None) -> RunLength:
+    reference = config if isinstance(config, ReferenceSettings) else None
+    return run_length(config, reference, task_for(config), rows, num_rows=num_rows)
 
 
 @pytest.mark.parametrize(
@@ -69,15 +74,15 @@ def test_of_many_rows_a_sample_with_the_longest_is_planned() -> None:
     ],
 )
 def test_the_number_of_steps(words: tuple[str, ...], num_rows: int | None, steps: int | None) -> None:
-    found = settled_run(config_of(*words), alike((1, 2, 3), source="x"), num_rows=num_rows).length
+    found = length_of(config_of(*words), alike((1, 2, 3), source="x"), num_rows)
     assert found.num_steps == steps
     assert ("--num_rows" in found.why) == (steps is None)
 
 
 def test_rows_of_a_file_are_counted() -> None:
     rows = listed_rows([(1, 2, 3)] * 5, source="rows.csv")
-    assert settled_run(config_of(), rows, num_rows=None).length.num_steps == 2
-    assert settled_run(config_of(), rows, num_rows=40).length.num_steps == 10
+    assert length_of(config_of(), rows, None).num_steps == 2
+    assert length_of(config_of(), rows, 40).num_steps == 10
 
 
 @pytest.mark.parametrize(
@@ -92,19 +97,17 @@ def test_rows_of_a_file_are_counted() -> None:
     ],
 )
 def test_the_reference_is_that_of_the_run(words: tuple[str, ...], mode: str, reference_steps: float) -> None:
-    config, length = settled_run(config_of(*words), alike((1, 2, 3), source="x"), num_rows=8)
-    settled: Any = config
+    length = length_of(config_of(*words), alike((1, 2, 3), source="x"), 8)
     assert (length.reference, length.reference_steps) == (mode, reference_steps)
-    assert settled.reference in (mode, "auto")
 
 
 def test_a_supervised_run_has_no_reference() -> None:
-    _, length = settled_run(config_of(command="sft"), alike((100,), source="x"), num_rows=8)
+    length = length_of(config_of(command="sft"), alike((100,), source="x"), 8)
     assert (length.reference, length.num_steps, length.why) == ("none", 2, "1 epoch of 8 rows")
 
 
 def test_a_reference_over_rows_that_nobody_counted_is_mentioned() -> None:
     words = ("reference=cached", "max_steps=3")
-    _, length = settled_run(config_of(*words), alike((1, 2, 3), source="x"), num_rows=None)
+    length = length_of(config_of(*words), alike((1, 2, 3), source="x"), None)
     assert length.reference_steps == 0
     assert "leaves out the reference" in length.notes[0]

@@ -49,7 +49,7 @@ def whole_parser() -> argparse.ArgumentParser:
         loaded = importlib.import_module(module)
         if name in CONFIGS:
             parent = loaded.parser(name)
-        elif name in ("inspect", "reference"):  # their own help hides the keys of a run
+        elif name in ("inspect", "plan", "reference"):  # their own help hides the keys of a run
             parent = loaded.parser(complete=True)
         else:
             parent = loaded.parser()

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
-from jdpo.config import PreferenceSettings, TrainConfig
+from jdpo.config import DataSettings, OptimizationSettings
 from jdpo.data.batching.mixing import check_data_settings
-from jdpo.data.tokens.tokenizer import load_tokenizer
+from jdpo.data.tokens.tokenizer import Tokenizer
 from jdpo.planning.targets.row_lengths import RowLengths
 from jdpo.reports.progress import RowCounter
 from jdpo.training.setup.row_order import plan_rows, preparation_of, sides_of
@@ -23,23 +22,28 @@ class _NotCached(Exception):
     """Rows would have to be tokenized."""
 
 
-def lengths_of_data(config: TrainConfig, tokenizer_folder: Path, log: Log, *, tokenize: bool) -> RowLengths:
-    """Returns the lengths of a run's rows, in the steps that the run makes of them.
+def lengths_of_data(
+    settings: DataSettings,
+    optimization: OptimizationSettings,
+    tokenizer: Tokenizer,
+    log: Log,
+    *,
+    pairs: bool,
+    tokenize: bool,
+) -> RowLengths:
+    """Returns the lengths of the rows of an epoch, out of the cache of tokenized rows, or tokenized now.
 
     Args:
-      tokenizer_folder: of the model, or of an adapter with a tokenizer of its own.
       log: takes lines for the user.
-      tokenize: False: only the cache of tokenized rows is read.
+      pairs: True for pairs, False for completions.
+      tokenize: False: only the cache is read.
 
     Raises:
-      ValueError: there is no tokenizer, the rows cannot be read, or they are not in the cache and may not be tokenized.
+      ValueError: the rows cannot be read, or are not in the cache and may not be tokenized.
     """
-    pairs = isinstance(config, PreferenceSettings)
-    check_data_settings(config, pairs=pairs)
-    template, kwargs = config.chat_template, config.chat_template_kwargs
-    tokenizer = load_tokenizer(tokenizer_folder, chat_template=template, chat_template_kwargs=kwargs)
-    read = preparation_of(config, pairs=pairs)
-    training, evaluation = sides_of(config)
+    check_data_settings(settings, pairs=pairs)
+    read = preparation_of(settings, pairs=pairs)
+    training, evaluation = sides_of(settings)
     began = time.monotonic()
     try:
         data, *held_out = (
@@ -54,7 +58,13 @@ def lengths_of_data(config: TrainConfig, tokenizer_folder: Path, log: Log, *, to
         seconds = time.monotonic() - began
         source = f"{figure(len(data), 'row')}, tokenized in {seconds:.0f} s as the run would and kept in its cache"
     # An epoch of weighted datasets repeats some rows and leaves out others. A run logs what it is; here it only counts.
-    plan = plan_rows(config, data, lambda line: None, global_batch_size=config.global_batch_size, seed=config.seed)
+    plan = plan_rows(
+        settings,
+        data,
+        lambda line: None,
+        global_batch_size=optimization.global_batch_size,
+        seed=optimization.seed,
+    )
     epoch = np.concatenate([plan.step(step) for step in range(plan.steps_per_epoch)])
     return RowLengths(
         # An empty prompt counts as a token: rows of a plan have all parts.

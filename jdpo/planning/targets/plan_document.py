@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from jdpo._version import __version__
-from jdpo.config import TrainConfig, without_queries
+from jdpo.config import OptimizerConfig, without_queries
 from jdpo.planning.target_plan import TargetPlan
 from jdpo.planning.targets.outlook import Outlook, Range
 from jdpo.planning.targets.pasted_settings import pasted_settings
@@ -25,11 +25,16 @@ class Question(NamedTuple):
     Attributes:
       command: the training command, dpo or sft.
       model: as the config names it.
+      rows_per_step: of all devices.
+      optimizer: that of the config.
+      rows_per_device: `micro_batch_size`.
     """
 
     command: str
     model: str
-    config: TrainConfig
+    rows_per_step: int
+    optimizer: OptimizerConfig
+    rows_per_device: int | None
     rows: RowLengths
     run: RunLength
     prices: Prices | None
@@ -47,7 +52,7 @@ def plan_document(question: Question, outlooks: list[Outlook]) -> Json:
         "rows": {
             "source": rows.source,
             "rows_per_epoch": rows.rows_per_epoch,
-            "rows_per_step": question.config.global_batch_size,
+            "rows_per_step": question.rows_per_step,
             "mean_tokens": dict(zip(parts, (round(mean, 1) for mean in rows.lengths.mean(0).tolist()), strict=True)),
             "max_tokens": dict(zip(parts, rows.lengths.max(0).tolist(), strict=True)),
         },
@@ -85,7 +90,7 @@ def _target(question: Question, outlook: Outlook) -> Json:
         | _ends("run_seconds", outlook.run_seconds)
         | {"price_per_hour": outlook.price_per_hour}
         | _ends("cost", outlook.cost)
-        | {"settings_yaml": pasted_settings(question.config, plan) if plan.fits else None}
+        | {"settings_yaml": pasted_settings(plan, question.optimizer, question.rows_per_device) if plan.fits else None}
     )
 
 

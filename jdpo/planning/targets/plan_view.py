@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from rich.console import Console
 from rich.measure import Measurement
@@ -22,7 +22,7 @@ MOST_WIDTH = 110
 MOST_ERROR_LINES = 8
 """Lines of a compiler's error that are shown; --json has all."""
 
-DROPPED_FIRST = ("tokens", "remat", "mesh", "memory", "optimizer")
+DROPPED_FIRST = ("tokens", "remat", "mesh", "memory", "optimizer", "how")
 """Columns that are left out, in this order, until the table fits the terminal; what they say is below it, too."""
 
 Line = tuple[str, str]
@@ -36,30 +36,42 @@ def print_plan(question: Question, outlooks: list[Outlook], console: Console) ->
     console.print(_grid(_asked(question)))
     console.print()
     console.print(_table(question, outlooks, console))
+    if times := list(_bases(outlooks)):
+        console.print()
+        console.print(_grid(times))
     for outlook in outlooks:
         console.print()
         console.rule(Text(outlook.machine.name, "bold"), align="left", characters="-", style="dim")
         console.print(_grid(_details(question, outlook)))
         if outlook.plan is not None and outlook.fits:
             console.print(Text("  settings", "dim"))
-            console.print(Padding(Text(pasted_settings(question.config, outlook.plan)), (0, 0, 0, 4)), soft_wrap=True)
+            pasted = pasted_settings(outlook.plan, question.optimizer, question.rows_per_device)
+            # Never broken: it is to be copied.
+            console.print(Padding(Text(pasted), (0, 0, 0, 4)), soft_wrap=True)
 
 
 def _asked(question: Question) -> Iterator[Line]:
-    config, rows, run, prices = question.config, question.rows, question.run, question.prices
+    rows, run, prices = question.rows, question.run, question.prices
     unit = "pair" if question.command == "dpo" else "row"
     mean = " + ".join(f"{number:,.0f}" for number in rows.lengths.mean(0))
-    alike = "of " if len(rows.lengths) == 1 else "on average "
+    alike = "each " if len(rows.lengths) == 1 else "on average "
     parts = " (prompt, chosen, rejected)" if rows.lengths.shape[1] == 3 else ""
     yield "model", terminal(question.model)
     yield "rows", f"{alike}{mean} tokens{parts}, from {terminal(rows.source)}"
     reference = f"; reference {run.reference}" if question.command == "dpo" else ""
-    yield "step", f"{figure(config.global_batch_size, unit)}{reference}; optimizer {config.optimizer.name}"
+    yield "step", f"{figure(question.rows_per_step, unit)}{reference}; optimizer {question.optimizer.name}"
     yield "run", run.why if run.num_steps is None else f"{figure(run.num_steps, 'step')}: {run.why}"
     for note in run.notes:
         yield "note", note
     if prices is not None:
         yield "prices", terminal(prices.path)
+
+
+def _bases(outlooks: list[Outlook]) -> Iterator[Line]:
+    """Yields what the times rest on, once for all targets of which it is the same."""
+    fitting = [outlook.plan for outlook in outlooks if outlook.plan is not None and outlook.fits]
+    for basis in dict.fromkeys(plan.rests_on for plan in fitting):
+        yield "times", f"{', '.join(plan.target for plan in fitting if plan.rests_on == basis)}: {terminal(basis)}"
 
 
 # --- the table
@@ -68,7 +80,8 @@ def _asked(question: Question) -> Iterator[Line]:
 def _table(question: Question, outlooks: list[Outlook], console: Console) -> Table:
     rows = [_row(question, outlook) for outlook in outlooks]
     # A column that is empty, or alike with what was asked for, tells nothing.
-    names = [name for name in rows[0] if any(row[name] for row in rows)]
+    estimated = any(row["how"] == "formula" for row in rows)
+    names = [name for name in rows[0] if any(row[name] for row in rows) and (name != "how" or estimated)]
     table = _drawn(rows, names)
     # As wide as it would be without limits, in one line per target.
     limits = console.options.update(width=1000)
@@ -97,16 +110,17 @@ def _style(fits: str) -> str:
 def _row(question: Question, outlook: Outlook) -> dict[str, str]:
     plan = outlook.plan
     row = {"target": outlook.machine.name, "fits": fits_text(outlook)}
-    empty = dict.fromkeys(("mesh", "tokens", "remat", "optimizer", "memory", "step", "run", "cost"), "")
+    empty = dict.fromkeys(("how", "mesh", "tokens", "remat", "optimizer", "memory", "step", "run", "cost"), "")
     if plan is None:
         return row | empty
-    another = plan.optimizer != question.config.optimizer.name
+    another = plan.optimizer != question.optimizer.name
     row |= empty | {
+        "how": "formula" if plan.how == "estimated" else "compiled",
         "mesh": mesh_text(plan),
         "tokens": f"{plan.max_tokens_per_device:,}",
         "remat": plan.remat,
         "optimizer": plan.optimizer if another else "",
-        "memory": percent(plan.peak_bytes / plan.hbm_bytes),
+        "memory": percent(plan.peak_bytes / plan.limit_bytes),
     }
     if outlook.step_seconds is not None:
         row["step"] = time_range(outlook.step_seconds)
@@ -122,10 +136,9 @@ def fits_text(outlook: Outlook) -> str:
     plan = outlook.plan
     if plan is None:
         return "not planned"
-    formula = ", by formula" if plan.how == "estimated" else ""
     if plan.fits:
-        return f"yes{formula}"
-    return f"no, {memory(plan.missing_bytes)} short{formula}" if plan.missing_bytes else f"no{formula}"
+        return "yes"
+    return f"no, {memory(plan.missing_bytes)} short" if plan.missing_bytes else "no"
 
 
 def mesh_text(plan: TargetPlan) -> str:
@@ -152,8 +165,8 @@ def _details(question: Question, outlook: Outlook) -> Iterator[Line]:
     yield from _work(question, plan)
     if outlook.step_seconds is not None:
         yield from _time(question, outlook)
-    made = figure(plan.num_compilations, "compilation") if plan.how == "compiled" else "by formula, not compiled"
-    yield "rests on", f"{terminal(plan.rests_on)} ({made}{', planned earlier' if plan.from_cache else ''})"
+    how = figure(plan.num_compilations, "compilation") if plan.how == "compiled" else "by formula, nothing was compiled"
+    yield "made", f"{how}{'; planned earlier, from the cache' if plan.from_cache else ''}"
     for suggestion in plan.suggestions:
         yield "change", terminal(suggestion)
 
@@ -166,11 +179,12 @@ def _memory(plan: TargetPlan) -> str:
 
 def _work(question: Question, plan: TargetPlan) -> Iterator[Line]:
     unit = "pairs" if question.command == "dpo" else "rows"
+    of_one = f"{plan.pairs_per_micro_batch:,.4g} {unit if plan.pairs_per_micro_batch != 1 else unit[:-1]}"
     batches = "1 micro-batch" if plan.micro_batches == 1 else f"{plan.micro_batches:,} micro-batches"
     yield "mesh" if plan.fits else "tried", f"{mesh_text(plan)}; remat {plan.remat}; optimizer {plan.optimizer}"
     yield (
         "batch",
-        f"{batches} of {plan.pairs_per_micro_batch:,.4g} {unit}, at most {plan.max_tokens_per_device:,} tokens per "
+        f"{batches} of {of_one}, at most {plan.max_tokens_per_device:,} tokens per "
         f"device; {plan.padding:.2f} slots computed per token",
     )
     if plan.wire_inside_bytes is not None:
@@ -212,7 +226,7 @@ def _shortened(text: str) -> str:
     return "\n".join(shown + ([f"({figure(more, 'more line')}; --json shows all)"] if more > 0 else []))
 
 
-def _grid(lines: Iterator[Line]) -> Table:
+def _grid(lines: Iterable[Line]) -> Table:
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(width=10)
     grid.add_column(overflow="fold")  # never cut: paths and errors are to be copied

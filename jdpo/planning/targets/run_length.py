@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
 
-from jdpo.config import DPOConfig, ReferenceSettings, TrainConfig
+from jdpo.config import OptimizationSettings, ReferenceSettings
 from jdpo.data.batching.loader import num_steps_per_epoch
 from jdpo.planning.targets.row_lengths import RowLengths
 from jdpo.training.setup.row_order import num_steps_of
-from jdpo.training.setup.tasks import task_for
+from jdpo.training.setup.tasks import Task
 from jdpo.training.setup.validation import Mode, fixed_mode
 from jdpo.words import figure
 
@@ -20,7 +19,7 @@ class RunLength:
 
     Attributes:
       num_steps: of training; None if it is not known.
-      reference: "live", "cached" or "none".
+      reference: where its log-probs come from.
       reference_steps: steps' worth of rows whose log-probs the reference computes once, before training; 0 without such
         a pass, or where the number of rows is not known.
       why: where the number of steps is from, or what is missing.
@@ -28,72 +27,69 @@ class RunLength:
     """
 
     num_steps: int | None
-    reference: str
+    reference: Mode
     reference_steps: float
     why: str
     notes: tuple[str, ...] = ()
 
 
-class SettledRun(NamedTuple):
-    """The config of a run without what a run decides by itself, and its length."""
-
-    config: TrainConfig
-    length: RunLength
-
-
-def settled_run(config: TrainConfig, rows: RowLengths, *, num_rows: int | None) -> SettledRun:
-    """Returns how many steps a run has, and its config with `reference` settled.
+def run_length(
+    settings: OptimizationSettings,
+    reference: ReferenceSettings | None,
+    task: Task,
+    rows: RowLengths,
+    *,
+    num_rows: int | None,
+) -> RunLength:
+    """Returns how many steps a run has, and where its reference's log-probs come from.
 
     Args:
+      reference: None for a supervised run.
       num_rows: rows of an epoch; None: those of `rows`, if they are known.
 
     Raises:
       ValueError: a reference that does not fit the loss.
     """
-    task = task_for(config)
     per_epoch = num_rows or rows.rows_per_epoch
-    steps_per_epoch = per_epoch and num_steps_per_epoch(per_epoch, config.global_batch_size)
-    if config.max_steps:
-        num_steps: int | None = config.max_steps
+    steps_per_epoch = per_epoch and num_steps_per_epoch(per_epoch, settings.global_batch_size)
+    if settings.max_steps:
+        num_steps: int | None = settings.max_steps
         why = "max_steps of the config"
     elif steps_per_epoch and per_epoch:
-        num_steps = num_steps_of(config.num_train_epochs, steps_per_epoch)
-        epochs = config.num_train_epochs
+        num_steps = num_steps_of(settings.num_train_epochs, steps_per_epoch)
+        epochs = settings.num_train_epochs
         rows_of_epoch = figure(per_epoch, task.unit.removesuffix("s"))
         why = f"{epochs:g} {'epoch' if epochs == 1 else 'epochs'} of {rows_of_epoch}"
     else:
         num_steps = None
         why = "not known: give the number of rows as --num_rows N, or max_steps=N"
-    mode, notes = _reference(config, task.uses_reference, num_steps, steps_per_epoch)
+    repeats = _repeats_rows(settings, num_steps, steps_per_epoch)
+    mode, notes = _reference(reference, task, repeats)
     reference_steps = 0.0
     if mode == "cached":
         every_row = num_rows or rows.num_rows
         if every_row:
-            reference_steps = every_row / config.global_batch_size
+            reference_steps = every_row / settings.global_batch_size
         else:
             notes.append("the run time leaves out the reference's log-probs, as the number of rows is not known")
-    if isinstance(config, DPOConfig) and mode != config.reference:
-        config = dataclasses.replace(config, reference=mode)
-    return SettledRun(
-        config,
-        RunLength(num_steps=num_steps, reference=mode, reference_steps=reference_steps, why=why, notes=tuple(notes)),
-    )
+    return RunLength(num_steps=num_steps, reference=mode, reference_steps=reference_steps, why=why, notes=tuple(notes))
 
 
-def _reference(
-    config: TrainConfig, needs_reference: bool, num_steps: int | None, steps_per_epoch: int | None
-) -> tuple[Mode, list[str]]:
+def _repeats_rows(settings: OptimizationSettings, num_steps: int | None, steps_per_epoch: int | None) -> bool:
+    """Returns whether a run passes over its rows more than once; not if that is unknown."""
+    if num_steps is not None and steps_per_epoch is not None:
+        return num_steps > steps_per_epoch
+    return not settings.max_steps and settings.num_train_epochs > 1
+
+
+def _reference(reference: ReferenceSettings | None, task: Task, repeats: bool) -> tuple[Mode, list[str]]:
     """Returns the mode of the reference, and what was assumed."""
-    if not isinstance(config, ReferenceSettings):
+    if reference is None:
         return "none", []
-    mode = fixed_mode(config.reference, needs_reference=needs_reference, sync_ref_model=config.sync_ref_model)
-    if mode is not None or config.reference == "cached":
+    asked = reference.reference
+    mode = fixed_mode(asked, needs_reference=task.uses_reference, sync_ref_model=reference.sync_ref_model)
+    if mode is not None or asked == "cached":
         return mode or "cached", []
     # As a run decides that finds nothing in the cache: a second pass over the rows pays for it.
-    if num_steps is not None and steps_per_epoch is not None:
-        repeats = num_steps > steps_per_epoch
-    else:
-        repeats = not config.max_steps and config.num_train_epochs > 1
-    mode = "cached" if repeats else "live"
-    why = "more than one pass" if repeats else "one pass"
+    mode, why = ("cached", "more than one pass") if repeats else ("live", "one pass")
     return mode, [f"reference auto is planned as {mode}: {why} over the rows, and nothing cached"]

@@ -1,0 +1,278 @@
+"""`jdpo plan CONFIG --on TARGET ...`: will a run fit, on which mesh, how fast and at what cost, before renting."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import io
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jdpo import exit_codes
+from jdpo.cli.commands.runs.inspect import choose_task
+from jdpo.cli.commands.runs.train import print_help, shown_error
+from jdpo.cli.parsing import CommandLine, Parser, add_config, add_help, add_keys, parse, spellings
+from jdpo.config import CONFIGS, DPOConfig, TrainConfig, load_config
+from jdpo.planning.machines import Machine, machine_of
+from jdpo.safe_text import terminal_lines
+
+if TYPE_CHECKING:
+    from jdpo.planning.targets.outlook import Outlook
+    from jdpo.planning.targets.plan_document import Question
+    from jdpo.planning.targets.planner_process import PlannerProcess
+    from jdpo.planning.targets.prices import Prices
+    from jdpo.planning.targets.row_lengths import RowLengths
+    from jdpo.training.setup.model_sources import Sources
+
+NONE_FITS = exit_codes.FAILED
+"""The exit code if the run fits none of the targets."""
+
+
+def parser(*, complete: bool = False) -> Parser:
+    """Returns the parser of the command, whose help also lists the keys of a run if it is `complete`."""
+    parser = Parser(
+        "plan",
+        "CONFIG.yaml --on TARGET ... [--lengths P,C,R] [--KEY VALUE] ...",
+        "Tells for each target whether a `jdpo dpo` or `jdpo sft` run fits, on which mesh, in which time and at what "
+        "cost. The step is compiled here for the target's devices, which need not be at hand: for TPUs that takes the "
+        "package libtpu, for GPUs jax[cuda13], without which memory and time are estimated by formula. "
+        "Weights are neither read nor downloaded: a model folder with config.json alone is enough.",
+        epilog="Targets: v5e-16, v5p-64, v6e-16, tpu7x-8 (TPU slices by their names in the cloud), 2xv5e-16 (two "
+        "slices), h100x8, h200 (GPUs; more than 8 in nodes of 8).\n\n"
+        "Exit code: 0 if the run fits at least one target, 1 if it fits none, 2 if the command line or its input is "
+        "wrong.\n\n"
+        "Examples:\n\n"
+        "    jdpo plan run.yaml --on v5e-16 v6e-16 h100x8 --lengths 512,300,300\n"
+        "    jdpo plan run.yaml --on v5p-8 --prices prices.yaml --json lora.r=16\n\n"
+        "The keys are those of `jdpo dpo --help` and `jdpo sft --help`.",
+    )
+    options = add_help(parser)
+    add_config(parser, options)
+    options.add_argument("--on", nargs="+", action="extend", metavar="TARGET", help="Machines to plan for; see below.")
+    options.add_argument(
+        "--lengths",
+        metavar="LENGTHS",
+        help="Tokens of prompt, chosen and rejected, such as 512,300,300, or of a supervised row; or a CSV file with a "
+        "header and a line of them per row. By default the rows of the config are read and tokenized as the run would, "
+        "or taken from its cache.",
+    )
+    options.add_argument(
+        *spellings("--num_rows"), type=_number, metavar="N", help="Rows of an epoch, where --lengths does not tell it."
+    )
+    options.add_argument(
+        *spellings("--no_tokenize"),
+        action="store_true",
+        help="Take lengths from the cache of an earlier run or `jdpo inspect` only; do not tokenize rows now.",
+    )
+    options.add_argument("--prices", metavar="FILE", help="YAML file of your prices; docs/plan.md has its form.")
+    options.add_argument("--json", action="store_true", help="Print one JSON document.")
+    task = "The command that would train. By default the config's keys decide, or else it is dpo."
+    options.add_argument("--task", choices=list(CONFIGS), help=task)
+    add_keys(parser, CONFIGS["dpo"], hidden=not complete)
+    return parser
+
+
+def main(command: str, words: Sequence[str]) -> int:
+    """Runs the command.
+
+    Returns:
+      0; 1 if the run fits none of the targets.
+
+    Raises:
+      ValueError: the command line, the config, the model's config.json, the lengths or the prices cannot be read.
+    """
+    arguments = parser()
+    line = parse(arguments, words)
+    if print_help(command, arguments, CONFIGS["dpo"], line.help):
+        return 0
+    options = line.options
+    # Everything that costs nothing to check comes before the first compilation.
+    machines = _machines(options.on)
+    task, config = _config(line)
+    prices = _prices(options.prices)
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # the devices are those that programs are compiled for
+    sources = _sources(config)
+    rows = _rows(config, sources, options, task)
+    from jdpo.planning.targets.plan_document import Question, plan_document
+    from jdpo.planning.targets.planner_process import PlannerProcess
+    from jdpo.planning.targets.run_length import run_length
+    from jdpo.training.setup.tasks import task_for
+
+    dpo = config if isinstance(config, DPOConfig) else None
+    run = run_length(config, dpo, task_for(config), rows, num_rows=options.num_rows)
+    if dpo is not None and run.reference != dpo.reference:
+        config = dataclasses.replace(dpo, reference=run.reference)
+    config = dataclasses.replace(config, model_name_or_path=str(sources.model_folder))
+    question = Question(
+        command=task,
+        model=sources.name,
+        rows_per_step=config.global_batch_size,
+        optimizer=config.optimizer,
+        rows_per_device=config.micro_batch_size,
+        rows=rows,
+        run=run,
+        prices=prices,
+    )
+    with PlannerProcess() as process:
+        outlooks = [
+            _outlook(question, config, machine, process, f"{number} of {len(machines)}")
+            for number, machine in enumerate(machines, start=1)
+        ]
+    if options.json:
+        print(json.dumps(plan_document(question, outlooks), allow_nan=False, indent=1))
+    else:
+        _print(question, outlooks)
+    return 0 if any(outlook.fits for outlook in outlooks) else NONE_FITS
+
+
+# --- what is asked
+
+
+def _machines(names: list[str] | None) -> list[Machine]:
+    """Returns the targets, each once; all wrong names are reported together."""
+    asked = [name for word in names or () for name in word.split(",") if name]
+    if not asked:
+        raise ValueError("give the targets to plan for, such as --on v5e-16 v5p-8 h100x8")
+    machines, wrong = [], []
+    for name in dict.fromkeys(asked):
+        try:
+            machines.append(machine_of(name))
+        except ValueError as error:
+            wrong.append(f"--on: {error}")
+    if wrong:
+        raise ValueError("\n".join(wrong))
+    return machines
+
+
+def _config(line: CommandLine) -> tuple[str, TrainConfig]:
+    """Returns the command that would train, and its config."""
+    task, _ = choose_task(line)
+    # Neither is used: output_dir is not written, and no program is run here that could be kept.
+    words = [*line.overrides, "--output_dir=none", "--compilation_cache=false"]
+    # Given lengths take the place of rows.
+    config: TrainConfig = load_config(CONFIGS[task], line.path, words, log=_log, complete=line.options.lengths is None)
+    if not config.packing:
+        raise ValueError("packing false: plans are made of packed steps; leave packing out")
+    return task, config
+
+
+def _prices(path: str | None) -> Prices | None:
+    if path is None:
+        return None
+    from jdpo.planning.targets.prices import read_prices
+
+    return read_prices(Path(path).expanduser())
+
+
+def _sources(config: TrainConfig) -> Sources:
+    """Returns the model's folder, which may hold config.json alone.
+
+    Raises:
+      ValueError: there is none, or it is an adapter.
+    """
+    from jdpo.training.setup.model_sources import find_sources
+
+    try:
+        sources = find_sources(config, weights=False)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. A plan needs config.json alone: `hf download {config.model_name_or_path} config.json "
+            "--local-dir FOLDER` fetches it where there is a network; then give model_name_or_path=FOLDER and --lengths"
+        ) from error
+    if sources.adapter_folder is not None:
+        raise ValueError(
+            f"a plan of a run that continues from an adapter ({sources.adapter_folder}) is not made; plan one that "
+            f"starts a new adapter of the same rank: model_name_or_path={sources.model_folder} lora.r=RANK"
+        )
+    return sources
+
+
+def _rows(config: TrainConfig, sources: Sources, options: argparse.Namespace, task: str) -> RowLengths:
+    """Returns the lengths of the rows: those that are given, or those of the config's data."""
+    from jdpo.planning.targets.given_lengths import check_lengths, read_lengths
+    from jdpo.planning.targets.row_lengths import alike, listed_rows
+
+    if options.lengths is not None:
+        lengths = read_lengths(options.lengths)
+        check_lengths(lengths, pairs=task == "dpo", max_length=config.max_length)
+        if not options.lengths.endswith(".csv"):
+            return alike(lengths[0], source="--lengths")
+        return listed_rows(lengths, source=options.lengths)
+    from jdpo.data.tokens.tokenizer import load_tokenizer
+    from jdpo.planning.targets.data_lengths import lengths_of_data
+
+    try:
+        tokenizer = load_tokenizer(
+            sources.tokenizer_folder,
+            chat_template=config.chat_template,
+            chat_template_kwargs=config.chat_template_kwargs,
+        )
+        return lengths_of_data(config, config, tokenizer, _log, pairs=task == "dpo", tokenize=not options.no_tokenize)
+    except (OSError, ValueError) as error:
+        example = "512,300,300, for prompt, chosen and rejected" if task == "dpo" else "812, for a row"
+        raise ValueError(
+            f"the lengths of the rows are needed, and those of the config cannot be had here: {error}\n"
+            f"Give --lengths, such as --lengths {example}, or a CSV file"
+        ) from error
+
+
+# --- the answer
+
+
+def _outlook(question: Question, config: TrainConfig, machine: Machine, process: PlannerProcess, place: str) -> Outlook:
+    """Plans a target; whatever goes wrong is its own row."""
+    from jdpo.data.prepared.prepare import cache_folder
+    from jdpo.planning.compile_only import missing_package
+    from jdpo.planning.targets.one_target import log, plan_by_name
+    from jdpo.planning.targets.outlook import Outlook, outlook
+
+    compiled = missing_package(machine) is None
+    log(machine.name, f"{place}, {_usual_time(machine) if compiled else 'by formula'}")
+    arguments = machine.name, config, question.rows.sample(config.seed), cache_folder(config.cache_dir)
+    try:
+        # A compiler may crash; a formula does not.
+        plan = process.call(plan_by_name, *arguments) if compiled else plan_by_name(*arguments)
+    except Exception as error:
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        return Outlook(machine=machine, plan=None, failure=f"{kind}{error}")
+    return outlook(
+        machine,
+        plan,
+        question.run,
+        adapters=bool(config.lora),
+        price_per_hour=None if question.prices is None else question.prices.per_hour(machine),
+    )
+
+
+def _usual_time(machine: Machine) -> str:
+    one = "4 to 30 seconds" if machine.is_gpu else "1 to 3 minutes"
+    return f"up to 3 compilations, which usually take {one} each; a plan that was made before comes from the cache"
+
+
+def _print(question: Question, outlooks: list[Outlook]) -> None:
+    from rich.console import Console
+
+    from jdpo.planning.targets.plan_view import MOST_WIDTH, print_plan
+
+    if sys.stdout.isatty():
+        print_plan(question, outlooks, Console(highlight=False))
+        return
+    # A file or a pipe has neither colours nor a width of its own, and needs no spaces at the end of lines.
+    text = io.StringIO()
+    print_plan(question, outlooks, Console(file=text, width=MOST_WIDTH, highlight=False))
+    print("\n".join(line.rstrip() for line in text.getvalue().splitlines()))
+
+
+def _number(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a number of rows, at least 1, found {text!r}")
+    return int(text)
+
+
+def _log(text: str) -> None:
+    print(terminal_lines(shown_error(text)), file=sys.stderr, flush=True)

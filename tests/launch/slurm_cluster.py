@@ -144,12 +144,16 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 MpiDefault=none
 KillWait={KILL_WAIT_SECONDS}
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 ReturnToService=2
 GresTypes=gpu
 # The node claims to have more than this machine.
 SlurmdParameters=config_overrides
 NodeName={node} NodeAddr=127.0.0.1 CPUs=64 Gres=gpu:{NUM_GPUS} State=UNKNOWN
-PartitionName=all Nodes={node} Default=YES OverSubscribe=FORCE MaxTime=UNLIMITED State=UP
+PartitionName=all Nodes={node} Default=YES OverSubscribe=FORCE GraceTime={KILL_WAIT_SECONDS} State=UP
+# Its jobs take the node from those of the other partition.
+PartitionName=urgent Nodes={node} PriorityTier=10 PreemptMode=OFF OverSubscribe=NO State=UP
 """
     )
 

@@ -7,7 +7,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from jdpo.cli.main import main
 from jdpo.exit_codes import LOST, PREEMPTED, USAGE
 from tests.conftest import chat_pairs, write_jsonl
 from tests.integration.cluster import XLA_FLAGS
+from tests.launch.conftest import Fake
 from tests.launch.slurm_cluster import SlurmCluster, slurm_cluster, why_not
 
 pytestmark = [
@@ -94,7 +95,7 @@ def submit(
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     pairs = write_jsonl(tmp_path / "pairs.jsonl", chat_pairs(16, words=(6, 7)))
 
-    def launch(name: str, num_tasks: int, **overrides: Any) -> Job:
+    def launch(name: str, num_tasks: int, options: Sequence[str] = (), **overrides: Any) -> Job:
         values = {
             "model_name_or_path": str(toy_model),
             "datasets": str(pairs),
@@ -113,8 +114,8 @@ def submit(
         } | overrides
         config = tmp_path / f"{name}.yaml"
         config.write_text(json.dumps(values))  # which is YAML as well
-        options = ["--on", f"h100x{num_tasks}", "--tasks_per_node", str(num_tasks)]
-        assert main(["launch", "slurm", str(config), *options]) == 0
+        machine = ["--on", f"h100x{num_tasks}", "--tasks_per_node", str(num_tasks)]
+        assert main(["launch", "slurm", str(config), *machine, *options]) == 0
         number = re.search(r"Submitted batch job (\d+)", capfd.readouterr().out)
         assert number is not None
         return Job(cluster, number[1], tmp_path / name)
@@ -140,6 +141,44 @@ def test_a_stopped_job_saves_is_requeued_and_ends_in_the_bits_of_one_that_ran_th
     assert stopped.log().count(f"process {num_tasks - 1} of {num_tasks}") == 2
     assert whole.weights() == stopped.weights()
     assert [row.get("loss") for row in whole.metrics()] == [row.get("loss") for row in stopped.metrics()]
+
+
+# Ends as a run does that has saved, and finishes in its second start.
+PATIENT = """#!/bin/bash
+trap 'exit 143' TERM
+[[ ! -e started-$SLURM_PROCID ]] || exit 0
+touch "started-$SLURM_PROCID"
+while :; do sleep 0.1; done
+"""
+
+
+@pytest.mark.parametrize("reason", ["time limit", "preemption"])
+def test_slurm_itself_lets_the_tasks_save_and_the_job_is_requeued(
+    cluster: SlurmCluster, submit: Submit, tmp_path: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
+    fake("jdpo", PATIENT)
+    monkeypatch.chdir(tmp_path)
+    # Slurm looks at time limits twice a minute, and ends a job up to a minute after its limit.
+    job = submit("patient", 2, options=["--time", "1", "--grace_seconds", "45"] if reason == "time limit" else [])
+    if reason == "preemption":
+        cluster.wait((tmp_path / "started-1").exists, "the tasks run")
+        cluster.ask("sbatch", "--partition=urgent", "--exclusive", "--output=/dev/null", "--wrap=true")
+    assert job.end() == "COMPLETED", job.log()
+    assert job.restarts == 1
+    assert f"exit code {PREEMPTED}: requeued" in job.log()
+
+
+def test_a_job_that_may_not_be_requeued_ends_after_its_save(
+    cluster: SlurmCluster, submit: Submit, tmp_path: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake("jdpo", PATIENT)
+    monkeypatch.chdir(tmp_path)
+    job = submit("patient", 2)
+    cluster.wait((tmp_path / "started-1").exists, "the tasks run")
+    cluster.ask("scontrol", "update", f"job={job.number}", "requeue=0")
+    job.scancel("--signal=TERM")
+    assert job.end() == "FAILED", job.log()
+    assert f"exit code {PREEMPTED}, and Slurm does not requeue it" in job.log()
 
 
 def test_a_job_with_a_killed_task_is_requeued(submit: Submit) -> None:

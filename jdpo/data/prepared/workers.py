@@ -82,11 +82,16 @@ def map_in_order(work: Callable[[S, T], R], state: S, tasks: Iterable[T], *, num
 
 @contextlib.contextmanager
 def no_interrupt() -> Iterator[None]:
-    """Blocks SIGINT while processes are started, which inherit this.
+    """Blocks SIGINT and SIGTERM while processes are started, which inherit this.
 
-    A terminal sends Ctrl-C to all processes; only the main one should act on it, and end the others.
+    A terminal sends Ctrl-C to all processes, and Slurm SIGTERM to all processes of a task; only the main one should act
+    on it, and end the others.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    from multiprocessing import resource_tracker
+
+    # It starts with the first process, which before Python 3.14 unblocks both signals.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
     finally:

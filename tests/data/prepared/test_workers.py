@@ -138,6 +138,9 @@ def test_tasks_are_read_as_they_are_needed() -> None:
     results = map_in_order(_plus, 5, tasks(), num_proc=2)
     assert [next(results) for _ in range(10)] == list(range(5, 15))
     assert len(read) <= 10 + 2 * IN_FLIGHT + 1
+    for child in children():
+        os.kill(child, signal.SIGTERM)  # as Slurm does, which means the main process
+    assert [next(results) for _ in range(10)] == list(range(15, 25))
     before = len(read)
     results.close()  # type: ignore[attr-defined]
     assert len(read) == before

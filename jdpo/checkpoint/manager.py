@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import orbax.checkpoint as ocp
@@ -43,6 +44,30 @@ class Restored(NamedTuple):
     position: dict[str, Any]
 
 
+class Mirror(Protocol):
+    """What copies complete checkpoints to another place, on a thread of its own."""
+
+    def follow(
+        self,
+        newest: int | None,
+        kept: Callable[[Mapping[int, Mapping[str, Any]]], Collection[int]],
+        delete_old: Callable[[], None],
+    ) -> None:
+        """Begins.
+
+        Args:
+          newest: the newest complete step.
+          kept: the manifests of some steps -> those of them that are kept.
+          delete_old: deletes the steps that are not kept; to be called when a step is held no longer.
+        """
+
+    def sealed(self) -> None:
+        """Takes note that there is a new complete step; returns at once."""
+
+    def held(self) -> Collection[int]:
+        """Returns the steps that are being copied, which must not be deleted yet."""
+
+
 class CheckpointManager:
     """Saves checkpoints asynchronously, keeps the newest N and the best, and restores the newest complete one."""
 
@@ -54,6 +79,7 @@ class CheckpointManager:
         metric_name: str = "",
         greater_is_better: bool = False,
         verified: int | None = None,
+        mirror: Mirror | None = None,
     ) -> None:
         """
         Args:
@@ -62,6 +88,7 @@ class CheckpointManager:
           metric_name: name of the `metric` of `save`, evaluation rows included; other metrics are not compared with it.
           greater_is_better: True if a greater `metric` is better.
           verified: a step that `settle_steps` found complete, which is then not read a second time.
+          mirror: gets a copy of every complete checkpoint.
         """
         quieten()
         self._folder = folder.absolute()
@@ -72,6 +99,8 @@ class CheckpointManager:
         self._sealing: Future[None] | None = None
         self._failed = False
         self._verified = verified
+        self._mirror = mirror
+        self._deleting = threading.Lock()
         # One thread, so that manifests are written, and old steps deleted, in the order of the saves.
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-manifest")
         if jax.process_index() == 0:
@@ -88,6 +117,8 @@ class CheckpointManager:
             ),
             item_names=("state", "position"),
         )
+        if mirror is not None:
+            mirror.follow(verified, self._kept, self._delete_old)
 
     # --- saving
 
@@ -181,14 +212,21 @@ class CheckpointManager:
             self._delete_old()
         except OSError as error:
             raise self._failure(step, error) from error
+        if self._mirror is not None:
+            self._mirror.sealed()
 
     def _delete_old(self) -> None:
-        steps = self.complete_steps()
-        keep = set(steps[-self._max_to_keep :])
-        best = self.best_step()
-        for step in steps:
-            if step not in keep and step != best:
-                delete_step(self._folder / str(step))
+        with self._deleting:  # the thread of the mirror does so, too
+            steps = self.complete_steps()
+            keep = self._kept({step: read_manifest(self._folder / str(step)) or {} for step in steps})
+            for step in steps:
+                if step not in keep and (self._mirror is None or step not in self._mirror.held()):
+                    delete_step(self._folder / str(step))
+
+    def _kept(self, manifests: Mapping[int, Mapping[str, Any]]) -> Collection[int]:
+        """Returns the steps that are kept among those with these manifests: the newest ones and the best one."""
+        best = best_of(manifests, self._metric_name, greater_is_better=self._greater_is_better)
+        return {*sorted(manifests)[-self._max_to_keep :], *([] if best is None else [best])}
 
     # --- finding
 

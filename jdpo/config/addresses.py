@@ -12,6 +12,61 @@ _QUERY = re.compile(r"(https?://[^?#\s]*)[?#]\S*", re.IGNORECASE)
 _ONLY_NAMES = ("abfs", "abfss", "wasb", "wasbs", "hf", "sftp", "ssh", "ftp", "smb")
 """Schemes in which the part before the @ is the name of a user, a container or a repository, and no secret."""
 
+_ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)(://|::)(?P<rest>.*)", re.DOTALL)
+_READ_ONLY = ("http", "https", "hf", "data", "git", "github")
+
+
+def local_folder(path: str) -> str:
+    """Returns the path of a folder to write, unless it is an address.
+
+    >>> local_folder("runs/first")
+    'runs/first'
+
+    Raises:
+      ValueError: saying what to do instead.
+    """
+    if _ADDRESS.match(path):
+        raise ValueError(
+            "expected a local or shared folder, found an address. A run locks, renames and appends to its files, which "
+            "object stores cannot do. Choose a folder on a disk (with several hosts, on one that they share); and, to "
+            f"keep a copy of the run in the object store, set `mirror: {public_text(path)}`"
+        )
+    return path
+
+
+def local_cache(path: str) -> str:
+    """Returns the path of a folder of caches, unless it is an address.
+
+    Raises:
+      ValueError: saying what to do instead.
+    """
+    if _ADDRESS.match(path):
+        raise ValueError(
+            "expected a local or shared folder, found an address. Caches lock and rename their files, which object "
+            "stores cannot do. Choose a folder on a disk; what is in it is made again when it is missing"
+        )
+    return path
+
+
+def as_mirror(url: str) -> str:
+    """Returns the address of a folder in a store that can be written, without a slash at its end.
+
+    >>> as_mirror("s3://bucket/runs/first/")
+    's3://bucket/runs/first'
+
+    Raises:
+      ValueError: it is no such address.
+    """
+    found = _ADDRESS.match(url)
+    if found is None or "::" in url:
+        raise ValueError("expected an address such as s3://bucket/runs/first or gs://bucket/runs/first")
+    if found["scheme"].lower() in _READ_ONLY:
+        raise ValueError("expected a store that can be written, such as s3:// or gs://")
+    # All objects under the address belong to the run.
+    if "/" not in found["rest"].strip("/") and found["scheme"] != "file":
+        raise ValueError(f"expected a folder in a bucket, such as {found['scheme']}://bucket/runs/first")
+    return url.rstrip("/")
+
 
 def refuse_passwords(values: Any, key: str = "") -> None:
     """Refuses settings with an address that holds a password, a key or a token, since settings are written to files.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 from pydantic_core import PydanticCustomError
 
+from jdpo.config.addresses import as_mirror, local_cache, local_folder
 from jdpo.config.nested import Datasets, Lora, Mesh, MeshConfig, Optimizer, OptimizerConfig, Watchdog, WatchdogConfig
 from jdpo.config.value_types import (
     Float,
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from jdpo.config.value_types import Converted
 
     PathText = Converted[str | os.PathLike[str], str]
+    LocalFolder = PathText
     LossNames = Converted[str | Sequence[str], tuple[str, ...]]
     LossWeights = Converted[float | Sequence[float] | None, tuple[float, ...] | None]
     Trackers = Converted[str | Sequence[str], tuple[str, ...]]
@@ -74,6 +76,7 @@ if TYPE_CHECKING:
     SamplePrompts = Converted[str | Sequence[str] | None, str | tuple[str, ...] | None]
 else:
     PathText = Annotated[Text, BeforeValidator(path_as_text)]
+    LocalFolder = Annotated[PathText, AfterValidator(local_folder)]
     LossNames = Annotated[tuple[Annotated[str, AfterValidator(_known_loss)], ...], BeforeValidator(as_list)]
     LossWeights = Annotated[tuple[NonNegativeFloat, ...] | None, BeforeValidator(as_list)]
     Trackers = Annotated[tuple[Annotated[Text, AfterValidator(_tracker)], ...], BeforeValidator(as_list)]
@@ -160,7 +163,7 @@ class DataSettings(Settings):
     dataset_num_proc: PositiveInt | None = key(
         None, "Processes that tokenize; null: one for a few thousand rows, one per core for more.", example="8"
     )
-    cache_dir: Text | None = key(
+    cache_dir: Annotated[Text, AfterValidator(local_cache)] | None = key(
         None, "Folder for tokenized rows, reference log-probs and compiled programs; null: ~/.cache/jdpo."
     )
 
@@ -368,7 +371,17 @@ class OutputSettings(Settings):
 
     heading = "Output"
 
-    output_dir: PathText = required("Folder for everything that the run writes.", example="runs/first")
+    output_dir: LocalFolder = required(
+        "Folder for everything that the run writes: a local one or, with several hosts, one that all of them share.",
+        example="runs/first",
+    )
+    mirror: Annotated[Text, AfterValidator(as_mirror)] | None = key(
+        None,
+        "Folder in an object store (s3://bucket/folder or gs://bucket/folder) that gets a copy of every checkpoint, of "
+        "the run's records and of the exported model, while the run goes on. A start with an empty output_dir "
+        "continues from it. null: none.",
+        example="s3://bucket/runs/first",
+    )
     resume: Literal["auto", "never"] = key(
         "auto",
         "What to do if output_dir holds a run. auto: continue from its newest intact checkpoint; never: refuse to "

@@ -55,6 +55,7 @@ FREE_KEYS = frozenset(
         "export_dtype",
         "max_shard_size",
         "mesh",
+        "mirror",
         "attention",
         "attention_block_kv",
         "attention_block_q",

@@ -20,6 +20,7 @@ from jdpo.sharding.placement import replicated
 from jdpo.training.finish import source_folders
 from jdpo.training.fit.assembly import Assembly
 from jdpo.training.logs.recording import Record
+from jdpo.training.mirroring import RunMirror
 from jdpo.training.run_dir import RunDirectory
 from jdpo.training.sanity_checks import check_base
 from jdpo.training.setup.run_setup import Setup
@@ -51,10 +52,13 @@ def file_digests(setup: Setup) -> dict[str, str]:
     return {**held_out, **setup.train_data.file_digests()}
 
 
-def find_newest(setup: Setup, directory: RunDirectory) -> int | None:
+def find_newest(setup: Setup, directory: RunDirectory, mirror: RunMirror | None) -> int | None:
     """Finds the newest whole checkpoint of a run, on every process.
 
     Every process must call this. Damaged checkpoints are set aside, see `settle_steps`.
+
+    Args:
+      mirror: a later checkpoint in it is brought to the run's folder.
 
     Returns:
       its step, or None if the run starts at step 0.
@@ -64,6 +68,10 @@ def find_newest(setup: Setup, directory: RunDirectory) -> int | None:
       OSError: there are checkpoints, but all of them are damaged.
     """
     newest = agree_on(lambda: _newest_on_disk(directory, setup.num_steps))
+    if mirror is not None:
+        newest = mirror.bring_newest(newest, setup.num_steps, setup.config)
+    if newest is None:
+        run_jointly(lambda: _refuse_lost(directory), on_first=True)
     if newest is not None:
         run_jointly(lambda: _check_position(setup, directory.checkpoints.absolute() / str(newest)))
     return newest
@@ -75,8 +83,6 @@ def _newest_on_disk(directory: RunDirectory, num_steps: int) -> int | None:
     damaged = [place.name for place in damaged_folders(folder)]
     if directory.is_new:
         directory.give_up(damaged)
-    if newest is None:
-        _refuse_lost(directory)
     return newest
 
 
@@ -131,7 +137,9 @@ def _check_position(setup: Setup, checkpoint: Path) -> None:
         )
 
 
-def open_checkpoints(setup: Setup, directory: RunDirectory, newest: int | None) -> CheckpointManager:
+def open_checkpoints(
+    setup: Setup, directory: RunDirectory, newest: int | None, mirror: RunMirror | None
+) -> CheckpointManager:
     """Opens the checkpoints of a run, of which the step `newest` is known to be whole."""
     config, eval_data = setup.config, setup.eval_data
     return CheckpointManager(
@@ -141,6 +149,7 @@ def open_checkpoints(setup: Setup, directory: RunDirectory, newest: int | None) 
         metric_name=f"{config.metric_for_best_model} on {eval_data.digest if eval_data else 'nothing'}",
         greater_is_better=not config.metric_for_best_model.endswith("loss"),
         verified=newest,
+        mirror=mirror,
     )
 
 

@@ -42,6 +42,7 @@ from jdpo.training.interrupt import StopRequest, silence_lost_output
 from jdpo.training.logs.phases import PhaseClock, TimingRecord
 from jdpo.training.logs.recording import Record
 from jdpo.training.logs.tracking import open_trackers
+from jdpo.training.mirroring import open_mirror
 from jdpo.training.pages.live_report import LiveReport, renew_last_page
 from jdpo.training.profile import Profiler
 from jdpo.training.reference.reference_source import Reference, settle_reference
@@ -100,6 +101,7 @@ def train(
         calls.check_alike()
         directory = resources.enter_context(RunDirectory(config, task_for(config).command))
         given.write(directory, log)
+        mirror = resources.enter_context(open_mirror(config, directory, stop, log))
         # A second start of a finished run, such as a requeued job, trains and compiles nothing.
         if directory.finished:
             step = directory.record.results["step"]
@@ -116,7 +118,7 @@ def train(
             setup = build(config, log, stopped=stop.noticed)
             # Before any weight is loaded: other rows or another model would be another run.
             check_inputs(setup, directory)
-            newest = find_newest(setup, directory)
+            newest = find_newest(setup, directory, mirror)
             trackers = resources.enter_context(open_trackers(setup, directory, newest, log))
             # Left before the trackers are, which keep its last page.
             resources.enter_context(LiveReport(setup, directory, timing, log))
@@ -138,7 +140,7 @@ def train(
         trains = first < num_steps
         assembly = assemble(setup, reference=reference.mode, remat=remat_policies(setup)[0])
         base_identity = setup.base_identity()  # now, as the folder may change or go while the run trains
-        manager = open_checkpoints(setup, directory, newest)
+        manager = open_checkpoints(setup, directory, newest, mirror)
         resources.callback(manager.close)
 
         # ------------------------------------------------------------------------------------------------------- memory

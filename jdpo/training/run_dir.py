@@ -11,6 +11,7 @@ data.json              what the rows are like; see `jdpo.reports.data_summary.ru
 report.html            all of this as one page, written every few minutes while the run trains
 plots/                 PNGs
 trackers/              what each tracker was sent, see `SentSteps`
+.mirror/               what the mirror has, see `jdpo.checkpoint.mirror.upload_notes`
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ import contextlib
 import dataclasses
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import yaml
 
+from jdpo.checkpoint.mirror.run_fetch import bring_run
 from jdpo.checkpoint.steps import MANIFEST, damaged_folders, fault_of, step_folders, step_of
 from jdpo.config import (
     EXPORT_KEYS,
@@ -95,6 +97,7 @@ class RunDirectory:
         self._run_file = self.path / "run.json"
         self._config_file = self.path / "resolved_config.yaml"
         self._lock: IO[str] | None = None
+        self.mirror_state: Callable[[], Mapping[str, Any]] = dict  # for run.json, see `RunRecord.mirror`
         # Before the config is written, which others may read.
         refuse_passwords(to_dict(config))
         run_jointly(lambda: check_output_dir(to_dict(config)), on_first=True)
@@ -104,6 +107,10 @@ class RunDirectory:
             starts_over = config.resume == "never" and run_jointly(self._is_lost, on_first=True)
             # Decided on the first process, as only its file system counts.
             self._starts_over = any_process(bool(starts_over))
+            brings = config.mirror is not None and not only_read
+            self._is_brought = brings and any_process(
+                bool(run_jointly(lambda: bring_run(self.path, config, command, self._inputs_there()), on_first=True))
+            )
             run_jointly(lambda: self._read_owner(config, command))
             if not only_read:
                 run_jointly(lambda: self._write_owner(config, command), on_first=True)
@@ -184,7 +191,7 @@ class RunDirectory:
         used = [name for name in USED_BY_A_RUN if (self.path / name).exists()]
         if self.checkpoints.exists() and not self.checkpoints.is_dir():
             raise ValueError(f"{self.checkpoints} is a file, and not the folder of a run's checkpoints; move it away")
-        if not used or self._never_began() or self._starts_over:
+        if not self._is_brought and (not used or self._never_began() or self._starts_over):
             return False
         advice = "choose another output_dir, or delete this one if it is no longer needed"
         if config.resume == "never":
@@ -224,6 +231,13 @@ class RunDirectory:
         saved = self.checkpoints.exists() and any(self.checkpoints.iterdir())
         ours = not self._run_file.exists() or bool(self.record.jdpo)
         return ours and not (trained or saved or self.model.exists())
+
+    def _inputs_there(self) -> Mapping[str, str] | None:
+        """Returns the inputs that a run in the folder has recorded; None if the folder is free."""
+        used = any((self.path / name).exists() for name in USED_BY_A_RUN)
+        if not used or self._never_began():
+            return None
+        return self.record.inputs if self._run_file.exists() else {}  # what is no run is refused later
 
     def _is_lost(self) -> bool:
         """True if the folder has checkpoints, all of them damaged, and no model: there is nothing to resume."""
@@ -303,14 +317,17 @@ class RunDirectory:
         if changed:
             raise ValueError(
                 f"cannot resume the run in {self.path}: since it started, the content of {' and of '.join(changed)} "
-                "has changed; bring the old content back, or choose another output_dir"
+                "has changed; bring the old content back, or choose another output_dir. Digests: "
+                + ", ".join(f"{name} {saved[name][:12]} then, {inputs[name][:12]} now" for name in changed)
                 + (f". Files that changed: {', '.join(changed_files)}" if changed_files else "")
             )
 
-    def keep_timing(self, timing: Mapping[str, float], late_programs: int) -> None:
-        """Keeps where the time of the run went. Processes need not wait for each other, as a run may be failing."""
+    def keep(self, **measured: Any) -> None:
+        """Keeps measurements. Unlike in `update`, processes need not wait for each other, as a run may be failing."""
         if is_first():
-            dataclasses.replace(self.record, timing=timing, late_programs=late_programs).write(self._run_file)
+            record = self.record
+            mirror = self.mirror_state() or record.mirror
+            dataclasses.replace(record, mirror=mirror, **measured).write(self._run_file)
 
     def end(self, error: BaseException | None) -> None:
         """Notes that this start fails, or ends before the run is finished. To be called by the first process alone.

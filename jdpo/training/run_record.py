@@ -25,6 +25,7 @@ KINDS = {
     "files": dict,
     "timing": dict,
     "results": dict,
+    "mirror": dict,
     "given_up": list,
     "finished": bool,
     "num_steps": int | None,
@@ -89,6 +90,8 @@ class RunRecord:
       timing: seconds of each phase, see `jdpo.training.logs.phases`, summed over the starts of the run.
       late_programs: programs that were compiled in the middle of training, in all starts; None in older files.
       given_up: damaged checkpoints in spite of which `--resume never` started again.
+      mirror: the copy in an object store: its `address`, the newest `step` in it, how many uploads to it have failed
+        (`failures`), and why the last one has (`error`); empty without.
       results: last values of all metrics, and `step`, of a finished run; before, empty.
     """
 
@@ -109,6 +112,7 @@ class RunRecord:
     timing: Mapping[str, float] = dataclasses.field(default_factory=dict)
     late_programs: int | None = None
     given_up: tuple[str, ...] = ()
+    mirror: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     results: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod

@@ -27,7 +27,7 @@ FIGURES = {
 
 ROUNDING = 1e-6
 
-OF_THE_PLACE = frozenset({"output_dir", "cache_dir"})
+OF_THE_PLACE = frozenset({"output_dir", "cache_dir", "mirror"})
 """Keys that differ between runs because they have folders of their own."""
 
 PHASES = {

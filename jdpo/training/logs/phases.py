@@ -99,4 +99,4 @@ class TimingRecord:
         timing = {name: round(self._earlier.get(name, 0.0) + seconds.get(name, 0.0), 3) for name in names}
         # Measurements only: a full disk or a damaged run.json must neither end a run here nor hide what ends it.
         with contextlib.suppress(OSError, ValueError):
-            self._directory.keep_timing(timing, self._late_before + self._clock.num_late)
+            self._directory.keep(timing=timing, late_programs=self._late_before + self._clock.num_late)

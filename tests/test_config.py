@@ -473,6 +473,31 @@ def test_passwords_in_addresses_are_refused_and_not_shown(word: str, key: str) -
     assert "hunter2" not in str(error.value)
 
 
+@pytest.mark.parametrize("url", ["gs://bucket/runs/first", "s3://bucket/runs/first", "file:///data/first"])
+def test_a_run_is_not_written_to_an_address(url: str) -> None:
+    with pytest.raises(ValueError, match=rf"'output_dir'.*set `mirror: {url}`"):
+        dpo(f"output_dir={url}")
+    with pytest.raises(ValueError, match=r"'cache_dir'.*found an address"):
+        dpo(f"cache_dir={url}")
+    assert dpo(f"mirror={url}/").mirror == url
+
+
+@pytest.mark.parametrize(
+    ("mirror", "reason"),
+    [
+        ("runs/copy", "expected an address such as s3://"),
+        ("s3://bucket", "expected a folder in a bucket, such as s3://bucket/runs/first"),
+        ("gs://bucket/", "expected a folder in a bucket"),
+        ("https://host/folder", "that can be written"),
+        ("s3://KEY:hunter2@bucket/run", "may not hold a password"),
+    ],
+)
+def test_a_mirror_is_a_folder_in_a_store(mirror: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=f"'mirror'.*{reason}") as error:
+        dpo(f"mirror={mirror}")
+    assert "hunter2" not in str(error.value)
+
+
 def test_names_before_an_at_are_no_passwords() -> None:
     for address in ("abfs://container@account.dfs.core.windows.net/a", "sftp://me@host/a", "hf://datasets/a/b@main/c"):
         assert dpo(f"datasets={address}").datasets[0].path == address

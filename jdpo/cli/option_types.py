@@ -17,7 +17,9 @@ def not_empty(word: str) -> str:
 
 def folder_to_write(word: str) -> str:
     """Reads the value of --output_dir; a file of that name would be found only after hours of work."""
-    if Path(not_empty(word)).is_file():
+    if "://" in not_empty(word):
+        raise argparse.ArgumentTypeError("expected a folder on a disk, found an address")
+    if Path(word).is_file():
         raise argparse.ArgumentTypeError(f"{word} is a file; expected a folder")
     return word
 

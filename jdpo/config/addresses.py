@@ -34,16 +34,16 @@ def local_folder(path: str) -> str:
     return path
 
 
-def local_cache(path: str) -> str:
-    """Returns the path of a folder of caches, unless it is an address.
+def on_a_disk(path: str) -> str:
+    """Returns the path of a folder to write that no mirror can have, unless it is an address.
 
     Raises:
       ValueError: saying what to do instead.
     """
     if _ADDRESS.match(path):
         raise ValueError(
-            "expected a local or shared folder, found an address. Caches lock and rename their files, which object "
-            "stores cannot do. Choose a folder on a disk; what is in it is made again when it is missing"
+            "expected a local or shared folder, found an address. Its files are locked and renamed, which object "
+            "stores cannot do; choose a folder on a disk"
         )
     return path
 

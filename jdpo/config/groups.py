@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 from pydantic_core import PydanticCustomError
 
-from jdpo.config.addresses import as_mirror, local_cache, local_folder
+from jdpo.config.addresses import as_mirror, local_folder, on_a_disk
 from jdpo.config.nested import Datasets, Lora, Mesh, MeshConfig, Optimizer, OptimizerConfig, Watchdog, WatchdogConfig
 from jdpo.config.value_types import (
     Float,
@@ -163,7 +163,7 @@ class DataSettings(Settings):
     dataset_num_proc: PositiveInt | None = key(
         None, "Processes that tokenize; null: one for a few thousand rows, one per core for more.", example="8"
     )
-    cache_dir: Annotated[Text, AfterValidator(local_cache)] | None = key(
+    cache_dir: Annotated[Text, AfterValidator(on_a_disk)] | None = key(
         None, "Folder for tokenized rows, reference log-probs and compiled programs; null: ~/.cache/jdpo."
     )
 

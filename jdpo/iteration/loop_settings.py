@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from jdpo.config.addresses import on_a_disk
 from jdpo.config.value_types import (
     Float,
     Fraction,
@@ -105,7 +106,7 @@ class LoopSettings(Settings):
         "Model to start from: a Hugging Face model folder or hub name.", example="Qwen/Qwen2.5-0.5B-Instruct"
     )
     prompts: Text = required("Prompts in any schema that jdpo reads.", example="prompts.jsonl")
-    output_dir: Text = required("Folder for the rounds.", example="runs/loop")
+    output_dir: Annotated[Text, AfterValidator(on_a_disk)] = required("Folder for the rounds.", example="runs/loop")
     held_out_prompts: Text | None = key(
         None, "Prompts for `jdpo compare` alone; null: held_out of the prompts.", example="held_out.jsonl"
     )
@@ -145,6 +146,7 @@ OWN_KEYS = (
     "model_revision",
     "datasets",
     "output_dir",
+    "mirror",
     "export_at_end",
     "reference_model",
     "reference_revision",

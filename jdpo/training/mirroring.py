@@ -18,7 +18,7 @@ from jdpo.checkpoint.mirror.run_fetch import RunInMirror, patiently
 from jdpo.checkpoint.mirror.share_upload import Follower
 from jdpo.checkpoint.mirror.upload_notes import UploadNotes
 from jdpo.config import LoggingSettings, OutputSettings
-from jdpo.processes import agree_on, is_first, run_jointly
+from jdpo.processes import PROGRESS, agree_on, is_first, run_jointly
 from jdpo.training.interrupt import StopRequest
 from jdpo.training.run_dir import RunDirectory
 from jdpo.training.setup.run_setup import Log
@@ -92,7 +92,7 @@ class RunMirror:
         """See the function of the same name; the best checkpoint is brought as well if the run exports it."""
         best_metric = config.metric_for_best_model if config.load_best_model_at_end else None
         found = run_jointly(lambda: patiently(lambda: RunInMirror(self._store)))
-        return bring_newest(found, self._directory.path, newest, last_step, best_metric)
+        return bring_newest(found, self._directory.path, newest, last_step, best_metric, self._log)
 
     # --- called by the checkpoints, see `jdpo.checkpoint.manager.Mirror`
 
@@ -123,7 +123,7 @@ class RunMirror:
         """
         # Where one of several processes fails, the others may be gone.
         alone = error is not None and jax.process_count() > 1
-        signalled = not alone and (self._stop.signalled() if error is None else self._stop.signum is not None)
+        signalled = not alone and (self._stop.signalled() if error is None else self._has_signal())
         given_up = self._patience(signalled=signalled, leaves=alone)
         if self._follower is not None:
             self._follower.close(given_up)
@@ -146,10 +146,15 @@ class RunMirror:
                 self._log(
                     f"waiting for uploads to the mirror {self._store.address}; Ctrl-C leaves them to the next start"
                 )
+            if self._follower is not None:
+                PROGRESS.made(PROGRESS.phase)  # waiting for the first process, whose own watchdog sees what it moves
             # A signal while it waits asks to leave at once.
-            return leaves or (waited > GRACE_SECONDS if signalled else self._stop.signum is not None)
+            return leaves or (waited > GRACE_SECONDS if signalled else self._has_signal())
 
         return given_up
+
+    def _has_signal(self) -> bool:
+        return self._stop.signum is not None or PROGRESS.stop_signal is not None
 
     def _end_uploads(self, given_up: Callable[[], bool], *, leaves: bool) -> str | None:
         """Uploads what is missing; returns what could not be uploaded, in a sentence, or None."""

@@ -385,6 +385,15 @@ def test_batches_that_are_mostly_padding() -> None:
     assert keys(wasteful, batch_parts=8, batch_size=128) == set()
 
 
+def test_uploads_that_failed() -> None:
+    mirror = {"address": "s3://bucket/run", "step": 400, "failures": 3}
+    finding = found("mirror_failed", good(), mirror=mirror | {"error": "PermissionError: Access Denied"})
+    assert (finding.level, "Access Denied" in finding.evidence) == ("warning", True)
+    assert "step 400" in finding.evidence
+    assert found("mirror_failed", good(), mirror=mirror).level == "note"
+    assert keys(good(), mirror=mirror | {"failures": 0}) == set()
+
+
 # --- as text
 
 

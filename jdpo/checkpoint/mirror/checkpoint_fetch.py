@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,16 @@ from jdpo.checkpoint.mirror.upload_notes import NOTES
 from jdpo.checkpoint.steps import MANIFEST, best_of, clear_way, complete_steps
 from jdpo.durable import sync_path, write_durably
 from jdpo.processes import any_process, is_first, run_jointly
-
-log = logging.getLogger(__name__)
+from jdpo.words import memory
 
 
 def bring_newest(
-    found: RunInMirror, run: Path, newest: int | None, last_step: int, best_metric: str | None
+    found: RunInMirror,
+    run: Path,
+    newest: int | None,
+    last_step: int,
+    best_metric: str | None,
+    log: Callable[[str], None],
 ) -> int | None:
     """Brings the newest checkpoint whose files agree with its manifest, if it is later than `newest`.
 
@@ -35,6 +38,7 @@ def bring_newest(
       last_step: the run's last step.
       best_metric: the metric that ranks checkpoints, if the best one is exported at the end and so has to be there; or
         None.
+      log: takes lines for the user.
 
     Returns:
       the newest step in the folder.
@@ -51,10 +55,10 @@ def bring_newest(
             f"{last_step}: it belongs to another run; choose another mirror"
         )
     for step in steps:
-        if (staged := _stage(found, run, step)) is None:
+        if (staged := _stage(found, run, step, log)) is None:
             continue
         if best_metric is not None:
-            _bring_best(found, run, step, best_metric)
+            _bring_best(found, run, step, best_metric, log)
         run_jointly(lambda: _place(found, run, step, staged), on_first=True)  # noqa: B023
         return step
     if steps and newest is None:
@@ -69,7 +73,7 @@ def _marker(run: Path) -> Path:
     return run / NOTES / "fetching"
 
 
-def _stage(found: RunInMirror, run: Path, step: int) -> Path | None:
+def _stage(found: RunInMirror, run: Path, step: int, log: Callable[[str], None]) -> Path | None:
     """Downloads a step to a folder for it, or returns None, and logs why, if a file is not the one that was saved."""
     folder, staging = step_folder(step), _marker(run) / str(step)
 
@@ -88,17 +92,12 @@ def _stage(found: RunInMirror, run: Path, step: int) -> Path | None:
         return fault
 
     run_jointly(clear, on_first=True)
-    if is_first():
-        log.info("fetching the checkpoint of step %d from the mirror %s", step, found.store.address)
+    size = sum(size for name, size in found.names.items() if name.startswith(f"{folder}/"))
+    log(f"fetching the checkpoint of step {step} ({memory(size)}) from the mirror {found.store.address}")
     fault = run_jointly(bring)
     if any_process(fault is not None):
-        if is_first():
-            log.warning(
-                "the checkpoint of step %d in the mirror %s is damaged (%s): it is not used",
-                step,
-                found.store.address,
-                fault or "in the share of another process",
-            )
+        why = fault or "a file in the share of another process has changed"
+        log(f"warning: the checkpoint of step {step} in the mirror {found.store.address} is damaged ({why}): not used")
         return None
     return staging
 
@@ -121,20 +120,20 @@ def _publish(run: Path, step: int, staging: Path) -> None:
     sync_path(target.parent)
 
 
-def _bring_best(found: RunInMirror, run: Path, newest: int, metric: str) -> None:
+def _bring_best(found: RunInMirror, run: Path, newest: int, metric: str, log: Callable[[str], None]) -> None:
     """Brings the best checkpoints up to a step, too; on each set of evaluation rows there is a best one."""
 
     def best() -> list[int]:
         manifests = {}
-        for step in found.steps:
+        for step in (step for step in found.steps if step <= newest):
             manifest = manifest_in(patiently(lambda: found.store.read(manifest_of(step_folder(step)))))  # noqa: B023
             manifests[step] = manifest or {}
-        names = {str(each.get("metric_name")) for step, each in manifests.items() if step <= newest}
+        names = {str(each.get("metric_name")) for each in manifests.values()}
         names = {name for name in names if name.startswith(f"{metric} on ")}
         ranked = {best_of(manifests, name, greater_is_better=not metric.endswith("loss")) for name in sorted(names)}
-        return sorted(step for step in ranked if step is not None and step < newest)
+        return sorted(step for step in ranked if step not in (None, newest))
 
     there = set(complete_steps(run / CHECKPOINTS))
     for step in run_jointly(best):
-        if step not in there and (staged := _stage(found, run, step)) is not None:
+        if step not in there and (staged := _stage(found, run, step, log)) is not None:
             run_jointly(lambda: _publish(run, step, staged), on_first=True)  # noqa: B023

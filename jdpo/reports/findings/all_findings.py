@@ -9,6 +9,7 @@ from jdpo.reports.findings.cost_findings import cost_findings
 from jdpo.reports.findings.data_findings import data_findings
 from jdpo.reports.findings.held_out_findings import held_out_findings
 from jdpo.reports.findings.learnt_nothing import dead_gradients, learnt_nothing, size_findings
+from jdpo.reports.findings.mirror_findings import mirror_findings
 from jdpo.reports.findings.optimizer_findings import optimizer_findings
 from jdpo.reports.findings.run_facts import LEVELS, Finding, RunFacts
 from jdpo.reports.findings.saturation import saturation
@@ -32,6 +33,7 @@ def findings_of(lines: Lines, facts: RunFacts) -> list[Finding]:
         optimizer_findings(metrics, facts),
         data_findings(metrics, facts),
         cost_findings(metrics, facts),
+        mirror_findings(facts),
     )
     # The sort is stable: findings of one level keep the order above.
     return sorted(found, key=lambda finding: LEVELS.index(finding.level))

@@ -54,6 +54,7 @@ class RunFacts:
       data: content of data.json, {"train": part, "eval": part or None} with the parts of `jdpo inspect`; None without.
       timing: seconds per phase of the run, as in run.json; empty if they were not measured.
       late_programs: programs that were not compiled ahead of their step.
+      mirror: the copy in an object store, as in run.json; empty without.
     """
 
     command: str
@@ -77,6 +78,7 @@ class RunFacts:
     data: Mapping[str, Any] | None = None
     timing: Mapping[str, float] = dataclasses.field(default_factory=dict)
     late_programs: int = 0
+    mirror: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def is_over(self) -> bool:

@@ -101,6 +101,7 @@ def read_facts(
         data=read_data_summary(run),
         timing=record.timing,
         late_programs=record.late_programs or 0,
+        mirror=record.mirror,
         **_of_optimization(config, num_steps),
         **(_of_loss(config) if isinstance(config, PreferenceSettings) else {}),
     )

@@ -219,6 +219,7 @@ def test_every_key_that_may_change_and_changes_the_step_is_part_of_the_fit() -> 
         "save_steps",
         "push_to_hub",
         "push_public",
+        "mirror",
     }
     aside |= {"save_total_limit", "metric_for_best_model", "load_best_model_at_end", "export_dtype", "max_shard_size"}
     aside |= {"profile_steps", "compilation_cache", "resume", "heartbeat_timeout_seconds"}

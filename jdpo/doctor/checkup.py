@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -19,8 +18,8 @@ from jdpo.doctor.diagnosis import diagnose
 from jdpo.doctor.doctor_page import first_problem, page
 from jdpo.doctor.fact_exchange import FactExchange
 from jdpo.doctor.finding import Finding, numbers
-from jdpo.doctor.folder_trial import FolderTrial
-from jdpo.doctor.local_facts import DISK_SECONDS, Given, folders_of, local_facts, read_trial, write_trial
+from jdpo.doctor.folder_trial import FolderTrial, try_folders
+from jdpo.doctor.local_facts import DISK_SECONDS, Given, folders_of, local_facts
 from jdpo.doctor.muster import Muster, muster
 from jdpo.doctor.process_facts import ProcessFacts
 from jdpo.doctor.time_limit import TimeLimits
@@ -112,20 +111,11 @@ def _check(read: Read, exchange: FactExchange, membership: Membership | None, ti
     # ---------------------------------------------------------------------------------------------------------- folders
     token = exchange.from_first("token", lambda: secrets.token_hex(4))
     trials = {key: FolderTrial(path, token=token, process=exchange.process) for key, path in folders_of(given).items()}
-    folders = {key: write_trial(key, trial, limits) for key, trial in trials.items()}
-    exchange.wait("written")
-    for key, trial in trials.items():
-        more = read_trial(folders[key], trial, exchange.count, limits)
-        folders[key] = dataclasses.replace(folders[key], **more)
-    exchange.wait("read")
-    for key, trial in trials.items():
-        if folders[key].answers:
-            with contextlib.suppress(TimeoutError):
-                limits.run(f"removing from {key}", DISK_SECONDS, trial.remove)
+    folders = try_folders(trials, exchange, limits)
 
     # ----------------------------------------------------------------------------------------------------------- clocks
     offset, error = exchange.clock_offset()
-    facts = dataclasses.replace(facts, folders=tuple(folders.values()), clock_offset=offset, clock_error=error)
+    facts = dataclasses.replace(facts, folders=folders, clock_offset=offset, clock_error=error)
 
     # ---------------------------------------------------------------------------------------------------------- devices
     # All processes or none: JAX waits for all when it looks for devices, and all take part in a sum.

@@ -105,8 +105,8 @@ def _code(facts: Sequence[ProcessFacts]) -> list[Finding]:
             Finding(
                 "problem",
                 "code",
-                f"{named(processes, facts)}: {facts[processes[0]].code_place} is another jdpo than elsewhere; "
-                f"{figure(len(unlike), 'file')} differ: {listed(unlike, MOST_NAMED)}",
+                f"{named(processes, facts)}: {facts[processes[0]].code_place} is another jdpo than elsewhere, "
+                f"different in {listed(unlike, MOST_NAMED)}",
                 "install the same jdpo on every host",
             )
         )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jdpo.doctor.finding import Finding, groups_of, named
+from jdpo.doctor.finding import Finding, groups_of, named, numbers
 from jdpo.doctor.process_facts import FolderFacts, ProcessFacts
-from jdpo.words import memory
+from jdpo.words import listed, memory
 
 SLOW_SECONDS = 5.0
 LEAST_FREE = 2**30
+_MOST_STORES = 4
 _LOST = {
     "tmpfs": "is in memory",
     "ramfs": "is in memory",
@@ -75,16 +76,16 @@ def _sharing(key: str, able: dict[int, FolderFacts], facts: Sequence[ProcessFact
         shared = ", shared by all processes" if len(facts) > 1 else ""
         return [] if quiet else [Finding("ok", key, f"{place}{shared}{time}")]
     node_local = all(set(view) == set(processes) for view, processes in views)
-    stores = "; ".join(f"{named(processes, facts)}: {_mounted(able[processes[0]])}" for _, processes in views[:4])
-    more = f"; and {len(views) - 4} more" if len(views) > 4 else ""
     if node_local and key != "output_dir":
-        same = {(folder.path, folder.file_system) for folder in able.values()}
-        where = f"{place}, " if len(same) == 1 else ""
-        return [
-            Finding(
-                "ok", key, f"{where}node-local: {len(views)} stores that do not see each other ({stores}{more}){time}"
-            )
-        ]
+        # Each process has a path of its own where folders are relative, or below a home.
+        where = f"{place}, " if len({folder.path for folder in able.values()}) == 1 else ""
+        groups = listed([numbers(processes) for _, processes in views], _MOST_STORES)
+        text = f"{where}node-local: {len(views)} stores that do not see each other ({groups}){time}"
+        return [Finding("ok", key, text)]
+    stores = "; ".join(
+        f"{named(processes, facts)}: {_mounted(able[processes[0]])}" for _, processes in views[:_MOST_STORES]
+    )
+    more = f"; and {len(views) - _MOST_STORES} more" if len(views) > _MOST_STORES else ""
     text = f"not shared: {len(views)} groups of processes do not see each other's files ({stores}{more})"
     if not node_local:
         text = f"some processes do not see files that others wrote ({stores}{more})"

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from jdpo.doctor.fact_exchange import FactExchange
+from jdpo.doctor.process_facts import FolderFacts
+from jdpo.doctor.time_limit import TimeLimits
 from jdpo.durable import write_durably
+
+DISK_SECONDS = 20.0
+"""Time limit for a disk to answer."""
 
 _SIZE = 2**18
 _PATIENCE = 2.0
@@ -29,7 +36,7 @@ class FolderTrial:
           process: index of this process.
         """
         self.path, self._token, self._process = path, token, process
-        self._created: list[Path] = []
+        self._missing: list[Path] = []  # before the trial, outermost last
 
     def write(self) -> float:
         """Writes the file of this process durably, as a run writes its files, and reads it back.
@@ -41,11 +48,8 @@ class FolderTrial:
           OSError: the folder cannot be created, written or read, or the content that is read is another one.
         """
         begin = time.monotonic()
-        missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
-        for folder in reversed(missing):
-            with contextlib.suppress(FileExistsError):  # another process has created it meanwhile
-                folder.mkdir()
-                self._created.append(folder)
+        self._missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        self.path.mkdir(parents=True, exist_ok=True)
         file = self._file(self._process)
         write_durably(file, self._content(self._process))
         if file.read_bytes() != self._content(self._process):
@@ -75,12 +79,15 @@ class FolderTrial:
             time.sleep(0.05 if left else 0)
         return tuple(sorted(seen))
 
-    def remove(self) -> None:
-        """Removes the file of this process, and the folders that it has created if they are empty."""
-        with contextlib.suppress(OSError):
+    def remove_file(self) -> None:
+        """Removes the file of this process."""
+        with contextlib.suppress(OSError):  # it may never have been written
             self._file(self._process).unlink(missing_ok=True)
-        for folder in reversed(self._created):
-            with contextlib.suppress(OSError):  # something is in it
+
+    def remove_folders(self) -> None:
+        """Removes the folders that were missing before, if all processes have removed their files."""
+        for folder in self._missing:
+            with contextlib.suppress(OSError):  # another process has removed it, or something is in it
                 folder.rmdir()
 
     def _file(self, process: int) -> Path:
@@ -115,3 +122,55 @@ def free_bytes(path: Path) -> int:
     """Returns the free space of the file system that holds a path, or will hold it once it is created."""
     here = next(folder for folder in (path, *path.parents) if folder.exists())
     return shutil.disk_usage(here).free
+
+
+def try_folders(
+    trials: Mapping[str, FolderTrial], exchange: FactExchange, limits: TimeLimits
+) -> tuple[FolderFacts, ...]:
+    """Lets all processes write, read what the others wrote, and clean up; returns what this one found.
+
+    Args:
+      trials: the config's key of a folder -> its trial. The keys may differ between processes.
+    """
+    folders = {key: _write(key, trial, limits) for key, trial in trials.items()}
+    exchange.wait("written")
+    for key, trial in trials.items():
+        folders[key] = _read(folders[key], trial, range(exchange.count), limits)
+    exchange.wait("read")
+    # A disk that did not answer is not asked again.
+    asked = {key: trial for key, trial in trials.items() if folders[key].answers}
+    for key, trial in asked.items():
+        with contextlib.suppress(TimeoutError):
+            limits.run(f"removing a file from {key}", DISK_SECONDS, trial.remove_file)
+    exchange.wait("removed")
+    for key, trial in asked.items():
+        with contextlib.suppress(TimeoutError):
+            limits.run(f"removing {key}", DISK_SECONDS, trial.remove_folders)
+    return tuple(folders.values())
+
+
+def _write(key: str, trial: FolderTrial, limits: TimeLimits) -> FolderFacts:
+    facts = FolderFacts(key=key, path=os.path.abspath(trial.path))
+    try:
+        facts = dataclasses.replace(facts, seconds=limits.run(f"writing to {key}", DISK_SECONDS, trial.write))
+    except TimeoutError as error:
+        return dataclasses.replace(facts, error=str(error), answers=False)
+    except OSError as error:
+        facts = dataclasses.replace(facts, error=str(error))
+    try:
+        mount, system, free = limits.run(key, DISK_SECONDS, lambda: (*mount_of(trial.path), free_bytes(trial.path)))
+    except OSError:  # what is wrong with it was found above
+        return facts
+    return dataclasses.replace(facts, mount=mount, file_system=system, free_bytes=free)
+
+
+def _read(facts: FolderFacts, trial: FolderTrial, processes: Iterable[int], limits: TimeLimits) -> FolderFacts:
+    if not facts.answers:
+        return facts
+    try:
+        seen = limits.run(f"reading from {facts.key}", DISK_SECONDS, lambda: trial.read_others(processes))
+    except TimeoutError as error:
+        return dataclasses.replace(facts, error=str(error), answers=False)
+    except OSError as error:
+        return dataclasses.replace(facts, read_error=str(error))
+    return dataclasses.replace(facts, sees=seen)

@@ -16,16 +16,14 @@ from jdpo._version import __version__
 from jdpo.config import TrainConfig, public_text, to_public_dict
 from jdpo.data.prepared.prepare import cache_folder
 from jdpo.doctor.device_trial import flag_error
-from jdpo.doctor.folder_trial import FolderTrial, free_bytes, mount_of
+from jdpo.doctor.folder_trial import DISK_SECONDS
 from jdpo.doctor.input_files import checkpoint_bytes, data_files, model_files
-from jdpo.doctor.process_facts import FolderFacts, ProcessFacts
+from jdpo.doctor.process_facts import ProcessFacts
 from jdpo.doctor.time_limit import TimeLimits
 from jdpo.file_digests import code_digests
 from jdpo.processes import Membership
 from jdpo.training.fit.host_memory import host_memory
 
-DISK_SECONDS = 20.0
-"""Time limit for a disk to answer."""
 READING_SECONDS = 120.0
 """Time limit for reading data to compare it; data that takes longer is not compared."""
 
@@ -195,32 +193,3 @@ def folders_of(given: Given | ValueError | None) -> dict[str, Path]:
         return {"cache_dir": cache_folder(None)}
     folders = {} if "output_dir" in given.missing else {"output_dir": Path(given.config.output_dir)}
     return folders | {"cache_dir": cache_folder(given.config.cache_dir)}
-
-
-def write_trial(key: str, trial: FolderTrial, limits: TimeLimits) -> FolderFacts:
-    """Writes the file of this process into a folder; returns what is known of the folder then."""
-    facts: dict[str, Any] = {"key": key, "path": os.path.abspath(trial.path)}
-    try:
-        facts["seconds"] = limits.run(f"writing to {key}", DISK_SECONDS, trial.write)
-    except TimeoutError as error:
-        return FolderFacts(**facts, error=str(error), answers=False)
-    except OSError as error:
-        facts["error"] = str(error)
-    try:
-        place = limits.run(key, DISK_SECONDS, lambda: (*mount_of(trial.path), free_bytes(trial.path)))
-    except OSError:  # what is wrong with it was found above
-        return FolderFacts(**facts)
-    return FolderFacts(**facts, mount=place[0], file_system=place[1], free_bytes=place[2])
-
-
-def read_trial(facts: FolderFacts, trial: FolderTrial, count: int, limits: TimeLimits) -> dict[str, Any]:
-    """Returns the fields of FolderFacts that tell which processes' files this one can read."""
-    if not facts.answers:
-        return {}
-    try:
-        seen = limits.run(f"reading from {facts.key}", DISK_SECONDS, lambda: trial.read_others(range(count)))
-    except TimeoutError as error:
-        return {"error": str(error), "answers": False}
-    except OSError as error:
-        return {"read_error": str(error)}
-    return {"sees": seen}

@@ -129,12 +129,16 @@ class ProcessFacts:
     def from_json(cls, text: str) -> ProcessFacts:
         """Reads what `to_json` of another process wrote."""
         values = json.loads(text)
-        values["folders"] = tuple(_read(FolderFacts, folder) for folder in values["folders"])
-        if values["devices"] is not None:
+        values["folders"] = tuple(_read(FolderFacts, folder) for folder in values.get("folders", []))
+        if values.get("devices") is not None:
             values["devices"] = _read(DeviceFacts, values["devices"])
         return _read(cls, values)
 
 
 def _read(cls: type[Any], values: Mapping[str, Any]) -> Any:
+    # Another version of jdpo, which is for the diagnosis to say, may know other facts.
+    known = {field.name for field in dataclasses.fields(cls)}
     # JSON has lists only.
-    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    return cls(
+        **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if name in known}
+    )

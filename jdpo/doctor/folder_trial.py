@@ -165,7 +165,7 @@ def _write(key: str, trial: FolderTrial, limits: TimeLimits) -> FolderFacts:
 
 
 def _read(facts: FolderFacts, trial: FolderTrial, processes: Iterable[int], limits: TimeLimits) -> FolderFacts:
-    if not facts.answers:
+    if facts.error is not None:  # which is reported, and what else does not work there follows from it
         return facts
     try:
         seen = limits.run(f"reading from {facts.key}", DISK_SECONDS, lambda: trial.read_others(processes))

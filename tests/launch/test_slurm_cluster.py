@@ -127,8 +127,9 @@ def submit(
 def test_a_stopped_job_saves_is_requeued_and_ends_in_the_bits_of_one_that_ran_through(
     submit: Submit, num_tasks: int
 ) -> None:
-    whole = submit("whole", num_tasks)
+    whole = submit("whole", num_tasks, options=["--doctor"])
     assert whole.end() == "COMPLETED", whole.log()
+    assert "jdpo doctor: all is well" in whole.log()
     assert f"Slurm: process {num_tasks - 1} of {num_tasks}" in whole.log()
     assert whole.restarts == 0
 

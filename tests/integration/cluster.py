@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,10 +24,11 @@ XLA_FLAGS = {
 
 
 class End(NamedTuple):
-    """The end of a process: its exit code and its stderr."""
+    """The end of a process: its exit code, its stderr and its stdout."""
 
     code: int
     log: str
+    printed: str = ""
 
 
 class Cluster:
@@ -45,7 +46,8 @@ class Cluster:
         while running := [index for index, process in enumerate(self.processes) if process.poll() is None]:
             assert time.monotonic() < deadline, f"processes {running} still run after {timeout} s: {self.logs()}"
             time.sleep(0.1)
-        return [End(process.returncode, log) for process, log in zip(self.processes, self.logs(), strict=True)]
+        ends = zip(self.processes, self._logs, strict=True)
+        return [End(process.returncode, log.read_text(), _output(log).read_text()) for process, log in ends]
 
     def logs(self) -> list[str]:
         """Returns what each has printed so far."""
@@ -53,24 +55,33 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def started(commands: Sequence[Sequence[object]], folders: Sequence[Path] | None = None) -> Iterator[Cluster]:
+def started(
+    commands: Sequence[Sequence[object]],
+    folders: Sequence[Path] | None = None,
+    *,
+    environs: Mapping[int, Mapping[str, str]] | None = None,
+    missing: Sequence[int] = (),
+) -> Iterator[Cluster]:
     """Runs `python COMMAND` for each of some commands as one cluster of eight devices; none outlives the context.
 
     Args:
       folders: working folder of each process; None: this one for all.
+      environs: further environment variables of some processes.
+      missing: processes that are not started.
     """
     count, port = len(commands), free_port()
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         # Files: nobody reads while the processes run, and a full pipe would block them.
-        logs = [Path(folder) / str(index) for index in range(count)]
+        logs = [Path(folder) / str(index) for index in range(count) if index not in missing]
         processes: list[subprocess.Popen[bytes]] = []
-        for index, (command, log) in enumerate(zip(commands, logs, strict=True)):
-            with log.open("wb") as stderr:
+        for log in logs:
+            index = int(log.name)
+            with log.open("wb") as stderr, _output(log).open("wb") as stdout:
                 process = subprocess.Popen(
-                    [sys.executable, *map(str, command)],
+                    [sys.executable, *map(str, commands[index])],
                     cwd=folders[index] if folders else None,
-                    env=_environment(index, count=count, port=port),
-                    stdout=subprocess.DEVNULL,
+                    env=_environment(index, count=count, port=port) | dict((environs or {}).get(index, {})),
+                    stdout=stdout,
                     stderr=stderr,
                 )
             stack.callback(process.wait)
@@ -80,11 +91,21 @@ def started(commands: Sequence[Sequence[object]], folders: Sequence[Path] | None
 
 
 def run_cluster(
-    commands: Sequence[Sequence[object]], folders: Sequence[Path] | None = None, *, timeout: float = 400
+    commands: Sequence[Sequence[object]],
+    folders: Sequence[Path] | None = None,
+    *,
+    timeout: float = 400,
+    environs: Mapping[int, Mapping[str, str]] | None = None,
+    missing: Sequence[int] = (),
 ) -> list[End]:
-    """Starts the commands as one cluster and waits for all of them."""
-    with started(commands, folders) as cluster:
+    """Starts the commands as one cluster and waits for all of them; see `started`."""
+    with started(commands, folders, environs=environs, missing=missing) as cluster:
         return cluster.wait(timeout)
+
+
+def _output(log: Path) -> Path:
+    """Returns the file of a process's stdout."""
+    return log.with_suffix(".out")
 
 
 def _environment(index: int, *, count: int, port: int) -> dict[str, str]:

@@ -18,8 +18,9 @@ from jdpo.doctor.diagnosis import diagnose
 from jdpo.doctor.doctor_page import first_problem, page
 from jdpo.doctor.fact_exchange import FactExchange
 from jdpo.doctor.finding import Finding, numbers
-from jdpo.doctor.folder_trial import FolderTrial, try_folders
+from jdpo.doctor.folder_trial import FolderTrial, Trial, try_folders
 from jdpo.doctor.local_facts import DISK_SECONDS, Given, folders_of, local_facts
+from jdpo.doctor.mirror_trial import MirrorTrial
 from jdpo.doctor.muster import Muster, muster
 from jdpo.doctor.process_facts import ProcessFacts
 from jdpo.doctor.time_limit import TimeLimits
@@ -110,7 +111,11 @@ def _check(read: Read, exchange: FactExchange, membership: Membership | None, ti
 
     # ---------------------------------------------------------------------------------------------------------- folders
     token = exchange.from_first("token", lambda: secrets.token_hex(4))
-    trials = {key: FolderTrial(path, token=token, process=exchange.process) for key, path in folders_of(given).items()}
+    trials: dict[str, Trial] = {
+        key: FolderTrial(path, token=token, process=exchange.process) for key, path in folders_of(given).items()
+    }
+    if isinstance(given, Given) and given.config.mirror is not None:
+        trials["mirror"] = MirrorTrial(given.config.mirror, token=token, process=exchange.process)
     folders = try_folders(trials, exchange, limits)
 
     # ----------------------------------------------------------------------------------------------------------- clocks

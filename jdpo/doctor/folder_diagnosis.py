@@ -55,6 +55,8 @@ def _folder(key: str, facts: Sequence[ProcessFacts]) -> list[Finding]:
 
 
 def _advice_on(key: str, folder: FolderFacts) -> str:
+    if key == "mirror":
+        return "see whether this host has the credentials and reaches the store, and how the bucket is called"
     if not folder.answers:
         return f"see whether the file system at {folder.path} is mounted and its server answers"
     if folder.error and any(text in folder.error for text in ("No space left", "quota", "File too large")):
@@ -76,7 +78,7 @@ def _sharing(key: str, able: dict[int, FolderFacts], facts: Sequence[ProcessFact
         shared = ", shared by all processes" if len(facts) > 1 else ""
         return [] if quiet else [Finding("ok", key, f"{place}{shared}{time}")]
     node_local = all(set(view) == set(processes) for view, processes in views)
-    if node_local and key != "output_dir":
+    if node_local and key == "cache_dir":
         # Each process has a path of its own where folders are relative, or below a home.
         where = f"{place}, " if len({folder.path for folder in able.values()}) == 1 else ""
         groups = listed([numbers(processes) for _, processes in views], _MOST_STORES)
@@ -89,11 +91,11 @@ def _sharing(key: str, able: dict[int, FolderFacts], facts: Sequence[ProcessFact
     text = f"not shared: {len(views)} groups of processes do not see each other's files ({stores}{more})"
     if not node_local:
         text = f"some processes do not see files that others wrote ({stores}{more})"
-    advice = (
-        "mount one shared file system on every host, at the same place"
-        if key == "output_dir"
-        else "see whether the file system is mounted everywhere, and how long its clients keep old listings"
-    )
+    advice = {
+        "output_dir": "mount one shared file system on every host, at the same place",
+        "mirror": "give an address that is the same place for every host",
+        "cache_dir": "see whether the file system is mounted everywhere, and how long its clients keep old listings",
+    }[key]
     return [Finding("problem", key, text, advice)]
 
 

@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Protocol
 
 from jdpo.doctor.fact_exchange import FactExchange
 from jdpo.doctor.process_facts import FolderFacts
@@ -25,8 +26,33 @@ _PATIENCE = 2.0
 _UNESCAPED = re.compile(r"\\([0-7]{3})")
 
 
+class Trial(Protocol):
+    """A trial of a folder or an object store by one process. Its calls may take forever, if there is no answer.
+
+    Attributes:
+      address: the path or the address, for messages.
+    """
+
+    address: str
+
+    def write(self) -> float:
+        """Writes a file and reads it back; returns the seconds that this took."""
+
+    def read_others(self, processes: Iterable[int]) -> tuple[int, ...]:
+        """Returns those of `processes` whose files this one can read."""
+
+    def place(self) -> tuple[str, str, int | None]:
+        """Returns where the file system is mounted, its type, and its free bytes."""
+
+    def remove_file(self) -> None:
+        """Removes the file of this process."""
+
+    def remove_folders(self) -> None:
+        """Removes what was created for the file, once all processes have removed theirs."""
+
+
 class FolderTrial:
-    """A trial of one folder by one process. Its calls may take forever if the disk does not answer."""
+    """A trial of one folder by one process."""
 
     def __init__(self, path: Path, *, token: str, process: int) -> None:
         """
@@ -35,6 +61,7 @@ class FolderTrial:
           token: part of the names of the files, the same on all processes and in no other trial.
           process: index of this process.
         """
+        self.address = os.path.abspath(path)
         self.path, self._token, self._process = path, token, process
         self._missing: list[Path] = []  # before the trial, outermost last
 
@@ -78,6 +105,10 @@ class FolderTrial:
                 break
             time.sleep(0.05 if left else 0)
         return tuple(sorted(seen))
+
+    def place(self) -> tuple[str, str, int | None]:
+        """Returns where the file system is mounted, its type, and its free bytes."""
+        return (*mount_of(self.path), free_bytes(self.path))
 
     def remove_file(self) -> None:
         """Removes the file of this process."""
@@ -124,9 +155,7 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(here).free
 
 
-def try_folders(
-    trials: Mapping[str, FolderTrial], exchange: FactExchange, limits: TimeLimits
-) -> tuple[FolderFacts, ...]:
+def try_folders(trials: Mapping[str, Trial], exchange: FactExchange, limits: TimeLimits) -> tuple[FolderFacts, ...]:
     """Lets all processes write, read what the others wrote, and clean up; returns what this one found.
 
     Args:
@@ -140,7 +169,7 @@ def try_folders(
     # A disk that did not answer is not asked again.
     asked = {key: trial for key, trial in trials.items() if folders[key].answers}
     for key, trial in asked.items():
-        with contextlib.suppress(TimeoutError):
+        with contextlib.suppress(OSError):
             limits.run(f"removing a file from {key}", DISK_SECONDS, trial.remove_file)
     exchange.wait("removed")
     for key, trial in asked.items():
@@ -149,22 +178,22 @@ def try_folders(
     return tuple(folders.values())
 
 
-def _write(key: str, trial: FolderTrial, limits: TimeLimits) -> FolderFacts:
-    facts = FolderFacts(key=key, path=os.path.abspath(trial.path))
+def _write(key: str, trial: Trial, limits: TimeLimits) -> FolderFacts:
+    facts = FolderFacts(key=key, path=trial.address)
     try:
         facts = dataclasses.replace(facts, seconds=limits.run(f"writing to {key}", DISK_SECONDS, trial.write))
     except TimeoutError as error:
         return dataclasses.replace(facts, error=str(error), answers=False)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a ValueError for a store whose package is not installed
         facts = dataclasses.replace(facts, error=str(error))
     try:
-        mount, system, free = limits.run(key, DISK_SECONDS, lambda: (*mount_of(trial.path), free_bytes(trial.path)))
+        mount, system, free = limits.run(key, DISK_SECONDS, trial.place)
     except OSError:  # what is wrong with it was found above
         return facts
     return dataclasses.replace(facts, mount=mount, file_system=system, free_bytes=free)
 
 
-def _read(facts: FolderFacts, trial: FolderTrial, processes: Iterable[int], limits: TimeLimits) -> FolderFacts:
+def _read(facts: FolderFacts, trial: Trial, processes: Iterable[int], limits: TimeLimits) -> FolderFacts:
     if facts.error is not None:  # which is reported, and what else does not work there follows from it
         return facts
     try:

@@ -13,13 +13,13 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FolderFacts:
-    """A folder that a run writes to, as one process sees it.
+    """A folder that a run writes to, or its mirror, as one process sees it.
 
     Attributes:
-      key: the config's key, output_dir or cache_dir.
-      path: the absolute path.
+      key: the config's key: output_dir, cache_dir or mirror.
+      path: the absolute path, or the address.
       mount: where its file system is mounted; "" if that is unknown.
-      file_system: its type, such as ext4, nfs4 or tmpfs.
+      file_system: its type, such as ext4, nfs4 or tmpfs; "object store" for a mirror.
       error: why it cannot be written or read back; None if it can.
       answers: False if the error is that the disk did not answer in time.
       free_bytes: free space for this user; None if unknown.

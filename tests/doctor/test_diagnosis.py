@@ -174,6 +174,18 @@ def test_a_cache_of_each_host_is_said_and_no_fault() -> None:
     assert "processes 0, 1, processes 2, 3" in cache.text
 
 
+def test_a_mirror_that_one_process_cannot_write_is_a_problem() -> None:
+    store = dataclasses.replace(
+        OUTPUT, key="mirror", path="s3://bucket/run", mount="", file_system="object store", free_bytes=None
+    )
+    good = dict.fromkeys(range(COUNT), (OUTPUT, CACHE, store))
+    assert not wrong(cluster(folders=good))
+    bad = (OUTPUT, CACHE, dataclasses.replace(store, error="403 Forbidden", sees=()))
+    (finding,) = wrong(cluster(folders=good | {1: bad}))
+    assert finding.subject == "mirror"
+    assert "credentials" in finding.advice
+
+
 def test_a_view_that_is_not_mutual_is_a_problem_of_a_cache_too() -> None:
     caches = {0: (OUTPUT, dataclasses.replace(CACHE, sees=(0, 1, 2)))}
     (finding,) = wrong(cluster(folders=caches))

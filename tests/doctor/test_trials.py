@@ -20,6 +20,7 @@ from jdpo.cli.main import main
 from jdpo.doctor.device_trial import flag_error, unused_accelerators
 from jdpo.doctor.folder_trial import FolderTrial, mount_of
 from jdpo.doctor.local_facts import compared_environment
+from jdpo.doctor.mirror_trial import MirrorTrial
 from jdpo.doctor.muster import Muster, muster
 from jdpo.doctor.time_limit import TimeLimits
 from jdpo.file_digests import code_digests
@@ -138,6 +139,19 @@ def test_files_that_nobody_wrote_are_not_seen_and_folders_in_use_stay(tmp_path: 
     trial.remove_file()
     trial.remove_folders()
     assert [path.name for path in tmp_path.iterdir()] == ["kept.txt"]
+
+
+def test_a_mirror_is_written_and_read_by_every_process(tmp_path: Path) -> None:
+    trials = [MirrorTrial(f"file://{tmp_path}/mirror", token="t", process=index) for index in range(3)]
+    assert trials[2].write() > 0
+    assert trials[2].read_others(range(3)) == (2,)  # that of process 0 is not there
+    trials[0].write()
+    assert trials[2].read_others(range(3)) == (0, 1, 2)
+    for trial in trials:
+        trial.remove_file()
+    assert not list((tmp_path / "mirror").iterdir())
+    with pytest.raises((OSError, ValueError)):
+        MirrorTrial("gone://bucket/run", token="t", process=0).write()
 
 
 def test_a_disk_that_takes_no_more_is_an_error(tmp_path: Path) -> None:

@@ -43,9 +43,7 @@ class JobSetOptions:
     volume: str = option(
         "CLAIM",
         "PersistentVolumeClaim that all pods can write (ReadWriteMany, such as Filestore), for output_dir and caches. "
-        "It is mounted at /shared, where the run starts.",
-        required="a PersistentVolumeClaim that all pods can write (ReadWriteMany), for output_dir and caches: a pod's "
-        "own disk is gone with the pod, and with it every checkpoint",
+        "It is mounted at /shared, where the run starts. A run with a single pod and a mirror needs none.",
     )
     namespace: str = option("NAMESPACE", "Namespace of everything that is created.", default="default")
     secret_store: str = option(
@@ -83,6 +81,7 @@ def jobset(request: LaunchRequest, options: JobSetOptions) -> Launch:
     _check_machine(machine)
     _check_config(request)
     _check_names(options)
+    _check_volume(request, options)
     path = request.folder / "jobset.yaml"
     command = request.words(CONFIG)
     text = render(
@@ -151,6 +150,23 @@ def _check_config(request: LaunchRequest) -> None:
             )
 
 
+def _check_volume(request: LaunchRequest, options: JobSetOptions) -> None:
+    if options.volume:
+        return
+    if request.config.mirror and request.machine.num_hosts == 1:
+        if local := request.local_paths():
+            raise ValueError(
+                f"{', '.join(local)}: the pod has no such file; give --volume CLAIM and put it there, or use an "
+                "address such as gs://bucket/pairs.jsonl"
+            )
+        return
+    raise ValueError(
+        "`jdpo launch jobset` needs --volume CLAIM: a PersistentVolumeClaim that all pods can write (ReadWriteMany), "
+        "for output_dir and caches. A pod's own disk is gone with the pod, and with it every checkpoint; a run with a "
+        "single pod can do without if its config has a mirror"
+    )
+
+
 def _check_names(options: JobSetOptions) -> None:
     checked_image(options.image)
     checked_namespace(options.namespace)
@@ -217,15 +233,19 @@ def _before(request: LaunchRequest, options: JobSetOptions) -> tuple[Advice, ...
             "Store the secrets, from variables of your shell:",
             f"{kubectl} create secret generic {shlex.quote(options.secret_store)} {literals}",
         ),
+        *(_of_volume(request, kubectl, options.volume) if options.volume else ()),
+    )
+
+
+def _of_volume(request: LaunchRequest, kubectl: str, volume: str) -> list[Advice]:
+    places = {path: PurePosixPath(SHARED) / path for path in request.local_paths()}
+    return [
         Advice(
             "Create the volume, unless it is there; all pods write to it (ReadWriteMany). See docs/launch.md.",
-            f"{kubectl} get pvc {shlex.quote(options.volume)}",
+            f"{kubectl} get pvc {shlex.quote(volume)}",
         ),
-        *(
-            Advice(f"Put {path} on the volume: the pods look for it at {PurePosixPath(SHARED) / path}.")
-            for path in request.local_paths()
-        ),
-    )
+        *(Advice(f"Put {path} on the volume: the pods look for it at {place}.") for path, place in places.items()),
+    ]
 
 
 def _after(request: LaunchRequest, kubectl: str, delete: str) -> tuple[Advice, ...]:

@@ -22,6 +22,7 @@ MOST_CHARACTERS = 40
 
 _SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|(^|_)KEY(_|$)|API_?KEY", re.IGNORECASE)
 _KEYS_OF_TRACKERS = {"wandb": "WANDB_API_KEY", "mlflow": "MLFLOW_TRACKING_TOKEN", "trackio": "HF_TOKEN"}
+_KEYS_OF_S3 = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,9 +136,11 @@ def make_request(
 
 
 def implied_secrets(config: TrainConfig) -> list[str]:
-    """Returns the variables that a run with this config reads secrets from: of the hub, and of its trackers."""
+    """Returns the variables that a run with this config reads secrets from: of the hub, its trackers, and S3."""
     trackers = [_KEYS_OF_TRACKERS[name] for name in config.report_to if name in _KEYS_OF_TRACKERS]
-    return list(dict.fromkeys(["HF_TOKEN", *trackers]))
+    addresses = [config.mirror or "", config.model_name_or_path, *(each.path for each in config.datasets)]
+    stores = _KEYS_OF_S3 if any(address.startswith("s3://") for address in addresses) else ()
+    return list(dict.fromkeys(["HF_TOKEN", *trackers, *stores]))
 
 
 def name_from(text: str) -> str:

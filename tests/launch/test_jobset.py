@@ -233,6 +233,23 @@ def test_local_inputs_are_named(config: Path) -> None:
     assert "/shared/pairs.jsonl" in said[0]
 
 
+def test_a_single_pod_with_a_mirror_needs_no_volume(config: Path) -> None:
+    words = ["jobset", str(config), "--on", "v6e-8", "--image", "repo/jdpo:1", "mirror=s3://bucket/runs/first"]
+    made = planned(words)
+    (text,) = made.files.values()
+    jobset = next(each for each in yaml.safe_load_all(text) if each["kind"] == "JobSet")
+    volumes = {each["name"]: each for each in job_template(jobset)["spec"]["template"]["spec"]["volumes"]}
+    assert volumes["shared"] == {"name": "shared", "emptyDir": {}}
+    assert {each["name"] for each in container_of(jobset)["env"]} >= {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
+    assert "volume" not in "".join(each.what for each in made.before)
+    validate(job_of(jobset))
+    Path("pairs.jsonl").touch()
+    with pytest.raises(ValueError, match="no such file"):
+        planned([*words, "datasets=pairs.jsonl"])
+    with pytest.raises(ValueError, match="ReadWriteMany"):
+        planned([*words[:2], "--on", "v6e-16", *words[4:]])
+
+
 def test_the_root_user_and_labels_of_other_clouds(config: Path) -> None:
     jobset = documents(config, "h100x8", "--root", "--node_selector=node.kubernetes.io/instance-type=p5.48xlarge")[
         "JobSet"

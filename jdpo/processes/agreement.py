@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, TypeVar, overload
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -111,16 +110,27 @@ def max_over_processes(mine: float) -> float:
     return float(np.max(multihost_utils.process_allgather(bits).reshape(-1).view(np.float64)))
 
 
-def any_process_later(mine: bool) -> Callable[[], bool]:
-    """Starts `any_process` without waiting; calling the result waits for the answer, so devices stay busy meanwhile."""
+def any_process_later(mine: Sequence[bool]) -> Callable[[], list[bool]]:
+    """Starts `any_process` of several flags without waiting, so that devices stay busy meanwhile.
+
+    Returns:
+      a function that waits for the answers, one for each flag.
+    """
     # A jitted reduction is queued after the running step and returns at once; process_allgather would wait for it.
     devices = Mesh(np.array(jax.devices()), ("devices",))
-    # [devices], each process fills in the flags of its own.
+    # [devices, flags], each process fills in the rows of its own devices.
     flags = jax.make_array_from_callback(
-        (jax.device_count(),), NamedSharding(devices, PartitionSpec("devices")), lambda index: np.array([mine])
+        (jax.device_count(), len(mine)),
+        NamedSharding(devices, PartitionSpec("devices")),
+        lambda index: np.array([mine]),
     )
-    found = jax.jit(jnp.any, out_shardings=NamedSharding(devices, PartitionSpec()))(flags)
-    return lambda: bool(np.asarray(found.addressable_data(0)))
+    found = jax.jit(_any_device, out_shardings=NamedSharding(devices, PartitionSpec()))(flags)
+    return lambda: [bool(flag) for flag in np.asarray(found.addressable_data(0))]
+
+
+def _any_device(flags: jax.Array) -> jax.Array:
+    # A function of the module: one that is made in each call would be compiled in each call.
+    return flags.any(axis=0)
 
 
 def differing(mine: Mapping[str, str]) -> list[str]:

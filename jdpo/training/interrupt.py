@@ -13,7 +13,7 @@ import signal
 import threading
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -33,6 +33,13 @@ def silence_lost_output() -> None:
             os.close(nowhere)
 
 
+class Agreed(NamedTuple):
+    """What at least one process of a run asks for: to stop, or to save a checkpoint. The same on every process."""
+
+    stop: bool
+    save: bool
+
+
 class StopRequest:
     """While entered, a first signal asks the run to stop, and a second one has its default effect.
 
@@ -45,7 +52,7 @@ class StopRequest:
         self.signum: int | None = None
         self.reason: str | None = None
         self._previous: dict[int, Any] = {}
-        self._answer: Callable[[], bool] | None = None
+        self._answer: Callable[[], list[bool]] | None = None
 
     def __enter__(self) -> StopRequest:
         # Python delivers signals to the main thread only, and refuses handlers from others.
@@ -98,13 +105,20 @@ class StopRequest:
         """Returns True if a signal asked any process to stop; every process gets the same answer."""
         return any_process(self._signal is not None)
 
-    def poll(self) -> bool:
-        """Returns the same as `asked`, one call late if there are several processes, so that none waits for others."""
+    def poll(self, *, save: bool = False) -> Agreed:
+        """Asks all processes, and returns what they answered.
+
+        With several processes the answer is that of the call before, so that none waits for the others.
+
+        Args:
+          save: this process asks for a checkpoint.
+        """
+        mine = Agreed(self.noticed(), save)
         if jax.process_count() == 1:
-            return self.noticed()
+            return mine
         # The last call's answer has arrived in the meantime; waiting for this one would cost a round trip per step.
-        earlier, self._answer = self._answer, any_process_later(self.noticed())
-        return earlier is not None and earlier()
+        earlier, self._answer = self._answer, any_process_later(mine)
+        return Agreed(*earlier()) if earlier is not None else Agreed(False, False)
 
     @property
     def exit_code(self) -> int:

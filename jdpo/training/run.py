@@ -47,6 +47,7 @@ from jdpo.training.pages.live_report import LiveReport, renew_last_page
 from jdpo.training.profile import Profiler
 from jdpo.training.reference.reference_source import Reference, settle_reference
 from jdpo.training.run_dir import RunDirectory
+from jdpo.training.save_timer import SaveTimer
 from jdpo.training.setup.batches import StepBatch, shapes_in_order
 from jdpo.training.setup.numerics import jax_settings, resolve_dtype
 from jdpo.training.setup.row_order import BuildStopped
@@ -191,7 +192,7 @@ def train(
 
         # --------------------------------------------------------------------------------------------------------- loop
         if trains:
-            last_saved = newest
+            last_saved, save_timer = newest, SaveTimer(config.save_minutes)
             metrics: Mapping[str, float] = {}
             record = Record(setup, directory, resources, trackers, position)
             samples = AnswerSamples(setup, directory.samples, record, log, continued_from=newest)
@@ -255,8 +256,8 @@ def train(
                             metrics = evaluation.log(step, state, frozen, record, display, log)
                             calls.after_evaluation(step, metrics, weights(state.params, frozen.base))
                     # Polled in every step, as all processes must take part in the answer.
-                    stopping = stop.poll()
-                    if is_last or stopping or _is_due(step, config.save_steps):
+                    stopping, saving = stop.poll(save=save_timer.is_due())
+                    if is_last or stopping or saving or _is_due(step, config.save_steps):
                         reports.read()
                         with reports.untimed():
                             metric = metrics.get(config.metric_for_best_model)
@@ -264,6 +265,7 @@ def train(
                             with clock.within("save"):
                                 manager.save(step, saved_parts(state), saved, metric=metric)
                             last_saved = step
+                            save_timer.restart()
                             timing.save()
                     # A failed save or compilation is raised now, and not after hours of training.
                     manager.poll()

@@ -105,5 +105,5 @@ def test_code_may_ask_from_any_thread_and_its_first_reason_counts() -> None:
         thread = threading.Thread(target=stop.ask, args=(reason,))
         thread.start()
         thread.join()
-    assert (stop.asked(), stop.poll(), stop.noticed(), stop.signalled()) == (True, True, True, False)
+    assert (stop.asked(), stop.poll().stop, stop.noticed(), stop.signalled()) == (True, True, True, False)
     assert stop.reason == "first"

@@ -147,6 +147,12 @@ class CheckpointManager:
         )
         self._pending = (step, metric)
 
+    def rate(self, step: int, metric: float | None) -> None:
+        """Sets the metric of a complete step that was saved without one."""
+        if jax.process_index() == 0 and (manifest := read_manifest(self._folder / str(step))) is not None:
+            rated = {**manifest, "metric_name": self._metric_name, "metric": metric}
+            write_durably(self._folder / str(step) / MANIFEST, json.dumps(rated, indent=1))
+
     def poll(self) -> None:
         """Seals a save that has finished in the background, if there is one. Cheap; call it every step.
 

@@ -39,6 +39,22 @@ def catch_early_interrupts() -> None:
         signal.signal(signal.SIGINT, _interrupt)
 
 
+def catch_early_sigterm() -> None:
+    """Makes SIGTERM end the process with 143 also before its command handles signals itself.
+
+    Linux sends the first process of a container no signal that it does not handle.
+    """
+    main_thread = threading.current_thread() is threading.main_thread()
+    if main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _terminate)
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    os.write(2, b"jdpo: stopped by SIGTERM before the command began\n")
+    # At once: the libraries that are being imported may catch anything that is raised.
+    os._exit(128 + signum)
+
+
 def _interrupt(signum: int, frame: FrameType | None) -> None:
     while frame is not None:
         # Anywhere below an import statement an exception would be caught or changed by the importing library.

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 
 from jdpo import exit_codes
-from jdpo.cli.failures import INTERRUPTED, catch_early_interrupts, explain_failure, explain_input
+from jdpo.cli.failures import INTERRUPTED, catch_early_interrupts, catch_early_sigterm, explain_failure, explain_input
 from jdpo.cli.huge_pages import restart_with_huge_pages
 from jdpo.loss_specs import LOSSES
 from jdpo.quiet_transformers import be_quiet
@@ -129,6 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Before anything is loaded, and only as a process of its own, which it replaces.
     if argv is None and command in ON_HUGE_PAGES and not {"-h", "--help"} & {*rest}:
         restart_with_huge_pages()
+        catch_early_sigterm()
     if command not in COMMANDS:
         print(_safe(f"jdpo: unknown command {command!r}{_instead_of(command)}\n\n{usage()}"), file=sys.stderr)
         return 2

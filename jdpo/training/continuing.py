@@ -16,6 +16,7 @@ from jdpo.checkpoint.steps import complete_steps, damaged_folders, refuse_foreig
 from jdpo.config import differences, to_public_dict
 from jdpo.models.weights.hub_models import has_weights
 from jdpo.processes import agree_on, differing, run_jointly
+from jdpo.reports.metrics_file import read_metrics
 from jdpo.sharding.placement import replicated
 from jdpo.training.finish import source_folders
 from jdpo.training.fit.assembly import Assembly
@@ -97,6 +98,19 @@ def _refuse_lost(directory: RunDirectory) -> None:
             "Repair one and rename it to its step; or give the same command with `--resume never`, which keeps them "
             "and starts at step 0 again"
         )
+
+
+def is_unevaluated(setup: Setup, directory: RunDirectory, step: int | None) -> bool:
+    """Returns True if a signal broke off the evaluation after the step of a checkpoint; the same on every process."""
+    if step is None or setup.eval_data is None:
+        return False
+
+    def find() -> int:
+        # A start that was killed may have made it since.
+        made = any(line["step"] == step and "eval_loss" in line for line in read_metrics(directory.metrics))
+        return int(read_position(directory.checkpoints.absolute() / str(step)).get("unevaluated", False) and not made)
+
+    return bool(agree_on(find))
 
 
 def describe_start(setup: Setup, directory: RunDirectory) -> str:
@@ -187,11 +201,14 @@ def restore_state(
     return TrainState(**restored.state), frozen, restored.position
 
 
-def position_after(step: int, setup: Setup, record: Record, base_identity: Mapping[str, str] | None) -> dict[str, Any]:
+def position_after(
+    step: int, setup: Setup, record: Record, base_identity: Mapping[str, str] | None, *, unevaluated: bool = False
+) -> dict[str, Any]:
     """Returns what a checkpoint holds next to the state; the lines of metrics.jsonl up to it are on the disk then.
 
     Args:
       base_identity: which base the adapters belong to, where adapters are trained.
+      unevaluated: a signal broke off the evaluation after this step, so that the next start has to make it.
     """
     position = {
         "step": step,
@@ -199,5 +216,6 @@ def position_after(step: int, setup: Setup, record: Record, base_identity: Mappi
         **record.position(),
         "config": to_public_dict(setup.config),
         "jdpo": __version__,
+        **({"unevaluated": True} if unevaluated else {}),
     }
     return position if base_identity is None else {**position, "base": dict(base_identity)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -71,9 +71,19 @@ class Evaluation:
         self.programs.prepare(shapes_in_order(self._batches, self._rows()))
 
     def log(
-        self, step: int, state: TrainState, frozen: Frozen, record: Record, display: RunDisplay, log: Log
+        self,
+        step: int,
+        state: TrainState,
+        frozen: Frozen,
+        record: Record,
+        display: RunDisplay,
+        log: Log,
+        breaks_off: Callable[[], bool],
     ) -> dict[str, float]:
         """Evaluates the state after a step, and logs and returns its metrics, {"eval_<name>": value}.
+
+        Args:
+          breaks_off: returns True to end the evaluation after a batch; then nothing is logged, and no metrics returned.
 
         Raises:
           FloatingPointError: a metric is not finite.
@@ -82,7 +92,9 @@ class Evaluation:
             self.programs.wait()
         started = time.perf_counter()
         with self._clock.within("evaluation"):
-            averages = self.averages(state, frozen)
+            averages = self.averages(state, frozen, breaks_off)
+        if not averages:
+            return {}
         seconds = time.perf_counter() - started
         metrics = {f"eval_{name}": value for name, value in averages.items()}
         check_evaluation(step, metrics)
@@ -90,19 +102,24 @@ class Evaluation:
         log(f"held-out after step {step}: {figures_of(averages)}")
         return metrics
 
-    def averages(self, state: TrainState, frozen: Frozen) -> dict[str, float]:
-        """Returns means over all rows, {name: value}."""
+    def averages(
+        self, state: TrainState, frozen: Frozen, breaks_off: Callable[[], bool] = lambda: False
+    ) -> dict[str, float]:
+        """Returns means over all rows, {name: value}; none if it was broken off."""
         # A reference that moves is part of the state, where steps keep it.
         frozen = self._assembly.evaluated(frozen, state)
         averages, routers = RowAverages(), list[RouterStats]()
         steps = list(self._rows())
         waiting: tuple[StepRows, Any] | None = None
-        for batch, rows in prefetch(lambda index: self._place(steps[index]), range(len(steps))):
+        ahead = prefetch(lambda index: self._place(steps[index]), range(len(steps)))
+        for batch, rows in ahead:
             program = self.programs.of(batch)
             report = program(state.params, frozen, batch, state.loss_state, self._totals)
             if waiting is not None:  # the device works on a batch while the host adds up the one before
                 self._add(averages, routers, *waiting)
             waiting = rows, report
+            if breaks_off():
+                return {}
         assert waiting is not None
         self._add(averages, routers, *waiting)
         if not routers:

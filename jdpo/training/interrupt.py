@@ -34,10 +34,17 @@ def silence_lost_output() -> None:
 
 
 class Agreed(NamedTuple):
-    """What at least one process of a run asks for: to stop, or to save a checkpoint. The same on every process."""
+    """What at least one process of a run asks for; the same on every process.
 
-    stop: bool
-    save: bool
+    Attributes:
+      stop: to stop after the current step.
+      save: to save a checkpoint.
+      hurry: to stop because of a signal, after which the process may be killed within seconds.
+    """
+
+    stop: bool = False
+    save: bool = False
+    hurry: bool = False
 
 
 class StopRequest:
@@ -53,6 +60,7 @@ class StopRequest:
         self.reason: str | None = None
         self._previous: dict[int, Any] = {}
         self._answer: Callable[[], list[bool]] | None = None
+        self._kept = Agreed()
 
     def __enter__(self) -> StopRequest:
         # Python delivers signals to the main thread only, and refuses handlers from others.
@@ -113,12 +121,20 @@ class StopRequest:
         Args:
           save: this process asks for a checkpoint.
         """
-        mine = Agreed(self.noticed(), save)
+        mine, kept = Agreed(self.noticed(), save, self._signal is not None), self._kept
+        self._kept = Agreed()
         if jax.process_count() == 1:
             return mine
         # The last call's answer has arrived in the meantime; waiting for this one would cost a round trip per step.
         earlier, self._answer = self._answer, any_process_later(mine)
-        return Agreed(*earlier()) if earlier is not None else Agreed(False, False)
+        answer = [False] * len(mine) if earlier is None else earlier()
+        return Agreed(*(one or other for one, other in zip(answer, kept, strict=True)))
+
+    def breaks_off(self) -> bool:
+        """Returns True if a signal asks to break off work within a step; every process must call this equally often."""
+        # The answers are for `poll`, too, which is called at the end of the step.
+        self._kept = self.poll()
+        return self._kept.hurry
 
     @property
     def exit_code(self) -> int:

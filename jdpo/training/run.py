@@ -24,6 +24,7 @@ from jdpo.training.answer_samples import AnswerSamples
 from jdpo.training.continuing import (
     check_inputs,
     find_newest,
+    is_unevaluated,
     open_checkpoints,
     position_after,
     restore_state,
@@ -137,8 +138,10 @@ def train(
         clock.enter("compile")
         # The jitted step and evaluation. Nothing is traced before the batches are planned, on whose shapes it depends.
         first, num_steps = newest or 0, setup.num_steps
+        # A signal broke off the evaluation after the last step of the earlier start.
+        unevaluated = is_unevaluated(setup, directory, newest)
         # False for a run that was killed between its last step and its export.
-        trains = first < num_steps
+        trains = first < num_steps or unevaluated
         assembly = assemble(setup, reference=reference.mode, remat=remat_policies(setup)[0])
         base_identity = setup.base_identity()  # now, as the folder may change or go while the run trains
         manager = open_checkpoints(setup, directory, newest, mirror)
@@ -218,12 +221,17 @@ def train(
             # Where the devices are faster, they end their step first: what is then waited for is the batch alone.
             ahead = prefetch(make_batch, range(first, num_steps), before_waiting=clock.within("step")(reports.read))
             clock.enter("step")
+            step = first
             # Left in reverse order: the thread that makes batches ends first.
             with exhaustion_explained(fit), display, closing(profiler), closing(ahead):
-                if newest is None and evaluation is not None and config.eval_on_start:
+                if evaluation is not None and (unevaluated or (newest is None and config.eval_on_start)):
                     with reports.untimed(), clock.within("other"):
-                        metrics = evaluation.log(0, state, frozen, record, display, log)
-                        calls.after_evaluation(0, metrics, weights(state.params, frozen.base))
+                        metrics = evaluation.log(first, state, frozen, record, display, log, stop.breaks_off)
+                        calls.after_evaluation(first, metrics, weights(state.params, frozen.base))
+                    if stop.asked():
+                        return stopped(first, newest, manager, stop, calls, directory, log)
+                    if unevaluated:
+                        manager.rate(first, metrics.get(config.metric_for_best_model))
                 for step, ((batch, rows), flops) in enumerate(clock.waiting(ahead), start=first + 1):
                     # Work that does not count as a step's time must not happen while one runs.
                     if step == 2 or not programs.ready(batch) or profiler.is_due(step):
@@ -253,15 +261,16 @@ def train(
                             with clock.within("sampling"):
                                 samples.take(step, weights(state.params, frozen.base))
                         if evaluation is not None and evaluating:
-                            metrics = evaluation.log(step, state, frozen, record, display, log)
+                            metrics = evaluation.log(step, state, frozen, record, display, log, stop.breaks_off)
                             calls.after_evaluation(step, metrics, weights(state.params, frozen.base))
                     # Polled in every step, as all processes must take part in the answer.
-                    stopping, saving = stop.poll(save=save_timer.is_due())
-                    if is_last or stopping or saving or _is_due(step, config.save_steps):
+                    asked = stop.poll(save=save_timer.is_due())
+                    if is_last or asked.stop or asked.save or _is_due(step, config.save_steps):
                         reports.read()
                         with reports.untimed():
                             metric = metrics.get(config.metric_for_best_model)
-                            saved = position_after(step, setup, record, base_identity)
+                            unevaluated = evaluating and not metrics  # as a signal broke it off
+                            saved = position_after(step, setup, record, base_identity, unevaluated=unevaluated)
                             with clock.within("save"):
                                 manager.save(step, saved_parts(state), saved, metric=metric)
                             last_saved = step
@@ -270,7 +279,7 @@ def train(
                     # A failed save or compilation is raised now, and not after hours of training.
                     manager.poll()
                     programs.check()
-                    if stopping:
+                    if asked.stop:
                         break
             clock.enter("save")
             if late := clock.num_late:  # planning knows all shapes: this is a fault of jdpo, and costs the user time

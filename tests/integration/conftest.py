@@ -124,7 +124,7 @@ def _position(output_dir: Path) -> dict[str, Any]:
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
         position: dict[str, Any] = checkpointer.restore(output_dir / "checkpoints" / str(LAST_STEP) / "position")
     assert position["step"] == LAST_STEP
-    return {key: value for key, value in position.items() if key != "config"}
+    return {key: value for key, value in position.items() if key not in ("config", "unevaluated")}
 
 
 def _state(output_dir: Path) -> Any:

@@ -62,6 +62,23 @@ def test_a_stopped_run_resumes_to_the_same_end(
     assert record["late_programs"] == 0
 
 
+def test_an_evaluation_that_a_signal_broke_off_is_made_by_the_next_start(
+    cut_words: Words, uninterrupted: Path, same_run: SameRun, tmp_path: Path
+) -> None:
+    """After the last step: there is nothing left to train, and the best checkpoint may depend on the evaluation."""
+    run = tmp_path / "run"
+    result = train(load_config(DPOConfig, None, cut_words(run)[1:]), callbacks=[SignalAt(LAST_STEP)])
+    assert (result.step, result.exit_code) == (LAST_STEP, 143)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line for line in lines if line["step"] == LAST_STEP and "eval_loss" in line] == []
+    manifest = run / f"checkpoints/{LAST_STEP}/{MANIFEST}"
+    assert json.loads(manifest.read_text(encoding="utf-8"))["metric"] is None
+    assert main(cut_words(run)) == 0
+    assert json.loads(manifest.read_text(encoding="utf-8"))["metric"] > 0
+    # Only position.json tells that the evaluation came later.
+    same_run(run, uninterrupted)
+
+
 def test_a_flipped_bit_falls_back_to_the_checkpoint_before(
     cut_words: Words,
     copy: Path,

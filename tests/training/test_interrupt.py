@@ -107,3 +107,13 @@ def test_code_may_ask_from_any_thread_and_its_first_reason_counts() -> None:
         thread.join()
     assert (stop.asked(), stop.poll().stop, stop.noticed(), stop.signalled()) == (True, True, True, False)
     assert stop.reason == "first"
+
+
+def test_a_signal_breaks_off_an_evaluation_and_a_callback_does_not() -> None:
+    stop = StopRequest()
+    assert not stop.breaks_off()
+    stop.ask("loss is low enough")
+    assert (stop.poll().stop, stop.breaks_off()) == (True, False)
+    stop.interrupt()
+    assert stop.breaks_off()
+    assert stop.poll(save=True) == (True, True, True)

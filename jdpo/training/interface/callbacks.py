@@ -219,8 +219,9 @@ class Callbacks:
         self._call("on_step", step, weights)
 
     def after_evaluation(self, step: int, metrics: Mapping[str, float], weights: Params | Weights) -> None:
-        """Calls `on_evaluate`."""
-        self._call("on_evaluate", step, weights, metrics)
+        """Calls `on_evaluate`, unless a signal broke off the evaluation, which then has no metrics."""
+        if metrics:
+            self._call("on_evaluate", step, weights, metrics)
 
     def end(self) -> None:
         """Calls `on_end`, unless a callback has raised; every process must call this.

@@ -11,7 +11,7 @@ from jdpo.config import ReferenceSettings, TrainConfig
 from jdpo.data.reference_cache.cache_key import changes, most_similar_entry
 from jdpo.data.reference_cache.scores import ReferenceCache
 from jdpo.devices import leave_out_missing_tpus
-from jdpo.processes import any_process, is_first
+from jdpo.processes import PROGRESS, any_process, is_first
 from jdpo.training.reference.cache_building import build_cache
 from jdpo.training.reference.cache_entries import RowSet, entry_of, find_rows
 from jdpo.training.reference.packed_scoring import PackedScorer, packed_logps
@@ -115,13 +115,15 @@ def settle_reference(
     return _build(setup, sets, log, repair=False, stopped=stopped)
 
 
-def compute_reference(config: TrainConfig, log: Log) -> Reference:
+def compute_reference(config: TrainConfig, log: Log, *, stopped: Callable[[], bool] | None = None) -> Reference:
     """Runs `jdpo reference`: computes everything that is missing or damaged in a config's cache.
 
     Args:
       config: the settings of the `jdpo dpo` run.
+      stopped: returns True if a signal asks to stop, the same on every process; called between batches.
 
     Raises:
+      BuildStopped: `stopped` returned True; what was computed is kept.
       ValueError: bad input, or a reference that cannot be cached.
       FloatingPointError: as in `settle_reference`.
     """
@@ -135,8 +137,12 @@ def compute_reference(config: TrainConfig, log: Log) -> Reference:
     leave_out_missing_tpus()
     resolved = resolve_dtype(config)
     with jax_settings(resolved, resolved.cache_dir):
+        PROGRESS.enter("data")
         setup = build(resolved, log)
-        return _build(setup, find_rows(setup), log, repair=True, stopped=None)
+        PROGRESS.enter("reference")
+        if stopped is not None and stopped():  # before any weight is loaded
+            raise BuildStopped
+        return _build(setup, find_rows(setup), log, repair=True, stopped=stopped)
 
 
 def _why_it_pays(setup: Setup, rows: RowSet) -> str | None:

@@ -46,7 +46,18 @@ def main(command: str, words: Sequence[str]) -> int:
     config = read_config(DPO, line._replace(overrides=[*line.overrides, "output_dir=none"]))
     with in_cluster(config, command, words, shown=shown_error, trains=False):
         from jdpo.processes import is_first
+        from jdpo.training.interrupt import StopRequest
         from jdpo.training.reference.reference_source import compute_reference
+        from jdpo.training.setup.row_order import BuildStopped
 
-        compute_reference(config, lambda text: print(terminal_lines(text), flush=True) if is_first() else None)
+        def log(text: str) -> None:
+            if is_first():
+                print(terminal_lines(text), flush=True)
+
+        with StopRequest() as stop:
+            try:
+                compute_reference(config, log, stopped=stop.asked)
+            except BuildStopped:
+                log("stopped by a signal; what was computed is kept. Run the same command again to continue")
+                return stop.exit_code
     return 0

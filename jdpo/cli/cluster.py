@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jdpo.cli.gpu_pool import reserve_gpu_memory
+from jdpo.cli.gpu_pool import may_use_gpu, reserve_gpu_memory
+from jdpo.cli.nccl_timeout import gpu_libraries, limit_nccl
 from jdpo.config import OutputSettings, WatchdogConfig
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def in_cluster(
       ValueError: see `join_cluster`.
     """
     from jdpo.checkpoint.steps import complete_steps  # imported now, as a dying process should not import
-    from jdpo.processes import ending_together, guarded, join_cluster
+    from jdpo.processes import ending_together, guarded, heeding_maintenance, join_cluster
 
     folder = Path(output.output_dir) if trains else None
     timeout, deadlines = output.heartbeat_timeout_seconds, deadlines_of(output.watchdog)
@@ -46,14 +47,15 @@ def in_cluster(
         text = how_to_continue(command, words, folder, steps, resumes=output.resume == "auto", several=several)
         return shown(text)
 
-    with guarded(deadlines, folder, advice) as guard:
-        # Now, since JAX reads these when it first looks for devices.
+    with guarded(deadlines, folder, advice) as guard, heeding_maintenance(enabled=output.maintenance_notice):
+        # Now, since JAX reads both when it first looks for devices.
         has_plugin = importlib.util.find_spec("jax_plugins") is not None
-        notes = [reserve_gpu_memory(os.environ, has_plugin=has_plugin)]
+        note = reserve_gpu_memory(os.environ, has_plugin=has_plugin)
+        if deadlines is not None and has_plugin and may_use_gpu(os.environ):
+            limit_nccl(os.environ, gpu_libraries(), watchdog_seconds=deadlines.compile)
         joined = join_cluster(timeout=timeout)
-        for note in filter(None, notes):
-            if joined is None or joined.process_id == 0:
-                print(note, flush=True)
+        if note is not None and (joined is None or joined.process_id == 0):
+            print(note, flush=True)
         # One process has nobody to wait for, so its errors end it as usual.
         if joined is None or joined.num_processes == 1:
             yield

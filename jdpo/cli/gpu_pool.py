@@ -37,13 +37,14 @@ def reserve_gpu_memory(
       a line for the user, or None where nothing was set.
     """
     own = any(environment.get(name) for name in OWN_SETTINGS)
-    if own or not has_plugin or not _may_use_gpu(environment, root):
+    if own or not has_plugin or not may_use_gpu(environment, root):
         return None
     environment[VARIABLE] = str(GPU_POOL)
     return f"GPU memory: JAX reserves {GPU_POOL:.0%} of each GPU; set {VARIABLE} for another share (docs/devices.md)"
 
 
-def _may_use_gpu(environment: Mapping[str, str], root: Path) -> bool:
+def may_use_gpu(environment: Mapping[str, str], root: Path = Path("/")) -> bool:
+    """Returns True if this machine has a GPU that JAX may use."""
     platforms = environment.get("JAX_PLATFORMS") or "cuda"
     if not any(name in platforms for name in ("cuda", "rocm", "gpu")):
         return False

@@ -14,6 +14,7 @@ from jdpo.processes.detection import Membership, find_cluster
 from jdpo.processes.ending import ending_together
 from jdpo.processes.guard import guarded
 from jdpo.processes.joining import join_cluster
+from jdpo.processes.maintenance import heeding_maintenance
 from jdpo.processes.process_progress import PROGRESS
 from jdpo.processes.watchdog import Deadlines
 
@@ -29,6 +30,7 @@ __all__ = [
     "ending_together",
     "find_cluster",
     "guarded",
+    "heeding_maintenance",
     "is_first",
     "join_cluster",
     "max_over_processes",

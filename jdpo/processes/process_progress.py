@@ -17,6 +17,7 @@ class State(NamedTuple):
     Attributes:
       phase: see `jdpo.training.logs.phases`; "start" before the first one.
       step: the last step that was launched; 0 before the first.
+      point: number of phases that began since then, the same for all processes at one line of the code.
       left: seconds until the deadline of the phase passes without progress; negative once it has passed.
       idle: seconds since the last sign of progress.
       signal: the signal that asked the process to stop; 0 if none did.
@@ -24,31 +25,33 @@ class State(NamedTuple):
 
     phase: str
     step: int
+    point: int
     left: float
     idle: float
     signal: int
 
     def __str__(self) -> str:
-        return f"{self.phase} {self.step} {self.left:.1f} {self.idle:.1f} {self.signal}"
+        return f"{self.phase} {self.step} {self.point} {self.left:.1f} {self.idle:.1f} {self.signal}"
 
     @classmethod
     def parse(cls, words: list[str]) -> State:
         """Reads the words of `str(state)`."""
-        phase, step, left, idle, signal = words
-        return cls(phase, int(step), float(left), float(idle), int(signal))
+        phase, step, point, left, idle, signal = words
+        return cls(phase, int(step), int(point), float(left), float(idle), int(signal))
 
 
 class Progress:
     """The phase of the main thread and its signs of progress.
 
     Attributes:
-      phase, step: see `State`.
+      phase, step, point: see `State`.
       count: changes with every sign of progress.
       stop_signal: the signal that asked this process, or another one of its run, to stop.
     """
 
     phase: str
     step: int
+    point: int
     count: int
     stop_signal: int | None
 
@@ -58,12 +61,14 @@ class Progress:
 
     def begin(self) -> None:
         """Forgets an earlier run of this process."""
-        self.phase, self.step, self.count, self.stop_signal = "start", 0, 0, None
+        self.phase, self.step, self.point, self.count, self.stop_signal = "start", 0, 0, 0, None
         self._step_seconds.clear()
 
     def enter(self, phase: str) -> None:
         """Begins a phase."""
         self.phase = phase
+        # Waiting for a batch may be interrupted by reading the report of a step, on one process and not on another.
+        self.point += phase not in ("step", "data_wait")
         self.count += 1
 
     def made(self, phase: str) -> None:
@@ -73,7 +78,7 @@ class Progress:
 
     def launched(self, step: int) -> None:
         """Notes that a step was launched."""
-        self.step = step
+        self.step, self.point = step, 0
         self.count += 1
 
     def took(self, seconds: float) -> None:

@@ -25,12 +25,12 @@ def is_stalled(states: Mapping[int, State | None]) -> bool:
 def stuck_processes(states: Mapping[int, State]) -> list[int]:
     """Returns the processes for which the others wait; none if they all stopped at the same point.
 
-    >>> waiting = State("step", 13, -1.0, 301.0, 0)
-    >>> stuck_processes({0: waiting, 1: State("evaluation", 12, -1.0, 302.0, 0), 2: waiting})
+    >>> waiting = State("step", 13, 0, -1.0, 301.0, 0)
+    >>> stuck_processes({0: waiting, 1: State("evaluation", 12, 1, -1.0, 302.0, 0), 2: waiting})
     [1]
     """
-    first = min(state.step for state in states.values())
-    behind = [index for index, state in states.items() if state.step == first]
+    first = min((state.step, state.point) for state in states.values())
+    behind = [index for index, state in states.items() if (state.step, state.point) == first]
     if len(behind) < len(states):
         return behind
     idle = [state.idle for state in states.values()]
@@ -61,7 +61,7 @@ def describe_stall(states: Mapping[int, State], where: Callable[[int], str]) -> 
 def point_of(state: State) -> str:
     """Returns where a process is.
 
-    >>> point_of(State("evaluation", 12, -1.0, 3.0, 0)), point_of(State("compile", 0, -1.0, 3.0, 0))
+    >>> point_of(State("evaluation", 12, 1, -1.0, 3.0, 0)), point_of(State("compile", 0, 1, -1.0, 3.0, 0))
     ('in phase evaluation of step 12', 'in phase compile before the first step')
     """
     return f"in phase {state.phase} {f'of step {state.step}' if state.step else 'before the first step'}"

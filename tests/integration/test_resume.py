@@ -27,7 +27,7 @@ Start = Callable[..., subprocess.Popen[str]]
 SameRun = Callable[[Path, Path], None]
 Capture = pytest.CaptureFixture[str]
 
-STOPPED_AT = 9  # see the fixture `copy`
+LAST_STEP, STOPPED_AT = 12, 9  # see the fixtures `uninterrupted` and `copy`
 
 
 def saved_steps(run: Path) -> list[int]:

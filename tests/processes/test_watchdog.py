@@ -158,8 +158,8 @@ def test_bytes_moved_are_those_of_this_process(tmp_path: Path) -> None:
 # --- several processes
 
 
-def state(phase: str = "step", step: int = 13, *, left: float = -1.0, idle: float = 301.0) -> State:
-    return State(phase, step, left, idle, 0)
+def state(phase: str = "step", step: int = 13, *, point: int = 0, left: float = -1.0, idle: float = 301.0) -> State:
+    return State(phase, step, point, left, idle, 0)
 
 
 def test_a_run_is_stalled_when_no_process_has_time_left() -> None:
@@ -177,7 +177,11 @@ def test_the_process_behind_the_others_is_the_stuck_one() -> None:
     assert "processes 0, 1 and 3 wait for it, in phase step of step 13" in text
 
 
-def test_at_the_same_step_the_stuck_process_is_the_one_that_stopped_first() -> None:
+def test_within_a_step_the_process_in_an_earlier_phase_is_the_stuck_one() -> None:
+    assert stuck_processes({0: state("save", point=3), 1: state("other", point=2)}) == [1]
+
+
+def test_at_the_same_point_the_stuck_process_is_the_one_that_stopped_first() -> None:
     assert stuck_processes({0: state(idle=300.0), 1: state(idle=340.0), 2: state(idle=301.0)}) == [1]
     assert stuck_processes({0: state(idle=300.0), 1: state(idle=301.0)}) == []
     stuck, text = describe_stall({0: state(), 1: state()}, lambda _: "")
@@ -186,7 +190,7 @@ def test_at_the_same_step_the_stuck_process_is_the_one_that_stopped_first() -> N
 
 
 def test_a_heartbeat_carries_the_state() -> None:
-    known = State("evaluation", 12, float("inf"), 3.5, 15)
+    known = State("evaluation", 12, 3, float("inf"), 3.5, 15)
     assert _state_in(f"7 {known}") == known
     assert _state_in(f"7 {known} suspects") == known
     assert [_state_in(beat) for beat in (None, "7", "left")] == [None] * 3

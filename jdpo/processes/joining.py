@@ -66,7 +66,7 @@ def initialize_through_relay(
         end_at_once(
             f"process {process_id} of {num_processes}: not all processes have joined this run through "
             f"{coordinator_address} within {join_seconds:.0f} s; check that all of them were started and can reach "
-            "process 0 at this address"
+            "process 0 at this address (`jdpo doctor`, started in the same way, names those that are missing)"
         )
 
     timer = threading.Timer(join_seconds, give_up)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from jdpo.config import TrainConfig
 from jdpo.devices import compiling_for
@@ -28,7 +29,8 @@ class Compilation(NamedTuple):
       program: None where it was refused.
       error: None where it was not.
       text: the optimized program.
-      live_ranges: the compiler's list of what is in memory when; empty where it wrote none.
+      live_ranges: the compiler's list of what is needed when; empty where it wrote none.
+      buffers: its list of what is where in memory.
       memory_report: its summary of the memory; empty where it wrote none.
       seconds: on this machine, which may do other work at the same time.
     """
@@ -37,6 +39,7 @@ class Compilation(NamedTuple):
     error: jax.errors.JaxRuntimeError | None
     text: str
     live_ranges: str
+    buffers: str
     memory_report: str
     seconds: float
 
@@ -142,16 +145,17 @@ def compile_with_dump(lowered: Any) -> Compilation:
                 raise
             error = refusal
         seconds = time.perf_counter() - began
-        text, live_ranges, memory_report = (
+        texts = (
             # The step is the largest of what is compiled.
             max(
-                (file.read_text(encoding="utf-8") for file in Path(folder).glob(f"*after_optimizations{end}")),
+                (file.read_text(encoding="utf-8") for file in Path(folder).glob(f"*after_optimizations{end}.txt")),
                 key=len,
                 default="",
             )
-            for end in (".txt", "-live-range.txt", "-memory-usage-report.txt")
+            for end in ("", "-live-range", "-buffer-assignment", "-memory-usage-report")
         )
-    return Compilation(program, error, text, live_ranges, memory_report, seconds)
+        text, live_ranges, buffers, memory_report = texts
+    return Compilation(program, error, text, live_ranges, buffers, memory_report, seconds)
 
 
 @contextlib.contextmanager
@@ -160,10 +164,12 @@ def _without_program_cache() -> Iterator[None]:
     config: Any = jax.config  # its values have no annotations
     before = config.jax_enable_compilation_cache
     config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX reads the setting once
     try:
         yield
     finally:
         config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 @contextlib.contextmanager

@@ -1,8 +1,7 @@
 """Divides the memory that a step needs at its peak into kinds: weights, gradients, moments, activations and others.
 
 Of a compiled step, the program's arguments are known exactly: weights, moments, a reference, the batch. The rest are
-temporary values. The compiler lists those that are in memory at the peak, and a value belongs to the kind that its
-place in the Python program and its shape tell:
+temporary values (`peak_values`), each of the kind that its place in the Python program and its shape tell:
 
     weights       copies of weights, in the compute dtype or another layout
     gradients     values with the shape of a device's part of a weight, from the backward pass, the sum over
@@ -10,49 +9,31 @@ place in the Python program and its shape tell:
     head          the LM head: its gathered weights, their gradient, a chunk of logits
     activations   everything else of the forward and the backward pass: what is kept, and the layers at work, with
                   their gathered weights
-    other         the rest, code, and gaps between values
+    other         the rest, code, gaps between values, and what the compiler's lists do not account for
 
-At the peak is a moment: gradients that are only made later are not among the bytes. Where the compiler overlaps values
-with the memory of arguments, which the list does not show, all temporary values count less by one factor.
-
-Of a step that was not compiled, all kinds are estimates by the formulas of `jdpo.training.fit.estimates`.
+What they do not account for is first taken for gradients, up to their size, as XLA:GPU does not list values that loops
+carry along. Of a step that was not compiled, all kinds are estimates by the formulas of
+`jdpo.training.fit.estimates`.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jdpo.planning.compiled_step import Compilation
-from jdpo.planning.hlo.hlo_text import Array, Computation, Op, parse
 from jdpo.planning.hlo.origins import origin_of
 from jdpo.planning.planned_step import PlannedStep
+from jdpo.planning.planner.peak_values import Value, values_at_peak
 from jdpo.planning.target_plan import MemoryByKind
 from jdpo.sharding.axes import num_batch_shards
 from jdpo.training.fit.assembly import Assembly
 from jdpo.training.fit.estimates import GRADIENT_BYTES, StepEstimate, batch_bytes, local_bytes, local_size
 from jdpo.training.step.head_chunks import head_chunk_tokens
-
-
-class Value(NamedTuple):
-    """A temporary value in memory at the peak.
-
-    Attributes:
-      array: its type; None where the program does not tell it.
-      op_name: the place in the Python program that it comes from; may be empty.
-      in_loop: True if it belongs to a loop or another computation that the step calls.
-    """
-
-    num_bytes: int
-    array: Array | None
-    op_name: str
-    in_loop: bool
 
 
 def compiled_memory(planned: PlannedStep, compilation: Compilation, needed: float) -> MemoryByKind:
@@ -64,14 +45,17 @@ def compiled_memory(planned: PlannedStep, compilation: Compilation, needed: floa
     arguments = _arguments(planned.assembly)
     shapes = _weight_shapes(planned.assembly)
     temporary: Counter[str] = Counter()
-    for value in values_at_peak(compilation.text, compilation.live_ranges):
+    for value in values_at_peak(compilation.text, compilation.live_ranges, compilation.buffers):
         temporary[kind_of(value, shapes)] += value.num_bytes
     free = needed - sum(arguments.values())
     total = sum(temporary.values())
     factor = min(1.0, max(free, 0) / total) if total else 0.0
     found = {name: arguments.get(name, 0) + int(factor * temporary[name]) for name in MemoryByKind.__annotations__}
     rest = int(needed) - sum(found.values())
-    return MemoryByKind(**found | {"other": found["other"] + rest})
+    all_gradients = GRADIENT_BYTES * local_size(planned.assembly.state.params)
+    unlisted = min(rest, max(all_gradients - found["gradients"], 0))
+    found["gradients"] += unlisted
+    return MemoryByKind(**found | {"other": found["other"] + rest - unlisted})
 
 
 def estimated_memory(planned: PlannedStep, estimate: StepEstimate) -> MemoryByKind:
@@ -97,30 +81,6 @@ def estimated_memory(planned: PlannedStep, estimate: StepEstimate) -> MemoryByKi
     )
 
 
-def values_at_peak(text: str, live_ranges: str) -> Iterator[Value]:
-    """Yields the temporary values in memory at the peak.
-
-    Args:
-      text: the optimized program.
-      live_ranges: as XLA writes them, with a list of the values at the peak.
-    """
-    _, found, listed = live_ranges.partition("(peak):\n")
-    if not found:
-        return
-    module = parse(text)
-    places = {op.name: (computation, op) for computation in module.computations.values() for op in computation.ops}
-    for name, index, size in re.findall(r"^ +(\S+?)\{([\d,]*)\}: (\d+) bytes \(cumulative", listed, re.MULTILINE):
-        place = places.get(name)
-        if place is None:
-            yield Value(int(size), None, "", True)
-            continue
-        computation, op = place
-        in_loop = computation.name != module.entry
-        if op.opcode == "parameter" and not in_loop:
-            continue  # an argument of the program
-        yield Value(int(size), _array(op, index, int(size)), _name(computation, op), in_loop)
-
-
 def kind_of(value: Value, weight_shapes: frozenset[tuple[int, ...]]) -> str:
     """Returns the kind of a temporary value, as the field of MemoryByKind.
 
@@ -140,20 +100,6 @@ def kind_of(value: Value, weight_shapes: frozenset[tuple[int, ...]]) -> str:
     if differentiated or value.in_loop:
         return "activations"
     return "other"
-
-
-def _name(computation: Computation, op: Op) -> str:
-    """The op's place in the Python program, quotes of argument names as Python has them."""
-    return computation.op_name(op).replace("\\'", "'")
-
-
-def _array(op: Op, index: str, num_bytes: int) -> Array | None:
-    """Returns the array of a value: the part of a tuple that `index` names, or has as many bytes."""
-    if not index:
-        return op.arrays[0] if len(op.arrays) == 1 else None
-    if "," not in index and int(index) < len(op.arrays):
-        return op.arrays[int(index)]
-    return next((array for array in op.arrays if array.num_bytes == num_bytes), None)
 
 
 def _shape(dims: tuple[int, ...]) -> tuple[int, ...]:

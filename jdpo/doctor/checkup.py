@@ -28,9 +28,12 @@ from jdpo.exit_codes import DONE, FAILED, LOST, USAGE
 from jdpo.processes import Membership, ending_together, find_cluster, join_cluster
 from jdpo.processes.joining import initialize_through_relay
 from jdpo.safe_text import terminal, terminal_lines
+from jdpo.words import listed
 
 _PHASE_SECONDS = 900.0
 """How long a process waits for another between two checks; each check has a shorter time limit of its own."""
+
+_MOST_NAMED = 16
 
 Read = Callable[[], Given | None]
 
@@ -86,7 +89,7 @@ def _incomplete(here: Muster, membership: Membership, timeout: float) -> int:
         )
         advice = "start process 0, and see whether its port is open to this host"
     else:
-        there = ", ".join(f"{index} ({host})" for index, host in sorted(here.hosts.items()))
+        there = listed([f"{index} ({host})" for index, host in sorted(here.hosts.items())], _MOST_NAMED)
         text = (
             f"{numbers(here.missing)} of {membership.num_processes} did not come within {timeout:.0f} s; here are: "
             f"{there}"
@@ -125,8 +128,8 @@ def _check(read: Read, exchange: FactExchange, membership: Membership | None, ti
     # ---------------------------------------------------------------------------------------------------------- devices
     # All processes or none: JAX waits for all when it looks for devices, and all take part in a sum.
     if exchange.all_agree("flags", facts.flag_error is None):
-        whole = given.whole if isinstance(given, Given) else None
-        devices = find_devices(whole, limits, timeout)
+        config = given.of_a_run if isinstance(given, Given) else None
+        devices = find_devices(config, limits, timeout)
         if exchange.all_agree("devices", devices.error is None):
             devices = sum_over_all(devices, limits, timeout)
         facts = dataclasses.replace(facts, devices=devices)

@@ -39,9 +39,12 @@ def model_files(config: TrainConfig) -> dict[str, str]:
     """Returns {file: digest} of the model's config and tokenizer, and {file: size} of its weights.
 
     Raises:
-      ValueError: there is no such model.
+      ValueError: there is no such model, or a folder of this machine has no weights.
     """
     sources = find_sources(config, weights=False)
+    # Those of a model of the hub are downloaded by the run.
+    if Path(config.model_name_or_path).expanduser().is_dir() and not has_weights(sources.model_folder):
+        raise ValueError(f"model {sources.model_folder} has no {SAFETENSORS_GLOB}: copy the weights there, too")
     folders = {config.model_name_or_path: sources.model_folder}
     if sources.adapter_folder is not None:
         folders["adapter"] = sources.adapter_folder

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import socket
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from jdpo.processes import Membership
 from jdpo.training.fit.host_memory import host_memory
 
 READING_SECONDS = 120.0
-"""Time limit for reading data to compare it; data that takes longer is not compared."""
+"""Time limit for reading all data to compare it; what takes longer is not compared."""
 
 PACKAGES = (
     "jax",
@@ -63,9 +64,9 @@ class Given(NamedTuple):
     missing: frozenset[str] = frozenset()
 
     @property
-    def whole(self) -> TrainConfig | None:
-        """The config if nothing is missing in it."""
-        return None if self.missing else self.config
+    def of_a_run(self) -> TrainConfig | None:
+        """The config if it names a model and data, so that they can be checked; otherwise None."""
+        return None if self.missing & {"model_name_or_path", "datasets"} else self.config
 
 
 def local_facts(
@@ -80,8 +81,8 @@ def local_facts(
       limits: remembers what does not return.
     """
     package = Path(__file__).parents[1]
-    whole = given.whole if isinstance(given, Given) else None
-    files, errors, slow = _files(whole, limits) if whole is not None else ({}, (), ())
+    config = given.of_a_run if isinstance(given, Given) else None
+    files, errors, slow = _files(config, limits) if config is not None else ({}, (), ())
     try:
         code = limits.run("the package jdpo", READING_SECONDS, lambda: code_digests(package))
     except OSError as error:  # a TimeoutError is one, too
@@ -105,7 +106,7 @@ def local_facts(
         flag_error=flag_error(os.environ),
         memory_size=memory_size,
         memory_free=min(_available(Path("/proc/meminfo"), memory_size), memory_size),
-        checkpoint_bytes=None if whole is None else _or_none(lambda: checkpoint_bytes(whole), limits),
+        checkpoint_bytes=None if config is None else _or_none(lambda: checkpoint_bytes(config), limits),
     )
 
 
@@ -153,6 +154,7 @@ def _files(config: TrainConfig, limits: TimeLimits) -> tuple[dict[str, str], tup
         errors.append(f"model {public_text(config.model_name_or_path)}: {error}")
     except (OSError, ValueError) as error:
         errors.append(str(error))
+    end = time.monotonic() + READING_SECONDS
     for name, digests in data_files(config):
         try:
             # First whether the disk answers at all, which does not depend on the size of the data.
@@ -161,9 +163,9 @@ def _files(config: TrainConfig, limits: TimeLimits) -> tuple[dict[str, str], tup
             errors.append(f"{name}: {error}")
             continue
         try:
-            files |= limits.run(name, READING_SECONDS, digests)
+            files |= limits.run(name, max(1.0, end - time.monotonic()), digests)
         except TimeoutError:
-            slow.append(f"{name}: reading it takes longer than {READING_SECONDS:.0f} s")
+            slow.append(f"{name}: reading all data takes longer than {READING_SECONDS:.0f} s")
         except (OSError, ValueError) as error:
             errors.append(str(error))
     return files, tuple(map(public_text, errors)), tuple(slow)

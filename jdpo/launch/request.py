@@ -76,7 +76,7 @@ class LaunchRequest:
 
     def doctor_words(self, config_path: str) -> list[str]:
         """Returns the command that checks the cluster, to run before that of `words`."""
-        return ["jdpo", "doctor", config_path, *self.overrides, "--task", "sft" if self.command == "sft" else "dpo"]
+        return ["jdpo", "doctor", config_path, *self.overrides, "--task", self.command]
 
 
 def make_request(

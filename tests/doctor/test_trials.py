@@ -253,6 +253,9 @@ def test_one_process_with_a_config(
     printed = " ".join(capsys.readouterr().out.split())
     for words in ("3 problems", "problem output_dir", "use a multiple of 8", "none.jsonl: no such file"):
         assert words in printed
+    # `jdpo reference` writes no output_dir.
+    assert main(["doctor", *run_words(), "--task", "reference"]) == 0
+    assert "output_dir" not in capsys.readouterr().out
     # Only these keys: nothing else is known, nor wrong.
     assert main(["doctor", f"output_dir={tmp_path / 'other'}"]) == 0
     assert str(tmp_path / "other") in capsys.readouterr().out

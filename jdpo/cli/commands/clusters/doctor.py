@@ -14,6 +14,7 @@ from jdpo.config import CONFIGS
 if TYPE_CHECKING:
     from jdpo.doctor.local_facts import Given
 
+_REFERENCE = "reference"
 _PLACEHOLDERS = ("model_name_or_path", "datasets", "output_dir")
 
 
@@ -43,7 +44,7 @@ def parser(*, complete: bool = False) -> Parser:
         help="Seconds to wait for the other processes to come, and for the devices to answer (default: 300).",
     )
     task = "The command that will run. By default the config's keys decide, or else it is dpo."
-    options.add_argument("--task", choices=list(CONFIGS), help=task)
+    options.add_argument("--task", choices=[*CONFIGS, _REFERENCE], help=task)
     add_keys(parser, CONFIGS["dpo"], hidden=not complete)
     return parser
 
@@ -67,6 +68,8 @@ def _given(line: CommandLine) -> Given | None:
         return None
     task, _ = choose_task(line)
     missing = set(_PLACEHOLDERS) - set(keys_given(line)) if line.path is None else set[str]()
+    if task == _REFERENCE:  # which has the keys of `jdpo dpo`, and no output_dir
+        task, missing = "dpo", missing | {"output_dir"}
     placeholders = [f"--{key}=none" for key in sorted(missing)]
     config = read_config(CONFIGS[task], line._replace(overrides=[*line.overrides, *placeholders]))
     return Given(config, frozenset(missing))

@@ -49,8 +49,8 @@ def compile_only_devices(machine: Machine) -> list[Any]:
     missing = missing_package(machine)
     if missing is not None:
         raise ValueError(
-            f"compiling for {machine.name} needs {missing}, which is not installed here; `pip install '{missing}'` adds "
-            "it, and it needs no such device (benchmarks/README.md has an environment with all compilers)"
+            f"compiling for {machine.name} needs {missing}, which is not installed here; `pip install '{missing}'` "
+            "adds it, and it needs no such device (benchmarks/README.md has an environment with all compilers)"
         )
     from jax.experimental import topologies
 

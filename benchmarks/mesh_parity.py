@@ -34,17 +34,19 @@ in the first steps, so float32 rounding of a gradient near zero shows in full th
 
 
 class Case(NamedTuple):
-    """A run: command, dtype, number of devices, mesh and micro-batch size."""
+    """A run: command, dtype, number of devices, mesh, micro-batch size, and slices of the devices."""
 
     command: str
     dtype: str
     num_devices: int
     mesh: tuple[int, int, int]  # data, fsdp, tensor
     micro_batch_size: int
+    slices: int = 1
 
     def __str__(self) -> str:
         mesh = " x ".join(f"{axis}={size}" for axis, size in zip(("data", "fsdp", "tensor"), self.mesh, strict=True))
-        return f"{self.command} {self.dtype} {mesh}, micro-batch {self.micro_batch_size}"
+        slices = f" on {self.slices} slices" if self.slices > 1 else ""
+        return f"{self.command} {self.dtype} {mesh}{slices}, micro-batch {self.micro_batch_size}"
 
 
 class Trace(NamedTuple):
@@ -82,7 +84,7 @@ def all_cases() -> list[Case]:
         for command, meshes in (("dpo", tuple(MESHES)), ("sft", ((1, 1, 1), (1, 8, 1), (1, 4, 2))))
         for mesh in meshes
         for micro in (MESHES[mesh] if command == "dpo" else MESHES[mesh][-1:])
-    ]
+    ] + [Case("dpo", dtype, 8, (2, 2, 2), 1, slices=2) for dtype in LOSS_BAR]
 
 
 def write_inputs(
@@ -135,6 +137,7 @@ def run_here(case: Case, inputs: Inputs, out: Path, num_steps: int = NUM_STEPS) 
         "compute_dtype": case.dtype,
         "export_dtype": "float32",
         "logging_steps": 1,
+        "mesh.slices": case.slices,
         **{f"mesh.{axis}": size for axis, size in zip(("data", "fsdp", "tensor"), case.mesh, strict=True)},
     }
     config = load_config(
@@ -189,8 +192,8 @@ def run_apart(cases: Iterable[Case], inputs: Inputs, out: Path, num_steps: int =
 def _work(request: Sequence[Any]) -> None:
     num_steps, (model, rows, global_batch_size), runs = request
     inputs = Inputs(Path(model), Path(rows), global_batch_size)
-    for (command, dtype, num_devices, mesh, micro), folder in runs:
-        case = Case(command, dtype, num_devices, tuple(mesh), micro)
+    for (command, dtype, num_devices, mesh, micro, slices), folder in runs:
+        case = Case(command, dtype, num_devices, tuple(mesh), micro, slices)
         trace = run_here(case, inputs, Path(folder) / "run", num_steps)
         np.savez(Path(folder) / "trace.npz", loss=trace.loss, grad_norm=trace.grad_norm)
         np.savez(Path(folder) / "before.npz", **trace.before)

@@ -20,7 +20,13 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def in_cluster(
-    output: OutputSettings, command: str, words: Sequence[str], *, shown: Callable[[str], str], trains: bool
+    output: OutputSettings,
+    command: str,
+    words: Sequence[str],
+    *,
+    shown: Callable[[str], str],
+    trains: bool,
+    slices: int | None,
 ) -> Iterator[None]:
     """Joins the other processes of the run, if there are any, and exits together with them. Reserves GPU memory.
 
@@ -31,6 +37,7 @@ def in_cluster(
       command, words: the command line.
       shown: makes a text safe to show.
       trains: whether the command leaves checkpoints in output_dir.
+      slices: `mesh.slices`.
 
     Raises:
       ValueError: see `join_cluster`.
@@ -53,7 +60,7 @@ def in_cluster(
         note = reserve_gpu_memory(os.environ, has_plugin=has_plugin)
         if deadlines is not None and has_plugin and may_use_gpu(os.environ):
             limit_nccl(os.environ, gpu_libraries(), watchdog_seconds=deadlines.compile)
-        joined = join_cluster(timeout=timeout)
+        joined = join_cluster(timeout=timeout, slices=slices)
         if note is not None and (joined is None or joined.process_id == 0):
             print(note, flush=True)
         # One process has nobody to wait for, so its errors end it as usual.

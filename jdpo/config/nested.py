@@ -60,10 +60,20 @@ class DatasetConfig(Settings):
 class MeshConfig(Settings):
     """Devices along each axis of the mesh; -1 on one axis takes all devices that the others leave."""
 
-    data: Int = key(1, "Devices that each hold a copy of the weights and take a share of the batch.")
+    data: Int = key(
+        1,
+        "Devices that each hold a copy of the weights and take a share of the batch. On several slices a multiple of "
+        "their number; 1 stands for that number.",
+    )
     fsdp: Int = key(-1, "Devices over which both the weights and the batch are sharded.")
     expert: Int = key(1, "Devices over which experts are sharded; the batch and other weights as along fsdp.")
     tensor: Int = key(1, "Devices over which attention heads, MLP and vocabulary are sharded.")
+    slices: PositiveInt | None = key(
+        None,
+        "TPU slices, or nodes of GPUs, that data goes across while the other axes stay within one; null: as the "
+        "devices say. For a TPU a number is checked; nodes of GPUs can be taken together with 1.",
+        example="2",
+    )
 
 
 @settings

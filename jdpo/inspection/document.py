@@ -162,7 +162,9 @@ def _steps(config: TrainConfig, data: PreparedData, facts: RowFacts, plan: RowPl
         facts.sequence_tokens,
         [plan.step(step) for step in range(min(plan.steps_per_epoch, MOST_STEPS))],
         # An axis of -1 takes the devices that are left; their number is not known here, so it counts as one.
-        num_shards=max(config.mesh.data, 1) * max(config.mesh.fsdp, 1) * max(config.mesh.expert, 1),
+        num_shards=max(config.mesh.data, config.mesh.slices or 1)
+        * max(config.mesh.fsdp, 1)
+        * max(config.mesh.expert, 1),
         max_tokens_per_device=config.max_tokens_per_device or TOKENS_PER_DEVICE,
         micro_batch_size=config.micro_batch_size,
     )

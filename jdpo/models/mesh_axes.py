@@ -17,10 +17,13 @@ def mesh_axes(logical_name: str) -> tuple[str, ...]:
 
 
 def automatic_mesh() -> Any:
-    """Returns the mesh in context if it has several devices and XLA decides what is where, else None."""
+    """Returns the mesh in context if XLA decides what is where along axes of it with several devices, else None."""
     mesh = jax.sharding.get_abstract_mesh()
-    # Within a shard_map, or over explicit axes, the caller has decided.
-    return None if mesh.empty or mesh.size == 1 or any(kind != AxisType.Auto for kind in mesh.axis_types) else mesh
+    # Within a shard_map over all axes, or over explicit ones, the caller has decided. Of a shard_map over some of them,
+    # such as that over slices, the rules in context name the others.
+    if mesh.empty or mesh.size == 1 or AxisType.Explicit in mesh.axis_types:
+        return None
+    return mesh if AxisType.Auto in mesh.axis_types else None
 
 
 def num_devices(mesh: Any, axes: tuple[str, ...]) -> int:

@@ -6,6 +6,7 @@ The compiler for TPUs is in the package libtpu, the one for GPUs in `jax[cuda13]
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any
 
 import jax
 
+from jdpo.config import MeshConfig
 from jdpo.planning.machines import Machine
 
 _GPU_DESCRIPTION = """
@@ -70,6 +72,16 @@ def compile_only_devices(machine: Machine) -> list[Any]:
     devices = list(description.devices)
     assert len(devices) == machine.num_devices, (machine, len(devices))
     return devices
+
+
+def on_nodes(mesh: MeshConfig, machine: Machine) -> MeshConfig:
+    """Returns a mesh with the number of a machine's nodes of GPUs as `slices`, where it leaves that open.
+
+    Real GPUs have their node as `slice_index`; those that programs are only compiled for do not.
+    """
+    if not machine.is_gpu or machine.slices == 1 or mesh.slices is not None:
+        return mesh
+    return dataclasses.replace(mesh, slices=machine.slices)
 
 
 def _gpu_description(machine: Machine) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 import tempfile
 import time
@@ -15,7 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from jdpo.config import TrainConfig
 from jdpo.devices import compiling_for
-from jdpo.planning.compile_only import compile_only_devices, without_cudnn_checks
+from jdpo.planning.compile_only import compile_only_devices, on_nodes, without_cudnn_checks
 from jdpo.planning.machines import Machine
 from jdpo.planning.planned_step import PlannedStep, plan_step
 from jdpo.training.fit.memory_fit import is_exhausted
@@ -93,7 +94,7 @@ def compile_step_for(
     """
     devices = compile_only_devices(machine)
     with compiling_on(machine):
-        config = resolve_dtype(config)
+        config = resolve_dtype(dataclasses.replace(config, mesh=on_nodes(config.mesh, machine)))
         with numerics(config):
             planned = plan_step(
                 config,

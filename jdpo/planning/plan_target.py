@@ -9,7 +9,7 @@ from typing import Any
 
 from jdpo.chips import GPU_POOL
 from jdpo.config import TrainConfig
-from jdpo.planning.compile_only import compile_only_devices, missing_package
+from jdpo.planning.compile_only import compile_only_devices, missing_package, on_nodes
 from jdpo.planning.compiled_step import compiling_on
 from jdpo.planning.machines import Machine
 from jdpo.planning.planner.absent_devices import absent_devices, without_compiler_options
@@ -80,6 +80,7 @@ def _plan(
     devices = compile_only_devices(machine) if compiles else absent_devices(machine)
     limit = step_limit(machine)
     with compiling_on(machine):
+        config = dataclasses.replace(config, mesh=on_nodes(config.mesh, machine))
         resolved = resolve_dtype(config if compiles else without_compiler_options(config))
         with numerics(resolved):
             run = planned_run(resolved, devices, lengths)

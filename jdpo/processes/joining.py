@@ -12,6 +12,7 @@ import jax
 
 from jdpo.processes.detection import Membership, find_cluster
 from jdpo.processes.last_line import end_at_once
+from jdpo.processes.megascale import check_processes, check_slices
 from jdpo.processes.relay import relay_to
 from jdpo.processes.watch import DEFAULT_TIMEOUT
 from jdpo.safe_text import terminal
@@ -93,6 +94,7 @@ def initialize_through_relay(
 def join_cluster(
     *,
     timeout: float = DEFAULT_TIMEOUT,
+    slices: int | None = None,
     environ: Mapping[str, str] = os.environ,
     environments: Callable[[], Sequence[Any]] | None = None,
     initialize: Initialize = initialize_through_relay,
@@ -105,6 +107,7 @@ def join_cluster(
 
     Args:
       timeout: seconds without a heartbeat after which a process counts as dead in `ending_together`.
+      slices: `mesh.slices` of the config, with which the environment must agree.
       environ, environments: see `find_cluster`.
       initialize: joins the cluster.
       log: receives one line about the cluster, if there is one.
@@ -113,12 +116,15 @@ def join_cluster(
       the place of this process; None if nothing describes a cluster.
 
     Raises:
-      ValueError: see `find_cluster`.
+      ValueError: see `find_cluster`; or the slices of this run are described in two ways.
       ConnectionError: process 0 cannot listen at its address.
     """
+    # First, since finding the cluster may wait for the host of process 0.
+    num_slices = check_slices(environ, slices)
     found = find_cluster(environ, environments)
     if found is None:
         return None
+    check_processes(found.num_processes, num_slices)
     log(f"cluster found by {found}")
     if found.num_processes > 1:
         initialize(

@@ -11,6 +11,9 @@ AXES = ("data", "fsdp", "expert", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")
 """Axes that split a batch; the devices along `tensor` share its rows."""
 
+COPIES_AXIS = "data"
+"""The axis whose devices hold copies of the weights; it alone goes across slices."""
+
 
 def num_batch_shards(mesh: Mesh) -> int:
     """Returns how many parts a batch is split into: the product of BATCH_AXES."""

@@ -37,6 +37,17 @@ LOGICAL_RULES: tuple[tuple[str, Any], ...] = (
 """Rules in the form that flax.linen.logical_axis_rules takes."""
 
 
+def rules_without(axis: str) -> tuple[tuple[str, Any], ...]:
+    """Returns LOGICAL_RULES without a mesh axis, for code within a shard_map over that axis."""
+
+    def left(axes: Any) -> Any:
+        return (
+            tuple(each for each in axes if each != axis) if isinstance(axes, tuple) else axes if axes != axis else None
+        )
+
+    return tuple((name, left(axes)) for name, axes in LOGICAL_RULES)
+
+
 def partition_spec(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
     """Returns the mesh axes that split an array's dims: the longest prefix of each rule's axes that divides the dim.
 

@@ -393,3 +393,32 @@ ENTRY %main (x: bf16[8]) -> bf16[8] {
     )
     assert (found.kind, found.wire_bytes, len(found.groups)) == ("collective-permute", 16, 4)
     assert np.array_equal(found.groups[0], [0, 1])
+
+
+ACROSS = """HloModule m, num_partitions=4
+ENTRY %main (p: bf16[8,4], q: f32[2]) -> bf16[8,4] {
+  %p = bf16[8,4]{1,0} parameter(0)
+  %q = f32[2]{0} parameter(1)
+  %token = token[] after-all()
+  %send.1 = (bf16[8,4]{1,0}, u32[], token[]) send(%p, %token), channel_id=1, is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="sum_0",_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %send.2 = (f32[2]{0}, u32[], token[]) send(%q, %token), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="rows_0",_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_GATHER"}
+  %recv.1 = (bf16[8,4]{1,0}, u32[], token[]) recv(%token), channel_id=3, is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="sum_0",_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv.2 = (f32[4]{0}, u32[], token[]) recv(%token), channel_id=4, is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="rows_0",_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_GATHER"}
+  %other = (f32[2]{0}, u32[], token[]) send(%q, %token), channel_id=5, is_host_transfer=true
+  %done.1 = (bf16[8,4]{1,0}, token[]) recv-done(%recv.1), channel_id=3, is_host_transfer=true
+  ROOT %out = bf16[8,4]{1,0} get-tuple-element(%done.1), index=0
+}
+"""  # noqa: E501
+
+
+def test_transfers_between_slices_are_collectives_of_devices_with_one_place_in_their_slices() -> None:
+    found = collectives_of(module := parse(ACROSS), entry_of(module), 8)
+    assert [(each.kind, each.dtype, each.num_bytes) for each in found] == [
+        ("all-reduce", "bf16", 64),
+        ("all-gather", "f32", 16),
+    ]
+    assert all(each.groups.tolist() == [[0, 4], [1, 5], [2, 6], [3, 7]] for each in found)
+    assert [each.wire_bytes for each in found] == [64, 8]
+    places = entry_of(module).position
+    assert (found[0].start, found[0].done) == (places["send.1"], places["done.1"])
+    assert found[1].done == places["send.2"], "what nothing waits for"

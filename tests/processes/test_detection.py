@@ -68,6 +68,7 @@ def joined(environ: Mapping[str, str], monkeypatch: pytest.MonkeyPatch) -> list[
     return recorder.calls
 
 
+SLICES = {"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "0"}
 BY_HAND = {"JAX_COORDINATOR_ADDRESS": "node0:1234", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
 
 
@@ -143,7 +144,13 @@ def test_a_single_process_joins_nothing(environ: dict[str, str], monkeypatch: py
         ({"OMPI_COMM_WORLD_SIZE": "2", "PMI_SIZE": "2"}, r"JAX_NUM_PROCESSES=\$OMPI_COMM_WORLD_SIZE"),
         ({"PMI_SIZE": "2"}, r"JAX_NUM_PROCESSES=\$PMI_SIZE"),
         ({"TPU_WORKER_HOSTNAMES": "a,b,c"}, "names 3 processes"),
-        ({"MEGASCALE_NUM_SLICES": "2", "TPU_WORKER_HOSTNAMES": "a"}, "names 2 processes"),
+        (SLICES | {"TPU_WORKER_HOSTNAMES": "a"}, "names 2 processes"),
+        ({"MEGASCALE_NUM_SLICES": "2"}, "MEGASCALE_SLICE_ID is not set"),
+        (SLICES | {"MEGASCALE_SLICE_ID": "2"}, "numbered from 0"),
+        ({"MEGASCALE_SLICE_ID": "1"}, "MEGASCALE_NUM_SLICES is not set"),
+        (SLICES | {"MEGASCALE_NUM_SLICES": "two"}, "MEGASCALE_NUM_SLICES is 'two'"),
+        (SLICES | BY_HAND | {"JAX_NUM_PROCESSES": "3"}, "3 processes: every slice needs"),
+        (SLICES | {"JAX_NUM_PROCESSES": "1"}, "1 process: every slice needs"),
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}, "JAX_COORDINATOR_ADDRESS"),
         (TORCHRUN | {"LOCAL_WORLD_SIZE": "3", "CUDA_VISIBLE_DEVICES": "0,1"}, "cannot be divided"),
     ],
@@ -153,6 +160,24 @@ def test_settings_that_would_train_alone_or_wait_for_ever_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         joined(environ, monkeypatch)
+
+
+def test_the_slices_of_a_config_and_of_the_environment_must_agree_before_anything_waits() -> None:
+    recorder = Recorder()
+
+    def join(environ: dict[str, str], slices: int | None) -> int:
+        # The coordinator's name does not resolve: detecting it would wait for minutes.
+        environ = {"TPU_WORKER_HOSTNAMES": "no.such.host,b"} | environ if slices == 4 else environ
+        join_cluster(slices=slices, environ=environ, initialize=recorder, log=lambda line: None)
+        return len(recorder.calls)
+
+    with pytest.raises(ValueError, match=r"mesh\.slices is 4, but MEGASCALE_NUM_SLICES is 2"):
+        join(SLICES, 4)
+    assert recorder.calls == []
+    assert join(BY_HAND | SLICES, 2) == 1
+    assert join(BY_HAND | SLICES, None) == 2
+    # Only libtpu reads these variables: a run on the CPUs of a TPU VM is not on slices.
+    assert join(BY_HAND | SLICES | {"JAX_PLATFORMS": "cpu", "JAX_NUM_PROCESSES": "3"}, 3) == 3
 
 
 def test_a_jax_that_keeps_its_detection_elsewhere_is_named_where_there_may_be_a_cluster() -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from jdpo.planning.hlo.hlo_text import Computation, Module, Op
 from jdpo.planning.hlo.op_costs import COLLECTIVES
+from jdpo.planning.hlo.slice_transfers import slice_transfers
 
 
 class Collective(NamedTuple):
@@ -47,7 +48,7 @@ def collectives_of(module: Module, computation: Computation, num_devices: int) -
 
     On a TPU an asynchronous collective is a fusion that starts it, fusions that compute next to it and carry it along,
     and one that ends it; all name the same channel. Collectives of its SparseCores are calls: one that starts the
-    cores, one that gives them the operands, and one that waits for the result.
+    cores, one that gives them the operands, and one that waits for the result. Those between slices are sends.
     """
     found: list[Collective] = []
     carried, started = _carried_channels(module, computation), _started_channels(module)
@@ -65,6 +66,10 @@ def collectives_of(module: Module, computation: Computation, num_devices: int) -
         elif kind and not op.opcode.endswith("-done"):
             done = _done_of(computation, op, place) if op.opcode.endswith("-start") else place
             found.append(_collective(computation, op, op, place, done, num_devices))
+    found += (
+        Collective(each.kind, each.array.dtype, each.array.num_bytes, each.groups, "", each.start, each.done)
+        for each in slice_transfers(computation, num_devices)
+    )
     # Over an axis of one device nothing is sent.
     return [each for each in found if each.groups.shape[1] > 1]
 

@@ -91,13 +91,15 @@ def estimated_costs(machine: Machine, planned: PlannedStep, estimate: StepEstima
     itemsize = jnp.dtype(assembly.model.compute_dtype).itemsize
     trained = local_size(assembly.state.params, whole=True) / mesh.shape["tensor"]
     weights = trained + local_size(assembly.frozen, whole=True) / mesh.shape["tensor"]
-    # Every micro-batch gathers the weights for the forward and the backward pass, and reduces the gradients: over the
-    # devices that share the weights, and then each part over the copies of the weights.
+    # Every micro-batch gathers the weights for the forward and the backward pass, and reduces the gradients over the
+    # devices that share the weights. Once per step each part is summed over the copies, of several micro-batches in
+    # float32.
     sharing = mesh.devices[0, :, :, 0].reshape(-1)
-    parts = [(itemsize * (2 * weights + trained), sharing)]
-    parts += [(2 * itemsize * trained / len(sharing), mesh.devices[:, 0, 0, 0])]
+    summed = itemsize if num_micro == 1 else max(itemsize, 4)
+    parts = [(num_micro * itemsize * (2 * weights + trained), sharing)]
+    parts += [(2 * summed * trained / len(sharing), mesh.devices[:, 0, 0, 0])]
     split = [_split(num_bytes, places_of(machine, list(group))) for num_bytes, group in parts]
-    inside, across = (num_micro * sum(each) for each in zip(*split, strict=True))
+    inside, across = (sum(each) for each in zip(*split, strict=True))
     busy_links = inside / links.link + (across / links.across if across else 0.0)
     multiplied = flops.executed / machine.num_devices / (chip.tera_flops["bfloat16"] * 1e12)
     moved = num_micro * (estimate.seconds_per_micro_batch + tokens * estimate.moved_per_token[planned.remat])

@@ -296,21 +296,30 @@ class PackedLogps:
                 min_tokens=self._min_chunk_tokens,
             )
 
-        if self.num_shards == 1:  # XLA's partitioner fails on manual axes that are all of size 1
+        context = jax.sharding.get_abstract_mesh()
+        # Within a shard_map over copies of the weights, see `accumulate`, the other axes are left.
+        mesh: Any = context if context.manual_axes else self.mesh
+        axes = tuple(axis for axis in BATCH_AXES if axis not in context.manual_axes)
+        # XLA's partitioner fails on manual axes that are all of size 1.
+        if all(mesh.shape[axis] == 1 for axis in axes):
             return of_rows(hidden_rkd, head_dv, targets_rk, num_scored_r)
-        by_row = PartitionSpec(BATCH_AXES)
+        by_row, split = PartitionSpec(axes), self._head_spec[0]
+        copied = tuple(axis for axis in axes if axis not in (split if isinstance(split, tuple) else (split,)))
 
         def on_device(hidden_rkd: Array, part_of_head: Array, targets_rk: Array, num_scored_r: Array) -> Any:
-            return of_rows(hidden_rkd, _gathered(part_of_head, self._head_spec[0]), targets_rk, num_scored_r)
+            # Marked before it is gathered, so that its gradient is first summed and divided among the devices that hold
+            # parts of the head, and then summed over the copies: across slices go parts, and not the whole gradient.
+            part_of_head = jax.lax.pcast(part_of_head, copied, to="varying") if copied else part_of_head
+            return of_rows(hidden_rkd, _gathered(part_of_head, split), targets_rk, num_scored_r)
 
         # Within shard_map, so that the head is gathered, and its gradient summed over devices, once and not after every
         # chunk.
         over_mesh: Callable[..., tuple[Array, ...]] = jax.shard_map(
             on_device,
-            mesh=self.mesh,
+            mesh=mesh,
             in_specs=(by_row, self._head_spec, by_row, by_row),
             out_specs=by_row,
-            axis_names=set(BATCH_AXES),
+            axis_names=set(axes),
         )
         return over_mesh(hidden_rkd, head_dv, targets_rk, num_scored_r)
 

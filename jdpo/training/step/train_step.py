@@ -6,7 +6,6 @@ A batch is a NamedTuple of arrays [k, m, ...]; among its features, `weights` [m]
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from jdpo.devices import target
 from jdpo.losses.pair_losses import weighted_sum
 from jdpo.losses.router import load_balancing_loss
 from jdpo.models.lora.base_weights import Base
+from jdpo.training.step.accumulation import accumulate
 from jdpo.training.step.objectives import Batch, Features, Objective
 from jdpo.training.step.rounding import apply_updates, store, wide
 from jdpo.types import RouterStats
@@ -261,8 +261,12 @@ def _one_pass(
     if num_micro(batch) == 1:  # no accumulator where there is nothing to accumulate
         (loss, features), grads = value_and_grad(params, jax.tree.map(lambda array: array[0], batch))  # [m, ...]
         return loss, grads, jax.tree.map(lambda array: array[None], features)
-    # Reversed, since `_accumulate` sums the first result and stacks the second.
-    grads, (losses, features) = _accumulate(lambda micro: value_and_grad(params, micro)[::-1], params, batch)
+
+    def grads_of(params: Params, micro: Batch) -> tuple[Params, tuple[Array, Features]]:
+        (loss, features), grads = value_and_grad(params, micro)
+        return grads, (loss[None], features)
+
+    grads, (losses, features) = accumulate(grads_of, params, batch)
     # Every part is divided by the totals of the whole batch already, so parts are added and not averaged.
     return losses.sum(), grads, features
 
@@ -282,29 +286,18 @@ def _two_passes(
     )
 
     # The features of each micro-batch are computed a second time, so that one micro-batch's activations exist at once.
-    def pull_back(micro: tuple[Batch, Any]) -> tuple[Params, None]:
+    def pull_back(params: Params, micro: tuple[Batch, Any]) -> tuple[Params, None]:
         batch, cotangents = micro
         _, vjp = jax.vjp(lambda params: learnt(features_of(params, batch=batch)), params)
         return vjp(cotangents)[0], None
 
-    grads, _ = _accumulate(pull_back, params, (batch, cotangents))
+    grads, _ = accumulate(pull_back, params, (batch, cotangents))
     return loss, grads, features
 
 
 def num_micro(batch: Batch) -> int:
     """Returns the number of micro-batches of a [k, m, ...] batch."""
     return int(jax.tree.leaves(batch)[0].shape[0])
-
-
-def _accumulate(grads_of: Callable[[Any], tuple[Params, Any]], params: Params, micros: Any) -> tuple[Params, Any]:
-    """Sums gradients over micro-batches, in float32 or wider, and stacks what else each of them gives."""
-
-    def step(total: Params, micro: Any) -> tuple[Params, Any]:
-        grads, other = grads_of(micro)
-        return jax.tree.map(jnp.add, total, wide(grads)), other
-
-    # In float32 or wider: a sum in bfloat16 loses whatever is below 0.4 % of it.
-    return jax.lax.scan(step, wide(jax.tree.map(jnp.zeros_like, params)), micros)
 
 
 def scan_features(features_of: Any, params: Params, batch: Batch) -> Features:

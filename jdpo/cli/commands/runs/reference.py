@@ -44,7 +44,7 @@ def main(command: str, words: Sequence[str]) -> int:
         return 0
     # output_dir is required but not written, so it need not be given.
     config = read_config(DPO, line._replace(overrides=[*line.overrides, "output_dir=none"]))
-    with in_cluster(config, command, words, shown=shown_error, trains=False):
+    with in_cluster(config, command, words, shown=shown_error, trains=False, slices=config.mesh.slices):
         from jdpo.processes import is_first
         from jdpo.training.interrupt import StopRequest
         from jdpo.training.reference.reference_source import compute_reference

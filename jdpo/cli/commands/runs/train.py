@@ -86,7 +86,7 @@ def main(command: str, words: Sequence[str]) -> int:
         print(to_yaml(config), end="")
         return 0
     # Training is imported only after joining: jax must know the other processes before it looks for devices.
-    with in_cluster(config, command, words, shown=shown_error, trains=True):
+    with in_cluster(config, command, words, shown=shown_error, trains=True, slices=config.mesh.slices):
         if line.options.dry_run:
             from jdpo.training.dry_run import dry_run
 

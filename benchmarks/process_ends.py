@@ -73,7 +73,7 @@ LOSSES = [
 ]
 
 STARTS = {
-    "before joining": ("jdpo.processes.joining:initialize_through_relay", "before", 1),
+    "before joining": ("jdpo.processes:join_cluster", "before", 1),
     "reading the data": ("jdpo.training.setup.run_setup:prepare_rows", "before", 1),
     "the reference": ("jdpo.training.run:reference_of", "before", 1),
     "compiling": ("jdpo.training.run:prepare_steps", "before", 1),
@@ -83,7 +83,11 @@ STOPS = [
     *(Experiment(f"SIGTERM, {name}", "SIGTERM", point, resumed=True) for name, point in STARTS.items()),
     *(Experiment(f"SIGTERM in a step, process {i}", "SIGTERM", IN_STEP, i) for i in (0, 1)),
     Experiment("SIGTERM in an evaluation", "SIGTERM", IN_EVALUATION),
-    Experiment("SIGTERM while answers are sampled", "SIGTERM", ("jdpo.training.answer_samples:Engine", "before", 1)),
+    Experiment(
+        "SIGTERM while answers are sampled",
+        "SIGTERM",
+        ("jdpo.training.answer_samples:AnswerSamples.take", "before", 1),
+    ),
     Experiment("SIGTERM in a save", "SIGTERM", IN_SAVE),
     Experiment("SIGTERM in the export", "SIGTERM", IN_EXPORT),
     Experiment("SIGTERM in a step, a single process", "SIGTERM", IN_STEP, 0, num_processes=1),

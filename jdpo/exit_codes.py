@@ -25,6 +25,7 @@ LOST = 75
 """EX_TEMPFAIL of sysexits.h: another process of the run is gone; the same command continues the run."""
 STALLED = 124
 """As `timeout` of coreutils: this process was alive and did not get any further."""
+HUNG_UP = 128 + signal.SIGHUP
 INTERRUPTED = 128 + signal.SIGINT
 PREEMPTED = 128 + signal.SIGTERM
 
@@ -34,9 +35,11 @@ EXIT_CODES = (
     ExitCode(USAGE, "the command line, the config or the data is wrong", restart=False),
     ExitCode(LOST, "another process of the run has died, is stuck or did not join", restart=True),
     ExitCode(STALLED, "this process was stuck: a phase took longer than its deadline", restart=True),
+    ExitCode(HUNG_UP, "its terminal was closed (SIGHUP); a checkpoint is saved", restart=False),
     ExitCode(INTERRUPTED, "stopped by Ctrl-C; a checkpoint is saved", restart=False),
     ExitCode(128 + signal.SIGABRT, "a library aborted the process", restart=True),
     ExitCode(128 + signal.SIGKILL, "killed, as by the system when memory runs out", restart=True),
+    ExitCode(128 + signal.SIGSEGV, "a library crashed the process", restart=False),
     ExitCode(PREEMPTED, "preempted, or stopped by SIGTERM; a checkpoint is saved", restart=True),
 )
 """Every code that a launcher may see, in order."""

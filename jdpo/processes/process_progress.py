@@ -17,7 +17,7 @@ class State(NamedTuple):
     Attributes:
       phase: see `jdpo.training.logs.phases`; "start" before the first one.
       step: the last step that was launched; 0 before the first.
-      point: number of phases that began since then, the same for all processes at one line of the code.
+      point: signs of progress since then, as many on every process that has come to the same line of the code.
       left: seconds until the deadline of the phase passes without progress; negative once it has passed.
       idle: seconds since the last sign of progress.
       signal: the signal that asked the process to stop; 0 if none did.
@@ -75,6 +75,7 @@ class Progress:
         """Notes progress within a phase; ignored in any other phase, as it may be that of a background thread."""
         if phase == self.phase:
             self.count += 1
+            self.point += phase != "compile"  # threads compile, in no fixed order
 
     def launched(self, step: int) -> None:
         """Notes that a step was launched."""

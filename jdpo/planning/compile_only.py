@@ -66,7 +66,8 @@ def compile_only_devices(machine: Machine) -> list[Any]:
             )
         else:
             slices = {"num_slices": machine.slices} if machine.slices > 1 else {}
-            description = topologies.get_topology_desc(machine.topology, platform="tpu", **slices)
+            with _as_on_a_tpu_vm():
+                description = topologies.get_topology_desc(machine.topology, platform="tpu", **slices)
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
         raise ValueError(f"the installed compiler knows no {machine.name} ({error})") from error
     devices = list(description.devices)
@@ -82,6 +83,24 @@ def on_nodes(mesh: MeshConfig, machine: Machine) -> MeshConfig:
     if not machine.is_gpu or machine.slices == 1 or mesh.slices is not None:
         return mesh
     return dataclasses.replace(mesh, slices=machine.slices)
+
+
+_TPU_VM = {"TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
+
+
+@contextlib.contextmanager
+def _as_on_a_tpu_vm() -> Iterator[None]:
+    """Tells libtpu, as it is loaded, what it would ask a TPU VM for: where there is none, it writes warnings.
+
+    Programs do not depend on it: the topology is asked for by name.
+    """
+    missing = {name: value for name, value in _TPU_VM.items() if name not in os.environ}
+    os.environ.update(missing)
+    try:
+        yield
+    finally:
+        for name in missing:  # real devices may be looked for later
+            del os.environ[name]
 
 
 def _gpu_description(machine: Machine) -> str:

@@ -80,15 +80,17 @@ class Guard:
         """Ends this process with the exit code of the signal that asked it to stop."""
         signum = PROGRESS.stop_signal or signal.SIGTERM
         where = point_of(self._latest) if self._latest.phase != "start" else "while it started"
-        text = f"stopped by {signal.Signals(signum).name} {where}; nothing was left to save. {self._advice()}"
-        end_at_once(text, 128 + signum, kind="stopped")
+        text = f"stopped by {signal.Signals(signum).name} {where}; nothing was left to save"
+        end_saying(text, self._advice, 128 + signum, kind="note")
 
     # --- the thread
 
     def _run(self) -> None:
         armed = 0.0
+        poller = select.poll()  # select.select takes no descriptors from 1,024 on
+        poller.register(self._woken, select.POLLIN)
         while not self._over.is_set():
-            select.select([self._woken], [], [], _TICK_SECONDS)
+            poller.poll(1000 * _TICK_SECONDS)
             with contextlib.suppress(OSError):
                 for signum in self._woken.recv(64):
                     if signum in STOP_SIGNALS:
@@ -118,7 +120,7 @@ class Guard:
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         # Once it has begun, a run handles its first signal itself, so this is the second one.
         if self._has_seen_signal or PROGRESS.phase != "start":
-            end_at_once(f"ended at once by a second {signal.Signals(signum).name}", 128 + signum, kind="stopped")
+            end_at_once(f"ended at once by a second {signal.Signals(signum).name}", 128 + signum, kind="note")
         self._has_seen_signal = True
         self.stop(signum)
 

@@ -25,7 +25,7 @@ def end_at_once(text: str, code: int = LOST, *, kind: str = "error") -> NoReturn
     os._exit(code)  # sys.exit would run JAX's shutdown, which waits for the processes that are gone
 
 
-def end_saying(text: str, more: Callable[[], str], code: int = LOST) -> NoReturn:
+def end_saying(text: str, more: Callable[[], str], code: int = LOST, *, kind: str = "error") -> NoReturn:
     """Does the same, with sentences after the text that are looked up now.
 
     Args:
@@ -39,7 +39,7 @@ def end_saying(text: str, more: Callable[[], str], code: int = LOST) -> NoReturn
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(_LAST_WORDS_SECONDS)
-    end_at_once(f"{text}. {rest[0]}", code)
+    end_at_once(f"{text}. {rest[0]}", code, kind=kind)
 
 
 def write_line(text: str, kind: str = "error") -> None:

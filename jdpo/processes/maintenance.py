@@ -92,13 +92,15 @@ class MaintenanceNotice:
                 for path in set(paths) - set(waiting):
                     waiting[path] = self._ask(path)
                     stack.callback(waiting[path].close)
-                ends = {connection.sock: path for path, connection in waiting.items()}
+                ends = {connection.sock.fileno(): path for path, connection in waiting.items()}
+                poller = select.poll()
+                for end in (self._ended, *ends):
+                    poller.register(end, select.POLLIN)
                 # The connections have time limits of their own only while a request is being answered.
-                ready, _, _ = select.select([self._ended, *ends], [], [], _WAIT_SECONDS + _RETRY_SECONDS)
+                ready = [end for end, _ in poller.poll(1000 * (_WAIT_SECONDS + _RETRY_SECONDS))]
                 if self._ended in ready or not ready:
                     return False
-                for end in ready:
-                    path = ends[end]
+                for path in (ends[end] for end in ready):
                     connection = waiting.pop(path)
                     response = connection.getresponse()
                     value = response.read().decode(errors="replace").strip()

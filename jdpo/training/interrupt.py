@@ -81,7 +81,8 @@ class StopRequest:
         silence_lost_output()
         with contextlib.suppress(OSError):
             # os.write, since a handler may run in the middle of any other print.
-            os.write(2, b"\nstopping at the next step; a second signal stops at once\n")
+            when = "" if PROGRESS.keeps_nothing_back else " at the next step"
+            os.write(2, f"\nstopping{when}; a second signal stops at once\n".encode())
 
     def interrupt(self) -> None:
         """Has the effect of a first Ctrl-C."""

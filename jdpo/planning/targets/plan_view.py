@@ -187,7 +187,7 @@ def _work(question: Question, plan: TargetPlan) -> Iterator[Line]:
         f"{batches} of {of_one}, at most {plan.max_tokens_per_device:,} tokens per "
         f"device; {plan.padding:.2f} slots computed per token",
     )
-    if plan.wire_inside_bytes is not None:
+    if plan.wire_inside_bytes is not None and plan.num_devices > 1:
         across = "" if plan.num_slices == 1 else f", {memory(plan.wire_across_bytes or 0)} across slices or nodes"
         yield "links", f"a device sends {memory(plan.wire_inside_bytes)} per step within its slice or node{across}"
 

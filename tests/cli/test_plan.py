@@ -144,6 +144,25 @@ def test_targets_are_words_after_on() -> None:
             parse(parser(), words)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("target", "compiler"), [("h100x2", "jax_cuda13_plugin"), pytest.param("v5e-4", "libtpu", id="v5e-4")]
+)
+def test_a_step_is_compiled_once_where_its_compiler_is(
+    words: Callable[..., list[str]], target: str, compiler: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if importlib.util.find_spec(compiler) is None:
+        pytest.skip(f"{compiler} is not installed, which compiles for {target}")
+    asked = words("--on", target, "--lengths", "16,20,24", "--json")
+    assert main(asked) == 0
+    (first,) = json.loads(capsys.readouterr().out)["targets"]
+    assert main(asked) == 0
+    (second,) = json.loads(capsys.readouterr().out)["targets"]
+    assert (first["how"], first["from_cache"], second["from_cache"]) == ("compiled", False, True)
+    assert 1 <= first["compilations"] <= 3
+    assert second["peak_bytes"] == first["peak_bytes"]
+
+
 @pytest.mark.ci
 def test_help_loads_no_jax() -> None:
     code = "import sys; from jdpo.cli.main import main; main(['plan', '--help']); sys.exit('jax' in sys.modules)"

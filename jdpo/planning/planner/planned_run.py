@@ -96,8 +96,9 @@ def planned_run(config: TrainConfig, devices: Sequence[Any], lengths: Sequence[S
     if other is not None and other != config.model_name_or_path:
         setup = dataclasses.replace(setup, reference_folder=Path(other))  # weights of its own, of the same shape
     size = config.global_batch_size
-    steps = _steps(lengths, size, config.seed)
-    rows = planned_rows(config, task, lengths, max(len(lengths), size))
+    drawn = _drawn(lengths, size, config.seed)
+    steps = tuple(np.arange(max(len(drawn), size)).reshape(-1, size))
+    rows = planned_rows(config, task, drawn, max(len(drawn), size))
     remat = "full" if config.remat == "auto" else config.remat
     # A cached reference and none at all are the same to a program: nothing of it runs in the step.
     assembly = assemble(setup, reference=mode if mode == "live" else "none", remat=remat)
@@ -137,14 +138,14 @@ def choose_mesh(config: TrainConfig, devices: Sequence[Any], model: ModelConfig)
     return asked  # the run is refused, and told which batch sizes can be split
 
 
-def _steps(lengths: Sequence[Sequence[int]], size: int, seed: int) -> tuple[np.ndarray, ...]:
-    """Returns the rows of the steps that are laid out, drawn evenly; the longest row is among them."""
+def _drawn(lengths: Sequence[Sequence[int]], size: int, seed: int) -> Sequence[Sequence[int]]:
+    """Returns the lengths of the rows of the steps that are laid out, drawn evenly; those of the longest among them."""
     number = len(lengths)
     if number <= size:
-        return (np.arange(size),)
+        return lengths
     order = np.random.default_rng(seed).permutation(number)[: MOST_STEPS * size]
-    order = order[: len(order) // size * size]
-    longest = max(range(number), key=lambda index: sum(lengths[index]))
-    if longest not in order:  # its step may be the one that needs the most memory
-        order[0] = longest
-    return tuple(np.sort(order.reshape(-1, size), axis=1))
+    drawn = [lengths[index] for index in order[: len(order) // size * size]]
+    longest = max(lengths, key=sum)
+    if longest not in drawn:  # its step may be the one that needs the most memory
+        drawn[0] = longest
+    return drawn

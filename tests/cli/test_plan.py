@@ -56,7 +56,7 @@ def test_a_plan_needs_config_json_alone(
     captured = capsys.readouterr()
     document = json.loads(captured.out)
     eight, one = document["targets"]
-    assert "h100x8: 1 of 2, by formula" in captured.err
+    assert "h100x8: 1 of 2, without a compiler" in captured.err
     assert [each["fits"] for each in (eight, one)] == [True, True]
     assert eight["how"] == "estimated"
     assert (eight["devices"], eight["hosts"], document["run"]["steps"]) == (8, 1, 10)
@@ -126,6 +126,18 @@ def test_what_is_wrong_is_told_before_anything_is_planned(
     assert message in captured.err
     assert "1 of" not in captured.err
     assert captured.out == ""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="here, plans for TPUs are compiled")
+def test_tpus_without_their_compiler_leave_others_alone(
+    words: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words("--on", "v5e-8", "v5p-8", "--lengths=16,20,24")) == 2
+    assert "pip install libtpu" in capsys.readouterr().err
+    assert main(words("--on", "v5e-8", "h100", "--lengths=16,20,24", "--json")) == 0
+    tpu, gpu = json.loads(capsys.readouterr().out)["targets"]
+    assert (tpu["fits"], gpu["fits"]) == (None, True)
+    assert "libtpu" in tpu["failure"]
 
 
 def test_a_folder_without_tokenizer_asks_for_lengths(

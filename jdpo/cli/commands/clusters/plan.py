@@ -96,6 +96,7 @@ def main(command: str, words: Sequence[str]) -> int:
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # the devices are those that programs are compiled for
+    _check_compilers(machines)
     sources = _sources(config)
     rows = _rows(config, sources, options, task)
     from jdpo.planning.targets.plan_document import Question, plan_document
@@ -147,6 +148,22 @@ def _machines(names: list[str] | None) -> list[Machine]:
     if wrong:
         raise ValueError("\n".join(wrong))
     return machines
+
+
+def _check_compilers(machines: list[Machine]) -> None:
+    """Refuses targets of which none can be planned here.
+
+    Raises:
+      ValueError: all of them are TPUs, and their compiler is not installed.
+    """
+    from jdpo.planning.compile_only import missing_package
+
+    if all(not machine.is_gpu and missing_package(machine) for machine in machines):
+        names = ", ".join(machine.name for machine in machines)
+        raise ValueError(
+            f"planning for {names} needs libtpu, the compiler for TPUs, which is not installed here: "
+            "`pip install libtpu` adds it, and it needs no TPU"
+        )
 
 
 def _config(line: CommandLine) -> tuple[str, TrainConfig]:
@@ -232,7 +249,7 @@ def _outlook(question: Question, config: TrainConfig, machine: Machine, process:
     from jdpo.planning.targets.outlook import Outlook, outlook
 
     compiled = missing_package(machine) is None
-    log(machine.name, f"{place}, {_usual_time(machine) if compiled else 'by formula'}")
+    log(machine.name, f"{place}, {_usual_time(machine) if compiled else 'without a compiler'}")
     arguments = machine.name, config, question.rows.sample(config.seed), cache_folder(config.cache_dir)
     try:
         # A compiler may crash; a formula does not.

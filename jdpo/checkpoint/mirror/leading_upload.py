@@ -135,13 +135,15 @@ class Leader:
             self._thread.join(POLL_SECONDS)
         self._abandoned = True
         self._wake.set()
+        self._held = None
+        self._delete_old()  # on the disk, what was held when the last checkpoint was saved
         self._notes.publish(Task(self._number + 1, over=True))
 
     def missing(self) -> list[str]:
         """Returns what the mirror lacks, in words. To be called after `close`."""
         steps = [str(step) for step in complete_steps(self._run / CHECKPOINTS) if not self._has(step)]
         found = [f"the checkpoint{'s' * (len(steps) > 1)} of step {listed(steps, 3)}"] if steps else []
-        return found + (["the exported model"] if self._export and not self._exported else [])
+        return found + (["the exported model"] if not self._exported and export_files(self._run) else [])
 
     # --- on the thread
 

@@ -81,9 +81,7 @@ class ObjectStore:
         with self._errors_of(name):
             try:
                 content: bytes = self._system.cat_file(self._path(name))
-            except FileNotFoundError as error:
-                if "bucket" in str(error):  # all of it is missing, and not this object
-                    raise
+            except FileNotFoundError:  # or the whole bucket, which writing and listing find out
                 return None
         return content
 

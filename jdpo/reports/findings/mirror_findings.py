@@ -13,15 +13,14 @@ def mirror_findings(facts: RunFacts) -> Iterator[Finding]:
     mirror = facts.mirror
     if not mirror.get("failures"):
         return
-    newest = f"step {mirror['step']:,}" if mirror.get("step") is not None else "none"
+    newest = f"its newest checkpoint is step {mirror['step']:,}" if "step" in mirror else "it has no checkpoint"
     error = f" The last error: {mirror['error']}." if mirror.get("error") else " Later ones succeeded."
     is_behind = bool(mirror.get("error"))
     yield Finding(
         "mirror_failed",
         "warning" if is_behind else "note",
         "The mirror is not up to date" if is_behind else "Some uploads to the mirror failed at first",
-        f"{figure(mirror['failures'], 'upload')} to {mirror.get('address')} failed; the newest checkpoint there is "
-        f"{newest}.{error}",
+        f"{figure(mirror['failures'], 'upload')} to {mirror.get('address')} failed; {newest}.{error}",
         "Check that the bucket exists, and that this machine may write and delete in it. The same command uploads what "
         "is missing, also after the run is finished.",
     )

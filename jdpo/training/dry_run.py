@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import jax
 
-from jdpo.config import ReferenceSettings, TrainConfig
+from jdpo.checkpoint.mirror.object_store import ObjectStore
+from jdpo.checkpoint.mirror.run_fetch import RunInMirror
+from jdpo.config import OutputSettings, ReferenceSettings, TrainConfig
 from jdpo.devices import leave_out_missing_tpus
 from jdpo.training.continuing import describe_start
 from jdpo.training.fit.assembly import Assembly, assemble
@@ -46,6 +49,28 @@ def dry_run(config: TrainConfig, log: Log) -> None:
             log(f"the run in {directory.path} is finished: {directory.outcome}")
         elif not directory.is_new:
             log(describe_start(setup, directory))
+        if config.mirror is not None:
+            log(describe_mirror(config, task_for(config).command))
+
+
+def describe_mirror(config: OutputSettings, command: str) -> str:
+    """Describes what a run would continue from in its mirror; nothing is written.
+
+    Raises:
+      ValueError: the mirror holds another run.
+      OSError: it cannot be read.
+    """
+    assert config.mirror is not None
+    found = RunInMirror(ObjectStore(config.mirror))
+    if not found.has_begun:
+        return f"mirror {found.store.address} can be read, and holds no checkpoint yet"
+    found.check_owner(Path(config.output_dir), config, command, {})
+    if not found.steps:
+        return f"mirror {found.store.address} holds this run, finished, with its model"
+    return (
+        f"mirror {found.store.address} holds this run: with an empty or older output_dir it would continue from the "
+        f"checkpoint of step {found.steps[-1]}"
+    )
 
 
 def describe_kept(assembly: Assembly) -> str:

@@ -85,6 +85,7 @@ def train(
     Raises:
       ValueError: bad input, before anything is trained.
       FloatingPointError: loss or gradients are not finite; step and rows are named.
+      OSError: the mirror cannot be reached at the start, or the run is finished and the mirror lacks some of it.
       Exception: the error of a callback, after a checkpoint was saved.
     """
     check_config(config)

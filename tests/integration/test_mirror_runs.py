@@ -108,9 +108,7 @@ def test_a_bucket_that_is_gone_ends_no_run_but_is_told(
     run = tmp_path / "run"
     words = cut_words(run, mirror=MIRROR)
     gone = EachStep(lambda view: server.delete_bucket() if view.step == 5 else None)
-    with pytest.raises(
-        MirrorIncomplete, match=r"the checkpoints of step 10, 12 and the exported model: .*exist"
-    ):
+    with pytest.raises(MirrorIncomplete, match=r"the checkpoints of step 10, 12 and the exported model: .*exist"):
         train(load_config(DPOConfig, None, words[1:]), callbacks=[gone])
     record = json.loads((run / "run.json").read_text())
     assert record["finished"]

@@ -260,6 +260,30 @@ def test_a_file_that_another_program_changed_in_the_mirror_is_uploaded_again(
     assert_intact(mirror)
 
 
+def test_what_is_left_of_others_goes_once_the_run_has_come_as_far(
+    run: Path, mirror: Path, uploads: Callable[..., Uploads]
+) -> None:
+    for step in (1, 2, 4):
+        write_step(run, step)
+    one = uploads()
+    one.follow(4, keep=9)
+    assert one.close() == []
+    delete_step(run / CHECKPOINTS / "4")
+    (mirror / CHECKPOINTS / "4" / "position" / "metadata").unlink()  # damaged: the run continues from step 2
+    (mirror / CHECKPOINTS / "3").mkdir()
+    (mirror / CHECKPOINTS / "3" / "state").write_text("of an upload that was interrupted on another machine")
+    again = uploads()
+    again.follow(2)
+    again.wait(lambda: not (mirror / CHECKPOINTS / "3" / "state").exists())
+    assert (mirror / CHECKPOINTS / "4" / MANIFEST).exists()
+    write_step(run, 5)
+    again.leader.sealed()
+    again.wait(lambda: not (mirror / CHECKPOINTS / "4" / MANIFEST).exists())
+    assert again.close() == []
+    assert complete_steps(mirror / CHECKPOINTS) == [2, 5]
+    assert not again.store.sizes("checkpoints/4")
+
+
 # --- the way back
 
 
@@ -378,7 +402,10 @@ def test_a_mirror_of_another_run_is_refused(
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path, mirror: Path) -> None:
-    (mirror / "photos").mkdir(parents=True)
+    mirror.mkdir()
+    (mirror / ".jdpo-doctor-1-0").write_text("of a trial that was killed")
+    assert not bring_run(tmp_path / "run", settings_of(tmp_path / "run", mirror), "dpo", None)
+    (mirror / "photos").mkdir()
     (mirror / "photos" / "a.jpg").write_text("")
     with pytest.raises(ValueError, match="is not that of a run"):
         bring_run(tmp_path / "run", settings_of(tmp_path / "run", mirror), "dpo", None)

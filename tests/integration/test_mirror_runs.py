@@ -127,7 +127,7 @@ def test_a_bucket_that_is_gone_ends_no_run_but_is_told(
 
 
 KILLS = {
-    "files half uploaded": (f"{STORE}.upload", "before", 4, "mirror-upload"),
+    "files half uploaded": (f"{STORE}.upload", "before", 8, "mirror-upload"),
     "all files, no manifest": (f"{STORE}.write", "before", 3, "mirror"),
     "old step half deleted": (f"{STORE}.delete", "after", 3, "mirror-delete"),
 }

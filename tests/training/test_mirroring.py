@@ -49,10 +49,13 @@ def all_of(manifests: Mapping[int, Any]) -> Collection[int]:
 
 @contextlib.contextmanager
 def opened(config: DPOConfig, log: Callable[[str], None]) -> Iterator[tuple[RunDirectory, RunMirror]]:
-    with RunDirectory(config, "dpo") as directory, StopRequest() as stop:
-        with open_mirror(config, directory, stop, log) as mirror:
-            assert mirror is not None
-            yield directory, mirror
+    with (
+        RunDirectory(config, "dpo") as directory,
+        StopRequest() as stop,
+        open_mirror(config, directory, stop, log) as mirror,
+    ):
+        assert mirror is not None
+        yield directory, mirror
 
 
 def start(config: DPOConfig, log: Callable[[str], None], *steps: int, finishes: bool = False) -> int | None:

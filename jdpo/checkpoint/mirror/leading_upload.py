@@ -63,14 +63,15 @@ class Leader:
         names = store.sizes()
         notes.begin(store.address, names)
         notes.join(store.address)
-        self._steps = {
-            step: manifest for step in steps_in(names, with_manifest=True) if (manifest := self._whole(step, names))
-        }
+        manifests = {step: self._whole(step, names) for step in steps_in(names, with_manifest=True)}
+        self._steps = {step: manifest for step, manifest in manifests.items() if manifest is not None}
+        # Damaged ones; those that are later than what the run continues from stay until it has come as far again.
+        self._later = manifests.keys() - self._steps.keys()
         # Left by uploads or deletions that were interrupted.
-        self._partial = set(steps_in(names, with_manifest=False)) - set(self._steps)
+        self._partial = set(steps_in(names, with_manifest=False)) - manifests.keys()
         self._export: dict[str, Digest] | None = None  # once the run has ended: the files of the exported model
         self._exported = False
-        self._skipped: set[str] = set()
+        self._skipped: dict[str, str] = {}  # folders that can never be uploaded, and why
         self._afresh: set[str] = set()
         self._kept: Kept | None = None
         self._delete_old: Callable[[], None] = lambda: None
@@ -101,9 +102,8 @@ class Leader:
           kept: tells which steps are kept.
           delete_old: deletes old steps on the disk.
         """
-        later = {step for step in self._steps if newest is None or step > newest}
-        self._partial |= later
-        self._steps = {step: manifest for step, manifest in self._steps.items() if step not in later}
+        self._later |= {step for step in self._steps if newest is None or step > newest}
+        self._steps = {step: manifest for step, manifest in self._steps.items() if step not in self._later}
         self._kept, self._delete_old = kept, delete_old
         self._thread.start()
 
@@ -141,6 +141,7 @@ class Leader:
 
     def missing(self) -> list[str]:
         """Returns what the mirror lacks, in words. To be called after `close`."""
+        self.error = self.error or next(iter(self._skipped.values()), None)
         steps = [str(step) for step in complete_steps(self._run / CHECKPOINTS) if not self._has(step)]
         found = [f"the checkpoint{'s' * (len(steps) > 1)} of step {listed(steps, 3)}"] if steps else []
         return found + (["the exported model"] if not self._exported and export_files(self._run) else [])
@@ -153,8 +154,10 @@ class Leader:
             try:
                 if (folder := self._next()) is not None:
                     self._upload(folder)
+                else:
+                    self._tidy()
             except CannotUpload as error:
-                self._skipped.add(str(folder))
+                self._skipped[str(folder)] = f"{folder}: {error}"
                 self._note(f"{folder}: {error}")
             except Exception as error:  # of the store or of the disk; whatever it is, the thread must live
                 self._backoff.failures += 1
@@ -230,6 +233,7 @@ class Leader:
             return
         self._steps[_step_of(folder)] = manifest
         self._partial.discard(_step_of(folder))
+        self._later.discard(_step_of(folder))
         self._held = None
         self._delete_old()  # on the disk, where the step was held
         self._tidy()
@@ -279,6 +283,7 @@ class Leader:
         if self._kept is not None:
             kept = self._kept(self._steps)
             self._partial |= {step for step in self._steps if step not in kept}
+            self._partial |= {step for step in self._later if step < max(self._steps, default=0)}
         # What is on the disk is in the mirror, too, or will be.
         for step in sorted(self._partial - set(complete_steps(self._run / CHECKPOINTS))):
             folder = step_folder(step)
@@ -286,6 +291,7 @@ class Leader:
             self._store.delete(manifest_of(folder))
             self._delete(self._store.sizes(folder))
             self._partial.discard(step)
+            self._later.discard(step)
 
     def _delete(self, names: Collection[str]) -> None:
         with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="mirror-delete") as pool:

@@ -68,7 +68,8 @@ class RunInMirror:
                     raise ValueError("no keys in it")
             except (ValueError, yaml.YAMLError) as error:
                 raise ValueError(f"mirror {store.address}: {' or '.join(IDENTITY)} is damaged: {error}") from None
-        elif foreign := [name for name in self.names if name not in IDENTITY]:
+        # `jdpo doctor`, and other tools that try whether they can write, leave hidden objects.
+        elif foreign := [name for name in self.names if name not in IDENTITY and not name.startswith(".")]:
             raise ValueError(
                 f"mirror {store.address} holds {listed(foreign, 3)}, and is not that of a run; choose another one"
             )

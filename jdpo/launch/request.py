@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, cast
 
 from jdpo.config import CONFIGS, TrainConfig, load_config
 from jdpo.launch.launch_options import pairs_of
+from jdpo.words import figure
 
 if TYPE_CHECKING:  # importing it imports jax, which the help of the command does without
     from jdpo.planning.machines import Machine
@@ -163,7 +164,10 @@ def _check_mesh(config: TrainConfig, machine: Machine) -> None:
     from jdpo.sharding.mesh import check_batch_size, resolve_mesh_shape
 
     try:
-        shape = resolve_mesh_shape(config.mesh, machine.num_devices)
+        slices = config.mesh.slices or machine.slices
+        if slices != machine.slices and not machine.is_gpu:  # nodes of GPUs may be taken together
+            raise ValueError(f"mesh.slices is {slices}, but these are {figure(machine.slices, 'slice')}; leave it out")
+        shape = resolve_mesh_shape(config.mesh, machine.num_devices, slices)
         # Devices of the machine are not here; only the shape is read.
         check_batch_size(config.global_batch_size, cast(Mesh, AbstractMesh(shape, AXES)))
     except ValueError as error:

@@ -287,6 +287,8 @@ def test_the_root_user_and_labels_of_other_clouds(config: Path) -> None:
         (["datasets=https://host/rows.jsonl?sig=abc"], "ConfigMap"),
         (["learning_rat=1"], "learning_rate"),
         (["mesh.fsdp=8", "mesh.data=4"], "v6e-16: mesh data=4"),
+        (["mesh.slices=2"], "1 slice"),
+        (["--on", "2xv5e-16", "mesh.data=1", "mesh.fsdp=32"], "2 slices of 16"),
         (["global_batch_size=24"], "multiple of 16"),
     ],
 )

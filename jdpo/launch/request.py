@@ -166,7 +166,9 @@ def _check_mesh(config: TrainConfig, machine: Machine) -> None:
     try:
         slices = config.mesh.slices or machine.slices
         if slices != machine.slices and not machine.is_gpu:  # nodes of GPUs may be taken together
-            raise ValueError(f"mesh.slices is {slices}, but these are {figure(machine.slices, 'slice')}; leave it out")
+            raise ValueError(
+                f"mesh.slices is {slices}, but it has {figure(machine.slices, 'slice')}; leave mesh.slices out"
+            )
         shape = resolve_mesh_shape(config.mesh, machine.num_devices, slices)
         # Devices of the machine are not here; only the shape is read.
         check_batch_size(config.global_batch_size, cast(Mesh, AbstractMesh(shape, AXES)))

@@ -99,26 +99,10 @@ def main(command: str, words: Sequence[str]) -> int:
     _check_compilers(machines)
     sources = _sources(config)
     rows = _rows(config, sources, options, task)
-    from jdpo.planning.targets.plan_document import Question, plan_document
+    from jdpo.planning.targets.plan_document import plan_document
     from jdpo.planning.targets.planner_process import PlannerProcess
-    from jdpo.planning.targets.run_length import run_length
-    from jdpo.training.setup.tasks import task_for
 
-    dpo = config if isinstance(config, DPOConfig) else None
-    run = run_length(config, dpo, task_for(config), rows, num_rows=options.num_rows)
-    if dpo is not None and run.reference != dpo.reference:
-        config = dataclasses.replace(dpo, reference=run.reference)
-    config = dataclasses.replace(config, model_name_or_path=str(sources.model_folder))
-    question = Question(
-        command=task,
-        model=sources.name,
-        rows_per_step=config.global_batch_size,
-        optimizer=config.optimizer,
-        rows_per_device=config.micro_batch_size,
-        rows=rows,
-        run=run,
-        prices=prices,
-    )
+    question, config = _question(task, config, sources, rows, options.num_rows, prices)
     with PlannerProcess() as process:
         outlooks = [
             _outlook(question, config, machine, process, f"{number} of {len(machines)}")
@@ -236,6 +220,31 @@ def _rows(config: TrainConfig, sources: Sources, options: argparse.Namespace, ta
             f"the lengths of the rows are needed, and those of the config cannot be had here: {error}\n"
             f"Give --lengths, such as --lengths {example}, or a CSV file"
         ) from error
+
+
+def _question(
+    task: str, config: TrainConfig, sources: Sources, rows: RowLengths, num_rows: int | None, prices: Prices | None
+) -> tuple[Question, TrainConfig]:
+    """Returns what is asked of every target, and the config with the model's folder and a settled reference."""
+    from jdpo.planning.targets.plan_document import Question
+    from jdpo.planning.targets.run_length import run_length
+    from jdpo.training.setup.tasks import task_for
+
+    dpo = config if isinstance(config, DPOConfig) else None
+    run = run_length(config, dpo, task_for(config), rows, num_rows=num_rows)
+    if dpo is not None and run.reference != dpo.reference:
+        config = dataclasses.replace(dpo, reference=run.reference)
+    question = Question(
+        command=task,
+        model=sources.name,
+        rows_per_step=config.global_batch_size,
+        optimizer=config.optimizer,
+        rows_per_device=config.micro_batch_size,
+        rows=rows,
+        run=run,
+        prices=prices,
+    )
+    return question, dataclasses.replace(config, model_name_or_path=str(sources.model_folder))
 
 
 # --- the answer

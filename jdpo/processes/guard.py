@@ -118,9 +118,9 @@ class Guard:
     # --- signals, on the main thread
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
-        # Once it has begun, a run handles its first signal itself, so this is the second one.
+        # Once it has begun, a run handles its first signal itself, so this is the second one, or a dry run's first.
         if self._has_seen_signal or PROGRESS.phase != "start":
-            end_at_once(f"ended at once by a second {signal.Signals(signum).name}", 128 + signum, kind="note")
+            end_at_once(f"ended at once by {signal.Signals(signum).name}", 128 + signum, kind="note")
         self._has_seen_signal = True
         self.stop(signum)
 

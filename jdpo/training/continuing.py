@@ -105,12 +105,15 @@ def is_unevaluated(setup: Setup, directory: RunDirectory, step: int | None) -> b
     if step is None or setup.eval_data is None:
         return False
 
-    def find() -> int:
-        # A start that was killed may have made it since.
-        made = any(line["step"] == step and "eval_loss" in line for line in read_metrics(directory.metrics))
-        return int(read_position(directory.checkpoints.absolute() / str(step)).get("unevaluated", False) and not made)
-
-    return bool(agree_on(find))
+    # Every process reads it, as orbax waits there for all of them.
+    position = read_position(directory.checkpoints.absolute() / str(step))
+    if not position.get("unevaluated", False):
+        return False
+    # A start that was killed may have made it since.
+    made = agree_on(
+        lambda: int(any(line["step"] == step and "eval_loss" in line for line in read_metrics(directory.metrics)))
+    )
+    return not made
 
 
 def describe_start(setup: Setup, directory: RunDirectory) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import threading
+import time
 from pathlib import Path
 
 import jax
@@ -10,8 +12,9 @@ import pytest
 
 from jdpo.cli.cluster import how_to_continue
 from jdpo.processes.ending import may_be_of_a_loss
+from jdpo.processes.process_progress import State
 from jdpo.processes.relay import CoordinatorRelay
-from jdpo.processes.watch import Silence
+from jdpo.processes.watch import Silence, Verdict, Watch
 
 
 def test_silence_is_counted_since_the_last_new_sign() -> None:
@@ -105,3 +108,71 @@ GLOO = "UNKNOWN: Gloo AllGather failed: Connection closed by peer"
 )
 def test_errors_that_the_loss_of_a_process_may_have_caused(error: BaseException, expected: bool) -> None:
     assert may_be_of_a_loss(error) is expected
+
+
+class Store:
+    """JAX's key-value store, in this process."""
+
+    def __init__(self) -> None:
+        self.entries: dict[str, str] = {}
+
+    def key_value_set(self, key: str, value: str, allow_overwrite: bool = False) -> None:
+        if key in self.entries and not allow_overwrite:
+            raise ValueError(key)
+        self.entries[key] = value
+
+    def key_value_dir_get(self, folder: str) -> list[tuple[str, str]]:
+        return [(key, value) for key, value in self.entries.items() if key.startswith(folder)]
+
+
+def watches(states: dict[int, State], heard: list[int]) -> dict[int, Watch]:
+    """Returns the watches of the processes of one run, which share a store."""
+    store = Store()
+    return {
+        index: Watch(
+            store,
+            index=index,
+            count=len(states),
+            timeout=60.0,
+            host=f"host node{index}",
+            state=lambda index=index: states[index],
+            on_stop=heard.append,
+        )
+        for index in states
+    }
+
+
+@pytest.mark.ci  # heartbeats take seconds
+def test_all_processes_get_the_verdict_on_a_stuck_one() -> None:
+    waiting = State("step", 13, 0, -1.0, 301.0, 0)
+    found: dict[int, Verdict | None] = {}
+    each = watches({0: waiting, 1: State("evaluation", 12, 2, -1.0, 302.0, 0), 2: waiting}, [])
+
+    def wait(index: int) -> None:
+        found[index] = each[index].wait()
+
+    threads = [threading.Thread(target=wait, args=(index,)) for index in each]
+    for index, thread in enumerate(threads):
+        each[index].start()
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    for watch in each.values():
+        watch.leave()
+    assert {verdict and verdict.stuck for verdict in found.values()} == {frozenset({1})}
+    assert all(verdict and "(host node1) is stuck" in verdict.text for verdict in found.values())
+
+
+@pytest.mark.ci
+def test_all_processes_hear_of_a_signal_to_one() -> None:
+    heard: list[int] = []
+    running = State("compile", 0, 3, 100.0, 1.0, 0)
+    each = watches({0: running, 1: running, 2: running._replace(signal=15)}, heard)
+    for watch in each.values():
+        watch.start()
+    deadline = time.monotonic() + 60
+    while len(heard) < 3 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for watch in each.values():
+        watch.leave()
+    assert set(heard) == {15}

@@ -137,7 +137,6 @@ def compute_reference(config: TrainConfig, log: Log, *, stopped: Callable[[], bo
     leave_out_missing_tpus()
     resolved = resolve_dtype(config)
     with jax_settings(resolved, resolved.cache_dir):
-        PROGRESS.enter("data")
         setup = build(resolved, log)
         PROGRESS.enter("reference")
         if stopped is not None and stopped():  # before any weight is loaded

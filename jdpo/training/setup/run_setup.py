@@ -118,6 +118,7 @@ def build(config: TrainConfig, log: Log, *, weights: bool = True, stopped: Calla
       ValueError: bad input, before anything is trained.
       BuildStopped: `stopped` returned True.
     """
+    PROGRESS.enter("data")  # also of commands that have no clock
     # Settings first, which cost nothing; then the hub; then files.
     task = run_jointly(lambda: _checked_task(config))
     if config.push_to_hub is not None:  # now, not at the export after hours of training

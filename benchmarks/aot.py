@@ -155,7 +155,7 @@ def lengths_of(text: str | None) -> list[tuple[int, ...]]:
     """
     if text is None:
         raise ValueError("--lengths is required: without rows it says how long they are, such as --lengths 512,300,300")
-    from jdpo.planning.targets.given_lengths import read_lengths
+    from jdpo.planning.plan_command.given_lengths import read_lengths
 
     return read_lengths(text)
 

@@ -14,15 +14,15 @@ from rich.console import Console
 
 from jdpo.config import CONFIGS, TrainConfig, load_config
 from jdpo.planning.machines import machine_of
+from jdpo.planning.plan_command.outlook import Outlook, outlook
+from jdpo.planning.plan_command.pasted_settings import pasted_settings
+from jdpo.planning.plan_command.plan_document import Question, plan_document
+from jdpo.planning.plan_command.plan_view import MOST_ERROR_LINES, print_plan
+from jdpo.planning.plan_command.planner_process import PlannerCrashed, PlannerProcess
+from jdpo.planning.plan_command.prices import Prices
+from jdpo.planning.plan_command.row_lengths import alike
+from jdpo.planning.plan_command.run_length import RunLength
 from jdpo.planning.target_plan import MemoryByKind, TargetPlan
-from jdpo.planning.targets.outlook import Outlook, outlook
-from jdpo.planning.targets.pasted_settings import pasted_settings
-from jdpo.planning.targets.plan_document import Question, plan_document
-from jdpo.planning.targets.plan_view import MOST_ERROR_LINES, print_plan
-from jdpo.planning.targets.planner_process import PlannerCrashed, PlannerProcess
-from jdpo.planning.targets.prices import Prices
-from jdpo.planning.targets.row_lengths import alike
-from jdpo.planning.targets.run_length import RunLength
 
 GIB = 2**30
 RUN = RunLength(num_steps=360, reference="cached", reference_steps=120, why="1 epoch of 46,080 pairs")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jdpo.planning.machines import machine_of
-from jdpo.planning.targets.prices import EXAMPLE, Prices, read_prices
+from jdpo.planning.plan_command.prices import EXAMPLE, Prices, read_prices
 
 
 def prices_of(tmp_path: Path, text: str) -> Prices:

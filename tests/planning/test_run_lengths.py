@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from jdpo.config import CONFIGS, ReferenceSettings, TrainConfig, load_config
-from jdpo.planning.targets.given_lengths import check_lengths, read_lengths
-from jdpo.planning.targets.row_lengths import MOST_ROWS, RowLengths, alike, listed_rows
-from jdpo.planning.targets.run_length import RunLength, run_length
+from jdpo.planning.plan_command.given_lengths import check_lengths, read_lengths
+from jdpo.planning.plan_command.row_lengths import MOST_ROWS, RowLengths, alike, listed_rows
+from jdpo.planning.plan_command.run_length import RunLength, run_length
 from jdpo.training.setup.tasks import task_for
 
 

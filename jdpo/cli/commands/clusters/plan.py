@@ -20,11 +20,11 @@ from jdpo.planning.machines import Machine, machine_of
 from jdpo.safe_text import terminal_lines
 
 if TYPE_CHECKING:
-    from jdpo.planning.targets.outlook import Outlook
-    from jdpo.planning.targets.plan_document import Question
-    from jdpo.planning.targets.planner_process import PlannerProcess
-    from jdpo.planning.targets.prices import Prices
-    from jdpo.planning.targets.row_lengths import RowLengths
+    from jdpo.planning.plan_command.outlook import Outlook
+    from jdpo.planning.plan_command.plan_document import Question
+    from jdpo.planning.plan_command.planner_process import PlannerProcess
+    from jdpo.planning.plan_command.prices import Prices
+    from jdpo.planning.plan_command.row_lengths import RowLengths
     from jdpo.training.setup.model_sources import Sources
 
 NONE_FITS = exit_codes.FAILED
@@ -99,8 +99,8 @@ def main(command: str, words: Sequence[str]) -> int:
     _check_compilers(machines)
     sources = _sources(config)
     rows = _rows(config, sources, options, task)
-    from jdpo.planning.targets.plan_document import plan_document
-    from jdpo.planning.targets.planner_process import PlannerProcess
+    from jdpo.planning.plan_command.plan_document import plan_document
+    from jdpo.planning.plan_command.planner_process import PlannerProcess
 
     question, config = _question(task, config, sources, rows, options.num_rows, prices)
     with PlannerProcess() as process:
@@ -165,7 +165,7 @@ def _config(line: CommandLine) -> tuple[str, TrainConfig]:
 def _prices(path: str | None) -> Prices | None:
     if path is None:
         return None
-    from jdpo.planning.targets.prices import read_prices
+    from jdpo.planning.plan_command.prices import read_prices
 
     return read_prices(Path(path).expanduser())
 
@@ -195,8 +195,8 @@ def _sources(config: TrainConfig) -> Sources:
 
 def _rows(config: TrainConfig, sources: Sources, options: argparse.Namespace, task: str) -> RowLengths:
     """Returns the lengths of the rows: those that are given, or those of the config's data."""
-    from jdpo.planning.targets.given_lengths import check_lengths, read_lengths
-    from jdpo.planning.targets.row_lengths import alike, listed_rows
+    from jdpo.planning.plan_command.given_lengths import check_lengths, read_lengths
+    from jdpo.planning.plan_command.row_lengths import alike, listed_rows
 
     if options.lengths is not None:
         lengths = read_lengths(options.lengths)
@@ -205,7 +205,7 @@ def _rows(config: TrainConfig, sources: Sources, options: argparse.Namespace, ta
             return alike(lengths[0], source="--lengths")
         return listed_rows(lengths, source=options.lengths)
     from jdpo.data.tokens.tokenizer import load_tokenizer
-    from jdpo.planning.targets.data_lengths import lengths_of_data
+    from jdpo.planning.plan_command.data_lengths import lengths_of_data
 
     try:
         tokenizer = load_tokenizer(
@@ -226,8 +226,8 @@ def _question(
     task: str, config: TrainConfig, sources: Sources, rows: RowLengths, num_rows: int | None, prices: Prices | None
 ) -> tuple[Question, TrainConfig]:
     """Returns what is asked of every target, and the config with the model's folder and a settled reference."""
-    from jdpo.planning.targets.plan_document import Question
-    from jdpo.planning.targets.run_length import run_length
+    from jdpo.planning.plan_command.plan_document import Question
+    from jdpo.planning.plan_command.run_length import run_length
     from jdpo.training.setup.tasks import task_for
 
     dpo = config if isinstance(config, DPOConfig) else None
@@ -254,8 +254,8 @@ def _outlook(question: Question, config: TrainConfig, machine: Machine, process:
     """Plans a target; whatever goes wrong is its own row."""
     from jdpo.data.prepared.prepare import cache_folder
     from jdpo.planning.compile_only import missing_package
-    from jdpo.planning.targets.one_target import log, plan_by_name
-    from jdpo.planning.targets.outlook import Outlook, outlook
+    from jdpo.planning.plan_command.one_target import log, plan_by_name
+    from jdpo.planning.plan_command.outlook import Outlook, outlook
 
     compiled = missing_package(machine) is None
     log(machine.name, f"{place}, {_usual_time(machine) if compiled else 'without a compiler'}")
@@ -283,7 +283,7 @@ def _usual_time(machine: Machine) -> str:
 def _print(question: Question, outlooks: list[Outlook]) -> None:
     from rich.console import Console
 
-    from jdpo.planning.targets.plan_view import MOST_WIDTH, print_plan
+    from jdpo.planning.plan_command.plan_view import MOST_WIDTH, print_plan
 
     if sys.stdout.isatty():
         print_plan(question, outlooks, Console(highlight=False))

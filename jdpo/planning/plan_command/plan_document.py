@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 
 from jdpo._version import __version__
 from jdpo.config import OptimizerConfig, without_queries
+from jdpo.planning.plan_command.outlook import Outlook, Range
+from jdpo.planning.plan_command.pasted_settings import pasted_settings
+from jdpo.planning.plan_command.prices import Prices
+from jdpo.planning.plan_command.row_lengths import RowLengths
+from jdpo.planning.plan_command.run_length import RunLength
 from jdpo.planning.target_plan import TargetPlan
-from jdpo.planning.targets.outlook import Outlook, Range
-from jdpo.planning.targets.pasted_settings import pasted_settings
-from jdpo.planning.targets.prices import Prices
-from jdpo.planning.targets.row_lengths import RowLengths
-from jdpo.planning.targets.run_length import RunLength
 
 DOCUMENT_VERSION = 1
 """Raise this when a key changes its meaning or is removed."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from jdpo.planning.machines import Machine
+from jdpo.planning.plan_command.run_length import RunLength
 from jdpo.planning.target_plan import TargetPlan
-from jdpo.planning.targets.run_length import RunLength
 
 Range = tuple[float, float]
 

@@ -6,7 +6,7 @@ import dataclasses
 
 from jdpo.config import OptimizationSettings, ReferenceSettings
 from jdpo.data.batching.loader import num_steps_per_epoch
-from jdpo.planning.targets.row_lengths import RowLengths
+from jdpo.planning.plan_command.row_lengths import RowLengths
 from jdpo.training.setup.row_order import num_steps_of
 from jdpo.training.setup.tasks import Task
 from jdpo.training.setup.validation import Mode, fixed_mode

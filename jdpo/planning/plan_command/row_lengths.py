@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jdpo.planning.targets.given_lengths import Lengths
+from jdpo.planning.plan_command.given_lengths import Lengths
 
 MOST_ROWS = 50_000
 """Rows whose lengths are planned with; of more, an even sample and the longest row."""

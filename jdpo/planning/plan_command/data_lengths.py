@@ -10,7 +10,7 @@ import numpy as np
 from jdpo.config import DataSettings, OptimizationSettings
 from jdpo.data.batching.mixing import check_data_settings
 from jdpo.data.tokens.tokenizer import Tokenizer
-from jdpo.planning.targets.row_lengths import RowLengths
+from jdpo.planning.plan_command.row_lengths import RowLengths
 from jdpo.reports.progress import RowCounter
 from jdpo.training.setup.row_order import plan_rows, preparation_of, sides_of
 from jdpo.words import figure

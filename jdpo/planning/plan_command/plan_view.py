@@ -10,11 +10,11 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from jdpo.planning.plan_command.outlook import Outlook
+from jdpo.planning.plan_command.pasted_settings import pasted_settings
+from jdpo.planning.plan_command.plan_document import Question
+from jdpo.planning.plan_command.ranges import money_range, number_range, time_range
 from jdpo.planning.target_plan import TargetPlan
-from jdpo.planning.targets.outlook import Outlook
-from jdpo.planning.targets.pasted_settings import pasted_settings
-from jdpo.planning.targets.plan_document import Question
-from jdpo.planning.targets.ranges import money_range, number_range, time_range
 from jdpo.safe_text import terminal, terminal_lines
 from jdpo.words import figure, memory, percent
 

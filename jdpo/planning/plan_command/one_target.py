@@ -8,8 +8,8 @@ from pathlib import Path
 
 from jdpo.config import TrainConfig
 from jdpo.planning.machines import machine_of
+from jdpo.planning.plan_command.given_lengths import Lengths
 from jdpo.planning.target_plan import TargetPlan
-from jdpo.planning.targets.given_lengths import Lengths
 from jdpo.safe_text import terminal_lines
 
 

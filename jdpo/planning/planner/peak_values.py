@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jdpo.planning.hlo.hlo_text import Array, Op, parse
+from jdpo.planning.hlo.hlo_text import Array, Computation, Module, Op, parse
 
 _MOMENTS = 64
 """Moments at which the memory is measured to the byte: those with the largest sums of values."""
@@ -61,13 +61,25 @@ def values_at_peak(text: str, live_ranges: str, buffers: str) -> Iterator[Value]
     for each in held:
         if not each.first <= moment <= each.last:
             continue
-        _, name, index = max((found for found in each.names if found[0] <= moment), default=each.names[0])
-        if name not in places:
-            yield Value(each.num_bytes, None, "", True)
-            continue
-        computation, op = places[name]
-        op_name = computation.op_name(op).replace("\\'", "'")  # of arguments: state.params['kernel']
-        yield Value(each.num_bytes, _array(op, index, each.num_bytes), op_name, computation.name != module.entry)
+        values = [
+            (abs(first - moment), _value(module, places.get(name), index, each.num_bytes))
+            for first, name, index in each.names
+        ]
+        # Of what is at one place in the course of a loop, some comes from no place in the Python program that tells.
+        yield min(values, key=lambda found: (not _tells(found[1]), found[0]))[1]
+
+
+def _value(module: Module, place: tuple[Computation, Op] | None, index: str, num_bytes: int) -> Value:
+    if place is None:
+        return Value(num_bytes, None, "", True)
+    computation, op = place
+    op_name = computation.op_name(op).replace("\\'", "'")  # of arguments: state.params['kernel']
+    return Value(num_bytes, _array(op, index, num_bytes), op_name, computation.name != module.entry)
+
+
+def _tells(value: Value) -> bool:
+    """Returns True if a value comes from the model, or from an argument of the step."""
+    return "jvp" in value.op_name or value.op_name.startswith(("state.", "frozen."))
 
 
 def _held(live_ranges: str, buffers: str) -> list[_Held]:

@@ -68,6 +68,7 @@ LISTED = {
     ("docs/answers.md", "2 x layers x"): "a formula",
     ("docs/clusters.md", "jdpo: error: process 1"): "shows what is printed",
     ("docs/clusters.md", "jdpo doctor: 1 problem"): "shows what is printed",
+    ("docs/clusters.md", "jdpo dpo configs/first.yaml --output_dir"): "needs a bucket; tests/integration has one",
     ("docs/clusters.md", "srun jdpo doctor"): "needs a Slurm cluster; tests/integration/test_doctor.py has processes",
     ("docs/compare.md", "jdpo compare BEFORE"): "needs two models; tests/cli/test_compare.py compares toys",
     ("docs/compare.md", "jdpo eval AFTER"): "needs two models; tests/cli/test_compare.py evaluates toys",

@@ -165,13 +165,12 @@ def test_killed_during_an_upload(
     assert left == {str(step) for step in complete_steps(run / "checkpoints")}
 
 
-@pytest.mark.full
-def test_two_processes_upload_their_shards_and_continue_on_an_empty_disk(
-    toy_model: Path, server: ObjectServer, tmp_path: Path
-) -> None:
+@pytest.fixture
+def command(toy_model: Path, tmp_path: Path) -> Callable[..., list[object]]:
+    """Returns the command of a run of two processes."""
     pairs = write_jsonl(tmp_path / "pairs.jsonl", chat_pairs(16, words=(6, 7)))
 
-    def command(run: Path, **more: object) -> list[object]:
+    def words(run: Path, **more: object) -> list[object]:
         values = {
             "model_name_or_path": toy_model,
             "datasets": pairs,
@@ -187,6 +186,32 @@ def test_two_processes_upload_their_shards_and_continue_on_an_empty_disk(
         } | more
         return ["-m", "jdpo.cli.main", "dpo", *(f"{key}={value}" for key, value in values.items())]
 
+    return words
+
+
+@pytest.mark.full
+def test_a_stopped_run_of_two_processes_uploads_its_last_checkpoint(
+    command: Callable[..., list[object]], server: ObjectServer, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    with started([command(run, mirror=MIRROR, max_steps=5000, save_steps=1000)] * 2) as cluster:
+        deadline = time.monotonic() + 300
+        while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").stat().st_size:
+            assert time.monotonic() < deadline, cluster.logs()
+            time.sleep(0.1)
+        cluster.processes[1].send_signal(signal.SIGTERM)
+        ends = cluster.wait(200)
+    assert [end.code for end in ends] == [143, 143], ends
+    copy = server.download(PREFIX, tmp_path / "copy")
+    (step,) = complete_steps(copy / "checkpoints")
+    assert complete_steps(run / "checkpoints") == [step]
+    assert fault_of(copy / "checkpoints" / str(step)) is None
+
+
+@pytest.mark.full
+def test_two_processes_upload_their_shards_and_continue_on_an_empty_disk(
+    command: Callable[..., list[object]], server: ObjectServer, tmp_path: Path
+) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert [end.code for end in run_cluster([command(whole)] * 2)] == [0, 0]
     with started([command(run, mirror=MIRROR)] * 2) as cluster:

@@ -54,7 +54,10 @@ def in_cluster(
         text = how_to_continue(command, words, folder, steps, resumes=output.resume == "auto", several=several)
         return shown(text)
 
-    with guarded(deadlines, folder, advice) as guard, heeding_maintenance(enabled=output.maintenance_notice):
+    with (
+        guarded(deadlines, folder, advice) as guard,
+        heeding_maintenance(guard.stop, enabled=output.maintenance_notice),
+    ):
         # Now, since JAX reads both when it first looks for devices.
         has_plugin = importlib.util.find_spec("jax_plugins") is not None
         note = reserve_gpu_memory(os.environ, has_plugin=has_plugin)

@@ -13,7 +13,7 @@ import os
 import select
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from jdpo.processes.last_line import write_line
@@ -49,14 +49,16 @@ def metadata_server(environ: Mapping[str, str] = os.environ, product: Path = _PR
 
 
 class MaintenanceNotice:
-    """A thread that waits for the notice, and then sends this process SIGTERM once."""
+    """A thread that waits for the notice."""
 
-    def __init__(self, server: str) -> None:
+    def __init__(self, server: str, stop: Callable[[int], None]) -> None:
         """
         Args:
           server: host or host:port of the metadata server.
+          stop: is called with SIGTERM when the notice comes. The process is not sent the signal: the system sends it
+            seconds later, and a second one would end the run at once.
         """
-        self._server = server
+        self._server, self._stop = server, stop
         self._over = threading.Event()
         self._ended, self._ending = os.pipe()
         self._tags: dict[str, str] = {}
@@ -121,7 +123,7 @@ class MaintenanceNotice:
         return connection
 
     def _ends_machine(self, path: str, value: str, tag: str) -> bool:
-        """Notes a value; sends the signal and returns True if it announces the end of the machine."""
+        """Notes a value; calls `stop` and returns True if it announces the end of the machine."""
         is_first = path not in self._tags
         self._tags[path] = tag
         if value not in _EVENTS[path]:
@@ -131,13 +133,17 @@ class MaintenanceNotice:
             write_line(f"Google Cloud has announced {path} {value} already; the run goes on until SIGTERM", "warning")
             return False
         write_line(f"Google Cloud announces {path} {value}: stopping as after SIGTERM", "warning")
-        os.kill(os.getpid(), signal.SIGTERM)
+        self._stop(signal.SIGTERM)
         return True
 
 
 @contextlib.contextmanager
-def heeding_maintenance(*, enabled: bool) -> Iterator[None]:
-    """While entered, on Google Cloud, a notice that this machine ends counts as SIGTERM."""
+def heeding_maintenance(stop: Callable[[int], None], *, enabled: bool) -> Iterator[None]:
+    """While entered, on Google Cloud, a notice that this machine ends counts as SIGTERM.
+
+    Args:
+      stop: is called with SIGTERM then.
+    """
     server = metadata_server() if enabled else None
-    with MaintenanceNotice(server).awaited() if server is not None else contextlib.nullcontext():
+    with MaintenanceNotice(server, stop).awaited() if server is not None else contextlib.nullcontext():
         yield

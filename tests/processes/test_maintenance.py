@@ -5,129 +5,81 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
 from jdpo.processes.maintenance import MaintenanceNotice, metadata_server
+from tests.processes.metadata_server import EVENT, PREEMPTED, Metadata, serving
 
-PREEMPTED, EVENT = "instance/preempted", "instance/maintenance-event"
 
+class Stop:
+    """Notes that it was called."""
 
-class Metadata:
-    """Values of a machine; `wait_for_change` waits as on Google Cloud."""
+    def __init__(self) -> None:
+        self._called, self.signals = threading.Event(), list[int]()
 
-    def __init__(self, values: dict[str, str]) -> None:
-        self.values = values
-        self.changed = threading.Condition()
-        self.asked: list[str] = []
-        self.number = 0
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+    def __call__(self, signum: int) -> None:
+        self.signals.append(signum)
+        self._called.set()
 
-    def set(self, path: str, value: str) -> None:
-        with self.changed:
-            self.values[path], self.number = value, self.number + 1
-            self.changed.notify_all()
-
-    def _handler(self) -> type[BaseHTTPRequestHandler]:
-        metadata = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                parts = urlsplit(self.path)
-                path, query = parts.path.removeprefix("/computeMetadata/v1/"), parse_qs(parts.query)
-                with metadata.changed:
-                    metadata.asked.append(path if query else f"{path} at once")
-                    metadata.changed.notify_all()
-                    if query:
-                        last = query["last_etag"][0]
-                        metadata.changed.wait_for(lambda: f"{path}{metadata.values.get(path)}" != last, 60)
-                    value = metadata.values.get(path)
-                known = value is not None and self.headers["Metadata-Flavor"] == "Google"
-                self.send_response(200 if known else 404)
-                self.send_header("ETag", f"{path}{value}")
-                self.end_headers()
-                self.wfile.write((value or "").encode())
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        return Handler
-
-    def wait_until_asked(self, text: str) -> None:
-        with self.changed:
-            assert self.changed.wait_for(lambda: text in self.asked, 60), self.asked
+    def wait(self) -> list[int]:
+        self._called.wait(60)
+        return self.signals
 
 
 @pytest.fixture
-def signals() -> Iterator[threading.Event]:
-    """Is set once this process gets SIGTERM."""
-    came = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: came.set())
-    yield came
-    signal.signal(signal.SIGTERM, before)
+def stop() -> Stop:
+    return Stop()
 
 
 @pytest.fixture
 def metadata() -> Iterator[Metadata]:
-    found = Metadata({PREEMPTED: "FALSE", EVENT: "NONE"})
-    thread = threading.Thread(target=found.server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield found
-    found.set("the end", "")  # lets requests that still wait look again
-    found.server.shutdown()
-    thread.join()
-    found.server.server_close()
+    with serving() as found:
+        yield found
 
 
-def notice_of(metadata: Metadata) -> MaintenanceNotice:
-    return MaintenanceNotice(f"127.0.0.1:{metadata.server.server_address[1]}")
+def notice_of(metadata: Metadata, stop: Stop) -> MaintenanceNotice:
+    return MaintenanceNotice(metadata.address, stop)
 
 
 @pytest.mark.parametrize(("path", "value"), [(PREEMPTED, "TRUE"), (EVENT, "TERMINATE_ON_HOST_MAINTENANCE")])
 def test_the_notice_counts_as_sigterm(
-    path: str, value: str, metadata: Metadata, signals: threading.Event, capfd: pytest.CaptureFixture[str]
+    path: str, value: str, metadata: Metadata, stop: Stop, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with notice_of(metadata).awaited():
+    with notice_of(metadata, stop).awaited():
         metadata.wait_until_asked(path)
-        assert not signals.is_set()
+        assert not stop.signals
         metadata.set(path, value)
-        assert signals.wait(60)
-    metadata.values |= {PREEMPTED: "changed", EVENT: "changed"}
+        assert stop.wait() == [signal.SIGTERM]
     assert f"announces {path} {value}" in capfd.readouterr().err
 
 
-def test_a_migration_stops_nothing(metadata: Metadata, signals: threading.Event) -> None:
-    with notice_of(metadata).awaited():
+def test_a_migration_stops_nothing(metadata: Metadata, stop: Stop) -> None:
+    with notice_of(metadata, stop).awaited():
         metadata.wait_until_asked(EVENT)
         metadata.set(EVENT, "MIGRATE_ON_HOST_MAINTENANCE")
         metadata.asked.clear()
         metadata.wait_until_asked(EVENT)
-    metadata.values |= {PREEMPTED: "changed", EVENT: "changed"}
-    assert not signals.is_set()
+    assert not stop.signals
 
 
 def test_a_machine_that_is_announced_to_end_already_is_used_while_it_lasts(
-    metadata: Metadata, signals: threading.Event, capfd: pytest.CaptureFixture[str]
+    metadata: Metadata, stop: Stop, capfd: pytest.CaptureFixture[str]
 ) -> None:
     metadata.values[EVENT] = "TERMINATE_ON_HOST_MAINTENANCE"
-    with notice_of(metadata).awaited():
+    with notice_of(metadata, stop).awaited():
         metadata.wait_until_asked(EVENT)
-    metadata.values |= {PREEMPTED: "changed", EVENT: "changed"}
-    assert not signals.is_set()
+    assert not stop.signals
     assert "has announced" in capfd.readouterr().err
 
 
-def test_a_value_that_a_server_does_not_have_is_not_asked_for_again(
-    metadata: Metadata, signals: threading.Event
-) -> None:
+def test_a_value_that_a_server_does_not_have_is_not_asked_for_again(metadata: Metadata, stop: Stop) -> None:
     del metadata.values[EVENT]
-    with notice_of(metadata).awaited():
+    with notice_of(metadata, stop).awaited():
         metadata.wait_until_asked(PREEMPTED)
         metadata.set(PREEMPTED, "TRUE")
-        assert signals.wait(60)
+        assert stop.wait() == [signal.SIGTERM]
     assert [asked for asked in metadata.asked if asked.startswith(EVENT)] == [f"{EVENT} at once"]
 
 

@@ -88,6 +88,7 @@ LISTED = {
     ("docs/memory.md", "pytest tests/models/test_remat.py"): "is part of this suite",
     ("docs/pairs.md", "jdpo score gen --by judge:"): "needs a judge; tests/scoring/test_judge.py has one",
     ("docs/plan.md", "hf download"): "downloads a file; tests/cli/test_plan.py plans with such a folder",
+    ("docs/plan.md", "target  fits"): "shows what is printed; tests/planning/test_plan_output.py prints such tables",
     ("docs/plan.md", "currency: EUR"): "prices; tests/planning/test_prices.py reads such files",
     ("docs/quickstart.md", "bash scripts/quickstart.sh\n"): "trains for minutes; tests/quickstart runs it",
     ("docs/quickstart.md", "corpus (frequencies)"): "a diagram",

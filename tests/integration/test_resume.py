@@ -115,6 +115,7 @@ def test_logging_saving_mesh_and_micro_batches_may_change(cut_words: Words, copy
         "mesh.data": 2,
         "mesh.fsdp": 2,
         "mesh.tensor": 2,
+        "mesh.slices": 2,
         "micro_batch_size": 1,
         "export_dtype": "float32",
         "remat": "full",

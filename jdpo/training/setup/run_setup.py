@@ -30,6 +30,7 @@ from jdpo.models.weights.safetensors_folder import tensor_entries
 from jdpo.processes import PROGRESS, any_process, run_jointly
 from jdpo.sharding.mesh import check_batch_size
 from jdpo.sharding.rules import undivided_dims
+from jdpo.sharding.slices import slice_sizes
 from jdpo.training.setup.adaptation import check_adaptation, num_params
 from jdpo.training.setup.folder_digests import adapter_digest, folder_digest
 from jdpo.training.setup.model_setup import ModelSetup, build_model
@@ -290,9 +291,11 @@ def describe(setup: Setup) -> str:
     config, task = setup.config, setup.task
     num_whole = num_params(abstract_params(setup.model))
     mesh = " x ".join(f"{axis}={size}" for axis, size in setup.mesh.shape.items())
+    slices = config.mesh.slices or len(slice_sizes(list(setup.mesh.devices.flat)))
+    in_slices = f", in {slices} slices" if slices > 1 else ""
     lines = [
         f"model: {setup.source_config.family}, {num_whole:,} parameters, {config.compute_dtype} compute",
-        f"mesh: {mesh} over {figure(setup.mesh.size, f'{jax.default_backend()} device')}",
+        f"mesh: {mesh} over {figure(setup.mesh.size, f'{jax.default_backend()} device')}{in_slices}",
         f"run: {figure(setup.num_steps, 'step')} of {figure(config.global_batch_size, task.unit.removesuffix('s'))}, "
         f"{_cut(config)}; {figure(setup.steps_per_epoch, 'step')} per epoch",
     ]

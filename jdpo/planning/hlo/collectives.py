@@ -203,6 +203,8 @@ def groups_of(attributes: str, num_devices: int) -> np.ndarray:
     [[0, 2], [1, 3]]
     >>> groups_of("replica_groups=mesh['data'=2,'fsdp'=2] {'fsdp'}, dimensions={0}", 4).tolist()
     [[0, 1], [2, 3]]
+    >>> groups_of("replica_groups=mesh['x'=2,'y'=2], device_ids=([2,2]T(1,0)) {'x'}, dimensions={0}", 4).tolist()
+    [[0, 1], [2, 3]]
     """
     if pairs := re.search(r"source_target_pairs={({[\d,{}\s]*})}", attributes):
         return _rows(pairs.group(1))
@@ -210,11 +212,12 @@ def groups_of(attributes: str, num_devices: int) -> np.ndarray:
     if listed := re.search(r"replica_groups={({[\d,{}\s]*})}", attributes):
         return _rows(listed.group(1))
     if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
-        shape, reshaped, order = (_numbers(text) for text in iota.groups())
-        numbers = np.arange(np.prod(reshaped)).reshape(reshaped)
-        return (numbers.transpose(order) if order else numbers).reshape(shape).reshape(shape[0], -1)
-    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*{([^}]*)}", attributes):
-        return _mesh_groups(mesh.group(1), mesh.group(2))
+        shape = _numbers(iota.group(1))
+        return _iota(iota.group(2), iota.group(3)).reshape(shape[0], -1)
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\]([^{]*){([^}]*)}", attributes):
+        order = re.search(r"device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\)", mesh.group(2))
+        numbers = _iota(*order.groups()) if order else None
+        return _mesh_groups(mesh.group(1), mesh.group(3), numbers)
     return everything
 
 
@@ -226,13 +229,23 @@ def _rows(text: str) -> np.ndarray:
     return np.array([_numbers(row.replace(" ", "")) for row in re.findall(r"{([\d,\s]+)}", text)])
 
 
-def _mesh_groups(axes: str, along: str) -> np.ndarray:
+def _iota(shape: str, order: str | None) -> np.ndarray:
+    """Returns the numbers of devices as `[2,4]T(1,0)` lists them: of a shape, with its axes in another order."""
+    sizes = _numbers(shape)
+    numbers = np.arange(np.prod(sizes)).reshape(sizes)
+    return numbers.transpose(_numbers(order)) if order else numbers
+
+
+def _mesh_groups(axes: str, along: str, numbers: np.ndarray | None) -> np.ndarray:
     """Returns the groups of devices that differ along some axes of a mesh and no others.
+
+    Args:
+      numbers: of the devices, in the order of the mesh; None: 0, 1, 2, ...
 
     An axis may be used in part: `'x':(2)4` is the part of 4 of the axis x after a part of 2.
     """
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
-    numbers = np.arange(np.prod(list(sizes.values()))).reshape(tuple(sizes.values()))
+    numbers = np.arange(np.prod(list(sizes.values()))) if numbers is None else numbers
     shape: list[int] = []
     inside: list[bool] = []
     parts = dict(re.findall(r"'([^']+)'(?::(\(\d+\)\d+))?", along))

@@ -197,6 +197,7 @@ def test_bash_completes_keys_and_values(tmp_path: Path, capsys: pytest.CaptureFi
     assert offered("ref") == ["reference"]
     assert offered("dpo", "--warmup") == ["--warmup_ratio", "--warmup_steps"]
     assert offered("dpo", "--optimizer.name", "ada") == ["adamw", "adamw_bf16", "adafactor"]
+    assert "v5p-64" in offered("plan", "--on", "v5p")
 
 
 def test_neither_help_nor_completion_imports_jax() -> None:

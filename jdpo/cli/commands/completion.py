@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from jdpo.cli.main import COMMANDS
 from jdpo.cli.parsing import Parser, add_help
 from jdpo.config import CONFIGS
+from jdpo.planning.machines import machine_names
 
 SHELLS = ("bash", "zsh", "fish")
 
@@ -67,5 +68,7 @@ def _offer_values(action: argparse.Action) -> None:
         action.choices = metavar.strip("{}").split(",")
     elif metavar == "BOOL":
         action.choices = ["true", "false"]
+    elif metavar in ("TARGET", "MACHINE"):
+        action.choices = machine_names()
     elif metavar in ("FILE", "CONFIG.yaml", "TEXT", "GROUP"):  # many texts are paths
         action.complete = importlib.import_module("shtab").FILE  # type: ignore[attr-defined]

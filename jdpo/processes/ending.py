@@ -16,6 +16,7 @@ import jax
 from jdpo.exit_codes import FAILED, LOST, STALLED
 from jdpo.processes.guard import Guard, end_for_stall
 from jdpo.processes.last_line import end_saying, write_line, write_stacks
+from jdpo.processes.process_progress import PROGRESS
 from jdpo.processes.relay import current_relay
 from jdpo.processes.watch import DEFAULT_TIMEOUT, Verdict, Watch
 
@@ -73,8 +74,8 @@ def ending_together(
 
     def end_with_others() -> None:
         verdict = watch.wait()
-        if verdict is not None and verdict.lost and guard is not None and guard.may_leave:
-            guard.leave()  # a signal asked all processes to stop, and the others were faster
+        if verdict is not None and guard is not None and (verdict.leaves or (verdict.lost and PROGRESS.may_leave)):
+            guard.leave()
         elif verdict is not None and verdict.stuck is not None:
             code = STALLED if index in verdict.stuck else LOST
             end_for_stall(verdict.text, code, index, stacks_folder, lambda: shown(advice()))

@@ -23,14 +23,11 @@ from jdpo.exit_codes import STALLED
 from jdpo.processes.last_line import end_at_once, end_saying, write_stacks
 from jdpo.processes.process_progress import PROGRESS, State
 from jdpo.processes.stalls import point_of
+from jdpo.processes.watch import LEAVE_SECONDS
 from jdpo.processes.watchdog import Deadlines, Watchdog
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _TICK_SECONDS = 0.5
-_LEAVE_SECONDS = 10.0
-"""Time for a process with nothing to save to end in order: a run writes its page and its trackers' last lines."""
-_STORE_SECONDS = 5.0
-"""Time by which process 0 ends later, as the others read in its store that they are asked to stop."""
 _ARM_SECONDS, _HELD_SECONDS = 60.0, 300.0
 """Python code cannot run while an extension holds the interpreter's lock; the C library then writes the stacks."""
 
@@ -50,7 +47,7 @@ class Guard:
         self._folder, self._advice = folder, advice
         self._latest = self._watchdog.sample(time.monotonic())
         self._index, self._count = 0, 1
-        self._stop_since: float | None = None
+        self._stop_since = time.monotonic()
         self._has_seen_signal = False
         self._over = threading.Event()
         self._waking, self._woken = socket.socketpair()
@@ -59,7 +56,7 @@ class Guard:
         self._thread = threading.Thread(target=self._run, name="guard", daemon=True)
 
     def joined(self, index: int, count: int) -> None:
-        """Tells the guard that this process is one of several: from now on they judge together which one is stuck."""
+        """Tells the guard that this process is one of several: from now on they end together."""
         self._index, self._count = index, count
 
     def state(self) -> State:
@@ -70,11 +67,6 @@ class Guard:
         """Notes that a signal has asked this process, or another one of the run, to stop."""
         if PROGRESS.stop_signal is None:
             PROGRESS.stop_signal = signum
-
-    @property
-    def may_leave(self) -> bool:
-        """True if the run was asked to stop and ending now would lose nothing."""
-        return PROGRESS.stop_signal is not None and PROGRESS.keeps_nothing_back
 
     def leave(self) -> NoReturn:
         """Ends this process with the exit code of the signal that asked it to stop."""
@@ -103,14 +95,13 @@ class Guard:
             self._see(now)
 
     def _see(self, now: float) -> None:
-        if self.may_leave:
-            self._stop_since = now if self._stop_since is None else self._stop_since
-            wait = _LEAVE_SECONDS + (_STORE_SECONDS if self._index == 0 and self._count > 1 else 0.0)
-            if now - self._stop_since > wait:
-                self.leave()
-        else:
-            self._stop_since = None
-        if self._count == 1 and self._latest.left < 0:
+        if self._count > 1:
+            return  # the processes decide together, see `jdpo.processes.watch`
+        if not PROGRESS.may_leave:
+            self._stop_since = now
+        elif now - self._stop_since > LEAVE_SECONDS:
+            self.leave()
+        if self._latest.left < 0:
             host = f"host {socket.gethostname()}, pid {os.getpid()}"
             text = f"this process ({host}) is stuck: {point_of(self._latest)} for {self._latest.idle:.0f} s"
             end_for_stall(text, STALLED, self._index, self._folder, self._advice)

@@ -21,6 +21,7 @@ class State(NamedTuple):
       left: seconds until the deadline of the phase passes without progress; negative once it has passed.
       idle: seconds since the last sign of progress.
       signal: the signal that asked the process to stop; 0 if none did.
+      may_leave: see `Progress`.
     """
 
     phase: str
@@ -29,15 +30,16 @@ class State(NamedTuple):
     left: float
     idle: float
     signal: int
+    may_leave: bool = False
 
     def __str__(self) -> str:
-        return f"{self.phase} {self.step} {self.point} {self.left:.1f} {self.idle:.1f} {self.signal}"
+        return f"{self.phase} {self.step} {self.point} {self.left:.1f} {self.idle:.1f} {self.signal} {self.may_leave:d}"
 
     @classmethod
     def parse(cls, words: list[str]) -> State:
         """Reads the words of `str(state)`."""
-        phase, step, point, left, idle, signal = words
-        return cls(phase, int(step), int(point), float(left), float(idle), int(signal))
+        phase, step, point, left, idle, signal, may_leave = words
+        return cls(phase, int(step), int(point), float(left), float(idle), int(signal), may_leave == "1")
 
 
 class Progress:
@@ -47,6 +49,7 @@ class Progress:
       phase, step, point: see `State`.
       count: changes with every sign of progress.
       stop_signal: the signal that asked this process, or another one of its run, to stop.
+      is_ending: all processes have agreed to stop, and end in order.
     """
 
     phase: str
@@ -54,6 +57,7 @@ class Progress:
     point: int
     count: int
     stop_signal: int | None
+    is_ending: bool
 
     def __init__(self) -> None:
         self._step_seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
@@ -62,6 +66,7 @@ class Progress:
     def begin(self) -> None:
         """Forgets an earlier run of this process."""
         self.phase, self.step, self.point, self.count, self.stop_signal = "start", 0, 0, 0, None
+        self.is_ending = False
         self._step_seconds.clear()
 
     def enter(self, phase: str) -> None:
@@ -97,6 +102,11 @@ class Progress:
     def keeps_nothing_back(self) -> bool:
         """True while the process may end at any time without losing a step that was trained since the last save."""
         return self.step == 0 or self.phase == "export"
+
+    @property
+    def may_leave(self) -> bool:
+        """True if the process was asked to stop, has not begun to, and would lose nothing if it ended now."""
+        return self.stop_signal is not None and self.keeps_nothing_back and not self.is_ending
 
 
 PROGRESS = Progress()

@@ -27,11 +27,13 @@ _SUSPECTED_SECONDS = 10.0
 """The deadline once a collective operation has failed somewhere in a way that suggests a lost process."""
 _BEAT_SECONDS = 1.0
 _TICK_SECONDS = 0.25
+LEAVE_SECONDS = 10.0
+"""Time for processes that were asked to stop, and have nothing to save, to do so in order."""
 _LINGER_SECONDS = 4 * _BEAT_SECONDS
 """Time for which process 0 keeps the store running, so that the others can read its verdict."""
 
 _BEATS, _HOSTS, _VERDICTS = "jdpo/beats/", "jdpo/hosts/", "jdpo/verdicts/"
-_FAILED, _STALLED, _LOST, _STOP = "failed", "stalled", "lost", "stop"
+_FAILED, _LEAVE, _STALLED, _LOST, _STOP = "failed", "leave", "stalled", "lost", "stop"
 _LEFT, _SUSPECTS = "left", "suspects"
 
 
@@ -43,12 +45,14 @@ class Verdict(NamedTuple):
       process: index of that process.
       text: its host and how it ended, or the error that it reported, or which processes are stuck.
       stuck: the processes that are stuck, all if it is not known which; None if none is.
+      leaves: True if all processes were asked to stop and end now, as they have nothing to save.
     """
 
     lost: bool
     process: int
     text: str
     stuck: frozenset[int] | None = None
+    leaves: bool = False
 
 
 class Silence:
@@ -111,6 +115,7 @@ class Watch:
         self._hosts: dict[int, str] = {}
         self._verdicts: dict[str, str] = {}
         self._num_answers = 0
+        self._leave_since: float | None = None
 
     def start(self) -> None:
         """Starts sending heartbeats."""
@@ -145,7 +150,7 @@ class Watch:
                 return found
             if self._relay is not None and self._relay.lost.is_set():
                 return Verdict(True, 0, self._where(0) + "has died: its connection is closed")
-            if found := self._stall():
+            if found := self._leave() or self._stall():
                 return found
             silent = silence.update(self._signs(), time.monotonic())
             index = max(silent, key=lambda each: silent[each], default=0)
@@ -181,20 +186,42 @@ class Watch:
         return min(_SUSPECTED_SECONDS, self._timeout) if suspected else self._timeout
 
     def _published(self) -> Verdict | None:
-        for name in (_FAILED, _STALLED, _LOST):
+        for name in (_FAILED, _LEAVE, _STALLED, _LOST):
             if name in self._verdicts:
                 index, _, text = self._verdicts[name].partition(" ")
+                if name == _LEAVE:
+                    return Verdict(False, int(index), text, leaves=True)
                 if name == _STALLED:
                     stuck = frozenset(map(int, index.split(",")))
                     return Verdict(True, min(stuck), text, stuck)
                 return Verdict(name == _LOST, int(index), text)
         return None
 
+    def _states(self) -> dict[int, State | None]:
+        """Returns, on process 0, the states of all processes that have not left."""
+        if self._index != 0 or self._state is None:
+            return {}
+        return {0: self._state(), **{index: _state_in(beat) for index, beat in self._of_others().items()}}
+
+    def _leave(self) -> Verdict | None:
+        """Returns and publishes the verdict that all processes end now, on process 0.
+
+        One that ended by itself could leave another one, which ends in order at that moment, waiting for it in JAX.
+        """
+        states, now = self._states(), time.monotonic()
+        # A process that has left has ended in order, and so will the others.
+        if len(states) < self._count or not all(state is not None and state.may_leave for state in states.values()):
+            self._leave_since = None
+            return None
+        self._leave_since = now if self._leave_since is None else self._leave_since
+        if now - self._leave_since < LEAVE_SECONDS:
+            return None
+        self._tell(_LEAVE, "0 was asked to stop")
+        return Verdict(False, 0, "was asked to stop", leaves=True)
+
     def _stall(self) -> Verdict | None:
         """Returns and publishes the verdict that this run is stuck, on process 0, which alone knows all states."""
-        if self._index != 0 or self._state is None:
-            return None
-        states = {0: self._state(), **{index: _state_in(beat) for index, beat in self._of_others().items()}}
+        states = self._states()
         if not is_stalled(states):
             return None
         known = {index: state for index, state in states.items() if state is not None}

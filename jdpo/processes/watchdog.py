@@ -95,7 +95,9 @@ class Watchdog:
         elif self._idle + elapsed <= deadline or not self._debugged():
             self._idle += elapsed
         signal = progress.stop_signal or 0
-        return State(progress.phase, progress.step, progress.point, deadline - self._idle, self._idle, signal)
+        return State(
+            progress.phase, progress.step, progress.point, deadline - self._idle, self._idle, signal, progress.may_leave
+        )
 
     def _has_moved(self) -> bool:
         return self._progress.phase in _MOVING_PHASES and self._moved() - self._bytes >= _MOVED_BYTES

@@ -108,11 +108,16 @@ class StopRequest:
 
     def asked(self) -> bool:
         """Returns True if any process was asked to stop; every process gets the same answer."""
-        return any_process(self.noticed())
+        return self._ends(any_process(self.noticed()))
 
     def signalled(self) -> bool:
         """Returns True if a signal asked any process to stop; every process gets the same answer."""
-        return any_process(self._signal is not None)
+        return self._ends(any_process(self._signal is not None))
+
+    def _ends(self, agreed: bool) -> bool:
+        # From here on all processes end in order, and none may end before the others by itself.
+        PROGRESS.is_ending = PROGRESS.is_ending or agreed
+        return agreed
 
     def poll(self, *, save: bool = False) -> Agreed:
         """Asks all processes, and returns what they answered.
@@ -129,7 +134,9 @@ class StopRequest:
         # The last call's answer has arrived in the meantime; waiting for this one would cost a round trip per step.
         earlier, self._answer = self._answer, any_process_later(mine)
         answer = [False] * len(mine) if earlier is None else earlier()
-        return Agreed(*(one or other for one, other in zip(answer, kept, strict=True)))
+        agreed = Agreed(*(one or other for one, other in zip(answer, kept, strict=True)))
+        self._ends(agreed.stop)
+        return agreed
 
     def breaks_off(self) -> bool:
         """Returns True if a signal asks to break off work within a step; every process must call this equally often."""

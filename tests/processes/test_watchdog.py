@@ -190,7 +190,7 @@ def test_at_the_same_point_the_stuck_process_is_the_one_that_stopped_first() -> 
 
 
 def test_a_heartbeat_carries_the_state() -> None:
-    known = State("evaluation", 12, 3, float("inf"), 3.5, 15)
+    known = State("evaluation", 12, 3, float("inf"), 3.5, 15, True)
     assert _state_in(f"7 {known}") == known
     assert _state_in(f"7 {known} suspects") == known
     assert [_state_in(beat) for beat in (None, "7", "left")] == [None] * 3

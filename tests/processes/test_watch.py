@@ -14,7 +14,7 @@ from jdpo.cli.cluster import how_to_continue
 from jdpo.processes.ending import may_be_of_a_loss
 from jdpo.processes.process_progress import State
 from jdpo.processes.relay import CoordinatorRelay
-from jdpo.processes.watch import Silence, Verdict, Watch
+from jdpo.processes.watch import LEAVE_SECONDS, Silence, Verdict, Watch
 
 
 def test_silence_is_counted_since_the_last_new_sign() -> None:
@@ -176,3 +176,26 @@ def test_all_processes_hear_of_a_signal_to_one() -> None:
     for watch in each.values():
         watch.leave()
     assert set(heard) == {15}
+
+
+@pytest.mark.ci
+def test_processes_with_nothing_to_save_leave_together_unless_one_ends_in_order() -> None:
+    stopping = State("compile", 0, 3, 100.0, 1.0, 15, may_leave=True)
+    for ending in (False, True):
+        found: dict[int, Verdict | None] = {}
+        each = watches({0: stopping, 1: stopping._replace(may_leave=not ending)}, [])
+
+        def wait(index: int, each: dict[int, Watch] = each, found: dict[int, Verdict | None] = found) -> None:
+            found[index] = each[index].wait()
+
+        threads = [threading.Thread(target=wait, args=(index,)) for index in each]
+        for index, thread in enumerate(threads):
+            each[index].start()
+            thread.start()
+        for thread in threads:
+            thread.join(1.5 * LEAVE_SECONDS if ending else 60)
+        for watch in each.values():
+            watch.leave()
+        for thread in threads:
+            thread.join(60)
+        assert [verdict is not None and verdict.leaves for verdict in found.values()] == [not ending] * 2

@@ -52,6 +52,7 @@ LLAMA_8B = shapes(
     rope_scaling=LLAMA_31_ROPE,
     tie_word_embeddings=False,
 )
+LLAMA_70B = LLAMA_8B | shapes("llama", 8192, 28672, 80, 64, 128256)
 LLAMA_1B = shapes(
     "llama",
     2048,
@@ -81,6 +82,7 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
     "Qwen/Qwen2.5-1.5B-Instruct": (shapes("qwen2", 1536, 8960, 28, 12, 151936, **QWEN), 1_543_714_304),
     "meta-llama/Llama-3.2-1B-Instruct": (LLAMA_1B, 1_235_814_400),
     "meta-llama/Llama-3.1-8B-Instruct": (LLAMA_8B, 8_030_261_248),
+    "meta-llama/Llama-3.1-70B-Instruct": (LLAMA_70B, 70_553_706_496),
     "google/gemma-2-2b-it": (GEMMA2, 2_614_341_888),
     "EleutherAI/pythia-2.8b": (PYTHIA, 2_775_208_960),
     "runs/pythia-hh/sft/model": (PYTHIA, 2_775_208_960),

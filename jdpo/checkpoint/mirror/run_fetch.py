@@ -213,14 +213,15 @@ def patiently(work: Callable[[], T]) -> T:
     """Calls `work` several times if need be, as a store may be out of reach for a moment.
 
     Raises:
-      StoreError: the last attempt failed.
+      StoreError: the last attempt failed; the message says what to do.
     """
     backoff = Backoff()
     while True:
         try:
             return work()
-        except StoreError:
+        except StoreError as error:
             backoff.failures += 1
             if backoff.failures >= _ATTEMPTS:
-                raise
+                advice = "check the address, the rights in the bucket and the network, or leave the key `mirror` out"
+                raise StoreError(f"the mirror cannot be used: {error}; {advice}") from error
             time.sleep(backoff.seconds())

@@ -10,11 +10,14 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from jdpo.checkpoint.mirror.object_store import ObjectStore, StoreError
 from jdpo.checkpoint.steps import complete_steps, fault_of
 from jdpo.cli.main import main
 from jdpo.config import DPOConfig, load_config
+from jdpo.file_digests import file_digest
 from jdpo.training.mirroring import MirrorIncomplete
 from jdpo.training.run import train
 from tests.conftest import chat_pairs, write_jsonl
@@ -124,6 +127,22 @@ def test_a_bucket_that_is_gone_ends_no_run_but_is_told(
     assert main(words) == 0  # uploads the rest
     assert (run / "metrics.jsonl").read_bytes() == metrics
     assert_complete(server, run, tmp_path / "copy")
+
+
+@pytest.mark.full
+def test_a_large_file_in_parts_appears_whole_or_not_at_all(server: ObjectServer, tmp_path: Path) -> None:
+    large, store = tmp_path / "large", ObjectStore(MIRROR)
+    large.write_bytes(np.random.default_rng(0).bytes(130 * 2**20))
+    refused = iter([False, True])
+    server.refuses = lambda method, path: method == "PUT" and next(refused, False)  # the second part
+    with pytest.raises(StoreError, match=r"large: PermissionError: Access Denied"):
+        store.upload(large, "large")
+    assert store.sizes() == {}
+    store.upload(large, "large")
+    assert store.sizes() == {"large": 130 * 2**20}
+    assert sum(request == ("PUT", f"{PREFIX}/large") for request in server.requests) >= 5
+    store.download("large", tmp_path / "back" / "large")
+    assert file_digest(tmp_path / "back" / "large") == file_digest(large)
 
 
 KILLS = {

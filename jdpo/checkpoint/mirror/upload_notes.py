@@ -93,7 +93,7 @@ class UploadNotes:
         paths = [self._folder / "known.json", *sorted(self._folder.glob("process-*.json"))]
         for notes in map(_read, paths):
             if notes.get("mirror") == address:
-                known |= {name: found for name, found in notes["done"].items() if listed.get(name) == found[0]}
+                known |= {name: found for name, found in notes.get("done", {}).items() if listed.get(name) == found[0]}
         write_durably(paths[0], json.dumps({"mirror": address, "done": known}))
         for path in paths[1:]:
             path.unlink(missing_ok=True)

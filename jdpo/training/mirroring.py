@@ -18,7 +18,8 @@ from jdpo.checkpoint.mirror.run_fetch import RunInMirror, patiently
 from jdpo.checkpoint.mirror.share_upload import Follower
 from jdpo.checkpoint.mirror.upload_notes import UploadNotes
 from jdpo.config import LoggingSettings, OutputSettings
-from jdpo.processes import PROGRESS, agree_on, is_first, run_jointly
+from jdpo.exit_codes import FAILED
+from jdpo.processes import PROGRESS, agree_on, any_process, is_first, run_jointly
 from jdpo.training.interrupt import StopRequest
 from jdpo.training.run_dir import RunDirectory
 from jdpo.training.setup.run_setup import Log
@@ -31,7 +32,15 @@ NOTE_AFTER_SECONDS = 10.0
 
 
 class MirrorIncomplete(OSError):
-    """A run is finished, but not everything could be copied to its mirror."""
+    """A run is finished, but not everything could be copied to its mirror.
+
+    Attributes:
+      exit_code: 1, or that of the signal that ended the uploads, after which a launcher starts the command again.
+    """
+
+    def __init__(self, text: str, exit_code: int) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code
 
 
 class RunMirror:
@@ -132,7 +141,7 @@ class RunMirror:
             self._log(f"warning: {problem}")
             problem = None
         if error is None:
-            run_jointly(lambda: self._raise(problem))
+            self._raise_jointly(problem)
 
     def _patience(self, *, signalled: bool, leaves: bool) -> Callable[[], bool]:
         """Returns a function that tells whether to wait no longer for the uploads."""
@@ -181,9 +190,10 @@ class RunMirror:
             "run the same command again to upload the rest"
         )
 
-    def _raise(self, problem: str | None) -> None:
-        if problem is not None:
-            raise MirrorIncomplete(f"the run is finished, but {problem}")
+    def _raise_jointly(self, problem: str | None) -> None:
+        if any_process(problem is not None):
+            code = self._stop.exit_code if self._stop.signalled() else FAILED
+            raise MirrorIncomplete(f"the run is finished, but {problem or 'its mirror is not complete'}", code)
         if self._leader is not None and self._directory.record.finished:
             self._log(f"the mirror {self._store.address} is complete")
 

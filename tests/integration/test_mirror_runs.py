@@ -123,6 +123,11 @@ def test_a_bucket_that_is_gone_ends_no_run_but_is_told(
     assert "bucket does not exist" in capsys.readouterr().err
     assert not (tmp_path / "second" / "metrics.jsonl").exists()
     server.create_bucket()
+    server.refuses = lambda method, path: method == "PUT" and "/model/" in path
+    assert main(words) == 1
+    assert "lacks the exported model: " in (told := capsys.readouterr().err.splitlines()[-1])
+    assert "Access Denied" in told
+    server.refuses = lambda method, path: False
     metrics = (run / "metrics.jsonl").read_bytes()
     assert main(words) == 0  # uploads the rest
     assert (run / "metrics.jsonl").read_bytes() == metrics

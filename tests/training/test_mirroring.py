@@ -132,8 +132,11 @@ def test_a_finished_run_that_could_not_be_copied_says_so(config: Callable[..., D
     shutil.rmtree(tmp_path / "mirror" / "checkpoints")
     (tmp_path / "mirror" / "checkpoints").write_text("where a folder has to be")
     lines: list[str] = []
-    with pytest.raises(MirrorIncomplete, match=r"finished, but the mirror .* lacks the checkpoints of step 1, 2"):
+    with pytest.raises(
+        MirrorIncomplete, match=r"finished, but the mirror .* lacks the checkpoints of step 1, 2"
+    ) as error:
         start(config(), lines.append, 2, finishes=True)
+    assert error.value.exit_code == 1
     assert sum("not up to date" in line for line in lines) == 1
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (record["finished"], record["mirror"]["failures"]) == (True, 5)

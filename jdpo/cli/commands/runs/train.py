@@ -92,10 +92,14 @@ def main(command: str, words: Sequence[str]) -> int:
 
             dry_run(config, lambda text: print(terminal_lines(text), flush=True))
             return 0
+        from jdpo.training.mirroring import MirrorIncomplete
         from jdpo.training.run import train
 
         try:
             return train(config).exit_code
+        except MirrorIncomplete as error:
+            print(shown_error(f"jdpo: error: {error}"), file=sys.stderr)
+            return error.exit_code
         except KeyboardInterrupt:  # a second Ctrl-C; the first one would have saved a checkpoint
             print(shown_error(interrupted(config)), file=sys.stderr)
             return exit_codes.INTERRUPTED

@@ -23,10 +23,13 @@ SLOWEST_ESTIMATED = 3.0
 """The same for a time by formula, which leaves out more."""
 
 RESTS_ON_COMPILED = (
-    "The fast end is a roofline of the compiled program, by data sheets; the slow end is twice that, as published "
-    "runs reach 38 % MFU (Llama 3 on H100) to 71 % (MaxText on v5p), 0.6 to 1.0 of such bounds, and this program has "
-    "not run."
+    "The fast end is a roofline of the compiled program, by data sheets; the slow end is twice that, since published "
+    "runs reach 38 % MFU (Llama 3 on H100) to 71 % (MaxText on v5p), half of such bounds to all of them. This program "
+    "has not run."
 )
+"""Grattafiori et al., "The Llama 3 Herd of Models" (2024), table 4: 38 to 43 %, where jdpo's bound for 8B on eight H100
+is 74 %. MaxText's tables of performance: 64 to 71 % on v5p and 46 to 67 % on v5e, where the bounds for 8B are 68 and
+60 % (benchmarks/results/2026-11-30-aot.md)."""
 
 RESTS_ON_FORMULA = (
     "The fast end is FLOPs, bytes in memory and bytes on the links by formula, at the speeds of the data sheet, and "

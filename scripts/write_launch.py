@@ -19,12 +19,23 @@ FOLDER = Path("scripts/launch")
 _OF_JOBSET = "--image us-docker.pkg.dev/my-project/my-repository/jdpo:0.2.0 --volume jdpo"
 _ON_SHARED = "--chdir /shared/project --cache /shared/cache"
 
+_OF_PACKAGE = "--package 'jdpo[tpu,gcs] @ git+https://github.com/my-organization/jdpo@v0.2.0'"
+_OF_GPUS = _OF_PACKAGE.replace("tpu", "cuda")
+_PINNED = "--constraints docker/requirements-tpu.txt"
+_NFS = "--nfs 10.0.0.2:/share"
+
 EXAMPLES = {
     "jobset-tpu": f"jobset configs/llama_3_1_8b_tpu.yaml --on v6e-16 {_OF_JOBSET}",
     "jobset-multislice": f"jobset configs/llama_3_1_8b_tpu.yaml --on 2xv5e-16 {_OF_JOBSET} --spot --doctor",
     "jobset-tpu7x": f"jobset configs/llama_3_1_8b_tpu.yaml --on tpu7x-16 {_OF_JOBSET}",
     "jobset-gpu": f"jobset configs/llama_3_1_8b_tpu.yaml --on h100x16 {_OF_JOBSET}",
     "slurm": f"slurm configs/llama_3_1_8b_lora.yaml --on h100x16 --time 24:00:00 {_ON_SHARED} --doctor",
+    "skypilot": f"skypilot configs/llama_3_1_8b_lora.yaml --on h100x16 {_OF_GPUS} {_NFS} --spot --doctor",
+    "skypilot-tpu": f"skypilot configs/llama_3_1_8b_tpu.yaml --on v6e-16 {_OF_PACKAGE} {_PINNED} {_NFS}",
+    "tpu-vm": "tpu-vm configs/llama_3_1_8b_tpu.yaml --on v6e-16 --zone us-east5-b --spot "
+    f"{_OF_PACKAGE} {_PINNED} {_NFS}",
+    "tpu-vm-multislice": "tpu-vm configs/llama_3_1_8b_tpu.yaml --on 2xv5e-16 --zone us-west4-a --reserved --doctor "
+    f"{_OF_PACKAGE} {_NFS}",
     "host": f"host configs/llama_3_1_8b_lora.yaml --on h100x8 {_ON_SHARED}",
 }
 """Folder -> the words after `jdpo launch`."""
@@ -46,11 +57,14 @@ def example(name: str) -> Launch:
 def files() -> dict[Path, str]:
     """Returns every file of scripts/launch, relative to the root, with its content."""
     before = Path.cwd()
+    # A launcher passes on the secrets that are set.
+    set_here = {name: os.environ.pop(name) for name in ("HF_TOKEN", "WANDB_API_KEY") if name in os.environ}
     os.chdir(ROOT)
     try:
         launches = {name: example(name) for name in EXAMPLES}
     finally:
         os.chdir(before)
+        os.environ |= set_here
     found = {path: text for launch in launches.values() for path, text in launch.files.items()}
     parts = [INTRODUCTION]
     for name, launch in launches.items():

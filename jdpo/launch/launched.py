@@ -31,7 +31,7 @@ class Launch:
     Attributes:
       files: path -> content, as `LaunchRequest.folder` / name. A script ends in .sh, and is made executable.
       commands: the commands that start the run, in order; each is a list of words, the first is a program on PATH.
-      installs: program -> how to install it, for every program in `commands`.
+      installs: program -> how to install it, for every program that the commands need.
       before: what has to be done once before the first launch, such as storing secrets.
       after: how to watch the run, and how to end it.
       failed: what to try if a command fails.
@@ -63,16 +63,15 @@ class Launch:
                 path.chmod(0o755)
 
     def check_programs(self) -> None:
-        """Checks that the programs of the commands are installed.
+        """Checks that the programs that the commands need are installed.
 
         Raises:
           ValueError: one is not on PATH.
         """
-        for words in self.commands:
-            if shutil.which(words[0]) is None:
+        for program, how in self.installs.items():
+            if shutil.which(program) is None:
                 raise ValueError(
-                    f"{words[0]} is not on PATH: {self.installs[words[0]]}. `--dry_run` prints every file and command "
-                    "without it"
+                    f"{program} is not on PATH: {how}. `--dry_run` prints every file and command without it"
                 )
 
 

@@ -9,7 +9,9 @@ from jdpo.launch.host import HostOptions, host
 from jdpo.launch.jobset import JobSetOptions, jobset
 from jdpo.launch.launched import Launch
 from jdpo.launch.request import LaunchRequest
+from jdpo.launch.skypilot import SkyPilotOptions, skypilot
 from jdpo.launch.slurm import SlurmOptions, slurm
+from jdpo.launch.tpu_vm import TpuVmOptions, tpu_vm
 from jdpo.words import did_you_mean
 
 
@@ -31,6 +33,8 @@ class Launcher(NamedTuple):
 LAUNCHERS: dict[str, Launcher] = {
     "jobset": Launcher("JobSet on Kubernetes, with TPUs or GPUs of GKE", JobSetOptions, jobset),
     "slurm": Launcher("batch job of a Slurm cluster, on nodes of GPUs", SlurmOptions, slurm),
+    "skypilot": Launcher("managed job of SkyPilot, on GPUs or TPUs of many clouds", SkyPilotOptions, skypilot),
+    "tpu-vm": Launcher("TPU VMs of Google Cloud, by queued resources", TpuVmOptions, tpu_vm),
     "host": Launcher("script for one machine with one or several GPUs", HostOptions, host),
 }
 """Name of a launcher -> what it is."""

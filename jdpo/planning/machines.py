@@ -75,6 +75,11 @@ class Machine:
         return f"{self._tpu.gcloud}-{math.prod(self.torus) * self._tpu.counted}"
 
     @property
+    def tpu_software(self) -> str | None:
+        """The `--runtime-version` of a TPU VM, the image of its disk; None if `gcloud_type` is None."""
+        return None if self.is_gpu else self._tpu.software
+
+    @property
     def gke_accelerator(self) -> str:
         """The node label `cloud.google.com/gke-tpu-accelerator`, or `gke-accelerator` of GPUs."""
         return _gpu(self.kind).gke_accelerator if self.is_gpu else self._tpu.gke_accelerator
@@ -148,6 +153,7 @@ class _Tpu(NamedTuple):
       devices_per_chip: JAX devices.
       chips_of_one_host: the largest slice that is a single host; hosts of larger ones have `_CHIPS_OF_A_HOST`.
       gcloud: the name before the number of an accelerator type, or None.
+      software: the image of a TPU VM, or None.
       gke_accelerator: a node label.
       machine_type: of a host, without its number of chips.
     """
@@ -158,6 +164,7 @@ class _Tpu(NamedTuple):
     devices_per_chip: int
     chips_of_one_host: int
     gcloud: str | None
+    software: str | None
     gke_accelerator: str
     machine_type: str
 
@@ -165,11 +172,13 @@ class _Tpu(NamedTuple):
 # Hosts and names: https://cloud.google.com/tpu/docs (the page of each version) and
 # https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus. The hosts that they count are VMs here.
 _TPUS: dict[str, _Tpu] = {
-    "v5e": _Tpu("TPU v5 lite", _SQUARES, 1, 1, 8, "v5litepod", "tpu-v5-lite-podslice", "ct5lp-hightpu"),
+    "v5e": _Tpu(
+        "TPU v5 lite", _SQUARES, 1, 1, 8, "v5litepod", "v2-alpha-tpuv5-lite", "tpu-v5-lite-podslice", "ct5lp-hightpu"
+    ),
     # names count TensorCores: v5p-64 has 32 chips, and as many devices
-    "v5p": _Tpu("TPU v5p", _CUBES, 2, 1, 4, "v5p", "tpu-v5p-slice", "ct5p-hightpu"),
-    "v6e": _Tpu("TPU v6 lite", _SQUARES, 1, 1, 8, "v6e", "tpu-v6e-slice", "ct6e-standard"),
-    "tpu7x": _Tpu("TPU7x", _CUBES, 2, 2, 4, None, "tpu7x", "tpu7x-standard"),
+    "v5p": _Tpu("TPU v5p", _CUBES, 2, 1, 4, "v5p", "v2-alpha-tpuv5", "tpu-v5p-slice", "ct5p-hightpu"),
+    "v6e": _Tpu("TPU v6 lite", _SQUARES, 1, 1, 8, "v6e", "v2-alpha-tpuv6e", "tpu-v6e-slice", "ct6e-standard"),
+    "tpu7x": _Tpu("TPU7x", _CUBES, 2, 2, 4, None, None, "tpu7x", "tpu7x-standard"),
 }
 _CHIPS_OF_A_HOST = 4
 """Chips of each host of a slice of several hosts, of every version."""

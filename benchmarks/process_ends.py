@@ -39,7 +39,7 @@ class Experiment(NamedTuple):
 
     Attributes:
       name: what happens.
-      strike: a signal, or SLEEP.
+      strike: a signal, or SLEEP, or both joined by +, as if the point lasted for long.
       point: function, before or after, which call of it.
       victim: index of the process; all others run undisturbed.
       resumed: the run continues from a checkpoint, so that the point may be before the first step.
@@ -89,7 +89,9 @@ STOPS = [
         ("jdpo.training.answer_samples:AnswerSamples.take", "before", 1),
     ),
     Experiment("SIGTERM in a save", "SIGTERM", IN_SAVE),
-    Experiment("SIGTERM in the export", "SIGTERM", IN_EXPORT),
+    Experiment("SIGTERM in a short export", "SIGTERM", IN_EXPORT),
+    Experiment("SIGTERM in a long export, process 0", "SIGTERM+SLEEP", IN_EXPORT, 0),
+    Experiment("SIGTERM, compiling for long", "SIGTERM+SLEEP", STARTS["compiling"], resumed=True),
     Experiment("SIGTERM in a step, a single process", "SIGTERM", IN_STEP, 0, num_processes=1),
 ]
 EXPERIMENTS = {one.name: one for one in (*LOSSES, *STOPS)}

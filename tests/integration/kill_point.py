@@ -3,7 +3,7 @@
     python kill_point.py SIGNAL MODULE:QUALNAME before|after NTH -- dpo key=value ...
 
 It comes right before (or after) the NTH call of the function that is made while output_dir has a checkpoint with a
-manifest. The function itself is the real one. SLEEP in place of a signal sleeps for good.
+manifest. The function itself is the real one. SLEEP in place of a signal sleeps for good, and SIGTERM+SLEEP does both.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from pathlib import Path
 from typing import Any
 
 
-def strike(signum: int | None) -> None:
-    """Sends this process a signal; with None, sleeps. A line on stderr tells when."""
+def strike(kinds: str) -> None:
+    """Sends this process a signal, or sleeps, or both. A line on stderr tells when."""
     os.write(2, f"struck at {time.time()}\n".encode())
-    if signum is None:
-        time.sleep(10**6)
-    else:
-        os.kill(os.getpid(), signum)
+    for kind in kinds.split("+"):
+        if kind == "SLEEP":
+            time.sleep(10**6)
+        else:
+            os.kill(os.getpid(), signal.Signals[kind])
 
 
-def arm(signum: int | None, target: str, when: str, nth: int, output_dir: Path, thread: str = "") -> None:
+def arm(kinds: str, target: str, when: str, nth: int, output_dir: Path, thread: str = "") -> None:
     """Wraps `module:qualname`; with `thread`, counts only calls on threads whose name starts with it."""
     module, _, qualname = target.partition(":")
     owner: Any = importlib.import_module(module)
@@ -46,21 +47,21 @@ def arm(signum: int | None, target: str, when: str, nth: int, output_dir: Path, 
         calls += counts
         now = counts and calls == nth
         if now and when == "before":
-            strike(signum)
+            strike(kinds)
         result = function(*args, **kwargs)
         if now and when == "after":
-            strike(signum)
+            strike(kinds)
         return result
 
     setattr(owner, name, armed)
 
 
 def main() -> int:
-    signal_name, target, when, nth, *rest = sys.argv[1:]
+    kinds, target, when, nth, *rest = sys.argv[1:]
     words = rest[rest.index("--") + 1 :]
     thread = rest[0] if rest[0] != "--" else ""
     (output_dir,) = [Path(word.partition("=")[2]) for word in words if word.startswith("output_dir=")]
-    arm(None if signal_name == "SLEEP" else signal.Signals[signal_name], target, when, int(nth), output_dir, thread)
+    arm(kinds, target, when, int(nth), output_dir, thread)
     from jdpo.cli.main import main as jdpo
 
     return jdpo(words)

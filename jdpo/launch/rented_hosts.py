@@ -95,6 +95,11 @@ def is_wheel(package: str) -> bool:
     return package.endswith(".whl") and "://" not in package
 
 
+def copied_files(package: str, constraints: str) -> list[str]:
+    """Returns the files here from which the hosts install jdpo: a wheel and constraints, if they are given."""
+    return [*([package] if is_wheel(package) else []), *([constraints] if constraints else [])]
+
+
 def requirement(request: LaunchRequest, package: str) -> str:
     """Returns what pip installs: a wheel, which is in the current folder there, with the extras that the run needs."""
     if not is_wheel(package):

@@ -25,7 +25,7 @@ from jdpo.launch.rented_hosts import (
     check_package,
     check_storage,
     command_line,
-    is_wheel,
+    copied_files,
     requirement,
 )
 from jdpo.launch.request import LaunchRequest
@@ -76,6 +76,7 @@ def skypilot(request: LaunchRequest, options: SkyPilotOptions) -> Launch:
             "skypilot-setup.sh.jinja",
             **shared,
             package=requirement(request, options.package),
+            installed_from=[Path(path).name for path in copied_files(options.package, options.constraints)],
             constraints_name=Path(options.constraints).name if options.constraints else "",
             uv_version=UV_VERSION,
             python_version=PYTHON_VERSION,
@@ -127,9 +128,7 @@ def _accelerators(request: LaunchRequest) -> str:
 
 def _files(request: LaunchRequest, options: SkyPilotOptions) -> Mapping[str, str]:
     """Returns the files that SkyPilot copies: path on the nodes -> path here."""
-    copied = [str(request.config_path)]
-    copied += [options.package] if is_wheel(options.package) else []
-    copied += [options.constraints] if options.constraints else []
+    copied = [str(request.config_path), *copied_files(options.package, options.constraints)]
     files = {f"~/jdpo/{Path(path).name}": path for path in copied}
     if not options.nfs:
         # An absolute path stays what it is.

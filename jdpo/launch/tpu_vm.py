@@ -23,7 +23,7 @@ from jdpo.launch.rented_hosts import (
     check_package,
     check_storage,
     command_line,
-    is_wheel,
+    copied_files,
     requirement,
 )
 from jdpo.launch.request import LaunchRequest
@@ -66,9 +66,7 @@ def tpu_vm(request: LaunchRequest, options: TpuVmOptions) -> Launch:
     _check(request, options)
     machine, folder = request.machine, request.folder
     script, worker = folder / "tpu-vm.sh", folder / "worker.sh"
-    copied = [str(worker), str(request.config_path)]
-    copied += [options.package] if is_wheel(options.package) else []
-    copied += [options.constraints] if options.constraints else []
+    sources = copied_files(options.package, options.constraints)
     of_worker = render(
         "worker.sh.jinja",
         request=request,
@@ -76,6 +74,7 @@ def tpu_vm(request: LaunchRequest, options: TpuVmOptions) -> Launch:
         options=options,
         config_name=request.config_path.name,
         package=requirement(request, options.package),
+        installed_from=[Path(path).name for path in sources],
         constraints_name=Path(options.constraints).name if options.constraints else "",
         uv_version=UV_VERSION,
         python_version=PYTHON_VERSION,
@@ -92,7 +91,7 @@ def tpu_vm(request: LaunchRequest, options: TpuVmOptions) -> Launch:
         script=script,
         nodes=_slices(request),
         create=_create(request, options),
-        inputs=copied + ([] if options.nfs else request.local_paths()),
+        inputs=[str(worker), str(request.config_path), *sources, *([] if options.nfs else request.local_paths())],
         logs=folder / "logs",
         restart_codes=RESTART_CODES,
         wait_seconds=WAIT_SECONDS,

@@ -1,11 +1,12 @@
 """Stand-ins for Google Cloud's TPU VMs: a `gcloud` that keeps its state in files, and what is on a host.
 
 The folder of the environment variable CLOUD holds it all:
-  states: states of the queued resource that `describe` reports one after the other, before that in `state`.
-  state: its state, such as ACTIVE; none before it is created.
+  state: state of the queued resource, such as ACTIVE; none before it is created.
+  queue: states that it has one after the other before that.
+  deaf: a line for each connection that fails.
   hosts/SLICE-N: the home folder of a host.
   codes: line n is how the n-th call of jdpo on a host ends: exit codes by host (the last one for all further hosts), or
-    "preempt", which takes the slice away; "wait" saves when it is asked to end.
+    "preempt", which takes the slice away; "wait" saves when it is asked to end; "deaf" breaks the next connections.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ case $what in
   'queued-resources create')
     [[ ! -e $CLOUD/no_create ]] || { echo "ERROR: quota exceeded" >&2; exit 7; }
     echo "$(cat "$CLOUD/made" 2>/dev/null || echo ACTIVE)" > "$CLOUD/state"
+    [[ ! -e $CLOUD/queue ]] || mv "$CLOUD/queue" "$CLOUD/states"
     slices=$name
     [[ -z ${count-} ]] || slices=$(seq -f "$name-%g" 0 $((count - 1)))
     for slice in $slices; do
@@ -63,7 +65,11 @@ case $what in
     for host in $(hosts "${target%%:*}" all); do cp -r "${inputs[@]}" "$CLOUD/hosts/$host/${target#*:}"; done
     ;;
   'tpu-vm ssh')
-    [[ $(cat "$CLOUD/state") == ACTIVE ]] || { echo "ERROR: no connection" >&2; exit 255; }
+    [[ $(cat "$CLOUD/state") == ACTIVE && ! -s $CLOUD/deaf ]] || {
+      sed -i 1d "$CLOUD/deaf" 2>/dev/null
+      echo "ERROR: no connection" >&2
+      exit 255
+    }
     for host in $(hosts "$name" "$worker"); do
       if [[ -n ${output-} ]]; then
         on_host "$host" "$command" > "$output/${host##*-h}.log" &
@@ -95,6 +101,7 @@ case $code in
     touch "$CLOUD/waits"
     while [[ ! -e $CLOUD/finish ]]; do /bin/sleep 0.05; done
     ;;
+  deaf) printf 'x\nx\nx\nx\n' > "$CLOUD/deaf" ;;
   *) exit "$code" ;;
 esac
 """

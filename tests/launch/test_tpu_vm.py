@@ -67,6 +67,7 @@ def cloud(config: Path, fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_run_on_several_hosts(cloud: Cloud, monkeypatch: pytest.MonkeyPatch, capfd: Capture) -> None:
     monkeypatch.setenv("HOSTS", "4")
+    (cloud.folder / "queue").write_text("WAITING_FOR_RESOURCES\nWAITING_FOR_RESOURCES\nPROVISIONING\n")
     assert cloud.launch("beta=0.2", "--spot", on="v6e-16") == 0
     (create,) = cloud.requests("create")
     for part in ("--accelerator-type=v6e-16", "--runtime-version=v2-alpha-tpuv6e", "--node-id=dpo", "--spot"):
@@ -84,9 +85,12 @@ def test_a_run_on_several_hosts(cloud: Cloud, monkeypatch: pytest.MonkeyPatch, c
     assert "very-secret" not in "".join(calls_of(cloud.calls, "gcloud"))
     written = [path for root in (Path("runs"), shared) for path in root.rglob("*") if path.is_file()]
     assert not [path for path in written if "very-secret" in path.read_text()]
-    assert "very-secret" not in capfd.readouterr().out
+    out = capfd.readouterr().out
+    assert "very-secret" not in out
+    assert out.count("is WAITING_FOR_RESOURCES") == out.count("is PROVISIONING") == 1
 
 
+@pytest.mark.ci
 def test_several_slices_are_one_request(cloud: Cloud) -> None:
     assert cloud.launch("--reserved", "--create=--network=own", on="2xv5e-8") == 0
     (create,) = cloud.requests("create")
@@ -104,6 +108,7 @@ def test_a_slice_that_cannot_be_created_is_an_error(cloud: Cloud, capfd: Capture
     assert not cloud.starts()
 
 
+@pytest.mark.ci
 def test_a_request_that_fails_later_is_an_error_and_the_next_launch_makes_a_new_one(cloud: Cloud) -> None:
     (cloud.folder / "made").write_text("FAILED")
     assert cloud.launch() == 1
@@ -119,6 +124,13 @@ def test_a_slice_that_is_taken_away_is_created_again_and_the_run_continues(cloud
     assert len(cloud.starts()) == 2
     assert len({call.split("[")[0] for call in cloud.starts()}) == 1, "the same command again"
     assert "taken away: restart 1 of at most 20" in capfd.readouterr().out
+
+
+@pytest.mark.ci
+def test_a_broken_connection_does_not_end_the_run(cloud: Cloud, capfd: Capture) -> None:
+    assert cloud.launch(codes=["deaf"]) == 0
+    assert "not all hosts answer" in capfd.readouterr().out
+    assert len(cloud.starts()) == len(cloud.requests("create")) == 1
 
 
 def test_after_codes_that_are_to_restart_the_same_slice_is_used(cloud: Cloud) -> None:
@@ -145,6 +157,7 @@ def test_after_an_error_a_slice_stays_whose_disk_holds_the_only_copy(cloud: Clou
     assert len(cloud.requests("delete")) == 1
 
 
+@pytest.mark.ci
 def test_restarts_are_bounded(cloud: Cloud, capfd: Capture) -> None:
     assert cloud.launch("--max_restarts", "1", codes=[str(STALLED)] * 5) == STALLED
     assert len(cloud.starts()) == 2
@@ -167,6 +180,7 @@ def test_a_script_that_ends_leaves_the_run_and_the_next_one_attaches(cloud: Clou
     assert "output of dpo-h0" in cloud.logs()[0].read_text()
 
 
+@pytest.mark.ci
 def test_stop_saves_and_ends_the_run(cloud: Cloud) -> None:
     process, output = start(cloud)
     assert subprocess.run(["bash", "runs/first/launch/tpu-vm.sh", "stop"]).returncode == PREEMPTED
@@ -192,6 +206,7 @@ def start(cloud: Cloud) -> tuple[subprocess.Popen[bytes], Path]:
     return process, output
 
 
+@pytest.mark.ci
 def test_rows_here_are_copied_to_a_single_host(cloud: Cloud) -> None:
     Path("pairs.jsonl").write_text("{}\n")
     assert cloud.launch(MIRROR, "datasets=pairs.jsonl", nfs=False) == 0

@@ -34,13 +34,16 @@ make_folder() {
 # Installs jdpo, once on each host.
 install() {
   make_folder
-  if [[ $(cat "$here/installed" 2>/dev/null) != "$package" ]]; then
-    cd "$here" || fail "no $here"
+  local mark
+  cd "$here" || fail "no $here"
+  # A wheel may have been built again with the same name.
+  mark="$package $(cat requirements-tpu.txt </dev/null | cksum)"
+  if [[ $(cat installed 2>/dev/null) != "$mark" ]]; then
     command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/0.13.9/install.sh | sh || fail "cannot install uv"
     rm -rf venv
     uv venv --quiet --python 3.12 venv || fail "cannot make an environment of Python"
     uv pip install --quiet --python venv/bin/python --constraint requirements-tpu.txt "$package" || fail "cannot install $package"
-    echo "$package" >installed
+    echo "$mark" >installed
   fi
   # gcloud does not report the exit code of every host, so that the answers are counted.
   echo jdpo-installed
@@ -128,7 +131,7 @@ case $1 in
   run) run "$2" ;;
   status) status ;;
   stop) stop ;;
-  kill) kill -KILL "$(cat "$here/child")" ;;
+  kill) if is_running "$(cat "$here/current")"; then kill -KILL "$(cat "$here/child")"; fi ;;
   follow) tail -n +1 --pid="$(cat "$here/pid")" -F "$logs/$2-$HOSTNAME.log" ;;
   forget) rm -f "$here/current" ;;
   *) fail "unknown action: $1" ;;

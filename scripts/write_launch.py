@@ -71,7 +71,8 @@ def files() -> dict[Path, str]:
         lines = [f"## {name}", "", f"    jdpo launch {EXAMPLES[name]}", "", "By hand:", ""]
         lines += [f"    {shlex.join(words)}" for words in launch.commands]
         for heading, advice in (("Before:", launch.before), ("Then:", launch.after)):
-            lines += ["", heading, "", *(f"    {line}" for line in listed_advice("", advice).splitlines()[1:])]
+            if advice:
+                lines += ["", heading, "", *(f"    {line}" for line in listed_advice("", advice).splitlines()[1:])]
         parts.append("\n".join(lines) + "\n")
     return {FOLDER / "README.md": "\n".join(parts), **found}
 

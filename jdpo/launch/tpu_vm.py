@@ -32,6 +32,9 @@ from jdpo.launch.shell_words import one_line
 
 POLL_SECONDS = 30
 
+RETRY_SECONDS = 600
+"""Between tries to create a slice again, when Google Cloud has none."""
+
 WAIT_SECONDS = 600
 """Between the end of a first process and the kill of those that still run: they end together, unless one is stuck."""
 
@@ -96,6 +99,7 @@ def tpu_vm(request: LaunchRequest, options: TpuVmOptions) -> Launch:
         restart_codes=RESTART_CODES,
         wait_seconds=WAIT_SECONDS,
         poll_seconds=POLL_SECONDS,
+        retry_seconds=RETRY_SECONDS,
     )
     return Launch(
         files={script: text, worker: of_worker},

@@ -80,7 +80,13 @@ def launch(*options: str, on: str = "h100x8", codes: Sequence[int] = ()) -> str:
     return Path("end").read_text()
 
 
-@pytest.mark.parametrize("end", EXIT_CODES, ids=lambda end: str(end.code))
+@pytest.mark.parametrize(
+    "end",
+    [
+        pytest.param(end, id=str(end.code), marks=() if end.code in (LOST, USAGE) else pytest.mark.ci)
+        for end in EXIT_CODES
+    ],
+)
 def test_the_job_is_recovered_after_the_codes_that_are_to_restart_and_after_no_other(
     calls: Path, end: ExitCode
 ) -> None:

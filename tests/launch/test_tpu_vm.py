@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from jdpo.cli.commands.clusters.launch import planned
 from jdpo.cli.main import main
 from jdpo.exit_codes import EXIT_CODES, FAILED, LOST, PREEMPTED, RESTART_CODES, STALLED, USAGE
-from tests.launch.conftest import CONFIG, Fake, calls_of
+from tests.launch.conftest import Fake, calls_of
 from tests.launch.fake_cloud import PROGRAMS
 
 Capture = pytest.CaptureFixture[str]
@@ -99,6 +100,19 @@ def test_several_slices_are_one_request(cloud: Cloud) -> None:
     assert sorted(call.split("[")[1].split()[0] for call in cloud.starts()) == ["dpo-0-h0", "dpo-1-h0"]
 
 
+def test_a_required_secret_comes_from_the_environment(cloud: Cloud, capfd: Capture) -> None:
+    assert cloud.launch("--secret", "SOME_TOKEN") == 1
+    assert "SOME_TOKEN: export it" in capfd.readouterr().err
+    assert not cloud.requests("create")
+
+
+@pytest.mark.ci
+def test_a_slice_that_cannot_be_created_again_is_tried_again(cloud: Cloud) -> None:
+    (cloud.folder / "no_create").write_text("the second one")
+    assert cloud.launch(codes=["preempt", "0"]) == 0
+    assert len(cloud.requests("create")) == 3
+
+
 def test_a_slice_that_cannot_be_created_is_an_error(cloud: Cloud, capfd: Capture) -> None:
     (cloud.folder / "no_create").touch()
     assert cloud.launch() == 7
@@ -174,6 +188,7 @@ def test_a_script_that_ends_leaves_the_run_and_the_next_one_attaches(cloud: Clou
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == PREEMPTED
     assert "the run on it goes on" in output.read_text()
+    (cloud.folder / "deaf").write_text("x\n" * 3)  # while hosts do not answer, it is not known that something runs
     (cloud.folder / "finish").touch()
     assert cloud.launch(codes=["wait"]) == 0
     assert len(cloud.starts()) == 1
@@ -193,8 +208,6 @@ def start(cloud: Cloud) -> tuple[subprocess.Popen[bytes], Path]:
     """Starts the script, with a run that waits; returns it and its output."""
     (cloud.folder / "codes").write_text("wait\n")
     words = ["launch", "tpu-vm", *WORDS, "--on", "v6e-8", *cloud.storage(nfs=True)]
-    from jdpo.cli.commands.clusters.launch import planned
-
     planned(words[1:]).write()
     output = cloud.folder / "output"
     with output.open("wb") as file:
@@ -247,7 +260,6 @@ def test_gcloud_has_to_be_installed(config: Path, fake: Fake, capsys: Capture, m
 
 
 def test_every_code_of_the_table_is_known_to_the_script(config: Path, capsys: Capture) -> None:
-    assert CONFIG in config.read_text()
     assert main(["launch", "tpu-vm", *WORDS, "--on", "v6e-8", MIRROR, "--dry_run"]) == 0
     restarts = " | ".join(str(each.code) for each in EXIT_CODES if each.restart)
     assert f"\n    {restarts}) true ;;\n" in capsys.readouterr().out

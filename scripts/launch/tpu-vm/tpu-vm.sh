@@ -7,6 +7,8 @@
 #
 # A slice costs until it is deleted. Ctrl-C, or a lost connection, ends this script and not the run.
 #
+# Paths are relative to the folder in which it is started.
+#
 # Change by hand: the zone, the slice in `create`, `keep`, and what the hosts do: worker.sh.
 
 set -uo pipefail
@@ -15,12 +17,15 @@ zone=us-east5-b
 # Each TPU VM of the queued resource is a slice.
 slices=(llama-3-1-8b-tpu)
 hosts_of_slice=4
+hosts=4
 max_restarts=20
 # Keep the slice at the end.
 keep=
 # True if output_dir outlives the slice, so that it may be deleted after an error as well.
 shared=yes
+# Seconds between two looks, and before another try to create a slice.
 poll=30
+retry=600
 # Seconds for a host to end after another one has.
 patience=600
 logs=scripts/launch/tpu-vm/logs
@@ -88,6 +93,14 @@ on_all() {
   done
 }
 
+# Asks all hosts what they do; prints a line for each one that answers, also if nothing was copied to it yet.
+ask_all() {
+  local slice
+  for slice in "${slices[@]}"; do
+    ssh_all "$slice" --command="bash $there/worker.sh status 2>/dev/null || echo jdpo-status none" 2>/dev/null
+  done | grep '^jdpo-status'
+}
+
 # Unlike a plain sleep, it ends when a signal arrives.
 pause() {
   sleep "$1" &
@@ -122,6 +135,7 @@ wait_for_slice() {
           tell "gcloud cannot create it: exit code $code"
           ((restarts)) || return "$code"
           again "no slice" || return "$code"
+          pause "$retry"
         fi
         ;;
       FAILED | SUSPENDED)
@@ -129,6 +143,7 @@ wait_for_slice() {
           tpus queued-resources describe "$name" --format='value(state)' >&2
           ((restarts)) || return 1
           again "no slice" || return 1
+          pause "$retry"
         fi
         delete_slice
         ;;
@@ -162,8 +177,8 @@ prepare() {
         tpus tpu-vm scp --recurse --worker=all "${inputs[@]}" "$slice:$there/" </dev/null
     done
     installed=$(on_all install | grep -c '^jdpo-installed')
-    if ((installed == ${#slices[@]} * hosts_of_slice)); then return; fi
-    tell "$installed of $((${#slices[@]} * hosts_of_slice)) hosts are ready"
+    if ((installed == hosts)); then return; fi
+    tell "$installed of $hosts hosts are ready"
     if is_gone; then return 1; fi
     pause "$poll"
   done
@@ -214,7 +229,7 @@ watch() {
   local answers line running ended stopped id state code asked silent=0 waited=0
   while :; do
     follow "$1"
-    answers=$(on_all status 2>/dev/null | grep '^jdpo-status')
+    answers=$(ask_all)
     running=0 ended=0 stopped='' outcome=0
     while read -r line id state code asked; do
       [[ -n $line ]] || continue
@@ -232,7 +247,7 @@ watch() {
         outcome=$code
       fi
     done <<<"$answers"
-    if ((running + ended < ${#slices[@]} * hosts_of_slice)); then
+    if ((running + ended < hosts)); then
       if is_gone; then
         outcome=gone
         kill "${followers[@]}" 2>/dev/null
@@ -251,6 +266,18 @@ watch() {
     fi
     pause "$poll"
   done
+}
+
+# Sets `start` to what runs already, or has ended and nobody has looked at.
+find_start() {
+  local answers
+  until answers=$(ask_all) && (($(wc -l <<<"$answers") == hosts)); do
+    # Without all answers it is not known whether something runs.
+    tell "not all hosts answer; this script tries again"
+    if is_gone; then return; fi
+    pause "$poll"
+  done
+  start=$(awk '$2 != "none" { print $2; exit }' <<<"$answers")
 }
 
 # Ends this script; the slice stays where something on its disks may still be needed.
@@ -281,12 +308,13 @@ restarts=0
 start=
 first=$(state)
 if [[ $first == UNKNOWN ]]; then exit 1; fi
-if [[ $first == ACTIVE ]]; then
-  start=$(on_all status 2>/dev/null | awk '$1 == "jdpo-status" && $2 != "none" { print $2; exit }')
-fi
 case ${1-} in
-  '') ;;
+  '')
+
+    if [[ $first == ACTIVE ]]; then find_start; fi
+    ;;
   stop)
+    if [[ $first == ACTIVE ]]; then find_start; fi
     if [[ -z $start ]]; then
       tell "there is no run"
       exit 1

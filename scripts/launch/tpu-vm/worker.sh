@@ -91,7 +91,10 @@ child() {
 run() {
   trap : TERM
   environment
-  cd "$folder" || exit
+  cd "$folder" || {
+    echo 1 >"$here/$1.exit"
+    exit
+  }
   child jdpo dpo "$config"
   echo $? >"$here/$1.part" && mv "$here/$1.part" "$here/$1.exit"
 }
@@ -122,6 +125,7 @@ stop() {
   id=$(cat "$here/current" 2>/dev/null)
   is_running "$id" || return 0
   touch "$here/$id.stopped"
+  while [[ ! -s $here/child ]]; do sleep 1; done
   kill -TERM "$(cat "$here/child")"
 }
 

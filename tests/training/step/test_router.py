@@ -184,22 +184,24 @@ def test_packing_changes_nothing(whole_dpo: LossAndGrads) -> None:
 
 
 @pytest.mark.parametrize(
-    "sizes",
+    ("sizes", "num_micro"),
     [
-        {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2},
-        pytest.param({"data": 2, "fsdp": 1, "expert": 4}, marks=pytest.mark.full),
-        pytest.param({"data": 1, "fsdp": 4, "tensor": 2}, marks=pytest.mark.full),
+        ({"data": 1, "fsdp": 2, "expert": 2, "tensor": 2}, 1),
+        pytest.param({"data": 2, "fsdp": 1, "expert": 4}, 1, marks=pytest.mark.full),
+        pytest.param({"data": 1, "fsdp": 4, "tensor": 2}, 1, marks=pytest.mark.full),
+        # Gradients are summed over the micro-batches on each of two slices, and then over these.
+        pytest.param({"slices": 2, "fsdp": 2, "expert": 2}, 2, marks=pytest.mark.full),
     ],
     ids=str,
 )
-def test_meshes_change_nothing(whole_dpo: LossAndGrads, sizes: dict[str, int]) -> None:
+def test_meshes_change_nothing(whole_dpo: LossAndGrads, sizes: dict[str, int], num_micro: int) -> None:
     mesh = make_mesh(MeshConfig(**sizes))
     shardings = param_shardings(logical_axes(MODEL), abstract_params(MODEL), mesh)
     by_row = micro_batch_sharding(mesh)
     step = jax.jit(
         partial(loss_and_grads, objective_of("packed dpo", mesh)), in_shardings=(shardings, shardings, by_row)
     )
-    batch = place(packed(make_pairs(), num_rows=8, num_micro=1), by_row)
+    batch = place(packed(make_pairs(), num_rows=8, num_micro=num_micro), by_row)
     with jax.set_mesh(mesh), nn.logical_axis_rules(LOGICAL_RULES):
         assert_equal(step(make_params(0), make_params(5), batch), whole_dpo)
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+import jdpo
 from jdpo.cli.commands.clusters.launch import planned
 from jdpo.cli.main import main
 from jdpo.exit_codes import EXIT_CODES, FAILED, LOST, PREEMPTED, RESTART_CODES, STALLED, USAGE
+from tests.conftest import chat_pairs, write_jsonl
 from tests.launch.conftest import Fake, calls_of
 from tests.launch.fake_cloud import PROGRAMS
 
@@ -263,3 +268,41 @@ def test_every_code_of_the_table_is_known_to_the_script(config: Path, capsys: Ca
     assert main(["launch", "tpu-vm", *WORDS, "--on", "v6e-8", MIRROR, "--dry_run"]) == 0
     restarts = " | ".join(str(each.code) for each in EXIT_CODES if each.restart)
     assert f"\n    {restarts}) true ;;\n" in capsys.readouterr().out
+
+
+@pytest.mark.full
+def test_a_run_that_is_killed_on_its_host_continues(cloud: Cloud, toy_model: Path, fake: Fake) -> None:
+    fake("jdpo", f'#!/bin/bash\necho "jdpo $*" >> "$CALLS"\nexec {Path(sys.executable).with_name("jdpo")} "$@"\n')
+    write_jsonl(cloud.folder / "shared" / "pairs.jsonl", chat_pairs(16, words=(6, 7)))
+    config = {
+        "model_name_or_path": str(toy_model),
+        "datasets": "pairs.jsonl",
+        "output_dir": "runs/first",
+        "max_length": 64,
+        "global_batch_size": 8,
+        "max_steps": 60,
+        "save_steps": 2,
+        "reference": "live",
+        "remat": "none",
+    }
+    Path("dpo.yaml").write_text(json.dumps(config))
+    run = cloud.folder / "shared" / "runs" / "first"
+    killed = threading.Event()
+
+    def kill() -> None:
+        deadline = time.monotonic() + 600
+        while not any(run.glob("checkpoints/*/manifest.json")):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.kill(int((cloud.folder / "hosts" / "dpo-h0" / "jdpo-dpo" / "child").read_text()), signal.SIGKILL)
+        killed.set()
+
+    threading.Thread(target=kill, daemon=True).start()
+    env = [f"PYTHONPATH={Path(jdpo.__file__).parents[1]}", "JAX_PLATFORMS=cpu"]
+    assert cloud.launch(*(word for each in env for word in ("--env", each))) == 0
+    assert killed.is_set()
+    assert len(cloud.starts()) == 2
+    assert (run / "run.json").exists()
+    first, second = (path.read_text() for path in sorted(cloud.logs()))
+    assert "resum" not in first
+    assert "resum" in second

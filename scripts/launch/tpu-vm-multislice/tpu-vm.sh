@@ -196,7 +196,7 @@ start_all() {
     done
   done
   wait
-  tell "start $1; the logs are in $logs/$1"
+  tell "start $1; the logs are in $logs/$1. Ctrl-C ends this script, and not the run"
 }
 
 # Writes a log file per host: $logs/START/SLICE/HOST.log.

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import secrets
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +14,9 @@ from typing import IO
 
 TEMPORARY = ".tmp"
 """Ending of the name that a file has while it is being written."""
+
+_WRITER = re.compile(rf"\.(?P<host>[^/]+)-(?P<pid>\d+)-[0-9a-f]{{8}}{re.escape(TEMPORARY)}$")
+_ABANDONED_SECONDS = 86_400.0
 
 
 def write_durably(path: Path, content: str | bytes, *, writer: str = "") -> None:
@@ -52,6 +58,27 @@ def replacing(path: Path, *, writer: str = "") -> Iterator[IO[bytes]]:
                 temporary.unlink(missing_ok=True)
             raise
         sync_path(path.parent)
+
+
+def unique_writer() -> str:
+    """Returns a `writer` that no other process has, on this host or another one that shares the folder."""
+    # The random part tells containers apart that have one host's name, and the same process ids.
+    return f".{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def is_abandoned(path: Path) -> bool:
+    """Returns True if nobody writes a file any more whose temporary name has a `unique_writer`.
+
+    A process of this host is asked for; a file of another host is abandoned if it is a day old.
+
+    Raises:
+      OSError: there is no such file.
+    """
+    changed = path.stat().st_mtime
+    found = _WRITER.search(path.name)
+    if found is None or found["host"] != socket.gethostname():
+        return changed < time.time() - _ABANDONED_SECONDS
+    return int(found["pid"]) == os.getpid() or not Path("/proc", found["pid"]).exists()
 
 
 @contextlib.contextmanager

@@ -72,7 +72,7 @@ def inspect_run(
     read = preparation_of(config, pairs=pairs)
     measure = partial(row_facts, tokenizer=tokenizer, max_length=config.max_length)
     training, evaluation = sides_of(config)
-    data = read(training[0], tokenizer, part=training[1], progress=RowCounter(log))
+    data = read(training[0], tokenizer, part=training[1]).load(RowCounter(log))
     texts = [_text_facts(config, dataset, tokenizer, log) for dataset in training[0]]
     facts, model = measure(data), _model(config, None if tokenizer_name else sources, tokenizer, data)
     # Nothing is logged: the document describes the epoch.
@@ -95,7 +95,7 @@ def inspect_run(
         "rows": [view_row(data[index], index, tokenizer) for index in itertools.islice(order, num_rows)],
     }
     if evaluation is not None:
-        held_out = read(evaluation[0], tokenizer, part=evaluation[1], progress=RowCounter(log))
+        held_out = read(evaluation[0], tokenizer, part=evaluation[1]).load(RowCounter(log))
         # With eval_fraction both parts come from the same files, whose texts are checked once.
         texts = [_text_facts(config, one, tokenizer, log) for one in evaluation[0] if not config.eval_fraction]
         document["eval"] = part_report(held_out, measure(held_out), texts, model["max_positions"])

@@ -38,6 +38,29 @@ def any_process(mine: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.array([mine]))))
 
 
+def gathered(mine: np.ndarray) -> np.ndarray:
+    """Returns the arrays of all processes, [processes, ...]; every process gives one of the same shape."""
+    if jax.process_count() == 1:
+        return mine[None]
+    from jax.experimental import multihost_utils
+
+    found: np.ndarray = multihost_utils.process_allgather(mine)
+    return found
+
+
+def text_of_first(mine: str) -> str:
+    """Returns the text of the first process on every process; the texts of the others are ignored."""
+    if jax.process_count() == 1:
+        return mine
+    from jax.experimental import multihost_utils
+
+    content = np.frombuffer(mine.encode(), np.uint8)
+    # Shapes have to be equal everywhere, so the length goes first.
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
+    sent = content if is_first() else np.zeros(length, np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(sent)).tobytes().decode() if length else ""
+
+
 def raise_on_all(error: Exception | None) -> None:
     """Raises an error on every process if any process has one.
 

@@ -76,11 +76,15 @@ class Progress:
         self.point += phase not in ("step", "data_wait")
         self.count += 1
 
-    def made(self, phase: str) -> None:
-        """Notes progress within a phase; ignored in any other phase, as it may be that of a background thread."""
+    def made(self, phase: str, *, alike: bool = True) -> None:
+        """Notes progress within a phase; ignored in any other phase, as it may be that of a background thread.
+
+        Args:
+          alike: every process calls this equally often.
+        """
         if phase == self.phase:
             self.count += 1
-            self.point += phase != "compile"  # threads compile, in no fixed order
+            self.point += alike and phase != "compile"  # threads compile, in no fixed order
 
     def launched(self, step: int) -> None:
         """Notes that a step was launched."""

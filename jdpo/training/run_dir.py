@@ -24,6 +24,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+import jax
+import numpy as np
 import yaml
 
 from jdpo.checkpoint.mirror.run_fetch import bring_run
@@ -41,7 +43,7 @@ from jdpo.config import (
 )
 from jdpo.durable import keep_old, write_durably
 from jdpo.file_locks import lock_file
-from jdpo.processes import any_process, barrier, is_first, run_jointly
+from jdpo.processes import any_process, gathered, is_first, run_jointly, sharers_of, text_of_first
 from jdpo.training.run_record import RunRecord
 
 REPORT = "report.html"
@@ -101,9 +103,11 @@ class RunDirectory:
         # Before the config is written, which others may read.
         refuse_passwords(to_dict(config))
         run_jointly(lambda: check_output_dir(to_dict(config)), on_first=True)
+        self._of_first: RunRecord | None = None  # what the first process has in run.json, on the others
         if not only_read:
             run_jointly(self._take_lock, on_first=True)
         try:
+            self._check_alike(config, only_read=only_read)
             starts_over = config.resume == "never" and run_jointly(self._is_lost, on_first=True)
             # Decided on the first process, as only its file system counts.
             self._starts_over = any_process(bool(starts_over))
@@ -111,16 +115,37 @@ class RunDirectory:
             self._is_brought = brings and any_process(
                 bool(run_jointly(lambda: bring_run(self.path, config, command, self._inputs_there()), on_first=True))
             )
-            run_jointly(lambda: self._read_owner(config, command))
+            # What the others see on a network file system may be a minute old, so they are told by the first one.
+            found = run_jointly(lambda: self._read_owner(config, command), on_first=True)
+            self.is_new, self._exports_again = gathered(np.array(found or (False, False)))[0].tolist()
             if not only_read:
                 run_jointly(lambda: self._write_owner(config, command), on_first=True)
+            text = text_of_first(self.record.text() if is_first() and self._run_file.exists() else "")
+            self._of_first = RunRecord.parse(text) if text and not is_first() else None
         except BaseException:
             self.close()
             raise
 
-    def _read_owner(self, config: OutputSettings, command: str) -> None:
-        self.is_new = not self._check_owner(config, command)
-        self._exports_again = not self.is_new and bool(changed_keys(self._saved_config(), config, EXPORT_KEYS))
+    def _check_alike(self, config: OutputSettings, *, only_read: bool) -> None:
+        """Refuses processes that make different runs, or that do not share the folder.
+
+        Raises:
+          ValueError: the settings differ between processes, or what one writes is not seen by all.
+        """
+        first = yaml.safe_load(text_of_first(to_public_yaml(config)))
+        run_jointly(lambda: _refuse_differences(differences(first, config)))
+        sharers = range(jax.process_count()) if only_read else sharers_of(self.path)
+        if any_process(len(sharers) < jax.process_count()):
+            raise ValueError(
+                f"output_dir {self.path} is not one folder for all processes of the run: process {jax.process_index()} "
+                f"shares it with {len(sharers) - 1} of {jax.process_count() - 1} others; mount one shared file system "
+                "on every host, at the same place (`jdpo doctor` shows who sees what)"
+            )
+
+    def _read_owner(self, config: OutputSettings, command: str) -> tuple[bool, bool]:
+        """Returns whether the run is new, and whether its model is to be exported again."""
+        is_new = not self._check_owner(config, command)
+        return is_new, not is_new and bool(changed_keys(self._saved_config(), config, EXPORT_KEYS))
 
     def _write_owner(self, config: OutputSettings, command: str) -> None:
         try:
@@ -250,16 +275,20 @@ class RunDirectory:
 
     @property
     def record(self) -> RunRecord:
-        """The content of run.json, read again each time."""
+        """The content of run.json: read again each time on the first process, and what that has told the others."""
+        if self._of_first is not None:
+            return self._of_first
         try:
             return RunRecord.read(self._run_file)
         except ValueError as error:
             raise ValueError(f"{error}; bring it back, or choose another output_dir") from None
 
     def update(self, **changes: Any) -> None:
-        """Changes fields of run.json, once all processes have read it. Every process must call this."""
-        barrier(f"{', '.join(changes)} read")
-        if is_first() and (new := dataclasses.replace(self.record, **changes)) != self.record:
+        """Changes fields of run.json. Every process must call this, with the same values."""
+        new = dataclasses.replace(self.record, **changes)
+        if self._of_first is not None:
+            self._of_first = new
+        elif new != self.record:
             new.write(self._run_file)
 
     def give_up(self, names: Sequence[str]) -> None:
@@ -345,6 +374,14 @@ class RunDirectory:
         record.write(self._run_file)
 
     def finish(self, results: Mapping[str, Any]) -> None:
-        """Marks the run as complete; the last thing a run writes."""
-        if is_first():
-            dataclasses.replace(self.record, finished=True, results=dict(results)).write(self._run_file)
+        """Marks the run as complete; the last thing a run writes. Every process must call this."""
+        self.update(finished=True, results=dict(results))
+
+
+def _refuse_differences(changed: Sequence[str]) -> None:
+    if changed:
+        raise ValueError(
+            "the processes of this run have different settings (first process 0, then this one):\n  "
+            + "\n  ".join(changed)
+            + "\nStart the same command on every host"
+        )

@@ -134,6 +134,11 @@ class RunRecord:
             raise ValueError(f"{path} was not written by a run of jdpo, or it is damaged") from None
 
     @classmethod
+    def parse(cls, text: str) -> RunRecord:
+        """Returns the record whose `text` another process has sent."""
+        return cls._from_json(json.loads(text))
+
+    @classmethod
     def _from_json(cls, values: Mapping[str, Any]) -> RunRecord:
         known = {field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values}
         for name, kind in KINDS.items():
@@ -149,8 +154,12 @@ class RunRecord:
         return cls(**{"command": "", **known, "given_up": tuple(known.get("given_up", ()))})
 
     def write(self, path: Path) -> None:
-        """Writes run.json durably; empty values are left out."""
+        """Writes run.json durably."""
+        write_durably(path, self.text())
+
+    def text(self) -> str:
+        """Returns the content of run.json; empty values are left out."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values |= {"fit": None if self.fit is None else self.fit.to_json(), "given_up": list(self.given_up)}
         kept = {name: value for name, value in values.items() if value not in (None, [], {})}
-        write_durably(path, json.dumps(kept, indent=1) + "\n")
+        return json.dumps(kept, indent=1) + "\n"

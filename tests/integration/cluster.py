@@ -61,13 +61,15 @@ def started(
     *,
     environs: Mapping[int, Mapping[str, str]] | None = None,
     missing: Sequence[int] = (),
+    num_devices: int = 8,
 ) -> Iterator[Cluster]:
-    """Runs `python COMMAND` for each of some commands as one cluster of eight devices; none outlives the context.
+    """Runs `python COMMAND` for each of some commands as one cluster; none outlives the context.
 
     Args:
       folders: working folder of each process; None: this one for all.
       environs: further environment variables of some processes.
       missing: processes that are not started.
+      num_devices: of all processes together.
     """
     count, port = len(commands), free_port()
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
@@ -80,7 +82,7 @@ def started(
                 process = subprocess.Popen(
                     [sys.executable, *map(str, commands[index])],
                     cwd=folders[index] if folders else None,
-                    env=_environment(index, count=count, port=port) | dict((environs or {}).get(index, {})),
+                    env=_environment(index, count, num_devices // count, port) | dict((environs or {}).get(index, {})),
                     stdout=stdout,
                     stderr=stderr,
                 )
@@ -97,9 +99,10 @@ def run_cluster(
     timeout: float = 400,
     environs: Mapping[int, Mapping[str, str]] | None = None,
     missing: Sequence[int] = (),
+    num_devices: int = 8,
 ) -> list[End]:
     """Starts the commands as one cluster and waits for all of them; see `started`."""
-    with started(commands, folders, environs=environs, missing=missing) as cluster:
+    with started(commands, folders, environs=environs, missing=missing, num_devices=num_devices) as cluster:
         return cluster.wait(timeout)
 
 
@@ -108,8 +111,8 @@ def _output(log: Path) -> Path:
     return log.with_suffix(".out")
 
 
-def _environment(index: int, *, count: int, port: int) -> dict[str, str]:
-    flags = {"xla_force_host_platform_device_count": 8 // count, **XLA_FLAGS}
+def _environment(index: int, count: int, num_local: int, port: int) -> dict[str, str]:
+    flags = {"xla_force_host_platform_device_count": num_local, **XLA_FLAGS}
     return {
         **os.environ,
         "XLA_FLAGS": " ".join(f"--{name}={value}" for name, value in flags.items()),

@@ -26,7 +26,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from jdpo.data.prepared.row_arrays import TAG_TYPES, RowArrays, Tags, concatenated, dtype_of, interleaved, longest
-from jdpo.durable import write_durably
+from jdpo.durable import unique_writer, write_durably
 from jdpo.file_digests import file_digest
 from jdpo.types import AnyPair, TokenizedCompletion
 
@@ -214,11 +214,10 @@ class RowWriter(Generic[R]):
         self._writer.close()
 
     def meta(self) -> dict[str, Any]:
-        """Returns the content of the JSON file next to the finished file."""
+        """Returns the content of the JSON file next to the finished file, but for its stamp."""
         kept = [np.concatenate(arrays) for arrays in zip(*self._kept, strict=True)]
         return {
             "file_digest": file_digest(self._path),
-            **_stamp(self._path),
             "digest": self._content.hexdigest(),
             "batches": self._checks,
             "tags": _check(kept),
@@ -262,7 +261,7 @@ def open_rows(folder: Path, key: str, row_type: type[R]) -> StoredRows[R] | None
             if file_digest(path) != meta["file_digest"]:
                 return None
             with contextlib.suppress(OSError):  # a read-only cache has to be read whole at every start
-                write_durably(path.with_suffix(".json"), json.dumps(meta | stamp), writer=f".{os.getpid()}")
+                write_durably(path.with_suffix(".json"), json.dumps(meta | stamp), writer=unique_writer())
         return StoredRows(path, row_type, meta)
     # Any damage of the JSON or the Arrow file only means that the rows are tokenized again.
     except (OSError, ValueError, KeyError, TypeError):
@@ -286,13 +285,39 @@ def writing_rows(folder: Path, key: str, row_type: type[R]) -> Iterator[RowWrite
                 yield writer
             if open_rows(folder, key, row_type) is not None:
                 return  # another process was faster, and may have mapped its file already
-            (Path(temporary) / "rows.json").write_text(json.dumps(writer.meta()), encoding="utf-8")
-            for suffix in (".arrow", ".json"):  # the JSON last, since it declares the Arrow file complete
-                os.replace(Path(temporary) / f"rows{suffix}", folder / f"{key}{suffix}")
+            meta, path = writer.meta(), folder / f"{key}.arrow"
+            _put(Path(temporary) / "rows.arrow", path, meta["file_digest"])
+            # The JSON last, since it declares the Arrow file complete.
+            write_durably(path.with_suffix(".json"), json.dumps(meta | _stamp(path)), writer=unique_writer())
     except OSError as error:
-        raise ValueError(
-            f"cannot write tokenized rows to {folder}: {error.strerror or error}; set cache_dir to a writable folder"
-        ) from error
+        raise cannot_write(folder, error) from error
+
+
+def _put(new: Path, path: Path, digest: str) -> None:
+    """Moves a file to its place, unless the same content is there, which other processes may have mapped.
+
+    On NFS, a mapped file that another host replaces is gone, and reading it ends the process.
+
+    Args:
+      digest: of the new file.
+    """
+    try:
+        os.link(new, path)  # fails if there is a file, whoever has just written it
+        return
+    except FileExistsError:
+        with contextlib.suppress(OSError):
+            if file_digest(path) == digest:
+                return
+    except OSError:  # a file system without hard links
+        pass
+    os.replace(new, path)
+
+
+def cannot_write(folder: Path, error: OSError) -> ValueError:
+    """Returns the error for a cache that cannot be written."""
+    return ValueError(
+        f"cannot write tokenized rows to {folder}: {error.strerror or error}; set cache_dir to a writable folder"
+    )
 
 
 def _clear_abandoned(folder: Path) -> None:

@@ -12,9 +12,8 @@ Axes: n=2 sides (chosen, rejected), t token positions.
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -23,7 +22,7 @@ import numpy as np
 
 from jdpo.data.prepared.prepare import cache_folder
 from jdpo.data.reference_cache.cache_key import KEY_FILE, CacheEntry, read_entry
-from jdpo.durable import TEMPORARY, write_durably
+from jdpo.durable import TEMPORARY, is_abandoned, unique_writer, write_durably
 from jdpo.file_digests import file_digest
 from jdpo.file_locks import lock_file
 from jdpo.types import CHOSEN, REJECTED, AnyPair
@@ -99,12 +98,16 @@ class CacheFolder:
             path = self.shard_path(shard)
             found = _read_text(path.with_suffix(".json"))
             if found is not None:
-                # The voucher has the digest of the shard, so this reads the whole file.
-                whole[shard] = found == self._voucher(shard)
+                whole[shard] = self.is_whole(shard)
                 damaged[shard] = not whole[shard]
             if damaged[shard]:
                 files.append(path)
         return Shards(whole, damaged, tuple(files))
+
+    def is_whole(self, shard: int) -> bool:
+        """Returns whether a shard is present and as it was written; reads the whole file."""
+        found = _read_text(self.shard_path(shard).with_suffix(".json"))
+        return found is not None and found == self._voucher(shard)
 
     def has_entry(self) -> bool:
         """Returns whether `key.json` exists and is undamaged."""
@@ -192,9 +195,12 @@ class CacheFolder:
         return lock_file(self.path / ".lock")
 
     def clear_unfinished(self) -> None:
-        """Removes unfinished files of a killed process. Call it under the lock."""
+        """Removes unfinished files of killed processes. Call it under the lock."""
         for path in self.path.glob(f"*{TEMPORARY}"):
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # another process removes it, too
+                # The lock may have no effect on another host, which may be writing.
+                if is_abandoned(path):
+                    path.unlink(missing_ok=True)
 
     def asked_by(self) -> list[str]:
         """Returns the runs recorded by `ask`. A damaged list counts as empty, since no result depends on it."""
@@ -305,8 +311,8 @@ def reference_logps_of(
 
 
 def _write(path: Path, content: bytes) -> None:
-    # The temporary name differs per process, because two hosts may share the folder without knowing of each other.
-    write_durably(path, content, writer=f".{socket.gethostname()}-{os.getpid()}")
+    # Two hosts may share the folder without knowing of each other.
+    write_durably(path, content, writer=unique_writer())
 
 
 def _read_text(path: Path) -> str | None:

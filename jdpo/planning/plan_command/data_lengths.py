@@ -47,7 +47,7 @@ def lengths_of_data(
     began = time.monotonic()
     try:
         data, *held_out = (
-            read(datasets, tokenizer, part=part, progress=RowCounter(log) if tokenize else _refuse)
+            read(datasets, tokenizer, part=part).load(RowCounter(log) if tokenize else _refuse)
             for datasets, part in filter(None, (training, evaluation))
         )
     except _NotCached:

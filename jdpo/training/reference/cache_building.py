@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import secrets
 import time
 from collections.abc import Callable, Iterator
 
@@ -11,7 +10,7 @@ import jax
 import numpy as np
 
 from jdpo.data.reference_cache.scores import CacheFolder, Shards
-from jdpo.processes import PROGRESS, any_process, barrier, is_first
+from jdpo.processes import PROGRESS, any_process, barrier, gathered, is_first, sharers_of
 from jdpo.training.reference.cache_entries import RowSet, entry_of
 from jdpo.training.reference.packed_scoring import PackedScorer, score_pairs
 from jdpo.training.setup.run_setup import Log, Setup
@@ -34,10 +33,11 @@ def build_cache(setup: Setup, rows: RowSet, scorer: PackedScorer, *, log: Log, r
     with _writing(folder):
         folder.path.mkdir(parents=True, exist_ok=True)
     # Only one run computes an entry; others wait and then find it.
-    with _alone(folder, scorer.check_stopped, log) as (rank, num_sharers):
+    with _alone(folder, scorer.check_stopped, log) as sharers:
         shards = folder.examine()  # again: another run may have written shards while this one waited
         if not repair:
             folder.refuse_damaged(shards)
+        rank = sharers.index(jax.process_index())
         if rank == 0:
             entry = None if folder.has_entry() else entry_of(setup, rows)
             with _writing(folder):
@@ -45,7 +45,9 @@ def build_cache(setup: Setup, rows: RowSet, scorer: PackedScorer, *, log: Log, r
                 if entry is not None:
                     folder.write_entry(entry)
         # All processes compute all missing shards, as the reference is split over their devices.
-        todo = _union(~shards.whole)  # nothing is written before every process has looked
+        # Nothing is written before every process has looked. What one of those that share a folder sees is there.
+        whole = np.asarray(gathered(shards.whole)[list(sharers)].any(axis=0))
+        todo = np.asarray(gathered(~whole).any(axis=0))
         progress = _Progress(rows, shards, folder.count_rows(todo), log)
         if todo.any():  # another run may have computed all of it in the meantime
             # All shards are planned, so that shapes, and with them the last bits, do not depend on what is missing.
@@ -53,7 +55,8 @@ def build_cache(setup: Setup, rows: RowSet, scorer: PackedScorer, *, log: Log, r
             for shard in map(int, np.flatnonzero(todo)):
                 values = score_pairs(scorer, plan, folder.rows_of(shard), progress)
                 # Each shard is written once per file system, by processes in turn.
-                if not shards.whole[shard] and shard % num_sharers == rank:
+                # Another run has written it meanwhile where locks have no effect, and may have opened it.
+                if not whole[shard] and shard % len(sharers) == rank and not folder.is_whole(shard):
                     with _writing(folder):
                         folder.write_shard(shard, values)
         barrier("reference cached")
@@ -95,21 +98,10 @@ class _Progress:
 # --- several processes
 
 
-def _union(mine: np.ndarray) -> np.ndarray:
-    """Returns bool [n], True where `mine` is True on any process."""
-    if jax.process_count() == 1:
-        return mine
-    from jax.experimental import multihost_utils
-
-    union: np.ndarray = multihost_utils.process_allgather(mine).any(axis=0)
-    return union
-
-
 @contextlib.contextmanager
-def _alone(folder: CacheFolder, check_stopped: Callable[[], None], log: Log) -> Iterator[tuple[int, int]]:
-    """Waits until no other run computes the entry; yields (rank, count) among the processes that share the folder."""
-    with _writing(folder):
-        place_among = _sharers(folder)
+def _alone(folder: CacheFolder, check_stopped: Callable[[], None], log: Log) -> Iterator[tuple[int, ...]]:
+    """Waits until no other run computes the entry; yields the processes that share the folder with this one."""
+    sharers = sharers_of(folder.path)
     lock, logged = None, False
     while True:
         with _writing(folder):
@@ -124,25 +116,7 @@ def _alone(folder: CacheFolder, check_stopped: Callable[[], None], log: Log) -> 
         PROGRESS.made("reference")  # of the other run, whose own watchdog looks after it
         time.sleep(LOCK_POLL_SECONDS)
     try:
-        yield place_among
+        yield sharers
     finally:
         if lock is not None:
             lock.close()
-
-
-def _sharers(folder: CacheFolder) -> tuple[int, int]:
-    """(rank, count) of this process among those that see the same folder: each leaves a file and counts the files."""
-    if jax.process_count() == 1:
-        return 0, 1
-    from jax.experimental import multihost_utils
-
-    # A number of this start alone, so that files left by a killed one are not counted.
-    run = int(multihost_utils.broadcast_one_to_all(np.int32(secrets.randbits(31))))
-    mine = folder.path / f".process-{run}-{jax.process_index()}"
-    mine.touch()
-    # Between two barriers: every file is there before any process counts, and all have counted before any is removed.
-    barrier("reference folder marked")
-    seen = sorted(int(path.name.rpartition("-")[2]) for path in folder.path.glob(f".process-{run}-*"))
-    barrier("reference folder seen")
-    mine.unlink()
-    return seen.index(jax.process_index()), len(seen)

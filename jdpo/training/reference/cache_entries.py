@@ -12,7 +12,7 @@ from jdpo.config import ReferenceSettings, without_queries
 from jdpo.data.prepared.prepare import PreparedData
 from jdpo.data.reference_cache.cache_key import CacheEntry, about_rows, key_of, parts_of
 from jdpo.data.reference_cache.scores import CacheFolder, Shards, cache_root
-from jdpo.processes import differing
+from jdpo.processes import ask_server, differing
 from jdpo.training.setup.folder_digests import adapter_digest, folder_digest
 from jdpo.training.setup.run_setup import Setup
 
@@ -40,6 +40,11 @@ class RowSet(NamedTuple):
     def complete(self) -> bool:
         """True if all shards were there and none was damaged."""
         return bool(self.shards.whole.all()) and not self.shards.damaged_files
+
+    def examine_whole(self) -> Shards | None:
+        """Examines the folder again; returns None unless all shards are there and undamaged."""
+        shards = self.folder.examine()
+        return shards if shards.whole.all() and not shards.damaged_files else None
 
 
 def find_rows(setup: Setup) -> list[RowSet]:
@@ -70,7 +75,12 @@ def find_rows(setup: Setup) -> list[RowSet]:
         # Different keys on different hosts would mix log-probs of different references.
         _check_same_everywhere(key)
         folder = CacheFolder(cache_root(config.cache_dir), key, num_rows=len(data), dtype=dtype)
-        sets.append(RowSet(role, data, parts, folder, folder.examine()))
+        shards = folder.examine()
+        if shards.damaged_files:
+            # A client of a network file system may take an old file for the one that was put in its place.
+            ask_server(folder.path)
+            shards = folder.examine()
+        sets.append(RowSet(role, data, parts, folder, shards))
     return sets
 
 

@@ -11,7 +11,7 @@ from jdpo.config import ReferenceSettings, TrainConfig
 from jdpo.data.reference_cache.cache_key import changes, most_similar_entry
 from jdpo.data.reference_cache.scores import ReferenceCache
 from jdpo.devices import leave_out_missing_tpus
-from jdpo.processes import PROGRESS, any_process, is_first
+from jdpo.processes import PROGRESS, any_process, is_first, seen_soon
 from jdpo.training.reference.cache_building import build_cache
 from jdpo.training.reference.cache_entries import RowSet, entry_of, find_rows
 from jdpo.training.reference.packed_scoring import PackedScorer, packed_logps
@@ -224,7 +224,7 @@ def _restore_entries(setup: Setup, sets: Sequence[RowSet]) -> None:
 def _cached(sets: Sequence[RowSet], computed: Sequence[int], log: Log) -> Reference:
     caches = {
         # Examined again where something was missing or damaged: this run, or one it waited for, has written it.
-        rows.role: rows.folder.open(rows.shards if rows.complete else None)
+        rows.role: rows.folder.open(rows.shards if rows.complete else seen_soon(rows.examine_whole, rows.folder.path))
         for rows in sets
     }
     num_computed = sum(computed)

@@ -1,4 +1,4 @@
-"""The rows of a run: tokenized, split into training and evaluation, and put in the order of the steps.
+"""The rows of a run: where they are, split into training and evaluation, and put in the order of the steps.
 
 Imports no jax, so that `jdpo inspect` works on machines without accelerators.
 """
@@ -17,9 +17,8 @@ from jdpo.config import DatasetConfig, DataSettings
 from jdpo.data.batching.loader import RowPlan
 from jdpo.data.batching.mixing import mixture_of
 from jdpo.data.prepared.held_out import Part
-from jdpo.data.prepared.prepare import PreparedData, prepare_completions, prepare_pairs
-from jdpo.data.tokens.tokenizer import Tokenizer
-from jdpo.reports.progress import RowCounter
+from jdpo.data.prepared.prepare import PreparedData, completions_entry, pairs_entry
+from jdpo.data.prepared.token_entry import TokenEntry
 
 Log = Callable[[str], None]
 """Takes lines for the user."""
@@ -29,49 +28,15 @@ class BuildStopped(Exception):
     """A signal ended the work before the first step."""
 
 
-def prepare_rows(
-    settings: DataSettings,
-    tokenizer: Tokenizer,
-    log: Log,
-    *,
-    pairs: bool,
-    stopped: Callable[[], bool] = lambda: False,
-) -> tuple[PreparedData, PreparedData | None]:
-    """Tokenizes the training rows and, if there are any, the evaluation rows, and logs a summary of each.
-
-    Args:
-      pairs: True for pairs, False for completions.
-      log: takes lines for the user.
-      stopped: returns True if a signal asks to stop; called while rows are tokenized.
-
-    Raises:
-      ValueError: rows cannot be read, or no row is left.
-      BuildStopped: `stopped` returned True.
-    """
-
-    read = preparation_of(settings, pairs=pairs)
-
-    def prepare(datasets: Sequence[DatasetConfig], part: Part | None, title: str) -> PreparedData:
-        progress = partial(_progress, RowCounter(log), stopped)
-        data = read(datasets, tokenizer, part=part, progress=progress)
-        # The first thing to look at when a run trains on other rows than expected.
-        log(f"{title}{data.summary()}\n  {data.cache_note}")
-        return data
-
-    training, evaluation = sides_of(settings)
-    return prepare(*training, ""), evaluation and prepare(*evaluation, "evaluation ")
-
-
-def preparation_of(settings: DataSettings, *, pairs: bool) -> Callable[..., PreparedData]:
-    """Returns the function that tokenizes a run's rows: (datasets, tokenizer, *, part, progress) -> tokenized rows."""
+def preparation_of(settings: DataSettings, *, pairs: bool) -> Callable[..., TokenEntry]:
+    """Returns the function that finds a run's rows: (datasets, tokenizer, *, part) -> their entry in the cache."""
     options: dict[str, Any] = {
         "max_length": settings.max_length,
         "max_prompt_length": settings.max_prompt_length,
         "num_proc": settings.dataset_num_proc,
         "cache_dir": Path(settings.cache_dir) if settings.cache_dir else None,
     }
-    prepare = prepare_pairs if pairs else prepare_completions
-    return partial(prepare, loss_on=settings.loss_on, **options)
+    return partial(pairs_entry if pairs else completions_entry, loss_on=settings.loss_on, **options)
 
 
 Side = tuple[Sequence[DatasetConfig], Part | None]
@@ -84,12 +49,6 @@ def sides_of(settings: DataSettings) -> tuple[Side, Side | None]:
     if fraction:
         return (datasets, Part("train", fraction)), (datasets, Part("eval", fraction))
     return (datasets, None), (settings.eval_datasets, None) if settings.eval_datasets else None
-
-
-def _progress(counter: RowCounter, stopped: Callable[[], bool], num_rows: int, total: int | None) -> None:
-    counter(num_rows, total)
-    if stopped():
-        raise BuildStopped
 
 
 def check_scores(data: PreparedData) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -27,15 +27,16 @@ from jdpo.models.weights.embedding_rows import StartedRows
 from jdpo.models.weights.hub_models import has_weights, resolve_folder
 from jdpo.models.weights.loading import check_tensors
 from jdpo.models.weights.safetensors_folder import tensor_entries
-from jdpo.processes import PROGRESS, any_process, run_jointly
+from jdpo.processes import run_jointly
 from jdpo.sharding.mesh import check_batch_size
 from jdpo.sharding.rules import undivided_dims
 from jdpo.sharding.slices import slice_sizes
 from jdpo.training.setup.adaptation import check_adaptation, num_params
 from jdpo.training.setup.folder_digests import adapter_digest, folder_digest
 from jdpo.training.setup.model_setup import ModelSetup, build_model
-from jdpo.training.setup.row_order import BuildStopped, Log, check_scores, num_steps_of, plan_rows, prepare_rows
+from jdpo.training.setup.row_order import Log, check_scores, num_steps_of, plan_rows
 from jdpo.training.setup.sample_prompts import SamplePrompt, read_sample_prompts
+from jdpo.training.setup.shared_rows import prepare_rows
 from jdpo.training.setup.tasks import Task, task_for
 from jdpo.training.setup.untrained import start_tokens
 from jdpo.training.setup.validation import (
@@ -126,20 +127,10 @@ def build(config: TrainConfig, log: Log, *, weights: bool = True, stopped: Calla
         repository = config.push_to_hub
         run_jointly(lambda: check_push(repository), on_first=True)
 
-    def heard() -> bool:
-        PROGRESS.made("data")
-        return stopped()
-
-    def work() -> Setup | None:
-        try:
-            return _build(config, task, log, weights=weights, stopped=heard)
-        except BuildStopped:  # no failure: the others may have heard of the signal later, or not at all
-            return None
-
-    setup = run_jointly(work)
-    if any_process(setup is None) or setup is None:
-        raise BuildStopped
-    return setup
+    opened = run_jointly(lambda: _open(config, log, weights=weights))
+    tokenizer = opened.model_setup.tokenizer
+    data = prepare_rows(config, tokenizer, log, pairs=task.loss is not None, stopped=stopped)
+    return run_jointly(lambda: _lay_out(config, task, opened, *data, log))
 
 
 def _checked_task(config: TrainConfig) -> Task:
@@ -160,8 +151,17 @@ def _checked_task(config: TrainConfig) -> Task:
     return task
 
 
-def _build(config: TrainConfig, task: Task, log: Log, *, weights: bool, stopped: Callable[[], bool]) -> Setup:
-    """The part of `build` that each process does by itself; nothing here waits for the others."""
+class _Opened(NamedTuple):
+    """What is read before the rows are."""
+
+    model_setup: ModelSetup
+    reference_folder: Path | None
+    reference_adapter: Path | None
+    sample_prompts: tuple[SamplePrompt, ...]
+
+
+def _open(config: TrainConfig, log: Log, *, weights: bool) -> _Opened:
+    """The part of `build` that each process does by itself before the rows; nothing here waits for the others."""
     model_setup = build_model(config, weights=weights)
     check_batch_size(config.global_batch_size, model_setup.mesh)
     if model_setup.adaptation is not None:
@@ -180,7 +180,19 @@ def _build(config: TrainConfig, task: Task, log: Log, *, weights: bool, stopped:
             log(f"note: no weights in {folder}: it was not checked that they fit config.json")
     positions = source_config.max_positions
     sample_prompts = read_sample_prompts(config, tokenizer, log, max_positions=positions)
-    train_data, eval_data = prepare_rows(config, tokenizer, log, pairs=task.loss is not None, stopped=stopped)
+    return _Opened(model_setup, reference_folder, reference_adapter, sample_prompts)
+
+
+def _lay_out(
+    config: TrainConfig,
+    task: Task,
+    opened: _Opened,
+    train_data: PreparedData,
+    eval_data: PreparedData | None,
+    log: Log,
+) -> Setup:
+    """The part of `build` after the rows are known; nothing here waits for the others."""
+    model_setup, reference_folder, reference_adapter, sample_prompts = opened
     if task.reads_scores:  # now, not after hours of computing the reference's log-probs
         for data in (train_data, eval_data):
             if data is not None:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from jdpo.config import DatasetConfig
-from jdpo.data.prepared.prepare import CHUNK_TEXT, prepare_completions, prepare_pairs
+from jdpo.data.prepared.chunk_stream import CHUNK_TEXT
+from jdpo.data.prepared.prepare import prepare_completions, prepare_pairs
 from jdpo.data.prepared.row_store import BATCH_ROWS
 from jdpo.data.schemas.formats import preference_rows
 from jdpo.data.tokens.tokenize import KeptPair

@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from jdpo.config import DatasetConfig
-from jdpo.data.prepared import prepare as prepare_module
-from jdpo.data.prepared.prepare import CHUNK_ROWS, prepare_pairs
+from jdpo.data.prepared import chunk_stream
+from jdpo.data.prepared.chunk_stream import CHUNK_ROWS
+from jdpo.data.prepared.prepare import prepare_pairs
 from jdpo.data.prepared.workers import IN_FLIGHT, map_in_order
 from jdpo.data.tokens.tokenizer import Tokenizer, load_tokenizer
 
@@ -111,8 +112,8 @@ def test_an_error_is_the_same_and_leaves_nothing_behind(tokenizer: Tokenizer, tm
 def test_few_rows_start_no_process_and_many_do(
     tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare_module, "available_cores", lambda: 2)
-    monkeypatch.setattr(prepare_module, "ALONE_ROWS", 2 * CHUNK_ROWS)
+    monkeypatch.setattr(chunk_stream, "available_cores", lambda: 2)
+    monkeypatch.setattr(chunk_stream, "ALONE_ROWS", 2 * CHUNK_ROWS)
     for num_rows, expected in ((2 * CHUNK_ROWS, False), (2 * CHUNK_ROWS + 1, True)):
         started: list[bool] = []
         data = prepare_pairs(

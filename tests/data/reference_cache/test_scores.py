@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -229,9 +232,17 @@ def test_a_failed_rewrite_leaves_no_json_without_its_shard(tmp_path: Path) -> No
 def test_what_a_killed_process_was_writing_is_cleared(tmp_path: Path) -> None:
     folder, _ = small(tmp_path)
     before = sorted(folder.path.iterdir())
-    (folder.path / "00001.safetensors.host-1.tmp").write_bytes(b"half")
+    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], stdout=subprocess.PIPE, check=True)
+    mine, theirs = socket.gethostname(), "another-host"
+    (folder.path / f"00001.safetensors.{mine}-{int(ended.stdout)}-0123abcd.tmp").write_bytes(b"half")
+    old = folder.path / f"00001.safetensors.{theirs}-1-0123abcd.tmp"
+    old.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    # Locks of another host may have no effect here, so what it may still be writing stays.
+    young = folder.path / f"00002.safetensors.{theirs}-1-0123abcd.tmp"
+    young.write_bytes(b"half")
     folder.clear_unfinished()
-    assert sorted(folder.path.iterdir()) == before
+    assert sorted(folder.path.iterdir()) == sorted([*before, young])
 
 
 # --- other runs

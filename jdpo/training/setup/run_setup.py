@@ -27,7 +27,7 @@ from jdpo.models.weights.embedding_rows import StartedRows
 from jdpo.models.weights.hub_models import has_weights, resolve_folder
 from jdpo.models.weights.loading import check_tensors
 from jdpo.models.weights.safetensors_folder import tensor_entries
-from jdpo.processes import run_jointly
+from jdpo.processes import PROGRESS, run_jointly
 from jdpo.sharding.mesh import check_batch_size
 from jdpo.sharding.rules import undivided_dims
 from jdpo.sharding.slices import slice_sizes

@@ -257,11 +257,9 @@ class CheckpointManager:
         Raises:
           ValueError: a file of the step is not the one that was written.
         """
-        if step != self._verified and (fault := fault_of(self._folder / str(step))) is not None:
-            raise ValueError(
-                f"checkpoint {self._folder / str(step)} is damaged: {fault}; restore the file or, if this is the best "
-                "checkpoint, set load_best_model_at_end to false to export the last step"
-            )
+        if step != self._verified:
+            # By one process, as the others read the same files, and may see them later.
+            run_jointly(lambda: self._refuse_damaged(step), on_first=True)
         # Steps may have been deleted or renamed since orbax listed them.
         self._orbax.reload()
         items = self._orbax.restore(
@@ -269,6 +267,13 @@ class CheckpointManager:
             args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), position=ocp.args.JsonRestore()),
         )
         return Restored(step, items["state"], items["position"])
+
+    def _refuse_damaged(self, step: int) -> None:
+        if (fault := fault_of(self._folder / str(step))) is not None:
+            raise ValueError(
+                f"checkpoint {self._folder / str(step)} is damaged: {fault}; restore the file or, if this is the best "
+                "checkpoint, set load_best_model_at_end to false to export the last step"
+            )
 
 
 def read_position(folder: Path) -> dict[str, Any]:

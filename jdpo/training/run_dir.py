@@ -117,7 +117,8 @@ class RunDirectory:
             )
             # What the others see on a network file system may be a minute old, so they are told by the first one.
             found = run_jointly(lambda: self._read_owner(config, command), on_first=True)
-            self.is_new, self._exports_again = gathered(np.array(found or (False, False)))[0].tolist()
+            flags = gathered(np.array(found or (False, False, False)))[0].tolist()
+            self.is_new, self._exports_again, self._has_model = flags
             if not only_read:
                 run_jointly(lambda: self._write_owner(config, command), on_first=True)
             text = text_of_first(self.record.text() if is_first() and self._run_file.exists() else "")
@@ -142,10 +143,11 @@ class RunDirectory:
                 "on every host, at the same place (`jdpo doctor` shows who sees what)"
             )
 
-    def _read_owner(self, config: OutputSettings, command: str) -> tuple[bool, bool]:
-        """Returns whether the run is new, and whether its model is to be exported again."""
+    def _read_owner(self, config: OutputSettings, command: str) -> tuple[bool, bool, bool]:
+        """Returns whether the run is new, whether its model is to be exported again, and whether there is one."""
         is_new = not self._check_owner(config, command)
-        return is_new, not is_new and bool(changed_keys(self._saved_config(), config, EXPORT_KEYS))
+        exports_again = not is_new and bool(changed_keys(self._saved_config(), config, EXPORT_KEYS))
+        return is_new, exports_again, self.model.exists()
 
     def _write_owner(self, config: OutputSettings, command: str) -> None:
         try:
@@ -308,10 +310,10 @@ class RunDirectory:
 
     @property
     def finished(self) -> bool:
-        """True if the run is complete, and its model is exported as the config asks."""
+        """True if the run was complete at the start, and its model exported as the config asks."""
         if self.is_new or not self.record.finished:
             return False
-        return not self._exports or (self.model.exists() and not self._exports_again)
+        return not self._exports or (self._has_model and not self._exports_again)
 
     @property
     def outcome(self) -> str:

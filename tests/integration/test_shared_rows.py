@@ -46,7 +46,9 @@ def prepare(
 
 def check(results: list[dict[str, Any]], model: Path, rows: Path, folder: Path, *, hosts: int) -> None:
     """Checks the results of all cases against those of this process alone."""
-    alone = prepare_pairs([DatasetConfig(path=str(rows))], load_tokenizer(model, chat_template=None), max_length=64, cache_dir=folder)
+    alone = prepare_pairs(
+        [DatasetConfig(path=str(rows))], load_tokenizer(model, chat_template=None), max_length=64, cache_dir=folder
+    )
     count, total = len(results), 2 * NUM_ROWS  # a completion per side
     of_host = [sum(index % hosts == host for index in range(count)) for host in range(hosts)]
     for name, cases in {name: [result[name] for result in results] for name in results[0]}.items():

@@ -122,6 +122,13 @@ static int believed_absent(const char *whole) {
   return found;
 }
 
+static int parent_is_absent(int at, const char *path) {
+  char whole[PATH_MAX], folder[PATH_MAX];
+  if (!inside(at, path, whole) || !strcmp(whole, getenv("STALE_FOLDER"))) return 0;
+  parent(whole, folder);
+  return believed_absent(folder);
+}
+
 /* Remembers the first part of a path that is absent. */
 static void remember(const char *whole) {
   char part[PATH_MAX], folder[PATH_MAX];
@@ -155,9 +162,11 @@ static void remember(const char *whole) {
   if (result < 0 && errno == ENOENT) remember(whole), errno = ENOENT;                         \
   return result;
 
+/* A change of a folder. That a name exists is an answer of the server, too. */
 #define CHANGE(at, path, call)                                                                \
+  if (parent_is_absent(at, path)) return errno = ENOENT, -1;                                  \
   int result = call, error = errno;                                                           \
-  if (result >= 0) change(at, path);                                                          \
+  if (result >= 0 || error == EEXIST) change(at, path);                                       \
   errno = error;                                                                              \
   return result;
 

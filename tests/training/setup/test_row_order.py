@@ -16,7 +16,8 @@ from jdpo.reports.progress import RowCounter
 from jdpo.training.logs.metrics import SHARED, DatasetShares
 from jdpo.training.run import train
 from jdpo.training.setup.numerics import numerics
-from jdpo.training.setup.row_order import BuildStopped, prepare_rows
+from jdpo.training.setup.row_order import BuildStopped
+from jdpo.training.setup.shared_rows import prepare_rows
 from jdpo.training.setup.run_setup import Setup, build
 from tests.conftest import chat_pairs, write_jsonl
 

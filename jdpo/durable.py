@@ -15,7 +15,6 @@ from typing import IO
 TEMPORARY = ".tmp"
 """Ending of the name that a file has while it is being written."""
 
-_WRITER = re.compile(rf"\.(?P<host>[^/]+)-(?P<pid>\d+)-[0-9a-f]{{8}}{re.escape(TEMPORARY)}$")
 _ABANDONED_SECONDS = 86_400.0
 
 
@@ -75,10 +74,11 @@ def is_abandoned(path: Path) -> bool:
       OSError: there is no such file.
     """
     changed = path.stat().st_mtime
-    found = _WRITER.search(path.name)
-    if found is None or found["host"] != socket.gethostname():
+    here = rf"\.{re.escape(socket.gethostname())}-(\d+)-[0-9a-f]{{8}}{re.escape(TEMPORARY)}$"
+    found = re.search(here, path.name)
+    if found is None:
         return changed < time.time() - _ABANDONED_SECONDS
-    return int(found["pid"]) == os.getpid() or not Path("/proc", found["pid"]).exists()
+    return int(found[1]) == os.getpid() or not Path("/proc", found[1]).exists()
 
 
 @contextlib.contextmanager

@@ -310,10 +310,12 @@ class RunDirectory:
 
     @property
     def finished(self) -> bool:
-        """True if the run was complete at the start, and its model exported as the config asks."""
+        """True if the run is complete, and its model is exported as the config asks."""
         if self.is_new or not self.record.finished:
             return False
-        return not self._exports or (self._has_model and not self._exports_again)
+        # The others know from the first process what was there at the start.
+        has_model = self.model.exists() if is_first() else self._has_model
+        return not self._exports or (has_model and not self._exports_again)
 
     @property
     def outcome(self) -> str:

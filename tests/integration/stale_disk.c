@@ -4,8 +4,8 @@
 
    A name that was looked up in vain stays absent, and a listing stays as it was, for STALE_SECONDS; unless this process
    itself changes the folder that they are in, after which the client of NFS asks the server. flock has no locks to give.
-   Each process is a client of its own, as if it ran on another host. Every absence that is made up is counted: at the
-   end a line in $STALE_LOG says how many there were. */
+   Each process is a client of its own, as if it ran on another host. For each file that is there and is not shown, a
+   line in $STALE_LOG has its name. */
 
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -27,7 +27,7 @@
 
 struct entry { char *path; double since; long version; char *names; };
 static struct entry absent[MOST], listed[MOST], changed[MOST];
-static int num_absent, num_listed, num_changed, num_made_up;
+static int num_absent, num_listed, num_changed;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
 static double now(void) {
@@ -41,10 +41,11 @@ static double seconds(void) {
   return text ? atof(text) : 5;
 }
 
-__attribute__((destructor)) static void tell(void) {
+/* At once, as a process may be killed. */
+static void tell(const char *name) {
   const char *path = getenv("STALE_LOG");
-  FILE *file = path && num_made_up ? REAL(fopen)(path, "a") : NULL;
-  if (file) fprintf(file, "%d\n", num_made_up), fclose(file);
+  int log = path ? REAL(open)(path, O_WRONLY | O_APPEND | O_CREAT, 0666) : -1;
+  if (log >= 0) dprintf(log, "%s\n", name), close(log);
 }
 
 /* Writes the absolute path of a file below the folder; returns 0 for all other files. */
@@ -154,7 +155,7 @@ static void remember(const char *whole) {
   if (!inside(at, path, whole)) return call;                                                  \
   if (believed_absent(whole)) {                                                               \
     struct stat unused;                                                                       \
-    num_made_up += !REAL(lstat)(whole, &unused);                                              \
+    if (!REAL(lstat)(whole, &unused)) tell(whole);                                            \
     errno = ENOENT;                                                                           \
     return -1;                                                                                \
   }                                                                                           \
@@ -251,7 +252,7 @@ struct dirent64 *readdir64(DIR *folder) {
     pthread_mutex_lock(&lock);
     struct entry *entry = listing(folder);
     int shown = !entry || strstr(entry->names, name);
-    num_made_up += !shown;
+    if (!shown) tell(one->d_name);
     pthread_mutex_unlock(&lock);
     errno = error;
     if (shown) return one;

@@ -15,7 +15,7 @@ SOURCE = Path(__file__).parent / "stale_disk.c"
 
 @contextlib.contextmanager
 def stale_folder(folder: Path, *, seconds: float = 20) -> Iterator[dict[str, str]]:
-    """Yields the environment; in `stale.log` of the folder each process adds how many absences were made up for it.
+    """Yields the environment; `stale.log` in the folder gets the names of files that are there and were not shown.
 
     Args:
       seconds: for which a process answers from memory.

@@ -92,4 +92,5 @@ def test_clients_that_answer_from_memory(toy_model: Path, rows: Path, tmp_path: 
     with stale_folder(tmp_path) as environ:
         results = prepare(toy_model, rows, tmp_path / "work", count=2, hosts=1, environ=environ)
         check(results, toy_model, rows, tmp_path / "alone", hosts=1)
-    assert (tmp_path / "stale.log").exists(), "a file of another process was absent for a while"
+    # What the first process had put in place, the other one did not see at once.
+    assert ".arrow" in (tmp_path / "stale.log").read_text() or ".json" in (tmp_path / "stale.log").read_text()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -92,5 +95,26 @@ def test_clients_that_answer_from_memory(toy_model: Path, rows: Path, tmp_path: 
     with stale_folder(tmp_path) as environ:
         results = prepare(toy_model, rows, tmp_path / "work", count=2, hosts=1, environ=environ)
         check(results, toy_model, rows, tmp_path / "alone", hosts=1)
-    # What the first process had put in place, the other one did not see at once.
-    assert ".arrow" in (tmp_path / "stale.log").read_text() or ".json" in (tmp_path / "stale.log").read_text()
+
+
+LOOK = """
+import os, subprocess, sys
+from pathlib import Path
+from jdpo.processes import seen_soon
+
+path = Path(sys.argv[1], "folder", "file")
+look = lambda: path if path.exists() else None
+path.parent.mkdir()
+assert look() is None and os.listdir(path.parent) == []
+subprocess.run(["touch", path], env={}, check=True)
+assert look() is None and os.listdir(path.parent) == [], "another client has made it"
+assert seen_soon(look, path.parent, patience=30) == path
+assert os.listdir(path.parent) == ["file"]
+"""
+
+
+@pytest.mark.ci
+def test_a_file_that_another_client_has_made_is_seen_soon(tmp_path: Path) -> None:
+    with stale_folder(tmp_path, seconds=600) as environ:
+        subprocess.run([sys.executable, "-c", LOOK, tmp_path], env={**os.environ, **environ}, check=True)
+    assert (tmp_path / "stale.log").read_text().split() == [str(tmp_path / "folder" / "file"), "file"]

@@ -17,8 +17,8 @@ from jdpo.training.logs.metrics import SHARED, DatasetShares
 from jdpo.training.run import train
 from jdpo.training.setup.numerics import numerics
 from jdpo.training.setup.row_order import BuildStopped
-from jdpo.training.setup.shared_rows import prepare_rows
 from jdpo.training.setup.run_setup import Setup, build
+from jdpo.training.setup.shared_rows import prepare_rows
 from tests.conftest import chat_pairs, write_jsonl
 
 Words = Callable[..., list[str]]

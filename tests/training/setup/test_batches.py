@@ -52,7 +52,7 @@ def test_a_row_longer_than_the_budget_still_gets_a_micro_batch() -> None:
 def prepared(config: DPOConfig | SFTConfig) -> tuple[Task, PreparedData]:
     task = task_for(config)
     tokenizer = load_tokenizer(Path(config.model_name_or_path), chat_template=None)
-    return task, preparation_of(config, pairs=isinstance(config, DPOConfig))(config.datasets, tokenizer)
+    return task, preparation_of(config, pairs=isinstance(config, DPOConfig))(config.datasets, tokenizer).load()
 
 
 def padded(task: Task, data: PreparedData, steps: list[np.ndarray], *, rows: int) -> PaddedBatches:

@@ -7,17 +7,13 @@ import os
 import shlex
 from pathlib import Path
 
-from jdpo.exit_codes import RESTART_CODES
 from jdpo.launch.launch_options import option
-from jdpo.launch.launched import Advice, Launch
+from jdpo.launch.launched import Advice, Launch, export_secrets
 from jdpo.launch.rendering import render
 from jdpo.launch.request import LaunchRequest
 from jdpo.launch.run_environment import environment_of
-from jdpo.launch.shell_words import CACHE, CHDIR, cache_folder, one_line, path_in, working_folder
+from jdpo.launch.shell_words import CACHE, CHDIR, SETUP, cache_folder, check_lines, path_in, working_folder
 from jdpo.planning.machines import Machine
-
-WAIT_SECONDS = 600
-"""Between the end of a first process and the kill of those that still run: they end together, unless one is stuck."""
 
 MOST_BACKOFF_SECONDS = 300
 
@@ -38,12 +34,7 @@ class HostOptions:
     )
     cache: str = option("DIR", CACHE)
     chdir: str = option("DIR", CHDIR)
-    setup: tuple[str, ...] = option(
-        "COMMAND",
-        "Shell command that the script runs first, such as 'module load cuda' or 'source venv/bin/activate'; may be "
-        "repeated.",
-        default=(),
-    )
+    setup: tuple[str, ...] = option("COMMAND", SETUP, default=())
 
 
 def host(request: LaunchRequest, options: HostOptions) -> Launch:
@@ -60,18 +51,15 @@ def host(request: LaunchRequest, options: HostOptions) -> Launch:
     config = path_in(folder, request.config_path)
     text = render(
         "host.sh.jinja",
-        request=request,
-        machine=machine,
-        options=options,
+        request,
+        options,
         script=script,
         folder=folder,
         variables=environment_of(request, cache=cache_folder(options.cache, os.environ)),
         command=request.words(config),
-        doctor=request.doctor_words(config) if request.doctor else None,
+        doctor=request.doctor_words(config),
         log=log,
         share=machine.devices_per_host // options.processes,
-        restart_codes=RESTART_CODES,
-        wait_seconds=WAIT_SECONDS,
         most_backoff=MOST_BACKOFF_SECONDS,
     )
     return Launch(
@@ -94,15 +82,13 @@ def _check(machine: Machine, options: HostOptions) -> None:
         raise ValueError(f"--processes {options.processes}: {devices} devices cannot be shared equally")
     if options.processes > 1 and not machine.is_gpu:
         raise ValueError(f"--processes {options.processes}: on TPUs one process uses all chips of a host")
-    for command in options.setup:
-        one_line(command, "--setup")
+    check_lines(options, "setup")
 
 
 def _before(request: LaunchRequest, script: Path) -> tuple[Advice, ...]:
-    names = " ".join(f"{name}=..." for name in request.secrets)
     log = f"{request.folder / request.name}-0.log"
     return (
-        Advice("Set tokens and keys in the shell that starts it, unless the run needs none:", f"export {names}"),
+        export_secrets(request, "Set tokens and keys in the shell that starts it, unless the run needs none:"),
         Advice(
             "The script keeps your shell until the run has ended, and the run prints to files, see "
             f"{shlex.quote(log)}. To log out in the meantime:",

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from pathlib import PurePosixPath
+from pathlib import Path
 
 from jdpo.config.addresses import without_queries
-from jdpo.exit_codes import RESTART_CODES
 from jdpo.launch.kube_names import checked_image, checked_label, checked_namespace, checked_object
 from jdpo.launch.launch_options import option, pairs_of
-from jdpo.launch.launched import Advice, Launch
+from jdpo.launch.launched import Advice, Launch, put_paths
 from jdpo.launch.rendering import render
 from jdpo.launch.request import LaunchRequest
-from jdpo.launch.run_environment import Variable, environment_of
+from jdpo.launch.run_environment import COORDINATOR_PORT, Variable, environment_of
 from jdpo.planning.machines import Machine
 
 SHARED = "/shared"
@@ -22,10 +21,8 @@ SHARED = "/shared"
 CONFIG = "/etc/jdpo/config.yaml"
 """The config in a pod, out of a ConfigMap."""
 
-COORDINATOR_PORT = 8476
-
 _MOST_BYTES = 1_000_000
-"""Of a ConfigMap; Kubernetes refuses 1 MiB."""
+"""The size of a ConfigMap, of which Kubernetes refuses 1 MiB."""
 
 _INDEX = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
 
@@ -72,46 +69,20 @@ class JobSetOptions:
 def jobset(request: LaunchRequest, options: JobSetOptions) -> Launch:
     """Returns the manifest of a JobSet, and the commands that create it.
 
-    A restart is JobSet's own work: its failure policy starts all pods again, see `RESTART_CODES`.
+    A restart is JobSet's own work: its failure policy starts all pods again, see `jdpo.exit_codes.RESTART_CODES`.
 
     Raises:
       ValueError: the machine cannot be had as a JobSet, or the config cannot be stored in a ConfigMap.
     """
-    machine = request.machine
-    _check_machine(machine)
+    _check_machine(request.machine)
     _check_config(request)
     _check_names(options)
     _check_volume(request, options)
     path = request.folder / "jobset.yaml"
-    command = request.words(CONFIG)
-    text = render(
-        "jobset.yaml.jinja",
-        request=request,
-        options=options,
-        machine=machine,
-        config_name=f"{request.name}-config",
-        shared=SHARED,
-        config_folder=CONFIG.rpartition("/")[0],
-        config_file=CONFIG.rpartition("/")[2],
-        command=[_literal(word) for word in (_checked_first(request, command) if request.doctor else command)],
-        command_line=shlex.join(command),
-        replicas=1 if machine.is_gpu else machine.slices,
-        pods=machine.num_hosts if machine.is_gpu else machine.hosts_per_slice,
-        resource="nvidia.com/gpu" if machine.is_gpu else "google.com/tpu",
-        selector=_selector(machine, options),
-        tolerations=["nvidia.com/gpu" if machine.is_gpu else "google.com/tpu"]
-        + (["cloud.google.com/gke-spot"] if options.spot else []),
-        variables=[
-            Variable(each.name, _literal(each.value), each.reason)
-            for each in (*environment_of(request, cache=f"{SHARED}/cache"), *_place_of(request))
-        ],
-        index=_INDEX,
-        restart_codes=RESTART_CODES,
-    )
     kubectl = ("kubectl", "--namespace", options.namespace)
     delete = (*kubectl, "delete", "--ignore-not-found", "--filename", str(path))
     return Launch(
-        files={path: text},
+        files={path: _manifest(request, options)},
         # Not `apply`: on a JobSet that has ended it would change nothing, and start nothing.
         commands=(*([delete] if options.replace else []), (*kubectl, "create", "--filename", str(path))),
         installs={
@@ -127,6 +98,30 @@ def jobset(request: LaunchRequest, options: JobSetOptions) -> Launch:
                 f"{shlex.join(kubectl)} describe jobset {request.name}",
             ),
         ),
+    )
+
+
+def _manifest(request: LaunchRequest, options: JobSetOptions) -> str:
+    machine = request.machine
+    resource = "nvidia.com/gpu" if machine.is_gpu else "google.com/tpu"
+    variables = (*environment_of(request, cache=f"{SHARED}/cache"), *_place_of(request))
+    return render(
+        "jobset.yaml.jinja",
+        request,
+        options,
+        config_name=f"{request.name}-config",
+        shared=SHARED,
+        config_folder=str(Path(CONFIG).parent),
+        config_file=Path(CONFIG).name,
+        command=[_literal(word) for word in _command(request)],
+        command_line=shlex.join(request.words(CONFIG)),
+        replicas=1 if machine.is_gpu else machine.slices,
+        pods=machine.num_hosts if machine.is_gpu else machine.hosts_per_slice,
+        resource=resource,
+        selector=_selector(machine, options),
+        tolerations=[resource, *(["cloud.google.com/gke-spot"] if options.spot else [])],
+        variables=[each._replace(value=_literal(each.value)) for each in variables],
+        index=_INDEX,
     )
 
 
@@ -179,10 +174,11 @@ def _check_names(options: JobSetOptions) -> None:
         checked_label(key, value, "node_selector")
 
 
-def _checked_first(request: LaunchRequest, command: list[str]) -> list[str]:
-    """Returns a command that runs the doctor first, and not the run if that finds something."""
+def _command(request: LaunchRequest) -> list[str]:
+    """Returns the command of a pod: the run, or the doctor first and the run only if that finds nothing."""
+    command, doctor = request.words(CONFIG), request.doctor_words(CONFIG)
     # exec: the run, not the shell, gets SIGTERM.
-    return ["/bin/sh", "-c", f"{shlex.join(request.doctor_words(CONFIG))} && exec {shlex.join(command)}"]
+    return command if doctor is None else ["/bin/sh", "-c", f"{shlex.join(doctor)} && exec {shlex.join(command)}"]
 
 
 def _literal(text: str) -> str:
@@ -238,13 +234,12 @@ def _before(request: LaunchRequest, options: JobSetOptions) -> tuple[Advice, ...
 
 
 def _of_volume(request: LaunchRequest, kubectl: str, volume: str) -> list[Advice]:
-    places = {path: PurePosixPath(SHARED) / path for path in request.local_paths()}
     return [
         Advice(
             "Create the volume, unless it is there; all pods write to it (ReadWriteMany). See docs/launch.md.",
             f"{kubectl} get pvc {shlex.quote(volume)}",
         ),
-        *(Advice(f"Put {path} on the volume: the pods look for it at {place}.") for path, place in places.items()),
+        *put_paths(request, SHARED, on="volume", by="pods"),
     ]
 
 

@@ -6,10 +6,11 @@ import dataclasses
 import shlex
 import shutil
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from jdpo.durable import write_durably
+from jdpo.launch.request import LaunchRequest
 
 
 class Advice(NamedTuple):
@@ -73,6 +74,29 @@ class Launch:
                 raise ValueError(
                     f"{program} is not on PATH: {how}. `--dry_run` prints every file and command without it"
                 )
+
+
+def export_secrets(request: LaunchRequest, what: str) -> Advice:
+    """Returns the advice to set the secrets of a run in a shell.
+
+    Args:
+      what: the sentence that says in which shell.
+    """
+    return Advice(what, " ".join(["export", *(f"{name}=..." for name in request.secrets)]))
+
+
+def put_paths(request: LaunchRequest, folder: str, *, on: str, by: str) -> list[Advice]:
+    """Returns the advice to copy the files and folders that the config names to shared storage.
+
+    Args:
+      folder: the folder in which the run starts.
+      on: the storage, in a word.
+      by: those that read it, in a word.
+    """
+    return [
+        Advice(f"Put {path} on the {on}: the {by} look for it at {PurePosixPath(folder) / path}.")
+        for path in request.local_paths()
+    ]
 
 
 def listed_advice(heading: str, advice: tuple[Advice, ...]) -> str:

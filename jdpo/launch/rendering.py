@@ -10,26 +10,33 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from jdpo.exit_codes import LOST, RESTART_CODES
+from jdpo.launch.request import LaunchRequest
 from jdpo.safe_text import terminal
 
 if TYPE_CHECKING:
     import jinja2
 
+WAIT_SECONDS = 600
+"""Between the end of a first process and the kill of those that still run: they end together, unless one is stuck."""
 
-def render(template: str, **values: Any) -> str:
-    """Returns a template of this package with its values.
+
+def render(template: str, request: LaunchRequest, options: Any, **values: Any) -> str:
+    """Returns a template of this package with its values, next to the exit codes that a launcher decides by.
 
     Templates quote by filter: `sh` for a word of a shell, `words` for a command line, `yaml` for a scalar, `block` for
     a text of several lines in YAML, and `comment` for the text of a comment (YAML and shell).
 
     Args:
       template: its file name in `jdpo/launch/templates`.
+      options: of the launcher.
 
     Raises:
       jinja2.UndefinedError: the template names a value that is not given.
     """
     text = resources.files("jdpo.launch").joinpath("templates", template).read_text(encoding="utf-8")
-    return _environment().from_string(text).render(**values).rstrip() + "\n"
+    known = {"request": request, "machine": request.machine, "options": options}
+    return _environment().from_string(text).render(**known, **values).rstrip() + "\n"
 
 
 def yaml_scalar(value: object) -> str:
@@ -89,6 +96,7 @@ def _environment() -> jinja2.Environment:
         # Nothing here is HTML; every value passes through one of the filters below.
         autoescape=False,
     )
+    environment.globals |= {"restart_codes": RESTART_CODES, "lost": LOST, "wait_seconds": WAIT_SECONDS}
     environment.filters |= {
         "sh": lambda value: shlex.quote(str(value)),
         "words": shlex.join,

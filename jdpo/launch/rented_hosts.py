@@ -1,53 +1,68 @@
-"""What launchers need on hosts that a cloud hands out bare: jdpo itself, and storage that outlives them."""
+"""Hosts that a cloud rents out without jdpo: how it gets there, and storage that outlives them."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from jdpo.launch.request import LaunchRequest
+from jdpo.launch.launch_options import option
+from jdpo.launch.request import LaunchRequest, data_paths
 from jdpo.launch.shell_words import one_line
 
 UV_VERSION = "0.13.9"
-"""Of the installer, which brings a Python of its own: that of the hosts may be older than jdpo allows."""
+"""The version of the installer, which brings a Python of its own: that of the hosts may be older than jdpo allows."""
 
 PYTHON_VERSION = "3.12"
 
 CONFIG = "$config"
-"""Stands for the config in a command line: a variable of the shell on the hosts."""
+"""The config in a command line: a variable of the shell on the hosts."""
 
 _OF_SCHEMES = {"gs://": "gcs", "s3://": "s3"}
 _TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 """Trackers whose extra has their name."""
 
-PACKAGE = (
-    "What the hosts install: a wheel of jdpo here, which is copied to them (`pip wheel --no-deps .` makes one), or a "
-    "fixed version as pip takes it."
-)
-PACKAGE_MISSING = (
-    "what the hosts install: the path of a wheel, which `pip wheel --no-deps .` makes in the project's root, or "
-    "'jdpo[tpu] @ git+https://github.com/OWNER/jdpo@COMMIT'"
-)
-CONSTRAINTS = (
-    "File here that fixes the versions of all packages, such as docker/requirements-tpu.txt, so that hosts which are "
-    "created later get the same ones."
-)
-NFS = (
-    "ADDRESS:/SHARE of an NFS server (Filestore, EFS) in the network of the hosts, for output_dir and caches; required "
-    "for more than one host."
-)
-MOUNT = "Folder of the hosts at which the share is mounted, and in which the run starts."
 MOUNTED = "/mnt/jdpo"
 
 
-def check_storage(request: LaunchRequest, *, nfs: str, mount: str, launcher: str) -> None:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RentedHostOptions:
+    """The options of every launcher that installs jdpo on hosts."""
+
+    package: str = option(
+        "PACKAGE",
+        "What the hosts install: a wheel of jdpo here, which is copied to them (`pip wheel --no-deps .` makes one), or "
+        "a fixed version as pip takes it.",
+        required="what the hosts install: the path of a wheel, which `pip wheel --no-deps .` makes in the project's "
+        "root, or 'jdpo[tpu] @ git+https://github.com/OWNER/jdpo@COMMIT'",
+    )
+    constraints: str = option(
+        "FILE",
+        "File here that fixes the versions of all packages, such as docker/requirements-tpu.txt, so that hosts which "
+        "are created later get the same ones.",
+    )
+    nfs: str = option(
+        "ADDRESS:/SHARE",
+        "ADDRESS:/SHARE of an NFS server (Filestore, EFS) in the network of the hosts, for output_dir and caches; "
+        "required for more than one host.",
+    )
+    mount: str = option(
+        "FOLDER",
+        "Folder of the hosts at which the share is mounted, and in which the run starts.",
+        default=MOUNTED,
+    )
+
+
+def check_storage(request: LaunchRequest, options: RentedHostOptions, launcher: str) -> None:
     """Checks that checkpoints survive the hosts, and that all hosts see the same output_dir.
 
     Raises:
       ValueError: they do not, or an option is malformed.
     """
+    nfs, mount = options.nfs, options.mount
     if not Path(one_line(mount, "--mount")).is_absolute() or mount == "/":
         raise ValueError(f"--mount {mount}: expected an absolute path, such as {MOUNTED}")
     if nfs:
@@ -72,13 +87,14 @@ def check_storage(request: LaunchRequest, *, nfs: str, mount: str, launcher: str
         )
 
 
-def check_package(package: str, constraints: str) -> None:
-    """
+def check_package(options: RentedHostOptions) -> None:
+    """Checks that hosts which are created later get the same packages.
+
     Raises:
       ValueError: the package is neither a wheel that exists nor a fixed version, or there are no such constraints.
     """
-    one_line(package, "--package")
-    if is_wheel(package):
+    package, constraints = one_line(options.package, "--package"), options.constraints
+    if _is_wheel(package):
         if not Path(package).is_file():
             raise ValueError(f"--package {package}: there is no such wheel; `pip wheel --no-deps .` makes one")
     elif "==" not in package and "@" not in package:
@@ -90,22 +106,37 @@ def check_package(package: str, constraints: str) -> None:
         raise ValueError(f"--constraints {constraints}: there is no such file")
 
 
-def is_wheel(package: str) -> bool:
-    """Returns True for the path of a wheel, which has to be copied to the hosts."""
+def copied_files(options: RentedHostOptions) -> list[str]:
+    """Returns the files here from which the hosts install jdpo: a wheel and constraints, if they are given."""
+    package, constraints = options.package, options.constraints
+    return [*([package] if _is_wheel(package) else []), *([constraints] if constraints else [])]
+
+
+def script_values(request: LaunchRequest, options: RentedHostOptions) -> dict[str, Any]:
+    """Returns the values of the templates of scripts that install jdpo on hosts and run the command there."""
+    doctor = request.doctor_words(CONFIG)
+    return {
+        "config_name": request.config_path.name,
+        "package": _requirement(request, options.package),
+        "installed_from": [Path(path).name for path in copied_files(options)],
+        "constraints_name": Path(options.constraints).name,
+        "uv_version": UV_VERSION,
+        "python_version": PYTHON_VERSION,
+        "command": command_line(request.words(CONFIG)),
+        "doctor": doctor and command_line(doctor),
+    }
+
+
+def _is_wheel(package: str) -> bool:
     return package.endswith(".whl") and "://" not in package
 
 
-def copied_files(package: str, constraints: str) -> list[str]:
-    """Returns the files here from which the hosts install jdpo: a wheel and constraints, if they are given."""
-    return [*([package] if is_wheel(package) else []), *([constraints] if constraints else [])]
-
-
-def requirement(request: LaunchRequest, package: str) -> str:
+def _requirement(request: LaunchRequest, package: str) -> str:
     """Returns what pip installs: a wheel, which is in the current folder there, with the extras that the run needs."""
-    if not is_wheel(package):
+    if not _is_wheel(package):
         return package
     config = request.config
-    named = [config.mirror or "", *(each.path for each in (*config.datasets, *(config.eval_datasets or ())))]
+    named = [config.mirror or "", *data_paths(config)]
     extras = [
         "cuda" if request.machine.is_gpu else "tpu",
         *(extra for scheme, extra in _OF_SCHEMES.items() if any(each.startswith(scheme) for each in named)),

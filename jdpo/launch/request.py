@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from jdpo.config import CONFIGS, TrainConfig, load_config
 from jdpo.launch.launch_options import pairs_of
+from jdpo.planning.machines import Machine
 from jdpo.words import figure
-
-if TYPE_CHECKING:  # importing it imports jax, which the help of the command does without
-    from jdpo.planning.machines import Machine
 
 RUNS = ("dpo", "sft", "reference")
 """Commands that can be launched."""
 
 MOST_CHARACTERS = 40
-"""Of a name. Kubernetes allows 63 for a pod, whose name ends in those of its job, two numbers and five letters."""
+"""The length of a name. Kubernetes allows 63 for a pod, whose name ends in that of its job, two numbers and five
+letters."""
 
 _SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|(^|_)KEY(_|$)|API_?KEY", re.IGNORECASE)
 _KEYS_OF_TRACKERS = {"wandb": "WANDB_API_KEY", "mlflow": "MLFLOW_TRACKING_TOKEN", "trackio": "HF_TOKEN"}
@@ -68,16 +67,14 @@ class LaunchRequest:
         """
         return ["jdpo", self.command, config_path, *self.overrides]
 
+    def doctor_words(self, config_path: str) -> list[str] | None:
+        """Returns the command that checks the cluster before that of `words`; None if no check is asked for."""
+        return ["jdpo", "doctor", config_path, *self.overrides, "--task", self.command] if self.doctor else None
+
     def local_paths(self) -> list[str]:
         """Returns the paths in the config that exist here: models and rows that the nodes need as well."""
-        config = self.config
-        datasets = (*config.datasets, *(config.eval_datasets or ()))
-        named = [config.model_name_or_path, *(each.path for each in datasets)]
-        return [path for path in dict.fromkeys(named) if "://" not in path and Path(path).exists()]
-
-    def doctor_words(self, config_path: str) -> list[str]:
-        """Returns the command that checks the cluster, to run before that of `words`."""
-        return ["jdpo", "doctor", config_path, *self.overrides, "--task", self.command]
+        named = dict.fromkeys([self.config.model_name_or_path, *data_paths(self.config)])
+        return [path for path in named if "://" not in path and Path(path).exists()]
 
 
 def make_request(
@@ -109,15 +106,7 @@ def make_request(
     # `reference` reads the config of a DPO run.
     config = load_config(CONFIGS["sft" if command == "sft" else "dpo"], config_path, list(overrides), complete=True)
     variables = pairs_of(tuple(env), "env")
-    for variable in variables:
-        _check_variable(variable)
-        if _SECRET_NAME.search(variable):
-            raise ValueError(
-                f"--env {variable}=...: this looks like a secret, and values of --env are written to files; give its "
-                f"name alone as --secret {variable}, and its value to the launcher's store of secrets"
-            )
-    for variable in secrets:
-        _check_variable(variable)
+    _check_variables(variables, secrets)
     _check_mesh(config, machine)
     return LaunchRequest(
         command=command,
@@ -136,10 +125,15 @@ def make_request(
     )
 
 
+def data_paths(config: TrainConfig) -> list[str]:
+    """Returns the paths and addresses of the rows for training and evaluation."""
+    return [each.path for each in (*config.datasets, *config.eval_datasets)]
+
+
 def implied_secrets(config: TrainConfig) -> list[str]:
     """Returns the variables that a run with this config reads secrets from: of the hub, its trackers, and S3."""
     trackers = [_KEYS_OF_TRACKERS[name] for name in config.report_to if name in _KEYS_OF_TRACKERS]
-    addresses = [config.mirror or "", config.model_name_or_path, *(each.path for each in config.datasets)]
+    addresses = [config.mirror or "", config.model_name_or_path, *data_paths(config)]
     stores = _KEYS_OF_S3 if any(address.startswith("s3://") for address in addresses) else ()
     return list(dict.fromkeys(["HF_TOKEN", *trackers, *stores]))
 
@@ -185,6 +179,16 @@ def _checked_name(name: str) -> str:
     return name
 
 
-def _check_variable(name: str) -> None:
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-        raise ValueError(f"{name!r} is no name of an environment variable: letters, digits and _, with no digit first")
+def _check_variables(env: Iterable[str], secrets: Iterable[str]) -> None:
+    env = list(env)
+    for name in (*env, *secrets):
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise ValueError(
+                f"{name!r} is no name of an environment variable: letters, digits and _, with no digit first"
+            )
+    for name in env:
+        if _SECRET_NAME.search(name):
+            raise ValueError(
+                f"--env {name}=...: this looks like a secret, and values of --env are written to files; give its name "
+                f"alone as --secret {name}, and its value to the launcher's store of secrets"
+            )

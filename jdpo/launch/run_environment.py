@@ -7,6 +7,9 @@ from typing import NamedTuple
 from jdpo.chips import GPU_POOL
 from jdpo.launch.request import LaunchRequest
 
+COORDINATOR_PORT = 8476
+"""The port of process 0 on which the others find it, where the launcher chooses it."""
+
 
 class Variable(NamedTuple):
     """An environment variable of a run.

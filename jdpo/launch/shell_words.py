@@ -5,9 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 CHDIR = "Folder to run in, as the machines of the run see it, for relative paths of the config; by default this one."
 CACHE = "Folder for caches, on storage that all machines of the run see; by default ~/.cache, or $XDG_CACHE_HOME."
+SETUP = (
+    "Shell command that the script runs first, such as 'module load cuda' or 'source venv/bin/activate'; may be "
+    "repeated."
+)
 
 
 def one_line(text: str, name: str) -> str:
@@ -22,6 +27,18 @@ def one_line(text: str, name: str) -> str:
     if not text.isprintable():
         raise ValueError(f"{name} {text!r}: expected printable text on one line")
     return text
+
+
+def check_lines(options: Any, *names: str) -> None:
+    """Checks that options of a launcher fit on one line of a script, also those that may be repeated.
+
+    Raises:
+      ValueError: one holds a line feed or another control character.
+    """
+    for name in names:
+        value = getattr(options, name)
+        for each in (value,) if isinstance(value, str) else value:
+            one_line(each, f"--{name}")
 
 
 def cache_folder(cache: str, environ: Mapping[str, str]) -> str:

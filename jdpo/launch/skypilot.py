@@ -8,41 +8,19 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
-from jdpo.exit_codes import LOST, RESTART_CODES
 from jdpo.launch.launch_options import option
-from jdpo.launch.launched import Advice, Launch
+from jdpo.launch.launched import Advice, Launch, export_secrets, put_paths
 from jdpo.launch.rendering import render
-from jdpo.launch.rented_hosts import (
-    CONFIG,
-    CONSTRAINTS,
-    MOUNT,
-    MOUNTED,
-    NFS,
-    PACKAGE,
-    PACKAGE_MISSING,
-    PYTHON_VERSION,
-    UV_VERSION,
-    check_package,
-    check_storage,
-    command_line,
-    copied_files,
-    requirement,
-)
+from jdpo.launch.rented_hosts import RentedHostOptions, check_package, check_storage, copied_files, script_values
 from jdpo.launch.request import LaunchRequest
-from jdpo.launch.run_environment import environment_of
-from jdpo.launch.shell_words import one_line
-
-COORDINATOR_PORT = 8476
+from jdpo.launch.run_environment import COORDINATOR_PORT, environment_of
+from jdpo.launch.shell_words import check_lines
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SkyPilotOptions:
+class SkyPilotOptions(RentedHostOptions):
     """The options of `jdpo launch skypilot`."""
 
-    package: str = option("PACKAGE", PACKAGE, required=PACKAGE_MISSING)
-    constraints: str = option("FILE", CONSTRAINTS)
-    nfs: str = option("ADDRESS:/SHARE", NFS)
-    mount: str = option("FOLDER", MOUNT, default=MOUNTED)
     infra: str = option("INFRA", "Cloud, region or zone, such as gcp/us-east5; by default SkyPilot takes the cheapest.")
     spot: bool = option("", "Use spot machines: cheaper, and taken away at any time.", default=False)
     disk_size: int = option("GB", "Size of the disk of each node; by default SkyPilot's.", default=0)
@@ -56,41 +34,19 @@ def skypilot(request: LaunchRequest, options: SkyPilotOptions) -> Launch:
     """
     _check(request, options)
     path = request.folder / "skypilot.yaml"
-    machine = request.machine
-    shared = {
-        "request": request,
-        "options": options,
-        "machine": machine,
-        "nodes": machine.num_hosts if machine.is_gpu else 1,
-        "hosts": machine.num_hosts,
-    }
+    nodes = request.machine.num_hosts if request.machine.is_gpu else 1
+    values = script_values(request, options)
     text = render(
         "skypilot.yaml.jinja",
-        **shared,
+        request,
+        options,
+        nodes=nodes,
         path=path,
         accelerators=_accelerators(request),
-        lost=LOST,
         files=_files(request, options),
         variables=environment_of(request, cache=f"{options.mount}/cache"),
-        setup=render(
-            "skypilot-setup.sh.jinja",
-            **shared,
-            package=requirement(request, options.package),
-            installed_from=[Path(path).name for path in copied_files(options.package, options.constraints)],
-            constraints_name=Path(options.constraints).name if options.constraints else "",
-            uv_version=UV_VERSION,
-            python_version=PYTHON_VERSION,
-        ),
-        run=render(
-            "skypilot-run.sh.jinja",
-            **shared,
-            config_name=request.config_path.name,
-            command=command_line(request.words(CONFIG)),
-            doctor=command_line(request.doctor_words(CONFIG)) if request.doctor else None,
-            port=COORDINATOR_PORT,
-            lost=LOST,
-            restart_codes=RESTART_CODES,
-        ),
+        setup=render("skypilot-setup.sh.jinja", request, options, **values),
+        run=render("skypilot-run.sh.jinja", request, options, nodes=nodes, port=COORDINATOR_PORT, **values),
     )
     # The values of secrets go from the environment to SkyPilot, and are not in the command line.
     secrets = [name for name in request.secrets if name in request.required_secrets or os.environ.get(name)]
@@ -116,9 +72,9 @@ def _check(request: LaunchRequest, options: SkyPilotOptions) -> None:
             f"{machine.name}: SkyPilot does not join several TPU slices; use `jdpo launch jobset` or `tpu-vm`, or a "
             "single larger slice"
         )
-    one_line(options.infra, "--infra")
-    check_storage(request, nfs=options.nfs, mount=options.mount, launcher="skypilot")
-    check_package(options.package, options.constraints)
+    check_lines(options, "infra")
+    check_storage(request, options, "skypilot")
+    check_package(options)
 
 
 def _accelerators(request: LaunchRequest) -> str:
@@ -128,7 +84,7 @@ def _accelerators(request: LaunchRequest) -> str:
 
 def _files(request: LaunchRequest, options: SkyPilotOptions) -> Mapping[str, str]:
     """Returns the files that SkyPilot copies: path on the nodes -> path here."""
-    copied = [str(request.config_path), *copied_files(options.package, options.constraints)]
+    copied = [str(request.config_path), *copied_files(options)]
     files = {f"~/jdpo/{Path(path).name}": path for path in copied}
     if not options.nfs:
         # An absolute path stays what it is.
@@ -137,15 +93,13 @@ def _files(request: LaunchRequest, options: SkyPilotOptions) -> Mapping[str, str
 
 
 def _before(request: LaunchRequest, options: SkyPilotOptions) -> tuple[Advice, ...]:
-    names = " ".join(f"{name}=..." for name in request.secrets)
-    places = {path: PurePosixPath(options.mount) / path for path in request.local_paths()} if options.nfs else {}
     return (
-        Advice(
+        export_secrets(
+            request,
             "Set tokens and keys in the shell that launches, unless the run needs none; those that are set are passed "
             "on (`--secret NAME`):",
-            f"export {names}",
         ),
-        *(Advice(f"Put {path} on the share: the nodes look for it at {place}.") for path, place in places.items()),
+        *(put_paths(request, options.mount, on="share", by="nodes") if options.nfs else ()),
     )
 
 

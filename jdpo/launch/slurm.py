@@ -7,17 +7,13 @@ import os
 import shlex
 from pathlib import Path
 
-from jdpo.exit_codes import RESTART_CODES
 from jdpo.launch.launch_options import option
-from jdpo.launch.launched import Advice, Launch
+from jdpo.launch.launched import Advice, Launch, export_secrets
 from jdpo.launch.rendering import render
 from jdpo.launch.request import LaunchRequest
 from jdpo.launch.run_environment import environment_of
-from jdpo.launch.shell_words import CACHE, CHDIR, cache_folder, one_line, path_in, working_folder
+from jdpo.launch.shell_words import CACHE, CHDIR, SETUP, cache_folder, check_lines, one_line, path_in, working_folder
 from jdpo.planning.machines import GPUS_OF_NODE, Machine
-
-WAIT_SECONDS = 600
-"""Between the end of a first task and the kill of those that still run: they end together, unless one is stuck."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,12 +39,7 @@ class SlurmOptions:
     )
     cache: str = option("DIR", CACHE)
     chdir: str = option("DIR", CHDIR)
-    setup: tuple[str, ...] = option(
-        "COMMAND",
-        "Shell command that the script runs first, such as 'module load cuda' or 'source venv/bin/activate'; may be "
-        "repeated.",
-        default=(),
-    )
+    setup: tuple[str, ...] = option("COMMAND", SETUP, default=())
     sbatch: tuple[str, ...] = option(
         "OPTION", "Further option of sbatch, such as --qos=high; may be repeated.", default=()
     )
@@ -63,24 +54,20 @@ def slurm(request: LaunchRequest, options: SlurmOptions) -> Launch:
     Raises:
       ValueError: the machine is no node of GPUs, or an option cannot be written into the script.
     """
-    machine = request.machine
-    _check(machine, options)
+    _check(request.machine, options)
     folder = working_folder(options.chdir)
+    config = path_in(folder, request.config_path)
     logs = folder / request.folder
     script = request.folder / "slurm.sh"
     text = render(
         "slurm.sh.jinja",
-        request=request,
-        machine=machine,
-        options=options,
-        folder=folder,
+        request,
+        options,
         log_name=_log_name(logs, request),
         directives=_directives(request, options, folder=folder, logs=logs),
         variables=environment_of(request, cache=cache_folder(options.cache, os.environ)),
-        command=request.words(path_in(folder, request.config_path)),
-        doctor=request.doctor_words(path_in(folder, request.config_path)) if request.doctor else None,
-        restart_codes=RESTART_CODES,
-        wait_seconds=WAIT_SECONDS,
+        command=request.words(config),
+        doctor=request.doctor_words(config),
     )
     return Launch(
         files={script: text},
@@ -102,10 +89,7 @@ def _check(machine: Machine, options: SlurmOptions) -> None:
         raise ValueError(
             f"--tasks_per_node {options.tasks_per_node}: the {gpus} GPUs of a node cannot be shared equally"
         )
-    for name in ("partition", "account", "time", "setup", "sbatch", "srun"):
-        value = getattr(options, name)
-        for each in (value,) if isinstance(value, str) else value:
-            one_line(each, f"--{name}")
+    check_lines(options, "partition", "account", "time", "setup", "sbatch", "srun")
 
 
 def _directives(request: LaunchRequest, options: SlurmOptions, *, folder: Path, logs: Path) -> list[tuple[str, str]]:
@@ -150,9 +134,8 @@ def _log_name(logs: Path, request: LaunchRequest) -> str:
 
 
 def _before(request: LaunchRequest) -> tuple[Advice, ...]:
-    names = " ".join(f"{name}=..." for name in request.secrets)
     return (
-        Advice("Set tokens and keys in the shell that calls sbatch, unless the run needs none:", f"export {names}"),
+        export_secrets(request, "Set tokens and keys in the shell that calls sbatch, unless the run needs none:"),
         Advice(
             "The config, its data, output_dir, caches and the environment with jdpo have to be on storage that all "
             "nodes see."

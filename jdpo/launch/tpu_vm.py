@@ -6,48 +6,25 @@ import dataclasses
 import shlex
 from pathlib import Path, PurePosixPath
 
-from jdpo.exit_codes import RESTART_CODES
 from jdpo.launch.launch_options import option
-from jdpo.launch.launched import Advice, Launch
+from jdpo.launch.launched import Advice, Launch, export_secrets, put_paths
 from jdpo.launch.rendering import render
-from jdpo.launch.rented_hosts import (
-    CONFIG,
-    CONSTRAINTS,
-    MOUNT,
-    MOUNTED,
-    NFS,
-    PACKAGE,
-    PACKAGE_MISSING,
-    PYTHON_VERSION,
-    UV_VERSION,
-    check_package,
-    check_storage,
-    command_line,
-    copied_files,
-    requirement,
-)
+from jdpo.launch.rented_hosts import RentedHostOptions, check_package, check_storage, copied_files, script_values
 from jdpo.launch.request import LaunchRequest
 from jdpo.launch.run_environment import environment_of
-from jdpo.launch.shell_words import one_line
+from jdpo.launch.shell_words import check_lines
 
 POLL_SECONDS = 30
 
 RETRY_SECONDS = 600
 """Between tries to create a slice again, when Google Cloud has none."""
 
-WAIT_SECONDS = 600
-"""Between the end of a first process and the kill of those that still run: they end together, unless one is stuck."""
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TpuVmOptions:
+class TpuVmOptions(RentedHostOptions):
     """The options of `jdpo launch tpu-vm`."""
 
     zone: str = option("ZONE", "Zone of the slice.", required="where the slice is created, such as us-east5-b")
-    package: str = option("PACKAGE", PACKAGE, required=PACKAGE_MISSING)
-    constraints: str = option("FILE", CONSTRAINTS)
-    nfs: str = option("ADDRESS:/SHARE", NFS)
-    mount: str = option("FOLDER", MOUNT, default=MOUNTED)
     project: str = option("PROJECT", "Project that pays; by default that of gcloud.")
     spot: bool = option("", "Use spot capacity: cheaper, and taken away at any time.", default=False)
     reserved: bool = option("", "Use the project's reservation.", default=False)
@@ -67,37 +44,25 @@ def tpu_vm(request: LaunchRequest, options: TpuVmOptions) -> Launch:
       ValueError: the machine is not offered as TPU VMs, or the hosts could not find the config's files.
     """
     _check(request, options)
-    machine, folder = request.machine, request.folder
-    script, worker = folder / "tpu-vm.sh", folder / "worker.sh"
-    sources = copied_files(options.package, options.constraints)
+    script, worker = request.folder / "tpu-vm.sh", request.folder / "worker.sh"
+    copied_paths = [] if options.nfs else request.local_paths()
     of_worker = render(
         "worker.sh.jinja",
-        request=request,
-        machine=machine,
-        options=options,
-        config_name=request.config_path.name,
-        package=requirement(request, options.package),
-        installed_from=[Path(path).name for path in sources],
-        constraints_name=Path(options.constraints).name if options.constraints else "",
-        uv_version=UV_VERSION,
-        python_version=PYTHON_VERSION,
+        request,
+        options,
         variables=environment_of(request, cache=f"{options.mount}/cache"),
-        command=command_line(request.words(CONFIG)),
-        doctor=command_line(request.doctor_words(CONFIG)) if request.doctor else None,
-        of_disk=[] if options.nfs else request.local_paths(),
+        of_disk=copied_paths,
+        **script_values(request, options),
     )
     text = render(
         "tpu-vm.sh.jinja",
-        request=request,
-        machine=machine,
-        options=options,
+        request,
+        options,
         script=script,
         nodes=_slices(request),
         create=_create(request, options),
-        inputs=[str(worker), str(request.config_path), *sources, *([] if options.nfs else request.local_paths())],
-        logs=folder / "logs",
-        restart_codes=RESTART_CODES,
-        wait_seconds=WAIT_SECONDS,
+        inputs=[str(worker), str(request.config_path), *copied_files(options), *copied_paths],
+        logs=request.folder / "logs",
         poll_seconds=POLL_SECONDS,
         retry_seconds=RETRY_SECONDS,
     )
@@ -125,12 +90,9 @@ def _check(request: LaunchRequest, options: TpuVmOptions) -> None:
         raise ValueError(f"{machine.name} is not offered as TPU VMs, only on GKE: use `jdpo launch jobset`")
     if options.spot and options.reserved:
         raise ValueError("--spot and --reserved exclude each other")
-    for name in ("zone", "project", "create"):
-        value = getattr(options, name)
-        for each in (value,) if isinstance(value, str) else value:
-            one_line(each, f"--{name}")
-    check_storage(request, nfs=options.nfs, mount=options.mount, launcher="tpu-vm")
-    check_package(options.package, options.constraints)
+    check_lines(options, "zone", "project", "create")
+    check_storage(request, options, "tpu-vm")
+    check_package(options)
     if not options.nfs:
         for path in request.local_paths():
             if PurePosixPath(path).name != path:
@@ -165,12 +127,10 @@ def _bash(script: Path) -> str:
 
 
 def _before(request: LaunchRequest, options: TpuVmOptions, script: Path) -> tuple[Advice, ...]:
-    names = " ".join(f"{name}=..." for name in request.secrets)
-    places = {path: PurePosixPath(options.mount) / path for path in request.local_paths()} if options.nfs else {}
     logs = script.parent / "logs" / "START" / _slices(request)[0] / "0.log"
     return (
-        Advice("Set tokens and keys in the shell that starts it, unless the run needs none:", f"export {names}"),
-        *(Advice(f"Put {path} on the share: the hosts look for it at {place}.") for path, place in places.items()),
+        export_secrets(request, "Set tokens and keys in the shell that starts it, unless the run needs none:"),
+        *(put_paths(request, options.mount, on="share", by="hosts") if options.nfs else ()),
         Advice(
             "The script watches the run, and creates the slice again after a preemption: start it on a machine that "
             "stays on. If it ends, the run goes on; the same command attaches to it. To log out in the meantime:",

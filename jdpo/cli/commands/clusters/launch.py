@@ -14,8 +14,9 @@ from jdpo.config import public_text
 from jdpo.launch.launch_options import LaunchOption, options_of, read_options
 from jdpo.launch.launched import Advice, Launch, listed_advice
 from jdpo.launch.launchers import LAUNCHERS, launcher_of
-from jdpo.launch.request import RUNS, make_request
+from jdpo.launch.request import RUNS, LaunchRequest, make_request
 from jdpo.launch.running import run_commands
+from jdpo.planning.machines import machine_of
 from jdpo.safe_text import terminal_lines
 
 _USAGE = "LAUNCHER CONFIG.yaml [KEY=VALUE ...] --on MACHINE [--dry_run] ..."
@@ -181,9 +182,7 @@ def _foreign_option(error: ValueError, words: Sequence[str]) -> ValueError:
     return error
 
 
-def _request(asked: argparse.Namespace) -> Any:
-    from jdpo.planning.machines import machine_of
-
+def _request(asked: argparse.Namespace) -> LaunchRequest:
     return make_request(
         command=asked.command,
         config_path=Path(asked.file),

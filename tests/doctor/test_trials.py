@@ -100,14 +100,15 @@ def connected(port: int) -> Iterator[socket.socket]:
 
 def test_a_process_that_was_started_again_counts_once() -> None:
     port = free_port()
-    with ThreadPoolExecutor(3) as pool:
+    with ThreadPoolExecutor(1) as pool:
         first = pool.submit(muster, Membership("hand", f"127.0.0.1:{port}", 3, 0), LONG)
-        with connected(port) as early:
+        # Process 0 hears them in the order in which they connect.
+        with connected(port) as early, connected(port) as later:
             early.sendall(json.dumps({"process": 1, "count": 3, "host": "a, pid 1"}).encode() + b"\n")
             early.shutdown(socket.SHUT_RDWR)
-        for index in (1, 2):
-            pool.submit(muster, Membership("hand", f"127.0.0.1:{port}", 3, index), LONG)
-        assert first.result().complete
+            later.sendall(json.dumps({"process": 1, "count": 3, "host": "a, pid 2"}).encode() + b"\n")
+            assert muster(Membership("hand", f"127.0.0.1:{port}", 3, 2), LONG).complete
+        assert first.result().hosts[1] == "a, pid 2"
 
 
 def test_a_port_in_use_is_an_error_that_says_so() -> None:

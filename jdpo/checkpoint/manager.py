@@ -152,6 +152,8 @@ class CheckpointManager:
         if jax.process_index() == 0 and (manifest := read_manifest(self._folder / str(step))) is not None:
             rated = {**manifest, "metric_name": self._metric_name, "metric": metric}
             write_durably(self._folder / str(step) / MANIFEST, json.dumps(rated, indent=1))
+            if self._mirror is not None:
+                self._mirror.sealed()
 
     def poll(self) -> None:
         """Seals a save that has finished in the background, if there is one. Cheap; call it every step.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 
 from jdpo.checkpoint.mirror.checkpoint_fetch import bring_newest
 from jdpo.checkpoint.mirror.contents import CHECKPOINTS, record_files, share_of
+from jdpo.checkpoint.mirror.daemon_threads import in_daemon_threads
 from jdpo.checkpoint.mirror.leading_upload import Leader
 from jdpo.checkpoint.mirror.object_store import ObjectStore, StoreError
 from jdpo.checkpoint.mirror.run_fetch import RunInMirror, bring_run
@@ -224,6 +227,65 @@ def test_a_damaged_checkpoint_is_not_mirrored(run: Path, mirror: Path, uploads: 
     assert one.close() == ["the checkpoint of step 1"]
     assert complete_steps(mirror / CHECKPOINTS) == [2]
     assert "is not the file that was written" in str(one.leader.error)
+
+
+def test_a_metric_that_becomes_known_later_is_mirrored(
+    run: Path, mirror: Path, uploads: Callable[..., Uploads]
+) -> None:
+    write_step(run, 1, metric=None)
+    one = uploads()
+    one.follow(1)
+    one.wait(lambda: one.leader.newest == 1)
+    files = {path: path.stat().st_mtime_ns for path in (mirror / CHECKPOINTS / "1" / "state").rglob("*")}
+    manifest = json.loads((run / CHECKPOINTS / "1" / MANIFEST).read_text())
+    (run / CHECKPOINTS / "1" / MANIFEST).write_text(json.dumps({**manifest, "metric": 0.5}))
+    one.leader.sealed()
+    assert one.close() == []
+    assert json.loads((mirror / CHECKPOINTS / "1" / MANIFEST).read_text())["metric"] == 0.5
+    assert {path: path.stat().st_mtime_ns for path in files} == files, "no file is uploaded a second time"
+
+
+SLOW = """
+import sys, threading
+from pathlib import Path
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+from jdpo.checkpoint.mirror.leading_upload import Leader
+from jdpo.checkpoint.mirror.object_store import ObjectStore
+from jdpo.checkpoint.mirror.upload_notes import UploadNotes
+
+class Slow(LocalFileSystem):
+    protocol = "slow"
+    asked = threading.Semaphore(0)
+
+    def put_file(self, *_, **__):
+        self.asked.release()
+        threading.Event().wait()
+
+fsspec.register_implementation("slow", Slow)
+run = Path(sys.argv[1])
+leader = Leader(ObjectStore(f"slow://{run}-mirror"), run, UploadNotes(run, 0, 1), 1, print)
+leader.follow(1, list, lambda: None)
+Slow.asked.acquire()
+leader.close(lambda: True)
+print(*leader.missing())
+"""
+
+
+@pytest.mark.ci
+def test_a_process_that_ends_does_not_wait_for_uploads_that_it_has_given_up(run: Path) -> None:
+    """A store that does not answer must not keep a stopped run until it is killed."""
+    write_step(run, 1)
+    ended = subprocess.run([sys.executable, "-c", SLOW, run], capture_output=True, text=True, timeout=DEADLINE)
+    assert (ended.returncode, ended.stdout) == (0, "the checkpoint of step 1\n"), ended.stderr
+
+
+def test_no_further_file_is_begun_once_uploads_are_given_up() -> None:
+    begun: list[str] = []
+    errors = in_daemon_threads(begun.append, "abcdef", 1, lambda: len(begun) == 2)
+    assert begun == ["a", "b"]
+    assert "given up" in str(errors)
+    assert in_daemon_threads(begun.append, "", 4, lambda: True) == []
 
 
 def test_an_interrupted_upload_is_continued(run: Path, mirror: Path, uploads: Callable[..., Uploads]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Collection, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from jdpo.checkpoint.mirror.contents import (
     step_folder,
     steps_in,
 )
+from jdpo.checkpoint.mirror.daemon_threads import in_daemon_threads
 from jdpo.checkpoint.mirror.object_store import ObjectStore, StoreError
 from jdpo.checkpoint.mirror.record_upload import RecordUpload
 from jdpo.checkpoint.mirror.share_upload import (
@@ -116,6 +116,11 @@ class Leader:
         return () if self._held is None else (self._held,)
 
     @property
+    def answers(self) -> bool:
+        """True unless the store, or the disk, refused the last attempt."""
+        return self._backoff.failures == 0
+
+    @property
     def newest(self) -> int | None:
         """The newest step in the mirror."""
         return max(self._steps, default=None)
@@ -203,7 +208,8 @@ class Leader:
 
     def _has(self, step: int) -> bool:
         manifest = read_manifest(self._run / step_folder(step))
-        return manifest is None or self._steps.get(step, {}).get("files") == manifest["files"]
+        # The whole of it: the metric of a step may become known in a later start.
+        return manifest is None or self._steps.get(step) == manifest
 
     def _upload(self, folder: str) -> None:
         """Uploads a folder: its files, then the records of the run, and its manifest last."""
@@ -213,12 +219,16 @@ class Leader:
             manifest = read_manifest(self._run / folder)
         if manifest is None:
             raise CannotUpload("it is gone")
+        if folder != EXPORT and self._steps.get(_step_of(folder), {}).get("files") == manifest["files"]:
+            self._store.write(manifest_of(folder), json.dumps(manifest, indent=1).encode())
+            self._steps[_step_of(folder)] = manifest
+            return
         self._clear(folder, manifest["files"])
         self._number += 1
         task = Task(self._number, folder, manifest["files"], afresh=folder in self._afresh)
         self._notes.publish(task)
         self._notes.start(task)
-        upload_share(self._store, self._run, self._notes, task, 0, self._count)
+        upload_share(self._store, self._run, self._notes, task, 0, self._count, lambda: self._abandoned)
         self._notes.finish()
         self._await_others(task)
         self._verify(task)
@@ -294,9 +304,8 @@ class Leader:
             self._later.discard(step)
 
     def _delete(self, names: Collection[str]) -> None:
-        with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="mirror-delete") as pool:
-            for _ in pool.map(self._store.delete, names):
-                pass
+        for error in in_daemon_threads(self._store.delete, names, AT_ONCE, lambda: self._abandoned):
+            raise error
 
 
 def _step_of(folder: str) -> int:

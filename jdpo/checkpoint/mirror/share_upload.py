@@ -6,10 +6,10 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from jdpo.checkpoint.mirror.contents import share_of
+from jdpo.checkpoint.mirror.daemon_threads import in_daemon_threads
 from jdpo.checkpoint.mirror.object_store import ObjectStore, StoreError
 from jdpo.checkpoint.mirror.upload_notes import Digest, Task, UploadNotes
 from jdpo.file_digests import file_digest
@@ -47,12 +47,23 @@ class Backoff:
         self.failures = 0
 
 
-def upload_share(store: ObjectStore, run: Path, notes: UploadNotes, task: Task, index: int, count: int) -> None:
+def upload_share(
+    store: ObjectStore,
+    run: Path,
+    notes: UploadNotes,
+    task: Task,
+    index: int,
+    count: int,
+    given_up: Callable[[], bool],
+) -> None:
     """Uploads the files of a task that are this process's share and that the mirror does not hold yet.
+
+    Args:
+      given_up: returns True if the uploads of this start have been given up.
 
     Raises:
       CannotUpload: a file is gone or damaged.
-      StoreError: the store refused a file; the others have been tried.
+      StoreError: the store refused a file, and the others have been tried; or the uploads were given up.
     """
 
     def upload(name: str) -> None:
@@ -70,9 +81,8 @@ def upload_share(store: ObjectStore, run: Path, notes: UploadNotes, task: Task, 
             raise CannotUpload(f"{path} is gone") from error
 
     share = share_of({name: found[0] for name, found in task.files.items()}, index, count)
-    with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="mirror-upload") as pool:
-        # One refused file must not keep the others from being there when it is tried again.
-        errors = [error for done in [pool.submit(upload, name) for name in share] if (error := done.exception())]
+    # One refused file must not keep the others from being there when it is tried again.
+    errors = in_daemon_threads(upload, share, AT_ONCE, given_up)
     for error in sorted(errors, key=lambda error: isinstance(error, StoreError)):
         raise error
 
@@ -116,7 +126,7 @@ class Follower:
     def _attempt(self, task: Task, backoff: Backoff) -> bool:
         """Tries to upload the share; returns True if no further attempt is to be made."""
         try:
-            upload_share(self._store, self._run, self._notes, task, self._index, self._count)
+            upload_share(self._store, self._run, self._notes, task, self._index, self._count, self._leaving.is_set)
         except CannotUpload as error:
             self._notes.finish(str(error))
         except OSError as error:  # of the store, or of the disk

@@ -23,6 +23,7 @@ _SERVER = "169.254.169.254"
 _PRODUCT = Path("/sys/class/dmi/id/product_name")
 _EVENTS = {"instance/preempted": ("TRUE",), "instance/maintenance-event": ("TERMINATE_ON_HOST_MAINTENANCE",)}
 """Path on the metadata server -> values that announce the end of the machine. A migration is none."""
+_HAS_NOT = (http.client.BAD_REQUEST, http.client.FORBIDDEN, http.client.NOT_FOUND)
 _WAIT_SECONDS = 300
 """After this time the server answers even if nothing has changed, so that a connection that was lost is noticed."""
 _RETRY_SECONDS = 30.0
@@ -51,14 +52,15 @@ def metadata_server(environ: Mapping[str, str] = os.environ, product: Path = _PR
 class MaintenanceNotice:
     """A thread that waits for the notice."""
 
-    def __init__(self, server: str, stop: Callable[[int], None]) -> None:
+    def __init__(self, server: str, stop: Callable[[int], None], *, retry_seconds: float = _RETRY_SECONDS) -> None:
         """
         Args:
           server: host or host:port of the metadata server.
           stop: is called with SIGTERM when the notice comes. The process is not sent the signal: the system sends it
             seconds later, and a second one would end the run at once.
+          retry_seconds: pause after a request that failed.
         """
-        self._server, self._stop = server, stop
+        self._server, self._stop, self._retry_seconds = server, stop, retry_seconds
         self._over = threading.Event()
         self._ended, self._ending = os.pipe()
         self._tags: dict[str, str] = {}
@@ -84,7 +86,7 @@ class MaintenanceNotice:
                 if self._announced(paths):
                     return
             except (OSError, http.client.HTTPException, ValueError):  # it restarts now and then
-                self._over.wait(_RETRY_SECONDS)
+                self._over.wait(self._retry_seconds)
 
     def _announced(self, paths: list[str]) -> bool:
         """Asks for some values until one announces the end; removes the paths that this server does not have."""
@@ -107,8 +109,10 @@ class MaintenanceNotice:
                     response = connection.getresponse()
                     value = response.read().decode(errors="replace").strip()
                     connection.close()
-                    if response.status != http.client.OK:
+                    if response.status in _HAS_NOT:
                         paths.remove(path)  # such as on GKE, whose metadata server has only some of them
+                    elif response.status != http.client.OK:
+                        raise http.client.HTTPException(f"status {response.status}")  # 503 while it restarts
                     elif self._ends_machine(path, value, response.getheader("ETag", "0")):
                         return True
         return False

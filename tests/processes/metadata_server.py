@@ -19,6 +19,7 @@ class Metadata:
         self.changed = threading.Condition()
         self.asked: list[str] = []
         self.number = 0
+        self.num_busy = 0  # requests that are still answered with 503
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.address = f"127.0.0.1:{self.server.server_address[1]}"
 
@@ -37,12 +38,13 @@ class Metadata:
                 with metadata.changed:
                     metadata.asked.append(path if query else f"{path} at once")
                     metadata.changed.notify_all()
-                    if query:
+                    busy, metadata.num_busy = metadata.num_busy > 0, max(0, metadata.num_busy - 1)
+                    if query and not busy:
                         last = query["last_etag"][0]
                         metadata.changed.wait_for(lambda: f"{path}{metadata.values.get(path)}" != last, 60)
                     value = metadata.values.get(path)
                 known = value is not None and self.headers["Metadata-Flavor"] == "Google"
-                self.send_response(200 if known else 404)
+                self.send_response(503 if busy else 200 if known else 404)
                 self.send_header("ETag", f"{path}{value}")
                 self.end_headers()
                 self.wfile.write((value or "").encode())

@@ -83,6 +83,14 @@ def test_a_value_that_a_server_does_not_have_is_not_asked_for_again(metadata: Me
     assert [asked for asked in metadata.asked if asked.startswith(EVENT)] == [f"{EVENT} at once"]
 
 
+def test_a_server_that_is_busy_is_asked_again(metadata: Metadata, stop: Stop) -> None:
+    metadata.num_busy = 3
+    with MaintenanceNotice(metadata.address, stop, retry_seconds=0.01).awaited():
+        metadata.wait_until_asked(PREEMPTED)
+        metadata.set(PREEMPTED, "TRUE")
+        assert stop.wait() == [signal.SIGTERM]
+
+
 def test_only_machines_of_google_cloud_have_a_metadata_server(tmp_path: Path) -> None:
     product = tmp_path / "product_name"
     assert metadata_server({}, product) is None, "no firmware"

@@ -20,7 +20,7 @@ _LONGEST_TICK = 2.0
 """A longer time between two samples means that this process did not run."""
 _MOVED_BYTES = 64 * 2**20
 """Bytes that count as progress; the log and the report of a run write far less within any deadline."""
-_MOVING_PHASES = ("data", "reference", "load", "save", "export")
+_MOVING_PHASES = ("start", "data", "reference", "load", "save", "export")
 _DEBUGGERS = ("bdb", "pdb", "IPython", "debugpy", "pydevd", "_pydevd_bundle", "code")
 
 

@@ -130,6 +130,10 @@ class RunMirror:
         Raises:
           MirrorIncomplete: the run is finished, but its mirror lacks something.
         """
+        # Whatever the phase in which a run has failed or was found finished, uploads may take hours. In these phases
+        # the watchdog takes bytes that move for progress.
+        if PROGRESS.phase not in ("save", "export"):
+            PROGRESS.enter("save")
         # Where one of several processes fails, the others may be gone.
         alone = error is not None and jax.process_count() > 1
         signalled = not alone and (self._stop.signalled() if error is None else self._has_signal())
@@ -155,8 +159,6 @@ class RunMirror:
                 self._log(
                     f"waiting for uploads to the mirror {self._store.address}; Ctrl-C leaves them to the next start"
                 )
-            if self._follower is not None:
-                PROGRESS.made(PROGRESS.phase)  # waiting for the first process, whose own watchdog sees what it moves
             # A signal while it waits asks to leave at once.
             return leaves or (waited > GRACE_SECONDS if signalled else self._has_signal())
 
@@ -176,7 +178,8 @@ class RunMirror:
         leader.close(given_up)
         missing = leader.missing()
         directory.keep()
-        if not leaves and leader.error is None:
+        # Also after a checkpoint that could not be uploaded because it is damaged: that is no fault of the store.
+        if not leaves and leader.answers:
             try:
                 leader.records.upload()  # as they are now: how the run has ended
             except StoreError as error:

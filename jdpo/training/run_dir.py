@@ -313,9 +313,11 @@ class RunDirectory:
         """True if the run is complete, and its model is exported as the config asks."""
         if self.is_new or not self.record.finished:
             return False
+        if not self._exports:
+            return not self._is_brought  # what it leaves are its checkpoints, which the mirror still has to bring
         # The others know from the first process what was there at the start.
         has_model = self.model.exists() if is_first() else self._has_model
-        return not self._exports or (has_model and not self._exports_again)
+        return has_model and not self._exports_again
 
     @property
     def outcome(self) -> str:

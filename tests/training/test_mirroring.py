@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 
 from jdpo.checkpoint.steps import MANIFEST, complete_steps, digests_of
 from jdpo.config import DPOConfig
+from jdpo.processes import PROGRESS
 from jdpo.training.dry_run import describe_mirror
 from jdpo.training.interrupt import StopRequest
 from jdpo.training.mirroring import MirrorIncomplete, RunMirror, open_mirror
@@ -124,6 +126,48 @@ def test_a_run_whose_first_start_failed_may_be_corrected(config: Callable[..., D
     start(config(beta=0.7), print)  # ends without a checkpoint
     assert "holds no checkpoint" in describe_mirror(config(), "dpo")
     assert start(config(), print, 1) is None
+
+
+def test_a_finished_run_that_exports_nothing_comes_back_with_its_last_checkpoint(
+    config: Callable[..., DPOConfig], tmp_path: Path
+) -> None:
+    start(config(export_at_end=False), print, 1, 2, finishes=True)
+    with RunDirectory(config(export_at_end=False), "dpo") as directory:
+        assert directory.finished
+    shutil.rmtree(tmp_path / "run")
+    with RunDirectory(config(export_at_end=False), "dpo") as directory:
+        assert not directory.finished, "its checkpoint is in the mirror alone"
+    assert start(config(export_at_end=False), print) == 2
+    assert complete_steps(tmp_path / "run" / "checkpoints") == [2]
+    with RunDirectory(config(export_at_end=False), "dpo") as directory:
+        assert directory.finished
+
+
+def test_the_last_records_are_uploaded_whatever_happened_to_an_earlier_checkpoint(
+    config: Callable[..., DPOConfig], tmp_path: Path
+) -> None:
+    noted = threading.Event()
+    with opened(config(), lambda line: noted.set()) as (directory, mirror):
+        mirror.follow(None, all_of, lambda: None)
+        save(directory, 1)
+        (directory.checkpoints / "1" / "state" / "data").write_text("damaged later!!")
+        mirror.sealed()
+        assert noted.wait(60), "it cannot be uploaded"
+        shutil.rmtree(directory.checkpoints / "1")
+        directory.finish({"step": 2})
+    assert json.loads((tmp_path / "mirror" / "run.json").read_text())["finished"]
+
+
+def test_the_watchdog_takes_uploads_for_progress_in_whatever_phase_a_run_ends(
+    config: Callable[..., DPOConfig],
+) -> None:
+    try:
+        with contextlib.suppress(FloatingPointError), opened(config(), print):
+            PROGRESS.enter("step")
+            raise FloatingPointError
+        assert PROGRESS.phase == "save"
+    finally:
+        PROGRESS.begin()
 
 
 @pytest.mark.ci  # it waits for the pauses between five attempts

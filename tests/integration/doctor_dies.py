@@ -18,5 +18,7 @@ def die(*arguments: Any, **options: Any) -> None:
     os.kill(os.getpid(), int(sys.argv[1]))
 
 
-jax.make_array_from_callback = die
-sys.exit(main(["doctor", *sys.argv[2:]]))
+# The file is collected as a module, too, for its doctests.
+if __name__ == "__main__":
+    jax.make_array_from_callback = die
+    sys.exit(main(["doctor", *sys.argv[2:]]))
